@@ -1,0 +1,1 @@
+"""Read, size, convert, quantize, place, load and run checkpoints larger than memory. Knows nothing of stages."""

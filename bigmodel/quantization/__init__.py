@@ -1,0 +1,1 @@
+"""Encoders whose bytes equal bitsandbytes' own."""

@@ -1,0 +1,1 @@
+"""The `bigpipe` command. Parses, calls, prints; holds no logic."""

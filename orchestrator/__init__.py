@@ -1,0 +1,1 @@
+"""The engine: manifest, graph, plan, store, runner, launcher. Knows nothing of models; never imports torch."""

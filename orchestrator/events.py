@@ -1,0 +1,114 @@
+"""What a run tells while it goes: typed events, and the one method that takes them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any, ClassVar, Protocol
+
+
+@dataclass(frozen=True, slots=True)
+class Event:
+    name: ClassVar[str] = "event"
+
+    def as_json(self) -> dict[str, Any]:
+        return {"event": self.name, **asdict(self)}
+
+
+@dataclass(frozen=True, slots=True)
+class RunStarted(Event):
+    name: ClassVar[str] = "run_started"
+    run: str
+    manifest: str
+    nodes: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class NodeStarted(Event):
+    name: ClassVar[str] = "node_started"
+    node: str
+    reason: str
+    attempt: int = 1
+
+
+@dataclass(frozen=True, slots=True)
+class Progress(Event):
+    """`done` of `total` (None: unknown) `unit`s; unit `B` is bytes. `task` says what is being counted."""
+
+    name: ClassVar[str] = "progress"
+    node: str
+    done: int
+    total: int | None
+    unit: str = "B"
+    task: str = ""
+    rank: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class LogLine(Event):
+    """One line a stage printed or logged. `detail` lines go to the log file only."""
+
+    name: ClassVar[str] = "log"
+    node: str
+    line: str
+    detail: bool = False
+    rank: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class RankHello(Event):
+    name: ClassVar[str] = "rank_hello"
+    node: str
+    rank: int
+    world_size: int
+    pid: int
+
+
+@dataclass(frozen=True, slots=True)
+class NodeRetried(Event):
+    name: ClassVar[str] = "node_retried"
+    node: str
+    attempt: int
+    cause: str
+    wait_seconds: float
+
+
+@dataclass(frozen=True, slots=True)
+class NodeFinished(Event):
+    name: ClassVar[str] = "node_finished"
+    node: str
+    status: str
+    seconds: float
+    peak_rss: int
+    metrics: Mapping[str, Any]
+    digest: str | None = None
+    reason: str = ""
+    error: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class RunFinished(Event):
+    name: ClassVar[str] = "run_finished"
+    run: str
+    status: str
+    seconds: float
+
+
+class Reporter(Protocol):
+    """Whoever wants to know: a terminal, a file, a test."""
+
+    def report(self, event: Event) -> None: ...
+
+
+EVENTS: dict[str, type[Event]] = {
+    event.name: event
+    for event in (
+        RunStarted, NodeStarted, Progress, LogLine, RankHello, NodeRetried, NodeFinished, RunFinished,
+    )
+}  # fmt: skip
+
+
+def event_from_json(data: Mapping[str, Any]) -> Event:
+    """The inverse of `Event.as_json`."""
+    fields = dict(data)
+    return EVENTS[fields.pop("event")](**fields)

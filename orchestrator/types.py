@@ -1,0 +1,103 @@
+"""The plain values that travel between the parts of the engine."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from enum import StrEnum
+from pathlib import Path
+from typing import Any
+
+Json = Any
+"""A value that `json.dumps` takes: None, bool, int, float, str, and lists and string-keyed maps of these."""
+
+
+class Status(StrEnum):
+    """The state of a node in a run."""
+
+    PENDING = "pending"
+    RUNNING = "running"
+    CACHED = "cached"
+    SUCCEEDED = "succeeded"
+    FAILED = "failed"
+    SKIPPED = "skipped"
+
+
+@dataclass(frozen=True, slots=True)
+class ArtifactRef:
+    """A directory tree in the store, named by what it holds."""
+
+    type: str
+    digest: str
+    """`sha256:` of the sorted list of (relative path, sha256, size)."""
+    path: Path
+
+
+@dataclass(frozen=True, slots=True)
+class Trust:
+    """What a manifest allows to run besides bigpipe's own code. Nothing, unless it says so."""
+
+    modules: tuple[str, ...] = ()
+    """Python modules that `module:name` fields may import."""
+    remote_code: tuple[str, ...] = ()
+    """`org/model@commit`: pinned repositories whose own Python files may run."""
+
+
+@dataclass(frozen=True, slots=True)
+class Lineage:
+    """What is known of one finished node; a node sees that of all its ancestors, nearest last."""
+
+    node: str
+    kind: str
+    key: str
+    digest: str | None
+    params: Mapping[str, Json]
+    metrics: Mapping[str, Json]
+
+
+@dataclass(frozen=True, slots=True)
+class Gpu:
+    index: int
+    name: str
+    memory: int
+    """Total bytes."""
+    free: int
+
+
+@dataclass(frozen=True, slots=True)
+class Machine:
+    """The hardware a plan is made for: this machine, or one described by `doctor --json`. Sizes in bytes."""
+
+    name: str
+    cpus: int
+    memory: int
+    memory_available: int
+    disk_free: int
+    """On the file system of the store."""
+    gpus: tuple[Gpu, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Resources:
+    """What a node holds while it runs. None: derived from the forecast, else one CPU."""
+
+    cpus: int | None = None
+    ram: int | None = None
+    gpus: int | None = None
+    gpu_memory: int | None = None
+    disk: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Launch:
+    """How the ranks of a node are started; the field names are accelerate's."""
+
+    num_processes: int = 1
+    num_machines: int = 1
+    machine_rank: int = 0
+    main_process_ip: str | None = None
+    main_process_port: int | None = None
+    config_file: str | None = None
+    mixed_precision: str | None = None
+    explicit: frozenset[str] = field(default_factory=frozenset)
+    """The keys the manifest wrote itself; these override `config_file`."""

@@ -1,0 +1,146 @@
+"""The one tree of errors. Each knows its cause, its place, its cure and the exit code of the command that meets it.
+
+    BigpipeError
+    ├── UsageError                   2   wrong call, wrong argument
+    │   └── ManifestError            2   every problem of a manifest at once, each at file:line:column
+    ├── GateFailed                   3
+    ├── DoesNotFit                   4   RAM, GPU memory, disk, or a device that is not there
+    ├── NotAuthorised                5
+    │   └── GatedRepository          5
+    ├── StageFailed                  6
+    │   └── InvalidCheckpoint        6   bytes that are not what their headers say, or that we refuse to read
+    ├── Stale                       10
+    ├── Transient                   75   try again
+    │   └── Offline                 75
+    └── Interrupted            130/143   resumable
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """A position in a text file. Lines and columns count from 1, columns in characters."""
+
+    file: str
+    line: int
+    column: int
+    text: str = ""
+    """The whole line, without its end."""
+    width: int = 1
+    """How many characters the caret underlines."""
+
+    def __str__(self) -> str:
+        return f"{self.file}:{self.line}:{self.column}"
+
+
+@dataclass(frozen=True, slots=True)
+class Problem:
+    """One thing that is wrong in a manifest."""
+
+    code: str
+    """`BP101` and so on; listed in docs/reference/errors.md."""
+    place: Place
+    cause: str
+    cure: str = ""
+
+    def __str__(self) -> str:
+        head = f"{self.place}: error[{self.code}]: {self.cause}" + (f"; {self.cure}" if self.cure else "")
+        if not self.place.text:
+            return head
+        number = f"{self.place.line:5d} | "
+        underline = " " * (len(number) - 2) + "| " + " " * (self.place.column - 1) + "^" * max(1, self.place.width)
+        return f"{head}\n{number}{self.place.text}\n{underline}"
+
+
+class BigpipeError(Exception):
+    """Base of all errors that are not bugs. Printed as `cause` and `cure`, never with a traceback."""
+
+    exit_code: ClassVar[int] = 1
+
+    def __init__(self, cause: str, cure: str = "", *, place: Place | None = None) -> None:
+        super().__init__(cause, cure)
+        self.cause = cause
+        self.cure = cure
+        self.place = place
+
+    def __str__(self) -> str:
+        where = f"{self.place}: " if self.place else ""
+        return f"{where}{self.cause}" + (f"\n  {self.cure}" if self.cure else "")
+
+
+class UsageError(BigpipeError):
+    exit_code = 2
+
+
+class ManifestError(UsageError):
+    """All problems of one manifest, in the order of their places."""
+
+    def __init__(self, problems: Sequence[Problem]) -> None:
+        self.problems = tuple(sorted(problems, key=lambda p: (p.place.file, p.place.line, p.place.column)))
+        super().__init__("\n".join(str(problem) for problem in self.problems))
+
+
+class GateFailed(BigpipeError):
+    exit_code = 3
+
+
+class DoesNotFit(BigpipeError):
+    exit_code = 4
+
+
+class NotAuthorised(BigpipeError):
+    exit_code = 5
+
+
+class GatedRepository(NotAuthorised):
+    pass
+
+
+class StageFailed(BigpipeError):
+    exit_code = 6
+
+
+class InvalidCheckpoint(StageFailed):
+    pass
+
+
+class Stale(BigpipeError):
+    exit_code = 10
+
+
+class Transient(BigpipeError):
+    exit_code = 75
+
+
+class Offline(Transient):
+    pass
+
+
+class Interrupted(BigpipeError):
+    """Stopped by a signal. What was finished is kept; the same command continues."""
+
+    exit_code = 130
+
+    def __init__(self, cause: str, cure: str = "", *, place: Place | None = None, signal: int = 2) -> None:
+        super().__init__(cause, cure, place=place)
+        self.signal = signal
+
+    @property
+    def status(self) -> int:
+        """128 + signal number, as shells report it."""
+        return 128 + self.signal
+
+
+BY_NAME: dict[str, type[BigpipeError]] = {
+    error.__name__: error
+    for error in (
+        BigpipeError, UsageError, GateFailed, DoesNotFit, NotAuthorised, GatedRepository,
+        StageFailed, InvalidCheckpoint, Stale, Transient, Offline, Interrupted,
+    )
+}  # fmt: skip
+"""How an error that crossed a process border finds its class again."""

@@ -1,0 +1,55 @@
+"""Sizes in bytes, as people write and read them."""
+
+from __future__ import annotations
+
+import re
+
+UNITS = {
+    "": 1, "b": 1,
+    "kb": 10**3, "mb": 10**6, "gb": 10**9, "tb": 10**12,
+    "kib": 2**10, "mib": 2**20, "gib": 2**30, "tib": 2**40,
+}  # fmt: skip
+_SIZE = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*")
+
+
+def parse_size(value: int | str) -> int:
+    """Bytes of `10GiB`, `10GB`, `1.5 TiB`, `30GIB`, `1024` or an int.
+
+    Letters may have any case but for the final one: a lowercase `b` after a prefix means bits, as in Hugging Face's
+    own parser, and nobody stores a model in bits, so it is refused.
+
+    Raises ValueError with cause and cure.
+    """
+    if isinstance(value, bool) or not isinstance(value, int | str):
+        raise ValueError(f"{value!r} is not a size; write bytes or a number with a unit, such as 10GiB")
+    if isinstance(value, int):
+        if value < 0:
+            raise ValueError(f"a size cannot be negative: {value}")
+        return value
+    match = _SIZE.fullmatch(value)
+    if match is None or match[2].lower() not in UNITS:
+        raise ValueError(f"{value!r} is not a size; write bytes or a number with a unit, such as 10GiB or 10GB")
+    number, unit = match.groups()
+    if len(unit) > 1 and unit.endswith("b"):
+        raise ValueError(f"{value!r} means bits; write {number}{unit[:-1]}B for bytes")
+    whole, _, fraction = number.partition(".")
+    # Integer arithmetic: 0.1 has no exact binary fraction, and sizes are compared to the byte.
+    return int(int(whole + fraction) * UNITS[unit.lower()] // 10 ** len(fraction))
+
+
+def format_size(size: float) -> str:
+    """`12.2 GiB`: binary units, one decimal, as memory is sold and reported."""
+    for unit in ("B", "KiB", "MiB", "GiB", "TiB"):
+        if abs(size) < 1024 or unit == "TiB":
+            break
+        size /= 1024
+    return f"{size:.0f} B" if unit == "B" else f"{size:.1f} {unit}"
+
+
+def format_transfer(size: float) -> str:
+    """`25.7 GB`: decimal units, one decimal, as disks and networks count."""
+    for unit in ("B", "kB", "MB", "GB", "TB"):
+        if abs(size) < 1000 or unit == "TB":
+            break
+        size /= 1000
+    return f"{size:.0f} B" if unit == "B" else f"{size:.1f} {unit}"

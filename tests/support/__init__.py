@@ -1,0 +1,1 @@
+"""What several tests build on: tiny real models, a loopback Hub."""
