@@ -1,0 +1,51 @@
+# Everything a newcomer needs: Python 3.11 or newer, git and make.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+
+.PHONY: quickstart test check format bench slow fault reference clean
+
+quickstart: $(VENV)/.ready  ## run the main job on the model that ships with the repository
+	$(BIN)/bigpipe run manifests/quickstart.yaml
+
+test: $(VENV)/.ready-dev  ## the fast test suite
+	$(BIN)/python -m pytest -q
+
+slow: $(VENV)/.ready-dev  ## tests that take minutes
+	$(BIN)/python -m pytest -q -m slow --timeout 3600
+
+fault: $(VENV)/.ready-dev  ## tests that kill processes and break disks on purpose
+	$(BIN)/python -m pytest -q -m fault --timeout 3600
+
+check: $(VENV)/.ready-dev  ## formatting, lint, types, layers, layout
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	MYPYPATH=src $(BIN)/mypy -p bigpipe
+	$(BIN)/lint-imports
+	$(BIN)/python -m pytest -q tests/test_layout.py
+
+format: $(VENV)/.ready-dev
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+bench: $(VENV)/.ready-dev  ## every benchmark, both sides, as tables
+	$(BIN)/python benchmarks/run.py
+
+reference: $(VENV)/.ready-dev  ## regenerate what is generated: the kinds' reference and the JSON schema
+	$(BIN)/bigpipe kinds --markdown > docs/reference/kinds.md
+	$(BIN)/bigpipe schema > schema/bigpipe.schema.json
+
+$(VENV)/bin/python:
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "bigpipe needs Python 3.11 or newer; make PYTHON=/path/to/python3.11")'
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/.ready: $(VENV)/bin/python pyproject.toml constraints.txt
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e .
+	touch $@
+
+$(VENV)/.ready-dev: $(VENV)/.ready
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[dev]'
+	touch $@
+
+clean:
+	rm -rf $(VENV) build dist src/*.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
