@@ -1,0 +1,128 @@
+"""One view of a checkpoint, whatever its format: named tensors as byte ranges of files, validated to the byte.
+
+`open_checkpoint` reads headers only; no weights move and torch is not needed. safetensors files are read by `headers`,
+torch zip files (`.bin`, `.pt`, `.pth`) by the restricted reader in `pickles`, which runs no code from the file.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from .bytesource import FileSource
+from .files import MAX_CONFIG, Format, WeightFiles, find_weight_files, read_json, side_files
+from .headers import read_header
+from .tensors import DTYPES, TensorInfo, View, invalid
+
+__all__ = ["CHUNK", "DTYPES", "Checkpoint", "Format", "TensorInfo", "View", "open_checkpoint"]
+
+CHUNK = 8 * 2**20
+"""Bytes moved at a time: large enough for the disk, small enough to stay in the cache of a CPU on its way through."""
+
+
+@dataclass(frozen=True, slots=True)
+class Checkpoint:
+    """A validated checkpoint. Its files are read when tensors are, never mapped."""
+
+    path: Path
+    """The directory, or the single weight file."""
+    format: Format
+    files: tuple[Path, ...]
+    """Weight files, sorted by name."""
+    tensors: Mapping[str, TensorInfo]
+    """By name, in the order of their bytes. Each stored tensor once: aliases are in `tied`."""
+    tied: Mapping[str, str]
+    """Alias → the stored name it shares its bytes with. Only torch files can hold these."""
+    config: dict[str, Any] | None
+    """config.json."""
+    extras: tuple[Path, ...]
+    """Side files to carry along, somewhere under `path`: configs, tokenizer, licence, code."""
+    metadata: dict[str, str]
+    """`__metadata__` of the safetensors files, merged."""
+
+    @property
+    def nbytes(self) -> int:
+        return sum(tensor.nbytes for tensor in self.tensors.values())
+
+    def read(self, name: str) -> bytes:
+        """The contiguous bytes of one tensor or alias. KeyError for an unknown name."""
+        return b"".join(self.chunks(name))
+
+    def chunks(self, name: str, size: int = CHUNK) -> Iterator[memoryview]:
+        """The contiguous bytes of one tensor, at most `size` at a time; each piece is valid until the next is taken."""
+        tensor = self.tensors[self.tied.get(name, name)]
+        with FileSource(tensor.file) as source:
+            if tensor.view is not None:
+                from .strided import compact_chunks
+
+                yield from compact_chunks(source, tensor, size)
+                return
+            buffer = memoryview(bytearray(min(size, tensor.nbytes)))
+            for start in range(0, tensor.nbytes, size):
+                piece = buffer[: min(size, tensor.nbytes - start)]
+                source.read_into(piece, tensor.offset + start)
+                yield piece
+
+
+def open_checkpoint(path: str | Path) -> Checkpoint:
+    """Opens a checkpoint directory, a single weight file or an index file.
+
+    Reads `model.safetensors`, `pytorch_model.bin` and others of these kinds, single or sharded with transformers' or
+    accelerate's index. Raises InvalidCheckpoint, naming file, tensor, byte offset and cure, on anything that is not
+    exactly what it says it is.
+    """
+    path = Path(path)
+    weights = find_weight_files(path)
+    directory = path if path.is_dir() else path.parent
+    tensors, tied, metadata = _read_files(weights)
+    if weights.weight_map is not None:
+        _check_index(weights, tensors, tied)
+    config = directory / "config.json"
+    whole = path.is_dir()
+    return Checkpoint(
+        path=path,
+        format=weights.format,
+        files=weights.files,
+        tensors=tensors,
+        tied=tied,
+        config=read_json(config, directory, MAX_CONFIG) if whole and config.exists() else None,
+        extras=side_files(directory) if whole else (),
+        metadata=metadata,
+    )
+
+
+def _read_files(weights: WeightFiles) -> tuple[dict[str, TensorInfo], dict[str, str], dict[str, str]]:
+    tensors: dict[str, TensorInfo] = {}
+    tied: dict[str, str] = {}
+    metadata: dict[str, str] = {}
+    for file in weights.files:
+        with FileSource(file) as source:
+            if weights.format == "safetensors":
+                header = read_header(source, file)
+                metadata.update(header.metadata)
+                found: tuple[TensorInfo, ...] = header.tensors
+                aliases: dict[str, str] = {}
+            else:
+                from .pickles import read_torch_file
+
+                found, aliases = read_torch_file(source, file)
+        for name in [*(tensor.name for tensor in found), *aliases]:
+            if name in tensors or name in tied:
+                raise invalid(file, "stands in another file of this checkpoint too", "save the model anew", tensor=name)
+        tensors.update((tensor.name, tensor) for tensor in found)
+        tied.update(aliases)
+    return tensors, tied, metadata
+
+
+def _check_index(weights: WeightFiles, tensors: Mapping[str, TensorInfo], tied: Mapping[str, str]) -> None:
+    if weights.weight_map is None or weights.index is None:
+        return
+    for name, file_name in weights.weight_map.items():
+        stored = tensors.get(tied.get(name, name))
+        if stored is None or stored.file.name != file_name:
+            where = f"it is in {stored.file.name}" if stored else "it is nowhere"
+            raise invalid(
+                weights.index, f"says this tensor is in {file_name}, but {where}", "save the model anew", tensor=name
+            )

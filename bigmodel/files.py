@@ -1,0 +1,216 @@
+"""Which files of a directory make a checkpoint, and which may be opened at all.
+
+File names come from a repository somebody else wrote: an index may name `../secret`, a link may lead anywhere, a file
+may be a FIFO. Only regular files are opened, and links only where they lead into the checkpoint itself, the store's
+objects, or a Hub cache's blobs (that is how both keep their files).
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import stat
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from bigpipe.errors import InvalidCheckpoint
+
+from .tensors import FETCH_AGAIN, invalid
+
+Format = Literal["safetensors", "bin"]
+
+BIN_SUFFIXES = (".bin", ".pt", ".pth")
+WEIGHT_SUFFIXES = frozenset(
+    {
+        ".safetensors",
+        *BIN_SUFFIXES,
+        ".ckpt",
+        ".h5",
+        ".msgpack",
+        ".onnx",
+        ".onnx_data",
+        ".gguf",
+        ".ot",
+        ".npz",
+        ".tflite",
+        ".pb",
+    }
+)
+NOT_A_MODEL = re.compile(r"(training_args|optimizer|scheduler|scaler|rng_state).*")
+"""Trainers leave these beside a model; they are torch files, but no weights."""
+MAX_INDEX = 100_000_000
+MAX_CONFIG = 10_000_000
+
+
+@dataclass(frozen=True, slots=True)
+class WeightFiles:
+    """What to read: the files in order and, where there is an index, the file of each tensor."""
+
+    format: Format
+    files: tuple[Path, ...]
+    weight_map: dict[str, str] | None = None
+    index: Path | None = None
+
+
+def find_weight_files(path: Path) -> WeightFiles:
+    """The weight files of a directory, of an index file, or the one file itself.
+
+    In a directory safetensors comes before `.bin`, and the usual names before others. Raises InvalidCheckpoint.
+    """
+    if not path.exists():
+        raise InvalidCheckpoint(f"{path}: there is no such file or directory", "give the path of a checkpoint")
+    if path.is_dir():
+        return _in_directory(path)
+    if path.name.endswith(".json"):
+        return read_index(path, path.parent)
+    check_file(path, path.parent)
+    return WeightFiles(_format_of(path), (path,))
+
+
+def _in_directory(directory: Path) -> WeightFiles:
+    names = sorted(entry.name for entry in os.scandir(directory) if not entry.is_dir())
+    for name in _candidates(names, directory):
+        file = directory / name
+        if name.endswith(".json"):
+            return read_index(file, directory)
+        check_file(file, directory)
+        return WeightFiles(_format_of(file), (file,))
+    nested = sorted({path.parent.name for path in directory.glob("*/*.safetensors")})
+    hint = (
+        f"it has weights in {', '.join(nested)}; open one of these"
+        if nested
+        else "name a directory with .safetensors or torch .bin files"
+    )
+    raise InvalidCheckpoint(f"{directory}: no weights were found", hint)
+
+
+def _candidates(names: list[str], directory: Path) -> Iterator[str]:
+    usual = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
+    yield from (name for name in usual if name in names)
+    indexes = [name for name in names if name == "index.json" or name.endswith(".index.json")]
+    safe = [name for name in names if name.endswith(".safetensors")]
+    torch_files = [name for name in names if name.endswith(BIN_SUFFIXES) and not NOT_A_MODEL.match(name)]
+    for found in (indexes, safe, torch_files):
+        if len(found) > 1:
+            raise InvalidCheckpoint(
+                f"{directory}: which of {', '.join(found[:8])} is the model?", "name the one file or index"
+            )
+        yield from found
+
+
+def _format_of(file: Path) -> Format:
+    if file.suffix == ".safetensors":
+        return "safetensors"
+    if file.suffix in BIN_SUFFIXES:
+        return "bin"
+    raise InvalidCheckpoint(
+        f"{file}: {file.suffix or 'no suffix'} is no format bigpipe reads", "give .safetensors, .bin, .pt or .pth"
+    )
+
+
+def read_index(index: Path, directory: Path) -> WeightFiles:
+    """An index in transformers' form `{"weight_map": {tensor: file}}` or accelerate's bare `{tensor: file}`."""
+    content = read_json(index, directory, MAX_INDEX)
+    weight_map = content.get("weight_map", content)
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise invalid(index, "has no weight_map", FETCH_AGAIN)
+    for tensor, name in weight_map.items():
+        if not isinstance(name, str) or name in ("", ".", "..") or re.search(r"[/\\\0]", name):
+            raise invalid(
+                index, f"names the file {str(name)[:200]!r}, which is not a plain file name",
+                "an index may only name files beside it; do not use this checkpoint", tensor=tensor,
+            )  # fmt: skip
+    files = tuple(directory / name for name in sorted(set(weight_map.values())))
+    for file in files:
+        if not os.path.lexists(file):
+            raise invalid(index, f"names {file.name}, which is not there", "fetch the missing file")
+        check_file(file, directory)
+    formats = {_format_of(file) for file in files}
+    if len(formats) > 1:
+        raise invalid(index, "mixes safetensors and torch files", "save the model in one format")
+    return WeightFiles(formats.pop(), files, weight_map, index)
+
+
+def read_json(file: Path, directory: Path, limit: int) -> dict[str, Any]:
+    """A JSON object from a file of the checkpoint, of at most `limit` bytes. A key that stands twice is an error."""
+    check_file(file, directory)
+    if file.stat().st_size > limit:
+        raise invalid(file, f"is larger than {limit} bytes", FETCH_AGAIN)
+    try:
+        content = json.loads(file.read_bytes(), object_pairs_hook=_unique)
+    except (ValueError, RecursionError) as error:
+        raise invalid(file, f"is not JSON: {str(error)[:200]}", FETCH_AGAIN) from None
+    if not isinstance(content, dict):
+        raise invalid(file, "is not a JSON object", FETCH_AGAIN)
+    return content
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    content = dict(pairs)
+    if len(content) != len(pairs):
+        raise ValueError("a key stands twice in one object")
+    return content
+
+
+def check_file(file: Path, directory: Path) -> None:
+    """Raises InvalidCheckpoint unless `file` is a regular file that may be opened for a checkpoint in `directory`."""
+    try:
+        target = Path(os.path.realpath(file, strict=True))
+        mode = target.stat().st_mode
+    except OSError as error:
+        raise invalid(file, f"cannot be opened: {error.strerror}", "fetch the file again") from None
+    if not stat.S_ISREG(mode):
+        raise invalid(file, "is not a regular file", "do not use this checkpoint")
+    root = Path(os.path.realpath(directory))
+    if not (target.is_relative_to(root) or _is_store(root) or _is_object(target) or _is_hub_blob(target)):
+        raise invalid(
+            file, f"is a link to {target}, outside the checkpoint",
+            "copy the file into the checkpoint, or do not use this checkpoint",
+        )  # fmt: skip
+
+
+_HEX = re.compile(r"[0-9a-f]{40}([0-9a-f]{24})?")
+
+
+def _is_hub_blob(target: Path) -> bool:
+    # <cache>/models--org--name/blobs/<sha1 or sha256>
+    repository = target.parent.parent.name
+    return (
+        target.parent.name == "blobs"
+        and bool(_HEX.fullmatch(target.name))
+        and bool(re.match(r"(models|datasets|spaces)--", repository))
+    )
+
+
+def _is_object(target: Path) -> bool:
+    # <store>/objects/…/<sha256>
+    return "objects" in target.parts[-4:-1] and bool(re.fullmatch(r"[0-9a-f]{60,64}", target.name))
+
+
+def _is_store(directory: Path) -> bool:
+    # <store>/artifacts/<sha256>: the store itself made these links when it published the artifact.
+    return "artifacts" in directory.parts[-4:-1] and any(
+        re.fullmatch(r"[0-9a-f]{64}", part) for part in directory.parts[-2:]
+    )
+
+
+def side_files(directory: Path) -> tuple[Path, ...]:
+    """What travels with the weights: configs, tokenizer, licence, code. Links are checked like those of weights."""
+    found: list[Path] = []
+    for folder, folders, names in os.walk(directory):
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        weights = {name for name in names if Path(name).suffix in WEIGHT_SUFFIXES}
+        if weights and Path(folder) != directory:
+            folders.clear()
+            continue  # another model, or this one in another format
+        found += [Path(folder, name) for name in sorted(names) if name not in weights and not _is_bookkeeping(name)]
+    for file in found:
+        check_file(file, directory)
+    return tuple(found)
+
+
+def _is_bookkeeping(name: str) -> bool:
+    return name.startswith(".") or name == "index.json" or name.endswith(".index.json")

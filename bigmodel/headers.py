@@ -1,0 +1,226 @@
+"""The safetensors container: headers read and validated to the byte, headers written.
+
+Format (https://github.com/huggingface/safetensors#format): 8 bytes little-endian length N, N bytes of JSON that start
+with `{` and may end in spaces, then the data. The JSON is `{"name": {"dtype", "shape", "data_offsets": [begin, end]},
+"__metadata__": {str: str}}`; offsets count from the end of the header. The ranges must cover the data without holes or
+overlaps.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeGuard
+
+from .bytesource import ByteSource
+from .tensors import FETCH_AGAIN, SAFETENSORS_DTYPES, SAFETENSORS_NAMES, TensorInfo, invalid, itemsize, tensor_nbytes
+
+MAX_HEADER = 100_000_000
+"""Bytes; the safetensors library refuses longer ones."""
+MAX_ENTRY = 65_536
+"""Bytes of one tensor's entry. Real ones have about 100; the limit keeps hostile lists out of memory."""
+MAX_DIMENSIONS = 64
+
+_SPACE = re.compile(r"[ \t\n\r]*")
+
+
+@dataclass(frozen=True, slots=True)
+class SafetensorsHeader:
+    tensors: tuple[TensorInfo, ...]
+    """In the order of their bytes."""
+    metadata: dict[str, str]
+    length: int
+    """Bytes before the data: 8 + N."""
+
+
+def read_header(source: ByteSource, file: Path) -> SafetensorsHeader:
+    """Reads and checks the header of a safetensors file. `file` is what the tensors will name as theirs.
+
+    Raises InvalidCheckpoint with file, tensor, offset and cure.
+    """
+    if source.size < 8:
+        raise invalid(file, f"has {source.size} bytes, too few for a safetensors header", FETCH_AGAIN)
+    length = int.from_bytes(source.read(0, 8), "little")
+    if length > MAX_HEADER or 8 + length > source.size:
+        raise invalid(
+            file,
+            f"says its header has {length} bytes, but the file has {source.size} and a header at most {MAX_HEADER}",
+            FETCH_AGAIN,
+            offset=0,
+        )
+    try:
+        text = source.read(8, length).decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise invalid(file, "the header is not UTF-8", FETCH_AGAIN, offset=8 + error.start) from None
+    entries, metadata = _HeaderText(text, file).parse()
+    tensors = [_tensor(name, entry, file, 8 + length) for name, entry in entries.items()]
+    tensors.sort(key=lambda tensor: (tensor.offset, tensor.nbytes))
+    _check_cover(tensors, file, 8 + length, source.size)
+    return SafetensorsHeader(tuple(tensors), metadata, 8 + length)
+
+
+class _HeaderText:
+    """Parses the header entry by entry, so that memory is bounded by what real entries need."""
+
+    def __init__(self, text: str, file: Path) -> None:
+        self.text = text
+        self.file = file
+        self.decoder = json.JSONDecoder(object_pairs_hook=self._object)
+
+    def parse(self) -> tuple[dict[str, dict[str, Any]], dict[str, str]]:
+        entries: dict[str, dict[str, Any]] = {}
+        metadata: dict[str, str] | None = None
+        if not self.text.startswith("{"):
+            raise self._error("the header does not start with {", 0)
+        at = self._skip(1)
+        while not (self.text.startswith("}", at) and not entries and metadata is None):
+            name, at = self._name(at)
+            value, end = self._value(name, at)
+            if name in entries or (name == "__metadata__" and metadata is not None):
+                raise self._error("stands twice in the header", at, name)
+            if name == "__metadata__":
+                metadata = self._metadata(value, at)
+            else:
+                entries[name] = value
+            at = self._skip(end)
+            if self.text.startswith("}", at):
+                break
+            at = self._skip(self._expect(",", at))
+        if self._skip(at + 1) != len(self.text):
+            raise self._error("there is something after the end of the header", at + 1)
+        return entries, metadata or {}
+
+    def _name(self, at: int) -> tuple[str, int]:
+        if not self.text.startswith('"', at):
+            raise self._error("a tensor's name is missing", at)
+        name, end = self._decode(at)
+        if not name.isascii():
+            try:
+                name.encode("utf-8")
+            except UnicodeEncodeError:
+                raise self._error("a name is not valid Unicode", at) from None
+        return name, self._skip(self._expect(":", self._skip(end)))
+
+    def _value(self, name: str, at: int) -> tuple[dict[str, Any], int]:
+        if not self.text.startswith("{", at):
+            raise self._error("is not described by a JSON object", at, name)
+        if name != "__metadata__" and self.text.find("}", at, at + MAX_ENTRY) < 0:
+            raise self._error(f"its description is longer than {MAX_ENTRY} bytes", at, name)
+        return self._decode(at)
+
+    def _decode(self, at: int) -> tuple[Any, int]:
+        try:
+            return self.decoder.raw_decode(self.text, at)
+        except (ValueError, RecursionError) as error:
+            raise self._error(f"the header is not JSON: {str(error)[:200]}", at) from None
+
+    def _metadata(self, value: dict[str, Any], at: int) -> dict[str, str]:
+        if not all(isinstance(text, str) for text in value.values()):
+            raise self._error("__metadata__ may hold strings only", at)
+        return value
+
+    def _object(self, pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        value = dict(pairs)
+        if len(value) != len(pairs):
+            raise ValueError("a key stands twice in one object")
+        return value
+
+    def _skip(self, at: int) -> int:
+        match = _SPACE.match(self.text, at)
+        return match.end() if match else at
+
+    def _expect(self, sign: str, at: int) -> int:
+        if not self.text.startswith(sign, at):
+            raise self._error(f"{sign!r} is missing", at)
+        return at + 1
+
+    def _error(self, cause: str, at: int, name: str | None = None) -> Exception:
+        return invalid(
+            self.file, cause, FETCH_AGAIN, tensor=name, offset=8 + len(self.text[:at].encode("utf-8", "replace"))
+        )
+
+
+def _tensor(name: str, entry: dict[str, Any], file: Path, start: int) -> TensorInfo:
+    dtype_name, shape, offsets = entry.get("dtype"), entry.get("shape"), entry.get("data_offsets")
+    if (
+        len(entry) != 3
+        or not isinstance(dtype_name, str)
+        or not _sizes(shape)
+        or not _sizes(offsets)
+        or len(offsets) != 2
+    ):
+        raise invalid(file, "its entry is not {dtype, shape, data_offsets: [begin, end]}", FETCH_AGAIN, tensor=name)
+    dtype = SAFETENSORS_DTYPES.get(dtype_name)
+    if dtype is None:
+        known = ", ".join(SAFETENSORS_DTYPES)
+        raise invalid(
+            file, f"dtype {dtype_name[:40]!r} is not one torch has", f"save it as one of {known}", tensor=name
+        )
+    if dtype == "float4_e2m1fn_x2":
+        shape = _pairs(name, shape, file)
+    begin, end = offsets
+    nbytes = tensor_nbytes(dtype, shape)
+    if end - begin != nbytes:
+        raise invalid(
+            file, f"{dtype} of shape {tuple(shape)} takes {nbytes} bytes, but data_offsets say {end - begin}",
+            FETCH_AGAIN, tensor=name, offset=start + begin,
+        )  # fmt: skip
+    return TensorInfo(name, dtype, tuple(shape), file, start + begin, nbytes)
+
+
+def _sizes(value: Any) -> TypeGuard[list[int]]:
+    return (
+        isinstance(value, list)
+        and len(value) <= MAX_DIMENSIONS
+        and all(type(size) is int and 0 <= size < 2**63 for size in value)
+    )
+
+
+def _pairs(name: str, shape: list[int], file: Path) -> list[int]:
+    # safetensors counts 4-bit elements, torch the bytes that hold two of them.
+    if not shape or shape[-1] % 2:
+        raise invalid(file, f"F4 of shape {shape} does not fill whole bytes", FETCH_AGAIN, tensor=name)
+    return [*shape[:-1], shape[-1] // 2]
+
+
+def _check_cover(tensors: Sequence[TensorInfo], file: Path, start: int, size: int) -> None:
+    end = start
+    for tensor in tensors:
+        if tensor.offset != end:
+            what = "overlaps the tensor before it" if tensor.offset < end else f"leaves a hole after byte {end}"
+            raise invalid(file, what, FETCH_AGAIN, tensor=tensor.name, offset=tensor.offset)
+        end += tensor.nbytes
+    if end != size:
+        what = "is cut short" if end > size else "has bytes that belong to no tensor"
+        raise invalid(file, f"{what}: {size} bytes, the header describes {end}", FETCH_AGAIN, offset=min(end, size))
+
+
+def encode_header(tensors: Sequence[tuple[str, str, tuple[int, ...]]], metadata: Mapping[str, str]) -> bytes:
+    """The header of a file that holds `(name, torch dtype, shape)` in this order, padded with spaces to 8 bytes.
+
+    Byte for byte what the safetensors library writes for the same order. KeyError for a dtype safetensors lacks.
+    """
+    header: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
+    end = 0
+    for name, dtype, shape in tensors:
+        begin, end = end, end + tensor_nbytes(dtype, shape)
+        stored = [*shape[:-1], shape[-1] * 2] if dtype == "float4_e2m1fn_x2" else list(shape)
+        header[name] = {"dtype": SAFETENSORS_NAMES[dtype], "shape": stored, "data_offsets": [begin, end]}
+    text = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode("utf-8")
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text
+
+
+_LAYOUT_RANK = {name: rank for rank, name in enumerate(SAFETENSORS_NAMES)}
+
+
+def layout_key(name: str, dtype: str) -> tuple[int, str]:
+    """Sorts the tensors of one file as the safetensors library does: wide formats first, so that all stay aligned."""
+    return _LAYOUT_RANK[dtype], name
+
+
+def aligned(offset: int, dtype: str) -> bool:
+    return offset % itemsize(dtype) == 0

@@ -1,0 +1,96 @@
+"""Stored tensors as named byte ranges, and the names that torch and the file formats give to number formats."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from bigpipe.errors import InvalidCheckpoint
+
+SAFETENSORS_DTYPES: Mapping[str, str] = {
+    "U64": "uint64", "I64": "int64", "F64": "float64", "C64": "complex64", "F32": "float32", "U32": "uint32",
+    "I32": "int32", "BF16": "bfloat16", "F16": "float16", "U16": "uint16", "I16": "int16",
+    "F8_E4M3FNUZ": "float8_e4m3fnuz", "F8_E5M2FNUZ": "float8_e5m2fnuz", "F8_E8M0": "float8_e8m0fnu",
+    "F8_E4M3": "float8_e4m3fn", "F8_E5M2": "float8_e5m2", "I8": "int8", "U8": "uint8", "F4": "float4_e2m1fn_x2",
+    "BOOL": "bool",
+}  # fmt: skip
+"""Name in a safetensors header → torch name."""
+
+SAFETENSORS_NAMES: Mapping[str, str] = {torch_name: name for name, torch_name in SAFETENSORS_DTYPES.items()}
+
+DTYPES: Mapping[str, float] = {
+    "float64": 8, "int64": 8, "uint64": 8, "complex64": 8, "complex128": 16, "complex32": 4,
+    "float32": 4, "int32": 4, "uint32": 4,
+    "float16": 2, "bfloat16": 2, "int16": 2, "uint16": 2,
+    "int8": 1, "uint8": 1, "bool": 1, "float8_e4m3fn": 1, "float8_e5m2": 1, "float8_e4m3fnuz": 1,
+    "float8_e5m2fnuz": 1, "float8_e8m0fnu": 1, "float4_e2m1fn_x2": 1,
+}  # fmt: skip
+"""torch dtype name → bytes per element. An element of float4_e2m1fn_x2 is a pair, as torch counts."""
+
+CASTABLE = frozenset({"float32", "float16", "bfloat16", "float64"})
+"""What a change of dtype changes. Integers, booleans and quantized formats keep theirs."""
+
+STORAGE_DTYPES: Mapping[str, str] = {
+    "DoubleStorage": "float64", "FloatStorage": "float32", "HalfStorage": "float16", "BFloat16Storage": "bfloat16",
+    "LongStorage": "int64", "IntStorage": "int32", "ShortStorage": "int16", "CharStorage": "int8",
+    "ByteStorage": "uint8", "BoolStorage": "bool", "ComplexFloatStorage": "complex64",
+    "ComplexDoubleStorage": "complex128",
+}  # fmt: skip
+"""Typed storage class in a torch pickle → torch dtype name."""
+
+STORAGE_CLASSES: Mapping[str, str] = {dtype: name for name, dtype in STORAGE_DTYPES.items()}
+
+
+def itemsize(dtype: str) -> int:
+    """Bytes of one element. KeyError for a name torch does not have."""
+    return int(DTYPES[dtype])
+
+
+def tensor_nbytes(dtype: str, shape: Sequence[int]) -> int:
+    """Bytes of a contiguous tensor; `shape` is torch's, () a scalar."""
+    return math.prod(shape) * itemsize(dtype)
+
+
+@dataclass(frozen=True, slots=True)
+class View:
+    """A tensor that is not one contiguous range: where its elements lie. Strides and offset as torch counts them."""
+
+    offset: int
+    """Of the first element, in bytes from the start of the file."""
+    strides: tuple[int, ...]
+    """In elements."""
+
+
+@dataclass(frozen=True, slots=True)
+class TensorInfo:
+    """One stored tensor: contiguous, row-major, little-endian bytes at `file[offset:offset + nbytes]`.
+
+    A `.bin` file may also hold a tensor as a strided view; it then has a `view`, and `offset` is -1 so that nobody
+    reads a wrong range by mistake: `Checkpoint.chunks` gives the contiguous bytes of either.
+    """
+
+    name: str
+    dtype: str
+    """torch's name: `float16`."""
+    shape: tuple[int, ...]
+    file: Path
+    offset: int
+    nbytes: int
+    view: View | None = None
+
+
+def invalid(
+    file: Path | str, cause: str, cure: str, *, tensor: str | None = None, offset: int | None = None
+) -> InvalidCheckpoint:
+    """The error for bytes that are not what they should be: file, tensor, byte offset, cause, cure."""
+    where = str(file)
+    if tensor is not None:
+        where += f": tensor {tensor[:200]!r}"
+    if offset is not None:
+        where += f" at byte {offset}"
+    return InvalidCheckpoint(f"{where}: {cause}", cure)
+
+
+FETCH_AGAIN = "the file is damaged or was made by hand; fetch it again or save the model anew"

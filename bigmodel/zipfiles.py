@@ -1,0 +1,169 @@
+"""The zip container of torch files: its directory, read and checked by hand.
+
+Python's zipfile would do for a local file, but reads what it likes; this reader needs the end of the file and the
+directory only (two ranges, so that it works over HTTP), and refuses whatever torch does not write: compression,
+encryption, overlapping or doubled entries, several disks. Format: PKWARE APPNOTE 6.3, with zip64.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from bigpipe.errors import InvalidCheckpoint
+
+from .bytesource import ByteSource
+from .tensors import FETCH_AGAIN, invalid
+
+MAX_DIRECTORY = 100_000_000
+TAIL = 65_536
+"""How much of the end is read to find the directory; a torch file has 98 bytes after it, and no comment."""
+
+_END = struct.Struct("<4s4H2LH")
+_END64 = struct.Struct("<4sQ2H2L4Q")
+_LOCATOR64 = struct.Struct("<4sLQL")
+_ENTRY = struct.Struct("<4s6H3L5H2L")
+LOCAL = struct.Struct("<4s5H3L2H")
+_REFUSED_FLAGS = 0x0001 | 0x0040 | 0x2000
+"""Encrypted, strongly encrypted, hidden directory."""
+
+
+@dataclass(frozen=True, slots=True)
+class ZipEntry:
+    """One stored file. `header` is the offset of its local header; its data come after that."""
+
+    name: str
+    header: int
+    size: int
+    crc: int
+
+
+def read_directory(source: ByteSource) -> dict[str, ZipEntry]:
+    """All entries by name, in the order of the directory. Raises InvalidCheckpoint."""
+    start, size, count, end = _find_directory(source)
+    raw = source.read(start, size)
+    entries: dict[str, ZipEntry] = {}
+    for entry in _entries(raw, source, start):
+        if entry.name in entries:
+            raise invalid(source.name, f"holds {entry.name[:200]!r} twice", FETCH_AGAIN, offset=entry.header)
+        entries[entry.name] = entry
+    if len(entries) != count:
+        raise invalid(source.name, f"has {len(entries)} entries and says {count}", FETCH_AGAIN, offset=end)
+    _check_apart(source, entries, start)
+    return entries
+
+
+def _find_directory(source: ByteSource) -> tuple[int, int, int, int]:
+    """Offset, size and number of entries of the directory, and where the records after it begin."""
+    base = max(0, source.size - TAIL)
+    tail = source.read(base, source.size - base)
+    at = tail.rfind(b"PK\x05\x06")
+    if at < 0 or len(tail) - at < _END.size:
+        raise InvalidCheckpoint(f"{source.name}: is not a zip file, or is cut short", LEGACY_CURE)
+    _, disk, start_disk, here, count, size, start, comment = _END.unpack_from(tail, at)
+    if at + _END.size + comment != len(tail):
+        raise invalid(source.name, "has bytes after its zip directory", FETCH_AGAIN, offset=base + at)
+    end = base + at
+    if at >= _LOCATOR64.size and tail[at - _LOCATOR64.size :].startswith(b"PK\x06\x07"):
+        _, _, end, _ = _LOCATOR64.unpack_from(tail, at - _LOCATOR64.size)
+        if end + _END64.size > source.size:
+            raise invalid(source.name, "its zip64 end record lies outside the file", FETCH_AGAIN, offset=base + at)
+        sign, _, _, _, disk, start_disk, here, count, size, start = _END64.unpack(source.read(end, _END64.size))
+        if sign != b"PK\x06\x06":
+            raise invalid(source.name, "its zip64 end record is missing", FETCH_AGAIN, offset=end)
+    if disk or start_disk or here != count or size > MAX_DIRECTORY or start + size != end:
+        raise invalid(source.name, "its zip directory does not fit the file", FETCH_AGAIN, offset=end)
+    return start, size, count, end
+
+
+LEGACY_CURE = (
+    "files from torch before 1.6 are plain pickles, which bigpipe does not run; where you trust it, load it once and "
+    "save it again: torch.save(torch.load(path, weights_only=True), path)"
+)
+
+
+def _entries(raw: bytes, source: ByteSource, start: int) -> Iterator[ZipEntry]:
+    at = 0
+    while at < len(raw):
+        if len(raw) - at < _ENTRY.size:
+            raise invalid(source.name, "its zip directory is cut short", FETCH_AGAIN, offset=start + at)
+        (
+            sign,
+            _,
+            _,
+            flags,
+            method,
+            _,
+            _,
+            crc,
+            packed,
+            size,
+            name_size,
+            extra_size,
+            comment_size,
+            disk,
+            _,
+            _,
+            header,
+        ) = _ENTRY.unpack_from(raw, at)
+        names = at + _ENTRY.size
+        extras = names + name_size
+        after = extras + extra_size + comment_size
+        if sign != b"PK\x01\x02" or after > len(raw) or disk not in (0, 0xFFFF):
+            raise invalid(source.name, "its zip directory is damaged", FETCH_AGAIN, offset=start + at)
+        size, packed, header = _wide(raw[extras : extras + extra_size], size, packed, header)
+        name = raw[names:extras].decode("utf-8", "replace")
+        if method != 0 or packed != size or flags & _REFUSED_FLAGS:
+            how = "encrypted" if flags & _REFUSED_FLAGS else "compressed"
+            raise invalid(
+                source.name, f"its entry {name[:200]!r} is {how}; torch stores them as they are",
+                "save it again with torch.save", offset=start + at,
+            )  # fmt: skip
+        yield ZipEntry(name, header, size, crc)
+        at = after
+
+
+def _wide(extra: bytes, size: int, packed: int, header: int) -> tuple[int, int, int]:
+    """The 64-bit values of the zip64 extra field (id 1), for those that read 0xFFFFFFFF, in this order."""
+    at = 0
+    while at + 4 <= len(extra):
+        kind, length = struct.unpack_from("<2H", extra, at)
+        if kind == 1:
+            field = extra[at + 4 : at + 4 + length]
+            values = iter(struct.unpack_from(f"<{len(field) // 8}Q", field))
+            size = next(values, size) if size == 0xFFFFFFFF else size
+            packed = next(values, packed) if packed == 0xFFFFFFFF else packed
+            header = next(values, header) if header == 0xFFFFFFFF else header
+        at += 4 + length
+    return size, packed, header
+
+
+def _check_apart(source: ByteSource, entries: dict[str, ZipEntry], directory: int) -> None:
+    end = 0
+    for entry in sorted(entries.values(), key=lambda entry: entry.header):
+        if entry.header < end:
+            raise invalid(
+                source.name, f"its entry {entry.name[:99]!r} overlaps another", FETCH_AGAIN, offset=entry.header
+            )
+        end = entry.header + LOCAL.size + len(entry.name.encode()) + entry.size
+    if end > directory:
+        raise invalid(source.name, "its entries run into the zip directory", FETCH_AGAIN, offset=directory)
+
+
+def data_offset(source: ByteSource, entry: ZipEntry, limit: int) -> int:
+    """Where the data of an entry begin: after its local header, which is checked. They must end by `limit`."""
+    name = entry.name.encode()
+    header = source.read(entry.header, LOCAL.size + len(name))
+    sign, _, flags, method, _, _, _, _, _, name_size, extra_size = LOCAL.unpack_from(header)
+    begin: int = entry.header + LOCAL.size + name_size + extra_size
+    if sign != b"PK\x03\x04" or header[LOCAL.size :] != name or method != 0 or flags & _REFUSED_FLAGS:
+        raise invalid(
+            source.name,
+            f"its entry {entry.name[:99]!r} is misplaced",
+            FETCH_AGAIN,
+            offset=entry.header,
+        )
+    if begin + entry.size > limit:
+        raise invalid(source.name, f"its entry {entry.name[:99]!r} overlaps another", FETCH_AGAIN, offset=begin)
+    return begin

@@ -1,0 +1,46 @@
+from __future__ import annotations
+
+import pytest
+import torch
+from support.models import ARCHITECTURES, forward, make_checkpoint, tiny_model
+
+from bigpipe.bigmodel.checkpoint import open_checkpoint
+from bigpipe.bigmodel.description import describe_checkpoint
+
+
+def raw(tensor: torch.Tensor) -> bytes:
+    return tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes() if tensor.numel() else b""
+
+
+@pytest.mark.parametrize("form", ["safetensors", "bin"])
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_a_real_model_reads_back_byte_for_byte(tmp_path, architecture, form):
+    make_checkpoint(tmp_path, architecture, format=form, max_shard_size="20KB", dtype="float16")
+    checkpoint = open_checkpoint(tmp_path)
+    assert len(checkpoint.files) > 1
+    state = tiny_model(architecture, dtype="float16").state_dict()
+    names = {*checkpoint.tensors, *checkpoint.tied}
+    if form == "bin":
+        assert names == set(state)
+    for name in names & set(state):
+        assert checkpoint.read(name) == raw(state[name]), name
+
+
+def test_from_pretrained_loads_what_make_checkpoint_saved(tmp_path):
+    import transformers
+
+    make_checkpoint(tmp_path, "llama")
+    loaded = transformers.AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert torch.equal(forward(loaded), forward(tiny_model("llama")))
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path)
+    assert tokenizer.decode(tokenizer("Grüße, world").input_ids) == "Grüße, world"
+
+
+def test_a_description_tells_shapes_and_bytes(tmp_path):
+    make_checkpoint(tmp_path, "opt", dtype="bfloat16")
+    description = describe_checkpoint(tmp_path)
+    model = tiny_model("opt", dtype="bfloat16")
+    assert description.nbytes == sum(parameter.nbytes for parameter in model.parameters())
+    assert description.tensors["model.decoder.embed_tokens.weight"] == ("bfloat16", (264, 32))
+    assert description.config["model_type"] == "opt"
+    assert description.custom is None
