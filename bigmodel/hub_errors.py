@@ -1,0 +1,238 @@
+"""What went wrong with the Hub, in words with a cure.
+
+`huggingface_hub` raises some thirty classes, wraps them in one another, and calls a refused connection, a full disk and
+a missing login by the same name. Here each becomes one of ours:
+
+    cannot be reached            Offline
+    401                          NotAuthorised
+    401/403 of a gated model     GatedRepository
+    403                          NotAuthorised
+    404 (model, revision, file)  UsageError, with what is there instead
+    408, 429, 5xx, cut, garbled  Transient
+    disk full                    DoesNotFit
+"""
+
+from __future__ import annotations
+
+import difflib
+import errno
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from json import JSONDecodeError
+from typing import Any
+
+from bigpipe.errors import (
+    BigpipeError,
+    DoesNotFit,
+    GatedRepository,
+    NotAuthorised,
+    Offline,
+    StageFailed,
+    Transient,
+    UsageError,
+)
+
+LOGIN = "run `hf auth login`, or set HF_TOKEN (in a manifest: under `secrets`)"
+
+
+@dataclass(frozen=True, slots=True)
+class _Asked:
+    """What was asked for when it went wrong."""
+
+    endpoint: str
+    repo: str
+    revision: str | None = None
+    file: str | None = None
+    refs: Callable[[], Sequence[str]] = field(default=tuple)
+
+    @property
+    def what(self) -> str:
+        return f"{self.repo}{f' at {self.revision}' if self.revision else ''}"
+
+
+@contextmanager
+def hub_errors(
+    endpoint: str,
+    repo: str,
+    revision: str | None = None,
+    file: str | None = None,
+    *,
+    refs: Callable[[], Sequence[str]] = tuple,
+) -> Iterator[None]:
+    """Turn whatever the block raises into an error of the tree in `bigpipe.errors`; bugs pass through.
+
+    refs: gives the names of the repository's branches and tags, asked only where a revision is missing.
+    """
+    try:
+        yield
+    except BigpipeError:
+        raise
+    except Exception as error:
+        translated = translate(error, _Asked(endpoint, repo, revision, file, refs))
+        if translated is None:
+            raise
+        raise translated from error
+
+
+def translate(error: BaseException, asked: _Asked) -> BigpipeError | None:
+    """None for what no rule knows. The innermost link that a rule knows decides: wrappers hide the cause."""
+    links = list(_chain(error))[::-1]
+    for rule in (_of_response, _of_disk, _of_transport, _of_answer):
+        for link in links:
+            if (found := rule(link, asked)) is not None:
+                return found
+    return None
+
+
+def _chain(error: BaseException) -> Iterator[BaseException]:
+    seen: set[int] = set()
+    current: BaseException | None = error
+    while current is not None and id(current) not in seen:
+        seen.add(id(current))
+        yield current
+        current = current.__cause__ or current.__context__
+
+
+def _names(error: BaseException) -> set[str]:
+    """Class names, because httpx and its successor httpx2 spell them alike and only one is installed."""
+    return {base.__name__ for base in type(error).__mro__}
+
+
+def _of_response(error: BaseException, asked: _Asked) -> BigpipeError | None:
+    """An answer with a status that is an error."""
+    response = getattr(error, "response", None)
+    if "HfHubHTTPError" not in _names(error) or response is None:
+        return None
+    names, status = _names(error), int(response.status_code)
+    with_token = "authorization" in response.request.headers
+    if "GatedRepoError" in names:
+        return _gated(asked, with_token)
+    if "RevisionNotFoundError" in names:
+        return _no_revision(asked)
+    if "EntryNotFoundError" in names:
+        return UsageError(f"{asked.what} has no file {asked.file!r}", "look at its files, or name another revision")
+    if status == 401:
+        return _unauthorised(asked, with_token)
+    if status == 404:
+        return UsageError(
+            f"{asked.endpoint} has no model {asked.repo!r}{', or this token may not see it' if with_token else ''}",
+            "check the spelling, owner/name; for a private model, check what the token may read",
+        )
+    if status == 403:
+        message = getattr(error, "server_message", None) or "no reason given"
+        return NotAuthorised(
+            f"the token may not do this with {asked.repo} (403: {message})",
+            f"give it the permission at {asked.endpoint}/settings/tokens, or use another",
+        )
+    return _of_status(status, response, asked, error)
+
+
+def _of_status(status: int, response: Any, asked: _Asked, error: BaseException) -> BigpipeError:
+    if status == 429:
+        after = response.headers.get("Retry-After")
+        wait = f"wait {after} s" if after else "wait a few minutes"
+        return Transient(f"the Hub takes no more requests from here for now (429), asked for {asked.what}",
+                         f"{wait} and run again; with a token the limit is higher: {LOGIN}")  # fmt: skip
+    if status == 408 or status >= 500:
+        return Transient(
+            f"{asked.endpoint} is out of order ({status}), asked for {asked.what}",
+            "run again later; files that are whole stay in the Hub cache",
+        )
+    message = getattr(error, "server_message", None) or str(error).strip().splitlines()[-1]
+    return StageFailed(f"{asked.endpoint} refused the request for {asked.what} ({status}): {message}",
+                       "the request may be wrong for this Hub; check HF_ENDPOINT")  # fmt: skip
+
+
+def _gated(asked: _Asked, with_token: bool) -> GatedRepository:
+    who = "this token's user has not been let in" if with_token else "no token was sent"
+    then = "wait until its authors let you in" if with_token else f"then {LOGIN}"
+    return GatedRepository(
+        f"{asked.repo} is gated, and {who}", f"accept its conditions at {asked.endpoint}/{asked.repo}, {then}"
+    )
+
+
+def _unauthorised(asked: _Asked, with_token: bool) -> NotAuthorised:
+    if with_token:
+        return NotAuthorised(
+            f"{asked.endpoint} does not accept the token (401), asked for {asked.repo}",
+            f"it may have expired; make a new one at {asked.endpoint}/settings/tokens, and {LOGIN}",
+        )
+    return NotAuthorised(
+        f"{asked.repo} is private or does not exist: {asked.endpoint} answers 401, and no token was sent",
+        f"check the spelling, owner/name; for a private model {LOGIN}",
+    )
+
+
+def _no_revision(asked: _Asked) -> UsageError:
+    try:
+        known = list(asked.refs())
+    except Exception:  # the listing is a courtesy: without it the message is still right
+        known = []
+    close = difflib.get_close_matches(asked.revision or "", known, 1, 0.5)
+    guess = f"did you mean {close[0]!r}? " if close else ""
+    listed = (
+        f"it has {', '.join(known[:8])}{' …' if len(known) > 8 else ''}" if known else "look at its branches and tags"
+    )
+    return UsageError(f"{asked.repo} has no revision {asked.revision!r}", guess + listed)
+
+
+def _of_disk(error: BaseException, asked: _Asked) -> BigpipeError | None:
+    """The Hub cache cannot be written."""
+    if not isinstance(error, OSError) or (error.filename is None and error.errno != errno.ENOSPC):
+        return None
+    if error.errno == errno.ENOSPC:
+        return DoesNotFit(
+            f"the disk of the Hub cache is full, while {asked.what} was written",
+            "free space there, or set HF_HOME to another disk; files that are whole are kept",
+        )
+    return StageFailed(f"{asked.what}: {error}", "the Hub cache must be readable and writable: see HF_HOME")
+
+
+def _of_transport(error: BaseException, asked: _Asked) -> BigpipeError | None:
+    """No answer, or only a part of one."""
+    names = _names(error)
+    if "OfflineModeIsEnabled" in names:
+        return _offline(asked, "HF_HUB_OFFLINE is set")
+    if names & {"ConnectError", "ConnectTimeout", "ProxyError"}:
+        return _offline(asked, str(error) or type(error).__name__)
+    if names & {"UnsupportedProtocol", "InvalidURL"}:
+        return UsageError(f"HF_ENDPOINT is not an address: {asked.endpoint}", "write it as https://huggingface.co")
+    if "TransportError" in names:
+        return Transient(
+            f"the connection to {asked.endpoint} broke while {asked.what} was read ({type(error).__name__}: {error})",
+            "run again; files that are whole stay in the Hub cache",
+        )
+    if "TooManyRedirects" in names:
+        return Transient(f"{asked.endpoint} sends requests for {asked.what} in a circle",
+                         "run again later, or check HF_ENDPOINT and the proxy")  # fmt: skip
+    return None
+
+
+def _offline(asked: _Asked, reason: str) -> Offline:
+    return Offline(
+        f"the Hub at {asked.endpoint} cannot be reached ({reason}), asked for {asked.what}",
+        "check the network, the proxy and HF_ENDPOINT; --offline goes on with what is cached",
+    )
+
+
+def _of_answer(error: BaseException, asked: _Asked) -> BigpipeError | None:
+    """An answer that is not what a Hub says, or has no place here."""
+    names = _names(error)
+    if "HFValidationError" in names:
+        return UsageError(f"{asked.repo!r} is not the name of a model: {error}", "write it as owner/name")
+    if "LocalEntryNotFoundError" in names and error.__cause__ is None:
+        return Offline(
+            f"{asked.what} is not whole in the Hub cache, and asking the Hub is switched off",
+            "run once with a network; what it brings stays in the Hub cache",
+        )
+    if isinstance(error, OSError | JSONDecodeError | UnicodeDecodeError):
+        return Transient(
+            f"{asked.endpoint} did not answer as a Hub does when asked for {asked.what} ({_first_line(error)})",
+            "a login page or proxy may be in between: check the network and HF_ENDPOINT, and run again",
+        )
+    return None
+
+
+def _first_line(error: BaseException) -> str:
+    return f"{type(error).__name__}: {(str(error).strip() or '-').splitlines()[0]}"

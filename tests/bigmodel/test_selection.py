@@ -1,0 +1,93 @@
+from __future__ import annotations
+
+import pytest
+
+from bigpipe.bigmodel.selection import check_index, detect, select, weight_format
+from bigpipe.errors import InvalidCheckpoint, UsageError
+
+OPT_13B = [
+    ".gitattributes", "LICENSE.md", "README.md", "config.json", "flax_model-00001-of-00003.msgpack",
+    "flax_model.msgpack.index.json", "generation_config.json", "merges.txt", "pytorch_model-00001-of-00003.bin",
+    "pytorch_model-00002-of-00003.bin", "pytorch_model-00003-of-00003.bin", "pytorch_model.bin.index.json",
+    "special_tokens_map.json", "tf_model-00001-of-00003.h5", "tf_model.h5.index.json", "tokenizer_config.json",
+    "vocab.json",
+]  # fmt: skip
+
+
+def test_one_weight_format_with_its_index_the_configs_and_the_tokenizer() -> None:
+    assert select(OPT_13B) == [
+        "LICENSE.md", "README.md", "config.json", "generation_config.json", "merges.txt",
+        "pytorch_model-00001-of-00003.bin", "pytorch_model-00002-of-00003.bin", "pytorch_model-00003-of-00003.bin",
+        "pytorch_model.bin.index.json", "special_tokens_map.json", "tokenizer_config.json", "vocab.json",
+    ]  # fmt: skip
+    assert weight_format(OPT_13B) == "bin"
+
+
+def test_safetensors_are_preferred_and_the_same_weights_are_not_taken_twice() -> None:
+    names = [
+        "config.json", "consolidated.safetensors", "model-00001-of-00002.safetensors",
+        "model-00002-of-00002.safetensors", "model.safetensors.index.json", "pytorch_model.bin.index.json",
+        "pytorch_model-00001-of-00002.bin", "pytorch_model-00002-of-00002.bin", "original/params.json",
+        "onnx/model.onnx", "tokenizer.model",
+    ]  # fmt: skip
+    assert select(names) == [
+        "config.json", "model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors",
+        "model.safetensors.index.json", "tokenizer.model",
+    ]  # fmt: skip
+    assert weight_format(names) == "safetensors"
+
+
+def test_a_single_file_wins_over_shards_and_variants() -> None:
+    names = [
+        "config.json", "model.fp16.safetensors", "model.safetensors", "model-00001-of-00002.safetensors",
+        "model-00002-of-00002.safetensors", "model.safetensors.index.json", "training_args.bin", "optimizer.bin",
+    ]  # fmt: skip
+    assert select(names) == ["config.json", "model.safetensors"]
+
+
+def test_what_trainers_leave_is_no_weight_format() -> None:
+    assert select(["config.json", "training_args.bin", "pytorch_model.bin"]) == ["config.json", "pytorch_model.bin"]
+    assert weight_format(["training_args.bin"]) is None
+
+
+def test_diffusers_keeps_its_folders() -> None:
+    names = [
+        "model_index.json", "unet/config.json", "unet/diffusion_pytorch_model.fp16.safetensors",
+        "unet/diffusion_pytorch_model.safetensors", "unet/diffusion_pytorch_model.bin", "vae/config.json",
+        "vae/diffusion_pytorch_model.bin", "v1-5-pruned.ckpt",
+    ]  # fmt: skip
+    assert select(names) == [
+        "model_index.json", "unet/config.json", "unet/diffusion_pytorch_model.safetensors", "vae/config.json",
+        "vae/diffusion_pytorch_model.bin",
+    ]  # fmt: skip
+
+
+def test_include_replaces_the_choice_and_exclude_takes_away() -> None:
+    assert select(OPT_13B, include=["*.msgpack", "config.json"]) == ["config.json", "flax_model-00001-of-00003.msgpack"]
+    assert "merges.txt" not in select(OPT_13B, exclude=["*.txt"])
+
+
+def test_a_glob_without_a_match_says_what_is_there() -> None:
+    with pytest.raises(UsageError, match=r"'\*\.safetensor' matches none of 17") as caught:
+        select(OPT_13B, include=["*.safetensor"])
+    assert "LICENSE.md" in caught.value.cure
+    with pytest.raises(UsageError, match="no file is left"):
+        select(OPT_13B, exclude=["*"])
+
+
+def test_libraries_are_told_apart() -> None:
+    assert detect(["model_index.json"]) == "diffusers"
+    assert detect(["config.json"], {"architecture": "resnet50", "num_classes": 1000}) == "timm"
+    assert detect(["config.json"], {"model_type": "opt", "architectures": ["OPTForCausalLM"]}) == "transformers"
+    assert detect(["config.json"], hint="timm") == "timm"
+
+
+def test_an_index_must_find_its_shards() -> None:
+    index = {"weight_map": {"a": "model-00001-of-00002.safetensors", "b": "model-00002-of-00002.safetensors"}}
+    names = ["model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"]
+    check_index(names, "model.safetensors.index.json", index)
+    with pytest.raises(InvalidCheckpoint, match="00002-of-00002"):
+        check_index(names[:1], "model.safetensors.index.json", index)
+    with pytest.raises(InvalidCheckpoint, match="no weight_map"):
+        check_index(names, "model.safetensors.index.json", {"weight_map": 3})
+    check_index([f"unet/{name}" for name in names], "unet/model.safetensors.index.json", index)
