@@ -49,7 +49,7 @@ class TensorSpec:
     dtype: str
     buffer: bool = False
     persistent: bool = True
-    """Part of the state dict; only buffers can be otherwise."""
+    """Saved in checkpoints. Not so: buffers the class makes itself, and what its `_keys_to_ignore_on_save` names."""
     fixed: bool = False
     """Keeps `dtype` when the model is built in another one: integers, and floats whose code names their dtype."""
 
@@ -92,8 +92,11 @@ class Architecture:
     keep_in_fp32_strict: tuple[str, ...] = ()
     """The same, for float16 and bfloat16."""
     config: Mapping[str, Any] = field(default_factory=dict)
-    """Complete: what the model's config class adds to `config.json` is filled in."""
+    """Complete: what the model's config class adds to `config.json` is filled in, and common names such as
+    `num_hidden_layers` stand beside the type's own."""
     library: str = "transformers"
+    generates: bool = False
+    """Produces tokens one by one and caches keys and values (or states) while it does."""
 
     @cached_property
     def by_name(self) -> Mapping[str, ModuleSpec]:
@@ -113,7 +116,7 @@ class Architecture:
         """The dtype a tensor has once the model is loaded as `dtype` by `from_pretrained`."""
         if tensor.fixed or not tensor.floating:
             return tensor.dtype
-        if not tensor.buffer and any(pattern.search(tensor.name) for pattern in self._kept_patterns(dtype)):
+        if tensor.persistent and any(pattern.search(tensor.name) for pattern in self._kept_patterns(dtype)):
             return "float32"
         return dtype
 
@@ -142,6 +145,7 @@ class Architecture:
             "keep_in_fp32_strict": list(self.keep_in_fp32_strict),
             "config": dict(self.config),
             "library": self.library,
+            "generates": self.generates,
         }
 
     @classmethod
@@ -157,6 +161,7 @@ class Architecture:
             keep_in_fp32_strict=tuple(data["keep_in_fp32_strict"]),
             config=data["config"],
             library=data["library"],
+            generates=data["generates"],
         )
 
 
@@ -219,7 +224,7 @@ def describe_many(requests: Sequence[Request], *, memo: Path | None = None) -> l
     return [Architecture.from_json(known[key]) for key in keys]
 
 
-ANSWER_VERSION = 1
+ANSWER_VERSION = 2
 """Part of every key; raised when an answer's shape or meaning changes."""
 
 CHILD_SECONDS = 600

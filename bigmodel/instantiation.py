@@ -252,10 +252,11 @@ def instantiate_custom(model_class: Any, config: Mapping[str, Any]) -> Any:
 def report(model: torch.nn.Module, other: torch.nn.Module, request: Mapping[str, Any]) -> Architecture:
     """What `model` consists of. `other` is the same model built in another default dtype."""
     following = _dtypes(other)
+    unsaved = frozenset(getattr(model, "_keys_to_ignore_on_save", None) or ())
     no_split = request["no_split"] or getattr(model, "_no_split_modules", None) or ()
     return Architecture(
         class_name=type(model).__name__,
-        modules=tuple(_module(name, module, following) for name, module in model.named_modules()),
+        modules=tuple(_module(name, module, following, unsaved) for name, module in model.named_modules()),
         no_split=tuple(sorted(no_split)),
         tied=tuple(_tied(model)),
         output_embedding=_embedding(model, "get_output_embeddings"),
@@ -264,6 +265,7 @@ def report(model: torch.nn.Module, other: torch.nn.Module, request: Mapping[str,
         keep_in_fp32_strict=tuple(sorted(getattr(model, "_keep_in_fp32_modules_strict", None) or ())),
         config=_complete_config(model, request),
         library=request["library"],
+        generates=_generates(model),
     )
 
 
@@ -280,27 +282,25 @@ def _name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def _module(name: str, module: torch.nn.Module, following: Mapping[str, str]) -> ModuleSpec:
-    import torch
+def _module(name: str, module: torch.nn.Module, following: Mapping[str, str], unsaved: frozenset[str]) -> ModuleSpec:
+    from torch import nn
     from transformers.pytorch_utils import Conv1D
 
     prefix = f"{name}." if name else ""
 
-    def tensor(local: str, value: torch.Tensor, buffer: bool, persistent: bool) -> TensorSpec:
+    def tensor(local: str, value: torch.Tensor, buffer: bool) -> TensorSpec:
         full, dtype = prefix + local, _name(value.dtype)
+        persistent = full not in unsaved and not (buffer and local in module._non_persistent_buffers_set)
         return TensorSpec(full, tuple(value.shape), dtype, buffer, persistent, following.get(full, dtype) == dtype)
 
-    hidden = module._non_persistent_buffers_set
-    parameters = [tensor(key, value, False, True) for key, value in module._parameters.items() if value is not None]
-    buffers = [
-        tensor(key, value, True, key not in hidden) for key, value in module._buffers.items() if value is not None
-    ]
+    parameters = [tensor(key, value, False) for key, value in module._parameters.items() if value is not None]
+    buffers = [tensor(key, value, True) for key, value in module._buffers.items() if value is not None]
     return ModuleSpec(
         name=name,
         class_name=type(module).__name__,
         children=tuple(prefix + child for child, _ in module.named_children()),
         tensors=(*parameters, *buffers),
-        linear=type(module) is torch.nn.Linear or isinstance(module, Conv1D),
+        linear=type(module) is nn.Linear or isinstance(module, Conv1D),
     )
 
 
@@ -331,11 +331,36 @@ def _embedding(model: torch.nn.Module, getter: str) -> str | None:
 
 def _complete_config(model: torch.nn.Module, request: Mapping[str, Any]) -> dict[str, Any]:
     config: Any = getattr(model, "config", None)
-    if hasattr(config, "to_json_string") and request["library"] == "transformers":
-        complete: dict[str, Any] = json.loads(config.to_json_string(use_diff=False))
-        complete.pop("dtype", None)
-        return complete
-    return dict(request["config"])
+    if not hasattr(config, "to_json_string") or request["library"] != "transformers":
+        return dict(request["config"])
+    complete: dict[str, Any] = json.loads(config.to_json_string(use_diff=False))
+    complete.pop("dtype", None)
+    _add_common_names(config, complete)
+    return complete
+
+
+def _add_common_names(config: Any, complete: dict[str, Any]) -> None:
+    """GPT-2 says `n_layer` where others say `num_hidden_layers`; the class maps the common name to its own."""
+    for common, own in getattr(config, "attribute_map", {}).items():
+        if own in complete:
+            complete.setdefault(common, complete[own])
+    for name in getattr(config, "sub_configs", {}):
+        if isinstance(complete.get(name), dict):
+            _add_common_names(getattr(config, name), complete[name])
+
+
+def _generates(model: torch.nn.Module) -> bool:
+    """Does it produce tokens one by one, and so keep keys and values? BERT could, but is not meant to."""
+    from transformers import AutoModelForCausalLM, AutoModelForMaskedLM
+
+    config: Any = getattr(model, "config", None)
+    if not hasattr(config, "get_text_config"):
+        return False
+    can_generate: Any = getattr(model, "can_generate", None)
+    if getattr(config, "is_encoder_decoder", False) or (can_generate and can_generate()):
+        return True
+    text = type(config.get_text_config(decoder=True))
+    return text in AutoModelForCausalLM._model_mapping and text not in AutoModelForMaskedLM._model_mapping
 
 
 if __name__ == "__main__":

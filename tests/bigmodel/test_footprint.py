@@ -1,0 +1,188 @@
+"""Sizes of weights, against published numbers and against what real models hold and write."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from support.architectures import ALL
+from support.real import build, held_bytes, stored_bytes
+
+from bigpipe.bigmodel.architecture import Architecture, describe_many
+from bigpipe.bigmodel.bitsandbytes_format import converted_modules
+from bigpipe.bigmodel.footprint import WIDTHS, weigh
+from bigpipe.bigmodel.inquiry import Head, read_request
+from bigpipe.errors import UsageError
+
+LLAMA: dict[str, Any] = {
+    "model_type": "llama", "architectures": ["LlamaForCausalLM"], "hidden_size": 4096, "intermediate_size": 14336,
+    "num_hidden_layers": 32, "num_attention_heads": 32, "num_key_value_heads": 8, "vocab_size": 128256,
+}  # fmt: skip
+BLOOM: dict[str, Any] = {"model_type": "bloom", "architectures": ["BloomForCausalLM"], "vocab_size": 250880}
+PUBLISHED: dict[str, dict[str, Any]] = {
+    "bert-base-cased": {"model_type": "bert", "architectures": ["BertForMaskedLM"], "vocab_size": 28996},
+    "bloom-176b": {**BLOOM, "hidden_size": 14336, "n_layer": 70, "n_head": 112},
+    "bloom-1b7": {**BLOOM, "hidden_size": 2048, "n_layer": 24, "n_head": 16},
+    "mistral-7b": {"model_type": "mistral", "architectures": ["MistralForCausalLM"]},
+    "llama-3.1-8b": LLAMA,
+    "llama-3.1-405b": {
+        **LLAMA, "hidden_size": 16384, "intermediate_size": 53248, "num_hidden_layers": 126,
+        "num_attention_heads": 128,
+    },
+    "roberta-base": {
+        "model_type": "roberta", "architectures": ["RobertaForMaskedLM"], "vocab_size": 50265,
+        "max_position_embeddings": 514, "type_vocab_size": 1,
+    },
+    "opt-13b": {
+        "model_type": "opt", "architectures": ["OPTForCausalLM"], "hidden_size": 5120, "num_hidden_layers": 40,
+        "ffn_dim": 20480, "num_attention_heads": 40, "vocab_size": 50272, "word_embed_proj_dim": 5120,
+    },
+}  # fmt: skip
+
+FAST = (
+    "llama", "llama-tied", "gemma2", "gpt2", "bloom", "mixtral", "deepseek_v3", "mamba2", "bert", "vit", "t5",
+    "marian", "llava",
+)  # fmt: skip
+SLOW = tuple(name for name in ALL if name not in FAST)
+
+
+def describe(configs: dict[str, dict[str, Any]], head: Head = "auto") -> dict[str, Architecture]:
+    requests = [read_request(config, head=head) for config in configs.values()]
+    return dict(zip(configs, describe_many(requests), strict=True))
+
+
+@pytest.fixture(scope="module")
+def published() -> dict[str, Architecture]:
+    named = {**PUBLISHED, **{name: ALL[name] for name in FAST}}
+    requests = [read_request(config) for config in named.values()]
+    bare = [read_request(PUBLISHED[name], head="none") for name in ("bert-base-cased", "llama-3.1-8b")]
+    architectures = describe_many(requests + bare)
+    return dict(zip([*named, "bert-bare", "llama-bare"], architectures, strict=True))
+
+
+@pytest.mark.parametrize(
+    ("name", "dtype", "size"),
+    [
+        ("bert-base-cased", "float32", 433_363_216),
+        ("mistral-7b", "bfloat16", 14_483_464_192),
+        ("llama-3.1-8b", "bfloat16", 16_060_522_496),
+        ("llama-3.1-405b", "bfloat16", 811_706_777_600),
+        ("bloom-176b", "bfloat16", 352_494_542_848),
+    ],
+)
+def test_stored_bytes_are_the_published_ones(
+    published: dict[str, Architecture], name: str, dtype: str, size: int
+) -> None:
+    assert weigh(published[name], dtype).stored == size
+
+
+def test_parameters_are_the_published_ones(published: dict[str, Architecture]) -> None:
+    assert weigh(published["opt-13b"], "float16").parameters == 12_853_473_280
+    assert weigh(published["roberta-base"], "float32").parameters == 124_697_433
+
+
+def test_bert_base_in_accelerates_view(published: dict[str, Architecture]) -> None:
+    bare = weigh(published["bert-bare"], "float32")
+    assert (bare.total, bare.largest_layer, bare.largest_layer_name) == (433_249_280, 90_669_056, "embeddings")
+    assert weigh(published["bert-base-cased"], "float32").total == 433_371_408
+
+
+def test_accelerates_view_of_llama_lacks_the_head(published: dict[str, Architecture]) -> None:
+    assert weigh(published["llama-bare"], "float16").total == 15_009_849_600
+    assert weigh(published["llama-3.1-8b"], "float16").parameters * 2 == 16_060_522_496
+
+
+def test_int4_is_not_an_eighth_of_float32(published: dict[str, Architecture]) -> None:
+    llama = weigh(published["llama-3.1-8b"], "nf4", double_quant=True)
+    assert round(llama.loaded / 1e9, 2) == 5.70
+    assert round(weigh(published["llama-bare"], "int4").total / 1e9, 2) == 3.75
+
+
+def test_bloom_1b7_shrinks_by_the_ratios_that_transformers_tests(published: dict[str, Architecture]) -> None:
+    half, int8, nf4 = (weigh(published["bloom-1b7"], dtype) for dtype in ("float16", "int8", "nf4"))
+    # get_memory_footprint counts codes, not their scales
+    assert half.loaded / (nf4.loaded - nf4.scales) == pytest.approx(2.109659552692574, abs=1e-15)
+    assert half.loaded / (int8.loaded - int8.scales) == pytest.approx(1.540025, abs=1e-6)
+
+
+def test_the_head_and_tied_embeddings_are_not_converted(published: dict[str, Architecture]) -> None:
+    names = {module.name for module in converted_modules(published["bert-base-cased"])}
+    assert "cls.predictions.decoder" not in names
+    assert "bert.encoder.layer.0.attention.self.query" in names
+    assert converted_modules(published["t5"], skip_modules=["decoder"])[0].name.startswith("encoder.block.0")
+    assert not any("wo" in module.name for module in converted_modules(published["t5"]))
+
+
+def test_an_unknown_dtype(published: dict[str, Architecture]) -> None:
+    with pytest.raises(UsageError, match="int3"):
+        weigh(published["bloom-176b"], "int3")
+
+
+def check_against_real(name: str, architecture: Architecture, folder: Path) -> None:
+    import torch
+    import transformers
+
+    model = build(ALL[name])
+    model.save_pretrained(folder / "source")
+    assert stored_bytes(folder / "source") == weigh(architecture, "float32").stored
+    for dtype in ("float32", "float16", "bfloat16"):
+        loaded = type(model).from_pretrained(folder / "source", dtype=getattr(torch, dtype))
+        loaded.save_pretrained(folder / dtype)
+        predicted = weigh(architecture, dtype)
+        assert (dtype, held_bytes(loaded)) == (dtype, predicted.loaded)
+        assert (dtype, stored_bytes(folder / dtype)) == (dtype, predicted.stored)
+        assert predicted.buffers == sum(
+            buffer.untyped_storage().nbytes() for buffer in loaded.buffers() if buffer.device.type == "cpu"
+        )
+    for dtype, double_quant in (("int8", False), ("nf4", False), ("fp4", True)):
+        width: dict[str, Any] = {"load_in_8bit": True}
+        if dtype != "int8":
+            width = {"load_in_4bit": True, "bnb_4bit_quant_type": dtype, "bnb_4bit_use_double_quant": double_quant}
+        config = transformers.BitsAndBytesConfig(**width)
+        source, target = folder / "source", folder / f"quantized-{dtype}"
+        quantized = type(model).from_pretrained(source, dtype=torch.float16, quantization_config=config)
+        quantized.save_pretrained(target)
+        predicted = weigh(architecture, dtype, double_quant=double_quant)
+        assert (dtype, held_bytes(quantized)) == (dtype, predicted.loaded)
+        slack = 6 * predicted.converted if double_quant else 0
+        assert abs(stored_bytes(target) - predicted.stored) <= slack, dtype
+
+
+@pytest.mark.parametrize("name", FAST)
+def test_predicted_bytes_are_those_of_the_real_model(
+    published: dict[str, Architecture], name: str, tmp_path: Path
+) -> None:
+    check_against_real(name, published[name], tmp_path)
+
+
+@pytest.mark.slow
+def test_forty_architectures(tmp_path: Path) -> None:
+    architectures = describe({name: ALL[name] for name in SLOW})
+    for name, architecture in architectures.items():
+        check_against_real(name, architecture, tmp_path / name)
+    assert len(SLOW) + len(FAST) >= 40
+
+
+@pytest.mark.slow
+def test_accelerates_own_columns(tmp_path: Path) -> None:
+    """`calculate_maximum_sizes` on the models that `AutoModel` builds."""
+    import torch
+    from accelerate.utils import calculate_maximum_sizes
+    from transformers import AutoModel
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+    for name, architecture in describe(ALL, head="none").items():
+        config = CONFIG_MAPPING[ALL[name]["model_type"]].from_dict(dict(ALL[name]))
+        with torch.device("meta"):
+            model = AutoModel.from_config(config, dtype=torch.float32)
+        total, (layer, _) = calculate_maximum_sizes(model)
+        ours = weigh(architecture, "float32")
+        # accelerate counts a bool as one bit; torch stores a byte
+        bools = sum(tensor.elements for tensor in architecture.tensors() if tensor.dtype == "bool")
+        assert (name, ours.total, ours.largest_layer) == (name, total + bools * 7 / 8, layer)
+
+
+def test_every_dtype_weighs_less_than_the_wider_one(published: dict[str, Architecture]) -> None:
+    sizes = [weigh(published["bloom-176b"], dtype).total for dtype in WIDTHS]
+    assert sizes == sorted(sizes, reverse=True)
