@@ -1,0 +1,120 @@
+"""Ties a child process to its parent's life and to its work folder. Imports nothing heavy: this runs first.
+
+A process that outlives its command holds memory and may write where its successor works. Three ties:
+
+- on Linux the kernel kills the process when its parent ends (`PR_SET_PDEATHSIG`, prctl(2)). The signal is sent when the
+  parent's *thread* that forked ends, so whoever starts a child must wait for it in the same thread;
+- everywhere a thread looks twice a second whether the parent is still the same one;
+- the process holds a shared lock on `lock` in its work folder; a successor takes that lock exclusively first.
+
+The parent of a rank is the launcher, whose parent is the command, so a death anywhere above travels down.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import signal
+import sys
+import threading
+import time
+from pathlib import Path
+
+PARENT_VARIABLE = "BIGPIPE_PARENT"
+"""Environment variable with the process id of the parent that a worker must have."""
+WATCH_SECONDS = 0.5
+PROCESSES = Path("/proc")
+"""Linux's own account of its processes; it is not there on other systems."""
+ORPHANED = 113
+"""Exit status of a worker whose parent was gone before it could start."""
+
+
+def tie_to_parent() -> None:
+    """Die when the parent dies. Exits at once where it is gone already."""
+    expected = int(os.environ.pop(PARENT_VARIABLE, "") or os.getppid())
+    die_with_parent_by_kernel()
+    if os.getppid() != expected:
+        os._exit(ORPHANED)
+    threading.Thread(target=watch_parent, args=(expected,), name="lifeline", daemon=True).start()
+
+
+def die_with_parent_by_kernel() -> bool:
+    """Ask the kernel for SIGKILL when the parent ends. False where it cannot be asked (not Linux)."""
+    if not sys.platform.startswith("linux"):
+        return False
+    import ctypes
+
+    set_parent_death_signal = 1  # PR_SET_PDEATHSIG of <linux/prctl.h>
+    try:
+        return bool(ctypes.CDLL(None).prctl(set_parent_death_signal, signal.SIGKILL, 0, 0, 0) == 0)
+    except (OSError, AttributeError):
+        return False
+
+
+def watch_parent(expected: int, seconds: float = WATCH_SECONDS) -> None:
+    """Return never, but end this process and its group once `expected` is no longer its parent."""
+    while os.getppid() == expected:
+        time.sleep(seconds)
+    os.killpg(os.getpgrp(), signal.SIGKILL)
+
+
+def hold_work_folder(folder: Path, patience: float = 10.0) -> int | None:
+    """Take a shared lock on `folder/lock` until this process ends; gives the descriptor that holds it.
+
+    None where the file system has no locks (the engine then does work twice at worst, see RELIABILITY). Exits as an
+    orphan when somebody holds the lock exclusively for longer than `patience` seconds: a successor has taken over.
+    """
+    import fcntl
+
+    descriptor = os.open(folder / "lock", os.O_RDWR | os.O_CREAT, 0o644)
+    deadline = time.monotonic() + patience
+    while True:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
+            return descriptor
+        except BlockingIOError:
+            if time.monotonic() > deadline:
+                os._exit(ORPHANED)
+            time.sleep(0.05)
+        except OSError as error:
+            os.close(descriptor)
+            if error.errno in (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS):
+                return None
+            raise
+
+
+def start_mark(process: int) -> str | None:
+    """What tells this process from a later one with the same number; None if it is gone (a zombie counts as gone)."""
+    if (PROCESSES / "self" / "stat").exists():
+        try:
+            text = (PROCESSES / str(process) / "stat").read_text(encoding="utf-8", errors="replace")
+        except OSError:
+            return None
+        state, *rest = text.rpartition(")")[2].split()
+        return rest[18] if state not in "ZX" else None  # field 22, starttime (proc_pid_stat(5))
+    import psutil
+
+    try:
+        running = psutil.Process(process)
+        return None if running.status() == psutil.STATUS_ZOMBIE else f"{running.create_time():.2f}"
+    except psutil.Error:
+        return None
+
+
+def host() -> str:
+    """Process numbers mean something on their own machine only; ranks on others share the attempt's folder."""
+    return os.uname().nodename or "localhost"
+
+
+def sign_in(folder: Path, rank: int | None = None) -> None:
+    """Leave `folder/HOST/PID`: process, session, start mark and rank, so that the command finds this process to end it.
+
+    torch starts each rank in a session of its own, out of reach of a signal to the launcher's group.
+    """
+    folder = folder / host()
+    folder.mkdir(parents=True, exist_ok=True)
+    process = os.getpid()
+    text = f"{process} {os.getsid(0)} {start_mark(process)} {-1 if rank is None else rank}\n"
+    path = folder / f".{process}"
+    path.write_text(text, encoding="ascii")
+    path.rename(folder / str(process))

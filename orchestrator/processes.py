@@ -1,0 +1,182 @@
+"""Workers as operating system processes: started in sessions of their own, watched, and ended without leftovers."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from .lifeline import PARENT_VARIABLE, host, start_mark
+
+GRACE_SECONDS = 5.0
+"""Between SIGTERM and SIGKILL."""
+GONE_SECONDS = 10.0
+"""How long a killed process may take to vanish (the kernel frees its memory first)."""
+
+
+@dataclass(frozen=True, slots=True)
+class Worker:
+    """A process that signed in, or the one we started ourselves."""
+
+    pid: int
+    session: int
+    mark: str | None
+    rank: int | None = None
+
+    @property
+    def alive(self) -> bool:
+        return self.mark is not None and start_mark(self.pid) == self.mark
+
+
+def start(arguments: Sequence[str], environment: Mapping[str, str], directory: Path) -> subprocess.Popen[bytes]:
+    """A child in a session of its own, its two outputs in one pipe, no input.
+
+    The calling thread must be the one that waits: the child dies with it (see lifeline).
+    """
+    return subprocess.Popen(
+        list(arguments),
+        env={**environment, PARENT_VARIABLE: str(os.getpid())},
+        cwd=directory,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        start_new_session=True,
+    )
+
+
+def signed_in(folder: Path) -> Iterator[Worker]:
+    """All workers on this machine that left their mark in `folder`, alive or not."""
+    for path in (folder / host()).glob("[0-9]*"):
+        with contextlib.suppress(OSError, ValueError):
+            pid, session, mark, rank = path.read_text(encoding="ascii").split()
+            yield Worker(int(pid), int(session), mark, None if rank == "-1" else int(rank))
+
+
+def end(
+    workers: Sequence[Worker], *, grace: float = GRACE_SECONDS, reap: Callable[[], object] | None = None
+) -> list[int]:
+    """End these workers and all else in their sessions: SIGTERM, `grace` seconds, SIGKILL.
+
+    Gives the processes that are there still after `GONE_SECONDS` (stuck in the kernel). `reap` is called while
+    waiting, so that a child of ours does not stay as a zombie.
+    """
+    reap = reap or (lambda: None)
+    left = _signal(workers, signal.SIGTERM) if grace else _members(workers)
+    left = _wait(workers, grace, reap) if left else left
+    if not left:
+        return []
+    _signal(workers, signal.SIGKILL)
+    return _wait(workers, GONE_SECONDS, reap)
+
+
+def _signal(workers: Sequence[Worker], number: signal.Signals) -> list[int]:
+    members = _members(workers)
+    for process in members:
+        with contextlib.suppress(ProcessLookupError, PermissionError):
+            os.kill(process, number)
+    return members
+
+
+def _wait(workers: Sequence[Worker], seconds: float, reap: Callable[[], object]) -> list[int]:
+    deadline = time.monotonic() + seconds
+    while True:
+        reap()
+        left = _members(workers)
+        if not left or time.monotonic() > deadline:
+            return left
+        time.sleep(0.02)
+
+
+def _members(workers: Sequence[Worker]) -> list[int]:
+    """Every living process in a session of these workers.
+
+    A session's number is its leader's process id. It may serve a stranger once the whole session has ended, so a
+    leader that is not the one we know frees its session from suspicion.
+    """
+    known = {worker.pid: worker.mark for worker in workers}
+    ours = {session for session in {worker.session for worker in workers} if _still_ours(session, known)}
+    found = []
+    for process in _all_processes() if ours else ():
+        with contextlib.suppress(ProcessLookupError, PermissionError):
+            if os.getsid(process) in ours and process != os.getpid() and start_mark(process) is not None:
+                found.append(process)
+    return found
+
+
+def _still_ours(session: int, known: Mapping[int, str | None]) -> bool:
+    if session == os.getsid(0):
+        return False
+    mark = start_mark(session)
+    return mark is None or session not in known or known[session] == mark
+
+
+def _all_processes() -> list[int]:
+    import psutil
+
+    return psutil.pids()
+
+
+@dataclass(slots=True)
+class Memory:
+    """Peaks of one process in bytes, as far as the kernel tells while it lives (Linux)."""
+
+    resident: int = 0
+    anonymous: int = 0
+
+    def sample(self, process: int) -> None:
+        # VmHWM, not ru_maxrss: the latter starts from the size of the process that forked (getrusage(2)).
+        with contextlib.suppress(OSError, ValueError):
+            status = Path(f"/proc/{process}/status").read_text(encoding="ascii", errors="replace")
+            self.resident = max(self.resident, _kilobytes(status, "VmHWM:"))
+            self.anonymous = max(self.anonymous, _kilobytes(status, "RssAnon:"))
+
+
+def own_peak() -> int:
+    """Largest resident size of this process so far, in bytes."""
+    memory = Memory()
+    memory.sample(os.getpid())
+    if memory.resident:
+        return memory.resident
+    import resource
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+def _kilobytes(status: str, name: str) -> int:
+    start = status.find(name)
+    return int(status[start + len(name) :].split(maxsplit=1)[0]) * 1024 if start >= 0 else 0
+
+
+class OutOfMemoryKills:
+    """Did the kernel kill something for lack of memory since this was made? Needs no rights (Linux)."""
+
+    def __init__(self) -> None:
+        self._before = self._count()
+
+    def happened(self) -> bool:
+        return self._count() > self._before
+
+    @staticmethod
+    def _count() -> int:
+        total = 0
+        for path in (Path("/proc/vmstat"), *_cgroup_event_files()):
+            with contextlib.suppress(OSError, ValueError):
+                for line in path.read_text(encoding="ascii").splitlines():
+                    name, _, value = line.partition(" ")
+                    total += int(value) if name == "oom_kill" else 0
+        return total
+
+
+def _cgroup_event_files() -> Iterator[Path]:
+    # cgroup v2 has one hierarchy, whose line in /proc/self/cgroup starts with `0::`.
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/self/cgroup").read_text(encoding="utf-8").splitlines():
+            if line.startswith("0::"):
+                yield Path("/sys/fs/cgroup") / line[3:].lstrip("/") / "memory.events"
