@@ -1,0 +1,82 @@
+"""Where things lie in a store.
+
+objects/HEX             files by sha256, read-only, one name each
+artifacts/HEX/          a tree of links into objects and to referenced files; what stages and people read
+artifacts/HEX.json      what the tree holds, and what `stat` said of each file when its bytes were last known
+keys/HEX.json           what a computation gave
+partials/HEX            computations that share everything but their inputs
+roots/HEX.json          what a manifest's nodes were last
+released/HEX.json       artifacts whose bytes nobody wants to keep (`cache: false`)
+runs/ID/                what happened in a run
+work/HEX/{out,scratch}  what a node has done so far
+parts/                  pieces that stages reuse over edits
+memo/                   answers that were dear to get
+tmp/ locks/ quarantine/
+"""
+
+from __future__ import annotations
+
+import os
+from contextlib import suppress
+from itertools import count
+from pathlib import Path
+
+from .durable import make_directory
+from .hashing import hex_of
+
+_serial = count()
+
+
+class Layout:
+    """The paths of a store. Creates nothing."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        self.objects = root / "objects"
+        self.artifacts = root / "artifacts"
+        self.keys = root / "keys"
+        self.partials = root / "partials"
+        self.roots = root / "roots"
+        self.released = root / "released"
+        self.runs = root / "runs"
+        self.work = root / "work"
+        self.parts = root / "parts"
+        self.memo = root / "memo"
+        self.tmp = root / "tmp"
+        self.locks = root / "locks"
+        self.quarantine = root / "quarantine"
+
+    def object(self, sha256: str) -> Path:
+        return self.objects / sha256
+
+    def tree(self, digest: str) -> Path:
+        return self.artifacts / hex_of(digest)
+
+    def artifact(self, digest: str) -> Path:
+        return self.artifacts / f"{hex_of(digest)}.json"
+
+    def key(self, key: str) -> Path:
+        return self.keys / f"{hex_of(key)}.json"
+
+    def partial(self, partial: str) -> Path:
+        return self.partials / hex_of(partial)
+
+    def release(self, digest: str) -> Path:
+        return self.released / f"{hex_of(digest)}.json"
+
+    def working(self, key: str) -> Path:
+        return self.work / hex_of(key)
+
+    def working_lock(self, key: str) -> Path:
+        return self.locks / f"{hex_of(key)}.lock"
+
+    def set_aside(self, path: Path) -> Path | None:
+        """Moves a damaged file or tree to quarantine, where `gc` frees it. None: another process did it first."""
+        make_directory(self.quarantine)
+        place = self.quarantine / f"{path.name}.{os.getpid()}.{next(_serial)}"
+        while os.path.lexists(place):
+            place = place.with_name(f"{place.name}.{next(_serial)}")
+        with suppress(FileNotFoundError):
+            path.rename(place)
+            return place
+        return None

@@ -1,0 +1,108 @@
+"""Remembers the sha256 of files that were hashed before, by what `stat` says of them."""
+
+from __future__ import annotations
+
+import json
+import os
+import stat
+import time
+import zlib
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+
+from .durable import make_directory, write_atomically
+from .hashing import hash_descriptor
+
+Fingerprint = tuple[int, int, int, int]
+"""Size, mtime_ns, inode, ctime_ns. A write within one tick of the clock changes neither time; see `_settled`."""
+
+
+def fingerprint(facts: os.stat_result) -> Fingerprint:
+    return facts.st_size, facts.st_mtime_ns, facts.st_ino, facts.st_ctime_ns
+
+
+class StatMemo:
+    """path → (size, mtime_ns, inode, ctime_ns) → sha256, kept in a log under `folder`.
+
+    Each line has a checksum of its own; a torn or changed one is skipped. Processes append side by side.
+    """
+
+    COMPACT_FROM = 10_000
+    """Lines from which a log that is mostly outdated is rewritten."""
+
+    def __init__(self, folder: Path) -> None:
+        self._log = folder / "files.jsonl"
+        self._known: dict[str, tuple[Fingerprint, str]] | None = None
+
+    def sha256(self, path: Path, progress: Callable[[int], None] | None = None) -> str:
+        """The sha256 in hex of a regular file, read only where `stat` says it may have changed. Raises OSError."""
+        facts = os.stat(path)
+        name = os.path.abspath(path)
+        found = self._entries().get(name)
+        if found is not None and found[0] == fingerprint(facts):
+            return found[1]
+        return self._hash(path, name, progress)
+
+    def _hash(self, path: Path, name: str, progress: Callable[[int], None] | None) -> str:
+        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+        try:
+            before = os.fstat(descriptor)
+            if not stat.S_ISREG(before.st_mode):
+                raise OSError(f"{path} is not a regular file")
+            started = time.time_ns()
+            digest = hash_descriptor(descriptor, progress)
+            after = os.fstat(descriptor)
+        finally:
+            os.close(descriptor)
+        if fingerprint(before) == fingerprint(after) and _settled(before, started):
+            self._remember(name, fingerprint(after), digest)
+        return digest
+
+    def _entries(self) -> dict[str, tuple[Fingerprint, str]]:
+        if self._known is None:
+            self._known = {}
+            with suppress(OSError):
+                self._load(self._log.read_bytes())
+        return self._known
+
+    def _load(self, data: bytes) -> None:
+        assert self._known is not None  # noqa: S101
+        lines = data.split(b"\n")
+        for line in lines:
+            check, _, body = line.partition(b" ")
+            if check == _checksum(body):
+                name, size, mtime, inode, ctime, digest = json.loads(body)
+                self._known[name] = (size, mtime, inode, ctime), digest
+        if len(lines) > self.COMPACT_FROM and len(lines) > 2 * len(self._known):
+            # What another process appends meanwhile is lost, and hashed again.
+            write_atomically(self._log, b"".join(_line(*entry) for entry in self._known.items()), durable=False)
+
+    def _remember(self, name: str, facts: Fingerprint, digest: str) -> None:
+        self._entries()[name] = facts, digest
+        with suppress(OSError):  # a store that cannot be written costs another hashing, no more
+            make_directory(self._log.parent)
+            descriptor = os.open(self._log, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o600)
+            try:
+                os.write(descriptor, _line(name, (facts, digest)))
+            finally:
+                os.close(descriptor)
+
+
+def _settled(facts: os.stat_result, now: int) -> bool:
+    """Would a write from `now` on (ns) change the file's mtime? Not within the tick of the clock it was written in.
+
+    Kernels tick every 1 to 10 ms; file systems that count whole seconds, or two, show it by a round mtime.
+    """
+    tick = 2_000_000_000 if facts.st_mtime_ns % 1_000_000_000 == 0 else 50_000_000
+    return abs(now - max(facts.st_mtime_ns, facts.st_ctime_ns)) > tick
+
+
+def _checksum(body: bytes) -> bytes:
+    return b"%08x" % zlib.crc32(body)
+
+
+def _line(name: str, entry: tuple[Fingerprint, str]) -> bytes:
+    facts, digest = entry
+    body = json.dumps([name, *facts, digest], separators=(",", ":")).encode()
+    return _checksum(body) + b" " + body + b"\n"

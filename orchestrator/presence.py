@@ -1,0 +1,90 @@
+"""The presence of one process in a store: a folder for its temporary files, and a lock that says it lives.
+
+The lock is taken once and freed by the kernel. Folders whose lock is free belong to processes that are gone.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+from contextlib import suppress
+from itertools import count
+from pathlib import Path
+
+from .artifacts import remove_tree
+from .durable import explained, make_directory
+from .layout import Layout
+from .locks import Lock, locks_work
+
+
+class Presence:
+    """Entered on first use, left by `leave` or with the process."""
+
+    def __init__(self, layout: Layout) -> None:
+        self._layout = layout
+        self._guard = threading.Lock()
+        self._lock: Lock | None = None
+        self._folder: Path | None = None
+        self._serial = count()
+        self.locks_work = True
+        """False where the file system accepts every lock and keeps none: work is then not shared."""
+
+    def enter(self) -> Path:
+        """The folder of this process. The first call removes what dead processes left; it waits for a running `gc`."""
+        with self._guard:
+            if self._folder is None:
+                self._folder = self._enter()
+            return self._folder
+
+    def _enter(self) -> Path:
+        tmp = self._layout.tmp
+        with explained(tmp):
+            make_directory(tmp)
+            make_directory(self._layout.locks)
+            with Lock(self._layout.locks / "gc", shared=True):
+                name = f"{os.getpid()}-{os.urandom(4).hex()}"
+                self._lock = Lock(tmp / f"{name}.lock")
+                self._lock.acquire()
+                folder = tmp / name
+                make_directory(folder)
+                self.locks_work = locks_work(folder / "probe")
+                if self.locks_work:
+                    _others(self._layout, name)
+        return folder
+
+    def temporary(self) -> Path:
+        """A path in the folder that nothing stands at."""
+        return self.enter() / str(next(self._serial))
+
+    def leave(self) -> None:
+        with self._guard:
+            if self._folder is not None and self._lock is not None:
+                with suppress(OSError):
+                    remove_tree(self._folder)
+                    self._lock.path.unlink(missing_ok=True)
+                self._lock.release()
+            self._folder = self._lock = None
+
+    def alone(self) -> bool:
+        """Is no other living process present? Where locks do not work nobody can know, and the answer is no."""
+        own = self.enter().name
+        return self.locks_work and not _others(self._layout, own)
+
+
+def anybody(layout: Layout) -> bool:
+    """Is any living process present?"""
+    return layout.tmp.is_dir() and _others(layout, "")
+
+
+def _others(layout: Layout, own: str) -> bool:
+    """Is any process present besides the one named `own`? Removes what dead ones left."""
+    alive = False
+    for name in {item.partition(".")[0] for item in os.listdir(layout.tmp)} - {own}:
+        lock = Lock(layout.tmp / f"{name}.lock")
+        if lock.try_acquire():
+            remove_tree(layout.tmp / name)
+            remove_tree(lock.path)
+            lock.release()
+        else:
+            alive = True
+    return alive

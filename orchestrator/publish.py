@@ -1,0 +1,303 @@
+"""How a finished `out` becomes an artifact, so that no crash at any point loses it or records what is not there.
+
+collect           what each file of `out` is, its sha256 (read, unless known), fsynced
+journal           work/KEY/publish.json: from here on, the next run can finish what this one began
+adopt             each file → objects/, read-only, by rename; fsync of objects/
+place_tree        artifacts/HEX/, links; fsync of each directory, rename, fsync
+save_artifact     artifacts/HEX.json
+save_record       keys/HEX.json: now, and only now, it exists
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import stat
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from bigpipe.errors import StageFailed
+
+from .artifacts import STILL, Artifact, Entry, artifact_digest, place_tree, save_artifact
+from .durable import (
+    Damaged,
+    explained,
+    make_directory,
+    read_sealed,
+    seal,
+    sync_directory,
+    sync_file,
+    write_all,
+    write_atomically,
+)
+from .hashing import CHUNK, hash_file, is_hex
+from .keyrecord import KeyRecord, save_record
+from .layout import Layout
+from .locks import Lock
+from .memo import StatMemo, fingerprint
+
+Known = Mapping[str, tuple[str, int]]
+"""Relative path → (sha256 in hex, size) of files whose bytes a stage has hashed itself."""
+JOURNAL = "publish.json"
+
+
+@dataclass(frozen=True, slots=True)
+class Source:
+    """Where the bytes of one file of an artifact come from."""
+
+    sha256: str
+    size: int
+    how: Literal["adopt", "object", "reference"]
+    path: str
+    """adopt: the file to move into objects. reference: where it stays."""
+
+
+class Publisher:
+    """One publishing. `temporary` gives fresh paths in a locked folder on the store's file system."""
+
+    def __init__(self, layout: Layout, temporary: Callable[[], Path], memo: StatMemo) -> None:
+        self.layout = layout
+        self.temporary = temporary
+        self.memo = memo
+
+    def publish(self, record: KeyRecord, out: Path, known: Known) -> KeyRecord:
+        """See the module. `out` is taken apart. Returns the record with `digest` and `files`."""
+        if record.artifact_type is None:
+            with explained(self.layout.keys):
+                save_record(self.layout, record)
+            return record
+        with explained(out):
+            sources = Collector(self.layout, self.memo, out, known).collect()
+            files = {name: (source.sha256, source.size) for name, source in sources.items()}
+            record = record.model_copy(
+                update={
+                    "digest": artifact_digest(files),
+                    "files": {name: {"sha256": sha256, "size": size} for name, (sha256, size) in files.items()},
+                }
+            )
+            if out.parent == self.layout.working(record.key):
+                write_journal(out.parent, record, sources)
+            try:
+                self._place(record, sources)
+            except Damaged:
+                raise StageFailed(
+                    f"files of {record.node} vanished or changed while they were published", "run again"
+                ) from None
+        return record
+
+    def resume(self, working: Path) -> KeyRecord | None:
+        """Finishes what a run that died had begun to publish from this work folder; None where there is nothing.
+
+        A journal that does not hold (a disk that lost what it had synced) is dropped together with what it is about.
+        """
+        with explained(working):
+            try:
+                record, sources = read_journal(working)
+                self._place(record, sources)
+            except (FileNotFoundError, Damaged):
+                return None
+        return record
+
+    def _place(self, record: KeyRecord, sources: Mapping[str, Source]) -> None:
+        """Idempotent: files that an earlier attempt has moved are found in objects.
+
+        Nobody may take objects away between finding one there and recording that it is used, so `drop` and `gc`
+        exclude this by the same lock.
+        """
+        layout = self.layout
+        make_directory(layout.objects)
+        with Lock(layout.locks / "objects", shared=True):
+            entries = {name: self._settle(source) for name, source in sources.items()}
+            sync_directory(layout.objects)
+            digest, type = record.digest, record.artifact_type
+            assert digest is not None  # noqa: S101
+            assert type is not None  # noqa: S101
+            artifact = Artifact(digest, type, entries)
+            make_directory(layout.artifacts)
+            place_tree(layout, artifact, self.temporary())
+            save_artifact(layout, artifact)
+            save_record(layout, record)
+
+    def _settle(self, source: Source) -> Entry:
+        if source.how == "reference":
+            return Entry(source.sha256, fingerprint(os.stat(source.path)), source.path)
+        target = self.layout.object(source.sha256)
+        if source.how == "adopt":
+            self._adopt(Path(source.path), target, source)
+        try:
+            facts = os.lstat(target)
+        except FileNotFoundError:
+            raise Damaged from None
+        if facts.st_size != source.size:
+            raise Damaged
+        return Entry(source.sha256, fingerprint(facts))
+
+    def _adopt(self, path: Path, target: Path, source: Source) -> None:
+        try:
+            facts = os.lstat(path)
+        except FileNotFoundError:
+            return  # moved by the attempt whose journal this is, or the same bytes under a second name
+        if not stat.S_ISREG(facts.st_mode):
+            return  # a part that has become a link to its object
+        if facts.st_size != source.size:
+            raise Damaged
+        if _stands(target, source.size):
+            path.unlink()
+        else:
+            self._move(path, target, facts)
+        if _is_below(str(path), os.path.realpath(self.layout.parts)):
+            link = self.temporary()
+            link.symlink_to(os.path.relpath(os.path.realpath(target), path.parent))
+            link.rename(path)
+
+    def _move(self, path: Path, target: Path, facts: os.stat_result) -> None:
+        if facts.st_nlink > 1:
+            # Another name shares the inode: making that read-only, or trusting that nobody writes to it, is not ours.
+            self._copy(path, target)
+            path.unlink()
+            return
+        os.chmod(path, 0o444)
+        os.utime(path, ns=(STILL, STILL))
+        try:
+            path.rename(target)
+        except OSError as error:
+            if error.errno != errno.EXDEV:
+                raise
+            self._copy(path, target)
+            path.unlink()
+
+    def _copy(self, path: Path, target: Path) -> None:
+        partial = self.temporary()
+        descriptor = os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+        try:
+            with path.open("rb") as source:
+                while piece := source.read(CHUNK):
+                    write_all(descriptor, piece)
+            os.fchmod(descriptor, 0o444)
+            os.utime(partial, ns=(STILL, STILL))
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+        partial.rename(target)
+
+
+def _stands(target: Path, size: int) -> bool:
+    """Is this object there as it was left? One that was written to since is replaced by the good bytes at hand."""
+    try:
+        facts = os.lstat(target)
+    except FileNotFoundError:
+        return False
+    return stat.S_ISREG(facts.st_mode) and facts.st_size == size and facts.st_mtime_ns == STILL
+
+
+class Collector:
+    """Finds out what the files of an `out` are."""
+
+    def __init__(self, layout: Layout, memo: StatMemo, out: Path, known: Known) -> None:
+        self.layout = layout
+        self.memo = memo
+        self.out = out
+        self.known = known
+        self._root = os.path.realpath(layout.root)
+        self._hashed: dict[str, str] = {}
+
+    def collect(self) -> dict[str, Source]:
+        """Relative path → source, sorted. Empty directories are no part of an artifact. Raises StageFailed, OSError."""
+        sources = {name: self._source(name) for name in sorted(self._names())}
+        for name in self.known:
+            if name not in sources:
+                raise StageFailed(f"the stage reported a file it did not write: {name}", "this is a fault of its kind")
+        return sources
+
+    def _names(self) -> Iterator[str]:
+        pending = [""]
+        while pending:
+            prefix = pending.pop()
+            with os.scandir(self.out / prefix) as items:
+                for item in items:
+                    name = prefix + item.name
+                    if item.is_dir(follow_symlinks=False):
+                        pending.append(name + "/")
+                    else:
+                        yield name
+
+    def _source(self, name: str) -> Source:
+        _refuse_odd_name(name)
+        path = self.out / name
+        linked = path.is_symlink()
+        try:
+            real = os.path.realpath(path, strict=True) if linked else str(path)
+        except FileNotFoundError:
+            raise StageFailed(f"{name} in the output is a link to nothing: {os.readlink(path)}") from None
+        facts = os.stat(real)
+        if not stat.S_ISREG(facts.st_mode):
+            what = "a link to a directory; link its files" if stat.S_ISDIR(facts.st_mode) else "no regular file"
+            raise StageFailed(f"{name} in the output is {what}", "an artifact holds files and links to files")
+        how = self._how(name, real) if linked else "adopt"
+        sha256 = self._sha256(name, real, facts, how)
+        if how == "adopt":
+            sync_file(Path(real))
+        return Source(sha256, facts.st_size, how, real)
+
+    def _how(self, name: str, real: str) -> Literal["adopt", "object", "reference"]:
+        if _is_below(real, os.path.join(self._root, "objects")) and is_hex(os.path.basename(real)):
+            return "object"
+        if any(_is_below(real, os.path.realpath(place)) for place in (self.layout.parts, self.out.parent)):
+            return "adopt"
+        if _is_below(real, self._root):
+            raise StageFailed(
+                f"{name} in the output is a link into the store's own working area: {real}",
+                "link to an input's file or to one of its own parts",
+            )
+        return "reference"
+
+    def _sha256(self, name: str, real: str, facts: os.stat_result, how: str) -> str:
+        if how == "object":
+            return os.path.basename(real)
+        if name in self.known:
+            sha256, size = self.known[name]
+            if not is_hex(sha256) or size != facts.st_size:
+                raise StageFailed(
+                    f"{name} in the output has {facts.st_size} bytes; the stage reported {size} with sha256 {sha256}",
+                    "the file was changed or cut after it was written; run again",
+                )
+            return sha256
+        if how == "reference":
+            return self.memo.sha256(Path(real))
+        if real not in self._hashed:
+            self._hashed[real] = hash_file(Path(real))
+        return self._hashed[real]
+
+
+def _refuse_odd_name(name: str) -> None:
+    try:
+        name.encode()
+    except UnicodeEncodeError:
+        raise StageFailed(f"a file name in the output is not UTF-8: {name!r}", "give it another name") from None
+
+
+def _is_below(path: str, folder: str) -> bool:
+    return path.startswith(folder.rstrip("/") + "/")
+
+
+def write_journal(working: Path, record: KeyRecord, sources: Mapping[str, Source]) -> None:
+    """Notes durably what is about to be published. Directories of `out` are synced first: the names must be there."""
+    for place, _, _ in os.walk(working / "out"):
+        sync_directory(Path(place))
+    data = {
+        "record": record.as_json(),
+        "sources": {name: [item.sha256, item.size, item.how, item.path] for name, item in sources.items()},
+    }
+    write_atomically(working / JOURNAL, seal(data))
+
+
+def read_journal(working: Path) -> tuple[KeyRecord, dict[str, Source]]:
+    """Raises FileNotFoundError where there is none, Damaged."""
+    data = read_sealed(working / JOURNAL)
+    try:
+        record = KeyRecord.model_validate(data["record"])
+        return record, {name: Source(*item) for name, item in data["sources"].items()}
+    except (ValueError, TypeError, KeyError) as error:
+        raise Damaged from error

@@ -1,0 +1,315 @@
+"""The store: what computations gave, by key, and their bytes, by content.
+
+    find(key)        the record of a computation, if it was ever done
+    intact(record)   are its bytes still there and still those?
+    lock(key)        the right to do the work, and the folders to do it in
+    publish(record)  the work is done: durable before it is recorded
+    drop, gc         letting bytes go
+    verify           reading every byte
+
+Several processes, and several threads of one process, may use one store. Nothing is created before it is needed.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+import weakref
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, replace
+from pathlib import Path
+from types import TracebackType
+
+from bigpipe.errors import BigpipeError
+
+from .artifacts import Entry, examine, load_artifact, place_tree, remove_tree, save_artifact, tree_is_whole
+from .durable import explained, make_directory
+from .garbage import GcReport, collect_garbage
+from .hashing import is_hex
+from .keyrecord import KeyRecord, all_records, load_record, sealed_names
+from .layout import Layout
+from .locks import Lock
+from .memo import StatMemo
+from .presence import Presence
+from .publish import JOURNAL, Known, Publisher
+from .releasing import keep_again, release, sweep
+from .roots import all_roots, load_root, remember, root_path
+from .verify import Finding, VerifyReport, verify
+
+__all__ = ["ArtifactEntry", "Finding", "GcReport", "KeyRecord", "Store", "VerifyReport", "Work", "default_root"]
+
+WORK_LOCK = "lock"
+"""In a work folder; workers hold it shared, so that nobody works there while one of them lives."""
+
+
+def default_root(environment: Mapping[str, str] | None = None) -> Path:
+    """`$BIGPIPE_HOME`, else `bigpipe` in the XDG cache directory."""
+    environment = os.environ if environment is None else environment
+    if home := environment.get("BIGPIPE_HOME"):
+        return Path(home).expanduser().absolute()
+    cache = environment.get("XDG_CACHE_HOME", "")
+    return (Path(cache) if os.path.isabs(cache) else Path.home() / ".cache") / "bigpipe"
+
+
+@dataclass(frozen=True, slots=True)
+class Work:
+    """The folders of one key, held exclusively. They survive crashes: what is found in them is earlier work."""
+
+    folder: Path
+
+    @property
+    def out(self) -> Path:
+        return self.folder / "out"
+
+    @property
+    def scratch(self) -> Path:
+        return self.folder / "scratch"
+
+    def done(self) -> None:
+        """Removes both: what was to be kept is published."""
+        with explained(self.folder):
+            remove_tree(self.folder)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ArtifactEntry:
+    """One line of `bigpipe ls`: an artifact, and the newest record that gave it."""
+
+    digest: str
+    type: str
+    path: Path
+    files: int
+    bytes: int
+    referenced_bytes: int
+    """Of `bytes`: files that lie where they were found, such as Hub blobs."""
+    present: bool
+    """False: its bytes were let go; its digest stays known."""
+    key: str
+    node: str
+    kind: str
+    manifest: str
+    created: str
+
+
+class Store:
+    """See the module. All methods raise BigpipeErrors: DoesNotFit for a full disk, UsageError where the store cannot be
+    written or its file system has no locks, StageFailed for I/O errors."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = Path(os.path.abspath(root))
+        self.layout = Layout(self.root)
+        self._presence = Presence(self.layout)
+        self._tidied = threading.Event()
+        self._close = weakref.finalize(self, self._presence.leave)
+
+    @property
+    def memo(self) -> Path:
+        return self.layout.memo
+
+    @property
+    def parts(self) -> Path:
+        return self.layout.parts
+
+    @property
+    def runs(self) -> Path:
+        return self.layout.runs
+
+    def find(self, key: str) -> KeyRecord | None:
+        """The record of a key. One small read; a damaged record goes to quarantine and is none."""
+        return load_record(self.layout, key)
+
+    def with_partial(self, partial: str) -> bool:
+        """Does any record share the key with the input digests left out?"""
+        return self.layout.partial(partial).exists()
+
+    def artifact_path(self, digest: str) -> Path:
+        """The directory of an artifact: links, to be read as it is."""
+        return self.layout.tree(digest)
+
+    def intact(self, record: KeyRecord) -> bool:
+        """Are the bytes of a record there, unchanged? Trusts size, mtime, inode and ctime where all are as recorded,
+        else reads. A changed object goes to quarantine; a damaged tree is rebuilt."""
+        if record.digest is None:
+            return True
+        with explained(self.layout.tree(record.digest)):
+            artifact = load_artifact(self.layout, record.digest)
+            if artifact is None or artifact.dropped:
+                return False
+            entries: dict[str, Entry] = {}
+            for name, entry in artifact.files.items():
+                state = examine(self.layout, entry)
+                if isinstance(state, str):
+                    self._set_aside(entry, state)
+                    return False
+                entries[name] = state
+            current = replace(artifact, files=entries)
+            if entries != artifact.files:
+                with suppress(OSError):  # a store that cannot be written is read again the next time
+                    save_artifact(self.layout, current)
+            if not tree_is_whole(self.layout, current):
+                self.enter()
+                place_tree(self.layout, current, self._presence.temporary())
+        return True
+
+    def _set_aside(self, entry: Entry, state: str) -> None:
+        if state == "damaged" and entry.reference is None:
+            self.layout.set_aside(self.layout.object(entry.sha256))
+
+    def enter(self) -> None:
+        """Says that this process is going to read what it found: from now on nobody else frees it. Whoever wants to run
+        anything calls it before it looks for hits; `lock` and `publish` imply it. Also tidies up after dead runs."""
+        self._presence.enter()
+        if not self._tidied.is_set():
+            self._tidied.set()
+            self._finish_interrupted()
+            sweep(self.layout, self._presence)
+
+    def _finish_interrupted(self) -> None:
+        """Completes what a run that died was publishing, so that not even a run of another recipe can lose it."""
+        with explained(self.layout.work):
+            names = os.listdir(self.layout.work) if self.layout.work.is_dir() else []
+            for name in sorted(names):
+                key = f"sha256:{name}"
+                if not is_hex(name) or not (self.layout.work / name / JOURNAL).exists():
+                    continue
+                lock = Lock(self.layout.working_lock(key))
+                if self._presence.locks_work and lock.try_acquire():
+                    # Where it fails (a full disk), it is said when that key is asked for.
+                    with lock, suppress(BigpipeError):
+                        self._resume(self.layout.working(key))
+
+    def _resume(self, folder: Path) -> None:
+        """Under the key's lock: completes an interrupted publishing, or drops one that cannot be completed."""
+        if (folder / JOURNAL).exists():
+            self._publisher().resume(folder)
+            remove_tree(folder)
+
+    def _publisher(self) -> Publisher:
+        return Publisher(self.layout, self._presence.temporary, StatMemo(self.layout.memo))
+
+    def publish(self, record: KeyRecord, out: Path, known: Known | None = None) -> KeyRecord:
+        """Moves what `out` holds into the store and records it, durably, in this order. `out` is taken apart.
+
+        Links in `out` that lead out of the store are kept as references, those into it share the object; `known` holds
+        what the stage has hashed itself: it is not read again. Returns the record with `digest` and `files`.
+
+        Raises StageFailed for what an artifact cannot hold (links to nothing or to directories, sockets…).
+        """
+        self.enter()
+        published = self._publisher().publish(record, out, known or {})
+        if published.digest is not None:
+            keep_again(self.layout, published.digest, published.key)
+        return published
+
+    @contextmanager
+    def lock(
+        self,
+        key: str,
+        *,
+        cancelled: threading.Event | None = None,
+        waiting: Callable[[str], None] | None = None,
+    ) -> Iterator[Work]:
+        """Holds the right to do the work of a key. Whoever waited for another run must `find` the key once more.
+
+        Waits for another run that holds it, then for workers that outlived such a run; `waiting` hears who that is.
+        Frees itself when this process dies. Raises Interrupted when `cancelled` is set meanwhile.
+        """
+        self.enter()
+        lock = Lock(self.layout.working_lock(key))
+        lock.acquire(cancelled, waiting)
+        try:
+            folder = self._work_folder(key)
+            with explained(folder):
+                make_directory(folder)
+                orphans = Lock(folder / WORK_LOCK)
+                orphans.acquire(cancelled, waiting, "processes that an earlier run left behind")
+                orphans.release()
+                if self._presence.locks_work:
+                    self._resume(folder)
+                work = Work(folder)
+                make_directory(work.out)
+                make_directory(work.scratch)
+            yield work
+        finally:
+            lock.release()
+
+    def _work_folder(self, key: str) -> Path:
+        folder = self.layout.working(key)
+        if self._presence.locks_work:
+            return folder
+        # Nobody is kept out, so everybody works in a folder of their own: the work is done twice, never mixed.
+        return folder.with_name(f"{folder.name}.{self._presence.enter().name}.{threading.get_ident()}")
+
+    def drop(self, digest: str, key: str | None = None) -> int:
+        """Lets the bytes of an artifact go that `key` (None: every record of it) does not need kept. Its digest stays
+        recorded. Bytes that another artifact holds stay; so does everything while another process uses the store: the
+        last of them frees it. Returns the bytes freed."""
+        return release(self.layout, self._presence, digest, key)
+
+    def remember(self, recipe_path: Path, lock_path: Path | None, name: str, node_keys: Mapping[str, str]) -> None:
+        """Keeps these keys from `gc` as long as the manifest or its lock file exists; nodes are merged into what is
+        known. A key may be given before it has a record: its unfinished work is then kept."""
+        remember(self.layout, recipe_path, lock_path, name, node_keys)
+
+    def last(self, manifest: Path, name: str, node: str) -> KeyRecord | None:
+        """The node's last record under this manifest path, else under the latest manifest of this name."""
+        root = load_root(self.layout, root_path(self.layout, manifest))
+        if root is not None and node in root.nodes:
+            return self.find(root.nodes[node])
+        named = [root for _, root in all_roots(self.layout) if root.name == name and node in root.nodes]
+        latest = max(named, key=lambda item: item.serial, default=None)
+        return self.find(latest.nodes[node]) if latest else None
+
+    def gc(self, *, dry_run: bool = False) -> GcReport:
+        """Frees all that no existing manifest or lock file names. Raises Transient while another run uses the store."""
+        return collect_garbage(self.layout, self._presence, dry_run=dry_run)
+
+    def verify(self, *, repair: bool = False, progress: Callable[[int, int], None] | None = None) -> VerifyReport:
+        """Reads every byte. `repair` sets aside what is damaged, so that the next run makes it again."""
+        return verify(self.layout, self._presence.temporary, repair=repair, progress=progress)
+
+    def ls(self) -> list[ArtifactEntry]:
+        """Every artifact, newest record first."""
+        newest: dict[str, KeyRecord] = {}
+        with explained(self.layout.artifacts):
+            for record in sorted(all_records(self.layout), key=lambda item: item.created):
+                if record.digest is not None:
+                    newest[record.digest] = record
+            known = [f"sha256:{name}" for name in sealed_names(self.layout.artifacts)]
+            entries = [self._listed(digest, newest[digest]) for digest in known if digest in newest]
+        return sorted((entry for entry in entries if entry), key=lambda item: item.created, reverse=True)
+
+    def _listed(self, digest: str, record: KeyRecord) -> ArtifactEntry | None:
+        artifact = load_artifact(self.layout, digest)
+        if artifact is None:
+            return None
+        return ArtifactEntry(
+            digest=digest,
+            type=artifact.type,
+            path=self.artifact_path(digest),
+            files=len(artifact.files),
+            bytes=sum(entry.size for entry in artifact.files.values()),
+            referenced_bytes=sum(entry.size for entry in artifact.files.values() if entry.reference is not None),
+            present=not artifact.dropped,
+            key=record.key,
+            node=record.node,
+            kind=record.kind,
+            manifest=record.manifest,
+            created=record.created,
+        )
+
+    def close(self) -> None:
+        """Leaves the store: frees what was released meanwhile, removes temporary files. It may be used again."""
+        if self._tidied.is_set():
+            sweep(self.layout, self._presence)
+            self._tidied.clear()
+        self._presence.leave()
+
+    def __enter__(self) -> Store:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
