@@ -165,18 +165,8 @@ class OutOfMemoryKills:
 
     @staticmethod
     def _count() -> int:
-        total = 0
-        for path in (Path("/proc/vmstat"), *_cgroup_event_files()):
-            with contextlib.suppress(OSError, ValueError):
-                for line in path.read_text(encoding="ascii").splitlines():
-                    name, _, value = line.partition(" ")
-                    total += int(value) if name == "oom_kill" else 0
-        return total
-
-
-def _cgroup_event_files() -> Iterator[Path]:
-    # cgroup v2 has one hierarchy, whose line in /proc/self/cgroup starts with `0::`.
-    with contextlib.suppress(OSError):
-        for line in Path("/proc/self/cgroup").read_text(encoding="utf-8").splitlines():
-            if line.startswith("0::"):
-                yield Path("/sys/fs/cgroup") / line[3:].lstrip("/") / "memory.events"
+        with contextlib.suppress(OSError, ValueError):
+            for line in Path("/proc/vmstat").read_text(encoding="ascii").splitlines():
+                if line.startswith("oom_kill "):
+                    return int(line.split()[1])
+        return 0

@@ -1,0 +1,180 @@
+"""The hardware at hand: what this process may use of it, as limits of containers and visible devices have it."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import os
+import shutil
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from pydantic import TypeAdapter, ValidationError
+
+from bigpipe.errors import UsageError
+
+from .types import Gpu, Json, Machine
+
+DOCTOR_FORMAT = "bigpipe.doctor/1"
+CGROUPS = Path("/sys/fs/cgroup")
+
+
+def detect(store_root: Path) -> Machine:
+    """This machine, memory and CPUs as a cgroup or an affinity mask leaves them.
+
+    `disk_free` is for `store_root`, which need not exist yet. Without a GPU driver there are no GPUs.
+    """
+    import psutil
+
+    memory = psutil.virtual_memory()
+    total, available = memory.total, memory.available
+    limit, used = memory_limit(_cgroup_folders())
+    if limit is not None and limit < total:
+        total, available = limit, max(0, min(available, limit - used))
+    return Machine(
+        name=os.uname().nodename,
+        cpus=_cpus(),
+        memory=total,
+        memory_available=available,
+        disk_free=shutil.disk_usage(_existing(store_root)).free,
+        gpus=_gpus(os.environ),
+    )
+
+
+def machine_as_json(machine: Machine) -> dict[str, Json]:
+    return dict(TypeAdapter(Machine).dump_python(machine, mode="json"))
+
+
+def machine_from_json(data: Mapping[str, Json]) -> Machine:
+    """The inverse of `machine_as_json`; a whole `doctor --json` document is understood too. Raises UsageError."""
+    described = data
+    if "schema" in data:
+        if data["schema"] != DOCTOR_FORMAT:
+            raise UsageError(f"{data['schema']!r} does not describe a machine", "`bigpipe doctor --json` does")
+        described = data.get("machine", {})
+    try:
+        return TypeAdapter(Machine).validate_python(described)
+    except ValidationError as error:
+        wrong = "; ".join(f"{'.'.join(map(str, item['loc']))}: {item['msg']}" for item in error.errors())
+        raise UsageError(
+            f"not a description of a machine: {wrong}", "make one there with `bigpipe doctor --json`"
+        ) from error
+
+
+def memory_limit(folders: Sequence[Path]) -> tuple[int | None, int]:
+    """The tightest limit in these cgroup folders and what is used of it, in bytes; (None, 0) where there is none.
+
+    Used leaves out inactive file pages, which the kernel drops before it kills anything. cgroup v2 names come first,
+    then v1's.
+    """
+    tightest: tuple[int | None, int] = (None, 0)
+    for folder in folders:
+        for limit_name, usage_name, inactive in (
+            ("memory.max", "memory.current", "inactive_file"),
+            ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
+        ):
+            limit = _number(folder / limit_name)
+            if limit is None or (tightest[0] is not None and limit >= tightest[0]):
+                continue
+            dropped = _keyed(folder / "memory.stat").get(inactive, 0)
+            tightest = limit, max(0, (_number(folder / usage_name) or 0) - dropped)
+    return tightest
+
+
+def cpu_limit(folders: Sequence[Path]) -> float:
+    """CPUs that the tightest quota in these cgroup folders allows; infinity where there is none."""
+    limits = [math.inf]
+    for folder in folders:
+        with contextlib.suppress(OSError, ValueError, ZeroDivisionError):
+            quota, period = (folder / "cpu.max").read_text(encoding="ascii").split()
+            limits.append(int(quota) / int(period))
+        quota_v1, period_v1 = _number(folder / "cpu.cfs_quota_us"), _number(folder / "cpu.cfs_period_us")
+        if quota_v1 and period_v1 and quota_v1 > 0:
+            limits.append(quota_v1 / period_v1)
+    return min(limits)
+
+
+def visible_gpus(gpus: Sequence[tuple[Gpu, str]], visible: str | None) -> tuple[Gpu, ...]:
+    """Those of (gpu, uuid) that CUDA_VISIBLE_DEVICES leaves, numbered as torch will number them.
+
+    A list ends at its first entry that names no device, as in CUDA's own reading.
+    """
+    if visible is None:
+        return tuple(gpu for gpu, _ in gpus)
+    chosen: list[Gpu] = []
+    for entry in (part.strip() for part in visible.split(",")):
+        found = next((gpu for gpu, uuid in gpus if entry and (entry == str(gpu.index) or uuid.startswith(entry))), None)
+        if found is None:
+            break
+        chosen.append(Gpu(len(chosen), found.name, found.memory, found.free))
+    return tuple(chosen)
+
+
+def _gpus(environment: Mapping[str, str]) -> tuple[Gpu, ...]:
+    try:
+        import pynvml
+
+        pynvml.nvmlInit()
+    except Exception:  # no package, no driver, no rights: no GPUs to plan with
+        return ()
+    try:
+        found = [_gpu(pynvml, index) for index in range(pynvml.nvmlDeviceGetCount())]
+    except pynvml.NVMLError:
+        return ()
+    finally:
+        pynvml.nvmlShutdown()
+    return visible_gpus(found, environment.get("CUDA_VISIBLE_DEVICES"))
+
+
+def _gpu(nvml: Any, index: int) -> tuple[Gpu, str]:
+    handle = nvml.nvmlDeviceGetHandleByIndex(index)
+    memory = nvml.nvmlDeviceGetMemoryInfo(handle)
+    name, uuid = (_text(value) for value in (nvml.nvmlDeviceGetName(handle), nvml.nvmlDeviceGetUUID(handle)))
+    return Gpu(index, name, int(memory.total), int(memory.free)), uuid
+
+
+def _text(value: str | bytes) -> str:
+    return value.decode() if isinstance(value, bytes) else value
+
+
+def _cpus() -> int:
+    count = len(os.sched_getaffinity(0)) if sys.platform.startswith("linux") else os.cpu_count() or 1
+    limit = cpu_limit(_cgroup_folders())
+    return count if limit >= count else max(1, math.ceil(limit))
+
+
+def _cgroup_folders() -> list[Path]:
+    """The cgroups of this process and those above them, whose limits count as well (cgroups(7))."""
+    folders: list[Path] = []
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/self/cgroup").read_text(encoding="utf-8").splitlines():
+            _, controllers, path = line.split(":", 2)
+            top = CGROUPS if not controllers else CGROUPS / controllers
+            folder = top / path.lstrip("/")
+            # In a container the path may be the host's; the container's own limits then lie at the top.
+            folders += [place for place in (folder, *folder.parents) if place.is_relative_to(top)]
+    return list(dict.fromkeys(folders))
+
+
+def _existing(path: Path) -> Path:
+    path = path.absolute()
+    return next(folder for folder in (path, *path.parents) if folder.exists())
+
+
+def _number(path: Path) -> int | None:
+    """The number in a one-line file; None for `max`, no number or no file."""
+    try:
+        return int(path.read_text(encoding="ascii"))
+    except (OSError, ValueError):
+        return None
+
+
+def _keyed(path: Path) -> dict[str, int]:
+    found = {}
+    with contextlib.suppress(OSError, ValueError):
+        for line in path.read_text(encoding="ascii").splitlines():
+            name, value = line.split()
+            found[name] = int(value)
+    return found

@@ -1,0 +1,79 @@
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+
+import psutil
+import pytest
+
+from bigpipe.errors import UsageError
+from bigpipe.orchestrator import machine
+from bigpipe.orchestrator.types import Gpu, Machine
+
+GIB = 2**30
+
+
+def test_this_machine_is_described(tmp_path: Path) -> None:
+    here = machine.detect(tmp_path / "not" / "there" / "yet")
+    assert 1 <= here.cpus <= (psutil.cpu_count() or 1)
+    assert 0 < here.memory_available <= here.memory <= psutil.virtual_memory().total
+    assert here.disk_free == pytest.approx(psutil.disk_usage(str(tmp_path)).free, rel=0.1)
+    assert here.name
+
+
+def test_a_description_survives_json() -> None:
+    there = Machine("a100", 96, 1024 * GIB, 900 * GIB, 10**13, (Gpu(0, "A100", 80 * GIB, 79 * GIB),))
+    text = json.dumps(machine.machine_as_json(there))
+    assert machine.machine_from_json(json.loads(text)) == there
+    document = {"schema": "bigpipe.doctor/1", "machine": json.loads(text), "versions": {}}
+    assert machine.machine_from_json(document) == there
+
+
+@pytest.mark.parametrize("wrong", [{}, {"schema": "bigpipe.run/1"}, {"name": "x", "cpus": "many"}])
+def test_what_describes_no_machine_is_a_usage_error(wrong: dict[str, object]) -> None:
+    with pytest.raises(UsageError, match=r"describe|description"):
+        machine.machine_from_json(wrong)
+
+
+def test_the_tightest_memory_limit_counts(tmp_path: Path) -> None:
+    outer, inner = tmp_path, tmp_path / "inner"
+    inner.mkdir()
+    (outer / "memory.max").write_text(f"{4 * GIB}\n")
+    (outer / "memory.current").write_text(f"{3 * GIB}\n")
+    (outer / "memory.stat").write_text(f"anon {GIB}\ninactive_file {2 * GIB}\n")
+    (inner / "memory.max").write_text("max\n")
+    assert machine.memory_limit([inner, outer]) == (4 * GIB, GIB)
+    (inner / "memory.limit_in_bytes").write_text(str(2 * GIB))
+    (inner / "memory.usage_in_bytes").write_text(str(GIB))
+    assert machine.memory_limit([inner, outer]) == (2 * GIB, GIB)
+    assert machine.memory_limit([]) == (None, 0)
+
+
+def test_the_tightest_cpu_quota_counts(tmp_path: Path) -> None:
+    assert machine.cpu_limit([tmp_path]) == math.inf
+    (tmp_path / "cpu.max").write_text("max 100000\n")
+    assert machine.cpu_limit([tmp_path]) == math.inf
+    (tmp_path / "cpu.max").write_text("150000 100000\n")
+    assert machine.cpu_limit([tmp_path]) == 1.5
+    (tmp_path / "cpu.cfs_quota_us").write_text("100000\n")
+    (tmp_path / "cpu.cfs_period_us").write_text("100000\n")
+    assert machine.cpu_limit([tmp_path]) == 1.0
+
+
+@pytest.mark.parametrize(
+    ("visible", "names"),
+    [
+        (None, ["a", "b", "c"]),
+        ("", []),
+        ("-1", []),
+        ("2,0", ["c", "a"]),
+        ("GPU-bb", ["b"]),
+        ("1,7,0", ["b"]),
+    ],
+)
+def test_visible_devices_are_numbered_as_torch_does(visible: str | None, names: list[str]) -> None:
+    gpus = [(Gpu(index, name, 80 * GIB, GIB), f"GPU-{name * 2}") for index, name in enumerate("abc")]
+    found = machine.visible_gpus(gpus, visible)
+    assert [gpu.name for gpu in found] == names
+    assert [gpu.index for gpu in found] == list(range(len(names)))
