@@ -300,7 +300,7 @@ def _ask(requests: Sequence[Request]) -> list[dict[str, Any]]:
     """One child, questions and answers by files: what the model's code prints must not reach our output."""
     with tempfile.TemporaryDirectory(prefix="bigpipe-") as name:
         question, answers = Path(name) / "question.json", Path(name) / "answers.json"
-        question.write_text(json.dumps([_request_as_json(request) for request in requests]))
+        question.write_text(json.dumps([request_as_json(request) for request in requests]))
         command = [sys.executable, "-P", "-m", "bigpipe.bigmodel.instantiation", str(question), str(answers)]
         try:
             child = subprocess.run(
@@ -321,7 +321,8 @@ def _ask(requests: Sequence[Request]) -> list[dict[str, Any]]:
         return data
 
 
-def _request_as_json(request: Request) -> dict[str, Any]:
+def request_as_json(request: Request) -> dict[str, Any]:
+    """What `instantiation` takes: plain JSON."""
     data = asdict(request)
     return {**data, **{name: str(data[name]) for name in ("base", "code") if data[name]}}
 

@@ -53,11 +53,15 @@ def _answer(request: Mapping[str, Any]) -> dict[str, Any]:
 def describe(request: Mapping[str, Any]) -> Architecture:
     import torch
 
-    builders = {"transformers": _transformers, "diffusers": _diffusers, "timm": _timm, "custom": _custom}
-    build = builders[request["library"]]
-    model = _on_meta(torch.float32, lambda: build(request))
-    other = _on_meta(torch.bfloat16, lambda: build(request))
+    model = _on_meta(torch.float32, lambda: instantiate(request))
+    other = _on_meta(torch.bfloat16, lambda: instantiate(request))
     return report(model, other, request)
+
+
+def instantiate(request: Mapping[str, Any]) -> torch.nn.Module:
+    """The model that a `Request` (its fields as a map) asks for, on whatever device and in whatever dtype rule here."""
+    builders = {"transformers": _transformers, "diffusers": _diffusers, "timm": _timm, "custom": _custom}
+    return builders[request["library"]](request)
 
 
 def _on_meta(dtype: torch.dtype, build: Any) -> torch.nn.Module:

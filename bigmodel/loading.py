@@ -1,0 +1,322 @@
+"""Loads a checkpoint into its model, placed over GPUs, RAM and disk, without ever holding it twice.
+
+    load
+      open_checkpoint        names → byte ranges, validated
+      build_skeleton         the class, empty; buffers true
+      match                  which bytes make which parameter
+      replace_linears        bitsandbytes' modules where weights are quantized
+      _settle                what stays: windows into the file, or copies on its device
+      Stream.add             what is streamed: hooks on its units
+
+On the CPU a weight stored in the dtype it computes in is not read at all: the file is its memory.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from bigpipe.errors import InvalidCheckpoint, UsageError
+
+from .checkpoint import Checkpoint, TensorInfo, open_checkpoint
+from .homes import DeviceMap, Home, Homes, Placed
+from .inquiry import CUSTOM_FILE, read_json
+from .mapped import MappedFiles
+from .naming import FOUR_BIT, Matches, Recipe, match
+from .offload import Stream, cut_into_units, follow_devices
+from .quantized_modules import replace_linears
+from .skeleton import adopt, build_skeleton, kept_in_float32, settings_of, tied_groups
+from .slots import PlainSlot, QuantizedSlot, Slot, fresh_memory
+
+if TYPE_CHECKING:
+    import torch
+
+SHARE = 0.6
+"""Of the memory available, what weights cast to another dtype may fill unless the caller says otherwise."""
+
+
+@dataclass(slots=True)
+class Loaded:
+    """What `load` knows of a model: `loaded(model)`."""
+
+    stream: Stream
+    held: dict[Home, int] = field(default_factory=dict)
+    """Bytes of weights and buffers by home. On disk: stored bytes; elsewhere: bytes in memory."""
+    streamed: int = 0
+    """Stored bytes of all streamed units: what one forward reads, but for the embedding tables, which give rows."""
+
+    def hold(self, home: Home, nbytes: int) -> None:
+        self.held[home] = self.held.get(home, 0) + nbytes
+
+
+def load(
+    path: str | Path,
+    placement: Placed | DeviceMap | None = None,
+    *,
+    model: torch.nn.Module | None = None,
+    dtype: str | torch.dtype | None = None,
+    device: int | str | None = None,
+    memory: int | None = None,
+    first_gpu: int = 0,
+    trust: Sequence[str] = (),
+    base: Path | None = None,
+    trust_remote_code: bool = False,
+) -> torch.nn.Module:
+    """The checkpoint at `path` as a model in evaluation mode, ready for forward and `generate`.
+
+    placement: a `Placement` or a device map {prefix: GPU number | "cpu" | "disk"}; left out, all goes to `device`
+      (default: the CPU). Where a GPU is named, what lives in RAM or on disk computes on the first of them.
+    model: an empty model of a class that the checkpoint does not name itself.
+    dtype: what floating weights are cast to; left out, `compute_dtype`'s choice. Quantized weights stay as they are.
+    memory: bytes of RAM that weights cast to another dtype may fill; what is over is cast anew at each use.
+    first_gpu: added to the map's GPU numbers, which are a rank's own.
+    trust: modules that a custom class may come from; looked for in `base` first. trust_remote_code: may the
+      checkpoint's own Python files run?
+
+    Raises InvalidCheckpoint, UsageError (untrusted or unknown class, a map that misses modules) and DoesNotFit (a GPU
+    that is not there).
+    """
+    import torch
+
+    checkpoint = open_checkpoint(path)
+    homes = Homes(_device_map(placement, device), first_gpu)
+    wanted = getattr(torch, dtype) if isinstance(dtype, str) else dtype
+    wanted = wanted or compute_dtype(checkpoint, homes.main)
+    if model is None:
+        model = build_skeleton(checkpoint, wanted, trust=trust, base=base, trust_remote_code=trust_remote_code)
+    else:
+        model = adopt(model, wanted)
+    _fill(model, checkpoint, homes, wanted, _budget(placement, memory))
+    _read_generation_config(model, checkpoint.path)
+    return model.eval().requires_grad_(False)
+
+
+def loaded(model: torch.nn.Module) -> Loaded:
+    """What is known of a model that `load` made. Raises UsageError for any other."""
+    found = getattr(model, "_bigpipe_loaded", None)
+    if not isinstance(found, Loaded):
+        raise UsageError("this model was not loaded by bigpipe", "load it with bigpipe.load")
+    return found
+
+
+def stored_dtype(checkpoint: Checkpoint) -> str:
+    """torch's name of the dtype of the floating weights: the config's, or the one that most bytes have."""
+    sizes: dict[str, int] = {}
+    config = checkpoint.config or {}
+    for tensor in checkpoint.tensors.values():
+        if tensor.dtype in ("float64", "float32", "float16", "bfloat16") and ".weight." not in tensor.name:
+            sizes[tensor.dtype] = sizes.get(tensor.dtype, 0) + tensor.nbytes
+    named = config.get("dtype") or config.get("torch_dtype")
+    return str(named) if named in sizes else max(sizes, key=lambda name: sizes[name], default="float32")
+
+
+def compute_dtype(checkpoint: Checkpoint, device: torch.device) -> torch.dtype:
+    """The dtype to compute in where nobody asks for one: as stored on a GPU, float32 on a CPU.
+
+    CPUs multiply float32 several times faster than half precision at small batches. The choice does not look at free
+    memory, so that equal hardware gives equal results: weights too large to be held as float32 are cast at each use.
+    Around bitsandbytes' layers everything stays as stored, as it does in transformers.
+    """
+    import torch
+
+    quantized = any(name.endswith(".SCB") or FOUR_BIT in name for name in checkpoint.tensors)
+    as_stored: torch.dtype = getattr(torch, stored_dtype(checkpoint))
+    return torch.float32 if device.type == "cpu" and not quantized else as_stored
+
+
+def _device_map(placement: Placed | DeviceMap | None, device: int | str | None) -> DeviceMap:
+    if placement is None:
+        return {"": "cpu" if device is None else device}
+    return placement if isinstance(placement, Mapping) else placement.device_map
+
+
+def _budget(placement: Placed | DeviceMap | None, memory: int | None) -> int:
+    import psutil
+
+    if memory is not None:
+        return memory
+    free = int(psutil.virtual_memory().available * SHARE)
+    caps = {} if placement is None or isinstance(placement, Mapping) else placement.max_memory or {}
+    return min(free, caps.get("cpu", free))
+
+
+def _fill(model: torch.nn.Module, checkpoint: Checkpoint, homes: Homes, dtype: torch.dtype, budget: int) -> None:
+    matches = match(model, _with_aliases(checkpoint))
+    _share_recipes(model, matches, checkpoint)
+    _check_complete(model, matches, checkpoint)
+    homes.check_covers(name for name, _ in model.named_parameters())
+    custom = _custom_description(checkpoint.path)
+    replace_linears(model, matches.quantized, settings_of(checkpoint, custom))
+    files = MappedFiles()
+    state = Loaded(Stream(files))
+    streamed = _settle(dict(_slots(model, matches, dtype)), homes, files, state, budget)
+    _settle_buffers(model, matches, homes, files, state)
+    _stream(model, streamed, homes, state)
+    model.hf_device_map = dict(homes.device_map)  # type: ignore[assignment]
+    model._bigpipe_loaded = state  # type: ignore[assignment]
+
+
+def _with_aliases(checkpoint: Checkpoint) -> Mapping[str, TensorInfo]:
+    return {**checkpoint.tensors, **{alias: checkpoint.tensors[kept] for alias, kept in checkpoint.tied.items()}}
+
+
+def _share_recipes(model: torch.nn.Module, matches: Matches, checkpoint: Checkpoint) -> None:
+    """Gives every name of a tied group the recipe of the one that is stored.
+
+    Where several are stored with different bytes, the checkpoint decides: they are not tied.
+    """
+    for names in tied_groups(model):
+        stored = [name for name in names if name in matches.plain]
+        if not stored:
+            continue
+        first = matches.plain[stored[0]]
+        for name in names:
+            if name not in matches.plain or _equal(matches.plain[name], first, checkpoint):
+                matches.plain[name] = first
+
+
+def _equal(one: Recipe, other: Recipe, checkpoint: Checkpoint) -> bool:
+    if one.sources == other.sources:
+        return True
+    if [(s.dtype, s.shape) for s in one.sources] != [(s.dtype, s.shape) for s in other.sources]:
+        return False
+    pairs = zip(one.sources, other.sources, strict=True)
+    return all(
+        all(a == b for a, b in zip(checkpoint.chunks(left.name), checkpoint.chunks(right.name), strict=True))
+        for left, right in pairs
+    )
+
+
+def _check_complete(model: torch.nn.Module, matches: Matches, checkpoint: Checkpoint) -> None:
+    ignored = re.compile("|".join(getattr(model, "_keys_to_ignore_on_load_missing", None) or ["(?!)"]))
+    missing = [
+        name
+        for name, _ in model.named_parameters(remove_duplicate=False)
+        if name not in matches.plain and name.removesuffix(".weight") not in matches.quantized
+    ]
+    if bad := [name for name in missing if not ignored.search(name)]:
+        more = f" and {len(bad) - 5} more" if len(bad) > 5 else ""
+        raise InvalidCheckpoint(
+            f"{checkpoint.path} holds no weights for {', '.join(bad[:5])}{more} of {type(model).__name__}",
+            "check that `architectures` in config.json names the class that was saved; its weights would be random",
+        )
+    _initialise(model, missing)
+
+
+def _initialise(model: Any, names: Sequence[str]) -> None:
+    """Parameters that checkpoints leave out on purpose get what their class gives them, as in `from_pretrained`."""
+    import torch
+
+    for name in names:
+        path, _, attribute = name.rpartition(".")
+        module = model.get_submodule(path)
+        for other in module._parameters.values():
+            if other is not None:
+                other._is_hf_initialized = other.device.type == "meta" and other is not module._parameters[attribute]
+        empty = module._parameters[attribute]
+        module._parameters[attribute] = torch.nn.Parameter(torch.empty_like(empty, device="cpu"))
+        model._init_weights(module)
+
+
+def _slots(model: torch.nn.Module, matches: Matches, dtype: torch.dtype) -> Iterator[tuple[str, Slot]]:
+    """By parameter name, in the order of modules."""
+    import torch
+
+    kept = kept_in_float32(model, dtype)
+    for path, module in model.named_modules():
+        prefix = f"{path}." if path else ""
+        for attribute, empty in module._parameters.items():
+            name = prefix + attribute
+            if attribute == "weight" and path in matches.quantized:
+                yield name, QuantizedSlot(module, matches.quantized[path])
+            elif empty is not None and name in matches.plain:
+                wide = kept is not None and kept.search(name) and empty.is_floating_point()
+                recipe = matches.plain[name]
+                _check_shape(name, empty, recipe)
+                yield name, PlainSlot(module, attribute, recipe, torch.float32 if wide else empty.dtype)
+
+
+def _check_shape(name: str, empty: torch.nn.Parameter, recipe: Recipe) -> None:
+    stored = recipe.sources[0]
+    if recipe.fuse is None and tuple(empty.shape) != tuple(stored.shape):
+        raise InvalidCheckpoint(
+            f"{stored.file}: {stored.name} has shape {list(stored.shape)}, and {name} takes {list(empty.shape)}",
+            "check that config.json is the one that was saved with these weights",
+        )
+
+
+def _settle(slots: Mapping[str, Slot], homes: Homes, files: MappedFiles, state: Loaded, budget: int) -> dict[str, Slot]:
+    """Fills what stays in memory; returns what is streamed. Weights that are tied share one tensor."""
+    shared: dict[object, torch.nn.Parameter] = {}
+    streamed: dict[str, Slot] = {}
+    counted: set[object] = set()
+    for name, slot in slots.items():
+        home, device = homes.home(name), homes.execution(name)
+        key = (tuple(slot.sources), home, getattr(slot, "dtype", None))
+        cost = 0 if key in shared else slot.scratch(device)
+        on_host = home == "cpu" and device.type == "cpu"
+        if isinstance(home, int) or (on_host and cost <= budget):
+            budget -= cost if on_host else 0
+            _fill_slot(slot, key, shared, files, device)
+        else:
+            streamed[name] = slot
+        if key not in counted:
+            counted.add(key)
+            stored = sum(source.nbytes for source in slot.sources)
+            state.hold(home, stored if name in streamed else slot.scratch(device) or stored)
+    return streamed
+
+
+def _fill_slot(
+    slot: Slot, key: object, shared: dict[object, torch.nn.Parameter], files: MappedFiles, device: torch.device
+) -> None:
+    if isinstance(slot, PlainSlot) and key in shared:
+        slot.module._parameters[slot.attribute] = shared[key]
+        return
+    slot.attach(slot.stage(files, device, fresh_memory(device)))
+    if slot.scratch(device):
+        files.drop(slot.sources)
+    if isinstance(slot, PlainSlot):
+        filled = slot.module._parameters[slot.attribute]
+        assert filled is not None  # noqa: S101  just attached
+        shared[key] = filled
+
+
+def _settle_buffers(model: torch.nn.Module, matches: Matches, homes: Homes, files: MappedFiles, state: Loaded) -> None:
+    """Buffers are small and stay where they are used."""
+    for path, module in model.named_modules():
+        for attribute, value in module._buffers.items():
+            if value is None:
+                continue
+            name = f"{path}.{attribute}".strip(".")
+            recipe = matches.plain.get(name)
+            found = recipe.read(files.window, value.dtype).to(value.dtype) if recipe else value
+            device = homes.execution(name) if homes.covers(name) else homes.main
+            module._buffers[attribute] = found.to(device)
+            state.hold("cpu" if device.type == "cpu" else device.index - homes.first_gpu, found.nbytes)
+
+
+def _stream(model: torch.nn.Module, slots: Mapping[str, Slot], homes: Homes, state: Loaded) -> None:
+    no_split = getattr(model, "_no_split_modules", None) or ()
+    units = cut_into_units(model, slots, no_split, homes.execution, lambda name: homes.home(name) == "disk")
+    state.stream.add(units)
+    state.streamed = sum(unit.nbytes for unit in units)
+    if homes.several:
+        modules = {name for name, _ in model.named_modules()}
+        follow_devices(model, {name: homes.execution(name) for name in homes.device_map if name in modules})
+
+
+def _custom_description(path: Path) -> Mapping[str, Any] | None:
+    file = (path if path.is_dir() else path.parent) / CUSTOM_FILE
+    return read_json(file) if file.is_file() else None
+
+
+def _read_generation_config(model: Any, path: Path) -> None:
+    if not path.is_dir() or not (path / "generation_config.json").is_file() or not hasattr(model, "generation_config"):
+        return
+    from transformers import GenerationConfig
+
+    model.generation_config = GenerationConfig.from_pretrained(str(path), local_files_only=True)

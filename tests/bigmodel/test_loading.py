@@ -1,0 +1,203 @@
+"""What `load` gives is what `from_pretrained` gives: the same bits, for every architecture, format and dtype."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from support.models import CAUSAL, forward, make_checkpoint, sample_inputs, tiny_model
+from support.tinygpt import GPT
+
+from bigpipe.bigmodel.loading import load, loaded
+from bigpipe.errors import DoesNotFit, InvalidCheckpoint, UsageError
+
+SUPPORT = Path(__file__).parents[1]
+
+
+def reference(path: Path, **options: Any) -> Any:
+    import transformers
+
+    name = json.loads((path / "config.json").read_bytes())["architectures"][0]
+    return getattr(transformers, name).from_pretrained(path, **options).eval()
+
+
+@pytest.mark.parametrize("architecture", ["opt", "llama", "gpt2", "bloom", "mixtral", "bert", "t5", "bart", "vit"])
+@pytest.mark.parametrize("stored", ["float32", "float16"])
+def test_gives_the_logits_of_from_pretrained(tmp_path: Path, architecture: str, stored: str) -> None:
+    make_checkpoint(tmp_path, architecture, dtype=stored)
+    model = load(tmp_path)
+    assert torch.equal(forward(model), forward(reference(tmp_path, dtype=torch.float32)))
+    assert not model.training
+    assert not any(parameter.requires_grad for parameter in model.parameters())
+    assert model.hf_device_map == {"": "cpu"}
+
+
+@pytest.mark.parametrize("architecture", CAUSAL)
+def test_generates_what_from_pretrained_generates(tmp_path: Path, architecture: str) -> None:
+    make_checkpoint(tmp_path, architecture, dtype="float16")
+    tokens = sample_inputs(tiny_model(architecture))["input_ids"]
+    options = {"max_new_tokens": 6, "do_sample": False, "pad_token_id": 0}
+    wanted = reference(tmp_path, dtype=torch.float32).generate(tokens, **options)
+    assert torch.equal(load(tmp_path).generate(tokens, **options), wanted)
+
+
+@pytest.mark.parametrize("architecture", ["opt", "bert"])
+def test_reads_sharded_torch_files_without_torch_load(
+    tmp_path: Path, architecture: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make_checkpoint(tmp_path, architecture, format="bin", max_shard_size=20_000)
+    assert len(list(tmp_path.glob("*.bin"))) > 2
+    wanted = forward(reference(tmp_path))
+    monkeypatch.setattr(torch, "load", None)
+    assert torch.equal(forward(load(tmp_path)), wanted)
+
+
+@pytest.mark.parametrize(("dtype", "architecture"), [("bfloat16", "llama"), ("float16", "t5")])
+def test_casts_as_from_pretrained_does(tmp_path: Path, dtype: str, architecture: str) -> None:
+    make_checkpoint(tmp_path, architecture)
+    wanted, model = reference(tmp_path, dtype=getattr(torch, dtype)), load(tmp_path, dtype=dtype)
+    types = {name: parameter.dtype for name, parameter in wanted.named_parameters()}
+    assert {name: parameter.dtype for name, parameter in model.named_parameters()} == types
+    assert torch.equal(forward(model), forward(wanted))
+
+
+def test_buffers_that_no_checkpoint_holds_are_right(tmp_path: Path) -> None:
+    make_checkpoint(tmp_path, "llama", dtype="bfloat16")
+    wanted = dict(reference(tmp_path, dtype=torch.bfloat16).named_buffers())
+    found = dict(load(tmp_path, dtype="bfloat16").named_buffers())
+    assert list(found) == list(wanted)
+    for name, buffer in found.items():
+        assert buffer.dtype == wanted[name].dtype
+        assert torch.equal(buffer, wanted[name])
+
+
+def test_tied_weights_are_one_tensor(tmp_path: Path) -> None:
+    make_checkpoint(tmp_path, "opt", dtype="float16")
+    model = load(tmp_path)
+    assert model.lm_head.weight is model.model.decoder.embed_tokens.weight
+    held = sum(parameter.nbytes for parameter in model.parameters())
+    assert loaded(model).held == {"cpu": held}
+
+
+def test_weights_stored_apart_and_different_are_not_tied(tmp_path: Path) -> None:
+    make_checkpoint(tmp_path, "opt")
+    weights = load_file(tmp_path / "model.safetensors")
+    weights["lm_head.weight"] = weights["model.decoder.embed_tokens.weight"] + 1
+    save_file(weights, tmp_path / "model.safetensors", {"format": "pt"})
+    model = load(tmp_path)
+    assert torch.equal(model.lm_head.weight, model.model.decoder.embed_tokens.weight + 1)
+    assert torch.equal(forward(model), forward(reference(tmp_path)))
+
+
+def test_weights_in_the_dtype_they_compute_in_are_windows_into_the_file(tmp_path: Path) -> None:
+    make_checkpoint(tmp_path, "llama")
+    before = (tmp_path / "model.safetensors").read_bytes()
+    model = load(tmp_path)
+    with torch.no_grad():
+        model.lm_head.weight.zero_()
+    assert (tmp_path / "model.safetensors").read_bytes() == before
+
+
+@pytest.mark.parametrize("scheme", ["int8", "nf4", "nf4-double", "fp4"])
+@pytest.mark.parametrize("architecture", ["llama", "gpt2"])
+@pytest.mark.parametrize("home", ["cpu", "disk"])
+def test_quantized_checkpoints(tmp_path: Path, architecture: str, scheme: str, home: str) -> None:
+    from transformers import BitsAndBytesConfig
+
+    options: dict[str, Any] = {"load_in_8bit": True}
+    if scheme != "int8":
+        options = {
+            "load_in_4bit": True, "bnb_4bit_quant_type": scheme[:3],
+            "bnb_4bit_use_double_quant": scheme.endswith("double"), "bnb_4bit_compute_dtype": torch.bfloat16,
+        }  # fmt: skip
+    widths = {"n_embd": 64} if architecture == "gpt2" else {"hidden_size": 64, "intermediate_size": 128}
+    plain = make_checkpoint(tmp_path / "plain", architecture, dtype="float16", **widths)
+    config = BitsAndBytesConfig(**options)
+    reference(plain, quantization_config=config, dtype=torch.float16).save_pretrained(tmp_path / "quantized")
+    wanted = forward(reference(tmp_path / "quantized"))
+    model = load(tmp_path / "quantized", {"": home})
+    assert torch.equal(forward(model), wanted)
+    assert torch.equal(forward(model), wanted)
+
+
+def custom_checkpoint(out: Path) -> Path:
+    out.mkdir()
+    config = {"vocab_size": 256, "block_size": 64}
+    default = GPT.get_default_config()
+    vars(default).update(config)
+    torch.manual_seed(0)
+    model = GPT(default)
+    save_file(model.state_dict(), out / "model.safetensors")
+    description = {"class": "support.tinygpt:GPT", "config": config, "no_split_module_classes": ["Block"]}
+    (out / "bigpipe_architecture.json").write_text(json.dumps(description))
+    return out
+
+
+@pytest.mark.parametrize("home", ["cpu", "disk"])
+def test_a_class_of_ones_own(tmp_path: Path, home: str) -> None:
+    path = custom_checkpoint(tmp_path / "gpt")
+    model = load(path, {"": home}, trust=["support"], base=SUPPORT)
+    wanted = GPT(default_config())
+    wanted.load_state_dict(load_file(path / "model.safetensors"))
+    tokens = torch.arange(12).view(2, 6)
+    assert torch.equal(model.generate(tokens, 5), wanted.generate(tokens, 5))
+
+
+def default_config() -> Any:
+    config = GPT.get_default_config()
+    config.vocab_size, config.block_size = 256, 64
+    return config
+
+
+def test_a_model_of_the_callers(tmp_path: Path) -> None:
+    from accelerate import init_empty_weights
+
+    path = custom_checkpoint(tmp_path / "gpt")
+    (path / "bigpipe_architecture.json").unlink()
+    with init_empty_weights(include_buffers=False):
+        empty = GPT(default_config())
+    model = load(path, model=empty)
+    assert model is empty
+    assert torch.equal(model.head.weight, load_file(path / "model.safetensors")["head.weight"])
+    with init_empty_weights(include_buffers=True):
+        hollow = GPT(default_config())
+    with pytest.raises(UsageError, match=r"blocks\.0\.attention\.mask"):
+        load(path, model=hollow)
+
+
+def test_refuses_a_class_nobody_trusts(tmp_path: Path) -> None:
+    path = custom_checkpoint(tmp_path / "gpt")
+    with pytest.raises(UsageError, match="trust"):
+        load(path, base=SUPPORT)
+
+
+def test_names_weights_that_are_missing(tmp_path: Path) -> None:
+    make_checkpoint(tmp_path, "llama")
+    weights = load_file(tmp_path / "model.safetensors")
+    del weights["model.norm.weight"]
+    save_file(weights, tmp_path / "model.safetensors", {"format": "pt"})
+    with pytest.raises(InvalidCheckpoint, match=r"holds no weights for model\.norm\.weight of LlamaForCausalLM"):
+        load(tmp_path)
+
+
+def test_names_weights_of_the_wrong_shape(tmp_path: Path) -> None:
+    make_checkpoint(tmp_path, "llama")
+    config = json.loads((tmp_path / "config.json").read_bytes())
+    (tmp_path / "config.json").write_text(json.dumps({**config, "vocab_size": 300}))
+    with pytest.raises(InvalidCheckpoint, match=r"model\.embed_tokens\.weight has shape \[264, 32\]"):
+        load(tmp_path)
+
+
+def test_a_device_map_must_cover_everything_and_name_real_devices(tmp_path: Path) -> None:
+    make_checkpoint(tmp_path, "llama")
+    with pytest.raises(UsageError, match=r"no device for model\.layers\.1.* and \d+ more"):
+        load(tmp_path, {"model.embed_tokens": "cpu", "model.layers.0": "disk", "model.norm": "cpu"})
+    with pytest.raises(UsageError, match="'tape' is not a device"):
+        load(tmp_path, {"": "tape"})
+    if not torch.cuda.is_available():
+        with pytest.raises(DoesNotFit, match="names GPU 1, and this machine has none"):
+            load(tmp_path, {"": "cpu", "model.layers.0": 1})

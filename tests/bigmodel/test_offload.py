@@ -1,0 +1,133 @@
+"""Weights that are streamed give the same bits as weights that stay, in a fraction of the memory, and write nothing."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from support.models import forward, make_checkpoint, sample_inputs, tiny_model
+
+from bigpipe.bigmodel.loading import load, loaded
+from bigpipe.errors import StageFailed
+
+
+@pytest.mark.parametrize("architecture", ["opt", "llama", "gpt2", "mixtral", "bert", "t5", "bart", "vit"])
+@pytest.mark.parametrize("stored", ["float32", "float16"])
+def test_disk_gives_the_same_bits(tmp_path: Path, architecture: str, stored: str) -> None:
+    make_checkpoint(tmp_path, architecture, dtype=stored)
+    wanted = forward(load(tmp_path))
+    model = load(tmp_path, {"": "disk"})
+    for _ in range(2):
+        assert torch.equal(forward(model), wanted)
+    assert all(parameter.device.type == "meta" for parameter in model.parameters())
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_generates_from_disk_and_from_a_mixed_map(tmp_path: Path, dtype: str) -> None:
+    make_checkpoint(tmp_path, "opt", dtype="float16")
+    tokens = sample_inputs(tiny_model("opt"))["input_ids"]
+    options = {"max_new_tokens": 6, "do_sample": False}
+    wanted = load(tmp_path, dtype=dtype).generate(tokens, **options)
+    mixed = {"model.decoder.layers.1": "disk", "model.decoder.layers.0.self_attn": "disk", "": "cpu"}
+    for device_map in ({"": "disk"}, mixed):
+        model = load(tmp_path, device_map, dtype=dtype)
+        assert torch.equal(model.generate(tokens, **options), wanted)
+        assert model.hf_device_map == device_map
+
+
+def test_ram_too_small_for_the_cast_weights_changes_no_bit(tmp_path: Path) -> None:
+    make_checkpoint(tmp_path, "llama", dtype="float16")
+    whole = load(tmp_path)
+    for memory in (0, loaded(whole).held["cpu"] // 2):
+        model = load(tmp_path, memory=memory)
+        assert torch.equal(forward(model), forward(whole))
+        assert loaded(model).streamed > 0
+        assert loaded(model).held["cpu"] < loaded(whole).held["cpu"]
+
+
+def test_counts_what_it_reads(tmp_path: Path) -> None:
+    make_checkpoint(tmp_path, "llama")
+    sizes = {name: tensor.nbytes for name, tensor in load_file(tmp_path / "model.safetensors").items()}
+    model = load(tmp_path, {"": "disk"})
+    state = loaded(model)
+    assert state.held["disk"] == state.streamed == sum(sizes.values())
+    tokens = sample_inputs(model)["input_ids"]
+    model(tokens)
+    table = sizes["model.embed_tokens.weight"]
+    rows = tokens.numel() * table // model.config.vocab_size
+    assert state.stream.bytes_read == sum(sizes.values()) - table + rows
+
+
+def test_a_forward_that_fails_leaves_the_model_usable(tmp_path: Path) -> None:
+    make_checkpoint(tmp_path, "opt")
+    model = load(tmp_path, {"": "disk"})
+    wanted = forward(model)
+    with pytest.raises(IndexError):
+        model(torch.tensor([[model.config.vocab_size + 5]]))
+    with pytest.raises(RuntimeError, match="size"):
+        model.model.decoder.layers[0](torch.ones(1, 2, 7))
+    assert torch.equal(forward(model), wanted)
+
+
+def test_works_in_and_out_of_inference_mode(tmp_path: Path) -> None:
+    make_checkpoint(tmp_path, "opt", dtype="float16")
+    model = load(tmp_path, {"": "disk"})
+    inputs = sample_inputs(model)
+    with torch.inference_mode():
+        inside = model(**inputs).logits
+    with torch.no_grad():
+        outside = model(**inputs).logits
+    assert torch.equal(inside, outside)
+
+
+def test_a_cut_file_is_an_error_with_its_bytes(tmp_path: Path) -> None:
+    make_checkpoint(tmp_path, "llama", hidden_size=256)
+    untouched, mapped = load(tmp_path, {"": "disk"}), load(tmp_path, {"": "disk"})
+    mapped.model.embed_tokens(torch.tensor([[5]]))
+    os.truncate(tmp_path / "model.safetensors", 600_000)
+    for model in (untouched, mapped):
+        with pytest.raises(StageFailed, match=r"model\.safetensors: bytes \d+–\d+ \(model\..* cannot be read"):
+            forward(model)
+
+
+CHILD = """
+import gc, json, sys, torch
+import transformers.models.opt.modeling_opt, accelerate
+from bigpipe.bigmodel.loading import load
+
+def memory(field):
+    with open("/proc/self/status") as status:
+        return next(int(line.split()[1]) * 1024 for line in status if line.startswith(field))
+
+def measure(path, home):
+    gc.collect()
+    with open("/proc/self/clear_refs", "w") as peak:
+        peak.write("5")
+    before = memory("VmRSS")
+    with torch.inference_mode():
+        logits = load(path, {"": home})(torch.arange(4, 20)[None]).logits
+    return {"grown": memory("VmHWM") - before, "logits": logits.double().flatten()[:50].tolist()}
+
+print(json.dumps([{home: measure(path, home) for home in ("disk", "cpu")} for path in sys.argv[1:]]))
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="reads memory peaks as Linux tells them")
+def test_memory_stays_far_below_the_models_size(tmp_path: Path) -> None:
+    """A layer, the one read ahead, and what they compute. Stored as float16 they are held as float32."""
+    widths = {"hidden_size": 512, "ffn_dim": 2048, "word_embed_proj_dim": 512, "num_hidden_layers": 16}
+    shares = {"float32": 0.3, "float16": 0.6}
+    paths = [make_checkpoint(tmp_path / dtype, "opt", dtype=dtype, **widths) for dtype in shares]
+    command = [sys.executable, "-c", CHILD, *map(str, paths)]
+    answer = subprocess.run(command, check=True, capture_output=True, timeout=200).stdout
+    for path, result, share in zip(paths, json.loads(answer.splitlines()[-1]), shares.values(), strict=True):
+        size = (path / "model.safetensors").stat().st_size
+        assert result["disk"]["logits"] == result["cpu"]["logits"]
+        assert result["disk"]["grown"] < share * size < result["cpu"]["grown"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted(shares)
