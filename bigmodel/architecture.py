@@ -29,6 +29,7 @@ import bigpipe
 from bigpipe.errors import BY_NAME, InvalidCheckpoint, UsageError
 
 from .inquiry import Head, Request, Source, read_request
+from .memo import recall, remember
 
 ITEM_BITS: Mapping[str, int] = {
     "float64": 64, "float32": 32, "float16": 16, "bfloat16": 16,
@@ -211,15 +212,15 @@ def describe_architecture(
 
 def describe_many(requests: Sequence[Request], *, memo: Path | None = None) -> list[Architecture]:
     """Answers many requests with one child process: importing the libraries is most of what an answer costs."""
-    folder = memo / "architectures" if memo else None
     keys = [_key(request) for request in requests]
-    known = {key: found for key in keys if (found := _recall(folder, key)) is not None}
+    known = {key: found for key in keys if (found := _recall(memo, key)) is not None}
     wanted = {key: request for key, request in zip(keys, requests, strict=True) if key not in known}
     if wanted:
         for key, answer in zip(wanted, _ask(list(wanted.values())), strict=True):
             if "error" in answer:
                 raise BY_NAME.get(answer["error"], UsageError)(answer["cause"], answer["cure"])
-            _remember(folder, key, answer)
+            if memo is not None:
+                remember(memo / "architectures" / f"{key}.json", {"key": key, "answer": answer})
             known[key] = answer
     return [Architecture.from_json(known[key]) for key in keys]
 
@@ -277,23 +278,9 @@ def _source_digest(request: Request) -> str | None:
     return digest.hexdigest()
 
 
-def _recall(folder: Path | None, key: str) -> dict[str, Any] | None:
-    if folder is None:
-        return None
-    try:
-        data = json.loads((folder / f"{key}.json").read_bytes())
-    except (OSError, ValueError):
-        return None
+def _recall(memo: Path | None, key: str) -> dict[str, Any] | None:
+    data = recall(memo / "architectures" / f"{key}.json") if memo else None
     return data["answer"] if isinstance(data, dict) and data.get("key") == key and "answer" in data else None
-
-
-def _remember(folder: Path | None, key: str, answer: Mapping[str, Any]) -> None:
-    if folder is None:
-        return
-    folder.mkdir(parents=True, exist_ok=True)
-    with tempfile.NamedTemporaryFile("w", dir=folder, suffix=".tmp", delete=False) as file:
-        json.dump({"key": key, "answer": answer}, file, separators=(",", ":"))
-    os.replace(file.name, folder / f"{key}.json")
 
 
 def _ask(requests: Sequence[Request]) -> list[dict[str, Any]]:

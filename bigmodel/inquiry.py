@@ -6,20 +6,19 @@ versions of libraries.
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from bigpipe.errors import InvalidCheckpoint, UsageError
+from bigpipe.errors import UsageError
+
+from .description import ARCHITECTURE_FILE
+from .files import MAX_CONFIG, read_json
 
 Head = Literal["auto", "none"]
 """auto: the class the config names, with its head. none: the bare `AutoModel`, which is accelerate's view."""
-
-CUSTOM_FILE = "bigpipe_architecture.json"
-"""Beside the weights of a model whose class is the user's own: {"class": "module:Class", "config": {…}, …}."""
 
 Source = Path | str | Mapping[str, Any]
 
@@ -55,9 +54,9 @@ def read_request(
         raise UsageError(f"head is {head!r}", "use 'auto' (with its head) or 'none' (the bare AutoModel)")
     directory = None if isinstance(source, Mapping) else Path(source)
     if directory is not None and directory.is_file():
-        source, directory = read_json(directory), directory.parent
-    if custom is None and directory is not None and (directory / CUSTOM_FILE).is_file():
-        custom = read_json(directory / CUSTOM_FILE)
+        source, directory = _read(directory), directory.parent
+    if custom is None and directory is not None and (directory / ARCHITECTURE_FILE).is_file():
+        custom = _read(directory / ARCHITECTURE_FILE)
     if custom is not None:
         return _custom_request(custom, modules, base)
     config = dict(source) if isinstance(source, Mapping) else _read_config(Path(source))
@@ -99,34 +98,22 @@ def detect_library(config: Mapping[str, Any]) -> str:
     return "transformers"
 
 
-CONFIG_LIMIT = 16 * 2**20
-"""No real config comes near; a hostile one should not fill the memory."""
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """The JSON object in a small file. Raises InvalidCheckpoint."""
-    try:
-        if path.stat().st_size > CONFIG_LIMIT:
-            raise InvalidCheckpoint(f"{path} is larger than {CONFIG_LIMIT} bytes", "this is not a model's config")
-        data = json.loads(path.read_bytes())
-    except (OSError, ValueError, RecursionError) as error:
-        raise InvalidCheckpoint(f"{path} cannot be read as JSON: {error}", "fetch the file again") from error
-    if not isinstance(data, dict):
-        raise InvalidCheckpoint(f"{path} holds no JSON object", "fetch the file again")
-    return data
-
-
 def _read_config(directory: Path) -> dict[str, Any]:
-    if (directory / "config.json").is_file():
-        return read_json(directory / "config.json")
     if (directory / "model_index.json").is_file():
-        index = read_json(directory / "model_index.json")
-        names = [name for name in index if not name.startswith("_") and (directory / name / "config.json").is_file()]
+        index = _read(directory / "model_index.json")
+        names = [name for name in index if re.fullmatch(r"[A-Za-z0-9]\w*", name)]
+        components = {name: directory / name / "config.json" for name in names}
         return {
             "model_index": index,
-            "components": {name: read_json(directory / name / "config.json") for name in names},
+            "components": {name: _read(file) for name, file in components.items() if file.is_file()},
         }
+    if (directory / "config.json").is_file():
+        return _read(directory / "config.json")
     raise UsageError(
-        f"{directory} has no config.json, model_index.json or {CUSTOM_FILE}",
+        f"{directory} has no config.json, model_index.json or {ARCHITECTURE_FILE}",
         "give the directory of a model, or describe its class under `architecture`",
     )
+
+
+def _read(file: Path) -> dict[str, Any]:
+    return read_json(file, file.parent, MAX_CONFIG)

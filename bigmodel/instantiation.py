@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import importlib
 import json
+import resource
 import sys
 import warnings
 from collections.abc import Iterator, Mapping
@@ -31,8 +32,13 @@ UNSAFE_KEYS = frozenset({
 """Left out of every config, nested ones too: they fetch or run code, or change what the plain class is made of."""
 
 
+MEMORY_LIMIT = 16 * 2**30
+"""Bytes. Modules on the meta device take kilobytes each; only a hostile config asks for this much."""
+
+
 def main(question: str, answers: str) -> None:
     warnings.simplefilter("ignore")
+    resource.setrlimit(resource.RLIMIT_DATA, (MEMORY_LIMIT, MEMORY_LIMIT))
     results = [_answer(request) for request in json.loads(Path(question).read_bytes())]
     Path(answers).write_text(json.dumps(results))
 

@@ -186,7 +186,7 @@ def test_remote_code_is_refused_with_cause_and_cure() -> None:
 
 @pytest.mark.parametrize(
     ("text", "cause"),
-    [("[1]", "no JSON object"), ("{", "cannot be read as JSON"), ("[" * 100_000, "cannot be read as JSON")],
+    [("[1]", "is not a JSON object"), ("{", "is not JSON"), ("[" * 100_000, "is not JSON")],
 )
 def test_a_config_that_is_none(tmp_path: Path, text: str, cause: str) -> None:
     (tmp_path / "config.json").write_text(text)
