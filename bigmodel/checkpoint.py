@@ -48,7 +48,10 @@ class Checkpoint:
 
     def read(self, name: str) -> bytes:
         """The contiguous bytes of one tensor or alias. KeyError for an unknown name."""
-        return b"".join(self.chunks(name))
+        content = bytearray()
+        for piece in self.chunks(name):  # not join: each piece is overwritten by the next
+            content += piece
+        return bytes(content)
 
     def chunks(self, name: str, size: int = CHUNK) -> Iterator[memoryview]:
         """The contiguous bytes of one tensor, at most `size` at a time; each piece is valid until the next is taken."""

@@ -20,10 +20,10 @@ MAX_DIRECTORY = 100_000_000
 TAIL = 65_536
 """How much of the end is read to find the directory; a torch file has 98 bytes after it, and no comment."""
 
-_END = struct.Struct("<4s4H2LH")
-_END64 = struct.Struct("<4sQ2H2L4Q")
-_LOCATOR64 = struct.Struct("<4sLQL")
-_ENTRY = struct.Struct("<4s6H3L5H2L")
+END = struct.Struct("<4s4H2LH")
+END64 = struct.Struct("<4sQ2H2L4Q")
+LOCATOR64 = struct.Struct("<4sLQL")
+ENTRY = struct.Struct("<4s6H3L5H2L")
 LOCAL = struct.Struct("<4s5H3L2H")
 _REFUSED_FLAGS = 0x0001 | 0x0040 | 0x2000
 """Encrypted, strongly encrypted, hidden directory."""
@@ -59,17 +59,17 @@ def _find_directory(source: ByteSource) -> tuple[int, int, int, int]:
     base = max(0, source.size - TAIL)
     tail = source.read(base, source.size - base)
     at = tail.rfind(b"PK\x05\x06")
-    if at < 0 or len(tail) - at < _END.size:
+    if at < 0 or len(tail) - at < END.size:
         raise InvalidCheckpoint(f"{source.name}: is not a zip file, or is cut short", LEGACY_CURE)
-    _, disk, start_disk, here, count, size, start, comment = _END.unpack_from(tail, at)
-    if at + _END.size + comment != len(tail):
+    _, disk, start_disk, here, count, size, start, comment = END.unpack_from(tail, at)
+    if at + END.size + comment != len(tail):
         raise invalid(source.name, "has bytes after its zip directory", FETCH_AGAIN, offset=base + at)
     end = base + at
-    if at >= _LOCATOR64.size and tail[at - _LOCATOR64.size :].startswith(b"PK\x06\x07"):
-        _, _, end, _ = _LOCATOR64.unpack_from(tail, at - _LOCATOR64.size)
-        if end + _END64.size > source.size:
+    if at >= LOCATOR64.size and tail[at - LOCATOR64.size :].startswith(b"PK\x06\x07"):
+        _, _, end, _ = LOCATOR64.unpack_from(tail, at - LOCATOR64.size)
+        if end + END64.size > source.size:
             raise invalid(source.name, "its zip64 end record lies outside the file", FETCH_AGAIN, offset=base + at)
-        sign, _, _, _, disk, start_disk, here, count, size, start = _END64.unpack(source.read(end, _END64.size))
+        sign, _, _, _, disk, start_disk, here, count, size, start = END64.unpack(source.read(end, END64.size))
         if sign != b"PK\x06\x06":
             raise invalid(source.name, "its zip64 end record is missing", FETCH_AGAIN, offset=end)
     if disk or start_disk or here != count or size > MAX_DIRECTORY or start + size != end:
@@ -86,7 +86,7 @@ LEGACY_CURE = (
 def _entries(raw: bytes, source: ByteSource, start: int) -> Iterator[ZipEntry]:
     at = 0
     while at < len(raw):
-        if len(raw) - at < _ENTRY.size:
+        if len(raw) - at < ENTRY.size:
             raise invalid(source.name, "its zip directory is cut short", FETCH_AGAIN, offset=start + at)
         (
             sign,
@@ -106,8 +106,8 @@ def _entries(raw: bytes, source: ByteSource, start: int) -> Iterator[ZipEntry]:
             _,
             _,
             header,
-        ) = _ENTRY.unpack_from(raw, at)
-        names = at + _ENTRY.size
+        ) = ENTRY.unpack_from(raw, at)
+        names = at + ENTRY.size
         extras = names + name_size
         after = extras + extra_size + comment_size
         if sign != b"PK\x01\x02" or after > len(raw) or disk not in (0, 0xFFFF):

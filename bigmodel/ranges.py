@@ -1,0 +1,80 @@
+"""Reads the tensors of a checkpoint through a few reused buffers, changing their number format on the way."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Self
+
+from .bytesource import FileSource
+from .casting import cast, is_cast
+from .checkpoint import CHUNK, Checkpoint
+from .plans import PlannedTensor
+from .shards import PIECES_IN_FLIGHT
+from .tensors import TensorInfo, itemsize
+
+MAX_OPEN = 16
+
+
+class RangeReader:
+    """Gives the bytes of tensors in pieces of at most `CHUNK` bytes; each stays as it is until three more were taken.
+
+    Fresh memory costs a page fault per 4 KiB, about as much as reading does, so buffers are made once.
+    """
+
+    def __init__(self, checkpoint: Checkpoint, dtype: str | None = None) -> None:
+        self.checkpoint = checkpoint
+        self.dtype = dtype
+        self._sources: dict[Path, FileSource] = {}
+        self._buffers = itertools.cycle([memoryview(bytearray(CHUNK)) for _ in range(PIECES_IN_FLIGHT + 1)])
+        self._stored = memoryview(bytearray(CHUNK)) if dtype else memoryview(b"")
+
+    def produce(self, planned: PlannedTensor) -> Iterator[memoryview]:
+        """The contiguous bytes of the tensor of this name, as the planned dtype."""
+        tensor = self.checkpoint.tensors[planned.name]
+        if not is_cast(tensor.dtype, planned.dtype):
+            yield from self._stored_pieces(tensor)
+            return
+        widths = itemsize(tensor.dtype), itemsize(planned.dtype)
+        size = CHUNK // max(widths) * widths[0]
+        for piece in self._pieces_to_cast(tensor, size):
+            yield cast(piece, tensor.dtype, planned.dtype, next(self._buffers))
+
+    def _stored_pieces(self, tensor: TensorInfo) -> Iterator[memoryview]:
+        source = self._source(tensor.file)
+        if tensor.view is not None:
+            from .strided import compact_chunks
+
+            yield from compact_chunks(source, tensor, CHUNK)
+            return
+        for start in range(0, tensor.nbytes, CHUNK):
+            piece = next(self._buffers)[: min(CHUNK, tensor.nbytes - start)]
+            source.read_into(piece, tensor.offset + start)
+            yield piece
+
+    def _pieces_to_cast(self, tensor: TensorInfo, size: int) -> Iterator[memoryview]:
+        source = self._source(tensor.file)
+        if tensor.view is not None:
+            from .strided import compact_chunks
+
+            yield from compact_chunks(source, tensor, size)
+            return
+        for start in range(0, tensor.nbytes, size):
+            piece = self._stored[: min(size, tensor.nbytes - start)]
+            source.read_into(piece, tensor.offset + start)
+            yield piece
+
+    def _source(self, file: Path) -> FileSource:
+        if file not in self._sources:
+            if len(self._sources) >= MAX_OPEN:
+                self._sources.pop(next(iter(self._sources))).close()
+            self._sources[file] = FileSource(file)
+        return self._sources[file]
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for source in self._sources.values():
+            source.close()

@@ -1,0 +1,247 @@
+"""Writes checkpoints in one pass and constant memory.
+
+    save_checkpoint(source, out)               reshard, convert or cast: byte ranges through reused buffers
+    write_checkpoint(out, plans, produce)      one weight file after the other, then the index
+        for each plan:
+            kept, if an earlier attempt finished it (journal)
+            ShardWriter.write(tensor)          reading and computing here, writing and hashing in threads of their own
+            ShardWriter.settle                 sync, rename, journal: while the next file is being written
+
+A file has its final name only once it is whole and on the disk.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from bigpipe.errors import DoesNotFit, UsageError
+from bigpipe.sizes import format_transfer, parse_size
+
+from .casting import is_cast
+from .checkpoint import Checkpoint, open_checkpoint
+from .containers import Container, container
+from .files import Format
+from .journal import Journal
+from .plans import NAMES, Layout, PlannedTensor, ShardPlan, encode_index, index_file, laid_out, plan_shards
+from .ranges import RangeReader
+from .shards import PARTIAL, Lanes, Piece, ShardWriter, write_file
+from .sidefiles import carry_side_files, config_with_dtype
+from .tensors import CASTABLE, SAFETENSORS_NAMES
+
+__all__ = [
+    "Layout", "PlannedTensor", "SavedCheckpoint", "ShardPlan", "convert", "plan_conversion", "plan_shards",
+    "save_checkpoint", "write_checkpoint",
+]  # fmt: skip
+
+Produce = Callable[[PlannedTensor], Iterable[Piece]]
+"""Gives a tensor's bytes in pieces. A piece must stay as it is until three more have been taken, of whatever tensor."""
+ReportProgress = Callable[[int, int], None]
+"""Called with the bytes of tensors done and their total."""
+
+
+@dataclass(frozen=True, slots=True)
+class SavedCheckpoint:
+    """What was written: every file, relative to the output, with (hex sha256, size)."""
+
+    files: dict[str, tuple[str, int]] = field(default_factory=dict)
+    shards: int = 0
+    bytes: int = 0
+    """Of the weight files, headers included."""
+
+
+def write_checkpoint(
+    out: str | Path,
+    plans: Sequence[ShardPlan],
+    produce: Produce,
+    *,
+    metadata: Mapping[str, str] | None = None,
+    format: Format = "safetensors",
+    layout: Layout = "sorted",
+    progress: ReportProgress | None = None,
+    journal: Path | None = None,
+    fingerprint: str = "",
+) -> SavedCheckpoint:
+    """Writes the planned weight files and, where there are several, their index into the directory `out`.
+
+    `produce` is called once per tensor, in the order of the plans. With a `journal` (a path outside `out`), files that
+    an earlier attempt finished are verified and kept, if it was for the same plan and `fingerprint` (whatever else the
+    bytes depend on). Weight files of the same naming scheme that are not in the plans are removed.
+
+    Raises DoesNotFit where the disk is too small, before anything is written if that can be known.
+    """
+    out = Path(out)
+    out.mkdir(parents=True, exist_ok=True)
+    known = Journal(journal, out, fingerprint)
+    containers = [container(plan, format, metadata or {"format": "pt"}, layout) for plan in plans]
+    files = {
+        plan.file: found
+        for plan, file in zip(plans, containers, strict=True)
+        if (found := known.finished(plan.file, file))
+    }
+    _remove_leftovers(out, format, {plan.file for plan in plans})
+    todo = [(plan, file) for plan, file in zip(plans, containers, strict=True) if plan.file not in files]
+    _check_space(out, sum(file.size for _, file in todo))
+    total = sum(plan.nbytes for plan in plans)
+    meter = _Meter(total, total - sum(plan.nbytes for plan, _ in todo), progress)
+    with Lanes() as lanes:
+        for plan, file in todo:
+            _write_shard(out / plan.file, plan, file, lanes, lambda tensor: meter.count(produce(tensor)), known, files)
+    if len(plans) > 1:
+        files[index_file(format)] = write_file(out / index_file(format), encode_index(plans))
+    return SavedCheckpoint(files, len(plans), sum(file.size for file in containers))
+
+
+def _write_shard(
+    path: Path,
+    plan: ShardPlan,
+    file: Container,
+    lanes: Lanes,
+    produce: Produce,
+    known: Journal,
+    files: dict[str, tuple[str, int]],
+) -> None:
+    def settled(sha256: str) -> None:
+        files[plan.file] = sha256, file.size
+        known.record(plan.file, file, sha256)
+
+    with ShardWriter(path, file, lanes) as shard:
+        for tensor in plan.tensors:
+            shard.write(tensor.name, produce(tensor), tensor.nbytes)
+        shard.all_written()
+        lanes.settle(lambda: shard.settle(settled))
+
+
+class _Meter:
+    """Counts bytes as they pass."""
+
+    def __init__(self, total: int, done: int, report: ReportProgress | None) -> None:
+        self.total = total
+        self.done = done
+        self.report = report
+
+    def count(self, pieces: Iterable[Piece]) -> Iterator[Piece]:
+        for piece in pieces:
+            yield piece
+            self.done += memoryview(piece).nbytes
+            if self.report is not None:
+                self.report(self.done, self.total)
+
+
+def _remove_leftovers(out: Path, format: Format, planned: set[str]) -> None:
+    """Removes weight files and indexes of an earlier save under the same names, and unfinished files."""
+    prefix, suffix = NAMES[format].split("{}")
+    pattern = re.compile(
+        rf"{re.escape(prefix)}(-\d{{5}}-of-\d{{5}})?{re.escape(suffix)}(\.index\.json)?({re.escape(PARTIAL)})?"
+    )
+    for entry in os.scandir(out):
+        if pattern.fullmatch(entry.name) and entry.name not in planned:
+            os.unlink(entry.path)
+
+
+def _check_space(out: Path, needed: int) -> None:
+    disk = os.statvfs(out)
+    free = disk.f_bavail * disk.f_frsize
+    if needed > free:
+        raise DoesNotFit(
+            f"{out}: {format_transfer(needed)} are to be written, and the disk has {format_transfer(free)} free",
+            f"free {format_transfer(needed - free)} there, or work on another disk",
+        )
+
+
+def save_checkpoint(
+    source: str | Path | Checkpoint,
+    out: str | Path,
+    *,
+    max_shard_size: int | str = "5GB",
+    dtype: str | None = None,
+    format: Format = "safetensors",
+    progress: ReportProgress | None = None,
+) -> SavedCheckpoint:
+    """Reshards, converts or casts a checkpoint into the directory `out`, with its config, tokenizer and other files.
+
+    Reads and writes byte ranges in constant memory, without torch. Aliases of tied weights are dropped in safetensors
+    and kept as shared storages in `.bin`. `dtype` changes floating-point tensors only.
+    """
+    checkpoint = source if isinstance(source, Checkpoint) else open_checkpoint(source)
+    out = Path(out)
+    saved = convert(
+        checkpoint, out, max_shard_size=parse_size(max_shard_size), dtype=dtype, format=format, progress=progress
+    )
+    config = config_with_dtype(checkpoint.config, dtype) if dtype and checkpoint.config is not None else None
+    return SavedCheckpoint(
+        {**saved.files, **carry_side_files(checkpoint, out, config=config)}, saved.shards, saved.bytes
+    )
+
+
+def plan_conversion(
+    tensors: Mapping[str, tuple[str, tuple[int, ...]]],
+    tied: Mapping[str, str],
+    *,
+    max_shard_size: int,
+    dtype: str | None = None,
+    format: Format = "safetensors",
+) -> list[ShardPlan]:
+    """The files that `convert` writes for tensors of these (dtype, shape). UsageError for what cannot be written."""
+    if dtype is not None and dtype not in CASTABLE:
+        raise UsageError(f"dtype {dtype} cannot be cast to", f"choose one of {', '.join(sorted(CASTABLE))}")
+    planned = []
+    for name, (stored, shape) in tensors.items():
+        kept = dtype if dtype is not None and is_cast(stored, dtype) else stored
+        if format == "safetensors" and kept not in SAFETENSORS_NAMES:
+            raise UsageError(
+                f"tensor {name!r}: safetensors has no {kept}", "write format: bin, or cast the tensor first"
+            )
+        planned.append(PlannedTensor.of(name, kept, shape))
+    return plan_shards(planned, max_shard_size, format, tied)
+
+
+def convert(
+    checkpoint: Checkpoint,
+    out: Path,
+    *,
+    max_shard_size: int,
+    dtype: str | None = None,
+    format: Format = "safetensors",
+    progress: ReportProgress | None = None,
+    journal: Path | None = None,
+) -> SavedCheckpoint:
+    """Writes a checkpoint's weights anew: `save_checkpoint` without side files, `journal` as in `write_checkpoint`."""
+    _check_apart(checkpoint, out)
+    if dtype is not None and "quantization_config" in (checkpoint.config or {}):
+        raise UsageError(
+            f"{checkpoint.path}: is quantized; its scales must keep their dtype",
+            "leave dtype out, or cast before quantizing",
+        )
+    stored = {name: (tensor.dtype, tensor.shape) for name, tensor in checkpoint.tensors.items()}
+    plans = plan_conversion(stored, checkpoint.tied, max_shard_size=max_shard_size, dtype=dtype, format=format)
+    if format == "safetensors":
+        # In the order of the file, so that it is hashed in passing.
+        plans = [ShardPlan(plan.file, tuple(laid_out(plan, "sorted"))) for plan in plans]
+    with RangeReader(checkpoint, dtype) as reader:
+        return write_checkpoint(
+            out,
+            plans,
+            reader.produce,
+            format=format,
+            progress=progress,
+            journal=journal,
+            fingerprint=_fingerprint(checkpoint),
+        )
+
+
+def _check_apart(checkpoint: Checkpoint, out: Path) -> None:
+    directory = checkpoint.path if checkpoint.path.is_dir() else checkpoint.path.parent
+    if os.path.realpath(directory) == os.path.realpath(out):
+        raise UsageError(
+            f"{out}: is where the source is", "write to another directory; a checkpoint is never changed in place"
+        )
+
+
+def _fingerprint(checkpoint: Checkpoint) -> str:
+    """Tells source files apart as `make` does: name, size and time of change."""
+    marks = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in checkpoint.files]
+    return repr(sorted(marks))

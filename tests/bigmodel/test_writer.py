@@ -1,0 +1,192 @@
+"""What the writer writes, against the libraries whose formats these are."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import zipfile
+
+import pytest
+import torch
+from huggingface_hub import save_torch_state_dict, split_torch_state_dict_into_shards
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors.torch import load_file
+from support.models import forward, make_checkpoint, tiny_model
+
+from bigpipe.bigmodel.checkpoint import open_checkpoint
+from bigpipe.bigmodel.writer import PlannedTensor, plan_shards, save_checkpoint, write_checkpoint
+from bigpipe.errors import DoesNotFit, UsageError
+
+
+def raw(tensor: torch.Tensor) -> bytes:
+    return tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes() if tensor.numel() else b""
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    # The hub takes all empty tensors for one shared storage, because torch gives them all the address 0.
+    sizes=st.lists(st.integers(1, 60), min_size=1, max_size=20),
+    limit=st.integers(1, 200),
+    form=st.sampled_from(["safetensors", "bin"]),
+)
+def test_shard_plans_equal_those_of_huggingface_hub(sizes, limit, form):
+    names = [f"layer.{(7 * number) % len(sizes)}.{number}" for number in range(len(sizes))]
+    state = {name: torch.zeros(size, dtype=torch.uint8) for name, size in zip(names, sizes, strict=True)}
+    pattern = {"safetensors": "model{suffix}.safetensors", "bin": "pytorch_model{suffix}.bin"}[form]
+    theirs = split_torch_state_dict_into_shards(state, max_shard_size=limit, filename_pattern=pattern)
+    ours = plan_shards(
+        [PlannedTensor.of(name, "uint8", (size,)) for name, size in zip(names, sizes, strict=True)], limit, form
+    )
+    assert {plan.file: [tensor.name for tensor in plan.tensors] for plan in ours} == theirs.filename_to_tensors
+    assert sum(plan.nbytes for plan in ours) == theirs.metadata["total_size"]
+
+
+def test_files_are_byte_for_byte_those_of_huggingface_hub(tmp_path):
+    torch.manual_seed(0)
+    state = {
+        "b.weight": torch.randn(60, 50), "a.weight": torch.randn(50, 60).half(), "ü.bias": torch.randn(50),
+        "a.zero": torch.zeros(0, 3), "a.scalar": torch.tensor(3), "c.mask": torch.tensor([True, False, True]),
+        "c.code": torch.arange(7, dtype=torch.uint8), "c.f8": torch.randn(6).to(torch.float8_e4m3fn),
+        "d.weight": torch.randn(40, 40).bfloat16(), "d.complex": torch.randn(5, dtype=torch.complex64),
+    }  # fmt: skip
+    (tmp_path / "theirs").mkdir()
+    torch.save(state, tmp_path / "pytorch_model.bin")
+    save_torch_state_dict(state, tmp_path / "theirs", max_shard_size=9000)
+    saved = save_checkpoint(tmp_path / "pytorch_model.bin", tmp_path / "ours", max_shard_size=9000)
+    names = sorted(path.name for path in (tmp_path / "theirs").iterdir())
+    assert saved.shards > 2
+    assert names == sorted(saved.files)
+    for name in names:
+        theirs, ours = (tmp_path / "theirs" / name).read_bytes(), (tmp_path / "ours" / name).read_bytes()
+        if name.endswith(".json"):
+            assert json.loads(ours) == json.loads(theirs)
+        else:
+            assert ours == theirs
+        assert saved.files[name] == (hashlib.sha256(ours).hexdigest(), len(ours))
+
+
+@pytest.mark.parametrize("memory_map", [False, True])
+def test_torch_reads_our_bin_files(tmp_path, memory_map):
+    state = {
+        "w": torch.randn(700, 500), "tied": torch.zeros(0), "h": torch.randn(3).half(), "s": torch.tensor(2.5),
+        "e": torch.zeros(0, 4), "u": torch.tensor([1, 2]).to(torch.uint16), "f": torch.randn(4).to(torch.float8_e5m2),
+        "c": torch.randn(2, dtype=torch.complex128), "m": torch.tensor([[True], [False]]), "l": torch.arange(5),
+    }  # fmt: skip
+    state["tied"] = state["w"]
+    torch.save(state, tmp_path / "source.pt")
+    save_checkpoint(tmp_path / "source.pt", tmp_path / "out", format="bin")
+    file = tmp_path / "out" / "pytorch_model.bin"
+    assert zipfile.ZipFile(file).testzip() is None
+    loaded = torch.load(file, weights_only=True, mmap=memory_map)
+    assert set(loaded) == set(state)
+    for name, tensor in loaded.items():
+        assert (tensor.dtype, tensor.shape) == (state[name].dtype, state[name].shape)
+        assert raw(tensor) == raw(state[name])
+    assert loaded["tied"].data_ptr() == loaded["w"].data_ptr()
+
+
+@pytest.mark.parametrize("form", ["safetensors", "bin"])
+@pytest.mark.parametrize("architecture", ["opt", "llama", "gpt2", "bert", "t5", "mixtral"])
+def test_from_pretrained_gives_the_same_logits_after_a_reshard(tmp_path, architecture, form):
+    import transformers
+
+    make_checkpoint(tmp_path / "source", architecture, format="bin" if form == "safetensors" else "safetensors")
+    saved = save_checkpoint(tmp_path / "source", tmp_path / "out", max_shard_size="20KB", format=form)
+    assert saved.shards > 1
+    model = tiny_model(architecture)
+    loaded = getattr(transformers, type(model).__name__).from_pretrained(tmp_path / "out")
+    assert torch.equal(forward(loaded), forward(model))
+    assert (tmp_path / "out" / "tokenizer.json").read_bytes() == (tmp_path / "source" / "tokenizer.json").read_bytes()
+
+
+@pytest.mark.parametrize("architecture", ["opt", "gpt2", "bert", "roberta", "t5", "bart", "qwen2", "bloom"])
+def test_the_same_aliases_are_dropped_as_save_pretrained_drops(tmp_path, architecture):
+    make_checkpoint(tmp_path / "theirs", architecture)
+    torch.save(tiny_model(architecture).state_dict(), tmp_path / "pytorch_model.bin")
+    save_checkpoint(tmp_path / "pytorch_model.bin", tmp_path / "ours")
+    ours, theirs = (load_file(tmp_path / who / "model.safetensors") for who in ("ours", "theirs"))
+    assert set(ours) == set(theirs)
+
+
+def test_a_cast_changes_floating_tensors_and_the_config(tmp_path):
+    import transformers
+
+    make_checkpoint(tmp_path / "source", "llama")
+    state = tiny_model("llama").state_dict()
+    save_checkpoint(tmp_path / "source", tmp_path / "out", dtype="bfloat16", max_shard_size="30KB")
+    checkpoint = open_checkpoint(tmp_path / "out")
+    for name in checkpoint.tensors:
+        assert checkpoint.read(name) == raw(state[name].bfloat16())
+    assert checkpoint.config["dtype"] == "bfloat16"
+    assert transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out").dtype == torch.bfloat16
+
+
+def test_tensors_larger_than_a_piece_and_produced_out_of_order_are_hashed_right(tmp_path):
+    contents = {"a": bytes(range(256)) * 80_000, "b": b"\x01" * 20_000_003, "c": b"\x02\x03" * 9}
+    plan = plan_shards(
+        [PlannedTensor(name, "uint8", (len(data),), len(data)) for name, data in contents.items()], 10**9
+    )
+    for layout in ("sorted", "planned"):
+        reordered = [type(plan[0])(plan[0].file, plan[0].tensors[::-1])]
+        saved = write_checkpoint(tmp_path, reordered, lambda tensor: [contents[tensor.name]], layout=layout)
+        written = (tmp_path / "model.safetensors").read_bytes()
+        assert saved.files["model.safetensors"] == (hashlib.sha256(written).hexdigest(), len(written))
+        assert {name: bytes(open_checkpoint(tmp_path).read(name)) for name in contents} == contents
+
+
+def test_a_save_replaces_the_files_of_an_earlier_one(tmp_path):
+    make_checkpoint(tmp_path / "source", "opt")
+    save_checkpoint(tmp_path / "source", tmp_path / "out", max_shard_size="10KB")
+    save_checkpoint(tmp_path / "source", tmp_path / "out")
+    assert [path.name for path in (tmp_path / "out").glob("model*")] == ["model.safetensors"]
+
+
+def test_finished_files_are_kept_after_a_crash_and_damaged_ones_are_not(tmp_path):
+    plans = plan_shards([PlannedTensor.of(f"t{number}", "uint8", (1000,)) for number in range(4)], 1000)
+    produced = []
+
+    def produce(tensor):
+        produced.append(tensor.name)
+        if len(produced) == 4:
+            raise KeyboardInterrupt
+        yield tensor.name.encode() * 500
+
+    journal = tmp_path / "journal"
+    with pytest.raises(KeyboardInterrupt):
+        write_checkpoint(tmp_path / "out", plans, produce, journal=journal)
+    assert not list((tmp_path / "out").glob("*.part"))
+    (tmp_path / "out" / plans[1].file).write_bytes(b"\0" * (tmp_path / "out" / plans[1].file).stat().st_size)
+    saved = write_checkpoint(tmp_path / "out", plans, produce, journal=journal)
+    assert produced == ["t0", "t1", "t2", "t3", "t1", "t3"]
+    assert len(saved.files) == 5
+    assert {tensor: open_checkpoint(tmp_path / "out").read(tensor) for tensor in ("t0", "t1", "t2", "t3")} == {
+        f"t{number}": f"t{number}".encode() * 500 for number in range(4)
+    }
+    write_checkpoint(tmp_path / "out", plans, produce, journal=journal, fingerprint="another source")
+    assert produced[6:] == ["t0", "t1", "t2", "t3"]
+
+
+def test_a_producer_that_gives_too_little_is_a_bug_and_leaves_nothing(tmp_path):
+    plans = plan_shards([PlannedTensor.of("t", "uint8", (10,))], 100)
+    with pytest.raises(ValueError, match="9 bytes were produced, 10 planned"):
+        write_checkpoint(tmp_path, plans, lambda _: [b"123456789"])
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_what_does_not_fit_on_the_disk_is_refused_before_writing(tmp_path):
+    plans = plan_shards([PlannedTensor("t", "uint8", (2**60,), 2**60)], 2**61)
+    with pytest.raises(DoesNotFit, match="are to be written, and the disk has"):
+        write_checkpoint(tmp_path, plans, lambda _: [])
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_refusals_name_the_cure(tmp_path):
+    make_checkpoint(tmp_path, "opt")
+    with pytest.raises(UsageError, match="is where the source is"):
+        save_checkpoint(tmp_path, tmp_path)
+    with pytest.raises(UsageError, match="cannot be cast to"):
+        save_checkpoint(tmp_path, tmp_path / "out", dtype="int8")
+    torch.save({"z": torch.zeros(2, dtype=torch.complex128)}, tmp_path / "z.pt")
+    with pytest.raises(UsageError, match="safetensors has no complex128"):
+        save_checkpoint(tmp_path / "z.pt", tmp_path / "out")
