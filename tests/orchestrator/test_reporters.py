@@ -1,0 +1,204 @@
+from __future__ import annotations
+
+import io
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from support.launching import wait_for
+
+from bigpipe.errors import DoesNotFit, ManifestError, Place, Problem
+from bigpipe.orchestrator import progress, reporters
+from bigpipe.orchestrator.events import (
+    Event,
+    LogLine,
+    NodeFinished,
+    NodeRetried,
+    NodeStarted,
+    Progress,
+    RunFinished,
+    RunStarted,
+    event_from_json,
+)
+from bigpipe.orchestrator.progress import Meter
+from bigpipe.orchestrator.terminal import RichReporter
+
+GB = 10**9
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+class Clock:
+    def __init__(self) -> None:
+        self.now = 0.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+STORY: list[Event] = [
+    RunStarted("r1", "opt.yaml", ("download", "shard", "save")),
+    NodeFinished("download", "cached", 0.0, 0, {}),
+    NodeStarted("shard", "no record"),
+    Progress("shard", 1, 2, "file"),
+    LogLine("shard", "[red]two[/red] files"),
+    LogLine("shard", "only for the log", detail=True),
+    NodeRetried("shard", 2, "busy", 1.5),
+    NodeFinished("shard", "succeeded", 12.34, 2**28, {}),
+    NodeStarted("save", ""),
+    NodeFinished("save", "failed", 1.0, 0, {}, error="no such bucket\n  make it"),
+    RunFinished("r1", "failed", 13.5),
+]
+
+
+def test_plain_lines_tell_the_story() -> None:
+    stream = io.StringIO()
+    with reporters.PlainReporter(stream) as reporter:
+        for event in STORY:
+            reporter.report(event)
+    assert stream.getvalue().splitlines() == [
+        "[1/3] download: · cached",
+        "[2/3] shard: started (no record)",
+        "[2/3] shard: 50 % 1/2 file",
+        "[2/3] shard: [red]two[/red] files",
+        "[2/3] shard: attempt 2 in 1.5 s: busy",
+        "[2/3] shard: ✓ succeeded in 12.3 s, peak 256.0 MiB",
+        "[3/3] save: started",
+        "[3/3] save: ✗ failed in 1.00 s: no such bucket",
+        "  make it",
+        "run r1 failed in 13.5 s",
+    ]
+
+
+def test_plain_progress_is_a_line_per_tenth_or_half_minute() -> None:
+    stream, clock = io.StringIO(), Clock()
+    reporter = reporters.PlainReporter(stream, clock)
+    reporter.report(NodeStarted("n", ""))
+    for step in range(1, 1001):
+        clock.now = step * 0.1
+        reporter.report(Progress("n", step * GB // 1000 * 20, 20 * GB))
+    lines = stream.getvalue().splitlines()[1:]
+    assert len(lines) == 10
+    assert lines[0] == "n: 10 % 2.0/20.0 GB 200.0 MB/s eta 1:30"
+    assert lines[-1] == "n: 100 % 20.0/20.0 GB 200.0 MB/s"
+    stream.truncate(0)
+    for minute in range(1, 4):
+        clock.now += 60
+        reporter.report(Progress("n", minute, None, "record", "slow"))
+    assert stream.getvalue().count("\n") == 3
+
+
+def test_the_rate_follows_the_last_seconds_and_ranks_add_up() -> None:
+    clock = Clock()
+    meter = Meter(clock)
+    for second in range(20):
+        clock.now = second
+        meter.update(Progress("n", second * 100, 10_000, "x", rank=0))
+    reading = meter.update(Progress("n", 500, 10_000, "x", rank=1))
+    assert (reading.done, reading.total) == (2400, 20_000)
+    slow = Meter(clock)
+    for second in range(100):
+        clock.now = second
+        reading = slow.update(Progress("n", min(second, 50) * 100, 10_000, "x"))
+    assert reading.rate == 0
+    assert reading.eta is None
+    assert slow.update(Progress("n", 0, 10, "x", "another task")).rate is None
+
+
+@pytest.mark.parametrize(
+    ("done", "total", "unit", "text"),
+    [
+        (18_300_000_000, 25_700_000_000, "B", "18.3/25.7 GB"),
+        (999, None, "B", "999 B"),
+        (12, 500, "B", "12/500 B"),
+        (3, 5, "prompts", "3/5 prompts"),
+        (7, None, "prompts", "7.0 prompts"),
+    ],
+)
+def test_amounts(done: int, total: int | None, unit: str, text: str) -> None:
+    assert progress.amount(done, total, unit) == text
+
+
+def test_durations() -> None:
+    assert [progress.duration(s) for s in (0, 24.4, 60, 3723)] == ["0:00", "0:24", "1:00", "1:02:03"]
+    assert [progress.elapsed(s) for s in (0.123, 12.34, 61)] == ["0.12 s", "12.3 s", "1:01"]
+
+
+def test_a_terminal_shows_the_same_story_and_no_markup_is_read() -> None:
+    stream = Terminal()
+    with RichReporter(stream, environment={"TERM": "xterm"}, width=100) as reporter:
+        for event in STORY:
+            reporter.report(event)
+            if isinstance(event, Progress):
+                wait_for(lambda: "1/2 file" in stream.getvalue(), 5)  # bars are drawn eight times a second
+    shown = stream.getvalue()
+    for part in (
+        "· [1/3] download: cached",
+        "[red]two[/red] files",
+        "no such bucket",
+        "run r1 failed in 13.5 s",
+    ):
+        assert part in shown
+    assert "only for the log" not in shown
+
+
+def test_no_color_is_obeyed() -> None:
+    colours = {}
+    for name, environment in (("plain", {"NO_COLOR": "1"}), ("coloured", {"COLORTERM": "truecolor"})):
+        stream = Terminal()
+        with RichReporter(stream, environment={"TERM": "xterm-256color", **environment}, width=100) as reporter:
+            reporter.report(NodeStarted("n", ""))
+            reporter.report(NodeFinished("n", "failed", 1.0, 0, {}, error="bad"))
+        colours[name] = "\x1b[31m" in stream.getvalue()
+    assert colours == {"plain": False, "coloured": True}
+
+
+def test_the_stream_decides_and_events_go_to_a_file(tmp_path: Path) -> None:
+    path = tmp_path / "new" / "events.jsonl"
+    stream = io.StringIO()
+    with reporters.choose_reporter(stream, events=path, secrets=["hunter22"]) as reporter:
+        for event in [*STORY, LogLine("n", "the password is hunter22")]:
+            reporter.report(event)
+    assert "\x1b" not in stream.getvalue()
+    assert "the password is ***" in stream.getvalue()
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    assert all(row.pop("time").endswith("+00:00") for row in rows)
+    assert event_from_json(rows[3]) == STORY[3]
+    assert len(rows) == len(STORY) + 1
+    assert "hunter22" not in path.read_text()
+    dumb = Terminal()
+    with reporters.choose_reporter(dumb, environment={"TERM": "dumb"}) as reporter:
+        reporter.report(NodeStarted("n", ""))
+    assert dumb.getvalue() == "n: started\n"
+
+
+def test_a_cached_run_never_imports_rich() -> None:
+    script = """
+import io, sys
+from bigpipe.orchestrator.events import *
+from bigpipe.orchestrator.reporters import choose_reporter
+stream = io.StringIO(); stream.isatty = lambda: True
+with choose_reporter(stream, environment={}) as reporter:
+    reporter.report(RunStarted("r", "m", ("a",)))
+    reporter.report(NodeFinished("a", "cached", 0.0, 0, {}))
+    reporter.report(RunFinished("r", "succeeded", 0.1))
+assert "rich" not in sys.modules
+"""
+    subprocess.run([sys.executable, "-c", script], check=True)
+
+
+def test_errors_are_annotated_for_github() -> None:
+    place = Place("a,b.yaml", 3, 7, "text", 2)
+    error = ManifestError([Problem("BP103", place, "unknown field 'x': 50%", "did you mean 'y'?")])
+    assert reporters.error_text(error, {}).startswith("a,b.yaml:3:7: error[BP103]")
+    annotated = reporters.error_text(error, {"GITHUB_ACTIONS": "true"}).splitlines()[-1]
+    assert annotated == "::error file=a%2Cb.yaml,line=3,col=7::unknown field 'x': 50%25; did you mean 'y'?"
+    plain = DoesNotFit("20 GiB do not fit", "use less")
+    assert reporters.error_text(plain, {"GITHUB_ACTIONS": "true"}) == "error: 20 GiB do not fit\n  use less"
+    placed = DoesNotFit("no", "use less", place=place)
+    assert reporters.error_text(placed, {"GITHUB_ACTIONS": "true"}).endswith("col=7::no%0Ause less")
