@@ -1,0 +1,110 @@
+"""What can be wrong in a manifest: the codes, and the list that collects every problem before any is raised."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from enum import StrEnum
+
+from bigpipe.errors import ManifestError, Place, Problem
+
+
+class Code(StrEnum):
+    """Each is explained, with an example and the cure, in docs/reference/errors.md."""
+
+    NOT_TEXT = "BP001"
+    FILE_TOO_LARGE = "BP002"
+    TOO_DEEP = "BP003"
+    ALIAS_EXPANSION = "BP004"
+    SYNTAX = "BP005"
+    NOT_A_MAP = "BP006"
+    SEVERAL_DOCUMENTS = "BP007"
+    DUPLICATE_KEY = "BP008"
+    TAG = "BP009"
+    KEY_NOT_TEXT = "BP010"
+    AMBIGUOUS_SCALAR = "BP011"
+    BAD_ALIAS = "BP012"
+
+    WRONG_VERSION = "BP101"
+    MISSING_FIELD = "BP102"
+    UNKNOWN_FIELD = "BP103"
+    WRONG_TYPE = "BP104"
+    NOT_A_CHOICE = "BP105"
+    BAD_VALUE = "BP106"
+    BAD_NAME = "BP107"
+    UNKNOWN_KIND = "BP108"
+    BROKEN_KIND = "BP109"
+
+    UNKNOWN_REFERENCE = "BP201"
+    BAD_REFERENCE = "BP202"
+    ENVIRONMENT_UNSET = "BP203"
+    SECRET_REFERENCE = "BP204"  # noqa: S105 - a code, not a password
+    PARAMETER_REQUIRED = "BP205"
+    BAD_ARGUMENT = "BP206"
+    MISPLACED_REFERENCE = "BP207"
+
+    UNKNOWN_STAGE = "BP301"
+    UNKNOWN_PORT = "BP302"
+    MISSING_PORT = "BP303"
+    WRONG_ARTIFACT = "BP304"
+    NOT_MANY = "BP305"
+    CYCLE = "BP306"
+    BAD_MATRIX = "BP307"
+    NO_VARIANT = "BP308"
+    TOO_MANY_NODES = "BP309"
+    NO_RANKS = "BP310"
+
+    CONDITION_SYNTAX = "BP401"
+    UNKNOWN_METRIC = "BP402"
+    BAD_UNIT = "BP403"
+    NOT_UPSTREAM = "BP404"
+
+    REFUSED_VARIABLE = "BP501"
+    UNDECLARED_SECRET = "BP502"  # noqa: S105
+    BAD_TRUST = "BP503"
+
+
+class Problems:
+    """Collects; a problem that every variant of a matrix repeats is kept once."""
+
+    def __init__(self) -> None:
+        self._found: dict[tuple[Code, Place, str], Problem] = {}
+
+    def __bool__(self) -> bool:
+        return bool(self._found)
+
+    def __len__(self) -> int:
+        return len(self._found)
+
+    def add(self, code: Code, place: Place, cause: str, cure: str = "") -> None:
+        self._found.setdefault((code, place, cause), Problem(code.value, place, cause, cure))
+
+    def error(self) -> ManifestError:
+        return ManifestError(list(self._found.values()))
+
+    def raise_if_any(self) -> None:
+        if self._found:
+            raise self.error()
+
+
+def listed(words: Iterable[str], joint: str = "and") -> str:
+    """`a, b and c`."""
+    *most, last = list(words) or [""]
+    return f"{', '.join(most)} {joint} {last}" if most else last
+
+
+def did_you_mean(word: str, known: Iterable[str], *, otherwise: str = "") -> str:
+    """`did you mean 'x'?` where something known is close to `word`; else the known words, if they are few.
+
+    `otherwise` introduces that list: `it takes` gives `it takes a, b and c`.
+    """
+    known = list(known)
+    folded = {name.lower().replace("_", "-"): name for name in known}
+    close = folded.get(word.lower().replace("_", "-"))
+    if close is None:
+        from difflib import get_close_matches
+
+        # Comparing is quadratic in the length of words and linear in their number; both are the manifest's to choose.
+        close = next(iter(get_close_matches(word[:100], known[:2000], n=1, cutoff=0.6)), None)
+    if close is not None:
+        return f"did you mean {close!r}?"
+    return f"{otherwise} {listed(known)}" if otherwise and 0 < len(known) <= 20 else ""
