@@ -89,17 +89,18 @@ def sync_file(path: Path) -> None:
         os.close(descriptor)
 
 
-def make_directory(path: Path) -> None:
+def make_directory(path: Path, *, durable: bool = True) -> None:
     """Creates a directory of the store and its parents, readable by its owner alone, and syncs what it created in."""
     try:
         path.mkdir(mode=PRIVATE)
     except FileExistsError:
         return
     except FileNotFoundError:
-        make_directory(path.parent)
+        make_directory(path.parent, durable=durable)
         with suppress(FileExistsError):
             path.mkdir(mode=PRIVATE)
-    sync_directory(path.parent)
+    if durable:
+        sync_directory(path.parent)
 
 
 def write_atomically(path: Path, data: bytes, *, durable: bool = True) -> None:

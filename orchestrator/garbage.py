@@ -142,9 +142,10 @@ class _Collection:
 def _locked_digests(root: Root) -> set[str]:
     if root.lock is None or not os.path.exists(root.lock):
         return set()
-    from .lockfile import read_lock
+    from .lockfile import read
 
-    return {output.digest for output in read_lock(Path(root.lock)).outputs.values() if output.digest is not None}
+    lock = read(Path(root.lock))
+    return {output.digest for output in lock.outputs.values() if output.digest is not None} if lock else set()
 
 
 def _names(folder: Path) -> list[str]:

@@ -29,6 +29,7 @@ class KeyRecord(BaseModel):
     digest: str | None = None
     """Of the artifact; None for kinds without output."""
     artifact_type: str | None = None
+    """None, or empty, for kinds without output."""
     metrics: dict[str, Any] = Field(default_factory=dict)
     files: dict[str, dict[str, str | int]] = Field(default_factory=dict)
     """Relative path → `sha256` (hex) and `size`."""

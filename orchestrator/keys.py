@@ -115,7 +115,7 @@ def _package_version(name: str) -> str | None:
 
 def differences(
     old: Mapping[str, Json],
-    new: Identity,
+    new: Identity | Mapping[str, Json],
     old_inputs: Mapping[str, Sequence[str]],
     new_inputs: Mapping[str, Sequence[str] | None],
 ) -> list[Change]:
@@ -123,14 +123,16 @@ def differences(
 
     `old` is `Identity.as_json` as recorded. A port of `new_inputs` that is None is not known yet, and not compared.
     """
-    now = new.as_json
-    changes = [change for name in ("kind", "version", "params") for change in changed(name, old.get(name), now[name])]
+    now = new.as_json if isinstance(new, Identity) else new
+    changes = [
+        change for name in ("kind", "version", "params") for change in changed(name, old.get(name), now.get(name))
+    ]
     for port in sorted(old_inputs.keys() | new_inputs.keys()):
         before, after = old_inputs.get(port, ()), new_inputs.get(port, ())
         if after is not None:
             changes += _changed_input(f"inputs.{port}", list(before), list(after))
     for name in ("env", "packages", "facts"):
-        changes += changed(name, old.get(name, {}), now[name])
+        changes += changed(name, old.get(name, {}), now.get(name, {}))
     return changes
 
 

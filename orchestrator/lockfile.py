@@ -10,19 +10,23 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, Protocol
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, ValidationError
 
 from bigpipe.errors import StageFailed, Stale, UsageError
 
-from .durable import explain, write_atomically
+from .durable import write_atomically
 from .keyrecord import KeyRecord
 from .keys import ABSENT, Change, Identity, changed
+from .stage import Pinned
 from .types import Json
+
+if TYPE_CHECKING:
+    from .records import RecipeFacts
 
 HEADER = """\
 # Written by `bigpipe lock` and by successful runs; commit it beside the manifest.
@@ -67,6 +71,17 @@ class Lock(_Locked):
     params: dict[str, Any] = Field(default_factory=dict)
     inputs: dict[str, LockedInput] = Field(default_factory=dict)
     outputs: dict[str, LockedOutput] = Field(default_factory=dict)
+
+    _path: Path = PrivateAttr(default=Path("."))
+
+    @property
+    def path(self) -> Path:
+        """Where it was read from."""
+        return self._path
+
+    def pins(self, node: str) -> dict[str, str]:
+        """What the floating values of a node were when it was locked."""
+        return dict(self.inputs[node].pins) if node in self.inputs else {}
 
 
 def lock_path(manifest: Path) -> Path:
@@ -118,18 +133,25 @@ def build(
     recipe: str,
     params: Mapping[str, Json],
     inputs: Mapping[str, LockedInput],
-    outputs: Mapping[str, LockedOutput] | None = None,
+    producers: Mapping[str, Iterable[str]],
     previous: Lock | None = None,
 ) -> Lock:
-    """A lock of these inputs. What `previous` knew of files and outputs stays where its node's inputs are the same."""
+    """A lock of these inputs, given in topological order; `producers` names what each node's artifact is made from.
+
+    What `previous` knew of a node's files stays where its inputs are the same, what it knew of its output where those
+    of all its ancestors are too.
+    """
     old = previous or Lock(recipe=recipe)
     same = {name for name, item in inputs.items() if name in old.inputs and not _input_changes(old.inputs[name], item)}
-    kept = {name: output for name, output in old.outputs.items() if name in same}
+    reached: set[str] = set()
+    for name in inputs:
+        if name in same and reached.issuperset(producers.get(name, ())):
+            reached.add(name)
     return Lock(
         recipe=recipe,
         params=dict(params),
         inputs={name: _with_files(item, old.inputs[name]) if name in same else item for name, item in inputs.items()},
-        outputs={**kept, **{name: output for name, output in (outputs or {}).items() if name in inputs}},
+        outputs={name: output for name, output in old.outputs.items() if name in reached},
     )
 
 
@@ -145,7 +167,7 @@ def _both(one: LockedFile, other: LockedFile) -> LockedFile:
     return LockedFile(size=one.size, sha256=one.sha256 or other.sha256, git_blob=one.git_blob or other.git_blob)
 
 
-def write_lock(path: Path, lock: Lock) -> bool:
+def write(path: Path, lock: Lock) -> bool:
     """Writes the lock if it says anything new. Sorted, so that a diff shows what changed. Raises BigpipeError."""
     import yaml
 
@@ -161,20 +183,22 @@ def write_lock(path: Path, lock: Lock) -> bool:
         write_atomically(path, text.encode())
         path.chmod(0o644)
     except OSError as error:
-        raise explain(error, path) from error
+        raise UsageError(
+            f"the lock file {path} cannot be written: {error.strerror}", "make room, or writable"
+        ) from error
     return True
 
 
-def read_lock(path: Path) -> Lock:
-    """Raises UsageError where there is none, or where it is not one (a merge conflict left in it, say)."""
+def read(path: Path) -> Lock | None:
+    """None where there is none. Raises UsageError where it is not a lock file (a merge conflict left in it, say)."""
     import yaml
 
     again = f"write it again: bigpipe lock {path.name.removesuffix('.lock')}"
     try:
         data = yaml.load(path.read_bytes(), Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader))  # noqa: S506
-        return Lock.model_validate(data)
+        lock = Lock.model_validate(data)
     except FileNotFoundError:
-        raise UsageError(f"there is no lock file {path}", again) from None
+        return None
     except OSError as error:
         raise UsageError(f"the lock file {path} cannot be read: {error.strerror}", again) from error
     except yaml.YAMLError as error:
@@ -183,6 +207,13 @@ def read_lock(path: Path) -> Lock:
         first = error.errors()[0]
         where = ".".join(str(part) for part in first["loc"])
         raise UsageError(f"the lock file {path} is not one of ours: {where}: {first['msg']}", again) from error
+    lock._path = path
+    return lock
+
+
+def read_lock(manifest: Path) -> Lock | None:
+    """The lock beside a manifest."""
+    return read(lock_path(manifest))
 
 
 def check(lock: Lock, now: Lock, nodes: Iterable[str] | None = None) -> list[Change]:
@@ -223,7 +254,7 @@ def _file_changes(old: Mapping[str, LockedFile], new: Mapping[str, LockedFile]) 
     return changes
 
 
-def enforce(path: Path, lock: Lock, now: Lock, nodes: Iterable[str] | None = None) -> None:
+def require(path: Path, lock: Lock, now: Lock, nodes: Iterable[str] | None = None) -> None:
     """Raises Stale naming every difference."""
     changes = check(lock, now, nodes)
     if changes:
@@ -234,14 +265,14 @@ def enforce(path: Path, lock: Lock, now: Lock, nodes: Iterable[str] | None = Non
         )
 
 
-def enforce_record(path: Path, lock: Lock, node: str, record: KeyRecord, tree: Path | None, reproducible: bool) -> None:
+def require_record(path: Path, lock: Lock, node: str, record: KeyRecord, tree: Path | None, reproducible: bool) -> None:
     """Compares what a node gave with what is locked: the files it brought, and its digest where that must be equal.
 
     Raises StageFailed naming the files, or both digests.
     """
     wanted = lock.inputs.get(node)
     if wanted is not None and wanted.files and record.files:
-        _enforce_files(path, node, wanted.files, record, tree)
+        _require_files(path, node, wanted.files, record, tree)
     output = lock.outputs.get(node)
     if output is None or not reproducible or output.digest in (None, record.digest):
         return
@@ -253,7 +284,7 @@ def enforce_record(path: Path, lock: Lock, node: str, record: KeyRecord, tree: P
         )
 
 
-def _enforce_files(
+def _require_files(
     path: Path, node: str, wanted: Mapping[str, LockedFile], record: KeyRecord, tree: Path | None
 ) -> None:
     given = locked_files(record)
@@ -272,3 +303,116 @@ def git_blob(path: Path) -> str:
     """Git's id of a file: the sha1 of `blob SIZE\\0` and its bytes. Identifies, does not protect."""
     data = path.read_bytes()
     return hashlib.sha1(b"blob %d\0" % len(data) + data, usedforsecurity=False).hexdigest()
+
+
+class Records(Protocol):
+    """What is read of a store."""
+
+    def find(self, key: str) -> KeyRecord | None: ...
+    def artifact_path(self, digest: str) -> Path: ...
+
+
+class Resolved(Protocol):
+    """A recipe with a store and an answer to what each node computes; the nodes are in topological order."""
+
+    @property
+    def recipe(self) -> RecipeFacts: ...
+    @property
+    def nodes(self) -> Sequence[Any]: ...
+    @property
+    def store(self) -> Records: ...
+    def identity(self, node: Any) -> Identity: ...
+    def pinned(self, node: Any) -> Pinned: ...
+
+
+class Finished(Protocol):
+    @property
+    def record(self) -> KeyRecord | None: ...
+
+
+def current(session: Resolved) -> Lock:
+    """What a lock written now would say. Runs nothing."""
+    path = lock_path(session.recipe.path)
+    return build(
+        session.recipe.name,
+        json.loads(json.dumps(dict(session.recipe.params), default=str)),
+        {node.name: _input_now(session, node) for node in session.nodes},
+        {node.name: [name for names in node.inputs.values() for name in names] for node in session.nodes},
+        read(path),
+    )
+
+
+def _input_now(session: Resolved, node: Any) -> LockedInput:
+    identity, pinned = session.identity(node), session.pinned(node)
+    files = {
+        name: LockedFile(size=file.size, sha256=file.sha256, git_blob=file.git_blob)
+        for name, file in pinned.files.items()
+    }
+    if not files and not node.inputs:
+        record = session.store.find(identity.key({}))
+        files = locked_files(record) if record is not None else {}
+    return locked_input(identity, pinned.values, files)
+
+
+def write_lock(session: Resolved) -> Path:
+    """Writes the lock beside the manifest. Returns its path."""
+    path = lock_path(session.recipe.path)
+    write(path, current(session))
+    return path
+
+
+def check_lock(session: Resolved) -> Path:
+    """Raises Stale where the lock is not what `write_lock` would write, UsageError where there is none."""
+    path, lock = _needed(session)
+    require(path, lock, current(session))
+    return path
+
+
+def enforce(session: Resolved) -> None:
+    """Before `run --locked`: raises Stale where the inputs of the nodes to run differ from the lock."""
+    path, lock = _needed(session)
+    require(path, lock, current(session), [node.name for node in session.nodes])
+
+
+def _needed(session: Resolved) -> tuple[Path, Lock]:
+    path = lock_path(session.recipe.path)
+    lock = read(path)
+    if lock is None:
+        raise UsageError(f"there is no lock file {path}", f"write it: bigpipe lock {session.recipe.path.name}")
+    return path, lock
+
+
+def enforce_outputs(session: Resolved, finished: Mapping[str, Finished]) -> None:
+    """After `run --locked`, before `record_outputs`: see `require_record`."""
+    path, lock = _needed(session)
+    for node in session.nodes:
+        record = finished[node.name].record if node.name in finished else None
+        if record is not None:
+            tree = session.store.artifact_path(record.digest) if record.digest else None
+            require_record(path, lock, node.name, record, tree, node.kind.reproducible)
+
+
+def record_outputs(session: Resolved, finished: Mapping[str, Finished]) -> None:
+    """Adds what a successful run gave to the lock file, if there is one."""
+    path = lock_path(session.recipe.path)
+    old = read(path)
+    if old is None:
+        return
+    lock = current(session)
+    records = {name: item.record for name, item in finished.items() if item.record is not None}
+    outputs = {name: _output_now(session, record) for name, record in records.items() if name in lock.inputs}
+    others = {name: item for name, item in old.inputs.items() if name not in lock.inputs}  # of a run of some nodes
+    kept = {name: item for name, item in old.outputs.items() if name in others}
+    write(
+        path,
+        lock.model_copy(
+            update={
+                "inputs": {**others, **lock.inputs},
+                "outputs": {**kept, **lock.outputs, **outputs},
+            }
+        ),
+    )
+
+
+def _output_now(session: Resolved, record: KeyRecord) -> LockedOutput:
+    return locked_output(record, session.store.artifact_path(record.digest) if record.digest else None)

@@ -64,7 +64,7 @@ class Publisher:
 
     def publish(self, record: KeyRecord, out: Path, known: Known) -> KeyRecord:
         """See the module. `out` is taken apart. Returns the record with `digest` and `files`."""
-        if record.artifact_type is None:
+        if not record.artifact_type:
             with explained(self.layout.keys):
                 save_record(self.layout, record)
             return record

@@ -14,6 +14,9 @@ from .layout import Layout
 from .locks import Lock
 from .types import Json
 
+HISTORY = 8
+"""Keys that are remembered per node."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Root:
@@ -25,6 +28,8 @@ class Root:
     """Counts up over all roots of a store: the largest was remembered last, whatever the clock says."""
     nodes: Mapping[str, str] = field(default_factory=dict)
     """Node → key of its last record."""
+    history: Mapping[str, list[str]] = field(default_factory=dict)
+    """Node → its latest keys, the last one included, oldest first. `gc` may have freed all but the last."""
     begun: Mapping[str, str] = field(default_factory=dict)
     """Node → key that it has begun to work on and has no record of yet."""
 
@@ -92,8 +97,17 @@ def _merged(layout: Layout, path: Path, manifest: Path, lock: Path | None, name:
         name=name,
         serial=1 + max((root.serial for root in roots.values()), default=0),
         nodes={**(old.nodes if old else {}), **done},
+        history=_history(old, done),
         begun=begun,
     )
+
+
+def _history(old: Root | None, done: Mapping[str, str]) -> dict[str, list[str]]:
+    history = {node: list(keys) for node, keys in old.history.items()} if old else {}
+    for node, key in done.items():
+        earlier = [known for known in history.get(node, []) if known != key]
+        history[node] = [*earlier, key][-HISTORY:]
+    return history
 
 
 def _absolute(path: Path | None) -> str | None:

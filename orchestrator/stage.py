@@ -34,8 +34,8 @@ from .types import Gpu, Json, Launch, Lineage, Machine, Trust
 __all__ = [
     "BigpipeError", "CheckContext", "Code", "ContentField", "DoesNotFit", "File", "FileOrLiteral", "Forecast",
     "ForecastContext", "GateFailed", "GatedRepository", "Gpu", "InvalidCheckpoint", "Json", "Launch", "Lineage",
-    "Machine", "Metrics", "Misfit", "NotAuthorised", "Offline", "Params", "Pinned", "Port", "Size", "Stage",
-    "StageContext", "StageFailed", "StageResult", "Transient", "Tree", "Trust", "UsageError", "format_size",
+    "Machine", "Metrics", "Misfit", "NotAuthorised", "Offline", "Params", "Pinned", "PinnedFile", "Port", "Size",
+    "Stage", "StageContext", "StageFailed", "StageResult", "Transient", "Tree", "Trust", "UsageError", "format_size",
     "parse_size",
 ]  # fmt: skip
 
@@ -157,11 +157,22 @@ class CheckContext:
 
 
 @dataclass(frozen=True, slots=True)
+class PinnedFile:
+    """A file that a source offers: bytes, and sha256 or git blob id in hex."""
+
+    size: int
+    sha256: str | None = None
+    git_blob: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class Pinned:
     """A floating value made exact: field path → exact value (`revision` → 40 hex digits), and how it was learnt."""
 
     values: Mapping[str, str]
     source: str
+    files: Mapping[str, PinnedFile] = field(default_factory=dict)
+    """What the source says it will give, as far as it says: goes into the lock file."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -34,7 +34,7 @@ from .memo import StatMemo
 from .presence import Presence
 from .publish import JOURNAL, Known, Publisher
 from .releasing import keep_again, release, sweep
-from .roots import all_roots, load_root, remember, root_path
+from .roots import Root, all_roots, load_root, remember, root_path
 from .verify import Finding, VerifyReport, verify
 
 __all__ = ["ArtifactEntry", "Finding", "GcReport", "KeyRecord", "Store", "VerifyReport", "Work", "default_root"]
@@ -254,12 +254,21 @@ class Store:
 
     def last(self, manifest: Path, name: str, node: str) -> KeyRecord | None:
         """The node's last record under this manifest path, else under the latest manifest of this name."""
+        root = self._root(manifest, name, node)
+        return self.find(root.nodes[node]) if root else None
+
+    def history(self, manifest: Path, name: str, node: str) -> list[KeyRecord]:
+        """The node's latest records that are still there, oldest first; found as `last` finds it."""
+        root = self._root(manifest, name, node)
+        keys = root.history.get(node, []) if root else []
+        return [record for key in keys if (record := self.find(key)) is not None]
+
+    def _root(self, manifest: Path, name: str, node: str) -> Root | None:
         root = load_root(self.layout, root_path(self.layout, manifest))
         if root is not None and node in root.nodes:
-            return self.find(root.nodes[node])
+            return root
         named = [root for _, root in all_roots(self.layout) if root.name == name and node in root.nodes]
-        latest = max(named, key=lambda item: item.serial, default=None)
-        return self.find(latest.nodes[node]) if latest else None
+        return max(named, key=lambda item: item.serial, default=None)
 
     def gc(self, *, dry_run: bool = False) -> GcReport:
         """Frees all that no existing manifest or lock file names. Raises Transient while another run uses the store."""
