@@ -191,10 +191,9 @@ def _is_object(target: Path) -> bool:
 
 
 def _is_store(directory: Path) -> bool:
-    # <store>/artifacts/<sha256>: the store itself made these links when it published the artifact.
-    return "artifacts" in directory.parts[-4:-1] and any(
-        re.fullmatch(r"[0-9a-f]{64}", part) for part in directory.parts[-2:]
-    )
+    # <store>/artifacts/<sha256>, <store>/work/<sha256>/out: these links were made here, not by whoever made the model.
+    within = not {"artifacts", "work"}.isdisjoint(directory.parts[-3:-1])
+    return within and any(re.fullmatch(r"[0-9a-f]{64}", part) for part in directory.parts[-2:])
 
 
 def side_files(directory: Path) -> tuple[Path, ...]:

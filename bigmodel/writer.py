@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import os
 import re
+import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -34,9 +35,11 @@ from .tensors import CASTABLE, SAFETENSORS_NAMES
 
 __all__ = [
     "Layout", "PlannedTensor", "SavedCheckpoint", "ShardPlan", "convert", "plan_conversion", "plan_shards",
-    "save_checkpoint", "write_checkpoint",
+    "planned_bytes", "save_checkpoint", "write_checkpoint",
 ]  # fmt: skip
 
+_METADATA = {"format": "pt"}
+"""Tells other tools that names and shapes are torch's."""
 Produce = Callable[[PlannedTensor], Iterable[Piece]]
 """Gives a tensor's bytes in pieces. A piece must stay as it is until three more have been taken, of whatever tensor."""
 ReportProgress = Callable[[int, int], None]
@@ -76,7 +79,7 @@ def write_checkpoint(
     out = Path(out)
     out.mkdir(parents=True, exist_ok=True)
     known = Journal(journal, out, fingerprint)
-    containers = [container(plan, format, metadata or {"format": "pt"}, layout) for plan in plans]
+    containers = [container(plan, format, metadata or _METADATA, layout) for plan in plans]
     files = {
         plan.file: found
         for plan, file in zip(plans, containers, strict=True)
@@ -116,19 +119,25 @@ def _write_shard(
 
 
 class _Meter:
-    """Counts bytes as they pass."""
+    """Counts bytes as they pass; reports ten times a second."""
 
     def __init__(self, total: int, done: int, report: ReportProgress | None) -> None:
         self.total = total
         self.done = done
         self.report = report
+        self._told = 0.0
 
     def count(self, pieces: Iterable[Piece]) -> Iterator[Piece]:
         for piece in pieces:
             yield piece
             self.done += memoryview(piece).nbytes
-            if self.report is not None:
-                self.report(self.done, self.total)
+            self._tell()
+
+    def _tell(self) -> None:
+        now = time.monotonic()
+        if self.report is not None and (now - self._told > 0.1 or self.done == self.total):
+            self._told = now
+            self.report(self.done, self.total)
 
 
 def _remove_leftovers(out: Path, format: Format, planned: set[str]) -> None:
@@ -197,6 +206,11 @@ def plan_conversion(
             )
         planned.append(PlannedTensor.of(name, kept, shape))
     return plan_shards(planned, max_shard_size, format, tied)
+
+
+def planned_bytes(plans: Sequence[ShardPlan], format: Format) -> int:
+    """Bytes of the planned weight files, headers included."""
+    return sum(container(plan, format, _METADATA, "sorted").size for plan in plans)
 
 
 def convert(
