@@ -1,1 +1,455 @@
 """The `bigpipe` command. Parses, calls, prints; holds no logic."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeVar
+
+import click
+
+import bigpipe
+from bigpipe.errors import BigpipeError, Interrupted, UsageError
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+MANIFEST = click.argument("manifest", type=click.Path(path_type=Path))
+STORE = click.option(
+    "--store", type=click.Path(path_type=Path), help="The store; else $BIGPIPE_HOME, else the XDG cache."
+)
+PARAMS = click.option(
+    "-p", "--param", "params", multiple=True, metavar="NAME=VALUE", help="Set a parameter of the recipe."
+)
+JSON = click.option("--json", "as_json", is_flag=True, help="Print JSON on stdout.")
+OFFLINE = click.option("--offline", is_flag=True, help="Never use the network.")
+
+
+class Commands(click.Group):
+    """Commands in the order of work, not of the alphabet."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return list(self.commands)
+
+
+@click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
+@click.version_option(package_name="bigpipe-ml", prog_name="bigpipe")
+def cli() -> None:
+    """Recipes in git that download, size, shard, quantize, place and run models larger than memory."""
+
+
+def main() -> None:
+    """Entry point: every BigpipeError becomes its message and exit code; only bugs show a traceback."""
+    try:
+        cli.main(standalone_mode=False)
+    except BigpipeError as error:
+        fail(error)
+    except click.exceptions.Exit as error:
+        sys.exit(error.exit_code)
+    except click.ClickException as error:
+        error.show()
+        sys.exit(2)
+    except (click.Abort, KeyboardInterrupt):
+        click.echo("interrupted", err=True)
+        sys.exit(130)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(0)
+
+
+def fail(error: BigpipeError) -> None:
+    """Print cause, place and cure, also as an annotation where GitHub reads it, and exit."""
+    from bigpipe.orchestrator.reporters import error_text
+
+    click.echo(error_text(error, os.environ), err=True)
+    sys.exit(error.status if isinstance(error, Interrupted) else error.exit_code)
+
+
+def pairs(params: tuple[str, ...]) -> dict[str, str]:
+    found = {}
+    for text in params:
+        name, equals, value = text.partition("=")
+        if not equals or not name:
+            raise UsageError(f"-p {text!r} is not NAME=VALUE", "write for example -p scheme=nf4")
+        found[name] = value
+    return found
+
+
+def show(value: Any) -> None:
+    click.echo(json.dumps(value, indent=2, ensure_ascii=False))
+
+
+@cli.command()
+@MANIFEST
+@click.argument("nodes", nargs=-1)
+@PARAMS
+@click.option("--force", multiple=True, metavar="NODE", help="Run this node whatever the store holds.")
+@click.option("--locked", is_flag=True, help="Refuse inputs that differ from the lock file.")
+@OFFLINE
+@click.option("--jobs", type=click.IntRange(min=1), help="Nodes side by side at the most.")
+@click.option("--keep-going", is_flag=True, help="Let other branches finish when a node fails.")
+@JSON
+@click.option("--events", type=click.Path(path_type=Path), help="Append every event as a JSON line to this file.")
+@STORE
+def run(
+    manifest: Path,
+    nodes: tuple[str, ...],
+    params: tuple[str, ...],
+    force: tuple[str, ...],
+    locked: bool,
+    offline: bool,
+    jobs: int | None,
+    keep_going: bool,
+    as_json: bool,
+    events: Path | None,
+    store: Path | None,
+) -> None:
+    """Run a recipe, or NODEs of it and what they stand on. Nothing that is in the store runs again.
+
+    Example: bigpipe run manifests/quickstart.yaml -p scheme=nf4
+    """
+    from bigpipe.orchestrator.reporters import choose_reporter
+
+    with choose_reporter(sys.stderr, events=events) as reporter:
+        result = bigpipe.run(
+            manifest, nodes, params=pairs(params), store=store, force=force, locked=locked, offline=offline,
+            jobs=jobs, keep_going=keep_going, reporter=reporter, check=False,
+        )  # fmt: skip
+    if as_json:
+        click.echo(json.dumps(result.as_json(), ensure_ascii=False))
+    else:
+        from bigpipe.orchestrator.rendering import results_text
+
+        click.echo(results_text(result))
+    if result.errors:
+        for error in result.errors[1:]:
+            click.echo(str(error), err=True)
+        fail(result.errors[0])
+
+
+@cli.command()
+@MANIFEST
+@click.argument("nodes", nargs=-1)
+@PARAMS
+@click.option("--explain", is_flag=True, help="Add keys, every change and every forecast metric.")
+@click.option(
+    "--machine",
+    type=click.Path(exists=True, path_type=Path),
+    help="Plan for `bigpipe doctor --json` of another machine.",
+)
+@OFFLINE
+@JSON
+@STORE
+def plan(
+    manifest: Path,
+    nodes: tuple[str, ...],
+    params: tuple[str, ...],
+    explain: bool,
+    machine: Path | None,
+    offline: bool,
+    as_json: bool,
+    store: Path | None,
+) -> None:
+    """Say what would run, why, what it costs, and whether it fits.
+
+    Example: bigpipe plan manifests/opt13b_int8.yaml --machine gpu-box.json
+    """
+    from bigpipe.orchestrator.machine import read_machine
+
+    from bigpipe.orchestrator.rendering import plan_json, plan_text
+
+    other = read_machine(machine) if machine else None
+    planned = bigpipe.plan(manifest, nodes, params=pairs(params), store=store, offline=offline, machine=other)
+    if as_json:
+        show(plan_json(planned))
+    else:
+        click.echo(plan_text(planned, explain=explain))
+    errors = planned.errors()
+    for error in errors[1:]:
+        click.echo(str(error), err=True)
+    if errors:
+        fail(errors[0])
+
+
+@cli.command()
+@click.argument("manifests", nargs=-1, required=True, type=click.Path(path_type=Path))
+@PARAMS
+@JSON
+def validate(manifests: tuple[Path, ...], params: tuple[str, ...], as_json: bool) -> None:
+    """Check manifests without running anything: syntax, fields, wiring, cycles, gates. All errors at once.
+
+    Example: bigpipe validate manifests/*.yaml
+    """
+    from bigpipe.orchestrator.commands import validate as check
+
+    errors = check(manifests, pairs(params))
+    if as_json:
+        show({str(path): [str(problem) for problem in found.problems] for path, found in errors.items()})
+    for path in manifests:
+        if path not in errors:
+            click.echo(f"{path}: ok", err=as_json)
+    if errors:
+        from bigpipe.errors import ManifestError
+
+        fail(ManifestError([problem for found in errors.values() for problem in found.problems]))
+
+
+@cli.command()
+@MANIFEST
+@PARAMS
+@click.option("--exit-code", is_flag=True, help="Exit with 10 where something would run.")
+@JSON
+@STORE
+def status(manifest: Path, params: tuple[str, ...], exit_code: bool, as_json: bool, store: Path | None) -> None:
+    """Say of every node whether it is cached, and if not, why.
+
+    Example: bigpipe status manifests/quickstart.yaml --exit-code
+    """
+    from bigpipe.orchestrator import commands
+    from bigpipe.orchestrator.rendering import columns
+
+    planned = commands.status(manifest, params=pairs(params), store=store)
+    rows = [(name, str(node.action), node.decision.reason) for name, node in planned.nodes.items()]
+    if as_json:
+        show({name: {"action": action, "reason": reason} for name, action, reason in rows})
+    else:
+        click.echo(columns(rows))
+    if exit_code and (stale := commands.stale(planned)):
+        fail(stale)
+
+
+@cli.command()
+@MANIFEST
+@click.argument("node")
+@PARAMS
+@JSON
+@STORE
+def why(manifest: Path, node: str, params: tuple[str, ...], as_json: bool, store: Path | None) -> None:
+    """Say why NODE would run, or ran last: which value changed, from what, to what, where.
+
+    Example: bigpipe why manifests/quickstart.yaml quantize
+    """
+    from bigpipe.orchestrator import commands
+    from bigpipe.orchestrator.rendering import why_text
+
+    answers = commands.why(manifest, node, params=pairs(params), store=store)
+    if as_json:
+        show(answers)
+    else:
+        click.echo(why_text(answers))
+
+
+@cli.command()
+@MANIFEST
+@PARAMS
+@click.option("--format", "form", type=click.Choice(["text", "mermaid", "dot"]), default="text", show_default=True)
+def graph(manifest: Path, params: tuple[str, ...], form: str) -> None:
+    """Draw the nodes after matrix expansion, and what they stand on.
+
+    Example: bigpipe graph manifests/matrix_int8_nf4.yaml --format mermaid
+    """
+    from bigpipe.orchestrator.rendering import graph_text
+
+    click.echo(graph_text(bigpipe.load_manifest(manifest, pairs(params)), form))
+
+
+@cli.command()
+@MANIFEST
+@PARAMS
+@click.option("--check", is_flag=True, help="Only say whether the lock file still holds; exit 10 where not.")
+@STORE
+def lock(manifest: Path, params: tuple[str, ...], check: bool, store: Path | None) -> None:
+    """Write MANIFEST.lock: commits, sizes and digests of all inputs, for review and for `run --locked`.
+
+    Example: bigpipe lock manifests/opt13b_int8.yaml
+    """
+    from bigpipe.orchestrator import commands
+
+    click.echo(commands.lock(manifest, check=check, params=pairs(params), store=store))
+
+
+@cli.command()
+@click.argument("models", nargs=-1, required=True, metavar="MODEL")
+@click.option("--dtypes", multiple=True, help="float32 float16 bfloat16 float8 int8 int4 nf4 fp4; may be repeated.")
+@click.option("--library-name", type=click.Choice(["transformers", "timm", "diffusers"]))
+@click.option("--head", type=click.Choice(["auto", "none"]), default="auto", show_default=True)
+@click.option("--batch-size", type=click.IntRange(min=1), default=1, show_default=True)
+@click.option("--sequence-length", type=click.IntRange(min=1), default=2048, show_default=True)
+@click.option("--revision", default="main", show_default=True)
+@click.option("--memory", help="Say whether it fits, and the smallest change that does: 24GiB.")
+@click.option("--trust-remote-code", is_flag=True, help="Let a repository pinned by --revision run its own code.")
+@OFFLINE
+@JSON
+@STORE
+def estimate(models: tuple[str, ...], as_json: bool, store: Path | None, **options: Any) -> None:
+    """What a model needs in memory, per dtype, from its headers alone. MODEL: a repository, a URL or a directory.
+
+    Example: bigpipe estimate facebook/opt-13b --dtypes int8 --batch-size 4 --memory 16GiB
+    """
+    from bigpipe.orchestrator.commands import memo_directory
+
+    options["dtypes"] = split_words(options["dtypes"]) or None
+    answers = [bigpipe.estimate(model, memo=memo_directory(store), **options) for model in models]
+    if as_json:
+        show([answer.as_json() for answer in answers] if len(answers) > 1 else answers[0].as_json())
+    else:
+        click.echo("\n\n".join(answer.render() for answer in answers))
+
+
+def split_words(values: tuple[str, ...]) -> list[str]:
+    return [word for value in values for word in value.replace(",", " ").split()]
+
+
+@cli.command()
+@click.argument("file", type=click.Path(path_type=Path))
+@click.option("--model", required=True, metavar="REPO", help="A Hub repository.")
+def init(file: Path, model: str) -> None:
+    """Write a first recipe for a model, and the JSON schema that makes an editor complete and check it.
+
+    Example: bigpipe init opt.yaml --model facebook/opt-125m
+    """
+    from bigpipe.orchestrator.commands import initialise
+
+    for written in initialise(file, model):
+        click.echo(f"wrote {written}")
+
+
+@cli.command()
+def schema() -> None:
+    """Print the JSON schema of manifests, generated from the registered kinds.
+
+    Example: bigpipe schema > bigpipe.schema.json
+    """
+    from bigpipe.orchestrator.schema import manifest_schema
+
+    show(manifest_schema())
+
+
+@cli.command()
+@click.argument("kind", required=False)
+@click.option("--markdown", is_flag=True, help="The whole reference as Markdown.")
+@JSON
+def kinds(kind: str | None, markdown: bool, as_json: bool) -> None:
+    """List the stage kinds, or show one: ports, fields, metrics.
+
+    Example: bigpipe kinds quantize
+    """
+    from bigpipe.orchestrator import reference
+
+    if as_json:
+        show(reference.as_json(kind))
+    elif markdown or kind:
+        click.echo(reference.markdown(kind), nl=False)
+    else:
+        click.echo(reference.overview())
+
+
+@cli.command()
+@JSON
+@STORE
+def doctor(as_json: bool, store: Path | None) -> None:
+    """Say what this machine has and whether everything bigpipe stands on works here.
+
+    Example: bigpipe doctor --json > this-machine.json
+    """
+    from bigpipe.orchestrator.doctor import doctor_text, examine
+
+    found = examine(store)
+    if as_json:
+        show(found)
+    else:
+        click.echo(doctor_text(found))
+
+
+@cli.command("ls")
+@JSON
+@STORE
+def list_artifacts(as_json: bool, store: Path | None) -> None:
+    """List the artifacts in the store and the runs that are on record.
+
+    Example: bigpipe ls
+    """
+    _print("list_store", as_json, store)
+
+
+@cli.command("show")
+@click.argument("run", required=False, default="last")
+@JSON
+@STORE
+def show_run(run: str, as_json: bool, store: Path | None) -> None:
+    """Show the record of RUN (an id, the start of one, or `last`).
+
+    Example: bigpipe show last
+    """
+    _print("show_run", as_json, store, run)
+
+
+@cli.command()
+@click.argument("run")
+@click.argument("node", required=False)
+@STORE
+def log(run: str, node: str | None, store: Path | None) -> None:
+    """Print what the nodes of RUN wrote.
+
+    Example: bigpipe log last generate
+    """
+    from bigpipe.orchestrator import inspection
+
+    for line in inspection.log_lines(run, node, store):
+        click.echo(line)
+
+
+@cli.command()
+@click.argument("run")
+@click.argument("other")
+@JSON
+@STORE
+def diff(run: str, other: str, as_json: bool, store: Path | None) -> None:
+    """Say what differs between two runs: params, inputs, metrics, digests.
+
+    Example: bigpipe diff 20260103 last
+    """
+    _print("diff_runs", as_json, store, run, other)
+
+
+@cli.command()
+@click.option("--dry-run", is_flag=True, help="Only say what would go.")
+@JSON
+@STORE
+def gc(dry_run: bool, as_json: bool, store: Path | None) -> None:
+    """Delete artifacts that no existing manifest or lock file names.
+
+    Example: bigpipe gc --dry-run
+    """
+    _print("collect_garbage", as_json, store, dry_run)
+
+
+@cli.command()
+@click.option("--repair", is_flag=True, help="Quarantine what is damaged, so that it is made again.")
+@JSON
+@STORE
+def verify(repair: bool, as_json: bool, store: Path | None) -> None:
+    """Hash every object in the store and compare. Exit 6 where something is damaged.
+
+    Example: bigpipe verify --repair
+    """
+    _print("verify_store", as_json, store, repair)
+
+
+def _print(name: str, as_json: bool, store: Path | None, *args: Any) -> None:
+    """Call the inspection of that name; print its text, or its data as JSON; fail with what it found wrong."""
+    from bigpipe.orchestrator import inspection
+
+    answer: inspection.Answer = getattr(inspection, name)(*args, store=store)
+    if as_json:
+        show(answer.data)
+    else:
+        click.echo(answer.text)
+    if answer.error:
+        fail(answer.error)
+
+
+if __name__ == "__main__":
+    main()

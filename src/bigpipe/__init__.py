@@ -1,1 +1,68 @@
-"""bigpipe: recipes in git that download, size, shard, quantize, place and run models larger than memory."""
+"""bigpipe: recipes in git that download, size, shard, quantize, place and run models larger than memory.
+
+    >>> import bigpipe
+    >>> result = bigpipe.run("manifests/quickstart.yaml", params={"scheme": "nf4"})
+    >>> result.path("generate")
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .bigmodel.checkpoint import Checkpoint as Checkpoint
+    from .bigmodel.checkpoint import open_checkpoint as open_checkpoint
+    from .bigmodel.estimates import Estimate as Estimate
+    from .bigmodel.estimates import estimate as estimate
+    from .bigmodel.loading import load as load
+    from .bigmodel.placement import Placement as Placement
+    from .bigmodel.placement import place as place
+    from .bigmodel.quantization import quantize_checkpoint as quantize_checkpoint
+    from .bigmodel.writer import save_checkpoint as save_checkpoint
+    from .errors import BigpipeError as BigpipeError
+    from .errors import ManifestError as ManifestError
+    from .orchestrator.commands import plan as plan
+    from .orchestrator.commands import run as run
+    from .orchestrator.graph import Recipe as Recipe
+    from .orchestrator.graph import load_recipe as load_manifest
+    from .orchestrator.plan import Plan as Plan
+    from .orchestrator.runner import RunResult as RunResult
+    from .orchestrator.stage import Stage as Stage
+
+_EXPORTS = {
+    "BigpipeError": "errors:BigpipeError",
+    "Checkpoint": "bigmodel.checkpoint:Checkpoint",
+    "Estimate": "bigmodel.estimates:Estimate",
+    "ManifestError": "errors:ManifestError",
+    "Placement": "bigmodel.placement:Placement",
+    "Plan": "orchestrator.plan:Plan",
+    "Recipe": "orchestrator.graph:Recipe",
+    "RunResult": "orchestrator.runner:RunResult",
+    "Stage": "orchestrator.stage:Stage",
+    "estimate": "bigmodel.estimates:estimate",
+    "load": "bigmodel.loading:load",
+    "load_manifest": "orchestrator.graph:load_recipe",
+    "open_checkpoint": "bigmodel.checkpoint:open_checkpoint",
+    "place": "bigmodel.placement:place",
+    "plan": "orchestrator.commands:plan",
+    "quantize_checkpoint": "bigmodel.quantization:quantize_checkpoint",
+    "run": "orchestrator.commands:run",
+    "save_checkpoint": "bigmodel.writer:save_checkpoint",
+}
+
+__all__ = sorted(_EXPORTS)  # noqa: PLE0605 (spelled out in the test of the export list)
+
+
+def __getattr__(name: str) -> Any:
+    """Import on first use (PEP 562): `import bigpipe` costs nothing heavy."""
+    if name not in _EXPORTS:
+        raise AttributeError(f"module 'bigpipe' has no attribute {name!r}")
+    module, attribute = _EXPORTS[name].split(":")
+    value = getattr(import_module(f"{__name__}.{module}"), attribute)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_EXPORTS})

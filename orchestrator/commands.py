@@ -1,0 +1,210 @@
+"""What each command about a manifest does, as functions from arguments to plain values."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from bigpipe.errors import GateFailed, ManifestError, Stale, UsageError
+
+from .decision import Action
+from .events import Event, Reporter
+from .plan import Plan, make_plan
+from .runner import RunResult, run_plan
+from .session import Session, exact, open_session, require_file
+from .types import Json, Machine
+
+
+class _Silent:
+    def report(self, event: Event) -> None:
+        """Nobody asked."""
+
+
+def run(
+    manifest: str | Path,
+    nodes: Sequence[str] = (),
+    *,
+    params: Mapping[str, Any] | None = None,
+    store: str | Path | None = None,
+    force: Collection[str] = (),
+    locked: bool = False,
+    offline: bool = False,
+    jobs: int | None = None,
+    keep_going: bool = False,
+    reporter: Reporter | None = None,
+    check: bool = True,
+) -> RunResult:
+    """Run a recipe; nodes already in the store are not run again.
+
+    nodes: stage or node names; only they and their ancestors run. force: run these whatever the store holds.
+    check: raise the first error (GateFailed, StageFailed, …); otherwise errors are in the result.
+    Raises, before anything runs, ManifestError, UsageError, DoesNotFit, NotAuthorised and GateFailed for what can be
+    known by then.
+    """
+    session = open_session(manifest, nodes, params=_written(params), store=store, force=force, offline=offline)
+    if locked:
+        from .lockfile import enforce
+
+        enforce(session)
+    planned = make_plan(session)
+    refuse(planned, keep_going=keep_going)
+    result = run_plan(session, planned, reporter or _Silent(), jobs=jobs, keep_going=keep_going)
+    if session.lock is not None and result.status == "succeeded":
+        from .lockfile import record_outputs
+
+        record_outputs(session, result.nodes)
+    if check and result.errors:
+        raise result.errors[0]
+    return result
+
+
+def refuse(plan: Plan, *, keep_going: bool = False) -> None:
+    """Raise what makes a run pointless now. A failing gate that may be survived is left to the run."""
+    for error in plan.errors():
+        if isinstance(error, GateFailed) and (keep_going or _survivable(plan, error)):
+            continue
+        raise error
+
+
+def _survivable(plan: Plan, error: GateFailed) -> bool:
+    return any(
+        planned.node.on_fail == "continue" and any(gate.gate.place == error.place for gate in planned.gates)
+        for planned in plan.nodes.values()
+    )
+
+
+def plan(
+    manifest: str | Path,
+    nodes: Sequence[str] = (),
+    *,
+    params: Mapping[str, Any] | None = None,
+    store: str | Path | None = None,
+    offline: bool = False,
+    machine: Machine | None = None,
+    preflight: bool = True,
+) -> Plan:
+    """What `run` would do now, what it costs and whether it fits; `Plan.errors()` says why it would be refused."""
+    session = open_session(manifest, nodes, params=_written(params), store=store, offline=offline, machine=machine)
+    return make_plan(session, preflight=preflight)
+
+
+def _written(params: Mapping[str, Any] | None) -> dict[str, str]:
+    """Parameters as a command line would write them: strings as they are, everything else as YAML flow."""
+    import json
+
+    return {name: value if isinstance(value, str) else json.dumps(value) for name, value in (params or {}).items()}
+
+
+def status(manifest: str | Path, *, params: Mapping[str, Any] | None = None, store: str | Path | None = None) -> Plan:
+    """Which nodes are cached, stale or unknown, without touching the network for more than a moving revision."""
+    return plan(manifest, params=params, store=store, preflight=False)
+
+
+def stale(plan_: Plan) -> Stale | None:
+    """What `status --exit-code` answers with where something would run."""
+    names = [node.node.name for node in plan_.to_run]
+    if not names:
+        return None
+    return Stale(f"{len(names)} of {len(plan_.nodes)} nodes are not up to date: {', '.join(names)}", "bigpipe run")
+
+
+def why(
+    manifest: str | Path, node: str, *, params: Mapping[str, Any] | None = None, store: str | Path | None = None
+) -> dict[str, Json]:
+    """Per node meant by `node`: what it would do, the reason, every change old → new with its place, and the
+    producers whose changes reach it."""
+    session = open_session(manifest, params=_written(params), store=store)
+    names = exact(session.recipe, [node])
+    planned = make_plan(session, preflight=False)
+    return {name: explain(session, planned, name) for name in session.recipe.nodes if name in names}
+
+
+def explain(session: Session, planned: Plan, name: str) -> dict[str, Json]:
+    item = planned.nodes[name]
+    decision = item.decision
+    last = session.store.last(session.recipe.path, session.recipe.name, name)
+    changes = decision.changes or _latest_changes(session, name)
+    import networkx
+
+    ancestors = networkx.ancestors(session.recipe.graph, name)
+    return {
+        "action": str(decision.action),
+        "reason": decision.reason,
+        "key": decision.key,
+        "changes": [
+            {"path": c.path, "old": c.old, "new": c.new, "place": _place(session, name, c.path)} for c in changes
+        ],
+        "because_of": {
+            other: planned.nodes[other].decision.reason
+            for other in session.recipe.nodes
+            if other in ancestors and planned.nodes[other].action in (Action.RUN, Action.MAYBE)
+        },
+        "last": {"run": last.run, "created": last.created, "seconds": last.seconds} if last else None,
+    }
+
+
+def _latest_changes(session: Session, name: str) -> tuple[Any, ...]:
+    """For a cached node: what its last record changed against the one before, so that `why` answers after a run too."""
+    from .keys import differences
+
+    records = session.store.history(session.recipe.path, session.recipe.name, name)
+    if len(records) < 2:
+        return ()
+    before, after = records[-2], records[-1]
+    return tuple(differences(before.identity, after.identity, before.inputs, after.inputs))
+
+
+def _place(session: Session, name: str, path: str) -> str | None:
+    place = session.recipe.nodes[name].places.get(path)
+    return str(place) if place else None
+
+
+def lock(
+    manifest: str | Path,
+    *,
+    check: bool = False,
+    params: Mapping[str, Any] | None = None,
+    store: str | Path | None = None,
+) -> Path:
+    """Write `<manifest>.lock`, or check that it still says what a run would use (Stale where not)."""
+    from .lockfile import check_lock, write_lock
+
+    session = open_session(manifest, params=_written(params), store=store)
+    return check_lock(session) if check else write_lock(session)
+
+
+def validate(manifests: Sequence[Path], params: Mapping[str, Any] | None = None) -> dict[Path, ManifestError]:
+    """The problems of each manifest that has some. UsageError for a file that is not there."""
+    from .graph import load_recipe
+
+    errors: dict[Path, ManifestError] = {}
+    for path in manifests:
+        require_file(path)
+        try:
+            load_recipe(path, _written(params))
+        except ManifestError as error:
+            errors[path] = error
+    return errors
+
+
+def initialise(file: Path, model: str) -> list[Path]:
+    """Write a first recipe for `model`, and the JSON schema its first line names. Never overwrites a recipe."""
+    import json
+
+    from .schema import initial_manifest, manifest_schema
+
+    if file.exists():
+        raise UsageError(f"{file} exists", "give another name; `bigpipe init` never overwrites a recipe")
+    schema = file.parent / "bigpipe.schema.json"
+    file.parent.mkdir(parents=True, exist_ok=True)
+    schema.write_text(json.dumps(manifest_schema(), indent=2) + "\n")
+    file.write_text(initial_manifest(model, file.stem, schema.name))
+    return [file, schema]
+
+
+def memo_directory(store: str | Path | None = None) -> Path:
+    """Where answers that are dear to get are kept."""
+    from .store import Store, default_root
+
+    return Store(Path(store) if store else default_root()).memo

@@ -1,0 +1,119 @@
+"""Does what will run fit the machine: RAM, GPU memory, devices, disk."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from bigpipe.sizes import format_size, format_transfer
+
+from .decision import Action, Decision
+from .graph import Node
+from .session import Session
+from .stage import Forecast, Misfit
+
+
+def find_misfits(
+    session: Session, decisions: Mapping[str, Decision], forecasts: Mapping[str, Forecast]
+) -> tuple[tuple[str, Misfit], ...]:
+    """Everything that will not fit, as (node name, misfit), in topological order; the disk last."""
+    found: list[tuple[str, Misfit]] = []
+    for node in session.nodes:
+        if decisions[node.name].action in (Action.RUN, Action.MAYBE):
+            forecast = forecasts[node.name]
+            found += [(node.name, misfit) for misfit in (*forecast.misfits, *_memory(session, node, forecast))]
+    found += _disk(session, decisions, forecasts)
+    return tuple(found)
+
+
+def needs_ram(node: Node, forecast: Forecast | None) -> int:
+    """Bytes of RAM a node holds: what the recipe says, else what was forecast."""
+    if node.resources.ram is not None:
+        return node.resources.ram
+    return (forecast.ram or 0) if forecast else 0
+
+
+def needs_gpus(node: Node, forecast: Forecast | None) -> int:
+    if node.resources.gpus is not None:
+        return node.resources.gpus
+    return len(forecast.vram) if forecast else 0
+
+
+def _memory(session: Session, node: Node, forecast: Forecast) -> list[Misfit]:
+    machine, found = session.machine, []
+    if (ram := needs_ram(node, forecast)) > machine.memory:
+        found.append(
+            Misfit(
+                f"needs {format_size(ram)} of RAM; {machine.name} has {format_size(machine.memory)}",
+                "give `max_memory` a smaller `cpu` and a `disk`, quantize first, or plan for another --machine",
+            )
+        )
+    if (cpus := node.resources.cpus or 0) > machine.cpus:
+        found.append(
+            Misfit(f"asks for {cpus} CPUs; {machine.name} has {machine.cpus}", f"resources.cpus: {machine.cpus}")
+        )
+    if (gpus := needs_gpus(node, forecast)) > len(machine.gpus) and not forecast.misfits:
+        found.append(
+            Misfit(
+                f"asks for {gpus} GPUs; {machine.name} has {len(machine.gpus)}", f"resources.gpus: {len(machine.gpus)}"
+            )
+        )
+    by_index = {gpu.index: gpu for gpu in machine.gpus}
+    for index, wanted in forecast.vram.items():
+        gpu = by_index.get(index)
+        if gpu is not None and wanted > gpu.memory:
+            found.append(
+                Misfit(
+                    f"needs {format_size(wanted)} on GPU {index} ({gpu.name}), which has {format_size(gpu.memory)}",
+                    f"max_memory: {{{index}: {format_size(gpu.memory * 0.9).replace(' ', '')}}} leaves room; "
+                    "the rest goes to cpu and disk",
+                )
+            )
+    limit = node.resources.gpu_memory
+    if limit is not None and machine.gpus and limit > max(gpu.memory for gpu in machine.gpus):
+        found.append(
+            Misfit(f"asks for {format_size(limit)} of GPU memory; no GPU here has it", "lower resources.gpu_memory")
+        )
+    return found
+
+
+def peak_disk(
+    session: Session, decisions: Mapping[str, Decision], forecasts: Mapping[str, Forecast]
+) -> tuple[int, str]:
+    """The most bytes the run adds to the store at any time, and the node at which it is reached.
+
+    Nodes are taken one after the other; a `cache: false` node's bytes go once its last consumer has published.
+    """
+    alive: dict[str, int] = {}
+    peak, where = 0, ""
+    done: set[str] = set()
+    for node in session.nodes:
+        forecast = forecasts.get(node.name)
+        runs = decisions[node.name].action in (Action.RUN, Action.MAYBE)
+        alive[node.name] = (forecast.write_bytes or 0) if forecast and runs else 0
+        if (total := sum(alive.values())) > peak:
+            peak, where = total, node.name
+        done.add(node.name)
+        for name in list(alive):
+            consumers = session.consumers(name)
+            if not session.recipe.nodes[name].cache and consumers and all(c.name in done for c in consumers):
+                del alive[name]
+    return peak, where
+
+
+def _disk(
+    session: Session, decisions: Mapping[str, Decision], forecasts: Mapping[str, Forecast]
+) -> list[tuple[str, Misfit]]:
+    peak, where = peak_disk(session, decisions, forecasts)
+    free = session.machine.disk_free
+    if peak <= free:
+        return []
+    droppable = {
+        node.name: forecasts[node.name].write_bytes or 0
+        for node in session.nodes
+        if node.cache and node.name in forecasts and session.consumers(node.name)
+    }
+    best = max(droppable, key=lambda name: droppable[name], default=None)
+    cure = f"free {format_transfer(peak - free)}"
+    if best is not None and droppable[best]:
+        cure += f", or `cache: false` on {best} ({format_transfer(droppable[best])})"
+    return [(where, Misfit(f"needs {format_transfer(peak)} of disk; {format_transfer(free)} are free", cure))]

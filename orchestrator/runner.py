@@ -1,0 +1,454 @@
+"""One run, from plan to record.
+
+run_plan(session, plan)
+    settle_ready()      nodes whose producers are settled, in topological order:
+        decide()            cached or to run, now with true digests
+        demand_inputs()     dropped bytes a consumer needs are made again first
+        admit()             within CPUs, memory and GPUs; independent nodes run side by side
+    execute()           in a thread: lock the key → launch, with retries → publish
+    finish_node()       gates, events, record; bytes nobody needs any more are dropped
+    finish_run()        run record, roots, status
+"""
+
+from __future__ import annotations
+
+import signal
+import threading
+import time
+from collections.abc import Iterator, Mapping
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import FrameType
+
+from bigpipe.errors import BigpipeError, GateFailed, Interrupted
+
+from .conditions import UNKNOWN
+from .decision import Action, decide
+from .events import Event, NodeFinished, NodeStarted, Reporter, RunFinished, RunStarted
+from .execution import Attempt, execute
+from .fit import needs_gpus, needs_ram
+from .graph import Node
+from .plan import Plan, failed, gate_error, judge_gates, missing_producer, when_text
+from .records import RunRecorder, new_run_id
+from .session import Lookup, Session, metric
+from .stage import Forecast
+from .store import KeyRecord
+from .types import Json, Lineage, Status
+
+SETTLED = frozenset({Status.CACHED, Status.SUCCEEDED, Status.FAILED, Status.SKIPPED})
+GOOD = frozenset({Status.CACHED, Status.SUCCEEDED})
+
+
+@dataclass(slots=True)
+class NodeState:
+    """What is known of a node while the run goes."""
+
+    node: Node
+    status: Status = Status.PENDING
+    reason: str = ""
+    key: str | None = None
+    record: KeyRecord | None = None
+    bytes_here: bool = True
+    demanded_by: str = ""
+    """The consumer that needs dropped bytes again."""
+    seconds: float = 0.0
+    error: BigpipeError | None = None
+
+    @property
+    def digest(self) -> str | None:
+        return self.record.digest if self.record else None
+
+
+@dataclass(slots=True)
+class Run:
+    session: Session
+    plan: Plan
+    id: str
+    reporter: Reporter
+    states: dict[str, NodeState]
+    jobs: int
+    keep_going: bool
+    cancelled: threading.Event = field(default_factory=threading.Event)
+    signal: int = 0
+    running: dict[Future[KeyRecord], NodeState] = field(default_factory=dict)
+
+    @property
+    def stopping(self) -> bool:
+        """No new node starts: interrupted, or a node failed that does not let the others go on."""
+        return self.cancelled.is_set() or any(
+            state.status is Status.FAILED and state.node.on_fail == "stop" and not self.keep_going
+            for state in self.states.values()
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RunResult:
+    """What a run did. `nodes` has one NodeState per selected node."""
+
+    run: str
+    status: str
+    """succeeded, failed or interrupted."""
+    nodes: Mapping[str, NodeState]
+    session: Session
+    seconds: float
+    errors: tuple[BigpipeError, ...] = ()
+
+    @property
+    def exit_code(self) -> int:
+        if not self.errors:
+            return 0
+        first = self.errors[0]
+        return first.status if isinstance(first, Interrupted) else first.exit_code
+
+    def path(self, node: str) -> Path | None:
+        """The artifact's directory, readable as it is; None where there is none or its bytes were dropped."""
+        state = self.nodes[node]
+        if state.digest is None or not state.bytes_here:
+            return None
+        return self.session.store.artifact_path(state.digest)
+
+    def as_json(self) -> dict[str, Json]:
+        """`bigpipe.run/1`."""
+        return {
+            "schema": "bigpipe.run/1",
+            "run": self.run,
+            "status": self.status,
+            "nodes": {name: self._node_json(state) for name, state in self.nodes.items()},
+        }
+
+    def _node_json(self, state: NodeState) -> dict[str, Json]:
+        record = state.record
+        path = self.path(state.node.name)
+        return {
+            "status": str(state.status),
+            "key": state.key,
+            "digest": state.digest,
+            "path": str(path) if path else None,
+            "seconds": round(state.seconds, 3),
+            "peak_rss": record.peak_rss if record else None,
+            "metrics": dict(record.metrics) if record else {},
+            "reason": state.reason,
+        }
+
+
+def run_plan(
+    session: Session, plan: Plan, reporter: Reporter, *, jobs: int | None = None, keep_going: bool = False
+) -> RunResult:
+    """Run what the plan says, deciding each node again with true digests.
+
+    A node that fails is in the result, not raised. SIGINT and SIGTERM stop the children and leave everything
+    resumable.
+    """
+    started = time.monotonic()
+    run_id = new_run_id()
+    recorder = RunRecorder(session.store.runs / run_id, run_id, session.recipe)
+    run = Run(
+        session=session,
+        plan=plan,
+        id=run_id,
+        reporter=_Serial(reporter, recorder),
+        states={node.name: NodeState(node) for node in session.nodes},
+        jobs=jobs or max(2, session.machine.cpus) if plan.to_run else 1,
+        keep_going=keep_going,
+    )
+    run.reporter.report(RunStarted(run_id, str(session.recipe.path), tuple(run.states)))
+    with _signals(run):
+        _loop(run)
+    return _finish_run(run, recorder, time.monotonic() - started)
+
+
+def _loop(run: Run) -> None:
+    if not _settle_ready(run):
+        return
+    with ThreadPoolExecutor(max_workers=run.jobs, thread_name_prefix="node") as pool:
+        while True:
+            for state in _admissible(run):
+                _start(run, state, pool)
+            if not run.running:
+                break
+            done, _ = wait(run.running, timeout=0.2, return_when=FIRST_COMPLETED)
+            for future in done:
+                _finish_node(run, run.running.pop(future), future)
+            if done:
+                _settle_ready(run)
+
+
+def _settle_ready(run: Run) -> bool:
+    """Settle every node that needs no work. True: some node waits for its turn to run."""
+    changed = True
+    while changed:
+        changed = False
+        for state in run.states.values():
+            if state.status is Status.PENDING and _producers_settled(run, state):
+                changed = _settle(run, state) or changed
+    return any(state.status is Status.PENDING for state in run.states.values()) and not run.stopping
+
+
+def _producers_settled(run: Run, state: NodeState) -> bool:
+    return all(run.states[name].status in SETTLED for name in run.session.recipe.graph.predecessors(state.node.name))
+
+
+def _settle(run: Run, state: NodeState) -> bool:
+    """Skip, or take from the cache, or leave to run. True where the state changed."""
+    if blocked := _blocked(run, state):
+        _end(run, state, Status.SKIPPED, blocked)
+        return True
+    if state.key is not None and not state.demanded_by:
+        return False  # decided already: it waits for room, or for bytes it demanded
+    try:
+        decision = decide(run.session, state.node, _digests(run), _absent(run))
+    except BigpipeError as error:
+        state.error = error
+        _end(run, state, Status.FAILED, str(error))
+        return True
+    state.key = decision.key
+    if decision.action is Action.CACHED and not (state.demanded_by and not decision.bytes_here):
+        state.record, state.bytes_here = decision.record, decision.bytes_here
+        _end(run, state, Status.CACHED, decision.reason)
+        return True
+    state.reason = (
+        f"its bytes were dropped and {state.demanded_by} needs them" if state.demanded_by else decision.reason
+    )
+    if state.node.name in run.session.forced and state.record is not None:
+        return False
+    return _demand_inputs(run, state)
+
+
+def _blocked(run: Run, state: NodeState) -> str:
+    """Why the node cannot run at all: a failed or skipped producer, or a `when` that does not hold."""
+    node = state.node
+    for name in run.session.recipe.graph.predecessors(node.name):
+        if run.states[name].status is Status.FAILED:
+            return f"{name} failed"
+    if missing := missing_producer(node, _absent(run)):
+        return f"{missing} is skipped"
+    if node.when is not None:
+        verdict = node.when.evaluate(_lookup(run, node))
+        if verdict is None:
+            return f"when {node.when.text}: not known"
+        if not verdict.passed:
+            return when_text(node.when, verdict)
+    return ""
+
+
+def _absent(run: Run) -> frozenset[str]:
+    return frozenset(name for name, state in run.states.items() if state.status is Status.SKIPPED)
+
+
+def _digests(run: Run) -> dict[str, str | None]:
+    return {name: state.digest if state.status in GOOD else None for name, state in run.states.items()}
+
+
+def _lookup(run: Run, own: Node) -> Lookup:
+    def lookup(name: str | None, path: str) -> Json:
+        state = run.states.get(name or own.name)
+        if state is None or state.record is None:
+            return UNKNOWN
+        try:
+            return metric(state.record.metrics, path)
+        except KeyError:
+            return UNKNOWN
+
+    return lookup
+
+
+def _demand_inputs(run: Run, state: NodeState) -> bool:
+    """Send producers whose bytes were dropped back to work. True where one was sent."""
+    sent = False
+    for names in state.node.inputs.values():
+        for name in names:
+            producer = run.states[name]
+            if producer.status in GOOD and not producer.bytes_here:
+                producer.status, producer.demanded_by = Status.PENDING, state.node.name
+                state.key = None  # its digests may come out different
+                sent = True
+    return sent
+
+
+def _admissible(run: Run) -> Iterator[NodeState]:
+    """Nodes decided to run for which there is room now. A node that would not fit beside others runs alone."""
+    for state in run.states.values():
+        if run.stopping:
+            return
+        decided = state.status is Status.PENDING and state.key is not None
+        if decided and _producers_settled(run, state) and _room(run, state):
+            yield state
+
+
+def _room(run: Run, state: NodeState) -> bool:
+    if not run.running:
+        return True
+    if len(run.running) >= run.jobs:
+        return False
+    machine = run.session.machine
+    everyone = [*run.running.values(), state]
+    ram = sum(needs_ram(s.node, _forecast(run, s)) for s in everyone)
+    cpus = sum(s.node.resources.cpus or s.node.launch.num_processes for s in everyone)
+    # Two nodes that place themselves on GPUs would both start at GPU 0, so one at a time holds the GPUs.
+    gpu_nodes = sum(1 for s in everyone if needs_gpus(s.node, _forecast(run, s)))
+    return ram <= machine.memory_available and cpus <= max(machine.cpus, 1) and gpu_nodes <= 1
+
+
+def _forecast(run: Run, state: NodeState) -> Forecast | None:
+    planned = run.plan.nodes.get(state.node.name)
+    return planned.forecast if planned else None
+
+
+def _start(run: Run, state: NodeState, pool: ThreadPoolExecutor) -> None:
+    state.status = Status.RUNNING
+    run.reporter.report(NodeStarted(state.node.name, state.reason))
+    attempt = Attempt(
+        session=run.session,
+        node=state.node,
+        key=state.key or "",
+        inputs={
+            port: tuple(digest for name in names if (digest := run.states[name].digest) and name not in _absent(run))
+            for port, names in state.node.inputs.items()
+        },
+        lineage=_lineage(run, state.node),
+        forced=state.node.name in run.session.forced or bool(state.demanded_by),
+        run=run.id,
+        folder=run.session.store.runs / run.id / "nodes" / state.node.name.replace("/", "_"),
+        report=run.reporter.report,
+        cancelled=run.cancelled,
+    )
+    run.running[pool.submit(_timed, state, attempt)] = state
+
+
+def _timed(state: NodeState, attempt: Attempt) -> KeyRecord:
+    started = time.monotonic()
+    try:
+        return execute(attempt)
+    finally:
+        state.seconds = time.monotonic() - started
+
+
+def _lineage(run: Run, node: Node) -> tuple[Lineage, ...]:
+    import networkx
+
+    ancestors = networkx.ancestors(run.session.recipe.graph, node.name)
+    return tuple(
+        Lineage(
+            node=name,
+            kind=state.node.kind.kind,
+            key=state.key or "",
+            digest=state.digest,
+            params=state.node.params.model_dump(mode="json"),
+            metrics=state.record.metrics if state.record else {},
+        )
+        for name, state in run.states.items()
+        if name in ancestors
+    )
+
+
+def _finish_node(run: Run, state: NodeState, future: Future[KeyRecord]) -> None:
+    try:
+        state.record = future.result()
+    except BigpipeError as error:
+        state.error = error
+        _end(run, state, Status.FAILED, error.cause)
+        return
+    state.bytes_here, state.demanded_by = True, ""
+    _end(run, state, Status.SUCCEEDED, state.reason)
+
+
+def _end(run: Run, state: NodeState, status: Status, reason: str) -> None:
+    """The node has reached `status`; gates may still fail it."""
+    state.status, state.reason = status, reason
+    if status in GOOD:
+        lookup = _lookup(run, state.node)
+        for gate in judge_gates(state.node, lookup):
+            if failed(gate.verdict) or gate.verdict is None:
+                state.error = gate_error(state.node, gate.gate, gate.verdict)
+                state.status = Status.FAILED
+                break
+    record = state.record
+    run.reporter.report(
+        NodeFinished(
+            node=state.node.name,
+            status=str(state.status),
+            seconds=state.seconds,
+            peak_rss=record.peak_rss if record and status is Status.SUCCEEDED else 0,
+            metrics=record.metrics if record else {},
+            digest=state.digest,
+            reason=state.reason,
+            error=str(state.error) if state.error else "",
+        )
+    )
+    _drop_unneeded(run, state)
+
+
+def _drop_unneeded(run: Run, ended: NodeState) -> None:
+    """Bytes of `cache: false` producers go once their last consumer is done. A failed consumer will want them again."""
+    for name in {name for names in ended.node.inputs.values() for name in names}:
+        producer = run.states[name]
+        if producer.node.cache or not producer.bytes_here or producer.digest is None:
+            continue
+        consumers = run.session.consumers(name)
+        states = [run.states[consumer.name].status for consumer in consumers]
+        if all(status in GOOD or status is Status.SKIPPED for status in states):
+            run.session.store.drop(producer.digest)
+            producer.bytes_here = False
+
+
+def _finish_run(run: Run, recorder: RunRecorder, seconds: float) -> RunResult:
+    for state in run.states.values():
+        if state.status is Status.PENDING:
+            _end(run, state, Status.SKIPPED, "the run stopped before its turn")
+    errors = _errors(run)
+    interrupted = any(isinstance(error, Interrupted) for error in errors)
+    status = "interrupted" if interrupted else "failed" if errors else "succeeded"
+    run.reporter.report(RunFinished(run.id, status, seconds))
+    result = RunResult(
+        run=run.id, status=status, nodes=run.states, session=run.session, seconds=seconds, errors=tuple(errors)
+    )
+    recorder.finish(result.as_json(), seconds)
+    keys = {name: state.key for name, state in run.states.items() if state.key and state.status in GOOD}
+    session = run.session
+    session.store.remember(session.recipe.path, session.lock.path if session.lock else None, session.recipe.name, keys)
+    return result
+
+
+def _errors(run: Run) -> list[BigpipeError]:
+    """The interruption first, then failures in topological order, gates last: what they cost in exit codes."""
+    if run.cancelled.is_set():
+        cure = "what was finished is kept: the same command goes on from there"
+        return [Interrupted("interrupted", cure, signal=run.signal or signal.SIGINT)]
+    errors = [state.error for state in run.states.values() if state.error is not None]
+    return sorted(errors, key=lambda error: isinstance(error, GateFailed))
+
+
+@contextmanager
+def _signals(run: Run) -> Iterator[None]:
+    """The first SIGINT or SIGTERM stops the children and lets the run end in order; the second is not held back."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        run.signal = number
+        run.cancelled.set()
+        for caught, previous in before.items():
+            signal.signal(caught, previous)
+
+    before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, previous in before.items():
+            signal.signal(number, previous)
+
+
+class _Serial:
+    """Events come from several threads; reporters see them one at a time, the run's own record first."""
+
+    def __init__(self, *reporters: Reporter) -> None:
+        self._reporters = reporters
+        self._lock = threading.Lock()
+
+    def report(self, event: Event) -> None:
+        with self._lock:
+            for reporter in self._reporters:
+                reporter.report(event)

@@ -1,0 +1,184 @@
+"""One recipe, one store, one machine: what every command about a manifest starts from."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from bigpipe.errors import BigpipeError, Offline, UsageError
+
+from .content import StatMemo
+from .graph import Node, Recipe, load_recipe
+from .keys import Identity, identity
+from .stage import CheckContext, Pinned
+from .store import Store, default_root
+from .types import Json, Machine
+
+if TYPE_CHECKING:
+    from .lockfile import Lock
+
+
+Lookup = Callable[[str | None, str], Json]
+"""A metric's value by node (None: the asking node itself) and path; UNKNOWN while it is not known."""
+
+
+@dataclass(kw_only=True)
+class Session:
+    """Everything a plan and a run share. Dear answers are asked once: pins, identities, the machine."""
+
+    recipe: Recipe
+    store: Store
+    selected: frozenset[str]
+    forced: frozenset[str] = frozenset()
+    offline: bool = False
+    lock: Lock | None = None
+    """The recipe's lock file, where one exists: the source of pins when the network is not."""
+    given_machine: Machine | None = None
+    environment: Mapping[str, str] = field(default_factory=lambda: dict(os.environ))
+    _pins: dict[str, Pinned] = field(default_factory=dict)
+    _identities: dict[str, Identity] = field(default_factory=dict)
+
+    @property
+    def base(self) -> Path:
+        return self.recipe.path.parent
+
+    @cached_property
+    def machine(self) -> Machine:
+        if self.given_machine is not None:
+            return self.given_machine
+        from .machine import detect
+
+        return detect(self.store.root)
+
+    @cached_property
+    def memo(self) -> StatMemo:
+        return StatMemo(self.store.memo)
+
+    @property
+    def nodes(self) -> list[Node]:
+        """The selected nodes in topological order."""
+        return [node for name, node in self.recipe.nodes.items() if name in self.selected]
+
+    def consumers(self, name: str) -> list[Node]:
+        """Selected nodes that take the artifact of `name` as an input."""
+        successors = [self.recipe.nodes[s] for s in self.recipe.graph.successors(name) if s in self.selected]
+        return [node for node in successors if any(name in wired for wired in node.inputs.values())]
+
+    def visible_environment(self, node: Node) -> dict[str, str]:
+        """The node's `env`, and the secrets it may see that are set."""
+        secrets = {name: self.environment[name] for name in node.secrets if name in self.environment}
+        return {**node.env, **secrets}
+
+    def secret_values(self, node: Node) -> dict[str, str]:
+        return {name: self.environment[name] for name in node.secrets if name in self.environment}
+
+    def check_context(self, node: Node) -> CheckContext:
+        return CheckContext(
+            base=self.base,
+            machine=self.machine,
+            memo=self.store.memo,
+            offline=self.offline,
+            trust=self.recipe.trust,
+            environment=self.visible_environment(node),
+            launch=node.launch,
+        )
+
+    def pinned(self, node: Node) -> Pinned:
+        """Floating params made exact: asked of the source once, else the lock's, else the last recorded.
+
+        Raises Offline where none of the three has an answer.
+        """
+        if node.name not in self._pins:
+            self._pins[node.name] = self._pin(node)
+        return self._pins[node.name]
+
+    def _pin(self, node: Node) -> Pinned:
+        if node.kind.pin is None:
+            return Pinned({}, "")
+        try:
+            return node.kind.pin(node.params, self.check_context(node)) or Pinned({}, "")
+        except Offline:
+            fallback = self._locked_pins(node) or self._recorded_pins(node)
+            if fallback is None:
+                raise
+            return fallback
+
+    def _locked_pins(self, node: Node) -> Pinned | None:
+        values = self.lock.pins(node.name) if self.lock else None
+        return Pinned(values, "the lock file, the Hub cannot be asked") if values else None
+
+    def _recorded_pins(self, node: Node) -> Pinned | None:
+        last = self.store.last(self.recipe.path, self.recipe.name, node.name)
+        if last is None or not last.pins or last.identity.get("kind") != node.kind.kind:
+            return None
+        return Pinned(last.pins, f"the run of {last.created[:10]}, the Hub cannot be asked")
+
+    def identity(self, node: Node) -> Identity:
+        """What the node computes, apart from its inputs. Raises UsageError with the place of a missing file."""
+        if node.name not in self._identities:
+            try:
+                self._identities[node.name] = identity(
+                    node, base=self.base, memo=self.memo, machine=self.machine, pins=self.pinned(node).values
+                )
+            except BigpipeError as error:
+                error.place = error.place or node.places.get("with") or node.places.get("")
+                raise
+        return self._identities[node.name]
+
+
+def open_session(
+    manifest: str | Path,
+    nodes: Sequence[str] = (),
+    *,
+    params: Mapping[str, str] | None = None,
+    store: str | Path | None = None,
+    force: Collection[str] = (),
+    offline: bool = False,
+    machine: Machine | None = None,
+) -> Session:
+    """Read and check a manifest and open the store.
+
+    nodes: stage or node names; they and their ancestors are selected (none: everything).
+    params: `-p` values as written, read as the type of each parameter's default.
+    Raises ManifestError with every problem at once, UsageError for unknown node names.
+    """
+    path = Path(manifest)
+    require_file(path)
+    recipe = load_recipe(path.absolute(), params or {})
+    from .lockfile import read_lock
+
+    return Session(
+        recipe=recipe,
+        store=Store(Path(store) if store else default_root()),
+        selected=recipe.select(nodes) if nodes else frozenset(recipe.nodes),
+        forced=exact(recipe, force),
+        offline=offline or os.environ.get("HF_HUB_OFFLINE", "") in {"1", "true", "TRUE", "yes", "ON"},
+        lock=read_lock(recipe.path),
+        given_machine=machine,
+    )
+
+
+def require_file(path: Path) -> None:
+    """Raise UsageError unless there is a file."""
+    if not path.is_file():
+        raise UsageError(f"there is no manifest {path}", "give the path of a YAML recipe, or `bigpipe init` makes one")
+
+
+def exact(recipe: Recipe, names: Collection[str]) -> frozenset[str]:
+    """The nodes meant by stage or node names, without their ancestors."""
+    recipe.select(list(names))  # names the unknown one and what it could have been
+    return frozenset(name for name, node in recipe.nodes.items() if name in names or node.stage in names)
+
+
+def metric(metrics: Mapping[str, Json], path: str) -> Json:
+    """The value at a dotted path; KeyError where there is none. Keys may themselves hold dots."""
+    if path in metrics:
+        return metrics[path]
+    for cut in range(len(path) - 1, 0, -1):
+        if path[cut] == "." and isinstance(inner := metrics.get(path[:cut]), Mapping):
+            return metric(inner, path[cut + 1 :])
+    raise KeyError(path)

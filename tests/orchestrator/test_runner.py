@@ -1,0 +1,277 @@
+"""The loop: caching, early cutoff, failures, gates, dropped bytes, parallel nodes, interruption."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+import bigpipe
+from bigpipe.errors import DoesNotFit, GateFailed, StageFailed, Transient
+
+TOYS = Path(__file__).parents[1] / "support" / "toys"
+SOURCE = Path(__file__).parents[2] / "src"
+
+CHAIN = """\
+version: 1
+name: chain
+params: {text: hello, separator: " "}
+stages:
+  a: {uses: write, with: {text: "${params.text}"}}
+  b: {uses: write, with: {text: world}}
+  c:
+    uses: join
+    inputs: {first: a, second: b}
+    with: {separator: "${params.separator}"}
+  d: {uses: join, inputs: {first: c}}
+"""
+
+
+@pytest.fixture
+def workshop(tmp_path, monkeypatch):
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(TOYS), str(SOURCE)]))
+    monkeypatch.setenv("BIGPIPE_HOME", str(tmp_path / "store"))
+    return Workshop(tmp_path)
+
+
+class Workshop:
+    """A folder with a manifest and a store, and what the toys left in their journal."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.manifest = folder / "recipe.yaml"
+
+    def run(self, text: str | None = None, **options):
+        if text is not None:
+            self.manifest.write_text(text)
+        (self.folder / "journal").unlink(missing_ok=True)
+        return bigpipe.run(self.manifest, **{"check": False, **options})
+
+    @property
+    def ran(self) -> list[str]:
+        journal = self.folder / "journal"
+        return journal.read_text().split() if journal.exists() else []
+
+
+def statuses(result) -> dict[str, str]:
+    return {name: str(state.status) for name, state in result.nodes.items()}
+
+
+def test_second_run_is_all_cached(workshop):
+    first = workshop.run(CHAIN)
+    assert sorted(workshop.ran) == ["a", "b", "c", "d"]
+    assert first.exit_code == 0
+    assert (first.path("d") / "text").read_text() == "hello world"
+    second = workshop.run()
+    assert workshop.ran == []
+    assert set(statuses(second).values()) == {"cached"}
+
+
+def test_only_what_depends_on_a_changed_parameter_runs(workshop):
+    workshop.run(CHAIN)
+    result = workshop.run(params={"separator": "-"})
+    assert workshop.ran == ["c", "d"]
+    assert statuses(result) == {"a": "cached", "b": "cached", "c": "succeeded", "d": "succeeded"}
+    assert "params.separator   → -" in result.nodes["c"].reason or "→ -" in result.nodes["c"].reason
+
+
+def test_comments_and_layout_run_nothing(workshop):
+    workshop.run(CHAIN)
+    workshop.run("# a comment\n" + CHAIN.replace('{text: hello, separator: " "}', "\n  separator: ' '\n  text: hello"))
+    assert workshop.ran == []
+
+
+def test_equal_bytes_stop_a_rerun(workshop):
+    """`text: b` twice with another node before it: the same digest, so what follows is cached."""
+    text = CHAIN.replace('{separator: "${params.separator}"}', "{squeeze: true}")
+    workshop.run(text)
+    workshop.run(text, params={"text": "HELLO"})
+    assert workshop.ran == ["a", "c"]
+
+
+def test_an_edited_file_reruns_its_reader(workshop):
+    text = "version: 1\nname: x\nstages:\n  a: {uses: write, with: {source: input.txt}}\n"
+    (workshop.folder / "input.txt").write_text("one")
+    workshop.run(text)
+    (workshop.folder / "input.txt").write_text("two")
+    result = workshop.run()
+    assert workshop.ran == ["a"]
+    assert (result.path("a") / "text").read_text() == "hellotwo"
+    workshop.run()
+    assert workshop.ran == []
+
+
+def test_forced_node_runs_again_and_nothing_else(workshop):
+    workshop.run(CHAIN)
+    workshop.run(force=["b"])
+    assert workshop.ran == ["b"]
+
+
+def test_selected_node_runs_with_its_ancestors_only(workshop):
+    result = workshop.run(CHAIN, nodes=["c"])
+    assert set(result.nodes) == {"a", "b", "c"}
+
+
+def test_failure_skips_dependents_and_has_its_exit_code(workshop):
+    text = """\
+version: 1
+name: failing
+stages:
+  bad: {uses: flaky, with: {fatal: true}}
+  after: {uses: join, inputs: {first: bad}}
+"""
+    result = workshop.run(text)
+    assert statuses(result) == {"bad": "failed", "after": "skipped"}
+    assert result.exit_code == 6
+    assert "the toy is broken" in str(result.errors[0])
+    with pytest.raises(StageFailed, match="the toy is broken"):
+        bigpipe.run(workshop.manifest)
+
+
+def test_a_bug_in_a_stage_names_its_log(workshop):
+    result = workshop.run("version: 1\nname: x\nstages:\n  bad: {uses: flaky, with: {bug: true}}\n")
+    assert result.exit_code == 6
+    assert "KeyError" in str(result.errors[0])
+    assert "log" in str(result.errors[0])
+
+
+def test_keep_going_finishes_other_branches(workshop):
+    text = """\
+version: 1
+name: branches
+stages:
+  bad: {uses: flaky, with: {fatal: true}}
+  slow: {uses: sleep, with: {seconds: 0.3}}
+  after_slow: {uses: join, inputs: {first: slow}}
+"""
+    assert statuses(workshop.run(text, keep_going=True))["after_slow"] == "succeeded"
+
+
+def test_transient_failures_are_tried_again(workshop):
+    text = "version: 1\nname: x\nstages:\n  a: {uses: flaky, with: {times: 1}, retries: 2}\n"
+    result = workshop.run(text)
+    assert result.exit_code == 0
+    assert result.nodes["a"].record.metrics == {"attempts": 2}
+
+
+def test_transient_failure_without_retries_exits_75(workshop):
+    result = workshop.run("version: 1\nname: x\nstages:\n  a: {uses: flaky, with: {times: 1}}\n")
+    assert isinstance(result.errors[0], Transient)
+    assert result.exit_code == 75
+
+
+def test_a_gate_known_beforehand_stops_before_anything_runs(workshop):
+    text = "version: 1\nname: x\nstages:\n  a: {uses: write, with: {text: abc}, gates: ['characters > 3']}\n"
+    workshop.manifest.write_text(text)
+    with pytest.raises(GateFailed, match="characters > 3: 3"):
+        bigpipe.run(workshop.manifest)
+    assert workshop.ran == []
+
+
+def test_a_gate_is_checked_after_the_run_and_on_cached_nodes(workshop):
+    text = "version: 1\nname: x\nstages:\n  a: {uses: write, with: {text: abC}, gates: ['detail.upper == 0']}\n"
+    for _ in range(2):
+        result = workshop.run(text)
+        assert result.exit_code == 3
+    assert workshop.ran == []
+
+
+def test_when_skips_a_node_and_what_needs_it(workshop):
+    text = """\
+version: 1
+name: maybe
+stages:
+  a: {uses: write, with: {text: abC}}
+  b: {uses: write, with: {text: x}, when: "${stages.a.metrics.detail.upper} > 5"}
+  c: {uses: join, inputs: {first: b}}
+  d: {uses: join, inputs: {first: a, second: b}}
+"""
+    assert statuses(workshop.run(text)) == {"a": "succeeded", "b": "skipped", "c": "skipped", "d": "succeeded"}
+
+
+def test_what_does_not_fit_stops_before_anything_runs(workshop):
+    workshop.manifest.write_text("version: 1\nname: x\nstages:\n  a: {uses: write, with: {misfit: true}}\n")
+    with pytest.raises(DoesNotFit, match="-p device=cpu"):
+        bigpipe.run(workshop.manifest)
+    workshop.manifest.write_text("version: 1\nname: x\nstages:\n  a: {uses: write, with: {needs_ram: 900TiB}}\n")
+    with pytest.raises(DoesNotFit, match=r"900.0 TiB of RAM"):
+        bigpipe.run(workshop.manifest)
+
+
+def test_dropped_bytes_are_made_again_only_when_a_consumer_must_run(workshop):
+    text = CHAIN.replace("a: {uses: write,", "a: {uses: write, cache: false,")
+    first = workshop.run(text)
+    assert first.path("a") is None
+    workshop.run()
+    assert workshop.ran == []
+    workshop.run(params={"separator": "+"})
+    assert workshop.ran == ["a", "c", "d"]
+
+
+def test_independent_nodes_run_side_by_side(workshop):
+    text = """\
+version: 1
+name: parallel
+stages:
+  a: {uses: sleep, with: {seconds: 1.5, tag: a}}
+  b: {uses: sleep, with: {seconds: 1.5, tag: b}}
+"""
+    result = workshop.run(text)
+    a, b = (result.nodes[name].record.metrics for name in "ab")
+    assert max(a["began"], b["began"]) < min(a["ended"], b["ended"])
+
+
+def test_matrix_runs_every_variant(workshop):
+    text = """\
+version: 1
+name: matrix
+stages:
+  a: {uses: write, matrix: {t: [x, y]}, with: {text: "${matrix.t}"}}
+  b: {uses: join, inputs: {first: a}}
+  all: {uses: join, inputs: {first: "a@t=x", rest: [b]}}
+"""
+    result = workshop.run(text)
+    assert (result.path("all") / "text").read_text() == "x x y"
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_interrupt_stops_children_and_keeps_what_was_finished(workshop, number, code):
+    text = """\
+version: 1
+name: interrupted
+stages:
+  a: {uses: write}
+  b: {uses: sleep, with: {seconds: 60}, inputs: {after: a}}
+"""
+    workshop.manifest.write_text(text)
+    process = subprocess.Popen([sys.executable, "-m", "bigpipe.cli", "run", "recipe.yaml"], cwd=workshop.folder)
+    pid_file = workshop.folder / "pid-b"
+    deadline = time.monotonic() + 30
+    while not (pid_file.exists() and pid_file.read_text()) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    child = int(pid_file.read_text())
+    process.send_signal(number)
+    assert process.wait(timeout=20) == code
+    with pytest.raises(ProcessLookupError):
+        os.kill(child, 0)
+    result = workshop.run(text.replace("60", "0"))
+    assert statuses(result)["a"] == "cached"
+
+
+def test_the_result_is_one_json_line(workshop):
+    workshop.manifest.write_text(CHAIN)
+    done = subprocess.run(
+        [sys.executable, "-m", "bigpipe.cli", "run", "recipe.yaml", "--json"],
+        cwd=workshop.folder, capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    data = json.loads(done.stdout.splitlines()[-1])
+    assert data["schema"] == "bigpipe.run/1"
+    assert data["status"] == "succeeded"
+    assert set(data["nodes"]["d"]) == {"status", "key", "digest", "path", "seconds", "peak_rss", "metrics", "reason"}
+    assert (Path(data["nodes"]["d"]["path"]) / "text").read_text() == "hello world"

@@ -1,0 +1,159 @@
+"""Four small stage kinds of a third party, found through a real entry point: what the engine's own tests run."""
+
+from __future__ import annotations
+
+import os
+import time
+from pathlib import Path
+from typing import Annotated
+
+from bigpipe.orchestrator.stage import (
+    File,
+    FileOrLiteral,
+    Forecast,
+    ForecastContext,
+    Metrics,
+    Misfit,
+    Params,
+    Port,
+    Size,
+    Stage,
+    StageContext,
+    StageFailed,
+    StageResult,
+    Transient,
+)
+
+
+class WriteParams(Params):
+    """Write a text; every run leaves a mark in the file `journal` beside the manifest."""
+
+    text: str = "hello"
+    source: File | None = None
+    lines: Annotated[str | tuple[str, ...], FileOrLiteral] = ()
+    needs_ram: Size = 1000
+    misfit: bool = False
+
+
+class WriteMetrics(Metrics):
+    characters: int
+    detail: dict[str, int]
+
+
+def mark(context: StageContext) -> None:
+    with (context.base / "journal").open("a") as journal:
+        journal.write(f"{context.node}\n")
+
+
+def write(params: WriteParams, context: StageContext) -> StageResult:
+    mark(context)
+    text = params.text + ((context.base / params.source).read_text() if params.source else "")
+    (context.out / "text").write_text(text)
+    return StageResult(WriteMetrics(characters=len(text), detail={"upper": sum(c.isupper() for c in text)}))
+
+
+def write_forecast(params: WriteParams, context: ForecastContext) -> Forecast:
+    misfits = (Misfit("there is no GPU 7", "-p device=cpu"),) if params.misfit else ()
+    known = {} if params.source else {"characters": len(params.text)}
+    return Forecast(write_bytes=len(params.text), ram=params.needs_ram, metrics=known, misfits=misfits)
+
+
+class JoinParams(Params):
+    """Join texts."""
+
+    separator: str = " "
+    squeeze: bool = False
+
+
+class JoinMetrics(Metrics):
+    characters: int
+    parts: int
+
+
+def join(params: JoinParams, context: StageContext) -> StageResult:
+    mark(context)
+    sources = [path for port in ("first", "second", "rest") for path in context.inputs.get(port, ())]
+    texts = [(path / "text").read_text() for path in sources]
+    text = params.separator.join(texts)
+    (context.out / "text").write_text(text.upper() if params.squeeze else text)
+    return StageResult(JoinMetrics(characters=len(text), parts=len(texts)))
+
+
+def join_forecast(params: JoinParams, context: ForecastContext) -> Forecast:
+    return Forecast(write_bytes=100, ram=1000)
+
+
+class FlakyParams(Params):
+    """Fail `times` times, then succeed; `fatal` fails for good."""
+
+    times: int = 0
+    fatal: bool = False
+    bug: bool = False
+
+
+class FlakyMetrics(Metrics):
+    attempts: int
+
+
+def flaky(params: FlakyParams, context: StageContext) -> StageResult:
+    mark(context)
+    counter = context.scratch / "attempts"
+    attempts = int(counter.read_text()) + 1 if counter.exists() else 1
+    counter.write_text(str(attempts))
+    if params.bug:
+        raise KeyError("nobody thought of this")
+    if params.fatal:
+        raise StageFailed("the toy is broken", "buy another toy")
+    if attempts <= params.times:
+        raise Transient("the toy is tired", "try again")
+    (context.out / "text").write_text("at last")
+    return StageResult(FlakyMetrics(attempts=attempts))
+
+
+def flaky_forecast(params: FlakyParams, context: ForecastContext) -> Forecast:
+    return Forecast()
+
+
+class SleepParams(Params):
+    """Take some seconds; say when it began and ended."""
+
+    seconds: float = 1.0
+    tag: str = ""
+
+
+class SleepMetrics(Metrics):
+    began: float
+    ended: float
+    pid: int
+
+
+def sleep(params: SleepParams, context: StageContext) -> StageResult:
+    mark(context)
+    began = time.time()
+    Path(context.base / f"pid-{context.node}").write_text(str(os.getpid()))
+    time.sleep(params.seconds)
+    (context.out / "text").write_text(params.tag)
+    return StageResult(SleepMetrics(began=began, ended=time.time(), pid=os.getpid()))
+
+
+WRITE = Stage(
+    kind="write", version=1, params=WriteParams, metrics=WriteMetrics, inputs={"after": Port("text", optional=True)},
+    output="text", run=write, forecast=write_forecast,
+)  # fmt: skip
+JOIN = Stage(
+    kind="join", version=1, params=JoinParams, metrics=JoinMetrics,
+    inputs={
+        "first": Port("text"),
+        "second": Port("text", optional=True),
+        "rest": Port("text", optional=True, many=True),
+    },
+    output="text", run=join, forecast=join_forecast,
+)  # fmt: skip
+FLAKY = Stage(
+    kind="flaky", version=1, params=FlakyParams, metrics=FlakyMetrics, inputs={"after": Port("text", optional=True)},
+    output="text", run=flaky, forecast=flaky_forecast,
+)  # fmt: skip
+SLEEP = Stage(
+    kind="sleep", version=1, params=SleepParams, metrics=SleepMetrics, inputs={"after": Port("text", optional=True)},
+    output="text", run=sleep, forecast=lambda params, context: Forecast(),
+)  # fmt: skip

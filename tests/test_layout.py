@@ -1,0 +1,74 @@
+"""The shape of the repository: links, the wheel, file sizes, what importing costs, the export list."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+
+import bigpipe
+
+ROOT = Path(__file__).parents[1]
+ROOMS = ("orchestrator", "bigmodel", "plugins")
+HEAVY = ("torch", "transformers", "accelerate", "bitsandbytes")
+EXPORTS = [
+    "BigpipeError", "Checkpoint", "Estimate", "ManifestError", "Placement", "Plan", "Recipe", "RunResult", "Stage",
+    "estimate", "load", "load_manifest", "open_checkpoint", "place", "plan", "quantize_checkpoint", "run",
+    "save_checkpoint",
+]  # fmt: skip
+
+
+def modules() -> list[Path]:
+    return [path for room in ROOMS for path in sorted((ROOT / room).rglob("*.py"))] + [ROOT / "cli.py"]
+
+
+@pytest.mark.parametrize("name", [*ROOMS, "cli.py"])
+def test_links_are_relative_and_lead_to_the_rooms(name):
+    link = ROOT / "src" / "bigpipe" / name
+    assert link.is_symlink()
+    assert not link.readlink().is_absolute()
+    assert link.resolve() == (ROOT / name).resolve()
+
+
+def test_no_file_is_longer_than_450_lines():
+    lengths = {str(path.relative_to(ROOT)): len(path.read_text().splitlines()) for path in modules()}
+    assert {name: length for name, length in lengths.items() if length > 450} == {}
+
+
+def test_the_export_list():
+    assert sorted(bigpipe.__all__) == EXPORTS
+    for name in EXPORTS:
+        assert getattr(bigpipe, name) is not None
+    with pytest.raises(AttributeError, match="no attribute 'nonsense'"):
+        bigpipe.nonsense  # noqa: B018
+
+
+def test_no_module_of_the_command_imports_a_heavy_library():
+    """In a fresh interpreter: every module of every room, but for those that run only in children."""
+    code = (
+        "import importlib, json, sys\n"
+        "for name in json.loads(sys.argv[1]): importlib.import_module(name)\n"
+        f"print(json.dumps([name for name in {HEAVY!r} if name in sys.modules]))\n"
+    )
+    names = [".".join(("bigpipe", *path.relative_to(ROOT).with_suffix("").parts)) for path in modules()]
+    names = [name.removesuffix(".__init__") for name in names if not name.endswith("__main__")]
+    done = subprocess.run([sys.executable, "-c", code, json.dumps(names)], capture_output=True, text=True, check=True)
+    assert json.loads(done.stdout) == []
+
+
+@pytest.mark.slow
+def test_a_wheel_holds_every_module(tmp_path):
+    subprocess.run(
+        [sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", tmp_path, ROOT],
+        check=True, capture_output=True,
+    )  # fmt: skip
+    (wheel,) = tmp_path.glob("bigpipe_ml-*.whl")
+    held = set(zipfile.ZipFile(wheel).namelist())
+    wanted = {f"bigpipe/{path.relative_to(ROOT)}" for path in modules()}
+    wanted |= {"bigpipe/__init__.py", "bigpipe/errors.py", "bigpipe/sizes.py", "bigpipe/py.typed"}
+    assert wanted - held == set()
+    assert {name.split("/")[0] for name in held} <= {"bigpipe"} | {n.split("/")[0] for n in held if ".dist-info" in n}
