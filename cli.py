@@ -157,7 +157,6 @@ def plan(
     Example: bigpipe plan manifests/opt13b_int8.yaml --machine gpu-box.json
     """
     from bigpipe.orchestrator.machine import read_machine
-
     from bigpipe.orchestrator.rendering import plan_json, plan_text
 
     other = read_machine(machine) if machine else None

@@ -8,6 +8,7 @@ from typing import Any
 
 from bigpipe.errors import GateFailed, ManifestError, Stale, UsageError
 
+from . import locking
 from .decision import Action
 from .events import Event, Reporter
 from .plan import Plan, make_plan
@@ -42,18 +43,18 @@ def run(
     Raises, before anything runs, ManifestError, UsageError, DoesNotFit, NotAuthorised and GateFailed for what can be
     known by then.
     """
-    session = open_session(manifest, nodes, params=_written(params), store=store, force=force, offline=offline)
+    session = open_session(
+        manifest, nodes, params=_written(params), store=store, force=force, offline=offline, locked=locked
+    )
+    session.store.enter()
     if locked:
-        from .lockfile import enforce
-
-        enforce(session)
+        locking.enforce(session)
     planned = make_plan(session)
     refuse(planned, keep_going=keep_going)
     result = run_plan(session, planned, reporter or _Silent(), jobs=jobs, keep_going=keep_going)
-    if session.lock is not None and result.status == "succeeded":
-        from .lockfile import record_outputs
-
-        record_outputs(session, result.nodes)
+    if result.status == "succeeded":
+        locking.record_outputs(session, {name: state.record for name, state in result.nodes.items() if state.record})
+    session.store.close()
     if check and result.errors:
         raise result.errors[0]
     return result
@@ -168,10 +169,8 @@ def lock(
     store: str | Path | None = None,
 ) -> Path:
     """Write `<manifest>.lock`, or check that it still says what a run would use (Stale where not)."""
-    from .lockfile import check_lock, write_lock
-
     session = open_session(manifest, params=_written(params), store=store)
-    return check_lock(session) if check else write_lock(session)
+    return locking.check(session) if check else locking.write(session)
 
 
 def validate(manifests: Sequence[Path], params: Mapping[str, Any] | None = None) -> dict[Path, ManifestError]:

@@ -91,7 +91,8 @@ def changes_since(session: Session, node: Node, inputs: Mapping[str, list[str]] 
     last = session.store.last(session.recipe.path, session.recipe.name, node.name)
     if last is None:
         return ()
-    return tuple(differences(last.identity, session.identity(node), last.inputs, inputs))
+    known = inputs if inputs is not None else dict.fromkeys(last.inputs)
+    return tuple(differences(last.identity, session.identity(node), last.inputs, known))
 
 
 def describe(session: Session, node: Node, changes: tuple[Change, ...]) -> str:

@@ -122,7 +122,7 @@ def _record(attempt: Attempt, outcome: Outcome) -> KeyRecord:
     return KeyRecord(
         key=attempt.key,
         partial=identity.partial,
-        identity=identity.as_json(),
+        identity=identity.as_json,
         inputs={port: list(digests) for port, digests in attempt.inputs.items() if digests},
         kind=node.kind.kind,
         node=node.name,

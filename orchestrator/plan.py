@@ -16,11 +16,11 @@ from dataclasses import dataclass, field, replace
 
 from bigpipe.errors import BigpipeError, DoesNotFit, GateFailed, Offline
 
-from .conditions import UNKNOWN, Condition, Verdict
+from .conditions import UNKNOWN, Condition, Lookup, Verdict
 from .decision import Action, Decision, decide
 from .fit import Misfit, find_misfits
 from .graph import Node
-from .session import Lookup, Session, metric
+from .session import Session, metric
 from .stage import Forecast, ForecastContext
 from .types import Json, Machine
 

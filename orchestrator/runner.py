@@ -24,15 +24,16 @@ from types import FrameType
 
 from bigpipe.errors import BigpipeError, GateFailed, Interrupted
 
-from .conditions import UNKNOWN
+from .conditions import UNKNOWN, Lookup
 from .decision import Action, decide
 from .events import Event, NodeFinished, NodeStarted, Reporter, RunFinished, RunStarted
 from .execution import Attempt, execute
 from .fit import needs_gpus, needs_ram
 from .graph import Node
+from .locking import enforce_record, lock_path
 from .plan import Plan, failed, gate_error, judge_gates, missing_producer, when_text
 from .records import RunRecorder, new_run_id
-from .session import Lookup, Session, metric
+from .session import Session, metric
 from .stage import Forecast
 from .store import KeyRecord
 from .types import Json, Lineage, Status
@@ -345,7 +346,9 @@ def _lineage(run: Run, node: Node) -> tuple[Lineage, ...]:
 
 def _finish_node(run: Run, state: NodeState, future: Future[KeyRecord]) -> None:
     try:
-        state.record = future.result()
+        record = future.result()
+        enforce_record(run.session, state.node, record)
+        state.record = record
     except BigpipeError as error:
         state.error = error
         _end(run, state, Status.FAILED, error.cause)
@@ -389,7 +392,7 @@ def _drop_unneeded(run: Run, ended: NodeState) -> None:
         consumers = run.session.consumers(name)
         states = [run.states[consumer.name].status for consumer in consumers]
         if all(status in GOOD or status is Status.SKIPPED for status in states):
-            run.session.store.drop(producer.digest)
+            run.session.store.drop(producer.digest, producer.key)
             producer.bytes_here = False
 
 
@@ -407,7 +410,9 @@ def _finish_run(run: Run, recorder: RunRecorder, seconds: float) -> RunResult:
     recorder.finish(result.as_json(), seconds)
     keys = {name: state.key for name, state in run.states.items() if state.key and state.status in GOOD}
     session = run.session
-    session.store.remember(session.recipe.path, session.lock.path if session.lock else None, session.recipe.name, keys)
+    session.store.remember(
+        session.recipe.path, lock_path(session.recipe.path) if session.lock else None, session.recipe.name, keys
+    )
     return result
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -22,10 +22,6 @@ if TYPE_CHECKING:
     from .lockfile import Lock
 
 
-Lookup = Callable[[str | None, str], Json]
-"""A metric's value by node (None: the asking node itself) and path; UNKNOWN while it is not known."""
-
-
 @dataclass(kw_only=True)
 class Session:
     """Everything a plan and a run share. Dear answers are asked once: pins, identities, the machine."""
@@ -35,6 +31,8 @@ class Session:
     selected: frozenset[str]
     forced: frozenset[str] = frozenset()
     offline: bool = False
+    locked: bool = False
+    """Inputs that differ from the lock file are refused, and its pins are used without asking."""
     lock: Lock | None = None
     """The recipe's lock file, where one exists: the source of pins when the network is not."""
     given_machine: Machine | None = None
@@ -99,6 +97,8 @@ class Session:
     def _pin(self, node: Node) -> Pinned:
         if node.kind.pin is None:
             return Pinned({}, "")
+        if self.locked and (locked := self._locked_pins(node)):
+            return locked
         try:
             return node.kind.pin(node.params, self.check_context(node)) or Pinned({}, "")
         except Offline:
@@ -108,8 +108,8 @@ class Session:
             return fallback
 
     def _locked_pins(self, node: Node) -> Pinned | None:
-        values = self.lock.pins(node.name) if self.lock else None
-        return Pinned(values, "the lock file, the Hub cannot be asked") if values else None
+        locked = self.lock.inputs.get(node.name) if self.lock else None
+        return Pinned(locked.pins, "the lock file") if locked and locked.pins else None
 
     def _recorded_pins(self, node: Node) -> Pinned | None:
         last = self.store.last(self.recipe.path, self.recipe.name, node.name)
@@ -138,6 +138,7 @@ def open_session(
     store: str | Path | None = None,
     force: Collection[str] = (),
     offline: bool = False,
+    locked: bool = False,
     machine: Machine | None = None,
 ) -> Session:
     """Read and check a manifest and open the store.
@@ -149,17 +150,26 @@ def open_session(
     path = Path(manifest)
     require_file(path)
     recipe = load_recipe(path.absolute(), params or {})
-    from .lockfile import read_lock
-
     return Session(
         recipe=recipe,
         store=Store(Path(store) if store else default_root()),
         selected=recipe.select(nodes) if nodes else frozenset(recipe.nodes),
         forced=exact(recipe, force),
         offline=offline or os.environ.get("HF_HUB_OFFLINE", "") in {"1", "true", "TRUE", "yes", "ON"},
-        lock=read_lock(recipe.path),
+        locked=locked,
+        lock=existing_lock(recipe.path),
         given_machine=machine,
     )
+
+
+def existing_lock(manifest: Path) -> Lock | None:
+    """The manifest's lock file, if it has one. Raises UsageError where it cannot be read."""
+    path = manifest.with_name(manifest.name + ".lock")
+    if not path.exists():
+        return None
+    from .lockfile import read_lock
+
+    return read_lock(path)
 
 
 def require_file(path: Path) -> None:
