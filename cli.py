@@ -156,7 +156,7 @@ def plan(
 
     Example: bigpipe plan manifests/opt13b_int8.yaml --machine gpu-box.json
     """
-    from bigpipe.orchestrator.machine import read_machine
+    from bigpipe.orchestrator.commands import read_machine
     from bigpipe.orchestrator.rendering import plan_json, plan_text
 
     other = read_machine(machine) if machine else None
@@ -251,7 +251,7 @@ def graph(manifest: Path, params: tuple[str, ...], form: str) -> None:
     """
     from bigpipe.orchestrator.rendering import graph_text
 
-    click.echo(graph_text(bigpipe.load_manifest(manifest, pairs(params)), form))
+    click.echo(graph_text(bigpipe.load_manifest(manifest, params=pairs(params)), form))
 
 
 @cli.command()

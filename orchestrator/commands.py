@@ -8,9 +8,10 @@ from typing import Any
 
 from bigpipe.errors import GateFailed, ManifestError, Stale, UsageError
 
-from . import locking
+from . import lockfile
 from .decision import Action
 from .events import Event, Reporter
+from .graph import Recipe, load_recipe
 from .plan import Plan, make_plan
 from .runner import RunResult, run_plan
 from .session import Session, exact, open_session, require_file
@@ -48,12 +49,12 @@ def run(
     )
     session.store.enter()
     if locked:
-        locking.enforce(session)
+        lockfile.enforce(session)
     planned = make_plan(session)
     refuse(planned, keep_going=keep_going)
     result = run_plan(session, planned, reporter or _Silent(), jobs=jobs, keep_going=keep_going)
     if result.status == "succeeded":
-        locking.record_outputs(session, {name: state.record for name, state in result.nodes.items() if state.record})
+        lockfile.record_outputs(session, result.nodes)
     session.store.close()
     if check and result.errors:
         raise result.errors[0]
@@ -170,13 +171,17 @@ def lock(
 ) -> Path:
     """Write `<manifest>.lock`, or check that it still says what a run would use (Stale where not)."""
     session = open_session(manifest, params=_written(params), store=store)
-    return locking.check(session) if check else locking.write(session)
+    return lockfile.check_lock(session) if check else lockfile.write_lock(session)
+
+
+def load_manifest(path: str | Path, *, params: Mapping[str, Any] | None = None) -> Recipe:
+    """A manifest, checked and expanded into its graph of nodes. Raises ManifestError with every problem at once."""
+    require_file(Path(path))
+    return load_recipe(Path(path).absolute(), _written(params))
 
 
 def validate(manifests: Sequence[Path], params: Mapping[str, Any] | None = None) -> dict[Path, ManifestError]:
     """The problems of each manifest that has some. UsageError for a file that is not there."""
-    from .graph import load_recipe
-
     errors: dict[Path, ManifestError] = {}
     for path in manifests:
         require_file(path)
@@ -200,6 +205,18 @@ def initialise(file: Path, model: str) -> list[Path]:
     schema.write_text(json.dumps(manifest_schema(), indent=2) + "\n")
     file.write_text(initial_manifest(model, file.stem, schema.name))
     return [file, schema]
+
+
+def read_machine(path: Path) -> Machine:
+    """The machine that `bigpipe doctor --json` described. Raises UsageError where it is not one."""
+    import json
+
+    from .machine import machine_from_json
+
+    try:
+        return machine_from_json(json.loads(path.read_text()))
+    except ValueError as error:
+        raise UsageError(f"{path} is not JSON: {error}", "`bigpipe doctor --json` writes what is read here") from error
 
 
 def memo_directory(store: str | Path | None = None) -> Path:

@@ -18,10 +18,10 @@ from bigpipe.errors import BigpipeError, DoesNotFit, GateFailed, Offline
 
 from .conditions import UNKNOWN, Condition, Lookup, Verdict
 from .decision import Action, Decision, decide
-from .fit import Misfit, find_misfits
+from .fit import find_misfits
 from .graph import Node
 from .session import Session, metric
-from .stage import Forecast, ForecastContext
+from .stage import Forecast, ForecastContext, Misfit
 from .types import Json, Machine
 
 

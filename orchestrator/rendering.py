@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import json
+from collections.abc import Mapping, Sequence
+from itertools import islice
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from bigpipe.sizes import format_size, format_transfer
@@ -16,7 +19,7 @@ if TYPE_CHECKING:
     from .runner import RunResult
 
 
-def columns(rows: list[tuple[str, ...]], gap: int = 2) -> str:
+def columns(rows: Sequence[tuple[str, ...]], gap: int = 2) -> str:
     """Rows as left-aligned columns; the last one is not padded."""
     if not rows:
         return ""
@@ -173,6 +176,30 @@ def result_table(result: RunResult) -> str:
             )
         )
     return columns(rows)
+
+
+def results_text(result: RunResult, limit: int = 5) -> str:
+    """What a run made, for the eye: the first lines of every `results` artifact, then the table of nodes."""
+    parts = []
+    for name, state in result.nodes.items():
+        path = result.path(name) if state.node.kind.output == "results" else None
+        if path is not None and (lines := result_lines(path / "results.jsonl", limit)):
+            parts.append("\n".join([f"{name}:", *lines]))
+    return "\n\n".join([*parts, result_table(result)])
+
+
+def result_lines(path: Path, limit: int) -> list[str]:
+    """`prompt → text`, one line each, of a results file."""
+    if not path.is_file():
+        return []
+    with path.open(encoding="utf-8") as lines:
+        rows = [json.loads(line) for line in islice(lines, limit)]
+    return [f"  {_flat(row.get('prompt'))} → {_flat(row.get('text', row.get('error', row)))}" for row in rows]
+
+
+def _flat(value: Json, limit: int = 100) -> str:
+    text = " ".join((value if isinstance(value, str) else json.dumps(value)).split())
+    return text if len(text) <= limit else text[: limit - 1] + "…"
 
 
 def metrics_line(metrics: Mapping[str, Json], limit: int = 72) -> str:

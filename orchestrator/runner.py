@@ -30,7 +30,7 @@ from .events import Event, NodeFinished, NodeStarted, Reporter, RunFinished, Run
 from .execution import Attempt, execute
 from .fit import needs_gpus, needs_ram
 from .graph import Node
-from .locking import enforce_record, lock_path
+from .lockfile import lock_path
 from .plan import Plan, failed, gate_error, judge_gates, missing_producer, when_text
 from .records import RunRecorder, new_run_id
 from .session import Session, metric
@@ -346,9 +346,7 @@ def _lineage(run: Run, node: Node) -> tuple[Lineage, ...]:
 
 def _finish_node(run: Run, state: NodeState, future: Future[KeyRecord]) -> None:
     try:
-        record = future.result()
-        enforce_record(run.session, state.node, record)
-        state.record = record
+        state.record = future.result()
     except BigpipeError as error:
         state.error = error
         _end(run, state, Status.FAILED, error.cause)

@@ -7,19 +7,16 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from bigpipe.errors import BigpipeError, Offline, UsageError
 
 from .content import StatMemo
 from .graph import Node, Recipe, load_recipe
 from .keys import Identity, identity
+from .lockfile import Lock, read_lock
 from .stage import CheckContext, Pinned
 from .store import Store, default_root
 from .types import Json, Machine
-
-if TYPE_CHECKING:
-    from .lockfile import Lock
 
 
 @dataclass(kw_only=True)
@@ -108,8 +105,8 @@ class Session:
             return fallback
 
     def _locked_pins(self, node: Node) -> Pinned | None:
-        locked = self.lock.inputs.get(node.name) if self.lock else None
-        return Pinned(locked.pins, "the lock file") if locked and locked.pins else None
+        pins = self.lock.pins(node.name) if self.lock else {}
+        return Pinned(pins, "the lock file") if pins else None
 
     def _recorded_pins(self, node: Node) -> Pinned | None:
         last = self.store.last(self.recipe.path, self.recipe.name, node.name)
@@ -157,19 +154,9 @@ def open_session(
         forced=exact(recipe, force),
         offline=offline or os.environ.get("HF_HUB_OFFLINE", "") in {"1", "true", "TRUE", "yes", "ON"},
         locked=locked,
-        lock=existing_lock(recipe.path),
+        lock=read_lock(recipe.path),
         given_machine=machine,
     )
-
-
-def existing_lock(manifest: Path) -> Lock | None:
-    """The manifest's lock file, if it has one. Raises UsageError where it cannot be read."""
-    path = manifest.with_name(manifest.name + ".lock")
-    if not path.exists():
-        return None
-    from .lockfile import read_lock
-
-    return read_lock(path)
 
 
 def require_file(path: Path) -> None:

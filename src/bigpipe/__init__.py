@@ -13,19 +13,14 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from .bigmodel.checkpoint import Checkpoint as Checkpoint
     from .bigmodel.checkpoint import open_checkpoint as open_checkpoint
-    from .bigmodel.estimates import Estimate as Estimate
-    from .bigmodel.estimates import estimate as estimate
     from .bigmodel.loading import load as load
-    from .bigmodel.placement import Placement as Placement
-    from .bigmodel.placement import place as place
-    from .bigmodel.quantization import quantize_checkpoint as quantize_checkpoint
     from .bigmodel.writer import save_checkpoint as save_checkpoint
     from .errors import BigpipeError as BigpipeError
     from .errors import ManifestError as ManifestError
     from .orchestrator.commands import plan as plan
     from .orchestrator.commands import run as run
     from .orchestrator.graph import Recipe as Recipe
-    from .orchestrator.graph import load_recipe as load_manifest
+    from .orchestrator.commands import load_manifest as load_manifest
     from .orchestrator.plan import Plan as Plan
     from .orchestrator.runner import RunResult as RunResult
     from .orchestrator.stage import Stage as Stage
@@ -42,7 +37,7 @@ _EXPORTS = {
     "Stage": "orchestrator.stage:Stage",
     "estimate": "bigmodel.estimates:estimate",
     "load": "bigmodel.loading:load",
-    "load_manifest": "orchestrator.graph:load_recipe",
+    "load_manifest": "orchestrator.commands:load_manifest",
     "open_checkpoint": "bigmodel.checkpoint:open_checkpoint",
     "place": "bigmodel.placement:place",
     "plan": "orchestrator.commands:plan",

@@ -176,9 +176,10 @@ def test_a_gate_known_beforehand_stops_before_anything_runs(workshop):
 
 def test_a_gate_is_checked_after_the_run_and_on_cached_nodes(workshop):
     text = "version: 1\nname: x\nstages:\n  a: {uses: write, with: {text: abC}, gates: ['detail.upper == 0']}\n"
-    for _ in range(2):
-        result = workshop.run(text)
-        assert result.exit_code == 3
+    assert workshop.run(text).exit_code == 3
+    assert workshop.ran == ["a"]
+    with pytest.raises(GateFailed, match="detail.upper == 0: 1"):
+        workshop.run(text)
     assert workshop.ran == []
 
 
