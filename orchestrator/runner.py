@@ -21,13 +21,13 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
+from typing import TYPE_CHECKING
 
 from bigpipe.errors import BigpipeError, GateFailed, Interrupted
 
 from .conditions import UNKNOWN, Lookup
 from .decision import Action, decide
 from .events import Event, NodeFinished, NodeStarted, Reporter, RunFinished, RunStarted
-from .execution import Attempt, execute
 from .fit import needs_gpus, needs_ram
 from .graph import Node
 from .lockfile import lock_path
@@ -37,6 +37,9 @@ from .session import Session, metric
 from .stage import Forecast
 from .store import KeyRecord
 from .types import Json, Lineage, Status
+
+if TYPE_CHECKING:
+    from .execution import Attempt
 
 SETTLED = frozenset({Status.CACHED, Status.SUCCEEDED, Status.FAILED, Status.SKIPPED})
 GOOD = frozenset({Status.CACHED, Status.SUCCEEDED})
@@ -212,8 +215,6 @@ def _settle(run: Run, state: NodeState) -> bool:
     state.reason = (
         f"its bytes were dropped and {state.demanded_by} needs them" if state.demanded_by else decision.reason
     )
-    if state.node.name in run.session.forced and state.record is not None:
-        return False
     return _demand_inputs(run, state)
 
 
@@ -298,6 +299,8 @@ def _forecast(run: Run, state: NodeState) -> Forecast | None:
 
 
 def _start(run: Run, state: NodeState, pool: ThreadPoolExecutor) -> None:
+    from .execution import Attempt  # what launches workers is not imported where nothing runs
+
     state.status = Status.RUNNING
     run.reporter.report(NodeStarted(state.node.name, state.reason))
     attempt = Attempt(
@@ -319,6 +322,8 @@ def _start(run: Run, state: NodeState, pool: ThreadPoolExecutor) -> None:
 
 
 def _timed(state: NodeState, attempt: Attempt) -> KeyRecord:
+    from .execution import execute
+
     started = time.monotonic()
     try:
         return execute(attempt)
