@@ -18,9 +18,9 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 from urllib.parse import quote
 
-from bigpipe.errors import InvalidCheckpoint, Offline, Transient
+from bigpipe.errors import InvalidCheckpoint, NotAuthorised, Offline, Transient
 
-from .hub_errors import hub_errors
+from .hub_errors import LOGIN, hub_errors
 from .memo import recall, remember
 
 TIMEOUT = 10.0
@@ -137,6 +137,15 @@ def check_access(repo: str, *, hub: Hub | None = None, write: bool = False) -> N
     if hub.offline:
         raise _offline(hub, repo, None)
     _get_json(hub, f"/api/models/{quote(repo)}/auth-check{'/write' if write else ''}", repo, None, {})
+
+
+def whoami(hub: Hub) -> list[str]:
+    """The name of the login's user, then those of its organisations. Raises NotAuthorised, Offline, Transient."""
+    try:
+        data = _get_json(hub, "/api/whoami-v2", "whoami", None, {})
+    except NotAuthorised as error:
+        raise NotAuthorised(f"{hub.endpoint} knows no user for this login, or there is none (401)", LOGIN) from error
+    return [data["name"], *[organisation["name"] for organisation in data.get("orgs", [])]]
 
 
 def read_range(repo: str, commit: str, path: str, start: int, size: int, *, hub: Hub | None = None) -> bytes:

@@ -1,0 +1,334 @@
+"""Where a finished model goes: a directory, an fsspec URL, a repository on the Hub.
+
+    with destination.session(scratch) as session:
+        session.put("model.safetensors", path)      copied, hashed, read back
+        written = session.finish()                  only now is it there under its name
+
+A directory appears as a whole or not at all. Object stores and the Hub have no such step; their last file, or their
+commit, is what makes the rest count.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+from bigpipe.errors import DoesNotFit, StageFailed, UsageError
+from bigpipe.sizes import format_transfer
+
+from .copying import CHUNK, copy_file, hash_file
+
+Report = Callable[[int], None]
+"""Called with the number of bytes done since the last call."""
+
+
+@dataclass(frozen=True, slots=True)
+class Seen:
+    """What a look without reading tells of a file. `mark` changes whenever the file is written."""
+
+    size: int
+    mark: str
+
+
+@dataclass(frozen=True, slots=True)
+class Stored:
+    sha256: str
+    size: int
+    mark: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Written:
+    url: str
+    files: Mapping[str, Stored]
+    commit: str | None = None
+
+
+class Session(Protocol):
+    def put(self, name: str, source: Path) -> tuple[str, int]:
+        """Take one file under a relative name; its (hex sha256, size)."""
+
+    def finish(self) -> Written:
+        """Let what was put be what is there, and nothing else. Raises StageFailed where it reads back differently."""
+
+
+class Destination(Protocol):
+    @property
+    def url(self) -> str:
+        """For people: a path or an address."""
+
+    def check(self) -> None:
+        """Raise now what would keep `finish` from working: no rights, no token, a file in the way."""
+
+    def listing(self) -> Mapping[str, Seen] | None:
+        """Relative name → what is there; None where nothing is."""
+
+    def read(self, name: str) -> bytes:
+        """A small file, whole. Raises OSError."""
+
+    def digest(self, name: str) -> str:
+        """sha256 of what is there, by reading it. Raises OSError."""
+
+    def session(self, scratch: Path, *, report: Report) -> AbstractContextManager[Session]: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Directory:
+    """A directory that is replaced as a whole, by renaming one that was written beside it."""
+
+    path: Path
+    """Absolute."""
+
+    @property
+    def url(self) -> str:
+        return str(self.path)
+
+    def check(self) -> None:
+        if self.path.exists() and not self.path.is_dir():
+            raise UsageError(f"{self.path} is a file, and would have to be a directory", "choose another destination")
+        existing = next(place for place in self.path.parents if place.exists())
+        if not os.access(existing, os.W_OK | os.X_OK):
+            raise UsageError(f"{existing} may not be written by this user", "choose another destination")
+
+    def listing(self) -> Mapping[str, Seen] | None:
+        if not self.path.is_dir():
+            return None
+        files = {path: path.stat() for path in sorted(self.path.rglob("*")) if path.is_file()}
+        return {
+            path.relative_to(self.path).as_posix(): Seen(stat.st_size, str(stat.st_mtime_ns))
+            for path, stat in files.items()
+        }
+
+    def read(self, name: str) -> bytes:
+        return (self.path / name).read_bytes()
+
+    def digest(self, name: str) -> str:
+        return hash_file(self.path / name)
+
+    @contextmanager
+    def session(self, scratch: Path, *, report: Report) -> Iterator[Session]:
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        self._clean()
+        new = Path(tempfile.mkdtemp(prefix=self._prefix, dir=self.path.parent))
+        lock = os.open(new, os.O_RDONLY | os.O_DIRECTORY)
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            new.chmod(0o777 & ~_umask())
+            yield _DirectorySession(self, new, report)
+        finally:
+            os.close(lock)
+            shutil.rmtree(new, ignore_errors=True)
+
+    @property
+    def _prefix(self) -> str:
+        return f".{self.path.name}.bigpipe-"
+
+    def _clean(self) -> None:
+        """Remove what a killed session left: its lock is free."""
+        for left in self.path.parent.iterdir():
+            if not left.name.startswith(self._prefix):
+                continue
+            with suppress(OSError):
+                lock = os.open(left, os.O_RDONLY | os.O_DIRECTORY)
+                try:
+                    fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    shutil.rmtree(left, ignore_errors=True)
+                finally:
+                    os.close(lock)
+
+
+@dataclass(slots=True)
+class _DirectorySession:
+    target: Directory
+    new: Path
+    report: Report
+    stored: dict[str, tuple[str, int]] = field(default_factory=dict)
+
+    def put(self, name: str, source: Path) -> tuple[str, int]:
+        size, free = source.stat().st_size, shutil.disk_usage(self.new).free
+        if size > free:
+            raise DoesNotFit(
+                f"{name} needs {format_transfer(size)}, {format_transfer(free)} are free at {self.target.path.parent}",
+                f"free {format_transfer(size - free)} there, or choose another destination",
+            )
+        self.stored[name] = copy_file(source, self.new / name, progress=self.report)
+        return self.stored[name]
+
+    def finish(self) -> Written:
+        for name, (sha256, _) in self.stored.items():
+            _forget_cached(self.new / name)
+            compare(f"{self.target.url}/{name}", sha256, hash_file(self.new / name))
+        for folder in (self.new, *[path for path in self.new.rglob("*") if path.is_dir()]):
+            _sync_directory(folder)
+        self._swap()
+        seen = self.target.listing() or {}
+        return Written(self.target.url, {name: Stored(*known, seen[name].mark) for name, known in self.stored.items()})
+
+    def _swap(self) -> None:
+        path = self.target.path
+        if path.exists():
+            # A crash between the two renames leaves both versions beside the name; the next session writes it anew.
+            old = Path(tempfile.mkdtemp(prefix=self.target._prefix, dir=path.parent))
+            path.rename(old / path.name)
+            self.new.rename(path)
+            shutil.rmtree(old, ignore_errors=True)
+        else:
+            self.new.rename(path)
+        _sync_directory(path.parent)
+
+
+@dataclass(frozen=True, slots=True)
+class FileSystem:
+    """Anything fsspec opens: s3://, gs://, memory://… The files are in place one by one, in the order they were put."""
+
+    url: str
+    system: Any
+    root: str
+
+    def check(self) -> None:
+        self.listing()
+
+    def listing(self) -> Mapping[str, Seen] | None:
+        with _foreign_errors(self.url, UsageError):
+            self.system.invalidate_cache()
+            try:
+                found = self.system.find(self.root, detail=True)
+            except FileNotFoundError:
+                return None
+            prefix = self.root.rstrip("/") + "/"
+            files = {path.removeprefix(prefix): info for path, info in found.items() if path.startswith(prefix)}
+            return {name: Seen(int(info["size"]), self._mark(info)) for name, info in files.items()} or None
+
+    def read(self, name: str) -> bytes:
+        with _foreign_errors(self.url, StageFailed):
+            content: bytes = self.system.cat_file(self._path(name))
+        return content
+
+    def digest(self, name: str) -> str:
+        digest = hashlib.sha256()
+        with _foreign_errors(self.url, StageFailed), self.system.open(self._path(name), "rb") as file:
+            while chunk := file.read(CHUNK):
+                digest.update(chunk)
+        return digest.hexdigest()
+
+    @contextmanager
+    def session(self, scratch: Path, *, report: Report) -> Iterator[Session]:
+        yield _FileSystemSession(self, report)
+
+    def _path(self, name: str) -> str:
+        return f"{self.root.rstrip('/')}/{name}"
+
+    @staticmethod
+    def _mark(info: Mapping[str, Any]) -> str:
+        """Whatever the file system tells that changes with the content."""
+        names = ("ETag", "etag", "md5Hash", "content_settings", "LastModified", "mtime", "updated", "created")
+        return next((f"{name}={info[name]}" for name in names if info.get(name)), "")
+
+
+@dataclass(slots=True)
+class _FileSystemSession:
+    target: FileSystem
+    report: Report
+    stored: dict[str, tuple[str, int]] = field(default_factory=dict)
+
+    def put(self, name: str, source: Path) -> tuple[str, int]:
+        path = self.target._path(name)
+        digest, size = hashlib.sha256(), 0
+        with _foreign_errors(self.target.url, StageFailed), source.open("rb") as reading:
+            self.target.system.makedirs(path.rpartition("/")[0], exist_ok=True)
+            with self.target.system.open(path, "wb") as writing:
+                while chunk := reading.read(CHUNK):
+                    digest.update(chunk)
+                    size += len(chunk)
+                    writing.write(chunk)
+                    self.report(len(chunk))
+        compare(f"{self.target.url}/{name}", digest.hexdigest(), self.target.digest(name))
+        self.stored[name] = (digest.hexdigest(), size)
+        return self.stored[name]
+
+    def finish(self) -> Written:
+        seen = self.target.listing() or {}
+        stale = [self.target._path(name) for name in seen if name not in self.stored]
+        if stale:
+            with _foreign_errors(self.target.url, StageFailed):
+                self.target.system.rm(stale)
+        files = {name: Stored(*known, seen[name].mark) for name, known in self.stored.items()}
+        return Written(self.target.url, files)
+
+
+def open_url(to: str) -> Destination:
+    """The destination of an fsspec URL; `file://` is a directory like any other."""
+    from fsspec.core import url_to_fs
+
+    try:
+        system, root = url_to_fs(to)
+    except (ImportError, ValueError) as error:
+        raise UsageError(
+            f"{to} cannot be opened: {error}", "install the fsspec package for it, or use another"
+        ) from error
+    if "file" in ((system.protocol,) if isinstance(system.protocol, str) else system.protocol):
+        return Directory(Path(root))
+    return FileSystem(to.rstrip("/"), system, root)
+
+
+def still_holds(destination: Destination, files: Mapping[str, Stored]) -> bool:
+    """Are these files there as they were written? Read only where the look without reading differs."""
+    seen = destination.listing()
+    if seen is None:
+        return False
+    for name, stored in files.items():
+        now = seen.get(name)
+        if now is None or now.size != stored.size:
+            return False
+        if (not stored.mark or now.mark != stored.mark) and destination.digest(name) != stored.sha256:
+            return False
+    return True
+
+
+def compare(what: str, written: str, read: str) -> None:
+    if written != read:
+        raise StageFailed(
+            f"{what} reads back as sha256 {read[:12]}…, but {written[:12]}… was written",
+            "the disk or the service changes what it stores; try again, or choose another destination",
+        )
+
+
+@contextmanager
+def _foreign_errors(url: str, kind: type[UsageError | StageFailed]) -> Iterator[None]:
+    """Every file system raises classes of its own library; none of them is a bug of ours."""
+    try:
+        yield
+    except (UsageError, StageFailed, FileNotFoundError):
+        raise
+    except Exception as error:
+        cause = f"{url}: {type(error).__name__}: {error}"
+        raise kind(cause, "check the address and the credentials that its fsspec package reads") from error
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+def _forget_cached(path: Path) -> None:
+    """Let the next read come from the disk, where the system can be told so."""
+    if hasattr(os, "posix_fadvise"):
+        with path.open("rb") as file:
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+
+
+def _sync_directory(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,350 @@
+"""The kind `save`: directories, fsspec URLs, and a Hub on loopback through the real client."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import uuid
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import huggingface_hub
+import pytest
+import yaml
+from support.contexts import Lineage, check_context, forecast_context, inputs, stage_context
+from support.hub import LoopbackHub
+
+from bigpipe.bigmodel.card import front_matter
+from bigpipe.errors import NotAuthorised, Offline, StageFailed, UsageError
+from bigpipe.orchestrator.stage import Forecast, StageResult
+from bigpipe.plugins.save import STAGE, SaveMetrics, SaveParams
+
+MODEL = {
+    "config.json": b'{"model_type": "opt"}',
+    "model.safetensors": os.urandom(50_000),
+    "README.md": b"---\nlicense: mit\n---\nof the base model\n",
+}
+RESULTS = {"results.jsonl": b'{"index": 0, "prompt": "a", "text": "b"}\n'}
+RECIPE = "version: 1\nname: tiny-int8\nstages: {}\n"
+STEPS: tuple[tuple[str, str, dict[str, Any], dict[str, Any]], ...] = (
+    ("download", "download", {"repo": "facebook/opt-13b"}, {"bytes": 100, "commit": "c" * 40}),
+    ("estimate", "estimate", {}, {"int8": {"inference": 5}}),
+    ("quantize", "quantize", {"scheme": "int8"}, {"bytes": 13_000_000_000, "ratio": 0.51}),
+    ("generate", "distributed-infer", {"task": "text-generation"}, {"tokens_per_second": 7.25}),
+)
+LINEAGE = tuple(Lineage(node, kind, f"key of {node}", f"sha256:{node}", *rest) for node, kind, *rest in STEPS)
+
+
+def artifact(store: Path, files: dict[str, bytes]) -> Path:
+    """As the store keeps them: a directory of links to read-only objects."""
+    folder = store / "artifacts" / uuid.uuid4().hex
+    folder.mkdir(parents=True)
+    (store / "objects").mkdir(exist_ok=True)
+    for name, content in files.items():
+        kept = store / "objects" / hashlib.sha256(content).hexdigest()
+        if not kept.exists():
+            kept.write_bytes(content)
+            kept.chmod(0o444)
+        (folder / name).symlink_to(kept)
+    return folder
+
+
+def params(to: str, **given: Any) -> SaveParams:
+    return SaveParams.model_validate({"to": to, **given})
+
+
+def save(root: Path, given: SaveParams, environment: dict[str, str] | None = None, **context: Any) -> StageResult:
+    wired = context.pop("inputs", None) or inputs(
+        model=artifact(root / "store", MODEL), results=artifact(root / "store", RESULTS)
+    )
+    return STAGE.run(
+        given,
+        stage_context(
+            root, environment=environment or {}, inputs=wired, lineage=LINEAGE, recipe=RECIPE, recipe_name="tiny-int8",
+            **context,
+        ),
+    )  # fmt: skip
+
+
+def check(root: Path, given: SaveParams, environment: dict[str, str] | None = None, **context: Any) -> None:
+    assert STAGE.check is not None
+    wired = {"model": (Forecast(),)}
+    STAGE.check(given, check_context(root, environment=environment or {}, inputs=wired, **context))
+
+
+def present(root: Path, given: SaveParams, environment: dict[str, str] | None = None, **context: Any) -> bool:
+    assert STAGE.present is not None
+    return STAGE.present(given, root / "out", check_context(root, environment=environment or {}, **context))
+
+
+def tree(folder: Path) -> dict[str, bytes]:
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def metrics(result: StageResult) -> SaveMetrics:
+    assert isinstance(result.metrics, SaveMetrics)
+    return result.metrics
+
+
+def test_a_directory_gets_real_files_a_card_and_provenance(tmp_path: Path) -> None:
+    given = params("dist/model")
+    check(tmp_path, given)
+    found = metrics(save(tmp_path, given))
+    target = tmp_path / "base" / "dist" / "model"
+    saved = tree(target)
+    assert sorted(saved) == [
+        "README.md", "config.json", "model.safetensors", "provenance.json", "results/results.jsonl",
+    ]  # fmt: skip
+    assert saved["model.safetensors"] == MODEL["model.safetensors"]
+    assert saved["results/results.jsonl"] == RESULTS["results.jsonl"]
+    for path in target.rglob("*"):
+        assert not path.is_symlink()
+        assert os.access(path, os.W_OK)
+    assert not list((tmp_path / "base" / "dist").glob(".*"))
+    assert (found.url, found.files, found.bytes) == (str(target), 5, sum(map(len, saved.values())))
+    provenance = json.loads(saved["provenance.json"])
+    assert [step["node"] for step in provenance["steps"]] == ["download", "estimate", "quantize", "generate"]
+    for name, listed in provenance["files"].items():
+        assert listed == {"sha256": hashlib.sha256(saved[name]).hexdigest(), "size": len(saved[name])}
+
+
+def test_the_card_names_base_model_licence_recipe_and_measurements(tmp_path: Path) -> None:
+    save(tmp_path, params("dist/tiny-int8", card={"language": "en", "tags": ["mine"]}))
+    card = (tmp_path / "base" / "dist" / "tiny-int8" / "README.md").read_text()
+    assert front_matter(card) == {
+        "base_model": "facebook/opt-13b",
+        "base_model_relation": "quantized",
+        "license": "mit",
+        "library_name": "transformers",
+        "pipeline_tag": "text-generation",
+        "tags": ["mine"],
+        "language": "en",
+    }
+    assert "# tiny-int8" in card
+    assert f"```yaml\n{RECIPE}```" in card
+    assert "| quantize | bytes | 12.1 GiB |" in card
+    assert "| generate | tokens_per_second | 7.25 |" in card
+    assert "| estimate |" not in card
+    assert "AutoModelForCausalLM.from_pretrained" in card
+
+
+def test_reports_of_several_nodes_lie_in_folders_of_their_names(tmp_path: Path) -> None:
+    one, two = (artifact(tmp_path / "store", {"report.json": text}) for text in (b"1", b"2"))
+    save(tmp_path, params("one"), inputs=inputs(reports=one))
+    assert sorted(tree(tmp_path / "base" / "one")) == ["provenance.json", "reports/report.json"]
+    lineage = tuple(
+        Lineage(f"estimate@dtype={dtype}", "estimate", "k", f"sha256:{path.name}", {}, {})
+        for dtype, path in (("int8", one), ("nf4", two))
+    )
+    context = stage_context(tmp_path, inputs=inputs(reports=[one, two]), lineage=lineage)
+    STAGE.run(params("two"), context)
+    assert tree(tmp_path / "base" / "two")["reports/estimate@dtype=nf4/report.json"] == b"2"
+
+
+def test_a_receipt_is_a_hit_until_the_destination_changes(tmp_path: Path) -> None:
+    given = params("dist")
+    save(tmp_path, given)
+    receipt = json.loads((tmp_path / "out" / "receipt.json").read_bytes())
+    assert receipt["files"]["config.json"]["sha256"] == hashlib.sha256(MODEL["config.json"]).hexdigest()
+    assert present(tmp_path, given)
+    config = tmp_path / "base" / "dist" / "config.json"
+    os.utime(config)
+    assert present(tmp_path, given)  # touched, but read and found equal
+    config.write_bytes(MODEL["config.json"].replace(b"opt", b"OPT"))
+    assert not present(tmp_path, given)
+    config.unlink()
+    assert not present(tmp_path, given)
+
+
+def test_a_run_that_was_killed_before_its_receipt_can_be_repeated(tmp_path: Path) -> None:
+    given = params("dist")
+    save(tmp_path, given)
+    (tmp_path / "out" / "receipt.json").unlink()
+    check(tmp_path, given)
+    save(tmp_path, given)
+    assert present(tmp_path, given)
+
+
+def test_what_a_killed_session_left_beside_is_removed(tmp_path: Path) -> None:
+    left = tmp_path / "base" / ".dist.bigpipe-killed"
+    left.mkdir(parents=True)
+    (left / "model.safetensors").write_bytes(b"half")
+    save(tmp_path, params("dist"))
+    assert sorted(path.name for path in (tmp_path / "base").iterdir()) == ["dist"]
+
+
+def test_what_others_wrote_or_changed_is_not_replaced_unless_asked(tmp_path: Path) -> None:
+    target = tmp_path / "base" / "dist"
+    target.mkdir(parents=True)
+    check(tmp_path, params("dist"))  # an empty directory is in nobody's way
+    (target / "thesis.tex").write_text("years of work")
+    with pytest.raises(UsageError, match="1 files that bigpipe did not write") as caught:
+        check(tmp_path, params("dist"))
+    assert "overwrite: true" in caught.value.cure
+    check(tmp_path, params("dist", overwrite=True))
+    save(tmp_path, params("dist", overwrite=True))
+    assert not (target / "thesis.tex").exists()
+    check(tmp_path, params("dist"))
+    card = target / "README.md"
+    card.write_text(card.read_text().replace("Made", "made"))
+    with pytest.raises(UsageError, match=r"changed since it was saved: README\.md"):
+        check(tmp_path, params("dist"))
+
+
+def test_another_recipes_output_is_not_replaced(tmp_path: Path) -> None:
+    save(tmp_path, params("dist"))
+    with pytest.raises(UsageError, match="written by node test of recipe 'tiny-int8'"):
+        save(tmp_path, params("dist"), node="save@scheme=nf4")
+
+
+@pytest.mark.parametrize("to", [".", "..", "~"])
+def test_the_recipes_own_directory_is_never_replaced(tmp_path: Path, to: str) -> None:
+    with pytest.raises(UsageError, match="it holds the recipe or your home"):
+        check(tmp_path, params(to, overwrite=True))
+
+
+def test_a_git_repository_and_a_file_in_the_way_are_refused(tmp_path: Path) -> None:
+    (tmp_path / "base" / "repo" / ".git").mkdir(parents=True)
+    with pytest.raises(UsageError, match="is a git repository"):
+        check(tmp_path, params("repo", overwrite=True))
+    (tmp_path / "base" / "file").write_text("")
+    with pytest.raises(UsageError, match="is a file"):
+        check(tmp_path, params("file", overwrite=True))
+
+
+def test_nothing_wired_is_nothing_to_save(tmp_path: Path) -> None:
+    assert STAGE.check is not None
+    with pytest.raises(UsageError, match="nothing to save"):
+        STAGE.check(params("dist"), check_context(tmp_path))
+
+
+def test_a_failure_leaves_the_old_version_in_place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    save(tmp_path, params("dist"))
+    before = tree(tmp_path / "base" / "dist")
+    monkeypatch.setattr("bigpipe.bigmodel.destinations.hash_file", lambda path: "0" * 64)  # a disk that lies
+    with pytest.raises(StageFailed, match="reads back as sha256"):
+        save(tmp_path, params("dist", overwrite=True))
+    assert tree(tmp_path / "base" / "dist") == before
+    assert sorted(path.name for path in (tmp_path / "base").iterdir()) == ["dist"]
+
+
+def test_a_file_url_is_a_directory(tmp_path: Path) -> None:
+    found = metrics(save(tmp_path, params(f"file://{tmp_path}/elsewhere")))
+    assert found.url == f"{tmp_path}/elsewhere"
+    assert (tmp_path / "elsewhere" / "model.safetensors").read_bytes() == MODEL["model.safetensors"]
+
+
+def test_an_fsspec_url(tmp_path: Path) -> None:
+    import fsspec
+
+    url = f"memory://{uuid.uuid4().hex}/model"
+    given = params(url)
+    check(tmp_path, given)
+    found = metrics(save(tmp_path, given))
+    system, root = fsspec.core.url_to_fs(url)
+    assert found.url == url
+    assert system.cat_file(f"{root}/model.safetensors") == MODEL["model.safetensors"]
+    assert json.loads(system.cat_file(f"{root}/provenance.json"))["recipe"] == "tiny-int8"
+    assert present(tmp_path, given)
+    save(tmp_path, given)  # its own, unchanged
+    system.pipe_file(f"{root}/config.json", b'{"model_type": "gpt"}')
+    assert not present(tmp_path, given)
+    with pytest.raises(UsageError, match="changed since it was saved"):
+        check(tmp_path, given)
+    system.pipe_file(f"{root}/stale-shard.safetensors", b"old")
+    save(tmp_path, params(url, overwrite=True))
+    assert not system.exists(f"{root}/stale-shard.safetensors")
+    assert present(tmp_path, given)
+
+
+def test_a_url_nobody_can_open_is_found_by_the_plan(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="nosuchprotocol"):
+        check(tmp_path, params("nosuchprotocol://bucket/model"))
+
+
+@pytest.fixture
+def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[LoopbackHub]:
+    # Read once at import by the client, so the environment would come too late.
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_DISABLE_XET", True)
+    with LoopbackHub() as hub:
+        hub.users["secret-token"] = "ada"
+        yield hub
+
+
+@pytest.fixture
+def environment(server: LoopbackHub, tmp_path: Path) -> dict[str, str]:
+    return {**server.environment(tmp_path / "hf"), "HF_TOKEN": "secret-token"}
+
+
+@pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning")  # the client's own, in its LFS upload
+def test_the_hub_gets_a_private_repository_with_one_commit_and_gives_it_back(
+    server: LoopbackHub, environment: dict[str, str], tmp_path: Path
+) -> None:
+    given = params("hf://ada/tiny-int8")
+    check(tmp_path, given, environment)
+    found = metrics(save(tmp_path, given, environment))
+    repository = server.repositories["ada/tiny-int8"]
+    assert repository.private
+    assert found.commit == repository.branches["main"]
+    assert found.url == f"{server.url}/ada/tiny-int8"
+    back = huggingface_hub.snapshot_download(
+        "ada/tiny-int8", revision=found.commit, endpoint=server.url, token="secret-token", cache_dir=tmp_path / "back"
+    )
+    saved = tree(Path(back))
+    assert saved["model.safetensors"] == MODEL["model.safetensors"]
+    assert "results/results.jsonl" in saved
+    assert "provenance.json" in saved
+    card = saved["README.md"].decode()
+    assert yaml.safe_load(card.split("---")[1])["base_model"] == "facebook/opt-13b"
+    assert 'from_pretrained("ada/tiny-int8"' in card
+    assert present(tmp_path, given, environment)
+    assert not any("secret-token" in path.read_text(errors="ignore") for path in (tmp_path / "out").rglob("*.json"))
+
+
+@pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning")
+def test_the_hub_is_looked_at_again_and_stale_shards_go(
+    server: LoopbackHub, environment: dict[str, str], tmp_path: Path
+) -> None:
+    given = params("hf://ada/model", revision="int8")
+    save(tmp_path, given, environment)
+    assert present(tmp_path, given, environment)
+    check(tmp_path, given, environment)  # its own: may be replaced
+    server.commit("ada/model", {"model-00002-of-00002.safetensors": b"stale", "config.json": b"{}"}, "int8")
+    assert not present(tmp_path, given, environment)
+    assert present(tmp_path, given, environment, offline=True)  # cannot be asked: the receipt is believed
+    with pytest.raises(UsageError, match=r"changed since it was saved: config\.json, model-00002"):
+        check(tmp_path, given, environment)
+    save(tmp_path, params("hf://ada/model", revision="int8", overwrite=True), environment)
+    head = server.repositories["ada/model"].commits[server.repositories["ada/model"].branches["int8"]]
+    assert "model-00002-of-00002.safetensors" not in head
+    assert present(tmp_path, given, environment)
+
+
+def test_the_plan_asks_whether_the_token_may_write(
+    server: LoopbackHub, environment: dict[str, str], tmp_path: Path
+) -> None:
+    with pytest.raises(NotAuthorised, match="ada may not write to facebook"):
+        check(tmp_path, params("hf://facebook/opt-13b"), environment)
+    with pytest.raises(NotAuthorised, match="knows no user"):
+        check(tmp_path, params("hf://ada/model"), {**environment, "HF_TOKEN": ""})
+    with pytest.raises(Offline):
+        check(tmp_path, params("hf://ada/model"), environment, offline=True)
+    with pytest.raises(UsageError, match="hf://owner/name"):
+        check(tmp_path, params("hf://ada"), environment)
+    server.create("ada/theirs", {"model.bin": b"by hand"})
+    with pytest.raises(UsageError, match="bigpipe did not write"):
+        check(tmp_path, params("hf://ada/theirs"), environment)
+
+
+def test_a_forecast_knows_where_and_how_much(tmp_path: Path) -> None:
+    from bigpipe.bigmodel.description import ModelDescription
+
+    described = ModelDescription(
+        config=None, tensors={"a": ("float16", (1000, 1000))}, format="safetensors", tied={}, path=None,
+        quantization=None, custom=None,
+    )  # fmt: skip
+    found = STAGE.forecast(params("dist"), forecast_context(tmp_path, inputs={"model": (Forecast(output=described),)}))
+    assert (found.write_bytes, found.metrics["url"]) == (2_000_000, str(tmp_path / "base" / "dist"))
+    assert STAGE.forecast(params("hf://ada/x"), forecast_context(tmp_path)).summary == "to hf://ada/x"
