@@ -179,8 +179,8 @@ def _llama_like(config: Config, head: Head) -> Architecture:
     complete = {**config, "head_dim": size, "num_key_value_heads": groups, "sliding_window": window}
     return _assemble(
         complete, head, classes=(f"{prefix}ForCausalLM", f"{prefix}Model"),
-        body=("model", Node(f"{prefix}Model", body)), embedding_name="embed_tokens", head_shape=(hidden, config["vocab_size"]),
-        no_split=(f"{prefix}DecoderLayer",), tied=bool(config.get("tie_word_embeddings", False)),
+        body=("model", Node(f"{prefix}Model", body)), embedding_name="embed_tokens",
+        head_shape=(hidden, config["vocab_size"]), no_split=(f"{prefix}DecoderLayer",), tied=bool(config.get("tie_word_embeddings", False)),
     )  # fmt: skip
 
 
