@@ -225,7 +225,7 @@ def describe_many(requests: Sequence[Request], *, memo: Path | None = None) -> l
     return [Architecture.from_json(known[key]) for key in keys]
 
 
-ANSWER_VERSION = 2
+ANSWER_VERSION = 3
 """Part of every key; raised when an answer's shape or meaning changes."""
 
 CHILD_SECONDS = 600

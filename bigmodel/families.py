@@ -14,7 +14,7 @@ from functools import cache
 from typing import Any
 
 from .architecture import Architecture, ModuleSpec, TensorSpec
-from .inquiry import Head
+from .inquiry import ATTENTION, Head
 
 VERIFIED = "5.23."
 """The transformers versions that the builders were compared with."""
@@ -180,7 +180,8 @@ def _llama_like(config: Config, head: Head) -> Architecture:
     return _assemble(
         complete, head, classes=(f"{prefix}ForCausalLM", f"{prefix}Model"),
         body=("model", Node(f"{prefix}Model", body)), embedding_name="embed_tokens",
-        head_shape=(hidden, config["vocab_size"]), no_split=(f"{prefix}DecoderLayer",), tied=bool(config.get("tie_word_embeddings", False)),
+        head_shape=(hidden, config["vocab_size"]),
+        no_split=(f"{prefix}DecoderLayer",), tied=bool(config.get("tie_word_embeddings", False)),
     )  # fmt: skip
 
 
@@ -279,7 +280,7 @@ def _bloom(config: Config, head: Head) -> Architecture:
         "h": repeat(count, Node("BloomBlock", layer)),
         "ln_f": layer_norm(hidden),
     }
-    common = {"hidden_size": hidden, "num_attention_heads": heads, "num_hidden_layers": count}
+    common = {"hidden_size": hidden, "num_attention_heads": heads, "num_hidden_layers": count, ATTENTION: "eager"}
     return _assemble(
         {**config, **common}, head, classes=("BloomForCausalLM", "BloomModel"),
         body=("transformer", Node("BloomModel", body)), embedding_name="word_embeddings",

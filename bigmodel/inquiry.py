@@ -20,6 +20,9 @@ from .files import MAX_CONFIG, read_json
 Head = Literal["auto", "none"]
 """auto: the class the config names, with its head. none: the bare `AutoModel`, which is accelerate's view."""
 
+ATTENTION = "attention_implementation"
+"""Key of a complete config: `eager` or `sdpa`, whichever the class takes by itself."""
+
 Source = Path | str | Mapping[str, Any]
 
 

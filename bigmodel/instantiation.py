@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 from bigpipe.errors import BigpipeError, InvalidCheckpoint, UsageError
 
 from .architecture import Architecture, ModuleSpec, TensorSpec
+from .inquiry import ATTENTION
 
 if TYPE_CHECKING:
     import torch
@@ -346,6 +347,7 @@ def _complete_config(model: torch.nn.Module, request: Mapping[str, Any]) -> dict
     complete: dict[str, Any] = json.loads(config.to_json_string(use_diff=False))
     complete.pop("dtype", None)
     _add_common_names(config, complete)
+    complete[ATTENTION] = getattr(config, "_attn_implementation", None) or "sdpa"
     return complete
 
 

@@ -22,8 +22,9 @@ from typing import TYPE_CHECKING, Any
 from bigpipe.errors import InvalidCheckpoint, UsageError
 
 from .checkpoint import Checkpoint, TensorInfo, open_checkpoint
+from .description import ARCHITECTURE_FILE
+from .files import MAX_CONFIG, read_json
 from .homes import DeviceMap, Home, Homes, Placed
-from .inquiry import CUSTOM_FILE, read_json
 from .mapped import MappedFiles
 from .naming import FOUR_BIT, Matches, Recipe, match
 from .offload import Stream, cut_into_units, follow_devices
@@ -310,8 +311,9 @@ def _stream(model: torch.nn.Module, slots: Mapping[str, Slot], homes: Homes, sta
 
 
 def _custom_description(path: Path) -> Mapping[str, Any] | None:
-    file = (path if path.is_dir() else path.parent) / CUSTOM_FILE
-    return read_json(file) if file.is_file() else None
+    directory = path if path.is_dir() else path.parent
+    file = directory / ARCHITECTURE_FILE
+    return read_json(file, directory, MAX_CONFIG) if file.is_file() else None
 
 
 def _read_generation_config(model: Any, path: Path) -> None:

@@ -1,0 +1,176 @@
+"""What a forward pass needs besides weights and cache: its largest set of tensors alive at one time.
+
+The coefficients were read off the tensors that transformers 5.23's own forward keeps alive, counted allocation by
+allocation on shape-only tensors (`tests/support/allocations.py` counts them again), for a prompt without padding and
+logits of the last token only, as `generate` asks for. A phase (feed-forward, attention, logits) is a sum of such
+tensors; the peak is the largest phase.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from .architecture import Architecture
+from .inquiry import ATTENTION
+from .kvcache import text_config
+
+MODERN_GATED = frozenset({"gate_proj", "up_proj", "w1", "w3", "gate_up_proj", "dense_h_to_4h_gate"})
+
+
+@dataclass(frozen=True, slots=True)
+class Shape:
+    """The numbers of a transformer that activations depend on; one element per unit."""
+
+    hidden: int
+    inner: int
+    """Width of the feed-forward part."""
+    gated: bool
+    fused: bool
+    """Gate and up projection in one matrix, so that both lie there twice."""
+    heads: int
+    layers: int
+    vocabulary: int
+    """0: there is no head."""
+    experts: int
+    """Experts that each token visits; 0: not a mixture."""
+    eager: bool
+    """Attention scores are written out: s² of them per head."""
+    activation: str
+    head_dim: int
+    last_logits: bool
+    """Logits are computed for the last token only, as decoders do while generating."""
+    state: int
+    """Width of a state-space model's state; 0: an attention model."""
+    known: bool
+    """Of a kind that the coefficients were counted on."""
+
+
+def shape_of(architecture: Architecture) -> Shape:
+    config = text_config(architecture.config)
+    names = {module.name.rpartition(".")[2] for module in architecture.modules}
+    hidden = _number(config, "hidden_size", "d_model", "n_embd", "dim", "embed_dim")
+    heads = _number(config, "num_attention_heads", "n_head", "num_heads", "encoder_attention_heads", "n_heads")
+    experts = _number(config, "num_experts_per_tok", "top_k_experts", "moe_topk") if _is_mixture(config) else 0
+    inner = _number(config, "intermediate_size", "ffn_dim", "n_inner", "d_ff", "encoder_ffn_dim", "hidden_dim")
+    if experts:
+        inner = _number(config, "moe_intermediate_size", "expert_ffn_hidden_size") or inner
+    encoder_decoder = bool(config.get("is_encoder_decoder"))
+    return Shape(
+        hidden=hidden,
+        inner=inner or 4 * hidden,
+        gated=bool(names & MODERN_GATED) or experts > 0,
+        fused="gate_up_proj" in names,
+        heads=heads,
+        layers=_number(config, "num_hidden_layers", "n_layer", "num_layers", "encoder_layers", "n_layers"),
+        vocabulary=_number(config, "vocab_size") if architecture.output_embedding else 0,
+        experts=experts,
+        eager=config.get(ATTENTION, architecture.config.get(ATTENTION)) == "eager",
+        activation=str(config.get("activation_function") or config.get("hidden_act") or ""),
+        head_dim=_number(config, "head_dim", "d_kv") or (hidden // heads if heads else 0),
+        last_logits=architecture.generates and not encoder_decoder,
+        state=_number(config, "state_size", "mamba_d_state", "ssm_state_size"),
+        known=bool(hidden and heads) and architecture.library in ("transformers", "custom") and not encoder_decoder,
+    )
+
+
+def _is_mixture(config: Mapping[str, Any]) -> bool:
+    return any(config.get(name) for name in ("num_local_experts", "num_experts", "n_routed_experts"))
+
+
+def _number(config: Mapping[str, Any], *names: str) -> int:
+    return next((value for name in names if isinstance(value := config.get(name), int) and value > 0), 0)
+
+
+@dataclass(frozen=True, slots=True)
+class Activations:
+    """Bytes of one forward over a whole prompt."""
+
+    bytes: int
+    phase: str
+    """Which part of the model they belong to at the peak."""
+    formula: str
+    known: bool
+
+
+def prefill(
+    shape: Shape, batch_size: int, length: int, itemsize: int, *, image: tuple[int, int] | None = None
+) -> Activations:
+    """The peak while a prompt of `length` tokens is read. image: (pixels per side, patch size or 0)."""
+    if image is not None:
+        side, patch = image
+        if not patch or not shape.heads:  # a convolutional net: its first, largest feature maps
+            return Activations(batch_size * side * side * 64 * itemsize, "first convolution", "64·b·side²·bytes", False)
+        length = (side // patch) ** 2 + 1
+    tokens = batch_size * length
+    phases = {
+        "feed-forward": feed_forward_elements(shape, batch_size) * tokens * itemsize,
+        "attention": _scores(shape, batch_size, length, itemsize),
+        "logits": _logits(shape, batch_size, length, itemsize),
+        "state": _state(shape, tokens, itemsize),
+    }
+    phase = max(phases, key=lambda name: phases[name])
+    formulas = {
+        "feed-forward": feed_forward_formula(shape),
+        "attention": "b·heads·s²·(2·bytes+4) + 5·b·s·h·bytes",
+        "logits": "b·vocab·(bytes+4)" if shape.last_logits else "b·s·(vocab+2h)·bytes",
+        "state": "b·s·inner·(12·state+26)",
+    }
+    return Activations(phases[phase], phase, formulas[phase], shape.known and not shape.state)
+
+
+def feed_forward_elements(shape: Shape, batch_size: int) -> int:
+    """Elements per token alive in the middle of the feed-forward part, the residual stream included."""
+    inner, hidden = shape.inner, shape.hidden
+    # Rotary cosines and sines are there once for the whole batch, learned positions too
+    positions = 2 * shape.head_dim // batch_size
+    if shape.experts:
+        routed = max(4 * shape.experts * hidden + 4 * hidden, shape.experts * (3 * inner + 2 * hidden) + 9 * hidden)
+        return routed + positions
+    if shape.gated:
+        return (4 if shape.fused else 3) * inner + 4 * hidden + positions
+    # GELU in its tanh form is written out in Python: four intermediates of the full width
+    return (5 if shape.activation == "gelu_new" else 2) * inner + (2 if shape.activation == "gelu_new" else 4) * hidden
+
+
+def feed_forward_formula(shape: Shape) -> str:
+    if shape.experts:
+        return "b·s·max(4kh+4h, k(3f+2h)+9h)·bytes, k experts per token"
+    if shape.gated:
+        return f"b·s·({4 if shape.fused else 3}f+4h+2·head_dim/b)·bytes"
+    return "b·s·(5f+2h)·bytes" if shape.activation == "gelu_new" else "b·s·(2f+4h)·bytes"
+
+
+def _scores(shape: Shape, batch_size: int, length: int, itemsize: int) -> int:
+    if not shape.eager:
+        return 0
+    # Scores, their float32 softmax, and the softmax rounded back
+    scores = batch_size * shape.heads * length * length * (2 * itemsize + 4)
+    return scores + 5 * batch_size * length * shape.hidden * itemsize
+
+
+def _logits(shape: Shape, batch_size: int, length: int, itemsize: int) -> int:
+    if shape.last_logits:
+        return batch_size * shape.vocabulary * (itemsize + 4)
+    return batch_size * length * (shape.vocabulary + 2 * shape.hidden) * itemsize if shape.vocabulary else 0
+
+
+def _state(shape: Shape, tokens: int, itemsize: int) -> int:
+    """Without their own kernels, state-space layers write out the float32 state of every token, three times."""
+    inner = shape.inner if shape.inner > shape.hidden else 2 * shape.hidden
+    return tokens * inner * (12 * shape.state + 13 * itemsize) if shape.state and not shape.heads else 0
+
+
+def training(shape: Shape, batch_size: int, length: int, *, mixed: bool, checkpointing: bool = False) -> int:
+    """Bytes kept for the backward pass: s·b·h·(34 + 5·a·s/h) per layer (arXiv 2205.05198, eq. 2), 16-bit.
+
+    Attention that is not written out drops the second term. Gradient checkpointing keeps one input per layer, and one
+    layer whole. In float32 everything is twice as large. A head's logits and their float32 copy come on top.
+    """
+    layer = length * batch_size * shape.hidden * 34
+    if shape.eager:
+        layer += 5 * shape.heads * length * length * batch_size
+    whole = layer + 2 * length * batch_size * shape.hidden * shape.layers if checkpointing else layer * shape.layers
+    logits = batch_size * length * shape.vocabulary * (2 + 4)
+    return (whole + logits) * (1 if mixed else 2)
