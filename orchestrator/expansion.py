@@ -123,13 +123,14 @@ class Expansion:
             place = self.document.place_at((*stage.path, *path), part=reference)
             self.problems.add(code, place, cause, cure)
 
-        raw = stage.settings
-        scope = self._scope(stage, variant, stages=False)
-        in_conditions = self._scope(stage, variant, stages=True)
-        values = {
-            key: interpolate(value, in_conditions if key in ("when", "gates") else scope, report, (key,))
-            for key, value in raw.items()
-        }
+        values = stage.settings
+        if contains_reference(values):
+            scope = replace(self.scope, matrix=variant, open_matrix=stage.broken)
+            in_conditions = replace(scope, stages=True)
+            values = {
+                key: interpolate(value, in_conditions if key in ("when", "gates") else scope, report, (key,))
+                for key, value in values.items()
+            }
         target = Target(self.document, stage.path, stage.name, unresolved)
         settings = validate(Settings, values, target, self.problems)
         given = values.get("with", {})
@@ -137,28 +138,27 @@ class Expansion:
         if stage.kind is not None and isinstance(given, dict):
             target = Target(self.document, (*stage.path, "with"), stage.kind.kind, unresolved)
             params = validate(stage.kind.params, given, target, self.problems)
-        if settings is None or stage.kind is None:
-            return None
         self._check_launch(stage)
-        self._check_environment(stage, settings)
-        when = self._condition(stage, settings.when, ("when",)) if settings.when is not None else None
-        gates = [self._condition(stage, text, ("gates", index)) for index, text in enumerate(settings.gates)]
-        if params is None or unresolved:
+        self._check_environment(stage, values.get("env"))
+        when = self._condition(stage, values.get("when"), ("when",))
+        gates = values.get("gates")
+        read = [
+            self._condition(stage, text, ("gates", index))
+            for index, text in enumerate(gates if isinstance(gates, list) else [])
+        ]
+        if settings is None or stage.kind is None or params is None or unresolved:
             return None
         return _Reading(
             stage.kind,
             settings,
             params,
             when,
-            tuple(gate for gate in gates if gate is not None),
+            tuple(gate for gate in read if gate is not None),
             settings.launch.launch(),
             settings.resources.resources(),
             {name: str(value) for name, value in settings.env.items()},
             tuple(dict.fromkeys([*stage.kind.secrets, *stage.secrets])),
         )
-
-    def _scope(self, stage: Wired, variant: Mapping[str, Json], *, stages: bool) -> Scope:
-        return replace(self.scope, matrix=variant, open_matrix=stage.broken, stages=stages)
 
     def _node(self, stage: Wired, texts: Mapping[str, str], reading: _Reading, places: Places) -> Node:
         return Node(
@@ -210,8 +210,10 @@ class Expansion:
             cause = f"{stage.kind.kind} does not run as ranks and takes no 'launch'"
             self.problems.add(Code.NO_RANKS, place, cause, "remove it")
 
-    def _check_environment(self, stage: Wired, settings: Settings) -> None:
-        for name in settings.env:
+    def _check_environment(self, stage: Wired, env: Json) -> None:
+        for name in env if isinstance(env, dict) else ():
+            if not isinstance(name, str):
+                continue
             place = self.document.place_at((*stage.path, "env", name), key=True)
             if not _VARIABLE.fullmatch(name):
                 self.problems.add(Code.BAD_NAME, place, f"{name!r} cannot name a variable", "use A-Z, 0-9 and _")
@@ -222,9 +224,9 @@ class Expansion:
                 cause = f"`env` may not set {name}, which changes what code runs or how it is launched"
                 self.problems.add(Code.REFUSED_VARIABLE, place, cause, "set it in the shell that starts bigpipe")
 
-    def _condition(self, stage: Wired, text: str, path: tuple[Key, ...]) -> Condition | None:
-        if contains_reference(text.replace("${stages.", "")):
-            return None  # reported when it was interpolated
+    def _condition(self, stage: Wired, text: Json, path: tuple[Key, ...]) -> Condition | None:
+        if not isinstance(text, str) or not text or contains_reference(text.replace("${stages.", "")):
+            return None  # nothing there, or reported already
         path = (*stage.path, *path)
         if (text, path) not in self._parsed:
             self._parsed[text, path] = self._parse(stage, text, path)

@@ -5,7 +5,7 @@
       read_manifest          the top level
       Wiring.resolve         stages to each other: ports, cycles, axes
       Expansion.nodes        a node per combination of axis values: parameters, conditions, environment
-      _ordered               the graph, and what only the whole graph can tell
+      _ordered               the order, and what only the whole graph can tell
 
 Every step adds to one list of problems and goes on as far as sense allows; the list is raised at the end.
 """
@@ -13,19 +13,20 @@ Every step adds to one list of problems and goes on as far as sense allows; the 
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
+from graphlib import TopologicalSorter
+from heapq import heappop, heappush
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any
-
-import networkx as nx
+from typing import TYPE_CHECKING, Any
 
 from bigpipe.errors import UsageError
 
 from .expansion import Expansion
 from .interpolation import WELL_KNOWN_SECRETS, Scope, interpolate, read_argument
-from .manifest import ManifestSpec, Structure, read_manifest, split_stage
+from .manifest import ManifestSpec, Structure, named, read_manifest, split_stage
 from .node import Node, Places
 from .problems import Code, Problems, did_you_mean
 from .registry import load_stage
@@ -35,23 +36,37 @@ from .validation import Target, validate
 from .wiring import Wired, Wiring
 from .yamlsource import Document, Key, read_document
 
+if TYPE_CHECKING:
+    import networkx as nx
+
 __all__ = ["Node", "Places", "Recipe", "load_recipe"]
 
 _NO_ARGUMENTS: Mapping[str, str] = MappingProxyType({})
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True)
 class Recipe:
     path: Path
     name: str
     text: str = field(repr=False)
     nodes: Mapping[str, Node] = field(repr=False)
     """In topological order, ties in file order."""
-    graph: nx.DiGraph[str] = field(repr=False)
-    """Node names; an edge from each node to those that take it as input, need it or ask for its metrics in `when`."""
     trust: Trust
     params: Mapping[str, Json]
     secrets: tuple[str, ...]
+
+    @cached_property
+    def graph(self) -> nx.DiGraph[str]:
+        """Node names; an edge from each node to those that take it as input, need it or ask for its metrics in `when`.
+
+        Built when first asked: importing networkx takes as long as everything else a cached run does.
+        """
+        import networkx as nx
+
+        graph: nx.DiGraph[str] = nx.DiGraph()
+        graph.add_nodes_from(self.nodes)
+        graph.add_edges_from((source, node.name) for node in self.nodes.values() for source in node.predecessors)
+        return graph
 
     def select(self, names: Sequence[str]) -> frozenset[str]:
         """The named nodes and all their ancestors; a stage's name means every variant, `x@a=1` those with a=1.
@@ -66,9 +81,7 @@ class Recipe:
                 cure = did_you_mean(name, known, otherwise="there are")
                 raise UsageError(f"no node {name!r} in {self.path}", cure)
             chosen.update(found)
-        for name in list(chosen):
-            chosen |= nx.ancestors(self.graph, name)
-        return frozenset(chosen)
+        return frozenset(_with_ancestors(self.nodes, chosen))
 
 
 def _matches(node: Node, name: str) -> bool:
@@ -76,6 +89,16 @@ def _matches(node: Node, name: str) -> bool:
         return True
     stage, _, picks = name.partition("@")
     return stage == node.stage and bool(picks) and set(picks.split(",")) <= set(node.name.partition("@")[2].split(","))
+
+
+def _with_ancestors(nodes: Mapping[str, Node], names: Iterable[str]) -> set[str]:
+    found = set(names)
+    waiting = list(found)
+    while waiting:
+        more = set(nodes[waiting.pop()].predecessors) - found
+        found |= more
+        waiting.extend(more)
+    return found
 
 
 def load_recipe(
@@ -130,21 +153,20 @@ class _Loading:
         manifest = read_manifest(self.document, self.problems)
         if manifest is None:
             raise self.problems.error()
-        kinds = self._kinds(manifest.stages)
+        kinds = self._kinds(named(manifest.stages))
         self.secrets = self.secrets.union(manifest.secrets, *(kind.secrets for kind in kinds.values()))
-        scope = self._params(manifest.params)
+        scope = self._params(named(manifest.params))
         stages = self._stages(manifest, kinds, scope)
         Wiring(self.document, stages, self.problems).resolve()
         nodes = Expansion(self.document, stages, scope, manifest.secrets, self.problems).nodes()
         self.problems.raise_if_any()
-        ordered, graph = self._ordered(nodes)
+        ordered = self._ordered(nodes)
         self.problems.raise_if_any()
         return Recipe(
             path=path,
             name=manifest.name or path.stem,
             text=self.document.text,
             nodes=ordered,
-            graph=graph,
             trust=manifest.trusted(),
             params=dict(scope.params or {}),
             secrets=manifest.secrets,
@@ -166,6 +188,10 @@ class _Loading:
 
     def _kind(self, kind: str, path: tuple[Key, ...]) -> Stage[Any] | None:
         place = self.document.place_at(path)
+        if "${" in kind:
+            cure = "write the kind out; what a stage is cannot depend on a parameter"
+            self.problems.add(Code.MISPLACED_REFERENCE, place, "`uses` cannot hold a reference", cure)
+            return None
         if self.known is not None:
             if kind not in self.known:
                 cure = did_you_mean(kind, self.known, otherwise="there are")
@@ -226,7 +252,7 @@ class _Loading:
 
     def _stages(self, manifest: ManifestSpec, kinds: Mapping[str, Stage[Any]], scope: Scope) -> dict[str, Wired]:
         result: dict[str, Wired] = {}
-        for index, (name, raw) in enumerate(manifest.stages.items()):
+        for index, (name, raw) in enumerate(named(manifest.stages).items()):
             path: tuple[Key, ...] = ("stages", name)
             if not isinstance(raw, dict):
                 place = self.document.place_at(path)
@@ -243,8 +269,11 @@ class _Loading:
             if uses is not None:
                 shape["uses"] = uses
             target = Target(self.document, path, name, lenient)
-            structure = validate(Structure, shape, target, self.problems)
-            result[name] = Wired(name, index, kinds.get(name), structure, settings, _condition(settings, scope))
+            structure = validate(Structure, shape, target, self.problems, salvage=True)
+            broken = len(self.problems) > before
+            result[name] = Wired(
+                name, index, kinds.get(name), structure, settings, _condition(settings, scope), broken=broken
+            )
             self._check_secrets(name, structure, kinds.get(name), manifest)
         return result
 
@@ -255,30 +284,33 @@ class _Loading:
         for index, secret in enumerate(structure.secrets if structure else ()):
             if secret not in allowed:
                 place = self.document.place_at(("stages", name, "secrets", index))
-                cure = did_you_mean(secret, allowed) or f"declare it at the top: `secrets: [{secret}]`"
+                cure = did_you_mean(secret, allowed | WELL_KNOWN_SECRETS) if secret not in WELL_KNOWN_SECRETS else ""
+                cure = cure or f"declare it at the top: `secrets: [{secret}]`"
                 self.problems.add(Code.UNDECLARED_SECRET, place, f"{secret!r} is not a declared secret", cure)
 
-    def _ordered(self, nodes: Mapping[str, Node]) -> tuple[dict[str, Node], nx.DiGraph[str]]:
-        graph: nx.DiGraph[str] = nx.DiGraph()
-        graph.add_nodes_from(nodes)
-        for node in nodes.values():
-            for sources in (*node.inputs.values(), node.needs):
-                graph.add_edges_from((source, node.name) for source in sources)
-            if node.when is not None:
-                graph.add_edges_from((source, node.name) for source, _ in node.when.references if source is not None)
+    def _ordered(self, nodes: Mapping[str, Node]) -> dict[str, Node]:
+        sorter = TopologicalSorter({node.name: node.predecessors for node in nodes.values()})
+        sorter.prepare()
         position = {name: index for index, name in enumerate(nodes)}
-        order = nx.lexicographical_topological_sort(graph, key=position.__getitem__)
-        ordered = {name: nodes[name] for name in order}
+        ordered: dict[str, Node] = {}
+        ready: list[tuple[int, str]] = []
+        while sorter.is_active():
+            for name in sorter.get_ready():
+                heappush(ready, (position[name], name))
+            _, name = heappop(ready)
+            ordered[name] = nodes[name]
+            sorter.done(name)
         for node in ordered.values():
-            self._check_upstream(node, graph)
-        return ordered, graph
+            self._check_upstream(node, nodes)
+        return ordered
 
-    def _check_upstream(self, node: Node, graph: nx.DiGraph[str]) -> None:
+    def _check_upstream(self, node: Node, nodes: Mapping[str, Node]) -> None:
         """A gate is decided when its node ends, so what it names must have ended before."""
-        named = {source for gate in node.gates for source, _ in gate.references if source is not None}
-        for source in sorted(named):
-            if graph.has_edge(source, node.name) or nx.has_path(graph, source, node.name):
-                continue
-            gate = next(gate for gate in node.gates if any(source == other for other, _ in gate.references))
-            cause = f"{source} need not have run when this gate of {node.name} is checked"
-            self.problems.add(Code.NOT_UPSTREAM, gate.place, cause, f"add it to the stage's `needs: [{source}]`")
+        for gate in node.gates:
+            named = {source for source, _ in gate.references if source is not None}
+            late = named - set(node.predecessors)
+            for source in sorted(late - _with_ancestors(nodes, node.predecessors) if late else ()):
+                cause = f"{source} need not have run when this gate of {node.name} is checked"
+                stage = nodes[source].stage
+                cure = f"add it to the stage's `needs: [{stage}]`"
+                self.problems.add(Code.NOT_UPSTREAM, gate.place, cause, cure)

@@ -87,6 +87,10 @@ def interpolate(value: Json, scope: Scope, report: Report, path: tuple[Key, ...]
             report(code, path, reference, cause, cure)
             return value
     if isinstance(value, Mapping):
+        for key in value:
+            if isinstance(key, str) and "${" in key:
+                cause = f"the key {key!r} cannot hold a reference"
+                report(Code.MISPLACED_REFERENCE, (*path, key), key, cause, "references stand in values only")
         return {key: interpolate(child, scope, report, (*path, key)) for key, child in value.items()}
     if isinstance(value, list):
         return [interpolate(child, scope, report, (*path, index)) for index, child in enumerate(value)]

@@ -12,7 +12,7 @@ from .problems import Code, Problems, did_you_mean
 from .stage import Size
 from .types import Json, Launch, Resources, Trust
 from .validation import Target, validate
-from .yamlsource import Document, to_python
+from .yamlsource import Document, Key, to_python
 
 VERSION = 1
 NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_-]{0,63}")
@@ -154,12 +154,12 @@ class ManifestSpec(Spec):
         default=None, max_length=100, description="What the recipe is called; else the file's name."
     )
     description: str = ""
-    params: dict[str, Any] = Field(
+    params: dict[str | int, Any] = Field(
         default_factory=dict, description="Values that `-p name=value` replaces; null means required."
     )
     secrets: tuple[str, ...] = Field(default=(), description="Environment variables that stages may list as secrets.")
     trust: TrustSpec = TrustSpec()
-    stages: dict[str, Any] = Field(min_length=1)
+    stages: dict[str | int, Any] = Field(min_length=1)
 
     def trusted(self) -> Trust:
         return Trust(self.trust.modules, self.trust.remote_code)
@@ -171,27 +171,23 @@ def read_manifest(document: Document, problems: Problems) -> ManifestSpec | None
     fields = {key: value for key, value in whole.items() if not str(key).startswith("x-")}
     if not _version(fields, document, problems):
         fields["version"] = VERSION
-    manifest = validate(ManifestSpec, fields, Target(document, (), "the manifest"), problems)
-    if manifest is None:
-        manifest = _salvaged(fields)
+    manifest = validate(ManifestSpec, fields, Target(document, (), "the manifest"), problems, salvage=True)
     if manifest is None:
         return None
-    for where in ("params", "stages"):
-        _names(getattr(manifest, where), where, document, problems)
+    if manifest.name is not None and "${" in manifest.name:
+        place, cause = document.place_at(("name",)), "the name cannot hold a reference"
+        problems.add(Code.MISPLACED_REFERENCE, place, cause, "write it out; references stand in stages")
+    for where, what in (("params", "a parameter"), ("stages", "a stage")):
+        for name in getattr(manifest, where):
+            check_name(name, document, (where, name), what, problems)
     for index, name in enumerate(manifest.secrets):
         check_name(name, document, ("secrets", index), "a secret", problems, key=False)
     return manifest
 
 
-def _salvaged(fields: Mapping[str, Json]) -> ManifestSpec | None:
-    """Enough of a broken top level for its stages to be checked as well."""
-    kept: dict[str, Json] = {"version": VERSION}
-    for name in ("params", "stages"):
-        if isinstance(fields.get(name), dict):
-            kept[name] = fields[name]
-    if isinstance(secrets := fields.get("secrets"), list):
-        kept["secrets"] = [name for name in secrets if isinstance(name, str)]
-    return ManifestSpec.model_validate(kept) if kept.get("stages") else None
+def named(fields: Mapping[Key, Json]) -> dict[str, Json]:
+    """The fields with a text as key; the others have been reported."""
+    return {name: value for name, value in fields.items() if isinstance(name, str)}
 
 
 def _version(fields: Mapping[str, Json], document: Document, problems: Problems) -> bool:
@@ -211,21 +207,16 @@ def _missing_version(document: Document, problems: Problems) -> bool:
     return True
 
 
-def _names(names: Mapping[str, Any], where: str, document: Document, problems: Problems) -> None:
-    what = {"params": "a parameter", "stages": "a stage"}[where]
-    for name in names:
-        check_name(name, document, (where, name), what, problems)
-
-
 def check_name(
-    name: str, document: Document, path: tuple[str | int, ...], what: str, problems: Problems, *, key: bool = True
+    name: Key, document: Document, path: tuple[Key, ...], what: str, problems: Problems, *, key: bool = True
 ) -> None:
-    if NAME.fullmatch(name):
+    if isinstance(name, str) and NAME.fullmatch(name):
         return
+    name = str(name)
     better = re.sub(r"[^A-Za-z0-9_-]+", "-", name).strip("-")[:64]
-    cure = "write letters, digits, _ and - only, at most 64, a letter first"
+    cure = "names are letters, digits, _ and -, at most 64, a letter first"
     if NAME.fullmatch(better):
-        cure = f"call it {better!r}: {cure}"
+        cure = f"call it {better!r}; {cure}"
     problems.add(Code.BAD_NAME, document.place_at(path, key=key), f"{name[:80]!r} cannot name {what}", cure)
 
 

@@ -83,3 +83,9 @@ class Node:
     secrets: tuple[str, ...] = ()
     """Names it may see: the kind's own and those the stage lists."""
     places: Places
+
+    @property
+    def predecessors(self) -> tuple[str, ...]:
+        """The nodes that must have ended before this one starts: inputs, needs, and those that `when` asks."""
+        asked = sorted(node for node, _ in self.when.references if node is not None) if self.when else ()
+        return tuple(dict.fromkeys([*(name for port in self.inputs.values() for name in port), *self.needs, *asked]))

@@ -63,6 +63,10 @@ class Code(StrEnum):
     BAD_TRUST = "BP503"
 
 
+MAX_PROBLEMS = 200
+"""Enough to repair; a file that has more is not a manifest, and each costs a search for its cure."""
+
+
 class Problems:
     """Collects; a problem that every variant of a matrix repeats is kept once."""
 
@@ -77,6 +81,8 @@ class Problems:
 
     def add(self, code: Code, place: Place, cause: str, cure: str = "") -> None:
         self._found.setdefault((code, place, cause), Problem(code.value, place, cause, cure))
+        if len(self._found) >= MAX_PROBLEMS:
+            raise self.error()
 
     def error(self) -> ManifestError:
         return ManifestError(list(self._found.values()))

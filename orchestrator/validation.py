@@ -44,15 +44,32 @@ class Target:
     """A reference in it is unresolved and has been reported: errors about that text are noise."""
 
 
-def validate(model: type[M], value: Json, target: Target, problems: Problems) -> M | None:
-    """The model, or None after every error was added to `problems`."""
+def validate(model: type[M], value: Json, target: Target, problems: Problems, *, salvage: bool = False) -> M | None:
+    """The model, or None after every error was added to `problems`.
+
+    salvage: after errors, the model without the entries that have some, so that the rest can be checked too.
+    """
     try:
         return model.model_validate(value)
     except ValidationError as error:
-        findings = [_finding(details, target) for details in error.errors(include_url=False)]
-        for finding in _merged(findings):
-            if not (target.lenient and contains_reference(finding.input)):
-                _report(finding, model, target, problems)
+        details = error.errors(include_url=False)
+    for finding in _merged([_finding(detail, target) for detail in details]):
+        if not (target.lenient and contains_reference(finding.input)):
+            _report(finding, model, target, problems)
+    return _salvaged(model, value, {detail["loc"][:2] for detail in details}) if salvage else None
+
+
+def _salvaged(model: type[M], value: Mapping[Key, Json], wrong: set[tuple[Key, ...]]) -> M | None:
+    kept: dict[Key, Json] = {}
+    for name, entry in value.items():
+        parts = {location[1] for location in wrong if location[0] == name and len(location) > 1}
+        if isinstance(entry, dict) and (name,) not in wrong and parts <= entry.keys():
+            kept[name] = {key: child for key, child in entry.items() if key not in parts}
+        elif not parts and (name,) not in wrong:
+            kept[name] = entry
+    try:
+        return model.model_validate(kept)
+    except ValidationError:
         return None
 
 
@@ -68,6 +85,8 @@ class _Finding:
     """Inside the validated value; its last part is missing from the file where the error is about a missing field."""
     union: tuple[Key, ...] | None
     """Where a union stands on the way, if one does: errors of its branches share it."""
+    of_key: bool = False
+    """It is the key that is wrong, not the value."""
     expected: list[str] = field(default_factory=list)
 
 
@@ -77,6 +96,9 @@ def _finding(details: Any, target: Target) -> _Finding:
     path: list[Key] = []
     union: tuple[Key, ...] | None = None
     location: Sequence[Key] = details["loc"]
+    of_key = location[-1:] == ("[key]",)
+    if of_key:
+        location = location[:-1]
     for index, part in enumerate(location):
         child = child_of(value, part) if value is not None else None
         last = index == len(location) - 1
@@ -86,7 +108,7 @@ def _finding(details: Any, target: Target) -> _Finding:
         elif union is None:
             union = tuple(path)
     context = details.get("ctx", {})
-    return _Finding(details["type"], details["input"], context, details["msg"], tuple(path), union)
+    return _Finding(details["type"], details["input"], context, details["msg"], tuple(path), union, of_key)
 
 
 def _merged(findings: Iterable[_Finding]) -> list[_Finding]:
@@ -137,24 +159,30 @@ def _report(finding: _Finding, model: type[BaseModel], target: Target, problems:
         problems.add(Code.UNKNOWN_FIELD, document.place_at(path, key=True), cause, cure)
     elif finding.kind == "missing":
         cause = f"{_inside(target, finding.path)} needs {path[-1]!r}"
-        problems.add(Code.MISSING_FIELD, document.place_at(path[:-1], key=True), cause, f"add `{path[-1]}: …`")
+        under = f" under `{path[-2]}`" if len(path) > 3 else ""
+        problems.add(Code.MISSING_FIELD, document.place_at(path[:-1], key=True), cause, f"add `{path[-1]}: …`{under}")
     else:
         code, cause, cure = _explain(finding, document, path)
-        problems.add(code, document.place_at(path), f"{name}: {cause}" if name else cause, cure)
+        place = document.place_at(path, key=finding.of_key)
+        problems.add(code, place, f"{name}: {cause}" if name else cause, cure)
 
 
 def _inside(target: Target, path: tuple[Key, ...]) -> str:
-    return ".".join([target.subject, *(str(part) for part in path[:-1])])
+    above = [str(part) for part in path[:-1]]
+    return ".".join(above if above and " " in target.subject else [target.subject, *above])
 
 
 def _explain(finding: _Finding, document: Document, path: tuple[Key, ...]) -> tuple[Code, str, str]:
-    shown = _shown(finding.input)
+    item, covered = document.find(path)
+    shown = (item.source if covered == len(path) and not finding.of_key else "") or _shown(finding.input)
     if finding.kind == "value_error":
         cause, _, cure = str(finding.context.get("error", finding.message)).partition("; ")
         return Code.BAD_VALUE, cause, cure
     if finding.kind in _LIMITS:
         key, words = _LIMITS[finding.kind]
         return Code.BAD_VALUE, f"{shown} is out of range", f"it must be {words} {finding.context[key]}"
+    if finding.kind in ("too_short", "string_too_short"):
+        return Code.BAD_VALUE, "it is empty" if not finding.input else "it is too short", "fill it in"
     phrases = finding.expected or [_expected(finding)]
     if not phrases[0]:
         return Code.BAD_VALUE, f"{shown}: {finding.message[:1].lower()}{finding.message[1:]}", ""
@@ -163,15 +191,17 @@ def _explain(finding: _Finding, document: Document, path: tuple[Key, ...]) -> tu
         cure = did_you_mean(finding.input, choices) or f"it takes {listed(phrases, 'or')}"
         return Code.NOT_A_CHOICE, f"{shown} is not one of its values", cure
     cause = f"{shown} where {listed(phrases, 'or')} is expected"
-    return Code.WRONG_TYPE, cause, _quoting(finding, document, path)
+    return Code.WRONG_TYPE, cause, _retyped(finding.input, phrases, item.source if covered == len(path) else "")
 
 
-def _quoting(finding: _Finding, document: Document, path: tuple[Key, ...]) -> str:
-    """A plain `1e10` or `true` where a text is wanted was meant as text."""
-    item, covered = document.find(path)
-    wants_text = finding.kind == "string_type" or "a text" in finding.expected
-    if wants_text and covered == len(path) and item.source:
-        return f"put it in quotes if it is text: '{item.source}'"
+def _retyped(value: Json, phrases: Sequence[str], source: str) -> str:
+    """How what was written becomes what is wanted, where that is likely to be what was meant."""
+    if "a text" in phrases and source:  # a plain `1e10` or `true`
+        return f"put it in quotes if it is text: '{source}'"
+    if value is None:
+        return "fill it in, or remove it"
+    if "a list" in phrases and isinstance(value, str | int | float):
+        return f"write [{source or value}]"
     return ""
 
 

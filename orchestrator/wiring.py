@@ -9,16 +9,18 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from graphlib import CycleError, TopologicalSorter
 from itertools import pairwise
-from typing import Any
-
-import networkx as nx
+from typing import TYPE_CHECKING, Any
 
 from .manifest import Structure, check_name
 from .problems import Code, Problems, did_you_mean, listed
 from .stage import Port, Stage
 from .types import Json
 from .yamlsource import Document, Key
+
+if TYPE_CHECKING:
+    import networkx as nx
 
 DEFAULT_PORT = "model"
 MAX_AXIS_TEXT = 100
@@ -133,6 +135,8 @@ class Wiring:
     def _known(self, sources: Iterator[Source] | list[Source]) -> tuple[Source, ...]:
         known = []
         for source in sources:
+            if "${" in source.text:
+                continue  # reported when it was interpolated
             if source.stage in self.stages:
                 known.append(source)
                 continue
@@ -155,14 +159,15 @@ class Wiring:
                 self._check_type(stage, name, ports[name], source)
         written = {DEFAULT_PORT} if isinstance(stage.structure.inputs, str) else set(stage.structure.inputs)
         for name, port in ports.items():
-            if not port.optional and name not in written:
+            if not port.optional and name not in written and written <= ports.keys():
                 short = f"inputs: {{{name}: STAGE}}" if name != DEFAULT_PORT else "inputs: STAGE"
                 place = self.document.place_at((*stage.path, "inputs"), key=True)
                 cause = f"{stage.kind.kind} needs a {port.type} on its port {name!r}"
-                self.problems.add(Code.MISSING_PORT, place, cause, f"add `{short}`{self._candidates(port)}")
+                self.problems.add(Code.MISSING_PORT, place, cause, f"add `{short}`{self._candidates(stage, port)}")
 
-    def _candidates(self, port: Port) -> str:
+    def _candidates(self, stage: Wired, port: Port) -> str:
         fitting = [other.name for other in self.stages.values() if other.kind and other.kind.output == port.type]
+        fitting = [name for name in fitting if name != stage.name]
         return f"; {listed(fitting, 'or')} would fit" if 0 < len(fitting) <= 5 else ""
 
     def _unknown_port(self, stage: Wired, kind: Stage[Any], name: str) -> None:
@@ -185,16 +190,26 @@ class Wiring:
             return
         gives = f"a {producer.output}" if producer.output else "no artifact"
         cause = f"{source.stage} ({producer.kind}) gives {gives}, but port {name!r} of {stage.name} takes a {port.type}"
-        cure = self._candidates(port).removeprefix("; ") or f"wire a stage that gives a {port.type}"
+        cure = self._candidates(stage, port).removeprefix("; ") or f"wire a stage that gives a {port.type}"
         self.problems.add(Code.WRONG_ARTIFACT, place, cause, cure)
 
     def _order(self) -> list[str]:
-        """Stage names, sources first; those in a cycle, reported here, come last."""
+        """Stage names, sources first; those in a cycle are reported and marked broken."""
+        before = {stage.name: {source.stage for source in stage.sources()} for stage in self.stages.values()}
+        try:
+            return list(TopologicalSorter(before).static_order())
+        except CycleError:
+            return self._order_without_cycles(before)
+
+    def _order_without_cycles(self, before: Mapping[str, set[str]]) -> list[str]:
+        import networkx as nx
+
         graph: nx.DiGraph[str] = nx.DiGraph()
-        graph.add_nodes_from(self.stages)
-        graph.add_edges_from((source.stage, stage.name) for stage in self.stages.values() for source in stage.sources())
+        graph.add_nodes_from(before)
+        graph.add_edges_from((source, name) for name, sources in before.items() for source in sources)
         knots = [knot for knot in nx.strongly_connected_components(graph) if len(knot) > 1]
-        knots.extend({name} for name in nx.nodes_with_selfloops(graph) if not any(name in knot for knot in knots))
+        tangled = set().union(*knots)
+        knots.extend({name} for name in nx.nodes_with_selfloops(graph) if name not in tangled)
         for knot in sorted(knots, key=lambda knot: min(self.stages[name].index for name in knot)):
             self._report_cycle(graph, knot)
             for name in knot:
@@ -202,7 +217,9 @@ class Wiring:
             graph.remove_edges_from([(a, b) for a, b in graph.edges(knot) if b in knot])
         return list(nx.topological_sort(graph))
 
-    def _report_cycle(self, graph: Any, knot: set[str]) -> None:
+    def _report_cycle(self, graph: nx.DiGraph[str], knot: set[str]) -> None:
+        import networkx as nx
+
         first = min(knot, key=lambda name: self.stages[name].index)
         inside = graph.subgraph(knot)
         back = min(
@@ -232,13 +249,13 @@ class Wiring:
                 continue
             stage.broken = stage.broken or producer.broken
             inherited = {axis: values for axis, values in producer.axes.items() if axis not in picks}
-            self._join(stage, axes, inherited, self.document.place_at(source.path))
+            self._join(stage, axes, inherited, source.path)
         if stage.structure is not None:
             own = {axis: self._axis(stage, axis, values) for axis, values in stage.structure.matrix.items()}
-            self._join(stage, axes, own, self.document.place_at((*stage.path, "matrix")))
+            self._join(stage, axes, own, (*stage.path, "matrix"))
         stage.axes = {axis: axes[axis] for axis in order if axis in axes}
 
-    def _join(self, stage: Wired, axes: Axes, more: Axes, place: Any) -> None:
+    def _join(self, stage: Wired, axes: Axes, more: Axes, path: tuple[Key, ...]) -> None:
         for axis, values in more.items():
             if axis not in axes:
                 axes[axis] = values
@@ -247,6 +264,7 @@ class Wiring:
             if not shared and axes[axis] and values:
                 cause = f"axis {axis!r} reaches {stage.name} as {listed(axes[axis])} and as {listed(values)}"
                 cure = f"give both the same values, rename one axis, or pick a variant: `STAGE@{axis}=…`"
+                place = self.document.place_at(path)
                 self.problems.add(Code.NO_VARIANT, place, f"{cause}, which share no value", cure)
                 stage.broken = True
             axes[axis] = shared
