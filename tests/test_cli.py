@@ -1,0 +1,161 @@
+"""The command as its users type it: output, exit codes, errors with place and cure."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+RECIPE = """\
+version: 1
+name: greeting
+params: {text: hello}
+stages:
+  a:
+    uses: write
+    with: {text: "${params.text}"}
+  b: {uses: join, inputs: {first: a}}
+"""
+
+
+@pytest.fixture
+def greeting(workshop):
+    workshop.manifest.write_text(RECIPE)
+    return workshop
+
+
+def test_help_of_every_command_has_an_example(workshop):
+    listing = workshop.command("--help").stdout
+    commands = [line.split()[0] for line in listing.split("Commands:")[1].splitlines() if line.strip()]
+    assert len(commands) == 18
+    for command in ("run", "plan", "verify"):
+        assert "Example: bigpipe" in workshop.command(command, "--help").stdout
+
+
+def test_run_prints_a_table_on_stdout_and_talks_on_stderr(greeting):
+    done = greeting.command("run", "recipe.yaml")
+    assert done.returncode == 0
+    assert "succeeded" in done.stdout
+    assert "a" in done.stderr
+    again = greeting.command("run", "recipe.yaml")
+    assert again.stdout.count("cached") == 2
+
+
+def test_why_says_which_value_changed_and_where(greeting):
+    greeting.command("run", "recipe.yaml")
+    asked = greeting.command("why", "recipe.yaml", "a", "-p", "text=bye")
+    assert "params.text hello → bye   (recipe.yaml:7:" in asked.stdout
+    greeting.command("run", "recipe.yaml", "-p", "text=bye")
+    after = greeting.command("why", "recipe.yaml", "a", "-p", "text=bye")
+    assert "cached" in after.stdout
+    assert "params.text hello → bye" in after.stdout
+
+
+def test_status_exit_code(greeting):
+    assert greeting.command("status", "recipe.yaml", "--exit-code").returncode == 10
+    greeting.command("run", "recipe.yaml")
+    assert greeting.command("status", "recipe.yaml", "--exit-code").returncode == 0
+    assert greeting.json("status", "recipe.yaml")["b"] == {"action": "cached", "reason": ""}
+
+
+def test_plan_as_json(greeting):
+    plan = greeting.json("plan", "recipe.yaml")
+    assert plan["schema"] == "bigpipe.plan/1"
+    assert plan["fits"] is True
+    assert plan["nodes"]["a"]["forecast"]["metrics"] == {"characters": 5}
+    assert plan["nodes"]["b"]["action"] == "run"
+
+
+def test_plan_for_another_machine(greeting):
+    machine = greeting.json("plan", "recipe.yaml")["machine"]
+    (greeting.folder / "small.json").write_text(json.dumps({**machine, "name": "small", "memory": 10}))
+    done = greeting.command("plan", "recipe.yaml", "--machine", "small.json")
+    assert done.returncode == 4
+    assert "small has 10 B" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("text", "code", "message"),
+    [
+        ("version: 1\nname: x\nstages:\n  a: {uses: write, with: {txt: hi}}\n", 2, "did you mean 'text'"),
+        ("version: 1\nname: x\nstages:\n  a: {uses: flaky, with: {fatal: true}}\n", 6, "buy another toy"),
+        ("version: 1\nname: x\nstages:\n  a: {uses: write, with: {misfit: true}}\n", 4, "-p device=cpu"),
+        ("version: 1\nname: x\nstages:\n  a: {uses: write, gates: ['characters > 9']}\n", 3, "characters > 9: 5"),
+        ("version: 1\nname: x\nstages:\n  a: {uses: flaky, with: {times: 9}}\n", 75, "the toy is tired"),
+    ],
+)
+def test_exit_codes(workshop, text, code, message):
+    workshop.manifest.write_text(text)
+    done = workshop.command("run", "recipe.yaml")
+    assert done.returncode == code
+    assert message in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_usage_errors_exit_with_2(workshop):
+    for arguments in (["run", "nothing.yaml"], ["run"], ["nonsense"], ["show", "20990101"], ["run", "x", "-p", "y"]):
+        done = workshop.command(*arguments)
+        assert done.returncode == 2, arguments
+        assert "Traceback" not in done.stderr
+
+
+def test_an_unknown_node_is_named_with_what_it_could_have_been(greeting):
+    done = greeting.command("run", "recipe.yaml", "bb")
+    assert done.returncode == 2
+    assert "did you mean 'b'" in done.stderr
+
+
+def test_annotations_for_github(workshop):
+    workshop.manifest.write_text("version: 1\nname: x\nstages:\n  a: {uses: write, with: {txt: hi}}\n")
+    done = workshop.command("validate", "recipe.yaml", GITHUB_ACTIONS="true")
+    assert "::error file=recipe.yaml,line=4,col=" in done.stderr
+
+
+def test_graph_formats(greeting):
+    assert "first: a" in greeting.command("graph", "recipe.yaml").stdout
+    assert 'n0["a"]' in greeting.command("graph", "recipe.yaml", "--format", "mermaid").stdout
+    assert '"a" -> "b";' in greeting.command("graph", "recipe.yaml", "--format", "dot").stdout
+
+
+def test_looking_back(greeting):
+    greeting.command("run", "recipe.yaml")
+    greeting.command("run", "recipe.yaml", "-p", "text=bye")
+    assert "text = bye" in greeting.command("show").stdout
+    runs = greeting.json("ls")["runs"]
+    assert [run["status"] for run in runs] == ["succeeded", "succeeded"]
+    difference = greeting.command("diff", runs[0]["run"], runs[1]["run"]).stdout
+    assert "params.text hello → bye" in difference
+    assert greeting.command("log", "last", "a").returncode == 0
+
+
+def test_gc_keeps_what_the_recipe_names(greeting):
+    greeting.command("run", "recipe.yaml")
+    greeting.command("run", "recipe.yaml", "-p", "text=bye")
+    assert greeting.json("gc", "--dry-run")["freed"]
+    greeting.command("gc")
+    assert greeting.command("run", "recipe.yaml", "-p", "text=bye").stdout.count("cached") == 2
+    assert greeting.command("verify").returncode == 0
+
+
+def test_verify_finds_a_changed_byte_and_repair_makes_it_again(greeting):
+    result = greeting.json("run", "recipe.yaml")
+    path = (greeting.folder / result["nodes"]["b"]["path"] / "text").resolve()
+    path.chmod(0o600)
+    path.write_text("hullo")
+    path.chmod(0o400)
+    done = greeting.command("verify")
+    assert done.returncode == 6
+    assert "damaged" in done.stdout
+    greeting.command("verify", "--repair")
+    assert greeting.command("run", "recipe.yaml").returncode == 0
+    assert greeting.command("verify").returncode == 0
+
+
+def test_lock_check_and_locked_runs(greeting):
+    assert greeting.command("lock", "recipe.yaml").returncode == 0
+    assert greeting.command("lock", "recipe.yaml", "--check").returncode == 0
+    assert greeting.command("run", "recipe.yaml", "--locked").returncode == 0
+    assert greeting.command("lock", "recipe.yaml", "--check", "-p", "text=bye").returncode == 10
+    refused = greeting.command("run", "recipe.yaml", "--locked", "-p", "text=bye")
+    assert refused.returncode == 10
+    assert "hello → bye" in refused.stderr
