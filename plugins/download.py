@@ -11,18 +11,23 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from importlib import metadata
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
+from bigpipe.bigmodel.architecture import Architecture, describe_architecture
 from bigpipe.bigmodel.copying import copy_file
 from bigpipe.bigmodel.description import ARCHITECTURE_FILE, ModelDescription, describe_checkpoint
+from bigpipe.bigmodel.files import MAX_CONFIG, read_json
 from bigpipe.bigmodel.hub import COMMIT, Hub, HubFile, Repository, check_access, describe, resolve_commit
-from bigpipe.bigmodel.selection import check_index, detect, select
+from bigpipe.bigmodel.selection import check_index, detect, select, weight_format
 from bigpipe.bigmodel.snapshot import fetch, missing_bytes
+from bigpipe.bigmodel.synthetic import plan_synthetic, synthetic_description, write_synthetic
+from bigpipe.bigmodel.writer import planned_bytes
 from bigpipe.orchestrator.stage import (
     CheckContext,
     Code,
@@ -30,6 +35,8 @@ from bigpipe.orchestrator.stage import (
     FileOrLiteral,
     Forecast,
     ForecastContext,
+    Json,
+    Machine,
     Metrics,
     Misfit,
     NotAuthorised,
@@ -139,12 +146,13 @@ def _check_trust(class_: str, modules: Sequence[str]) -> None:
 
 
 def forecast(params: DownloadParams, ctx: ForecastContext) -> Forecast:
+    found = Forecast()
     if params.repo is not None:
         found = _forecast_repository(params, ctx)
     elif params.path is not None:
         found = _forecast_directory(params, ctx)
-    else:
-        found = _forecast_synthetic(params, ctx)
+    elif params.synthetic is not None:
+        found = _forecast_synthetic(params, params.synthetic, ctx)
     if ctx.artifact is not None:
         found = replace(found, output=_description_of(ctx.artifact) or found.output)
     return replace(found, output=_with_class(found.output, params))
@@ -164,9 +172,29 @@ def _forecast_repository(params: DownloadParams, ctx: ForecastContext) -> Foreca
         download_bytes=missing,
         write_bytes=sum(_class_sizes(params).values()),
         metrics={"bytes": total, "files": len(sizes), "commit": repository.commit},
-        output=None,
+        output=_describe_repository(repository, hub, ctx),
         misfits=tuple(_cache_misfits(missing, hub)),
         summary=f"{format_transfer(missing)} down" if missing else f"{format_transfer(total)} in the Hub cache already",
+    )
+
+
+def _describe_repository(repository: Repository, hub: Hub, ctx: ForecastContext) -> ModelDescription | None:
+    """From the model's small files, which come into the Hub cache now; no weights move."""
+    small = [file for file in repository.files if file.path in ("config.json", ARCHITECTURE_FILE)]
+    try:
+        found = fetch(repository, small, hub=hub, memo=ctx.memo).files
+    except (Transient, NotAuthorised):
+        return None
+    read = {name: read_json(file.path, file.path.parent, MAX_CONFIG) for name, file in found.items()}
+    config = read.get("config.json")
+    return ModelDescription(
+        config=config,
+        tensors=None,
+        format=weight_format(file.path for file in repository.files),
+        tied={},
+        path=None,
+        quantization=(config or {}).get("quantization_config"),
+        custom=read.get(ARCHITECTURE_FILE),
     )
 
 
@@ -193,8 +221,40 @@ def _forecast_directory(params: DownloadParams, ctx: ForecastContext) -> Forecas
     )
 
 
-def _forecast_synthetic(params: DownloadParams, ctx: ForecastContext) -> Forecast:
-    return Forecast(download_bytes=0, metrics={"fetched_bytes": 0, "commit": None})
+def _forecast_synthetic(params: DownloadParams, synthetic: Synthetic, ctx: ForecastContext) -> Forecast:
+    config, architecture = _read_synthetic(params, synthetic, ctx)
+    described = synthetic_description(config, architecture, dtype=synthetic.dtype, format=synthetic.format)
+    plans = plan_synthetic(described, synthetic.max_shard_size)
+    size = planned_bytes(plans, synthetic.format)
+    return Forecast(
+        download_bytes=0,
+        write_bytes=size,
+        metrics={"fetched_bytes": 0, "commit": None},
+        output=described,
+        summary=f"{format_transfer(size)} made up, in {len(plans)} file{'s' if len(plans) > 1 else ''}",
+    )
+
+
+def _read_synthetic(
+    params: DownloadParams, synthetic: Synthetic, ctx: ForecastContext | StageContext
+) -> tuple[dict[str, Any], Architecture]:
+    """The config, from its file where it is one, and what its class consists of."""
+    config = synthetic.config
+    if isinstance(config, str):
+        file = ctx.base / config
+        if not file.is_file():
+            raise UsageError(f"synthetic.config: there is no file {file}", "relative paths start at the manifest")
+        config = read_json(file, file.parent, MAX_CONFIG)
+    custom = _class_description(params.architecture) if params.architecture else None
+    architecture = describe_architecture(
+        config,
+        library_name=params.library_name,
+        modules=ctx.trust.modules,
+        base=ctx.base,
+        memo=ctx.memo,
+        custom=custom,
+    )
+    return config, architecture
 
 
 def _description_of(folder: Path) -> ModelDescription | None:
@@ -248,12 +308,13 @@ def _chosen_locally(params: DownloadParams, folder: Path) -> list[str]:
 
 def run(params: DownloadParams, ctx: StageContext) -> StageResult:
     commit, fetched = None, 0
+    files: Files = {}
     if params.repo is not None:
         commit, fetched, files = _from_hub(params, ctx)
     elif params.path is not None:
         files = _from_directory(params, ctx.base / params.path, ctx)
-    else:
-        files = _synthesize(params, ctx)
+    elif params.synthetic is not None:
+        files = _synthesize(params, params.synthetic, ctx)
     for name in files:
         if name.endswith(".index.json"):
             check_index(files, name, json.loads((ctx.out / name).read_bytes()))
@@ -296,8 +357,28 @@ def _from_directory(params: DownloadParams, folder: Path, ctx: StageContext) -> 
     return {name: copy_file(folder / name, ctx.out / name, progress=progress) for name in names}
 
 
-def _synthesize(params: DownloadParams, ctx: StageContext) -> Files:
-    raise UsageError("synthetic is not there yet")
+def _synthesize(params: DownloadParams, synthetic: Synthetic, ctx: StageContext) -> Files:
+    config, architecture = _read_synthetic(params, synthetic, ctx)
+    saved = write_synthetic(
+        config,
+        architecture,
+        ctx.out,
+        dtype=synthetic.dtype,
+        seed=synthetic.seed,
+        format=synthetic.format,
+        max_shard_size=synthetic.max_shard_size,
+        progress=lambda done, total: ctx.progress(done, total, task="write"),
+        journal=ctx.scratch / "shards.jsonl",
+    )
+    return dict(saved.files)
+
+
+def facts(params: DownloadParams, machine: Machine) -> Mapping[str, Json]:
+    """Which tensors a made-up model has is decided by the library that defines its class."""
+    if params.synthetic is None or params.architecture is not None:
+        return {}
+    library = params.library_name or "transformers"
+    return {library: metadata.version(library)}
 
 
 def _write(path: Path, content: bytes) -> tuple[str, int]:
@@ -320,6 +401,7 @@ STAGE = Stage(
     forecast=forecast,
     check=check,
     pin=pin,
+    facts=facts,
     secrets=("HF_TOKEN",),
     title="Bring a model here: from the Hub at a commit, from a directory, or made up in the shape of a config",
 )

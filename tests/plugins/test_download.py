@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from pydantic import ValidationError
 from safetensors.numpy import save
-from support.contexts import Recorder, check_context, forecast_context, stage_context
+from support.contexts import MACHINE, Recorder, check_context, forecast_context, stage_context
 from support.hub import LoopbackHub
 
 from bigpipe.bigmodel.checkpoint import open_checkpoint
@@ -260,6 +260,40 @@ def test_a_repositorys_own_class_file_is_replaced_not_written_through(
     assert json.loads((tmp_path / "out" / "bigpipe_architecture.json").read_bytes())["class"] == "mingpt:GPT"
     cached = next((tmp_path / "hf").rglob("snapshots/*/bigpipe_architecture.json"))
     assert cached.read_bytes() == b'{"class": "evil:Class"}'
+
+
+OPT = {
+    "model_type": "opt", "architectures": ["OPTForCausalLM"], "hidden_size": 32, "ffn_dim": 64,
+    "num_hidden_layers": 2, "num_attention_heads": 4, "word_embed_proj_dim": 32, "vocab_size": 100,
+    "max_position_embeddings": 64,
+}  # fmt: skip
+
+
+def test_weights_are_made_up_in_the_shape_of_a_config(tmp_path: Path) -> None:
+    (tmp_path / "base").mkdir()
+    (tmp_path / "base" / "config.json").write_text(json.dumps(OPT))
+    given = params(synthetic={"config": "config.json", "format": "bin", "max_shard_size": "20KB", "seed": 7})
+    found = STAGE.forecast(given, forecast_context(tmp_path))
+    result = STAGE.run(given, stage_context(tmp_path))
+    checkpoint = open_checkpoint(tmp_path / "out")
+    assert len(checkpoint.files) > 1
+    assert found.write_bytes == sum(file.stat().st_size for file in checkpoint.files)
+    assert found.output.tensors == {name: (t.dtype, t.shape) for name, t in checkpoint.tensors.items()}
+    assert metrics(result).files == len(result.files) == len(list((tmp_path / "out").iterdir()))
+    assert checkpoint.config is not None
+    assert checkpoint.config["dtype"] == "float16"
+    inline = params(synthetic={"config": OPT, "format": "bin", "max_shard_size": "20KB", "seed": 7})
+    again = STAGE.run(inline, stage_context(tmp_path / "again", memo=tmp_path / "memo"))
+    assert again.files == result.files
+    assert STAGE.facts is not None
+    assert list(STAGE.facts(given, MACHINE)) == ["transformers"]
+    assert STAGE.facts(params(repo="org/model"), MACHINE) == {}
+
+
+def test_a_plan_knows_the_config_of_a_repository(environment: dict[str, str], tmp_path: Path) -> None:
+    found = STAGE.forecast(params(repo="org/model"), forecast_context(tmp_path, environment=environment))
+    assert found.output.config == json.loads(FILES["config.json"])
+    assert found.output.format == "safetensors"
 
 
 @pytest.mark.parametrize(
