@@ -1,0 +1,58 @@
+"""A device map that somebody wrote, checked against the model."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping
+
+from bigpipe.errors import UsageError
+
+from .budget import Device, devices_of
+from .tree import Tree, prefixes
+
+_SHOWN = 8
+
+
+def read_device_map(tree: Tree, device_map: Mapping[str, int | str]) -> dict[str, Device]:
+    """The map with its devices checked. Raises UsageError on unknown names, and listing all that is not covered."""
+    devices = {name: _one_device(name, device) for name, device in device_map.items()}
+    known = {part for tensor in tree.tensors for part in prefixes(tensor)}
+    known.update(module.name for module in tree.architecture.modules)
+    unknown = [name for name in devices if name not in known]
+    if unknown:
+        raise UsageError(
+            "device_map names parts that the model does not have: " + _some([_suggest(n, known) for n in unknown]),
+            "a key is a module or tensor of the model, or a prefix of one up to a dot",
+        )
+    missing = _uncovered(tree, devices)
+    if missing:
+        raise UsageError(
+            f"device_map gives no device to {_some(missing)}",
+            'add them, or give everything that is not listed a device with the key ""',
+        )
+    return devices
+
+
+def _one_device(name: str, device: int | str) -> Device:
+    found = devices_of(device)
+    if len(found) != 1:
+        raise UsageError(f"device_map of {name!r}: {device!r} is more than one device", "give one GPU, cpu or disk")
+    return found[0]
+
+
+def _uncovered(tree: Tree, devices: Mapping[str, Device]) -> list[str]:
+    """The largest parts of which nothing has a device, and the tensors that lack one elsewhere."""
+    bare = [t for t in tree.tensors if not any(part in devices for part in prefixes(t))]
+    touched = {part for name in devices for part in prefixes(name)}
+    tops = [next((part for part in prefixes(tensor) if part not in touched), tensor) for tensor in bare]
+    return list(dict.fromkeys(tops))
+
+
+def _suggest(name: str, known: set[str]) -> str:
+    close = difflib.get_close_matches(name, known, n=1)
+    return f"{name} (did you mean {close[0]}?)" if close else name
+
+
+def _some(names: list[str]) -> str:
+    more = len(names) - _SHOWN
+    return ", ".join(names[:_SHOWN]) + (f" and {more} more" if more > 0 else "")

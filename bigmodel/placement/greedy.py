@@ -1,0 +1,139 @@
+"""Fills devices in the model's order, part by part, as accelerate's `infer_auto_device_map` does.
+
+The parts come in the model's order; one that does not fit the device at hand is split, and if it cannot be, the next
+device is taken. A device that streams what was offloaded keeps room for the largest layer still to come.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from .budget import Device
+from .tree import Tree
+
+
+@dataclass
+class Filling:
+    """Where parts went. `left` is what no device had room for."""
+
+    devices: dict[str, Device] = field(default_factory=dict)
+    used: dict[Device, int] = field(default_factory=dict)
+    reserved: dict[Device, int] = field(default_factory=dict)
+    left: list[str] = field(default_factory=list)
+
+    def on(self, device: Device) -> int:
+        return self.used.get(device, 0)
+
+
+def fill(
+    tree: Tree, caps: Mapping[Device, int | None], streaming: frozenset[Device], *, returning: bool = False
+) -> Filling:
+    """caps: bytes per device in order of preference, None without a limit; what fits nowhere is `left`.
+
+    streaming: devices that keep room for the largest layer that may follow. returning: each part tries every device
+    from the first again, instead of only those from where the last part went.
+    """
+    return _Run(tree, caps, streaming, returning).run()
+
+
+class _Run:
+    def __init__(
+        self, tree: Tree, caps: Mapping[Device, int | None], streaming: frozenset[Device], returning: bool
+    ) -> None:
+        self.tree = tree
+        self.caps = caps
+        self.order = list(caps)
+        self.streaming = streaming
+        self.returning = returning
+        self.queue = deque(tree.split(""))
+        self.filling = Filling()
+        self.position = 0
+        self.largest, self.largest_names = self._largest_layers()
+
+    def run(self) -> Filling:
+        while self.queue:
+            part = self.queue.popleft()
+            self._forget(part)
+            if not any(self._put(part, device) or self._break_up(part, device) for device in self._candidates()):
+                self._pass_on(part)
+        return self.filling
+
+    def _candidates(self) -> list[Device]:
+        return self.order[: self.position + 1] if self.returning else self.order[self.position : self.position + 1]
+
+    def _room(self, device: Device) -> int | None:
+        """Bytes left on the device for parts, or None without a limit."""
+        cap = self.caps[device]
+        if cap is None:
+            return None
+        reserve = max(self.largest, self.filling.reserved.get(device, 0)) if device in self.streaming else 0
+        return cap - reserve - self.filling.on(device)
+
+    def _put(self, part: str, device: Device) -> bool:
+        """Puts the part and all that is tied to it on the device, if they fit together."""
+        tied = self._tied_parts(part)
+        size = self.tree.union_size([part, *tied]) if tied else self.tree.size(part)
+        room = self._room(device)
+        if room is not None and size > room:
+            return False
+        self.filling.used[device] = self.filling.on(device) + size
+        for name in (part, *tied):
+            self.filling.devices[name] = device
+        for name in tied:
+            self.queue.remove(name)
+            self._forget(name)
+        return True
+
+    def _tied_parts(self, part: str) -> list[str]:
+        """Parts of the queue that hold a tensor tied to one in `part`."""
+        ties = self.tree.ties(part)
+        found = [next((p for p in self.queue if t == p or t.startswith(f"{p}.")), None) for t in ties]
+        return list(dict.fromkeys(name for name in found if name is not None))
+
+    def _break_up(self, part: str, device: Device) -> bool:
+        """Replaces the part, or a part tied to it where that is what is too big for the device, by its pieces."""
+        room = self._room(device)
+        tied = self._tied_parts(part)
+        if tied and room is not None and self.tree.size(part) <= room:
+            for name in filter(self.tree.can_split, tied):
+                index = self.queue.index(name)
+                self.queue.remove(name)
+                for piece in reversed(self.tree.split(name)):
+                    self.queue.insert(index, piece)
+                self.queue.appendleft(part)
+                self.largest, self.largest_names = self._largest_layers()
+                return True
+        if room is not None and self.tree.size(part) >= room and self.tree.can_split(part):
+            self.queue.extendleft(reversed(self.tree.split(part)))
+            self.largest, self.largest_names = self._largest_layers()
+            return True
+        return False
+
+    def _pass_on(self, part: str) -> None:
+        """Goes to the next device with the same part; after the last one the part is left."""
+        if self.position >= len(self.order):
+            self.filling.left.append(part)
+            return
+        device = self.order[self.position]
+        if device in self.streaming:
+            held = self.filling.reserved.get(device, 0)
+            self.filling.reserved[device] = max(held, self.largest, self._largest_layer(part))
+        self.position += 1
+        self.queue.appendleft(part)
+
+    def _forget(self, part: str) -> None:
+        """A part at hand no longer counts among the layers still to come."""
+        inside = f"{part}."
+        self.largest_names = [n for n in self.largest_names if n != part and not n.startswith(inside)]
+        if not self.largest_names:
+            self.largest, self.largest_names = self._largest_layers()
+
+    def _largest_layers(self) -> tuple[int, list[str]]:
+        layers = list(self.tree.layers(self.queue))
+        largest = max(map(self.tree.size, layers), default=0)
+        return largest, [layer for layer in layers if self.tree.size(layer) == largest]
+
+    def _largest_layer(self, part: str) -> int:
+        return max(map(self.tree.size, self.tree.layers([part])), default=0)

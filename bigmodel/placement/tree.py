@@ -1,0 +1,152 @@
+"""A model as a tree of parts with their bytes, tied tensors counted once."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from functools import cached_property
+
+from bigpipe.bigmodel.architecture import Architecture, TensorSpec
+from bigpipe.bigmodel.tensors import tensor_nbytes
+
+
+class Tree:
+    """Parts of a model by name: modules, and tensors that hang directly on a module that was split.
+
+    A tensor's bytes belong to its storage: tied names share one. `size` counts a storage where the model's order meets
+    it first, so that sizes of siblings add up to their parent's.
+    """
+
+    def __init__(
+        self,
+        architecture: Architecture,
+        *,
+        no_split: Iterable[str] | None = None,
+        dtype: str | None = None,
+        special_dtypes: Mapping[str, str] | None = None,
+        tensor_bytes: Mapping[str, int] | None = None,
+    ) -> None:
+        self.architecture = architecture
+        self.no_split = frozenset(architecture.no_split if no_split is None else no_split)
+        self.nbytes = _bytes_by_storage(architecture, dtype, special_dtypes or {}, tensor_bytes or {})
+
+    @cached_property
+    def tensors(self) -> tuple[str, ...]:
+        """Every tensor name in the model's order, tied ones under each of their names."""
+        names = [tensor.name for module in self.architecture.modules for tensor in module.tensors]
+        known = set(names)
+        shared_modules = [name for group in self.architecture.tied for name in group if name not in known]
+        extras = [name for name in self.nbytes if name not in known]
+        return (*names, *shared_modules, *extras)
+
+    def storage(self, tensor: str) -> str:
+        return self.architecture.aliases.get(tensor, tensor)
+
+    @cached_property
+    def _under(self) -> Mapping[str, tuple[str, ...]]:
+        """Part → the tensors in it."""
+        under: dict[str, list[str]] = {}
+        for tensor in self.tensors:
+            for part in prefixes(tensor):
+                under.setdefault(part, []).append(tensor)
+        return {part: tuple(names) for part, names in under.items()}
+
+    @cached_property
+    def sizes(self) -> Mapping[str, int]:
+        """Part → bytes; "" is the whole model. Only parts that hold tensors."""
+        sizes: dict[str, int] = {}
+        met: set[str] = set()
+        for tensor in self.tensors:
+            storage = self.storage(tensor)
+            size = 0 if storage in met else self.nbytes.get(storage, 0)
+            met.add(storage)
+            for part in prefixes(tensor):
+                sizes[part] = sizes.get(part, 0) + size
+        return sizes
+
+    def size(self, part: str) -> int:
+        return self.sizes.get(part, 0)
+
+    def storages(self, part: str) -> frozenset[str]:
+        return frozenset(self.storage(tensor) for tensor in self._under.get(part, ()))
+
+    def tensors_of(self, part: str) -> tuple[str, ...]:
+        return self._under.get(part, ())
+
+    def union_size(self, parts: Iterable[str]) -> int:
+        """Bytes of several parts together."""
+        storages = frozenset().union(*(self.storages(part) for part in parts))
+        return sum(self.nbytes.get(storage, 0) for storage in storages)
+
+    def is_module(self, part: str) -> bool:
+        return part in self.architecture.by_name
+
+    def can_split(self, part: str) -> bool:
+        module = self.architecture.by_name.get(part)
+        return module is not None and bool(module.children) and module.class_name not in self.no_split
+
+    def split(self, part: str) -> list[str]:
+        """Parameters, children, then buffers: everything in the part, each name once."""
+        module = self.architecture.by_name[part]
+        parameters = [tensor.name for tensor in module.tensors if not tensor.buffer]
+        buffers = [tensor.name for tensor in module.tensors if tensor.buffer]
+        known = {*parameters, *module.children, *buffers}
+        depth = len(part) + 1 if part else 0
+        below = {tensor: tensor[:depth] + tensor[depth:].split(".")[0] for tensor in self.tensors_of(part)}
+        extras = [tensor for tensor, child in below.items() if child not in known and tensor not in known]
+        return [*parameters, *module.children, *buffers, *extras]
+
+    def layers(self, parts: Iterable[str]) -> Iterator[str]:
+        """The parts that move as one, in order: what cannot be split."""
+        for part in parts:
+            if self.can_split(part):
+                yield from self.layers(self.split(part))
+            else:
+                yield part
+
+    def ties(self, part: str) -> list[str]:
+        """Tensors outside the part that share a storage with one inside it."""
+        inside = self._under.get(part, ())
+        names = set(inside)
+        return [
+            other
+            for tensor in inside
+            for group in self._groups.get(tensor, ())
+            for other in group
+            if other not in names
+        ]
+
+    @cached_property
+    def _groups(self) -> Mapping[str, tuple[tuple[str, ...], ...]]:
+        groups: dict[str, tuple[tuple[str, ...], ...]] = {}
+        for group in self.architecture.tied:
+            for name in group:
+                groups[name] = (*groups.get(name, ()), group)
+        return groups
+
+
+def prefixes(name: str) -> Iterator[str]:
+    """`a.b.c` → "", `a`, `a.b`, `a.b.c`."""
+    yield ""
+    parts = name.split(".")
+    for count in range(1, len(parts) + 1):
+        yield ".".join(parts[:count])
+
+
+def _bytes_by_storage(
+    architecture: Architecture,
+    dtype: str | None,
+    special_dtypes: Mapping[str, str],
+    tensor_bytes: Mapping[str, int],
+) -> dict[str, int]:
+    """Storage name → bytes as loaded. `tensor_bytes` are true sizes and overrule what the dtype would say."""
+    nbytes = {
+        tensor.name: _loaded_bytes(architecture, tensor, special_dtypes.get(tensor.name), dtype)
+        for tensor in architecture.tensors()
+    }
+    return nbytes | {name: size for name, size in tensor_bytes.items() if name not in architecture.aliases}
+
+
+def _loaded_bytes(architecture: Architecture, tensor: TensorSpec, special: str | None, dtype: str | None) -> int:
+    if special is not None and tensor.floating:
+        return tensor_nbytes(special, tensor.shape)
+    return tensor_nbytes(architecture.dtype_of(tensor, dtype) if dtype else tensor.dtype, tensor.shape)
