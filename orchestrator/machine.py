@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import math
 import os
 import shutil
@@ -61,6 +62,17 @@ def machine_from_json(data: Mapping[str, Json]) -> Machine:
         raise UsageError(
             f"not a description of a machine: {wrong}", "make one there with `bigpipe doctor --json`"
         ) from error
+
+
+def read_machine(path: Path) -> Machine:
+    """The machine that a file written by `bigpipe doctor --json` describes. Raises UsageError."""
+    try:
+        data = json.loads(path.read_bytes())
+    except (OSError, ValueError) as error:
+        raise UsageError(f"{path}: {error}", "make one there with `bigpipe doctor --json > FILE`") from error
+    if not isinstance(data, dict):
+        raise UsageError(f"{path} describes no machine", "make one there with `bigpipe doctor --json > FILE`")
+    return machine_from_json(data)
 
 
 def memory_limit(folders: Sequence[Path]) -> tuple[int | None, int]:

@@ -108,4 +108,4 @@ def _make_bars(console: Console) -> Bars:
         TextColumn("{task.fields[text]}", markup=False),
         TimeElapsedColumn(),
     ]
-    return Bars(*columns, console=console, transient=True, refresh_per_second=8)
+    return Bars(*columns, console=console, transient=True, refresh_per_second=8, redirect_stdout=False)

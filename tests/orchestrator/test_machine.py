@@ -2,13 +2,14 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from pathlib import Path
 
 import psutil
 import pytest
 
 from bigpipe.errors import UsageError
-from bigpipe.orchestrator import machine
+from bigpipe.orchestrator import doctor, machine
 from bigpipe.orchestrator.types import Gpu, Machine
 
 GIB = 2**30
@@ -77,3 +78,40 @@ def test_visible_devices_are_numbered_as_torch_does(visible: str | None, names: 
     found = machine.visible_gpus(gpus, visible)
     assert [gpu.name for gpu in found] == names
     assert [gpu.index for gpu in found] == list(range(len(names)))
+
+
+def test_a_machine_file_is_read_or_explained(tmp_path: Path) -> None:
+    path = tmp_path / "there.json"
+    for text in (None, "{", "[1]", "{}"):
+        if text is not None:
+            path.write_text(text)
+        with pytest.raises(UsageError, match=r"doctor --json|description"):
+            machine.read_machine(path)
+
+
+def test_the_doctor_sees_that_everything_works_here(tmp_path: Path) -> None:
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_TOKEN": "hf_canary123456"}
+    found = doctor.examine(tmp_path / "store", environment=environment)
+    assert {name: check["ok"] for name, check in found["checks"].items()} == {
+        "torch": True,
+        "bitsandbytes": True,
+        "launcher": True,
+    }
+    assert found["checks"]["launcher"]["detail"] == "2 ranks met"
+    assert found["store"]["writable"]
+    assert "hf_canary" not in json.dumps(found)
+    path = tmp_path / "there.json"
+    path.write_text(json.dumps(found))
+    assert machine.read_machine(path) == machine.machine_from_json(found["machine"])
+    text = doctor.doctor_text(found)
+    assert "✓ launcher" in text
+    assert "torch 2" in text
+
+
+def test_the_doctor_reports_what_is_broken(tmp_path: Path) -> None:
+    broken = tmp_path / "bitsandbytes"
+    broken.mkdir()
+    (broken / "__init__.py").write_text("raise ImportError('no kernels here')")
+    check = doctor._probe("bitsandbytes", machine.detect(tmp_path), {**os.environ, "PYTHONPATH": str(tmp_path)})
+    assert not check["ok"]
+    assert "no kernels here" in check["detail"]

@@ -1,0 +1,132 @@
+"""What `bigpipe doctor` finds: the machine, versions, the Hub, the store, and whether the parts work here."""
+
+from __future__ import annotations
+
+import os
+import platform
+import tempfile
+import threading
+import time
+from collections.abc import Mapping
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from bigpipe.errors import BigpipeError
+from bigpipe.sizes import format_size, format_transfer
+
+from . import probes
+from .jobs import Job
+from .launcher import launch
+from .machine import DOCTOR_FORMAT, detect, machine_as_json
+from .stage import Stage
+from .store import default_root
+from .types import Json, Launch, Machine, Trust
+
+PACKAGES = (
+    "bigpipe-ml", "torch", "transformers", "accelerate", "bitsandbytes", "huggingface_hub", "safetensors", "pydantic",
+)  # fmt: skip
+PROBE_SECONDS = 120.0
+PROBES: Mapping[str, tuple[str, Stage[Any], int]] = {
+    "torch": ("TORCH", probes.TORCH, 1),
+    "bitsandbytes": ("BITSANDBYTES", probes.BITSANDBYTES, 1),
+    "launcher": ("RANKS", probes.RANKS, probes.PROBED_RANKS),
+}
+
+
+def examine(store: Path | None = None, *, environment: Mapping[str, str] | None = None) -> dict[str, Json]:
+    """`bigpipe.doctor/1`; `plan --machine` reads it back. Takes some ten seconds: it really starts what it checks."""
+    root = store or default_root()
+    machine = detect(root)
+    return {
+        "schema": DOCTOR_FORMAT,
+        "machine": machine_as_json(machine),
+        "platform": platform.platform(),
+        "versions": {"python": platform.python_version(), **{name: _version(name) for name in PACKAGES}},
+        "hub": _hub(),
+        "store": {"path": str(root), "free": machine.disk_free, "writable": _writable(root)},
+        "checks": {name: _probe(name, machine, environment) for name in PROBES},
+    }
+
+
+def doctor_text(found: Mapping[str, Json]) -> str:
+    """The same for people."""
+    machine, hub, store = found["machine"], found["hub"], found["store"]
+    rows = [
+        ("machine", f"{machine['name']}: {machine['cpus']} CPUs, {format_size(machine['memory'])} of memory, "
+                    f"{format_size(machine['memory_available'])} available"),
+        *(("GPU", f"{gpu['index']}: {gpu['name']}, {format_size(gpu['memory'])}, {format_size(gpu['free'])} free")
+          for gpu in machine["gpus"]),
+        ("platform", found["platform"]),
+        ("versions", ", ".join(f"{name} {number or 'missing'}" for name, number in found["versions"].items())),
+        ("Hub", f"{hub['endpoint']}, {'offline, ' * hub['offline']}token {'present' if hub['token'] else 'absent'}"),
+        ("Hub cache", hub["cache"]),
+        ("store", f"{store['path']}: {format_transfer(store['free'])} free{' (read-only)' * (not store['writable'])}"),
+    ]  # fmt: skip
+    for name, check in found["checks"].items():
+        rows.append((f"{'✓' if check['ok'] else '✗'} {name}", check["detail"]))
+    width = max(len(name) for name, _ in rows)
+    return "\n".join(f"{name:{width}}  {text}" for name, text in rows)
+
+
+def _probe(name: str, machine: Machine, environment: Mapping[str, str] | None) -> dict[str, Json]:
+    attribute, stage, ranks = PROBES[name]
+    started = time.monotonic()
+    with tempfile.TemporaryDirectory(prefix="bigpipe-doctor-") as folder:
+        job = _job(Path(folder), attribute, stage, machine, ranks)
+        try:
+            outcome = launch(
+                job,
+                stage,
+                timeout=PROBE_SECONDS,
+                cancelled=threading.Event(),
+                report=lambda event: None,
+                secrets={},
+                parent_environment=environment,
+            )
+            ok, detail = True, str(outcome.metrics["detail"])
+        except BigpipeError as error:
+            ok, detail = False, error.cause  # the cure names a log in a folder that is about to go
+    return {"ok": ok, "detail": detail, "seconds": round(time.monotonic() - started, 1)}
+
+
+def _job(folder: Path, attribute: str, stage: Stage[Any], machine: Machine, ranks: int) -> Job:
+    return Job(
+        node=stage.kind,
+        kind=stage.kind,
+        module=f"{probes.__name__}:{attribute}",
+        params={},
+        inputs={},
+        out=folder / "work" / "out",
+        scratch=folder / "work" / "scratch",
+        parts=folder / "parts",
+        memo=folder / "memo",
+        base=folder,
+        launch=Launch(num_processes=ranks, explicit=frozenset({"num_processes"})),
+        trust=Trust(),
+        machine=machine,
+        attempt_dir=folder / "attempt",
+    )
+
+
+def _hub() -> dict[str, Json]:
+    from huggingface_hub import constants, get_token
+
+    return {
+        "endpoint": constants.ENDPOINT,
+        "cache": str(constants.HF_HUB_CACHE),
+        "offline": bool(constants.HF_HUB_OFFLINE),
+        "token": get_token() is not None,
+    }
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+def _writable(root: Path) -> bool:
+    existing = next(folder for folder in (root.absolute(), *root.absolute().parents) if folder.exists())
+    return os.access(existing, os.W_OK | os.X_OK)
