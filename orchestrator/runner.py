@@ -191,7 +191,7 @@ def _settle_ready(run: Run) -> bool:
 
 
 def _producers_settled(run: Run, state: NodeState) -> bool:
-    return all(run.states[name].status in SETTLED for name in run.session.recipe.graph.predecessors(state.node.name))
+    return all(run.states[name].status in SETTLED for name in state.node.predecessors)
 
 
 def _settle(run: Run, state: NodeState) -> bool:
@@ -221,7 +221,7 @@ def _settle(run: Run, state: NodeState) -> bool:
 def _blocked(run: Run, state: NodeState) -> str:
     """Why the node cannot run at all: a failed or skipped producer, or a `when` that does not hold."""
     node = state.node
-    for name in run.session.recipe.graph.predecessors(node.name):
+    for name in node.predecessors:
         if run.states[name].status is Status.FAILED:
             return f"{name} failed"
     if missing := missing_producer(node, _absent(run)):

@@ -58,10 +58,17 @@ class Session:
         """The selected nodes in topological order."""
         return [node for name, node in self.recipe.nodes.items() if name in self.selected]
 
+    @cached_property
+    def _consumers(self) -> dict[str, list[Node]]:
+        consumers: dict[str, list[Node]] = {}
+        for node in self.nodes:
+            for producer in {name for names in node.inputs.values() for name in names}:
+                consumers.setdefault(producer, []).append(node)
+        return consumers
+
     def consumers(self, name: str) -> list[Node]:
         """Selected nodes that take the artifact of `name` as an input."""
-        successors = [self.recipe.nodes[s] for s in self.recipe.graph.successors(name) if s in self.selected]
-        return [node for node in successors if any(name in wired for wired in node.inputs.values())]
+        return self._consumers.get(name, [])
 
     def visible_environment(self, node: Node) -> dict[str, str]:
         """The node's `env`, and the secrets it may see that are set."""
