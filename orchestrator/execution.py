@@ -91,7 +91,8 @@ def _job(attempt: Attempt, work: Work, number: int) -> Job:
         node=node.name,
         kind=node.kind.kind,
         module=stage_kinds()[node.kind.kind],
-        params=node.params.model_dump(mode="json"),
+        # As they were written: validators may ask which fields were given, and by what name.
+        params=node.params.model_dump(mode="json", exclude_unset=True, by_alias=True),
         inputs={
             port: tuple(str(session.store.artifact_path(digest)) for digest in digests)
             for port, digests in attempt.inputs.items()

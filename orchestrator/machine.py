@@ -125,6 +125,9 @@ def visible_gpus(gpus: Sequence[tuple[Gpu, str]], visible: str | None) -> tuple[
 
 
 def _gpus(environment: Mapping[str, str]) -> tuple[Gpu, ...]:
+    # Linux shows a loaded driver as a device (WSL: dxg); without one, importing the bindings is time spent for nothing.
+    if sys.platform == "linux" and not any(os.path.exists(path) for path in ("/dev/nvidiactl", "/dev/dxg")):
+        return ()
     try:
         import pynvml
 

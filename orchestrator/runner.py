@@ -341,7 +341,7 @@ def _lineage(run: Run, node: Node) -> tuple[Lineage, ...]:
             kind=state.node.kind.kind,
             key=state.key or "",
             digest=state.digest,
-            params=state.node.params.model_dump(mode="json"),
+            params=state.node.params.model_dump(mode="json", by_alias=True),
             metrics=state.record.metrics if state.record else {},
         )
         for name, state in run.states.items()
