@@ -42,8 +42,8 @@ class Entry:
     def size(self) -> int:
         return self.facts[0]
 
-    def path(self, layout: Layout) -> Path:
-        return layout.object(self.sha256) if self.reference is None else Path(self.reference)
+    def path(self, layout: Layout) -> str:
+        return f"{layout.object_folder}/{self.sha256}" if self.reference is None else self.reference
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,8 +70,7 @@ def load_artifact(layout: Layout, digest: str) -> Artifact | None:
     with explained(path):
         try:
             artifact = _artifact(read_sealed(path))
-            files = {name: (entry.sha256, entry.size) for name, entry in artifact.files.items()}
-            if digest == artifact.digest == artifact_digest(files):
+            if digest == artifact.digest:
                 return artifact
         except (FileNotFoundError, NotADirectoryError):
             return None
@@ -118,7 +117,7 @@ def examine(
     return _reexamine(path, entry, progress)
 
 
-def _reexamine(path: Path, entry: Entry, progress: Callable[[int], None] | None) -> Entry | str:
+def _reexamine(path: str, entry: Entry, progress: Callable[[int], None] | None) -> Entry | str:
     try:
         descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
     except FileNotFoundError:
@@ -142,13 +141,13 @@ def link_target(name: str, entry: Entry) -> str:
 
 def tree_is_whole(layout: Layout, artifact: Artifact) -> bool:
     """Does the tree hold exactly the links it must, and nothing else?"""
-    tree = layout.tree(artifact.digest)
+    tree = os.fspath(layout.tree(artifact.digest))
     found = 0
     pending = [""]
     try:
         while pending:
             prefix = pending.pop()
-            with os.scandir(tree / prefix) as items:
+            with os.scandir(f"{tree}/{prefix}") as items:
                 for item in items:
                     name = prefix + item.name
                     if item.is_dir(follow_symlinks=False):

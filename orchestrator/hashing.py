@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 
 from .types import Json
@@ -34,7 +34,9 @@ def canonical(value: Json) -> bytes:
 
 
 def _refuse_other_keys(value: Json) -> None:
-    if isinstance(value, Mapping):
+    if isinstance(value, str | int | float | None):
+        return
+    if isinstance(value, dict):
         for key, item in value.items():
             if not isinstance(key, str):
                 raise TypeError(f"the key {key!r} of a map is not a string")

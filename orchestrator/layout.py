@@ -33,6 +33,8 @@ class Layout:
     def __init__(self, root: Path) -> None:
         self.root = root
         self.objects = root / "objects"
+        self.object_folder = os.fspath(self.objects)
+        """The same as a string: paths of objects are made by the thousand."""
         self.artifacts = root / "artifacts"
         self.keys = root / "keys"
         self.partials = root / "partials"

@@ -26,14 +26,15 @@ class Presence:
         self._lock: Lock | None = None
         self._folder: Path | None = None
         self._serial = count()
+        self._process = 0
         self.locks_work = True
         """False where the file system accepts every lock and keeps none: work is then not shared."""
 
     def enter(self) -> Path:
         """The folder of this process. The first call removes what dead processes left; it waits for a running `gc`."""
         with self._guard:
-            if self._folder is None:
-                self._folder = self._enter()
+            if self._folder is None or self._process != os.getpid():  # a forked child is somebody else
+                self._folder, self._process = self._enter(), os.getpid()
             return self._folder
 
     def _enter(self) -> Path:
@@ -58,7 +59,7 @@ class Presence:
 
     def leave(self) -> None:
         with self._guard:
-            if self._folder is not None and self._lock is not None:
+            if self._folder is not None and self._lock is not None and self._process == os.getpid():
                 with suppress(OSError):
                     remove_tree(self._folder)
                     self._lock.path.unlink(missing_ok=True)

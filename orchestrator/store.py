@@ -276,6 +276,8 @@ class Store:
 
     def verify(self, *, repair: bool = False, progress: Callable[[int, int], None] | None = None) -> VerifyReport:
         """Reads every byte. `repair` sets aside what is damaged, so that the next run makes it again."""
+        with suppress(BigpipeError):  # a store on a read-only file system can be verified too
+            self.enter()
         return verify(self.layout, self._presence.temporary, repair=repair, progress=progress)
 
     def ls(self) -> list[ArtifactEntry]:

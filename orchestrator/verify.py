@@ -14,6 +14,7 @@ from .artifacts import (
     MISSING,
     Artifact,
     Entry,
+    artifact_digest,
     examine,
     load_artifact,
     place_tree,
@@ -23,7 +24,7 @@ from .artifacts import (
 )
 from .durable import Damaged, explained, read_sealed
 from .hashing import hash_file, is_hex
-from .keyrecord import KeyRecord, all_records, sealed_names
+from .keyrecord import KeyRecord, load_record, sealed_names
 from .layout import Layout
 
 Problem = Literal["damaged", "missing", "error", "writable"]
@@ -84,6 +85,7 @@ class _Verification:
         self.repair = repair
         self.progress = progress
         self.findings: list[Finding] = []
+        self.reported: set[Path] = set()
         self.examined: dict[Path, Entry | str] = {}
         self.bytes = 0
         self.total = 0
@@ -102,6 +104,7 @@ class _Verification:
         return VerifyReport(len(artifacts), len(self.examined), self.bytes, tuple(self.findings))
 
     def _found(self, path: Path, problem: Problem, detail: str = "", *, repaired: bool = False) -> None:
+        self.reported.add(path)
         self.findings.append(Finding(path, problem, detail, repaired and self.repair))
 
     def _records(self, folder: Path) -> None:
@@ -110,18 +113,32 @@ class _Verification:
             try:
                 read_sealed(path)
             except Damaged:
-                self._found(path, "damaged", "a record", repaired=True)
-                if self.repair:
-                    self.layout.set_aside(path)
+                self._record(path)
             except OSError as error:
                 self._found(path, "error", str(error))
 
+    def _record(self, path: Path) -> None:
+        self._found(path, "damaged", "a record", repaired=True)
+        if self.repair:
+            self.layout.set_aside(path)
+
     def _artifacts(self) -> list[Artifact]:
         """Those whose bytes should be there."""
-        bad = {finding.path for finding in self.findings}
-        digests = [f"sha256:{name}" for name in sealed_names(self.layout.artifacts)]
-        loaded = [load_artifact(self.layout, item) for item in digests if self.layout.artifact(item) not in bad]
-        return [artifact for artifact in loaded if artifact is not None and not artifact.dropped]
+        artifacts = []
+        for name in sealed_names(self.layout.artifacts):
+            path = self.layout.artifacts / f"{name}.json"
+            if path in self.reported:
+                continue
+            artifact = load_artifact(self.layout, f"sha256:{name}")
+            if artifact is None or artifact.dropped:
+                continue
+            if artifact.digest == artifact_digest(
+                {key: (item.sha256, item.size) for key, item in artifact.files.items()}
+            ):
+                artifacts.append(artifact)
+            else:
+                self._record(path)
+        return artifacts
 
     def _artifact(self, artifact: Artifact) -> None:
         states = {name: self._file(entry) for name, entry in artifact.files.items()}
@@ -143,7 +160,7 @@ class _Verification:
 
     def _file(self, entry: Entry) -> Entry | str:
         """Each file is read once, however many artifacts hold it."""
-        path = entry.path(self.layout)
+        path = Path(entry.path(self.layout))
         if path not in self.examined:
             self.examined[path] = self._examine(path, entry)
         known = self.examined[path]
@@ -207,12 +224,14 @@ class _Verification:
 
     def _promises(self) -> None:
         """Records of computations whose artifact nobody knows any more."""
-        reported = {finding.path for finding in self.findings}
-        for record in all_records(self.layout):
-            if record.digest is None or self.layout.artifact(record.digest).exists():
+        for name in sealed_names(self.layout.keys):
+            if self.layout.keys / f"{name}.json" in self.reported:
+                continue
+            record = load_record(self.layout, f"sha256:{name}")
+            if record is None or record.digest is None or self.layout.artifact(record.digest).exists():
                 continue
             path = self.layout.artifact(record.digest)
-            if path not in reported:
+            if path not in self.reported:
                 self._found(path, "missing", f"what {record.node} gave", repaired=True)
             if self.repair:
                 self._forget(_as_dropped(record.digest, record))

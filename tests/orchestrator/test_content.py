@@ -1,0 +1,225 @@
+"""Params enter the key by what they point to."""
+
+import os
+import time
+from enum import Enum
+from typing import Annotated, Any, Literal
+
+import pytest
+from pydantic import BaseModel, Field
+
+from bigpipe.errors import UsageError
+from bigpipe.orchestrator.content import content_params
+from bigpipe.orchestrator.hashing import canonical, hash_file
+from bigpipe.orchestrator.memo import StatMemo
+from bigpipe.orchestrator.stage import Code, ContentField, File, FileOrLiteral, Params, Size, Tree
+
+
+class Scheme(Enum):
+    INT8 = "int8"
+
+
+class Inner(BaseModel):
+    config: File | None = None
+    weight: float = 0.5
+
+
+class Everything(Params):
+    prompts: Annotated[str | list[str], FileOrLiteral] = "prompts.txt"
+    model: Inner = Inner()
+    models: dict[str, Inner] = Field(default_factory=dict)
+    config: Annotated[dict[str, Any] | str, ContentField("file")] = Field(default_factory=dict)
+    files: list[File] = Field(default_factory=list)
+    by_name: dict[str, list[File]] = Field(default_factory=dict)
+    mode: Literal["auto"] | File = "auto"
+    maybe: File | None = None
+    tree: Tree | None = None
+    task: Code = "text-generation"
+    max_memory: dict[int | str, Size] = Field(default_factory=dict)
+    scheme: Scheme = Scheme.INT8
+    skip: frozenset[str] = frozenset()
+    plain: str = "prompts.txt"
+
+
+@pytest.fixture
+def base(tmp_path):
+    folder = tmp_path / "recipe"
+    folder.mkdir()
+    (folder / "prompts.txt").write_text("hello\n")
+    return folder
+
+
+@pytest.fixture
+def memo(tmp_path):
+    return StatMemo(tmp_path / "memo")
+
+
+def content(base, memo, **fields):
+    return content_params(Everything(**fields), base, memo)
+
+
+def test_values_that_are_no_paths_enter_as_they_are(base, memo):
+    found = content(base, memo, max_memory={0: "10GiB", "cpu": "1GB"}, skip={"b", "a"})
+    assert found["max_memory"] == {"0": 10 * 2**30, "cpu": 10**9}
+    assert found["scheme"] == "int8"
+    assert found["skip"] == ["a", "b"]
+    assert found["plain"] == "prompts.txt"
+    assert found["maybe"] is None
+    assert set(found) == set(Everything.model_fields)
+    canonical(found)
+
+
+def test_a_file_enters_by_its_bytes_and_its_suffix(base, memo):
+    before = content(base, memo)["prompts"]
+    assert before == f"sha256:{hash_file(base / 'prompts.txt')}.txt"
+    (base / "sub").mkdir()
+    (base / "prompts.txt").rename(base / "sub" / "moved.txt")
+    assert content(base, memo, prompts="sub/moved.txt")["prompts"] == before
+    assert content(base, memo, prompts=str(base / "sub" / "moved.txt"))["prompts"] == before
+    (base / "sub" / "moved.txt").write_text("hullo\n")
+    assert content(base, memo, prompts="sub/moved.txt")["prompts"] != before
+
+
+def test_a_glob_enters_by_all_its_files_in_path_order(base, memo):
+    for name, text in {"a.txt": "1", "b.txt": "2"}.items():
+        (base / name).write_text(text)
+    both = content(base, memo, prompts="[ab].txt")["prompts"]
+    (base / "a.txt").write_text("2")
+    (base / "b.txt").write_text("1")
+    assert content(base, memo, prompts="[ab].txt")["prompts"] != both
+    (base / "c[1].txt").write_text("a name, not a pattern")
+    assert content(base, memo, prompts="c[1].txt")["prompts"] == f"sha256:{hash_file(base / 'c[1].txt')}.txt"
+
+
+def test_literals_are_not_taken_for_paths(base, memo):
+    found = content(base, memo, prompts=["prompts.txt"], config={"file": "prompts.txt"}, mode="auto")
+    assert found["prompts"] == ["prompts.txt"]
+    assert found["config"] == {"file": "prompts.txt"}
+    assert found["mode"] == "auto"
+
+
+def test_markers_are_found_wherever_they_stand(base, memo):
+    digest = f"sha256:{hash_file(base / 'prompts.txt')}.txt"
+    found = content(
+        base, memo, model=Inner(config="prompts.txt"), models={"x": Inner(config="prompts.txt")}, config="prompts.txt",
+        files=["prompts.txt"], by_name={"a": ["prompts.txt"]}, mode="prompts.txt", maybe="prompts.txt",
+    )  # fmt: skip
+    assert found["model"] == {"config": digest, "weight": 0.5}
+    assert found["models"] == {"x": {"config": digest, "weight": 0.5}}
+    assert [found["config"], found["mode"], found["maybe"]] == [digest] * 3
+    assert (found["files"], found["by_name"]) == ([digest], {"a": [digest]})
+
+
+def test_a_tree_enters_by_the_names_and_bytes_of_its_files(base, memo, tmp_path):
+    (base / "model" / "sub").mkdir(parents=True)
+    (base / "model" / "config.json").write_text("{}")
+    (base / "model" / "sub" / "w").write_text("1")
+    before = content(base, memo, tree="model")["tree"]
+    (base / "model" / ".git").mkdir()
+    (base / "model" / ".git" / "index").write_text("noise")
+    (base / "model").rename(base / "renamed")
+    assert content(base, memo, tree="renamed")["tree"] == before
+    (base / "renamed" / "sub").rename(tmp_path / "sub")
+    (base / "renamed" / "sub").symlink_to(tmp_path / "sub")
+    (tmp_path / "sub" / "around").symlink_to(base / "renamed")
+    assert content(base, memo, tree="renamed")["tree"] == before
+    (tmp_path / "sub" / "w").rename(tmp_path / "sub" / "v")
+    assert content(base, memo, tree="renamed")["tree"] != before
+
+
+def test_code_enters_by_its_name_and_all_python_files_of_its_package(base, memo):
+    (base / "mymodel").mkdir()
+    for name in ("__init__.py", "model.py", "notes.txt"):
+        (base / "mymodel" / name).write_text("raise RuntimeError('imported')\n")
+    before = content(base, memo, task="mymodel.model:Net")["task"]
+    assert before.startswith("mymodel.model:Net@sha256:")
+    assert content(base, memo, task="mymodel.model:Net2")["task"].partition("@")[2] == before.partition("@")[2]
+    (base / "mymodel" / "notes.txt").write_text("other")
+    assert content(base, memo, task="mymodel.model:Net")["task"] == before
+    (base / "mymodel" / "layers.py").write_text("x = 1\n")
+    assert content(base, memo, task="mymodel.model:Net")["task"] != before
+    (base / "single.py").write_text("y = 2\n")
+    assert content(base, memo, task="single:f")["task"].startswith("single:f@sha256:")
+
+
+def test_what_is_built_in_is_named_only(base, memo):
+    assert content(base, memo, task="text-generation")["task"] == "text-generation"
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"prompts": "none.txt"}, "prompts: there is no file none.txt"),
+        ({"prompts": "*.jsonl"}, "prompts: there is no file"),
+        ({"prompts": "."}, "prompts: . is a directory"),
+        ({"by_name": {"a": ["prompts.txt", "none"]}}, r"by_name.a\[1\]: there is no file none"),
+        ({"model": {"config": "none.json"}}, "model.config: there is no file none.json"),
+        ({"tree": "none"}, "tree: the directory none is not there"),
+        ({"tree": "prompts.txt"}, "tree: the directory prompts.txt is a file"),
+        ({"task": "nomodule_here:f"}, "task: there is no Python source of a module 'nomodule_here'"),
+        ({"model": {"weight": float("nan")}}, "model.weight is nan"),
+    ],
+)
+def test_what_is_not_there_is_named_with_its_field(base, memo, fields, message):
+    with pytest.raises(UsageError, match=message) as error:
+        content(base, memo, **fields)
+    assert error.value.cure
+
+
+class TestMemo:
+    def settled(self, path, data):
+        path.write_bytes(data)
+        time.sleep(0.06)  # out of the tick of the clock it was written in
+        return path
+
+    def test_a_file_is_read_once_by_all_processes(self, tmp_path, memo):
+        path = self.settled(tmp_path / "f", b"abc")
+        digest = memo.sha256(path)
+        log = (tmp_path / "memo" / "files.jsonl").read_bytes()
+        fake = log.replace(digest.encode(), b"f" * 64)
+        assert StatMemo(tmp_path / "memo").sha256(path) == digest
+        assert (tmp_path / "memo" / "files.jsonl").read_bytes() == log
+        (tmp_path / "memo" / "files.jsonl").write_bytes(fake)  # a damaged line is skipped
+        assert StatMemo(tmp_path / "memo").sha256(path) == digest
+
+    @pytest.mark.parametrize("change", ["bytes", "same-size-same-mtime", "replaced", "mode"])
+    def test_any_difference_in_what_stat_says_reads_again(self, tmp_path, memo, change):
+        path = self.settled(tmp_path / "f", b"abc")
+        before = memo.sha256(path)
+        facts = path.stat()
+        if change == "bytes":
+            path.write_bytes(b"abd")
+        elif change == "same-size-same-mtime":
+            path.write_bytes(b"abd")
+            os.utime(path, ns=(facts.st_atime_ns, facts.st_mtime_ns))
+        elif change == "replaced":
+            (tmp_path / "g").write_bytes(b"abd")
+            (tmp_path / "g").rename(path)
+        else:
+            path.chmod(0o600)
+        assert (memo.sha256(path) == before) == (change == "mode")
+
+    def test_a_file_written_this_very_moment_is_not_trusted(self, tmp_path, memo):
+        for number in range(50):
+            (tmp_path / "f").write_bytes(b"%02d" % number)
+            assert memo.sha256(tmp_path / "f") == hash_file(tmp_path / "f")
+
+    def test_a_log_full_of_the_past_is_rewritten(self, tmp_path, memo, monkeypatch):
+        monkeypatch.setattr(StatMemo, "COMPACT_FROM", 4)
+        for number in range(9):
+            memo.sha256(self.settled(tmp_path / "f", b"%d" % number))
+        log = tmp_path / "memo" / "files.jsonl"
+        assert len(log.read_bytes().splitlines()) == 9
+        digest = StatMemo(tmp_path / "memo").sha256(tmp_path / "f")
+        assert len(log.read_bytes().splitlines()) == 1
+        assert StatMemo(tmp_path / "memo").sha256(tmp_path / "f") == digest
+
+    def test_a_store_that_cannot_be_written_costs_time_only(self, tmp_path):
+        (tmp_path / "file").write_bytes(b"")
+        memo = StatMemo(tmp_path / "file" / "memo")
+        assert memo.sha256(self.settled(tmp_path / "f", b"abc")) == hash_file(tmp_path / "f")
+
+    def test_only_regular_files_are_hashed(self, tmp_path, memo):
+        os.mkfifo(tmp_path / "pipe")
+        with pytest.raises(OSError, match="not a regular file"):
+            memo.sha256(tmp_path / "pipe")

@@ -1,0 +1,178 @@
+"""The key holds all that bytes depend on and nothing else, and a difference is said in words."""
+
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import pytest
+from pydantic import Field
+
+from bigpipe.errors import UsageError
+from bigpipe.orchestrator.keys import ABSENT, Change, Identity, differences, identity
+from bigpipe.orchestrator.memo import StatMemo
+from bigpipe.orchestrator.stage import File, Forecast, Metrics, Params, Stage, StageResult
+from bigpipe.orchestrator.types import Machine
+
+MACHINE = Machine("here", 2, 2**34, 2**33, 2**40)
+
+
+class MakeParams(Params):
+    revision: str = "main"
+    scheme: str = "int8"
+    threshold: float = 6.0
+    prompts: File | None = None
+    skip: list[str] = Field(default_factory=list)
+    options: dict[str, Any] = Field(default_factory=dict)
+
+
+def stage(**changes):
+    fields = {
+        "kind": "make",
+        "version": 1,
+        "params": MakeParams,
+        "metrics": Metrics,
+        "inputs": {},
+        "output": "checkpoint",
+        "run": lambda params, context: StageResult(Metrics()),
+        "forecast": lambda params, context: Forecast(),
+    }
+    return Stage(**(fields | changes))
+
+
+@dataclass(frozen=True)
+class Use:
+    """What of a node enters its identity, and one thing that does not."""
+
+    name: str = "make"
+    kind: Stage = field(default_factory=stage)
+    params: MakeParams = field(default_factory=MakeParams)
+    env: dict[str, str] = field(default_factory=dict)
+
+
+@pytest.fixture
+def of(tmp_path):
+    memo = StatMemo(tmp_path / "memo")
+
+    def identify(use=None, machine=MACHINE, pins=None, **changes):
+        use = replace(use or Use(), **changes)
+        return identity(use, base=tmp_path, memo=memo, machine=machine, pins=pins)
+
+    return identify
+
+
+A, B, C = ("sha256:" + letter * 64 for letter in "abc")
+
+
+def test_the_same_computation_has_the_same_key(of):
+    assert of().key({"model": [A]}) == of().key({"model": (A,)})
+    assert of(name="other").partial == of().partial
+    assert of().key({"model": [A], "placement": []}) == of().key({"model": [A]})
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"kind": stage(version=2)},
+        {"kind": stage(kind="other")},
+        {"kind": stage(packages=("pydantic",))},
+        {"kind": stage(facts=lambda params, machine: {"memory": machine.memory})},
+        {"params": MakeParams(scheme="nf4")},
+        {"params": MakeParams(threshold=6.5)},
+        {"params": MakeParams(skip=["lm_head"])},
+        {"env": {"OMP_NUM_THREADS": "1"}},
+    ],
+)
+def test_whatever_the_bytes_depend_on_changes_the_key(of, change):
+    assert of(**change).partial != of().partial
+
+
+def test_inputs_count_by_port_and_order(of):
+    keys = [{}, {"model": [A]}, {"model": [B]}, {"other": [A]}, {"model": [A, B]}, {"model": [B, A]}]
+    assert len({of().key(inputs) for inputs in keys}) == len(keys)
+
+
+def test_a_revision_counts_by_its_commit(of):
+    pinned = of(pins={"revision": "c0ffee"})
+    assert pinned.params["revision"] == "c0ffee"
+    assert pinned.partial == of(params=MakeParams(revision="v1"), pins={"revision": "c0ffee"}).partial
+    with pytest.raises(UsageError, match="commit"):
+        of(pins={"commit": "x"})
+
+
+def test_facts_count_where_the_kind_asks_for_them(of):
+    asking = stage(facts=lambda params, machine: {"memory": machine.memory})
+    other = replace(MACHINE, memory=2**35)
+    assert of(machine=other).partial == of().partial
+    assert of(kind=asking, machine=other).partial != of(kind=asking).partial
+    free = replace(MACHINE, memory_available=1)
+    assert of(kind=asking, machine=free).partial == of(kind=asking).partial
+
+
+def test_package_versions_are_those_installed(of):
+    from importlib.metadata import version
+
+    found = of(kind=stage(packages=("pydantic", "no-such-distribution"))).packages
+    assert found == {"pydantic": version("pydantic"), "no-such-distribution": None}
+
+
+def test_an_edited_file_changes_the_key_and_its_name_does_not(of, tmp_path):
+    (tmp_path / "a.txt").write_text("1")
+    (tmp_path / "b.txt").write_text("1")
+    one, other = of(params=MakeParams(prompts="a.txt")), of(params=MakeParams(prompts="b.txt"))
+    assert one.partial == other.partial
+    (tmp_path / "a.txt").write_text("2")
+    assert of(params=MakeParams(prompts="a.txt")).partial != one.partial
+
+
+class TestDifferences:
+    def changes(self, old, new, before=None, after=None):
+        before = {"model": [A]} if before is None else before
+        return differences(old.as_json, new, before, before if after is None else after)
+
+    def test_nothing_differs(self, of):
+        assert self.changes(of(), of()) == []
+
+    def test_values_are_named_by_path_in_the_order_a_reader_looks(self, of):
+        old = of(env={"A": "1"})
+        new = of(
+            kind=stage(version=2, packages=("pydantic",)),
+            params=MakeParams(scheme="nf4", options={"a": {"b": 1}}, skip=["x"]),
+            env={"B": "2"},
+        )
+        assert [change.path for change in self.changes(old, new, {"model": [A]}, {"model": [B]})] == [
+            "version", "params.options.a", "params.scheme", "params.skip", "inputs.model", "env.A", "env.B",
+            "packages.pydantic",
+        ]  # fmt: skip
+
+    def test_old_and_new_are_told(self, of):
+        assert self.changes(of(), of(params=MakeParams(scheme="nf4"))) == [Change("params.scheme", "int8", "nf4")]
+        assert self.changes(of(), of(env={"A": "1"})) == [Change("env.A", ABSENT, "1")]
+
+    def test_one_and_one_point_nought_are_two_values(self, of):
+        old = replace(of(), params={"x": 1})
+        assert self.changes(old, replace(old, params={"x": 1.0})) == [Change("params.x", 1, 1.0)]
+        assert self.changes(old, replace(old, params={"x": True})) == [Change("params.x", 1, True)]
+
+    @pytest.mark.parametrize(
+        ("before", "after", "expected"),
+        [
+            ({"model": [A]}, {"model": [B]}, [Change("inputs.model", A, B)]),
+            ({"model": [A]}, {"model": None}, []),
+            ({}, {"placement": [A]}, [Change("inputs.placement", ABSENT, A)]),
+            ({"placement": [A]}, {}, [Change("inputs.placement", A, ABSENT)]),
+            ({"reports": [A, B]}, {"reports": [A, C]}, [Change("inputs.reports[1]", B, C)]),
+            ({"reports": [A, B]}, {"reports": [A]}, [Change("inputs.reports", [A, B], [A])]),
+        ],
+    )
+    def test_inputs_differ_by_digest(self, of, before, after, expected):
+        assert self.changes(of(), of(), before, after) == expected
+
+    def test_two_recorded_identities_compare_too(self, of):
+        old, new = of(), of(params=MakeParams(scheme="nf4"))
+        assert differences(old.as_json, new.as_json, {}, {}) == [Change("params.scheme", "int8", "nf4")]
+
+
+def test_an_identity_can_be_recorded(of):
+    import json
+
+    found = of(kind=stage(packages=("pydantic",)))
+    assert Identity(**json.loads(json.dumps(found.as_json))).partial == found.partial
