@@ -70,7 +70,11 @@ def fetch(
             errands.stop.set()
             pool.shutdown(wait=False, cancel_futures=True)
             raise
-    return Snapshot({file.path: pending[file.path].result() for file in files}, errands.downloaded.done)
+    fetched = {file.path: pending[file.path].result() for file in files}
+    for file in files:
+        if not errands.still_right(file, fetched[file.path]):
+            raise errands.wrong(file)
+    return Snapshot(fetched, errands.downloaded.done)
 
 
 def missing_bytes(repository: Repository, files: Iterable[HubFile], hub: Hub) -> int:
@@ -110,6 +114,7 @@ class _Errands:
     report: Report
     files: Sequence[HubFile]
     stop: threading.Event = field(default_factory=threading.Event)
+    hashed: dict[tuple[object, ...], dict[str, Any]] = field(default_factory=dict)
     downloaded: _Count = field(init=False)
     verified: _Count = field(init=False)
 
@@ -119,28 +124,42 @@ class _Errands:
         self.verified = _Count("verify", unknown, self.report)
 
     def _known(self, file: HubFile) -> bool:
-        path = self.hub.folder(self.repository.repo) / "blobs" / file.etag
+        path = self._blob(file)
         return path.is_file() and _recalled(path, self.memo) is not None
 
     def bring(self, file: HubFile) -> Fetched:
+        """Fetch and verify; where that fails, once more: what lay in the cache may have rotted, or was garbled."""
         path = self._download(file)
-        digests = self._digests(path, file)
-        if _is_right(file, digests):
-            return Fetched(path, digests["sha256"], digests["size"])
+        if found := self._verified(path, file):
+            return found
         if self.hub.offline:
             raise InvalidCheckpoint(
                 f"{path} is damaged: it should be {file.path} of {self.repository.repo}, and its digest is another",
                 "run once with a network, which fetches it again",
             )
-        # What lay in the cache may have rotted, or was garbled on the way: its successor gets one chance.
-        path = self._download(file, again=True)
-        digests = self._digests(path, file)
-        if _is_right(file, digests):
-            return Fetched(path, digests["sha256"], digests["size"])
-        raise Transient(
+        if found := self._verified(self._download(file, again=True), file):
+            return found
+        raise self.wrong(file)
+
+    def still_right(self, file: HubFile, fetched: Fetched) -> bool:
+        """A file whose name another one was given by mistake may have been replaced after it was verified."""
+        return fetched.path.is_file() and _is_right(file, self._digests(fetched.path, file))
+
+    def _verified(self, path: Path, file: HubFile) -> Fetched | None:
+        # The client leaves a link to bad bytes as it is; the good ones then lie beside, under their own name.
+        for place in dict.fromkeys((path, self._blob(file))):
+            if place.is_file() and _is_right(file, digests := self._digests(place, file)):
+                return Fetched(place, digests["sha256"], digests["size"])
+        return None
+
+    def wrong(self, file: HubFile) -> Transient:
+        return Transient(
             f"{file.path} of {self.repository.repo} came twice with other bytes than its digest {file.etag} promises",
             f"something between {self.hub.endpoint} and here changes them; run again, or over another network",
         )
+
+    def _blob(self, file: HubFile) -> Path:
+        return Path(os.path.realpath(self.hub.folder(self.repository.repo) / "blobs" / file.etag))
 
     def _download(self, file: HubFile, *, again: bool = False) -> Path:
         from huggingface_hub import hf_hub_download
@@ -168,12 +187,12 @@ class _Errands:
 
     def _digests(self, path: Path, file: HubFile) -> dict[str, Any]:
         """sha256 and size of a cached file, and git's sha1 where the Hub tells no other; read once, then remembered."""
-        known = _recalled(path, self.memo)
-        if known is not None:
-            return known
-        stat = path.stat()
-        sha256, git = hashlib.sha256(), hashlib.sha1(b"blob %d\0" % stat.st_size, usedforsecurity=False)
         with path.open("rb", buffering=0) as content:
+            stat = os.fstat(content.fileno())
+            known = self.hashed.get(_fingerprint(path, stat)) or _recalled(path, self.memo)
+            if known is not None:
+                return known
+            sha256, git = hashlib.sha256(), hashlib.sha1(b"blob %d\0" % stat.st_size, usedforsecurity=False)
             while chunk := content.read(CHUNK):
                 if self.stop.is_set():
                     raise _Stopped
@@ -182,6 +201,7 @@ class _Errands:
                     git.update(chunk)
                 self.verified.add(len(chunk))
         digests = {"sha256": sha256.hexdigest(), "blob_id": git.hexdigest(), "size": stat.st_size}
+        self.hashed[_fingerprint(path, stat)] = digests
         if self.memo is not None:
             seen = {"mtime_ns": stat.st_mtime_ns, "inode": stat.st_ino, "path": str(path)}
             remember(_memo_file(path, self.memo), {**digests, **seen})
@@ -199,6 +219,10 @@ def _is_right(file: HubFile, digests: dict[str, Any]) -> bool:
 
 def _memo_file(path: Path, memo: Path) -> Path:
     return memo / "hub-blobs" / f"{hashlib.sha256(os.fsencode(path)).hexdigest()}.json"
+
+
+def _fingerprint(path: Path, stat: os.stat_result) -> tuple[object, ...]:
+    return path, stat.st_size, stat.st_mtime_ns, stat.st_ino
 
 
 def _recalled(path: Path, memo: Path | None) -> dict[str, Any] | None:

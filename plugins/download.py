@@ -118,7 +118,7 @@ def pin(params: DownloadParams, ctx: CheckContext) -> Pinned | None:
         return None
     hub = Hub.from_environment(ctx.environment, offline=ctx.offline)
     commit = resolve_commit(params.repo, params.revision, hub=hub, memo=ctx.memo)
-    return Pinned({"revision": commit}, f"asked {hub.endpoint}")
+    return Pinned({"revision": commit}, f"{hub.endpoint}, just now")
 
 
 def check(params: DownloadParams, ctx: CheckContext) -> None:
@@ -174,7 +174,7 @@ def _forecast_repository(params: DownloadParams, ctx: ForecastContext) -> Foreca
         metrics={"bytes": total, "files": len(sizes), "commit": repository.commit},
         output=_describe_repository(repository, hub, ctx),
         misfits=tuple(_cache_misfits(missing, hub)),
-        summary=f"{format_transfer(missing)} down" if missing else f"{format_transfer(total)} in the Hub cache already",
+        summary=f"{len(sizes)} files of {format_transfer(total)}{'' if missing else ', all in the Hub cache'}",
     )
 
 

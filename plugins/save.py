@@ -50,6 +50,8 @@ SMALL = 10_000_000
 PROVENANCE_SCHEMA = "bigpipe.provenance/1"
 RECEIPT = "receipt.json"
 RECEIPT_SCHEMA = "bigpipe.receipt/1"
+UNTOLD = frozenset({"files", "fetched_bytes"})
+"""Metrics that say nothing about the model."""
 TASKS = re.compile(r"[a-z]+(-[a-z]+)+")
 """Names of pipeline tasks on the Hub; a `module:function` is none."""
 
@@ -268,7 +270,8 @@ def _card(params: SaveParams, target: Destination, ctx: StageContext) -> Card:
     infer = _last(ctx.lineage, "distributed-infer")
     task = str(infer.params.get("task")) if infer else ""
     by_transformers = (model / "config.json").is_file() and not (model / ARCHITECTURE_FILE).exists()
-    where = params.to.removeprefix("hf://") if params.to.startswith("hf://") else target.url
+    # Of a directory its name is enough: where it lies on this machine is nobody else's business.
+    where = target.path.name if isinstance(target, Directory) else params.to.removeprefix("hf://")
     readme = model / "README.md"
     return Card(
         title=where.rstrip("/").rpartition("/")[2],
@@ -300,7 +303,7 @@ def _rows(item: Lineage) -> list[tuple[str, str, str]]:
         if isinstance(value, Mapping):
             for key, inner in value.items():
                 yield from flatten(f"{prefix}.{key}" if prefix else str(key), inner)
-        elif isinstance(value, int | float) and not isinstance(value, bool):
+        elif isinstance(value, int | float) and not isinstance(value, bool) and prefix not in UNTOLD:
             yield item.node, prefix, _readable(prefix, value)
 
     return list(flatten("", item.metrics))
