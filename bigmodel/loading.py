@@ -44,6 +44,8 @@ class Loaded:
     """What `load` knows of a model: `loaded(model)`."""
 
     stream: Stream
+    device: torch.device
+    """Where inputs belong."""
     held: dict[Home, int] = field(default_factory=dict)
     """Bytes of weights and buffers by home. On disk: stored bytes; elsewhere: bytes in memory."""
     streamed: int = 0
@@ -141,7 +143,8 @@ def _budget(placement: Placed | DeviceMap | None, memory: int | None) -> int:
         return memory
     free = int(psutil.virtual_memory().available * SHARE)
     caps = {} if placement is None or isinstance(placement, Mapping) else placement.max_memory or {}
-    return min(free, caps.get("cpu", free))
+    cap = caps.get("cpu")
+    return free if cap is None else min(free, cap)
 
 
 def _fill(model: torch.nn.Module, checkpoint: Checkpoint, homes: Homes, dtype: torch.dtype, budget: int) -> None:
@@ -152,7 +155,7 @@ def _fill(model: torch.nn.Module, checkpoint: Checkpoint, homes: Homes, dtype: t
     custom = _custom_description(checkpoint.path)
     replace_linears(model, matches.quantized, settings_of(checkpoint, custom))
     files = MappedFiles()
-    state = Loaded(Stream(files))
+    state = Loaded(Stream(files), homes.main)
     streamed = _settle(dict(_slots(model, matches, dtype)), homes, files, state, budget)
     _settle_buffers(model, matches, homes, files, state)
     _stream(model, streamed, homes, state)

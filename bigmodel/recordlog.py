@@ -1,0 +1,119 @@
+"""What ranks write down while they work, so that a crash loses nothing that was finished and nothing counts twice.
+
+Each rank appends to a file of its own: a line per record with a checksum, made durable chunk by chunk. Whoever reads
+takes the union of all files; lines that a crash tore are not there.
+
+    {"id": [7, "9f86d081884c7d65"], "chunk": 3, "payload": {"text": "…"}, "tokens": 9, "seconds": 0.4, "crc": "89ab…"}
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import zlib
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Self
+
+
+@dataclass(frozen=True, slots=True)
+class Record:
+    index: int
+    digest: str
+    """Of the input; with the index, the record's identity."""
+    chunk: int
+    payload: dict[str, Any]
+    tokens: int = 0
+    seconds: float = 0.0
+    """Its share of the time its chunk took."""
+    padding: bool = False
+    """Computed to give every rank as many rows; not a result."""
+
+    @property
+    def failed(self) -> bool:
+        return "error" in self.payload
+
+
+class RecordLog:
+    """One rank's file, open for appending. A torn tail is cut off first."""
+
+    def __init__(self, path: Path) -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        created = not path.exists()
+        self._file = path.open("ab")
+        self._file.truncate(_sound_length(path))
+        if created:
+            _sync_folder(path.parent)
+
+    def append(self, records: Iterable[Record]) -> None:
+        """Writes the records of one chunk. When it returns they are on the disk."""
+        self._file.write(b"".join(map(_encode, records)))
+        self._file.flush()
+        os.fsync(self._file.fileno())
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._file.close()
+
+
+def read_log(path: Path) -> Iterator[Record]:
+    """The whole lines of a file that may be missing, torn or damaged."""
+    if not path.exists():
+        return
+    with path.open("rb") as file:
+        for line in file:
+            record = _decode(line)
+            if record is not None:
+                yield record
+
+
+def _encode(record: Record) -> bytes:
+    fields: dict[str, Any] = {
+        "id": [record.index, record.digest],
+        "chunk": record.chunk,
+        "payload": record.payload,
+        "tokens": record.tokens,
+        "seconds": round(record.seconds, 6),
+    }
+    if record.padding:
+        fields["padding"] = True
+    body = _text(fields)
+    return f'{body[:-1]},"crc":"{zlib.crc32(body.encode()):08x}"}}\n'.encode()
+
+
+def _decode(line: bytes) -> Record | None:
+    try:
+        fields = json.loads(line)
+        found = fields.pop("crc")
+        if not line.endswith(b"\n") or found != f"{zlib.crc32(_text(fields).encode()):08x}":
+            return None
+        index, digest = fields.pop("id")
+        return Record(index, digest, **fields)
+    except (ValueError, KeyError, TypeError, AttributeError):
+        return None
+
+
+def _text(fields: dict[str, Any]) -> str:
+    return json.dumps(fields, ensure_ascii=True, separators=(",", ":"))
+
+
+def _sound_length(path: Path) -> int:
+    """Bytes up to the end of the last line that is whole."""
+    length = end = 0
+    with path.open("rb") as file:
+        for line in file:
+            length += len(line)
+            if _decode(line) is not None:
+                end = length
+    return end
+
+
+def _sync_folder(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

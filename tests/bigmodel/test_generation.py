@@ -1,0 +1,173 @@
+"""Tasks on tiny models: what transformers gives for each prompt alone, whatever its batch."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from support.models import make_checkpoint, tiny_tokenizer
+
+from bigpipe.bigmodel.generation import Row, check_task, make_task
+from bigpipe.bigmodel.loading import load
+from bigpipe.errors import UsageError
+
+TEXTS = ["Hello", "a much longer prompt than the others", "x", "two words"]
+
+
+def rows(texts: list[Any] = TEXTS) -> list[Row]:
+    return [Row(index, text, {"prompt": text}) for index, text in enumerate(texts)]
+
+
+def alone(model: Any, text: str, **options: Any) -> str:
+    tokenizer = tiny_tokenizer()
+    tokens = torch.tensor([tokenizer(text)["input_ids"]])
+    made = model.generate(tokens, attention_mask=torch.ones_like(tokens), pad_token_id=0, **options)[0]
+    start = 0 if model.config.is_encoder_decoder else tokens.shape[1]
+    return str(tokenizer.decode(made[start:], skip_special_tokens=True))
+
+
+@pytest.mark.parametrize("architecture", ["opt", "llama", "gpt2", "bloom", "t5", "bart"])
+@pytest.mark.parametrize("home", ["cpu", "disk"])
+def test_each_text_is_what_its_prompt_alone_gives(tmp_path: Path, architecture: str, home: str) -> None:
+    path = make_checkpoint(tmp_path, architecture)
+    model = load(path, {"": home})
+    task = make_task("text-generation", model, path, max_new_tokens=6)
+    plain = load(path)
+    wanted = [alone(plain, text, max_new_tokens=6) for text in TEXTS]
+    assert [answer.payload for answer in task(rows())] == [{"text": text} for text in wanted]
+    assert [answer.payload["text"] for row in rows() for answer in task([row])] == wanted
+
+
+def test_counts_the_tokens_made(tmp_path: Path) -> None:
+    path = make_checkpoint(tmp_path, "opt")
+    model = load(path)
+    task = make_task("text-generation", model, path, max_new_tokens=9)
+    assert [answer.tokens for answer in task(rows())] == [9] * 4
+    tokens = torch.tensor([tiny_tokenizer()("Hello")["input_ids"]])
+    third = int(model.generate(tokens, max_new_tokens=9)[0, tokens.shape[1] + 2])
+    model.generation_config.eos_token_id = third
+    assert task(rows()[:1])[0].tokens <= 3
+
+
+def test_draws_depend_on_the_record_alone(tmp_path: Path) -> None:
+    path = make_checkpoint(tmp_path, "llama")
+    model = load(path)
+    options = {"do_sample": True, "temperature": 0.9, "top_k": 30}
+    task = make_task("text-generation", model, path, max_new_tokens=8, options=options, seed=5)
+    together = [answer.payload["text"] for answer in task(rows())]
+    assert together == [task([row])[0].payload["text"] for row in rows()]
+    other = make_task("text-generation", model, path, max_new_tokens=8, options=options, seed=6)
+    assert other(rows()[:1])[0].payload["text"] == task([Row(1, TEXTS[0], {})])[0].payload["text"] != together[0]
+
+
+def test_draws_follow_the_models_distribution(tmp_path: Path) -> None:
+    path = make_checkpoint(tmp_path, "opt", vocab_size=264)
+    model = load(path)
+    tokens = torch.tensor([tiny_tokenizer()("x")["input_ids"]])
+    weights = torch.softmax(model(tokens).logits[0, -1].double() / 0.5, -1).tolist()
+    wanted = Counter[str]()
+    for token, weight in enumerate(weights):
+        wanted[tiny_tokenizer().decode([token], skip_special_tokens=True)] += weight
+    options = {"do_sample": True, "temperature": 0.5, "top_k": 0}
+    task = make_task("text-generation", model, path, max_new_tokens=1, options=options)
+    drawn = Counter(answer.payload["text"] for answer in task([Row(index, "x", {}) for index in range(3000)]))
+    for text, weight in wanted.most_common(5):
+        assert drawn[text] / 3000 == pytest.approx(weight, abs=4 * (weight / 3000) ** 0.5)
+
+
+def test_chats_go_through_the_models_template(tmp_path: Path) -> None:
+    path = make_checkpoint(tmp_path, "llama")
+    template = "{% for m in messages %}[{{ m.role }}] {{ m.content }}\n{% endfor %}[assistant] "
+    settings = json.loads((path / "tokenizer_config.json").read_bytes())
+    (path / "tokenizer_config.json").write_text(json.dumps({**settings, "chat_template": template}))
+    task = make_task("text-generation", load(path), path, max_new_tokens=5)
+    chat = [{"role": "user", "content": "hi"}]
+    assert task(rows([chat])) == task(rows(["[user] hi\n[assistant] "]))
+
+
+def test_a_chat_template_runs_in_a_sandbox(tmp_path: Path) -> None:
+    path = make_checkpoint(tmp_path, "llama")
+    template = "{{ messages.__class__.__mro__[1].__subclasses__() }}"
+    settings = json.loads((path / "tokenizer_config.json").read_bytes())
+    (path / "tokenizer_config.json").write_text(json.dumps({**settings, "chat_template": template}))
+    task = make_task("text-generation", load(path), path)
+    with pytest.raises(Exception, match="unsafe"):
+        task(rows([[{"role": "user", "content": "hi"}]]))
+
+
+def test_prompts_beyond_the_models_positions(tmp_path: Path) -> None:
+    path = make_checkpoint(tmp_path, "opt", max_position_embeddings=32)
+    task = make_task("text-generation", load(path), path, max_new_tokens=8)
+    with pytest.raises(ValueError, match="26 tokens and 8 new ones are more than the model's 32 positions"):
+        task(rows(["y" * 26]))
+    with pytest.raises(ValueError, match="empty"):
+        task(rows([""]))
+
+
+@pytest.mark.parametrize("pooling", ["mean", "last", "first"])
+@pytest.mark.parametrize("architecture", ["bert", "opt", "t5"])
+def test_features(tmp_path: Path, architecture: str, pooling: str) -> None:
+    path = make_checkpoint(tmp_path, architecture)
+    model = load(path)
+    task = make_task("feature-extraction", model, path, options={"pooling": pooling})
+    body = model.get_encoder() if architecture == "t5" else model.base_model
+    for text, answer in zip(TEXTS, task(rows()), strict=True):
+        tokens = torch.tensor([tiny_tokenizer()(text)["input_ids"]])
+        with torch.inference_mode():
+            states = body(tokens).last_hidden_state[0]
+        wanted = {"mean": states.mean(0), "last": states[-1], "first": states[0]}[pooling]
+        assert answer.payload["features"] == pytest.approx(wanted.tolist(), abs=1e-5)
+        assert answer.tokens == tokens.shape[1]
+
+
+FUNCTIONS = """
+def shout(model, rows, mark="!", **options):
+    return [{"text": row["prompt"].upper() + mark, "seed": row["seed"], "tokens": 2} for row in rows]
+
+def wrong(model, rows):
+    return ["text"] * len(rows)
+"""
+
+
+def test_a_function_of_ones_own(tmp_path: Path) -> None:
+    (tmp_path / "mytasks.py").write_text(FUNCTIONS)
+    path = make_checkpoint(tmp_path / "model", "opt")
+    model, options = load(path), {"options": {"mark": "?"}, "seed": 10}
+    task = make_task("mytasks:shout", model, path, trust=["mytasks"], base=tmp_path, **options)
+    answers = task(rows(["a", "b"]))
+    assert [answer.payload for answer in answers] == [
+        {"text": "A?", "seed": 10, "tokens": 2},
+        {"text": "B?", "seed": 11, "tokens": 2},
+    ]
+    assert answers[0].tokens == 2
+    with pytest.raises(TypeError, match="a list of 1 dicts"):
+        make_task("mytasks:wrong", model, path, trust=["mytasks"], base=tmp_path)(rows(["a"]))
+    with pytest.raises(UsageError, match="no function 'gone'"):
+        make_task("mytasks:gone", model, path, trust=["mytasks"], base=tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("task", "options", "cause"),
+    [
+        ("text-generatoin", {}, "is not known"),
+        ("os:system", {}, "module os is not trusted"),
+        ("text-generation", {"max_new_tokens": 3}, "generation sets max_new_tokens"),
+        ("feature-extraction", {"pooling": "sum"}, "pooling 'sum' is not known"),
+        ("feature-extraction", {"top_k": 3}, "no option 'top_k'"),
+    ],
+)
+def test_refuses_what_cannot_work_before_there_is_a_model(task: str, options: dict[str, Any], cause: str) -> None:
+    with pytest.raises(UsageError, match=cause):
+        check_task(task, options, ["mytasks"])
+
+
+def test_a_model_without_a_tokenizer(tmp_path: Path) -> None:
+    path = make_checkpoint(tmp_path, "opt", tokenizer=False)
+    with pytest.raises(UsageError, match="no tokenizer that can be used"):
+        make_task("text-generation", load(path), path)
+    with pytest.raises(UsageError, match="has no `generate`"):
+        make_task("text-generation", torch.nn.Linear(1, 1), path)

@@ -1,0 +1,324 @@
+"""Every prompt once, in order, the same on any number of ranks, through crashes, and through the real launcher."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import random
+import signal
+import threading
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from pydantic import ValidationError
+from support.launching import MACHINE, TESTS, make_job
+from support.models import make_checkpoint
+
+from bigpipe.bigmodel.description import describe_checkpoint
+from bigpipe.bigmodel.placement import Placement
+from bigpipe.errors import StageFailed, UsageError
+from bigpipe.orchestrator.events import Progress, RankHello
+from bigpipe.orchestrator.launcher import Outcome, launch
+from bigpipe.orchestrator.stage import CheckContext, Forecast, ForecastContext, Gpu, Launch, StageContext, Trust
+from bigpipe.plugins import distributed_infer
+from bigpipe.plugins.distributed_infer import STAGE, InferMetrics, InferParams, assign, split
+
+PROMPTS = ["Hello, my name is", "The", "Once upon a time", "a b c", "Why?"]
+
+
+class Reports(list[Any]):
+    report = list.append
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_checkpoint(tmp_path_factory.mktemp("model"), "opt", dtype="float16")
+
+
+def params(**fields: Any) -> InferParams:
+    return InferParams(**{"task": "text-generation", "prompts": PROMPTS, "max_new_tokens": 5, **fields})
+
+
+def context(folder: Path, model: Path, ranks: int = 1, **changes: Any) -> StageContext:
+    fields: dict[str, Any] = {
+        "node": "generate", "inputs": {"model": (model,)}, "out": folder / "out", "scratch": folder / "scratch",
+        "parts": folder / "parts", "memo": folder / "memo", "base": folder, "machine": MACHINE,
+        "launch": Launch(num_processes=ranks), "world_size": ranks, "reporter": Reports(),
+    }  # fmt: skip
+    for name in ("out", "scratch"):
+        fields[name].mkdir(parents=True, exist_ok=True)
+    return StageContext(**{**fields, **changes})
+
+
+def as_rank(ctx: StageContext, rank: int) -> StageContext:
+    folder = ctx.scratch / f"rank-{rank}"
+    folder.mkdir(exist_ok=True)
+    return replace(ctx, rank=rank, rank_dir=folder)
+
+
+def infer(parameters: InferParams, ctx: StageContext) -> InferMetrics:
+    """All that the launcher does, in this process."""
+    distributed_infer.prepare(parameters, ctx)
+    for rank in range(ctx.world_size):
+        distributed_infer.run(parameters, as_rank(ctx, rank))
+    metrics = distributed_infer.finish(parameters, ctx).metrics
+    assert isinstance(metrics, InferMetrics)
+    return metrics
+
+
+def results(ctx: StageContext) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (ctx.out / "results.jsonl").read_text().splitlines()]
+
+
+@pytest.mark.parametrize("batch_size", [1, 2, 5])
+def test_any_number_of_ranks_gives_the_same_bytes(tmp_path: Path, model: Path, batch_size: int) -> None:
+    written = []
+    for ranks in (1, 2, 4):
+        ctx = context(tmp_path / str(ranks), model, ranks)
+        metrics = infer(params(batch_size=batch_size), ctx)
+        assert (metrics.prompts, metrics.errors, metrics.tokens) == (5, 0, 25)
+        assert metrics.peak["cpu"] > 0
+        assert 0 <= metrics.idle < 1
+        written.append((ctx.out / "results.jsonl").read_bytes())
+    assert len(set(written)) == 1
+    found = results(ctx)
+    assert [(line["index"], line["prompt"]) for line in found] == list(enumerate(PROMPTS))
+    assert all(set(line) == {"index", "prompt", "text"} for line in found)
+
+
+def rank_shares(ctx: StageContext) -> list[list[int]]:
+    logs = sorted(ctx.scratch.glob("rank-*/records.jsonl"))
+    return [[json.loads(line)["id"][0] for line in log.read_text().splitlines()] for log in logs]
+
+
+def test_uneven_counts_and_padding(tmp_path: Path, model: Path) -> None:
+    uneven, padded = context(tmp_path / "uneven", model, 2), context(tmp_path / "padded", model, 2)
+    infer(params(), uneven)
+    assert rank_shares(uneven) == [[0, 1, 2], [3, 4]]
+    metrics = infer(params(apply_padding=True), padded)
+    assert rank_shares(padded) == [[0, 1, 2], [3, 4, 4]]
+    assert metrics.tokens == 25
+    assert results(padded) == results(uneven)
+
+
+@pytest.mark.parametrize("length", range(12))
+@pytest.mark.parametrize("ranks", [1, 2, 3, 5])
+@pytest.mark.parametrize("pad", [False, True])
+def test_ranks_get_what_accelerate_gives_them(length: int, ranks: int, pad: bool) -> None:
+    from accelerate import PartialState
+
+    wanted = []
+    for rank in range(ranks):
+        state = PartialState(cpu=True)
+        state.num_processes, state.process_index = ranks, rank
+        try:
+            if length or not pad:  # accelerate has nothing to pad with
+                with state.split_between_processes(list(range(length)), apply_padding=pad) as share:
+                    wanted.append(list(share))
+            else:
+                wanted.append([])
+        finally:
+            PartialState._reset_state()
+    if ranks == 1:
+        assert wanted == [list(range(length))]
+    assert [[chunk for chunk, _ in share] for share in assign(range(length), ranks, pad=pad)] == wanted
+    assert sum(end - start for start, end in (split(length, rank, ranks) for rank in range(ranks))) == length
+
+
+class Stopped(Exception):
+    pass
+
+
+def stop_after(monkeypatch: pytest.MonkeyPatch, batches: int) -> None:
+    ordinary, left = distributed_infer.answer, iter(range(batches))
+
+    def answer(*arguments: Any) -> Any:
+        if next(left, None) is None:
+            raise Stopped
+        return ordinary(*arguments)
+
+    monkeypatch.setattr(distributed_infer, "answer", answer)
+
+
+@pytest.mark.parametrize("ranks_after", [1, 2, 3])
+def test_what_was_finished_is_not_done_again(
+    tmp_path: Path, model: Path, monkeypatch: pytest.MonkeyPatch, ranks_after: int
+) -> None:
+    whole = context(tmp_path / "whole", model)
+    infer(params(batch_size=2), whole)
+    broken = context(tmp_path / "broken", model, 2)
+    stop_after(monkeypatch, 1)
+    with pytest.raises(Stopped):
+        infer(params(batch_size=2), broken)
+    monkeypatch.undo()
+    assert rank_shares(broken) == [[0, 1]]
+    log = broken.scratch / "rank-0" / "records.jsonl"
+    log.write_bytes(log.read_bytes() + log.read_bytes()[:40])
+    again = replace(broken, launch=Launch(num_processes=ranks_after), world_size=ranks_after)
+    infer(params(batch_size=2), again)
+    assert sorted(index for share in rank_shares(again) for index in share) == [0, 1, 2, 3, 4]
+    assert (again.out / "results.jsonl").read_bytes() == (whole.out / "results.jsonl").read_bytes()
+
+
+def test_a_batch_with_a_torn_row_is_done_again_and_counts_once(tmp_path: Path, model: Path) -> None:
+    ctx = context(tmp_path, model, 2)
+    infer(params(batch_size=2), ctx)
+    wanted = (ctx.out / "results.jsonl").read_bytes()
+    log = ctx.scratch / "rank-1" / "records.jsonl"
+    lines = (ctx.scratch / "rank-0" / "records.jsonl").read_bytes().splitlines(keepends=True)
+    (ctx.scratch / "rank-0" / "records.jsonl").write_bytes(b"".join(lines[:3]))
+    log.unlink()
+    assert infer(params(batch_size=2), ctx).prompts == 5
+    assert (ctx.out / "results.jsonl").read_bytes() == wanted
+
+
+def test_another_world_size_than_the_plan_was_made_for(tmp_path: Path, model: Path) -> None:
+    ctx = context(tmp_path, model, 2)
+    distributed_infer.prepare(params(), ctx)
+    with pytest.raises(StageFailed, match="divided for 2 ranks, and 3 came up"):
+        distributed_infer.run(params(), as_rank(replace(ctx, world_size=3), 0))
+
+
+def test_a_prompt_that_fails_stands_in_the_results_where_that_is_allowed(tmp_path: Path, model: Path) -> None:
+    prompts = ["good", "", "x" * 200, "fine"]
+    with pytest.raises(StageFailed, match="prompt 1: ValueError: the prompt is empty"):
+        infer(params(prompts=prompts, batch_size=4), context(tmp_path / "strict", model))
+    ctx = context(tmp_path / "lenient", model)
+    metrics = infer(params(prompts=prompts, batch_size=4, max_errors=2), ctx)
+    assert metrics.errors == 2
+    assert [set(line) - {"index", "prompt"} for line in results(ctx)] == [{"text"}, {"error"}, {"error"}, {"text"}]
+    assert "more than the model's 128 positions" in results(ctx)[2]["error"]
+
+
+def test_runs_through_a_placement(tmp_path: Path, model: Path) -> None:
+    plain, placed = context(tmp_path / "plain", model), context(tmp_path / "placed", model)
+    infer(params(), plain)
+    placement = Placement(
+        device_map={"": "disk", "model.decoder.layers.0": "cpu"}, weights={}, max_memory={"cpu": 30_000, "disk": None},
+        strategy="custom",
+    )  # fmt: skip
+    (tmp_path / "placement.json").write_text(json.dumps({"placement": placement.as_json()}))
+    infer(params(), replace(placed, inputs={**placed.inputs, "placement": (tmp_path,)}))
+    assert results(placed) == results(plain)
+
+
+def custom_task(folder: Path) -> None:
+    (folder / "mytasks.py").write_text("def lengths(model, rows, **o): return [{'length': len(r['q'])} for r in rows]")
+    (folder / "questions.jsonl").write_text("".join(json.dumps({"q": text, "n": 1}) + "\n" for text in PROMPTS))
+
+
+def test_a_function_of_ones_own_over_a_file(tmp_path: Path, model: Path) -> None:
+    custom_task(tmp_path)
+    ctx = context(tmp_path, model, 2, trust=Trust(modules=("mytasks",)))
+    parameters = params(task="mytasks:lengths", prompts="questions.jsonl", column="q", batch_size=2)
+    assert infer(parameters, ctx).prompts == 5
+    wanted = [{"index": i, "prompt": text, "length": len(text)} for i, text in enumerate(PROMPTS)]
+    assert results(ctx) == wanted
+
+
+def checking(folder: Path, **changes: Any) -> CheckContext:
+    return CheckContext(base=folder, machine=MACHINE, memo=folder, **changes)
+
+
+def test_checks_prompts_task_and_tokenizer_before_anything_runs(tmp_path: Path, model: Path) -> None:
+    with pytest.raises(UsageError, match="no file nowhere"):
+        distributed_infer.check(params(prompts="nowhere.jsonl"), checking(tmp_path))
+    with pytest.raises(UsageError, match="module mytasks is not trusted"):
+        distributed_infer.check(params(task="mytasks:lengths"), checking(tmp_path))
+    described = Forecast(output=describe_checkpoint(model))
+    distributed_infer.check(params(), checking(tmp_path, inputs={"model": (described,)}))
+    bare = Forecast(output=describe_checkpoint(make_checkpoint(tmp_path / "bare", "opt", tokenizer=False)))
+    with pytest.raises(UsageError, match="needs a tokenizer"):
+        distributed_infer.check(params(), checking(tmp_path, inputs={"model": (bare,)}))
+    for wrong in ({"batch_size": 0}, {"split": "queue"}, {"max_tokens": 5}):
+        with pytest.raises(ValidationError):
+            params(**wrong)
+
+
+def test_forecasts_shares_memory_and_gpus(tmp_path: Path, model: Path) -> None:
+    inputs = {"model": (Forecast(output=describe_checkpoint(model)),)}
+    ctx = ForecastContext(inputs=inputs, base=tmp_path, machine=MACHINE, memo=tmp_path, launch=Launch(num_processes=2))
+    found = STAGE.forecast(params(batch_size=2), ctx)
+    assert found.summary == "5 prompts in 3 batches over 2 ranks (4 + 1)"
+    assert found.metrics == {"prompts": 5}
+    assert found.ram is not None
+    assert found.ram > 2 * 2 * (model / "model.safetensors").stat().st_size
+    gpu = replace(MACHINE, gpus=(Gpu(0, "L4", 24 * 2**30, 20 * 2**30),))
+    assert "2 ranks with 1 GPU(s) each need 2" in STAGE.forecast(params(), replace(ctx, machine=gpu)).misfits[0].cause
+    assert STAGE.facts is not None
+    assert STAGE.facts(params(), gpu) == {"devices": ["L4"]}
+    assert STAGE.facts(params(dtype="float32"), gpu) == {}
+
+
+def start(folder: Path, model: Path, ranks: int, report: Callable[[Any], None] = bool, **fields: Any) -> Outcome:
+    folder.mkdir(exist_ok=True)
+    job = make_job(
+        folder, kind="distributed-infer", module="bigpipe.plugins.distributed_infer:STAGE",
+        params={"task": "text-generation", "prompts": PROMPTS, "max_new_tokens": 5, **fields},
+        inputs={"model": (str(model),)}, launch=Launch(num_processes=ranks), trust=Trust(modules=("mytasks",)),
+    )  # fmt: skip
+    environment = {**os.environ, "PYTHONPATH": f"{TESTS.parent / 'src'}:{TESTS}"}
+    return launch(
+        job, STAGE, timeout=150, cancelled=threading.Event(), report=report, secrets={}, parent_environment=environment
+    )
+
+
+def test_two_launched_ranks_give_what_one_gives(tmp_path: Path, model: Path) -> None:
+    events: list[Any] = []
+    one, two = start(tmp_path / "one", model, 1), start(tmp_path / "two", model, 2, events.append)
+    written = {name: (tmp_path / name / "work" / "out" / "results.jsonl").read_bytes() for name in ("one", "two")}
+    assert written["one"] == written["two"]
+    assert one.metrics["tokens"] == two.metrics["tokens"] == 25
+    assert one.files["results.jsonl"][1] == len(written["one"])
+    assert sorted(event.rank for event in events if isinstance(event, RankHello)) == [0, 1]
+    assert {event.rank: event.total for event in events if isinstance(event, Progress)} == {0: 3, 1: 2}
+
+
+SLOW = """
+import time
+def answer(model, rows, **options):
+    time.sleep(0.01)
+    return [{"length": len(row["prompt"]), "seed": row["seed"]} for row in rows]
+"""
+
+
+@pytest.mark.fault
+def test_kills_lose_and_repeat_nothing(tmp_path: Path, model: Path) -> None:
+    """A random rank is killed at a random moment, over and over, and taken up at another world size."""
+    draw = random.Random(7)  # noqa: S311
+    (tmp_path / "mytasks.py").write_text(SLOW)
+    prompts = [f"prompt {number}" for number in range(1000)]
+    fields = {"task": "mytasks:answer", "prompts": prompts, "batch_size": 4}
+    causes: list[str] = []
+    while True:
+        victims: list[int] = []
+
+        def report(event: Any, victims: list[int] = victims) -> None:
+            if isinstance(event, RankHello):
+                victims.append(event.pid)
+                if len(victims) == 1:
+                    delay = draw.uniform(4, 7)
+                    threading.Timer(delay, lambda: _kill(draw.choice(victims))).start()
+
+        try:
+            start(tmp_path, model, draw.randint(1, 4), report, **fields)
+            break
+        except StageFailed as error:
+            causes.append(error.cause)
+    assert causes
+    assert [cause for cause in causes if "SIGKILL" not in cause] == []
+    lines = [json.loads(line) for line in (tmp_path / "work" / "out" / "results.jsonl").read_text().splitlines()]
+    wanted = [{"index": i, "prompt": p, "length": len(p), "seed": i} for i, p in enumerate(prompts)]
+    assert lines == wanted
+    logs = (tmp_path / "work" / "scratch").glob("rank-*/records.jsonl")
+    written = [json.loads(line)["chunk"] for log in logs for line in log.read_text().splitlines() if line[-1:] == "}"]
+    assert len(written) <= 1000 + 4 * len(causes)
+
+
+def _kill(process: int) -> None:
+    with contextlib.suppress(ProcessLookupError):
+        os.kill(process, signal.SIGKILL)
