@@ -134,10 +134,10 @@ def wrong(model, rows):
 
 
 def test_a_function_of_ones_own(tmp_path: Path) -> None:
-    (tmp_path / "mytasks.py").write_text(FUNCTIONS)
+    (tmp_path / "ownfunctions.py").write_text(FUNCTIONS)
     path = make_checkpoint(tmp_path / "model", "opt")
     model, options = load(path), {"options": {"mark": "?"}, "seed": 10}
-    task = make_task("mytasks:shout", model, path, trust=["mytasks"], base=tmp_path, **options)
+    task = make_task("ownfunctions:shout", model, path, trust=["ownfunctions"], base=tmp_path, **options)
     answers = task(rows(["a", "b"]))
     assert [answer.payload for answer in answers] == [
         {"text": "A?", "seed": 10, "tokens": 2},
@@ -145,9 +145,9 @@ def test_a_function_of_ones_own(tmp_path: Path) -> None:
     ]
     assert answers[0].tokens == 2
     with pytest.raises(TypeError, match="a list of 1 dicts"):
-        make_task("mytasks:wrong", model, path, trust=["mytasks"], base=tmp_path)(rows(["a"]))
+        make_task("ownfunctions:wrong", model, path, trust=["ownfunctions"], base=tmp_path)(rows(["a"]))
     with pytest.raises(UsageError, match="no function 'gone'"):
-        make_task("mytasks:gone", model, path, trust=["mytasks"], base=tmp_path)
+        make_task("ownfunctions:gone", model, path, trust=["ownfunctions"], base=tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -162,7 +162,7 @@ def test_a_function_of_ones_own(tmp_path: Path) -> None:
 )
 def test_refuses_what_cannot_work_before_there_is_a_model(task: str, options: dict[str, Any], cause: str) -> None:
     with pytest.raises(UsageError, match=cause):
-        check_task(task, options, ["mytasks"])
+        check_task(task, options, ["ownfunctions"])
 
 
 def test_a_model_without_a_tokenizer(tmp_path: Path) -> None:
