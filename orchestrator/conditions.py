@@ -23,7 +23,7 @@ from bigpipe.sizes import UNITS, format_size, parse_size
 from .problems import Code, Problems, did_you_mean
 from .types import Json
 
-MAX_LENGTH = 1_000
+MAX_LENGTH = 500
 MAX_DEPTH = 20
 
 
@@ -109,9 +109,13 @@ class Condition:
         except _NotANumber as error:
             return Verdict(False, str(error), _written(self.right))
         unit = _unit(self.left) or _unit(self.right)
-        shown = _shown(left, unit, self.left), _shown(right, unit, self.right)
+        shown = _shown(left, unit), _shown(right, unit)
         if left != right and shown[0] == shown[1]:  # 20.0 GiB against 20.0 GiB explains nothing
             shown = f"{left:,}", f"{right:,}"
+        if isinstance(self.left, Number):
+            shown = self.left.text, shown[1]
+        if isinstance(self.right, Number):
+            shown = shown[0], self.right.text
         return Verdict(_COMPARISONS[self.comparison](left, right), *shown)
 
     def bind(self, nodes: Mapping[str, str | None]) -> Condition:
@@ -164,9 +168,7 @@ def _written(expression: Expression) -> str:
     return f"{_written(expression.left)} {expression.sign} {_written(expression.right)}"
 
 
-def _shown(value: int | float, unit: Unit, expression: Expression) -> str:
-    if isinstance(expression, Number):
-        return expression.text
+def _shown(value: int | float, unit: Unit) -> str:
     if unit == "size":
         return format_size(value)
     if unit == "time":
@@ -309,7 +311,8 @@ class _Parser:
         if unit in _SECONDS:
             return Number(float(digits) * _SECONDS[unit], "time", token.text)
         units = ["B", "kB", "MB", "GB", "TB", "KiB", "MiB", "GiB", "TiB", *_SECONDS]
-        cure = did_you_mean(unit, units) or "sizes: KiB MiB GiB TiB kB MB GB TB; times: ms s min h"
+        hint = _hint(unit) if unit in ("and", "or") else ""
+        cure = hint or did_you_mean(unit, units) or "sizes: KiB MiB GiB TiB kB MB GB TB; times: ms s min h"
         self.fail(token.match.start("unit"), f"{unit!r} is not a unit", cure, Code.BAD_UNIT, len(unit))
 
 

@@ -8,6 +8,7 @@ keeps nesting off the C stack and lets depth and alias limits stop a hostile fil
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -282,13 +283,12 @@ class _Composer:
             cure = f"write {text.lstrip('+-0') or 0}, 0o{text.lstrip('+-')} for octal, or '{text}' for text"
             self.problems.add(Code.AMBIGUOUS_SCALAR, self._at(event), f"{text} is octal in YAML 1.1 only", cure)
             return 0
-        if _INTEGER.fullmatch(text) and len(text) <= MAX_NUMBER_LENGTH:
-            base = {"0o": 8, "0x": 16}.get(text[:2], 10)
-            return int(text, base)
-        if _NOT_FINITE.fullmatch(text) or (_FLOAT.fullmatch(text) and abs(float(text)) == float("inf")):
-            self.problems.add(
-                Code.AMBIGUOUS_SCALAR, self._at(event), f"{text} is not a finite number", f"write '{text}' for text"
-            )
+        whole = _INTEGER.fullmatch(text)
+        if whole and len(text) <= MAX_NUMBER_LENGTH:
+            return int(text, {"0o": 8, "0x": 16}.get(text[:2], 10))
+        if whole or _NOT_FINITE.fullmatch(text) or (_FLOAT.fullmatch(text) and math.isinf(float(text))):
+            cause = f"{text} has too many digits" if whole else f"{text} is not a finite number"
+            self.problems.add(Code.AMBIGUOUS_SCALAR, self._at(event), cause, f"write '{text}' for text")
             return 0
         return float(text) if _FLOAT.fullmatch(text) else text
 
@@ -379,6 +379,8 @@ class _Composer:
 
     def _syntax(self, error: yaml.MarkedYAMLError) -> None:
         mark = error.problem_mark or error.context_mark
+        if error.context_mark and mark and not "".join(self.lines[mark.line :]).strip():
+            mark = error.context_mark  # the file ended: show what was left open
         line, column = (mark.line, mark.column) if mark else (0, 0)
         text = self.lines[line] if line < len(self.lines) else ""
         cause = error.problem or "this is not YAML"

@@ -1,0 +1,138 @@
+"""The JSON schema for editors, and the first manifest that `bigpipe init` writes."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from textwrap import dedent
+from typing import Any
+
+import jsonschema
+import pytest
+from pydantic import Field
+from support.kinds import KINDS, InferParams
+
+from bigpipe.orchestrator.initial import initial_manifest
+from bigpipe.orchestrator.registry import BUILT_IN
+from bigpipe.orchestrator.schema import field_descriptions, manifest_schema
+from bigpipe.orchestrator.stage import Params, Size
+from bigpipe.orchestrator.yamlsource import read_document, to_python
+
+
+@pytest.fixture(scope="module")
+def validator() -> Any:
+    schema = json.loads(json.dumps(manifest_schema(KINDS)))
+    jsonschema.Draft7Validator.check_schema(schema)
+    return jsonschema.Draft7Validator(schema)
+
+
+def data(text: str) -> Any:
+    """As an editor sees it: keys are text."""
+    return json.loads(json.dumps(to_python(read_document("m.yaml", dedent(text).encode()).root)))
+
+
+def errors(validator: Any, text: str) -> list[str]:
+    return [f"{error.json_path}: {error.message}" for error in validator.iter_errors(data(text))]
+
+
+GOOD = """
+    version: 1
+    name: opt
+    description: all of it
+    x-defaults: &defaults {retries: 2}
+    params: {gpu: 22GiB, schemes: [int8, nf4], batch: 4, size: {0: 3GB}}
+    secrets: [TOKEN]
+    trust: {modules: [mingpt]}
+    stages:
+      source: {uses: source, with: {synthetic: {config: {layers: 2}}}, <<: *defaults, timeout: 30m, secrets: [TOKEN]}
+      estimate:
+        uses: estimate
+        inputs: source
+        with: {dtypes: [int8], batch_size: "${params.batch}"}
+        gates: ["int8.inference_high <= ${params.gpu}"]
+        resources: {ram: 4GiB, cpus: "${params.batch}"}
+      quantize:
+        uses: quantize
+        inputs: {model: source}
+        needs: [estimate]
+        matrix: {scheme: "${params.schemes}"}
+        when: ${stages.estimate.metrics.int8.weights} < 30GiB
+        with: {scheme: "${matrix.scheme}", threshold: "${params.batch}", double: "${env.DOUBLE:-false}"}
+        cache: false
+        env: {OMP_NUM_THREADS: 4}
+      place:
+        {uses: place, inputs: quantize, with: {device_map: {"": 0, a: cpu}, max_memory: {0: 3, 1-7: 46GiB, cpu: 1GB}}}
+      place2: {uses: place, inputs: quantize, with: {device_map: auto, max_memory: "${params.size}"}}
+      infer:
+        {uses: infer, inputs: {model: quantize, placement: place}, with: {prompts: [a]}, launch: {num_processes: 2}}
+      save:
+        {uses: save, inputs: {model: quantize@scheme=int8, reports: [estimate]}, with: {to: dist}, on_fail: continue}
+      again: {uses: estimate, with: "${params.size}"}
+"""
+
+
+def test_a_manifest_with_everything_is_valid(validator: Any) -> None:
+    assert errors(validator, GOOD) == []
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "found"),
+    [
+        ("batch_size:", "batch_sise:", "$.stages.estimate.with: Additional properties are not allowed ('batch_sise'"),
+        ("dtypes: [int8]", "dtypes: [int9]", "$.stages.estimate.with.dtypes"),
+        ('"${params.batch}"}\n        gates', "four}\n        gates", "$.stages.estimate.with.batch_size"),
+        ("threshold: \"${params.batch}\"", "threshold: high", "$.stages.quantize.with.threshold"),
+        ("scheme: \"${matrix.scheme}\"", "scheme: int4", "$.stages.quantize.with.scheme"),
+        ("{synthetic: {config: {layers: 2}}}", "{synthetic: {dtype: float16}}", "$.stages.source.with.synthetic"),
+        ("a: cpu", "a: tpu", "$.stages.place.with.device_map"),
+        ("{uses: save,", "{uses: safe,", "$.stages.save.uses: 'safe' is not one of"),
+        ("inputs: {model: source}", "inputs: {modle: source}", "$.stages.quantize.inputs"),
+        ("inputs: {model: source}", "retries: 1", "$.stages.quantize: 'inputs' is a required property"),
+        ("with: {prompts: [a]}, ", "", "$.stages.infer: 'with' is a required property"),
+        ("reports: [estimate]", "reports: 3", "$.stages.save.inputs"),
+        ("uses: source, ", "uses: source, inputs: place, ", "$.stages.source: False schema does not allow 'place'"),
+        ("cache: false", "launch: {num_processes: 2}", "$.stages.quantize: False schema does not allow"),
+        ("num_processes: 2", "num_process: 2", "$.stages.infer.launch"),
+        ("on_fail: continue", "on_fail: go", "$.stages.save.on_fail"),
+        ("retries: 2", "retrys: 2", "$.stages.source: Additional properties"),
+        ("cache: false", "cache: never", "$.stages.quantize.cache"),
+        ("version: 1", "version: 2", "$.version: 1 was expected"),
+        ("trust:", "thrust:", "$: 'thrust' does not match any of the regexes: '^x-'"),
+        ("stages:\n      source:", "stages:\n      my source:", "$.stages: 'my source' does not match"),
+        ("modules: [mingpt]", "modules: mingpt", "$.trust.modules"),
+    ],
+)  # fmt: skip
+def test_what_an_editor_underlines(validator: Any, old: str, new: str, found: str) -> None:
+    changed = GOOD.replace(old, new, 1)
+    assert changed != GOOD
+    assert any(message.startswith(found) for message in errors(validator, changed)), errors(validator, changed)
+
+
+class Described(Params):
+    first: int = 1
+    """How many
+    there are."""
+    second: Size = Field(default=0, description="Said in place.")
+    third: str = ""
+
+
+def test_docstrings_below_fields_become_descriptions() -> None:
+    assert field_descriptions(Described) == {"first": "How many there are.", "second": "Said in place."}
+    assert field_descriptions(InferParams) == {}
+
+
+def test_the_first_manifest_uses_every_built_in_kind_once(tmp_path: Path) -> None:
+    text = initial_manifest("facebook/opt-13b", "opt13b", "../schema/bigpipe.schema.json")
+    assert text.splitlines()[0] == "# yaml-language-server: $schema=../schema/bigpipe.schema.json"
+    stages = data(text)["stages"]
+    assert [stage["uses"] for stage in stages.values()] == list(BUILT_IN)
+    assert stages["download"]["with"] == {"repo": "facebook/opt-13b", "revision": "main"}
+
+
+@pytest.mark.parametrize("name", ["opt", "1e5", "no", "true", "a: b", "${params.x}", 'q"uote', "ünï", "0777", "x\ny"])
+def test_any_name_is_written_so_that_it_is_read_back(name: str) -> None:
+    read = data(initial_manifest(f"./{name}", name))
+    assert isinstance(read["name"], str)
+    assert read["name"].isprintable()
+    assert read["stages"]["download"]["with"] == {"path": f"./{name.replace('${', '$${')}"}
+    assert read["stages"]["save"]["with"] == {"to": f"dist/{read['name']}"}
