@@ -33,6 +33,8 @@ class FileSource:
         # Without O_NONBLOCK a FIFO that replaced the file since it was checked would hang us.
         self._file = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
         self.size = os.fstat(self._file).st_size
+        if hasattr(os, "posix_fadvise"):
+            os.posix_fadvise(self._file, 0, 0, os.POSIX_FADV_SEQUENTIAL)
 
     @property
     def name(self) -> str:

@@ -71,7 +71,7 @@ def find_weight_files(path: Path) -> WeightFiles:
 
 
 def _in_directory(directory: Path) -> WeightFiles:
-    names = sorted(entry.name for entry in os.scandir(directory) if not entry.is_dir())
+    names = sorted(name for name in os.listdir(directory) if not (directory / name).is_dir())
     for name in _candidates(names, directory):
         file = directory / name
         if name.endswith(".json"):

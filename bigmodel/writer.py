@@ -146,9 +146,9 @@ def _remove_leftovers(out: Path, format: Format, planned: set[str]) -> None:
     pattern = re.compile(
         rf"{re.escape(prefix)}(-\d{{5}}-of-\d{{5}})?{re.escape(suffix)}(\.index\.json)?({re.escape(PARTIAL)})?"
     )
-    for entry in os.scandir(out):
-        if pattern.fullmatch(entry.name) and entry.name not in planned:
-            os.unlink(entry.path)
+    for name in os.listdir(out):
+        if pattern.fullmatch(name) and name not in planned:
+            (out / name).unlink()
 
 
 def _check_space(out: Path, needed: int) -> None:
