@@ -15,7 +15,7 @@ from .durable import explained, is_partial
 from .hashing import is_hex
 from .keyrecord import all_records, sealed_names
 from .layout import Layout
-from .locks import Lock, locks_work
+from .locks import Lock, keeps_out
 from .presence import Presence, anybody
 from .releasing import held_objects
 from .roots import Root, all_roots
@@ -55,12 +55,12 @@ def collect_garbage(layout: Layout, presence: Presence, *, dry_run: bool) -> GcR
             return _Collection(layout, dry_run=True).collect()
         # Nothing new is written before bytes are freed: `gc` is what people call when the disk is full.
         presence.leave()  # whoever enters waits for the lock below, this process too
-        if not locks_work(layout.locks / "gc"):
-            raise UsageError(
-                f"the file system of the store keeps no locks, so nobody knows who uses it: {layout.root}",
-                "move the store to a local disk, or remove it when nothing runs",
-            )
-        with Lock(layout.locks / "gc"), Lock(layout.locks / "objects"):
+        with Lock(layout.locks / "gc") as entrance, Lock(layout.locks / "objects"):
+            if not keeps_out(entrance.path):
+                raise UsageError(
+                    f"the file system of the store keeps no locks, so nobody knows who uses it: {layout.root}",
+                    "move the store to a local disk, or remove it when nothing runs",
+                )
             if anybody(layout):
                 raise Transient("another run uses the store", "collect garbage when it has ended")
             return _Collection(layout, dry_run=False).collect()

@@ -142,17 +142,28 @@ def build(
     of all its ancestors are too.
     """
     old = previous or Lock(recipe=recipe)
-    same = {name for name, item in inputs.items() if name in old.inputs and not _input_changes(old.inputs[name], item)}
-    reached: set[str] = set()
-    for name in inputs:
-        if name in same and reached.issuperset(producers.get(name, ())):
-            reached.add(name)
+    same = _same(old.inputs, inputs)
+    unmoved = _unmoved(same, inputs, producers)
     return Lock(
         recipe=recipe,
         params=dict(params),
         inputs={name: _with_files(item, old.inputs[name]) if name in same else item for name, item in inputs.items()},
-        outputs={name: output for name, output in old.outputs.items() if name in reached},
+        outputs={name: output for name, output in old.outputs.items() if name in unmoved},
     )
+
+
+def _same(old: Mapping[str, LockedInput], new: Mapping[str, LockedInput]) -> set[str]:
+    """The nodes whose own inputs are as they were."""
+    return {name for name, item in new.items() if name in old and not _input_changes(old[name], item)}
+
+
+def _unmoved(same: set[str], nodes: Iterable[str], producers: Mapping[str, Iterable[str]]) -> set[str]:
+    """The nodes whose inputs, and those of all their ancestors, are as they were. `nodes`: in topological order."""
+    unmoved: set[str] = set()
+    for name in nodes:
+        if name in same and unmoved.issuperset(producers.get(name, ())):
+            unmoved.add(name)
+    return unmoved
 
 
 def _with_files(now: LockedInput, old: LockedInput) -> LockedInput:
@@ -320,6 +331,8 @@ class Resolved(Protocol):
     @property
     def nodes(self) -> Sequence[Any]: ...
     @property
+    def lock(self) -> Lock | None: ...
+    @property
     def store(self) -> Records: ...
     def identity(self, node: Any) -> Identity: ...
     def pinned(self, node: Any) -> Pinned: ...
@@ -332,14 +345,17 @@ class Finished(Protocol):
 
 def current(session: Resolved) -> Lock:
     """What a lock written now would say. Runs nothing."""
-    path = lock_path(session.recipe.path)
     return build(
         session.recipe.name,
         json.loads(json.dumps(dict(session.recipe.params), default=str)),
         {node.name: _input_now(session, node) for node in session.nodes},
-        {node.name: [name for names in node.inputs.values() for name in names] for node in session.nodes},
-        read(path),
+        _producers(session),
+        session.lock,
     )
+
+
+def _producers(session: Resolved) -> dict[str, list[str]]:
+    return {node.name: [name for names in node.inputs.values() for name in names] for node in session.nodes}
 
 
 def _input_now(session: Resolved, node: Any) -> LockedInput:
@@ -363,55 +379,58 @@ def write_lock(session: Resolved) -> Path:
 
 def check_lock(session: Resolved) -> Path:
     """Raises Stale where the lock is not what `write_lock` would write, UsageError where there is none."""
-    path, lock = _needed(session)
-    require(path, lock, current(session))
-    return path
+    lock = _needed(session)
+    require(lock.path, lock, current(session))
+    return lock.path
 
 
 def enforce(session: Resolved) -> None:
     """Before `run --locked`: raises Stale where the inputs of the nodes to run differ from the lock."""
-    path, lock = _needed(session)
-    require(path, lock, current(session), [node.name for node in session.nodes])
+    lock = _needed(session)
+    require(lock.path, lock, current(session), [node.name for node in session.nodes])
 
 
-def _needed(session: Resolved) -> tuple[Path, Lock]:
-    path = lock_path(session.recipe.path)
-    lock = read(path)
-    if lock is None:
+def _needed(session: Resolved) -> Lock:
+    if session.lock is None:
+        path = lock_path(session.recipe.path)
         raise UsageError(f"there is no lock file {path}", f"write it: bigpipe lock {session.recipe.path.name}")
-    return path, lock
+    return session.lock
 
 
 def enforce_outputs(session: Resolved, finished: Mapping[str, Finished]) -> None:
-    """After `run --locked`, before `record_outputs`: see `require_record`."""
-    path, lock = _needed(session)
+    """After `run --locked`, before `record_outputs`: raises StageFailed where a node gave something else than locked,
+    see `require_record`."""
+    lock = _needed(session)
     for node in session.nodes:
         record = finished[node.name].record if node.name in finished else None
         if record is not None:
             tree = session.store.artifact_path(record.digest) if record.digest else None
-            require_record(path, lock, node.name, record, tree, node.kind.reproducible)
+            require_record(lock.path, lock, node.name, record, tree, node.kind.reproducible)
 
 
 def record_outputs(session: Resolved, finished: Mapping[str, Finished]) -> None:
-    """Adds what a successful run gave to the lock file, if there is one."""
-    path = lock_path(session.recipe.path)
-    old = read(path)
-    if old is None:
-        return
-    lock = current(session)
+    """Adds what a successful run gave to the lock file, if there is one.
+
+    Only nodes that ran with the locked inputs count: a run never moves a lock, `bigpipe lock` does.
+    """
+    lock = session.lock
     records = {name: item.record for name, item in finished.items() if item.record is not None}
-    outputs = {name: _output_now(session, record) for name, record in records.items() if name in lock.inputs}
-    others = {name: item for name, item in old.inputs.items() if name not in lock.inputs}  # of a run of some nodes
-    kept = {name: item for name, item in old.outputs.items() if name in others}
+    if lock is None or all(_is_recorded(lock, name, record) for name, record in records.items()):
+        return
+    now = current(session)
+    unmoved = _unmoved(_same(lock.inputs, now.inputs), now.inputs, _producers(session))
+    fresh = {name: record for name, record in records.items() if name in unmoved}
+    outputs = {name: _output_now(session, record) for name, record in fresh.items()}
+    inputs = {name: now.inputs[name] for name in fresh}
     write(
-        path,
-        lock.model_copy(
-            update={
-                "inputs": {**others, **lock.inputs},
-                "outputs": {**kept, **lock.outputs, **outputs},
-            }
-        ),
+        lock.path,
+        lock.model_copy(update={"inputs": {**lock.inputs, **inputs}, "outputs": {**lock.outputs, **outputs}}),
     )
+
+
+def _is_recorded(lock: Lock, node: str, record: KeyRecord) -> bool:
+    output = lock.outputs.get(node)
+    return output is not None and (output.key, output.digest) == (record.key, record.digest)
 
 
 def _output_now(session: Resolved, record: KeyRecord) -> LockedOutput:

@@ -21,6 +21,8 @@ from .durable import NO_LOCKS, explained, make_directory
 
 POLL = 0.05
 """Seconds between two tries. `flock` cannot wait and listen for a cancellation at once."""
+SIGN = 120
+"""Characters of a lock file's content."""
 
 
 class Lock:
@@ -38,7 +40,7 @@ class Lock:
     def try_acquire(self) -> bool:
         """Takes the lock if it is free. Raises UsageError where the file system has no locks."""
         with explained(self.path):
-            make_directory(self.path.parent)
+            make_directory(self.path.parent, durable=False)
             while True:
                 descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
                 if not self._flock(descriptor):
@@ -68,9 +70,10 @@ class Lock:
 
     def _sign(self) -> None:
         if self._descriptor is not None and self._operation == fcntl.LOCK_EX:
-            with suppress(OSError):  # only read to tell whoever waits; a full disk must not matter
-                os.ftruncate(self._descriptor, 0)
-                os.pwrite(self._descriptor, f"process {os.getpid()} on {os.uname().nodename}".encode(), 0)
+            # Of fixed width: cutting the file first would make ext4 write it out when it is closed. It is only read to
+            # tell whoever waits, so a full disk does not matter.
+            with suppress(OSError):
+                os.pwrite(self._descriptor, f"process {os.getpid()} on {os.uname().nodename}".ljust(SIGN).encode(), 0)
 
     def acquire(
         self, cancelled: threading.Event | None = None, waiting: Callable[[str], None] | None = None, holder: str = ""
@@ -92,7 +95,7 @@ class Lock:
     def holder(self) -> str:
         """Who says to hold the lock: `process 4242 on host`."""
         with suppress(OSError):
-            return self.path.read_text(errors="replace")[:200] or "another process"
+            return self.path.read_text(errors="replace")[:SIGN].strip() or "another process"
         return "another process"
 
     def release(self) -> None:
@@ -118,10 +121,10 @@ def _is_at(descriptor: int, path: Path) -> bool:
         return False
 
 
-def locks_work(path: Path) -> bool:
-    """Does a second hold on `path` fail, as it must? Some network file systems accept every lock and keep none."""
-    first, second = Lock(path), Lock(path)
-    with first:
-        useless = second.try_acquire()
-        second.release()
-    return not useless
+def keeps_out(path: Path) -> bool:
+    """Is a lock held on `path` refused to others, as it must? Some network file systems accept every lock and keep
+    none."""
+    second = Lock(path)
+    taken = second.try_acquire()
+    second.release()
+    return not taken

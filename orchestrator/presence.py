@@ -14,7 +14,7 @@ from pathlib import Path
 from .artifacts import remove_tree
 from .durable import explained, make_directory
 from .layout import Layout
-from .locks import Lock, locks_work
+from .locks import Lock, keeps_out
 
 
 class Presence:
@@ -31,7 +31,8 @@ class Presence:
         """False where the file system accepts every lock and keeps none: work is then not shared."""
 
     def enter(self) -> Path:
-        """The folder of this process. The first call removes what dead processes left; it waits for a running `gc`."""
+        """Where the folder of this process is, or will be. The first call removes what dead processes left, and waits
+        for a running `gc`."""
         with self._guard:
             if self._folder is None or self._process != os.getpid():  # a forked child is somebody else
                 self._folder, self._process = self._enter(), os.getpid()
@@ -40,22 +41,22 @@ class Presence:
     def _enter(self) -> Path:
         tmp = self._layout.tmp
         with explained(tmp):
-            make_directory(tmp)
-            make_directory(self._layout.locks)
+            make_directory(tmp, durable=False)
+            make_directory(self._layout.locks, durable=False)
             with Lock(self._layout.locks / "gc", shared=True):
                 name = f"{os.getpid()}-{os.urandom(4).hex()}"
                 self._lock = Lock(tmp / f"{name}.lock")
                 self._lock.acquire()
-                folder = tmp / name
-                make_directory(folder)
-                self.locks_work = locks_work(folder / "probe")
+                self.locks_work = keeps_out(self._lock.path)
                 if self.locks_work:
                     _others(self._layout, name)
-        return folder
+        return tmp / name
 
     def temporary(self) -> Path:
-        """A path in the folder that nothing stands at."""
-        return self.enter() / str(next(self._serial))
+        """A path in the folder, which is there from now on, that nothing stands at."""
+        folder = self.enter()
+        make_directory(folder, durable=False)
+        return folder / str(next(self._serial))
 
     def leave(self) -> None:
         with self._guard:

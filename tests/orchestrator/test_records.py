@@ -1,0 +1,198 @@
+"""What a run was, as it is on disk: while it goes on, after it ended, and beside another one."""
+
+import json
+import os
+import signal
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from pathlib import Path
+
+import pytest
+from support.stores import in_child
+
+from bigpipe.errors import UsageError
+from bigpipe.orchestrator.events import LogLine, NodeFinished, NodeStarted, Progress, RunFinished, RunStarted
+from bigpipe.orchestrator.keys import Change
+from bigpipe.orchestrator.records import RunRecorder, diff, list_runs, load_run, log_files, new_run_id, node_folder
+
+
+@dataclass
+class Recipe:
+    path: Path = Path("/recipes/one.yaml")
+    name: str = "one"
+    text: str = "version: 1\n"
+    params: dict[str, object] = field(default_factory=lambda: {"gpu": "22GiB"})
+
+
+def finished(node, status="succeeded", **changes):
+    facts = {"seconds": 1.23456, "peak_rss": 1000, "metrics": {"bytes": 5}, "digest": "sha256:" + "a" * 64}
+    return NodeFinished(node, status, **(facts | changes))
+
+
+def result(status="succeeded", **nodes):
+    shape = {"key": "sha256:" + "b" * 64, "digest": None, "path": None, "peak_rss": 1000, "reason": ""}
+    return {
+        "schema": "bigpipe.run/1",
+        "run": "x",
+        "status": status,
+        "nodes": {
+            name: {**shape, "status": "succeeded", "seconds": 1.0, "metrics": {}, **data}
+            for name, data in nodes.items()
+        },
+    }
+
+
+def run(runs, name, nodes, status="succeeded", recipe=None):
+    recorder = RunRecorder(runs / name, name, recipe or Recipe())
+    recorder.report(RunStarted(name, "/recipes/one.yaml", tuple(nodes)))
+    for node, data in nodes.items():
+        recorder.report(NodeStarted(node, "first run"))
+        recorder.report(finished(node, data.get("status", "succeeded"), error=data.get("error", "")))
+    recorder.report(RunFinished(name, status, 2.0))
+    recorder.finish(
+        result(status, **{node: {k: v for k, v in data.items() if k != "error"} for node, data in nodes.items()}), 2.0
+    )
+    return load_run(runs, name)
+
+
+def test_ids_sort_by_time_and_never_meet(tmp_path):
+    noon, later = datetime(2026, 1, 3, 12, 0, 0, tzinfo=UTC), datetime(2026, 1, 3, 12, 0, 1, tzinfo=UTC)
+    assert new_run_id(noon) < new_run_id(later)
+    assert new_run_id(noon).startswith("20260103-120000-")
+    assert len({new_run_id(noon) for _ in range(100)}) == 100
+
+
+def test_a_record_says_what_the_run_was(tmp_path):
+    record = run(
+        tmp_path,
+        "r1",
+        {"shard": {"metrics": {"bytes": 5}}, "save": {"status": "failed", "error": "disk full"}},
+        "failed",
+    )
+    assert (record.run, record.status, record.seconds) == ("r1", "failed", 2.0)
+    assert (record.recipe, record.manifest, record.params) == ("one", "/recipes/one.yaml", {"gpu": "22GiB"})
+    assert record.text == "version: 1\n"
+    assert record.nodes["shard"].metrics == {"bytes": 5}
+    assert (record.nodes["save"].status, record.nodes["save"].error) == ("failed", "disk full")
+
+
+def test_it_can_be_read_while_the_run_goes_on_and_after_it_was_killed(tmp_path):
+    def killed():
+        recorder = RunRecorder(tmp_path / "r", "r", Recipe())
+        recorder.report(RunStarted("r", "/recipes/one.yaml", ("shard", "save")))
+        recorder.report(NodeStarted("shard", "params.dtype float32 → float16"))
+        recorder.report(LogLine("shard", "halfway", detail=True))
+        recorder._saved = 0.0  # a second later
+        recorder.report(finished("shard"))
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    assert in_child(killed) == -signal.SIGKILL
+    record = load_run(tmp_path)
+    assert record.status == "running"
+    assert (record.nodes["shard"].status, record.nodes["shard"].seconds) == ("succeeded", 1.235)
+    assert record.nodes["save"].status == "pending"
+
+
+def test_every_event_is_kept_with_its_time(tmp_path):
+    recorder = RunRecorder(tmp_path / "r", "r", Recipe())
+    events = [
+        RunStarted("r", "m", ("a",)),
+        NodeStarted("a", ""),
+        Progress("a", 1, 2),
+        LogLine("a", "zeile ü"),
+        finished("a"),
+    ]
+    for event in events:
+        recorder.report(event)
+    recorder.finish(result(a={}), 1.0)
+    lines = [json.loads(line) for line in (tmp_path / "r" / "events.jsonl").read_text().splitlines()]
+    assert [line["event"] for line in lines] == ["run_started", "node_started", "progress", "log", "node_finished"]
+    assert all(datetime.fromisoformat(line["time"]) for line in lines)
+
+
+def test_nodes_that_end_at_once_share_one_writing(tmp_path):
+    recorder = RunRecorder(tmp_path / "r", "r", Recipe())
+    names = tuple(f"n{number}" for number in range(300))
+    recorder.report(RunStarted("r", "m", names))
+    inode = (tmp_path / "r" / "run.json").stat().st_ino
+    for name in names:
+        recorder.report(finished(name, "cached"))
+    assert (tmp_path / "r" / "run.json").stat().st_ino == inode
+    recorder.finish(result(**{name: {"status": "cached"} for name in names}), 0.1)
+    assert {node.status for node in load_run(tmp_path).nodes.values()} == {"cached"}
+
+
+class TestFinding:
+    @pytest.fixture
+    def runs(self, tmp_path):
+        for name in ("20260101-000000-aaaaaa", "20260101-000000-bbbbbb", "20260102-000000-cccccc"):
+            run(tmp_path, name, {"a": {}})
+        return tmp_path
+
+    def test_by_id_by_its_start_and_the_last(self, runs):
+        assert load_run(runs, "20260101-000000-bbbbbb").run == "20260101-000000-bbbbbb"
+        assert (
+            load_run(runs, "20260102").run
+            == load_run(runs, "last").run
+            == load_run(runs).run
+            == "20260102-000000-cccccc"
+        )
+        assert [record.run[-6:] for record in list_runs(runs)] == ["aaaaaa", "bbbbbb", "cccccc"]
+
+    def test_what_is_none_or_several_is_said(self, runs, tmp_path):
+        with pytest.raises(UsageError, match="no run 2027; the latest is 20260102-000000-cccccc"):
+            load_run(runs, "2027")
+        with pytest.raises(UsageError, match="several runs start with 20260101"):
+            load_run(runs, "20260101")
+        with pytest.raises(UsageError, match="none is on record"):
+            load_run(tmp_path / "nothing", "last")
+
+    def test_a_damaged_record_is_named_and_hides_no_other(self, runs):
+        (runs / "20260102-000000-cccccc" / "run.json").write_text('{"run":')
+        with pytest.raises(UsageError, match="damaged"):
+            load_run(runs)
+        assert len(list_runs(runs)) == 2
+
+    def test_logs_are_found_by_node_and_attempt(self, runs):
+        folder = runs / "20260102-000000-cccccc"
+        for attempt in (1, 2, 10):
+            path = node_folder(folder, "a") / str(attempt) / "log.txt"
+            path.parent.mkdir(parents=True)
+            path.write_text(f"attempt {attempt}\n")
+        assert [attempt for _, attempt, _ in log_files(runs, "last")] == [1, 2, 10]
+        assert [path.read_text() for *_, path in log_files(runs, "last", "a")][-1] == "attempt 10\n"
+        with pytest.raises(UsageError, match="has no node b"):
+            list(log_files(runs, "last", "b"))
+
+
+class TestDiff:
+    def test_a_run_is_like_itself_and_like_one_that_found_it_all_cached(self, tmp_path):
+        one = run(tmp_path, "r1", {"a": {"digest": "sha256:1"}})
+        assert diff(one, one).same
+        other = run(tmp_path, "r2", {"a": {"digest": "sha256:1", "status": "cached", "seconds": 0.0}})
+        assert diff(one, other).same
+
+    def test_params_nodes_digests_metrics_and_times_are_compared(self, tmp_path):
+        one = run(tmp_path, "r1", {"a": {"digest": "sha256:1", "metrics": {"x": {"y": 1}}}, "gone": {}})
+        other = run(
+            tmp_path, "r2", {"a": {"digest": "sha256:2", "metrics": {"x": {"y": 2}}, "seconds": 3.0}, "new": {}},
+            recipe=Recipe(params={"gpu": "40GiB"}),
+        )  # fmt: skip
+        found = diff(one, other, {"a": [Change("params.scheme", "int8", "nf4")]})
+        assert found.runs == ("r1", "r2")
+        assert found.changes == (
+            Change("params.gpu", "22GiB", "40GiB"),
+            Change("nodes.gone", "succeeded", None),
+            Change("nodes.new", None, "succeeded"),
+        )
+        assert found.nodes["a"] == (
+            Change("params.scheme", "int8", "nf4"),
+            Change("digest", "sha256:1", "sha256:2"),
+            Change("metrics.x.y", 1, 2),
+            Change("seconds", 1.0, 3.0),
+        )
+
+    def test_a_failure_is_a_difference(self, tmp_path):
+        one = run(tmp_path, "r1", {"a": {}})
+        other = run(tmp_path, "r2", {"a": {"status": "failed"}}, "failed")
+        assert Change("status", "succeeded", "failed") in diff(one, other).nodes["a"]
