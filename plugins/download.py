@@ -2,58 +2,35 @@
 
 From the Hub nothing is copied: the artifact refers to the blobs where the Hub cache keeps them, each verified once. A
 directory is copied, because it may change; synthetic weights are streamed to disk in constant memory.
+
+This is what the kind takes and gives; `sources` does it, and is imported only then: every command reads every kind.
 """
 
 from __future__ import annotations
 
-import hashlib
-import json
-import os
 import re
-import shutil
-from collections.abc import Mapping, Sequence
-from dataclasses import replace
-from importlib import metadata
-from pathlib import Path
+from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from bigpipe.bigmodel.architecture import Architecture, describe_architecture
-from bigpipe.bigmodel.copying import copy_file
-from bigpipe.bigmodel.description import ARCHITECTURE_FILE, ModelDescription, describe_checkpoint
-from bigpipe.bigmodel.files import MAX_CONFIG, read_json
-from bigpipe.bigmodel.hub import COMMIT, Hub, HubFile, Repository, check_access, describe, resolve_commit
-from bigpipe.bigmodel.selection import check_index, detect, select, weight_format
-from bigpipe.bigmodel.snapshot import fetch, missing_bytes
-from bigpipe.bigmodel.synthetic import plan_synthetic, synthetic_description, write_synthetic
-from bigpipe.bigmodel.writer import planned_bytes
 from bigpipe.orchestrator.stage import (
     CheckContext,
     Code,
-    DoesNotFit,
     FileOrLiteral,
     Forecast,
     ForecastContext,
     Json,
     Machine,
     Metrics,
-    Misfit,
-    NotAuthorised,
     Params,
     Pinned,
     Size,
     Stage,
     StageContext,
     StageResult,
-    Transient,
     Tree,
-    UsageError,
 )
-from bigpipe.sizes import format_transfer
-
-Files = dict[str, tuple[str, int]]
-"""Relative path → (hex sha256, size)."""
 
 
 class Synthetic(Params):
@@ -114,280 +91,40 @@ class DownloadMetrics(Metrics):
 
 def pin(params: DownloadParams, ctx: CheckContext) -> Pinned | None:
     """The commit that a branch or tag means now."""
-    if params.repo is None or COMMIT.fullmatch(params.revision):
+    if params.repo is None:
         return None
-    hub = Hub.from_environment(ctx.environment, offline=ctx.offline)
-    commit = resolve_commit(params.repo, params.revision, hub=hub, memo=ctx.memo)
-    return Pinned({"revision": commit}, f"{hub.endpoint}, just now")
+    from . import sources
+
+    return sources.pin(params, ctx)
 
 
 def check(params: DownloadParams, ctx: CheckContext) -> None:
     """Trust, token, gate, and whether a directory is a checkpoint: what would fail later fails now."""
-    if params.architecture is not None:
-        _check_trust(params.architecture.class_, ctx.trust.modules)
-    if params.path is not None:
-        folder = ctx.base / params.path
-        if detect(_chosen_locally(params, folder)) != "diffusers":
-            describe_checkpoint(folder)
-    if params.repo is not None and not ctx.offline:
-        try:
-            check_access(params.repo, hub=Hub.from_environment(ctx.environment))
-        except Transient:
-            return  # the forecast tells what is not known, and the run may go on from the Hub cache
+    from . import sources
 
-
-def _check_trust(class_: str, modules: Sequence[str]) -> None:
-    module = class_.partition(":")[0]
-    if not any(module == name or module.startswith(f"{name}.") for name in modules):
-        raise UsageError(
-            f"architecture.class: {class_} would run the code of {module}, which is not trusted",
-            f"if you trust it, write at the top level: trust: {{modules: [{module.partition('.')[0]}]}}",
-        )
+    sources.check(params, ctx)
 
 
 def forecast(params: DownloadParams, ctx: ForecastContext) -> Forecast:
-    found = Forecast()
-    if params.repo is not None:
-        found = _forecast_repository(params, ctx)
-    elif params.path is not None:
-        found = _forecast_directory(params, ctx)
-    elif params.synthetic is not None:
-        found = _forecast_synthetic(params, params.synthetic, ctx)
-    if ctx.artifact is not None:
-        found = replace(found, output=_description_of(ctx.artifact) or found.output)
-    return replace(found, output=_with_class(found.output, params))
+    from . import sources
 
-
-def _forecast_repository(params: DownloadParams, ctx: ForecastContext) -> Forecast:
-    hub = Hub.from_environment(ctx.environment, offline=ctx.offline)
-    try:
-        repository = describe(params.repo or "", ctx.pins.get("revision", params.revision), hub=hub, memo=ctx.memo)
-    except (Transient, NotAuthorised) as error:
-        return Forecast(unknown=(f"size of {params.repo}: {error.cause}",), summary="size not known")
-    files = _chosen_remotely(repository, params)
-    missing = missing_bytes(repository, files, hub)
-    sizes = {**{file.path: file.size for file in files}, **_class_sizes(params)}
-    total = sum(sizes.values())
-    return Forecast(
-        download_bytes=missing,
-        write_bytes=sum(_class_sizes(params).values()),
-        metrics={"bytes": total, "files": len(sizes), "commit": repository.commit},
-        output=_describe_repository(repository, hub, ctx),
-        misfits=tuple(_cache_misfits(missing, hub)),
-        summary=f"{len(sizes)} files of {format_transfer(total)}{'' if missing else ', all in the Hub cache'}",
-    )
-
-
-def _describe_repository(repository: Repository, hub: Hub, ctx: ForecastContext) -> ModelDescription | None:
-    """From the model's small files, which come into the Hub cache now; no weights move."""
-    small = [file for file in repository.files if file.path in ("config.json", ARCHITECTURE_FILE)]
-    try:
-        found = fetch(repository, small, hub=hub, memo=ctx.memo).files
-    except (Transient, NotAuthorised):
-        return None
-    read = {name: read_json(file.path, file.path.parent, MAX_CONFIG) for name, file in found.items()}
-    config = read.get("config.json")
-    return ModelDescription(
-        config=config,
-        tensors=None,
-        format=weight_format(file.path for file in repository.files),
-        tied={},
-        path=None,
-        quantization=(config or {}).get("quantization_config"),
-        custom=read.get(ARCHITECTURE_FILE),
-    )
-
-
-def _cache_misfits(missing: int, hub: Hub) -> list[Misfit]:
-    """The Hub cache may lie on another disk than the store, so its space is looked at here."""
-    existing = next(place for place in (hub.cache, *hub.cache.absolute().parents) if place.exists())
-    free = shutil.disk_usage(existing).free
-    if missing <= free:
-        return []
-    cause = f"{format_transfer(missing)} to download, {format_transfer(free)} free for the Hub cache {hub.cache}"
-    return [Misfit(cause, f"free {format_transfer(missing - free)} there, or set HF_HOME to a larger disk")]
-
-
-def _forecast_directory(params: DownloadParams, ctx: ForecastContext) -> Forecast:
-    folder = ctx.base / (params.path or "")
-    names = _chosen_locally(params, folder)
-    sizes = {**{name: (folder / name).stat().st_size for name in names}, **_class_sizes(params)}
-    return Forecast(
-        download_bytes=0,
-        write_bytes=sum(sizes.values()),
-        metrics={"bytes": sum(sizes.values()), "files": len(sizes), "fetched_bytes": 0, "commit": None},
-        output=_description_of(folder),
-        summary=f"{format_transfer(sum(sizes.values()))} copied from {params.path}",
-    )
-
-
-def _forecast_synthetic(params: DownloadParams, synthetic: Synthetic, ctx: ForecastContext) -> Forecast:
-    config, architecture = _read_synthetic(params, synthetic, ctx)
-    described = synthetic_description(config, architecture, dtype=synthetic.dtype, format=synthetic.format)
-    plans = plan_synthetic(described, synthetic.max_shard_size)
-    size = planned_bytes(plans, synthetic.format)
-    return Forecast(
-        download_bytes=0,
-        write_bytes=size,
-        metrics={"fetched_bytes": 0, "commit": None},
-        output=described,
-        summary=f"{format_transfer(size)} made up, in {len(plans)} file{'s' if len(plans) > 1 else ''}",
-    )
-
-
-def _read_synthetic(
-    params: DownloadParams, synthetic: Synthetic, ctx: ForecastContext | StageContext
-) -> tuple[dict[str, Any], Architecture]:
-    """The config, from its file where it is one, and what its class consists of."""
-    config = synthetic.config
-    if isinstance(config, str):
-        file = ctx.base / config
-        if not file.is_file():
-            raise UsageError(f"synthetic.config: there is no file {file}", "relative paths start at the manifest")
-        config = read_json(file, file.parent, MAX_CONFIG)
-    custom = _class_description(params.architecture) if params.architecture else None
-    architecture = describe_architecture(
-        config,
-        library_name=params.library_name,
-        modules=ctx.trust.modules,
-        base=ctx.base,
-        memo=ctx.memo,
-        custom=custom,
-    )
-    return config, architecture
-
-
-def _description_of(folder: Path) -> ModelDescription | None:
-    """None for what has no single checkpoint to describe, such as a diffusers pipeline."""
-    try:
-        return describe_checkpoint(folder)
-    except UsageError:
-        return None
-
-
-def _with_class(description: ModelDescription | None, params: DownloadParams) -> ModelDescription | None:
-    if description is None or params.architecture is None:
-        return description
-    return replace(description, custom=_class_description(params.architecture))
-
-
-def _class_description(architecture: CustomClass) -> dict[str, Any]:
-    return {
-        "class": architecture.class_,
-        "config": architecture.config,
-        "no_split_module_classes": architecture.no_split_module_classes,
-        "tokenizer": architecture.tokenizer,
-    }
-
-
-def _class_file(params: DownloadParams) -> bytes | None:
-    """What `bigpipe_architecture.json` holds, where the model's class is the user's own."""
-    if params.architecture is None:
-        return None
-    return (json.dumps(_class_description(params.architecture), indent=2, sort_keys=True) + "\n").encode()
-
-
-def _class_sizes(params: DownloadParams) -> dict[str, int]:
-    content = _class_file(params)
-    return {} if content is None else {ARCHITECTURE_FILE: len(content)}
-
-
-def _chosen_remotely(repository: Repository, params: DownloadParams) -> list[HubFile]:
-    names = [file.path for file in repository.files]
-    library = params.library_name or detect(names, hint=repository.library)
-    chosen = set(select(names, include=params.include, exclude=params.exclude, library=library))
-    return [file for file in repository.files if file.path in chosen]
-
-
-def _chosen_locally(params: DownloadParams, folder: Path) -> list[str]:
-    if not folder.is_dir():
-        raise UsageError(f"path: there is no directory {folder}", "relative paths start at the manifest's directory")
-    names = [path.relative_to(folder).as_posix() for path in sorted(folder.rglob("*")) if path.is_file()]
-    return select(names, include=params.include, exclude=params.exclude, library=params.library_name)
+    return sources.forecast(params, ctx)
 
 
 def run(params: DownloadParams, ctx: StageContext) -> StageResult:
-    commit, fetched = None, 0
-    files: Files = {}
-    if params.repo is not None:
-        commit, fetched, files = _from_hub(params, ctx)
-    elif params.path is not None:
-        files = _from_directory(params, ctx.base / params.path, ctx)
-    elif params.synthetic is not None:
-        files = _synthesize(params, params.synthetic, ctx)
-    for name in files:
-        if name.endswith(".index.json"):
-            check_index(files, name, json.loads((ctx.out / name).read_bytes()))
-    if (content := _class_file(params)) is not None:
-        files[ARCHITECTURE_FILE] = _write(ctx.out / ARCHITECTURE_FILE, content)
-    size = sum(size for _, size in files.values())
-    return StageResult(DownloadMetrics(bytes=size, files=len(files), fetched_bytes=fetched, commit=commit), files)
+    from . import sources
 
-
-def _from_hub(params: DownloadParams, ctx: StageContext) -> tuple[str, int, Files]:
-    hub = Hub.from_environment(ctx.environment, offline=ctx.offline)
-    repository = describe(params.repo or "", ctx.pins.get("revision", params.revision), hub=hub, memo=ctx.memo)
-    chosen = _chosen_remotely(repository, params)
-    for misfit in _cache_misfits(missing_bytes(repository, chosen, hub), hub):
-        raise DoesNotFit(misfit.cause, misfit.cure)
-    ctx.log(f"{repository.repo} at {repository.commit}: {len(chosen)} files")
-
-    def report(done: int, total: int, task: str) -> None:
-        ctx.progress(done, total, task=task)
-
-    snapshot = fetch(repository, chosen, hub=hub, memo=ctx.memo, report=report)
-    for name, file in snapshot.files.items():
-        link = ctx.out / name
-        link.parent.mkdir(parents=True, exist_ok=True)
-        link.unlink(missing_ok=True)
-        link.symlink_to(file.path)
-    files = {name: (file.sha256, file.size) for name, file in snapshot.files.items()}
-    return repository.commit, snapshot.fetched_bytes, files
-
-
-def _from_directory(params: DownloadParams, folder: Path, ctx: StageContext) -> Files:
-    names = _chosen_locally(params, folder)
-    total, done = sum((folder / name).stat().st_size for name in names), 0
-
-    def progress(size: int) -> None:
-        nonlocal done
-        done += size
-        ctx.progress(done, total, task="copy")
-
-    return {name: copy_file(folder / name, ctx.out / name, progress=progress) for name in names}
-
-
-def _synthesize(params: DownloadParams, synthetic: Synthetic, ctx: StageContext) -> Files:
-    config, architecture = _read_synthetic(params, synthetic, ctx)
-    saved = write_synthetic(
-        config,
-        architecture,
-        ctx.out,
-        dtype=synthetic.dtype,
-        seed=synthetic.seed,
-        format=synthetic.format,
-        max_shard_size=synthetic.max_shard_size,
-        progress=lambda done, total: ctx.progress(done, total, task="write"),
-        journal=ctx.scratch / "shards.jsonl",
-    )
-    return dict(saved.files)
+    return sources.run(params, ctx)
 
 
 def facts(params: DownloadParams, machine: Machine) -> Mapping[str, Json]:
     """Which tensors a made-up model has is decided by the library that defines its class."""
     if params.synthetic is None or params.architecture is not None:
         return {}
+    from importlib import metadata
+
     library = params.library_name or "transformers"
     return {library: metadata.version(library)}
-
-
-def _write(path: Path, content: bytes) -> tuple[str, int]:
-    path.unlink(missing_ok=True)  # it may be a link into the Hub cache, where nothing is written
-    with path.open("wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    return hashlib.sha256(content).hexdigest(), len(content)
 
 
 STAGE = Stage(

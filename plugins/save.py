@@ -14,17 +14,12 @@ import json
 import re
 import shutil
 from collections.abc import Iterator, Mapping
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 from pydantic import Field
 
-from bigpipe.bigmodel.card import LOADING, Card, front_matter
-from bigpipe.bigmodel.description import ARCHITECTURE_FILE, ModelDescription
 from bigpipe.bigmodel.destinations import Destination, Directory, Seen, Session, Stored, open_url, still_holds
-from bigpipe.bigmodel.hub import Hub
-from bigpipe.bigmodel.upload import HubRepository
 from bigpipe.orchestrator.stage import (
     BigpipeError,
     CheckContext,
@@ -78,6 +73,9 @@ class SaveMetrics(Metrics):
 
 def destination(params: SaveParams, base: Path, environment: Mapping[str, str], *, offline: bool) -> Destination:
     if params.to.startswith("hf://"):
+        from bigpipe.bigmodel.hub import Hub
+        from bigpipe.bigmodel.upload import HubRepository
+
         hub = Hub.from_environment(environment, offline=offline)
         return HubRepository(params.to.removeprefix("hf://").strip("/"), hub, params.revision, params.private)
     if "://" in params.to:
@@ -120,17 +118,19 @@ def _check_replaceable(params: SaveParams, target: Destination, made_by: tuple[s
     if made_by is not None and by != made_by:
         raise UsageError(f"to: {target.url} was written by node {by[1]} of recipe {by[0]!r}", cure)
     written: dict[str, Any] = provenance.get("files") or {}
-    changed = [name for name in there if name != PROVENANCE and not _as_written(target, name, there, written)]
+    changed = [name for name in there if name != PROVENANCE and not _as_written(params, target, name, there, written)]
     if changed:
         raise UsageError(f"to: {target.url} was changed since it was saved: {', '.join(sorted(changed)[:4])}", cure)
 
 
-def _as_written(target: Destination, name: str, there: Mapping[str, Seen], written: Mapping[str, Any]) -> bool:
+def _as_written(
+    params: SaveParams, target: Destination, name: str, there: Mapping[str, Seen], written: Mapping[str, Any]
+) -> bool:
     """Small files by digest: an edit may keep the size. Large ones by size; the Hub keeps every version anyway."""
     listed = written.get(name)
     if not isinstance(listed, Mapping) or listed.get("size") != there[name].size:
         return False
-    if isinstance(target, HubRepository) or there[name].size > SMALL:
+    if params.to.startswith("hf://") or there[name].size > SMALL:
         return True
     return target.digest(name) == listed.get("sha256")
 
@@ -147,6 +147,8 @@ def _read_provenance(target: Destination, there: Mapping[str, Seen]) -> dict[str
 
 
 def forecast(params: SaveParams, ctx: ForecastContext) -> Forecast:
+    from bigpipe.bigmodel.description import ModelDescription
+
     described = ctx.input("model")
     size = described.output.nbytes if described and isinstance(described.output, ModelDescription) else None
     target = None if "://" in params.to else Directory((ctx.base / Path(params.to).expanduser()).resolve())
@@ -173,7 +175,7 @@ def run(params: SaveParams, ctx: StageContext) -> StageResult:
     _check_replaceable(params, target, (ctx.recipe_name, ctx.node))
     files = _gather(ctx)
     if "model" in ctx.inputs:
-        files["README.md"] = _own_file(ctx, "README.md", _card(params, target, ctx).text())
+        files["README.md"] = _own_file(ctx, "README.md", _card(params, target, ctx))
     total, done = sum(path.stat().st_size for path in files.values()), 0
 
     def report(size: int) -> None:
@@ -257,13 +259,18 @@ def _provenance(ctx: StageContext, files: Mapping[str, Any]) -> str:
 
 
 def _version() -> str:
+    from importlib import metadata
+
     try:
         return metadata.version("bigpipe-ml")
     except metadata.PackageNotFoundError:
         return "from source"
 
 
-def _card(params: SaveParams, target: Destination, ctx: StageContext) -> Card:
+def _card(params: SaveParams, target: Destination, ctx: StageContext) -> str:
+    from bigpipe.bigmodel.card import LOADING, Card, front_matter
+    from bigpipe.bigmodel.description import ARCHITECTURE_FILE
+
     model = ctx.input("model")
     source = _last(ctx.lineage, "download")
     quantize = _last(ctx.lineage, "quantize")
@@ -287,7 +294,7 @@ def _card(params: SaveParams, target: Destination, ctx: StageContext) -> Card:
         recipe_name=ctx.recipe_name,
         version=_version(),
         extra=params.card,
-    )
+    ).text()
 
 
 def _last(lineage: tuple[Lineage, ...], kind: str) -> Lineage | None:
