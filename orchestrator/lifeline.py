@@ -91,7 +91,9 @@ def start_mark(process: int) -> str | None:
         except OSError:
             return None
         state, *rest = text.rpartition(")")[2].split()
-        return rest[18] if state not in "ZX" else None  # field 22, starttime (proc_pid_stat(5))
+        threads, start_time = int(rest[16]), rest[18]  # fields 20 and 22 of proc_pid_stat(5)
+        # The first thread is a zombie as long as others of a dying process still run.
+        return None if state in "ZX" and threads <= 1 else start_time
     import psutil
 
     try:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import codecs
-import contextlib
 import os
 import queue
 import re
@@ -69,20 +68,20 @@ class Log:
         self.last: deque[str] = deque(maxlen=LAST_LINES)
         self._lock = threading.Lock()
 
-    def write(self, line: str, rank: int | None = None) -> None:
-        text = line if rank is None else f"[rank {rank}] {line}"
+    def write(self, *lines: str, rank: int | None = None) -> None:
+        texts = lines if rank is None else [f"[rank {rank}] {line}" for line in lines]
         with self._lock:
-            self.last.append(text)
+            self.last.extend(texts)
             with self.path.open("a", encoding="utf-8") as file:
-                file.write(text + "\n")
+                file.writelines(text + "\n" for text in texts)
 
 
 class OutputReader:
-    """One thread that reads all pipes of the running workers. Lines go to the log at once, and wait in `lines` for the
-    thread that reports; it is bounded, so that a flood slows its writer down rather than filling memory."""
+    """One thread that reads all pipes of the running workers. Lines go to the log at once and wait for the thread that
+    reports to `take` them; only so many wait, so that a flood slows its writer down rather than filling memory."""
 
     def __init__(self, log: Log, redactor: Redactor) -> None:
-        self.lines: queue.Queue[tuple[int | None, str]] = queue.Queue(maxsize=10_000)
+        self._lines: queue.Queue[tuple[int | None, str]] = queue.Queue(maxsize=10_000)
         self._log = log
         self._redactor = redactor
         self._selector = selectors.DefaultSelector()
@@ -100,18 +99,18 @@ class OutputReader:
     def start(self) -> None:
         self._thread.start()
 
-    def finish(self) -> None:
+    def take(self) -> list[tuple[int | None, str]]:
+        """The (rank, line) that came since the last call."""
+        return [self._lines.get_nowait() for _ in range(self._lines.qsize())]
+
+    def finish(self) -> list[tuple[int | None, str]]:
         """Take what is left in the pipes, then close them; a process that escaped and holds one is not waited for."""
         self._stop.set()
+        lines = self.take()
         while self._thread.is_alive():
-            self._thread.join(0.05)
-            self._make_room()
-
-    def _make_room(self) -> None:
-        # The reporting thread is in `finish` and takes no lines any more; they are in the log.
-        while self.lines.full():
-            with contextlib.suppress(queue.Empty):
-                self.lines.get_nowait()
+            self._thread.join(0.01)
+            lines += self.take()
+        return lines + self.take()
 
     def _read(self) -> None:
         while self._splitters:
@@ -146,9 +145,10 @@ class OutputReader:
         os.close(descriptor)
 
     def _emit(self, lines: list[str], rank: int | None) -> None:
+        if lines:
+            self._log.write(*lines, rank=rank)
         for line in lines:
-            self._log.write(line, rank)
-            self.lines.put((rank, line))
+            self._lines.put((rank, line))
 
     def _log_pending(self) -> None:
         now = time.monotonic()

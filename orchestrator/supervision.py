@@ -8,14 +8,14 @@ Supervisor.run(mode)
 
 from __future__ import annotations
 
+import contextlib
 import os
-import queue
 import signal
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 
 from bigpipe.errors import BigpipeError, Interrupted, StageFailed
@@ -147,27 +147,22 @@ class Supervisor:
         try:
             yield reader
         finally:
-            reader.finish()
-            self._relay(reader)
+            self._relay(reader.finish())
 
     def _watch(self, child: subprocess.Popen[bytes], reader: OutputReader, look: Callable[[], None]) -> None:
         pause = FIRST_PAUSE
         while child.poll() is None:
-            self._relay(reader)
+            self._relay(reader.take())
             self._sample(child.pid)
             look()
             self.check()
             self.limits.cancelled.wait(pause)
             pause = min(pause * 1.1, LONGEST_PAUSE)
 
-    def _relay(self, reader: OutputReader) -> None:
+    def _relay(self, lines: Iterable[tuple[int | None, str]]) -> None:
         for event in self._tail.new():
             self.say(event)
-        while True:
-            try:
-                rank, line = reader.lines.get_nowait()
-            except queue.Empty:
-                return
+        for rank, line in lines:
             self._report(LogLine(self.job.node, line, True, rank or 0))
 
     def _sample(self, child: int) -> None:
@@ -179,7 +174,8 @@ class Supervisor:
 
     def _end(self, child: subprocess.Popen[bytes], first: Worker) -> None:
         left = processes.end([first, *self.workers()], reap=child.poll)
-        child.poll()
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            child.wait(processes.GONE_SECONDS)
         if left:
             self.log.write(f"processes {left} do not end although killed")
 

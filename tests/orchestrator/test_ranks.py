@@ -1,15 +1,34 @@
 from __future__ import annotations
 
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
 from pathlib import Path
 
 import pytest
-from support.launching import Launched, make_job
+import yaml
+from support.launching import TESTS, Launched, gone, make_job, read_pid, wait_for
 
-from bigpipe.errors import DoesNotFit
+from bigpipe.errors import DoesNotFit, Interrupted, StageFailed, UsageError
+from bigpipe.orchestrator.acceleration import accelerate, effective_launch
 from bigpipe.orchestrator.events import LogLine, RankHello
-from bigpipe.orchestrator.types import Launch
+from bigpipe.orchestrator.processes import signed_in
+from bigpipe.orchestrator.types import Gpu, Launch, Machine
 
 TWO = Launch(num_processes=2, explicit=frozenset({"num_processes"}))
+GPUS = tuple(Gpu(index, "A100", 80 * 2**30, 79 * 2**30) for index in range(2))
+
+
+def machine_with(gpus: int) -> Machine:
+    return Machine("m", 8, 2**36, 2**35, 2**40, GPUS[:gpus])
+
+
+def settings_of(launch: Launch, base: Path, gpus: int = 0) -> dict[str, object]:
+    return dict(accelerate(launch, base, machine_with(gpus)).settings)
 
 
 def test_two_ranks_come_up_on_the_cpu_and_are_merged(tmp_path: Path) -> None:
@@ -25,11 +44,14 @@ def test_two_ranks_come_up_on_the_cpu_and_are_merged(tmp_path: Path) -> None:
     assert printed == {0, 1}
     assert "[rank 1] plain line" in (tmp_path / "attempt/log.txt").read_text()
     assert outcome.peak_rss > 2 * 100 * 2**20
+    assert 0 < outcome.peak_anonymous < outcome.peak_rss
 
 
+@pytest.mark.slow
 def test_one_rank_goes_the_same_way(tmp_path: Path) -> None:
     Launched(make_job(tmp_path, "RANKS")).run()
     assert (tmp_path / "work/out/merged").read_text() == "0/1"
+    assert yaml.safe_load((tmp_path / "attempt/accelerate.yaml").read_text())["distributed_type"] == "NO"
 
 
 def test_an_error_of_one_rank_comes_back_as_itself(tmp_path: Path) -> None:
@@ -41,3 +63,220 @@ def test_an_error_in_prepare_starts_no_rank(tmp_path: Path) -> None:
     with pytest.raises(DoesNotFit, match="the plan does not fit"):
         Launched(make_job(tmp_path, "RANKS", launch=TWO, params={"do": "fail-prepare"})).run()
     assert not (tmp_path / "attempt/accelerate.yaml").exists()
+
+
+def test_a_killed_rank_ends_those_that_wait_for_it(tmp_path: Path) -> None:
+    launched = Launched(make_job(tmp_path, "RANKS", launch=TWO, params={"do": "barrier"}))
+    killed: list[float] = []
+
+    def kill() -> None:
+        read_pid(tmp_path / "work/scratch/asleep-0")
+        os.kill(read_pid(tmp_path / "work/scratch/asleep-1"), signal.SIGKILL)
+        killed.append(time.monotonic())
+
+    threading.Thread(target=kill).start()
+    with pytest.raises(StageFailed, match="rank 1 was ended by SIGKILL"):
+        launched.run()
+    assert time.monotonic() - killed[0] < 30
+    assert all(not worker.alive for worker in signed_in(tmp_path / "attempt/processes"))
+
+
+class TestFaults:
+    """Whoever is killed, the command tells within 30 s and nobody is left after 10 s more."""
+
+    pytestmark = pytest.mark.fault
+
+    @pytest.mark.parametrize("action", ["sleep", "ignore", "barrier"])
+    @pytest.mark.parametrize("victim", ["rank 0", "rank 1", "launcher"])
+    def test_a_death_below_the_command_is_told(self, tmp_path: Path, victim: str, action: str) -> None:
+        launched = Launched(make_job(tmp_path, "RANKS", launch=TWO, params={"do": action}))
+        killed: list[float] = []
+
+        def kill() -> None:
+            os.kill(_victim(tmp_path, victim), signal.SIGKILL)
+            killed.append(time.monotonic())
+
+        threading.Thread(target=kill).start()
+        who = "the launcher of the ranks" if victim == "launcher" else victim
+        with pytest.raises(StageFailed, match=f"{who} (was ended by SIGKILL|died)"):
+            launched.run()
+        assert time.monotonic() - killed[0] < 30
+        _assert_nobody_left(tmp_path)
+
+    @pytest.mark.parametrize("action", ["sleep", "ignore", "barrier"])
+    def test_a_killed_command_leaves_nobody(self, tmp_path: Path, action: str) -> None:
+        command = _command(tmp_path, "RANKS", action, 2)
+        _victim(tmp_path, "rank 0")
+        command.kill()
+        command.wait()
+        wait_for(lambda: _all_gone(tmp_path), 10)
+
+    @pytest.mark.parametrize("seconds", [0.3, 1.0, 2.0, 3.0, 4.0])
+    def test_a_command_killed_while_ranks_start_leaves_nobody(self, tmp_path: Path, seconds: float) -> None:
+        command = _command(tmp_path, "RANKS", "sleep", 2)
+        time.sleep(seconds)
+        command.kill()
+        command.wait()
+        time.sleep(1.5)  # whoever was being started signs in
+        wait_for(lambda: _all_gone(tmp_path), 10)
+
+    @pytest.mark.parametrize("action", ["sleep", "ignore", "barrier"])
+    def test_cancelling_ends_all_ranks(self, tmp_path: Path, action: str) -> None:
+        launched = Launched(make_job(tmp_path, "RANKS", launch=TWO, params={"do": action}))
+        threading.Thread(target=lambda: (_victim(tmp_path, "rank 0"), launched.cancelled.set())).start()
+        with pytest.raises(Interrupted):
+            launched.run()
+        _assert_nobody_left(tmp_path)
+
+    def test_a_timeout_ends_all_ranks(self, tmp_path: Path) -> None:
+        launched = Launched(make_job(tmp_path, "RANKS", launch=TWO, params={"do": "sleep"}))
+        with pytest.raises(StageFailed, match="timeout of 12 s"):
+            launched.run(timeout=12)
+        _assert_nobody_left(tmp_path)
+
+    def test_an_unexpected_error_of_one_rank_is_the_one_told(self, tmp_path: Path) -> None:
+        launched = Launched(make_job(tmp_path, "RANKS", launch=TWO, params={"do": "crash", "rank": 1}))
+        with pytest.raises(StageFailed, match="rank 1: KeyError: 'lost'"):
+            launched.run()
+
+    def test_a_rank_that_leaves_without_a_result_failed(self, tmp_path: Path) -> None:
+        launched = Launched(make_job(tmp_path, "RANKS", launch=TWO, params={"do": "vanish", "rank": 1}))
+        with pytest.raises(StageFailed, match="rank 1"):
+            launched.run()
+
+    def test_two_machines_that_share_a_store_make_one_run(self, tmp_path: Path) -> None:
+        """Here both are this one; each starts one of two ranks."""
+        port = _free_port()
+        launch = Launch(
+            num_processes=2, num_machines=2, main_process_ip="127.0.0.1", main_process_port=port,
+            explicit=frozenset({"num_processes", "num_machines", "main_process_ip", "main_process_port"}),
+        )  # fmt: skip
+        launched = Launched(make_job(tmp_path, "RANKS", launch=launch))
+        joined: list[subprocess.Popen[bytes]] = []
+
+        def join() -> None:
+            line = wait_for(lambda: [event.line for event in launched.of(LogLine) if "start on each" in event.line])[0]
+            command = line.split("start on each: ")[1].split(" N ")[0].split()
+            environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(TESTS), os.environ.get("PYTHONPATH", "")])}
+            joined.append(subprocess.Popen([*command, "1"], env=environment))
+
+        helper = threading.Thread(target=join)
+        helper.start()
+        launched.run()
+        helper.join()
+        assert (tmp_path / "work/out/merged").read_text() == "0/2 1/2"
+        assert joined[0].wait(20) == 0
+
+
+@pytest.mark.slow
+def test_fewer_ranks_than_asked_for_do_no_work(tmp_path: Path) -> None:
+    """A rank started by hand comes up alone, as `accelerate launch --cpu --num_processes 2` would start it."""
+    with pytest.raises(DoesNotFit):  # leaves a job file for two ranks behind
+        Launched(make_job(tmp_path, "RANKS", launch=TWO, params={"do": "fail-prepare"})).run()
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(TESTS), os.environ.get("PYTHONPATH", "")])}
+    job = tmp_path / "attempt/job.json"
+    done = subprocess.run(
+        [sys.executable, "-m", "bigpipe.orchestrator.worker", str(job), "rank"], env=environment, check=False
+    )
+    assert done.returncode == 1
+    failure = json.loads((tmp_path / "attempt/rank-0.json").read_text())["failure"]
+    assert "2 ranks were asked for, but rank 0 of 1 came up" in failure["cause"]
+    assert "accelerate.yaml" in failure["cure"]
+    assert not (tmp_path / "work/scratch/rank-0").exists()
+
+
+def test_the_launcher_is_told_everything(tmp_path: Path) -> None:
+    one, two = settings_of(Launch(), tmp_path), settings_of(TWO, tmp_path)
+    assert (one["distributed_type"], two["distributed_type"]) == ("NO", "MULTI_GPU")
+    assert two["use_cpu"] is True
+    assert two["num_processes"] == 2
+    assert two["main_process_port"] == 0
+    assert settings_of(TWO, tmp_path, gpus=2)["use_cpu"] is False
+    assert settings_of(TWO, tmp_path, gpus=1)["use_cpu"] is True
+
+
+def test_explicit_keys_override_the_configuration_file(tmp_path: Path) -> None:
+    (tmp_path / "mine.yaml").write_text(
+        "compute_environment: LOCAL_MACHINE\ndistributed_type: NO\nnum_processes: 4\nmixed_precision: bf16\n"
+        "gpu_ids: '0,1'\nmain_training_function: main\nmachine_rank: 0\nuse_cpu: true\n"
+    )
+    launch = Launch(config_file="mine.yaml", num_processes=1)
+    assert effective_launch(launch, tmp_path).num_processes == 4
+    settings = settings_of(launch, tmp_path, gpus=2)
+    assert settings["num_processes"] == 4
+    assert settings["distributed_type"] == "MULTI_GPU"
+    assert settings["mixed_precision"] == "bf16"
+    assert settings["gpu_ids"] == "0,1"
+    assert settings["use_cpu"] is True
+    explicit = Launch(config_file="mine.yaml", num_processes=2, explicit=frozenset({"num_processes"}))
+    assert settings_of(explicit, tmp_path)["num_processes"] == 2
+
+
+def test_a_bare_no_in_yaml_is_understood(tmp_path: Path) -> None:
+    (tmp_path / "c.yaml").write_text("distributed_type: NO\nmixed_precision: no\n")
+    settings = settings_of(Launch(config_file="c.yaml"), tmp_path)
+    assert (settings["distributed_type"], settings["mixed_precision"]) == ("NO", "no")
+
+
+@pytest.mark.parametrize(
+    ("launch", "cause"),
+    [
+        (Launch(config_file="absent.yaml"), "absent.yaml"),
+        (Launch(config_file="list.yaml"), "holds no map"),
+        (Launch(config_file="sagemaker.yaml"), "AMAZON_SAGEMAKER"),
+        (Launch(config_file="tpu.yaml"), "XLA"),
+        (Launch(config_file="text.yaml"), "num_processes is 'many'"),
+        (Launch(num_processes=0), "at least 1"),
+        (Launch(num_processes=3, num_machines=2), "evenly"),
+        (Launch(num_processes=2, num_machines=2), "main_process_ip"),
+        (
+            Launch(
+                num_processes=2, num_machines=2, machine_rank=1, main_process_ip="10.0.0.1", main_process_port=29500
+            ),
+            "driven from machine 0",
+        ),
+    ],
+)
+def test_what_cannot_be_launched_is_a_usage_error(tmp_path: Path, launch: Launch, cause: str) -> None:
+    (tmp_path / "list.yaml").write_text("[1]")
+    (tmp_path / "sagemaker.yaml").write_text("compute_environment: AMAZON_SAGEMAKER")
+    (tmp_path / "tpu.yaml").write_text("distributed_type: XLA")
+    (tmp_path / "text.yaml").write_text("num_processes: many")
+    with pytest.raises(UsageError, match=cause):
+        accelerate(launch, tmp_path, machine_with(0))
+
+
+def _victim(folder: Path, who: str) -> int:
+    """The process id of a rank or of the launcher, once both ranks are at work."""
+    asleep = [read_pid(folder / f"work/scratch/asleep-{rank}") for rank in range(2)]
+    if who != "launcher":
+        return asleep[int(who.removeprefix("rank "))]
+    workers = list(signed_in(folder / "attempt/processes"))
+    return next(worker.pid for worker in workers if worker.alive and worker.rank is None)
+
+
+def _command(folder: Path, attribute: str, action: str, ranks: int) -> subprocess.Popen[bytes]:
+    path = os.pathsep.join([str(TESTS), os.environ.get("PYTHONPATH", "")])
+    return subprocess.Popen(
+        [sys.executable, "-m", "support.command", str(folder), attribute, json.dumps({"do": action}), str(ranks)],
+        env={**os.environ, "PYTHONPATH": path},
+    )
+
+
+def _all_gone(folder: Path) -> bool:
+    return all(gone(worker.pid) for worker in signed_in(folder / "attempt/processes"))
+
+
+def _assert_nobody_left(folder: Path) -> None:
+    workers = list(signed_in(folder / "attempt/processes"))
+    assert len(workers) >= 3
+    assert not [worker for worker in workers if worker.alive]
+
+
+def _free_port() -> int:
+    import socket
+
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port

@@ -1,0 +1,99 @@
+from __future__ import annotations
+
+import os
+import threading
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from bigpipe.orchestrator.output import LONGEST_LINE, LineSplitter, Log, OutputReader
+from bigpipe.orchestrator.redaction import Redactor, stored_hub_token
+
+NOTHING = Redactor([])
+SECRET = "s3cr3t/with+signs=="
+
+
+def split(*chunks: bytes, redactor: Redactor = NOTHING) -> list[str]:
+    splitter = LineSplitter(redactor)
+    lines = [line for chunk in chunks for line in splitter.feed(chunk)]
+    return lines + splitter.feed(b"", final=True)
+
+
+@pytest.mark.parametrize(
+    ("chunks", "lines"),
+    [
+        ([b"a\nb\n"], ["a", "b"]),
+        ([b"a\r\nb\r", b"\nc"], ["a", "b", "c"]),
+        ([b" 0%\r 5", b"0%\r100%\n"], ["100%"]),
+        ([b"0%\r50%\r100%\r"], ["100%"]),
+        ([b"\x1b[32mgreen\x1b[0m\x1b[K and \x1b]0;title\x07plain\n"], ["green and plain"]),
+        ([b"\n\n  \n"], []),
+        ([b"caf\xc3", b"\xa9 \xff\n"], ["café \ufffd"]),
+    ],
+)
+def test_lines_are_cut_as_a_terminal_would_show_them(chunks: list[bytes], lines: list[str]) -> None:
+    assert split(*chunks) == lines
+
+
+def test_a_line_without_an_end_is_cut() -> None:
+    lines = split(*[b"x" * 10_000] * 20)
+    assert sum(map(len, lines)) == 200_000
+    assert max(map(len, lines)) <= LONGEST_LINE + 10_000
+
+
+@given(before=st.integers(0, LONGEST_LINE + 200), size=st.integers(1000, 70_000))
+def test_a_secret_is_masked_wherever_the_cuts_fall(before: int, size: int) -> None:
+    data = b"x" * before + SECRET.encode() + b"y" * 200
+    chunks = [data[start : start + size] for start in range(0, len(data), size)]
+    assert SECRET not in "".join(split(*chunks, redactor=Redactor([SECRET])))
+
+
+@given(st.text(min_size=4).filter(lambda text: len(text.strip()) >= 4 and "*" not in text), st.text(), st.text())
+def test_redacted_text_never_holds_the_secret(secret: str, before: str, after: str) -> None:
+    assert secret not in Redactor([secret]).text(before + secret + after)
+
+
+def test_other_spellings_of_a_secret_are_masked_too() -> None:
+    redactor = Redactor([SECRET, "first line\nsecond line", "two\twords", "", "ab"])
+    assert redactor.text("https://u:s3cr3t%2Fwith%2Bsigns%3D%3D@host") == "https://u:***@host"
+    assert redactor.text("second line") == "***"
+    assert redactor.text(r'{"x": "two\twords"}') == '{"x": "***"}'
+    assert redactor.text("ab") == "ab"
+    assert redactor.value({"k": [SECRET, 1, None, {"n": SECRET}]}) == {"k": ["***", 1, None, {"n": "***"}]}
+
+
+def test_the_stored_hub_token_is_found(tmp_path: Path) -> None:
+    (tmp_path / "huggingface").mkdir()
+    (tmp_path / "huggingface" / "token").write_text("hf_one\n")
+    (tmp_path / "other").write_text("hf_two")
+    assert stored_hub_token({"XDG_CACHE_HOME": str(tmp_path)}) == "hf_one"
+    assert stored_hub_token({"HF_HOME": str(tmp_path / "huggingface")}) == "hf_one"
+    assert stored_hub_token({"HF_TOKEN_PATH": str(tmp_path / "other")}) == "hf_two"
+    assert stored_hub_token({"HOME": str(tmp_path)}) is None
+
+
+def test_pipes_are_read_to_their_end_and_a_flood_loses_nothing_in_the_log(tmp_path: Path) -> None:
+    log = Log(tmp_path / "log.txt")
+    reader = OutputReader(log, NOTHING)
+    ours, theirs = os.pipe()
+    reader.add(ours)
+    other, rank = os.pipe()
+    reader.add(other, 1)
+    reader.start()
+    os.write(rank, b"from a rank")
+    taken: list[tuple[int | None, str]] = []
+    flood = b"".join(b"line %d\n" % number for number in range(30_000))
+    with os.fdopen(theirs, "wb") as file:
+        writer = threading.Thread(target=file.write, args=(flood,))
+        writer.start()
+        while writer.is_alive():
+            writer.join(0.01)
+            taken += reader.take()
+    taken += reader.finish()  # the rank's end is still open: it is not waited for
+    os.close(rank)
+    assert len(taken) == 30_001
+    lines = (tmp_path / "log.txt").read_text().splitlines()
+    assert "[rank 1] from a rank" in lines
+    assert [line for line in lines if line.startswith("line")] == [f"line {number}" for number in range(30_000)]
