@@ -36,11 +36,14 @@ from .hashing import CHUNK, hash_file, is_hex
 from .keyrecord import KeyRecord, save_record
 from .layout import Layout
 from .locks import Lock
-from .memo import StatMemo, fingerprint
+from .memo import Fingerprint, StatMemo, fingerprint
+from .releasing import keep_again
 
 Known = Mapping[str, tuple[str, int]]
 """Relative path → (sha256 in hex, size) of files whose bytes a stage has hashed itself."""
 JOURNAL = "publish.json"
+PAGE = 4096
+"""Bytes that a link or a record takes at least: files themselves are only moved."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,6 +55,8 @@ class Source:
     how: Literal["adopt", "object", "reference"]
     path: str
     """adopt: the file to move into objects. reference: where it stays."""
+    facts: Fingerprint
+    """What `stat` said before the bytes were read."""
 
 
 class Publisher:
@@ -80,7 +85,8 @@ class Publisher:
             if out.parent == self.layout.working(record.key):
                 write_journal(out.parent, record, sources)
             try:
-                self._place(record, sources)
+                with explained(self.layout.root, needed=PAGE * (len(sources) + 8)):
+                    self._place(record, sources)
             except Damaged:
                 raise StageFailed(
                     f"files of {record.node} vanished or changed while they were published", "run again"
@@ -116,13 +122,14 @@ class Publisher:
             assert type is not None  # noqa: S101
             artifact = Artifact(digest, type, entries)
             make_directory(layout.artifacts)
+            keep_again(layout, digest, record.key)
             place_tree(layout, artifact, self.temporary())
             save_artifact(layout, artifact)
             save_record(layout, record)
 
     def _settle(self, source: Source) -> Entry:
         if source.how == "reference":
-            return Entry(source.sha256, fingerprint(os.stat(source.path)), source.path)
+            return Entry(source.sha256, source.facts, source.path)
         target = self.layout.object(source.sha256)
         if source.how == "adopt":
             self._adopt(Path(source.path), target, source)
@@ -130,7 +137,10 @@ class Publisher:
             facts = os.lstat(target)
         except FileNotFoundError:
             raise Damaged from None
-        if facts.st_size != source.size:
+        if not stat.S_ISREG(facts.st_mode) or facts.st_size != source.size:
+            raise Damaged
+        # Somebody wrote to it, or a power loss took its mtime: the bytes decide.
+        if facts.st_mtime_ns != STILL and hash_file(target) != source.sha256:
             raise Damaged
         return Entry(source.sha256, fingerprint(facts))
 
@@ -201,6 +211,7 @@ class Collector:
         self.out = out
         self.known = known
         self._root = os.path.realpath(layout.root)
+        self._objects = os.path.realpath(layout.objects)
         self._hashed: dict[str, str] = {}
 
     def collect(self) -> dict[str, Source]:
@@ -239,10 +250,10 @@ class Collector:
         sha256 = self._sha256(name, real, facts, how)
         if how == "adopt":
             sync_file(Path(real))
-        return Source(sha256, facts.st_size, how, real)
+        return Source(sha256, facts.st_size, how, real, fingerprint(facts))
 
     def _how(self, name: str, real: str) -> Literal["adopt", "object", "reference"]:
-        if _is_below(real, os.path.join(self._root, "objects")) and is_hex(os.path.basename(real)):
+        if _is_below(real, self._objects) and is_hex(os.path.basename(real)):
             return "object"
         if any(_is_below(real, os.path.realpath(place)) for place in (self.layout.parts, self.out.parent)):
             return "adopt"
@@ -288,7 +299,7 @@ def write_journal(working: Path, record: KeyRecord, sources: Mapping[str, Source
         sync_directory(Path(place))
     data = {
         "record": record.as_json(),
-        "sources": {name: [item.sha256, item.size, item.how, item.path] for name, item in sources.items()},
+        "sources": {name: [item.sha256, item.size, item.how, item.path, item.facts] for name, item in sources.items()},
     }
     write_atomically(working / JOURNAL, seal(data))
 
@@ -298,6 +309,13 @@ def read_journal(working: Path) -> tuple[KeyRecord, dict[str, Source]]:
     data = read_sealed(working / JOURNAL)
     try:
         record = KeyRecord.model_validate(data["record"])
-        return record, {name: Source(*item) for name, item in data["sources"].items()}
+        return record, {name: _source(*item) for name, item in data["sources"].items()}
     except (ValueError, TypeError, KeyError) as error:
         raise Damaged from error
+
+
+def _source(
+    sha256: str, size: int, how: Literal["adopt", "object", "reference"], path: str, facts: list[int]
+) -> Source:
+    _, mtime, inode, ctime = facts
+    return Source(sha256, size, how, path, (size, mtime, inode, ctime))

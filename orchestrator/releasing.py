@@ -34,7 +34,8 @@ def release(layout: Layout, presence: Presence, digest: str, key: str | None) ->
 
 
 def keep_again(layout: Layout, digest: str, key: str) -> None:
-    """The artifact was published anew: whatever `key` released before counts no more."""
+    """The artifact is published anew: whatever `key` released before counts no more. Under the lock of `objects`, so
+    that no `sweep` comes between."""
     if not layout.release(digest).exists():
         return
     with explained(layout.released), Lock(layout.locks / "released"):
@@ -59,10 +60,10 @@ def sweep(layout: Layout, presence: Presence) -> int:
         return 0
     presence.enter()
     # While `gc` is locked nobody enters, so whoever is alone stays alone.
-    with explained(layout.released), Lock(layout.locks / "gc"), Lock(layout.locks / "released"):
+    with explained(layout.released), Lock(layout.locks / "gc"):
         if not presence.alone():
             return 0
-        with Lock(layout.locks / "objects"):
+        with Lock(layout.locks / "objects"), Lock(layout.locks / "released"):
             records = list(all_records(layout))
             return sum(_drop(layout, digest) for digest in map(_digest, names) if _unwanted(layout, digest, records))
 

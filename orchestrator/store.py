@@ -33,7 +33,7 @@ from .locks import Lock
 from .memo import StatMemo
 from .presence import Presence
 from .publish import JOURNAL, Known, Publisher
-from .releasing import keep_again, release, sweep
+from .releasing import release, sweep
 from .roots import Root, all_roots, load_root, remember, root_path
 from .verify import Finding, VerifyReport, verify
 
@@ -197,10 +197,7 @@ class Store:
         Raises StageFailed for what an artifact cannot hold (links to nothing or to directories, sockets…).
         """
         self.enter()
-        published = self._publisher().publish(record, out, known or {})
-        if published.digest is not None:
-            keep_again(self.layout, published.digest, published.key)
-        return published
+        return self._publisher().publish(record, out, known or {})
 
     @contextmanager
     def lock(

@@ -133,6 +133,36 @@ class TestPublishing:
         assert contents(store, done) == {"y": b"good"}
         assert store.intact(store.find(record("a").key))
 
+    def test_an_input_that_changed_since_it_was_found_is_not_passed_on(self, store):
+        first = publish(store, "shard", {"config.json": b"{}"})
+        config = store.artifact_path(first.digest) / "config.json"
+        with open(config, "r+b") as file:  # a stage that writes through a link (root may)
+            file.write(b"[]")
+        with pytest.raises(StageFailed, match="vanished or changed"):
+            publish(store, "quantize", {"config.json": config})
+        assert store.find(record("quantize").key) is None
+
+    def test_a_reference_written_to_while_it_is_published_is_noticed(self, store, tmp_path):
+        blob = tmp_path / "blob"
+        blob.write_bytes(b"weights")
+        said = {"w": (sha256(b"weights"), 7)}
+        done = publish(store, "download", {"w": blob, "x": b""}, said)
+        assert store.intact(done)
+        os.utime(blob, ns=(0, 0))
+        blob.write_bytes(b"weighty")
+        assert not store.intact(done)
+
+    def test_a_store_whose_parts_lie_elsewhere_works_too(self, store, tmp_path):
+        """People move the large folder to a large disk and leave a link."""
+        (tmp_path / "large").mkdir()
+        store.root.mkdir()
+        (store.root / "objects").symlink_to(tmp_path / "large")
+        first = publish(store, "one", {"a": b"1", "b": b"2"})
+        second = publish(store, "two", {"a": store.artifact_path(first.digest) / "a"})
+        assert store.artifact_path(second.digest).joinpath("a").readlink().parts[:2] == ("..", "..")
+        assert len(list((tmp_path / "large").iterdir())) == 2
+        assert store.intact(second)
+
     def test_an_output_on_another_file_system_is_copied(self, store):
         from tempfile import TemporaryDirectory
 

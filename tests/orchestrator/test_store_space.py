@@ -5,7 +5,7 @@ import signal
 import time
 
 import pytest
-from support.stores import contents, fill, in_child, objects, publish, record
+from support.stores import contents, fill, in_child, in_memory, killed_at, objects, publish, record
 
 from bigpipe.errors import Transient, UsageError
 from bigpipe.orchestrator import lockfile
@@ -92,6 +92,25 @@ class TestDrop:
         one = publish(store, "one", {"a": b"x"})
         publish(store, "other", {"a": b"x"})
         assert store.drop(one.digest) == 1
+
+    def test_threads_that_publish_anew_and_let_go_at_once_lose_nothing(self, store, tmp_path):
+        """Bytes that were let go once and are made again are not swept by somebody else's letting go."""
+        from threading import Thread
+
+        with in_memory(tmp_path) as place, Store(place / "store") as busy:
+            kept = publish(busy, "kept", {"a": b"kept"})
+
+            def let_go():
+                for number in range(40):
+                    done = publish(busy, f"other-{number}", {"b": b"%d" % number})
+                    busy.drop(done.digest, done.key)
+
+            thread = Thread(target=let_go)
+            thread.start()
+            while thread.is_alive():
+                busy.drop(kept.digest, kept.key)
+                assert busy.intact(publish(busy, "kept", {"a": b"kept"}))
+            thread.join()
 
     def test_referenced_files_are_not_ours_to_drop(self, store, tmp_path):
         (tmp_path / "blob").write_bytes(b"weights")
@@ -225,8 +244,6 @@ class TestGarbage:
         assert store.with_partial(done.partial)
 
     def test_killed_midway_it_leaves_a_whole_store(self, tmp_path):
-        from support.stores import in_memory, killed_at
-
         with in_memory(tmp_path) as place:
             (place / "recipe.yaml").touch()
             died, step = True, 0
