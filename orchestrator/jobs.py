@@ -30,6 +30,8 @@ from .redaction import Redactor
 from .stage import Params, Stage, StageContext, StageResult
 from .types import Launch, Lineage, Machine, Trust
 
+NO_MEMORY = "can't allocate memory"
+"""In the RuntimeError of torch's allocator for the CPU."""
 Mode = Literal["run", "prepare", "launch", "rank", "finish"]
 
 
@@ -102,6 +104,13 @@ class Outcome:
     seconds: float
     peak_anonymous: int = 0
     """The part that is not files mapped into memory, sampled five times a second; 0 where it cannot be had."""
+
+
+def absolute(job: Job) -> Job:
+    """The same job with absolute paths: workers have another working directory."""
+    paths = {name: getattr(job, name).absolute() for name in ("out", "scratch", "parts", "memo", "base", "attempt_dir")}
+    inputs = {port: tuple(str(Path(path).absolute()) for path in paths_) for port, paths_ in job.inputs.items()}
+    return replace(job, inputs=inputs, **paths)
 
 
 class JobFile(BaseModel):
@@ -255,7 +264,7 @@ def _describe(error: BaseException) -> str:
 
 def _out_of_room(error: BaseException) -> Failure | None:
     """Memory and disk that ran out are no bugs of the stage."""
-    if isinstance(error, MemoryError):
+    if isinstance(error, MemoryError) or NO_MEMORY in str(error):
         return Failure(type="DoesNotFit", cause=f"memory ran out: {_describe(error)}", cure="use a smaller batch")
     if type(error).__name__ == "OutOfMemoryError":  # torch's, which must not be imported for this
         return Failure(

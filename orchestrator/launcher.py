@@ -21,7 +21,7 @@ from . import inline, ranks
 from .acceleration import Acceleration, accelerate
 from .environment import visible_secrets, worker_environment
 from .events import Event
-from .jobs import Job, JobFile, Outcome, Result
+from .jobs import Job, JobFile, Outcome, Result, absolute
 from .redaction import Redactor, stored_hub_token
 from .stage import Stage
 from .supervision import Limits, Supervisor
@@ -49,6 +49,7 @@ def launch(
     until it returns: workers die with the thread that started them.
     """
     started = time.monotonic()
+    job = absolute(job)
     limits = Limits(job.node, cancelled, timeout)
     parent = os.environ if parent_environment is None else parent_environment
     secrets = visible_secrets(job, stage, secrets, parent)

@@ -12,6 +12,7 @@ The parent of a rank is the launcher, whose parent is the command, so a death an
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import signal
@@ -36,6 +37,17 @@ def tie_to_parent() -> None:
     if os.getppid() != expected:
         os._exit(ORPHANED)
     threading.Thread(target=watch_parent, args=(expected,), name="lifeline", daemon=True).start()
+
+
+def stand_in_for_parent() -> None:
+    """Be the one the kernel kills when memory runs out, rather than the command, which is to tell of it; and leave no
+    core file, which would hold secrets and weights."""
+    import resource
+
+    _, hard = resource.getrlimit(resource.RLIMIT_CORE)
+    resource.setrlimit(resource.RLIMIT_CORE, (0, hard))
+    with contextlib.suppress(OSError):  # Linux alone has it
+        (PROCESSES / "self" / "oom_score_adj").write_text("500", encoding="ascii")
 
 
 def die_with_parent_by_kernel() -> bool:

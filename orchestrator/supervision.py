@@ -102,7 +102,7 @@ class Supervisor:
         """Pass an event on, redacted; lines also go to the log."""
         event = self._redactor.event(event)
         if isinstance(event, LogLine):
-            self.log.write(event.line)
+            self.log.write(event.line, rank=event.rank if self.job.launch.num_processes > 1 else None)
         self._report(event)
 
     def result(self, mode: Mode, code: int) -> Result:
@@ -119,6 +119,8 @@ class Supervisor:
         hint = f"its output is in {self.log.path}{self._last_lines()}"
         if code == -signal.SIGKILL:
             hint = f"{self._who_kills(peak)}; {hint}"
+        if code == -signal.SIGBUS:
+            hint = f"a file that it had mapped was cut short, or its disk failed; {hint}"
         return StageFailed(f"{self.job.node}: {who} {_how_it_ended(code)}", self._redactor.text(hint))
 
     def redacted(self, error: BigpipeError) -> BigpipeError:

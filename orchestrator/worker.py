@@ -23,7 +23,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
-from .lifeline import PARENT_VARIABLE, hold_work_folder, sign_in, tie_to_parent
+from .lifeline import PARENT_VARIABLE, hold_work_folder, sign_in, stand_in_for_parent, tie_to_parent
 
 if TYPE_CHECKING:
     from .jobs import Job, JobFile, Mode, Result
@@ -33,6 +33,7 @@ if TYPE_CHECKING:
 def main(arguments: list[str]) -> None:
     """Never returns."""
     tie_to_parent()
+    stand_in_for_parent()
     path, mode, machine_rank = Path(arguments[0]), cast("Mode", arguments[1]), arguments[2:]
     sign_in(path.parent / "processes", _environment_rank() if mode == "rank" else None)
     if mode == "launch":

@@ -84,7 +84,7 @@ def test_an_unexpected_error_names_its_log(tmp_path: Path, attribute: str) -> No
     assert "_fail_unexpected" in log.read_text()
 
 
-@pytest.mark.parametrize("signal_name", ["SIGKILL", "SIGSEGV"])
+@pytest.mark.parametrize("signal_name", ["SIGKILL", "SIGSEGV", "SIGBUS"])
 def test_a_crash_names_the_signal_and_shows_the_last_lines(tmp_path: Path, signal_name: str) -> None:
     with pytest.raises(StageFailed, match=f"was ended by {signal_name}") as caught:
         Launched(make_job(tmp_path, params={"do": "die", "text": signal_name})).run()
@@ -92,6 +92,7 @@ def test_a_crash_names_the_signal_and_shows_the_last_lines(tmp_path: Path, signa
     assert str(tmp_path / "attempt/log.txt") in caught.value.cure
     if signal_name == "SIGKILL":
         assert "of 8.0 GiB" in caught.value.cure
+    assert not list(tmp_path.glob("core*"))
 
 
 def test_a_worker_that_ends_without_a_result_failed(tmp_path: Path) -> None:
@@ -195,6 +196,13 @@ def test_the_job_file_holds_no_values_of_the_environment(tmp_path: Path) -> None
     text = (tmp_path / "attempt/job.json").read_text()
     assert json.loads(text)["environment"] == ["SHOWN"]
     assert "a-value-to-see" not in text
+
+
+def test_relative_paths_mean_the_same_to_the_worker(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("recipes").mkdir()
+    Launched(make_job(Path("store"), base=Path("recipes"))).run()
+    assert (tmp_path / "store/work/out/made").read_text() == "yes"
 
 
 def test_launches_side_by_side_do_not_mix(tmp_path: Path) -> None:

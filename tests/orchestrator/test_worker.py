@@ -179,6 +179,7 @@ def test_errors_keep_their_class_over_the_border(tmp_path: Path) -> None:
         assert back.cure == error.cure
         assert back.cause == ("no" if isinstance(error, OwnError) else "f.yaml:3:4: odd")
     assert Failure.of(OSError(28, "No space left on device", "/store")).type == "DoesNotFit"
+    assert Failure.of(RuntimeError("DefaultCPUAllocator: can't allocate memory: 1 bytes")).type == "DoesNotFit"
     assert Failure.of(KeyboardInterrupt()).cause == "KeyboardInterrupt"
     assert not Failure.of(KeyboardInterrupt()).expected
 
