@@ -1,7 +1,9 @@
 """Train the model of the quickstart: a small OPT that writes like Python's documentation.
 
-    python models/quickstart/train.py train   [--out DIR] [--steps N]    about 12 minutes on one core
-    python models/quickstart/train.py measure [--out DIR]                held-out perplexity: fp16, int8, nf4
+    python models/train_quickstart.py train   [--out DIR] [--steps N]    about 12 minutes on one core
+    python models/train_quickstart.py measure [--out DIR]                held-out perplexity: fp16, int8, nf4
+
+The checkpoint goes to DIR (models/quickstart), what was counted and measured to DIR.json beside it.
 
 The text is the docstrings of the running interpreter's standard library, and the language topics that `pydoc` carries
 (PSF licence). Whole modules are held out for the measurement; text that occurs twice is used once.
@@ -27,7 +29,7 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, OPTConfig, OPTForCausalLM, PreTrainedTokenizerFast
 
-HERE = Path(__file__).parent
+QUICKSTART = Path(__file__).with_name("quickstart")
 SEED = 20
 VOCABULARY = 3072
 LENGTH = 256
@@ -255,13 +257,13 @@ def train(out: Path, steps: int) -> None:
         "perplexity": {"float32": round(perplexity(model, pieces), 3)},
     }
     save(model, tokenizer, out)
-    (out / "numbers.json").write_text(json.dumps(numbers, indent=2) + "\n")
+    out.with_suffix(".json").write_text(json.dumps(numbers, indent=2) + "\n")
     measure(out)
 
 
 def measure(out: Path) -> None:
-    """Add the held-out perplexities of the saved model as it is and quantized on load to `numbers.json`."""
-    numbers = json.loads((out / "numbers.json").read_text())
+    """Add the held-out perplexities of the saved model as it is and quantized on load to the numbers."""
+    numbers = json.loads(out.with_suffix(".json").read_text())
     tokenizer = PreTrainedTokenizerFast.from_pretrained(out)
     pieces = windows(tokenizer, gather().held_out, None)
     schemes: dict[str, BitsAndBytesConfig | None] = {
@@ -274,14 +276,14 @@ def measure(out: Path) -> None:
             out, dtype=torch.float16, device_map="cpu", quantization_config=quantization
         )
         numbers["perplexity"][name] = round(perplexity(model, pieces), 3)
-    (out / "numbers.json").write_text(json.dumps(numbers, indent=2) + "\n")
+    out.with_suffix(".json").write_text(json.dumps(numbers, indent=2) + "\n")
     print(json.dumps(numbers, indent=2))
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
     parser.add_argument("action", choices=["train", "measure"])
-    parser.add_argument("--out", type=Path, default=HERE)
+    parser.add_argument("--out", type=Path, default=QUICKSTART)
     parser.add_argument("--steps", type=int, default=STEPS)
     arguments = parser.parse_args()
     torch.set_num_threads(1)
