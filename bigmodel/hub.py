@@ -12,7 +12,7 @@ import json
 import os
 import re
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -27,6 +27,8 @@ TIMEOUT = 10.0
 """Seconds for one metadata request."""
 PATIENCE = 5.0
 """The longest `Retry-After` that a metadata request waits for, in seconds."""
+MAX_ANSWER = 128 * 2**20
+"""Bytes of one answer. A listing takes some 300 per file."""
 COMMIT = re.compile(r"[0-9a-f]{40}")
 CURE_OFFLINE = "run once with a network (without --offline and HF_HUB_OFFLINE); what it brings stays in the Hub cache"
 
@@ -41,6 +43,8 @@ class Hub:
     token: str | None = field(default=None, repr=False)
     """None: whatever login `huggingface_hub` finds itself."""
     offline: bool = False
+    meter: Callable[[int], None] | None = field(default=None, repr=False, compare=False)
+    """Told the size of every answer to a metadata or range request."""
 
     @classmethod
     def from_environment(cls, environment: Mapping[str, str] | None = None, *, offline: bool = False) -> Hub:
@@ -159,14 +163,12 @@ def read_range(repo: str, commit: str, path: str, start: int, size: int, *, hub:
             f"/{quote(repo)}/resolve/{quote(commit, safe='')}/{quote(path)}",
             {},
             {"Range": f"bytes={start}-{start + size - 1}", "Accept-Encoding": "identity"},
+            limit=size,
         )
-    content: bytes = response.content
-    if response.status_code == 206:
-        return content
-    if start == 0 and len(content) <= size:
-        return content
+    if response.status_code == 206 or start == 0:
+        return response.content
     raise Transient(
-        f"{hub.endpoint} answered a request for {size} bytes of {path} with {len(content)}",
+        f"{hub.endpoint} answered a request for bytes {start} and on of {path} with the beginning of the file",
         "a proxy in between may drop the Range header; try again, or without it",
     )
 
@@ -241,21 +243,49 @@ def _get_json(hub: Hub, path: str, repo: str, revision: str | None, query: Mappi
         return _request(hub, path, query).json()
 
 
-def _request(hub: Hub, path: str, query: Mapping[str, str], headers: Mapping[str, str] | None = None) -> Any:
-    """One GET, and a second one after a short wait where the first met a limit or a server out of order."""
+@dataclass(frozen=True, slots=True)
+class _Answer:
+    status_code: int
+    content: bytes
+
+    def json(self) -> Any:
+        return json.loads(self.content)
+
+
+def _request(
+    hub: Hub, path: str, query: Mapping[str, str], headers: Mapping[str, str] | None = None, limit: int = MAX_ANSWER
+) -> _Answer:
+    """One GET, and a second one after a short wait where the first met a limit or a server out of order.
+
+    At most `limit` bytes are read: a server that ignores a Range header would send the whole file.
+    """
     from huggingface_hub.utils import build_hf_headers, get_session, hf_raise_for_status
 
     sent = {**build_hf_headers(token=hub.token, library_name="bigpipe"), **(headers or {})}
+    options = {"params": dict(query), "headers": sent, "timeout": TIMEOUT}
     for last in (False, True):
-        response = get_session().get(f"{hub.endpoint}{path}", params=dict(query), headers=sent, timeout=TIMEOUT)
-        if last or response.status_code not in (429, 500, 502, 503, 504):
-            break
-        wait = _retry_after(response.headers.get("Retry-After"))
-        if wait > PATIENCE:
-            break
+        with get_session().stream("GET", f"{hub.endpoint}{path}", **options) as response:
+            wait = _retry_after(response.headers.get("Retry-After"))
+            if last or wait > PATIENCE or response.status_code not in (429, 500, 502, 503, 504):
+                hf_raise_for_status(response)
+                content = _read(response, limit, hub)
+                break
         time.sleep(wait)
-    hf_raise_for_status(response)
-    return response
+    if hub.meter is not None:
+        hub.meter(len(content))
+    return _Answer(response.status_code, content)
+
+
+def _read(response: Any, limit: int, hub: Hub) -> bytes:
+    content = bytearray()
+    for chunk in response.iter_bytes():
+        content += chunk
+        if len(content) > limit:
+            raise Transient(
+                f"{hub.endpoint} answered with more than the {limit} bytes that were asked for",
+                "a proxy in between may drop the Range header; try again, or without it",
+            )
+    return bytes(content)
 
 
 def _retry_after(value: str | None) -> float:

@@ -1,0 +1,241 @@
+"""What a model needs in memory in one dtype: each term with its bytes, how sure they are, and how they come about."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any, Literal
+
+from . import activations
+from .activations import Shape
+from .architecture import Architecture
+from .bitsandbytes_format import converted_modules, matrix_shape
+from .footprint import SCHEMES, Weights, compute_bytes, weigh
+from .kvcache import NOTHING, Cache, kv_cache, text_config
+from .outline import LIBRARY as OUTLINE
+
+Basis = Literal["exact", "calibrated", "bound"]
+"""exact: counted. calibrated: a formula whose coefficients were counted on real forwards. bound: not to be exceeded,
+or a guess with room."""
+
+MIB = 2**20
+CONTEXT = (200 * MIB, 288 * MIB, 480 * MIB)
+"""A CUDA context with lazily loaded kernels (CUDA 11.7 and later): low, usual, high."""
+WORKSPACE = 32 * MIB
+"""cuBLAS on sm90; 8 MiB before."""
+ROUNDING = 512
+"""The allocator gives multiples of this."""
+
+CALIBRATED_MARGIN = 0.05
+GUESSED_MARGIN = 0.5
+SMALL_TENSOR = 4096
+"""8-bit Adam keeps float32 states for tensors with fewer elements (bitsandbytes' min_8bit_size)."""
+OPTIMIZERS = ("adamw", "adamw_8bit", "sgd", "lora")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Workload:
+    batch_size: int = 1
+    sequence_length: int = 2048
+    double_quant: bool = False
+    lora_rank: int = 8
+    gradient_checkpointing: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Term:
+    bytes: int
+    basis: Basis
+    low: int
+    high: int
+    formula: str
+
+    @classmethod
+    def exact(cls, size: int, formula: str) -> Term:
+        return cls(size, "exact", size, size, formula)
+
+    @classmethod
+    def about(cls, size: int, basis: Basis, margin: float, formula: str) -> Term:
+        return cls(size, basis, int(size * (1 - margin)), int(size * (1 + margin)), formula)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Budget:
+    """One row of an estimate. Sizes in bytes."""
+
+    dtype: str
+    parameters: int
+    total: int
+    """Every float tensor at the width the dtype's name promises, and integer buffers: accelerate's column."""
+    largest_layer: int
+    stored: int
+    """Of the checkpoint this dtype is written to, without headers."""
+    weights: Term
+    """Parameters and buffers as they are held in memory, scales and unconverted modules included."""
+    buffers: Term
+    kv_cache: Term
+    activations: Term
+    runtime: Term
+    training: Mapping[str, Term | None] = field(default_factory=dict)
+    """By optimizer; None where the dtype cannot be trained so."""
+
+    @property
+    def inference(self) -> int:
+        return sum(term.bytes for term in self._parts)
+
+    @property
+    def inference_high(self) -> int:
+        return sum(term.high for term in self._parts)
+
+    @property
+    def _parts(self) -> tuple[Term, ...]:
+        return self.weights, self.kv_cache, self.activations, self.runtime
+
+    def metrics(self) -> dict[str, Any]:
+        """The terms by the names that gates and reports use."""
+        return {
+            "parameters": self.parameters,
+            "total": self.total,
+            "largest_layer": self.largest_layer,
+            "weights": self.weights.bytes,
+            "stored": self.stored,
+            "buffers": self.buffers.bytes,
+            "kv_cache": self.kv_cache.bytes,
+            "activations": self.activations.bytes,
+            "runtime": self.runtime.bytes,
+            "inference": self.inference,
+            "inference_high": self.inference_high,
+            "training": {name: term.bytes if term else None for name, term in self.training.items()},
+        }
+
+    def as_json(self) -> dict[str, Any]:
+        terms = {
+            name: asdict(getattr(self, name)) for name in ("weights", "buffers", "kv_cache", "activations", "runtime")
+        }
+        terms |= {f"training.{name}": asdict(term) for name, term in self.training.items() if term}
+        return {**self.metrics(), "terms": terms}
+
+
+def budget(architecture: Architecture, dtype: str, workload: Workload) -> Budget:
+    """Raises UsageError for a dtype that is not one of `footprint.WIDTHS`."""
+    weights = weigh(architecture, dtype, double_quant=workload.double_quant)
+    shape = activations.shape_of(architecture)
+    length = capped_length(architecture, workload.sequence_length)
+    itemsize = compute_bytes(dtype)
+    cache = kv_cache(architecture.config, workload.batch_size, length, itemsize) if architecture.generates else NOTHING
+    return Budget(
+        dtype=dtype,
+        parameters=weights.parameters,
+        total=weights.total,
+        largest_layer=weights.largest_layer,
+        stored=weights.stored,
+        weights=_weights(architecture, weights),
+        buffers=Term.exact(weights.buffers, "Σ buffers, saved or not"),
+        kv_cache=_cache(cache, workload.batch_size, length, itemsize),
+        activations=_activations(architecture, weights, shape, cache, workload.batch_size, length),
+        runtime=_runtime(architecture),
+        training=_training(architecture, weights, shape, workload, length),
+    )
+
+
+def capped_length(architecture: Architecture, length: int) -> int:
+    """The tokens of a sequence, at most what the model's positions allow."""
+    text = text_config(architecture.config)
+    limits = [text.get(name) for name in ("max_position_embeddings", "n_positions", "max_target_positions")]
+    known = [limit for limit in limits if isinstance(limit, int) and limit > 0]
+    return min([length, *known])
+
+
+def _weights(architecture: Architecture, weights: Weights) -> Term:
+    formula = "Σ unique tensors · bytes, buffers included"
+    if weights.converted:
+        formula += f"; {weights.converted} matrices packed, {weights.scales} bytes of scales and tables"
+    if architecture.library == OUTLINE:
+        return Term.about(weights.loaded, "calibrated", 0.01, formula + "; the class is unknown")
+    return Term.exact(weights.loaded, formula)
+
+
+def _cache(cache: Cache, batch_size: int, length: int, itemsize: int) -> Term:
+    formula = f"{cache.kind}: {batch_size} × {length} tokens, {itemsize} bytes per element"
+    return Term.exact(cache.bytes, formula) if cache.exact else Term(cache.bytes, "bound", 0, cache.bytes, formula)
+
+
+def _activations(
+    architecture: Architecture, weights: Weights, shape: Shape, cache: Cache, batch_size: int, length: int
+) -> Term:
+    itemsize = compute_bytes(weights.dtype)
+    found = activations.prefill(shape, batch_size, length, itemsize, image=_image(architecture))
+    unpacked = _unpacked(weights, shape, batch_size * length)
+    size = found.bytes + cache.prefill_extra + unpacked
+    formula = f"{found.phase}: {found.formula}"
+    formula += " + keys beyond the window until the first step" if cache.prefill_extra else ""
+    formula += " + the largest matrix unpacked" if unpacked and weights.dtype != "int8" else ""
+    formula += " + int8 inputs and int32 products" if unpacked and weights.dtype == "int8" else ""
+    known = found.known and architecture.library != OUTLINE and cache.exact
+    margin = CALIBRATED_MARGIN if known else GUESSED_MARGIN
+    return Term.about(size, "calibrated" if known else "bound", margin, formula)
+
+
+def _unpacked(weights: Weights, shape: Shape, tokens: int) -> int:
+    """What products with packed matrices need besides: 4-bit ones are unpacked whole, int8 ones give int32."""
+    if not weights.converted:
+        return 0
+    if SCHEMES[weights.dtype] == "int8":
+        return tokens * (shape.hidden + 4 * shape.inner)
+    return 2 * weights.largest_matrix
+
+
+def _image(architecture: Architecture) -> tuple[int, int] | None:
+    """(pixels per side, patch) of a model that sees only."""
+    config = architecture.config
+    if architecture.library == "timm":
+        return 224, 0
+    if config.get("vocab_size") or text_config(config) is not config or architecture.generates:
+        return None
+    side, patch = config.get("image_size"), config.get("patch_size")
+    if config.get("num_channels") and not isinstance(side, int):
+        side = 224
+    return (side, patch if isinstance(patch, int) else 0) if isinstance(side, int) else None
+
+
+def _runtime(architecture: Architecture) -> Term:
+    low, usual, high = CONTEXT
+    rounding = ROUNDING * sum(len(module.tensors) for module in architecture.modules)
+    formula = "CUDA context + cuBLAS workspace; + 512 bytes per tensor at most"
+    return Term(usual + WORKSPACE, "bound", low, high + WORKSPACE + rounding, formula)
+
+
+def _training(
+    architecture: Architecture, weights: Weights, shape: Shape, workload: Workload, length: int
+) -> dict[str, Term | None]:
+    mixed = weights.dtype != "float32"
+    kept = activations.training(
+        shape, workload.batch_size, length, mixed=mixed, checkpointing=workload.gradient_checkpointing
+    )
+    fixed = weights.buffers + kept
+    lora = _adapters(architecture, workload.lora_rank)
+    frozen = Term.about(weights.loaded + 16 * lora + kept, "bound", 0.2, f"frozen weights + 16·{lora} + activations")
+    if weights.dtype not in ("float32", "float16", "bfloat16"):
+        return {**dict.fromkeys(OPTIMIZERS), "lora": frozen}
+    states = _adam_8bit_states(architecture)
+    count = weights.parameters
+    sizes = {
+        "adamw": (count * 16, "parameters · (4+4+8)" if not mixed else "parameters · (2+2+12)"),
+        "adamw_8bit": (count * 8 + states, "parameters · 8 + 8-bit states with scales"),
+        "sgd": (count * 8, "parameters · (4+4)" if not mixed else "parameters · (2+2+4)"),
+    }
+    terms = {
+        name: Term.about(size + fixed, "bound", 0.2, f"{text} + activations") for name, (size, text) in sizes.items()
+    }
+    return {**terms, "lora": frozen}
+
+
+def _adam_8bit_states(architecture: Architecture) -> int:
+    """Two states of one byte with a float32 scale per 256 elements; small tensors keep float32."""
+    parameters = [tensor.elements for tensor in architecture.tensors() if not tensor.buffer and tensor.floating]
+    return sum(8 * n if n < SMALL_TENSOR else 2 * (n + 4 * -(-n // 256)) for n in parameters)
+
+
+def _adapters(architecture: Architecture, rank: int) -> int:
+    """Parameters of rank-r adapters on every linear module but the head: Σ r·(in + out)."""
+    return rank * sum(sum(matrix_shape(module)) for module in converted_modules(architecture))
