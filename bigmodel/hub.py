@@ -272,7 +272,7 @@ def _request(
                 break
         time.sleep(wait)
     if hub.meter is not None:
-        hub.meter(len(content))
+        hub.meter(len(content) + sum(len(hop.content) for hop in response.history))
     return _Answer(response.status_code, content)
 
 

@@ -10,6 +10,8 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
+from bigpipe.errors import InvalidCheckpoint
+
 from .architecture import Architecture, ModuleSpec, TensorSpec
 
 LIBRARY = "headers"
@@ -22,6 +24,8 @@ EMBEDDING = re.compile(r"(^|[._])(wte|wpe|tok_embeddings|\w*embed(ding)?s?(_toke
 HEAD = re.compile(r"(^|\.)(lm_head|embed_out|output|proj_out)$")
 QUANTIZED = re.compile(r"(qweight|qzeros|scales|g_idx|absmax|quant_map|quant_state\.\w+|SCB|weight_scale\w*)$")
 BLOCK = "Block"
+DEEPEST = 64
+"""Dots in a name. Real models have a dozen; a hostile one would make a tree of any size."""
 
 
 def outline(
@@ -30,6 +34,10 @@ def outline(
     """The module tree that the names spell. Floats are taken to follow the model's dtype."""
     own: dict[str, list[TensorSpec]] = {"": []}
     for name, (dtype, shape) in tensors.items():
+        if name.count(".") > DEEPEST:
+            raise InvalidCheckpoint(
+                f"tensor {name[:80]!r}… lies {name.count('.')} modules deep", "do not use this model"
+            )
         module = name.rpartition(".")[0]
         buffer = bool(BUFFERS.search(name))
         floating = "float" in dtype
@@ -71,13 +79,8 @@ def _children(own: Mapping[str, Any]) -> dict[str, list[str]]:
 
 
 def _order(name: str, children: Mapping[str, list[str]]) -> list[str]:
-    """Parents before children, without recursion: a hostile name may have thousands of dots."""
-    ordered, waiting = [], [name]
-    while waiting:
-        current = waiting.pop()
-        ordered.append(current)
-        waiting.extend(reversed(children[current]))
-    return ordered
+    """Parents before children."""
+    return [name, *(below for child in children[name] for below in _order(child, children))]
 
 
 def _module(name: str, children: Mapping[str, list[str]], own: Mapping[str, list[TensorSpec]]) -> ModuleSpec:

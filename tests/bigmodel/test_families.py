@@ -6,10 +6,11 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
+from support.real import describe_here
 
-from bigpipe.bigmodel.architecture import Architecture, describe_many
+from bigpipe.bigmodel.architecture import Architecture
 from bigpipe.bigmodel.families import BUILDERS, known_architecture
-from bigpipe.bigmodel.inquiry import Head, read_request
+from bigpipe.bigmodel.inquiry import Head
 from bigpipe.bigmodel.kvcache import kv_cache
 
 LLAMA: dict[str, Any] = {
@@ -68,8 +69,7 @@ HEADS: tuple[Head, ...] = ("auto", "none")
 
 @pytest.fixture(scope="module")
 def described() -> dict[tuple[str, Head], Architecture]:
-    pairs = [(name, head) for name in CONFIGS for head in HEADS]
-    return dict(zip(pairs, describe_many([read_request(CONFIGS[n], head=h) for n, h in pairs]), strict=True))
+    return {(name, head): describe_here(CONFIGS[name], head) for name in CONFIGS for head in HEADS}
 
 
 @pytest.mark.parametrize("head", HEADS)

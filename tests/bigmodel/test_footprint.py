@@ -7,12 +7,11 @@ from typing import Any
 
 import pytest
 from support.architectures import ALL
-from support.real import build, held_bytes, stored_bytes
+from support.real import build, describe_here, held_bytes, stored_bytes
 
-from bigpipe.bigmodel.architecture import Architecture, describe_many
+from bigpipe.bigmodel.architecture import Architecture
 from bigpipe.bigmodel.bitsandbytes_format import converted_modules
 from bigpipe.bigmodel.footprint import WIDTHS, weigh
-from bigpipe.bigmodel.inquiry import Head, read_request
 from bigpipe.errors import UsageError
 
 LLAMA: dict[str, Any] = {
@@ -47,18 +46,14 @@ FAST = (
 SLOW = tuple(name for name in ALL if name not in FAST)
 
 
-def describe(configs: dict[str, dict[str, Any]], head: Head = "auto") -> dict[str, Architecture]:
-    requests = [read_request(config, head=head) for config in configs.values()]
-    return dict(zip(configs, describe_many(requests), strict=True))
-
-
 @pytest.fixture(scope="module")
 def published() -> dict[str, Architecture]:
     named = {**PUBLISHED, **{name: ALL[name] for name in FAST}}
-    requests = [read_request(config) for config in named.values()]
-    bare = [read_request(PUBLISHED[name], head="none") for name in ("bert-base-cased", "llama-3.1-8b")]
-    architectures = describe_many(requests + bare)
-    return dict(zip([*named, "bert-bare", "llama-bare"], architectures, strict=True))
+    bare = {"bert-bare": PUBLISHED["bert-base-cased"], "llama-bare": PUBLISHED["llama-3.1-8b"]}
+    return {
+        **{name: describe_here(config) for name, config in named.items()},
+        **{name: describe_here(config, "none") for name, config in bare.items()},
+    }
 
 
 @pytest.mark.parametrize(
@@ -158,9 +153,8 @@ def test_predicted_bytes_are_those_of_the_real_model(
 
 @pytest.mark.slow
 def test_forty_architectures(tmp_path: Path) -> None:
-    architectures = describe({name: ALL[name] for name in SLOW})
-    for name, architecture in architectures.items():
-        check_against_real(name, architecture, tmp_path / name)
+    for name in SLOW:
+        check_against_real(name, describe_here(ALL[name]), tmp_path / name)
     assert len(SLOW) + len(FAST) >= 40
 
 
@@ -172,7 +166,8 @@ def test_accelerates_own_columns(tmp_path: Path) -> None:
     from transformers import AutoModel
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-    for name, architecture in describe(ALL, head="none").items():
+    for name in ALL:
+        architecture = describe_here(ALL[name], "none")
         config = CONFIG_MAPPING[ALL[name]["model_type"]].from_dict(dict(ALL[name]))
         with torch.device("meta"):
             model = AutoModel.from_config(config, dtype=torch.float32)

@@ -6,10 +6,8 @@ from typing import Any
 
 import pytest
 from support.architectures import ALL, DECODERS
-from support.real import build, cache_bytes
+from support.real import build, cache_bytes, describe_here
 
-from bigpipe.bigmodel.architecture import Architecture, describe_many
-from bigpipe.bigmodel.inquiry import read_request
 from bigpipe.bigmodel.kvcache import kv_cache
 
 ENCODER_DECODERS = ("t5", "bart", "whisper")
@@ -18,13 +16,8 @@ LENGTH = 20
 """Longer than the windows of 16 in the small configs."""
 
 
-@pytest.fixture(scope="module")
-def architectures() -> dict[str, Architecture]:
-    return dict(zip(NAMES, describe_many([read_request(ALL[name]) for name in NAMES]), strict=True))
-
-
 @pytest.mark.parametrize("name", NAMES)
-def test_the_cache_of_a_real_model(architectures: dict[str, Architecture], name: str) -> None:
+def test_the_cache_of_a_real_model(name: str) -> None:
     import torch
 
     model = build(ALL[name]).to(torch.bfloat16)
@@ -38,8 +31,9 @@ def test_the_cache_of_a_real_model(architectures: dict[str, Architecture], name:
     with torch.no_grad():
         output = model(**inputs, use_cache=True)
     cache = output["past_key_values"] if "past_key_values" in output else output["cache_params"]
-    assert architectures[name].generates
-    predicted = kv_cache(architectures[name].config, 2, LENGTH, 2)
+    architecture = describe_here(ALL[name])
+    assert architecture.generates
+    predicted = kv_cache(architecture.config, 2, LENGTH, 2)
     assert (predicted.bytes, predicted.exact) == (cache_bytes(cache), True)
 
 

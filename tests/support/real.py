@@ -7,16 +7,33 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from bigpipe.bigmodel.architecture import Architecture, request_as_json
+from bigpipe.bigmodel.inquiry import Head, read_request
+
+
+def transformers_quietly() -> None:
+    import transformers
+
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+
 
 def build(config: dict[str, Any]) -> Any:
     """The model that a config's `architectures` names, with random weights."""
     import transformers
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
+    transformers_quietly()
     model_class = getattr(transformers, config["architectures"][0])
     return model_class(CONFIG_MAPPING[config["model_type"]].from_dict(dict(config))).eval()
+
+
+def describe_here(config: dict[str, Any], head: Head = "auto") -> Architecture:
+    """What `describe_architecture` answers, in this process, which has torch already."""
+    from bigpipe.bigmodel.instantiation import describe
+
+    transformers_quietly()
+    return describe(request_as_json(read_request(config, head=head)))
 
 
 def held_bytes(model: Any) -> int:

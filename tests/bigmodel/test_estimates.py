@@ -1,0 +1,301 @@
+"""Estimates as their users meet them: what comes back, what it is made of, what fits, and what goes wrong."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from support.hub import LoopbackHub
+from support.hub_state import files_of
+from support.models import make_checkpoint
+from support.shells import sharded, shell
+
+from bigpipe.bigmodel.budget import Workload, budget
+from bigpipe.bigmodel.estimates import Estimate, estimate
+from bigpipe.bigmodel.families import known_architecture
+from bigpipe.bigmodel.footprint import WIDTHS
+from bigpipe.bigmodel.outline import outline
+from bigpipe.errors import InvalidCheckpoint, Offline, UsageError
+
+OPT_13B: dict[str, Any] = {
+    "model_type": "opt", "architectures": ["OPTForCausalLM"], "hidden_size": 5120, "num_hidden_layers": 40,
+    "ffn_dim": 20480, "num_attention_heads": 40, "vocab_size": 50272, "max_position_embeddings": 2048,
+    "word_embed_proj_dim": 5120, "activation_function": "relu", "torch_dtype": "float16",
+}  # fmt: skip
+LLAMA_405B: dict[str, Any] = {
+    "model_type": "llama", "architectures": ["LlamaForCausalLM"], "hidden_size": 16384, "intermediate_size": 53248,
+    "num_hidden_layers": 126, "num_attention_heads": 128, "num_key_value_heads": 8, "vocab_size": 128256,
+    "max_position_embeddings": 131072, "hidden_act": "silu", "torch_dtype": "bfloat16",
+}  # fmt: skip
+TERMS = {
+    "parameters", "total", "largest_layer", "weights", "stored", "buffers", "kv_cache", "activations", "runtime",
+    "inference", "inference_high", "training", "terms",
+}  # fmt: skip
+GIB = 2**30
+
+
+@pytest.fixture
+def opt_13b(tmp_path: Path) -> Path:
+    file = tmp_path / "config.json"
+    file.write_text(json.dumps(OPT_13B))
+    return file
+
+
+@pytest.fixture
+def server() -> Iterator[LoopbackHub]:
+    with LoopbackHub() as hub:
+        yield hub
+
+
+def create(server: LoopbackHub, folder: Path, config: dict[str, Any], dtype: str, limit: int) -> None:
+    architecture = known_architecture(config)
+    assert architecture is not None
+    tensors = [(tensor.name, dtype, tensor.shape) for tensor in architecture.tensors() if tensor.persistent]
+    files = sharded(folder, tensors, limit)
+    server.create("org/model", {"config.json": json.dumps(config).encode(), **files})
+
+
+class TestBareConfig:
+    def test_every_term_of_every_dtype(self, opt_13b: Path) -> None:
+        data = estimate(opt_13b, dtypes=list(WIDTHS), batch_size=4).as_json()
+        assert data["schema"] == "bigpipe.estimate/1"
+        assert (data["source"], data["fetched_bytes"], data["class"]) == ("config", 0, "OPTForCausalLM")
+        assert list(data["dtypes"]) == list(WIDTHS)
+        for row in data["dtypes"].values():
+            assert set(row) == TERMS
+            assert row["inference"] == sum(row[name] for name in ("weights", "kv_cache", "activations", "runtime"))
+            assert row["inference"] < row["inference_high"] < 1.2 * row["inference"]
+            assert {term["basis"] for term in row["terms"].values()} <= {"exact", "calibrated", "bound"}
+            assert all(term["low"] <= term["bytes"] <= term["high"] for term in row["terms"].values())
+        assert json.loads(json.dumps(data)) == data
+
+    def test_published_and_worked_out_numbers(self, opt_13b: Path) -> None:
+        made = estimate(opt_13b, dtypes=["float16", "int8"], batch_size=4)
+        half, int8 = made["float16"], made["int8"]
+        assert half.parameters == 12_853_473_280
+        assert half.weights.bytes == 2 * half.parameters
+        assert half.kv_cache.bytes == 40 * 2 * 5120 * 2 * 4 * 2048
+        assert half.activations.bytes == 4 * 2048 * (2 * 20480 + 4 * 5120) * 2
+        # Every matrix but the tied head, at one byte and a scale per row; everything else as it was
+        matrices, rows = 40 * (4 * 5120 * 5120 + 2 * 5120 * 20480), 40 * (5 * 5120 + 20480)
+        assert int8.weights.bytes == half.weights.bytes - matrices + 4 * rows
+        assert int8.stored == int8.weights.bytes + 40 * 6
+
+    def test_training_by_optimizer(self, opt_13b: Path) -> None:
+        full = estimate(opt_13b, dtypes=["float32", "bfloat16", "nf4"])
+        count = full["float32"].parameters
+        kept = full["bfloat16"].training["adamw"].bytes - 16 * count  # type: ignore[union-attr]
+        assert kept == 2048 * 5120 * 34 * 40 + 2048 * 50272 * 6
+        sizes = {name: term.bytes for name, term in full["bfloat16"].training.items() if term}
+        assert sizes["lora"] < sizes["sgd"] < sizes["adamw_8bit"] < sizes["adamw"]
+        assert round((sizes["adamw_8bit"] - kept) / count, 2) == 10.03
+        assert [name for name, term in full["nf4"].training.items() if term] == ["lora"]
+
+    def test_the_length_is_capped_at_the_models(self, opt_13b: Path) -> None:
+        assert estimate(opt_13b, sequence_length=5000).as_json()["sequence_length"] == 2048
+
+    def test_head_none_is_accelerates_view(self, tmp_path: Path) -> None:
+        (tmp_path / "config.json").write_text(json.dumps(LLAMA_405B))
+        bare = estimate(tmp_path, head="none", dtypes=["float16"])
+        whole = estimate(tmp_path, dtypes=["float16"])
+        assert bare.as_json()["class"] == "LlamaModel"
+        assert whole["float16"].total - bare["float16"].total == 2 * 16384 * 128256
+
+    def test_it_is_answered_without_torch_and_at_once(self, opt_13b: Path) -> None:
+        code = (
+            "import sys, bigpipe; "
+            f"print(bigpipe.estimate({str(opt_13b)!r}, dtypes=['int8']).render()); "
+            "sys.exit(bool({'torch', 'transformers', 'accelerate', 'pydantic'} & set(sys.modules)))"
+        )
+        started = time.perf_counter()
+        assert subprocess.run([sys.executable, "-c", code], check=False, capture_output=True).returncode == 0
+        assert time.perf_counter() - started < 10
+
+
+class TestFits:
+    def test_yes(self, opt_13b: Path) -> None:
+        verdict = estimate(opt_13b, dtypes=["nf4"]).verdict("nf4", 24 * GIB)
+        assert (verdict.fits, verdict.change) == (True, None)
+
+    def test_the_largest_batch_that_fits_comes_first(self, opt_13b: Path) -> None:
+        made = estimate(opt_13b, dtypes=["int8"], batch_size=4)
+        change = made.verdict("int8", 19 * GIB).change
+        assert change is not None
+        assert change.option == "--batch-size 3"
+        assert change.bytes <= 19 * GIB
+        assert change.bytes == budget(made.architecture, "int8", Workload(batch_size=3)).inference_high
+        assert budget(made.architecture, "int8", Workload(batch_size=4)).inference_high > 19 * GIB
+
+    def test_then_a_shorter_sequence(self, opt_13b: Path) -> None:
+        made = estimate(opt_13b, dtypes=["int8"])
+        change = made.verdict("int8", int(13.5 * GIB)).change
+        assert change is not None
+        name, length = change.option.split()
+        assert name == "--sequence-length"
+        longer = Workload(sequence_length=int(length) + 1)
+        assert budget(made.architecture, "int8", longer).inference_high > 13.5 * GIB
+
+    def test_then_a_narrower_dtype(self, opt_13b: Path) -> None:
+        change = estimate(opt_13b, dtypes=["float16"], batch_size=2).verdict("float16", 20 * GIB).change
+        assert change is not None
+        assert change.option == "--dtypes int8"
+
+    def test_nothing_fits(self, opt_13b: Path) -> None:
+        made = estimate(opt_13b, dtypes=["int8"], memory="4GiB")
+        assert made.verdict("int8", 4 * GIB).change is None
+        assert "spread it over devices" in made.render()
+        assert made.as_json()["dtypes"]["int8"]["smallest_change"] is None
+
+    def test_a_size_that_is_none(self, opt_13b: Path) -> None:
+        with pytest.raises(UsageError, match="memory: '24Gb' means bits"):
+            estimate(opt_13b, memory="24Gb")
+
+
+def test_the_table(opt_13b: Path) -> None:
+    text = estimate(opt_13b, dtypes=["int8"], batch_size=4, memory="16GiB").render()
+    headline, header, row, verdict = text.splitlines()
+    assert headline.endswith("OPTForCausalLM, 12,853,473,280 parameters; from config; 4 × 2048 tokens")
+    assert header.split("  ")[-1] == "AdamW"
+    assert row.split()[:3] == ["int8", "12.2", "GiB"]
+    assert row.endswith("exact | exact | ±5 % | bound")
+    assert "16.0 GiB GPU: no" in verdict
+    assert "Smallest change that fits: --batch-size 1" in verdict
+    assert all(len(line) <= 170 for line in text.splitlines())
+
+
+class TestRepository:
+    def test_four_hundred_billion_parameters_from_the_index(self, server: LoopbackHub, tmp_path: Path) -> None:
+        architecture = known_architecture(LLAMA_405B)
+        assert architecture is not None
+        names = [tensor for tensor in architecture.tensors() if tensor.persistent]
+        shards = [f"model-{number:05d}-of-00191.safetensors" for number in range(1, 192)]
+        index = {
+            "metadata": {"total_size": 811_706_777_600},
+            "weight_map": {tensor.name: shards[at % 191] for at, tensor in enumerate(names)},
+        }
+        content = json.dumps(index).encode()
+        files = {"config.json": json.dumps(LLAMA_405B).encode(), "model.safetensors.index.json": content}
+        server.create("org/llama-405b", {**files, **dict.fromkeys(shards, b"weights that nobody reads")})
+        made = self.ask(server, tmp_path, "org/llama-405b", dtypes=["bfloat16", "nf4"])
+        assert made["bfloat16"].stored == 811_706_777_600
+        assert made.source == "headers"
+        assert made.checkpoint is not None
+        assert made.checkpoint["dtypes"] == {"bfloat16": 405_853_388_800}
+        assert made.fetched_bytes == server.bytes_sent()
+        assert made.fetched_bytes - len(content) <= 100_000
+
+    def ask(self, server: LoopbackHub, tmp_path: Path, model: str, **options: Any) -> Estimate:
+        return estimate(model, environment=server.environment(tmp_path / "home"), **options)
+
+    def test_an_address_does_as_well(self, server: LoopbackHub, tmp_path: Path) -> None:
+        create(server, tmp_path, {**OPT_13B, "hidden_size": 64, "word_embed_proj_dim": 64}, "float16", 10**7)
+        made = self.ask(server, tmp_path, f"{server.url}/org/model/tree/main", dtypes=["float16"])
+        assert made.model == "org/model"
+        assert made.revision == server.repositories["org/model"].branches["main"]
+
+    def test_offline_goes_on_with_what_is_cached(self, server: LoopbackHub, tmp_path: Path) -> None:
+        folder = make_checkpoint(tmp_path / "opt", "opt")
+        commit = server.create("org/model", files_of(folder))
+        snapshot = tmp_path / "home" / "hub" / "models--org--model" / "snapshots" / commit
+        snapshot.mkdir(parents=True)
+        for file in folder.iterdir():
+            (snapshot / file.name).write_bytes(file.read_bytes())
+        refs = snapshot.parents[1] / "refs"
+        refs.mkdir()
+        (refs / "main").write_text(commit)
+        made = self.ask(server, tmp_path, "org/model", offline=True, dtypes=["float16"])
+        assert (made.model, made.revision, made.source) == ("org/model", commit, "headers")
+        assert not server.log
+        with pytest.raises(Offline):
+            self.ask(server, tmp_path, "org/other", offline=True)
+
+    def test_nothing_is_fetched_twice(self, server: LoopbackHub, tmp_path: Path) -> None:
+        create(server, tmp_path, {**OPT_13B, "hidden_size": 64, "word_embed_proj_dim": 64}, "float16", 10**7)
+        commit = server.repositories["org/model"].branches["main"]
+        options: dict[str, Any] = {"memo": tmp_path / "memo", "revision": commit, "dtypes": ["int8"]}
+        first = self.ask(server, tmp_path, "org/model", **options)
+        again = self.ask(server, tmp_path, "org/model", **options)
+        assert (first.metrics(), again.fetched_bytes) == (again.metrics(), 0)
+
+
+class TestDirectory:
+    @pytest.mark.parametrize("format", ["safetensors", "bin"])
+    def test_headers_and_class_agree(self, tmp_path: Path, format: Any) -> None:
+        folder = make_checkpoint(tmp_path / "opt", "opt", format=format, max_shard_size="50KB")
+        made = estimate(folder, dtypes=["float32"], memo=tmp_path / "memo")
+        assert (made.source, made.notes) == ("headers", ())
+        assert made.checkpoint is not None
+        assert made.checkpoint["bytes"] == made["float32"].stored
+        assert made.checkpoint["format"] == format
+
+    def test_a_checkpoint_that_lacks_something_is_told_of(self, tmp_path: Path) -> None:
+        (tmp_path / "config.json").write_text(json.dumps({**OPT_13B, "hidden_size": 64, "word_embed_proj_dim": 64}))
+        shell(tmp_path / "model.safetensors", [("model.decoder.embed_tokens.weight", "float16", (50272, 64))])
+        (note,) = estimate(tmp_path).notes
+        assert "not in the checkpoint: model.decoder.embed_positions.weight" in note
+
+    def test_an_unknown_class_is_estimated_from_headers_alone(self, tmp_path: Path) -> None:
+        config = {"model_type": "mystery", "auto_map": {"AutoModelForCausalLM": "m.M"}, "hidden_size": 64}
+        (tmp_path / "config.json").write_text(json.dumps(config))
+        tensors = [("model.embed_tokens.weight", "bfloat16", (100, 64)), ("lm_head.weight", "bfloat16", (100, 64))]
+        tensors += [(f"model.layers.{n}.mlp.up.weight", "bfloat16", (256, 64)) for n in range(3)]
+        tensors += [(f"model.layers.{n}.norm.weight", "bfloat16", (64,)) for n in range(3)]
+        shell(tmp_path / "model.safetensors", tensors)
+        made = estimate(tmp_path, dtypes=["bfloat16", "int8"])
+        assert "brings its own code" in made.notes[0]
+        assert made["bfloat16"].weights.bytes == 2 * (2 * 6400 + 3 * (256 * 64 + 64))
+        assert made["bfloat16"].weights.basis == "calibrated"
+        assert made["bfloat16"].largest_layer == 2 * (256 * 64 + 64)
+        assert made["int8"].weights.bytes == 2 * (2 * 6400 + 3 * 64) + 3 * (256 * 64 + 4 * 256)
+
+    def test_an_unknown_class_with_packed_weights_is_refused(self, tmp_path: Path) -> None:
+        (tmp_path / "config.json").write_text(json.dumps({"model_type": "mystery"}))
+        shell(tmp_path / "model.safetensors", [("model.layers.0.qweight", "uint8", (10, 10))])
+        with pytest.raises(UsageError, match="weights are packed"):
+            estimate(tmp_path)
+
+    def test_a_custom_class_needs_trust(self, tmp_path: Path) -> None:
+        (tmp_path / "tinynet.py").write_text(
+            "import torch\n\nclass Net(torch.nn.Module):\n    def __init__(self, width):\n        super().__init__()\n"
+            "        self.first = torch.nn.Linear(width, width)\n        self.last = torch.nn.Linear(width, 2)\n"
+        )
+        folder = tmp_path / "model"
+        folder.mkdir()
+        (folder / "bigpipe_architecture.json").write_text('{"class": "tinynet:Net", "config": {"width": 8}}')
+        with pytest.raises(UsageError, match="not in a trusted module"):
+            estimate(folder, base=tmp_path)
+        made = estimate(folder, base=tmp_path, trust_modules=["tinynet"], dtypes=["float32"])
+        assert made["float32"].weights.bytes == 4 * (8 * 8 + 8 + 8 * 2 + 2)
+        assert made["float32"].kv_cache.bytes == 0
+
+
+class TestMistakes:
+    @pytest.mark.parametrize("model", ["not a model", "/nowhere/at/all", "https://example.com/"])
+    def test_what_is_no_model(self, model: str) -> None:
+        with pytest.raises(UsageError, match="neither a path that exists nor the name of a repository"):
+            estimate(model)
+
+    def test_an_empty_directory(self, tmp_path: Path) -> None:
+        with pytest.raises(UsageError, match=r"holds no weights, no config\.json"):
+            estimate(tmp_path)
+
+    def test_a_dtype_that_is_none(self, opt_13b: Path) -> None:
+        with pytest.raises(UsageError, match="'int3' is not known"):
+            estimate(opt_13b, dtypes=["int3"])
+
+    def test_a_lying_index(self, tmp_path: Path) -> None:
+        (tmp_path / "config.json").write_text(json.dumps(OPT_13B))
+        (tmp_path / "model.safetensors.index.json").write_text('{"weight_map": {"a": "../../etc/passwd"}}')
+        with pytest.raises(InvalidCheckpoint, match="not a plain file name"):
+            estimate(tmp_path)
+
+
+def test_an_outline_of_a_hostile_name_is_refused() -> None:
+    with pytest.raises(InvalidCheckpoint, match="modules deep"):
+        outline({"a." * 20_000 + "weight": ("float16", (2, 2))})
