@@ -57,11 +57,11 @@ class _Unresolved(Exception):
 
 
 def contains_reference(value: Json, namespace: str = "") -> bool:
-    """Does `value`, at any depth, hold a `${namespace…}`? Escaped ones count too: a cheap test, not a parse."""
+    """Does `value` hold a `${namespace…}`, at any depth, in keys too? Escaped ones count: a cheap test, no parse."""
     if isinstance(value, str):
         return "${" + namespace in value
     if isinstance(value, Mapping):
-        return any(contains_reference(child, namespace) for child in value.values())
+        return any(contains_reference(part, namespace) for item in value.items() for part in item)
     if isinstance(value, list | tuple):
         return any(contains_reference(child, namespace) for child in value)
     return False

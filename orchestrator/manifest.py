@@ -6,7 +6,16 @@ import re
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, StrictInt, WithJsonSchema
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    StrictInt,
+    WithJsonSchema,
+    model_validator,
+)
 
 from .problems import Code, Problems, did_you_mean
 from .stage import Size
@@ -94,6 +103,15 @@ class LaunchSpec(Spec):
     main_process_port: StrictInt | None = Field(default=None, ge=1, le=65535)
     config_file: Text | None = Field(default=None, description="An accelerate config file, relative to the manifest.")
     mixed_precision: Literal["no", "fp16", "bf16", "fp8"] | None = None
+
+    @model_validator(mode="after")
+    def _machines_agree(self) -> LaunchSpec:
+        if self.machine_rank >= self.num_machines:
+            cause = f"machine_rank {self.machine_rank} is not one of {self.num_machines} machines"
+            raise ValueError(f"{cause}; ranks of machines count from 0")
+        if self.num_machines > 1 and not (self.main_process_ip or self.config_file):
+            raise ValueError("several machines need main_process_ip; name the address of machine 0")
+        return self
 
     def launch(self) -> Launch:
         return Launch(**self.model_dump(), explicit=frozenset(self.model_fields_set))

@@ -60,7 +60,6 @@ class Code(StrEnum):
 
     REFUSED_VARIABLE = "BP501"
     UNDECLARED_SECRET = "BP502"  # noqa: S105
-    BAD_TRUST = "BP503"
 
 
 MAX_PROBLEMS = 200
@@ -110,7 +109,7 @@ def did_you_mean(word: str, known: Iterable[str], *, otherwise: str = "") -> str
         from difflib import get_close_matches
 
         # Comparing is quadratic in the length of words and linear in their number; both are the manifest's to choose.
-        close = next(iter(get_close_matches(word[:100], known[:2000], n=1, cutoff=0.6)), None)
+        close = next(iter(get_close_matches(word[:100], known[:500], n=1, cutoff=0.6)), None)
     if close is not None:
         return f"did you mean {close!r}?"
     return f"{otherwise} {listed(known)}" if otherwise and 0 < len(known) <= 20 else ""

@@ -43,7 +43,7 @@ __all__ = [
 class Params(BaseModel):
     """What stands under `with:`. Frozen; an unknown field is an error."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True)
+    model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True, allow_inf_nan=False)
 
 
 class Metrics(BaseModel):

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import UnionType
-from typing import Annotated, Any, TypeVar, Union, get_args, get_origin
+from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin
 
 from pydantic import BaseModel, RootModel, ValidationError
 
@@ -262,11 +262,22 @@ def wrong_metric(metrics: Any, path: str) -> WrongMetric | None:
         if below is None:
             return WrongMetric(f"no metric {f'{done}.{part}' if done else part!r}", part, _names(annotation))
         annotation, done = below, f"{done}.{part}" if done else part
+    if _may_be_number(annotation):
+        return None
     if inner := _names(annotation):
         return WrongMetric(f"{path} is a group of metrics", "", [f"{path}.{name}" for name in inner])
-    if annotation is str:
-        return WrongMetric(f"{path} is a text, not a number", "", [])
-    return None
+    return WrongMetric(f"{path} is no number", "", [])
+
+
+def _may_be_number(annotation: Any) -> bool:
+    origin, arguments = get_origin(annotation), get_args(annotation)
+    if origin is Annotated:
+        return _may_be_number(arguments[0])
+    if origin in (Union, UnionType):
+        return any(_may_be_number(branch) for branch in arguments)
+    plain = origin or annotation
+    never = (str, list, tuple, Mapping, BaseModel, type(None))
+    return origin is not Literal and not (isinstance(plain, type) and issubclass(plain, never))
 
 
 def _below(annotation: Any, part: str) -> Any:

@@ -118,6 +118,8 @@ class Wiring:
             return {DEFAULT_PORT: self._known([Source(structure.inputs, base, "inputs")])}
         result: dict[str, tuple[Source, ...]] = {}
         for port, written in structure.inputs.items():
+            if not written:
+                continue  # an empty list is a port left out
             label = f"inputs.{port}"
             if isinstance(written, str):
                 result[port] = self._known([Source(written, (*base, port), label)])
@@ -157,7 +159,11 @@ class Wiring:
                 continue
             for source in sources:
                 self._check_type(stage, name, ports[name], source)
-        written = {DEFAULT_PORT} if isinstance(stage.structure.inputs, str) else set(stage.structure.inputs)
+        written = (
+            {DEFAULT_PORT}
+            if isinstance(stage.structure.inputs, str)
+            else {name for name, sources in stage.structure.inputs.items() if sources}
+        )
         for name, port in ports.items():
             if not port.optional and name not in written and written <= ports.keys():
                 short = f"inputs: {{{name}: STAGE}}" if name != DEFAULT_PORT else "inputs: STAGE"
@@ -189,7 +195,8 @@ class Wiring:
         if producer is None or producer.output == port.type:
             return
         gives = f"a {producer.output}" if producer.output else "no artifact"
-        cause = f"{source.stage} ({producer.kind}) gives {gives}, but port {name!r} of {stage.name} takes a {port.type}"
+        named = source.stage if source.stage == producer.kind else f"{source.stage} ({producer.kind})"
+        cause = f"{named} gives {gives}, but port {name!r} of {stage.name} takes a {port.type}"
         cure = self._candidates(stage, port).removeprefix("; ") or f"wire a stage that gives a {port.type}"
         self.problems.add(Code.WRONG_ARTIFACT, place, cause, cure)
 

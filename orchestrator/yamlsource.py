@@ -253,7 +253,9 @@ class _Composer:
     def _refuse_tag(self, event: Any) -> None:
         if event.tag is not None:
             tag = event.tag.replace("tag:yaml.org,2002:", "!!")
-            self.problems.add(Code.TAG, self._at(event), f"the tag {tag}: tags are not read", "remove it; quote text")
+            self.problems.add(
+                Code.TAG, self._at(event), f"the tag {tag}: tags are not read", "remove it, and quote text"
+            )
 
     def _remember(self, anchor: str | None, item: Item) -> Item:
         if anchor is not None:
