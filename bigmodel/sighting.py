@@ -173,7 +173,10 @@ def _built(sighting: Sighting, head: Head, sources: Sources) -> Architecture:
         source, library_name=sighting.library, head=head, modules=sources.modules, base=sources.base,
         custom=description.custom, trust_remote_code=sources.trust_remote_code,
     )  # fmt: skip
-    return describe_many([request], memo=sources.memo)[0]
+    try:
+        return describe_many([request], memo=sources.memo)[0]
+    except (UsageError, InvalidCheckpoint) as error:
+        raise type(error)(f"{sighting.name}: {error.cause}", error.cure) from error
 
 
 def _differences(architecture: Architecture, description: ModelDescription, head: Head) -> tuple[str, ...]:

@@ -1,0 +1,135 @@
+"""The `estimate` kind through the engine: gates decided before anything runs, the same numbers afterwards, a report."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+from pydantic import ValidationError
+from support.hub import LoopbackHub
+from support.hub_state import files_of
+from support.launching import MACHINE
+from support.models import make_checkpoint
+from support.workshop import statuses
+
+import bigpipe
+from bigpipe.bigmodel.description import describe_checkpoint
+from bigpipe.errors import GateFailed, UsageError
+from bigpipe.orchestrator.stage import CheckContext, Forecast, ForecastContext
+from bigpipe.plugins.estimate import STAGE, EstimateMetrics, EstimateParams
+
+OPT = {
+    "model_type": "opt", "architectures": ["OPTForCausalLM"], "hidden_size": 64, "num_hidden_layers": 2, "ffn_dim": 96,
+    "num_attention_heads": 4, "vocab_size": 160, "max_position_embeddings": 128, "word_embed_proj_dim": 64,
+    "activation_function": "relu",
+}  # fmt: skip
+RECIPE = """\
+version: 1
+name: sizes
+params: {limit: 400MiB}
+stages:
+  download: {uses: download, with: {path: model}}
+  estimate:
+    uses: estimate
+    inputs: download
+    with: {dtypes: [float16, int8], batch_size: 2, sequence_length: 64}
+    gates: ["int8.inference_high <= ${params.limit}", "float16.weights > int8.weights"]
+"""
+
+
+@pytest.fixture
+def model(workshop):
+    return make_checkpoint(workshop.folder / "model", "opt")
+
+
+def report(result) -> dict:
+    return json.loads((result.path("estimate") / "report.json").read_text())
+
+
+def test_a_gate_that_cannot_hold_fails_before_anything_runs(workshop, model):
+    workshop.manifest.write_text(RECIPE)
+    with pytest.raises(GateFailed, match=r"int8\.inference_high"):
+        bigpipe.run(workshop.manifest, params={"limit": "1MiB"})
+    assert not list((workshop.folder / "store" / "keys").glob("**/*.json"))
+
+
+def test_the_plan_gives_the_numbers_of_the_run(workshop, model):
+    workshop.manifest.write_text(RECIPE.replace("400MiB", "2GiB"))
+    described = describe_checkpoint(model)
+    inputs = {"model": (Forecast(output=described),)}
+    context = ForecastContext(inputs=inputs, base=workshop.folder, machine=MACHINE, memo=workshop.folder / "memo")
+    params = EstimateParams(dtypes=("float16", "int8"), batch_size=2, sequence_length=64)
+    expected = STAGE.forecast(params, context)
+    result = bigpipe.run(workshop.manifest)
+    assert statuses(result) == {"download": "succeeded", "estimate": "succeeded"}
+    metrics = result.nodes["estimate"].record.metrics
+    assert dict(expected.metrics) == metrics
+    assert EstimateMetrics(**metrics).float16 is not None
+    assert metrics["float32"] is None
+    assert metrics["float16"]["stored"] * 2 == described.nbytes
+    assert "float16" in expected.summary
+
+
+def test_the_report_names_the_model_and_is_the_same_wherever_it_was_made(workshop, model):
+    workshop.manifest.write_text(RECIPE.replace("400MiB", "2GiB"))
+    result = bigpipe.run(workshop.manifest)
+    data = report(result)
+    assert (data["schema"], data["model"], data["fetched_bytes"]) == ("bigpipe.estimate/1", "model", 0)
+    assert data["dtypes"]["int8"]["weights"] == result.nodes["estimate"].record.metrics["int8"]["weights"]
+    text = (result.path("estimate") / "report.txt").read_text()
+    assert text.startswith("model: OPTForCausalLM")
+    assert set(statuses(bigpipe.run(workshop.manifest)).values()) == {"cached"}
+
+
+def test_a_repository_is_sized_without_downloading_it(workshop, monkeypatch):
+    folder = make_checkpoint(workshop.folder / "opt", "opt", format="bin", max_shard_size="50KB")
+    with LoopbackHub() as hub:
+        commit = hub.create("org/opt", files_of(folder))
+        for name, value in hub.environment(workshop.folder / "home").items():
+            monkeypatch.setenv(name, value)
+        text = "version: 1\nname: r\nstages:\n  estimate: {uses: estimate, with: {repo: org/opt, dtypes: [nf4]}}\n"
+        workshop.manifest.write_text(text)
+        result = bigpipe.run(workshop.manifest)
+        assert report(result)["revision"] == commit
+        assert result.nodes["estimate"].record.metrics["nf4"]["parameters"] > 0
+        hub.commit("org/opt", {"README.md": b"new"})
+        assert statuses(bigpipe.run(workshop.manifest)) == {"estimate": "succeeded"}
+        assert statuses(bigpipe.run(workshop.manifest)) == {"estimate": "cached"}
+
+
+def test_a_directory_with_a_config_only(workshop):
+    (workshop.folder / "model").mkdir()
+    (workshop.folder / "model" / "config.json").write_text(json.dumps(OPT))
+    text = "version: 1\nname: r\nstages:\n  estimate: {uses: estimate, with: {path: model, dtypes: [float32]}}\n"
+    workshop.manifest.write_text(text)
+    result = bigpipe.run(workshop.manifest)
+    assert report(result)["source"] == "config"
+
+
+def test_what_is_not_known_yet_is_said(tmp_path):
+    inputs = {"model": (Forecast(),)}
+    context = ForecastContext(inputs=inputs, base=tmp_path, machine=MACHINE, memo=tmp_path)
+    found = STAGE.forecast(EstimateParams(), context)
+    assert found.metrics == {}
+    assert "config is not known" in found.unknown[0]
+
+
+@pytest.mark.parametrize("params", [{}, {"repo": "a/b", "wired": True}])
+def test_one_model_and_no_more(tmp_path, params):
+    inputs = {"model": (Forecast(),)} if params.pop("wired", False) else {}
+    context = CheckContext(base=tmp_path, machine=MACHINE, memo=tmp_path, inputs=inputs, offline=True)
+    assert STAGE.check is not None
+    with pytest.raises(UsageError, match="looks at one model"):
+        STAGE.check(EstimateParams(**params), context)
+
+
+@pytest.mark.parametrize(
+    "params",
+    [
+        {"repo": "a/b", "path": "c"}, {"revision": "main"}, {"dtypes": []}, {"dtypes": ["int3"]}, {"batch_size": 0},
+        {"head": "lm"}, {"sequence_length": "long"}, {"batchsize": 1},
+    ],
+)  # fmt: skip
+def test_mistakes_in_the_manifest(params):
+    with pytest.raises(ValidationError):
+        EstimateParams(**params)
