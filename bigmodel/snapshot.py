@@ -13,6 +13,7 @@ import os
 import threading
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -68,6 +69,7 @@ def fetch(
                 future.result()
         except BaseException:
             errands.stop.set()
+            _abort_xet()
             pool.shutdown(wait=False, cancel_futures=True)
             raise
     fetched = {file.path: pending[file.path].result() for file in files}
@@ -236,11 +238,17 @@ def _recalled(path: Path, memo: Path | None) -> dict[str, Any] | None:
 
 
 def _bar(count: _Count, stop: threading.Event) -> Any:
-    """What `hf_hub_download` takes for a progress bar class: it only counts, and ends the download when told to."""
+    """What `hf_hub_download` takes for a progress bar class: it only counts, and ends the download when told to.
+
+    The client tells it twice of the same bytes: as they come in (`update_transfer`, fewer where Xet finds them known)
+    and as they are written (`update`). The latter add up to the size of the file.
+    """
 
     class Bar:
-        def __init__(self, *_: Any, **settings: Any) -> None:
-            self.total = settings.get("total")
+        n = 0
+
+        def __init__(self, *_: Any, total: int | None = None, **settings: Any) -> None:
+            self.total = total
 
         def __enter__(self) -> Bar:
             return self
@@ -250,12 +258,29 @@ def _bar(count: _Count, stop: threading.Event) -> Any:
         def update(self, size: float | None = 1) -> None:
             if stop.is_set():
                 raise _Stopped
+            self.n += int(size or 0)
             count.add(int(size or 0))
 
-        def __getattr__(self, name: str) -> Any:
-            """Whatever else a bar is told (`refresh`, `set_description`…) goes nowhere."""
-            if name == "update_transfer":  # looked up to learn whether it is there
-                raise AttributeError(name)
-            return lambda *arguments, **settings: None
+        def update_transfer(self, size: float | None = 1) -> None: ...
+
+        def set_postfix_str(self, text: str = "", refresh: bool = True) -> None: ...
+
+        def set_transfer_postfix_str(self, text: str = "", refresh: bool = True) -> None: ...
+
+        def set_description_str(self, text: str | None = None, refresh: bool = True) -> None: ...
+
+        set_description = set_description_str
+
+        def refresh(self, *_: object, **settings: object) -> None: ...
+
+        def close(self) -> None: ...
 
     return Bar
+
+
+def _abort_xet() -> None:
+    """End what Xet downloads in threads of its own, out of reach of our exceptions; the client does so on Ctrl-C."""
+    with suppress(ImportError, AttributeError):
+        from huggingface_hub.utils import _xet
+
+        _xet.abort_xet_session()

@@ -16,7 +16,8 @@ from bigpipe.bigmodel.copying import copy_file
 from bigpipe.bigmodel.description import ARCHITECTURE_FILE, ModelDescription, describe_checkpoint
 from bigpipe.bigmodel.files import MAX_CONFIG, read_json
 from bigpipe.bigmodel.hub import COMMIT, Hub, HubFile, Repository, check_access, describe, resolve_commit
-from bigpipe.bigmodel.selection import check_index, detect, select, weight_format
+from bigpipe.bigmodel.remote import describe_repository
+from bigpipe.bigmodel.selection import check_index, detect, select
 from bigpipe.bigmodel.snapshot import fetch, missing_bytes
 from bigpipe.bigmodel.synthetic import plan_synthetic, synthetic_description, write_synthetic
 from bigpipe.bigmodel.writer import planned_bytes
@@ -101,30 +102,24 @@ def _forecast_repository(params: DownloadParams, ctx: ForecastContext) -> Foreca
         download_bytes=missing,
         write_bytes=sum(_class_sizes(params).values()),
         metrics={"bytes": total, "files": len(sizes), "commit": repository.commit},
-        output=_describe_repository(repository, hub, ctx),
+        output=_describe_repository(repository, params, hub, ctx),
         misfits=tuple(_cache_misfits(missing, hub)),
         summary=f"{len(sizes)} files of {format_transfer(total)}{'' if missing else ', all in the Hub cache'}",
     )
 
 
-def _describe_repository(repository: Repository, hub: Hub, ctx: ForecastContext) -> ModelDescription | None:
-    """From the model's small files, which come into the Hub cache now; no weights move."""
-    small = [file for file in repository.files if file.path in ("config.json", ARCHITECTURE_FILE)]
+def _describe_repository(
+    repository: Repository, params: DownloadParams, hub: Hub, ctx: ForecastContext
+) -> ModelDescription | None:
+    """From the config, the index and the headers of the weights, by HTTP range; no weights move."""
+    if params.include or params.exclude:
+        return None  # what these leave is described once it is here
+    library = params.library_name
     try:
-        found = fetch(repository, small, hub=hub, memo=ctx.memo).files
-    except (Transient, NotAuthorised):
+        found = describe_repository(repository.repo, repository.commit, hub=hub, memo=ctx.memo, library=library)
+    except (Transient, NotAuthorised, UsageError):
         return None
-    read = {name: read_json(file.path, file.path.parent, MAX_CONFIG) for name, file in found.items()}
-    config = read.get("config.json")
-    return ModelDescription(
-        config=config,
-        tensors=None,
-        format=weight_format(file.path for file in repository.files),
-        tied={},
-        path=None,
-        quantization=(config or {}).get("quantization_config"),
-        custom=read.get(ARCHITECTURE_FILE),
-    )
+    return found.description
 
 
 def _cache_misfits(missing: int, hub: Hub) -> list[Misfit]:

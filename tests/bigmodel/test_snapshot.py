@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import hashlib
 import os
+import threading
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from support.hub import LoopbackHub
 
+from bigpipe.bigmodel import snapshot as snapshot_module
 from bigpipe.bigmodel.hub import Hub, Repository, describe
 from bigpipe.bigmodel.snapshot import Snapshot, fetch, missing_bytes
 from bigpipe.errors import GatedRepository, InvalidCheckpoint, Offline, Transient
@@ -174,3 +177,23 @@ def test_a_link_out_of_the_cache_is_refused(hub: Hub, tmp_path: Path) -> None:
     link.symlink_to(secret)
     with pytest.raises(InvalidCheckpoint, match="outside of the Hub cache"):
         fetch_all(hub, tmp_path / "memo", repository)
+
+
+def test_bytes_that_xet_brings_are_counted_once() -> None:
+    from huggingface_hub.utils._xet_progress_reporting import XetDownloadProgressReporter
+
+    told: list[tuple[int, int, str]] = []
+    count = snapshot_module._Count("download", 100, lambda *told_now: told.append(told_now))
+    stop = threading.Event()
+    bar = snapshot_module._bar(count, stop)
+    with XetDownloadProgressReporter(
+        reconstruction_desc="", transfer_desc="", total=100, log_level=20, tqdm_class=bar
+    ) as progress:
+        for written, transferred in ((0, 30), (40, 50), (100, 55)):
+            progress.update_progress(
+                SimpleNamespace(
+                    total_bytes=100, total_bytes_completed=written, total_transfer_bytes_completed=transferred,
+                    total_bytes_completion_rate=1.0, total_transfer_bytes_completion_rate=None,
+                )
+            )  # fmt: skip
+    assert told == [(40, 100, "download"), (100, 100, "download")]

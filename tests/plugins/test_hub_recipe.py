@@ -68,7 +68,8 @@ def test_from_the_hub_and_back(server: LoopbackHub, shop: Workshop, checkpoint: 
     planned = shop.command("plan", "recipe.yaml")
     assert planned.returncode == 0, planned.stderr
     assert "960.8 kB down" in planned.stdout
-    assert server.bytes_sent("model.safetensors") < 20_000  # headers at most
+    assert "4 shards" in planned.stdout
+    assert server.bytes_sent("/cdn/") <= 64 * 1024  # its header
 
     ran = shop.command("run", "recipe.yaml", "--json")
     assert ran.returncode == 0, ran.stderr
