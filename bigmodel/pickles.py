@@ -9,7 +9,6 @@ anywhere.
 from __future__ import annotations
 
 import math
-import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +17,7 @@ from typing import Any
 from .bytesource import ByteSource
 from .picklemachine import PickleMachine, Storage, Tensor
 from .tensors import FETCH_AGAIN, TensorInfo, View, invalid, itemsize, tensor_nbytes
-from .zipfiles import ZipEntry, data_offset, read_directory
+from .zipfiles import ZipEntry, data_offset, read_directory, read_entry
 
 MAX_PICKLE = 32 * 2**20
 """Bytes of data.pkl. A state dict takes about 150 per tensor."""
@@ -35,7 +34,7 @@ class TorchFile:
 
 
 def read_torch_pickle(source: ByteSource) -> TorchFile:
-    """Reads the directory and `data.pkl`: two or three short ranges, no tensor data. Works over HTTP.
+    """Reads the directory and `data.pkl`: three short ranges, no tensor data. Works over HTTP.
 
     Raises InvalidCheckpoint with file, entry or tensor, and cure.
     """
@@ -45,7 +44,7 @@ def read_torch_pickle(source: ByteSource) -> TorchFile:
     pickled = entries[f"{prefix}/data.pkl"]
     if pickled.size > MAX_PICKLE:
         raise invalid(source.name, f"its data.pkl has {pickled.size} bytes, more than {MAX_PICKLE}", FETCH_AGAIN)
-    state = PickleMachine(_content(source, pickled), source.name).run()
+    state = PickleMachine(read_entry(source, pickled), source.name).run()
     tensors = _state_dict(source, state)
     for name, tensor in tensors.items():
         _check_tensor(source, name, tensor, entries.get(f"{prefix}/data/{tensor.storage.key}"))
@@ -103,20 +102,12 @@ def _check_byte_order(source: ByteSource, entries: Mapping[str, ZipEntry], prefi
     order = entries.get(f"{prefix}/byteorder")
     if order is None:
         return  # files from before torch 2.1 are little-endian
-    value = _content(source, order) if order.size <= 16 else b"?"
+    value = read_entry(source, order) if order.size <= 16 else b"?"
     if value != b"little":
         raise invalid(
             source.name, f"its byte order is {value[:16].decode('ascii', 'replace')!r}",
             "on a machine of today: torch.save(torch.load(path, weights_only=True), path)",
         )  # fmt: skip
-
-
-def _content(source: ByteSource, entry: ZipEntry) -> bytes:
-    content = source.read(data_offset(source, entry, source.size), entry.size)
-    # Writers may leave the sum out (torch.serialization.set_crc32_options).
-    if entry.crc and zlib.crc32(content) != entry.crc:
-        raise invalid(source.name, f"its entry {entry.name[:200]!r} has a wrong CRC", FETCH_AGAIN, offset=entry.header)
-    return content
 
 
 def _state_dict(source: ByteSource, state: Any) -> dict[str, Tensor]:

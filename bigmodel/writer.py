@@ -18,6 +18,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from bigpipe.errors import DoesNotFit, UsageError
 from bigpipe.sizes import format_transfer, parse_size
@@ -162,7 +163,7 @@ def _check_space(out: Path, needed: int) -> None:
 
 
 def save_checkpoint(
-    source: str | Path | Checkpoint,
+    source: str | Path | Checkpoint | Any,
     out: str | Path,
     *,
     max_shard_size: int | str = "5GB",
@@ -172,14 +173,17 @@ def save_checkpoint(
 ) -> SavedCheckpoint:
     """Reshards, converts or casts a checkpoint into the directory `out`, with its config, tokenizer and other files.
 
+    `source` may also be a torch module or a state dict (see `modules.save_module`).
     Reads and writes byte ranges in constant memory, without torch. Aliases of tied weights are dropped in safetensors
     and kept as shared storages in `.bin`. `dtype` changes floating-point tensors only.
     """
+    out, limit = Path(out), parse_size(max_shard_size)
+    if not isinstance(source, str | Path | Checkpoint):
+        from .modules import save_module
+
+        return save_module(source, out, max_shard_size=limit, dtype=dtype, format=format, progress=progress)
     checkpoint = source if isinstance(source, Checkpoint) else open_checkpoint(source)
-    out = Path(out)
-    saved = convert(
-        checkpoint, out, max_shard_size=parse_size(max_shard_size), dtype=dtype, format=format, progress=progress
-    )
+    saved = convert(checkpoint, out, max_shard_size=limit, dtype=dtype, format=format, progress=progress)
     config = config_with_dtype(checkpoint.config, dtype) if dtype and checkpoint.config is not None else None
     return SavedCheckpoint(
         {**saved.files, **carry_side_files(checkpoint, out, config=config)}, saved.shards, saved.bytes

@@ -8,6 +8,7 @@ encryption, overlapping or doubled entries, several disks. Format: PKWARE APPNOT
 from __future__ import annotations
 
 import struct
+import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -19,6 +20,8 @@ from .tensors import FETCH_AGAIN, invalid
 MAX_DIRECTORY = 100_000_000
 TAIL = 65_536
 """How much of the end is read to find the directory; a torch file has 98 bytes after it, and no comment."""
+PADDING = 160
+"""At most this much extra field is expected before the data of a small entry; torch aligns to 64."""
 
 END = struct.Struct("<4s4H2LH")
 END64 = struct.Struct("<4sQ2H2L4Q")
@@ -41,8 +44,9 @@ class ZipEntry:
 
 def read_directory(source: ByteSource) -> dict[str, ZipEntry]:
     """All entries by name, in the order of the directory. Raises InvalidCheckpoint."""
-    start, size, count, end = _find_directory(source)
-    raw = source.read(start, size)
+    tail = _Tail(source)
+    start, size, count, end = _find_directory(source, tail)
+    raw = tail.read(start, size)
     entries: dict[str, ZipEntry] = {}
     for entry in _entries(raw, source, start):
         if entry.name in entries:
@@ -54,10 +58,23 @@ def read_directory(source: ByteSource) -> dict[str, ZipEntry]:
     return entries
 
 
-def _find_directory(source: ByteSource) -> tuple[int, int, int, int]:
+class _Tail:
+    """The end of a file, read once; mostly the whole directory is in it."""
+
+    def __init__(self, source: ByteSource) -> None:
+        self.source = source
+        self.base = max(0, source.size - TAIL)
+        self.bytes = source.read(self.base, source.size - self.base)
+
+    def read(self, offset: int, length: int) -> bytes:
+        if offset < self.base:
+            return self.source.read(offset, length)
+        return self.bytes[offset - self.base : offset - self.base + length]
+
+
+def _find_directory(source: ByteSource, last: _Tail) -> tuple[int, int, int, int]:
     """Offset, size and number of entries of the directory, and where the records after it begin."""
-    base = max(0, source.size - TAIL)
-    tail = source.read(base, source.size - base)
+    base, tail = last.base, last.bytes
     at = tail.rfind(b"PK\x05\x06")
     if at < 0 or len(tail) - at < END.size:
         raise InvalidCheckpoint(f"{source.name}: is not a zip file, or is cut short", LEGACY_CURE)
@@ -69,7 +86,7 @@ def _find_directory(source: ByteSource) -> tuple[int, int, int, int]:
         _, _, end, _ = LOCATOR64.unpack_from(tail, at - LOCATOR64.size)
         if end + END64.size > source.size:
             raise invalid(source.name, "its zip64 end record lies outside the file", FETCH_AGAIN, offset=base + at)
-        sign, _, _, _, disk, start_disk, here, count, size, start = END64.unpack(source.read(end, END64.size))
+        sign, _, _, _, disk, start_disk, here, count, size, start = END64.unpack(last.read(end, END64.size))
         if sign != b"PK\x06\x06":
             raise invalid(source.name, "its zip64 end record is missing", FETCH_AGAIN, offset=end)
     if disk or start_disk or here != count or size > MAX_DIRECTORY or start + size != end:
@@ -153,17 +170,33 @@ def _check_apart(source: ByteSource, entries: dict[str, ZipEntry], directory: in
 
 def data_offset(source: ByteSource, entry: ZipEntry, limit: int) -> int:
     """Where the data of an entry begin: after its local header, which is checked. They must end by `limit`."""
-    name = entry.name.encode()
-    header = source.read(entry.header, LOCAL.size + len(name))
-    sign, _, flags, method, _, _, _, _, _, name_size, extra_size = LOCAL.unpack_from(header)
+    return _after_header(source, entry, source.read(entry.header, _header_size(entry)), limit)
+
+
+def read_entry(source: ByteSource, entry: ZipEntry) -> bytes:
+    """The data of an entry, its CRC checked; in one read, as local headers have little padding."""
+    wanted = _header_size(entry) + PADDING + entry.size
+    raw = source.read(entry.header, min(wanted, source.size - entry.header))
+    begin = _after_header(source, entry, raw, source.size)
+    content = raw[begin - entry.header :][: entry.size]
+    if len(content) < entry.size:
+        content = source.read(begin, entry.size)
+    # Writers may leave the sum out (torch.serialization.set_crc32_options).
+    if entry.crc and zlib.crc32(content) != entry.crc:
+        raise invalid(source.name, f"its entry {entry.name[:200]!r} has a wrong CRC", FETCH_AGAIN, offset=begin)
+    return content
+
+
+def _header_size(entry: ZipEntry) -> int:
+    return LOCAL.size + len(entry.name.encode())
+
+
+def _after_header(source: ByteSource, entry: ZipEntry, raw: bytes, limit: int) -> int:
+    sign, _, flags, method, _, _, _, _, _, name_size, extra_size = LOCAL.unpack_from(raw)
     begin: int = entry.header + LOCAL.size + name_size + extra_size
-    if sign != b"PK\x03\x04" or header[LOCAL.size :] != name or method != 0 or flags & _REFUSED_FLAGS:
-        raise invalid(
-            source.name,
-            f"its entry {entry.name[:99]!r} is misplaced",
-            FETCH_AGAIN,
-            offset=entry.header,
-        )
+    named = raw[LOCAL.size : _header_size(entry)] == entry.name.encode() and name_size == len(entry.name.encode())
+    if sign != b"PK\x03\x04" or not named or method != 0 or flags & _REFUSED_FLAGS:
+        raise invalid(source.name, f"its entry {entry.name[:99]!r} is misplaced", FETCH_AGAIN, offset=entry.header)
     if begin + entry.size > limit:
         raise invalid(source.name, f"its entry {entry.name[:99]!r} overlaps another", FETCH_AGAIN, offset=begin)
     return begin

@@ -1,0 +1,63 @@
+"""Models in memory, saved and loaded back by the libraries people use."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from accelerate import Accelerator, load_checkpoint_in_model
+from support.models import forward, tiny_model
+
+from bigpipe.bigmodel.checkpoint import open_checkpoint
+from bigpipe.bigmodel.writer import save_checkpoint
+from bigpipe.errors import UsageError
+
+
+class Net(torch.nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = torch.nn.Linear(30, 20)
+        self.second = torch.nn.Linear(30, 20)
+        self.second.weight = self.first.weight
+        self.norm = torch.nn.BatchNorm1d(20)
+
+
+@pytest.mark.parametrize("form", ["safetensors", "bin"])
+@pytest.mark.parametrize("limit", ["1KB", "5GB"])
+def test_a_plain_module_goes_through_accelerate_both_ways(tmp_path, form, limit):
+    torch.manual_seed(0)
+    net = Net()
+    save_checkpoint(net, tmp_path / "ours", max_shard_size=limit, format=form)
+    loaded = Net()
+    load_checkpoint_in_model(loaded, str(tmp_path / "ours"))
+    assert all(torch.equal(tensor, net.state_dict()[name]) for name, tensor in loaded.state_dict().items())
+
+    Accelerator(cpu=True).save_model(net, tmp_path / "theirs", max_shard_size=limit, safe_serialization=form != "bin")
+    ours, theirs = open_checkpoint(tmp_path / "ours"), open_checkpoint(tmp_path / "theirs")
+    assert ours.tied == theirs.tied
+    assert {name: ours.read(name) for name in ours.tensors} == {name: theirs.read(name) for name in theirs.tensors}
+    assert {file.name for file in ours.files} == {file.name for file in theirs.files}
+
+
+def test_a_transformers_model_is_saved_with_its_config(tmp_path):
+    import transformers
+
+    model = tiny_model("opt")
+    saved = save_checkpoint(model, tmp_path, dtype="float16", max_shard_size="20KB")
+    assert saved.shards > 1
+    loaded = transformers.AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert loaded.dtype == torch.float16
+    assert torch.equal(forward(loaded), forward(tiny_model("opt").half()))
+    assert "lm_head.weight" not in open_checkpoint(tmp_path).tensors
+
+
+def test_a_state_dict_with_views_is_saved_contiguously(tmp_path):
+    state = {"t": torch.arange(6.0).reshape(2, 3).t(), "e": torch.zeros(0, 2), "layout": "row"}
+    save_checkpoint(state, tmp_path)
+    checkpoint = open_checkpoint(tmp_path)
+    assert checkpoint.read("t") == state["t"].contiguous().numpy().tobytes()
+    assert set(checkpoint.tensors) == {"t", "e"}
+
+
+def test_what_is_not_in_memory_is_refused(tmp_path):
+    with pytest.raises(UsageError, match="'weight' has no data here"):
+        save_checkpoint(torch.nn.Linear(2, 2, device="meta"), tmp_path)
