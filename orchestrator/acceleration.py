@@ -8,6 +8,7 @@ ranks over gloo.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
@@ -42,6 +43,14 @@ class Acceleration:
         """The global ranks on this machine."""
         here = self.launch.num_processes // self.launch.num_machines
         return range(self.launch.machine_rank * here, (self.launch.machine_rank + 1) * here)
+
+    def environment(self, machine: Machine) -> dict[str, str]:
+        """Variables for the ranks, where the user has not set them."""
+        variables = {"OMP_NUM_THREADS": str(max(1, machine.cpus // len(self.local_ranks)))}
+        if self.launch.num_machines == 1:
+            # gloo would look up the host's own name, which a laptop may not resolve, and listen where others can reach.
+            variables["GLOO_SOCKET_IFNAME"] = "lo0" if sys.platform == "darwin" else "lo"
+        return variables
 
     def write(self, path: Path) -> None:
         path.write_text(yaml.safe_dump(dict(self.settings)), encoding="utf-8")

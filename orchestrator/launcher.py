@@ -63,8 +63,8 @@ def launch(
     acceleration = accelerate(job.launch, job.base, job.machine) if stage.runs_in == "ranks" else None
     if acceleration:
         job = replace(job, launch=acceleration.launch)
-        threads = max(1, job.machine.cpus // len(acceleration.local_ranks))
-        environment.setdefault("OMP_NUM_THREADS", str(threads))
+        for name, value in acceleration.environment(job.machine).items():
+            environment.setdefault(name, value)
     _clear(job)
     names = tuple({**job.environment, **secrets})
     cpu = acceleration is not None and acceleration.cpu
