@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import ast
+import inspect
+import itertools
+import textwrap
 import types
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
@@ -10,7 +14,7 @@ from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
 from .registry import load_stage, stage_kinds
-from .stage import ContentField, Stage
+from .stage import ContentField, Stage, parse_size
 from .types import Json
 
 HEAD = """# The stage kinds
@@ -72,21 +76,54 @@ def _kind_markdown(stage: Stage[Any]) -> str:
 
 def _field_rows(model: type[BaseModel], prefix: str) -> list[str]:
     rows = []
+    notes = attribute_docs(model)
     for name, field in model.model_fields.items():
+        written = prefix + (field.alias or name)
         default = "!" if field.is_required() else f"`{_default(field)}`"
-        rows.append(f"| `{prefix}{name}` | {type_text(_annotation(field))} | {default} | {field.description or ''} |")
+        note = field.description or notes.get(name, "")
+        rows.append(f"| `{written}` | {type_text(_annotation(field))} | {default} | {note} |")
         if nested := _nested(field.annotation):
-            rows += _field_rows(nested, f"{prefix}{name}.")
+            rows += _field_rows(nested, f"{written}.")
     return rows
+
+
+def attribute_docs(model: type[BaseModel]) -> dict[str, str]:
+    """The string under each field of a model, and of the models it extends, on one line.
+
+    Read from the source when asked, because having pydantic read it costs every start of the command.
+    """
+    found: dict[str, str] = {}
+    for cls in reversed(model.__mro__):
+        if cls is not BaseModel and issubclass(cls, BaseModel):
+            found |= _attribute_docs(cls)
+    return found
+
+
+def _attribute_docs(cls: type) -> dict[str, str]:
+    try:
+        tree = ast.parse(textwrap.dedent(inspect.getsource(cls)))
+    except (OSError, TypeError):
+        return {}
+    body = tree.body[0].body if isinstance(tree.body[0], ast.ClassDef) else []
+    found = {}
+    for field, after in itertools.pairwise(body):
+        if isinstance(field, ast.AnnAssign) and isinstance(field.target, ast.Name) and isinstance(after, ast.Expr):
+            text = after.value.value if isinstance(after.value, ast.Constant) else None
+            if isinstance(text, str):
+                found[field.target.id] = " ".join(text.split()).replace("|", "\\|")
+    return found
 
 
 def _metric_rows(model: type[BaseModel], prefix: str) -> list[str]:
     rows = []
+    notes = attribute_docs(model)
     for name, field in model.model_fields.items():
         if nested := _nested(field.annotation):
             rows += _metric_rows(nested, f"{prefix}{name}.")
         else:
-            rows.append(f"| `{prefix}{name}` | {type_text(_annotation(field))} | {field.description or ''} |")
+            rows.append(
+                f"| `{prefix}{name}` | {type_text(_annotation(field))} | {field.description or notes.get(name, '')} |"
+            )
     return list(dict.fromkeys(rows))
 
 
@@ -109,14 +146,23 @@ def _default(field: FieldInfo) -> str:
         return ""
     if isinstance(value, BaseModel):
         return "{}"
+    if isinstance(value, int) and any(_is_size(mark) for mark in field.metadata):
+        return next(
+            (f"{value // 10**power}{unit}" for power, unit in ((9, "GB"), (6, "MB")) if value % 10**power == 0),
+            str(value),
+        )
     return {"None": "null", "True": "true", "False": "false", "()": "[]"}.get(
         str(value), str(value).replace("|", "\\|")
     )
 
 
 def _annotation(field: FieldInfo) -> Any:
-    marks = [mark for mark in field.metadata if isinstance(mark, ContentField)]
+    marks = [mark for mark in field.metadata if isinstance(mark, ContentField) or _is_size(mark)]
     return Annotated[field.annotation, marks[0]] if marks else field.annotation
+
+
+def _is_size(mark: object) -> bool:
+    return getattr(mark, "func", None) is parse_size
 
 
 def _nested(annotation: Any) -> type[BaseModel] | None:
@@ -135,7 +181,7 @@ def type_text(annotation: Any) -> str:
                 return {"file": "file", "tree": "directory", "code": "module:name"}[mark.kind] + (
                     " \\| list" if "list" in str(args[0]) or "tuple" in str(args[0]) else ""
                 )
-        return "size" if "parse_size" in str(args[1:]) else type_text(args[0])
+        return "size" if any(_is_size(mark) for mark in args[1:]) else type_text(args[0])
     if origin in (Union, types.UnionType):
         return " \\| ".join(dict.fromkeys(type_text(arg) for arg in args if arg is not type(None)))
     if origin is Literal:
