@@ -23,6 +23,7 @@ STORE = click.option(
 PARAMS = click.option(
     "-p", "--param", "params", multiple=True, metavar="NAME=VALUE", help="Set a parameter of the recipe."
 )
+DTYPES = ("float32", "float16", "bfloat16", "float8", "int8", "int4", "nf4", "fp4")
 JSON = click.option("--json", "as_json", is_flag=True, help="Print JSON on stdout.")
 OFFLINE = click.option("--offline", is_flag=True, help="Never use the network.")
 
@@ -269,16 +270,35 @@ def lock(manifest: Path, params: tuple[str, ...], check: bool, store: Path | Non
     click.echo(commands.lock(manifest, check=check, params=pairs(params), store=store))
 
 
-@cli.command()
-@click.argument("models", nargs=-1, required=True, metavar="MODEL")
-@click.option("--dtypes", multiple=True, help="float32 float16 bfloat16 float8 int8 int4 nf4 fp4; may be repeated.")
-@click.option("--library-name", type=click.Choice(["transformers", "timm", "diffusers"]))
+class ManyDtypes(click.Command):
+    """Takes `--dtypes float16 int8` as accelerate does: every dtype's name that follows belongs to the option."""
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        spread: list[str] = []
+        listing = False
+        for arg in args:
+            follows = listing and arg in DTYPES and spread[-1] != "--dtypes"
+            spread += ["--dtypes", arg] if follows else [arg]
+            listing = arg == "--dtypes" or (listing and arg in DTYPES)
+        return super().parse_args(ctx, spread)
+
+
+@cli.command(cls=ManyDtypes)
+@click.argument("models", nargs=-1, required=True, metavar="MODEL...")
+@click.option("--dtypes", multiple=True, metavar="DTYPE...", help=f"Any of {' '.join(DTYPES)}.")
+@click.option("--library-name", "--library_name", type=click.Choice(["transformers", "timm", "diffusers"]))
 @click.option("--head", type=click.Choice(["auto", "none"]), default="auto", show_default=True)
 @click.option("--batch-size", type=click.IntRange(min=1), default=1, show_default=True)
 @click.option("--sequence-length", type=click.IntRange(min=1), default=2048, show_default=True)
 @click.option("--revision", default="main", show_default=True)
 @click.option("--memory", help="Say whether it fits, and the smallest change that does: 24GiB.")
-@click.option("--trust-remote-code", is_flag=True, help="Let a repository pinned by --revision run its own code.")
+@click.option("--double-quant", is_flag=True, help="nf4 and fp4 with double quantization.")
+@click.option("--lora-rank", type=click.IntRange(min=1), default=8, show_default=True, help="For training with LoRA.")
+@click.option("--gradient-checkpointing", is_flag=True, help="For training.")
+@click.option(
+    "--trust-remote-code", "--trust_remote_code", is_flag=True,
+    help="Let a repository pinned by --revision run its own code.",
+)  # fmt: skip
 @OFFLINE
 @JSON
 @STORE

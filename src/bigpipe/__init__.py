@@ -13,7 +13,11 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from .bigmodel.checkpoint import Checkpoint as Checkpoint
     from .bigmodel.checkpoint import open_checkpoint as open_checkpoint
+    from .bigmodel.estimates import Estimate as Estimate
+    from .bigmodel.estimates import estimate as estimate
     from .bigmodel.loading import load as load
+    from .bigmodel.placement import Placement as Placement
+    from .bigmodel.placement import place as place
     from .bigmodel.writer import save_checkpoint as save_checkpoint
     from .errors import BigpipeError as BigpipeError
     from .errors import ManifestError as ManifestError
