@@ -52,6 +52,8 @@ class Card:
     title: str
     base_model: str | None = None
     """owner/name on the Hub."""
+    source: str = "a local model"
+    """What it was made from, where that has no name on the Hub."""
     commit: str | None = None
     scheme: str | None = None
     """int8, nf4 or fp4, where the model was quantized."""

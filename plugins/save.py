@@ -283,6 +283,7 @@ def _card(params: SaveParams, target: Destination, ctx: StageContext) -> str:
     return Card(
         title=where.rstrip("/").rpartition("/")[2],
         base_model=source.params.get("repo") if source else None,
+        source="made-up weights" if source and source.params.get("synthetic") else "a local model",
         commit=source.metrics.get("commit") if source else None,
         scheme=str(quantize.params.get("scheme")) if quantize else None,
         license=front_matter(readme.read_text(errors="replace")).get("license") if readme.is_file() else None,
