@@ -12,7 +12,6 @@ from pydantic import (
     BeforeValidator,
     ConfigDict,
     Field,
-    StrictInt,
     WithJsonSchema,
     model_validator,
 )
@@ -62,6 +61,12 @@ def parse_duration(value: int | float | str) -> float:
     return seconds
 
 
+def _not_bool(value: Json) -> Json:
+    if isinstance(value, bool):
+        raise ValueError(f"{str(value).lower()} is not a whole number; write 1 or 0, or quote it where text is meant")
+    return value
+
+
 def _module(name: str) -> str:
     if not _MODULE.fullmatch(name):
         raise ValueError(f"{name!r} is not a module name; write it as in `import`: mingpt or mingpt.model")
@@ -78,6 +83,8 @@ Duration = Annotated[
     float, BeforeValidator(parse_duration), WithJsonSchema({"type": ["number", "string"], "examples": ["30m", "1h30m"]})
 ]
 Text = Annotated[str, Field(min_length=1)]
+Count = Annotated[int, BeforeValidator(_not_bool)]
+"""A whole number; also as text, which is what `${env.N:-2}` gives."""
 
 
 class Spec(BaseModel):
@@ -96,11 +103,11 @@ class TrustSpec(Spec):
 class LaunchSpec(Spec):
     """How ranks are started; the names are accelerate's. Keys written here override those of `config_file`."""
 
-    num_processes: StrictInt = Field(default=1, ge=1, description="Ranks over all machines.")
-    num_machines: StrictInt = Field(default=1, ge=1)
-    machine_rank: StrictInt = Field(default=0, ge=0)
+    num_processes: Count = Field(default=1, ge=1, description="Ranks over all machines.")
+    num_machines: Count = Field(default=1, ge=1)
+    machine_rank: Count = Field(default=0, ge=0)
     main_process_ip: Text | None = None
-    main_process_port: StrictInt | None = Field(default=None, ge=1, le=65535)
+    main_process_port: Count | None = Field(default=None, ge=1, le=65535)
     config_file: Text | None = Field(default=None, description="An accelerate config file, relative to the manifest.")
     mixed_precision: Literal["no", "fp16", "bf16", "fp8"] | None = None
 
@@ -120,9 +127,9 @@ class LaunchSpec(Spec):
 class ResourcesSpec(Spec):
     """What the node holds while it runs; what is left out is derived from the forecast."""
 
-    cpus: StrictInt | None = Field(default=None, ge=1)
+    cpus: Count | None = Field(default=None, ge=1)
     ram: Size | None = None
-    gpus: StrictInt | None = Field(default=None, ge=0)
+    gpus: Count | None = Field(default=None, ge=0)
     gpu_memory: Size | None = None
     disk: Size | None = None
 
@@ -152,14 +159,14 @@ class Settings(Spec):
     when: Text | None = Field(default=None, description="Run only if: a comparison over `${stages.NODE.metrics.PATH}`.")
     launch: LaunchSpec = LaunchSpec()
     resources: ResourcesSpec = ResourcesSpec()
-    retries: StrictInt = Field(default=0, ge=0, le=100, description="Further attempts after a transient failure.")
+    retries: Count = Field(default=0, ge=0, le=100, description="Further attempts after a transient failure.")
     timeout: Duration | None = Field(default=None, description="30m, 1h30m, or seconds.")
     gates: list[Text] = Field(default_factory=list, description="Comparisons over the stage's metrics that must hold.")
     on_fail: Literal["stop", "continue"] = Field(
         default="stop", description="What a failure does to the other branches."
     )
     cache: bool = Field(default=True, description="false: drop the bytes once the last consumer has them.")
-    env: dict[str, str | StrictInt] = Field(default_factory=dict, description="Environment variables of the stage.")
+    env: dict[str, str | Count] = Field(default_factory=dict, description="Environment variables of the stage.")
 
 
 STRUCTURE = tuple(Structure.model_fields)

@@ -285,10 +285,11 @@ class TestMatrix:
             gates: ["bytes < ${matrix.gib}GiB"]
             env: {GIB: "${matrix.gib}"}
             retries: ${matrix.gib}
+            resources: {cpus: "${env.CPUS:-2}"}
         """
         node = after_source(tmp_path, text).nodes["q@gib=3"]
         assert node.gates[0].text == "bytes < 3GiB"
-        assert (node.env, node.retries) == ({"GIB": "3"}, 3)
+        assert (node.env, node.retries, node.resources.cpus) == ({"GIB": "3"}, 3, 2)
 
 
 axes = st.dictionaries(st.sampled_from("abc"), st.lists(st.integers(0, 3), min_size=1, max_size=3, unique=True))
