@@ -14,7 +14,7 @@ from bigpipe.errors import Interrupted, Transient
 from .events import Event, LogLine, NodeRetried
 from .graph import Node
 from .launcher import Job, Outcome, launch
-from .registry import stage_kinds
+from .registry import locate
 from .session import Session
 from .store import KeyRecord, Work
 from .types import Lineage
@@ -90,7 +90,7 @@ def _job(attempt: Attempt, work: Work, number: int) -> Job:
     return Job(
         node=node.name,
         kind=node.kind.kind,
-        module=stage_kinds()[node.kind.kind],
+        module=locate(node.kind.kind),
         # As they were written: validators may ask which fields were given, and by what name.
         params=node.params.model_dump(mode="json", exclude_unset=True, by_alias=True),
         inputs={

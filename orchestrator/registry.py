@@ -52,18 +52,25 @@ def stage_kinds() -> Mapping[str, str]:
     return MappingProxyType(kinds)
 
 
+def locate(kind: str) -> str:
+    """`module:attribute` of one kind. Installed distributions are looked through only where it is not built in.
+
+    Raises UsageError for a kind that nobody offers.
+    """
+    if kind in BUILT_IN:
+        return BUILT_IN[kind]
+    kinds = stage_kinds()
+    if kind not in kinds:
+        raise UsageError(f"unknown stage kind {kind!r}", did_you_mean(kind, kinds, otherwise="there are"))
+    return kinds[kind]
+
+
 def load_stage(kind: str) -> Stage[Any]:
     """The Stage of one kind; imports its module and no other.
 
     Raises UsageError for a kind that nobody offers, or that cannot be imported, or is not what its entry point says.
     """
-    target = BUILT_IN.get(kind)
-    if target is None:
-        kinds = stage_kinds()
-        target = kinds.get(kind)
-        if target is None:
-            cure = did_you_mean(kind, kinds, otherwise="there are")
-            raise UsageError(f"unknown stage kind {kind!r}", cure)
+    target = locate(kind)
     module, _, attribute = target.partition(":")
     try:
         found = getattr(import_module(module), attribute)
