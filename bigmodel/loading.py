@@ -49,7 +49,7 @@ class Loaded:
     held: dict[Home, int] = field(default_factory=dict)
     """Bytes of weights and buffers by home. On disk: stored bytes; elsewhere: bytes in memory."""
     streamed: int = 0
-    """Stored bytes of all streamed units: what one forward reads, but for the embedding tables, which give rows."""
+    """Stored bytes that a forward over one token moves from RAM or disk to where it computes; 0 if all is there."""
 
     def hold(self, home: Home, nbytes: int) -> None:
         self.held[home] = self.held.get(home, 0) + nbytes
@@ -61,6 +61,7 @@ def load(
     *,
     model: torch.nn.Module | None = None,
     dtype: str | torch.dtype | None = None,
+    special_dtypes: Mapping[str, str] | None = None,
     device: int | str | None = None,
     memory: int | None = None,
     first_gpu: int = 0,
@@ -74,6 +75,7 @@ def load(
       (default: the CPU). Where a GPU is named, what lives in RAM or on disk computes on the first of them.
     model: an empty model of a class that the checkpoint does not name itself.
     dtype: what floating weights are cast to; left out, `compute_dtype`'s choice. Quantized weights stay as they are.
+    special_dtypes: parameter name → dtype, where another one is wanted.
     memory: bytes of RAM that weights cast to another dtype may fill; what is over is cast anew at each use.
     first_gpu: added to the map's GPU numbers, which are a rank's own.
     trust: modules that a custom class may come from; looked for in `base` first. trust_remote_code: may the
@@ -92,7 +94,7 @@ def load(
         model = build_skeleton(checkpoint, wanted, trust=trust, base=base, trust_remote_code=trust_remote_code)
     else:
         model = adopt(model, wanted)
-    _fill(model, checkpoint, homes, wanted, _budget(placement, memory))
+    _fill(model, checkpoint, homes, wanted, special_dtypes or {}, _budget(placement, memory))
     _read_generation_config(model, checkpoint.path)
     return model.eval().requires_grad_(False)
 
@@ -147,17 +149,24 @@ def _budget(placement: Placed | DeviceMap | None, memory: int | None) -> int:
     return free if cap is None else min(free, cap)
 
 
-def _fill(model: torch.nn.Module, checkpoint: Checkpoint, homes: Homes, dtype: torch.dtype, budget: int) -> None:
+def _fill(
+    model: torch.nn.Module,
+    checkpoint: Checkpoint,
+    homes: Homes,
+    dtype: torch.dtype,
+    special_dtypes: Mapping[str, str],
+    budget: int,
+) -> None:
     matches = match(model, _with_aliases(checkpoint))
     _share_recipes(model, matches, checkpoint)
     _check_complete(model, matches, checkpoint)
-    homes.check_covers(name for name, _ in model.named_parameters())
+    homes.check_covers(dict.fromkeys([*(name for name, _ in model.named_parameters()), *matches.plain]))
     custom = _custom_description(checkpoint.path)
     replace_linears(model, matches.quantized, settings_of(checkpoint, custom))
     files = MappedFiles()
     state = Loaded(Stream(files), homes.main)
-    streamed = _settle(dict(_slots(model, matches, dtype)), homes, files, state, budget)
-    _settle_buffers(model, matches, homes, files, state)
+    streamed = _settle(dict(_slots(model, matches, dtype, special_dtypes)), homes, files, state, budget)
+    _settle_buffers(model, matches, homes, state)
     _stream(model, streamed, homes, state)
     model.hf_device_map = dict(homes.device_map)  # type: ignore[assignment]
     model._bigpipe_loaded = state  # type: ignore[assignment]
@@ -225,25 +234,40 @@ def _initialise(model: Any, names: Sequence[str]) -> None:
         model._init_weights(module)
 
 
-def _slots(model: torch.nn.Module, matches: Matches, dtype: torch.dtype) -> Iterator[tuple[str, Slot]]:
-    """By parameter name, in the order of modules."""
-    import torch
-
+def _slots(
+    model: torch.nn.Module, matches: Matches, dtype: torch.dtype, special_dtypes: Mapping[str, str]
+) -> Iterator[tuple[str, Slot]]:
+    """By name of the parameter or stored buffer, in the order of modules."""
     kept = kept_in_float32(model, dtype)
     for path, module in model.named_modules():
         prefix = f"{path}." if path else ""
-        for attribute, empty in module._parameters.items():
+        if path in matches.quantized:
+            yield f"{prefix}weight", QuantizedSlot(module, matches.quantized[path])
+        for attribute, empty in [*module._parameters.items(), *module._buffers.items()]:
             name = prefix + attribute
-            if attribute == "weight" and path in matches.quantized:
-                yield name, QuantizedSlot(module, matches.quantized[path])
-            elif empty is not None and name in matches.plain:
-                wide = kept is not None and kept.search(name) and empty.is_floating_point()
-                recipe = matches.plain[name]
-                _check_shape(name, empty, recipe)
-                yield name, PlainSlot(module, attribute, recipe, torch.float32 if wide else empty.dtype)
+            if empty is None or name not in matches.plain or (attribute == "weight" and path in matches.quantized):
+                continue
+            recipe = matches.plain[name]
+            _check_shape(name, empty, recipe)
+            wanted = _special_dtype(name, empty, kept, special_dtypes)
+            yield name, PlainSlot(module, attribute, recipe, wanted)
 
 
-def _check_shape(name: str, empty: torch.nn.Parameter, recipe: Recipe) -> None:
+def _special_dtype(
+    name: str, empty: torch.Tensor, kept: re.Pattern[str] | None, special_dtypes: Mapping[str, str]
+) -> torch.dtype:
+    import torch
+
+    if not empty.is_floating_point():
+        return empty.dtype
+    if name in special_dtypes:
+        chosen: torch.dtype = getattr(torch, special_dtypes[name])
+        return chosen
+    wide = kept is not None and isinstance(empty, torch.nn.Parameter) and kept.search(name)
+    return torch.float32 if wide else empty.dtype
+
+
+def _check_shape(name: str, empty: torch.Tensor, recipe: Recipe) -> None:
     stored = recipe.sources[0]
     if recipe.fuse is None and tuple(empty.shape) != tuple(stored.shape):
         raise InvalidCheckpoint(
@@ -254,7 +278,7 @@ def _check_shape(name: str, empty: torch.nn.Parameter, recipe: Recipe) -> None:
 
 def _settle(slots: Mapping[str, Slot], homes: Homes, files: MappedFiles, state: Loaded, budget: int) -> dict[str, Slot]:
     """Fills what stays in memory; returns what is streamed. Weights that are tied share one tensor."""
-    shared: dict[object, torch.nn.Parameter] = {}
+    shared: dict[object, torch.Tensor] = {}
     streamed: dict[str, Slot] = {}
     counted: set[object] = set()
     for name, slot in slots.items():
@@ -275,39 +299,35 @@ def _settle(slots: Mapping[str, Slot], homes: Homes, files: MappedFiles, state: 
 
 
 def _fill_slot(
-    slot: Slot, key: object, shared: dict[object, torch.nn.Parameter], files: MappedFiles, device: torch.device
+    slot: Slot, key: object, shared: dict[object, torch.Tensor], files: MappedFiles, device: torch.device
 ) -> None:
     if isinstance(slot, PlainSlot) and key in shared:
-        slot.module._parameters[slot.attribute] = shared[key]
+        setattr(slot.module, slot.attribute, shared[key])
         return
     slot.attach(slot.stage(files, device, fresh_memory(device)))
     if slot.scratch(device):
         files.drop(slot.sources)
     if isinstance(slot, PlainSlot):
-        filled = slot.module._parameters[slot.attribute]
-        assert filled is not None  # noqa: S101  just attached
-        shared[key] = filled
+        shared[key] = getattr(slot.module, slot.attribute)
 
 
-def _settle_buffers(model: torch.nn.Module, matches: Matches, homes: Homes, files: MappedFiles, state: Loaded) -> None:
-    """Buffers are small and stay where they are used."""
+def _settle_buffers(model: torch.nn.Module, matches: Matches, homes: Homes, state: Loaded) -> None:
+    """Buffers that no checkpoint holds stay where they are used; most are small."""
     for path, module in model.named_modules():
         for attribute, value in module._buffers.items():
-            if value is None:
-                continue
             name = f"{path}.{attribute}".strip(".")
-            recipe = matches.plain.get(name)
-            found = recipe.read(files.window, value.dtype).to(value.dtype) if recipe else value
+            if value is None or name in matches.plain:
+                continue
             device = homes.execution(name) if homes.covers(name) else homes.main
-            module._buffers[attribute] = found.to(device)
-            state.hold("cpu" if device.type == "cpu" else device.index - homes.first_gpu, found.nbytes)
+            module._buffers[attribute] = value.to(device)
+            state.hold("cpu" if device.type == "cpu" else device.index - homes.first_gpu, value.nbytes)
 
 
 def _stream(model: torch.nn.Module, slots: Mapping[str, Slot], homes: Homes, state: Loaded) -> None:
     no_split = getattr(model, "_no_split_modules", None) or ()
     units = cut_into_units(model, slots, no_split, homes.execution, lambda name: homes.home(name) == "disk")
     state.stream.add(units)
-    state.streamed = sum(unit.nbytes for unit in units)
+    state.streamed = sum(unit.moved(1) for unit in units)
     if homes.several:
         modules = {name for name, _ in model.named_modules()}
         follow_devices(model, {name: homes.execution(name) for name in homes.device_map if name in modules})

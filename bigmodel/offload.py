@@ -40,10 +40,16 @@ class Unit:
     def sources(self) -> list[TensorInfo]:
         return [source for slot in self.slots for source in slot.sources]
 
-    @property
-    def nbytes(self) -> int:
-        """Stored bytes read for one forward."""
-        return sum(source.nbytes for source in self.sources)
+    def moved(self, rows: int) -> int:
+        """Stored bytes that a forward moves, `rows` of them where it is an embedding table.
+
+        None, where it computes in RAM from RAM and is only cast.
+        """
+        if not self.evict and self.device.type == "cpu":
+            return 0
+        nbytes = sum(source.nbytes for source in self.sources)
+        slot = self.slots[0]
+        return rows * nbytes // len(slot.placeholder) if is_table(self) and isinstance(slot, PlainSlot) else nbytes
 
     @property
     def scratch(self) -> int:
@@ -101,7 +107,7 @@ class Stream:
             for slot, tensors in zip(unit.slots, staged.tensors.result(), strict=True):
                 slot.attach(tensors)
         self._active[unit] = staged
-        self.bytes_read += unit.nbytes
+        self.bytes_read += unit.moved(0)
         self._read_ahead(unit)
 
     def _leave(self, unit: Unit) -> None:
@@ -171,7 +177,7 @@ class Stream:
             self.files.populate(unit.sources, set(rows.flatten().tolist()))
             with torch.inference_mode(False):
                 slot.attach(slot.recipe.read(self.files.window, slot.dtype))
-            self.bytes_read += rows.numel() * unit.nbytes // len(slot.placeholder)
+            self.bytes_read += unit.moved(rows.numel())
             return (rows, *arguments[1:])
 
         def after(module: torch.nn.Module, arguments: Any, output: torch.Tensor | None) -> torch.Tensor | None:
@@ -193,7 +199,7 @@ def is_table(unit: Unit) -> bool:
     import torch
 
     module, slot = unit.module, unit.slots[0]
-    plain = type(module) is torch.nn.Embedding and module.max_norm is None
+    plain = type(module) is torch.nn.Embedding and module.max_norm is None and slot.module is module
     return plain and isinstance(slot, PlainSlot) and slot.recipe.fuse is None
 
 

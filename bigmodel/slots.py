@@ -43,18 +43,18 @@ class Slot(Protocol):
 
 @dataclass(slots=True)
 class PlainSlot:
-    """A parameter that is stored as it is, or nearly: a cast, or transformers' fusing of several."""
+    """A parameter or buffer that is stored as it is, or nearly: a cast, or transformers' fusing of several."""
 
     module: torch.nn.Module
     attribute: str
     recipe: Recipe
     dtype: torch.dtype
-    placeholder: torch.nn.Parameter = field(init=False)
+    placeholder: torch.Tensor = field(init=False)
+    """What stands there while it is empty, on meta."""
 
     def __post_init__(self) -> None:
-        empty = self.module._parameters[self.attribute]
-        assert empty is not None  # noqa: S101  slots are made from parameters that are there
-        self.placeholder = empty
+        there: torch.Tensor = getattr(self.module, self.attribute)
+        self.placeholder = there if there.device.type == "meta" else there.to("meta")
 
     @property
     def sources(self) -> Sequence[TensorInfo]:
@@ -81,10 +81,13 @@ class PlainSlot:
     def attach(self, staged: torch.Tensor) -> None:
         import torch
 
-        self.module._parameters[self.attribute] = torch.nn.Parameter(staged, requires_grad=False)
+        if self.attribute in self.module._buffers:
+            self.module._buffers[self.attribute] = staged
+        else:
+            self.module._parameters[self.attribute] = torch.nn.Parameter(staged, requires_grad=False)
 
     def detach(self) -> None:
-        self.module._parameters[self.attribute] = self.placeholder
+        setattr(self.module, self.attribute, self.placeholder)
 
 
 @dataclass(slots=True)

@@ -65,6 +65,14 @@ def test_casts_as_from_pretrained_does(tmp_path: Path, dtype: str, architecture:
     assert torch.equal(forward(model), forward(wanted))
 
 
+def test_some_weights_in_a_dtype_of_their_own(tmp_path: Path) -> None:
+    make_checkpoint(tmp_path, "opt", dtype="float16")
+    special = {"model.decoder.final_layer_norm.weight": "float32"}
+    model = load(tmp_path, dtype="bfloat16", special_dtypes=special)
+    wide = [name for name, parameter in model.named_parameters() if parameter.dtype == torch.float32]
+    assert wide == list(special)
+
+
 def test_buffers_that_no_checkpoint_holds_are_right(tmp_path: Path) -> None:
     make_checkpoint(tmp_path, "llama", dtype="bfloat16")
     wanted = dict(reference(tmp_path, dtype=torch.bfloat16).named_buffers())
