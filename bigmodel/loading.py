@@ -14,7 +14,7 @@ On the CPU a weight stored in the dtype it computes in is not read at all: the f
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Container, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -62,6 +62,7 @@ def load(
     model: torch.nn.Module | None = None,
     dtype: str | torch.dtype | None = None,
     special_dtypes: Mapping[str, str] | None = None,
+    no_split_module_classes: Sequence[str] | None = None,
     device: int | str | None = None,
     memory: int | None = None,
     first_gpu: int = 0,
@@ -76,6 +77,7 @@ def load(
     model: an empty model of a class that the checkpoint does not name itself.
     dtype: what floating weights are cast to; left out, `compute_dtype`'s choice. Quantized weights stay as they are.
     special_dtypes: parameter name → dtype, where another one is wanted.
+    no_split_module_classes: blocks that are streamed as a whole; left out, the model's own.
     memory: bytes of RAM that weights cast to another dtype may fill; what is over is cast anew at each use.
     first_gpu: added to the map's GPU numbers, which are a rank's own.
     trust: modules that a custom class may come from; looked for in `base` first. trust_remote_code: may the
@@ -94,6 +96,8 @@ def load(
         model = build_skeleton(checkpoint, wanted, trust=trust, base=base, trust_remote_code=trust_remote_code)
     else:
         model = adopt(model, wanted)
+    if no_split_module_classes is not None:
+        model._no_split_modules = list(no_split_module_classes)  # type: ignore[assignment]
     _fill(model, checkpoint, homes, wanted, special_dtypes or {}, _budget(placement, memory))
     _read_generation_config(model, checkpoint.path)
     return model.eval().requires_grad_(False)
@@ -165,7 +169,8 @@ def _fill(
     replace_linears(model, matches.quantized, settings_of(checkpoint, custom))
     files = MappedFiles()
     state = Loaded(Stream(files), homes.main)
-    streamed = _settle(dict(_slots(model, matches, dtype, special_dtypes)), homes, files, state, budget)
+    slots = dict(_slots(model, matches, dtype, special_dtypes))
+    streamed = _settle(slots, homes, files, state, budget, special_dtypes)
     _settle_buffers(model, matches, homes, state)
     _stream(model, streamed, homes, state)
     model.hf_device_map = dict(homes.device_map)  # type: ignore[assignment]
@@ -276,17 +281,23 @@ def _check_shape(name: str, empty: torch.Tensor, recipe: Recipe) -> None:
         )
 
 
-def _settle(slots: Mapping[str, Slot], homes: Homes, files: MappedFiles, state: Loaded, budget: int) -> dict[str, Slot]:
-    """Fills what stays in memory; returns what is streamed. Weights that are tied share one tensor."""
+def _settle(
+    slots: Mapping[str, Slot], homes: Homes, files: MappedFiles, state: Loaded, budget: int, always: Container[str]
+) -> dict[str, Slot]:
+    """Fills what stays in memory; returns what is streamed. Weights that are tied share one tensor.
+
+    always: names that are held in their dtype whatever the budget.
+    """
     shared: dict[object, torch.Tensor] = {}
     streamed: dict[str, Slot] = {}
     counted: set[object] = set()
     for name, slot in slots.items():
         home, device = homes.home(name), homes.execution(name)
         key = (tuple(slot.sources), home, getattr(slot, "dtype", None))
-        cost = 0 if key in shared else slot.scratch(device)
+        scratch = sum(slot.scratch(device))
+        cost = 0 if key in shared else scratch
         on_host = home == "cpu" and device.type == "cpu"
-        if isinstance(home, int) or (on_host and cost <= budget):
+        if isinstance(home, int) or (on_host and (cost <= budget or name in always)):
             budget -= cost if on_host else 0
             _fill_slot(slot, key, shared, files, device)
         else:
@@ -294,7 +305,7 @@ def _settle(slots: Mapping[str, Slot], homes: Homes, files: MappedFiles, state: 
         if key not in counted:
             counted.add(key)
             stored = sum(source.nbytes for source in slot.sources)
-            state.hold(home, stored if name in streamed else slot.scratch(device) or stored)
+            state.hold(home, stored if name in streamed else scratch or stored)
     return streamed
 
 

@@ -10,13 +10,14 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from .checkpoint import TensorInfo
 
 if TYPE_CHECKING:
     import torch
 
+T = TypeVar("T")
 Window = Callable[[TensorInfo], "torch.Tensor"]
 
 FOUR_BIT = ".weight.quant_state.bitsandbytes__"
@@ -69,25 +70,25 @@ def match(model: torch.nn.Module, tensors: Mapping[str, TensorInfo]) -> Matches:
     """Finds the stored tensors of every parameter of `model`, as its class names them before any conversion."""
     from transformers import PreTrainedModel
 
-    plain, quantized = _set_quantized_apart(tensors)
+    plain, parts = set_quantized_apart(tensors)
+    quantized = {module: QuantizedWeight(found) for module, found in parts.items()}
     rename = _transformers_names(model) if isinstance(model, PreTrainedModel) else _same_names(model)
     return rename(plain, quantized)
 
 
-def _set_quantized_apart(
-    tensors: Mapping[str, TensorInfo],
-) -> tuple[dict[str, TensorInfo], dict[str, QuantizedWeight]]:
+def set_quantized_apart(tensors: Mapping[str, T]) -> tuple[dict[str, T], dict[str, dict[str, T]]]:
+    """(tensors by name, parts of quantized weights by module name and part), told by the stored names alone."""
     markers = {name[: -len(".SCB")] for name in tensors if name.endswith(".SCB")}
     markers |= {name.partition(FOUR_BIT)[0] for name in tensors if FOUR_BIT in name}
-    parts: dict[str, dict[str, TensorInfo]] = {module: {} for module in sorted(markers)}
-    plain: dict[str, TensorInfo] = {}
+    parts: dict[str, dict[str, T]] = {module: {} for module in sorted(markers)}
+    plain: dict[str, T] = {}
     for name, tensor in tensors.items():
         module, part = _quantized_part(name, markers)
         if module is None:
             plain[name] = tensor
         else:
             parts[module][part] = tensor
-    return plain, {module: QuantizedWeight(found) for module, found in parts.items()}
+    return plain, parts
 
 
 def _quantized_part(name: str, modules: set[str]) -> tuple[str | None, str]:

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from .checkpoint import TensorInfo
 from .mapped import MappedFiles
-from .slots import Arena, PlainSlot, Slot
+from .slots import Arena, PlainSlot, Slot, aligned
 
 if TYPE_CHECKING:
     import torch
@@ -53,7 +53,7 @@ class Unit:
 
     @property
     def scratch(self) -> int:
-        return sum(slot.scratch(self.device) for slot in self.slots)
+        return sum(aligned(size) for slot in self.slots for size in slot.scratch(self.device))
 
 
 @dataclass(eq=False, slots=True)

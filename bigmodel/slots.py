@@ -31,8 +31,8 @@ class Slot(Protocol):
     def sources(self) -> Sequence[TensorInfo]:
         """The stored bytes it is made from."""
 
-    def scratch(self, device: torch.device) -> int:
-        """Bytes that `stage` takes. 0 where the file itself serves as memory."""
+    def scratch(self, device: torch.device) -> Sequence[int]:
+        """Bytes of each piece of memory that `stage` takes. None where the file itself serves as memory."""
 
     def stage(self, files: MappedFiles, device: torch.device, take: Take) -> Any:
         """Makes the tensors on `device`."""
@@ -67,8 +67,8 @@ class PlainSlot:
         stored = getattr(torch, self.recipe.sources[0].dtype)
         return device.type == "cpu" and self.recipe.fuse is None and stored == self.dtype
 
-    def scratch(self, device: torch.device) -> int:
-        return 0 if self.windowed(device) else _aligned(math.prod(self.placeholder.shape) * self.dtype.itemsize)
+    def scratch(self, device: torch.device) -> Sequence[int]:
+        return () if self.windowed(device) else (math.prod(self.placeholder.shape) * self.dtype.itemsize,)
 
     def stage(self, files: MappedFiles, device: torch.device, take: Take) -> torch.Tensor:
         tensor = self.recipe.read(files.window, self.dtype)
@@ -105,8 +105,8 @@ class QuantizedSlot:
     def sources(self) -> Sequence[TensorInfo]:
         return tuple(self.weight.parts.values())
 
-    def scratch(self, device: torch.device) -> int:
-        return 0 if device.type == "cpu" else sum(_aligned(part.nbytes) for part in self.sources)
+    def scratch(self, device: torch.device) -> Sequence[int]:
+        return () if device.type == "cpu" else tuple(part.nbytes for part in self.sources)
 
     def stage(self, files: MappedFiles, device: torch.device, take: Take) -> Mapping[str, torch.Tensor]:
         windows = {name: files.window(part) for name, part in self.weight.parts.items()}
@@ -140,7 +140,7 @@ class Arena:
         nbytes = math.prod(shape) * dtype.itemsize
         assert self._memory is not None  # noqa: S101  reserved before
         flat = self._memory[self._used : self._used + nbytes]
-        self._used += _aligned(nbytes)
+        self._used += aligned(nbytes)
         return flat.view(dtype).reshape(tuple(shape))
 
 
@@ -160,5 +160,5 @@ def _copy(tensor: torch.Tensor, take: Take) -> torch.Tensor:
     return memory
 
 
-def _aligned(nbytes: int) -> int:
+def aligned(nbytes: int) -> int:
     return -(-nbytes // ALIGNMENT) * ALIGNMENT

@@ -47,7 +47,7 @@ from bigpipe.orchestrator.stage import (
     UsageError,
 )
 
-from .trusted import remote_code
+from .placed_model import PlacedModel, remote_code, whole
 
 if TYPE_CHECKING:
     import torch
@@ -170,7 +170,7 @@ def _cast_bytes(stored: str, shape: Sequence[int], dtype: str | None) -> int:
 
 
 def _misfits(placement: Placement | None, ctx: ForecastContext) -> list[Misfit]:
-    each = _gpus_per_rank(placement) if placement else int(bool(ctx.machine.gpus))
+    each = PlacedModel(placement).gpus if placement else int(bool(ctx.machine.gpus))
     local = ctx.launch.num_processes // ctx.launch.num_machines
     there = len(ctx.machine.gpus)
     if each * local <= there:
@@ -180,10 +180,6 @@ def _misfits(placement: Placement | None, ctx: ForecastContext) -> list[Misfit]:
         f"set launch.num_processes to {fits * ctx.launch.num_machines}" if fits else "place the model on cpu and disk"
     )
     return [Misfit(f"{local} ranks with {each} GPU(s) each need {each * local}, and there are {there}", cure)]
-
-
-def _gpus_per_rank(placement: Placement) -> int:
-    return max((device + 1 for device in placement.device_map.values() if isinstance(device, int)), default=0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -305,28 +301,13 @@ def _compute(task: Task, batch: Sequence[Row], chunk: int, padding: bool, ctx: S
 def _load(params: InferParams, ctx: StageContext) -> torch.nn.Module:
     import psutil
 
-    from bigpipe.bigmodel.loading import load
-
     local_rank = int(os.environ.get("LOCAL_RANK", ctx.rank))
     local_ranks = int(os.environ.get("LOCAL_WORLD_SIZE", ctx.world_size))
-    placement = read_placement(ctx.input("placement")) if "placement" in ctx.inputs else None
-    each = _gpus_per_rank(placement) if placement else int(_has_gpu())
+    model = PlacedModel.read(ctx.input("placement")) if "placement" in ctx.inputs else whole(0 if _has_gpu() else "cpu")
     free = int(psutil.virtual_memory().available * MEMORY_SHARE / local_ranks)
-    cap = placement.max_memory.get("cpu") if placement else None
-    return load(
-        ctx.input("model"),
-        placement if placement is not None else {"": 0 if each else "cpu"},
-        dtype=params.dtype or (placement.dtype if placement else None),
-        memory=free if cap is None else min(free, cap),
-        first_gpu=local_rank * each,
-        trust=ctx.trust.modules,
-        base=ctx.base,
-        trust_remote_code=remote_code(ctx),
-    )
-
-
-def read_placement(folder: Path) -> Placement:
-    return Placement.from_json(json.loads((folder / "placement.json").read_bytes())["placement"])
+    cap = model.placement.max_memory.get("cpu")
+    memory = free if cap is None else min(free, cap)
+    return model.load(ctx, dtype=params.dtype, memory=memory, first_gpu=local_rank * model.gpus)
 
 
 def _has_gpu() -> bool:

@@ -26,6 +26,7 @@ from bigpipe.orchestrator.launcher import Outcome, launch
 from bigpipe.orchestrator.stage import CheckContext, Forecast, ForecastContext, Gpu, Launch, StageContext, Trust
 from bigpipe.plugins import distributed_infer
 from bigpipe.plugins.distributed_infer import STAGE, InferMetrics, InferParams, assign, split
+from bigpipe.plugins.placed_model import PlacedModel
 
 PROMPTS = ["Hello, my name is", "The", "Once upon a time", "a b c", "Why?"]
 
@@ -201,7 +202,7 @@ def test_runs_through_a_placement(tmp_path: Path, model: Path) -> None:
         device_map={"": "disk", "model.decoder.layers.0": "cpu"}, weights={}, max_memory={"cpu": 30_000, "disk": None},
         strategy="custom",
     )  # fmt: skip
-    (tmp_path / "placement.json").write_text(json.dumps({"placement": placement.as_json()}))
+    (tmp_path / "placement.json").write_text(json.dumps(PlacedModel(placement).as_json()))
     infer(params(), replace(placed, inputs={**placed.inputs, "placement": (tmp_path,)}))
     assert results(placed) == results(plain)
 

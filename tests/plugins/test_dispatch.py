@@ -1,0 +1,254 @@
+"""What was planned is what the run gives: the same placement, and the bytes that the loaded model holds."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from support.launching import MACHINE
+from support.models import make_checkpoint
+from support.tinygpt import GPT
+
+from bigpipe.bigmodel.architecture import describe_many
+from bigpipe.bigmodel.description import describe_checkpoint
+from bigpipe.bigmodel.inquiry import read_request
+from bigpipe.errors import StageFailed, UsageError
+from bigpipe.orchestrator.events import LogLine
+from bigpipe.orchestrator.stage import (
+    Forecast,
+    ForecastContext,
+    Gpu,
+    Machine,
+    StageContext,
+    StageResult,
+    Trust,
+)
+from bigpipe.plugins import dispatch
+from bigpipe.plugins.dispatch import STAGE, DispatchMetrics, DispatchParams
+from bigpipe.plugins.placed_model import PlacedModel
+
+TESTS = Path(__file__).parents[1]
+
+
+class Reports(list[Any]):
+    report = list.append
+
+
+def quantized(out: Path, **options: Any) -> Path:
+    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+
+    plain = make_checkpoint(out / "plain", "llama", dtype="float16", hidden_size=64, intermediate_size=128)
+    config = BitsAndBytesConfig(**options)
+    AutoModelForCausalLM.from_pretrained(plain, quantization_config=config).save_pretrained(out / "quantized")
+    return out / "quantized"
+
+
+def custom_checkpoint(out: Path, *no_split: str) -> Path:
+    from safetensors.torch import save_file
+
+    config = GPT.get_default_config()
+    config.vocab_size, config.block_size = 256, 64
+    out.mkdir()
+    save_file(GPT(config).state_dict(), out / "model.safetensors")
+    described = {"class": "support.tinygpt:GPT", "config": {"vocab_size": 256, "block_size": 64}}
+    described |= {"no_split_module_classes": list(no_split)} if no_split else {}
+    (out / "bigpipe_architecture.json").write_text(json.dumps(described))
+    return out
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    folder = tmp_path_factory.mktemp("models")
+    double = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True}
+    return {
+        **{name: make_checkpoint(folder / name, name, dtype="float16") for name in ("opt", "llama", "t5", "bert")},
+        "int8": quantized(folder / "int8", load_in_8bit=True),
+        "nf4": quantized(folder / "nf4", **double),
+        "gpt": custom_checkpoint(folder / "gpt"),
+        "gpt-blocks": custom_checkpoint(folder / "gpt-blocks", "Block"),
+    }
+
+
+@pytest.fixture(scope="module")
+def memo(tmp_path_factory: pytest.TempPathFactory, models: dict[str, Path]) -> Path:
+    """All architectures, asked of one child process."""
+    memo = tmp_path_factory.mktemp("memo")
+    requests = []
+    for path in models.values():
+        model = describe_checkpoint(path)
+        config = dict(model.config or {})
+        requests.append(read_request(config, custom=model.custom, modules=("support",), base=TESTS))
+    describe_many(requests, memo=memo)
+    return memo
+
+
+def forecast(model: Path, memo: Path, machine: Machine = MACHINE, **fields: Any) -> Forecast:
+    wired = {"model": (Forecast(output=describe_checkpoint(model)),)}
+    ctx = ForecastContext(inputs=wired, base=TESTS, machine=machine, memo=memo, trust=Trust(modules=("support",)))
+    return STAGE.forecast(DispatchParams(**fields), ctx)
+
+
+def context(out: Path, model: Path, memo: Path) -> StageContext:
+    out.mkdir(exist_ok=True)
+    return StageContext(
+        node="dispatch", inputs={"model": (model,)}, out=out, scratch=out, parts=out, memo=memo, base=TESTS,
+        machine=MACHINE, trust=Trust(modules=("support",)), reporter=Reports(),
+    )  # fmt: skip
+
+
+def run(out: Path, model: Path, memo: Path, **fields: Any) -> tuple[DispatchMetrics, dict[str, Any]]:
+    ctx = context(out, model, memo)
+    result = STAGE.run(DispatchParams(**fields), ctx)
+    assert isinstance(result, StageResult)
+    assert isinstance(result.metrics, DispatchMetrics)
+    assert not [event for event in ctx.reporter if isinstance(event, LogLine) and not event.detail]  # type: ignore[attr-defined]
+    for name, (_, size) in result.files.items():
+        assert (out / name).stat().st_size == size
+    return result.metrics, json.loads((out / "placement.json").read_bytes())
+
+
+MAPS: list[dict[str, Any]] = [
+    {"max_memory": {"cpu": "1GiB"}},
+    {"max_memory": {"cpu": 50_000, "disk": "1GiB"}},
+    {"device_map": {"": "disk"}},
+    {"device_map": "sequential", "max_memory": {"cpu": 150_000, "disk": "1GiB"}, "dtype": "bfloat16"},
+    {},
+]
+
+
+@pytest.mark.parametrize("fields", MAPS, ids=["cpu", "mixed", "disk", "cast", "detected"])
+@pytest.mark.parametrize("architecture", ["opt", "llama", "t5", "bert"])
+def test_gives_what_was_forecast(
+    tmp_path: Path, memo: Path, models: dict[str, Path], architecture: str, fields: dict[str, Any]
+) -> None:
+    model = models[architecture]
+    planned = forecast(model, memo, **fields)
+    assert planned.misfits == ()
+    assert planned.unknown == ()
+    metrics, content = run(tmp_path / "out", model, memo, **fields)
+    assert planned.metrics["predicted"] == metrics.predicted
+    assert planned.metrics["streamed_bytes_per_token"] == metrics.streamed_bytes_per_token
+    assert metrics.measured == metrics.predicted
+    placed = PlacedModel.read(tmp_path / "out")
+    assert placed.placement.device_map == planned.output.device_map == content["device_map"]
+    assert content["measured"] == metrics.measured
+    assert placed.placement.dtype == fields.get("dtype")
+
+
+@pytest.mark.parametrize("home", ["cpu", "disk"])
+@pytest.mark.parametrize("scheme", ["int8", "nf4"])
+def test_quantized_models_count_as_they_are_stored(
+    tmp_path: Path, memo: Path, models: dict[str, Path], scheme: str, home: str
+) -> None:
+    model = models[scheme]
+    metrics, _ = run(tmp_path / "out", model, memo, device_map={"": home})
+    assert metrics.measured == metrics.predicted
+    assert sum(metrics.measured.values()) == describe_checkpoint(model).nbytes + 64  # type: ignore[operator]
+    planned = forecast(model, memo, device_map={"": home})
+    assert planned.metrics["streamed_bytes_per_token"] == metrics.streamed_bytes_per_token
+
+
+def test_some_weights_in_a_dtype_of_their_own(tmp_path: Path, memo: Path, models: dict[str, Path]) -> None:
+    model = models["llama"]
+    special = {"lm_head.weight": "float32"}
+    metrics, content = run(tmp_path / "out", model, memo, special_dtypes=special)
+    plain, _ = run(tmp_path / "plain", model, memo)
+    assert metrics.measured == metrics.predicted
+    assert metrics.measured["cpu"] - plain.measured["cpu"] == 264 * 32 * 2
+    assert content["special_dtypes"] == special
+
+
+def test_writes_a_picture(tmp_path: Path, memo: Path, models: dict[str, Path]) -> None:
+    model = models["opt"]
+    run(tmp_path / "out", model, memo, max_memory={"cpu": 50_000, "disk": "1GiB"})
+    picture = (tmp_path / "out" / "placement.txt").read_text()
+    assert "cpu" in picture
+    assert "disk" in picture
+    assert "layers" in picture
+
+
+def test_verifies_as_much_as_asked_for(tmp_path: Path, memo: Path, models: dict[str, Path]) -> None:
+    model = models["opt"]
+    assert run(tmp_path / "none", model, memo, verify="none")[0].measured == {}
+    assert run(tmp_path / "load", model, memo, verify="load")[0].measured != {}
+
+
+def test_a_class_of_ones_own(tmp_path: Path, memo: Path, models: dict[str, Path]) -> None:
+    model = models["gpt-blocks"]
+    for name, device_map in (("cpu", {"": "cpu"}), ("disk", {"": "disk"}), ("mixed", {"": "cpu", "blocks.1": "disk"})):
+        metrics, _ = run(tmp_path / name, model, memo, device_map=device_map)
+        assert metrics.measured == metrics.predicted
+
+
+def test_says_which_block_must_stay_whole(tmp_path: Path, memo: Path, models: dict[str, Path]) -> None:
+    model = models["gpt"]
+    with pytest.raises(StageFailed, match="no_split_module_classes"):
+        run(tmp_path / "out", model, memo, device_map={"": "disk"})
+    run(tmp_path / "out", model, memo, device_map={"": "disk"}, no_split_module_classes=["Block"])
+
+
+def test_a_gpu_that_is_not_there(tmp_path: Path, memo: Path, models: dict[str, Path]) -> None:
+    model = models["opt"]
+    fits = forecast(model, memo, max_memory={0: "22GiB", "cpu": "48GiB"})
+    assert [misfit.cause for misfit in fits.misfits] == ["max_memory names GPU 0; test has no GPU"]
+    assert fits.misfits[0].cure == "set max_memory.0 to 0; the model fits cpu"
+    alone = forecast(model, memo, max_memory={"0-7": "46GiB"})
+    assert alone.misfits[0].cure.startswith("set max_memory to {0-7: 0} for these, and")
+    custom = forecast(model, memo, device_map={"": "cpu", "model.decoder.layers.1": 1})
+    assert custom.misfits[0].cause == "device_map names GPU 1; test has no GPU"
+    assert custom.misfits[0].cure == "map model.decoder.layers.1 to cpu or disk"
+    there = replace(MACHINE, gpus=(Gpu(0, "L4", 24 * 2**30, 20 * 2**30),))
+    placed = forecast(model, memo, there, max_memory={0: "22GiB", "cpu": "48GiB"})
+    assert placed.misfits == ()
+    assert set(placed.metrics["predicted"]) == {"0"}
+    assert placed.vram[0] > placed.metrics["predicted"]["0"] + dispatch.GPU_RUNTIME
+    assert "cuda:0" in placed.summary
+
+
+def test_more_than_the_caps_or_the_memory(tmp_path: Path, memo: Path, models: dict[str, Path]) -> None:
+    model = models["opt"]
+    small = forecast(model, memo, max_memory={"cpu": 50_000})
+    assert "raise max_memory of cpu" in small.misfits[0].cure
+    poor = replace(MACHINE, memory=50_000)
+    assert "lower max_memory.cpu to 39.1KiB" in forecast(model, memo, poor, max_memory={"cpu": "1GiB"}).misfits[0].cure
+
+
+def test_unknown_models_and_wrong_maps(tmp_path: Path, memo: Path, models: dict[str, Path]) -> None:
+    ctx = ForecastContext(inputs={"model": (Forecast(),)}, base=TESTS, machine=MACHINE, memo=memo)
+    assert "not known yet" in STAGE.forecast(DispatchParams(), ctx).unknown[0]
+    model = models["opt"]
+    with pytest.raises(UsageError, match=r"embed_tokens"):
+        forecast(model, memo, device_map={"model.decoder.layers": "cpu"})
+    with pytest.raises(UsageError, match="not a device"):
+        dispatch.check(DispatchParams(max_memory={"gpu": "1GiB"}), None)
+
+
+def test_the_key_holds_the_machine_only_where_it_decides() -> None:
+    assert STAGE.facts is not None
+    assert STAGE.facts(DispatchParams(), MACHINE) == {"gpus": [], "memory": MACHINE.memory}
+    assert STAGE.facts(DispatchParams(max_memory={"cpu": "1GiB"}), MACHINE) == {}
+    assert STAGE.facts(DispatchParams(device_map={"": "disk"}), MACHINE) == {}
+
+
+def test_a_plan_does_not_import_torch(tmp_path: Path, memo: Path, models: dict[str, Path]) -> None:
+    model = models["opt"]
+    program = f"""
+import sys
+from pathlib import Path
+sys.path.insert(0, {str(TESTS)!r})
+from support.launching import MACHINE
+from bigpipe.bigmodel.architecture import describe_many
+from bigpipe.bigmodel.description import describe_checkpoint
+from bigpipe.orchestrator.stage import Forecast, ForecastContext
+from bigpipe.plugins.dispatch import STAGE, DispatchParams
+wired = {{"model": (Forecast(output=describe_checkpoint({str(model)!r})),)}}
+ctx = ForecastContext(inputs=wired, base=Path("."), machine=MACHINE, memo=Path({str(memo)!r}))
+assert STAGE.forecast(DispatchParams(), ctx).output.device_map
+assert not {{"torch", "transformers", "accelerate"}} & set(sys.modules)
+"""
+    subprocess.run([sys.executable, "-c", program], check=True, timeout=120)
