@@ -95,17 +95,7 @@ def show(value: Any) -> None:
 @click.option("--events", type=click.Path(path_type=Path), help="Append every event as a JSON line to this file.")
 @STORE
 def run(
-    manifest: Path,
-    nodes: tuple[str, ...],
-    params: tuple[str, ...],
-    force: tuple[str, ...],
-    locked: bool,
-    offline: bool,
-    jobs: int | None,
-    keep_going: bool,
-    as_json: bool,
-    events: Path | None,
-    store: Path | None,
+    manifest: Path, nodes: tuple[str, ...], params: tuple[str, ...], events: Path | None, as_json: bool, **options: Any
 ) -> None:
     """Run a recipe, or NODEs of it and what they stand on. Nothing that is in the store runs again.
 
@@ -114,10 +104,7 @@ def run(
     from bigpipe.orchestrator.reporters import choose_reporter
 
     with choose_reporter(sys.stderr, events=events) as reporter:
-        result = bigpipe.run(
-            manifest, nodes, params=pairs(params), store=store, force=force, locked=locked, offline=offline,
-            jobs=jobs, keep_going=keep_going, reporter=reporter, check=False,
-        )  # fmt: skip
+        result = bigpipe.run(manifest, nodes, params=pairs(params), reporter=reporter, check=False, **options)
     if as_json:
         click.echo(json.dumps(result.as_json(), ensure_ascii=False))
     else:
@@ -144,15 +131,9 @@ def run(
 @JSON
 @STORE
 def plan(
-    manifest: Path,
-    nodes: tuple[str, ...],
-    params: tuple[str, ...],
-    explain: bool,
-    machine: Path | None,
-    offline: bool,
-    as_json: bool,
-    store: Path | None,
-) -> None:
+    manifest: Path, nodes: tuple[str, ...], params: tuple[str, ...], machine: Path | None, explain: bool, as_json: bool,
+    **options: Any,
+) -> None:  # fmt: skip
     """Say what would run, why, what it costs, and whether it fits.
 
     Example: bigpipe plan manifests/opt13b_int8.yaml --machine gpu-box.json
@@ -161,7 +142,7 @@ def plan(
     from bigpipe.orchestrator.rendering import plan_json, plan_text
 
     other = read_machine(machine) if machine else None
-    planned = bigpipe.plan(manifest, nodes, params=pairs(params), store=store, offline=offline, machine=other)
+    planned = bigpipe.plan(manifest, nodes, params=pairs(params), machine=other, **options)
     if as_json:
         show(plan_json(planned))
     else:
@@ -410,7 +391,7 @@ def show_run(run: str, as_json: bool, store: Path | None) -> None:
 @click.argument("node", required=False)
 @STORE
 def log(run: str, node: str | None, store: Path | None) -> None:
-    """Print what the nodes of RUN wrote.
+    """Print what the nodes of RUN (an id, the start of one, or `last`) wrote.
 
     Example: bigpipe log last generate
     """

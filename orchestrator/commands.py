@@ -13,7 +13,8 @@ from .decision import Action
 from .events import Event, Reporter
 from .graph import Recipe, load_recipe
 from .plan import Plan, make_plan
-from .runner import RunResult, run_plan
+from .result import RunResult
+from .runner import run_plan
 from .session import Session, exact, open_session, require_file
 from .types import Json, Machine
 

@@ -16,7 +16,7 @@ from .types import Json
 
 if TYPE_CHECKING:
     from .graph import Recipe
-    from .runner import RunResult
+    from .result import RunResult
 
 
 def columns(rows: Sequence[tuple[str, ...]], gap: int = 2) -> str:

@@ -15,11 +15,10 @@ from __future__ import annotations
 import signal
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING
 
@@ -33,6 +32,7 @@ from .graph import Node
 from .lockfile import lock_path
 from .plan import Plan, failed, gate_error, judge_gates, missing_producer, when_text
 from .records import RunRecorder, new_run_id
+from .result import GOOD, SETTLED, NodeState, RunResult
 from .session import Session, metric
 from .stage import Forecast
 from .store import KeyRecord
@@ -40,29 +40,6 @@ from .types import Json, Lineage, Status
 
 if TYPE_CHECKING:
     from .execution import Attempt
-
-SETTLED = frozenset({Status.CACHED, Status.SUCCEEDED, Status.FAILED, Status.SKIPPED})
-GOOD = frozenset({Status.CACHED, Status.SUCCEEDED})
-
-
-@dataclass(slots=True)
-class NodeState:
-    """What is known of a node while the run goes."""
-
-    node: Node
-    status: Status = Status.PENDING
-    reason: str = ""
-    key: str | None = None
-    record: KeyRecord | None = None
-    bytes_here: bool = True
-    demanded_by: str = ""
-    """The consumer that needs dropped bytes again."""
-    seconds: float = 0.0
-    error: BigpipeError | None = None
-
-    @property
-    def digest(self) -> str | None:
-        return self.record.digest if self.record else None
 
 
 @dataclass(slots=True)
@@ -85,56 +62,6 @@ class Run:
             state.status is Status.FAILED and state.node.on_fail == "stop" and not self.keep_going
             for state in self.states.values()
         )
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class RunResult:
-    """What a run did. `nodes` has one NodeState per selected node."""
-
-    run: str
-    status: str
-    """succeeded, failed or interrupted."""
-    nodes: Mapping[str, NodeState]
-    session: Session
-    seconds: float
-    errors: tuple[BigpipeError, ...] = ()
-
-    @property
-    def exit_code(self) -> int:
-        if not self.errors:
-            return 0
-        first = self.errors[0]
-        return first.status if isinstance(first, Interrupted) else first.exit_code
-
-    def path(self, node: str) -> Path | None:
-        """The artifact's directory, readable as it is; None where there is none or its bytes were dropped."""
-        state = self.nodes[node]
-        if state.digest is None or not state.bytes_here:
-            return None
-        return self.session.store.artifact_path(state.digest)
-
-    def as_json(self) -> dict[str, Json]:
-        """`bigpipe.run/1`."""
-        return {
-            "schema": "bigpipe.run/1",
-            "run": self.run,
-            "status": self.status,
-            "nodes": {name: self._node_json(state) for name, state in self.nodes.items()},
-        }
-
-    def _node_json(self, state: NodeState) -> dict[str, Json]:
-        record = state.record
-        path = self.path(state.node.name)
-        return {
-            "status": str(state.status),
-            "key": state.key,
-            "digest": state.digest,
-            "path": str(path) if path else None,
-            "seconds": round(state.seconds, 3),
-            "peak_rss": record.peak_rss if record else None,
-            "metrics": dict(record.metrics) if record else {},
-            "reason": state.reason,
-        }
 
 
 def run_plan(

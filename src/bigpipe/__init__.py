@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from .orchestrator.graph import Recipe as Recipe
     from .orchestrator.commands import load_manifest as load_manifest
     from .orchestrator.plan import Plan as Plan
-    from .orchestrator.runner import RunResult as RunResult
+    from .orchestrator.result import RunResult as RunResult
     from .orchestrator.stage import Stage as Stage
 
 _EXPORTS = {
@@ -37,7 +37,7 @@ _EXPORTS = {
     "Placement": "bigmodel.placement:Placement",
     "Plan": "orchestrator.plan:Plan",
     "Recipe": "orchestrator.graph:Recipe",
-    "RunResult": "orchestrator.runner:RunResult",
+    "RunResult": "orchestrator.result:RunResult",
     "Stage": "orchestrator.stage:Stage",
     "estimate": "bigmodel.estimates:estimate",
     "load": "bigmodel.loading:load",
