@@ -21,7 +21,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, TypeAdapter
+from pydantic import BaseModel, ConfigDict, Field
 
 from bigpipe.errors import BY_NAME, BigpipeError, StageFailed
 
@@ -250,11 +250,6 @@ def write_whole(path: Path, text: str) -> None:
     partial = path.with_name(f".{path.name}.{os.getpid()}")
     partial.write_text(text, encoding="utf-8")
     partial.replace(path)
-
-
-def as_json(value: Any, kind: type) -> Any:
-    """A dataclass as JSON values."""
-    return TypeAdapter(kind).dump_python(value, mode="json")
 
 
 def _describe(error: BaseException) -> str:

@@ -77,6 +77,10 @@ def launch(
 
 
 def _run_ranks(supervisor: Supervisor, stage: Stage[Any], acceleration: Acceleration, started: float) -> Outcome:
+    if stage.finish is None and acceleration.launch.num_processes > 1:
+        raise StageFailed(
+            f"kind {stage.kind} runs as ranks but has no `finish`", "several ranks need one to merge them"
+        )
     if stage.prepare is not None:
         supervisor.result("prepare", supervisor.run("prepare"))
     results = ranks.run_ranks(supervisor, acceleration)
@@ -84,8 +88,6 @@ def _run_ranks(supervisor: Supervisor, stage: Stage[Any], acceleration: Accelera
     result = results[0]
     if stage.finish is not None:
         result = supervisor.result("finish", supervisor.run("finish"))
-    elif len(results) > 1:
-        raise StageFailed(f"kind {stage.kind} runs as ranks but has no `finish`", "ranks need one to merge their work")
     return _outcome(result, max(peak, supervisor.peak()), max(anonymous, supervisor.anonymous()), started)
 
 
@@ -102,14 +104,8 @@ def _outcome(result: Result, peak: int, anonymous: int, started: float) -> Outco
 def _clear(job: Job) -> None:
     """Results of an earlier attempt in the same folder must not be taken for this one's."""
     patterns = (
-        "result-*.json",
-        "rank-*.json",
-        "rank-*.pipe",
-        "hello-*.json",
-        "launch.json",
-        "events/*",
-        "processes/*/*",
-    )
+        "result-*.json", "rank-*.json", "rank-*.pipe", "hello-*.json", "launch.json", "events/*", "processes/*/*",
+    )  # fmt: skip
     for pattern in patterns:
         for path in job.attempt_dir.glob(pattern):
             path.unlink()
