@@ -89,6 +89,7 @@ def test_a_machine_file_is_read_or_explained(tmp_path: Path) -> None:
             machine.read_machine(path)
 
 
+@pytest.mark.slow
 def test_the_doctor_sees_that_everything_works_here(tmp_path: Path) -> None:
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_TOKEN": "hf_canary123456"}
     found = doctor.examine(tmp_path / "store", environment=environment)
