@@ -25,6 +25,16 @@ MAX_ENTRY = 65_536
 MAX_DIMENSIONS = 64
 
 _SPACE = re.compile(r"[ \t\n\r]*")
+_SIZE = "(?:0|[1-9][0-9]{0,17})"
+_USUAL_ENTRY = re.compile(
+    rf'"([^"\\\x00-\x1f]*)":{{"dtype":"(\w+)","shape":\[((?:{_SIZE}(?:,{_SIZE}){{0,63}})?)\],'
+    rf'"data_offsets":\[({_SIZE}),({_SIZE})\]}}',
+    re.ASCII,
+)
+"""An entry as the safetensors library writes it; others are JSON too, but three times slower to read."""
+
+Entry = tuple[str, list[int], int, int]
+"""Name of the dtype, shape, begin and end: one tensor's description, not yet compared with itself."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,7 +66,7 @@ def read_header(source: ByteSource, file: Path) -> SafetensorsHeader:
     except UnicodeDecodeError as error:
         raise invalid(file, "the header is not UTF-8", FETCH_AGAIN, offset=8 + error.start) from None
     entries, metadata = _HeaderText(text, file).parse()
-    tensors = [_tensor(name, entry, file, 8 + length) for name, entry in entries.items()]
+    tensors = [_tensor(name, *entry, file, 8 + length) for name, entry in entries.items()]
     tensors.sort(key=lambda tensor: (tensor.offset, tensor.nbytes))
     _check_cover(tensors, file, 8 + length, source.size)
     return SafetensorsHeader(tuple(tensors), metadata, 8 + length)
@@ -70,28 +80,45 @@ class _HeaderText:
         self.file = file
         self.decoder = json.JSONDecoder(object_pairs_hook=self._object)
 
-    def parse(self) -> tuple[dict[str, dict[str, Any]], dict[str, str]]:
-        entries: dict[str, dict[str, Any]] = {}
-        metadata: dict[str, str] | None = None
+        self.entries: dict[str, Entry] = {}
+        self.metadata: dict[str, str] | None = None
+
+    def parse(self) -> tuple[dict[str, Entry], dict[str, str]]:
         if not self.text.startswith("{"):
             raise self._error("the header does not start with {", 0)
         at = self._skip(1)
-        while not (self.text.startswith("}", at) and not entries and metadata is None):
-            name, at = self._name(at)
-            value, end = self._value(name, at)
-            if name in entries or (name == "__metadata__" and metadata is not None):
-                raise self._error("stands twice in the header", at, name)
-            if name == "__metadata__":
-                metadata = self._metadata(value, at)
-            else:
-                entries[name] = value
-            at = self._skip(end)
-            if self.text.startswith("}", at):
-                break
-            at = self._skip(self._expect(",", at))
+        if not self.text.startswith("}", at):
+            at = self._item(at)
+            while not self.text.startswith("}", at):
+                at = self._item(self._skip(self._expect(",", at)))
         if self._skip(at + 1) != len(self.text):
             raise self._error("there is something after the end of the header", at + 1)
-        return entries, metadata or {}
+        return self.entries, self.metadata or {}
+
+    def _item(self, at: int) -> int:
+        """Takes one name and its value; where the next sign after it stands."""
+        usual = _USUAL_ENTRY.match(self.text, at)
+        if usual and usual[1] != "__metadata__":
+            name, dtype, shape, begin, end = usual.groups()
+            entry = dtype, [int(size) for size in shape.split(",")] if shape else [], int(begin), int(end)
+            after = usual.end()
+        else:
+            name, at = self._name(at)
+            value, after = self._value(name, at)
+            if name == "__metadata__":
+                self._keep_metadata(value, at)
+                return self._skip(after)
+            entry = self._entry(name, value, at)
+        if name in self.entries:
+            raise self._error("stands twice in the header", at, name)
+        self.entries[name] = entry
+        return self._skip(after)
+
+    def _entry(self, name: str, value: dict[str, Any], at: int) -> Entry:
+        dtype, shape, offsets = value.get("dtype"), value.get("shape"), value.get("data_offsets")
+        if len(value) == 3 and isinstance(dtype, str) and _sizes(shape) and _sizes(offsets) and len(offsets) == 2:
+            return dtype, shape, offsets[0], offsets[1]
+        raise self._error("its entry is not {dtype, shape, data_offsets: [begin, end]}", at, name)
 
     def _name(self, at: int) -> tuple[str, int]:
         if not self.text.startswith('"', at):
@@ -117,10 +144,12 @@ class _HeaderText:
         except (ValueError, RecursionError) as error:
             raise self._error(f"the header is not JSON: {str(error)[:200]}", at) from None
 
-    def _metadata(self, value: dict[str, Any], at: int) -> dict[str, str]:
+    def _keep_metadata(self, value: dict[str, Any], at: int) -> None:
+        if self.metadata is not None:
+            raise self._error("__metadata__ stands twice in the header", at)
         if not all(isinstance(text, str) for text in value.values()):
             raise self._error("__metadata__ may hold strings only", at)
-        return value
+        self.metadata = value
 
     def _object(self, pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         value = dict(pairs)
@@ -143,16 +172,7 @@ class _HeaderText:
         )
 
 
-def _tensor(name: str, entry: dict[str, Any], file: Path, start: int) -> TensorInfo:
-    dtype_name, shape, offsets = entry.get("dtype"), entry.get("shape"), entry.get("data_offsets")
-    if (
-        len(entry) != 3
-        or not isinstance(dtype_name, str)
-        or not _sizes(shape)
-        or not _sizes(offsets)
-        or len(offsets) != 2
-    ):
-        raise invalid(file, "its entry is not {dtype, shape, data_offsets: [begin, end]}", FETCH_AGAIN, tensor=name)
+def _tensor(name: str, dtype_name: str, shape: list[int], begin: int, end: int, file: Path, start: int) -> TensorInfo:
     dtype = SAFETENSORS_DTYPES.get(dtype_name)
     if dtype is None:
         known = ", ".join(SAFETENSORS_DTYPES)
@@ -161,7 +181,6 @@ def _tensor(name: str, entry: dict[str, Any], file: Path, start: int) -> TensorI
         )
     if dtype == "float4_e2m1fn_x2":
         shape = _pairs(name, shape, file)
-    begin, end = offsets
     nbytes = tensor_nbytes(dtype, shape)
     if end - begin != nbytes:
         raise invalid(

@@ -56,6 +56,8 @@ F32 = '{"dtype":"F32","shape":[1],"data_offsets":[0,4]}'
         ('{"a":{"x":' + "[" * 9_000 + "]" * 9_000 + "}}", 0, "not JSON"),
         ('{"\\ud800":' + F32 + "}", 4, "not valid Unicode"),
         ('{"__metadata__":{"format":1},"a":' + F32 + "}", 4, "strings only"),
+        ('{"__metadata__":' + F32 + "}", 4, "strings only"),
+        ('{"__metadata__":{},"__metadata__":{}}', 0, "stands twice"),
         ('{"a":' + F32 + "}x", 4, "after the end of the header"),
         ('{"a":' + F32 + ",}", 4, "name is missing"),
         ('{"a":' + F32, 4, "',' is missing"),
