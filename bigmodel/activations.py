@@ -16,6 +16,20 @@ from .architecture import Architecture
 from .inquiry import ATTENTION
 from .kvcache import text_config
 
+WRITTEN_OUT: Mapping[str, Mapping[int, tuple[int, int]]] = {
+    "": {2: (10, 4), 4: (8, 4)},
+    "bloom": {2: (14, 6), 4: (16, 10)},
+}
+"""Model type → bytes per element → (bytes per attention score, residual widths), where scores are written out.
+
+16-bit scores have a float32 copy for their softmax; Bloom adds its position biases to another one."""
+
+COUNTED = frozenset({
+    "bert", "bloom", "gemma2", "gpt2", "gpt_neox", "llama", "mistral", "mixtral", "olmo2", "opt", "phi3", "qwen2",
+    "qwen3", "qwen3_moe",
+})  # fmt: skip
+"""Model types whose forwards were counted; others are taken to be like them, with a wide margin."""
+
 MODERN_GATED = frozenset({"gate_proj", "up_proj", "w1", "w3", "gate_up_proj", "dense_h_to_4h_gate"})
 
 
@@ -35,8 +49,12 @@ class Shape:
     """0: there is no head."""
     experts: int
     """Experts that each token visits; 0: not a mixture."""
-    eager: bool
-    """Attention scores are written out: s² of them per head."""
+    scores: Mapping[int, tuple[int, int]]
+    """An entry of `WRITTEN_OUT` where attention scores are written out, s² of them per head; else empty."""
+    grouped: bool
+    """Fewer heads of keys than of queries."""
+    residuals: int
+    """Tensors as wide as the residual stream that live through the feed-forward part."""
     activation: str
     head_dim: int
     last_logits: bool
@@ -66,13 +84,29 @@ def shape_of(architecture: Architecture) -> Shape:
         layers=_number(config, "num_hidden_layers", "n_layer", "num_layers", "encoder_layers", "n_layers"),
         vocabulary=_number(config, "vocab_size") if architecture.output_embedding else 0,
         experts=experts,
-        eager=config.get(ATTENTION, architecture.config.get(ATTENTION)) == "eager",
-        activation=str(config.get("activation_function") or config.get("hidden_act") or ""),
+        scores=_scores_of(config) if _is_eager(architecture) else {},
+        grouped=0 < _number(config, "num_key_value_heads") < heads,
+        residuals=3 if "post_feedforward_layernorm" in names and "input_layernorm" not in names else 4,
+        activation=_activation(config),
         head_dim=_number(config, "head_dim", "d_kv") or (hidden // heads if heads else 0),
         last_logits=architecture.generates and not encoder_decoder,
         state=_number(config, "state_size", "mamba_d_state", "ssm_state_size"),
-        known=bool(hidden and heads) and architecture.library in ("transformers", "custom") and not encoder_decoder,
+        known=config.get("model_type") in COUNTED and architecture.library == "transformers",
     )
+
+
+def _is_eager(architecture: Architecture) -> bool:
+    return bool(text_config(architecture.config).get(ATTENTION, architecture.config.get(ATTENTION)) == "eager")
+
+
+def _scores_of(config: Mapping[str, Any]) -> Mapping[int, tuple[int, int]]:
+    return WRITTEN_OUT.get(str(config.get("model_type")), WRITTEN_OUT[""])
+
+
+def _activation(config: Mapping[str, Any]) -> str:
+    if config.get("model_type") == "bloom":
+        return "bloom_gelu"
+    return str(config.get("activation_function") or config.get("hidden_act") or "")
 
 
 def _is_mixture(config: Mapping[str, Any]) -> bool:
@@ -105,7 +139,7 @@ def prefill(
         length = (side // patch) ** 2 + 1
     tokens = batch_size * length
     phases = {
-        "feed-forward": feed_forward_elements(shape, batch_size) * tokens * itemsize,
+        "feed-forward": feed_forward_elements(shape, batch_size, length) * tokens * itemsize,
         "attention": _scores(shape, batch_size, length, itemsize),
         "logits": _logits(shape, batch_size, length, itemsize),
         "state": _state(shape, tokens, itemsize),
@@ -113,41 +147,56 @@ def prefill(
     phase = max(phases, key=lambda name: phases[name])
     formulas = {
         "feed-forward": feed_forward_formula(shape),
-        "attention": "b·heads·s²·(2·bytes+4) + 5·b·s·h·bytes",
+        "attention": _scores_formula(shape, itemsize),
         "logits": "b·vocab·(bytes+4)" if shape.last_logits else "b·s·(vocab+2h)·bytes",
         "state": "b·s·inner·(12·state+26)",
     }
     return Activations(phases[phase], phase, formulas[phase], shape.known and not shape.state)
 
 
-def feed_forward_elements(shape: Shape, batch_size: int) -> int:
+UNGATED = {"gelu_new": (5, 2), "bloom_gelu": (5, 8)}
+"""(widths of the feed-forward part, widths of the residual stream) alive at once; (2, 4) for activations of one call.
+GELU in its tanh form is written out in Python: four intermediates of the full width."""
+
+
+def feed_forward_elements(shape: Shape, batch_size: int, length: int) -> int:
     """Elements per token alive in the middle of the feed-forward part, the residual stream included."""
     inner, hidden = shape.inner, shape.hidden
     # Rotary cosines and sines are there once for the whole batch, learned positions too
     positions = 2 * shape.head_dim // batch_size
+    # Attention that was written out is still referred to by the layer
+    scores = (shape.heads + 1) * length if shape.scores else 0
     if shape.experts:
         routed = max(4 * shape.experts * hidden + 4 * hidden, shape.experts * (3 * inner + 2 * hidden) + 9 * hidden)
-        return routed + positions
+        return routed + positions + scores
     if shape.gated:
-        return (4 if shape.fused else 3) * inner + 4 * hidden + positions
-    # GELU in its tanh form is written out in Python: four intermediates of the full width
-    return (5 if shape.activation == "gelu_new" else 2) * inner + (2 if shape.activation == "gelu_new" else 4) * hidden
+        return (4 if shape.fused else 3) * inner + shape.residuals * hidden + positions + scores
+    inners, hiddens = UNGATED.get(shape.activation, (2, 4))
+    return inners * inner + hiddens * hidden + scores
 
 
 def feed_forward_formula(shape: Shape) -> str:
+    scores = " + heads·s" if shape.scores else ""
     if shape.experts:
-        return "b·s·max(4kh+4h, k(3f+2h)+9h)·bytes, k experts per token"
+        return f"b·s·(max(4kh+4h, k(3f+2h)+9h){scores})·bytes, k experts per token"
     if shape.gated:
-        return f"b·s·({4 if shape.fused else 3}f+4h+2·head_dim/b)·bytes"
-    return "b·s·(5f+2h)·bytes" if shape.activation == "gelu_new" else "b·s·(2f+4h)·bytes"
+        return f"b·s·({4 if shape.fused else 3}f+{shape.residuals}h+2·head_dim/b{scores})·bytes"
+    inners, hiddens = UNGATED.get(shape.activation, (2, 4))
+    return f"b·s·({inners}f+{hiddens}h{scores})·bytes"
 
 
 def _scores(shape: Shape, batch_size: int, length: int, itemsize: int) -> int:
-    if not shape.eager:
+    if not shape.scores:
         return 0
-    # Scores, their float32 softmax, and the softmax rounded back
-    scores = batch_size * shape.heads * length * length * (2 * itemsize + 4)
-    return scores + 5 * batch_size * length * shape.hidden * itemsize
+    per_score, widths = shape.scores[itemsize]
+    width = widths * shape.hidden + (2 * shape.heads * shape.head_dim if shape.grouped else 0)
+    return batch_size * length * (length * (shape.heads * per_score + itemsize) + width * itemsize)
+
+
+def _scores_formula(shape: Shape, itemsize: int) -> str:
+    per_score, widths = shape.scores.get(itemsize, (0, 0))
+    expanded = " + expanded keys and values" if shape.grouped else ""
+    return f"b·heads·s²·{per_score} + b·s·({widths}h{expanded})·bytes + mask"
 
 
 def _logits(shape: Shape, batch_size: int, length: int, itemsize: int) -> int:
@@ -169,7 +218,7 @@ def training(shape: Shape, batch_size: int, length: int, *, mixed: bool, checkpo
     layer whole. In float32 everything is twice as large. A head's logits and their float32 copy come on top.
     """
     layer = length * batch_size * shape.hidden * 34
-    if shape.eager:
+    if shape.scores:
         layer += 5 * shape.heads * length * length * batch_size
     whole = layer + 2 * length * batch_size * shape.hidden * shape.layers if checkpointing else layer * shape.layers
     logits = batch_size * length * shape.vocabulary * (2 + 4)

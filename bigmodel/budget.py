@@ -27,7 +27,7 @@ ROUNDING = 512
 """The allocator gives multiples of this."""
 
 CALIBRATED_MARGIN = 0.05
-GUESSED_MARGIN = 0.5
+GUESSED_MARGIN = 0.4
 SMALL_TENSOR = 4096
 """8-bit Adam keeps float32 states for tensors with fewer elements (bitsandbytes' min_8bit_size)."""
 OPTIMIZERS = ("adamw", "adamw_8bit", "sgd", "lora")
