@@ -138,7 +138,7 @@ def plan(
 
     Example: bigpipe plan manifests/opt13b_int8.yaml --machine gpu-box.json
     """
-    from bigpipe.orchestrator.commands import read_machine
+    from bigpipe.orchestrator.machine import read_machine
     from bigpipe.orchestrator.rendering import plan_json, plan_text
 
     other = read_machine(machine) if machine else None

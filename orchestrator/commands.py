@@ -208,18 +208,6 @@ def initialise(file: Path, model: str) -> list[Path]:
     return [file, schema]
 
 
-def read_machine(path: Path) -> Machine:
-    """The machine that `bigpipe doctor --json` described. Raises UsageError where it is not one."""
-    import json
-
-    from .machine import machine_from_json
-
-    try:
-        return machine_from_json(json.loads(path.read_text()))
-    except ValueError as error:
-        raise UsageError(f"{path} is not JSON: {error}", "`bigpipe doctor --json` writes what is read here") from error
-
-
 def memo_directory(store: str | Path | None = None) -> Path:
     """Where answers that are dear to get are kept."""
     from .store import Store, default_root

@@ -204,7 +204,7 @@ def _forecast(session: Session, node: Node, decision: Decision, forecasts: Mappi
         base=session.base,
         machine=session.machine,
         memo=session.store.memo,
-        launch=node.launch,
+        launch=session.launch(node),
         offline=session.offline,
         artifact=artifact,
         pins=session._pins[node.name].values if node.name in session._pins else {},

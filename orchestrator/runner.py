@@ -214,7 +214,7 @@ def _room(run: Run, state: NodeState) -> bool:
     machine = run.session.machine
     everyone = [*run.running.values(), state]
     ram = sum(needs_ram(s.node, _forecast(run, s)) for s in everyone)
-    cpus = sum(s.node.resources.cpus or s.node.launch.num_processes for s in everyone)
+    cpus = sum(s.node.resources.cpus or run.session.launch(s.node).num_processes for s in everyone)
     # Two nodes that place themselves on GPUs would both start at GPU 0, so one at a time holds the GPUs.
     gpu_nodes = sum(1 for s in everyone if needs_gpus(s.node, _forecast(run, s)))
     return ram <= machine.memory_available and cpus <= max(machine.cpus, 1) and gpu_nodes <= 1

@@ -16,7 +16,7 @@ from .keys import Identity, identity
 from .lockfile import Lock, read_lock
 from .stage import CheckContext, Pinned
 from .store import Store, default_root
-from .types import Json, Machine
+from .types import Json, Launch, Machine
 
 
 @dataclass(kw_only=True)
@@ -86,8 +86,16 @@ class Session:
             offline=self.offline,
             trust=self.recipe.trust,
             environment=self.visible_environment(node),
-            launch=node.launch,
+            launch=self.launch(node),
         )
+
+    def launch(self, node: Node) -> Launch:
+        """How the node's ranks are started, with the values of its `config_file`. Raises UsageError."""
+        if node.launch.config_file is None:
+            return node.launch
+        from .acceleration import effective_launch
+
+        return effective_launch(node.launch, self.base)
 
     def pinned(self, node: Node) -> Pinned:
         """Floating params made exact: asked of the source once, else the lock's, else the last recorded.
