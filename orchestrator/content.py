@@ -12,6 +12,7 @@ import os
 import re
 import sys
 from collections.abc import Callable, Mapping
+from functools import cache
 from importlib.machinery import PathFinder
 from importlib.util import find_spec
 from pathlib import Path
@@ -56,30 +57,28 @@ class _Walk:
 
     def model(self, value: BaseModel, where: str) -> dict[str, Json]:
         prefix = f"{where}." if where else ""
-        fields = type(value).model_fields
         content = {
-            name: self.value(getattr(value, name), field.annotation, tuple(field.metadata), prefix + name)
-            for name, field in fields.items()
+            written: self.value(getattr(value, name), arms, prefix + written)
+            for name, written, arms in _fields(type(value))
         }
         for name, extra in (value.model_extra or {}).items():
-            content[name] = self.value(extra, Any, (), prefix + name)
+            content[name] = self.value(extra, (), prefix + name)
         return content
 
-    def value(self, value: Any, annotation: Any, metadata: tuple[Any, ...], where: str) -> Json:
-        arms = _arms(annotation, metadata)
+    def value(self, value: Any, arms: tuple[_Arm, ...], where: str) -> Json:
         if isinstance(value, BaseModel):
             return self.model(value, where)
         if isinstance(value, str):
             return self.text(value, arms, where)
         if isinstance(value, Mapping):
             items = _inner(arms, dict, -1)
-            return {_key(key): self.value(item, items, (), f"{where}.{_key(key)}") for key, item in value.items()}
+            return {_key(key): self.value(item, items, f"{where}.{_key(key)}") for key, item in value.items()}
         if isinstance(value, list | tuple):
             items = _inner(arms, list, 0)
-            return [self.value(item, items, (), f"{where}[{index}]") for index, item in enumerate(value)]
+            return [self.value(item, items, f"{where}[{index}]") for index, item in enumerate(value)]
         if isinstance(value, set | frozenset):
             items = _inner(arms, list, 0)
-            return sorted((self.value(item, items, (), where) for item in value), key=canonical)
+            return sorted((self.value(item, items, where) for item in value), key=canonical)
         if isinstance(value, float) and not math.isfinite(value):
             raise UsageError(f"{where} is {value}, which no result can be named by", "write a finite number")
         return value if value is None or isinstance(value, bool | int | float) else to_jsonable_python(value)
@@ -158,8 +157,17 @@ def _arms(annotation: Any, metadata: tuple[Any, ...]) -> tuple[_Arm, ...]:
     return (_Arm(annotation, content),)
 
 
-def _inner(arms: tuple[_Arm, ...], shape: type, position: int) -> Any:
-    """The type of the items of those members that are lists (or maps): their union."""
+@cache
+def _fields(model: type[BaseModel]) -> list[tuple[str, str, tuple[_Arm, ...]]]:
+    """Per field: its name, its name as people write it, what its value may be."""
+    return [
+        (name, field.alias or name, _arms(field.annotation, tuple(field.metadata)))
+        for name, field in model.model_fields.items()
+    ]
+
+
+def _inner(arms: tuple[_Arm, ...], shape: type, position: int) -> tuple[_Arm, ...]:
+    """What the items of those members that are lists (or maps) may be."""
     kinds: tuple[type, ...] = (dict, Mapping) if shape is dict else (list, tuple, set, frozenset)
     members = []
     for arm in arms:
@@ -167,7 +175,7 @@ def _inner(arms: tuple[_Arm, ...], shape: type, position: int) -> Any:
         if isinstance(origin, type) and (issubclass(origin, kinds) or (shape is list and _is_sequence(origin))):
             arguments = [item for item in get_args(arm.type) if item is not Ellipsis]
             members.extend(arguments[position:] if shape is dict else arguments)
-    return Union[tuple(members)] if members else Any  # noqa: UP007
+    return tuple(arm for member in members for arm in _arms(member, ()))
 
 
 def _is_sequence(origin: type) -> bool:

@@ -142,7 +142,7 @@ class _Collection:
 def _locked_digests(root: Root) -> set[str]:
     if root.lock is None or not os.path.exists(root.lock):
         return set()
-    from .lockfile import read
+    from .locked import read
 
     lock = read(Path(root.lock))
     return {output.digest for output in lock.outputs.values() if output.digest is not None} if lock else set()

@@ -6,7 +6,7 @@ import os
 from collections.abc import Iterator
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field
 
 from .durable import Damaged, explained, make_directory, read_sealed, seal, write_atomically
 from .layout import Layout
@@ -16,7 +16,8 @@ from .types import Json
 class KeyRecord(BaseModel):
     """One finished computation. Times in seconds, memory in bytes, digests as `sha256:…`."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    # What is read was sealed by us, so no schema is compiled to read it, only to make a new one.
+    model_config = ConfigDict(frozen=True, extra="forbid", defer_build=True)
 
     key: str
     partial: str
@@ -55,12 +56,13 @@ def load_record(layout: Layout, key: str) -> KeyRecord | None:
     path = layout.key(key)
     with explained(path):
         try:
-            record = KeyRecord.model_validate(read_sealed(path))
-            if record.key == key:
-                return record
+            data = read_sealed(path)
+            if data["key"] == key:
+                known = data.keys() <= KeyRecord.model_fields.keys()  # else a later bigpipe wrote it
+                return KeyRecord.model_construct(**data) if known else None
         except (FileNotFoundError, NotADirectoryError):
             return None
-        except (Damaged, ValidationError):
+        except (Damaged, KeyError, TypeError):
             pass
         layout.set_aside(path)
     return None

@@ -8,7 +8,7 @@ Not in it: launch, resources, retries, timeout, gates, on_fail, needs, cache, wh
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field, fields
 from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any, Protocol
@@ -51,7 +51,7 @@ class Identity:
 
     @cached_property
     def as_json(self) -> dict[str, Json]:
-        return asdict(self)
+        return {item.name: getattr(self, item.name) for item in fields(self)}
 
     @cached_property
     def partial(self) -> str:

@@ -101,7 +101,8 @@ class Lock:
     def release(self) -> None:
         if self._descriptor is not None:
             descriptor, self._descriptor = self._descriptor, None
-            os.close(descriptor)
+            with suppress(OSError):  # that the sign could not be written: the lock is free all the same
+                os.close(descriptor)
 
     def __enter__(self) -> Lock:
         if not self.held:

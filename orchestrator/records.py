@@ -145,7 +145,9 @@ class RunRecorder:
             make_directory(self._folder, durable=False)
             self._events = (self._folder / "events.jsonl").open("a", encoding="utf-8")
         stamp = datetime.now(UTC).isoformat(timespec="milliseconds")
-        self._events.write(json.dumps({"time": stamp, **event.as_json()}, default=str) + "\n")
+        fields = {name: getattr(event, name) for name in event.__dataclass_fields__}
+        line = {"time": stamp, "event": event.name, **fields}
+        self._events.write(json.dumps(line, default=str) + "\n")
         if (not isinstance(event, Progress | LogLine) and self._worked) or isinstance(event, RunFinished):
             self._events.flush()
 

@@ -7,16 +7,20 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from bigpipe.errors import BigpipeError, Offline, UsageError
 
 from .content import StatMemo
 from .graph import Node, Recipe, load_recipe
 from .keys import Identity, identity
-from .lockfile import Lock, read_lock
+from .lockfile import read_lock
 from .stage import CheckContext, Pinned
 from .store import Store, default_root
 from .types import Json, Launch, Machine
+
+if TYPE_CHECKING:
+    from .locked import Lock
 
 
 @dataclass(kw_only=True)

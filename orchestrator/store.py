@@ -20,12 +20,12 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import TracebackType
+from typing import TYPE_CHECKING
 
 from bigpipe.errors import BigpipeError
 
 from .artifacts import Entry, examine, load_artifact, place_tree, remove_tree, save_artifact, tree_is_whole
 from .durable import explained, make_directory
-from .garbage import GcReport, collect_garbage
 from .hashing import is_hex
 from .keyrecord import KeyRecord, all_records, load_record, sealed_names
 from .layout import Layout
@@ -35,9 +35,12 @@ from .presence import Presence
 from .publish import JOURNAL, Known, Publisher
 from .releasing import release, sweep
 from .roots import Root, all_roots, load_root, remember, root_path
-from .verify import Finding, VerifyReport, verify
 
-__all__ = ["ArtifactEntry", "Finding", "GcReport", "KeyRecord", "Store", "VerifyReport", "Work", "default_root"]
+if TYPE_CHECKING:
+    from .garbage import GcReport
+    from .verify import VerifyReport
+
+__all__ = ["ArtifactEntry", "KeyRecord", "Store", "Work", "default_root"]
 
 WORK_LOCK = "lock"
 """In a work folder; workers hold it shared, so that nobody works there while one of them lives."""
@@ -269,10 +272,14 @@ class Store:
 
     def gc(self, *, dry_run: bool = False) -> GcReport:
         """Frees all that no existing manifest or lock file names. Raises Transient while another run uses the store."""
+        from .garbage import collect_garbage
+
         return collect_garbage(self.layout, self._presence, dry_run=dry_run)
 
     def verify(self, *, repair: bool = False, progress: Callable[[int, int], None] | None = None) -> VerifyReport:
         """Reads every byte. `repair` sets aside what is damaged, so that the next run makes it again."""
+        from .verify import verify
+
         with suppress(BigpipeError):  # a store on a read-only file system can be verified too
             self.enter()
         return verify(self.layout, self._presence.temporary, repair=repair, progress=progress)

@@ -10,9 +10,10 @@ import pytest
 from support.stores import publish
 
 from bigpipe.errors import StageFailed, Stale, UsageError
-from bigpipe.orchestrator import lockfile
+from bigpipe.orchestrator import locked, lockfile
 from bigpipe.orchestrator.keys import Change, Identity
-from bigpipe.orchestrator.lockfile import LockedFile, git_blob, lock_path, read_lock
+from bigpipe.orchestrator.locked import LockedFile, git_blob
+from bigpipe.orchestrator.lockfile import lock_path, read_lock
 from bigpipe.orchestrator.stage import Pinned, PinnedFile
 from bigpipe.orchestrator.store import Store
 
@@ -90,7 +91,7 @@ class TestWriting:
         path = lockfile.write_lock(session)
         assert path.name == "opt.yaml.lock"
         assert path.stat().st_mode & 0o777 == 0o644
-        assert path.read_text() == lockfile.HEADER + (
+        assert path.read_text() == locked.HEADER + (
             "inputs:\n"
             "  download:\n"
             "    kind: download\n"
@@ -167,7 +168,7 @@ class TestReading:
 
 class TestEnforcing:
     def changes(self, session):
-        return lockfile.check(session.lock, lockfile.current(session))
+        return locked.check(session.lock, lockfile.current(session))
 
     def test_what_was_locked_holds(self, session):
         lockfile.write_lock(session)
@@ -276,8 +277,8 @@ class TestOutputs:
             session.store, "place", {"placement.json": b'{"device_map": {"": "cpu"}}'}, artifact_type="placement"
         )
         tree = session.store.artifact_path(placed.digest)
-        assert lockfile.locked_output(placed, tree).placement == {"device_map": {"": "cpu"}}
-        assert lockfile.locked_output(placed, None).placement is None
+        assert locked.locked_output(placed, tree).placement == {"device_map": {"": "cpu"}}
+        assert locked.locked_output(placed, None).placement is None
 
     def test_another_result_of_the_same_inputs_is_an_error_where_it_must_be_equal(self, session):
         lockfile.write_lock(session)

@@ -697,6 +697,16 @@ def test_finding_and_trusting_cost_far_less_than_a_millisecond(store):
     assert (time.process_time() - started) / 200 < 0.001
 
 
+def test_a_record_of_a_later_version_is_a_miss_and_stays(store):
+    from bigpipe.orchestrator.durable import seal
+
+    done = publish(store, "a", {"x": b"1"})
+    path = store.root / "keys" / f"{done.key[7:]}.json"
+    path.write_bytes(seal({**done.as_json(), "invented_later": 1}))
+    assert store.find(done.key) is None
+    assert path.exists()
+
+
 def test_a_record_is_what_it_says(store):
     with pytest.raises(ValueError, match="extra"):
         KeyRecord.model_validate({**record("a").as_json(), "surprise": 1})

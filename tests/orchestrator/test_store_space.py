@@ -8,7 +8,7 @@ import pytest
 from support.stores import contents, fill, in_child, in_memory, killed_at, objects, publish, record
 
 from bigpipe.errors import Transient, UsageError
-from bigpipe.orchestrator import lockfile
+from bigpipe.orchestrator import locked
 from bigpipe.orchestrator.store import Store
 
 
@@ -177,16 +177,16 @@ class TestGarbage:
         assert store.history(recipe, "recipe", "x") == [new]
 
     def test_an_existing_lock_file_keeps_what_it_names(self, store, tmp_path):
-        locked = publish(store, "locked", {"a": b"locked"})
+        done = publish(store, "locked", {"a": b"locked"})
         path = tmp_path / "gone.yaml.lock"
-        outputs = {"x": lockfile.locked_output(locked, None)}
-        lockfile.write(path, lockfile.Lock(recipe="gone", outputs=outputs))
+        outputs = {"x": locked.locked_output(done, None)}
+        locked.write(path, locked.Lock(recipe="gone", outputs=outputs))
         store.remember(tmp_path / "gone.yaml", path, "gone", {})
         store.gc()
-        assert store.intact(store.find(locked.key))
+        assert store.intact(store.find(done.key))
         path.unlink()
         store.gc()
-        assert store.find(locked.key) is None
+        assert store.find(done.key) is None
 
     def test_a_lock_file_nobody_can_read_stops_it(self, store, tmp_path):
         done = publish(store, "locked", {"a": b"locked"})
