@@ -23,22 +23,10 @@ from .tensors import FETCH_AGAIN, invalid
 Format = Literal["safetensors", "bin"]
 
 BIN_SUFFIXES = (".bin", ".pt", ".pth")
-WEIGHT_SUFFIXES = frozenset(
-    {
-        ".safetensors",
-        *BIN_SUFFIXES,
-        ".ckpt",
-        ".h5",
-        ".msgpack",
-        ".onnx",
-        ".onnx_data",
-        ".gguf",
-        ".ot",
-        ".npz",
-        ".tflite",
-        ".pb",
-    }
-)
+WEIGHT_SUFFIXES = frozenset({
+    ".safetensors", *BIN_SUFFIXES, ".ckpt", ".h5", ".msgpack", ".onnx", ".onnx_data", ".gguf", ".ot", ".npz", ".tflite",
+    ".pb",
+})  # fmt: skip
 NOT_A_MODEL = re.compile(r"(training_args|optimizer|scheduler|scaler|rng_state).*")
 """Trainers leave these beside a model; they are torch files, but no weights."""
 MAX_INDEX = 100_000_000
@@ -212,4 +200,5 @@ def side_files(directory: Path) -> tuple[Path, ...]:
 
 
 def _is_bookkeeping(name: str) -> bool:
-    return name.startswith(".") or name == "index.json" or name.endswith(".index.json")
+    unfinished = name.endswith((".part", ".partial", ".incomplete", ".lock"))
+    return unfinished or name.startswith(".") or name == "index.json" or name.endswith(".index.json")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 from collections.abc import Mapping
@@ -10,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from .checkpoint import Checkpoint
+from .copying import copy_file
 from .shards import PARTIAL, write_file
 
 
@@ -31,7 +31,7 @@ def carry_side_files(
         if link:
             _link(extra, target)
         else:
-            written[str(name)] = _copy(extra, target)
+            written[str(name)] = copy_file(extra, target)
     if config is not None:
         written["config.json"] = write_file(out / "config.json", encode_config(config))
     return written
@@ -67,16 +67,3 @@ def _link(source: Path, target: Path) -> None:
     partial.unlink(missing_ok=True)
     partial.symlink_to(os.path.abspath(source))
     partial.rename(target)
-
-
-def _copy(source: Path, target: Path) -> tuple[str, int]:
-    partial = target.with_name(target.name + PARTIAL)
-    digest, size = hashlib.sha256(), 0
-    with open(source, "rb") as reading, open(partial, "wb") as writing:
-        while piece := reading.read(2**20):
-            digest.update(piece)
-            size += writing.write(piece)
-        writing.flush()
-        os.fsync(writing.fileno())
-    partial.rename(target)
-    return digest.hexdigest(), size
