@@ -16,6 +16,7 @@ from .plan import Plan, make_plan
 from .result import RunResult
 from .runner import run_plan
 from .session import Session, exact, open_session, require_file
+from .suggestion import with_parameters
 from .types import Json, Machine
 
 
@@ -51,7 +52,7 @@ def run(
     session.store.enter()
     if locked:
         lockfile.enforce(session)
-    planned = make_plan(session)
+    planned = with_parameters(make_plan(session))
     refuse(planned, keep_going=keep_going)
     result = run_plan(session, planned, reporter or _Silent(), jobs=jobs, keep_going=keep_going)
     if result.status == "succeeded":
@@ -89,7 +90,7 @@ def plan(
 ) -> Plan:
     """What `run` would do now, what it costs and whether it fits; `Plan.errors()` says why it would be refused."""
     session = open_session(manifest, nodes, params=_written(params), store=store, offline=offline, machine=machine)
-    return make_plan(session, preflight=preflight)
+    return with_parameters(make_plan(session, preflight=preflight))
 
 
 def _written(params: Mapping[str, Any] | None) -> dict[str, str]:

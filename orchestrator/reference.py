@@ -13,6 +13,8 @@ from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
+from bigpipe.sizes import exact_size
+
 from .registry import load_stage, stage_kinds
 from .stage import ContentField, Stage, parse_size
 from .types import Json
@@ -147,10 +149,7 @@ def _default(field: FieldInfo) -> str:
     if isinstance(value, BaseModel):
         return "{}"
     if isinstance(value, int) and any(_is_size(mark) for mark in field.metadata):
-        return next(
-            (f"{value // 10**power}{unit}" for power, unit in ((9, "GB"), (6, "MB")) if value % 10**power == 0),
-            str(value),
-        )
+        return exact_size(value)
     return {"None": "null", "True": "true", "False": "false", "()": "[]"}.get(
         str(value), str(value).replace("|", "\\|")
     )

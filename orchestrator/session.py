@@ -31,6 +31,8 @@ class Session:
     store: Store
     selected: frozenset[str]
     forced: frozenset[str] = frozenset()
+    arguments: Mapping[str, str] = field(default_factory=dict)
+    """The `-p` values, as written."""
     offline: bool = False
     locked: bool = False
     """Inputs that differ from the lock file are refused, and its pins are used without asking."""
@@ -171,6 +173,7 @@ def open_session(
         store=Store(Path(store) if store else default_root()),
         selected=recipe.select(nodes) if nodes else frozenset(recipe.nodes),
         forced=exact(recipe, force),
+        arguments=dict(params or {}),
         offline=offline or os.environ.get("HF_HUB_OFFLINE", "") in {"1", "true", "TRUE", "yes", "ON"},
         locked=locked,
         lock=read_lock(recipe.path),

@@ -90,6 +90,8 @@ class Misfit:
 
     cause: str
     cure: str
+    change: Mapping[str, Json] = field(default_factory=dict)
+    """The same change as params field → new value, so that the plan can say it as a `-p` and try it."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

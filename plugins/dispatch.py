@@ -44,6 +44,7 @@ from bigpipe.orchestrator.stage import (
     UsageError,
     format_size,
 )
+from bigpipe.sizes import exact_size
 
 from .placed_model import PLACEMENT, PlacedModel, remote_code
 
@@ -298,13 +299,14 @@ def _missing_gpus(params: DispatchParams, ctx: ForecastContext, model: ModelDesc
     cause = f"max_memory names GPU {numbers}; {ctx.machine.name} has {has}"
     caps = {key: size for key, size in (params.max_memory or {}).items() if not set(devices_of(key)) & set(missing)}
     zero = ", ".join(f"{key}: 0" for key in params.max_memory or {} if set(devices_of(key)) & set(missing))
+    change = {"max_memory": {str(key): exact_size(size) for key, size in caps.items()}}
     try:
         without = params.model_copy(update={"max_memory": caps})
         compute(without, model, ctx.machine, ctx.trust, ctx.base, ctx.memo)
     except DoesNotFit as error:
         return Misfit(cause, f"set max_memory to {{{zero}}} for these, and {error.cure}")
     rest = " and ".join(_label(device) for key in caps for device in devices_of(key))
-    return Misfit(cause, f"set max_memory.{zero.replace(': ', ' to ')}; the model fits {rest}")
+    return Misfit(cause, f"set max_memory.{zero.replace(': ', ' to ')}; the model fits {rest}", change)
 
 
 def run(params: DispatchParams, ctx: StageContext) -> StageResult:

@@ -53,3 +53,12 @@ def format_transfer(size: float) -> str:
             break
         size /= 1000
     return f"{size:.0f} B" if unit == "B" else f"{size:.1f} {unit}"
+
+
+def exact_size(size: int) -> str:
+    """The shortest text that `parse_size` reads back as these bytes: `48GiB`, `5GB`, `1025`."""
+    if size:
+        for unit in ("TiB", "GiB", "MiB", "TB", "GB", "MB", "KiB", "kB"):
+            if size % UNITS[unit.lower()] == 0:
+                return f"{size // UNITS[unit.lower()]}{unit}"
+    return str(size)

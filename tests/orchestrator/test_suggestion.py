@@ -1,0 +1,37 @@
+"""The `-p` in front of a cure: only where the recipe has the parameter, and only where the plan with it fits."""
+
+from __future__ import annotations
+
+RECIPE = """\
+version: 1
+name: gpus
+params: {gpu: 22GiB, memory: {0: 22GiB, cpu: 10GiB}, none: 1}
+stages:
+  download: {uses: download, with: {path: model}}
+  whole: {uses: dispatch, inputs: download, with: {max_memory: "${params.memory}", verify: none}}
+  one: {uses: dispatch, inputs: download, with: {max_memory: {0: "${params.gpu}", cpu: 1GiB}, verify: none}}
+  fixed: {uses: dispatch, inputs: download, with: {max_memory: {0: 1GiB, cpu: 1GiB}, verify: none}}
+"""
+
+
+def test_suggestions(workshop):
+    from support.models import make_checkpoint
+
+    make_checkpoint(workshop.folder / "model")
+    workshop.manifest.write_text(RECIPE)
+
+    def plan(*arguments: str) -> tuple[int, str]:
+        done = workshop.command("plan", "recipe.yaml", *arguments)
+        return done.returncode, done.stderr
+
+    code, text = plan("whole")
+    assert code == 4
+    assert "whole: max_memory names GPU 0" in text
+    assert "-p 'memory={cpu: 10GiB}' fits" in text
+    assert plan("whole", "-p", "memory={cpu: 10GiB}")[0] == 0
+    assert "-p gpu=0 fits" in plan("one")[1]
+    assert plan("one", "-p", "gpu=0")[0] == 0
+    assert "-p 'memory={cpu: 10GiB}' -p gpu=0 fits" in plan("whole", "one")[1]
+    code, text = plan("fixed")
+    assert code == 4
+    assert "-p" not in text
