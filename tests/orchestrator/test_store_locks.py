@@ -1,0 +1,259 @@
+"""Many processes, and processes that die: the work is done once, nothing is lost, nothing is mixed."""
+
+import os
+import signal
+import threading
+import time
+
+import pytest
+from support.stores import contents, fill, in_child, in_memory, killed_at, publish, record
+
+from bigpipe.errors import Interrupted, UsageError
+from bigpipe.orchestrator.locks import Lock
+from bigpipe.orchestrator.store import Store
+
+
+@pytest.fixture
+def store(tmp_path):
+    with Store(tmp_path / "store") as opened:
+        yield opened
+
+
+@pytest.fixture
+def memory(tmp_path):
+    with in_memory(tmp_path) as place:
+        yield place
+
+
+class TestLocks:
+    def test_the_folders_are_kept_over_a_crash_until_the_work_is_done(self, store):
+        def crash():
+            with Store(store.root).lock(record("a").key) as work:
+                fill(work.out, {"shard-1": b"finished"})
+                fill(work.scratch, {"plan": b"plan"})
+                os.kill(os.getpid(), signal.SIGKILL)
+
+        assert in_child(crash) == -signal.SIGKILL
+        with store.lock(record("a").key) as work:
+            assert (work.out / "shard-1").read_bytes() == b"finished"
+            assert (work.scratch / "plan").read_bytes() == b"plan"
+            work.done()
+        with store.lock(record("a").key) as work:
+            assert list(work.out.iterdir()) == list(work.scratch.iterdir()) == []
+
+    def test_two_threads_exclude_each_other_and_two_keys_do_not(self, store):
+        entered, leave = threading.Event(), threading.Event()
+
+        def hold():
+            with store.lock(record("a").key):
+                entered.set()
+                leave.wait(10)
+
+        thread = threading.Thread(target=hold)
+        thread.start()
+        assert entered.wait(10)
+        heard = []
+        with store.lock(record("b").key):
+            pass
+        threading.Timer(0.2, leave.set).start()
+        with store.lock(record("a").key, waiting=heard.append):
+            assert leave.is_set()
+        thread.join()
+        assert heard == [f"process {os.getpid()} on {os.uname().nodename}"]
+
+    def test_waiting_can_be_cancelled(self, store):
+        cancelled = threading.Event()
+        with store.lock(record("a").key):
+            threading.Timer(0.1, cancelled.set).start()
+            started = time.monotonic()
+            with pytest.raises(Interrupted), store.lock(record("a").key, cancelled=cancelled):
+                pass
+            assert time.monotonic() - started < 5
+
+    def test_a_dead_holder_is_taken_over_at_once(self, store):
+        for _ in range(5):
+            ready, start = os.pipe()
+            holder = os.fork()
+            if holder == 0:
+                with Store(store.root).lock(record("a").key):
+                    os.write(start, b"x")
+                    time.sleep(60)
+            os.read(ready, 1)
+            os.close(ready)
+            os.close(start)
+            threading.Timer(0.1, os.kill, (holder, signal.SIGKILL)).start()
+            killed = time.monotonic() + 0.1
+            with store.lock(record("a").key):
+                assert time.monotonic() - killed < 2
+            os.waitpid(holder, 0)
+
+    def test_workers_that_outlived_their_run_are_waited_for(self, store):
+        with store.lock(record("a").key) as work:
+            orphan = Lock(work.folder / "lock", shared=True)
+            orphan.acquire()
+        heard = []
+        threading.Timer(0.2, orphan.release).start()
+        with store.lock(record("a").key, waiting=heard.append) as work:
+            assert not orphan.held
+            worker = Lock(work.folder / "lock", shared=True)
+            assert worker.try_acquire()  # one's own workers may start
+            worker.release()
+        assert heard == ["processes that an earlier run left behind"]
+
+    def test_eight_processes_do_the_work_once(self, store, tmp_path):
+        bodies = tmp_path / "bodies"
+        bodies.touch()
+
+        def run():
+            with Store(store.root) as mine, mine.lock(record("a").key) as work:
+                found = mine.find(record("a").key)
+                if found is None or not mine.intact(found):
+                    with bodies.open("a") as file:
+                        file.write("x")
+                    time.sleep(0.05)
+                    fill(work.out, {"a": b"made once"})
+                    found = mine.publish(record("a"), work.out)
+                    work.done()
+                assert contents(mine, found) == {"a": b"made once"}
+
+        race(8, run)
+        assert bodies.read_text() == "x"
+
+    def test_without_working_locks_the_work_is_done_twice_but_never_mixed(self, store, monkeypatch):
+        """Some network file systems accept every lock and keep none."""
+        monkeypatch.setattr("fcntl.flock", lambda descriptor, operation: None)
+
+        def run():
+            with Store(store.root) as mine, mine.lock(record("a").key) as work:
+                assert list(work.out.iterdir()) == []
+                for _ in range(20):
+                    with (work.out / "a").open("ab") as file:
+                        file.write(b"0123456789")
+                    time.sleep(0.002)
+                mine.publish(record("a"), work.out)
+                work.done()
+
+        for _ in range(3):
+            race(8, run)
+            monkeypatch.undo()
+            assert contents(store, store.find(record("a").key)) == {"a": b"0123456789" * 20}
+            assert store.verify().clean
+            monkeypatch.setattr("fcntl.flock", lambda descriptor, operation: None)
+
+    def test_a_file_system_without_locks_is_named(self, store, monkeypatch):
+        def flock(descriptor, operation):
+            raise OSError(37, "No locks available")
+
+        monkeypatch.setattr("fcntl.flock", flock)
+        with pytest.raises(UsageError, match="has no locks") as error, Store(store.root).lock(record("a").key):
+            pass
+        assert "--store" in error.value.cure
+
+
+def race(number, action):
+    """Runs `action` in so many processes at once; all must succeed."""
+    processes = []
+    for _ in range(number):
+        process = os.fork()
+        if process == 0:
+            status = 70
+            try:
+                action()
+                status = 0
+            finally:
+                os._exit(status)
+        processes.append(process)
+    assert [os.waitstatus_to_exitcode(os.waitpid(process, 0)[1]) for process in processes] == [0] * number
+
+
+FILES = {"config.json": b"{}", "w/1.bin": b"1" * 5000, "w/2.bin": b"2" * 5000, "same": b"{}"}
+
+
+class TestCrashes:
+    def make(self, root, memory):
+        with Store(root) as mine, mine.lock(record("a").key) as work:
+            if not (work.scratch / "finished").exists():
+                with (memory / "bodies").open("a") as file:
+                    file.write("x")
+                fill(work.out, FILES)
+                fill(work.out, {"blob": memory / "blob"})
+                (work.scratch / "finished").touch()
+            mine.publish(record("a"), work.out)
+            work.done()
+
+    def test_killed_at_any_step_nothing_finished_is_lost_and_nothing_half_done_is_found(self, memory):
+        (memory / "blob").write_bytes(b"hub")
+        step, resumed, died = 0, 0, True
+        while died:
+            step += 1
+            root = memory / f"store-{step}"
+            (memory / "bodies").write_text("")
+            died = killed_at(step, lambda root=root: self.make(root, memory))
+            after = Store(root)
+            found = after.find(record("a").key)
+            if found is not None:
+                assert after.intact(found), step
+                assert contents(after, found) == FILES | {"blob": b"hub"}
+            assert after.verify().clean, step
+            if found is None and (found := after.find(record("a").key)) is None:
+                self.make(root, memory)
+                found = after.find(record("a").key)
+            else:
+                resumed += 1
+            assert after.intact(found), step
+            assert contents(after, found) == FILES | {"blob": b"hub"}
+            assert len((memory / "bodies").read_text()) <= 2
+            after.close()
+            with Store(root) as later:
+                later.enter()
+                assert not (root / "work" / found.key[7:] / "publish.json").exists(), step
+            assert [path.name for path in (root / "tmp").iterdir()] == [], step
+        assert step > 60
+        assert resumed > 20
+
+    def test_what_a_dead_run_was_publishing_is_there_for_whoever_comes_next(self, memory):
+        """Even a run of another recipe finishes it: the journal is all it needs."""
+        (memory / "blob").write_bytes(b"hub")
+        root = memory / "store"
+        step = 30
+        while not (root / "work" / record("a").key[7:] / "publish.json").exists():
+            step += 1
+            in_child(lambda: __import__("shutil").rmtree(root, ignore_errors=True))
+            (memory / "bodies").write_text("")
+            assert killed_at(step, lambda: self.make(root, memory))
+        with Store(root) as other:
+            publish(other, "another", {"z": b"z"})
+            assert contents(other, other.find(record("a").key)) == FILES | {"blob": b"hub"}
+        assert not (root / "work" / record("a").key[7:]).exists()
+
+    def test_a_journal_whose_files_are_gone_is_dropped_with_what_it_is_about(self, memory):
+        (memory / "blob").write_bytes(b"hub")
+        root = memory / "store"
+        work = root / "work" / record("a").key[7:]
+        step = 30
+        while not (work / "publish.json").exists():
+            step += 1
+            in_child(lambda: __import__("shutil").rmtree(root, ignore_errors=True))
+            killed_at(step, lambda: self.make(root, memory))
+        (work / "out" / "config.json").unlink()
+        with Store(root) as after, after.lock(record("a").key) as folders:
+            assert after.find(record("a").key) is None
+            assert list(folders.out.iterdir()) == []
+        assert after.verify().clean
+
+    def test_temporary_folders_of_dead_processes_are_removed_and_those_of_living_ones_kept(self, store):
+        def crash():
+            mine = Store(store.root)
+            mine.enter()
+            os.kill(os.getpid(), signal.SIGKILL)
+
+        living = Store(store.root)
+        living.enter()
+        in_child(crash)
+        assert len(list((store.root / "tmp").glob("*.lock"))) == 2
+        store.enter()
+        assert {path.name.partition("-")[0] for path in (store.root / "tmp").iterdir()} == {str(os.getpid())}
+        assert len(list((store.root / "tmp").glob("*.lock"))) == 2
+        living.close()
+        store.close()
+        assert list((store.root / "tmp").iterdir()) == []

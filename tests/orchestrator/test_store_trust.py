@@ -1,0 +1,143 @@
+"""A hit trusts what `stat` says only as far as it can be trusted; a changed byte is never used."""
+
+import hashlib
+import os
+import random
+
+import pytest
+from support.stores import contents, in_memory, objects, publish, record
+
+from bigpipe.orchestrator.store import Store
+
+
+@pytest.fixture
+def store(tmp_path):
+    with Store(tmp_path / "store") as opened:
+        yield opened
+
+
+@pytest.fixture
+def memory(tmp_path):
+    with in_memory(tmp_path) as place:
+        yield place
+
+
+def sha256(data):
+    return hashlib.sha256(data).hexdigest()
+
+
+class TestTrust:
+    def facts(self, store, done):
+        return (store.root / "artifacts" / f"{done.digest[7:]}.json").read_bytes()
+
+    def test_a_ctime_only_change_is_read_once_and_noted(self, store):
+        done = publish(store, "a", {"x": b"bytes"})
+        before = self.facts(store, done)
+        objects(store)[0].chmod(0o440)
+        assert store.intact(done)
+        noted = self.facts(store, done)
+        assert noted != before
+        assert store.intact(done)
+        assert self.facts(store, done) == noted
+
+    def test_touched_but_equal_bytes_are_read_once_and_noted(self, store):
+        done = publish(store, "a", {"x": b"bytes"})
+        os.utime(objects(store)[0])
+        assert store.intact(done)
+        noted = self.facts(store, done)
+        assert store.intact(done)
+        assert self.facts(store, done) == noted
+
+    def test_a_copy_of_a_store_is_read_once_and_trusted(self, store, tmp_path):
+        import shutil
+
+        done = publish(store, "a", {"x": b"bytes"})
+        store.close()
+        shutil.copytree(store.root, tmp_path / "copy", symlinks=True)
+        copied = Store(tmp_path / "copy")
+        assert copied.intact(copied.find(done.key))
+
+    def test_a_write_right_after_publishing_is_noticed(self, store):
+        """However coarse the clock: an object's mtime is one that no write can leave behind."""
+        for number in range(50):
+            done = publish(store, str(number), {"x": b"%04d" % number})
+            path = store.root / "objects" / done.files["x"]["sha256"]
+            with open(path, "r+b") as file:
+                file.write(b"evil")
+            assert not store.intact(done)
+
+    @pytest.mark.parametrize("harm", ["flip", "cut", "grow", "remove", "directory", "link"])
+    def test_a_damaged_object_is_a_miss_and_set_aside(self, store, tmp_path, harm):
+        done = publish(store, "a", {"x": b"bytes", "y": b"other"})
+        path = store.root / "objects" / sha256(b"bytes")
+        data = {"flip": b"bytez", "cut": b"byte", "grow": b"bytes+"}.get(harm)
+        path.chmod(0o644)
+        if data is not None:
+            path.write_bytes(data)
+        else:
+            path.unlink()
+        if harm == "directory":
+            path.mkdir()
+        if harm == "link":
+            (tmp_path / "same").write_bytes(b"bytes")
+            path.symlink_to(tmp_path / "same")
+        assert not store.intact(store.find(done.key))
+        assert not os.path.lexists(path)
+        again = publish(store, "a", {"x": b"bytes", "y": b"other"})
+        assert store.intact(again)
+        assert contents(store, again) == {"x": b"bytes", "y": b"other"}
+
+    @pytest.mark.parametrize("harm", ["extra", "missing", "elsewhere", "file", "gone", "all"])
+    def test_a_damaged_tree_is_rebuilt(self, store, tmp_path, harm):
+        files = {"x": b"bytes", "sub/y": b"other"}
+        done = publish(store, "a", files)
+        tree = store.artifact_path(done.digest)
+        if harm == "extra":
+            (tree / "sub" / "evil.py").write_text("import os")
+        elif harm == "gone":
+            (tree / "sub" / "y").unlink()
+            (tree / "sub").rmdir()
+        elif harm == "all":
+            tree.rename(tmp_path / "tree")
+        else:
+            (tree / "x").unlink()
+        if harm == "elsewhere":
+            (tree / "x").symlink_to(tmp_path)
+        if harm == "file":
+            (tree / "x").write_bytes(b"bytes")
+        assert store.intact(store.find(done.key))
+        assert contents(store, done) == files
+        assert not list(tree.rglob("evil.py"))
+
+    @pytest.mark.parametrize("flips", [300, pytest.param(5000, marks=pytest.mark.fault)])
+    def test_flipped_bits_are_all_noticed(self, memory, flips):
+        """In objects, trees and records: never is a changed byte used."""
+        dice = random.Random(flips)  # noqa: S311
+        files = {"config.json": b'{"a": 1}', "w/model.safetensors": bytes(range(256))}
+        store = Store(memory / "store")
+        publish(store, "a", files)
+        for _ in range(flips):
+            flip_one(store, dice)
+            found = store.find(record("a").key)
+            if found is not None and store.intact(found):
+                assert contents(store, found) == files
+                assert found == record("a", digest=found.digest, files=found.files)
+            else:
+                publish(store, "a", files)
+
+
+def flip_one(store, dice):
+    """Flips a bit of one object or record, or of where one link of a tree leads."""
+    places = [*objects(store), *(store.root / "keys").iterdir(), *(store.root / "artifacts").glob("*.json")]
+    places += [path for path in (store.root / "artifacts").rglob("*") if path.is_symlink()]
+    path = dice.choice(places)
+    data = bytearray(os.fsencode(path.readlink()) if path.is_symlink() else path.read_bytes())
+    position = dice.randrange(len(data))
+    data[position] ^= 1 << dice.randrange(8)
+    if path.is_symlink():
+        path.unlink()
+        if 0 not in data:
+            os.symlink(bytes(data), path)
+    else:
+        with open(path, "r+b") as file:
+            file.write(data)
