@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import ast
-import inspect
-import itertools
-import textwrap
 import types
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
@@ -15,6 +11,7 @@ from pydantic_core import PydanticUndefined
 
 from bigpipe.sizes import exact_size
 
+from .docstrings import field_descriptions
 from .registry import load_stage, stage_kinds
 from .stage import ContentField, Stage, parse_size
 from .types import Json
@@ -78,54 +75,25 @@ def _kind_markdown(stage: Stage[Any]) -> str:
 
 def _field_rows(model: type[BaseModel], prefix: str) -> list[str]:
     rows = []
-    notes = attribute_docs(model)
+    notes = field_descriptions(model)
     for name, field in model.model_fields.items():
         written = prefix + (field.alias or name)
         default = "!" if field.is_required() else f"`{_default(field)}`"
-        note = field.description or notes.get(name, "")
+        note = _cell(notes.get(field.alias or name, ""))
         rows.append(f"| `{written}` | {type_text(_annotation(field))} | {default} | {note} |")
         if nested := _nested(field.annotation):
             rows += _field_rows(nested, f"{written}.")
     return rows
 
 
-def attribute_docs(model: type[BaseModel]) -> dict[str, str]:
-    """The string under each field of a model, and of the models it extends, on one line.
-
-    Read from the source when asked, because having pydantic read it costs every start of the command.
-    """
-    found: dict[str, str] = {}
-    for cls in reversed(model.__mro__):
-        if cls is not BaseModel and issubclass(cls, BaseModel):
-            found |= _attribute_docs(cls)
-    return found
-
-
-def _attribute_docs(cls: type) -> dict[str, str]:
-    try:
-        tree = ast.parse(textwrap.dedent(inspect.getsource(cls)))
-    except (OSError, TypeError):
-        return {}
-    body = tree.body[0].body if isinstance(tree.body[0], ast.ClassDef) else []
-    found = {}
-    for field, after in itertools.pairwise(body):
-        if isinstance(field, ast.AnnAssign) and isinstance(field.target, ast.Name) and isinstance(after, ast.Expr):
-            text = after.value.value if isinstance(after.value, ast.Constant) else None
-            if isinstance(text, str):
-                found[field.target.id] = " ".join(text.split()).replace("|", "\\|")
-    return found
-
-
 def _metric_rows(model: type[BaseModel], prefix: str) -> list[str]:
     rows = []
-    notes = attribute_docs(model)
+    notes = field_descriptions(model)
     for name, field in model.model_fields.items():
         if nested := _nested(field.annotation):
             rows += _metric_rows(nested, f"{prefix}{name}.")
         else:
-            rows.append(
-                f"| `{prefix}{name}` | {type_text(_annotation(field))} | {field.description or notes.get(name, '')} |"
-            )
+            rows.append(f"| `{prefix}{name}` | {type_text(_annotation(field))} | {_cell(notes.get(name, ''))} |")
     return list(dict.fromkeys(rows))
 
 
@@ -150,9 +118,12 @@ def _default(field: FieldInfo) -> str:
         return "{}"
     if isinstance(value, int) and any(_is_size(mark) for mark in field.metadata):
         return exact_size(value)
-    return {"None": "null", "True": "true", "False": "false", "()": "[]"}.get(
-        str(value), str(value).replace("|", "\\|")
-    )
+    return {"None": "null", "True": "true", "False": "false", "()": "[]"}.get(str(value), _cell(str(value)))
+
+
+def _cell(text: str) -> str:
+    """Fit to stand in a table of Markdown."""
+    return text.replace("|", "\\|")
 
 
 def _annotation(field: FieldInfo) -> Any:

@@ -7,15 +7,12 @@ A reference `${…}` is accepted wherever a value may stand. What relates one fi
 
 from __future__ import annotations
 
-import ast
-import inspect
-import textwrap
 from collections.abc import Mapping
-from itertools import pairwise
 from typing import Any
 
 from pydantic import BaseModel
 
+from .docstrings import field_descriptions
 from .initial import initial_manifest
 from .manifest import NAME, ManifestSpec, Settings, Structure
 from .registry import load_stage, stage_kinds
@@ -23,7 +20,7 @@ from .stage import Stage
 from .validation import models_in
 from .wiring import DEFAULT_PORT
 
-__all__ = ["REFERENCE", "field_descriptions", "initial_manifest", "manifest_schema"]
+__all__ = ["initial_manifest", "manifest_schema"]
 
 Schema = dict[str, Any]
 
@@ -140,29 +137,6 @@ def _descriptions(model: type[BaseModel], seen: frozenset[type[BaseModel]] = fro
         for inner in models_in(info.annotation) - seen - {model}:
             result |= _descriptions(inner, seen | {model})
     return result
-
-
-def field_descriptions(model: type[BaseModel]) -> dict[str, str]:
-    """Field as written in a manifest → its description, or the docstring below it in the class's source.
-
-    pydantic's `use_attribute_docstrings` does the same at import, where it would cost every command a parse.
-    """
-    try:
-        body = ast.parse(textwrap.dedent(inspect.getsource(model))).body[0]
-    except (OSError, TypeError, SyntaxError, IndexError):  # a class made at run time has no source
-        body = ast.Module(body=[], type_ignores=[])  # type: ignore[assignment]
-    statements = getattr(body, "body", [])
-    found: dict[str, str] = {}
-    for field, text in pairwise(statements):
-        if not (isinstance(field, ast.AnnAssign) and isinstance(field.target, ast.Name)):
-            continue
-        if isinstance(text, ast.Expr) and isinstance(text.value, ast.Constant) and isinstance(text.value.value, str):
-            found[field.target.id] = " ".join(text.value.value.split())
-    return {
-        info.alias or name: description
-        for name, info in model.model_fields.items()
-        if (description := info.description or found.get(name))
-    }
 
 
 def _open(schema: Schema) -> Schema:

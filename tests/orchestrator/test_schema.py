@@ -12,9 +12,10 @@ import pytest
 from pydantic import Field
 from support.kinds import KINDS, InferParams
 
+from bigpipe.orchestrator.docstrings import field_descriptions
 from bigpipe.orchestrator.initial import initial_manifest
 from bigpipe.orchestrator.registry import BUILT_IN
-from bigpipe.orchestrator.schema import field_descriptions, manifest_schema
+from bigpipe.orchestrator.schema import manifest_schema
 from bigpipe.orchestrator.stage import Params, Size
 from bigpipe.orchestrator.yamlsource import read_document, to_python
 
