@@ -283,6 +283,7 @@ def _misfits(params: DispatchParams, ctx: ForecastContext, model: ModelDescripti
         yield Misfit(
             f"places {format_size(ram)} of weights in RAM; {ctx.machine.name} has {format_size(ctx.machine.memory)}",
             f"lower max_memory.cpu to {fits}, and let disk take the rest",
+            {"max_memory": {**{str(key): size for key, size in (params.max_memory or {}).items()}, "cpu": fits}},
         )
 
 
@@ -327,6 +328,9 @@ def run(params: DispatchParams, ctx: StageContext) -> StageResult:
 
 def _verify(params: DispatchParams, ctx: StageContext, kept: PlacedModel, metrics: DispatchMetrics) -> DispatchMetrics:
     """Loads the model as placed and, if asked to, runs it; tells where it is not as predicted."""
+    import accelerate  # noqa: F401  what importing costs is not loading
+    import transformers  # noqa: F401
+
     from bigpipe.bigmodel.loading import loaded
     from bigpipe.bigmodel.probe import forward_once
 

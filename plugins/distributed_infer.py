@@ -137,7 +137,7 @@ def forecast(params: InferParams, ctx: ForecastContext) -> Forecast:
         download_bytes=0,
         ram=_ram(params, ctx, ranks),
         metrics={"prompts": len(rows)},
-        misfits=tuple(_misfits(placement, ctx)),
+        misfits=() if placed is not None and placed.misfits else tuple(_misfits(placement, ctx)),
         summary=f"{len(rows)} prompts in {batches} batches over {ranks} rank{'s' * (ranks > 1)}{spread}",
     )
 

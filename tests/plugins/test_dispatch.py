@@ -197,6 +197,7 @@ def test_a_gpu_that_is_not_there(tmp_path: Path, memo: Path, models: dict[str, P
     fits = forecast(model, memo, max_memory={0: "22GiB", "cpu": "48GiB"})
     assert [misfit.cause for misfit in fits.misfits] == ["max_memory names GPU 0; test has no GPU"]
     assert fits.misfits[0].cure == "set max_memory.0 to 0; the model fits cpu"
+    assert fits.misfits[0].change == {"max_memory": {"cpu": "48GiB"}}
     alone = forecast(model, memo, max_memory={"0-7": "46GiB"})
     assert alone.misfits[0].cure.startswith("set max_memory to {0-7: 0} for these, and")
     custom = forecast(model, memo, device_map={"": "cpu", "model.decoder.layers.1": 1})
