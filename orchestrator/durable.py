@@ -7,6 +7,7 @@ in an envelope that holds the sha256 of that line, so any changed byte is seen.
 from __future__ import annotations
 
 import errno
+import fcntl
 import hashlib
 import json
 import os
@@ -68,11 +69,20 @@ def explained(path: Path, needed: int = 0) -> Iterator[None]:
         raise explain(error, path, needed) from error
 
 
+def sync(descriptor: int) -> None:
+    """fsync that reaches the disk: on macOS plain fsync stops at the drive's cache."""
+    full = getattr(fcntl, "F_FULLFSYNC", None)
+    if full is None:
+        os.fsync(descriptor)
+    else:
+        fcntl.fcntl(descriptor, full)
+
+
 def sync_directory(path: Path) -> None:
     """Makes the names in a directory survive a power loss."""
     descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
-        os.fsync(descriptor)
+        sync(descriptor)
     except OSError as error:
         # Some file systems cannot sync directories and say so; there is nothing better to do on them.
         if error.errno not in (errno.EINVAL, errno.ENOTSUP):
@@ -84,7 +94,7 @@ def sync_directory(path: Path) -> None:
 def sync_file(path: Path) -> None:
     descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     try:
-        os.fsync(descriptor)
+        sync(descriptor)
     finally:
         os.close(descriptor)
 
@@ -115,7 +125,7 @@ def write_atomically(path: Path, data: bytes, *, durable: bool = True) -> None:
         try:
             write_all(descriptor, data)
             if durable:
-                os.fsync(descriptor)
+                sync(descriptor)
         finally:
             os.close(descriptor)
         partial.rename(path)

@@ -27,6 +27,7 @@ from .durable import (
     make_directory,
     read_sealed,
     seal,
+    sync,
     sync_directory,
     sync_file,
     write_all,
@@ -187,7 +188,7 @@ class Publisher:
                     write_all(descriptor, piece)
             os.fchmod(descriptor, 0o444)
             os.utime(partial, ns=(STILL, STILL))
-            os.fsync(descriptor)
+            sync(descriptor)
         finally:
             os.close(descriptor)
         partial.rename(target)

@@ -70,8 +70,9 @@ class TestLocks:
                 pass
             assert time.monotonic() - started < 5
 
-    def test_a_dead_holder_is_taken_over_at_once(self, store):
-        for _ in range(5):
+    @pytest.mark.parametrize("times", [5, pytest.param(50, marks=pytest.mark.fault)])
+    def test_a_dead_holder_is_taken_over_at_once(self, store, times):
+        for _ in range(times):
             ready, start = os.pipe()
             holder = os.fork()
             if holder == 0:
@@ -100,24 +101,26 @@ class TestLocks:
             worker.release()
         assert heard == ["processes that an earlier run left behind"]
 
-    def test_eight_processes_do_the_work_once(self, store, tmp_path):
+    @pytest.mark.parametrize("rounds", [2, pytest.param(50, marks=pytest.mark.fault)])
+    def test_eight_processes_do_the_work_once(self, store, tmp_path, rounds):
         bodies = tmp_path / "bodies"
-        bodies.touch()
 
-        def run():
-            with Store(store.root) as mine, mine.lock(record("a").key) as work:
-                found = mine.find(record("a").key)
+        def run(name):
+            with Store(store.root) as mine, mine.lock(record(name).key) as work:
+                found = mine.find(record(name).key)
                 if found is None or not mine.intact(found):
                     with bodies.open("a") as file:
-                        file.write("x")
+                        file.write(f"{name} ")
                     time.sleep(0.05)
                     fill(work.out, {"a": b"made once"})
-                    found = mine.publish(record("a"), work.out)
+                    found = mine.publish(record(name), work.out)
                     work.done()
                 assert contents(mine, found) == {"a": b"made once"}
 
-        race(8, run)
-        assert bodies.read_text() == "x"
+        names = [str(number) for number in range(rounds)]
+        for name in names:
+            race(8, lambda name=name: run(name))
+        assert bodies.read_text().split() == names
 
     def test_without_working_locks_the_work_is_done_twice_but_never_mixed(self, store, monkeypatch):
         """Some network file systems accept every lock and keep none."""
