@@ -1,7 +1,7 @@
 """GPT-2 as a class of one's own: plain torch, parameters named as in minGPT's checkpoints.
 
-`gpt2xl_offload.yaml` runs it. It stands for any class that transformers does not know: bigpipe builds it empty, fills it
-from the checkpoint, places it over devices and calls `complete` with the prompts.
+`gpt2xl_offload.yaml` runs it. It stands for any class that transformers does not know: bigpipe builds it empty, fills
+it from the checkpoint, places it over devices and calls `complete` with the prompts.
 """
 
 from __future__ import annotations
