@@ -13,6 +13,7 @@ On the CPU a weight stored in the dtype it computes in is not read at all: the f
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Container, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -35,8 +36,10 @@ from .slots import PlainSlot, QuantizedSlot, Slot, fresh_memory
 if TYPE_CHECKING:
     import torch
 
-SHARE = 0.6
+FREE_SHARE = 0.6
 """Of the memory available, what weights cast to another dtype may fill unless the caller says otherwise."""
+TOTAL_SHARE = 0.5
+"""Of all memory, what a model may take as float32 for a CPU to compute with it as that."""
 
 
 @dataclass(slots=True)
@@ -65,6 +68,7 @@ def load(
     no_split_module_classes: Sequence[str] | None = None,
     device: int | str | None = None,
     memory: int | None = None,
+    room: int | None = None,
     first_gpu: int = 0,
     trust: Sequence[str] = (),
     base: Path | None = None,
@@ -79,6 +83,7 @@ def load(
     special_dtypes: parameter name → dtype, where another one is wanted.
     no_split_module_classes: blocks that are streamed as a whole; left out, the model's own.
     memory: bytes of RAM that weights cast to another dtype may fill; what is over is cast anew at each use.
+    room: bytes of RAM that `compute_dtype` reckons with; left out, half of this machine's.
     first_gpu: added to the map's GPU numbers, which are a rank's own.
     trust: modules that a custom class may come from; looked for in `base` first. trust_remote_code: may the
       checkpoint's own Python files run?
@@ -91,14 +96,15 @@ def load(
     checkpoint = open_checkpoint(path)
     homes = Homes(_device_map(placement, device), first_gpu)
     wanted = getattr(torch, dtype) if isinstance(dtype, str) else dtype
-    wanted = wanted or compute_dtype(checkpoint, homes.main)
+    budget, room = _memory(placement, memory, room)
+    wanted = wanted or compute_dtype(checkpoint, homes, room)
     if model is None:
         model = build_skeleton(checkpoint, wanted, trust=trust, base=base, trust_remote_code=trust_remote_code)
     else:
         model = adopt(model, wanted)
     if no_split_module_classes is not None:
         model._no_split_modules = list(no_split_module_classes)  # type: ignore[assignment]
-    _fill(model, checkpoint, homes, wanted, special_dtypes or {}, _budget(placement, memory))
+    _fill(model, checkpoint, homes, wanted, special_dtypes or {}, budget)
     _read_generation_config(model, checkpoint.path)
     return model.eval().requires_grad_(False)
 
@@ -122,18 +128,29 @@ def stored_dtype(checkpoint: Checkpoint) -> str:
     return str(named) if named in sizes else max(sizes, key=lambda name: sizes[name], default="float32")
 
 
-def compute_dtype(checkpoint: Checkpoint, device: torch.device) -> torch.dtype:
-    """The dtype to compute in where nobody asks for one: as stored on a GPU, float32 on a CPU.
+def compute_dtype(checkpoint: Checkpoint, homes: Homes, room: int) -> torch.dtype:
+    """The dtype to compute in where nobody asks for one: as stored, or float32 where all weights fit RAM as that.
 
-    CPUs multiply float32 several times faster than half precision at small batches. The choice does not look at free
-    memory, so that equal hardware gives equal results: weights too large to be held as float32 are cast at each use.
-    Around bitsandbytes' layers everything stays as stored, as it does in transformers.
+    CPUs without half-precision instructions multiply float32 several times faster. Weights that are streamed from disk
+    are used as they come: a cast at each use costs more than it gains. Around bitsandbytes' layers everything stays as
+    stored, as it does in transformers.
+
+    room: bytes of RAM; not what happens to be free, so that equal hardware gives equal results.
     """
     import torch
 
-    quantized = any(name.endswith(".SCB") or FOUR_BIT in name for name in checkpoint.tensors)
+    stored = {name: (tensor.dtype, tensor.shape) for name, tensor in checkpoint.tensors.items()}
+    if set(homes.device_map.values()) == {"cpu"} and fits_widened(stored, room):
+        return torch.float32
     as_stored: torch.dtype = getattr(torch, stored_dtype(checkpoint))
-    return torch.float32 if device.type == "cpu" and not quantized else as_stored
+    return as_stored
+
+
+def fits_widened(tensors: Mapping[str, tuple[str, tuple[int, ...]]], room: int) -> bool:
+    """Would a CPU hold these stored tensors, name → (dtype, shape), as float32? Never so for quantized weights."""
+    if any(name.endswith(".SCB") or FOUR_BIT in name for name in tensors):
+        return False
+    return sum(4 * math.prod(shape) for dtype, shape in tensors.values() if "float" in dtype) <= room
 
 
 def _device_map(placement: Placed | DeviceMap | None, device: int | str | None) -> DeviceMap:
@@ -142,15 +159,17 @@ def _device_map(placement: Placed | DeviceMap | None, device: int | str | None) 
     return placement if isinstance(placement, Mapping) else placement.device_map
 
 
-def _budget(placement: Placed | DeviceMap | None, memory: int | None) -> int:
+def _memory(placement: Placed | DeviceMap | None, memory: int | None, room: int | None) -> tuple[int, int]:
+    """(what cast weights may fill now, what decides whether they are cast), in bytes."""
     import psutil
 
-    if memory is not None:
-        return memory
-    free = int(psutil.virtual_memory().available * SHARE)
-    caps = {} if placement is None or isinstance(placement, Mapping) else placement.max_memory or {}
-    cap = caps.get("cpu")
-    return free if cap is None else min(free, cap)
+    there = psutil.virtual_memory()
+    caps = {} if placement is None or isinstance(placement, Mapping) else placement.max_memory
+    cap = caps.get("cpu") or there.total
+    return (
+        min(int(there.available * FREE_SHARE), cap) if memory is None else memory,
+        min(int(there.total * TOTAL_SHARE) if room is None else room, cap),
+    )
 
 
 def _fill(

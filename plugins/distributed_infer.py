@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import time
 import traceback
@@ -23,6 +24,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from pydantic import Field
 
 from bigpipe.bigmodel.generation import Answer, Task, check_task, has_tokenizer, make_task
+from bigpipe.bigmodel.loading import TOTAL_SHARE, fits_widened
 from bigpipe.bigmodel.placement import Placement
 from bigpipe.bigmodel.prompts import Row, read_prompts
 from bigpipe.bigmodel.recordlog import Record, RecordLog, read_log
@@ -57,6 +59,7 @@ LOG = "records.jsonl"
 PEAKS = "peaks.json"
 MEMORY_SHARE = 0.6
 """Of the memory available, what the ranks of one machine may fill with weights cast to another dtype."""
+WIDTHS = {"float32": 4, "float16": 2, "bfloat16": 2}
 RANK_BASE = 500 * 2**20
 """Bytes of a rank that has imported torch and transformers and holds no model."""
 
@@ -74,7 +77,7 @@ class InferParams(Params):
     seed: int = Field(0, ge=0)
     """Of record i: seed + i."""
     dtype: Literal["float32", "float16", "bfloat16"] | None = None
-    """What to compute in. null: as stored on GPUs, float32 on CPUs; quantized models as stored."""
+    """What to compute in. null: as stored; on a CPU float32, where all weights fit half of its RAM as that."""
     split: Literal["static"] = "static"
     apply_padding: bool = False
     """Every rank computes as many batches: the last one is repeated, and dropped at the merge."""
@@ -118,8 +121,10 @@ def _is_whole(path: Path) -> bool:
 
 
 def facts(params: InferParams, machine: Machine) -> Mapping[str, Json]:
-    """Where no dtype is given the kind of device chooses it."""
-    return {} if params.dtype else {"devices": sorted({gpu.name for gpu in machine.gpus}) or ["cpu"]}
+    """Where no dtype is given, the kind of device and its memory choose it."""
+    if params.dtype:
+        return {}
+    return {"gpus": sorted({gpu.name for gpu in machine.gpus})} if machine.gpus else {"memory": machine.memory}
 
 
 def forecast(params: InferParams, ctx: ForecastContext) -> Forecast:
@@ -135,7 +140,7 @@ def forecast(params: InferParams, ctx: ForecastContext) -> Forecast:
     spread = f" ({' + '.join(map(str, counts))})" if 1 < ranks <= 8 else ""
     return Forecast(
         download_bytes=0,
-        ram=_ram(params, ctx, ranks),
+        ram=_ram(params, ctx, placement),
         metrics={"prompts": len(rows)},
         misfits=() if placed is not None and placed.misfits else tuple(_misfits(placement, ctx)),
         summary=f"{len(rows)} prompts in {batches} batches over {ranks} rank{'s' * (ranks > 1)}{spread}",
@@ -148,25 +153,26 @@ def _share(rows: int, batch_size: int, rank: int, ranks: int) -> range:
     return range(min(rows, first * batch_size), min(rows, last * batch_size))
 
 
-def _ram(params: InferParams, ctx: ForecastContext, ranks: int) -> int | None:
+def _ram(params: InferParams, ctx: ForecastContext, placement: Placement | None) -> int | None:
     """Of all ranks here. Weights that are windows into their files are page cache, and not counted."""
-    model = ctx.input("model")
-    tensors = getattr(model.output if model else None, "tensors", None)
+    wired = ctx.input("model")
+    tensors = getattr(wired.output if wired else None, "tensors", None)
     if tensors is None or ctx.machine.gpus:
         return None
-    quantized = getattr(model.output if model else None, "quantization", None)
-    cast = 0 if quantized else sum(_cast_bytes(dtype, shape, params.dtype) for dtype, shape in tensors.values())
-    local = ranks // ctx.launch.num_machines
+    local = ctx.launch.num_processes // ctx.launch.num_machines
+    homes = set(placement.device_map.values()) if placement else {"cpu"}
+    cap = (placement.max_memory.get("cpu") if placement else None) or ctx.machine.memory
+    room = min(cap, int(ctx.machine.memory * TOTAL_SHARE))
+    wide = params.dtype is None and homes == {"cpu"} and fits_widened(tensors, room)
+    wanted = params.dtype or ("float32" if wide else None)
+    cast = sum(_cast_bytes(dtype, shape, wanted) for dtype, shape in tensors.values())
     return RANK_BASE * local + min(cast * local, int(ctx.machine.memory_available * MEMORY_SHARE))
 
 
-def _cast_bytes(stored: str, shape: Sequence[int], dtype: str | None) -> int:
-    from math import prod
-
-    wanted = dtype or "float32"
-    if stored not in ("float32", "float16", "bfloat16") or stored == wanted:
+def _cast_bytes(stored: str, shape: Sequence[int], wanted: str | None) -> int:
+    if wanted is None or stored == wanted or stored not in WIDTHS:
         return 0
-    return prod(shape) * (4 if wanted == "float32" else 2)
+    return math.prod(shape) * WIDTHS[wanted]
 
 
 def _misfits(placement: Placement | None, ctx: ForecastContext) -> list[Misfit]:

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from bigpipe.bigmodel.loading import TOTAL_SHARE
 from bigpipe.bigmodel.placement import Device, Placement
 from bigpipe.orchestrator.stage import StageContext
 
@@ -54,6 +55,7 @@ class PlacedModel:
             special_dtypes=self.special_dtypes,
             no_split_module_classes=self.no_split_module_classes,
             memory=memory,
+            room=int(ctx.machine.memory * TOTAL_SHARE),
             first_gpu=first_gpu,
             trust=ctx.trust.modules,
             base=ctx.base,

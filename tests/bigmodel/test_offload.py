@@ -12,6 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from support.models import forward, make_checkpoint, sample_inputs, tiny_model
+from transformers import LlamaForCausalLM
 
 from bigpipe.bigmodel.loading import load, loaded
 from bigpipe.errors import StageFailed
@@ -21,11 +22,26 @@ from bigpipe.errors import StageFailed
 @pytest.mark.parametrize("stored", ["float32", "float16"])
 def test_disk_gives_the_same_bits(tmp_path: Path, architecture: str, stored: str) -> None:
     make_checkpoint(tmp_path, architecture, dtype=stored)
-    wanted = forward(load(tmp_path))
-    model = load(tmp_path, {"": "disk"})
+    wanted = forward(load(tmp_path, dtype="float32"))
+    model = load(tmp_path, {"": "disk"}, dtype="float32")
     for _ in range(2):
         assert torch.equal(forward(model), wanted)
     assert all(parameter.device.type == "meta" for parameter in model.parameters())
+
+
+def test_what_is_streamed_is_used_as_stored(tmp_path: Path) -> None:
+    make_checkpoint(tmp_path, "llama", dtype="float16")
+    wide = sum(4 * tensor.numel() for tensor in load_file(tmp_path / "model.safetensors").values())
+    for options, dtype in (
+        ({}, torch.float32),
+        ({"placement": {"": "disk"}}, torch.float16),
+        ({"placement": {"": "cpu", "model.layers.1": "disk"}}, torch.float16),
+        ({"room": wide}, torch.float32),
+        ({"room": wide - 1}, torch.float16),
+    ):
+        model = load(tmp_path, **options)
+        assert model.dtype == dtype
+        assert torch.equal(forward(model), forward(LlamaForCausalLM.from_pretrained(tmp_path, dtype=dtype)))
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
@@ -133,7 +149,7 @@ def measure(path, home):
         peak.write("5")
     before = memory("VmRSS")
     with torch.inference_mode():
-        logits = load(path, {"": home})(torch.arange(4, 20)[None]).logits
+        logits = load(path, {"": home}, dtype="float32")(torch.arange(4, 20)[None]).logits
     return {"grown": memory("VmHWM") - before, "logits": logits.double().flatten()[:50].tolist()}
 
 print(json.dumps([{home: measure(path, home) for home in ("disk", "cpu")} for path in sys.argv[1:]]))

@@ -197,13 +197,13 @@ def test_a_prompt_that_fails_stands_in_the_results_where_that_is_allowed(tmp_pat
 
 def test_runs_through_a_placement(tmp_path: Path, model: Path) -> None:
     plain, placed = context(tmp_path / "plain", model), context(tmp_path / "placed", model)
-    infer(params(), plain)
+    infer(params(dtype="float32"), plain)
     placement = Placement(
         device_map={"": "disk", "model.decoder.layers.0": "cpu"}, weights={}, max_memory={"cpu": 30_000, "disk": None},
         strategy="custom",
     )  # fmt: skip
     (tmp_path / "placement.json").write_text(json.dumps(PlacedModel(placement).as_json()))
-    infer(params(), replace(placed, inputs={**placed.inputs, "placement": (tmp_path,)}))
+    infer(params(dtype="float32"), replace(placed, inputs={**placed.inputs, "placement": (tmp_path,)}))
     assert results(placed) == results(plain)
 
 
@@ -251,7 +251,8 @@ def test_forecasts_shares_memory_and_gpus(tmp_path: Path, model: Path) -> None:
     gpu = replace(MACHINE, gpus=(Gpu(0, "L4", 24 * 2**30, 20 * 2**30),))
     assert "2 ranks with 1 GPU(s) each need 2" in STAGE.forecast(params(), replace(ctx, machine=gpu)).misfits[0].cause
     assert STAGE.facts is not None
-    assert STAGE.facts(params(), gpu) == {"devices": ["L4"]}
+    assert STAGE.facts(params(), gpu) == {"gpus": ["L4"]}
+    assert STAGE.facts(params(), MACHINE) == {"memory": MACHINE.memory}
     assert STAGE.facts(params(dtype="float32"), gpu) == {}
 
 
