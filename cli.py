@@ -288,7 +288,7 @@ def estimate(models: tuple[str, ...], as_json: bool, store: Path | None, **optio
 
     Example: bigpipe estimate facebook/opt-13b --dtypes int8 --batch-size 4 --memory 16GiB
     """
-    from bigpipe.orchestrator.commands import memo_directory
+    from bigpipe.orchestrator.layout import memo_directory
 
     options["dtypes"] = split_words(options["dtypes"]) or None
     answers = [bigpipe.estimate(model, memo=memo_directory(store), **options) for model in models]

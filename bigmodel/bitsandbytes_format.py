@@ -11,6 +11,7 @@ import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import Literal
 
 from .architecture import Architecture, ModuleSpec, TensorSpec
@@ -72,6 +73,7 @@ def matrix_shape(module: ModuleSpec) -> tuple[int, int]:
     return (columns, rows) if module.class_name == "Conv1D" else (rows, columns)
 
 
+@cache
 def stored_tensors(
     shape: tuple[int, int], scheme: Scheme, *, double_quant: bool = False, dtype: str = "float16"
 ) -> tuple[StoredTensor, ...]:
@@ -109,6 +111,7 @@ def _state_length(shape: tuple[int, int], scheme: Scheme, double_quant: bool, dt
     return len(json.dumps(state)) + (OFFSET_DIGITS - 1 if double_quant else 0)
 
 
+@cache
 def loaded_bytes(shape: tuple[int, int], scheme: Scheme, *, double_quant: bool = False) -> tuple[int, int]:
     """Bytes a loaded module holds for its weight: (codes, scales and tables)."""
     # The JSON and the format marker become Python values; the mean absmax becomes a float32 scalar

@@ -27,7 +27,6 @@ from .files import MAX_CONFIG, MAX_INDEX, Format
 from .headers import read_header
 from .hub import Hub, HubFile, Repository, describe, read_range
 from .memo import recall, remember
-from .pickles import read_torch_pickle, unique_tensors
 from .rangesource import RangeSource
 from .selection import check_index, detect, select
 from .tensors import FETCH_AGAIN, invalid, tensor_nbytes
@@ -230,6 +229,8 @@ def _read(source: ByteSource, file: Path) -> tuple[Tensors, dict[str, str]]:
     if file.name.endswith(".safetensors"):
         header = read_header(source, file)
         return {tensor.name: (tensor.dtype, tensor.shape) for tensor in header.tensors}, {}
+    from .pickles import read_torch_pickle, unique_tensors
+
     kept, tied = unique_tensors(read_torch_pickle(source).tensors)
     return {name: (tensor.dtype, tensor.shape) for name, tensor in kept.items()}, tied
 

@@ -207,10 +207,3 @@ def initialise(file: Path, model: str) -> list[Path]:
     schema.write_text(json.dumps(manifest_schema(), indent=2) + "\n")
     file.write_text(initial_manifest(model, file.stem, schema.name))
     return [file, schema]
-
-
-def memo_directory(store: str | Path | None = None) -> Path:
-    """Where answers that are dear to get are kept."""
-    from .store import Store, default_root
-
-    return Store(Path(store) if store else default_root()).memo

@@ -17,6 +17,7 @@ tmp/ locks/ quarantine/
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from contextlib import suppress
 from itertools import count
 from pathlib import Path
@@ -25,6 +26,20 @@ from .durable import make_directory
 from .hashing import hex_of
 
 _serial = count()
+
+
+def default_root(environment: Mapping[str, str] | None = None) -> Path:
+    """`$BIGPIPE_HOME`, else `bigpipe` in the XDG cache directory."""
+    environment = os.environ if environment is None else environment
+    if home := environment.get("BIGPIPE_HOME"):
+        return Path(home).expanduser().absolute()
+    cache = environment.get("XDG_CACHE_HOME", "")
+    return (Path(cache) if os.path.isabs(cache) else Path.home() / ".cache") / "bigpipe"
+
+
+def memo_directory(store: str | Path | None = None) -> Path:
+    """Where a store keeps answers that are dear to get."""
+    return Layout(Path(store).absolute() if store else default_root()).memo
 
 
 class Layout:

@@ -28,7 +28,7 @@ from .artifacts import Entry, examine, load_artifact, place_tree, remove_tree, s
 from .durable import explained, make_directory
 from .hashing import is_hex
 from .keyrecord import KeyRecord, all_records, load_record, sealed_names
-from .layout import Layout
+from .layout import Layout, default_root
 from .locks import Lock
 from .memo import StatMemo
 from .presence import Presence
@@ -44,15 +44,6 @@ __all__ = ["ArtifactEntry", "KeyRecord", "Store", "Work", "default_root"]
 
 WORK_LOCK = "lock"
 """In a work folder; workers hold it shared, so that nobody works there while one of them lives."""
-
-
-def default_root(environment: Mapping[str, str] | None = None) -> Path:
-    """`$BIGPIPE_HOME`, else `bigpipe` in the XDG cache directory."""
-    environment = os.environ if environment is None else environment
-    if home := environment.get("BIGPIPE_HOME"):
-        return Path(home).expanduser().absolute()
-    cache = environment.get("XDG_CACHE_HOME", "")
-    return (Path(cache) if os.path.isabs(cache) else Path.home() / ".cache") / "bigpipe"
 
 
 @dataclass(frozen=True, slots=True)

@@ -110,7 +110,17 @@ class Repository:
             "tags": [tag for tag in (self.library,) if tag],
             "lastModified": "2026-01-01T00:00:00.000Z",
             "siblings": [self._sibling(name, item, blobs) for name, item in sorted(self.commits[commit].items())],
+            **self._config(commit),
         }
+
+    def _config(self, commit: str) -> dict[str, Any]:
+        """The Hub repeats what tells a transformers model's class."""
+        item = self.commits[commit].get("config.json")
+        try:
+            config = json.loads(b"".join(item.chunks(0, item.size))) if item else {}
+            return {"config": {name: config[name] for name in ("architectures", "model_type") if name in config}}
+        except (ValueError, TypeError, RecursionError):
+            return {}
 
     @staticmethod
     def _sibling(name: str, item: Blob, blobs: bool) -> dict[str, Any]:
