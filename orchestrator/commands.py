@@ -55,6 +55,8 @@ def run(
     planned = with_parameters(make_plan(session))
     refuse(planned, keep_going=keep_going)
     result = run_plan(session, planned, reporter or _Silent(), jobs=jobs, keep_going=keep_going)
+    if locked:
+        lockfile.enforce_outputs(session, result.nodes)
     if result.status == "succeeded":
         lockfile.record_outputs(session, result.nodes)
     session.store.close()

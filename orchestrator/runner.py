@@ -15,7 +15,7 @@ from __future__ import annotations
 import signal
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING
 from bigpipe.errors import BigpipeError, GateFailed, Interrupted
 
 from .conditions import UNKNOWN, Lookup
-from .decision import Action, decide
+from .decision import Action, Decision, decide, input_digests
 from .events import Event, NodeFinished, NodeStarted, Reporter, RunFinished, RunStarted
 from .fit import needs_gpus, needs_ram
 from .graph import Node
@@ -129,7 +129,7 @@ def _settle(run: Run, state: NodeState) -> bool:
     if state.key is not None and not state.demanded_by:
         return False  # decided already: it waits for room, or for bytes it demanded
     try:
-        decision = decide(run.session, state.node, _digests(run), _absent(run))
+        decision = _decide(run, state)
     except BigpipeError as error:
         state.error = error
         _end(run, state, Status.FAILED, str(error))
@@ -166,8 +166,17 @@ def _absent(run: Run) -> frozenset[str]:
     return frozenset(name for name, state in run.states.items() if state.status is Status.SKIPPED)
 
 
-def _digests(run: Run) -> dict[str, str | None]:
-    return {name: state.digest if state.status in GOOD else None for name, state in run.states.items()}
+def _decide(run: Run, state: NodeState) -> Decision:
+    """With true digests. What the plan found cached a moment ago under the same key is not looked at twice."""
+    node = state.node
+    producers = {name: run.states[name] for names in node.inputs.values() for name in names}
+    digests = {name: producer.digest if producer.status in GOOD else None for name, producer in producers.items()}
+    planned = run.plan.nodes[node.name].decision
+    if planned.action is Action.CACHED and planned.bytes_here and not state.demanded_by:
+        inputs = input_digests(node, digests, _absent(run))
+        if inputs is not None and run.session.identity(node).key(inputs) == planned.key:
+            return planned
+    return decide(run.session, node, digests, _absent(run))
 
 
 def _lookup(run: Run, own: Node) -> Lookup:
@@ -230,6 +239,7 @@ def _start(run: Run, state: NodeState, pool: ThreadPoolExecutor) -> None:
 
     state.status = Status.RUNNING
     run.reporter.report(NodeStarted(state.node.name, state.reason))
+    _remember(run, {state.node.name: state.key or ""})  # from now on its unfinished work is not garbage
     attempt = Attempt(
         session=run.session,
         node=state.node,
@@ -338,12 +348,14 @@ def _finish_run(run: Run, recorder: RunRecorder, seconds: float) -> RunResult:
         run=run.id, status=status, nodes=run.states, session=run.session, seconds=seconds, errors=tuple(errors)
     )
     recorder.finish(result.as_json(), seconds)
-    keys = {name: state.key for name, state in run.states.items() if state.key and state.status in GOOD}
-    session = run.session
-    session.store.remember(
-        session.recipe.path, lock_path(session.recipe.path) if session.lock else None, session.recipe.name, keys
-    )
+    _remember(run, {name: state.key for name, state in run.states.items() if state.key and state.status in GOOD})
     return result
+
+
+def _remember(run: Run, keys: Mapping[str, str]) -> None:
+    """Keeps from `gc` what these nodes have, or are about to have, as long as the manifest or its lock exists."""
+    session, recipe = run.session, run.session.recipe
+    session.store.remember(recipe.path, lock_path(recipe.path) if session.lock else None, recipe.name, keys)
 
 
 def _errors(run: Run) -> list[BigpipeError]:

@@ -42,7 +42,7 @@ stages:
   offload:
     uses: dispatch
     inputs: shard
-    with: {device_map: auto, max_memory: {cpu: 300KB, disk: 1GB}, sequence_length: 64}
+    with: {device_map: auto, max_memory: {cpu: 800KB, disk: 1GB}, sequence_length: 64}
   generate:
     uses: distributed-infer
     inputs: {model: quantize, placement: dispatch}
@@ -59,7 +59,8 @@ stages:
 def job(tmp_path_factory):
     """The finished run; the repository it came from is still served."""
     folder = tmp_path_factory.mktemp("job")
-    source = make_checkpoint(folder / "source", "opt", format="bin", max_shard_size="250KB", dtype="float16")
+    shape = {"hidden_size": 128, "word_embed_proj_dim": 128, "ffn_dim": 512, "num_hidden_layers": 3}
+    source = make_checkpoint(folder / "source", "opt", format="bin", max_shard_size="500KB", dtype="float16", **shape)
     assert len(list(source.glob("*.bin"))) >= 3
     with pytest.MonkeyPatch.context() as patch, LoopbackHub() as hub:
         hub.create(REPO, files_of(source))
