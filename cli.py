@@ -5,14 +5,14 @@ from __future__ import annotations
 import json
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
 import click
 
 import bigpipe
-from bigpipe.errors import BigpipeError, Interrupted, UsageError
+from bigpipe.errors import BigpipeError, Interrupted, ManifestError, UsageError
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -68,6 +68,14 @@ def fail(error: BigpipeError) -> None:
     sys.exit(error.status if isinstance(error, Interrupted) else error.exit_code)
 
 
+def fail_all(errors: Sequence[BigpipeError]) -> None:
+    """Print all of them; the first decides the exit code. None: go on."""
+    for error in errors[1:]:
+        click.echo(str(error), err=True)
+    if errors:
+        fail(errors[0])
+
+
 def pairs(params: tuple[str, ...]) -> dict[str, str]:
     found = {}
     for text in params:
@@ -111,10 +119,7 @@ def run(
         from bigpipe.orchestrator.rendering import results_text
 
         click.echo(results_text(result))
-    if result.errors:
-        for error in result.errors[1:]:
-            click.echo(str(error), err=True)
-        fail(result.errors[0])
+    fail_all(result.errors)
 
 
 @cli.command()
@@ -141,17 +146,13 @@ def plan(
     from bigpipe.orchestrator.machine import read_machine
     from bigpipe.orchestrator.rendering import plan_json, plan_text
 
-    other = read_machine(machine) if machine else None
-    planned = bigpipe.plan(manifest, nodes, params=pairs(params), machine=other, **options)
+    options["machine"] = read_machine(machine) if machine else None
+    planned = bigpipe.plan(manifest, nodes, params=pairs(params), **options)
     if as_json:
         show(plan_json(planned))
     else:
         click.echo(plan_text(planned, explain=explain))
-    errors = planned.errors()
-    for error in errors[1:]:
-        click.echo(str(error), err=True)
-    if errors:
-        fail(errors[0])
+    fail_all(planned.errors())
 
 
 @cli.command()
@@ -172,8 +173,6 @@ def validate(manifests: tuple[Path, ...], params: tuple[str, ...], as_json: bool
         if path not in errors:
             click.echo(f"{path}: ok", err=as_json)
     if errors:
-        from bigpipe.errors import ManifestError
-
         fail(ManifestError([problem for found in errors.values() for problem in found.problems]))
 
 
