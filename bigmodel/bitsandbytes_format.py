@@ -9,10 +9,12 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
 from typing import Literal
+
+from bigpipe.errors import UsageError
 
 from .architecture import Architecture, ModuleSpec, TensorSpec
 
@@ -44,13 +46,18 @@ def converted_modules(
     embedding, and the module of the last parameter. keep: more of them, such as those kept in float32.
     """
     skipped = [*(default_skips(architecture) if skip_modules is None else skip_modules)]
-    skipped += [*architecture.keep_in_fp32, *keep]
-    rules = [(re.compile(rf"(?:{entry})(?:(?<=\.)|(?=\.|$))"), entry) for entry in skipped]
-    return tuple(
-        module
-        for module in architecture.modules
-        if module.linear and not any(rule.match(module.name) or module.name.endswith(name) for rule, name in rules)
-    )
+    left_alone = name_matcher([*skipped, *architecture.keep_in_fp32, *keep])
+    return tuple(module for module in architecture.modules if module.linear and not left_alone(module.name))
+
+
+def name_matcher(entries: Sequence[str]) -> Callable[[str], bool]:
+    """Whether a module's name is meant by one of these, as transformers reads them: a prefix or a regular expression,
+    up to a dot or the end, or any suffix. Raises UsageError for what is no regular expression."""
+    try:
+        rules = [(re.compile(rf"(?:{entry})(?:(?<=\.)|(?=\.|$))"), entry) for entry in entries]
+    except re.error as error:
+        raise UsageError(f"{error.pattern!r} names no modules: {error}", "give module names, such as lm_head") from None
+    return lambda name: any(rule.match(name) or name.endswith(entry) for rule, entry in rules)
 
 
 def default_skips(architecture: Architecture) -> list[str]:

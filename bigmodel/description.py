@@ -27,7 +27,7 @@ class ModelDescription:
     path: Path | None
     """Where side files (config, tokenizer, custom class) can be read, if anywhere yet."""
     quantization: Mapping[str, Any] | None
-    """`quantization_config` of the config."""
+    """`quantization_config` of the config, or of a custom class's description."""
     custom: Mapping[str, Any] | None
     """Contents of `bigpipe_architecture.json`."""
 
@@ -42,13 +42,14 @@ class ModelDescription:
 def describe_checkpoint(path: str | Path) -> ModelDescription:
     """Describes a checkpoint directory from its headers. Raises InvalidCheckpoint as `open_checkpoint` does."""
     checkpoint = open_checkpoint(path)
-    custom = checkpoint.path / ARCHITECTURE_FILE
+    file = checkpoint.path / ARCHITECTURE_FILE
+    custom = read_json(file, checkpoint.path, MAX_CONFIG) if file in checkpoint.extras else None
     return ModelDescription(
         config=checkpoint.config,
         tensors={name: (tensor.dtype, tensor.shape) for name, tensor in checkpoint.tensors.items()},
         format=checkpoint.format,
         tied=checkpoint.tied,
         path=checkpoint.path,
-        quantization=(checkpoint.config or {}).get("quantization_config"),
-        custom=read_json(custom, checkpoint.path, MAX_CONFIG) if custom in checkpoint.extras else None,
+        quantization=(checkpoint.config or custom or {}).get("quantization_config"),
+        custom=custom,
     )

@@ -35,8 +35,8 @@ from .sidefiles import carry_side_files, config_with_dtype
 from .tensors import CASTABLE, SAFETENSORS_NAMES
 
 __all__ = [
-    "Layout", "PlannedTensor", "SavedCheckpoint", "ShardPlan", "convert", "plan_conversion", "plan_shards",
-    "planned_bytes", "save_checkpoint", "write_checkpoint",
+    "Layout", "Meter", "PlannedTensor", "ReportProgress", "SavedCheckpoint", "ShardPlan", "check_space", "convert",
+    "plan_conversion", "plan_shards", "planned_bytes", "remove_leftovers", "save_checkpoint", "write_checkpoint",
 ]  # fmt: skip
 
 _METADATA = {"format": "pt"}
@@ -86,11 +86,11 @@ def write_checkpoint(
         for plan, file in zip(plans, containers, strict=True)
         if (found := known.finished(plan.file, file))
     }
-    _remove_leftovers(out, format, {plan.file for plan in plans})
+    remove_leftovers(out, format, {plan.file for plan in plans})
     todo = [(plan, file) for plan, file in zip(plans, containers, strict=True) if plan.file not in files]
-    _check_space(out, sum(file.size for _, file in todo))
+    check_space(out, sum(file.size for _, file in todo))
     total = sum(plan.nbytes for plan in plans)
-    meter = _Meter(total, total - sum(plan.nbytes for plan, _ in todo), progress)
+    meter = Meter(total, total - sum(plan.nbytes for plan, _ in todo), progress)
     with Lanes() as lanes:
         for plan, file in todo:
             _write_shard(out / plan.file, plan, file, lanes, lambda tensor: meter.count(produce(tensor)), known, files)
@@ -119,7 +119,7 @@ def _write_shard(
         lanes.settle(lambda: shard.settle(settled))
 
 
-class _Meter:
+class Meter:
     """Counts bytes as they pass; reports ten times a second."""
 
     def __init__(self, total: int, done: int, report: ReportProgress | None) -> None:
@@ -141,7 +141,7 @@ class _Meter:
             self.report(self.done, self.total)
 
 
-def _remove_leftovers(out: Path, format: Format, planned: set[str]) -> None:
+def remove_leftovers(out: Path, format: Format, planned: set[str]) -> None:
     """Removes weight files and indexes of an earlier save under the same names, and unfinished files."""
     prefix, suffix = NAMES[format].split("{}")
     pattern = re.compile(
@@ -152,7 +152,8 @@ def _remove_leftovers(out: Path, format: Format, planned: set[str]) -> None:
             (out / name).unlink()
 
 
-def _check_space(out: Path, needed: int) -> None:
+def check_space(out: Path, needed: int) -> None:
+    """Raises DoesNotFit where the disk of `out` has less than `needed` bytes free."""
     disk = os.statvfs(out)
     free = disk.f_bavail * disk.f_frsize
     if needed > free:

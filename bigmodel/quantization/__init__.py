@@ -1,1 +1,170 @@
-"""Encoders whose bytes equal bitsandbytes' own."""
+"""Quantizes checkpoints to bitsandbytes' formats as a stream: tensor by tensor, in constant memory, without torch.
+
+    quantize_checkpoint("opt-13b", "opt-13b-nf4", scheme="nf4")
+
+`outline` says what each stored tensor becomes; `int8`, `fourbit` and `nested` are the encoders, bit for bit
+bitsandbytes' own results on the CPU; `encoding` runs them over threads; `pieces` and `stream` write the files.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from bigpipe.bigmodel.architecture import Architecture, describe_architecture
+from bigpipe.bigmodel.bitsandbytes_format import Scheme
+from bigpipe.bigmodel.checkpoint import Checkpoint, open_checkpoint
+from bigpipe.bigmodel.description import ARCHITECTURE_FILE
+from bigpipe.bigmodel.shards import write_file
+from bigpipe.bigmodel.sidefiles import carry_side_files, config_with_dtype, encode_config
+from bigpipe.bigmodel.writer import ReportProgress
+from bigpipe.errors import UsageError
+from bigpipe.sizes import parse_size
+
+from .outline import Outline, outline
+from .settings import Settings, torch_threads
+from .stream import Streaming, split
+
+__all__ = [
+    "Outline", "QuantizedCheckpoint", "Settings", "outline", "quantize_checkpoint", "quantize_with", "refuse_quantized",
+    "torch_threads",
+]  # fmt: skip
+
+WORKERS = 2
+
+
+@dataclass(frozen=True, slots=True)
+class QuantizedCheckpoint:
+    """What was written."""
+
+    files: dict[str, tuple[str, int]]
+    """Relative path → (hex sha256, size). Files that were linked, not written, are not among them."""
+    shards: int
+    bytes: int
+    """Of all tensors, without file headers."""
+    source_bytes: int
+    """Of the tensors it was made from."""
+    quantized: tuple[str, ...]
+    """Modules, by name."""
+    skipped: tuple[str, ...]
+    """Linear modules that were left as they are."""
+
+
+def quantize_checkpoint(
+    source: str | Path | Checkpoint,
+    out: str | Path,
+    *,
+    scheme: Scheme,
+    llm_int8_threshold: float = 6.0,
+    bnb_4bit_use_double_quant: bool = False,
+    bnb_4bit_compute_dtype: str = "float16",
+    skip_modules: Sequence[str] | None = None,
+    keep_in_fp32_modules: Sequence[str] = (),
+    dtype: str = "float16",
+    max_shard_size: int | str = "5GB",
+    architecture: Architecture | None = None,
+    parts: Path | None = None,
+    progress: ReportProgress | None = None,
+) -> QuantizedCheckpoint:
+    """Quantizes a checkpoint into the directory `out`, which `transformers`' `from_pretrained` loads as it is.
+
+    scheme: int8, nf4 or fp4; the fields that follow are BitsAndBytesConfig's. The weights of linear modules are
+    converted, but for `skip_modules` (None: the output head and whatever is tied); everything else becomes `dtype`, or
+    float32 where `keep_in_fp32_modules` or the model's class says so. architecture: what the model consists of; None
+    asks its class, in a child process. parts: a directory where finished files are kept for later runs.
+
+    Raises UsageError (settings, or an input that is quantized already), InvalidCheckpoint, DoesNotFit.
+    """
+    settings = Settings(
+        scheme=scheme,
+        llm_int8_threshold=llm_int8_threshold,
+        bnb_4bit_use_double_quant=bnb_4bit_use_double_quant,
+        bnb_4bit_compute_dtype=bnb_4bit_compute_dtype,
+        skip_modules=None if skip_modules is None else tuple(skip_modules),
+        keep_in_fp32_modules=tuple(keep_in_fp32_modules),
+        dtype=dtype,
+        threads=torch_threads(),
+    )
+    checkpoint = source if isinstance(source, Checkpoint) else open_checkpoint(source)
+    return quantize_with(
+        settings,
+        checkpoint,
+        Path(out),
+        architecture or describe_architecture(checkpoint.path),
+        max_shard_size=parse_size(max_shard_size),
+        parts=parts,
+        progress=progress,
+    )
+
+
+def quantize_with(
+    settings: Settings,
+    checkpoint: Checkpoint,
+    out: Path,
+    architecture: Architecture,
+    *,
+    max_shard_size: int = 5 * 10**9,
+    parts: Path | None = None,
+    link: bool = False,
+    progress: ReportProgress | None = None,
+) -> QuantizedCheckpoint:
+    """`quantize_checkpoint` with its settings as a value. link: side files become links instead of copies."""
+    custom = _custom(checkpoint)
+    refuse_quantized(checkpoint.config, custom)
+    stored = {name: (tensor.dtype, tensor.shape) for name, tensor in checkpoint.tensors.items()}
+    outlined = outline(stored, checkpoint.tied, architecture, settings)
+    files = {name: tensor.file for name, tensor in checkpoint.tensors.items()}
+    shards = split(outlined, files, max_shard_size)
+    streaming = Streaming(checkpoint, out, settings, parts, WORKERS, progress)
+    plans = streaming.write(shards)
+    carried = _carry(checkpoint, out, settings, architecture, custom, link=link)
+    return QuantizedCheckpoint(
+        files=streaming.files | carried,
+        shards=len(plans),
+        bytes=sum(plan.nbytes for plan in plans),
+        source_bytes=checkpoint.nbytes,
+        quantized=outlined.quantized,
+        skipped=outlined.skipped,
+    )
+
+
+def refuse_quantized(config: Mapping[str, Any] | None, custom: Mapping[str, Any] | None) -> None:
+    """Raises UsageError for a checkpoint that is quantized already: its codes are no numbers to be rounded again."""
+    for holder in (config, custom):
+        found = (holder or {}).get("quantization_config")
+        if found:
+            method = found.get("quant_method", "some method") if isinstance(found, Mapping) else "some method"
+            raise UsageError(
+                f"the checkpoint is quantized already ({method})",
+                "leave this step out, or start from the weights before they were quantized",
+            )
+
+
+def _custom(checkpoint: Checkpoint) -> Mapping[str, Any] | None:
+    from bigpipe.bigmodel.files import MAX_CONFIG, read_json
+
+    file = checkpoint.path / ARCHITECTURE_FILE
+    return read_json(file, checkpoint.path, MAX_CONFIG) if file in checkpoint.extras else None
+
+
+def _carry(
+    checkpoint: Checkpoint,
+    out: Path,
+    settings: Settings,
+    architecture: Architecture,
+    custom: Mapping[str, Any] | None,
+    *,
+    link: bool,
+) -> dict[str, tuple[str, int]]:
+    """Side files, with the settings written into the config: transformers' own, or a custom class's description."""
+    quantization = settings.as_config(architecture)
+    config = None
+    if checkpoint.config is not None:
+        config = config_with_dtype(checkpoint.config, settings.dtype) | {"quantization_config": quantization}
+    written = carry_side_files(checkpoint, out, config=config, link=link)
+    if custom is not None:
+        content = encode_config({**custom, "quantization_config": quantization})
+        written[ARCHITECTURE_FILE] = write_file(out / ARCHITECTURE_FILE, content)
+    return written

@@ -1,0 +1,193 @@
+"""Which stored tensor becomes what: converted, cast or kept, told from names and shapes before any byte is read."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+from bigpipe.bigmodel.architecture import Architecture, ModuleSpec, TensorSpec
+from bigpipe.bigmodel.bitsandbytes_format import (
+    converted_modules,
+    matrix_shape,
+    name_matcher,
+    stored_tensors,
+    weight_of,
+)
+from bigpipe.bigmodel.casting import is_cast
+from bigpipe.bigmodel.plans import PlannedTensor
+from bigpipe.bigmodel.tensors import tensor_nbytes
+from bigpipe.errors import InvalidCheckpoint, UsageError
+
+from .settings import Settings
+
+Stored = Mapping[str, tuple[str, tuple[int, ...]]]
+"""Stored name → (torch dtype name, shape)."""
+SHOWN = 6
+
+
+@dataclass(frozen=True, slots=True)
+class Converted:
+    """A weight that is quantized."""
+
+    source: str
+    """Its stored name."""
+    module: str
+    """The stored name without `.weight`; what the new tensors' names begin with."""
+    stored_dtype: str
+    shape: tuple[int, int]
+    """(out, in)."""
+    transposed: bool
+    """Stored as (in, out), as transformers' Conv1D does."""
+    outputs: tuple[PlannedTensor, ...]
+    """The weight first. Under double quantization the length of the last one, the JSON, is a guess."""
+
+    @property
+    def elements(self) -> int:
+        return self.shape[0] * self.shape[1]
+
+
+@dataclass(frozen=True, slots=True)
+class Kept:
+    """A tensor that stays, perhaps in another number format."""
+
+    source: str
+    output: PlannedTensor
+
+    @property
+    def outputs(self) -> tuple[PlannedTensor, ...]:
+        return (self.output,)
+
+
+@dataclass(frozen=True, slots=True)
+class Outline:
+    parts: tuple[Converted | Kept, ...]
+    """In the order of the stored tensors."""
+    quantized: tuple[str, ...]
+    """Modules, by their names in the model."""
+    skipped: tuple[str, ...]
+    """Linear modules that are not converted."""
+
+    @property
+    def nbytes(self) -> int:
+        """Of all output tensors, without file headers; under double quantization right to a few bytes per weight."""
+        return sum(tensor.nbytes for part in self.parts for tensor in part.outputs)
+
+    @property
+    def largest_transposed(self) -> int:
+        """Bytes of the largest weight that has to be held whole, because it is turned round."""
+        turned = [part for part in self.parts if isinstance(part, Converted) and part.transposed]
+        return max((tensor_nbytes(part.stored_dtype, part.shape) for part in turned), default=0)
+
+
+def outline(stored: Stored, tied: Mapping[str, str], architecture: Architecture, settings: Settings) -> Outline:
+    """What every stored tensor becomes. tied: alias → stored name, where the file format holds aliases.
+
+    Raises UsageError for modules that cannot be converted as asked, InvalidCheckpoint where weights and model do not
+    belong together.
+    """
+    names = model_names(architecture, [*stored, *tied])
+    modules = converted_modules(
+        architecture, skip_modules=settings.skip_modules, keep=settings.keep_in_fp32_modules
+    )  # fmt: skip
+    _refuse_tied(architecture, modules)
+    weights = {weight_of(module).name: module for module in modules}
+    _refuse_missing(weights, names, stored, tied)
+    dtype_of = _kept_dtypes(architecture, settings)
+    parts: list[Converted | Kept] = []
+    for source, (dtype, shape) in stored.items():
+        module = weights.get(names[source])
+        if module is not None:
+            parts.append(_converted(source, dtype, shape, module, settings))
+        else:
+            parts.append(Kept(source, PlannedTensor.of(source, dtype_of(names[source], dtype), shape)))
+    converted = {module.name for module in modules}
+    linear = [module.name for module in architecture.modules if module.linear]
+    return Outline(
+        tuple(parts),
+        tuple(name for name in linear if name in converted),
+        tuple(name for name in linear if name not in converted),
+    )
+
+
+def model_names(architecture: Architecture, stored: Iterable[str]) -> dict[str, str]:
+    """Stored name → the model's name for that tensor: the same, or with the base model's prefix added or taken off.
+
+    `from_pretrained` does so too: a base model's weights load into a model with a head, and the other way round.
+    """
+    known = {tensor.name for module in architecture.modules for tensor in module.tensors}
+    known.update(name for group in architecture.tied for name in group)
+    prefixes = [f"{child}." for child in architecture.by_name[""].children]
+
+    def model_name(name: str) -> str:
+        if name in known:
+            return name
+        candidates = [prefix + name for prefix in prefixes] + [name.partition(".")[2]]
+        return next((candidate for candidate in candidates if candidate in known), name)
+
+    return {name: model_name(name) for name in stored}
+
+
+def _converted(source: str, dtype: str, shape: tuple[int, ...], module: ModuleSpec, settings: Settings) -> Converted:
+    expected = weight_of(module).shape
+    if shape != expected or dtype not in ("float64", "float32", "float16", "bfloat16"):
+        raise InvalidCheckpoint(
+            f"{source} is {dtype} {list(shape)}, the model's {module.name} has a float matrix {list(expected)}",
+            "check that config.json belongs to these weights",
+        )
+    rows, columns = matrix_shape(module)
+    if not rows * columns:
+        raise UsageError(f"{module.name} has no elements to quantize", f"add it to skip_modules: [{module.name}]")
+    prefix = source.removesuffix(".weight")
+    stored = stored_tensors((rows, columns), settings.scheme, double_quant=settings.double_quant, dtype=settings.dtype)
+    outputs = tuple(PlannedTensor(f"{prefix}.{s.suffix}", s.dtype, s.shape, s.nbytes) for s in stored)
+    return Converted(source, prefix, dtype, (rows, columns), module.class_name == "Conv1D", outputs)
+
+
+def _kept_dtypes(architecture: Architecture, settings: Settings) -> Callable[[str, str], str]:
+    """(model name, stored dtype) → the dtype to store: what `from_pretrained` would load it as."""
+    specs: dict[str, TensorSpec] = {t.name: t for module in architecture.modules for t in module.tensors}
+    in_fp32 = name_matcher(settings.keep_in_fp32_modules)
+
+    def dtype_of(name: str, stored: str) -> str:
+        spec = specs.get(name)
+        wanted = architecture.dtype_of(spec, settings.dtype) if spec is not None else settings.dtype
+        if settings.keep_in_fp32_modules and in_fp32(name.rpartition(".")[0]):
+            wanted = "float32"
+        return wanted if is_cast(stored, wanted) else stored
+
+    return dtype_of
+
+
+def _refuse_tied(architecture: Architecture, modules: Sequence[ModuleSpec]) -> None:
+    tied = {name for group in architecture.tied for name in group}
+    names = [module.name for module in modules if weight_of(module).name in tied]
+    if names:
+        raise UsageError(
+            f"the weight of {_some(names)} is tied to another module's and cannot be quantized alone",
+            f"add to skip_modules: [{', '.join(names)}], or leave skip_modules out",
+        )
+
+
+def _refuse_missing(
+    weights: Mapping[str, ModuleSpec], names: Mapping[str, str], stored: Stored, tied: Mapping[str, str]
+) -> None:
+    found = {names[name] for name in stored}
+    missing = [name for name in weights if name not in found]
+    if not missing:
+        return
+    aliases = {names[alias]: kept for alias, kept in tied.items()}
+    shared = [name for name in missing if name in aliases]
+    if shared:
+        raise UsageError(
+            f"{_some(shared)} shares its bytes with {aliases[shared[0]]} in this checkpoint",
+            f"add to skip_modules: [{weights[shared[0]].name}]",
+        )
+    raise InvalidCheckpoint(
+        f"the checkpoint has no {_some(missing)}, which the model's class wants to quantize",
+        "check that config.json names the class these weights were saved from, or add the modules to skip_modules",
+    )
+
+
+def _some(names: Sequence[str]) -> str:
+    more = len(names) - SHOWN
+    return ", ".join(names[:SHOWN]) + (f" and {more} more" if more > 0 else "")

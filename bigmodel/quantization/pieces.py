@@ -1,0 +1,97 @@
+"""Gives the bytes of every planned tensor of a file, in the order of the plan."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+
+import numpy as np
+from numpy.typing import NDArray
+
+from bigpipe.bigmodel.plans import PlannedTensor, ShardPlan, laid_out
+from bigpipe.bigmodel.ranges import RangeReader
+
+from .codes import dynamic_code, four_bit_code
+from .encoding import Piece, WeightEncoder
+from .fourbit import quant_state_blob
+from .nested import mean, quantize_absmax
+from .outline import Converted, Kept
+from .settings import Settings
+
+Bytes = memoryview | bytes
+
+
+class ShardSource:
+    """Produces the tensors of one file. What is computed beside a weight waits until its turn comes."""
+
+    def __init__(
+        self, parts: Sequence[Converted | Kept], encoder: WeightEncoder, reader: RangeReader, settings: Settings
+    ) -> None:
+        self.settings = settings
+        self._encoder = encoder
+        self._reader = reader
+        self._offsets: dict[str, float] = {}
+        self._waiting: dict[str, Bytes] = {}
+        self._pieces: Iterator[Piece] = iter(())
+        self._parts = [self._measured(p) if isinstance(p, Converted) and settings.double_quant else p for p in parts]
+        self._of = {tensor.name: part for part in self._parts for tensor in part.outputs}
+
+    def plan(self, file: str) -> ShardPlan:
+        """The file with exact sizes, tensors in the order of their bytes: `produce` must be called in that order."""
+        tensors = tuple(tensor for part in self._parts for tensor in part.outputs)
+        ordered = tuple(laid_out(ShardPlan(file, tensors), "planned"))
+        met = dict.fromkeys(self._of[tensor.name] for tensor in ordered)
+        self._pieces = self._encoder.encode(part for part in met if isinstance(part, Converted))
+        return ShardPlan(file, ordered)
+
+    def produce(self, tensor: PlannedTensor) -> Iterator[Bytes]:
+        part = self._of[tensor.name]
+        if isinstance(part, Kept):
+            yield from self._reader.produce(replace(tensor, name=part.source))
+        elif tensor.name in self._waiting:
+            yield self._waiting.pop(tensor.name)
+        elif tensor.name == part.outputs[0].name:
+            yield from self._encode(part)
+        else:
+            # A weight of an odd length lies behind what belongs to it.
+            self._waiting[part.outputs[0].name] = b"".join(self._encode(part))
+            yield self._waiting.pop(tensor.name)
+
+    def _encode(self, weight: Converted) -> Iterator[Bytes]:
+        scales = []
+        for piece in self._pieces:
+            scales.append(piece.scales)
+            yield piece.codes.data
+            if piece.last:
+                break
+        self._waiting.update(self._beside(weight, np.concatenate(scales)))
+
+    def _beside(self, weight: Converted, scales: NDArray[np.float32]) -> dict[str, bytes]:
+        """Everything that is stored beside a weight's codes."""
+        settings, stem = self.settings, weight.module
+        if not settings.four_bit:
+            return {f"{stem}.SCB": scales.tobytes(), f"{stem}.weight_format": b"\0"}
+        found = {
+            "quant_map": four_bit_code(settings.scheme).tobytes(),
+            f"quant_state.bitsandbytes__{settings.scheme}": self._state(weight),
+        }
+        if settings.double_quant:
+            nested = quantize_absmax(scales, settings.threads)
+            found["absmax"] = nested.codes.tobytes()
+            found["nested_absmax"] = nested.absmax.tobytes()
+            found["nested_quant_map"] = dynamic_code().tobytes()
+        else:
+            found["absmax"] = scales.tobytes()
+        return {f"{stem}.weight.{name}": content for name, content in found.items()}
+
+    def _state(self, weight: Converted) -> bytes:
+        offset = self._offsets.get(weight.source)
+        return quant_state_blob(self.settings.scheme, self.settings.dtype, weight.shape, offset)
+
+    def _measured(self, weight: Converted) -> Converted:
+        """The weight with the true length of its JSON: the mean absmax stands in it, so that is computed first."""
+        scales = np.concatenate([piece.scales for piece in self._encoder.absmax([weight])])
+        self._offsets[weight.source] = mean(scales, self.settings.threads).item()
+        *others, state = weight.outputs
+        length = len(self._state(weight))
+        return replace(weight, outputs=(*others, replace(state, shape=(length,), nbytes=length)))

@@ -1,0 +1,80 @@
+"""What a user may ask of a quantization, and how transformers writes that into a config."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, get_args
+
+from bigpipe.bigmodel.architecture import Architecture
+from bigpipe.bigmodel.bitsandbytes_format import Scheme, default_skips
+from bigpipe.errors import UsageError
+
+DTYPES = ("float16", "bfloat16", "float32")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Settings:
+    """BitsAndBytesConfig's fields, as far as they matter to stored weights or to how those are used."""
+
+    scheme: Scheme
+    llm_int8_threshold: float = 6.0
+    bnb_4bit_use_double_quant: bool = False
+    bnb_4bit_compute_dtype: str = "float16"
+    skip_modules: tuple[str, ...] | None = None
+    """Names or patterns of modules to leave alone. None: the output head and whatever is tied."""
+    keep_in_fp32_modules: tuple[str, ...] = ()
+    """Modules to leave alone and to store as float32."""
+    dtype: str = "float16"
+    """Of everything else; 4-bit weights are cast to it before they are quantized."""
+    threads: int = 1
+    """How many threads torch would sum with: in double quantization the mean's last bit depends on it."""
+
+    def __post_init__(self) -> None:
+        if self.scheme not in get_args(Scheme):
+            raise UsageError(f"scheme {self.scheme!r} is not known", f"choose one of {', '.join(get_args(Scheme))}")
+        for field, value in (("dtype", self.dtype), ("bnb_4bit_compute_dtype", self.bnb_4bit_compute_dtype)):
+            if value not in DTYPES:
+                raise UsageError(f"{field} {value!r} is not possible", f"choose one of {', '.join(DTYPES)}")
+
+    @property
+    def four_bit(self) -> bool:
+        return self.scheme != "int8"
+
+    @property
+    def double_quant(self) -> bool:
+        return self.four_bit and self.bnb_4bit_use_double_quant
+
+    def as_config(self, architecture: Architecture) -> dict[str, Any]:
+        """`quantization_config` as transformers 5.23 saves it."""
+        return {
+            "_load_in_4bit": self.four_bit,
+            "_load_in_8bit": not self.four_bit,
+            "bnb_4bit_compute_dtype": self.bnb_4bit_compute_dtype if self.four_bit else "float32",
+            "bnb_4bit_quant_storage": "uint8",
+            "bnb_4bit_quant_type": self.scheme if self.four_bit else "fp4",
+            "bnb_4bit_use_double_quant": self.double_quant,
+            "llm_int8_enable_fp32_cpu_offload": False,
+            "llm_int8_has_fp16_weight": False,
+            "llm_int8_skip_modules": self._skipped(architecture),
+            "llm_int8_threshold": float(self.llm_int8_threshold),
+            "load_in_4bit": self.four_bit,
+            "load_in_8bit": not self.four_bit,
+            "quant_method": "bitsandbytes",
+        }
+
+    def _skipped(self, architecture: Architecture) -> list[str] | None:
+        """A list replaces transformers' own choice, so that has to be spelled out beside what is kept in float32."""
+        if not self.keep_in_fp32_modules:
+            return None if self.skip_modules is None else list(self.skip_modules)
+        chosen: Sequence[str] = default_skips(architecture) if self.skip_modules is None else self.skip_modules
+        return [*chosen, *self.keep_in_fp32_modules]
+
+
+def torch_threads() -> int:
+    """How many threads torch takes for itself by default, told without importing it."""
+    try:
+        return max(1, int(os.environ["OMP_NUM_THREADS"].split(",")[0]))
+    except (KeyError, ValueError):
+        return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
