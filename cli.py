@@ -169,9 +169,8 @@ def validate(manifests: tuple[Path, ...], params: tuple[str, ...], as_json: bool
     errors = check(manifests, pairs(params))
     if as_json:
         show({str(path): [str(problem) for problem in found.problems] for path, found in errors.items()})
-    for path in manifests:
-        if path not in errors:
-            click.echo(f"{path}: ok", err=as_json)
+    for path in (path for path in manifests if path not in errors):
+        click.echo(f"{path}: ok", err=as_json)
     if errors:
         fail(ManifestError([problem for found in errors.values() for problem in found.problems]))
 
@@ -289,16 +288,12 @@ def estimate(models: tuple[str, ...], as_json: bool, store: Path | None, **optio
     """
     from bigpipe.orchestrator.layout import memo_directory
 
-    options["dtypes"] = split_words(options["dtypes"]) or None
+    options["dtypes"] = [word for value in options["dtypes"] for word in value.replace(",", " ").split()] or None
     answers = [bigpipe.estimate(model, memo=memo_directory(store), **options) for model in models]
     if as_json:
         show([answer.as_json() for answer in answers] if len(answers) > 1 else answers[0].as_json())
     else:
         click.echo("\n\n".join(answer.render() for answer in answers))
-
-
-def split_words(values: tuple[str, ...]) -> list[str]:
-    return [word for value in values for word in value.replace(",", " ").split()]
 
 
 @cli.command()

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from .bigmodel.loading import load as load
     from .bigmodel.placement import Placement as Placement
     from .bigmodel.placement import place as place
+    from .bigmodel.quantization import quantize_checkpoint as quantize_checkpoint
     from .bigmodel.writer import save_checkpoint as save_checkpoint
     from .errors import BigpipeError as BigpipeError
     from .errors import ManifestError as ManifestError
