@@ -15,10 +15,11 @@ from .architecture import Architecture, describe_many
 from .description import ARCHITECTURE_FILE, ModelDescription, describe_checkpoint
 from .families import known_architecture
 from .files import MAX_CONFIG, find_weight_files, read_json
-from .hub import Hub, cached_commit
+from .hub import COMMIT, Hub, Repository, cached_commit
 from .inquiry import Head, read_request
 from .outline import is_quantized, outline
 from .remote import describe_repository
+from .snapshot import fetch
 
 REPOSITORY = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
 
@@ -84,15 +85,31 @@ def _parse(model: str, revision: str) -> tuple[str, str]:
 
 def _look_remotely(repo: str, revision: str, sources: Sources, library: str | None) -> Sighting:
     found = describe_repository(repo, revision, hub=sources.hub, memo=sources.memo, library=library, need="sizes")
+    description = found.description
+    if sources.trust_remote_code and (description.config or {}).get("auto_map"):
+        description = replace(description, path=_fetch_code(found.repository, revision, sources))
     return Sighting(
         name=repo,
         revision=found.repository.commit,
-        description=found.description,
+        description=description,
         source="config" if found.source == "config" else "headers",
         fetched_bytes=found.fetched_bytes,
         library=library or found.library,
         components=found.components,
     )
+
+
+def _fetch_code(repository: Repository, revision: str, sources: Sources) -> Path:
+    """Brings the repository's own Python files, which the caller trusts at exactly this commit, into the Hub cache."""
+    if not COMMIT.fullmatch(revision):
+        raise UsageError(
+            f"the code of {repository.repo} may run only at a commit, and {revision!r} can move",
+            f"read it at {repository.commit} and, if you trust it, ask for that revision",
+        )
+    hub = sources.hub or Hub.from_environment()
+    code = [file for file in repository.files if "/" not in file.path and file.path.endswith((".py", ".json"))]
+    fetch(repository, code, hub=hub, memo=sources.memo)
+    return hub.folder(repository.repo) / "snapshots" / repository.commit
 
 
 def _look_locally(path: Path, library: str | None) -> Sighting:

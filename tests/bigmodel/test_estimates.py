@@ -38,6 +38,25 @@ TERMS = {
     "inference", "inference_high", "training", "terms",
 }  # fmt: skip
 GIB = 2**30
+OWN_CODE = """
+import torch
+from transformers import PretrainedConfig, PreTrainedModel
+
+class OwnConfig(PretrainedConfig):
+    model_type = "ownkind"
+
+    def __init__(self, width=4, **more):
+        super().__init__(**more)
+        self.width = width
+
+class OwnModel(PreTrainedModel):
+    config_class = OwnConfig
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.layer = torch.nn.Linear(config.width, config.width, bias=False)
+        self.post_init()
+"""
 
 
 @pytest.fixture
@@ -214,6 +233,24 @@ class TestRepository:
         assert not server.log
         with pytest.raises(Offline):
             self.ask(server, tmp_path, "org/other", offline=True)
+
+    def test_a_repositorys_own_code_runs_only_where_it_is_trusted_at_a_commit(
+        self, server: LoopbackHub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setenv("HF_MODULES_CACHE", str(tmp_path / "modules"))
+        config = {"model_type": "ownkind", "width": 6, "auto_map": {
+            "AutoConfig": "own_kind.OwnConfig", "AutoModel": "own_kind.OwnModel"}}  # fmt: skip
+        commit = server.create(
+            "org/own", {"config.json": json.dumps(config).encode(), "own_kind.py": OWN_CODE.encode()}
+        )
+        options: dict[str, Any] = {"dtypes": ["float32"], "memo": tmp_path / "memo"}
+        with pytest.raises(UsageError, match="brings its own code"):
+            self.ask(server, tmp_path, "org/own", **options)
+        with pytest.raises(UsageError, match="only at a commit"):
+            self.ask(server, tmp_path, "org/own", trust_remote_code=True, **options)
+        made = self.ask(server, tmp_path, "org/own", trust_remote_code=True, revision=commit, **options)
+        assert made.architecture.class_name == "OwnModel"
+        assert made["float32"].weights.bytes == 4 * 6 * 6
 
     def test_nothing_is_fetched_twice(self, server: LoopbackHub, tmp_path: Path) -> None:
         create(server, tmp_path, {**OPT_13B, "hidden_size": 64, "word_embed_proj_dim": 64}, "float16", 10**7)
