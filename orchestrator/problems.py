@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from enum import StrEnum
 
 from bigpipe.errors import ManifestError, Place, Problem
@@ -97,19 +97,25 @@ def listed(words: Iterable[str], joint: str = "and") -> str:
     return f"{', '.join(most)} {joint} {last}" if most else last
 
 
+def closest(word: str, known: Sequence[str]) -> str | None:
+    """The known word that `word` is probably a slip for."""
+    folded = {name.lower().replace("_", "-"): name for name in known}
+    same = folded.get(word.lower().replace("_", "-"))
+    if same is not None:
+        return same
+    from difflib import get_close_matches
+
+    # Comparing is quadratic in the length of words and linear in their number; both are the manifest's to choose.
+    return next(iter(get_close_matches(word[:100], known[:500], n=1, cutoff=0.6)), None)
+
+
 def did_you_mean(word: str, known: Iterable[str], *, otherwise: str = "") -> str:
     """`did you mean 'x'?` where something known is close to `word`; else the known words, if they are few.
 
     `otherwise` introduces that list: `it takes` gives `it takes a, b and c`.
     """
     known = list(known)
-    folded = {name.lower().replace("_", "-"): name for name in known}
-    close = folded.get(word.lower().replace("_", "-"))
-    if close is None:
-        from difflib import get_close_matches
-
-        # Comparing is quadratic in the length of words and linear in their number; both are the manifest's to choose.
-        close = next(iter(get_close_matches(word[:100], known[:500], n=1, cutoff=0.6)), None)
+    close = closest(word, known)
     if close is not None:
         return f"did you mean {close!r}?"
     return f"{otherwise} {listed(known)}" if otherwise and 0 < len(known) <= 20 else ""

@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin
 from pydantic import BaseModel, RootModel, ValidationError
 
 from .interpolation import contains_reference
-from .problems import Code, Problems, did_you_mean, listed
+from .problems import Code, Problems, closest, did_you_mean, listed
 from .types import Json
 from .yamlsource import Document, Key, child_of
 
@@ -53,10 +53,23 @@ def validate(model: type[M], value: Json, target: Target, problems: Problems, *,
         return model.model_validate(value)
     except ValidationError as error:
         details = error.errors(include_url=False)
-    for finding in _merged([_finding(detail, target) for detail in details]):
+    for finding in _causes(_merged([_finding(detail, target) for detail in details]), model):
         if not (target.lenient and contains_reference(finding.input)):
             _report(finding, model, target, problems)
     return _salvaged(model, value, {detail["loc"][:2] for detail in details}) if salvage else None
+
+
+def _causes(findings: list[_Finding], model: type[BaseModel]) -> list[_Finding]:
+    """Without what another explains: a field is missing because it is misspelt, a list is short of a wrong item."""
+    unknown = [finding.path for finding in findings if finding.kind == "extra_forbidden"]
+    misspelt = {(*path[:-1], closest(str(path[-1]), fields_at(model, path[:-1]))) for path in unknown}
+    above = {finding.path[:depth] for finding in findings for depth in range(len(finding.path))}
+    return [
+        finding
+        for finding in findings
+        if not (finding.kind == "missing" and finding.path in misspelt)
+        and not (finding.kind == "too_short" and finding.path in above)
+    ]
 
 
 def _salvaged(model: type[M], value: Mapping[Key, Json], wrong: set[tuple[Key, ...]]) -> M | None:

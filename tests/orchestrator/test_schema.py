@@ -13,6 +13,7 @@ from pydantic import Field
 from support.kinds import KINDS, InferParams
 
 from bigpipe.orchestrator.docstrings import field_descriptions
+from bigpipe.orchestrator.graph import load_recipe
 from bigpipe.orchestrator.initial import initial_manifest
 from bigpipe.orchestrator.registry import BUILT_IN
 from bigpipe.orchestrator.schema import manifest_schema
@@ -137,3 +138,40 @@ def test_any_name_is_written_so_that_it_is_read_back(name: str) -> None:
     assert read["name"].isprintable()
     assert read["stages"]["download"]["with"] == {"path": f"./{name.replace('${', '$${')}"}
     assert read["stages"]["save"]["with"] == {"to": f"dist/{read['name']}"}
+
+
+@pytest.fixture(scope="module")
+def installed() -> Any:
+    schema = json.loads(json.dumps(manifest_schema()))
+    jsonschema.Draft7Validator.check_schema(schema)
+    return jsonschema.Draft7Validator(schema)
+
+
+@pytest.mark.parametrize("model", ["facebook/opt-13b", "./checkpoint"])
+def test_the_first_manifest_is_valid(installed: Any, tmp_path: Path, model: str) -> None:
+    path = tmp_path / "first.yaml"
+    path.write_text(initial_manifest(model, "first"), encoding="utf-8")
+    assert errors(installed, path.read_text(encoding="utf-8")) == []
+    assert len(load_recipe(path, environment={}).nodes) == len(BUILT_IN)
+
+
+@pytest.mark.parametrize(
+    ("changed", "found"),
+    [
+        ({"quantize": {"scheme": "int4"}}, "$.stages.quantize.with.scheme"),
+        ({"quantize": {"scheme": "int8", "skip_module": ["lm_head"]}}, "$.stages.quantize.with: Additional"),
+        ({"shard": {"format": "bins"}}, "$.stages.shard.with.format"),
+        ({"dispatch": {"device_map": "automatic"}}, "$.stages.dispatch.with.device_map"),
+        ({"generate": {"task": "text-generation"}}, "$.stages.generate.with: 'prompts' is a required property"),
+        ({"estimate": {"batch_size": "many"}}, "$.stages.estimate.with.batch_size"),
+        ({"save": {"too": "x"}}, "$.stages.save.with"),
+        ({"quantize": {"load_in_4bit": "maybe"}}, "$.stages.quantize.with.load_in_4bit"),
+    ],
+    ids=str,
+)
+def test_mistakes_in_the_installed_kinds_are_underlined(installed: Any, changed: Any, found: str) -> None:
+    manifest = data(initial_manifest("a/b", "first"))
+    ((stage, fields),) = changed.items()
+    manifest["stages"][stage]["with"] = fields
+    messages = [f"{error.json_path}: {error.message}" for error in installed.iter_errors(manifest)]
+    assert any(message.startswith(found) for message in messages), messages
