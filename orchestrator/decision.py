@@ -59,7 +59,8 @@ def decide(
         changes = changes_since(session, node, None)
         if known:
             waiting = [n for names in node.inputs.values() for n in names if n not in absent and digests.get(n) is None]
-            reason = f"known once {' and '.join(dict.fromkeys(waiting))} is"
+            names = list(dict.fromkeys(waiting))
+            reason = f"known once {' and '.join(names)} {'is' if len(names) == 1 else 'are'}"
         else:
             reason = describe(session, node, changes) or "an input changes"
         return Decision(action=Action.MAYBE if known else Action.RUN, reason=reason, changes=changes)

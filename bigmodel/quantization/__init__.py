@@ -25,7 +25,6 @@ from bigpipe.sizes import parse_size
 
 from .outline import Outline, outline
 from .settings import Settings, torch_threads
-from .stream import Streaming, split
 
 __all__ = [
     "Outline", "QuantizedCheckpoint", "Settings", "outline", "quantize_checkpoint", "quantize_with", "refuse_quantized",
@@ -111,6 +110,8 @@ def quantize_with(
     progress: ReportProgress | None = None,
 ) -> QuantizedCheckpoint:
     """`quantize_checkpoint` with its settings as a value. link: side files become links instead of copies."""
+    from .stream import Streaming, split  # brings numpy, which a plan does not need
+
     custom = _custom(checkpoint)
     refuse_quantized(checkpoint.config, custom)
     stored = {name: (tensor.dtype, tensor.shape) for name, tensor in checkpoint.tensors.items()}
