@@ -245,6 +245,7 @@ def convert(
             out,
             plans,
             reader.produce,
+            metadata={"format": checkpoint.metadata.get("format", "pt")},
             format=format,
             progress=progress,
             journal=journal,

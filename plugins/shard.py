@@ -34,9 +34,11 @@ RATE = 600 * 10**6
 
 class ShardParams(Params):
     max_shard_size: Size = 5_000_000_000
+    """No file grows beyond it, unless one tensor alone does."""
     dtype: Literal["float32", "float16", "bfloat16"] | None = None
     """What floating-point tensors become; left out, they stay as they are. Integers and booleans always do."""
     format: Literal["safetensors", "bin"] = "safetensors"
+    """bin: what torch.save writes, for tools that read nothing else."""
 
 
 class ShardMetrics(Metrics):

@@ -11,7 +11,7 @@ import torch
 from huggingface_hub import save_torch_state_dict, split_torch_state_dict_into_shards
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from support.models import forward, make_checkpoint, tiny_model
 
 from bigpipe.bigmodel.checkpoint import open_checkpoint
@@ -133,6 +133,12 @@ def test_tensors_larger_than_a_piece_and_produced_out_of_order_are_hashed_right(
         written = (tmp_path / "model.safetensors").read_bytes()
         assert saved.files["model.safetensors"] == (hashlib.sha256(written).hexdigest(), len(written))
         assert {name: bytes(open_checkpoint(tmp_path).read(name)) for name in contents} == contents
+
+
+def test_whose_layout_the_tensors_have_is_kept(tmp_path):
+    save_file({"w": torch.zeros(2, 2)}, tmp_path / "model.safetensors", {"format": "mlx", "other": "x"})
+    save_checkpoint(tmp_path, tmp_path / "out")
+    assert open_checkpoint(tmp_path / "out").metadata == {"format": "mlx"}
 
 
 def test_a_save_replaces_the_files_of_an_earlier_one(tmp_path):
