@@ -62,7 +62,7 @@ def main() -> None:
 
 def fail(error: BigpipeError) -> None:
     """Print cause, place and cure, also as an annotation where GitHub reads it, and exit."""
-    from bigpipe.orchestrator.reporters import error_text
+    from bigpipe.orchestrator.report.reporters import error_text
 
     click.echo(error_text(error, os.environ), err=True)
     sys.exit(error.status if isinstance(error, Interrupted) else error.exit_code)
@@ -109,14 +109,14 @@ def run(
 
     Example: bigpipe run manifests/quickstart.yaml -p scheme=nf4
     """
-    from bigpipe.orchestrator.reporters import choose_reporter
+    from bigpipe.orchestrator.report.reporters import choose_reporter
 
     with choose_reporter(sys.stderr, events=events) as reporter:
         result = bigpipe.run(manifest, nodes, params=pairs(params), reporter=reporter, check=False, **options)
     if as_json:
         click.echo(json.dumps(result.as_json(), ensure_ascii=False))
     else:
-        from bigpipe.orchestrator.rendering import results_text
+        from bigpipe.orchestrator.report.rendering import results_text
 
         click.echo(results_text(result))
     fail_all(result.errors)
@@ -144,7 +144,7 @@ def plan(
     Example: bigpipe plan manifests/opt13b_int8.yaml --machine gpu-box.json
     """
     from bigpipe.orchestrator.machine import read_machine
-    from bigpipe.orchestrator.rendering import plan_json, plan_text
+    from bigpipe.orchestrator.report.rendering import plan_json, plan_text
 
     options["machine"] = read_machine(machine) if machine else None
     planned = bigpipe.plan(manifest, nodes, params=pairs(params), **options)
@@ -187,7 +187,7 @@ def status(manifest: Path, params: tuple[str, ...], exit_code: bool, as_json: bo
     Example: bigpipe status manifests/quickstart.yaml --exit-code
     """
     from bigpipe.orchestrator import commands
-    from bigpipe.orchestrator.rendering import columns
+    from bigpipe.orchestrator.report.rendering import columns
 
     planned = commands.status(manifest, params=pairs(params), store=store)
     rows = [(name, str(node.action), node.decision.reason) for name, node in planned.nodes.items()]
@@ -211,7 +211,7 @@ def why(manifest: Path, node: str, params: tuple[str, ...], as_json: bool, store
     Example: bigpipe why manifests/quickstart.yaml quantize
     """
     from bigpipe.orchestrator import commands
-    from bigpipe.orchestrator.rendering import why_text
+    from bigpipe.orchestrator.report.rendering import why_text
 
     answers = commands.why(manifest, node, params=pairs(params), store=store)
     if as_json:
@@ -229,7 +229,7 @@ def graph(manifest: Path, params: tuple[str, ...], form: str) -> None:
 
     Example: bigpipe graph manifests/matrix_int8_nf4.yaml --format mermaid
     """
-    from bigpipe.orchestrator.rendering import graph_text
+    from bigpipe.orchestrator.report.rendering import graph_text
 
     click.echo(graph_text(bigpipe.load_manifest(manifest, params=pairs(params)), form))
 
@@ -286,7 +286,7 @@ def estimate(models: tuple[str, ...], as_json: bool, store: Path | None, **optio
 
     Example: bigpipe estimate facebook/opt-13b --dtypes int8 --batch-size 4 --memory 16GiB
     """
-    from bigpipe.orchestrator.layout import memo_directory
+    from bigpipe.orchestrator.store.layout import memo_directory
 
     options["dtypes"] = [word for value in options["dtypes"] for word in value.replace(",", " ").split()] or None
     answers = [bigpipe.estimate(model, memo=memo_directory(store), **options) for model in models]
@@ -316,7 +316,7 @@ def schema() -> None:
 
     Example: bigpipe schema > bigpipe.schema.json
     """
-    from bigpipe.orchestrator.schema import manifest_schema
+    from bigpipe.orchestrator.recipe.schema import manifest_schema
 
     show(manifest_schema())
 
@@ -330,7 +330,7 @@ def kinds(kind: str | None, markdown: bool, as_json: bool) -> None:
 
     Example: bigpipe kinds quantize
     """
-    from bigpipe.orchestrator import reference
+    from bigpipe.orchestrator.report import reference
 
     if as_json:
         show(reference.as_json(kind))
@@ -389,7 +389,7 @@ def log(run: str, node: str | None, store: Path | None) -> None:
 
     Example: bigpipe log last generate
     """
-    from bigpipe.orchestrator import inspection
+    from bigpipe.orchestrator.report import inspection
 
     for line in inspection.log_lines(run, node, store):
         click.echo(line)
@@ -434,7 +434,7 @@ def verify(repair: bool, as_json: bool, store: Path | None) -> None:
 
 def _print(name: str, as_json: bool, store: Path | None, *args: Any) -> None:
     """Call the inspection of that name; print its text, or its data as JSON; fail with what it found wrong."""
-    from bigpipe.orchestrator import inspection
+    from bigpipe.orchestrator.report import inspection
 
     answer: inspection.Answer = getattr(inspection, name)(*args, store=store)
     if as_json:

@@ -8,14 +8,14 @@ from typing import Any
 
 from bigpipe.errors import GateFailed, ManifestError, Stale, UsageError
 
-from . import lockfile
 from .decision import Action
 from .events import Event, Reporter
-from .graph import Recipe, load_recipe
 from .plan import Plan, make_plan
+from .recipe.graph import Recipe, load_recipe
 from .result import RunResult
 from .runner import run_plan
 from .session import Session, exact, open_session, require_file
+from .store import lockfile
 from .suggestion import with_parameters
 from .types import Json, Machine
 
@@ -152,7 +152,7 @@ def explain(session: Session, planned: Plan, name: str) -> dict[str, Json]:
 
 def _latest_changes(session: Session, name: str) -> tuple[Any, ...]:
     """For a cached node: what its last record changed against the one before, so that `why` answers after a run too."""
-    from .keys import differences
+    from .store.keys import differences
 
     records = session.store.history(session.recipe.path, session.recipe.name, name)
     if len(records) < 2:
@@ -200,7 +200,7 @@ def initialise(file: Path, model: str) -> list[Path]:
     """Write a first recipe for `model`, and the JSON schema its first line names. Never overwrites a recipe."""
     import json
 
-    from .schema import initial_manifest, manifest_schema
+    from .recipe.schema import initial_manifest, manifest_schema
 
     if file.exists():
         raise UsageError(f"{file} exists", "give another name; `bigpipe init` never overwrites a recipe")

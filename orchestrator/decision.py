@@ -6,10 +6,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import StrEnum
 
-from .graph import Node
-from .keys import Change, differences
+from .recipe.graph import Node
 from .session import Session
-from .store import KeyRecord
+from .store.keys import Change, differences
+from .store.store import KeyRecord
 
 
 class Action(StrEnum):

@@ -16,11 +16,11 @@ from bigpipe.errors import BigpipeError
 from bigpipe.sizes import format_size, format_transfer
 
 from . import probes
-from .jobs import Job
-from .launcher import launch
+from .launch.jobs import Job
+from .launch.launcher import launch
 from .machine import DOCTOR_FORMAT, detect, machine_as_json
 from .stage import Stage
-from .store import default_root
+from .store.store import default_root
 from .types import Json, Launch, Machine, Trust
 
 PACKAGES = (

@@ -12,11 +12,11 @@ from pathlib import Path
 from bigpipe.errors import Interrupted, Transient
 
 from .events import Event, LogLine, NodeRetried
-from .graph import Node
-from .launcher import Job, Outcome, launch
+from .launch.launcher import Job, Outcome, launch
+from .recipe.graph import Node
 from .registry import locate
 from .session import Session
-from .store import KeyRecord, Work
+from .store.store import KeyRecord, Work
 from .types import Lineage
 
 FIRST_WAIT, LONGEST_WAIT = 1.0, 60.0

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from bigpipe.sizes import format_size, format_transfer
 
 from .decision import Action, Decision
-from .graph import Node
+from .recipe.graph import Node
 from .session import Session
 from .stage import Forecast, Misfit
 

@@ -16,10 +16,10 @@ from dataclasses import dataclass, field, replace
 
 from bigpipe.errors import BigpipeError, DoesNotFit, GateFailed, Offline
 
-from .conditions import UNKNOWN, Condition, Lookup, Verdict
 from .decision import Action, Decision, decide
 from .fit import find_misfits
-from .graph import Node
+from .recipe.conditions import UNKNOWN, Condition, Lookup, Verdict
+from .recipe.graph import Node
 from .session import Session, metric
 from .stage import Forecast, ForecastContext, Misfit
 from .types import Json, Machine

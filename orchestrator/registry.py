@@ -13,7 +13,7 @@ from typing import Any
 
 from bigpipe.errors import UsageError
 
-from .problems import did_you_mean
+from .recipe.problems import did_you_mean
 from .stage import Stage
 
 GROUP = "bigpipe.stages"

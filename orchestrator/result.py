@@ -8,9 +8,9 @@ from pathlib import Path
 
 from bigpipe.errors import BigpipeError, Interrupted
 
-from .graph import Node
+from .recipe.graph import Node
 from .session import Session
-from .store import KeyRecord
+from .store.store import KeyRecord
 from .types import Json, Status
 
 SETTLED = frozenset({Status.CACHED, Status.SUCCEEDED, Status.FAILED, Status.SKIPPED})

@@ -24,18 +24,18 @@ from typing import TYPE_CHECKING
 
 from bigpipe.errors import BigpipeError, GateFailed, Interrupted
 
-from .conditions import UNKNOWN, Lookup
 from .decision import Action, Decision, decide, input_digests
 from .events import Event, NodeFinished, NodeStarted, Reporter, RunFinished, RunStarted
 from .fit import needs_gpus, needs_ram
-from .graph import Node
-from .lockfile import lock_path
 from .plan import Plan, failed, gate_error, judge_gates, missing_producer, when_text
-from .records import RunRecorder, new_run_id
+from .recipe.conditions import UNKNOWN, Lookup
+from .recipe.graph import Node
 from .result import GOOD, SETTLED, NodeState, RunResult
 from .session import Session, metric
 from .stage import Forecast
-from .store import KeyRecord
+from .store.lockfile import lock_path
+from .store.records import RunRecorder, new_run_id
+from .store.store import KeyRecord
 from .types import Json, Lineage, Status
 
 if TYPE_CHECKING:

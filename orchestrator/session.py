@@ -11,16 +11,16 @@ from typing import TYPE_CHECKING
 
 from bigpipe.errors import BigpipeError, Offline, UsageError
 
-from .content import StatMemo
-from .graph import Node, Recipe, load_recipe
-from .keys import Identity, identity
-from .lockfile import read_lock
+from .recipe.graph import Node, Recipe, load_recipe
 from .stage import CheckContext, Pinned
-from .store import Store, default_root
+from .store.content import StatMemo
+from .store.keys import Identity, identity
+from .store.lockfile import read_lock
+from .store.store import Store, default_root
 from .types import Json, Launch, Machine
 
 if TYPE_CHECKING:
-    from .locked import Lock
+    from .store.locked import Lock
 
 
 @dataclass(kw_only=True)
@@ -99,7 +99,7 @@ class Session:
         """How the node's ranks are started, with the values of its `config_file`. Raises UsageError."""
         if node.launch.config_file is None:
             return node.launch
-        from .acceleration import effective_launch
+        from .launch.acceleration import effective_launch
 
         return effective_launch(node.launch, self.base)
 

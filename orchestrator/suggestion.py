@@ -9,8 +9,8 @@ from dataclasses import replace
 
 from bigpipe.errors import BigpipeError
 
-from .graph import Node, load_recipe
 from .plan import Plan, make_plan
+from .recipe.graph import Node, load_recipe
 from .session import Session
 from .types import Json
 

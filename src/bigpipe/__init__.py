@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from .errors import ManifestError as ManifestError
     from .orchestrator.commands import plan as plan
     from .orchestrator.commands import run as run
-    from .orchestrator.graph import Recipe as Recipe
+    from .orchestrator.recipe.graph import Recipe as Recipe
     from .orchestrator.commands import load_manifest as load_manifest
     from .orchestrator.plan import Plan as Plan
     from .orchestrator.result import RunResult as RunResult
@@ -37,7 +37,7 @@ _EXPORTS = {
     "ManifestError": "errors:ManifestError",
     "Placement": "bigmodel.placement:Placement",
     "Plan": "orchestrator.plan:Plan",
-    "Recipe": "orchestrator.graph:Recipe",
+    "Recipe": "orchestrator.recipe.graph:Recipe",
     "RunResult": "orchestrator.result:RunResult",
     "Stage": "orchestrator.stage:Stage",
     "estimate": "bigmodel.estimates:estimate",

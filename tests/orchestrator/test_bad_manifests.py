@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from support.kinds import KINDS
 
 from bigpipe.errors import ManifestError, Problem
-from bigpipe.orchestrator.graph import load_recipe
+from bigpipe.orchestrator.recipe.graph import load_recipe
 
 SECTIONS = (Path(__file__).parents[1] / "data" / "bad_manifests.txt").read_text(encoding="utf-8").split("\n## ")[1:]
 

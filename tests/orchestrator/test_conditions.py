@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from bigpipe.errors import ManifestError, Place
-from bigpipe.orchestrator.conditions import UNKNOWN, Condition, parse_condition
+from bigpipe.orchestrator.recipe.conditions import UNKNOWN, Condition, parse_condition
 
 GIB = 2**30
 

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from bigpipe.errors import ManifestError
-from bigpipe.orchestrator.graph import load_recipe
-from bigpipe.orchestrator.problems import Code
+from bigpipe.orchestrator.recipe.graph import load_recipe
+from bigpipe.orchestrator.recipe.problems import Code
 
 TEXT = (Path(__file__).parents[2] / "docs" / "reference" / "errors.md").read_text(encoding="utf-8")
 HEADINGS = re.findall(r"^### (BP\d{3}): (.+)$", TEXT, re.MULTILINE)

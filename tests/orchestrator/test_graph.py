@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from support.kinds import KINDS, PlaceParams, QuantizeParams
 
 from bigpipe.errors import ManifestError, UsageError
-from bigpipe.orchestrator.graph import Recipe, load_recipe
+from bigpipe.orchestrator.recipe.graph import Recipe, load_recipe
 from bigpipe.orchestrator.types import Launch, Resources, Trust
 
 
@@ -363,7 +363,7 @@ def test_loading_imports_no_heavy_library(tmp_path: Path) -> None:
 import sys
 from pathlib import Path
 from support.kinds import KINDS
-from bigpipe.orchestrator.graph import load_recipe
+from bigpipe.orchestrator.recipe.graph import load_recipe
 load_recipe(Path(sys.argv[1]), stages=KINDS)
 print([name for name in ("networkx", "torch", "transformers", "numpy", "rich") if name in sys.modules])
 """

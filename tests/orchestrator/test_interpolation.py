@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from bigpipe.orchestrator.interpolation import Scope, escape, interpolate, read_argument
-from bigpipe.orchestrator.problems import Code
+from bigpipe.orchestrator.recipe.interpolation import Scope, escape, interpolate, read_argument
+from bigpipe.orchestrator.recipe.problems import Code
 
 SCOPE = Scope(
     params={"gpu": "22GiB", "n": 3, "x": 1.5, "on": True, "map": {"cpu": "4GiB"}, "list": [1, 2], "none-such": "a"},

@@ -10,12 +10,12 @@ import pytest
 from support.stores import publish
 
 from bigpipe.errors import StageFailed, Stale, UsageError
-from bigpipe.orchestrator import locked, lockfile
-from bigpipe.orchestrator.keys import Change, Identity
-from bigpipe.orchestrator.locked import LockedFile, git_blob
-from bigpipe.orchestrator.lockfile import lock_path, read_lock
 from bigpipe.orchestrator.stage import Pinned, PinnedFile
-from bigpipe.orchestrator.store import Store
+from bigpipe.orchestrator.store import locked, lockfile
+from bigpipe.orchestrator.store.keys import Change, Identity
+from bigpipe.orchestrator.store.locked import LockedFile, git_blob
+from bigpipe.orchestrator.store.lockfile import lock_path, read_lock
+from bigpipe.orchestrator.store.store import Store
 
 COMMIT, NEXT_COMMIT = "c0ffee" + "0" * 34, "decade" + "0" * 34
 

@@ -6,8 +6,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from bigpipe.orchestrator.manifest import LaunchSpec, parse_duration, refused_variable
-from bigpipe.orchestrator.problems import did_you_mean, listed
+from bigpipe.orchestrator.recipe.manifest import LaunchSpec, parse_duration, refused_variable
+from bigpipe.orchestrator.recipe.problems import did_you_mean, listed
 
 
 @pytest.mark.parametrize(

@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from bigpipe.orchestrator.output import LONGEST_LINE, LineSplitter, Log, OutputReader
-from bigpipe.orchestrator.redaction import Redactor, stored_hub_token
+from bigpipe.orchestrator.launch.output import LONGEST_LINE, LineSplitter, Log, OutputReader
+from bigpipe.orchestrator.launch.redaction import Redactor, stored_hub_token
 
 NOTHING = Redactor([])
 SECRET = "s3cr3t/with+signs=="

@@ -14,9 +14,9 @@ import yaml
 from support.launching import TESTS, Launched, gone, make_job, read_pid, wait_for
 
 from bigpipe.errors import DoesNotFit, Interrupted, StageFailed, UsageError
-from bigpipe.orchestrator.acceleration import accelerate, effective_launch
 from bigpipe.orchestrator.events import LogLine, RankHello
-from bigpipe.orchestrator.processes import signed_in
+from bigpipe.orchestrator.launch.acceleration import accelerate, effective_launch
+from bigpipe.orchestrator.launch.processes import signed_in
 from bigpipe.orchestrator.types import Gpu, Launch, Machine
 
 TWO = Launch(num_processes=2, explicit=frozenset({"num_processes"}))
@@ -176,7 +176,7 @@ def test_fewer_ranks_than_asked_for_do_no_work(tmp_path: Path) -> None:
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(TESTS), os.environ.get("PYTHONPATH", "")])}
     job = tmp_path / "attempt/job.json"
     done = subprocess.run(
-        [sys.executable, "-m", "bigpipe.orchestrator.worker", str(job), "rank"], env=environment, check=False
+        [sys.executable, "-m", "bigpipe.orchestrator.launch.worker", str(job), "rank"], env=environment, check=False
     )
     assert done.returncode == 1
     failure = json.loads((tmp_path / "attempt/rank-0.json").read_text())["failure"]

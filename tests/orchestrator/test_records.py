@@ -12,8 +12,16 @@ from support.stores import in_child
 
 from bigpipe.errors import UsageError
 from bigpipe.orchestrator.events import LogLine, NodeFinished, NodeStarted, Progress, RunFinished, RunStarted
-from bigpipe.orchestrator.keys import Change
-from bigpipe.orchestrator.records import RunRecorder, diff, list_runs, load_run, log_files, new_run_id, node_folder
+from bigpipe.orchestrator.store.keys import Change
+from bigpipe.orchestrator.store.records import (
+    RunRecorder,
+    diff,
+    list_runs,
+    load_run,
+    log_files,
+    new_run_id,
+    node_folder,
+)
 
 
 @dataclass

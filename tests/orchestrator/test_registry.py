@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from bigpipe.errors import ManifestError, UsageError
-from bigpipe.orchestrator.graph import load_recipe
+from bigpipe.orchestrator.recipe.graph import load_recipe
 from bigpipe.orchestrator.registry import BUILT_IN, load_stage, stage_kinds
 
 PLUGIN = """

@@ -10,7 +10,6 @@ import pytest
 from support.launching import wait_for
 
 from bigpipe.errors import DoesNotFit, ManifestError, Place, Problem
-from bigpipe.orchestrator import progress, reporters
 from bigpipe.orchestrator.events import (
     Event,
     LogLine,
@@ -22,8 +21,9 @@ from bigpipe.orchestrator.events import (
     RunStarted,
     event_from_json,
 )
-from bigpipe.orchestrator.progress import Meter
-from bigpipe.orchestrator.terminal import RichReporter
+from bigpipe.orchestrator.report import progress, reporters
+from bigpipe.orchestrator.report.progress import Meter
+from bigpipe.orchestrator.report.terminal import RichReporter
 
 GB = 10**9
 
@@ -181,7 +181,7 @@ def test_a_cached_run_never_imports_rich() -> None:
     script = """
 import io, sys
 from bigpipe.orchestrator.events import *
-from bigpipe.orchestrator.reporters import choose_reporter
+from bigpipe.orchestrator.report.reporters import choose_reporter
 stream = io.StringIO(); stream.isatty = lambda: True
 with choose_reporter(stream, environment={}) as reporter:
     reporter.report(RunStarted("r", "m", ("a",)))

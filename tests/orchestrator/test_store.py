@@ -9,8 +9,8 @@ import pytest
 from support.stores import contents, fill, objects, publish, record
 
 from bigpipe.errors import BigpipeError, Interrupted, StageFailed
-from bigpipe.orchestrator.hashing import digest_of
-from bigpipe.orchestrator.store import KeyRecord, Store, default_root
+from bigpipe.orchestrator.store.hashing import digest_of
+from bigpipe.orchestrator.store.store import KeyRecord, Store, default_root
 
 
 @pytest.fixture
@@ -337,7 +337,7 @@ def test_finding_and_trusting_cost_far_less_than_a_millisecond(store):
 
 
 def test_a_record_of_a_later_version_is_a_miss_and_stays(store):
-    from bigpipe.orchestrator.durable import seal
+    from bigpipe.orchestrator.store.durable import seal
 
     done = publish(store, "a", {"x": b"1"})
     path = store.root / "keys" / f"{done.key[7:]}.json"

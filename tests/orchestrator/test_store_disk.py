@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 from support.stores import contents, publish, record
 
-from bigpipe.orchestrator.store import Store
+from bigpipe.orchestrator.store.store import Store
 
 FILES = {"config.json": b"{}", "w/1.bin": b"1" * 9000, "w/2.bin": b"2" * 9000}
 TESTS = Path(__file__).parents[1]
@@ -58,7 +58,7 @@ FULL = """
 import json, os
 from support.stores import contents, fill, publish, record
 from bigpipe.errors import DoesNotFit
-from bigpipe.orchestrator.store import Store
+from bigpipe.orchestrator.store.store import Store
 
 FILES = {"config.json": b"{}", "w/1.bin": b"1" * 9000, "w/2.bin": b"2" * 9000}
 told = []
@@ -111,7 +111,7 @@ def test_a_disk_that_fills_while_publishing_says_so_and_loses_nothing(tmp_path):
 GARBAGE = """
 import json
 from support.stores import publish
-from bigpipe.orchestrator.store import Store
+from bigpipe.orchestrator.store.store import Store
 
 with Store(disk / "store") as store:
     publish(store, "a", {"x": bytes(500_000)})
@@ -133,7 +133,7 @@ READ_ONLY = """
 import json, os, subprocess
 from support.stores import contents, publish, record
 from bigpipe.errors import UsageError
-from bigpipe.orchestrator.store import Store
+from bigpipe.orchestrator.store.store import Store
 
 with Store(disk / "store") as store:
     done = publish(store, "a", {"x": b"made"})
@@ -168,7 +168,7 @@ MAKE = """
 import os
 from pathlib import Path
 from support.stores import fill, record
-from bigpipe.orchestrator.store import Store
+from bigpipe.orchestrator.store.store import Store
 
 root = Path(os.environ["ROOT"])
 FILES = {"config.json": b"{}", "w/1.bin": b"1" * 9000, "w/2.bin": b"2" * 9000}
@@ -254,7 +254,7 @@ import os, sys
 from pathlib import Path
 from support.stores import record
 from bigpipe.errors import StageFailed
-from bigpipe.orchestrator.store import Store
+from bigpipe.orchestrator.store.store import Store
 
 store = Store(Path(os.environ["ROOT"]))
 try:
@@ -290,7 +290,7 @@ def test_an_io_error_is_an_error_and_not_a_mismatch(tmp_path, what):
 LOSE_POWER = """
 import os, subprocess
 from support.stores import contents, publish
-from bigpipe.orchestrator.store import Store
+from bigpipe.orchestrator.store.store import Store
 
 def run(*command):
     subprocess.run(command, check=True, capture_output=True)

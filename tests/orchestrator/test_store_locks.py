@@ -9,8 +9,8 @@ import pytest
 from support.stores import contents, fill, in_child, in_memory, killed_at, publish, record
 
 from bigpipe.errors import Interrupted, UsageError
-from bigpipe.orchestrator.locks import Lock
-from bigpipe.orchestrator.store import Store
+from bigpipe.orchestrator.store.locks import Lock
+from bigpipe.orchestrator.store.store import Store
 
 
 @pytest.fixture

@@ -8,8 +8,8 @@ import pytest
 from support.stores import contents, fill, in_child, in_memory, killed_at, objects, publish, record
 
 from bigpipe.errors import Transient, UsageError
-from bigpipe.orchestrator import locked
-from bigpipe.orchestrator.store import Store
+from bigpipe.orchestrator.store import locked
+from bigpipe.orchestrator.store.store import Store
 
 
 @pytest.fixture

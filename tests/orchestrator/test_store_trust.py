@@ -7,7 +7,7 @@ import random
 import pytest
 from support.stores import contents, in_memory, objects, publish, record
 
-from bigpipe.orchestrator.store import Store
+from bigpipe.orchestrator.store.store import Store
 
 
 @pytest.fixture

@@ -14,11 +14,11 @@ import pytest
 from support.launching import TESTS, Launched, gone, make_job, read_pid, wait_for
 
 from bigpipe.errors import Interrupted, NotAuthorised, Place, UsageError
-from bigpipe.orchestrator import lifeline, processes
-from bigpipe.orchestrator.eventlog import EventTail, EventWriter
 from bigpipe.orchestrator.events import LogLine, Progress
-from bigpipe.orchestrator.jobs import Failure, JobFile, Result
-from bigpipe.orchestrator.redaction import Redactor
+from bigpipe.orchestrator.launch import lifeline, processes
+from bigpipe.orchestrator.launch.eventlog import EventTail, EventWriter
+from bigpipe.orchestrator.launch.jobs import Failure, JobFile, Result
+from bigpipe.orchestrator.launch.redaction import Redactor
 
 PATH = os.pathsep.join([str(TESTS), os.environ.get("PYTHONPATH", "")])
 ENVIRONMENT = {**os.environ, "PYTHONPATH": PATH}
@@ -30,7 +30,7 @@ def start_command(folder: Path, action: str) -> subprocess.Popen[bytes]:
 
 
 def run_worker(folder: Path, mode: str, **environment: str) -> subprocess.CompletedProcess[bytes]:
-    arguments = ["-m", "bigpipe.orchestrator.worker", str(folder / "attempt/job.json"), mode]
+    arguments = ["-m", "bigpipe.orchestrator.launch.worker", str(folder / "attempt/job.json"), mode]
     return subprocess.run(
         [sys.executable, *arguments], env={**ENVIRONMENT, **environment}, check=False, capture_output=True, timeout=60
     )
@@ -50,7 +50,7 @@ def test_what_has_no_kernel_tie_notices_by_itself(tmp_path: Path) -> None:
     pids = tmp_path / "pids"
     orphan = f"""
 import os, subprocess, sys, threading, time
-from bigpipe.orchestrator.lifeline import watch_parent
+from bigpipe.orchestrator.launch.lifeline import watch_parent
 threading.Thread(target=watch_parent, args=(os.getppid(), 0.1), daemon=True).start()
 child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
 open({str(pids)!r} + ".new", "w").write(f"{{os.getpid()}} {{child.pid}}")
@@ -99,7 +99,7 @@ def test_workers_hold_their_work_folder_and_a_successor_waits(tmp_path: Path) ->
 
 
 def test_a_worker_gives_way_to_a_successor(tmp_path: Path) -> None:
-    script = "import sys; from pathlib import Path; from bigpipe.orchestrator.lifeline import hold_work_folder\n"
+    script = "import sys; from pathlib import Path; from bigpipe.orchestrator.launch.lifeline import hold_work_folder\n"
     script += "hold_work_folder(Path(sys.argv[1]), patience=0.3)"
     with (tmp_path / "lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
@@ -195,6 +195,6 @@ def test_a_job_survives_its_file(tmp_path: Path) -> None:
 
 
 def test_a_worker_imports_nothing_heavy_before_it_is_tied() -> None:
-    script = "import sys, bigpipe.orchestrator.worker; print(*sys.modules)"
+    script = "import sys, bigpipe.orchestrator.launch.worker; print(*sys.modules)"
     done = subprocess.run([sys.executable, "-c", script], env=ENVIRONMENT, check=True, capture_output=True, text=True)
     assert not {"pydantic", "psutil", "torch", "accelerate", "yaml"} & set(done.stdout.split())

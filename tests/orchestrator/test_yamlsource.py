@@ -10,8 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from bigpipe.errors import ManifestError
-from bigpipe.orchestrator import yamlsource
-from bigpipe.orchestrator.yamlsource import Document, read_document, read_value, to_python
+from bigpipe.orchestrator.recipe import yamlsource
+from bigpipe.orchestrator.recipe.yamlsource import Document, read_document, read_value, to_python
 
 
 def document(text: str | bytes) -> Document:

@@ -22,7 +22,7 @@ from bigpipe.bigmodel.description import describe_checkpoint
 from bigpipe.bigmodel.placement import Placement
 from bigpipe.errors import StageFailed, UsageError
 from bigpipe.orchestrator.events import Progress, RankHello
-from bigpipe.orchestrator.launcher import Outcome, launch
+from bigpipe.orchestrator.launch.launcher import Outcome, launch
 from bigpipe.orchestrator.stage import CheckContext, Forecast, ForecastContext, Gpu, Launch, StageContext, Trust
 from bigpipe.plugins import distributed_infer
 from bigpipe.plugins.distributed_infer import STAGE, InferMetrics, InferParams, assign, split

@@ -29,7 +29,7 @@ from bigpipe.bigmodel.description import describe_checkpoint
 from bigpipe.bigmodel.loading import load
 from bigpipe.bigmodel.synthetic import write_synthetic
 from bigpipe.errors import UsageError
-from bigpipe.orchestrator.launcher import Outcome, launch
+from bigpipe.orchestrator.launch.launcher import Outcome, launch
 from bigpipe.orchestrator.stage import Forecast, Trust
 from bigpipe.plugins.quantize import STAGE, QuantizeParams
 

@@ -15,7 +15,7 @@ from support.models import forward, make_checkpoint, tiny_model
 
 from bigpipe.bigmodel.description import describe_checkpoint
 from bigpipe.errors import UsageError
-from bigpipe.orchestrator.launcher import Outcome, launch
+from bigpipe.orchestrator.launch.launcher import Outcome, launch
 from bigpipe.orchestrator.stage import CheckContext, Forecast, ForecastContext
 from bigpipe.plugins.shard import STAGE, ShardParams
 

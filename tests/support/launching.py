@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from bigpipe.orchestrator.events import Event
-from bigpipe.orchestrator.launcher import Job, Outcome, launch
-from bigpipe.orchestrator.lifeline import start_mark
+from bigpipe.orchestrator.launch.launcher import Job, Outcome, launch
+from bigpipe.orchestrator.launch.lifeline import start_mark
 from bigpipe.orchestrator.types import Launch, Machine, Trust
 from support import stages
 

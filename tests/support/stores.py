@@ -10,8 +10,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from bigpipe.orchestrator.hashing import digest_of
-from bigpipe.orchestrator.store import KeyRecord, Store
+from bigpipe.orchestrator.store.hashing import digest_of
+from bigpipe.orchestrator.store.store import KeyRecord, Store
 
 Content = bytes | Path
 """A file's bytes, or where a link leads."""

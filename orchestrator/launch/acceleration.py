@@ -1,0 +1,149 @@
+"""The configuration file that accelerate's launcher is given: the manifest's own file, with our decisions over it.
+
+The launcher never sees the ambient default (`~/.cache/huggingface/accelerate/default_config.yaml`), nor flags:
+`accelerate launch --cpu --num_processes 2` starts one process in accelerate 1.15.0. `distributed_type: MULTI_GPU` is
+what makes it call torchrun; together with `use_cpu: true`, and `PartialState(cpu=True)` in the ranks, that starts CPU
+ranks over gloo.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from bigpipe.errors import UsageError
+from bigpipe.orchestrator.types import Launch, Machine
+
+TAKEN = tuple(field.name for field in fields(Launch) if field.name not in ("config_file", "explicit"))
+"""The keys that a manifest and a configuration file share."""
+REPLACED = (None, "NO", "MULTI_CPU", "MULTI_GPU")
+"""Values of `distributed_type` that we set ourselves; others (FSDP, DEEPSPEED, MULTI_XPU …) are kept."""
+IMPOSSIBLE = ("XLA", "TPU")
+"""These start ranks without torchrun, inside the launcher."""
+
+
+@dataclass(frozen=True, slots=True)
+class Acceleration:
+    """How the ranks of a node come up."""
+
+    launch: Launch
+    """With what the configuration file says, where the manifest does not."""
+    cpu: bool
+    settings: Mapping[str, Any]
+    """All of the file for the launcher."""
+
+    @property
+    def local_ranks(self) -> range:
+        """The global ranks on this machine."""
+        here = self.launch.num_processes // self.launch.num_machines
+        return range(self.launch.machine_rank * here, (self.launch.machine_rank + 1) * here)
+
+    def environment(self, machine: Machine) -> dict[str, str]:
+        """Variables for the ranks, where the user has not set them."""
+        variables = {"OMP_NUM_THREADS": str(max(1, machine.cpus // len(self.local_ranks)))}
+        if self.launch.num_machines == 1:
+            # gloo would look up the host's own name, which a laptop may not resolve, and listen where others can reach.
+            variables["GLOO_SOCKET_IFNAME"] = "lo0" if sys.platform == "darwin" else "lo"
+        return variables
+
+    def write(self, path: Path) -> None:
+        path.write_text(yaml.safe_dump(dict(self.settings)), encoding="utf-8")
+
+
+def effective_launch(launch: Launch, base: Path) -> Launch:
+    """`launch` with the values of its `config_file` for those keys that the manifest did not write itself.
+
+    base: what a relative `config_file` is relative to. Raises UsageError.
+    """
+    return _merge(launch, _read(launch, base))
+
+
+def accelerate(launch: Launch, base: Path, machine: Machine) -> Acceleration:
+    """Settle how `launch` is to be started on `machine`. Raises UsageError where it cannot be."""
+    file = _read(launch, base)
+    launch = _merge(launch, file)
+    _check(launch)
+    cpu = _on_cpu(launch, file, machine)
+    single = launch.num_processes == 1
+    kind = file.get("distributed_type")
+    settings = {
+        "compute_environment": "LOCAL_MACHINE",
+        "debug": False,
+        **file,
+        "distributed_type": ("NO" if single else "MULTI_GPU") if kind in REPLACED else kind,
+        "use_cpu": cpu,
+        "num_processes": launch.num_processes,
+        "num_machines": launch.num_machines,
+        "machine_rank": launch.machine_rank,
+        "main_process_ip": launch.main_process_ip,
+        # 0: any free port; the default is a fixed one, which two nodes or two users would fight for.
+        "main_process_port": launch.main_process_port or 0,
+        "mixed_precision": launch.mixed_precision or "no",
+    }
+    return Acceleration(launch, cpu, {name: value for name, value in settings.items() if value is not None})
+
+
+def _read(launch: Launch, base: Path) -> dict[str, Any]:
+    if launch.config_file is None:
+        return {}
+    path = base / launch.config_file
+    try:
+        data = yaml.safe_load(path.read_bytes())
+    except (OSError, yaml.YAMLError) as error:
+        raise UsageError(
+            f"launch.config_file {path}: {error}", "write one with `accelerate config --config_file`"
+        ) from error
+    if not isinstance(data, dict):
+        raise UsageError(f"launch.config_file {path} holds no map", "write one with `accelerate config --config_file`")
+    if data.get("compute_environment", "LOCAL_MACHINE") != "LOCAL_MACHINE":
+        raise UsageError(f"launch.config_file {path} is for {data['compute_environment']}", "use one for LOCAL_MACHINE")
+    if data.get("distributed_type") in IMPOSSIBLE:
+        raise UsageError(f"launch.config_file {path} asks for {data['distributed_type']}", "ranks run on CPUs or GPUs")
+    # YAML reads a bare NO as false.
+    return {**data, "distributed_type": data.get("distributed_type") or "NO"}
+
+
+def _merge(launch: Launch, file: Mapping[str, Any]) -> Launch:
+    found = {name: file[name] for name in TAKEN if file.get(name) is not None and name not in launch.explicit}
+    for name, value in found.items():
+        wanted = str if name in ("main_process_ip", "mixed_precision") else int
+        if name == "mixed_precision" and value is False:
+            found[name] = "no"  # a bare `no`
+        elif not isinstance(value, wanted) or isinstance(value, bool):
+            raise UsageError(f"launch.config_file: {name} is {value!r}", f"it must be of type {wanted.__name__}")
+    return replace(launch, **found)
+
+
+def _check(launch: Launch) -> None:
+    if launch.num_processes < 1 or launch.num_machines < 1:
+        raise UsageError("launch: num_processes and num_machines must be at least 1")
+    if launch.num_processes % launch.num_machines:
+        raise UsageError(
+            f"launch: {launch.num_processes} processes cannot be spread evenly over {launch.num_machines} machines",
+            "num_processes counts the ranks of all machines together",
+        )
+    if launch.num_machines == 1:
+        return
+    if launch.main_process_ip is None or not launch.main_process_port:
+        raise UsageError(
+            f"launch: {launch.num_machines} machines need main_process_ip and main_process_port",
+            "the address of the machine where bigpipe runs, and a port on it that the others can reach",
+        )
+    if launch.machine_rank != 0:
+        raise UsageError(
+            f"launch: a run is driven from machine 0, and this is machine {launch.machine_rank}",
+            "run bigpipe on machine 0 alone, over a store that all machines share; it says what to start on the others",
+        )
+
+
+def _on_cpu(launch: Launch, file: Mapping[str, Any], machine: Machine) -> bool:
+    if "use_cpu" in file:
+        return bool(file["use_cpu"])
+    chosen = str(file.get("gpu_ids") or "all")
+    gpus = len(machine.gpus) if chosen == "all" else len(chosen.split(","))
+    return gpus < launch.num_processes // launch.num_machines

@@ -1,0 +1,112 @@
+"""The environment of a worker: an allow-list of the command's, the node's `env`, and the secrets it may see."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from bigpipe.errors import UsageError
+from bigpipe.orchestrator.stage import Stage
+
+from .jobs import Job
+from .lifeline import PARENT_VARIABLE
+
+EXACT = frozenset({
+    "PATH", "HOME", "USER", "LOGNAME", "LANG", "LANGUAGE", "TZ", "TMPDIR", "TEMP", "TMP", "VIRTUAL_ENV", "CONDA_PREFIX",
+    "LD_LIBRARY_PATH", "DYLD_LIBRARY_PATH", "DYLD_FALLBACK_LIBRARY_PATH", "CC", "CXX",
+    "PYTHONPATH", "PYTHONHASHSEED", "PYTHONDONTWRITEBYTECODE", "PYTHONPYCACHEPREFIX", "PYTHONUTF8",
+    "HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY", "NO_PROXY", "http_proxy", "https_proxy", "all_proxy", "no_proxy",
+    "REQUESTS_CA_BUNDLE", "CURL_CA_BUNDLE", "TRACEPARENT", "TRACESTATE", "CUBLAS_WORKSPACE_CONFIG",
+})  # fmt: skip
+PREFIXES = (
+    "LC_", "XDG_", "HF_", "HUGGINGFACE_", "TRANSFORMERS_", "SAFETENSORS_", "TOKENIZERS_", "CUDA_", "NVIDIA_", "NCCL_",
+    "GLOO_", "OMP_", "MKL_", "OPENBLAS_", "KMP_", "SSL_CERT_", "TORCH_", "TORCHINDUCTOR_", "PYTORCH_", "BNB_",
+    "TRITON_", "ROCM_", "HIP_", "ROCR_",
+)  # fmt: skip
+HUB_TOKENS = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "HUGGINGFACE_HUB_TOKEN", "HUGGINGFACE_TOKEN", "HF_API_TOKEN")
+"""HF_TOKEN and the names it has had."""
+LOADS_CODE = (
+    "LD_PRELOAD",
+    "LD_AUDIT",
+    "DYLD_INSERT_LIBRARIES",
+    "PYTHONSTARTUP",
+    "PYTHONHOME",
+    "PYTHONINSPECT",
+    PARENT_VARIABLE,
+)
+"""What a node's `env` may not set: these run other code in our workers, or untie them."""
+
+
+def worker_environment(
+    job: Job, stage: Stage[Any], secrets: Mapping[str, str], parent: Mapping[str, str]
+) -> dict[str, str]:
+    """All variables of a worker. UsageError where the node's `env` would load other code into it."""
+    refused = sorted(set(job.environment) & set(LOADS_CODE))
+    if refused:
+        raise UsageError(
+            f"{job.node}: env may not set {', '.join(refused)}", "it would load other code into the worker"
+        )
+    environment = {name: value for name, value in parent.items() if _allowed(name)}
+    environment |= {
+        "CUDA_DEVICE_ORDER": "PCI_BUS_ID",  # as NVML numbers them, so that a plan and its ranks mean the same device
+        "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+        "HF_HUB_DISABLE_TELEMETRY": "1",
+        "PYTHONFAULTHANDLER": "1",
+        "PYTHONIOENCODING": "utf-8:replace",
+        "PYTHONSAFEPATH": "1",  # or a torch.py in the working directory would be imported for torch
+        "TOKENIZERS_PARALLELISM": "false",
+    }
+    if job.offline:
+        environment["HF_HUB_OFFLINE"] = "1"
+    if not sees_hub_token(job, stage, secrets):
+        environment |= _no_hub_token(job)
+    environment |= {**job.environment, **secrets, "PYTHONPATH": _python_path(parent, job)}
+    return environment
+
+
+def visible_secrets(
+    job: Job, stage: Stage[Any], secrets: Mapping[str, str], parent: Mapping[str, str]
+) -> dict[str, str]:
+    """The secrets of a node, name → value. A Hub token that the command has under an older name counts as HF_TOKEN."""
+    found = dict(secrets)
+    if "HF_TOKEN" not in found and sees_hub_token(job, stage, secrets):
+        token = next((parent[name] for name in HUB_TOKENS if parent.get(name)), None)
+        found |= {"HF_TOKEN": token} if token else {}
+    return found
+
+
+def sees_hub_token(job: Job, stage: Stage[Any], secrets: Mapping[str, str]) -> bool:
+    """May this node use the Hub token, be it from the environment or the file that `hf auth login` wrote?"""
+    return any(name in names for name in HUB_TOKENS for names in (stage.secrets, secrets, job.environment))
+
+
+def _allowed(name: str) -> bool:
+    if name.startswith(("HF_", "HUGGINGFACE_", "HUGGING_FACE_")) and name != "HF_TOKEN_PATH" and "TOKEN" in name:
+        return name == "HF_HUB_DISABLE_IMPLICIT_TOKEN"
+    return name in EXACT or name.startswith(PREFIXES)
+
+
+def _no_hub_token(job: Job) -> dict[str, str]:
+    empty = job.attempt_dir / "no-token"
+    empty.touch()
+    return {"HF_HUB_DISABLE_IMPLICIT_TOKEN": "1", "HF_TOKEN_PATH": str(empty)}
+
+
+def _python_path(parent: Mapping[str, str], job: Job) -> str:
+    """Where workers import from: as the command does, made absolute since they run in another directory."""
+    written = job.environment.get("PYTHONPATH", parent.get("PYTHONPATH", ""))
+    entries = [os.path.abspath(entry) for entry in written.split(os.pathsep) if entry]
+    home = str(_home_of_bigpipe())
+    if home not in entries and "site-packages" not in home:
+        entries.append(home)
+    return os.pathsep.join(entries)
+
+
+def _home_of_bigpipe() -> Path:
+    """The directory that holds the package, for commands that found it by a changed `sys.path`."""
+    package = sys.modules["bigpipe"].__file__
+    assert package is not None  # noqa: S101 (a regular package, not a namespace)
+    return Path(package).parent.parent

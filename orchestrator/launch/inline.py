@@ -1,0 +1,113 @@
+"""Runs light stages in the command's own process, which stays free of torch."""
+
+from __future__ import annotations
+
+import importlib.abc
+import sys
+import threading
+import traceback
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import replace
+from importlib.machinery import ModuleSpec
+from types import ModuleType
+from typing import Any
+
+from bigpipe.errors import BigpipeError, StageFailed
+from bigpipe.orchestrator.events import Event, LogLine
+from bigpipe.orchestrator.stage import Stage
+
+from .jobs import Failure, Job, Result, context, parse_params
+from .output import Log
+from .processes import own_peak
+from .redaction import Redactor
+from .supervision import Limits
+
+HEAVY = frozenset({"torch", "transformers", "accelerate", "bitsandbytes"})
+"""What a kind that runs inline may not import."""
+_barred: ContextVar[bool] = ContextVar("_barred", default=False)
+
+
+def run(
+    job: Job,
+    stage: Stage[Any],
+    secrets: Mapping[str, str],
+    redactor: Redactor,
+    report: Callable[[Event], None],
+    limits: Limits,
+) -> Result:
+    """Call `stage.run` in this thread. It cannot be ended from outside: the cancel flag and the timeout are obeyed
+    whenever it reports something."""
+    log = Log(job.log_file)
+    reporter = _Checkpoint(redactor, report, limits, log)
+    limits.check()
+    place = context(replace(job, environment={**job.environment, **secrets}), reporter)
+    try:
+        with heavy_imports_barred(stage.kind):
+            result = Result.of(stage.run(parse_params(stage, job), place), stage)
+    except Exception as error:
+        log.write(redactor.text(traceback.format_exc()))
+        failure = Failure.of(error)
+        if isinstance(error, BigpipeError) and failure.expected:
+            raise _redacted(error, redactor) from None
+        raise _redacted(failure.error(job.node, log.path), redactor) from error
+    return result.model_copy(update={"peak_rss": own_peak()})
+
+
+@contextmanager
+def heavy_imports_barred(kind: str) -> Iterator[None]:
+    """Within, in this thread, importing one of HEAVY raises StageFailed. What was imported before stays usable."""
+    with _finder_lock:
+        if _finder not in sys.meta_path:
+            sys.meta_path.insert(0, _finder)
+    token = _barred.set(True)
+    try:
+        yield
+    except HeavyImport as error:
+        raise StageFailed(
+            f"kind {kind} runs inline and imports {error.name}",
+            'give the Stage runs_in="process": the command\'s own process stays light',
+        ) from error
+    finally:
+        _barred.reset(token)
+
+
+class HeavyImport(ImportError):
+    pass
+
+
+class _Finder(importlib.abc.MetaPathFinder):
+    def find_spec(
+        self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
+    ) -> ModuleSpec | None:
+        if _barred.get() and fullname in HEAVY:
+            raise HeavyImport(f"{fullname} may not be imported here", name=fullname)
+        return None
+
+
+_finder = _Finder()
+_finder_lock = threading.Lock()
+
+
+class _Checkpoint:
+    """The reporter of an inline stage: redacts, and stops the stage where it should stop."""
+
+    def __init__(self, redactor: Redactor, report: Callable[[Event], None], limits: Limits, log: Log) -> None:
+        self._redactor = redactor
+        self._report = report
+        self._limits = limits
+        self._log = log
+
+    def report(self, event: Event) -> None:
+        self._limits.check()
+        event = self._redactor.event(event)
+        if isinstance(event, LogLine):
+            self._log.write(event.line)
+        self._report(event)
+
+
+def _redacted(error: BigpipeError, redactor: Redactor) -> BigpipeError:
+    error.cause, error.cure = redactor.text(error.cause), redactor.text(error.cure)
+    error.args = (error.cause, error.cure)
+    return error

@@ -1,0 +1,208 @@
+"""Runs the ranks of a node through accelerate's launcher, and finds out who failed first where it goes wrong."""
+
+from __future__ import annotations
+
+import os
+import shlex
+import signal
+import sys
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import NoReturn
+
+from bigpipe.errors import StageFailed, Transient
+from bigpipe.orchestrator.events import LogLine, RankHello
+
+from .acceleration import Acceleration
+from .jobs import Failure, Hello, LaunchFailure, Result
+from .processes import Memory, Worker
+from .supervision import Supervisor
+
+LOOK_SECONDS = 0.2
+LAG_SECONDS = 5.0
+"""How long the launcher may take to notice that a rank died. torchrun gives the others 30 s to end; we do not wait."""
+SHARE_SECONDS = 60.0
+"""How long a result of another machine may take to show up on the shared file system."""
+
+
+def run_ranks(supervisor: Supervisor, acceleration: Acceleration) -> list[Result]:
+    """Launch, watch, and give the results in order of rank.
+
+    Raises the error of the rank that failed first; StageFailed for crashed ones and a wrong number of ranks.
+    """
+    job = supervisor.job
+    acceleration.write(job.attempt_dir / "accelerate.yaml")
+    if acceleration.launch.num_machines > 1:
+        _invite(supervisor)
+    watch = _RankWatch(supervisor)
+    with _output_pipes(supervisor, acceleration.local_ranks) as pipes:
+        code = supervisor.run("launch", pipes=pipes, look=watch.look)
+    return watch.results(code, acceleration)
+
+
+def peaks(supervisor: Supervisor, results: list[Result]) -> tuple[int, int]:
+    """Sum over ranks of each one's largest resident and anonymous size, in bytes."""
+    resident = anonymous = 0
+    sampled = {worker.rank: supervisor.memory.get(worker.pid, Memory()) for worker in supervisor.workers()}
+    for rank, result in enumerate(results):
+        memory = sampled.get(rank, Memory())
+        resident += max(memory.resident, result.peak_rss)
+        anonymous += memory.anonymous
+    return resident, anonymous
+
+
+@contextmanager
+def _output_pipes(supervisor: Supervisor, ranks: range) -> Iterator[Mapping[int, int]]:
+    """A named pipe for each rank's output: torchrun hands no descriptors on. Opened for both directions, so that it is
+    not at its end before the rank has come, nor when it has gone. Where there are none, ranks share the launcher's."""
+    opened = {}
+    for rank in ranks:
+        path = supervisor.job.output_pipe(rank)
+        try:
+            os.mkfifo(path)
+            opened[rank] = os.open(path, os.O_RDWR | os.O_NONBLOCK)
+        except OSError:
+            break
+    try:
+        yield opened
+    finally:
+        for rank in ranks:
+            supervisor.job.output_pipe(rank).unlink(missing_ok=True)
+
+
+def _invite(supervisor: Supervisor) -> None:
+    """Say what to start on the other machines; only there can it be started."""
+    job = supervisor.job
+    command = shlex.join([sys.executable, "-m", "bigpipe.orchestrator.launch.worker", str(job.job_file), "launch"])
+    machines = ", ".join(str(number) for number in range(1, job.launch.num_machines))
+    supervisor.say(LogLine(job.node, f"waiting for the other machines; start on each: {command} N   (N: {machines})"))
+
+
+class _RankWatch:
+    """Follows the ranks while the launcher runs."""
+
+    def __init__(self, supervisor: Supervisor) -> None:
+        self._supervisor = supervisor
+        self._job = supervisor.job
+        self._looked = 0.0
+        self._greeted: set[int] = set()
+        self._dead_since: dict[int, float] = {}
+
+    def look(self) -> None:
+        """Pass on hellos. Raises for a rank that has been dead for a while without the launcher's noticing."""
+        now = time.monotonic()
+        if now - self._looked < LOOK_SECONDS:
+            return
+        self._looked = now
+        self._greet()
+        for worker in self._supervisor.workers():
+            if worker.rank is not None and self._died(worker):
+                since = self._dead_since.setdefault(worker.rank, now)
+                if now - since > LAG_SECONDS:
+                    self._fail(0)
+
+    def results(self, code: int, acceleration: Acceleration) -> list[Result]:
+        self._greet()
+        world = range(acceleration.launch.num_processes)
+        elsewhere = [rank for rank in world if rank not in acceleration.local_ranks]
+        if code == 0:
+            self._await(elsewhere)
+        found = self._read(world)
+        if code != 0 or any(result.failure for result in found.values()):
+            self._fail(code)
+        missing = sorted(set(world) - set(found))
+        if missing and set(missing) <= set(elsewhere):
+            raise StageFailed(
+                f"{self._job.node}: no results of the other machines' ranks {missing} in {self._job.attempt_dir}",
+                "the store must lie on a file system that all machines share: set --store or BIGPIPE_HOME",
+            )
+        if missing:
+            self._fail(code)
+        return [found[rank] for rank in world]
+
+    def _await(self, ranks: list[int]) -> None:
+        deadline = time.monotonic() + SHARE_SECONDS
+        while time.monotonic() < deadline and len(self._read(ranks)) < len(ranks):
+            self._supervisor.check()
+            time.sleep(LOOK_SECONDS)
+
+    def _greet(self) -> None:
+        for rank in range(self._job.launch.num_processes):
+            path = self._job.hello_file(rank)
+            if rank not in self._greeted and path.exists():
+                self._greeted.add(rank)
+                hello = Hello.model_validate_json(path.read_bytes())
+                self._supervisor.say(RankHello(self._job.node, hello.rank, hello.world_size, hello.pid))
+
+    def _read(self, ranks: range | list[int]) -> dict[int, Result]:
+        read = ((rank, Result.read(self._job.result_file("rank", rank))) for rank in ranks)
+        return {rank: result for rank, result in read if result is not None}
+
+    def _died(self, worker: Worker) -> bool:
+        if worker.rank is None or worker.alive:
+            return False
+        result = Result.read(self._job.result_file("rank", worker.rank))
+        return result is None or result.failure is not None
+
+    def _fail(self, code: int) -> NoReturn:
+        """Raise for the rank that failed first; the others' errors are what its loss did to them.
+
+        In order of what tells most: an error meant for the user; a signal nobody here sent; an unexpected exception;
+        a rank that just went; the launcher's own end.
+        """
+        failures = sorted(
+            (
+                (result.ended, rank, result.failure)
+                for rank, result in self._read(range(self._job.launch.num_processes)).items()
+                if result.failure is not None
+            ),
+            key=lambda failure: failure[:2],
+        )
+        for _, rank, failure in failures:
+            if failure.expected:
+                self._raise_failure(rank, failure)
+        told = self._launch_failure()
+        silent = {rank: number for rank, number in told.codes.items() if rank not in {f[1] for f in failures}}
+        for rank, number in silent.items():
+            if number < 0 and number != -signal.SIGTERM:
+                raise self._crash(rank, number)
+        for _, rank, failure in failures:
+            self._raise_failure(rank, failure)
+        for rank, number in silent.items():
+            raise self._crash(rank, number)
+        self._raise_launch_failure(told, code)
+
+    def _raise_failure(self, rank: int, failure: Failure) -> NoReturn:
+        if self._job.launch.num_processes > 1:
+            failure = failure.model_copy(update={"cause": f"rank {rank}: {failure.cause}"})
+        raise self._supervisor.redacted(failure.error(self._job.node, self._job.log_file))
+
+    def _crash(self, rank: int, code: int) -> StageFailed:
+        memories = [
+            self._supervisor.memory.get(worker.pid) for worker in self._supervisor.workers() if worker.rank == rank
+        ]
+        peak = max((memory.resident for memory in memories if memory), default=0)
+        return self._supervisor.crash(f"rank {rank}", code, peak)
+
+    def _raise_launch_failure(self, told: LaunchFailure, code: int) -> NoReturn:
+        dead = sorted(self._dead_since)
+        if dead:
+            raise StageFailed(
+                f"{self._job.node}: rank {dead[0]} died, and the others went on without it",
+                f"its output is in {self._job.log_file}",
+            )
+        if "EADDRINUSE" in told.text or "address already in use" in told.text.lower():
+            raise Transient(f"{self._job.node}: the port for the ranks was taken by another process", "try again")
+        if told.text:
+            raise StageFailed(
+                f"{self._job.node}: the ranks could not be launched: {told.text.splitlines()[0]}",
+                f"the launcher's output is in {self._job.log_file}",
+            )
+        raise self._supervisor.crash("the launcher of the ranks", code, 0)
+
+    def _launch_failure(self) -> LaunchFailure:
+        try:
+            return LaunchFailure.model_validate_json((self._job.attempt_dir / "launch.json").read_bytes())
+        except FileNotFoundError:
+            return LaunchFailure(codes={}, text="")

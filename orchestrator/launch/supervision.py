@@ -1,0 +1,206 @@
+"""Watches the workers of one attempt from start to end: events, output, memory, deadline, cancellation.
+
+Supervisor.run(mode)
+    start a worker in a session of its own
+    until it has ended: relay events and lines, sample memory, look at the clock and the cancel flag
+    end whatever is left of its sessions
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+
+from bigpipe.errors import BigpipeError, Interrupted, StageFailed
+from bigpipe.orchestrator.events import Event, LogLine
+from bigpipe.sizes import format_size
+
+from . import processes
+from .eventlog import EventTail
+from .jobs import Job, Mode, Result
+from .lifeline import ORPHANED, start_mark
+from .output import Log, OutputReader
+from .processes import Memory, OutOfMemoryKills, Worker
+from .redaction import Redactor
+
+FIRST_PAUSE, LONGEST_PAUSE = 0.005, 0.05
+"""Seconds between two looks at a worker: short ones are not kept waiting, long ones cost nothing."""
+SAMPLE_SECONDS = 0.2
+
+
+class Limits:
+    """When an attempt is to stop: once cancelled, and at its deadline."""
+
+    def __init__(self, node: str, cancelled: threading.Event, timeout: float | None) -> None:
+        self.cancelled = cancelled
+        self._node = node
+        self._timeout = timeout
+        self._deadline = float("inf") if timeout is None else time.monotonic() + timeout
+
+    def check(self, where: Callable[[], str] = lambda: "") -> None:
+        """Raise Interrupted or StageFailed; `where` says more about a timeout."""
+        if self.cancelled.is_set():
+            raise Interrupted(f"{self._node}: interrupted", "the same command continues where it stopped")
+        if time.monotonic() > self._deadline:
+            raise StageFailed(
+                f"{self._node}: not done after its timeout of {self._timeout:g} s", f"raise `timeout`{where()}"
+            )
+
+
+class Supervisor:
+    """Runs the workers of one attempt, one after another (a launcher and its ranks count as one)."""
+
+    def __init__(
+        self,
+        job: Job,
+        environment: Mapping[str, str],
+        redactor: Redactor,
+        report: Callable[[Event], None],
+        limits: Limits,
+    ) -> None:
+        self.job = job
+        self.log = Log(job.log_file)
+        self.memory: dict[int, Memory] = {}
+        """Of each worker's process id."""
+        self.environment = environment
+        self._redactor = redactor
+        self._report = report
+        self.limits = limits
+        self._tail = EventTail(job.events_dir)
+        self._kills = OutOfMemoryKills()
+        self._sampled = 0.0
+
+    def run(self, mode: Mode, *, pipes: Mapping[int, int] = {}, look: Callable[[], None] = lambda: None) -> int:
+        """Run a worker to its end and give its return code (negative: the signal that ended it).
+
+        pipes: rank → descriptor to read its output from. look: called all the while; may raise to end everything.
+        Raises Interrupted, StageFailed at the deadline, and what `look` raises.
+        """
+        self.check()
+        arguments = [sys.executable, "-m", "bigpipe.orchestrator.launch.worker", str(self.job.job_file), mode]
+        child = processes.start(arguments, self.environment, self.job.base)
+        first = Worker(child.pid, child.pid, start_mark(child.pid))
+        with self._reading(child, pipes) as reader:
+            try:
+                self._watch(child, reader, look)
+            finally:
+                self._end(child, first)
+        return child.returncode
+
+    def check(self) -> None:
+        """Raise when this attempt is to stop."""
+        self.limits.check(lambda: f", or look where it stood: {self.log.path}{self._last_lines()}")
+
+    def say(self, event: Event) -> None:
+        """Pass an event on, redacted; lines also go to the log."""
+        event = self._redactor.event(event)
+        if isinstance(event, LogLine):
+            self.log.write(event.line, rank=event.rank if self.job.launch.num_processes > 1 else None)
+        self._report(event)
+
+    def result(self, mode: Mode, code: int) -> Result:
+        """What the worker left, or the error it ended with."""
+        result = Result.read(self.job.result_file(mode))
+        if result is not None and result.failure is not None:
+            raise self.redacted(result.failure.error(self.job.node, self.log.path))
+        if result is None or code != 0:
+            raise self.crash(f"the worker ({mode})", code, self.peak())
+        return result
+
+    def crash(self, who: str, code: int, peak: int) -> StageFailed:
+        """The error for a process that ended without saying why."""
+        hint = f"its output is in {self.log.path}{self._last_lines()}"
+        if code == -signal.SIGKILL:
+            hint = f"{self._who_kills(peak)}; {hint}"
+        if code == -signal.SIGBUS:
+            hint = f"a file that it had mapped was cut short, or its disk failed; {hint}"
+        return StageFailed(f"{self.job.node}: {who} {_how_it_ended(code)}", self._redactor.text(hint))
+
+    def redacted(self, error: BigpipeError) -> BigpipeError:
+        return type(error)(self._redactor.text(error.cause), self._redactor.text(error.cure))
+
+    def workers(self) -> list[Worker]:
+        return list(processes.signed_in(self.job.processes_dir))
+
+    def peak(self) -> int:
+        """Largest resident size of any one process so far."""
+        return max((memory.resident for memory in self.memory.values()), default=0)
+
+    def anonymous(self) -> int:
+        """Largest anonymous resident size of any one process so far."""
+        return max((memory.anonymous for memory in self.memory.values()), default=0)
+
+    @contextmanager
+    def _reading(self, child: subprocess.Popen[bytes], pipes: Mapping[int, int]) -> Iterator[OutputReader]:
+        reader = OutputReader(self.log, self._redactor)
+        assert child.stdout is not None  # noqa: S101 (always a pipe)
+        with child.stdout:
+            reader.add(os.dup(child.stdout.fileno()))
+        for rank, descriptor in pipes.items():
+            reader.add(descriptor, rank)
+        reader.start()
+        try:
+            yield reader
+        finally:
+            self._relay(reader.finish())
+
+    def _watch(self, child: subprocess.Popen[bytes], reader: OutputReader, look: Callable[[], None]) -> None:
+        pause = FIRST_PAUSE
+        while child.poll() is None:
+            self._relay(reader.take())
+            self._sample(child.pid)
+            look()
+            self.check()
+            self.limits.cancelled.wait(pause)
+            pause = min(pause * 1.1, LONGEST_PAUSE)
+
+    def _relay(self, lines: Iterable[tuple[int | None, str]]) -> None:
+        for event in self._tail.new():
+            self.say(event)
+        for rank, line in lines:
+            self._report(LogLine(self.job.node, line, True, rank or 0))
+
+    def _sample(self, child: int) -> None:
+        if time.monotonic() - self._sampled < SAMPLE_SECONDS:
+            return
+        self._sampled = time.monotonic()
+        for process in {child, *(worker.pid for worker in self.workers())}:
+            self.memory.setdefault(process, Memory()).sample(process)
+
+    def _end(self, child: subprocess.Popen[bytes], first: Worker) -> None:
+        left = processes.end([first, *self.workers()], reap=child.poll)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            child.wait(processes.GONE_SECONDS)
+        if left:
+            self.log.write(f"processes {left} do not end although killed")
+
+    def _who_kills(self, peak: int) -> str:
+        total = self.job.machine.memory
+        sizes = f"its memory peaked at {format_size(peak)} of {format_size(total)}"
+        if self._kills.happened():
+            return f"the kernel killed it because memory ran out ({sizes}): use a smaller batch, or fewer `--jobs`"
+        if total and peak > 0.8 * total:
+            return f"probably memory ran out ({sizes}): use a smaller batch, or fewer `--jobs`"
+        return f"somebody killed it ({sizes})"
+
+    def _last_lines(self) -> str:
+        return "".join(f"\n    {line}" for line in self.log.last)
+
+
+def _how_it_ended(code: int) -> str:
+    if code == ORPHANED:
+        return "gave up: its parent had ended, or another run holds its work folder"
+    if code >= 0:
+        return f"ended with exit status {code} and no result"
+    try:
+        name = signal.Signals(-code).name
+    except ValueError:
+        name = f"signal {-code}"
+    return f"was ended by {name}"

@@ -1,0 +1,184 @@
+"""The entry of every worker: `python -m bigpipe.orchestrator.launch.worker JOBFILE MODE [MACHINE_RANK]`.
+
+    run       a process stage
+    prepare   a rank stage's plan, before the launch
+    launch    accelerate's launcher, which starts this module again for each rank, in mode `rank`
+    rank      one rank
+    finish    a rank stage's merge, after all ranks ended
+
+The first statements of `main` tie the process to its parent and its work folder, before anything heavy is imported.
+A worker ends by `os._exit` once its result is written: libraries that crash in their own teardown change nothing.
+
+On further machines (`num_machines` over 1) a person or a scheduler starts mode `launch` with that machine's rank on the
+job file of the first machine, which must lie on a file system that all share.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
+
+from .lifeline import PARENT_VARIABLE, hold_work_folder, sign_in, stand_in_for_parent, tie_to_parent
+
+if TYPE_CHECKING:
+    from bigpipe.orchestrator.stage import Stage, StageContext, StageResult
+
+    from .jobs import Job, JobFile, Mode, Result
+
+
+def main(arguments: list[str]) -> None:
+    """Never returns."""
+    tie_to_parent()
+    stand_in_for_parent()
+    path, mode, machine_rank = Path(arguments[0]), cast("Mode", arguments[1]), arguments[2:]
+    sign_in(path.parent / "processes", _environment_rank() if mode == "rank" else None)
+    if mode == "launch":
+        status = run_launcher(path, machine_rank)
+    else:
+        hold_work_folder(Path(json.loads(path.read_bytes())["job"]["out"]).parent)
+        status = run_stage(path, mode)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)
+
+
+def run_stage(path: Path, mode: Mode) -> int:
+    """Call the stage's function for this mode and write what came of it; gives the exit status."""
+    from .eventlog import EventWriter
+    from .jobs import JobFile, context
+    from .redaction import Redactor, stored_hub_token
+
+    file = JobFile.read(path, os.environ)
+    job = file.job
+    redactor = Redactor([*(os.environ.get(name, "") for name in file.secrets), stored_hub_token(os.environ) or ""])
+    rank = _environment_rank() if mode == "rank" else 0
+    if mode == "rank":
+        _redirect_output(job.output_pipe(rank))
+    events = EventWriter(job.events_dir / f"{mode}-{rank}.jsonl", redactor)
+
+    def call() -> Result:
+        world_size = _join_ranks(file, rank) if mode == "rank" else job.launch.num_processes
+        rank_dir = job.rank_dir(rank) if mode == "rank" else None
+        if rank_dir:
+            rank_dir.mkdir(parents=True, exist_ok=True)
+        place = context(job, events, rank=rank, world_size=world_size, rank_dir=rank_dir)
+        return _call_stage(_load(job.module), mode, job, place)
+
+    result = _settle(call)
+    events.close()
+    result.write(job.result_file(mode, rank), redactor)
+    return 1 if result.failure else 0
+
+
+def run_launcher(path: Path, machine_rank: list[str]) -> int:
+    """Run accelerate's launcher in this process; `launch.json` says which ranks failed. Gives the exit status."""
+    os.environ[PARENT_VARIABLE] = str(os.getpid())
+    from accelerate.commands.launch import launch_command, launch_command_parser
+
+    machine = ["--machine_rank", machine_rank[0]] if machine_rank else []
+    command = ["--config_file", str(path.parent / "accelerate.yaml"), *machine, "-m", __spec__.name, str(path), "rank"]
+    try:
+        launch_command(launch_command_parser().parse_args(command))
+    except Exception as error:
+        _write_launch_failure(path.parent / "launch.json", error)
+        traceback.print_exc()
+        return 1
+    return 0
+
+
+def _settle(call: Callable[[], Result]) -> Result:
+    """The result of `call`, or its failure with the traceback printed, which goes to the log."""
+    from .jobs import Failure, Result
+    from .processes import own_peak
+
+    try:
+        result = call()
+    except BaseException as error:
+        traceback.print_exc()
+        result = Result(failure=Failure.of(error))
+    return result.model_copy(update={"peak_rss": own_peak()})
+
+
+def _load(name: str) -> Stage[Any]:
+    from importlib import import_module
+
+    module, _, attribute = name.partition(":")
+    stage: Stage[Any] = getattr(import_module(module), attribute)
+    return stage
+
+
+def _call_stage(stage: Stage[Any], mode: Mode, job: Job, place: StageContext) -> Result:
+    from .jobs import Result, parse_params
+
+    functions: dict[str, Callable[[Any, StageContext], StageResult | None] | None] = {
+        "prepare": stage.prepare, "finish": stage.finish,
+    }  # fmt: skip
+    function = functions.get(mode, stage.run)
+    assert function is not None  # noqa: S101 (the launcher asks for what there is)
+    return Result.of(function(parse_params(stage, job), place), stage, empty=mode == "prepare")
+
+
+def _environment_rank() -> int:
+    """torchrun's; a single process is started without."""
+    return int(os.environ.get("RANK", "0"))
+
+
+def _redirect_output(pipe: Path) -> None:
+    """Print into the pipe that the command reads for this rank, so that lines are whole and their rank is known.
+
+    Where nobody reads it (on another machine) the launcher's own output stays.
+    """
+    try:
+        descriptor = os.open(pipe, os.O_WRONLY | os.O_NONBLOCK)
+    except OSError:
+        return
+    os.set_blocking(descriptor, True)
+    os.dup2(descriptor, 1)
+    os.dup2(descriptor, 2)
+    os.close(descriptor)
+
+
+def _join_ranks(file: JobFile, rank: int) -> int:
+    """Bring up the process group and say hello; gives the world size.
+
+    Raises StageFailed where another number of ranks came up than was asked for: `accelerate launch` may start fewer
+    without a word, and each would then do, or leave out, the work of another.
+    """
+    from accelerate import PartialState
+
+    from bigpipe.errors import StageFailed
+
+    from .jobs import Hello, write_whole
+
+    job = file.job
+    state = PartialState(cpu=file.cpu)
+    came, asked = int(state.num_processes), job.launch.num_processes
+    hello = Hello(rank=state.process_index, world_size=came, pid=os.getpid())
+    write_whole(job.hello_file(rank), hello.model_dump_json())
+    if (state.process_index, came) != (rank, asked):
+        raise StageFailed(
+            f"{asked} ranks were asked for, but rank {state.process_index} of {came} came up as rank {rank}",
+            f"look at what the launcher was told, {job.attempt_dir / 'accelerate.yaml'}, and at `launch.config_file`",
+        )
+    return came
+
+
+def _write_launch_failure(path: Path, error: Exception) -> None:
+    """Which ranks ended how, as torchrun or accelerate tells it."""
+    from .jobs import LaunchFailure, write_whole
+
+    failures = getattr(error, "failures", {})  # torch.distributed.elastic's ChildFailedError
+    codes = {int(rank): int(failure.exitcode) for rank, failure in failures.items()}
+    if hasattr(error, "returncode"):  # subprocess.CalledProcessError, where one process was started directly
+        codes = {0: error.returncode}
+    failure = LaunchFailure(codes=codes, text=f"{type(error).__name__}: {error}")
+    write_whole(path, failure.model_dump_json())
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

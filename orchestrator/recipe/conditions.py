@@ -1,0 +1,330 @@
+"""The conditions of `gates` and `when`: one comparison, read by a parser of our own and never by `eval`.
+
+    condition  = sum ("<" | "<=" | ">" | ">=" | "==" | "!=") sum
+    sum        = product (("+" | "-") product)*
+    product    = factor (("*" | "/") factor)*
+    factor     = "-" factor | "(" sum ")" | NUMBER [UNIT] | METRIC | "${stages.NODE.metrics.METRIC}"
+    METRIC     = NAME ("." NAME_OR_NUMBER)*        a metric of the node itself
+
+Units are those of sizes (`GiB`, `GB`, …) and of time (`ms`, `s`, `min`, `h`). Whole numbers stay exact.
+"""
+
+from __future__ import annotations
+
+import operator
+import re
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from typing import Any, Literal, NoReturn, TypeAlias
+
+from bigpipe.errors import Place
+from bigpipe.orchestrator.types import Json
+from bigpipe.sizes import UNITS, format_size, parse_size
+
+from .problems import Code, Problems, did_you_mean
+
+MAX_LENGTH = 500
+MAX_DEPTH = 20
+
+
+class _Unknown:
+    def __repr__(self) -> str:
+        return "UNKNOWN"
+
+
+UNKNOWN: Any = _Unknown()
+"""What a lookup returns for a metric that is not known yet."""
+
+Unit = Literal["", "size", "time"]
+Lookup: TypeAlias = Callable[[str | None, str], Json]
+
+_SECONDS = {"ms": 0.001, "s": 1, "min": 60, "h": 3600}
+_COMPARISONS: dict[str, Callable[[Any, Any], bool]] = {
+    "<": operator.lt, "<=": operator.le, ">": operator.gt, ">=": operator.ge, "==": operator.eq, "!=": operator.ne,
+}  # fmt: skip
+_ARITHMETIC: dict[str, Callable[[Any, Any], Any]] = {
+    "+": operator.add, "-": operator.sub, "*": operator.mul, "/": operator.truediv,
+}  # fmt: skip
+_TOKEN = re.compile(
+    r"""\s*(?:
+      (?P<reference>\$\{stages\.(?P<node>[^{}]+?)\.metrics\.(?P<metric>[A-Za-z0-9_]+(?:\.[A-Za-z0-9_]+)*)\})
+    | (?P<number>[0-9]{1,30}(?:\.[0-9]{1,30})?(?:[eE][-+]?[0-9]{1,3}(?![0-9A-Za-z]))?)[ ]?(?P<unit>[A-Za-z]*)
+    | (?P<path>[A-Za-z_][A-Za-z0-9_]*(?:\.[A-Za-z0-9_]+)*)
+    | (?P<compare><=|>=|==|!=|<|>)
+    | (?P<sign>[-+*/()])
+    )""",
+    re.VERBOSE,
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Number:
+    value: int | float
+    unit: Unit
+    text: str
+
+
+@dataclass(frozen=True, slots=True)
+class Metric:
+    node: str | None
+    """None: the node that has the condition."""
+    path: str
+
+
+@dataclass(frozen=True, slots=True)
+class Operation:
+    sign: str
+    left: Expression
+    right: Expression
+
+
+Expression: TypeAlias = Number | Metric | Operation
+
+
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """`left` and `right` are the values, written for people: `21.3 GiB`, `20GiB`."""
+
+    passed: bool
+    left: str
+    right: str
+
+
+@dataclass(frozen=True, slots=True)
+class Condition:
+    text: str
+    place: Place
+    left: Expression
+    comparison: str
+    right: Expression
+    references: frozenset[tuple[str | None, str]]
+    """(node, or None for the node's own metrics; metric path)."""
+
+    def evaluate(self, lookup: Lookup) -> Verdict | None:
+        """None where a metric is UNKNOWN. A metric that is no number, and a division by zero, do not pass."""
+        try:
+            left, right = _value(self.left, lookup), _value(self.right, lookup)
+        except _NotKnown:
+            return None
+        except _NotANumber as error:
+            return Verdict(False, str(error), _written(self.right))
+        unit = _unit(self.left) or _unit(self.right)
+        shown = _shown(left, unit), _shown(right, unit)
+        if left != right and shown[0] == shown[1]:  # 20.0 GiB against 20.0 GiB explains nothing
+            shown = f"{left:,}", f"{right:,}"
+        if isinstance(self.left, Number):
+            shown = self.left.text, shown[1]
+        if isinstance(self.right, Number):
+            shown = shown[0], self.right.text
+        return Verdict(_COMPARISONS[self.comparison](left, right), *shown)
+
+    def bind(self, nodes: Mapping[str, str | None]) -> Condition:
+        """The same condition with the stages it names replaced by nodes; None is the node itself."""
+        if all(node is None or nodes.get(node, node) == node for node, _ in self.references):
+            return self
+        left, right = _bind(self.left, nodes), _bind(self.right, nodes)
+        return replace(self, left=left, right=right, references=frozenset([*_metrics(left), *_metrics(right)]))
+
+
+class _NotKnown(Exception):
+    pass
+
+
+class _NotANumber(Exception):
+    pass
+
+
+def _value(expression: Expression, lookup: Lookup) -> int | float:
+    if isinstance(expression, Number):
+        return expression.value
+    if isinstance(expression, Metric):
+        value = lookup(expression.node, expression.path)
+        if value is UNKNOWN:
+            raise _NotKnown
+        if not isinstance(value, int | float):
+            raise _NotANumber("no value" if value is None else f"{value!r}, not a number")
+        return value
+    left, right = _value(expression.left, lookup), _value(expression.right, lookup)
+    try:
+        result: int | float = _ARITHMETIC[expression.sign](left, right)
+    except ZeroDivisionError:
+        raise _NotANumber("a division by zero") from None
+    except OverflowError:
+        raise _NotANumber("a number out of range") from None
+    return result
+
+
+def _unit(expression: Expression) -> Unit:
+    if isinstance(expression, Operation):
+        return _unit(expression.left) or _unit(expression.right)
+    return expression.unit if isinstance(expression, Number) else ""
+
+
+def _written(expression: Expression) -> str:
+    if isinstance(expression, Number):
+        return expression.text
+    if isinstance(expression, Metric):
+        return expression.path if expression.node is None else f"{expression.node}.{expression.path}"
+    return f"{_written(expression.left)} {expression.sign} {_written(expression.right)}"
+
+
+def _shown(value: int | float, unit: Unit) -> str:
+    if unit == "size":
+        return format_size(value)
+    if unit == "time":
+        return f"{value:.3g} s" if value < 1000 else f"{value:,.0f} s"
+    return f"{value:,}" if isinstance(value, int) else f"{value:.4g}"
+
+
+def _metrics(expression: Expression) -> Iterator[tuple[str | None, str]]:
+    if isinstance(expression, Metric):
+        yield expression.node, expression.path
+    elif isinstance(expression, Operation):
+        yield from _metrics(expression.left)
+        yield from _metrics(expression.right)
+
+
+def _bind(expression: Expression, nodes: Mapping[str, str | None]) -> Expression:
+    if isinstance(expression, Operation):
+        return Operation(expression.sign, _bind(expression.left, nodes), _bind(expression.right, nodes))
+    if isinstance(expression, Metric) and expression.node is not None:
+        return Metric(nodes.get(expression.node, expression.node), expression.path)
+    return expression
+
+
+def parse_condition(text: str, place: Place) -> Condition:
+    """Reads one condition. `place` is where its text stands. Raises ManifestError and nothing else."""
+    return _Parser(text, place).condition()
+
+
+@dataclass(frozen=True, slots=True)
+class _Token:
+    kind: str
+    text: str
+    start: int
+    match: re.Match[str] | None = None
+
+
+class _Parser:
+    """Recursive descent; one token ahead."""
+
+    def __init__(self, text: str, place: Place) -> None:
+        self.text, self.place = text, place
+        self.depth = 0
+        self.position = 0
+        if len(text) > MAX_LENGTH:
+            self.fail(0, f"the condition is longer than {MAX_LENGTH:,} characters", "write several, one per line")
+        self.token = self.next()
+
+    def fail(self, start: int, cause: str, cure: str, code: Code = Code.CONDITION_SYNTAX, width: int = 1) -> NoReturn:
+        problems = Problems()
+        place = self.place
+        found = place.text.find(self.text, place.column - 1) if self.text else -1
+        if found >= 0:
+            place = Place(place.file, place.line, found + start + 1, place.text, width)
+        problems.add(code, place, cause, cure)
+        raise problems.error()
+
+    def next(self) -> _Token:
+        rest = self.text[self.position :]
+        if not rest.strip():
+            return _Token("end", "", len(self.text.rstrip()))
+        match = _TOKEN.match(self.text, self.position)
+        if match is None:
+            start = self.position + len(rest) - len(rest.lstrip())
+            self.fail(start, f"{self.text[start]!r} does not belong in a condition", _hint(self.text[start:]))
+        self.position = match.end()
+        kind = next(name for name in ("reference", "number", "path", "compare", "sign") if match[name] is not None)
+        return _Token(kind, match[0].strip(), match.start(kind), match)
+
+    def advance(self) -> _Token:
+        token, self.token = self.token, self.next()
+        return token
+
+    def unexpected(self, wanted: str) -> NoReturn:
+        token = self.token
+        what = f"{token.text!r} stands" if token.kind != "end" else "the condition ends"
+        cure = _hint(token.text) if token.kind != "end" else "write it as `METRIC <= 20GiB`"
+        self.fail(token.start, f"{what} where {wanted} is expected", cure, width=max(1, len(token.text)))
+
+    def condition(self) -> Condition:
+        left = self.sum()
+        if self.token.kind != "compare":
+            self.unexpected("a comparison (< <= > >= == !=)")
+        comparison = self.advance().text
+        right = self.sum()
+        if self.token.kind != "end":
+            self.unexpected("the end")
+        references = frozenset([*_metrics(left), *_metrics(right)])
+        return Condition(self.text.strip(), self.place, left, comparison, right, references)
+
+    def sum(self) -> Expression:
+        result = self.product()
+        while self.token.text in ("+", "-"):
+            result = Operation(self.advance().text, result, self.product())
+        return result
+
+    def product(self) -> Expression:
+        result = self.factor()
+        while self.token.text in ("*", "/"):
+            result = Operation(self.advance().text, result, self.factor())
+        return result
+
+    def factor(self) -> Expression:
+        if self.token.text in ("-", "("):
+            return self.nested()
+        if self.token.kind == "number":
+            return self.number(self.advance())
+        if self.token.kind == "path":
+            return Metric(None, self.advance().text)
+        if self.token.kind == "reference":
+            match = self.advance().match
+            assert match is not None  # noqa: S101
+            return Metric(match["node"], match["metric"])
+        self.unexpected("a metric or a number")
+
+    def nested(self) -> Expression:
+        self.depth += 1
+        if self.depth > MAX_DEPTH:
+            self.fail(self.token.start, f"nested more than {MAX_DEPTH} deep", "simplify the condition")
+        if self.advance().text == "-":
+            result: Expression = Operation("-", Number(0, "", "0"), self.factor())
+        else:
+            result = self.sum()
+            if self.token.text != ")":
+                self.unexpected("`)`")
+            self.advance()
+        self.depth -= 1
+        return result
+
+    def number(self, token: _Token) -> Number:
+        assert token.match is not None  # noqa: S101
+        digits, unit = token.match["number"], token.match["unit"]
+        if unit.lower() in UNITS:
+            if not unit:
+                return Number(float(digits) if set(digits) & set(".eE") else int(digits), "", token.text)
+            try:
+                return Number(parse_size(token.text), "size", token.text)
+            except ValueError as error:
+                cause, _, cure = str(error).partition("; ")
+                self.fail(token.start, cause, cure, Code.BAD_UNIT, len(token.text))
+        if unit in _SECONDS:
+            return Number(float(digits) * _SECONDS[unit], "time", token.text)
+        units = ["B", "kB", "MB", "GB", "TB", "KiB", "MiB", "GiB", "TiB", *_SECONDS]
+        hint = _hint(unit) if unit in ("and", "or") else ""
+        cure = hint or did_you_mean(unit, units) or "sizes: KiB MiB GiB TiB kB MB GB TB; times: ms s min h"
+        self.fail(token.match.start("unit"), f"{unit!r} is not a unit", cure, Code.BAD_UNIT, len(unit))
+
+
+def _hint(text: str) -> str:
+    if text.startswith("="):
+        return "write == to compare"
+    if re.match(r"and\b|or\b|not\b|&|\||!", text):
+        return "write one comparison per condition; a list of gates holds when all of them do"
+    if text.startswith("%"):
+        return "write the fraction: 0.05 for 5 %"
+    if text.startswith("$"):
+        return "write ${stages.NODE.metrics.PATH}"
+    if text.startswith(("<", ">")):
+        return "write one comparison per condition"
+    return "a condition is `METRIC <= 20GiB`: metrics, numbers with units, + - * / and parentheses"

@@ -1,0 +1,298 @@
+"""From wired stages to nodes: one per combination of axis values, each with its validated parameters."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
+from itertools import product
+from math import prod
+from typing import Any
+
+from bigpipe.errors import ManifestError
+from bigpipe.orchestrator.stage import Params, Stage
+from bigpipe.orchestrator.types import Json, Launch, Resources
+
+from .conditions import Condition, parse_condition
+from .interpolation import Scope, contains_reference, interpolate
+from .manifest import Settings, refused_variable
+from .node import Node, Places
+from .problems import Code, Problems, did_you_mean, listed
+from .validation import Target, validate, wrong_metric
+from .wiring import Axes, Source, Wired, read_picks
+from .yamlsource import Document, Key
+
+MAX_NODES = 50_000
+MAX_EDGES = 1_000_000
+
+_VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
+
+
+def node_name(stage: str, variant: Mapping[str, str]) -> str:
+    """`variant` maps axes to the texts of their values."""
+    return f"{stage}@{','.join(f'{axis}={text}' for axis, text in variant.items())}" if variant else stage
+
+
+def variants(axes: Axes) -> Iterable[dict[str, str]]:
+    """Every combination of the axes' value texts, the last axis fastest."""
+    names = list(axes)
+    for values in product(*axes.values()):
+        yield dict(zip(names, values, strict=True))
+
+
+@dataclass(slots=True)
+class _Reading:
+    """What one stage's settings gave, for one variant or for all of them."""
+
+    kind: Stage[Any]
+    settings: Settings
+    params: Params
+    when: Condition | None
+    gates: tuple[Condition, ...]
+    launch: Launch
+    resources: Resources
+    env: dict[str, str]
+    secrets: tuple[str, ...]
+
+
+class Expansion:
+    def __init__(
+        self,
+        document: Document,
+        stages: Mapping[str, Wired],
+        scope: Scope,
+        secrets: tuple[str, ...],
+        problems: Problems,
+    ) -> None:
+        self.document, self.stages, self.scope = document, stages, scope
+        self.secrets, self.problems = secrets, problems
+        self._parsed: dict[tuple[str, tuple[Key, ...]], Condition | None] = {}
+        self._gathered: dict[tuple[str, str], tuple[str, ...]] = {}
+
+    def nodes(self) -> dict[str, Node]:
+        """Every node, stages in file order. Problems are added; nodes that have some are left out."""
+        self._count()
+        result: dict[str, Node] = {}
+        for stage in self.stages.values():
+            for node in self._expand(stage):
+                result[node.name] = node
+        return result
+
+    def _count(self) -> None:
+        sizes = {name: prod(len(values) for values in stage.axes.values()) for name, stage in self.stages.items()}
+        total = sum(sizes.values())
+        if total > MAX_NODES:
+            largest = max(sizes, key=lambda name: sizes[name])
+            cause = f"the recipe has {total:,} nodes, {sizes[largest]:,} of them {largest}; the limit is {MAX_NODES:,}"
+            place = self.document.place_at(("stages", largest, "matrix"), key=True)
+            self.problems.add(Code.TOO_MANY_NODES, place, cause, "shorten or drop an axis, or split the recipe")
+            raise self.problems.error()
+        edges = sum(
+            sizes[stage.name] * (sizes[source.stage] if source.gathers else 1)
+            for stage in self.stages.values()
+            for source in stage.sources()
+        )
+        if edges > MAX_EDGES:
+            cause = f"the recipe has {edges:,} edges; the limit is {MAX_EDGES:,}"
+            place = self.document.place_at(("stages",), key=True)
+            self.problems.add(Code.TOO_MANY_NODES, place, cause, "gather a matrix in one stage without a matrix")
+            raise self.problems.error()
+
+    def _expand(self, stage: Wired) -> Iterable[Node]:
+        varies = contains_reference(stage.settings, "matrix")
+        places = Places(self.document, stage.path)
+        shared: _Reading | None = None
+        for texts in variants(stage.axes):
+            variant = {axis: stage.axes[axis][text] for axis, text in texts.items()}
+            reading = shared
+            if shared is None:
+                reading = self._read(stage, variant)
+                if not varies:
+                    shared = reading
+                    if shared is None:
+                        return
+            if reading is not None and not stage.broken:
+                yield self._node(stage, texts, reading, places)
+
+    def _read(self, stage: Wired, variant: Mapping[str, Json]) -> _Reading | None:
+        unresolved = stage.broken or bool(self.scope.open_params)
+
+        def report(code: Code, path: tuple[Key, ...], reference: str, cause: str, cure: str) -> None:
+            nonlocal unresolved
+            unresolved = True
+            place = self.document.place_at((*stage.path, *path), part=reference)
+            self.problems.add(code, place, cause, cure)
+
+        values = stage.settings
+        if contains_reference(values):
+            scope = replace(self.scope, matrix=variant, open_matrix=stage.broken)
+            in_conditions = replace(scope, stages=True)
+            values = {
+                key: interpolate(value, in_conditions if key in ("when", "gates") else scope, report, (key,))
+                for key, value in values.items()
+            }
+        target = Target(self.document, stage.path, stage.name, unresolved)
+        settings = validate(Settings, values, target, self.problems)
+        given = values.get("with", {})
+        params = None
+        if stage.kind is not None and isinstance(given, dict):
+            target = Target(self.document, (*stage.path, "with"), stage.kind.kind, unresolved)
+            params = validate(stage.kind.params, given, target, self.problems)
+        self._check_launch(stage)
+        self._check_environment(stage, values.get("env"))
+        when = self._condition(stage, values.get("when"), ("when",))
+        gates = values.get("gates")
+        read = [
+            self._condition(stage, text, ("gates", index))
+            for index, text in enumerate(gates if isinstance(gates, list) else [])
+        ]
+        if settings is None or stage.kind is None or params is None or unresolved:
+            return None
+        return _Reading(
+            stage.kind,
+            settings,
+            params,
+            when,
+            tuple(gate for gate in read if gate is not None),
+            settings.launch.launch(),
+            settings.resources.resources(),
+            {name: str(value) for name, value in settings.env.items()},
+            tuple(dict.fromkeys([*stage.kind.secrets, *stage.secrets])),
+        )
+
+    def _node(self, stage: Wired, texts: Mapping[str, str], reading: _Reading, places: Places) -> Node:
+        return Node(
+            name=node_name(stage.name, texts),
+            stage=stage.name,
+            kind=reading.kind,
+            params=reading.params,
+            variant={axis: stage.axes[axis][text] for axis, text in texts.items()},
+            inputs={port: self._targets(sources, texts) for port, sources in stage.inputs.items()},
+            needs=self._targets(stage.needs, texts),
+            when=self._bound(stage, reading.when, texts),
+            gates=tuple(bound for gate in reading.gates if (bound := self._bound(stage, gate, texts)) is not None),
+            launch=reading.launch,
+            resources=reading.resources,
+            retries=reading.settings.retries,
+            timeout=reading.settings.timeout,
+            on_fail=reading.settings.on_fail,
+            cache=reading.settings.cache,
+            env=reading.env,
+            secrets=reading.secrets,
+            places=places,
+        )
+
+    def _targets(self, sources: tuple[Source, ...], texts: Mapping[str, str]) -> tuple[str, ...]:
+        result: dict[str, None] = {}
+        for source in sources:
+            if source.gathers:
+                result.update(dict.fromkeys(self._all_variants(source)))
+            else:
+                result[self._variant(source.stage, source.picks, texts)] = None
+        return tuple(result)
+
+    def _variant(self, stage: str, picks: Mapping[str, str], texts: Mapping[str, str]) -> str:
+        return node_name(stage, {axis: picks.get(axis) or texts[axis] for axis in self.stages[stage].axes})
+
+    def _all_variants(self, source: Source) -> tuple[str, ...]:
+        key = (source.stage, source.text)
+        if key not in self._gathered:
+            axes = {
+                axis: {source.picks[axis]: None} if axis in source.picks else values
+                for axis, values in self.stages[source.stage].axes.items()
+            }
+            self._gathered[key] = tuple(node_name(source.stage, texts) for texts in variants(axes))
+        return self._gathered[key]
+
+    def _check_launch(self, stage: Wired) -> None:
+        if stage.kind is not None and "launch" in stage.settings and stage.kind.runs_in != "ranks":
+            place = self.document.place_at((*stage.path, "launch"), key=True)
+            cause = f"{stage.kind.kind} does not run as ranks and takes no 'launch'"
+            self.problems.add(Code.NO_RANKS, place, cause, "remove it")
+
+    def _check_environment(self, stage: Wired, env: Json) -> None:
+        for name in env if isinstance(env, dict) else ():
+            if not isinstance(name, str):
+                continue
+            place = self.document.place_at((*stage.path, "env", name), key=True)
+            if not _VARIABLE.fullmatch(name):
+                self.problems.add(Code.BAD_NAME, place, f"{name!r} cannot name a variable", "use A-Z, 0-9 and _")
+            elif name in self.scope.secrets:
+                cure = f"list it under the stage's `secrets: [{name}]`; its value stays in your environment"
+                self.problems.add(Code.SECRET_REFERENCE, place, f"{name} is a secret and is never written out", cure)
+            elif refused_variable(name):
+                cause = f"`env` may not set {name}, which changes what code runs or how it is launched"
+                self.problems.add(Code.REFUSED_VARIABLE, place, cause, "set it in the shell that starts bigpipe")
+
+    def _condition(self, stage: Wired, text: Json, path: tuple[Key, ...]) -> Condition | None:
+        if not isinstance(text, str) or not text or contains_reference(text.replace("${stages.", "")):
+            return None  # nothing there, or reported already
+        path = (*stage.path, *path)
+        if (text, path) not in self._parsed:
+            self._parsed[text, path] = self._parse(stage, text, path)
+        return self._parsed[text, path]
+
+    def _parse(self, stage: Wired, text: str, path: tuple[Key, ...]) -> Condition | None:
+        try:
+            condition = parse_condition(text, self.document.place_at(path))
+        except ManifestError as error:
+            for problem in error.problems:
+                self.problems.add(Code(problem.code), problem.place, problem.cause, problem.cure)
+            return None
+        fine = True
+        for node, metric in sorted(condition.references, key=str):
+            fine = self._check_metric(stage, node, metric, path) and fine
+        return condition if fine else None
+
+    def _check_metric(self, stage: Wired, node: str | None, metric: str, path: tuple[Key, ...]) -> bool:
+        place = self.document.place_at(path, part=metric)
+        if node is None and "when" in path[2:3]:
+            cure = "compare another stage's: ${stages.NODE.metrics." + metric + "}"
+            cause = "`when` is decided before the stage runs and has no metrics of its own"
+            self.problems.add(Code.NOT_UPSTREAM, place, cause, cure)
+            return False
+        name = stage.name if node is None else node.partition("@")[0]
+        if name not in self.stages:
+            if path[2] != "when":  # there it was reported as an edge
+                cure = did_you_mean(name, self.stages, otherwise="there are")
+                self.problems.add(Code.UNKNOWN_STAGE, place, f"no stage {name!r}", cure)
+            return False
+        kind = self.stages[name].kind
+        wrong = wrong_metric(kind.metrics, metric) if kind is not None else None
+        if kind is None or wrong is None:
+            return kind is not None
+        cure = did_you_mean(wrong.wrong, wrong.known, otherwise="there are")
+        self.problems.add(Code.UNKNOWN_METRIC, place, f"{wrong.cause} in {kind.kind}", cure)
+        return False
+
+    def _bound(self, stage: Wired, condition: Condition | None, texts: Mapping[str, str]) -> Condition | None:
+        if condition is None:
+            return None
+        own = node_name(stage.name, texts)
+        nodes: dict[str, str | None] = {}
+        for node, _ in condition.references:
+            if node is not None:
+                found = self._find(stage, node, texts, condition)
+                if found is None:
+                    return None
+                nodes[node] = None if found == own else found
+        return condition.bind(nodes)
+
+    def _find(self, stage: Wired, text: str, texts: Mapping[str, str], condition: Condition) -> str | None:
+        """The node that `${stages.TEXT…}` means inside the variant `texts`."""
+        name, _, rest = text.partition("@")
+        other = self.stages[name]
+        picks = read_picks(rest, other.axes)
+        place = condition.place
+        if isinstance(picks, str):
+            self.problems.add(Code.NO_VARIANT, place, f"{name} has no variant {rest!r}", picks)
+            return None
+        missing = [axis for axis in other.axes if axis not in picks and axis not in texts]
+        shared = [axis for axis in other.axes if axis in texts and axis not in picks]
+        wrong = missing or [axis for axis in shared if texts[axis] not in other.axes[axis]]
+        if wrong:
+            cause = f"{name} has variants over {listed(wrong)}, which {stage.name} does not share"
+            example = node_name(name, next(iter(variants(other.axes))))
+            self.problems.add(Code.NO_VARIANT, place, cause, f"pick one, such as ${{stages.{example}.metrics.…}}")
+            return None
+        return self._variant(name, picks, texts)

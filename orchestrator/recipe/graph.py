@@ -1,0 +1,316 @@
+"""From a manifest to a recipe: validated nodes in an order in which they can run.
+
+    load_recipe
+      read_document          strict YAML, every value with its place
+      read_manifest          the top level
+      Wiring.resolve         stages to each other: ports, cycles, axes
+      Expansion.nodes        a node per combination of axis values: parameters, conditions, environment
+      _ordered               the order, and what only the whole graph can tell
+
+Every step adds to one list of problems and goes on as far as sense allows; the list is raised at the end.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from graphlib import TopologicalSorter
+from heapq import heappop, heappush
+from pathlib import Path
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any
+
+from bigpipe.errors import UsageError
+from bigpipe.orchestrator.registry import load_stage
+from bigpipe.orchestrator.stage import Stage
+from bigpipe.orchestrator.types import Json, Trust
+
+from .expansion import Expansion
+from .interpolation import WELL_KNOWN_SECRETS, Scope, interpolate, read_argument
+from .manifest import ManifestSpec, Structure, named, read_manifest, split_stage
+from .node import Node, Places
+from .problems import Code, Problems, did_you_mean
+from .validation import Target, validate
+from .wiring import Wired, Wiring
+from .yamlsource import Document, Key, read_document
+
+if TYPE_CHECKING:
+    import networkx as nx
+
+__all__ = ["Node", "Places", "Recipe", "load_recipe"]
+
+_NO_ARGUMENTS: Mapping[str, str] = MappingProxyType({})
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe:
+    path: Path
+    name: str
+    text: str = field(repr=False)
+    nodes: Mapping[str, Node] = field(repr=False)
+    """In topological order, ties in file order."""
+    trust: Trust
+    params: Mapping[str, Json]
+    secrets: tuple[str, ...]
+
+    @cached_property
+    def graph(self) -> nx.DiGraph[str]:
+        """Node names; an edge from each node to those that take it as input, need it or ask for its metrics in `when`.
+
+        Built when first asked: importing networkx takes as long as everything else a cached run does.
+        """
+        import networkx as nx
+
+        graph: nx.DiGraph[str] = nx.DiGraph()
+        graph.add_nodes_from(self.nodes)
+        graph.add_edges_from((source, node.name) for node in self.nodes.values() for source in node.predecessors)
+        return graph
+
+    def select(self, names: Sequence[str]) -> frozenset[str]:
+        """The named nodes and all their ancestors; a stage's name means every variant, `x@a=1` those with a=1.
+
+        Raises UsageError for a name that is none.
+        """
+        chosen: set[str] = set()
+        for name in names:
+            found = [node.name for node in self.nodes.values() if _matches(node, name)]
+            if not found:
+                known = [*dict.fromkeys(node.stage for node in self.nodes.values()), *self.nodes]
+                cure = did_you_mean(name, known, otherwise="there are")
+                raise UsageError(f"no node {name!r} in {self.path}", cure)
+            chosen.update(found)
+        return frozenset(_with_ancestors(self.nodes, chosen))
+
+
+def _matches(node: Node, name: str) -> bool:
+    if name in (node.name, node.stage):
+        return True
+    stage, _, picks = name.partition("@")
+    return stage == node.stage and bool(picks) and set(picks.split(",")) <= set(node.name.partition("@")[2].split(","))
+
+
+def _with_ancestors(nodes: Mapping[str, Node], names: Iterable[str]) -> set[str]:
+    found = set(names)
+    waiting = list(found)
+    while waiting:
+        more = set(nodes[waiting.pop()].predecessors) - found
+        found |= more
+        waiting.extend(more)
+    return found
+
+
+def load_recipe(
+    path: Path,
+    params: Mapping[str, str] = _NO_ARGUMENTS,
+    *,
+    environment: Mapping[str, str] | None = None,
+    stages: Mapping[str, Stage[Any]] | None = None,
+) -> Recipe:
+    """Reads and checks a manifest.
+
+    params: what `-p name=value` said, values as typed. environment: what `${env.X}` reads; by default the process's.
+    stages: the kinds to know, by name; by default the registered ones.
+
+    Raises ManifestError with every problem at once, or UsageError where there is no such file.
+    """
+    document = read_document(str(path), _read(path))
+    return _Loading(document, params, os.environ if environment is None else environment, stages).recipe(path)
+
+
+def _read(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except FileNotFoundError:
+        near = sorted(other.name for other in path.parent.glob("*.y*ml")) if path.parent.is_dir() else []
+        cure = did_you_mean(path.name, near, otherwise="there are") or "`bigpipe init FILE --model REPO` writes one"
+        raise UsageError(f"no manifest {path}", cure) from None
+    except OSError as error:
+        raise UsageError(f"cannot read {path}: {error.strerror}", "name a manifest file") from None
+
+
+def _condition(settings: Mapping[str, Json], scope: Scope) -> str:
+    """The text of `when` as far as it is known before the matrix; what is wrong with it is reported later."""
+    scope = replace(scope, matrix={}, open_matrix=True, stages=True)
+    text = interpolate(settings.get("when"), scope, lambda *_: None)
+    return text if isinstance(text, str) else ""
+
+
+class _Loading:
+    def __init__(
+        self,
+        document: Document,
+        arguments: Mapping[str, str],
+        environment: Mapping[str, str],
+        stages: Mapping[str, Stage[Any]] | None,
+    ) -> None:
+        self.document, self.arguments, self.environment, self.known = document, arguments, environment, stages
+        self.problems = Problems()
+        self.secrets: frozenset[str] = WELL_KNOWN_SECRETS
+
+    def recipe(self, path: Path) -> Recipe:
+        manifest = read_manifest(self.document, self.problems)
+        if manifest is None:
+            raise self.problems.error()
+        kinds = self._kinds(named(manifest.stages))
+        self.secrets = self.secrets.union(manifest.secrets, *(kind.secrets for kind in kinds.values()))
+        scope = self._params(named(manifest.params))
+        stages = self._stages(manifest, kinds, scope)
+        Wiring(self.document, stages, self.problems).resolve()
+        nodes = Expansion(self.document, stages, scope, manifest.secrets, self.problems).nodes()
+        self.problems.raise_if_any()
+        ordered = self._ordered(nodes)
+        self.problems.raise_if_any()
+        return Recipe(
+            path=path,
+            name=manifest.name or path.stem,
+            text=self.document.text,
+            nodes=ordered,
+            trust=manifest.trusted(),
+            params=dict(scope.params or {}),
+            secrets=manifest.secrets,
+        )
+
+    def _kinds(self, stages: Mapping[str, Json]) -> dict[str, Stage[Any]]:
+        """Stage name → its kind, for those whose kind can be had."""
+        found: dict[str, Stage[Any]] = {}
+        loaded: dict[str, Stage[Any] | None] = {}
+        for name, raw in stages.items():
+            kind = raw.get("uses") if isinstance(raw, dict) else None
+            if not isinstance(kind, str):
+                continue
+            if kind not in loaded:
+                loaded[kind] = self._kind(kind, ("stages", name, "uses"))
+            if (stage := loaded[kind]) is not None:
+                found[name] = stage
+        return found
+
+    def _kind(self, kind: str, path: tuple[Key, ...]) -> Stage[Any] | None:
+        place = self.document.place_at(path)
+        if "${" in kind:
+            cure = "write the kind out; what a stage is cannot depend on a parameter"
+            self.problems.add(Code.MISPLACED_REFERENCE, place, "`uses` cannot hold a reference", cure)
+            return None
+        if self.known is not None:
+            if kind not in self.known:
+                cure = did_you_mean(kind, self.known, otherwise="there are")
+                self.problems.add(Code.UNKNOWN_KIND, place, f"unknown stage kind {kind!r}", cure)
+            return self.known.get(kind)
+        try:
+            return load_stage(kind)
+        except UsageError as error:
+            code = Code.UNKNOWN_KIND if error.cause.startswith("unknown") else Code.BROKEN_KIND
+            self.problems.add(code, place, error.cause, error.cure)
+            return None
+
+    def _report_at(self, base: tuple[Key, ...]) -> Any:
+        def report(code: Code, path: tuple[Key, ...], reference: str, cause: str, cure: str) -> None:
+            self.problems.add(code, self.document.place_at((*base, *path), part=reference), cause, cure)
+
+        return report
+
+    def _params(self, defaults: Mapping[str, Json]) -> Scope:
+        scope = Scope(params=None, environment=self.environment, secrets=self.secrets)
+        values: dict[str, Json] = {}
+        missing: set[str] = set()
+        for name, default in defaults.items():
+            path: tuple[Key, ...] = ("params", name)
+            if name in self.arguments:
+                value = self._argument(name, default)
+            else:
+                value = interpolate(default, scope, self._report_at(path))
+            if value is None:
+                missing.add(name)
+                if name not in self.arguments:
+                    cause, cure = f"the parameter {name!r} has no default", f"give it one, or pass -p {name}=…"
+                    self.problems.add(Code.PARAMETER_REQUIRED, self.document.place_at(path, key=True), cause, cure)
+            else:
+                values[name] = value
+        for name in self.arguments:
+            if name not in defaults:
+                cure = did_you_mean(name, defaults, otherwise="there are")
+                place = self.document.place_at(("params",), key=True)
+                cure = cure or f"declare it: `params: {{{name}: …}}`"
+                self.problems.add(Code.BAD_ARGUMENT, place, f"-p {name}=…: no parameter {name!r}", cure)
+        return Scope(
+            params=values,
+            open_params=frozenset(missing),
+            environment=self.environment,
+            secrets=self.secrets,
+        )
+
+    def _argument(self, name: str, default: Json) -> Json:
+        text = self.arguments[name]
+        try:
+            return read_argument(text, default)
+        except ValueError as error:
+            place = self.document.place_at(("params", name))
+            cure = "it is read as the type of the default"
+            self.problems.add(Code.BAD_ARGUMENT, place, f"-p {name}=…: {error}", cure)
+            return None
+
+    def _stages(self, manifest: ManifestSpec, kinds: Mapping[str, Stage[Any]], scope: Scope) -> dict[str, Wired]:
+        result: dict[str, Wired] = {}
+        for index, (name, raw) in enumerate(named(manifest.stages).items()):
+            path: tuple[Key, ...] = ("stages", name)
+            if not isinstance(raw, dict):
+                place = self.document.place_at(path)
+                self.problems.add(
+                    Code.WRONG_TYPE, place, f"{name}: a stage is a map", f"write `{name}: {{uses: KIND}}`"
+                )
+                result[name] = Wired(name, index, None, None, {}, broken=True)
+                continue
+            shape, settings = split_stage(raw, name, self.document, self.problems)
+            uses = shape.pop("uses", None)
+            before = len(self.problems)
+            shape = interpolate(shape, scope, self._report_at(path))
+            lenient = len(self.problems) > before
+            if uses is not None:
+                shape["uses"] = uses
+            target = Target(self.document, path, name, lenient)
+            structure = validate(Structure, shape, target, self.problems, salvage=True)
+            broken = len(self.problems) > before
+            result[name] = Wired(
+                name, index, kinds.get(name), structure, settings, _condition(settings, scope), broken=broken
+            )
+            self._check_secrets(name, structure, kinds.get(name), manifest)
+        return result
+
+    def _check_secrets(
+        self, name: str, structure: Structure | None, kind: Stage[Any] | None, manifest: ManifestSpec
+    ) -> None:
+        allowed = {*manifest.secrets, *(kind.secrets if kind else ())}
+        for index, secret in enumerate(structure.secrets if structure else ()):
+            if secret not in allowed:
+                place = self.document.place_at(("stages", name, "secrets", index))
+                cure = did_you_mean(secret, allowed | WELL_KNOWN_SECRETS) if secret not in WELL_KNOWN_SECRETS else ""
+                cure = cure or f"declare it at the top: `secrets: [{secret}]`"
+                self.problems.add(Code.UNDECLARED_SECRET, place, f"{secret!r} is not a declared secret", cure)
+
+    def _ordered(self, nodes: Mapping[str, Node]) -> dict[str, Node]:
+        sorter = TopologicalSorter({node.name: node.predecessors for node in nodes.values()})
+        sorter.prepare()
+        position = {name: index for index, name in enumerate(nodes)}
+        ordered: dict[str, Node] = {}
+        ready: list[tuple[int, str]] = []
+        while sorter.is_active():
+            for name in sorter.get_ready():
+                heappush(ready, (position[name], name))
+            _, name = heappop(ready)
+            ordered[name] = nodes[name]
+            sorter.done(name)
+        for node in ordered.values():
+            self._check_upstream(node, nodes)
+        return ordered
+
+    def _check_upstream(self, node: Node, nodes: Mapping[str, Node]) -> None:
+        """A gate is decided when its node ends, so what it names must have ended before."""
+        for gate in node.gates:
+            named = {source for source, _ in gate.references if source is not None}
+            late = named - set(node.predecessors)
+            for source in sorted(late - _with_ancestors(nodes, node.predecessors) if late else ()):
+                cause = f"{source} need not have run when this gate of {node.name} is checked"
+                stage = nodes[source].stage
+                cure = f"add it to the stage's `needs: [{stage}]`"
+                self.problems.add(Code.NOT_UPSTREAM, gate.place, cause, cure)

@@ -1,0 +1,222 @@
+"""`${…}` in manifest values.
+
+    ${params.x}  ${matrix.x}  ${env.X}  ${env.X:-default}  ${env.X:?message}      $${ stands for ${
+
+A value that is one whole reference keeps the type of what it names, maps and lists included; a reference inside a
+text is written as text. Nothing else is computed. `${stages.NODE.metrics.PATH}` is left as it is where conditions may
+read it.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from types import MappingProxyType
+from typing import Any
+
+from bigpipe.errors import ManifestError
+from bigpipe.orchestrator.types import Json
+
+from .problems import Code, did_you_mean
+from .yamlsource import Key, read_value
+
+WELL_KNOWN_SECRETS = frozenset({"HF_TOKEN", "HUGGING_FACE_HUB_TOKEN"})
+
+_OPENING = re.compile(r"\$\$\{|\$\{")
+_ENVIRONMENT = re.compile(r"([A-Za-z_][A-Za-z0-9_]*)(?::([-?])(.*))?", re.DOTALL)
+_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_-]*")
+_NOTHING: Mapping[str, Any] = MappingProxyType({})
+
+Report = Callable[[Code, tuple[Key, ...], str, str, str], None]
+"""Called with code, path of the value, the reference as written, cause and cure."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Scope:
+    """What references may name in one place of a manifest."""
+
+    params: Mapping[str, Json] | None = field(default_factory=dict)
+    """None: not readable here."""
+    open_params: frozenset[str] = frozenset()
+    """Declared, but without a value because of an earlier problem: let through."""
+    matrix: Mapping[str, Json] | None = None
+    """None: not readable here."""
+    open_matrix: bool = False
+    """The axes are not known because of an earlier problem: any name is let through."""
+    environment: Mapping[str, str] = field(default_factory=dict)
+    secrets: frozenset[str] = WELL_KNOWN_SECRETS
+    stages: bool = False
+    """`${stages…}` is left in the text, for a condition to read."""
+
+
+class _Unresolved(Exception):
+    def __init__(self, code: Code, reference: str, cause: str, cure: str = "") -> None:
+        super().__init__(cause)
+        self.problem = (code, reference, cause, cure)
+
+
+def contains_reference(value: Json, namespace: str = "") -> bool:
+    """Does `value` hold a `${namespace…}`, at any depth, in keys too? Escaped ones count: a cheap test, no parse."""
+    if isinstance(value, str):
+        return "${" + namespace in value
+    if isinstance(value, Mapping):
+        return any(contains_reference(part, namespace) for item in value.items() for part in item)
+    if isinstance(value, list | tuple):
+        return any(contains_reference(child, namespace) for child in value)
+    return False
+
+
+def escape(text: str) -> str:
+    """The text that interpolation turns into `text`."""
+    return text.replace("${", "$${")
+
+
+def interpolate(value: Json, scope: Scope, report: Report, path: tuple[Key, ...] = ()) -> Json:
+    """`value` with every reference replaced, at any depth; keys are left alone.
+
+    A reference that cannot be resolved is reported and left standing.
+    """
+    if isinstance(value, str):
+        if "${" not in value:
+            return value
+        try:
+            return _interpolate_text(value, scope)
+        except _Unresolved as error:
+            code, reference, cause, cure = error.problem
+            report(code, path, reference, cause, cure)
+            return value
+    if isinstance(value, Mapping):
+        for key in value:
+            if isinstance(key, str) and "${" in key:
+                cause = f"the key {key!r} cannot hold a reference"
+                report(Code.MISPLACED_REFERENCE, (*path, key), key, cause, "references stand in values only")
+        return {key: interpolate(child, scope, report, (*path, key)) for key, child in value.items()}
+    if isinstance(value, list):
+        return [interpolate(child, scope, report, (*path, index)) for index, child in enumerate(value)]
+    return value
+
+
+def _interpolate_text(text: str, scope: Scope) -> Json:
+    pieces: list[str] = []
+    position = 0
+    while opening := _OPENING.search(text, position):
+        pieces.append(text[position : opening.start()])
+        if opening[0] == "$${":
+            pieces.append("${")
+            position = opening.end()
+            continue
+        end = text.find("}", opening.end())
+        if end < 0:
+            cure = "close it with `}`, or write $${ for the characters themselves"
+            raise _Unresolved(Code.BAD_REFERENCE, text[opening.start() :], "`${` is not closed", cure)
+        reference = text[opening.start() : end + 1]
+        value = _resolve(reference, scope)
+        if len(reference) == len(text):
+            return value
+        pieces.append(_as_text(reference, value))
+        position = end + 1
+    pieces.append(text[position:])
+    return "".join(pieces)
+
+
+def _as_text(reference: str, value: Json) -> str:
+    if isinstance(value, str):
+        return value
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    if isinstance(value, int | float):
+        return str(value)
+    kind = "null" if value is None else "a map" if isinstance(value, Mapping) else "a list"
+    cause = f"{reference} is {kind} and cannot stand inside a text"
+    raise _Unresolved(Code.MISPLACED_REFERENCE, reference, cause, f'make it the whole value: "{reference}"')
+
+
+def _resolve(reference: str, scope: Scope) -> Json:
+    namespace, dot, name = reference[2:-1].partition(".")
+    if namespace == "env" and dot:
+        return _from_environment(reference, name, scope)
+    if namespace == "stages" and dot:
+        if scope.stages:
+            return reference
+        cure = "metrics exist only after a stage has run; compare them in `when` or `gates`"
+        raise _Unresolved(Code.MISPLACED_REFERENCE, reference, f"{reference} cannot be read here", cure)
+    if namespace not in ("params", "matrix") or not dot or not _NAME.fullmatch(name):
+        known = ("params", "matrix", "env", "stages")
+        cure = did_you_mean(namespace, [word for word in known if word != namespace])
+        cure = cure or "write ${params.x}, ${matrix.x} or ${env.X}, or $${ for the characters themselves"
+        raise _Unresolved(Code.BAD_REFERENCE, reference, f"{reference} is not a reference", cure)
+    return _from_values(reference, namespace, name, scope)
+
+
+def _from_values(reference: str, namespace: str, name: str, scope: Scope) -> Json:
+    values = scope.params if namespace == "params" else scope.matrix
+    if values is None:
+        cure = "it may name ${params.x} and ${env.X}" if scope.params is not None else "it may name ${env.X}"
+        raise _Unresolved(Code.MISPLACED_REFERENCE, reference, f"{reference} cannot be read here", cure)
+    if name in values:
+        return values[name]
+    if scope.open_matrix if namespace == "matrix" else name in scope.open_params:
+        return reference
+    if namespace == "matrix":
+        cause, cure = f"no axis {name!r} reaches this stage", did_you_mean(name, values, otherwise="it has")
+        cure = cure or "declare it under `matrix:` here or in a stage that this one takes as input or needs"
+    else:
+        cause, cure = f"no parameter {name!r}", did_you_mean(name, values, otherwise="there are")
+        cure = cure or f"declare it: `params: {{{name}: …}}`"
+    raise _Unresolved(Code.UNKNOWN_REFERENCE, reference, cause, cure)
+
+
+def _from_environment(reference: str, body: str, scope: Scope) -> str:
+    match = _ENVIRONMENT.fullmatch(body)
+    if match is None:
+        cure = "write ${env.NAME}, ${env.NAME:-default} or ${env.NAME:?message}"
+        raise _Unresolved(Code.BAD_REFERENCE, reference, f"{reference} is not a reference", cure)
+    name, operator, rest = match.groups()
+    if name in scope.secrets:
+        cure = f"list it under the stage's `secrets: [{name}]`, which hands it to that process only"
+        raise _Unresolved(Code.SECRET_REFERENCE, reference, f"{name} is a secret and is never written out", cure)
+    value = scope.environment.get(name, "")
+    if value or (operator is None and name in scope.environment):
+        return value
+    if operator == "-":
+        return str(rest)
+    said = f": {rest}" if operator == "?" and rest else ""
+    state = "empty" if name in scope.environment else "not set"
+    cure = f"export {name}=…, or give a default: ${{env.{name}:-…}}"
+    raise _Unresolved(Code.ENVIRONMENT_UNSET, reference, f"the environment variable {name} is {state}{said}", cure)
+
+
+def read_argument(text: str, default: Json) -> Json:
+    """`value` of `-p name=value`, read as the type of the parameter's default.
+
+    After a null default a list or map is read as such and anything else is text. Raises ValueError with the cause.
+    """
+    if isinstance(default, str):
+        return text
+    if isinstance(default, bool):
+        return _expect(text, bool, "true or false")
+    if isinstance(default, int):
+        return _expect(text, int, "a whole number")
+    if isinstance(default, float):
+        return float(_expect(text, float | int, "a number"))
+    if isinstance(default, list):
+        return _expect(text, list, "a list such as [a, b]")
+    if isinstance(default, dict):
+        return _expect(text, dict, "a map such as {a: 1}")
+    if text.lstrip().startswith(("[", "{")):
+        try:
+            return read_value(text)
+        except ManifestError:
+            return text
+    return text
+
+
+def _expect(text: str, expected: Any, phrase: str) -> Any:
+    try:
+        value = read_value(text)
+    except ManifestError as error:
+        raise ValueError(f"{text!r} is not {phrase}: {error.problems[0].cause}") from None
+    if not isinstance(value, expected) or (isinstance(value, bool) and expected is not bool):
+        raise ValueError(f"{text!r} is not {phrase}")
+    return value

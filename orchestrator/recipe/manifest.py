@@ -1,0 +1,261 @@
+"""The shape of a manifest: what may stand at its top level and in a stage, besides what each kind says of `with:`."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal
+
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    WithJsonSchema,
+    model_validator,
+)
+
+from bigpipe.orchestrator.stage import Size
+from bigpipe.orchestrator.types import Json, Launch, Resources, Trust
+
+from .problems import Code, Problems, did_you_mean
+from .validation import Target, validate
+from .yamlsource import Document, Key, to_python
+
+VERSION = 1
+NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_-]{0,63}")
+
+_DURATION = re.compile(r"\s*(?:(\d+(?:\.\d+)?)\s*h)?\s*(?:(\d+(?:\.\d+)?)\s*m(?:in)?)?\s*(?:(\d+(?:\.\d+)?)\s*s)?\s*")
+_MODULE = re.compile(r"[A-Za-z_]\w*(?:\.[A-Za-z_]\w*)*")
+_PINNED = re.compile(r"[\w.-]+/[\w.-]+@[0-9a-f]{40}")
+
+_REFUSED = frozenset({
+    "PATH", "HOME", "SHELL", "ENV", "IFS", "PS4", "BASH_ENV", "PROMPT_COMMAND", "CDPATH", "GLOBIGNORE", "SHELLOPTS",
+    "BASHOPTS", "NODE_OPTIONS", "PERL5LIB", "PERL5OPT", "RUBYOPT", "RUBYLIB", "JAVA_TOOL_OPTIONS", "GCONV_PATH",
+    "VIRTUAL_ENV", "TRACEPARENT", "RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT",
+})  # fmt: skip
+_REFUSED_PREFIXES = ("LD_", "DYLD_", "PYTHON", "BASH_FUNC_", "MALLOC_", "GIT_", "BIGPIPE_", "ACCELERATE_")
+"""They change which code a child process loads or which program it is, or belong to the engine's own launch."""
+
+
+def refused_variable(name: str) -> bool:
+    """May a manifest's `env` not set this variable?"""
+    return name.upper() in _REFUSED or name.upper().startswith(_REFUSED_PREFIXES)
+
+
+def parse_duration(value: int | float | str) -> float:
+    """Seconds of `30m`, `90s`, `1h30m`, `1.5h`, or of a number of seconds.
+
+    Raises ValueError with cause and cure.
+    """
+    if isinstance(value, int | float) and not isinstance(value, bool):
+        seconds = float(value)
+    else:
+        match = _DURATION.fullmatch(value) if isinstance(value, str) and value.strip() else None
+        if match is None:
+            raise ValueError(f"{value!r} is not a time; write 90s, 30m, 1h30m or a number of seconds")
+        hours, minutes, rest = (float(part or 0) for part in match.groups())
+        seconds = hours * 3600 + minutes * 60 + rest
+    if not 0 < seconds < 1e9:
+        raise ValueError(f"{value!r} is no time to wait; it must be more than 0")
+    return seconds
+
+
+def _not_bool(value: Json) -> Json:
+    if isinstance(value, bool):
+        raise ValueError(f"{str(value).lower()} is not a whole number; write 1 or 0, or quote it where text is meant")
+    return value
+
+
+def _module(name: str) -> str:
+    if not _MODULE.fullmatch(name):
+        raise ValueError(f"{name!r} is not a module name; write it as in `import`: mingpt or mingpt.model")
+    return name
+
+
+def _pinned(name: str) -> str:
+    if not _PINNED.fullmatch(name):
+        raise ValueError(f"{name!r} is not a pinned repository; write owner/name@ and the 40 digits of its commit")
+    return name
+
+
+Duration = Annotated[
+    float, BeforeValidator(parse_duration), WithJsonSchema({"type": ["number", "string"], "examples": ["30m", "1h30m"]})
+]
+Text = Annotated[str, Field(min_length=1)]
+Count = Annotated[int, BeforeValidator(_not_bool)]
+"""A whole number; also as text, which is what `${env.N:-2}` gives."""
+
+
+class Spec(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", populate_by_name=False)
+
+
+class TrustSpec(Spec):
+    modules: tuple[Annotated[str, AfterValidator(_module)], ...] = Field(
+        default=(), description="Python modules that a custom class or function may come from."
+    )
+    remote_code: tuple[Annotated[str, AfterValidator(_pinned)], ...] = Field(
+        default=(), description="Pinned repositories (owner/name@commit) that may run their own code."
+    )
+
+
+class LaunchSpec(Spec):
+    """How ranks are started; the names are accelerate's. Keys written here override those of `config_file`."""
+
+    num_processes: Count = Field(default=1, ge=1, description="Ranks over all machines.")
+    num_machines: Count = Field(default=1, ge=1)
+    machine_rank: Count = Field(default=0, ge=0)
+    main_process_ip: Text | None = None
+    main_process_port: Count | None = Field(default=None, ge=1, le=65535)
+    config_file: Text | None = Field(default=None, description="An accelerate config file, relative to the manifest.")
+    mixed_precision: Literal["no", "fp16", "bf16", "fp8"] | None = None
+
+    @model_validator(mode="after")
+    def _machines_agree(self) -> LaunchSpec:
+        if self.machine_rank >= self.num_machines:
+            cause = f"machine_rank {self.machine_rank} is not one of {self.num_machines} machines"
+            raise ValueError(f"{cause}; ranks of machines count from 0")
+        if self.num_machines > 1 and not (self.main_process_ip or self.config_file):
+            raise ValueError("several machines need main_process_ip; name the address of machine 0")
+        return self
+
+    def launch(self) -> Launch:
+        return Launch(**self.model_dump(), explicit=frozenset(self.model_fields_set))
+
+
+class ResourcesSpec(Spec):
+    """What the node holds while it runs; what is left out is derived from the forecast."""
+
+    cpus: Count | None = Field(default=None, ge=1)
+    ram: Size | None = None
+    gpus: Count | None = Field(default=None, ge=0)
+    gpu_memory: Size | None = None
+    disk: Size | None = None
+
+    def resources(self) -> Resources:
+        return Resources(**self.model_dump())
+
+
+class Structure(Spec):
+    """The part of a stage that shapes the graph. It cannot depend on the matrix."""
+
+    uses: Text = Field(description="The stage kind.")
+    inputs: Text | dict[str, Text | list[Text]] = Field(
+        default_factory=dict,
+        description="A stage for the port `model`, or a map of ports to stages; a list gathers every variant.",
+    )
+    needs: list[Text] = Field(default_factory=list, description="Stages that must have finished before.")
+    matrix: dict[str, list[str | bool | int | float]] = Field(
+        default_factory=dict, description="Axes: one node for each combination of their values."
+    )
+    secrets: list[Text] = Field(default_factory=list, description="Declared secrets that this stage may see.")
+
+
+class Settings(Spec):
+    """The rest of a stage, read once per node, after `${matrix.…}` has its values."""
+
+    with_: dict[str | int, Any] = Field(default_factory=dict, alias="with", description="The kind's own fields.")
+    when: Text | None = Field(default=None, description="Run only if: a comparison over `${stages.NODE.metrics.PATH}`.")
+    launch: LaunchSpec = LaunchSpec()
+    resources: ResourcesSpec = ResourcesSpec()
+    retries: Count = Field(default=0, ge=0, le=100, description="Further attempts after a transient failure.")
+    timeout: Duration | None = Field(default=None, description="30m, 1h30m, or seconds.")
+    gates: list[Text] = Field(default_factory=list, description="Comparisons over the stage's metrics that must hold.")
+    on_fail: Literal["stop", "continue"] = Field(
+        default="stop", description="What a failure does to the other branches."
+    )
+    cache: bool = Field(default=True, description="false: drop the bytes once the last consumer has them.")
+    env: dict[str, str | Count] = Field(default_factory=dict, description="Environment variables of the stage.")
+
+
+STRUCTURE = tuple(Structure.model_fields)
+SETTINGS = tuple(info.alias or name for name, info in Settings.model_fields.items())
+
+
+class ManifestSpec(Spec):
+    version: Literal[1] = Field(description="The manifest format.")
+    name: Text | None = Field(
+        default=None, max_length=100, description="What the recipe is called; else the file's name."
+    )
+    description: str = ""
+    params: dict[str | int, Any] = Field(
+        default_factory=dict, description="Values that `-p name=value` replaces; null means required."
+    )
+    secrets: tuple[str, ...] = Field(default=(), description="Environment variables that stages may list as secrets.")
+    trust: TrustSpec = TrustSpec()
+    stages: dict[str | int, Any] = Field(min_length=1)
+
+    def trusted(self) -> Trust:
+        return Trust(self.trust.modules, self.trust.remote_code)
+
+
+def read_manifest(document: Document, problems: Problems) -> ManifestSpec | None:
+    """The top level; names under it are checked, stages are not read yet. None after errors that hide the rest."""
+    whole: dict[str, Json] = to_python(document.root)
+    fields = {key: value for key, value in whole.items() if not str(key).startswith("x-")}
+    if not _version(fields, document, problems):
+        fields["version"] = VERSION
+    manifest = validate(ManifestSpec, fields, Target(document, (), "the manifest"), problems, salvage=True)
+    if manifest is None:
+        return None
+    if manifest.name is not None and "${" in manifest.name:
+        place, cause = document.place_at(("name",)), "the name cannot hold a reference"
+        problems.add(Code.MISPLACED_REFERENCE, place, cause, "write it out; references stand in stages")
+    for where, what in (("params", "a parameter"), ("stages", "a stage")):
+        for name in getattr(manifest, where):
+            check_name(name, document, (where, name), what, problems)
+    for index, name in enumerate(manifest.secrets):
+        check_name(name, document, ("secrets", index), "a secret", problems, key=False)
+    return manifest
+
+
+def named(fields: Mapping[Key, Json]) -> dict[str, Json]:
+    """The fields with a text as key; the others have been reported."""
+    return {name: value for name, value in fields.items() if isinstance(name, str)}
+
+
+def _version(fields: Mapping[str, Json], document: Document, problems: Problems) -> bool:
+    found = fields.get("version", VERSION)
+    if found == VERSION and not isinstance(found, bool | float):
+        return "version" in fields or not _missing_version(document, problems)
+    place = document.place_at(("version",))
+    newer = isinstance(found, int) and not isinstance(found, bool) and found > VERSION
+    cure = "update bigpipe" if newer else f"write `version: {VERSION}`"
+    problems.add(Code.WRONG_VERSION, place, f"this bigpipe reads manifests of version {VERSION}", cure)
+    return False
+
+
+def _missing_version(document: Document, problems: Problems) -> bool:
+    place = document.place_at((), key=True)
+    problems.add(Code.MISSING_FIELD, place, "the manifest needs 'version'", f"add `version: {VERSION}`")
+    return True
+
+
+def check_name(
+    name: Key, document: Document, path: tuple[Key, ...], what: str, problems: Problems, *, key: bool = True
+) -> None:
+    if isinstance(name, str) and NAME.fullmatch(name):
+        return
+    name = str(name)
+    better = re.sub(r"[^A-Za-z0-9_-]+", "-", name).strip("-")[:64]
+    cure = "names are letters, digits, _ and -, at most 64, a letter first"
+    if NAME.fullmatch(better):
+        cure = f"call it {better!r}; {cure}"
+    problems.add(Code.BAD_NAME, document.place_at(path, key=key), f"{name[:80]!r} cannot name {what}", cure)
+
+
+def split_stage(
+    raw: Mapping[str, Json], name: str, document: Document, problems: Problems
+) -> tuple[dict[str, Json], dict[str, Json]]:
+    """The fields of `Structure` and those of `Settings`; others are reported."""
+    for key in raw:
+        if key not in STRUCTURE and key not in SETTINGS:
+            cure = did_you_mean(str(key), [*STRUCTURE, *SETTINGS], otherwise="it takes")
+            place = document.place_at(("stages", name, key), key=True)
+            problems.add(Code.UNKNOWN_FIELD, place, f"unknown field {str(key)!r} in stage {name}", cure)
+    return (
+        {key: raw[key] for key in STRUCTURE if key in raw},
+        {key: raw[key] for key in SETTINGS if key in raw},
+    )

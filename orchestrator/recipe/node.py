@@ -1,0 +1,91 @@
+"""One stage of a recipe after its matrix is expanded: everything plan and run need to know of it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any, Literal
+
+from bigpipe.errors import Place
+from bigpipe.orchestrator.stage import Params, Stage
+from bigpipe.orchestrator.types import Json, Launch, Resources
+
+from .conditions import Condition
+from .yamlsource import Document, Item, Key
+
+
+class Places(Mapping[str, Place]):
+    """Where the parts of one stage stand: `""`, `params.scheme`, `gates[0]`, `inputs.model`; built when first asked.
+
+    Keys of `with:` stand under `params`. What came from `${…}` has the place of that reference.
+    """
+
+    def __init__(self, document: Document, path: tuple[Key, ...]) -> None:
+        self._document, self._path = document, path
+
+    @cached_property
+    def _table(self) -> dict[str, Place]:
+        table = {"": self._document.place_at(self._path, key=True)}
+        stage, _ = self._document.find(self._path)
+        for key, item in stage.value.items() if isinstance(stage.value, dict) else ():
+            self._enter(table, "params" if key == "with" else str(key), item)
+        return table
+
+    def _enter(self, table: dict[str, Place], name: str, item: Item) -> None:
+        table[name] = self._document.place(item)
+        if isinstance(item.value, dict):
+            for key, child in item.value.items():
+                self._enter(table, f"{name}.{key}", child)
+        elif isinstance(item.value, list):
+            for index, child in enumerate(item.value):
+                self._enter(table, f"{name}[{index}]", child)
+
+    def __getitem__(self, name: str) -> Place:
+        return self._table[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._table)
+
+    def __len__(self) -> int:
+        return len(self._table)
+
+    def nearest(self, name: str) -> Place:
+        """The place of `name`, or of the nearest thing around it: `params.a.b` → `params.a` → `params` → the stage."""
+        while name and name not in self._table:
+            name = name[: max(name.rfind("."), name.rfind("["), 0)]
+        return self._table[name]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Node:
+    name: str
+    """`quantize@scheme=nf4`; several axes as `x@a=1,b=2`, in the order the manifest declares them."""
+    stage: str
+    """The key under `stages:`."""
+    kind: Stage[Any]
+    params: Params
+    """Validated; paths as written, relative to the manifest."""
+    variant: Mapping[str, Json]
+    inputs: Mapping[str, tuple[str, ...]]
+    """Port → node names."""
+    needs: tuple[str, ...] = ()
+    when: Condition | None = None
+    gates: tuple[Condition, ...] = ()
+    launch: Launch = field(default_factory=Launch)
+    resources: Resources = field(default_factory=Resources)
+    retries: int = 0
+    timeout: float | None = None
+    """Seconds."""
+    on_fail: Literal["stop", "continue"] = "stop"
+    cache: bool = True
+    env: Mapping[str, str] = field(default_factory=dict)
+    secrets: tuple[str, ...] = ()
+    """Names it may see: the kind's own and those the stage lists."""
+    places: Places
+
+    @property
+    def predecessors(self) -> tuple[str, ...]:
+        """The nodes that must have ended before this one starts: inputs, needs, and those that `when` asks."""
+        asked = sorted(node for node, _ in self.when.references if node is not None) if self.when else ()
+        return tuple(dict.fromkeys([*(name for port in self.inputs.values() for name in port), *self.needs, *asked]))

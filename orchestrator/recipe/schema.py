@@ -1,0 +1,190 @@
+"""The JSON schema of a manifest, for editors: completion and checks of `with:` per stage kind.
+
+Written for draft 7, which yaml-language-server follows: `$ref` has no siblings, kinds are told apart by `if`/`then`.
+A reference `${…}` is accepted wherever a value may stand. What relates one field to another (exactly one of `repo` and
+`path`, ports that fit) is left to `bigpipe validate`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from pydantic import BaseModel
+
+from bigpipe.orchestrator.registry import load_stage, stage_kinds
+from bigpipe.orchestrator.stage import Stage
+
+from .docstrings import field_descriptions
+from .initial import initial_manifest
+from .manifest import NAME, ManifestSpec, Settings, Structure
+from .validation import models_in
+from .wiring import DEFAULT_PORT
+
+__all__ = ["initial_manifest", "manifest_schema"]
+
+Schema = dict[str, Any]
+
+REFERENCE: Schema = {"$ref": "#/definitions/reference"}
+
+_ANNOTATIONS = ("description", "default", "examples")
+_RESTRICTIONS = ("enum", "const", "pattern", "format")
+
+
+def manifest_schema(stages: Mapping[str, Stage[Any]] | None = None) -> Schema:
+    """The schema over `stages`, by default all registered kinds. JSON-ready."""
+    kinds = {name: load_stage(name) for name in stage_kinds()} if stages is None else stages
+    definitions: dict[str, Schema] = {
+        "reference": {"type": "string", "pattern": r"\$\{.+\}", "description": "${params.x}, ${matrix.x} or ${env.X}"}
+    }
+    top = _model_schema(ManifestSpec, "manifest", definitions, references=False)
+    top["properties"]["version"] = {"const": 1, "description": "The manifest format."}
+    top["properties"]["params"]["propertyNames"] = {"pattern": f"^{NAME.pattern}$"}
+    top["properties"]["stages"] = {
+        "type": "object",
+        "minProperties": 1,
+        "propertyNames": {"pattern": f"^{NAME.pattern}$"},
+        "additionalProperties": {"$ref": "#/definitions/stage"},
+        "description": "The stages, by name; each uses a kind and takes other stages as inputs.",
+    }
+    definitions["stage"] = _stage_schema(kinds, definitions)
+    return {
+        "$schema": "http://json-schema.org/draft-07/schema#",
+        "title": "bigpipe manifest",
+        **top,
+        "patternProperties": {"^x-": {}},
+        "definitions": dict(sorted(definitions.items())),
+    }
+
+
+def _stage_schema(kinds: Mapping[str, Stage[Any]], definitions: dict[str, Schema]) -> Schema:
+    structure = _model_schema(Structure, "stage", definitions)
+    settings = _model_schema(Settings, "stage", definitions)
+    properties = {name: _open(schema) for name, schema in (structure["properties"] | settings["properties"]).items()}
+    properties["uses"] = {
+        "enum": list(kinds),
+        "enumDescriptions": [kind.title for kind in kinds.values()],
+        "description": "The stage kind.",
+    }
+    return {
+        "type": "object",
+        "required": ["uses"],
+        "additionalProperties": False,
+        "properties": properties,
+        "allOf": [
+            {
+                "if": {"required": ["uses"], "properties": {"uses": {"const": name}}},
+                "then": _kind_schema(name, kind, definitions),
+            }
+            for name, kind in kinds.items()
+        ],
+    }
+
+
+def _kind_schema(name: str, kind: Stage[Any], definitions: dict[str, Schema]) -> Schema:
+    params = _model_schema(kind.params, name, definitions)
+    definitions[name] = params
+    # Not `anyOf`: an editor then names the wrong field rather than "no choice fits".
+    fields: Schema = {"if": {"type": "string"}, "then": REFERENCE, "else": {"$ref": f"#/definitions/{name}"}}
+    properties: dict[str, Schema | bool] = {"with": fields}
+    properties["inputs"] = _ports_schema(kind) if kind.inputs else False
+    if kind.runs_in != "ranks":
+        properties["launch"] = False
+    required = [key for key, needed in (("with", params.get("required")), ("inputs", _needed(kind))) if needed]
+    return {"properties": properties, **({"required": required} if required else {})}
+
+
+def _needed(kind: Stage[Any]) -> list[str]:
+    return [name for name, port in kind.inputs.items() if not port.optional]
+
+
+def _ports_schema(kind: Stage[Any]) -> Schema:
+    ports: dict[str, Schema] = {}
+    for name, port in kind.inputs.items():
+        ports[name] = {"type": "string", "description": f"A stage whose artifact is: {port.type}."}
+        if port.many:
+            ports[name] = {
+                "anyOf": [{"type": "string"}, {"type": "array", "items": {"type": "string"}}],
+                "description": f"A stage whose artifact is: {port.type}; a list gathers every variant.",
+            }
+    whole: Schema = {"type": "object", "additionalProperties": False, "properties": ports, "required": _needed(kind)}
+    short = {"type": "string"} if DEFAULT_PORT in ports and not set(_needed(kind)) - {DEFAULT_PORT} else REFERENCE
+    return {"anyOf": [short, whole]}
+
+
+def _model_schema(
+    model: type[BaseModel], prefix: str, definitions: dict[str, Schema], *, references: bool = True
+) -> Schema:
+    """The model's own schema, opened to references; the models inside it go to `definitions` as `PREFIX.Name`."""
+    described = _descriptions(model)
+    schema = model.model_json_schema(by_alias=True, ref_template=f"#/definitions/{prefix}.{{model}}")
+    for name, inner in schema.pop("$defs", {}).items():
+        definitions[f"{prefix}.{name}"] = _inside(_described(inner, described.get(name, {})), references)
+    return _inside(_described(schema, described.get(model.__name__, {})), references)
+
+
+def _described(schema: Schema, descriptions: Mapping[str, str]) -> Schema:
+    properties = schema.get("properties", {})
+    for name, text in descriptions.items():
+        if name in properties:
+            properties[name].setdefault("description", text)
+    return schema
+
+
+def _descriptions(model: type[BaseModel], seen: frozenset[type[BaseModel]] = frozenset()) -> dict[str, dict[str, str]]:
+    """Class name → field as written in a manifest → its docstring, for the model and all inside it."""
+    result = {model.__name__: field_descriptions(model)}
+    for info in model.model_fields.values():
+        for inner in models_in(info.annotation) - seen - {model}:
+            result |= _descriptions(inner, seen | {model})
+    return result
+
+
+def _open(schema: Schema) -> Schema:
+    """The schema or a reference."""
+    if _takes_any_text(schema):
+        return schema
+    outside = {key: schema[key] for key in _ANNOTATIONS if key in schema}
+    inside = {key: value for key, value in schema.items() if key not in _ANNOTATIONS}
+    choices = inside["anyOf"] if set(inside) == {"anyOf"} else [inside]
+    return {**outside, "anyOf": [*choices, REFERENCE]}
+
+
+def _takes_any_text(schema: Schema) -> bool:
+    if any(key in schema for key in _RESTRICTIONS) or "$ref" in schema:
+        return False
+    if any(_takes_any_text(choice) for choice in schema.get("anyOf", ())):
+        return True
+    kind = schema.get("type")
+    return kind == "string" or (isinstance(kind, list) and "string" in kind) or not set(schema) - set(_ANNOTATIONS)
+
+
+def _inside(schema: Schema, references: bool = True) -> Schema:
+    """The schema with every value below it opened to references, without pydantic's titles and empty defaults."""
+
+    def below(child: Schema) -> Schema:
+        child = _inside(child, references)
+        return _open(child) if references else child
+
+    result: Schema = {}
+    for key, value in schema.items():
+        if key == "properties":
+            result[key] = {name: below(child) for name, child in value.items()}
+        elif key in ("items", "additionalProperties") and isinstance(value, dict):
+            result[key] = below(value)
+        elif key in ("anyOf", "oneOf", "allOf"):
+            # A reference may satisfy several choices at once, which `oneOf` would refuse.
+            result["anyOf" if key == "oneOf" else key] = [_inside(choice, references) for choice in value]
+        elif key == "prefixItems":
+            result["items"] = [below(child) for child in value]
+        elif not _dropped(key, value):
+            result[key] = value
+    if "$ref" in result and len(result) > 1:  # siblings of `$ref` are ignored in draft 7
+        result["anyOf"] = [{"$ref": result.pop("$ref")}]
+    return result
+
+
+def _dropped(key: str, value: Any) -> bool:
+    if key == "propertyNames":  # names are always text in JSON; a number as a key is written as one in YAML
+        return value.get("type") not in (None, "string")
+    return key in ("title", "discriminator") or (key == "default" and (value is None or isinstance(value, dict | list)))

@@ -1,0 +1,325 @@
+"""pydantic's errors as placed problems: one per mistake, in the words of the manifest."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from types import UnionType
+from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin
+
+from pydantic import BaseModel, RootModel, ValidationError
+
+from bigpipe.orchestrator.types import Json
+
+from .interpolation import contains_reference
+from .problems import Code, Problems, closest, did_you_mean, listed
+from .yamlsource import Document, Key, child_of
+
+_EXPECTED = {
+    "string_type": "a text",
+    "int_type": "a whole number", "int_parsing": "a whole number", "int_from_float": "a whole number",
+    "int_parsing_size": "a whole number",
+    "float_type": "a number", "float_parsing": "a number", "finite_number": "a finite number",
+    "bool_type": "true or false", "bool_parsing": "true or false",
+    "list_type": "a list", "tuple_type": "a list", "set_type": "a list", "frozen_set_type": "a list",
+    "dict_type": "a map", "mapping_type": "a map", "model_type": "a map", "model_attributes_type": "a map",
+    "none_required": "null",
+}  # fmt: skip
+_LIMITS = {
+    "greater_than": ("gt", "more than"), "greater_than_equal": ("ge", "at least"),
+    "less_than": ("lt", "less than"), "less_than_equal": ("le", "at most"),
+}  # fmt: skip
+
+M = TypeVar("M", bound=BaseModel)
+
+
+@dataclass(frozen=True, slots=True)
+class Target:
+    """What is being validated: where it stands, and what to call it."""
+
+    document: Document
+    path: tuple[Key, ...]
+    subject: str
+    """Who takes the fields: `quantize`, `the manifest`."""
+    lenient: bool = False
+    """A reference in it is unresolved and has been reported: errors about that text are noise."""
+
+
+def validate(model: type[M], value: Json, target: Target, problems: Problems, *, salvage: bool = False) -> M | None:
+    """The model, or None after every error was added to `problems`.
+
+    salvage: after errors, the model without the entries that have some, so that the rest can be checked too.
+    """
+    try:
+        return model.model_validate(value)
+    except ValidationError as error:
+        details = error.errors(include_url=False)
+    for finding in _causes(_merged([_finding(detail, target) for detail in details]), model):
+        if not (target.lenient and contains_reference(finding.input)):
+            _report(finding, model, target, problems)
+    return _salvaged(model, value, {detail["loc"][:2] for detail in details}) if salvage else None
+
+
+def _causes(findings: list[_Finding], model: type[BaseModel]) -> list[_Finding]:
+    """Without what another explains: a field is missing because it is misspelt, a list is short of a wrong item."""
+    unknown = [finding.path for finding in findings if finding.kind == "extra_forbidden"]
+    misspelt = {(*path[:-1], closest(str(path[-1]), fields_at(model, path[:-1]))) for path in unknown}
+    above = {finding.path[:depth] for finding in findings for depth in range(len(finding.path))}
+    return [
+        finding
+        for finding in findings
+        if not (finding.kind == "missing" and finding.path in misspelt)
+        and not (finding.kind == "too_short" and finding.path in above)
+    ]
+
+
+def _salvaged(model: type[M], value: Mapping[Key, Json], wrong: set[tuple[Key, ...]]) -> M | None:
+    kept: dict[Key, Json] = {}
+    for name, entry in value.items():
+        parts = {location[1] for location in wrong if location[0] == name and len(location) > 1}
+        if isinstance(entry, dict) and (name,) not in wrong and parts <= entry.keys():
+            kept[name] = {key: child for key, child in entry.items() if key not in parts}
+        elif not parts and (name,) not in wrong:
+            kept[name] = entry
+    try:
+        return model.model_validate(kept)
+    except ValidationError:
+        return None
+
+
+@dataclass(slots=True)
+class _Finding:
+    """One pydantic error, its location split into what exists in the file and the rest."""
+
+    kind: str
+    input: Json
+    context: Mapping[str, Any]
+    message: str
+    path: tuple[Key, ...]
+    """Inside the validated value; its last part is missing from the file where the error is about a missing field."""
+    union: tuple[Key, ...] | None
+    """Where a union stands on the way, if one does: errors of its branches share it."""
+    of_key: bool = False
+    """It is the key that is wrong, not the value."""
+    expected: list[str] = field(default_factory=list)
+
+
+def _finding(details: Any, target: Target) -> _Finding:
+    item, covered = target.document.find(target.path)
+    value: Any = item if covered == len(target.path) else None
+    path: list[Key] = []
+    union: tuple[Key, ...] | None = None
+    location: Sequence[Key] = details["loc"]
+    of_key = location[-1:] == ("[key]",)
+    if of_key:
+        location = location[:-1]
+    for index, part in enumerate(location):
+        child = child_of(value, part) if value is not None else None
+        last = index == len(location) - 1
+        if child is not None or (last and details["type"] == "missing"):
+            path.append(part)
+            value = child
+        elif union is None:
+            union = tuple(path)
+    context = details.get("ctx", {})
+    return _Finding(details["type"], details["input"], context, details["msg"], tuple(path), union, of_key)
+
+
+def _merged(findings: Iterable[_Finding]) -> list[_Finding]:
+    """The branches of a union joined: those that got deepest into the value are the ones that were meant."""
+    result: list[_Finding] = []
+    unions: dict[tuple[Key, ...], list[_Finding]] = {}
+    for finding in findings:
+        if finding.union is None:
+            result.append(finding)
+        else:
+            unions.setdefault(finding.union, []).append(finding)
+    for branches in unions.values():
+        deepest = max(len(branch.path) for branch in branches)
+        meant: dict[tuple[Key, ...], _Finding] = {}
+        for branch in branches:
+            if len(branch.path) == deepest:
+                _join(meant, branch)
+        result.extend(meant.values())
+    return result
+
+
+def _join(meant: dict[tuple[Key, ...], _Finding], branch: _Finding) -> None:
+    phrase = _expected(branch)
+    known = meant.get(branch.path)
+    if known is None:
+        meant[branch.path] = branch
+        branch.expected = [phrase] if phrase else []
+    elif not phrase:  # an error that says more than a type: a text that is no size
+        branch.expected = known.expected
+        meant[branch.path] = branch
+    elif phrase not in known.expected:
+        known.expected.append(phrase)
+
+
+def _expected(finding: _Finding) -> str:
+    if finding.kind in ("literal_error", "enum"):
+        return str(finding.context["expected"]).replace("'", "")
+    return _EXPECTED.get(finding.kind, "")
+
+
+def _report(finding: _Finding, model: type[BaseModel], target: Target, problems: Problems) -> None:
+    document, path = target.document, target.path + finding.path
+    name = ".".join(str(part) for part in finding.path)
+    if finding.kind == "extra_forbidden":
+        known = fields_at(model, finding.path[:-1])
+        cure = did_you_mean(str(path[-1]), known, otherwise="it takes")
+        cause = f"unknown field {str(path[-1])!r} in {_inside(target, finding.path)}"
+        problems.add(Code.UNKNOWN_FIELD, document.place_at(path, key=True), cause, cure)
+    elif finding.kind == "missing":
+        cause = f"{_inside(target, finding.path)} needs {path[-1]!r}"
+        under = f" under `{path[-2]}`" if len(path) > 3 else ""
+        problems.add(Code.MISSING_FIELD, document.place_at(path[:-1], key=True), cause, f"add `{path[-1]}: …`{under}")
+    else:
+        code, cause, cure = _explain(finding, document, path)
+        place = document.place_at(path, key=finding.of_key)
+        problems.add(code, place, f"{name}: {cause}" if name else cause, cure)
+
+
+def _inside(target: Target, path: tuple[Key, ...]) -> str:
+    above = [str(part) for part in path[:-1]]
+    return ".".join(above if above and " " in target.subject else [target.subject, *above])
+
+
+def _explain(finding: _Finding, document: Document, path: tuple[Key, ...]) -> tuple[Code, str, str]:
+    item, covered = document.find(path)
+    shown = (item.source if covered == len(path) and not finding.of_key else "") or _shown(finding.input)
+    if finding.kind == "value_error":
+        cause, _, cure = str(finding.context.get("error", finding.message)).partition("; ")
+        return Code.BAD_VALUE, cause, cure
+    if finding.kind in _LIMITS:
+        key, words = _LIMITS[finding.kind]
+        return Code.BAD_VALUE, f"{shown} is out of range", f"it must be {words} {finding.context[key]}"
+    if finding.kind in ("too_short", "string_too_short"):
+        return Code.BAD_VALUE, "it is empty" if not finding.input else "it is too short", "fill it in"
+    phrases = finding.expected or [_expected(finding)]
+    if not phrases[0]:
+        return Code.BAD_VALUE, f"{shown}: {finding.message[:1].lower()}{finding.message[1:]}", ""
+    if finding.kind in ("literal_error", "enum") and isinstance(finding.input, str):
+        choices = [choice for phrase in phrases for choice in phrase.replace(" or ", ", ").split(", ")]
+        cure = did_you_mean(finding.input, choices) or f"it takes {listed(phrases, 'or')}"
+        return Code.NOT_A_CHOICE, f"{shown} is not one of its values", cure
+    cause = f"{shown} where {listed(phrases, 'or')} is expected"
+    return Code.WRONG_TYPE, cause, _retyped(finding.input, phrases, item.source if covered == len(path) else "")
+
+
+def _retyped(value: Json, phrases: Sequence[str], source: str) -> str:
+    """How what was written becomes what is wanted, where that is likely to be what was meant."""
+    if "a text" in phrases and source:  # a plain `1e10` or `true`
+        return f"put it in quotes if it is text: '{source}'"
+    if value is None:
+        return "fill it in, or remove it"
+    if "a list" in phrases and isinstance(value, str | int | float):
+        return f"write [{source or value}]"
+    return ""
+
+
+def _shown(value: Json) -> str:
+    if value is None:
+        return "nothing"
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    if isinstance(value, Mapping):
+        return "a map"
+    if isinstance(value, list | tuple):
+        return "a list"
+    text = repr(value)
+    return text if len(text) <= 60 else f"{text[:57]}…"
+
+
+def fields_at(model: type[BaseModel], path: Sequence[Key]) -> list[str]:
+    """Names (as written in the file) of the fields of the model that stands at `path` inside `model`."""
+    models = {model}
+    for part in path:
+        models = {inner for outer in models for inner in models_in(_annotation(outer, part))}
+    return [info.alias or name for found in models for name, info in found.model_fields.items()]
+
+
+def _annotation(model: type[BaseModel], part: Key) -> Any:
+    for name, info in model.model_fields.items():
+        if (info.alias or name) == part:
+            return info.annotation
+    return None
+
+
+def models_in(annotation: Any) -> set[type[BaseModel]]:
+    """The models inside `X | None`, `list[X]`, `dict[str, X]`, `Annotated[X, …]`."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return {annotation}
+    origin = get_origin(annotation)
+    arguments = get_args(annotation)
+    if origin is Annotated:
+        return models_in(arguments[0])
+    if origin in (Union, UnionType) or (isinstance(origin, type) and issubclass(origin, list | tuple | Mapping)):
+        return {found for argument in arguments for found in models_in(argument)}
+    return set()
+
+
+@dataclass(frozen=True, slots=True)
+class WrongMetric:
+    cause: str
+    wrong: str
+    known: list[str]
+    """What could stand in the place of `wrong`."""
+
+
+def wrong_metric(metrics: Any, path: str) -> WrongMetric | None:
+    """Why `path` names no number of the metrics model, or None. Maps and untyped values are open."""
+    annotation, done = metrics, ""
+    for part in path.split("."):
+        below = _below(annotation, part)
+        if below is None:
+            return WrongMetric(f"no metric {f'{done}.{part}' if done else part!r}", part, _names(annotation))
+        annotation, done = below, f"{done}.{part}" if done else part
+    if _may_be_number(annotation):
+        return None
+    if inner := _names(annotation):
+        return WrongMetric(f"{path} is a group of metrics", "", [f"{path}.{name}" for name in inner])
+    return WrongMetric(f"{path} is no number", "", [])
+
+
+def _may_be_number(annotation: Any) -> bool:
+    origin, arguments = get_origin(annotation), get_args(annotation)
+    if origin is Annotated:
+        return _may_be_number(arguments[0])
+    if origin in (Union, UnionType):
+        return any(_may_be_number(branch) for branch in arguments)
+    plain = origin or annotation
+    never = (str, list, tuple, Mapping, BaseModel, type(None))
+    return origin is not Literal and not (isinstance(plain, type) and issubclass(plain, never))
+
+
+def _below(annotation: Any, part: str) -> Any:
+    """The annotation of `part` inside `annotation`; None where there is no such part."""
+    if annotation is Any or annotation is object:
+        return Any
+    origin, arguments = get_origin(annotation), get_args(annotation)
+    if origin is Annotated:
+        return _below(arguments[0], part)
+    if origin in (Union, UnionType):
+        return next((found for branch in arguments if (found := _below(branch, part)) is not None), None)
+    if isinstance(origin or annotation, type) and issubclass(origin or annotation, Mapping):
+        return arguments[1] if len(arguments) == 2 else Any
+    if isinstance(annotation, type) and issubclass(annotation, RootModel):
+        return _below(annotation.model_fields["root"].annotation, part)
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        info = annotation.model_fields.get(part)
+        if info is not None:
+            return info.annotation
+        return _extra(annotation) if annotation.model_config.get("extra") == "allow" else None
+    return None
+
+
+def _extra(model: type[BaseModel]) -> Any:
+    annotation = model.__annotations__.get("__pydantic_extra__")
+    arguments = get_args(annotation)
+    return arguments[1] if len(arguments) == 2 else Any
+
+
+def _names(annotation: Any) -> list[str]:
+    return [name for model in models_in(annotation) for name in model.model_fields]

@@ -1,0 +1,333 @@
+"""Stages wired to each other: references resolved, ports typed, cycles found, and the axes each stage inherits.
+
+All of this happens per stage, before a matrix is expanded: a stage's variants are always the full product of its axes,
+because axes that meet in one stage join by the values they share.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from graphlib import CycleError, TopologicalSorter
+from itertools import pairwise
+from typing import TYPE_CHECKING, Any
+
+from bigpipe.orchestrator.stage import Port, Stage
+from bigpipe.orchestrator.types import Json
+
+from .manifest import Structure, check_name
+from .problems import Code, Problems, did_you_mean, listed
+from .yamlsource import Document, Key
+
+if TYPE_CHECKING:
+    import networkx as nx
+
+DEFAULT_PORT = "model"
+MAX_AXIS_TEXT = 100
+
+_STAGE_METRIC = re.compile(r"\$\{stages\.([^{}]+?)\.metrics\.")
+
+Axes = dict[str, dict[str, Json]]
+"""Axis → text of a value → the value."""
+
+
+@dataclass(frozen=True, slots=True)
+class Source:
+    """A stage as another one names it: `quantize` or `quantize@scheme=int8`."""
+
+    text: str
+    path: tuple[Key, ...]
+    """Where it is written."""
+    label: str
+    """What it is written under, for messages: `inputs.model`."""
+    gathers: bool = False
+    picks: dict[str, str] = field(default_factory=dict)
+    """Axis → text of the picked value; filled in once the axes of that stage are known."""
+
+    @property
+    def stage(self) -> str:
+        return self.text.partition("@")[0]
+
+
+@dataclass(slots=True)
+class Wired:
+    """One stage of the manifest with its edges."""
+
+    name: str
+    index: int
+    kind: Stage[Any] | None
+    structure: Structure | None
+    settings: dict[str, Json]
+    condition: str = ""
+    """The text of `when`, its matrix references still standing."""
+    inputs: dict[str, tuple[Source, ...]] = field(default_factory=dict)
+    needs: tuple[Source, ...] = ()
+    when: tuple[Source, ...] = ()
+    axes: Axes = field(default_factory=dict)
+    broken: bool = False
+    """Some axes may be missing because of a reported problem."""
+
+    @property
+    def path(self) -> tuple[Key, ...]:
+        return ("stages", self.name)
+
+    @property
+    def secrets(self) -> list[str]:
+        return self.structure.secrets if self.structure else []
+
+    def sources(self) -> Iterator[Source]:
+        for sources in self.inputs.values():
+            yield from sources
+        yield from self.needs
+        yield from self.when
+
+
+def value_text(value: Json) -> str:
+    """How a value of an axis stands in a node's name."""
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    return str(value)
+
+
+class Wiring:
+    """Resolves the edges between `stages`, in place, and reports what is wrong with them."""
+
+    def __init__(self, document: Document, stages: Mapping[str, Wired], problems: Problems) -> None:
+        self.document, self.stages, self.problems = document, stages, problems
+
+    def resolve(self) -> None:
+        for stage in self.stages.values():
+            if stage.structure is None:
+                stage.broken = True
+                continue
+            stage.inputs = self._inputs(stage, stage.structure)
+            stage.needs = self._known(
+                Source(text, (*stage.path, "needs", index), "needs") for index, text in enumerate(stage.structure.needs)
+            )
+            stage.when = self._known(self._in_condition(stage))
+            self._check_ports(stage)
+        axis_order = {
+            axis: None for stage in self.stages.values() if stage.structure for axis in stage.structure.matrix
+        }
+        for name in self._order():
+            self._resolve_axes(self.stages[name], list(axis_order))
+
+    def _inputs(self, stage: Wired, structure: Structure) -> dict[str, tuple[Source, ...]]:
+        base = (*stage.path, "inputs")
+        if isinstance(structure.inputs, str):
+            return {DEFAULT_PORT: self._known([Source(structure.inputs, base, "inputs")])}
+        result: dict[str, tuple[Source, ...]] = {}
+        for port, written in structure.inputs.items():
+            if not written:
+                continue  # an empty list is a port left out
+            label = f"inputs.{port}"
+            if isinstance(written, str):
+                result[port] = self._known([Source(written, (*base, port), label)])
+            else:
+                sources = [
+                    Source(text, (*base, port, index), label, gathers=True) for index, text in enumerate(written)
+                ]
+                result[port] = self._known(sources)
+        return result
+
+    def _in_condition(self, stage: Wired) -> list[Source]:
+        names = dict.fromkeys(_STAGE_METRIC.findall(stage.condition))
+        return [Source(name, (*stage.path, "when"), "when") for name in names]
+
+    def _known(self, sources: Iterator[Source] | list[Source]) -> tuple[Source, ...]:
+        known = []
+        for source in sources:
+            if "${" in source.text:
+                continue  # reported when it was interpolated
+            if source.stage in self.stages:
+                known.append(source)
+                continue
+            place = self.document.place_at(source.path, part=source.stage)
+            self.problems.add(
+                Code.UNKNOWN_STAGE, place, f"no stage {source.stage!r}",
+                did_you_mean(source.stage, self.stages, otherwise="there are"),
+            )  # fmt: skip
+        return tuple(known)
+
+    def _check_ports(self, stage: Wired) -> None:
+        if stage.kind is None or stage.structure is None:
+            return
+        ports = stage.kind.inputs
+        for name, sources in stage.inputs.items():
+            if name not in ports:
+                self._unknown_port(stage, stage.kind, name)
+                continue
+            for source in sources:
+                self._check_type(stage, name, ports[name], source)
+        written = (
+            {DEFAULT_PORT}
+            if isinstance(stage.structure.inputs, str)
+            else {name for name, sources in stage.structure.inputs.items() if sources}
+        )
+        for name, port in ports.items():
+            if not port.optional and name not in written and written <= ports.keys():
+                short = f"inputs: {{{name}: STAGE}}" if name != DEFAULT_PORT else "inputs: STAGE"
+                place = self.document.place_at((*stage.path, "inputs"), key=True)
+                cause = f"{stage.kind.kind} needs a {port.type} on its port {name!r}"
+                self.problems.add(Code.MISSING_PORT, place, cause, f"add `{short}`{self._candidates(stage, port)}")
+
+    def _candidates(self, stage: Wired, port: Port) -> str:
+        fitting = [other.name for other in self.stages.values() if other.kind and other.kind.output == port.type]
+        fitting = [name for name in fitting if name != stage.name]
+        return f"; {listed(fitting, 'or')} would fit" if 0 < len(fitting) <= 5 else ""
+
+    def _unknown_port(self, stage: Wired, kind: Stage[Any], name: str) -> None:
+        short = stage.structure is not None and isinstance(stage.structure.inputs, str)
+        path = (*stage.path, "inputs") if short else (*stage.path, "inputs", name)
+        place = self.document.place_at(path, key=not short)
+        cure = did_you_mean(name, kind.inputs, otherwise="it has") if kind.inputs else "it takes no inputs: remove them"
+        if short and kind.inputs:
+            cure = f"name the port: inputs: {{{next(iter(kind.inputs))}: {stage.inputs[name][0].text}}}"
+        self.problems.add(Code.UNKNOWN_PORT, place, f"{kind.kind} has no port {name!r}", cure)
+
+    def _check_type(self, stage: Wired, name: str, port: Port, source: Source) -> None:
+        place = self.document.place_at(source.path)
+        if source.gathers and not port.many:
+            cause = f"the port {name!r} of {stage.name} takes one {port.type}, not a list"
+            cure = f"write `{name}: {source.text}`, or pick a variant: `{source.stage}@axis=value`"
+            self.problems.add(Code.NOT_MANY, self.document.place_at(source.path[:-1]), cause, cure)
+        producer = self.stages[source.stage].kind
+        if producer is None or producer.output == port.type:
+            return
+        gives = f"a {producer.output}" if producer.output else "no artifact"
+        named = source.stage if source.stage == producer.kind else f"{source.stage} ({producer.kind})"
+        cause = f"{named} gives {gives}, but port {name!r} of {stage.name} takes a {port.type}"
+        cure = self._candidates(stage, port).removeprefix("; ") or f"wire a stage that gives a {port.type}"
+        self.problems.add(Code.WRONG_ARTIFACT, place, cause, cure)
+
+    def _order(self) -> list[str]:
+        """Stage names, sources first; those in a cycle are reported and marked broken."""
+        before = {stage.name: {source.stage for source in stage.sources()} for stage in self.stages.values()}
+        try:
+            return list(TopologicalSorter(before).static_order())
+        except CycleError:
+            return self._order_without_cycles(before)
+
+    def _order_without_cycles(self, before: Mapping[str, set[str]]) -> list[str]:
+        import networkx as nx
+
+        graph: nx.DiGraph[str] = nx.DiGraph()
+        graph.add_nodes_from(before)
+        graph.add_edges_from((source, name) for name, sources in before.items() for source in sources)
+        knots = [knot for knot in nx.strongly_connected_components(graph) if len(knot) > 1]
+        tangled = set().union(*knots)
+        knots.extend({name} for name in nx.nodes_with_selfloops(graph) if name not in tangled)
+        for knot in sorted(knots, key=lambda knot: min(self.stages[name].index for name in knot)):
+            self._report_cycle(graph, knot)
+            for name in knot:
+                self.stages[name].broken = True
+            graph.remove_edges_from([(a, b) for a, b in graph.edges(knot) if b in knot])
+        return list(nx.topological_sort(graph))
+
+    def _report_cycle(self, graph: nx.DiGraph[str], knot: set[str]) -> None:
+        import networkx as nx
+
+        first = min(knot, key=lambda name: self.stages[name].index)
+        inside = graph.subgraph(knot)
+        back = min(
+            (nx.shortest_path(inside, follower, first) for follower in sorted(inside.successors(first))), key=len
+        )
+        cycle = [first, *back] if back != [first] else [first, first]
+        ends = list(pairwise(cycle))
+        sources = [next(s for s in self.stages[after].sources() if s.stage == before) for before, after in ends]
+        places = [self.document.place_at(source.path, part=source.text) for source in sources]
+        written = [
+            f"{after}.{source.label} (line {place.line})"
+            for (_, after), source, place in zip(ends, sources, places, strict=True)
+        ]
+        cure = f"remove one of {listed(written, 'or')}" if len(written) > 1 else "remove it"
+        self.problems.add(Code.CYCLE, places[-1], f"the stages form a cycle: {' → '.join(cycle)}", cure)
+
+    def _resolve_axes(self, stage: Wired, order: Sequence[str]) -> None:
+        axes: Axes = {}
+        for source in (*(s for sources in stage.inputs.values() for s in sources), *stage.needs, *stage.when):
+            producer = self.stages[source.stage]
+            picks = self._picks(source, producer)
+            if picks is None:
+                stage.broken = True
+                continue
+            source.picks.update(picks)
+            if source.gathers or source.label == "when":
+                continue
+            stage.broken = stage.broken or producer.broken
+            inherited = {axis: values for axis, values in producer.axes.items() if axis not in picks}
+            self._join(stage, axes, inherited, source.path)
+        if stage.structure is not None:
+            own = {axis: self._axis(stage, axis, values) for axis, values in stage.structure.matrix.items()}
+            self._join(stage, axes, own, (*stage.path, "matrix"))
+        stage.axes = {axis: axes[axis] for axis in order if axis in axes}
+
+    def _join(self, stage: Wired, axes: Axes, more: Axes, path: tuple[Key, ...]) -> None:
+        for axis, values in more.items():
+            if axis not in axes:
+                axes[axis] = values
+                continue
+            shared = {text: value for text, value in axes[axis].items() if text in values}
+            if not shared and axes[axis] and values:
+                cause = f"axis {axis!r} reaches {stage.name} as {listed(axes[axis])} and as {listed(values)}"
+                cure = f"give both the same values, rename one axis, or pick a variant: `STAGE@{axis}=…`"
+                place = self.document.place_at(path)
+                self.problems.add(Code.NO_VARIANT, place, f"{cause}, which share no value", cure)
+                stage.broken = True
+            axes[axis] = shared
+
+    def _axis(self, stage: Wired, axis: str, values: Sequence[Json]) -> dict[str, Json]:
+        path = (*stage.path, "matrix", axis)
+        check_name(axis, self.document, path, "an axis", self.problems)
+        if not values:
+            stage.broken = True
+            place = self.document.place_at(path)
+            self.problems.add(Code.BAD_MATRIX, place, f"the axis {axis!r} has no values", "list at least one")
+        result: dict[str, Json] = {}
+        for index, value in enumerate(values):
+            text = value_text(value)
+            place = self.document.place_at((*path, index))
+            if not text.isprintable() or not 0 < len(text) <= MAX_AXIS_TEXT:
+                cure = f"use a short name of at most {MAX_AXIS_TEXT} printable characters"
+                self.problems.add(Code.BAD_MATRIX, place, "this value cannot be part of a node's name", cure)
+            elif text in result:
+                self.problems.add(Code.BAD_MATRIX, place, f"{text} stands twice in {axis!r}", "remove one")
+            result[text] = value
+        return result
+
+    def _picks(self, source: Source, producer: Wired) -> dict[str, str] | None:
+        """Axis → text of the picked value; None after a report."""
+        _, at, rest = source.text.partition("@")
+        if not at:
+            return {}
+        found = read_picks(rest, producer.axes)
+        if isinstance(found, dict):
+            return found
+        if not producer.broken:
+            self.problems.add(
+                Code.NO_VARIANT,
+                self.document.place_at(source.path, part=source.text),
+                f"{producer.name} has no variant {rest!r}",
+                found,
+            )
+        return None
+
+
+def read_picks(text: str, axes: Axes) -> dict[str, str] | str:
+    """`a=1,b=2` → {"a": "1", "b": "2"} where the axes have these values; else the cure."""
+    picks: dict[str, str] = {}
+    while text:
+        axis, _, rest = text.partition("=")
+        if axis not in axes:
+            none = "it has no matrix; write its name alone"
+            return (did_you_mean(axis, axes, otherwise="its axes are") if axes else none) or none
+        value = rest.partition(",")[0]
+        if value not in axes[axis]:  # a value may hold a comma itself
+            fitting = [known for known in axes[axis] if rest == known or rest.startswith(f"{known},")]
+            if not fitting:
+                return did_you_mean(value, axes[axis], otherwise=f"{axis} is one of")
+            value = max(fitting, key=len)
+        picks[axis] = value
+        text = rest[len(value) + 1 :]
+    return picks

@@ -1,0 +1,415 @@
+"""Strict YAML with positions.
+
+The file is read as YAML 1.2's core schema (yaml.org/spec/1.2.2 §10.3) from PyYAML's event stream, not with its
+constructors, which follow YAML 1.1: here `no`, `on`, `12:30:45` and `2024-01-01` are text, `1e-5` is a number, and
+what the two versions read differently (`0777`) is an error. Composing from events rather than with `yaml.compose()`
+keeps nesting off the C stack and lets depth and alias limits stop a hostile file before it is expanded.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any, TypeAlias
+
+import yaml
+
+from bigpipe.errors import Place
+from bigpipe.orchestrator.types import Json
+
+from .problems import Code, Problems
+
+MAX_BYTES = 1_000_000
+MAX_DEPTH = 32
+MAX_ALIAS_EXPANSION = 10_000
+"""Nodes that all aliases of a file together may stand for."""
+MAX_NUMBER_LENGTH = 40
+MAX_SHOWN_LINE = 1_000
+
+# PyYAML's stubs give the C loader no base that `yaml.parse` takes; wheels without libyaml have only the other.
+_LOADER: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+
+_LINE_BREAK = re.compile("\r\n|[\n\r\x85\u2028\u2029]")
+# The complement of the spec's c-printable (§5.1): naming the printable ranges themselves compiles for 8 ms.
+_NOT_PRINTABLE = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x84\x86-\x9f\ufeff\ufffe\uffff]")
+_INTEGER = re.compile(r"[-+]?[0-9]+|0o[0-7]+|0x[0-9a-fA-F]+")
+_FLOAT = re.compile(r"[-+]?(?:\.[0-9]+|[0-9]+(?:\.[0-9]*)?)(?:[eE][-+]?[0-9]+)?")
+_LEADING_ZERO = re.compile(r"[-+]?0[0-9]+")
+_NOT_FINITE = re.compile(r"[-+]?\.(?:inf|Inf|INF)|\.(?:nan|NaN|NAN)")
+_CONSTANTS: dict[str, bool | None] = {
+    "": None, "~": None, "null": None, "Null": None, "NULL": None,
+    "true": True, "True": True, "TRUE": True, "false": False, "False": False, "FALSE": False,
+}  # fmt: skip
+
+Scalar: TypeAlias = "str | int | float | bool | None"
+Key: TypeAlias = "str | int"
+
+
+@dataclass(slots=True, eq=False)
+class Item:
+    """A value and where it stands; positions count from 0, the end is exclusive. Aliases share one Item."""
+
+    value: Scalar | list[Item] | dict[Key, Item]
+    line: int
+    column: int
+    end_line: int
+    end_column: int
+    keys: dict[Key, Item] | None = None
+    """Of a map: where each key stands."""
+    plain: bool = False
+    """An unquoted scalar, whose type was read from its form."""
+    source: str = ""
+    """A plain scalar as it was written, where that differs from `value`: `1e-5`."""
+    size: int = 1
+    height: int = 1
+
+
+@dataclass(slots=True)
+class Document:
+    file: str
+    text: str
+    lines: list[str] = field(repr=False)
+    root: Item = field(repr=False)
+
+    def place(self, item: Item) -> Place:
+        return _place(self.file, self.lines, item.line, item.column, item.end_line, item.end_column)
+
+    def find(self, path: Sequence[Key]) -> tuple[Item, int]:
+        """The Item at `path`, or the nearest above it that exists; and how much of the path it covers."""
+        item = self.root
+        for depth, part in enumerate(path):
+            child = child_of(item, part)
+            if child is None:
+                return item, depth
+            item = child
+        return item, len(path)
+
+    def place_at(self, path: Sequence[Key], *, key: bool = False, part: str = "") -> Place:
+        """Where `path` stands, or the nearest above it that exists; with `key`, its key rather than its value.
+
+        `part` narrows the caret to that text inside a value written on one line, where it is found there.
+        """
+        item, depth = self.find(path)
+        if key and depth:
+            above, _ = self.find(path[: depth - 1])
+            return self.place(above.keys[path[depth - 1]] if above.keys else item)
+        place = self.place(item)
+        if part and item.line == item.end_line and place.text:
+            at = place.text.find(part, item.column, item.end_column)
+            if at >= 0:
+                return Place(place.file, place.line, at + 1, place.text, len(part))
+        return place
+
+
+def child_of(item: Item, part: Key) -> Item | None:
+    if isinstance(item.value, dict):
+        return item.value.get(part)
+    if isinstance(item.value, list) and isinstance(part, int) and 0 <= part < len(item.value):
+        return item.value[part]
+    return None
+
+
+def to_python(item: Item) -> Json:
+    """The plain value; every alias expands to a value of its own."""
+    value = item.value
+    if isinstance(value, dict):
+        return {key: to_python(child) for key, child in value.items()}
+    if isinstance(value, list):
+        return [to_python(child) for child in value]
+    return value
+
+
+def read_document(file: str, data: bytes) -> Document:
+    """Parses one YAML document whose top level is a map. `file` is what places call it.
+
+    Raises ManifestError with every problem found; a syntax error ends the search.
+    """
+    problems = Problems()
+    text = _decode(file, data, problems)
+    lines = _LINE_BREAK.split(text)
+    root = _Composer(file, lines, problems).compose(text)
+    problems.raise_if_any()
+    if root is None or not isinstance(root.value, dict):
+        what = "the file is empty" if root is None else "the top level is not a map"
+        problems.add(
+            Code.NOT_A_MAP, _place(file, lines, 0, 0, 0, 1), what, "start with `version: 1`, or use `bigpipe init`"
+        )
+        raise problems.error()
+    return Document(file, text, lines, root)
+
+
+def read_value(text: str) -> Json:
+    """One YAML value outside a manifest (`-p name={a: 1}`), under the same rules.
+
+    Raises ManifestError with places inside `text`.
+    """
+    problems = Problems()
+    text = _decode("-p", text.encode("utf-8", "surrogatepass"), problems)
+    root = _Composer("-p", _LINE_BREAK.split(text), problems).compose(text)
+    problems.raise_if_any()
+    return None if root is None else to_python(root)
+
+
+def _decode(file: str, data: bytes, problems: Problems) -> str:
+    start = Place(file, 1, 1)
+    if len(data) > MAX_BYTES:
+        problems.add(
+            Code.FILE_TOO_LARGE, start, f"{len(data):,} bytes; a manifest holds at most {MAX_BYTES:,}",
+            "keep prompts and other data in files of their own",
+        )  # fmt: skip
+        raise problems.error()
+    if data.startswith((b"\xff\xfe", b"\xfe\xff")):
+        problems.add(Code.NOT_TEXT, start, "the file is UTF-16", "save it as UTF-8")
+        raise problems.error()
+    data = data.removeprefix(b"\xef\xbb\xbf")
+    try:
+        text = data.decode("utf-8")
+    except UnicodeDecodeError as error:
+        before = data[: error.start].decode("utf-8")
+        _add_at_end(problems, file, before, f"byte 0x{data[error.start]:02x} is not UTF-8", "save the file as UTF-8")
+        raise problems.error() from None
+    if bad := _NOT_PRINTABLE.search(text):
+        cause = f"the character U+{ord(bad[0]):04X} cannot stand in YAML"
+        _add_at_end(problems, file, text[: bad.start()], cause, 'remove it, or write it as an escape in "…"')
+        raise problems.error()
+    return text
+
+
+def _add_at_end(problems: Problems, file: str, before: str, cause: str, cure: str) -> None:
+    lines = _LINE_BREAK.split(before)
+    problems.add(Code.NOT_TEXT, Place(file, len(lines), len(lines[-1]) + 1), cause, cure)
+
+
+def _place(file: str, lines: list[str], line: int, column: int, end_line: int, end_column: int) -> Place:
+    text = lines[line] if line < len(lines) else ""
+    end = end_column if end_line == line else len(text.rstrip())
+    width = max(1, end - column)
+    return Place(file, line + 1, column + 1, text if len(text) <= MAX_SHOWN_LINE else "", width)
+
+
+@dataclass(slots=True, eq=False)
+class _Open:
+    """A collection whose end has not come yet."""
+
+    item: Item
+    anchor: str | None
+    key: Item | None = None
+    has_key: bool = False
+    merges: list[Item] = field(default_factory=list)
+
+
+class _Composer:
+    """Builds Items from the event stream."""
+
+    def __init__(self, file: str, lines: list[str], problems: Problems) -> None:
+        self.file, self.lines, self.problems = file, lines, problems
+        self.anchors: dict[str, Item] = {}
+        self.stack: list[_Open] = []
+        self.root: Item | None = None
+        self.documents = 0
+        self.expanded = 0
+
+    def compose(self, text: str) -> Item | None:
+        try:
+            for event in self._events(text):
+                self._take(event)
+        except yaml.MarkedYAMLError as error:
+            self._syntax(error)
+            raise self.problems.error() from None
+        return self.root
+
+    def _events(self, text: str) -> Iterator[Any]:
+        try:
+            yield from yaml.parse(text, Loader=_LOADER)
+        except (ValueError, OverflowError) as error:  # PyYAML without libyaml: chr() of an escape such as \UFFFFFFFF
+            raise yaml.MarkedYAMLError(problem=f"invalid escape: {error}") from None
+
+    def _take(self, event: Any) -> None:
+        match type(event):
+            case yaml.ScalarEvent:
+                self._refuse_tag(event)
+                self._attach(self._remember(event.anchor, self._scalar(event)))
+            case yaml.MappingStartEvent | yaml.SequenceStartEvent:
+                self._open(event)
+            case yaml.MappingEndEvent | yaml.SequenceEndEvent:
+                self._close(event)
+            case yaml.AliasEvent:
+                self._alias(event)
+            case yaml.DocumentStartEvent:
+                self.documents += 1
+                if self.documents > 1:
+                    self._stop(Code.SEVERAL_DOCUMENTS, event, "a second document begins", "one manifest per file")
+
+    def _at(self, event: Any) -> Place:
+        start, end = event.start_mark, event.end_mark
+        return _place(self.file, self.lines, start.line, start.column, end.line, end.column)
+
+    def _stop(self, code: Code, event: Any, cause: str, cure: str) -> None:
+        self.problems.add(code, self._at(event), cause, cure)
+        raise self.problems.error()
+
+    def _refuse_tag(self, event: Any) -> None:
+        if event.tag is not None:
+            tag = event.tag.replace("tag:yaml.org,2002:", "!!")
+            self.problems.add(
+                Code.TAG, self._at(event), f"the tag {tag}: tags are not read", "remove it, and quote text"
+            )
+
+    def _remember(self, anchor: str | None, item: Item) -> Item:
+        if anchor is not None:
+            self.anchors[anchor] = item
+        return item
+
+    def _scalar(self, event: Any) -> Item:
+        start, end, text = event.start_mark, event.end_mark, event.value
+        item = Item(text, start.line, start.column, end.line, end.column)
+        if event.implicit[0]:
+            item.plain = True
+            item.value = self._resolve(text, event)
+            item.source = text if not isinstance(item.value, str) else ""
+        elif "\0" in text or any("\ud800" <= character <= "\udfff" for character in text):
+            self.problems.add(
+                Code.NOT_TEXT, self._at(event), "the text holds NUL or half a character", "remove the escape"
+            )
+        return item
+
+    def _resolve(self, text: str, event: Any) -> Scalar:
+        """YAML 1.2 core schema; what YAML 1.1 reads as another number, and what JSON cannot carry, is an error."""
+        if text in _CONSTANTS:
+            return _CONSTANTS[text]
+        if text[0] not in "+-.0123456789":
+            return text
+        if _LEADING_ZERO.fullmatch(text):
+            cure = f"write {text.lstrip('+-0') or 0}, 0o{text.lstrip('+-')} for octal, or '{text}' for text"
+            self.problems.add(Code.AMBIGUOUS_SCALAR, self._at(event), f"{text} is octal in YAML 1.1 only", cure)
+            return 0
+        whole = _INTEGER.fullmatch(text)
+        if whole and len(text) <= MAX_NUMBER_LENGTH:
+            return int(text, {"0o": 8, "0x": 16}.get(text[:2], 10))
+        if whole or _NOT_FINITE.fullmatch(text) or (_FLOAT.fullmatch(text) and math.isinf(float(text))):
+            cause = f"{text} has too many digits" if whole else f"{text} is not a finite number"
+            self.problems.add(Code.AMBIGUOUS_SCALAR, self._at(event), cause, f"write '{text}' for text")
+            return 0
+        return float(text) if _FLOAT.fullmatch(text) else text
+
+    def _open(self, event: Any) -> None:
+        self._refuse_tag(event)
+        if len(self.stack) >= MAX_DEPTH:
+            self._stop(Code.TOO_DEEP, event, f"nested more than {MAX_DEPTH} deep", "flatten it")
+        start = event.start_mark
+        is_map = isinstance(event, yaml.MappingStartEvent)
+        item = Item({} if is_map else [], start.line, start.column, start.line, start.column)
+        item.keys = {} if is_map else None
+        self.stack.append(_Open(item, event.anchor))
+
+    def _close(self, event: Any) -> None:
+        frame = self.stack.pop()
+        end = event.end_mark
+        frame.item.end_line, frame.item.end_column = end.line, end.column
+        for merged in frame.merges:
+            self._merge(frame.item, merged)
+        self._attach(self._remember(frame.anchor, frame.item))
+
+    def _alias(self, event: Any) -> None:
+        target = self.anchors.get(event.anchor)
+        if any(frame.anchor == event.anchor for frame in self.stack):
+            self._stop(Code.BAD_ALIAS, event, f"*{event.anchor} stands inside its own anchor", "break the loop")
+        if target is None:
+            cure = f"define it with &{event.anchor} above, or quote the text: '*{event.anchor}'"
+            self._stop(Code.BAD_ALIAS, event, f"no anchor named {event.anchor}", cure)
+            return
+        self.expanded += target.size
+        if self.expanded > MAX_ALIAS_EXPANSION:
+            cause = f"aliases expand to more than {MAX_ALIAS_EXPANSION:,} values"
+            self._stop(Code.ALIAS_EXPANSION, event, cause, "write the values out, or use fewer aliases")
+        if len(self.stack) + target.height > MAX_DEPTH:
+            self._stop(Code.TOO_DEEP, event, f"nested more than {MAX_DEPTH} deep through aliases", "flatten it")
+        self._attach(target)
+
+    def _attach(self, item: Item) -> None:
+        if not self.stack:
+            self.root = item
+            return
+        frame = self.stack[-1]
+        parent = frame.item
+        parent.size += item.size
+        parent.height = max(parent.height, item.height + 1)
+        if isinstance(parent.value, list):
+            parent.value.append(item)
+        elif not frame.has_key:
+            frame.key, frame.has_key = item, True
+        else:
+            key, frame.has_key = frame.key, False
+            self._enter(frame, key, item)
+
+    def _enter(self, frame: _Open, key: Item | None, item: Item) -> None:
+        entries, keys = frame.item.value, frame.item.keys
+        if key is None or keys is None or not isinstance(entries, dict):
+            raise TypeError("only a map takes keys")
+        name = key.value
+        if name == "<<" and key.plain:
+            frame.merges.append(item)
+            return
+        if isinstance(name, bool) or not isinstance(name, str | int):
+            shown = "a list or map" if isinstance(name, list | dict) else key.source or "an empty text"
+            self._report(Code.KEY_NOT_TEXT, key, f"{shown} as a key", "write the key in quotes")
+            return
+        twin = keys.get(name) or keys.get(_other_form(name))
+        if twin is not None:
+            cause = f"the key {name!r} stands here twice; first on line {twin.line + 1}"
+            self._report(Code.DUPLICATE_KEY, key, cause, "remove or rename one")
+            return
+        entries[name] = item
+        keys[name] = key
+
+    def _merge(self, target: Item, source: Item) -> None:
+        """`<<: *a` or `<<: [*a, *b]`: keys written out win, then those of the map named first."""
+        for part in source.value if isinstance(source.value, list) else [source]:
+            if not isinstance(part.value, dict) or part.keys is None:
+                self._report(Code.BAD_ALIAS, part, "`<<` merges maps only", "name a map's anchor: `<<: *name`")
+                continue
+            for key, item in part.value.items():
+                if isinstance(target.value, dict) and target.keys is not None and key not in target.value:
+                    target.value[key] = item
+                    target.keys[key] = part.keys[key]
+
+    def _report(self, code: Code, item: Item, cause: str, cure: str) -> None:
+        place = _place(self.file, self.lines, item.line, item.column, item.end_line, item.end_column)
+        self.problems.add(code, place, cause, cure)
+
+    def _syntax(self, error: yaml.MarkedYAMLError) -> None:
+        mark = error.problem_mark or error.context_mark
+        if error.context_mark and mark and not "".join(self.lines[mark.line :]).strip():
+            mark = error.context_mark  # the file ended: show what was left open
+        line, column = (mark.line, mark.column) if mark else (0, 0)
+        text = self.lines[line] if line < len(self.lines) else ""
+        cause = error.problem or "this is not YAML"
+        if error.context:
+            cause = f"{error.context}, {cause}"
+        place = _place(self.file, self.lines, line, column, line, column + 1)
+        self.problems.add(Code.SYNTAX, place, cause, _syntax_cure(cause, text, column))
+
+
+def _other_form(name: Key) -> Key:
+    """`0` for `"0"` and the other way round: JSON, and so every key and record, cannot tell them apart."""
+    if isinstance(name, int):
+        return str(name)
+    return int(name) if _INTEGER.fullmatch(name) and len(name) < 20 and str(int(name, 0)) == name else name
+
+
+def _syntax_cure(cause: str, line: str, column: int) -> str:
+    if "\t" in line[: column + 1] and not line[:column].strip():
+        return "indent with spaces, not tabs"
+    if "${" in line and "expected ',' or" in cause:
+        return 'inside { } and [ ] write ${…} in quotes: "${…}"'
+    if "mapping values are not allowed" in cause:
+        return "put a text with ': ' in it into quotes, and check the indentation"
+    if "expected ',' or" in cause:
+        return "close the bracket, or put a comma between the values"
+    if "cannot start any token" in cause:
+        return "put the text in quotes"
+    if "could not find expected ':'" in cause:
+        return "write `key: value`"
+    return "check the indentation and brackets here and on the line above"

@@ -1,0 +1,1 @@
+"""What people and programs read: progress, plans, tables, records, the reference of the kinds."""

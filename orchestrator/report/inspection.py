@@ -1,0 +1,166 @@
+"""Looking back: what the store holds, what runs did, how two of them differ; and letting go, and checking."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from bigpipe.errors import BigpipeError, StageFailed
+from bigpipe.orchestrator.store import records
+from bigpipe.orchestrator.store.keys import Change, Identity, differences
+from bigpipe.orchestrator.store.records import RunDiff, RunRecord
+from bigpipe.orchestrator.store.store import Store, default_root
+from bigpipe.orchestrator.types import Json
+from bigpipe.sizes import format_size, format_transfer
+
+from .rendering import columns, metrics_line
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """One answer twice: for programs and for people; and what is wrong, if something is."""
+
+    data: Json
+    text: str
+    error: BigpipeError | None = None
+
+
+def open_store(store: str | Path | None) -> Store:
+    return Store(Path(store) if store else default_root())
+
+
+def list_store(*, store: str | Path | None = None) -> Answer:
+    opened = open_store(store)
+    entries, runs = opened.ls(), records.list_runs(opened.runs)
+    rows = [("artifact", "type", "size", "files", "node", "made", "")]
+    rows += [
+        (
+            entry.digest[7:19],
+            entry.type,
+            format_transfer(entry.bytes),
+            str(entry.files),
+            entry.node,
+            entry.created[:16].replace("T", " "),
+            "" if entry.present else "bytes dropped",
+        )
+        for entry in entries
+    ]
+    run_rows = [("run", "status", "seconds", "recipe")]
+    run_rows += [(run.run, run.status, f"{run.seconds:.1f}", run.recipe) for run in runs]
+    held = sum(entry.bytes - entry.referenced_bytes for entry in entries if entry.present)
+    parts = [
+        f"{opened.root}: {len(entries)} artifacts, {format_transfer(held)}",
+        columns(rows) if entries else "",
+        columns(run_rows) if runs else "no runs on record",
+    ]
+    data = {
+        "store": str(opened.root),
+        "artifacts": [{**asdict(entry), "path": str(entry.path)} for entry in entries],
+        "runs": [{"run": r.run, "status": r.status, "seconds": r.seconds, "recipe": r.recipe} for r in runs],
+    }
+    return Answer(data, "\n\n".join(part for part in parts if part))
+
+
+def show_run(run: str, *, store: str | Path | None = None) -> Answer:
+    record = records.load_run(open_store(store).runs, run)
+    head = [
+        f"run {record.run}: {record.status} in {record.seconds:.1f} s, started {record.started}",
+        f"{record.manifest} ({record.recipe})",
+        *(f"  {name} = {value}" for name, value in record.params.items()),
+    ]
+    return Answer(record.model_dump(mode="json"), "\n".join([*head, "", nodes_table(record)]))
+
+
+def nodes_table(record: RunRecord) -> str:
+    rows = [("node", "status", "seconds", "peak RAM", "result")]
+    for name, node in record.nodes.items():
+        ran = node.status == "succeeded"
+        rows.append(
+            (
+                name,
+                node.status,
+                f"{node.seconds:.1f}" if ran else "",
+                format_size(node.peak_rss) if ran and node.peak_rss else "",
+                node.error.partition("\n")[0] or metrics_line(node.metrics) or node.reason,
+            )
+        )
+    return columns(rows)
+
+
+def log_lines(run: str, node: str | None, store: str | Path | None = None) -> Iterator[str]:
+    """What the nodes of a run printed, each attempt under its own heading."""
+    for name, attempt, path in records.log_files(open_store(store).runs, run, node):
+        yield f"── {name}" + (f", attempt {attempt}" if attempt > 1 else "")
+        with path.open(encoding="utf-8", errors="replace") as lines:
+            for line in lines:
+                yield line.rstrip("\n")
+
+
+def diff_runs(run: str, other: str, *, store: str | Path | None = None) -> Answer:
+    opened = open_store(store)
+    one, two = records.load_run(opened.runs, run), records.load_run(opened.runs, other)
+    found = records.diff(one, two, _causes(opened, one, two))
+    data = {
+        "runs": list(found.runs),
+        "changes": [asdict(change) for change in found.changes],
+        "nodes": {name: [asdict(change) for change in changes] for name, changes in found.nodes.items()},
+    }
+    return Answer(data, _diff_text(found))
+
+
+def _causes(store: Store, one: RunRecord, two: RunRecord) -> Mapping[str, list[Change]]:
+    """Per node whose key differs, what of its identity does."""
+    causes = {}
+    for name in one.nodes.keys() & two.nodes.keys():
+        keys = one.nodes[name].key, two.nodes[name].key
+        before, after = (store.find(key) if key else None for key in keys)
+        if keys[0] != keys[1] and before and after:
+            now = Identity(**after.identity)
+            causes[name] = differences(before.identity, now, before.inputs, after.inputs)
+    return causes
+
+
+def _diff_text(found: RunDiff) -> str:
+    if found.same:
+        return f"runs {found.runs[0]} and {found.runs[1]} are the same"
+    lines = [_change_line(change) for change in found.changes]
+    for name, changes in found.nodes.items():
+        lines += [f"{name}:", *(f"  {_change_line(change)}" for change in changes)]
+    return "\n".join(lines)
+
+
+def _change_line(change: Change) -> str:
+    return f"{change.path} {_short(change.old)} → {_short(change.new)}"
+
+
+def _short(value: Json) -> str:
+    text = str(value)
+    return text[7:19] if text.startswith("sha256:") else text
+
+
+def collect_garbage(dry_run: bool, *, store: str | Path | None = None) -> Answer:
+    report = open_store(store).gc(dry_run=dry_run)
+    verb = "would free" if dry_run else "freed"
+    counts = Counter(item.kind for item in report.freed)
+    lines = [f"{item.kind} {item.name}  {format_transfer(item.bytes)}" for item in report.freed if item.bytes]
+    what = ", ".join(f"{count} {kind}s" for kind, count in counts.items()) or "nothing"
+    lines.append(f"{verb} {format_transfer(report.freed_bytes)}: {what}")
+    lines.append(f"kept {report.kept_artifacts} artifacts, {format_transfer(report.kept_bytes)}")
+    return Answer({**asdict(report), "freed_bytes": report.freed_bytes}, "\n".join(lines))
+
+
+def verify_store(repair: bool, *, store: str | Path | None = None) -> Answer:
+    opened = open_store(store)
+    report = opened.verify(repair=repair)
+    head = f"{report.artifacts} artifacts, {report.files} files, {format_size(report.bytes)} read"
+    lines = [head + (": all as recorded" if report.clean else f": {len(report.findings)} findings")]
+    for finding in report.findings:
+        detail = f" ({finding.detail})" if finding.detail else ""
+        lines.append(f"{finding.problem}: {finding.path}{detail}{', repaired' if finding.repaired else ''}")
+    data = {**asdict(report), "findings": [{**asdict(f), "path": str(f.path)} for f in report.findings]}
+    left = [finding for finding in report.findings if not finding.repaired]
+    cure = "bigpipe verify --repair sets them aside, and they are made again"
+    error = StageFailed(f"the store has {len(left)} findings", cure) if left else None
+    return Answer(data, "\n".join(lines), error)

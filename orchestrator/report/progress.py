@@ -1,0 +1,112 @@
+"""Counts of a running node as people read them: `71 % 18.3/25.7 GB 310 MB/s eta 0:24`."""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from bigpipe.orchestrator.events import Progress
+from bigpipe.sizes import format_transfer
+
+WINDOW_SECONDS = 10.0
+"""The rate is taken over this long: a shorter one jumps, a longer one lags."""
+
+
+@dataclass(frozen=True, slots=True)
+class Reading:
+    """One look at a node's progress."""
+
+    task: str
+    done: int
+    total: int | None
+    unit: str
+    rate: float | None
+    """Units a second; None while it is too early to tell."""
+
+    @property
+    def share(self) -> float | None:
+        """0 to 1; None where the total is unknown or zero."""
+        return min(1.0, self.done / self.total) if self.total else None
+
+    @property
+    def eta(self) -> float | None:
+        """Seconds left; None while unknown."""
+        if self.total is None or not self.rate or self.done >= self.total:
+            return None
+        return (self.total - self.done) / self.rate
+
+    def text(self, *, percent: bool = True) -> str:
+        parts = [self.task] if self.task else []
+        if percent and self.share is not None:
+            parts.append(f"{int(100 * self.share)} %")
+        parts.append(amount(self.done, self.total, self.unit))
+        if self.rate:
+            parts.append(f"{quantity(self.rate, self.unit)}/s")
+        if self.eta is not None:
+            parts.append(f"eta {duration(self.eta)}")
+        return " ".join(parts)
+
+
+@dataclass(slots=True)
+class Meter:
+    """Adds up the ranks of one node's current task and measures its rate."""
+
+    clock: Callable[[], float] = time.monotonic
+    _task: str | None = None
+    _ranks: dict[int, Progress] = field(default_factory=dict)
+    _samples: deque[tuple[float, int]] = field(default_factory=deque)
+
+    def update(self, event: Progress) -> Reading:
+        if event.task != self._task:
+            self._task = event.task
+            self._ranks.clear()
+            self._samples.clear()
+        self._ranks[event.rank] = event
+        done = sum(rank.done for rank in self._ranks.values())
+        totals = [rank.total for rank in self._ranks.values()]
+        total = None if None in totals else sum(number for number in totals if number is not None)
+        return Reading(event.task, done, total, event.unit, self._rate(done))
+
+    def _rate(self, done: int) -> float | None:
+        now = self.clock()
+        if self._samples and done < self._samples[-1][1]:
+            self._samples.clear()  # it started over
+        self._samples.append((now, done))
+        while len(self._samples) > 2 and now - self._samples[1][0] >= WINDOW_SECONDS:
+            self._samples.popleft()
+        since, before = self._samples[0]
+        return (done - before) / (now - since) if now - since >= 0.5 else None
+
+
+def amount(done: int, total: int | None, unit: str) -> str:
+    """`18.3/25.7 GB`, `3/5 prompts`: both in the unit of the larger."""
+    if total is None:
+        return quantity(done, unit)
+    if unit != "B":
+        return f"{done}/{total} {unit}".rstrip()
+    whole, scale = format_transfer(total).split()
+    factor = {"B": 0, "kB": 3, "MB": 6, "GB": 9, "TB": 12}[scale]
+    part = f"{done / 10**factor:.1f}" if factor else str(done)
+    return f"{part}/{whole} {scale}"
+
+
+def quantity(number: float, unit: str) -> str:
+    if unit == "B":
+        return format_transfer(number)
+    return f"{number:.0f} {unit}".rstrip() if number >= 10 else f"{number:.1f} {unit}".rstrip()
+
+
+def duration(seconds: float) -> str:
+    """`0:24`, `1:02:03`."""
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
+
+
+def elapsed(seconds: float) -> str:
+    """`0.42 s`, `12.3 s`, `1:02:03`."""
+    if seconds < 10:
+        return f"{seconds:.2f} s"
+    return f"{seconds:.1f} s" if seconds < 60 else duration(seconds)

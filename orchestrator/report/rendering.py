@@ -1,0 +1,231 @@
+"""Plans, reasons, graphs and results as text for people."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from itertools import islice
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from bigpipe.orchestrator.decision import Action
+from bigpipe.orchestrator.plan import Plan, PlannedNode, failed, machine_line
+from bigpipe.orchestrator.types import Json
+from bigpipe.sizes import format_size, format_transfer
+
+if TYPE_CHECKING:
+    from bigpipe.orchestrator.recipe.graph import Recipe
+    from bigpipe.orchestrator.result import RunResult
+
+
+def columns(rows: Sequence[tuple[str, ...]], gap: int = 2) -> str:
+    """Rows as left-aligned columns; the last one is not padded."""
+    if not rows:
+        return ""
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]) - 1)]
+    return "\n".join(
+        "".join(cell.ljust(width + gap) for cell, width in zip(row, widths, strict=False)) + row[-1] for row in rows
+    )
+
+
+def plan_text(plan: Plan, *, explain: bool = False) -> str:
+    rows = [(name, str(node.action), node_line(node)) for name, node in plan.nodes.items()]
+    lines = [columns(rows), ""]
+    if explain:
+        lines += _explanations(plan)
+    lines.append(totals(plan))
+    for name, planned in plan.nodes.items():
+        lines += [f"not known: {name}: {fact}" for fact in (planned.forecast.unknown if planned.forecast else ())]
+        if planned.pin_source:
+            pins = ", ".join(f"{field} = {value[:12]}" for field, value in planned.pins.items())
+            lines.append(f"{name}: {pins} from {planned.pin_source}")
+    lines.append(f"machine: {machine_line(plan.session.machine)}" if plan.to_run else "nothing to do")
+    return "\n".join(line for line in lines if line is not None)
+
+
+def totals(plan: Plan) -> str:
+    counts = {action: sum(node.action is action for node in plan.nodes.values()) for action in Action}
+    text = ", ".join(f"{count} {action}" for action, count in counts.items() if count)
+    if plan.to_run:
+        text += f"; {format_transfer(plan.download_bytes)} down, {format_transfer(plan.write_bytes)} written"
+        seconds = [p.forecast.seconds for p in plan.to_run if p.forecast]
+        if seconds and all(value is not None for value in seconds):
+            text += f", about {sum(value or 0 for value in seconds):.0f} s"
+    return text
+
+
+def node_line(planned: PlannedNode) -> str:
+    """One line: the reason, what it costs, its gates."""
+    if planned.action in (Action.CACHED, Action.SKIPPED):
+        return "; ".join([planned.decision.reason, *gate_lines(planned)]).strip("; ")
+    parts = [planned.decision.reason]
+    if forecast := planned.forecast:
+        if forecast.summary:
+            parts.append(forecast.summary)
+        costs = []
+        if forecast.download_bytes:
+            costs.append(f"{format_transfer(forecast.download_bytes)} down")
+        if forecast.write_bytes and not forecast.summary:
+            costs.append(f"{format_transfer(forecast.write_bytes)} written")
+        if forecast.ram:
+            costs.append(f"{format_size(forecast.ram)} RAM")
+        costs += [f"{format_size(size)} on GPU {index}" for index, size in forecast.vram.items()]
+        if costs:
+            parts.append(", ".join(costs))
+    return "; ".join([*parts, *gate_lines(planned)])
+
+
+def gate_lines(planned: PlannedNode) -> list[str]:
+    lines = []
+    for gate in planned.gates:
+        if gate.verdict is None:
+            lines.append(f"gate {gate.gate.text}: decided by the run")
+        else:
+            lines.append(f"gate {gate.gate.text}: {gate.verdict.left}{' FAILS' if failed(gate.verdict) else ''}")
+    return lines
+
+
+def _explanations(plan: Plan) -> list[str]:
+    lines = []
+    for name, planned in plan.nodes.items():
+        lines.append(f"{name}: key {planned.decision.key or 'not known yet'}")
+        for change in planned.decision.changes:
+            place = planned.node.places.get(change.path)
+            lines.append(f"    {change.path} {change.old} → {change.new}" + (f"   ({place})" if place else ""))
+        if planned.forecast:
+            lines += [f"    {key} = {value}" for key, value in sorted(planned.forecast.metrics.items())]
+    return [*lines, ""]
+
+
+def plan_json(plan: Plan) -> dict[str, Json]:
+    """`bigpipe.plan/1`."""
+    from bigpipe.orchestrator.machine import machine_as_json
+
+    return {
+        "schema": "bigpipe.plan/1",
+        "manifest": str(plan.session.recipe.path),
+        "machine": machine_as_json(plan.session.machine),
+        "fits": not plan.misfits,
+        "download_bytes": plan.download_bytes,
+        "write_bytes": plan.write_bytes,
+        "misfits": [{"node": name, "cause": m.cause, "cure": m.cure} for name, m in plan.misfits],
+        "nodes": {name: _planned_json(node) for name, node in plan.nodes.items()},
+    }
+
+
+def _planned_json(planned: PlannedNode) -> dict[str, Json]:
+    forecast, places = planned.forecast, planned.node.places
+    return {
+        "kind": planned.node.kind.kind,
+        "action": str(planned.action),
+        "reason": planned.decision.reason,
+        "key": planned.decision.key,
+        "pins": dict(planned.pins),
+        "changes": [
+            {"path": c.path, "old": c.old, "new": c.new, "place": str(places[c.path]) if c.path in places else None}
+            for c in planned.decision.changes
+        ],
+        "gates": [{"gate": g.gate.text, "passed": g.verdict.passed if g.verdict else None} for g in planned.gates],
+        "problem": planned.problem.cause if planned.problem else None,
+        "forecast": None
+        if forecast is None
+        else {
+            "download_bytes": forecast.download_bytes,
+            "write_bytes": forecast.write_bytes,
+            "ram": forecast.ram,
+            "vram": {str(index): size for index, size in forecast.vram.items()},
+            "seconds": forecast.seconds,
+            "metrics": dict(forecast.metrics),
+            "unknown": list(forecast.unknown),
+        },
+    }
+
+
+def why_text(answers: Mapping[str, Mapping[str, Json]]) -> str:
+    """Per node, each change as `params.batch 4 → 3   (opt.yaml:6:28)`."""
+    blocks = []
+    for name, answer in answers.items():
+        lines = [f"{name}: {answer['action']}" + (f" ({answer['reason']})" if answer["reason"] else "")]
+        for change in answer["changes"]:
+            place = f"   ({change['place'].rpartition('/')[2]})" if change["place"] else ""
+            lines.append(f"  {change['path']} {_value(change['old'])} → {_value(change['new'])}{place}")
+        lines += [f"  {other}: {reason}" for other, reason in answer["because_of"].items()]
+        blocks.append("\n".join(lines))
+    return "\n".join(blocks)
+
+
+def _value(value: Json) -> str:
+    text = "none" if value is None else str(value)
+    return text[7:19] if text.startswith("sha256:") else text
+
+
+def result_table(result: RunResult) -> str:
+    """The table at the end of a run: node, status, seconds, peak memory, what came out."""
+    rows = [("node", "status", "seconds", "peak RAM", "result")]
+    for name, state in result.nodes.items():
+        record = state.record
+        ran = str(state.status) == "succeeded"
+        rows.append(
+            (
+                name,
+                str(state.status),
+                f"{state.seconds:.1f}" if ran else "",
+                format_size(record.peak_rss) if ran and record and record.peak_rss else "",
+                metrics_line(record.metrics) if record else state.reason,
+            )
+        )
+    return columns(rows)
+
+
+def results_text(result: RunResult, limit: int = 5) -> str:
+    """What a run made, for the eye: the first lines of every `results` artifact, then the table of nodes."""
+    parts = []
+    for name, state in result.nodes.items():
+        path = result.path(name) if state.node.kind.output == "results" else None
+        if path is not None and (lines := result_lines(path / "results.jsonl", limit)):
+            parts.append("\n".join([f"{name}:", *lines]))
+    return "\n\n".join([*parts, result_table(result)])
+
+
+def result_lines(path: Path, limit: int) -> list[str]:
+    """`prompt → text`, one line each, of a results file."""
+    if not path.is_file():
+        return []
+    with path.open(encoding="utf-8") as lines:
+        rows = [json.loads(line) for line in islice(lines, limit)]
+    return [f"  {_flat(row.get('prompt'))} → {_flat(row.get('text', row.get('error', row)))}" for row in rows]
+
+
+def _flat(value: Json, limit: int = 100) -> str:
+    text = " ".join((value if isinstance(value, str) else json.dumps(value)).split())
+    return text if len(text) <= limit else text[: limit - 1] + "…"
+
+
+def metrics_line(metrics: Mapping[str, Json], limit: int = 72) -> str:
+    """The scalar metrics as `shards 3, bytes 25.7 GB`."""
+    parts = []
+    for key, value in metrics.items():
+        if isinstance(value, bool | str) or value is None or isinstance(value, Mapping | list):
+            continue
+        shown = format_transfer(value) if "bytes" in key else f"{value:.4g}" if isinstance(value, float) else str(value)
+        parts.append(f"{key} {shown}")
+    text = ", ".join(parts)
+    return text if len(text) <= limit else text[: limit - 1] + "…"
+
+
+def graph_text(recipe: Recipe, form: str = "text") -> str:
+    """The graph as indented text, mermaid or dot."""
+    edges = list(recipe.graph.edges)
+    if form == "mermaid":
+        ids = {name: f"n{index}" for index, name in enumerate(recipe.nodes)}
+        lines = [f'    {ids[name]}["{name}"]' for name in recipe.nodes]
+        return "\n".join(["graph TD", *lines, *(f"    {ids[a]} --> {ids[b]}" for a, b in edges)])
+    if form == "dot":
+        lines = [f'    "{name}" [label="{name}\\n{node.kind.kind}"];' for name, node in recipe.nodes.items()]
+        return "\n".join(["digraph recipe {", *lines, *(f'    "{a}" -> "{b}";' for a, b in edges), "}"])
+    rows = []
+    for name, node in recipe.nodes.items():
+        wires = [f"{port}: {', '.join(names)}" for port, names in node.inputs.items()]
+        wires += [f"needs: {', '.join(node.needs)}"] if node.needs else []
+        rows.append((name, node.kind.kind, "; ".join(wires)))
+    return columns(rows)

@@ -1,0 +1,214 @@
+"""Who a run talks to: a terminal, a plain stream, a file of JSON lines. All of them write to what they are given and
+close what they opened; use them in a `with`."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from pathlib import Path
+from types import TracebackType
+from typing import Self, TextIO
+
+from bigpipe.errors import BigpipeError, ManifestError, Place
+from bigpipe.orchestrator.events import (
+    Event,
+    LogLine,
+    NodeFinished,
+    NodeRetried,
+    NodeStarted,
+    Progress,
+    Reporter,
+    RunFinished,
+    RunStarted,
+)
+from bigpipe.orchestrator.launch.redaction import Redactor
+from bigpipe.sizes import format_size
+
+from .progress import Meter, elapsed
+
+LINE_SHARE = 0.1
+LINE_SECONDS = 30.0
+"""A plain line whenever progress has gone this share further, or this long after the last."""
+MARKS = {"succeeded": "✓", "cached": "·", "failed": "✗", "skipped": "-"}
+
+
+class BaseReporter:
+    """A reporter that closes with its `with`."""
+
+    def report(self, event: Event) -> None:
+        raise NotImplementedError
+
+    def close(self) -> None:
+        pass
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+@dataclass(slots=True)
+class Counter:
+    """`[1/5]`: a node's place among the nodes of the run."""
+
+    places: dict[str, int] = field(default_factory=dict)
+
+    def start(self, nodes: Iterable[str]) -> None:
+        self.places = {node: number for number, node in enumerate(nodes, 1)}
+
+    def label(self, node: str) -> str:
+        number = self.places.get(node)
+        if number is None:
+            return node
+        width = len(str(len(self.places)))
+        return f"[{number:{width}d}/{len(self.places)}] {node}"
+
+
+class PlainReporter(BaseReporter):
+    """Lines for logs and pipes: a node's start and end, and now and then how far it is."""
+
+    def __init__(self, stream: TextIO, clock: Callable[[], float] = time.monotonic) -> None:
+        self._stream = stream
+        self._clock = clock
+        self._counter = Counter()
+        self._meters: dict[str, Meter] = {}
+        self._said: dict[str, tuple[float, str, int]] = {}
+        """Node → when its last line was, of which task, at how many tenths."""
+
+    def report(self, event: Event) -> None:
+        match event:
+            case RunStarted():
+                self._counter.start(event.nodes)
+            case NodeStarted():
+                self._meters[event.node] = Meter(self._clock)
+                self._said[event.node] = (self._clock(), "", 0)
+                self._write(event.node, "started" + (f" ({event.reason})" if event.reason else ""))
+            case Progress():
+                self._progress(event)
+            case LogLine(detail=False):
+                self._write(event.node, event.line)
+            case NodeRetried():
+                self._write(event.node, retried_text(event))
+            case NodeFinished():
+                self._write(event.node, finished_text(event))
+            case RunFinished():
+                self._print(f"run {event.run} {event.status} in {elapsed(event.seconds)}")
+
+    def _progress(self, event: Progress) -> None:
+        reading = self._meters.setdefault(event.node, Meter(self._clock)).update(event)
+        now = self._clock()
+        since, task, before = self._said.get(event.node, (now, "", 0))
+        # The small term: 0.3 / 0.1 is below 3.
+        step = int((reading.share or 0.0) / LINE_SHARE + 1e-9)
+        if step > (before if task == reading.task else 0) or now - since >= LINE_SECONDS:
+            self._said[event.node] = (now, reading.task, step)
+            self._write(event.node, reading.text())
+
+    def _write(self, node: str, text: str) -> None:
+        self._print(f"{self._counter.label(node)}: {text}")
+
+    def _print(self, line: str) -> None:
+        self._stream.write(line + "\n")
+        self._stream.flush()
+
+
+class JsonlReporter(BaseReporter):
+    """Appends every event as one JSON line with its time (ISO 8601, UTC)."""
+
+    def __init__(self, path: Path) -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self._file = path.open("a", encoding="utf-8", buffering=1)
+
+    def report(self, event: Event) -> None:
+        now = datetime.now(UTC).isoformat(timespec="milliseconds")
+        self._file.write(json.dumps({"time": now, **event.as_json()}, default=str, ensure_ascii=False) + "\n")
+
+    def close(self) -> None:
+        self._file.close()
+
+
+class Tee(BaseReporter):
+    """Passes every event on to all, with the given secrets masked."""
+
+    def __init__(self, *reporters: Reporter, secrets: Iterable[str] = ()) -> None:
+        self._reporters = reporters
+        self._redactor = Redactor(secrets)
+
+    def report(self, event: Event) -> None:
+        event = self._redactor.event(event)
+        for reporter in self._reporters:
+            reporter.report(event)
+
+    def close(self) -> None:
+        for reporter in self._reporters:
+            if isinstance(reporter, BaseReporter):
+                reporter.close()
+
+
+def choose_reporter(
+    stream: TextIO,
+    *,
+    events: Path | None = None,
+    environment: Mapping[str, str] | None = None,
+    secrets: Iterable[str] = (),
+) -> Tee:
+    """Live bars where `stream` is a terminal that can draw them, else plain lines; with `events`, also a file."""
+    environment = os.environ if environment is None else environment
+    reporters: list[Reporter] = []
+    if stream.isatty() and environment.get("TERM", "") not in ("dumb", "unknown"):
+        from .terminal import RichReporter
+
+        reporters.append(RichReporter(stream, environment=environment))
+    else:
+        reporters.append(PlainReporter(stream))
+    if events is not None:
+        reporters.append(JsonlReporter(events))
+    return Tee(*reporters, secrets=secrets)
+
+
+def finished_text(event: NodeFinished) -> str:
+    """`✓ succeeded in 12.3 s, peak 240.0 MiB`; what went wrong is on further lines."""
+    text = f"{MARKS.get(event.status, ' ')} {event.status}"
+    if event.status == "succeeded" or event.seconds >= 0.01:
+        text += f" in {elapsed(event.seconds)}"
+    if event.status == "succeeded" and event.peak_rss:
+        text += f", peak {format_size(event.peak_rss)}"
+    if event.status == "failed" and event.error:
+        text += f": {event.error}"
+    elif event.status == "skipped" and event.reason:
+        text += f" ({event.reason})"
+    return text
+
+
+def retried_text(event: NodeRetried) -> str:
+    return f"attempt {event.attempt} in {event.wait_seconds:.1f} s: {event.cause}"
+
+
+def error_text(error: BigpipeError, environment: Mapping[str, str]) -> str:
+    """An error as a command prints it. Under GITHUB_ACTIONS each placed one is also an annotation of its line."""
+    if isinstance(error, ManifestError):
+        lines = [str(error)]
+        places = [(problem.place, f"{problem.cause}; {problem.cure}".rstrip("; ")) for problem in error.problems]
+    else:
+        lines = [f"error: {error}"]
+        places = [(error.place, f"{error.cause}\n{error.cure}".rstrip())] if error.place else []
+    if environment.get("GITHUB_ACTIONS") == "true":
+        lines += [annotation(place, message) for place, message in places]
+    return "\n".join(lines)
+
+
+def annotation(place: Place, message: str) -> str:
+    """GitHub's workflow command for an error at a place; newlines and separators escaped as its runner undoes them."""
+    file = _escape(place.file).replace(":", "%3A").replace(",", "%2C")
+    return f"::error file={file},line={place.line},col={place.column}::{_escape(message)}"
+
+
+def _escape(text: str) -> str:
+    return text.replace("%", "%25").replace("\r", "%0D").replace("\n", "%0A")

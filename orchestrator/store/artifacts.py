@@ -1,0 +1,217 @@
+"""Artifacts on disk: what a tree holds, whether its bytes are still those, and the tree of links itself."""
+
+from __future__ import annotations
+
+import os
+import stat
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from bigpipe.orchestrator.types import Json
+
+from .durable import (
+    PRIVATE,
+    Damaged,
+    explained,
+    make_directory,
+    read_sealed,
+    seal,
+    sync_directory,
+    write_atomically,
+)
+from .hashing import digest_of, hash_descriptor
+from .layout import Layout
+from .memo import Fingerprint, fingerprint
+
+STILL = 946_684_800 * 10**9
+"""The mtime (ns) every object gets: the year 2000. Whoever writes to an object changes it, whatever the clock says and
+however soon after publishing; a time of publishing could equal the time of a write in the same tick."""
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """One file of an artifact, and what `stat` said when its bytes were last known to be right."""
+
+    sha256: str
+    facts: Fingerprint
+    reference: str | None = None
+    """Absolute path of a file that is not ours; None for an object."""
+
+    @property
+    def size(self) -> int:
+        return self.facts[0]
+
+    def path(self, layout: Layout) -> str:
+        return f"{layout.object_folder}/{self.sha256}" if self.reference is None else self.reference
+
+
+@dataclass(frozen=True, slots=True)
+class Artifact:
+    digest: str
+    type: str
+    files: Mapping[str, Entry]
+    dropped: bool = False
+    """Its bytes were let go on purpose (`cache: false`)."""
+
+    def as_json(self) -> Json:
+        files = {name: [entry.sha256, *entry.facts, entry.reference] for name, entry in self.files.items()}
+        return {"digest": self.digest, "type": self.type, "dropped": self.dropped, "files": files}
+
+
+def artifact_digest(files: Mapping[str, tuple[str, int]]) -> str:
+    """`sha256:…` of the sorted (relative path, sha256, size) of all files of a tree."""
+    return digest_of("artifact", [[name, *files[name]] for name in sorted(files)])
+
+
+def load_artifact(layout: Layout, digest: str) -> Artifact | None:
+    """What is recorded of a tree; None where nothing is. A damaged record goes to quarantine. Raises BigpipeError."""
+    path = layout.artifact(digest)
+    with explained(path):
+        try:
+            artifact = _artifact(read_sealed(path))
+            if digest == artifact.digest:
+                return artifact
+        except (FileNotFoundError, NotADirectoryError):
+            return None
+        except (Damaged, ValueError, TypeError, KeyError):
+            pass
+        layout.set_aside(path)
+    return None
+
+
+def _artifact(data: Json) -> Artifact:
+    files = {
+        name: Entry(sha256, (size, mtime, inode, ctime), reference)
+        for name, (sha256, size, mtime, inode, ctime, reference) in data["files"].items()
+    }
+    return Artifact(data["digest"], data["type"], files, data["dropped"])
+
+
+def save_artifact(layout: Layout, artifact: Artifact) -> None:
+    make_directory(layout.artifacts)
+    write_atomically(layout.artifact(artifact.digest), seal(artifact.as_json()))
+
+
+# What became of a file since it was recorded.
+MISSING, DAMAGED = "missing", "damaged"
+
+
+def examine(
+    layout: Layout, entry: Entry, *, thorough: bool = False, progress: Callable[[int], None] | None = None
+) -> Entry | str:
+    """The entry as it is now, its facts brought up to date where the bytes were read and right; MISSING or DAMAGED.
+
+    The bytes are read where size, mtime, inode or ctime are not those recorded, or if `thorough`. An I/O error is
+    raised as the OSError it is.
+    """
+    path = entry.path(layout)
+    try:
+        facts = os.lstat(path) if entry.reference is None else os.stat(path)
+    except (FileNotFoundError, NotADirectoryError):
+        return MISSING
+    if not stat.S_ISREG(facts.st_mode) or facts.st_size != entry.size:
+        return DAMAGED
+    if fingerprint(facts) == entry.facts and not thorough:
+        return entry
+    return _reexamine(path, entry, progress)
+
+
+def _reexamine(path: str, entry: Entry, progress: Callable[[int], None] | None) -> Entry | str:
+    try:
+        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+    except FileNotFoundError:
+        return MISSING
+    try:
+        before = os.fstat(descriptor)
+        if hash_descriptor(descriptor, progress) != entry.sha256:
+            return DAMAGED
+        # Were it written to meanwhile, the facts from before will not match the next time.
+        return replace(entry, facts=fingerprint(before)) if before.st_size == entry.size else DAMAGED
+    finally:
+        os.close(descriptor)
+
+
+def link_target(name: str, entry: Entry) -> str:
+    """Where the link of a tree's file leads. Links to objects are relative, so that a store can be moved."""
+    if entry.reference is not None:
+        return entry.reference
+    return "../" * (name.count("/") + 2) + f"objects/{entry.sha256}"
+
+
+def tree_is_whole(layout: Layout, artifact: Artifact) -> bool:
+    """Does the tree hold exactly the links it must, and nothing else?"""
+    tree = os.fspath(layout.tree(artifact.digest))
+    found = 0
+    pending = [""]
+    try:
+        while pending:
+            prefix = pending.pop()
+            with os.scandir(f"{tree}/{prefix}") as items:
+                for item in items:
+                    name = prefix + item.name
+                    if item.is_dir(follow_symlinks=False):
+                        pending.append(name + "/")
+                        continue
+                    entry = artifact.files.get(name)
+                    if entry is None or not item.is_symlink() or os.readlink(item.path) != link_target(name, entry):
+                        return False
+                    found += 1
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+    return found == len(artifact.files)
+
+
+def place_tree(layout: Layout, artifact: Artifact, partial: Path) -> None:
+    """Makes the tree of links durably: built at `partial`, renamed to its place. A tree that is whole stays."""
+    if tree_is_whole(layout, artifact):
+        sync_directory(layout.artifacts)  # whoever made it may not have come that far
+        return
+    partial.mkdir(mode=PRIVATE)
+    folders = {partial}
+    for name, entry in artifact.files.items():
+        link = partial / name
+        link.parent.mkdir(mode=PRIVATE, parents=True, exist_ok=True)
+        folders.update(parent for parent in link.parents if parent.is_relative_to(partial))
+        link.symlink_to(link_target(name, entry))
+    for folder in folders:
+        sync_directory(folder)
+    make_directory(layout.artifacts)
+    _swap_in(layout, artifact, partial)
+    sync_directory(layout.artifacts)
+
+
+def _swap_in(layout: Layout, artifact: Artifact, partial: Path) -> None:
+    tree = layout.tree(artifact.digest)
+    while True:
+        try:
+            partial.rename(tree)
+        except OSError:
+            if not os.path.lexists(tree):
+                raise
+            if tree_is_whole(layout, artifact):  # another process was faster
+                remove_tree(partial)
+                return
+            layout.set_aside(tree)
+        else:
+            return
+
+
+def remove_tree(path: Path) -> None:
+    """Removes a file or a directory with all it holds; what links lead to stays. Gone already is fine."""
+    if path.is_dir() and not path.is_symlink():
+        for place, folders, names in os.walk(path, topdown=False):
+            for name in names:
+                _remove(os.unlink, os.path.join(place, name))
+            for name in folders:
+                inner = os.path.join(place, name)
+                _remove(os.unlink if os.path.islink(inner) else os.rmdir, inner)
+        _remove(os.rmdir, path)
+    else:
+        _remove(os.unlink, path)
+
+
+def _remove(function: Callable[[str | Path], None], path: str | Path) -> None:
+    with suppress(FileNotFoundError):
+        function(path)

@@ -1,0 +1,226 @@
+"""What the params of a node say, with every path replaced by the content it leads to.
+
+A field marked `ContentField` enters the key by content: a renamed or moved file, or another checkout of the same
+repository, gives the same key; a changed byte gives another one.
+"""
+
+from __future__ import annotations
+
+import glob
+import math
+import os
+import re
+import sys
+from collections.abc import Callable, Mapping
+from functools import cache
+from importlib.machinery import PathFinder
+from importlib.util import find_spec
+from pathlib import Path
+from types import UnionType
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
+
+from pydantic import BaseModel
+from pydantic_core import to_jsonable_python
+
+from bigpipe.errors import UsageError
+from bigpipe.orchestrator.stage import ContentField, Params
+from bigpipe.orchestrator.types import Json
+
+from .hashing import canonical, digest_of
+from .memo import StatMemo
+
+__all__ = ["StatMemo", "content_params"]
+
+NO_CONTENT = frozenset({".git", ".cache", "__pycache__"})
+"""Directories of a tree that hold what tools noted down, not what the tree is."""
+_CODE = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_][\w.]*")
+
+
+def content_params(params: Params, base: Path, memo: StatMemo) -> dict[str, Json]:
+    """The params in full as canonical JSON values: sizes as ints, keys of maps as strings, sets sorted.
+
+    Fields typed as content become strings:
+      file: `sha256:…` and the file's suffix (which says how it is read); of a glob, one digest over all in path order.
+      tree: `sha256:…` of the sorted (relative path, sha256) of its files, but for `.git`, `.cache` and `__pycache__`.
+      code: `module:name@sha256:…`, over all Python files of its top-level package (nothing is imported).
+    A value of such a field that is not a string, or stands in the type as a literal, is taken as it is.
+
+    Raises UsageError naming the field, where a path leads nowhere or a number is not finite.
+    """
+    return _Walk(base, memo).model(params, "")
+
+
+class _Walk:
+    def __init__(self, base: Path, memo: StatMemo) -> None:
+        self.base = base
+        self.memo = memo
+
+    def model(self, value: BaseModel, where: str) -> dict[str, Json]:
+        prefix = f"{where}." if where else ""
+        content = {
+            written: self.value(getattr(value, name), arms, prefix + written)
+            for name, written, arms in _fields(type(value))
+        }
+        for name, extra in (value.model_extra or {}).items():
+            content[name] = self.value(extra, (), prefix + name)
+        return content
+
+    def value(self, value: Any, arms: tuple[_Arm, ...], where: str) -> Json:
+        if isinstance(value, BaseModel):
+            return self.model(value, where)
+        if isinstance(value, str):
+            return self.text(value, arms, where)
+        if isinstance(value, Mapping):
+            items = _inner(arms, dict, -1)
+            return {_key(key): self.value(item, items, f"{where}.{_key(key)}") for key, item in value.items()}
+        if isinstance(value, list | tuple):
+            items = _inner(arms, list, 0)
+            return [self.value(item, items, f"{where}[{index}]") for index, item in enumerate(value)]
+        if isinstance(value, set | frozenset):
+            items = _inner(arms, list, 0)
+            return sorted((self.value(item, items, where) for item in value), key=canonical)
+        if isinstance(value, float) and not math.isfinite(value):
+            raise UsageError(f"{where} is {value}, which no result can be named by", "write a finite number")
+        return value if value is None or isinstance(value, bool | int | float) else to_jsonable_python(value)
+
+    def text(self, value: str, arms: tuple[_Arm, ...], where: str) -> str:
+        marker = next((arm.content for arm in arms if arm.content), None)
+        literal = any(get_origin(arm.type) is Literal and value in get_args(arm.type) for arm in arms)
+        if marker is None or literal:
+            return str(to_jsonable_python(value))
+        readers: Mapping[str, Callable[[str, str], str]] = {"file": self.file, "tree": self.tree, "code": self.code}
+        try:
+            return readers[marker.kind](value, where)
+        except OSError as error:
+            raise UsageError(
+                f"{where}: {value} cannot be read: {error.strerror or error}",
+                f"relative paths start at {self.base}",
+            ) from error
+
+    def file(self, value: str, where: str) -> str:
+        path = self.base / value
+        if path.is_file():
+            return f"sha256:{self.memo.sha256(path)}{path.suffix.lower()}"
+        if path.is_dir():
+            raise UsageError(f"{where}: {value} is a directory, not a file", f"name a file in it, or write {value}/*")
+        found = self.matches(value)
+        if not found:
+            raise UsageError(f"{where}: there is no file {value}", f"relative paths start at {self.base}")
+        return digest_of("files", [[Path(name).suffix.lower(), self.memo.sha256(self.base / name)] for name in found])
+
+    def matches(self, pattern: str) -> list[str]:
+        if not glob.has_magic(pattern):
+            return []
+        names = glob.glob(pattern, root_dir=self.base, recursive=True)
+        return sorted(name for name in names if (self.base / name).is_file())
+
+    def tree(self, value: str, where: str) -> str:
+        path = self.base / value
+        if not path.is_dir():
+            cause = "is a file, not a directory" if path.exists() else "is not there"
+            raise UsageError(f"{where}: the directory {value} {cause}", f"relative paths start at {self.base}")
+        return digest_of("tree", [[name, self.memo.sha256(path / name)] for name in _files(path)])
+
+    def code(self, value: str, where: str) -> str:
+        if not _CODE.fullmatch(value):
+            return value  # the name of something built in, in a field that takes either
+        top = value.partition(":")[0].partition(".")[0]
+        sources = _sources(top, self.base)
+        if not sources:
+            raise UsageError(
+                f"{where}: there is no Python source of a module {top!r}",
+                f"put {top}.py or {top}/ into {self.base}, or install it beside bigpipe",
+            )
+        return f"{value}@{digest_of('code', [[name, self.memo.sha256(path)] for name, path in sources])}"
+
+
+class _Arm:
+    """One member of a union, with the content marker that holds for it."""
+
+    __slots__ = ("content", "type")
+
+    def __init__(self, annotation: Any, content: ContentField | None) -> None:
+        self.type = annotation
+        self.content = content
+
+
+def _arms(annotation: Any, metadata: tuple[Any, ...]) -> tuple[_Arm, ...]:
+    """The members of a (nested, annotated, aliased) union."""
+    content = next((item for item in metadata if isinstance(item, ContentField)), None)
+    annotation = getattr(annotation, "__value__", annotation)  # `type X = …`
+    origin = get_origin(annotation)
+    if origin is Annotated:
+        return _arms(annotation.__origin__, (*annotation.__metadata__, *metadata))
+    if origin in (Union, UnionType):
+        inherited = (content,) if content else ()
+        return tuple(arm for member in get_args(annotation) for arm in _arms(member, inherited))
+    return (_Arm(annotation, content),)
+
+
+@cache
+def _fields(model: type[BaseModel]) -> list[tuple[str, str, tuple[_Arm, ...]]]:
+    """Per field: its name, its name as people write it, what its value may be."""
+    return [
+        (name, field.alias or name, _arms(field.annotation, tuple(field.metadata)))
+        for name, field in model.model_fields.items()
+    ]
+
+
+def _inner(arms: tuple[_Arm, ...], shape: type, position: int) -> tuple[_Arm, ...]:
+    """What the items of those members that are lists (or maps) may be."""
+    kinds: tuple[type, ...] = (dict, Mapping) if shape is dict else (list, tuple, set, frozenset)
+    members = []
+    for arm in arms:
+        origin = get_origin(arm.type)
+        if isinstance(origin, type) and (issubclass(origin, kinds) or (shape is list and _is_sequence(origin))):
+            arguments = [item for item in get_args(arm.type) if item is not Ellipsis]
+            members.extend(arguments[position:] if shape is dict else arguments)
+    return tuple(arm for member in members for arm in _arms(member, ()))
+
+
+def _is_sequence(origin: type) -> bool:
+    return origin.__name__ in ("Sequence", "Iterable", "Collection", "Set")
+
+
+def _key(key: Any) -> str:
+    return key if type(key) is str else str(to_jsonable_python({key: None}).popitem()[0])
+
+
+def _files(folder: Path) -> list[str]:
+    """The relative paths of all files below a directory, sorted; links are followed, a second way in is not taken."""
+    found = []
+    seen = set()
+    for place, folders, names in os.walk(folder, onerror=_raise, followlinks=True):
+        seen.add(os.path.realpath(place))
+        folders[:] = sorted(
+            name
+            for name in folders
+            if name not in NO_CONTENT and os.path.realpath(os.path.join(place, name)) not in seen
+        )
+        found += [os.path.relpath(os.path.join(place, name), folder) for name in names]
+    return sorted(found)
+
+
+def _raise(error: OSError) -> None:
+    raise error
+
+
+def _locations(top: str, base: Path) -> tuple[Path, ...]:
+    """Where a top-level module's source lies: one file, or the directories of a package."""
+    spec = PathFinder.find_spec(top, [str(base), *sys.path]) or find_spec(top)
+    if spec is None:
+        return ()
+    if spec.submodule_search_locations is not None:
+        return tuple(Path(place) for place in spec.submodule_search_locations)
+    return (Path(spec.origin),) if spec.origin and spec.has_location else ()
+
+
+def _sources(top: str, base: Path) -> list[tuple[str, Path]]:
+    """(Relative path, path) of the Python files of a top-level module or package, sorted."""
+    found = []
+    for place in _locations(top, base):
+        if place.is_dir():
+            found += [(name, place / name) for name in _files(place) if name.endswith(".py")]
+        elif place.suffix == ".py":
+            found.append((place.name, place))
+    return sorted(found)

@@ -1,0 +1,154 @@
+"""What a computation is named by: everything its bytes depend on, and nothing else.
+
+key = sha256 of the kind and its version, the params in full (paths by content, floating values pinned), `env`, the
+versions of the packages the kind names, its facts about the machine, and the digests of its inputs per port.
+Not in it: launch, resources, retries, timeout, gates, on_fail, needs, cache, when, secrets.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, fields
+from functools import cached_property, lru_cache
+from pathlib import Path
+from typing import Any, Protocol
+
+from bigpipe.errors import UsageError
+from bigpipe.orchestrator.stage import Params, Stage
+from bigpipe.orchestrator.types import Json, Machine
+
+from .content import content_params
+from .hashing import digest_of
+from .memo import StatMemo
+
+ABSENT = "(absent)"
+"""Stands in a `Change` for a value that is not there on one side."""
+
+
+class Computation(Protocol):
+    """What `identity` reads of a node."""
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def kind(self) -> Stage[Any]: ...
+    @property
+    def params(self) -> Params: ...
+    @property
+    def env(self) -> Mapping[str, str]: ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class Identity:
+    """All that names a computation besides its inputs."""
+
+    kind: str
+    version: int
+    params: Mapping[str, Json]
+    env: Mapping[str, str] = field(default_factory=dict)
+    packages: Mapping[str, str | None] = field(default_factory=dict)
+    facts: Mapping[str, Json] = field(default_factory=dict)
+
+    @cached_property
+    def as_json(self) -> dict[str, Json]:
+        return {item.name: getattr(self, item.name) for item in fields(self)}
+
+    @cached_property
+    def partial(self) -> str:
+        """The digest of everything but the inputs."""
+        return digest_of("computation", self.as_json)
+
+    def key(self, inputs: Mapping[str, Sequence[str]]) -> str:
+        """The name of this computation over inputs with these digests, per port in the order they are wired."""
+        return digest_of("key", [self.partial, {port: list(digests) for port, digests in inputs.items() if digests}])
+
+
+@dataclass(frozen=True, slots=True)
+class Change:
+    """One value that differs: its path (`params.scheme`, `inputs.model`, `packages.torch`), before and now."""
+
+    path: str
+    old: Json
+    new: Json
+
+
+def identity(
+    node: Computation, *, base: Path, memo: StatMemo, machine: Machine, pins: Mapping[str, str] | None = None
+) -> Identity:
+    """The identity of a node on this machine. `base` is the manifest's directory, `pins` what the kind's `pin` gave.
+
+    Raises UsageError where a file the params name is not there.
+    """
+    kind = node.kind
+    params = content_params(node.params, base, memo)
+    for path, value in (pins or {}).items():
+        _pin(params, path, value)
+    return Identity(
+        kind=kind.kind,
+        version=kind.version,
+        params=params,
+        env=dict(node.env),
+        packages={name: _package_version(name) for name in kind.packages},
+        facts=dict(kind.facts(node.params, machine)) if kind.facts else {},
+    )
+
+
+def _pin(params: dict[str, Json], path: str, value: str) -> None:
+    *parents, last = path.split(".")
+    place: Json = params
+    for name in parents:
+        place = place.get(name) if isinstance(place, dict) else None
+    if not isinstance(place, dict) or last not in place:
+        raise UsageError(f"a pin names the field {path}, which the params do not have", "correct the kind's `pin`")
+    place[last] = value
+
+
+@lru_cache(maxsize=64)
+def _package_version(name: str) -> str | None:
+    from importlib.metadata import PackageNotFoundError, version
+
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return None
+
+
+def differences(
+    old: Mapping[str, Json],
+    new: Identity | Mapping[str, Json],
+    old_inputs: Mapping[str, Sequence[str]],
+    new_inputs: Mapping[str, Sequence[str] | None],
+) -> list[Change]:
+    """What made the key change, in the order a reader looks: kind, version, params, inputs, env, packages, facts.
+
+    `old` is `Identity.as_json` as recorded. A port of `new_inputs` that is None is not known yet, and not compared.
+    """
+    now = new.as_json if isinstance(new, Identity) else new
+    changes = [
+        change for name in ("kind", "version", "params") for change in changed(name, old.get(name), now.get(name))
+    ]
+    for port in sorted(old_inputs.keys() | new_inputs.keys()):
+        before, after = old_inputs.get(port, ()), new_inputs.get(port, ())
+        if after is not None:
+            changes += _changed_input(f"inputs.{port}", list(before), list(after))
+    for name in ("env", "packages", "facts"):
+        changes += changed(name, old.get(name, {}), now.get(name, {}))
+    return changes
+
+
+def _changed_input(path: str, old: list[str], new: list[str]) -> Iterator[Change]:
+    if len(old) <= 1 and len(new) <= 1:
+        yield from changed(path, old[0] if old else ABSENT, new[0] if new else ABSENT)
+    elif len(old) == len(new):
+        for index, (before, after) in enumerate(zip(old, new, strict=True)):
+            yield from changed(f"{path}[{index}]", before, after)
+    else:
+        yield Change(path, old, new)
+
+
+def changed(path: str, old: Json, new: Json) -> Iterator[Change]:
+    if isinstance(old, Mapping) and isinstance(new, Mapping):
+        for name in sorted(old.keys() | new.keys()):
+            yield from changed(f"{path}.{name}", old.get(name, ABSENT), new.get(name, ABSENT))
+    elif type(old) is not type(new) or old != new:
+        yield Change(path, old, new)

@@ -1,0 +1,268 @@
+"""What happened in a run: `<store>/runs/<id>/`.
+
+run.json                  the record: what ran, what it was, how it ended; replaced at once as nodes end
+events.jsonl              every event
+nodes/NODE/ATTEMPT/       what the launcher left: log.txt, job.json, rank-N.json, hello files
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import suppress
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import IO, Any, Protocol
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from bigpipe.errors import UsageError
+from bigpipe.orchestrator.events import Event, LogLine, NodeFinished, NodeStarted, Progress, RunFinished, RunStarted
+from bigpipe.orchestrator.types import Json
+
+from .durable import explained, make_directory, write_atomically
+from .keys import Change, changed
+
+LAST = "last"
+"""Names the newest run wherever an id is asked for."""
+SAVE_SECONDS = 1.0
+"""Nodes that end quickly one after the other share one writing of the record."""
+
+
+def new_run_id(now: datetime | None = None) -> str:
+    """`20260103-174500-3f9a2c`: sorts by time as far as the clock can be trusted, and is unique without it."""
+    return f"{now or datetime.now(UTC):%Y%m%d-%H%M%S}-{os.urandom(3).hex()}"
+
+
+class NodeRun(BaseModel):
+    """One node in a run. Seconds, bytes."""
+
+    model_config = ConfigDict(extra="ignore")
+
+    status: str = "pending"
+    key: str | None = None
+    digest: str | None = None
+    path: str | None = None
+    seconds: float = 0.0
+    peak_rss: int | None = None
+    metrics: dict[str, Any] = Field(default_factory=dict)
+    reason: str = ""
+    error: str = ""
+
+
+class RunRecord(BaseModel):
+    """A run as it is on disk, readable while it goes on."""
+
+    model_config = ConfigDict(extra="ignore")
+
+    run: str
+    manifest: str
+    recipe: str
+    """The recipe's name."""
+    params: dict[str, Any] = Field(default_factory=dict)
+    status: str = "running"
+    """running (also of a run that was killed: see `alive`), succeeded, failed, interrupted."""
+    started: str
+    """ISO 8601 in UTC."""
+    seconds: float = 0.0
+    process: int = 0
+    nodes: dict[str, NodeRun] = Field(default_factory=dict)
+    text: str = ""
+    """The manifest as it was."""
+
+
+class RecipeFacts(Protocol):
+    """What is recorded of a recipe."""
+
+    @property
+    def path(self) -> Path: ...
+    @property
+    def name(self) -> str: ...
+    @property
+    def text(self) -> str: ...
+    @property
+    def params(self) -> Mapping[str, Json]: ...
+
+
+class RunRecorder:
+    """A Reporter that writes the record of one run."""
+
+    def __init__(self, folder: Path, run: str, recipe: RecipeFacts) -> None:
+        self._folder = folder
+        self._events: IO[str] | None = None
+        self._saved = 0.0
+        self._worked = False
+        self.record = RunRecord(
+            run=run,
+            manifest=str(recipe.path),
+            recipe=recipe.name,
+            params=json.loads(json.dumps(dict(recipe.params), default=str)),
+            started=datetime.now(UTC).isoformat(timespec="seconds"),
+            process=os.getpid(),
+            text=recipe.text,
+        )
+
+    def report(self, event: Event) -> None:
+        """Takes one event. Not safe for threads: whoever has several serialises them."""
+        with explained(self._folder):
+            self._log(event)
+            if isinstance(event, RunStarted):
+                self.record.nodes = {name: NodeRun() for name in event.nodes}
+                self._save()
+            elif isinstance(event, NodeStarted):
+                self._worked = True
+                node = self.record.nodes.setdefault(event.node, NodeRun())
+                node.status, node.reason = "running", event.reason
+                self._save_now_and_then()
+            elif isinstance(event, NodeFinished):
+                self._ended(event)
+                self._save_now_and_then()
+
+    def finish(self, result: Mapping[str, Json], seconds: float) -> None:
+        """Completes the record from the `bigpipe.run/1` object of the run."""
+        with explained(self._folder):
+            self.record.status, self.record.seconds = result["status"], round(seconds, 3)
+            for name, data in result["nodes"].items():
+                known = self.record.nodes.get(name, NodeRun())
+                self.record.nodes[name] = NodeRun(**{**data, "error": known.error})
+            self._save(durable=self._worked)
+            if self._events is not None:
+                self._events.close()
+                self._events = None
+
+    def _ended(self, event: NodeFinished) -> None:
+        node = self.record.nodes.setdefault(event.node, NodeRun())
+        node.status, node.reason, node.error = event.status, event.reason, event.error
+        node.digest, node.seconds, node.peak_rss = event.digest, round(event.seconds, 3), event.peak_rss
+        node.metrics = json.loads(json.dumps(dict(event.metrics), default=str))
+
+    def _log(self, event: Event) -> None:
+        if self._events is None:
+            make_directory(self._folder, durable=False)
+            self._events = (self._folder / "events.jsonl").open("a", encoding="utf-8")
+        stamp = datetime.now(UTC).isoformat(timespec="milliseconds")
+        fields = {name: getattr(event, name) for name in event.__dataclass_fields__}
+        line = {"time": stamp, "event": event.name, **fields}
+        self._events.write(json.dumps(line, default=str) + "\n")
+        if (not isinstance(event, Progress | LogLine) and self._worked) or isinstance(event, RunFinished):
+            self._events.flush()
+
+    def _save_now_and_then(self) -> None:
+        if time.monotonic() - self._saved > SAVE_SECONDS:
+            self._save()
+
+    def _save(self, *, durable: bool = False) -> None:
+        make_directory(self._folder, durable=durable)
+        data = self.record.model_dump_json(indent=1).encode()
+        write_atomically(self._folder / "run.json", data, durable=durable)
+        self._saved = time.monotonic()
+
+
+def load_run(runs: Path, run: str = LAST) -> RunRecord:
+    """The record of a run by its id, the start of one, or `last`. UsageError where that is none, or several."""
+    names = run_ids(runs)
+    found = names[-1:] if run == LAST else [name for name in names if name == run] or _starting(names, run)
+    if not found:
+        latest = f"; the latest is {names[-1]}" if names else "; none is on record"
+        raise UsageError(f"there is no run {run}{latest}", "`bigpipe ls` lists them")
+    if len(found) > 1:
+        raise UsageError(f"several runs start with {run}: {', '.join(found[-5:])}", "write more of the id")
+    return _read(runs / found[0])
+
+
+def _starting(names: list[str], start: str) -> list[str]:
+    return [name for name in names if name.startswith(start)]
+
+
+def _read(folder: Path) -> RunRecord:
+    path = folder / "run.json"
+    try:
+        return RunRecord.model_validate_json(path.read_bytes())
+    except (OSError, ValidationError) as error:
+        raise UsageError(
+            f"the record of run {folder.name} is damaged: {path}", "its logs may still be readable"
+        ) from error
+
+
+def run_ids(runs: Path) -> list[str]:
+    """The ids of all runs on record, oldest first."""
+    try:
+        return sorted(name for name in os.listdir(runs) if (runs / name / "run.json").exists())
+    except FileNotFoundError:
+        return []
+
+
+def list_runs(runs: Path) -> list[RunRecord]:
+    """Every readable record, oldest first."""
+    records = []
+    for name in run_ids(runs):
+        with suppress(UsageError):
+            records.append(_read(runs / name))
+    return records
+
+
+def node_folder(run_folder: Path, node: str) -> Path:
+    """Where the attempts of a node lie: `nodes/<node>`, with what a file name cannot hold replaced."""
+    return run_folder / "nodes" / re.sub(r"[^\w@=,.+-]", "_", node)
+
+
+def log_files(runs: Path, run: str, node: str | None = None) -> Iterator[tuple[str, int, Path]]:
+    """(Node, attempt from 1, log file) of a run, nodes in the order of its record. UsageError for an unknown node."""
+    record = load_run(runs, run)
+    if node is not None and node not in record.nodes:
+        raise UsageError(f"run {record.run} has no node {node}", f"it has {', '.join(record.nodes)}")
+    for name in [node] if node is not None else record.nodes:
+        folder = node_folder(runs / record.run, name)
+        attempts = sorted(int(item.name) for item in folder.glob("*") if item.name.isdigit())
+        for attempt in attempts:
+            path = folder / str(attempt) / "log.txt"
+            if path.exists():
+                yield name, attempt, path
+
+
+@dataclass(frozen=True, slots=True)
+class RunDiff:
+    """How the second run differs from the first: of the runs themselves, and per node."""
+
+    runs: tuple[str, str]
+    changes: tuple[Change, ...] = ()
+    """`manifest`, `params.gpu`, `nodes.x` (a node that only one of them has)."""
+    nodes: Mapping[str, tuple[Change, ...]] = field(default_factory=dict)
+
+    @property
+    def same(self) -> bool:
+        return not self.changes and not self.nodes
+
+
+def diff(one: RunRecord, other: RunRecord, causes: Mapping[str, list[Change]] | None = None) -> RunDiff:
+    """What differs between two runs: params, node by node status, digests and metrics, and times where work was done.
+
+    `causes` adds per node what made its key change (`keys.differences` over the stored records).
+    """
+    changes = [*changed("manifest", one.manifest, other.manifest), *changed("params", one.params, other.params)]
+    changes += changed("status", one.status, other.status)
+    nodes = {}
+    for name in [*one.nodes, *(name for name in other.nodes if name not in one.nodes)]:
+        before, after = one.nodes.get(name), other.nodes.get(name)
+        if before is None or after is None:
+            changes.append(Change(f"nodes.{name}", before and before.status, after and after.status))
+            continue
+        found = [*(causes or {}).get(name, ()), *_node_changes(before, after)]
+        if found:
+            nodes[name] = tuple(found)
+    return RunDiff((one.run, other.run), tuple(changes), nodes)
+
+
+def _node_changes(before: NodeRun, after: NodeRun) -> Iterator[Change]:
+    made = {"succeeded", "cached"}
+    if not {before.status, after.status} <= made:
+        yield from changed("status", before.status, after.status)
+    for name in ("key", "digest", "metrics"):
+        yield from changed(name, getattr(before, name), getattr(after, name))
+    if before.status == after.status == "succeeded":
+        yield from changed("seconds", before.seconds, after.seconds)
+        yield from changed("peak_rss", before.peak_rss, after.peak_rss)
