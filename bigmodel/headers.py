@@ -18,10 +18,12 @@ from typing import Any, TypeGuard
 from .bytesource import ByteSource
 from .tensors import FETCH_AGAIN, SAFETENSORS_DTYPES, SAFETENSORS_NAMES, TensorInfo, invalid, itemsize, tensor_nbytes
 
-MAX_HEADER = 100_000_000
-"""Bytes; the safetensors library refuses longer ones."""
+MAX_HEADER = 32 * 2**20
+"""Bytes. The safetensors library takes 100 MB; the largest models have 100,000 tensors, which take about 12."""
+MAX_TENSORS = 250_000
 MAX_ENTRY = 65_536
 """Bytes of one tensor's entry. Real ones have about 100; the limit keeps hostile lists out of memory."""
+MAX_METADATA = 4 * 2**20
 MAX_DIMENSIONS = 64
 
 _SPACE = re.compile(r"[ \t\n\r]*")
@@ -111,6 +113,8 @@ class _HeaderText:
             entry = self._entry(name, value, at)
         if name in self.entries:
             raise self._error("stands twice in the header", at, name)
+        if len(self.entries) == MAX_TENSORS:
+            raise self._error(f"the header describes more than {MAX_TENSORS} tensors", at)
         self.entries[name] = entry
         return self._skip(after)
 
@@ -123,7 +127,7 @@ class _HeaderText:
     def _name(self, at: int) -> tuple[str, int]:
         if not self.text.startswith('"', at):
             raise self._error("a tensor's name is missing", at)
-        name, end = self._decode(at)
+        name, end = self._decode(self.text, at, at)
         if not name.isascii():
             try:
                 name.encode("utf-8")
@@ -134,15 +138,17 @@ class _HeaderText:
     def _value(self, name: str, at: int) -> tuple[dict[str, Any], int]:
         if not self.text.startswith("{", at):
             raise self._error("is not described by a JSON object", at, name)
-        if name != "__metadata__" and self.text.find("}", at, at + MAX_ENTRY) < 0:
-            raise self._error(f"its description is longer than {MAX_ENTRY} bytes", at, name)
-        return self._decode(at)
+        limit = MAX_METADATA if name == "__metadata__" else MAX_ENTRY
+        if self.text.find("}", at, at + limit) < 0:
+            raise self._error(f"its description is longer than {limit} bytes", at, name)
+        value, length = self._decode(self.text[at : at + limit], 0, at)
+        return value, at + length
 
-    def _decode(self, at: int) -> tuple[Any, int]:
+    def _decode(self, text: str, start: int, place: int) -> tuple[Any, int]:
         try:
-            return self.decoder.raw_decode(self.text, at)
+            return self.decoder.raw_decode(text, start)
         except (ValueError, RecursionError) as error:
-            raise self._error(f"the header is not JSON: {str(error)[:200]}", at) from None
+            raise self._error(f"the header is not JSON: {str(error)[:200]}", place) from None
 
     def _keep_metadata(self, value: dict[str, Any], at: int) -> None:
         if self.metadata is not None:

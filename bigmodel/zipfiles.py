@@ -17,7 +17,8 @@ from bigpipe.errors import InvalidCheckpoint
 from .bytesource import ByteSource
 from .tensors import FETCH_AGAIN, invalid
 
-MAX_DIRECTORY = 100_000_000
+MAX_DIRECTORY = 16 * 2**20
+"""Bytes: room for 150,000 tensors."""
 TAIL = 65_536
 """How much of the end is read to find the directory; a torch file has 98 bytes after it, and no comment."""
 PADDING = 160

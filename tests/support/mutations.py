@@ -22,7 +22,9 @@ EXTREMES = (0, 1, 0x7F, 0x80, 0xFF)
 
 
 def mutant(original: bytes, start: int, end: int, number: int) -> bytes:
-    """`original` with one to four changes between `start` and `end`."""
+    """`original` with one to four changes between `start` and `end`; as it is where `number` is negative."""
+    if number < 0:
+        return original
     chance = random.Random(number)  # noqa: S311
     content = bytearray(original)
     for _ in range(chance.choice((1, 1, 1, 2, 4))):
