@@ -163,6 +163,10 @@ def _cache(cache: Cache, batch_size: int, length: int, itemsize: int) -> Term:
 def _activations(
     architecture: Architecture, weights: Weights, shape: Shape, cache: Cache, batch_size: int, length: int
 ) -> Term:
+    if not shape.hidden and architecture.library != "timm":
+        # Pipelines and classes of one's own: what people add for inference where nothing is known (EleutherAI)
+        size = weights.loaded // 5
+        return Term(size, "bound", 0, 2 * size, "a fifth of the weights; nothing is known of its forward")
     itemsize = compute_bytes(weights.dtype)
     found = activations.prefill(shape, batch_size, length, itemsize, image=_image(architecture))
     unpacked = _unpacked(weights, shape, batch_size * length)

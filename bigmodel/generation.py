@@ -256,7 +256,10 @@ def draw_alone(model: Any, seeds: Sequence[int]) -> Iterator[None]:
     After all processors that transformers puts in order, the token is chosen by the Gumbel-max rule (Maddison et al.
     2014, arXiv 1411.0030), which draws exactly from the softmax of the scores. Beams are drawn by transformers.
     """
-    ordinary = model._get_logits_processor
+    ordinary = getattr(model, "_get_logits_processor", None)
+    if ordinary is None:  # a transformers that is built otherwise: draws then depend on the batch
+        yield
+        return
 
     def processors(*arguments: Any, **named: Any) -> Any:
         found = ordinary(*arguments, **named)

@@ -329,7 +329,7 @@ def run(params: DispatchParams, ctx: StageContext) -> StageResult:
 def _verify(params: DispatchParams, ctx: StageContext, kept: PlacedModel, metrics: DispatchMetrics) -> DispatchMetrics:
     """Loads the model as placed and, if asked to, runs it; tells where it is not as predicted."""
     import accelerate  # noqa: F401  what importing costs is not loading
-    import transformers  # noqa: F401
+    from transformers import PreTrainedModel  # noqa: F401
 
     from bigpipe.bigmodel.loading import loaded
     from bigpipe.bigmodel.probe import forward_once

@@ -19,6 +19,7 @@ from bigpipe.bigmodel.budget import Workload
 from bigpipe.bigmodel.description import ModelDescription
 from bigpipe.bigmodel.estimates import Estimate, estimate_sighting
 from bigpipe.bigmodel.hub import COMMIT, Hub, check_access, resolve_commit
+from bigpipe.bigmodel.outline import LIBRARY as OUTLINE
 from bigpipe.bigmodel.sighting import Sighting, Sources, look
 from bigpipe.orchestrator.stage import (
     CheckContext,
@@ -159,7 +160,14 @@ def forecast(params: EstimateParams, context: ForecastContext) -> Forecast:
         return Forecast(ram=RAM, unknown=(f"size of {params.repo}: {error.cause}",), summary="sizes not known")
     if sighting is None:
         return Forecast(ram=RAM, unknown=("sizes: the input's config is not known yet",), summary="sizes not known")
-    made = _estimate(params, sighting, _sources(context, context.pins))
+    try:
+        made = _estimate(params, sighting, _sources(context))
+    except UsageError as error:
+        if not context.trust.remote_code:
+            raise
+        return Forecast(ram=RAM, unknown=(f"sizes, until its trusted code is here: {error.cause}",))
+    if made.architecture.library == OUTLINE and context.trust.remote_code:
+        return Forecast(ram=RAM, unknown=("sizes: its trusted code is asked once it is here",))
     return Forecast(
         download_bytes=0,
         write_bytes=REPORT_BYTES,
@@ -172,7 +180,7 @@ def forecast(params: EstimateParams, context: ForecastContext) -> Forecast:
 def _forecast_sighting(params: EstimateParams, context: ForecastContext) -> Sighting | None:
     source = context.input("model")
     if source is None:
-        return _look(params, context.base, context.pins, _sources(context, context.pins))
+        return _look(params, context.base, context.pins, _sources(context))
     described = source.output
     if not isinstance(described, ModelDescription) or (described.config is None and described.custom is None):
         return None
@@ -190,12 +198,22 @@ def _look(params: EstimateParams, base: Path, pins: Mapping[str, str], sources: 
     return look(params.repo or "", pins.get("revision", params.revision), sources, params.library_name)
 
 
-def _sources(context: ForecastContext | StageContext, pins: Mapping[str, str]) -> Sources:
+def _sources(context: ForecastContext | StageContext, *, remote_code: bool = False) -> Sources:
     return Sources(
         memo=context.memo,
         hub=Hub.from_environment(context.environment, offline=context.offline),
         modules=context.trust.modules,
         base=context.base,
+        trust_remote_code=remote_code,
+    )
+
+
+def _trusts_code(context: StageContext) -> bool:
+    """May the Python files that came with the model run? Only where its repository is trusted at that commit."""
+    return any(
+        f"{node.params.get('repo')}@{node.metrics.get('commit')}" in context.trust.remote_code
+        for node in context.lineage
+        if node.kind == "download"
     )
 
 
@@ -225,7 +243,7 @@ def _summary(made: Estimate) -> str:
 def run(params: EstimateParams, context: StageContext) -> StageResult:
     """Writes report.json (`bigpipe.estimate/1`) and report.txt (the table)."""
     _check_source(params, "model" in context.inputs)
-    sources = _sources(context, context.pins)
+    sources = _sources(context, remote_code=_trusts_code(context))
     if "model" in context.inputs:
         sighting = replace(look(context.input("model"), "main", sources, params.library_name), name=_name(context))
     else:

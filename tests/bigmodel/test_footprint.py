@@ -109,6 +109,24 @@ def test_the_head_and_tied_embeddings_are_not_converted(published: dict[str, Arc
     assert not any("wo" in module.name for module in converted_modules(published["t5"]))
 
 
+def test_resnet50_of_timm() -> None:
+    pytest.importorskip("timm", exc_type=ImportError)
+    config = {"architecture": "resnet50", "num_classes": 1000, "pretrained_cfg": {"tag": "a1_in1k"}}
+    weights = weigh(describe_here(config), "float32")
+    assert (weights.parameters, weights.total, weights.largest_layer) == (25_557_032, 102_441_032, 9_437_184)
+
+
+def test_the_largest_layer_of_idefics_80b_less_its_old_rotary_tables() -> None:
+    """accelerate's tests say 3,240,165,632: each attention still kept cosines and sines of 2,048 positions then."""
+    config: dict[str, Any] = {
+        "model_type": "idefics", "hidden_size": 8192, "intermediate_size": 22016, "num_hidden_layers": 4,
+        "num_attention_heads": 64, "vocab_size": 32000, "cross_layer_interval": 4, "qk_layer_norms": True,
+    }  # fmt: skip
+    frequencies, tables = 64 * 4, 2 * 2048 * 128 * 4
+    layer = weigh(describe_here(config, "none"), "float32").largest_layer
+    assert layer - 2 * frequencies + frequencies + tables == 3_240_165_632
+
+
 def test_an_unknown_dtype(published: dict[str, Architecture]) -> None:
     with pytest.raises(UsageError, match="int3"):
         weigh(published["bloom-176b"], "int3")

@@ -38,7 +38,7 @@ def test_every_way_of_tearing_the_tail(tmp_path: Path) -> None:
         path.unlink()
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=100, deadline=None)
 @given(position=st.integers(0, 10_000), bit=st.integers(0, 7))
 def test_a_flipped_bit_never_gives_another_record(tmp_path_factory: Any, position: int, bit: int) -> None:
     path = tmp_path_factory.mktemp("log") / "records.jsonl"

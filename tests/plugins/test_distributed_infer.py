@@ -7,22 +7,25 @@ import json
 import os
 import random
 import signal
-import threading
-from collections.abc import Callable
+import subprocess
+import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 from pydantic import ValidationError
-from support.launching import MACHINE, TESTS, make_job
+from support.inferring import start
+from support.launching import MACHINE, TESTS
 from support.models import make_checkpoint
 
 from bigpipe.bigmodel.description import describe_checkpoint
 from bigpipe.bigmodel.placement import Placement
+from bigpipe.bigmodel.recordlog import read_log
 from bigpipe.errors import StageFailed, UsageError
 from bigpipe.orchestrator.events import Progress, RankHello
-from bigpipe.orchestrator.launch.launcher import Outcome, launch
 from bigpipe.orchestrator.stage import CheckContext, Forecast, ForecastContext, Gpu, Launch, StageContext, Trust
 from bigpipe.plugins import distributed_infer
 from bigpipe.plugins.distributed_infer import STAGE, InferMetrics, InferParams, assign, split
@@ -256,26 +259,18 @@ def test_forecasts_shares_memory_and_gpus(tmp_path: Path, model: Path) -> None:
     assert STAGE.facts(params(dtype="float32"), gpu) == {}
 
 
-def start(folder: Path, model: Path, ranks: int, report: Callable[[Any], None] = bool, **fields: Any) -> Outcome:
-    folder.mkdir(exist_ok=True)
-    job = make_job(
-        folder, kind="distributed-infer", module="bigpipe.plugins.distributed_infer:STAGE",
-        params={"task": "text-generation", "prompts": PROMPTS, "max_new_tokens": 5, **fields},
-        inputs={"model": (str(model),)}, launch=Launch(num_processes=ranks), trust=Trust(modules=("mytasks",)),
-    )  # fmt: skip
-    environment = {**os.environ, "PYTHONPATH": f"{TESTS.parent / 'src'}:{TESTS}"}
-    return launch(
-        job, STAGE, timeout=150, cancelled=threading.Event(), report=report, secrets={}, parent_environment=environment
-    )
+GENERATE = {"task": "text-generation", "prompts": PROMPTS, "max_new_tokens": 5}
 
 
 def test_two_launched_ranks_give_what_one_gives(tmp_path: Path, model: Path) -> None:
     events: list[Any] = []
-    one, two = start(tmp_path / "one", model, 1), start(tmp_path / "two", model, 2, events.append)
-    written = {name: (tmp_path / name / "work" / "out" / "results.jsonl").read_bytes() for name in ("one", "two")}
-    assert written["one"] == written["two"]
-    assert one.metrics["tokens"] == two.metrics["tokens"] == 25
-    assert one.files["results.jsonl"][1] == len(written["one"])
+    one = context(tmp_path / "one", model)
+    infer(params(), one)
+    two = start(tmp_path / "two", model, 2, events.append, **GENERATE)
+    written = (tmp_path / "two" / "work" / "out" / "results.jsonl").read_bytes()
+    assert written == (one.out / "results.jsonl").read_bytes()
+    assert two.metrics["tokens"] == 25
+    assert two.files["results.jsonl"][1] == len(written)
     assert sorted(event.rank for event in events if isinstance(event, RankHello)) == [0, 1]
     assert {event.rank: event.total for event in events if isinstance(event, Progress)} == {0: 3, 1: 2}
 
@@ -283,42 +278,64 @@ def test_two_launched_ranks_give_what_one_gives(tmp_path: Path, model: Path) -> 
 SLOW = """
 import time
 def answer(model, rows, **options):
-    time.sleep(0.01)
+    time.sleep(0.05)
     return [{"length": len(row["prompt"]), "seed": row["seed"]} for row in rows]
 """
+KILLS = int(os.environ.get("BIGPIPE_TEST_KILLS", "12"))
 
 
 @pytest.mark.fault
+@pytest.mark.timeout(3600)
 def test_kills_lose_and_repeat_nothing(tmp_path: Path, model: Path) -> None:
-    """A random rank is killed at a random moment, over and over, and taken up at another world size."""
+    """A rank, the launcher or the command is killed at a random moment, and taken up at another world size."""
     draw = random.Random(7)  # noqa: S311
     (tmp_path / "mytasks.py").write_text(SLOW)
     prompts = [f"prompt {number}" for number in range(1000)]
-    fields = {"task": "mytasks:answer", "prompts": prompts, "batch_size": 4}
-    causes: list[str] = []
-    while True:
-        victims: list[int] = []
-
-        def report(event: Any, victims: list[int] = victims) -> None:
-            if isinstance(event, RankHello):
-                victims.append(event.pid)
-                if len(victims) == 1:
-                    delay = draw.uniform(4, 7)
-                    threading.Timer(delay, lambda: _kill(draw.choice(victims))).start()
-
-        try:
-            start(tmp_path, model, draw.randint(1, 4), report, **fields)
+    fields = tmp_path / "fields.json"
+    fields.write_text(json.dumps({"task": "mytasks:answer", "prompts": prompts, "batch_size": 4}))
+    kills = ranks_killed = 0
+    for _ in range(10 * KILLS):
+        ranks = draw.randint(1, 4)
+        command = [sys.executable, "-m", "support.inferring", str(tmp_path), str(model), str(ranks), str(fields)]
+        environment = {**os.environ, "PYTHONPATH": f"{TESTS.parent / 'src'}:{TESTS}"}
+        with subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL) as process:
+            processes = _await_progress(process, ranks)
+            if processes and kills < KILLS:
+                time.sleep(draw.uniform(0, 1.5))
+                _kill(draw.choice([process.pid, *processes]))
+                kills, ranks_killed = kills + 1, ranks_killed + ranks
+            assert process.stdout is not None
+            process.stdout.read()
+            status = process.wait(timeout=60)
+        assert _gone(processes), "a process outlived its command by 10 s"
+        if status == 0:
             break
-        except StageFailed as error:
-            causes.append(error.cause)
-    assert causes
-    assert [cause for cause in causes if "SIGKILL" not in cause] == []
+    assert kills == KILLS
     lines = [json.loads(line) for line in (tmp_path / "work" / "out" / "results.jsonl").read_text().splitlines()]
-    wanted = [{"index": i, "prompt": p, "length": len(p), "seed": i} for i, p in enumerate(prompts)]
-    assert lines == wanted
-    logs = (tmp_path / "work" / "scratch").glob("rank-*/records.jsonl")
-    written = [json.loads(line)["chunk"] for log in logs for line in log.read_text().splitlines() if line[-1:] == "}"]
-    assert len(written) <= 1000 + 4 * len(causes)
+    assert lines == [{"index": i, "prompt": p, "length": len(p), "seed": i} for i, p in enumerate(prompts)]
+    written = [
+        record for log in (tmp_path / "work" / "scratch").glob("rank-*/records.jsonl") for record in read_log(log)
+    ]
+    assert len(written) <= 1000 + 4 * ranks_killed
+
+
+def _await_progress(process: subprocess.Popen[bytes], ranks: int) -> list[int]:
+    """Its worker processes, once each rank has come up and one has finished something; empty where it ended before."""
+    assert process.stdout is not None
+    hellos = 0
+    for line in process.stdout:
+        event = json.loads(line)
+        hellos += event["event"] == "rank_hello"
+        if event["event"] == "progress" and hellos == ranks:
+            return [child.pid for child in psutil.Process(process.pid).children(recursive=True)]
+    return []
+
+
+def _gone(processes: list[int]) -> bool:
+    deadline = time.monotonic() + 10
+    while any(psutil.pid_exists(process) for process in processes) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    return not any(psutil.pid_exists(process) for process in processes)
 
 
 def _kill(process: int) -> None:
