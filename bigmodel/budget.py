@@ -26,6 +26,8 @@ WORKSPACE = 32 * MIB
 ROUNDING = 512
 """The allocator gives multiples of this."""
 
+SCRATCH = 16 * MIB
+"""What kernels take for themselves and no tensor shows: 2 to 12 MiB on a CPU."""
 CALIBRATED_MARGIN = 0.05
 GUESSED_MARGIN = 0.4
 SMALL_TENSOR = 4096
@@ -176,8 +178,10 @@ def _activations(
     formula += " + the largest matrix unpacked" if unpacked and weights.dtype != "int8" else ""
     formula += " + int8 inputs and int32 products" if unpacked and weights.dtype == "int8" else ""
     known = found.known and architecture.library != OUTLINE and cache.exact
-    margin = CALIBRATED_MARGIN if known else GUESSED_MARGIN
-    return Term.about(size, "calibrated" if known else "bound", margin, formula)
+    if not known:
+        return Term.about(size, "bound", GUESSED_MARGIN, formula)
+    low, high = int(size * (1 - CALIBRATED_MARGIN)), int(size * (1 + CALIBRATED_MARGIN)) + SCRATCH
+    return Term(size, "calibrated", low, high, formula)
 
 
 def _unpacked(weights: Weights, shape: Shape, tokens: int) -> int:
