@@ -239,7 +239,12 @@ def forecast(params: DispatchParams, ctx: ForecastContext) -> Forecast:
     wired = ctx.input("model")
     model = wired.output if wired is not None else None
     if not isinstance(model, ModelDescription) or (model.config is None and model.custom is None):
-        return Forecast(download_bytes=0, unknown=("the placement: the model's headers are not known yet",))
+        missing = _missing(params, ctx, _mapped(params))
+        return Forecast(
+            download_bytes=0,
+            unknown=("the placement: the model's headers are not known yet",),
+            misfits=(_missing_gpus(params, ctx, None, missing),) if missing else (),
+        )
     unknown = () if model.tensors is not None else ("the model's stored sizes: taken from its config",)
     try:
         placed = compute(params, model, ctx.machine, ctx.trust, ctx.base, ctx.memo)
@@ -271,10 +276,7 @@ def _label(device: Device) -> str:
 
 def _misfits(params: DispatchParams, ctx: ForecastContext, model: ModelDescription, placed: Placed) -> Iterator[Misfit]:
     """Devices that are not there, and RAM that is not."""
-    there = {gpu.index for gpu in ctx.machine.gpus}
-    used = {device for device in placed.placement.device_map.values() if isinstance(device, int)}
-    named = {device for key, size in (params.max_memory or {}).items() if size for device in devices_of(key)}
-    if missing := sorted((used | {device for device in named if isinstance(device, int)}) - there):
+    if missing := _missing(params, ctx, set(placed.placement.device_map.values())):
         yield _missing_gpus(params, ctx, model, missing)
         return
     ram = placed.predicted.get("cpu", 0)
@@ -287,7 +289,23 @@ def _misfits(params: DispatchParams, ctx: ForecastContext, model: ModelDescripti
         )
 
 
-def _missing_gpus(params: DispatchParams, ctx: ForecastContext, model: ModelDescription, missing: list[int]) -> Misfit:
+def _mapped(params: DispatchParams) -> set[int]:
+    """The GPUs a custom map names."""
+    named = params.device_map.values() if isinstance(params.device_map, dict) else ()
+    return {int(device) for device in named if str(device).isdigit()}
+
+
+def _missing(params: DispatchParams, ctx: ForecastContext, used: Collection[Device]) -> list[int]:
+    """The GPUs that are used or given memory, and are not there."""
+    named = {device for key, size in (params.max_memory or {}).items() if size for device in devices_of(key)}
+    wanted = {device for device in (*used, *named) if isinstance(device, int)}
+    return sorted(wanted - {gpu.index for gpu in ctx.machine.gpus})
+
+
+def _missing_gpus(
+    params: DispatchParams, ctx: ForecastContext, model: ModelDescription | None, missing: list[int]
+) -> Misfit:
+    """model None: not known yet, so that nobody can say whether the other devices hold it."""
     count = len(ctx.machine.gpus)
     has = f"{count} GPU{'s' * (count > 1)}" if count else "no GPU"
     numbers = ", ".join(map(str, missing))
@@ -301,13 +319,16 @@ def _missing_gpus(params: DispatchParams, ctx: ForecastContext, model: ModelDesc
     caps = {key: size for key, size in (params.max_memory or {}).items() if not set(devices_of(key)) & set(missing)}
     zero = ", ".join(f"{key}: 0" for key in params.max_memory or {} if set(devices_of(key)) & set(missing))
     change = {"max_memory": {str(key): exact_size(size) for key, size in caps.items()}}
+    written = zero.replace(": ", " to ")
+    if model is None:
+        return Misfit(cause, f"set max_memory.{written}; the rest is known once the model's headers are", change)
     try:
         without = params.model_copy(update={"max_memory": caps})
         compute(without, model, ctx.machine, ctx.trust, ctx.base, ctx.memo)
     except DoesNotFit as error:
         return Misfit(cause, f"set max_memory to {{{zero}}} for these, and {error.cure}")
     rest = " and ".join(_label(device) for key in caps for device in devices_of(key))
-    return Misfit(cause, f"set max_memory.{zero.replace(': ', ' to ')}; the model fits {rest}", change)
+    return Misfit(cause, f"set max_memory.{written}; the model fits {rest}", change)
 
 
 def run(params: DispatchParams, ctx: StageContext) -> StageResult:
