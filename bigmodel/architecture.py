@@ -212,13 +212,11 @@ def describe_architecture(
 
 def describe_many(requests: Sequence[Request], *, memo: Path | None = None) -> list[Architecture]:
     """Answers many requests with one child process: importing the libraries is most of what an answer costs."""
-    keys = [_key(request) for request in requests]
+    keys = [request_key(request) for request in requests]
     known = {key: found for key in keys if (found := _recall(memo, key)) is not None}
     wanted = {key: request for key, request in zip(keys, requests, strict=True) if key not in known}
     if wanted:
-        for key, answer in zip(wanted, _ask(list(wanted.values())), strict=True):
-            if "error" in answer:
-                raise BY_NAME.get(answer["error"], UsageError)(answer["cause"], answer["cure"])
+        for key, answer in zip(wanted, ask(list(map(request_as_json, wanted.values()))), strict=True):
             if memo is not None:
                 remember(memo / "architectures" / f"{key}.json", {"key": key, "answer": answer})
             known[key] = answer
@@ -232,7 +230,8 @@ CHILD_SECONDS = 600
 """Real models take under five seconds; a config that asks for a billion layers is stopped."""
 
 
-def _key(request: Request) -> str:
+def request_key(request: Request) -> str:
+    """Of everything an answer depends on: the request, library versions, the source of a custom class."""
     packages = ["torch", "transformers", "accelerate"]
     packages += [request.library] if request.library in ("timm", "diffusers") else []
     facts = {
@@ -283,11 +282,14 @@ def _recall(memo: Path | None, key: str) -> dict[str, Any] | None:
     return data["answer"] if isinstance(data, dict) and data.get("key") == key and "answer" in data else None
 
 
-def _ask(requests: Sequence[Request]) -> list[dict[str, Any]]:
-    """One child, questions and answers by files: what the model's code prints must not reach our output."""
+def ask(questions: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """What `instantiation` answers, in one child process. Raises the error that an answer names.
+
+    Questions and answers go by files: what the model's code prints must not reach our output.
+    """
     with tempfile.TemporaryDirectory(prefix="bigpipe-") as name:
         question, answers = Path(name) / "question.json", Path(name) / "answers.json"
-        question.write_text(json.dumps([request_as_json(request) for request in requests]))
+        question.write_text(json.dumps(questions))
         command = [sys.executable, "-P", "-m", "bigpipe.bigmodel.instantiation", str(question), str(answers)]
         try:
             child = subprocess.run(
@@ -305,7 +307,10 @@ def _ask(requests: Sequence[Request]) -> list[dict[str, Any]]:
                 "check its config, and that torch and transformers import: python -c 'import transformers'",
             )
         data: list[dict[str, Any]] = json.loads(answers.read_bytes())
-        return data
+    for answer in data:
+        if "error" in answer:
+            raise BY_NAME.get(answer["error"], UsageError)(answer["cause"], answer["cure"])
+    return data
 
 
 def request_as_json(request: Request) -> dict[str, Any]:

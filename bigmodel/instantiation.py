@@ -46,6 +46,10 @@ def main(question: str, answers: str) -> None:
 
 def _answer(request: Mapping[str, Any]) -> dict[str, Any]:
     try:
+        if "names" in request:
+            from .renaming import answer_names
+
+            return {"names": answer_names(request)}
         return describe(request).as_json()
     except BigpipeError as error:
         return {"error": type(error).__name__, "cause": error.cause, "cure": error.cure}
@@ -60,8 +64,8 @@ def _answer(request: Mapping[str, Any]) -> dict[str, Any]:
 def describe(request: Mapping[str, Any]) -> Architecture:
     import torch
 
-    model = _on_meta(torch.float32, lambda: instantiate(request))
-    other = _on_meta(torch.bfloat16, lambda: instantiate(request))
+    model = on_meta(torch.float32, lambda: instantiate(request))
+    other = on_meta(torch.bfloat16, lambda: instantiate(request))
     return report(model, other, request)
 
 
@@ -71,7 +75,7 @@ def instantiate(request: Mapping[str, Any]) -> torch.nn.Module:
     return builders[request["library"]](request)
 
 
-def _on_meta(dtype: torch.dtype, build: Any) -> torch.nn.Module:
+def on_meta(dtype: torch.dtype, build: Any) -> torch.nn.Module:
     import torch
 
     default = torch.get_default_dtype()

@@ -8,10 +8,10 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, ConfigDict, model_validator
 
-from bigpipe.bigmodel.architecture import Architecture, describe_architecture
+from bigpipe.bigmodel.architecture import Architecture
 from bigpipe.bigmodel.checkpoint import open_checkpoint
 from bigpipe.bigmodel.description import ModelDescription, describe_checkpoint
-from bigpipe.bigmodel.quantization import Outline, Settings, outline, quantize_with, refuse_quantized
+from bigpipe.bigmodel.quantization import Outline, Settings, quantize_described, refuse_quantized, understand
 from bigpipe.bigmodel.sidefiles import config_with_dtype
 from bigpipe.orchestrator.stage import (
     CheckContext,
@@ -143,12 +143,12 @@ def forecast(params: QuantizeParams, context: ForecastContext) -> Forecast:
     described = source.output if source else None
     if not isinstance(described, ModelDescription) or described.tensors is None:
         return Forecast(ram=RAM, unknown=("size after quantization: the tensors of the input are not known yet",))
-    refuse_quantized(described.config, described.custom)
     if described.config is None and described.custom is None:
         return Forecast(ram=RAM, unknown=("size after quantization: the input has no config that names its class",))
     settings = params.settings(context.machine)
-    architecture = _architecture(described, context)
-    outlined = outline(described.tensors, described.tied, architecture, settings)
+    architecture, outlined = understand(
+        described, settings, modules=context.trust.modules, base=context.base, memo=context.memo
+    )
     before = described.nbytes or 0
     metrics: dict[str, Any] = {"quantized": len(outlined.quantized), "skipped": len(outlined.skipped)}
     if not settings.double_quant:
@@ -162,16 +162,6 @@ def forecast(params: QuantizeParams, context: ForecastContext) -> Forecast:
         metrics=metrics,
         output=output or _described(described, outlined, settings, architecture),
         summary=f"{params.scheme}, {len(outlined.quantized)} modules, +{format_transfer(outlined.nbytes)}",
-    )
-
-
-def _architecture(described: ModelDescription, context: ForecastContext | StageContext) -> Architecture:
-    return describe_architecture(
-        described.config or {},
-        custom=described.custom,
-        modules=context.trust.modules,
-        base=context.base,
-        memo=context.memo,
     )
 
 
@@ -198,12 +188,14 @@ def _described(
 def run(params: QuantizeParams, context: StageContext) -> StageResult:
     """Files finished by an earlier attempt, or by another run with the same settings for these modules, are kept."""
     directory = context.input("model")
-    architecture = _architecture(describe_checkpoint(directory), context)
-    result = quantize_with(
-        params.settings(context.machine),
+    result = quantize_described(
+        describe_checkpoint(directory),
         open_checkpoint(directory),
         context.out,
-        architecture,
+        params.settings(context.machine),
+        modules=context.trust.modules,
+        base=context.base,
+        memo=context.memo,
         parts=context.parts,
         link=True,
         progress=lambda done, total: context.progress(done, total, "B", "weights"),

@@ -13,22 +13,22 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from bigpipe.bigmodel.architecture import Architecture, describe_architecture
+from bigpipe.bigmodel.architecture import Architecture
 from bigpipe.bigmodel.bitsandbytes_format import Scheme
 from bigpipe.bigmodel.checkpoint import Checkpoint, open_checkpoint
-from bigpipe.bigmodel.description import ARCHITECTURE_FILE
+from bigpipe.bigmodel.description import ARCHITECTURE_FILE, ModelDescription, describe_checkpoint
 from bigpipe.bigmodel.shards import write_file
 from bigpipe.bigmodel.sidefiles import carry_side_files, config_with_dtype, encode_config
 from bigpipe.bigmodel.writer import ReportProgress
-from bigpipe.errors import UsageError
 from bigpipe.sizes import parse_size
 
 from .outline import Outline, outline
 from .settings import Settings, torch_threads
+from .understanding import refuse_quantized, understand
 
 __all__ = [
-    "Outline", "QuantizedCheckpoint", "Settings", "outline", "quantize_checkpoint", "quantize_with", "refuse_quantized",
-    "torch_threads",
+    "Outline", "QuantizedCheckpoint", "Settings", "outline", "quantize_checkpoint", "quantize_described",
+    "refuse_quantized", "torch_threads", "understand",
 ]  # fmt: skip
 
 WORKERS = 2
@@ -87,40 +87,47 @@ def quantize_checkpoint(
         threads=torch_threads(),
     )
     checkpoint = source if isinstance(source, Checkpoint) else open_checkpoint(source)
-    return quantize_with(
-        settings,
+    return quantize_described(
+        describe_checkpoint(checkpoint.path),
         checkpoint,
         Path(out),
-        architecture or describe_architecture(checkpoint.path),
+        settings,
+        architecture=architecture,
         max_shard_size=parse_size(max_shard_size),
         parts=parts,
         progress=progress,
     )
 
 
-def quantize_with(
-    settings: Settings,
+def quantize_described(
+    described: ModelDescription,
     checkpoint: Checkpoint,
     out: Path,
-    architecture: Architecture,
+    settings: Settings,
     *,
+    architecture: Architecture | None = None,
+    modules: Sequence[str] = (),
+    base: Path | None = None,
+    memo: Path | None = None,
     max_shard_size: int = 5 * 10**9,
     parts: Path | None = None,
     link: bool = False,
     progress: ReportProgress | None = None,
 ) -> QuantizedCheckpoint:
-    """`quantize_checkpoint` with its settings as a value. link: side files become links instead of copies."""
+    """`quantize_checkpoint` with its settings as a value; modules, base and memo as in `understand`.
+
+    link: side files become links instead of copies.
+    """
     from .stream import Streaming, split  # brings numpy, which a plan does not need
 
-    custom = _custom(checkpoint)
-    refuse_quantized(checkpoint.config, custom)
-    stored = {name: (tensor.dtype, tensor.shape) for name, tensor in checkpoint.tensors.items()}
-    outlined = outline(stored, checkpoint.tied, architecture, settings)
+    architecture, outlined = understand(
+        described, settings, architecture=architecture, modules=modules, base=base, memo=memo
+    )  # fmt: skip
     files = {name: tensor.file for name, tensor in checkpoint.tensors.items()}
     shards = split(outlined, files, max_shard_size)
     streaming = Streaming(checkpoint, out, settings, parts, WORKERS, progress)
     plans = streaming.write(shards)
-    carried = _carry(checkpoint, out, settings, architecture, custom, link=link)
+    carried = _carry(checkpoint, out, settings, architecture, described.custom, link=link)
     return QuantizedCheckpoint(
         files=streaming.files | carried,
         shards=len(plans),
@@ -129,25 +136,6 @@ def quantize_with(
         quantized=outlined.quantized,
         skipped=outlined.skipped,
     )
-
-
-def refuse_quantized(config: Mapping[str, Any] | None, custom: Mapping[str, Any] | None) -> None:
-    """Raises UsageError for a checkpoint that is quantized already: its codes are no numbers to be rounded again."""
-    for holder in (config, custom):
-        found = (holder or {}).get("quantization_config")
-        if found:
-            method = found.get("quant_method", "some method") if isinstance(found, Mapping) else "some method"
-            raise UsageError(
-                f"the checkpoint is quantized already ({method})",
-                "leave this step out, or start from the weights before they were quantized",
-            )
-
-
-def _custom(checkpoint: Checkpoint) -> Mapping[str, Any] | None:
-    from bigpipe.bigmodel.files import MAX_CONFIG, read_json
-
-    file = checkpoint.path / ARCHITECTURE_FILE
-    return read_json(file, checkpoint.path, MAX_CONFIG) if file in checkpoint.extras else None
 
 
 def _carry(

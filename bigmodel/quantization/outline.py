@@ -79,18 +79,27 @@ class Outline:
         return max((tensor_nbytes(part.stored_dtype, part.shape) for part in turned), default=0)
 
 
-def outline(stored: Stored, tied: Mapping[str, str], architecture: Architecture, settings: Settings) -> Outline:
+def outline(
+    stored: Stored,
+    tied: Mapping[str, str],
+    architecture: Architecture,
+    settings: Settings,
+    ask_names: Callable[[list[str]], Mapping[str, str]] | None = None,
+) -> Outline:
     """What every stored tensor becomes. tied: alias → stored name, where the file format holds aliases.
 
+    ask_names: gives the model's names for stored ones; asked only where weights do not bear names that tell.
     Raises UsageError for modules that cannot be converted as asked, InvalidCheckpoint where weights and model do not
     belong together.
     """
-    names = model_names(architecture, [*stored, *tied])
     modules = converted_modules(
         architecture, skip_modules=settings.skip_modules, keep=settings.keep_in_fp32_modules
     )  # fmt: skip
     _refuse_tied(architecture, modules)
     weights = {weight_of(module).name: module for module in modules}
+    names = model_names(architecture, [*stored, *tied])
+    if ask_names is not None and not weights.keys() <= {names[name] for name in stored}:
+        names |= ask_names([*stored, *tied])
     _refuse_missing(weights, names, stored, tied)
     dtype_of = _kept_dtypes(architecture, settings)
     parts: list[Converted | Kept] = []

@@ -31,9 +31,10 @@ WIDE: dict[str, dict[str, Any]] = {
     "bloom": {"hidden_size": 64},
     "t5": {"d_model": 64, "d_ff": 128, "d_kv": 16},
     "bart": {"d_model": 64, "encoder_ffn_dim": 128, "decoder_ffn_dim": 128},
-    **dict.fromkeys(("llama", "gpt_neox", "mistral", "mixtral", "qwen2", "phi", "bert", "roberta", "vit"), _WIDTHS),
+    **dict.fromkeys(("llama", "gpt_neox", "mistral", "mixtral", "qwen2", "phi", "bert", "roberta"), _WIDTHS),
+    "vit": {**_WIDTHS, "num_labels": 32},
 }
-"""bitsandbytes' CPU kernel needs widths that are multiples of 64."""
+"""bitsandbytes' CPU kernel needs input widths that are multiples of 64, and output widths of 32."""
 SCHEMES = [("int8", False), ("nf4", False), ("nf4", True), ("fp4", True)]
 
 
@@ -100,7 +101,7 @@ def assert_as_transformers(source: Path, out: Path, reference: Any, folder: Path
 
 @pytest.mark.parametrize(("name", "scheme", "double"), [
     ("opt", "nf4", True), ("llama", "int8", False), ("gpt2", "nf4", True), ("bloom", "nf4", False),
-    ("gpt_neox", "fp4", True), ("gpt2", "int8", False), ("t5", "int8", False),
+    ("gpt_neox", "fp4", True), ("gpt2", "int8", False), ("t5", "int8", False), ("vit", "int8", False),
 ])  # fmt: skip
 def test_equal_to_quantizing_on_load(name: str, scheme: str, double: bool, tmp_path: Path) -> None:
     source = source_checkpoint(tmp_path, name)

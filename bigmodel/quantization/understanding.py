@@ -1,0 +1,59 @@
+"""What a checkpoint is and what each of its tensors becomes, from headers and config: for a plan as for a run."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from bigpipe.bigmodel.architecture import Architecture, describe_architecture
+from bigpipe.bigmodel.description import ModelDescription
+from bigpipe.bigmodel.families import known_architecture
+from bigpipe.bigmodel.renaming import ask_names
+from bigpipe.errors import UsageError
+
+from .outline import Outline, outline
+from .settings import Settings
+
+
+def understand(
+    described: ModelDescription,
+    settings: Settings,
+    *,
+    architecture: Architecture | None = None,
+    modules: Sequence[str] = (),
+    base: Path | None = None,
+    memo: Path | None = None,
+) -> tuple[Architecture, Outline]:
+    """The model's architecture, unless given, and the outline of its quantization.
+
+    modules, base, memo: as of `describe_architecture`, which is asked for classes that are not written down. The
+    tensors of `described` must be known. Raises UsageError and InvalidCheckpoint.
+    """
+    refuse_quantized(described.config, described.custom)
+    if described.config is None and described.custom is None and architecture is None:
+        raise UsageError(
+            "the checkpoint has no config that names its class, so nobody knows which weights are linear layers'",
+            "bring its config.json, or describe its class under `architecture`",
+        )
+    config = described.config or {}
+    if architecture is None and described.custom is None:
+        architecture = known_architecture(config)
+    if architecture is None:
+        architecture = describe_architecture(config, custom=described.custom, modules=modules, base=base, memo=memo)
+    plain = described.custom is None and described.config is not None and architecture.library == "transformers"
+    names = partial(ask_names, config, memo=memo) if plain else None
+    return architecture, outline(described.tensors or {}, described.tied, architecture, settings, names)
+
+
+def refuse_quantized(config: Mapping[str, Any] | None, custom: Mapping[str, Any] | None) -> None:
+    """Raises UsageError for a checkpoint that is quantized already: its codes are no numbers to be rounded again."""
+    for holder in (config, custom):
+        found = (holder or {}).get("quantization_config")
+        if found:
+            method = found.get("quant_method", "some method") if isinstance(found, Mapping) else "some method"
+            raise UsageError(
+                f"the checkpoint is quantized already ({method})",
+                "leave this step out, or start from the weights before they were quantized",
+            )
