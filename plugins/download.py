@@ -38,8 +38,10 @@ class Synthetic(Params):
     """A `config.json`, or what would stand in it."""
     dtype: Literal["float32", "float16", "bfloat16"] = "float16"
     seed: int = 0
+    """Of the weights; the same seed gives the same bytes."""
     format: Literal["safetensors", "bin"] = "safetensors"
     max_shard_size: Size = 5_000_000_000
+    """The most bytes of weights in one file."""
 
 
 class CustomClass(Params):
@@ -48,18 +50,28 @@ class CustomClass(Params):
     config: dict[str, Any] = Field(default_factory=dict)
     """Updates the class's `get_default_config()`, where it has one; else its keyword arguments."""
     tokenizer: str | None = None
+    """Where its tokenizer is found: a repository or a directory, for the task that runs it."""
     no_split_module_classes: list[str] | None = None
+    """Classes whose modules stay on one device, such as blocks with a residual connection."""
 
 
 class DownloadParams(Params):
     repo: str | None = None
+    """A repository on the Hub, `owner/name`. Exactly one of `repo`, `path` and `synthetic` is given."""
     revision: str = "main"
+    """A branch, a tag or a commit; what moves is pinned to its commit."""
     path: Tree | None = None
+    """A local directory; it enters the key by content."""
     synthetic: Synthetic | None = None
+    """Made-up weights in the shape of a config, written in constant memory."""
     include: tuple[str, ...] = ()
+    """Globs of the files to take; none: one weight format, configs and tokenizer."""
     exclude: tuple[str, ...] = ()
+    """Globs of files to leave out."""
     library_name: Literal["transformers", "diffusers", "timm"] | None = None
+    """Found from the files, unless given."""
     architecture: CustomClass | None = None
+    """The class of a model without a transformers config; it travels inside the artifact."""
 
     @field_validator("repo")
     @classmethod

@@ -86,14 +86,21 @@ def _field_rows(model: type[BaseModel], prefix: str) -> list[str]:
 
 
 def _metric_rows(model: type[BaseModel], prefix: str) -> list[str]:
+    """Fields that share one model (a dtype each, say) are listed once, under all their names."""
     rows = []
     notes = field_descriptions(model)
+    names: dict[type[BaseModel], list[str]] = {}
     for name, field in model.model_fields.items():
         if nested := _nested(field.annotation):
-            rows += _metric_rows(nested, f"{prefix}{name}.")
+            names.setdefault(nested, []).append(name)
         else:
-            rows.append(f"| `{prefix}{name}` | {type_text(_annotation(field))} | {_cell(notes.get(name, ''))} |")
-    return list(dict.fromkeys(rows))
+            rows.append(f"| `{prefix}{name}` | {type_text(_annotation(field))} | {notes.get(name, '')} |")
+    for nested, holders in names.items():
+        one = holders[0] if len(holders) == 1 else "DTYPE" if "float16" in holders else "NAME"
+        if len(holders) > 1:
+            rows.append(f"| `{prefix}{one}` | map | {one} is one of {', '.join(holders)} |")
+        rows += _metric_rows(nested, f"{prefix}{one}.")
+    return rows
 
 
 def _kind_json(stage: Stage[Any]) -> dict[str, Json]:
