@@ -18,6 +18,10 @@ if TYPE_CHECKING:
     import torch
 
 
+BLOCK = 64
+"""Elements of a 4-bit weight that share a scale."""
+
+
 def replace_linears(
     model: torch.nn.Module, quantized: Mapping[str, QuantizedWeight], settings: Mapping[str, Any]
 ) -> None:
@@ -54,6 +58,9 @@ def _empty_module(linear: torch.nn.Module, weight: QuantizedWeight, settings: Ma
         )  # fmt: skip
         if bias is not None:
             module.bias = torch.nn.Parameter(torch.empty(rows, dtype=bias.dtype))
+    if weight.four_bit and columns % BLOCK:
+        # bitsandbytes' packing for AVX512-BF16 takes whole blocks per row only, and fails on others
+        module.support_avx512bf16_for_cpu = False
     result: torch.nn.Module = module.requires_grad_(False)
     return result
 

@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 from support.models import CAUSAL, forward, make_checkpoint, sample_inputs, tiny_model
 from support.tinygpt import GPT
 
+from bigpipe.bigmodel.architecture import describe_architecture
 from bigpipe.bigmodel.loading import load, loaded
 from bigpipe.errors import DoesNotFit, InvalidCheckpoint, UsageError
 
@@ -153,6 +154,23 @@ def test_a_class_of_ones_own(tmp_path: Path, home: str) -> None:
     wanted.load_state_dict(load_file(path / "model.safetensors"))
     tokens = torch.arange(12).view(2, 6)
     assert torch.equal(model.generate(tokens, 5), wanted.generate(tokens, 5))
+
+
+@pytest.mark.parametrize("scheme", ["int8", "nf4"])
+@pytest.mark.parametrize("home", ["cpu", "disk"])
+def test_a_quantized_class_of_ones_own(tmp_path: Path, scheme: str, home: str) -> None:
+    from bigpipe.bigmodel.quantization import quantize_checkpoint
+
+    trusted: dict[str, Any] = {"trust": ["support"], "base": SUPPORT}
+    path = custom_checkpoint(tmp_path / "gpt")
+    architecture = describe_architecture(path, modules=["support"], base=SUPPORT)
+    quantize_checkpoint(path, tmp_path / "small", scheme=scheme, architecture=architecture)
+    model = load(tmp_path / "small", {"": home}, **trusted)
+    tokens = torch.arange(12).view(2, 6)
+    wanted, found = load(path, dtype="float16", **trusted)(tokens), model(tokens)
+    assert found.dtype == torch.float16
+    assert 0 < (found - wanted).abs().max() < 0.2
+    assert torch.equal(model(tokens), found)
 
 
 def default_config() -> Any:

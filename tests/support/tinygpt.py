@@ -46,9 +46,9 @@ class Block(nn.Module):
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
         hidden = hidden + self.attention(self.before_attention(hidden))
-        widened = functional.gelu(self.widen(self.before_mlp(hidden)))
-        # The layer's weight, taken without calling the layer: what a class does that must not be split.
-        return hidden + functional.linear(widened, self.narrow.weight, self.narrow.bias)
+        # The norm's weight, taken without calling the norm: what a class does whose blocks must stay whole.
+        normed = functional.layer_norm(hidden, hidden.shape[-1:], self.before_mlp.weight, self.before_mlp.bias)
+        return hidden + self.narrow(functional.gelu(self.widen(normed)))
 
 
 class GPT(nn.Module):
