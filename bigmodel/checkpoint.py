@@ -18,7 +18,7 @@ from .tensors import DTYPES, TensorInfo, View, invalid
 
 __all__ = ["CHUNK", "DTYPES", "Checkpoint", "Format", "TensorInfo", "View", "open_checkpoint"]
 
-CHUNK = 8 * 2**20
+CHUNK = 4 * 2**20
 """Bytes moved at a time: large enough for the disk, small enough to stay in the cache of a CPU on its way through."""
 
 

@@ -29,7 +29,7 @@ WEIGHT_SUFFIXES = frozenset({
 })  # fmt: skip
 NOT_A_MODEL = re.compile(r"(training_args|optimizer|scheduler|scaler|rng_state).*")
 """Trainers leave these beside a model; they are torch files, but no weights."""
-MAX_INDEX = 100_000_000
+MAX_INDEX = 16 * 2**20
 MAX_CONFIG = 10_000_000
 
 

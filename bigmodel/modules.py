@@ -74,7 +74,9 @@ def _pieces(tensor: torch.Tensor, planned: PlannedTensor) -> Iterator[memoryview
 
     whole = tensor.detach().to("cpu", getattr(torch, planned.dtype)).resolve_conj().resolve_neg().contiguous()
     if whole.numel():
-        content = memoryview(whole.reshape(-1).view(torch.uint8).numpy().data)
+        # as_strided: the one element of a view may keep a stride that `view` does not take.
+        flat = whole.as_strided((whole.numel(),), (1,)).view(torch.uint8)
+        content = memoryview(flat.numpy().data)
         for start in range(0, len(content), CHUNK):
             yield content[start : start + CHUNK]
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import itertools
+import threading
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Self
 
@@ -78,3 +80,26 @@ class RangeReader:
     def __exit__(self, *_: object) -> None:
         for source in self._sources.values():
             source.close()
+
+
+class RangeReaders:
+    """A `RangeReader` for every thread that asks."""
+
+    def __init__(self, checkpoint: Checkpoint, dtype: str | None = None) -> None:
+        self._make = partial(RangeReader, checkpoint, dtype)
+        self._local = threading.local()
+        self._readers: list[RangeReader] = []
+
+    def produce(self, planned: PlannedTensor) -> Iterator[memoryview]:
+        reader: RangeReader | None = getattr(self._local, "reader", None)
+        if reader is None:
+            reader = self._local.reader = self._make()
+            self._readers.append(reader)
+        yield from reader.produce(planned)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for reader in self._readers:
+            reader.__exit__()

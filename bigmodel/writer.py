@@ -6,6 +6,7 @@
             kept, if an earlier attempt finished it (journal)
             ShardWriter.write(tensor)          reading and computing here, writing and hashing in threads of their own
             ShardWriter.settle                 sync, rename, journal: while the next file is being written
+        with several workers, so many files side by side
 
 A file has its final name only once it is whole and on the disk.
 """
@@ -14,13 +15,17 @@ from __future__ import annotations
 
 import os
 import re
+import threading
 import time
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from bigpipe.errors import DoesNotFit, UsageError
+from bigpipe.errors import DoesNotFit, Interrupted, UsageError
 from bigpipe.sizes import format_transfer, parse_size
 
 from .casting import is_cast
@@ -29,7 +34,7 @@ from .containers import Container, container
 from .files import Format
 from .journal import Journal
 from .plans import NAMES, Layout, PlannedTensor, ShardPlan, encode_index, index_file, laid_out, plan_shards
-from .ranges import RangeReader
+from .ranges import RangeReaders
 from .shards import PARTIAL, Lanes, Piece, ShardWriter, write_file
 from .sidefiles import carry_side_files, config_with_dtype
 from .tensors import CASTABLE, SAFETENSORS_NAMES
@@ -41,6 +46,8 @@ __all__ = [
 
 _METADATA = {"format": "pt"}
 """Tells other tools that names and shapes are torch's."""
+WORKERS = 4
+"""Files written side by side at most, one per core: one sha256 is slower than a disk. Each takes about 20 MB."""
 Produce = Callable[[PlannedTensor], Iterable[Piece]]
 """Gives a tensor's bytes in pieces. A piece must stay as it is until three more have been taken, of whatever tensor."""
 ReportProgress = Callable[[int, int], None]
@@ -68,10 +75,12 @@ def write_checkpoint(
     progress: ReportProgress | None = None,
     journal: Path | None = None,
     fingerprint: str = "",
+    workers: int = 1,
 ) -> SavedCheckpoint:
     """Writes the planned weight files and, where there are several, their index into the directory `out`.
 
-    `produce` is called once per tensor, in the order of the plans. With a `journal` (a path outside `out`), files that
+    `produce` is called once per tensor, in the order of the plans; with several `workers`, so many files are written
+    side by side, and it is called from as many threads. With a `journal` (a path outside `out`), files that
     an earlier attempt finished are verified and kept, if it was for the same plan and `fingerprint` (whatever else the
     bytes depend on). Weight files of the same naming scheme that are not in the plans are removed.
 
@@ -91,54 +100,90 @@ def write_checkpoint(
     check_space(out, sum(file.size for _, file in todo))
     total = sum(plan.nbytes for plan in plans)
     meter = Meter(total, total - sum(plan.nbytes for plan, _ in todo), progress)
-    with Lanes() as lanes:
-        for plan, file in todo:
-            _write_shard(out / plan.file, plan, file, lanes, lambda tensor: meter.count(produce(tensor)), known, files)
+    _Writing(out, deque(todo), produce, meter, known, files).run(min(workers, len(todo)))
     if len(plans) > 1:
         files[index_file(format)] = write_file(out / index_file(format), encode_index(plans))
-    return SavedCheckpoint(files, len(plans), sum(file.size for file in containers))
+    ordered = {plan.file: files.pop(plan.file) for plan in plans}
+    return SavedCheckpoint({**ordered, **files}, len(plans), sum(file.size for file in containers))
 
 
-def _write_shard(
-    path: Path,
-    plan: ShardPlan,
-    file: Container,
-    lanes: Lanes,
-    produce: Produce,
-    known: Journal,
-    files: dict[str, tuple[str, int]],
-) -> None:
-    def settled(sha256: str) -> None:
-        files[plan.file] = sha256, file.size
-        known.record(plan.file, file, sha256)
+@dataclass
+class _Writing:
+    """The files of one checkpoint, written by one or several threads."""
 
-    with ShardWriter(path, file, lanes) as shard:
-        for tensor in plan.tensors:
-            shard.write(tensor.name, produce(tensor), tensor.nbytes)
-        shard.all_written()
-        lanes.settle(lambda: shard.settle(settled))
+    out: Path
+    todo: deque[tuple[ShardPlan, Container]]
+    produce: Produce
+    meter: Meter
+    known: Journal
+    files: dict[str, tuple[str, int]]
+
+    def run(self, workers: int) -> None:
+        if workers <= 1:
+            self.work()
+            return
+        with ThreadPoolExecutor(workers, "shard") as pool:
+            jobs = [pool.submit(self.work) for _ in range(workers)]
+            try:
+                for job in as_completed(jobs):
+                    job.result()
+            except BaseException:
+                self.todo.clear()
+                self.meter.stop()
+                raise
+
+    def work(self) -> None:
+        """Writes files until there are none left."""
+        with Lanes() as lanes:
+            while (following := self._next()) is not None:
+                self.write(*following, lanes)
+
+    def _next(self) -> tuple[ShardPlan, Container] | None:
+        with suppress(IndexError):  # not `if self.todo`: another thread may take the last one in between
+            return self.todo.popleft()
+        return None
+
+    def write(self, plan: ShardPlan, file: Container, lanes: Lanes) -> None:
+        def settled(sha256: str) -> None:
+            self.files[plan.file] = sha256, file.size
+            self.known.record(plan.file, file, sha256)
+
+        with ShardWriter(self.out / plan.file, file, lanes) as shard:
+            for tensor in plan.tensors:
+                shard.write(tensor.name, self.meter.count(self.produce(tensor)), tensor.nbytes)
+            shard.all_written()
+            lanes.settle(lambda: shard.settle(settled))
 
 
 class Meter:
-    """Counts bytes as they pass; reports ten times a second."""
+    """Counts bytes as they pass, in any thread; reports ten times a second."""
 
     def __init__(self, total: int, done: int, report: ReportProgress | None) -> None:
         self.total = total
         self.done = done
         self.report = report
         self._told = 0.0
+        self._lock = threading.Lock()
+        self._stopped = False
+
+    def stop(self) -> None:
+        """Ends the counting in other threads at their next piece."""
+        self._stopped = True
 
     def count(self, pieces: Iterable[Piece]) -> Iterator[Piece]:
         for piece in pieces:
+            if self._stopped:
+                raise Interrupted("another file of this checkpoint could not be written")
             yield piece
-            self.done += memoryview(piece).nbytes
-            self._tell()
+            self._add(memoryview(piece).nbytes)
 
-    def _tell(self) -> None:
-        now = time.monotonic()
-        if self.report is not None and (now - self._told > 0.1 or self.done == self.total):
-            self._told = now
-            self.report(self.done, self.total)
+    def _add(self, size: int) -> None:
+        with self._lock:
+            self.done += size
+            now = time.monotonic()
+            if self.report is not None and (now - self._told > 0.1 or self.done == self.total):
+                self._told = now
+                self.report(self.done, self.total)
 
 
 def remove_leftovers(out: Path, format: Format, planned: set[str]) -> None:
@@ -240,16 +285,17 @@ def convert(
     if format == "safetensors":
         # In the order of the file, so that it is hashed in passing.
         plans = [ShardPlan(plan.file, tuple(laid_out(plan, "sorted"))) for plan in plans]
-    with RangeReader(checkpoint, dtype) as reader:
+    with RangeReaders(checkpoint, dtype) as readers:
         return write_checkpoint(
             out,
             plans,
-            reader.produce,
+            readers.produce,
             metadata={"format": checkpoint.metadata.get("format", "pt")},
             format=format,
             progress=progress,
             journal=journal,
             fingerprint=_fingerprint(checkpoint),
+            workers=min(WORKERS, _cores()),
         )
 
 
@@ -259,6 +305,11 @@ def _check_apart(checkpoint: Checkpoint, out: Path) -> None:
         raise UsageError(
             f"{out}: is where the source is", "write to another directory; a checkpoint is never changed in place"
         )
+
+
+def _cores() -> int:
+    """Those this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _fingerprint(checkpoint: Checkpoint) -> str:

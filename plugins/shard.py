@@ -26,8 +26,8 @@ from bigpipe.orchestrator.stage import (
 )
 from bigpipe.sizes import format_transfer
 
-RAM = 160 * 2**20
-"""Peak of the worker process at any model size: interpreter, numpy where a cast needs it, and the reused buffers."""
+RAM = 200 * 2**20
+"""Peak of the worker process at any model size: interpreter, numpy where a cast needs it, buffers for four files."""
 RATE = 600 * 10**6
 """Bytes per second where nothing better is known: one core's sha256 beside an ordinary disk."""
 

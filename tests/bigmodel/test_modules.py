@@ -51,11 +51,15 @@ def test_a_transformers_model_is_saved_with_its_config(tmp_path):
 
 
 def test_a_state_dict_with_views_is_saved_contiguously(tmp_path):
-    state = {"t": torch.arange(6.0).reshape(2, 3).t(), "e": torch.zeros(0, 2), "layout": "row"}
+    state = {
+        "t": torch.arange(6.0).reshape(2, 3).t(), "e": torch.zeros(0, 2), "layout": "row",
+        "s": torch.arange(6.0)[::6],
+    }  # fmt: skip
     save_checkpoint(state, tmp_path)
     checkpoint = open_checkpoint(tmp_path)
     assert checkpoint.read("t") == state["t"].contiguous().numpy().tobytes()
-    assert set(checkpoint.tensors) == {"t", "e"}
+    assert checkpoint.read("s") == bytes(4)
+    assert set(checkpoint.tensors) == {"t", "e", "s"}
 
 
 def test_what_is_not_in_memory_is_refused(tmp_path):

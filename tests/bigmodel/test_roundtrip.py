@@ -27,8 +27,8 @@ def filled(dtype: str, shape: tuple[int, ...], seed: int) -> torch.Tensor:
 
 
 def contiguous(tensor: torch.Tensor) -> bytes:
-    flat = tensor.contiguous().reshape(-1)
-    return flat.view(torch.uint8).numpy().tobytes() if flat.numel() else b""
+    flat = tensor.contiguous().as_strided((tensor.numel(),), (1,))
+    return flat.view(torch.uint8).numpy().tobytes() if tensor.numel() else b""
 
 
 shapes = st.lists(st.integers(0, 7), max_size=4).map(tuple)
@@ -54,7 +54,7 @@ def state_dicts(draw) -> dict[str, torch.Tensor]:
     return {name: tensor for name, tensor in state.items() if name != "__metadata__"}
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=25, deadline=None)
 @given(state=state_dicts(), limit=st.integers(1, 500))
 def test_any_set_of_tensors_survives_four_conversions(state, limit):
     with tempfile.TemporaryDirectory() as folder:

@@ -173,6 +173,33 @@ def test_finished_files_are_kept_after_a_crash_and_damaged_ones_are_not(tmp_path
     assert produced[6:] == ["t0", "t1", "t2", "t3"]
 
 
+def test_several_files_side_by_side_stop_together(tmp_path):
+    plans = plan_shards([PlannedTensor.of(f"t{number}", "uint8", (2_000_000,)) for number in range(8)], 2_000_000)
+
+    def produce(tensor):
+        for piece in range(4):
+            if (tensor.name, piece) == ("t5", 2):
+                raise OSError("the source is gone")
+            yield tensor.name.encode() * 250_000
+
+    with pytest.raises(OSError, match="the source is gone"):
+        write_checkpoint(tmp_path, plans, produce, workers=3)
+    assert not list(tmp_path.glob("*.part"))
+    assert not (tmp_path / plans[5].file).exists()
+    seen = []
+    saved = write_checkpoint(
+        tmp_path,
+        plans,
+        lambda tensor: [tensor.name.encode() * 10**6],
+        workers=3,
+        progress=lambda *done: seen.append(done),
+    )
+    assert seen[-1] == (16_000_000, 16_000_000)
+    assert list(saved.files) == [*(plan.file for plan in plans), "model.safetensors.index.json"]
+    checkpoint = open_checkpoint(tmp_path)
+    assert all(checkpoint.read(name) == name.encode() * 10**6 for name in checkpoint.tensors)
+
+
 def test_a_producer_that_gives_too_little_is_a_bug_and_leaves_nothing(tmp_path):
     plans = plan_shards([PlannedTensor.of("t", "uint8", (10,))], 100)
     with pytest.raises(ValueError, match="9 bytes were produced, 10 planned"):
