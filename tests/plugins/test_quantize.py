@@ -94,7 +94,7 @@ def test_the_worker_never_imports_torch(tmp_path: Path, source: Path) -> None:
     describe_architecture(source, memo=tmp_path.parent / "memo")
     (tmp_path / "torch").mkdir()
     (tmp_path / "torch" / "__init__.py").write_text("raise SystemExit('torch was imported')")
-    environment = {"PYTHONPATH": f"{tmp_path}:{os.environ['PYTHONPATH']}"}
+    environment = {"PYTHONPATH": os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")])}
     outcome = run_quantize(tmp_path, source, environment, scheme="nf4")
     assert outcome.peak_rss < 192 * 2**20
 

@@ -82,7 +82,7 @@ def test_the_worker_never_imports_torch(tmp_path):
     source = make_checkpoint(tmp_path / "source", "opt")
     (tmp_path / "torch").mkdir()
     (tmp_path / "torch" / "__init__.py").write_text("raise SystemExit('torch was imported')")
-    environment = {"PYTHONPATH": f"{tmp_path}:{os.environ['PYTHONPATH']}"}
+    environment = {"PYTHONPATH": os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")])}
     _, outcome = run_shard(tmp_path, source, environment, dtype="float16")
     assert outcome.metrics["shards"] == 1
     assert outcome.peak_rss < 160 * 2**20
