@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
 BLOCK = 64
 """Elements of a 4-bit weight that share a scale."""
+PACKED_ROWS = 32
 
 
 def replace_linears(
@@ -58,8 +59,8 @@ def _empty_module(linear: torch.nn.Module, weight: QuantizedWeight, settings: Ma
         )  # fmt: skip
         if bias is not None:
             module.bias = torch.nn.Parameter(torch.empty(rows, dtype=bias.dtype))
-    if weight.four_bit and columns % BLOCK:
-        # bitsandbytes' packing for AVX512-BF16 takes whole blocks per row only, and fails on others
+    if weight.four_bit and (columns % BLOCK or rows % PACKED_ROWS):
+        # bitsandbytes' packing for CPUs with AVX512-BF16 takes whole tiles only, and fails on others
         module.support_avx512bf16_for_cpu = False
     result: torch.nn.Module = module.requires_grad_(False)
     return result

@@ -173,6 +173,21 @@ def test_a_quantized_class_of_ones_own(tmp_path: Path, scheme: str, home: str) -
     assert torch.equal(model(tokens), found)
 
 
+@pytest.mark.parametrize(("rows", "columns"), [(48, 64), (33, 128), (7, 192), (32, 100)])
+def test_four_bit_matrices_of_any_shape(tmp_path: Path, rows: int, columns: int) -> None:
+    import bitsandbytes
+
+    wanted = torch.nn.Sequential(torch.nn.Linear(columns, rows))
+    four = bitsandbytes.nn.Linear4bit(columns, rows, compute_dtype=torch.float32, quant_type="nf4")
+    four.load_state_dict(wanted[0].state_dict())
+    stored = torch.nn.Sequential(four.to("cpu")).state_dict()
+    save_file({name: tensor.contiguous() for name, tensor in stored.items()}, tmp_path / "model.safetensors")
+    inputs = torch.randn(3, columns)
+    exact = wanted(inputs)
+    model = load(tmp_path / "model.safetensors", model=wanted, dtype="float32")
+    assert 0 < (model(inputs) - exact).abs().max() < 0.3
+
+
 def default_config() -> Any:
     config = GPT.get_default_config()
     config.vocab_size, config.block_size = 256, 64
