@@ -71,9 +71,11 @@ class DispatchParams(Params):
     special_dtypes: dict[str, Literal["float32", "float16", "bfloat16"]] = Field(default_factory=dict)
     """Parameter name → dtype."""
     batch_size: int = Field(1, ge=1)
+    """Of the generation that room is kept for."""
     sequence_length: int = Field(2048, ge=1)
     """With batch_size, what is kept free for where max_memory is left out."""
     verify: Literal["forward", "load", "none"] = "forward"
+    """How the placement is tried out: loaded and run once, loaded, or not at all."""
 
 
 class DispatchMetrics(Metrics):
@@ -82,6 +84,7 @@ class DispatchMetrics(Metrics):
     measured: dict[str, int] = Field(default_factory=dict)
     """The same of the loaded model; empty with `verify: none`."""
     load_seconds: float = 0.0
+    """What building and filling the model took, without imports."""
     streamed_bytes_per_token: int = 0
     """Stored bytes that one token moves from RAM or disk to where it computes."""
 

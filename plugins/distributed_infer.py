@@ -70,8 +70,11 @@ class InferParams(Params):
     prompts: Annotated[str | list[str | list[dict[str, Any]] | dict[str, Any]], FileOrLiteral]
     """A JSONL or text file, a glob of them, or a list of texts or chats."""
     column: str = "prompt"
+    """The field of each JSON object that holds the prompt."""
     batch_size: int = Field(1, ge=1)
+    """Prompts that are computed together. The same ones, whatever the number of ranks."""
     max_new_tokens: int = Field(32, ge=1)
+    """The longest continuation."""
     generation: dict[str, Any] = Field(default_factory=dict)
     """Arguments of `generate`, of the function, or `pooling: mean | last | first` of feature-extraction."""
     seed: int = Field(0, ge=0)
@@ -79,17 +82,22 @@ class InferParams(Params):
     dtype: Literal["float32", "float16", "bfloat16"] | None = None
     """What to compute in. null: as stored; on a CPU float32, where all weights fit half of its RAM as that."""
     split: Literal["static"] = "static"
+    """How ranks get batches: contiguous shares, as accelerate's `split_between_processes` gives them."""
     apply_padding: bool = False
     """Every rank computes as many batches: the last one is repeated, and dropped at the merge."""
     max_errors: int = Field(0, ge=0)
+    """How many prompts may fail; their results hold the error. One more fails the stage."""
 
 
 class InferMetrics(Metrics):
     prompts: int = 0
+    """All of them, with those that failed."""
     errors: int = 0
+    """Prompts whose result is an error."""
     tokens: int = 0
     """Made; for feature-extraction, read."""
     tokens_per_second: float = 0.0
+    """Of all ranks together, while the slowest was computing."""
     idle: float = 0.0
     """Share of the ranks' time spent waiting for the slowest."""
     peak: dict[str, int] = Field(default_factory=dict)
