@@ -311,7 +311,7 @@ def test_killed_at_random_points_it_repeats_one_file_at_most(tmp_path: Path) -> 
     config = json.loads((tmp_path / "config.json").read_text())
     architecture = describe_architecture(tmp_path, memo=tmp_path / "memo")
     write_synthetic(config, architecture, tmp_path / "opt", max_shard_size="13MB")
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([os.environ["PYTHONPATH"], str(TESTS)])}
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([os.environ.get("PYTHONPATH", ""), str(TESTS)])}
     command = [sys.executable, "-c", KILLED, str(tmp_path), str(tmp_path / "opt")]
     started = time.monotonic()
     subprocess.run(command, check=True, env=environment)
