@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -167,7 +167,8 @@ def open_session(
     """
     path = Path(manifest)
     require_file(path)
-    recipe = load_recipe(path.absolute(), params or {})
+    # Places are named as the path was given; the rest of the engine must not depend on the current directory.
+    recipe = replace(load_recipe(path, params or {}), path=path.absolute())
     return Session(
         recipe=recipe,
         store=Store(Path(store) if store else default_root()),
