@@ -253,6 +253,10 @@ def forecast(params: DispatchParams, ctx: ForecastContext) -> Forecast:
         placed = compute(params, model, ctx.machine, ctx.trust, ctx.base, ctx.memo)
     except DoesNotFit as error:
         return Forecast(download_bytes=0, misfits=(Misfit(error.cause, error.cure),), unknown=unknown)
+    except UsageError as error:
+        if not (ctx.trust.remote_code and (model.config or {}).get("auto_map")):
+            raise
+        return Forecast(download_bytes=0, unknown=(f"the placement, until the trusted code is here: {error.cause}",))
     predicted = {str(device): size for device, size in placed.predicted.items()}
     return Forecast(
         download_bytes=0,

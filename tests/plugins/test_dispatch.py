@@ -253,3 +253,14 @@ assert STAGE.forecast(DispatchParams(), ctx).output.device_map
 assert not {{"torch", "transformers", "accelerate"}} & set(sys.modules)
 """
     subprocess.run([sys.executable, "-c", program], check=True, timeout=120)
+
+
+def test_trusted_code_is_asked_once_it_is_here(tmp_path: Path, memo: Path, models: dict[str, Path]) -> None:
+    described = describe_checkpoint(models["opt"])
+    config = {"model_type": "homemade", "auto_map": {"AutoModelForCausalLM": "modeling.Homemade"}}
+    wired = {"model": (Forecast(output=replace(described, config=config)),)}
+    ctx = ForecastContext(inputs=wired, base=TESTS, machine=MACHINE, memo=memo)
+    with pytest.raises(UsageError, match="brings its own code"):
+        STAGE.forecast(DispatchParams(), ctx)
+    trusting = replace(ctx, trust=Trust(remote_code=("org/model@0123",)))
+    assert "until the trusted code is here" in STAGE.forecast(DispatchParams(), trusting).unknown[0]
