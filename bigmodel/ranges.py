@@ -36,26 +36,15 @@ class RangeReader:
         """The contiguous bytes of the tensor of this name, as the planned dtype."""
         tensor = self.checkpoint.tensors[planned.name]
         if not is_cast(tensor.dtype, planned.dtype):
-            yield from self._stored_pieces(tensor)
+            yield from self._pieces(tensor, CHUNK, self._buffers)
             return
         widths = itemsize(tensor.dtype), itemsize(planned.dtype)
         size = CHUNK // max(widths) * widths[0]
-        for piece in self._pieces_to_cast(tensor, size):
+        for piece in self._pieces(tensor, size, itertools.repeat(self._stored)):
             yield cast(piece, tensor.dtype, planned.dtype, next(self._buffers))
 
-    def _stored_pieces(self, tensor: TensorInfo) -> Iterator[memoryview]:
-        source = self._source(tensor.file)
-        if tensor.view is not None:
-            from .strided import compact_chunks
-
-            yield from compact_chunks(source, tensor, CHUNK)
-            return
-        for start in range(0, tensor.nbytes, CHUNK):
-            piece = next(self._buffers)[: min(CHUNK, tensor.nbytes - start)]
-            source.read_into(piece, tensor.offset + start)
-            yield piece
-
-    def _pieces_to_cast(self, tensor: TensorInfo, size: int) -> Iterator[memoryview]:
+    def _pieces(self, tensor: TensorInfo, size: int, buffers: Iterator[memoryview]) -> Iterator[memoryview]:
+        """The bytes as they are stored, in pieces of at most `size`, in the buffers given."""
         source = self._source(tensor.file)
         if tensor.view is not None:
             from .strided import compact_chunks
@@ -63,7 +52,7 @@ class RangeReader:
             yield from compact_chunks(source, tensor, size)
             return
         for start in range(0, tensor.nbytes, size):
-            piece = self._stored[: min(size, tensor.nbytes - start)]
+            piece = next(buffers)[: min(size, tensor.nbytes - start)]
             source.read_into(piece, tensor.offset + start)
             yield piece
 
