@@ -21,7 +21,7 @@ from .fit import find_misfits
 from .recipe.conditions import UNKNOWN, Condition, Lookup, Verdict
 from .recipe.graph import Node
 from .session import Session, metric
-from .stage import Forecast, ForecastContext, Misfit
+from .stage import Forecast, ForecastContext, Misfit, Pinned
 from .types import Json, Machine
 
 
@@ -41,8 +41,7 @@ class PlannedNode:
     gates: tuple[GateVerdict, ...] = ()
     problem: BigpipeError | None = None
     """What its preflight, or the look for its inputs, found."""
-    pins: Mapping[str, str] = field(default_factory=dict)
-    pin_source: str = ""
+    pinned: Pinned = field(default_factory=lambda: Pinned({}, ""))
 
     @property
     def action(self) -> Action:
@@ -97,8 +96,7 @@ def make_plan(session: Session, *, preflight: bool = True) -> Plan:
             forecast=forecast,
             gates=judge_gates(node, _lookup(decisions, forecasts, node)),
             problem=_preflight(session, node, decision, forecasts) if preflight else None,
-            pins=session._pins[node.name].values if node.name in session._pins else {},
-            pin_source=session._pins[node.name].source if node.name in session._pins else "",
+            pinned=session.known_pins(node),
         )
     plan = Plan(session=session, nodes=planned)
     return replace(plan, misfits=find_misfits(session, decisions, forecasts))
@@ -207,7 +205,7 @@ def _forecast(session: Session, node: Node, decision: Decision, forecasts: Mappi
         launch=session.launch(node),
         offline=session.offline,
         artifact=artifact,
-        pins=session._pins[node.name].values if node.name in session._pins else {},
+        pins=session.known_pins(node).values,
         trust=session.recipe.trust,
         environment=session.visible_environment(node),
     )

@@ -112,6 +112,10 @@ class Session:
             self._pins[node.name] = self._pin(node)
         return self._pins[node.name]
 
+    def known_pins(self, node: Node) -> Pinned:
+        """What `pinned` has found so far; nothing is asked."""
+        return self._pins.get(node.name, Pinned({}, ""))
+
     def _pin(self, node: Node) -> Pinned:
         if node.kind.pin is None:
             return Pinned({}, "")

@@ -36,9 +36,9 @@ def plan_text(plan: Plan, *, explain: bool = False) -> str:
     lines.append(totals(plan))
     for name, planned in plan.nodes.items():
         lines += [f"not known: {name}: {fact}" for fact in (planned.forecast.unknown if planned.forecast else ())]
-        if planned.pin_source:
-            pins = ", ".join(f"{field} = {value[:12]}" for field, value in planned.pins.items())
-            lines.append(f"{name}: {pins} from {planned.pin_source}")
+        if planned.pinned.source:
+            pins = ", ".join(f"{field} = {value[:12]}" for field, value in planned.pinned.values.items())
+            lines.append(f"{name}: {pins} from {planned.pinned.source}")
     lines.append(f"machine: {machine_line(plan.session.machine)}" if plan.to_run else "nothing to do")
     return "\n".join(line for line in lines if line is not None)
 
@@ -120,7 +120,7 @@ def _planned_json(planned: PlannedNode) -> dict[str, Json]:
         "action": str(planned.action),
         "reason": planned.decision.reason,
         "key": planned.decision.key,
-        "pins": dict(planned.pins),
+        "pins": dict(planned.pinned.values),
         "changes": [
             {"path": c.path, "old": c.old, "new": c.new, "place": str(places[c.path]) if c.path in places else None}
             for c in planned.decision.changes
