@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 from bigpipe.sizes import format_size, format_transfer
 
 from .budget import Budget, Term
-from .estimates import Estimate
+
+if TYPE_CHECKING:
+    from .estimates import Estimate
 
 COLUMNS = ("weights", "KV cache", "activations", "runtime", "total", "largest layer", "AdamW")
 BAR = 40

@@ -44,12 +44,23 @@ def main(question: str, answers: str) -> None:
     Path(answers).write_text(json.dumps(results))
 
 
+def _names(request: Mapping[str, Any]) -> dict[str, str]:
+    """What `renaming` asks for: stored name → the class's own."""
+    import torch
+
+    from .naming import match
+    from .tensors import TensorInfo
+
+    model = on_meta(torch.float32, lambda: instantiate(request))
+    tensors = {name: TensorInfo(name, "float32", (), Path(), 0, 0) for name in request["names"]}
+    matches = match(model, tensors)
+    return {recipe.sources[0].name: name for name, recipe in matches.plain.items() if recipe.fuse is None}
+
+
 def _answer(request: Mapping[str, Any]) -> dict[str, Any]:
     try:
         if "names" in request:
-            from .renaming import answer_names
-
-            return {"names": answer_names(request)}
+            return {"names": _names(request)}
         return describe(request).as_json()
     except BigpipeError as error:
         return {"error": type(error).__name__, "cause": error.cause, "cure": error.cure}

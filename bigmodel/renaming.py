@@ -31,17 +31,3 @@ def ask_names(config: Mapping[str, Any], stored: Iterable[str], memo: Path | Non
         if file:
             remember(file, found)
     return {str(name): str(target) for name, target in found.items()}
-
-
-def answer_names(request: Mapping[str, Any]) -> dict[str, str]:
-    """The answer, in the process that has torch."""
-    import torch
-
-    from .instantiation import instantiate, on_meta
-    from .naming import match
-    from .tensors import TensorInfo
-
-    model = on_meta(torch.float32, lambda: instantiate(request))
-    tensors = {name: TensorInfo(name, "float32", (), Path(), 0, 0) for name in request["names"]}
-    matches = match(model, tensors)
-    return {recipe.sources[0].name: name for name, recipe in matches.plain.items() if recipe.fuse is None}

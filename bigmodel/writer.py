@@ -23,7 +23,6 @@ from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 from bigpipe.errors import DoesNotFit, Interrupted, UsageError
 from bigpipe.sizes import format_transfer, parse_size
@@ -209,7 +208,7 @@ def check_space(out: Path, needed: int) -> None:
 
 
 def save_checkpoint(
-    source: str | Path | Checkpoint | Any,
+    source: str | Path | Checkpoint,
     out: str | Path,
     *,
     max_shard_size: int | str = "5GB",
@@ -219,15 +218,10 @@ def save_checkpoint(
 ) -> SavedCheckpoint:
     """Reshards, converts or casts a checkpoint into the directory `out`, with its config, tokenizer and other files.
 
-    `source` may also be a torch module or a state dict (see `modules.save_module`).
     Reads and writes byte ranges in constant memory, without torch. Aliases of tied weights are dropped in safetensors
     and kept as shared storages in `.bin`. `dtype` changes floating-point tensors only.
     """
     out, limit = Path(out), parse_size(max_shard_size)
-    if not isinstance(source, str | Path | Checkpoint):
-        from .modules import save_module
-
-        return save_module(source, out, max_shard_size=limit, dtype=dtype, format=format, progress=progress)
     checkpoint = source if isinstance(source, Checkpoint) else open_checkpoint(source)
     saved = convert(checkpoint, out, max_shard_size=limit, dtype=dtype, format=format, progress=progress)
     config = config_with_dtype(checkpoint.config, dtype) if dtype and checkpoint.config is not None else None

@@ -36,7 +36,7 @@ from bigpipe.orchestrator.stage import (
 )
 from bigpipe.sizes import format_transfer
 
-from .download import CustomClass, DownloadMetrics, DownloadParams, Synthetic
+from .download_params import CustomClass, DownloadMetrics, DownloadParams, Synthetic
 
 Files = dict[str, tuple[str, int]]
 """Relative path → (hex sha256, size)."""

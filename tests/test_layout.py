@@ -72,3 +72,14 @@ def test_a_wheel_holds_every_module(tmp_path):
     wanted |= {"bigpipe/__init__.py", "bigpipe/errors.py", "bigpipe/sizes.py", "bigpipe/py.typed"}
     assert wanted - held == set()
     assert {name.split("/")[0] for name in held} <= {"bigpipe"} | {n.split("/")[0] for n in held if ".dist-info" in n}
+
+
+def test_no_import_circles():
+    """Not even through imports inside functions; those for types alone do not count."""
+    import grimp
+    import networkx
+
+    graph = grimp.build_graph("bigpipe", exclude_type_checking_imports=True)
+    edges = [(one, other) for one in graph.modules for other in graph.find_modules_directly_imported_by(one)]
+    circles = [sorted(c) for c in networkx.strongly_connected_components(networkx.DiGraph(edges)) if len(c) > 1]
+    assert circles == []

@@ -7,11 +7,9 @@ import json
 import os
 import time
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
-from types import TracebackType
-from typing import Self, TextIO
+from typing import TextIO
 
 from bigpipe.errors import BigpipeError, ManifestError, Place
 from bigpipe.orchestrator.events import (
@@ -26,49 +24,13 @@ from bigpipe.orchestrator.events import (
     RunStarted,
 )
 from bigpipe.orchestrator.launch.redaction import Redactor
-from bigpipe.sizes import format_size
 
+from .lines import BaseReporter, Counter, finished_text, retried_text
 from .progress import Meter, elapsed
 
 LINE_SHARE = 0.1
 LINE_SECONDS = 30.0
 """A plain line whenever progress has gone this share further, or this long after the last."""
-MARKS = {"succeeded": "✓", "cached": "·", "failed": "✗", "skipped": "-"}
-
-
-class BaseReporter:
-    """A reporter that closes with its `with`."""
-
-    def report(self, event: Event) -> None:
-        raise NotImplementedError
-
-    def close(self) -> None:
-        pass
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
-
-
-@dataclass(slots=True)
-class Counter:
-    """`[1/5]`: a node's place among the nodes of the run."""
-
-    places: dict[str, int] = field(default_factory=dict)
-
-    def start(self, nodes: Iterable[str]) -> None:
-        self.places = {node: number for number, node in enumerate(nodes, 1)}
-
-    def label(self, node: str) -> str:
-        number = self.places.get(node)
-        if number is None:
-            return node
-        width = len(str(len(self.places)))
-        return f"[{number:{width}d}/{len(self.places)}] {node}"
 
 
 class PlainReporter(BaseReporter):
@@ -171,24 +133,6 @@ def choose_reporter(
     if events is not None:
         reporters.append(JsonlReporter(events))
     return Tee(*reporters, secrets=secrets)
-
-
-def finished_text(event: NodeFinished) -> str:
-    """`✓ succeeded in 12.3 s, peak 240.0 MiB`; what went wrong is on further lines."""
-    text = f"{MARKS.get(event.status, ' ')} {event.status}"
-    if event.status == "succeeded" or event.seconds >= 0.01:
-        text += f" in {elapsed(event.seconds)}"
-    if event.status == "succeeded" and event.peak_rss:
-        text += f", peak {format_size(event.peak_rss)}"
-    if event.status == "failed" and event.error:
-        text += f": {event.error}"
-    elif event.status == "skipped" and event.reason:
-        text += f" ({event.reason})"
-    return text
-
-
-def retried_text(event: NodeRetried) -> str:
-    return f"attempt {event.attempt} in {event.wait_seconds:.1f} s: {event.cause}"
 
 
 def error_text(error: BigpipeError, environment: Mapping[str, str]) -> str:

@@ -20,8 +20,8 @@ from bigpipe.orchestrator.events import (
     RunStarted,
 )
 
+from .lines import MARKS, BaseReporter, Counter, finished_text, retried_text
 from .progress import Meter, elapsed
-from .reporters import MARKS, BaseReporter, Counter, finished_text, retried_text
 
 if TYPE_CHECKING:
     from rich.console import Console

@@ -8,7 +8,7 @@ from accelerate import Accelerator, load_checkpoint_in_model
 from support.models import forward, tiny_model
 
 from bigpipe.bigmodel.checkpoint import open_checkpoint
-from bigpipe.bigmodel.writer import save_checkpoint
+from bigpipe.bigmodel.saving import save_checkpoint
 from bigpipe.errors import UsageError
 
 

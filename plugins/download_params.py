@@ -1,0 +1,80 @@
+"""What stands under `with:` of a download, and what it measures."""
+
+from __future__ import annotations
+
+import re
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, field_validator, model_validator
+
+from bigpipe.orchestrator.stage import Code, FileOrLiteral, Metrics, Params, Size, Tree
+
+
+class Synthetic(Params):
+    config: Annotated[str | dict[str, Any], FileOrLiteral]
+    """A `config.json`, or what would stand in it."""
+    dtype: Literal["float32", "float16", "bfloat16"] = "float16"
+    seed: int = 0
+    """Of the weights; the same seed gives the same bytes."""
+    format: Literal["safetensors", "bin"] = "safetensors"
+    max_shard_size: Size = 5_000_000_000
+    """The most bytes of weights in one file."""
+
+
+class CustomClass(Params):
+    class_: Code = Field(alias="class")
+    """`module:Class`, importable from the manifest's directory; the module must be listed under `trust.modules`."""
+    config: dict[str, Any] = Field(default_factory=dict)
+    """Updates the class's `get_default_config()`, where it has one; else its keyword arguments."""
+    tokenizer: str | None = None
+    """Where its tokenizer is found: a repository or a directory, for the task that runs it."""
+    no_split_module_classes: list[str] | None = None
+    """Classes whose modules stay on one device, such as blocks with a residual connection."""
+
+
+class DownloadParams(Params):
+    repo: str | None = None
+    """A repository on the Hub, `owner/name`. Exactly one of `repo`, `path` and `synthetic` is given."""
+    revision: str = "main"
+    """A branch, a tag or a commit; what moves is pinned to its commit."""
+    path: Tree | None = None
+    """A local directory; it enters the key by content."""
+    synthetic: Synthetic | None = None
+    """Made-up weights in the shape of a config, written in constant memory."""
+    include: tuple[str, ...] = ()
+    """Globs of the files to take; none: one weight format, configs and tokenizer."""
+    exclude: tuple[str, ...] = ()
+    """Globs of files to leave out."""
+    library_name: Literal["transformers", "diffusers", "timm"] | None = None
+    """Found from the files, unless given."""
+    architecture: CustomClass | None = None
+    """The class of a model without a transformers config; it travels inside the artifact."""
+
+    @field_validator("repo")
+    @classmethod
+    def _owner_and_name(cls, repo: str | None) -> str | None:
+        if repo is not None and not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", repo):
+            raise ValueError(f"{repo!r} is not the name of a repository; write it as owner/name")
+        return repo
+
+    @model_validator(mode="after")
+    def _one_source(self) -> DownloadParams:
+        given = [name for name in ("repo", "path", "synthetic") if getattr(self, name) is not None]
+        if len(given) != 1:
+            found = " and ".join(given) or "none"
+            raise ValueError(f"exactly one of repo, path and synthetic says where the model comes from; found {found}")
+        if given != ["repo"] and "revision" in self.model_fields_set:
+            raise ValueError(f"revision belongs to a repo; {given[0]} has none")
+        if given == ["synthetic"] and (self.include or self.exclude):
+            raise ValueError("include and exclude choose among files; synthetic makes all it needs")
+        return self
+
+
+class DownloadMetrics(Metrics):
+    bytes: int
+    """Of all files."""
+    files: int
+    fetched_bytes: int
+    """Over the network, this time."""
+    commit: str | None = None
+    """What the revision was; of repositories only."""
