@@ -3,7 +3,7 @@
 Three views of the same tensors. `total` and `largest_layer` are accelerate's columns: every float tensor at the width
 that the dtype's name promises, plus integer buffers. `loaded` is what `from_pretrained` holds in memory: tied tensors
 once, modules that stay float32, bitsandbytes' scales, and the head and embeddings that bitsandbytes does not convert.
-`stored` is what a checkpoint of that dtype takes on disk, less its headers.
+`stored` is what a checkpoint of that dtype takes on disk, less its headers, as `shard` and `quantize` write it.
 """
 
 from __future__ import annotations
@@ -71,7 +71,12 @@ def weigh(architecture: Architecture, dtype: str, *, double_quant: bool = False)
     counts = {tensor.name: _bytes(architecture, tensor, torch_dtype(dtype)) for tensor in tensors}
     matrices = _Converted(architecture, SCHEMES.get(dtype), double_quant)
     plain = sum(size for name, size in counts.items() if name not in matrices.names)
-    hidden = sum(counts[tensor.name] for tensor in tensors if not tensor.persistent)
+    saved = [tensor for tensor in tensors if tensor.persistent]
+    if dtype not in SCHEMES:
+        # A cast of a checkpoint changes every float; only a loaded class keeps some of them wider
+        stored = sum(tensor.elements * ITEM_BITS[_cast(tensor, torch_dtype(dtype))] // 8 for tensor in saved)
+    else:
+        stored = sum(counts[tensor.name] for tensor in saved if tensor.name not in matrices.names) + matrices.stored
     return Weights(
         dtype=dtype,
         parameters=sum(tensor.elements for tensor in tensors if not tensor.buffer),
@@ -79,7 +84,7 @@ def weigh(architecture: Architecture, dtype: str, *, double_quant: bool = False)
         largest_layer=layer_bytes,
         largest_layer_name=layer,
         loaded=plain + matrices.codes + matrices.scales,
-        stored=plain - hidden + matrices.stored,
+        stored=stored,
         buffers=sum(counts[tensor.name] for tensor in tensors if tensor.buffer),
         codes=matrices.codes,
         scales=matrices.scales,
@@ -103,6 +108,10 @@ class _Converted:
             self.scales += scales
             tensors = stored_tensors(shape, cast(Scheme, scheme), double_quant=double_quant)
             self.stored += sum(tensor.nbytes for tensor in tensors)
+
+
+def _cast(tensor: TensorSpec, dtype: str) -> str:
+    return dtype if tensor.floating else tensor.dtype
 
 
 def _bytes(architecture: Architecture, tensor: TensorSpec, dtype: str) -> int:

@@ -10,8 +10,10 @@ from support.architectures import ALL
 from support.real import build, describe_here, held_bytes, stored_bytes
 
 from bigpipe.bigmodel.architecture import Architecture
-from bigpipe.bigmodel.bitsandbytes_format import converted_modules
+from bigpipe.bigmodel.bitsandbytes_format import Scheme, converted_modules
 from bigpipe.bigmodel.footprint import WIDTHS, weigh
+from bigpipe.bigmodel.quantization import quantize_checkpoint
+from bigpipe.bigmodel.writer import save_checkpoint
 from bigpipe.errors import UsageError
 
 LLAMA: dict[str, Any] = {
@@ -141,14 +143,15 @@ def check_against_real(name: str, architecture: Architecture, folder: Path) -> N
     assert stored_bytes(folder / "source") == weigh(architecture, "float32").stored
     for dtype in ("float32", "float16", "bfloat16"):
         loaded = type(model).from_pretrained(folder / "source", dtype=getattr(torch, dtype))
-        loaded.save_pretrained(folder / dtype)
+        save_checkpoint(folder / "source", folder / dtype, dtype=dtype)
         predicted = weigh(architecture, dtype)
         assert (dtype, held_bytes(loaded)) == (dtype, predicted.loaded)
         assert (dtype, stored_bytes(folder / dtype)) == (dtype, predicted.stored)
         assert predicted.buffers == sum(
             buffer.untyped_storage().nbytes() for buffer in loaded.buffers() if buffer.device.type == "cpu"
         )
-    for dtype, double_quant in (("int8", False), ("nf4", False), ("fp4", True)):
+    schemes: tuple[tuple[Scheme, bool], ...] = (("int8", False), ("nf4", False), ("fp4", True))
+    for dtype, double_quant in schemes:
         width: dict[str, Any] = {"load_in_8bit": True}
         if dtype != "int8":
             width = {"load_in_4bit": True, "bnb_4bit_quant_type": dtype, "bnb_4bit_use_double_quant": double_quant}
@@ -158,6 +161,11 @@ def check_against_real(name: str, architecture: Architecture, folder: Path) -> N
         quantized.save_pretrained(target)
         predicted = weigh(architecture, dtype, double_quant=double_quant)
         assert (dtype, held_bytes(quantized)) == (dtype, predicted.loaded)
+        written = quantize_checkpoint(
+            folder / "source", folder / f"ours-{dtype}", scheme=dtype, bnb_4bit_use_double_quant=double_quant,
+            architecture=architecture,
+        )  # fmt: skip
+        assert (dtype, written.bytes) == (dtype, stored_bytes(target))
         slack = 6 * predicted.converted if double_quant else 0
         assert abs(stored_bytes(target) - predicted.stored) <= slack, dtype
 
