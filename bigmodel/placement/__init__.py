@@ -4,11 +4,13 @@
 
 `budget` reads `max_memory`; `tree` knows the bytes of every module; `greedy` fills devices in the model's order, as
 accelerate's `infer_auto_device_map` does; `balance` evens out GPUs, as its `get_balanced_memory` does; `strategies`
-chooses among their answers; `custom` checks a map somebody wrote; `result` is the answer as a value and a picture.
+chooses among their answers; `optimal` searches for the fastest at given `speeds`; `custom` checks a map somebody
+wrote; `result` is the answer as a value and a picture.
 """
 
 from .budget import Device
 from .result import Placement
+from .speeds import Speeds
 from .strategies import place
 
-__all__ = ["Device", "Placement", "place"]
+__all__ = ["Device", "Placement", "Speeds", "place"]

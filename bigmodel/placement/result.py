@@ -27,6 +27,8 @@ class Placement:
     """What floating tensors are loaded as; None: as stored."""
     streaming: dict[Device, int] = field(default_factory=dict)
     """Bytes kept free on a device for the largest layer that passes through it."""
+    seconds_per_token: float | None = None
+    """Predicted, where the strategy weighs time: decoding one row, all weights read once."""
     explanation: tuple[str, ...] = ()
     """Sentences for people: what was decided and why."""
 
@@ -48,6 +50,7 @@ class Placement:
             "weights": _by_text(self.weights),
             "streaming": _by_text(self.streaming),
             "max_memory": _by_text(self.max_memory),
+            "seconds_per_token": self.seconds_per_token,
             "explanation": list(self.explanation),
         }
 
@@ -60,6 +63,7 @@ class Placement:
             strategy=data["strategy"],
             dtype=data.get("dtype"),
             streaming=_by_device(data.get("streaming", {})),
+            seconds_per_token=data.get("seconds_per_token"),
             explanation=tuple(data.get("explanation", ())),
         )
 

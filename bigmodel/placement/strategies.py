@@ -14,10 +14,12 @@ from .balance import balanced_caps, smaller
 from .budget import Budget, Device, ordered_budget, read_budget
 from .custom import read_device_map
 from .greedy import Filling, fill
+from .optimal import solve
 from .result import Placement
+from .speeds import Speeds
 from .tree import Tree, prefixes
 
-MODES = ("auto", "balanced", "balanced_low_0", "sequential")
+MODES = ("auto", "balanced", "balanced_low_0", "sequential", "optimal")
 
 
 def place(
@@ -30,15 +32,16 @@ def place(
     special_dtypes: Mapping[str, str] | None = None,
     tensor_bytes: Mapping[str, int] | None = None,
     headroom: Mapping[Device, int] | None = None,
+    speeds: Speeds | None = None,
 ) -> Placement:
     """A device for every parameter and buffer, never more on one than its cap.
 
-    device_map: auto (the same as balanced), balanced, balanced_low_0, sequential as in accelerate; or a map of name
-    prefixes to devices. max_memory: bytes of weights and buffers per device; devices not in it are not used; None:
-    what this machine has free, and the disk. no_split_module_classes: None for the model's own. dtype: what floats are
-    loaded as; special_dtypes: tensor name → dtype. tensor_bytes: true bytes of tensors as stored, for quantized
-    checkpoints; names the architecture lacks (`….weight.absmax`) go with their module. headroom: bytes per device to
-    leave free.
+    device_map: auto (the same as balanced), balanced, balanced_low_0, sequential as in accelerate; optimal, the fewest
+    predicted seconds per token at these `speeds`; or a map of name prefixes to devices. max_memory: bytes of weights
+    and buffers per device; devices not in it are not used; None: what this machine has free, and the disk.
+    no_split_module_classes: None for the model's own. dtype: what floats are loaded as; special_dtypes: tensor name →
+    dtype. tensor_bytes: true bytes of tensors as stored, for quantized checkpoints; names the architecture lacks
+    (`….weight.absmax`) go with their module. headroom: bytes per device to leave free.
 
     Raises UsageError for a wrong map or device, DoesNotFit with the smallest change that fits.
     """
@@ -50,6 +53,13 @@ def place(
         budget = read_budget(max_memory, headroom) if max_memory is not None else Budget({})
         devices = read_device_map(tree, device_map)
         strategy = "custom"
+    elif device_map == "optimal":
+        budget = read_budget(max_memory, headroom)
+        solution = solve(tree, budget, speeds or Speeds())
+        if solution is None:
+            raise _too_big(tree, budget)
+        devices = _simplified(tree, _with_weightless(tree, solution.devices))
+        return _placement(tree, budget, devices, device_map, dtype, solution.seconds)
     elif device_map in MODES:
         budget = read_budget(max_memory, headroom)
         devices = _simplified(tree, _choose(tree, budget, device_map).devices)
@@ -140,6 +150,7 @@ def _loads(tree: Tree, devices: Mapping[str, Device]) -> tuple[dict[Device, int]
     layers = (
         [tensor for tensor in tree.tensors_of(layer) if where.get(tree.storage(tensor)) in offloaded]
         for layer in tree.layers([""])
+        if not tree.is_table(layer)
     )
     largest = max(map(tree.union_size, layers), default=0)
     return weights, {main: largest} if largest else {}
@@ -229,7 +240,23 @@ def _simplified(tree: Tree, devices: Mapping[str, Device]) -> dict[str, Device]:
     return dict(visit(""))
 
 
-def _placement(tree: Tree, budget: Budget, devices: dict[str, Device], strategy: str, dtype: str | None) -> Placement:
+def _with_weightless(tree: Tree, devices: Mapping[str, Device]) -> dict[str, Device]:
+    """Parts without bytes go with what comes before them."""
+    found: dict[str, Device] = {}
+    last = next(iter(devices.values()))
+    for part in tree.layers([""]):
+        last = found[part] = devices.get(part, last)
+    return found
+
+
+def _placement(
+    tree: Tree,
+    budget: Budget,
+    devices: dict[str, Device],
+    strategy: str,
+    dtype: str | None,
+    seconds: float | None = None,
+) -> Placement:
     weights, streaming = _loads(tree, devices)
     over = _over(budget, weights, streaming) if budget.caps else {}
     if over:
@@ -249,6 +276,7 @@ def _placement(tree: Tree, budget: Budget, devices: dict[str, Device], strategy:
         strategy=strategy,
         dtype=dtype,
         streaming=streaming,
+        seconds_per_token=seconds,
         explanation=tuple(_explain(tree, budget, devices, weights, streaming)),
     )
 

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from functools import cached_property
 
 from bigpipe.bigmodel.architecture import Architecture, TensorSpec
+from bigpipe.bigmodel.offload import INDIVISIBLE
 from bigpipe.bigmodel.tensors import tensor_nbytes
 
 
@@ -26,7 +27,7 @@ class Tree:
         tensor_bytes: Mapping[str, int] | None = None,
     ) -> None:
         self.architecture = architecture
-        self.no_split = frozenset(architecture.no_split if no_split is None else no_split)
+        self.no_split = frozenset(architecture.no_split if no_split is None else no_split) | INDIVISIBLE
         self.nbytes = _bytes_by_storage(architecture, dtype, special_dtypes or {}, tensor_bytes or {})
 
     @cached_property
@@ -79,6 +80,11 @@ class Tree:
 
     def is_module(self, part: str) -> bool:
         return part in self.architecture.by_name
+
+    def is_table(self, part: str) -> bool:
+        """A plain embedding: its rows are looked up, so it need not be streamed to be used."""
+        module = self.architecture.by_name.get(part)
+        return module is not None and module.class_name == "Embedding"
 
     def can_split(self, part: str) -> bool:
         module = self.architecture.by_name.get(part)

@@ -1,0 +1,351 @@
+"""The placement with the fewest predicted seconds per token, exactly.
+
+Units (what cannot be split) keep the model's order: those that lie on GPUs fill them one after the other, and any may
+be left to the CPU's memory or the disk and be streamed through the first GPU in use. The seconds of a token are those
+of reading every weight from where it lies, and of handing activations on wherever the device changes. An embedding
+table that lies in RAM or on disk gives up its rows there and is never streamed.
+
+A dynamic program over the units: what matters of a prefix is its seconds, how far the GPUs are filled, and what is left
+to CPU and disk; prefixes that are worse in all of these than another are dropped, and so are those that cannot beat the
+best complete answer known. It is solved for each first GPU, each largest unit that may be streamed (room is kept for
+that one), and each device for the weights that several units share.
+"""
+
+from __future__ import annotations
+
+import itertools
+from bisect import bisect_right
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+
+from .budget import Budget, Device
+from .speeds import Speeds
+from .tree import Tree
+
+BEAM = 24
+"""Prefixes kept per unit in the quick first pass that finds a bound."""
+
+
+@dataclass(frozen=True, slots=True)
+class Unit:
+    name: str
+    nbytes: int
+    """Its own, without what it shares."""
+    shared: int = 0
+    """Bytes of storages that other units use too; the unit lies where they lie."""
+    table: bool = False
+
+    @property
+    def moved(self) -> int:
+        """Bytes that pass when it is streamed."""
+        return 0 if self.table else self.nbytes + self.shared
+
+
+@dataclass(frozen=True, slots=True)
+class Solution:
+    devices: dict[str, Device]
+    seconds: float
+    """Per token, predicted."""
+
+
+@dataclass(slots=True)
+class Prefix:
+    """A placement of the first units."""
+
+    seconds: float
+    gpu: int
+    """Index of the resident device being filled."""
+    used: int
+    """Bytes on it."""
+    left: tuple[int, int]
+    """Bytes left to the CPU, to the disk."""
+    at: Device | None
+    """Where the last unit computed."""
+    device: Device | None = None
+    before: Prefix | None = None
+
+    def assignment(self) -> list[Device]:
+        found: list[Device] = []
+        prefix: Prefix | None = self
+        while prefix is not None and prefix.device is not None:
+            found.append(prefix.device)
+            prefix = prefix.before
+        return found[::-1]
+
+
+def units_of(tree: Tree) -> list[Unit]:
+    """Units in the model's order; those without bytes are left out."""
+    layers = list(tree.layers([""]))
+    users: dict[str, int] = {}
+    for layer in layers:
+        for storage in tree.storages(layer):
+            users[storage] = users.get(storage, 0) + 1
+    units = []
+    for layer in layers:
+        storages = tree.storages(layer)
+        shared = sum(tree.nbytes.get(storage, 0) for storage in storages if users[storage] > 1)
+        own = sum(tree.nbytes.get(storage, 0) for storage in storages if users[storage] == 1)
+        if own or shared:
+            units.append(Unit(layer, own, shared, tree.is_table(layer)))
+    return units
+
+
+def solve(tree: Tree, budget: Budget, speeds: Speeds) -> Solution | None:
+    """The best placement within the caps, or None where there is none."""
+    units = units_of(tree)
+    groups = _groups(tree, units)
+    if budget.gpus:
+        found = _best(units, groups, budget, speeds, [budget.gpus[first:] for first in range(len(budget.gpus))])
+        if found is not None:
+            return found
+    return _best(units, groups, budget, speeds, [("cpu",)] if "cpu" in budget.caps else [])
+
+
+def _groups(tree: Tree, units: Sequence[Unit]) -> list[tuple[frozenset[int], int]]:
+    """(numbers of the units that must lie together, bytes they share)."""
+    groups: list[tuple[set[int], set[str]]] = []
+    for number, unit in enumerate(units):
+        if not unit.shared:
+            continue
+        storages = set(tree.storages(unit.name))
+        members = {number}
+        for other in [group for group in groups if group[1] & storages]:
+            groups.remove(other)
+            members |= other[0]
+            storages |= other[1]
+        groups.append((members, storages))
+    tied = [(frozenset(m), s) for m, s in groups]
+    return [(members, _shared_bytes(tree, [units[n] for n in members])) for members, _ in tied]
+
+
+def _shared_bytes(tree: Tree, units: Sequence[Unit]) -> int:
+    return tree.union_size([unit.name for unit in units]) - sum(unit.nbytes for unit in units)
+
+
+def _best(
+    units: Sequence[Unit],
+    groups: Sequence[tuple[frozenset[int], int]],
+    budget: Budget,
+    speeds: Speeds,
+    residents: Iterable[Sequence[Device]],
+) -> Solution | None:
+    best: Solution | None = None
+    for devices in residents:
+        homes = [*devices, *(d for d in ("cpu", "disk") if d in budget.caps and d not in devices)]
+        for chosen in itertools.product(homes, repeat=len(groups)):
+            pinned = {number: home for (members, _), home in zip(groups, chosen, strict=True) for number in members}
+            shared = {home: 0 for home in homes}
+            for (_, nbytes), home in zip(groups, chosen, strict=True):
+                shared[home] += nbytes
+            for problem in _problems(units, pinned, shared, budget, speeds, devices):
+                found = problem.solve(best.seconds if best else float("inf"))
+                best = found or best
+    return best
+
+
+def _problems(
+    units: Sequence[Unit],
+    pinned: Mapping[int, Device],
+    shared: Mapping[Device, int],
+    budget: Budget,
+    speeds: Speeds,
+    devices: Sequence[Device],
+) -> Iterator[Problem]:
+    """One for each size of the largest unit that may be streamed, the smallest first."""
+    main = devices[0]
+    must = max((units[n].moved for n, home in pinned.items() if home not in devices), default=0)
+    for room in sorted({0, *(unit.moved for unit in units)}):
+        if room < must:
+            continue
+        caps = {device: _less(budget.caps[device], shared.get(device, 0)) for device in budget.caps}
+        caps[main] = _less(caps[main], room)
+        if all(cap is None or cap >= 0 for cap in caps.values()):
+            yield Problem(units, pinned, caps, speeds, tuple(devices), room)
+
+
+def _less(cap: int | None, size: int) -> int | None:
+    return None if cap is None else cap - size
+
+
+class Fillable:
+    """How much of a room units of these sizes can fill at most: less than all of it where they are few and large."""
+
+    MOST = 20_000
+
+    def __init__(self, sizes: Iterable[int]) -> None:
+        counts = Counter(sizes)
+        self.total = sum(size * count for size, count in counts.items())
+        sums = {0}
+        for size, count in counts.items():
+            if len(sums) * (count + 1) > self.MOST:
+                sums = set()
+                break
+            sums = {known + size * number for known in sums for number in range(count + 1)}
+        self.sums = sorted(sums)
+
+    def of(self, room: int | None) -> int:
+        if room is None or room >= self.total:
+            return self.total
+        return self.sums[bisect_right(self.sums, room) - 1] if self.sums and room >= 0 else max(0, room)
+
+
+class Problem:
+    """Placing the units with the devices, the shared weights and the room for streaming given."""
+
+    def __init__(
+        self,
+        units: Sequence[Unit],
+        pinned: Mapping[int, Device],
+        caps: Mapping[Device, int | None],
+        speeds: Speeds,
+        devices: tuple[Device, ...],
+        room: int,
+    ) -> None:
+        self.units = units
+        self.pinned = pinned
+        self.caps = dict(caps)
+        self.speeds = speeds
+        self.devices = devices
+        self.main = devices[0]
+        self.room = room
+        for number, home in pinned.items():
+            cap = self.caps[home]
+            self.caps[home] = _less(cap, units[number].nbytes)
+        # Bytes still to come after each unit; pinned ones are taken off the caps already.
+        moved = [0 if number in pinned else unit.moved for number, unit in enumerate(units)]
+        self._rest = [sum(moved[number:]) for number in range(len(units) + 1)]
+        self._fillable = Fillable(size for number, size in enumerate(moved) if number not in pinned)
+        self._whole = [self._fillable.of(self.caps[device]) for device in self.devices]
+
+    def solve(self, bound: float) -> Solution | None:
+        """Better than `bound` seconds, or None."""
+        start = Prefix(0.0, 0, 0, (0, 0), None)
+        least = self._least(start, 0, counted=True)
+        if least >= bound or any(cap is not None and cap < 0 for cap in self.caps.values()):
+            return None
+        quick = self._search(bound, counted=True, beam=BEAM)
+        bound = quick.seconds if quick else bound
+        if least == self._least(start, 0, counted=False):
+            # What CPU and disk hold seems not to matter, and without counting it there is much less to compare.
+            relaxed = self._search(bound, counted=False)
+            if relaxed is None or self._holds(relaxed):
+                return relaxed or quick
+        return self._search(bound, counted=True) or quick
+
+    def _holds(self, solution: Solution) -> bool:
+        held: dict[Device, int] = {}
+        for number, unit in enumerate(self.units):
+            if number not in self.pinned:
+                held[solution.devices[unit.name]] = held.get(solution.devices[unit.name], 0) + unit.nbytes
+        return all((cap := self.caps[device]) is None or size <= cap for device, size in held.items())
+
+    def _search(self, bound: float, *, counted: bool, beam: int | None = None) -> Solution | None:
+        prefixes = [Prefix(0.0, 0, 0, (0, 0), None)]
+        for number, unit in enumerate(self.units):
+            made = [new for prefix in prefixes for new in self._extend(prefix, number, unit, counted)]
+            made = [new for new in made if new.seconds + self._least(new, number + 1, counted) < bound]
+            prefixes = self._undominated(made)
+            if beam is not None:
+                prefixes = sorted(prefixes, key=lambda p: p.seconds + self._least(p, number + 1, counted))[:beam]
+        best = min((prefix for prefix in prefixes if not self._idle(prefix)), key=lambda p: p.seconds, default=None)
+        if best is None:
+            return None
+        names = [unit.name for unit in self.units]
+        return Solution(dict(zip(names, best.assignment(), strict=True)), best.seconds)
+
+    def _idle(self, prefix: Prefix) -> bool:
+        """Does the first device hold nothing yet? It must, or another one would run what is streamed."""
+        nothing = prefix.gpu == 0 and prefix.used == 0
+        return nothing and self.main != "cpu" and self.main not in self.pinned.values()
+
+    def _extend(self, prefix: Prefix, number: int, unit: Unit, counted: bool) -> Iterator[Prefix]:
+        home = self.pinned.get(number)
+        if home is not None:
+            yield self._moved_on(prefix, unit, home)
+            return
+        for index in range(prefix.gpu, 1 if self._idle(prefix) else len(self.devices)):
+            used = unit.nbytes + (prefix.used if index == prefix.gpu else 0)
+            cap = self.caps[self.devices[index]]
+            if cap is None or used <= cap:
+                new = self._moved_on(prefix, unit, self.devices[index])
+                yield replace(new, gpu=index, used=used)
+        for place, tier in enumerate(("cpu", "disk")):
+            if tier not in self.caps or tier in self.devices or unit.moved > self.room:
+                continue
+            new = self._moved_on(prefix, unit, "cpu" if tier == "cpu" else "disk")
+            if counted:
+                left = list(prefix.left)
+                left[place] += unit.nbytes
+                limit = self.caps[new.device] if new.device is not None else None
+                if limit is not None and left[place] > limit:
+                    continue
+                new.left = (left[0], left[1])
+            yield new
+
+    def _moved_on(self, prefix: Prefix, unit: Unit, device: Device) -> Prefix:
+        at, seconds = self.cost(unit, device)
+        hop = self.speeds.hop if prefix.at not in (None, at) else 0.0
+        return Prefix(prefix.seconds + seconds + hop, prefix.gpu, prefix.used, prefix.left, at, device, prefix)
+
+    def cost(self, unit: Unit, device: Device) -> tuple[Device, float]:
+        """(where it computes, seconds)."""
+        if unit.table:
+            return ("cpu" if device in ("cpu", "disk") else device), 0.0
+        nbytes = unit.nbytes + unit.shared
+        if device in self.devices:
+            return device, self.speeds.resident(device, nbytes)
+        return self.main, self.speeds.streamed(device, self.main, nbytes)
+
+    def _least(self, prefix: Prefix, number: int, counted: bool) -> float:
+        """Seconds that the rest takes at least.
+
+        With so many GPUs more, there is room for so much more and the rest is streamed; none can be better than the
+        best of these.
+        """
+        rest = self._rest[number]
+        cap = self.caps[self.devices[prefix.gpu]]
+        room = self._fillable.of(None if cap is None else cap - prefix.used)
+        seconds = self._streaming(rest - room, prefix, counted)
+        there = 0 if prefix.at == self.devices[prefix.gpu] else 1  # the hop to one of them may be behind us
+        for more, whole in enumerate(self._whole[prefix.gpu + 1 :], 1):
+            if room >= rest:
+                break
+            room += whole
+            seconds = min(seconds, (more - there) * self.speeds.hop + self._streaming(rest - room, prefix, counted))
+        return seconds + self.speeds.resident(self.main, rest)
+
+    def _streaming(self, nbytes: int, prefix: Prefix, counted: bool) -> float:
+        """Seconds by which streaming takes longer than having: from the CPU as far as it has room, else from disk."""
+        if nbytes <= 0:
+            return 0.0
+        on_cpu = 0
+        if self.main != "cpu" and "cpu" in self.caps:
+            cap = self.caps["cpu"]
+            on_cpu = min(nbytes, self._fillable.of(None if cap is None or not counted else cap - prefix.left[0]))
+        seconds = self.speeds.streamed("cpu", self.main, on_cpu) if on_cpu else 0.0
+        seconds += self.speeds.streamed("disk", self.main, nbytes - on_cpu) if nbytes > on_cpu else 0.0
+        return seconds - self.speeds.resident(self.main, nbytes)
+
+    def _undominated(self, prefixes: list[Prefix]) -> list[Prefix]:
+        """Without those that another prefix beats in seconds and in room, at the same place or a hop cheaper."""
+        buckets: dict[object, list[Prefix]] = {}
+        for prefix in prefixes:
+            buckets.setdefault((prefix.left, self._idle(prefix)), []).append(prefix)
+        return [prefix for bucket in buckets.values() for prefix in self._front(bucket)]
+
+    def _front(self, bucket: list[Prefix]) -> list[Prefix]:
+        bucket.sort(key=lambda prefix: (prefix.seconds, prefix.gpu, prefix.used))
+        fronts: dict[Device | None, tuple[int, int]] = {}
+        kept: list[Prefix] = []
+        cheaper, furthest = 0, (len(self.devices), 0)
+        for prefix in bucket:
+            here = (prefix.gpu, prefix.used)
+            while cheaper < len(kept) and kept[cheaper].seconds + self.speeds.hop <= prefix.seconds:
+                furthest = min(furthest, (kept[cheaper].gpu, kept[cheaper].used))
+                cheaper += 1
+            if furthest <= here or fronts.get(prefix.at, (len(self.devices), 0)) <= here:
+                continue
+            fronts[prefix.at] = here
+            kept.append(prefix)
+        return kept

@@ -1,0 +1,219 @@
+"""The fastest placement: equal to trying all of them."""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from bigpipe.bigmodel.architecture import Architecture, ModuleSpec, TensorSpec
+from bigpipe.bigmodel.placement import Placement, Speeds, place
+from bigpipe.bigmodel.placement.budget import Device
+from bigpipe.errors import DoesNotFit
+
+SPEEDS = Speeds(gpu=1000.0, link=10.0, ram=20.0, disk=1.0, hop=0.3)
+"""Slow hops, so that they decide something."""
+
+
+@dataclass(frozen=True)
+class Layer:
+    nbytes: int
+    table: bool = False
+    tie: int | None = None
+    """Layers of one number share a tensor of 40 bytes besides their own."""
+
+
+SHARED = 40
+
+
+def architecture_of(layers: list[Layer]) -> Architecture:
+    modules = [ModuleSpec("", "Model", tuple(f"m{index}" for index in range(len(layers))))]
+    ties: dict[int, list[str]] = {}
+    for index, layer in enumerate(layers):
+        tensors = [TensorSpec(f"m{index}.own", (layer.nbytes,), "uint8")] if layer.nbytes else []
+        if layer.tie is not None:
+            tensors.append(TensorSpec(f"m{index}.shared", (SHARED,), "uint8"))
+            ties.setdefault(layer.tie, []).append(f"m{index}.shared")
+        class_name = "Embedding" if layer.table else "Linear"
+        modules.append(ModuleSpec(f"m{index}", class_name, (), tuple(tensors)))
+    tied = tuple(tuple(names) for names in ties.values() if len(names) > 1)
+    return Architecture(class_name="Model", modules=tuple(modules), tied=tied)
+
+
+def seconds_of(layers: list[Layer], homes: tuple[Device, ...], caps: dict[Device, int]) -> float | None:
+    """By the definition: None where it is not allowed."""
+    weighty = [index for index, layer in enumerate(layers) if layer.nbytes or layer.tie is not None]
+    groups: dict[int, set[Device]] = {}
+    for index in weighty:
+        if (tie := layers[index].tie) is not None:
+            groups.setdefault(tie, set()).add(homes[index])
+    shared = {tie for tie in groups if sum(layer.tie == tie for layer in layers) > 1}
+    if any(len(groups[tie]) > 1 for tie in shared):
+        return None
+    free = [homes[i] for i in weighty if layers[i].tie not in shared and isinstance(homes[i], int)]
+    if free != sorted(free, key=lambda gpu: (isinstance(gpu, str), gpu)):
+        return None
+    gpus = sorted(home for home in set(homes) if isinstance(home, int))
+    if any(isinstance(device, int) for device in caps) and not gpus:
+        return None
+    main: Device = gpus[0] if gpus else "cpu"
+    held = dict.fromkeys(caps, 0)
+    moved, seconds, at = 0, 0.0, None
+    for tie in groups:
+        held[next(iter(groups[tie]))] += SHARED
+    for index in weighty:
+        layer, home = layers[index], homes[index]
+        held[home] += layer.nbytes
+        size = layer.nbytes + (SHARED if layer.tie is not None else 0)
+        runner: Device = home if isinstance(home, int) or home == main else "cpu" if layer.table else main
+        if layer.table:
+            runner = home if isinstance(home, int) else "cpu"
+        elif home == runner:
+            seconds += size / (SPEEDS.ram if runner == "cpu" else SPEEDS.gpu)
+        else:
+            moved = max(moved, size)
+            seconds += size / {"cpu": SPEEDS.link, "disk": SPEEDS.disk}[str(home)]
+        seconds += SPEEDS.hop if at not in (None, runner) else 0
+        at = runner
+    held[main] += moved
+    return None if any(held[device] > cap for device, cap in caps.items()) else seconds
+
+
+def fewest_seconds(layers: list[Layer], caps: dict[Device, int]) -> float | None:
+    """Over every assignment; without GPUs in use only where none with them is allowed."""
+    if "cpu" not in caps and not any(isinstance(device, int) for device in caps):
+        return None
+    found = [seconds_of(layers, homes, caps) for homes in itertools.product(caps, repeat=len(layers))]
+    best = min((seconds for seconds in found if seconds is not None), default=None)
+    if best is None and any(isinstance(device, int) for device in caps):
+        return fewest_seconds(layers, without_gpus(caps))
+    return best
+
+
+def without_gpus(caps: dict[Device, int]) -> dict[Device, int]:
+    return {device: cap for device, cap in caps.items() if not isinstance(device, int)}
+
+
+def assert_optimal(layers: list[Layer], caps: dict[Device, int]) -> None:
+    expected = fewest_seconds(layers, caps)
+    try:
+        placement = place(architecture_of(layers), device_map="optimal", max_memory=dict(caps), speeds=SPEEDS)
+    except DoesNotFit:
+        assert expected is None
+        return
+    assert expected is not None
+    assert placement.seconds_per_token == pytest.approx(expected, abs=1e-9)
+    homes = tuple(placement.device_of(f"m{index}") for index in range(len(layers)))
+    if not any(isinstance(home, int) for home in homes):
+        caps = without_gpus(caps)
+    assert seconds_of(layers, homes, caps) == pytest.approx(expected, abs=1e-9)
+
+
+@st.composite
+def problems(draw: Any, most: int) -> tuple[list[Layer], dict[Device, int]]:
+    count = draw(st.integers(1, most))
+    layers = [
+        Layer(
+            draw(st.one_of(st.just(20), st.integers(1, 60))),
+            draw(st.integers(0, 5)) == 0,
+            draw(st.sampled_from([None, None, None, None, 0, 1])) if count <= 6 else None,
+        )
+        for _ in range(count)
+    ]
+    total = sum(layer.nbytes for layer in layers) + 2 * SHARED
+    caps: dict[Device, int] = {gpu: draw(st.integers(1, total)) for gpu in range(draw(st.integers(0, 2)))}
+    if draw(st.booleans()) or not caps:
+        caps["cpu"] = draw(st.integers(1, 2 * total))
+    if draw(st.booleans()):
+        caps["disk"] = draw(st.integers(1, 2 * total))
+    return layers, caps
+
+
+@given(problems(6))
+@settings(max_examples=200, deadline=None)
+def test_equal_to_trying_everything(problem: tuple[list[Layer], dict[Device, int]]) -> None:
+    assert_optimal(*problem)
+
+
+@pytest.mark.slow
+@given(problems(8))
+@settings(max_examples=300, deadline=None)
+def test_equal_to_trying_everything_with_more_layers(problem: tuple[list[Layer], dict[Device, int]]) -> None:
+    assert_optimal(*problem)
+
+
+@pytest.mark.slow
+@given(st.lists(st.integers(1, 60), min_size=9, max_size=12), st.integers(1, 300), st.integers(1, 300))
+@settings(max_examples=40, deadline=None)
+def test_equal_to_trying_everything_up_to_twelve_layers(sizes: list[int], gpu: int, cpu: int) -> None:
+    assert_optimal([Layer(size) for size in sizes], {0: gpu, "cpu": cpu, "disk": 10**6})
+
+
+def linear(name: str, rows: int, columns: int, class_name: str = "Linear") -> ModuleSpec:
+    return ModuleSpec(name, class_name, (), (TensorSpec(f"{name}.weight", (rows, columns), "bfloat16"),))
+
+
+def llama(layers: int, hidden: int, inner: int, words: int, groups: int) -> Architecture:
+    """The weights of a Llama in bfloat16: names, shapes and blocks."""
+    modules: list[ModuleSpec] = []
+    names = [f"model.layers.{index}" for index in range(layers)]
+    for name in names:
+        shapes = {
+            "q": (hidden, hidden), "k": (groups, hidden), "v": (groups, hidden), "o": (hidden, hidden),
+            "gate": (inner, hidden), "up": (inner, hidden), "down": (hidden, inner), "norms": (2, hidden),
+        }  # fmt: skip
+        parts = [linear(f"{name}.{part}", *shape) for part, shape in shapes.items()]
+        modules += [ModuleSpec(name, "Block", tuple(part.name for part in parts)), *parts]
+    return Architecture(
+        class_name="Llama",
+        no_split=("Block",),
+        modules=(
+            ModuleSpec("", "Llama", ("model", "lm_head")),
+            ModuleSpec("model", "Model", ("model.embed", "model.layers", "model.norm")),
+            linear("model.embed", words, hidden, "Embedding"),
+            ModuleSpec("model.layers", "ModuleList", tuple(names)),
+            *modules,
+            linear("model.norm", 1, hidden),
+            linear("lm_head", words, hidden),
+        ),
+    )
+
+
+def streamed(placement: Placement, architecture: Architecture) -> float:
+    """GiB per token."""
+    table = sum(2 * tensor.elements for tensor in architecture.by_name["model.embed"].tensors)
+    on_cpu = placement.weights.get("cpu", 0)
+    return (on_cpu - (table if placement.device_of("model.embed") == "cpu" else 0)) / 2**30
+
+
+@pytest.mark.parametrize(("gpu", "greedy", "possible"), [(8, 8.29, 6.50), (11, 5.04, 3.66), (12, 4.23, 2.44)])
+def test_what_llama_3_8b_streams_per_token(gpu: int, greedy: float, possible: float) -> None:
+    architecture = llama(32, 4096, 14336, 128256, 1024)
+    memory: dict[int | str, int | str] = {0: f"{gpu}GiB", "cpu": "64GiB"}
+    ours = place(architecture, device_map="optimal", max_memory=memory)
+    assert round(streamed(ours, architecture), 2) == possible
+    assert ours.device_of("lm_head") == 0
+    assert round(place(architecture, max_memory=memory).weights["cpu"] / 2**30, 2) == greedy
+
+
+def test_with_its_embedding_in_ram_llama_3_8b_fits_into_14_gib() -> None:
+    architecture = llama(32, 4096, 14336, 128256, 1024)
+    placement = place(architecture, device_map="optimal", max_memory={0: "14GiB", "cpu": "64GiB"})
+    assert streamed(placement, architecture) == 0
+    assert placement.device_of("model.embed") == "cpu"
+
+
+def test_llama_3_405b_on_eight_gpus() -> None:
+    architecture = llama(126, 16384, 53248, 128256, 1024)
+    placement = place(architecture, device_map="optimal", max_memory={"0-7": "80GiB", "cpu": "1000GiB"})
+    assert sorted(map(str, placement.weights)) == [*map(str, range(8)), "cpu"]
+    assert len([name for name, device in placement.device_map.items() if device == "cpu"]) == 24 + 1
+
+
+def test_nothing_fits() -> None:
+    with pytest.raises(DoesNotFit, match="raise max_memory"):
+        place(architecture_of([Layer(100)]), device_map="optimal", max_memory={0: 50})
