@@ -2,274 +2,52 @@
 
 Everything is known from headers and configs, so the forecast gives the same numbers as the run: a gate on them is
 decided before a byte of weights moves.
+
+This is what the kind takes and gives; `estimating` does it, and is imported only then: every command reads every kind.
 """
 
 from __future__ import annotations
 
-import hashlib
-import json
-from collections.abc import Mapping
-from dataclasses import replace
-from pathlib import Path
-from typing import Any, Literal
-
-from pydantic import Field, field_validator, model_validator
-
-from bigpipe.bigmodel.budget import Workload
-from bigpipe.bigmodel.description import ModelDescription
-from bigpipe.bigmodel.estimates import Estimate, estimate_sighting
-from bigpipe.bigmodel.hub import COMMIT, Hub, check_access, resolve_commit
-from bigpipe.bigmodel.outline import LIBRARY as OUTLINE
-from bigpipe.bigmodel.sighting import Sighting, Sources, look
 from bigpipe.orchestrator.stage import (
     CheckContext,
     Forecast,
     ForecastContext,
-    Metrics,
-    NotAuthorised,
-    Params,
     Pinned,
     Port,
     Stage,
     StageContext,
     StageResult,
-    Transient,
-    Tree,
-    UsageError,
-    format_size,
 )
 
-Dtype = Literal["float32", "float16", "bfloat16", "float8", "int8", "int4", "nf4", "fp4"]
-
-RAM = 96 * 2**20
-"""Of the engine's own process for the largest headers; a class that must be built is built in a child."""
-REPORT_BYTES = 64 * 2**10
-LIBRARIES = Literal["transformers", "diffusers", "timm"]
-
-
-class EstimateParams(Params):
-    repo: str | None = None
-    """A Hub repository, `owner/name`; left out where the port `model` is wired or `path` is given."""
-    revision: str = "main"
-    path: Tree | None = None
-    """A checkpoint directory, or one with a `config.json` only."""
-    library_name: LIBRARIES | None = None
-    dtypes: tuple[Dtype, ...] = Field(default=("float32", "float16", "int8", "int4"), min_length=1)
-    """int4 is accelerate's word for any 4-bit format; its `weights` are those of nf4."""
-    head: Literal["auto", "none"] = "auto"
-    """auto: the class the config names. none: the bare model, which is what accelerate counts."""
-    batch_size: int = Field(default=1, ge=1)
-    sequence_length: int = Field(default=2048, ge=1)
-    """Tokens; capped at what the model's positions allow."""
-    bnb_4bit_use_double_quant: bool = False
-
-    @field_validator("dtypes", mode="before")
-    @classmethod
-    def _one_dtype(cls, dtypes: Any) -> Any:
-        return (dtypes,) if isinstance(dtypes, str) else dtypes
-
-    @model_validator(mode="after")
-    def _one_source(self) -> EstimateParams:
-        if self.repo is not None and self.path is not None:
-            raise ValueError("repo and path are both given; keep the one that says where the model is")
-        if self.repo is None and "revision" in self.model_fields_set:
-            raise ValueError("revision belongs to a repo, and none is given")
-        return self
-
-
-class Training(Metrics):
-    """Peak bytes of a training step by optimizer; null where the dtype cannot be trained so."""
-
-    adamw: int | None
-    adamw_8bit: int | None
-    sgd: int | None
-    lora: int | None
-
-
-class DtypeMetrics(Metrics):
-    """Bytes, but for `parameters`."""
-
-    parameters: int
-    total: int
-    """Every float tensor at the width the dtype's name promises, and integer buffers: accelerate's Total Size."""
-    largest_layer: int
-    """accelerate's Largest Layer."""
-    weights: int
-    """Parameters and buffers as the loaded model holds them."""
-    stored: int
-    """The tensors of a checkpoint written in this dtype, without headers."""
-    buffers: int
-    kv_cache: int
-    activations: int
-    runtime: int
-    inference: int
-    """weights + kv_cache + activations + runtime."""
-    inference_high: int
-    """The same at the upper end of what is not exact."""
-    training: Training
-
-
-class EstimateMetrics(Metrics):
-    """By dtype; null where it was not asked for."""
-
-    float32: DtypeMetrics | None = None
-    float16: DtypeMetrics | None = None
-    bfloat16: DtypeMetrics | None = None
-    float8: DtypeMetrics | None = None
-    int8: DtypeMetrics | None = None
-    int4: DtypeMetrics | None = None
-    nf4: DtypeMetrics | None = None
-    fp4: DtypeMetrics | None = None
+from .estimate_params import EstimateMetrics, EstimateParams
 
 
 def pin(params: EstimateParams, context: CheckContext) -> Pinned | None:
     """The commit that a branch or tag means now."""
-    if params.repo is None or COMMIT.fullmatch(params.revision):
+    if params.repo is None:
         return None
-    hub = Hub.from_environment(context.environment, offline=context.offline)
-    commit = resolve_commit(params.repo, params.revision, hub=hub, memo=context.memo)
-    return Pinned({"revision": commit}, f"asked {hub.endpoint}")
+    from . import estimating
+
+    return estimating.pin(params, context)
 
 
 def check(params: EstimateParams, context: CheckContext) -> None:
-    _check_source(params, "model" in context.inputs)
-    if params.repo is not None and not context.offline:
-        try:
-            check_access(params.repo, hub=Hub.from_environment(context.environment))
-        except Transient:
-            return  # the forecast tells what is not known
+    """One model, and access to it."""
+    from . import estimating
 
-
-def _check_source(params: EstimateParams, wired: bool) -> None:
-    given = [name for name in ("repo", "path") if getattr(params, name) is not None] + (
-        ["inputs.model"] if wired else []
-    )
-    if len(given) != 1:
-        raise UsageError(
-            f"estimate looks at one model; {' and '.join(given) or 'nothing'} is given",
-            "wire inputs: model, or write repo: or path: under `with`",
-        )
+    estimating.check(params, context)
 
 
 def forecast(params: EstimateParams, context: ForecastContext) -> Forecast:
-    """The run's own numbers wherever headers or a config can be had now."""
-    _check_source(params, "model" in context.inputs)
-    try:
-        sighting = _forecast_sighting(params, context)
-    except (Transient, NotAuthorised) as error:
-        return Forecast(ram=RAM, unknown=(f"size of {params.repo}: {error.cause}",), summary="sizes not known")
-    if sighting is None:
-        return Forecast(ram=RAM, unknown=("sizes: the input's config is not known yet",), summary="sizes not known")
-    try:
-        made = _estimate(params, sighting, _sources(context))
-    except UsageError as error:
-        if not context.trust.remote_code:
-            raise
-        return Forecast(ram=RAM, unknown=(f"sizes, until its trusted code is here: {error.cause}",))
-    if made.architecture.library == OUTLINE and context.trust.remote_code:
-        return Forecast(ram=RAM, unknown=("sizes: its trusted code is asked once it is here",))
-    return Forecast(
-        download_bytes=0,
-        write_bytes=REPORT_BYTES,
-        ram=RAM,
-        metrics=_metrics(made).model_dump(mode="json"),
-        summary=_summary(made),
-    )
+    from . import estimating
 
-
-def _forecast_sighting(params: EstimateParams, context: ForecastContext) -> Sighting | None:
-    source = context.input("model")
-    if source is None:
-        return _look(params, context.base, context.pins, _sources(context))
-    described = source.output
-    if not isinstance(described, ModelDescription) or (described.config is None and described.custom is None):
-        return None
-    return Sighting(
-        name="the model",
-        description=described,
-        source="config" if described.tensors is None else "headers",
-        library=params.library_name,
-    )
-
-
-def _look(params: EstimateParams, base: Path, pins: Mapping[str, str], sources: Sources) -> Sighting:
-    if params.path is not None:
-        return replace(look(base / params.path, "main", sources, params.library_name), name=params.path)
-    return look(params.repo or "", pins.get("revision", params.revision), sources, params.library_name)
-
-
-def _sources(context: ForecastContext | StageContext, *, remote_code: bool = False) -> Sources:
-    return Sources(
-        memo=context.memo,
-        hub=Hub.from_environment(context.environment, offline=context.offline),
-        modules=context.trust.modules,
-        base=context.base,
-        trust_remote_code=remote_code,
-    )
-
-
-def _trusts_code(context: StageContext) -> bool:
-    """May the Python files that came with the model run? Only where its repository is trusted at that commit."""
-    return any(
-        f"{node.params.get('repo')}@{node.metrics.get('commit')}" in context.trust.remote_code
-        for node in context.lineage
-        if node.kind == "download"
-    )
-
-
-def _estimate(params: EstimateParams, sighting: Sighting, sources: Sources) -> Estimate:
-    return estimate_sighting(
-        sighting,
-        dtypes=params.dtypes,
-        head=params.head,
-        workload=Workload(
-            batch_size=params.batch_size,
-            sequence_length=params.sequence_length,
-            double_quant=params.bnb_4bit_use_double_quant,
-        ),
-        sources=sources,
-    )
-
-
-def _metrics(made: Estimate) -> EstimateMetrics:
-    return EstimateMetrics(**{dtype: DtypeMetrics(**values) for dtype, values in made.metrics().items()})
-
-
-def _summary(made: Estimate) -> str:
-    sizes = ", ".join(f"{found.dtype} {format_size(found.inference)}" for found in made.budgets)
-    return f"{sizes} at {made.workload.batch_size} × {made.workload.sequence_length} tokens"
+    return estimating.forecast(params, context)
 
 
 def run(params: EstimateParams, context: StageContext) -> StageResult:
-    """Writes report.json (`bigpipe.estimate/1`) and report.txt (the table)."""
-    _check_source(params, "model" in context.inputs)
-    sources = _sources(context, remote_code=_trusts_code(context))
-    if "model" in context.inputs:
-        sighting = replace(look(context.input("model"), "main", sources, params.library_name), name=_name(context))
-    else:
-        sighting = _look(params, context.base, context.pins, sources)
-    # What was fetched depends on what was known before; a report must not
-    made = replace(_estimate(params, sighting, sources), fetched_bytes=0)
-    for line in made.render().splitlines():
-        context.log(line)
-    report = json.dumps(made.as_json(), indent=2, ensure_ascii=False) + "\n"
-    files = {"report.json": report, "report.txt": made.render() + "\n"}
-    return StageResult(_metrics(made), {name: _write(context.out / name, text) for name, text in files.items()})
+    from . import estimating
 
-
-def _name(context: StageContext) -> str:
-    """What the model was called where it came from; a path into the store would tell nobody anything."""
-    for ancestor in context.lineage:
-        source = ancestor.params.get("repo") or ancestor.params.get("path")
-        if isinstance(source, str):
-            return source
-    return context.lineage[-1].node if context.lineage else "model"
-
-
-def _write(path: Path, text: str) -> tuple[str, int]:
-    content = text.encode()
-    path.write_bytes(content)
-    return hashlib.sha256(content).hexdigest(), len(content)
+    return estimating.run(params, context)
 
 
 STAGE = Stage(

@@ -1,0 +1,184 @@
+"""How `estimate` does what it says: looks at a model's headers or config, and counts."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+
+from bigpipe.bigmodel.budget import Workload
+from bigpipe.bigmodel.description import ModelDescription
+from bigpipe.bigmodel.estimates import Estimate, estimate_sighting
+from bigpipe.bigmodel.hub import COMMIT, Hub, check_access, resolve_commit
+from bigpipe.bigmodel.outline import LIBRARY as OUTLINE
+from bigpipe.bigmodel.sighting import Sighting, Sources, look
+from bigpipe.orchestrator.stage import (
+    CheckContext,
+    Forecast,
+    ForecastContext,
+    NotAuthorised,
+    Pinned,
+    StageContext,
+    StageResult,
+    Transient,
+    UsageError,
+    format_size,
+)
+
+from .estimate_params import DtypeMetrics, EstimateMetrics, EstimateParams
+
+RAM = 96 * 2**20
+"""Of the engine's own process for the largest headers; a class that must be built is built in a child."""
+REPORT_BYTES = 64 * 2**10
+
+
+def pin(params: EstimateParams, context: CheckContext) -> Pinned | None:
+    """The commit that a branch or tag means now."""
+    if params.repo is None or COMMIT.fullmatch(params.revision):
+        return None
+    hub = Hub.from_environment(context.environment, offline=context.offline)
+    commit = resolve_commit(params.repo, params.revision, hub=hub, memo=context.memo)
+    return Pinned({"revision": commit}, f"asked {hub.endpoint}")
+
+
+def check(params: EstimateParams, context: CheckContext) -> None:
+    _check_source(params, "model" in context.inputs)
+    if params.repo is not None and not context.offline:
+        try:
+            check_access(params.repo, hub=Hub.from_environment(context.environment))
+        except Transient:
+            return  # the forecast tells what is not known
+
+
+def _check_source(params: EstimateParams, wired: bool) -> None:
+    given = [name for name in ("repo", "path") if getattr(params, name) is not None] + (
+        ["inputs.model"] if wired else []
+    )
+    if len(given) != 1:
+        raise UsageError(
+            f"estimate looks at one model; {' and '.join(given) or 'nothing'} is given",
+            "wire inputs: model, or write repo: or path: under `with`",
+        )
+
+
+def forecast(params: EstimateParams, context: ForecastContext) -> Forecast:
+    """The run's own numbers wherever headers or a config can be had now."""
+    _check_source(params, "model" in context.inputs)
+    try:
+        sighting = _forecast_sighting(params, context)
+    except (Transient, NotAuthorised) as error:
+        return Forecast(ram=RAM, unknown=(f"size of {params.repo}: {error.cause}",), summary="sizes not known")
+    if sighting is None:
+        return Forecast(ram=RAM, unknown=("sizes: the input's config is not known yet",), summary="sizes not known")
+    try:
+        made = _estimate(params, sighting, _sources(context))
+    except UsageError as error:
+        if not context.trust.remote_code:
+            raise
+        return Forecast(ram=RAM, unknown=(f"sizes, until its trusted code is here: {error.cause}",))
+    if made.architecture.library == OUTLINE and context.trust.remote_code:
+        return Forecast(ram=RAM, unknown=("sizes: its trusted code is asked once it is here",))
+    return Forecast(
+        download_bytes=0,
+        write_bytes=REPORT_BYTES,
+        ram=RAM,
+        metrics=_metrics(made).model_dump(mode="json"),
+        summary=_summary(made),
+    )
+
+
+def _forecast_sighting(params: EstimateParams, context: ForecastContext) -> Sighting | None:
+    source = context.input("model")
+    if source is None:
+        return _look(params, context.base, context.pins, _sources(context))
+    described = source.output
+    if not isinstance(described, ModelDescription) or (described.config is None and described.custom is None):
+        return None
+    return Sighting(
+        name="the model",
+        description=described,
+        source="config" if described.tensors is None else "headers",
+        library=params.library_name,
+    )
+
+
+def _look(params: EstimateParams, base: Path, pins: Mapping[str, str], sources: Sources) -> Sighting:
+    if params.path is not None:
+        return replace(look(base / params.path, "main", sources, params.library_name), name=params.path)
+    return look(params.repo or "", pins.get("revision", params.revision), sources, params.library_name)
+
+
+def _sources(context: ForecastContext | StageContext, *, remote_code: bool = False) -> Sources:
+    return Sources(
+        memo=context.memo,
+        hub=Hub.from_environment(context.environment, offline=context.offline),
+        modules=context.trust.modules,
+        base=context.base,
+        trust_remote_code=remote_code,
+    )
+
+
+def _trusts_code(context: StageContext) -> bool:
+    """May the Python files that came with the model run? Only where its repository is trusted at that commit."""
+    return any(
+        f"{node.params.get('repo')}@{node.metrics.get('commit')}" in context.trust.remote_code
+        for node in context.lineage
+        if node.kind == "download"
+    )
+
+
+def _estimate(params: EstimateParams, sighting: Sighting, sources: Sources) -> Estimate:
+    return estimate_sighting(
+        sighting,
+        dtypes=params.dtypes,
+        head=params.head,
+        workload=Workload(
+            batch_size=params.batch_size,
+            sequence_length=params.sequence_length,
+            double_quant=params.bnb_4bit_use_double_quant,
+        ),
+        sources=sources,
+    )
+
+
+def _metrics(made: Estimate) -> EstimateMetrics:
+    return EstimateMetrics(**{dtype: DtypeMetrics(**values) for dtype, values in made.metrics().items()})
+
+
+def _summary(made: Estimate) -> str:
+    sizes = ", ".join(f"{found.dtype} {format_size(found.inference)}" for found in made.budgets)
+    return f"{sizes} at {made.workload.batch_size} × {made.workload.sequence_length} tokens"
+
+
+def run(params: EstimateParams, context: StageContext) -> StageResult:
+    """Writes report.json (`bigpipe.estimate/1`) and report.txt (the table)."""
+    _check_source(params, "model" in context.inputs)
+    sources = _sources(context, remote_code=_trusts_code(context))
+    if "model" in context.inputs:
+        sighting = replace(look(context.input("model"), "main", sources, params.library_name), name=_name(context))
+    else:
+        sighting = _look(params, context.base, context.pins, sources)
+    # What was fetched depends on what was known before; a report must not
+    made = replace(_estimate(params, sighting, sources), fetched_bytes=0)
+    for line in made.render().splitlines():
+        context.log(line)
+    report = json.dumps(made.as_json(), indent=2, ensure_ascii=False) + "\n"
+    files = {"report.json": report, "report.txt": made.render() + "\n"}
+    return StageResult(_metrics(made), {name: _write(context.out / name, text) for name, text in files.items()})
+
+
+def _name(context: StageContext) -> str:
+    """What the model was called where it came from; a path into the store would tell nobody anything."""
+    for ancestor in context.lineage:
+        source = ancestor.params.get("repo") or ancestor.params.get("path")
+        if isinstance(source, str):
+            return source
+    return context.lineage[-1].node if context.lineage else "model"
+
+
+def _write(path: Path, text: str) -> tuple[str, int]:
+    content = text.encode()
+    path.write_bytes(content)
+    return hashlib.sha256(content).hexdigest(), len(content)
