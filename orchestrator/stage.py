@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from importlib import import_module
 from pathlib import Path
 from typing import Annotated, Any, Generic, Literal, TypeVar
 
@@ -36,7 +37,7 @@ __all__ = [
     "ForecastContext", "GateFailed", "GatedRepository", "Gpu", "InvalidCheckpoint", "Json", "Launch", "Lineage",
     "Machine", "Metrics", "Misfit", "NotAuthorised", "Offline", "Params", "Pinned", "PinnedFile", "Port", "Size",
     "Stage", "StageContext", "StageFailed", "StageResult", "Transient", "Tree", "Trust", "UsageError", "format_size",
-    "parse_size",
+    "late", "parse_size",
 ]  # fmt: skip
 
 
@@ -228,6 +229,16 @@ class StageResult:
 
     metrics: Metrics
     files: Mapping[str, tuple[str, int]] = field(default_factory=dict)
+
+
+def late(target: str) -> Callable[..., Any]:
+    """The function at `module:name`, imported when it is first called: every command reads every kind, few call one."""
+    module, _, name = target.partition(":")
+
+    def call(*arguments: Any) -> Any:
+        return getattr(import_module(module), name)(*arguments)
+
+    return call
 
 
 P = TypeVar("P", bound=Params)

@@ -1,1 +1,4 @@
-"""The stage kinds, one file each: a params model and the functions that join the engine to the big-model library."""
+"""The stage kinds: `shard.py` says what a kind takes and gives, `sharding.py` does it and is imported only then.
+
+Both only join the engine to the big-model library.
+"""

@@ -2,55 +2,105 @@
 
 From the Hub nothing is copied: the artifact refers to the blobs where the Hub cache keeps them, each verified once. A
 directory is copied, because it may change; synthetic weights are streamed to disk in constant memory.
-
-This is what the kind takes and gives; `sources` does it, and is imported only then: every command reads every kind.
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, field_validator, model_validator
 
 from bigpipe.orchestrator.stage import (
     CheckContext,
-    Forecast,
-    ForecastContext,
+    Code,
+    FileOrLiteral,
     Json,
     Machine,
+    Metrics,
+    Params,
     Pinned,
+    Size,
     Stage,
-    StageContext,
-    StageResult,
+    Tree,
+    late,
 )
 
-from .download_params import DownloadMetrics, DownloadParams
+
+class Synthetic(Params):
+    config: Annotated[str | dict[str, Any], FileOrLiteral]
+    """A `config.json`, or what would stand in it."""
+    dtype: Literal["float32", "float16", "bfloat16"] = "float16"
+    seed: int = 0
+    """Of the weights; the same seed gives the same bytes."""
+    format: Literal["safetensors", "bin"] = "safetensors"
+    max_shard_size: Size = 5_000_000_000
+    """The most bytes of weights in one file."""
 
 
-def pin(params: DownloadParams, ctx: CheckContext) -> Pinned | None:
-    """The commit that a branch or tag means now."""
-    if params.repo is None:
-        return None
-    from . import sources
-
-    return sources.pin(params, ctx)
-
-
-def check(params: DownloadParams, ctx: CheckContext) -> None:
-    """Trust, token, gate, and whether a directory is a checkpoint: what would fail later fails now."""
-    from . import sources
-
-    sources.check(params, ctx)
+class CustomClass(Params):
+    class_: Code = Field(alias="class")
+    """`module:Class`, importable from the manifest's directory; the module must be listed under `trust.modules`."""
+    config: dict[str, Any] = Field(default_factory=dict)
+    """Updates the class's `get_default_config()`, where it has one; else its keyword arguments."""
+    tokenizer: str | None = None
+    """Where its tokenizer is found: a repository or a directory, for the task that runs it."""
+    no_split_module_classes: list[str] | None = None
+    """Classes whose modules stay on one device, such as blocks with a residual connection."""
 
 
-def forecast(params: DownloadParams, ctx: ForecastContext) -> Forecast:
-    from . import sources
+class DownloadParams(Params):
+    repo: str | None = None
+    """A repository on the Hub, `owner/name`. Exactly one of `repo`, `path` and `synthetic` is given."""
+    revision: str = "main"
+    """A branch, a tag or a commit; what moves is pinned to its commit."""
+    path: Tree | None = None
+    """A local directory; it enters the key by content."""
+    synthetic: Synthetic | None = None
+    """Made-up weights in the shape of a config, written in constant memory."""
+    include: tuple[str, ...] = ()
+    """Globs of the files to take; none: one weight format, configs and tokenizer."""
+    exclude: tuple[str, ...] = ()
+    """Globs of files to leave out."""
+    library_name: Literal["transformers", "diffusers", "timm"] | None = None
+    """Found from the files, unless given."""
+    architecture: CustomClass | None = None
+    """The class of a model without a transformers config; it travels inside the artifact."""
 
-    return sources.forecast(params, ctx)
+    @field_validator("repo")
+    @classmethod
+    def _owner_and_name(cls, repo: str | None) -> str | None:
+        if repo is not None and not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", repo):
+            raise ValueError(f"{repo!r} is not the name of a repository; write it as owner/name")
+        return repo
+
+    @model_validator(mode="after")
+    def _one_source(self) -> DownloadParams:
+        given = [name for name in ("repo", "path", "synthetic") if getattr(self, name) is not None]
+        if len(given) != 1:
+            found = " and ".join(given) or "none"
+            raise ValueError(f"exactly one of repo, path and synthetic says where the model comes from; found {found}")
+        if given != ["repo"] and "revision" in self.model_fields_set:
+            raise ValueError(f"revision belongs to a repo; {given[0]} has none")
+        if given == ["synthetic"] and (self.include or self.exclude):
+            raise ValueError("include and exclude choose among files; synthetic makes all it needs")
+        return self
 
 
-def run(params: DownloadParams, ctx: StageContext) -> StageResult:
-    from . import sources
+class DownloadMetrics(Metrics):
+    bytes: int
+    """Of all files."""
+    files: int
+    fetched_bytes: int
+    """Over the network, this time."""
+    commit: str | None = None
+    """What the revision was; of repositories only."""
 
-    return sources.run(params, ctx)
+
+def pin(params: DownloadParams, context: CheckContext) -> Pinned | None:
+    """The commit that a branch or tag means now. Nothing is imported where there is none to ask for."""
+    return None if params.repo is None else late("bigpipe.plugins.downloading:pin")(params, context)
 
 
 def facts(params: DownloadParams, machine: Machine) -> Mapping[str, Json]:
@@ -70,9 +120,9 @@ STAGE = Stage(
     metrics=DownloadMetrics,
     inputs={},
     output="checkpoint",
-    run=run,
-    forecast=forecast,
-    check=check,
+    run=late("bigpipe.plugins.downloading:run"),
+    forecast=late("bigpipe.plugins.downloading:forecast"),
+    check=late("bigpipe.plugins.downloading:check"),
     pin=pin,
     facts=facts,
     secrets=("HF_TOKEN",),

@@ -2,52 +2,107 @@
 
 Everything is known from headers and configs, so the forecast gives the same numbers as the run: a gate on them is
 decided before a byte of weights moves.
-
-This is what the kind takes and gives; `estimating` does it, and is imported only then: every command reads every kind.
 """
 
 from __future__ import annotations
 
-from bigpipe.orchestrator.stage import (
-    CheckContext,
-    Forecast,
-    ForecastContext,
-    Pinned,
-    Port,
-    Stage,
-    StageContext,
-    StageResult,
-)
+from typing import Any, Literal
 
-from .estimate_params import EstimateMetrics, EstimateParams
+from pydantic import Field, field_validator, model_validator
+
+from bigpipe.orchestrator.stage import CheckContext, Metrics, Params, Pinned, Port, Stage, Tree, late
+
+Dtype = Literal["float32", "float16", "bfloat16", "float8", "int8", "int4", "nf4", "fp4"]
+
+LIBRARIES = Literal["transformers", "diffusers", "timm"]
+
+
+class EstimateParams(Params):
+    repo: str | None = None
+    """A Hub repository, `owner/name`; left out where the port `model` is wired or `path` is given."""
+    revision: str = "main"
+    """A branch, a tag or a commit of `repo`."""
+    path: Tree | None = None
+    """A checkpoint directory, or one with a `config.json` only."""
+    library_name: LIBRARIES | None = None
+    """Found from the files, unless given."""
+    dtypes: tuple[Dtype, ...] = Field(default=("float32", "float16", "int8", "int4"), min_length=1)
+    """int4 is accelerate's word for any 4-bit format; its `weights` are those of nf4."""
+    head: Literal["auto", "none"] = "auto"
+    """auto: the class the config names. none: the bare model, which is what accelerate counts."""
+    batch_size: int = Field(default=1, ge=1)
+    """Sequences at once."""
+    sequence_length: int = Field(default=2048, ge=1)
+    """Tokens; capped at what the model's positions allow."""
+    bnb_4bit_use_double_quant: bool = False
+    """nf4, fp4 and int4 with their scales quantized too."""
+
+    @field_validator("dtypes", mode="before")
+    @classmethod
+    def _one_dtype(cls, dtypes: Any) -> Any:
+        return (dtypes,) if isinstance(dtypes, str) else dtypes
+
+    @model_validator(mode="after")
+    def _one_source(self) -> EstimateParams:
+        if self.repo is not None and self.path is not None:
+            raise ValueError("repo and path are both given; keep the one that says where the model is")
+        if self.repo is None and "revision" in self.model_fields_set:
+            raise ValueError("revision belongs to a repo, and none is given")
+        return self
+
+
+class Training(Metrics):
+    """Peak bytes of a training step by optimizer; null where the dtype cannot be trained so."""
+
+    adamw: int | None
+    adamw_8bit: int | None
+    sgd: int | None
+    lora: int | None
+
+
+class DtypeMetrics(Metrics):
+    """Bytes, but for `parameters`."""
+
+    parameters: int
+    total: int
+    """Every float tensor at the width the dtype's name promises, and integer buffers: accelerate's Total Size."""
+    largest_layer: int
+    """accelerate's Largest Layer."""
+    weights: int
+    """Parameters and buffers as the loaded model holds them."""
+    stored: int
+    """The tensors of a checkpoint written in this dtype, without headers."""
+    buffers: int
+    """Of `weights`, what is no parameter."""
+    kv_cache: int
+    """Keys and values of the whole batch at the whole length."""
+    activations: int
+    """At the peak of one forward pass."""
+    runtime: int
+    """What the device's own libraries hold: a bound."""
+    inference: int
+    """weights + kv_cache + activations + runtime."""
+    inference_high: int
+    """The same at the upper end of what is not exact."""
+    training: Training
+
+
+class EstimateMetrics(Metrics):
+    """By dtype; null where it was not asked for."""
+
+    float32: DtypeMetrics | None = None
+    float16: DtypeMetrics | None = None
+    bfloat16: DtypeMetrics | None = None
+    float8: DtypeMetrics | None = None
+    int8: DtypeMetrics | None = None
+    int4: DtypeMetrics | None = None
+    nf4: DtypeMetrics | None = None
+    fp4: DtypeMetrics | None = None
 
 
 def pin(params: EstimateParams, context: CheckContext) -> Pinned | None:
-    """The commit that a branch or tag means now."""
-    if params.repo is None:
-        return None
-    from . import estimating
-
-    return estimating.pin(params, context)
-
-
-def check(params: EstimateParams, context: CheckContext) -> None:
-    """One model, and access to it."""
-    from . import estimating
-
-    estimating.check(params, context)
-
-
-def forecast(params: EstimateParams, context: ForecastContext) -> Forecast:
-    from . import estimating
-
-    return estimating.forecast(params, context)
-
-
-def run(params: EstimateParams, context: StageContext) -> StageResult:
-    from . import estimating
-
-    return estimating.run(params, context)
+    """The commit that a branch or tag means now. Nothing is imported where there is none to ask for."""
+    return None if params.repo is None else late("bigpipe.plugins.estimating:pin")(params, context)
 
 
 STAGE = Stage(
@@ -57,9 +112,9 @@ STAGE = Stage(
     metrics=EstimateMetrics,
     inputs={"model": Port("checkpoint", optional=True)},
     output="report",
-    run=run,
-    forecast=forecast,
-    check=check,
+    run=late("bigpipe.plugins.estimating:run"),
+    forecast=late("bigpipe.plugins.estimating:forecast"),
+    check=late("bigpipe.plugins.estimating:check"),
     pin=pin,
     runs_in="inline",
     packages=("transformers",),

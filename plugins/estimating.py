@@ -1,4 +1,4 @@
-"""How `estimate` does what it says: looks at a model's headers or config, and counts."""
+"""How `estimate` does it: looks at a model's headers or config, and counts."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from bigpipe.orchestrator.stage import (
     format_size,
 )
 
-from .estimate_params import DtypeMetrics, EstimateMetrics, EstimateParams
+from .estimate import DtypeMetrics, EstimateMetrics, EstimateParams
 
 RAM = 96 * 2**20
 """Of the engine's own process for the largest headers; a class that must be built is built in a child."""

@@ -3,37 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import replace
 from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, ConfigDict, model_validator
 
-from bigpipe.bigmodel.architecture import Architecture
-from bigpipe.bigmodel.checkpoint import open_checkpoint
-from bigpipe.bigmodel.description import ModelDescription, describe_checkpoint
-from bigpipe.bigmodel.quantization import Outline, Settings, quantize_described, refuse_quantized, understand
-from bigpipe.bigmodel.sidefiles import config_with_dtype
-from bigpipe.orchestrator.stage import (
-    CheckContext,
-    Forecast,
-    ForecastContext,
-    Machine,
-    Metrics,
-    Params,
-    Port,
-    Stage,
-    StageContext,
-    StageResult,
-)
-from bigpipe.sizes import format_transfer
-
-RAM = 192 * 2**20
-"""Peak of the worker process besides what it holds of one transposed weight: interpreter, numpy, reused buffers."""
-RATE = 350 * 10**6
-"""Bytes of input per second where nothing better is known: two cores, an ordinary disk."""
+from bigpipe.orchestrator.stage import Machine, Metrics, Params, Port, Stage, late
 
 EIGHT_BIT_FIELDS = ("llm_int8_threshold",)
+
 FOUR_BIT_FIELDS = ("bnb_4bit_use_double_quant", "bnb_4bit_compute_dtype", "bnb_4bit_quant_type")
+
 PASTED: dict[str, Any] = {
     "load_in_8bit": {"type": "boolean"},
     "load_in_4bit": {"type": "boolean"},
@@ -98,9 +77,6 @@ class QuantizeParams(Params):
     def four_bit(self) -> bool:
         return self.scheme != "int8"
 
-    def settings(self, machine: Machine) -> Settings:
-        return Settings(**self.model_dump(), threads=machine.cpus)
-
 
 def _scheme(fields: dict[str, Any]) -> Any:
     """Takes the flags out of `fields`. None where nothing says what is wanted."""
@@ -130,87 +106,6 @@ class QuantizeMetrics(Metrics):
     """Linear modules left as they are."""
 
 
-def check(params: QuantizeParams, context: CheckContext) -> None:
-    """Refuses before the download what is quantized already."""
-    for forecast in context.inputs.get("model", ()):
-        if isinstance(forecast.output, ModelDescription):
-            refuse_quantized(forecast.output.config, forecast.output.custom)
-
-
-def forecast(params: QuantizeParams, context: ForecastContext) -> Forecast:
-    """Exact sizes, from the input's headers and its class; under double quantization to a few bytes per weight."""
-    source = context.input("model")
-    described = source.output if source else None
-    if not isinstance(described, ModelDescription) or described.tensors is None:
-        return Forecast(ram=RAM, unknown=("size after quantization: the tensors of the input are not known yet",))
-    if described.config is None and described.custom is None:
-        return Forecast(ram=RAM, unknown=("size after quantization: the input has no config that names its class",))
-    settings = params.settings(context.machine)
-    architecture, outlined = understand(
-        described, settings, modules=context.trust.modules, base=context.base, memo=context.memo
-    )
-    before = described.nbytes or 0
-    metrics: dict[str, Any] = {"quantized": len(outlined.quantized), "skipped": len(outlined.skipped)}
-    if not settings.double_quant:
-        metrics |= {"bytes": outlined.nbytes, "ratio": before / outlined.nbytes}
-    output = describe_checkpoint(context.artifact) if context.artifact else None
-    return Forecast(
-        download_bytes=0,
-        write_bytes=outlined.nbytes,
-        ram=RAM + outlined.largest_transposed,
-        seconds=before / RATE,
-        metrics=metrics,
-        output=output or _described(described, outlined, settings, architecture),
-        summary=f"{params.scheme}, {len(outlined.quantized)} modules, +{format_transfer(outlined.nbytes)}",
-    )
-
-
-def _described(
-    source: ModelDescription, outlined: Outline, settings: Settings, architecture: Architecture
-) -> ModelDescription:
-    quantization = settings.as_config(architecture)
-    config, custom = source.config, source.custom
-    if config is not None:
-        config = config_with_dtype(config, settings.dtype) | {"quantization_config": quantization}
-    if custom is not None:
-        custom = {**custom, "quantization_config": quantization}
-    return replace(
-        source,
-        config=config,
-        tensors={t.name: (t.dtype, t.shape) for part in outlined.parts for t in part.outputs},
-        format="safetensors",
-        tied={},
-        quantization=quantization,
-        custom=custom,
-    )
-
-
-def run(params: QuantizeParams, context: StageContext) -> StageResult:
-    """Files finished by an earlier attempt, or by another run with the same settings for these modules, are kept."""
-    directory = context.input("model")
-    result = quantize_described(
-        describe_checkpoint(directory),
-        open_checkpoint(directory),
-        context.out,
-        params.settings(context.machine),
-        modules=context.trust.modules,
-        base=context.base,
-        memo=context.memo,
-        parts=context.parts,
-        link=True,
-        progress=lambda done, total: context.progress(done, total, "B", "weights"),
-    )
-    left = ", ".join(result.skipped) or "none"
-    context.log(f"{len(result.quantized)} modules are {params.scheme} now; linear modules left as they were: {left}")
-    metrics = QuantizeMetrics(
-        bytes=result.bytes,
-        ratio=result.source_bytes / result.bytes,
-        quantized=len(result.quantized),
-        skipped=len(result.skipped),
-    )
-    return StageResult(metrics, result.files)
-
-
 def facts(params: QuantizeParams, machine: Machine) -> Mapping[str, Any]:
     """Double quantization takes a mean as torch does, whose last bit depends on the number of threads."""
     return {"cpus": machine.cpus} if params.four_bit and params.bnb_4bit_use_double_quant else {}
@@ -223,9 +118,9 @@ STAGE = Stage(
     metrics=QuantizeMetrics,
     inputs={"model": Port("checkpoint")},
     output="checkpoint",
-    run=run,
-    forecast=forecast,
-    check=check,
+    run=late("bigpipe.plugins.quantizing:run"),
+    forecast=late("bigpipe.plugins.quantizing:forecast"),
+    check=late("bigpipe.plugins.quantizing:check"),
     facts=facts,
     packages=("transformers",),
     title="Quantize a checkpoint to bitsandbytes' int8, nf4 or fp4, streaming and without torch",

@@ -28,7 +28,7 @@ from bigpipe.orchestrator.stage import (
     StageResult,
     Trust,
 )
-from bigpipe.plugins import dispatch
+from bigpipe.plugins import dispatching
 from bigpipe.plugins.dispatch import STAGE, DispatchMetrics, DispatchParams
 from bigpipe.plugins.placed_model import PlacedModel
 
@@ -207,7 +207,7 @@ def test_a_gpu_that_is_not_there(tmp_path: Path, memo: Path, models: dict[str, P
     placed = forecast(model, memo, there, max_memory={0: "22GiB", "cpu": "48GiB"})
     assert placed.misfits == ()
     assert set(placed.metrics["predicted"]) == {"0"}
-    assert placed.vram[0] > placed.metrics["predicted"]["0"] + dispatch.GPU_RUNTIME
+    assert placed.vram[0] > placed.metrics["predicted"]["0"] + dispatching.GPU_RUNTIME
     assert "cuda:0" in placed.summary
 
 
@@ -226,7 +226,7 @@ def test_unknown_models_and_wrong_maps(tmp_path: Path, memo: Path, models: dict[
     with pytest.raises(UsageError, match=r"embed_tokens"):
         forecast(model, memo, device_map={"model.decoder.layers": "cpu"})
     with pytest.raises(UsageError, match="not a device"):
-        dispatch.check(DispatchParams(max_memory={"gpu": "1GiB"}), None)
+        dispatching.check(DispatchParams(max_memory={"gpu": "1GiB"}), None)
 
 
 def test_the_key_holds_the_machine_only_where_it_decides() -> None:

@@ -27,8 +27,9 @@ from bigpipe.bigmodel.recordlog import read_log
 from bigpipe.errors import StageFailed, UsageError
 from bigpipe.orchestrator.events import Progress, RankHello
 from bigpipe.orchestrator.stage import CheckContext, Forecast, ForecastContext, Gpu, Launch, StageContext, Trust
-from bigpipe.plugins import distributed_infer
-from bigpipe.plugins.distributed_infer import STAGE, InferMetrics, InferParams, assign, split
+from bigpipe.plugins import inferring
+from bigpipe.plugins.distributed_infer import STAGE, InferMetrics, InferParams
+from bigpipe.plugins.inferring import assign, split
 from bigpipe.plugins.placed_model import PlacedModel
 
 PROMPTS = ["Hello, my name is", "The", "Once upon a time", "a b c", "Why?"]
@@ -66,10 +67,10 @@ def as_rank(ctx: StageContext, rank: int) -> StageContext:
 
 def infer(parameters: InferParams, ctx: StageContext) -> InferMetrics:
     """All that the launcher does, in this process."""
-    distributed_infer.prepare(parameters, ctx)
+    inferring.prepare(parameters, ctx)
     for rank in range(ctx.world_size):
-        distributed_infer.run(parameters, as_rank(ctx, rank))
-    metrics = distributed_infer.finish(parameters, ctx).metrics
+        inferring.run(parameters, as_rank(ctx, rank))
+    metrics = inferring.finish(parameters, ctx).metrics
     assert isinstance(metrics, InferMetrics)
     return metrics
 
@@ -138,14 +139,14 @@ class Stopped(Exception):
 
 
 def stop_after(monkeypatch: pytest.MonkeyPatch, batches: int) -> None:
-    ordinary, left = distributed_infer.answer, iter(range(batches))
+    ordinary, left = inferring.answer, iter(range(batches))
 
     def answer(*arguments: Any) -> Any:
         if next(left, None) is None:
             raise Stopped
         return ordinary(*arguments)
 
-    monkeypatch.setattr(distributed_infer, "answer", answer)
+    monkeypatch.setattr(inferring, "answer", answer)
 
 
 @pytest.mark.parametrize("ranks_after", [1, 2, 3])
@@ -182,9 +183,9 @@ def test_a_batch_with_a_torn_row_is_done_again_and_counts_once(tmp_path: Path, m
 
 def test_another_world_size_than_the_plan_was_made_for(tmp_path: Path, model: Path) -> None:
     ctx = context(tmp_path, model, 2)
-    distributed_infer.prepare(params(), ctx)
+    inferring.prepare(params(), ctx)
     with pytest.raises(StageFailed, match="divided for 2 ranks, and 3 came up"):
-        distributed_infer.run(params(), as_rank(replace(ctx, world_size=3), 0))
+        inferring.run(params(), as_rank(replace(ctx, world_size=3), 0))
 
 
 def test_a_prompt_that_fails_stands_in_the_results_where_that_is_allowed(tmp_path: Path, model: Path) -> None:
@@ -230,14 +231,14 @@ def checking(folder: Path, **changes: Any) -> CheckContext:
 
 def test_checks_prompts_task_and_tokenizer_before_anything_runs(tmp_path: Path, model: Path) -> None:
     with pytest.raises(UsageError, match="no file nowhere"):
-        distributed_infer.check(params(prompts="nowhere.jsonl"), checking(tmp_path))
+        inferring.check(params(prompts="nowhere.jsonl"), checking(tmp_path))
     with pytest.raises(UsageError, match="module mytasks is not trusted"):
-        distributed_infer.check(params(task="mytasks:lengths"), checking(tmp_path))
+        inferring.check(params(task="mytasks:lengths"), checking(tmp_path))
     described = Forecast(output=describe_checkpoint(model))
-    distributed_infer.check(params(), checking(tmp_path, inputs={"model": (described,)}))
+    inferring.check(params(), checking(tmp_path, inputs={"model": (described,)}))
     bare = Forecast(output=describe_checkpoint(make_checkpoint(tmp_path / "bare", "opt", tokenizer=False)))
     with pytest.raises(UsageError, match="needs a tokenizer"):
-        distributed_infer.check(params(), checking(tmp_path, inputs={"model": (bare,)}))
+        inferring.check(params(), checking(tmp_path, inputs={"model": (bare,)}))
     for wrong in ({"batch_size": 0}, {"split": "queue"}, {"max_tokens": 5}):
         with pytest.raises(ValidationError):
             params(**wrong)

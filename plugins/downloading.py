@@ -1,4 +1,4 @@
-"""Where `download` gets a model from: what can be told of it beforehand, and how it comes."""
+"""How `download` does it: what can be told of a source beforehand, and how a model comes from it."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ from bigpipe.orchestrator.stage import (
 )
 from bigpipe.sizes import format_transfer
 
-from .download_params import CustomClass, DownloadMetrics, DownloadParams, Synthetic
+from .download import CustomClass, DownloadMetrics, DownloadParams, Synthetic
 
 Files = dict[str, tuple[str, int]]
 """Relative path → (hex sha256, size)."""

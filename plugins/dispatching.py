@@ -1,0 +1,353 @@
+"""How `dispatch` does it.
+
+The placement is computed from headers and the architecture alone, so a plan shows the one that the run will give. The
+run then loads the model as placed, runs a forward, and writes down what each device holds beside what was predicted.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import time
+from collections.abc import Collection, Iterator, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from bigpipe.bigmodel.activations import prefill, shape_of
+from bigpipe.bigmodel.architecture import Architecture, describe_architecture
+from bigpipe.bigmodel.description import ModelDescription, describe_checkpoint
+from bigpipe.bigmodel.footprint import compute_bytes
+from bigpipe.bigmodel.kvcache import kv_cache
+from bigpipe.bigmodel.naming import set_quantized_apart
+from bigpipe.bigmodel.offload import INDIVISIBLE
+from bigpipe.bigmodel.placement import Device, Placement, place
+from bigpipe.bigmodel.placement.budget import devices_of
+from bigpipe.bigmodel.tensors import tensor_nbytes
+from bigpipe.orchestrator.stage import (
+    DoesNotFit,
+    Forecast,
+    ForecastContext,
+    Machine,
+    Misfit,
+    StageContext,
+    StageResult,
+    Trust,
+    UsageError,
+    format_size,
+)
+from bigpipe.sizes import exact_size
+
+from .dispatch import DispatchMetrics, DispatchParams
+from .placed_model import PLACEMENT, PlacedModel, remote_code
+
+PICTURE = "placement.txt"
+HALVES = ("float16", "bfloat16")
+GPU_RUNTIME = 512 * 2**20
+"""Bytes of a GPU that the CUDA context, the libraries' workspaces and the allocator's rounding take (a bound)."""
+RAM_SHARE = 0.8
+"""Of this machine's RAM, what weights may fill where max_memory is left out."""
+PROCESS = 600 * 2**20
+"""Bytes of a process that has imported torch, transformers and bitsandbytes, and holds no model."""
+UNLIMITED = 2**60
+
+
+@dataclass(frozen=True, slots=True)
+class Placed:
+    """A placement with what follows from it. Sizes in bytes."""
+
+    placement: Placement
+    architecture: Architecture
+    predicted: Mapping[Device, int]
+    streamed: int
+    headroom: Mapping[Device, int]
+    largest_streamed: int
+
+
+def compute(
+    params: DispatchParams, model: ModelDescription, machine: Machine, trust: Trust, base: Path, memo: Path,
+    *, code: bool = False,
+) -> Placed:  # fmt: skip
+    """The placement of a model on a machine. Raises UsageError and DoesNotFit, as `place` does."""
+    architecture = describe_architecture(
+        model.path if model.path is not None and code else dict(model.config or {}),
+        modules=trust.modules, base=base, memo=memo, custom=model.custom, trust_remote_code=code,
+    )  # fmt: skip
+    dtype = params.dtype or _stored_dtype(model)
+    headroom = _headroom(params, architecture, dtype, machine)
+    placement = place(
+        architecture,
+        device_map=params.device_map,
+        max_memory=_caps(params, machine),
+        no_split_module_classes=params.no_split_module_classes,
+        dtype=dtype,
+        special_dtypes=params.special_dtypes,
+        tensor_bytes=stored_bytes(model, architecture, plain=params.dtype is None, skip=params.special_dtypes),
+        headroom=headroom if params.max_memory is None else {},
+    )
+    return Placed(
+        placement=replace(placement, dtype=params.dtype),
+        architecture=architecture,
+        predicted=_predicted(placement, architecture, dtype),
+        streamed=_streamed(params, placement, architecture, model, dtype),
+        headroom=headroom,
+        largest_streamed=max(placement.streaming.values(), default=0),
+    )
+
+
+def _caps(params: DispatchParams, machine: Machine) -> dict[int | str, int | str] | None:
+    """Total memory, not what happens to be free: the placement must not depend on the moment."""
+    if params.max_memory is not None:
+        return dict(params.max_memory)
+    if not isinstance(params.device_map, str):
+        return None
+    gpus: dict[int | str, int | str] = {gpu.index: gpu.memory for gpu in machine.gpus}
+    return {**gpus, "cpu": int(machine.memory * RAM_SHARE), "disk": UNLIMITED}
+
+
+def _stored_dtype(model: ModelDescription) -> str:
+    sizes: dict[str, int] = {}
+    for dtype, shape in (model.tensors or {}).values():
+        if dtype in ("float32", *HALVES):
+            sizes[dtype] = sizes.get(dtype, 0) + tensor_nbytes(dtype, shape)
+    config = model.config or {}
+    named = str(config.get("dtype") or config.get("torch_dtype"))
+    return named if named in (sizes or ("float32", *HALVES)) else max(sizes, key=lambda d: sizes[d], default="float32")
+
+
+def stored_bytes(
+    model: ModelDescription, architecture: Architecture, *, plain: bool = True, skip: Collection[str] = ()
+) -> dict[str, int]:
+    """Bytes on disk by the model's own tensor names. A quantized weight counts with its scales and tables.
+
+    plain: of weights that are not quantized too. skip: names to leave out.
+    """
+    tensors = model.tensors or {}
+    sizes = {name: tensor_nbytes(dtype, shape) for name, (dtype, shape) in tensors.items()}
+    single, quantized = set_quantized_apart(sizes)
+    stored = {**(single if plain else {}), **{f"{m}.weight": sum(parts.values()) for m, parts in quantized.items()}}
+    known = {tensor.name for module in architecture.modules for tensor in module.tensors}
+    named = ((_own_name(name, known, architecture), size) for name, size in stored.items())
+    return {name: size for name, size in named if name is not None and name not in skip}
+
+
+def _own_name(stored: str, known: set[str], architecture: Architecture) -> str | None:
+    """The model's name of a stored tensor: the same, or with the base model's prefix added or taken off."""
+    bodies = [child.rpartition(".")[2] for child in architecture.modules[0].children]
+    names = [stored, *(f"{body}.{stored}" for body in bodies), stored.partition(".")[2]]
+    return next((name for name in names if name in known), None)
+
+
+def _headroom(params: DispatchParams, architecture: Architecture, dtype: str, machine: Machine) -> dict[Device, int]:
+    """What generating needs besides weights: the cache spread over the GPUs, activations and runtime on each."""
+    width = compute_bytes(dtype)
+    length = min(params.sequence_length, _positions(architecture) or params.sequence_length)
+    cache = kv_cache(architecture.config, params.batch_size, length, width).bytes if architecture.generates else 0
+    active = prefill(shape_of(architecture), params.batch_size, length, width).bytes
+    gpus = [gpu.index for gpu in machine.gpus]
+    if not gpus:
+        return {"cpu": cache + active}
+    return {gpu: cache // len(gpus) + active + GPU_RUNTIME for gpu in gpus}
+
+
+def _positions(architecture: Architecture) -> int | None:
+    found = architecture.config.get("max_position_embeddings") or architecture.config.get("n_positions")
+    return found if isinstance(found, int) else None
+
+
+def _main(placement: Placement) -> Device:
+    """Where what lies in RAM or on disk computes."""
+    return min((device for device in placement.device_map.values() if isinstance(device, int)), default="cpu")
+
+
+def _predicted(placement: Placement, architecture: Architecture, dtype: str) -> dict[Device, int]:
+    """Buffers that no checkpoint holds cannot lie on disk: they stay where they are used."""
+    predicted, main = dict(placement.weights), _main(placement)
+    for tensor in architecture.tensors():
+        home = placement.device_of(tensor.name)
+        if tensor.buffer and not tensor.persistent and home in ("cpu", "disk") and home != main:
+            size = tensor_nbytes(architecture.dtype_of(tensor, dtype), tensor.shape)
+            predicted[home] = predicted.get(home, 0) - size
+            predicted[main] = predicted.get(main, 0) + size
+    return {device: size for device, size in predicted.items() if size}
+
+
+def _streamed(
+    params: DispatchParams, placement: Placement, architecture: Architecture, model: ModelDescription, dtype: str
+) -> int:
+    """Stored bytes: of tied weights at each use, of an embedding one row unless it is part of a block."""
+    main, stored = _main(placement), stored_bytes(model, architecture)
+    classes = params.no_split_module_classes
+    whole = INDIVISIBLE | frozenset(architecture.no_split if classes is None else classes)
+    blocks = tuple(f"{module.name}." for module in architecture.modules if module.class_name in whole)
+    total = 0
+    for module in architecture.modules:
+        table = module.class_name == "Embedding" and not module.name.startswith(blocks)
+        for tensor in module.tensors:
+            home = placement.device_of(tensor.name)
+            if not tensor.persistent or home == main or isinstance(home, int):
+                continue
+            known = stored.get(architecture.aliases.get(tensor.name, tensor.name))
+            size = known or tensor_nbytes(architecture.dtype_of(tensor, dtype), tensor.shape)
+            total += size // tensor.shape[0] if table else size
+    return total
+
+
+def forecast(params: DispatchParams, ctx: ForecastContext) -> Forecast:
+    if ctx.artifact is not None:
+        return _forecast_of(ctx.artifact)
+    wired = ctx.input("model")
+    model = wired.output if wired is not None else None
+    if not isinstance(model, ModelDescription) or (model.config is None and model.custom is None):
+        missing = _missing(params, ctx, _mapped(params))
+        return Forecast(
+            download_bytes=0,
+            unknown=("the placement: the model's headers are not known yet",),
+            misfits=(_missing_gpus(params, ctx, None, missing),) if missing else (),
+        )
+    unknown = () if model.tensors is not None else ("the model's stored sizes: taken from its config",)
+    try:
+        placed = compute(params, model, ctx.machine, ctx.trust, ctx.base, ctx.memo)
+    except DoesNotFit as error:
+        return Forecast(download_bytes=0, misfits=(Misfit(error.cause, error.cure),), unknown=unknown)
+    except UsageError as error:
+        if not (ctx.trust.remote_code and (model.config or {}).get("auto_map")):
+            raise
+        return Forecast(download_bytes=0, unknown=(f"the placement, until the trusted code is here: {error.cause}",))
+    predicted = {str(device): size for device, size in placed.predicted.items()}
+    return Forecast(
+        download_bytes=0,
+        write_bytes=4096 + 64 * len(placed.placement.device_map),
+        ram=PROCESS + 2 * placed.largest_streamed if params.verify != "none" else None,
+        vram={
+            gpu: size + placed.headroom.get(gpu, 0) for gpu, size in placed.predicted.items() if isinstance(gpu, int)
+        },
+        metrics={"predicted": predicted, "streamed_bytes_per_token": placed.streamed},
+        output=placed.placement,
+        unknown=unknown,
+        misfits=tuple(_misfits(params, ctx, model, placed)),
+        summary=", ".join(f"{_label(device)} {format_size(size)}" for device, size in placed.predicted.items()),
+    )
+
+
+def _forecast_of(artifact: Path) -> Forecast:
+    return Forecast(download_bytes=0, write_bytes=0, output=PlacedModel.read(artifact).placement)
+
+
+def _label(device: Device) -> str:
+    return f"cuda:{device}" if isinstance(device, int) else device
+
+
+def _misfits(params: DispatchParams, ctx: ForecastContext, model: ModelDescription, placed: Placed) -> Iterator[Misfit]:
+    """Devices that are not there, and RAM that is not."""
+    if missing := _missing(params, ctx, set(placed.placement.device_map.values())):
+        yield _missing_gpus(params, ctx, model, missing)
+        return
+    ram = placed.predicted.get("cpu", 0)
+    if ram > ctx.machine.memory:
+        fits = format_size(ctx.machine.memory * RAM_SHARE).replace(" ", "")
+        yield Misfit(
+            f"places {format_size(ram)} of weights in RAM; {ctx.machine.name} has {format_size(ctx.machine.memory)}",
+            f"lower max_memory.cpu to {fits}, and let disk take the rest",
+            {"max_memory": {**{str(key): size for key, size in (params.max_memory or {}).items()}, "cpu": fits}},
+        )
+
+
+def _mapped(params: DispatchParams) -> set[int]:
+    """The GPUs a custom map names."""
+    named = params.device_map.values() if isinstance(params.device_map, dict) else ()
+    return {int(device) for device in named if str(device).isdigit()}
+
+
+def _missing(params: DispatchParams, ctx: ForecastContext, used: Collection[Device]) -> list[int]:
+    """The GPUs that are used or given memory, and are not there."""
+    named = {device for key, size in (params.max_memory or {}).items() if size for device in devices_of(key)}
+    wanted = {device for device in (*used, *named) if isinstance(device, int)}
+    return sorted(wanted - {gpu.index for gpu in ctx.machine.gpus})
+
+
+def _missing_gpus(
+    params: DispatchParams, ctx: ForecastContext, model: ModelDescription | None, missing: list[int]
+) -> Misfit:
+    """model None: not known yet, so that nobody can say whether the other devices hold it."""
+    count = len(ctx.machine.gpus)
+    has = f"{count} GPU{'s' * (count > 1)}" if count else "no GPU"
+    numbers = ", ".join(map(str, missing))
+    if isinstance(params.device_map, dict):
+        named = [name or '""' for name, device in params.device_map.items() if str(device) in map(str, missing)]
+        return Misfit(
+            f"device_map names GPU {numbers}; {ctx.machine.name} has {has}",
+            f"map {', '.join(named)} to {'a GPU below ' + str(count) + ', ' if count else ''}cpu or disk",
+        )
+    cause = f"max_memory names GPU {numbers}; {ctx.machine.name} has {has}"
+    caps = {key: size for key, size in (params.max_memory or {}).items() if not set(devices_of(key)) & set(missing)}
+    zero = ", ".join(f"{key}: 0" for key in params.max_memory or {} if set(devices_of(key)) & set(missing))
+    change = {"max_memory": {str(key): exact_size(size) for key, size in caps.items()}}
+    written = zero.replace(": ", " to ")
+    if model is None:
+        return Misfit(cause, f"set max_memory.{written}; the rest is known once the model's headers are", change)
+    try:
+        without = params.model_copy(update={"max_memory": caps})
+        compute(without, model, ctx.machine, ctx.trust, ctx.base, ctx.memo)
+    except DoesNotFit as error:
+        return Misfit(cause, f"set max_memory to {{{zero}}} for these, and {error.cure}")
+    rest = " and ".join(_label(device) for key in caps for device in devices_of(key))
+    return Misfit(cause, f"set max_memory.{written}; the model fits {rest}", change)
+
+
+def run(params: DispatchParams, ctx: StageContext) -> StageResult:
+    model = describe_checkpoint(ctx.input("model"))
+    placed = compute(params, model, ctx.machine, ctx.trust, ctx.base, ctx.memo, code=remote_code(ctx))
+    kept = PlacedModel(placed.placement, dict(params.special_dtypes), params.no_split_module_classes)
+    predicted = {str(device): size for device, size in placed.predicted.items()}
+    metrics = DispatchMetrics(predicted=predicted, streamed_bytes_per_token=placed.streamed)
+    if params.verify != "none":
+        metrics = _verify(params, ctx, kept, metrics)
+    told = metrics.model_dump(exclude={"load_seconds"})
+    files = {
+        PLACEMENT: _write(ctx.out / PLACEMENT, json.dumps({**kept.as_json(), **told}, indent=2) + "\n"),
+        PICTURE: _write(ctx.out / PICTURE, "\n".join([kept.placement.picture(), "", *kept.placement.explanation, ""])),
+    }
+    return StageResult(metrics, files)
+
+
+def _verify(params: DispatchParams, ctx: StageContext, kept: PlacedModel, metrics: DispatchMetrics) -> DispatchMetrics:
+    """Loads the model as placed and, if asked to, runs it; tells where it is not as predicted."""
+    import accelerate  # noqa: F401  what importing costs is not loading
+    from transformers import PreTrainedModel  # noqa: F401
+
+    from bigpipe.bigmodel.loading import loaded
+    from bigpipe.bigmodel.probe import forward_once
+
+    started = time.monotonic()
+    # Held as stored: what computes in another dtype is cast at each use
+    model = kept.load(ctx, memory=None if params.dtype else 0)
+    seconds = time.monotonic() - started
+    state = loaded(model)
+    measured = {str(home): size for home, size in state.held.items()}
+    if params.verify == "forward" and (reason := forward_once(model)):
+        ctx.log(f"no forward was run: {reason}")
+    _compare(metrics.predicted, measured, ctx)
+    found = {"measured": measured, "load_seconds": round(seconds, 3), "streamed_bytes_per_token": state.streamed}
+    return metrics.model_copy(update=found)
+
+
+def _compare(predicted: Mapping[str, int], measured: Mapping[str, int], ctx: StageContext) -> None:
+    for device in dict.fromkeys([*predicted, *measured]):
+        told, found = predicted.get(device, 0), measured.get(device, 0)
+        if abs(told - found) > 0.01 * max(told, found):
+            ctx.log(f"{device}: {format_size(found)} of weights, {format_size(told)} were predicted")
+
+
+def _write(path: Path, text: str) -> tuple[str, int]:
+    data = text.encode()
+    path.write_bytes(data)
+    return hashlib.sha256(data).hexdigest(), len(data)
+
+
+def check(params: DispatchParams, ctx: Any) -> None:
+    """Device names and sizes that no machine could take."""
+    for key in params.max_memory or {}:
+        devices_of(key)
+    if isinstance(params.device_map, dict) and not params.device_map:
+        raise UsageError("device_map is empty", 'write {"": cpu}, or a mode such as auto')

@@ -1,0 +1,94 @@
+"""How `shard` does it: plans from headers, then bytes from file to file."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+from bigpipe.bigmodel.checkpoint import open_checkpoint
+from bigpipe.bigmodel.description import ModelDescription, describe_checkpoint
+from bigpipe.bigmodel.plans import ShardPlan
+from bigpipe.bigmodel.sidefiles import carry_side_files, config_with_dtype
+from bigpipe.bigmodel.writer import convert, plan_conversion, planned_bytes
+from bigpipe.orchestrator.stage import CheckContext, Forecast, ForecastContext, StageContext, StageResult, UsageError
+from bigpipe.sizes import format_transfer
+
+from .shard import ShardMetrics, ShardParams
+
+RAM = 200 * 2**20
+"""Peak of the worker process at any model size: interpreter, numpy where a cast needs it, buffers for four files."""
+RATE = 600 * 10**6
+"""Bytes per second where nothing better is known: one core's sha256 beside an ordinary disk."""
+
+
+def check(params: ShardParams, context: CheckContext) -> None:
+    """Refuses what could only fail after the download: a cast of quantized weights, a dtype the format lacks."""
+    for forecast in context.inputs.get("model", ()):
+        if isinstance(forecast.output, ModelDescription):
+            _plans(params, forecast.output)
+
+
+def forecast(params: ShardParams, context: ForecastContext) -> Forecast:
+    """Exact numbers of files and bytes, from the headers of the input."""
+    source = context.input("model")
+    described = source.output if source else None
+    if not isinstance(described, ModelDescription) or described.tensors is None:
+        return Forecast(ram=RAM, unknown=("number of shards: the tensors of the input are not known yet",))
+    plans = _plans(params, described)
+    size = planned_bytes(plans, params.format)
+    return Forecast(
+        download_bytes=0,
+        write_bytes=size,
+        ram=RAM,
+        seconds=size / RATE,
+        metrics={"shards": len(plans), "bytes": size},
+        output=describe_checkpoint(context.artifact) if context.artifact else _described(params, described, plans),
+        summary=f"{len(plans)} shard{'s' if len(plans) > 1 else ''}, +{format_transfer(size)}",
+    )
+
+
+def _plans(params: ShardParams, described: ModelDescription) -> list[ShardPlan]:
+    if params.dtype and described.quantization is not None:
+        raise UsageError(
+            f"shard: dtype {params.dtype} would change the scales of quantized weights",
+            "leave dtype out, or let quantize come after shard",
+        )
+    return plan_conversion(
+        described.tensors or {},
+        described.tied,
+        max_shard_size=params.max_shard_size,
+        dtype=params.dtype,
+        format=params.format,
+    )
+
+
+def _described(params: ShardParams, source: ModelDescription, plans: list[ShardPlan]) -> ModelDescription:
+    return replace(
+        source,
+        config=_config(params, source.config),
+        tensors={tensor.name: (tensor.dtype, tensor.shape) for plan in plans for tensor in plan.tensors},
+        format=params.format,
+        tied=source.tied if params.format == "bin" else {},
+    )
+
+
+def _config(params: ShardParams, config: Mapping[str, Any] | None) -> Mapping[str, Any] | None:
+    return config_with_dtype(config, params.dtype) if params.dtype and config is not None else config
+
+
+def run(params: ShardParams, context: StageContext) -> StageResult:
+    """Writes the weights anew and refers to the input's side files; whole shards of an earlier attempt are kept."""
+    checkpoint = open_checkpoint(context.input("model"))
+    saved = convert(
+        checkpoint,
+        context.out,
+        max_shard_size=params.max_shard_size,
+        dtype=params.dtype,
+        format=params.format,
+        progress=lambda done, total: context.progress(done, total, "B", "weights"),
+        journal=context.scratch / "shards.jsonl",
+    )
+    config = _config(params, checkpoint.config) if params.dtype else None
+    carried = carry_side_files(checkpoint, context.out, config=config, link=True)
+    return StageResult(ShardMetrics(shards=saved.shards, bytes=saved.bytes), {**saved.files, **carried})
