@@ -49,17 +49,17 @@ def run(
     session = open_session(
         manifest, nodes, params=_written(params), store=store, force=force, offline=offline, locked=locked
     )
-    session.store.enter()
-    if locked:
-        lockfile.enforce(session)
-    planned = with_parameters(make_plan(session))
-    refuse(planned, keep_going=keep_going)
-    result = run_plan(session, planned, reporter or _Silent(), jobs=jobs, keep_going=keep_going)
-    if locked:
-        lockfile.enforce_outputs(session, result.nodes)
-    if result.status == "succeeded":
-        lockfile.record_outputs(session, result.nodes)
-    session.store.close()
+    with session.store:
+        session.store.enter()
+        if locked:
+            lockfile.enforce(session)
+        planned = with_parameters(make_plan(session))
+        refuse(planned, keep_going=keep_going)
+        result = run_plan(session, planned, reporter or _Silent(), jobs=jobs, keep_going=keep_going)
+        if locked:
+            lockfile.enforce_outputs(session, result.nodes)
+        if result.status == "succeeded":
+            lockfile.record_outputs(session, result.nodes)
     if check and result.errors:
         raise result.errors[0]
     return result

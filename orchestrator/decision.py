@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from enum import StrEnum
 
@@ -34,7 +34,9 @@ class Decision:
     """False for a `cache: false` node whose digest is recorded and whose bytes were dropped."""
 
 
-def input_digests(node: Node, digests: Mapping[str, str | None], absent: frozenset[str]) -> dict[str, list[str]] | None:
+def input_digests(
+    node: Node, digests: Mapping[str, str | None], absent: Collection[str]
+) -> dict[str, list[str]] | None:
     """Per port, the digests of what is wired there, skipped producers left out; None while one is not known."""
     found: dict[str, list[str]] = {}
     for port, names in node.inputs.items():
@@ -47,7 +49,7 @@ def input_digests(node: Node, digests: Mapping[str, str | None], absent: frozens
 
 
 def decide(
-    session: Session, node: Node, digests: Mapping[str, str | None], absent: frozenset[str] = frozenset()
+    session: Session, node: Node, digests: Mapping[str, str | None], absent: Collection[str] = frozenset()
 ) -> Decision:
     """digests: node name → digest of its artifact, None while unknown. absent: names of skipped producers."""
     inputs = input_digests(node, digests, absent)

@@ -83,20 +83,20 @@ def peak_disk(
 
     Nodes are taken one after the other; a `cache: false` node's bytes go once its last consumer has published.
     """
-    alive: dict[str, int] = {}
-    peak, where = 0, ""
-    done: set[str] = set()
+    written: dict[str, int] = {}
+    waiting = {node.name: len(session.consumers(node.name)) for node in session.nodes if not node.cache}
+    alive, peak, where = 0, 0, ""
     for node in session.nodes:
         forecast = forecasts.get(node.name)
         runs = decisions[node.name].action in (Action.RUN, Action.MAYBE)
-        alive[node.name] = (forecast.write_bytes or 0) if forecast and runs else 0
-        if (total := sum(alive.values())) > peak:
-            peak, where = total, node.name
-        done.add(node.name)
-        for name in list(alive):
-            consumers = session.consumers(name)
-            if not session.recipe.nodes[name].cache and consumers and all(c.name in done for c in consumers):
-                del alive[name]
+        written[node.name] = (forecast.write_bytes or 0) if forecast and runs else 0
+        alive += written[node.name]
+        if alive > peak:
+            peak, where = alive, node.name
+        for name in {name for names in node.inputs.values() for name in names} & waiting.keys():
+            waiting[name] -= 1
+            if not waiting[name]:
+                alive -= written[name]
     return peak, where
 
 

@@ -12,8 +12,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from pydantic import TypeAdapter, ValidationError
-
 from bigpipe.errors import UsageError
 
 from .types import Gpu, Json, Machine
@@ -45,11 +43,15 @@ def detect(store_root: Path) -> Machine:
 
 
 def machine_as_json(machine: Machine) -> dict[str, Json]:
+    from pydantic import TypeAdapter
+
     return dict(TypeAdapter(Machine).dump_python(machine, mode="json"))
 
 
 def machine_from_json(data: Mapping[str, Json]) -> Machine:
     """The inverse of `machine_as_json`; a whole `doctor --json` document is understood too. Raises UsageError."""
+    from pydantic import TypeAdapter, ValidationError
+
     described = data
     if "schema" in data:
         if data["schema"] != DOCTOR_FORMAT:

@@ -11,7 +11,7 @@ make_plan(session)
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, replace
 
 from bigpipe.errors import BigpipeError, DoesNotFit, GateFailed, Offline
@@ -107,7 +107,7 @@ def _decide_all(session: Session) -> dict[str, Decision]:
     digests: dict[str, str | None] = {}
     absent: set[str] = set()
     for node in session.nodes:
-        decision = _decide(session, node, decisions, digests, frozenset(absent))
+        decision = _decide(session, node, decisions, digests, absent)
         decisions[node.name] = decision
         if decision.action is Action.SKIPPED:
             absent.add(node.name)
@@ -121,7 +121,7 @@ def _decide(
     node: Node,
     decisions: Mapping[str, Decision],
     digests: Mapping[str, str | None],
-    absent: frozenset[str],
+    absent: Collection[str],
 ) -> Decision:
     if missing := missing_producer(node, absent):
         return Decision(action=Action.SKIPPED, reason=f"{missing} is skipped")
@@ -140,7 +140,7 @@ def _decide(
     return decision
 
 
-def missing_producer(node: Node, absent: frozenset[str]) -> str | None:
+def missing_producer(node: Node, absent: Collection[str]) -> str | None:
     """The skipped node this one cannot do without: on a port that is not optional, or in `needs`."""
     for port, names in node.inputs.items():
         gone = [name for name in names if name in absent]

@@ -54,6 +54,8 @@ class Run:
     cancelled: threading.Event = field(default_factory=threading.Event)
     signal: int = 0
     running: dict[Future[KeyRecord], NodeState] = field(default_factory=dict)
+    absent: set[str] = field(default_factory=set)
+    """Nodes that were skipped."""
 
     @property
     def stopping(self) -> bool:
@@ -151,7 +153,7 @@ def _blocked(run: Run, state: NodeState) -> str:
     for name in node.predecessors:
         if run.states[name].status is Status.FAILED:
             return f"{name} failed"
-    if missing := missing_producer(node, _absent(run)):
+    if missing := missing_producer(node, run.absent):
         return f"{missing} is skipped"
     if node.when is not None:
         verdict = node.when.evaluate(_lookup(run, node))
@@ -162,10 +164,6 @@ def _blocked(run: Run, state: NodeState) -> str:
     return ""
 
 
-def _absent(run: Run) -> frozenset[str]:
-    return frozenset(name for name, state in run.states.items() if state.status is Status.SKIPPED)
-
-
 def _decide(run: Run, state: NodeState) -> Decision:
     """With true digests. What the plan found cached a moment ago under the same key is not looked at twice."""
     node = state.node
@@ -173,10 +171,10 @@ def _decide(run: Run, state: NodeState) -> Decision:
     digests = {name: producer.digest if producer.status in GOOD else None for name, producer in producers.items()}
     planned = run.plan.nodes[node.name].decision
     if planned.action is Action.CACHED and planned.bytes_here and not state.demanded_by:
-        inputs = input_digests(node, digests, _absent(run))
+        inputs = input_digests(node, digests, run.absent)
         if inputs is not None and run.session.identity(node).key(inputs) == planned.key:
             return planned
-    return decide(run.session, node, digests, _absent(run))
+    return decide(run.session, node, digests, run.absent)
 
 
 def _lookup(run: Run, own: Node) -> Lookup:
@@ -245,7 +243,7 @@ def _start(run: Run, state: NodeState, pool: ThreadPoolExecutor) -> None:
         node=state.node,
         key=state.key or "",
         inputs={
-            port: tuple(digest for name in names if (digest := run.states[name].digest) and name not in _absent(run))
+            port: tuple(digest for name in names if (digest := run.states[name].digest) and name not in run.absent)
             for port, names in state.node.inputs.items()
         },
         lineage=_lineage(run, state.node),
@@ -300,6 +298,8 @@ def _finish_node(run: Run, state: NodeState, future: Future[KeyRecord]) -> None:
 def _end(run: Run, state: NodeState, status: Status, reason: str) -> None:
     """The node has reached `status`; gates may still fail it."""
     state.status, state.reason = status, reason
+    if status is Status.SKIPPED:
+        run.absent.add(state.node.name)
     if status in GOOD:
         lookup = _lookup(run, state.node)
         for gate in judge_gates(state.node, lookup):

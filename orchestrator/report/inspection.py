@@ -141,7 +141,8 @@ def _short(value: Json) -> str:
 
 
 def collect_garbage(dry_run: bool, *, store: str | Path | None = None) -> Answer:
-    report = open_store(store).gc(dry_run=dry_run)
+    with open_store(store) as opened:
+        report = opened.gc(dry_run=dry_run)
     verb = "would free" if dry_run else "freed"
     counts = Counter(item.kind for item in report.freed)
     lines = [f"{item.kind} {item.name}  {format_transfer(item.bytes)}" for item in report.freed if item.bytes]
@@ -152,8 +153,8 @@ def collect_garbage(dry_run: bool, *, store: str | Path | None = None) -> Answer
 
 
 def verify_store(repair: bool, *, store: str | Path | None = None) -> Answer:
-    opened = open_store(store)
-    report = opened.verify(repair=repair)
+    with open_store(store) as opened:
+        report = opened.verify(repair=repair)
     head = f"{report.artifacts} artifacts, {report.files} files, {format_size(report.bytes)} read"
     lines = [head + (": all as recorded" if report.clean else f": {len(report.findings)} findings")]
     for finding in report.findings:

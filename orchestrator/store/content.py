@@ -197,7 +197,8 @@ def _files(folder: Path) -> list[str]:
             for name in folders
             if name not in NO_CONTENT and os.path.realpath(os.path.join(place, name)) not in seen
         )
-        found += [os.path.relpath(os.path.join(place, name), folder) for name in names]
+        inside = os.path.relpath(place, folder)
+        found += names if inside == os.curdir else [os.path.join(inside, name) for name in names]
     return sorted(found)
 
 

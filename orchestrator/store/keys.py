@@ -7,6 +7,7 @@ Not in it: launch, resources, retries, timeout, gates, on_fail, needs, cache, wh
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from functools import cached_property, lru_cache
@@ -105,12 +106,15 @@ def _pin(params: dict[str, Json], path: str, value: str) -> None:
 
 @lru_cache(maxsize=64)
 def _package_version(name: str) -> str | None:
-    from importlib.metadata import PackageNotFoundError, version
+    from importlib.metadata import PackageNotFoundError, distribution
 
     try:
-        return version(name)
+        found = distribution(name)
     except PackageNotFoundError:
         return None
+    # `found.version` parses all of the metadata, the whole README among it
+    written = re.search(r"^Version: (\S+)$", found.read_text("METADATA") or "", re.MULTILINE)
+    return written[1] if written else found.version
 
 
 def differences(
