@@ -8,9 +8,10 @@ transformers 5.23 builds; under another version nothing here is used.
 from __future__ import annotations
 
 import importlib.metadata
+import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cache
+from functools import cache, lru_cache
 from typing import Any
 
 from .architecture import Architecture, ModuleSpec, TensorSpec
@@ -24,11 +25,17 @@ Config = Mapping[str, Any]
 
 def known_architecture(config: Config, head: Head = "auto") -> Architecture | None:
     """The architecture of a plain config of a known family, else None."""
-    build = BUILDERS.get(str(config.get("model_type")))
-    if build is None or not _verified():
+    if str(config.get("model_type")) not in BUILDERS or not _verified():
         return None
+    return _build(json.dumps(config), head)
+
+
+@lru_cache(maxsize=4)
+def _build(config: str, head: Head) -> Architecture | None:
+    """An index and the estimate after it ask the same."""
+    data = json.loads(config)
     try:
-        return build(config, head)
+        return BUILDERS[data["model_type"]](data, head)
     except (KeyError, TypeError, ValueError, ZeroDivisionError):
         return None  # a field is missing or odd: the class knows its defaults and its errors
 

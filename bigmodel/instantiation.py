@@ -8,8 +8,10 @@ Each model is built twice, as float32 and as bfloat16: a tensor whose dtype did 
 from __future__ import annotations
 
 import contextlib
+import gc
 import importlib
 import json
+import os
 import resource
 import sys
 import warnings
@@ -393,4 +395,7 @@ def _generates(model: torch.nn.Module) -> bool:
 if __name__ == "__main__":
     if len(sys.argv) != 3:
         raise InvalidCheckpoint("two file names are expected: the question and the answers")
+    gc.disable()  # the libraries' imports make a million objects, and none of them is garbage
     main(sys.argv[1], sys.argv[2])
+    sys.stderr.flush()
+    os._exit(0)  # the answers are on disk; taking torch apart again would take longer than building the model

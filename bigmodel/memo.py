@@ -14,7 +14,7 @@ def remember(path: Path, answer: Any) -> None:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.NamedTemporaryFile("w", dir=path.parent, prefix=".", delete=False) as file:
-            json.dump(answer, file)
+            file.write(json.dumps(answer))  # json.dump would encode in Python, ten times slower
         os.replace(file.name, path)
     except OSError:
         return

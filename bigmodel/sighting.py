@@ -19,7 +19,6 @@ from .hub import COMMIT, Hub, Repository, cached_commit
 from .inquiry import Head, read_request
 from .outline import is_quantized, outline
 from .remote import describe_repository
-from .snapshot import fetch
 
 REPOSITORY = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
 
@@ -106,6 +105,8 @@ def _fetch_code(repository: Repository, revision: str, sources: Sources) -> Path
             f"the code of {repository.repo} may run only at a commit, and {revision!r} can move",
             f"read it at {repository.commit} and, if you trust it, ask for that revision",
         )
+    from .snapshot import fetch
+
     hub = sources.hub or Hub.from_environment()
     code = [file for file in repository.files if "/" not in file.path and file.path.endswith((".py", ".json"))]
     fetch(repository, code, hub=hub, memo=sources.memo)

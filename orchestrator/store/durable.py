@@ -15,10 +15,13 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from itertools import count
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from bigpipe.errors import BigpipeError, DoesNotFit, StageFailed, UsageError
-from bigpipe.orchestrator.types import Json
 from bigpipe.sizes import format_size
+
+if TYPE_CHECKING:
+    from bigpipe.orchestrator.types import Json
 
 PRIVATE = 0o700
 NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
