@@ -129,7 +129,7 @@ def why(
 def explain(session: Session, planned: Plan, name: str) -> dict[str, Json]:
     item = planned.nodes[name]
     decision = item.decision
-    last = session.store.last(session.recipe.path, session.recipe.name, name)
+    last = session.last(name)
     changes = decision.changes or _latest_changes(session, name)
     import networkx
 

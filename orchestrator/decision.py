@@ -91,7 +91,7 @@ def _known(session: Session, node: Node, key: str, record: KeyRecord) -> Decisio
 
 def changes_since(session: Session, node: Node, inputs: Mapping[str, list[str]] | None) -> tuple[Change, ...]:
     """What differs from the node's last record under this manifest; inputs None: not known yet, not compared."""
-    last = session.store.last(session.recipe.path, session.recipe.name, node.name)
+    last = session.last(node.name)
     if last is None:
         return ()
     known = inputs if inputs is not None else dict.fromkeys(last.inputs)
@@ -101,7 +101,7 @@ def changes_since(session: Session, node: Node, inputs: Mapping[str, list[str]] 
 def describe(session: Session, node: Node, changes: tuple[Change, ...]) -> str:
     """`params.scheme int8 → nf4 (opt.yaml:21:14)`, several joined by `; `."""
     if not changes:
-        last = session.store.last(session.recipe.path, session.recipe.name, node.name)
+        last = session.last(node.name)
         return "first run" if last is None else "no record of this key"
     return "; ".join(change_text(node, change) for change in changes)
 

@@ -218,7 +218,7 @@ def _forecast(session: Session, node: Node, decision: Decision, forecasts: Mappi
         return replace(
             forecast, download_bytes=0, write_bytes=0, ram=0, vram={}, seconds=0, metrics=metrics, misfits=()
         )
-    last = session.store.last(session.recipe.path, session.recipe.name, node.name)
+    last = session.last(node.name)
     if forecast.seconds is None and last is not None:
         return replace(forecast, seconds=last.seconds)
     return forecast

@@ -16,7 +16,7 @@ from .stage import CheckContext, Pinned
 from .store.content import StatMemo
 from .store.keys import Identity, identity
 from .store.lockfile import read_lock
-from .store.store import Store, default_root
+from .store.store import KeyRecord, Store, default_root
 from .types import Json, Launch, Machine
 
 if TYPE_CHECKING:
@@ -134,10 +134,19 @@ class Session:
         return Pinned(pins, "the lock file") if pins else None
 
     def _recorded_pins(self, node: Node) -> Pinned | None:
-        last = self.store.last(self.recipe.path, self.recipe.name, node.name)
+        last = self.last(node.name)
         if last is None or not last.pins or last.identity.get("kind") != node.kind.kind:
             return None
         return Pinned(last.pins, f"the run of {last.created[:10]}, the Hub cannot be asked")
+
+    @cached_property
+    def _last_keys(self) -> dict[str, str]:
+        return self.store.last_keys(self.recipe.path, self.recipe.name)
+
+    def last(self, name: str) -> KeyRecord | None:
+        """The last record of a node when this session began: of this manifest, else of the latest one of its name."""
+        key = self._last_keys.get(name)
+        return self.store.find(key) if key else None
 
     def identity(self, node: Node) -> Identity:
         """What the node computes, apart from its inputs. Raises UsageError with the place of a missing file."""

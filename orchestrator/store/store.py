@@ -243,10 +243,13 @@ class Store:
         known. A key may be given before it has a record: its unfinished work is then kept."""
         remember(self.layout, recipe_path, lock_path, name, node_keys)
 
-    def last(self, manifest: Path, name: str, node: str) -> KeyRecord | None:
-        """The node's last record under this manifest path, else under the latest manifest of this name."""
-        root = self._root(manifest, name, node)
-        return self.find(root.nodes[node]) if root else None
+    def last_keys(self, manifest: Path, name: str) -> dict[str, str]:
+        """Node → the key of its last record under this manifest path, else under the latest manifest of this name."""
+        keys: dict[str, str] = {}
+        for root in sorted((root for _, root in all_roots(self.layout) if root.name == name), key=lambda r: r.serial):
+            keys |= root.nodes
+        own = load_root(self.layout, root_path(self.layout, manifest))
+        return {**keys, **own.nodes} if own else keys
 
     def history(self, manifest: Path, name: str, node: str) -> list[KeyRecord]:
         """The node's latest records that are still there, oldest first; found as `last` finds it."""
