@@ -14,20 +14,10 @@ from typing import Any, TypeVar
 import click
 
 import bigpipe
-from bigpipe.errors import BigpipeError, Interrupted, ManifestError, UsageError
+from bigpipe.errors import BigpipeError, Interrupted, ManifestError
+from bigpipe.options import DTYPES, JSON, MANIFEST, OFFLINE, PARAMS, STORE, ManyDtypes, pairs
 
 F = TypeVar("F", bound=Callable[..., Any])
-
-MANIFEST = click.argument("manifest", type=click.Path(path_type=Path))
-STORE = click.option(
-    "--store", type=click.Path(path_type=Path), help="The store; else $BIGPIPE_HOME, else the XDG cache."
-)
-PARAMS = click.option(
-    "-p", "--param", "params", multiple=True, metavar="NAME=VALUE", help="Set a parameter of the recipe."
-)
-DTYPES = ("float32", "float16", "bfloat16", "float8", "int8", "int4", "nf4", "fp4")
-JSON = click.option("--json", "as_json", is_flag=True, help="Print JSON on stdout.")
-OFFLINE = click.option("--offline", is_flag=True, help="Never use the network.")
 
 
 class Commands(click.Group):
@@ -90,16 +80,6 @@ def fail_all(errors: Sequence[BigpipeError]) -> None:
         click.echo(str(error), err=True)
     if errors:
         fail(errors[0])
-
-
-def pairs(params: tuple[str, ...]) -> dict[str, str]:
-    found = {}
-    for text in params:
-        name, equals, value = text.partition("=")
-        if not equals or not name:
-            raise UsageError(f"-p {text!r} is not NAME=VALUE", "write for example -p scheme=nf4")
-        found[name] = value
-    return found
 
 
 def show(value: Any) -> None:
@@ -263,19 +243,6 @@ def lock(manifest: Path, params: tuple[str, ...], check: bool, store: Path | Non
     from bigpipe.orchestrator import commands
 
     click.echo(commands.lock(manifest, check=check, params=pairs(params), store=store))
-
-
-class ManyDtypes(click.Command):
-    """Takes `--dtypes float16 int8` as accelerate does: every dtype's name that follows belongs to the option."""
-
-    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
-        spread: list[str] = []
-        listing = False
-        for arg in args:
-            follows = listing and arg in DTYPES and spread[-1] != "--dtypes"
-            spread += ["--dtypes", arg] if follows else [arg]
-            listing = arg == "--dtypes" or (listing and arg in DTYPES)
-        return super().parse_args(ctx, spread)
 
 
 @cli.command(cls=ManyDtypes)

@@ -1,0 +1,43 @@
+"""What several commands take: options, and how their values are read."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from bigpipe.errors import UsageError
+
+MANIFEST = click.argument("manifest", type=click.Path(path_type=Path))
+STORE = click.option(
+    "--store", type=click.Path(path_type=Path), help="The store; else $BIGPIPE_HOME, else the XDG cache."
+)
+PARAMS = click.option(
+    "-p", "--param", "params", multiple=True, metavar="NAME=VALUE", help="Set a parameter of the recipe."
+)
+DTYPES = ("float32", "float16", "bfloat16", "float8", "int8", "int4", "nf4", "fp4")
+JSON = click.option("--json", "as_json", is_flag=True, help="Print JSON on stdout.")
+OFFLINE = click.option("--offline", is_flag=True, help="Never use the network.")
+
+
+class ManyDtypes(click.Command):
+    """Takes `--dtypes float16 int8` as accelerate does: every dtype's name that follows belongs to the option."""
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        spread: list[str] = []
+        listing = False
+        for arg in args:
+            follows = listing and arg in DTYPES and spread[-1] != "--dtypes"
+            spread += ["--dtypes", arg] if follows else [arg]
+            listing = arg == "--dtypes" or (listing and arg in DTYPES)
+        return super().parse_args(ctx, spread)
+
+
+def pairs(params: tuple[str, ...]) -> dict[str, str]:
+    found = {}
+    for text in params:
+        name, equals, value = text.partition("=")
+        if not equals or not name:
+            raise UsageError(f"-p {text!r} is not NAME=VALUE", "write for example -p scheme=nf4")
+        found[name] = value
+    return found
