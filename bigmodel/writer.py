@@ -289,7 +289,7 @@ def convert(
             progress=progress,
             journal=journal,
             fingerprint=_fingerprint(checkpoint),
-            workers=min(WORKERS, _cores()),
+            workers=min(WORKERS, cores()),
         )
 
 
@@ -301,7 +301,7 @@ def _check_apart(checkpoint: Checkpoint, out: Path) -> None:
         )
 
 
-def _cores() -> int:
+def cores() -> int:
     """Those this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 

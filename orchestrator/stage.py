@@ -278,5 +278,7 @@ class Stage(Generic[P]):
     secrets: tuple[str, ...] = ()
     """Environment variables with secrets that the kind itself needs."""
     reproducible: bool = True
+    needs_input: bool = False
+    """Some port must be wired, though each of them is optional."""
     title: str = ""
     """One sentence for `bigpipe kinds` and the reference."""

@@ -17,6 +17,8 @@ from .quantize import QuantizeMetrics, QuantizeParams
 
 RAM = 192 * 2**20
 """Peak of the worker process besides what it holds of one transposed weight: interpreter, numpy, reused buffers."""
+GPU_RAM = 3 * 2**30
+"""More where a GPU encodes: torch with CUDA's libraries."""
 RATE = 350 * 10**6
 """Bytes of input per second where nothing better is known: two cores, an ordinary disk."""
 
@@ -48,7 +50,7 @@ def forecast(params: QuantizeParams, context: ForecastContext) -> Forecast:
     return Forecast(
         download_bytes=0,
         write_bytes=outlined.nbytes,
-        ram=RAM + outlined.largest_transposed,
+        ram=RAM + outlined.largest_transposed + (GPU_RAM if context.machine.gpus else 0),
         seconds=before / RATE,
         metrics=metrics,
         output=output or _described(described, outlined, settings, architecture),
@@ -58,6 +60,17 @@ def forecast(params: QuantizeParams, context: ForecastContext) -> Forecast:
 
 def _settings(params: QuantizeParams, machine: Machine) -> Settings:
     return Settings(**params.model_dump(), threads=machine.cpus)
+
+
+def _device(params: QuantizeParams, context: StageContext) -> str | None:
+    """A GPU, where there is one that gives the same bytes; torch is imported only where a GPU was seen."""
+    if not context.machine.gpus:
+        return None
+    from bigpipe.bigmodel.quantization.devices import usable_device
+
+    device = usable_device(params.scheme, params.dtype)
+    context.log(f"encoding on {device or 'the CPU: torch cannot use the GPU here, or it rounds differently'}")
+    return device
 
 
 def _described(
@@ -87,7 +100,7 @@ def run(params: QuantizeParams, context: StageContext) -> StageResult:
         describe_checkpoint(directory),
         open_checkpoint(directory),
         context.out,
-        _settings(params, context.machine),
+        replace(_settings(params, context.machine), device=_device(params, context)),
         modules=context.trust.modules,
         base=context.base,
         memo=context.memo,

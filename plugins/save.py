@@ -46,5 +46,6 @@ STAGE = Stage(
     present=late("bigpipe.plugins.saving:present"),
     secrets=("HF_TOKEN",),
     reproducible=False,
+    needs_input=True,
     title="Write a model, results and reports to a directory, a URL or the Hub, with a model card and provenance",
 )

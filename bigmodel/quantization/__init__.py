@@ -19,7 +19,7 @@ from bigpipe.bigmodel.checkpoint import Checkpoint, open_checkpoint
 from bigpipe.bigmodel.description import ARCHITECTURE_FILE, ModelDescription, describe_checkpoint
 from bigpipe.bigmodel.shards import write_file
 from bigpipe.bigmodel.sidefiles import carry_side_files, config_with_dtype, encode_config
-from bigpipe.bigmodel.writer import ReportProgress
+from bigpipe.bigmodel.writer import ReportProgress, cores
 from bigpipe.sizes import parse_size
 
 from .outline import Outline, outline
@@ -31,7 +31,8 @@ __all__ = [
     "refuse_quantized", "torch_threads", "understand",
 ]  # fmt: skip
 
-WORKERS = 2
+WORKERS = 4
+"""Threads that encode, at most; one per core. Each takes about 20 MB."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,6 +66,7 @@ def quantize_checkpoint(
     max_shard_size: int | str = "5GB",
     architecture: Architecture | None = None,
     parts: Path | None = None,
+    device: str | None = None,
     progress: ReportProgress | None = None,
 ) -> QuantizedCheckpoint:
     """Quantizes a checkpoint into the directory `out`, which `transformers`' `from_pretrained` loads as it is.
@@ -72,9 +74,11 @@ def quantize_checkpoint(
     scheme: int8, nf4 or fp4; the fields that follow are BitsAndBytesConfig's. The weights of linear modules are
     converted, but for `skip_modules` (None: the output head and whatever is tied); everything else becomes `dtype`, or
     float32 where `keep_in_fp32_modules` or the model's class says so. architecture: what the model consists of; None
-    asks its class, in a child process. parts: a directory where finished files are kept for later runs.
+    asks its class, in a child process. parts: a directory where finished files are kept for later runs. device: a torch
+    device that encodes, such as "cuda"; the bytes are the same.
 
-    Raises UsageError (settings, or an input that is quantized already), InvalidCheckpoint, DoesNotFit.
+    Raises UsageError (settings, or an input that is quantized already), InvalidCheckpoint, DoesNotFit, and StageFailed
+    for a device that rounds differently from the CPU.
     """
     settings = Settings(
         scheme=scheme,
@@ -85,7 +89,12 @@ def quantize_checkpoint(
         keep_in_fp32_modules=tuple(keep_in_fp32_modules),
         dtype=dtype,
         threads=torch_threads(),
+        device=device,
     )
+    if device is not None:
+        from .devices import check_device
+
+        check_device(device, scheme, dtype)
     checkpoint = source if isinstance(source, Checkpoint) else open_checkpoint(source)
     return quantize_described(
         describe_checkpoint(checkpoint.path),
@@ -125,7 +134,7 @@ def quantize_described(
     )  # fmt: skip
     files = {name: tensor.file for name, tensor in checkpoint.tensors.items()}
     shards = split(outlined, files, max_shard_size)
-    streaming = Streaming(checkpoint, out, settings, parts, WORKERS, progress)
+    streaming = Streaming(checkpoint, out, settings, parts, min(WORKERS, cores()), progress)
     plans = streaming.write(shards)
     carried = _carry(checkpoint, out, settings, architecture, described.custom, link=link)
     return QuantizedCheckpoint(

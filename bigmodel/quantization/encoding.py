@@ -1,7 +1,8 @@
 """Reads and encodes weights over several threads, a chunk at a time, giving the results in order.
 
 numpy lets go of the interpreter lock inside its loops, so threads encode side by side; each has buffers of its own, a
-few chunks are in flight, and the next weight is begun while the last one is being written.
+few chunks are in flight, and the next weight is begun while the last one is being written. With a device in the
+settings the threads read, send chunks there and fetch the results, each on a stream of its own.
 """
 
 from __future__ import annotations
@@ -21,6 +22,8 @@ from numpy.typing import NDArray
 from bigpipe.bigmodel.bytesource import FileSource
 from bigpipe.bigmodel.checkpoint import Checkpoint
 
+from .devices import CHUNK as DEVICE_CHUNK
+from .devices import DeviceFourBitEncoder, DeviceInt8Encoder
 from .floats import BITS, Bits, convert
 from .fourbit import BLOCK, FourBitEncoder
 from .int8 import Int8Encoder
@@ -45,6 +48,7 @@ class Piece:
     last: bool
 
 
+Encoder = FourBitEncoder | Int8Encoder | DeviceFourBitEncoder | DeviceInt8Encoder
 Encode = Callable[[Bits], tuple[NDArray[Any], NDArray[np.float32]]]
 
 
@@ -55,6 +59,7 @@ class WeightEncoder:
         self.checkpoint = checkpoint
         self.settings = settings
         self.workers = workers
+        self._chunk = CHUNK if settings.device is None else DEVICE_CHUNK
         self._pool = ThreadPoolExecutor(workers, "encode")
         self._local = threading.local()
         self._sources: dict[Path, FileSource] = {}
@@ -93,7 +98,7 @@ class WeightEncoder:
 
     def _piece(self, weight: Converted, read: Callable[[], Bits], encode: Encode, last: bool) -> Piece:
         bits, columns = read(), weight.shape[1]
-        step = CHUNK if self.settings.four_bit else max(1, CHUNK // columns) * columns
+        step = self._chunk if self.settings.four_bit else max(1, self._chunk // columns) * columns
         pieces = [
             encode(self._prepared(bits[start : start + step], weight, columns)) for start in range(0, bits.size, step)
         ]
@@ -113,20 +118,16 @@ class WeightEncoder:
 
     def _absmax_bits(self, bits: Bits) -> tuple[NDArray[Any], NDArray[np.float32]]:
         encoder = self._encoder(bits.shape[-1])
-        assert isinstance(encoder, FourBitEncoder)  # noqa: S101
+        assert isinstance(encoder, FourBitEncoder | DeviceFourBitEncoder)  # noqa: S101
         return np.empty(0, np.uint8), encoder.absmax(bits)
 
-    def _encoder(self, width: int) -> FourBitEncoder | Int8Encoder:
+    def _encoder(self, width: int) -> Encoder:
         """This thread's own; a row of an int8 matrix may be wider than a chunk."""
-        size = CHUNK if self.settings.four_bit else max(CHUNK, width)
+        size = self._chunk if self.settings.four_bit else max(self._chunk, width)
         if getattr(self._local, "size", 0) < size:
             self._local.size = size
-            self._local.encoder = (
-                FourBitEncoder(self.settings.dtype, self.settings.scheme, size)
-                if self.settings.four_bit
-                else Int8Encoder(size)
-            )
-        encoder: FourBitEncoder | Int8Encoder = self._local.encoder
+            self._local.encoder = _make_encoder(self.settings, size)
+        encoder: Encoder = self._local.encoder
         return encoder
 
     def _reader(self, weight: Converted, whole: Bits | None, start: int, stop: int) -> Callable[[], Bits]:
@@ -168,6 +169,15 @@ class WeightEncoder:
         self._pool.shutdown(cancel_futures=True)
         for source in self._sources.values():
             source.close()
+
+
+def _make_encoder(settings: Settings, size: int) -> Encoder:
+    device, dtype = settings.device, settings.dtype
+    if not settings.four_bit:
+        return Int8Encoder(size) if device is None else DeviceInt8Encoder(device, size)
+    if device is None:
+        return FourBitEncoder(dtype, settings.scheme, size)
+    return DeviceFourBitEncoder(device, dtype, settings.scheme, size)
 
 
 def _rows_per_task(columns: int) -> int:

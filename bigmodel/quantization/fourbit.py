@@ -25,10 +25,7 @@ _INFINITY = {"float16": 0x7C00, "bfloat16": 0x7F80, "float32": 0x7F800000}
 
 
 class FourBitEncoder:
-    """Reusable buffers for one thread. Encodes chunks of up to `size` numbers.
-
-    GPU: bitsandbytes itself is the reference there; an encoder with this `encode` can stand in its place.
-    """
+    """Reusable buffers for one thread. Encodes chunks of up to `size` numbers."""
 
     def __init__(self, dtype: str, quant_type: str, size: int = CHUNK) -> None:
         """dtype: of the numbers, float16, bfloat16 or float32; size: a multiple of 64."""

@@ -30,6 +30,8 @@ class Settings:
     """Of everything else; 4-bit weights are cast to it before they are quantized."""
     threads: int = 1
     """How many threads torch would sum with: in double quantization the mean's last bit depends on it."""
+    device: str | None = None
+    """Where weights are encoded: a torch device, or numpy on the CPU, which needs no torch. No byte depends on it."""
 
     def __post_init__(self) -> None:
         if self.scheme not in get_args(Scheme):

@@ -90,7 +90,11 @@ def _kind_schema(name: str, kind: Stage[Any], definitions: dict[str, Schema]) ->
     properties["inputs"] = _ports_schema(kind) if kind.inputs else False
     if kind.runs_in != "ranks":
         properties["launch"] = False
-    required = [key for key, needed in (("with", params.get("required")), ("inputs", _needed(kind))) if needed]
+    required = [
+        key
+        for key, needed in (("with", params.get("required")), ("inputs", _needed(kind) or kind.needs_input))
+        if needed
+    ]
     return {"properties": properties, **({"required": required} if required else {})}
 
 
@@ -108,6 +112,8 @@ def _ports_schema(kind: Stage[Any]) -> Schema:
                 "description": f"A stage whose artifact is: {port.type}; a list gathers every variant.",
             }
     whole: Schema = {"type": "object", "additionalProperties": False, "properties": ports, "required": _needed(kind)}
+    if kind.needs_input:
+        whole["minProperties"] = 1
     short = {"type": "string"} if DEFAULT_PORT in ports and not set(_needed(kind)) - {DEFAULT_PORT} else REFERENCE
     return {"anyOf": [short, whole]}
 

@@ -165,6 +165,12 @@ class Wiring:
             if isinstance(stage.structure.inputs, str)
             else {name for name, sources in stage.structure.inputs.items() if sources}
         )
+        if stage.kind.needs_input and not written:
+            place = self.document.place_at((*stage.path, "inputs"), key=True)
+            cure = f"add `inputs: {{{next(iter(ports))}: STAGE}}`"
+            self.problems.add(
+                Code.MISSING_PORT, place, f"{stage.kind.kind} needs one of its ports {listed(list(ports), 'or')}", cure
+            )
         for name, port in ports.items():
             if not port.optional and name not in written and written <= ports.keys():
                 short = f"inputs: {{{name}: STAGE}}" if name != DEFAULT_PORT else "inputs: STAGE"

@@ -127,6 +127,6 @@ KINDS: dict[str, Stage[Any]] = {
              {"model": CHECKPOINT, "placement": Port("placement", optional=True)}, "results", runs_in="ranks"),
         kind("save", SaveParams, NoMetrics,
              {"model": Port("checkpoint", optional=True), "results": Port("results", optional=True),
-              "reports": Port("report", optional=True, many=True)}, "report"),
+              "reports": Port("report", optional=True, many=True)}, "report", needs_input=True),
     )
 }  # fmt: skip
