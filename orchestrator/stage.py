@@ -174,8 +174,8 @@ class Pinned:
 
     values: Mapping[str, str]
     source: str
-    files: Mapping[str, PinnedFile] = field(default_factory=dict)
-    """What the source says it will give, as far as it says: goes into the lock file."""
+    files: Callable[[], Mapping[str, PinnedFile]] = dict
+    """What the source says it will give, as far as it says. Asked only where a lock is written or checked."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

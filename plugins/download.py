@@ -100,7 +100,12 @@ class DownloadMetrics(Metrics):
 
 def pin(params: DownloadParams, context: CheckContext) -> Pinned | None:
     """The commit that a branch or tag means now. Nothing is imported where there is none to ask for."""
-    return None if params.repo is None else late("bigpipe.plugins.downloading:pin")(params, context)
+    if params.repo is None:
+        return None
+    if re.fullmatch(r"[0-9a-f]{40}", params.revision):
+        return Pinned({}, "", lambda: late("bigpipe.plugins.downloading:listing")(params, context, params.revision))
+    found: Pinned = late("bigpipe.plugins.downloading:pin")(params, context)
+    return found
 
 
 def facts(params: DownloadParams, machine: Machine) -> Mapping[str, Json]:

@@ -15,7 +15,7 @@ from bigpipe.bigmodel.architecture import Architecture, describe_architecture
 from bigpipe.bigmodel.copying import copy_file
 from bigpipe.bigmodel.description import ARCHITECTURE_FILE, ModelDescription, describe_checkpoint
 from bigpipe.bigmodel.files import MAX_CONFIG, read_json
-from bigpipe.bigmodel.hub import COMMIT, Hub, HubFile, Repository, check_access, describe, resolve_commit
+from bigpipe.bigmodel.hub import Hub, HubFile, Repository, check_access, describe, resolve_commit
 from bigpipe.bigmodel.remote import describe_repository
 from bigpipe.bigmodel.selection import check_index, detect, select
 from bigpipe.bigmodel.snapshot import fetch, missing_bytes
@@ -29,6 +29,7 @@ from bigpipe.orchestrator.stage import (
     Misfit,
     NotAuthorised,
     Pinned,
+    PinnedFile,
     StageContext,
     StageResult,
     Transient,
@@ -44,11 +45,23 @@ Files = dict[str, tuple[str, int]]
 
 def pin(params: DownloadParams, ctx: CheckContext) -> Pinned | None:
     """The commit that a branch or tag means now."""
-    if params.repo is None or COMMIT.fullmatch(params.revision):
-        return None
     hub = Hub.from_environment(ctx.environment, offline=ctx.offline)
-    commit = resolve_commit(params.repo, params.revision, hub=hub, memo=ctx.memo)
-    return Pinned({"revision": commit}, f"{hub.endpoint}, just now")
+    commit = resolve_commit(params.repo or "", params.revision, hub=hub, memo=ctx.memo)
+    return Pinned({"revision": commit}, f"{hub.endpoint}, just now", lambda: listing(params, ctx, commit))
+
+
+def listing(params: DownloadParams, ctx: CheckContext, commit: str) -> dict[str, PinnedFile]:
+    """What a repository holds at a commit of the files to take; nothing where it cannot be asked."""
+    hub = Hub.from_environment(ctx.environment, offline=ctx.offline)
+    try:
+        repository = describe(params.repo or "", commit, hub=hub, memo=ctx.memo)
+    except (Transient, NotAuthorised):
+        return {}
+    chosen = _chosen_remotely(repository, params)
+    files = {file.path: PinnedFile(file.size, file.sha256, None if file.sha256 else file.blob_id) for file in chosen}
+    if content := _class_file(params):
+        files[ARCHITECTURE_FILE] = PinnedFile(len(content), hashlib.sha256(content).hexdigest())
+    return files
 
 
 def check(params: DownloadParams, ctx: CheckContext) -> None:

@@ -85,7 +85,7 @@ def _input_now(session: Resolved, node: Any) -> LockedInput:
     identity, pinned = session.identity(node), session.pinned(node)
     files = {
         name: LockedFile(size=file.size, sha256=file.sha256, git_blob=file.git_blob)
-        for name, file in pinned.files.items()
+        for name, file in pinned.files().items()
     }
     if not files and not node.inputs:
         record = session.store.find(identity.key({}))

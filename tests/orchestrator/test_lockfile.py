@@ -123,7 +123,7 @@ class TestWriting:
 
     def test_what_the_source_promises_is_locked_before_anything_is_fetched(self, session):
         files = {"w": PinnedFile(7, sha256="ab" * 32), "config.json": PinnedFile(2, git_blob="cd" * 20)}
-        session.pins = Pinned({"revision": COMMIT}, "asked", files)
+        session.pins = Pinned({"revision": COMMIT}, "asked", lambda: files)
         lockfile.write_lock(session)
         assert session.lock.inputs["download"].files == {
             "w": LockedFile(size=7, sha256="ab" * 32),
@@ -219,14 +219,20 @@ class TestEnforcing:
 
     def test_files_are_compared_by_what_both_sides_know(self, session):
         session.pins = Pinned(
-            {"revision": COMMIT}, "", {"w": PinnedFile(7, sha256="ab" * 32), "c": PinnedFile(2, git_blob="c" * 40)}
+            {"revision": COMMIT},
+            "",
+            lambda: {"w": PinnedFile(7, sha256="ab" * 32), "c": PinnedFile(2, git_blob="c" * 40)},
         )
         lockfile.write_lock(session)
         session.pins = Pinned(
-            {"revision": COMMIT}, "", {"w": PinnedFile(7, git_blob="d" * 40), "c": PinnedFile(2, git_blob="c" * 40)}
+            {"revision": COMMIT},
+            "",
+            lambda: {"w": PinnedFile(7, git_blob="d" * 40), "c": PinnedFile(2, git_blob="c" * 40)},
         )
         assert self.changes(session) == []
-        session.pins = Pinned({"revision": COMMIT}, "", {"w": PinnedFile(8, sha256="ef" * 32), "new": PinnedFile(1)})
+        session.pins = Pinned(
+            {"revision": COMMIT}, "", lambda: {"w": PinnedFile(8, sha256="ef" * 32), "new": PinnedFile(1)}
+        )
         assert self.changes(session) == [
             Change("inputs.download.files.c", 2, "(absent)"),
             Change("inputs.download.files.new", "(absent)", 1),
@@ -298,7 +304,7 @@ class TestOutputs:
 
     def test_other_files_than_promised_are_an_error(self, session):
         files = {"w": PinnedFile(7, sha256="ab" * 32), "config.json": PinnedFile(2, git_blob="cd" * 20)}
-        session.pins = Pinned({"revision": COMMIT}, "asked", files)
+        session.pins = Pinned({"revision": COMMIT}, "asked", lambda: files)
         lockfile.write_lock(session)
         with pytest.raises(StageFailed, match="download brought other files") as error:
             lockfile.enforce_outputs(session, session.run())
@@ -311,7 +317,7 @@ class TestOutputs:
             "w": PinnedFile(7, sha256=hashlib.sha256(b"weights").hexdigest()),
             "config.json": PinnedFile(2, git_blob=git_blob(tmp_path / "c")),
         }
-        session.pins = Pinned({"revision": COMMIT}, "asked", files)
+        session.pins = Pinned({"revision": COMMIT}, "asked", lambda: files)
         lockfile.write_lock(session)
         lockfile.enforce_outputs(session, session.run())
 

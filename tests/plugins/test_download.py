@@ -106,7 +106,9 @@ def test_a_branch_is_pinned_and_a_pinned_commit_stays_what_it_is(
     result = STAGE.run(params(repo="org/model"), context)
     assert metrics(result).commit == first
     assert (tmp_path / "out" / "config.json").read_bytes() == FILES["config.json"]
-    assert STAGE.pin(params(repo="org/model", revision=first), check_context(tmp_path)) is None
+    pinned = STAGE.pin(params(repo="org/model", revision=first), check_context(tmp_path))
+    assert pinned is not None
+    assert pinned.values == {}
 
 
 def test_bin_checkpoints_and_globs(server: LoopbackHub, environment: dict[str, str], tmp_path: Path) -> None:
