@@ -2,7 +2,7 @@
 
     with destination.session(scratch) as session:
         session.put("model.safetensors", path)      copied, hashed, read back
-        written = session.finish()                  only now is it there under its name
+        written = session.finish(inspect)           only now is it there under its name
 
 A directory appears as a whole or not at all. Object stores and the Hub have no such step; their last file, or their
 commit, is what makes the rest count.
@@ -28,6 +28,8 @@ from .copying import CHUNK, copy_file, hash_file
 
 Report = Callable[[int], None]
 """Called with the number of bytes done since the last call."""
+Inspect = Callable[[Path], None]
+"""Called with a directory that holds everything under its names; raises where that is not what it should be."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,8 +58,11 @@ class Session(Protocol):
     def put(self, name: str, source: Path) -> tuple[str, int]:
         """Take one file under a relative name; its (hex sha256, size)."""
 
-    def finish(self) -> Written:
-        """Let what was put be what is there, and nothing else. Raises StageFailed where it reads back differently."""
+    def finish(self, inspect: Inspect) -> Written:
+        """Let what was put be what is there, and nothing else. Raises StageFailed where it reads back differently.
+
+        A directory is inspected before it takes its name; elsewhere the digests of all files must do.
+        """
 
 
 class Destination(Protocol):
@@ -162,10 +167,11 @@ class _DirectorySession:
         self.stored[name] = copy_file(source, self.new / name, progress=self.report)
         return self.stored[name]
 
-    def finish(self) -> Written:
+    def finish(self, inspect: Inspect) -> Written:
         for name, (sha256, _) in self.stored.items():
             _forget_cached(self.new / name)
             compare(f"{self.target.url}/{name}", sha256, hash_file(self.new / name))
+        inspect(self.new)
         for folder in (self.new, *[path for path in self.new.rglob("*") if path.is_dir()]):
             _sync_directory(folder)
         self._swap()
@@ -254,7 +260,7 @@ class _FileSystemSession:
         self.stored[name] = (digest.hexdigest(), size)
         return self.stored[name]
 
-    def finish(self) -> Written:
+    def finish(self, inspect: Inspect) -> Written:
         seen = self.target.listing() or {}
         stale = [self.target._path(name) for name in seen if name not in self.stored]
         if stale:

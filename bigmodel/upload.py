@@ -13,7 +13,7 @@ from typing import Any
 
 from bigpipe.errors import NotAuthorised, Offline, StageFailed, UsageError
 
-from .destinations import Report, Seen, Session, Stored, Written
+from .destinations import Inspect, Report, Seen, Session, Stored, Written
 from .hub import COMMIT, Hub, check_access, describe, read_range, whoami
 from .hub_errors import LOGIN, hub_errors
 
@@ -97,7 +97,7 @@ class _UploadSession:
         self.report(size)
         return sha256.hexdigest(), size
 
-    def finish(self) -> Written:
+    def finish(self, inspect: Inspect) -> Written:
         for path in sorted(self.staging.rglob("*"), reverse=True):
             if path.is_symlink() and path.relative_to(self.staging).as_posix() not in self.stored:
                 path.unlink()

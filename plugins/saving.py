@@ -17,7 +17,8 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from bigpipe.bigmodel.destinations import Destination, Directory, Seen, Session, Stored, open_url, still_holds
+from bigpipe.bigmodel.destinations import Destination, Directory, Inspect, Seen, Session, Stored, open_url, still_holds
+from bigpipe.errors import InvalidCheckpoint
 from bigpipe.orchestrator.stage import (
     BigpipeError,
     CheckContext,
@@ -26,6 +27,7 @@ from bigpipe.orchestrator.stage import (
     Lineage,
     Misfit,
     StageContext,
+    StageFailed,
     StageResult,
     Transient,
     UsageError,
@@ -181,7 +183,35 @@ def _put_all(session: Session, files: Mapping[str, Path], ctx: StageContext) -> 
     digests = {name: session.put(name, path) for name, path in sorted(files.items())}
     listed = {name: {"sha256": sha256, "size": size} for name, (sha256, size) in digests.items()}
     session.put(PROVENANCE, _own_file(ctx, PROVENANCE, _provenance(ctx, listed)))
-    return session.finish()
+    return session.finish(inspection(ctx.input("model")) if "model" in ctx.inputs else lambda directory: None)
+
+
+def inspection(model: Path) -> Inspect:
+    """Reads a written checkpoint through its own index, as a loader would, and compares it with the one it was to be.
+
+    Weights that we cannot read ourselves are saved as they are.
+    """
+    from bigpipe.bigmodel.checkpoint import open_checkpoint
+
+    def contents(directory: Path) -> dict[str, Any]:
+        opened = open_checkpoint(directory)
+        tensors = {name: (tensor.dtype, tensor.shape) for name, tensor in opened.tensors.items()}
+        return {**tensors, **opened.tied}
+
+    def inspect(written: Path) -> None:
+        try:
+            expected = contents(model)
+        except InvalidCheckpoint:
+            return
+        found = contents(written)
+        wrong = sorted(name for name in expected.keys() | found.keys() if expected.get(name) != found.get(name))
+        if wrong:
+            raise StageFailed(
+                f"what was saved does not read back as the model: {', '.join(wrong[:4])} differ",
+                "the disk or another process changed it meanwhile; run again",
+            )
+
+    return inspect
 
 
 def _gather(ctx: StageContext) -> dict[str, Path]:

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
-from accelerate import Accelerator, load_checkpoint_in_model
+from accelerate import Accelerator, init_empty_weights, load_checkpoint_and_dispatch, load_checkpoint_in_model
 from support.models import forward, tiny_model
 
 from bigpipe.bigmodel.checkpoint import open_checkpoint
+from bigpipe.bigmodel.loading import load
 from bigpipe.bigmodel.saving import save_checkpoint
 from bigpipe.errors import UsageError
 
@@ -65,3 +66,33 @@ def test_a_state_dict_with_views_is_saved_contiguously(tmp_path):
 def test_what_is_not_in_memory_is_refused(tmp_path):
     with pytest.raises(UsageError, match="'weight' has no data here"):
         save_checkpoint(torch.nn.Linear(2, 2, device="meta"), tmp_path)
+
+
+@pytest.mark.parametrize("form", ["safetensors", "bin"])
+@pytest.mark.parametrize("limit", ["20KB", "5GB"])
+def test_a_tied_model_goes_both_ways_between_accelerates_loaders_and_ours(tmp_path, form, limit):
+    model = tiny_model("opt")
+    save_checkpoint(model, tmp_path / "ours", max_shard_size=limit, format=form)
+    with init_empty_weights():
+        empty = tiny_model("opt")
+    empty.tie_weights()
+    dispatched = load_checkpoint_and_dispatch(empty, str(tmp_path / "ours"), device_map={"": "cpu"}).eval()
+    dispatched.tie_weights()
+    assert torch.equal(forward(dispatched), forward(model))
+
+    Accelerator(cpu=True).save_model(model, tmp_path / "theirs", max_shard_size=limit, safe_serialization=form != "bin")
+    model.config.save_pretrained(tmp_path / "theirs")
+    with init_empty_weights():
+        shell = tiny_model("opt")
+    assert torch.equal(forward(load(tmp_path / "theirs", model=shell)), forward(model))
+    save_checkpoint(tmp_path / "theirs", tmp_path / "again", max_shard_size="30KB")
+    assert torch.equal(forward(load(tmp_path / "again")), forward(model))
+
+
+@pytest.mark.parametrize("form", ["safetensors", "bin"])
+def test_a_plain_module_is_loaded_from_what_accelerate_saved(tmp_path, form):
+    net = Net().eval()
+    Accelerator(cpu=True).save_model(net, tmp_path, max_shard_size="1KB", safe_serialization=form != "bin")
+    loaded = load(tmp_path, model=Net())
+    assert all(torch.equal(tensor, net.state_dict()[name]) for name, tensor in loaded.state_dict().items())
+    assert loaded.second.weight is loaded.first.weight

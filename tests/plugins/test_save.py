@@ -15,11 +15,15 @@ import pytest
 import yaml
 from support.contexts import Lineage, check_context, forecast_context, inputs, stage_context
 from support.hub import LoopbackHub
+from support.models import make_checkpoint
 
 from bigpipe.bigmodel.card import front_matter
-from bigpipe.errors import NotAuthorised, Offline, StageFailed, UsageError
+from bigpipe.bigmodel.checkpoint import open_checkpoint
+from bigpipe.bigmodel.writer import save_checkpoint
+from bigpipe.errors import InvalidCheckpoint, NotAuthorised, Offline, StageFailed, UsageError
 from bigpipe.orchestrator.stage import Forecast, StageResult
 from bigpipe.plugins.save import STAGE, SaveMetrics, SaveParams
+from bigpipe.plugins.saving import inspection
 
 MODEL = {
     "config.json": b'{"model_type": "opt"}',
@@ -108,6 +112,24 @@ def test_a_directory_gets_real_files_a_card_and_provenance(tmp_path: Path) -> No
     assert [step["node"] for step in provenance["steps"]] == ["download", "estimate", "quantize", "generate"]
     for name, listed in provenance["files"].items():
         assert listed == {"sha256": hashlib.sha256(saved[name]).hexdigest(), "size": len(saved[name])}
+
+
+def test_what_was_written_is_read_through_its_own_index_before_it_counts(tmp_path: Path) -> None:
+    model = make_checkpoint(tmp_path / "model", "opt", max_shard_size="20KB")
+    save(tmp_path, params("dist/model"), inputs=inputs(model=model))
+    target = tmp_path / "base" / "dist" / "model"
+    saved, original = open_checkpoint(target), open_checkpoint(model)
+    assert len(saved.files) > 1
+    assert {name: saved.read(name) for name in saved.tensors} == {name: original.read(name) for name in saved.tensors}
+
+    inspect = inspection(model)
+    inspect(target)
+    save_checkpoint(model, tmp_path / "cast", dtype="float16")
+    with pytest.raises(StageFailed, match=r"does not read back as the model: model\.decoder"):
+        inspect(tmp_path / "cast")
+    saved.files[0].unlink()
+    with pytest.raises(InvalidCheckpoint, match=f"names {saved.files[0].name}, which is not there"):
+        inspect(target)
 
 
 def test_the_card_names_base_model_licence_recipe_and_measurements(tmp_path: Path) -> None:
