@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 import click
 
 import bigpipe
-from bigpipe.errors import BigpipeError, Interrupted, ManifestError
+from bigpipe.errors import BigpipeError, Interrupted, ManifestError, UsageError
 from bigpipe.options import DTYPES, JSON, MANIFEST, OFFLINE, PARAMS, STORE, ManyDtypes, pairs
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -255,28 +255,35 @@ def lock(manifest: Path, params: tuple[str, ...], check: bool, store: Path | Non
 @click.option("--revision", default="main", show_default=True)
 @click.option("--memory", help="Say whether it fits, and the smallest change that does: 24GiB.")
 @click.option("--double-quant", is_flag=True, help="nf4 and fp4 with double quantization.")
+@click.option("--train", type=click.Choice(["adamw", "adamw_8bit", "sgd", "lora"]), help="Fit a training step instead.")
 @click.option("--lora-rank", type=click.IntRange(min=1), default=8, show_default=True, help="For training with LoRA.")
+@click.option("--lora-targets", multiple=True, metavar="NAME,...", help="The linear modules that get adapters; or all.")
 @click.option("--gradient-checkpointing", is_flag=True, help="For training.")
-@click.option(
-    "--trust-remote-code", "--trust_remote_code", is_flag=True,
-    help="Let a repository pinned by --revision run its own code.",
-)  # fmt: skip
+@click.option("--trust-remote-code", "--trust_remote_code", is_flag=True, help="Run the code of a pinned --revision.")
+@click.option("--compare", is_flag=True, help="Several models side by side in one table.")
+@click.option("--explain", is_flag=True, help="Each term's formula, inputs, interval and source.")
 @OFFLINE
 @JSON
 @STORE
-def estimate(models: tuple[str, ...], as_json: bool, store: Path | None, **options: Any) -> None:
+def estimate(
+    models: tuple[str, ...], compare: bool, explain: bool, as_json: bool, store: Path | None, **options: Any
+) -> None:
     """What a model needs in memory, per dtype, from its headers alone. MODEL: a repository, a URL or a directory.
 
     Example: bigpipe estimate facebook/opt-13b --dtypes int8 --batch-size 4 --memory 16GiB
     """
+    from bigpipe.bigmodel.estimate_text import report
     from bigpipe.orchestrator.store.layout import memo_directory
 
-    options["dtypes"] = [word for value in options["dtypes"] for word in value.replace(",", " ").split()] or None
+    if compare and len(models) < 2:
+        raise UsageError("--compare needs two models or more", f"bigpipe estimate {models[0]} OTHER --compare")
+    for name in ("dtypes", "lora_targets"):
+        options[name] = [word for value in options[name] for word in value.replace(",", " ").split()]
     answers = [bigpipe.estimate(model, memo=memo_directory(store), **options) for model in models]
     if as_json:
         show([answer.as_json() for answer in answers] if len(answers) > 1 else answers[0].as_json())
     else:
-        click.echo("\n\n".join(answer.render() for answer in answers))
+        click.echo(report(answers, compared=compare, explain=explain, stream=sys.stdout))
 
 
 @cli.command()

@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
+from bigpipe.errors import UsageError
+
 from . import activations
 from .activations import Shape
 from .architecture import Architecture
@@ -41,6 +43,8 @@ class Workload:
     sequence_length: int = 2048
     double_quant: bool = False
     lora_rank: int = 8
+    lora_targets: tuple[str, ...] = ()
+    """Ends of the names of the modules that get adapters; none: every linear module but the head."""
     gradient_checkpointing: bool = False
 
 
@@ -110,18 +114,22 @@ class Budget:
             "training": {name: term.bytes if term else None for name, term in self.training.items()},
         }
 
+    def terms(self) -> dict[str, Term]:
+        """By name; training as `training.adamw`, where the dtype can be trained so."""
+        names = ("weights", "buffers", "kv_cache", "activations", "runtime")
+        trained = {f"training.{name}": term for name, term in self.training.items() if term}
+        return {**{name: getattr(self, name) for name in names}, **trained}
+
     def as_json(self) -> dict[str, Any]:
-        terms = {
-            name: asdict(getattr(self, name)) for name in ("weights", "buffers", "kv_cache", "activations", "runtime")
-        }
-        terms |= {f"training.{name}": asdict(term) for name, term in self.training.items() if term}
-        return {**self.metrics(), "terms": terms}
+        return {**self.metrics(), "terms": {name: asdict(term) for name, term in self.terms().items()}}
 
 
 def budget(architecture: Architecture, dtype: str, workload: Workload) -> Budget:
     """Raises UsageError for a dtype that is not one of `footprint.WIDTHS`."""
-    weights = weigh(architecture, dtype, double_quant=workload.double_quant)
-    shape = activations.shape_of(architecture)
+    key = dtype, workload.double_quant
+    kept = architecture.derived
+    weights = kept.get(key) or kept.setdefault(key, weigh(architecture, dtype, double_quant=workload.double_quant))
+    shape = kept.get("shape") or kept.setdefault("shape", activations.shape_of(architecture))
     length = capped_length(architecture, workload.sequence_length)
     itemsize = compute_bytes(dtype)
     cache = kv_cache(architecture.config, workload.batch_size, length, itemsize) if architecture.generates else NOTHING
@@ -221,7 +229,7 @@ def _training(
         shape, workload.batch_size, length, mixed=mixed, checkpointing=workload.gradient_checkpointing
     )
     fixed = weights.buffers + kept
-    lora = _adapters(architecture, workload.lora_rank)
+    lora = adapters(architecture, workload.lora_rank, workload.lora_targets)
     frozen = Term.about(weights.loaded + 16 * lora + kept, "bound", 0.2, f"frozen weights + 16·{lora} + activations")
     if weights.dtype not in ("float32", "float16", "bfloat16"):
         return {**dict.fromkeys(OPTIMIZERS), "lora": frozen}
@@ -244,6 +252,19 @@ def _adam_8bit_states(architecture: Architecture) -> int:
     return sum(8 * n if n < SMALL_TENSOR else 2 * (n + 4 * -(-n // 256)) for n in parameters)
 
 
-def _adapters(architecture: Architecture, rank: int) -> int:
-    """Parameters of rank-r adapters on every linear module but the head: Σ r·(in + out)."""
-    return rank * sum(sum(matrix_shape(module)) for module in converted_modules(architecture))
+def adapters(architecture: Architecture, rank: int, targets: tuple[str, ...] = ()) -> int:
+    """Parameters of rank-r adapters on linear modules: Σ r·(in + out). Raises UsageError for a target that is none."""
+    modules = converted_modules(architecture)
+    for target in targets:
+        if not any(_is_named(module.name, target) for module in modules):
+            kinds = dict.fromkeys(module.name.rpartition(".")[2] for module in modules)
+            raise UsageError(
+                f"LoRA target {target!r} names no linear module of {architecture.class_name}",
+                f"use {', '.join(kinds)}" if kinds else "it has none: choose another way to train it",
+            )
+    chosen = [module for module in modules if not targets or any(_is_named(module.name, end) for end in targets)]
+    return rank * sum(sum(matrix_shape(module)) for module in chosen)
+
+
+def _is_named(name: str, end: str) -> bool:
+    return name == end or name.endswith(f".{end}")

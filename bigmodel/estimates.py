@@ -8,7 +8,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,24 +16,18 @@ from bigpipe.errors import UsageError
 from bigpipe.sizes import parse_size
 
 from .architecture import Architecture
-from .budget import Budget, Workload, budget, capped_length
+from .budget import OPTIMIZERS, Budget, Workload, budget, capped_length
+from .changes import Change as Change
+from .changes import Setting, needed, smallest_change
 from .description import ModelDescription
 from .footprint import WIDTHS
+from .grounds import as_accelerate, grounds
 from .hub import Hub
 from .inquiry import Head
 from .sighting import Sighting, Sources, architecture_of, look
 
 SCHEMA = "bigpipe.estimate/1"
 DTYPES = ("float32", "float16", "int8", "int4")
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Change:
-    """What would have to be different for a model to fit."""
-
-    option: str
-    """As it is written on the command line: `--batch-size 1`. Empty: as asked for."""
-    bytes: int
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -61,42 +55,23 @@ class Estimate:
     budgets: tuple[Budget, ...]
     notes: tuple[str, ...] = ()
     memory: int | None = None
+    train: str | None = None
+    """The optimizer of a training step, where `memory` is to hold one."""
 
     def __getitem__(self, dtype: str) -> Budget:
         return next(found for found in self.budgets if found.dtype == dtype)
 
+    def needed(self, dtype: str) -> int | None:
+        """Bytes at the upper end, of inference or of the training step that was asked for; None: not trained so."""
+        return needed(self[dtype], self.train)
+
     def verdict(self, dtype: str, memory: int) -> Verdict:
         """Does it fit into `memory` bytes, and if not, what is the least that must change?"""
-        if self[dtype].inference_high <= memory:
+        size = self.needed(dtype)
+        if size is not None and size <= memory:
             return Verdict(memory=memory, fits=True, change=None)
-        return Verdict(memory=memory, fits=False, change=self._smallest_change(dtype, memory))
-
-    def _smallest_change(self, dtype: str, memory: int) -> Change | None:
-        batch, length = self.workload.batch_size, self.workload.sequence_length
-        if found := self._largest(dtype, memory, "batch_size", 1, batch - 1):
-            return found
-        if found := self._largest(dtype, memory, "sequence_length", 1, length - 1):
-            return found
-        narrower = [name for name in WIDTHS if WIDTHS[name] < WIDTHS[dtype] and name not in ("float8", "int4", "fp4")]
-        for name in sorted(narrower, key=lambda name: -WIDTHS[name]):
-            smaller = budget(self.architecture, name, self.workload)
-            if smaller.inference_high <= memory:
-                return Change(option=f"--dtypes {name}", bytes=smaller.inference_high)
-        return None
-
-    def _largest(self, dtype: str, memory: int, field_name: str, low: int, high: int) -> Change | None:
-        """The largest value from low to high that fits; memory grows with it, so halving finds it."""
-        best: tuple[int, int] | None = None
-        while low <= high:
-            middle = (low + high) // 2
-            changed = Workload(**{**_fields(self.workload), field_name: middle})
-            size = budget(self.architecture, dtype, changed).inference_high
-            if size <= memory:
-                best, low = (middle, size), middle + 1
-            else:
-                high = middle - 1
-        option = field_name.replace("_", "-")
-        return Change(option=f"--{option} {best[0]}", bytes=best[1]) if best else None
+        asked = Setting(dtype=dtype, workload=self.workload, train=self.train)
+        return Verdict(memory=memory, fits=False, change=smallest_change(self.architecture, asked, memory))
 
     def as_json(self) -> dict[str, Any]:
         data: dict[str, Any] = {
@@ -107,13 +82,19 @@ class Estimate:
             "fetched_bytes": self.fetched_bytes,
             "class": self.architecture.class_name,
             "head": self.head,
-            **_fields(self.workload),
+            **asdict(self.workload),
+            "lora_targets": list(self.workload.lora_targets),
             "checkpoint": dict(self.checkpoint) if self.checkpoint else None,
             "notes": list(self.notes),
             "dtypes": {found.dtype: found.as_json() for found in self.budgets},
         }
+        for found in self.budgets:
+            for name, ground in grounds(self.architecture, found, self.workload).items():
+                data["dtypes"][found.dtype]["terms"].get(name, {}).update(ground.as_json())
+            if self.head == "none":
+                data["dtypes"][found.dtype]["accelerate"] = as_accelerate(found)
         if self.memory is not None:
-            data["memory"] = self.memory
+            data |= {"memory": self.memory, "train": self.train}
             for found in self.budgets:
                 verdict = self.verdict(found.dtype, self.memory)
                 change = {"option": verdict.change.option, "bytes": verdict.change.bytes} if verdict.change else None
@@ -125,15 +106,11 @@ class Estimate:
         """Per dtype, the numbers that gates read."""
         return {found.dtype: found.metrics() for found in self.budgets}
 
-    def render(self) -> str:
-        """For a terminal; see `estimate_text`."""
+    def render(self, *, width: int | None = None, explain: bool = False) -> str:
+        """For a terminal of `width` columns, or one without end; see `estimate_text`."""
         from .estimate_text import render
 
-        return render(self)
-
-
-def _fields(workload: Workload) -> dict[str, Any]:
-    return {name: getattr(workload, name) for name in workload.__slots__}
+        return render(self, width=width, explain=explain)
 
 
 def estimate(
@@ -148,7 +125,9 @@ def estimate(
     memory: int | str | None = None,
     double_quant: bool = False,
     lora_rank: int = 8,
+    lora_targets: Sequence[str] = (),
     gradient_checkpointing: bool = False,
+    train: str | None = None,
     trust_modules: Sequence[str] = (),
     trust_remote_code: bool = False,
     base: Path | None = None,
@@ -162,6 +141,8 @@ def estimate(
     head: auto is the class the config names; none is the bare model, which is what accelerate counts.
     sequence_length: capped at what the model's positions allow.
     memory: bytes or `24GiB`; the estimate then says whether each dtype fits, and the smallest change that does.
+    lora_targets: the ends of the names of the linear modules that get adapters (`q_proj`); all but the head if empty.
+    train: `adamw adamw_8bit sgd lora`; `memory` is then to hold a training step instead of inference.
     memo: where answers are kept; what is known of a commit is not fetched again, and a class is built once.
 
     No weight moves, and torch is not imported here. Raises UsageError, InvalidCheckpoint, Offline, NotAuthorised,
@@ -169,15 +150,18 @@ def estimate(
     """
     workload = Workload(
         batch_size=batch_size, sequence_length=sequence_length, double_quant=double_quant, lora_rank=lora_rank,
-        gradient_checkpointing=gradient_checkpointing,
+        lora_targets=tuple(lora_targets), gradient_checkpointing=gradient_checkpointing,
     )  # fmt: skip
+    if train is not None and train not in OPTIMIZERS:
+        raise UsageError(f"optimizer {train!r} is not known to estimate", f"use {', '.join(OPTIMIZERS)}")
+    limit = None if memory is None else _size(memory)
     sources = Sources(
         memo=memo, hub=Hub.from_environment(environment, offline=offline), modules=trust_modules, base=base,
         trust_remote_code=trust_remote_code,
     )  # fmt: skip
     sighting = look(model, revision, sources, library_name)
     made = estimate_sighting(sighting, dtypes=dtypes, head=head, workload=workload, sources=sources)
-    return replace(made, memory=None if memory is None else _size(memory))
+    return replace(made, memory=limit, train=train)
 
 
 def _size(memory: int | str) -> int:

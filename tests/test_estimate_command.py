@@ -26,3 +26,31 @@ def test_an_unknown_model_is_four_different_errors_away_from_a_traceback(worksho
     assert done.returncode == 75
     assert "Traceback" not in done.stderr
     assert workshop.command("estimate", MODEL, "--dtypes", "float17").returncode == 2
+
+
+def test_without_its_head_the_figures_are_accelerates(workshop):
+    from accelerate import init_empty_weights
+    from accelerate.commands.estimate import estimate_training_usage
+    from accelerate.utils import calculate_maximum_sizes
+    from transformers import AutoConfig, AutoModel
+
+    with init_empty_weights():
+        total, (largest, _) = calculate_maximum_sizes(
+            AutoModel.from_config(AutoConfig.from_pretrained(MODEL), dtype="float32")
+        )
+    found = workshop.json("estimate", MODEL, "--head", "none")["dtypes"]
+    for dtype, share in (("float32", 1), ("float16", 2), ("int8", 4), ("int4", 8)):
+        adam = max(estimate_training_usage(total, dtype).values())
+        theirs = {"largest_layer": largest / share, "total_size": total / share}
+        assert found[dtype]["accelerate"] == {**theirs, "training_using_adam": None if adam == -1 else adam}
+    assert "Training using Adam" in workshop.command("estimate", MODEL, "--head", "none").stdout
+
+
+def test_models_side_by_side_and_explained(workshop):
+    text = workshop.command("estimate", MODEL, MODEL, "--compare", "--dtypes", "nf4", "--train", "lora").stdout
+    assert text.splitlines()[0].startswith("2 models")
+    assert text.count(MODEL) == 4
+    assert workshop.command("estimate", MODEL, "--compare").returncode == 2
+    text = workshop.command("estimate", MODEL, "--explain", "--lora-targets", "q_proj,v_proj").stdout
+    assert "targets q_proj, v_proj" in text
+    assert len(workshop.json("estimate", MODEL, MODEL, "--compare")) == 2

@@ -17,6 +17,7 @@ from support.models import make_checkpoint
 from support.shells import sharded, shell
 
 from bigpipe.bigmodel.budget import Workload, budget
+from bigpipe.bigmodel.estimate_text import compare
 from bigpipe.bigmodel.estimates import Estimate, estimate
 from bigpipe.bigmodel.families import known_architecture
 from bigpipe.bigmodel.footprint import WIDTHS
@@ -116,6 +117,28 @@ class TestBareConfig:
         assert round((sizes["adamw_8bit"] - kept) / count, 2) == 10.03
         assert [name for name, term in full["nf4"].training.items() if term] == ["lora"]
 
+    def test_adapters_on_some_modules(self, opt_13b: Path) -> None:
+        made = estimate(opt_13b, dtypes=["nf4"], lora_rank=16, lora_targets=["q_proj", "v_proj"])
+        whole = estimate(opt_13b, dtypes=["nf4"], lora_rank=16)
+        inputs = made.as_json()["dtypes"]["nf4"]["terms"]["training.lora"]["inputs"]
+        assert inputs["adapter parameters"] == 16 * 2 * 40 * (5120 + 5120)
+        assert made["nf4"].training["lora"].bytes < whole["nf4"].training["lora"].bytes  # type: ignore[union-attr]
+        with pytest.raises(UsageError, match="'query' names no linear module") as caught:
+            estimate(opt_13b, lora_targets=["query"])
+        assert "q_proj" in caught.value.cure
+
+    def test_each_term_can_be_explained(self, opt_13b: Path) -> None:
+        made = estimate(opt_13b, dtypes=list(WIDTHS))
+        for row in made.as_json()["dtypes"].values():
+            for term in row["terms"].values():
+                assert term["formula"]
+                assert term["inputs"]
+                assert term["source"]
+        text = made.render(explain=True)
+        assert "exact (25,706,946,560 bytes)" in text
+        assert "heads 40" in text
+        assert "arXiv 2205.05198" in text
+
     def test_the_length_is_capped_at_the_models(self, opt_13b: Path) -> None:
         assert estimate(opt_13b, sequence_length=5000).as_json()["sequence_length"] == 2048
 
@@ -165,6 +188,43 @@ class TestFits:
         assert change is not None
         assert change.option == "--dtypes int8"
 
+    def test_then_quantized_scales(self, opt_13b: Path) -> None:
+        made = estimate(opt_13b, dtypes=["nf4"], sequence_length=1)
+        single, double = (
+            budget(made.architecture, "nf4", Workload(sequence_length=1, double_quant=twice)).inference_high
+            for twice in (False, True)
+        )
+        change = made.verdict("nf4", (single + double) // 2).change
+        assert change is not None
+        assert (change.option, change.bytes) == ("--double-quant", double)
+
+    def test_several_together_where_none_does_alone(self, opt_13b: Path) -> None:
+        made = estimate(opt_13b, dtypes=["float16"], batch_size=8)
+        change = made.verdict("float16", 14 * GIB).change
+        assert change is not None
+        assert change.option.startswith("--dtypes nf4 --batch-size ")
+        batch = int(change.option.split()[-1])
+        fits, not_any_more = (
+            budget(made.architecture, "nf4", Workload(batch_size=size)).inference_high for size in (batch, batch + 1)
+        )
+        assert fits == change.bytes <= 14 * GIB < not_any_more
+
+    def test_of_a_training_step(self, opt_13b: Path) -> None:
+        made = estimate(opt_13b, dtypes=["bfloat16", "nf4"], batch_size=8, train="adamw", memory="80GiB")
+        change = made.verdict("bfloat16", 80 * GIB).change
+        assert change is not None
+        assert change.option == "--train lora --gradient-checkpointing"
+        found = budget(made.architecture, "bfloat16", Workload(batch_size=8, gradient_checkpointing=True))
+        lora = found.training["lora"]
+        assert lora is not None
+        assert change.bytes == lora.high + found.runtime.high
+        more = estimate(opt_13b, dtypes=["bfloat16"], batch_size=8, train="adamw").verdict("bfloat16", 330 * GIB).change
+        assert more is not None
+        assert more.option == "--gradient-checkpointing"
+        assert "nf4 is not trained so" in made.render()
+        with pytest.raises(UsageError, match="'adam'"):
+            estimate(opt_13b, train="adam")
+
     def test_nothing_fits(self, opt_13b: Path) -> None:
         made = estimate(opt_13b, dtypes=["int8"], memory="4GiB")
         assert made.verdict("int8", 4 * GIB).change is None
@@ -178,14 +238,35 @@ class TestFits:
 
 def test_the_table(opt_13b: Path) -> None:
     text = estimate(opt_13b, dtypes=["int8"], batch_size=4, memory="16GiB").render()
-    headline, header, row, verdict = text.splitlines()
+    headline, header, row, verdict, legend = text.splitlines()
     assert headline.endswith("OPTForCausalLM, 12,853,473,280 parameters; from config; 4 × 2048 tokens")
     assert header.split("  ")[-1] == "AdamW"
     assert row.split()[:3] == ["int8", "12.2", "GiB"]
     assert row.endswith("exact | exact | ±6 % | bound")
     assert "16.0 GiB GPU: no" in verdict
     assert "Smallest change that fits: --batch-size 1" in verdict
+    assert "█ weights" in legend
     assert all(len(line) <= 170 for line in text.splitlines())
+    narrow = estimate(opt_13b, dtypes=["int8"]).render(width=60).splitlines()
+    assert all(len(line) <= 60 for line in narrow[1:3])
+    assert narrow[2].split()[-2:] == ["14.5", "GiB"]
+
+
+def test_several_models_in_one_table(opt_13b: Path, tmp_path: Path) -> None:
+    (tmp_path / "llama").mkdir()
+    (tmp_path / "llama/config.json").write_text(json.dumps(LLAMA_405B))
+    made = [
+        estimate(path, dtypes=["nf4"], memory="80GiB", sequence_length=4096) for path in (opt_13b, tmp_path / "llama")
+    ]
+    lines = compare(made).splitlines()
+    assert lines[0].startswith("2 models")
+    assert [line.split()[0] for line in lines[2:4]] == ["nf4", "nf4"]
+    assert lines[2].endswith("fits 80.0 GiB")
+    assert lines[3].endswith("no; nothing that was tried would")
+    assert "takes 4096 tokens at the most" in lines[4]
+    assert lines[5].count("█") < lines[6].count("█")
+    assert lines[6].split("▏")[0].endswith("×")
+    assert all(len(line) <= 160 for line in compare(made, width=160).splitlines()[1:4])
 
 
 class TestRepository:
