@@ -20,7 +20,10 @@ from .presence import Presence, anybody
 from .releasing import held_objects
 from .roots import Root, all_roots
 
-Kind = Literal["record", "artifact", "object", "work", "part", "temporary", "quarantine", "root"]
+Kind = Literal["record", "artifact", "object", "work", "part", "temporary", "quarantine", "root", "run"]
+
+RUNS = 200
+"""Runs whose records and logs stay, the latest ones; an id begins with its time."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,6 +126,8 @@ class _Collection:
             # A part whose bytes are an artifact's costs nothing; one that is only kept for later edits does.
             if not path.is_symlink() or not path.exists():
                 self._free("part", path)
+        for name in _names(self.layout.runs)[:-RUNS]:
+            self._free("run", self.layout.runs / name)
         for name in _names(self.layout.quarantine):
             self._free("quarantine", self.layout.quarantine / name)
         for folder in (self.layout.keys, self.layout.artifacts, self.layout.roots, self.layout.released):

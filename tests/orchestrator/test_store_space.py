@@ -9,6 +9,7 @@ from support.stores import contents, fill, in_child, in_memory, killed_at, objec
 
 from bigpipe.errors import Transient, UsageError
 from bigpipe.orchestrator.store import locked
+from bigpipe.orchestrator.store.garbage import RUNS
 from bigpipe.orchestrator.store.store import Store
 
 
@@ -187,6 +188,13 @@ class TestGarbage:
         path.unlink()
         store.gc()
         assert store.find(done.key) is None
+
+    def test_of_the_runs_the_latest_stay(self, store):
+        fill(store.runs, {f"20260101-000000-{number:06x}/run.json": b"{}" for number in range(RUNS + 2)})
+        assert [item.name for item in store.gc().freed if item.kind == "run"] == [
+            "runs/20260101-000000-000000", "runs/20260101-000000-000001",
+        ]  # fmt: skip
+        assert len(list(store.runs.iterdir())) == RUNS
 
     def test_a_lock_file_nobody_can_read_stops_it(self, store, tmp_path):
         done = publish(store, "locked", {"a": b"locked"})
