@@ -141,9 +141,11 @@ def plan(
     """
     from bigpipe.orchestrator.machine import read_machine
     from bigpipe.orchestrator.report.rendering import plan_json, plan_text
+    from bigpipe.orchestrator.report.reporters import choose_reporter
 
     options["machine"] = read_machine(machine) if machine else None
-    planned = bigpipe.plan(manifest, nodes, params=pairs(params), **options)
+    with choose_reporter(sys.stderr) as reporter:
+        planned = bigpipe.plan(manifest, nodes, params=pairs(params), reporter=reporter, **options)
     if as_json:
         show(plan_json(planned))
     else:

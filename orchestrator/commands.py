@@ -47,8 +47,9 @@ def run(
     known by then.
     """
     session = open_session(
-        manifest, nodes, params=_written(params), store=store, force=force, offline=offline, locked=locked
-    )
+        manifest, nodes, params=_written(params), store=store, force=force, offline=offline, locked=locked,
+        reporter=reporter,
+    )  # fmt: skip
     with session.store:
         session.store.enter()
         if locked:
@@ -89,9 +90,12 @@ def plan(
     offline: bool = False,
     machine: Machine | None = None,
     preflight: bool = True,
+    reporter: Reporter | None = None,
 ) -> Plan:
     """What `run` would do now, what it costs and whether it fits; `Plan.errors()` says why it would be refused."""
-    session = open_session(manifest, nodes, params=_written(params), store=store, offline=offline, machine=machine)
+    session = open_session(
+        manifest, nodes, params=_written(params), store=store, offline=offline, machine=machine, reporter=reporter
+    )
     return with_parameters(make_plan(session, preflight=preflight))
 
 

@@ -10,7 +10,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from bigpipe.errors import BigpipeError, Offline, UsageError
+from bigpipe.sizes import format_transfer
 
+from .events import LogLine, Reporter
 from .recipe.graph import Node, Recipe, load_recipe
 from .stage import CheckContext, Pinned
 from .store.content import StatMemo
@@ -42,6 +44,9 @@ class Session:
     environment: Mapping[str, str] = field(default_factory=lambda: dict(os.environ))
     _pins: dict[str, Pinned] = field(default_factory=dict)
     _identities: dict[str, Identity] = field(default_factory=dict)
+    reporter: Reporter | None = None
+    """Hears of what takes long before the run begins."""
+    _identifying: str = ""
 
     @property
     def base(self) -> Path:
@@ -57,7 +62,12 @@ class Session:
 
     @cached_property
     def memo(self) -> StatMemo:
-        return StatMemo(self.store.memo)
+        return StatMemo(self.store.memo, self._announce)
+
+    def _announce(self, path: Path, size: int) -> None:
+        if self.reporter is not None:
+            line = f"reading {path.name}, {format_transfer(size)}, to know whether it changed"
+            self.reporter.report(LogLine(self._identifying, line))
 
     @property
     def nodes(self) -> list[Node]:
@@ -151,6 +161,7 @@ class Session:
     def identity(self, node: Node) -> Identity:
         """What the node computes, apart from its inputs. Raises UsageError with the place of a missing file."""
         if node.name not in self._identities:
+            self._identifying = node.name
             try:
                 self._identities[node.name] = identity(
                     node, base=self.base, memo=self.memo, machine=self.machine, pins=self.pinned(node).values
@@ -171,6 +182,7 @@ def open_session(
     offline: bool = False,
     locked: bool = False,
     machine: Machine | None = None,
+    reporter: Reporter | None = None,
 ) -> Session:
     """Read and check a manifest and open the store.
 
@@ -192,6 +204,7 @@ def open_session(
         locked=locked,
         lock=read_lock(recipe.path),
         given_machine=machine,
+        reporter=reporter,
     )
 
 

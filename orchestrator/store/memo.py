@@ -31,8 +31,13 @@ class StatMemo:
     COMPACT_FROM = 10_000
     """Lines from which a log that is mostly outdated is rewritten."""
 
-    def __init__(self, folder: Path) -> None:
+    LARGE = 2**30
+    """Bytes from which reading a file takes so long that it is announced."""
+
+    def __init__(self, folder: Path, announce: Callable[[Path, int], None] | None = None) -> None:
+        """announce: called with a large file and its size before it is read."""
         self._log = folder / "files.jsonl"
+        self._announce = announce
         self._known: dict[str, tuple[Fingerprint, str]] | None = None
 
     def sha256(self, path: Path, progress: Callable[[int], None] | None = None) -> str:
@@ -50,6 +55,8 @@ class StatMemo:
             before = os.fstat(descriptor)
             if not stat.S_ISREG(before.st_mode):
                 raise OSError(f"{path} is not a regular file")
+            if self._announce is not None and before.st_size >= self.LARGE:
+                self._announce(path, before.st_size)
             started = time.time_ns()
             digest = hash_descriptor(descriptor, progress)
             after = os.fstat(descriptor)

@@ -9,12 +9,14 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from support.workshop import statuses
 
 import bigpipe
 from bigpipe.errors import DoesNotFit, GateFailed, StageFailed, Transient
+from bigpipe.orchestrator.store.memo import StatMemo
 
 CHAIN = """\
 version: 1
@@ -244,3 +246,17 @@ def test_the_result_is_one_json_line(workshop):
     assert data["status"] == "succeeded"
     assert set(data["nodes"]["d"]) == {"status", "key", "digest", "path", "seconds", "peak_rss", "metrics", "reason"}
     assert (Path(data["nodes"]["d"]["path"]) / "text").read_text() == "hello world"
+
+
+def test_a_large_file_is_announced_before_it_is_read(workshop, monkeypatch):
+    monkeypatch.setattr(StatMemo, "LARGE", 1000)
+    (workshop.folder / "small").write_text("x" * 999)
+    (workshop.folder / "large").write_text("x" * 2000)
+    lines = []
+    reporter = SimpleNamespace(report=lambda event: lines.append((event.node, event.line)))
+    recipe = "version: 1\nname: r\nstages:\n"
+    for name in ("small", "large"):
+        recipe += f"  {name}: {{uses: write, with: {{source: {name}}}}}\n"
+    workshop.manifest.write_text(recipe)
+    bigpipe.plan(workshop.manifest, reporter=reporter)
+    assert lines == [("large", "reading large, 2.0 kB, to know whether it changed")]
