@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import gc as garbage_collector
 import json
 import os
@@ -64,6 +65,11 @@ def command() -> None:
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(0)
+    except OSError as error:
+        if error.errno != errno.ENOSPC:
+            raise
+        click.echo("error: the disk is full\n  make room; what was finished is kept", err=True)
+        sys.exit(1)
 
 
 def fail(error: BigpipeError) -> None:

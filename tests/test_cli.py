@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
+from support.workshop import environment
 
 RECIPE = """\
 version: 1
@@ -159,3 +163,13 @@ def test_lock_check_and_locked_runs(greeting):
     refused = greeting.command("run", "recipe.yaml", "--locked", "-p", "text=bye")
     assert refused.returncode == 10
     assert "hello → bye" in refused.stderr
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no device that is always full")
+def test_output_onto_a_full_disk_is_an_error_and_no_traceback(workshop):
+    with Path("/dev/full").open("w") as full:
+        done = subprocess.run(
+            [sys.executable, "-m", "bigpipe.cli", "kinds"], stdout=full, stderr=subprocess.PIPE, text=True, check=False,
+            env=environment(workshop.folder),
+        )  # fmt: skip
+    assert (done.returncode, done.stderr) == (1, "error: the disk is full\n  make room; what was finished is kept\n")
