@@ -118,7 +118,7 @@ class _RankWatch:
                 "the store must lie on a file system that all machines share: set --store or BIGPIPE_HOME",
             )
         if missing:
-            self._fail(code)
+            raise self._crash(missing[0], code)
         return [found[rank] for rank in world]
 
     def _await(self, ranks: list[int]) -> None:
