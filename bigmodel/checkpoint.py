@@ -6,17 +6,20 @@ torch zip files (`.bin`, `.pt`, `.pth`) by the restricted reader in `pickles`, w
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+import os
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from .bytesource import FileSource
-from .files import MAX_CONFIG, Format, WeightFiles, find_weight_files, read_json, side_files
+from .arrivals import Arrivals, Head, arrived_identity, open_arrived
+from .bytesource import ByteSource, FileSource
+from .files import MAX_CONFIG, Format, WeightFiles, find_weight_files, is_object, read_json, side_files
 from .headers import read_header
 from .tensors import DTYPES, TensorInfo, View, invalid
 
-__all__ = ["CHUNK", "DTYPES", "Checkpoint", "Format", "TensorInfo", "View", "open_checkpoint"]
+__all__ = ["CHUNK", "DTYPES", "Checkpoint", "Format", "TensorInfo", "View", "open_arriving", "open_checkpoint"]
 
 CHUNK = 4 * 2**20
 """Bytes moved at a time: large enough for the disk, small enough to stay in the cache of a CPU on its way through."""
@@ -41,10 +44,28 @@ class Checkpoint:
     """Side files to carry along, somewhere under `path`: configs, tokenizer, licence, code."""
     metadata: dict[str, str]
     """`__metadata__` of the safetensors files, merged."""
+    arrivals: Arrivals | None = None
+    """Where its files come from, if they are still being made."""
 
     @property
     def nbytes(self) -> int:
         return sum(tensor.nbytes for tensor in self.tensors.values())
+
+    def open(self, file: Path) -> FileSource:
+        """One of its files, once it is there."""
+        return FileSource(file) if self.arrivals is None else open_arrived(self.arrivals, file)
+
+    def identity(self, file: Path) -> list[object]:
+        """What tells the bytes of one of its files from others: their sha256 where a store named them by it, else real
+        path, size and time of change."""
+        known = arrived_identity(self.arrivals, file) if self.arrivals is not None else None
+        if known is not None:
+            return known
+        real = Path(os.path.realpath(file))
+        if is_object(real):
+            return ["sha256", real.name]
+        facts = real.stat()
+        return [str(real), facts.st_size, facts.st_mtime_ns]
 
     def read(self, name: str) -> bytes:
         """The contiguous bytes of one tensor or alias. KeyError for an unknown name."""
@@ -56,7 +77,7 @@ class Checkpoint:
     def chunks(self, name: str, size: int = CHUNK) -> Iterator[memoryview]:
         """The contiguous bytes of one tensor, at most `size` at a time; each piece is valid until the next is taken."""
         tensor = self.tensors[self.tied.get(name, name)]
-        with FileSource(tensor.file) as source:
+        with self.open(tensor.file) as source:
             if tensor.view is not None:
                 from .strided import compact_chunks
 
@@ -78,8 +99,25 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
     """
     path = Path(path)
     weights = find_weight_files(path)
+    return _assemble(path, weights, FileSource)
+
+
+def open_arriving(arrivals: Arrivals) -> Checkpoint:
+    """Opens a checkpoint whose weight files are still being made, by their announced headers.
+
+    Reading a tensor waits for its file. Raises InvalidCheckpoint as `open_checkpoint`.
+    """
+    heads = {arrivals.folder / name: Head(*head, name) for name, head in sorted(arrivals.heads().items())}
+    weights = WeightFiles("safetensors", tuple(heads))
+    return replace(_assemble(arrivals.folder, weights, lambda file: nullcontext(heads[file])), arrivals=arrivals)
+
+
+Open = Callable[[Path], AbstractContextManager[ByteSource]]
+
+
+def _assemble(path: Path, weights: WeightFiles, open: Open) -> Checkpoint:
     directory = path if path.is_dir() else path.parent
-    tensors, tied, metadata = _read_files(weights)
+    tensors, tied, metadata = _read_files(weights, open)
     if weights.weight_map is not None:
         _check_index(weights, tensors, tied)
     config = directory / "config.json"
@@ -96,12 +134,12 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
     )
 
 
-def _read_files(weights: WeightFiles) -> tuple[dict[str, TensorInfo], dict[str, str], dict[str, str]]:
+def _read_files(weights: WeightFiles, open: Open) -> tuple[dict[str, TensorInfo], dict[str, str], dict[str, str]]:
     tensors: dict[str, TensorInfo] = {}
     tied: dict[str, str] = {}
     metadata: dict[str, str] = {}
     for file in weights.files:
-        with FileSource(file) as source:
+        with open(file) as source:
             if weights.format == "safetensors":
                 header = read_header(source, file)
                 metadata.update(header.metadata)

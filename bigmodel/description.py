@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from .checkpoint import open_checkpoint
+from .checkpoint import Checkpoint, open_checkpoint
 from .files import MAX_CONFIG, read_json
 from .tensors import tensor_nbytes
 
@@ -41,7 +41,11 @@ class ModelDescription:
 
 def describe_checkpoint(path: str | Path) -> ModelDescription:
     """Describes a checkpoint directory from its headers. Raises InvalidCheckpoint as `open_checkpoint` does."""
-    checkpoint = open_checkpoint(path)
+    return describe_opened(open_checkpoint(path))
+
+
+def describe_opened(checkpoint: Checkpoint) -> ModelDescription:
+    """As `describe_checkpoint`, of a checkpoint that is open."""
     file = checkpoint.path / ARCHITECTURE_FILE
     custom = read_json(file, checkpoint.path, MAX_CONFIG) if file in checkpoint.extras else None
     return ModelDescription(

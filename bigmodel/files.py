@@ -153,7 +153,7 @@ def check_file(file: Path, directory: Path) -> None:
     if not stat.S_ISREG(mode):
         raise invalid(file, "is not a regular file", "do not use this checkpoint")
     root = Path(os.path.realpath(directory))
-    if not (target.is_relative_to(root) or _is_store(root) or _is_object(target) or _is_hub_blob(target)):
+    if not (target.is_relative_to(root) or _is_store(root) or is_object(target) or is_hub_blob(target)):
         raise invalid(
             file, f"is a link to {target}, outside the checkpoint",
             "copy the file into the checkpoint, or do not use this checkpoint",
@@ -163,7 +163,7 @@ def check_file(file: Path, directory: Path) -> None:
 _HEX = re.compile(r"[0-9a-f]{40}([0-9a-f]{24})?")
 
 
-def _is_hub_blob(target: Path) -> bool:
+def is_hub_blob(target: Path) -> bool:
     # <cache>/models--org--name/blobs/<sha1 or sha256>
     repository = target.parent.parent.name
     return (
@@ -173,7 +173,7 @@ def _is_hub_blob(target: Path) -> bool:
     )
 
 
-def _is_object(target: Path) -> bool:
+def is_object(target: Path) -> bool:
     # <store>/objects/…/<sha256>
     return "objects" in target.parts[-4:-1] and bool(re.fullmatch(r"[0-9a-f]{60,64}", target.name))
 

@@ -59,9 +59,14 @@ class RangeReader:
     def _source(self, file: Path) -> FileSource:
         if file not in self._sources:
             if len(self._sources) >= MAX_OPEN:
-                self._sources.pop(next(iter(self._sources))).close()
-            self._sources[file] = FileSource(file)
+                self.close(list(self._sources)[0])  # noqa: RUF015 (another thread may close one meanwhile)
+            self._sources[file] = self.checkpoint.open(file)
         return self._sources[file]
+
+    def close(self, file: Path) -> None:
+        """Lets go of a file that nobody reads any more; from any thread."""
+        if (source := self._sources.pop(file, None)) is not None:
+            source.close()
 
     def __enter__(self) -> Self:
         return self
@@ -85,6 +90,11 @@ class RangeReaders:
             reader = self._local.reader = self._make()
             self._readers.append(reader)
         yield from reader.produce(planned)
+
+    def close(self, file: Path) -> None:
+        """Lets go of a file that nobody reads any more."""
+        for reader in self._readers:
+            reader.close(file)
 
     def __enter__(self) -> Self:
         return self

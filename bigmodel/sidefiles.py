@@ -18,6 +18,8 @@ def carry_side_files(
 ) -> dict[str, tuple[str, int]]:
     """Brings the side files of a checkpoint into `out`, as copies or as absolute links.
 
+    Of a checkpoint that is still being made they are copied: its folder does not last.
+
     With `config`, that is written as config.json in place of the checkpoint's. Gives relative path → (hex sha256, size)
     of the files written; links are not among them.
     """
@@ -28,7 +30,7 @@ def carry_side_files(
         target.parent.mkdir(parents=True, exist_ok=True)
         if config is not None and name == Path("config.json"):
             continue
-        if link:
+        if link and checkpoint.arrivals is None:
             _link(extra, target)
         else:
             written[str(name)] = copy_file(extra, target)

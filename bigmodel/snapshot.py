@@ -25,6 +25,7 @@ from .hub_errors import hub_errors
 from .memo import recall, remember
 
 WORKERS = 8
+WORKERS_IN_ORDER = 2
 CHUNK = 1 << 22
 
 Report = Callable[[int, int, str], None]
@@ -55,18 +56,26 @@ def fetch(
     hub: Hub,
     memo: Path | None = None,
     report: Report = lambda done, total, task: None,
+    arrived: Callable[[str, Fetched], None] | None = None,
 ) -> Snapshot:
     """Every file of `files` in the Hub cache, whole and verified; those already there are not fetched again.
+
+    arrived: told of each file as soon as it is verified; the files then come roughly in the order given.
 
     Raises what `hub_errors` knows, Transient where the bytes are wrong twice, Offline where one is missing offline.
     """
     errands = _Errands(repository, hub, memo, report, files)
-    with ThreadPoolExecutor(WORKERS, thread_name_prefix="fetch") as pool:
-        # The largest first: the last one to finish decides when all have.
-        pending = {file.path: pool.submit(errands.bring, file) for file in sorted(files, key=lambda file: -file.size)}
+    # The largest first: the last one to finish decides when all have. If somebody takes them one by one, few at a time:
+    # side by side all would end together.
+    ordered = sorted(files, key=lambda file: -file.size) if arrived is None else files
+    with ThreadPoolExecutor(WORKERS if arrived is None else WORKERS_IN_ORDER, thread_name_prefix="fetch") as pool:
+        pending = {file.path: pool.submit(errands.bring, file) for file in ordered}
+        paths = {future: path for path, future in pending.items()}
         try:
-            for future in as_completed(pending.values()):
-                future.result()
+            for future in as_completed(paths):
+                found = future.result()
+                if arrived is not None:
+                    arrived(paths[future], found)
         except BaseException:
             errands.stop.set()
             _abort_xet()

@@ -20,6 +20,7 @@ from bigpipe.errors import UsageError
 from bigpipe.sizes import parse_size
 
 from .architecture import Architecture
+from .arrivals import Delivery
 from .casting import cast
 from .checkpoint import CHUNK
 from .description import ModelDescription
@@ -82,14 +83,17 @@ def write_synthetic(
     max_shard_size: int | str = "5GB",
     progress: ReportProgress | None = None,
     journal: Path | None = None,
+    delivery: Delivery | None = None,
 ) -> SavedCheckpoint:
     """Writes weights and config.json of a model of this architecture into `out`, in constant memory.
 
-    `config` is what config.json shall say, besides the dtype and the class. `progress` and `journal` as in
-    `write_checkpoint`.
+    `config` is what config.json shall say, besides the dtype and the class. `progress`, `journal`
+    and `delivery` as in `write_checkpoint`.
     """
     out = Path(out)
     description = synthetic_description(config, architecture, dtype=dtype, format=format)
+    out.mkdir(parents=True, exist_ok=True)
+    written = write_file(out / "config.json", encode_config(description.config or {}))
     saved = write_checkpoint(
         out,
         plan_synthetic(description, max_shard_size),
@@ -97,9 +101,9 @@ def write_synthetic(
         format=format,
         progress=progress,
         journal=journal,
-        fingerprint=f"synthetic {seed}",
+        fingerprint=lambda file: f"synthetic {seed}",
+        delivery=delivery,
     )
-    written = write_file(out / "config.json", encode_config(description.config or {}))
     return SavedCheckpoint({**saved.files, "config.json": written}, saved.shards, saved.bytes)
 
 

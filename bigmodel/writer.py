@@ -27,6 +27,7 @@ from pathlib import Path
 from bigpipe.errors import DoesNotFit, Interrupted, UsageError
 from bigpipe.sizes import format_transfer, parse_size
 
+from .arrivals import Delivery, Uses
 from .casting import is_cast
 from .checkpoint import Checkpoint, open_checkpoint
 from .containers import Container, container
@@ -73,15 +74,18 @@ def write_checkpoint(
     layout: Layout = "sorted",
     progress: ReportProgress | None = None,
     journal: Path | None = None,
-    fingerprint: str = "",
+    fingerprint: Callable[[str], str] = lambda file: "",
     workers: int = 1,
+    delivery: Delivery | None = None,
+    settled: Callable[[str], None] = lambda file: None,
 ) -> SavedCheckpoint:
     """Writes the planned weight files and, where there are several, their index into the directory `out`.
 
     `produce` is called once per tensor, in the order of the plans; with several `workers`, so many files are written
     side by side, and it is called from as many threads. With a `journal` (a path outside `out`), files that
-    an earlier attempt finished are verified and kept, if it was for the same plan and `fingerprint` (whatever else the
-    bytes depend on). Weight files of the same naming scheme that are not in the plans are removed.
+    an earlier attempt finished are verified and kept, if it was for the same plan and `fingerprint` (of a file's name:
+    whatever else its bytes depend on). Weight files of the same naming scheme that are not in the plans are removed.
+    A `delivery` hears of safetensors files as they become whole, `settled` of their names.
 
     Raises DoesNotFit where the disk is too small, before anything is written if that can be known.
     """
@@ -89,19 +93,22 @@ def write_checkpoint(
     out.mkdir(parents=True, exist_ok=True)
     known = Journal(journal, out, fingerprint)
     containers = [container(plan, format, metadata or _METADATA, layout) for plan in plans]
-    files = {
-        plan.file: found
-        for plan, file in zip(plans, containers, strict=True)
-        if (found := known.finished(plan.file, file))
-    }
     remove_leftovers(out, format, {plan.file for plan in plans})
-    todo = [(plan, file) for plan, file in zip(plans, containers, strict=True) if plan.file not in files]
-    check_space(out, sum(file.size for _, file in todo))
-    total = sum(plan.nbytes for plan in plans)
-    meter = Meter(total, total - sum(plan.nbytes for plan, _ in todo), progress)
-    _Writing(out, deque(todo), produce, meter, known, files).run(min(workers, len(todo)))
+    todo = list(zip(plans, containers, strict=True))
+    check_space(out, sum(file.size for plan, file in todo if not _has_size(out / plan.file, file.size)))
+    if format != "safetensors":
+        delivery = None
+    if delivery is not None:
+        delivery.announce({plan.file: (file.head, file.size) for plan, file in todo})
+    meter = Meter(sum(plan.nbytes for plan in plans), 0, progress)
+    writing = _Writing(out, deque(todo), produce, meter, known, delivery, settled)
+    writing.run(min(workers, len(todo)))
+    files = writing.files
     if len(plans) > 1:
-        files[index_file(format)] = write_file(out / index_file(format), encode_index(plans))
+        name = index_file(format)
+        files[name] = write_file(out / name, encode_index(plans))
+        if delivery is not None:
+            delivery.finished(name, *files[name])
     ordered = {plan.file: files.pop(plan.file) for plan in plans}
     return SavedCheckpoint({**ordered, **files}, len(plans), sum(file.size for file in containers))
 
@@ -115,7 +122,9 @@ class _Writing:
     produce: Produce
     meter: Meter
     known: Journal
-    files: dict[str, tuple[str, int]]
+    delivery: Delivery | None
+    settled: Callable[[str], None]
+    files: dict[str, tuple[str, int]] = field(default_factory=dict)
 
     def run(self, workers: int) -> None:
         if workers <= 1:
@@ -144,14 +153,26 @@ class _Writing:
 
     def write(self, plan: ShardPlan, file: Container, lanes: Lanes) -> None:
         def settled(sha256: str) -> None:
-            self.files[plan.file] = sha256, file.size
             self.known.record(plan.file, file, sha256)
+            self._done(plan.file, sha256, file.size)
 
+        if (found := self.known.finished(plan.file, file)) is not None:
+            self.meter.skip(plan.nbytes)
+            self._done(plan.file, *found)
+            return
+        if self.delivery is not None:
+            self.delivery.begin(plan.file)
         with ShardWriter(self.out / plan.file, file, lanes) as shard:
             for tensor in plan.tensors:
                 shard.write(tensor.name, self.meter.count(self.produce(tensor)), tensor.nbytes)
             shard.all_written()
             lanes.settle(lambda: shard.settle(settled))
+
+    def _done(self, file: str, sha256: str, size: int) -> None:
+        self.files[file] = sha256, size
+        if self.delivery is not None:
+            self.delivery.finished(file, sha256, size)
+        self.settled(file)
 
 
 class Meter:
@@ -168,6 +189,10 @@ class Meter:
     def stop(self) -> None:
         """Ends the counting in other threads at their next piece."""
         self._stopped = True
+
+    def skip(self, size: int) -> None:
+        """Counts what need not be made."""
+        self._add(size)
 
     def count(self, pieces: Iterable[Piece]) -> Iterator[Piece]:
         for piece in pieces:
@@ -194,6 +219,10 @@ def remove_leftovers(out: Path, format: Format, planned: set[str]) -> None:
     for name in os.listdir(out):
         if pattern.fullmatch(name) and name not in planned:
             (out / name).unlink()
+
+
+def _has_size(file: Path, size: int) -> bool:
+    return file.is_file() and file.stat().st_size == size
 
 
 def check_space(out: Path, needed: int) -> None:
@@ -266,8 +295,12 @@ def convert(
     format: Format = "safetensors",
     progress: ReportProgress | None = None,
     journal: Path | None = None,
+    delivery: Delivery | None = None,
 ) -> SavedCheckpoint:
-    """Writes a checkpoint's weights anew: `save_checkpoint` without side files, `journal` as in `write_checkpoint`."""
+    """Writes a checkpoint's weights anew: `save_checkpoint` without side files.
+
+    `journal` and `delivery` as in `write_checkpoint`.
+    """
     _check_apart(checkpoint, out)
     if dtype is not None and "quantization_config" in (checkpoint.config or {}):
         raise UsageError(
@@ -279,7 +312,13 @@ def convert(
     if format == "safetensors":
         # In the order of the file, so that it is hashed in passing.
         plans = [ShardPlan(plan.file, tuple(laid_out(plan, "sorted"))) for plan in plans]
+    sources = {plan.file: {checkpoint.tensors[tensor.name].file for tensor in plan.tensors} for plan in plans}
+
+    def fingerprint(file: str) -> str:
+        return repr(sorted((source.name, checkpoint.identity(source)) for source in sources[file]))
+
     with RangeReaders(checkpoint, dtype) as readers:
+        arrivals = checkpoint.arrivals
         return write_checkpoint(
             out,
             plans,
@@ -288,8 +327,10 @@ def convert(
             format=format,
             progress=progress,
             journal=journal,
-            fingerprint=_fingerprint(checkpoint),
+            fingerprint=fingerprint,
             workers=min(WORKERS, cores()),
+            delivery=delivery,
+            settled=Uses(arrivals, sources, readers.close).settled if arrivals else lambda file: None,
         )
 
 
@@ -304,9 +345,3 @@ def _check_apart(checkpoint: Checkpoint, out: Path) -> None:
 def cores() -> int:
     """Those this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-def _fingerprint(checkpoint: Checkpoint) -> str:
-    """Tells source files apart as `make` does: name, size and time of change."""
-    marks = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in checkpoint.files]
-    return repr(sorted(marks))

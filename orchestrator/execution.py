@@ -1,15 +1,18 @@
-"""One node's work: lock its key, run it with retries, publish what it made."""
+"""One node's work: lock its key, run it with retries, publish what it made.
+
+A follower works on files of a producer that still runs: under a provisional key, until that one is recorded.
+"""
 
 from __future__ import annotations
 
 import random
 import threading
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 
-from bigpipe.errors import Interrupted, Transient
+from bigpipe.errors import Interrupted, StageFailed, Transient
 
 from .events import Event, LogLine, NodeRetried
 from .launch.launcher import Job, Outcome, launch
@@ -17,6 +20,7 @@ from .recipe.graph import Node
 from .registry import locate
 from .session import Session
 from .store.store import KeyRecord, Work
+from .streaming import Stream, provisional_key
 from .types import Lineage
 
 FIRST_WAIT, LONGEST_WAIT = 1.0, 60.0
@@ -30,6 +34,7 @@ class Attempt:
     session: Session
     node: Node
     key: str
+    """Provisional for a follower."""
     inputs: Mapping[str, tuple[str, ...]]
     """Port → digests."""
     lineage: tuple[Lineage, ...]
@@ -39,28 +44,92 @@ class Attempt:
     """Logs and job files of this node in the run's record."""
     report: Callable[[Event], None]
     cancelled: threading.Event
+    stream: Stream | None = None
+    """Where its files go to, one by one, if somebody may follow."""
+    follows: Stream | None = None
+    """Where the files of one input come from, one by one, as they are made."""
+
+    def waiting(self, holder: str) -> None:
+        self.report(LogLine(self.node.name, f"waiting for {holder}, which is making the same artifact"))
 
 
-def execute(attempt: Attempt) -> KeyRecord:
+def execute(attempt: Attempt) -> KeyRecord | None:
     """Do the work, unless another process holding the key's lock has done it meanwhile.
 
+    None: the node followed a producer that failed or gave other files than it announced; nothing came of it.
     Raises the stage's own BigpipeError, StageFailed for crashes, Interrupted when cancelled.
     """
-    session, node = attempt.session, attempt.node
-
-    def waiting(holder: str) -> None:
-        attempt.report(LogLine(node.name, f"waiting for {holder}, which is making the same artifact"))
-
+    if attempt.follows is not None:
+        return _follow(attempt, attempt.follows)
+    session = attempt.session
     before = session.store.find(attempt.key)
-    with session.store.lock(attempt.key, cancelled=attempt.cancelled, waiting=waiting) as work:
+    with session.store.lock(attempt.key, cancelled=attempt.cancelled, waiting=attempt.waiting) as work:
         made = session.store.find(attempt.key)
         fresh = made is not None and (before is None or made.run != before.run or not attempt.forced)
         if made is not None and fresh and session.store.intact(made):
             return made
+        if attempt.node.kind.follows:
+            session.store.resume_work(provisional_key(session, attempt.node), work)
         outcome = _with_retries(attempt, work)
-        record = session.store.publish(_record(attempt, outcome), work.out, outcome.files)
+        record = _publish(attempt, outcome, work)
         work.done()
         return record
+
+
+def _follow(attempt: Attempt, stream: Stream) -> KeyRecord | None:
+    """The work first, its true key and the publishing once the producer is recorded."""
+    store = attempt.session.store
+    try:
+        with store.lock(attempt.key, cancelled=attempt.cancelled, waiting=attempt.waiting) as work:
+            outcome = _with_retries(attempt, work)
+            source = stream.confirmed()
+            if source.digest is None or not stream.gave(source):
+                return None
+            inputs = {**attempt.inputs, attempt.node.kind.follows: (source.digest,)}
+            key = attempt.session.identity(attempt.node).key(inputs)
+            return _settle(replace(attempt, key=key, inputs=inputs), outcome, work)
+    except Interrupted:
+        if stream.settled.is_set() and stream.record is None:
+            return None
+        raise
+
+
+def _settle(attempt: Attempt, outcome: Outcome, work: Work) -> KeyRecord:
+    """Publish a follower's work under its true key, unless that is known already."""
+    store = attempt.session.store
+    with store.lock(attempt.key, cancelled=attempt.cancelled, waiting=attempt.waiting) as final:
+        record = None if attempt.forced else store.find(attempt.key)
+        if record is not None and store.intact(record):
+            _lead(attempt.stream, attempt.session, record)
+        else:
+            work.become(final)
+            record = _publish(attempt, outcome, final)
+        final.done()
+    work.done()
+    return record
+
+
+def _publish(attempt: Attempt, outcome: Outcome, work: Work) -> KeyRecord:
+    store, stream, record = attempt.session.store, attempt.stream, _record(attempt, outcome)
+    if stream is None or not stream.handover.gone():
+        record = store.publish(record, work.out, outcome.files)
+        _lead(stream, attempt.session, record)
+        return record
+    # Some files were taken by all who needed them and are gone; the others wait for that in the handover's folder.
+    files = stream.handover.arrived()
+    if not outcome.files.items() <= files.items():
+        raise StageFailed(f"{attempt.node.name} reported other files than it passed on", "this is a fault of its kind")
+    for name in stream.handover.contents.keys() - stream.handover.gone():
+        (work.out / name).rename(stream.handover.files / name)
+    stream.forgone = True
+    return store.publish_forgone(record, files)
+
+
+def _lead(stream: Stream | None, session: Session, record: KeyRecord) -> None:
+    """Followers find from now on in the artifact what was in the work folder."""
+    if stream is not None and stream.handover.announced and record.digest is not None:
+        for name in stream.handover.contents.keys() & record.files.keys():
+            stream.handover.lead(name, session.store.artifact_path(record.digest) / name)
 
 
 def _with_retries(attempt: Attempt, work: Work) -> Outcome:
@@ -87,17 +156,20 @@ def _with_retries(attempt: Attempt, work: Work) -> Outcome:
 
 def _job(attempt: Attempt, work: Work, number: int) -> Job:
     session, node = attempt.session, attempt.node
+    inputs = {
+        port: tuple(str(session.store.artifact_path(digest)) for digest in digests)
+        for port, digests in attempt.inputs.items()
+        if digests
+    }
+    if attempt.follows is not None:
+        inputs[node.kind.follows] = (str(attempt.follows.handover.files),)
     return Job(
         node=node.name,
         kind=node.kind.kind,
         module=locate(node.kind.kind),
         # As they were written: validators may ask which fields were given, and by what name.
         params=node.params.model_dump(mode="json", exclude_unset=True, by_alias=True),
-        inputs={
-            port: tuple(str(session.store.artifact_path(digest)) for digest in digests)
-            for port, digests in attempt.inputs.items()
-            if digests
-        },
+        inputs=inputs,
         out=work.out,
         scratch=work.scratch,
         parts=session.store.parts,
@@ -112,6 +184,8 @@ def _job(attempt: Attempt, work: Work, number: int) -> Job:
         pins=session.pinned(node).values,
         offline=session.offline,
         environment=node.env,
+        outlet=attempt.stream.handover.folder if attempt.stream else None,
+        inlet=attempt.follows.handover.folder if attempt.follows else None,
         attempt_dir=attempt.folder / str(number),
     )
 

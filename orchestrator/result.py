@@ -29,6 +29,8 @@ class NodeState:
     bytes_here: bool = True
     demanded_by: str = ""
     """The consumer that needs dropped bytes again."""
+    following: bool = False
+    """Running on the files of a producer that is not recorded yet."""
     seconds: float = 0.0
     error: BigpipeError | None = None
 

@@ -5,6 +5,7 @@ run_plan(session, plan)
         decide()            cached or to run, now with true digests
         demand_inputs()     dropped bytes a consumer needs are made again first
         admit()             within CPUs, memory and GPUs; independent nodes run side by side
+    follow()            consumers of a running producer that passes its files on one by one (`streaming`)
     execute()           in a thread: lock the key → launch, with retries → publish
     finish_node()       gates, events, record; bytes nobody needs any more are dropped
     finish_run()        run record, roots, status
@@ -40,6 +41,11 @@ from .types import Json, Lineage, Status
 
 if TYPE_CHECKING:
     from .execution import Attempt
+    from .streaming import Stream, Streams
+
+
+LOOK = 0.1
+"""Seconds between two looks at what running nodes have announced."""
 
 
 @dataclass(slots=True)
@@ -53,9 +59,11 @@ class Run:
     keep_going: bool
     cancelled: threading.Event = field(default_factory=threading.Event)
     signal: int = 0
-    running: dict[Future[KeyRecord], NodeState] = field(default_factory=dict)
     absent: set[str] = field(default_factory=set)
     """Nodes that were skipped."""
+    running: dict[Future[KeyRecord | None], NodeState] = field(default_factory=dict)
+    streams: Streams | None = None
+    """None where one node runs at a time."""
 
     @property
     def stopping(self) -> bool:
@@ -95,17 +103,33 @@ def run_plan(
 def _loop(run: Run) -> None:
     if not _settle_ready(run):
         return
-    with ThreadPoolExecutor(max_workers=run.jobs, thread_name_prefix="node") as pool:
+    from .streaming import Streams  # not needed where nothing runs
+
+    run.streams = Streams(run.session, run.states) if run.jobs > 1 and run.session.store.keeps_others_out else None
+    with ThreadPoolExecutor(max_workers=run.jobs + len(run.states), thread_name_prefix="node") as pool:
         while True:
             for state in _admissible(run):
                 _start(run, state, pool)
+            _follow(run, pool)
             if not run.running:
                 break
-            done, _ = wait(run.running, timeout=0.2, return_when=FIRST_COMPLETED)
+            done, _ = wait(run.running, timeout=LOOK, return_when=FIRST_COMPLETED)
             for future in done:
                 _finish_node(run, run.running.pop(future), future)
             if done:
                 _settle_ready(run)
+
+
+def _follow(run: Run, pool: ThreadPoolExecutor) -> None:
+    """Start consumers on what running producers have announced."""
+    if run.streams is None:
+        return
+    if run.cancelled.is_set():
+        run.streams.cancel()
+    for state, stream in run.streams.ready():
+        if not run.stopping and _room(run, state, following=True):
+            _start(run, state, pool, stream)
+    run.streams.answer()
 
 
 def _settle_ready(run: Run) -> bool:
@@ -213,15 +237,20 @@ def _admissible(run: Run) -> Iterator[NodeState]:
             yield state
 
 
-def _room(run: Run, state: NodeState) -> bool:
+def _room(run: Run, state: NodeState, *, following: bool = False) -> bool:
+    """A follower shares its producer's turn: it counts as a job and a CPU only if its `resources` say so."""
     if not run.running:
         return True
-    if len(run.running) >= run.jobs:
+    if not following and sum(not other.following for other in run.running.values()) >= run.jobs:
         return False
     machine = run.session.machine
     everyone = [*run.running.values(), state]
     ram = sum(needs_ram(s.node, _forecast(run, s)) for s in everyone)
-    cpus = sum(s.node.resources.cpus or run.session.launch(s.node).num_processes for s in everyone)
+    cpus = sum(
+        s.node.resources.cpus
+        or (0 if s.following or (following and s is state) else run.session.launch(s.node).num_processes)
+        for s in everyone
+    )
     # Two nodes that place themselves on GPUs would both start at GPU 0, so one at a time holds the GPUs.
     gpu_nodes = sum(1 for s in everyone if needs_gpus(s.node, _forecast(run, s)))
     return ram <= machine.memory_available and cpus <= max(machine.cpus, 1) and gpu_nodes <= 1
@@ -232,16 +261,21 @@ def _forecast(run: Run, state: NodeState) -> Forecast | None:
     return planned.forecast if planned else None
 
 
-def _start(run: Run, state: NodeState, pool: ThreadPoolExecutor) -> None:
+def _start(run: Run, state: NodeState, pool: ThreadPoolExecutor, follows: Stream | None = None) -> None:
     from .execution import Attempt  # what launches workers is not imported where nothing runs
+    from .streaming import provisional_key
 
     state.status = Status.RUNNING
+    key = state.key or provisional_key(run.session, state.node)
+    if follows is not None:
+        state.following = True
+        state.reason = f"{_decide(run, state).reason}; takes the files of {follows.producer.name} as they are made"
     run.reporter.report(NodeStarted(state.node.name, state.reason))
-    _remember(run, {state.node.name: state.key or ""})  # from now on its unfinished work is not garbage
+    _remember(run, {state.node.name: key})  # from now on its unfinished work is not garbage
     attempt = Attempt(
         session=run.session,
         node=state.node,
-        key=state.key or "",
+        key=key,
         inputs={
             port: tuple(digest for name in names if (digest := run.states[name].digest) and name not in run.absent)
             for port, names in state.node.inputs.items()
@@ -251,12 +285,14 @@ def _start(run: Run, state: NodeState, pool: ThreadPoolExecutor) -> None:
         run=run.id,
         folder=run.session.store.runs / run.id / "nodes" / state.node.name.replace("/", "_"),
         report=run.reporter.report,
-        cancelled=run.cancelled,
+        cancelled=follows.cancelled if follows else run.cancelled,
+        stream=run.streams.begin(state) if run.streams else None,
+        follows=follows,
     )
     run.running[pool.submit(_timed, state, attempt)] = state
 
 
-def _timed(state: NodeState, attempt: Attempt) -> KeyRecord:
+def _timed(state: NodeState, attempt: Attempt) -> KeyRecord | None:
     from .execution import execute
 
     started = time.monotonic()
@@ -284,14 +320,22 @@ def _lineage(run: Run, node: Node) -> tuple[Lineage, ...]:
     )
 
 
-def _finish_node(run: Run, state: NodeState, future: Future[KeyRecord]) -> None:
+def _finish_node(run: Run, state: NodeState, future: Future[KeyRecord | None]) -> None:
+    forgone = run.streams.forgone(state) if run.streams else False
+    state.following = False
     try:
-        state.record = future.result()
+        record = future.result()
     except BigpipeError as error:
         state.error = error
         _end(run, state, Status.FAILED, error.cause)
         return
-    state.bytes_here, state.demanded_by = True, ""
+    if record is None:  # it followed in vain: as if nothing had been
+        state.status, state.reason, state.seconds = Status.PENDING, "", 0.0
+        if run.streams is not None:
+            run.streams.ended(state)
+        return
+    state.record, state.key = record, record.key
+    state.bytes_here, state.demanded_by = not forgone, ""
     _end(run, state, Status.SUCCEEDED, state.reason)
 
 
@@ -320,6 +364,8 @@ def _end(run: Run, state: NodeState, status: Status, reason: str) -> None:
             error=str(state.error) if state.error else "",
         )
     )
+    if run.streams is not None:
+        run.streams.ended(state)
     _drop_unneeded(run, state)
 
 

@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from importlib import import_module
 from pathlib import Path
-from typing import Annotated, Any, Generic, Literal, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, Generic, Literal, TypeVar
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, WithJsonSchema
 
@@ -31,6 +31,9 @@ from bigpipe.sizes import format_size, parse_size
 
 from .events import LogLine, Progress, Reporter
 from .types import Gpu, Json, Launch, Lineage, Machine, Trust
+
+if TYPE_CHECKING:
+    from .handover import Inlet, Outlet
 
 __all__ = [
     "BigpipeError", "CheckContext", "Code", "ContentField", "DoesNotFit", "File", "FileOrLiteral", "Forecast",
@@ -208,6 +211,10 @@ class StageContext:
     offline: bool = False
     rank: int = 0
     world_size: int = 1
+    outlet: Outlet | None = None
+    """Where a kind that `streams` tells of each finished file; None where nobody is waiting for them."""
+    inlet: Inlet | None = None
+    """Where the files of the port it `follows` come from, one by one; None where they are all there."""
     rank_dir: Path | None = None
     """The only folder a rank may write to; `scratch/rank-N`, kept over crashes."""
     reporter: Reporter
@@ -272,6 +279,11 @@ class Stage(Generic[P]):
     prepare: Callable[[P, StageContext], None] | None = None
     finish: Callable[[P, StageContext], StageResult] | None = None
     present: Callable[[P, Path, CheckContext], bool] | None = None
+    streams: bool = False
+    """`run` passes each finished file on through `context.outlet`, where there is one."""
+    follows: str = ""
+    """A port whose files `run` can take one by one from `context.inlet`, while they are being made. What it finds in
+    `out` and `scratch` may then have been made from other bytes, and must be checked by content."""
     packages: tuple[str, ...] = ()
     """Distributions whose versions enter the key because the output's bytes depend on them."""
     facts: Callable[[P, Machine], Mapping[str, Json]] | None = None

@@ -130,6 +130,7 @@ STAGE = Stage(
     check=late("bigpipe.plugins.downloading:check"),
     pin=pin,
     facts=facts,
+    streams=True,
     secrets=("HF_TOKEN",),
     title="Bring a model here: from the Hub at a commit, from a directory, or made up in the shape of a config",
 )

@@ -6,7 +6,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,13 +15,15 @@ from bigpipe.bigmodel.architecture import Architecture, describe_architecture
 from bigpipe.bigmodel.copying import copy_file
 from bigpipe.bigmodel.description import ARCHITECTURE_FILE, ModelDescription, describe_checkpoint
 from bigpipe.bigmodel.files import MAX_CONFIG, read_json
+from bigpipe.bigmodel.heads import are_the_model, directory_heads, may_pass, repository_heads
 from bigpipe.bigmodel.hub import Hub, HubFile, Repository, check_access, describe, resolve_commit
 from bigpipe.bigmodel.remote import describe_repository
 from bigpipe.bigmodel.selection import check_index, detect, select
-from bigpipe.bigmodel.snapshot import fetch, missing_bytes
+from bigpipe.bigmodel.snapshot import Fetched, fetch, missing_bytes
 from bigpipe.bigmodel.synthetic import plan_synthetic, synthetic_description, write_synthetic
 from bigpipe.bigmodel.writer import planned_bytes
 from bigpipe.orchestrator.stage import (
+    BigpipeError,
     CheckContext,
     DoesNotFit,
     Forecast,
@@ -255,8 +257,7 @@ def run(params: DownloadParams, ctx: StageContext) -> StageResult:
     for name in files:
         if name.endswith(".index.json"):
             check_index(files, name, json.loads((ctx.out / name).read_bytes()))
-    if (content := _class_file(params)) is not None:
-        files[ARCHITECTURE_FILE] = _write(ctx.out / ARCHITECTURE_FILE, content)
+    files |= _write_class(params, ctx.out)
     size = sum(size for _, size in files.values())
     return StageResult(DownloadMetrics(bytes=size, files=len(files), fetched_bytes=fetched, commit=commit), files)
 
@@ -272,14 +273,51 @@ def _from_hub(params: DownloadParams, ctx: StageContext) -> tuple[str, int, File
     def report(done: int, total: int, task: str) -> None:
         ctx.progress(done, total, task=task)
 
-    snapshot = fetch(repository, chosen, hub=hub, memo=ctx.memo, report=report)
-    for name, file in snapshot.files.items():
-        link = ctx.out / name
+    weights = may_pass(file.path for file in chosen) if ctx.outlet else []
+    snapshot = fetch(
+        repository, [file for file in chosen if file.path not in weights], hub=hub, memo=ctx.memo, report=report
+    )
+    files, fetched = _link_all(snapshot.files, ctx.out), snapshot.fetched_bytes
+    if weights:
+        coming = [file for file in chosen if file.path in weights]
+        _announce(params, weights, lambda: repository_heads(repository, coming, hub), ctx)
+
+        def arrived(name: str, file: Fetched) -> None:
+            files.update(_link_all({name: file}, ctx.out))
+            if ctx.outlet is not None:
+                ctx.outlet.finished(name, file.sha256, file.size)
+
+        snapshot = fetch(repository, coming, hub=hub, memo=ctx.memo, report=report, arrived=arrived)
+        fetched += snapshot.fetched_bytes
+    return repository.commit, fetched, {file.path: files[file.path] for file in chosen}
+
+
+def _link_all(found: Mapping[str, Fetched], out: Path) -> Files:
+    for name, file in found.items():
+        link = out / name
         link.parent.mkdir(parents=True, exist_ok=True)
         link.unlink(missing_ok=True)
         link.symlink_to(file.path)
-    files = {name: (file.sha256, file.size) for name, file in snapshot.files.items()}
-    return repository.commit, snapshot.fetched_bytes, files
+    return {name: (file.sha256, file.size) for name, file in found.items()}
+
+
+def _announce(
+    params: DownloadParams,
+    weights: Sequence[str],
+    heads: Callable[[], Mapping[str, tuple[bytes, int]]],
+    ctx: StageContext,
+) -> None:
+    """Tells who waits for these files what is coming.
+
+    Where that cannot be known beforehand nobody is told anything: consumers then start when all is here.
+    """
+    if ctx.outlet is None or not are_the_model(weights, ctx.out):
+        return
+    _write_class(params, ctx.out)
+    try:
+        ctx.outlet.announce(heads())
+    except BigpipeError as error:
+        ctx.log(f"what follows starts when all files are here: {error.cause}")
 
 
 def _from_directory(params: DownloadParams, folder: Path, ctx: StageContext) -> Files:
@@ -291,11 +329,21 @@ def _from_directory(params: DownloadParams, folder: Path, ctx: StageContext) -> 
         done += size
         ctx.progress(done, total, task="copy")
 
-    return {name: copy_file(folder / name, ctx.out / name, progress=progress) for name in names}
+    weights = may_pass(names) if ctx.outlet else []
+    files = {name: copy_file(folder / name, ctx.out / name, progress=progress) for name in names if name not in weights}
+    _announce(params, weights, lambda: directory_heads(folder, weights), ctx)
+    for name in weights:
+        if ctx.outlet is not None:
+            ctx.outlet.begin(name)
+        files[name] = copy_file(folder / name, ctx.out / name, progress=progress)
+        if ctx.outlet is not None:
+            ctx.outlet.finished(name, *files[name])
+    return {name: files[name] for name in names}
 
 
 def _synthesize(params: DownloadParams, synthetic: Synthetic, ctx: StageContext) -> Files:
     config, architecture = _read_synthetic(params, synthetic, ctx)
+    _write_class(params, ctx.out)
     saved = write_synthetic(
         config,
         architecture,
@@ -306,8 +354,14 @@ def _synthesize(params: DownloadParams, synthetic: Synthetic, ctx: StageContext)
         max_shard_size=synthetic.max_shard_size,
         progress=lambda done, total: ctx.progress(done, total, task="write"),
         journal=ctx.scratch / "shards.jsonl",
+        delivery=ctx.outlet,
     )
     return dict(saved.files)
+
+
+def _write_class(params: DownloadParams, out: Path) -> Files:
+    content = _class_file(params)
+    return {} if content is None else {ARCHITECTURE_FILE: _write(out / ARCHITECTURE_FILE, content)}
 
 
 def _write(path: Path, content: bytes) -> tuple[str, int]:

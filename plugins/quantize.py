@@ -122,6 +122,7 @@ STAGE = Stage(
     forecast=late("bigpipe.plugins.quantizing:forecast"),
     check=late("bigpipe.plugins.quantizing:check"),
     facts=facts,
+    follows="model",
     packages=("transformers",),
     title="Quantize a checkpoint to bitsandbytes' int8, nf4 or fp4, streaming and without torch",
 )

@@ -6,8 +6,8 @@ from dataclasses import replace
 from typing import Any
 
 from bigpipe.bigmodel.architecture import Architecture
-from bigpipe.bigmodel.checkpoint import open_checkpoint
-from bigpipe.bigmodel.description import ModelDescription, describe_checkpoint
+from bigpipe.bigmodel.checkpoint import open_arriving, open_checkpoint
+from bigpipe.bigmodel.description import ModelDescription, describe_checkpoint, describe_opened
 from bigpipe.bigmodel.quantization import Outline, Settings, quantize_described, refuse_quantized, understand
 from bigpipe.bigmodel.sidefiles import config_with_dtype
 from bigpipe.orchestrator.stage import CheckContext, Forecast, ForecastContext, Machine, StageContext, StageResult
@@ -95,10 +95,10 @@ def _described(
 
 def run(params: QuantizeParams, context: StageContext) -> StageResult:
     """Files finished by an earlier attempt, or by another run with the same settings for these modules, are kept."""
-    directory = context.input("model")
+    checkpoint = open_arriving(context.inlet) if context.inlet else open_checkpoint(context.input("model"))
     result = quantize_described(
-        describe_checkpoint(directory),
-        open_checkpoint(directory),
+        describe_opened(checkpoint),
+        checkpoint,
         context.out,
         replace(_settings(params, context.machine), device=_device(params, context)),
         modules=context.trust.modules,

@@ -32,5 +32,7 @@ STAGE = Stage(
     run=late("bigpipe.plugins.sharding:run"),
     forecast=late("bigpipe.plugins.sharding:forecast"),
     check=late("bigpipe.plugins.sharding:check"),
+    streams=True,
+    follows="model",
     title="Split, convert or cast a checkpoint, streaming and without torch",
 )

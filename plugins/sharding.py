@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-from bigpipe.bigmodel.checkpoint import open_checkpoint
+from bigpipe.bigmodel.checkpoint import open_arriving, open_checkpoint
 from bigpipe.bigmodel.description import ModelDescription, describe_checkpoint
 from bigpipe.bigmodel.plans import ShardPlan
 from bigpipe.bigmodel.sidefiles import carry_side_files, config_with_dtype
@@ -79,7 +79,9 @@ def _config(params: ShardParams, config: Mapping[str, Any] | None) -> Mapping[st
 
 def run(params: ShardParams, context: StageContext) -> StageResult:
     """Writes the weights anew and refers to the input's side files; whole shards of an earlier attempt are kept."""
-    checkpoint = open_checkpoint(context.input("model"))
+    checkpoint = open_arriving(context.inlet) if context.inlet else open_checkpoint(context.input("model"))
+    config = _config(params, checkpoint.config) if params.dtype else None
+    carried = carry_side_files(checkpoint, context.out, config=config, link=True)
     saved = convert(
         checkpoint,
         context.out,
@@ -88,7 +90,6 @@ def run(params: ShardParams, context: StageContext) -> StageResult:
         format=params.format,
         progress=lambda done, total: context.progress(done, total, "B", "weights"),
         journal=context.scratch / "shards.jsonl",
+        delivery=context.outlet,
     )
-    config = _config(params, checkpoint.config) if params.dtype else None
-    carried = carry_side_files(checkpoint, context.out, config=config, link=True)
     return StageResult(ShardMetrics(shards=saved.shards, bytes=saved.bytes), {**saved.files, **carried})

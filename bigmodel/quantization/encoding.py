@@ -159,8 +159,13 @@ class WeightEncoder:
 
     def _source(self, file: Path) -> FileSource:
         if file not in self._sources:
-            self._sources[file] = FileSource(file)
+            self._sources[file] = self.checkpoint.open(file)
         return self._sources[file]
+
+    def close(self, file: Path) -> None:
+        """Lets go of a file that is not read any more."""
+        if (source := self._sources.pop(file, None)) is not None:
+            source.close()
 
     def __enter__(self) -> Self:
         return self

@@ -64,15 +64,9 @@ class Shelf:
         return self.folder / f"{key}.json"
 
 
-def shelf_key(source: Path, facts: Mapping[str, Any], tensors: Sequence[Any]) -> str:
-    """Of everything the bytes of a file depend on; `source` by its real path, size and time of change.
-
-    A store's objects are named by their content and never change, so that there the path says it all.
-    """
-    real = os.path.realpath(source)
-    state = os.stat(real)
-    identity = [real, state.st_size, state.st_mtime_ns]
-    return hashlib.sha256(json.dumps([identity, facts, tensors], sort_keys=True).encode()).hexdigest()
+def shelf_key(source: Sequence[object], facts: Mapping[str, Any], tensors: Sequence[Any]) -> str:
+    """Of everything the bytes of a file depend on; `source` is what `Checkpoint.identity` says."""
+    return hashlib.sha256(json.dumps([source, facts, tensors], sort_keys=True).encode()).hexdigest()
 
 
 def _relink(target: Path, link: Path) -> None:

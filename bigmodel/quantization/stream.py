@@ -10,11 +10,12 @@ index
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from bigpipe.bigmodel.arrivals import Uses
 from bigpipe.bigmodel.bytesource import FileSource
 from bigpipe.bigmodel.checkpoint import Checkpoint
 from bigpipe.bigmodel.containers import container
@@ -87,11 +88,10 @@ class Streaming:
         self.out.mkdir(parents=True, exist_ok=True)
         remove_leftovers(self.out, "safetensors", {shard.file for shard in shards})
         shelf = Shelf(self.parts) if self.parts is not None else None
-        if shelf is not None:
-            found = {shard.file: shelf.fetch(self._key(shard), self.out / shard.file) for shard in shards}
-            self.files = {file: facts for file, facts in found.items() if facts is not None}
-        todo = [shard for shard in shards if shard.file not in self.files]
-        check_space(self.out, sum(shard.nbytes for shard in todo))
+        todo = list(shards)
+        if self.checkpoint.arrivals is None:
+            todo = [shard for shard in shards if not self._found(shard, shelf)]
+            check_space(self.out, sum(shard.nbytes for shard in todo))
         total = sum(shard.nbytes for shard in shards)
         meter = Meter(total, total - sum(shard.nbytes for shard in todo), self.progress)
         with (
@@ -99,14 +99,37 @@ class Streaming:
             WeightEncoder(self.checkpoint, self.settings, self.workers) as encoder,
             RangeReader(self.checkpoint, self.settings.dtype) as reader,
         ):
+            settled = self._releasing(shards, encoder, reader)
             for shard in todo:
-                source = ShardSource(shard.parts, encoder, reader, self.settings)
-                self._write_shard(shard, source, shelf, lanes, meter)
+                if self.checkpoint.arrivals is not None and self._found(shard, shelf):
+                    meter.skip(shard.nbytes)
+                else:
+                    source = ShardSource(shard.parts, encoder, reader, self.settings)
+                    self._write_shard(shard, source, shelf, lanes, meter)
+                settled(shard.file)
         plans = [_plan_of(self.out / shard.file) for shard in shards]
         if len(plans) > 1:
             name = index_file("safetensors")
             self.files[name] = write_file(self.out / name, encode_index(plans))
         return plans
+
+    def _found(self, shard: Shard, shelf: Shelf | None) -> bool:
+        """Is the file on the shelf? Waits for the file it is made of."""
+        found = shelf.fetch(self._key(shard), self.out / shard.file) if shelf is not None else None
+        if found is not None:
+            self.files[shard.file] = found
+        return found is not None
+
+    def _releasing(self, shards: Sequence[Shard], encoder: WeightEncoder, reader: RangeReader) -> Callable[[str], None]:
+        """What is told the name of each file that is done, so that files it was made of can go."""
+        if self.checkpoint.arrivals is None:
+            return lambda file: None
+
+        def close(file: Path) -> None:
+            encoder.close(file)
+            reader.close(file)
+
+        return Uses(self.checkpoint.arrivals, {shard.file: {shard.source} for shard in shards}, close).settled
 
     def _write_shard(self, shard: Shard, source: ShardSource, shelf: Shelf | None, lanes: Lanes, meter: Meter) -> None:
         plan = source.plan(shard.file)
@@ -135,7 +158,7 @@ class Streaming:
             [part.source, [(tensor.name, tensor.dtype, tensor.shape) for tensor in part.outputs]]
             for part in shard.parts
         ]
-        return shelf_key(shard.source, facts, tensors)
+        return shelf_key(self.checkpoint.identity(shard.source), facts, tensors)
 
 
 def _plan_of(path: Path) -> ShardPlan:

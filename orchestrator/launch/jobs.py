@@ -62,6 +62,10 @@ class Job:
     offline: bool = False
     environment: Mapping[str, str] = field(default_factory=dict)
     """The node's `env`. It reaches workers by their process environment; `job.json` holds the names alone."""
+    outlet: Path | None = None
+    """The folder of the `handover` to whoever waits for this node's files."""
+    inlet: Path | None = None
+    """The folder of the `handover` of the node whose files this one takes one by one."""
     attempt_dir: Path
 
     @property
@@ -221,6 +225,12 @@ def parse_params(stage: Stage[Any], job: Job) -> Params:
 def context(
     job: Job, reporter: Reporter, *, rank: int = 0, world_size: int = 1, rank_dir: Path | None = None
 ) -> StageContext:
+    outlet, inlet = None, None
+    if job.outlet or job.inlet:
+        from bigpipe.orchestrator.handover import Inlet, Outlet
+
+        outlet = Outlet(job.outlet, job.out) if job.outlet else None
+        inlet = Inlet(job.inlet, job.node) if job.inlet else None
     return StageContext(
         node=job.node,
         inputs={port: tuple(map(Path, paths)) for port, paths in job.inputs.items()},
@@ -241,6 +251,8 @@ def context(
         rank=rank,
         world_size=world_size,
         rank_dir=rank_dir,
+        outlet=outlet,
+        inlet=inlet,
         reporter=reporter,
     )
 

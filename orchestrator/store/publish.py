@@ -20,7 +20,7 @@ from typing import Literal
 
 from bigpipe.errors import StageFailed
 
-from .artifacts import STILL, Artifact, Entry, artifact_digest, place_tree, save_artifact
+from .artifacts import STILL, Artifact, Entry, artifact_digest, load_artifact, place_tree, save_artifact
 from .durable import (
     Damaged,
     explained,
@@ -192,6 +192,23 @@ class Publisher:
         finally:
             os.close(descriptor)
         partial.rename(target)
+
+
+def record_forgone(layout: Layout, record: KeyRecord, files: Mapping[str, tuple[str, int]]) -> KeyRecord:
+    """Records an artifact of which no bytes are kept. One of the same digest that is there stays as it is."""
+    digest = artifact_digest(files)
+    record = record.model_copy(
+        update={
+            "digest": digest,
+            "files": {name: {"sha256": sha256, "size": size} for name, (sha256, size) in files.items()},
+        }
+    )
+    with explained(layout.root), Lock(layout.locks / "objects", shared=True):
+        if load_artifact(layout, digest) is None:
+            entries = {name: Entry(sha256, (size, 0, 0, 0)) for name, (sha256, size) in files.items()}
+            save_artifact(layout, Artifact(digest, record.artifact_type or "", entries, dropped=True))
+        save_record(layout, record)
+    return record
 
 
 def _stands(target: Path, size: int) -> bool:

@@ -32,7 +32,7 @@ from .layout import Layout, default_root
 from .locks import Lock
 from .memo import StatMemo
 from .presence import Presence
-from .publish import JOURNAL, Known, Publisher
+from .publish import JOURNAL, Known, Publisher, record_forgone
 from .releasing import release, sweep
 from .roots import Root, all_roots, load_root, remember, root_path
 
@@ -59,6 +59,13 @@ class Work:
     @property
     def scratch(self) -> Path:
         return self.folder / "scratch"
+
+    def become(self, other: Work) -> None:
+        """What is here takes the place of what is there. Both must be held."""
+        with explained(self.folder):
+            for old, new in ((self.out, other.out), (self.scratch, other.scratch)):
+                remove_tree(new)
+                old.rename(new)
 
     def done(self) -> None:
         """Removes both: what was to be kept is published."""
@@ -108,6 +115,12 @@ class Store:
     @property
     def runs(self) -> Path:
         return self.layout.runs
+
+    @property
+    def keeps_others_out(self) -> bool:
+        """False where the file system keeps no locks: every process then works in folders of its own."""
+        self.enter()
+        return self._presence.locks_work
 
     def find(self, key: str) -> KeyRecord | None:
         """The record of a key. One small read; a damaged record goes to quarantine and is none."""
@@ -192,6 +205,33 @@ class Store:
         """
         self.enter()
         return self._publisher().publish(record, out, known or {})
+
+    def publish_forgone(self, record: KeyRecord, files: Mapping[str, tuple[str, int]]) -> KeyRecord:
+        """Records an artifact whose bytes were let go while it was made, as `publish` and `drop` after it would.
+
+        files: relative path → (sha256 in hex, size) of all its files.
+        """
+        self.enter()
+        record = record_forgone(self.layout, record, files)
+        self.drop(record.digest or "", record.key)
+        return record
+
+    def temporary(self) -> Path:
+        """A path that nothing stands at, on the store's file system; what is put there goes with this process."""
+        return self._presence.temporary()
+
+    def resume_work(self, key: str, work: Work) -> None:
+        """Goes on with what was done under another key, where nothing has been done under this one."""
+        folder = self.layout.working(key)
+        if not folder.is_dir() or any(os.scandir(work.out)):
+            return
+        lock, orphans = Lock(self.layout.working_lock(key)), Lock(folder / WORK_LOCK)
+        if lock.try_acquire():
+            with lock:
+                if orphans.try_acquire():
+                    with orphans, suppress(FileNotFoundError):
+                        Work(folder).become(work)
+                        remove_tree(folder)
 
     @contextmanager
     def lock(

@@ -1,9 +1,10 @@
-"""Four small stage kinds of a third party, found through a real entry point: what the engine's own tests run."""
+"""Six small stage kinds of a third party, found through a real entry point: what the engine's own tests run."""
 
 from __future__ import annotations
 
 import os
 import time
+from hashlib import sha256
 from pathlib import Path
 from typing import Annotated
 
@@ -136,6 +137,91 @@ def sleep(params: SleepParams, context: StageContext) -> StageResult:
     return StageResult(SleepMetrics(began=began, ended=time.time(), pid=os.getpid()))
 
 
+class PourParams(Params):
+    """Write `count` files of 1000 bytes, one by one, each taking `pace` seconds."""
+
+    count: int = 5
+    pace: float = 0.0
+    letter: str = "a"
+    break_at: int | None = None
+    """Fail for good before this file."""
+    tire_at: int | None = None
+    """Fail before this file, but not the second time."""
+    afterthought: bool = False
+    """Write one more file at the end, of which nobody was told."""
+
+
+class PourMetrics(Metrics):
+    began: float
+    ended: float
+
+
+def pour(params: PourParams, context: StageContext) -> StageResult:
+    mark(context)
+    began = time.time()
+    content = params.letter[0] * 1000
+    known = sha256(content.encode()).hexdigest(), len(content)
+    (context.out / "note").write_text("poured")
+    names = [f"file-{number}" for number in range(params.count)]
+    outlet = context.outlet
+    if outlet is not None:
+        outlet.announce(dict.fromkeys(names, (b"", len(content))))
+    for number, name in enumerate(names):
+        if outlet is not None:
+            outlet.begin(name)
+        time.sleep(params.pace)
+        if number == params.break_at:
+            raise StageFailed("the can is broken", "buy another can")
+        if number == params.tire_at and not (context.scratch / "tired").exists():
+            (context.scratch / "tired").touch()
+            raise Transient("the arm is tired", "try again")
+        (context.out / name).write_text(content)
+        if outlet is not None:
+            outlet.finished(name, *known)
+    if params.afterthought:
+        (context.out / "afterthought").write_text("this too")
+    return StageResult(PourMetrics(began=began, ended=time.time()))
+
+
+class SipParams(Params):
+    """Turn each file to upper case, one by one, each taking `pace` seconds."""
+
+    pace: float = 0.0
+    choke_at: str = ""
+    """Fail at this file."""
+
+
+class SipMetrics(Metrics):
+    began: float
+    most: int
+    """The most files that were there at a time."""
+    done: int
+    """Files that no earlier attempt had done."""
+
+
+def sip(params: SipParams, context: StageContext) -> StageResult:
+    mark(context)
+    began, inlet, most, done = time.time(), context.inlet, 0, 0
+    folder = inlet.folder if inlet else context.input("first")
+    Path(context.base / f"pid-{context.node}").write_text(str(os.getpid()))
+    names = sorted(inlet.heads()) if inlet else sorted(path.name for path in folder.glob("file-*"))
+    for name in names:
+        if inlet:
+            inlet.wait(name)
+        most = max(most, len(list(folder.glob("file-*"))))
+        if name == params.choke_at:
+            raise StageFailed("it went down the wrong way", "sit up")
+        if not (context.out / name).exists():
+            time.sleep(params.pace)
+            (context.out / name).write_text((folder / name).read_text().upper())
+            done += 1
+        if inlet:
+            inlet.taken(name)
+    others = sorted(path.name for path in folder.iterdir() if not path.name.startswith("file-"))
+    (context.out / "others").write_text(" ".join(others))
+    return StageResult(SipMetrics(began=began, most=most, done=done))
+
+
 WRITE = Stage(
     kind="write", version=1, params=WriteParams, metrics=WriteMetrics, inputs={"after": Port("text", optional=True)},
     output="text", run=write, forecast=write_forecast,
@@ -156,4 +242,12 @@ FLAKY = Stage(
 SLEEP = Stage(
     kind="sleep", version=1, params=SleepParams, metrics=SleepMetrics, inputs={"after": Port("text", optional=True)},
     output="text", run=sleep, forecast=lambda params, context: Forecast(),
+)  # fmt: skip
+POUR = Stage(
+    kind="pour", version=1, params=PourParams, metrics=PourMetrics, inputs={}, output="text", streams=True, run=pour,
+    forecast=lambda params, context: Forecast(),
+)  # fmt: skip
+SIP = Stage(
+    kind="sip", version=1, params=SipParams, metrics=SipMetrics, inputs={"first": Port("text")}, output="text",
+    follows="first", run=sip, forecast=lambda params, context: Forecast(),
 )  # fmt: skip
