@@ -29,7 +29,7 @@ def columns(rows: Sequence[tuple[str, ...]], gap: int = 2) -> str:
 
 
 def plan_text(plan: Plan, *, explain: bool = False) -> str:
-    rows = [(name, str(node.action), node_line(node)) for name, node in plan.nodes.items()]
+    rows = [(name, str(node.action), node_line(node, follows(plan, node))) for name, node in plan.nodes.items()]
     lines = [columns(rows), ""]
     if explain:
         lines += _explanations(plan)
@@ -54,8 +54,18 @@ def totals(plan: Plan) -> str:
     return text
 
 
-def node_line(planned: PlannedNode) -> str:
-    """One line: the reason, what it costs, its gates."""
+def follows(plan: Plan, planned: PlannedNode) -> str:
+    """The producer whose files the node can take one by one while they are made; "" where there is none."""
+    node, running = planned.node, (Action.RUN, Action.MAYBE)
+    producers = node.inputs.get(node.kind.follows, ())
+    if planned.action not in running or node.when is not None or len(producers) != 1:
+        return ""
+    producer = plan.nodes[producers[0]]
+    return producer.node.name if producer.action in running and producer.node.kind.streams else ""
+
+
+def node_line(planned: PlannedNode, follows: str = "") -> str:
+    """One line: the reason, what it costs, whose files it takes as they are made, its gates."""
     if planned.action in (Action.CACHED, Action.SKIPPED):
         return "; ".join([planned.decision.reason, *gate_lines(planned)]).strip("; ")
     parts = [planned.decision.reason]
@@ -72,6 +82,8 @@ def node_line(planned: PlannedNode) -> str:
         costs += [f"{format_size(size)} on GPU {index}" for index, size in forecast.vram.items()]
         if costs:
             parts.append(", ".join(costs))
+    if follows:
+        parts.append(f"beside {follows}, file by file")
     return "; ".join([*parts, *gate_lines(planned)])
 
 

@@ -200,8 +200,9 @@ def test_what_a_follower_did_before_a_crash_is_found_under_its_true_key(workshop
     assert leftovers(workshop) == []
 
 
-def test_progress_says_who_follows_whom(workshop):
+def test_plan_and_progress_say_who_follows_whom(workshop):
     workshop.manifest.write_text(RECIPE)
+    assert "beside pour, file by file" in workshop.command("plan", "recipe.yaml").stdout
     done = workshop.command("run", "recipe.yaml", "--json", "-p", "pour=0.3")
     assert "takes the files of pour as they are made" in done.stderr
     assert json.loads(done.stdout.splitlines()[-1])["status"] == "succeeded"
