@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any, ClassVar, Protocol
@@ -98,6 +99,19 @@ class Reporter(Protocol):
     """Whoever wants to know: a terminal, a file, a test."""
 
     def report(self, event: Event) -> None: ...
+
+
+class OneAtATime:
+    """Events come from several threads; reporters see them one at a time, the run's own record first."""
+
+    def __init__(self, *reporters: Reporter) -> None:
+        self._reporters = reporters
+        self._lock = threading.Lock()
+
+    def report(self, event: Event) -> None:
+        with self._lock:
+            for reporter in self._reporters:
+                reporter.report(event)
 
 
 EVENTS: dict[str, type[Event]] = {

@@ -26,7 +26,7 @@ from typing import TYPE_CHECKING
 from bigpipe.errors import BigpipeError, GateFailed, Interrupted
 
 from .decision import Action, Decision, decide, input_digests
-from .events import Event, NodeFinished, NodeStarted, Reporter, RunFinished, RunStarted
+from .events import NodeFinished, NodeStarted, OneAtATime, Reporter, RunFinished, RunStarted
 from .fit import needs_gpus, needs_ram
 from .plan import Plan, failed, gate_error, judge_gates, missing_producer, when_text
 from .recipe.conditions import UNKNOWN, Lookup
@@ -89,7 +89,7 @@ def run_plan(
         session=session,
         plan=plan,
         id=run_id,
-        reporter=_Serial(reporter, recorder),
+        reporter=OneAtATime(reporter, recorder),
         states={node.name: NodeState(node) for node in session.nodes},
         jobs=jobs or max(2, session.machine.cpus) if plan.to_run else 1,
         keep_going=keep_going,
@@ -107,17 +107,25 @@ def _loop(run: Run) -> None:
 
     run.streams = Streams(run.session, run.states) if run.jobs > 1 and run.session.store.keeps_others_out else None
     with ThreadPoolExecutor(max_workers=run.jobs + len(run.states), thread_name_prefix="node") as pool:
-        while True:
-            for state in _admissible(run):
-                _start(run, state, pool)
-            _follow(run, pool)
-            if not run.running:
-                break
-            done, _ = wait(run.running, timeout=LOOK, return_when=FIRST_COMPLETED)
-            for future in done:
-                _finish_node(run, run.running.pop(future), future)
-            if done:
-                _settle_ready(run)
+        try:
+            _turn(run, pool)
+        finally:
+            if run.streams is not None:
+                run.streams.cancel()  # nobody waits for files of a run that is over
+
+
+def _turn(run: Run, pool: ThreadPoolExecutor) -> None:
+    while True:
+        for state in _admissible(run):
+            _start(run, state, pool)
+        _follow(run, pool)
+        if not run.running:
+            break
+        done, _ = wait(run.running, timeout=LOOK, return_when=FIRST_COMPLETED)
+        for future in done:
+            _finish_node(run, run.running.pop(future), future)
+        if done:
+            _settle_ready(run)
 
 
 def _follow(run: Run, pool: ThreadPoolExecutor) -> None:
@@ -432,16 +440,3 @@ def _signals(run: Run) -> Iterator[None]:
     finally:
         for number, previous in before.items():
             signal.signal(number, previous)
-
-
-class _Serial:
-    """Events come from several threads; reporters see them one at a time, the run's own record first."""
-
-    def __init__(self, *reporters: Reporter) -> None:
-        self._reporters = reporters
-        self._lock = threading.Lock()
-
-    def report(self, event: Event) -> None:
-        with self._lock:
-            for reporter in self._reporters:
-                reporter.report(event)

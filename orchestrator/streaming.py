@@ -90,6 +90,8 @@ class Streams:
         state, kind = self._states[node.name], node.kind
         if state.status is not Status.PENDING or state.key is not None or node.when is not None:
             return False
+        if node.timeout is not None:  # it is meant for the work, not for waiting
+            return False
         if kind.runs_in != "process" or tuple(node.inputs.get(kind.follows, ())) != (producer,):
             return False
         others = [self._states[name] for name in node.predecessors if name != producer]
@@ -158,10 +160,11 @@ class Streams:
             remove_tree(stream.handover.folder)
 
 
-def provisional_key(session: Session, node: Node) -> str:
+def provisional_key(session: Session, node: Node, known: dict[str, str] | None = None) -> str:
     """Names the work of a follower: what its key depends on, with what makes its inputs in place of their digests."""
-    inputs = {
-        port: [provisional_key(session, session.recipe.nodes[name]) for name in names]
-        for port, names in node.inputs.items()
-    }
+    known = {} if known is None else known
+    for name in (name for names in node.inputs.values() for name in names):
+        if name not in known:
+            known[name] = provisional_key(session, session.recipe.nodes[name], known)
+    inputs = {port: [known[name] for name in names] for port, names in node.inputs.items()}
     return digest_of("provisional", [session.identity(node).partial, inputs])

@@ -58,7 +58,8 @@ def follows(plan: Plan, planned: PlannedNode) -> str:
     """The producer whose files the node can take one by one while they are made; "" where there is none."""
     node, running = planned.node, (Action.RUN, Action.MAYBE)
     producers = node.inputs.get(node.kind.follows, ())
-    if planned.action not in running or node.when is not None or len(producers) != 1:
+    waits = node.when is not None or node.timeout is not None
+    if planned.action not in running or waits or len(producers) != 1:
         return ""
     producer = plan.nodes[producers[0]]
     return producer.node.name if producer.action in running and producer.node.kind.streams else ""

@@ -1,0 +1,122 @@
+"""Checkpoints that are read while they are being written."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import threading
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from safetensors.numpy import save_file
+
+from bigpipe.bigmodel.checkpoint import open_arriving, open_checkpoint
+from bigpipe.bigmodel.heads import are_the_model, directory_heads, may_pass
+from bigpipe.bigmodel.writer import convert, save_checkpoint
+from bigpipe.errors import InvalidCheckpoint
+from bigpipe.orchestrator.handover import Inlet, Outlet
+
+TENSORS = {f"layer.{i}.weight": np.random.default_rng(i).random((50, 40), np.float32) for i in range(6)}
+
+
+@pytest.fixture
+def source(tmp_path: Path) -> Path:
+    """Three files of two tensors each."""
+    save_file(TENSORS, tmp_path / "one.safetensors")
+    save_checkpoint(tmp_path / "one.safetensors", tmp_path / "source", max_shard_size=16_500)
+    (tmp_path / "source" / "config.json").write_text('{"model_type": "opt"}')
+    return tmp_path / "source"
+
+
+def ends(tmp_path: Path) -> tuple[Outlet, Inlet]:
+    for name in ("handover/files", "out"):
+        (tmp_path / name).mkdir(parents=True)
+    return Outlet(tmp_path / "handover", tmp_path / "out"), Inlet(tmp_path / "handover", "reader")
+
+
+def deliver(outlet: Outlet, source: Path, name: str, content: bytes | None = None) -> None:
+    content = (source / name).read_bytes() if content is None else content
+    (outlet.out / name).write_bytes(content)
+    outlet.finished(name, hashlib.sha256(content).hexdigest(), len(content))
+
+
+def test_reading_waits_for_the_file_it_needs(tmp_path: Path, source: Path) -> None:
+    outlet, inlet = ends(tmp_path)
+    weights = may_pass(path.name for path in source.iterdir())
+    (outlet.out / "config.json").write_bytes((source / "config.json").read_bytes())
+    outlet.announce(directory_heads(source, weights))
+    arriving = open_arriving(inlet)
+    assert arriving.tensors.keys() == TENSORS.keys()
+    assert arriving.config == {"model_type": "opt"}
+
+    read: dict[str, bytes] = {}
+    thread = threading.Thread(target=lambda: read.update({name: arriving.read(name) for name in TENSORS}))
+    thread.start()
+    for name in weights:
+        time.sleep(0.05)
+        assert thread.is_alive()
+        deliver(outlet, source, name)
+    thread.join(10)
+    assert read == {name: tensor.tobytes() for name, tensor in TENSORS.items()}
+
+
+def test_other_bytes_than_announced_are_refused(tmp_path: Path, source: Path) -> None:
+    outlet, inlet = ends(tmp_path)
+    [first, *_] = weights = may_pass(path.name for path in source.iterdir())
+    outlet.announce(directory_heads(source, weights))
+    save_file({"layer.9.weight": TENSORS["layer.0.weight"]}, tmp_path / "other.safetensors")
+    deliver(outlet, source, first, (tmp_path / "other.safetensors").read_bytes())
+    with pytest.raises(InvalidCheckpoint, match="another header than was announced"):
+        open_arriving(inlet).read("layer.0.weight")
+
+
+def test_a_file_is_taken_once_all_that_is_made_of_it_is_written(tmp_path: Path, source: Path) -> None:
+    """Resharded to files that hold three tensors: the second source file is needed by both."""
+    outlet, inlet = ends(tmp_path)
+    weights = may_pass(path.name for path in source.iterdir())
+    outlet.announce(directory_heads(source, weights))
+    for name in weights[:2]:
+        deliver(outlet, source, name)
+    thread = threading.Thread(
+        target=convert, args=(open_arriving(inlet), tmp_path / "made"), kwargs={"max_shard_size": 24_500}
+    )
+    thread.start()
+    taken = tmp_path / "handover" / "taken" / "reader"
+    deadline = time.monotonic() + 10
+    while not taken.exists() and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert [path.name for path in taken.iterdir()] == weights[:1]
+    deliver(outlet, source, weights[2])
+    thread.join(10)
+    assert {path.name for path in taken.iterdir()} == set(weights)
+    save_checkpoint(source, tmp_path / "expected", max_shard_size=24_500)
+    for file in open_checkpoint(tmp_path / "expected").files:
+        assert (tmp_path / "made" / file.name).read_bytes() == file.read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("names", "indexed", "whole"),
+    [
+        (["model.safetensors"], None, True),
+        (["other.safetensors"], None, False),
+        (["model.safetensors", "extra.safetensors"], None, False),
+        (["a.safetensors", "b.safetensors"], ["a.safetensors", "b.safetensors"], True),
+        (["a.safetensors", "b.safetensors"], ["a.safetensors"], False),
+        (["a.safetensors", "model.safetensors"], ["a.safetensors", "model.safetensors"], False),
+        ([], None, False),
+    ],
+)
+def test_only_what_would_be_opened_is_passed_on(
+    tmp_path: Path, names: list[str], indexed: list[str] | None, whole: bool
+) -> None:
+    if indexed is not None:
+        index = {"weight_map": {f"tensor{number}": name for number, name in enumerate(indexed)}}
+        (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
+    assert are_the_model(names, tmp_path) is whole
+
+
+def test_files_of_other_formats_are_not_passed_on() -> None:
+    assert may_pass(["model.safetensors", "pytorch_model.bin", "config.json"]) == []
+    assert may_pass(["unet/model.safetensors", "model_index.json"]) == []
