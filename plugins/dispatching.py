@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import time
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, replace
@@ -23,6 +24,8 @@ from bigpipe.bigmodel.naming import set_quantized_apart
 from bigpipe.bigmodel.offload import INDIVISIBLE
 from bigpipe.bigmodel.placement import Device, Placement, place
 from bigpipe.bigmodel.placement.budget import devices_of
+from bigpipe.bigmodel.placement.measuring import measured_speeds
+from bigpipe.bigmodel.placement.speeds import Speeds
 from bigpipe.bigmodel.tensors import tensor_nbytes
 from bigpipe.orchestrator.stage import (
     DoesNotFit,
@@ -84,6 +87,7 @@ def compute(
         special_dtypes=params.special_dtypes,
         tensor_bytes=stored_bytes(model, architecture, plain=params.dtype is None, skip=params.special_dtypes),
         headroom=headroom if params.max_memory is None else {},
+        speeds=_speeds(machine, memo) if params.device_map == "optimal" else None,
     )
     return Placed(
         placement=replace(placement, dtype=params.dtype),
@@ -93,6 +97,13 @@ def compute(
         headroom=headroom,
         largest_streamed=max(placement.streaming.values(), default=0),
     )
+
+
+def _speeds(machine: Machine, memo: Path) -> Speeds | None:
+    """Of this machine as measured once; of another one that a plan is made for, nothing is known."""
+    if machine.name != os.uname().nodename:
+        return None
+    return measured_speeds(memo, gpus=[gpu.name for gpu in machine.gpus])
 
 
 def _caps(params: DispatchParams, machine: Machine) -> dict[int | str, int | str] | None:

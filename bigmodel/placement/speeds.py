@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from bigpipe.sizes import format_transfer
+
 
 @dataclass(frozen=True, slots=True)
 class Speeds:
@@ -32,3 +34,7 @@ class Speeds:
         if runner != "cpu":
             path = min(path, self.link)
         return max(nbytes / path, self.resident(runner, nbytes))
+
+    def describe(self) -> str:
+        named = {"GPU memory": self.gpu, "link": self.link, "RAM": self.ram, "disk": self.disk}
+        return ", ".join(f"{name} {format_transfer(speed)}/s" for name, speed in named.items())

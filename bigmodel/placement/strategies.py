@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 
 from bigpipe.bigmodel.architecture import Architecture
@@ -55,11 +56,14 @@ def place(
         strategy = "custom"
     elif device_map == "optimal":
         budget = read_budget(max_memory, headroom)
-        solution = solve(tree, budget, speeds or Speeds())
+        speeds = speeds or Speeds()
+        solution = solve(tree, budget, speeds)
         if solution is None:
             raise _too_big(tree, budget)
         devices = _simplified(tree, _with_weightless(tree, solution.devices))
-        return _placement(tree, budget, devices, device_map, dtype, solution.seconds)
+        placed = _placement(tree, budget, devices, device_map, dtype, solution.seconds)
+        predicted = f"Predicted {solution.seconds:.3g} s per token, at {speeds.describe()}."
+        return replace(placed, explanation=(*placed.explanation, predicted))
     elif device_map in MODES:
         budget = read_budget(max_memory, headroom)
         devices = _simplified(tree, _choose(tree, budget, device_map).devices)

@@ -1,0 +1,147 @@
+"""How fast bytes move on this machine: measured once, remembered, and guessed where nothing can be measured.
+
+RAM and disk are measured in the calling process in a fraction of a second; GPUs in a child process, since only torch
+reaches them. Speeds decide between placements by their ratios, so one rough measurement will do.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from dataclasses import asdict, replace
+from functools import partial
+from pathlib import Path
+
+import bigpipe
+from bigpipe.bigmodel.memo import recall, remember
+
+from .speeds import Speeds
+
+BLOCK = 64 * 2**20
+"""Bytes moved at a time: more than caches hold."""
+ROUNDS = 3
+"""The fastest one counts: what else runs can only slow a round down."""
+CHILD_SECONDS = 120
+ANSWER_VERSION = 1
+
+
+def measured_speeds(memo: Path, *, gpus: Sequence[str] = ()) -> Speeds:
+    """The speeds of this machine with these GPUs (their names); what is in `memo` is not measured again."""
+    file = memo / "speeds" / f"{os.uname().nodename}.json"
+    known = recall(file)
+    key = [ANSWER_VERSION, list(gpus)]
+    if isinstance(known, dict) and known.get("key") == key:
+        with suppress(TypeError, KeyError):
+            return Speeds(**known["speeds"])
+    speeds = measure(memo, with_gpus=bool(gpus))
+    remember(file, {"key": key, "speeds": asdict(speeds)})
+    return speeds
+
+
+def measure(folder: Path, *, with_gpus: bool) -> Speeds:
+    """All that can be measured; defaults for the rest. `folder` lies on the disk that counts."""
+    speeds = Speeds(ram=memory_speed())
+    with suppress(OSError):
+        folder.mkdir(parents=True, exist_ok=True)
+        speeds = replace(speeds, disk=disk_speed(folder))
+    if with_gpus:
+        speeds = replace(speeds, **_ask_gpus())
+    return speeds
+
+
+def _fastest(move: Callable[[], object], nbytes: int) -> float:
+    """Bytes per second."""
+    seconds = []
+    for _ in range(ROUNDS):
+        started = time.perf_counter()
+        move()
+        seconds.append(time.perf_counter() - started)
+    return nbytes / max(min(seconds), 1e-9)
+
+
+def memory_speed() -> float:
+    """What all cores together move: bytes read and bytes written, as copies do both."""
+    cores = max(1, min(len(os.sched_getaffinity(0)), 8))
+    share = BLOCK // cores
+    buffers = [(ctypes.create_string_buffer(share), ctypes.create_string_buffer(share)) for _ in range(cores)]
+    with ThreadPoolExecutor(cores) as pool:
+
+        def copy() -> None:  # memmove lets go of the interpreter's lock
+            list(pool.map(lambda pair: ctypes.memmove(pair[0], pair[1], share), buffers))
+
+        copy()  # touches every page
+        return _fastest(copy, 2 * share * cores)
+
+
+def disk_speed(folder: Path) -> float:
+    """Reading a file that the page cache was told to forget. Raises OSError where there is no room for one."""
+    with tempfile.NamedTemporaryFile(dir=folder, prefix=".speed-") as file:
+        file.write(os.urandom(2**20) * (BLOCK // 2**20))
+        file.flush()
+        os.fsync(file.fileno())
+        buffer = bytearray(8 * 2**20)
+
+        def read() -> None:
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+            for start in range(0, BLOCK, len(buffer)):
+                os.preadv(file.fileno(), [buffer], start)
+
+        return _fastest(read, BLOCK)
+
+
+def _ask_gpus() -> dict[str, float]:
+    """Of `gpu`, `link` and `hop` what a child with torch can measure; nothing where it fails."""
+    package = Path(bigpipe.__file__).parent.parent
+    with suppress(OSError, ValueError, subprocess.SubprocessError):
+        path = os.pathsep.join(filter(None, [str(package), os.environ.get("PYTHONPATH", "")]))
+        child = subprocess.run(
+            [sys.executable, "-P", "-m", __name__], env={**os.environ, "PYTHONPATH": path}, capture_output=True,
+            stdin=subprocess.DEVNULL, timeout=CHILD_SECONDS, check=True,
+        )  # fmt: skip
+        answer = json.loads(child.stdout.splitlines()[-1])
+        return {name: float(answer[name]) for name in ("gpu", "link", "hop") if name in answer}
+    return {}
+
+
+def measure_gpus() -> dict[str, float]:
+    """In a process that may import torch: the slowest GPU's memory, its link to pinned RAM, and a hop between two."""
+    import torch
+
+    if not torch.cuda.is_available():
+        return {}
+    size = 4 * BLOCK
+    pinned = torch.empty(size, dtype=torch.uint8, pin_memory=True)
+    memory, link = [], []
+    for number in range(torch.cuda.device_count()):
+        here = torch.empty(size, dtype=torch.uint8, device=f"cuda:{number}")
+        there = torch.empty_like(here)
+        memory.append(_timed(partial(there.copy_, here), number, 2 * size))
+        link.append(_timed(partial(here.copy_, pinned, non_blocking=True), number, size))
+    found = {"gpu": min(memory), "link": min(link)}
+    if torch.cuda.device_count() > 1:
+        small = torch.empty(16384, dtype=torch.uint8, device="cuda:0")
+        found["hop"] = 1 / _timed(partial(small.to, "cuda:1"), 1, 1)
+    return found
+
+
+def _timed(move: Callable[[], object], number: int, nbytes: int) -> float:
+    import torch
+
+    def finish() -> None:
+        move()
+        torch.cuda.synchronize(number)
+
+    finish()
+    return _fastest(finish, nbytes)
+
+
+if __name__ == "__main__":
+    print(json.dumps(measure_gpus()))  # noqa: T201 the answer to the parent

@@ -1,0 +1,47 @@
+"""Bandwidths: measured once, remembered, plausible, and guessed where there is nothing to measure."""
+
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+
+from bigpipe.bigmodel.placement.measuring import measure, measured_speeds
+from bigpipe.bigmodel.placement.speeds import Speeds
+
+
+def test_measured_once_and_remembered(tmp_path: Path) -> None:
+    started = time.perf_counter()
+    first = measured_speeds(tmp_path)
+    assert time.perf_counter() - started < 15
+    assert 1e8 < first.ram < 1e13
+    assert 1e6 < first.disk < 1e12
+    [file] = (tmp_path / "speeds").iterdir()
+    assert not [left for left in tmp_path.iterdir() if left.is_file()]
+    known = json.loads(file.read_text())
+    file.write_text(json.dumps({**known, "speeds": {**known["speeds"], "ram": 123.0}}))
+    assert measured_speeds(tmp_path).ram == 123.0
+
+
+def test_another_gpu_is_measured_anew(tmp_path: Path) -> None:
+    measured_speeds(tmp_path)
+    [file] = (tmp_path / "speeds").iterdir()
+    file.write_text(file.read_text().replace('"key": [1, []]', '"key": [1, ["a GPU that is gone"]]'))
+    measured_speeds(tmp_path)
+    assert '"key": [1, []]' in file.read_text()
+
+
+def test_a_damaged_memory_is_measured_anew(tmp_path: Path) -> None:
+    (tmp_path / "speeds").mkdir()
+    measured_speeds(tmp_path)
+    [file] = (tmp_path / "speeds").iterdir()
+    for content in ("{", json.dumps({"key": [1, []], "speeds": {"warp": 9}})):
+        file.write_text(content)
+        assert measured_speeds(tmp_path).ram > 1e8
+        assert json.loads(file.read_text())["speeds"].keys() == {"gpu", "link", "ram", "disk", "hop"}
+
+
+def test_what_cannot_be_measured_keeps_its_default(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("no folder")
+    assert measure(tmp_path / "file" / "in it", with_gpus=False).disk == Speeds().disk
+    assert measure(tmp_path, with_gpus=False).gpu == Speeds().gpu
