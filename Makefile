@@ -28,8 +28,8 @@ format: $(VENV)/.ready-dev
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
-bench: $(VENV)/.ready-dev  ## every benchmark, both sides, as tables
-	$(BIN)/python benchmarks/run.py
+bench: $(VENV)/.ready-dev  ## every benchmark, both sides, as tables; BENCH="--size 7B --only reshard" for less or more
+	$(BIN)/python benchmarks/run.py $(BENCH)
 
 reference: $(VENV)/.ready-dev  ## regenerate what is generated: the kinds' reference and the JSON schema
 	$(BIN)/bigpipe kinds --markdown > docs/reference/kinds.md

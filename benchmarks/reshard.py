@@ -64,6 +64,9 @@ def make_source(folder: Path, size: str, source: str) -> None:
     config = {
         "model_type": "opt", "architectures": ["OPTForCausalLM"], "hidden_size": hidden, "ffn_dim": feed_forward,
         "num_hidden_layers": layers, "num_attention_heads": heads, "word_embed_proj_dim": hidden,
+        "vocab_size": 50272, "max_position_embeddings": 2048, "do_layer_norm_before": True, "dtype": "float16",
+        "tie_word_embeddings": True, "activation_function": "relu", "dropout": 0.1, "attention_dropout": 0.0,
+        "bos_token_id": 2, "eos_token_id": 2, "pad_token_id": 1, "layerdrop": 0.0, "init_std": 0.02,
     }  # fmt: skip
     write_synthetic(config, describe_architecture(config), folder, format=source)
 
