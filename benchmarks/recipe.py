@@ -104,7 +104,9 @@ def timed(folder: Path, environment: dict[str, str], command: list[str]) -> tupl
         shutil.rmtree(folder / name, ignore_errors=True)
     (folder / "out").mkdir()
     subprocess.run(["sync"], check=True)
-    return whole_process(command, env=environment, cwd=folder)
+    seconds, memory = whole_process(command, env=environment, cwd=folder)
+    print(f"{seconds:.1f} s: {command[-1]}", file=sys.stderr, flush=True)
+    return seconds, memory
 
 
 def measure(folder: Path, arguments: argparse.Namespace) -> dict[str, object]:
