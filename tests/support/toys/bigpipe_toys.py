@@ -138,7 +138,7 @@ def sleep(params: SleepParams, context: StageContext) -> StageResult:
 
 
 class PourParams(Params):
-    """Write `count` files of 1000 bytes, one by one, each taking `pace` seconds."""
+    """Write `count` files of 1000 bytes, each taking `pace` seconds; if somebody is to follow, once they do."""
 
     count: int = 5
     pace: float = 0.0
@@ -166,6 +166,9 @@ def pour(params: PourParams, context: StageContext) -> StageResult:
     outlet = context.outlet
     if outlet is not None:
         outlet.announce(dict.fromkeys(names, (b"", len(content))))
+        deadline = time.monotonic() + 20
+        while not list(outlet.handover.folder.glob("wanted/*")) and time.monotonic() < deadline:
+            time.sleep(0.01)
     for number, name in enumerate(names):
         if outlet is not None:
             outlet.begin(name)
