@@ -59,6 +59,8 @@ class Shape:
     head_dim: int
     last_logits: bool
     """Logits are computed for the last token only, as decoders do while generating."""
+    capped_logits: bool
+    """Logits are squashed by a tanh, which takes a second copy."""
     state: int
     """Width of a state-space model's state; 0: an attention model."""
     known: bool
@@ -90,6 +92,7 @@ def shape_of(architecture: Architecture) -> Shape:
         activation=_activation(config),
         head_dim=_number(config, "head_dim", "d_kv") or (hidden // heads if heads else 0),
         last_logits=architecture.generates and not encoder_decoder,
+        capped_logits=bool(config.get("final_logit_softcapping")),
         state=_number(config, "state_size", "mamba_d_state", "ssm_state_size"),
         known=config.get("model_type") in COUNTED and architecture.library == "transformers",
     )
@@ -129,9 +132,20 @@ class Activations:
 
 
 def prefill(
-    shape: Shape, batch_size: int, length: int, itemsize: int, *, image: tuple[int, int] | None = None
+    shape: Shape,
+    batch_size: int,
+    length: int,
+    itemsize: int,
+    *,
+    image: tuple[int, int] | None = None,
+    all_logits: bool = False,
+    headless: bool = False,
 ) -> Activations:
-    """The peak while a prompt of `length` tokens is read. image: (pixels per side, patch size or 0)."""
+    """The peak while a prompt of `length` tokens is read.
+
+    image: (pixels per side, patch size or 0). all_logits: a decoder's plain forward gives those of every token, where
+    `generate` asks for the last one's. headless: no logits at all, as in an encoder.
+    """
     if image is not None:
         side, patch = image
         if not patch or not shape.heads:  # a convolutional net: its first, largest feature maps
@@ -141,14 +155,14 @@ def prefill(
     phases = {
         "feed-forward": feed_forward_elements(shape, batch_size, length) * tokens * itemsize,
         "attention": _scores(shape, batch_size, length, itemsize),
-        "logits": _logits(shape, batch_size, length, itemsize),
+        "logits": 0 if headless else _logits(shape, batch_size, length, itemsize, all_logits),
         "state": _state(shape, tokens, itemsize),
     }
     phase = max(phases, key=lambda name: phases[name])
     formulas = {
         "feed-forward": feed_forward_formula(shape),
         "attention": _scores_formula(shape, itemsize),
-        "logits": "b·vocab·(bytes+4)" if shape.last_logits else "b·s·(vocab+2h)·bytes",
+        "logits": _logits_formula(shape, all_logits),
         "state": "b·s·inner·(12·state+26)",
     }
     return Activations(phases[phase], phase, formulas[phase], shape.known and not shape.state)
@@ -199,10 +213,20 @@ def _scores_formula(shape: Shape, itemsize: int) -> str:
     return f"b·heads·s²·{per_score} + b·s·({widths}h{expanded})·bytes + mask"
 
 
-def _logits(shape: Shape, batch_size: int, length: int, itemsize: int) -> int:
-    if shape.last_logits:
+def _logits(shape: Shape, batch_size: int, length: int, itemsize: int, all_logits: bool) -> int:
+    if not shape.vocabulary:
+        return 0
+    if shape.last_logits and not all_logits:
         return batch_size * shape.vocabulary * (itemsize + 4)
-    return batch_size * length * (shape.vocabulary + 2 * shape.hidden) * itemsize if shape.vocabulary else 0
+    copies, widths = 2 if shape.capped_logits else 1, 1 if shape.last_logits else 2
+    return batch_size * length * (copies * shape.vocabulary + widths * shape.hidden) * itemsize
+
+
+def _logits_formula(shape: Shape, all_logits: bool) -> str:
+    if shape.last_logits:
+        copies = "2·" if shape.capped_logits else ""
+        return f"b·s·({copies}vocab+h)·bytes" if all_logits else "b·vocab·(bytes+4)"
+    return "b·s·(vocab+2h)·bytes"
 
 
 def _state(shape: Shape, tokens: int, itemsize: int) -> int:

@@ -12,6 +12,7 @@ from . import activations
 from .activations import Shape
 from .architecture import Architecture
 from .bitsandbytes_format import converted_modules, matrix_shape
+from .cpu_peak import beside_weights
 from .footprint import SCHEMES, Weights, compute_bytes, weigh
 from .kvcache import NOTHING, Cache, kv_cache, text_config
 from .outline import LIBRARY as OUTLINE
@@ -46,6 +47,10 @@ class Workload:
     lora_targets: tuple[str, ...] = ()
     """Ends of the names of the modules that get adapters; none: every linear module but the head."""
     gradient_checkpointing: bool = False
+    all_logits: bool = False
+    """A plain forward, whose logits are those of every token; else a generation, which asks for the last one's."""
+    output_length: int | None = None
+    """Tokens that an encoder-decoder makes; None: as many as it reads."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,6 +87,8 @@ class Budget:
     kv_cache: Term
     activations: Term
     runtime: Term
+    cpu: Term
+    """The peak of anonymous memory on a CPU, weights included, above what the process holds without a model."""
     training: Mapping[str, Term | None] = field(default_factory=dict)
     """By optimizer; None where the dtype cannot be trained so."""
 
@@ -116,7 +123,7 @@ class Budget:
 
     def terms(self) -> dict[str, Term]:
         """By name; training as `training.adamw`, where the dtype can be trained so."""
-        names = ("weights", "buffers", "kv_cache", "activations", "runtime")
+        names = ("weights", "buffers", "kv_cache", "activations", "runtime", "cpu")
         trained = {f"training.{name}": term for name, term in self.training.items() if term}
         return {**{name: getattr(self, name) for name in names}, **trained}
 
@@ -132,7 +139,9 @@ def budget(architecture: Architecture, dtype: str, workload: Workload) -> Budget
     shape = kept.get("shape") or kept.setdefault("shape", activations.shape_of(architecture))
     length = capped_length(architecture, workload.sequence_length)
     itemsize = compute_bytes(dtype)
-    cache = kv_cache(architecture.config, workload.batch_size, length, itemsize) if architecture.generates else NOTHING
+    cache = NOTHING
+    if architecture.generates:
+        cache = kv_cache(architecture.config, workload.batch_size, length, itemsize, workload.output_length)
     return Budget(
         dtype=dtype,
         parameters=weights.parameters,
@@ -142,8 +151,9 @@ def budget(architecture: Architecture, dtype: str, workload: Workload) -> Budget
         weights=_weights(architecture, weights),
         buffers=Term.exact(weights.buffers, "Σ buffers, saved or not"),
         kv_cache=_cache(cache, workload.batch_size, length, itemsize),
-        activations=_activations(architecture, weights, shape, cache, workload.batch_size, length),
+        activations=_activations(architecture, weights, shape, cache, workload, length),
         runtime=_runtime(architecture),
+        cpu=_cpu(architecture, weights, shape, workload, length),
         training=_training(architecture, weights, shape, workload, length),
     )
 
@@ -151,6 +161,8 @@ def budget(architecture: Architecture, dtype: str, workload: Workload) -> Budget
 def capped_length(architecture: Architecture, length: int) -> int:
     """The tokens of a sequence, at most what the model's positions allow."""
     text = text_config(architecture.config)
+    if text.get("relative_attention_num_buckets") and "d_kv" in text:
+        return length  # T5's distances know no last position, whatever its config says
     limits = [text.get(name) for name in ("max_position_embeddings", "n_positions", "max_target_positions")]
     known = [limit for limit in limits if isinstance(limit, int) and limit > 0]
     return min([length, *known])
@@ -171,15 +183,17 @@ def _cache(cache: Cache, batch_size: int, length: int, itemsize: int) -> Term:
 
 
 def _activations(
-    architecture: Architecture, weights: Weights, shape: Shape, cache: Cache, batch_size: int, length: int
+    architecture: Architecture, weights: Weights, shape: Shape, cache: Cache, workload: Workload, length: int
 ) -> Term:
     if not shape.hidden and architecture.library != "timm":
         # Pipelines and classes of one's own: what people add for inference where nothing is known (EleutherAI)
         size = weights.loaded // 5
         return Term(size, "bound", 0, 2 * size, "a fifth of the weights; nothing is known of its forward")
     itemsize = compute_bytes(weights.dtype)
-    found = activations.prefill(shape, batch_size, length, itemsize, image=_image(architecture))
-    unpacked = _unpacked(weights, shape, batch_size * length)
+    found = activations.prefill(
+        shape, workload.batch_size, length, itemsize, image=_image(architecture), all_logits=workload.all_logits
+    )
+    unpacked = _unpacked(weights, shape, workload.batch_size * length)
     size = found.bytes + cache.prefill_extra + unpacked
     formula = f"{found.phase}: {found.formula}"
     formula += " + keys beyond the window until the first step" if cache.prefill_extra else ""
@@ -212,6 +226,22 @@ def _image(architecture: Architecture) -> tuple[int, int] | None:
     if config.get("num_channels") and not isinstance(side, int):
         side = 224
     return (side, patch if isinstance(patch, int) else 0) if isinstance(side, int) else None
+
+
+def _cpu(architecture: Architecture, weights: Weights, shape: Shape, workload: Workload, length: int) -> Term:
+    itemsize = compute_bytes(weights.dtype)
+    found = beside_weights(
+        architecture, shape, workload.batch_size, length, itemsize, image=_image(architecture),
+        all_logits=workload.all_logits, output_length=workload.output_length,
+    )  # fmt: skip
+    other = found.bytes + _unpacked(weights, shape, workload.batch_size * length)
+    margin = int(other * (CALIBRATED_MARGIN if found.known else GUESSED_MARGIN))
+    size = weights.loaded + other
+    return Term(
+        size, "calibrated" if found.known else "bound", max(size - margin - found.scratch, weights.loaded),
+        size + margin + SCRATCH,
+        f"weights + cache + {found.formula} + {found.scratch >> 20} MiB that kernels keep",
+    )  # fmt: skip
 
 
 def _runtime(architecture: Architecture) -> Term:

@@ -20,6 +20,7 @@ Inputs = Mapping[str, int | str]
 SOURCES: Mapping[str, str] = {
     "kv_cache": "the caches that transformers 5.23 fills (cache_utils), checked against real models",
     "activations": "tensors alive in transformers 5.23's own forwards, counted allocation by allocation",
+    "cpu": "forwards and generations measured on a CPU, the calibration set of benchmarks/peaks.py",
     "runtime": "CUDA's lazy loading guide; cuBLAS documentation, CUBLAS_WORKSPACE_CONFIG; PyTorch's caching allocator",
     "training.adamw": "weights, gradients and two states: Rajbhandari et al., arXiv 1910.02054; "
     "activations: Korthikanti et al., arXiv 2205.05198",
@@ -46,6 +47,7 @@ def grounds(architecture: Architecture, found: Budget, workload: Workload) -> di
         "buffers": {"buffers": sum(tensor.buffer for tensor in architecture.tensors())},
         "kv_cache": tokens | _attention(architecture) | {"bytes per element": compute_bytes(found.dtype)},
         "activations": tokens | _widths(architecture) | {"bytes per element": compute_bytes(found.dtype)},
+        "cpu": tokens | _widths(architecture) | {"bytes per element": compute_bytes(found.dtype)},
         "runtime": {"tensors": sum(len(module.tensors) for module in architecture.modules)},
     }
     sources = {**SOURCES, "weights": _source(architecture), "buffers": _source(architecture)}

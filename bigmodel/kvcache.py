@@ -48,14 +48,15 @@ def text_config(config: Config) -> Config:
     return config
 
 
-def kv_cache(config: Config, batch_size: int, length: int, itemsize: int) -> Cache:
+def kv_cache(config: Config, batch_size: int, length: int, itemsize: int, output_length: int | None = None) -> Cache:
     """The cache of a generating model with a complete config, `itemsize` bytes per key element.
 
-    Encoder-decoders: `length` tokens of input and of output each, for the cross and the self attention.
+    Encoder-decoders: `length` tokens of input and `output_length` of output (None: as many), for the cross and the
+    self attention.
     """
     text = text_config(config)
     if config.get("is_encoder_decoder") or text.get("is_encoder_decoder"):
-        return _encoder_decoder(text, batch_size, length, itemsize)
+        return _encoder_decoder(text, batch_size, length, itemsize, length if output_length is None else output_length)
     kinds = layer_kinds(text)
     per_token = token_elements(text) * itemsize * batch_size
     total = extra = growing = 0
@@ -165,11 +166,11 @@ def _state_bytes(text: Config, itemsize: int) -> int:
     return channels * kernel * itemsize + inner * state * STATE_BYTES
 
 
-def _encoder_decoder(text: Config, batch_size: int, length: int, itemsize: int) -> Cache:
+def _encoder_decoder(text: Config, batch_size: int, length: int, itemsize: int, output_length: int) -> Cache:
     layers = int(_first(text, "num_decoder_layers", "decoder_layers", "num_hidden_layers") or 0)
     heads = int(_first(text, "decoder_attention_heads", "num_attention_heads", "num_heads") or 1)
     size = int(text.get("d_kv") or int(_first(text, "d_model", "hidden_size")) // heads)
     per_token = 2 * heads * size * itemsize * batch_size * layers
     seen = int(text.get("max_source_positions") or length) if text.get("num_mel_bins") else length
-    answer = min(length, int(text.get("max_target_positions") or length))
+    answer = min(output_length, int(text.get("max_target_positions") or output_length))
     return Cache((answer + seen) * per_token, per_token, 0, True, f"{layers} × self and cross attention")

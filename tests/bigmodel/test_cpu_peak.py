@@ -1,0 +1,77 @@
+"""The peak on a CPU: what it adds to a GPU's terms, and one real measurement."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from support.architectures import ALL
+from support.real import describe_here
+
+from bigpipe.bigmodel.budget import Term, Workload, budget, capped_length
+from bigpipe.bigmodel.kvcache import kv_cache
+
+MIB = 2**20
+LONG: dict[str, Any] = {"max_position_embeddings": 4096}
+
+
+def peak(config: dict[str, Any], dtype: str = "bfloat16", **workload: Any) -> Term:
+    return budget(describe_here(config), dtype, Workload(**{"sequence_length": 1024, **workload})).cpu
+
+
+def test_a_plain_forward_holds_the_logits_of_every_token() -> None:
+    config = {**ALL["llama"], **LONG, "vocab_size": 50_000}
+    more = peak(config, all_logits=True).bytes - peak(config).bytes
+    assert 0.9 < more / (1024 * 50_000 * 2) < 1.1  # with what such a product keeps
+    capped = {**ALL["gemma2"], **LONG, "vocab_size": 50_000}
+    assert peak(capped, all_logits=True).bytes - peak(capped).bytes > 1.5 * 1024 * 50_000 * 2
+
+
+def test_latent_attention_writes_its_scores_out() -> None:
+    """Queries are 24 wide in these heads and values 16, for which no flash kernel exists on a CPU."""
+    config = {**ALL["deepseek_v3"], **LONG}
+    scores = 4 * 4 * 1024 * 1024
+    longer, shorter = (peak(config, sequence_length=length) for length in (2048, 1024))
+    assert longer.bytes - shorter.bytes > 3 * 2.25 * scores
+    assert longer.formula.count("scores written out") == 1
+    alike = {**config, "v_head_dim": 24}
+    assert peak(alike, sequence_length=2048).bytes < shorter.bytes
+
+
+def test_grouped_experts_in_16_bits_are_multiplied_as_float32_copies() -> None:
+    config = {**ALL["mixtral"], "hidden_size": 512, "intermediate_size": 1024}
+    stack = 4 * 2 * 1024 * 512 * 2
+    half, full = peak(config), peak(config, "float32")
+    assert half.bytes - budget(describe_here(config), "bfloat16", Workload()).weights.bytes > 3 * stack
+    assert full.bytes - budget(describe_here(config), "float32", Workload()).weights.bytes < 3 * stack
+
+
+def test_a_short_answer_of_an_encoder_decoder_has_a_short_cache() -> None:
+    whole, short = (kv_cache(ALL["bart"], 2, 64, 4, output) for output in (None, 4))
+    assert (whole.bytes, short.bytes) == (2 * 64 * whole.per_token, (64 + 4) * whole.per_token)
+    assert capped_length(describe_here(ALL["t5"]), 4096) == 4096  # n_positions is 512, and means nothing
+    assert peak(ALL["t5"], output_length=4).bytes < peak(ALL["t5"], all_logits=True).bytes
+
+
+@pytest.mark.parametrize("name", ["llama", "deepseek_v2", "t5", "bart", "vit", "whisper", "gpt_oss", "mamba"])
+def test_every_peak_has_an_interval_and_its_formula(name: str) -> None:
+    term = peak(ALL[name])
+    assert 0 < term.low < term.bytes < term.high
+    assert "weights + cache + " in term.formula
+    assert term.basis in ("calibrated", "bound")
+
+
+@pytest.mark.slow
+def test_a_real_process_needs_what_was_predicted() -> None:
+    script = Path(__file__).parents[2] / "benchmarks" / "peaks.py"
+    command = [sys.executable, script, "--set", "calibration", "--models", "llama-gqa"]
+    done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=280)
+    found = json.loads(done.stdout)["arms"]["all"]
+    assert found["rows"] == 18
+    assert found["lowest %"] > -2
+    assert found["95th percentile %"] < 15
+    assert found["median of |error| %"] < 5
