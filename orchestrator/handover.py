@@ -21,7 +21,7 @@ import json
 import os
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from functools import cached_property
 from hashlib import sha256
 from pathlib import Path
@@ -132,17 +132,18 @@ class Outlet:
             answer = _read(self.handover.folder / CONSUMERS)
             taken = self._let_go(answer) if answer and answer["forgo"] else set()
             there = (_names(self.handover.folder / "arrived") | self._begun) & set(self.handover.contents)
-            free = answer is not None and (not answer["forgo"] or self._starving(there))
+            free = answer is not None and (not answer["forgo"] or self._starving(answer["consumers"], there))
             if free or len(there - taken) < AHEAD:
                 self._begun.add(name)
                 return True
             return False
 
-    def _starving(self, there: set[str]) -> bool:
-        """Is a consumer waiting for a file that is not even begun?"""
+    def _starving(self, consumers: Collection[str], there: set[str]) -> bool:
+        """Is every consumer waiting for a file that is not even begun? Then nothing will be taken before it comes."""
         folder = self.handover.folder / "wanted"
-        wanted = (_read(folder / mark) for mark in _names(folder))
-        return any(name is not None and name not in there for name in wanted)
+        marks = {mark: _read(folder / mark) for mark in _names(folder)}
+        waiting = {mark.rpartition(".")[0] for mark, name in marks.items() if name is not None and name not in there}
+        return waiting.issuperset(consumers)
 
     def _let_go(self, answer: Mapping[str, Any]) -> set[str]:
         """Removes what every consumer has taken; gives all that was ever removed."""

@@ -112,6 +112,21 @@ def test_a_second_consumer_that_does_not_follow_keeps_the_files(workshop):
     assert leftovers(workshop) == []
 
 
+def test_a_file_goes_once_all_who_follow_have_taken_it(workshop):
+    text = DROPPING.replace(
+        'with: {pace: "${params.sip}"}', 'matrix: {pace: [0.0, 0.03]}, with: {pace: "${matrix.pace}"}'
+    )
+    result = workshop.run(text, params={"count": "10"})
+    assert set(statuses(result).values()) == {"succeeded"}
+    assert len(result.nodes) == 3
+    for name, state in result.nodes.items():
+        if name != "pour":
+            assert state.record.metrics["most"] <= 2
+            assert (result.path(name) / "file-9").read_text() == "A" * 1000
+    assert result.path("pour") is None
+    assert leftovers(workshop) == []
+
+
 def test_a_producer_that_tries_again_goes_on_where_its_consumer_is(workshop):
     text = RECIPE.replace('letter: "${params.letter}"', 'letter: "${params.letter}", tire_at: 3')
     result = workshop.run(text.replace("uses: pour,", "uses: pour, retries: 1,"), params=STEADY)
