@@ -235,6 +235,10 @@ CHILD_SECONDS = 600
 """Real models take under five seconds; a config that asks for a billion layers is stopped."""
 
 
+STORAGE_KEYS = frozenset({"quantization_config", "dtype", "torch_dtype"})
+"""Of a config: how its weights are stored. `instantiation` leaves out the first and says the dtype itself."""
+
+
 def request_key(request: Request) -> str:
     """Of everything an answer depends on: the request, library versions, the source of a custom class."""
     packages = ["torch", "transformers", "accelerate"]
@@ -242,7 +246,7 @@ def request_key(request: Request) -> str:
     facts = {
         "answer": ANSWER_VERSION,
         "library": request.library,
-        "config": request.config,
+        "config": _what_is_built(request),
         "head": request.head,
         "class": request.custom_class,
         "no_split": request.no_split,
@@ -250,6 +254,13 @@ def request_key(request: Request) -> str:
         "versions": {name: _version(name) for name in packages},
     }
     return hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode()).hexdigest()
+
+
+def _what_is_built(request: Request) -> Mapping[str, Any]:
+    """The config without what no class of transformers is built from: a cast or quantized model is no other class."""
+    if request.library != "transformers" or request.code is not None:
+        return request.config
+    return {name: value for name, value in request.config.items() if name not in STORAGE_KEYS}
 
 
 def _version(package: str) -> str | None:

@@ -60,7 +60,7 @@ def _memory(session: Session, node: Node, forecast: Forecast) -> list[Misfit]:
     by_index = {gpu.index: gpu for gpu in machine.gpus}
     for index, wanted in forecast.vram.items():
         gpu = by_index.get(index)
-        if gpu is not None and wanted > gpu.memory:
+        if gpu is not None and wanted > gpu.memory and not forecast.misfits:
             found.append(
                 Misfit(
                     f"needs {format_size(wanted)} on GPU {index} ({gpu.name}), which has {format_size(gpu.memory)}",

@@ -120,6 +120,8 @@ class Forecast:
     misfits: tuple[Misfit, ...] = ()
     summary: str = ""
     """One line for people: `6 shards, +25.7 GB`."""
+    details: tuple[str, ...] = ()
+    """Lines for those who ask for more: which part of a model goes on which device."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -16,8 +16,9 @@ from pathlib import Path
 from typing import Any
 
 from bigpipe.bigmodel.activations import prefill, shape_of
-from bigpipe.bigmodel.architecture import Architecture, describe_architecture
+from bigpipe.bigmodel.architecture import Architecture, ModuleSpec, describe_architecture
 from bigpipe.bigmodel.description import ModelDescription, describe_checkpoint
+from bigpipe.bigmodel.families import known_architecture
 from bigpipe.bigmodel.footprint import compute_bytes
 from bigpipe.bigmodel.kvcache import kv_cache
 from bigpipe.bigmodel.naming import set_quantized_apart
@@ -31,6 +32,7 @@ from bigpipe.orchestrator.stage import (
     DoesNotFit,
     Forecast,
     ForecastContext,
+    Gpu,
     Machine,
     Misfit,
     StageContext,
@@ -64,6 +66,7 @@ class Placed:
     predicted: Mapping[Device, int]
     streamed: int
     headroom: Mapping[Device, int]
+    """What generating takes on each GPU besides."""
     largest_streamed: int
 
 
@@ -72,7 +75,9 @@ def compute(
     *, code: bool = False,
 ) -> Placed:  # fmt: skip
     """The placement of a model on a machine. Raises UsageError and DoesNotFit, as `place` does."""
-    architecture = describe_architecture(
+    plain = model.custom is None and not code
+    architecture = known_architecture(model.config or {}) if plain else None
+    architecture = architecture or describe_architecture(
         model.path if model.path is not None and code else dict(model.config or {}),
         modules=trust.modules, base=base, memo=memo, custom=model.custom, trust_remote_code=code,
     )  # fmt: skip
@@ -94,7 +99,7 @@ def compute(
         architecture=architecture,
         predicted=_predicted(placement, architecture, dtype),
         streamed=_streamed(params, placement, architecture, model, dtype),
-        headroom=headroom,
+        headroom=_room(params, placement, architecture, dtype),
         largest_streamed=max(placement.streaming.values(), default=0),
     )
 
@@ -149,16 +154,46 @@ def _own_name(stored: str, known: set[str], architecture: Architecture) -> str |
     return next((name for name in names if name in known), None)
 
 
-def _headroom(params: DispatchParams, architecture: Architecture, dtype: str, machine: Machine) -> dict[Device, int]:
-    """What generating needs besides weights: the cache spread over the GPUs, activations and runtime on each."""
+def _needs(params: DispatchParams, architecture: Architecture, dtype: str) -> tuple[int, int]:
+    """What generating needs besides weights: (bytes of the cache, of activations)."""
     width = compute_bytes(dtype)
     length = min(params.sequence_length, _positions(architecture) or params.sequence_length)
     cache = kv_cache(architecture.config, params.batch_size, length, width).bytes if architecture.generates else 0
-    active = prefill(shape_of(architecture), params.batch_size, length, width).bytes
+    return cache, prefill(shape_of(architecture), params.batch_size, length, width).bytes
+
+
+def _headroom(params: DispatchParams, architecture: Architecture, dtype: str, machine: Machine) -> dict[Device, int]:
+    """What placing leaves free: the cache spread over the GPUs, activations and runtime on each."""
+    cache, active = _needs(params, architecture, dtype)
     gpus = [gpu.index for gpu in machine.gpus]
     if not gpus:
         return {"cpu": cache + active}
     return {gpu: cache // len(gpus) + active + GPU_RUNTIME for gpu in gpus}
+
+
+def _room(params: DispatchParams, placement: Placement, architecture: Architecture, dtype: str) -> dict[Device, int]:
+    """What generating takes besides weights on each GPU that computes: keys and values lie where their layers run."""
+    cache, active = _needs(params, architecture, dtype)
+    main = _main(placement)
+    runs = [_runs(placement, module.name, main) for module in architecture.modules if _is_block(architecture, module)]
+    runs = runs or [main]
+    room: dict[Device, int] = {}
+    for device in {home for home in placement.device_map.values() if isinstance(home, int)}:
+        room[device] = cache * runs.count(device) // len(runs) + active + GPU_RUNTIME
+    return room
+
+
+def _is_block(architecture: Architecture, module: ModuleSpec) -> bool:
+    return module.class_name in architecture.no_split
+
+
+def _runs(placement: Placement, name: str, main: Device) -> Device:
+    """Where a block computes; one that is split between devices counts for the first GPU."""
+    try:
+        home = placement.device_of(name)
+    except KeyError:
+        return main
+    return home if isinstance(home, int) else main
 
 
 def _positions(architecture: Architecture) -> int | None:
@@ -230,19 +265,23 @@ def forecast(params: DispatchParams, ctx: ForecastContext) -> Forecast:
         download_bytes=0,
         write_bytes=4096 + 64 * len(placed.placement.device_map),
         ram=PROCESS + 2 * placed.largest_streamed if params.verify != "none" else None,
-        vram={
-            gpu: size + placed.headroom.get(gpu, 0) for gpu, size in placed.predicted.items() if isinstance(gpu, int)
-        },
+        vram=_vram(placed),
         metrics={"predicted": predicted, "streamed_bytes_per_token": placed.streamed},
         output=placed.placement,
         unknown=unknown,
         misfits=tuple(_misfits(params, ctx, model, placed)),
+        details=(*placed.placement.picture().splitlines(), *placed.placement.explanation),
         summary=", ".join(f"{_label(device)} {format_size(size)}" for device, size in placed.predicted.items()),
     )
 
 
+def _vram(placed: Placed) -> dict[int, int]:
+    return {gpu: size + placed.headroom.get(gpu, 0) for gpu, size in placed.predicted.items() if isinstance(gpu, int)}
+
+
 def _forecast_of(artifact: Path) -> Forecast:
-    return Forecast(download_bytes=0, write_bytes=0, output=PlacedModel.read(artifact).placement)
+    placement = PlacedModel.read(artifact).placement
+    return Forecast(download_bytes=0, write_bytes=0, output=placement, details=tuple(placement.picture().splitlines()))
 
 
 def _label(device: Device) -> str:
@@ -254,6 +293,8 @@ def _misfits(params: DispatchParams, ctx: ForecastContext, model: ModelDescripti
     if missing := _missing(params, ctx, set(placed.placement.device_map.values())):
         yield _missing_gpus(params, ctx, model, missing)
         return
+    if full := _full(placed, ctx.machine):
+        yield _too_full(params, ctx, model, placed, full)
     ram = placed.predicted.get("cpu", 0)
     if ram > ctx.machine.memory:
         fits = format_size(ctx.machine.memory * RAM_SHARE).replace(" ", "")
@@ -262,6 +303,49 @@ def _misfits(params: DispatchParams, ctx: ForecastContext, model: ModelDescripti
             f"lower max_memory.cpu to {fits}, and let disk take the rest",
             {"max_memory": {**{str(key): size for key, size in (params.max_memory or {}).items()}, "cpu": fits}},
         )
+
+
+def _full(placed: Placed, machine: Machine) -> list[Gpu]:
+    wanted = _vram(placed)
+    return [gpu for gpu in machine.gpus if wanted.get(gpu.index, 0) > gpu.memory]
+
+
+def _too_full(
+    params: DispatchParams, ctx: ForecastContext, model: ModelDescription, placed: Placed, full: list[Gpu]
+) -> Misfit:
+    """With the smallest change that fits: a smaller batch, else less of the weights; each is tried."""
+    first = full[0]
+    wanted, room = _vram(placed)[first.index], placed.headroom.get(first.index, 0)
+    cause = (
+        f"needs {format_size(wanted)} on GPU {first.index} ({first.name}), which has {format_size(first.memory)}: "
+        f"{format_size(wanted - room)} of weights, the rest for generating with batch_size {params.batch_size}"
+    )
+
+    def fits(change: Mapping[str, Any]) -> bool:
+        changed = params.model_copy(update=dict(change))
+        try:
+            tried = compute(changed, model, ctx.machine, ctx.trust, ctx.base, ctx.memo)
+        except (DoesNotFit, UsageError):
+            return False
+        return not _full(tried, ctx.machine)
+
+    low, high = 0, params.batch_size
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if fits({"batch_size": middle}) else (low, middle)
+    if low:
+        return Misfit(cause, f"set batch_size to {low}", {"batch_size": low})
+    caps: dict[int | str, Any] = {str(key): exact_size(size) for key, size in (params.max_memory or {}).items()}
+    for gpu in full:
+        caps[str(gpu.index)] = _mebibytes(gpu.memory - placed.headroom.get(gpu.index, 0))
+    if isinstance(params.device_map, str) and caps and fits({"max_memory": caps}):
+        lowered = ", ".join(f"max_memory.{gpu.index} to {caps[str(gpu.index)]}" for gpu in full)
+        return Misfit(cause, f"lower {lowered}, and let other devices take the rest", {"max_memory": caps})
+    return Misfit(cause, "quantize first, give more devices, or plan for another --machine")
+
+
+def _mebibytes(size: int) -> str:
+    return f"{max(0, size) // 2**20}MiB"
 
 
 def _mapped(params: DispatchParams) -> set[int]:

@@ -51,6 +51,8 @@ PEAKS = "peaks.json"
 MEMORY_SHARE = 0.6
 """Of the memory available, what the ranks of one machine may fill with weights cast to another dtype."""
 WIDTHS = {"float32": 4, "float16": 2, "bfloat16": 2}
+CUDA_BASE = 3 * 2**30
+"""Bytes of CUDA's libraries and pinned buffers in a rank that has GPUs: a bound."""
 RANK_BASE = 500 * 2**20
 """Bytes of a rank that has imported torch and transformers and holds no model."""
 
@@ -93,6 +95,7 @@ def forecast(params: InferParams, ctx: ForecastContext) -> Forecast:
     return Forecast(
         download_bytes=0,
         ram=_ram(params, ctx, placement),
+        vram=_vram(placed, placement),
         metrics={"prompts": len(rows)},
         misfits=() if placed is not None and placed.misfits else tuple(_misfits(placement, ctx)),
         summary=f"{len(rows)} prompts in {batches} batches over {ranks} rank{'s' * (ranks > 1)}{spread}",
@@ -109,9 +112,11 @@ def _ram(params: InferParams, ctx: ForecastContext, placement: Placement | None)
     """Of all ranks here. Weights that are windows into their files are page cache, and not counted."""
     wired = ctx.input("model")
     tensors = getattr(wired.output if wired else None, "tensors", None)
-    if tensors is None or ctx.machine.gpus:
-        return None
     local = ctx.launch.num_processes // ctx.launch.num_machines
+    if tensors is None:
+        return None
+    if ctx.machine.gpus:
+        return (RANK_BASE + CUDA_BASE) * local
     homes = set(placement.device_map.values()) if placement else {"cpu"}
     cap = (placement.max_memory.get("cpu") if placement else None) or ctx.machine.memory
     room = min(cap, int(ctx.machine.memory * TOTAL_SHARE))
@@ -119,6 +124,14 @@ def _ram(params: InferParams, ctx: ForecastContext, placement: Placement | None)
     wanted = params.dtype or ("float32" if wide else None)
     cast = sum(_cast_bytes(dtype, shape, wanted) for dtype, shape in tensors.values())
     return RANK_BASE * local + min(cast * local, int(ctx.machine.memory_available * MEMORY_SHARE))
+
+
+def _vram(placed: Forecast | None, placement: Placement | None) -> dict[int, int]:
+    """Per GPU: the weights placed there and, where dispatch has said it, the room that generating needs besides."""
+    if placed is None or placement is None or placed.misfits:
+        return {}
+    weights = {device: size for device, size in placement.weights.items() if isinstance(device, int)}
+    return {device: max(size, placed.vram.get(device, 0)) for device, size in weights.items()}
 
 
 def _cast_bytes(stored: str, shape: Sequence[int], wanted: str | None) -> int:

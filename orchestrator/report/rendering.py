@@ -107,6 +107,7 @@ def _explanations(plan: Plan) -> list[str]:
             lines.append(f"    {change.path} {change.old} → {change.new}" + (f"   ({place})" if place else ""))
         if planned.forecast:
             lines += [f"    {key} = {value}" for key, value in sorted(planned.forecast.metrics.items())]
+            lines += [f"    {line}" for line in planned.forecast.details]
     return [*lines, ""]
 
 
@@ -150,6 +151,7 @@ def _planned_json(planned: PlannedNode) -> dict[str, Json]:
             "seconds": forecast.seconds,
             "metrics": dict(forecast.metrics),
             "unknown": list(forecast.unknown),
+            "details": list(forecast.details),
         },
     }
 

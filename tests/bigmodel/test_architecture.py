@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from bigpipe.bigmodel.architecture import Architecture, describe_architecture, describe_many
+from bigpipe.bigmodel.architecture import Architecture, describe_architecture, describe_many, request_key
 from bigpipe.bigmodel.inquiry import read_request
 from bigpipe.errors import InvalidCheckpoint, UsageError
 
@@ -212,3 +212,14 @@ def test_a_damaged_memory_is_asked_again(described: dict[str, Architecture], mem
     for answer in (memo / "architectures").glob("*.json"):
         answer.write_text('{"key": "anoth')
     assert describe_architecture(BERT, memo=memo) == described["bert"]
+
+
+def test_how_weights_are_stored_is_no_other_question() -> None:
+    """A plan with another scheme must not build the class again."""
+    config = {"model_type": "cohere", "architectures": ["CohereForCausalLM"], "hidden_size": 64}
+    plain = request_key(read_request(config))
+    for change in ({"quantization_config": {"quant_method": "bitsandbytes"}}, {"dtype": "bfloat16"}):
+        assert request_key(read_request({**config, **change})) == plain
+    assert request_key(read_request({**config, "hidden_size": 32})) != plain
+    pipeline = {"_class_name": "UNet2DConditionModel", "quantization_config": {}}
+    assert request_key(read_request(pipeline)) != request_key(read_request({"_class_name": "UNet2DConditionModel"}))
