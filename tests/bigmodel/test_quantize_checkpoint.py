@@ -35,7 +35,7 @@ WIDE: dict[str, dict[str, Any]] = {
     "vit": {**_WIDTHS, "num_labels": 32},
 }
 """bitsandbytes' CPU kernel needs input widths that are multiples of 64, and output widths of 32."""
-SCHEMES = [("int8", False), ("nf4", False), ("nf4", True), ("fp4", True)]
+SCHEMES = [("int8", False), ("nf4", False), ("nf4", True), ("fp4", False), ("fp4", True)]
 
 
 @pytest.fixture(autouse=True)
@@ -115,6 +115,17 @@ def test_equal_to_quantizing_on_load(name: str, scheme: str, double: bool, tmp_p
 @pytest.mark.parametrize("name", sorted(WIDE))
 def test_equal_to_quantizing_on_load_for_every_family(name: str, scheme: str, double: bool, tmp_path: Path) -> None:
     test_equal_to_quantizing_on_load(name, scheme, double, tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+@pytest.mark.parametrize(("scheme", "double"), SCHEMES)
+@pytest.mark.parametrize("name", ["bart", "bloom", "gpt2", "llama", "opt", "t5"])
+def test_every_scheme_from_half_precision(name: str, scheme: str, double: bool, dtype: str, tmp_path: Path) -> None:
+    source = source_checkpoint(tmp_path, name, dtype=dtype)
+    quantize(source, tmp_path / "out", scheme=scheme, bnb_4bit_use_double_quant=double, dtype=dtype)
+    reference = on_load(source, scheme, double, dtype)
+    assert_as_transformers(source, tmp_path / "out", reference, tmp_path / "reference")
 
 
 @pytest.mark.parametrize(("scheme", "stored", "dtype"), [
