@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
 import pickle
+import subprocess
+import sys
+import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -207,6 +211,65 @@ class TestHostile:
             file.write((2**40).to_bytes(8, "little"))
             file.truncate(2**27)
         self.refused(server, hub, {"model.safetensors": path}, "a header at most")
+
+    def test_a_header_of_a_hundred_megabytes(self, server: LoopbackHub, hub: Hub, tmp_path: Path) -> None:
+        path = tmp_path / "model.safetensors"
+        with path.open("wb") as file:
+            file.write((10**8).to_bytes(8, "little") + b'{"a": {')
+            file.truncate(10**8 + 8)
+        self.refused(server, hub, {"model.safetensors": path}, "says its header has 100000000 bytes")
+        with pytest.raises(InvalidCheckpoint, match="says its header has 100000000 bytes"):
+            describe_checkpoint(tmp_path)
+
+    def test_a_flood_of_tensors_is_refused_within_bounded_memory(
+        self, server: LoopbackHub, hub: Hub, tmp_path: Path
+    ) -> None:
+        entries = ",".join(
+            f'"{number:x}":{{"dtype":"U8","shape":[0],"data_offsets":[0,0]}}' for number in range(400_000)
+        )
+        header = f"{{{entries}}}".encode()
+        (tmp_path / "model.safetensors").write_bytes(len(header).to_bytes(8, "little") + header)
+        create(server, {"model.safetensors": tmp_path / "model.safetensors"})
+        environment = {**os.environ, **server.environment(tmp_path / "home")}
+        for model in (MODEL, str(tmp_path)):
+            command = [sys.executable, "-m", "bigpipe.cli", "estimate", model, "--store", str(tmp_path / "store")]
+            limited = ["/bin/sh", "-c", 'ulimit -d 307200 && exec "$@"', "sh", *command]
+            done = subprocess.run(limited, env=environment, capture_output=True, text=True, check=False)
+            assert done.returncode == 6, done.stderr
+            assert "model.safetensors" in done.stderr
+            assert "describes more than 250000 tensors" in done.stderr
+
+    def test_a_bin_that_would_unpack_to_much_more(self, server: LoopbackHub, hub: Hub, tmp_path: Path) -> None:
+        path = tmp_path / "pytorch_model.bin"
+        with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+            archive.writestr("archive/data.pkl", bytes(10**8))
+        assert path.stat().st_size < 200_000
+        self.refused(server, hub, {"pytorch_model.bin": path}, "is compressed")
+        with pytest.raises(InvalidCheckpoint, match="is compressed"):
+            describe_checkpoint(tmp_path)
+
+    def test_a_bin_that_is_cut_short(self, server: LoopbackHub, hub: Hub, tmp_path: Path) -> None:
+        whole = make_checkpoint(tmp_path / "opt", "opt", format="bin") / "pytorch_model.bin"
+        (tmp_path / "half").write_bytes(whole.read_bytes()[: whole.stat().st_size // 2])
+        self.refused(server, hub, {"pytorch_model.bin": tmp_path / "half"}, "not a zip|zip")
+
+    def test_an_index_with_a_total_that_is_no_number(self, server: LoopbackHub, hub: Hub, tmp_path: Path) -> None:
+        """It is not believed, and the headers tell the truth."""
+        files = dict(sharded(tmp_path, tensors_of(LLAMA), 60_000))
+        index = json.loads(files["model.safetensors.index.json"].read_text())
+        for total in (1e308, -1, "lots", None, [1]):
+            lying = json.dumps({**index, "metadata": {"total_size": total}}).encode()
+            create(server, {**files, "model.safetensors.index.json": lying})
+            found = look(hub, need="sizes")
+            assert found.source == "headers"
+            assert found.description.nbytes == index["metadata"]["total_size"]
+
+    def test_an_index_that_is_none(self, server: LoopbackHub, hub: Hub, tmp_path: Path) -> None:
+        files = dict(sharded(tmp_path, tensors_of(LLAMA), 60_000))
+        for content in (b"[" * 100_000, b"[1]", b'{"weight_map": 7}', b'{"weight_map": {"a": 7}}', b"{}", b"\xff"):
+            create(server, {**files, "model.safetensors.index.json": content})
+            with pytest.raises(InvalidCheckpoint):
+                look(hub)
 
     def test_a_header_cut_short_by_its_data(self, server: LoopbackHub, hub: Hub, tmp_path: Path) -> None:
         path = shell(tmp_path / "w", tensors_of(LLAMA))
