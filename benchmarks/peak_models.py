@@ -122,6 +122,14 @@ CALIBRATION: dict[str, Case] = {
         },
         ((1, 256), (1, 512), (2, 512)),
     ),
+    "bart-base": Case(
+        {
+            "model_type": "bart", "architectures": ["BartForConditionalGeneration"], "d_model": 768,
+            "encoder_layers": 6, "decoder_layers": 6, "encoder_attention_heads": 12, "decoder_attention_heads": 12,
+            "encoder_ffn_dim": 3072, "decoder_ffn_dim": 3072, "vocab_size": 50265, "max_position_embeddings": 1024,
+        },
+        ((1, 256), (1, 512), (1, 1024)),
+    ),
 }  # fmt: skip
 
 EVALUATION: dict[str, Case] = {
@@ -177,13 +185,14 @@ EVALUATION: dict[str, Case] = {
         ),
         LONG,
     ),
-    "bart-base": Case(
+    "marian-base": Case(
         {
-            "model_type": "bart", "architectures": ["BartForConditionalGeneration"], "d_model": 768,
-            "encoder_layers": 6, "decoder_layers": 6, "encoder_attention_heads": 12, "decoder_attention_heads": 12,
-            "encoder_ffn_dim": 3072, "decoder_ffn_dim": 3072, "vocab_size": 50265, "max_position_embeddings": 1024,
+            "model_type": "marian", "architectures": ["MarianMTModel"], "d_model": 512, "encoder_layers": 6,
+            "decoder_layers": 6, "encoder_attention_heads": 8, "decoder_attention_heads": 8, "encoder_ffn_dim": 2048,
+            "decoder_ffn_dim": 2048, "vocab_size": 58101, "max_position_embeddings": 512, "pad_token_id": 1,
+            "decoder_start_token_id": 1, "eos_token_id": 0, "bos_token_id": 0, "forced_eos_token_id": 0,
         },
-        ((1, 256), (1, 512), (1, 1024)),
+        ((1, 128), (1, 256), (1, 508)),
     ),
     "bert-large": Case(
         {

@@ -59,8 +59,8 @@ class Shape:
     head_dim: int
     last_logits: bool
     """Logits are computed for the last token only, as decoders do while generating."""
-    capped_logits: bool
-    """Logits are squashed by a tanh, which takes a second copy."""
+    logit_copies: int
+    """2 where logits are squashed by a tanh or have a bias added; else 1."""
     state: int
     """Width of a state-space model's state; 0: an attention model."""
     known: bool
@@ -92,10 +92,15 @@ def shape_of(architecture: Architecture) -> Shape:
         activation=_activation(config),
         head_dim=_number(config, "head_dim", "d_kv") or (hidden // heads if heads else 0),
         last_logits=architecture.generates and not encoder_decoder,
-        capped_logits=bool(config.get("final_logit_softcapping")),
+        logit_copies=2 if config.get("final_logit_softcapping") or _biased(architecture) else 1,
         state=_number(config, "state_size", "mamba_d_state", "ssm_state_size"),
         known=config.get("model_type") in COUNTED and architecture.library == "transformers",
     )
+
+
+def _biased(architecture: Architecture) -> bool:
+    """BART and its kin add a bias that is not part of the head."""
+    return any(tensor.name == "final_logits_bias" for tensor in architecture.modules[0].tensors)
 
 
 def _is_eager(architecture: Architecture) -> bool:
@@ -218,15 +223,15 @@ def _logits(shape: Shape, batch_size: int, length: int, itemsize: int, all_logit
         return 0
     if shape.last_logits and not all_logits:
         return batch_size * shape.vocabulary * (itemsize + 4)
-    copies, widths = 2 if shape.capped_logits else 1, 1 if shape.last_logits else 2
-    return batch_size * length * (copies * shape.vocabulary + widths * shape.hidden) * itemsize
+    widths = 1 if shape.last_logits else 2
+    return batch_size * length * (shape.logit_copies * shape.vocabulary + widths * shape.hidden) * itemsize
 
 
 def _logits_formula(shape: Shape, all_logits: bool) -> str:
+    copies = "2·" if shape.logit_copies == 2 else ""
     if shape.last_logits:
-        copies = "2·" if shape.capped_logits else ""
         return f"b·s·({copies}vocab+h)·bytes" if all_logits else "b·vocab·(bytes+4)"
-    return "b·s·(vocab+2h)·bytes"
+    return f"b·s·({copies}vocab+2h)·bytes"
 
 
 def _state(shape: Shape, tokens: int, itemsize: int) -> int:

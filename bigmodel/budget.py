@@ -35,6 +35,8 @@ CALIBRATED_MARGIN = 0.05
 GUESSED_MARGIN = 0.4
 SMALL_TENSOR = 4096
 """8-bit Adam keeps float32 states for tensors with fewer elements (bitsandbytes' min_8bit_size)."""
+MARGINS = {"adamw": 0.2, "adamw_8bit": 0.2, "sgd": 0.3}
+"""Of training. Gradients grow while activations go, which counts for more where there are no states."""
 OPTIMIZERS = ("adamw", "adamw_8bit", "sgd", "lora")
 
 
@@ -271,7 +273,8 @@ def _training(
         "sgd": (count * 8, "parameters · (4+4)" if not mixed else "parameters · (2+2+4)"),
     }
     terms = {
-        name: Term.about(size + fixed, "bound", 0.2, f"{text} + activations") for name, (size, text) in sizes.items()
+        name: Term.about(size + fixed, "bound", MARGINS[name], f"{text} + activations")
+        for name, (size, text) in sizes.items()
     }
     return {**terms, "lora": frozen}
 
