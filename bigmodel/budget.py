@@ -265,7 +265,8 @@ def _training(
     frozen = Term.about(weights.loaded + 16 * lora + kept, "bound", 0.2, f"frozen weights + 16·{lora} + activations")
     if weights.dtype not in ("float32", "float16", "bfloat16"):
         return {**dict.fromkeys(OPTIMIZERS), "lora": frozen}
-    states = _adam_8bit_states(architecture)
+    known = architecture.derived
+    states = known.get("states") or known.setdefault("states", _adam_8bit_states(architecture))
     count = weights.parameters
     sizes = {
         "adamw": (count * 16, "parameters · (4+4+8)" if not mixed else "parameters · (2+2+12)"),
@@ -287,6 +288,9 @@ def _adam_8bit_states(architecture: Architecture) -> int:
 
 def adapters(architecture: Architecture, rank: int, targets: tuple[str, ...] = ()) -> int:
     """Parameters of rank-r adapters on linear modules: Σ r·(in + out). Raises UsageError for a target that is none."""
+    key = "adapters", rank, targets
+    if key in architecture.derived:
+        return int(architecture.derived[key])
     modules = converted_modules(architecture)
     for target in targets:
         if not any(_is_named(module.name, target) for module in modules):
@@ -296,7 +300,8 @@ def adapters(architecture: Architecture, rank: int, targets: tuple[str, ...] = (
                 f"use {', '.join(kinds)}" if kinds else "it has none: choose another way to train it",
             )
     chosen = [module for module in modules if not targets or any(_is_named(module.name, end) for end in targets)]
-    return rank * sum(sum(matrix_shape(module)) for module in chosen)
+    architecture.derived[key] = rank * sum(sum(matrix_shape(module)) for module in chosen)
+    return int(architecture.derived[key])
 
 
 def _is_named(name: str, end: str) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 import time
@@ -289,6 +290,12 @@ class TestRepository:
         assert made.checkpoint["dtypes"] == {"bfloat16": 405_853_388_800}
         assert made.fetched_bytes == server.bytes_sent()
         assert made.fetched_bytes - len(content) <= 100_000
+        code = (
+            "import sys, bigpipe; bigpipe.estimate('org/llama-405b', dtypes=['nf4']); "
+            "sys.exit(bool({'torch', 'transformers', 'accelerate', 'numpy'} & set(sys.modules)))"
+        )
+        environment = {**os.environ, **server.environment(tmp_path / "other home")}
+        assert subprocess.run([sys.executable, "-c", code], env=environment, check=False).returncode == 0
 
     def ask(self, server: LoopbackHub, tmp_path: Path, model: str, **options: Any) -> Estimate:
         return estimate(model, environment=server.environment(tmp_path / "home"), **options)
