@@ -18,7 +18,7 @@ import threading
 import time
 from collections.abc import Iterator, Mapping
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
 from types import FrameType
 from typing import TYPE_CHECKING
@@ -94,10 +94,11 @@ def run_plan(
         jobs=jobs or max(2, session.machine.cpus) if plan.to_run else 1,
         keep_going=keep_going,
     )
-    run.reporter.report(RunStarted(run_id, str(session.recipe.path), tuple(run.states)))
-    with _signals(run):
-        _loop(run)
-    return _finish_run(run, recorder, time.monotonic() - started)
+    with closing(recorder):
+        run.reporter.report(RunStarted(run_id, str(session.recipe.path), tuple(run.states)))
+        with _signals(run):
+            _loop(run)
+        return _finish_run(run, recorder, time.monotonic() - started)
 
 
 def _loop(run: Run) -> None:
@@ -109,6 +110,9 @@ def _loop(run: Run) -> None:
     with ThreadPoolExecutor(max_workers=run.jobs + len(run.states), thread_name_prefix="node") as pool:
         try:
             _turn(run, pool)
+        except BaseException:
+            run.cancelled.set()  # the pool waits for what runs, and nobody is left to answer it
+            raise
         finally:
             if run.streams is not None:
                 run.streams.cancel()  # nobody waits for files of a run that is over

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 from support.workshop import environment
+
+from bigpipe.orchestrator.events import NodeStarted
 
 RECIPE = """\
 version: 1
@@ -173,3 +177,35 @@ def test_output_onto_a_full_disk_is_an_error_and_no_traceback(workshop):
             env=environment(workshop.folder),
         )  # fmt: skip
     assert (done.returncode, done.stderr) == (1, "error: the disk is full\n  make room; what was finished is kept\n")
+
+
+def test_a_run_goes_on_when_nobody_reads_what_it_says(greeting):
+    """As in `bigpipe run recipe.yaml 2>&1 | head -1`."""
+    reading, writing = os.pipe()
+    process = subprocess.Popen(
+        [sys.executable, "-m", "bigpipe.cli", "run", "recipe.yaml"], cwd=greeting.folder, stdout=subprocess.DEVNULL,
+        stderr=writing, env=environment(greeting.folder),
+    )  # fmt: skip
+    os.close(writing)
+    os.close(reading)
+    assert process.wait(60) == 0
+    assert {item["action"] for item in greeting.json("status", "recipe.yaml").values()} == {"cached"}
+
+
+def test_a_reporter_that_breaks_ends_the_run_and_what_runs(workshop):
+    class Broken:
+        started = 0
+
+        def report(self, event):
+            self.started += isinstance(event, NodeStarted)
+            if self.started == 2:
+                raise RuntimeError("out of ink")
+
+    started = time.monotonic()
+    with pytest.raises(RuntimeError, match="out of ink"):
+        workshop.run(
+            "version: 1\nname: r\nstages:\n"
+            "  a: {uses: sleep, with: {seconds: 60}}\n  b: {uses: sleep, with: {seconds: 60}}\n",
+            reporter=Broken(),
+        )
+    assert time.monotonic() - started < 20

@@ -7,6 +7,7 @@ import json
 import os
 import time
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import suppress
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TextIO
@@ -97,21 +98,25 @@ class JsonlReporter(BaseReporter):
 
 
 class Tee(BaseReporter):
-    """Passes every event on to all, with the given secrets masked."""
+    """Passes every event on to all, with the given secrets masked. A run goes on when nobody reads what it says."""
 
     def __init__(self, *reporters: Reporter, secrets: Iterable[str] = ()) -> None:
-        self._reporters = reporters
+        self._reporters = list(reporters)
         self._redactor = Redactor(secrets)
 
     def report(self, event: Event) -> None:
         event = self._redactor.event(event)
-        for reporter in self._reporters:
-            reporter.report(event)
+        for reporter in tuple(self._reporters):
+            try:
+                reporter.report(event)
+            except BrokenPipeError:
+                self._reporters.remove(reporter)
 
     def close(self) -> None:
         for reporter in self._reporters:
             if isinstance(reporter, BaseReporter):
-                reporter.close()
+                with suppress(BrokenPipeError):
+                    reporter.close()
 
 
 def choose_reporter(

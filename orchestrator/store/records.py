@@ -130,9 +130,13 @@ class RunRecorder:
                 known = self.record.nodes.get(name, NodeRun())
                 self.record.nodes[name] = NodeRun(**{**data, "error": known.error})
             self._save(durable=self._worked)
-            if self._events is not None:
-                self._events.close()
-                self._events = None
+            self.close()
+
+    def close(self) -> None:
+        """Ends the log of events. Of a run that broke off, the record stays as it was."""
+        if self._events is not None:
+            self._events.close()
+            self._events = None
 
     def _ended(self, event: NodeFinished) -> None:
         node = self.record.nodes.setdefault(event.node, NodeRun())
