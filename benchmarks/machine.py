@@ -71,3 +71,11 @@ def alternate(arms: dict[str, Callable[[], Any]], rounds: int) -> dict[str, list
 
 def median(values: Sequence[float]) -> float:
     return round(statistics.median(values), 4)
+
+
+def medians(results: dict[str, list[tuple[float, int]]]) -> dict[str, dict[str, float]]:
+    """Of each arm's rounds, as `whole_process` gives them: seconds, and peak MiB."""
+    return {
+        arm: {"seconds": median([r[0] for r in runs]), "peak_mib": median([r[1] / 2**20 for r in runs])}
+        for arm, runs in results.items()
+    }

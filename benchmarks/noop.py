@@ -16,7 +16,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-from machine import alternate, facts, median, whole_process
+from machine import alternate, facts, medians, whole_process
 
 ROOT = Path(__file__).parents[1]
 BIGPIPE = [str(Path(sys.executable).parent / "bigpipe")]
@@ -75,10 +75,7 @@ def main() -> None:
             theirs = dvc_project(arguments.dvc, folder / "dvc", arguments.stages)
             arms["dvc"] = lambda: whole_process(theirs, cwd=folder / "dvc")
         results = alternate(arms, arguments.rounds)
-    table = {
-        arm: {"seconds": median([r[0] for r in runs]), "peak_mib": median([r[1] / 2**20 for r in runs])}
-        for arm, runs in results.items()
-    }
+    table = medians(results)
     report = {"benchmark": f"no-op rerun, {arguments.stages} stages", "arms": table, "machine": facts()}
     if "dvc" in table:
         report["ratio"] = round(table["dvc"]["seconds"] / table["bigpipe"]["seconds"], 2)

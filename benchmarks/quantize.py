@@ -18,7 +18,7 @@ import tempfile
 from functools import partial
 from pathlib import Path
 
-from machine import alternate, facts, median
+from machine import alternate, facts, medians
 from reshard import SHAPES, make_source, timed
 
 BIGPIPE = """
@@ -83,10 +83,7 @@ def main() -> None:
                 environment = {**os.environ, "OMP_NUM_THREADS": str(os.cpu_count())}
                 subprocess.run(command, check=True, capture_output=True, env=environment)
             different = differing(*kept)
-    table = {
-        arm: {"seconds": median([r[0] for r in runs]), "peak_mib": median([r[1] / 2**20 for r in runs])}
-        for arm, runs in results.items()
-    }
+    table = medians(results)
     report = {
         "benchmark": f"{arguments.scheme}, OPT-{arguments.size} fp16, {'cold' if arguments.cold else 'warm'}",
         "bytes": size,

@@ -20,7 +20,7 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
-from machine import alternate, facts, median, whole_process
+from machine import alternate, facts, medians, whole_process
 
 SHAPES = {
     "125M": (768, 3072, 12, 12), "1.3B": (2048, 8192, 24, 32),
@@ -120,10 +120,7 @@ def main() -> None:
         arms = arms_for(source, folder / "out", arguments.cold, arguments.arms.split(","))
         results = alternate(arms, arguments.rounds)
         size = sum(file.stat().st_size for file in source.iterdir())
-    table = {
-        arm: {"seconds": median([r[0] for r in runs]), "peak_mib": median([r[1] / 2**20 for r in runs])}
-        for arm, runs in results.items()
-    }
+    table = medians(results)
     report = {
         "benchmark": f"reshard OPT-{arguments.size} fp16 {arguments.source}, {'cold' if arguments.cold else 'warm'}",
         "bytes": size,
