@@ -35,7 +35,7 @@ SHARDS = 191
 
 
 def repositories(hub: Any) -> None:
-    from bigpipe.bigmodel.families import known_architecture
+    from bigpipe.bigmodel.architecture.families import known_architecture
 
     architecture = known_architecture(LLAMA)
     assert architecture is not None, "this transformers version is not the one the families were compared with"

@@ -5,8 +5,8 @@
 Each measurement has a process of its own: forked after the libraries are imported, warmed up on a small model of the
 same class, then the model with random weights, then one forward or one `generate`. Measured is anonymous memory: the
 high-water mark of resident memory, reset before the work, less pages of files, less what the process held before the
-model. Predicted is weights + KV cache + activations of `bigpipe.bigmodel.budget`, from the config alone. The formulas
-and constants were fitted to the calibration set, and to none of the evaluation set.
+model. Predicted is weights + KV cache + activations of `bigpipe.bigmodel.footprint.budget`, from the config alone. The
+formulas and constants were fitted to the calibration set, and to none of the evaluation set.
 """
 
 from __future__ import annotations
@@ -27,9 +27,9 @@ from typing import Any
 from machine import facts
 from peak_models import CALIBRATION, EVALUATION, Case, smaller
 
-from bigpipe.bigmodel.architecture import Architecture, describe_architecture, describe_many
-from bigpipe.bigmodel.budget import Workload, budget
-from bigpipe.bigmodel.inquiry import read_request
+from bigpipe.bigmodel.architecture.inquiry import read_request
+from bigpipe.bigmodel.architecture.structure import Architecture, describe_architecture, describe_many
+from bigpipe.bigmodel.footprint.budget import Workload, budget
 
 DTYPES = ("float32", "float16", "bfloat16")
 NEW_TOKENS = 4

@@ -88,8 +88,8 @@ os.sync()
 
 
 def make_source(folder: Path, size: str) -> None:
-    from bigpipe.bigmodel.architecture import describe_architecture
-    from bigpipe.bigmodel.synthetic import write_synthetic
+    from bigpipe.bigmodel.architecture.structure import describe_architecture
+    from bigpipe.bigmodel.writing.synthetic import write_synthetic
 
     hidden, feed_forward, layers, heads = SHAPES[size]
     config = {

@@ -31,7 +31,7 @@ SHARD = "200MB"
 
 BIGPIPE = """
 import sys
-from bigpipe.bigmodel.writer import save_checkpoint
+from bigpipe.bigmodel.writing.writer import save_checkpoint
 save_checkpoint(sys.argv[1], sys.argv[2], max_shard_size=sys.argv[3])
 """
 TRANSFORMERS = """
@@ -57,8 +57,8 @@ os.sync()
 
 
 def make_source(folder: Path, size: str, source: str) -> None:
-    from bigpipe.bigmodel.architecture import describe_architecture
-    from bigpipe.bigmodel.synthetic import write_synthetic
+    from bigpipe.bigmodel.architecture.structure import describe_architecture
+    from bigpipe.bigmodel.writing.synthetic import write_synthetic
 
     hidden, feed_forward, layers, heads = SHAPES[size]
     config = {

@@ -15,19 +15,19 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from bigpipe.bigmodel.activations import prefill, shape_of
-from bigpipe.bigmodel.architecture import Architecture, ModuleSpec, describe_architecture
-from bigpipe.bigmodel.description import ModelDescription, describe_checkpoint
-from bigpipe.bigmodel.families import known_architecture
-from bigpipe.bigmodel.footprint import compute_bytes
-from bigpipe.bigmodel.kvcache import kv_cache
-from bigpipe.bigmodel.naming import set_quantized_apart
-from bigpipe.bigmodel.offload import INDIVISIBLE
+from bigpipe.bigmodel.architecture.families import known_architecture
+from bigpipe.bigmodel.architecture.structure import Architecture, ModuleSpec, describe_architecture
+from bigpipe.bigmodel.checkpoint.description import ModelDescription, describe_checkpoint
+from bigpipe.bigmodel.checkpoint.naming import set_quantized_apart
+from bigpipe.bigmodel.checkpoint.tensors import tensor_nbytes
+from bigpipe.bigmodel.execution.offload import INDIVISIBLE
+from bigpipe.bigmodel.footprint.activations import prefill, shape_of
+from bigpipe.bigmodel.footprint.kvcache import kv_cache
+from bigpipe.bigmodel.footprint.weights import compute_bytes
 from bigpipe.bigmodel.placement import Device, Placement, place
 from bigpipe.bigmodel.placement.budget import devices_of
 from bigpipe.bigmodel.placement.measuring import measured_speeds
 from bigpipe.bigmodel.placement.speeds import Speeds
-from bigpipe.bigmodel.tensors import tensor_nbytes
 from bigpipe.orchestrator.stage import (
     DoesNotFit,
     Forecast,
@@ -411,8 +411,8 @@ def _verify(params: DispatchParams, ctx: StageContext, kept: PlacedModel, metric
     import accelerate  # noqa: F401  what importing costs is not loading
     from transformers import PreTrainedModel  # noqa: F401
 
-    from bigpipe.bigmodel.loading import loaded
-    from bigpipe.bigmodel.probe import forward_once
+    from bigpipe.bigmodel.execution.loading import loaded
+    from bigpipe.bigmodel.execution.probe import forward_once
 
     started = time.monotonic()
     # Held as stored: what computes in another dtype is cast at each use

@@ -11,17 +11,17 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from bigpipe.bigmodel.architecture import Architecture, describe_architecture
-from bigpipe.bigmodel.copying import copy_file
-from bigpipe.bigmodel.description import ARCHITECTURE_FILE, ModelDescription, describe_checkpoint
-from bigpipe.bigmodel.files import MAX_CONFIG, read_json
-from bigpipe.bigmodel.heads import are_the_model, directory_heads, may_pass, repository_heads
-from bigpipe.bigmodel.hub import Hub, HubFile, Repository, check_access, describe, resolve_commit
-from bigpipe.bigmodel.remote import describe_repository
-from bigpipe.bigmodel.selection import check_index, detect, select
-from bigpipe.bigmodel.snapshot import Fetched, fetch, missing_bytes
-from bigpipe.bigmodel.synthetic import plan_synthetic, synthetic_description, write_synthetic
-from bigpipe.bigmodel.writer import planned_bytes
+from bigpipe.bigmodel.architecture.structure import Architecture, describe_architecture
+from bigpipe.bigmodel.checkpoint.description import ARCHITECTURE_FILE, ModelDescription, describe_checkpoint
+from bigpipe.bigmodel.checkpoint.files import MAX_CONFIG, read_json
+from bigpipe.bigmodel.hub.heads import are_the_model, directory_heads, may_pass, repository_heads
+from bigpipe.bigmodel.hub.remote import describe_repository
+from bigpipe.bigmodel.hub.repository import Hub, HubFile, Repository, check_access, describe, resolve_commit
+from bigpipe.bigmodel.hub.selection import check_index, detect, select
+from bigpipe.bigmodel.hub.snapshot import Fetched, fetch, missing_bytes
+from bigpipe.bigmodel.writing.copying import copy_file
+from bigpipe.bigmodel.writing.synthetic import plan_synthetic, synthetic_description, write_synthetic
+from bigpipe.bigmodel.writing.writer import planned_bytes
 from bigpipe.orchestrator.stage import (
     BigpipeError,
     CheckContext,

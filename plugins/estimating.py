@@ -8,12 +8,12 @@ from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
-from bigpipe.bigmodel.budget import Workload
-from bigpipe.bigmodel.description import ModelDescription
-from bigpipe.bigmodel.estimates import Estimate, estimate_sighting
-from bigpipe.bigmodel.hub import COMMIT, Hub, check_access, resolve_commit
-from bigpipe.bigmodel.outline import LIBRARY as OUTLINE
-from bigpipe.bigmodel.sighting import Sighting, Sources, look
+from bigpipe.bigmodel.architecture.outline import LIBRARY as OUTLINE
+from bigpipe.bigmodel.checkpoint.description import ModelDescription
+from bigpipe.bigmodel.footprint.budget import Workload
+from bigpipe.bigmodel.footprint.estimates import Estimate, estimate_sighting
+from bigpipe.bigmodel.footprint.sighting import Sighting, Sources, look
+from bigpipe.bigmodel.hub.repository import COMMIT, Hub, check_access, resolve_commit
 from bigpipe.orchestrator.stage import (
     CheckContext,
     Forecast,

@@ -21,11 +21,11 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from bigpipe.bigmodel.generation import Answer, Task, check_task, has_tokenizer, make_task
-from bigpipe.bigmodel.loading import TOTAL_SHARE, fits_widened
+from bigpipe.bigmodel.execution.generation import Answer, Task, check_task, has_tokenizer, make_task
+from bigpipe.bigmodel.execution.loading import TOTAL_SHARE, fits_widened
+from bigpipe.bigmodel.execution.prompts import Row, read_prompts
+from bigpipe.bigmodel.execution.recordlog import Record, RecordLog, read_log
 from bigpipe.bigmodel.placement import Placement
-from bigpipe.bigmodel.prompts import Row, read_prompts
-from bigpipe.bigmodel.recordlog import Record, RecordLog, read_log
 from bigpipe.orchestrator.stage import (
     BigpipeError,
     CheckContext,

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from bigpipe.bigmodel.loading import TOTAL_SHARE
+from bigpipe.bigmodel.execution.loading import TOTAL_SHARE
 from bigpipe.bigmodel.placement import Device, Placement
 from bigpipe.orchestrator.stage import StageContext
 
@@ -46,7 +46,7 @@ class PlacedModel:
         self, ctx: StageContext, *, dtype: str | None = None, memory: int | None = None, first_gpu: int = 0
     ) -> torch.nn.Module:
         """The model on port `model`, placed. dtype: wins over the placement's."""
-        from bigpipe.bigmodel.loading import load
+        from bigpipe.bigmodel.execution.loading import load
 
         return load(
             ctx.input("model"),

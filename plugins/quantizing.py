@@ -5,11 +5,11 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
-from bigpipe.bigmodel.architecture import Architecture
-from bigpipe.bigmodel.checkpoint import open_arriving, open_checkpoint
-from bigpipe.bigmodel.description import ModelDescription, describe_checkpoint, describe_opened
+from bigpipe.bigmodel.architecture.structure import Architecture
+from bigpipe.bigmodel.checkpoint.description import ModelDescription, describe_checkpoint, describe_opened
+from bigpipe.bigmodel.checkpoint.view import open_arriving, open_checkpoint
 from bigpipe.bigmodel.quantization import Outline, Settings, quantize_described, refuse_quantized, understand
-from bigpipe.bigmodel.sidefiles import config_with_dtype
+from bigpipe.bigmodel.writing.sidefiles import config_with_dtype
 from bigpipe.orchestrator.stage import CheckContext, Forecast, ForecastContext, Machine, StageContext, StageResult
 from bigpipe.sizes import format_transfer
 

@@ -17,7 +17,16 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from bigpipe.bigmodel.destinations import Destination, Directory, Inspect, Seen, Session, Stored, open_url, still_holds
+from bigpipe.bigmodel.writing.destinations import (
+    Destination,
+    Directory,
+    Inspect,
+    Seen,
+    Session,
+    Stored,
+    open_url,
+    still_holds,
+)
 from bigpipe.errors import InvalidCheckpoint
 from bigpipe.orchestrator.stage import (
     BigpipeError,
@@ -51,8 +60,8 @@ TASKS = re.compile(r"[a-z]+(-[a-z]+)+")
 
 def destination(params: SaveParams, base: Path, environment: Mapping[str, str], *, offline: bool) -> Destination:
     if params.to.startswith("hf://"):
-        from bigpipe.bigmodel.hub import Hub
-        from bigpipe.bigmodel.upload import HubRepository
+        from bigpipe.bigmodel.hub.repository import Hub
+        from bigpipe.bigmodel.writing.upload import HubRepository
 
         hub = Hub.from_environment(environment, offline=offline)
         return HubRepository(params.to.removeprefix("hf://").strip("/"), hub, params.revision, params.private)
@@ -125,7 +134,7 @@ def _read_provenance(target: Destination, there: Mapping[str, Seen]) -> dict[str
 
 
 def forecast(params: SaveParams, ctx: ForecastContext) -> Forecast:
-    from bigpipe.bigmodel.description import ModelDescription
+    from bigpipe.bigmodel.checkpoint.description import ModelDescription
 
     described = ctx.input("model")
     size = described.output.nbytes if described and isinstance(described.output, ModelDescription) else None
@@ -191,7 +200,7 @@ def inspection(model: Path) -> Inspect:
 
     Weights that we cannot read ourselves are saved as they are.
     """
-    from bigpipe.bigmodel.checkpoint import open_checkpoint
+    from bigpipe.bigmodel.checkpoint.view import open_checkpoint
 
     def contents(directory: Path) -> dict[str, Any]:
         opened = open_checkpoint(directory)
@@ -274,8 +283,8 @@ def _version() -> str:
 
 
 def _card(params: SaveParams, target: Destination, ctx: StageContext) -> str:
-    from bigpipe.bigmodel.card import LOADING, Card, front_matter
-    from bigpipe.bigmodel.description import ARCHITECTURE_FILE
+    from bigpipe.bigmodel.checkpoint.description import ARCHITECTURE_FILE
+    from bigpipe.bigmodel.writing.card import LOADING, Card, front_matter
 
     model = ctx.input("model")
     source = _last(ctx.lineage, "download")

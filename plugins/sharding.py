@@ -6,11 +6,11 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-from bigpipe.bigmodel.checkpoint import open_arriving, open_checkpoint
-from bigpipe.bigmodel.description import ModelDescription, describe_checkpoint
-from bigpipe.bigmodel.plans import ShardPlan
-from bigpipe.bigmodel.sidefiles import carry_side_files, config_with_dtype
-from bigpipe.bigmodel.writer import convert, plan_conversion, planned_bytes
+from bigpipe.bigmodel.checkpoint.description import ModelDescription, describe_checkpoint
+from bigpipe.bigmodel.checkpoint.view import open_arriving, open_checkpoint
+from bigpipe.bigmodel.writing.plans import ShardPlan
+from bigpipe.bigmodel.writing.sidefiles import carry_side_files, config_with_dtype
+from bigpipe.bigmodel.writing.writer import convert, plan_conversion, planned_bytes
 from bigpipe.orchestrator.stage import CheckContext, Forecast, ForecastContext, StageContext, StageResult, UsageError
 from bigpipe.sizes import format_transfer
 

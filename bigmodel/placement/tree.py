@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping
 from functools import cached_property
 
-from bigpipe.bigmodel.architecture import Architecture, TensorSpec
-from bigpipe.bigmodel.offload import INDIVISIBLE
-from bigpipe.bigmodel.tensors import tensor_nbytes
+from bigpipe.bigmodel.architecture.structure import Architecture, TensorSpec
+from bigpipe.bigmodel.checkpoint.tensors import tensor_nbytes
+from bigpipe.bigmodel.execution.offload import INDIVISIBLE
 
 
 class Tree:

@@ -13,13 +13,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from bigpipe.bigmodel.architecture import Architecture
-from bigpipe.bigmodel.bitsandbytes_format import Scheme
-from bigpipe.bigmodel.checkpoint import Checkpoint, open_checkpoint
-from bigpipe.bigmodel.description import ARCHITECTURE_FILE, ModelDescription, describe_checkpoint
-from bigpipe.bigmodel.shards import write_file
-from bigpipe.bigmodel.sidefiles import carry_side_files, config_with_dtype, encode_config
-from bigpipe.bigmodel.writer import ReportProgress, cores
+from bigpipe.bigmodel.architecture.structure import Architecture
+from bigpipe.bigmodel.checkpoint.description import ARCHITECTURE_FILE, ModelDescription, describe_checkpoint
+from bigpipe.bigmodel.checkpoint.view import Checkpoint, open_checkpoint
+from bigpipe.bigmodel.footprint.bitsandbytes_format import Scheme
+from bigpipe.bigmodel.writing.shards import write_file
+from bigpipe.bigmodel.writing.sidefiles import carry_side_files, config_with_dtype, encode_config
+from bigpipe.bigmodel.writing.writer import ReportProgress, cores
 from bigpipe.sizes import parse_size
 
 from .outline import Outline, outline

@@ -19,8 +19,8 @@ from typing import Any, Self
 import numpy as np
 from numpy.typing import NDArray
 
-from bigpipe.bigmodel.bytesource import FileSource
-from bigpipe.bigmodel.checkpoint import Checkpoint
+from bigpipe.bigmodel.checkpoint.bytesource import FileSource
+from bigpipe.bigmodel.checkpoint.view import Checkpoint
 
 from .devices import CHUNK as DEVICE_CHUNK
 from .devices import DeviceFourBitEncoder, DeviceInt8Encoder

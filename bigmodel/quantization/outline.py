@@ -5,17 +5,17 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
-from bigpipe.bigmodel.architecture import Architecture, ModuleSpec, TensorSpec
-from bigpipe.bigmodel.bitsandbytes_format import (
+from bigpipe.bigmodel.architecture.structure import Architecture, ModuleSpec, TensorSpec
+from bigpipe.bigmodel.checkpoint.tensors import tensor_nbytes
+from bigpipe.bigmodel.footprint.bitsandbytes_format import (
     converted_modules,
     matrix_shape,
     name_matcher,
     stored_tensors,
     weight_of,
 )
-from bigpipe.bigmodel.casting import is_cast
-from bigpipe.bigmodel.plans import PlannedTensor
-from bigpipe.bigmodel.tensors import tensor_nbytes
+from bigpipe.bigmodel.writing.casting import is_cast
+from bigpipe.bigmodel.writing.plans import PlannedTensor
 from bigpipe.errors import InvalidCheckpoint, UsageError
 
 from .settings import Settings

@@ -8,8 +8,8 @@ from dataclasses import replace
 import numpy as np
 from numpy.typing import NDArray
 
-from bigpipe.bigmodel.plans import PlannedTensor, ShardPlan, laid_out
-from bigpipe.bigmodel.ranges import RangeReader
+from bigpipe.bigmodel.writing.plans import PlannedTensor, ShardPlan, laid_out
+from bigpipe.bigmodel.writing.ranges import RangeReader
 
 from .codes import dynamic_code, four_bit_code
 from .encoding import Piece, WeightEncoder

@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from bigpipe.bigmodel.shards import sync_directory, write_file
+from bigpipe.bigmodel.writing.shards import sync_directory, write_file
 
 FOLDER = "quantize"
 

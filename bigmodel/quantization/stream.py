@@ -15,15 +15,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from bigpipe.bigmodel.arrivals import Uses
-from bigpipe.bigmodel.bytesource import FileSource
-from bigpipe.bigmodel.checkpoint import Checkpoint
-from bigpipe.bigmodel.containers import container
-from bigpipe.bigmodel.headers import read_header
-from bigpipe.bigmodel.plans import PlannedTensor, ShardPlan, encode_index, file_name, index_file
-from bigpipe.bigmodel.ranges import RangeReader
-from bigpipe.bigmodel.shards import Lanes, ShardWriter, write_file
-from bigpipe.bigmodel.writer import Meter, ReportProgress, check_space, remove_leftovers
+from bigpipe.bigmodel.checkpoint.arrivals import Uses
+from bigpipe.bigmodel.checkpoint.bytesource import FileSource
+from bigpipe.bigmodel.checkpoint.headers import read_header
+from bigpipe.bigmodel.checkpoint.view import Checkpoint
+from bigpipe.bigmodel.writing.containers import container
+from bigpipe.bigmodel.writing.plans import PlannedTensor, ShardPlan, encode_index, file_name, index_file
+from bigpipe.bigmodel.writing.ranges import RangeReader
+from bigpipe.bigmodel.writing.shards import Lanes, ShardWriter, write_file
+from bigpipe.bigmodel.writing.writer import Meter, ReportProgress, check_space, remove_leftovers
 
 from .encoding import WeightEncoder
 from .outline import Converted, Kept, Outline

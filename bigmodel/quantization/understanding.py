@@ -7,10 +7,10 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from bigpipe.bigmodel.architecture import Architecture, describe_architecture
-from bigpipe.bigmodel.description import ModelDescription
-from bigpipe.bigmodel.families import known_architecture
-from bigpipe.bigmodel.renaming import ask_names
+from bigpipe.bigmodel.architecture.families import known_architecture
+from bigpipe.bigmodel.architecture.renaming import ask_names
+from bigpipe.bigmodel.architecture.structure import Architecture, describe_architecture
+from bigpipe.bigmodel.checkpoint.description import ModelDescription
 from bigpipe.errors import UsageError
 
 from .outline import Outline, outline

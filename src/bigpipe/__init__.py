@@ -11,15 +11,15 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from .bigmodel.checkpoint import Checkpoint as Checkpoint
-    from .bigmodel.checkpoint import open_checkpoint as open_checkpoint
-    from .bigmodel.estimates import Estimate as Estimate
-    from .bigmodel.estimates import estimate as estimate
-    from .bigmodel.loading import load as load
+    from .bigmodel.checkpoint.view import Checkpoint as Checkpoint
+    from .bigmodel.checkpoint.view import open_checkpoint as open_checkpoint
+    from .bigmodel.footprint.estimates import Estimate as Estimate
+    from .bigmodel.footprint.estimates import estimate as estimate
+    from .bigmodel.execution.loading import load as load
     from .bigmodel.placement import Placement as Placement
     from .bigmodel.placement import place as place
     from .bigmodel.quantization import quantize_checkpoint as quantize_checkpoint
-    from .bigmodel.saving import save_checkpoint as save_checkpoint
+    from .bigmodel.writing.saving import save_checkpoint as save_checkpoint
     from .errors import BigpipeError as BigpipeError
     from .errors import ManifestError as ManifestError
     from .orchestrator.commands import plan as plan
@@ -32,23 +32,23 @@ if TYPE_CHECKING:
 
 _EXPORTS = {
     "BigpipeError": "errors:BigpipeError",
-    "Checkpoint": "bigmodel.checkpoint:Checkpoint",
-    "Estimate": "bigmodel.estimates:Estimate",
+    "Checkpoint": "bigmodel.checkpoint.view:Checkpoint",
+    "Estimate": "bigmodel.footprint.estimates:Estimate",
     "ManifestError": "errors:ManifestError",
     "Placement": "bigmodel.placement:Placement",
     "Plan": "orchestrator.plan:Plan",
     "Recipe": "orchestrator.recipe.graph:Recipe",
     "RunResult": "orchestrator.result:RunResult",
     "Stage": "orchestrator.stage:Stage",
-    "estimate": "bigmodel.estimates:estimate",
-    "load": "bigmodel.loading:load",
+    "estimate": "bigmodel.footprint.estimates:estimate",
+    "load": "bigmodel.execution.loading:load",
     "load_manifest": "orchestrator.commands:load_manifest",
-    "open_checkpoint": "bigmodel.checkpoint:open_checkpoint",
+    "open_checkpoint": "bigmodel.checkpoint.view:open_checkpoint",
     "place": "bigmodel.placement:place",
     "plan": "orchestrator.commands:plan",
     "quantize_checkpoint": "bigmodel.quantization:quantize_checkpoint",
     "run": "orchestrator.commands:run",
-    "save_checkpoint": "bigmodel.saving:save_checkpoint",
+    "save_checkpoint": "bigmodel.writing.saving:save_checkpoint",
 }
 
 __all__ = sorted(_EXPORTS)  # noqa: PLE0605 (spelled out in the test of the export list)

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from bigpipe.bigmodel.architecture import Architecture, describe_architecture, describe_many, request_key
-from bigpipe.bigmodel.inquiry import read_request
+from bigpipe.bigmodel.architecture.inquiry import read_request
+from bigpipe.bigmodel.architecture.structure import Architecture, describe_architecture, describe_many, request_key
 from bigpipe.errors import InvalidCheckpoint, UsageError
 
 OPT_13B = {
@@ -201,7 +201,8 @@ def test_a_directory_without_a_config(tmp_path: Path) -> None:
 
 def test_the_calling_process_imports_no_torch(described: dict[str, Architecture], memo: Path) -> None:
     code = (
-        "import sys; from pathlib import Path; from bigpipe.bigmodel.architecture import describe_architecture as d; "
+        "import sys; from pathlib import Path; "
+        "from bigpipe.bigmodel.architecture.structure import describe_architecture as d; "
         f"d({T5!r}, memo=Path({str(memo)!r})); "
         "sys.exit(bool({'torch', 'transformers'} & set(sys.modules)))"
     )

@@ -12,9 +12,9 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
-from bigpipe.bigmodel.checkpoint import open_arriving, open_checkpoint
-from bigpipe.bigmodel.heads import are_the_model, directory_heads, may_pass
-from bigpipe.bigmodel.writer import convert, save_checkpoint
+from bigpipe.bigmodel.checkpoint.view import open_arriving, open_checkpoint
+from bigpipe.bigmodel.hub.heads import are_the_model, directory_heads, may_pass
+from bigpipe.bigmodel.writing.writer import convert, save_checkpoint
 from bigpipe.errors import InvalidCheckpoint
 from bigpipe.orchestrator.handover import Inlet, Outlet
 

@@ -6,8 +6,8 @@ import numpy
 import pytest
 import torch
 
-from bigpipe.bigmodel.casting import BLOCK, cast, is_cast
-from bigpipe.bigmodel.tensors import itemsize
+from bigpipe.bigmodel.checkpoint.tensors import itemsize
+from bigpipe.bigmodel.writing.casting import BLOCK, cast, is_cast
 
 FLOATS = ("float32", "float16", "bfloat16", "float64")
 

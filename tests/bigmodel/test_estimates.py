@@ -17,12 +17,12 @@ from support.hub_state import files_of
 from support.models import make_checkpoint
 from support.shells import sharded, shell
 
-from bigpipe.bigmodel.budget import Workload, budget
-from bigpipe.bigmodel.estimate_text import compare
-from bigpipe.bigmodel.estimates import Estimate, estimate
-from bigpipe.bigmodel.families import known_architecture
-from bigpipe.bigmodel.footprint import WIDTHS
-from bigpipe.bigmodel.outline import outline
+from bigpipe.bigmodel.architecture.families import known_architecture
+from bigpipe.bigmodel.architecture.outline import outline
+from bigpipe.bigmodel.footprint.budget import Workload, budget
+from bigpipe.bigmodel.footprint.estimates import Estimate, estimate
+from bigpipe.bigmodel.footprint.text import compare
+from bigpipe.bigmodel.footprint.weights import WIDTHS
 from bigpipe.errors import InvalidCheckpoint, Offline, UsageError
 
 OPT_13B: dict[str, Any] = {

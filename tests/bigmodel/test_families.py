@@ -8,10 +8,10 @@ from typing import Any
 import pytest
 from support.real import describe_here
 
-from bigpipe.bigmodel.architecture import Architecture
-from bigpipe.bigmodel.families import BUILDERS, known_architecture
-from bigpipe.bigmodel.inquiry import Head
-from bigpipe.bigmodel.kvcache import kv_cache
+from bigpipe.bigmodel.architecture.families import BUILDERS, known_architecture
+from bigpipe.bigmodel.architecture.inquiry import Head
+from bigpipe.bigmodel.architecture.structure import Architecture
+from bigpipe.bigmodel.footprint.kvcache import kv_cache
 
 LLAMA: dict[str, Any] = {
     "model_type": "llama", "architectures": ["LlamaForCausalLM"], "hidden_size": 64, "intermediate_size": 96,

@@ -11,8 +11,8 @@ import pytest
 import torch
 from support.models import make_checkpoint, tiny_tokenizer
 
-from bigpipe.bigmodel.generation import Row, check_task, make_task
-from bigpipe.bigmodel.loading import load
+from bigpipe.bigmodel.execution.generation import Row, check_task, make_task
+from bigpipe.bigmodel.execution.loading import load
 from bigpipe.errors import UsageError
 
 TEXTS = ["Hello", "a much longer prompt than the others", "x", "two words"]

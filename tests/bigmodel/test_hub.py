@@ -11,7 +11,15 @@ from pathlib import Path
 import pytest
 from support.hub import LoopbackHub
 
-from bigpipe.bigmodel.hub import Hub, cached_commit, check_access, check_name, describe, read_range, resolve_commit
+from bigpipe.bigmodel.hub.repository import (
+    Hub,
+    cached_commit,
+    check_access,
+    check_name,
+    describe,
+    read_range,
+    resolve_commit,
+)
 from bigpipe.errors import GatedRepository, InvalidCheckpoint, NotAuthorised, Offline, Transient, UsageError
 
 WEIGHTS = bytes(range(256)) * 64
@@ -188,7 +196,7 @@ def test_a_redirect_loop_ends(server: LoopbackHub, hub: Hub) -> None:
 
 
 def test_an_answer_that_never_comes(server: LoopbackHub, hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("bigpipe.bigmodel.hub.TIMEOUT", 0.3)
+    monkeypatch.setattr("bigpipe.bigmodel.hub.repository.TIMEOUT", 0.3)
     server.fail("hang", "/revision/")
     with pytest.raises(Transient, match="ReadTimeout"):
         describe("org/model", hub=hub)

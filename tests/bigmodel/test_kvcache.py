@@ -8,7 +8,7 @@ import pytest
 from support.architectures import ALL, DECODERS
 from support.real import build, cache_bytes, describe_here
 
-from bigpipe.bigmodel.kvcache import kv_cache
+from bigpipe.bigmodel.footprint.kvcache import kv_cache
 
 ENCODER_DECODERS = ("t5", "bart", "whisper")
 NAMES = (*DECODERS, *ENCODER_DECODERS, "llava")

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from support.models import forward, make_checkpoint, sample_inputs, tiny_model
 from transformers import LlamaForCausalLM
 
-from bigpipe.bigmodel.loading import load, loaded
+from bigpipe.bigmodel.execution.loading import load, loaded
 from bigpipe.errors import StageFailed
 
 
@@ -137,7 +137,7 @@ def test_a_cut_file_is_an_error_with_its_bytes(tmp_path: Path) -> None:
 CHILD = """
 import gc, json, sys, torch
 import transformers.models.opt.modeling_opt, accelerate
-from bigpipe.bigmodel.loading import load
+from bigpipe.bigmodel.execution.loading import load
 
 def memory(field):
     with open("/proc/self/status") as status:

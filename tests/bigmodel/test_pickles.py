@@ -9,10 +9,10 @@ import pytest
 import torch
 from support.models import make_checkpoint, tiny_model
 
-from bigpipe.bigmodel.checkpoint import open_checkpoint
-from bigpipe.bigmodel.containers import TorchZip
-from bigpipe.bigmodel.pickles import read_torch_pickle, unique_tensors
-from bigpipe.bigmodel.plans import PlannedTensor, ShardPlan
+from bigpipe.bigmodel.checkpoint.pickles import read_torch_pickle, unique_tensors
+from bigpipe.bigmodel.checkpoint.view import open_checkpoint
+from bigpipe.bigmodel.writing.containers import TorchZip
+from bigpipe.bigmodel.writing.plans import PlannedTensor, ShardPlan
 from bigpipe.errors import InvalidCheckpoint
 
 
@@ -84,7 +84,7 @@ def test_views_of_a_storage_are_read_as_contiguous_bytes_in_little_memory(tmp_pa
 
 
 def test_a_view_larger_than_memory_may_hold_is_gathered_in_pieces(tmp_path, monkeypatch):
-    import bigpipe.bigmodel.strided as strided
+    import bigpipe.bigmodel.checkpoint.strided as strided
 
     monkeypatch.setattr(strided, "SPAN", 4096)
     matrix = torch.arange(300 * 200, dtype=torch.int16).reshape(300, 200)

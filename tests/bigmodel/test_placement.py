@@ -20,8 +20,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from bigpipe.bigmodel.architecture import Architecture, ModuleSpec, TensorSpec
-from bigpipe.bigmodel.instantiation import report
+from bigpipe.bigmodel.architecture.instantiation import report
+from bigpipe.bigmodel.architecture.structure import Architecture, ModuleSpec, TensorSpec
 from bigpipe.bigmodel.placement import Placement, place
 from bigpipe.bigmodel.placement.budget import read_budget
 from bigpipe.bigmodel.placement.strategies import _loads, _over

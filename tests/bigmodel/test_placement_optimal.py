@@ -11,8 +11,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from bigpipe.bigmodel.architecture import Architecture, ModuleSpec, TensorSpec
-from bigpipe.bigmodel.families import known_architecture
+from bigpipe.bigmodel.architecture.families import known_architecture
+from bigpipe.bigmodel.architecture.structure import Architecture, ModuleSpec, TensorSpec
 from bigpipe.bigmodel.placement import Placement, Speeds, place
 from bigpipe.bigmodel.placement.budget import Device
 from bigpipe.errors import DoesNotFit

@@ -15,13 +15,13 @@ import transformers
 from safetensors import safe_open
 from support.models import forward, make_checkpoint, tiny_config, tiny_model
 
-from bigpipe.bigmodel.architecture import Architecture, request_as_json
-from bigpipe.bigmodel.checkpoint import open_checkpoint
-from bigpipe.bigmodel.inquiry import read_request
-from bigpipe.bigmodel.instantiation import describe
+from bigpipe.bigmodel.architecture.inquiry import read_request
+from bigpipe.bigmodel.architecture.instantiation import describe
+from bigpipe.bigmodel.architecture.structure import Architecture, request_as_json
+from bigpipe.bigmodel.checkpoint.view import open_checkpoint
 from bigpipe.bigmodel.quantization import QuantizedCheckpoint, Settings, outline, quantize_checkpoint
 from bigpipe.bigmodel.quantization.settings import torch_threads
-from bigpipe.bigmodel.synthetic import write_synthetic
+from bigpipe.bigmodel.writing.synthetic import write_synthetic
 from bigpipe.errors import InvalidCheckpoint, UsageError
 
 _WIDTHS = {"hidden_size": 64, "intermediate_size": 128}
@@ -262,7 +262,7 @@ def test_the_outline_is_exact_before_a_byte_is_read(tmp_path: Path) -> None:
 
 CONSTANT = """
 import re, sys
-from bigpipe.bigmodel.architecture import Architecture
+from bigpipe.bigmodel.architecture.structure import Architecture
 from bigpipe.bigmodel.quantization import quantize_checkpoint
 import json
 source, out, described = sys.argv[1:]

@@ -18,10 +18,10 @@ from support.hub_state import files_of
 from support.models import make_checkpoint
 from support.shells import sharded, shell
 
-from bigpipe.bigmodel.description import describe_checkpoint
-from bigpipe.bigmodel.families import known_architecture
-from bigpipe.bigmodel.hub import Hub
-from bigpipe.bigmodel.remote import RemoteModel, describe_repository
+from bigpipe.bigmodel.architecture.families import known_architecture
+from bigpipe.bigmodel.checkpoint.description import describe_checkpoint
+from bigpipe.bigmodel.hub.remote import RemoteModel, describe_repository
+from bigpipe.bigmodel.hub.repository import Hub
 from bigpipe.errors import GatedRepository, InvalidCheckpoint, NotAuthorised, Offline, Transient, UsageError
 
 LLAMA: dict[str, Any] = {

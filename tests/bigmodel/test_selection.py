@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 
-from bigpipe.bigmodel.selection import check_index, detect, select, weight_format
+from bigpipe.bigmodel.hub.selection import check_index, detect, select, weight_format
 from bigpipe.errors import InvalidCheckpoint, UsageError
 
 OPT_13B = [

@@ -12,9 +12,9 @@ from types import SimpleNamespace
 import pytest
 from support.hub import LoopbackHub
 
-from bigpipe.bigmodel import snapshot as snapshot_module
-from bigpipe.bigmodel.hub import Hub, Repository, describe
-from bigpipe.bigmodel.snapshot import Snapshot, fetch, missing_bytes
+from bigpipe.bigmodel.hub import snapshot as snapshot_module
+from bigpipe.bigmodel.hub.repository import Hub, Repository, describe
+from bigpipe.bigmodel.hub.snapshot import Snapshot, fetch, missing_bytes
 from bigpipe.errors import GatedRepository, InvalidCheckpoint, Offline, Transient
 
 FILES: dict[str, bytes] = {
@@ -70,7 +70,7 @@ def test_a_second_time_nothing_is_asked_fetched_or_read(
     first = fetch_all(hub, memo, repository)
     asked = len(server.log)
     assert missing_bytes(repository, repository.files, hub) == 0
-    monkeypatch.setattr("bigpipe.bigmodel.snapshot.CHUNK", None)  # a read would fail
+    monkeypatch.setattr("bigpipe.bigmodel.hub.snapshot.CHUNK", None)  # a read would fail
     second = fetch_all(hub, memo, repository)
     assert second == Snapshot(first.files, 0)
     assert len(server.log) == asked

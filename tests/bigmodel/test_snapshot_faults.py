@@ -12,8 +12,8 @@ from typing import Any
 import pytest
 from support.hub import LoopbackHub
 
-from bigpipe.bigmodel.hub import Hub, Repository, describe
-from bigpipe.bigmodel.snapshot import fetch
+from bigpipe.bigmodel.hub.repository import Hub, Repository, describe
+from bigpipe.bigmodel.hub.snapshot import fetch
 from bigpipe.errors import Transient
 
 ROUNDS = int(os.environ.get("BIGPIPE_FAULT_ROUNDS", "30"))
@@ -61,7 +61,7 @@ def a_round(seed: int, faults: dict[str, dict[str, Any]], root: Path, *, moves: 
 
 @pytest.fixture(autouse=True)
 def _impatience(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("bigpipe.bigmodel.hub.TIMEOUT", 0.5)
+    monkeypatch.setattr("bigpipe.bigmodel.hub.repository.TIMEOUT", 0.5)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_DOWNLOAD_TIMEOUT", 0.5)
     monkeypatch.setattr("huggingface_hub.file_download._ETAG_RETRY_TIMEOUT", 0.5)
     sleep = time.sleep

@@ -4,11 +4,11 @@ import pytest
 import torch
 from support.models import forward, tiny_config
 
-from bigpipe.bigmodel.architecture import describe_architecture
-from bigpipe.bigmodel.checkpoint import open_checkpoint
-from bigpipe.bigmodel.containers import container
-from bigpipe.bigmodel.plans import PlannedTensor
-from bigpipe.bigmodel.synthetic import RandomTensors, plan_synthetic, synthetic_description, write_synthetic
+from bigpipe.bigmodel.architecture.structure import describe_architecture
+from bigpipe.bigmodel.checkpoint.view import open_checkpoint
+from bigpipe.bigmodel.writing.containers import container
+from bigpipe.bigmodel.writing.plans import PlannedTensor
+from bigpipe.bigmodel.writing.synthetic import RandomTensors, plan_synthetic, synthetic_description, write_synthetic
 from bigpipe.errors import UsageError
 
 

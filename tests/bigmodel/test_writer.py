@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from support.models import forward, make_checkpoint, tiny_model
 
-from bigpipe.bigmodel.checkpoint import open_checkpoint
-from bigpipe.bigmodel.writer import PlannedTensor, plan_shards, save_checkpoint, write_checkpoint
+from bigpipe.bigmodel.checkpoint.view import open_checkpoint
+from bigpipe.bigmodel.writing.writer import PlannedTensor, plan_shards, save_checkpoint, write_checkpoint
 from bigpipe.errors import DoesNotFit, UsageError
 
 

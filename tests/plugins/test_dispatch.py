@@ -14,9 +14,9 @@ from support.launching import MACHINE
 from support.models import make_checkpoint
 from support.tinygpt import GPT
 
-from bigpipe.bigmodel.architecture import describe_many
-from bigpipe.bigmodel.description import describe_checkpoint
-from bigpipe.bigmodel.inquiry import read_request
+from bigpipe.bigmodel.architecture.inquiry import read_request
+from bigpipe.bigmodel.architecture.structure import describe_many
+from bigpipe.bigmodel.checkpoint.description import describe_checkpoint
 from bigpipe.errors import StageFailed, UsageError
 from bigpipe.orchestrator.events import LogLine
 from bigpipe.orchestrator.stage import (
@@ -243,8 +243,8 @@ import sys
 from pathlib import Path
 sys.path.insert(0, {str(TESTS)!r})
 from support.launching import MACHINE
-from bigpipe.bigmodel.architecture import describe_many
-from bigpipe.bigmodel.description import describe_checkpoint
+from bigpipe.bigmodel.architecture.structure import describe_many
+from bigpipe.bigmodel.checkpoint.description import describe_checkpoint
 from bigpipe.orchestrator.stage import Forecast, ForecastContext
 from bigpipe.plugins.dispatch import STAGE, DispatchParams
 wired = {{"model": (Forecast(output=describe_checkpoint({str(model)!r})),)}}

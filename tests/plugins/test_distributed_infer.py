@@ -21,9 +21,9 @@ from support.inferring import start
 from support.launching import MACHINE, TESTS
 from support.models import make_checkpoint
 
-from bigpipe.bigmodel.description import describe_checkpoint
+from bigpipe.bigmodel.checkpoint.description import describe_checkpoint
+from bigpipe.bigmodel.execution.recordlog import read_log
 from bigpipe.bigmodel.placement import Placement
-from bigpipe.bigmodel.recordlog import read_log
 from bigpipe.errors import StageFailed, UsageError
 from bigpipe.orchestrator.events import Progress, RankHello
 from bigpipe.orchestrator.stage import CheckContext, Forecast, ForecastContext, Gpu, Launch, StageContext, Trust

@@ -19,8 +19,8 @@ from support.hub import LoopbackHub
 from support.hub_state import files_of
 from support.workshop import Workshop, environment, statuses
 
-from bigpipe.bigmodel.architecture import describe_architecture
-from bigpipe.bigmodel.synthetic import write_synthetic
+from bigpipe.bigmodel.architecture.structure import describe_architecture
+from bigpipe.bigmodel.writing.synthetic import write_synthetic
 
 MODEL = """\
 config: {model_type: gpt2, architectures: [GPT2LMHeadModel], n_layer: 12, n_embd: 256, n_head: 4, vocab_size: 1000,

@@ -24,10 +24,10 @@ from support.launching import MACHINE, make_job
 from support.models import make_checkpoint, tiny_config
 from support.tinygpt import GPT
 
-from bigpipe.bigmodel.architecture import describe_architecture
-from bigpipe.bigmodel.description import describe_checkpoint
-from bigpipe.bigmodel.loading import load
-from bigpipe.bigmodel.synthetic import write_synthetic
+from bigpipe.bigmodel.architecture.structure import describe_architecture
+from bigpipe.bigmodel.checkpoint.description import describe_checkpoint
+from bigpipe.bigmodel.execution.loading import load
+from bigpipe.bigmodel.writing.synthetic import write_synthetic
 from bigpipe.errors import UsageError
 from bigpipe.orchestrator.launch.launcher import Outcome, launch
 from bigpipe.orchestrator.stage import Forecast, Trust

@@ -17,9 +17,9 @@ from support.contexts import Lineage, check_context, forecast_context, inputs, s
 from support.hub import LoopbackHub
 from support.models import make_checkpoint
 
-from bigpipe.bigmodel.card import front_matter
-from bigpipe.bigmodel.checkpoint import open_checkpoint
-from bigpipe.bigmodel.writer import save_checkpoint
+from bigpipe.bigmodel.checkpoint.view import open_checkpoint
+from bigpipe.bigmodel.writing.card import front_matter
+from bigpipe.bigmodel.writing.writer import save_checkpoint
 from bigpipe.errors import InvalidCheckpoint, NotAuthorised, Offline, StageFailed, UsageError
 from bigpipe.orchestrator.stage import Forecast, StageResult
 from bigpipe.plugins.save import STAGE, SaveMetrics, SaveParams
@@ -245,7 +245,7 @@ def test_nothing_wired_is_nothing_to_save(tmp_path: Path) -> None:
 def test_a_failure_leaves_the_old_version_in_place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     save(tmp_path, params("dist"))
     before = tree(tmp_path / "base" / "dist")
-    monkeypatch.setattr("bigpipe.bigmodel.destinations.hash_file", lambda path: "0" * 64)  # a disk that lies
+    monkeypatch.setattr("bigpipe.bigmodel.writing.destinations.hash_file", lambda path: "0" * 64)  # a disk that lies
     with pytest.raises(StageFailed, match="reads back as sha256"):
         save(tmp_path, params("dist", overwrite=True))
     assert tree(tmp_path / "base" / "dist") == before
@@ -361,7 +361,7 @@ def test_the_plan_asks_whether_the_token_may_write(
 
 
 def test_a_forecast_knows_where_and_how_much(tmp_path: Path) -> None:
-    from bigpipe.bigmodel.description import ModelDescription
+    from bigpipe.bigmodel.checkpoint.description import ModelDescription
 
     described = ModelDescription(
         config=None, tensors={"a": ("float16", (1000, 1000))}, format="safetensors", tied={}, path=None,

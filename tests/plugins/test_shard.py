@@ -13,7 +13,7 @@ import torch
 from support.launching import MACHINE, make_job
 from support.models import forward, make_checkpoint, tiny_model
 
-from bigpipe.bigmodel.description import describe_checkpoint
+from bigpipe.bigmodel.checkpoint.description import describe_checkpoint
 from bigpipe.errors import UsageError
 from bigpipe.orchestrator.launch.launcher import Outcome, launch
 from bigpipe.orchestrator.stage import CheckContext, Forecast, ForecastContext

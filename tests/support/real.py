@@ -7,8 +7,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from bigpipe.bigmodel.architecture import Architecture, request_as_json
-from bigpipe.bigmodel.inquiry import Head, read_request
+from bigpipe.bigmodel.architecture.inquiry import Head, read_request
+from bigpipe.bigmodel.architecture.structure import Architecture, request_as_json
 
 
 def transformers_quietly() -> None:
@@ -30,7 +30,7 @@ def build(config: dict[str, Any]) -> Any:
 
 def describe_here(config: dict[str, Any], head: Head = "auto") -> Architecture:
     """What `describe_architecture` answers, in this process, which has torch already."""
-    from bigpipe.bigmodel.instantiation import describe
+    from bigpipe.bigmodel.architecture.instantiation import describe
 
     transformers_quietly()
     return describe(request_as_json(read_request(config, head=head)))

@@ -6,7 +6,7 @@ import json
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
-from bigpipe.bigmodel.headers import encode_header
+from bigpipe.bigmodel.checkpoint.headers import encode_header
 
 Tensors = Iterable[tuple[str, str, tuple[int, ...]]]
 SIZES = {"float32": 4, "float16": 2, "bfloat16": 2, "int8": 1, "uint8": 1, "int64": 8}

@@ -1,0 +1,59 @@
+"""What is known of a checkpoint without its weights: what one stage's forecast tells the next."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from .files import MAX_CONFIG, read_json
+from .tensors import tensor_nbytes
+from .view import Checkpoint, open_checkpoint
+
+ARCHITECTURE_FILE = "bigpipe_architecture.json"
+"""Names the Python class of a model that has no transformers config; travels inside the artifact."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelDescription:
+    config: Mapping[str, Any] | None
+    tensors: Mapping[str, tuple[str, tuple[int, ...]]] | None
+    """Stored name → (torch dtype name, shape), in the order of their bytes. None: not known."""
+    format: str | None
+    """safetensors or bin."""
+    tied: Mapping[str, str]
+    """Alias → stored name."""
+    path: Path | None
+    """Where side files (config, tokenizer, custom class) can be read, if anywhere yet."""
+    quantization: Mapping[str, Any] | None
+    """`quantization_config` of the config, or of a custom class's description."""
+    custom: Mapping[str, Any] | None
+    """Contents of `bigpipe_architecture.json`."""
+
+    @property
+    def nbytes(self) -> int | None:
+        """Bytes of all stored tensors, without headers. None where the tensors are not known."""
+        if self.tensors is None:
+            return None
+        return sum(tensor_nbytes(dtype, shape) for dtype, shape in self.tensors.values())
+
+
+def describe_checkpoint(path: str | Path) -> ModelDescription:
+    """Describes a checkpoint directory from its headers. Raises InvalidCheckpoint as `open_checkpoint` does."""
+    return describe_opened(open_checkpoint(path))
+
+
+def describe_opened(checkpoint: Checkpoint) -> ModelDescription:
+    """As `describe_checkpoint`, of a checkpoint that is open."""
+    file = checkpoint.path / ARCHITECTURE_FILE
+    custom = read_json(file, checkpoint.path, MAX_CONFIG) if file in checkpoint.extras else None
+    return ModelDescription(
+        config=checkpoint.config,
+        tensors={name: (tensor.dtype, tensor.shape) for name, tensor in checkpoint.tensors.items()},
+        format=checkpoint.format,
+        tied=checkpoint.tied,
+        path=checkpoint.path,
+        quantization=(checkpoint.config or custom or {}).get("quantization_config"),
+        custom=custom,
+    )

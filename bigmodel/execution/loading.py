@@ -1,0 +1,377 @@
+"""Loads a checkpoint into its model, placed over GPUs, RAM and disk, without ever holding it twice.
+
+    load
+      open_checkpoint        names → byte ranges, validated
+      build_skeleton         the class, empty; buffers true
+      match                  which bytes make which parameter
+      replace_linears        bitsandbytes' modules where weights are quantized
+      _settle                what stays: windows into the file, or copies on its device
+      Stream.add             what is streamed: hooks on its units
+
+On the CPU a weight stored in the dtype it computes in is not read at all: the file is its memory.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Container, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from bigpipe.bigmodel.checkpoint.description import ARCHITECTURE_FILE
+from bigpipe.bigmodel.checkpoint.files import MAX_CONFIG, read_json
+from bigpipe.bigmodel.checkpoint.mapped import MappedFiles
+from bigpipe.bigmodel.checkpoint.naming import FOUR_BIT, Matches, Recipe, match
+from bigpipe.bigmodel.checkpoint.view import Checkpoint, TensorInfo, open_checkpoint
+from bigpipe.errors import InvalidCheckpoint, UsageError
+
+from .homes import DeviceMap, Home, Homes, Placed
+from .offload import Stream, cut_into_units, follow_devices
+from .quantized_modules import replace_linears
+from .skeleton import adopt, build_skeleton, kept_in_float32, settings_of, tied_groups
+from .slots import PlainSlot, QuantizedSlot, Slot, fresh_memory
+
+if TYPE_CHECKING:
+    import torch
+
+FREE_SHARE = 0.6
+"""Of the memory available, what weights cast to another dtype may fill unless the caller says otherwise."""
+TOTAL_SHARE = 0.5
+"""Of all memory, what a model may take as float32 for a CPU to compute with it as that."""
+
+
+@dataclass(slots=True)
+class Loaded:
+    """What `load` knows of a model: `loaded(model)`."""
+
+    stream: Stream
+    device: torch.device
+    """Where inputs belong."""
+    held: dict[Home, int] = field(default_factory=dict)
+    """Bytes of weights and buffers by home. On disk: stored bytes; elsewhere: bytes in memory."""
+    streamed: int = 0
+    """Stored bytes that a forward over one token moves from RAM or disk to where it computes; 0 if all is there."""
+
+    def hold(self, home: Home, nbytes: int) -> None:
+        self.held[home] = self.held.get(home, 0) + nbytes
+
+
+def load(
+    path: str | Path,
+    placement: Placed | DeviceMap | None = None,
+    *,
+    model: torch.nn.Module | None = None,
+    dtype: str | torch.dtype | None = None,
+    special_dtypes: Mapping[str, str] | None = None,
+    no_split_module_classes: Sequence[str] | None = None,
+    device: int | str | None = None,
+    memory: int | None = None,
+    room: int | None = None,
+    first_gpu: int = 0,
+    trust: Sequence[str] = (),
+    base: Path | None = None,
+    trust_remote_code: bool = False,
+) -> torch.nn.Module:
+    """The checkpoint at `path` as a model in evaluation mode, ready for forward and `generate`.
+
+    placement: a `Placement` or a device map {prefix: GPU number | "cpu" | "disk"}; left out, all goes to `device`
+      (default: the CPU). Where a GPU is named, what lives in RAM or on disk computes on the first of them.
+    model: an empty model of a class that the checkpoint does not name itself.
+    dtype: what floating weights are cast to; left out, `compute_dtype`'s choice. Quantized weights stay as they are.
+    special_dtypes: parameter name → dtype, where another one is wanted.
+    no_split_module_classes: blocks that are streamed as a whole; left out, the model's own.
+    memory: bytes of RAM that weights cast to another dtype may fill; what is over is cast anew at each use.
+    room: bytes of RAM that `compute_dtype` reckons with; left out, half of this machine's.
+    first_gpu: added to the map's GPU numbers, which are a rank's own.
+    trust: modules that a custom class may come from; looked for in `base` first. trust_remote_code: may the
+      checkpoint's own Python files run?
+
+    Raises InvalidCheckpoint, UsageError (untrusted or unknown class, a map that misses modules) and DoesNotFit (a GPU
+    that is not there).
+    """
+    import torch
+
+    checkpoint = open_checkpoint(path)
+    homes = Homes(_device_map(placement, device), first_gpu)
+    wanted = getattr(torch, dtype) if isinstance(dtype, str) else dtype
+    budget, room = _memory(placement, memory, room)
+    wanted = wanted or compute_dtype(checkpoint, homes, room)
+    if model is None:
+        model = build_skeleton(checkpoint, wanted, trust=trust, base=base, trust_remote_code=trust_remote_code)
+    else:
+        model = adopt(model, wanted)
+    if no_split_module_classes is not None:
+        model._no_split_modules = list(no_split_module_classes)  # type: ignore[assignment]
+    _fill(model, checkpoint, homes, wanted, special_dtypes or {}, budget)
+    _read_generation_config(model, checkpoint.path)
+    return model.eval().requires_grad_(False)
+
+
+def loaded(model: torch.nn.Module) -> Loaded:
+    """What is known of a model that `load` made. Raises UsageError for any other."""
+    found = getattr(model, "_bigpipe_loaded", None)
+    if not isinstance(found, Loaded):
+        raise UsageError("this model was not loaded by bigpipe", "load it with bigpipe.load")
+    return found
+
+
+def stored_dtype(checkpoint: Checkpoint) -> str:
+    """torch's name of the dtype of the floating weights: the config's, or the one that most bytes have."""
+    sizes: dict[str, int] = {}
+    config = checkpoint.config or {}
+    for tensor in checkpoint.tensors.values():
+        if tensor.dtype in ("float64", "float32", "float16", "bfloat16") and ".weight." not in tensor.name:
+            sizes[tensor.dtype] = sizes.get(tensor.dtype, 0) + tensor.nbytes
+    named = config.get("dtype") or config.get("torch_dtype")
+    return str(named) if named in sizes else max(sizes, key=lambda name: sizes[name], default="float32")
+
+
+def compute_dtype(checkpoint: Checkpoint, homes: Homes, room: int) -> torch.dtype:
+    """The dtype to compute in where nobody asks for one: as stored, or float32 where all weights fit RAM as that.
+
+    CPUs without half-precision instructions multiply float32 several times faster. Weights that are streamed from disk
+    are used as they come: a cast at each use costs more than it gains. Around bitsandbytes' layers everything stays as
+    stored, as it does in transformers.
+
+    room: bytes of RAM; not what happens to be free, so that equal hardware gives equal results.
+    """
+    import torch
+
+    stored = {name: (tensor.dtype, tensor.shape) for name, tensor in checkpoint.tensors.items()}
+    if set(homes.device_map.values()) == {"cpu"} and fits_widened(stored, room):
+        return torch.float32
+    as_stored: torch.dtype = getattr(torch, stored_dtype(checkpoint))
+    return as_stored
+
+
+def fits_widened(tensors: Mapping[str, tuple[str, tuple[int, ...]]], room: int) -> bool:
+    """Would a CPU hold these stored tensors, name → (dtype, shape), as float32? Never so for quantized weights."""
+    if any(name.endswith(".SCB") or FOUR_BIT in name for name in tensors):
+        return False
+    return sum(4 * math.prod(shape) for dtype, shape in tensors.values() if "float" in dtype) <= room
+
+
+def _device_map(placement: Placed | DeviceMap | None, device: int | str | None) -> DeviceMap:
+    if placement is None:
+        return {"": "cpu" if device is None else device}
+    return placement if isinstance(placement, Mapping) else placement.device_map
+
+
+def _memory(placement: Placed | DeviceMap | None, memory: int | None, room: int | None) -> tuple[int, int]:
+    """(what cast weights may fill now, what decides whether they are cast), in bytes."""
+    import psutil
+
+    there = psutil.virtual_memory()
+    caps = {} if placement is None or isinstance(placement, Mapping) else placement.max_memory
+    cap = caps.get("cpu") or there.total
+    return (
+        min(int(there.available * FREE_SHARE), cap) if memory is None else memory,
+        min(int(there.total * TOTAL_SHARE) if room is None else room, cap),
+    )
+
+
+def _fill(
+    model: torch.nn.Module,
+    checkpoint: Checkpoint,
+    homes: Homes,
+    dtype: torch.dtype,
+    special_dtypes: Mapping[str, str],
+    budget: int,
+) -> None:
+    matches = match(model, _with_aliases(checkpoint))
+    _share_recipes(model, matches, checkpoint)
+    _check_complete(model, matches, checkpoint)
+    homes.check_covers(dict.fromkeys([*(name for name, _ in model.named_parameters()), *matches.plain]))
+    custom = _custom_description(checkpoint.path)
+    replace_linears(model, matches.quantized, settings_of(checkpoint, custom))
+    files = MappedFiles()
+    state = Loaded(Stream(files), homes.main)
+    slots = dict(_slots(model, matches, dtype, special_dtypes))
+    streamed = _settle(slots, homes, files, state, budget, special_dtypes)
+    _settle_buffers(model, matches, homes, state)
+    _stream(model, streamed, homes, state)
+    model.hf_device_map = dict(homes.device_map)  # type: ignore[assignment]
+    model._bigpipe_loaded = state  # type: ignore[assignment]
+
+
+def _with_aliases(checkpoint: Checkpoint) -> Mapping[str, TensorInfo]:
+    return {**checkpoint.tensors, **{alias: checkpoint.tensors[kept] for alias, kept in checkpoint.tied.items()}}
+
+
+def _share_recipes(model: torch.nn.Module, matches: Matches, checkpoint: Checkpoint) -> None:
+    """Gives every name of a tied group the recipe of the one that is stored.
+
+    Where several are stored with different bytes, the checkpoint decides: they are not tied.
+    """
+    for names in tied_groups(model):
+        stored = [name for name in names if name in matches.plain]
+        if not stored:
+            continue
+        first = matches.plain[stored[0]]
+        for name in names:
+            if name not in matches.plain or _equal(matches.plain[name], first, checkpoint):
+                matches.plain[name] = first
+
+
+def _equal(one: Recipe, other: Recipe, checkpoint: Checkpoint) -> bool:
+    if one.sources == other.sources:
+        return True
+    if [(s.dtype, s.shape) for s in one.sources] != [(s.dtype, s.shape) for s in other.sources]:
+        return False
+    pairs = zip(one.sources, other.sources, strict=True)
+    return all(
+        all(a == b for a, b in zip(checkpoint.chunks(left.name), checkpoint.chunks(right.name), strict=True))
+        for left, right in pairs
+    )
+
+
+def _check_complete(model: torch.nn.Module, matches: Matches, checkpoint: Checkpoint) -> None:
+    ignored = re.compile("|".join(getattr(model, "_keys_to_ignore_on_load_missing", None) or ["(?!)"]))
+    missing = [
+        name
+        for name, _ in model.named_parameters(remove_duplicate=False)
+        if name not in matches.plain and name.removesuffix(".weight") not in matches.quantized
+    ]
+    if bad := [name for name in missing if not ignored.search(name)]:
+        more = f" and {len(bad) - 5} more" if len(bad) > 5 else ""
+        raise InvalidCheckpoint(
+            f"{checkpoint.path} holds no weights for {', '.join(bad[:5])}{more} of {type(model).__name__}",
+            "check that `architectures` in config.json names the class that was saved; its weights would be random",
+        )
+    _initialise(model, missing)
+
+
+def _initialise(model: Any, names: Sequence[str]) -> None:
+    """Parameters that checkpoints leave out on purpose get what their class gives them, as in `from_pretrained`."""
+    import torch
+
+    for name in names:
+        path, _, attribute = name.rpartition(".")
+        module = model.get_submodule(path)
+        for other in module._parameters.values():
+            if other is not None:
+                other._is_hf_initialized = other.device.type == "meta" and other is not module._parameters[attribute]
+        empty = module._parameters[attribute]
+        module._parameters[attribute] = torch.nn.Parameter(torch.empty_like(empty, device="cpu"))
+        model._init_weights(module)
+
+
+def _slots(
+    model: torch.nn.Module, matches: Matches, dtype: torch.dtype, special_dtypes: Mapping[str, str]
+) -> Iterator[tuple[str, Slot]]:
+    """By name of the parameter or stored buffer, in the order of modules."""
+    kept = kept_in_float32(model, dtype)
+    for path, module in model.named_modules():
+        prefix = f"{path}." if path else ""
+        if path in matches.quantized:
+            yield f"{prefix}weight", QuantizedSlot(module, matches.quantized[path])
+        for attribute, empty in [*module._parameters.items(), *module._buffers.items()]:
+            name = prefix + attribute
+            if empty is None or name not in matches.plain or (attribute == "weight" and path in matches.quantized):
+                continue
+            recipe = matches.plain[name]
+            _check_shape(name, empty, recipe)
+            wanted = _special_dtype(name, empty, kept, special_dtypes)
+            yield name, PlainSlot(module, attribute, recipe, wanted)
+
+
+def _special_dtype(
+    name: str, empty: torch.Tensor, kept: re.Pattern[str] | None, special_dtypes: Mapping[str, str]
+) -> torch.dtype:
+    import torch
+
+    if not empty.is_floating_point():
+        return empty.dtype
+    if name in special_dtypes:
+        chosen: torch.dtype = getattr(torch, special_dtypes[name])
+        return chosen
+    wide = kept is not None and isinstance(empty, torch.nn.Parameter) and kept.search(name)
+    return torch.float32 if wide else empty.dtype
+
+
+def _check_shape(name: str, empty: torch.Tensor, recipe: Recipe) -> None:
+    stored = recipe.sources[0]
+    if recipe.fuse is None and tuple(empty.shape) != tuple(stored.shape):
+        raise InvalidCheckpoint(
+            f"{stored.file}: {stored.name} has shape {list(stored.shape)}, and {name} takes {list(empty.shape)}",
+            "check that config.json is the one that was saved with these weights",
+        )
+
+
+def _settle(
+    slots: Mapping[str, Slot], homes: Homes, files: MappedFiles, state: Loaded, budget: int, always: Container[str]
+) -> dict[str, Slot]:
+    """Fills what stays in memory; returns what is streamed. Weights that are tied share one tensor.
+
+    always: names that are held in their dtype whatever the budget.
+    """
+    shared: dict[object, torch.Tensor] = {}
+    streamed: dict[str, Slot] = {}
+    counted: set[object] = set()
+    for name, slot in slots.items():
+        home, device = homes.home(name), homes.execution(name)
+        key = (tuple(slot.sources), home, getattr(slot, "dtype", None))
+        scratch = sum(slot.scratch(device))
+        cost = 0 if key in shared else scratch
+        on_host = home == "cpu" and device.type == "cpu"
+        if isinstance(home, int) or (on_host and (cost <= budget or name in always)):
+            budget -= cost if on_host else 0
+            _fill_slot(slot, key, shared, files, device)
+        else:
+            streamed[name] = slot
+        if key not in counted:
+            counted.add(key)
+            stored = sum(source.nbytes for source in slot.sources)
+            state.hold(home, stored if name in streamed else scratch or stored)
+    return streamed
+
+
+def _fill_slot(
+    slot: Slot, key: object, shared: dict[object, torch.Tensor], files: MappedFiles, device: torch.device
+) -> None:
+    if isinstance(slot, PlainSlot) and key in shared:
+        setattr(slot.module, slot.attribute, shared[key])
+        return
+    slot.attach(slot.stage(files, device, fresh_memory(device)))
+    if slot.scratch(device):
+        files.drop(slot.sources)
+    if isinstance(slot, PlainSlot):
+        shared[key] = getattr(slot.module, slot.attribute)
+
+
+def _settle_buffers(model: torch.nn.Module, matches: Matches, homes: Homes, state: Loaded) -> None:
+    """Buffers that no checkpoint holds stay where they are used; most are small."""
+    for path, module in model.named_modules():
+        for attribute, value in module._buffers.items():
+            name = f"{path}.{attribute}".strip(".")
+            if value is None or name in matches.plain:
+                continue
+            device = homes.execution(name) if homes.covers(name) else homes.main
+            module._buffers[attribute] = value.to(device)
+            state.hold("cpu" if device.type == "cpu" else device.index - homes.first_gpu, value.nbytes)
+
+
+def _stream(model: torch.nn.Module, slots: Mapping[str, Slot], homes: Homes, state: Loaded) -> None:
+    no_split = getattr(model, "_no_split_modules", None) or ()
+    units = cut_into_units(model, slots, no_split, homes.execution, lambda name: homes.home(name) == "disk")
+    state.stream.add(units)
+    state.streamed = sum(unit.moved(1) for unit in units)
+    if homes.several:
+        modules = {name for name, _ in model.named_modules()}
+        follow_devices(model, {name: homes.execution(name) for name in homes.device_map if name in modules})
+
+
+def _custom_description(path: Path) -> Mapping[str, Any] | None:
+    directory = path if path.is_dir() else path.parent
+    file = directory / ARCHITECTURE_FILE
+    return read_json(file, directory, MAX_CONFIG) if file.is_file() else None
+
+
+def _read_generation_config(model: Any, path: Path) -> None:
+    if not path.is_dir() or not (path / "generation_config.json").is_file() or not hasattr(model, "generation_config"):
+        return
+    from transformers import GenerationConfig
+
+    model.generation_config = GenerationConfig.from_pretrained(str(path), local_files_only=True)

@@ -1,0 +1,125 @@
+"""An empty model: its class built from config, parameters without bytes, buffers with their true values."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from bigpipe.bigmodel.architecture.inquiry import read_request
+from bigpipe.bigmodel.architecture.instantiation import instantiate
+from bigpipe.bigmodel.architecture.structure import request_as_json
+from bigpipe.bigmodel.checkpoint.view import Checkpoint
+from bigpipe.errors import UsageError
+
+if TYPE_CHECKING:
+    import torch
+
+
+def build_skeleton(
+    checkpoint: Checkpoint,
+    dtype: torch.dtype,
+    *,
+    trust: Sequence[str] = (),
+    base: Path | None = None,
+    trust_remote_code: bool = False,
+) -> torch.nn.Module:
+    """The class that the checkpoint's config or `bigpipe_architecture.json` names, with parameters on meta.
+
+    Buffers are made by the class itself, so the ones no checkpoint holds (rotary frequencies, masks) are right.
+    """
+    directory = checkpoint.path if checkpoint.path.is_dir() else checkpoint.path.parent
+    request = read_request(directory, modules=trust, base=base, trust_remote_code=trust_remote_code)
+    with empty_parameters(dtype):
+        model = instantiate(request_as_json(request))
+    if not request.custom_class:
+        return model
+    model._no_split_modules = list(request.no_split)  # type: ignore[assignment]
+    return adopt(model, dtype)
+
+
+@contextmanager
+def empty_parameters(dtype: torch.dtype) -> Iterator[None]:
+    """Modules built inside have parameters of `dtype` on the meta device, and real buffers."""
+    import torch
+    from accelerate import init_empty_weights
+
+    default = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        with init_empty_weights(include_buffers=False):
+            yield
+    finally:
+        torch.set_default_dtype(default)
+
+
+def adopt(model: torch.nn.Module, dtype: torch.dtype) -> torch.nn.Module:
+    """A model of the user's own class, emptied: parameters on meta, and what is floating made `dtype`, as by `.to`."""
+    lost = [name for name, buffer in _hidden_buffers(model) if buffer.device.type == "meta"]
+    if lost:
+        raise UsageError(
+            f"buffers without values that no checkpoint holds: {', '.join(lost[:5])}",
+            "build the model with accelerate's init_empty_weights(include_buffers=False), or on the CPU",
+        )
+    emptied: dict[object, torch.nn.Parameter] = {}
+    for module in model.modules():
+        for name, parameter in module._parameters.items():
+            if parameter is not None:
+                kept = emptied.setdefault(storage_of(parameter), _empty(parameter, dtype))
+                module._parameters[name] = kept
+        for name, buffer in module._buffers.items():
+            if buffer is not None and buffer.is_floating_point():
+                module._buffers[name] = buffer.to(dtype)
+    return model
+
+
+def _empty(parameter: torch.nn.Parameter, dtype: torch.dtype) -> torch.nn.Parameter:
+    import torch
+
+    wanted = dtype if parameter.is_floating_point() else parameter.dtype
+    return torch.nn.Parameter(torch.empty(parameter.shape, dtype=wanted, device="meta"), requires_grad=False)
+
+
+def _hidden_buffers(model: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
+    for path, module in model.named_modules():
+        for name, buffer in module._buffers.items():
+            if buffer is not None and name in module._non_persistent_buffers_set:
+                yield f"{path}.{name}".strip("."), buffer
+
+
+def storage_of(tensor: torch.Tensor) -> tuple[object, ...]:
+    """Equal for tensors that are one and the same memory, on meta too, where every `data_ptr` is 0."""
+    return tensor.device.type, tensor.untyped_storage()._cdata, tensor.storage_offset(), tuple(tensor.shape)
+
+
+def tied_groups(model: torch.nn.Module) -> list[list[str]]:
+    """Names of parameters that are one tensor: by shared storage, or by the rules of a transformers class."""
+    names = {name: parameter for name, parameter in model.named_parameters(remove_duplicate=False)}
+    group = {name: storage_of(parameter) for name, parameter in names.items()}
+    for target, source in (getattr(model, "all_tied_weights_keys", None) or {}).items():
+        if target in names and source in names:
+            group = {name: group[source] if key == group[target] else key for name, key in group.items()}
+    groups: dict[object, list[str]] = {}
+    for name, key in group.items():
+        groups.setdefault(key, []).append(name)
+    return [found for found in groups.values() if len(found) > 1]
+
+
+def kept_in_float32(model: torch.nn.Module, dtype: torch.dtype) -> re.Pattern[str] | None:
+    """Parameters that transformers loads as float32 although a narrower dtype is asked for."""
+    import torch
+
+    entries = list(getattr(model, "_keep_in_fp32_modules_strict", None) or ()) if dtype != torch.float32 else []
+    if dtype == torch.float16:
+        entries += getattr(model, "_keep_in_fp32_modules", None) or ()
+    return re.compile("|".join(entry.replace("*", ".*") for entry in entries)) if entries else None
+
+
+def settings_of(checkpoint: Checkpoint, custom: Mapping[str, Any] | None) -> Mapping[str, Any]:
+    """The checkpoint's `quantization_config`, wherever its kind of model keeps it."""
+    for holder in (checkpoint.config, custom):
+        if holder and isinstance(holder.get("quantization_config"), Mapping):
+            return dict(holder["quantization_config"])
+    return {}

@@ -1,0 +1,165 @@
+"""Where one weight goes: a place in a module, the stored bytes that fill it, and how it is filled and emptied."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Protocol
+
+from bigpipe.bigmodel.checkpoint.mapped import MappedFiles
+from bigpipe.bigmodel.checkpoint.naming import QuantizedWeight, Recipe
+from bigpipe.bigmodel.checkpoint.view import TensorInfo
+
+from .quantized_modules import attach, detach
+
+if TYPE_CHECKING:
+    import torch
+
+Take = Callable[[Sequence[int], "torch.dtype"], "torch.Tensor"]
+"""Gives memory on the device that computes, for a tensor of this shape and dtype."""
+
+ALIGNMENT = 64
+"""Bytes; what vector instructions and GPU copies like."""
+
+
+class Slot(Protocol):
+    """The methods are called in the order stage, attach, detach; `stage` may run in another thread."""
+
+    module: torch.nn.Module
+
+    @property
+    def sources(self) -> Sequence[TensorInfo]:
+        """The stored bytes it is made from."""
+
+    def scratch(self, device: torch.device) -> Sequence[int]:
+        """Bytes of each piece of memory that `stage` takes. None where the file itself serves as memory."""
+
+    def stage(self, files: MappedFiles, device: torch.device, take: Take) -> Any:
+        """Makes the tensors on `device`."""
+
+    def attach(self, staged: Any) -> None: ...
+    def detach(self) -> None: ...
+
+
+@dataclass(slots=True)
+class PlainSlot:
+    """A parameter or buffer that is stored as it is, or nearly: a cast, or transformers' fusing of several."""
+
+    module: torch.nn.Module
+    attribute: str
+    recipe: Recipe
+    dtype: torch.dtype
+    placeholder: torch.Tensor = field(init=False)
+    """What stands there while it is empty, on meta."""
+
+    def __post_init__(self) -> None:
+        there: torch.Tensor = getattr(self.module, self.attribute)
+        self.placeholder = there if there.device.type == "meta" else there.to("meta")
+
+    @property
+    def sources(self) -> Sequence[TensorInfo]:
+        return self.recipe.sources
+
+    def windowed(self, device: torch.device) -> bool:
+        """Can the file itself serve as the tensor's memory?"""
+        import torch
+
+        stored = getattr(torch, self.recipe.sources[0].dtype)
+        return device.type == "cpu" and self.recipe.fuse is None and stored == self.dtype
+
+    def scratch(self, device: torch.device) -> Sequence[int]:
+        return () if self.windowed(device) else (math.prod(self.placeholder.shape) * self.dtype.itemsize,)
+
+    def stage(self, files: MappedFiles, device: torch.device, take: Take) -> torch.Tensor:
+        tensor = self.recipe.read(files.window, self.dtype)
+        if self.windowed(device):
+            return tensor
+        memory = take(tuple(self.placeholder.shape), self.dtype)
+        memory.copy_(tensor)
+        return memory
+
+    def attach(self, staged: torch.Tensor) -> None:
+        import torch
+
+        if self.attribute in self.module._buffers:
+            self.module._buffers[self.attribute] = staged
+        else:
+            self.module._parameters[self.attribute] = torch.nn.Parameter(staged, requires_grad=False)
+
+    def detach(self) -> None:
+        setattr(self.module, self.attribute, self.placeholder)
+
+
+@dataclass(slots=True)
+class QuantizedSlot:
+    """The weight of a bitsandbytes module, in its parts."""
+
+    module: torch.nn.Module
+    weight: QuantizedWeight
+    placeholder: Any = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.placeholder = self.module._parameters["weight"]
+
+    @property
+    def sources(self) -> Sequence[TensorInfo]:
+        return tuple(self.weight.parts.values())
+
+    def scratch(self, device: torch.device) -> Sequence[int]:
+        return () if device.type == "cpu" else tuple(part.nbytes for part in self.sources)
+
+    def stage(self, files: MappedFiles, device: torch.device, take: Take) -> Mapping[str, torch.Tensor]:
+        windows = {name: files.window(part) for name, part in self.weight.parts.items()}
+        return windows if device.type == "cpu" else {name: _copy(part, take) for name, part in windows.items()}
+
+    def attach(self, staged: Mapping[str, torch.Tensor]) -> None:
+        attach(self.module, self.weight, staged)
+
+    def detach(self) -> None:
+        detach(self.module, self.weight, self.placeholder)
+
+
+class Arena:
+    """Reused memory on one device that the weights of one unit are laid into, one after the other."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self._memory: torch.Tensor | None = None
+        self._used = 0
+
+    def reserve(self, nbytes: int) -> None:
+        """Forgets what was taken, and makes room for `nbytes`."""
+        import torch
+
+        if self._memory is None or self._memory.numel() < nbytes:
+            self._memory = None
+            self._memory = torch.empty(nbytes, dtype=torch.uint8, device=self.device)
+        self._used = 0
+
+    def take(self, shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
+        nbytes = math.prod(shape) * dtype.itemsize
+        assert self._memory is not None  # noqa: S101  reserved before
+        flat = self._memory[self._used : self._used + nbytes]
+        self._used += aligned(nbytes)
+        return flat.view(dtype).reshape(tuple(shape))
+
+
+def fresh_memory(device: torch.device) -> Take:
+    """Memory of its own for each tensor."""
+    import torch
+
+    def take(shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
+        return torch.empty(tuple(shape), dtype=dtype, device=device)
+
+    return take
+
+
+def _copy(tensor: torch.Tensor, take: Take) -> torch.Tensor:
+    memory = take(tuple(tensor.shape), tensor.dtype)
+    memory.copy_(tensor)
+    return memory
+
+
+def aligned(nbytes: int) -> int:
+    return -(-nbytes // ALIGNMENT) * ALIGNMENT

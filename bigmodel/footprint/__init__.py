@@ -1,0 +1,1 @@
+"""What a model needs: bytes of weights, cache, activations and training, and the smallest change that fits."""

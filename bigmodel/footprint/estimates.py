@@ -1,0 +1,216 @@
+"""What a model needs in memory, per dtype, before a byte of its weights moves.
+
+    >>> print(bigpipe.estimate("facebook/opt-13b", dtypes=["int8"], batch_size=4, memory="16GiB").render())
+
+`look` finds what the model is from headers, `architecture_of` its modules, `budget` the bytes of one dtype.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from bigpipe.bigmodel.architecture.inquiry import Head
+from bigpipe.bigmodel.architecture.structure import Architecture
+from bigpipe.bigmodel.checkpoint.description import ModelDescription
+from bigpipe.bigmodel.hub.repository import Hub
+from bigpipe.errors import UsageError
+from bigpipe.sizes import parse_size
+
+from .budget import OPTIMIZERS, Budget, Workload, budget, capped_length
+from .changes import Change as Change
+from .changes import Setting, needed, smallest_change
+from .grounds import as_accelerate, grounds
+from .sighting import Sighting, Sources, architecture_of, look
+from .weights import WIDTHS
+
+SCHEMA = "bigpipe.estimate/1"
+DTYPES = ("float32", "float16", "int8", "int4")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Verdict:
+    memory: int
+    fits: bool
+    """Also at the upper end of what is not exact."""
+    change: Change | None
+    """The smallest change that fits; None where it fits, or nothing here would."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Estimate:
+    model: str
+    revision: str | None
+    source: str
+    """headers or config."""
+    fetched_bytes: int
+    head: Head
+    workload: Workload
+    """With the sequence length as capped by the model."""
+    architecture: Architecture = field(repr=False)
+    checkpoint: Mapping[str, Any] | None
+    """Of the weights as they are stored now: bytes, format, elements per dtype, quantization."""
+    budgets: tuple[Budget, ...]
+    notes: tuple[str, ...] = ()
+    memory: int | None = None
+    train: str | None = None
+    """The optimizer of a training step, where `memory` is to hold one."""
+
+    def __getitem__(self, dtype: str) -> Budget:
+        return next(found for found in self.budgets if found.dtype == dtype)
+
+    def needed(self, dtype: str) -> int | None:
+        """Bytes at the upper end, of inference or of the training step that was asked for; None: not trained so."""
+        return needed(self[dtype], self.train)
+
+    def verdict(self, dtype: str, memory: int) -> Verdict:
+        """Does it fit into `memory` bytes, and if not, what is the least that must change?"""
+        size = self.needed(dtype)
+        if size is not None and size <= memory:
+            return Verdict(memory=memory, fits=True, change=None)
+        asked = Setting(dtype=dtype, workload=self.workload, train=self.train)
+        return Verdict(memory=memory, fits=False, change=smallest_change(self.architecture, asked, memory))
+
+    def as_json(self) -> dict[str, Any]:
+        data: dict[str, Any] = {
+            "schema": SCHEMA,
+            "model": self.model,
+            "revision": self.revision,
+            "source": self.source,
+            "fetched_bytes": self.fetched_bytes,
+            "class": self.architecture.class_name,
+            "head": self.head,
+            **asdict(self.workload),
+            "lora_targets": list(self.workload.lora_targets),
+            "checkpoint": dict(self.checkpoint) if self.checkpoint else None,
+            "notes": list(self.notes),
+            "dtypes": {found.dtype: found.as_json() for found in self.budgets},
+        }
+        for found in self.budgets:
+            for name, ground in grounds(self.architecture, found, self.workload).items():
+                data["dtypes"][found.dtype]["terms"].get(name, {}).update(ground.as_json())
+            if self.head == "none":
+                data["dtypes"][found.dtype]["accelerate"] = as_accelerate(found)
+        if self.memory is not None:
+            data |= {"memory": self.memory, "train": self.train}
+            for found in self.budgets:
+                verdict = self.verdict(found.dtype, self.memory)
+                change = {"option": verdict.change.option, "bytes": verdict.change.bytes} if verdict.change else None
+                data["dtypes"][found.dtype]["fits"] = verdict.fits
+                data["dtypes"][found.dtype]["smallest_change"] = change
+        return data
+
+    def metrics(self) -> dict[str, Any]:
+        """Per dtype, the numbers that gates read."""
+        return {found.dtype: found.metrics() for found in self.budgets}
+
+    def render(self, *, width: int | None = None, explain: bool = False) -> str:
+        """For a terminal of `width` columns, or one without end; see `estimate_text`."""
+        from .text import render
+
+        return render(self, width=width, explain=explain)
+
+
+def estimate(
+    model: str | Path,
+    *,
+    dtypes: Sequence[str] | None = None,
+    head: Head = "auto",
+    batch_size: int = 1,
+    sequence_length: int = 2048,
+    library_name: str | None = None,
+    revision: str = "main",
+    memory: int | str | None = None,
+    double_quant: bool = False,
+    lora_rank: int = 8,
+    lora_targets: Sequence[str] = (),
+    gradient_checkpointing: bool = False,
+    train: str | None = None,
+    trust_modules: Sequence[str] = (),
+    trust_remote_code: bool = False,
+    base: Path | None = None,
+    memo: Path | None = None,
+    offline: bool = False,
+    environment: Mapping[str, str] | None = None,
+) -> Estimate:
+    """An estimate for a repository (`owner/name` or its address), a checkpoint directory, or a bare `config.json`.
+
+    dtypes: of `float32 float16 bfloat16 float8 int8 int4 nf4 fp4`; int4 is accelerate's word for any 4-bit format.
+    head: auto is the class the config names; none is the bare model, which is what accelerate counts.
+    sequence_length: capped at what the model's positions allow.
+    memory: bytes or `24GiB`; the estimate then says whether each dtype fits, and the smallest change that does.
+    lora_targets: the ends of the names of the linear modules that get adapters (`q_proj`); all but the head if empty.
+    train: `adamw adamw_8bit sgd lora`; `memory` is then to hold a training step instead of inference.
+    memo: where answers are kept; what is known of a commit is not fetched again, and a class is built once.
+
+    No weight moves, and torch is not imported here. Raises UsageError, InvalidCheckpoint, Offline, NotAuthorised,
+    GatedRepository, Transient, each with its cure.
+    """
+    workload = Workload(
+        batch_size=batch_size, sequence_length=sequence_length, double_quant=double_quant, lora_rank=lora_rank,
+        lora_targets=tuple(lora_targets), gradient_checkpointing=gradient_checkpointing,
+    )  # fmt: skip
+    if train is not None and train not in OPTIMIZERS:
+        raise UsageError(f"optimizer {train!r} is not known to estimate", f"use {', '.join(OPTIMIZERS)}")
+    limit = None if memory is None else _size(memory)
+    sources = Sources(
+        memo=memo, hub=Hub.from_environment(environment, offline=offline), modules=trust_modules, base=base,
+        trust_remote_code=trust_remote_code,
+    )  # fmt: skip
+    sighting = look(model, revision, sources, library_name)
+    made = estimate_sighting(sighting, dtypes=dtypes, head=head, workload=workload, sources=sources)
+    return replace(made, memory=limit, train=train)
+
+
+def _size(memory: int | str) -> int:
+    try:
+        return parse_size(memory)
+    except ValueError as error:
+        raise UsageError(f"memory: {error}") from error
+
+
+def estimate_sighting(
+    sighting: Sighting,
+    *,
+    dtypes: Sequence[str] | None = None,
+    head: Head = "auto",
+    workload: Workload,
+    sources: Sources,
+) -> Estimate:
+    """An estimate for a model that has been looked at."""
+    wanted = tuple(dict.fromkeys(dtypes or DTYPES))
+    if unknown := [dtype for dtype in wanted if dtype not in WIDTHS]:
+        raise UsageError(f"dtype {unknown[0]!r} is not known to estimate", f"use {', '.join(WIDTHS)}")
+    architecture, notes = architecture_of(sighting, head, sources)
+    length = capped_length(architecture, workload.sequence_length)
+    capped = replace(workload, sequence_length=length)
+    return Estimate(
+        model=sighting.name,
+        revision=sighting.revision,
+        source=sighting.source,
+        fetched_bytes=sighting.fetched_bytes,
+        head=head,
+        workload=capped,
+        architecture=architecture,
+        checkpoint=_checkpoint(sighting.description),
+        budgets=tuple(budget(architecture, dtype, capped) for dtype in wanted),
+        notes=notes,
+    )
+
+
+def _checkpoint(description: ModelDescription) -> dict[str, Any] | None:
+    if description.tensors is None:
+        return None
+    dtypes: dict[str, int] = {}
+    for dtype, shape in description.tensors.values():
+        count = 1
+        for size in shape:
+            count *= size
+        dtypes[dtype] = dtypes.get(dtype, 0) + count
+    method = (description.quantization or {}).get("quant_method")
+    return {
+        "bytes": description.nbytes, "format": description.format, "dtypes": dtypes,
+        "quantization": str(method) if method else None,
+    }  # fmt: skip

@@ -1,0 +1,222 @@
+"""Finds out what a model is, from the least that tells: a directory, a `config.json`, a repository or its URL."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, Literal
+from urllib.parse import unquote, urlsplit
+
+from bigpipe.bigmodel.architecture.families import known_architecture
+from bigpipe.bigmodel.architecture.inquiry import Head, read_request
+from bigpipe.bigmodel.architecture.outline import is_quantized, outline
+from bigpipe.bigmodel.architecture.structure import Architecture, describe_many
+from bigpipe.bigmodel.checkpoint.description import ARCHITECTURE_FILE, ModelDescription, describe_checkpoint
+from bigpipe.bigmodel.checkpoint.files import MAX_CONFIG, find_weight_files, read_json
+from bigpipe.bigmodel.hub.remote import describe_repository
+from bigpipe.bigmodel.hub.repository import COMMIT, Hub, Repository, cached_commit
+from bigpipe.errors import InvalidCheckpoint, Offline, UsageError
+
+REPOSITORY = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Sighting:
+    """What was seen of a model."""
+
+    name: str
+    description: ModelDescription
+    revision: str | None = None
+    """The commit, for repositories."""
+    source: Literal["headers", "config"] = "headers"
+    fetched_bytes: int = 0
+    library: str | None = None
+    components: Mapping[str, Any] = field(default_factory=dict)
+    """Of a diffusers pipeline."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Sources:
+    """Where answers may come from, and what may run for them."""
+
+    memo: Path | None = None
+    hub: Hub | None = None
+    modules: Sequence[str] = ()
+    """Trusted Python modules that a custom class may come from."""
+    base: Path | None = None
+    trust_remote_code: bool = False
+
+
+def look(model: str | Path, revision: str, sources: Sources, library: str | None = None) -> Sighting:
+    """Raises UsageError where `model` is nothing; the errors of `describe_checkpoint` and `describe_repository`."""
+    path = Path(model)
+    if path.exists():
+        return _look_locally(path, library)
+    repo, revision = _parse(str(model), revision)
+    hub = sources.hub or Hub.from_environment()
+    try:
+        return _look_remotely(repo, revision, replace(sources, hub=hub), library)
+    except Offline:
+        commit = cached_commit(hub, repo, revision)
+        snapshot = hub.folder(repo) / "snapshots" / (commit or revision)
+        if not snapshot.is_dir():
+            raise
+        return replace(_look_locally(snapshot, library), name=repo, revision=snapshot.name)
+
+
+def _parse(model: str, revision: str) -> tuple[str, str]:
+    """`owner/name` and revision of a repository or of its address: https://huggingface.co/owner/name/tree/main."""
+    if model.startswith(("http://", "https://")):
+        parts = unquote(urlsplit(model).path).strip("/").split("/")
+        if len(parts) > 3 and parts[2] in ("tree", "blob", "resolve"):
+            revision = parts[3]
+        model = "/".join(parts[:2])
+    if not REPOSITORY.fullmatch(model):
+        raise UsageError(
+            f"{model!r} is neither a path that exists nor the name of a repository",
+            "give a directory, a config.json, owner/name, or a repository's address",
+        )
+    return model, revision
+
+
+def _look_remotely(repo: str, revision: str, sources: Sources, library: str | None) -> Sighting:
+    found = describe_repository(repo, revision, hub=sources.hub, memo=sources.memo, library=library, need="sizes")
+    description = found.description
+    if sources.trust_remote_code and (description.config or {}).get("auto_map"):
+        description = replace(description, path=_fetch_code(found.repository, revision, sources))
+    return Sighting(
+        name=repo,
+        revision=found.repository.commit,
+        description=description,
+        source="config" if found.source == "config" else "headers",
+        fetched_bytes=found.fetched_bytes,
+        library=library or found.library,
+        components=found.components,
+    )
+
+
+def _fetch_code(repository: Repository, revision: str, sources: Sources) -> Path:
+    """Brings the repository's own Python files, which the caller trusts at exactly this commit, into the Hub cache."""
+    if not COMMIT.fullmatch(revision):
+        raise UsageError(
+            f"the code of {repository.repo} may run only at a commit, and {revision!r} can move",
+            f"read it at {repository.commit} and, if you trust it, ask for that revision",
+        )
+    from bigpipe.bigmodel.hub.snapshot import fetch
+
+    hub = sources.hub or Hub.from_environment()
+    code = [file for file in repository.files if "/" not in file.path and file.path.endswith((".py", ".json"))]
+    fetch(repository, code, hub=hub, memo=sources.memo)
+    return hub.folder(repository.repo) / "snapshots" / repository.commit
+
+
+def _look_locally(path: Path, library: str | None) -> Sighting:
+    directory = path if path.is_dir() else path.parent
+    if path.is_file() and path.suffix != ".json":
+        return Sighting(name=str(path), description=describe_checkpoint(path), library=library)
+    if path.is_dir() and _has_weights(path):
+        return Sighting(name=str(path), description=describe_checkpoint(path), library=library)
+    if path.is_dir() and (path / "model_index.json").is_file():
+        request = read_request(path, library_name="diffusers")
+        description = _described({}, None, path)
+        return Sighting(
+            name=str(path), description=description, source="config", library="diffusers",
+            components=dict(request.config),
+        )  # fmt: skip
+    file = path / "config.json" if path.is_dir() else path
+    custom = directory / ARCHITECTURE_FILE
+    if not file.is_file() and not custom.is_file():
+        raise UsageError(
+            f"{path} holds no weights, no config.json and no {ARCHITECTURE_FILE}", "give the directory of a model"
+        )
+    config = read_json(file, directory, MAX_CONFIG) if file.is_file() else None
+    described = _described(config, read_json(custom, directory, MAX_CONFIG) if custom.is_file() else None, directory)
+    return Sighting(name=str(path), description=described, source="config", library=library)
+
+
+def _has_weights(directory: Path) -> bool:
+    try:
+        find_weight_files(directory)
+    except InvalidCheckpoint as error:
+        if "no weights were found" in error.cause:
+            return False
+        raise
+    return True
+
+
+def _described(config: Mapping[str, Any] | None, custom: Mapping[str, Any] | None, path: Path) -> ModelDescription:
+    return ModelDescription(
+        config=config, tensors=None, format=None, tied={}, path=path,
+        quantization=(config or {}).get("quantization_config"), custom=custom,
+    )  # fmt: skip
+
+
+def architecture_of(sighting: Sighting, head: Head, sources: Sources) -> tuple[Architecture, tuple[str, ...]]:
+    """The model's architecture, and notes on what is not as it should be.
+
+    From what is written down, from the class itself in a child process, or, where that is unknown or may not run, from
+    the names of the stored tensors.
+    """
+    description = sighting.description
+    plain = description.custom is None and not sighting.components and sighting.library in (None, "transformers")
+    if plain and description.config is not None:
+        known = known_architecture(description.config, head)
+        if known is not None:
+            return known, _differences(known, description, head)
+    try:
+        built = _built(sighting, head, sources)
+    except UsageError as error:
+        if description.tensors is None or description.custom is not None:
+            raise
+        if is_quantized(description.tensors):
+            raise UsageError(
+                f"{error.cause}; and its weights are packed, so that their shapes do not tell the model's", error.cure
+            ) from error
+        note = f"{error.cause}; so sizes are from stored tensors alone, without buffers and with guessed blocks"
+        return outline(description.tensors, description.config, description.tied), (note,)
+    return built, _differences(built, description, head)
+
+
+def _built(sighting: Sighting, head: Head, sources: Sources) -> Architecture:
+    description = sighting.description
+    source: Mapping[str, Any] | Path = sighting.components or description.config or {}
+    if sources.trust_remote_code and description.path is not None:
+        source = description.path
+    if not source and description.custom is None:
+        raise UsageError("the model has no config that names its class", "describe its class under `architecture`")
+    request = read_request(
+        source, library_name=sighting.library, head=head, modules=sources.modules, base=sources.base,
+        custom=description.custom, trust_remote_code=sources.trust_remote_code,
+    )  # fmt: skip
+    try:
+        return describe_many([request], memo=sources.memo)[0]
+    except (UsageError, InvalidCheckpoint) as error:
+        raise type(error)(f"{sighting.name}: {error.cause}", error.cure) from error
+
+
+def _differences(architecture: Architecture, description: ModelDescription, head: Head) -> tuple[str, ...]:
+    """Does the checkpoint hold what the class has? Compared by count: class and file may name tensors differently."""
+    if description.tensors is None or head == "none" or description.quantization is not None:
+        return ()
+    stored = {name: _elements(shape) for name, (_, shape) in description.tensors.items()}
+    wanted = {tensor.name: tensor.elements for tensor in architecture.tensors() if tensor.persistent}
+    if sum(stored.values()) == sum(wanted.values()):
+        return ()
+    missing, unused = sorted(wanted.keys() - stored.keys()), sorted(stored.keys() - wanted.keys())
+    words = [f"the checkpoint holds {sum(stored.values()):,} elements and its class {sum(wanted.values()):,}"]
+    words += [f"not in the checkpoint: {_some(missing)}"] if missing else []
+    words += [f"not in the class: {_some(unused)}"] if unused else []
+    return ("; ".join(words),)
+
+
+def _elements(shape: Sequence[int]) -> int:
+    count = 1
+    for size in shape:
+        count *= size
+    return count
+
+
+def _some(names: Sequence[str]) -> str:
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")

@@ -1,0 +1,154 @@
+"""How many bytes a model's weights take, per dtype: counted from its architecture, exact to the byte.
+
+Three views of the same tensors. `total` and `largest_layer` are accelerate's columns: every float tensor at the width
+that the dtype's name promises, plus integer buffers. `loaded` is what `from_pretrained` holds in memory: tied tensors
+once, modules that stay float32, bitsandbytes' scales, and the head and embeddings that bitsandbytes does not convert.
+`stored` is what a checkpoint of that dtype takes on disk, less its headers, as `shard` and `quantize` write it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import cast
+
+from bigpipe.bigmodel.architecture.structure import ITEM_BITS, Architecture, ModuleSpec, TensorSpec
+from bigpipe.errors import UsageError
+
+from .bitsandbytes_format import Scheme, converted_modules, loaded_bytes, matrix_shape, stored_tensors, weight_of
+
+WIDTHS: Mapping[str, int] = {
+    "float32": 32, "float16": 16, "bfloat16": 16, "float8": 8, "int8": 8, "int4": 4, "nf4": 4, "fp4": 4,
+}  # fmt: skip
+"""The dtypes of an estimate: bits per float parameter that their names promise."""
+
+SCHEMES: Mapping[str, Scheme] = {"int8": "int8", "int4": "nf4", "nf4": "nf4", "fp4": "fp4"}
+"""Those that bitsandbytes makes. `int4` is accelerate's name for any 4-bit format."""
+
+FLOAT8 = "float8_e4m3fn"
+
+
+def torch_dtype(dtype: str) -> str:
+    """torch's name of the dtype that unconverted tensors have."""
+    return FLOAT8 if dtype == "float8" else "float16" if dtype in SCHEMES else dtype
+
+
+def compute_bytes(dtype: str) -> int:
+    """Bytes per activation and cached key. 8-bit floats are stored so, but computed with in 16 bits."""
+    return 4 if dtype == "float32" else 2
+
+
+@dataclass(frozen=True, slots=True)
+class Weights:
+    """Sizes in bytes."""
+
+    dtype: str
+    parameters: int
+    """Elements, tied ones once."""
+    total: int
+    largest_layer: int
+    largest_layer_name: str
+    loaded: int
+    """Parameters and buffers, persistent or not."""
+    stored: int
+    buffers: int
+    """Their part of `loaded`."""
+    codes: int = 0
+    """The converted matrices' part of `loaded`, less scales and tables."""
+    scales: int = 0
+    largest_matrix: int = 0
+    """Elements of the largest converted matrix: what a 4-bit product unpacks at once."""
+    converted: int = 0
+    """How many modules bitsandbytes converts."""
+
+
+def weigh(architecture: Architecture, dtype: str, *, double_quant: bool = False) -> Weights:
+    """The bytes of a model in one of `WIDTHS`. Raises UsageError for another dtype."""
+    if dtype not in WIDTHS:
+        raise UsageError(f"dtype {dtype!r} is not known to estimate", f"use one of {', '.join(WIDTHS)}")
+    layer, layer_bytes = largest_layer(architecture, dtype)
+    tensors = list(architecture.tensors())
+    counts = {tensor.name: _bytes(architecture, tensor, torch_dtype(dtype)) for tensor in tensors}
+    matrices = _Converted(architecture, SCHEMES.get(dtype), double_quant)
+    plain = sum(size for name, size in counts.items() if name not in matrices.names)
+    saved = [tensor for tensor in tensors if tensor.persistent]
+    if dtype not in SCHEMES:
+        # A cast of a checkpoint changes every float; only a loaded class keeps some of them wider
+        stored = sum(tensor.elements * ITEM_BITS[_cast(tensor, torch_dtype(dtype))] // 8 for tensor in saved)
+    else:
+        stored = sum(counts[tensor.name] for tensor in saved if tensor.name not in matrices.names) + matrices.stored
+    return Weights(
+        dtype=dtype,
+        parameters=sum(tensor.elements for tensor in tensors if not tensor.buffer),
+        total=sum(_promised(tensor, dtype) for tensor in tensors),
+        largest_layer=layer_bytes,
+        largest_layer_name=layer,
+        loaded=plain + matrices.codes + matrices.scales,
+        stored=stored,
+        buffers=sum(counts[tensor.name] for tensor in tensors if tensor.buffer),
+        codes=matrices.codes,
+        scales=matrices.scales,
+        largest_matrix=matrices.largest,
+        converted=len(matrices.names),
+    )
+
+
+class _Converted:
+    """Sums over the matrices that bitsandbytes converts; all zero without a scheme."""
+
+    def __init__(self, architecture: Architecture, scheme: Scheme | None, double_quant: bool) -> None:
+        modules = converted_modules(architecture) if scheme else ()
+        shapes = [matrix_shape(module) for module in modules]
+        self.names = {weight_of(module).name for module in modules}
+        self.largest = max((rows * columns for rows, columns in shapes), default=0)
+        self.codes = self.scales = self.stored = 0
+        for shape in shapes:
+            codes, scales = loaded_bytes(shape, cast(Scheme, scheme), double_quant=double_quant)
+            self.codes += codes
+            self.scales += scales
+            tensors = stored_tensors(shape, cast(Scheme, scheme), double_quant=double_quant)
+            self.stored += sum(tensor.nbytes for tensor in tensors)
+
+
+def _cast(tensor: TensorSpec, dtype: str) -> str:
+    return dtype if tensor.floating else tensor.dtype
+
+
+def _bytes(architecture: Architecture, tensor: TensorSpec, dtype: str) -> int:
+    return tensor.elements * ITEM_BITS[architecture.dtype_of(tensor, dtype)] // 8
+
+
+def _promised(tensor: TensorSpec, dtype: str) -> int:
+    """Bytes at the width the dtype's name promises; integers and bools keep theirs."""
+    bits = WIDTHS[dtype] if tensor.floating else ITEM_BITS[tensor.dtype]
+    return -(-tensor.elements * bits // 8)
+
+
+def largest_layer(architecture: Architecture, dtype: str) -> tuple[str, int]:
+    """(name, bytes) by accelerate's definition (`get_max_layer_size`).
+
+    The maximum over modules that have no children or whose class is not to be split, parameters plus buffers; the
+    root's own tensors count as a layer each.
+    """
+    own = {
+        module.name: sum(_promised(t, dtype) for t in module.tensors if t.name not in architecture.aliases)
+        for module in architecture.modules
+    }
+    sizes = dict(own)
+    # Parents come before their children: going backwards, a module's sum is complete when its parent asks for it
+    for module in reversed(architecture.modules):
+        for child in module.children:
+            sizes[module.name] += sizes.get(child, 0)
+    root = architecture.modules[0]
+    layers = [(tensor.name, _promised(tensor, dtype)) for tensor in root.tensors]
+    layers += [(name, sizes[name]) for child in root.children for name in _layers(architecture, child)]
+    return max(layers, key=lambda layer: layer[1], default=("", 0))
+
+
+def _layers(architecture: Architecture, name: str) -> list[str]:
+    module: ModuleSpec | None = architecture.by_name.get(name)
+    if module is None:
+        return []  # the same module under a second name
+    if not module.children or module.class_name in architecture.no_split:
+        return [name]
+    return [layer for child in module.children for layer in _layers(architecture, child)]

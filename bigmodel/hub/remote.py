@@ -1,0 +1,305 @@
+"""A model on the Hub, known from its small files and the headers of its weights: no weight is downloaded.
+
+What is fetched, in this order, and no more than is needed: the commit's listing, `config.json`, the index, and the
+header of every weight file by HTTP range, several at a time. Where the config is of a family that is written down
+(`families`) and the index agrees with it in every name and in the sum of bytes, the index tells all there is to know
+of sizes, and no header is read. A commit never changes, so what was learnt of it is kept under `memo`. Files that lie
+in the Hub cache already are read there.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import threading
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field, replace
+from pathlib import Path, PurePosixPath
+from typing import Any, Literal
+
+from bigpipe.bigmodel.architecture.families import known_architecture
+from bigpipe.bigmodel.checkpoint.bytesource import ByteSource, FileSource
+from bigpipe.bigmodel.checkpoint.description import ARCHITECTURE_FILE, ModelDescription
+from bigpipe.bigmodel.checkpoint.files import MAX_CONFIG, MAX_INDEX, Format
+from bigpipe.bigmodel.checkpoint.headers import read_header
+from bigpipe.bigmodel.checkpoint.tensors import FETCH_AGAIN, invalid, tensor_nbytes
+from bigpipe.bigmodel.memo import recall, remember
+from bigpipe.errors import UsageError
+
+from .rangesource import RangeSource
+from .repository import Hub, HubFile, Repository, describe, read_range
+from .selection import check_index, detect, select
+
+Tensors = dict[str, tuple[str, tuple[int, ...]]]
+"""Stored name → (torch dtype name, shape)."""
+
+Need = Literal["sizes", "layout"]
+"""sizes: names, dtypes and shapes, in any order. layout: in the order of their bytes, as a shard plan needs them."""
+
+READERS = 8
+"""Headers read at a time."""
+ENTRY = 150
+"""Bytes that a tensor takes in a header besides its name, at most: dtype, a shape of three, two offsets."""
+UNINDEXED_GUESS = 64 * 2**10
+ANSWER_VERSION = 1
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RemoteModel:
+    repository: Repository
+    description: ModelDescription
+    library: str
+    source: Literal["headers", "index", "config"]
+    """What the tensors were learnt from; config: there are no weights, or none that are read here."""
+    fetched_bytes: int
+    """Over the network, this time."""
+    components: Mapping[str, Any] = field(default_factory=dict)
+    """diffusers: {"model_index": …, "components": {name: config}}; empty for single models."""
+
+
+class _Meter:
+    def __init__(self) -> None:
+        self.bytes = 0
+        self._lock = threading.Lock()
+
+    def add(self, size: int) -> None:
+        with self._lock:
+            self.bytes += size
+
+
+def describe_repository(
+    repo: str,
+    revision: str = "main",
+    *,
+    hub: Hub | None = None,
+    memo: Path | None = None,
+    library: str | None = None,
+    need: Need = "layout",
+) -> RemoteModel:
+    """What a repository holds at `revision`.
+
+    Raises Offline, NotAuthorised, GatedRepository, UsageError (no such model, no weights and no config), Transient,
+    and InvalidCheckpoint, naming the file and byte, where a header or index is not what it should be.
+    """
+    meter = _Meter()
+    hub = replace(hub or Hub.from_environment(), meter=meter.add)
+    repository = describe(repo, revision, hub=hub, memo=memo)
+    known = recall(_memo_file(hub, repository, memo, need)) if memo else None
+    reader = _Reader(hub, repository, library, need)
+    found = _from_json(known, repository) if isinstance(known, dict) else None
+    if found is None:
+        found = reader.read()
+        if memo is not None:
+            remember(_memo_file(hub, repository, memo, need), _as_json(found))
+    return replace(found, fetched_bytes=meter.bytes)
+
+
+class _Reader:
+    """Fetches the small files of one commit."""
+
+    def __init__(self, hub: Hub, repository: Repository, library: str | None, need: Need) -> None:
+        self.hub = hub
+        self.repository = repository
+        self.need = need
+        self.names = [file.path for file in repository.files]
+        self.library = library
+        self.snapshot = hub.folder(repository.repo) / "snapshots" / repository.commit
+
+    def read(self) -> RemoteModel:
+        config = self.json("config.json", MAX_CONFIG)
+        library = self.library or detect(self.names, config, self.repository.library)
+        index = self.json("model_index.json", MAX_CONFIG) if library == "diffusers" else None
+        components = self.components(index) if index else {}
+        custom = self.json(ARCHITECTURE_FILE, MAX_CONFIG)
+        weights = self.weights(library)
+        if not weights and config is None and not components:
+            raise UsageError(
+                f"{self.repository.repo} holds neither weights in safetensors or .bin nor a config.json",
+                f"it holds {', '.join(self.names[:8]) or 'nothing'}; is it a model?",
+            )
+        tensors, tied, source = self.tensors(weights, config)
+        description = ModelDescription(
+            config=config, tensors=tensors, format=_format(weights), tied=tied, path=None,
+            quantization=(config or {}).get("quantization_config"), custom=custom,
+        )  # fmt: skip
+        return RemoteModel(
+            repository=self.repository, description=description, library=library, source=source, fetched_bytes=0,
+            components=components,
+        )  # fmt: skip
+
+    def json(self, name: str, limit: int) -> dict[str, Any] | None:
+        """A JSON object of the repository; None where there is no such file. Read from the Hub cache if it is there."""
+        file = self.repository.file(name)
+        if file is None:
+            return None
+        if file.size > limit:
+            raise invalid(name, f"has {file.size} bytes, more than {limit}", FETCH_AGAIN)
+        local = self.snapshot / name
+        if local.is_file() and local.stat().st_size == file.size:
+            content = local.read_bytes()
+        else:
+            content = read_range(self.repository.repo, self.repository.commit, name, 0, file.size, hub=self.hub)
+        try:
+            data = json.loads(content)
+        except (ValueError, RecursionError) as error:
+            raise invalid(f"{self.repository.repo}/{name}", f"is not JSON: {str(error)[:200]}", FETCH_AGAIN) from None
+        if not isinstance(data, dict):
+            raise invalid(f"{self.repository.repo}/{name}", "is not a JSON object", FETCH_AGAIN)
+        return data
+
+    def components(self, index: Mapping[str, Any]) -> dict[str, Any]:
+        names = [name for name, entry in index.items() if isinstance(entry, list) and len(entry) == 2]
+        found = {name: self.json(f"{name}/config.json", MAX_CONFIG) for name in names}
+        configs = {name: config for name, config in found.items() if config is not None}
+        return {"model_index": dict(index), "components": configs}
+
+    def weights(self, library: str) -> list[HubFile]:
+        try:
+            names = select(self.names, library=library)  # type: ignore[arg-type]
+        except UsageError:
+            return []
+        chosen = [name for name in names if name.endswith((".safetensors", ".bin"))]
+        return [file for file in self.repository.files if file.path in chosen]
+
+    def tensors(
+        self, weights: list[HubFile], config: Mapping[str, Any] | None
+    ) -> tuple[Tensors | None, dict[str, str], Literal["headers", "index", "config"]]:
+        if not weights:
+            return None, {}, "config"
+        index = self.index(weights)
+        if index is not None and self.need == "sizes" and _format(weights) == "safetensors":
+            tensors = tensors_of_index(index, config)
+            if tensors is not None:
+                return tensors, {}, "index"
+        tensors, tied = self.headers(weights, index)
+        return tensors, tied, "headers"
+
+    def index(self, weights: list[HubFile]) -> dict[str, Any] | None:
+        """The index of a model in several files at the root of the repository."""
+        if len(weights) < 2 or any("/" in file.path for file in weights):
+            return None
+        suffix = PurePosixPath(weights[0].path).suffix
+        candidates = [name for name in self.names if name.endswith(f"{suffix}.index.json") and "/" not in name]
+        stem = weights[0].path.split("-")[0]
+        name = next((name for name in candidates if name.startswith(stem)), None)
+        if name is None:
+            return None
+        index = self.json(name, MAX_INDEX)
+        check_index(self.names, name, index)
+        return index
+
+    def headers(self, weights: list[HubFile], index: Mapping[str, Any] | None) -> tuple[Tensors, dict[str, str]]:
+        weight_map = index["weight_map"] if index else {}
+        guesses: dict[str, int] = {}
+        for name, file in weight_map.items():
+            guesses[file] = guesses.get(file, 64) + len(name) + ENTRY
+        with ThreadPoolExecutor(READERS) as pool:
+            found = list(pool.map(lambda file: self.header(file, guesses.get(file.path)), weights))
+        tensors: Tensors = {}
+        tied: dict[str, str] = {}
+        for file, (own, aliases) in zip(weights, found, strict=True):
+            prefix = _component(file)
+            for name in (*own, *aliases):
+                if prefix + name in tensors or prefix + name in tied:
+                    raise invalid(file.path, "stands in another file of this model too", FETCH_AGAIN, tensor=name)
+            tensors.update((prefix + name, entry) for name, entry in own.items())
+            tied.update((prefix + alias, prefix + name) for alias, name in aliases.items())
+        self.check(
+            weight_map, {file.path: set(own) | set(ties) for file, (own, ties) in zip(weights, found, strict=True)}
+        )
+        return tensors, tied
+
+    def header(self, file: HubFile, guess: int | None) -> tuple[Tensors, dict[str, str]]:
+        local = self.snapshot / file.path
+        if local.is_file() and local.stat().st_size == file.size:
+            with FileSource(local) as source:
+                return _read(source, local)
+        guess = min(guess or UNINDEXED_GUESS, MAX_CONFIG) if file.path.endswith(".safetensors") else 0
+        return _read(RangeSource(self.hub, self.repository.repo, self.repository.commit, file, guess), Path(file.path))
+
+    def check(self, weight_map: Mapping[str, str], found: Mapping[str, set[str]]) -> None:
+        for tensor, file in weight_map.items():
+            if tensor not in found.get(file, ()):
+                name = f"{self.repository.repo}'s index"
+                raise invalid(name, f"says this tensor is in {file}, and it is not", FETCH_AGAIN, tensor=tensor)
+
+
+def _read(source: ByteSource, file: Path) -> tuple[Tensors, dict[str, str]]:
+    if file.name.endswith(".safetensors"):
+        header = read_header(source, file)
+        return {tensor.name: (tensor.dtype, tensor.shape) for tensor in header.tensors}, {}
+    from bigpipe.bigmodel.checkpoint.pickles import read_torch_pickle, unique_tensors
+
+    kept, tied = unique_tensors(read_torch_pickle(source).tensors)
+    return {name: (tensor.dtype, tensor.shape) for name, tensor in kept.items()}, tied
+
+
+def _component(file: HubFile) -> str:
+    """Tensors of a pipeline's component are named after it, as its modules are."""
+    parent = PurePosixPath(file.path).parent
+    return "" if str(parent) == "." else f"{parent.name}."
+
+
+def _format(weights: list[HubFile]) -> Format | None:
+    if not weights:
+        return None
+    return "safetensors" if weights[0].path.endswith(".safetensors") else "bin"
+
+
+def tensors_of_index(index: Mapping[str, Any], config: Mapping[str, Any] | None) -> Tensors | None:
+    """Names, dtypes and shapes, where the index and a config of a known family agree about all of them; else None.
+
+    They agree where the names are the same and `total_size` is the sum of bytes in the config's dtype: a tensor of
+    another shape or dtype would have to be made up for by another one.
+    """
+    if config is None or config.get("quantization_config"):
+        return None
+    dtype, total = config.get("dtype") or config.get("torch_dtype"), (index.get("metadata") or {}).get("total_size")
+    architecture = known_architecture(config)
+    if architecture is None or not isinstance(dtype, str) or not isinstance(total, int | float):
+        return None
+    dtype = dtype.removeprefix("torch.")
+    expected = {tensor.name: (dtype, tensor.shape) for tensor in architecture.tensors() if tensor.persistent}
+    try:
+        size = sum(tensor_nbytes(dtype, shape) for _, shape in expected.values())
+    except KeyError:
+        return None
+    if set(index["weight_map"]) != set(expected) or size != total:
+        return None
+    return {name: expected[name] for name in index["weight_map"]}
+
+
+def _memo_file(hub: Hub, repository: Repository, memo: Path, need: Need) -> Path:
+    key = ["remote model", ANSWER_VERSION, hub.endpoint, repository.repo, repository.commit, need]
+    return memo / "remote" / f"{hashlib.sha256(json.dumps(key).encode()).hexdigest()}.json"
+
+
+def _as_json(model: RemoteModel) -> dict[str, Any]:
+    found = model.description
+    return {
+        "config": found.config,
+        "tensors": [[name, dtype, list(shape)] for name, (dtype, shape) in (found.tensors or {}).items()],
+        "format": found.format,
+        "tied": dict(found.tied),
+        "custom": found.custom,
+        "library": model.library,
+        "source": model.source,
+        "components": dict(model.components),
+    }
+
+
+def _from_json(data: Mapping[str, Any], repository: Repository) -> RemoteModel | None:
+    try:
+        tensors = {name: (dtype, tuple(shape)) for name, dtype, shape in data["tensors"]}
+        description = ModelDescription(
+            config=data["config"], tensors=None if data["source"] == "config" else tensors, format=data["format"],
+            tied=data["tied"], path=None, quantization=(data["config"] or {}).get("quantization_config"),
+            custom=data["custom"],
+        )  # fmt: skip
+        return RemoteModel(
+            repository=repository, description=description, library=data["library"], source=data["source"],
+            fetched_bytes=0, components=data["components"],
+        )  # fmt: skip
+    except (KeyError, TypeError, ValueError):
+        return None  # a damaged memory is asked anew

@@ -1,0 +1,112 @@
+"""Which tensor goes into which file: shard plans equal to huggingface_hub's, so that any tool reads the result."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Literal
+
+from bigpipe.bigmodel.checkpoint.files import Format
+from bigpipe.bigmodel.checkpoint.headers import layout_key
+from bigpipe.bigmodel.checkpoint.tensors import itemsize, tensor_nbytes
+
+Layout = Literal["sorted", "planned"]
+"""Order of the bytes within a safetensors file. sorted: as the safetensors library does it (wide number formats first,
+then by name), so that files are byte for byte what it would write. planned: as the plan lists the tensors, but for
+those of odd lengths, which come last; for producers that make several tensors in one go."""
+
+NAMES: Mapping[Format, str] = {"safetensors": "model{}.safetensors", "bin": "pytorch_model{}.bin"}
+
+
+@dataclass(frozen=True, slots=True)
+class PlannedTensor:
+    """A tensor to be written. `nbytes` is exact before the first byte is."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    nbytes: int
+
+    @classmethod
+    def of(cls, name: str, dtype: str, shape: Sequence[int]) -> PlannedTensor:
+        return cls(name, dtype, tuple(shape), tensor_nbytes(dtype, shape))
+
+
+@dataclass(frozen=True, slots=True)
+class ShardPlan:
+    """One weight file: its name and its tensors in the order they are produced."""
+
+    file: str
+    tensors: tuple[PlannedTensor, ...]
+    aliases: Mapping[str, str] = field(default_factory=dict)
+    """Alias → tensor of this file whose bytes it shares. Only torch files hold these."""
+
+    @property
+    def nbytes(self) -> int:
+        return sum(tensor.nbytes for tensor in self.tensors)
+
+
+def plan_shards(
+    tensors: Sequence[PlannedTensor],
+    max_shard_size: int,
+    format: Format = "safetensors",
+    tied: Mapping[str, str] | None = None,
+) -> list[ShardPlan]:
+    """Splits tensors over files of at most `max_shard_size` bytes, in the order given.
+
+    Greedy, as huggingface_hub.split_torch_state_dict_into_shards: a tensor larger than the limit gets a file of its own
+    at once, others fill the current file. `tied` (alias → name) matters to torch files, which keep the aliases; in
+    safetensors they are dropped.
+    """
+    shards: list[list[PlannedTensor]] = []
+    current: list[PlannedTensor] = []
+    filled = 0
+    for tensor in tensors:
+        if tensor.nbytes > max_shard_size:
+            shards.append([tensor])
+            continue
+        if filled + tensor.nbytes > max_shard_size:
+            shards.append(current)
+            current, filled = [], 0
+        current.append(tensor)
+        filled += tensor.nbytes
+    if current or not shards:
+        shards.append(current)
+    return [
+        ShardPlan(
+            file_name(format, number, len(shards)), tuple(shard), _aliases(shard, tied) if format == "bin" else {}
+        )
+        for number, shard in enumerate(shards)
+    ]
+
+
+def file_name(format: Format, number: int, count: int) -> str:
+    """`model-00002-of-00006.safetensors` for number 1 of 6, `model.safetensors` where there is only one."""
+    return NAMES[format].format("" if count == 1 else f"-{number + 1:05d}-of-{count:05d}")
+
+
+def _aliases(shard: Sequence[PlannedTensor], tied: Mapping[str, str] | None) -> dict[str, str]:
+    names = {tensor.name for tensor in shard}
+    return {alias: name for alias, name in (tied or {}).items() if name in names}
+
+
+def index_file(format: Format) -> str:
+    return NAMES[format].format("") + ".index.json"
+
+
+def encode_index(plans: Sequence[ShardPlan]) -> bytes:
+    """The index of a sharded checkpoint, in the form transformers writes it."""
+    weight_map = {tensor.name: plan.file for plan in plans for tensor in plan.tensors}
+    weight_map.update({alias: plan.file for plan in plans for alias in plan.aliases})
+    index = {"metadata": {"total_size": sum(plan.nbytes for plan in plans)}, "weight_map": weight_map}
+    return (json.dumps(index, indent=2, sort_keys=True) + "\n").encode()
+
+
+def laid_out(plan: ShardPlan, layout: Layout) -> list[PlannedTensor]:
+    """The tensors of a safetensors file in the order of their bytes."""
+    if layout == "sorted":
+        return sorted(plan.tensors, key=lambda tensor: layout_key(tensor.name, tensor.dtype))
+    whole = [tensor for tensor in plan.tensors if tensor.nbytes % 8 == 0]
+    odd = [tensor for tensor in plan.tensors if tensor.nbytes % 8]
+    return whole + sorted(odd, key=lambda tensor: -itemsize(tensor.dtype))

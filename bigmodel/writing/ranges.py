@@ -1,0 +1,105 @@
+"""Reads the tensors of a checkpoint through a few reused buffers, changing their number format on the way."""
+
+from __future__ import annotations
+
+import itertools
+import threading
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+from typing import Self
+
+from bigpipe.bigmodel.checkpoint.bytesource import FileSource
+from bigpipe.bigmodel.checkpoint.tensors import TensorInfo, itemsize
+from bigpipe.bigmodel.checkpoint.view import CHUNK, Checkpoint
+
+from .casting import cast, is_cast
+from .plans import PlannedTensor
+from .shards import PIECES_IN_FLIGHT
+
+MAX_OPEN = 16
+
+
+class RangeReader:
+    """Gives the bytes of tensors in pieces of at most `CHUNK` bytes; each stays as it is until three more were taken.
+
+    Fresh memory costs a page fault per 4 KiB, about as much as reading does, so buffers are made once.
+    """
+
+    def __init__(self, checkpoint: Checkpoint, dtype: str | None = None) -> None:
+        self.checkpoint = checkpoint
+        self.dtype = dtype
+        self._sources: dict[Path, FileSource] = {}
+        self._buffers = itertools.cycle([memoryview(bytearray(CHUNK)) for _ in range(PIECES_IN_FLIGHT + 1)])
+        self._stored = memoryview(bytearray(CHUNK)) if dtype else memoryview(b"")
+
+    def produce(self, planned: PlannedTensor) -> Iterator[memoryview]:
+        """The contiguous bytes of the tensor of this name, as the planned dtype."""
+        tensor = self.checkpoint.tensors[planned.name]
+        if not is_cast(tensor.dtype, planned.dtype):
+            yield from self._pieces(tensor, CHUNK, self._buffers)
+            return
+        widths = itemsize(tensor.dtype), itemsize(planned.dtype)
+        size = CHUNK // max(widths) * widths[0]
+        for piece in self._pieces(tensor, size, itertools.repeat(self._stored)):
+            yield cast(piece, tensor.dtype, planned.dtype, next(self._buffers))
+
+    def _pieces(self, tensor: TensorInfo, size: int, buffers: Iterator[memoryview]) -> Iterator[memoryview]:
+        """The bytes as they are stored, in pieces of at most `size`, in the buffers given."""
+        source = self._source(tensor.file)
+        if tensor.view is not None:
+            from bigpipe.bigmodel.checkpoint.strided import compact_chunks
+
+            yield from compact_chunks(source, tensor, size)
+            return
+        for start in range(0, tensor.nbytes, size):
+            piece = next(buffers)[: min(size, tensor.nbytes - start)]
+            source.read_into(piece, tensor.offset + start)
+            yield piece
+
+    def _source(self, file: Path) -> FileSource:
+        if file not in self._sources:
+            if len(self._sources) >= MAX_OPEN:
+                self.close(list(self._sources)[0])  # noqa: RUF015 (another thread may close one meanwhile)
+            self._sources[file] = self.checkpoint.open(file)
+        return self._sources[file]
+
+    def close(self, file: Path) -> None:
+        """Lets go of a file that nobody reads any more; from any thread."""
+        if (source := self._sources.pop(file, None)) is not None:
+            source.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for source in self._sources.values():
+            source.close()
+
+
+class RangeReaders:
+    """A `RangeReader` for every thread that asks."""
+
+    def __init__(self, checkpoint: Checkpoint, dtype: str | None = None) -> None:
+        self._make = partial(RangeReader, checkpoint, dtype)
+        self._local = threading.local()
+        self._readers: list[RangeReader] = []
+
+    def produce(self, planned: PlannedTensor) -> Iterator[memoryview]:
+        reader: RangeReader | None = getattr(self._local, "reader", None)
+        if reader is None:
+            reader = self._local.reader = self._make()
+            self._readers.append(reader)
+        yield from reader.produce(planned)
+
+    def close(self, file: Path) -> None:
+        """Lets go of a file that nobody reads any more."""
+        for reader in self._readers:
+            reader.close(file)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for reader in self._readers:
+            reader.__exit__()

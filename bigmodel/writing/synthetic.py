@@ -1,0 +1,191 @@
+"""Made-up weights in the shape of a real model, streamed to disk: for trying recipes, disks and machines at full size.
+
+A tensor's bytes depend on its name, its format and the seed alone. Matrices have the spread that transformers' own
+initialisation gives (normal, `initializer_range`), norms are 1 and biases 0, so that activations keep a sane size. The
+normal values come from one block of a million, in pieces of 64 Ki from places that hash of name and position chooses:
+copying at the speed of memory, where fresh random numbers would be many times slower than the disk. No two pieces begin
+at the same place but by chance, yet values do repeat: these weights are for measuring bytes and time, not quality.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from bigpipe.bigmodel.architecture.structure import Architecture
+from bigpipe.bigmodel.checkpoint.arrivals import Delivery
+from bigpipe.bigmodel.checkpoint.description import ModelDescription
+from bigpipe.bigmodel.checkpoint.files import Format
+from bigpipe.bigmodel.checkpoint.tensors import CASTABLE, itemsize
+from bigpipe.bigmodel.checkpoint.view import CHUNK
+from bigpipe.errors import UsageError
+from bigpipe.sizes import parse_size
+
+from .casting import cast
+from .plans import PlannedTensor, ShardPlan, plan_shards
+from .shards import PIECES_IN_FLIGHT, write_file
+from .sidefiles import encode_config
+from .writer import ReportProgress, SavedCheckpoint, write_checkpoint
+
+BLOCK = 2**20
+"""Elements of the block that all random tensors are cut from."""
+PIECE = 2**16
+"""Elements cut at a time."""
+
+
+def synthetic_description(
+    config: Mapping[str, Any], architecture: Architecture, *, dtype: str = "float16", format: Format = "safetensors"
+) -> ModelDescription:
+    """What `write_synthetic` will write: every tensor that a checkpoint of this class keeps.
+
+    `dtype` is for floating-point tensors; those that the class keeps as float32 stay so. UsageError for another kind of
+    dtype.
+    """
+    if dtype not in CASTABLE:
+        raise UsageError(f"synthetic weights cannot be {dtype}", f"choose one of {', '.join(sorted(CASTABLE))}")
+    tensors = {
+        tensor.name: (architecture.dtype_of(tensor, dtype), tensor.shape)
+        for tensor in architecture.tensors()
+        if tensor.persistent
+    }
+    return ModelDescription(
+        # Through JSON, as whoever reads the file will see it: keys are strings.
+        config=json.loads(encode_config({"architectures": [architecture.class_name], **config, "dtype": dtype})),
+        tensors=tensors,
+        format=format,
+        tied=architecture.aliases if format == "bin" else {},
+        path=None,
+        quantization=None,
+        custom=None,
+    )
+
+
+def plan_synthetic(description: ModelDescription, max_shard_size: int | str = "5GB") -> list[ShardPlan]:
+    """The weight files that `write_synthetic` will write."""
+    tensors = description.tensors or {}
+    planned = [PlannedTensor.of(name, dtype, shape) for name, (dtype, shape) in tensors.items()]
+    format: Format = "bin" if description.format == "bin" else "safetensors"
+    return plan_shards(planned, parse_size(max_shard_size), format, description.tied)
+
+
+def write_synthetic(
+    config: Mapping[str, Any],
+    architecture: Architecture,
+    out: str | Path,
+    *,
+    dtype: str = "float16",
+    seed: int = 0,
+    format: Format = "safetensors",
+    max_shard_size: int | str = "5GB",
+    progress: ReportProgress | None = None,
+    journal: Path | None = None,
+    delivery: Delivery | None = None,
+) -> SavedCheckpoint:
+    """Writes weights and config.json of a model of this architecture into `out`, in constant memory.
+
+    `config` is what config.json shall say, besides the dtype and the class. `progress`, `journal`
+    and `delivery` as in `write_checkpoint`.
+    """
+    out = Path(out)
+    description = synthetic_description(config, architecture, dtype=dtype, format=format)
+    out.mkdir(parents=True, exist_ok=True)
+    written = write_file(out / "config.json", encode_config(description.config or {}))
+    saved = write_checkpoint(
+        out,
+        plan_synthetic(description, max_shard_size),
+        RandomTensors(seed, spread_of(config)).produce,
+        format=format,
+        progress=progress,
+        journal=journal,
+        fingerprint=lambda file: f"synthetic {seed}",
+        delivery=delivery,
+    )
+    return SavedCheckpoint({**saved.files, "config.json": written}, saved.shards, saved.bytes)
+
+
+def spread_of(config: Mapping[str, Any]) -> float:
+    """Standard deviation of fresh weights, under the names that configs give it; transformers' usual 0.02 otherwise."""
+    for name in ("initializer_range", "init_std", "initializer_factor"):
+        value = config.get(name)
+        if isinstance(value, int | float) and 0 < value < 1:
+            return float(value)
+    return 0.02
+
+
+class RandomTensors:
+    """Produces the tensors of a made-up model."""
+
+    def __init__(self, seed: int, spread: float) -> None:
+        self.seed = seed
+        self.spread = spread
+        self._blocks: dict[str, memoryview] = {}
+        self._buffers = itertools.cycle([bytearray(CHUNK) for _ in range(PIECES_IN_FLIGHT + 1)])
+
+    def produce(self, tensor: PlannedTensor) -> Iterator[memoryview]:
+        """The bytes of one tensor, in pieces that stay as they are until three more were taken."""
+        kind = _kind(tensor)
+        if kind == "normal":
+            yield from self._normal(tensor)
+        elif kind == "positions":
+            yield from self._positions(tensor)
+        else:
+            one = _one(tensor.dtype) if kind == "ones" else bytes(itemsize(tensor.dtype))
+            piece = memoryview(one * (min(CHUNK, tensor.nbytes) // len(one)))
+            for start in range(0, tensor.nbytes, CHUNK):
+                yield piece[: tensor.nbytes - start]
+
+    def _normal(self, tensor: PlannedTensor) -> Iterator[memoryview]:
+        block, width = self._block(tensor.dtype), itemsize(tensor.dtype)
+        step = PIECE * width
+        for start in range(0, tensor.nbytes, CHUNK):
+            piece = memoryview(next(self._buffers))[: min(CHUNK, tensor.nbytes - start)]
+            for at in range(0, len(piece), step):
+                wanted = piece[at : at + step]
+                place = self._place(tensor.name, start + at) * width
+                wanted[:] = block[place : place + len(wanted)]
+            yield piece
+
+    def _place(self, name: str, at: int) -> int:
+        digest = hashlib.sha256(f"{self.seed}\0{name}\0{at}".encode()).digest()
+        return int.from_bytes(digest[:8], "little") % (BLOCK - PIECE)
+
+    def _positions(self, tensor: PlannedTensor) -> Iterator[memoryview]:
+        import numpy
+
+        row = numpy.arange(tensor.shape[-1], dtype=tensor.dtype)
+        yield memoryview(numpy.broadcast_to(row, tensor.shape).tobytes())
+
+    def _block(self, dtype: str) -> memoryview:
+        """A block of normal values: sums of four uniform ones from the Philox stream, which numpy keeps stable."""
+        if dtype not in self._blocks:
+            import numpy
+
+            stream = numpy.random.Philox(key=self.seed & (2**64 - 1))
+            parts = stream.random_raw(BLOCK).view(numpy.uint16).reshape(BLOCK, 4)
+            sums = parts.sum(axis=1, dtype=numpy.float32) / 65536 - numpy.float32(2)
+            values = sums * numpy.float32(self.spread * 3**0.5)
+            filled = bytearray(BLOCK * itemsize(dtype))
+            cast(memoryview(values.tobytes()), "float32", dtype, memoryview(filled))
+            self._blocks[dtype] = memoryview(filled)
+        return self._blocks[dtype]
+
+
+def _kind(tensor: PlannedTensor) -> str:
+    last = tensor.name.rpartition(".")[2]
+    if tensor.dtype not in CASTABLE:
+        return "positions" if last == "position_ids" and tensor.shape else "zeros"
+    if last in ("bias", "running_mean") or last.endswith("_bias"):
+        return "zeros"
+    if len(tensor.shape) == 1 and (last == "running_var" or last.endswith("weight")):
+        return "ones"
+    return "normal"
+
+
+def _one(dtype: str) -> bytes:
+    one = bytearray(itemsize(dtype))
+    cast(memoryview(b"\0\0\x80\x3f"), "float32", dtype, memoryview(one))
+    return bytes(one)
