@@ -34,8 +34,12 @@ SAVE_SECONDS = 1.0
 
 
 def new_run_id(now: datetime | None = None) -> str:
-    """`20260103-174500-3f9a2c`: sorts by time as far as the clock can be trusted, and is unique without it."""
-    return f"{now or datetime.now(UTC):%Y%m%d-%H%M%S}-{os.urandom(3).hex()}"
+    """`20260103-174500-1f43f9a2c`: UTC, milliseconds in three hexadecimal digits, six of chance.
+
+    Sorts by time as far as the clock can be trusted, and is unique without it.
+    """
+    now = now or datetime.now(UTC)
+    return f"{now:%Y%m%d-%H%M%S}-{now.microsecond // 1000:03x}{os.urandom(3).hex()}"
 
 
 class NodeRun(BaseModel):

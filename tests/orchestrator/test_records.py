@@ -4,7 +4,7 @@ import json
 import os
 import signal
 from dataclasses import dataclass, field
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import pytest
@@ -65,7 +65,9 @@ def run(runs, name, nodes, status="succeeded", recipe=None):
 
 def test_ids_sort_by_time_and_never_meet(tmp_path):
     noon, later = datetime(2026, 1, 3, 12, 0, 0, tzinfo=UTC), datetime(2026, 1, 3, 12, 0, 1, tzinfo=UTC)
-    assert new_run_id(noon) < new_run_id(later)
+    moments = [noon + timedelta(milliseconds=number) for number in range(1000)]
+    ids = [new_run_id(moment) for moment in [*moments, later]]
+    assert ids == sorted(ids)
     assert new_run_id(noon).startswith("20260103-120000-")
     assert len({new_run_id(noon) for _ in range(100)}) == 100
 

@@ -50,9 +50,7 @@ def mutant(original: bytes, start: int, end: int, number: int) -> bytes:
 
 
 def main(file: Path, start: int, end: int, first: int, count: int) -> None:
-    from bigpipe.bigmodel.checkpoint import (
-        strided,  # noqa: F401  so that nothing is left to import
-    )
+    from bigpipe.bigmodel.checkpoint import pickles, strided  # noqa: F401  so that nothing is left to import
     from bigpipe.bigmodel.checkpoint.view import open_checkpoint
     from bigpipe.errors import BigpipeError
 
