@@ -20,6 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from bigpipe.bigmodel.checkpoint.bytesource import FileSource
+from bigpipe.bigmodel.checkpoint.openfiles import OpenFiles
 from bigpipe.bigmodel.checkpoint.view import Checkpoint
 
 from .devices import CHUNK as DEVICE_CHUNK
@@ -62,7 +63,7 @@ class WeightEncoder:
         self._chunk = CHUNK if settings.device is None else DEVICE_CHUNK
         self._pool = ThreadPoolExecutor(workers, "encode")
         self._local = threading.local()
-        self._sources: dict[Path, FileSource] = {}
+        self._files = OpenFiles(checkpoint)
 
     def encode(self, weights: Iterable[Converted]) -> Iterator[Piece]:
         """All pieces of all weights, in order."""
@@ -136,7 +137,7 @@ class WeightEncoder:
             rows = whole[start // columns : stop // columns]
             return lambda: np.ascontiguousarray(rows).reshape(-1)
         tensor = self.checkpoint.tensors[weight.source]
-        source, width = self._source(tensor.file), BITS[tensor.dtype].itemsize
+        source, width = self._files.source(tensor.file), BITS[tensor.dtype].itemsize
         return lambda: self._read(source, tensor.offset + start * width, stop - start, BITS[tensor.dtype])
 
     def _read(self, source: FileSource, offset: int, count: int, dtype: np.dtype[Any]) -> Bits:
@@ -157,23 +158,16 @@ class WeightEncoder:
         bits = np.frombuffer(self.checkpoint.read(weight.source), BITS[tensor.dtype]).reshape(tensor.shape)
         return bits.T if weight.transposed else bits
 
-    def _source(self, file: Path) -> FileSource:
-        if file not in self._sources:
-            self._sources[file] = self.checkpoint.open(file)
-        return self._sources[file]
-
     def close(self, file: Path) -> None:
         """Lets go of a file that is not read any more."""
-        if (source := self._sources.pop(file, None)) is not None:
-            source.close()
+        self._files.close(file)
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:
         self._pool.shutdown(cancel_futures=True)
-        for source in self._sources.values():
-            source.close()
+        self._files.__exit__()
 
 
 def _make_encoder(settings: Settings, size: int) -> Encoder:

@@ -9,7 +9,7 @@ from functools import partial
 from pathlib import Path
 from typing import Self
 
-from bigpipe.bigmodel.checkpoint.bytesource import FileSource
+from bigpipe.bigmodel.checkpoint.openfiles import OpenFiles
 from bigpipe.bigmodel.checkpoint.tensors import TensorInfo, itemsize
 from bigpipe.bigmodel.checkpoint.view import CHUNK, Checkpoint
 
@@ -29,7 +29,7 @@ class RangeReader:
     def __init__(self, checkpoint: Checkpoint, dtype: str | None = None) -> None:
         self.checkpoint = checkpoint
         self.dtype = dtype
-        self._sources: dict[Path, FileSource] = {}
+        self._files = OpenFiles(checkpoint, MAX_OPEN)
         self._buffers = itertools.cycle([memoryview(bytearray(CHUNK)) for _ in range(PIECES_IN_FLIGHT + 1)])
         self._stored = memoryview(bytearray(CHUNK)) if dtype else memoryview(b"")
 
@@ -46,7 +46,7 @@ class RangeReader:
 
     def _pieces(self, tensor: TensorInfo, size: int, buffers: Iterator[memoryview]) -> Iterator[memoryview]:
         """The bytes as they are stored, in pieces of at most `size`, in the buffers given."""
-        source = self._source(tensor.file)
+        source = self._files.source(tensor.file)
         if tensor.view is not None:
             from bigpipe.bigmodel.checkpoint.strided import compact_chunks
 
@@ -57,24 +57,15 @@ class RangeReader:
             source.read_into(piece, tensor.offset + start)
             yield piece
 
-    def _source(self, file: Path) -> FileSource:
-        if file not in self._sources:
-            if len(self._sources) >= MAX_OPEN:
-                self.close(list(self._sources)[0])  # noqa: RUF015 (another thread may close one meanwhile)
-            self._sources[file] = self.checkpoint.open(file)
-        return self._sources[file]
-
     def close(self, file: Path) -> None:
         """Lets go of a file that nobody reads any more; from any thread."""
-        if (source := self._sources.pop(file, None)) is not None:
-            source.close()
+        self._files.close(file)
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:
-        for source in self._sources.values():
-            source.close()
+        self._files.__exit__()
 
 
 class RangeReaders:
