@@ -18,15 +18,15 @@ from typing import Any
 from bigpipe.bigmodel.architecture.families import known_architecture
 from bigpipe.bigmodel.architecture.structure import Architecture, ModuleSpec, describe_architecture
 from bigpipe.bigmodel.checkpoint.description import ModelDescription, describe_checkpoint
-from bigpipe.bigmodel.checkpoint.naming import set_quantized_apart
 from bigpipe.bigmodel.checkpoint.tensors import tensor_nbytes
 from bigpipe.bigmodel.execution.offload import INDIVISIBLE
 from bigpipe.bigmodel.footprint.activations import prefill, shape_of
 from bigpipe.bigmodel.footprint.kvcache import kv_cache
 from bigpipe.bigmodel.footprint.weights import compute_bytes
-from bigpipe.bigmodel.placement import Device, Placement, place
+from bigpipe.bigmodel.placement import Device, Placement, place_architecture
 from bigpipe.bigmodel.placement.budget import devices_of
 from bigpipe.bigmodel.placement.measuring import measured_speeds
+from bigpipe.bigmodel.placement.models import stored_bytes, stored_dtype
 from bigpipe.bigmodel.placement.speeds import Speeds
 from bigpipe.orchestrator.stage import (
     DoesNotFit,
@@ -47,7 +47,6 @@ from .dispatch import DispatchMetrics, DispatchParams
 from .placed_model import PLACEMENT, PlacedModel, remote_code
 
 PICTURE = "placement.txt"
-HALVES = ("float16", "bfloat16")
 GPU_RUNTIME = 512 * 2**20
 """Bytes of a GPU that the CUDA context, the libraries' workspaces and the allocator's rounding take (a bound)."""
 RAM_SHARE = 0.8
@@ -81,9 +80,9 @@ def compute(
         model.path if model.path is not None and code else dict(model.config or {}),
         modules=trust.modules, base=base, memo=memo, custom=model.custom, trust_remote_code=code,
     )  # fmt: skip
-    dtype = params.dtype or _stored_dtype(model)
+    dtype = params.dtype or stored_dtype(model)
     headroom = _headroom(params, architecture, dtype, machine)
-    placement = place(
+    placement = place_architecture(
         architecture,
         device_map=params.device_map,
         max_memory=_caps(params, machine),
@@ -119,39 +118,6 @@ def _caps(params: DispatchParams, machine: Machine) -> dict[int | str, int | str
         return None
     gpus: dict[int | str, int | str] = {gpu.index: gpu.memory for gpu in machine.gpus}
     return {**gpus, "cpu": int(machine.memory * RAM_SHARE), "disk": UNLIMITED}
-
-
-def _stored_dtype(model: ModelDescription) -> str:
-    sizes: dict[str, int] = {}
-    for dtype, shape in (model.tensors or {}).values():
-        if dtype in ("float32", *HALVES):
-            sizes[dtype] = sizes.get(dtype, 0) + tensor_nbytes(dtype, shape)
-    config = model.config or {}
-    named = str(config.get("dtype") or config.get("torch_dtype"))
-    return named if named in (sizes or ("float32", *HALVES)) else max(sizes, key=lambda d: sizes[d], default="float32")
-
-
-def stored_bytes(
-    model: ModelDescription, architecture: Architecture, *, plain: bool = True, skip: Collection[str] = ()
-) -> dict[str, int]:
-    """Bytes on disk by the model's own tensor names. A quantized weight counts with its scales and tables.
-
-    plain: of weights that are not quantized too. skip: names to leave out.
-    """
-    tensors = model.tensors or {}
-    sizes = {name: tensor_nbytes(dtype, shape) for name, (dtype, shape) in tensors.items()}
-    single, quantized = set_quantized_apart(sizes)
-    stored = {**(single if plain else {}), **{f"{m}.weight": sum(parts.values()) for m, parts in quantized.items()}}
-    known = {tensor.name for module in architecture.modules for tensor in module.tensors}
-    named = ((_own_name(name, known, architecture), size) for name, size in stored.items())
-    return {name: size for name, size in named if name is not None and name not in skip}
-
-
-def _own_name(stored: str, known: set[str], architecture: Architecture) -> str | None:
-    """The model's name of a stored tensor: the same, or with the base model's prefix added or taken off."""
-    bodies = [child.rpartition(".")[2] for child in architecture.modules[0].children]
-    names = [stored, *(f"{body}.{stored}" for body in bodies), stored.partition(".")[2]]
-    return next((name for name in names if name in known), None)
 
 
 def _needs(params: DispatchParams, architecture: Architecture, dtype: str) -> tuple[int, int]:

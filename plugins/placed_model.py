@@ -51,7 +51,7 @@ class PlacedModel:
         return load(
             ctx.input("model"),
             self.placement,
-            dtype=dtype or self.placement.dtype,
+            dtype=dtype,
             special_dtypes=self.special_dtypes,
             no_split_module_classes=self.no_split_module_classes,
             memory=memory,

@@ -79,7 +79,8 @@ def load(
     placement: a `Placement` or a device map {prefix: GPU number | "cpu" | "disk"}; left out, all goes to `device`
       (default: the CPU). Where a GPU is named, what lives in RAM or on disk computes on the first of them.
     model: an empty model of a class that the checkpoint does not name itself.
-    dtype: what floating weights are cast to; left out, `compute_dtype`'s choice. Quantized weights stay as they are.
+    dtype: what floating weights are cast to; left out, the placement's or `compute_dtype`'s choice. Quantized weights
+      stay as they are.
     special_dtypes: parameter name → dtype, where another one is wanted.
     no_split_module_classes: blocks that are streamed as a whole; left out, the model's own.
     memory: bytes of RAM that weights cast to another dtype may fill; what is over is cast anew at each use.
@@ -95,6 +96,8 @@ def load(
 
     checkpoint = open_checkpoint(path)
     homes = Homes(_device_map(placement, device), first_gpu)
+    if dtype is None and placement is not None and not isinstance(placement, Mapping):
+        dtype = placement.dtype
     wanted = getattr(torch, dtype) if isinstance(dtype, str) else dtype
     budget, room = _memory(placement, memory, room)
     wanted = wanted or compute_dtype(checkpoint, homes, room)

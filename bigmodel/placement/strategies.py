@@ -23,7 +23,7 @@ from .tree import Tree, prefixes
 MODES = ("auto", "balanced", "balanced_low_0", "sequential", "optimal")
 
 
-def place(
+def place_architecture(
     architecture: Architecture,
     *,
     device_map: str | Mapping[str, int | str] = "auto",

@@ -22,7 +22,7 @@ from torch import nn
 
 from bigpipe.bigmodel.architecture.instantiation import report
 from bigpipe.bigmodel.architecture.structure import Architecture, ModuleSpec, TensorSpec
-from bigpipe.bigmodel.placement import Placement, place
+from bigpipe.bigmodel.placement import Placement, place_architecture
 from bigpipe.bigmodel.placement.budget import read_budget
 from bigpipe.bigmodel.placement.strategies import _loads, _over
 from bigpipe.bigmodel.placement.tree import Tree
@@ -89,7 +89,7 @@ class Case:
         return dict(infer_auto_device_map(self.model, memory, self.no_split, dtype=self.dtype))
 
     def ours(self) -> Placement:
-        return place(
+        return place_architecture(
             self.architecture, device_map=self.mode, max_memory=self.max_memory,
             no_split_module_classes=self.no_split, dtype=self.dtype,
         )  # fmt: skip
@@ -222,13 +222,13 @@ def stack(layers: int, *, hidden: int = 10, words: int = 100) -> Architecture:
 
 
 def test_a_model_that_fits_stays_whole() -> None:
-    placement = place(stack(4), max_memory={0: 9600, "cpu": "1GB"})
+    placement = place_architecture(stack(4), max_memory={0: 9600, "cpu": "1GB"})
     assert placement.device_map == {"": 0}
     assert placement.weights == {0: 9600}
 
 
 def test_room_for_the_largest_offloaded_layer_is_kept() -> None:
-    placement = place(stack(10), max_memory={0: 9000, "cpu": "1MB"}, device_map="sequential")
+    placement = place_architecture(stack(10), max_memory={0: 9000, "cpu": "1MB"}, device_map="sequential")
     assert placement.weights[0] + placement.streaming[0] <= 9000
     assert placement.device_map["embed"] == 0
     assert placement.device_map["head"] == "cpu"
@@ -236,12 +236,12 @@ def test_room_for_the_largest_offloaded_layer_is_kept() -> None:
 
 
 def test_a_gpu_with_no_bytes_is_not_used() -> None:
-    placement = place(stack(4), max_memory={0: 0, 1: 20000})
+    placement = place_architecture(stack(4), max_memory={0: 0, 1: 20000})
     assert placement.device_map == {"": 1}
 
 
 def test_ranges_and_units_in_max_memory() -> None:
-    placement = place(stack(40), max_memory={"0": "30GIB", "1-3": "46GiB"}, device_map="balanced")
+    placement = place_architecture(stack(40), max_memory={"0": "30GIB", "1-3": "46GiB"}, device_map="balanced")
     assert set(placement.max_memory) == {0, 1, 2, 3}
     assert set(placement.weights) == {0, 1, 2, 3}
     assert placement.max_memory[2] == 46 * 2**30
@@ -250,31 +250,31 @@ def test_ranges_and_units_in_max_memory() -> None:
 @pytest.mark.parametrize("memory", [{"gpu": 1}, {"7-1": 1}, {0: "10Gb"}, {"0": 1, 0: 1}, {"1-2": 5, 2: 5}])
 def test_wrong_max_memory_is_refused(memory: dict[int | str, int | str]) -> None:
     with pytest.raises(UsageError):
-        place(stack(2), max_memory=memory)
+        place_architecture(stack(2), max_memory=memory)
 
 
 def test_devices_that_are_not_listed_are_not_used() -> None:
     with pytest.raises(DoesNotFit, match=r"raise max_memory of cpu from .* or add disk to max_memory"):
-        place(stack(4), max_memory={"cpu": 5000})
-    placement = place(stack(4), max_memory={"cpu": 5000, "disk": "1GB"})
+        place_architecture(stack(4), max_memory={"cpu": 5000})
+    placement = place_architecture(stack(4), max_memory={"cpu": 5000, "disk": "1GB"})
     assert placement.weights["cpu"] + placement.streaming["cpu"] <= 5000
 
 
 def test_the_smallest_raise_that_fits_is_named_and_fits() -> None:
     memory: dict[int | str, int | str] = {0: 5000, "cpu": 4000}
     with pytest.raises(DoesNotFit) as error:
-        place(stack(4), max_memory=memory)
+        place_architecture(stack(4), max_memory=memory)
     found = re.match(r"raise max_memory of (\w+) from .* to (\d+), or add disk to max_memory$", error.value.cure)
     assert found
     device, needed = (0 if found[1] == "0" else found[1]), int(found[2])
-    assert place(stack(4), max_memory={**memory, device: needed}).weights
+    assert place_architecture(stack(4), max_memory={**memory, device: needed}).weights
     with pytest.raises(DoesNotFit):
-        place(stack(4), max_memory={**memory, device: needed - 1})
+        place_architecture(stack(4), max_memory={**memory, device: needed - 1})
 
 
 def test_a_custom_map_by_longest_prefix() -> None:
     device_map = {"": "cpu", "layers": 0, "layers.1": "disk"}
-    placement = place(stack(3), device_map=device_map)
+    placement = place_architecture(stack(3), device_map=device_map)
     assert placement.device_map == device_map
     assert placement.weights == {0: 800, "cpu": 8000, "disk": 400}
     assert placement.device_of("layers.1.mlp.weight") == "disk"
@@ -283,54 +283,56 @@ def test_a_custom_map_by_longest_prefix() -> None:
 
 
 def test_everything_on_disk() -> None:
-    placement = place(stack(3), device_map={"": "disk"})
+    placement = place_architecture(stack(3), device_map={"": "disk"})
     assert placement.weights == {"disk": 9200}
     assert placement.streaming == {"cpu": 4000}
 
 
 def test_a_custom_map_must_cover_everything() -> None:
     with pytest.raises(UsageError, match=r"no device to layers\.1, head"):
-        place(stack(2), device_map={"embed": 0, "layers.0": "cpu"})
+        place_architecture(stack(2), device_map={"embed": 0, "layers.0": "cpu"})
 
 
 def test_a_custom_map_with_a_name_the_model_lacks() -> None:
     with pytest.raises(UsageError, match=r"heads \(did you mean head\?\)"):
-        place(stack(2), device_map={"": 0, "heads": "cpu"})
+        place_architecture(stack(2), device_map={"": 0, "heads": "cpu"})
 
 
 def test_a_custom_map_over_its_caps() -> None:
     with pytest.raises(DoesNotFit, match="puts"):
-        place(stack(2), device_map={"": 0}, max_memory={0: 1000})
+        place_architecture(stack(2), device_map={"": 0}, max_memory={0: 1000})
     with pytest.raises(DoesNotFit, match="puts"):
-        place(stack(2), device_map={"": "cpu"}, max_memory={0: "1GB"})
+        place_architecture(stack(2), device_map={"": "cpu"}, max_memory={0: "1GB"})
 
 
 def test_quantized_sizes_are_the_stored_ones() -> None:
     stored = {"embed.weight": 4000, "head.weight": 4000}
     for index in range(4):
         stored |= {f"layers.{index}.mlp.weight": 50, f"layers.{index}.mlp.weight.absmax": 8}
-    placement = place(stack(4), tensor_bytes=stored, max_memory={0: 8232})
+    placement = place_architecture(stack(4), tensor_bytes=stored, max_memory={0: 8232})
     assert placement.weights == {0: 8232}
 
 
 def test_headroom_lowers_a_cap() -> None:
-    placement = place(stack(4), max_memory={0: 10000, "cpu": "1MB"}, headroom={0: 1000})
+    placement = place_architecture(stack(4), max_memory={0: 10000, "cpu": "1MB"}, headroom={0: 1000})
     assert placement.weights[0] + placement.streaming[0] <= 9000
 
 
 def test_dtype_and_special_dtypes() -> None:
-    assert place(stack(2), dtype="float16", max_memory={0: 10000}).weights == {0: 4400}
-    special = place(stack(2), dtype="float16", special_dtypes={"head.weight": "float32"}, max_memory={0: 10000})
+    assert place_architecture(stack(2), dtype="float16", max_memory={0: 10000}).weights == {0: 4400}
+    special = place_architecture(
+        stack(2), dtype="float16", special_dtypes={"head.weight": "float32"}, max_memory={0: 10000}
+    )
     assert special.weights == {0: 6400}
 
 
 def test_json_and_back() -> None:
-    placement = place(stack(6), max_memory={0: 9000, "cpu": "1MB", "disk": 5})
+    placement = place_architecture(stack(6), max_memory={0: 9000, "cpu": "1MB", "disk": 5})
     assert Placement.from_json(json.loads(json.dumps(placement.as_json()))) == placement
 
 
 def test_the_picture_shows_devices_and_parts() -> None:
-    picture = place(stack(10), max_memory={0: 9000, "cpu": 9000}, device_map="sequential").picture()
+    picture = place_architecture(stack(10), max_memory={0: 9000, "cpu": 9000}, device_map="sequential").picture()
     gpu, parts, cpu, rest = picture.splitlines()
     assert gpu.startswith(" GPU 0 |####")
     assert "+" in gpu
@@ -341,11 +343,11 @@ def test_the_picture_shows_devices_and_parts() -> None:
 
 def test_unknown_mode() -> None:
     with pytest.raises(UsageError, match="auto, balanced"):
-        place(stack(2), device_map="autos")
+        place_architecture(stack(2), device_map="autos")
 
 
 def test_without_max_memory_this_machine_is_asked() -> None:
-    placement = place(stack(2))
+    placement = place_architecture(stack(2))
     assert placement.max_memory["disk"] is None
     assert placement.weights
 

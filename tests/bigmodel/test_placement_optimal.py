@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from bigpipe.bigmodel.architecture.families import known_architecture
 from bigpipe.bigmodel.architecture.structure import Architecture, ModuleSpec, TensorSpec
-from bigpipe.bigmodel.placement import Placement, Speeds, place
+from bigpipe.bigmodel.placement import Placement, Speeds, place_architecture
 from bigpipe.bigmodel.placement.budget import Device
 from bigpipe.errors import DoesNotFit
 
@@ -103,7 +103,9 @@ def without_gpus(caps: dict[Device, int]) -> dict[Device, int]:
 def assert_optimal(layers: list[Layer], caps: dict[Device, int]) -> None:
     expected = fewest_seconds(layers, caps)
     try:
-        placement = place(architecture_of(layers), device_map="optimal", max_memory=dict(caps), speeds=SPEEDS)
+        placement = place_architecture(
+            architecture_of(layers), device_map="optimal", max_memory=dict(caps), speeds=SPEEDS
+        )
     except DoesNotFit:
         assert expected is None
         return
@@ -196,22 +198,22 @@ def streamed(placement: Placement, architecture: Architecture) -> float:
 def test_what_llama_3_8b_streams_per_token(gpu: int, greedy: float, possible: float) -> None:
     architecture = llama(32, 4096, 14336, 128256, 1024)
     memory: dict[int | str, int | str] = {0: f"{gpu}GiB", "cpu": "64GiB"}
-    ours = place(architecture, device_map="optimal", max_memory=memory)
+    ours = place_architecture(architecture, device_map="optimal", max_memory=memory)
     assert round(streamed(ours, architecture), 2) == possible
     assert ours.device_of("lm_head") == 0
-    assert round(place(architecture, max_memory=memory).weights["cpu"] / 2**30, 2) == greedy
+    assert round(place_architecture(architecture, max_memory=memory).weights["cpu"] / 2**30, 2) == greedy
 
 
 def test_with_its_embedding_in_ram_llama_3_8b_fits_into_14_gib() -> None:
     architecture = llama(32, 4096, 14336, 128256, 1024)
-    placement = place(architecture, device_map="optimal", max_memory={0: "14GiB", "cpu": "64GiB"})
+    placement = place_architecture(architecture, device_map="optimal", max_memory={0: "14GiB", "cpu": "64GiB"})
     assert streamed(placement, architecture) == 0
     assert placement.device_of("model.embed") == "cpu"
 
 
 def test_llama_3_405b_on_eight_gpus() -> None:
     architecture = llama(126, 16384, 53248, 128256, 1024)
-    placement = place(architecture, device_map="optimal", max_memory={"0-7": "80GiB", "cpu": "1000GiB"})
+    placement = place_architecture(architecture, device_map="optimal", max_memory={"0-7": "80GiB", "cpu": "1000GiB"})
     assert sorted(map(str, placement.weights)) == [*map(str, range(8)), "cpu"]
     assert len([name for name, device in placement.device_map.items() if device == "cpu"]) == 24 + 1
 
@@ -232,7 +234,7 @@ def test_the_real_llama_3_405b_is_placed_in_under_a_second() -> None:
     for memory in ("40GiB", "80GiB", "100GiB"):
         caps: dict[int | str, int | str] = {"0-7": memory, "cpu": "1000GiB", "disk": "2TiB"}
         started = time.process_time()
-        placement = place(architecture, device_map="optimal", max_memory=caps, dtype="bfloat16")
+        placement = place_architecture(architecture, device_map="optimal", max_memory=caps, dtype="bfloat16")
         assert time.process_time() - started < 1
         assert set(range(8)) <= set(placement.weights)
         assert all(placement.device_of(tensor.name) is not None for tensor in architecture.tensors())
@@ -242,4 +244,4 @@ def test_the_real_llama_3_405b_is_placed_in_under_a_second() -> None:
 
 def test_nothing_fits() -> None:
     with pytest.raises(DoesNotFit, match="raise max_memory"):
-        place(architecture_of([Layer(100)]), device_map="optimal", max_memory={0: 50})
+        place_architecture(architecture_of([Layer(100)]), device_map="optimal", max_memory={0: 50})
