@@ -6,8 +6,8 @@ A made-up fp16 model lies on a Hub on loopback, in files of 500 MB. Each arm is 
 cache is empty), reshards it to 200 MB, quantizes that, and loads the result on the CPU; a sync ends the timing. The
 tools' arm is a single script, so torch is imported once: snapshot_download, transformers' save_pretrained,
 quantization on load by bitsandbytes with save_pretrained, from_pretrained. bigpipe runs twice: as it does by default,
-and with `--jobs 1`, where nothing overlaps. `--rate` limits what the Hub sends, in bytes per second of each file:
-0 is as fast as it can.
+and with `--jobs 1`, where nothing overlaps. `--rate` limits what the Hub sends, in bytes per second of all connections
+together: 125000000 is a line of 1 Gbit/s, 0 as fast as it can.
 """
 
 from __future__ import annotations
@@ -34,8 +34,7 @@ from support.hub import LoopbackHub
 folder, environment, rate = Path(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3])
 with LoopbackHub() as hub:
     hub.create("org/model", {path.name: path for path in folder.iterdir()})
-    if rate:
-        hub.fail("slow", "/cdn/", times=10**9, rate=rate)
+    hub.bandwidth.rate = rate
     names = "\\n".join(f"{name}={value}" for name, value in hub.environment(environment.parent / "hf").items())
     environment.with_suffix(".part").write_text(names)
     environment.with_suffix(".part").rename(environment)

@@ -26,7 +26,7 @@ from urllib.parse import parse_qs, unquote, urlsplit
 
 import yaml
 
-from .hub_answers import Answer, Fault, FaultKind, Refusal, Request, as_json
+from .hub_answers import Answer, Bandwidth, Fault, FaultKind, FileRange, Refusal, Request, as_json
 from .hub_state import LFS_SUFFIXES, Blob, Repository, blob
 
 NAME = r"[^/]+(?:/[^/]+)?"
@@ -63,6 +63,8 @@ class LoopbackHub:
         self.log: list[Request] = []
         self.faults: list[Fault] = []
         self.page_size = 1000
+        self.bandwidth = Bandwidth()
+        """Of all files together."""
         self.lock = threading.RLock()
         self.closing = threading.Event()
         handler = type("Handler", (_Handler,), {"hub": self})
@@ -225,7 +227,11 @@ class _Handler(BaseHTTPRequestHandler):
             self.send_header(key, value)
         self.end_headers()
         try:
-            if self.command != "HEAD":
+            if self.command != "HEAD" and isinstance(answer.body, FileRange) and self.fault is None:
+                self.wfile.flush()
+                for sent in answer.body.send(self.connection.fileno(), self.hub.bandwidth):
+                    self.entry.sent += sent
+            elif self.command != "HEAD":
                 for chunk in self._spoilt(answer):
                     self.wfile.write(chunk)
                     self.entry.sent += len(chunk)

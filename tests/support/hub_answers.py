@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
+import os
+import threading
+import time
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Literal
 
+CHUNK = 1 << 20
 FaultKind = Literal["status", "cut", "garbage", "hang", "html", "slow", "redirect", "etag"]
 
 
@@ -35,6 +40,58 @@ class Fault:
     headers: Mapping[str, str]
     seconds: float
     rate: int
+
+
+@dataclass(frozen=True, slots=True)
+class FileRange:
+    """The bytes `start` ≤ position < `end` of a file."""
+
+    path: Path
+    start: int
+    end: int
+
+    def __iter__(self) -> Iterator[bytes]:
+        with self.path.open("rb") as file:
+            file.seek(self.start)
+            left = self.end - self.start
+            while left and (chunk := file.read(min(CHUNK, left))):
+                left -= len(chunk)
+                yield chunk
+
+    def send(self, connection: int, bandwidth: Bandwidth) -> Iterator[int]:
+        """Sends them from the page cache, as web servers do; gives how many bytes went, piece by piece."""
+        with self.path.open("rb") as file:
+            position = self.start
+            while position < self.end:
+                bandwidth.take(size := min(bandwidth.piece, self.end - position))
+                sent = os.sendfile(connection, file.fileno(), position, size)
+                if not sent:
+                    return
+                position += sent
+                yield sent
+
+
+class Bandwidth:
+    """A limit that all connections share, in bytes per second; 0: none."""
+
+    def __init__(self, rate: int = 0) -> None:
+        self.rate = rate
+        self._free = 0.0
+        self._lock = threading.Lock()
+
+    @property
+    def piece(self) -> int:
+        """Bytes to send at once: a hundredth of a second's worth, so that connections take turns."""
+        return min(max(self.rate // 100, 1 << 12), CHUNK) if self.rate else CHUNK
+
+    def take(self, size: int) -> None:
+        """Returns when `size` more bytes may go out."""
+        if not self.rate:
+            return
+        with self._lock:
+            turn = max(time.monotonic(), self._free)
+            self._free = turn + size / self.rate
+        time.sleep(max(0.0, turn - time.monotonic()))
 
 
 @dataclass(slots=True)

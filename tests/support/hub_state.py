@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+from .hub_answers import FileRange
+
 LFS_SUFFIXES = (".bin", ".safetensors", ".h5", ".msgpack", ".onnx", ".pt", ".model")
-CHUNK = 1 << 20
 HOLLOW = 1 << 29
 """Bytes. A larger file must be all holes."""
 
@@ -31,16 +32,11 @@ class Blob:
     """Of the file, or of its LFS pointer."""
     lfs: bool
 
-    def chunks(self, start: int, end: int) -> Iterator[bytes]:
+    def chunks(self, start: int, end: int) -> Iterable[bytes]:
         """The bytes `start` ≤ position < `end`."""
         if isinstance(self.content, bytes):
-            yield self.content[start:end]
-            return
-        with self.content.open("rb") as file:
-            file.seek(start)
-            while start < end and (chunk := file.read(min(CHUNK, end - start))):
-                start += len(chunk)
-                yield chunk
+            return (self.content[start:end],)
+        return FileRange(self.content, start, end)
 
     @property
     def etag(self) -> str:
