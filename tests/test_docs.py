@@ -81,3 +81,24 @@ def test_the_stage_kind_of_the_how_to_works(tmp_path):
     assert done.returncode == 0, done.stderr
     node = json.loads(done.stdout.splitlines()[-1])["nodes"]["census"]
     assert node["metrics"]["tensors"] == len((Path(node["path"]) / "census.txt").read_text().splitlines()) > 0
+
+
+def test_the_examples_for_those_who_come_from_accelerate_work(tmp_path):
+    """Both ways, beside the model that ships; the quantized bytes are the same."""
+    page = (ROOT / "docs/how-to/coming-from-accelerate.md").read_text()
+    blocks = dict(re.findall(r"```(python|yaml)\n(.*?)```", page, re.DOTALL))
+    (tmp_path / "models").symlink_to(ROOT / "models")
+    code = blocks["python"] + "\nprint(type(quantized).__name__)\n"
+    environment = {**os.environ, "PYTHONPATH": str(ROOT / "src")}
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path, env=environment, capture_output=True, text=True, check=True
+    )
+    assert done.stdout.endswith("OPTForCausalLM\n")
+    assert "'disk'" in done.stdout
+    (tmp_path / "recipe.yaml").write_text(blocks["yaml"])
+    ran = bigpipe("run", "recipe.yaml", "--json", cwd=tmp_path, env={"BIGPIPE_HOME": str(tmp_path / "store")})
+    assert ran.returncode == 0, ran.stderr
+    nodes = json.loads(ran.stdout.splitlines()[-1])["nodes"]
+    assert nodes["generate"]["metrics"]["prompts"] == 2
+    for file in (tmp_path / "int8").glob("*.safetensors"):
+        assert file.read_bytes() == (Path(nodes["quantize"]["path"]) / file.name).read_bytes()
