@@ -53,6 +53,8 @@ def find_weight_files(path: Path) -> WeightFiles:
     if path.is_dir():
         return _in_directory(path)
     if path.name.endswith(".json"):
+        if not _is_index(path.name) and "weight_map" not in read_json(path, path.parent, MAX_INDEX):
+            raise InvalidCheckpoint(f"{path}: is no index of weight files", "give its directory, or a weight file")
         return read_index(path, path.parent)
     check_file(path, path.parent)
     return WeightFiles(_format_of(path), (path,))
@@ -78,7 +80,7 @@ def _in_directory(directory: Path) -> WeightFiles:
 def _candidates(names: list[str], directory: Path) -> Iterator[str]:
     usual = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
     yield from (name for name in usual if name in names)
-    indexes = [name for name in names if name == "index.json" or name.endswith(".index.json")]
+    indexes = [name for name in names if _is_index(name)]
     safe = [name for name in names if name.endswith(".safetensors")]
     torch_files = [name for name in names if name.endswith(BIN_SUFFIXES) and not NOT_A_MODEL.match(name)]
     for found in (indexes, safe, torch_files):
@@ -87,6 +89,10 @@ def _candidates(names: list[str], directory: Path) -> Iterator[str]:
                 f"{directory}: which of {', '.join(found[:8])} is the model?", "name the one file or index"
             )
         yield from found
+
+
+def _is_index(name: str) -> bool:
+    return name == "index.json" or name.endswith(".index.json")
 
 
 def _format_of(file: Path) -> Format:
@@ -201,4 +207,4 @@ def side_files(directory: Path) -> tuple[Path, ...]:
 
 def _is_bookkeeping(name: str) -> bool:
     unfinished = name.endswith((".part", ".partial", ".incomplete", ".lock"))
-    return unfinished or name.startswith(".") or name == "index.json" or name.endswith(".index.json")
+    return unfinished or name.startswith(".") or _is_index(name)

@@ -92,13 +92,12 @@ def load(
     Raises InvalidCheckpoint, UsageError (untrusted or unknown class, a map that misses modules) and DoesNotFit (a GPU
     that is not there).
     """
-    import torch
 
     checkpoint = open_checkpoint(path)
     homes = Homes(_device_map(placement, device), first_gpu)
     if dtype is None and placement is not None and not isinstance(placement, Mapping):
         dtype = placement.dtype
-    wanted = getattr(torch, dtype) if isinstance(dtype, str) else dtype
+    wanted = _floating(dtype) if isinstance(dtype, str) else dtype
     budget, room = _memory(placement, memory, room)
     wanted = wanted or compute_dtype(checkpoint, homes, room)
     if model is None:
@@ -156,9 +155,23 @@ def fits_widened(tensors: Mapping[str, tuple[str, tuple[int, ...]]], room: int) 
     return sum(4 * math.prod(shape) for dtype, shape in tensors.values() if "float" in dtype) <= room
 
 
+def _floating(name: str) -> torch.dtype:
+    import torch
+
+    dtype = getattr(torch, name, None)
+    if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
+        raise UsageError(f"dtype {name!r} is not one that weights are loaded as", "use float32, float16 or bfloat16")
+    return dtype
+
+
 def _device_map(placement: Placed | DeviceMap | None, device: int | str | None) -> DeviceMap:
     if placement is None:
         return {"": "cpu" if device is None else device}
+    if isinstance(placement, str):
+        raise UsageError(
+            f"placement {placement!r} is neither a Placement nor a map",
+            f"pass bigpipe.place(…, device_map={placement!r}) for a mode, or a map such as {{'': 'disk'}}",
+        )
     return placement if isinstance(placement, Mapping) else placement.device_map
 
 

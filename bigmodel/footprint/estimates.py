@@ -17,7 +17,7 @@ from bigpipe.bigmodel.architecture.structure import Architecture
 from bigpipe.bigmodel.checkpoint.description import ModelDescription
 from bigpipe.bigmodel.hub.repository import Hub
 from bigpipe.errors import UsageError
-from bigpipe.sizes import parse_size
+from bigpipe.sizes import size_of
 
 from .budget import OPTIMIZERS, Budget, Workload, budget, capped_length
 from .changes import Change as Change
@@ -116,7 +116,7 @@ class Estimate:
 def estimate(
     model: str | Path,
     *,
-    dtypes: Sequence[str] | None = None,
+    dtypes: str | Sequence[str] | None = None,
     head: Head = "auto",
     batch_size: int = 1,
     sequence_length: int = 2048,
@@ -154,21 +154,15 @@ def estimate(
     )  # fmt: skip
     if train is not None and train not in OPTIMIZERS:
         raise UsageError(f"optimizer {train!r} is not known to estimate", f"use {', '.join(OPTIMIZERS)}")
-    limit = None if memory is None else _size(memory)
+    limit = None if memory is None else size_of("memory", memory)
     sources = Sources(
         memo=memo, hub=Hub.from_environment(environment, offline=offline), modules=trust_modules, base=base,
         trust_remote_code=trust_remote_code,
     )  # fmt: skip
     sighting = look(model, revision, sources, library_name)
-    made = estimate_sighting(sighting, dtypes=dtypes, head=head, workload=workload, sources=sources)
+    wanted = (dtypes,) if isinstance(dtypes, str) else dtypes
+    made = estimate_sighting(sighting, dtypes=wanted, head=head, workload=workload, sources=sources)
     return replace(made, memory=limit, train=train)
-
-
-def _size(memory: int | str) -> int:
-    try:
-        return parse_size(memory)
-    except ValueError as error:
-        raise UsageError(f"memory: {error}") from error
 
 
 def estimate_sighting(

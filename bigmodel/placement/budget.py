@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from bigpipe.errors import UsageError
-from bigpipe.sizes import parse_size
+from bigpipe.sizes import size_of
 
 Device = int | Literal["cpu", "disk"]
 """A GPU by its number, counted from 0 within one process; the CPU's memory; the disk."""
@@ -68,10 +68,7 @@ def ordered_budget(caps: Mapping[Device, int | None]) -> Budget:
 def _parse(max_memory: Mapping[int | str, int | str]) -> dict[Device, int | None]:
     caps: dict[Device, int | None] = {}
     for key, value in max_memory.items():
-        try:
-            size = parse_size(value)
-        except ValueError as error:
-            raise UsageError(f"max_memory of {key}: {error}") from None
+        size = size_of(f"max_memory of {key}", value)
         for device in devices_of(key):
             if device in caps:
                 raise UsageError(f"max_memory gives device {device} twice", "give each device once")

@@ -16,9 +16,7 @@ from bigpipe.bigmodel.hub.repository import Hub
 from .budget import Device
 from .result import Placement
 from .speeds import Speeds
-from .strategies import place_architecture
-
-FLOATS = ("float32", "float16", "bfloat16")
+from .strategies import FLOATS, place_architecture
 
 
 def place(

@@ -20,6 +20,7 @@ from .result import Placement
 from .speeds import Speeds
 from .tree import Tree, prefixes
 
+FLOATS = ("float32", "float16", "bfloat16")
 MODES = ("auto", "balanced", "balanced_low_0", "sequential", "optimal")
 
 
@@ -46,6 +47,9 @@ def place_architecture(
 
     Raises UsageError for a wrong map or device, DoesNotFit with the smallest change that fits.
     """
+    for name in (dtype, *(special_dtypes or {}).values()):
+        if name is not None and name not in FLOATS:
+            raise UsageError(f"dtype {name!r} is not one that weights are loaded as", f"use {', '.join(FLOATS)}")
     tree = Tree(
         architecture, no_split=no_split_module_classes, dtype=dtype, special_dtypes=special_dtypes,
         tensor_bytes=tensor_bytes,

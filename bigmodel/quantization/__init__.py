@@ -20,7 +20,7 @@ from bigpipe.bigmodel.footprint.bitsandbytes_format import Scheme
 from bigpipe.bigmodel.writing.shards import write_file
 from bigpipe.bigmodel.writing.sidefiles import carry_side_files, config_with_dtype, encode_config
 from bigpipe.bigmodel.writing.writer import ReportProgress, cores
-from bigpipe.sizes import parse_size
+from bigpipe.sizes import size_of
 
 from .outline import Outline, outline
 from .settings import Settings, torch_threads
@@ -102,7 +102,7 @@ def quantize_checkpoint(
         Path(out),
         settings,
         architecture=architecture,
-        max_shard_size=parse_size(max_shard_size),
+        max_shard_size=size_of("max_shard_size", max_shard_size),
         parts=parts,
         progress=progress,
     )

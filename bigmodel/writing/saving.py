@@ -7,7 +7,7 @@ from typing import Any
 
 from bigpipe.bigmodel.checkpoint.files import Format
 from bigpipe.bigmodel.checkpoint.view import Checkpoint
-from bigpipe.sizes import parse_size
+from bigpipe.sizes import size_of
 
 from . import writer
 from .writer import ReportProgress, SavedCheckpoint
@@ -34,5 +34,5 @@ def save_checkpoint(
         )
     from .modules import save_module
 
-    limit = parse_size(max_shard_size)
+    limit = size_of("max_shard_size", max_shard_size)
     return save_module(source, Path(out), max_shard_size=limit, dtype=dtype, format=format, progress=progress)

@@ -23,7 +23,7 @@ from bigpipe.bigmodel.checkpoint.files import Format
 from bigpipe.bigmodel.checkpoint.tensors import CASTABLE, itemsize
 from bigpipe.bigmodel.checkpoint.view import CHUNK
 from bigpipe.errors import UsageError
-from bigpipe.sizes import parse_size
+from bigpipe.sizes import size_of
 
 from .casting import cast
 from .plans import PlannedTensor, ShardPlan, plan_shards
@@ -69,7 +69,7 @@ def plan_synthetic(description: ModelDescription, max_shard_size: int | str = "5
     tensors = description.tensors or {}
     planned = [PlannedTensor.of(name, dtype, shape) for name, (dtype, shape) in tensors.items()]
     format: Format = "bin" if description.format == "bin" else "safetensors"
-    return plan_shards(planned, parse_size(max_shard_size), format, description.tied)
+    return plan_shards(planned, size_of("max_shard_size", max_shard_size), format, description.tied)
 
 
 def write_synthetic(

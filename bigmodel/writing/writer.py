@@ -29,7 +29,7 @@ from bigpipe.bigmodel.checkpoint.files import Format
 from bigpipe.bigmodel.checkpoint.tensors import CASTABLE, SAFETENSORS_NAMES
 from bigpipe.bigmodel.checkpoint.view import Checkpoint, open_checkpoint
 from bigpipe.errors import DoesNotFit, Interrupted, UsageError
-from bigpipe.sizes import format_transfer, parse_size
+from bigpipe.sizes import format_transfer, size_of
 
 from .casting import is_cast
 from .containers import Container, container
@@ -250,7 +250,7 @@ def save_checkpoint(
     Reads and writes byte ranges in constant memory, without torch. Aliases of tied weights are dropped in safetensors
     and kept as shared storages in `.bin`. `dtype` changes floating-point tensors only.
     """
-    out, limit = Path(out), parse_size(max_shard_size)
+    out, limit = Path(out), size_of("max_shard_size", max_shard_size)
     checkpoint = source if isinstance(source, Checkpoint) else open_checkpoint(source)
     saved = convert(checkpoint, out, max_shard_size=limit, dtype=dtype, format=format, progress=progress)
     config = config_with_dtype(checkpoint.config, dtype) if dtype and checkpoint.config is not None else None
@@ -270,6 +270,8 @@ def plan_conversion(
     """The files that `convert` writes for tensors of these (dtype, shape). UsageError for what cannot be written."""
     if dtype is not None and dtype not in CASTABLE:
         raise UsageError(f"dtype {dtype} cannot be cast to", f"choose one of {', '.join(sorted(CASTABLE))}")
+    if format not in NAMES:
+        raise UsageError(f"format {format!r} is not known", f"choose one of {', '.join(NAMES)}")
     planned = []
     for name, (stored, shape) in tensors.items():
         kept = dtype if dtype is not None and is_cast(stored, dtype) else stored

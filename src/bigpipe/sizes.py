@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import re
 
+from .errors import UsageError
+
 UNITS = {
     "": 1, "b": 1,
     "kb": 10**3, "mb": 10**6, "gb": 10**9, "tb": 10**12,
@@ -35,6 +37,14 @@ def parse_size(value: int | str) -> int:
     whole, _, fraction = number.partition(".")
     # Integer arithmetic: 0.1 has no exact binary fraction, and sizes are compared to the byte.
     return int(int(whole + fraction) * UNITS[unit.lower()] // 10 ** len(fraction))
+
+
+def size_of(name: str, value: int | str) -> int:
+    """`parse_size` of an argument of this name. Raises UsageError."""
+    try:
+        return parse_size(value)
+    except ValueError as error:
+        raise UsageError(f"{name}: {error}") from None
 
 
 def format_size(size: float) -> str:

@@ -1,0 +1,40 @@
+"""The calls of `import bigpipe`, called wrongly: an error of ours, with cause and cure, before anything is written."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+import bigpipe
+
+QUICKSTART = Path(__file__).parents[1] / "models" / "quickstart"
+
+
+@pytest.mark.parametrize(
+    ("call", "says"),
+    [
+        (lambda out: bigpipe.save_checkpoint(QUICKSTART, out, max_shard_size="10GBs"), "max_shard_size: '10GBs' is"),
+        (lambda out: bigpipe.save_checkpoint(QUICKSTART, out, max_shard_size="10Gb"), "means bits; write 10GB"),
+        (lambda out: bigpipe.save_checkpoint(QUICKSTART, out, dtype="f16"), "choose one of bfloat16, float16"),
+        (lambda out: bigpipe.save_checkpoint(QUICKSTART, out, format="pickle"), "choose one of safetensors, bin"),
+        (lambda out: bigpipe.quantize_checkpoint(QUICKSTART, out, scheme="int9"), "choose one of int8, nf4, fp4"),
+        (lambda out: bigpipe.quantize_checkpoint(out / "none", out, scheme="int8"), "no such file or directory"),
+        (lambda out: bigpipe.open_checkpoint(QUICKSTART / "config.json"), "give its directory, or a"),
+        (lambda out: bigpipe.estimate(QUICKSTART, dtypes="int9"), "use float32, float16, bfloat16"),
+        (lambda out: bigpipe.estimate(QUICKSTART, memory="lots"), "memory: 'lots' is not a size"),
+        (lambda out: bigpipe.place(QUICKSTART, dtype="float17"), "use float32, float16, bfloat16"),
+        (lambda out: bigpipe.place(QUICKSTART, max_memory={"gpu": "1GB"}), "name a GPU (0)"),
+        (lambda out: bigpipe.place(QUICKSTART, max_memory={"cpu": "x"}), "max_memory of cpu: 'x' is not a size"),
+        (lambda out: bigpipe.place(QUICKSTART, device_map="autos"), "use one of auto"),
+        (lambda out: bigpipe.load(QUICKSTART, "auto"), "pass bigpipe.place(…, device_map='auto')"),
+        (lambda out: bigpipe.load(QUICKSTART, dtype="float17"), "use float32, float16 or bfloat16"),
+        (lambda out: bigpipe.load(QUICKSTART, dtype="int8"), "use float32, float16 or bfloat16"),
+        (lambda out: bigpipe.run(out / "missing.yaml"), "there is no manifest"),
+    ],
+)
+def test_a_wrong_call_says_what_is_right(call, says, tmp_path):
+    with pytest.raises(bigpipe.BigpipeError) as error:
+        call(tmp_path / "out")
+    assert says in str(error.value)
+    assert not (tmp_path / "out").exists() or not any((tmp_path / "out").iterdir())
