@@ -16,7 +16,6 @@ import json
 import math
 import os
 import re
-import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
@@ -303,6 +302,8 @@ def ask(questions: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
 
     Questions and answers go by files: what the model's code prints must not reach our output.
     """
+    import subprocess
+
     with tempfile.TemporaryDirectory(prefix="bigpipe-") as name:
         question, answers = Path(name) / "question.json", Path(name) / "answers.json"
         question.write_text(json.dumps(questions))

@@ -8,6 +8,7 @@ once, modules that stay float32, bitsandbytes' scales, and the head and embeddin
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import cast
@@ -67,25 +68,32 @@ def weigh(architecture: Architecture, dtype: str, *, double_quant: bool = False)
     if dtype not in WIDTHS:
         raise UsageError(f"dtype {dtype!r} is not known to estimate", f"use one of {', '.join(WIDTHS)}")
     layer, layer_bytes = largest_layer(architecture, dtype)
-    tensors = list(architecture.tensors())
-    counts = {tensor.name: _bytes(architecture, tensor, torch_dtype(dtype)) for tensor in tensors}
+    tensors = _sized(architecture)
+    held, wide = torch_dtype(dtype), WIDTHS[dtype]
+    counts = {tensor.name: size * ITEM_BITS[architecture.dtype_of(tensor, held)] // 8 for tensor, size, _ in tensors}
     matrices = _Converted(architecture, SCHEMES.get(dtype), double_quant)
-    plain = sum(size for name, size in counts.items() if name not in matrices.names)
-    saved = [tensor for tensor in tensors if tensor.persistent]
     if dtype not in SCHEMES:
         # A cast of a checkpoint changes every float; only a loaded class keeps some of them wider
-        stored = sum(tensor.elements * ITEM_BITS[_cast(tensor, torch_dtype(dtype))] // 8 for tensor in saved)
+        stored = sum(
+            size * ITEM_BITS[held if floating else tensor.dtype] // 8
+            for tensor, size, floating in tensors
+            if tensor.persistent
+        )
     else:
-        stored = sum(counts[tensor.name] for tensor in saved if tensor.name not in matrices.names) + matrices.stored
+        saved = (tensor.name for tensor, _, _ in tensors if tensor.persistent)
+        stored = sum(counts[name] for name in saved if name not in matrices.names) + matrices.stored
+    plain = sum(size for name, size in counts.items() if name not in matrices.names)
     return Weights(
         dtype=dtype,
-        parameters=sum(tensor.elements for tensor in tensors if not tensor.buffer),
-        total=sum(_promised(tensor, dtype) for tensor in tensors),
+        parameters=sum(size for tensor, size, _ in tensors if not tensor.buffer),
+        total=sum(
+            -(-size * (wide if floating else ITEM_BITS[tensor.dtype]) // 8) for tensor, size, floating in tensors
+        ),
         largest_layer=layer_bytes,
         largest_layer_name=layer,
         loaded=plain + matrices.codes + matrices.scales,
         stored=stored,
-        buffers=sum(counts[tensor.name] for tensor in tensors if tensor.buffer),
+        buffers=sum(counts[tensor.name] for tensor, _, _ in tensors if tensor.buffer),
         codes=matrices.codes,
         scales=matrices.scales,
         largest_matrix=matrices.largest,
@@ -93,29 +101,30 @@ def weigh(architecture: Architecture, dtype: str, *, double_quant: bool = False)
     )
 
 
+def _sized(architecture: Architecture) -> tuple[tuple[TensorSpec, int, bool], ...]:
+    """(tensor, its elements, whether they are floats) of every tensor once; worked out once for all dtypes."""
+    if "sized" not in architecture.derived:
+        found = tuple((tensor, tensor.elements, tensor.floating) for tensor in architecture.tensors())
+        architecture.derived["sized"] = found
+    sized: tuple[tuple[TensorSpec, int, bool], ...] = architecture.derived["sized"]
+    return sized
+
+
 class _Converted:
     """Sums over the matrices that bitsandbytes converts; all zero without a scheme."""
 
     def __init__(self, architecture: Architecture, scheme: Scheme | None, double_quant: bool) -> None:
         modules = converted_modules(architecture) if scheme else ()
-        shapes = [matrix_shape(module) for module in modules]
+        shapes = Counter(matrix_shape(module) for module in modules)
         self.names = {weight_of(module).name for module in modules}
         self.largest = max((rows * columns for rows, columns in shapes), default=0)
         self.codes = self.scales = self.stored = 0
-        for shape in shapes:
+        for shape, count in shapes.items():
             codes, scales = loaded_bytes(shape, cast(Scheme, scheme), double_quant=double_quant)
-            self.codes += codes
-            self.scales += scales
+            self.codes += count * codes
+            self.scales += count * scales
             tensors = stored_tensors(shape, cast(Scheme, scheme), double_quant=double_quant)
-            self.stored += sum(tensor.nbytes for tensor in tensors)
-
-
-def _cast(tensor: TensorSpec, dtype: str) -> str:
-    return dtype if tensor.floating else tensor.dtype
-
-
-def _bytes(architecture: Architecture, tensor: TensorSpec, dtype: str) -> int:
-    return tensor.elements * ITEM_BITS[architecture.dtype_of(tensor, dtype)] // 8
+            self.stored += count * sum(tensor.nbytes for tensor in tensors)
 
 
 def _promised(tensor: TensorSpec, dtype: str) -> int:
@@ -130,11 +139,13 @@ def largest_layer(architecture: Architecture, dtype: str) -> tuple[str, int]:
     The maximum over modules that have no children or whose class is not to be split, parameters plus buffers; the
     root's own tensors count as a layer each.
     """
-    own = {
-        module.name: sum(_promised(t, dtype) for t in module.tensors if t.name not in architecture.aliases)
-        for module in architecture.modules
+    kept = {
+        tensor.name: -(-size * (WIDTHS[dtype] if floating else ITEM_BITS[tensor.dtype]) // 8)
+        for tensor, size, floating in _sized(architecture)
     }
-    sizes = dict(own)
+    sizes = {
+        module.name: sum([kept.get(tensor.name, 0) for tensor in module.tensors]) for module in architecture.modules
+    }
     # Parents come before their children: going backwards, a module's sum is complete when its parent asks for it
     for module in reversed(architecture.modules):
         for child in module.children:

@@ -14,7 +14,6 @@ a missing login by the same name. Here each becomes one of ours:
 
 from __future__ import annotations
 
-import difflib
 import errno
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -169,6 +168,8 @@ def _no_revision(asked: _Asked) -> UsageError:
         known = list(asked.refs())
     except Exception:  # the listing is a courtesy: without it the message is still right
         known = []
+    import difflib
+
     close = difflib.get_close_matches(asked.revision or "", known, 1, 0.5)
     guess = f"did you mean {close[0]!r}? " if close else ""
     listed = (

@@ -13,7 +13,6 @@ import hashlib
 import json
 import threading
 from collections.abc import Mapping
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path, PurePosixPath
 from typing import Any, Literal
@@ -194,6 +193,8 @@ class _Reader:
         guesses: dict[str, int] = {}
         for name, file in weight_map.items():
             guesses[file] = guesses.get(file, 64) + len(name) + ENTRY
+        from concurrent.futures import ThreadPoolExecutor
+
         with ThreadPoolExecutor(READERS) as pool:
             found = list(pool.map(lambda file: self.header(file, guesses.get(file.path)), weights))
         tensors: Tensors = {}

@@ -77,8 +77,9 @@ def check_index(names: Iterable[str], index_name: str, index: Any) -> None:
     weight_map = index.get("weight_map") if isinstance(index, dict) else None
     if not isinstance(weight_map, dict) or not all(isinstance(shard, str) for shard in weight_map.values()):
         raise InvalidCheckpoint(f"{index_name} has no weight_map", "fetch the model again, or from another revision")
-    folder = PurePosixPath(index_name).parent
-    missing = sorted({shard for shard in weight_map.values()} - {_below(folder, name) for name in names})
+    folder = _folder(index_name)
+    below = {_base(name) if _folder(name) == folder else name for name in names}
+    missing = sorted(set(weight_map.values()) - below)
     if missing:
         raise InvalidCheckpoint(
             f"{index_name} names {_some(missing)}, which is not there",
@@ -86,17 +87,26 @@ def check_index(names: Iterable[str], index_name: str, index: Any) -> None:
         )
 
 
-def _below(folder: PurePosixPath, name: str) -> str:
-    path = PurePosixPath(name)
-    return path.name if path.parent == folder else name
+def _folder(name: str) -> str:
+    return name.rpartition("/")[0]
+
+
+def _base(name: str) -> str:
+    return name.rpartition("/")[2]
+
+
+def _bare(name: str) -> str:
+    """`a/model.fp16.bin` → `model.fp16`."""
+    base = _base(name)
+    return base.rpartition(".")[0] or base
 
 
 def _needed(names: list[str], library: Library) -> list[str]:
     """Root files only, for diffusers also the folders of its components."""
     reachable = names if library == "diffusers" else [name for name in names if "/" not in name]
     chosen: list[str] = []
-    for folder in dict.fromkeys(str(PurePosixPath(name).parent) for name in reachable):
-        beside = [name for name in reachable if str(PurePosixPath(name).parent) == folder]
+    for folder in dict.fromkeys(_folder(name) for name in reachable):
+        beside = [name for name in reachable if _folder(name) == folder]
         weights = _weights(beside)
         chosen += weights
         chosen += [name for name in beside if _is_side_file(name) and not _indexes_others(name, weights)]
@@ -104,7 +114,7 @@ def _needed(names: list[str], library: Library) -> list[str]:
 
 
 def _is_side_file(name: str) -> bool:
-    base = PurePosixPath(name).name
+    base = _base(name)
     return not base.startswith(".") and (base.endswith(SIDE_SUFFIXES) or matches(base, SIDE_NAMES))
 
 
@@ -118,12 +128,12 @@ def _indexes_others(name: str, weights: list[str]) -> bool:
 
 
 def _is_weight(name: str, suffix: str) -> bool:
-    return name.endswith(suffix) and not NO_WEIGHTS.fullmatch(PurePosixPath(name).name)
+    return name.endswith(suffix) and not NO_WEIGHTS.fullmatch(_base(name))
 
 
 def _stem(name: str) -> str:
     """`model-00001-of-00003.safetensors` → `model`."""
-    stem = PurePosixPath(name).stem
+    stem = _bare(name)
     shard = SHARD.fullmatch(stem)
     return shard["stem"] if shard else stem
 
@@ -132,11 +142,11 @@ def _weights(beside: list[str]) -> list[str]:
     """One set of weights among the files of one folder: safetensors before .bin, the plain name before variants."""
     for suffix in (".safetensors", ".bin"):
         files = [name for name in beside if _is_weight(name, suffix)]
-        plain = [name for name in files if not VARIANT.fullmatch(PurePosixPath(name).stem)]
+        plain = [name for name in files if not VARIANT.fullmatch(_bare(name))]
         files = plain or files
         for stem in ("model", "pytorch_model", "diffusion_pytorch_model"):
             named = [name for name in files if _stem(name) == stem]
-            single = [name for name in named if not SHARD.fullmatch(PurePosixPath(name).stem)]
+            single = [name for name in named if not SHARD.fullmatch(_bare(name))]
             if named:
                 return single or named
         # Mistral's own format lies beside the one that transformers reads, and is the same weights again.
