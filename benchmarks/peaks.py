@@ -241,7 +241,7 @@ def statistics_of(found: Sequence[Row]) -> dict[str, Any]:
 
 
 SETTING = "glibc.malloc.mmap_threshold=1048576"
-"""What is freed goes back to the system. Left to itself, glibc keeps tensors of up to 32 MiB in a heap with holes."""
+"""What is freed goes back to the system, as in workers (`launch.environment.ALLOCATOR`), but in pages of 4 KiB."""
 
 
 def main() -> None:
