@@ -19,6 +19,7 @@ from .launch.launcher import Job, Outcome, launch
 from .recipe.graph import Node
 from .registry import locate
 from .session import Session
+from .store.keys import package_version
 from .store.store import KeyRecord, Work
 from .streaming import Stream, provisional_key
 from .types import Lineage
@@ -218,12 +219,5 @@ def _record(attempt: Attempt, outcome: Outcome) -> KeyRecord:
 
 def tool_versions(node: Node) -> dict[str, str]:
     """The versions of bigpipe and of what the kind's bytes depend on, for the record."""
-    from importlib.metadata import PackageNotFoundError, version
-
-    found = {}
-    for package in ("bigpipe-ml", *node.kind.packages):
-        try:
-            found[package] = version(package)
-        except PackageNotFoundError:
-            continue
-    return found
+    versions = {package: package_version(package) for package in ("bigpipe-ml", *node.kind.packages)}
+    return {package: version for package, version in versions.items() if version is not None}

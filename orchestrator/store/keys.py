@@ -89,7 +89,7 @@ def identity(
         version=kind.version,
         params=params,
         env=dict(node.env),
-        packages={name: _package_version(name) for name in kind.packages},
+        packages={name: package_version(name) for name in kind.packages},
         facts=dict(kind.facts(node.params, machine)) if kind.facts else {},
     )
 
@@ -105,7 +105,8 @@ def _pin(params: dict[str, Json], path: str, value: str) -> None:
 
 
 @lru_cache(maxsize=64)
-def _package_version(name: str) -> str | None:
+def package_version(name: str) -> str | None:
+    """Of an installed distribution; None where there is none."""
     from importlib.metadata import PackageNotFoundError, distribution
 
     try:

@@ -259,8 +259,8 @@ class Store:
                 if self._presence.locks_work:
                     self._resume(folder)
                 work = Work(folder)
-                make_directory(work.out)
-                make_directory(work.scratch)
+                make_directory(work.out, durable=False)
+                make_directory(work.scratch)  # syncs the folder, and with it what was made in there before
             yield work
         finally:
             lock.release()
