@@ -16,6 +16,7 @@ from bigpipe.errors import Interrupted, StageFailed, Transient
 
 from .events import Event, LogLine, NodeRetried
 from .launch.launcher import Job, Outcome, launch
+from .launch.warm import WarmWorker
 from .recipe.graph import Node
 from .registry import locate
 from .session import Session
@@ -47,6 +48,8 @@ class Attempt:
     cancelled: threading.Event
     stream: Stream | None = None
     """Where its files go to, one by one, if somebody may follow."""
+    warm: WarmWorker | None = None
+    """Waits for the first try."""
     follows: Stream | None = None
     """Where the files of one input come from, one by one, as they are made."""
 
@@ -144,6 +147,7 @@ def _with_retries(attempt: Attempt, work: Work) -> Outcome:
                 cancelled=attempt.cancelled,
                 report=attempt.report,
                 secrets=attempt.session.secret_values(attempt.node),
+                warm=attempt.warm if number == 1 else None,
             )
         except Transient as error:
             if number > attempt.node.retries:

@@ -5,6 +5,7 @@ run_plan(session, plan)
         decide()            cached or to run, now with true digests
         demand_inputs()     dropped bytes a consumer needs are made again first
         admit()             within CPUs, memory and GPUs; independent nodes run side by side
+    begin()             the next node's worker starts and imports what it will need (`warming`)
     follow()            consumers of a running producer that passes its files on one by one (`streaming`)
     execute()           in a thread: lock the key → launch, with retries → publish
     finish_node()       gates, events, record; bytes nobody needs any more are dropped
@@ -18,9 +19,9 @@ import threading
 import time
 from collections.abc import Iterator, Mapping
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
-from contextlib import closing, contextmanager
+from contextlib import closing
 from dataclasses import dataclass, field
-from types import FrameType
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from bigpipe.errors import BigpipeError, GateFailed, Interrupted
@@ -28,6 +29,7 @@ from bigpipe.errors import BigpipeError, GateFailed, Interrupted
 from .decision import Action, Decision, decide, input_digests
 from .events import NodeFinished, NodeStarted, OneAtATime, Reporter, RunFinished, RunStarted
 from .fit import needs_gpus, needs_ram
+from .interruption import caught_once
 from .plan import Plan, failed, gate_error, judge_gates, missing_producer, when_text
 from .recipe.conditions import UNKNOWN, Lookup
 from .recipe.graph import Node
@@ -42,6 +44,7 @@ from .types import Json, Lineage, Status
 if TYPE_CHECKING:
     from .execution import Attempt
     from .streaming import Stream, Streams
+    from .warming import Warming
 
 
 LOOK = 0.1
@@ -64,6 +67,17 @@ class Run:
     running: dict[Future[KeyRecord | None], NodeState] = field(default_factory=dict)
     streams: Streams | None = None
     """None where one node runs at a time."""
+
+    warming: Warming | None = None
+
+    def interrupt(self, number: int) -> None:
+        """Stops the children and lets the run end in order. number: of the signal."""
+        self.signal = number
+        self.cancelled.set()
+
+    def folder(self, node: Node) -> Path:
+        """Logs and job files of a node's attempts."""
+        return self.session.store.runs / self.id / "nodes" / node.name.replace("/", "_")
 
     @property
     def stopping(self) -> bool:
@@ -96,7 +110,7 @@ def run_plan(
     )
     with closing(recorder):
         run.reporter.report(RunStarted(run_id, str(session.recipe.path), tuple(run.states)))
-        with _signals(run):
+        with caught_once(run.interrupt):
             _loop(run)
         return _finish_run(run, recorder, time.monotonic() - started)
 
@@ -105,7 +119,9 @@ def _loop(run: Run) -> None:
     if not _settle_ready(run):
         return
     from .streaming import Streams  # not needed where nothing runs
+    from .warming import Warming
 
+    run.warming = Warming(run.session, run.plan, run.states, run.folder) if run.jobs > 1 else None
     run.streams = Streams(run.session, run.states) if run.jobs > 1 and run.session.store.keeps_others_out else None
     with ThreadPoolExecutor(max_workers=run.jobs + len(run.states), thread_name_prefix="node") as pool:
         try:
@@ -116,6 +132,8 @@ def _loop(run: Run) -> None:
         finally:
             if run.streams is not None:
                 run.streams.cancel()  # nobody waits for files of a run that is over
+            if run.warming is not None:
+                run.warming.close()
 
 
 def _turn(run: Run, pool: ThreadPoolExecutor) -> None:
@@ -125,6 +143,8 @@ def _turn(run: Run, pool: ThreadPoolExecutor) -> None:
         _follow(run, pool)
         if not run.running:
             break
+        if run.warming is not None and not run.stopping:
+            run.warming.begin()
         done, _ = wait(run.running, timeout=LOOK, return_when=FIRST_COMPLETED)
         for future in done:
             _finish_node(run, run.running.pop(future), future)
@@ -295,10 +315,11 @@ def _start(run: Run, state: NodeState, pool: ThreadPoolExecutor, follows: Stream
         lineage=_lineage(run, state.node),
         forced=state.node.name in run.session.forced or bool(state.demanded_by),
         run=run.id,
-        folder=run.session.store.runs / run.id / "nodes" / state.node.name.replace("/", "_"),
+        folder=run.folder(state.node),
         report=run.reporter.report,
         cancelled=follows.cancelled if follows else run.cancelled,
         stream=run.streams.begin(state) if run.streams else None,
+        warm=run.warming.take(state.node) if run.warming else None,
         follows=follows,
     )
     run.running[pool.submit(_timed, state, attempt)] = state
@@ -311,6 +332,8 @@ def _timed(state: NodeState, attempt: Attempt) -> KeyRecord | None:
     try:
         return execute(attempt)
     finally:
+        if attempt.warm is not None:
+            attempt.warm.end()  # unless it was taken
         state.seconds = time.monotonic() - started
 
 
@@ -423,24 +446,3 @@ def _errors(run: Run) -> list[BigpipeError]:
         return [Interrupted("interrupted", cure, signal=run.signal or signal.SIGINT)]
     errors = [state.error for state in run.states.values() if state.error is not None]
     return sorted(errors, key=lambda error: isinstance(error, GateFailed))
-
-
-@contextmanager
-def _signals(run: Run) -> Iterator[None]:
-    """The first SIGINT or SIGTERM stops the children and lets the run end in order; the second is not held back."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-
-    def stop(number: int, frame: FrameType | None) -> None:
-        run.signal = number
-        run.cancelled.set()
-        for caught, previous in before.items():
-            signal.signal(caught, previous)
-
-    before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield
-    finally:
-        for number, previous in before.items():
-            signal.signal(number, previous)

@@ -7,7 +7,7 @@ through the entry-point group `bigpipe.stages`, and they look the same.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib import import_module
 from pathlib import Path
@@ -265,6 +265,8 @@ class Stage(Generic[P]):
     finish: ranks only; runs once after all ranks ended, merges `scratch/rank-*` into `out`, gives the result.
     present: is the outside effect recorded in this artifact still there? A hit needs True.
     facts: what the result depends on besides params (device names and total memory, where a param leaves them open).
+    warms: modules that `run` will import, for kinds that run in a process: a worker may start, import them and wait
+      while what the node needs is still being made. Importing them must do nothing else.
     """
 
     kind: str
@@ -289,6 +291,7 @@ class Stage(Generic[P]):
     packages: tuple[str, ...] = ()
     """Distributions whose versions enter the key because the output's bytes depend on them."""
     facts: Callable[[P, Machine], Mapping[str, Json]] | None = None
+    warms: Callable[[P], Sequence[str]] | None = None
     secrets: tuple[str, ...] = ()
     """Environment variables with secrets that the kind itself needs."""
     reproducible: bool = True

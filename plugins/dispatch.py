@@ -47,6 +47,12 @@ def facts(params: DispatchParams, machine: Machine) -> Mapping[str, Json]:
     return {"gpus": [[gpu.name, gpu.memory] for gpu in machine.gpus], "memory": machine.memory}
 
 
+def warms(params: DispatchParams) -> tuple[str, ...]:
+    return (
+        () if params.verify == "none" else ("bigpipe.plugins.dispatching", "accelerate", "transformers.modeling_utils")
+    )
+
+
 STAGE = Stage(
     kind="dispatch",
     version=1,
@@ -59,5 +65,6 @@ STAGE = Stage(
     check=late("bigpipe.plugins.dispatching:check"),
     packages=("torch", "transformers", "accelerate"),
     facts=facts,
+    warms=warms,
     title="Decides what goes on which GPU, in RAM and on disk, and tries it out.",
 )

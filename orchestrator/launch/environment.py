@@ -6,12 +6,11 @@ import os
 import sys
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from bigpipe.errors import UsageError
 from bigpipe.orchestrator.stage import Stage
 
-from .jobs import Job
 from .lifeline import PARENT_VARIABLE
 
 EXACT = frozenset({
@@ -45,8 +44,21 @@ LOADS_CODE = (
 """What a node's `env` may not set: these run other code in our workers, or untie them."""
 
 
+class Beginning(Protocol):
+    """What the environment depends on: known of a `Job` before its inputs are."""
+
+    @property
+    def node(self) -> str: ...
+    @property
+    def environment(self) -> Mapping[str, str]: ...
+    @property
+    def offline(self) -> bool: ...
+    @property
+    def attempt_dir(self) -> Path: ...
+
+
 def worker_environment(
-    job: Job, stage: Stage[Any], secrets: Mapping[str, str], parent: Mapping[str, str]
+    job: Beginning, stage: Stage[Any], secrets: Mapping[str, str], parent: Mapping[str, str]
 ) -> dict[str, str]:
     """All variables of a worker. UsageError where the node's `env` would load other code into it."""
     refused = sorted(set(job.environment) & set(LOADS_CODE))
@@ -74,7 +86,7 @@ def worker_environment(
 
 
 def visible_secrets(
-    job: Job, stage: Stage[Any], secrets: Mapping[str, str], parent: Mapping[str, str]
+    job: Beginning, stage: Stage[Any], secrets: Mapping[str, str], parent: Mapping[str, str]
 ) -> dict[str, str]:
     """The secrets of a node, name → value. A Hub token that the command has under an older name counts as HF_TOKEN."""
     found = dict(secrets)
@@ -84,7 +96,7 @@ def visible_secrets(
     return found
 
 
-def sees_hub_token(job: Job, stage: Stage[Any], secrets: Mapping[str, str]) -> bool:
+def sees_hub_token(job: Beginning, stage: Stage[Any], secrets: Mapping[str, str]) -> bool:
     """May this node use the Hub token, be it from the environment or the file that `hf auth login` wrote?"""
     return any(name in names for name in HUB_TOKENS for names in (stage.secrets, secrets, job.environment))
 
@@ -95,13 +107,13 @@ def _allowed(name: str) -> bool:
     return name in EXACT or name.startswith(PREFIXES)
 
 
-def _no_hub_token(job: Job) -> dict[str, str]:
+def _no_hub_token(job: Beginning) -> dict[str, str]:
     empty = job.attempt_dir / "no-token"
     empty.touch()
     return {"HF_HUB_DISABLE_IMPLICIT_TOKEN": "1", "HF_TOKEN_PATH": str(empty)}
 
 
-def _python_path(parent: Mapping[str, str], job: Job) -> str:
+def _python_path(parent: Mapping[str, str], job: Beginning) -> str:
     """Where workers import from: as the command does, made absolute since they run in another directory."""
     written = job.environment.get("PYTHONPATH", parent.get("PYTHONPATH", ""))
     entries = [os.path.abspath(entry) for entry in written.split(os.pathsep) if entry]

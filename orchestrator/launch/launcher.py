@@ -25,6 +25,7 @@ from .environment import visible_secrets, worker_environment
 from .jobs import Job, JobFile, Outcome, Result, absolute
 from .redaction import Redactor, stored_hub_token
 from .supervision import Limits, Supervisor
+from .warm import WarmWorker
 
 __all__ = ["Job", "Outcome", "launch"]
 
@@ -38,11 +39,13 @@ def launch(
     report: Callable[[Event], None],
     secrets: Mapping[str, str],
     parent_environment: Mapping[str, str] | None = None,
+    warm: WarmWorker | None = None,
 ) -> Outcome:
     """Run the attempt to its end.
 
     timeout: seconds for the whole attempt. cancelled: once set, workers are ended and Interrupted is raised. report is
-    called from this thread only. secrets: those this node may see, name → value.
+    called from this thread only. secrets: those this node may see, name → value. warm: a worker that
+    waits for this very attempt; taken, or ended where it does not fit.
 
     Raises the stage's own BigpipeError; StageFailed for crashes, unexpected errors and the timeout, with the log's
     path; Interrupted. When it returns or raises, no process of the attempt is left. Call it from a thread that lives
@@ -69,7 +72,7 @@ def launch(
     names = tuple({**job.environment, **secrets})
     cpu = acceleration is not None and acceleration.cpu
     JobFile(job=job, environment=names, secrets=tuple(secrets), cpu=cpu).write(job.job_file)
-    supervisor = Supervisor(job, environment, redactor, report, limits)
+    supervisor = Supervisor(job, environment, redactor, report, limits, warm)
     if acceleration:
         return _run_ranks(supervisor, stage, acceleration, started)
     result = supervisor.result("run", supervisor.run("run"))

@@ -34,16 +34,23 @@ class Worker:
         return self.mark is not None and start_mark(self.pid) == self.mark
 
 
-def start(arguments: Sequence[str], environment: Mapping[str, str], directory: Path) -> subprocess.Popen[bytes]:
-    """A child in a session of its own, its two outputs in one pipe, no input.
+def worker_command(job_file: Path, *mode: str) -> list[str]:
+    """What starts `worker` on a job file, which need not be there yet."""
+    return [sys.executable, "-m", "bigpipe.orchestrator.launch.worker", str(job_file), *mode]
 
-    The calling thread must be the one that waits: the child dies with it (see lifeline).
+
+def start(
+    arguments: Sequence[str], environment: Mapping[str, str], directory: Path, *, told: bool = False
+) -> subprocess.Popen[bytes]:
+    """A child in a session of its own, its two outputs in one pipe, no input; a pipe where it is to be `told`.
+
+    The calling thread must live as long as the child, which dies with it (see lifeline).
     """
     return subprocess.Popen(
         list(arguments),
         env={**environment, PARENT_VARIABLE: str(os.getpid())},
         cwd=directory,
-        stdin=subprocess.DEVNULL,
+        stdin=subprocess.PIPE if told else subprocess.DEVNULL,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         start_new_session=True,

@@ -12,7 +12,6 @@ import contextlib
 import os
 import signal
 import subprocess
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -29,6 +28,7 @@ from .lifeline import ORPHANED, start_mark
 from .output import Log, OutputReader
 from .processes import Memory, OutOfMemoryKills, Worker
 from .redaction import Redactor
+from .warm import WarmWorker
 
 FIRST_PAUSE, LONGEST_PAUSE = 0.005, 0.05
 """Seconds between two looks at a worker: short ones are not kept waiting, long ones cost nothing."""
@@ -64,8 +64,10 @@ class Supervisor:
         redactor: Redactor,
         report: Callable[[Event], None],
         limits: Limits,
+        warm: WarmWorker | None = None,
     ) -> None:
         self.job = job
+        self._warm = warm
         self.log = Log(job.log_file)
         self.memory: dict[int, Memory] = {}
         """Of each worker's process id."""
@@ -84,8 +86,10 @@ class Supervisor:
         Raises Interrupted, StageFailed at the deadline, and what `look` raises.
         """
         self.check()
-        arguments = [sys.executable, "-m", "bigpipe.orchestrator.launch.worker", str(self.job.job_file), mode]
-        child = processes.start(arguments, self.environment, self.job.base)
+        child = self._warm.take(self.job.job_file, self.environment) if self._warm and mode == "run" else None
+        if child is None:
+            arguments = processes.worker_command(self.job.job_file, mode)
+            child = processes.start(arguments, self.environment, self.job.base)
         first = Worker(child.pid, child.pid, start_mark(child.pid))
         with self._reading(child, pipes) as reader:
             try:

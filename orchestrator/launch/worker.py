@@ -1,10 +1,12 @@
-"""The entry of every worker: `python -m bigpipe.orchestrator.launch.worker JOBFILE MODE [MACHINE_RANK]`.
+"""The entry of every worker: `python -m bigpipe.orchestrator.launch.worker JOBFILE MODE [MACHINE | --warm MODULE…]`.
 
     run       a process stage
     prepare   a rank stage's plan, before the launch
     launch    accelerate's launcher, which starts this module again for each rank, in mode `rank`
     rank      one rank
     finish    a rank stage's merge, after all ranks ended
+
+With `--warm` it imports modules and waits until it is told on its input that the job file is there; see `warm`.
 
 The first statements of `main` tie the process to its parent and its work folder, before anything heavy is imported.
 A worker ends by `os._exit` once its result is written: libraries that crash in their own teardown change nothing.
@@ -20,10 +22,11 @@ import os
 import sys
 import traceback
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
-from .lifeline import PARENT_VARIABLE, hold_work_folder, sign_in, stand_in_for_parent, tie_to_parent
+from .lifeline import ORPHANED, PARENT_VARIABLE, hold_work_folder, sign_in, stand_in_for_parent, tie_to_parent
 
 if TYPE_CHECKING:
     from bigpipe.orchestrator.stage import Stage, StageContext, StageResult
@@ -35,16 +38,32 @@ def main(arguments: list[str]) -> None:
     """Never returns."""
     tie_to_parent()
     stand_in_for_parent()
-    path, mode, machine_rank = Path(arguments[0]), cast("Mode", arguments[1]), arguments[2:]
+    path, mode, more = Path(arguments[0]), cast("Mode", arguments[1]), arguments[2:]
     sign_in(path.parent / "processes", _environment_rank() if mode == "rank" else None)
     if mode == "launch":
-        status = run_launcher(path, machine_rank)
+        status = run_launcher(path, more)
     else:
+        if more:
+            warm_up(more[1:])
         hold_work_folder(Path(json.loads(path.read_bytes())["job"]["out"]).parent)
         status = run_stage(path, mode)
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(status)
+
+
+def warm_up(modules: list[str]) -> None:
+    """Import what will be needed, then wait for the word to begin. Ends this process where it never comes."""
+    from importlib import import_module
+
+    for name in ("bigpipe.orchestrator.launch.jobs", "bigpipe.orchestrator.launch.eventlog", *modules):
+        with suppress(Exception):  # whoever needs it will fail with it, and be heard
+            import_module(name)
+    if not sys.stdin.buffer.readline():
+        os._exit(ORPHANED)
+    nothing = os.open(os.devnull, os.O_RDONLY)
+    os.dup2(nothing, 0)
+    os.close(nothing)
 
 
 def run_stage(path: Path, mode: Mode) -> int:

@@ -1,4 +1,4 @@
-"""Six small stage kinds of a third party, found through a real entry point: what the engine's own tests run."""
+"""Seven small stage kinds of a third party, found through a real entry point: what the engine's own tests run."""
 
 from __future__ import annotations
 
@@ -225,6 +225,35 @@ def sip(params: SipParams, context: StageContext) -> StageResult:
     return StageResult(SipMetrics(began=began, most=most, done=done))
 
 
+class BroodParams(Params):
+    """Tell when and where `bigpipe_ballast` was imported, which takes this kind's worker some time."""
+
+    tires: bool = False
+    """Fail the first time, but not the second."""
+    idle: bool = False
+    """Need no such module."""
+
+
+class BroodMetrics(Metrics):
+    imported: float
+    pid: int
+    word: str
+    secret: int
+    """Its characters; the secret itself would be masked."""
+
+
+def brood(params: BroodParams, context: StageContext) -> StageResult:
+    import bigpipe_ballast
+
+    mark(context)
+    if params.tires and not (context.scratch / "tired").exists():
+        (context.scratch / "tired").touch()
+        raise Transient("the hen is tired", "try again")
+    (context.out / "text").write_text("an egg")
+    found = os.environ.get("WORD", ""), len(os.environ.get("SECRET", ""))
+    return StageResult(BroodMetrics(imported=bigpipe_ballast.IMPORTED, pid=os.getpid(), word=found[0], secret=found[1]))
+
+
 WRITE = Stage(
     kind="write", version=1, params=WriteParams, metrics=WriteMetrics, inputs={"after": Port("text", optional=True)},
     output="text", run=write, forecast=write_forecast,
@@ -253,4 +282,9 @@ POUR = Stage(
 SIP = Stage(
     kind="sip", version=1, params=SipParams, metrics=SipMetrics, inputs={"first": Port("text")}, output="text",
     follows="first", run=sip, forecast=lambda params, context: Forecast(),
+)  # fmt: skip
+BROOD = Stage(
+    kind="brood", version=1, params=BroodParams, metrics=BroodMetrics, inputs={"after": Port("text", optional=True)},
+    output="text", run=brood, forecast=lambda params, context: Forecast(),
+    warms=lambda params: () if params.idle else ("no_such_module", "bigpipe_ballast"),
 )  # fmt: skip

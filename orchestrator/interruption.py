@@ -1,0 +1,32 @@
+"""SIGINT and SIGTERM, once."""
+
+from __future__ import annotations
+
+import signal
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from types import FrameType
+
+
+@contextmanager
+def caught_once(told: Callable[[int], None]) -> Iterator[None]:
+    """The first SIGINT or SIGTERM calls `told` with its number; the second is not held back.
+
+    Where this is not the main thread, which alone may catch signals, nothing is caught.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        told(number)
+        for caught, previous in before.items():
+            signal.signal(caught, previous)
+
+    before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, previous in before.items():
+            signal.signal(number, previous)

@@ -1,0 +1,101 @@
+"""Which node's worker starts before its turn, while what the node needs is still being made.
+
+    begin()     starts the next one, where there is memory for it
+    take()      hands it to its node
+    make_room() ends it for a node that needs the memory now
+
+One at a time. None for a node that may turn out cached or skipped: with a `when`, behind gates that are not decided,
+or where a producer may give again what it gave before.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+from bigpipe.errors import BigpipeError
+
+from .decision import Action
+from .fit import needs_ram
+from .launch.warm import MEMORY, FirstAttempt, WarmWorker, start_warm
+from .plan import Plan
+from .recipe.graph import Node
+from .result import GOOD, NodeState
+from .session import Session
+from .types import Status
+
+
+class Warming:
+    """Of one run. Used by the thread of the run's loop, which outlives every worker, alone."""
+
+    def __init__(
+        self, session: Session, plan: Plan, states: Mapping[str, NodeState], folder: Callable[[Node], Path]
+    ) -> None:
+        self._session, self._plan, self._states, self._folder = session, plan, states, folder
+        self._waiting: dict[str, WarmWorker] = {}
+        self._tried: set[str] = set()
+
+    def begin(self) -> None:
+        """Start a worker for the node whose turn comes next."""
+        if self._waiting or self._held() + MEMORY > self._session.machine.memory_available:
+            return
+        for name, state in self._states.items():
+            if name not in self._tried and self._certain(state):
+                self._tried.add(name)
+                if worker := self._start(state.node):
+                    self._waiting[name] = worker
+                    return
+
+    def take(self, node: Node) -> WarmWorker | None:
+        """The worker that waits for this node; another one ends where the node needs its memory."""
+        worker = self._waiting.pop(node.name, None)
+        if self._waiting and self._held() + self._ram(node) + MEMORY > self._session.machine.memory_available:
+            self.close()
+        return worker
+
+    def close(self) -> None:
+        """End those that wait."""
+        while self._waiting:
+            self._waiting.popitem()[1].end()
+
+    def _start(self, node: Node) -> WarmWorker | None:
+        modules = node.kind.warms(node.params) if node.kind.warms else ()
+        if not modules:
+            return None
+        attempt = FirstAttempt(node.name, (self._folder(node) / "1").absolute(), node.env, self._session.offline)
+        try:
+            return start_warm(
+                attempt, node.kind, modules,
+                base=self._session.base.absolute(),
+                secrets=self._session.secret_values(node),
+                parent_environment=os.environ,
+            )  # fmt: skip
+        except (BigpipeError, OSError):
+            return None  # the node itself will say so
+
+    def _certain(self, state: NodeState) -> bool:
+        """Is it waiting for nothing but nodes that run, and will it run after them if they end well?"""
+        node = state.node
+        if state.status is not Status.PENDING or state.demanded_by or node.when is not None:
+            return False
+        if node.kind.warms is None or node.kind.runs_in != "process":
+            return False
+        producers = [self._states[name] for name in node.predecessors]
+        running = [producer for producer in producers if producer.status is Status.RUNNING]
+        if not running or any(p.status not in GOOD and p.status is not Status.RUNNING for p in producers):
+            return False
+        if any(other.status is Status.RUNNING and other.node.gates for other in self._states.values()):
+            return False
+        return self._is_new(node) or any(self._is_new(producer.node) for producer in running)
+
+    def _is_new(self, node: Node) -> bool:
+        """Is there no record that this node could turn out to be? What is forced may give what it gave before."""
+        return self._plan.nodes[node.name].decision.action is Action.RUN and node.name not in self._session.forced
+
+    def _held(self) -> int:
+        return sum(self._ram(state.node) for state in self._states.values() if state.status is Status.RUNNING)
+
+    def _ram(self, node: Node) -> int:
+        planned = self._plan.nodes.get(node.name)
+        return needs_ram(node, planned.forecast if planned else None)
