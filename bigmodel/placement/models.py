@@ -6,10 +6,11 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from bigpipe.bigmodel.architecture.structure import Architecture
+from bigpipe.bigmodel.architecture.outline import BUFFERS, is_quantized
+from bigpipe.bigmodel.architecture.structure import Architecture, TensorSpec
 from bigpipe.bigmodel.checkpoint.description import ModelDescription
 from bigpipe.bigmodel.checkpoint.naming import set_quantized_apart
-from bigpipe.bigmodel.checkpoint.tensors import tensor_nbytes
+from bigpipe.bigmodel.checkpoint.tensors import CASTABLE, tensor_nbytes
 from bigpipe.bigmodel.footprint.sighting import Sources, architecture_of, look
 from bigpipe.bigmodel.hub.repository import Hub
 
@@ -83,14 +84,60 @@ def stored_bytes(
     tensors = model.tensors or {}
     sizes = {name: tensor_nbytes(dtype, shape) for name, (dtype, shape) in tensors.items()}
     single, quantized = set_quantized_apart(sizes)
+    known = {tensor.name: tensor for module in architecture.modules for tensor in module.tensors}
+    packed: dict[str, int] = {}
+    if (model.quantization or is_quantized(tensors)) and not quantized:
+        packed = _packed_bytes({name: (tensors[name][0], size) for name, size in single.items()}, architecture, known)
     stored = {**(single if plain else {}), **{f"{m}.weight": sum(parts.values()) for m, parts in quantized.items()}}
-    known = {tensor.name for module in architecture.modules for tensor in module.tensors}
     named = ((_own_name(name, known, architecture), size) for name, size in stored.items())
-    return {name: size for name, size in named if name is not None and name not in skip}
+    found = {name: size for name, size in named if name is not None} | packed
+    return {name: size for name, size in found.items() if name not in skip}
 
 
-def _own_name(stored: str, known: set[str], architecture: Architecture) -> str | None:
+def _packed_bytes(
+    stored: Mapping[str, tuple[str, int]], architecture: Architecture, known: Mapping[str, TensorSpec]
+) -> dict[str, int]:
+    """Parameter → its share of what lies in its module packed: codes, scales, zero points, orders.
+
+    Tools name these differently (GPTQ and AWQ `qweight qzeros scales g_idx`, fp8 `weight_scale_inv`, MXFP4 `…_blocks
+    …_scales`, one by one for experts that the class holds together), but they lie where the weight lies. Parameters of
+    one module share its bytes by their elements. stored: name → (dtype, bytes).
+    """
+    plain: set[str] = set()
+    bytes_of: dict[str, int] = {}
+    for name, (dtype, size) in stored.items():
+        own = _own_name(name, known, architecture)
+        if own is not None and (dtype in CASTABLE or known[own].buffer):
+            plain.add(own)
+        elif not BUFFERS.search(name):
+            module = _module_of(name, architecture)
+            bytes_of[module] = bytes_of.get(module, 0) + size
+    found: dict[str, int] = {}
+    for module, size in bytes_of.items():
+        packed = [t for t in architecture.by_name[module].tensors if not t.buffer and t.name not in plain]
+        left, elements = size, sum(tensor.elements for tensor in packed)
+        for tensor in packed:
+            found[tensor.name] = left * tensor.elements // max(elements, 1)
+            left, elements = left - found[tensor.name], elements - tensor.elements
+    return found
+
+
+def _module_of(stored: str, architecture: Architecture) -> str:
+    """The innermost module of the model that a stored name lies in; "" is the root."""
+    inner = ""
+    for name in _spellings(stored, architecture):
+        part = name.rpartition(".")[0]
+        while part and part not in architecture.by_name:
+            part = part.rpartition(".")[0]
+        inner = max(inner, part, key=len)
+    return inner
+
+
+def _own_name(stored: str, known: Collection[str], architecture: Architecture) -> str | None:
     """The model's name of a stored tensor: the same, or with the base model's prefix added or taken off."""
+    return next((name for name in _spellings(stored, architecture) if name in known), None)
+
+
+def _spellings(stored: str, architecture: Architecture) -> list[str]:
     bodies = [child.rpartition(".")[2] for child in architecture.modules[0].children]
-    names = [stored, *(f"{body}.{stored}" for body in bodies), stored.partition(".")[2]]
-    return next((name for name in names if name in known), None)
+    return [stored, *(f"{body}.{stored}" for body in bodies), stored.partition(".")[2]]

@@ -9,7 +9,9 @@ from pathlib import Path
 from bigpipe.bigmodel.checkpoint.headers import encode_header
 
 Tensors = Iterable[tuple[str, str, tuple[int, ...]]]
-SIZES = {"float32": 4, "float16": 2, "bfloat16": 2, "int8": 1, "uint8": 1, "int64": 8}
+SIZES = {
+    "float32": 4, "float16": 2, "bfloat16": 2, "float8_e4m3fn": 1, "int8": 1, "uint8": 1, "int32": 4, "int64": 8,
+}  # fmt: skip
 
 
 def shell(path: Path, tensors: Tensors) -> Path:
