@@ -16,7 +16,7 @@ import click
 
 import bigpipe
 from bigpipe.errors import BigpipeError, Interrupted, ManifestError, UsageError
-from bigpipe.options import DTYPES, JSON, MANIFEST, OFFLINE, PARAMS, STORE, ManyDtypes, pairs
+from bigpipe.options import DTYPES, JOBS, JSON, MANIFEST, OFFLINE, PARAMS, STORE, ManyDtypes, pairs
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -99,7 +99,7 @@ def show(value: Any) -> None:
 @click.option("--force", multiple=True, metavar="NODE", help="Run this node whatever the store holds.")
 @click.option("--locked", is_flag=True, help="Refuse inputs that differ from the lock file.")
 @OFFLINE
-@click.option("--jobs", type=click.IntRange(min=1), help="Nodes side by side at the most.")
+@JOBS
 @click.option("--keep-going", is_flag=True, help="Let other branches finish when a node fails.")
 @JSON
 @click.option("--events", type=click.Path(path_type=Path), help="Append every event as a JSON line to this file.")
@@ -134,6 +134,7 @@ def run(
     type=click.Path(exists=True, path_type=Path),
     help="Plan for `bigpipe doctor --json` of another machine.",
 )
+@JOBS
 @OFFLINE
 @JSON
 @STORE

@@ -51,7 +51,7 @@ def run(
         reporter=reporter,
     )  # fmt: skip
     with session.store:
-        session.store.enter()
+        session.side_by_side = jobs != 1 and session.store.keeps_others_out
         if locked:
             lockfile.enforce(session)
         planned = with_parameters(make_plan(session))
@@ -89,13 +89,15 @@ def plan(
     store: str | Path | None = None,
     offline: bool = False,
     machine: Machine | None = None,
+    jobs: int | None = None,
     preflight: bool = True,
     reporter: Reporter | None = None,
 ) -> Plan:
     """What `run` would do now, what it costs and whether it fits; `Plan.errors()` says why it would be refused."""
     session = open_session(
-        manifest, nodes, params=_written(params), store=store, offline=offline, machine=machine, reporter=reporter
-    )
+        manifest, nodes, params=_written(params), store=store, offline=offline, machine=machine,
+        side_by_side=jobs != 1, reporter=reporter,
+    )  # fmt: skip
     return with_parameters(make_plan(session, preflight=preflight))
 
 

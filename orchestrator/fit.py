@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 
 from bigpipe.sizes import format_size, format_transfer
 
 from .decision import Action, Decision
 from .recipe.graph import Node
 from .session import Session
+from .sidebyside import Disk, needs_ram
 from .stage import Forecast, Misfit
+
+__all__ = ["find_misfits", "needs_gpus", "needs_ram"]
 
 
 def find_misfits(
@@ -23,13 +27,6 @@ def find_misfits(
             found += [(node.name, misfit) for misfit in (*forecast.misfits, *_memory(session, node, forecast))]
     found += _disk(session, decisions, forecasts)
     return tuple(found)
-
-
-def needs_ram(node: Node, forecast: Forecast | None) -> int:
-    """Bytes of RAM a node holds: what the recipe says, else what was forecast."""
-    if node.resources.ram is not None:
-        return node.resources.ram
-    return (forecast.ram or 0) if forecast else 0
 
 
 def needs_gpus(node: Node, forecast: Forecast | None) -> int:
@@ -76,44 +73,29 @@ def _memory(session: Session, node: Node, forecast: Forecast) -> list[Misfit]:
     return found
 
 
-def peak_disk(
-    session: Session, decisions: Mapping[str, Decision], forecasts: Mapping[str, Forecast]
-) -> tuple[int, str]:
-    """The most bytes the run adds to the store at any time, and the node at which it is reached.
-
-    Nodes are taken one after the other; a `cache: false` node's bytes go once its last consumer has published.
-    """
-    written: dict[str, int] = {}
-    waiting = {node.name: len(session.consumers(node.name)) for node in session.nodes if not node.cache}
-    alive, peak, where = 0, 0, ""
-    for node in session.nodes:
-        forecast = forecasts.get(node.name)
-        runs = decisions[node.name].action in (Action.RUN, Action.MAYBE)
-        written[node.name] = (forecast.write_bytes or 0) if forecast and runs else 0
-        alive += written[node.name]
-        if alive > peak:
-            peak, where = alive, node.name
-        for name in {name for names in node.inputs.values() for name in names} & waiting.keys():
-            waiting[name] -= 1
-            if not waiting[name]:
-                alive -= written[name]
-    return peak, where
-
-
 def _disk(
     session: Session, decisions: Mapping[str, Decision], forecasts: Mapping[str, Forecast]
 ) -> list[tuple[str, Misfit]]:
-    peak, where = peak_disk(session, decisions, forecasts)
-    free = session.machine.disk_free
+    disk = Disk(session, decisions, forecasts)
+    peak, free = disk.peak, session.machine.disk_free
     if peak <= free:
         return []
-    droppable = {
+    other = Disk(replace(session, side_by_side=not session.side_by_side), decisions, forecasts).peak
+    cure = f"free {format_transfer(peak - free)}"
+    if other <= free:
+        how = "with `--jobs 1`" if session.side_by_side else "without `--jobs 1`"
+        cure += f", or run {how}: that needs {format_transfer(other)}"
+    elif best := _droppable(session, forecasts):
+        cure += f", or `cache: false` on {best} ({format_transfer(forecasts[best].write_bytes or 0)})"
+    return [(disk.where, Misfit(f"needs {format_transfer(peak)} of disk; {format_transfer(free)} are free", cure))]
+
+
+def _droppable(session: Session, forecasts: Mapping[str, Forecast]) -> str:
+    """The largest artifact that is kept though others are made of it; "" where there is none."""
+    sizes = {
         node.name: forecasts[node.name].write_bytes or 0
         for node in session.nodes
         if node.cache and node.name in forecasts and session.consumers(node.name)
     }
-    best = max(droppable, key=lambda name: droppable[name], default=None)
-    cure = f"free {format_transfer(peak - free)}"
-    if best is not None and droppable[best]:
-        cure += f", or `cache: false` on {best} ({format_transfer(droppable[best])})"
-    return [(where, Misfit(f"needs {format_transfer(peak)} of disk; {format_transfer(free)} are free", cure))]
+    best = max(sizes, key=lambda name: sizes[name], default="")
+    return best if best and sizes[best] else ""

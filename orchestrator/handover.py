@@ -2,6 +2,7 @@
 
 One folder per producer, in the store's temporary folder of this process:
 
+    lets-go            is there where the producer's files are not kept (`cache: false`)
     contents.json      what will come: file name → size; written once, when all heads are known
     heads/NAME         the first bytes of each file to come
     files/NAME         the consumer's input: other files as copies, files to come as links once they are whole
@@ -36,7 +37,7 @@ AHEAD = 2
 CHUNK = 2**20
 PARTIAL = "~"
 """Suffix of what is not whole yet."""
-CONTENTS, CONSUMERS = "contents.json", "consumers.json"
+CONTENTS, CONSUMERS, LETS_GO = "contents.json", "consumers.json", "lets-go"
 
 
 class Handover:
@@ -54,6 +55,10 @@ class Handover:
     def contents(self) -> dict[str, int]:
         sizes: dict[str, int] = json.loads((self.folder / CONTENTS).read_bytes())
         return sizes
+
+    @property
+    def lets_go(self) -> bool:
+        return (self.folder / LETS_GO).exists()
 
     def arrived(self) -> dict[str, tuple[str, int]]:
         """Relative path → (hex sha256, size) of everything that is there, or was."""
@@ -88,6 +93,12 @@ class Outlet:
         self.out = out
         self._lock = threading.Lock()
         self._begun: set[str] = set()
+        self.ahead = AHEAD
+
+    @property
+    def lets_go(self) -> bool:
+        """May files be removed as soon as they are taken?"""
+        return self.handover.lets_go
 
     def announce(self, heads: Mapping[str, tuple[bytes, int]]) -> None:
         """name → (first bytes, size) of all files to come. Everything else in `out` is passed on now.

@@ -21,6 +21,7 @@ from .fit import find_misfits
 from .recipe.conditions import UNKNOWN, Condition, Lookup, Verdict
 from .recipe.graph import Node
 from .session import Session, metric
+from .sidebyside import Disk, followed
 from .stage import Forecast, ForecastContext, Misfit, Pinned
 from .types import Json, Machine
 
@@ -54,6 +55,10 @@ class Plan:
     nodes: Mapping[str, PlannedNode]
     misfits: tuple[tuple[str, Misfit], ...] = ()
     """Node name and what does not fit."""
+    peak_disk: int = 0
+    """The most bytes that the run adds to the disk of the store at any time."""
+    followed: Mapping[str, str] = field(default_factory=dict)
+    """Node name → the producer whose files it takes one by one as they are made."""
 
     @property
     def to_run(self) -> list[PlannedNode]:
@@ -98,8 +103,13 @@ def make_plan(session: Session, *, preflight: bool = True) -> Plan:
             problem=_preflight(session, node, decision, forecasts) if preflight else None,
             pinned=session.known_pins(node),
         )
-    plan = Plan(session=session, nodes=planned)
-    return replace(plan, misfits=find_misfits(session, decisions, forecasts))
+    return Plan(
+        session=session,
+        nodes=planned,
+        misfits=find_misfits(session, decisions, forecasts),
+        peak_disk=Disk(session, decisions, forecasts).peak,
+        followed={node.name: name for node in session.nodes if (name := followed(session, decisions, node))},
+    )
 
 
 def _decide_all(session: Session) -> dict[str, Decision]:

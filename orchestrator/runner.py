@@ -122,7 +122,7 @@ def _loop(run: Run) -> None:
     from .warming import Warming
 
     run.warming = Warming(run.session, run.plan, run.states, run.folder) if run.jobs > 1 else None
-    run.streams = Streams(run.session, run.states) if run.jobs > 1 and run.session.store.keeps_others_out else None
+    run.streams = Streams(run.session, run.states) if run.session.side_by_side else None
     with ThreadPoolExecutor(max_workers=run.jobs + len(run.states), thread_name_prefix="node") as pool:
         try:
             _turn(run, pool)

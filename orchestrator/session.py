@@ -41,6 +41,8 @@ class Session:
     lock: Lock | None = None
     """The recipe's lock file, where one exists: the source of pins when the network is not."""
     given_machine: Machine | None = None
+    side_by_side: bool = True
+    """May several nodes run at a time, and take each other's files as they are made?"""
     environment: Mapping[str, str] = field(default_factory=lambda: dict(os.environ))
     _pins: dict[str, Pinned] = field(default_factory=dict)
     _identities: dict[str, Identity] = field(default_factory=dict)
@@ -182,6 +184,7 @@ def open_session(
     offline: bool = False,
     locked: bool = False,
     machine: Machine | None = None,
+    side_by_side: bool = True,
     reporter: Reporter | None = None,
 ) -> Session:
     """Read and check a manifest and open the store.
@@ -204,6 +207,7 @@ def open_session(
         locked=locked,
         lock=read_lock(recipe.path),
         given_machine=machine,
+        side_by_side=side_by_side,
         reporter=reporter,
     )
 

@@ -106,6 +106,12 @@ class Forecast:
     """Over the network."""
     write_bytes: int | None = None
     """New bytes in the store."""
+    file_bytes: int = 0
+    """Of the largest of the files that others may take one by one as they are made."""
+    works_on: int = 0
+    """Bytes of its input that are between begun and done at a time, where it takes files one by one; 0: one file."""
+    fetches_to: Path | None = None
+    """Where what is downloaded stays, if that is not the store."""
     ram: int | None = None
     """Peak of all its processes, besides the page cache."""
     vram: Mapping[int, int] = field(default_factory=dict)

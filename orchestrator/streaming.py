@@ -19,7 +19,7 @@ from dataclasses import dataclass, field
 from bigpipe.errors import Interrupted
 
 from .decision import input_digests
-from .handover import CONSUMERS, Handover, write
+from .handover import CONSUMERS, LETS_GO, Handover, write
 from .recipe.graph import Node
 from .result import GOOD, SETTLED, NodeState
 from .session import Session
@@ -79,6 +79,8 @@ class Streams:
         folder = self._session.store.temporary()
         handover = Handover(folder)
         handover.files.mkdir(parents=True)
+        if not producer.node.cache:
+            (folder / LETS_GO).touch()
         self._open[name] = Stream(handover, producer.node)
         return self._open[name]
 

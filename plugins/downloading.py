@@ -116,6 +116,7 @@ def _forecast_repository(params: DownloadParams, ctx: ForecastContext) -> Foreca
     return Forecast(
         download_bytes=missing,
         write_bytes=sum(_class_sizes(params).values()),
+        fetches_to=hub.cache,
         metrics={"bytes": total, "files": len(sizes), "commit": repository.commit},
         output=_describe_repository(repository, params, hub, ctx),
         misfits=tuple(_cache_misfits(missing, hub)),
@@ -154,10 +155,16 @@ def _forecast_directory(params: DownloadParams, ctx: ForecastContext) -> Forecas
     return Forecast(
         download_bytes=0,
         write_bytes=sum(sizes.values()),
+        file_bytes=_largest_passing(names, sizes),
         metrics={"bytes": sum(sizes.values()), "files": len(sizes), "fetched_bytes": 0, "commit": None},
         output=_description_of(folder),
         summary=f"{format_transfer(sum(sizes.values()))} copied from {params.path}",
     )
+
+
+def _largest_passing(names: Sequence[str], sizes: Mapping[str, int]) -> int:
+    """Bytes of the largest weight file, where these pass on one by one."""
+    return max((sizes[name] for name in may_pass(names)), default=0)
 
 
 def _forecast_synthetic(params: DownloadParams, synthetic: Synthetic, ctx: ForecastContext) -> Forecast:
@@ -168,6 +175,7 @@ def _forecast_synthetic(params: DownloadParams, synthetic: Synthetic, ctx: Forec
     return Forecast(
         download_bytes=0,
         write_bytes=size,
+        file_bytes=max(planned_bytes([plan], synthetic.format) for plan in plans),
         metrics={"fetched_bytes": 0, "commit": None},
         output=described,
         summary=f"{format_transfer(size)} made up, in {len(plans)} file{'s' if len(plans) > 1 else ''}",

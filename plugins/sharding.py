@@ -7,10 +7,11 @@ from dataclasses import replace
 from typing import Any
 
 from bigpipe.bigmodel.checkpoint.description import ModelDescription, describe_checkpoint
+from bigpipe.bigmodel.checkpoint.tensors import tensor_nbytes
 from bigpipe.bigmodel.checkpoint.view import open_arriving, open_checkpoint
 from bigpipe.bigmodel.writing.plans import ShardPlan
 from bigpipe.bigmodel.writing.sidefiles import carry_side_files, config_with_dtype
-from bigpipe.bigmodel.writing.writer import convert, plan_conversion, planned_bytes
+from bigpipe.bigmodel.writing.writer import WORKERS, convert, plan_conversion, planned_bytes
 from bigpipe.orchestrator.stage import CheckContext, Forecast, ForecastContext, StageContext, StageResult, UsageError
 from bigpipe.sizes import format_transfer
 
@@ -41,6 +42,8 @@ def forecast(params: ShardParams, context: ForecastContext) -> Forecast:
         download_bytes=0,
         write_bytes=size,
         ram=RAM,
+        file_bytes=max(planned_bytes([plan], params.format) for plan in plans),
+        works_on=_works_on(plans, described, context.machine.cpus),
         seconds=size / RATE,
         metrics={"shards": len(plans), "bytes": size},
         output=describe_checkpoint(context.artifact) if context.artifact else _described(params, described, plans),
@@ -61,6 +64,13 @@ def _plans(params: ShardParams, described: ModelDescription) -> list[ShardPlan]:
         dtype=params.dtype,
         format=params.format,
     )
+
+
+def _works_on(plans: list[ShardPlan], source: ModelDescription, cpus: int) -> int:
+    """Bytes of the input that make the files written side by side."""
+    tensors = source.tensors or {}
+    largest = max(sum(tensor_nbytes(*tensors[tensor.name]) for tensor in plan.tensors) for plan in plans)
+    return min(WORKERS, cpus, len(plans)) * largest
 
 
 def _described(params: ShardParams, source: ModelDescription, plans: list[ShardPlan]) -> ModelDescription:

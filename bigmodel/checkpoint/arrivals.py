@@ -3,8 +3,8 @@
     Delivery    the writing side: what will come, room for the next file, a file that is whole
     Arrivals    the reading side: what will come, waiting for a file, a file that is not needed again
 
-What will come is known from the head of each weight file: the bytes of its safetensors header, and its size. So the
-reading side plans everything at once, and waits only where it reads.
+What will come is known from the head of each weight file, and its size: the bytes of a safetensors header, or what
+`torchheads` says of a torch file. So the reading side plans everything at once, and waits only where it reads.
 """
 
 from __future__ import annotations
@@ -16,12 +16,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
-from bigpipe.errors import StageFailed
+from bigpipe.errors import InvalidCheckpoint, StageFailed
 
 from .bytesource import ByteSource, FileSource
-from .files import is_hub_blob
+from .files import format_of, is_hub_blob
 from .headers import read_header
-from .tensors import FETCH_AGAIN, invalid
+from .tensors import FETCH_AGAIN, TensorInfo, invalid
 
 PATIENCE = 30.0
 """Seconds for a file to be found again whose name is just being led to another place."""
@@ -37,20 +37,31 @@ class Head:
     """Of the whole file."""
     name: str = "the head of a file to come"
 
-    @classmethod
-    def of(cls, source: ByteSource, file: Path) -> Head:
-        """Reads and checks it. Raises InvalidCheckpoint."""
-        length = read_header(source, file).length
-        return cls(source.read(0, length), source.size, file.name)
-
     def read(self, offset: int, length: int) -> bytes:
         if offset < 0 or offset + length > len(self.content):
             raise invalid(self.name, f"ends at byte {len(self.content)}", FETCH_AGAIN, offset=offset)
         return self.content[offset : offset + length]
 
 
+def read_head(source: ByteSource, file: Path) -> tuple[bytes, int]:
+    """What to announce of a weight file: (head, size). Reads and checks it. Raises InvalidCheckpoint."""
+    if format_of(file) == "safetensors":
+        return source.read(0, read_header(source, file).length), source.size
+    from .torchheads import read_torch_head
+
+    return read_torch_head(source), source.size
+
+
 class Delivery(Protocol):
     """Where finished files are told of. Safe for threads."""
+
+    @property
+    def lets_go(self) -> bool:
+        """May files go as soon as they are taken, so that not all are there at a time?"""
+
+    @property
+    def ahead(self) -> int:
+        """How many may lie there at a time then, unless those who take them need more."""
 
     def announce(self, heads: Mapping[str, tuple[bytes, int]]) -> None:
         """File name → (head, size) of all weight files. All other files must be in the output already."""
@@ -80,14 +91,30 @@ class Arrivals(Protocol):
 
 
 def open_arrived(arrivals: Arrivals, file: Path) -> FileSource:
-    """Waits for a file, opens it and makes sure that it begins as was announced. Raises InvalidCheckpoint."""
+    """Waits for a file, opens it and makes sure that it is as was announced. Raises InvalidCheckpoint."""
     arrivals.wait(file.name)
     source = _open(file)
     head, size = arrivals.heads()[file.name]
-    if source.size != size or source.read(0, len(head)) != head:
+    # What a torch file holds is looked at once, where the places of its tensors are asked for.
+    if source.size != size or (format_of(file) == "safetensors" and source.read(0, len(head)) != head):
         source.close()
-        raise invalid(file, "has another header than was announced", "run again")
+        raise _other(file)
     return source
+
+
+def arrived_places(arrivals: Arrivals, file: Path) -> Mapping[str, TensorInfo]:
+    """The tensors of a torch file with their places, once it is there and found as announced."""
+    from .torchheads import places_as_told
+
+    with open_arrived(arrivals, file) as source:
+        places = places_as_told(source, file, arrivals.heads()[file.name][0])
+    if places is None:
+        raise _other(file)
+    return places
+
+
+def _other(file: Path) -> InvalidCheckpoint:
+    return invalid(file, "has another header than was announced", "run again")
 
 
 def _open(file: Path) -> FileSource:

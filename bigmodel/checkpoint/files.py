@@ -11,7 +11,7 @@ import json
 import os
 import re
 import stat
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -53,21 +53,27 @@ def find_weight_files(path: Path) -> WeightFiles:
     if path.is_dir():
         return _in_directory(path)
     if path.name.endswith(".json"):
-        if not _is_index(path.name) and "weight_map" not in read_json(path, path.parent, MAX_INDEX):
+        if not is_index(path.name) and "weight_map" not in read_json(path, path.parent, MAX_INDEX):
             raise InvalidCheckpoint(f"{path}: is no index of weight files", "give its directory, or a weight file")
         return read_index(path, path.parent)
     check_file(path, path.parent)
-    return WeightFiles(_format_of(path), (path,))
+    return WeightFiles(format_of(path), (path,))
 
 
-def _in_directory(directory: Path) -> WeightFiles:
-    names = sorted(name for name in os.listdir(directory) if not (directory / name).is_dir())
-    for name in _candidates(names, directory):
+def files_to_come(directory: Path, coming: Collection[str]) -> WeightFiles:
+    """What `find_weight_files` will find in a directory once the weight files of these names have come."""
+    return _in_directory(directory, coming)
+
+
+def _in_directory(directory: Path, coming: Collection[str] = ()) -> WeightFiles:
+    here = {name for name in os.listdir(directory) if not (directory / name).is_dir()}
+    for name in _candidates(sorted(here.union(coming)), directory):
         file = directory / name
         if name.endswith(".json"):
-            return read_index(file, directory)
-        check_file(file, directory)
-        return WeightFiles(_format_of(file), (file,))
+            return read_index(file, directory, coming)
+        if name not in coming:
+            check_file(file, directory)
+        return WeightFiles(format_of(file), (file,))
     nested = sorted({path.parent.name for path in directory.glob("*/*.safetensors")})
     hint = (
         f"it has weights in {', '.join(nested)}; open one of these"
@@ -80,7 +86,7 @@ def _in_directory(directory: Path) -> WeightFiles:
 def _candidates(names: list[str], directory: Path) -> Iterator[str]:
     usual = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
     yield from (name for name in usual if name in names)
-    indexes = [name for name in names if _is_index(name)]
+    indexes = [name for name in names if is_index(name)]
     safe = [name for name in names if name.endswith(".safetensors")]
     torch_files = [name for name in names if name.endswith(BIN_SUFFIXES) and not NOT_A_MODEL.match(name)]
     for found in (indexes, safe, torch_files):
@@ -91,11 +97,13 @@ def _candidates(names: list[str], directory: Path) -> Iterator[str]:
         yield from found
 
 
-def _is_index(name: str) -> bool:
+def is_index(name: str) -> bool:
+    """By its name: of weight files."""
     return name == "index.json" or name.endswith(".index.json")
 
 
-def _format_of(file: Path) -> Format:
+def format_of(file: Path) -> Format:
+    """By its suffix. InvalidCheckpoint for one that is not read here."""
     if file.suffix == ".safetensors":
         return "safetensors"
     if file.suffix in BIN_SUFFIXES:
@@ -105,8 +113,11 @@ def _format_of(file: Path) -> Format:
     )
 
 
-def read_index(index: Path, directory: Path) -> WeightFiles:
-    """An index in transformers' form `{"weight_map": {tensor: file}}` or accelerate's bare `{tensor: file}`."""
+def read_index(index: Path, directory: Path, coming: Collection[str] = ()) -> WeightFiles:
+    """An index in transformers' form `{"weight_map": {tensor: file}}` or accelerate's bare `{tensor: file}`.
+
+    Files in `coming` need not be there yet.
+    """
     content = read_json(index, directory, MAX_INDEX)
     weight_map = content.get("weight_map", content)
     if not isinstance(weight_map, dict) or not weight_map:
@@ -118,11 +129,11 @@ def read_index(index: Path, directory: Path) -> WeightFiles:
                 "an index may only name files beside it; do not use this checkpoint", tensor=tensor,
             )  # fmt: skip
     files = tuple(directory / name for name in sorted(set(weight_map.values())))
-    for file in files:
+    for file in (file for file in files if file.name not in coming):
         if not os.path.lexists(file):
             raise invalid(index, f"names {file.name}, which is not there", "fetch the missing file")
         check_file(file, directory)
-    formats = {_format_of(file) for file in files}
+    formats = {format_of(file) for file in files}
     if len(formats) > 1:
         raise invalid(index, "mixes safetensors and torch files", "save the model in one format")
     return WeightFiles(formats.pop(), files, weight_map, index)
@@ -207,4 +218,4 @@ def side_files(directory: Path) -> tuple[Path, ...]:
 
 def _is_bookkeeping(name: str) -> bool:
     unfinished = name.endswith((".part", ".partial", ".incomplete", ".lock"))
-    return unfinished or name.startswith(".") or _is_index(name)
+    return unfinished or name.startswith(".") or is_index(name)

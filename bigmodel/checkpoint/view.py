@@ -8,14 +8,24 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from .arrivals import Arrivals, Head, arrived_identity, open_arrived
+from .arrivals import Arrivals, Head, arrived_identity, arrived_places, open_arrived
 from .bytesource import ByteSource, FileSource
-from .files import MAX_CONFIG, Format, WeightFiles, find_weight_files, is_object, read_json, side_files
+from .files import (
+    MAX_CONFIG,
+    Format,
+    WeightFiles,
+    files_to_come,
+    find_weight_files,
+    format_of,
+    is_index,
+    is_object,
+    read_json,
+    side_files,
+)
 from .headers import read_header
 from .tensors import DTYPES, TensorInfo, View, invalid
 
@@ -46,6 +56,8 @@ class Checkpoint:
     """`__metadata__` of the safetensors files, merged."""
     arrivals: Arrivals | None = None
     """Where its files come from, if they are still being made."""
+    _places: dict[Path, Mapping[str, TensorInfo]] = field(default_factory=dict, compare=False)
+    """Of the torch files that have come."""
 
     @property
     def nbytes(self) -> int:
@@ -54,6 +66,18 @@ class Checkpoint:
     def open(self, file: Path) -> FileSource:
         """One of its files, once it is there."""
         return FileSource(file) if self.arrivals is None else open_arrived(self.arrivals, file)
+
+    def placed(self, name: str) -> TensorInfo:
+        """A stored tensor with the place of its bytes, which of a torch file that is to come nobody knows before.
+
+        Waits for it then. Raises InvalidCheckpoint where another file came than was announced.
+        """
+        tensor = self.tensors[name]
+        if self.arrivals is None or self.format == "safetensors":
+            return tensor
+        if tensor.file not in self._places:
+            self._places[tensor.file] = arrived_places(self.arrivals, tensor.file)
+        return self._places[tensor.file][name]
 
     def identity(self, file: Path) -> list[object]:
         """What tells the bytes of one of its files from others: their sha256 where a store named them by it, else real
@@ -76,7 +100,7 @@ class Checkpoint:
 
     def chunks(self, name: str, size: int = CHUNK) -> Iterator[memoryview]:
         """The contiguous bytes of one tensor, at most `size` at a time; each piece is valid until the next is taken."""
-        tensor = self.tensors[self.tied.get(name, name)]
+        tensor = self.placed(self.tied.get(name, name))
         with self.open(tensor.file) as source:
             if tensor.view is not None:
                 from .strided import compact_chunks
@@ -99,7 +123,7 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
     """
     path = Path(path)
     weights = find_weight_files(path)
-    return _assemble(path, weights, FileSource)
+    return _assemble(path, weights, _read_here)
 
 
 def open_arriving(arrivals: Arrivals) -> Checkpoint:
@@ -107,17 +131,49 @@ def open_arriving(arrivals: Arrivals) -> Checkpoint:
 
     Reading a tensor waits for its file. Raises InvalidCheckpoint as `open_checkpoint`.
     """
-    heads = {arrivals.folder / name: Head(*head, name) for name, head in sorted(arrivals.heads().items())}
-    weights = WeightFiles("safetensors", tuple(heads))
-    return replace(_assemble(arrivals.folder, weights, lambda file: nullcontext(heads[file])), arrivals=arrivals)
+    heads = arrivals.heads()
+
+    def read(file: Path) -> Contents:
+        head, size = heads[file.name]
+        if format_of(file) == "safetensors":
+            return _read_safetensors(Head(head, size, file.name), file)
+        from .torchheads import decode_torch_head
+
+        return *decode_torch_head(head, file), {}
+
+    return replace(_assemble(arrivals.folder, _arriving_files(arrivals), read), arrivals=arrivals)
 
 
-Open = Callable[[Path], AbstractContextManager[ByteSource]]
+def _arriving_files(arrivals: Arrivals) -> WeightFiles:
+    """With their index, where it is there already; a producer that makes its own may write it last."""
+    names = arrivals.heads().keys()
+    if any(is_index(name) for name in os.listdir(arrivals.folder)):
+        return files_to_come(arrivals.folder, names)
+    files = tuple(arrivals.folder / name for name in sorted(names))
+    return WeightFiles(format_of(files[0]), files)
 
 
-def _assemble(path: Path, weights: WeightFiles, open: Open) -> Checkpoint:
+Contents = tuple[tuple[TensorInfo, ...], dict[str, str], dict[str, str]]
+"""Of one file: tensors, aliases, metadata."""
+
+
+def _read_here(file: Path) -> Contents:
+    with FileSource(file) as source:
+        if format_of(file) == "safetensors":
+            return _read_safetensors(source, file)
+        from .pickles import read_torch_file
+
+        return *read_torch_file(source, file), {}
+
+
+def _read_safetensors(source: ByteSource, file: Path) -> Contents:
+    header = read_header(source, file)
+    return header.tensors, {}, header.metadata
+
+
+def _assemble(path: Path, weights: WeightFiles, read: Callable[[Path], Contents]) -> Checkpoint:
     directory = path if path.is_dir() else path.parent
-    tensors, tied, metadata = _read_files(weights, open)
+    tensors, tied, metadata = _read_files(weights, read)
     if weights.weight_map is not None:
         _check_index(weights, tensors, tied)
     config = directory / "config.json"
@@ -134,21 +190,15 @@ def _assemble(path: Path, weights: WeightFiles, open: Open) -> Checkpoint:
     )
 
 
-def _read_files(weights: WeightFiles, open: Open) -> tuple[dict[str, TensorInfo], dict[str, str], dict[str, str]]:
+def _read_files(
+    weights: WeightFiles, read: Callable[[Path], Contents]
+) -> tuple[dict[str, TensorInfo], dict[str, str], dict[str, str]]:
     tensors: dict[str, TensorInfo] = {}
     tied: dict[str, str] = {}
     metadata: dict[str, str] = {}
     for file in weights.files:
-        with open(file) as source:
-            if weights.format == "safetensors":
-                header = read_header(source, file)
-                metadata.update(header.metadata)
-                found: tuple[TensorInfo, ...] = header.tensors
-                aliases: dict[str, str] = {}
-            else:
-                from .pickles import read_torch_file
-
-                found, aliases = read_torch_file(source, file)
+        found, aliases, own = read(file)
+        metadata.update(own)
         for name in [*(tensor.name for tensor in found), *aliases]:
             if name in tensors or name in tied:
                 raise invalid(file, "stands in another file of this checkpoint too", "save the model anew", tensor=name)

@@ -1,4 +1,4 @@
-"""Which weight files of a model can pass on one by one as they come, and how each of them begins."""
+"""Which weight files of a model can pass on one by one as they come, and what each of them will hold."""
 
 from __future__ import annotations
 
@@ -6,9 +6,10 @@ from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from bigpipe.bigmodel.checkpoint.arrivals import Head
+from bigpipe.bigmodel.checkpoint.arrivals import read_head
 from bigpipe.bigmodel.checkpoint.bytesource import FileSource
-from bigpipe.bigmodel.checkpoint.files import BIN_SUFFIXES, MAX_INDEX, read_json
+from bigpipe.bigmodel.checkpoint.files import BIN_SUFFIXES, NOT_A_MODEL, files_to_come, format_of
+from bigpipe.errors import InvalidCheckpoint
 
 from .rangesource import RangeSource
 from .repository import Hub, HubFile, Repository
@@ -16,27 +17,23 @@ from .repository import Hub, HubFile, Repository
 READERS = 8
 """Headers read at a time."""
 GUESS = 64 * 2**10
-"""Bytes fetched at once where a header may be short."""
-SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+"""Bytes fetched at once where a safetensors header may be short."""
 
 
 def may_pass(names: Iterable[str]) -> list[str]:
-    """The safetensors files at the root, where no other format lies beside them."""
+    """The weight files at the root, where they all have one format."""
     root = sorted(name for name in names if "/" not in name)
-    if any(name.endswith(BIN_SUFFIXES) for name in root):
-        return []
-    return [name for name in root if name.endswith(".safetensors")]
+    found = [name for name in root if name.endswith((".safetensors", *BIN_SUFFIXES)) and not NOT_A_MODEL.match(name)]
+    return found if len({format_of(Path(name)) for name in found}) == 1 else []
 
 
 def are_the_model(weights: Sequence[str], folder: Path) -> bool:
     """Are these files, no more and no fewer, what `open_checkpoint` would read? The index lies in `folder` already."""
-    if not (folder / INDEX).is_file():
-        return list(weights) == [SINGLE]
-    if SINGLE in weights:
+    try:
+        found = files_to_come(folder, weights)
+    except InvalidCheckpoint:
         return False
-    index = read_json(folder / INDEX, folder, MAX_INDEX)
-    weight_map = index.get("weight_map", index)
-    return isinstance(weight_map, dict) and set(map(str, weight_map.values())) == set(weights)
+    return {file.name for file in found.files} == set(weights)
 
 
 def directory_heads(folder: Path, names: Iterable[str]) -> dict[str, tuple[bytes, int]]:
@@ -44,8 +41,7 @@ def directory_heads(folder: Path, names: Iterable[str]) -> dict[str, tuple[bytes
     heads = {}
     for name in names:
         with FileSource(folder / name) as source:
-            head = Head.of(source, folder / name)
-        heads[name] = head.content, head.size
+            heads[name] = read_head(source, folder / name)
     return heads
 
 
@@ -56,8 +52,9 @@ def repository_heads(repository: Repository, files: Sequence[HubFile], hub: Hub)
         cached = hub.folder(repository.repo) / "snapshots" / repository.commit / file.path
         if cached.is_file() and cached.stat().st_size == file.size:
             return file.path, directory_heads(cached.parent, [cached.name])[cached.name]
-        head = Head.of(RangeSource(hub, repository.repo, repository.commit, file, GUESS), Path(file.path))
-        return file.path, (head.content, head.size)
+        guess = GUESS if file.path.endswith(".safetensors") else 0
+        source = RangeSource(hub, repository.repo, repository.commit, file, guess)
+        return file.path, read_head(source, Path(file.path))
 
     with ThreadPoolExecutor(READERS, "head") as pool:
         return dict(pool.map(read, files))

@@ -136,7 +136,7 @@ class WeightEncoder:
             columns = weight.shape[1]
             rows = whole[start // columns : stop // columns]
             return lambda: np.ascontiguousarray(rows).reshape(-1)
-        tensor = self.checkpoint.tensors[weight.source]
+        tensor = self.checkpoint.placed(weight.source)
         source, width = self._files.source(tensor.file), BITS[tensor.dtype].itemsize
         return lambda: self._read(source, tensor.offset + start * width, stop - start, BITS[tensor.dtype])
 
@@ -152,7 +152,7 @@ class WeightEncoder:
 
     def _whole(self, weight: Converted) -> Bits | None:
         """All bits as (out, in) where they do not lie in that order in the file: Conv1D, and strided views."""
-        tensor = self.checkpoint.tensors[weight.source]
+        tensor = self.checkpoint.placed(weight.source)
         if not weight.transposed and tensor.view is None:
             return None
         bits = np.frombuffer(self.checkpoint.read(weight.source), BITS[tensor.dtype]).reshape(tensor.shape)

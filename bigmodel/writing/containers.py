@@ -11,6 +11,7 @@ from typing import Protocol
 
 from bigpipe.bigmodel.checkpoint.headers import encode_header
 from bigpipe.bigmodel.checkpoint.tensors import STORAGE_CLASSES
+from bigpipe.bigmodel.checkpoint.torchheads import encode_torch_head
 from bigpipe.bigmodel.checkpoint.zipfiles import END, END64, ENTRY, LOCAL, LOCATOR64
 
 from .plans import Layout, PlannedTensor, ShardPlan, laid_out
@@ -32,6 +33,10 @@ class Container(Protocol):
         """What stands before the first tensor."""
 
     @property
+    def announced(self) -> bytes:
+        """What is told of it to those who wait for it: as `arrivals.read_head` reads it from the file."""
+
+    @property
     def checksums(self) -> bool:
         """Whether `after` needs the CRC-32 of the tensor."""
 
@@ -48,6 +53,7 @@ class SafetensorsFile:
     def __init__(self, plan: ShardPlan, metadata: Mapping[str, str], layout: Layout) -> None:
         tensors = laid_out(plan, layout)
         self.head = encode_header([(tensor.name, tensor.dtype, tensor.shape) for tensor in tensors], metadata)
+        self.announced = self.head
         self.offsets: dict[str, int] = {}
         self.size = len(self.head)
         for tensor in tensors:
@@ -78,6 +84,7 @@ class TorchZip:
         self._entries: list[tuple[str, int, int, int]] = []  # name, local header, size, CRC
         self._keys = {tensor.name: str(number) for number, tensor in enumerate(plan.tensors)}
         self._tensors = {tensor.name: tensor for tensor in plan.tensors}
+        self._aliases = plan.aliases
         head = bytearray()
         for name, content in (("data.pkl", pickle_state_dict(plan, self._keys)), ("byteorder", b"little")):
             head += self._whole(name, content, len(head))
@@ -99,6 +106,12 @@ class TorchZip:
         following = self._next.get(name)
         return _descriptor(self._headers[name][0], self._tensors[name].nbytes, crc) + (
             self._headers[following][1] if following else b""
+        )
+
+    @property
+    def announced(self) -> bytes:
+        return encode_torch_head(
+            {name: (tensor.dtype, tensor.shape) for name, tensor in self._tensors.items()}, self._aliases
         )
 
     def _storage(self, name: str) -> str:

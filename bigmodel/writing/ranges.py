@@ -46,6 +46,7 @@ class RangeReader:
 
     def _pieces(self, tensor: TensorInfo, size: int, buffers: Iterator[memoryview]) -> Iterator[memoryview]:
         """The bytes as they are stored, in pieces of at most `size`, in the buffers given."""
+        tensor = self.checkpoint.placed(tensor.name)
         source = self._files.source(tensor.file)
         if tensor.view is not None:
             from bigpipe.bigmodel.checkpoint.strided import compact_chunks

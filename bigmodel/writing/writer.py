@@ -85,7 +85,7 @@ def write_checkpoint(
     side by side, and it is called from as many threads. With a `journal` (a path outside `out`), files that
     an earlier attempt finished are verified and kept, if it was for the same plan and `fingerprint` (of a file's name:
     whatever else its bytes depend on). Weight files of the same naming scheme that are not in the plans are removed.
-    A `delivery` hears of safetensors files as they become whole, `settled` of their names.
+    A `delivery` hears of weight files as they become whole, `settled` of their names.
 
     Raises DoesNotFit where the disk is too small, before anything is written if that can be known.
     """
@@ -95,11 +95,9 @@ def write_checkpoint(
     containers = [container(plan, format, metadata or _METADATA, layout) for plan in plans]
     remove_leftovers(out, format, {plan.file for plan in plans})
     todo = list(zip(plans, containers, strict=True))
-    check_space(out, sum(file.size for plan, file in todo if not _has_size(out / plan.file, file.size)))
-    if format != "safetensors":
-        delivery = None
+    check_space(out, _needed([file.size for plan, file in todo if not _has_size(out / plan.file, file.size)], delivery))
     if delivery is not None:
-        delivery.announce({plan.file: (file.head, file.size) for plan, file in todo})
+        delivery.announce({plan.file: (file.announced, file.size) for plan, file in todo})
     meter = Meter(sum(plan.nbytes for plan in plans), 0, progress)
     writing = _Writing(out, deque(todo), produce, meter, known, delivery, settled)
     writing.run(min(workers, len(todo)))
@@ -162,6 +160,8 @@ class _Writing:
             return
         if self.delivery is not None:
             self.delivery.begin(plan.file)
+            if self.delivery.lets_go:
+                check_space(self.out, file.size)
         with ShardWriter(self.out / plan.file, file, lanes) as shard:
             for tensor in plan.tensors:
                 shard.write(tensor.name, self.meter.count(self.produce(tensor)), tensor.nbytes)
@@ -219,6 +219,13 @@ def remove_leftovers(out: Path, format: Format, planned: set[str]) -> None:
     for name in os.listdir(out):
         if pattern.fullmatch(name) and name not in planned:
             (out / name).unlink()
+
+
+def _needed(sizes: Sequence[int], delivery: Delivery | None) -> int:
+    """Bytes that files to be written take at a time: fewer than all of them where they go once they are taken."""
+    if delivery is None or not delivery.lets_go:
+        return sum(sizes)
+    return sum(sorted(sizes)[-delivery.ahead :])
 
 
 def _has_size(file: Path, size: int) -> bool:

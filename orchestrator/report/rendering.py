@@ -29,7 +29,7 @@ def columns(rows: Sequence[tuple[str, ...]], gap: int = 2) -> str:
 
 
 def plan_text(plan: Plan, *, explain: bool = False) -> str:
-    rows = [(name, str(node.action), node_line(node, follows(plan, node))) for name, node in plan.nodes.items()]
+    rows = [(name, str(node.action), node_line(node, plan.followed.get(name, ""))) for name, node in plan.nodes.items()]
     lines = [columns(rows), ""]
     if explain:
         lines += _explanations(plan)
@@ -48,21 +48,12 @@ def totals(plan: Plan) -> str:
     text = ", ".join(f"{count} {action}" for action, count in counts.items() if count)
     if plan.to_run:
         text += f"; {format_transfer(plan.download_bytes)} down, {format_transfer(plan.write_bytes)} written"
+        if plan.peak_disk and plan.peak_disk != plan.write_bytes:
+            text += f", at most {format_transfer(plan.peak_disk)} of disk at a time"
         seconds = [p.forecast.seconds for p in plan.to_run if p.forecast]
         if seconds and all(value is not None for value in seconds):
             text += f", about {sum(value or 0 for value in seconds):.0f} s"
     return text
-
-
-def follows(plan: Plan, planned: PlannedNode) -> str:
-    """The producer whose files the node can take one by one while they are made; "" where there is none."""
-    node, running = planned.node, (Action.RUN, Action.MAYBE)
-    producers = node.inputs.get(node.kind.follows, ())
-    waits = node.when is not None or node.timeout is not None
-    if planned.action not in running or waits or len(producers) != 1:
-        return ""
-    producer = plan.nodes[producers[0]]
-    return producer.node.name if producer.action in running and producer.node.kind.streams else ""
 
 
 def node_line(planned: PlannedNode, follows: str = "") -> str:
@@ -122,6 +113,7 @@ def plan_json(plan: Plan) -> dict[str, Json]:
         "fits": not plan.misfits,
         "download_bytes": plan.download_bytes,
         "write_bytes": plan.write_bytes,
+        "peak_disk_bytes": plan.peak_disk,
         "misfits": [{"node": name, "cause": m.cause, "cure": m.cure} for name, m in plan.misfits],
         "nodes": {name: _planned_json(node) for name, node in plan.nodes.items()},
     }

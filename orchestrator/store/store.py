@@ -116,6 +116,10 @@ class Store:
     def runs(self) -> Path:
         return self.layout.runs
 
+    def on_disk_of(self, place: Path) -> bool:
+        """Do the bytes there and the store's lie on one file system? Neither need exist yet."""
+        return _device(place) == _device(self.root)
+
     @property
     def keeps_others_out(self) -> bool:
         """False where the file system keeps no locks: every process then works in folders of its own."""
@@ -362,3 +366,8 @@ class Store:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+
+def _device(place: Path) -> int:
+    existing = next(folder for folder in (place, *place.absolute().parents) if folder.exists())
+    return existing.stat().st_dev

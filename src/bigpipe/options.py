@@ -17,6 +17,7 @@ PARAMS = click.option(
 )
 DTYPES = ("float32", "float16", "bfloat16", "float8", "int8", "int4", "nf4", "fp4")
 JSON = click.option("--json", "as_json", is_flag=True, help="Print JSON on stdout.")
+JOBS = click.option("--jobs", type=click.IntRange(min=1), help="Nodes side by side at the most.")
 OFFLINE = click.option("--offline", is_flag=True, help="Never use the network.")
 
 

@@ -6,6 +6,8 @@ import hashlib
 import json
 import threading
 import time
+from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -21,11 +23,11 @@ from bigpipe.orchestrator.handover import Inlet, Outlet
 TENSORS = {f"layer.{i}.weight": np.random.default_rng(i).random((50, 40), np.float32) for i in range(6)}
 
 
-@pytest.fixture
-def source(tmp_path: Path) -> Path:
+@pytest.fixture(params=["safetensors", "bin"])
+def source(tmp_path: Path, request: pytest.FixtureRequest) -> Path:
     """Three files of two tensors each."""
     save_file(TENSORS, tmp_path / "one.safetensors")
-    save_checkpoint(tmp_path / "one.safetensors", tmp_path / "source", max_shard_size=16_500)
+    save_checkpoint(tmp_path / "one.safetensors", tmp_path / "source", max_shard_size=16_500, format=request.param)
     (tmp_path / "source" / "config.json").write_text('{"model_type": "opt"}')
     return tmp_path / "source"
 
@@ -66,8 +68,16 @@ def test_other_bytes_than_announced_are_refused(tmp_path: Path, source: Path) ->
     outlet, inlet = ends(tmp_path)
     [first, *_] = weights = may_pass(path.name for path in source.iterdir())
     outlet.announce(directory_heads(source, weights))
-    save_file({"layer.9.weight": TENSORS["layer.0.weight"]}, tmp_path / "other.safetensors")
-    deliver(outlet, source, first, (tmp_path / "other.safetensors").read_bytes())
+    other = (source / first).read_bytes().replace(b"layer.1.weight", b"layer.9.weight")
+    if first.endswith(".bin"):  # the same size, and whole: only its names are others
+        (tmp_path / "other").mkdir()
+        save_file({"layer.0.weight": TENSORS["layer.0.weight"], "layer.9.weight": TENSORS["layer.1.weight"]},
+                  tmp_path / "other.safetensors")  # fmt: skip
+        save_checkpoint(tmp_path / "other.safetensors", tmp_path / "other", format="bin")
+        renamed = (tmp_path / "other" / "pytorch_model.bin").rename(tmp_path / "other" / first)
+        other = renamed.read_bytes()
+    assert other != (source / first).read_bytes()
+    deliver(outlet, source, first, other)
     with pytest.raises(InvalidCheckpoint, match="another header than was announced"):
         open_arriving(inlet).read("layer.0.weight")
 
@@ -100,7 +110,13 @@ def test_a_file_is_taken_once_all_that_is_made_of_it_is_written(tmp_path: Path, 
     ("names", "indexed", "whole"),
     [
         (["model.safetensors"], None, True),
-        (["other.safetensors"], None, False),
+        (["other.safetensors"], None, True),
+        (["pytorch_model.bin"], None, True),
+        (["weights.pt"], None, True),
+        (["weights.pth", "optimizer.pt"], None, False),
+        (["a.bin", "b.bin"], ["a.bin", "b.bin"], True),
+        (["a.bin", "b.pt"], ["a.bin"], False),
+        (["a.bin", "b.bin"], None, False),
         (["model.safetensors", "extra.safetensors"], None, False),
         (["a.safetensors", "b.safetensors"], ["a.safetensors", "b.safetensors"], True),
         (["a.safetensors", "b.safetensors"], ["a.safetensors"], False),
@@ -113,10 +129,53 @@ def test_only_what_would_be_opened_is_passed_on(
 ) -> None:
     if indexed is not None:
         index = {"weight_map": {f"tensor{number}": name for number, name in enumerate(indexed)}}
-        (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
+        kind = "pytorch_model.bin" if ".bin" in names[0] else "model.safetensors"
+        (tmp_path / f"{kind}.index.json").write_text(json.dumps(index))
     assert are_the_model(names, tmp_path) is whole
 
 
 def test_files_of_other_formats_are_not_passed_on() -> None:
     assert may_pass(["model.safetensors", "pytorch_model.bin", "config.json"]) == []
+    assert may_pass(["pytorch_model.bin", "training_args.bin", "optimizer.pt"]) == ["pytorch_model.bin"]
+    assert may_pass(["weights.pth", "README.md"]) == ["weights.pth"]
     assert may_pass(["unet/model.safetensors", "model_index.json"]) == []
+
+
+def announced(tmp_path: Path, file: Path, others: Mapping[str, bytes] | None = None) -> tuple[Outlet, Inlet]:
+    outlet, inlet = ends(tmp_path)
+    for name, content in (others or {}).items():
+        (outlet.out / name).write_bytes(content)
+    outlet.announce(directory_heads(file.parent, [file.name]))
+    return outlet, inlet
+
+
+def test_torch_s_own_files_with_views_and_ties_are_read_as_they_come(tmp_path: Path) -> None:
+    """Written by torch.save: a transposed view, a slice, a tied head, an empty tensor, a scalar, bfloat16."""
+    import torch
+
+    base = torch.arange(60, dtype=torch.float32).reshape(6, 10)
+    state = {
+        "embed": base, "turned": base.t(), "part": base[2:4, 3:7], "head": base, "none": torch.empty(0, 4),
+        "one": torch.tensor(3.5), "brain": base.to(torch.bfloat16),
+    }  # fmt: skip
+    (tmp_path / "source").mkdir()
+    torch.save(state, tmp_path / "source" / "weights.pth")
+    outlet, inlet = announced(tmp_path, tmp_path / "source" / "weights.pth")
+    arriving = open_arriving(inlet)
+    plain = open_checkpoint(tmp_path / "source")
+    assert arriving.tied == plain.tied == {"head": "embed"}
+    assert list(arriving.tensors) == list(plain.tensors)
+    deliver(outlet, tmp_path / "source", "weights.pth")
+    assert {name: arriving.read(name) for name in state} == {name: plain.read(name) for name in state}
+    assert arriving.placed("turned") == replace(plain.tensors["turned"], file=arriving.placed("turned").file)
+
+
+def test_an_index_that_is_wrong_is_found_before_anything_comes(tmp_path: Path, source: Path) -> None:
+    outlet, inlet = ends(tmp_path)
+    [file] = source.glob("*.index.json")
+    index = json.loads(file.read_bytes())
+    index["weight_map"]["layer.0.weight"] = index["weight_map"]["layer.5.weight"]
+    (outlet.out / file.name).write_text(json.dumps(index))
+    outlet.announce(directory_heads(source, may_pass(path.name for path in source.iterdir())))
+    with pytest.raises(InvalidCheckpoint, match=r"layer\.0\.weight.*says this tensor is in .*00003"):
+        open_arriving(inlet)

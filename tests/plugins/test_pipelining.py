@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -14,6 +15,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 from support.hub import LoopbackHub
 from support.hub_state import files_of
@@ -21,6 +23,7 @@ from support.workshop import Workshop, environment, statuses
 
 from bigpipe.bigmodel.architecture.structure import describe_architecture
 from bigpipe.bigmodel.writing.synthetic import write_synthetic
+from bigpipe.errors import InvalidCheckpoint
 
 MODEL = """\
 config: {model_type: gpt2, architectures: [GPT2LMHeadModel], n_layer: 12, n_embd: 256, n_head: 4, vocab_size: 1000,
@@ -54,8 +57,14 @@ def facts(result) -> dict[str, tuple[str | None, str | None]]:
     return {name: (state.key, state.digest) for name, state in result.nodes.items()}
 
 
-def test_side_by_side_gives_what_one_after_the_other_gives(workshop: Workshop, tmp_path: Path) -> None:
-    together = workshop.run(recipe(SYNTHETIC))
+BIN = SYNTHETIC.replace("max_shard_size: 6MB", "max_shard_size: 6MB, format: bin").replace(
+    "{max_shard_size: 2MB}", "{max_shard_size: 2MB, format: bin}"
+)
+
+
+@pytest.mark.parametrize("text", [SYNTHETIC, BIN], ids=["safetensors", "bin"])
+def test_side_by_side_gives_what_one_after_the_other_gives(workshop: Workshop, tmp_path: Path, text: str) -> None:
+    together = workshop.run(recipe(text))
     assert set(statuses(together).values()) == {"succeeded"}
     assert "as they are made" in together.nodes["shard"].reason + together.nodes["quantize"].reason
     apart = workshop.run(jobs=1, store=tmp_path / "other")
@@ -106,11 +115,11 @@ def test_the_disk_holds_the_result_and_two_shards(workshop: Workshop) -> None:
     assert peak[0] - before <= written + 2 * max(sizes) + small_files
 
 
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+@pytest.fixture(scope="module", params=["safetensors", "bin"])
+def model(tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest) -> Path:
     folder = tmp_path_factory.mktemp("model")
     config = yaml.safe_load(MODEL)["config"]
-    write_synthetic(config, describe_architecture(config), folder, max_shard_size="6MB")
+    write_synthetic(config, describe_architecture(config), folder, max_shard_size="6MB", format=request.param)
     return folder
 
 
@@ -138,9 +147,9 @@ def test_bytes_garbled_on_the_way_reach_no_artifact(workshop: Workshop, hub: Loo
     def spoil() -> None:
         while not list((workshop.folder / "store").glob("tmp/*/*/contents.json")):
             time.sleep(0.01)
-        hub.fail("garbage", "model-00003", times=9)
+        hub.fail("garbage", "-00003-of-", times=9)
 
-    for name in ("model-00001", "model-00002"):
+    for name in ("-00001-of-", "-00002-of-"):
         hub.fail("slow", name, times=9, rate=3_000_000)
     spoiler = threading.Thread(target=spoil)
     spoiler.start()
@@ -154,10 +163,74 @@ def test_bytes_garbled_on_the_way_reach_no_artifact(workshop: Workshop, hub: Loo
     assert set(statuses(workshop.run()).values()) == {"succeeded"}
 
 
+@pytest.mark.parametrize("model", ["bin"], indirect=True)
+def test_what_has_come_is_converted_while_the_last_file_comes(workshop: Workshop, hub: LoopbackHub) -> None:
+    """The last file waits until something was made of the first: were the consumer to wait for all, for ever."""
+    store, seen = workshop.folder / "store", threading.Event()
+    last = sorted(name for name in hub.names("org/model") if "-00003-of-" in name)[0]
+
+    def watch() -> None:
+        while not seen.wait(0.01):
+            if list(store.glob("tmp/*/*/taken/shard/*00001*")):
+                seen.set()
+
+    hub.hold = lambda entry: last in entry.path and entry.range is None and not seen.wait(60)
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    result = workshop.run(recipe(FROM_HUB))
+    converted = seen.is_set()
+    seen.set()
+    watcher.join()
+    assert set(statuses(result).values()) == {"succeeded"}
+    assert converted
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("model", ["bin"], indirect=True)
+def test_a_local_directory_is_followed(workshop: Workshop, model: Path, tmp_path: Path) -> None:
+    text = recipe(FROM_HUB.replace("repo: org/model", f"path: {model}"))
+    together = workshop.run(text)
+    assert "as they are made" in together.nodes["shard"].reason
+    assert facts(together) == facts(workshop.run(jobs=1, store=tmp_path / "other"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("model", ["bin"], indirect=True)
+def test_without_ranges_what_follows_waits_for_all_files(workshop: Workshop, hub: LoopbackHub, tmp_path: Path) -> None:
+    hub.ranges = False
+    workshop.manifest.write_text(recipe(FROM_HUB))
+    told = workshop.command("run", "recipe.yaml")
+    assert told.returncode == 0, told.stderr
+    assert "what follows starts when all files are here" in told.stdout + told.stderr
+    hub.ranges = True
+    record = workshop.run(jobs=1, store=tmp_path / "other")
+    assert facts(workshop.run()) == facts(record)
+
+
+class Evil:
+    def __reduce__(self) -> tuple[object, tuple[str]]:
+        return os.system, ("touch /tmp/never",)
+
+
+@pytest.mark.parametrize("model", ["bin"], indirect=True)
+def test_a_hostile_file_is_named_and_nothing_runs(workshop: Workshop, hub: LoopbackHub, model: Path) -> None:
+    files = files_of(model)
+    hostile = next(name for name in files if "-00002-of-" in name)
+    torch.save({"weight": Evil()}, workshop.folder / hostile)
+    hub.create("org/model", {**files, hostile: workshop.folder / hostile})
+    with pytest.raises(InvalidCheckpoint, match=f"{hostile}.*posix.system"):
+        workshop.run(recipe(FROM_HUB))
+    # With globs of his own the user takes what the plan does not look into.
+    result = workshop.run(recipe(FROM_HUB.replace("org/model", 'org/model, include: ["*"]')))
+    assert statuses(result) == {"download": "succeeded", "shard": "failed", "quantize": "skipped"}
+    assert re.search(f"{hostile}: data.pkl byte .*posix.system", str(result.errors[0]))
+
+
 @pytest.mark.fault
+@pytest.mark.parametrize("text", [SYNTHETIC, BIN], ids=["safetensors", "bin"])
 @pytest.mark.parametrize("seed", range(4))
-def test_killed_anywhere_it_goes_on_to_the_same_bytes(workshop: Workshop, tmp_path: Path, seed: int) -> None:
-    workshop.manifest.write_text(recipe(SYNTHETIC))
+def test_killed_anywhere_it_goes_on_to_the_same_bytes(workshop: Workshop, tmp_path: Path, seed: int, text: str) -> None:
+    workshop.manifest.write_text(recipe(text))
     chance = random.Random(seed)  # noqa: S311
     command = [sys.executable, "-m", "bigpipe.cli", "run", "recipe.yaml"]
     for _ in range(3):

@@ -17,7 +17,7 @@ import json
 import re
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from email.message import Message
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -65,6 +65,10 @@ class LoopbackHub:
         self.page_size = 1000
         self.bandwidth = Bandwidth()
         """Of all files together."""
+        self.ranges = True
+        """False: Range headers are ignored, as by some proxies."""
+        self.hold: Callable[[Request], object] | None = None
+        """Called before a file is sent; it may wait."""
         self.lock = threading.RLock()
         self.closing = threading.Event()
         handler = type("Handler", (_Handler,), {"hub": self})
@@ -135,6 +139,11 @@ class LoopbackHub:
                     fault.times -= 1
                     return fault
         return None
+
+    def names(self, repo: str) -> list[str]:
+        """The files of its main branch."""
+        found = self.repositories[repo]
+        return list(found.commits[found.branches["main"]])
 
     def requests(self, match: str = "", method: str | None = None) -> list[Request]:
         return [entry for entry in list(self.log) if match in entry.path and method in (None, entry.method)]
@@ -227,6 +236,8 @@ class _Handler(BaseHTTPRequestHandler):
             self.send_header(key, value)
         self.end_headers()
         try:
+            if self.hub.hold is not None and self.command == "GET" and answer.status in (200, 206):
+                self.hub.hold(self.entry)
             if self.command != "HEAD" and isinstance(answer.body, FileRange) and self.fault is None:
                 self.wfile.flush()
                 for sent in answer.body.send(self.connection.fileno(), self.hub.bandwidth):
@@ -349,7 +360,7 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _ranged(self, item: Blob, headers: dict[str, str]) -> Answer:
         match = re.fullmatch(r"bytes=(\d*)-(\d*)", self.entry.range or "")
-        if not match or not any(match.groups()):
+        if not self.hub.ranges or not match or not any(match.groups()):
             return Answer(200, headers, item.chunks(0, item.size), item.size)
         first, last = match.groups()
         start = int(first) if first else max(0, item.size - int(last))
