@@ -31,6 +31,8 @@ class GateVerdict:
     gate: Condition
     verdict: Verdict | None
     """None: not known before the node has run."""
+    cure: str = ""
+    """A change of the recipe's parameters under which it holds, where one was tried."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -80,7 +82,7 @@ class Plan:
             for name, misfit in self.misfits
         ]
         for planned in self.nodes.values():
-            found += [gate_error(planned.node, g.gate, g.verdict) for g in planned.gates if failed(g.verdict)]
+            found += [gate_error(planned.node, g.gate, g.verdict, g.cure) for g in planned.gates if failed(g.verdict)]
         return found
 
 
@@ -271,11 +273,11 @@ def failed(verdict: Verdict | None) -> bool:
     return verdict is not None and not verdict.passed
 
 
-def gate_error(node: Node, gate: Condition, verdict: Verdict | None) -> GateFailed:
+def gate_error(node: Node, gate: Condition, verdict: Verdict | None, cure: str = "") -> GateFailed:
     measured = verdict.left if verdict else "unknown"
     return GateFailed(
         f"{node.name}: gate {gate.text}: {measured}",
-        "change the recipe so that the gate holds, or the gate",
+        cure or "change the recipe so that the gate holds, or the gate",
         place=gate.place,
     )
 

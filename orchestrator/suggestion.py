@@ -1,4 +1,4 @@
-"""The `-p` that makes a plan fit: a misfit's smallest change, said in the recipe's own parameters, and tried."""
+"""The `-p` that makes a plan pass: the smallest change of a misfit or a gate, in the recipe's parameters, and tried."""
 
 from __future__ import annotations
 
@@ -6,22 +6,28 @@ import re
 import shlex
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
+from typing import Any, Literal, get_args, get_origin
 
 from bigpipe.errors import BigpipeError
 
-from .plan import Plan, make_plan
+from .plan import GateVerdict, Plan, PlannedNode, failed, make_plan
 from .recipe.graph import Node, load_recipe
 from .session import Session
 from .types import Json
 
+MOST_HALVINGS = 8
+"""Plans that are made to find the largest number that passes."""
 _REFERENCE = re.compile(r"""["']?\$\{params\.(\w+)\}""")
 
 
 def with_parameters(plan: Plan) -> Plan:
-    """The plan, with a `-p` in front of each cure where the recipe has parameters for it and the plan with them fits.
+    """The plan, with a `-p` in front of each cure where the recipe has parameters for it and the plan with them passes.
 
-    One misfit's change is tried alone, then the changes of all together.
+    One misfit's change is tried alone, then the changes of all together. Where all fits but a gate fails that a
+    forecast decides, parameters of the stages it speaks of are tried: the largest smaller number, another choice.
     """
+    if not plan.misfits:
+        return _with_gate_cures(plan)
     changes = [dict(_arguments(plan.nodes[name].node, misfit.change)) for name, misfit in plan.misfits]
     together = {key: value for change in changes for key, value in change.items()}
     misfits = []
@@ -29,6 +35,65 @@ def with_parameters(plan: Plan) -> Plan:
         fitting = next((each for each in (change, together) if change and _fits(plan.session, each)), None)
         misfits.append((name, replace(misfit, cure=f"{written(fitting)} fits ({misfit.cure})") if fitting else misfit))
     return replace(plan, misfits=tuple(misfits))
+
+
+def _with_gate_cures(plan: Plan) -> Plan:
+    if not any(failed(gate.verdict) for node in plan.nodes.values() for gate in node.gates):
+        return plan
+    nodes = {
+        name: replace(node, gates=tuple(_with_cure(plan, node, gate) for gate in node.gates))
+        for name, node in plan.nodes.items()
+    }
+    return replace(plan, nodes=nodes)
+
+
+def _with_cure(plan: Plan, planned: PlannedNode, gate: GateVerdict) -> GateVerdict:
+    if not failed(gate.verdict):
+        return gate
+    for node in _upstream(plan, {name or planned.node.name for name, _ in gate.gate.references}):
+        for field in node.kind.params.model_fields:
+            parameter = _parameter(node, f"params.{field}")
+            found = _passing(plan.session, node, field, parameter) if parameter else None
+            if found is not None:
+                return replace(gate, cure=f"{written(found)} passes; or change the gate")
+    return gate
+
+
+def _upstream(plan: Plan, names: set[str]) -> list[Node]:
+    """These nodes and what they stand on, the nearest first."""
+    found: list[Node] = []
+    for planned in reversed(list(plan.nodes.values())):
+        if planned.node.name in names:
+            found.append(planned.node)
+            names |= {name for producers in planned.node.inputs.values() for name in producers}
+    return found
+
+
+def _passing(session: Session, node: Node, field: str, parameter: str) -> dict[str, str] | None:
+    """A value of the parameter with which the plan is accepted: the largest smaller whole number, or another choice."""
+    value = session.recipe.params.get(parameter)
+    if isinstance(value, int) and not isinstance(value, bool):
+        return _largest(session, parameter, value)
+    choices = _choices(node.kind.params.model_fields[field].annotation)
+    tried = ({parameter: choice} for choice in choices if choice != value)
+    return next((each for each in tried if _fits(session, each)), None)
+
+
+def _largest(session: Session, parameter: str, value: int) -> dict[str, str] | None:
+    if value < 2 or not _fits(session, {parameter: "1"}):
+        return None
+    passes, fails = 1, value
+    while fails - passes > max(1, value // 2**MOST_HALVINGS):
+        middle = (passes + fails) // 2
+        passes, fails = (middle, fails) if _fits(session, {parameter: str(middle)}) else (passes, middle)
+    return {parameter: str(passes)}
+
+
+def _choices(annotation: Any) -> list[str]:
+    """The words of a `Literal`, alone or among other types."""
+    if get_origin(annotation) is Literal:
+        return [choice for choice in get_args(annotation) if isinstance(choice, str)]
+    return [choice for inner in get_args(annotation) for choice in _choices(inner)]
 
 
 def written(arguments: Mapping[str, str]) -> str:

@@ -35,3 +35,43 @@ def test_suggestions(workshop):
     code, text = plan("fixed")
     assert code == 4
     assert "-p" not in text
+
+
+GATED = """\
+version: 1
+name: gated
+params: {batch: 64, limit: 50KiB}
+stages:
+  download: {uses: download, with: {path: model}}
+  estimate:
+    uses: estimate
+    inputs: download
+    with: {dtypes: [float16], batch_size: "${params.batch}", sequence_length: 64}
+    gates: ["float16.kv_cache <= ${params.limit}"]
+  fixed: {uses: estimate, inputs: download, with: {dtypes: [float16]}, gates: ["float16.parameters <= 1"]}
+"""
+
+
+def test_a_gate_that_a_forecast_decides(workshop):
+    """The largest batch whose keys and values take 50 KiB; nothing where no parameter decides."""
+    from support.models import make_checkpoint
+
+    make_checkpoint(workshop.folder / "model")
+    workshop.manifest.write_text(GATED)
+
+    def plan(*arguments: str) -> tuple[int, str]:
+        done = workshop.command("plan", "recipe.yaml", *arguments)
+        return done.returncode, done.stderr
+
+    code, text = plan("estimate")
+    assert code == 3
+    assert "passes; or change the gate" in text, text
+    batch = int(text.partition("-p batch=")[2].split()[0])
+    assert plan("estimate", "-p", f"batch={batch}")[0] == 0
+    assert plan("estimate", "-p", f"batch={batch + 1}")[0] == 3
+    code, text = plan("fixed")
+    assert code == 3
+    assert "-p" not in text
+    assert "change the recipe so that the gate holds" in text
+    # Two gates at once: what passes must pass whole
+    assert "-p" not in plan("estimate", "fixed")[1]
