@@ -15,6 +15,7 @@ from typing import Any
 from bigpipe.bigmodel.architecture.inquiry import Head
 from bigpipe.bigmodel.architecture.structure import Architecture
 from bigpipe.bigmodel.checkpoint.description import ModelDescription
+from bigpipe.bigmodel.checkpoint.tensors import tensor_nbytes
 from bigpipe.bigmodel.hub.repository import Hub
 from bigpipe.errors import UsageError
 from bigpipe.sizes import size_of
@@ -51,7 +52,7 @@ class Estimate:
     """With the sequence length as capped by the model."""
     architecture: Architecture = field(repr=False)
     checkpoint: Mapping[str, Any] | None
-    """Of the weights as they are stored now: bytes, format, elements per dtype, quantization."""
+    """Of the weights as they are stored now: bytes, format, elements per dtype, quantization, bytes per component."""
     budgets: tuple[Budget, ...]
     notes: tuple[str, ...] = ()
     memory: int | None = None
@@ -188,23 +189,27 @@ def estimate_sighting(
         head=head,
         workload=capped,
         architecture=architecture,
-        checkpoint=_checkpoint(sighting.description),
+        checkpoint=_checkpoint(sighting.description, pipeline=bool(sighting.components)),
         budgets=tuple(budget(architecture, dtype, capped) for dtype in wanted),
         notes=notes,
     )
 
 
-def _checkpoint(description: ModelDescription) -> dict[str, Any] | None:
+def _checkpoint(description: ModelDescription, *, pipeline: bool) -> dict[str, Any] | None:
     if description.tensors is None:
         return None
     dtypes: dict[str, int] = {}
-    for dtype, shape in description.tensors.values():
+    components: dict[str, int] = {}
+    for name, (dtype, shape) in description.tensors.items():
         count = 1
         for size in shape:
             count *= size
         dtypes[dtype] = dtypes.get(dtype, 0) + count
+        if pipeline:
+            component = name.partition(".")[0]
+            components[component] = components.get(component, 0) + tensor_nbytes(dtype, shape)
     method = (description.quantization or {}).get("quant_method")
     return {
         "bytes": description.nbytes, "format": description.format, "dtypes": dtypes,
-        "quantization": str(method) if method else None,
+        "quantization": str(method) if method else None, **({"components": components} if components else {}),
     }  # fmt: skip

@@ -15,7 +15,7 @@ from bigpipe.bigmodel.architecture.outline import is_quantized, outline
 from bigpipe.bigmodel.architecture.structure import Architecture, describe_many
 from bigpipe.bigmodel.checkpoint.description import ARCHITECTURE_FILE, ModelDescription, describe_checkpoint
 from bigpipe.bigmodel.checkpoint.files import MAX_CONFIG, find_weight_files, read_json
-from bigpipe.bigmodel.hub.remote import describe_repository
+from bigpipe.bigmodel.hub.remote import describe_repository, pipeline_tensors
 from bigpipe.bigmodel.hub.repository import COMMIT, Hub, Repository, cached_commit
 from bigpipe.errors import InvalidCheckpoint, Offline, UsageError
 
@@ -120,9 +120,10 @@ def _look_locally(path: Path, library: str | None) -> Sighting:
         return Sighting(name=str(path), description=describe_checkpoint(path), library=library)
     if path.is_dir() and (path / "model_index.json").is_file():
         request = read_request(path, library_name="diffusers")
-        description = _described({}, None, path)
+        tensors, tied, form = pipeline_tensors(path)
+        description = replace(_described({}, None, path), tensors=tensors or None, tied=tied, format=form)
         return Sighting(
-            name=str(path), description=description, source="config", library="diffusers",
+            name=str(path), description=description, source="headers" if tensors else "config", library="diffusers",
             components=dict(request.config),
         )  # fmt: skip
     file = path / "config.json" if path.is_dir() else path

@@ -121,7 +121,9 @@ def _stored(estimate: Estimate) -> list[str]:
     form, method = estimate.checkpoint["format"], estimate.checkpoint["quantization"]
     quantized = f", quantized with {method}" if method else ""
     elements = ", ".join(f"{count:,} {dtype}" for dtype, count in estimate.checkpoint["dtypes"].items())
-    return [f"stored: {format_size(estimate.checkpoint['bytes'])} of {form}{quantized} ({elements})"]
+    components = estimate.checkpoint.get("components", {}).items()
+    parts = "; " + ", ".join(f"{name} {format_size(size)}" for name, size in components) if components else ""
+    return [f"stored: {format_size(estimate.checkpoint['bytes'])} of {form}{quantized} ({elements}){parts}"]
 
 
 def _accelerate(found: Budget) -> Row:

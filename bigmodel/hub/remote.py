@@ -119,7 +119,7 @@ class _Reader:
             )
         tensors, tied, source = self.tensors(weights, config)
         description = ModelDescription(
-            config=config, tensors=tensors, format=_format(weights), tied=tied, path=None,
+            config=config, tensors=tensors, format=_format([file.path for file in weights]), tied=tied, path=None,
             quantization=(config or {}).get("quantization_config"), custom=custom,
         )  # fmt: skip
         return RemoteModel(
@@ -167,7 +167,7 @@ class _Reader:
         if not weights:
             return None, {}, "config"
         index = self.index(weights)
-        if index is not None and self.need == "sizes" and _format(weights) == "safetensors":
+        if index is not None and self.need == "sizes" and weights[0].path.endswith(".safetensors"):
             tensors = tensors_of_index(index, config)
             if tensors is not None:
                 return tensors, {}, "index"
@@ -200,7 +200,7 @@ class _Reader:
         tensors: Tensors = {}
         tied: dict[str, str] = {}
         for file, (own, aliases) in zip(weights, found, strict=True):
-            prefix = _component(file)
+            prefix = _component(file.path)
             for name in (*own, *aliases):
                 if prefix + name in tensors or prefix + name in tied:
                     raise invalid(file.path, "stands in another file of this model too", FETCH_AGAIN, tensor=name)
@@ -236,16 +236,31 @@ def _read(source: ByteSource, file: Path) -> tuple[Tensors, dict[str, str]]:
     return {name: (tensor.dtype, tensor.shape) for name, tensor in kept.items()}, tied
 
 
-def _component(file: HubFile) -> str:
+def pipeline_tensors(path: Path) -> tuple[Tensors, dict[str, str], Format | None]:
+    """(tensors, tied, format) of a pipeline's directory, as `describe_repository` names them. None has no weights."""
+    names = [file.relative_to(path).as_posix() for file in (*path.glob("*"), *path.glob("*/*")) if file.is_file()]
+    weights = [name for name in select(names, library="diffusers") if name.endswith((".safetensors", ".bin"))]
+    tensors: Tensors = {}
+    tied: dict[str, str] = {}
+    for name in weights:
+        prefix = _component(name)
+        with FileSource(path / name) as source:
+            own, aliases = _read(source, path / name)
+        tensors.update((prefix + tensor, entry) for tensor, entry in own.items())
+        tied.update((prefix + alias, prefix + kept) for alias, kept in aliases.items())
+    return tensors, tied, _format(weights)
+
+
+def _component(file: str) -> str:
     """Tensors of a pipeline's component are named after it, as its modules are."""
-    parent = PurePosixPath(file.path).parent
+    parent = PurePosixPath(file).parent
     return "" if str(parent) == "." else f"{parent.name}."
 
 
-def _format(weights: list[HubFile]) -> Format | None:
+def _format(weights: list[str]) -> Format | None:
     if not weights:
         return None
-    return "safetensors" if weights[0].path.endswith(".safetensors") else "bin"
+    return "safetensors" if weights[0].endswith(".safetensors") else "bin"
 
 
 def tensors_of_index(index: Mapping[str, Any], config: Mapping[str, Any] | None) -> Tensors | None:

@@ -1,0 +1,121 @@
+"""Models of diffusers and timm: per component, from headers alone where the library is missing, else from the class."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import pytest
+from support.hub import LoopbackHub
+from support.shells import nbytes, shell
+
+from bigpipe.bigmodel.footprint.estimates import Estimate, estimate
+
+Entry = tuple[str, str, tuple[int, ...]]
+UNET: dict[str, Any] = {
+    "_class_name": "UNet2DConditionModel", "sample_size": 8, "in_channels": 4, "out_channels": 4,
+    "down_block_types": ["DownBlock2D", "CrossAttnDownBlock2D"], "up_block_types": ["CrossAttnUpBlock2D", "UpBlock2D"],
+    "block_out_channels": [32, 64], "layers_per_block": 1, "cross_attention_dim": 32, "attention_head_dim": 8,
+    "norm_num_groups": 8,
+}  # fmt: skip
+VAE: dict[str, Any] = {
+    "_class_name": "AutoencoderKL", "block_out_channels": [32], "down_block_types": ["DownEncoderBlock2D"],
+    "up_block_types": ["UpDecoderBlock2D"], "latent_channels": 4, "norm_num_groups": 8,
+}  # fmt: skip
+INDEX = {
+    "_class_name": "StableDiffusionPipeline", "unet": ["diffusers", "UNet2DConditionModel"],
+    "vae": ["diffusers", "AutoencoderKL"], "scheduler": ["diffusers", "PNDMScheduler"], "safety_checker": [None, None],
+}  # fmt: skip
+COMPONENTS: dict[str, list[Entry]] = {
+    "unet": [("conv_in.weight", "float16", (32, 4, 3, 3)), ("conv_in.bias", "float16", (32,)),
+             ("mid_block.attentions.0.proj_in.weight", "float16", (64, 64, 1, 1))],
+    "vae": [("encoder.conv_in.weight", "float32", (32, 3, 3, 3)), ("quant_conv.weight", "float32", (8, 8, 1, 1))],
+}  # fmt: skip
+RESNET: list[Entry] = [
+    ("conv1.weight", "float32", (64, 3, 7, 7)), ("bn1.weight", "float32", (64,)), ("bn1.bias", "float32", (64,)),
+    ("bn1.running_mean", "float32", (64,)), ("bn1.running_var", "float32", (64,)),
+    ("bn1.num_batches_tracked", "int64", ()), ("fc.weight", "float32", (1000, 2048)), ("fc.bias", "float32", (1000,)),
+]  # fmt: skip
+ABSENT = "building the model needs a library"
+
+
+@pytest.fixture
+def server() -> Iterator[LoopbackHub]:
+    with LoopbackHub() as hub:
+        yield hub
+
+
+def pipeline(folder: Path, components: dict[str, list[Entry]]) -> dict[str, Path]:
+    """A pipeline's files by name, in `folder`."""
+    (folder / "scheduler").mkdir(parents=True)
+    (folder / "model_index.json").write_text(json.dumps(INDEX))
+    (folder / "scheduler/scheduler_config.json").write_text("{}")
+    for name, config in (("unet", UNET), ("vae", VAE)):
+        (folder / name).mkdir()
+        (folder / name / "config.json").write_text(json.dumps(config))
+        shell(folder / name / "diffusion_pytorch_model.safetensors", components[name])
+    return {path.relative_to(folder).as_posix(): path for path in folder.rglob("*.*")}
+
+
+def both_ways(server: LoopbackHub, folder: Path, components: dict[str, list[Entry]]) -> list[Estimate]:
+    """From a repository and from a directory with the same files."""
+    server.create("org/pipeline", pipeline(folder / "pipeline", components))
+    options: dict[str, Any] = {"dtypes": ["float16"], "memo": folder / "memo"}
+    return [
+        estimate("org/pipeline", environment=server.environment(folder / "home"), **options),
+        estimate(folder / "pipeline", **options),
+    ]
+
+
+@pytest.mark.skipif(find_spec("diffusers") is not None, reason="diffusers is installed")
+def test_a_pipeline_from_headers_alone(server: LoopbackHub, tmp_path: Path) -> None:
+    sizes = {name: nbytes(entries) for name, entries in COMPONENTS.items()}
+    for found in both_ways(server, tmp_path, COMPONENTS):
+        assert found.source == "headers"
+        assert ABSENT in found.notes[0]
+        assert found.checkpoint is not None
+        assert found.checkpoint["bytes"] == sum(sizes.values())
+        assert found.checkpoint["components"] == sizes
+        assert found["float16"].weights.bytes == sizes["unet"] + sizes["vae"] // 2
+        assert set(found.architecture.modules[0].children) == set(sizes)
+        assert "unet " in found.render()
+
+
+def test_a_pipeline_from_its_classes(server: LoopbackHub, tmp_path: Path) -> None:
+    diffusers = pytest.importorskip("diffusers", exc_type=ImportError)
+    models = {
+        "unet": diffusers.UNet2DConditionModel.from_config(UNET), "vae": diffusers.AutoencoderKL.from_config(VAE)
+    }  # fmt: skip
+    components = {
+        name: [(key, "float16", tuple(tensor.shape)) for key, tensor in model.state_dict().items()]
+        for name, model in models.items()
+    }
+    for found in both_ways(server, tmp_path, components):
+        assert (found.notes, found.architecture.class_name) == ((), "StableDiffusionPipeline")
+        assert found.checkpoint is not None
+        assert found.checkpoint["components"] == {name: nbytes(entries) for name, entries in components.items()}
+        assert found["float16"].parameters == sum(model.num_parameters() for model in models.values())
+        assert found["float16"].weights.basis == "exact"
+
+
+def test_a_timm_repository_without_timm(server: LoopbackHub, tmp_path: Path) -> None:
+    try:
+        import timm  # noqa: F401
+    except ImportError:
+        pass
+    else:
+        pytest.skip("timm is installed")
+    config = {"architecture": "resnet50", "num_classes": 1000, "pretrained_cfg": {"tag": "a1_in1k"}}
+    files = {"config.json": json.dumps(config).encode(), "model.safetensors": shell(tmp_path / "timm", RESNET)}
+    server.create("timm/resnet50", files)
+    found = estimate("timm/resnet50", dtypes=["float32"], environment=server.environment(tmp_path / "home"))
+    assert ABSENT in found.notes[0]
+    assert found.checkpoint is not None
+    assert found.checkpoint["bytes"] == nbytes(RESNET)
+    assert found["float32"].weights.bytes == nbytes(RESNET)
+    # Statistics of batch norms are buffers, and a counter of them no float
+    assert found["float32"].buffers.bytes == 2 * 64 * 4 + 8
+    assert found["float32"].parameters == sum(size for size in (64 * 147, 64, 64, 1000 * 2048, 1000))
