@@ -26,6 +26,7 @@ from .repository import Hub, HubFile, Repository
 
 WORKERS = 8
 WORKERS_IN_ORDER = 2
+"""Files that come at a time. One more may be verified meanwhile."""
 CHUNK = 1 << 22
 PIECE = 1 << 18
 """Bytes that the client takes from the network at once. Its own 10 MiB are fresh memory each time, and most of its time
@@ -67,16 +68,22 @@ def fetch(
 
     Raises what `hub_errors` knows, Transient where the bytes are wrong twice, Offline where one is missing offline.
     """
-    errands = _Errands(repository, hub, memo, report, files)
+    at_once = WORKERS if arrived is None else WORKERS_IN_ORDER
+    errands = _Errands(repository, hub, memo, report, files, threading.Semaphore(at_once))
     # The largest first: the last one to finish decides when all have. If somebody takes them one by one, few at a time:
     # side by side all would end together.
     ordered = sorted(files, key=lambda file: -file.size) if arrived is None else files
-    with ThreadPoolExecutor(WORKERS if arrived is None else WORKERS_IN_ORDER, thread_name_prefix="fetch") as pool:
+    with (
+        ThreadPoolExecutor(1, thread_name_prefix="settle") as settling,
+        ThreadPoolExecutor(at_once + 1, thread_name_prefix="fetch") as pool,
+    ):
         pending = {file.path: pool.submit(errands.bring, file) for file in ordered}
         paths = {future: path for path, future in pending.items()}
+        settles = []
         try:
             for future in as_completed(paths):
                 found = future.result()
+                settles.append(settling.submit(_settle, found.path))
                 if arrived is not None:
                     arrived(paths[future], found)
         except BaseException:
@@ -84,6 +91,8 @@ def fetch(
             _abort_xet()
             pool.shutdown(wait=False, cancel_futures=True)
             raise
+        for settle in settles:
+            settle.result()
     fetched = {file.path: pending[file.path].result() for file in files}
     for file in files:
         if not errands.still_right(file, fetched[file.path]):
@@ -127,6 +136,7 @@ class _Errands:
     memo: Path | None
     report: Report
     files: Sequence[HubFile]
+    lines: threading.Semaphore
     stop: threading.Event = field(default_factory=threading.Event)
     hashed: dict[tuple[object, ...], dict[str, Any]] = field(default_factory=dict)
     downloaded: _Count = field(init=False)
@@ -143,7 +153,8 @@ class _Errands:
 
     def bring(self, file: HubFile) -> Fetched:
         """Fetch and verify; where that fails, once more: what lay in the cache may have rotted, or was garbled."""
-        path = self._download(file)
+        with self.lines:
+            path = self._download(file)
         if found := self._verified(path, file):
             return found
         if self.hub.offline:
@@ -221,6 +232,12 @@ class _Errands:
             seen = {"mtime_ns": stat.st_mtime_ns, "inode": stat.st_ino, "path": str(path)}
             remember(_memo_file(path, self.memo), {**digests, **seen})
         return digests
+
+
+def _settle(path: Path) -> None:
+    """To the disk, while others still come: what is recorded as verified is there after a power cut too."""
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
 
 
 def _is_right(file: HubFile, digests: dict[str, Any]) -> bool:

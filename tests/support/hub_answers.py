@@ -12,6 +12,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 CHUNK = 1 << 20
+BURST = 0.1
+"""Seconds of an idle line that may be made up for, as buffers on the way do."""
 FaultKind = Literal["status", "cut", "garbage", "hang", "html", "slow", "redirect", "etag"]
 
 
@@ -89,7 +91,7 @@ class Bandwidth:
         if not self.rate:
             return
         with self._lock:
-            turn = max(time.monotonic(), self._free)
+            turn = max(time.monotonic() - BURST, self._free)
             self._free = turn + size / self.rate
         time.sleep(max(0.0, turn - time.monotonic()))
 
