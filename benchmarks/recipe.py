@@ -23,7 +23,7 @@ from functools import partial
 from pathlib import Path
 
 from machine import alternate, facts, median, whole_process
-from reshard import SHAPES
+from reshard import make_source
 
 HERE = Path(__file__).parent
 SHARD = "200MB"
@@ -86,18 +86,6 @@ os.sync()
 """
 
 
-def make_source(folder: Path, size: str) -> None:
-    from bigpipe.bigmodel.architecture.structure import describe_architecture
-    from bigpipe.bigmodel.writing.synthetic import write_synthetic
-
-    hidden, feed_forward, layers, heads = SHAPES[size]
-    config = {
-        "model_type": "opt", "architectures": ["OPTForCausalLM"], "hidden_size": hidden, "ffn_dim": feed_forward,
-        "num_hidden_layers": layers, "num_attention_heads": heads, "word_embed_proj_dim": hidden,
-    }  # fmt: skip
-    write_synthetic(config, describe_architecture(config), folder, max_shard_size="500MB")
-
-
 def timed(folder: Path, environment: dict[str, str], command: list[str]) -> tuple[float, int]:
     for name in ("out", "hf"):
         shutil.rmtree(folder / name, ignore_errors=True)
@@ -110,7 +98,7 @@ def timed(folder: Path, environment: dict[str, str], command: list[str]) -> tupl
 
 def measure(folder: Path, arguments: argparse.Namespace) -> dict[str, object]:
     source, told = folder / "source", folder / "environment"
-    make_source(source, arguments.size)
+    make_source(source, arguments.size, "safetensors", "500MB")
     (folder / "recipe.yaml").write_text(RECIPE.format(shard=SHARD, quantize=QUANTIZE[arguments.scheme]))
     environment = {**os.environ, "OMP_NUM_THREADS": str(os.cpu_count())}
     paths = [str(HERE.parent / "tests"), environment.get("PYTHONPATH", "")]

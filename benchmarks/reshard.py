@@ -56,7 +56,8 @@ os.sync()
 """
 
 
-def make_source(folder: Path, size: str, source: str) -> None:
+def make_source(folder: Path, size: str, source: str, max_shard_size: str = "5GB") -> None:
+    """A checkpoint with a whole config, as published ones have."""
     from bigpipe.bigmodel.architecture.structure import describe_architecture
     from bigpipe.bigmodel.writing.synthetic import write_synthetic
 
@@ -68,7 +69,7 @@ def make_source(folder: Path, size: str, source: str) -> None:
         "tie_word_embeddings": True, "activation_function": "relu", "dropout": 0.1, "attention_dropout": 0.0,
         "bos_token_id": 2, "eos_token_id": 2, "pad_token_id": 1, "layerdrop": 0.0, "init_std": 0.02,
     }  # fmt: skip
-    write_synthetic(config, describe_architecture(config), folder, format=source)
+    write_synthetic(config, describe_architecture(config), folder, format=source, max_shard_size=max_shard_size)
 
 
 def forget(folder: Path) -> None:
