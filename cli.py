@@ -264,6 +264,7 @@ def lock(manifest: Path, params: tuple[str, ...], check: bool, store: Path | Non
 @click.option("--revision", default="main", show_default=True)
 @click.option("--memory", help="Say whether it fits, and the smallest change that does: 24GiB.")
 @click.option("--double-quant", is_flag=True, help="nf4 and fp4 with double quantization.")
+@click.option("--kv-dtype", metavar="DTYPE", help="Of cached keys and values: float8; else what the model computes in.")
 @click.option("--train", type=click.Choice(["adamw", "adamw_8bit", "sgd", "lora"]), help="Fit a training step instead.")
 @click.option("--lora-rank", type=click.IntRange(min=1), default=8, show_default=True, help="For training with LoRA.")
 @click.option("--lora-targets", multiple=True, metavar="NAME,...", help="The linear modules that get adapters; or all.")

@@ -71,6 +71,11 @@ CALIBRATION: dict[str, Case] = {
     "mixtral-like": Case(_decoder(
         "mixtral", "Mixtral", 512, 1024, 8, 8, 4, vocab_size=32000, num_local_experts=8, num_experts_per_tok=2,
     )),
+    "qwen3-moe-like": Case(_decoder(
+        "qwen3_moe", "Qwen3Moe", 768, 2048, 6, 12, 4, vocab_size=32000, head_dim=64, num_experts=24,
+        num_experts_per_tok=4, moe_intermediate_size=384, decoder_sparse_step=1, mlp_only_layers=[],
+        norm_topk_prob=True,
+    )),
     "gemma2-like": Case(_decoder(
         "gemma2", "Gemma2", 640, 2560, 8, 8, 4, vocab_size=64000, head_dim=128, sliding_window=512,
     )),

@@ -37,10 +37,21 @@ class EstimateParams(Params):
     bnb_4bit_use_double_quant: bool = False
     """nf4, fp4 and int4 with their scales quantized too."""
 
-    @field_validator("dtypes", mode="before")
+    kv_dtype: Literal["float32", "float16", "bfloat16", "float8", "int8"] | None = None
+    """Of cached keys and values; null: what the model computes in."""
+    train: Literal["adamw", "adamw_8bit", "sgd", "lora"] | None = None
+    """The optimizer that `training_high` is of; `training` always has all of them."""
+    lora_rank: int = Field(default=8, ge=1)
+    """Of the adapters that `training.lora` is of."""
+    lora_targets: tuple[str, ...] = ()
+    """The ends of the names of the linear modules that get adapters (`q_proj`); none: all but the head."""
+    gradient_checkpointing: bool = False
+    """Training keeps one input per layer and computes the rest again."""
+
+    @field_validator("dtypes", "lora_targets", mode="before")
     @classmethod
-    def _one_dtype(cls, dtypes: Any) -> Any:
-        return (dtypes,) if isinstance(dtypes, str) else dtypes
+    def _one(cls, names: Any) -> Any:
+        return (names,) if isinstance(names, str) else names
 
     @model_validator(mode="after")
     def _one_source(self) -> EstimateParams:
@@ -84,7 +95,11 @@ class DtypeMetrics(Metrics):
     """weights + kv_cache + activations + runtime."""
     inference_high: int
     """The same at the upper end of what is not exact."""
+    quantizing: int | None
+    """Besides, while a 16-bit checkpoint is quantized as it loads; null where nothing is."""
     training: Training
+    training_high: int | None
+    """Of the step that `train` asks for, at the upper end, with `runtime`; null without one."""
 
 
 class EstimateMetrics(Metrics):
@@ -107,7 +122,7 @@ def pin(params: EstimateParams, context: CheckContext) -> Pinned | None:
 
 STAGE = Stage(
     kind="estimate",
-    version=1,
+    version=2,
     params=EstimateParams,
     metrics=EstimateMetrics,
     inputs={"model": Port("checkpoint", optional=True)},

@@ -130,7 +130,7 @@ def _trusts_code(context: StageContext) -> bool:
 
 
 def _estimate(params: EstimateParams, sighting: Sighting, sources: Sources) -> Estimate:
-    return estimate_sighting(
+    made = estimate_sighting(
         sighting,
         dtypes=params.dtypes,
         head=params.head,
@@ -138,13 +138,23 @@ def _estimate(params: EstimateParams, sighting: Sighting, sources: Sources) -> E
             batch_size=params.batch_size,
             sequence_length=params.sequence_length,
             double_quant=params.bnb_4bit_use_double_quant,
+            kv_dtype=params.kv_dtype,
+            lora_rank=params.lora_rank,
+            lora_targets=params.lora_targets,
+            gradient_checkpointing=params.gradient_checkpointing,
         ),
         sources=sources,
     )
+    return replace(made, train=params.train)
 
 
 def _metrics(made: Estimate) -> EstimateMetrics:
-    return EstimateMetrics(**{dtype: DtypeMetrics(**values) for dtype, values in made.metrics().items()})
+    return EstimateMetrics(
+        **{
+            dtype: DtypeMetrics(**values, training_high=made.needed(dtype) if made.train else None)
+            for dtype, values in made.metrics().items()
+        }
+    )
 
 
 def _summary(made: Estimate) -> str:

@@ -37,6 +37,11 @@ SMALL_TENSOR = 4096
 """8-bit Adam keeps float32 states for tensors with fewer elements (bitsandbytes' min_8bit_size)."""
 MARGINS = {"adamw": 0.2, "adamw_8bit": 0.2, "sgd": 0.3}
 """Of training. Gradients grow while activations go, which counts for more where there are no states."""
+QUANTIZING = {"int8": (2, 4, 5), "nf4": (2, 11, 12), "fp4": (2, 11, 12)}
+"""Bytes per element of the largest matrix while a checkpoint in 16 bits is quantized as it loads: the matrix itself, as
+measured on a CPU (4-bit kernels copy it to float32 there), most."""
+KV_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2, "float8": 1, "int8": 1}
+"""Per element of a cache. What scales of a quantized one take besides is left to its high end."""
 OPTIMIZERS = ("adamw", "adamw_8bit", "sgd", "lora")
 
 
@@ -51,6 +56,8 @@ class Workload:
     gradient_checkpointing: bool = False
     all_logits: bool = False
     """A plain forward, whose logits are those of every token; else a generation, which asks for the last one's."""
+    kv_dtype: str | None = None
+    """Of cached keys and values; None: the dtype that the model computes in."""
     output_length: int | None = None
     """Tokens that an encoder-decoder makes; None: as many as it reads."""
 
@@ -91,6 +98,11 @@ class Budget:
     runtime: Term
     cpu: Term
     """The peak of anonymous memory on a CPU, weights included, above what the process holds without a model."""
+    largest_matrix: int = 0
+    """Elements of the largest matrix that is quantized."""
+    quantizing: Term | None = None
+    """What a 16-bit checkpoint needs besides, at the peak, to be quantized while it loads; None: not a quantized
+    dtype. A checkpoint that was quantized before needs none of it."""
     training: Mapping[str, Term | None] = field(default_factory=dict)
     """By optimizer; None where the dtype cannot be trained so."""
 
@@ -120,6 +132,7 @@ class Budget:
             "runtime": self.runtime.bytes,
             "inference": self.inference,
             "inference_high": self.inference_high,
+            "quantizing": self.quantizing.bytes if self.quantizing else None,
             "training": {name: term.bytes if term else None for name, term in self.training.items()},
         }
 
@@ -127,7 +140,8 @@ class Budget:
         """By name; training as `training.adamw`, where the dtype can be trained so."""
         names = ("weights", "buffers", "kv_cache", "activations", "runtime", "cpu")
         trained = {f"training.{name}": term for name, term in self.training.items() if term}
-        return {**{name: getattr(self, name) for name in names}, **trained}
+        quantizing = {"quantizing": self.quantizing} if self.quantizing else {}
+        return {**{name: getattr(self, name) for name in names}, **quantizing, **trained}
 
     def as_json(self) -> dict[str, Any]:
         return {**self.metrics(), "terms": {name: asdict(term) for name, term in self.terms().items()}}
@@ -141,9 +155,10 @@ def budget(architecture: Architecture, dtype: str, workload: Workload) -> Budget
     shape = kept.get("shape") or kept.setdefault("shape", activations.shape_of(architecture))
     length = capped_length(architecture, workload.sequence_length)
     itemsize = compute_bytes(dtype)
+    cached = itemsize if workload.kv_dtype is None else kv_bytes(workload.kv_dtype)
     cache = NOTHING
     if architecture.generates:
-        cache = kv_cache(architecture.config, workload.batch_size, length, itemsize, workload.output_length)
+        cache = kv_cache(architecture.config, workload.batch_size, length, cached, workload.output_length)
     return Budget(
         dtype=dtype,
         parameters=weights.parameters,
@@ -152,12 +167,21 @@ def budget(architecture: Architecture, dtype: str, workload: Workload) -> Budget
         stored=weights.stored,
         weights=_weights(architecture, weights),
         buffers=Term.exact(weights.buffers, "Σ buffers, saved or not"),
-        kv_cache=_cache(cache, workload.batch_size, length, itemsize),
+        kv_cache=_cache(cache, workload.batch_size, length, cached),
         activations=_activations(architecture, weights, shape, cache, workload, length),
         runtime=_runtime(architecture),
-        cpu=_cpu(architecture, weights, shape, workload, length),
+        cpu=_cpu(architecture, weights, shape, workload, length, cached),
+        largest_matrix=weights.largest_matrix,
+        quantizing=_quantizing(weights),
         training=_training(architecture, weights, shape, workload, length),
     )
+
+
+def kv_bytes(dtype: str) -> int:
+    """Per cached element. Raises UsageError for a dtype that no cache is kept in."""
+    if dtype not in KV_BYTES:
+        raise UsageError(f"kv_dtype {dtype!r} is not known to estimate", f"use {', '.join(KV_BYTES)}")
+    return KV_BYTES[dtype]
 
 
 def capped_length(architecture: Architecture, length: int) -> int:
@@ -230,11 +254,13 @@ def _image(architecture: Architecture) -> tuple[int, int] | None:
     return (side, patch if isinstance(patch, int) else 0) if isinstance(side, int) else None
 
 
-def _cpu(architecture: Architecture, weights: Weights, shape: Shape, workload: Workload, length: int) -> Term:
+def _cpu(
+    architecture: Architecture, weights: Weights, shape: Shape, workload: Workload, length: int, cached: int
+) -> Term:
     itemsize = compute_bytes(weights.dtype)
     found = beside_weights(
         architecture, shape, workload.batch_size, length, itemsize, image=_image(architecture),
-        all_logits=workload.all_logits, output_length=workload.output_length,
+        all_logits=workload.all_logits, output_length=workload.output_length, cache_itemsize=cached,
     )  # fmt: skip
     other = found.bytes + _unpacked(weights, shape, workload.batch_size * length)
     margin = int(other * (CALIBRATED_MARGIN if found.known else GUESSED_MARGIN))
@@ -244,6 +270,13 @@ def _cpu(architecture: Architecture, weights: Weights, shape: Shape, workload: W
         size + margin + SCRATCH,
         f"weights + cache + {found.formula} + {found.scratch >> 20} MiB that kernels keep",
     )  # fmt: skip
+
+
+def _quantizing(weights: Weights) -> Term | None:
+    if not weights.converted:
+        return None
+    low, usual, high = (size * weights.largest_matrix for size in QUANTIZING[SCHEMES[weights.dtype]])
+    return Term(usual, "bound", low, high, "largest matrix in 16 bits, its copies and codes; 0 if quantized before")
 
 
 def _runtime(architecture: Architecture) -> Term:

@@ -125,6 +125,7 @@ def estimate(
     revision: str = "main",
     memory: int | str | None = None,
     double_quant: bool = False,
+    kv_dtype: str | None = None,
     lora_rank: int = 8,
     lora_targets: Sequence[str] = (),
     gradient_checkpointing: bool = False,
@@ -142,6 +143,7 @@ def estimate(
     head: auto is the class the config names; none is the bare model, which is what accelerate counts.
     sequence_length: capped at what the model's positions allow.
     memory: bytes or `24GiB`; the estimate then says whether each dtype fits, and the smallest change that does.
+    kv_dtype: of cached keys and values, `float32 float16 bfloat16 float8 int8`; None: what the model computes in.
     lora_targets: the ends of the names of the linear modules that get adapters (`q_proj`); all but the head if empty.
     train: `adamw adamw_8bit sgd lora`; `memory` is then to hold a training step instead of inference.
     memo: where answers are kept; what is known of a commit is not fetched again, and a class is built once.
@@ -151,7 +153,7 @@ def estimate(
     """
     workload = Workload(
         batch_size=batch_size, sequence_length=sequence_length, double_quant=double_quant, lora_rank=lora_rank,
-        lora_targets=tuple(lora_targets), gradient_checkpointing=gradient_checkpointing,
+        lora_targets=tuple(lora_targets), gradient_checkpointing=gradient_checkpointing, kv_dtype=kv_dtype,
     )  # fmt: skip
     if train is not None and train not in OPTIMIZERS:
         raise UsageError(f"optimizer {train!r} is not known to estimate", f"use {', '.join(OPTIMIZERS)}")

@@ -12,7 +12,7 @@ from typing import Any
 from bigpipe.bigmodel.architecture.outline import LIBRARY as OUTLINE
 from bigpipe.bigmodel.architecture.structure import Architecture
 
-from .budget import OPTIMIZERS, Budget, Workload, adapters
+from .budget import OPTIMIZERS, Budget, Workload, adapters, kv_bytes
 from .kvcache import text_config
 from .weights import WIDTHS, compute_bytes
 
@@ -23,6 +23,7 @@ SOURCES: Mapping[str, str] = {
     "activations": "tensors alive in transformers 5.23's own forwards, counted allocation by allocation",
     "cpu": "forwards and generations measured on a CPU, the calibration set of benchmarks/peaks.py",
     "runtime": "CUDA's lazy loading guide; cuBLAS documentation, CUBLAS_WORKSPACE_CONFIG; PyTorch's caching allocator",
+    "quantizing": "bitsandbytes' Int8Params and Params4bit as transformers 5.23 loads them, measured on a CPU",
     "training.adamw": "weights, gradients and two states: Rajbhandari et al., arXiv 1910.02054; "
     "activations: Korthikanti et al., arXiv 2205.05198",
     "training.adamw_8bit": "Dettmers et al., arXiv 2110.02861; activations: arXiv 2205.05198",
@@ -43,10 +44,11 @@ class Ground:
 def grounds(architecture: Architecture, found: Budget, workload: Workload) -> dict[str, Ground]:
     """By the names of a budget's terms."""
     tokens = {"batch size": workload.batch_size, "sequence length": workload.sequence_length}
+    cached = compute_bytes(found.dtype) if workload.kv_dtype is None else kv_bytes(workload.kv_dtype)
     inputs: dict[str, Inputs] = {
         "weights": _weights(architecture, found, workload),
         "buffers": {"buffers": sum(tensor.buffer for tensor in architecture.tensors())},
-        "kv_cache": tokens | _attention(architecture) | {"bytes per element": compute_bytes(found.dtype)},
+        "kv_cache": tokens | _attention(architecture) | {"bytes per element": cached},
         "activations": tokens | _widths(architecture) | {"bytes per element": compute_bytes(found.dtype)},
         "cpu": tokens | _widths(architecture) | {"bytes per element": compute_bytes(found.dtype)},
         "runtime": {"tensors": sum(len(module.tensors) for module in architecture.modules)},
@@ -54,6 +56,8 @@ def grounds(architecture: Architecture, found: Budget, workload: Workload) -> di
     sources = {**SOURCES, "weights": _source(architecture), "buffers": _source(architecture)}
     trained = tokens | _widths(architecture) | {"parameters": found.parameters}
     trained["gradient checkpointing"] = "yes" if workload.gradient_checkpointing else "no"
+    if found.quantizing:
+        inputs["quantizing"] = {"largest matrix": found.largest_matrix}
     inputs |= {f"training.{name}": trained for name in OPTIMIZERS if found.training.get(name)}
     if found.training.get("lora"):
         inputs["training.lora"] = trained | _lora(architecture, workload)

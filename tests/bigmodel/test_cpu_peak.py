@@ -36,18 +36,24 @@ def test_latent_attention_writes_its_scores_out() -> None:
     config = {**ALL["deepseek_v3"], **LONG}
     scores = 4 * 4 * 1024 * 1024
     longer, shorter = (peak(config, sequence_length=length) for length in (2048, 1024))
-    assert longer.bytes - shorter.bytes > 3 * 2.25 * scores
+    assert longer.bytes - shorter.bytes > 3 * 2.25 * scores  # before and after the softmax, and a byte of what is -inf
     assert longer.formula.count("scores written out") == 1
+    whole = budget(describe_here(config), "float32", Workload(sequence_length=2048)).weights.bytes
+    assert peak(config, "float32", sequence_length=2048).bytes - whole < 1.2 * 9 * 4 * 2048**2 + 14 * MIB
     alike = {**config, "v_head_dim": 24}
     assert peak(alike, sequence_length=2048).bytes < shorter.bytes
 
 
-def test_grouped_experts_in_16_bits_are_multiplied_as_float32_copies() -> None:
-    config = {**ALL["mixtral"], "hidden_size": 512, "intermediate_size": 1024}
-    stack = 4 * 2 * 1024 * 512 * 2
-    half, full = peak(config), peak(config, "float32")
-    assert half.bytes - budget(describe_here(config), "bfloat16", Workload()).weights.bytes > 3 * stack
-    assert full.bytes - budget(describe_here(config), "float32", Workload()).weights.bytes < 3 * stack
+def test_experts_in_16_bits_keep_a_kernel_for_every_number_of_tokens() -> None:
+    """Eight loads at most where there are eight experts in all, whatever their width; none in float32."""
+    config = {**ALL["mixtral"], **LONG, "num_local_experts": 4, "num_experts_per_tok": 2, "num_hidden_layers": 2}
+    wide = {**config, "hidden_size": 512, "intermediate_size": 1024}
+    kept = {dtype: int(peak(wide, dtype).formula.split()[-5]) for dtype in ("float32", "bfloat16", "float16")}
+    two_matrices = 2 * 8 * 700 * 2**10
+    assert kept["bfloat16"] == kept["float16"] == (10 * MIB + two_matrices) // MIB
+    assert kept["float32"] == 13
+    deep = int(peak({**wide, "num_hidden_layers": 40}, sequence_length=256).formula.split()[-5])
+    assert kept["bfloat16"] < deep < 10 + 20 * two_matrices // MIB // 2, "loads repeat; one kernel serves all layers"
 
 
 def test_a_short_answer_of_an_encoder_decoder_has_a_short_cache() -> None:

@@ -37,7 +37,7 @@ LLAMA_405B: dict[str, Any] = {
 }  # fmt: skip
 TERMS = {
     "parameters", "total", "largest_layer", "weights", "stored", "buffers", "kv_cache", "activations", "runtime",
-    "inference", "inference_high", "training", "terms",
+    "inference", "inference_high", "quantizing", "training", "terms",
 }  # fmt: skip
 GIB = 2**30
 OWN_CODE = """

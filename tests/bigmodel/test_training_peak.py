@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from support.real import describe_here
 
-from bigpipe.bigmodel.footprint.budget import Workload, budget
+from bigpipe.bigmodel.footprint.budget import Workload, adapters, budget
 
 LLAMA: dict[str, Any] = {
     "model_type": "llama", "architectures": ["LlamaForCausalLM"], "hidden_size": 512, "intermediate_size": 1536,
@@ -19,37 +19,93 @@ LLAMA: dict[str, Any] = {
 }  # fmt: skip
 LENGTH = 512
 STEPS = """
-import json, re, sys
+import contextlib, json, re, sys
 import torch, transformers
+
+class Adapted(torch.nn.Module):
+    def __init__(self, linear, rank):
+        super().__init__()
+        self.linear = linear.requires_grad_(False)
+        self.down = torch.nn.Linear(linear.in_features, rank, bias=False)
+        self.up = torch.nn.Linear(rank, linear.out_features, bias=False)
+
+    def forward(self, states):
+        return self.linear(states) + self.up(self.down(states))
 
 def status(name):
     return int(re.search(name + r":\\s+(\\d+) kB", open("/proc/self/status").read())[1]) * 1024
 
-config, optimizer, checkpointing = json.loads(sys.argv[1]), sys.argv[2], sys.argv[3] == "True"
-transformers.LlamaForCausalLM(transformers.LlamaConfig(**{**config, "num_hidden_layers": 1, "hidden_size": 64}))
+def adapt(model, rank, targets):
+    model.requires_grad_(False)
+    for name, module in list(model.named_modules()):
+        if isinstance(module, torch.nn.Linear) and name.rpartition(".")[2] in targets:
+            parent, _, last = name.rpartition(".")
+            setattr(model.get_submodule(parent), last, Adapted(module, rank))
+
+asked = json.loads(sys.argv[1])
+small = {**asked["config"], "num_hidden_layers": 1, "hidden_size": 64}
+transformers.LlamaForCausalLM(transformers.LlamaConfig(**small))
 before = status("RssAnon")
-model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**config)).train()
-if checkpointing:
+model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**asked["config"])).train()
+if asked["checkpointing"]:
     model.gradient_checkpointing_enable({"use_reentrant": False})
-update = {"adamw": torch.optim.AdamW, "sgd": torch.optim.SGD}[optimizer](model.parameters())
+if asked["optimizer"] == "lora":
+    adapt(model, asked["rank"], asked["targets"])
+    model.enable_input_require_grads()
+kinds = {"adamw": torch.optim.AdamW, "sgd": torch.optim.SGD, "lora": torch.optim.AdamW}
+update = kinds[asked["optimizer"]](parameter for parameter in model.parameters() if parameter.requires_grad)
 open("/proc/self/clear_refs", "w").write("5")
-tokens = torch.randint(1000, (1, int(sys.argv[4])))
+tokens = torch.randint(1000, (1, asked["length"]))
 for _ in range(2):
-    model(input_ids=tokens, labels=tokens).loss.backward()
+    with torch.autocast("cpu", torch.bfloat16) if asked["mixed"] else contextlib.nullcontext():
+        loss = model(input_ids=tokens, labels=tokens).loss
+    loss.backward()
     update.step()
     update.zero_grad()
-print(status("VmHWM") - status("RssFile") - status("RssShmem") - before)
+trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+print(status("VmHWM") - status("RssFile") - status("RssShmem") - before, trained)
 """
+TARGETS = ("q_proj", "v_proj", "down_proj")
+
+
+def steps(**asked: Any) -> tuple[int, int]:
+    """(bytes at the peak, trained parameters) of two real steps in a process of their own."""
+    asked = {"config": LLAMA, "length": LENGTH, "checkpointing": False, "mixed": False, **asked}
+    setting = {"GLIBC_TUNABLES": "glibc.malloc.mmap_threshold=1048576", "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-c", STEPS, json.dumps(asked)]
+    done = subprocess.run(command, env={**os.environ, **setting}, capture_output=True, text=True, check=True)
+    peak, trained = done.stdout.split()
+    return int(peak), int(trained)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.parametrize("optimizer", ["adamw", "sgd"])
 def test_two_real_steps_stay_within_the_interval(optimizer: str, checkpointing: bool) -> None:
-    command = [sys.executable, "-c", STEPS, json.dumps(LLAMA), optimizer, str(checkpointing), str(LENGTH)]
-    setting = {"GLIBC_TUNABLES": "glibc.malloc.mmap_threshold=1048576", "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, env={**os.environ, **setting}, capture_output=True, text=True, check=True)
-    workload = Workload(sequence_length=LENGTH, gradient_checkpointing=checkpointing)
-    term = budget(describe_here(LLAMA), "float32", workload).training[optimizer]
+    peak, _ = steps(optimizer=optimizer, checkpointing=checkpointing)
+    _assert_within(peak, "float32", optimizer, checkpointing)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_adapters_written_by_hand_stay_within_the_interval(checkpointing: bool) -> None:
+    peak, trained = steps(optimizer="lora", checkpointing=checkpointing, rank=16, targets=TARGETS)
+    assert trained == adapters(describe_here(LLAMA), 16, TARGETS)
+    _assert_within(peak, "float32", "lora", checkpointing)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_autocast_stays_within_the_interval_of_mixed_precision(checkpointing: bool) -> None:
+    peak, _ = steps(optimizer="adamw", checkpointing=checkpointing, mixed=True)
+    _assert_within(peak, "bfloat16", "adamw", checkpointing)
+
+
+def _assert_within(peak: int, dtype: str, optimizer: str, checkpointing: bool) -> None:
+    workload = Workload(
+        sequence_length=LENGTH, gradient_checkpointing=checkpointing, lora_rank=16, lora_targets=TARGETS
+    )
+    term = budget(describe_here(LLAMA), dtype, workload).training[optimizer]
     assert term is not None
-    assert term.low <= int(done.stdout) <= term.high, (int(done.stdout) / term.bytes, term)
+    assert term.basis == "bound"
+    assert term.low <= peak <= term.high, (peak / term.bytes, peak, term)

@@ -37,6 +37,23 @@ stages:
 """
 
 
+TRAINING = """\
+version: 1
+name: training
+stages:
+  download: {uses: download, with: {path: model}}
+  estimate:
+    uses: estimate
+    inputs: download
+    with: {dtypes: [float16, nf4], sequence_length: 64, train: lora, lora_rank: RANK, lora_targets: [q_proj, v_proj],
+      gradient_checkpointing: true, kv_dtype: float8}
+    gates:
+      - "float16.training_high < 400MiB"
+      - "nf4.training_high < float16.training_high"
+      - "float16.training.lora > LOW"
+"""
+
+
 @pytest.fixture
 def model(workshop):
     return make_checkpoint(workshop.folder / "model", "opt")
@@ -68,6 +85,31 @@ def test_the_plan_gives_the_numbers_of_the_run(workshop, model):
     assert metrics["float32"] is None
     assert metrics["float16"]["stored"] * 2 == described.nbytes
     assert "float16" in expected.summary
+
+
+def test_gates_on_training_are_decided_by_the_plan(workshop, model):
+    rank = 2**14  # adapters that weigh more than the limit
+    workshop.manifest.write_text(TRAINING.replace("RANK", str(rank)).replace("LOW", "1MiB"))
+    with pytest.raises(GateFailed, match=r"float16\.training_high"):
+        bigpipe.run(workshop.manifest)
+    assert not list((workshop.folder / "store" / "keys").glob("**/*.json"))
+
+
+def test_training_fields_reach_the_numbers(workshop, model):
+    workshop.manifest.write_text(TRAINING.replace("RANK", "4").replace("400MiB", "2GiB").replace("LOW", "10kB"))
+    result = bigpipe.run(workshop.manifest)
+    half = result.nodes["estimate"].record.metrics["float16"]
+    assert half["training_high"] > half["training"]["lora"]
+    assert half["quantizing"] is None
+    assert result.nodes["estimate"].record.metrics["nf4"]["quantizing"] > 0
+    data = report(result)
+    lora = data["dtypes"]["float16"]["terms"]["training.lora"]
+    config = json.loads((model / "config.json").read_text())
+    square = 2 * config["hidden_size"]
+    assert lora["inputs"]["rank"] == 4
+    assert lora["inputs"]["adapter parameters"] == config["num_hidden_layers"] * 2 * 4 * square
+    assert lora["inputs"]["gradient checkpointing"] == "yes"
+    assert data["dtypes"]["float16"]["terms"]["kv_cache"]["inputs"]["bytes per element"] == 1
 
 
 def test_the_report_names_the_model_and_is_the_same_wherever_it_was_made(workshop, model):
