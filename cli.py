@@ -289,8 +289,7 @@ def estimate(
     own_session(models)
     if compare and len(models) < 2:
         raise UsageError("--compare needs two models or more", f"bigpipe estimate {models[0]} OTHER --compare")
-    for name in ("dtypes", "lora_targets"):
-        options[name] = [word for value in options[name] for word in value.replace(",", " ").split()]
+    options |= {name: " ".join(options[name]).replace(",", " ").split() for name in ("dtypes", "lora_targets")}
     answers = [bigpipe.estimate(model, memo=memo_directory(store), **options) for model in models]
     if as_json:
         show([answer.as_json() for answer in answers] if len(answers) > 1 else answers[0].as_json())
