@@ -92,14 +92,19 @@ def forecast(params: InferParams, ctx: ForecastContext) -> Forecast:
     placed = ctx.input("placement")
     placement = placed.output if placed is not None and isinstance(placed.output, Placement) else None
     spread = f" ({' + '.join(map(str, counts))})" if 1 < ranks <= 8 else ""
+    work = f"{_count(len(rows), 'prompt')} in {_count(batches, 'batch', 'es')} over {_count(ranks, 'rank')}"
     return Forecast(
         download_bytes=0,
         ram=_ram(params, ctx, placement),
         vram=_vram(placed, placement),
         metrics={"prompts": len(rows)},
         misfits=() if placed is not None and placed.misfits else tuple(_misfits(placement, ctx)),
-        summary=f"{len(rows)} prompts in {batches} batches over {ranks} rank{'s' * (ranks > 1)}{spread}",
+        summary=work + spread,
     )
+
+
+def _count(number: int, noun: str, ending: str = "s") -> str:
+    return f"{number} {noun}{ending if number != 1 else ''}"
 
 
 def _share(rows: int, batch_size: int, rank: int, ranks: int) -> range:

@@ -55,7 +55,15 @@ def forecast(params: QuantizeParams, context: ForecastContext) -> Forecast:
         metrics=metrics,
         output=output or _described(described, outlined, settings, architecture),
         summary=f"{params.scheme}, {len(outlined.quantized)} modules, +{format_transfer(outlined.nbytes)}",
+        details=_interval(outlined, settings),
     )
+
+
+def _interval(outlined: Outline, settings: Settings) -> tuple[str, ...]:
+    if not settings.double_quant:
+        return ()
+    low, high = outlined.interval(settings)
+    return (f"weights: {low:,} to {high:,} bytes (bound: the state of each matrix holds a number of the data)",)
 
 
 def _settings(params: QuantizeParams, machine: Machine) -> Settings:

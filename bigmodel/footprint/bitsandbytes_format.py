@@ -22,8 +22,9 @@ BLOCK = 64
 """Elements that share one absmax in the 4-bit formats."""
 NESTED_BLOCK = 256
 """Absmax values that share one absmax under double quantization."""
-OFFSET_DIGITS = 19
-"""Characters of the mean absmax in a double-quantized state's JSON: 17 significant digits at most, mostly 17 to 20."""
+OFFSET_DIGITS, FEWEST_DIGITS, MOST_DIGITS = 19, 3, 22
+"""Characters of the mean absmax in a double-quantized state's JSON: mostly 17 to 20; `0.5` at the least, at the most
+17 significant digits with `0.000` before them or `e-05` behind."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,6 +116,13 @@ def stored_tensors(
     state = _state_length(shape, scheme, double_quant, dtype)
     tensors.append(StoredTensor(f"weight.quant_state.bitsandbytes__{scheme}", "uint8", (state,), state))
     return tuple(tensors)
+
+
+def stored_interval(size: int, matrices: int, *, double_quant: bool) -> tuple[int, int]:
+    """(low, high) of a predicted size with so many converted matrices: each state's JSON holds a number of the data."""
+    if not double_quant:
+        return size, size
+    return size - matrices * (OFFSET_DIGITS - FEWEST_DIGITS), size + matrices * (MOST_DIGITS - OFFSET_DIGITS)
 
 
 def _state_length(shape: tuple[int, int], scheme: Scheme, double_quant: bool, dtype: str) -> int:

@@ -12,10 +12,10 @@ from bigpipe.errors import UsageError
 
 from . import activations
 from .activations import Shape
-from .bitsandbytes_format import converted_modules, matrix_shape
+from .bitsandbytes_format import converted_modules, matrix_shape, stored_interval
 from .cpu_peak import beside_weights
 from .kvcache import NOTHING, Cache, kv_cache, text_config
-from .weights import SCHEMES, Weights, compute_bytes, weigh
+from .weights import SCHEMES, WIDTHS, Weights, compute_bytes, weigh
 
 Basis = Literal["exact", "calibrated", "bound"]
 """exact: counted. calibrated: a formula whose coefficients were counted on real forwards. bound: not to be exceeded,
@@ -98,6 +98,8 @@ class Budget:
     runtime: Term
     cpu: Term
     """The peak of anonymous memory on a CPU, weights included, above what the process holds without a model."""
+    on_disk: Term
+    """`stored` with its interval: under double quantization a few bytes of each matrix depend on its values."""
     largest_matrix: int = 0
     """Elements of the largest matrix that is quantized."""
     quantizing: Term | None = None
@@ -141,7 +143,7 @@ class Budget:
         names = ("weights", "buffers", "kv_cache", "activations", "runtime", "cpu")
         trained = {f"training.{name}": term for name, term in self.training.items() if term}
         quantizing = {"quantizing": self.quantizing} if self.quantizing else {}
-        return {**{name: getattr(self, name) for name in names}, **quantizing, **trained}
+        return {**{name: getattr(self, name) for name in names}, "stored": self.on_disk, **quantizing, **trained}
 
     def as_json(self) -> dict[str, Any]:
         return {**self.metrics(), "terms": {name: asdict(term) for name, term in self.terms().items()}}
@@ -165,6 +167,7 @@ def budget(architecture: Architecture, dtype: str, workload: Workload) -> Budget
         total=weights.total,
         largest_layer=weights.largest_layer,
         stored=weights.stored,
+        on_disk=_on_disk(architecture, weights, workload),
         weights=_weights(architecture, weights),
         buffers=Term.exact(weights.buffers, "Σ buffers, saved or not"),
         kv_cache=_cache(cache, workload.batch_size, length, cached),
@@ -201,6 +204,17 @@ def _weights(architecture: Architecture, weights: Weights) -> Term:
     if architecture.library == OUTLINE:
         return Term.about(weights.loaded, "calibrated", 0.01, formula + "; the class is unknown")
     return Term.exact(weights.loaded, formula)
+
+
+def _on_disk(architecture: Architecture, weights: Weights, workload: Workload) -> Term:
+    formula = "Σ saved tensors · bytes"
+    if architecture.library == OUTLINE:
+        return Term.about(weights.stored, "calibrated", 0.01, formula + "; the class is unknown")
+    double = workload.double_quant and WIDTHS[weights.dtype] == 4
+    low, high = stored_interval(weights.stored, weights.converted, double_quant=double)
+    if low == high:
+        return Term.exact(weights.stored, formula)
+    return Term(weights.stored, "bound", low, high, f"{formula}; {weights.converted} states hold a number of the data")
 
 
 def _cache(cache: Cache, batch_size: int, length: int, itemsize: int) -> Term:

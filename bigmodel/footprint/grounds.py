@@ -48,12 +48,18 @@ def grounds(architecture: Architecture, found: Budget, workload: Workload) -> di
     inputs: dict[str, Inputs] = {
         "weights": _weights(architecture, found, workload),
         "buffers": {"buffers": sum(tensor.buffer for tensor in architecture.tensors())},
+        "stored": _weights(architecture, found, workload),
         "kv_cache": tokens | _attention(architecture) | {"bytes per element": cached},
         "activations": tokens | _widths(architecture) | {"bytes per element": compute_bytes(found.dtype)},
         "cpu": tokens | _widths(architecture) | {"bytes per element": compute_bytes(found.dtype)},
         "runtime": {"tensors": sum(len(module.tensors) for module in architecture.modules)},
     }
-    sources = {**SOURCES, "weights": _source(architecture), "buffers": _source(architecture)}
+    sources = {
+        **SOURCES,
+        "weights": _source(architecture),
+        "buffers": _source(architecture),
+        "stored": _source(architecture),
+    }
     trained = tokens | _widths(architecture) | {"parameters": found.parameters}
     trained["gradient checkpointing"] = "yes" if workload.gradient_checkpointing else "no"
     if found.quantizing:

@@ -11,6 +11,7 @@ from bigpipe.bigmodel.footprint.bitsandbytes_format import (
     converted_modules,
     matrix_shape,
     name_matcher,
+    stored_interval,
     stored_tensors,
     weight_of,
 )
@@ -71,6 +72,10 @@ class Outline:
     def nbytes(self) -> int:
         """Of all output tensors, without file headers; under double quantization right to a few bytes per weight."""
         return sum(tensor.nbytes for part in self.parts for tensor in part.outputs)
+
+    def interval(self, settings: Settings) -> tuple[int, int]:
+        """(low, high) of `nbytes`."""
+        return stored_interval(self.nbytes, len(self.quantized), double_quant=settings.double_quant)
 
     @property
     def largest_transposed(self) -> int:
