@@ -41,7 +41,7 @@ QUANTIZING = {"int8": (2, 4, 5), "nf4": (2, 11, 12), "fp4": (2, 11, 12)}
 """Bytes per element of the largest matrix while a checkpoint in 16 bits is quantized as it loads: the matrix itself, as
 measured on a CPU (4-bit kernels copy it to float32 there), most."""
 KV_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2, "float8": 1, "int8": 1}
-"""Per element of a cache. What scales of a quantized one take besides is left to its high end."""
+"""Per element of a cache. The scales of a quantized one are not counted."""
 OPTIMIZERS = ("adamw", "adamw_8bit", "sgd", "lora")
 
 

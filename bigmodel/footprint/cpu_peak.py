@@ -38,6 +38,11 @@ UNEVENNESS = 4
 given too few products (0.3 to 10 were seen)."""
 WRITTEN_OUT_SCORES = 4 + 4 + 1
 """Bytes per score at the peak: float32 before and after the softmax, and which of them are -inf."""
+MAPPED = MIB
+"""Blocks of so many bytes are mapped one by one, smaller ones come from the heap: the allocator's threshold, above."""
+HOLES = 0.25
+"""Of a cache whose tensors come from the heap: keys that grow by a token do not fit where they were. Grown by itself, a
+cache left 10 to 26 % of its size as holes in one order of growing, and all of it in another."""
 BUCKETS = 54
 """Bytes per pair of tokens while T5 sorts their distances into buckets: int64, six or seven at once."""
 
@@ -90,10 +95,17 @@ def beside_weights(
         formula, held = "the encoder's largest phase, or the cache", 0
     else:
         held = cache.bytes + cache.prefill_extra
+        if not all_logits and (holes := _holes(config, cache.bytes)):
+            formula, held = f"{formula} + a quarter of the cache as holes", held + holes
     scratch = _scratch(shape, itemsize, all_logits or not shape.last_logits)
     if itemsize == 2 and shape.experts:
         scratch += PRODUCT * _products(architecture, shape.experts, batch_size * length)
     return CpuPeak(held + size + scratch, scratch, formula, found.known and cache.exact)
+
+
+def _holes(config: Mapping[str, Any], cache: int) -> int:
+    layers = int(config.get("num_hidden_layers") or 0)
+    return int(cache * HOLES) if cache < 2 * layers * MAPPED else 0
 
 
 def _attention(config: Mapping[str, Any], shape: Shape, batch_size: int, length: int, itemsize: int) -> int:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import platform
 import subprocess
 import sys
 from pathlib import Path
@@ -54,6 +56,37 @@ def test_experts_in_16_bits_keep_a_kernel_for_every_number_of_tokens() -> None:
     assert kept["float32"] == 13
     deep = int(peak({**wide, "num_hidden_layers": 40}, sequence_length=256).formula.split()[-5])
     assert kept["bfloat16"] < deep < 10 + 20 * two_matrices // MIB // 2, "loads repeat; one kernel serves all layers"
+
+
+def test_a_small_cache_leaves_holes_in_the_heap() -> None:
+    """Of four layers: keys of 1 MiB are mapped one by one, those of a token less come from the heap."""
+    config = {**ALL["llama"], **LONG, "num_hidden_layers": 4, "num_attention_heads": 4, "num_key_value_heads": 4}
+    config |= {"hidden_size": 512, "head_dim": 128, "intermediate_size": 512, "vocab_size": 64}
+    assert kv_cache(config, 1, 1024, 2).bytes == 4 * 2 * MIB
+    small, mapped = (peak(config, sequence_length=length).bytes for length in (1023, 1024))
+    assert 1.9 * MIB < small - mapped < 2 * MIB, "a quarter of the cache, less what one token adds"
+    assert "holes" not in peak(config, sequence_length=1023, all_logits=True).formula, "a plain forward grows nothing"
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="only glibc has the tunables")
+def test_keys_that_grow_in_a_real_heap_leave_such_holes() -> None:
+    script = (
+        "import re, sys, torch\n"
+        "def held(): return int(re.search(r'RssAnon:\\s+(\\d+)', open('/proc/self/status').read())[1]) * 1024\n"
+        "torch.cat([torch.zeros(1, 8, 4, 128, dtype=torch.float16)] * 2, dim=2)\n"
+        "before, token = held(), torch.ones(1, 8, 1, 128, dtype=torch.float16)\n"
+        "cache = [torch.ones(1, 8, int(sys.argv[1]), 128, dtype=torch.float16) for _ in range(56)]\n"
+        "for step in range(4): cache = [torch.cat([cache.pop(0), token], dim=2) for _ in range(56)]\n"
+        "print((held() - before) / sum(tensor.nbytes for tensor in cache) - 1)\n"
+    )
+    beyond = {}
+    for tokens in (256, 600):
+        environment = {**os.environ, "GLIBC_TUNABLES": f"glibc.malloc.mmap_threshold={MIB}", "OMP_NUM_THREADS": "1"}
+        done = subprocess.run(
+            [sys.executable, "-c", script, str(tokens)], env=environment, capture_output=True, text=True, check=True
+        )
+        beyond[tokens] = float(done.stdout)
+    assert beyond[600] < 0.05 < beyond[256]
 
 
 def test_a_short_answer_of_an_encoder_decoder_has_a_short_cache() -> None:
