@@ -13,6 +13,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from bigpipe.errors import Interrupted, StageFailed, Transient
+from bigpipe.versions import package_version
 
 from .events import Event, LogLine, NodeRetried
 from .launch.launcher import Job, Outcome, launch
@@ -20,7 +21,6 @@ from .launch.warm import WarmWorker
 from .recipe.graph import Node
 from .registry import locate
 from .session import Session
-from .store.keys import package_version
 from .store.store import KeyRecord, Work
 from .streaming import Stream, provisional_key
 from .types import Lineage

@@ -52,6 +52,8 @@ class Disk:
 
     def _walk(self) -> None:
         nodes = self._session.nodes
+        if not any(self._decisions[node.name].action in RUNNING for node in nodes):
+            return
         held = {node.name: self._held(node) for node in nodes}
         waiting = {node.name: len(self._session.consumers(node.name)) for node in nodes if not node.cache}
         alive = 0

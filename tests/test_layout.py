@@ -69,7 +69,7 @@ def test_a_wheel_holds_every_module(tmp_path):
     (wheel,) = tmp_path.glob("bigpipe_ml-*.whl")
     held = set(zipfile.ZipFile(wheel).namelist())
     wanted = {f"bigpipe/{path.relative_to(ROOT)}" for path in modules()}
-    wanted |= {"bigpipe/__init__.py", "bigpipe/errors.py", "bigpipe/sizes.py", "bigpipe/py.typed"}
+    wanted |= {"bigpipe/__init__.py", "bigpipe/errors.py", "bigpipe/sizes.py", "bigpipe/versions.py", "bigpipe/py.typed"}
     assert wanted - held == set()
     assert {name.split("/")[0] for name in held} <= {"bigpipe"} | {n.split("/")[0] for n in held if ".dist-info" in n}
 

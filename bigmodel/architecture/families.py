@@ -7,12 +7,13 @@ transformers 5.23 builds; under another version nothing here is used.
 
 from __future__ import annotations
 
-import importlib.metadata
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache, lru_cache
 from typing import Any
+
+from bigpipe.versions import package_version
 
 from .inquiry import ATTENTION, Head
 from .structure import Architecture, ModuleSpec, TensorSpec
@@ -42,10 +43,7 @@ def _build(config: str, head: Head) -> Architecture | None:
 
 @cache
 def _verified() -> bool:
-    try:
-        return importlib.metadata.version("transformers").startswith(VERIFIED)
-    except importlib.metadata.PackageNotFoundError:
-        return False
+    return (package_version("transformers") or "").startswith(VERIFIED)
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import hashlib
 import importlib.machinery
-import importlib.metadata
 import json
 import math
 import os
@@ -27,6 +26,7 @@ from typing import Any
 import bigpipe
 from bigpipe.bigmodel.memo import recall, remember
 from bigpipe.errors import BY_NAME, InvalidCheckpoint, UsageError
+from bigpipe.versions import package_version
 
 from .inquiry import Head, Request, Source, read_request
 
@@ -250,7 +250,7 @@ def request_key(request: Request) -> str:
         "class": request.custom_class,
         "no_split": request.no_split,
         "source": _source_digest(request),
-        "versions": {name: _version(name) for name in packages},
+        "versions": {name: package_version(name) for name in packages},
     }
     return hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode()).hexdigest()
 
@@ -260,13 +260,6 @@ def _what_is_built(request: Request) -> Mapping[str, Any]:
     if request.library != "transformers" or request.code is not None:
         return request.config
     return {name: value for name, value in request.config.items() if name not in STORAGE_KEYS}
-
-
-def _version(package: str) -> str | None:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return None
 
 
 def _source_digest(request: Request) -> str | None:

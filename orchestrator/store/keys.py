@@ -7,16 +7,16 @@ Not in it: launch, resources, retries, timeout, gates, on_fail, needs, cache, wh
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields
-from functools import cached_property, lru_cache
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol
 
 from bigpipe.errors import UsageError
 from bigpipe.orchestrator.stage import Params, Stage
 from bigpipe.orchestrator.types import Json, Machine
+from bigpipe.versions import package_version
 
 from .content import content_params
 from .hashing import digest_of
@@ -102,20 +102,6 @@ def _pin(params: dict[str, Json], path: str, value: str) -> None:
     if not isinstance(place, dict) or last not in place:
         raise UsageError(f"a pin names the field {path}, which the params do not have", "correct the kind's `pin`")
     place[last] = value
-
-
-@lru_cache(maxsize=64)
-def package_version(name: str) -> str | None:
-    """Of an installed distribution; None where there is none."""
-    from importlib.metadata import PackageNotFoundError, distribution
-
-    try:
-        found = distribution(name)
-    except PackageNotFoundError:
-        return None
-    # `found.version` parses all of the metadata, the whole README among it
-    written = re.search(r"^Version: (\S+)$", found.read_text("METADATA") or "", re.MULTILINE)
-    return written[1] if written else found.version
 
 
 def differences(
