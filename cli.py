@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import gc as garbage_collector
 import json
 import os
 import sys
@@ -36,7 +35,6 @@ def cli() -> None:
 
 def main() -> None:
     """Entry point. Leaves at once: taking the interpreter apart lasts as long as all the work of a cached run."""
-    garbage_collector.set_threshold(50_000)  # start-up makes objects by the hundred thousand, and no garbage
     status: Any = 0
     try:
         command()
@@ -284,7 +282,7 @@ def estimate(
     """
     from bigpipe.bigmodel.footprint.text import report
     from bigpipe.bigmodel.hub.session import own_session
-    from bigpipe.orchestrator.store.layout import memo_directory
+    from bigpipe.orchestrator.store.location import memo_directory
 
     own_session(models)
     if compare and len(models) < 2:
@@ -444,7 +442,3 @@ def _print(name: str, as_json: bool, store: Path | None, *args: Any) -> None:
         click.echo(answer.text)
     if answer.error:
         fail(answer.error)
-
-
-if __name__ == "__main__":
-    main()

@@ -50,7 +50,7 @@ def repositories(hub: Any) -> None:
 
 
 def bigpipe(model: str, store: Path, environment: dict[str, str]) -> list[str]:
-    return [sys.executable, "-m", "bigpipe.cli", "estimate", model, "--json", "--store", str(store)]
+    return [sys.executable, "-m", "bigpipe", "estimate", model, "--json", "--store", str(store)]
 
 
 def accelerate(model: str) -> list[str]:

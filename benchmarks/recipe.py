@@ -80,7 +80,7 @@ QUANTIZE = {
 }
 BIGPIPE = """
 import os, subprocess, sys
-command = [sys.executable, "-m", "bigpipe.cli", "run", "recipe.yaml", "--store", sys.argv[1] + "/store", *sys.argv[2:]]
+command = [sys.executable, "-m", "bigpipe", "run", "recipe.yaml", "--store", sys.argv[1] + "/store", *sys.argv[2:]]
 subprocess.run(command, check=True)
 os.sync()
 """

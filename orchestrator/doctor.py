@@ -20,7 +20,7 @@ from .launch.jobs import Job
 from .launch.launcher import launch
 from .machine import DOCTOR_FORMAT, detect, machine_as_json
 from .stage import Stage
-from .store.store import default_root
+from .store.location import default_root
 from .types import Json, Launch, Machine, Trust
 
 PACKAGES = (

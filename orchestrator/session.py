@@ -17,8 +17,9 @@ from .recipe.graph import Node, Recipe, load_recipe
 from .stage import CheckContext, Pinned
 from .store.content import StatMemo
 from .store.keys import Identity, identity
+from .store.location import default_root
 from .store.lockfile import read_lock
-from .store.store import KeyRecord, Store, default_root
+from .store.store import KeyRecord, Store
 from .types import Json, Launch, Machine
 
 if TYPE_CHECKING:

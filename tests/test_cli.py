@@ -173,7 +173,7 @@ def test_lock_check_and_locked_runs(greeting):
 def test_output_onto_a_full_disk_is_an_error_and_no_traceback(workshop):
     with Path("/dev/full").open("w") as full:
         done = subprocess.run(
-            [sys.executable, "-m", "bigpipe.cli", "kinds"], stdout=full, stderr=subprocess.PIPE, text=True, check=False,
+            [sys.executable, "-m", "bigpipe", "kinds"], stdout=full, stderr=subprocess.PIPE, text=True, check=False,
             env=environment(workshop.folder),
         )  # fmt: skip
     assert (done.returncode, done.stderr) == (1, "error: the disk is full\n  make room; what was finished is kept\n")
@@ -183,7 +183,7 @@ def test_a_run_goes_on_when_nobody_reads_what_it_says(greeting):
     """As in `bigpipe run recipe.yaml 2>&1 | head -1`."""
     reading, writing = os.pipe()
     process = subprocess.Popen(
-        [sys.executable, "-m", "bigpipe.cli", "run", "recipe.yaml"], cwd=greeting.folder, stdout=subprocess.DEVNULL,
+        [sys.executable, "-m", "bigpipe", "run", "recipe.yaml"], cwd=greeting.folder, stdout=subprocess.DEVNULL,
         stderr=writing, env=environment(greeting.folder),
     )  # fmt: skip
     os.close(writing)

@@ -22,7 +22,7 @@ def bigpipe(*arguments: str, path: tuple[Path, ...] = (), **options) -> subproce
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(map(str, (ROOT / "src", *path)))}
     environment.update(options.pop("env", {}))
     return subprocess.run(
-        [sys.executable, "-m", "bigpipe.cli", *arguments],
+        [sys.executable, "-m", "bigpipe", *arguments],
         capture_output=True, text=True, check=False, env=environment, **options,
     )  # fmt: skip
 

@@ -46,7 +46,7 @@ def test_kill_in_every_node(tmp_path):
     for name in ("manifests", "models"):
         shutil.copytree(ROOT / name, tmp_path / name)
     told = environment(tmp_path)
-    command = [sys.executable, "-m", "bigpipe.cli", "run", "manifests/quickstart.yaml", "--json", "--jobs", "1"]
+    command = [sys.executable, "-m", "bigpipe", "run", "manifests/quickstart.yaml", "--json", "--jobs", "1"]
     for number, node in enumerate(NODES):
         events = tmp_path / f"events-{number}"
         process = subprocess.Popen(
@@ -62,7 +62,7 @@ def test_kill_in_every_node(tmp_path):
         while (left := processes_of(tmp_path / "store")) and time.monotonic() < deadline:
             time.sleep(0.1)
         assert left == [], node
-        check = [sys.executable, "-m", "bigpipe.cli", "verify"]
+        check = [sys.executable, "-m", "bigpipe", "verify"]
         verify = subprocess.run(check, cwd=tmp_path, env=told, capture_output=True, text=True, check=False)
         assert verify.returncode == 0, verify.stdout
     done = subprocess.run(command, cwd=tmp_path, env=told, capture_output=True, text=True, check=False)

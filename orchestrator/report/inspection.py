@@ -10,8 +10,9 @@ from pathlib import Path
 from bigpipe.errors import BigpipeError, StageFailed
 from bigpipe.orchestrator.store import records
 from bigpipe.orchestrator.store.keys import Change, Identity, differences
+from bigpipe.orchestrator.store.location import default_root
 from bigpipe.orchestrator.store.records import RunDiff, RunRecord
-from bigpipe.orchestrator.store.store import Store, default_root
+from bigpipe.orchestrator.store.store import Store
 from bigpipe.orchestrator.types import Json
 from bigpipe.sizes import format_size, format_transfer
 

@@ -17,29 +17,15 @@ tmp/ locks/ quarantine/
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
 from contextlib import suppress
 from itertools import count
 from pathlib import Path
 
 from .durable import make_directory
 from .hashing import hex_of
+from .location import memo_directory
 
 _serial = count()
-
-
-def default_root(environment: Mapping[str, str] | None = None) -> Path:
-    """`$BIGPIPE_HOME`, else `bigpipe` in the XDG cache directory."""
-    environment = os.environ if environment is None else environment
-    if home := environment.get("BIGPIPE_HOME"):
-        return Path(home).expanduser().absolute()
-    cache = environment.get("XDG_CACHE_HOME", "")
-    return (Path(cache) if os.path.isabs(cache) else Path.home() / ".cache") / "bigpipe"
-
-
-def memo_directory(store: str | Path | None = None) -> Path:
-    """Where a store keeps answers that are dear to get."""
-    return Layout(Path(store).absolute() if store else default_root()).memo
 
 
 class Layout:
@@ -58,7 +44,7 @@ class Layout:
         self.runs = root / "runs"
         self.work = root / "work"
         self.parts = root / "parts"
-        self.memo = root / "memo"
+        self.memo = memo_directory(root)
         self.tmp = root / "tmp"
         self.locks = root / "locks"
         self.quarantine = root / "quarantine"

@@ -28,7 +28,7 @@ from .artifacts import Entry, examine, load_artifact, place_tree, remove_tree, s
 from .durable import explained, make_directory
 from .hashing import is_hex
 from .keyrecord import KeyRecord, all_records, load_record, sealed_names
-from .layout import Layout, default_root
+from .layout import Layout
 from .locks import Lock
 from .memo import StatMemo
 from .presence import Presence
@@ -40,7 +40,7 @@ if TYPE_CHECKING:
     from .garbage import GcReport
     from .verify import VerifyReport
 
-__all__ = ["ArtifactEntry", "KeyRecord", "Store", "Work", "default_root"]
+__all__ = ["ArtifactEntry", "KeyRecord", "Store", "Work"]
 
 WORK_LOCK = "lock"
 """In a work folder; workers hold it shared, so that nobody works there while one of them lives."""

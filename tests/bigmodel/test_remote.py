@@ -232,7 +232,7 @@ class TestHostile:
         create(server, {"model.safetensors": tmp_path / "model.safetensors"})
         environment = {**os.environ, **server.environment(tmp_path / "home")}
         for model in (MODEL, str(tmp_path)):
-            command = [sys.executable, "-m", "bigpipe.cli", "estimate", model, "--store", str(tmp_path / "store")]
+            command = [sys.executable, "-m", "bigpipe", "estimate", model, "--store", str(tmp_path / "store")]
             limited = ["/bin/sh", "-c", 'ulimit -d 307200 && exec "$@"', "sh", *command]
             done = subprocess.run(limited, env=environment, capture_output=True, text=True, check=False)
             assert done.returncode == 6, done.stderr

@@ -58,7 +58,7 @@ def secure(model: dict[str, bytes], certificate: Path) -> Iterator[LoopbackHub]:
 
 def estimate(server: LoopbackHub, home: Path, **environment: str) -> subprocess.CompletedProcess[str]:
     inherited = {name: value for name, value in os.environ.items() if name not in ("SSL_CERT_FILE", "SSL_CERT_DIR")}
-    command = [sys.executable, "-m", "bigpipe.cli", "estimate", "org/model", "--json", "--store", str(home / "store")]
+    command = [sys.executable, "-m", "bigpipe", "estimate", "org/model", "--json", "--store", str(home / "store")]
     env = {**inherited, **server.environment(home), **environment}
     return subprocess.run(command, env=env, capture_output=True, text=True, check=False)
 

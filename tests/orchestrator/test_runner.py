@@ -221,7 +221,7 @@ stages:
   b: {uses: sleep, with: {seconds: 60}, inputs: {after: a}}
 """
     workshop.manifest.write_text(text)
-    process = subprocess.Popen([sys.executable, "-m", "bigpipe.cli", "run", "recipe.yaml"], cwd=workshop.folder)
+    process = subprocess.Popen([sys.executable, "-m", "bigpipe", "run", "recipe.yaml"], cwd=workshop.folder)
     pid_file = workshop.folder / "pid-b"
     deadline = time.monotonic() + 30
     while not (pid_file.exists() and pid_file.read_text()) and time.monotonic() < deadline:
@@ -238,7 +238,7 @@ stages:
 def test_the_result_is_one_json_line(workshop):
     workshop.manifest.write_text(CHAIN)
     done = subprocess.run(
-        [sys.executable, "-m", "bigpipe.cli", "run", "recipe.yaml", "--json"],
+        [sys.executable, "-m", "bigpipe", "run", "recipe.yaml", "--json"],
         cwd=workshop.folder, capture_output=True, text=True, check=True,
     )  # fmt: skip
     data = json.loads(done.stdout.splitlines()[-1])

@@ -10,7 +10,8 @@ from support.stores import contents, fill, objects, publish, record
 
 from bigpipe.errors import BigpipeError, Interrupted, StageFailed
 from bigpipe.orchestrator.store.hashing import digest_of
-from bigpipe.orchestrator.store.store import KeyRecord, Store, default_root
+from bigpipe.orchestrator.store.location import default_root
+from bigpipe.orchestrator.store.store import KeyRecord, Store
 
 
 @pytest.fixture

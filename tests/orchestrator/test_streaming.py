@@ -155,7 +155,7 @@ def running(workshop, **params: str) -> subprocess.Popen[bytes]:
     """A run in a process of its own whose follower is at work."""
     arguments = [word for name, value in params.items() for word in ("-p", f"{name}={value}")]
     process = subprocess.Popen(
-        [sys.executable, "-m", "bigpipe.cli", "run", "recipe.yaml", *arguments],
+        [sys.executable, "-m", "bigpipe", "run", "recipe.yaml", *arguments],
         cwd=workshop.folder, env=environment(workshop.folder), stderr=subprocess.DEVNULL,
     )  # fmt: skip
     deadline = time.monotonic() + 30

@@ -131,7 +131,7 @@ def test_it_ends_with_a_producer_that_fails(workshop, recipe):
 def running(workshop, text: str, seconds: float) -> tuple[subprocess.Popen[bytes], int]:
     """A command whose worker waits; and that worker."""
     workshop.manifest.write_text(text)
-    command = [sys.executable, "-m", "bigpipe.cli", "run", "recipe.yaml", "-p", f"seconds={seconds}"]
+    command = [sys.executable, "-m", "bigpipe", "run", "recipe.yaml", "-p", f"seconds={seconds}"]
     process = subprocess.Popen(
         command, cwd=workshop.folder, env=environment(workshop.folder),
         stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,

@@ -232,7 +232,7 @@ def test_a_hostile_file_is_named_and_nothing_runs(workshop: Workshop, hub: Loopb
 def test_killed_anywhere_it_goes_on_to_the_same_bytes(workshop: Workshop, tmp_path: Path, seed: int, text: str) -> None:
     workshop.manifest.write_text(recipe(text))
     chance = random.Random(seed)  # noqa: S311
-    command = [sys.executable, "-m", "bigpipe.cli", "run", "recipe.yaml"]
+    command = [sys.executable, "-m", "bigpipe", "run", "recipe.yaml"]
     for _ in range(3):
         process = subprocess.Popen(
             command, cwd=workshop.folder, env=environment(workshop.folder), stderr=subprocess.DEVNULL

@@ -273,7 +273,7 @@ def test_a_recipe_that_is_edited_makes_only_the_changed_file_anew(tmp_path: Path
         command = [
             sys.executable,
             "-m",
-            "bigpipe.cli",
+            "bigpipe",
             "run",
             str(tmp_path / "recipe.yaml"),
             "--store",

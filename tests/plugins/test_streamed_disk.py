@@ -107,7 +107,7 @@ def on_a_disk_of(size: int, workshop: Workshop, *arguments: str) -> subprocess.C
     store.mkdir(exist_ok=True)
     script = f'mount -t tmpfs -o size={size} tmpfs {store} && exec "$@"'
     return subprocess.run(
-        ["unshare", "-rm", "sh", "-c", script, "sh", sys.executable, "-m", "bigpipe.cli", *arguments],
+        ["unshare", "-rm", "sh", "-c", script, "sh", sys.executable, "-m", "bigpipe", *arguments],
         cwd=workshop.folder, env=environment(workshop.folder), capture_output=True, text=True, check=False,
     )  # fmt: skip
 

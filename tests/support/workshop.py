@@ -38,7 +38,7 @@ class Workshop:
     def command(self, *arguments: str, **environ: str) -> subprocess.CompletedProcess[str]:
         """The `bigpipe` command as its users call it, in this folder."""
         return subprocess.run(
-            [sys.executable, "-m", "bigpipe.cli", *arguments],
+            [sys.executable, "-m", "bigpipe", *arguments],
             cwd=self.folder, env={**environment(self.folder), **environ}, capture_output=True, text=True, check=False,
         )  # fmt: skip
 
