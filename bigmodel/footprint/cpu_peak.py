@@ -104,8 +104,9 @@ def beside_weights(
 
 
 def _holes(config: Mapping[str, Any], cache: int) -> int:
+    """Of one that has grown to `cache` bytes. Its last token is never cached, so the tensors are that much smaller."""
     layers = int(config.get("num_hidden_layers") or 0)
-    return int(cache * HOLES) if cache < 2 * layers * MAPPED else 0
+    return int(cache * HOLES) if cache <= 2 * layers * MAPPED else 0
 
 
 def _attention(config: Mapping[str, Any], shape: Shape, batch_size: int, length: int, itemsize: int) -> int:
