@@ -9,7 +9,7 @@ import sys
 from typing import Any
 
 import pytest
-from support.real import describe_here
+from support.real import build, describe_here
 
 from bigpipe.bigmodel.footprint.budget import Workload, adapters, budget
 
@@ -109,3 +109,24 @@ def _assert_within(peak: int, dtype: str, optimizer: str, checkpointing: bool) -
     assert term is not None
     assert term.basis == "bound"
     assert term.low <= peak <= term.high, (peak / term.bytes, peak, term)
+
+
+def test_states_of_8_bit_adam_are_those_of_the_real_optimizer() -> None:
+    """To the byte, but for the table of 256 numbers that all of them share."""
+    import bitsandbytes
+    import torch
+
+    model = build({**LLAMA, "num_hidden_layers": 2, "vocab_size": 1000})
+    optimizer = bitsandbytes.optim.AdamW8bit(model.parameters())
+    model(input_ids=torch.arange(8)[None], labels=torch.arange(8)[None]).loss.backward()
+    optimizer.step()
+    held = sum(
+        value.nbytes
+        for states in optimizer.state.values()
+        for name, value in states.items()
+        if isinstance(value, torch.Tensor) and not name.startswith("qmap")
+    )
+    training = budget(
+        describe_here(LLAMA | {"num_hidden_layers": 2, "vocab_size": 1000}), "float32", Workload()
+    ).training
+    assert training["adamw_8bit"].bytes - training["sgd"].bytes == held
