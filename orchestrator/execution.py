@@ -106,8 +106,8 @@ def _settle(attempt: Attempt, outcome: Outcome, work: Work) -> KeyRecord:
         if record is not None and store.intact(record):
             _lead(attempt.stream, attempt.session, record)
         else:
-            work.become(final)
-            record = _publish(attempt, outcome, final)
+            # Not moved to the folder of its true key first: those who follow this one read it where it is.
+            record = _publish(attempt, outcome, work)
         final.done()
     work.done()
     return record
@@ -124,7 +124,7 @@ def _publish(attempt: Attempt, outcome: Outcome, work: Work) -> KeyRecord:
     if not outcome.files.items() <= files.items():
         raise StageFailed(f"{attempt.node.name} reported other files than it passed on", "this is a fault of its kind")
     for name in stream.handover.contents.keys() - stream.handover.gone():
-        (work.out / name).rename(stream.handover.files / name)
+        stream.handover.keep(name, work.out / name)
     stream.forgone = True
     return store.publish_forgone(record, files)
 

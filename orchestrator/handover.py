@@ -78,11 +78,20 @@ class Handover:
 
     def lead(self, name: str, target: Path) -> None:
         """From now on `files/NAME` is that file."""
-        link = self.files / name
-        partial = _partial(link)
+        partial = _partial(self.files / name)
         partial.unlink(missing_ok=True)
         partial.symlink_to(target)
-        partial.rename(link)
+        partial.rename(self.files / name)
+
+    def keep(self, name: str, path: Path) -> None:
+        """From now on `files/NAME` is that file itself, which may then lose its own name."""
+        partial = _partial(self.files / name)
+        partial.unlink(missing_ok=True)
+        try:
+            os.link(path, partial)
+        except OSError:  # no hard links there: a reader may just miss it
+            partial = path
+        partial.rename(self.files / name)
 
 
 class Outlet:

@@ -2,7 +2,7 @@
 
 collect           what each file of `out` is, its sha256 (read, unless known), fsynced
 journal           work/KEY/publish.json: from here on, the next run can finish what this one began
-adopt             each file → objects/, read-only, by rename; fsync of objects/
+adopt             each file → objects/, read-only, a link left in its place; fsync of objects/
 place_tree        artifacts/HEX/, links; fsync of each directory, rename, fsync
 save_artifact     artifacts/HEX.json
 save_record       keys/HEX.json: now, and only now, it exists
@@ -83,7 +83,7 @@ class Publisher:
                     "files": {name: {"sha256": sha256, "size": size} for name, (sha256, size) in files.items()},
                 }
             )
-            if out.parent == self.layout.working(record.key):
+            if self._outlives_us(out.parent):
                 write_journal(out.parent, record, sources)
             try:
                 with explained(self.layout.root, needed=PAGE * (len(sources) + 8)):
@@ -93,6 +93,10 @@ class Publisher:
                     f"files of {record.node} vanished or changed while they were published", "run again"
                 ) from None
         return record
+
+    def _outlives_us(self, working: Path) -> bool:
+        """Is this the work folder of some key, where the next run looks for a journal?"""
+        return working.parent == self.layout.work and is_hex(working.name)
 
     def resume(self, working: Path) -> KeyRecord | None:
         """Finishes what a run that died had begun to publish from this work folder; None where there is nothing.
@@ -149,35 +153,40 @@ class Publisher:
         try:
             facts = os.lstat(path)
         except FileNotFoundError:
-            return  # moved by the attempt whose journal this is, or the same bytes under a second name
+            return  # moved, without hard links, by the attempt whose journal this is
         if not stat.S_ISREG(facts.st_mode):
-            return  # a part that has become a link to its object
+            return  # a link already: moved by the attempt whose journal this is, or a part of an earlier artifact
         if facts.st_size != source.size:
             raise Damaged
-        if _stands(target, source.size):
-            path.unlink()
-        else:
+        if not _stands(target, source.size):
             self._move(path, target, facts)
-        if _is_below(str(path), os.path.realpath(self.layout.parts)):
-            link = self.temporary()
-            link.symlink_to(os.path.relpath(os.path.realpath(target), path.parent))
-            link.rename(path)
+        # Whoever reads it under its old name finds it there at any moment, until the work folder goes.
+        link = self.temporary()
+        link.symlink_to(os.path.relpath(os.path.realpath(target), os.path.realpath(path.parent)))
+        link.rename(path)
 
     def _move(self, path: Path, target: Path, facts: os.stat_result) -> None:
         if facts.st_nlink > 1:
             # Another name shares the inode: making that read-only, or trusting that nobody writes to it, is not ours.
             self._copy(path, target)
-            path.unlink()
             return
         os.chmod(path, 0o444)
         os.utime(path, ns=(STILL, STILL))
         try:
-            path.rename(target)
+            self._second_name(path).rename(target)
         except OSError as error:
             if error.errno != errno.EXDEV:
                 raise
             self._copy(path, target)
-            path.unlink()
+
+    def _second_name(self, path: Path) -> Path:
+        """Where a file system has no hard links, or this is another one, the first: a reader may just miss it then."""
+        second = self.temporary()
+        try:
+            os.link(path, second)
+        except OSError:
+            return path
+        return second
 
     def _copy(self, path: Path, target: Path) -> None:
         partial = self.temporary()

@@ -234,6 +234,7 @@ class Store:
             with lock:
                 if orphans.try_acquire():
                     with orphans, suppress(FileNotFoundError):
+                        self._resume(folder)
                         Work(folder).become(work)
                         remove_tree(folder)
 

@@ -12,6 +12,8 @@ import time
 import pytest
 from support.workshop import environment, statuses
 
+from bigpipe.orchestrator import execution
+
 RECIPE = """\
 version: 1
 name: pouring
@@ -54,6 +56,25 @@ def test_keys_and_digests_are_those_of_one_after_the_other(workshop, tmp_path):
     in_turn = workshop.run(params=STEADY, jobs=1, store=tmp_path / "other")
     assert in_turn.nodes["sip"].record.metrics["began"] > in_turn.nodes["pour"].record.metrics["ended"]
     assert facts(side_by_side) == facts(in_turn)
+
+
+@pytest.mark.parametrize("function", ["_publish", "_lead"])
+def test_files_are_found_while_they_move_into_the_store(workshop, monkeypatch, function):
+    """However long publishing takes, those who read on find each file where it was promised."""
+    between = "  strain: {uses: strain, inputs: {first: pour}}\n  sip:"
+    text = RECIPE.replace("  sip:", between).replace("first: pour}, with", "first: strain}, with")
+    plain = getattr(execution, function)
+
+    def slow(*arguments):
+        time.sleep(0.7)
+        return plain(*arguments)
+
+    monkeypatch.setattr(execution, function, slow)
+    result = workshop.run(text, params={"pour": "0.02", "sip": "0.4"})
+    assert [(state.status, state.error) for state in result.nodes.values()] == [("succeeded", None)] * 3
+    strain, sip = (result.nodes[name].record.metrics for name in ("strain", "sip"))
+    assert sip["began"] < strain["ended"]
+    assert leftovers(workshop) == []
 
 
 def test_nothing_is_published_when_the_producer_fails(workshop):

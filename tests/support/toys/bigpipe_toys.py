@@ -1,4 +1,4 @@
-"""Seven small stage kinds of a third party, found through a real entry point: what the engine's own tests run."""
+"""Eight small stage kinds of a third party, found through a real entry point: what the engine's own tests run."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import os
 import time
 from hashlib import sha256
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 from bigpipe.orchestrator.stage import (
     File,
@@ -24,6 +24,9 @@ from bigpipe.orchestrator.stage import (
     StageResult,
     Transient,
 )
+
+if TYPE_CHECKING:
+    from bigpipe.orchestrator.handover import Outlet
 
 
 class WriteParams(Params):
@@ -156,6 +159,12 @@ class PourMetrics(Metrics):
     ended: float
 
 
+def await_a_follower(outlet: Outlet) -> None:
+    deadline = time.monotonic() + 20
+    while not list(outlet.handover.folder.glob("wanted/*")) and time.monotonic() < deadline:
+        time.sleep(0.01)
+
+
 def pour(params: PourParams, context: StageContext) -> StageResult:
     mark(context)
     began = time.time()
@@ -166,9 +175,7 @@ def pour(params: PourParams, context: StageContext) -> StageResult:
     outlet = context.outlet
     if outlet is not None:
         outlet.announce(dict.fromkeys(names, (b"", len(content))))
-        deadline = time.monotonic() + 20
-        while not list(outlet.handover.folder.glob("wanted/*")) and time.monotonic() < deadline:
-            time.sleep(0.01)
+        await_a_follower(outlet)
     for number, name in enumerate(names):
         if outlet is not None:
             outlet.begin(name)
@@ -178,7 +185,8 @@ def pour(params: PourParams, context: StageContext) -> StageResult:
         if number == params.tire_at and not (context.scratch / "tired").exists():
             (context.scratch / "tired").touch()
             raise Transient("the arm is tired", "try again")
-        (context.out / name).write_text(content)
+        if not (context.out / name).exists():
+            (context.out / name).write_text(content)
         if outlet is not None:
             outlet.finished(name, *known)
     if params.afterthought:
@@ -223,6 +231,37 @@ def sip(params: SipParams, context: StageContext) -> StageResult:
     others = sorted(path.name for path in folder.iterdir() if not path.name.startswith("file-"))
     (context.out / "others").write_text(" ".join(others))
     return StageResult(SipMetrics(began=began, most=most, done=done))
+
+
+class StrainParams(Params):
+    """Pass each file on as it is, one by one."""
+
+
+class StrainMetrics(Metrics):
+    began: float
+    ended: float
+
+
+def strain(params: StrainParams, context: StageContext) -> StageResult:
+    mark(context)
+    began, inlet, outlet = time.time(), context.inlet, context.outlet
+    folder = inlet.folder if inlet else context.input("first")
+    heads = inlet.heads() if inlet else {path.name: (b"", path.stat().st_size) for path in folder.glob("file-*")}
+    if outlet is not None:
+        outlet.announce(heads)
+        await_a_follower(outlet)
+    for name in sorted(heads):
+        if inlet:
+            inlet.wait(name)
+        if outlet is not None:
+            outlet.begin(name)
+        content = (folder / name).read_bytes()
+        (context.out / name).write_bytes(content)
+        if outlet is not None:
+            outlet.finished(name, sha256(content).hexdigest(), len(content))
+        if inlet:
+            inlet.taken(name)
+    return StageResult(StrainMetrics(began=began, ended=time.time()))
 
 
 class BroodParams(Params):
@@ -282,6 +321,10 @@ POUR = Stage(
 SIP = Stage(
     kind="sip", version=1, params=SipParams, metrics=SipMetrics, inputs={"first": Port("text")}, output="text",
     follows="first", run=sip, forecast=lambda params, context: Forecast(),
+)  # fmt: skip
+STRAIN = Stage(
+    kind="strain", version=1, params=StrainParams, metrics=StrainMetrics, inputs={"first": Port("text")}, output="text",
+    follows="first", streams=True, run=strain, forecast=lambda params, context: Forecast(),
 )  # fmt: skip
 BROOD = Stage(
     kind="brood", version=1, params=BroodParams, metrics=BroodMetrics, inputs={"after": Port("text", optional=True)},
