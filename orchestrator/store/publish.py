@@ -160,10 +160,18 @@ class Publisher:
             raise Damaged
         if not _stands(target, source.size):
             self._move(path, target, facts)
-        # Whoever reads it under its old name finds it there at any moment, until the work folder goes.
+        self._leave_a_link(path, target)
+
+    def _leave_a_link(self, path: Path, target: Path) -> None:
+        """Whoever reads it under its old name finds it there at any moment, until the work folder goes."""
         link = self.temporary()
         link.symlink_to(os.path.relpath(os.path.realpath(target), os.path.realpath(path.parent)))
-        link.rename(path)
+        try:
+            link.rename(path)
+        except OSError as error:
+            if error.errno != errno.EXDEV:
+                raise
+            path.unlink()
 
     def _move(self, path: Path, target: Path, facts: os.stat_result) -> None:
         if facts.st_nlink > 1:
