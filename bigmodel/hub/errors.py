@@ -113,6 +113,8 @@ def _of_response(error: BaseException, asked: _Asked) -> BigpipeError | None:
         return UsageError(f"{asked.what} has no file {asked.file!r}", "look at its files, or name another revision")
     if status == 401:
         return _unauthorised(asked, with_token)
+    if status == 407:
+        return _no_passage(asked)
     if status == 404:
         return UsageError(
             f"{asked.endpoint} has no model {asked.repo!r}{', or this token may not see it' if with_token else ''}",
@@ -141,6 +143,13 @@ def _of_status(status: int, response: Any, asked: _Asked, error: BaseException) 
     message = getattr(error, "server_message", None) or str(error).strip().splitlines()[-1]
     return StageFailed(f"{asked.endpoint} refused the request for {asked.what} ({status}): {message}",
                        "the request may be wrong for this Hub; check HF_ENDPOINT")  # fmt: skip
+
+
+def _no_passage(asked: _Asked) -> NotAuthorised:
+    return NotAuthorised(
+        f"the proxy on the way to {asked.endpoint} asks for another name or password (407), asked for {asked.what}",
+        "set HTTP_PROXY and HTTPS_PROXY to http://NAME:PASSWORD@HOST:PORT, or name the host in NO_PROXY",
+    )
 
 
 def _gated(asked: _Asked, with_token: bool) -> GatedRepository:
@@ -195,6 +204,8 @@ def _of_transport(error: BaseException, asked: _Asked) -> BigpipeError | None:
     names = _names(error)
     if "OfflineModeIsEnabled" in names:
         return _offline(asked, "HF_HUB_OFFLINE is set")
+    if "ProxyError" in names and "407" in str(error):
+        return _no_passage(asked)
     if names & {"ConnectError", "ConnectTimeout", "ProxyError"}:
         return _offline(asked, str(error) or type(error).__name__)
     if names & {"UnsupportedProtocol", "InvalidURL"}:

@@ -1,4 +1,4 @@
-"""Certificates that are loaded in time: TLS is verified as ever, and plain HTTP waits for none of it."""
+"""Certificates that are loaded in time: TLS is verified as ever, and plain HTTP waits for none of it; proxies."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 from support.hub import LoopbackHub
+from support.proxy import LoopbackProxy
 from support.shells import shell
 
 from bigpipe.bigmodel.hub.session import CertificatesInTime
@@ -19,13 +20,13 @@ from bigpipe.bigmodel.hub.session import CertificatesInTime
 
 @pytest.fixture(scope="module")
 def certificate(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A certificate for localhost that nobody but itself vouches for, and its key, in one file."""
+    """A certificate that nobody but itself vouches for, and its key, in one file."""
     if shutil.which("openssl") is None:
         pytest.skip("needs openssl to make a certificate")
     folder = tmp_path_factory.mktemp("tls")
     made, key, both = folder / "made.pem", folder / "key.pem", folder / "localhost.pem"
     command = ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "2", "-subj", "/CN=localhost"]
-    names = ["-addext", "subjectAltName=DNS:localhost", "-keyout", str(key), "-out", str(made)]
+    names = ["-addext", "subjectAltName=DNS:localhost,DNS:cdn.invalid", "-keyout", str(key), "-out", str(made)]
     subprocess.run([*command, *names], check=True, capture_output=True)
     both.write_bytes(made.read_bytes() + key.read_bytes())
     return both
@@ -56,11 +57,17 @@ def secure(model: dict[str, bytes], certificate: Path) -> Iterator[LoopbackHub]:
         yield hub
 
 
-def estimate(server: LoopbackHub, home: Path, **environment: str) -> subprocess.CompletedProcess[str]:
-    inherited = {name: value for name, value in os.environ.items() if name not in ("SSL_CERT_FILE", "SSL_CERT_DIR")}
-    command = [sys.executable, "-m", "bigpipe", "estimate", "org/model", "--json", "--store", str(home / "store")]
+def command(server: LoopbackHub, home: Path, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    ours = {"SSL_CERT_FILE", "SSL_CERT_DIR", "HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY"}
+    inherited = {name: value for name, value in os.environ.items() if name.upper() not in ours}
+    words = [sys.executable, "-m", "bigpipe", *arguments, "--json", "--store", str(home / "store")]
     env = {**inherited, **server.environment(home), **environment}
-    return subprocess.run(command, env=env, capture_output=True, text=True, check=False)
+    return subprocess.run(words, env=env, cwd=home, capture_output=True, text=True, check=False)
+
+
+def estimate(server: LoopbackHub, home: Path, **environment: str) -> subprocess.CompletedProcess[str]:
+    home.mkdir(exist_ok=True)
+    return command(server, home, "estimate", "org/model", **environment)
 
 
 def test_a_hub_whose_certificate_is_known(secure: LoopbackHub, certificate: Path, tmp_path: Path) -> None:
@@ -104,3 +111,84 @@ def test_a_context_is_made_once_and_verifies() -> None:
     assert (made.verify_mode, made.check_hostname) == (ssl.CERT_REQUIRED, True)
     # Were the context ever used as it is, it would trust nobody
     assert (context.verify_mode, context.get_ca_certs()) == (ssl.CERT_REQUIRED, [])
+
+
+RECIPE = """\
+version: 1
+name: fetching
+stages:
+  download: {uses: download, with: {repo: org/model}}
+"""
+
+
+def behind(proxy: LoopbackProxy, login: str = "", **environment: str) -> dict[str, str]:
+    """A network whose only way out is the proxy: `hub.invalid` is a name that nobody else knows."""
+    address = f"http://{login}{proxy.address}"
+    plain = {"HF_ENDPOINT": "http://hub.invalid", "NO_PROXY": "", "HTTP_PROXY": address, "HTTPS_PROXY": address}
+    return {**plain, **environment}
+
+
+def test_a_hub_behind_a_proxy(server: LoopbackHub, tmp_path: Path) -> None:
+    server.cdn = "http://cdn.invalid"
+    (tmp_path / "recipe.yaml").write_text(RECIPE)
+    with LoopbackProxy(server.port) as proxy:
+        done = estimate(server, tmp_path, **behind(proxy))
+        assert done.returncode == 0, done.stderr
+        assert '"bytes": 4096' in done.stdout
+        run = command(server, tmp_path, "run", "recipe.yaml", **behind(proxy))
+        assert run.returncode == 0, run.stderr
+    hosts = {entry.split("/")[2] for entry in proxy.log}
+    assert hosts == {"hub.invalid", "cdn.invalid"}
+    assert len(proxy.log) == len(server.log)
+
+
+def test_tls_through_a_proxy(secure: LoopbackHub, certificate: Path, tmp_path: Path) -> None:
+    secure.cdn = f"https://cdn.invalid:{secure.port}"
+    (tmp_path / "recipe.yaml").write_text(RECIPE)
+    with LoopbackProxy(secure.port) as proxy:
+        network = behind(proxy, HF_ENDPOINT=secure.url, SSL_CERT_FILE=str(certificate))
+        done = estimate(secure, tmp_path, **network)
+        assert done.returncode == 0, done.stderr
+        run = command(secure, tmp_path, "run", "recipe.yaml", **network)
+        assert run.returncode == 0, run.stderr
+    assert set(proxy.log) == {f"CONNECT {host}:{secure.port}" for host in ("localhost", "cdn.invalid")}
+
+
+def test_hosts_that_need_no_proxy(server: LoopbackHub, tmp_path: Path) -> None:
+    with LoopbackProxy(server.port) as proxy:
+        network = behind(proxy, HF_ENDPOINT=server.url, NO_PROXY="127.0.0.1,localhost")
+        done = estimate(server, tmp_path, **network)
+    assert done.returncode == 0, done.stderr
+    assert server.log
+    assert not proxy.log
+
+
+def test_a_proxy_that_asks_for_a_password(server: LoopbackHub, tmp_path: Path) -> None:
+    with LoopbackProxy(server.port, "somebody:s3cret-word") as proxy:
+        done = estimate(server, tmp_path / "known", **behind(proxy, "somebody:s3cret-word@"))
+        assert done.returncode == 0, done.stderr
+        (tmp_path / "recipe.yaml").write_text(RECIPE)
+        for refused in (
+            estimate(server, tmp_path / "wrong", **behind(proxy, "somebody:wr0ng-word@")),
+            command(server, tmp_path, "run", "recipe.yaml", **behind(proxy, "somebody:wr0ng-word@")),
+        ):
+            assert refused.returncode != 0
+            assert "the proxy on the way to http://hub.invalid asks for another name or password" in refused.stderr
+            assert "Traceback" not in refused.stderr
+            assert "wr0ng-word" not in refused.stdout + refused.stderr
+
+
+def test_a_proxy_that_opens_no_tunnel(secure: LoopbackHub, tmp_path: Path) -> None:
+    with LoopbackProxy(secure.port, "somebody:s3cret-word") as proxy:
+        done = estimate(secure, tmp_path, **behind(proxy, HF_ENDPOINT=secure.url))
+    assert done.returncode != 0
+    assert "asks for another name or password (407)" in done.stderr
+
+
+def test_a_proxy_that_is_not_there(server: LoopbackHub, tmp_path: Path) -> None:
+    with LoopbackProxy(server.port) as proxy:
+        network = behind(proxy)
+    done = estimate(server, tmp_path, **network)
+    assert done.returncode != 0
+    assert "the proxy" in done.stderr
+    assert "Traceback" not in done.stderr
