@@ -25,6 +25,9 @@ from .sidebyside import Disk, followed
 from .stage import Forecast, ForecastContext, Misfit, Pinned
 from .types import Json, Machine
 
+LIKE = 3
+"""Amounts of work within this factor take time in proportion; beyond it the start of a process weighs otherwise."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GateVerdict:
@@ -230,10 +233,21 @@ def _forecast(session: Session, node: Node, decision: Decision, forecasts: Mappi
         return replace(
             forecast, download_bytes=0, write_bytes=0, ram=0, vram={}, seconds=0, metrics=metrics, misfits=()
         )
+    return replace(forecast, seconds=_seconds(session, node, forecast))
+
+
+def _seconds(session: Session, node: Node, forecast: Forecast) -> float | None:
+    """What the same params took the last time for about as much, in proportion; else what the kind reckons; else what
+    the node took the last time, whatever that was."""
     last = session.last(node.name)
-    if forecast.seconds is None and last is not None:
-        return replace(forecast, seconds=last.seconds)
-    return forecast
+    if last is None:
+        return forecast.seconds
+    written = sum(int(file["size"]) for file in last.files.values())
+    ratio = forecast.write_bytes / written if written and forecast.write_bytes else 1.0
+    alike = last.partial == session.identity(node).partial and 1 / LIKE <= ratio <= LIKE
+    if alike:
+        return last.seconds * ratio
+    return last.seconds if forecast.seconds is None else forecast.seconds
 
 
 def _recorded_lookup(decisions: Mapping[str, Decision]) -> Lookup:

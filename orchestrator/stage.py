@@ -117,6 +117,7 @@ class Forecast:
     vram: Mapping[int, int] = field(default_factory=dict)
     """Peak per GPU index."""
     seconds: float | None = None
+    """By the kind's own reckoning. What was recorded of a run with the same params counts for more."""
     metrics: Mapping[str, Json] = field(default_factory=dict)
     """Those metrics that are known now, with the values the run will give; gates on them are decided now."""
     output: Any = None

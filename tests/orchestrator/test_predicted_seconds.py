@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 
 import bigpipe
+from bigpipe.orchestrator.stage import Forecast
 
 RECIPE = """\
 version: 1
@@ -34,3 +35,32 @@ def test_predicted_and_taken(workshop):
     assert abs(sum(predicted.values()) - taken) < 4
     assert ", about " in workshop.command("plan", "recipe.yaml", "-p", "tag=c").stdout
     assert bigpipe.plan(workshop.manifest, params={"tag": "b"}).to_run == []
+
+
+CHAIN = """\
+version: 1
+name: chain
+params: {layers: 1, size: 5GB}
+stages:
+  download: {uses: download, with: {synthetic: {config: {model_type: gpt2, architectures: [GPT2LMHeadModel],
+    n_layer: "${params.layers}", n_embd: 64, n_head: 2, vocab_size: 100, n_positions: 32}}}}
+  shard: {uses: shard, inputs: download, with: {max_shard_size: "${params.size}"}}
+"""
+
+
+def test_what_was_recorded_counts_for_more_than_a_rate(workshop):
+    workshop.manifest.write_text(CHAIN)
+
+    def planned(**params: str) -> Forecast:
+        return bigpipe.plan(workshop.manifest, params=params).nodes["shard"].forecast
+
+    by_rate = {layers: planned(layers=layers).seconds for layers in ("1", "2", "9")}
+    record = workshop.run().nodes["shard"].record
+    assert record.seconds > 10 * by_rate["1"]  # starting a process is all of it, which no rate knows
+    written = sum(file["size"] for file in record.files.values())
+    alike = planned(layers="2")
+    assert 1.2 < alike.write_bytes / written < 3
+    assert alike.seconds == record.seconds * alike.write_bytes / written
+    # Much more work is not so many times the start of a process, and other params may be quite another work
+    assert planned(layers="9").seconds == by_rate["9"]
+    assert abs(planned(layers="2", size="30KB").seconds - by_rate["2"]) < 0.01
