@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import bigpipe
+
 RECIPE = """\
 version: 1
 name: gpus
@@ -75,3 +77,35 @@ def test_a_gate_that_a_forecast_decides(workshop):
     assert "change the recipe so that the gate holds" in text
     # Two gates at once: what passes must pass whole
     assert "-p" not in plan("estimate", "fixed")[1]
+
+
+CHOSEN = """\
+version: 1
+name: chosen
+params: {scheme: int8, least: 0.0}
+stages:
+  download: {uses: download, with: {path: model}}
+  quantize:
+    {uses: quantize, inputs: download, with: {scheme: "${params.scheme}"}, gates: ["ratio >= ${params.least}"]}
+"""
+
+
+def test_a_gate_that_another_choice_passes(workshop):
+    """`nf4` packs two numbers in a byte where `int8` packs one; no scheme packs a thousand."""
+    from support.models import make_checkpoint
+
+    make_checkpoint(workshop.folder / "model")
+    workshop.manifest.write_text(CHOSEN)
+
+    def ratio(scheme: str) -> float:
+        return bigpipe.plan(workshop.manifest, params={"scheme": scheme}).nodes["quantize"].forecast.metrics["ratio"]
+
+    between = (ratio("int8") + ratio("nf4")) / 2
+    assert ratio("int8") < between
+    refused = workshop.command("plan", "recipe.yaml", "-p", f"least={between}")
+    assert refused.returncode == 3
+    assert "-p scheme=nf4 passes" in refused.stderr
+    assert workshop.command("plan", "recipe.yaml", "-p", f"least={between}", "-p", "scheme=nf4").returncode == 0
+    hopeless = workshop.command("plan", "recipe.yaml", "-p", "least=1000")
+    assert hopeless.returncode == 3
+    assert "-p" not in hopeless.stderr
