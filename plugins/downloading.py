@@ -37,7 +37,7 @@ from bigpipe.orchestrator.stage import (
     Transient,
     UsageError,
 )
-from bigpipe.sizes import format_transfer
+from bigpipe.sizes import counted, format_transfer
 
 from .download import CustomClass, DownloadMetrics, DownloadParams, Synthetic
 
@@ -120,7 +120,7 @@ def _forecast_repository(params: DownloadParams, ctx: ForecastContext) -> Foreca
         metrics={"bytes": total, "files": len(sizes), "commit": repository.commit},
         output=_describe_repository(repository, params, hub, ctx),
         misfits=tuple(_cache_misfits(missing, hub)),
-        summary=f"{len(sizes)} files of {format_transfer(total)}{'' if missing else ', all in the Hub cache'}",
+        summary=f"{counted(len(sizes), 'file')}, {format_transfer(total)}{'' if missing else ', all in the Hub cache'}",
     )
 
 
@@ -178,7 +178,7 @@ def _forecast_synthetic(params: DownloadParams, synthetic: Synthetic, ctx: Forec
         file_bytes=max(planned_bytes([plan], synthetic.format) for plan in plans),
         metrics={"fetched_bytes": 0, "commit": None},
         output=described,
-        summary=f"{format_transfer(size)} made up, in {len(plans)} file{'s' if len(plans) > 1 else ''}",
+        summary=f"{format_transfer(size)} made up, in {counted(len(plans), 'file')}",
     )
 
 
@@ -276,7 +276,7 @@ def _from_hub(params: DownloadParams, ctx: StageContext) -> tuple[str, int, File
     chosen = _chosen_remotely(repository, params)
     for misfit in _cache_misfits(missing_bytes(repository, chosen, hub), hub):
         raise DoesNotFit(misfit.cause, misfit.cure)
-    ctx.log(f"{repository.repo} at {repository.commit}: {len(chosen)} files")
+    ctx.log(f"{repository.repo} at {repository.commit}: {counted(len(chosen), 'file')}")
 
     def report(done: int, total: int, task: str) -> None:
         ctx.progress(done, total, task=task)

@@ -11,7 +11,7 @@ from bigpipe.bigmodel.checkpoint.view import open_arriving, open_checkpoint
 from bigpipe.bigmodel.quantization import Outline, Settings, quantize_described, refuse_quantized, understand
 from bigpipe.bigmodel.writing.sidefiles import config_with_dtype
 from bigpipe.orchestrator.stage import CheckContext, Forecast, ForecastContext, Machine, StageContext, StageResult
-from bigpipe.sizes import format_transfer
+from bigpipe.sizes import counted, format_transfer
 
 from .quantize import QuantizeMetrics, QuantizeParams
 
@@ -54,7 +54,7 @@ def forecast(params: QuantizeParams, context: ForecastContext) -> Forecast:
         seconds=before / RATE,
         metrics=metrics,
         output=output or _described(described, outlined, settings, architecture),
-        summary=f"{params.scheme}, {len(outlined.quantized)} modules, +{format_transfer(outlined.nbytes)}",
+        summary=f"{params.scheme}, {counted(len(outlined.quantized), 'module')}, +{format_transfer(outlined.nbytes)}",
         details=_interval(outlined, settings),
     )
 

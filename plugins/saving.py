@@ -42,7 +42,7 @@ from bigpipe.orchestrator.stage import (
     UsageError,
     format_size,
 )
-from bigpipe.sizes import format_transfer
+from bigpipe.sizes import counted, format_transfer
 
 from .save import SaveMetrics, SaveParams
 
@@ -100,7 +100,9 @@ def _check_replaceable(params: SaveParams, target: Destination, made_by: tuple[s
     provenance = _read_provenance(target, there)
     cure = "choose another destination, or write overwrite: true to replace it as a whole"
     if provenance is None:
-        raise UsageError(f"to: {target.url} is there already, with {len(there)} files that bigpipe did not write", cure)
+        raise UsageError(
+            f"to: {target.url} is there already, with {counted(len(there), 'file')} that bigpipe did not write", cure
+        )
     by = (str(provenance.get("recipe")), str(provenance.get("node")))
     if made_by is not None and by != made_by:
         raise UsageError(f"to: {target.url} was written by node {by[1]} of recipe {by[0]!r}", cure)
@@ -182,7 +184,7 @@ def run(params: SaveParams, ctx: StageContext) -> StageResult:
         },
     }
     (ctx.out / RECEIPT).write_text(json.dumps(receipt, indent=2) + "\n")
-    ctx.log(f"saved {len(written.files)} files to {written.url}")
+    ctx.log(f"saved {counted(len(written.files), 'file')} to {written.url}")
     size = sum(file.size for file in written.files.values())
     return StageResult(SaveMetrics(url=written.url, bytes=size, files=len(written.files), commit=written.commit))
 

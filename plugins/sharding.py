@@ -13,7 +13,7 @@ from bigpipe.bigmodel.writing.plans import ShardPlan
 from bigpipe.bigmodel.writing.sidefiles import carry_side_files, config_with_dtype
 from bigpipe.bigmodel.writing.writer import WORKERS, convert, plan_conversion, planned_bytes
 from bigpipe.orchestrator.stage import CheckContext, Forecast, ForecastContext, StageContext, StageResult, UsageError
-from bigpipe.sizes import format_transfer
+from bigpipe.sizes import counted, format_transfer
 
 from .shard import ShardMetrics, ShardParams
 
@@ -47,7 +47,7 @@ def forecast(params: ShardParams, context: ForecastContext) -> Forecast:
         seconds=size / RATE,
         metrics={"shards": len(plans), "bytes": size},
         output=describe_checkpoint(context.artifact) if context.artifact else _described(params, described, plans),
-        summary=f"{len(plans)} shard{'s' if len(plans) > 1 else ''}, +{format_transfer(size)}",
+        summary=f"{counted(len(plans), 'shard')}, +{format_transfer(size)}",
     )
 
 

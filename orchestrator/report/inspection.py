@@ -14,7 +14,7 @@ from bigpipe.orchestrator.store.location import default_root
 from bigpipe.orchestrator.store.records import RunDiff, RunRecord
 from bigpipe.orchestrator.store.store import Store
 from bigpipe.orchestrator.types import Json
-from bigpipe.sizes import format_size, format_transfer
+from bigpipe.sizes import counted, format_size, format_transfer
 
 from .rendering import columns, metrics_line
 
@@ -52,7 +52,7 @@ def list_store(*, store: str | Path | None = None) -> Answer:
     run_rows += [(run.run, run.status, f"{run.seconds:.1f}", run.recipe) for run in runs]
     held = sum(entry.bytes - entry.referenced_bytes for entry in entries if entry.present)
     parts = [
-        f"{opened.root}: {len(entries)} artifacts, {format_transfer(held)}",
+        f"{opened.root}: {counted(len(entries), 'artifact')}, {format_transfer(held)}",
         columns(rows) if entries else "",
         columns(run_rows) if runs else "no runs on record",
     ]
@@ -149,14 +149,14 @@ def collect_garbage(dry_run: bool, *, store: str | Path | None = None) -> Answer
     lines = [f"{item.kind} {item.name}  {format_transfer(item.bytes)}" for item in report.freed if item.bytes]
     what = ", ".join(f"{count} {kind}s" for kind, count in counts.items()) or "nothing"
     lines.append(f"{verb} {format_transfer(report.freed_bytes)}: {what}")
-    lines.append(f"kept {report.kept_artifacts} artifacts, {format_transfer(report.kept_bytes)}")
+    lines.append(f"kept {counted(report.kept_artifacts, 'artifact')}, {format_transfer(report.kept_bytes)}")
     return Answer({**asdict(report), "freed_bytes": report.freed_bytes}, "\n".join(lines))
 
 
 def verify_store(repair: bool, *, store: str | Path | None = None) -> Answer:
     with open_store(store) as opened:
         report = opened.verify(repair=repair)
-    head = f"{report.artifacts} artifacts, {report.files} files, {format_size(report.bytes)} read"
+    head = f"{counted(report.artifacts, 'artifact')}, {counted(report.files, 'file')}, {format_size(report.bytes)} read"
     lines = [head + (": all as recorded" if report.clean else f": {len(report.findings)} findings")]
     for finding in report.findings:
         detail = f" ({finding.detail})" if finding.detail else ""

@@ -1,4 +1,4 @@
-"""Sizes in bytes, as people write and read them."""
+"""Sizes in bytes and other counts, as people write and read them."""
 
 from __future__ import annotations
 
@@ -72,3 +72,8 @@ def exact_size(size: int) -> str:
             if size % UNITS[unit.lower()] == 0:
                 return f"{size // UNITS[unit.lower()]}{unit}"
     return str(size)
+
+
+def counted(number: int, noun: str) -> str:
+    """`1 file`, `2 files`."""
+    return f"{number:,} {noun}{'' if number == 1 else 's'}"

@@ -202,7 +202,7 @@ def test_what_others_wrote_or_changed_is_not_replaced_unless_asked(tmp_path: Pat
     target.mkdir(parents=True)
     check(tmp_path, params("dist"))  # an empty directory is in nobody's way
     (target / "thesis.tex").write_text("years of work")
-    with pytest.raises(UsageError, match="1 files that bigpipe did not write") as caught:
+    with pytest.raises(UsageError, match="1 file that bigpipe did not write") as caught:
         check(tmp_path, params("dist"))
     assert "overwrite: true" in caught.value.cure
     check(tmp_path, params("dist", overwrite=True))

@@ -1,0 +1,40 @@
+"""Sizes and counts as people write and read them."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from bigpipe.errors import UsageError
+from bigpipe.sizes import counted, exact_size, format_size, format_transfer, parse_size, size_of
+
+
+@pytest.mark.parametrize(
+    ("text", "size"),
+    [
+        ("0", 0), (7, 7), ("10GiB", 10 << 30), ("30GIB", 30 << 30), ("10GB", 10**10), ("1.5 TiB", 3 << 39),
+        (" 2 kB ", 2000), ("0.1GB", 10**8), ("0.3 B", 0), ("1024", 1024),
+    ],
+)  # fmt: skip
+def test_what_people_write(text: str | int, size: int) -> None:
+    assert parse_size(text) == size
+
+
+@pytest.mark.parametrize("text", ["", "GB", "-1", -1, "1e9", "10 Gib", "10Gb", "5 apples", "1,000", True, 1.5, None])
+def test_what_is_no_size(text: object) -> None:
+    with pytest.raises(ValueError, match=r"size|bits"):
+        parse_size(text)  # type: ignore[arg-type]
+    with pytest.raises(UsageError, match="max_shard_size: "):
+        size_of("max_shard_size", text)  # type: ignore[arg-type]
+
+
+@given(st.integers(min_value=0, max_value=10**16))
+def test_an_exact_size_is_read_back(size: int) -> None:
+    assert parse_size(exact_size(size)) == size
+
+
+def test_what_people_read() -> None:
+    assert [format_size(size) for size in (0, 1023, 1024, 13_098_000_000)] == ["0 B", "1023 B", "1.0 KiB", "12.2 GiB"]
+    assert [format_transfer(size) for size in (999, 1000, 25_706_000_000)] == ["999 B", "1.0 kB", "25.7 GB"]
+    assert [counted(number, "file") for number in (0, 1, 2, 1500)] == ["0 files", "1 file", "2 files", "1,500 files"]
