@@ -18,6 +18,9 @@ from bigpipe.sizes import counted, format_size, format_transfer
 
 from .rendering import columns, metrics_line
 
+NOUNS = {"work": "work folder", "temporary": "temporary file", "quarantine": "quarantined file"}
+"""What garbage is called where its kind is no noun that can be counted."""
+
 
 @dataclass(frozen=True, slots=True)
 class Answer:
@@ -147,7 +150,7 @@ def collect_garbage(dry_run: bool, *, store: str | Path | None = None) -> Answer
     verb = "would free" if dry_run else "freed"
     counts = Counter(item.kind for item in report.freed)
     lines = [f"{item.kind} {item.name}  {format_transfer(item.bytes)}" for item in report.freed if item.bytes]
-    what = ", ".join(f"{count} {kind}s" for kind, count in counts.items()) or "nothing"
+    what = ", ".join(counted(count, NOUNS.get(kind, kind)) for kind, count in counts.items()) or "nothing"
     lines.append(f"{verb} {format_transfer(report.freed_bytes)}: {what}")
     lines.append(f"kept {counted(report.kept_artifacts, 'artifact')}, {format_transfer(report.kept_bytes)}")
     return Answer({**asdict(report), "freed_bytes": report.freed_bytes}, "\n".join(lines))
@@ -157,7 +160,7 @@ def verify_store(repair: bool, *, store: str | Path | None = None) -> Answer:
     with open_store(store) as opened:
         report = opened.verify(repair=repair)
     head = f"{counted(report.artifacts, 'artifact')}, {counted(report.files, 'file')}, {format_size(report.bytes)} read"
-    lines = [head + (": all as recorded" if report.clean else f": {len(report.findings)} findings")]
+    lines = [head + (": all as recorded" if report.clean else f": {counted(len(report.findings), 'finding')}")]
     for finding in report.findings:
         detail = f" ({finding.detail})" if finding.detail else ""
         lines.append(f"{finding.problem}: {finding.path}{detail}{', repaired' if finding.repaired else ''}")
