@@ -61,11 +61,12 @@ class Work:
         return self.folder / "scratch"
 
     def become(self, other: Work) -> None:
-        """What is here takes the place of what is there. Both must be held."""
+        """What is here takes the place of what is there. Both must be held. After a crash a folder may be missing."""
         with explained(self.folder):
             for old, new in ((self.out, other.out), (self.scratch, other.scratch)):
-                remove_tree(new)
-                old.rename(new)
+                if old.is_dir():
+                    remove_tree(new)
+                    old.rename(new)
 
     def done(self) -> None:
         """Removes both: what was to be kept is published."""
@@ -233,7 +234,7 @@ class Store:
         if lock.try_acquire():
             with lock:
                 if orphans.try_acquire():
-                    with orphans, suppress(FileNotFoundError):
+                    with orphans:
                         self._resume(folder)
                         Work(folder).become(work)
                         remove_tree(folder)

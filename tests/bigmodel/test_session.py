@@ -172,7 +172,7 @@ def test_a_proxy_that_asks_for_a_password(server: LoopbackHub, tmp_path: Path) -
             estimate(server, tmp_path / "wrong", **behind(proxy, "somebody:wr0ng-word@")),
             command(server, tmp_path, "run", "recipe.yaml", **behind(proxy, "somebody:wr0ng-word@")),
         ):
-            assert refused.returncode != 0
+            assert refused.returncode == 5
             assert "the proxy on the way to http://hub.invalid asks for another name or password" in refused.stderr
             assert "Traceback" not in refused.stderr
             assert "wr0ng-word" not in refused.stdout + refused.stderr

@@ -229,6 +229,34 @@ class TestCrashes:
             assert contents(other, other.find(record("a").key)) == FILES | {"blob": b"hub"}
         assert not (root / "work" / record("a").key[7:]).exists()
 
+    def test_work_that_was_done_under_another_key_is_published_by_whoever_comes_next(self, memory):
+        """As a follower's is: its journal lies in the folder where it worked."""
+        (memory / "blob").write_bytes(b"hub")
+
+        def follow(root):
+            with Store(root) as mine, mine.lock(record("provisional").key) as work, mine.lock(record("a").key) as final:
+                fill(work.out, FILES | {"blob": memory / "blob"})
+                mine.publish(record("a"), work.out)
+                final.done()
+                work.done()
+
+        step, journals, died = 0, 0, True
+        while died:
+            step += 1
+            root = memory / f"store-{step}"
+            died = killed_at(step, lambda root=root: follow(root))
+            journal = root / "work" / record("provisional").key[7:] / "publish.json"
+            begun = journal.exists()
+            with Store(root) as after, after.lock(record("b").key) as other:
+                after.resume_work(record("provisional").key, other)
+                found = after.find(record("a").key)
+                assert not begun or found is not None, step
+                assert found is None or contents(after, found) == FILES | {"blob": b"hub"}
+                journals += begun
+                assert not journal.exists(), step
+            assert after.verify().clean, step
+        assert journals > 20
+
     def test_a_journal_whose_files_are_gone_is_dropped_with_what_it_is_about(self, memory):
         (memory / "blob").write_bytes(b"hub")
         root = memory / "store"
