@@ -45,7 +45,8 @@ def repositories(hub: Any) -> None:
     index = {"metadata": {"total_size": 811_706_777_600}, "weight_map": weight_map}
     files: dict[str, bytes] = {"config.json": json.dumps(LLAMA).encode()}
     files["model.safetensors.index.json"] = json.dumps(index).encode()
-    hub.create("bench/headers", {**files, **dict.fromkeys(shards, b"nobody reads this")})
+    counts = {"parameters": {"BF16": 405_853_388_800}, "total": 405_853_388_800}
+    hub.create("bench/headers", {**files, **dict.fromkeys(shards, b"nobody reads this")}, told_counts=counts)
     hub.create("bench/config", {"config.json": json.dumps(COHERE).encode()})
 
 

@@ -193,7 +193,7 @@ def estimate_sighting(
         architecture=architecture,
         checkpoint=_checkpoint(sighting.description, pipeline=bool(sighting.components)),
         budgets=tuple(budget(architecture, dtype, capped) for dtype in wanted),
-        notes=notes,
+        notes=(*sighting.notes, *notes),
     )
 
 

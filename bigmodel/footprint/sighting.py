@@ -35,6 +35,7 @@ class Sighting:
     library: str | None = None
     components: Mapping[str, Any] = field(default_factory=dict)
     """Of a diffusers pipeline."""
+    notes: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -94,6 +95,7 @@ def _look_remotely(repo: str, revision: str, sources: Sources, library: str | No
         fetched_bytes=found.fetched_bytes,
         library=library or found.library,
         components=found.components,
+        notes=(found.difference,) if found.difference else (),
     )
 
 

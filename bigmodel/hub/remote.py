@@ -26,6 +26,7 @@ from bigpipe.bigmodel.checkpoint.tensors import FETCH_AGAIN, invalid, tensor_nby
 from bigpipe.bigmodel.memo import recall, remember
 from bigpipe.errors import UsageError
 
+from .counts import difference
 from .rangesource import RangeSource
 from .repository import Hub, HubFile, Repository, describe, read_range
 from .selection import check_index, detect, select
@@ -55,6 +56,13 @@ class RemoteModel:
     """Over the network, this time."""
     components: Mapping[str, Any] = field(default_factory=dict)
     """diffusers: {"model_index": …, "components": {name: config}}; empty for single models."""
+
+    @property
+    def difference(self) -> str | None:
+        """What the Hub counts otherwise, in words; None where it agrees or does not count."""
+        if self.components or self.description.format != "safetensors":
+            return None
+        return difference(self.repository, self.description.tensors, self.description.config)
 
 
 class _Meter:
@@ -169,7 +177,7 @@ class _Reader:
         index = self.index(weights)
         if index is not None and self.need == "sizes" and weights[0].path.endswith(".safetensors"):
             tensors = tensors_of_index(index, config)
-            if tensors is not None:
+            if tensors is not None and difference(self.repository, tensors, config) is None:
                 return tensors, {}, "index"
         tensors, tied = self.headers(weights, index)
         return tensors, tied, "headers"

@@ -29,6 +29,8 @@ PATIENCE = 5.0
 """The longest `Retry-After` that a metadata request waits for, in seconds."""
 MAX_ANSWER = 128 * 2**20
 """Bytes of one answer. A listing takes some 300 per file."""
+DTYPE = re.compile(r"[A-Z][A-Z0-9_]{0,19}")
+"""As safetensors writes them."""
 COMMIT = re.compile(r"[0-9a-f]{40}")
 CURE_OFFLINE = "run once with a network (without --offline and HF_HUB_OFFLINE); what it brings stays in the Hub cache"
 
@@ -90,6 +92,8 @@ class Repository:
     private: bool = False
     library: str | None = None
     license: str | None = None
+    elements: Mapping[str, int] | None = None
+    """Safetensors dtype → elements, as the Hub counts them; None where it does not."""
 
     def file(self, path: str) -> HubFile | None:
         return next((file for file in self.files if file.path == path), None)
@@ -317,6 +321,7 @@ def _parse(hub: Hub, repo: str, data: Any) -> Repository:
             private=bool(data.get("private")),
             library=data.get("library_name"),
             license=licence if isinstance(licence, str) else None,
+            elements=_parse_counts(data.get("safetensors")),
         )
     except (AttributeError, KeyError, TypeError) as error:
         raise Transient(
@@ -329,6 +334,15 @@ def _parse_file(item: Mapping[str, Any]) -> HubFile:
     if lfs := item.get("lfs"):
         return HubFile(item["rfilename"], lfs["size"], item["blobId"], lfs["sha256"])
     return HubFile(item["rfilename"], item["size"], item["blobId"])
+
+
+def _parse_counts(told: Any) -> dict[str, int] | None:
+    """Only a cross-check, so counts that are none are left out, not refused."""
+    counts = told.get("parameters") if isinstance(told, Mapping) else None
+    if not isinstance(counts, Mapping):
+        return None
+    plain = all(DTYPE.fullmatch(name) and type(count) is int and count >= 0 for name, count in counts.items())
+    return dict(counts) if plain else None
 
 
 def _is_true(value: str | None) -> bool:

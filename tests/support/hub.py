@@ -89,7 +89,7 @@ class LoopbackHub:
         self.server.server_close()
 
     def create(self, repo: str, files: Mapping[str, bytes | Path], *, branch: str = "main", **settings: Any) -> str:
-        """A repository (`private`, `gated`, `members`, `library`, `card`) with one commit; the commit."""
+        """A repository with one commit, which is given. `settings` are fields of `hub_state.Repository`."""
         self.repositories[repo] = Repository(repo, **settings)
         return self.commit(repo, files, branch)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -72,6 +73,17 @@ def lfs_pointer(sha256: str, size: int) -> bytes:
     return f"version https://git-lfs.github.com/spec/v1\noid sha256:{sha256}\nsize {size}\n".encode()
 
 
+def _bytes(item: Blob) -> bytes:
+    return b"".join(item.chunks(0, item.size))
+
+
+def _header(item: Blob) -> list[tuple[str, list[int]]]:
+    """(dtype, shape) of every tensor in a safetensors file."""
+    length = int.from_bytes(b"".join(item.chunks(0, 8)), "little")
+    header = json.loads(b"".join(item.chunks(8, min(8 + length, item.size))))
+    return [(entry["dtype"], entry["shape"]) for name, entry in header.items() if name != "__metadata__"]
+
+
 @dataclass(slots=True)
 class Repository:
     id: str
@@ -81,6 +93,8 @@ class Repository:
     """Users who may see it while it is private or gated."""
     library: str | None = "transformers"
     card: dict[str, Any] = field(default_factory=dict)
+    told_counts: Any = None
+    """What it says of elements by dtype instead of counting them."""
     commits: dict[str, Mapping[str, Blob]] = field(default_factory=dict)
     branches: dict[str, str] = field(default_factory=dict)
     tags: dict[str, str] = field(default_factory=dict)
@@ -119,16 +133,34 @@ class Repository:
             "lastModified": "2026-01-01T00:00:00.000Z",
             "siblings": [self._sibling(name, item, blobs) for name, item in sorted(self.commits[commit].items())],
             **self._config(commit),
+            **self._counts(commit),
         }
 
     def _config(self, commit: str) -> dict[str, Any]:
         """The Hub repeats what tells a transformers model's class."""
         item = self.commits[commit].get("config.json")
         try:
-            config = json.loads(b"".join(item.chunks(0, item.size))) if item else {}
+            config = json.loads(_bytes(item)) if item else {}
             return {"config": {name: config[name] for name in ("architectures", "model_type") if name in config}}
         except (ValueError, TypeError, RecursionError):
             return {}
+
+    def _counts(self, commit: str) -> dict[str, Any]:
+        """Elements by dtype of `model.safetensors`, or of the files in its index, where their headers can be read."""
+        if self.told_counts is not None:
+            return {"safetensors": self.told_counts}
+        files = self.commits[commit]
+        try:
+            names = {"model.safetensors"}
+            if "model.safetensors" not in files:
+                names = set(json.loads(_bytes(files["model.safetensors.index.json"]))["weight_map"].values())
+            counts: dict[str, int] = {}
+            for name in names:
+                for dtype, shape in _header(files[name]):
+                    counts[dtype] = counts.get(dtype, 0) + math.prod(shape)
+        except (KeyError, TypeError, ValueError, AttributeError, RecursionError):
+            return {}
+        return {"safetensors": {"parameters": counts, "total": sum(counts.values())}}
 
     @staticmethod
     def _sibling(name: str, item: Blob, blobs: bool) -> dict[str, Any]:
