@@ -48,6 +48,8 @@ if TYPE_CHECKING:
 RESULTS = "results.jsonl"
 LOG = "records.jsonl"
 PEAKS = "peaks.json"
+COUNTED = ("prompts", "inferring")
+"""Unit and task of the progress."""
 MEMORY_SHARE = 0.6
 """Of the memory available, what the ranks of one machine may fill with weights cast to another dtype."""
 WIDTHS = {"float32": 4, "float16": 2, "bfloat16": 2}
@@ -246,13 +248,14 @@ def _work(params: InferParams, ctx: StageContext, mine: Sequence[tuple[int, bool
     assert ctx.rank_dir is not None  # noqa: S101  ranks have one
     plan = Plan.read(ctx.scratch / "plan.json")
     rows = [Row(**json.loads(line)) for line in (ctx.scratch / "rows.jsonl").read_text().splitlines()]
+    batches = [[rows[index] for index in plan.chunks[chunk]] for chunk, _ in mine]
+    errors, done, total = 0, 0, sum(map(len, batches))
+    ctx.progress(done, total, *COUNTED)  # before the model loads, so that the sum over ranks is known from the start
     model = _load(params, ctx)
     task = make_task(
         params.task, model, ctx.input("model"), max_new_tokens=params.max_new_tokens, options=params.generation,
         seed=params.seed, trust=ctx.trust.modules, base=ctx.base, trust_remote_code=remote_code(ctx),
     )  # fmt: skip
-    batches = [[rows[index] for index in plan.chunks[chunk]] for chunk, _ in mine]
-    errors, done, total = 0, 0, sum(map(len, batches))
     with RecordLog(ctx.rank_dir / LOG) as log:
         for (chunk, padding), batch in zip(mine, batches, strict=True):
             records = _compute(task, batch, chunk, padding, ctx)
@@ -261,7 +264,7 @@ def _work(params: InferParams, ctx: StageContext, mine: Sequence[tuple[int, bool
             errors += sum(record.failed and not padding for record in records)
             _check_errors(errors, records, params.max_errors)
             done += len(batch)
-            ctx.progress(done, total, "prompt", "inferring")
+            ctx.progress(done, total, *COUNTED)
 
 
 def _compute(task: Task, batch: Sequence[Row], chunk: int, padding: bool, ctx: StageContext) -> list[Record]:

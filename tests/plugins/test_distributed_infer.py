@@ -100,6 +100,15 @@ def rank_shares(ctx: StageContext) -> list[list[int]]:
     return [[json.loads(line)["id"][0] for line in log.read_text().splitlines()] for log in logs]
 
 
+def test_every_rank_says_what_it_has_to_do_before_it_begins(tmp_path: Path, model: Path) -> None:
+    ctx = context(tmp_path, model, 2)
+    infer(params(batch_size=2), ctx)
+    assert isinstance(ctx.reporter, Reports)
+    counts = {rank: [(event.done, event.total) for event in ctx.reporter if event.rank == rank] for rank in (0, 1)}
+    assert counts == {0: [(0, 4), (2, 4), (4, 4)], 1: [(0, 1), (1, 1)]}
+    assert {(event.unit, event.task) for event in ctx.reporter} == {("prompts", "inferring")}
+
+
 def test_uneven_counts_and_padding(tmp_path: Path, model: Path) -> None:
     uneven, padded = context(tmp_path / "uneven", model, 2), context(tmp_path / "padded", model, 2)
     infer(params(), uneven)
@@ -327,7 +336,7 @@ def _await_progress(process: subprocess.Popen[bytes], ranks: int) -> list[int]:
     for line in process.stdout:
         event = json.loads(line)
         hellos += event["event"] == "rank_hello"
-        if event["event"] == "progress" and hellos == ranks:
+        if event["event"] == "progress" and event["done"] and hellos == ranks:
             return [child.pid for child in psutil.Process(process.pid).children(recursive=True)]
     return []
 
