@@ -1,8 +1,12 @@
 """A rerun where nothing changed: the seven stages of the quickstart, against `dvc repro` with seven stages.
 
-    python benchmarks/noop.py [--dvc PATH] [--rounds 11] [--stages 343]
+    python benchmarks/noop.py [--dvc PATH] [--rounds 11] [--stages 343] [--against CHECKOUT]
+    python benchmarks/noop.py --plan 10000 [--rounds 11] [--against CHECKOUT]
 
-Whole processes, start to exit, alternating. dvc is not a dependency: give its path, from an environment of its own.
+--plan: the first plan of that many nodes instead, each written out, and as a matrix. --against: another checkout of
+bigpipe beside this one. dvc is not a dependency: give its path, from an environment of its own.
+
+Whole processes, start to exit, alternating.
 """
 
 from __future__ import annotations
@@ -10,16 +14,19 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import resource
 import shutil
 import subprocess
 import sys
 import tempfile
+from functools import partial
 from pathlib import Path
+from typing import Any
 
-from machine import alternate, facts, medians, whole_process
+from machine import alternate, facts, median, medians, whole_process
 
 ROOT = Path(__file__).parents[1]
-BIGPIPE = [str(Path(sys.executable).parent / "bigpipe")]
+BIGPIPE = [sys.executable, "-m", "bigpipe"]
 
 
 def quickstart(folder: Path) -> list[str]:
@@ -41,6 +48,22 @@ def wide(folder: Path, stages: int) -> list[str]:
     return [*BIGPIPE, "run", "wide.yaml"]
 
 
+def planned(folder: Path, nodes: int) -> dict[str, list[str]]:
+    """`nodes` nodes of two shapes: a download that is never asked for, and shards of it. No kind has headers to reckon
+    with, so that planning them is the engine's own cost."""
+    download = "  d: {uses: download, with: {repo: owner/model}}"
+    sizes = range(1, nodes)
+    written = [f"  s{size}: {{uses: shard, inputs: d, with: {{max_shard_size: {size}}}}}" for size in sizes]
+    axis = f"matrix: {{size: {list(sizes)}}}"
+    matrix = f'  s: {{uses: shard, inputs: d, {axis}, with: {{max_shard_size: "${{matrix.size}}"}}}}'
+    commands = {}
+    for shape, stages in {"written out": written, "a matrix": [matrix]}.items():
+        manifest = folder / f"{shape.replace(' ', '-')}.yaml"
+        manifest.write_text("\n".join(["version: 1", "name: planned", "stages:", download, *stages]) + "\n")
+        commands[shape] = [*BIGPIPE, "plan", "--offline", manifest.name]
+    return commands
+
+
 def dvc_project(dvc: str, folder: Path, stages: int) -> list[str]:
     folder.mkdir()
     for command in (["git", "init", "-q"], [dvc, "init", "-q"]):
@@ -59,24 +82,50 @@ def dvc_project(dvc: str, folder: Path, stages: int) -> list[str]:
     return [dvc, "repro", "-q"]
 
 
+def timed(command: list[str], **options: Any) -> tuple[float, int, float]:
+    """As `whole_process`, and seconds of processor time: other work on the machine changes these less."""
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    seconds, peak = whole_process(command, **options)
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return seconds, peak, after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+
+
+def checkouts(other: Path | None) -> dict[str, Path]:
+    return {"bigpipe": ROOT} | ({"other": other.resolve()} if other else {})
+
+
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--dvc", default=shutil.which("dvc"))
     parser.add_argument("--rounds", type=int, default=11)
     parser.add_argument("--stages", type=int, default=7, help="7: the quickstart; more: that many cached nodes")
+    parser.add_argument("--plan", type=int, metavar="NODES")
+    parser.add_argument("--against", type=Path, metavar="CHECKOUT")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         environment = {**os.environ, "BIGPIPE_HOME": str(folder / "store")}
-        ours = quickstart(folder) if arguments.stages == 7 else wide(folder, arguments.stages)
-        subprocess.run(ours, cwd=folder, env=environment, check=True, stdout=subprocess.DEVNULL)
-        arms = {"bigpipe": lambda: whole_process(ours, cwd=folder, env=environment)}
-        if arguments.dvc:
+        if arguments.plan:
+            ours = planned(folder, arguments.plan)
+        else:
+            ours = {"": quickstart(folder) if arguments.stages == 7 else wide(folder, arguments.stages)}
+            subprocess.run(ours[""], cwd=folder, env=environment, check=True, stdout=subprocess.DEVNULL)
+        arms = {
+            f"{who} {shape}".strip(): partial(
+                timed, command, cwd=folder, env={**environment, "PYTHONPATH": str(checkout / "src")}
+            )
+            for who, checkout in checkouts(arguments.against).items()
+            for shape, command in ours.items()
+        }
+        if arguments.dvc and not arguments.plan:
             theirs = dvc_project(arguments.dvc, folder / "dvc", arguments.stages)
-            arms["dvc"] = lambda: whole_process(theirs, cwd=folder / "dvc")
+            arms["dvc"] = partial(timed, theirs, cwd=folder / "dvc")
         results = alternate(arms, arguments.rounds)
     table = medians(results)
-    report = {"benchmark": f"no-op rerun, {arguments.stages} stages", "arms": table, "machine": facts()}
+    for arm, runs in results.items():
+        table[arm] |= {"processor_seconds": median([run[2] for run in runs]), "slowest": max(run[0] for run in runs)}
+    what = f"plan, {arguments.plan} nodes" if arguments.plan else f"no-op rerun, {arguments.stages} stages"
+    report = {"benchmark": what, "arms": table, "machine": facts()}
     if "dvc" in table:
         report["ratio"] = round(table["dvc"]["seconds"] / table["bigpipe"]["seconds"], 2)
     print(json.dumps(report, indent=2))

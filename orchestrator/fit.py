@@ -17,7 +17,7 @@ __all__ = ["find_misfits", "needs_gpus", "needs_ram"]
 
 
 def find_misfits(
-    session: Session, decisions: Mapping[str, Decision], forecasts: Mapping[str, Forecast]
+    session: Session, decisions: Mapping[str, Decision], forecasts: Mapping[str, Forecast], disk: Disk
 ) -> tuple[tuple[str, Misfit], ...]:
     """Everything that will not fit, as (node name, misfit), in topological order; the disk last."""
     found: list[tuple[str, Misfit]] = []
@@ -25,7 +25,7 @@ def find_misfits(
         if decisions[node.name].action in (Action.RUN, Action.MAYBE):
             forecast = forecasts[node.name]
             found += [(node.name, misfit) for misfit in (*forecast.misfits, *_memory(session, node, forecast))]
-    found += _disk(session, decisions, forecasts)
+    found += _disk(session, decisions, forecasts, disk)
     return tuple(found)
 
 
@@ -74,9 +74,8 @@ def _memory(session: Session, node: Node, forecast: Forecast) -> list[Misfit]:
 
 
 def _disk(
-    session: Session, decisions: Mapping[str, Decision], forecasts: Mapping[str, Forecast]
+    session: Session, decisions: Mapping[str, Decision], forecasts: Mapping[str, Forecast], disk: Disk
 ) -> list[tuple[str, Misfit]]:
-    disk = Disk(session, decisions, forecasts)
     peak, free = disk.peak, session.machine.disk_free
     if peak <= free:
         return []

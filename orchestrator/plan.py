@@ -20,7 +20,7 @@ from .decision import Action, Decision, decide
 from .fit import find_misfits
 from .recipe.conditions import UNKNOWN, Condition, Lookup, Verdict
 from .recipe.graph import Node
-from .session import Session, metric
+from .session import NOTHING_PINNED, Session, metric
 from .sidebyside import Disk, followed
 from .stage import Forecast, ForecastContext, Misfit, Pinned
 from .types import Json, Machine
@@ -47,7 +47,7 @@ class PlannedNode:
     gates: tuple[GateVerdict, ...] = ()
     problem: BigpipeError | None = None
     """What its preflight, or the look for its inputs, found."""
-    pinned: Pinned = field(default_factory=lambda: Pinned({}, ""))
+    pinned: Pinned = NOTHING_PINNED
 
     @property
     def action(self) -> Action:
@@ -108,11 +108,12 @@ def make_plan(session: Session, *, preflight: bool = True) -> Plan:
             problem=_preflight(session, node, decision, forecasts) if preflight else None,
             pinned=session.known_pins(node),
         )
+    disk = Disk(session, decisions, forecasts)
     return Plan(
         session=session,
         nodes=planned,
-        misfits=find_misfits(session, decisions, forecasts),
-        peak_disk=Disk(session, decisions, forecasts).peak,
+        misfits=find_misfits(session, decisions, forecasts, disk),
+        peak_disk=disk.peak,
         followed={node.name: name for node in session.nodes if (name := followed(session, decisions, node))},
     )
 
@@ -233,7 +234,8 @@ def _forecast(session: Session, node: Node, decision: Decision, forecasts: Mappi
         return replace(
             forecast, download_bytes=0, write_bytes=0, ram=0, vram={}, seconds=0, metrics=metrics, misfits=()
         )
-    return replace(forecast, seconds=_seconds(session, node, forecast))
+    seconds = _seconds(session, node, forecast)
+    return forecast if seconds == forecast.seconds else replace(forecast, seconds=seconds)
 
 
 def _seconds(session: Session, node: Node, forecast: Forecast) -> float | None:
@@ -302,7 +304,7 @@ def _preflight(
     if node.kind.check is None or decision.action not in (Action.RUN, Action.MAYBE):
         return None
     try:
-        node.kind.check(node.params, replace(session.check_context(node), inputs=_inputs(node, forecasts)))
+        node.kind.check(node.params, session.check_context(node, _inputs(node, forecasts)))
     except BigpipeError as error:
         error.place = error.place or node.places.get("")
         return error

@@ -7,6 +7,7 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING
 
 from bigpipe.errors import BigpipeError, Offline, UsageError
@@ -14,7 +15,7 @@ from bigpipe.sizes import format_transfer
 
 from .events import LogLine, Reporter
 from .recipe.graph import Node, Recipe, load_recipe
-from .stage import CheckContext, Pinned
+from .stage import CheckContext, Forecast, Pinned
 from .store.content import StatMemo
 from .store.keys import Identity, identity
 from .store.location import default_root
@@ -24,6 +25,9 @@ from .types import Json, Launch, Machine
 
 if TYPE_CHECKING:
     from .store.locked import Lock
+
+NOTHING_PINNED = Pinned({}, "")
+_NO_INPUTS: Mapping[str, tuple[Forecast, ...]] = MappingProxyType({})
 
 
 @dataclass(kw_only=True)
@@ -51,7 +55,7 @@ class Session:
     """Hears of what takes long before the run begins."""
     _identifying: str = ""
 
-    @property
+    @cached_property
     def base(self) -> Path:
         return self.recipe.path.parent
 
@@ -72,7 +76,7 @@ class Session:
             line = f"reading {path.name}, {format_transfer(size)}, to know whether it changed"
             self.reporter.report(LogLine(self._identifying, line))
 
-    @property
+    @cached_property
     def nodes(self) -> list[Node]:
         """The selected nodes in topological order."""
         return [node for name, node in self.recipe.nodes.items() if name in self.selected]
@@ -97,7 +101,7 @@ class Session:
     def secret_values(self, node: Node) -> dict[str, str]:
         return {name: self.environment[name] for name in node.secrets if name in self.environment}
 
-    def check_context(self, node: Node) -> CheckContext:
+    def check_context(self, node: Node, inputs: Mapping[str, tuple[Forecast, ...]] = _NO_INPUTS) -> CheckContext:
         return CheckContext(
             base=self.base,
             machine=self.machine,
@@ -105,6 +109,7 @@ class Session:
             offline=self.offline,
             trust=self.recipe.trust,
             environment=self.visible_environment(node),
+            inputs=inputs,
             launch=self.launch(node),
         )
 
@@ -127,15 +132,15 @@ class Session:
 
     def known_pins(self, node: Node) -> Pinned:
         """What `pinned` has found so far; nothing is asked."""
-        return self._pins.get(node.name, Pinned({}, ""))
+        return self._pins.get(node.name, NOTHING_PINNED)
 
     def _pin(self, node: Node) -> Pinned:
         if node.kind.pin is None:
-            return Pinned({}, "")
+            return NOTHING_PINNED
         if self.locked and (locked := self._locked_pins(node)):
             return locked
         try:
-            return node.kind.pin(node.params, self.check_context(node)) or Pinned({}, "")
+            return node.kind.pin(node.params, self.check_context(node)) or NOTHING_PINNED
         except Offline:
             fallback = self._locked_pins(node) or self._recorded_pins(node)
             if fallback is None:

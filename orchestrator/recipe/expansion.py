@@ -99,7 +99,7 @@ class Expansion:
             raise self.problems.error()
 
     def _expand(self, stage: Wired) -> Iterable[Node]:
-        varies = contains_reference(stage.settings, "matrix")
+        varies = bool(stage.axes) and contains_reference(stage.settings, "matrix")
         places = Places(self.document, stage.path)
         shared: _Reading | None = None
         for texts in variants(stage.axes):

@@ -132,8 +132,10 @@ def _read(path: Path) -> bytes:
 
 def _condition(settings: Mapping[str, Json], scope: Scope) -> str:
     """The text of `when` as far as it is known before the matrix; what is wrong with it is reported later."""
+    if "when" not in settings:
+        return ""
     scope = replace(scope, matrix={}, open_matrix=True, stages=True)
-    text = interpolate(settings.get("when"), scope, lambda *_: None)
+    text = interpolate(settings["when"], scope, lambda *_: None)
     return text if isinstance(text, str) else ""
 
 

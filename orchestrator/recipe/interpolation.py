@@ -60,9 +60,9 @@ def contains_reference(value: Json, namespace: str = "") -> bool:
     """Does `value` hold a `${namespace…}`, at any depth, in keys too? Escaped ones count: a cheap test, no parse."""
     if isinstance(value, str):
         return "${" + namespace in value
-    if isinstance(value, Mapping):
+    if isinstance(value, dict):
         return any(contains_reference(part, namespace) for item in value.items() for part in item)
-    if isinstance(value, list | tuple):
+    if isinstance(value, (list, tuple)):
         return any(contains_reference(child, namespace) for child in value)
     return False
 
@@ -86,7 +86,7 @@ def interpolate(value: Json, scope: Scope, report: Report, path: tuple[Key, ...]
             code, reference, cause, cure = error.problem
             report(code, path, reference, cause, cure)
             return value
-    if isinstance(value, Mapping):
+    if isinstance(value, dict):
         for key in value:
             if isinstance(key, str) and "${" in key:
                 cause = f"the key {key!r} cannot hold a reference"

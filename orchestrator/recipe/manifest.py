@@ -122,7 +122,7 @@ class LaunchSpec(Spec):
         return self
 
     def launch(self) -> Launch:
-        return Launch(**self.model_dump(), explicit=frozenset(self.model_fields_set))
+        return Launch(**vars(self), explicit=frozenset(self.model_fields_set))
 
 
 class ResourcesSpec(Spec):
@@ -135,7 +135,7 @@ class ResourcesSpec(Spec):
     disk: Size | None = None
 
     def resources(self) -> Resources:
-        return Resources(**self.model_dump())
+        return Resources(**vars(self))
 
 
 class Structure(Spec):
@@ -256,6 +256,6 @@ def split_stage(
             place = document.place_at(("stages", name, key), key=True)
             problems.add(Code.UNKNOWN_FIELD, place, f"unknown field {str(key)!r} in stage {name}", cure)
     return (
-        {key: raw[key] for key in STRUCTURE if key in raw},
-        {key: raw[key] for key in SETTINGS if key in raw},
+        {key: value for key, value in raw.items() if key in STRUCTURE},
+        {key: value for key, value in raw.items() if key in SETTINGS},
     )

@@ -193,7 +193,6 @@ class Wiring:
         self.problems.add(Code.UNKNOWN_PORT, place, f"{kind.kind} has no port {name!r}", cure)
 
     def _check_type(self, stage: Wired, name: str, port: Port, source: Source) -> None:
-        place = self.document.place_at(source.path)
         if source.gathers and not port.many:
             cause = f"the port {name!r} of {stage.name} takes one {port.type}, not a list"
             cure = f"write `{name}: {source.text}`, or pick a variant: `{source.stage}@axis=value`"
@@ -205,7 +204,7 @@ class Wiring:
         named = source.stage if source.stage == producer.kind else f"{source.stage} ({producer.kind})"
         cause = f"{named} gives {gives}, but port {name!r} of {stage.name} takes a {port.type}"
         cure = self._candidates(stage, port).removeprefix("; ") or f"wire a stage that gives a {port.type}"
-        self.problems.add(Code.WRONG_ARTIFACT, place, cause, cure)
+        self.problems.add(Code.WRONG_ARTIFACT, self.document.place_at(source.path), cause, cure)
 
     def _order(self) -> list[str]:
         """Stage names, sources first; those in a cycle are reported and marked broken."""

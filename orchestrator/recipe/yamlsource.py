@@ -264,16 +264,15 @@ class _Composer:
 
     def _scalar(self, event: Any) -> Item:
         start, end, text = event.start_mark, event.end_mark, event.value
-        item = Item(text, start.line, start.column, end.line, end.column)
         if event.implicit[0]:
-            item.plain = True
-            item.value = self._resolve(text, event)
-            item.source = text if not isinstance(item.value, str) else ""
-        elif "\0" in text or any("\ud800" <= character <= "\udfff" for character in text):
+            value = self._resolve(text, event)
+            source = "" if isinstance(value, str) else text
+            return Item(value, start.line, start.column, end.line, end.column, None, True, source)
+        if "\0" in text or any("\ud800" <= character <= "\udfff" for character in text):
             self.problems.add(
                 Code.NOT_TEXT, self._at(event), "the text holds NUL or half a character", "remove the escape"
             )
-        return item
+        return Item(text, start.line, start.column, end.line, end.column)
 
     def _resolve(self, text: str, event: Any) -> Scalar:
         """YAML 1.2 core schema; what YAML 1.1 reads as another number, and what JSON cannot carry, is an error."""
@@ -335,7 +334,8 @@ class _Composer:
         frame = self.stack[-1]
         parent = frame.item
         parent.size += item.size
-        parent.height = max(parent.height, item.height + 1)
+        if item.height >= parent.height:
+            parent.height = item.height + 1
         if isinstance(parent.value, list):
             parent.value.append(item)
         elif not frame.has_key:

@@ -119,7 +119,7 @@ class _Walk:
         if not path.is_dir():
             cause = "is a file, not a directory" if path.exists() else "is not there"
             raise UsageError(f"{where}: the directory {value} {cause}", f"relative paths start at {self.base}")
-        return digest_of("tree", [[name, self.memo.sha256(path / name)] for name in _files(path)])
+        return digest_of("tree", [[name, self.memo.sha256(os.path.join(path, name))] for name in _files(path)])
 
     def code(self, value: str, where: str) -> str:
         if not _CODE.fullmatch(value):
@@ -190,15 +190,16 @@ def _files(folder: Path) -> list[str]:
     """The relative paths of all files below a directory, sorted; links are followed, a second way in is not taken."""
     found = []
     seen = set()
-    for place, folders, names in os.walk(folder, onerror=_raise, followlinks=True):
+    top = os.fspath(folder)
+    for place, folders, names in os.walk(top, onerror=_raise, followlinks=True):
         seen.add(os.path.realpath(place))
         folders[:] = sorted(
             name
             for name in folders
             if name not in NO_CONTENT and os.path.realpath(os.path.join(place, name)) not in seen
         )
-        inside = os.path.relpath(place, folder)
-        found += names if inside == os.curdir else [os.path.join(inside, name) for name in names]
+        inside = place.removeprefix(top).lstrip(os.sep)
+        found += [os.path.join(inside, name) for name in names] if inside else names
     return sorted(found)
 
 

@@ -16,6 +16,7 @@ from bigpipe.orchestrator.types import Json
 
 CHUNK = 4 * 2**20
 """Bytes read at a time. Large enough that system calls cost nothing, small enough for the second-level cache."""
+_ENCODER = json.JSONEncoder(sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
 
 
 def canonical(value: Json) -> bytes:
@@ -27,21 +28,18 @@ def canonical(value: Json) -> bytes:
     strings among them: `{1: …}` and `{"1": …}` would look the same).
     """
     _refuse_other_keys(value)
-    text = json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
     # File names may hold bytes that are no UTF-8, which Python keeps as lone surrogates; `surrogatepass` keeps them
     # apart from the characters that a pair of `\ud800\udc00` escapes would stand for.
-    return text.encode("utf-8", "surrogatepass")
+    return _ENCODER.encode(value).encode("utf-8", "surrogatepass")
 
 
 def _refuse_other_keys(value: Json) -> None:
-    if isinstance(value, str | int | float | None):
-        return
     if isinstance(value, dict):
         for key, item in value.items():
             if not isinstance(key, str):
                 raise TypeError(f"the key {key!r} of a map is not a string")
             _refuse_other_keys(item)
-    elif isinstance(value, list | tuple):
+    elif isinstance(value, (list, tuple)):
         for item in value:
             _refuse_other_keys(item)
 

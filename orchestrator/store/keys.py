@@ -8,7 +8,7 @@ Not in it: launch, resources, retries, timeout, gates, on_fail, needs, cache, wh
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol
@@ -52,7 +52,7 @@ class Identity:
 
     @cached_property
     def as_json(self) -> dict[str, Json]:
-        return {item.name: getattr(self, item.name) for item in fields(self)}
+        return {name: getattr(self, name) for name in self.__dataclass_fields__}
 
     @cached_property
     def partial(self) -> str:

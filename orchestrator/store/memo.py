@@ -40,7 +40,7 @@ class StatMemo:
         self._announce = announce
         self._known: dict[str, tuple[Fingerprint, str]] | None = None
 
-    def sha256(self, path: Path, progress: Callable[[int], None] | None = None) -> str:
+    def sha256(self, path: str | Path, progress: Callable[[int], None] | None = None) -> str:
         """The sha256 in hex of a regular file, read only where `stat` says it may have changed. Raises OSError."""
         facts = os.stat(path)
         name = os.path.abspath(path)
@@ -49,14 +49,14 @@ class StatMemo:
             return found[1]
         return self._hash(path, name, progress)
 
-    def _hash(self, path: Path, name: str, progress: Callable[[int], None] | None) -> str:
+    def _hash(self, path: str | Path, name: str, progress: Callable[[int], None] | None) -> str:
         descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
         try:
             before = os.fstat(descriptor)
             if not stat.S_ISREG(before.st_mode):
                 raise OSError(f"{path} is not a regular file")
             if self._announce is not None and before.st_size >= self.LARGE:
-                self._announce(path, before.st_size)
+                self._announce(Path(path), before.st_size)
             started = time.time_ns()
             digest = hash_descriptor(descriptor, progress)
             after = os.fstat(descriptor)
@@ -76,11 +76,10 @@ class StatMemo:
     def _load(self, data: bytes) -> None:
         assert self._known is not None  # noqa: S101
         lines = data.split(b"\n")
-        for line in lines:
-            check, _, body = line.partition(b" ")
-            if check == _checksum(body):
-                name, size, mtime, inode, ctime, digest = json.loads(body)
-                self._known[name] = (size, mtime, inode, ctime), digest
+        parts = (line.partition(b" ") for line in lines)
+        whole = b",".join(body for check, _, body in parts if check == _checksum(body))
+        for name, size, mtime, inode, ctime, digest in json.loads(b"[" + whole + b"]"):
+            self._known[name] = (size, mtime, inode, ctime), digest
         if len(lines) > self.COMPACT_FROM and len(lines) > 2 * len(self._known):
             # What another process appends meanwhile is lost, and hashed again.
             write_atomically(self._log, b"".join(_line(*entry) for entry in self._known.items()), durable=False)
