@@ -42,19 +42,19 @@ def forecast(params: QuantizeParams, context: ForecastContext) -> Forecast:
     architecture, outlined = understand(
         described, settings, modules=context.trust.modules, base=context.base, memo=context.memo
     )
-    before = described.nbytes or 0
+    before, after = described.nbytes or 0, outlined.nbytes
     metrics: dict[str, Any] = {"quantized": len(outlined.quantized), "skipped": len(outlined.skipped)}
     if not settings.double_quant:
-        metrics |= {"bytes": outlined.nbytes, "ratio": before / outlined.nbytes}
+        metrics |= {"bytes": after, "ratio": before / after}
     output = describe_checkpoint(context.artifact) if context.artifact else None
     return Forecast(
         download_bytes=0,
-        write_bytes=outlined.nbytes,
+        write_bytes=after,
         ram=RAM + outlined.largest_transposed + (GPU_RAM if context.machine.gpus else 0),
         seconds=before / RATE,
         metrics=metrics,
         output=output or _described(described, outlined, settings, architecture),
-        summary=f"{params.scheme}, {counted(len(outlined.quantized), 'module')}, +{format_transfer(outlined.nbytes)}",
+        summary=f"{params.scheme}, {counted(len(outlined.quantized), 'module')}, +{format_transfer(after)}",
         details=_interval(outlined, settings),
     )
 
