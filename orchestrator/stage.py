@@ -274,6 +274,7 @@ class Stage(Generic[P]):
     facts: what the result depends on besides params (device names and total memory, where a param leaves them open).
     warms: modules that `run` will import, for kinds that run in a process: a worker may start, import them and wait
       while what the node needs is still being made. Importing them must do nothing else.
+    result_line: recorded metrics in a few words, for the table at the end of a run; None: its scalar metrics.
     """
 
     kind: str
@@ -304,5 +305,6 @@ class Stage(Generic[P]):
     reproducible: bool = True
     needs_input: bool = False
     """Some port must be wired, though each of them is optional."""
+    result_line: Callable[[Mapping[str, Json]], str] | None = None
     title: str = ""
     """One sentence for `bigpipe kinds` and the reference."""

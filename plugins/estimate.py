@@ -6,15 +6,20 @@ decided before a byte of weights moves.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from bigpipe.orchestrator.stage import CheckContext, Metrics, Params, Pinned, Port, Stage, Tree, late
+from bigpipe.orchestrator.stage import CheckContext, Json, Metrics, Params, Pinned, Port, Stage, Tree, late
+from bigpipe.sizes import format_size
 
 Dtype = Literal["float32", "float16", "bfloat16", "float8", "int8", "int4", "nf4", "fp4"]
 
 LIBRARIES = Literal["transformers", "diffusers", "timm"]
+
+SHOWN = 2
+"""As many dtypes are named in one line; of the others it says how many there are."""
 
 
 class EstimateParams(Params):
@@ -120,6 +125,14 @@ def pin(params: EstimateParams, context: CheckContext) -> Pinned | None:
     return None if params.repo is None else late("bigpipe.plugins.estimating:pin")(params, context)
 
 
+def result_line(metrics: Mapping[str, Json]) -> str:
+    """`float16 24.8 GiB, int8 12.4 GiB to infer, 2 more dtypes`, in the order of `EstimateMetrics`."""
+    sizes = [f"{dtype} {format_size(found['inference'])}" for dtype, found in metrics.items() if found]
+    more = len(sizes) - SHOWN
+    text = f"{', '.join(sizes[:SHOWN])} to infer"
+    return f"{text}, {more} more dtype{'s' if more > 1 else ''}" if more > 0 else text
+
+
 STAGE = Stage(
     kind="estimate",
     version=2,
@@ -134,5 +147,6 @@ STAGE = Stage(
     runs_in="inline",
     packages=("transformers",),
     secrets=("HF_TOKEN",),
+    result_line=result_line,
     title="Say what a model needs in memory, per dtype, before its weights move",
 )

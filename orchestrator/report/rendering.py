@@ -178,7 +178,7 @@ def result_table(result: RunResult) -> str:
                 str(state.status),
                 f"{state.seconds:.1f}" if ran else "",
                 format_size(record.peak_rss) if ran and record and record.peak_rss else "",
-                metrics_line(record.metrics) if record else state.reason,
+                (state.node.kind.result_line or metrics_line)(record.metrics) if record else state.reason,
             )
         )
     return columns(rows)

@@ -15,8 +15,10 @@ from support.workshop import statuses
 import bigpipe
 from bigpipe.bigmodel.checkpoint.description import describe_checkpoint
 from bigpipe.errors import GateFailed, UsageError
+from bigpipe.orchestrator.report.rendering import result_table
 from bigpipe.orchestrator.stage import CheckContext, Forecast, ForecastContext
 from bigpipe.plugins.estimate import STAGE, EstimateMetrics, EstimateParams
+from bigpipe.sizes import format_size
 
 OPT = {
     "model_type": "opt", "architectures": ["OPTForCausalLM"], "hidden_size": 64, "num_hidden_layers": 2, "ffn_dim": 96,
@@ -85,6 +87,23 @@ def test_the_plan_gives_the_numbers_of_the_run(workshop, model):
     assert metrics["float32"] is None
     assert metrics["float16"]["stored"] * 2 == described.nbytes
     assert "float16" in expected.summary
+
+
+@pytest.mark.parametrize(
+    ("dtypes", "rest"),
+    [(["int8"], ""), (["float16", "int8"], ""), (["float16", "int8", "nf4"], ", 1 more dtype"),
+     (["float32", "float16", "int8", "nf4"], ", 2 more dtypes")],
+)  # fmt: skip
+def test_the_table_at_the_end_says_what_the_estimate_said(workshop, model, dtypes, rest):
+    """Also from the record, where it is cached."""
+    text = RECIPE[: RECIPE.index("    gates:")].replace("[float16, int8]", f"[{', '.join(dtypes)}]")
+    for _ in range(2):
+        ran = workshop.run(text)
+        metrics = ran.as_json()["nodes"]["estimate"]["metrics"]
+        sizes = [f"{dtype} {format_size(metrics[dtype]['inference'])}" for dtype in dtypes[:2]]
+        (row,) = [line for line in result_table(ran).splitlines() if line.startswith("estimate")]
+        assert row.endswith(f"  {', '.join(sizes)} to infer{rest}")
+    assert statuses(ran)["estimate"] == "cached"
 
 
 def test_gates_on_training_are_decided_by_the_plan(workshop, model):
