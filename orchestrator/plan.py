@@ -25,8 +25,9 @@ from .sidebyside import Disk, followed
 from .stage import Forecast, ForecastContext, Misfit, Pinned
 from .types import Json, Machine
 
-LIKE = 3
-"""Amounts of work within this factor take time in proportion; beyond it the start of a process weighs otherwise."""
+COMPARABLE_WITHIN = 3
+"""The factor within which a recorded run counts as comparable: seconds then go in proportion to what is written. Beyond
+it the start of a process weighs otherwise."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -246,7 +247,7 @@ def _seconds(session: Session, node: Node, forecast: Forecast) -> float | None:
         return forecast.seconds
     written = sum(int(file["size"]) for file in last.files.values())
     ratio = forecast.write_bytes / written if written and forecast.write_bytes else 1.0
-    alike = last.partial == session.identity(node).partial and 1 / LIKE <= ratio <= LIKE
+    alike = last.partial == session.identity(node).partial and 1 / COMPARABLE_WITHIN <= ratio <= COMPARABLE_WITHIN
     if alike:
         return last.seconds * ratio
     return last.seconds if forecast.seconds is None else forecast.seconds

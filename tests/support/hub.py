@@ -27,28 +27,8 @@ from urllib.parse import parse_qs, unquote, urlsplit
 import yaml
 
 from .hub_answers import Answer, Bandwidth, Fault, FaultKind, FileRange, Refusal, Request, as_json
+from .hub_routes import ROUTES
 from .hub_state import LFS_SUFFIXES, Blob, Repository, blob
-
-NAME = r"[^/]+(?:/[^/]+)?"
-ROUTES: tuple[tuple[str, re.Pattern[str]], ...] = (
-    ("whoami", re.compile(r"/api/whoami-v2")),
-    ("create_repo", re.compile(r"/api/repos/create")),
-    ("validate_yaml", re.compile(r"/api/validate-yaml")),
-    ("lfs_batch", re.compile(rf"/(?P<repo>{NAME})\.git/info/lfs/objects/batch")),
-    ("lfs_put", re.compile(r"/lfs/(?P<oid>[0-9a-f]{64})")),
-    ("lfs_verify", re.compile(r"/lfs-verify")),
-    ("cdn", re.compile(r"/cdn/(?P<oid>[0-9a-f]{64})/(?P<name>.+)")),
-    ("resolve", re.compile(rf"/(?P<repo>{NAME})/resolve/(?P<revision>[^/]+)/(?P<name>.+)")),
-    ("auth_check", re.compile(rf"/api/models/(?P<repo>{NAME})/auth-check(?P<write>/write)?")),
-    ("refs", re.compile(rf"/api/models/(?P<repo>{NAME})/refs")),
-    ("info", re.compile(rf"/api/models/(?P<repo>{NAME})/revision/(?P<revision>[^/]+)")),
-    ("tree", re.compile(rf"/api/models/(?P<repo>{NAME})/tree/(?P<revision>[^/]+)(?:/(?P<folder>.*))?")),
-    ("paths_info", re.compile(rf"/api/models/(?P<repo>{NAME})/paths-info/(?P<revision>[^/]+)")),
-    ("preupload", re.compile(rf"/api/models/(?P<repo>{NAME})/preupload/(?P<revision>[^/]+)")),
-    ("commit", re.compile(rf"/api/models/(?P<repo>{NAME})/commit/(?P<revision>[^/]+)")),
-    ("branch", re.compile(rf"/api/models/(?P<repo>{NAME})/branch/(?P<branch>[^/]+)")),
-    ("info", re.compile(rf"/api/models/(?P<repo>{NAME})")),
-)
 
 
 class LoopbackHub:
