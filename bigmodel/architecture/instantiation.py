@@ -204,8 +204,23 @@ def _remote_code(request: Mapping[str, Any]) -> torch.nn.Module:
     return model
 
 
+@contextlib.contextmanager
+def _importing(library: str) -> Iterator[None]:
+    """A library that is there and broken is a user's to repair, as one that is missing is to install."""
+    try:
+        yield
+    except ImportError:
+        raise
+    except Exception as error:  # torchvision made for another torch raises RuntimeError
+        raise UsageError(
+            f"{library} is installed, but importing it fails: {type(error).__name__}: {error}",
+            f"repair it until this works: python -c 'import {library}'",
+        ) from error
+
+
 def _timm(request: Mapping[str, Any]) -> torch.nn.Module:
-    import timm
+    with _importing("timm"):
+        import timm
 
     config = _clean(request["config"])
     options = dict(config.get("model_args") or {})
@@ -237,9 +252,10 @@ def _diffusers(request: Mapping[str, Any]) -> torch.nn.Module:
 
 
 def _diffusers_component(class_name: str, config: Mapping[str, Any]) -> torch.nn.Module:
-    import diffusers
+    with _importing("diffusers"):
+        import diffusers
 
-    model_class = getattr(diffusers, class_name, None)
+        model_class = getattr(diffusers, class_name, None)
     if model_class is None or not hasattr(model_class, "from_config"):
         raise UsageError(f"diffusers {diffusers.__version__} has no model {class_name!r}", "upgrade diffusers")
     model: torch.nn.Module = model_class.from_config(_clean(dict(config)))

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
@@ -85,7 +88,7 @@ def test_a_pipeline_from_headers_alone(server: LoopbackHub, tmp_path: Path) -> N
 
 
 def test_a_pipeline_from_its_classes(server: LoopbackHub, tmp_path: Path) -> None:
-    diffusers = pytest.importorskip("diffusers", exc_type=ImportError)
+    diffusers = pytest.importorskip("diffusers", exc_type=Exception)
     models = {
         "unet": diffusers.UNet2DConditionModel.from_config(UNET), "vae": diffusers.AutoencoderKL.from_config(VAE)
     }  # fmt: skip
@@ -101,13 +104,8 @@ def test_a_pipeline_from_its_classes(server: LoopbackHub, tmp_path: Path) -> Non
         assert found["float16"].weights.basis == "exact"
 
 
+@pytest.mark.skipif(find_spec("timm") is not None, reason="timm is installed")
 def test_a_timm_repository_without_timm(server: LoopbackHub, tmp_path: Path) -> None:
-    try:
-        import timm  # noqa: F401
-    except ImportError:
-        pass
-    else:
-        pytest.skip("timm is installed")
     config = {"architecture": "resnet50", "num_classes": 1000, "pretrained_cfg": {"tag": "a1_in1k"}}
     files = {"config.json": json.dumps(config).encode(), "model.safetensors": shell(tmp_path / "timm", RESNET)}
     server.create("timm/resnet50", files)
@@ -119,3 +117,44 @@ def test_a_timm_repository_without_timm(server: LoopbackHub, tmp_path: Path) -> 
     # Statistics of batch norms are buffers, and a counter of them no float
     assert found["float32"].buffers.bytes == 2 * 64 * 4 + 8
     assert found["float32"].parameters == sum(size for size in (64 * 147, 64, 64, 1000 * 2048, 1000))
+
+
+@pytest.fixture
+def broken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    """timm and diffusers as they are beside a torchvision that was made for another torch."""
+    cause = "operator torchvision::nms does not exist"
+    for name in ("timm", "diffusers"):
+        (tmp_path / "broken" / name).mkdir(parents=True)
+        (tmp_path / "broken" / name / "__init__.py").write_text(f"raise RuntimeError({cause!r})\n")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path / "broken"), prepend=os.pathsep)
+    return cause
+
+
+def test_a_library_that_is_broken_leaves_the_headers(server: LoopbackHub, tmp_path: Path, broken: str) -> None:
+    config = {"architecture": "resnet50", "num_classes": 1000}
+    files = {"config.json": json.dumps(config).encode(), "model.safetensors": shell(tmp_path / "timm", RESNET)}
+    server.create("timm/resnet50", files)
+    found = estimate("timm/resnet50", dtypes=["float32"], environment=server.environment(tmp_path / "home"))
+    assert "timm is installed" in found.notes[0]
+    assert broken in found.notes[0]
+    assert found["float32"].weights.bytes == nbytes(RESNET)
+    for found in both_ways(server, tmp_path, COMPONENTS):
+        assert "diffusers is installed" in found.notes[0]
+        assert broken in found.notes[0]
+        assert found.source == "headers"
+
+
+@pytest.mark.parametrize(("library", "config"), [("timm", {"architecture": "resnet50"}), ("diffusers", UNET)])
+def test_a_library_that_is_broken_and_no_weights(
+    tmp_path: Path, broken: str, library: str, config: dict[str, Any]
+) -> None:
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model/config.json").write_text(json.dumps(config))
+    command = [sys.executable, "-m", "bigpipe", "estimate", str(tmp_path / "model"), "--store", str(tmp_path / "store")]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert (
+        f"{tmp_path / 'model'}: {library} is installed, but importing it fails: RuntimeError: {broken}" in done.stderr
+    )
+    assert f"python -c 'import {library}'" in done.stderr
+    assert "Traceback" not in done.stderr
