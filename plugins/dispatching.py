@@ -21,7 +21,7 @@ from bigpipe.bigmodel.checkpoint.description import ModelDescription, describe_c
 from bigpipe.bigmodel.checkpoint.tensors import tensor_nbytes
 from bigpipe.bigmodel.execution.offload import INDIVISIBLE
 from bigpipe.bigmodel.footprint.activations import prefill, shape_of
-from bigpipe.bigmodel.footprint.kvcache import kv_cache
+from bigpipe.bigmodel.footprint.kvcache import cache_of
 from bigpipe.bigmodel.footprint.weights import compute_bytes
 from bigpipe.bigmodel.placement import Device, Placement, place_architecture
 from bigpipe.bigmodel.placement.budget import devices_of
@@ -124,7 +124,7 @@ def _needs(params: DispatchParams, architecture: Architecture, dtype: str) -> tu
     """What generating needs besides weights: (bytes of the cache, of activations)."""
     width = compute_bytes(dtype)
     length = min(params.sequence_length, _positions(architecture) or params.sequence_length)
-    cache = kv_cache(architecture.config, params.batch_size, length, width).bytes if architecture.generates else 0
+    cache = cache_of(architecture, params.batch_size, length, width).bytes
     return cache, prefill(shape_of(architecture), params.batch_size, length, width).bytes
 
 

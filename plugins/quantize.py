@@ -113,7 +113,7 @@ def facts(params: QuantizeParams, machine: Machine) -> Mapping[str, Any]:
 
 STAGE = Stage(
     kind="quantize",
-    version=1,
+    version=2,
     params=QuantizeParams,
     metrics=QuantizeMetrics,
     inputs={"model": Port("checkpoint")},

@@ -24,7 +24,7 @@ class ShardMetrics(Metrics):
 
 STAGE = Stage(
     kind="shard",
-    version=1,
+    version=2,
     params=ShardParams,
     metrics=ShardMetrics,
     inputs={"model": Port("checkpoint")},

@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 from bigpipe.errors import BigpipeError, InvalidCheckpoint, UsageError
 
+from .caching import observe
 from .inquiry import ATTENTION
 from .structure import Architecture, ModuleSpec, TensorSpec
 
@@ -56,7 +57,8 @@ def _names(request: Mapping[str, Any]) -> dict[str, str]:
     model = on_meta(torch.float32, lambda: instantiate(request))
     tensors = {name: TensorInfo(name, "float32", (), Path(), 0, 0) for name in request["names"]}
     matches = match(model, tensors)
-    return {recipe.sources[0].name: name for name, recipe in matches.plain.items() if recipe.fuse is None}
+    recipes = {name: recipe for name, recipe in matches.plain.items() if recipe.fuse is None or len(recipe.sources) > 1}
+    return {source.name: name for name, recipe in recipes.items() for source in recipe.sources}
 
 
 def _answer(request: Mapping[str, Any]) -> dict[str, Any]:
@@ -126,6 +128,8 @@ def _linspace_on_cpu() -> contextlib.AbstractContextManager[Any]:
 
 def _clean(value: Any) -> Any:
     if isinstance(value, dict):
+        if value.keys() == {"__float__"}:  # how transformers writes infinity into JSON
+            return float(value["__float__"])
         return {key: _clean(entry) for key, entry in value.items() if key not in UNSAFE_KEYS}
     return [_clean(entry) for entry in value] if isinstance(value, list) else value
 
@@ -296,6 +300,7 @@ def instantiate_custom(model_class: Any, config: Mapping[str, Any]) -> Any:
 def report(model: torch.nn.Module, other: torch.nn.Module, request: Mapping[str, Any]) -> Architecture:
     """What `model` consists of. `other` is the same model built in another default dtype."""
     following = _dtypes(other)
+    generates = _generates(model)
     unsaved = frozenset(getattr(model, "_keys_to_ignore_on_save", None) or ())
     no_split = request["no_split"] or getattr(model, "_no_split_modules", None) or ()
     return Architecture(
@@ -309,7 +314,8 @@ def report(model: torch.nn.Module, other: torch.nn.Module, request: Mapping[str,
         keep_in_fp32_strict=tuple(sorted(getattr(model, "_keep_in_fp32_modules_strict", None) or ())),
         config=_complete_config(model, request),
         library=request["library"],
-        generates=_generates(model),
+        generates=generates,
+        cache=observe(other) if generates else None,
     )
 
 

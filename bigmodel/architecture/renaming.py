@@ -20,8 +20,10 @@ from .structure import ask, request_as_json, request_key
 
 
 def ask_names(config: Mapping[str, Any], stored: Iterable[str], memo: Path | None = None) -> dict[str, str]:
-    """Stored name → parameter or buffer of the class that `config` names. Names that become none, or of which several
-    become one, are not in it. Errors as of `describe_architecture`."""
+    """Stored name → parameter or buffer of the class that `config` names; several may become parts of one.
+
+    Names that become none, or one that is changed on the way, are not in it. Errors as of `describe_architecture`.
+    """
     request = read_request(config)
     names = sorted(stored)
     key = hashlib.sha256(json.dumps([request_key(request), names]).encode()).hexdigest()

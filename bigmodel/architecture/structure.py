@@ -18,7 +18,7 @@ import re
 import sys
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, astuple, dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -75,6 +75,23 @@ class ModuleSpec:
     """Exactly `torch.nn.Linear`, or transformers' `Conv1D`: what bitsandbytes converts."""
 
 
+@dataclass(frozen=True, slots=True)
+class CachedTensor:
+    """Tensors alike that a generating model keeps of a sequence: `elements` + `per_token` · tokens elements each."""
+
+    count: int
+    elements: int
+    """Of a state, which does not grow."""
+    per_token: float
+    """No whole number where several tokens are compressed into one; sizes are then upper bounds."""
+    window: int | None
+    """Tokens after which it grows no more."""
+    itemsize: int
+    """Bytes per element; 0: as the keys, in whatever dtype these are kept."""
+    viewed_per_token: float
+    """Elements per token of the prompt that it is a view into until the first step; 0 where it stands by itself."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Architecture:
     class_name: str
@@ -97,6 +114,8 @@ class Architecture:
     library: str = "transformers"
     generates: bool = False
     """Produces tokens one by one and caches keys and values (or states) while it does."""
+    cache: tuple[CachedTensor, ...] | None = None
+    """What it caches, as observed; None where that is left to formulas (`footprint.kvcache`)."""
 
     @cached_property
     def by_name(self) -> Mapping[str, ModuleSpec]:
@@ -151,6 +170,7 @@ class Architecture:
             "config": dict(self.config),
             "library": self.library,
             "generates": self.generates,
+            "cache": None if self.cache is None else [list(astuple(tensor)) for tensor in self.cache],
         }
 
     @classmethod
@@ -167,6 +187,7 @@ class Architecture:
             config=data["config"],
             library=data["library"],
             generates=data["generates"],
+            cache=None if data["cache"] is None else tuple(CachedTensor(*tensor) for tensor in data["cache"]),
         )
 
 
@@ -227,7 +248,7 @@ def describe_many(requests: Sequence[Request], *, memo: Path | None = None) -> l
     return [Architecture.from_json(known[key]) for key in keys]
 
 
-ANSWER_VERSION = 3
+ANSWER_VERSION = 4
 """Part of every key; raised when an answer's shape or meaning changes."""
 
 CHILD_SECONDS = 600

@@ -14,7 +14,7 @@ from . import activations
 from .activations import Shape
 from .bitsandbytes_format import converted_modules, matrix_shape, stored_interval
 from .cpu_peak import beside_weights
-from .kvcache import NOTHING, Cache, kv_cache, text_config
+from .kvcache import Cache, cache_of, text_config
 from .weights import SCHEMES, WIDTHS, Weights, compute_bytes, weigh
 
 Basis = Literal["exact", "calibrated", "bound"]
@@ -158,9 +158,7 @@ def budget(architecture: Architecture, dtype: str, workload: Workload) -> Budget
     length = capped_length(architecture, workload.sequence_length)
     itemsize = compute_bytes(dtype)
     cached = itemsize if workload.kv_dtype is None else kv_bytes(workload.kv_dtype)
-    cache = NOTHING
-    if architecture.generates:
-        cache = kv_cache(architecture.config, workload.batch_size, length, cached, workload.output_length)
+    cache = cache_of(architecture, workload.batch_size, length, cached, workload.output_length)
     return Budget(
         dtype=dtype,
         parameters=weights.parameters,

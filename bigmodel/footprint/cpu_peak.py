@@ -18,7 +18,7 @@ from typing import Any
 from bigpipe.bigmodel.architecture.structure import Architecture
 
 from .activations import Shape, prefill
-from .kvcache import NOTHING, kv_cache, text_config
+from .kvcache import cache_of, text_config
 
 MIB = 2**20
 LAST_LOGITS_SCRATCH = 13 * MIB
@@ -78,7 +78,7 @@ def beside_weights(
     kept = itemsize if cache_itemsize is None else cache_itemsize
     config = text_config(architecture.config)
     found = prefill(shape, batch_size, length, itemsize, image=image, all_logits=all_logits)
-    cache = kv_cache(architecture.config, batch_size, length, kept) if architecture.generates else NOTHING
+    cache = cache_of(architecture, batch_size, length, kept)
     attention = _attention(config, shape, batch_size, length, itemsize)
     masks = batch_size * length**2 * itemsize if shape.scores and len(set(config.get("layer_types") or ())) > 1 else 0
     formula, size = f"{found.phase}: {found.formula}", found.bytes
@@ -89,7 +89,7 @@ def beside_weights(
         size += batch_size * 3 * image[0] ** 2 * itemsize
     if config.get("is_encoder_decoder") and not all_logits:
         # The encoder is done before the first key is cached
-        cache = kv_cache(architecture.config, batch_size, length, kept, output_length)
+        cache = cache_of(architecture, batch_size, length, kept, output_length)
         encoder = prefill(shape, batch_size, length, itemsize, headless=True)
         size = max(size if attention == size else 0, encoder.bytes, cache.bytes)
         formula, held = "the encoder's largest phase, or the cache", 0

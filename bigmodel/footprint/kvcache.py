@@ -10,6 +10,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from bigpipe.bigmodel.architecture.structure import Architecture
+
 Config = Mapping[str, Any]
 
 SLIDING = frozenset({"sliding_attention", "hybrid_sliding", "reference_sliding_attention"})
@@ -31,7 +33,7 @@ class Cache:
     prefill_extra: int
     """Held besides until the first decoding step: a window is a view into the whole prompt's keys."""
     exact: bool
-    """False where a layer is of a kind not known here and was counted as full attention."""
+    """False where a layer is of a kind not known here and was counted as full attention or as one state per head."""
     kind: str
     """For people: `MLA, 61 layers`."""
 
@@ -41,11 +43,34 @@ NOTHING = Cache(0, 0, 0, True, "none")
 
 def text_config(config: Config) -> Config:
     """The part of a nested config that generates text: transformers' `get_text_config(decoder=True)`."""
-    for name in ("decoder", "generator", "text_config", "llm_config", "language_config", "thinker_config"):
+    for name in (
+        "decoder", "decoder_config", "generator", "text_config", "llm_config", "language_config", "thinker_config",
+    ):  # fmt: skip
         nested = config.get(name)
         if isinstance(nested, Mapping) and nested:
             return text_config(nested)
     return config
+
+
+def cache_of(
+    architecture: Architecture, batch_size: int, length: int, itemsize: int, output_length: int | None = None
+) -> Cache:
+    """What a model caches: as observed of its class, else by the formulas of `kv_cache`, whose arguments these are."""
+    if not architecture.generates:
+        return NOTHING
+    if architecture.cache is None:
+        return kv_cache(architecture.config, batch_size, length, itemsize, output_length)
+    total = extra = growing = 0
+    for tensor in architecture.cache:
+        width = batch_size * tensor.count * (tensor.itemsize or itemsize)
+        kept = length if tensor.window is None else min(length, tensor.window)
+        elements = tensor.elements + int(kept * tensor.per_token)
+        total += width * elements
+        extra += width * max(int(length * tensor.viewed_per_token) - elements, 0)
+        growing += int(width * tensor.per_token) if kept == length else 0
+    text = text_config(architecture.config)
+    exact = all(tensor.per_token.is_integer() for tensor in architecture.cache)
+    return Cache(total, growing, extra, exact, _describe(text, layer_kinds(text)))
 
 
 def kv_cache(config: Config, batch_size: int, length: int, itemsize: int, output_length: int | None = None) -> Cache:
@@ -60,16 +85,17 @@ def kv_cache(config: Config, batch_size: int, length: int, itemsize: int, output
     kinds = layer_kinds(text)
     per_token = token_elements(text) * itemsize * batch_size
     total = extra = growing = 0
+    state = _state_bytes(text, itemsize)
     for kind in kinds:
         if kind in LINEAR:
-            total += _state_bytes(text, itemsize) * batch_size
+            total += (_matrix_state(text) if state is None else state) * batch_size
         if kind in NO_CACHE or (kind in LINEAR and kind not in ATTENTION):
             continue
         kept = min(length, _window(text, kind, length))
         total += kept * per_token
         extra += (length - kept) * per_token
         growing += per_token if kept == length else 0
-    known = all(kind in ATTENTION or kind in LINEAR or kind in NO_CACHE for kind in kinds)
+    known = all(kind in ATTENTION or kind in NO_CACHE or (kind in LINEAR and state is not None) for kind in kinds)
     return Cache(total, growing, extra, known and bool(kinds), _describe(text, kinds))
 
 
@@ -145,11 +171,15 @@ def head_dim(text: Config) -> int:
 
 
 def _first(config: Config, *names: str) -> Any:
-    return next((config[name] for name in names if config.get(name) is not None), None)
+    """The first of these fields that is a number; pyramids have lists of them."""
+    return next((config[name] for name in names if isinstance(config.get(name), int | float)), None)
 
 
-def _state_bytes(text: Config, itemsize: int) -> int:
-    """One linear-attention layer's states for one sequence: (last inputs of the convolution, recurrent state)."""
+def _state_bytes(text: Config, itemsize: int) -> int | None:
+    """One linear-attention layer's states for one sequence: (last inputs of the convolution, recurrent state).
+
+    None where the config tells their sizes in no way known here.
+    """
     if text.get("linear_num_value_heads"):  # gated delta net: Qwen3-Next and its kin
         keys = text["linear_num_key_heads"] * text["linear_key_head_dim"]
         values = text["linear_num_value_heads"] * text["linear_value_head_dim"]
@@ -157,20 +187,38 @@ def _state_bytes(text: Config, itemsize: int) -> int:
         return int((2 * keys + values) * text["linear_conv_kernel_dim"] * itemsize + recurrent * STATE_BYTES)
     if text.get("conv_L_cache"):  # LFM2: a short convolution alone
         return int(text["hidden_size"] * text["conv_L_cache"] * itemsize)
+    fixed = text.get("model_type") in ("mamba", "falcon_mamba")
+    expand = _first(text, "expand", "mamba_expand")
+    if not fixed and expand is None:
+        return None
     kernel = int(_first(text, "conv_kernel", "mamba_d_conv") or 4)
     state = int(_first(text, "state_size", "mamba_d_state", "ssm_state_size") or 16)
-    fixed = text.get("model_type") in ("mamba", "falcon_mamba")
-    inner = int(text["intermediate_size"] if fixed else _first(text, "expand", "mamba_expand") * text["hidden_size"])
+    inner = int(text["intermediate_size"] if fixed else expand * text["hidden_size"])
     groups = _first(text, "n_groups", "mamba_n_groups")
     channels = inner + 2 * int(groups) * state if groups else inner
     return channels * kernel * itemsize + inner * state * STATE_BYTES
 
 
+def _matrix_state(text: Config) -> int:
+    """Linear attention of an unknown kind: a matrix of head by head dimension for each head."""
+    return key_value_heads(text) * head_dim(text) ** 2 * STATE_BYTES
+
+
 def _encoder_decoder(text: Config, batch_size: int, length: int, itemsize: int, output_length: int) -> Cache:
     layers = int(_first(text, "num_decoder_layers", "decoder_layers", "num_hidden_layers") or 0)
     heads = int(_first(text, "decoder_attention_heads", "num_attention_heads", "num_heads") or 1)
-    size = int(text.get("d_kv") or int(_first(text, "d_model", "hidden_size")) // heads)
-    per_token = 2 * heads * size * itemsize * batch_size * layers
+    size = int(_first(text, "d_kv", "head_dim") or int(_first(text, "d_model", "hidden_size") or 0) // heads)
+    groups = int(_first(text, "num_key_value_heads") or heads)
+    crossed = int(_first(text, "cross_num_key_value_heads") or groups) * int(_first(text, "cross_head_dim") or size)
     seen = int(text.get("max_source_positions") or length) if text.get("num_mel_bins") else length
     answer = min(output_length, int(text.get("max_target_positions") or output_length))
-    return Cache((answer + seen) * per_token, per_token, 0, True, f"{layers} × self and cross attention")
+    kinds = text.get("layer_types") or ["full_attention"] * layers
+    kept = [min(answer, _window(text, kind, answer)) for kind in kinds]
+    width = 2 * itemsize * batch_size
+    return Cache(
+        bytes=width * (sum(kept) * groups * size + layers * seen * crossed),
+        per_token=width * groups * size * sum(tokens == answer for tokens in kept),
+        prefill_extra=0,
+        exact=layers > 0,
+        kind=f"{layers} × self and cross attention",
+    )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -93,7 +94,7 @@ def outline(
 ) -> Outline:
     """What every stored tensor becomes. tied: alias → stored name, where the file format holds aliases.
 
-    ask_names: gives the model's names for stored ones; asked only where weights do not bear names that tell.
+    ask_names: gives the model's names for stored ones; asked only where stored names do not tell.
     Raises UsageError for modules that cannot be converted as asked, InvalidCheckpoint where weights and model do not
     belong together.
     """
@@ -103,14 +104,15 @@ def outline(
     _refuse_tied(architecture, modules)
     weights = {weight_of(module).name: module for module in modules}
     names = model_names(architecture, [*stored, *tied])
-    if ask_names is not None and not weights.keys() <= {names[name] for name in stored}:
+    if ask_names is not None and not _tell(names, stored, weights, architecture):
         names |= ask_names([*stored, *tied])
-    _refuse_missing(weights, names, stored, tied)
+    parted = {name for name, count in Counter(names[name] for name in stored).items() if count > 1}
+    _refuse_missing(weights, {names[name] for name in stored} - parted, names, tied)
     dtype_of = _kept_dtypes(architecture, settings)
     parts: list[Converted | Kept] = []
     for source, (dtype, shape) in stored.items():
         module = weights.get(names[source])
-        if module is not None:
+        if module is not None and names[source] not in parted:
             parts.append(_converted(source, dtype, shape, module, settings))
         else:
             parts.append(Kept(source, PlannedTensor.of(source, dtype_of(names[source], dtype), shape)))
@@ -123,13 +125,24 @@ def outline(
     )
 
 
+def _tell(names: Mapping[str, str], stored: Stored, weights: Iterable[str], architecture: Architecture) -> bool:
+    """Do the names of stored tensors tell which is to be converted, and which the class keeps in float32?"""
+    named = {names[name] for name in stored}
+    pinned = architecture.keep_in_fp32 or architecture.keep_in_fp32_strict
+    return named.issuperset(weights) and not (pinned and named - _known_names(architecture))
+
+
+def _known_names(architecture: Architecture) -> set[str]:
+    known = {tensor.name for module in architecture.modules for tensor in module.tensors}
+    return known.union(*architecture.tied)
+
+
 def model_names(architecture: Architecture, stored: Iterable[str]) -> dict[str, str]:
     """Stored name → the model's name for that tensor: the same, or with the base model's prefix added or taken off.
 
     `from_pretrained` does so too: a base model's weights load into a model with a head, and the other way round.
     """
-    known = {tensor.name for module in architecture.modules for tensor in module.tensors}
-    known.update(name for group in architecture.tied for name in group)
+    known = _known_names(architecture)
     prefixes = [f"{child}." for child in architecture.by_name[""].children]
 
     def model_name(name: str) -> str:
@@ -183,9 +196,8 @@ def _refuse_tied(architecture: Architecture, modules: Sequence[ModuleSpec]) -> N
 
 
 def _refuse_missing(
-    weights: Mapping[str, ModuleSpec], names: Mapping[str, str], stored: Stored, tied: Mapping[str, str]
+    weights: Mapping[str, ModuleSpec], found: set[str], names: Mapping[str, str], tied: Mapping[str, str]
 ) -> None:
-    found = {names[name] for name in stored}
     missing = [name for name in weights if name not in found]
     if not missing:
         return

@@ -46,23 +46,18 @@ def encode_config(config: Mapping[str, Any]) -> bytes:
 
 
 def config_with_dtype(config: Mapping[str, Any], dtype: str) -> dict[str, Any]:
-    """The config of a model whose weights are now of this dtype: its own `dtype` and those its parts state."""
-    changed = _restate(config, dtype)
-    changed.pop("torch_dtype", None)
-    changed["dtype"] = dtype
-    return changed
+    """The config of a model whose weights are now of this dtype: it and its parts state it, as transformers does."""
+    # `torch_dtype` is what transformers before 5 wrote; parts are text_config, vision_config, encoder and the like
+    kept = {key: value for key, value in config.items() if key != "torch_dtype"}
+    parts = {key: config_with_dtype(value, dtype) for key, value in kept.items() if _is_part(key, value)}
+    return {**kept, **parts, "dtype": dtype}
 
 
-def _restate(config: Mapping[str, Any], dtype: str) -> dict[str, Any]:
-    # `torch_dtype` is what transformers before 5 wrote; parts are text_config, vision_config and the like.
-    changed = {}
-    for key, value in config.items():
-        if key in ("dtype", "torch_dtype") and isinstance(value, str):
-            value = dtype
-        elif key.endswith("_config") and key != "quantization_config" and isinstance(value, Mapping):
-            value = _restate(value, dtype)
-        changed[key] = value
-    return changed
+def _is_part(key: str, value: Any) -> bool:
+    """A config in a config. A vocabulary may hold such words as well, but as numbers."""
+    telling = ("model_type", "dtype", "torch_dtype")
+    nested = isinstance(value, Mapping) and any(isinstance(value.get(name), str) for name in telling)
+    return nested and key != "quantization_config"
 
 
 def _link(source: Path, target: Path) -> None:

@@ -9,6 +9,8 @@ import time
 from pathlib import Path
 
 import pytest
+from support.architectures import UNUSUAL
+from support.real import describe_here
 
 from bigpipe.bigmodel.architecture.inquiry import read_request
 from bigpipe.bigmodel.architecture.structure import Architecture, describe_architecture, describe_many, request_key
@@ -224,3 +226,10 @@ def test_how_weights_are_stored_is_no_other_question() -> None:
     assert request_key(read_request({**config, "hidden_size": 32})) != plain
     pipeline = {"_class_name": "UNet2DConditionModel", "quantization_config": {}}
     assert request_key(read_request(pipeline)) != request_key(read_request({"_class_name": "UNet2DConditionModel"}))
+
+
+def test_an_infinite_number_as_transformers_writes_it_into_json() -> None:
+    limit = {"time_step_limit": [0.0, {"__float__": "Infinity"}]}
+    assert describe_here({**UNUSUAL["falcon_h1"], **limit}) == describe_here(
+        {**UNUSUAL["falcon_h1"], "time_step_limit": [0.0, float("inf")]}
+    )

@@ -11,7 +11,7 @@ from support.real import describe_here
 from bigpipe.bigmodel.architecture.families import BUILDERS, known_architecture
 from bigpipe.bigmodel.architecture.inquiry import Head
 from bigpipe.bigmodel.architecture.structure import Architecture
-from bigpipe.bigmodel.footprint.kvcache import kv_cache
+from bigpipe.bigmodel.footprint.kvcache import cache_of, kv_cache
 
 LLAMA: dict[str, Any] = {
     "model_type": "llama", "architectures": ["LlamaForCausalLM"], "hidden_size": 64, "intermediate_size": 96,
@@ -80,9 +80,10 @@ def test_written_down_is_what_the_class_builds(
     ours, real = known_architecture(CONFIGS[name], head), described[name, head]
     assert ours is not None
     assert ours.modules == real.modules
-    assert replace(ours, config={}) == replace(real, config={})
-    for length in (10, 40):
-        assert kv_cache(ours.config, 2, length, 2) == kv_cache(real.config, 2, length, 2)
+    assert replace(ours, config={}) == replace(real, config={}, cache=None)
+    assert real.cache
+    for length in (20, 40):
+        assert cache_of(ours, 2, length, 2) == kv_cache(real.config, 2, length, 2) == cache_of(real, 2, length, 2)
 
 
 def test_every_family_is_compared() -> None:

@@ -2,39 +2,93 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 import pytest
-from support.architectures import ALL, DECODERS
-from support.real import build, cache_bytes, describe_here
+from support.architectures import ALL, BLIP_2, DECODERS, DEEPSEEK_V4, UNUSUAL, Config
+from support.real import build, cache_bytes, describe_here, storage_bytes
 
-from bigpipe.bigmodel.footprint.kvcache import kv_cache
+from bigpipe.bigmodel.architecture.caching import late_lengths
+from bigpipe.bigmodel.footprint.kvcache import cache_of, kv_cache
 
-ENCODER_DECODERS = ("t5", "bart", "whisper")
-NAMES = (*DECODERS, *ENCODER_DECODERS, "llava")
-LENGTH = 20
-"""Longer than the windows of 16 in the small configs."""
+ENCODER_DECODERS = ("t5", "bart", "whisper", "t5gemma", "dia")
+CONFIGS = {**{name: ALL[name] for name in (*DECODERS, "t5", "bart", "whisper", "llava")}, **UNUSUAL}
+LENGTHS = (20, 45)
+"""Longer than the windows of 16 in the small configs, and not among those that were looked at."""
 
 
-@pytest.mark.parametrize("name", NAMES)
-def test_the_cache_of_a_real_model(name: str) -> None:
+def real_cache(config: Config, name: str, length: int) -> Any:
+    """What a real model has cached of two sequences, in bfloat16."""
     import torch
 
-    model = build(ALL[name]).to(torch.bfloat16)
-    tokens = torch.ones(2, LENGTH, dtype=torch.long)
+    model = build(config).to(torch.bfloat16)
+    tokens = torch.ones(2, length, dtype=torch.long)
     inputs: dict[str, Any] = {"input_ids": tokens}
     if name in ENCODER_DECODERS:
-        inputs["decoder_input_ids"] = tokens
+        inputs["decoder_input_ids"] = tokens.unsqueeze(-1).repeat(1, 1, 2) if name == "dia" else tokens
     if name == "whisper":
         inputs["input_features"] = torch.zeros(2, 8, 128, dtype=torch.bfloat16)
         del inputs["input_ids"]
     with torch.no_grad():
         output = model(**inputs, use_cache=True)
-    cache = output["past_key_values"] if "past_key_values" in output else output["cache_params"]
-    architecture = describe_here(ALL[name])
+    return output["past_key_values"] if "past_key_values" in output else output["cache_params"]
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_the_cache_of_a_real_model(name: str) -> None:
+    architecture = describe_here(CONFIGS[name])
     assert architecture.generates
-    predicted = kv_cache(architecture.config, 2, LENGTH, 2)
-    assert (predicted.bytes, predicted.exact) == (cache_bytes(cache), True)
+    assert (architecture.cache is None) == (name in ENCODER_DECODERS)
+    for length in LENGTHS:
+        cache = real_cache(CONFIGS[name], name, length)
+        predicted = cache_of(architecture, 2, length, 2)
+        assert (predicted.bytes, predicted.exact) == (cache_bytes(cache), True)
+        if architecture.cache is not None:
+            assert predicted.prefill_extra == storage_bytes(cache) - cache_bytes(cache)
+
+
+@pytest.mark.parametrize("name", [*DECODERS, "llava"])
+def test_formulas_say_what_was_observed(name: str) -> None:
+    """The families that are written down go by formulas, without a class."""
+    architecture = describe_here(CONFIGS[name])
+    for length in LENGTHS:
+        observed = cache_of(architecture, 3, length, 2)
+        assert kv_cache(architecture.config, 3, length, 2) == observed
+
+
+@pytest.mark.parametrize("name", UNUSUAL)
+def test_formulas_answer_for_every_config(name: str) -> None:
+    found = kv_cache(describe_here(CONFIGS[name]).config, 1, 20, 2)
+    assert found.bytes > 0
+
+
+def test_what_is_compressed_is_bounded_from_above() -> None:
+    """DeepSeek-V4 keeps one vector for 4 or 128 tokens, and up to 127 that wait to be compressed."""
+    architecture = describe_here(DEEPSEEK_V4)
+    for length in (45, 300, 600):
+        real, predicted = (
+            cache_bytes(real_cache(DEEPSEEK_V4, "deepseek_v4", length)),
+            cache_of(architecture, 2, length, 2),
+        )
+        assert real <= predicted.bytes < 1.5 * real
+        assert not predicted.exact
+    long, longer = (cache_of(architecture, 1, length, 2).bytes for length in (100_000, 200_000))
+    assert longer - long < 100_000 * architecture.config["num_hidden_layers"] * 2 * 8
+
+
+def test_a_forward_that_needs_more_than_tokens_leaves_it_to_formulas() -> None:
+    architecture = describe_here(BLIP_2)
+    assert architecture.cache is None
+    predicted = cache_of(architecture, 1, 20, 2)
+    assert (predicted.bytes, predicted.exact) == (2 * 2 * 2 * 16 * 20 * 2, True)
+
+
+def test_windows_and_positions_say_how_far_to_look() -> None:
+    assert late_lengths({"sliding_window": None, "use_sliding_window": False, "chunk_size": 256}) == ()
+    assert late_lengths({"sliding_window": 4096}) == (8191, 16383)
+    assert late_lengths({"sliding_window": 4096, "max_position_embeddings": 6000}) == (2999, 5999)
+    assert late_lengths({"compress_rates": {"a": 4}}) == (1023, 2047)
 
 
 def test_deepseek_v3_caches_70272_bytes_per_token() -> None:
@@ -60,3 +114,18 @@ def test_a_window_stops_the_growth_and_prefill_holds_the_rest_once() -> None:
 def test_an_unknown_kind_of_layer_is_counted_as_full_attention_and_said_to_be_inexact() -> None:
     config = {"num_attention_heads": 2, "hidden_size": 8, "layer_types": ["full_attention", "quantum_attention"]}
     assert not kv_cache(config, 1, 10, 2).exact
+
+
+@pytest.mark.slow
+def test_formulas_answer_for_every_config_of_transformers() -> None:
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING, CONFIG_MAPPING_NAMES
+
+    answered = 0
+    for name in CONFIG_MAPPING_NAMES:
+        try:
+            config = json.loads(CONFIG_MAPPING[name]().to_json_string(use_diff=False))
+        except Exception:  # noqa: S112  some have no defaults, others need libraries
+            continue
+        assert kv_cache(config, 2, 300, 2).bytes >= 0
+        answered += 1
+    assert answered > 700

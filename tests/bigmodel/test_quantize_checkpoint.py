@@ -13,7 +13,9 @@ import pytest
 import torch
 import transformers
 from safetensors import safe_open
+from support.architectures import UNUSUAL
 from support.models import forward, make_checkpoint, tiny_config, tiny_model
+from support.real import build
 
 from bigpipe.bigmodel.architecture.inquiry import read_request
 from bigpipe.bigmodel.architecture.instantiation import describe
@@ -87,14 +89,19 @@ def tensors_of(folder: Path) -> dict[str, tuple[torch.dtype, torch.Size, bytes]]
     return found
 
 
-def assert_as_transformers(source: Path, out: Path, reference: Any, folder: Path) -> None:
-    """Same names, dtypes, shapes and bytes as `save_pretrained`, same config; loads, and computes the same."""
+def assert_same_files(out: Path, reference: Any, folder: Path) -> None:
+    """Same names, dtypes, shapes and bytes as `save_pretrained`, same config."""
     reference.save_pretrained(folder)
     ours, theirs = tensors_of(out), tensors_of(folder)
     assert ours.keys() == theirs.keys()
     assert [name for name in ours if ours[name] != theirs[name]] == []
     config, expected = (json.loads((path / "config.json").read_text()) for path in (out, folder))
     assert config == expected
+
+
+def assert_as_transformers(source: Path, out: Path, reference: Any, folder: Path) -> None:
+    """The same files, which load and compute the same."""
+    assert_same_files(out, reference, folder)
     loaded = model_class(source).from_pretrained(out).eval()
     assert torch.equal(forward(loaded), forward(reference))
 
@@ -115,6 +122,25 @@ def test_equal_to_quantizing_on_load(name: str, scheme: str, double: bool, tmp_p
 @pytest.mark.parametrize("name", sorted(WIDE))
 def test_equal_to_quantizing_on_load_for_every_family(name: str, scheme: str, double: bool, tmp_path: Path) -> None:
     test_equal_to_quantizing_on_load(name, scheme, double, tmp_path)
+
+
+def test_stored_names_that_become_parts_of_one_keep_the_dtype_it_is_pinned_to(tmp_path: Path) -> None:
+    """Three convolutions of Bailing's linear attention are loaded as one, which its class keeps in float32."""
+    check_unusual("bailing_hybrid", "int8", False, tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("scheme", "double"), [("int8", False), ("nf4", True)])
+@pytest.mark.parametrize("name", UNUSUAL)
+def test_unusual_families(name: str, scheme: str, double: bool, tmp_path: Path) -> None:
+    check_unusual(name, scheme, double, tmp_path)
+
+
+def check_unusual(name: str, scheme: str, double: bool, folder: Path) -> None:
+    source = folder / "source"
+    build(UNUSUAL[name]).to(torch.bfloat16).save_pretrained(source)
+    quantize(source, folder / "out", scheme=scheme, bnb_4bit_use_double_quant=double)
+    assert_same_files(folder / "out", on_load(source, scheme, double), folder / "reference")
 
 
 @pytest.mark.slow

@@ -136,4 +136,56 @@ OTHERS: dict[str, Config] = {
     ),
 }  # fmt: skip
 
-ALL: dict[str, Config] = {**DECODERS, **ENCODERS, **OTHERS}
+_GEMMA = {**_LLAMA, "head_dim": 16, "sliding_window": 16, "model_type": "t5_gemma_module"}
+_INDEXED = {"index_n_heads": 2, "index_head_dim": 16, "index_topk": 8}
+UNUSUAL: dict[str, Config] = {
+    "minimax": _config("minimax", "MiniMaxForCausalLM", _MOE, num_hidden_layers=4),
+    "deepseek_v32": _config("deepseek_v32", "DeepseekV32ForCausalLM", _MLA, _INDEXED),
+    "glm_moe_dsa": _config("glm_moe_dsa", "GlmMoeDsaForCausalLM", _MLA, _INDEXED),
+    "gemma4": _config(
+        "gemma4_text", "Gemma4ForCausalLM", _LLAMA, num_hidden_layers=6, sliding_window=16, head_dim=16,
+        global_head_dim=32,
+    ),
+    "falcon_h1": _config(
+        "falcon_h1", "FalconH1ForCausalLM", _LLAMA, mamba_d_ssm=64, mamba_n_heads=4, mamba_d_head=16, mamba_d_state=16,
+        head_dim=16,
+    ),
+    "bailing_hybrid": _config(
+        "bailing_hybrid", "BailingHybridForCausalLM", _MLA, num_hidden_layers=6, layer_group_size=3, linear_head_dim=16,
+        linear_num_heads=4, num_experts_per_token=2, num_shared_experts=1, num_expert_group=1, qk_head_dim=24,
+        pad_token_id=0, eos_token_id=1,
+    ),
+    "kimi_linear": _config(
+        "kimi_linear", "KimiLinearForCausalLM", _MLA, num_hidden_layers=4, pad_token_id=0,
+        linear_attn_config={
+            "kda_layers": [1, 2, 3], "full_attn_layers": [4], "num_heads": 4, "head_dim": 16,
+            "short_conv_kernel_size": 4,
+        },
+    ),
+    "mimo": _config(
+        "mimo_v2_flash", "MiMoV2FlashForCausalLM", _MOE, num_hidden_layers=4, sliding_window=16, head_dim=16,
+        v_head_dim=8, swa_num_attention_heads=4, swa_num_key_value_heads=2, swa_head_dim=16, swa_v_head_dim=8,
+        n_routed_experts=4,
+    ),
+    "t5gemma": _config("t5gemma", "T5GemmaForConditionalGeneration", encoder=_GEMMA, decoder=_GEMMA, vocab_size=160),
+    "dia": _config(
+        "dia", "DiaForConditionalGeneration", encoder_config={**_LLAMA, "head_dim": 16}, delay_pattern=[0, 1],
+        decoder_config={
+            **_LLAMA, "head_dim": 16, "cross_num_attention_heads": 4, "cross_num_key_value_heads": 4,
+            "cross_head_dim": 16, "cross_hidden_size": 64, "num_channels": 2, "pad_token_id": 1, "eos_token_id": 2,
+            "bos_token_id": 3,
+        },
+    ),
+}  # fmt: skip
+"""Kinds of attention of which no formula knows, and two whose decoder has a config of its own."""
+
+DEEPSEEK_V4 = _config("deepseek_v4", "DeepseekV4ForCausalLM", _MLA, num_hidden_layers=5, max_position_embeddings=4096)
+_SMALL = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+BLIP_2 = _config(
+    "blip-2", "Blip2ForConditionalGeneration", vision_config={**_SMALL, "image_size": 32, "patch_size": 8},
+    qformer_config={**_SMALL, "encoder_hidden_size": 32}, text_config={**_LLAMA, "model_type": "llama"},
+)  # fmt: skip
+
+ALL: dict[str, Config] = {
+    **DECODERS, **ENCODERS, **OTHERS, **UNUSUAL, "deepseek_v4": DEEPSEEK_V4, "blip-2": BLIP_2,
+}  # fmt: skip

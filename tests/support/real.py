@@ -73,6 +73,12 @@ def cache_bytes(cache: Any) -> int:
     return sum(tensor.numel() * tensor.element_size() for tensor in _cached(cache, set()) if tensor.dim())
 
 
+def storage_bytes(cache: Any) -> int:
+    """Bytes of the storages behind them, of which they may be views."""
+    storages = [tensor.untyped_storage() for tensor in _cached(cache, set()) if tensor.dim()]
+    return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
+
+
 def _cached(value: Any, seen: set[int]) -> Iterator[Any]:
     import torch
 
