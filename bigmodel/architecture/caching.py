@@ -19,7 +19,8 @@ if TYPE_CHECKING:
 
 SHORT = (15, 31)
 """Tokens. Shorter than most windows, longer than any convolution."""
-LATE = 1024
+LATE, FARTHEST = 2**10, 2**20
+"""Tokens, where a window asks for it. No prompt is longer than the second."""
 WINDOWS = ("window", "attention_chunk", "compress")
 """In the names of config fields that end or slow the growth of a cache."""
 SECONDS = 20
@@ -64,7 +65,7 @@ def late_lengths(config: Mapping[str, Any]) -> tuple[int, ...]:
     windows = [value for value in named if isinstance(value, int) and not isinstance(value, bool)]
     late = 2 ** (max([LATE, *(2 * window for window in windows)]) - 1).bit_length()
     limits = [config.get(name) for name in ("max_position_embeddings", "n_positions", "max_seq_len", "n_ctx")]
-    last = min([2 * late, *(limit for limit in limits if isinstance(limit, int) and limit > 4 * SHORT[1])])
+    last = min([2 * late, FARTHEST, *(limit for limit in limits if isinstance(limit, int) and limit > 4 * SHORT[1])])
     return last // 2 - 1, last - 1
 
 

@@ -89,6 +89,7 @@ def test_windows_and_positions_say_how_far_to_look() -> None:
     assert late_lengths({"sliding_window": 4096}) == (8191, 16383)
     assert late_lengths({"sliding_window": 4096, "max_position_embeddings": 6000}) == (2999, 5999)
     assert late_lengths({"compress_rates": {"a": 4}}) == (1023, 2047)
+    assert late_lengths({"sliding_window": 10**15}) == (2**19 - 1, 2**20 - 1)
 
 
 def test_deepseek_v3_caches_70272_bytes_per_token() -> None:
