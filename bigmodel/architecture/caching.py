@@ -9,7 +9,7 @@ from __future__ import annotations
 import signal
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, Any
 
 from .structure import CachedTensor
@@ -36,11 +36,24 @@ def observe(model: torch.nn.Module) -> tuple[CachedTensor, ...] | None:
     config: Any = model.config
     if getattr(config, "is_encoder_decoder", False):
         return None
-    try:
-        with _limited(SECONDS):
-            return _observe(model.eval(), config.get_text_config(decoder=True).to_dict())
-    except Exception:  # a foreign forward may raise anything; then formulas answer
-        return None
+    text = config.get_text_config(decoder=True).to_dict()
+    with suppress(TimeoutError), _limited(SECONDS):
+        for part in _that_read_tokens(model.eval()):
+            try:
+                return _observe(part, text)
+            except TimeoutError:
+                raise
+            except Exception:  # noqa: S112  a foreign forward may raise anything; then formulas answer
+                continue
+    return None
+
+
+def _that_read_tokens(model: torch.nn.Module) -> Iterator[torch.nn.Module]:
+    """The model, and the part of it that reads text: the whole may want to look for images among the tokens."""
+    yield model
+    get_decoder: Any = getattr(model, "get_decoder", None)
+    if get_decoder is not None and (decoder := get_decoder()) is not model:
+        yield decoder
 
 
 def _observe(model: torch.nn.Module, config: Mapping[str, Any]) -> tuple[CachedTensor, ...] | None:

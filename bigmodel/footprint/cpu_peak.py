@@ -105,7 +105,8 @@ def beside_weights(
 
 def _holes(config: Mapping[str, Any], cache: int) -> int:
     """Of one that has grown to `cache` bytes. Its last token is never cached, so the tensors are that much smaller."""
-    layers = int(config.get("num_hidden_layers") or 0)
+    layers = config.get("num_hidden_layers")
+    layers = layers if isinstance(layers, int) else 0  # LXMERT has them by kind
     return int(cache * HOLES) if cache <= 2 * layers * MAPPED else 0
 
 

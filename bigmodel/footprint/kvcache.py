@@ -120,8 +120,11 @@ def layer_kinds(text: Config) -> list[str]:
     """The kind of each layer, in order: `layer_types`, or what transformers infers without it."""
     kinds = text.get("layer_types") or text.get("layers_block_type")
     if kinds:
-        return [str(kind) for kind in kinds]
+        # Gemma 3n's last layers attend to the keys of earlier ones
+        return [str(kind) for kind in kinds][: len(kinds) - int(_first(text, "num_kv_shared_layers") or 0)]
     count = _first(text, "num_hidden_layers", "n_layer", "num_layers", "n_layers") or 0
+    if text.get("model_type") == "longcat_flash":
+        return ["full_attention"] * (2 * text["num_layers"])  # two in each layer
     if text.get("model_type") in ("jamba",):
         period, offset = text["attn_layer_period"], text["attn_layer_offset"]
         return ["full_attention" if index % period == offset else "mamba" for index in range(count)]

@@ -117,3 +117,11 @@ def test_a_real_process_needs_what_was_predicted() -> None:
     assert found["lowest %"] > -2
     assert found["95th percentile %"] < 15
     assert found["median of |error| %"] < 5
+
+
+def test_layers_that_are_counted_by_kind() -> None:
+    """LXMERT's `num_hidden_layers` is a mapping: language, vision, both."""
+    config = {"model_type": "lxmert", "architectures": ["LxmertModel"], "hidden_size": 64, "num_attention_heads": 4,
+              "intermediate_size": 96, "vocab_size": 160, "l_layers": 2, "x_layers": 1, "r_layers": 1}  # fmt: skip
+    assert isinstance(describe_here(config).config["num_hidden_layers"], dict)
+    assert peak(config).bytes > 0

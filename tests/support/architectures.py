@@ -167,6 +167,13 @@ UNUSUAL: dict[str, Config] = {
         v_head_dim=8, swa_num_attention_heads=4, swa_num_key_value_heads=2, swa_head_dim=16, swa_v_head_dim=8,
         n_routed_experts=4,
     ),
+    "gemma3n": _config(
+        "gemma3n_text", "Gemma3nForCausalLM", _LLAMA, num_hidden_layers=6, head_dim=16, sliding_window=16,
+        num_kv_shared_layers=2, vocab_size_per_layer_input=160, hidden_size_per_layer_input=8, laurel_rank=4,
+        intermediate_size=[96] * 6, activation_sparsity_pattern=[0.9] * 6,
+        layer_types=["sliding_attention", "full_attention"] * 3,
+    ),
+    "jetmoe": _config("jetmoe", "JetMoeForCausalLM", _MOE, kv_channels=16),
     "t5gemma": _config("t5gemma", "T5GemmaForConditionalGeneration", encoder=_GEMMA, decoder=_GEMMA, vocab_size=160),
     "dia": _config(
         "dia", "DiaForConditionalGeneration", encoder_config={**_LLAMA, "head_dim": 16}, delay_pattern=[0, 1],
@@ -177,9 +184,17 @@ UNUSUAL: dict[str, Config] = {
         },
     ),
 }  # fmt: skip
-"""Kinds of attention of which no formula knows, and two whose decoder has a config of its own."""
+"""Kinds of attention of which no formula knows; classes whose forward needs values, so that only formulas answer; and
+two whose decoder has a config of its own."""
 
 DEEPSEEK_V4 = _config("deepseek_v4", "DeepseekV4ForCausalLM", _MLA, num_hidden_layers=5, max_position_embeddings=4096)
+LONGCAT_FLASH = _config(
+    "longcat_flash", "LongcatFlashForCausalLM", {**_MLA, "num_hidden_layers": 4}, num_layers=2,
+    ffn_hidden_size=96, expert_ffn_hidden_size=32, zero_expert_num=2, moe_topk=2, qk_head_dim=24,
+)  # fmt: skip
+RECURRENT_GEMMA = _config(
+    "recurrent_gemma", "RecurrentGemmaForCausalLM", _LLAMA, num_hidden_layers=3, lru_width=64, head_dim=16,
+)  # fmt: skip
 _SMALL = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
 BLIP_2 = _config(
     "blip-2", "Blip2ForConditionalGeneration", vision_config={**_SMALL, "image_size": 32, "patch_size": 8},
