@@ -50,7 +50,7 @@ class Piece:
 
 
 Encoder = FourBitEncoder | Int8Encoder | DeviceFourBitEncoder | DeviceInt8Encoder
-Encode = Callable[[Bits], tuple[NDArray[Any], NDArray[np.float32]]]
+Encode = Callable[[Bits, str], tuple[NDArray[Any], NDArray[np.float32]]]
 
 
 class WeightEncoder:
@@ -101,7 +101,8 @@ class WeightEncoder:
         bits, columns = read(), weight.shape[1]
         step = self._chunk if self.settings.four_bit else max(1, self._chunk // columns) * columns
         pieces = [
-            encode(self._prepared(bits[start : start + step], weight, columns)) for start in range(0, bits.size, step)
+            encode(self._prepared(bits[start : start + step], weight, columns), weight.dtype)
+            for start in range(0, bits.size, step)
         ]
         codes = [codes.reshape(-1).view(np.uint8) for codes, _ in pieces]
         scales = [scales for _, scales in pieces]
@@ -109,25 +110,26 @@ class WeightEncoder:
 
     def _prepared(self, bits: Bits, weight: Converted, columns: int) -> Bits:
         """In the dtype that everything is cast to; for int8 then in fp16, as rows."""
-        bits = convert(bits, weight.stored_dtype, self.settings.dtype)
+        bits = convert(bits, weight.stored_dtype, weight.dtype)
         if self.settings.four_bit:
             return bits
-        return convert(bits, self.settings.dtype, "float16").reshape(-1, columns)
+        return convert(bits, weight.dtype, "float16").reshape(-1, columns)
 
-    def _encode_bits(self, bits: Bits) -> tuple[NDArray[Any], NDArray[np.float32]]:
-        return self._encoder(bits.shape[-1]).encode(bits)
+    def _encode_bits(self, bits: Bits, dtype: str) -> tuple[NDArray[Any], NDArray[np.float32]]:
+        return self._encoder(bits.shape[-1], dtype).encode(bits)
 
-    def _absmax_bits(self, bits: Bits) -> tuple[NDArray[Any], NDArray[np.float32]]:
-        encoder = self._encoder(bits.shape[-1])
+    def _absmax_bits(self, bits: Bits, dtype: str) -> tuple[NDArray[Any], NDArray[np.float32]]:
+        encoder = self._encoder(bits.shape[-1], dtype)
         assert isinstance(encoder, FourBitEncoder | DeviceFourBitEncoder)  # noqa: S101
         return np.empty(0, np.uint8), encoder.absmax(bits)
 
-    def _encoder(self, width: int) -> Encoder:
-        """This thread's own; a row of an int8 matrix may be wider than a chunk."""
+    def _encoder(self, width: int, dtype: str) -> Encoder:
+        """This thread's own, for numbers of this dtype; a row of an int8 matrix may be wider than a chunk."""
         size = self._chunk if self.settings.four_bit else max(self._chunk, width)
-        if getattr(self._local, "size", 0) < size:
-            self._local.size = size
-            self._local.encoder = _make_encoder(self.settings, size)
+        made: tuple[int, str] = getattr(self._local, "made", (0, ""))
+        if made[0] < size or made[1] != dtype:
+            self._local.made = size, dtype
+            self._local.encoder = _make_encoder(self.settings, dtype, size)
         encoder: Encoder = self._local.encoder
         return encoder
 
@@ -170,8 +172,8 @@ class WeightEncoder:
         self._files.__exit__()
 
 
-def _make_encoder(settings: Settings, size: int) -> Encoder:
-    device, dtype = settings.device, settings.dtype
+def _make_encoder(settings: Settings, dtype: str, size: int) -> Encoder:
+    device = settings.device
     if not settings.four_bit:
         return Int8Encoder(size) if device is None else DeviceInt8Encoder(device, size)
     if device is None:

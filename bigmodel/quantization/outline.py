@@ -36,6 +36,8 @@ class Converted:
     module: str
     """The stored name without `.weight`; what the new tensors' names begin with."""
     stored_dtype: str
+    dtype: str
+    """What it is cast to first."""
     shape: tuple[int, int]
     """(out, in)."""
     transposed: bool
@@ -54,6 +56,10 @@ class Kept:
 
     source: str
     output: PlannedTensor
+
+    @property
+    def dtype(self) -> str:
+        return self.output.dtype
 
     @property
     def outputs(self) -> tuple[PlannedTensor, ...]:
@@ -113,7 +119,8 @@ def outline(
     for source, (dtype, shape) in stored.items():
         module = weights.get(names[source])
         if module is not None and names[source] not in parted:
-            parts.append(_converted(source, dtype, shape, module, settings))
+            held = architecture.dtype_of(weight_of(module), settings.dtype)
+            parts.append(_converted(source, dtype, shape, module, held, settings))
         else:
             parts.append(Kept(source, PlannedTensor.of(source, dtype_of(names[source], dtype), shape)))
     converted = {module.name for module in modules}
@@ -154,7 +161,9 @@ def model_names(architecture: Architecture, stored: Iterable[str]) -> dict[str, 
     return {name: model_name(name) for name in stored}
 
 
-def _converted(source: str, dtype: str, shape: tuple[int, ...], module: ModuleSpec, settings: Settings) -> Converted:
+def _converted(
+    source: str, dtype: str, shape: tuple[int, ...], module: ModuleSpec, held: str, settings: Settings
+) -> Converted:
     expected = weight_of(module).shape
     if shape != expected or dtype not in ("float64", "float32", "float16", "bfloat16"):
         raise InvalidCheckpoint(
@@ -165,9 +174,9 @@ def _converted(source: str, dtype: str, shape: tuple[int, ...], module: ModuleSp
     if not rows * columns:
         raise UsageError(f"{module.name} has no elements to quantize", f"add it to skip_modules: [{module.name}]")
     prefix = source.removesuffix(".weight")
-    stored = stored_tensors((rows, columns), settings.scheme, double_quant=settings.double_quant, dtype=settings.dtype)
+    stored = stored_tensors((rows, columns), settings.scheme, double_quant=settings.double_quant, dtype=held)
     outputs = tuple(PlannedTensor(f"{prefix}.{s.suffix}", s.dtype, s.shape, s.nbytes) for s in stored)
-    return Converted(source, prefix, dtype, (rows, columns), module.class_name == "Conv1D", outputs)
+    return Converted(source, prefix, dtype, held, (rows, columns), module.class_name == "Conv1D", outputs)
 
 
 def _kept_dtypes(architecture: Architecture, settings: Settings) -> Callable[[str, str], str]:

@@ -86,7 +86,7 @@ class ShardSource:
 
     def _state(self, weight: Converted) -> bytes:
         offset = self._offsets.get(weight.source)
-        return quant_state_blob(self.settings.scheme, self.settings.dtype, weight.shape, offset)
+        return quant_state_blob(self.settings.scheme, weight.dtype, weight.shape, offset)
 
     def _measured(self, weight: Converted) -> Converted:
         """The weight with the true length of its JSON: the mean absmax stands in it, so that is computed first."""

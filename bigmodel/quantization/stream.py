@@ -155,7 +155,7 @@ class Streaming:
         if settings.double_quant:
             facts["threads"] = settings.threads
         tensors = [
-            [part.source, [(tensor.name, tensor.dtype, tensor.shape) for tensor in part.outputs]]
+            [part.source, part.dtype, [(tensor.name, tensor.dtype, tensor.shape) for tensor in part.outputs]]
             for part in shard.parts
         ]
         return shelf_key(self.checkpoint.identity(shard.source), facts, tensors)

@@ -7,7 +7,7 @@ import time
 from typing import Any
 
 import pytest
-from support.architectures import ALL, BLIP_2, DECODERS, DEEPSEEK_V4, LONGCAT_FLASH, RECURRENT_GEMMA, UNUSUAL, Config
+from support.architectures import ALL, BLIP_2, DECODERS, DEEPSEEK_V4, RECURRENT_GEMMA, UNUSUAL, Config
 from support.real import build, cache_bytes, describe_here, storage_bytes
 
 from bigpipe.bigmodel.architecture import caching
@@ -17,11 +17,7 @@ from bigpipe.bigmodel.footprint.kvcache import cache_of, kv_cache
 ENCODER_DECODERS = ("t5", "bart", "whisper", "t5gemma", "dia")
 NEED_VALUES = ("longcat_flash", "gemma3n", "jetmoe")
 """Their forwards look into tensors, which the meta device cannot."""
-CONFIGS = {
-    **{name: ALL[name] for name in (*DECODERS, "t5", "bart", "whisper", "llava")},
-    **UNUSUAL,
-    "longcat_flash": LONGCAT_FLASH,
-}
+CONFIGS = {**{name: ALL[name] for name in (*DECODERS, "t5", "bart", "whisper", "llava")}, **UNUSUAL}
 LENGTHS = (20, 45)
 """Longer than the windows of 16 in the small configs, and not among those that were looked at."""
 

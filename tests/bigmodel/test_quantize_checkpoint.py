@@ -129,6 +129,11 @@ def test_stored_names_that_become_parts_of_one_keep_the_dtype_it_is_pinned_to(tm
     check_unusual("bailing_hybrid", "int8", False, tmp_path)
 
 
+def test_a_matrix_that_is_pinned_to_float32_is_quantized_from_there(tmp_path: Path) -> None:
+    """LongCat's class pins the weight of its router, by a name that does not keep the module from being converted."""
+    check_unusual("longcat_flash", "nf4", True, tmp_path)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(("scheme", "double"), [("int8", False), ("nf4", True)])
 @pytest.mark.parametrize("name", UNUSUAL)

@@ -167,6 +167,10 @@ UNUSUAL: dict[str, Config] = {
         v_head_dim=8, swa_num_attention_heads=4, swa_num_key_value_heads=2, swa_head_dim=16, swa_v_head_dim=8,
         n_routed_experts=4,
     ),
+    "longcat_flash": _config(
+        "longcat_flash", "LongcatFlashForCausalLM", {**_MLA, "num_hidden_layers": 4}, num_layers=2,
+        ffn_hidden_size=96, expert_ffn_hidden_size=32, zero_expert_num=2, moe_topk=2, qk_head_dim=24,
+    ),
     "gemma3n": _config(
         "gemma3n_text", "Gemma3nForCausalLM", _LLAMA, num_hidden_layers=6, head_dim=16, sliding_window=16,
         num_kv_shared_layers=2, vocab_size_per_layer_input=160, hidden_size_per_layer_input=8, laurel_rank=4,
@@ -188,10 +192,6 @@ UNUSUAL: dict[str, Config] = {
 two whose decoder has a config of its own."""
 
 DEEPSEEK_V4 = _config("deepseek_v4", "DeepseekV4ForCausalLM", _MLA, num_hidden_layers=5, max_position_embeddings=4096)
-LONGCAT_FLASH = _config(
-    "longcat_flash", "LongcatFlashForCausalLM", {**_MLA, "num_hidden_layers": 4}, num_layers=2,
-    ffn_hidden_size=96, expert_ffn_hidden_size=32, zero_expert_num=2, moe_topk=2, qk_head_dim=24,
-)  # fmt: skip
 RECURRENT_GEMMA = _config(
     "recurrent_gemma", "RecurrentGemmaForCausalLM", _LLAMA, num_hidden_layers=3, lru_width=64, head_dim=16,
 )  # fmt: skip
