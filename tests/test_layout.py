@@ -69,7 +69,16 @@ def test_a_wheel_holds_every_module(tmp_path):
     (wheel,) = tmp_path.glob("bigpipe_ml-*.whl")
     held = set(zipfile.ZipFile(wheel).namelist())
     wanted = {f"bigpipe/{path.relative_to(ROOT)}" for path in modules()}
-    leaves = ("__init__.py", "__main__.py", "errors.py", "options.py", "sizes.py", "versions.py", "py.typed")
+    leaves = (
+        "__init__.py",
+        "__main__.py",
+        "errors.py",
+        "files.py",
+        "options.py",
+        "sizes.py",
+        "versions.py",
+        "py.typed",
+    )
     wanted |= {f"bigpipe/{name}" for name in leaves}
     assert wanted - held == set()
     assert {name.split("/")[0] for name in held} <= {"bigpipe"} | {n.split("/")[0] for n in held if ".dist-info" in n}

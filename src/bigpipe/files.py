@@ -1,0 +1,356 @@
+"""The one place that writes, renames and syncs files.
+
+    write_file       a small file, replaced as a whole
+    FileWriter       a large one, at any position, that has its name only once it is complete
+    copy_file        a file as it is, sharing its blocks where the file system can
+    LogFile          a file that grows at its end
+    link, give_name  a symlink, a second name
+
+The order is always: write beside the target, fsync the file, rename, fsync the directory. Everything raises OSError as
+the system gives it, but for `FileWriter`; `explained` makes an error with a cure of it.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import hashlib
+import os
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from itertools import count
+from pathlib import Path
+from typing import Self
+
+from .errors import BigpipeError, DoesNotFit, StageFailed, UsageError
+from .sizes import format_transfer
+
+PARTIAL = ".part"
+"""Suffix of a file that is not complete."""
+NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
+NO_PERMISSION = (errno.EACCES, errno.EPERM, errno.EROFS)
+NOT_SUPPORTED = (errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS)
+CHUNK = 1 << 22
+WRITE = 256 * 1024
+"""Bytes per call. Larger ones make Linux look for pages of megabytes, which a virtual machine has often given back to
+its host: 8 MiB a call took four times as long as this (2.2 to 4.3 s per GiB against 0.5 to 1 s), 16 KiB a third longer.
+"""
+FICLONE = 0x40049409
+"""linux/fs.h: let a file share its blocks with another until one of them is written to."""
+Bytes = bytes | bytearray | memoryview
+_serial = count()
+
+
+def explain(
+    error: OSError, path: Path, needed: int = 0, *, owner: str = "", free: str = "", other: str = ""
+) -> BigpipeError:
+    """Return what the system said about `path`, or the file it names, as an error with a cure.
+
+    needed: bytes. owner: whose file it is, such as "the store"; free, other: how to make room there, and how to use
+    another place.
+    """
+    where = Path(os.fsdecode(error.filename)) if error.filename else path
+    other = other or "work on another disk"
+    if error.errno in NO_SPACE:
+        need = f", {format_transfer(needed)} needed" if needed else ""
+        disk = f"the disk of {owner}" if owner else "the disk"
+        cause = f"{disk} is full: {where}: {format_transfer(free_space(path))} free{need}"
+        return DoesNotFit(cause, f"{free or 'free space there'}, or {other}")
+    if error.errno in NO_PERMISSION:
+        return UsageError(
+            f"{owner or 'a file'} may not be used: {where}: {error.strerror}",
+            f"make it readable and writable for you, or {other}",
+        )
+    return StageFailed(
+        f"{owner or 'a file'} cannot be read or written: {where}: {error.strerror or error}",
+        f"check the disk (`dmesg`), or {other}",
+    )
+
+
+@contextmanager
+def explained(path: Path, needed: int = 0, *, owner: str = "", free: str = "", other: str = "") -> Iterator[None]:
+    """Raise every OSError within as `explain` says it."""
+    try:
+        yield
+    except OSError as error:
+        raise explain(error, path, needed, owner=owner, free=free, other=other) from error
+
+
+def free_space(path: Path) -> int:
+    """Return the bytes that are free on the disk where `path` is, or would be made."""
+    for place in (path, *path.absolute().parents):
+        with suppress(OSError):
+            facts = os.statvfs(place)
+            return facts.f_bavail * facts.f_frsize
+    return 0
+
+
+def require_space(path: Path, needed: int) -> None:
+    """Raise DoesNotFit where the disk of `path` has less than `needed` bytes free."""
+    free = free_space(path)
+    if needed > free:
+        raise DoesNotFit(
+            f"{path}: {format_transfer(needed)} are to be written, and the disk has {format_transfer(free)} free",
+            f"free {format_transfer(needed - free)} there, or work on another disk",
+        )
+
+
+def sync(descriptor: int) -> None:
+    """Bring a file's bytes to the disk: on macOS plain fsync stops at the drive's cache."""
+    full = getattr(fcntl, "F_FULLFSYNC", None)
+    if full is not None:
+        with suppress(OSError):  # network drives have only the plain one
+            fcntl.fcntl(descriptor, full)
+            return
+    os.fsync(descriptor)
+
+
+def sync_directory(path: Path) -> None:
+    """Make the names in a directory survive a power loss."""
+    try:
+        _sync_at(path, os.O_DIRECTORY)
+    except OSError as error:
+        # Some file systems cannot sync directories and say so; there is nothing better to do on them.
+        if error.errno not in NOT_SUPPORTED:
+            raise
+
+
+def sync_file(path: Path) -> None:
+    _sync_at(path, 0)
+
+
+def _sync_at(path: Path, flags: int) -> None:
+    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | flags)
+    try:
+        sync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def make_directory(path: Path, *, durable: bool = True, mode: int = 0o777) -> None:
+    """Create a directory and its parents where they are missing, and sync what they were created in."""
+    try:
+        path.mkdir(mode=mode)
+    except FileExistsError:
+        if not path.is_dir():
+            raise
+        return
+    except FileNotFoundError:
+        make_directory(path.parent, durable=durable, mode=mode)
+        with suppress(FileExistsError):
+            path.mkdir(mode=mode)
+    if durable:
+        sync_directory(path.parent)
+
+
+def move(source: Path, target: Path, *, durable: bool = False) -> None:
+    """Rename in one step; `target` is replaced."""
+    source.rename(target)
+    if durable:
+        sync_directory(target.parent)
+
+
+def partial(path: Path) -> Path:
+    """Return a name beside `path` that no other writer uses."""
+    return path.with_name(f".{path.name}.{os.getpid()}.{next(_serial)}{PARTIAL}")
+
+
+def is_partial(name: str) -> bool:
+    """Is this a name that `partial` gave?"""
+    return name.startswith(".") and name.endswith(PARTIAL)
+
+
+def write_file(path: Path, content: bytes | str, *, durable: bool = True, mode: int = 0o666) -> tuple[str, int]:
+    """Replace `path` by `content` at once; return its (hex sha256, size).
+
+    A reader, or a crash, meets the old or the new bytes, never a part. Not durable: after a power loss, neither may be
+    there.
+    """
+    data = content.encode() if isinstance(content, str) else content
+    beside = partial(path)
+    # not O_EXCL: a process of this number may have been killed here before
+    descriptor = os.open(beside, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW | os.O_CLOEXEC, mode)
+    try:
+        try:
+            write_all(descriptor, data)
+            if durable:
+                sync(descriptor)
+        finally:
+            os.close(descriptor)
+        move(beside, path, durable=durable)
+    except BaseException:
+        with suppress(OSError):
+            beside.unlink()
+        raise
+    return hashlib.sha256(data).hexdigest(), len(data)
+
+
+def write_all(descriptor: int, data: Bytes) -> None:
+    view = memoryview(data)
+    while view:
+        view = view[os.write(descriptor, view) :]
+
+
+def link(target: Path | str, path: Path) -> None:
+    """Make `path` a symlink to `target`; what was there is replaced at once."""
+    beside = partial(path)
+    beside.unlink(missing_ok=True)
+    beside.symlink_to(target)
+    beside.rename(path)
+
+
+def give_name(source: Path, path: Path) -> None:
+    """Make `path` a second name of the file `source`; what was there is replaced at once.
+
+    Where there are no hard links `source` is renamed, and a reader may just miss it.
+    """
+    beside = partial(path)
+    beside.unlink(missing_ok=True)
+    try:
+        os.link(source, beside)
+    except OSError:
+        beside = source
+    beside.rename(path)
+
+
+class LogFile:
+    """A file that grows at its end. Each `append` is one write, so that several processes may share it."""
+
+    def __init__(self, path: Path, *, mode: int = 0o666) -> None:
+        self._file = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, mode)
+
+    def append(self, data: bytes, *, durable: bool = False) -> None:
+        """Write at the end; if durable, it is on the disk on return."""
+        write_all(self._file, data)
+        if durable:
+            sync(self._file)
+
+    def cut(self, size: int) -> None:
+        """Drop everything after the first `size` bytes."""
+        os.ftruncate(self._file, size)
+
+    def close(self) -> None:
+        os.close(self._file)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+class FileWriter:
+    """A file that is written at any position, from any thread, and has its name only once it is complete.
+
+    Until then it is beside it with `PARTIAL` added: one writer at a time, and a killed one's is written over. Raises
+    what `explain` gives. Leaving the context with an error removes what was written.
+    """
+
+    def __init__(self, path: Path, size: int = 0) -> None:
+        """size: bytes that are set aside, where the file system can."""
+        self.path = path
+        self.size = size
+        self._partial = path.with_name(path.name + PARTIAL)
+        with explained(path, size):
+            self._file = os.open(self._partial, os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o666)
+        try:
+            self._set_aside()
+        except BaseException:
+            self.abandon()
+            raise
+
+    def _set_aside(self) -> None:
+        if not hasattr(os, "posix_fallocate") or not self.size:
+            return
+        with explained(self.path, self.size):
+            try:
+                os.posix_fallocate(self._file, 0, self.size)
+            except OSError as error:
+                if error.errno not in NOT_SUPPORTED:
+                    raise
+
+    def write(self, piece: Bytes, at: int) -> None:
+        """Write at this position."""
+        view, start = memoryview(piece), at
+        with explained(self.path, self.size):
+            while view:
+                written = os.pwrite(self._file, view[:WRITE], at)
+                view, at = view[written:], at + written
+        if at - start >= WRITE and hasattr(os, "posix_fadvise"):
+            # Dirty pages: this sends them to the disk now, without waiting, so that fsync finds little left to do. They
+            # stay in the page cache for whoever reads the file next, since only clean ones are let go.
+            os.posix_fadvise(self._file, start, at - start, os.POSIX_FADV_DONTNEED)
+
+    def read_into(self, buffer: memoryview, at: int) -> int:
+        """Read what was written at this position; return the number of bytes, 0 at the end."""
+        with explained(self.path):
+            return os.preadv(self._file, [buffer], at)
+
+    def share(self, source: int) -> bool:
+        """Take over the content of an open file without writing it. False where the file system cannot."""
+        if sys.platform != "linux":
+            return False
+        with suppress(OSError):
+            fcntl.ioctl(self._file, FICLONE, source)
+            return True
+        return False
+
+    def settle(self) -> None:
+        """Sync the file, give it its name, and make that last."""
+        try:
+            with explained(self.path, self.size):
+                sync(self._file)
+                self._close()
+                move(self._partial, self.path, durable=True)
+        except BaseException:
+            self.abandon()
+            raise
+
+    def abandon(self) -> None:
+        """Remove what was written and has no name yet."""
+        self._close()
+        with suppress(OSError):
+            self._partial.unlink()
+
+    def _close(self) -> None:
+        if self._file >= 0:
+            os.close(self._file)
+            self._file = -1
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+        if error is not None:
+            self.abandon()
+
+
+def copy_file(source: Path, target: Path, *, progress: Callable[[int], None] = lambda size: None) -> tuple[str, int]:
+    """Copy and sync one regular file; return its (hex sha256, size). No block is written where they can be shared.
+
+    progress: called with the number of bytes done since the last call. Raise StageFailed where the source changed
+    meanwhile, OSError where it cannot be read, and what `explain` gives.
+    """
+    make_directory(target.parent)
+    with source.open("rb") as reading, FileWriter(target) as writing:
+        before = os.fstat(reading.fileno())
+        shared = writing.share(reading.fileno())
+        digest, size = hashlib.sha256(), 0
+        while chunk := reading.read(CHUNK):
+            digest.update(chunk)
+            if not shared:
+                writing.write(chunk, size)
+            size += len(chunk)
+            progress(len(chunk))
+        after = os.fstat(reading.fileno())
+        if (before.st_size, before.st_mtime_ns) != (after.st_size, after.st_mtime_ns) or size != after.st_size:
+            raise StageFailed(f"{source} changed while it was copied", "run again when nothing writes to it")
+        writing.settle()
+    return digest.hexdigest(), size
+
+
+def hash_file(path: Path) -> str:
+    """Return the sha256 of a file's bytes, in hex."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

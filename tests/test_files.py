@@ -1,0 +1,234 @@
+"""Writing so that it stays written: what a reader, a crash and a full disk meet."""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import os
+import shutil
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import pytest
+
+from bigpipe.errors import DoesNotFit, StageFailed, UsageError
+from bigpipe.files import (
+    FileWriter,
+    LogFile,
+    copy_file,
+    explain,
+    explained,
+    give_name,
+    is_partial,
+    link,
+    make_directory,
+    partial,
+    require_space,
+    write_file,
+)
+
+
+def names(folder: Path) -> list[str]:
+    return sorted(os.listdir(folder))
+
+
+class TestWholeFiles:
+    @pytest.mark.parametrize("durable", [True, False])
+    def test_a_file_is_replaced_and_nothing_is_left_beside_it(self, tmp_path, durable):
+        path = tmp_path / "record"
+        path.write_text("old")
+        assert write_file(path, "nüw", durable=durable) == (hashlib.sha256("nüw".encode()).hexdigest(), 4)
+        assert path.read_text() == "nüw"
+        assert names(tmp_path) == ["record"]
+
+    def test_a_link_is_replaced_and_what_it_leads_to_stays(self, tmp_path):
+        (tmp_path / "blob").write_text("theirs")
+        (tmp_path / "file").symlink_to("blob")
+        write_file(tmp_path / "file", b"ours")
+        assert (tmp_path / "blob").read_text() == "theirs"
+        assert not (tmp_path / "file").is_symlink()
+
+    def test_a_failed_write_leaves_the_old_file_and_nothing_else(self, tmp_path):
+        (tmp_path / "taken").mkdir()
+        with pytest.raises(IsADirectoryError):
+            write_file(tmp_path / "taken", b"content")
+        assert names(tmp_path) == ["taken"]
+
+    def test_several_writers_of_one_name_never_mix(self, tmp_path):
+        path, contents = tmp_path / "file", [bytes([number]) * 100_000 for number in range(8)]
+        threads = [threading.Thread(target=write_file, args=(path, content)) for content in contents]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert path.read_bytes() in contents
+        assert names(tmp_path) == ["file"]
+
+    def test_the_mode_is_that_of_any_new_file_or_the_one_asked_for(self, tmp_path):
+        write_file(tmp_path / "ours", b"")
+        write_file(tmp_path / "private", b"", mode=0o600)
+        (tmp_path / "any").touch()
+        assert (tmp_path / "ours").stat().st_mode == (tmp_path / "any").stat().st_mode
+        assert (tmp_path / "private").stat().st_mode & 0o777 == 0o600
+
+    def test_unfinished_names_are_told_apart(self, tmp_path):
+        assert is_partial(partial(tmp_path / "file").name)
+        assert partial(tmp_path / "file") != partial(tmp_path / "file")
+        assert not is_partial("file")
+        assert not is_partial(".gitattributes")
+
+
+class TestLargeFiles:
+    def test_a_file_has_its_name_only_once_it_is_whole(self, tmp_path):
+        with FileWriter(tmp_path / "file", 6) as writer:
+            writer.write(b"def", 3)
+            writer.write(b"abc", 0)
+            assert names(tmp_path) == ["file.part"]
+            buffer = memoryview(bytearray(4))
+            assert (writer.read_into(buffer, 2), bytes(buffer)) == (4, b"cdef")
+            writer.settle()
+        assert (tmp_path / "file").read_bytes() == b"abcdef"
+        assert names(tmp_path) == ["file"]
+
+    def test_an_error_removes_what_was_written(self, tmp_path):
+        with pytest.raises(TypeError), FileWriter(tmp_path / "file") as writer:
+            writer.write("no bytes", 0)
+        assert names(tmp_path) == []
+
+    def test_what_a_killed_writer_left_is_written_over(self, tmp_path):
+        (tmp_path / "file.part").write_bytes(b"more than comes now")
+        with FileWriter(tmp_path / "file") as writer:
+            writer.write(b"abc", 0)
+            writer.settle()
+        assert (tmp_path / "file").read_bytes() == b"abc"
+
+    def test_a_name_that_cannot_be_had_is_an_error_with_a_cure(self, tmp_path):
+        (tmp_path / "file").mkdir()
+        with pytest.raises(StageFailed, match="cannot be read or written"), FileWriter(tmp_path / "file") as writer:
+            writer.settle()
+        assert names(tmp_path) == ["file"]
+
+
+class TestCopies:
+    def test_bytes_digest_and_progress(self, tmp_path):
+        source, content = tmp_path / "source", os.urandom(9 * 2**20)
+        source.write_bytes(content)
+        seen: list[int] = []
+        copied = copy_file(source, tmp_path / "made" / "copy", progress=seen.append)
+        assert copied == (hashlib.sha256(content).hexdigest(), len(content))
+        assert (tmp_path / "made" / "copy").read_bytes() == content
+        assert sum(seen) == len(content)
+
+    def test_a_source_that_changes_meanwhile_is_refused(self, tmp_path):
+        source = tmp_path / "source"
+        source.write_bytes(b"abc")
+
+        def touch(size):
+            os.utime(source, ns=(0, 0))
+
+        with pytest.raises(StageFailed, match="changed while it was copied"):
+            copy_file(source, tmp_path / "copy", progress=touch)
+        assert names(tmp_path) == ["source"]
+
+
+class TestLogs:
+    def test_what_was_appended_is_kept_in_order_over_reopening(self, tmp_path):
+        for line in (b"one\n", b"two\n"):
+            with LogFile(tmp_path / "log") as log:
+                log.append(line, durable=True)
+        assert (tmp_path / "log").read_bytes() == b"one\ntwo\n"
+
+    def test_a_torn_end_is_cut(self, tmp_path):
+        (tmp_path / "log").write_bytes(b"one\ntw")
+        with LogFile(tmp_path / "log") as log:
+            log.cut(4)
+            log.append(b"two\n")
+        assert (tmp_path / "log").read_bytes() == b"one\ntwo\n"
+
+
+class TestNames:
+    def test_a_link_takes_the_place_of_what_was_there(self, tmp_path):
+        (tmp_path / "one").write_text("1")
+        (tmp_path / "name").write_text("old")
+        link("one", tmp_path / "name")
+        link("one", tmp_path / "name")
+        assert (tmp_path / "name").readlink() == Path("one")
+        assert names(tmp_path) == ["name", "one"]
+
+    def test_a_second_name_outlives_the_first(self, tmp_path):
+        (tmp_path / "one").write_text("1")
+        (tmp_path / "two").write_text("old")
+        give_name(tmp_path / "one", tmp_path / "two")
+        (tmp_path / "one").unlink()
+        assert (tmp_path / "two").read_text() == "1"
+        assert names(tmp_path) == ["two"]
+
+    def test_directories_are_made_with_their_parents_and_a_file_in_the_way_is_an_error(self, tmp_path):
+        make_directory(tmp_path / "a" / "b" / "c", mode=0o700)
+        make_directory(tmp_path / "a" / "b" / "c")
+        assert (tmp_path / "a").stat().st_mode & 0o777 == 0o700
+        (tmp_path / "file").touch()
+        with pytest.raises(FileExistsError):
+            make_directory(tmp_path / "file")
+
+
+class TestErrors:
+    @pytest.mark.parametrize(
+        ("number", "kind", "cause", "cure"),
+        [
+            (errno.ENOSPC, DoesNotFit, "the disk is full: ", "free space there, or work on another disk"),
+            (errno.EDQUOT, DoesNotFit, "the disk is full: ", "free space there, or work on another disk"),
+            (errno.EROFS, UsageError, "a file may not be used: ", "make it readable and writable for you"),
+            (errno.EACCES, UsageError, "a file may not be used: ", "make it readable and writable for you"),
+            (errno.EIO, StageFailed, "a file cannot be read or written: ", "check the disk"),
+        ],
+    )
+    def test_what_the_system_says_becomes_an_error_with_a_cure(self, tmp_path, number, kind, cause, cure):
+        with pytest.raises(kind) as caught, explained(tmp_path / "x"):
+            raise OSError(number, os.strerror(number))
+        assert type(caught.value) is kind
+        assert caught.value.cause.startswith(f"{cause}{tmp_path / 'x'}: ")
+        assert caught.value.cure.startswith(cure)
+
+    def test_the_owner_is_named_and_says_how_to_make_room(self, tmp_path):
+        error = explain(
+            OSError(errno.ENOSPC, "full"), tmp_path, 5_000_000, owner="the store", free="run gc", other="pass --store"
+        )
+        assert error.cause.startswith("the disk of the store is full: ")
+        assert error.cause.endswith(", 5.0 MB needed")
+        assert error.cure == "run gc, or pass --store"
+
+    def test_space_is_asked_for_before(self, tmp_path):
+        require_space(tmp_path / "not" / "yet", 1)
+        with pytest.raises(DoesNotFit, match="TB are to be written, and the disk has"):
+            require_space(tmp_path / "not" / "yet", 10**21)
+
+
+STEPS = """
+import sys
+from pathlib import Path
+from bigpipe.files import FileWriter, write_file
+folder = Path(sys.argv[1])
+write_file(folder / "small", b"content")
+with FileWriter(folder / "large", 5) as writer:
+    writer.write(b"bytes", 0)
+    writer.settle()
+"""
+
+
+@pytest.mark.fault
+def test_bytes_are_on_the_disk_before_their_name_and_the_name_before_the_return(tmp_path):
+    strace = shutil.which("strace")
+    if strace is None:
+        pytest.skip("strace is not installed")
+    calls = "write,pwrite64,fsync,fdatasync,rename,renameat,renameat2"
+    log = tmp_path / "log"
+    done = subprocess.run(
+        [strace, "-y", "-e", f"trace={calls}", "-o", log, sys.executable, "-c", STEPS, tmp_path], check=False
+    )
+    if done.returncode:
+        pytest.skip("strace does not work here")
+    steps = [line.partition("(")[0] for line in log.read_text().splitlines() if str(tmp_path) in line]
+    assert steps == ["write", "fsync", "rename", "fsync", "pwrite64", "fsync", "rename", "fsync"]
