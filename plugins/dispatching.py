@@ -19,7 +19,6 @@ from bigpipe.bigmodel.architecture.families import known_architecture
 from bigpipe.bigmodel.architecture.structure import Architecture, ModuleSpec, describe_architecture
 from bigpipe.bigmodel.checkpoint.description import ModelDescription, describe_checkpoint
 from bigpipe.bigmodel.checkpoint.tensors import tensor_nbytes
-from bigpipe.bigmodel.execution.offload import INDIVISIBLE
 from bigpipe.bigmodel.footprint.activations import prefill, shape_of
 from bigpipe.bigmodel.footprint.kvcache import cache_of
 from bigpipe.bigmodel.footprint.weights import compute_bytes
@@ -28,6 +27,7 @@ from bigpipe.bigmodel.placement.budget import devices_of
 from bigpipe.bigmodel.placement.measuring import measured_speeds
 from bigpipe.bigmodel.placement.models import stored_bytes, stored_dtype
 from bigpipe.bigmodel.placement.speeds import Speeds
+from bigpipe.bigmodel.placement.tree import INDIVISIBLE
 from bigpipe.orchestrator.stage import (
     DoesNotFit,
     Forecast,

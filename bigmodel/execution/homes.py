@@ -3,57 +3,35 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from typing import TYPE_CHECKING, Literal, Protocol
+from typing import TYPE_CHECKING
 
+from bigpipe.bigmodel.placement import Device, Placement
 from bigpipe.errors import DoesNotFit, UsageError
 
 if TYPE_CHECKING:
     import torch
 
-Home = int | Literal["cpu", "disk"]
-"""A GPU's number, RAM, or the checkpoint's own files."""
-
 DeviceMap = Mapping[str, int | str]
 """Module or parameter name → home. The longest name that leads to a weight decides; "" is the rest."""
 
 
-class Placed(Protocol):
-    """What loading asks of a `Placement`."""
-
-    @property
-    def device_map(self) -> DeviceMap: ...
-    @property
-    def max_memory(self) -> Mapping[Home, int | None]: ...
-    @property
-    def dtype(self) -> str | None: ...
-
-
 class Homes:
-    """first_gpu: added to every GPU number of the map, which counts from 0 for each rank.
+    """A placement on this machine. first_gpu: added to its GPU numbers, which count from 0 for each rank.
 
-    Raises UsageError for a device that has no such name, DoesNotFit for a GPU this machine lacks.
+    Raises DoesNotFit for a GPU that this machine lacks.
     """
 
-    def __init__(self, device_map: DeviceMap, first_gpu: int = 0) -> None:
-        self.device_map = {name: parse_home(home) for name, home in device_map.items()}
+    def __init__(self, placement: Placement, first_gpu: int = 0) -> None:
+        self.placement = placement
         self.first_gpu = first_gpu
         self.main = self._main()
         """Where everything without a GPU of its own computes."""
-
-    def home(self, name: str) -> Home:
-        """KeyError where nothing covers `name`."""
-        while True:
-            if name in self.device_map:
-                return self.device_map[name]
-            if not name:
-                raise KeyError(name)
-            name = name.rpartition(".")[0]
 
     def execution(self, name: str) -> torch.device:
         """Where the module or parameter computes: on its GPU, else on the first GPU of the map, else on the CPU."""
         import torch
 
-        home = self.home(name)
+        home = self.placement.device_of(name)
         return torch.device("cuda", home + self.first_gpu) if isinstance(home, int) else self.main
 
     @property
@@ -73,7 +51,7 @@ class Homes:
 
     def covers(self, name: str) -> bool:
         try:
-            self.home(name)
+            self.placement.device_of(name)
         except KeyError:
             return False
         return True
@@ -81,7 +59,9 @@ class Homes:
     def _main(self) -> torch.device:
         import torch
 
-        gpus = sorted(home + self.first_gpu for home in self.device_map.values() if isinstance(home, int))
+        gpus = sorted(
+            home + self.first_gpu for home in set(self.placement.device_map.values()) if isinstance(home, int)
+        )
         if not gpus:
             return torch.device("cpu")
         found = torch.cuda.device_count() if torch.cuda.is_available() else 0
@@ -93,7 +73,24 @@ class Homes:
         return torch.device("cuda", gpus[0])
 
 
-def parse_home(device: int | str) -> Home:
+def as_placement(placement: Placement | DeviceMap | None) -> Placement:
+    """Return the placement that a device map means; without one, everything in RAM.
+
+    Raise UsageError for a device that has no such name, or a mode in place of a map.
+    """
+    if isinstance(placement, Placement):
+        return placement
+    if isinstance(placement, str):
+        raise UsageError(
+            f"placement {placement!r} is neither a Placement nor a map",
+            f"pass bigpipe.place(…, device_map={placement!r}) for a mode, or a map such as {{'': 'disk'}}",
+        )
+    written = {"": "cpu"} if placement is None else placement
+    device_map = {name: _device(home) for name, home in written.items()}
+    return Placement(device_map=device_map, weights={}, max_memory={}, strategy="custom")
+
+
+def _device(device: int | str) -> Device:
     """Accepts what device maps are written with: 0, "0", "cuda:0", "cuda", "cpu", "disk"."""
     if isinstance(device, int) and not isinstance(device, bool) and device >= 0:
         return device

@@ -25,9 +25,10 @@ from bigpipe.bigmodel.checkpoint.files import MAX_CONFIG, read_json
 from bigpipe.bigmodel.checkpoint.mapped import MappedFiles
 from bigpipe.bigmodel.checkpoint.naming import FOUR_BIT, Matches, Recipe, match
 from bigpipe.bigmodel.checkpoint.view import Checkpoint, TensorInfo, open_checkpoint
+from bigpipe.bigmodel.placement import Device, Placement
 from bigpipe.errors import InvalidCheckpoint, UsageError
 
-from .homes import DeviceMap, Home, Homes, Placed
+from .homes import DeviceMap, Homes, as_placement
 from .offload import Stream, cut_into_units, follow_devices
 from .quantized_modules import replace_linears
 from .skeleton import adopt, build_skeleton, kept_in_float32, settings_of, tied_groups
@@ -49,24 +50,23 @@ class Loaded:
     stream: Stream
     device: torch.device
     """Where inputs belong."""
-    held: dict[Home, int] = field(default_factory=dict)
+    held: dict[Device, int] = field(default_factory=dict)
     """Bytes of weights and buffers by home. On disk: stored bytes; elsewhere: bytes in memory."""
     streamed: int = 0
     """Stored bytes that a forward over one token moves from RAM or disk to where it computes; 0 if all is there."""
 
-    def hold(self, home: Home, nbytes: int) -> None:
+    def hold(self, home: Device, nbytes: int) -> None:
         self.held[home] = self.held.get(home, 0) + nbytes
 
 
 def load(
     path: str | Path,
-    placement: Placed | DeviceMap | None = None,
+    placement: Placement | DeviceMap | None = None,
     *,
     model: torch.nn.Module | None = None,
     dtype: str | torch.dtype | None = None,
     special_dtypes: Mapping[str, str] | None = None,
     no_split_module_classes: Sequence[str] | None = None,
-    device: int | str | None = None,
     memory: int | None = None,
     room: int | None = None,
     first_gpu: int = 0,
@@ -76,8 +76,8 @@ def load(
 ) -> torch.nn.Module:
     """The checkpoint at `path` as a model in evaluation mode, ready for forward and `generate`.
 
-    placement: a `Placement` or a device map {prefix: GPU number | "cpu" | "disk"}; left out, all goes to `device`
-      (default: the CPU). Where a GPU is named, what lives in RAM or on disk computes on the first of them.
+    placement: a `Placement` or a device map {prefix: GPU number | "cpu" | "disk"}; left out, all goes to the CPU.
+      Where a GPU is named, what lives in RAM or on disk computes on the first of them.
     model: an empty model of a class that the checkpoint does not name itself.
     dtype: what floating weights are cast to; left out, the placement's or `compute_dtype`'s choice. Quantized weights
       stay as they are.
@@ -92,11 +92,10 @@ def load(
     Raises InvalidCheckpoint, UsageError (untrusted or unknown class, a map that misses modules) and DoesNotFit (a GPU
     that is not there).
     """
-
     checkpoint = open_checkpoint(path)
-    homes = Homes(_device_map(placement, device), first_gpu)
-    if dtype is None and placement is not None and not isinstance(placement, Mapping):
-        dtype = placement.dtype
+    placement = as_placement(placement)
+    homes = Homes(placement, first_gpu)
+    dtype = dtype or placement.dtype
     wanted = _floating(dtype) if isinstance(dtype, str) else dtype
     budget, room = _memory(placement, memory, room)
     wanted = wanted or compute_dtype(checkpoint, homes, room)
@@ -142,7 +141,7 @@ def compute_dtype(checkpoint: Checkpoint, homes: Homes, room: int) -> torch.dtyp
     import torch
 
     stored = {name: (tensor.dtype, tensor.shape) for name, tensor in checkpoint.tensors.items()}
-    if set(homes.device_map.values()) == {"cpu"} and fits_widened(stored, room):
+    if set(homes.placement.device_map.values()) == {"cpu"} and fits_widened(stored, room):
         return torch.float32
     as_stored: torch.dtype = getattr(torch, stored_dtype(checkpoint))
     return as_stored
@@ -164,24 +163,12 @@ def _floating(name: str) -> torch.dtype:
     return dtype
 
 
-def _device_map(placement: Placed | DeviceMap | None, device: int | str | None) -> DeviceMap:
-    if placement is None:
-        return {"": "cpu" if device is None else device}
-    if isinstance(placement, str):
-        raise UsageError(
-            f"placement {placement!r} is neither a Placement nor a map",
-            f"pass bigpipe.place(…, device_map={placement!r}) for a mode, or a map such as {{'': 'disk'}}",
-        )
-    return placement if isinstance(placement, Mapping) else placement.device_map
-
-
-def _memory(placement: Placed | DeviceMap | None, memory: int | None, room: int | None) -> tuple[int, int]:
+def _memory(placement: Placement, memory: int | None, room: int | None) -> tuple[int, int]:
     """(what cast weights may fill now, what decides whether they are cast), in bytes."""
     import psutil
 
     there = psutil.virtual_memory()
-    caps = {} if placement is None or isinstance(placement, Mapping) else placement.max_memory
-    cap = caps.get("cpu") or there.total
+    cap = placement.max_memory.get("cpu") or there.total
     return (
         min(int(there.available * FREE_SHARE), cap) if memory is None else memory,
         min(int(there.total * TOTAL_SHARE) if room is None else room, cap),
@@ -208,7 +195,7 @@ def _fill(
     streamed = _settle(slots, homes, files, state, budget, special_dtypes)
     _settle_buffers(model, matches, homes, state)
     _stream(model, streamed, homes, state)
-    model.hf_device_map = dict(homes.device_map)  # type: ignore[assignment]
+    model.hf_device_map = dict(homes.placement.device_map)  # type: ignore[assignment]
     model._bigpipe_loaded = state  # type: ignore[assignment]
 
 
@@ -327,7 +314,7 @@ def _settle(
     streamed: dict[str, Slot] = {}
     counted: set[object] = set()
     for name, slot in slots.items():
-        home, device = homes.home(name), homes.execution(name)
+        home, device = homes.placement.device_of(name), homes.execution(name)
         key = (tuple(slot.sources), home, getattr(slot, "dtype", None))
         scratch = sum(slot.scratch(device))
         cost = 0 if key in shared else scratch
@@ -371,12 +358,14 @@ def _settle_buffers(model: torch.nn.Module, matches: Matches, homes: Homes, stat
 
 def _stream(model: torch.nn.Module, slots: Mapping[str, Slot], homes: Homes, state: Loaded) -> None:
     no_split = getattr(model, "_no_split_modules", None) or ()
-    units = cut_into_units(model, slots, no_split, homes.execution, lambda name: homes.home(name) == "disk")
+    units = cut_into_units(
+        model, slots, no_split, homes.execution, lambda name: homes.placement.device_of(name) == "disk"
+    )
     state.stream.add(units)
     state.streamed = sum(unit.moved(1) for unit in units)
     if homes.several:
         modules = {name for name, _ in model.named_modules()}
-        follow_devices(model, {name: homes.execution(name) for name in homes.device_map if name in modules})
+        follow_devices(model, {name: homes.execution(name) for name in homes.placement.device_map if name in modules})
 
 
 def _custom_description(path: Path) -> Mapping[str, Any] | None:

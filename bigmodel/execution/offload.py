@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from bigpipe.bigmodel.checkpoint.mapped import MappedFiles
 from bigpipe.bigmodel.checkpoint.view import TensorInfo
+from bigpipe.bigmodel.placement.tree import INDIVISIBLE
 
 from .slots import Arena, PlainSlot, Slot, aligned
 
@@ -202,10 +203,6 @@ def is_table(unit: Unit) -> bool:
     module, slot = unit.module, unit.slots[0]
     plain = type(module) is torch.nn.Embedding and module.max_norm is None and slot.module is module
     return plain and isinstance(slot, PlainSlot) and slot.recipe.fuse is None
-
-
-INDIVISIBLE = frozenset({"MultiheadAttention", "TransformerEncoderLayer", "TransformerDecoderLayer"})
-"""torch's own modules whose forward reaches for the weights of their children without calling them."""
 
 
 def cut_into_units(

@@ -7,7 +7,9 @@ from functools import cached_property
 
 from bigpipe.bigmodel.architecture.structure import Architecture, TensorSpec
 from bigpipe.bigmodel.checkpoint.tensors import tensor_nbytes
-from bigpipe.bigmodel.execution.offload import INDIVISIBLE
+
+INDIVISIBLE = frozenset({"MultiheadAttention", "TransformerEncoderLayer", "TransformerDecoderLayer"})
+"""torch's own modules whose forward reaches for the weights of their children without calling them."""
 
 
 class Tree:
