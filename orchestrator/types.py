@@ -8,6 +8,8 @@ from enum import StrEnum
 from pathlib import Path
 from typing import Any
 
+from bigpipe.trust import Trust as Trust
+
 Json = Any
 """A value that `json.dumps` takes: None, bool, int, float, str, and lists and string-keyed maps of these."""
 
@@ -31,16 +33,6 @@ class ArtifactRef:
     digest: str
     """`sha256:` of the sorted list of (relative path, sha256, size)."""
     path: Path
-
-
-@dataclass(frozen=True, slots=True)
-class Trust:
-    """What a manifest allows to run besides bigpipe's own code. Nothing, unless it says so."""
-
-    modules: tuple[str, ...] = ()
-    """Python modules that `module:name` fields may import."""
-    remote_code: tuple[str, ...] = ()
-    """`org/model@commit`: pinned repositories whose own Python files may run."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -28,6 +28,7 @@ from bigpipe.bigmodel.placement.measuring import measured_speeds
 from bigpipe.bigmodel.placement.models import stored_bytes, stored_dtype
 from bigpipe.bigmodel.placement.speeds import Speeds
 from bigpipe.bigmodel.placement.tree import INDIVISIBLE
+from bigpipe.bigmodel.sources import Sources
 from bigpipe.orchestrator.stage import (
     DoesNotFit,
     Forecast,
@@ -37,14 +38,14 @@ from bigpipe.orchestrator.stage import (
     Misfit,
     StageContext,
     StageResult,
-    Trust,
     UsageError,
     format_size,
 )
 from bigpipe.sizes import exact_size
 
 from .dispatch import DispatchMetrics, DispatchParams
-from .placed_model import PLACEMENT, PlacedModel, remote_code
+from .placed_model import PLACEMENT, PlacedModel
+from .sources import sources_of
 
 PICTURE = "placement.txt"
 GPU_RUNTIME = 512 * 2**20
@@ -69,17 +70,16 @@ class Placed:
     largest_streamed: int
 
 
-def compute(
-    params: DispatchParams, model: ModelDescription, machine: Machine, trust: Trust, base: Path, memo: Path,
-    *, code: bool = False,
-) -> Placed:  # fmt: skip
+def compute(params: DispatchParams, model: ModelDescription, machine: Machine, sources: Sources) -> Placed:
     """The placement of a model on a machine. Raises UsageError and DoesNotFit, as `place` does."""
+    code = sources.trust_remote_code
     plain = model.custom is None and not code
     architecture = known_architecture(model.config or {}) if plain else None
     architecture = architecture or describe_architecture(
         model.path if model.path is not None and code else dict(model.config or {}),
-        modules=trust.modules, base=base, memo=memo, custom=model.custom, trust_remote_code=code,
-    )  # fmt: skip
+        custom=model.custom,
+        sources=sources,
+    )
     dtype = params.dtype or stored_dtype(model)
     headroom = _headroom(params, architecture, dtype, machine)
     placement = place_architecture(
@@ -91,7 +91,7 @@ def compute(
         special_dtypes=params.special_dtypes,
         tensor_bytes=stored_bytes(model, architecture, plain=params.dtype is None, skip=params.special_dtypes),
         headroom=headroom if params.max_memory is None else {},
-        speeds=_speeds(machine, memo) if params.device_map == "optimal" else None,
+        speeds=_speeds(machine, sources.memo) if params.device_map == "optimal" else None,
     )
     return Placed(
         placement=replace(placement, dtype=params.dtype),
@@ -103,9 +103,9 @@ def compute(
     )
 
 
-def _speeds(machine: Machine, memo: Path) -> Speeds | None:
+def _speeds(machine: Machine, memo: Path | None) -> Speeds | None:
     """Of this machine as measured once; of another one that a plan is made for, nothing is known."""
-    if machine.name != os.uname().nodename:
+    if memo is None or machine.name != os.uname().nodename:
         return None
     return measured_speeds(memo, gpus=[gpu.name for gpu in machine.gpus])
 
@@ -219,7 +219,7 @@ def forecast(params: DispatchParams, ctx: ForecastContext) -> Forecast:
         )
     unknown = () if model.tensors is not None else ("the model's stored sizes: taken from its config",)
     try:
-        placed = compute(params, model, ctx.machine, ctx.trust, ctx.base, ctx.memo)
+        placed = compute(params, model, ctx.machine, sources_of(ctx))
     except DoesNotFit as error:
         return Forecast(download_bytes=0, misfits=(Misfit(error.cause, error.cure),), unknown=unknown)
     except UsageError as error:
@@ -290,7 +290,7 @@ def _too_full(
     def fits(change: Mapping[str, Any]) -> bool:
         changed = params.model_copy(update=dict(change))
         try:
-            tried = compute(changed, model, ctx.machine, ctx.trust, ctx.base, ctx.memo)
+            tried = compute(changed, model, ctx.machine, sources_of(ctx))
         except (DoesNotFit, UsageError):
             return False
         return not _full(tried, ctx.machine)
@@ -349,7 +349,7 @@ def _missing_gpus(
         return Misfit(cause, f"set max_memory.{written}; the rest is known once the model's headers are", change)
     try:
         without = params.model_copy(update={"max_memory": caps})
-        compute(without, model, ctx.machine, ctx.trust, ctx.base, ctx.memo)
+        compute(without, model, ctx.machine, sources_of(ctx))
     except DoesNotFit as error:
         return Misfit(cause, f"set max_memory to {{{zero}}} for these, and {error.cure}")
     rest = " and ".join(_label(device) for key in caps for device in devices_of(key))
@@ -358,7 +358,7 @@ def _missing_gpus(
 
 def run(params: DispatchParams, ctx: StageContext) -> StageResult:
     model = describe_checkpoint(ctx.input("model"))
-    placed = compute(params, model, ctx.machine, ctx.trust, ctx.base, ctx.memo, code=remote_code(ctx))
+    placed = compute(params, model, ctx.machine, sources_of(ctx))
     kept = PlacedModel(placed.placement, dict(params.special_dtypes), params.no_split_module_classes)
     predicted = {str(device): size for device, size in placed.predicted.items()}
     metrics = DispatchMetrics(predicted=predicted, streamed_bytes_per_token=placed.streamed)

@@ -40,6 +40,7 @@ from bigpipe.orchestrator.stage import (
 from bigpipe.sizes import counted, format_transfer
 
 from .download import CustomClass, DownloadMetrics, DownloadParams, Synthetic
+from .sources import sources_of
 
 Files = dict[str, tuple[str, int]]
 """Relative path → (hex sha256, size)."""
@@ -69,7 +70,7 @@ def listing(params: DownloadParams, ctx: CheckContext, commit: str) -> dict[str,
 def check(params: DownloadParams, ctx: CheckContext) -> None:
     """Trust, token, gate, and whether a directory is a checkpoint: what would fail later fails now."""
     if params.architecture is not None:
-        _check_trust(params.architecture.class_, ctx.trust.modules)
+        ctx.trust.require_module(params.architecture.class_, f"architecture.class {params.architecture.class_}")
     if params.path is not None:
         folder = ctx.base / params.path
         if detect(_chosen_locally(params, folder)) != "diffusers":
@@ -79,15 +80,6 @@ def check(params: DownloadParams, ctx: CheckContext) -> None:
             check_access(params.repo, hub=Hub.from_environment(ctx.environment))
         except Transient:
             return  # the forecast tells what is not known, and the run may go on from the Hub cache
-
-
-def _check_trust(class_: str, modules: Sequence[str]) -> None:
-    module = class_.partition(":")[0]
-    if not any(module == name or module.startswith(f"{name}.") for name in modules):
-        raise UsageError(
-            f"architecture.class: {class_} would run the code of {module}, which is not trusted",
-            f"if you trust it, write at the top level: trust: {{modules: [{module.partition('.')[0]}]}}",
-        )
 
 
 def forecast(params: DownloadParams, ctx: ForecastContext) -> Forecast:
@@ -196,10 +188,8 @@ def _read_synthetic(
     architecture = describe_architecture(
         config,
         library_name=params.library_name,
-        modules=ctx.trust.modules,
-        base=ctx.base,
-        memo=ctx.memo,
         custom=custom,
+        sources=sources_of(ctx),
     )
     return config, architecture
 

@@ -12,8 +12,9 @@ from bigpipe.bigmodel.architecture.outline import LIBRARY as OUTLINE
 from bigpipe.bigmodel.checkpoint.description import ModelDescription
 from bigpipe.bigmodel.footprint.budget import Workload
 from bigpipe.bigmodel.footprint.estimates import Estimate, estimate_sighting
-from bigpipe.bigmodel.footprint.sighting import Sighting, Sources, look
+from bigpipe.bigmodel.footprint.sighting import Sighting, look
 from bigpipe.bigmodel.hub.repository import COMMIT, Hub, check_access, resolve_commit
+from bigpipe.bigmodel.sources import Sources
 from bigpipe.orchestrator.stage import (
     CheckContext,
     Forecast,
@@ -28,6 +29,7 @@ from bigpipe.orchestrator.stage import (
 )
 
 from .estimate import DtypeMetrics, EstimateMetrics, EstimateParams
+from .sources import sources_of
 
 RAM = 96 * 2**20
 """Of the engine's own process for the largest headers; a class that must be built is built in a child."""
@@ -73,7 +75,7 @@ def forecast(params: EstimateParams, context: ForecastContext) -> Forecast:
     if sighting is None:
         return Forecast(ram=RAM, unknown=("sizes: the input's config is not known yet",), summary="sizes not known")
     try:
-        made = _estimate(params, sighting, _sources(context))
+        made = _estimate(params, sighting, sources_of(context))
     except UsageError as error:
         if not context.trust.remote_code:
             raise
@@ -92,7 +94,7 @@ def forecast(params: EstimateParams, context: ForecastContext) -> Forecast:
 def _forecast_sighting(params: EstimateParams, context: ForecastContext) -> Sighting | None:
     source = context.input("model")
     if source is None:
-        return _look(params, context.base, context.pins, _sources(context))
+        return _look(params, context.base, context.pins, sources_of(context))
     described = source.output
     if not isinstance(described, ModelDescription) or (described.config is None and described.custom is None):
         return None
@@ -108,25 +110,6 @@ def _look(params: EstimateParams, base: Path, pins: Mapping[str, str], sources: 
     if params.path is not None:
         return replace(look(base / params.path, "main", sources, params.library_name), name=params.path)
     return look(params.repo or "", pins.get("revision", params.revision), sources, params.library_name)
-
-
-def _sources(context: ForecastContext | StageContext, *, remote_code: bool = False) -> Sources:
-    return Sources(
-        memo=context.memo,
-        hub=Hub.from_environment(context.environment, offline=context.offline),
-        modules=context.trust.modules,
-        base=context.base,
-        trust_remote_code=remote_code,
-    )
-
-
-def _trusts_code(context: StageContext) -> bool:
-    """May the Python files that came with the model run? Only where its repository is trusted at that commit."""
-    return any(
-        f"{node.params.get('repo')}@{node.metrics.get('commit')}" in context.trust.remote_code
-        for node in context.lineage
-        if node.kind == "download"
-    )
 
 
 def _estimate(params: EstimateParams, sighting: Sighting, sources: Sources) -> Estimate:
@@ -165,7 +148,7 @@ def _summary(made: Estimate) -> str:
 def run(params: EstimateParams, context: StageContext) -> StageResult:
     """Writes report.json (`bigpipe.estimate/1`) and report.txt (the table)."""
     _check_source(params, "model" in context.inputs)
-    sources = _sources(context, remote_code=_trusts_code(context))
+    sources = sources_of(context)
     if "model" in context.inputs:
         sighting = replace(look(context.input("model"), "main", sources, params.library_name), name=_name(context))
     else:

@@ -40,7 +40,8 @@ from bigpipe.orchestrator.stage import (
 )
 
 from .distributed_infer import InferMetrics, InferParams
-from .placed_model import PlacedModel, remote_code, whole
+from .placed_model import PlacedModel, whole
+from .sources import sources_of
 
 if TYPE_CHECKING:
     import torch
@@ -61,7 +62,7 @@ RANK_BASE = 500 * 2**20
 
 def check(params: InferParams, ctx: CheckContext) -> None:
     """Prompts, task and trust, before anything is downloaded."""
-    check_task(params.task, params.generation, ctx.trust.modules)
+    check_task(params.task, params.generation, ctx.trust)
     read_prompts(params.prompts, params.column, ctx.base)
     model = next((forecast.output for forecast in ctx.inputs.get("model", ())), None)
     if ":" in params.task or model is None:
@@ -254,7 +255,7 @@ def _work(params: InferParams, ctx: StageContext, mine: Sequence[tuple[int, bool
     model = _load(params, ctx)
     task = make_task(
         params.task, model, ctx.input("model"), max_new_tokens=params.max_new_tokens, options=params.generation,
-        seed=params.seed, trust=ctx.trust.modules, base=ctx.base, trust_remote_code=remote_code(ctx),
+        seed=params.seed, sources=sources_of(ctx),
     )  # fmt: skip
     with RecordLog(ctx.rank_dir / LOG) as log:
         for (chunk, padding), batch in zip(mine, batches, strict=True):

@@ -11,6 +11,8 @@ from bigpipe.bigmodel.execution.loading import TOTAL_SHARE
 from bigpipe.bigmodel.placement import Device, Placement
 from bigpipe.orchestrator.stage import StageContext
 
+from .sources import sources_of
+
 if TYPE_CHECKING:
     import torch
 
@@ -57,9 +59,9 @@ class PlacedModel:
             memory=memory,
             room=int(ctx.machine.memory * TOTAL_SHARE),
             first_gpu=first_gpu,
-            trust=ctx.trust.modules,
+            trust=ctx.trust,
             base=ctx.base,
-            trust_remote_code=remote_code(ctx),
+            trust_remote_code=sources_of(ctx).trust_remote_code,
         )
 
 
@@ -67,12 +69,3 @@ def whole(device: int | str) -> PlacedModel:
     """All of a model on one device, without a limit."""
     home: Device = device if isinstance(device, int) else "cpu"
     return PlacedModel(Placement(device_map={"": home}, weights={}, max_memory={}, strategy="custom"))
-
-
-def remote_code(ctx: StageContext) -> bool:
-    """May the Python files that came with the model run? Only where its repository is trusted at that commit."""
-    return any(
-        f"{node.params.get('repo')}@{node.metrics.get('commit')}" in ctx.trust.remote_code
-        for node in ctx.lineage
-        if node.kind == "download" and node.params.get("repo")
-    )

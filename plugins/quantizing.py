@@ -14,6 +14,7 @@ from bigpipe.orchestrator.stage import CheckContext, Forecast, ForecastContext, 
 from bigpipe.sizes import counted, format_transfer
 
 from .quantize import QuantizeMetrics, QuantizeParams
+from .sources import sources_of
 
 RAM = 192 * 2**20
 """Peak of the worker process besides what it holds of one transposed weight: interpreter, numpy, reused buffers."""
@@ -39,9 +40,7 @@ def forecast(params: QuantizeParams, context: ForecastContext) -> Forecast:
     if described.config is None and described.custom is None:
         return Forecast(ram=RAM, unknown=("size after quantization: the input has no config that names its class",))
     settings = _settings(params, context.machine)
-    architecture, outlined = understand(
-        described, settings, modules=context.trust.modules, base=context.base, memo=context.memo
-    )
+    architecture, outlined = understand(described, settings, sources=sources_of(context))
     before, after = described.nbytes or 0, outlined.nbytes
     metrics: dict[str, Any] = {"quantized": len(outlined.quantized), "skipped": len(outlined.skipped)}
     if not settings.double_quant:
@@ -109,9 +108,7 @@ def run(params: QuantizeParams, context: StageContext) -> StageResult:
         checkpoint,
         context.out,
         replace(_settings(params, context.machine), device=_device(params, context)),
-        modules=context.trust.modules,
-        base=context.base,
-        memo=context.memo,
+        sources=sources_of(context),
         parts=context.parts,
         link=True,
         progress=lambda done, total: context.progress(done, total, "B", "weights"),

@@ -76,6 +76,7 @@ def test_a_wheel_holds_every_module(tmp_path):
         "files.py",
         "options.py",
         "sizes.py",
+        "trust.py",
         "versions.py",
         "py.typed",
     )

@@ -7,13 +7,14 @@ versions of libraries.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 from bigpipe.bigmodel.checkpoint.description import ARCHITECTURE_FILE
 from bigpipe.bigmodel.checkpoint.files import MAX_CONFIG, read_json
+from bigpipe.bigmodel.sources import Sources
 from bigpipe.errors import UsageError
 
 Head = Literal["auto", "none"]
@@ -46,10 +47,8 @@ def read_request(
     *,
     library_name: str | None = None,
     head: Head = "auto",
-    modules: Sequence[str] = (),
-    base: Path | None = None,
     custom: Mapping[str, Any] | None = None,
-    trust_remote_code: bool = False,
+    sources: Sources = Sources(),
 ) -> Request:
     """Looks at the files and says what to instantiate. See `describe_architecture`."""
     if head not in ("auto", "none"):
@@ -60,34 +59,28 @@ def read_request(
     if custom is None and directory is not None and (directory / ARCHITECTURE_FILE).is_file():
         custom = _read(directory / ARCHITECTURE_FILE)
     if custom is not None:
-        return _custom_request(custom, modules, base)
+        return _custom_request(custom, sources)
     config = dict(source) if isinstance(source, Mapping) else _read_config(Path(source))
     library = library_name or detect_library(config)
     if library not in ("transformers", "diffusers", "timm"):
         raise UsageError(f"library {library!r} is not known", "use transformers, diffusers or timm")
-    code = directory.resolve() if directory is not None and trust_remote_code else None
+    code = directory.resolve() if directory is not None and sources.trust_remote_code else None
     return Request(library=library, config=config, head=head, code=code)
 
 
-def _custom_request(custom: Mapping[str, Any], modules: Sequence[str], base: Path | None) -> Request:
+def _custom_request(custom: Mapping[str, Any], sources: Sources) -> Request:
     reference = custom.get("class")
     if not isinstance(reference, str) or not re.fullmatch(r"[\w.]+:[\w.]+", reference):
         raise UsageError(
             f"architecture class {reference!r} is not written module:Class", "for example mingpt.model:GPT"
         )
-    module = reference.partition(":")[0]
-    if not any(module == trusted or module.startswith(f"{trusted}.") for trusted in modules):
-        package = module.partition(".")[0]
-        raise UsageError(
-            f"the model's class {reference} is not in a trusted module",
-            f"read its source and, if you trust it, write `trust: {{modules: [{package}]}}`",
-        )
+    sources.trust.require_module(reference, f"the model's class {reference}")
     return Request(
         library="custom",
         config=custom.get("config") or {},
         custom_class=reference,
         no_split=tuple(custom.get("no_split_module_classes") or ()),
-        base=base.resolve() if base else None,
+        base=sources.base.resolve() if sources.base else None,
     )
 
 

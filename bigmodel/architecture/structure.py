@@ -25,6 +25,7 @@ from typing import Any
 
 import bigpipe
 from bigpipe.bigmodel.memo import recall, remember
+from bigpipe.bigmodel.sources import Sources
 from bigpipe.errors import BY_NAME, InvalidCheckpoint, UsageError
 from bigpipe.versions import package_version
 
@@ -212,27 +213,19 @@ def describe_architecture(
     *,
     library_name: str | None = None,
     head: Head = "auto",
-    modules: Sequence[str] = (),
-    base: Path | None = None,
-    memo: Path | None = None,
     custom: Mapping[str, Any] | None = None,
-    trust_remote_code: bool = False,
+    sources: Sources = Sources(),
 ) -> Architecture:
     """The architecture of a checkpoint directory, a `config.json`, or a config already read.
 
     library_name: transformers, diffusers or timm; by default told by the files.
-    modules: names of Python modules that a custom class may come from; `base` is where they are looked for first.
-    memo: a directory for answers; one there for the same config, library versions and class source is taken as is.
     custom: the contents of `bigpipe_architecture.json`, where it does not lie in the directory.
-    trust_remote_code: lets the directory's own Python files run.
+    sources: what may run; an answer in `memo` for the same config, library versions and class source is taken as is.
 
     Raises UsageError: unknown model type, missing library, untrusted code. InvalidCheckpoint: a config that is none.
     """
-    request = read_request(
-        source, library_name=library_name, head=head, modules=modules, base=base, custom=custom,
-        trust_remote_code=trust_remote_code,
-    )  # fmt: skip
-    return describe_many([request], memo=memo)[0]
+    request = read_request(source, library_name=library_name, head=head, custom=custom, sources=sources)
+    return describe_many([request], memo=sources.memo)[0]
 
 
 def describe_many(requests: Sequence[Request], *, memo: Path | None = None) -> list[Architecture]:

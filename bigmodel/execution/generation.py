@@ -19,7 +19,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from bigpipe.bigmodel.sources import Sources
 from bigpipe.errors import UsageError
+from bigpipe.trust import Trust
 
 from .loading import loaded
 from .prompts import Row
@@ -42,15 +44,10 @@ class Answer:
 Task = Callable[[Sequence[Row]], list[Answer]]
 
 
-def check_task(task: str, options: Mapping[str, Any], trust: Sequence[str]) -> None:
+def check_task(task: str, options: Mapping[str, Any], trust: Trust) -> None:
     """Raises UsageError for what can be known to be wrong without a model: no torch."""
     if ":" in task:
-        module = task.partition(":")[0]
-        if not any(module == trusted or module.startswith(f"{trusted}.") for trusted in trust):
-            raise UsageError(
-                f"task {task}: module {module} is not trusted",
-                f"read its source and, if you trust it, write `trust: {{modules: [{module.partition('.')[0]}]}}`",
-            )
+        trust.require_module(task, f"task {task}")
     elif task not in TASKS:
         raise UsageError(f"task {task!r} is not known", f"use {', '.join(TASKS)}, or module:function")
     if task == "text-generation" and (taken := {"max_new_tokens", "seed"} & options.keys()):
@@ -70,9 +67,7 @@ def make_task(
     max_new_tokens: int = 32,
     options: Mapping[str, Any] | None = None,
     seed: int = 0,
-    trust: Sequence[str] = (),
-    base: Path | None = None,
-    trust_remote_code: bool = False,
+    sources: Sources = Sources(),
 ) -> Task:
     """The task, bound to a model that `load` made from `path`, where its tokenizer lies too.
 
@@ -80,19 +75,19 @@ def make_task(
     Raises UsageError where the model or its tokenizer cannot do it.
     """
     options = dict(options or {})
-    check_task(task, options, trust)
+    check_task(task, options, sources.trust)
     if ":" in task:
-        return _Function(_import(task, base), model, {"max_new_tokens": max_new_tokens, **options}, seed)
+        return _Function(_import(task, sources.base), model, {"max_new_tokens": max_new_tokens, **options}, seed)
     if task == "text-generation":
         if not hasattr(model, "generate") or not hasattr(model, "generation_config"):
             raise UsageError(
                 f"{type(model).__name__} has no `generate` of transformers'",
                 "use the task `module:function` with a function of yours, called (model, rows, **generation)",
             )
-        return _TextGeneration(model, _tokenizer(path, trust_remote_code), max_new_tokens, options, seed)
+        return _TextGeneration(model, _tokenizer(path, sources.trust_remote_code), max_new_tokens, options, seed)
     if not hasattr(model, "base_model"):
         raise UsageError(f"{type(model).__name__} is no model of transformers'", "use the task `module:function`")
-    return _FeatureExtraction(model, _tokenizer(path, trust_remote_code), options.get("pooling", "mean"))
+    return _FeatureExtraction(model, _tokenizer(path, sources.trust_remote_code), options.get("pooling", "mean"))
 
 
 class _TextGeneration:

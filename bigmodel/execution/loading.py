@@ -26,7 +26,9 @@ from bigpipe.bigmodel.checkpoint.mapped import MappedFiles
 from bigpipe.bigmodel.checkpoint.naming import FOUR_BIT, Matches, Recipe, match
 from bigpipe.bigmodel.checkpoint.view import Checkpoint, TensorInfo, open_checkpoint
 from bigpipe.bigmodel.placement import Device, Placement
+from bigpipe.bigmodel.sources import Sources
 from bigpipe.errors import InvalidCheckpoint, UsageError
+from bigpipe.trust import Trust
 
 from .homes import DeviceMap, Homes, as_placement
 from .offload import Stream, cut_into_units, follow_devices
@@ -70,7 +72,7 @@ def load(
     memory: int | None = None,
     room: int | None = None,
     first_gpu: int = 0,
-    trust: Sequence[str] = (),
+    trust: Trust | Sequence[str] = (),
     base: Path | None = None,
     trust_remote_code: bool = False,
 ) -> torch.nn.Module:
@@ -100,7 +102,8 @@ def load(
     budget, room = _memory(placement, memory, room)
     wanted = wanted or compute_dtype(checkpoint, homes, room)
     if model is None:
-        model = build_skeleton(checkpoint, wanted, trust=trust, base=base, trust_remote_code=trust_remote_code)
+        sources = Sources(trust=Trust.of(trust), trust_remote_code=trust_remote_code, base=base)
+        model = build_skeleton(checkpoint, wanted, sources)
     else:
         model = adopt(model, wanted)
     if no_split_module_classes is not None:

@@ -3,35 +3,28 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from bigpipe.bigmodel.architecture.inquiry import read_request
 from bigpipe.bigmodel.architecture.instantiation import instantiate
 from bigpipe.bigmodel.architecture.structure import request_as_json
 from bigpipe.bigmodel.checkpoint.view import Checkpoint
+from bigpipe.bigmodel.sources import Sources
 from bigpipe.errors import UsageError
 
 if TYPE_CHECKING:
     import torch
 
 
-def build_skeleton(
-    checkpoint: Checkpoint,
-    dtype: torch.dtype,
-    *,
-    trust: Sequence[str] = (),
-    base: Path | None = None,
-    trust_remote_code: bool = False,
-) -> torch.nn.Module:
+def build_skeleton(checkpoint: Checkpoint, dtype: torch.dtype, sources: Sources = Sources()) -> torch.nn.Module:
     """The class that the checkpoint's config or `bigpipe_architecture.json` names, with parameters on meta.
 
     Buffers are made by the class itself, so the ones no checkpoint holds (rotary frequencies, masks) are right.
     """
     directory = checkpoint.path if checkpoint.path.is_dir() else checkpoint.path.parent
-    request = read_request(directory, modules=trust, base=base, trust_remote_code=trust_remote_code)
+    request = read_request(directory, sources=sources)
     with empty_parameters(dtype):
         model = instantiate(request_as_json(request))
     if not request.custom_class:

@@ -16,15 +16,16 @@ from bigpipe.bigmodel.architecture.inquiry import Head
 from bigpipe.bigmodel.architecture.structure import Architecture
 from bigpipe.bigmodel.checkpoint.description import ModelDescription
 from bigpipe.bigmodel.checkpoint.tensors import tensor_nbytes
-from bigpipe.bigmodel.hub.repository import Hub
+from bigpipe.bigmodel.sources import Sources
 from bigpipe.errors import UsageError
 from bigpipe.sizes import size_of
+from bigpipe.trust import Trust
 
 from .budget import OPTIMIZERS, Budget, Workload, budget, capped_length
 from .changes import Change as Change
 from .changes import Setting, needed, smallest_change
 from .grounds import as_accelerate, grounds
-from .sighting import Sighting, Sources, architecture_of, look
+from .sighting import Sighting, architecture_of, look
 from .weights import WIDTHS
 
 SCHEMA = "bigpipe.estimate/1"
@@ -130,7 +131,7 @@ def estimate(
     lora_targets: Sequence[str] = (),
     gradient_checkpointing: bool = False,
     train: str | None = None,
-    trust_modules: Sequence[str] = (),
+    trust: Trust | Sequence[str] = (),
     trust_remote_code: bool = False,
     base: Path | None = None,
     memo: Path | None = None,
@@ -146,6 +147,8 @@ def estimate(
     kv_dtype: of cached keys and values, `float32 float16 bfloat16 float8 int8`; None: what the model computes in.
     lora_targets: the ends of the names of the linear modules that get adapters (`q_proj`); all but the head if empty.
     train: `adamw adamw_8bit sgd lora`; `memory` is then to hold a training step instead of inference.
+    trust: modules that the model's own class may come from, looked for in `base` first; trust_remote_code: may the
+      Python files that came with the model run?
     memo: where answers are kept; what is known of a commit is not fetched again, and a class is built once.
 
     No weight moves, and torch is not imported here. Raises UsageError, InvalidCheckpoint, Offline, NotAuthorised,
@@ -159,8 +162,8 @@ def estimate(
         raise UsageError(f"optimizer {train!r} is not known to estimate", f"use {', '.join(OPTIMIZERS)}")
     limit = None if memory is None else size_of("memory", memory)
     sources = Sources(
-        memo=memo, hub=Hub.from_environment(environment, offline=offline), modules=trust_modules, base=base,
-        trust_remote_code=trust_remote_code,
+        trust=Trust.of(trust), trust_remote_code=trust_remote_code, base=base, memo=memo, offline=offline,
+        environment=environment,
     )  # fmt: skip
     sighting = look(model, revision, sources, library_name)
     wanted = (dtypes,) if isinstance(dtypes, str) else dtypes

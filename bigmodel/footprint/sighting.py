@@ -12,11 +12,12 @@ from urllib.parse import unquote, urlsplit
 from bigpipe.bigmodel.architecture.families import known_architecture
 from bigpipe.bigmodel.architecture.inquiry import Head, read_request
 from bigpipe.bigmodel.architecture.outline import is_quantized, outline
-from bigpipe.bigmodel.architecture.structure import Architecture, describe_many
+from bigpipe.bigmodel.architecture.structure import Architecture, describe_architecture
 from bigpipe.bigmodel.checkpoint.description import ARCHITECTURE_FILE, ModelDescription, describe_checkpoint
 from bigpipe.bigmodel.checkpoint.files import MAX_CONFIG, find_weight_files, read_json
 from bigpipe.bigmodel.hub.remote import describe_repository, pipeline_tensors
 from bigpipe.bigmodel.hub.repository import COMMIT, Hub, Repository, cached_commit
+from bigpipe.bigmodel.sources import Sources
 from bigpipe.errors import InvalidCheckpoint, Offline, UsageError
 
 REPOSITORY = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
@@ -38,27 +39,15 @@ class Sighting:
     notes: tuple[str, ...] = ()
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Sources:
-    """Where answers may come from, and what may run for them."""
-
-    memo: Path | None = None
-    hub: Hub | None = None
-    modules: Sequence[str] = ()
-    """Trusted Python modules that a custom class may come from."""
-    base: Path | None = None
-    trust_remote_code: bool = False
-
-
 def look(model: str | Path, revision: str, sources: Sources, library: str | None = None) -> Sighting:
     """Raises UsageError where `model` is nothing; the errors of `describe_checkpoint` and `describe_repository`."""
     path = Path(model)
     if path.exists():
         return _look_locally(path, library)
     repo, revision = _parse(str(model), revision)
-    hub = sources.hub or Hub.from_environment()
+    hub = Hub.from_environment(sources.environment, offline=sources.offline)
     try:
-        return _look_remotely(repo, revision, replace(sources, hub=hub), library)
+        return _look_remotely(repo, revision, hub, sources, library)
     except Offline:
         commit = cached_commit(hub, repo, revision)
         snapshot = hub.folder(repo) / "snapshots" / (commit or revision)
@@ -82,11 +71,11 @@ def _parse(model: str, revision: str) -> tuple[str, str]:
     return model, revision
 
 
-def _look_remotely(repo: str, revision: str, sources: Sources, library: str | None) -> Sighting:
-    found = describe_repository(repo, revision, hub=sources.hub, memo=sources.memo, library=library, need="sizes")
+def _look_remotely(repo: str, revision: str, hub: Hub, sources: Sources, library: str | None) -> Sighting:
+    found = describe_repository(repo, revision, hub=hub, memo=sources.memo, library=library, need="sizes")
     description = found.description
     if sources.trust_remote_code and (description.config or {}).get("auto_map"):
-        description = replace(description, path=_fetch_code(found.repository, revision, sources))
+        description = replace(description, path=_fetch_code(found.repository, revision, hub, sources.memo))
     return Sighting(
         name=repo,
         revision=found.repository.commit,
@@ -99,7 +88,7 @@ def _look_remotely(repo: str, revision: str, sources: Sources, library: str | No
     )
 
 
-def _fetch_code(repository: Repository, revision: str, sources: Sources) -> Path:
+def _fetch_code(repository: Repository, revision: str, hub: Hub, memo: Path | None) -> Path:
     """Brings the repository's own Python files, which the caller trusts at exactly this commit, into the Hub cache."""
     if not COMMIT.fullmatch(revision):
         raise UsageError(
@@ -108,9 +97,8 @@ def _fetch_code(repository: Repository, revision: str, sources: Sources) -> Path
         )
     from bigpipe.bigmodel.hub.snapshot import fetch
 
-    hub = sources.hub or Hub.from_environment()
     code = [file for file in repository.files if "/" not in file.path and file.path.endswith((".py", ".json"))]
-    fetch(repository, code, hub=hub, memo=sources.memo)
+    fetch(repository, code, hub=hub, memo=memo)
     return hub.folder(repository.repo) / "snapshots" / repository.commit
 
 
@@ -189,12 +177,10 @@ def _built(sighting: Sighting, head: Head, sources: Sources) -> Architecture:
         source = description.path
     if not source and description.custom is None:
         raise UsageError("the model has no config that names its class", "describe its class under `architecture`")
-    request = read_request(
-        source, library_name=sighting.library, head=head, modules=sources.modules, base=sources.base,
-        custom=description.custom, trust_remote_code=sources.trust_remote_code,
-    )  # fmt: skip
     try:
-        return describe_many([request], memo=sources.memo)[0]
+        return describe_architecture(
+            source, library_name=sighting.library, head=head, custom=description.custom, sources=sources
+        )
     except (UsageError, InvalidCheckpoint) as error:
         raise type(error)(f"{sighting.name}: {error.cause}", error.cure) from error
 

@@ -11,8 +11,9 @@ from bigpipe.bigmodel.architecture.structure import Architecture, TensorSpec
 from bigpipe.bigmodel.checkpoint.description import ModelDescription
 from bigpipe.bigmodel.checkpoint.naming import set_quantized_apart
 from bigpipe.bigmodel.checkpoint.tensors import CASTABLE, tensor_nbytes
-from bigpipe.bigmodel.footprint.sighting import Sources, architecture_of, look
-from bigpipe.bigmodel.hub.repository import Hub
+from bigpipe.bigmodel.footprint.sighting import architecture_of, look
+from bigpipe.bigmodel.sources import Sources
+from bigpipe.trust import Trust
 
 from .budget import Device
 from .result import Placement
@@ -30,7 +31,7 @@ def place(
     special_dtypes: Mapping[str, str] | None = None,
     speeds: Speeds | None = None,
     revision: str = "main",
-    trust_modules: Sequence[str] = (),
+    trust: Trust | Sequence[str] = (),
     trust_remote_code: bool = False,
     base: Path | None = None,
     memo: Path | None = None,
@@ -42,15 +43,15 @@ def place(
     model: a checkpoint directory, a `config.json`, a repository (`owner/name`) or its address.
     device_map, max_memory, no_split_module_classes, special_dtypes, speeds: see `strategies.place_architecture`.
     dtype: what floats are loaded as; None: as stored. Quantized weights count at their quantized size.
-    trust_modules: modules that a custom class may come from, looked for in `base` first; trust_remote_code: may the
+    trust: modules that a custom class may come from, looked for in `base` first; trust_remote_code: may the
       checkpoint's own Python files run? memo: where answers about architectures are kept.
 
     No weight moves, and torch is not imported here. Raises UsageError for a wrong map or device, DoesNotFit with the
     smallest change that fits, InvalidCheckpoint, Offline, NotAuthorised, GatedRepository, Transient.
     """
     sources = Sources(
-        memo=memo, hub=Hub.from_environment(environment, offline=offline), modules=trust_modules, base=base,
-        trust_remote_code=trust_remote_code,
+        trust=Trust.of(trust), trust_remote_code=trust_remote_code, base=base, memo=memo, offline=offline,
+        environment=environment,
     )  # fmt: skip
     sighting = look(model, revision, sources)
     architecture, _ = architecture_of(sighting, "auto", sources)

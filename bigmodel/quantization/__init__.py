@@ -17,10 +17,12 @@ from bigpipe.bigmodel.architecture.structure import Architecture
 from bigpipe.bigmodel.checkpoint.description import ARCHITECTURE_FILE, ModelDescription, describe_checkpoint
 from bigpipe.bigmodel.checkpoint.view import Checkpoint, open_checkpoint
 from bigpipe.bigmodel.footprint.bitsandbytes_format import Scheme
+from bigpipe.bigmodel.sources import Sources
 from bigpipe.bigmodel.writing.shards import write_file
 from bigpipe.bigmodel.writing.sidefiles import carry_side_files, config_with_dtype, encode_config
 from bigpipe.bigmodel.writing.writer import ReportProgress, cores
 from bigpipe.sizes import size_of
+from bigpipe.trust import Trust
 
 from .outline import Outline, outline
 from .settings import Settings, torch_threads
@@ -67,6 +69,9 @@ def quantize_checkpoint(
     architecture: Architecture | None = None,
     parts: Path | None = None,
     device: str | None = None,
+    trust: Trust | Sequence[str] = (),
+    base: Path | None = None,
+    memo: Path | None = None,
     progress: ReportProgress | None = None,
 ) -> QuantizedCheckpoint:
     """Quantizes a checkpoint into the directory `out`, which `transformers`' `from_pretrained` loads as it is.
@@ -75,7 +80,8 @@ def quantize_checkpoint(
     converted, but for `skip_modules` (None: the output head and whatever is tied); everything else becomes `dtype`, or
     float32 where `keep_in_fp32_modules` or the model's class says so. architecture: what the model consists of; None
     asks its class, in a child process. parts: a directory where finished files are kept for later runs. device: a torch
-    device that encodes, such as "cuda"; the bytes are the same.
+    device that encodes, such as "cuda"; the bytes are the same. trust: modules that the model's own class may come
+    from, looked for in `base` first. memo: a directory where answers about classes are kept.
 
     Raises UsageError (settings, or an input that is quantized already), InvalidCheckpoint, DoesNotFit, and StageFailed
     for a device that rounds differently from the CPU.
@@ -102,6 +108,7 @@ def quantize_checkpoint(
         Path(out),
         settings,
         architecture=architecture,
+        sources=Sources(trust=Trust.of(trust), base=base, memo=memo),
         max_shard_size=size_of("max_shard_size", max_shard_size),
         parts=parts,
         progress=progress,
@@ -115,23 +122,19 @@ def quantize_described(
     settings: Settings,
     *,
     architecture: Architecture | None = None,
-    modules: Sequence[str] = (),
-    base: Path | None = None,
-    memo: Path | None = None,
+    sources: Sources = Sources(),
     max_shard_size: int = 5 * 10**9,
     parts: Path | None = None,
     link: bool = False,
     progress: ReportProgress | None = None,
 ) -> QuantizedCheckpoint:
-    """`quantize_checkpoint` with its settings as a value; modules, base and memo as in `understand`.
+    """`quantize_checkpoint` with its settings as a value; sources as in `understand`.
 
     link: side files become links instead of copies.
     """
     from .stream import Streaming, split  # brings numpy, which a plan does not need
 
-    architecture, outlined = understand(
-        described, settings, architecture=architecture, modules=modules, base=base, memo=memo
-    )  # fmt: skip
+    architecture, outlined = understand(described, settings, architecture=architecture, sources=sources)
     files = {name: tensor.file for name, tensor in checkpoint.tensors.items()}
     shards = split(outlined, files, max_shard_size)
     streaming = Streaming(checkpoint, out, settings, parts, min(WORKERS, cores()), progress)

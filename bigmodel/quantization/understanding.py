@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 from bigpipe.bigmodel.architecture.families import known_architecture
 from bigpipe.bigmodel.architecture.renaming import ask_names
 from bigpipe.bigmodel.architecture.structure import Architecture, describe_architecture
 from bigpipe.bigmodel.checkpoint.description import ModelDescription
+from bigpipe.bigmodel.sources import Sources
 from bigpipe.errors import UsageError
 
 from .outline import Outline, outline
@@ -22,14 +22,12 @@ def understand(
     settings: Settings,
     *,
     architecture: Architecture | None = None,
-    modules: Sequence[str] = (),
-    base: Path | None = None,
-    memo: Path | None = None,
+    sources: Sources = Sources(),
 ) -> tuple[Architecture, Outline]:
     """The model's architecture, unless given, and the outline of its quantization.
 
-    modules, base, memo: as of `describe_architecture`, which is asked for classes that are not written down. The
-    tensors of `described` must be known. Raises UsageError and InvalidCheckpoint.
+    sources: for `describe_architecture`, which is asked for classes that are not written down. The tensors of
+    `described` must be known. Raises UsageError and InvalidCheckpoint.
     """
     refuse_quantized(described.config, described.custom)
     if described.config is None and described.custom is None and architecture is None:
@@ -41,9 +39,9 @@ def understand(
     if architecture is None and described.custom is None:
         architecture = known_architecture(config)
     if architecture is None:
-        architecture = describe_architecture(config, custom=described.custom, modules=modules, base=base, memo=memo)
+        architecture = describe_architecture(config, custom=described.custom, sources=sources)
     plain = described.custom is None and described.config is not None and architecture.library == "transformers"
-    names = partial(ask_names, config, memo=memo) if plain else None
+    names = partial(ask_names, config, memo=sources.memo) if plain else None
     return architecture, outline(described.tensors or {}, described.tied, architecture, settings, names)
 
 

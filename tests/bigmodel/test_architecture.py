@@ -14,7 +14,9 @@ from support.real import describe_here
 
 from bigpipe.bigmodel.architecture.inquiry import read_request
 from bigpipe.bigmodel.architecture.structure import Architecture, describe_architecture, describe_many, request_key
+from bigpipe.bigmodel.sources import Sources
 from bigpipe.errors import InvalidCheckpoint, UsageError
+from bigpipe.trust import Trust
 
 OPT_13B = {
     "model_type": "opt", "architectures": ["OPTForCausalLM"], "hidden_size": 5120, "num_hidden_layers": 40,
@@ -74,14 +76,15 @@ def described(tmp_path_factory: pytest.TempPathFactory, memo: Path) -> dict[str,
     (base / "tinygpt.py").write_text(GPT)
     custom = {"class": "tinygpt:GPT", "config": {"vocab_size": 11}, "no_split_module_classes": ["Block"]}
     stubborn = {"class": "tinygpt:Stubborn", "config": {"width": 4}}
+    sources = Sources(trust=Trust(("tinygpt",)), base=base)
     requests = {
         "opt": read_request(OPT_13B),
         "opt-none": read_request(OPT_13B, head="none"),
         "bert": read_request(BERT),
         "t5": read_request(T5),
         "deepseek": read_request(DEEPSEEK),
-        "custom": read_request({}, custom=custom, modules=["tinygpt"], base=base),
-        "stubborn": read_request({}, custom=stubborn, modules=["tinygpt"], base=base),
+        "custom": read_request({}, custom=custom, sources=sources),
+        "stubborn": read_request({}, custom=stubborn, sources=sources),
     }
     return dict(zip(requests, describe_many(list(requests.values()), memo=memo), strict=True))
 
@@ -167,14 +170,14 @@ def test_json_round_trip(described: dict[str, Architecture]) -> None:
 
 def test_the_answer_is_remembered(described: dict[str, Architecture], memo: Path) -> None:
     started = time.perf_counter()
-    assert describe_architecture(BERT, memo=memo) == described["bert"]
+    assert describe_architecture(BERT, sources=Sources(memo=memo)) == described["bert"]
     assert time.perf_counter() - started < 0.5
 
 
 def test_an_untrusted_module_is_refused_before_anything_runs(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text("{}")
     (tmp_path / "bigpipe_architecture.json").write_text('{"class": "os:system"}')
-    with pytest.raises(UsageError, match="not in a trusted module") as caught:
+    with pytest.raises(UsageError, match="module os is not trusted") as caught:
         describe_architecture(tmp_path)
     assert "trust: {modules: [os]}" in caught.value.cure
 
@@ -205,7 +208,8 @@ def test_the_calling_process_imports_no_torch(described: dict[str, Architecture]
     code = (
         "import sys; from pathlib import Path; "
         "from bigpipe.bigmodel.architecture.structure import describe_architecture as d; "
-        f"d({T5!r}, memo=Path({str(memo)!r})); "
+        "from bigpipe.bigmodel.sources import Sources; "
+        f"d({T5!r}, sources=Sources(memo=Path({str(memo)!r}))); "
         "sys.exit(bool({'torch', 'transformers'} & set(sys.modules)))"
     )
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
@@ -214,7 +218,7 @@ def test_the_calling_process_imports_no_torch(described: dict[str, Architecture]
 def test_a_damaged_memory_is_asked_again(described: dict[str, Architecture], memo: Path) -> None:
     for answer in (memo / "architectures").glob("*.json"):
         answer.write_text('{"key": "anoth')
-    assert describe_architecture(BERT, memo=memo) == described["bert"]
+    assert describe_architecture(BERT, sources=Sources(memo=memo)) == described["bert"]
 
 
 def test_how_weights_are_stored_is_no_other_question() -> None:

@@ -393,9 +393,9 @@ class TestDirectory:
         folder = tmp_path / "model"
         folder.mkdir()
         (folder / "bigpipe_architecture.json").write_text('{"class": "tinynet:Net", "config": {"width": 8}}')
-        with pytest.raises(UsageError, match="not in a trusted module"):
+        with pytest.raises(UsageError, match="module tinynet is not trusted"):
             estimate(folder, base=tmp_path)
-        made = estimate(folder, base=tmp_path, trust_modules=["tinynet"], dtypes=["float32"])
+        made = estimate(folder, base=tmp_path, trust=["tinynet"], dtypes=["float32"])
         assert made["float32"].weights.bytes == 4 * (8 * 8 + 8 + 8 * 2 + 2)
         assert made["float32"].kv_cache.bytes == 0
 

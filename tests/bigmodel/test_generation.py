@@ -13,7 +13,9 @@ from support.models import make_checkpoint, tiny_tokenizer
 
 from bigpipe.bigmodel.execution.generation import Row, check_task, make_task
 from bigpipe.bigmodel.execution.loading import load
+from bigpipe.bigmodel.sources import Sources
 from bigpipe.errors import UsageError
+from bigpipe.trust import Trust
 
 TEXTS = ["Hello", "a much longer prompt than the others", "x", "two words"]
 
@@ -133,11 +135,15 @@ def wrong(model, rows):
 """
 
 
+def trusting(base: Path) -> Sources:
+    return Sources(trust=Trust(("ownfunctions",)), base=base)
+
+
 def test_a_function_of_ones_own(tmp_path: Path) -> None:
     (tmp_path / "ownfunctions.py").write_text(FUNCTIONS)
     path = make_checkpoint(tmp_path / "model", "opt")
     model, options = load(path), {"options": {"mark": "?"}, "seed": 10}
-    task = make_task("ownfunctions:shout", model, path, trust=["ownfunctions"], base=tmp_path, **options)
+    task = make_task("ownfunctions:shout", model, path, sources=trusting(tmp_path), **options)
     answers = task(rows(["a", "b"]))
     assert [answer.payload for answer in answers] == [
         {"text": "A?", "seed": 10, "tokens": 2},
@@ -145,9 +151,9 @@ def test_a_function_of_ones_own(tmp_path: Path) -> None:
     ]
     assert answers[0].tokens == 2
     with pytest.raises(TypeError, match="a list of 1 dicts"):
-        make_task("ownfunctions:wrong", model, path, trust=["ownfunctions"], base=tmp_path)(rows(["a"]))
+        make_task("ownfunctions:wrong", model, path, sources=trusting(tmp_path))(rows(["a"]))
     with pytest.raises(UsageError, match="no function 'gone'"):
-        make_task("ownfunctions:gone", model, path, trust=["ownfunctions"], base=tmp_path)
+        make_task("ownfunctions:gone", model, path, sources=trusting(tmp_path))
 
 
 @pytest.mark.parametrize(
@@ -162,7 +168,7 @@ def test_a_function_of_ones_own(tmp_path: Path) -> None:
 )
 def test_refuses_what_cannot_work_before_there_is_a_model(task: str, options: dict[str, Any], cause: str) -> None:
     with pytest.raises(UsageError, match=cause):
-        check_task(task, options, ["ownfunctions"])
+        check_task(task, options, Trust(("ownfunctions",)))
 
 
 def test_a_model_without_a_tokenizer(tmp_path: Path) -> None:

@@ -14,7 +14,9 @@ from support.tinygpt import GPT
 
 from bigpipe.bigmodel.architecture.structure import describe_architecture
 from bigpipe.bigmodel.execution.loading import load, loaded
+from bigpipe.bigmodel.sources import Sources
 from bigpipe.errors import DoesNotFit, InvalidCheckpoint, UsageError
+from bigpipe.trust import Trust
 
 SUPPORT = Path(__file__).parents[1]
 
@@ -163,7 +165,7 @@ def test_a_quantized_class_of_ones_own(tmp_path: Path, scheme: str, home: str) -
 
     trusted: dict[str, Any] = {"trust": ["support"], "base": SUPPORT}
     path = custom_checkpoint(tmp_path / "gpt")
-    architecture = describe_architecture(path, modules=["support"], base=SUPPORT)
+    architecture = describe_architecture(path, sources=Sources(trust=Trust(("support",)), base=SUPPORT))
     quantize_checkpoint(path, tmp_path / "small", scheme=scheme, architecture=architecture)
     model = load(tmp_path / "small", {"": home}, **trusted)
     tokens = torch.arange(12).view(2, 6)

@@ -17,6 +17,7 @@ from support.tinygpt import GPT
 from bigpipe.bigmodel.architecture.inquiry import read_request
 from bigpipe.bigmodel.architecture.structure import describe_many
 from bigpipe.bigmodel.checkpoint.description import describe_checkpoint
+from bigpipe.bigmodel.sources import Sources
 from bigpipe.errors import StageFailed, UsageError
 from bigpipe.orchestrator.events import LogLine
 from bigpipe.orchestrator.stage import (
@@ -82,7 +83,9 @@ def memo(tmp_path_factory: pytest.TempPathFactory, models: dict[str, Path]) -> P
     for path in models.values():
         model = describe_checkpoint(path)
         config = dict(model.config or {})
-        requests.append(read_request(config, custom=model.custom, modules=("support",), base=TESTS))
+        requests.append(
+            read_request(config, custom=model.custom, sources=Sources(trust=Trust(("support",)), base=TESTS))
+        )
     describe_many(requests, memo=memo)
     return memo
 

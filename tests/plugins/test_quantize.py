@@ -27,6 +27,7 @@ from support.tinygpt import GPT
 from bigpipe.bigmodel.architecture.structure import describe_architecture
 from bigpipe.bigmodel.checkpoint.description import describe_checkpoint
 from bigpipe.bigmodel.execution.loading import load
+from bigpipe.bigmodel.sources import Sources
 from bigpipe.bigmodel.writing.synthetic import write_synthetic
 from bigpipe.errors import UsageError
 from bigpipe.orchestrator.launch.launcher import Outcome, launch
@@ -91,7 +92,7 @@ def test_double_quantization_is_forecast_within_a_few_bytes(tmp_path: Path, sour
 
 
 def test_the_worker_never_imports_torch(tmp_path: Path, source: Path) -> None:
-    describe_architecture(source, memo=tmp_path.parent / "memo")
+    describe_architecture(source, sources=Sources(memo=tmp_path.parent / "memo"))
     (tmp_path / "torch").mkdir()
     (tmp_path / "torch" / "__init__.py").write_text("raise SystemExit('torch was imported')")
     environment = {"PYTHONPATH": os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")])}
@@ -309,7 +310,7 @@ def test_killed_at_random_points_it_repeats_one_file_at_most(tmp_path: Path) -> 
     sizes = {"hidden_size": 1024, "ffn_dim": 4096, "word_embed_proj_dim": 1024, "num_hidden_layers": 10}
     tiny_config("opt", architectures=["OPTForCausalLM"], **sizes).save_pretrained(tmp_path)
     config = json.loads((tmp_path / "config.json").read_text())
-    architecture = describe_architecture(tmp_path, memo=tmp_path / "memo")
+    architecture = describe_architecture(tmp_path, sources=Sources(memo=tmp_path / "memo"))
     write_synthetic(config, architecture, tmp_path / "opt", max_shard_size="13MB")
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([os.environ.get("PYTHONPATH", ""), str(TESTS)])}
     command = [sys.executable, "-c", KILLED, str(tmp_path), str(tmp_path / "opt")]

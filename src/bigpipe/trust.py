@@ -1,0 +1,40 @@
+"""What may run besides bigpipe's own code. Nothing, unless the caller or the manifest says so."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from .errors import UsageError
+
+
+@dataclass(frozen=True, slots=True)
+class Trust:
+    """Python modules and repositories whose code may run."""
+
+    modules: tuple[str, ...] = ()
+    """Python modules that `module:name` references may import; what they contain is included."""
+    remote_code: tuple[str, ...] = ()
+    """`org/model@commit`: pinned repositories whose own Python files may run."""
+
+    @classmethod
+    def of(cls, given: Trust | Sequence[str]) -> Trust:
+        """A trust as it is, or one in the named modules."""
+        if isinstance(given, Trust):
+            return given
+        return cls((given,) if isinstance(given, str) else tuple(given))
+
+    def require_module(self, reference: str, what: str) -> None:
+        """Raise UsageError where the module of `module:name` is not trusted. what: the subject of the sentence."""
+        module = reference.partition(":")[0]
+        if not any(module == trusted or module.startswith(f"{trusted}.") for trusted in self.modules):
+            package = module.partition(".")[0]
+            raise UsageError(
+                f"{what}: module {module} is not trusted",
+                f"read its source and, if you trust it, write `trust: {{modules: [{package}]}}`",
+            )
+
+    def allows_code(self, repo: Any, commit: Any) -> bool:
+        """Return whether the Python files that came with a repository may run: only at the commit that was named."""
+        return bool(repo and commit) and f"{repo}@{commit}" in self.remote_code

@@ -1,0 +1,33 @@
+"""What may run besides bigpipe's own code."""
+
+from __future__ import annotations
+
+import pytest
+
+from bigpipe.errors import UsageError
+from bigpipe.trust import Trust
+
+
+@pytest.mark.parametrize("reference", ["mingpt:GPT", "mingpt.model:GPT"])
+def test_a_trusted_module_and_what_it_contains(reference: str) -> None:
+    Trust(("mingpt",)).require_module(reference, "the class")
+
+
+@pytest.mark.parametrize("reference", ["mingpt2:GPT", "os:system", "min:gpt", "support:mingpt"])
+def test_no_other_module(reference: str) -> None:
+    with pytest.raises(UsageError, match=r"the class: module .* is not trusted") as caught:
+        Trust(("mingpt",)).require_module(reference, "the class")
+    assert f"trust: {{modules: [{reference.partition(':')[0]}]}}" in caught.value.cure
+
+
+def test_code_of_a_repository_is_allowed_at_its_commit_alone() -> None:
+    trust = Trust(remote_code=("org/model@" + "a" * 40,))
+    assert trust.allows_code("org/model", "a" * 40)
+    assert not trust.allows_code("org/model", "b" * 40)
+    assert not trust.allows_code("org/other", "a" * 40)
+    assert not Trust(remote_code=("None@None",)).allows_code(None, None)
+
+
+def test_names_of_modules_are_a_trust() -> None:
+    assert Trust.of("mingpt") == Trust.of(["mingpt"]) == Trust(("mingpt",))
+    assert Trust.of(Trust(("mingpt",))) == Trust(("mingpt",))
