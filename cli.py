@@ -144,7 +144,7 @@ def plan(
 
     Example: bigpipe plan manifests/opt13b_int8.yaml --machine gpu-box.json
     """
-    from bigpipe.orchestrator.machine import read_machine
+    from bigpipe.orchestrator.planning.machine import read_machine
     from bigpipe.orchestrator.report.rendering import plan_json, plan_text
     from bigpipe.orchestrator.report.reporters import choose_reporter
 
@@ -347,7 +347,7 @@ def doctor(as_json: bool, store: Path | None) -> None:
 
     Example: bigpipe doctor --json > this-machine.json
     """
-    from bigpipe.orchestrator.doctor import doctor_text, examine
+    from bigpipe.orchestrator.planning.doctor import doctor_text, examine
 
     found = examine(store)
     if as_json:

@@ -8,16 +8,16 @@ from typing import Any
 
 from bigpipe.errors import GateFailed, ManifestError, Stale, UsageError
 
-from .decision import Action
-from .events import Event, Reporter
-from .plan import Plan, make_plan
+from .contract.events import Event, Reporter
+from .contract.types import Json, Machine
+from .lock import locking
+from .planning.decision import Action
+from .planning.plan import Plan, make_plan
+from .planning.session import Session, exact, open_session, require_file
+from .planning.suggestion import with_parameters
 from .recipe.graph import Recipe, load_recipe
-from .result import RunResult
-from .runner import run_plan
-from .session import Session, exact, open_session, require_file
-from .store import lockfile
-from .suggestion import with_parameters
-from .types import Json, Machine
+from .running.result import RunResult
+from .running.runner import run_plan
 
 
 class _Silent:
@@ -46,24 +46,31 @@ def run(
     Raises, before anything runs, ManifestError, UsageError, DoesNotFit, NotAuthorised and GateFailed for what can be
     known by then.
     """
-    session = open_session(
+    session = _open(
         manifest, nodes, params=_written(params), store=store, force=force, offline=offline, locked=locked,
         reporter=reporter,
     )  # fmt: skip
     with session.store:
         session.side_by_side = jobs != 1 and session.store.keeps_others_out
         if locked:
-            lockfile.enforce(session)
+            locking.enforce(session)
         planned = with_parameters(make_plan(session))
         refuse(planned, keep_going=keep_going)
         result = run_plan(session, planned, reporter or _Silent(), jobs=jobs, keep_going=keep_going)
         if locked:
-            lockfile.enforce_outputs(session, result.nodes)
+            locking.enforce_outputs(session, result.records)
         if result.status == "succeeded":
-            lockfile.record_outputs(session, result.nodes)
+            locking.record_outputs(session, result.records)
     if check and result.errors:
         raise result.errors[0]
     return result
+
+
+def _open(manifest: str | Path, nodes: Sequence[str] = (), **options: Any) -> Session:
+    """A session that knows what the lock file beside the manifest pins."""
+    lock = locking.read_lock(Path(manifest).absolute())
+    pins = {name: item.pins for name, item in lock.inputs.items()} if lock else {}
+    return open_session(manifest, nodes, lock=lock.path if lock else None, locked_pins=pins, **options)
 
 
 def refuse(plan: Plan, *, keep_going: bool = False) -> None:
@@ -94,7 +101,7 @@ def plan(
     reporter: Reporter | None = None,
 ) -> Plan:
     """What `run` would do now, what it costs and whether it fits; `Plan.errors()` says why it would be refused."""
-    session = open_session(
+    session = _open(
         manifest, nodes, params=_written(params), store=store, offline=offline, machine=machine,
         side_by_side=jobs != 1, reporter=reporter,
     )  # fmt: skip
@@ -126,7 +133,7 @@ def why(
 ) -> dict[str, Json]:
     """Per node meant by `node`: what it would do, the reason, every change old → new with its place, and the
     producers whose changes reach it."""
-    session = open_session(manifest, params=_written(params), store=store)
+    session = _open(manifest, params=_written(params), store=store)
     names = exact(session.recipe, [node])
     planned = make_plan(session, preflight=False)
     return {name: explain(session, planned, name) for name in session.recipe.nodes if name in names}
@@ -137,9 +144,6 @@ def explain(session: Session, planned: Plan, name: str) -> dict[str, Json]:
     decision = item.decision
     last = session.last(name)
     changes = decision.changes or _latest_changes(session, name)
-    import networkx
-
-    ancestors = networkx.ancestors(session.recipe.graph, name)
     return {
         "action": str(decision.action),
         "reason": decision.reason,
@@ -149,8 +153,8 @@ def explain(session: Session, planned: Plan, name: str) -> dict[str, Json]:
         ],
         "because_of": {
             other: planned.nodes[other].decision.reason
-            for other in session.recipe.nodes
-            if other in ancestors and planned.nodes[other].action in (Action.RUN, Action.MAYBE)
+            for other in session.recipe.ancestors(name)
+            if planned.nodes[other].action in (Action.RUN, Action.MAYBE)
         },
         "last": {"run": last.run, "created": last.created, "seconds": last.seconds} if last else None,
     }
@@ -158,7 +162,7 @@ def explain(session: Session, planned: Plan, name: str) -> dict[str, Json]:
 
 def _latest_changes(session: Session, name: str) -> tuple[Any, ...]:
     """For a cached node: what its last record changed against the one before, so that `why` answers after a run too."""
-    from .store.keys import differences
+    from .planning.keys import differences
 
     records = session.store.history(session.recipe.path, session.recipe.name, name)
     if len(records) < 2:
@@ -180,8 +184,8 @@ def lock(
     store: str | Path | None = None,
 ) -> Path:
     """Write `<manifest>.lock`, or check that it still says what a run would use (Stale where not)."""
-    session = open_session(manifest, params=_written(params), store=store)
-    return lockfile.check_lock(session) if check else lockfile.write_lock(session)
+    session = _open(manifest, params=_written(params), store=store)
+    return locking.check_lock(session) if check else locking.write_lock(session)
 
 
 def load_manifest(path: str | Path, *, params: Mapping[str, Any] | None = None) -> Recipe:

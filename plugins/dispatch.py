@@ -60,6 +60,7 @@ STAGE = Stage(
     metrics=DispatchMetrics,
     inputs={"model": Port("checkpoint")},
     output="placement",
+    reviewed=("placement.json",),
     run=late("bigpipe.plugins.dispatching:run"),
     forecast=late("bigpipe.plugins.dispatching:forecast"),
     check=late("bigpipe.plugins.dispatching:check"),

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from support.workshop import environment
 
-from bigpipe.orchestrator.events import NodeStarted
+from bigpipe.orchestrator.contract.events import NodeStarted
 
 RECIPE = """\
 version: 1

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from bigpipe.errors import UsageError
-from bigpipe.orchestrator.stage import Stage
+from bigpipe.orchestrator.contract.stage import Stage
 
 from .lifeline import PARENT_VARIABLE
 

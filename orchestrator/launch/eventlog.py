@@ -9,7 +9,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from bigpipe.orchestrator.events import Event, Progress, event_from_json
+from bigpipe.orchestrator.contract.events import Event, Progress, event_from_json
 
 from .redaction import Redactor
 

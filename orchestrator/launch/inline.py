@@ -15,8 +15,8 @@ from types import ModuleType
 from typing import Any
 
 from bigpipe.errors import BigpipeError, StageFailed
-from bigpipe.orchestrator.events import Event, LogLine
-from bigpipe.orchestrator.stage import Stage
+from bigpipe.orchestrator.contract.events import Event, LogLine
+from bigpipe.orchestrator.contract.stage import Stage
 
 from .jobs import Failure, Job, Result, context, parse_params
 from .output import Log

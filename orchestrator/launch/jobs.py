@@ -24,9 +24,9 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 from bigpipe.errors import BY_NAME, BigpipeError, StageFailed
-from bigpipe.orchestrator.events import Reporter
-from bigpipe.orchestrator.stage import Params, Stage, StageContext, StageResult
-from bigpipe.orchestrator.types import Launch, Lineage, Machine, Trust
+from bigpipe.orchestrator.contract.events import Reporter
+from bigpipe.orchestrator.contract.stage import Params, Stage, StageContext, StageResult
+from bigpipe.orchestrator.contract.types import Launch, Lineage, Machine, Trust
 
 from .redaction import Redactor
 
@@ -227,7 +227,7 @@ def context(
 ) -> StageContext:
     outlet, inlet = None, None
     if job.outlet or job.inlet:
-        from bigpipe.orchestrator.handover import Inlet, Outlet
+        from bigpipe.orchestrator.contract.passing import Inlet, Outlet
 
         outlet = Outlet(job.outlet, job.out) if job.outlet else None
         inlet = Inlet(job.inlet, job.node) if job.inlet else None

@@ -16,8 +16,8 @@ from dataclasses import replace
 from typing import Any
 
 from bigpipe.errors import StageFailed
-from bigpipe.orchestrator.events import Event
-from bigpipe.orchestrator.stage import Stage
+from bigpipe.orchestrator.contract.events import Event
+from bigpipe.orchestrator.contract.stage import Stage
 
 from . import inline, ranks
 from .acceleration import Acceleration, accelerate

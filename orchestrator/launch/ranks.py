@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from typing import NoReturn
 
 from bigpipe.errors import StageFailed, Transient
-from bigpipe.orchestrator.events import LogLine, RankHello
+from bigpipe.orchestrator.contract.events import LogLine, RankHello
 
 from .acceleration import Acceleration
 from .jobs import Failure, Hello, LaunchFailure, Result

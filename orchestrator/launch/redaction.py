@@ -10,8 +10,8 @@ from dataclasses import fields, replace
 from pathlib import Path
 from urllib.parse import quote, quote_plus
 
-from bigpipe.orchestrator.events import Event
-from bigpipe.orchestrator.types import Json
+from bigpipe.orchestrator.contract.events import Event
+from bigpipe.orchestrator.contract.types import Json
 
 MASK = "***"
 SHORTEST = 4

@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 
 from bigpipe.errors import BigpipeError, Interrupted, StageFailed
-from bigpipe.orchestrator.events import Event, LogLine
+from bigpipe.orchestrator.contract.events import Event, LogLine
 from bigpipe.sizes import format_size
 
 from . import processes

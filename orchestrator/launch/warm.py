@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from bigpipe.orchestrator.stage import Stage
+from bigpipe.orchestrator.contract.stage import Stage
 
 from . import processes
 from .environment import visible_secrets, worker_environment

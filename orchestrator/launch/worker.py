@@ -29,7 +29,7 @@ from typing import TYPE_CHECKING, Any, cast
 from .lifeline import ORPHANED, PARENT_VARIABLE, hold_work_folder, sign_in, stand_in_for_parent, tie_to_parent
 
 if TYPE_CHECKING:
-    from bigpipe.orchestrator.stage import Stage, StageContext, StageResult
+    from bigpipe.orchestrator.contract.stage import Stage, StageContext, StageResult
 
     from .jobs import Job, JobFile, Mode, Result
 

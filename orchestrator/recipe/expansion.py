@@ -10,8 +10,8 @@ from math import prod
 from typing import Any
 
 from bigpipe.errors import ManifestError
-from bigpipe.orchestrator.stage import Params, Stage
-from bigpipe.orchestrator.types import Json, Launch, Resources
+from bigpipe.orchestrator.contract.stage import Params, Stage
+from bigpipe.orchestrator.contract.types import Json, Launch, Resources
 
 from .conditions import Condition, parse_condition
 from .interpolation import Scope, contains_reference, interpolate

@@ -23,15 +23,15 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 from bigpipe.errors import UsageError
-from bigpipe.orchestrator.registry import load_stage
-from bigpipe.orchestrator.stage import Stage
-from bigpipe.orchestrator.types import Json, Trust
+from bigpipe.orchestrator.contract.stage import Stage
+from bigpipe.orchestrator.contract.types import Json, Trust
 
 from .expansion import Expansion
 from .interpolation import WELL_KNOWN_SECRETS, Scope, interpolate, read_argument
 from .manifest import ManifestSpec, Structure, named, read_manifest, split_stage
 from .node import Node, Places
 from .problems import Code, Problems, did_you_mean
+from .registry import load_stage
 from .validation import Target, validate
 from .wiring import Wired, Wiring
 from .yamlsource import Document, Key, read_document
@@ -67,6 +67,13 @@ class Recipe:
         graph.add_nodes_from(self.nodes)
         graph.add_edges_from((source, node.name) for node in self.nodes.values() for source in node.predecessors)
         return graph
+
+    def ancestors(self, name: str) -> list[str]:
+        """The nodes that `name` stands on, in topological order."""
+        import networkx as nx
+
+        above = nx.ancestors(self.graph, name)
+        return [other for other in self.nodes if other in above]
 
     def select(self, names: Sequence[str]) -> frozenset[str]:
         """The named nodes and all their ancestors; a stage's name means every variant, `x@a=1` those with a=1.

@@ -16,8 +16,8 @@ from pydantic import (
     model_validator,
 )
 
-from bigpipe.orchestrator.stage import Size
-from bigpipe.orchestrator.types import Json, Launch, Resources, Trust
+from bigpipe.orchestrator.contract.stage import Size
+from bigpipe.orchestrator.contract.types import Json, Launch, Resources, Trust
 
 from .problems import Code, Problems, did_you_mean
 from .validation import Target, validate

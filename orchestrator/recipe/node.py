@@ -8,8 +8,8 @@ from functools import cached_property
 from typing import Any, Literal
 
 from bigpipe.errors import Place
-from bigpipe.orchestrator.stage import Params, Stage
-from bigpipe.orchestrator.types import Json, Launch, Resources
+from bigpipe.orchestrator.contract.stage import Params, Stage
+from bigpipe.orchestrator.contract.types import Json, Launch, Resources
 
 from .conditions import Condition
 from .yamlsource import Document, Item, Key

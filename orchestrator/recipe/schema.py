@@ -12,12 +12,12 @@ from typing import Any
 
 from pydantic import BaseModel
 
-from bigpipe.orchestrator.registry import load_stage, stage_kinds
-from bigpipe.orchestrator.stage import Stage
+from bigpipe.orchestrator.contract.stage import Stage
 
 from .docstrings import field_descriptions
 from .initial import initial_manifest
 from .manifest import NAME, ManifestSpec, Settings, Structure
+from .registry import load_stage, stage_kinds
 from .validation import models_in
 from .wiring import DEFAULT_PORT
 

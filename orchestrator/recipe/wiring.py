@@ -13,8 +13,8 @@ from graphlib import CycleError, TopologicalSorter
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
-from bigpipe.orchestrator.stage import Port, Stage
-from bigpipe.orchestrator.types import Json
+from bigpipe.orchestrator.contract.stage import Port, Stage
+from bigpipe.orchestrator.contract.types import Json
 
 from .manifest import Structure, check_name
 from .problems import Code, Problems, did_you_mean, listed

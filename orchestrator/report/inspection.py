@@ -8,12 +8,13 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from bigpipe.errors import BigpipeError, StageFailed
-from bigpipe.orchestrator.store import records
-from bigpipe.orchestrator.store.keys import Change, Identity, differences
+from bigpipe.orchestrator.contract.types import Json
+from bigpipe.orchestrator.lock.lockfile import locked_digests
+from bigpipe.orchestrator.planning.keys import Change, Identity, differences
+from bigpipe.orchestrator.running import records
+from bigpipe.orchestrator.running.records import RunDiff, RunRecord
 from bigpipe.orchestrator.store.location import default_root
-from bigpipe.orchestrator.store.records import RunDiff, RunRecord
 from bigpipe.orchestrator.store.store import Store
-from bigpipe.orchestrator.types import Json
 from bigpipe.sizes import counted, format_size, format_transfer
 
 from .rendering import columns, metrics_line
@@ -146,7 +147,7 @@ def _short(value: Json) -> str:
 
 def collect_garbage(dry_run: bool, *, store: str | Path | None = None) -> Answer:
     with open_store(store) as opened:
-        report = opened.gc(dry_run=dry_run)
+        report = opened.gc(locked_digests, dry_run=dry_run)
     verb = "would free" if dry_run else "freed"
     counts = Counter(item.kind for item in report.freed)
     lines = [f"{item.kind} {item.name}  {format_transfer(item.bytes)}" for item in report.freed if item.bytes]

@@ -9,10 +9,10 @@ from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
+from bigpipe.orchestrator.contract.stage import ContentField, Stage, parse_size
+from bigpipe.orchestrator.contract.types import Json
 from bigpipe.orchestrator.recipe.docstrings import field_descriptions
-from bigpipe.orchestrator.registry import load_stage, stage_kinds
-from bigpipe.orchestrator.stage import ContentField, Stage, parse_size
-from bigpipe.orchestrator.types import Json
+from bigpipe.orchestrator.recipe.registry import load_stage, stage_kinds
 from bigpipe.sizes import exact_size
 
 HEAD = """# The stage kinds

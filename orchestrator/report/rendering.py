@@ -8,14 +8,14 @@ from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from bigpipe.orchestrator.decision import Action
-from bigpipe.orchestrator.plan import Plan, PlannedNode, failed, machine_line
-from bigpipe.orchestrator.types import Json
+from bigpipe.orchestrator.contract.types import Json
+from bigpipe.orchestrator.planning.decision import Action
+from bigpipe.orchestrator.planning.plan import Plan, PlannedNode, failed, machine_line
 from bigpipe.sizes import format_size, format_transfer
 
 if TYPE_CHECKING:
     from bigpipe.orchestrator.recipe.graph import Recipe
-    from bigpipe.orchestrator.result import RunResult
+    from bigpipe.orchestrator.running.result import RunResult
 
 
 def columns(rows: Sequence[tuple[str, ...]], gap: int = 2) -> str:
@@ -104,7 +104,7 @@ def _explanations(plan: Plan) -> list[str]:
 
 def plan_json(plan: Plan) -> dict[str, Json]:
     """`bigpipe.plan/1`."""
-    from bigpipe.orchestrator.machine import machine_as_json
+    from bigpipe.orchestrator.planning.machine import machine_as_json
 
     return {
         "schema": "bigpipe.plan/1",

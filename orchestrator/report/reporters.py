@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TextIO
 
 from bigpipe.errors import BigpipeError, ManifestError, Place
-from bigpipe.orchestrator.events import (
+from bigpipe.orchestrator.contract.events import (
     Event,
     LogLine,
     NodeFinished,

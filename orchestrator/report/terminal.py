@@ -9,7 +9,7 @@ import os
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, TextIO
 
-from bigpipe.orchestrator.events import (
+from bigpipe.orchestrator.contract.events import (
     Event,
     LogLine,
     NodeFinished,

@@ -9,7 +9,7 @@ from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from bigpipe.orchestrator.types import Json
+from bigpipe.orchestrator.contract.types import Json
 
 from .durable import (
     PRIVATE,

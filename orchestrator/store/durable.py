@@ -21,7 +21,7 @@ from bigpipe.errors import BigpipeError, DoesNotFit, StageFailed, UsageError
 from bigpipe.sizes import format_size
 
 if TYPE_CHECKING:
-    from bigpipe.orchestrator.types import Json
+    from bigpipe.orchestrator.contract.types import Json
 
 PRIVATE = 0o700
 NO_SPACE = (errno.ENOSPC, errno.EDQUOT)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -18,12 +18,14 @@ from .layout import Layout
 from .locks import Lock, keeps_out
 from .presence import Presence, anybody
 from .releasing import held_objects
-from .roots import Root, all_roots
+from .roots import all_roots
 
 Kind = Literal["record", "artifact", "object", "work", "part", "temporary", "quarantine", "root", "run"]
 
 RUNS = 200
 """Runs whose records and logs stay, the latest ones; an id begins with its time."""
+LockedDigests = Callable[[Path], set[str]]
+"""Gives the digests of the artifacts that a lock file names; UsageError where it cannot be read."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,14 +50,14 @@ class GcReport:
         return sum(item.bytes for item in self.freed)
 
 
-def collect_garbage(layout: Layout, presence: Presence, *, dry_run: bool) -> GcReport:
+def collect_garbage(layout: Layout, presence: Presence, locked: LockedDigests, *, dry_run: bool) -> GcReport:
     """Frees all that no existing manifest or lock names.
 
     Raises Transient while another process uses the store, UsageError where a lock file cannot be read.
     """
     with explained(layout.root):
         if dry_run:
-            return _Collection(layout, dry_run=True).collect()
+            return _Collection(layout, locked, dry_run=True).collect()
         # Nothing new is written before bytes are freed: `gc` is what people call when the disk is full.
         presence.leave()  # whoever enters waits for the lock below, this process too
         with Lock(layout.locks / "gc") as entrance, Lock(layout.locks / "objects"):
@@ -66,12 +68,13 @@ def collect_garbage(layout: Layout, presence: Presence, *, dry_run: bool) -> GcR
                 )
             if anybody(layout):
                 raise Transient("another run uses the store", "collect garbage when it has ended")
-            return _Collection(layout, dry_run=False).collect()
+            return _Collection(layout, locked, dry_run=False).collect()
 
 
 class _Collection:
-    def __init__(self, layout: Layout, *, dry_run: bool) -> None:
+    def __init__(self, layout: Layout, locked: LockedDigests, *, dry_run: bool) -> None:
         self.layout = layout
+        self.locked = locked
         self.dry_run = dry_run
         self.freed: list[Freed] = []
 
@@ -103,7 +106,8 @@ class _Collection:
         for path, root in all_roots(self.layout):
             if root.exists:
                 keys |= root.keys
-                digests |= _locked_digests(root)
+                if root.lock is not None and os.path.exists(root.lock):
+                    digests |= self.locked(Path(root.lock))
             else:
                 self._free("root", path)
         return keys, digests
@@ -142,15 +146,6 @@ class _Collection:
         if not self.dry_run:
             remove_tree(path)
         self.freed.append(Freed(kind, str(path.relative_to(self.layout.root)), size))
-
-
-def _locked_digests(root: Root) -> set[str]:
-    if root.lock is None or not os.path.exists(root.lock):
-        return set()
-    from .locked import read
-
-    lock = read(Path(root.lock))
-    return {output.digest for output in lock.outputs.values() if output.digest is not None} if lock else set()
 
 
 def _names(folder: Path) -> list[str]:

@@ -8,7 +8,7 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from bigpipe.orchestrator.types import Json
+from bigpipe.orchestrator.contract.types import Json
 
 from .durable import Damaged, explained, make_directory, read_sealed, seal, write_atomically
 from .layout import Layout

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
-from bigpipe.orchestrator.types import Json
+from bigpipe.orchestrator.contract.types import Json
 
 from .durable import Damaged, explained, make_directory, read_sealed, seal, write_atomically
 from .hashing import digest_of, hex_of

@@ -37,7 +37,7 @@ from .releasing import release, sweep
 from .roots import Root, all_roots, load_root, remember, root_path
 
 if TYPE_CHECKING:
-    from .garbage import GcReport
+    from .garbage import GcReport, LockedDigests
     from .verify import VerifyReport
 
 __all__ = ["ArtifactEntry", "KeyRecord", "Store", "Work"]
@@ -310,11 +310,12 @@ class Store:
         named = [root for _, root in all_roots(self.layout) if root.name == name and node in root.nodes]
         return max(named, key=lambda item: item.serial, default=None)
 
-    def gc(self, *, dry_run: bool = False) -> GcReport:
-        """Frees all that no existing manifest or lock file names. Raises Transient while another run uses the store."""
+    def gc(self, locked: LockedDigests, *, dry_run: bool = False) -> GcReport:
+        """Frees all that no existing manifest names, nor lock file, which `locked` reads. Raises Transient while
+        another run uses the store."""
         from .garbage import collect_garbage
 
-        return collect_garbage(self.layout, self._presence, dry_run=dry_run)
+        return collect_garbage(self.layout, self._presence, locked, dry_run=dry_run)
 
     def verify(self, *, repair: bool = False, progress: Callable[[int, int], None] | None = None) -> VerifyReport:
         """Reads every byte. `repair` sets aside what is damaged, so that the next run makes it again."""

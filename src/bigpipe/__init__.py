@@ -26,8 +26,8 @@ if TYPE_CHECKING:
     from .orchestrator.commands import run as run
     from .orchestrator.recipe.graph import Recipe as Recipe
     from .orchestrator.commands import load_manifest as load_manifest
-    from .orchestrator.plan import Plan as Plan
-    from .orchestrator.result import RunResult as RunResult
+    from .orchestrator.planning.plan import Plan as Plan
+    from .orchestrator.running.result import RunResult as RunResult
     from .orchestrator.stage import Stage as Stage
 
 _EXPORTS = {
@@ -36,9 +36,9 @@ _EXPORTS = {
     "Estimate": "bigmodel.footprint.estimates:Estimate",
     "ManifestError": "errors:ManifestError",
     "Placement": "bigmodel.placement:Placement",
-    "Plan": "orchestrator.plan:Plan",
+    "Plan": "orchestrator.planning.plan:Plan",
     "Recipe": "orchestrator.recipe.graph:Recipe",
-    "RunResult": "orchestrator.result:RunResult",
+    "RunResult": "orchestrator.running.result:RunResult",
     "Stage": "orchestrator.stage:Stage",
     "estimate": "bigmodel.footprint.estimates:estimate",
     "load": "bigmodel.execution.loading:load",

@@ -18,7 +18,7 @@ from bigpipe.bigmodel.checkpoint.view import open_arriving, open_checkpoint
 from bigpipe.bigmodel.hub.heads import are_the_model, directory_heads, may_pass
 from bigpipe.bigmodel.writing.writer import convert, save_checkpoint
 from bigpipe.errors import InvalidCheckpoint
-from bigpipe.orchestrator.handover import Inlet, Outlet
+from bigpipe.orchestrator.contract.passing import Inlet, Outlet
 
 TENSORS = {f"layer.{i}.weight": np.random.default_rng(i).random((50, 40), np.float32) for i in range(6)}
 

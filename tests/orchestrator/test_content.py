@@ -9,8 +9,8 @@ import pytest
 from pydantic import BaseModel, Field
 
 from bigpipe.errors import UsageError
+from bigpipe.orchestrator.planning.content import content_params
 from bigpipe.orchestrator.stage import Code, ContentField, File, FileOrLiteral, Params, Size, Tree
-from bigpipe.orchestrator.store.content import content_params
 from bigpipe.orchestrator.store.hashing import canonical, hash_file
 from bigpipe.orchestrator.store.memo import StatMemo
 

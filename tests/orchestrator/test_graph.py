@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 from support.kinds import KINDS, PlaceParams, QuantizeParams
 
 from bigpipe.errors import ManifestError, UsageError
+from bigpipe.orchestrator.contract.types import Launch, Resources, Trust
 from bigpipe.orchestrator.recipe.graph import Recipe, load_recipe
-from bigpipe.orchestrator.types import Launch, Resources, Trust
 
 
 def recipe(folder: Path, text: str, environment: dict[str, str] | None = None, **params: str) -> Recipe:

@@ -13,7 +13,7 @@ import pytest
 from support.launching import Launched, gone, make_job, read_pid, wait_for
 
 from bigpipe.errors import DoesNotFit, Interrupted, StageFailed, Transient, UsageError
-from bigpipe.orchestrator.events import LogLine, Progress
+from bigpipe.orchestrator.contract.events import LogLine, Progress
 from bigpipe.orchestrator.launch.environment import ALLOCATOR
 
 CANARY = "hf_canaryCANARY0123456789"

@@ -9,8 +9,8 @@ import psutil
 import pytest
 
 from bigpipe.errors import UsageError
-from bigpipe.orchestrator import doctor, machine
-from bigpipe.orchestrator.types import Gpu, Machine
+from bigpipe.orchestrator.contract.types import Gpu, Machine
+from bigpipe.orchestrator.planning import doctor, machine
 
 GIB = 2**30
 

@@ -14,10 +14,10 @@ import yaml
 from support.launching import TESTS, Launched, gone, make_job, read_pid, wait_for
 
 from bigpipe.errors import DoesNotFit, Interrupted, StageFailed, UsageError
-from bigpipe.orchestrator.events import LogLine, RankHello
+from bigpipe.orchestrator.contract.events import LogLine, RankHello
+from bigpipe.orchestrator.contract.types import Gpu, Launch, Machine
 from bigpipe.orchestrator.launch.acceleration import accelerate, effective_launch
 from bigpipe.orchestrator.launch.processes import signed_in
-from bigpipe.orchestrator.types import Gpu, Launch, Machine
 
 TWO = Launch(num_processes=2, explicit=frozenset({"num_processes"}))
 GPUS = tuple(Gpu(index, "A100", 80 * 2**30, 79 * 2**30) for index in range(2))

@@ -11,9 +11,9 @@ import pytest
 from support.stores import in_child
 
 from bigpipe.errors import UsageError
-from bigpipe.orchestrator.events import LogLine, NodeFinished, NodeStarted, Progress, RunFinished, RunStarted
-from bigpipe.orchestrator.store.keys import Change
-from bigpipe.orchestrator.store.records import (
+from bigpipe.orchestrator.contract.events import LogLine, NodeFinished, NodeStarted, Progress, RunFinished, RunStarted
+from bigpipe.orchestrator.planning.keys import Change
+from bigpipe.orchestrator.running.records import (
     RunRecorder,
     diff,
     list_runs,

@@ -11,7 +11,7 @@ import pytest
 
 from bigpipe.errors import ManifestError, UsageError
 from bigpipe.orchestrator.recipe.graph import load_recipe
-from bigpipe.orchestrator.registry import BUILT_IN, load_stage, stage_kinds
+from bigpipe.orchestrator.recipe.registry import BUILT_IN, load_stage, stage_kinds
 
 PLUGIN = """
 from bigpipe.orchestrator.stage import Forecast, Metrics, Params, Stage, StageResult
@@ -114,7 +114,7 @@ def test_built_in_kinds_are_loaded_one_by_one_and_without_reading_distributions(
 import sys
 from importlib import metadata
 metadata.entry_points = metadata.distributions = None  # would fail
-from bigpipe.orchestrator.registry import load_stage
+from bigpipe.orchestrator.recipe.registry import load_stage
 load_stage("shard")
 print(sorted(name for name in sys.modules if name.startswith("bigpipe.plugins.")), "torch" in sys.modules)
 """

@@ -10,7 +10,7 @@ import pytest
 from support.launching import wait_for
 
 from bigpipe.errors import DoesNotFit, ManifestError, Place, Problem
-from bigpipe.orchestrator.events import (
+from bigpipe.orchestrator.contract.events import (
     Event,
     LogLine,
     NodeFinished,
@@ -180,7 +180,7 @@ def test_the_stream_decides_and_events_go_to_a_file(tmp_path: Path) -> None:
 def test_a_cached_run_never_imports_rich() -> None:
     script = """
 import io, sys
-from bigpipe.orchestrator.events import *
+from bigpipe.orchestrator.contract.events import *
 from bigpipe.orchestrator.report.reporters import choose_reporter
 stream = io.StringIO(); stream.isatty = lambda: True
 with choose_reporter(stream, environment={}) as reporter:

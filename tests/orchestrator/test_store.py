@@ -9,6 +9,7 @@ import pytest
 from support.stores import contents, fill, objects, publish, record
 
 from bigpipe.errors import BigpipeError, Interrupted, StageFailed
+from bigpipe.orchestrator.lock.lockfile import locked_digests
 from bigpipe.orchestrator.store.hashing import digest_of
 from bigpipe.orchestrator.store.location import default_root
 from bigpipe.orchestrator.store.store import KeyRecord, Store
@@ -48,7 +49,7 @@ class TestPublishing:
         assert not opened.with_partial(record("x").partial)
         assert last(opened, tmp_path / "m.yaml", "m", "x") is None
         assert opened.ls() == []
-        assert opened.gc(dry_run=True).freed == ()
+        assert opened.gc(locked_digests, dry_run=True).freed == ()
         assert not (tmp_path / "a").exists()
 
     def test_the_store_is_private_and_its_objects_are_read_only_with_one_name_each(self, store):

@@ -58,6 +58,7 @@ FULL = """
 import json, os
 from support.stores import contents, fill, publish, record
 from bigpipe.errors import DoesNotFit
+from bigpipe.orchestrator.lock.lockfile import locked_digests
 from bigpipe.orchestrator.store.store import Store
 
 FILES = {"config.json": b"{}", "w/1.bin": b"1" * 9000, "w/2.bin": b"2" * 9000}
@@ -111,6 +112,7 @@ def test_a_disk_that_fills_while_publishing_says_so_and_loses_nothing(tmp_path):
 GARBAGE = """
 import json
 from support.stores import publish
+from bigpipe.orchestrator.lock.lockfile import locked_digests
 from bigpipe.orchestrator.store.store import Store
 
 with Store(disk / "store") as store:
@@ -121,7 +123,7 @@ with Store(disk / "store") as store:
                 ballast.write(bytes(4096))
         except OSError:
             pass
-    print(json.dumps(store.gc().freed_bytes))
+    print(json.dumps(store.gc(locked_digests).freed_bytes))
 """
 
 
@@ -133,6 +135,7 @@ READ_ONLY = """
 import json, os, subprocess
 from support.stores import contents, publish, record
 from bigpipe.errors import UsageError
+from bigpipe.orchestrator.lock.lockfile import locked_digests
 from bigpipe.orchestrator.store.store import Store
 
 with Store(disk / "store") as store:
@@ -144,9 +147,9 @@ found = store.find(done.key)
 assert store.intact(found) and store.intact(found)
 assert contents(store, found) == {"x": b"made"}
 assert [item.problem for item in store.verify().findings] == []
-assert store.gc(dry_run=True).freed_bytes > 0
+assert store.gc(locked_digests, dry_run=True).freed_bytes > 0
 told = []
-for attempt in (store.enter, store.gc, store.lock(record("b").key).__enter__):
+for attempt in (store.enter, lambda: store.gc(locked_digests), store.lock(record("b").key).__enter__):
     try:
         attempt()
     except UsageError as error:
@@ -168,6 +171,7 @@ MAKE = """
 import os
 from pathlib import Path
 from support.stores import fill, record
+from bigpipe.orchestrator.lock.lockfile import locked_digests
 from bigpipe.orchestrator.store.store import Store
 
 root = Path(os.environ["ROOT"])
@@ -254,6 +258,7 @@ import os, sys
 from pathlib import Path
 from support.stores import record
 from bigpipe.errors import StageFailed
+from bigpipe.orchestrator.lock.lockfile import locked_digests
 from bigpipe.orchestrator.store.store import Store
 
 store = Store(Path(os.environ["ROOT"]))
@@ -290,6 +295,7 @@ def test_an_io_error_is_an_error_and_not_a_mismatch(tmp_path, what):
 LOSE_POWER = """
 import os, subprocess
 from support.stores import contents, publish
+from bigpipe.orchestrator.lock.lockfile import locked_digests
 from bigpipe.orchestrator.store.store import Store
 
 def run(*command):

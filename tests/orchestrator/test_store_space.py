@@ -8,7 +8,8 @@ import pytest
 from support.stores import contents, fill, in_child, in_memory, killed_at, objects, publish, record
 
 from bigpipe.errors import Transient, UsageError
-from bigpipe.orchestrator.store import locked
+from bigpipe.orchestrator.lock import lockfile
+from bigpipe.orchestrator.lock.lockfile import locked_digests
 from bigpipe.orchestrator.store.garbage import RUNS
 from bigpipe.orchestrator.store.store import Store
 
@@ -156,9 +157,11 @@ class TestGarbage:
         other = publish(store, "other", {"b": b"other", "c": b"shared"})
         store.remember(recipe, None, "recipe", {"x": kept.key})
         store.remember(tmp_path / "deleted.yaml", None, "deleted", {"x": other.key})
-        promised = store.gc(dry_run=True)
+        promised = store.gc(locked_digests, dry_run=True)
         assert store.intact(other)
-        assert store.gc() == type(promised)(False, promised.freed, promised.kept_artifacts, promised.kept_bytes)
+        assert store.gc(locked_digests) == type(promised)(
+            False, promised.freed, promised.kept_artifacts, promised.kept_bytes
+        )
         assert (promised.kept_artifacts, promised.kept_bytes) == (1, 10)
         assert {item.kind for item in promised.freed} >= {"record", "artifact", "object", "root"}
         assert sum(item.bytes for item in promised.freed if item.kind == "object") == 5
@@ -167,31 +170,31 @@ class TestGarbage:
         assert store.find(other.key) is None
         assert not store.with_partial(other.partial)
         assert store.verify().clean
-        assert store.gc().freed == ()
+        assert store.gc(locked_digests).freed == ()
 
     def test_what_was_run_before_an_edit_goes(self, store, recipe):
         old, new = publish(store, "old", {"a": b"old"}), publish(store, "new", {"a": b"new"})
         for done in (old, new):
             store.remember(recipe, None, "recipe", {"x": done.key})
-        store.gc()
+        store.gc(locked_digests)
         assert store.find(old.key) is None
         assert store.history(recipe, "recipe", "x") == [new]
 
     def test_an_existing_lock_file_keeps_what_it_names(self, store, tmp_path):
         done = publish(store, "locked", {"a": b"locked"})
         path = tmp_path / "gone.yaml.lock"
-        outputs = {"x": locked.locked_output(done, None)}
-        locked.write(path, locked.Lock(recipe="gone", outputs=outputs))
+        outputs = {"x": lockfile.locked_output(done, None)}
+        lockfile.write(path, lockfile.LockFile(recipe="gone", outputs=outputs))
         store.remember(tmp_path / "gone.yaml", path, "gone", {})
-        store.gc()
+        store.gc(locked_digests)
         assert store.intact(store.find(done.key))
         path.unlink()
-        store.gc()
+        store.gc(locked_digests)
         assert store.find(done.key) is None
 
     def test_of_the_runs_the_latest_stay(self, store):
         fill(store.runs, {f"20260101-000000-{number:06x}/run.json": b"{}" for number in range(RUNS + 2)})
-        assert [item.name for item in store.gc().freed if item.kind == "run"] == [
+        assert [item.name for item in store.gc(locked_digests).freed if item.kind == "run"] == [
             "runs/20260101-000000-000000", "runs/20260101-000000-000001",
         ]  # fmt: skip
         assert len(list(store.runs.iterdir())) == RUNS
@@ -201,7 +204,7 @@ class TestGarbage:
         (tmp_path / "m.yaml.lock").write_text("<<<<<<< ours\n")
         store.remember(tmp_path / "m.yaml", tmp_path / "m.yaml.lock", "m", {})
         with pytest.raises(UsageError, match=r"m\.yaml\.lock"):
-            store.gc()
+            store.gc(locked_digests)
         assert store.intact(done)
 
     def test_it_waits_for_nobody_while_another_run_uses_the_store(self, store):
@@ -209,11 +212,11 @@ class TestGarbage:
         other = living(store.root)
         try:
             with pytest.raises(Transient, match="another run"):
-                store.gc()
+                store.gc(locked_digests)
             assert len(objects(store)) == 1
         finally:
             kill(other)
-        store.gc()
+        store.gc(locked_digests)
         assert objects(store) == []
 
     def test_unfinished_work_stays_as_long_as_a_manifest_names_it(self, store, recipe):
@@ -221,7 +224,7 @@ class TestGarbage:
             with store.lock(record(name).key) as work:
                 fill(work.out, {"shard": b"12345"})
         store.remember(recipe, None, "recipe", {"x": record("named").key})
-        report = store.gc()
+        report = store.gc(locked_digests)
         assert [item.name for item in report.freed if item.kind == "work"] == [f"work/{record('nameless').key[7:]}"]
         assert (store.root / "work" / record("named").key[7:] / "out" / "shard").exists()
 
@@ -230,7 +233,7 @@ class TestGarbage:
         kept = publish(store, "kept", {"a": store.parts / "q" / "one"})
         publish(store, "gone", {"a": store.parts / "q" / "two"})
         store.remember(recipe, None, "recipe", {"x": kept.key})
-        store.gc()
+        store.gc(locked_digests)
         assert [path.name for path in (store.parts / "q").iterdir()] == ["one"]
         assert (store.parts / "q" / "one").read_bytes() == b"one"
 
@@ -240,13 +243,13 @@ class TestGarbage:
         objects(store)[0].write_bytes(b"evil!")
         assert not store.intact(done)
         (store.root / "keys" / ".x.json.1.2").write_bytes(b"torn")
-        freed = store.gc().freed
+        freed = store.gc(locked_digests).freed
         assert {item.kind for item in freed} >= {"quarantine", "temporary"}
         assert list((store.root / "quarantine").iterdir()) == []
 
     def test_a_store_it_was_collected_in_works_on(self, store, recipe):
         publish(store, "a", {"x": b"1"})
-        store.gc()
+        store.gc(locked_digests)
         done = publish(store, "a", {"x": b"1"})
         assert store.intact(done)
         assert store.with_partial(done.partial)
@@ -262,12 +265,12 @@ class TestGarbage:
                     kept = publish(store, "kept", {"a": b"kept", "c": b"shared"})
                     gone = publish(store, "gone", {"b": b"gone", "c": b"shared"})
                     store.remember(place / "recipe.yaml", None, "recipe", {"x": kept.key})
-                died = killed_at(step, lambda root=root: Store(root).gc() and None)
+                died = killed_at(step, lambda root=root: Store(root).gc(locked_digests) and None)
                 with Store(root) as store:
                     assert store.intact(store.find(kept.key)), step
                     found = store.find(gone.key)
                     assert found is None or not store.intact(found) or contents(store, found), step
-                    store.gc()
+                    store.gc(locked_digests)
                     assert names(store) == sorted(file["sha256"] for file in kept.files.values()), step
                     assert store.verify().clean, step
             assert step > 15

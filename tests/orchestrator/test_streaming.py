@@ -12,7 +12,7 @@ import time
 import pytest
 from support.workshop import environment, statuses
 
-from bigpipe.orchestrator import execution
+from bigpipe.orchestrator.running import execution
 
 RECIPE = """\
 version: 1

@@ -14,7 +14,7 @@ import pytest
 from support.launching import TESTS, Launched, gone, make_job, read_pid, wait_for
 
 from bigpipe.errors import Interrupted, NotAuthorised, Place, UsageError
-from bigpipe.orchestrator.events import LogLine, Progress
+from bigpipe.orchestrator.contract.events import LogLine, Progress
 from bigpipe.orchestrator.launch import lifeline, processes
 from bigpipe.orchestrator.launch.eventlog import EventTail, EventWriter
 from bigpipe.orchestrator.launch.jobs import Failure, JobFile, Result

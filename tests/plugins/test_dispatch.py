@@ -19,7 +19,7 @@ from bigpipe.bigmodel.architecture.structure import describe_many
 from bigpipe.bigmodel.checkpoint.description import describe_checkpoint
 from bigpipe.bigmodel.sources import Sources
 from bigpipe.errors import StageFailed, UsageError
-from bigpipe.orchestrator.events import LogLine
+from bigpipe.orchestrator.contract.events import LogLine
 from bigpipe.orchestrator.stage import (
     Forecast,
     ForecastContext,

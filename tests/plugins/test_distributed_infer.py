@@ -25,7 +25,7 @@ from bigpipe.bigmodel.checkpoint.description import describe_checkpoint
 from bigpipe.bigmodel.execution.recordlog import read_log
 from bigpipe.bigmodel.placement import Placement
 from bigpipe.errors import StageFailed, UsageError
-from bigpipe.orchestrator.events import Progress, RankHello
+from bigpipe.orchestrator.contract.events import Progress, RankHello
 from bigpipe.orchestrator.stage import CheckContext, Forecast, ForecastContext, Gpu, Launch, StageContext, Trust
 from bigpipe.plugins import inferring
 from bigpipe.plugins.distributed_infer import STAGE, InferMetrics, InferParams

@@ -6,7 +6,7 @@ import json
 import sys
 from pathlib import Path
 
-from bigpipe.orchestrator.types import Launch
+from bigpipe.orchestrator.contract.types import Launch
 from support.launching import Launched, make_job
 
 

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from bigpipe.orchestrator.events import Event, LogLine, Progress
+from bigpipe.orchestrator.contract.events import Event, LogLine, Progress
 from bigpipe.orchestrator.stage import (
     CheckContext,
     Forecast,

@@ -13,7 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from bigpipe.orchestrator.events import Event
+from bigpipe.orchestrator.contract.events import Event
 from bigpipe.orchestrator.launch.launcher import Outcome, launch
 from bigpipe.orchestrator.stage import Launch, Trust
 from bigpipe.plugins.distributed_infer import STAGE

@@ -10,10 +10,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from bigpipe.orchestrator.events import Event
+from bigpipe.orchestrator.contract.events import Event
+from bigpipe.orchestrator.contract.types import Launch, Machine, Trust
 from bigpipe.orchestrator.launch.launcher import Job, Outcome, launch
 from bigpipe.orchestrator.launch.lifeline import start_mark
-from bigpipe.orchestrator.types import Launch, Machine, Trust
 from support import stages
 
 TESTS = Path(__file__).parent.parent

@@ -26,7 +26,7 @@ from bigpipe.orchestrator.stage import (
 )
 
 if TYPE_CHECKING:
-    from bigpipe.orchestrator.handover import Outlet
+    from bigpipe.orchestrator.contract.passing import Outlet
 
 
 class WriteParams(Params):

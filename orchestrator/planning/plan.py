@@ -15,15 +15,15 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, replace
 
 from bigpipe.errors import BigpipeError, DoesNotFit, GateFailed, Offline
+from bigpipe.orchestrator.contract.stage import Forecast, ForecastContext, Misfit, Pinned
+from bigpipe.orchestrator.contract.types import Json, Machine
+from bigpipe.orchestrator.recipe.conditions import UNKNOWN, Condition, Lookup, Verdict
+from bigpipe.orchestrator.recipe.graph import Node
 
 from .decision import Action, Decision, decide
 from .fit import find_misfits
-from .recipe.conditions import UNKNOWN, Condition, Lookup, Verdict
-from .recipe.graph import Node
 from .session import NOTHING_PINNED, Session, metric
 from .sidebyside import Disk, followed
-from .stage import Forecast, ForecastContext, Misfit, Pinned
-from .types import Json, Machine
 
 COMPARABLE_WITHIN = 3
 """The factor within which a recorded run counts as comparable: seconds then go in proportion to what is written. Beyond

@@ -9,11 +9,11 @@ from dataclasses import replace
 from typing import Any, Literal, get_args, get_origin
 
 from bigpipe.errors import BigpipeError
+from bigpipe.orchestrator.contract.types import Json
+from bigpipe.orchestrator.recipe.graph import Node, load_recipe
 
 from .plan import GateVerdict, Plan, PlannedNode, failed, make_plan
-from .recipe.graph import Node, load_recipe
 from .session import Session
-from .types import Json
 
 MOST_HALVINGS = 8
 """Plans that are made to find the largest number that passes."""

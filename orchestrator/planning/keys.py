@@ -11,32 +11,18 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Protocol
 
 from bigpipe.errors import UsageError
-from bigpipe.orchestrator.stage import Params, Stage
-from bigpipe.orchestrator.types import Json, Machine
+from bigpipe.orchestrator.contract.types import Json, Machine
+from bigpipe.orchestrator.recipe.node import Node
+from bigpipe.orchestrator.store.hashing import digest_of
+from bigpipe.orchestrator.store.memo import StatMemo
 from bigpipe.versions import package_version
 
 from .content import content_params
-from .hashing import digest_of
-from .memo import StatMemo
 
 ABSENT = "(absent)"
 """Stands in a `Change` for a value that is not there on one side."""
-
-
-class Computation(Protocol):
-    """What `identity` reads of a node."""
-
-    @property
-    def name(self) -> str: ...
-    @property
-    def kind(self) -> Stage[Any]: ...
-    @property
-    def params(self) -> Params: ...
-    @property
-    def env(self) -> Mapping[str, str]: ...
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,7 +60,7 @@ class Change:
 
 
 def identity(
-    node: Computation, *, base: Path, memo: StatMemo, machine: Machine, pins: Mapping[str, str] | None = None
+    node: Node, *, base: Path, memo: StatMemo, machine: Machine, pins: Mapping[str, str] | None = None
 ) -> Identity:
     """The identity of a node on this machine. `base` is the manifest's directory, `pins` what the kind's `pin` gave.
 

@@ -7,11 +7,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from bigpipe.errors import BigpipeError, Interrupted
-
-from .recipe.graph import Node
-from .session import Session
-from .store.store import KeyRecord
-from .types import Json, Status
+from bigpipe.orchestrator.contract.types import Json, Status
+from bigpipe.orchestrator.planning.session import Session
+from bigpipe.orchestrator.recipe.graph import Node
+from bigpipe.orchestrator.store.store import KeyRecord
 
 SETTLED = frozenset({Status.CACHED, Status.SUCCEEDED, Status.FAILED, Status.SKIPPED})
 GOOD = frozenset({Status.CACHED, Status.SUCCEEDED})
@@ -57,6 +56,11 @@ class RunResult:
             return 0
         first = self.errors[0]
         return first.status if isinstance(first, Interrupted) else first.exit_code
+
+    @property
+    def records(self) -> dict[str, KeyRecord]:
+        """Node → the record of what it gave, of those that have one."""
+        return {name: state.record for name, state in self.nodes.items() if state.record is not None}
 
     def path(self, node: str) -> Path | None:
         """The artifact's directory, readable as it is; None where there is none or its bytes were dropped."""

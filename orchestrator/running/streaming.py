@@ -17,16 +17,16 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 
 from bigpipe.errors import Interrupted
+from bigpipe.orchestrator.contract.passing import CONSUMERS, LETS_GO, Handover, write
+from bigpipe.orchestrator.contract.types import Status
+from bigpipe.orchestrator.planning.decision import input_digests
+from bigpipe.orchestrator.planning.session import Session
+from bigpipe.orchestrator.recipe.graph import Node
+from bigpipe.orchestrator.store.artifacts import remove_tree
+from bigpipe.orchestrator.store.hashing import digest_of
+from bigpipe.orchestrator.store.store import KeyRecord
 
-from .decision import input_digests
-from .handover import CONSUMERS, LETS_GO, Handover, write
-from .recipe.graph import Node
 from .result import GOOD, SETTLED, NodeState
-from .session import Session
-from .store.artifacts import remove_tree
-from .store.hashing import digest_of
-from .store.store import KeyRecord
-from .types import Status
 
 POLL = 0.05
 

@@ -8,9 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from .stage import Forecast, ForecastContext, Metrics, Params, Stage, StageContext, StageResult
-
-PROBED_RANKS = 2
+from bigpipe.orchestrator.stage import Forecast, ForecastContext, Metrics, Params, Stage, StageContext, StageResult
 
 
 class Nothing(Params):

@@ -13,17 +13,17 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from bigpipe.errors import Interrupted, StageFailed, Transient
+from bigpipe.orchestrator.contract.events import Event, LogLine, NodeRetried
+from bigpipe.orchestrator.contract.types import Lineage
+from bigpipe.orchestrator.launch.launcher import Job, Outcome, launch
+from bigpipe.orchestrator.launch.warm import WarmWorker
+from bigpipe.orchestrator.planning.session import Session
+from bigpipe.orchestrator.recipe.graph import Node
+from bigpipe.orchestrator.recipe.registry import locate
+from bigpipe.orchestrator.store.store import KeyRecord, Work
 from bigpipe.versions import package_version
 
-from .events import Event, LogLine, NodeRetried
-from .launch.launcher import Job, Outcome, launch
-from .launch.warm import WarmWorker
-from .recipe.graph import Node
-from .registry import locate
-from .session import Session
-from .store.store import KeyRecord, Work
 from .streaming import Stream, provisional_key
-from .types import Lineage
 
 FIRST_WAIT, LONGEST_WAIT = 1.0, 60.0
 """Seconds between attempts: doubled each time, with up to a quarter of jitter."""

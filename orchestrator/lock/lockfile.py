@@ -1,16 +1,16 @@
-"""What stands in a lock file: what a recipe was made of and what came out, as YAML for review.
+"""What stands in `<manifest>.lock`: what a recipe was made of and what came out, as YAML for review.
 
 `inputs` says per node what enters its key and can be known without running: kind and version, params, pinned values,
 and of nodes that bring files from outside, each file's size and sha256 (or git blob id). They are enforced.
-`outputs` says what runs gave: digests, placements, tool versions. They are enforced only for kinds that are
-reproducible, and only where facts and packages equal those of the run that wrote them.
+`outputs` says what runs gave: digests, tool versions, and what the kind shows for review (a placement). They are
+enforced only for kinds that are reproducible, and only where facts and packages equal those of the run that wrote them.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -18,18 +18,17 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, ValidationError
 
 from bigpipe.errors import StageFailed, Stale, UsageError
-from bigpipe.orchestrator.types import Json
-
-from .durable import write_atomically
-from .keyrecord import KeyRecord
-from .keys import ABSENT, Change, Identity, changed
+from bigpipe.orchestrator.contract.types import Json
+from bigpipe.orchestrator.planning.keys import ABSENT, Change, Identity, changed
+from bigpipe.orchestrator.store.durable import write_atomically
+from bigpipe.orchestrator.store.keyrecord import KeyRecord
 
 HEADER = """\
 # Written by `bigpipe lock` and by successful runs; commit it beside the manifest.
 # `bigpipe run --locked` refuses other inputs; `bigpipe lock --check` compares without running.
 """
-PLACEMENT_LIMIT = 256 * 2**10
-"""Bytes of a placement that are still worth reviewing."""
+REVIEWED_LIMIT = 256 * 2**10
+"""Bytes of a file that are still worth reviewing."""
 
 
 class _Locked(BaseModel):
@@ -53,15 +52,18 @@ class LockedInput(_Locked):
 
 
 class LockedOutput(_Locked):
+    model_config = ConfigDict(frozen=True, extra="ignore")
+
     digest: str | None
     key: str
     packages: dict[str, str | None] = Field(default_factory=dict)
     facts: dict[str, Any] = Field(default_factory=dict)
     tools: dict[str, str] = Field(default_factory=dict)
-    placement: Any = None
+    review: dict[str, Any] = Field(default_factory=dict)
+    """Of the files that its kind has `reviewed`: name → what the JSON says."""
 
 
-class Lock(_Locked):
+class LockFile(_Locked):
     version: int = 1
     recipe: str
     params: dict[str, Any] = Field(default_factory=dict)
@@ -101,24 +103,26 @@ def locked_files(record: KeyRecord) -> dict[str, LockedFile]:
     return {name: LockedFile(size=int(file["size"]), sha256=str(file["sha256"])) for name, file in record.files.items()}
 
 
-def locked_output(record: KeyRecord, tree: Path | None) -> LockedOutput:
-    """What is locked of a node that has run; `tree` is its artifact, if its bytes are there."""
+def locked_output(record: KeyRecord, tree: Path | None, reviewed: Sequence[str] = ()) -> LockedOutput:
+    """What is locked of a node that has run. tree: its artifact, if its bytes are there; reviewed: names of files in it
+    that hold JSON worth reviewing."""
     return LockedOutput(
         digest=record.digest,
         key=record.key,
         packages=record.identity.get("packages", {}),
         facts=record.identity.get("facts", {}),
         tools=record.tools,
-        placement=_placement(tree) if record.artifact_type == "placement" and tree is not None else None,
+        review=_read_reviewed(tree, reviewed) if tree is not None else {},
     )
 
 
-def _placement(tree: Path) -> Json:
-    with suppress(OSError, ValueError):
-        path = tree / "placement.json"
-        if path.stat().st_size <= PLACEMENT_LIMIT:
-            return json.loads(path.read_text("utf-8"))
-    return None
+def _read_reviewed(tree: Path, names: Sequence[str]) -> dict[str, Json]:
+    found = {}
+    for name in names:
+        with suppress(OSError, ValueError):
+            if (tree / name).stat().st_size <= REVIEWED_LIMIT:
+                found[name] = json.loads((tree / name).read_text("utf-8"))
+    return found
 
 
 def build(
@@ -126,17 +130,17 @@ def build(
     params: Mapping[str, Json],
     inputs: Mapping[str, LockedInput],
     producers: Mapping[str, Iterable[str]],
-    previous: Lock | None = None,
-) -> Lock:
+    previous: LockFile | None = None,
+) -> LockFile:
     """A lock of these inputs, given in topological order; `producers` names what each node's artifact is made from.
 
     What `previous` knew of a node's files stays where its inputs are the same, what it knew of its output where those
     of all its ancestors are too.
     """
-    old = previous or Lock(recipe=recipe)
+    old = previous or LockFile(recipe=recipe)
     same = _same(old.inputs, inputs)
     unmoved = find_unmoved(old.inputs, inputs, producers)
-    return Lock(
+    return LockFile(
         recipe=recipe,
         params=dict(params),
         inputs={name: _with_files(item, old.inputs[name]) if name in same else item for name, item in inputs.items()},
@@ -173,7 +177,7 @@ def _both(one: LockedFile, other: LockedFile) -> LockedFile:
     return LockedFile(size=one.size, sha256=one.sha256 or other.sha256, git_blob=one.git_blob or other.git_blob)
 
 
-def write(path: Path, lock: Lock) -> bool:
+def write(path: Path, lock: LockFile) -> bool:
     """Writes the lock if it says anything new. Sorted, so that a diff shows what changed. Raises BigpipeError."""
     import yaml
 
@@ -195,14 +199,25 @@ def write(path: Path, lock: Lock) -> bool:
     return True
 
 
-def read(path: Path) -> Lock | None:
+def lock_path(manifest: Path) -> Path:
+    """Where the lock file of a manifest lies: beside it."""
+    return manifest.with_name(manifest.name + ".lock")
+
+
+def locked_digests(path: Path) -> set[str]:
+    """The artifacts that a lock file names. Raise UsageError where it is not a lock file."""
+    lock = read(path)
+    return {output.digest for output in lock.outputs.values() if output.digest is not None} if lock else set()
+
+
+def read(path: Path) -> LockFile | None:
     """None where there is none. Raises UsageError where it is not a lock file (a merge conflict left in it, say)."""
     import yaml
 
     again = f"write it again: bigpipe lock {path.name.removesuffix('.lock')}"
     try:
         data = yaml.load(path.read_bytes(), Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader))  # noqa: S506
-        lock = Lock.model_validate(data)
+        lock = LockFile.model_validate(data)
     except FileNotFoundError:
         return None
     except OSError as error:
@@ -217,7 +232,7 @@ def read(path: Path) -> Lock | None:
     return lock
 
 
-def check(lock: Lock, now: Lock, nodes: Iterable[str] | None = None) -> list[Change]:
+def check(lock: LockFile, now: LockFile, nodes: Iterable[str] | None = None) -> list[Change]:
     """How the inputs of `nodes` (all, if None) differ from those locked. Empty: the lock holds.
 
     A file counts where both sides know of it; that a file is new or gone counts where both sides list files.
@@ -255,7 +270,7 @@ def _file_changes(old: Mapping[str, LockedFile], new: Mapping[str, LockedFile]) 
     return changes
 
 
-def require(path: Path, lock: Lock, now: Lock, nodes: Iterable[str] | None = None) -> None:
+def require(path: Path, lock: LockFile, now: LockFile, nodes: Iterable[str] | None = None) -> None:
     """Raises Stale naming every difference."""
     changes = check(lock, now, nodes)
     if changes:
@@ -266,7 +281,9 @@ def require(path: Path, lock: Lock, now: Lock, nodes: Iterable[str] | None = Non
         )
 
 
-def require_record(path: Path, lock: Lock, node: str, record: KeyRecord, tree: Path | None, reproducible: bool) -> None:
+def require_record(
+    path: Path, lock: LockFile, node: str, record: KeyRecord, tree: Path | None, reproducible: bool
+) -> None:
     """Compares what a node gave with what is locked: the files it brought, and its digest where that must be equal.
 
     Raises StageFailed naming the files, or both digests.

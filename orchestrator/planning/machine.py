@@ -13,8 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from bigpipe.errors import UsageError
-
-from .types import Gpu, Json, Machine
+from bigpipe.orchestrator.contract.types import Gpu, Json, Machine
 
 DOCTOR_FORMAT = "bigpipe.doctor/1"
 CGROUPS = Path("/sys/fs/cgroup")

@@ -15,15 +15,15 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from bigpipe.errors import BigpipeError
+from bigpipe.orchestrator.contract.types import Status
+from bigpipe.orchestrator.launch.warm import MEMORY, FirstAttempt, WarmWorker, start_warm
+from bigpipe.orchestrator.planning.decision import Action
+from bigpipe.orchestrator.planning.fit import needs_ram
+from bigpipe.orchestrator.planning.plan import Plan
+from bigpipe.orchestrator.planning.session import Session
+from bigpipe.orchestrator.recipe.graph import Node
 
-from .decision import Action
-from .fit import needs_ram
-from .launch.warm import MEMORY, FirstAttempt, WarmWorker, start_warm
-from .plan import Plan
-from .recipe.graph import Node
 from .result import GOOD, NodeState
-from .session import Session
-from .types import Status
 
 
 class Warming:

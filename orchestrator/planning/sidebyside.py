@@ -8,11 +8,12 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 
+from bigpipe.orchestrator.contract.passing import AHEAD
+from bigpipe.orchestrator.contract.stage import Forecast
+from bigpipe.orchestrator.recipe.graph import Node
+
 from .decision import Action, Decision
-from .handover import AHEAD
-from .recipe.graph import Node
 from .session import Session
-from .stage import Forecast
 
 Decisions = Mapping[str, Decision]
 Forecasts = Mapping[str, Forecast]

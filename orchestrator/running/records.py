@@ -16,16 +16,24 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import IO, Any, Protocol
+from typing import IO, Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from bigpipe.errors import UsageError
-from bigpipe.orchestrator.events import Event, LogLine, NodeFinished, NodeStarted, Progress, RunFinished, RunStarted
-from bigpipe.orchestrator.types import Json
-
-from .durable import explained, make_directory, write_atomically
-from .keys import Change, changed
+from bigpipe.orchestrator.contract.events import (
+    Event,
+    LogLine,
+    NodeFinished,
+    NodeStarted,
+    Progress,
+    RunFinished,
+    RunStarted,
+)
+from bigpipe.orchestrator.contract.types import Json
+from bigpipe.orchestrator.planning.keys import Change, changed
+from bigpipe.orchestrator.recipe.graph import Recipe
+from bigpipe.orchestrator.store.durable import explained, make_directory, write_atomically
 
 LAST = "last"
 """Names the newest run wherever an id is asked for."""
@@ -79,23 +87,10 @@ class RunRecord(BaseModel):
     """The manifest as it was."""
 
 
-class RecipeFacts(Protocol):
-    """What is recorded of a recipe."""
-
-    @property
-    def path(self) -> Path: ...
-    @property
-    def name(self) -> str: ...
-    @property
-    def text(self) -> str: ...
-    @property
-    def params(self) -> Mapping[str, Json]: ...
-
-
 class RunRecorder:
     """A Reporter that writes the record of one run."""
 
-    def __init__(self, folder: Path, run: str, recipe: RecipeFacts) -> None:
+    def __init__(self, folder: Path, run: str, recipe: Recipe) -> None:
         self._folder = folder
         self._events: IO[str] | None = None
         self._saved = 0.0

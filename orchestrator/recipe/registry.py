@@ -12,9 +12,9 @@ from types import MappingProxyType
 from typing import Any
 
 from bigpipe.errors import UsageError
+from bigpipe.orchestrator.contract.stage import Stage
 
-from .recipe.problems import did_you_mean
-from .stage import Stage
+from .problems import did_you_mean
 
 GROUP = "bigpipe.stages"
 
@@ -29,6 +29,15 @@ BUILT_IN: Mapping[str, str] = MappingProxyType(
         "save": "bigpipe.plugins.save:STAGE",
     }
 )
+
+PROBES: Mapping[str, str] = MappingProxyType(
+    {
+        "torch": "bigpipe.plugins.probes:TORCH",
+        "bitsandbytes": "bigpipe.plugins.probes:BITSANDBYTES",
+        "launcher": "bigpipe.plugins.probes:RANKS",
+    }
+)
+"""What `doctor` checks → the stage it runs for that."""
 
 
 def stage_kinds() -> Mapping[str, str]:

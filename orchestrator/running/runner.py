@@ -25,21 +25,27 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from bigpipe.errors import BigpipeError, GateFailed, Interrupted
+from bigpipe.orchestrator.contract.events import (
+    NodeFinished,
+    NodeStarted,
+    OneAtATime,
+    Reporter,
+    RunFinished,
+    RunStarted,
+)
+from bigpipe.orchestrator.contract.stage import Forecast
+from bigpipe.orchestrator.contract.types import Json, Lineage, Status
+from bigpipe.orchestrator.planning.decision import Action, Decision, decide, input_digests
+from bigpipe.orchestrator.planning.fit import needs_gpus, needs_ram
+from bigpipe.orchestrator.planning.plan import Plan, failed, gate_error, judge_gates, missing_producer, when_text
+from bigpipe.orchestrator.planning.session import Session, metric
+from bigpipe.orchestrator.recipe.conditions import UNKNOWN, Lookup
+from bigpipe.orchestrator.recipe.graph import Node
+from bigpipe.orchestrator.store.store import KeyRecord
 
-from .decision import Action, Decision, decide, input_digests
-from .events import NodeFinished, NodeStarted, OneAtATime, Reporter, RunFinished, RunStarted
-from .fit import needs_gpus, needs_ram
 from .interruption import caught_once
-from .plan import Plan, failed, gate_error, judge_gates, missing_producer, when_text
-from .recipe.conditions import UNKNOWN, Lookup
-from .recipe.graph import Node
+from .records import RunRecorder, new_run_id
 from .result import GOOD, SETTLED, NodeState, RunResult
-from .session import Session, metric
-from .stage import Forecast
-from .store.lockfile import lock_path
-from .store.records import RunRecorder, new_run_id
-from .store.store import KeyRecord
-from .types import Json, Lineage, Status
 
 if TYPE_CHECKING:
     from .execution import Attempt
@@ -67,7 +73,6 @@ class Run:
     running: dict[Future[KeyRecord | None], NodeState] = field(default_factory=dict)
     streams: Streams | None = None
     """None where one node runs at a time."""
-
     warming: Warming | None = None
 
     def interrupt(self, number: int) -> None:
@@ -338,20 +343,17 @@ def _timed(state: NodeState, attempt: Attempt) -> KeyRecord | None:
 
 
 def _lineage(run: Run, node: Node) -> tuple[Lineage, ...]:
-    import networkx
-
-    ancestors = networkx.ancestors(run.session.recipe.graph, node.name)
+    above = [run.states[name] for name in run.session.recipe.ancestors(node.name)]
     return tuple(
         Lineage(
-            node=name,
+            node=state.node.name,
             kind=state.node.kind.kind,
             key=state.key or "",
             digest=state.digest,
             params=state.node.params.model_dump(mode="json", by_alias=True),
             metrics=state.record.metrics if state.record else {},
         )
-        for name, state in run.states.items()
-        if name in ancestors
+        for state in above
     )
 
 
@@ -436,7 +438,7 @@ def _finish_run(run: Run, recorder: RunRecorder, seconds: float) -> RunResult:
 def _remember(run: Run, keys: Mapping[str, str]) -> None:
     """Keeps from `gc` what these nodes have, or are about to have, as long as the manifest or its lock exists."""
     session, recipe = run.session, run.session.recipe
-    session.store.remember(recipe.path, lock_path(recipe.path) if session.lock else None, recipe.name, keys)
+    session.store.remember(recipe.path, session.lock, recipe.name, keys)
 
 
 def _errors(run: Run) -> list[BigpipeError]:

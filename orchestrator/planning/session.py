@@ -8,23 +8,18 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from types import MappingProxyType
-from typing import TYPE_CHECKING
 
 from bigpipe.errors import BigpipeError, Offline, UsageError
+from bigpipe.orchestrator.contract.events import LogLine, Reporter
+from bigpipe.orchestrator.contract.stage import CheckContext, Forecast, Pinned
+from bigpipe.orchestrator.contract.types import Json, Launch, Machine
+from bigpipe.orchestrator.recipe.graph import Node, Recipe, load_recipe
+from bigpipe.orchestrator.store.location import default_root
+from bigpipe.orchestrator.store.store import KeyRecord, Store
 from bigpipe.sizes import format_transfer
 
-from .events import LogLine, Reporter
-from .recipe.graph import Node, Recipe, load_recipe
-from .stage import CheckContext, Forecast, Pinned
-from .store.content import StatMemo
-from .store.keys import Identity, identity
-from .store.location import default_root
-from .store.lockfile import read_lock
-from .store.store import KeyRecord, Store
-from .types import Json, Launch, Machine
-
-if TYPE_CHECKING:
-    from .store.locked import Lock
+from .content import StatMemo
+from .keys import Identity, identity
 
 NOTHING_PINNED = Pinned({}, "")
 _NO_INPUTS: Mapping[str, tuple[Forecast, ...]] = MappingProxyType({})
@@ -43,8 +38,10 @@ class Session:
     offline: bool = False
     locked: bool = False
     """Inputs that differ from the lock file are refused, and its pins are used without asking."""
-    lock: Lock | None = None
-    """The recipe's lock file, where one exists: the source of pins when the network is not."""
+    lock: Path | None = None
+    """The recipe's lock file, where there is one."""
+    locked_pins: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
+    """Node → what its floating values were when it was locked: the source of pins when the network is not."""
     given_machine: Machine | None = None
     side_by_side: bool = True
     """May several nodes run at a time, and take each other's files as they are made?"""
@@ -117,7 +114,7 @@ class Session:
         """How the node's ranks are started, with the values of its `config_file`. Raises UsageError."""
         if node.launch.config_file is None:
             return node.launch
-        from .launch.acceleration import effective_launch
+        from bigpipe.orchestrator.launch.acceleration import effective_launch
 
         return effective_launch(node.launch, self.base)
 
@@ -148,7 +145,7 @@ class Session:
             return fallback
 
     def _locked_pins(self, node: Node) -> Pinned | None:
-        pins = self.lock.pins(node.name) if self.lock else {}
+        pins = self.locked_pins.get(node.name)
         return Pinned(pins, "the lock file") if pins else None
 
     def _recorded_pins(self, node: Node) -> Pinned | None:
@@ -189,6 +186,8 @@ def open_session(
     force: Collection[str] = (),
     offline: bool = False,
     locked: bool = False,
+    lock: Path | None = None,
+    locked_pins: Mapping[str, Mapping[str, str]] | None = None,
     machine: Machine | None = None,
     side_by_side: bool = True,
     reporter: Reporter | None = None,
@@ -211,7 +210,8 @@ def open_session(
         arguments=dict(params or {}),
         offline=offline or os.environ.get("HF_HUB_OFFLINE", "") in {"1", "true", "TRUE", "yes", "ON"},
         locked=locked,
-        lock=read_lock(recipe.path),
+        lock=lock,
+        locked_pins=locked_pins or {},
         given_machine=machine,
         side_by_side=side_by_side,
         reporter=reporter,

@@ -6,10 +6,11 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from enum import StrEnum
 
-from .recipe.graph import Node
+from bigpipe.orchestrator.recipe.graph import Node
+from bigpipe.orchestrator.store.store import KeyRecord
+
+from .keys import Change, differences
 from .session import Session
-from .store.keys import Change, differences
-from .store.store import KeyRecord
 
 
 class Action(StrEnum):

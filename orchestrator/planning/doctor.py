@@ -8,30 +8,27 @@ import tempfile
 import threading
 import time
 from collections.abc import Mapping
+from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 from bigpipe.errors import BigpipeError
+from bigpipe.orchestrator.contract.stage import Stage
+from bigpipe.orchestrator.contract.types import Json, Launch, Machine, Trust
+from bigpipe.orchestrator.launch.jobs import Job
+from bigpipe.orchestrator.launch.launcher import launch
+from bigpipe.orchestrator.recipe.registry import PROBES
+from bigpipe.orchestrator.store.location import default_root
 from bigpipe.sizes import format_size, format_transfer
 
-from . import probes
-from .launch.jobs import Job
-from .launch.launcher import launch
 from .machine import DOCTOR_FORMAT, detect, machine_as_json
-from .stage import Stage
-from .store.location import default_root
-from .types import Json, Launch, Machine, Trust
 
 PACKAGES = (
     "bigpipe-ml", "torch", "transformers", "accelerate", "bitsandbytes", "huggingface_hub", "safetensors", "pydantic",
 )  # fmt: skip
 PROBE_SECONDS = 120.0
-PROBES: Mapping[str, tuple[str, Stage[Any], int]] = {
-    "torch": ("TORCH", probes.TORCH, 1),
-    "bitsandbytes": ("BITSANDBYTES", probes.BITSANDBYTES, 1),
-    "launcher": ("RANKS", probes.RANKS, probes.PROBED_RANKS),
-}
+PROBED_RANKS = 2
 
 
 def examine(store: Path | None = None, *, environment: Mapping[str, str] | None = None) -> dict[str, Json]:
@@ -70,10 +67,12 @@ def doctor_text(found: Mapping[str, Json]) -> str:
 
 
 def _probe(name: str, machine: Machine, environment: Mapping[str, str] | None) -> dict[str, Json]:
-    attribute, stage, ranks = PROBES[name]
+    target = PROBES[name]
+    module, _, attribute = target.partition(":")
+    stage: Stage[Any] = getattr(import_module(module), attribute)
     started = time.monotonic()
     with tempfile.TemporaryDirectory(prefix="bigpipe-doctor-") as folder:
-        job = _job(Path(folder), attribute, stage, machine, ranks)
+        job = _job(Path(folder), target, stage, machine)
         try:
             outcome = launch(
                 job,
@@ -90,11 +89,12 @@ def _probe(name: str, machine: Machine, environment: Mapping[str, str] | None) -
     return {"ok": ok, "detail": detail, "seconds": round(time.monotonic() - started, 1)}
 
 
-def _job(folder: Path, attribute: str, stage: Stage[Any], machine: Machine, ranks: int) -> Job:
+def _job(folder: Path, module: str, stage: Stage[Any], machine: Machine) -> Job:
+    ranks = PROBED_RANKS if stage.runs_in == "ranks" else 1
     return Job(
         node=stage.kind,
         kind=stage.kind,
-        module=f"{probes.__name__}:{attribute}",
+        module=module,
         params={},
         inputs={},
         out=folder / "work" / "out",

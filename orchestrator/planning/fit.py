@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import replace
 
+from bigpipe.orchestrator.contract.stage import Forecast, Misfit
+from bigpipe.orchestrator.recipe.graph import Node
 from bigpipe.sizes import format_size, format_transfer
 
 from .decision import Action, Decision
-from .recipe.graph import Node
 from .session import Session
 from .sidebyside import Disk, needs_ram
-from .stage import Forecast, Misfit
 
 __all__ = ["find_misfits", "needs_gpus", "needs_ram"]
 

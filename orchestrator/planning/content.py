@@ -23,11 +23,10 @@ from pydantic import BaseModel
 from pydantic_core import to_jsonable_python
 
 from bigpipe.errors import UsageError
-from bigpipe.orchestrator.stage import ContentField, Params
-from bigpipe.orchestrator.types import Json
-
-from .hashing import canonical, digest_of
-from .memo import StatMemo
+from bigpipe.orchestrator.contract.stage import ContentField, Params
+from bigpipe.orchestrator.contract.types import Json
+from bigpipe.orchestrator.store.hashing import canonical, digest_of
+from bigpipe.orchestrator.store.memo import StatMemo
 
 __all__ = ["StatMemo", "content_params"]
 
