@@ -144,7 +144,7 @@ def plan(
 
     Example: bigpipe plan manifests/opt13b_int8.yaml --machine gpu-box.json
     """
-    from bigpipe.orchestrator.planning.machine import read_machine
+    from bigpipe.machine import read_machine
     from bigpipe.orchestrator.report.rendering import plan_json, plan_text
     from bigpipe.orchestrator.report.reporters import choose_reporter
 

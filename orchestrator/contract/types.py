@@ -8,6 +8,8 @@ from enum import StrEnum
 from pathlib import Path
 from typing import Any
 
+from bigpipe.machine import Gpu as Gpu
+from bigpipe.machine import Machine as Machine
 from bigpipe.trust import Trust as Trust
 
 Json = Any
@@ -45,28 +47,6 @@ class Lineage:
     digest: str | None
     params: Mapping[str, Json]
     metrics: Mapping[str, Json]
-
-
-@dataclass(frozen=True, slots=True)
-class Gpu:
-    index: int
-    name: str
-    memory: int
-    """Total bytes."""
-    free: int
-
-
-@dataclass(frozen=True, slots=True)
-class Machine:
-    """The hardware a plan is made for: this machine, or one described by `doctor --json`. Sizes in bytes."""
-
-    name: str
-    cpus: int
-    memory: int
-    memory_available: int
-    disk_free: int
-    """On the file system of the store."""
-    gpus: tuple[Gpu, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from bigpipe.errors import BigpipeError
+from bigpipe.machine import DOCTOR_FORMAT, detect, machine_as_json
 from bigpipe.orchestrator.contract.stage import Stage
 from bigpipe.orchestrator.contract.types import Json, Launch, Machine, Trust
 from bigpipe.orchestrator.launch.jobs import Job
@@ -21,8 +22,6 @@ from bigpipe.orchestrator.launch.launcher import launch
 from bigpipe.orchestrator.recipe.registry import PROBES
 from bigpipe.orchestrator.store.location import default_root
 from bigpipe.sizes import format_size, format_transfer
-
-from .machine import DOCTOR_FORMAT, detect, machine_as_json
 
 PACKAGES = (
     "bigpipe-ml", "torch", "transformers", "accelerate", "bitsandbytes", "huggingface_hub", "safetensors", "pydantic",

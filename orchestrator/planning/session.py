@@ -60,7 +60,7 @@ class Session:
     def machine(self) -> Machine:
         if self.given_machine is not None:
             return self.given_machine
-        from .machine import detect
+        from bigpipe.machine import detect
 
         return detect(self.store.root)
 

@@ -104,7 +104,7 @@ def _explanations(plan: Plan) -> list[str]:
 
 def plan_json(plan: Plan) -> dict[str, Json]:
     """`bigpipe.plan/1`."""
-    from bigpipe.orchestrator.planning.machine import machine_as_json
+    from bigpipe.machine import machine_as_json
 
     return {
         "schema": "bigpipe.plan/1",

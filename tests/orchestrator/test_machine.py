@@ -8,9 +8,10 @@ from pathlib import Path
 import psutil
 import pytest
 
+from bigpipe import machine
 from bigpipe.errors import UsageError
 from bigpipe.orchestrator.contract.types import Gpu, Machine
-from bigpipe.orchestrator.planning import doctor, machine
+from bigpipe.orchestrator.planning import doctor
 
 GIB = 2**30
 

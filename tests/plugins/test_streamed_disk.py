@@ -11,7 +11,7 @@ import pytest
 from support.workshop import Workshop, environment
 
 import bigpipe
-from bigpipe.orchestrator.planning.machine import detect
+from bigpipe.machine import detect
 
 MB = 10**6
 RECIPE = """\

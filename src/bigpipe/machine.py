@@ -9,14 +9,36 @@ import os
 import shutil
 import sys
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from bigpipe.errors import UsageError
-from bigpipe.orchestrator.contract.types import Gpu, Json, Machine
+from .errors import UsageError
 
 DOCTOR_FORMAT = "bigpipe.doctor/1"
 CGROUPS = Path("/sys/fs/cgroup")
+
+
+@dataclass(frozen=True, slots=True)
+class Gpu:
+    index: int
+    name: str
+    memory: int
+    """Total bytes."""
+    free: int
+
+
+@dataclass(frozen=True, slots=True)
+class Machine:
+    """The hardware a plan is made for: this machine, or one described by `doctor --json`. Sizes in bytes."""
+
+    name: str
+    cpus: int
+    memory: int
+    memory_available: int
+    disk_free: int
+    """On the file system of the store."""
+    gpus: tuple[Gpu, ...] = ()
 
 
 def detect(store_root: Path) -> Machine:
@@ -41,13 +63,13 @@ def detect(store_root: Path) -> Machine:
     )
 
 
-def machine_as_json(machine: Machine) -> dict[str, Json]:
+def machine_as_json(machine: Machine) -> dict[str, Any]:
     from pydantic import TypeAdapter
 
     return dict(TypeAdapter(Machine).dump_python(machine, mode="json"))
 
 
-def machine_from_json(data: Mapping[str, Json]) -> Machine:
+def machine_from_json(data: Mapping[str, Any]) -> Machine:
     """The inverse of `machine_as_json`; a whole `doctor --json` document is understood too. Raises UsageError."""
     from pydantic import TypeAdapter, ValidationError
 
