@@ -1,10 +1,10 @@
 """A rerun where nothing changed: the seven stages of the quickstart, against `dvc repro` with seven stages.
 
-    python benchmarks/noop.py [--dvc PATH] [--rounds 11] [--stages 343] [--against CHECKOUT]
-    python benchmarks/noop.py --plan 10000 [--rounds 11] [--against CHECKOUT]
+    python benchmarks/noop.py [--dvc PATH] [--rounds 11] [--stages 343]
+    python benchmarks/noop.py --plan 10000 [--rounds 11]
 
---plan: the first plan of that many nodes instead, each written out, and as a matrix. --against: another checkout of
-bigpipe beside this one. dvc is not a dependency: give its path, from an environment of its own.
+--plan: the first plan of that many nodes instead, each written out, and as a matrix. dvc is not a dependency: give its
+path, from an environment of its own.
 
 Whole processes, start to exit, alternating.
 """
@@ -90,17 +90,12 @@ def timed(command: list[str], **options: Any) -> tuple[float, int, float]:
     return seconds, peak, after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
 
 
-def checkouts(other: Path | None) -> dict[str, Path]:
-    return {"bigpipe": ROOT} | ({"other": other.resolve()} if other else {})
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--dvc", default=shutil.which("dvc"))
     parser.add_argument("--rounds", type=int, default=11)
     parser.add_argument("--stages", type=int, default=7, help="7: the quickstart; more: that many cached nodes")
     parser.add_argument("--plan", type=int, metavar="NODES")
-    parser.add_argument("--against", type=Path, metavar="CHECKOUT")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
@@ -111,10 +106,7 @@ def main() -> None:
             ours = {"": quickstart(folder) if arguments.stages == 7 else wide(folder, arguments.stages)}
             subprocess.run(ours[""], cwd=folder, env=environment, check=True, stdout=subprocess.DEVNULL)
         arms = {
-            f"{who} {shape}".strip(): partial(
-                timed, command, cwd=folder, env={**environment, "PYTHONPATH": str(checkout / "src")}
-            )
-            for who, checkout in checkouts(arguments.against).items()
+            f"bigpipe {shape}".strip(): partial(timed, command, cwd=folder, env=environment)
             for shape, command in ours.items()
         }
         if arguments.dvc and not arguments.plan:

@@ -19,10 +19,11 @@ from typing import Any
 
 HERE = Path(__file__).parent
 VARIANTS: dict[str, list[list[str]]] = {
+    "against": [],
     "reshard": [["--cold"], ["--cold", "--source", "bin"]],
     "quantize": [["--scheme", "int8"], ["--scheme", "nf4"]],
 }
-"""Scripts that stand for several rows. The others run once, as they are."""
+"""Scripts that stand for several rows, or for none: `against` needs another checkout. The others run once."""
 
 
 def rows(only: list[str], given: dict[str, str | None]) -> Iterator[list[str]]:
