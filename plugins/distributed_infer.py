@@ -3,16 +3,43 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from pydantic import Field
+from pydantic import AfterValidator, Field
 
-from bigpipe.orchestrator.stage import Code, FileOrLiteral, Json, Machine, Metrics, Params, Port, Stage, late
+from bigpipe.bigmodel.tasks import TASKS, require_known
+from bigpipe.orchestrator.stage import (
+    Code,
+    FileOrLiteral,
+    Json,
+    Machine,
+    Metrics,
+    Params,
+    Port,
+    Stage,
+    UsageError,
+    late,
+)
+
+
+def _known(task: str) -> str:
+    try:
+        require_known(task)
+    except UsageError as error:
+        raise ValueError(f"{error.cause}; {error.cure}") from error
+    return task
+
+
+if TYPE_CHECKING:
+    BuiltIn = str
+else:
+    BuiltIn = Literal[tuple(TASKS)]
 
 
 class InferParams(Params):
-    task: Literal["text-generation", "feature-extraction"] | Code
-    """What is done, or `module:function`, called (model, rows, **generation) and giving a dict per row."""
+    task: Annotated[BuiltIn | Code, AfterValidator(_known)]
+    """What is done, or `module:name`: a function, called (model, rows, **generation) and giving a dict per row, or a
+    `Task`."""
     prompts: Annotated[str | list[str | list[dict[str, Any]] | dict[str, Any]], FileOrLiteral]
     """A JSONL or text file, a glob of them, or a list of texts or chats."""
     column: str = "prompt"

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from .bigmodel.checkpoint.view import open_checkpoint as open_checkpoint
     from .bigmodel.footprint.estimates import Estimate as Estimate
     from .bigmodel.footprint.estimates import estimate as estimate
-    from .bigmodel.execution.loading import load as load
+    from .bigmodel.execution import load as load
     from .bigmodel.placement import Placement as Placement
     from .bigmodel.placement import place as place
     from .bigmodel.quantization import quantize_checkpoint as quantize_checkpoint
@@ -41,7 +41,7 @@ _EXPORTS = {
     "RunResult": "orchestrator.running.result:RunResult",
     "Stage": "orchestrator.stage:Stage",
     "estimate": "bigmodel.footprint.estimates:estimate",
-    "load": "bigmodel.execution.loading:load",
+    "load": "bigmodel.execution:load",
     "load_manifest": "orchestrator.commands:load_manifest",
     "open_checkpoint": "bigmodel.checkpoint.view:open_checkpoint",
     "place": "bigmodel.placement:place",

@@ -11,13 +11,17 @@ import pytest
 import torch
 from support.models import make_checkpoint, tiny_tokenizer
 
-from bigpipe.bigmodel.execution.generation import Row, check_task, make_task
-from bigpipe.bigmodel.execution.loading import load
+from bigpipe.bigmodel.execution import load
 from bigpipe.bigmodel.sources import Sources
+from bigpipe.bigmodel.tasks import Answerer, Row, TaskOptions, find_task
 from bigpipe.errors import UsageError
 from bigpipe.trust import Trust
 
 TEXTS = ["Hello", "a much longer prompt than the others", "x", "two words"]
+
+
+def bind(task: str, model: Any, path: Path, sources: Sources = Sources(), **options: Any) -> Answerer:
+    return find_task(task, sources).bind(model, path, TaskOptions(**options), sources)
 
 
 def rows(texts: list[Any] = TEXTS) -> list[Row]:
@@ -37,7 +41,7 @@ def alone(model: Any, text: str, **options: Any) -> str:
 def test_each_text_is_what_its_prompt_alone_gives(tmp_path: Path, architecture: str, home: str) -> None:
     path = make_checkpoint(tmp_path, architecture)
     model = load(path, {"": home})
-    task = make_task("text-generation", model, path, max_new_tokens=6)
+    task = bind("text-generation", model, path, max_new_tokens=6)
     plain = load(path)
     wanted = [alone(plain, text, max_new_tokens=6) for text in TEXTS]
     assert [answer.payload for answer in task(rows())] == [{"text": text} for text in wanted]
@@ -47,7 +51,7 @@ def test_each_text_is_what_its_prompt_alone_gives(tmp_path: Path, architecture: 
 def test_counts_the_tokens_made(tmp_path: Path) -> None:
     path = make_checkpoint(tmp_path, "opt")
     model = load(path)
-    task = make_task("text-generation", model, path, max_new_tokens=9)
+    task = bind("text-generation", model, path, max_new_tokens=9)
     assert [answer.tokens for answer in task(rows())] == [9] * 4
     tokens = torch.tensor([tiny_tokenizer()("Hello")["input_ids"]])
     third = int(model.generate(tokens, max_new_tokens=9)[0, tokens.shape[1] + 2])
@@ -59,10 +63,10 @@ def test_draws_depend_on_the_record_alone(tmp_path: Path) -> None:
     path = make_checkpoint(tmp_path, "llama")
     model = load(path)
     options = {"do_sample": True, "temperature": 0.9, "top_k": 30}
-    task = make_task("text-generation", model, path, max_new_tokens=8, options=options, seed=5)
+    task = bind("text-generation", model, path, max_new_tokens=8, arguments=options, seed=5)
     together = [answer.payload["text"] for answer in task(rows())]
     assert together == [task([row])[0].payload["text"] for row in rows()]
-    other = make_task("text-generation", model, path, max_new_tokens=8, options=options, seed=6)
+    other = bind("text-generation", model, path, max_new_tokens=8, arguments=options, seed=6)
     assert other(rows()[:1])[0].payload["text"] == task([Row(1, TEXTS[0], {})])[0].payload["text"] != together[0]
 
 
@@ -75,7 +79,7 @@ def test_draws_follow_the_models_distribution(tmp_path: Path) -> None:
     for token, weight in enumerate(weights):
         wanted[tiny_tokenizer().decode([token], skip_special_tokens=True)] += weight
     options = {"do_sample": True, "temperature": 0.5, "top_k": 0}
-    task = make_task("text-generation", model, path, max_new_tokens=1, options=options)
+    task = bind("text-generation", model, path, max_new_tokens=1, arguments=options)
     drawn = Counter(answer.payload["text"] for answer in task([Row(index, "x", {}) for index in range(3000)]))
     for text, weight in wanted.most_common(5):
         assert drawn[text] / 3000 == pytest.approx(weight, abs=4 * (weight / 3000) ** 0.5)
@@ -86,7 +90,7 @@ def test_chats_go_through_the_models_template(tmp_path: Path) -> None:
     template = "{% for m in messages %}[{{ m.role }}] {{ m.content }}\n{% endfor %}[assistant] "
     settings = json.loads((path / "tokenizer_config.json").read_bytes())
     (path / "tokenizer_config.json").write_text(json.dumps({**settings, "chat_template": template}))
-    task = make_task("text-generation", load(path), path, max_new_tokens=5)
+    task = bind("text-generation", load(path), path, max_new_tokens=5)
     chat = [{"role": "user", "content": "hi"}]
     assert task(rows([chat])) == task(rows(["[user] hi\n[assistant] "]))
 
@@ -96,14 +100,14 @@ def test_a_chat_template_runs_in_a_sandbox(tmp_path: Path) -> None:
     template = "{{ messages.__class__.__mro__[1].__subclasses__() }}"
     settings = json.loads((path / "tokenizer_config.json").read_bytes())
     (path / "tokenizer_config.json").write_text(json.dumps({**settings, "chat_template": template}))
-    task = make_task("text-generation", load(path), path)
+    task = bind("text-generation", load(path), path)
     with pytest.raises(Exception, match="unsafe"):
         task(rows([[{"role": "user", "content": "hi"}]]))
 
 
 def test_prompts_beyond_the_models_positions(tmp_path: Path) -> None:
     path = make_checkpoint(tmp_path, "opt", max_position_embeddings=32)
-    task = make_task("text-generation", load(path), path, max_new_tokens=8)
+    task = bind("text-generation", load(path), path, max_new_tokens=8)
     with pytest.raises(ValueError, match="26 tokens and 8 new ones are more than the model's 32 positions"):
         task(rows(["y" * 26]))
     with pytest.raises(ValueError, match="empty"):
@@ -115,7 +119,7 @@ def test_prompts_beyond_the_models_positions(tmp_path: Path) -> None:
 def test_features(tmp_path: Path, architecture: str, pooling: str) -> None:
     path = make_checkpoint(tmp_path, architecture)
     model = load(path)
-    task = make_task("feature-extraction", model, path, options={"pooling": pooling})
+    task = bind("feature-extraction", model, path, arguments={"pooling": pooling})
     body = model.get_encoder() if architecture == "t5" else model.base_model
     for text, answer in zip(TEXTS, task(rows()), strict=True):
         tokens = torch.tensor([tiny_tokenizer()(text)["input_ids"]])
@@ -142,8 +146,8 @@ def trusting(base: Path) -> Sources:
 def test_a_function_of_ones_own(tmp_path: Path) -> None:
     (tmp_path / "ownfunctions.py").write_text(FUNCTIONS)
     path = make_checkpoint(tmp_path / "model", "opt")
-    model, options = load(path), {"options": {"mark": "?"}, "seed": 10}
-    task = make_task("ownfunctions:shout", model, path, sources=trusting(tmp_path), **options)
+    model, options = load(path), {"arguments": {"mark": "?"}, "seed": 10}
+    task = bind("ownfunctions:shout", model, path, sources=trusting(tmp_path), **options)
     answers = task(rows(["a", "b"]))
     assert [answer.payload for answer in answers] == [
         {"text": "A?", "seed": 10, "tokens": 2},
@@ -151,15 +155,16 @@ def test_a_function_of_ones_own(tmp_path: Path) -> None:
     ]
     assert answers[0].tokens == 2
     with pytest.raises(TypeError, match="a list of 1 dicts"):
-        make_task("ownfunctions:wrong", model, path, sources=trusting(tmp_path))(rows(["a"]))
-    with pytest.raises(UsageError, match="no function 'gone'"):
-        make_task("ownfunctions:gone", model, path, sources=trusting(tmp_path))
+        bind("ownfunctions:wrong", model, path, sources=trusting(tmp_path))(rows(["a"]))
+    with pytest.raises(UsageError, match="no function or Task of that name"):
+        bind("ownfunctions:gone", model, path, sources=trusting(tmp_path))
 
 
 @pytest.mark.parametrize(
     ("task", "options", "cause"),
     [
-        ("text-generatoin", {}, "is not known"),
+        ("text-generatoin", {}, "did you mean 'text-generation'"),
+        ("text", {}, "is not known"),
         ("os:system", {}, "module os is not trusted"),
         ("text-generation", {"max_new_tokens": 3}, "generation sets max_new_tokens"),
         ("feature-extraction", {"pooling": "sum"}, "pooling 'sum' is not known"),
@@ -168,12 +173,12 @@ def test_a_function_of_ones_own(tmp_path: Path) -> None:
 )
 def test_refuses_what_cannot_work_before_there_is_a_model(task: str, options: dict[str, Any], cause: str) -> None:
     with pytest.raises(UsageError, match=cause):
-        check_task(task, options, Trust(("ownfunctions",)))
+        find_task(task, trusting(Path())).check(options, rows(), None)
 
 
 def test_a_model_without_a_tokenizer(tmp_path: Path) -> None:
     path = make_checkpoint(tmp_path, "opt", tokenizer=False)
     with pytest.raises(UsageError, match="no tokenizer that can be used"):
-        make_task("text-generation", load(path), path)
+        bind("text-generation", load(path), path)
     with pytest.raises(UsageError, match="has no `generate`"):
-        make_task("text-generation", torch.nn.Linear(1, 1), path)
+        bind("text-generation", torch.nn.Linear(1, 1), path)

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from bigpipe.bigmodel.execution.prompts import read_prompts
+from bigpipe.bigmodel.tasks import read_prompts
 from bigpipe.errors import UsageError
 
 

@@ -6,7 +6,7 @@ from typing import Any
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from bigpipe.bigmodel.execution.recordlog import Record, RecordLog, read_log
+from bigpipe.bigmodel.inference import Record, RecordLog, read_log
 
 RECORDS = [Record(index, f"{index:016x}", index // 2, {"text": f"é{index}\n"}, index, 0.25) for index in range(6)]
 

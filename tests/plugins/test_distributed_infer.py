@@ -20,16 +20,16 @@ from pydantic import ValidationError
 from support.inferring import start
 from support.launching import MACHINE, TESTS
 from support.models import make_checkpoint
+from support.workshop import Workshop
 
 from bigpipe.bigmodel.checkpoint.description import describe_checkpoint
-from bigpipe.bigmodel.execution.recordlog import read_log
+from bigpipe.bigmodel.inference import assign, read_log, split
 from bigpipe.bigmodel.placement import Placement
 from bigpipe.errors import StageFailed, UsageError
 from bigpipe.orchestrator.contract.events import Progress, RankHello
 from bigpipe.orchestrator.stage import CheckContext, Forecast, ForecastContext, Gpu, Launch, StageContext, Trust
 from bigpipe.plugins import inferring
 from bigpipe.plugins.distributed_infer import STAGE, InferMetrics, InferParams
-from bigpipe.plugins.inferring import assign, split
 from bigpipe.plugins.placed_model import PlacedModel
 
 PROMPTS = ["Hello, my name is", "The", "Once upon a time", "a b c", "Why?"]
@@ -143,37 +143,45 @@ def test_ranks_get_what_accelerate_gives_them(length: int, ranks: int, pad: bool
     assert sum(end - start for start, end in (split(length, rank, ranks) for rank in range(ranks))) == length
 
 
-class Stopped(Exception):
-    pass
+STOPPING = """
+from dataclasses import replace
 
+from bigpipe.bigmodel.sources import Sources
+from bigpipe.bigmodel.tasks import find_task
 
-def stop_after(monkeypatch: pytest.MonkeyPatch, batches: int) -> None:
-    ordinary, left = inferring.answer, iter(range(batches))
+PLAIN = find_task("text-generation", Sources())
 
-    def answer(*arguments: Any) -> Any:
+def bind(model, path, options, sources):
+    answer, limit = PLAIN.bind(model, path, options, sources), sources.base / "limit"
+    left = iter(range(int(limit.read_text()) if limit.exists() else 10**9))
+
+    def answer_or_stop(rows):
         if next(left, None) is None:
-            raise Stopped
-        return ordinary(*arguments)
+            raise KeyboardInterrupt
+        return answer(rows)
 
-    monkeypatch.setattr(inferring, "answer", answer)
+    return answer_or_stop
+
+TASK = replace(PLAIN, name="stopping", bind=bind)
+"""
 
 
 @pytest.mark.parametrize("ranks_after", [1, 2, 3])
-def test_what_was_finished_is_not_done_again(
-    tmp_path: Path, model: Path, monkeypatch: pytest.MonkeyPatch, ranks_after: int
-) -> None:
+def test_what_was_finished_is_not_done_again(tmp_path: Path, model: Path, ranks_after: int) -> None:
     whole = context(tmp_path / "whole", model)
     infer(params(batch_size=2), whole)
-    broken = context(tmp_path / "broken", model, 2)
-    stop_after(monkeypatch, 1)
-    with pytest.raises(Stopped):
-        infer(params(batch_size=2), broken)
-    monkeypatch.undo()
+    broken = context(tmp_path / "broken", model, 2, trust=Trust(modules=("stopping",)))
+    (broken.base / "stopping.py").write_text(STOPPING)
+    (broken.base / "limit").write_text("1")
+    stopping = params(task="stopping:TASK", batch_size=2)
+    with pytest.raises(KeyboardInterrupt):
+        infer(stopping, broken)
+    (broken.base / "limit").unlink()
     assert rank_shares(broken) == [[0, 1]]
     log = broken.scratch / "rank-0" / "records.jsonl"
     log.write_bytes(log.read_bytes() + log.read_bytes()[:40])
     again = replace(broken, launch=Launch(num_processes=ranks_after), world_size=ranks_after)
-    infer(params(batch_size=2), again)
+    infer(stopping, again)
     assert sorted(index for share in rank_shares(again) for index in share) == [0, 1, 2, 3, 4]
     assert (again.out / "results.jsonl").read_bytes() == (whole.out / "results.jsonl").read_bytes()
 
@@ -248,6 +256,8 @@ def test_checks_prompts_task_and_tokenizer_before_anything_runs(tmp_path: Path, 
     bare = Forecast(output=describe_checkpoint(make_checkpoint(tmp_path / "bare", "opt", tokenizer=False)))
     with pytest.raises(UsageError, match="needs a tokenizer"):
         inferring.check(params(), checking(tmp_path, inputs={"model": (bare,)}))
+    with pytest.raises(ValidationError, match="did you mean 'text-generation'"):
+        params(task="text-generatoin")
     for wrong in ({"batch_size": 0}, {"split": "queue"}, {"max_tokens": 5}):
         with pytest.raises(ValidationError):
             params(**wrong)
@@ -267,6 +277,59 @@ def test_forecasts_shares_memory_and_gpus(tmp_path: Path, model: Path) -> None:
     assert STAGE.facts(params(), gpu) == {"gpus": ["L4"]}
     assert STAGE.facts(params(), MACHINE) == {"memory": MACHINE.memory}
     assert STAGE.facts(params(dtype="float32"), gpu) == {}
+
+
+TASK_OF_ONES_OWN = """
+from bigpipe.bigmodel.tasks import Answer, Task
+from bigpipe.errors import UsageError
+
+def check(arguments):
+    if arguments.keys() - {"times"}:
+        raise UsageError(f"compare takes `times` alone, not {sorted(arguments)}", "write times: 2")
+
+def bind(model, path, options, sources):
+    def answer(rows):
+        times = options.arguments["times"]
+        return [Answer({"same": row.prompt == row.data["other"], "times": times}, len(row.prompt)) for row in rows]
+    return answer
+
+TASK = Task(name="compare", bind=bind, check_arguments=check, columns=("other",))
+"""
+RECIPE = """
+version: 1
+name: compares
+trust: {modules: [comparing]}
+params: {pairs: null, times: {times: 3}}
+stages:
+  download: {uses: download, with: {path: MODEL}}
+  compare:
+    uses: distributed-infer
+    inputs: download
+    with: {task: "comparing:TASK", prompts: "${params.pairs}", batch_size: 2, generation: "${params.times}"}
+    launch: {num_processes: 2}
+"""
+
+
+def test_a_task_in_one_file_runs_in_a_recipe(workshop: Workshop, model: Path) -> None:
+    (workshop.folder / "comparing.py").write_text(TASK_OF_ONES_OWN)
+    pairs = [{"prompt": "a", "other": "a"}, {"prompt": "bb", "other": "b"}, {"prompt": "c", "other": "c"}]
+    result = workshop.run(RECIPE.replace("MODEL", str(model)), params={"pairs": pairs})
+    assert result.exit_code == 0, [str(error) for error in result.errors]
+    found = [json.loads(line) for line in (result.path("compare") / "results.jsonl").read_text().splitlines()]
+    assert [(line["prompt"], line["same"], line["times"]) for line in found] == [
+        ("a", True, 3), ("bb", False, 3), ("c", True, 3),
+    ]  # fmt: skip
+    assert result.nodes["compare"].record.metrics["tokens"] == 4
+    for params, cause in (
+        ({"pairs": [*pairs, {"prompt": "d"}]}, "task compare needs 'other', which prompt 3 does not have"),
+        ({"pairs": pairs, "times": {"often": 3}}, "compare takes `times` alone, not ['often']"),
+    ):
+        refused = workshop.run(params=params)
+        assert [error.cause for error in refused.errors] == [cause]
+    edited = TASK_OF_ONES_OWN.replace("options.arguments[", "2 * options.arguments[")
+    (workshop.folder / "comparing.py").write_text(edited)
+    result = workshop.run(params={"pairs": pairs})
+    assert json.loads((result.path("compare") / "results.jsonl").read_text().splitlines()[0])["times"] == 6
 
 
 GENERATE = {"task": "text-generation", "prompts": PROMPTS, "max_new_tokens": 5}

@@ -9,12 +9,18 @@ takes the union of all files; lines that a crash tore are not there.
 from __future__ import annotations
 
 import json
-import os
 import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
+
+from bigpipe.bigmodel.tasks import Row
+from bigpipe.errors import StageFailed
+from bigpipe.files import LogFile, make_directory, sync_directory
+
+LOG = "records.jsonl"
+"""In each rank's folder."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,18 +45,14 @@ class RecordLog:
     """One rank's file, open for appending. A torn tail is cut off first."""
 
     def __init__(self, path: Path) -> None:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        created = not path.exists()
-        self._file = path.open("ab")
-        self._file.truncate(_sound_length(path))
-        if created:
-            _sync_folder(path.parent)
+        make_directory(path.parent)
+        self._file = LogFile(path)
+        self._file.cut(_sound_length(path))
+        sync_directory(path.parent)
 
     def append(self, records: Iterable[Record]) -> None:
-        """Writes the records of one chunk. When it returns they are on the disk."""
-        self._file.write(b"".join(map(_encode, records)))
-        self._file.flush()
-        os.fsync(self._file.fileno())
+        """Write the records of one chunk. On return they are on the disk."""
+        self._file.append(b"".join(map(_encode, records)), durable=True)
 
     def __enter__(self) -> Self:
         return self
@@ -60,7 +62,7 @@ class RecordLog:
 
 
 def read_log(path: Path) -> Iterator[Record]:
-    """The whole lines of a file that may be missing, torn or damaged."""
+    """Return the records of all whole lines of a file that may be missing, torn or damaged."""
     if not path.exists():
         return
     with path.open("rb") as file:
@@ -68,6 +70,35 @@ def read_log(path: Path) -> Iterator[Record]:
             record = _decode(line)
             if record is not None:
                 yield record
+
+
+def rank_logs(folder: Path) -> list[Path]:
+    """Return the logs of all ranks of all attempts in `folder`."""
+    return sorted(folder.glob(f"rank-*/{LOG}"))
+
+
+def gather(rows: Sequence[Row], folder: Path) -> dict[int, Record]:
+    """Return the record of each row that any rank of any attempt wrote; one without an error before one with."""
+    digests = {row.index: row.digest for row in rows}
+    found: dict[int, Record] = {}
+    for record in (record for log in rank_logs(folder) for record in read_log(log)):
+        if record.padding or digests.get(record.index) != record.digest:
+            continue
+        if record.index not in found or found[record.index].failed:
+            found[record.index] = record
+    return found
+
+
+def check_errors(failed: Sequence[Record], allowed: int) -> None:
+    """Raise StageFailed, with the first error beyond those allowed, where there are more."""
+    if len(failed) <= allowed:
+        return
+    first = failed[allowed]
+    raise StageFailed(
+        f"{len(failed)} prompt(s) failed, and max_errors allows {allowed}; "
+        f"prompt {first.index}: {first.payload['error']}",
+        "mend the prompt, or raise max_errors: the results then hold the error in its place",
+    )
 
 
 def _encode(record: Record) -> bytes:
@@ -109,11 +140,3 @@ def _sound_length(path: Path) -> int:
             if _decode(line) is not None:
                 end = length
     return end
-
-
-def _sync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

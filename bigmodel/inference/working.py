@@ -1,0 +1,108 @@
+"""What one rank does: its share of the chunks, each answer written down before the next chunk begins."""
+
+from __future__ import annotations
+
+import json
+import time
+import traceback
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from bigpipe.bigmodel.tasks import Answer, Answerer, Row
+from bigpipe.errors import BigpipeError, DoesNotFit, StageFailed
+from bigpipe.files import write_file
+
+from .recordlog import LOG, Record, RecordLog, check_errors
+from .workplan import WorkPlan
+
+PEAKS = "peaks.json"
+
+
+def compute_share(
+    folder: Path,
+    rank: int,
+    world_size: int,
+    bind: Callable[[], Answerer],
+    *,
+    max_errors: int = 0,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+    log: Callable[[str], None] = lambda text: None,
+) -> None:
+    """Answer the rows of one rank as the plan in `folder` says, and write only to `folder/rank-N`.
+
+    bind: loads the model; called where the rank has something to do. progress: called with the rows done and the rows
+    of this rank, first before `bind`. log: gets the traceback of a row that failed.
+    Raise StageFailed where more than `max_errors` rows fail or the plan was made for another `world_size`, DoesNotFit
+    where a batch is larger than memory, and every BigpipeError of the task.
+    """
+    plan = WorkPlan.read(folder)
+    if len(plan.shares) != world_size:
+        raise StageFailed(
+            f"the work was divided for {len(plan.shares)} ranks, and {world_size} came up",
+            "run it again; `launch.num_processes` says how many there should be",
+        )
+    batches = [plan.chunks[chunk] for chunk, _ in plan.shares[rank]]
+    if not batches:
+        return
+    done, total = 0, sum(map(len, batches))
+    progress(done, total)  # before the model loads, so that the sum over ranks is known from the start
+    answerer = bind()
+    failed: list[Record] = []
+    own = folder / f"rank-{rank}"
+    with RecordLog(own / LOG) as records_log:
+        for (chunk, padding), batch in zip(plan.shares[rank], batches, strict=True):
+            records = _compute(answerer, batch, chunk, padding, log)
+            records_log.append(records)
+            write_file(own / PEAKS, json.dumps(_peaks()), durable=False)
+            failed += [record for record in records if record.failed and not padding]
+            check_errors(failed, max_errors)
+            done += len(batch)
+            progress(done, total)
+
+
+def _compute(
+    answerer: Answerer, batch: Sequence[Row], chunk: int, padding: bool, log: Callable[[str], None]
+) -> list[Record]:
+    started = time.monotonic()
+    answers = answer_batch(answerer, batch, log)
+    seconds = (time.monotonic() - started) / len(batch)
+    return [
+        Record(row.index, row.digest, chunk, answer.payload, answer.tokens, seconds, padding)
+        for row, answer in zip(batch, answers, strict=True)
+    ]
+
+
+def answer_batch(answerer: Answerer, rows: Sequence[Row], log: Callable[[str], None]) -> list[Answer]:
+    """Return the answers of a batch. Where one row breaks it, each is tried alone, and the broken one says why."""
+    import torch
+
+    try:
+        answers = answerer(rows)
+        for answer in answers:
+            json.dumps(answer.payload, allow_nan=False)
+        return answers
+    except BigpipeError:
+        raise
+    except (torch.OutOfMemoryError, MemoryError) as error:
+        raise DoesNotFit(
+            f"a batch of {len(rows)} does not fit: {str(error).partition(chr(10))[0]}",
+            "lower batch_size or max_new_tokens, or place more of the model on cpu or disk",
+        ) from error
+    except Exception as error:
+        if len(rows) > 1:
+            return [answer for row in rows for answer in answer_batch(answerer, [row], log)]
+        log(f"prompt {rows[0].index}: " + "".join(traceback.format_exception(error)))
+        return [Answer({"error": f"{type(error).__name__}: {error}"})]
+
+
+def _peaks() -> dict[str, int]:
+    """Bytes by device: the resident memory of this process, and what it took of each GPU."""
+    import resource
+
+    import torch
+
+    peaks = {"cpu": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024}
+    if torch.cuda.is_available():
+        used = {gpu: torch.cuda.max_memory_allocated(gpu) for gpu in range(torch.cuda.device_count())}
+        peaks |= {str(gpu): size for gpu, size in used.items() if size}
+    return peaks

@@ -1,0 +1,75 @@
+"""What is to be computed, and which rank computes it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from pathlib import Path
+
+from bigpipe.bigmodel.tasks import Row
+from bigpipe.files import write_file
+
+from .recordlog import gather
+
+FILE = "workplan.json"
+
+Share = list[tuple[int, bool]]
+"""Chunks of one rank in their order, and whether each is padding: computed, and no result."""
+
+
+@dataclass(frozen=True)
+class WorkPlan:
+    """Rows in chunks, and the shares of ranks in the chunks that were unfinished when it was made."""
+
+    rows: list[Row]
+    batch_size: int
+    shares: list[Share]
+
+    @cached_property
+    def chunks(self) -> list[list[Row]]:
+        return chunked(self.rows, self.batch_size)
+
+    @property
+    def finished(self) -> int:
+        """Chunks that were finished before it was made."""
+        return len(self.chunks) - len({chunk for share in self.shares for chunk, _ in share})
+
+    @classmethod
+    def read(cls, folder: Path) -> WorkPlan:
+        data = json.loads((folder / FILE).read_bytes())
+        shares = [[(chunk, padding) for chunk, padding in share] for share in data["shares"]]
+        return cls([Row(**row) for row in data["rows"]], data["batch_size"], shares)
+
+
+def plan_work(folder: Path, rows: list[Row], *, batch_size: int, ranks: int, pad: bool = False) -> WorkPlan:
+    """Share out what nobody has finished in `folder` among `ranks`; return the plan, which is saved there too.
+
+    pad: every rank gets as many chunks; see `assign`.
+    """
+    good = {index for index, record in gather(rows, folder).items() if not record.failed}
+    chunks = chunked(rows, batch_size)
+    missing = [number for number, chunk in enumerate(chunks) if not good.issuperset(row.index for row in chunk)]
+    plan = WorkPlan(rows, batch_size, assign(missing, ranks, pad=pad))
+    write_file(folder / FILE, json.dumps(asdict(plan)))
+    return plan
+
+
+def chunked(rows: list[Row], batch_size: int) -> list[list[Row]]:
+    return [rows[start : start + batch_size] for start in range(0, len(rows), batch_size)]
+
+
+def split(length: int, rank: int, ranks: int) -> tuple[int, int]:
+    """Return the first and behind-last element of a rank's share: accelerate's `split_between_processes`."""
+    each, extra = divmod(length, ranks)
+    start = rank * each + min(rank, extra)
+    return start, start + each + (rank < extra)
+
+
+def assign(chunks: Sequence[int], ranks: int, *, pad: bool = False) -> list[Share]:
+    """Return each rank's share. pad: the last chunk is repeated until all ranks have as many."""
+    shares = [chunks[slice(*split(len(chunks), rank, ranks))] for rank in range(ranks)]
+    longest = max(map(len, shares)) if pad else 0
+    last = [(chunk, True) for chunk in chunks[-1:]]
+    return [[*((chunk, False) for chunk in share), *last * (longest - len(share))] for share in shares]

@@ -1,0 +1,13 @@
+"""What is done with a batch of prompts: a task is a value, found by its name.
+
+A built-in task is one file and one line in `registry`; any other is `module:name` in a trusted module, where the name
+is that of a `Task` or of a plain function.
+"""
+
+from .registry import TASKS, find_task, require_known
+from .rows import Row, read_prompts
+from .task import Answer, Answerer, Task, TaskOptions
+
+__all__ = [
+    "TASKS", "Answer", "Answerer", "Row", "Task", "TaskOptions", "find_task", "read_prompts", "require_known",
+]  # fmt: skip

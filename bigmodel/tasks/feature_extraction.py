@@ -1,0 +1,64 @@
+"""feature-extraction: `{"features": […]}`, one vector per prompt."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any
+
+from bigpipe.bigmodel.execution import loaded
+from bigpipe.bigmodel.sources import Sources
+from bigpipe.errors import UsageError
+
+from .rows import Row
+from .task import Answer, Answerer, Task, TaskOptions
+from .tokenizing import encode, load_tokenizer, pad, require_tokenizer
+
+if TYPE_CHECKING:
+    import torch
+
+POOLINGS: Mapping[str, Callable[[torch.Tensor], torch.Tensor]] = MappingProxyType(
+    {
+        "mean": lambda states: states.mean(0),
+        "last": lambda states: states[-1],  # as for decoders
+        "first": lambda states: states[0],  # as for BERT's [CLS]
+    }
+)
+"""Of a prompt's token vectors, [tokens, width] → [width]."""
+
+
+def _check_arguments(arguments: Mapping[str, Any]) -> None:
+    if unknown := arguments.keys() - {"pooling"}:
+        raise UsageError(f"feature-extraction has no option {sorted(unknown)[0]!r}", "it takes `pooling` alone")
+    if arguments.get("pooling", "mean") not in POOLINGS:
+        raise UsageError(f"pooling {arguments['pooling']!r} is not known", f"use one of {', '.join(POOLINGS)}")
+
+
+def _bind(model: Any, path: Path, options: TaskOptions, sources: Sources) -> Answerer:
+    if not hasattr(model, "base_model"):
+        raise UsageError(f"{type(model).__name__} is no model of transformers'", "use the task `module:function`")
+    tokenizer, pool = load_tokenizer(path, sources), POOLINGS[options.arguments.get("pooling", "mean")]
+    body = model.get_encoder() if model.config.is_encoder_decoder else model.base_model
+
+    def answer(rows: Sequence[Row]) -> list[Answer]:
+        import torch
+
+        encoded = encode(tokenizer, rows)
+        inputs = pad(tokenizer, encoded, "right", loaded(model).device)
+        with torch.inference_mode():
+            hidden = body(**inputs).last_hidden_state.float().cpu()
+        vectors = [pool(states[: len(tokens)]) for states, tokens in zip(hidden, encoded, strict=True)]
+        return [
+            Answer({"features": vector.tolist()}, len(tokens)) for vector, tokens in zip(vectors, encoded, strict=True)
+        ]
+
+    return answer
+
+
+TASK = Task(
+    name="feature-extraction",
+    bind=_bind,
+    check_arguments=_check_arguments,
+    check_model=require_tokenizer,
+)

@@ -1,0 +1,62 @@
+"""Tasks by name."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from collections.abc import Mapping
+from types import MappingProxyType
+from typing import Any
+
+from bigpipe.bigmodel.sources import Sources
+from bigpipe.errors import UsageError
+
+from .functions import function_task
+from .task import Task
+
+TASKS: Mapping[str, str] = MappingProxyType(
+    {
+        "text-generation": "bigpipe.bigmodel.tasks.text_generation:TASK",
+        "feature-extraction": "bigpipe.bigmodel.tasks.feature_extraction:TASK",
+    }
+)
+"""Name → where its `Task` is. None is imported before it is asked for."""
+
+
+def require_known(name: str) -> None:
+    """Raise UsageError where `name` is neither a task of `TASKS` nor of the form `module:name`."""
+    if name in TASKS or ":" in name:
+        return
+    from difflib import get_close_matches
+
+    close = get_close_matches(name, TASKS, n=1)
+    cure = f"did you mean {close[0]!r}?" if close else f"use {', '.join(TASKS)}, or module:function"
+    raise UsageError(f"task {name!r} is not known", cure)
+
+
+def find_task(name: str, sources: Sources) -> Task:
+    """Return the task of that name. A module that is not bigpipe's own is imported, and its code runs.
+
+    Raise UsageError for an unknown name, a module that is not trusted, cannot be imported or has no such task.
+    """
+    require_known(name)
+    if name in TASKS:
+        task: Task = _attribute(TASKS[name])
+        return task
+    sources.trust.require_module(name, f"task {name}")
+    if sources.base is not None and str(sources.base) not in sys.path:
+        sys.path.insert(0, str(sources.base))
+    try:
+        found = _attribute(name)
+    except ImportError as error:
+        raise UsageError(f"task {name}: {error}", f"put the module into {sources.base}, or install it") from error
+    if isinstance(found, Task):
+        return found
+    if not callable(found):
+        raise UsageError(f"task {name}: the module has no function or Task of that name", "check its name")
+    return function_task(name, found)
+
+
+def _attribute(target: str) -> Any:
+    module, _, name = target.partition(":")
+    return getattr(importlib.import_module(module), name, None)

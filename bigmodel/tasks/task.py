@@ -1,0 +1,76 @@
+"""The task as a value."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from bigpipe.bigmodel.sources import Sources
+from bigpipe.errors import UsageError
+
+from .rows import Row
+
+if TYPE_CHECKING:
+    from bigpipe.bigmodel.checkpoint.description import ModelDescription
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """What a task gives for one row."""
+
+    payload: dict[str, Any]
+    """A JSON object. It becomes the row's line of results, after its index and prompt."""
+    tokens: int = 0
+    """Tokens made, or read where none are made."""
+
+
+Answerer = Callable[[Sequence[Row]], list[Answer]]
+"""A task bound to a model: the rows of a batch → one answer per row, in their order. Equal batches give equal answers,
+and what is drawn at random depends on `seed` + index of the row alone."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TaskOptions:
+    """How a task is to be done."""
+
+    arguments: Mapping[str, Any] = field(default_factory=dict)
+    """The task's own: of `generate`, of a function, `pooling` of feature-extraction."""
+    max_new_tokens: int = 32
+    seed: int = 0
+    """Of row i: seed + i."""
+
+
+def _accept(_: object) -> None:
+    pass
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Task:
+    """One way to answer rows with a model.
+
+    bind: (model that `load` made, its checkpoint's directory, options, sources) → the function that answers batches.
+      Raises UsageError where the model cannot do it. Only here may torch be imported.
+    check_arguments, check_model: raise UsageError for `TaskOptions.arguments` it does not take and for a model it
+      cannot run, as far as config and side files tell.
+    columns: fields that each row must have besides its prompt.
+    """
+
+    name: str
+    bind: Callable[[Any, Path, TaskOptions, Sources], Answerer]
+    check_arguments: Callable[[Mapping[str, Any]], None] = _accept
+    check_model: Callable[[ModelDescription], None] = _accept
+    columns: tuple[str, ...] = ()
+
+    def check(self, arguments: Mapping[str, Any], rows: Sequence[Row], model: ModelDescription | None) -> None:
+        """Raise UsageError for what is known to be wrong before there is a model in memory."""
+        self.check_arguments(arguments)
+        for row in rows:
+            if missing := [column for column in self.columns if column not in row.data]:
+                raise UsageError(
+                    f"task {self.name} needs {missing[0]!r}, which prompt {row.index} does not have",
+                    f"give every prompt the fields {', '.join(self.columns)}",
+                )
+        if model is not None:
+            self.check_model(model)

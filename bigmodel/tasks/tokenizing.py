@@ -1,0 +1,83 @@
+"""Prompts as tokens, by the tokenizer that lies beside a model of transformers."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from bigpipe.bigmodel.checkpoint.description import ModelDescription
+from bigpipe.bigmodel.sources import Sources
+from bigpipe.errors import UsageError
+
+from .rows import Row
+
+if TYPE_CHECKING:
+    import torch
+
+TOKENIZER_FILES = ("tokenizer*", "vocab*", "merges.txt", "*.model", "*.tiktoken", "tekken.json")
+WEIGHT_FILES = ("*.safetensors", "*.bin")
+OWN_FUNCTION = "use the task `module:function` with a function of yours, called (model, rows, **generation)"
+
+
+def require_tokenizer(model: ModelDescription) -> None:
+    """Raise UsageError for a model of a class of its own, and for a directory with weights and without a tokenizer.
+
+    Before a download a directory may hold the config alone: that says nothing.
+    """
+    if model.custom is not None:
+        raise UsageError(
+            f"the task needs a model of transformers; this one is of the class {model.custom.get('class')}",
+            OWN_FUNCTION,
+        )
+    if model.path is not None and _holds(model.path, WEIGHT_FILES) and not _holds(model.path, TOKENIZER_FILES):
+        raise UsageError(
+            f"the task needs a tokenizer, and {model.path} has none",
+            "download it with the model (`include`), or use the task `module:function`",
+        )
+
+
+def _holds(directory: Path, patterns: Sequence[str]) -> bool:
+    return any(True for pattern in patterns for _ in directory.glob(pattern))
+
+
+def load_tokenizer(path: Path, sources: Sources) -> Any:
+    """Return the tokenizer of the checkpoint directory, able to pad. Raise UsageError where there is none."""
+    from transformers import AutoTokenizer
+
+    try:
+        if not _holds(path, TOKENIZER_FILES):  # transformers would make an empty one
+            raise OSError("there are no files of one")
+        tokenizer = AutoTokenizer.from_pretrained(
+            str(path), local_files_only=True, trust_remote_code=sources.trust_remote_code
+        )
+    except (OSError, ValueError, ImportError) as error:
+        first = str(error).strip().partition("\n")[0]
+        raise UsageError(
+            f"{path} has no tokenizer that can be used: {first}",
+            "download it with the model (`include`), or use the task `module:function`",
+        ) from error
+    if tokenizer.pad_token is None:  # padding is masked: any token serves
+        tokenizer.pad_token = tokenizer.eos_token or tokenizer.unk_token or tokenizer.convert_ids_to_tokens(0)
+    return tokenizer
+
+
+def encode(tokenizer: Any, rows: Sequence[Row]) -> list[list[int]]:
+    """Return the token ids of each row. Raise ValueError for an empty prompt."""
+    return [_encode(tokenizer, row) for row in rows]
+
+
+def _encode(tokenizer: Any, row: Row) -> list[int]:
+    """A list of messages goes through the model's chat template, which transformers runs in a sandbox."""
+    chat = not isinstance(row.prompt, str)
+    text = tokenizer.apply_chat_template(row.prompt, tokenize=False, add_generation_prompt=True) if chat else row.prompt
+    tokens: list[int] = tokenizer(text, add_special_tokens=not chat)["input_ids"]
+    if not tokens:
+        raise ValueError("the prompt is empty")
+    return tokens
+
+
+def pad(tokenizer: Any, encoded: list[list[int]], side: str, device: torch.device) -> dict[str, torch.Tensor]:
+    """Return `input_ids` and `attention_mask`, [rows, longest] int64 on `device`, padded on the `side` named."""
+    padded = tokenizer.pad({"input_ids": encoded}, padding_side=side, return_tensors="pt")
+    return {name: padded[name].to(device) for name in ("input_ids", "attention_mask")}
