@@ -31,7 +31,7 @@ SHARD = "200MB"
 
 BIGPIPE = """
 import sys
-from bigpipe.bigmodel.writing.writer import save_checkpoint
+from bigpipe.bigmodel.writing.saving import save_checkpoint
 save_checkpoint(sys.argv[1], sys.argv[2], max_shard_size=sys.argv[3])
 """
 TRANSFORMERS = """

@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 import json
-import os
-import tempfile
 from pathlib import Path
 from typing import Any
+
+from bigpipe.files import make_directory, write_file
 
 
 def remember(path: Path, answer: Any) -> None:
     """Write the JSON `answer` in one step. A memo that cannot be written costs time later, so it is no error."""
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile("w", dir=path.parent, prefix=".", delete=False) as file:
-            file.write(json.dumps(answer))  # json.dump would encode in Python, ten times slower
-        os.replace(file.name, path)
+        make_directory(path.parent, durable=False)
+        # json.dump would encode in Python, ten times slower
+        write_file(path, json.dumps(answer), durable=False, mode=0o600)
     except OSError:
         return
 

@@ -6,7 +6,6 @@ run then loads the model as placed, runs a forward, and writes down what each de
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import time
@@ -29,6 +28,7 @@ from bigpipe.bigmodel.placement.models import stored_bytes, stored_dtype
 from bigpipe.bigmodel.placement.speeds import Speeds
 from bigpipe.bigmodel.placement.tree import INDIVISIBLE
 from bigpipe.bigmodel.sources import Sources
+from bigpipe.files import write_file
 from bigpipe.orchestrator.stage import (
     DoesNotFit,
     Forecast,
@@ -365,9 +365,10 @@ def run(params: DispatchParams, ctx: StageContext) -> StageResult:
     if params.verify != "none":
         metrics = _verify(params, ctx, kept, metrics)
     told = metrics.model_dump(exclude={"load_seconds"})
+    picture = [kept.placement.picture(), "", *kept.placement.explanation, ""]
     files = {
-        PLACEMENT: _write(ctx.out / PLACEMENT, json.dumps({**kept.as_json(), **told}, indent=2) + "\n"),
-        PICTURE: _write(ctx.out / PICTURE, "\n".join([kept.placement.picture(), "", *kept.placement.explanation, ""])),
+        PLACEMENT: write_file(ctx.out / PLACEMENT, json.dumps({**kept.as_json(), **told}, indent=2) + "\n"),
+        PICTURE: write_file(ctx.out / PICTURE, "\n".join(picture)),
     }
     return StageResult(metrics, files)
 
@@ -398,12 +399,6 @@ def _compare(predicted: Mapping[str, int], measured: Mapping[str, int], ctx: Sta
         told, found = predicted.get(device, 0), measured.get(device, 0)
         if abs(told - found) > 0.01 * max(told, found):
             ctx.log(f"{device}: {format_size(found)} of weights, {format_size(told)} were predicted")
-
-
-def _write(path: Path, text: str) -> tuple[str, int]:
-    data = text.encode()
-    path.write_bytes(data)
-    return hashlib.sha256(data).hexdigest(), len(data)
 
 
 def check(params: DispatchParams, ctx: Any) -> None:

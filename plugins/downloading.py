@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
-import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -19,9 +17,9 @@ from bigpipe.bigmodel.hub.remote import describe_repository
 from bigpipe.bigmodel.hub.repository import Hub, HubFile, Repository, check_access, describe, resolve_commit
 from bigpipe.bigmodel.hub.selection import check_index, detect, select
 from bigpipe.bigmodel.hub.snapshot import Fetched, fetch, missing_bytes
-from bigpipe.bigmodel.writing.copying import copy_file
+from bigpipe.bigmodel.writing.conversion import planned_bytes
 from bigpipe.bigmodel.writing.synthetic import plan_synthetic, synthetic_description, write_synthetic
-from bigpipe.bigmodel.writing.writer import planned_bytes
+from bigpipe.files import copy_file, free_space, link, make_directory, write_file
 from bigpipe.orchestrator.stage import (
     BigpipeError,
     CheckContext,
@@ -132,8 +130,7 @@ def _describe_repository(
 
 def _cache_misfits(missing: int, hub: Hub) -> list[Misfit]:
     """The Hub cache may lie on another disk than the store, so its space is looked at here."""
-    existing = next(place for place in (hub.cache, *hub.cache.absolute().parents) if place.exists())
-    free = shutil.disk_usage(existing).free
+    free = free_space(hub.cache)
     if missing <= free:
         return []
     cause = f"{format_transfer(missing)} to download, {format_transfer(free)} free for the Hub cache {hub.cache}"
@@ -292,10 +289,8 @@ def _from_hub(params: DownloadParams, ctx: StageContext) -> tuple[str, int, File
 
 def _link_all(found: Mapping[str, Fetched], out: Path) -> Files:
     for name, file in found.items():
-        link = out / name
-        link.parent.mkdir(parents=True, exist_ok=True)
-        link.unlink(missing_ok=True)
-        link.symlink_to(file.path)
+        make_directory((out / name).parent)
+        link(file.path, out / name)
     return {name: (file.sha256, file.size) for name, file in found.items()}
 
 
@@ -351,7 +346,7 @@ def _synthesize(params: DownloadParams, synthetic: Synthetic, ctx: StageContext)
         format=synthetic.format,
         max_shard_size=synthetic.max_shard_size,
         progress=lambda done, total: ctx.progress(done, total, task="write"),
-        journal=ctx.scratch / "shards.jsonl",
+        journal=ctx.scratch / "finished",
         delivery=ctx.outlet,
     )
     return dict(saved.files)
@@ -359,13 +354,4 @@ def _synthesize(params: DownloadParams, synthetic: Synthetic, ctx: StageContext)
 
 def _write_class(params: DownloadParams, out: Path) -> Files:
     content = _class_file(params)
-    return {} if content is None else {ARCHITECTURE_FILE: _write(out / ARCHITECTURE_FILE, content)}
-
-
-def _write(path: Path, content: bytes) -> tuple[str, int]:
-    path.unlink(missing_ok=True)  # it may be a link into the Hub cache, where nothing is written
-    with path.open("wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    return hashlib.sha256(content).hexdigest(), len(content)
+    return {} if content is None else {ARCHITECTURE_FILE: write_file(out / ARCHITECTURE_FILE, content)}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import replace
@@ -15,6 +14,7 @@ from bigpipe.bigmodel.footprint.estimates import Estimate, estimate_sighting
 from bigpipe.bigmodel.footprint.sighting import Sighting, look
 from bigpipe.bigmodel.hub.repository import COMMIT, Hub, check_access, resolve_commit
 from bigpipe.bigmodel.sources import Sources
+from bigpipe.files import write_file
 from bigpipe.orchestrator.stage import (
     CheckContext,
     Forecast,
@@ -159,7 +159,7 @@ def run(params: EstimateParams, context: StageContext) -> StageResult:
         context.log(line)
     report = json.dumps(made.as_json(), indent=2, ensure_ascii=False) + "\n"
     files = {"report.json": report, "report.txt": made.render() + "\n"}
-    return StageResult(_metrics(made), {name: _write(context.out / name, text) for name, text in files.items()})
+    return StageResult(_metrics(made), {name: write_file(context.out / name, text) for name, text in files.items()})
 
 
 def _name(context: StageContext) -> str:
@@ -169,9 +169,3 @@ def _name(context: StageContext) -> str:
         if isinstance(source, str):
             return source
     return context.lineage[-1].node if context.lineage else "model"
-
-
-def _write(path: Path, text: str) -> tuple[str, int]:
-    content = text.encode()
-    path.write_bytes(content)
-    return hashlib.sha256(content).hexdigest(), len(content)

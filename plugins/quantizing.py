@@ -110,7 +110,7 @@ def run(params: QuantizeParams, context: StageContext) -> StageResult:
         replace(_settings(params, context.machine), device=_device(params, context)),
         sources=sources_of(context),
         parts=context.parts,
-        link=True,
+        linked=True,
         progress=lambda done, total: context.progress(done, total, "B", "weights"),
     )
     left = ", ".join(result.skipped) or "none"

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import json
 import re
-import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -28,6 +27,7 @@ from bigpipe.bigmodel.writing.destinations import (
     still_holds,
 )
 from bigpipe.errors import InvalidCheckpoint
+from bigpipe.files import free_space, write_file
 from bigpipe.orchestrator.stage import (
     BigpipeError,
     CheckContext,
@@ -145,7 +145,7 @@ def forecast(params: SaveParams, ctx: ForecastContext) -> Forecast:
         return Forecast(download_bytes=0, summary=f"to {params.to}")
     existing = next(place for place in target.path.parents if place.exists())
     same_disk = ctx.memo.exists() and ctx.memo.stat().st_dev == existing.stat().st_dev
-    free = shutil.disk_usage(existing).free
+    free = free_space(existing)
     misfits = []
     if not same_disk and size > free:
         cause = f"{format_transfer(size)} to save, {format_transfer(free)} free at {existing}"
@@ -183,7 +183,7 @@ def run(params: SaveParams, ctx: StageContext) -> StageResult:
             for name, file in sorted(written.files.items())
         },
     }
-    (ctx.out / RECEIPT).write_text(json.dumps(receipt, indent=2) + "\n")
+    write_file(ctx.out / RECEIPT, json.dumps(receipt, indent=2) + "\n")
     ctx.log(f"saved {counted(len(written.files), 'file')} to {written.url}")
     size = sum(file.size for file in written.files.values())
     return StageResult(SaveMetrics(url=written.url, bytes=size, files=len(written.files), commit=written.commit))
@@ -253,7 +253,7 @@ def _node_of(artifact: Path, position: int, ctx: StageContext) -> str:
 
 def _own_file(ctx: StageContext, name: str, text: str) -> Path:
     path = ctx.scratch / name
-    path.write_text(text)
+    write_file(path, text, durable=False)
     return path
 
 

@@ -9,9 +9,9 @@ from typing import Any
 from bigpipe.bigmodel.checkpoint.description import ModelDescription, describe_checkpoint
 from bigpipe.bigmodel.checkpoint.tensors import tensor_nbytes
 from bigpipe.bigmodel.checkpoint.view import open_arriving, open_checkpoint
+from bigpipe.bigmodel.writing.conversion import WORKERS, convert, plan_conversion, planned_bytes
 from bigpipe.bigmodel.writing.plans import ShardPlan
 from bigpipe.bigmodel.writing.sidefiles import carry_side_files, config_with_dtype
-from bigpipe.bigmodel.writing.writer import WORKERS, convert, plan_conversion, planned_bytes
 from bigpipe.orchestrator.stage import CheckContext, Forecast, ForecastContext, StageContext, StageResult, UsageError
 from bigpipe.sizes import counted, format_transfer
 
@@ -91,7 +91,7 @@ def run(params: ShardParams, context: StageContext) -> StageResult:
     """Writes the weights anew and refers to the input's side files; whole shards of an earlier attempt are kept."""
     checkpoint = open_arriving(context.inlet) if context.inlet else open_checkpoint(context.input("model"))
     config = _config(params, checkpoint.config) if params.dtype else None
-    carried = carry_side_files(checkpoint, context.out, config=config, link=True)
+    carried = carry_side_files(checkpoint, context.out, config=config, linked=True)
     saved = convert(
         checkpoint,
         context.out,
@@ -99,7 +99,7 @@ def run(params: ShardParams, context: StageContext) -> StageResult:
         dtype=params.dtype,
         format=params.format,
         progress=lambda done, total: context.progress(done, total, "B", "weights"),
-        journal=context.scratch / "shards.jsonl",
+        journal=context.scratch / "finished",
         delivery=context.outlet,
     )
     return StageResult(ShardMetrics(shards=saved.shards, bytes=saved.bytes), {**saved.files, **carried})

@@ -24,7 +24,7 @@ from bigpipe.files import (
     is_partial,
     link,
     make_directory,
-    partial,
+    partial_name,
     require_space,
     write_file,
 )
@@ -74,8 +74,8 @@ class TestWholeFiles:
         assert (tmp_path / "private").stat().st_mode & 0o777 == 0o600
 
     def test_unfinished_names_are_told_apart(self, tmp_path):
-        assert is_partial(partial(tmp_path / "file").name)
-        assert partial(tmp_path / "file") != partial(tmp_path / "file")
+        assert is_partial(partial_name(tmp_path / "file").name)
+        assert partial_name(tmp_path / "file") != partial_name(tmp_path / "file")
         assert not is_partial("file")
         assert not is_partial(".gitattributes")
 

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from bigpipe.errors import BigpipeError, InvalidCheckpoint, UsageError
+from bigpipe.files import write_file
 
 from .caching import observe
 from .inquiry import ATTENTION
@@ -44,7 +45,7 @@ def main(question: str, answers: str) -> None:
     warnings.simplefilter("ignore")
     resource.setrlimit(resource.RLIMIT_DATA, (MEMORY_LIMIT, MEMORY_LIMIT))
     results = [_answer(request) for request in json.loads(Path(question).read_bytes())]
-    Path(answers).write_text(json.dumps(results))
+    write_file(Path(answers), json.dumps(results), durable=False)
 
 
 def _names(request: Mapping[str, Any]) -> dict[str, str]:

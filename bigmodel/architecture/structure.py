@@ -27,6 +27,7 @@ import bigpipe
 from bigpipe.bigmodel.memo import recall, remember
 from bigpipe.bigmodel.sources import Sources
 from bigpipe.errors import BY_NAME, InvalidCheckpoint, UsageError
+from bigpipe.files import write_file
 from bigpipe.versions import package_version
 
 from .inquiry import Head, Request, Source, read_request
@@ -313,7 +314,7 @@ def ask(questions: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
 
     with tempfile.TemporaryDirectory(prefix="bigpipe-") as name:
         question, answers = Path(name) / "question.json", Path(name) / "answers.json"
-        question.write_text(json.dumps(questions))
+        write_file(question, json.dumps(questions), durable=False)
         command = [
             sys.executable,
             "-P",

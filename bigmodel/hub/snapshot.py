@@ -20,6 +20,7 @@ from typing import Any
 
 from bigpipe.bigmodel.memo import recall, remember
 from bigpipe.errors import InvalidCheckpoint, Transient
+from bigpipe.files import sync_file
 
 from .errors import hub_errors
 from .repository import Hub, HubFile, Repository
@@ -83,7 +84,8 @@ def fetch(
         try:
             for future in as_completed(paths):
                 found = future.result()
-                settles.append(settling.submit(_settle, found.path))
+                # While others still come: what is recorded as verified is there after a power cut too.
+                settles.append(settling.submit(sync_file, found.path))
                 if arrived is not None:
                     arrived(paths[future], found)
         except BaseException:
@@ -232,12 +234,6 @@ class _Errands:
             seen = {"mtime_ns": stat.st_mtime_ns, "inode": stat.st_ino, "path": str(path)}
             remember(_memo_file(path, self.memo), {**digests, **seen})
         return digests
-
-
-def _settle(path: Path) -> None:
-    """To the disk, while others still come: what is recorded as verified is there after a power cut too."""
-    with path.open("rb") as file:
-        os.fsync(file.fileno())
 
 
 def _is_right(file: HubFile, digests: dict[str, Any]) -> bool:

@@ -11,7 +11,6 @@ import json
 import os
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -22,6 +21,7 @@ from pathlib import Path
 
 import bigpipe
 from bigpipe.bigmodel.memo import recall, remember
+from bigpipe.files import FileWriter, forget_cached, partial_name
 
 from .speeds import Speeds
 
@@ -83,18 +83,21 @@ def memory_speed() -> float:
 
 def disk_speed(folder: Path) -> float:
     """Reading a file that the page cache was told to forget. Raises OSError where there is no room for one."""
-    with tempfile.NamedTemporaryFile(dir=folder, prefix=".speed-") as file:
-        file.write(os.urandom(2**20) * (BLOCK // 2**20))
-        file.flush()
-        os.fsync(file.fileno())
-        buffer = bytearray(8 * 2**20)
+    path, buffer = partial_name(folder / "speed"), bytearray(8 * 2**20)
 
-        def read() -> None:
-            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
-            for start in range(0, BLOCK, len(buffer)):
-                os.preadv(file.fileno(), [buffer], start)
+    def read() -> None:
+        forget_cached(path)
+        with path.open("rb", buffering=0) as file:
+            while file.readinto(buffer):
+                pass
 
+    with FileWriter(path) as writer:
+        writer.write(os.urandom(2**20) * (BLOCK // 2**20), 0)
+        writer.settle()
+    try:
         return _fastest(read, BLOCK)
+    finally:
+        path.unlink()
 
 
 def _ask_gpus() -> dict[str, float]:

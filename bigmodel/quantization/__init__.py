@@ -18,9 +18,10 @@ from bigpipe.bigmodel.checkpoint.description import ARCHITECTURE_FILE, ModelDesc
 from bigpipe.bigmodel.checkpoint.view import Checkpoint, open_checkpoint
 from bigpipe.bigmodel.footprint.bitsandbytes_format import Scheme
 from bigpipe.bigmodel.sources import Sources
-from bigpipe.bigmodel.writing.shards import write_file
+from bigpipe.bigmodel.writing.conversion import cores
 from bigpipe.bigmodel.writing.sidefiles import carry_side_files, config_with_dtype, encode_config
-from bigpipe.bigmodel.writing.writer import ReportProgress, cores
+from bigpipe.bigmodel.writing.writer import ReportProgress
+from bigpipe.files import write_file
 from bigpipe.sizes import size_of
 from bigpipe.trust import Trust
 
@@ -125,23 +126,24 @@ def quantize_described(
     sources: Sources = Sources(),
     max_shard_size: int = 5 * 10**9,
     parts: Path | None = None,
-    link: bool = False,
+    linked: bool = False,
     progress: ReportProgress | None = None,
 ) -> QuantizedCheckpoint:
     """`quantize_checkpoint` with its settings as a value; sources as in `understand`.
 
-    link: side files become links instead of copies.
+    linked: side files become links instead of copies.
     """
-    from .stream import Streaming, split  # brings numpy, which a plan does not need
+    from .stream import split, write_quantized  # brings numpy, which a plan does not need
 
     architecture, outlined = understand(described, settings, architecture=architecture, sources=sources)
     files = {name: tensor.file for name, tensor in checkpoint.tensors.items()}
     shards = split(outlined, files, max_shard_size)
-    streaming = Streaming(checkpoint, out, settings, parts, min(WORKERS, cores()), progress)
-    plans = streaming.write(shards)
-    carried = _carry(checkpoint, out, settings, architecture, described.custom, link=link)
+    written, plans = write_quantized(
+        checkpoint, shards, out, settings, parts=parts, workers=min(WORKERS, cores()), progress=progress
+    )
+    carried = _carry(checkpoint, out, settings, architecture, described.custom, linked=linked)
     return QuantizedCheckpoint(
-        files=streaming.files | carried,
+        files=written | carried,
         shards=len(plans),
         bytes=sum(plan.nbytes for plan in plans),
         source_bytes=checkpoint.nbytes,
@@ -157,14 +159,14 @@ def _carry(
     architecture: Architecture,
     custom: Mapping[str, Any] | None,
     *,
-    link: bool,
+    linked: bool,
 ) -> dict[str, tuple[str, int]]:
     """Side files, with the settings written into the config: transformers' own, or a custom class's description."""
     quantization = settings.as_config(architecture)
     config = None
     if checkpoint.config is not None:
         config = config_with_dtype(checkpoint.config, settings.dtype) | {"quantization_config": quantization}
-    written = carry_side_files(checkpoint, out, config=config, link=link)
+    written = carry_side_files(checkpoint, out, config=config, linked=linked)
     if custom is not None:
         content = encode_config({**custom, "quantization_config": quantization})
         written[ARCHITECTURE_FILE] = write_file(out / ARCHITECTURE_FILE, content)

@@ -1,39 +1,45 @@
-"""Writes a quantized checkpoint file by file: one or more output files per input file, in constant memory.
+"""Writes a quantized checkpoint: one or more output files per input file, in constant memory.
 
 split             which tensors go into which file: an edit that concerns one module changes one file only
-for each file:
-    Shelf         a file that an earlier run finished from the same input and settings is verified and linked to
-    ShardSource   reads and encodes, in threads of their own
-    ShardWriter   writes and hashes, in threads of their own; syncs; gives the name
-index
+ShardSource       the tensors of one file: reads and encodes, in threads of their own
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from bigpipe.bigmodel.checkpoint.arrivals import Uses
 from bigpipe.bigmodel.checkpoint.bytesource import FileSource
 from bigpipe.bigmodel.checkpoint.headers import read_header
 from bigpipe.bigmodel.checkpoint.view import Checkpoint
 from bigpipe.bigmodel.writing.containers import container
-from bigpipe.bigmodel.writing.plans import PlannedTensor, ShardPlan, encode_index, file_name, index_file
+from bigpipe.bigmodel.writing.finished import Finished, key_of
+from bigpipe.bigmodel.writing.plans import PlannedTensor, ShardPlan, file_name
 from bigpipe.bigmodel.writing.ranges import RangeReader
-from bigpipe.bigmodel.writing.shards import Lanes, ShardWriter, write_file
-from bigpipe.bigmodel.writing.writer import Meter, ReportProgress, check_space, remove_leftovers
+from bigpipe.bigmodel.writing.writer import (
+    METADATA,
+    Content,
+    Files,
+    OutputFile,
+    ReportProgress,
+    Traffic,
+    prepare,
+    write_files,
+    write_index,
+)
 
 from .encoding import WeightEncoder
 from .outline import Converted, Kept, Outline
 from .pieces import ShardSource
 from .settings import Settings
-from .shelf import Shelf, shelf_key
 
-METADATA = {"format": "pt"}
 VERSION = 1
 """Raised when the same input and settings give other bytes."""
+FOLDER = "quantize"
+"""Where finished files are kept, under `parts`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,95 +76,60 @@ def split(outlined: Outline, files: Mapping[str, Path], max_shard_size: int) -> 
     ]
 
 
-@dataclass
-class Streaming:
-    """One writing of all files into `out`. `parts`: where finished files are kept for later runs, if anywhere."""
+def write_quantized(
+    checkpoint: Checkpoint,
+    shards: list[Shard],
+    out: Path,
+    settings: Settings,
+    *,
+    parts: Path | None,
+    workers: int,
+    progress: ReportProgress | None,
+) -> tuple[Files, list[ShardPlan]]:
+    """Write the files and their index into `out`; return them with their exact plans.
 
-    checkpoint: Checkpoint
-    out: Path
-    settings: Settings
-    parts: Path | None
-    workers: int
-    progress: ReportProgress | None
-    files: dict[str, tuple[str, int]] = field(default_factory=dict)
-    """What was written or found, with (hex sha256, size)."""
+    parts: where finished files are kept for later runs, if anywhere. workers: threads that encode.
+    """
+    prepare(out, "safetensors", {shard.file for shard in shards})
+    finished = Finished(out, parts and parts / FOLDER, shelved=True)
+    with (
+        WeightEncoder(checkpoint, settings, workers) as encoder,
+        RangeReader(checkpoint, settings.dtype) as reader,
+    ):
 
-    def write(self, shards: Sequence[Shard]) -> list[ShardPlan]:
-        """The files and their index; gives the exact plans."""
-        self.out.mkdir(parents=True, exist_ok=True)
-        remove_leftovers(self.out, "safetensors", {shard.file for shard in shards})
-        shelf = Shelf(self.parts) if self.parts is not None else None
-        todo = list(shards)
-        if self.checkpoint.arrivals is None:
-            todo = [shard for shard in shards if not self._found(shard, shelf)]
-            check_space(self.out, sum(shard.nbytes for shard in todo))
-        total = sum(shard.nbytes for shard in shards)
-        meter = Meter(total, total - sum(shard.nbytes for shard in todo), self.progress)
-        with (
-            Lanes() as lanes,
-            WeightEncoder(self.checkpoint, self.settings, self.workers) as encoder,
-            RangeReader(self.checkpoint, self.settings.dtype) as reader,
-        ):
-            settled = self._releasing(shards, encoder, reader)
-            for shard in todo:
-                if self.checkpoint.arrivals is not None and self._found(shard, shelf):
-                    meter.skip(shard.nbytes)
-                else:
-                    source = ShardSource(shard.parts, encoder, reader, self.settings)
-                    self._write_shard(shard, source, shelf, lanes, meter)
-                settled(shard.file)
-        plans = [_plan_of(self.out / shard.file) for shard in shards]
-        if len(plans) > 1:
-            name = index_file("safetensors")
-            self.files[name] = write_file(self.out / name, encode_index(plans))
-        return plans
-
-    def _found(self, shard: Shard, shelf: Shelf | None) -> bool:
-        """Is the file on the shelf? Waits for the file it is made of."""
-        found = shelf.fetch(self._key(shard), self.out / shard.file) if shelf is not None else None
-        if found is not None:
-            self.files[shard.file] = found
-        return found is not None
-
-    def _releasing(self, shards: Sequence[Shard], encoder: WeightEncoder, reader: RangeReader) -> Callable[[str], None]:
-        """What is told the name of each file that is done, so that files it was made of can go."""
-        if self.checkpoint.arrivals is None:
-            return lambda file: None
+        def content(shard: Shard) -> Content:
+            source = ShardSource(shard.parts, encoder, reader, settings)
+            plan = source.plan(shard.file)
+            return Content(container(plan, "safetensors", METADATA, "planned"), plan.tensors, source.produce)
 
         def close(file: Path) -> None:
             encoder.close(file)
             reader.close(file)
 
-        return Uses(self.checkpoint.arrivals, {shard.file: {shard.source} for shard in shards}, close).settled
-
-    def _write_shard(self, shard: Shard, source: ShardSource, shelf: Shelf | None, lanes: Lanes, meter: Meter) -> None:
-        plan = source.plan(shard.file)
-        file = container(plan, "safetensors", METADATA, "planned")
-        link, key = self.out / shard.file, self._key(shard)
-        target = shelf.unfinished(key, link) if shelf is not None else link
-
-        def settled(sha256: str) -> None:
-            if shelf is not None:
-                shelf.keep(key, target, link, sha256)
-            self.files[shard.file] = sha256, file.size
-
-        with ShardWriter(target, file, lanes) as writer:
-            for tensor in plan.tensors:
-                writer.write(tensor.name, meter.count(source.produce(tensor)), tensor.nbytes)
-            writer.all_written()
-            # Not while the next file is written: a crash then costs the work of one file, never of two.
-            writer.settle(settled)
-
-    def _key(self, shard: Shard) -> str:
-        settings = self.settings
-        facts: dict[str, Any] = {"version": VERSION, "scheme": settings.scheme, "dtype": settings.dtype}
-        if settings.double_quant:
-            facts["threads"] = settings.threads
-        tensors = [
-            [part.source, part.dtype, [(tensor.name, tensor.dtype, tensor.shape) for tensor in part.outputs]]
-            for part in shard.parts
+        outputs = [
+            OutputFile(
+                name=shard.file,
+                nbytes=shard.nbytes,
+                key=partial(_key, checkpoint, shard, settings),
+                content=partial(content, shard),
+                sources=frozenset([shard.source]),
+            )
+            for shard in shards
         ]
-        return shelf_key(self.checkpoint.identity(shard.source), facts, tensors)
+        files = write_files(outputs, finished, traffic=Traffic(progress, None, checkpoint.arrivals, close))
+    plans = [_plan_of(out / shard.file) for shard in shards]
+    return files | write_index(out, plans, "safetensors"), plans
+
+
+def _key(checkpoint: Checkpoint, shard: Shard, settings: Settings) -> str:
+    facts: dict[str, Any] = {"version": VERSION, "scheme": settings.scheme, "dtype": settings.dtype}
+    if settings.double_quant:
+        facts["threads"] = settings.threads
+    tensors = [
+        [part.source, part.dtype, [(tensor.name, tensor.dtype, tensor.shape) for tensor in part.outputs]]
+        for part in shard.parts
+    ]
+    return key_of(checkpoint.identity(shard.source), facts, tensors)
 
 
 def _plan_of(path: Path) -> ShardPlan:

@@ -21,10 +21,17 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
-from bigpipe.errors import DoesNotFit, StageFailed, UsageError
-from bigpipe.sizes import format_transfer
-
-from .copying import CHUNK, copy_file, hash_file
+from bigpipe.errors import StageFailed, UsageError
+from bigpipe.files import (
+    CHUNK,
+    copy_file,
+    forget_cached,
+    hash_file,
+    make_directory,
+    move,
+    require_space,
+    sync_directory,
+)
 
 Report = Callable[[int], None]
 """Called with the number of bytes done since the last call."""
@@ -120,7 +127,7 @@ class Directory:
 
     @contextmanager
     def session(self, scratch: Path, *, report: Report) -> Iterator[Session]:
-        self.path.parent.mkdir(parents=True, exist_ok=True)
+        make_directory(self.path.parent)
         self._clean()
         new = Path(tempfile.mkdtemp(prefix=self._prefix, dir=self.path.parent))
         lock = os.open(new, os.O_RDONLY | os.O_DIRECTORY)
@@ -158,22 +165,17 @@ class _DirectorySession:
     stored: dict[str, tuple[str, int]] = field(default_factory=dict)
 
     def put(self, name: str, source: Path) -> tuple[str, int]:
-        size, free = source.stat().st_size, shutil.disk_usage(self.new).free
-        if size > free:
-            raise DoesNotFit(
-                f"{name} needs {format_transfer(size)}, {format_transfer(free)} are free at {self.target.path.parent}",
-                f"free {format_transfer(size - free)} there, or choose another destination",
-            )
+        require_space(self.target.path, source.stat().st_size)
         self.stored[name] = copy_file(source, self.new / name, progress=self.report)
         return self.stored[name]
 
     def finish(self, inspect: Inspect) -> Written:
         for name, (sha256, _) in self.stored.items():
-            _forget_cached(self.new / name)
+            forget_cached(self.new / name)
             compare(f"{self.target.url}/{name}", sha256, hash_file(self.new / name))
         inspect(self.new)
         for folder in (self.new, *[path for path in self.new.rglob("*") if path.is_dir()]):
-            _sync_directory(folder)
+            sync_directory(folder)
         self._swap()
         seen = self.target.listing() or {}
         return Written(self.target.url, {name: Stored(*known, seen[name].mark) for name, known in self.stored.items()})
@@ -183,12 +185,11 @@ class _DirectorySession:
         if path.exists():
             # A crash between the two renames leaves both versions beside the name; the next session writes it anew.
             old = Path(tempfile.mkdtemp(prefix=self.target._prefix, dir=path.parent))
-            path.rename(old / path.name)
-            self.new.rename(path)
+            move(path, old / path.name)
+            move(self.new, path, durable=True)
             shutil.rmtree(old, ignore_errors=True)
         else:
-            self.new.rename(path)
-        _sync_directory(path.parent)
+            move(self.new, path, durable=True)
 
 
 @dataclass(frozen=True, slots=True)
@@ -323,18 +324,3 @@ def _umask() -> int:
     mask = os.umask(0)
     os.umask(mask)
     return mask
-
-
-def _forget_cached(path: Path) -> None:
-    """Let the next read come from the disk, where the system can be told so."""
-    if hasattr(os, "posix_fadvise"):
-        with path.open("rb") as file:
-            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
-
-
-def _sync_directory(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -11,8 +11,9 @@ from bigpipe.bigmodel.checkpoint.tensors import CASTABLE
 from bigpipe.bigmodel.checkpoint.view import CHUNK
 from bigpipe.errors import UsageError
 
+from .conversion import plan_conversion
 from .plans import PlannedTensor
-from .writer import ReportProgress, SavedCheckpoint, plan_conversion, write_checkpoint
+from .writer import ReportProgress, SavedCheckpoint, Traffic, write_checkpoint
 
 if TYPE_CHECKING:
     import torch
@@ -37,7 +38,11 @@ def save_module(
     described = {name: (_dtype(tensor), tuple(tensor.shape)) for name, tensor in tensors.items()}
     plans = plan_conversion(described, tied, max_shard_size=max_shard_size, dtype=dtype, format=format)
     saved = write_checkpoint(
-        out, plans, lambda planned: _pieces(tensors[planned.name], planned), format=format, progress=progress
+        out,
+        plans,
+        lambda planned: _pieces(tensors[planned.name], planned),
+        format=format,
+        traffic=Traffic(progress),
     )
     config = getattr(source, "config", None)
     if hasattr(config, "save_pretrained"):

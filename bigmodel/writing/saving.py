@@ -6,10 +6,11 @@ from pathlib import Path
 from typing import Any
 
 from bigpipe.bigmodel.checkpoint.files import Format
-from bigpipe.bigmodel.checkpoint.view import Checkpoint
+from bigpipe.bigmodel.checkpoint.view import Checkpoint, open_checkpoint
 from bigpipe.sizes import size_of
 
-from . import writer
+from .conversion import convert
+from .sidefiles import carry_side_files, config_with_dtype
 from .writer import ReportProgress, SavedCheckpoint
 
 
@@ -22,17 +23,19 @@ def save_checkpoint(
     format: Format = "safetensors",
     progress: ReportProgress | None = None,
 ) -> SavedCheckpoint:
-    """Writes a checkpoint, resharded, converted or cast, into the directory `out`.
+    """Write a checkpoint, resharded, converted or cast, into the directory `out`.
 
-    source: a checkpoint on disk (streamed in constant memory, without torch; see `writer.save_checkpoint`), or a torch
-    module or a state dict (see `modules.save_module`).
-    Raises InvalidCheckpoint, UsageError, DoesNotFit.
+    source: a checkpoint on disk, which goes there with its config, tokenizer and other files (streamed in constant
+    memory, without torch; see `conversion.convert`), or a torch module or a state dict (see `modules.save_module`).
+    Raise InvalidCheckpoint, UsageError, DoesNotFit.
     """
-    if isinstance(source, str | Path | Checkpoint):
-        return writer.save_checkpoint(
-            source, out, max_shard_size=max_shard_size, dtype=dtype, format=format, progress=progress
-        )
-    from .modules import save_module
+    out, limit = Path(out), size_of("max_shard_size", max_shard_size)
+    if not isinstance(source, str | Path | Checkpoint):
+        from .modules import save_module
 
-    limit = size_of("max_shard_size", max_shard_size)
-    return save_module(source, Path(out), max_shard_size=limit, dtype=dtype, format=format, progress=progress)
+        return save_module(source, out, max_shard_size=limit, dtype=dtype, format=format, progress=progress)
+    checkpoint = source if isinstance(source, Checkpoint) else open_checkpoint(source)
+    saved = convert(checkpoint, out, max_shard_size=limit, dtype=dtype, format=format, progress=progress)
+    config = config_with_dtype(checkpoint.config, dtype) if dtype and checkpoint.config is not None else None
+    files = {**saved.files, **carry_side_files(checkpoint, out, config=config)}
+    return SavedCheckpoint(files, saved.shards, saved.bytes)

@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import errno
-import os
 import zlib
 from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from hashlib import sha256
 from pathlib import Path
-from typing import Any, NoReturn, Self
+from typing import Any, Self
 
-from bigpipe.errors import BigpipeError, DoesNotFit, StageFailed
-from bigpipe.sizes import format_transfer
+from bigpipe.errors import StageFailed
+from bigpipe.files import FileWriter
 
 from .containers import Container
 
@@ -22,25 +20,17 @@ PIECES_IN_FLIGHT = 3
 needs one more than that."""
 SMALL = 256 * 1024
 """Tensors below this many bytes are gathered and written together."""
-WRITE = 256 * 1024
-"""Bytes per call. Larger ones make Linux look for pages of megabytes, which a virtual machine has often given back to
-its host: 8 MiB a call took four times as long as this (2.2 to 4.3 s per GiB against 0.5 to 1 s), 16 KiB a third longer.
-"""
-PARTIAL = ".part"
-"""Suffix of a file that is not whole yet."""
 
 Piece = bytes | bytearray | memoryview
 
 
 class Lanes:
-    """The threads behind a writer: one writes, one hashes, one settles finished files while the next are written."""
+    """The two threads behind a writer: one writes, one hashes."""
 
     def __init__(self) -> None:
         self.writes = ThreadPoolExecutor(1, "write")
         self.hashes = ThreadPoolExecutor(1, "hash")
-        self._settles = ThreadPoolExecutor(1, "settle")
         self._pending: deque[tuple[Future[Any], ...]] = deque()
-        self._settling: Future[None] | None = None
 
     def started(self, *jobs: Future[Any]) -> None:
         """Takes note of what reads a piece now (nothing, if it was copied), then waits until few are in flight."""
@@ -50,11 +40,6 @@ class Lanes:
     def flush(self) -> None:
         """Waits until nothing is in flight."""
         self._wait(0)
-
-    def settle(self, job: Callable[[], None]) -> None:
-        """Runs `job` while further files are written; one at a time, so that at most two are not yet on the disk."""
-        self._settled()
-        self._settling = self._settles.submit(job)
 
     def stop(self) -> None:
         """Waits until nothing is in flight, whatever became of it."""
@@ -66,21 +51,12 @@ class Lanes:
             for job in self._pending.popleft():
                 job.result()
 
-    def _settled(self) -> None:
-        if self._settling is not None:
-            self._settling.result()
-
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
-        try:
-            if error is None:
-                self.flush()
-                self._settled()
-        finally:
-            for lane in (self.writes, self.hashes, self._settles):
-                lane.shutdown()
+    def __exit__(self, *_: object) -> None:
+        for lane in (self.writes, self.hashes):
+            lane.shutdown()
 
 
 class ShardWriter:
@@ -89,23 +65,16 @@ class ShardWriter:
     Leaving the context with an error removes what was written.
     """
 
-    def __init__(self, path: Path, container: Container, lanes: Lanes) -> None:
-        self.path = path
+    def __init__(self, path: Path, container: Container, lanes: Lanes, partial: Path | None = None) -> None:
+        """partial: as `FileWriter` takes it."""
         self.container = container
         self._lanes = lanes
         self._hash = sha256()
         self._hashed = 0
         self._crcs: dict[str, int] = {}
-        self._small = bytearray()
+        self._small = bytearray(container.head)
         self._small_at = 0
-        self._partial = path.with_name(path.name + PARTIAL)
-        self._file = os.open(self._partial, os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o644)
-        try:
-            self._allocate()
-            self._put_small(container.head, 0)
-        except BaseException:
-            self.abandon()
-            raise
+        self._file = FileWriter(path, container.size, partial)
 
     def write(self, name: str, pieces: Iterable[Piece], nbytes: int) -> None:
         """Writes one tensor. ValueError where the pieces do not add up to `nbytes`."""
@@ -151,7 +120,7 @@ class ShardWriter:
             self._small_at += len(content)
 
     def _put(self, piece: memoryview, at: int, crc: _Crc | None) -> None:
-        jobs: list[Future[Any]] = [self._lanes.writes.submit(self._store, piece, at)]
+        jobs: list[Future[Any]] = [self._lanes.writes.submit(self._file.write, piece, at)]
         if at == self._hashed:
             jobs.append(self._lanes.hashes.submit(self._digest, piece, crc))
             self._hashed += len(piece)
@@ -172,7 +141,7 @@ class ShardWriter:
             self._hashed += following
         else:
             made = self._lanes.hashes.submit(make)
-        self._lanes.started(made, self._lanes.writes.submit(lambda: self._store(made.result(), at)))
+        self._lanes.started(made, self._lanes.writes.submit(lambda: self._file.write(made.result(), at)))
 
     def _digest(self, piece: Piece, crc: _Crc | None) -> Any:
         self._hash.update(piece)
@@ -180,74 +149,28 @@ class ShardWriter:
             crc.add(piece)
         return piece
 
-    def _store(self, piece: Piece, at: int) -> None:
-        view, start = memoryview(piece), at
-        while view:
-            try:
-                count = os.pwrite(self._file, view[:WRITE], at)
-            except OSError as error:
-                self._explain(error, at)
-            view, at = view[count:], at + count
-        if at - start >= SMALL and hasattr(os, "posix_fadvise"):
-            # Dirty pages: this sends them to the disk now, without waiting, so that fsync finds little left to do. They
-            # stay in the page cache for whoever reads the file next, since only clean ones are let go.
-            os.posix_fadvise(self._file, start, at - start, os.POSIX_FADV_DONTNEED)
-
-    def _allocate(self) -> None:
-        if not hasattr(os, "posix_fallocate") or not self.container.size:
-            return
-        try:
-            os.posix_fallocate(self._file, 0, self.container.size)
-        except OSError as error:
-            if error.errno not in (errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS):
-                self._explain(error, 0)
-
-    def _explain(self, error: OSError, at: int) -> NoReturn:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise DoesNotFit(
-                f"{self.path}: the disk is full; this file needs {format_transfer(self.container.size)}",
-                "free that much there, or work on another disk",
-            ) from error
-        cause = f"{self.path}: cannot write byte {at}: {error.strerror}"
-        raise StageFailed(cause, "check the disk, then run again") from error
-
-    def all_written(self) -> None:
-        """Waits until all bytes given so far are written and hashed; then `settle` may run in another thread."""
+    def complete(self) -> str:
+        """Write what ends the file and wait for all of it; return its sha256 in hex."""
         self._flush_small()
         self._lanes.flush()
+        tail = self.container.tail(self._crcs)
+        self._file.write(tail, self.container.size - len(tail))
+        self._hash_rest()
+        return self._hash.hexdigest()
 
-    def settle(self, settled: Callable[[str], None]) -> None:
-        """Completes the file, syncs it and gives it its name; then calls `settled` with its sha256 in hex."""
-        try:
-            tail = self.container.tail(self._crcs)
-            self._store(tail, self.container.size - len(tail))
-            self._hash_rest()
-            os.fsync(self._file)
-        except OSError as error:
-            self.abandon()
-            self._explain(error, 0)
-        except BigpipeError:
-            self.abandon()
-            raise
-        os.close(self._file)
-        os.rename(self._partial, self.path)
-        sync_directory(self.path.parent)
-        settled(self._hash.hexdigest())
+    def settle(self) -> None:
+        """Sync the file and give it its name."""
+        self._file.settle()
 
     def _hash_rest(self) -> None:
         """Hashes what did not come in order, from the file (the page cache holds it)."""
         buffer = memoryview(bytearray(min(2**20, self.container.size - self._hashed)))
         while self._hashed < self.container.size:
-            count = os.preadv(self._file, [buffer], self._hashed)
+            count = self._file.read_into(buffer, self._hashed)
             if count == 0:
-                raise StageFailed(f"{self._partial}: was cut short by somebody else", "run again")
+                raise StageFailed(f"{self._file.path}: was cut short by somebody else", "run again")
             self._hash.update(buffer[:count])
             self._hashed += count
-
-    def abandon(self) -> None:
-        """Removes the unfinished file. Nothing may be in flight."""
-        os.close(self._file)
-        self._partial.unlink(missing_ok=True)
 
     def __enter__(self) -> Self:
         return self
@@ -255,7 +178,7 @@ class ShardWriter:
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
         if error is not None:
             self._lanes.stop()
-            self.abandon()
+            self._file.abandon()
 
 
 class _Crc:
@@ -266,24 +189,3 @@ class _Crc:
 
     def add(self, piece: Piece) -> None:
         self.value = zlib.crc32(piece, self.value)
-
-
-def write_file(path: Path, content: bytes) -> tuple[str, int]:
-    """Writes a small file durably under its final name. Its sha256 in hex, and its size."""
-    partial = path.with_name(path.name + PARTIAL)
-    with open(partial, "wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    os.rename(partial, path)
-    sync_directory(path.parent)
-    return sha256(content).hexdigest(), len(content)
-
-
-def sync_directory(directory: Path) -> None:
-    """Makes renames in a directory durable."""
-    handle = os.open(directory, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

@@ -9,13 +9,11 @@ from pathlib import Path
 from typing import Any
 
 from bigpipe.bigmodel.checkpoint.view import Checkpoint
-
-from .copying import copy_file
-from .shards import PARTIAL, write_file
+from bigpipe.files import copy_file, link, make_directory, write_file
 
 
 def carry_side_files(
-    checkpoint: Checkpoint, out: Path, *, config: Mapping[str, Any] | None = None, link: bool = False
+    checkpoint: Checkpoint, out: Path, *, config: Mapping[str, Any] | None = None, linked: bool = False
 ) -> dict[str, tuple[str, int]]:
     """Brings the side files of a checkpoint into `out`, as copies or as absolute links.
 
@@ -28,11 +26,11 @@ def carry_side_files(
     for extra in checkpoint.extras:
         name = extra.relative_to(checkpoint.path)
         target = out / name
-        target.parent.mkdir(parents=True, exist_ok=True)
+        make_directory(target.parent)
         if config is not None and name == Path("config.json"):
             continue
-        if link and checkpoint.arrivals is None:
-            _link(extra, target)
+        if linked and checkpoint.arrivals is None:
+            link(os.path.abspath(extra), target)
         else:
             written[str(name)] = copy_file(extra, target)
     if config is not None:
@@ -58,10 +56,3 @@ def _is_part(key: str, value: Any) -> bool:
     telling = ("model_type", "dtype", "torch_dtype")
     nested = isinstance(value, Mapping) and any(isinstance(value.get(name), str) for name in telling)
     return nested and key != "quantization_config"
-
-
-def _link(source: Path, target: Path) -> None:
-    partial = target.with_name(target.name + PARTIAL)
-    partial.unlink(missing_ok=True)
-    partial.symlink_to(os.path.abspath(source))
-    partial.rename(target)

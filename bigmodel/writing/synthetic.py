@@ -23,13 +23,14 @@ from bigpipe.bigmodel.checkpoint.files import Format
 from bigpipe.bigmodel.checkpoint.tensors import CASTABLE, itemsize
 from bigpipe.bigmodel.checkpoint.view import CHUNK
 from bigpipe.errors import UsageError
+from bigpipe.files import make_directory, write_file
 from bigpipe.sizes import size_of
 
 from .casting import cast
 from .plans import PlannedTensor, ShardPlan, plan_shards
-from .shards import PIECES_IN_FLIGHT, write_file
+from .shards import PIECES_IN_FLIGHT
 from .sidefiles import encode_config
-from .writer import ReportProgress, SavedCheckpoint, write_checkpoint
+from .writer import ReportProgress, SavedCheckpoint, Traffic, write_checkpoint
 
 BLOCK = 2**20
 """Elements of the block that all random tensors are cut from."""
@@ -92,17 +93,16 @@ def write_synthetic(
     """
     out = Path(out)
     description = synthetic_description(config, architecture, dtype=dtype, format=format)
-    out.mkdir(parents=True, exist_ok=True)
+    make_directory(out)
     written = write_file(out / "config.json", encode_config(description.config or {}))
     saved = write_checkpoint(
         out,
         plan_synthetic(description, max_shard_size),
         RandomTensors(seed, spread_of(config)).produce,
         format=format,
-        progress=progress,
         journal=journal,
         fingerprint=lambda file: f"synthetic {seed}",
-        delivery=delivery,
+        traffic=Traffic(progress, delivery),
     )
     return SavedCheckpoint({**saved.files, "config.json": written}, saved.shards, saved.bytes)
 

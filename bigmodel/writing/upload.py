@@ -14,6 +14,7 @@ from typing import Any
 from bigpipe.bigmodel.hub.errors import LOGIN, hub_errors
 from bigpipe.bigmodel.hub.repository import COMMIT, Hub, check_access, describe, read_range, whoami
 from bigpipe.errors import NotAuthorised, Offline, StageFailed, UsageError
+from bigpipe.files import link, make_directory
 
 from .destinations import Inspect, Report, Seen, Session, Stored, Written
 
@@ -83,10 +84,8 @@ class _UploadSession:
 
     def put(self, name: str, source: Path) -> tuple[str, int]:
         """Linked, not copied: the client reads through the link and sends the bytes."""
-        link = self.staging / name
-        link.parent.mkdir(parents=True, exist_ok=True)
-        link.unlink(missing_ok=True)
-        link.symlink_to(source.resolve())
+        make_directory((self.staging / name).parent, durable=False)
+        link(source.resolve(), self.staging / name)
         size = source.stat().st_size
         sha256, git = hashlib.sha256(), hashlib.sha1(b"blob %d\0" % size, usedforsecurity=False)
         with source.open("rb") as file:

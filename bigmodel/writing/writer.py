@@ -1,12 +1,11 @@
-"""Writes checkpoints in one pass and constant memory.
+"""Writes the weight files of a checkpoint in one pass and constant memory: whatever it is made of, and however.
 
-    save_checkpoint(source, out)               reshard, convert or cast: byte ranges through reused buffers
-    write_checkpoint(out, plans, produce)      one weight file after the other, then the index
-        for each plan:
-            kept, if an earlier attempt finished it (journal)
-            ShardWriter.write(tensor)          reading and computing here, writing and hashing in threads of their own
-            ShardWriter.settle                 sync, rename, journal: while the next file is being written
-        with several workers, so many files side by side
+    write_checkpoint(out, plans, produce)      planned files, then their index
+    write_files(files, finished)               for each file, in one or several threads:
+        Finished.find                          kept, if an earlier attempt or run finished it
+        OutputFile.content                     its tensors, and who produces their bytes
+        ShardWriter.write                      producing here, writing and hashing in threads of their own
+        Finished.note, ShardWriter.settle      its sha256 is noted, then it is synced and has its name
 
 A file has its final name only once it is whole and on the disk.
 """
@@ -24,44 +23,78 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from bigpipe.bigmodel.checkpoint.arrivals import Delivery, Uses
+from bigpipe.bigmodel.checkpoint.arrivals import Arrivals, Delivery, Uses
 from bigpipe.bigmodel.checkpoint.files import Format
-from bigpipe.bigmodel.checkpoint.tensors import CASTABLE, SAFETENSORS_NAMES
-from bigpipe.bigmodel.checkpoint.view import Checkpoint, open_checkpoint
-from bigpipe.errors import DoesNotFit, Interrupted, UsageError
-from bigpipe.sizes import format_transfer, size_of
+from bigpipe.errors import Interrupted
+from bigpipe.files import PARTIAL, is_partial, make_directory, require_space, write_file
 
-from .casting import is_cast
 from .containers import Container, container
-from .journal import Journal
-from .plans import NAMES, Layout, PlannedTensor, ShardPlan, encode_index, index_file, laid_out, plan_shards
-from .ranges import RangeReaders
-from .shards import PARTIAL, Lanes, Piece, ShardWriter, write_file
-from .sidefiles import carry_side_files, config_with_dtype
+from .finished import Finished, key_of
+from .plans import NAMES, Layout, PlannedTensor, ShardPlan, encode_index, index_file
+from .shards import Lanes, Piece, ShardWriter
 
-__all__ = [
-    "Layout", "Meter", "PlannedTensor", "ReportProgress", "SavedCheckpoint", "ShardPlan", "check_space", "convert",
-    "plan_conversion", "plan_shards", "planned_bytes", "remove_leftovers", "save_checkpoint", "write_checkpoint",
-]  # fmt: skip
-
-_METADATA = {"format": "pt"}
+METADATA = {"format": "pt"}
 """Tells other tools that names and shapes are torch's."""
-WORKERS = 4
-"""Files written side by side at most, one per core: one sha256 is slower than a disk. Each takes about 20 MB."""
 Produce = Callable[[PlannedTensor], Iterable[Piece]]
 """Gives a tensor's bytes in pieces. A piece must stay as it is until three more have been taken, of whatever tensor."""
 ReportProgress = Callable[[int, int], None]
 """Called with the bytes of tensors done and their total."""
+Files = dict[str, tuple[str, int]]
+"""Path relative to the output → (hex sha256, size)."""
 
 
 @dataclass(frozen=True, slots=True)
 class SavedCheckpoint:
-    """What was written: every file, relative to the output, with (hex sha256, size)."""
+    """What was written."""
 
-    files: dict[str, tuple[str, int]] = field(default_factory=dict)
+    files: Files = field(default_factory=dict)
     shards: int = 0
     bytes: int = 0
     """Of the weight files, headers included."""
+
+
+@dataclass(frozen=True, slots=True)
+class Content:
+    """The tensors of one weight file in the order they are produced."""
+
+    container: Container
+    tensors: Sequence[PlannedTensor]
+    produce: Produce
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class OutputFile:
+    """One weight file to be written."""
+
+    name: str
+    nbytes: int
+    """Of its tensors; where they are known only once they are made, nearly."""
+    key: Callable[[], str]
+    """Digest of everything its bytes depend on. May wait for what the file is made of, as `content` may."""
+    content: Callable[[], Content]
+    sources: frozenset[Path] = frozenset()
+    """The files it is made of."""
+
+
+@dataclass(frozen=True, slots=True)
+class Traffic:
+    """Who else has to do with the files of a checkpoint while they are written."""
+
+    progress: ReportProgress | None = None
+    delivery: Delivery | None = None
+    """Hears of weight files as they become whole."""
+    arrivals: Arrivals | None = None
+    """Where the files come from that they are made of, if those are still being made."""
+    close: Callable[[Path], None] = lambda file: None
+    """Told, from any thread, of each of those that nobody reads any more."""
+
+    def uses(self, files: Sequence[OutputFile]) -> Uses | None:
+        if self.arrivals is None:
+            return None
+        return Uses(self.arrivals, {file.name: file.sources for file in files}, self.close)
+
+
+ALONE = Traffic()
 
 
 def write_checkpoint(
@@ -69,60 +102,104 @@ def write_checkpoint(
     plans: Sequence[ShardPlan],
     produce: Produce,
     *,
-    metadata: Mapping[str, str] | None = None,
+    metadata: Mapping[str, str] = METADATA,
     format: Format = "safetensors",
     layout: Layout = "sorted",
-    progress: ReportProgress | None = None,
     journal: Path | None = None,
     fingerprint: Callable[[str], str] = lambda file: "",
     workers: int = 1,
-    delivery: Delivery | None = None,
-    settled: Callable[[str], None] = lambda file: None,
+    sources: Mapping[str, Iterable[Path]] | None = None,
+    traffic: Traffic = ALONE,
 ) -> SavedCheckpoint:
-    """Writes the planned weight files and, where there are several, their index into the directory `out`.
+    """Write the planned weight files and, where there are several, their index into the directory `out`.
 
     `produce` is called once per tensor, in the order of the plans; with several `workers`, so many files are written
-    side by side, and it is called from as many threads. With a `journal` (a path outside `out`), files that
-    an earlier attempt finished are verified and kept, if it was for the same plan and `fingerprint` (of a file's name:
+    side by side, and it is called from as many threads. With a `journal` (a directory outside `out`), files that an
+    earlier attempt finished are verified and kept, if it was for the same plan and `fingerprint` (of a file's name:
     whatever else its bytes depend on). Weight files of the same naming scheme that are not in the plans are removed.
-    A `delivery` hears of weight files as they become whole, `settled` of their names.
+    sources: file name → the files that it is made of.
 
-    Raises DoesNotFit where the disk is too small, before anything is written if that can be known.
+    Raise DoesNotFit where the disk is too small, before anything is written if that can be known.
     """
     out = Path(out)
-    out.mkdir(parents=True, exist_ok=True)
-    known = Journal(journal, out, fingerprint)
-    containers = [container(plan, format, metadata or _METADATA, layout) for plan in plans]
-    remove_leftovers(out, format, {plan.file for plan in plans})
-    todo = list(zip(plans, containers, strict=True))
-    check_space(out, _needed([file.size for plan, file in todo if not _has_size(out / plan.file, file.size)], delivery))
+    containers = {plan.file: container(plan, format, metadata, layout) for plan in plans}
+
+    def file_of(plan: ShardPlan) -> OutputFile:
+        file = containers[plan.file]
+        return OutputFile(
+            name=plan.file,
+            nbytes=plan.nbytes,
+            key=lambda: key_of(plan.file, fingerprint(plan.file), file.size, file.head.hex()),
+            content=lambda: Content(file, plan.tensors, produce),
+            sources=frozenset((sources or {}).get(plan.file, ())),
+        )
+
+    delivery = traffic.delivery
+    prepare(out, format, {plan.file for plan in plans})
     if delivery is not None:
-        delivery.announce({plan.file: (file.announced, file.size) for plan, file in todo})
-    meter = Meter(sum(plan.nbytes for plan in plans), 0, progress)
-    writing = _Writing(out, deque(todo), produce, meter, known, delivery, settled)
-    writing.run(min(workers, len(todo)))
-    files = writing.files
-    if len(plans) > 1:
-        name = index_file(format)
-        files[name] = write_file(out / name, encode_index(plans))
+        delivery.announce({name: (file.announced, file.size) for name, file in containers.items()})
+    files = write_files([file_of(plan) for plan in plans], Finished(out, journal), workers=workers, traffic=traffic)
+    index = write_index(out, plans, format)
+    for name, digest in index.items():
         if delivery is not None:
-            delivery.finished(name, *files[name])
-    ordered = {plan.file: files.pop(plan.file) for plan in plans}
-    return SavedCheckpoint({**ordered, **files}, len(plans), sum(file.size for file in containers))
+            delivery.finished(name, *digest)
+    return SavedCheckpoint({**files, **index}, len(plans), sum(file.size for file in containers.values()))
+
+
+def write_files(
+    files: Sequence[OutputFile], finished: Finished, *, workers: int = 1, traffic: Traffic = ALONE
+) -> Files:
+    """Write what is not finished, `workers` files side by side; return all files in the order given."""
+    meter = Meter(sum(file.nbytes for file in files), traffic.progress)
+    writing = _Writing(finished, deque(files), meter, traffic, traffic.uses(files))
+    require_space(finished.out, writing.needed())
+    writing.run(min(workers, len(files)))
+    return {file.name: writing.files[file.name] for file in files}
+
+
+def write_index(out: Path, plans: Sequence[ShardPlan], format: Format) -> Files:
+    """Write the index of a checkpoint in several files; of one in a single file there is none."""
+    if len(plans) < 2:
+        return {}
+    name = index_file(format)
+    return {name: write_file(out / name, encode_index(plans))}
+
+
+def prepare(out: Path, format: Format, planned: set[str]) -> None:
+    """Make the directory; remove unfinished files, and the weight files and index of a save that had others."""
+    make_directory(out)
+    prefix, suffix = map(re.escape, NAMES[format].split("{}"))
+    pattern = re.compile(rf"{prefix}(-\d{{5}}-of-\d{{5}})?{suffix}(\.index\.json)?({re.escape(PARTIAL)})?")
+    for name in os.listdir(out):
+        if is_partial(name) or (pattern.fullmatch(name) and name not in planned):
+            (out / name).unlink()
 
 
 @dataclass
 class _Writing:
     """The files of one checkpoint, written by one or several threads."""
 
-    out: Path
-    todo: deque[tuple[ShardPlan, Container]]
-    produce: Produce
+    finished: Finished
+    todo: deque[OutputFile]
     meter: Meter
-    known: Journal
-    delivery: Delivery | None
-    settled: Callable[[str], None]
-    files: dict[str, tuple[str, int]] = field(default_factory=dict)
+    traffic: Traffic
+    uses: Uses | None
+    files: Files = field(default_factory=dict)
+
+    def needed(self) -> int:
+        """Bytes that the files to be written take at a time, as far as can be told without waiting or reading."""
+        arriving, delivery = self.traffic.arrivals is not None, self.traffic.delivery
+        if arriving and self.finished.shelved:
+            return 0
+        sizes = [file.nbytes for file in self.todo if not self._seems_finished(file, arriving)]
+        if delivery is not None and delivery.lets_go:
+            return sum(sorted(sizes)[-delivery.ahead :])
+        return sum(sizes)
+
+    def _seems_finished(self, file: OutputFile, arriving: bool) -> bool:
+        if arriving:  # its key would wait
+            return (self.finished.out / file.name).is_file()
+        return self.finished.seems(file.name, file.key())
 
     def run(self, workers: int) -> None:
         if workers <= 1:
@@ -142,45 +219,50 @@ class _Writing:
         """Writes files until there are none left."""
         with Lanes() as lanes:
             while (following := self._next()) is not None:
-                self.write(*following, lanes)
+                self.write(following, lanes)
 
-    def _next(self) -> tuple[ShardPlan, Container] | None:
+    def _next(self) -> OutputFile | None:
         with suppress(IndexError):  # not `if self.todo`: another thread may take the last one in between
             return self.todo.popleft()
         return None
 
-    def write(self, plan: ShardPlan, file: Container, lanes: Lanes) -> None:
-        def settled(sha256: str) -> None:
-            self.known.record(plan.file, file, sha256)
-            self._done(plan.file, sha256, file.size)
+    def write(self, file: OutputFile, lanes: Lanes) -> None:
+        key = file.key()
+        written = self.finished.find(file.name, key)
+        if written is not None:
+            self.meter.skip(file.nbytes)
+        else:
+            written = self._make(file, key, lanes)
+        self.files[file.name] = written
+        if self.traffic.delivery is not None:
+            self.traffic.delivery.finished(file.name, *written)
+        if self.uses is not None:
+            self.uses.settled(file.name)
 
-        if (found := self.known.finished(plan.file, file)) is not None:
-            self.meter.skip(plan.nbytes)
-            self._done(plan.file, *found)
-            return
-        if self.delivery is not None:
-            self.delivery.begin(plan.file)
-            if self.delivery.lets_go:
-                check_space(self.out, file.size)
-        with ShardWriter(self.out / plan.file, file, lanes) as shard:
-            for tensor in plan.tensors:
-                shard.write(tensor.name, self.meter.count(self.produce(tensor)), tensor.nbytes)
-            shard.all_written()
-            lanes.settle(lambda: shard.settle(settled))
-
-    def _done(self, file: str, sha256: str, size: int) -> None:
-        self.files[file] = sha256, size
-        if self.delivery is not None:
-            self.delivery.finished(file, sha256, size)
-        self.settled(file)
+    def _make(self, file: OutputFile, key: str, lanes: Lanes) -> tuple[str, int]:
+        delivery = self.traffic.delivery
+        if delivery is not None:
+            delivery.begin(file.name)
+            if delivery.lets_go:
+                require_space(self.finished.out, file.nbytes)
+        content = file.content()
+        path, partial = self.finished.place(file.name, key)
+        with ShardWriter(path, content.container, lanes, partial) as shard:
+            for tensor in content.tensors:
+                shard.write(tensor.name, self.meter.count(content.produce(tensor)), tensor.nbytes)
+            sha256 = shard.complete()
+            self.finished.note(key, sha256)
+            shard.settle()
+        self.finished.show(file.name, key)
+        return sha256, content.container.size
 
 
 class Meter:
     """Counts bytes as they pass, in any thread; reports ten times a second."""
 
-    def __init__(self, total: int, done: int, report: ReportProgress | None) -> None:
+    def __init__(self, total: int, report: ReportProgress | None) -> None:
         self.total = total
-        self.done = done
+        self.done = 0
         self.report = report
         self._told = 0.0
         self._lock = threading.Lock()
@@ -208,149 +290,3 @@ class Meter:
             if self.report is not None and (now - self._told > 0.1 or self.done == self.total):
                 self._told = now
                 self.report(self.done, self.total)
-
-
-def remove_leftovers(out: Path, format: Format, planned: set[str]) -> None:
-    """Removes weight files and indexes of an earlier save under the same names, and unfinished files."""
-    prefix, suffix = NAMES[format].split("{}")
-    pattern = re.compile(
-        rf"{re.escape(prefix)}(-\d{{5}}-of-\d{{5}})?{re.escape(suffix)}(\.index\.json)?({re.escape(PARTIAL)})?"
-    )
-    for name in os.listdir(out):
-        if pattern.fullmatch(name) and name not in planned:
-            (out / name).unlink()
-
-
-def _needed(sizes: Sequence[int], delivery: Delivery | None) -> int:
-    """Bytes that files to be written take at a time: fewer than all of them where they go once they are taken."""
-    if delivery is None or not delivery.lets_go:
-        return sum(sizes)
-    return sum(sorted(sizes)[-delivery.ahead :])
-
-
-def _has_size(file: Path, size: int) -> bool:
-    return file.is_file() and file.stat().st_size == size
-
-
-def check_space(out: Path, needed: int) -> None:
-    """Raises DoesNotFit where the disk of `out` has less than `needed` bytes free."""
-    disk = os.statvfs(out)
-    free = disk.f_bavail * disk.f_frsize
-    if needed > free:
-        raise DoesNotFit(
-            f"{out}: {format_transfer(needed)} are to be written, and the disk has {format_transfer(free)} free",
-            f"free {format_transfer(needed - free)} there, or work on another disk",
-        )
-
-
-def save_checkpoint(
-    source: str | Path | Checkpoint,
-    out: str | Path,
-    *,
-    max_shard_size: int | str = "5GB",
-    dtype: str | None = None,
-    format: Format = "safetensors",
-    progress: ReportProgress | None = None,
-) -> SavedCheckpoint:
-    """Reshards, converts or casts a checkpoint into the directory `out`, with its config, tokenizer and other files.
-
-    Reads and writes byte ranges in constant memory, without torch. Aliases of tied weights are dropped in safetensors
-    and kept as shared storages in `.bin`. `dtype` changes floating-point tensors only.
-    """
-    out, limit = Path(out), size_of("max_shard_size", max_shard_size)
-    checkpoint = source if isinstance(source, Checkpoint) else open_checkpoint(source)
-    saved = convert(checkpoint, out, max_shard_size=limit, dtype=dtype, format=format, progress=progress)
-    config = config_with_dtype(checkpoint.config, dtype) if dtype and checkpoint.config is not None else None
-    return SavedCheckpoint(
-        {**saved.files, **carry_side_files(checkpoint, out, config=config)}, saved.shards, saved.bytes
-    )
-
-
-def plan_conversion(
-    tensors: Mapping[str, tuple[str, tuple[int, ...]]],
-    tied: Mapping[str, str],
-    *,
-    max_shard_size: int,
-    dtype: str | None = None,
-    format: Format = "safetensors",
-) -> list[ShardPlan]:
-    """The files that `convert` writes for tensors of these (dtype, shape). UsageError for what cannot be written."""
-    if dtype is not None and dtype not in CASTABLE:
-        raise UsageError(f"dtype {dtype} cannot be cast to", f"choose one of {', '.join(sorted(CASTABLE))}")
-    if format not in NAMES:
-        raise UsageError(f"format {format!r} is not known", f"choose one of {', '.join(NAMES)}")
-    planned = []
-    for name, (stored, shape) in tensors.items():
-        kept = dtype if dtype is not None and is_cast(stored, dtype) else stored
-        if format == "safetensors" and kept not in SAFETENSORS_NAMES:
-            raise UsageError(
-                f"tensor {name!r}: safetensors has no {kept}", "write format: bin, or cast the tensor first"
-            )
-        planned.append(PlannedTensor.of(name, kept, shape))
-    return plan_shards(planned, max_shard_size, format, tied)
-
-
-def planned_bytes(plans: Sequence[ShardPlan], format: Format) -> int:
-    """Bytes of the planned weight files, headers included."""
-    return sum(container(plan, format, _METADATA, "sorted").size for plan in plans)
-
-
-def convert(
-    checkpoint: Checkpoint,
-    out: Path,
-    *,
-    max_shard_size: int,
-    dtype: str | None = None,
-    format: Format = "safetensors",
-    progress: ReportProgress | None = None,
-    journal: Path | None = None,
-    delivery: Delivery | None = None,
-) -> SavedCheckpoint:
-    """Writes a checkpoint's weights anew: `save_checkpoint` without side files.
-
-    `journal` and `delivery` as in `write_checkpoint`.
-    """
-    _check_apart(checkpoint, out)
-    if dtype is not None and "quantization_config" in (checkpoint.config or {}):
-        raise UsageError(
-            f"{checkpoint.path}: is quantized; its scales must keep their dtype",
-            "leave dtype out, or cast before quantizing",
-        )
-    stored = {name: (tensor.dtype, tensor.shape) for name, tensor in checkpoint.tensors.items()}
-    plans = plan_conversion(stored, checkpoint.tied, max_shard_size=max_shard_size, dtype=dtype, format=format)
-    if format == "safetensors":
-        # In the order of the file, so that it is hashed in passing.
-        plans = [ShardPlan(plan.file, tuple(laid_out(plan, "sorted"))) for plan in plans]
-    sources = {plan.file: {checkpoint.tensors[tensor.name].file for tensor in plan.tensors} for plan in plans}
-
-    def fingerprint(file: str) -> str:
-        return repr(sorted((source.name, checkpoint.identity(source)) for source in sources[file]))
-
-    with RangeReaders(checkpoint, dtype) as readers:
-        arrivals = checkpoint.arrivals
-        return write_checkpoint(
-            out,
-            plans,
-            readers.produce,
-            metadata={"format": checkpoint.metadata.get("format", "pt")},
-            format=format,
-            progress=progress,
-            journal=journal,
-            fingerprint=fingerprint,
-            workers=min(WORKERS, cores()),
-            delivery=delivery,
-            settled=Uses(arrivals, sources, readers.close).settled if arrivals else lambda file: None,
-        )
-
-
-def _check_apart(checkpoint: Checkpoint, out: Path) -> None:
-    directory = checkpoint.path if checkpoint.path.is_dir() else checkpoint.path.parent
-    if os.path.realpath(directory) == os.path.realpath(out):
-        raise UsageError(
-            f"{out}: is where the source is", "write to another directory; a checkpoint is never changed in place"
-        )
-
-
-def cores() -> int:
-    """Those this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

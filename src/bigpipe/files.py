@@ -151,13 +151,13 @@ def move(source: Path, target: Path, *, durable: bool = False) -> None:
         sync_directory(target.parent)
 
 
-def partial(path: Path) -> Path:
+def partial_name(path: Path) -> Path:
     """Return a name beside `path` that no other writer uses."""
     return path.with_name(f".{path.name}.{os.getpid()}.{next(_serial)}{PARTIAL}")
 
 
 def is_partial(name: str) -> bool:
-    """Is this a name that `partial` gave?"""
+    """Is this a name that `partial_name` gave?"""
     return name.startswith(".") and name.endswith(PARTIAL)
 
 
@@ -168,7 +168,7 @@ def write_file(path: Path, content: bytes | str, *, durable: bool = True, mode: 
     there.
     """
     data = content.encode() if isinstance(content, str) else content
-    beside = partial(path)
+    beside = partial_name(path)
     # not O_EXCL: a process of this number may have been killed here before
     descriptor = os.open(beside, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW | os.O_CLOEXEC, mode)
     try:
@@ -194,7 +194,7 @@ def write_all(descriptor: int, data: Bytes) -> None:
 
 def link(target: Path | str, path: Path) -> None:
     """Make `path` a symlink to `target`; what was there is replaced at once."""
-    beside = partial(path)
+    beside = partial_name(path)
     beside.unlink(missing_ok=True)
     beside.symlink_to(target)
     beside.rename(path)
@@ -205,13 +205,20 @@ def give_name(source: Path, path: Path) -> None:
 
     Where there are no hard links `source` is renamed, and a reader may just miss it.
     """
-    beside = partial(path)
+    beside = partial_name(path)
     beside.unlink(missing_ok=True)
     try:
         os.link(source, beside)
     except OSError:
         beside = source
     beside.rename(path)
+
+
+def forget_cached(path: Path) -> None:
+    """Let the next read come from the disk, where the system can be told so."""
+    if hasattr(os, "posix_fadvise"):
+        with path.open("rb") as file:
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
 
 class LogFile:
@@ -247,11 +254,11 @@ class FileWriter:
     what `explain` gives. Leaving the context with an error removes what was written.
     """
 
-    def __init__(self, path: Path, size: int = 0) -> None:
-        """size: bytes that are set aside, where the file system can."""
+    def __init__(self, path: Path, size: int = 0, partial: Path | None = None) -> None:
+        """size: bytes that are set aside, where the file system can. partial: another name until it is complete."""
         self.path = path
         self.size = size
-        self._partial = path.with_name(path.name + PARTIAL)
+        self._partial = partial or path.with_name(path.name + PARTIAL)
         with explained(path, size):
             self._file = os.open(self._partial, os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o666)
         try:

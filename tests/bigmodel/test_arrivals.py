@@ -16,7 +16,8 @@ from safetensors.numpy import save_file
 
 from bigpipe.bigmodel.checkpoint.view import open_arriving, open_checkpoint
 from bigpipe.bigmodel.hub.heads import are_the_model, directory_heads, may_pass
-from bigpipe.bigmodel.writing.writer import convert, save_checkpoint
+from bigpipe.bigmodel.writing.conversion import convert
+from bigpipe.bigmodel.writing.saving import save_checkpoint
 from bigpipe.errors import InvalidCheckpoint
 from bigpipe.orchestrator.contract.passing import Inlet, Outlet
 

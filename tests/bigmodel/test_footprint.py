@@ -14,7 +14,7 @@ from bigpipe.bigmodel.architecture.structure import Architecture
 from bigpipe.bigmodel.footprint.bitsandbytes_format import Scheme, converted_modules
 from bigpipe.bigmodel.footprint.weights import WIDTHS, weigh
 from bigpipe.bigmodel.quantization import quantize_checkpoint
-from bigpipe.bigmodel.writing.writer import save_checkpoint
+from bigpipe.bigmodel.writing.saving import save_checkpoint
 from bigpipe.errors import UsageError
 
 LLAMA: dict[str, Any] = {

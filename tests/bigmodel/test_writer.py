@@ -15,7 +15,9 @@ from safetensors.torch import load_file, save_file
 from support.models import forward, make_checkpoint, tiny_model
 
 from bigpipe.bigmodel.checkpoint.view import open_checkpoint
-from bigpipe.bigmodel.writing.writer import PlannedTensor, plan_shards, save_checkpoint, write_checkpoint
+from bigpipe.bigmodel.writing.plans import PlannedTensor, plan_shards
+from bigpipe.bigmodel.writing.saving import save_checkpoint
+from bigpipe.bigmodel.writing.writer import Traffic, write_checkpoint
 from bigpipe.errors import DoesNotFit, UsageError
 
 
@@ -192,7 +194,7 @@ def test_several_files_side_by_side_stop_together(tmp_path):
         plans,
         lambda tensor: [tensor.name.encode() * 10**6],
         workers=3,
-        progress=lambda *done: seen.append(done),
+        traffic=Traffic(lambda *done: seen.append(done)),
     )
     assert seen[-1] == (16_000_000, 16_000_000)
     assert list(saved.files) == [*(plan.file for plan in plans), "model.safetensors.index.json"]

@@ -16,7 +16,7 @@ from support.hub_state import files_of
 from support.workshop import Workshop
 
 from bigpipe.bigmodel.checkpoint.view import open_checkpoint
-from bigpipe.bigmodel.writing.writer import save_checkpoint
+from bigpipe.bigmodel.writing.saving import save_checkpoint
 
 CANARY = "hf_canaryCANARYcanaryCANARYcanary"
 RECIPE = """\

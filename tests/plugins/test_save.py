@@ -19,7 +19,7 @@ from support.models import make_checkpoint
 
 from bigpipe.bigmodel.checkpoint.view import open_checkpoint
 from bigpipe.bigmodel.writing.card import front_matter
-from bigpipe.bigmodel.writing.writer import save_checkpoint
+from bigpipe.bigmodel.writing.saving import save_checkpoint
 from bigpipe.errors import InvalidCheckpoint, NotAuthorised, Offline, StageFailed, UsageError
 from bigpipe.orchestrator.stage import Forecast, StageResult
 from bigpipe.plugins.save import STAGE, SaveMetrics, SaveParams

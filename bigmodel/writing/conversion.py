@@ -1,0 +1,111 @@
+"""Reshards, converts or casts a checkpoint: its byte ranges through reused buffers, without torch."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from bigpipe.bigmodel.checkpoint.arrivals import Delivery
+from bigpipe.bigmodel.checkpoint.files import Format
+from bigpipe.bigmodel.checkpoint.tensors import CASTABLE, SAFETENSORS_NAMES
+from bigpipe.bigmodel.checkpoint.view import Checkpoint
+from bigpipe.errors import UsageError
+
+from .casting import is_cast
+from .containers import container
+from .plans import NAMES, PlannedTensor, ShardPlan, laid_out, plan_shards
+from .ranges import RangeReaders
+from .writer import METADATA, ReportProgress, SavedCheckpoint, Traffic, write_checkpoint
+
+WORKERS = 4
+"""Files written side by side at most, one per core: one sha256 is slower than a disk. Each takes about 20 MB."""
+
+
+def plan_conversion(
+    tensors: Mapping[str, tuple[str, tuple[int, ...]]],
+    tied: Mapping[str, str],
+    *,
+    max_shard_size: int,
+    dtype: str | None = None,
+    format: Format = "safetensors",
+) -> list[ShardPlan]:
+    """The files that `convert` writes for tensors of these (dtype, shape). UsageError for what cannot be written."""
+    if dtype is not None and dtype not in CASTABLE:
+        raise UsageError(f"dtype {dtype} cannot be cast to", f"choose one of {', '.join(sorted(CASTABLE))}")
+    if format not in NAMES:
+        raise UsageError(f"format {format!r} is not known", f"choose one of {', '.join(NAMES)}")
+    planned = []
+    for name, (stored, shape) in tensors.items():
+        kept = dtype if dtype is not None and is_cast(stored, dtype) else stored
+        if format == "safetensors" and kept not in SAFETENSORS_NAMES:
+            raise UsageError(
+                f"tensor {name!r}: safetensors has no {kept}", "write format: bin, or cast the tensor first"
+            )
+        planned.append(PlannedTensor.of(name, kept, shape))
+    return plan_shards(planned, max_shard_size, format, tied)
+
+
+def planned_bytes(plans: Sequence[ShardPlan], format: Format) -> int:
+    """Bytes of the planned weight files, headers included."""
+    return sum(container(plan, format, METADATA, "sorted").size for plan in plans)
+
+
+def convert(
+    checkpoint: Checkpoint,
+    out: Path,
+    *,
+    max_shard_size: int,
+    dtype: str | None = None,
+    format: Format = "safetensors",
+    progress: ReportProgress | None = None,
+    journal: Path | None = None,
+    delivery: Delivery | None = None,
+) -> SavedCheckpoint:
+    """Write a checkpoint's weights anew: `save_checkpoint` without side files.
+
+    `dtype` changes floating-point tensors only. Aliases of tied weights are dropped in safetensors and kept as shared
+    storages in `.bin`. `journal` as in `write_checkpoint`, `delivery` as in `Traffic`.
+    """
+    _check_apart(checkpoint, out)
+    if dtype is not None and "quantization_config" in (checkpoint.config or {}):
+        raise UsageError(
+            f"{checkpoint.path}: is quantized; its scales must keep their dtype",
+            "leave dtype out, or cast before quantizing",
+        )
+    stored = {name: (tensor.dtype, tensor.shape) for name, tensor in checkpoint.tensors.items()}
+    plans = plan_conversion(stored, checkpoint.tied, max_shard_size=max_shard_size, dtype=dtype, format=format)
+    if format == "safetensors":
+        # In the order of the file, so that it is hashed in passing.
+        plans = [ShardPlan(plan.file, tuple(laid_out(plan, "sorted"))) for plan in plans]
+    sources = {plan.file: {checkpoint.tensors[tensor.name].file for tensor in plan.tensors} for plan in plans}
+
+    def fingerprint(file: str) -> str:
+        return repr(sorted((source.name, checkpoint.identity(source)) for source in sources[file]))
+
+    with RangeReaders(checkpoint, dtype) as readers:
+        return write_checkpoint(
+            out,
+            plans,
+            readers.produce,
+            metadata={"format": checkpoint.metadata.get("format", "pt")},
+            format=format,
+            journal=journal,
+            fingerprint=fingerprint,
+            workers=min(WORKERS, cores()),
+            sources=sources,
+            traffic=Traffic(progress, delivery, checkpoint.arrivals, readers.close),
+        )
+
+
+def _check_apart(checkpoint: Checkpoint, out: Path) -> None:
+    directory = checkpoint.path if checkpoint.path.is_dir() else checkpoint.path.parent
+    if os.path.realpath(directory) == os.path.realpath(out):
+        raise UsageError(
+            f"{out}: is where the source is", "write to another directory; a checkpoint is never changed in place"
+        )
+
+
+def cores() -> int:
+    """Those this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
