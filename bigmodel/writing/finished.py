@@ -8,7 +8,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from bigpipe.files import PARTIAL, hash_file, link, make_directory, write_file
+from bigpipe.files import PARTIAL, explained, hash_file, link, make_directory, write_file
 
 
 class Finished:
@@ -60,7 +60,8 @@ class Finished:
     def note(self, key: str, sha256: str) -> None:
         """Say durably what the file of this key will be; it may take its name only then."""
         if self.notes is not None:
-            write_file(self.notes / f"{key}.json", json.dumps({"sha256": sha256}))
+            with explained(self.notes):
+                write_file(self.notes / f"{key}.json", json.dumps({"sha256": sha256}))
 
     def show(self, name: str, key: str) -> None:
         """Let a finished file be in `out`."""

@@ -26,7 +26,7 @@ from pathlib import Path
 from bigpipe.bigmodel.checkpoint.arrivals import Arrivals, Delivery, Uses
 from bigpipe.bigmodel.checkpoint.files import Format
 from bigpipe.errors import Interrupted
-from bigpipe.files import PARTIAL, is_partial, make_directory, require_space, write_file
+from bigpipe.files import PARTIAL, explained, is_partial, make_directory, require_space, write_file
 
 from .containers import Container, container
 from .finished import Finished, key_of
@@ -162,7 +162,8 @@ def write_index(out: Path, plans: Sequence[ShardPlan], format: Format) -> Files:
     if len(plans) < 2:
         return {}
     name = index_file(format)
-    return {name: write_file(out / name, encode_index(plans))}
+    with explained(out):
+        return {name: write_file(out / name, encode_index(plans))}
 
 
 def prepare(out: Path, format: Format, planned: set[str]) -> None:

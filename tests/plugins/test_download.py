@@ -7,6 +7,7 @@ import json
 import os
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -139,7 +140,7 @@ def test_a_plan_knows_the_bytes_before_any_weight_moves(
 def test_a_disk_that_is_too_small_is_a_misfit_and_a_refusal(
     server: LoopbackHub, environment: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("shutil.disk_usage", lambda path: type("Usage", (), {"free": 1000})())
+    monkeypatch.setattr("os.statvfs", lambda path: SimpleNamespace(f_bavail=1000, f_frsize=1))
     found = STAGE.forecast(params(repo="org/model"), forecast_context(tmp_path, environment=environment))
     assert "HF_HOME" in found.misfits[0].cure
     with pytest.raises(DoesNotFit, match="free for the Hub cache"):
