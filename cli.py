@@ -310,14 +310,15 @@ def init(file: Path, model: str) -> None:
 
 
 @cli.command()
-def schema() -> None:
-    """Print the JSON schema of manifests, generated from the registered kinds.
+@click.argument("kinds", nargs=-1, metavar="MODULE:STAGE...")
+def schema(kinds: tuple[str, ...]) -> None:
+    """Print the JSON schema of manifests, generated from the registered kinds, and from those of modules of yours.
 
     Example: bigpipe schema > bigpipe.schema.json
     """
     from bigpipe.orchestrator.recipe.schema import manifest_schema
 
-    show(manifest_schema())
+    show(manifest_schema(more=kinds))
 
 
 @cli.command()

@@ -68,6 +68,8 @@ def warm_up(modules: list[str]) -> None:
 
 def run_stage(path: Path, mode: Mode) -> int:
     """Call the stage's function for this mode and write what came of it; gives the exit status."""
+    from bigpipe.modules import import_attribute
+
     from .eventlog import EventWriter
     from .jobs import JobFile, context
     from .redaction import Redactor, stored_hub_token
@@ -86,7 +88,8 @@ def run_stage(path: Path, mode: Mode) -> int:
         if rank_dir:
             rank_dir.mkdir(parents=True, exist_ok=True)
         place = context(job, events, rank=rank, world_size=world_size, rank_dir=rank_dir)
-        return _call_stage(_load(job.module), mode, job, place)
+        stage = import_attribute(job.module, job.trust.home(job.module, job.base))
+        return _call_stage(stage, mode, job, place)
 
     result = _settle(call)
     events.close()
@@ -121,14 +124,6 @@ def _settle(call: Callable[[], Result]) -> Result:
         traceback.print_exc()
         result = Result(failure=Failure.of(error))
     return result.model_copy(update={"peak_rss": own_peak()})
-
-
-def _load(name: str) -> Stage[Any]:
-    from importlib import import_module
-
-    module, _, attribute = name.partition(":")
-    stage: Stage[Any] = getattr(import_module(module), attribute)
-    return stage
 
 
 def _call_stage(stage: Stage[Any], mode: Mode, job: Job, place: StageContext) -> Result:

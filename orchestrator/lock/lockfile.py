@@ -45,6 +45,8 @@ class LockedFile(_Locked):
 class LockedInput(_Locked):
     kind: str
     version: int
+    code: str | None = None
+    """The digest of the kind's source, where it is not built in."""
     params: dict[str, Any] = Field(default_factory=dict)
     env: dict[str, str] = Field(default_factory=dict)
     pins: dict[str, str] = Field(default_factory=dict)
@@ -89,6 +91,7 @@ def locked_input(
     return LockedInput(
         kind=identity.kind,
         version=identity.version,
+        code=identity.code,
         params=dict(identity.params),
         env=dict(identity.env),
         pins=dict(pins),
@@ -249,7 +252,7 @@ def check(lock: LockFile, now: LockFile, nodes: Iterable[str] | None = None) -> 
 
 
 def _input_changes(old: LockedInput, new: LockedInput) -> list[Change]:
-    fields = ("kind", "version", "params", "env", "pins")
+    fields = ("kind", "version", "code", "params", "env", "pins")
     changes = [item for name in fields for item in changed(name, getattr(old, name), getattr(new, name))]
     return changes + (_file_changes(old.files, new.files) if old.files and new.files else [])
 

@@ -10,11 +10,8 @@ import glob
 import math
 import os
 import re
-import sys
 from collections.abc import Callable, Mapping
 from functools import cache
-from importlib.machinery import PathFinder
-from importlib.util import find_spec
 from pathlib import Path
 from types import UnionType
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
@@ -23,6 +20,7 @@ from pydantic import BaseModel
 from pydantic_core import to_jsonable_python
 
 from bigpipe.errors import UsageError
+from bigpipe.modules import find_source, top_level
 from bigpipe.orchestrator.contract.stage import ContentField, Params
 from bigpipe.orchestrator.contract.types import Json
 from bigpipe.orchestrator.store.hashing import canonical, digest_of
@@ -123,14 +121,14 @@ class _Walk:
     def code(self, value: str, where: str) -> str:
         if not _CODE.fullmatch(value):
             return value  # the name of something built in, in a field that takes either
-        top = value.partition(":")[0].partition(".")[0]
-        sources = _sources(top, self.base)
-        if not sources:
+        digest = source_digest(value, self.base, self.memo)
+        if digest is None:
+            top = top_level(value)
             raise UsageError(
                 f"{where}: there is no Python source of a module {top!r}",
                 f"put {top}.py or {top}/ into {self.base}, or install it beside bigpipe",
             )
-        return f"{value}@{digest_of('code', [[name, self.memo.sha256(path)] for name, path in sources])}"
+        return f"{value}@{digest}"
 
 
 class _Arm:
@@ -206,22 +204,21 @@ def _raise(error: OSError) -> None:
     raise error
 
 
-def _locations(top: str, base: Path) -> tuple[Path, ...]:
-    """Where a top-level module's source lies: one file, or the directories of a package."""
-    spec = PathFinder.find_spec(top, [str(base), *sys.path]) or find_spec(top)
-    if spec is None:
-        return ()
-    if spec.submodule_search_locations is not None:
-        return tuple(Path(place) for place in spec.submodule_search_locations)
-    return (Path(spec.origin),) if spec.origin and spec.has_location else ()
-
-
-def _sources(top: str, base: Path) -> list[tuple[str, Path]]:
+def _sources(top: str, base: Path | None) -> list[tuple[str, Path]]:
     """(Relative path, path) of the Python files of a top-level module or package, sorted."""
     found = []
-    for place in _locations(top, base):
+    for place in find_source(top, base):
         if place.is_dir():
             found += [(name, place / name) for name in _files(place) if name.endswith(".py")]
         elif place.suffix == ".py":
             found.append((place.name, place))
     return sorted(found)
+
+
+def source_digest(reference: str, base: Path | None, memo: StatMemo) -> str | None:
+    """Return `sha256:…` over all Python files of the top-level package of `module:name`; None where there are none.
+
+    base: the directory in which it is looked for first. Nothing is imported.
+    """
+    sources = _sources(top_level(reference), base)
+    return digest_of("code", [[name, memo.sha256(path)] for name, path in sources]) if sources else None

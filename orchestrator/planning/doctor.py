@@ -8,13 +8,13 @@ import tempfile
 import threading
 import time
 from collections.abc import Mapping
-from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 from bigpipe.errors import BigpipeError
 from bigpipe.machine import DOCTOR_FORMAT, detect, machine_as_json
+from bigpipe.modules import import_attribute
 from bigpipe.orchestrator.contract.stage import Stage
 from bigpipe.orchestrator.contract.types import Json, Launch, Machine, Trust
 from bigpipe.orchestrator.launch.jobs import Job
@@ -67,8 +67,7 @@ def doctor_text(found: Mapping[str, Json]) -> str:
 
 def _probe(name: str, machine: Machine, environment: Mapping[str, str] | None) -> dict[str, Json]:
     target = PROBES[name]
-    module, _, attribute = target.partition(":")
-    stage: Stage[Any] = getattr(import_module(module), attribute)
+    stage: Stage[Any] = import_attribute(target)
     started = time.monotonic()
     with tempfile.TemporaryDirectory(prefix="bigpipe-doctor-") as folder:
         job = _job(Path(folder), target, stage, machine)

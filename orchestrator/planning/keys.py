@@ -1,7 +1,8 @@
 """What a computation is named by: everything its bytes depend on, and nothing else.
 
-key = sha256 of the kind and its version, the params in full (paths by content, floating values pinned), `env`, the
-versions of the packages the kind names, its facts about the machine, and the digests of its inputs per port.
+key = sha256 of the kind, its version and (unless it is built in) its source, the params in full (paths by content,
+floating values pinned), `env`, the versions of the packages the kind names, its facts about the machine, and the
+digests of its inputs per port.
 Not in it: launch, resources, retries, timeout, gates, on_fail, needs, cache, when, secrets.
 """
 
@@ -15,11 +16,13 @@ from pathlib import Path
 from bigpipe.errors import UsageError
 from bigpipe.orchestrator.contract.types import Json, Machine
 from bigpipe.orchestrator.recipe.node import Node
+from bigpipe.orchestrator.recipe.registry import is_built_in
 from bigpipe.orchestrator.store.hashing import digest_of
 from bigpipe.orchestrator.store.memo import StatMemo
+from bigpipe.trust import Trust
 from bigpipe.versions import package_version
 
-from .content import content_params
+from .content import content_params, source_digest
 
 ABSENT = "(absent)"
 """Stands in a `Change` for a value that is not there on one side."""
@@ -31,6 +34,8 @@ class Identity:
 
     kind: str
     version: int
+    code: str | None = None
+    """The digest of the kind's source, where it is not built in: its `version` alone need not say what it does."""
     params: Mapping[str, Json]
     env: Mapping[str, str] = field(default_factory=dict)
     packages: Mapping[str, str | None] = field(default_factory=dict)
@@ -38,7 +43,8 @@ class Identity:
 
     @cached_property
     def as_json(self) -> dict[str, Json]:
-        return {name: getattr(self, name) for name in self.__dataclass_fields__}
+        values = {name: getattr(self, name) for name in self.__dataclass_fields__}
+        return {name: value for name, value in values.items() if value is not None}
 
     @cached_property
     def partial(self) -> str:
@@ -60,11 +66,12 @@ class Change:
 
 
 def identity(
-    node: Node, *, base: Path, memo: StatMemo, machine: Machine, pins: Mapping[str, str] | None = None
+    node: Node, *, base: Path, memo: StatMemo, machine: Machine, trust: Trust, pins: Mapping[str, str] | None = None
 ) -> Identity:
-    """The identity of a node on this machine. `base` is the manifest's directory, `pins` what the kind's `pin` gave.
+    """Return the identity of a node on this machine.
 
-    Raises UsageError where a file the params name is not there.
+    base: the manifest's directory. trust: what the manifest trusts. pins: what the kind's `pin` gave.
+    Raise UsageError where a file the params name is not there.
     """
     kind = node.kind
     params = content_params(node.params, base, memo)
@@ -73,6 +80,9 @@ def identity(
     return Identity(
         kind=kind.kind,
         version=kind.version,
+        code=None
+        if is_built_in(node.location)
+        else source_digest(node.location, trust.home(node.location, base), memo),
         params=params,
         env=dict(node.env),
         packages={name: package_version(name) for name in kind.packages},
@@ -96,13 +106,15 @@ def differences(
     old_inputs: Mapping[str, Sequence[str]],
     new_inputs: Mapping[str, Sequence[str] | None],
 ) -> list[Change]:
-    """What made the key change, in the order a reader looks: kind, version, params, inputs, env, packages, facts.
+    """What made the key change, in the order a reader looks: kind, version, code, params, inputs, env, packages, facts.
 
     `old` is `Identity.as_json` as recorded. A port of `new_inputs` that is None is not known yet, and not compared.
     """
     now = new.as_json if isinstance(new, Identity) else new
     changes = [
-        change for name in ("kind", "version", "params") for change in changed(name, old.get(name), now.get(name))
+        change
+        for name in ("kind", "version", "code", "params")
+        for change in changed(name, old.get(name), now.get(name))
     ]
     for port in sorted(old_inputs.keys() | new_inputs.keys()):
         before, after = old_inputs.get(port, ()), new_inputs.get(port, ())

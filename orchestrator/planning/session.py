@@ -169,8 +169,9 @@ class Session:
             self._identifying = node.name
             try:
                 self._identities[node.name] = identity(
-                    node, base=self.base, memo=self.memo, machine=self.machine, pins=self.pinned(node).values
-                )
+                    node, base=self.base, memo=self.memo, machine=self.machine, trust=self.recipe.trust,
+                    pins=self.pinned(node).values,
+                )  # fmt: skip
             except BigpipeError as error:
                 error.place = error.place or node.places.get("with") or node.places.get("")
                 raise

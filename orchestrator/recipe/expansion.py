@@ -165,6 +165,7 @@ class Expansion:
             name=node_name(stage.name, texts),
             stage=stage.name,
             kind=reading.kind,
+            location=stage.location,
             params=reading.params,
             variant={axis: stage.axes[axis][text] for axis, text in texts.items()},
             inputs={port: self._targets(sources, texts) for port, sources in stage.inputs.items()},

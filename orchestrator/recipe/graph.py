@@ -31,7 +31,7 @@ from .interpolation import WELL_KNOWN_SECRETS, Scope, interpolate, read_argument
 from .manifest import ManifestSpec, Structure, named, read_manifest, split_stage
 from .node import Node, Places
 from .problems import Code, Problems, did_you_mean
-from .registry import load_stage
+from .registry import Offer, load_stage, locate
 from .validation import Target, validate
 from .wiring import Wired, Wiring
 from .yamlsource import Document, Key, read_document
@@ -123,7 +123,9 @@ def load_recipe(
     Raises ManifestError with every problem at once, or UsageError where there is no such file.
     """
     document = read_document(str(path), _read(path))
-    return _Loading(document, params, os.environ if environment is None else environment, stages).recipe(path)
+    return _Loading(
+        document, params, os.environ if environment is None else environment, stages, path.absolute().parent
+    ).recipe(path)
 
 
 def _read(path: Path) -> bytes:
@@ -153,7 +155,9 @@ class _Loading:
         arguments: Mapping[str, str],
         environment: Mapping[str, str],
         stages: Mapping[str, Stage[Any]] | None,
+        base: Path,
     ) -> None:
+        self.base = base
         self.document, self.arguments, self.environment, self.known = document, arguments, environment, stages
         self.problems = Problems()
         self.secrets: frozenset[str] = WELL_KNOWN_SECRETS
@@ -162,8 +166,8 @@ class _Loading:
         manifest = read_manifest(self.document, self.problems)
         if manifest is None:
             raise self.problems.error()
-        kinds = self._kinds(named(manifest.stages))
-        self.secrets = self.secrets.union(manifest.secrets, *(kind.secrets for kind in kinds.values()))
+        kinds = self._kinds(named(manifest.stages), manifest.trusted())
+        self.secrets = self.secrets.union(manifest.secrets, *(kind.stage.secrets for kind in kinds.values()))
         scope = self._params(named(manifest.params))
         stages = self._stages(manifest, kinds, scope)
         Wiring(self.document, stages, self.problems).resolve()
@@ -181,35 +185,37 @@ class _Loading:
             secrets=manifest.secrets,
         )
 
-    def _kinds(self, stages: Mapping[str, Json]) -> dict[str, Stage[Any]]:
+    def _kinds(self, stages: Mapping[str, Json], trust: Trust) -> dict[str, Offer]:
         """Stage name → its kind, for those whose kind can be had."""
-        found: dict[str, Stage[Any]] = {}
-        loaded: dict[str, Stage[Any] | None] = {}
+        found: dict[str, Offer] = {}
+        loaded: dict[str, Offer | None] = {}
         for name, raw in stages.items():
-            kind = raw.get("uses") if isinstance(raw, dict) else None
-            if not isinstance(kind, str):
+            uses = raw.get("uses") if isinstance(raw, dict) else None
+            if not isinstance(uses, str):
                 continue
-            if kind not in loaded:
-                loaded[kind] = self._kind(kind, ("stages", name, "uses"))
-            if (stage := loaded[kind]) is not None:
-                found[name] = stage
+            if uses not in loaded:
+                loaded[uses] = self._kind(uses, trust, ("stages", name, "uses"))
+            if (kind := loaded[uses]) is not None:
+                found[name] = kind
         return found
 
-    def _kind(self, kind: str, path: tuple[Key, ...]) -> Stage[Any] | None:
+    def _kind(self, uses: str, trust: Trust, path: tuple[Key, ...]) -> Offer | None:
         place = self.document.place_at(path)
-        if "${" in kind:
+        if "${" in uses:
             cure = "write the kind out; what a stage is cannot depend on a parameter"
             self.problems.add(Code.MISPLACED_REFERENCE, place, "`uses` cannot hold a reference", cure)
             return None
         if self.known is not None:
-            if kind not in self.known:
-                cure = did_you_mean(kind, self.known, otherwise="there are")
-                self.problems.add(Code.UNKNOWN_KIND, place, f"unknown stage kind {kind!r}", cure)
-            return self.known.get(kind)
+            if uses not in self.known:
+                cure = did_you_mean(uses, self.known, otherwise="there are")
+                self.problems.add(Code.UNKNOWN_KIND, place, f"unknown stage kind {uses!r}", cure)
+            return Offer(self.known[uses], "") if uses in self.known else None
+        code = Code.UNTRUSTED_KIND if ":" in uses else Code.UNKNOWN_KIND
         try:
-            return load_stage(kind)
+            location = locate(uses, trust)
+            code = Code.BROKEN_KIND
+            return Offer(load_stage(uses, trust, self.base), location)
         except UsageError as error:
-            code = Code.UNKNOWN_KIND if error.cause.startswith("unknown") else Code.BROKEN_KIND
             self.problems.add(code, place, error.cause, error.cure)
             return None
 
@@ -259,7 +265,7 @@ class _Loading:
             self.problems.add(Code.BAD_ARGUMENT, place, f"-p {name}=…: {error}", cure)
             return None
 
-    def _stages(self, manifest: ManifestSpec, kinds: Mapping[str, Stage[Any]], scope: Scope) -> dict[str, Wired]:
+    def _stages(self, manifest: ManifestSpec, kinds: Mapping[str, Offer], scope: Scope) -> dict[str, Wired]:
         result: dict[str, Wired] = {}
         for index, (name, raw) in enumerate(named(manifest.stages).items()):
             path: tuple[Key, ...] = ("stages", name)
@@ -280,14 +286,14 @@ class _Loading:
             target = Target(self.document, path, name, lenient)
             structure = validate(Structure, shape, target, self.problems, salvage=True)
             broken = len(self.problems) > before
-            result[name] = Wired(
-                name, index, kinds.get(name), structure, settings, _condition(settings, scope), broken=broken
-            )
-            self._check_secrets(name, structure, kinds.get(name), manifest)
+            kind, location = kinds.get(name) or (None, "")
+            condition = _condition(settings, scope)
+            result[name] = Wired(name, index, kind, structure, settings, condition, location, broken=broken)
+            self._check_secrets(name, structure, manifest, kind)
         return result
 
     def _check_secrets(
-        self, name: str, structure: Structure | None, kind: Stage[Any] | None, manifest: ManifestSpec
+        self, name: str, structure: Structure | None, manifest: ManifestSpec, kind: Stage[Any] | None
     ) -> None:
         allowed = {*manifest.secrets, *(kind.secrets if kind else ())}
         for index, secret in enumerate(structure.secrets if structure else ()):

@@ -50,12 +50,6 @@ class Places(Mapping[str, Place]):
     def __len__(self) -> int:
         return len(self._table)
 
-    def nearest(self, name: str) -> Place:
-        """The place of `name`, or of the nearest thing around it: `params.a.b` → `params.a` → `params` → the stage."""
-        while name and name not in self._table:
-            name = name[: max(name.rfind("."), name.rfind("["), 0)]
-        return self._table[name]
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Node:
@@ -64,6 +58,8 @@ class Node:
     stage: str
     """The key under `stages:`."""
     kind: Stage[Any]
+    location: str
+    """`module:attribute` of the kind: where workers import it from."""
     params: Params
     """Validated; paths as written, relative to the manifest."""
     variant: Mapping[str, Json]

@@ -1,4 +1,5 @@
-"""Where stage kinds are found: the built-in ones by name, others through the entry-point group `bigpipe.stages`.
+"""Where stage kinds are found: the built-in ones by name, others through the entry-point group `bigpipe.stages`, or as
+`module:attribute` in a module that the manifest trusts.
 
 Nothing is imported until a manifest uses it. Entry points are looked for only when a kind is not built in, or when all
 kinds are listed: reading the metadata of every installed distribution costs more than the rest of a start.
@@ -7,12 +8,14 @@ kinds are listed: reading the metadata of every installed distribution costs mor
 from __future__ import annotations
 
 from collections.abc import Mapping
-from importlib import import_module
+from pathlib import Path
 from types import MappingProxyType
-from typing import Any
+from typing import Any, NamedTuple
 
 from bigpipe.errors import UsageError
+from bigpipe.modules import import_attribute, top_level
 from bigpipe.orchestrator.contract.stage import Stage
+from bigpipe.trust import Trust
 
 from .problems import did_you_mean
 
@@ -40,6 +43,14 @@ PROBES: Mapping[str, str] = MappingProxyType(
 """What `doctor` checks → the stage it runs for that."""
 
 
+class Offer(NamedTuple):
+    """A kind that a manifest may use."""
+
+    stage: Stage[Any]
+    location: str
+    """`module:attribute`, where workers import it from."""
+
+
 def stage_kinds() -> Mapping[str, str]:
     """Kind → `module:attribute`, built-in kinds first. Imports no kind.
 
@@ -61,32 +72,50 @@ def stage_kinds() -> Mapping[str, str]:
     return MappingProxyType(kinds)
 
 
-def locate(kind: str) -> str:
-    """`module:attribute` of one kind. Installed distributions are looked through only where it is not built in.
+def is_built_in(location: str) -> bool:
+    """Return whether `module:attribute` is a part of bigpipe."""
+    return top_level(location) == "bigpipe"
 
-    Raises UsageError for a kind that nobody offers.
+
+def locate(uses: str, trust: Trust = Trust()) -> str:
+    """Return `module:attribute` of the kind that is named so after `uses:`.
+
+    A name is that of a built-in kind, or one that an installed distribution offers: these are looked through only where
+    it is not built in. `module:attribute` is a trusted module's. Raise UsageError where nobody offers such a kind, or
+    the module is not trusted.
     """
-    if kind in BUILT_IN:
-        return BUILT_IN[kind]
+    if ":" in uses:
+        trust.require_module(uses, f"the stage kind {uses}")
+        return uses
+    if uses in BUILT_IN:
+        return BUILT_IN[uses]
     kinds = stage_kinds()
-    if kind not in kinds:
-        raise UsageError(f"unknown stage kind {kind!r}", did_you_mean(kind, kinds, otherwise="there are"))
-    return kinds[kind]
+    if uses not in kinds:
+        raise UsageError(f"unknown stage kind {uses!r}", did_you_mean(uses, kinds, otherwise="there are"))
+    return kinds[uses]
 
 
-def load_stage(kind: str) -> Stage[Any]:
-    """The Stage of one kind; imports its module and no other.
+def load_stage(uses: str, trust: Trust = Trust(), base: Path | None = None) -> Stage[Any]:
+    """Return the Stage that is named so after `uses:`; imports its module and no other of the kinds.
 
-    Raises UsageError for a kind that nobody offers, or that cannot be imported, or is not what its entry point says.
+    base: the directory in which a trusted module is looked for first. Raise UsageError as `locate` does, and where the
+    kind cannot be imported, or is not what its entry point says.
     """
-    target = locate(kind)
-    module, _, attribute = target.partition(":")
+    location = locate(uses, trust)
+    cure = (
+        "put the module beside the manifest, or install it" if ":" in uses else "reinstall or update its distribution"
+    )
     try:
-        found = getattr(import_module(module), attribute)
-    except (ImportError, AttributeError) as error:
-        cause = f"the stage kind {kind!r} cannot be loaded from {target}: {error}"
-        raise UsageError(cause, "reinstall or update the distribution that offers it") from error
-    if not isinstance(found, Stage) or found.kind != kind:
-        what = f"a Stage of kind {found.kind!r}" if isinstance(found, Stage) else f"a {type(found).__name__}"
-        raise UsageError(f"{target} is {what}, not the Stage of kind {kind!r}", "correct its entry point")
+        found = import_attribute(location, trust.home(location, base))
+    except (ImportError, AttributeError, SyntaxError) as error:
+        raise UsageError(f"the stage kind {uses!r} cannot be loaded from {location}: {error}", cure) from error
+    if not isinstance(found, Stage):
+        raise UsageError(f"{location} is a {type(found).__name__}, not a Stage", "name a Stage value of the module")
+    if ":" not in uses and found.kind != uses:
+        raise UsageError(f"{location} is the Stage of kind {found.kind!r}, not of {uses!r}", "correct its entry point")
     return found
+
+
+def named_stage(uses: str) -> Stage[Any]:
+    """Return the Stage of a kind that somebody names: a module they name is trusted, and may lie in this directory."""
+    return load_stage(uses, Trust((uses.partition(":")[0],)) if ":" in uses else Trust(), Path.cwd())

@@ -7,7 +7,7 @@ A reference `${…}` is accepted wherever a value may stand. What relates one fi
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from pydantic import BaseModel
@@ -17,7 +17,7 @@ from bigpipe.orchestrator.contract.stage import Stage
 from .docstrings import field_descriptions
 from .initial import initial_manifest
 from .manifest import NAME, ManifestSpec, Settings, Structure
-from .registry import load_stage, stage_kinds
+from .registry import load_stage, named_stage, stage_kinds
 from .validation import models_in
 from .wiring import DEFAULT_PORT
 
@@ -27,13 +27,17 @@ Schema = dict[str, Any]
 
 REFERENCE: Schema = {"$ref": "#/definitions/reference"}
 
+REFERENCE_TO_CODE = r"^[A-Za-z_][\w.]*:[A-Za-z_]\w*$"
+
 _ANNOTATIONS = ("description", "default", "examples")
 _RESTRICTIONS = ("enum", "const", "pattern", "format")
 
 
-def manifest_schema(stages: Mapping[str, Stage[Any]] | None = None) -> Schema:
-    """The schema over `stages`, by default all registered kinds. JSON-ready."""
-    kinds = {name: load_stage(name) for name in stage_kinds()} if stages is None else stages
+def manifest_schema(stages: Mapping[str, Stage[Any]] | None = None, *, more: Iterable[str] = ()) -> Schema:
+    """Return the schema over `stages`, by default all registered kinds and `more`, each `module:STAGE`. JSON-ready."""
+    if stages is None:
+        stages = {name: load_stage(name) for name in stage_kinds()} | {name: named_stage(name) for name in more}
+    kinds = stages
     definitions: dict[str, Schema] = {
         "reference": {"type": "string", "pattern": r"\$\{.+\}", "description": "${params.x}, ${matrix.x} or ${env.X}"}
     }
@@ -62,9 +66,11 @@ def _stage_schema(kinds: Mapping[str, Stage[Any]], definitions: dict[str, Schema
     settings = _model_schema(Settings, "stage", definitions)
     properties = {name: _open(schema) for name, schema in (structure["properties"] | settings["properties"]).items()}
     properties["uses"] = {
-        "enum": list(kinds),
-        "enumDescriptions": [kind.title for kind in kinds.values()],
-        "description": "The stage kind.",
+        "description": "The stage kind: a name, or `module:STAGE` of a module under `trust`.",
+        "type": "string",
+        "if": {"pattern": ":"},
+        "then": {"pattern": REFERENCE_TO_CODE},
+        "else": {"enum": list(kinds), "enumDescriptions": [kind.title for kind in kinds.values()]},
     }
     return {
         "type": "object",
@@ -127,6 +133,15 @@ def _model_schema(
     for name, inner in schema.pop("$defs", {}).items():
         definitions[f"{prefix}.{name}"] = _inside(_described(inner, described.get(name, {})), references)
     return _inside(_described(schema, described.get(model.__name__, {})), references)
+
+
+def described_schema(model: type[BaseModel]) -> Schema:
+    """Return the model's own schema, each field with its docstring."""
+    described = _descriptions(model)
+    schema = model.model_json_schema()
+    for name, inner in schema.get("$defs", {}).items():
+        _described(inner, described.get(name, {}))
+    return _described(schema, described[model.__name__])
 
 
 def _described(schema: Schema, descriptions: Mapping[str, str]) -> Schema:

@@ -61,6 +61,8 @@ class Wired:
     settings: dict[str, Json]
     condition: str = ""
     """The text of `when`, its matrix references still standing."""
+    location: str = ""
+    """`module:attribute` of the kind."""
     inputs: dict[str, tuple[Source, ...]] = field(default_factory=dict)
     needs: tuple[Source, ...] = ()
     when: tuple[Source, ...] = ()

@@ -12,7 +12,8 @@ from pydantic_core import PydanticUndefined
 from bigpipe.orchestrator.contract.stage import ContentField, Stage, parse_size
 from bigpipe.orchestrator.contract.types import Json
 from bigpipe.orchestrator.recipe.docstrings import field_descriptions
-from bigpipe.orchestrator.recipe.registry import load_stage, stage_kinds
+from bigpipe.orchestrator.recipe.registry import load_stage, named_stage, stage_kinds
+from bigpipe.orchestrator.recipe.schema import described_schema
 from bigpipe.sizes import exact_size
 
 HEAD = """# The stage kinds
@@ -33,15 +34,18 @@ def overview() -> str:
 
 
 def markdown(kind: str | None = None) -> str:
-    """The whole reference, or the part of one kind. UsageError for an unknown kind."""
-    parts = [HEAD] if kind is None else []
-    parts += [_kind_markdown(load_stage(name)) for name in (stage_kinds() if kind is None else [kind])]
-    return "\n".join(parts)
+    """Return the whole reference, or the part of one kind. Raise UsageError for an unknown kind."""
+    parts = [_kind_markdown(stage) for stage in _stages(kind).values()]
+    return "\n".join([HEAD, *parts] if kind is None else parts)
 
 
 def as_json(kind: str | None = None) -> dict[str, Json]:
-    names = stage_kinds() if kind is None else [kind]
-    return {name: _kind_json(load_stage(name)) for name in names}
+    """Return all kinds, or one, as they are printed by `kinds --json`. Raise UsageError for an unknown kind."""
+    return {name: _kind_json(stage) for name, stage in _stages(kind).items()}
+
+
+def _stages(kind: str | None) -> dict[str, Stage[Any]]:
+    return {kind: named_stage(kind)} if kind else {name: load_stage(name) for name in stage_kinds()}
 
 
 def summary(stage: Stage[Any]) -> str:
@@ -111,8 +115,8 @@ def _kind_json(stage: Stage[Any]) -> dict[str, Json]:
         "inputs": {n: {"type": p.type, "optional": p.optional, "many": p.many} for n, p in stage.inputs.items()},
         "output": stage.output,
         "runs_in": stage.runs_in,
-        "params": stage.params.model_json_schema(),
-        "metrics": stage.metrics.model_json_schema(),
+        "params": described_schema(stage.params),
+        "metrics": described_schema(stage.metrics),
     }
 
 

@@ -19,7 +19,6 @@ from bigpipe.orchestrator.launch.launcher import Job, Outcome, launch
 from bigpipe.orchestrator.launch.warm import WarmWorker
 from bigpipe.orchestrator.planning.session import Session
 from bigpipe.orchestrator.recipe.graph import Node
-from bigpipe.orchestrator.recipe.registry import locate
 from bigpipe.orchestrator.store.store import KeyRecord, Work
 from bigpipe.versions import package_version
 
@@ -171,7 +170,7 @@ def _job(attempt: Attempt, work: Work, number: int) -> Job:
     return Job(
         node=node.name,
         kind=node.kind.kind,
-        module=locate(node.kind.kind),
+        module=node.location,
         # As they were written: validators may ask which fields were given, and by what name.
         params=node.params.model_dump(mode="json", exclude_unset=True, by_alias=True),
         inputs=inputs,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from .errors import UsageError
@@ -25,10 +26,19 @@ class Trust:
             return given
         return cls((given,) if isinstance(given, str) else tuple(given))
 
+    def allows_module(self, reference: str) -> bool:
+        """Return whether the module of `module:name` is trusted."""
+        module = reference.partition(":")[0]
+        return any(module == trusted or module.startswith(f"{trusted}.") for trusted in self.modules)
+
+    def home(self, reference: str, base: Path | None) -> Path | None:
+        """Return the directory in which the module of `module:name` is looked for first: `base` where it is trusted."""
+        return base if self.allows_module(reference) else None
+
     def require_module(self, reference: str, what: str) -> None:
         """Raise UsageError where the module of `module:name` is not trusted. what: the subject of the sentence."""
-        module = reference.partition(":")[0]
-        if not any(module == trusted or module.startswith(f"{trusted}.") for trusted in self.modules):
+        if not self.allows_module(reference):
+            module = reference.partition(":")[0]
             package = module.partition(".")[0]
             raise UsageError(
                 f"{what}: module {module} is not trusted",

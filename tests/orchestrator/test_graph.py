@@ -138,9 +138,6 @@ def test_places_of_a_node(tmp_path: Path) -> None:
     assert shown("inputs") == "quantize"
     assert shown("params.max_memory.0") == '"${params.gpu}"'
     assert shown("params.max_memory.1-7") == "46GiB"
-    assert places.nearest("params.max_memory.cpu.what") == places["params.max_memory.cpu"]
-    assert places.nearest("params.device_map") == places["params"]
-    assert places.nearest("version") == places[""]
     infer = recipe(tmp_path, SEVEN).nodes["infer@scheme=nf4"]
     assert infer.gates[0].place == infer.places["gates[0]"]
     assert infer.places["params.prompts[0]"].text.strip() == "with: {prompts: [hello]}"

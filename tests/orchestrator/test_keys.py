@@ -11,6 +11,7 @@ from bigpipe.orchestrator.contract.types import Machine
 from bigpipe.orchestrator.planning.keys import ABSENT, Change, Identity, differences, identity
 from bigpipe.orchestrator.stage import File, Forecast, Metrics, Params, Stage, StageResult
 from bigpipe.orchestrator.store.memo import StatMemo
+from bigpipe.trust import Trust
 
 MACHINE = Machine("here", 2, 2**34, 2**33, 2**40)
 
@@ -46,6 +47,7 @@ class Use:
     kind: Stage = field(default_factory=stage)
     params: MakeParams = field(default_factory=MakeParams)
     env: dict[str, str] = field(default_factory=dict)
+    location: str = "bigpipe.plugins.make:STAGE"
 
 
 @pytest.fixture
@@ -54,7 +56,7 @@ def of(tmp_path):
 
     def identify(use=None, machine=MACHINE, pins=None, **changes):
         use = replace(use or Use(), **changes)
-        return identity(use, base=tmp_path, memo=memo, machine=machine, pins=pins)
+        return identity(use, base=tmp_path, memo=memo, machine=machine, trust=Trust(), pins=pins)
 
     return identify
 

@@ -3,15 +3,23 @@
 from __future__ import annotations
 
 import importlib
+import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
+from support.workshop import Workshop, statuses
 
+import bigpipe
 from bigpipe.errors import ManifestError, UsageError
+from bigpipe.machine import Machine
+from bigpipe.orchestrator.planning.keys import identity
 from bigpipe.orchestrator.recipe.graph import load_recipe
 from bigpipe.orchestrator.recipe.registry import BUILT_IN, load_stage, stage_kinds
+from bigpipe.orchestrator.store.memo import StatMemo
+from bigpipe.trust import Trust
 
 PLUGIN = """
 from bigpipe.orchestrator.stage import Forecast, Metrics, Params, Stage, StageResult
@@ -87,8 +95,8 @@ def test_a_distribution_seen_twice_on_the_path_is_one(
     [
         ("bad = no_such_module:STAGE", "cannot be loaded from no_such_module:STAGE: No module named 'no_such_module'"),
         ("bad = json:STAGE", "cannot be loaded from json:STAGE"),
-        ("bad = json:dumps", "json:dumps is a function, not the Stage of kind 'bad'"),
-        ("bad = bigpipe.plugins.shard:STAGE", "is a Stage of kind 'shard', not the Stage of kind 'bad'"),
+        ("bad = json:dumps", "json:dumps is a function, not a Stage"),
+        ("bad = bigpipe.plugins.shard:STAGE", "is the Stage of kind 'shard', not of 'bad'"),
     ],
 )
 def test_a_kind_that_cannot_be_loaded_is_a_placed_error(site: Path, tmp_path: Path, entry: str, cause: str) -> None:
@@ -101,6 +109,120 @@ def test_a_kind_that_cannot_be_loaded_is_a_placed_error(site: Path, tmp_path: Pa
         load_recipe(tmp_path / "m.yaml", environment={})
     (problem,) = placed.value.problems
     assert (problem.code, problem.place.line, problem.place.column) == ("BP109", 3, 13)
+
+
+NOTE = """
+from pathlib import Path
+from bigpipe.orchestrator.stage import Forecast, Metrics, Params, Stage, StageResult
+from {helper} import TEXT
+
+
+class NoteParams(Params):
+    width: int = 1
+    \"\"\"How wide the note is.\"\"\"
+
+
+class NoteMetrics(Metrics):
+    length: int
+    \"\"\"Of the note.\"\"\"
+
+
+def run(params, context):
+    (context.out / "note.txt").write_text(TEXT)
+    return StageResult(NoteMetrics(length=len(TEXT)))
+
+
+STAGE = Stage(kind="note", version=1, params=NoteParams, metrics=NoteMetrics, inputs={{}}, output="report",
+              run=run, forecast=lambda params, context: Forecast(), runs_in="{runs_in}")
+"""
+RECIPE = "version: 1\ntrust: {modules: [%s]}\nstages:\n  note: {uses: '%s:STAGE'}\n"
+
+
+def write_package(folder: Path, name: str, text: str, runs_in: str = "process") -> None:
+    """A package whose kind writes a text that another module of it holds."""
+    (folder / name).mkdir(exist_ok=True)
+    (folder / name / "__init__.py").write_text(NOTE.format(helper=".texts", runs_in=runs_in))
+    (folder / name / "texts.py").write_text(f"TEXT = {text!r}\n")
+
+
+def note(result: Any) -> str:
+    return str((result.path("note") / "note.txt").read_text())
+
+
+@pytest.mark.parametrize("runs_in", ["process", "inline"])
+def test_a_kind_in_a_trusted_module_beside_the_manifest_and_its_edits(workshop: Workshop, runs_in: str) -> None:
+    """Workers find it too; a change in any module of its package is another computation, and is said to be one."""
+    name = f"notes_{runs_in}"
+    write_package(workshop.folder, name, "first", runs_in)
+    one = workshop.run(RECIPE % (name, name))
+    assert (note(one), statuses(one)) == ("first", {"note": "succeeded"})
+    assert statuses(workshop.run()) == {"note": "cached"}
+    write_package(workshop.folder, name, "the second", runs_in)
+    reason = workshop.json("why", "recipe.yaml", "note")["note"]["reason"]
+    assert reason.startswith("code ")
+    assert " → " in reason
+    two = workshop.run()
+    assert (note(two), statuses(two)) == ("the second", {"note": "succeeded"})
+
+
+def test_the_module_beside_the_manifest_counts_not_an_installed_namesake(workshop: Workshop, site: Path) -> None:
+    write_package(site, "notes_twice", "installed")
+    write_package(workshop.folder, "notes_twice", "beside")
+    text = RECIPE % ("notes_twice", "notes_twice")
+    assert note(workshop.run(text)) == "beside"
+    other = workshop.folder / "other"
+    other.mkdir()
+    write_package(other, "notes_twice", "of the other recipe")
+    (other / "recipe.yaml").write_text(text)
+    assert note(bigpipe.run(other / "recipe.yaml")) == "of the other recipe"
+
+
+def test_an_edited_kind_of_a_distribution_runs_again(workshop: Workshop, site: Path) -> None:
+    install(
+        site, "noter", "note = noter_plugin:STAGE", noter_plugin=NOTE.format(helper="noter_texts", runs_in="inline")
+    )
+    (site / "noter_texts.py").write_text("TEXT = 'a'\n")
+    text = "version: 1\nstages:\n  note: {uses: note}\n"
+    assert statuses(workshop.run(text)) == {"note": "succeeded"}
+    assert statuses(workshop.run()) == {"note": "cached"}
+    with (site / "noter_plugin.py").open("a") as source:
+        source.write("# edited\n")
+    assert statuses(workshop.run()) == {"note": "succeeded"}
+
+
+def test_a_built_in_kind_counts_by_its_version_alone(workshop: Workshop) -> None:
+    workshop.manifest.write_text("version: 1\nstages:\n  d: {uses: download, with: {repo: a/b}}\n")
+    node = bigpipe.load_manifest(workshop.manifest).nodes["d"]
+    memo = StatMemo(workshop.folder / "memo")
+    found = identity(node, base=workshop.folder, memo=memo, machine=Machine("", 1, 1, 1, 1), trust=Trust())
+    assert found.code is None
+    assert "code" not in found.as_json
+
+
+def test_a_module_that_is_not_trusted_is_refused_and_not_imported(workshop: Workshop) -> None:
+    write_package(workshop.folder, "notes_strange", "strange")
+    workshop.manifest.write_text(RECIPE % ("another", "notes_strange"))
+    with pytest.raises(ManifestError) as caught:
+        bigpipe.load_manifest(workshop.manifest)
+    (problem,) = caught.value.problems
+    assert (problem.code, problem.place.line, problem.place.column) == ("BP110", 4, 16)
+    assert (problem.cause, problem.cure) == (
+        "the stage kind notes_strange:STAGE: module notes_strange is not trusted",
+        "read its source and, if you trust it, write `trust: {modules: [notes_strange]}`",
+    )
+    assert "notes_strange" not in sys.modules
+
+
+def test_what_stands_under_the_fields_of_such_a_kind_reaches_reference_and_schema(workshop: Workshop) -> None:
+    write_package(workshop.folder, "notes_shown", "x")
+    page = workshop.command("kinds", "notes_shown:STAGE").stdout
+    assert "How wide the note is." in page
+    assert "Of the note." in page
+    shown = workshop.json("kinds", "notes_shown:STAGE")["notes_shown:STAGE"]
+    assert shown["params"]["properties"]["width"]["description"] == "How wide the note is."
+    assert shown["metrics"]["properties"]["length"]["description"] == "Of the note."
+    schema = json.loads(workshop.command("schema", "notes_shown:STAGE").stdout)
+    assert schema["definitions"]["notes_shown:STAGE"]["properties"]["width"]["description"] == "How wide the note is."
 
 
 def test_an_unknown_kind() -> None:

@@ -70,6 +70,7 @@ GOOD = """
       save:
         {uses: save, inputs: {model: quantize@scheme=int8, reports: [estimate]}, with: {to: dist}, on_fail: continue}
       again: {uses: estimate, with: "${params.size}"}
+      own: {uses: "my.kinds:CENSUS", inputs: source, with: {prefix: a}}
 """
 
 
@@ -88,6 +89,7 @@ def test_a_manifest_with_everything_is_valid(validator: Any) -> None:
         ("{synthetic: {config: {layers: 2}}}", "{synthetic: {dtype: float16}}", "$.stages.source.with.synthetic"),
         ("a: cpu", "a: tpu", "$.stages.place.with.device_map"),
         ("{uses: save,", "{uses: safe,", "$.stages.save.uses: 'safe' is not one of"),
+        ("my.kinds:CENSUS", "my.kinds:", "$.stages.own.uses: 'my.kinds:' does not match"),
         ("inputs: {model: source}", "inputs: {modle: source}", "$.stages.quantize.inputs"),
         ("inputs: {model: source}", "retries: 1", "$.stages.quantize: 'inputs' is a required property"),
         ("with: {prompts: [a]}, ", "", "$.stages.infer: 'with' is a required property"),

@@ -1,0 +1,79 @@
+"""Python modules that are named as `module:name`: where their source lies, and their import."""
+
+from __future__ import annotations
+
+import sys
+from importlib import import_module, invalidate_caches
+from importlib.machinery import PathFinder
+from importlib.util import find_spec, module_from_spec
+from pathlib import Path
+from typing import Any
+
+Stamps = frozenset[tuple[str, int, int]]
+
+_imported: dict[str, Stamps] = {}
+"""Top-level module → (path, mtime in ns, size) of its files when `import_attribute` first met it."""
+
+
+def top_level(reference: str) -> str:
+    """Return `package` of `package.module:name`."""
+    return reference.partition(":")[0].partition(".")[0]
+
+
+def find_source(top: str, base: Path | None) -> tuple[Path, ...]:
+    """Return where the source of a top-level module lies: one file, or the directories of a package; () if nowhere.
+
+    base: a directory that is looked at first, before what is installed.
+    """
+    spec = PathFinder.find_spec(top, [str(base), *sys.path] if base else sys.path) or find_spec(top)
+    if spec is None:
+        return ()
+    if spec.submodule_search_locations is not None:
+        return tuple(Path(place) for place in spec.submodule_search_locations)
+    return (Path(spec.origin),) if spec.origin and spec.has_location else ()
+
+
+def import_attribute(reference: str, base: Path | None = None) -> Any:
+    """Return what `module:name` names; the module is the one in the directory `base`, if it is there, else installed.
+
+    Source that changed since it was imported here, or lies elsewhere now, is imported anew. Modules beside it in `base`
+    can be imported too, after all that is installed. Raise ImportError or AttributeError.
+    """
+    module, _, name = reference.partition(":")
+    top = top_level(reference)
+    if top == __package__:  # what runs here does not change
+        return getattr(import_module(module), name)
+    if base is not None and str(base) not in sys.path:
+        sys.path.append(str(base))
+    stamps = _stamps(find_source(top, base))
+    if _imported.get(top, stamps) != stamps:
+        _forget(top)
+    if top not in sys.modules and base is not None:
+        _import_from(top, base)
+    found = getattr(import_module(module), name)
+    _imported[top] = stamps
+    return found
+
+
+def _stamps(places: tuple[Path, ...]) -> Stamps:
+    files = [file for place in places for file in ([place] if place.is_file() else place.rglob("*.py"))]
+    return frozenset((str(file), file.stat().st_mtime_ns, file.stat().st_size) for file in files)
+
+
+def _forget(top: str) -> None:
+    for name in [name for name in sys.modules if name == top or name.startswith(f"{top}.")]:
+        del sys.modules[name]
+    invalidate_caches()
+
+
+def _import_from(top: str, base: Path) -> None:
+    """Import a top-level module from this directory, though others of its name may come first on the path."""
+    spec = PathFinder.find_spec(top, [str(base)])
+    if spec is None or spec.loader is None:
+        return
+    sys.modules[top] = module_from_spec(spec)
+    try:
+        spec.loader.exec_module(sys.modules[top])
+    except BaseException:
+        del sys.modules[top]
+        raise
