@@ -34,11 +34,6 @@ class Homes:
         home = self.placement.device_of(name)
         return torch.device("cuda", home + self.first_gpu) if isinstance(home, int) else self.main
 
-    @property
-    def several(self) -> bool:
-        """Do inputs have to move between modules?"""
-        return self.main.type != "cpu"
-
     def check_covers(self, names: Iterable[str]) -> None:
         """Raises UsageError, listing what no entry of the map leads to."""
         missing = [name for name in names if not self.covers(name)]

@@ -6,7 +6,7 @@
       match                  which bytes make which parameter
       replace_linears        bitsandbytes' modules where weights are quantized
       _settle                what stays: windows into the file, or copies on its device
-      Stream.add             what is streamed: hooks on its units
+      WeightStream.add       what is streamed: hooks on its groups
 
 On the CPU a weight stored in the dtype it computes in is not read at all: the file is its memory.
 """
@@ -31,7 +31,7 @@ from bigpipe.errors import InvalidCheckpoint, UsageError
 from bigpipe.trust import Trust
 
 from .homes import DeviceMap, Homes, as_placement
-from .offload import Stream, cut_into_units, follow_devices
+from .offload import WeightStream, cut_into_groups, follow_devices
 from .quantized_modules import replace_linears
 from .skeleton import adopt, build_skeleton, kept_in_float32, settings_of, tied_groups
 from .slots import PlainSlot, QuantizedSlot, Slot, fresh_memory
@@ -49,7 +49,7 @@ TOTAL_SHARE = 0.5
 class Loaded:
     """What `load` knows of a model: `loaded(model)`."""
 
-    stream: Stream
+    stream: WeightStream
     device: torch.device
     """Where inputs belong."""
     held: dict[Device, int] = field(default_factory=dict)
@@ -193,7 +193,7 @@ def _fill(
     custom = _custom_description(checkpoint.path)
     replace_linears(model, matches.quantized, settings_of(checkpoint, custom))
     files = MappedFiles()
-    state = Loaded(Stream(files), homes.main)
+    state = Loaded(WeightStream(files), homes.main)
     slots = dict(_slots(model, matches, dtype, special_dtypes))
     streamed = _settle(slots, homes, files, state, budget, special_dtypes)
     _settle_buffers(model, matches, homes, state)
@@ -361,12 +361,10 @@ def _settle_buffers(model: torch.nn.Module, matches: Matches, homes: Homes, stat
 
 def _stream(model: torch.nn.Module, slots: Mapping[str, Slot], homes: Homes, state: Loaded) -> None:
     no_split = getattr(model, "_no_split_modules", None) or ()
-    units = cut_into_units(
-        model, slots, no_split, homes.execution, lambda name: homes.placement.device_of(name) == "disk"
-    )
-    state.stream.add(units)
-    state.streamed = sum(unit.moved(1) for unit in units)
-    if homes.several:
+    groups = cut_into_groups(model, slots, no_split, homes)
+    state.stream.add(groups)
+    state.streamed = sum(group.moved() for group in groups)
+    if homes.main.type != "cpu":
         modules = {name for name, _ in model.named_modules()}
         follow_devices(model, {name: homes.execution(name) for name in homes.placement.device_map if name in modules})
 

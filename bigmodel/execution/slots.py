@@ -75,9 +75,7 @@ class PlainSlot:
         tensor = self.recipe.read(files.window, self.dtype)
         if self.windowed(device):
             return tensor
-        memory = take(tuple(self.placeholder.shape), self.dtype)
-        memory.copy_(tensor)
-        return memory
+        return _copy(tensor, take, self.dtype)
 
     def attach(self, staged: torch.Tensor) -> None:
         import torch
@@ -121,25 +119,23 @@ class QuantizedSlot:
 
 
 class Arena:
-    """Reused memory on one device that the weights of one unit are laid into, one after the other."""
+    """Reused memory on one device that the weights of one group are laid into, one after the other."""
 
     def __init__(self, device: torch.device) -> None:
-        self.device = device
-        self._memory: torch.Tensor | None = None
+        import torch
+
+        self._memory = torch.empty(0, dtype=torch.uint8, device=device)
         self._used = 0
 
     def reserve(self, nbytes: int) -> None:
-        """Forgets what was taken, and makes room for `nbytes`."""
-        import torch
-
-        if self._memory is None or self._memory.numel() < nbytes:
-            self._memory = None
-            self._memory = torch.empty(nbytes, dtype=torch.uint8, device=self.device)
+        """Forget what was taken, and make room for `nbytes`."""
+        if self._memory.numel() < nbytes:
+            self._memory = self._memory.new_empty(0)  # not both at once
+            self._memory = self._memory.new_empty(nbytes)
         self._used = 0
 
     def take(self, shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
         nbytes = math.prod(shape) * dtype.itemsize
-        assert self._memory is not None  # noqa: S101  reserved before
         flat = self._memory[self._used : self._used + nbytes]
         self._used += aligned(nbytes)
         return flat.view(dtype).reshape(tuple(shape))
@@ -155,10 +151,8 @@ def fresh_memory(device: torch.device) -> Take:
     return take
 
 
-def _copy(tensor: torch.Tensor, take: Take) -> torch.Tensor:
-    memory = take(tuple(tensor.shape), tensor.dtype)
-    memory.copy_(tensor)
-    return memory
+def _copy(tensor: torch.Tensor, take: Take, dtype: torch.dtype | None = None) -> torch.Tensor:
+    return take(tensor.shape, dtype or tensor.dtype).copy_(tensor)
 
 
 def aligned(nbytes: int) -> int:
