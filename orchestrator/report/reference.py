@@ -36,7 +36,7 @@ def overview() -> str:
 def markdown(kind: str | None = None) -> str:
     """Return the whole reference, or the part of one kind. Raise UsageError for an unknown kind."""
     parts = [_kind_markdown(stage) for stage in _stages(kind).values()]
-    return "\n".join([HEAD, *parts] if kind is None else parts)
+    return "\n".join([HEAD, *parts] if kind is None else parts).rstrip("\n")
 
 
 def as_json(kind: str | None = None) -> dict[str, Json]:

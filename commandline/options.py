@@ -8,12 +8,30 @@ import click
 
 from bigpipe.errors import UsageError
 
+
+def pairs(context: click.Context, option: click.Parameter, written: tuple[str, ...]) -> dict[str, str]:
+    """Return the values of `-p NAME=VALUE` options by name. Raise UsageError."""
+    found = {}
+    for text in written:
+        name, equals, value = text.partition("=")
+        if not equals or not name:
+            raise UsageError(f"-p {text!r} is not NAME=VALUE", "write for example -p scheme=nf4")
+        found[name] = value
+    return found
+
+
 MANIFEST = click.argument("manifest", type=click.Path(path_type=Path))
 STORE = click.option(
     "--store", type=click.Path(path_type=Path), help="The store; else $BIGPIPE_HOME, else the XDG cache."
 )
 PARAMS = click.option(
-    "-p", "--param", "params", multiple=True, metavar="NAME=VALUE", help="Set a parameter of the recipe."
+    "-p",
+    "--param",
+    "params",
+    multiple=True,
+    callback=pairs,
+    metavar="NAME=VALUE",
+    help="Set a parameter of the recipe.",
 )
 DTYPES = ("float32", "float16", "bfloat16", "float8", "int8", "int4", "nf4", "fp4")
 JSON = click.option("--json", "as_json", is_flag=True, help="Print JSON on stdout.")
@@ -32,13 +50,3 @@ class ManyDtypes(click.Command):
             spread += ["--dtypes", arg] if follows else [arg]
             listing = arg == "--dtypes" or (listing and arg in DTYPES)
         return super().parse_args(ctx, spread)
-
-
-def pairs(params: tuple[str, ...]) -> dict[str, str]:
-    found = {}
-    for text in params:
-        name, equals, value = text.partition("=")
-        if not equals or not name:
-            raise UsageError(f"-p {text!r} is not NAME=VALUE", "write for example -p scheme=nf4")
-        found[name] = value
-    return found

@@ -1,0 +1,41 @@
+"""What commands print: data on stdout, talk and errors on stderr."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any, NoReturn
+
+import click
+
+from bigpipe.errors import BigpipeError, Interrupted
+
+
+def show(as_json: bool, data: Callable[[], Any], text: Callable[[], str]) -> None:
+    """Print the answer of a command: for programs, or for people."""
+    if as_json:
+        show_json(data())
+    else:
+        click.echo(text())
+
+
+def show_json(data: Any) -> None:
+    click.echo(json.dumps(data, indent=2, ensure_ascii=False))
+
+
+def fail(error: BigpipeError) -> NoReturn:
+    """Print cause, place and cure, also as an annotation where GitHub reads it, and exit."""
+    from bigpipe.orchestrator.report.reporters import error_text
+
+    click.echo(error_text(error, os.environ), err=True)
+    sys.exit(error.status if isinstance(error, Interrupted) else error.exit_code)
+
+
+def fail_all(errors: Sequence[BigpipeError]) -> None:
+    """Print all of them; the first decides the exit code. None: go on."""
+    for error in errors[1:]:
+        click.echo(str(error), err=True)
+    if errors:
+        fail(errors[0])

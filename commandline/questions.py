@@ -1,0 +1,122 @@
+"""Commands that answer without a recipe: what a model needs, which kinds there are, what this machine has."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import click
+
+import bigpipe
+from bigpipe.errors import UsageError
+
+from .options import DTYPES, JSON, OFFLINE, STORE, ManyDtypes
+from .printing import show, show_json
+
+
+@click.command(cls=ManyDtypes)
+@click.argument("models", nargs=-1, required=True, metavar="MODEL...")
+@click.option("--dtypes", multiple=True, metavar="DTYPE...", help=f"Any of {' '.join(DTYPES)}.")
+@click.option("--library-name", "--library_name", type=click.Choice(["transformers", "timm", "diffusers"]))
+@click.option("--head", type=click.Choice(["auto", "none"]), default="auto", show_default=True)
+@click.option("--batch-size", type=click.IntRange(min=1), default=1, show_default=True)
+@click.option("--sequence-length", type=click.IntRange(min=1), default=2048, show_default=True)
+@click.option("--revision", default="main", show_default=True)
+@click.option("--memory", help="Say whether it fits, and the smallest change that does: 24GiB.")
+@click.option("--double-quant", is_flag=True, help="nf4 and fp4 with double quantization.")
+@click.option("--kv-dtype", metavar="DTYPE", help="Of cached keys and values: float8; else what the model computes in.")
+@click.option("--train", type=click.Choice(["adamw", "adamw_8bit", "sgd", "lora"]), help="Fit a training step instead.")
+@click.option("--lora-rank", type=click.IntRange(min=1), default=8, show_default=True, help="For training with LoRA.")
+@click.option("--lora-targets", multiple=True, metavar="NAME,...", help="The linear modules that get adapters; or all.")
+@click.option("--gradient-checkpointing", is_flag=True, help="For training.")
+@click.option("--trust-remote-code", "--trust_remote_code", is_flag=True, help="Run the code of a pinned --revision.")
+@click.option("--compare", is_flag=True, help="Several models side by side in one table.")
+@click.option("--explain", is_flag=True, help="Each term's formula, inputs, interval and source.")
+@OFFLINE
+@JSON
+@STORE
+def estimate(
+    models: tuple[str, ...], compare: bool, explain: bool, as_json: bool, store: Path | None, **options: Any
+) -> None:
+    """What a model needs in memory, per dtype, from its headers alone. MODEL: a repository, a URL or a directory.
+
+    Example: bigpipe estimate facebook/opt-13b --dtypes int8 --batch-size 4 --memory 16GiB
+    """
+    from bigpipe.bigmodel.footprint.text import report
+    from bigpipe.bigmodel.hub.session import own_session
+    from bigpipe.orchestrator.store.location import memo_directory
+
+    own_session(models)
+    if compare and len(models) < 2:
+        raise UsageError("--compare needs two models or more", f"bigpipe estimate {models[0]} OTHER --compare")
+    options |= {name: " ".join(options[name]).replace(",", " ").split() for name in ("dtypes", "lora_targets")}
+    answers = [bigpipe.estimate(model, memo=memo_directory(store), **options) for model in models]
+    found = [answer.as_json() for answer in answers]
+    show(
+        as_json,
+        lambda: found if len(found) > 1 else found[0],
+        lambda: report(answers, compared=compare, explain=explain, stream=sys.stdout),
+    )
+
+
+@click.command()
+@click.argument("file", type=click.Path(path_type=Path))
+@click.option("--model", required=True, metavar="REPO", help="A Hub repository.")
+def init(file: Path, model: str) -> None:
+    """Write a first recipe for a model, and the JSON schema that makes an editor complete and check it.
+
+    Example: bigpipe init opt.yaml --model facebook/opt-125m
+    """
+    from bigpipe.orchestrator.commands import initialise
+
+    for written in initialise(file, model):
+        click.echo(f"wrote {written}")
+
+
+@click.command()
+@click.argument("kinds", nargs=-1, metavar="MODULE:STAGE...")
+def schema(kinds: tuple[str, ...]) -> None:
+    """Print the JSON schema of manifests, generated from the registered kinds, and from those of modules of yours.
+
+    Example: bigpipe schema > bigpipe.schema.json
+    """
+    from bigpipe.orchestrator.recipe.schema import manifest_schema
+
+    show_json(manifest_schema(more=kinds))
+
+
+@click.command()
+@click.argument("kind", required=False)
+@click.option("--markdown", is_flag=True, help="The whole reference as Markdown.")
+@JSON
+def kinds(kind: str | None, markdown: bool, as_json: bool) -> None:
+    """List the stage kinds, or show one: ports, fields, metrics.
+
+    Example: bigpipe kinds quantize
+    """
+    from bigpipe.orchestrator.report import reference
+
+    whole = markdown or kind
+    show(
+        as_json,
+        lambda: reference.as_json(kind),
+        lambda: reference.markdown(kind) if whole else reference.overview(),
+    )
+
+
+@click.command()
+@JSON
+@STORE
+def doctor(as_json: bool, store: Path | None) -> None:
+    """Say what this machine has and whether everything bigpipe stands on works here.
+
+    Example: bigpipe doctor --json > this-machine.json
+    """
+    from bigpipe.orchestrator.planning.doctor import doctor_text, examine
+
+    found = examine(store)
+    show(as_json, lambda: found, lambda: doctor_text(found))
+
+
+COMMANDS = (estimate, init, schema, kinds, doctor)

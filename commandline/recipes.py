@@ -1,0 +1,168 @@
+"""Commands about a recipe."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import click
+
+import bigpipe
+from bigpipe.errors import ManifestError
+
+from .options import JOBS, JSON, MANIFEST, OFFLINE, PARAMS, STORE
+from .printing import fail, fail_all, show, show_json
+
+
+@click.command()
+@MANIFEST
+@click.argument("nodes", nargs=-1)
+@PARAMS
+@click.option("--force", multiple=True, metavar="NODE", help="Run this node whatever the store holds.")
+@click.option("--locked", is_flag=True, help="Refuse inputs that differ from the lock file.")
+@OFFLINE
+@JOBS
+@click.option("--keep-going", is_flag=True, help="Let other branches finish when a node fails.")
+@JSON
+@click.option("--events", type=click.Path(path_type=Path), help="Append every event as a JSON line to this file.")
+@STORE
+def run(manifest: Path, nodes: tuple[str, ...], events: Path | None, as_json: bool, **options: Any) -> None:
+    """Run a recipe, or NODEs of it and what they stand on. Nothing that is in the store runs again.
+
+    Example: bigpipe run manifests/quickstart.yaml -p scheme=nf4
+    """
+    from bigpipe.orchestrator.report.reporters import choose_reporter
+
+    with choose_reporter(sys.stderr, events=events) as reporter:
+        result = bigpipe.run(manifest, nodes, reporter=reporter, check=False, **options)
+    if as_json:
+        click.echo(json.dumps(result.as_json(), ensure_ascii=False))
+    else:
+        from bigpipe.orchestrator.report.rendering import results_text
+
+        click.echo(results_text(result))
+    fail_all(result.errors)
+
+
+@click.command()
+@MANIFEST
+@click.argument("nodes", nargs=-1)
+@PARAMS
+@click.option("--explain", is_flag=True, help="Add keys, every change and every forecast metric.")
+@click.option(
+    "--machine", type=click.Path(exists=True, path_type=Path), help="Plan for `doctor --json` of another one."
+)
+@JOBS
+@OFFLINE
+@JSON
+@STORE
+def plan(
+    manifest: Path, nodes: tuple[str, ...], machine: Path | None, explain: bool, as_json: bool, **options: Any
+) -> None:
+    """Say what would run, why, what it costs, and whether it fits.
+
+    Example: bigpipe plan manifests/opt13b_int8.yaml --machine gpu-box.json
+    """
+    from bigpipe.machine import read_machine
+    from bigpipe.orchestrator.report.rendering import plan_json, plan_text
+    from bigpipe.orchestrator.report.reporters import choose_reporter
+
+    there = read_machine(machine) if machine else None
+    with choose_reporter(sys.stderr) as reporter:
+        planned = bigpipe.plan(manifest, nodes, machine=there, reporter=reporter, **options)
+    show(as_json, lambda: plan_json(planned), lambda: plan_text(planned, explain=explain))
+    fail_all(planned.errors())
+
+
+@click.command()
+@click.argument("manifests", nargs=-1, required=True, type=click.Path(path_type=Path))
+@PARAMS
+@JSON
+def validate(manifests: tuple[Path, ...], params: dict[str, str], as_json: bool) -> None:
+    """Check manifests without running anything: syntax, fields, wiring, cycles, gates. All errors at once.
+
+    Example: bigpipe validate manifests/*.yaml
+    """
+    from bigpipe.orchestrator import commands
+
+    errors = commands.validate(manifests, params)
+    if as_json:
+        show_json({str(path): [str(problem) for problem in found.problems] for path, found in errors.items()})
+    for path in (path for path in manifests if path not in errors):
+        click.echo(f"{path}: ok", err=as_json)
+    if errors:
+        fail(ManifestError([problem for found in errors.values() for problem in found.problems]))
+
+
+@click.command()
+@MANIFEST
+@PARAMS
+@click.option("--exit-code", is_flag=True, help="Exit with 10 where something would run.")
+@JSON
+@STORE
+def status(manifest: Path, exit_code: bool, as_json: bool, **options: Any) -> None:
+    """Say of every node whether it is cached, and if not, why.
+
+    Example: bigpipe status manifests/quickstart.yaml --exit-code
+    """
+    from bigpipe.orchestrator import commands
+    from bigpipe.orchestrator.report.rendering import columns
+
+    planned = commands.status(manifest, **options)
+    rows = [(name, str(node.action), node.decision.reason) for name, node in planned.nodes.items()]
+    data = {name: {"action": action, "reason": reason} for name, action, reason in rows}
+    show(as_json, lambda: data, lambda: columns(rows))
+    if exit_code and (stale := commands.stale(planned)):
+        fail(stale)
+
+
+@click.command()
+@MANIFEST
+@click.argument("node")
+@PARAMS
+@JSON
+@STORE
+def why(manifest: Path, node: str, as_json: bool, **options: Any) -> None:
+    """Say why NODE would run, or ran last: which value changed, from what, to what, where.
+
+    Example: bigpipe why manifests/quickstart.yaml quantize
+    """
+    from bigpipe.orchestrator import commands
+    from bigpipe.orchestrator.report.rendering import why_text
+
+    answers = commands.why(manifest, node, **options)
+    show(as_json, lambda: answers, lambda: why_text(answers))
+
+
+@click.command()
+@MANIFEST
+@PARAMS
+@click.option("--format", "form", type=click.Choice(["text", "mermaid", "dot"]), default="text", show_default=True)
+def graph(manifest: Path, params: dict[str, str], form: str) -> None:
+    """Draw the nodes after matrix expansion, and what they stand on.
+
+    Example: bigpipe graph manifests/matrix_int8_nf4.yaml --format mermaid
+    """
+    from bigpipe.orchestrator.report.rendering import graph_text
+
+    click.echo(graph_text(bigpipe.load_manifest(manifest, params=params), form))
+
+
+@click.command()
+@MANIFEST
+@PARAMS
+@click.option("--check", is_flag=True, help="Only say whether the lock file still holds; exit 10 where not.")
+@STORE
+def lock(manifest: Path, **options: Any) -> None:
+    """Write MANIFEST.lock: commits, sizes and digests of all inputs, for review and for `run --locked`.
+
+    Example: bigpipe lock manifests/opt13b_int8.yaml
+    """
+    from bigpipe.orchestrator import commands
+
+    click.echo(commands.lock(manifest, **options))
+
+
+COMMANDS = (run, plan, validate, status, why, graph, lock)

@@ -1,0 +1,109 @@
+"""Commands about the store: what it holds, what runs did, letting go and checking."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from .options import JSON, STORE
+from .printing import fail, show
+
+if TYPE_CHECKING:
+    from bigpipe.orchestrator.report.inspection import Answer
+
+
+def _print(answer: Answer, as_json: bool) -> None:
+    """Print what an inspection found, and fail with what it found wrong."""
+    show(as_json, lambda: answer.data, lambda: answer.text)
+    if answer.error:
+        fail(answer.error)
+
+
+@click.command("ls")
+@JSON
+@STORE
+def list_artifacts(as_json: bool, store: Path | None) -> None:
+    """List the artifacts in the store and the runs that are on record.
+
+    Example: bigpipe ls
+    """
+    from bigpipe.orchestrator.report import inspection
+
+    _print(inspection.list_store(store=store), as_json)
+
+
+@click.command("show")
+@click.argument("run", required=False, default="last")
+@JSON
+@STORE
+def show_run(run: str, as_json: bool, store: Path | None) -> None:
+    """Show the record of RUN (an id, the start of one, or `last`).
+
+    Example: bigpipe show last
+    """
+    from bigpipe.orchestrator.report import inspection
+
+    _print(inspection.show_run(run, store=store), as_json)
+
+
+@click.command()
+@click.argument("run")
+@click.argument("node", required=False)
+@STORE
+def log(run: str, node: str | None, store: Path | None) -> None:
+    """Print what the nodes of RUN (an id, the start of one, or `last`) wrote.
+
+    Example: bigpipe log last generate
+    """
+    from bigpipe.orchestrator.report import inspection
+
+    for line in inspection.log_lines(run, node, store):
+        click.echo(line)
+
+
+@click.command()
+@click.argument("run")
+@click.argument("other")
+@JSON
+@STORE
+def diff(run: str, other: str, as_json: bool, store: Path | None) -> None:
+    """Say what differs between two runs: params, inputs, metrics, digests.
+
+    Example: bigpipe diff 20260103 last
+    """
+    from bigpipe.orchestrator.report import inspection
+
+    _print(inspection.diff_runs(run, other, store=store), as_json)
+
+
+@click.command()
+@click.option("--dry-run", is_flag=True, help="Only say what would go.")
+@JSON
+@STORE
+def gc(dry_run: bool, as_json: bool, store: Path | None) -> None:
+    """Delete artifacts that no existing manifest or lock file names.
+
+    Example: bigpipe gc --dry-run
+    """
+    from bigpipe.orchestrator.report import inspection
+
+    _print(inspection.collect_garbage(dry_run, store=store), as_json)
+
+
+@click.command()
+@click.option("--repair", is_flag=True, help="Quarantine what is damaged, so that it is made again.")
+@JSON
+@STORE
+def verify(repair: bool, as_json: bool, store: Path | None) -> None:
+    """Hash every object in the store and compare. Exit 6 where something is damaged.
+
+    Example: bigpipe verify --repair
+    """
+    from bigpipe.orchestrator.report import inspection
+
+    _print(inspection.verify_store(repair, store=store), as_json)
+
+
+COMMANDS = (list_artifacts, show_run, log, diff, gc, verify)
