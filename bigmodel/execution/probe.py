@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any
 
 from bigpipe.errors import StageFailed
@@ -15,9 +16,9 @@ TOKENS = 4
 
 
 def forward_once(model: torch.nn.Module) -> str | None:
-    """Runs the model over a few tokens or one empty image or sound. Gives None, or why its inputs are not known.
+    """Run the model over a few tokens or one empty image or sound. Return None, or why its inputs are not known.
 
-    Raises StageFailed where the forward reaches for a weight that is placed elsewhere.
+    Raise StageFailed where the forward reaches for a weight that is placed elsewhere.
     """
     import torch
 
@@ -25,18 +26,32 @@ def forward_once(model: torch.nn.Module) -> str | None:
     if inputs is None:
         return f"the inputs of {type(model).__name__} are not known here"
     try:
-        with torch.inference_mode():
+        with torch.inference_mode(), _only_attached_weights(type(model).__name__):
             model(**inputs) if isinstance(inputs, dict) else model(inputs)
     except (RuntimeError, NotImplementedError, TypeError) as error:
-        if "meta" in str(error):
-            raise StageFailed(
-                f"{type(model).__name__} uses a weight outside the module that holds it: {str(error).splitlines()[0]}",
-                "name the class of the block around that module in no_split_module_classes, so that it stays whole",
-            ) from error
         if hasattr(model, "main_input_name"):
             raise
         return f"{type(model).__name__} does not take a batch of tokens: {error}"
     return None
+
+
+def _only_attached_weights(name: str) -> AbstractContextManager[Any]:
+    """Raise StageFailed, within, where anything is computed from a placeholder: a tensor on the meta device."""
+    import torch
+    from torch.utils._python_dispatch import TorchDispatchMode  # so documented in "Extending PyTorch"
+    from torch.utils._pytree import tree_leaves
+
+    class OnlyAttachedWeights(TorchDispatchMode):  # type: ignore[no-untyped-call]
+        def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            if any(isinstance(leaf, torch.Tensor) and leaf.is_meta for leaf in tree_leaves((args, kwargs))):
+                raise StageFailed(
+                    f"{name} uses a weight outside the module that holds it, in {function}",
+                    "name the class of the block around it in no_split_module_classes, so that it stays whole",
+                )
+            return function(*args, **(kwargs or {}))
+
+    mode: AbstractContextManager[Any] = OnlyAttachedWeights()  # type: ignore[no-untyped-call]
+    return mode
 
 
 def _inputs(model: Any) -> dict[str, torch.Tensor] | torch.Tensor | None:

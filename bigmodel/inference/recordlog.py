@@ -33,8 +33,6 @@ class Record:
     tokens: int = 0
     seconds: float = 0.0
     """Its share of the time its chunk took."""
-    padding: bool = False
-    """Computed to give every rank as many rows; not a result."""
 
     @property
     def failed(self) -> bool:
@@ -82,7 +80,7 @@ def gather(rows: Sequence[Row], folder: Path) -> dict[int, Record]:
     digests = {row.index: row.digest for row in rows}
     found: dict[int, Record] = {}
     for record in (record for log in rank_logs(folder) for record in read_log(log)):
-        if record.padding or digests.get(record.index) != record.digest:
+        if digests.get(record.index) != record.digest:
             continue
         if record.index not in found or found[record.index].failed:
             found[record.index] = record
@@ -102,15 +100,13 @@ def check_errors(failed: Sequence[Record], allowed: int) -> None:
 
 
 def _encode(record: Record) -> bytes:
-    fields: dict[str, Any] = {
+    fields = {
         "id": [record.index, record.digest],
         "chunk": record.chunk,
         "payload": record.payload,
         "tokens": record.tokens,
         "seconds": round(record.seconds, 6),
     }
-    if record.padding:
-        fields["padding"] = True
     body = _text(fields)
     return f'{body[:-1]},"crc":"{zlib.crc32(body.encode()):08x}"}}\n'.encode()
 

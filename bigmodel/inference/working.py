@@ -41,33 +41,31 @@ def compute_share(
             f"the work was divided for {len(plan.shares)} ranks, and {world_size} came up",
             "run it again; `launch.num_processes` says how many there should be",
         )
-    batches = [plan.chunks[chunk] for chunk, _ in plan.shares[rank]]
-    if not batches:
+    chunks = plan.shares[rank]
+    if not chunks:
         return
-    done, total = 0, sum(map(len, batches))
+    done, total = 0, sum(len(plan.chunks[chunk]) for chunk in chunks)
     progress(done, total)  # before the model loads, so that the sum over ranks is known from the start
     answerer = bind()
     failed: list[Record] = []
     own = folder / f"rank-{rank}"
     with RecordLog(own / LOG) as records_log:
-        for (chunk, padding), batch in zip(plan.shares[rank], batches, strict=True):
-            records = _compute(answerer, batch, chunk, padding, log)
+        for chunk in chunks:
+            records = _compute(answerer, plan.chunks[chunk], chunk, log)
             records_log.append(records)
             write_file(own / PEAKS, json.dumps(_peaks()), durable=False)
-            failed += [record for record in records if record.failed and not padding]
+            failed += [record for record in records if record.failed]
             check_errors(failed, max_errors)
-            done += len(batch)
+            done += len(records)
             progress(done, total)
 
 
-def _compute(
-    answerer: Answerer, batch: Sequence[Row], chunk: int, padding: bool, log: Callable[[str], None]
-) -> list[Record]:
+def _compute(answerer: Answerer, batch: Sequence[Row], chunk: int, log: Callable[[str], None]) -> list[Record]:
     started = time.monotonic()
     answers = answer_batch(answerer, batch, log)
     seconds = (time.monotonic() - started) / len(batch)
     return [
-        Record(row.index, row.digest, chunk, answer.payload, answer.tokens, seconds, padding)
+        Record(row.index, row.digest, chunk, answer.payload, answer.tokens, seconds)
         for row, answer in zip(batch, answers, strict=True)
     ]
 

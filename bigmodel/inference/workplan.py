@@ -15,9 +15,6 @@ from .recordlog import gather
 
 FILE = "workplan.json"
 
-Share = list[tuple[int, bool]]
-"""Chunks of one rank in their order, and whether each is padding: computed, and no result."""
-
 
 @dataclass(frozen=True)
 class WorkPlan:
@@ -25,7 +22,8 @@ class WorkPlan:
 
     rows: list[Row]
     batch_size: int
-    shares: list[Share]
+    shares: list[list[int]]
+    """Per rank, its chunks in their order."""
 
     @cached_property
     def chunks(self) -> list[list[Row]]:
@@ -34,13 +32,12 @@ class WorkPlan:
     @property
     def finished(self) -> int:
         """Chunks that were finished before it was made."""
-        return len(self.chunks) - len({chunk for share in self.shares for chunk, _ in share})
+        return len(self.chunks) - len({chunk for share in self.shares for chunk in share})
 
     @classmethod
     def read(cls, folder: Path) -> WorkPlan:
         data = json.loads((folder / FILE).read_bytes())
-        shares = [[(chunk, padding) for chunk, padding in share] for share in data["shares"]]
-        return cls([Row(**row) for row in data["rows"]], data["batch_size"], shares)
+        return cls([Row(**row) for row in data["rows"]], data["batch_size"], data["shares"])
 
 
 def plan_work(folder: Path, rows: list[Row], *, batch_size: int, ranks: int, pad: bool = False) -> WorkPlan:
@@ -67,9 +64,8 @@ def split(length: int, rank: int, ranks: int) -> tuple[int, int]:
     return start, start + each + (rank < extra)
 
 
-def assign(chunks: Sequence[int], ranks: int, *, pad: bool = False) -> list[Share]:
+def assign(chunks: Sequence[int], ranks: int, *, pad: bool = False) -> list[list[int]]:
     """Return each rank's share. pad: the last chunk is repeated until all ranks have as many."""
-    shares = [chunks[slice(*split(len(chunks), rank, ranks))] for rank in range(ranks)]
+    shares = [list(chunks[slice(*split(len(chunks), rank, ranks))]) for rank in range(ranks)]
     longest = max(map(len, shares)) if pad else 0
-    last = [(chunk, True) for chunk in chunks[-1:]]
-    return [[*((chunk, False) for chunk in share), *last * (longest - len(share))] for share in shares]
+    return [[*share, *list(chunks[-1:]) * (longest - len(share))] for share in shares]

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from support.models import forward, make_checkpoint, sample_inputs, tiny_model
 from transformers import LlamaForCausalLM
 
-from bigpipe.bigmodel.execution.loading import load, loaded
+from bigpipe.bigmodel.execution import forward_once, load, loaded
 from bigpipe.errors import StageFailed
 
 
@@ -122,6 +122,35 @@ def test_works_in_and_out_of_inference_mode(tmp_path: Path) -> None:
     with torch.no_grad():
         outside = model(**inputs).logits
     assert torch.equal(inside, outside)
+
+
+class Reaching(torch.nn.Module):
+    """Uses the weight of a module that it does not call."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table = torch.nn.Embedding(8, 4)
+        self.inner = torch.nn.Linear(4, 4)
+
+    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+        return self.table(tokens) @ self.inner.weight
+
+
+def test_a_weight_that_is_reached_for_from_outside_is_named(tmp_path: Path) -> None:
+    file = tmp_path / "model.safetensors"
+    save_file(Reaching().state_dict(), file)
+    with pytest.raises(StageFailed, match="Reaching uses a weight outside the module that holds it"):
+        forward_once(load(file, {"": "disk"}, model=Reaching()))
+    assert forward_once(load(file, {"": "disk"}, model=Reaching(), no_split_module_classes=["Reaching"])) is None
+    assert forward_once(load(file, {"": "cpu"}, model=Reaching())) is None
+
+
+def test_a_model_that_takes_no_tokens_says_so(tmp_path: Path) -> None:
+    file = tmp_path / "model.safetensors"
+    save_file(torch.nn.Linear(5, 5).state_dict(), file)
+    reason = forward_once(load(file, {"": "disk"}, model=torch.nn.Linear(5, 5)))
+    assert reason is not None
+    assert reason.startswith("Linear does not take a batch of tokens")
 
 
 def test_a_cut_file_is_an_error_with_its_bytes(tmp_path: Path) -> None:
