@@ -11,10 +11,10 @@ from .options import JSON, STORE
 from .printing import fail, show
 
 if TYPE_CHECKING:
-    from bigpipe.orchestrator.report.inspection import Answer
+    from bigpipe.orchestrator.report.inspection import Inspection
 
 
-def _print(answer: Answer, as_json: bool) -> None:
+def _print(answer: Inspection, as_json: bool) -> None:
     """Print what an inspection found, and fail with what it found wrong."""
     show(as_json, lambda: answer.data, lambda: answer.text)
     if answer.error:

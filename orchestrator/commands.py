@@ -11,7 +11,8 @@ from bigpipe.errors import GateFailed, ManifestError, Stale, UsageError
 from .contract.events import Event, Reporter
 from .contract.types import Json, Machine
 from .lock import locking
-from .planning.decision import Action
+from .planning.decision import Action, change_json
+from .planning.keys import differences
 from .planning.plan import Plan, make_plan
 from .planning.session import Session, exact, open_session, require_file
 from .planning.suggestion import with_parameters
@@ -47,7 +48,7 @@ def run(
     known by then.
     """
     session = _open(
-        manifest, nodes, params=_written(params), store=store, force=force, offline=offline, locked=locked,
+        manifest, nodes, params=params, store=store, force=force, offline=offline, locked=locked,
         reporter=reporter,
     )  # fmt: skip
     with session.store:
@@ -66,8 +67,11 @@ def run(
     return result
 
 
-def _open(manifest: str | Path, nodes: Sequence[str] = (), **options: Any) -> Session:
+def _open(
+    manifest: str | Path, nodes: Sequence[str] = (), *, params: Mapping[str, Any] | None, **options: Any
+) -> Session:
     """A session that knows what the lock file beside the manifest pins."""
+    options["params"] = _written(params)
     lock = locking.read_lock(Path(manifest).absolute())
     pins = {name: item.pins for name, item in lock.inputs.items()} if lock else {}
     return open_session(manifest, nodes, lock=lock.path if lock else None, locked_pins=pins, **options)
@@ -102,7 +106,7 @@ def plan(
 ) -> Plan:
     """What `run` would do now, what it costs and whether it fits; `Plan.errors()` says why it would be refused."""
     session = _open(
-        manifest, nodes, params=_written(params), store=store, offline=offline, machine=machine,
+        manifest, nodes, params=params, store=store, offline=offline, machine=machine,
         side_by_side=jobs != 1, reporter=reporter,
     )  # fmt: skip
     return with_parameters(make_plan(session, preflight=preflight))
@@ -133,7 +137,7 @@ def why(
 ) -> dict[str, Json]:
     """Per node meant by `node`: what it would do, the reason, every change old → new with its place, and the
     producers whose changes reach it."""
-    session = _open(manifest, params=_written(params), store=store)
+    session = _open(manifest, params=params, store=store)
     names = exact(session.recipe, [node])
     planned = make_plan(session, preflight=False)
     return {name: explain(session, planned, name) for name in session.recipe.nodes if name in names}
@@ -148,9 +152,7 @@ def explain(session: Session, planned: Plan, name: str) -> dict[str, Json]:
         "action": str(decision.action),
         "reason": decision.reason,
         "key": decision.key,
-        "changes": [
-            {"path": c.path, "old": c.old, "new": c.new, "place": _place(session, name, c.path)} for c in changes
-        ],
+        "changes": [change_json(change, item.node) for change in changes],
         "because_of": {
             other: planned.nodes[other].decision.reason
             for other in session.recipe.ancestors(name)
@@ -162,18 +164,11 @@ def explain(session: Session, planned: Plan, name: str) -> dict[str, Json]:
 
 def _latest_changes(session: Session, name: str) -> tuple[Any, ...]:
     """For a cached node: what its last record changed against the one before, so that `why` answers after a run too."""
-    from .planning.keys import differences
-
     records = session.store.history(session.recipe.path, session.recipe.name, name)
     if len(records) < 2:
         return ()
     before, after = records[-2], records[-1]
     return tuple(differences(before.identity, after.identity, before.inputs, after.inputs))
-
-
-def _place(session: Session, name: str, path: str) -> str | None:
-    place = session.recipe.nodes[name].places.get(path)
-    return str(place) if place else None
 
 
 def lock(
@@ -184,7 +179,7 @@ def lock(
     store: str | Path | None = None,
 ) -> Path:
     """Write `<manifest>.lock`, or check that it still says what a run would use (Stale where not)."""
-    session = _open(manifest, params=_written(params), store=store)
+    session = _open(manifest, params=params, store=store)
     return locking.check_lock(session) if check else locking.write_lock(session)
 
 

@@ -277,7 +277,7 @@ def require(path: Path, lock: LockFile, now: LockFile, nodes: Iterable[str] | No
     """Raises Stale naming every difference."""
     changes = check(lock, now, nodes)
     if changes:
-        lines = "".join(f"\n  {item.path} {item.old} → {item.new}" for item in changes)
+        lines = "".join(f"\n  {change}" for change in changes)
         raise Stale(
             f"{path} does not hold: {len(changes)} {'value differs' if len(changes) == 1 else 'values differ'}{lines}",
             f"if that is meant: bigpipe lock {path.name.removesuffix('.lock')}",
@@ -314,7 +314,7 @@ def _require_files(
             given[name] = given[name].model_copy(update={"git_blob": git_blob(tree / name)})
     changes = _file_changes(wanted, given) if given else []
     if changes:
-        lines = "".join(f"\n  {item.path} {item.old} → {item.new}" for item in changes)
+        lines = "".join(f"\n  {change}" for change in changes)
         raise StageFailed(
             f"{node} brought other files than {path} has:{lines}", "the source has changed; do not use it"
         )

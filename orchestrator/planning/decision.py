@@ -6,6 +6,7 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from enum import StrEnum
 
+from bigpipe.orchestrator.contract.types import Json
 from bigpipe.orchestrator.recipe.graph import Node
 from bigpipe.orchestrator.store.store import KeyRecord
 
@@ -108,13 +109,10 @@ def describe(session: Session, node: Node, changes: tuple[Change, ...]) -> str:
 
 
 def change_text(node: Node, change: Change) -> str:
-    old, new = _short(change.old), _short(change.new)
     place = node.places.get(change.path)
-    return f"{change.path} {old} → {new}" + (f" ({place.short})" if place else "")
+    return str(change) + (f" ({place.short})" if place else "")
 
 
-def _short(value: object) -> str:
-    text = "none" if value is None else str(value)
-    if text.startswith("sha256:"):
-        return text[7:19]
-    return text if len(text) <= 60 else text[:57] + "…"
+def change_json(change: Change, node: Node) -> dict[str, Json]:
+    place = node.places.get(change.path)
+    return {"path": change.path, "old": change.old, "new": change.new, "place": str(place) if place else None}

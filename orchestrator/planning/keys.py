@@ -64,6 +64,17 @@ class Change:
     old: Json
     new: Json
 
+    def __str__(self) -> str:
+        return f"{self.path} {shown(self.old)} → {shown(self.new)}"
+
+
+def shown(value: Json) -> str:
+    """Return a value as it is shown to people: of a digest the first 12 digits, of a long text the beginning."""
+    text = "none" if value is None else str(value)
+    if text.startswith("sha256:"):
+        return text[7:19]
+    return text if len(text) <= 60 else text[:57] + "…"
+
 
 def identity(
     node: Node, *, base: Path, memo: StatMemo, machine: Machine, trust: Trust, pins: Mapping[str, str] | None = None

@@ -15,11 +15,11 @@ from bigpipe.orchestrator.contract.types import Json, Launch, Resources
 
 from .conditions import Condition, parse_condition
 from .interpolation import Scope, contains_reference, interpolate
-from .manifest import Settings, refused_variable
+from .manifest import NodeSettings, refused_variable
 from .node import Node, Places
-from .problems import Code, Problems, did_you_mean, listed
+from .problems import ProblemCode, Problems, did_you_mean, listed
 from .validation import Target, validate, wrong_metric
-from .wiring import Axes, Source, Wired, read_picks
+from .wiring import Axes, StageReference, Wired, read_picks
 from .yamlsource import Document, Key
 
 MAX_NODES = 50_000
@@ -45,7 +45,7 @@ class _Reading:
     """What one stage's settings gave, for one variant or for all of them."""
 
     kind: Stage[Any]
-    settings: Settings
+    settings: NodeSettings
     params: Params
     when: Condition | None
     gates: tuple[Condition, ...]
@@ -85,7 +85,7 @@ class Expansion:
             largest = max(sizes, key=lambda name: sizes[name])
             cause = f"the recipe has {total:,} nodes, {sizes[largest]:,} of them {largest}; the limit is {MAX_NODES:,}"
             place = self.document.place_at(("stages", largest, "matrix"), key=True)
-            self.problems.add(Code.TOO_MANY_NODES, place, cause, "shorten or drop an axis, or split the recipe")
+            self.problems.add(ProblemCode.TOO_MANY_NODES, place, cause, "shorten or drop an axis, or split the recipe")
             raise self.problems.error()
         edges = sum(
             sizes[stage.name] * (sizes[source.stage] if source.gathers else 1)
@@ -95,7 +95,7 @@ class Expansion:
         if edges > MAX_EDGES:
             cause = f"the recipe has {edges:,} edges; the limit is {MAX_EDGES:,}"
             place = self.document.place_at(("stages",), key=True)
-            self.problems.add(Code.TOO_MANY_NODES, place, cause, "gather a matrix in one stage without a matrix")
+            self.problems.add(ProblemCode.TOO_MANY_NODES, place, cause, "gather a matrix in one stage without a matrix")
             raise self.problems.error()
 
     def _expand(self, stage: Wired) -> Iterable[Node]:
@@ -117,7 +117,7 @@ class Expansion:
     def _read(self, stage: Wired, variant: Mapping[str, Json]) -> _Reading | None:
         unresolved = stage.broken or bool(self.scope.open_params)
 
-        def report(code: Code, path: tuple[Key, ...], reference: str, cause: str, cure: str) -> None:
+        def report(code: ProblemCode, path: tuple[Key, ...], reference: str, cause: str, cure: str) -> None:
             nonlocal unresolved
             unresolved = True
             place = self.document.place_at((*stage.path, *path), part=reference)
@@ -132,7 +132,7 @@ class Expansion:
                 for key, value in values.items()
             }
         target = Target(self.document, stage.path, stage.name, unresolved)
-        settings = validate(Settings, values, target, self.problems)
+        settings = validate(NodeSettings, values, target, self.problems)
         given = values.get("with", {})
         params = None
         if stage.kind is not None and isinstance(given, dict):
@@ -183,7 +183,7 @@ class Expansion:
             places=places,
         )
 
-    def _targets(self, sources: tuple[Source, ...], texts: Mapping[str, str]) -> tuple[str, ...]:
+    def _targets(self, sources: tuple[StageReference, ...], texts: Mapping[str, str]) -> tuple[str, ...]:
         result: dict[str, None] = {}
         for source in sources:
             if source.gathers:
@@ -195,7 +195,7 @@ class Expansion:
     def _variant(self, stage: str, picks: Mapping[str, str], texts: Mapping[str, str]) -> str:
         return node_name(stage, {axis: picks.get(axis) or texts[axis] for axis in self.stages[stage].axes})
 
-    def _all_variants(self, source: Source) -> tuple[str, ...]:
+    def _all_variants(self, source: StageReference) -> tuple[str, ...]:
         key = (source.stage, source.text)
         if key not in self._gathered:
             axes = {
@@ -209,7 +209,7 @@ class Expansion:
         if stage.kind is not None and "launch" in stage.settings and stage.kind.runs_in != "ranks":
             place = self.document.place_at((*stage.path, "launch"), key=True)
             cause = f"{stage.kind.kind} does not run as ranks and takes no 'launch'"
-            self.problems.add(Code.NO_RANKS, place, cause, "remove it")
+            self.problems.add(ProblemCode.NO_RANKS, place, cause, "remove it")
 
     def _check_environment(self, stage: Wired, env: Json) -> None:
         for name in env if isinstance(env, dict) else ():
@@ -217,13 +217,15 @@ class Expansion:
                 continue
             place = self.document.place_at((*stage.path, "env", name), key=True)
             if not _VARIABLE.fullmatch(name):
-                self.problems.add(Code.BAD_NAME, place, f"{name!r} cannot name a variable", "use A-Z, 0-9 and _")
+                self.problems.add(ProblemCode.BAD_NAME, place, f"{name!r} cannot name a variable", "use A-Z, 0-9 and _")
             elif name in self.scope.secrets:
                 cure = f"list it under the stage's `secrets: [{name}]`; its value stays in your environment"
-                self.problems.add(Code.SECRET_REFERENCE, place, f"{name} is a secret and is never written out", cure)
+                self.problems.add(
+                    ProblemCode.SECRET_REFERENCE, place, f"{name} is a secret and is never written out", cure
+                )
             elif refused_variable(name):
                 cause = f"`env` may not set {name}, which changes what code runs or how it is launched"
-                self.problems.add(Code.REFUSED_VARIABLE, place, cause, "set it in the shell that starts bigpipe")
+                self.problems.add(ProblemCode.REFUSED_VARIABLE, place, cause, "set it in the shell that starts bigpipe")
 
     def _condition(self, stage: Wired, text: Json, path: tuple[Key, ...]) -> Condition | None:
         if not isinstance(text, str) or not text or contains_reference(text.replace("${stages.", "")):
@@ -238,7 +240,7 @@ class Expansion:
             condition = parse_condition(text, self.document.place_at(path))
         except ManifestError as error:
             for problem in error.problems:
-                self.problems.add(Code(problem.code), problem.place, problem.cause, problem.cure)
+                self.problems.add(ProblemCode(problem.code), problem.place, problem.cause, problem.cure)
             return None
         fine = True
         for node, metric in sorted(condition.references, key=str):
@@ -250,20 +252,20 @@ class Expansion:
         if node is None and "when" in path[2:3]:
             cure = "compare another stage's: ${stages.NODE.metrics." + metric + "}"
             cause = "`when` is decided before the stage runs and has no metrics of its own"
-            self.problems.add(Code.NOT_UPSTREAM, place, cause, cure)
+            self.problems.add(ProblemCode.NOT_UPSTREAM, place, cause, cure)
             return False
         name = stage.name if node is None else node.partition("@")[0]
         if name not in self.stages:
             if path[2] != "when":  # there it was reported as an edge
                 cure = did_you_mean(name, self.stages, otherwise="there are")
-                self.problems.add(Code.UNKNOWN_STAGE, place, f"no stage {name!r}", cure)
+                self.problems.add(ProblemCode.UNKNOWN_STAGE, place, f"no stage {name!r}", cure)
             return False
         kind = self.stages[name].kind
         wrong = wrong_metric(kind.metrics, metric) if kind is not None else None
         if kind is None or wrong is None:
             return kind is not None
         cure = did_you_mean(wrong.wrong, wrong.known, otherwise="there are")
-        self.problems.add(Code.UNKNOWN_METRIC, place, f"{wrong.cause} in {kind.kind}", cure)
+        self.problems.add(ProblemCode.UNKNOWN_METRIC, place, f"{wrong.cause} in {kind.kind}", cure)
         return False
 
     def _bound(self, stage: Wired, condition: Condition | None, texts: Mapping[str, str]) -> Condition | None:
@@ -286,7 +288,7 @@ class Expansion:
         picks = read_picks(rest, other.axes)
         place = condition.place
         if isinstance(picks, str):
-            self.problems.add(Code.NO_VARIANT, place, f"{name} has no variant {rest!r}", picks)
+            self.problems.add(ProblemCode.NO_VARIANT, place, f"{name} has no variant {rest!r}", picks)
             return None
         missing = [axis for axis in other.axes if axis not in picks and axis not in texts]
         shared = [axis for axis in other.axes if axis in texts and axis not in picks]
@@ -294,6 +296,8 @@ class Expansion:
         if wrong:
             cause = f"{name} has variants over {listed(wrong)}, which {stage.name} does not share"
             example = node_name(name, next(iter(variants(other.axes))))
-            self.problems.add(Code.NO_VARIANT, place, cause, f"pick one, such as ${{stages.{example}.metrics.…}}")
+            self.problems.add(
+                ProblemCode.NO_VARIANT, place, cause, f"pick one, such as ${{stages.{example}.metrics.…}}"
+            )
             return None
         return self._variant(name, picks, texts)

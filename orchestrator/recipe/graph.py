@@ -30,7 +30,7 @@ from .expansion import Expansion
 from .interpolation import WELL_KNOWN_SECRETS, Scope, interpolate, read_argument
 from .manifest import ManifestSpec, Structure, named, read_manifest, split_stage
 from .node import Node, Places
-from .problems import Code, Problems, did_you_mean
+from .problems import ProblemCode, Problems, did_you_mean
 from .registry import Offer, load_stage, locate
 from .validation import Target, validate
 from .wiring import Wired, Wiring
@@ -203,24 +203,24 @@ class _Loading:
         place = self.document.place_at(path)
         if "${" in uses:
             cure = "write the kind out; what a stage is cannot depend on a parameter"
-            self.problems.add(Code.MISPLACED_REFERENCE, place, "`uses` cannot hold a reference", cure)
+            self.problems.add(ProblemCode.MISPLACED_REFERENCE, place, "`uses` cannot hold a reference", cure)
             return None
         if self.known is not None:
             if uses not in self.known:
                 cure = did_you_mean(uses, self.known, otherwise="there are")
-                self.problems.add(Code.UNKNOWN_KIND, place, f"unknown stage kind {uses!r}", cure)
+                self.problems.add(ProblemCode.UNKNOWN_KIND, place, f"unknown stage kind {uses!r}", cure)
             return Offer(self.known[uses], "") if uses in self.known else None
-        code = Code.UNTRUSTED_KIND if ":" in uses else Code.UNKNOWN_KIND
+        code = ProblemCode.UNTRUSTED_KIND if ":" in uses else ProblemCode.UNKNOWN_KIND
         try:
             location = locate(uses, trust)
-            code = Code.BROKEN_KIND
+            code = ProblemCode.BROKEN_KIND
             return Offer(load_stage(uses, trust, self.base), location)
         except UsageError as error:
             self.problems.add(code, place, error.cause, error.cure)
             return None
 
     def _report_at(self, base: tuple[Key, ...]) -> Any:
-        def report(code: Code, path: tuple[Key, ...], reference: str, cause: str, cure: str) -> None:
+        def report(code: ProblemCode, path: tuple[Key, ...], reference: str, cause: str, cure: str) -> None:
             self.problems.add(code, self.document.place_at((*base, *path), part=reference), cause, cure)
 
         return report
@@ -239,7 +239,9 @@ class _Loading:
                 missing.add(name)
                 if name not in self.arguments:
                     cause, cure = f"the parameter {name!r} has no default", f"give it one, or pass -p {name}=…"
-                    self.problems.add(Code.PARAMETER_REQUIRED, self.document.place_at(path, key=True), cause, cure)
+                    self.problems.add(
+                        ProblemCode.PARAMETER_REQUIRED, self.document.place_at(path, key=True), cause, cure
+                    )
             else:
                 values[name] = value
         for name in self.arguments:
@@ -247,7 +249,7 @@ class _Loading:
                 cure = did_you_mean(name, defaults, otherwise="there are")
                 place = self.document.place_at(("params",), key=True)
                 cure = cure or f"declare it: `params: {{{name}: …}}`"
-                self.problems.add(Code.BAD_ARGUMENT, place, f"-p {name}=…: no parameter {name!r}", cure)
+                self.problems.add(ProblemCode.BAD_ARGUMENT, place, f"-p {name}=…: no parameter {name!r}", cure)
         return Scope(
             params=values,
             open_params=frozenset(missing),
@@ -262,7 +264,7 @@ class _Loading:
         except ValueError as error:
             place = self.document.place_at(("params", name))
             cure = "it is read as the type of the default"
-            self.problems.add(Code.BAD_ARGUMENT, place, f"-p {name}=…: {error}", cure)
+            self.problems.add(ProblemCode.BAD_ARGUMENT, place, f"-p {name}=…: {error}", cure)
             return None
 
     def _stages(self, manifest: ManifestSpec, kinds: Mapping[str, Offer], scope: Scope) -> dict[str, Wired]:
@@ -272,7 +274,7 @@ class _Loading:
             if not isinstance(raw, dict):
                 place = self.document.place_at(path)
                 self.problems.add(
-                    Code.WRONG_TYPE, place, f"{name}: a stage is a map", f"write `{name}: {{uses: KIND}}`"
+                    ProblemCode.WRONG_TYPE, place, f"{name}: a stage is a map", f"write `{name}: {{uses: KIND}}`"
                 )
                 result[name] = Wired(name, index, None, None, {}, broken=True)
                 continue
@@ -301,7 +303,7 @@ class _Loading:
                 place = self.document.place_at(("stages", name, "secrets", index))
                 cure = did_you_mean(secret, allowed | WELL_KNOWN_SECRETS) if secret not in WELL_KNOWN_SECRETS else ""
                 cure = cure or f"declare it at the top: `secrets: [{secret}]`"
-                self.problems.add(Code.UNDECLARED_SECRET, place, f"{secret!r} is not a declared secret", cure)
+                self.problems.add(ProblemCode.UNDECLARED_SECRET, place, f"{secret!r} is not a declared secret", cure)
 
     def _ordered(self, nodes: Mapping[str, Node]) -> dict[str, Node]:
         sorter = TopologicalSorter({node.name: node.predecessors for node in nodes.values()})
@@ -328,4 +330,4 @@ class _Loading:
                 cause = f"{source} need not have run when this gate of {node.name} is checked"
                 stage = nodes[source].stage
                 cure = f"add it to the stage's `needs: [{stage}]`"
-                self.problems.add(Code.NOT_UPSTREAM, gate.place, cause, cure)
+                self.problems.add(ProblemCode.NOT_UPSTREAM, gate.place, cause, cure)

@@ -19,7 +19,7 @@ from pydantic import (
 from bigpipe.orchestrator.contract.stage import Size
 from bigpipe.orchestrator.contract.types import Json, Launch, Resources, Trust
 
-from .problems import Code, Problems, did_you_mean
+from .problems import ProblemCode, Problems, did_you_mean
 from .validation import Target, validate
 from .yamlsource import Document, Key, to_python
 
@@ -153,7 +153,7 @@ class Structure(Spec):
     secrets: list[Text] = Field(default_factory=list, description="Declared secrets that this stage may see.")
 
 
-class Settings(Spec):
+class NodeSettings(Spec):
     """The rest of a stage, read once per node, after `${matrix.…}` has its values."""
 
     with_: dict[str | int, Any] = Field(default_factory=dict, alias="with", description="The kind's own fields.")
@@ -171,7 +171,7 @@ class Settings(Spec):
 
 
 STRUCTURE = tuple(Structure.model_fields)
-SETTINGS = tuple(info.alias or name for name, info in Settings.model_fields.items())
+SETTINGS = tuple(info.alias or name for name, info in NodeSettings.model_fields.items())
 
 
 class ManifestSpec(Spec):
@@ -202,7 +202,7 @@ def read_manifest(document: Document, problems: Problems) -> ManifestSpec | None
         return None
     if manifest.name is not None and "${" in manifest.name:
         place, cause = document.place_at(("name",)), "the name cannot hold a reference"
-        problems.add(Code.MISPLACED_REFERENCE, place, cause, "write it out; references stand in stages")
+        problems.add(ProblemCode.MISPLACED_REFERENCE, place, cause, "write it out; references stand in stages")
     for where, what in (("params", "a parameter"), ("stages", "a stage")):
         for name in getattr(manifest, where):
             check_name(name, document, (where, name), what, problems)
@@ -223,13 +223,13 @@ def _version(fields: Mapping[str, Json], document: Document, problems: Problems)
     place = document.place_at(("version",))
     newer = isinstance(found, int) and not isinstance(found, bool) and found > VERSION
     cure = "update bigpipe" if newer else f"write `version: {VERSION}`"
-    problems.add(Code.WRONG_VERSION, place, f"this bigpipe reads manifests of version {VERSION}", cure)
+    problems.add(ProblemCode.WRONG_VERSION, place, f"this bigpipe reads manifests of version {VERSION}", cure)
     return False
 
 
 def _missing_version(document: Document, problems: Problems) -> bool:
     place = document.place_at((), key=True)
-    problems.add(Code.MISSING_FIELD, place, "the manifest needs 'version'", f"add `version: {VERSION}`")
+    problems.add(ProblemCode.MISSING_FIELD, place, "the manifest needs 'version'", f"add `version: {VERSION}`")
     return True
 
 
@@ -243,18 +243,18 @@ def check_name(
     cure = "names are letters, digits, _ and -, at most 64, a letter first"
     if NAME.fullmatch(better):
         cure = f"call it {better!r}; {cure}"
-    problems.add(Code.BAD_NAME, document.place_at(path, key=key), f"{name[:80]!r} cannot name {what}", cure)
+    problems.add(ProblemCode.BAD_NAME, document.place_at(path, key=key), f"{name[:80]!r} cannot name {what}", cure)
 
 
 def split_stage(
     raw: Mapping[str, Json], name: str, document: Document, problems: Problems
 ) -> tuple[dict[str, Json], dict[str, Json]]:
-    """The fields of `Structure` and those of `Settings`; others are reported."""
+    """The fields of `Structure` and those of `NodeSettings`; others are reported."""
     for key in raw:
         if key not in STRUCTURE and key not in SETTINGS:
             cure = did_you_mean(str(key), [*STRUCTURE, *SETTINGS], otherwise="it takes")
             place = document.place_at(("stages", name, key), key=True)
-            problems.add(Code.UNKNOWN_FIELD, place, f"unknown field {str(key)!r} in stage {name}", cure)
+            problems.add(ProblemCode.UNKNOWN_FIELD, place, f"unknown field {str(key)!r} in stage {name}", cure)
     return (
         {key: value for key, value in raw.items() if key in STRUCTURE},
         {key: value for key, value in raw.items() if key in SETTINGS},

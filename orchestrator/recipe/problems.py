@@ -8,7 +8,7 @@ from enum import StrEnum
 from bigpipe.errors import ManifestError, Place, Problem
 
 
-class Code(StrEnum):
+class ProblemCode(StrEnum):
     """Each is explained, with an example and the cure, in docs/reference/errors.md."""
 
     NOT_TEXT = "BP001"
@@ -71,7 +71,7 @@ class Problems:
     """Collects; a problem that every variant of a matrix repeats is kept once."""
 
     def __init__(self) -> None:
-        self._found: dict[tuple[Code, Place, str], Problem] = {}
+        self._found: dict[tuple[ProblemCode, Place, str], Problem] = {}
 
     def __bool__(self) -> bool:
         return bool(self._found)
@@ -79,7 +79,7 @@ class Problems:
     def __len__(self) -> int:
         return len(self._found)
 
-    def add(self, code: Code, place: Place, cause: str, cure: str = "") -> None:
+    def add(self, code: ProblemCode, place: Place, cause: str, cure: str = "") -> None:
         self._found.setdefault((code, place, cause), Problem(code.value, place, cause, cure))
         if len(self._found) >= MAX_PROBLEMS:
             raise self.error()

@@ -16,7 +16,7 @@ from bigpipe.orchestrator.contract.stage import Stage
 
 from .docstrings import field_descriptions
 from .initial import initial_manifest
-from .manifest import NAME, ManifestSpec, Settings, Structure
+from .manifest import NAME, ManifestSpec, NodeSettings, Structure
 from .registry import load_stage, named_stage, stage_kinds
 from .validation import models_in
 from .wiring import DEFAULT_PORT
@@ -63,7 +63,7 @@ def manifest_schema(stages: Mapping[str, Stage[Any]] | None = None, *, more: Ite
 
 def _stage_schema(kinds: Mapping[str, Stage[Any]], definitions: dict[str, Schema]) -> Schema:
     structure = _model_schema(Structure, "stage", definitions)
-    settings = _model_schema(Settings, "stage", definitions)
+    settings = _model_schema(NodeSettings, "stage", definitions)
     properties = {name: _open(schema) for name, schema in (structure["properties"] | settings["properties"]).items()}
     properties["uses"] = {
         "description": "The stage kind: a name, or `module:STAGE` of a module under `trust`.",

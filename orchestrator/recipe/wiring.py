@@ -17,7 +17,7 @@ from bigpipe.orchestrator.contract.stage import Port, Stage
 from bigpipe.orchestrator.contract.types import Json
 
 from .manifest import Structure, check_name
-from .problems import Code, Problems, did_you_mean, listed
+from .problems import ProblemCode, Problems, did_you_mean, listed
 from .yamlsource import Document, Key
 
 if TYPE_CHECKING:
@@ -33,7 +33,7 @@ Axes = dict[str, dict[str, Json]]
 
 
 @dataclass(frozen=True, slots=True)
-class Source:
+class StageReference:
     """A stage as another one names it: `quantize` or `quantize@scheme=int8`."""
 
     text: str
@@ -63,9 +63,9 @@ class Wired:
     """The text of `when`, its matrix references still standing."""
     location: str = ""
     """`module:attribute` of the kind."""
-    inputs: dict[str, tuple[Source, ...]] = field(default_factory=dict)
-    needs: tuple[Source, ...] = ()
-    when: tuple[Source, ...] = ()
+    inputs: dict[str, tuple[StageReference, ...]] = field(default_factory=dict)
+    needs: tuple[StageReference, ...] = ()
+    when: tuple[StageReference, ...] = ()
     axes: Axes = field(default_factory=dict)
     broken: bool = False
     """Some axes may be missing because of a reported problem."""
@@ -78,7 +78,7 @@ class Wired:
     def secrets(self) -> list[str]:
         return self.structure.secrets if self.structure else []
 
-    def sources(self) -> Iterator[Source]:
+    def sources(self) -> Iterator[StageReference]:
         for sources in self.inputs.values():
             yield from sources
         yield from self.needs
@@ -105,7 +105,8 @@ class Wiring:
                 continue
             stage.inputs = self._inputs(stage, stage.structure)
             stage.needs = self._known(
-                Source(text, (*stage.path, "needs", index), "needs") for index, text in enumerate(stage.structure.needs)
+                StageReference(text, (*stage.path, "needs", index), "needs")
+                for index, text in enumerate(stage.structure.needs)
             )
             stage.when = self._known(self._in_condition(stage))
             self._check_ports(stage)
@@ -115,29 +116,30 @@ class Wiring:
         for name in self._order():
             self._resolve_axes(self.stages[name], list(axis_order))
 
-    def _inputs(self, stage: Wired, structure: Structure) -> dict[str, tuple[Source, ...]]:
+    def _inputs(self, stage: Wired, structure: Structure) -> dict[str, tuple[StageReference, ...]]:
         base = (*stage.path, "inputs")
         if isinstance(structure.inputs, str):
-            return {DEFAULT_PORT: self._known([Source(structure.inputs, base, "inputs")])}
-        result: dict[str, tuple[Source, ...]] = {}
+            return {DEFAULT_PORT: self._known([StageReference(structure.inputs, base, "inputs")])}
+        result: dict[str, tuple[StageReference, ...]] = {}
         for port, written in structure.inputs.items():
             if not written:
                 continue  # an empty list is a port left out
             label = f"inputs.{port}"
             if isinstance(written, str):
-                result[port] = self._known([Source(written, (*base, port), label)])
+                result[port] = self._known([StageReference(written, (*base, port), label)])
             else:
                 sources = [
-                    Source(text, (*base, port, index), label, gathers=True) for index, text in enumerate(written)
+                    StageReference(text, (*base, port, index), label, gathers=True)
+                    for index, text in enumerate(written)
                 ]
                 result[port] = self._known(sources)
         return result
 
-    def _in_condition(self, stage: Wired) -> list[Source]:
+    def _in_condition(self, stage: Wired) -> list[StageReference]:
         names = dict.fromkeys(_STAGE_METRIC.findall(stage.condition))
-        return [Source(name, (*stage.path, "when"), "when") for name in names]
+        return [StageReference(name, (*stage.path, "when"), "when") for name in names]
 
-    def _known(self, sources: Iterator[Source] | list[Source]) -> tuple[Source, ...]:
+    def _known(self, sources: Iterator[StageReference] | list[StageReference]) -> tuple[StageReference, ...]:
         known = []
         for source in sources:
             if "${" in source.text:
@@ -147,7 +149,7 @@ class Wiring:
                 continue
             place = self.document.place_at(source.path, part=source.stage)
             self.problems.add(
-                Code.UNKNOWN_STAGE, place, f"no stage {source.stage!r}",
+                ProblemCode.UNKNOWN_STAGE, place, f"no stage {source.stage!r}",
                 did_you_mean(source.stage, self.stages, otherwise="there are"),
             )  # fmt: skip
         return tuple(known)
@@ -171,14 +173,19 @@ class Wiring:
             place = self.document.place_at((*stage.path, "inputs"), key=True)
             cure = f"add `inputs: {{{next(iter(ports))}: STAGE}}`"
             self.problems.add(
-                Code.MISSING_PORT, place, f"{stage.kind.kind} needs one of its ports {listed(list(ports), 'or')}", cure
+                ProblemCode.MISSING_PORT,
+                place,
+                f"{stage.kind.kind} needs one of its ports {listed(list(ports), 'or')}",
+                cure,
             )
         for name, port in ports.items():
             if not port.optional and name not in written and written <= ports.keys():
                 short = f"inputs: {{{name}: STAGE}}" if name != DEFAULT_PORT else "inputs: STAGE"
                 place = self.document.place_at((*stage.path, "inputs"), key=True)
                 cause = f"{stage.kind.kind} needs a {port.type} on its port {name!r}"
-                self.problems.add(Code.MISSING_PORT, place, cause, f"add `{short}`{self._candidates(stage, port)}")
+                self.problems.add(
+                    ProblemCode.MISSING_PORT, place, cause, f"add `{short}`{self._candidates(stage, port)}"
+                )
 
     def _candidates(self, stage: Wired, port: Port) -> str:
         fitting = [other.name for other in self.stages.values() if other.kind and other.kind.output == port.type]
@@ -192,13 +199,13 @@ class Wiring:
         cure = did_you_mean(name, kind.inputs, otherwise="it has") if kind.inputs else "it takes no inputs: remove them"
         if short and kind.inputs:
             cure = f"name the port: inputs: {{{next(iter(kind.inputs))}: {stage.inputs[name][0].text}}}"
-        self.problems.add(Code.UNKNOWN_PORT, place, f"{kind.kind} has no port {name!r}", cure)
+        self.problems.add(ProblemCode.UNKNOWN_PORT, place, f"{kind.kind} has no port {name!r}", cure)
 
-    def _check_type(self, stage: Wired, name: str, port: Port, source: Source) -> None:
+    def _check_type(self, stage: Wired, name: str, port: Port, source: StageReference) -> None:
         if source.gathers and not port.many:
             cause = f"the port {name!r} of {stage.name} takes one {port.type}, not a list"
             cure = f"write `{name}: {source.text}`, or pick a variant: `{source.stage}@axis=value`"
-            self.problems.add(Code.NOT_MANY, self.document.place_at(source.path[:-1]), cause, cure)
+            self.problems.add(ProblemCode.NOT_MANY, self.document.place_at(source.path[:-1]), cause, cure)
         producer = self.stages[source.stage].kind
         if producer is None or producer.output == port.type:
             return
@@ -206,7 +213,7 @@ class Wiring:
         named = source.stage if source.stage == producer.kind else f"{source.stage} ({producer.kind})"
         cause = f"{named} gives {gives}, but port {name!r} of {stage.name} takes a {port.type}"
         cure = self._candidates(stage, port).removeprefix("; ") or f"wire a stage that gives a {port.type}"
-        self.problems.add(Code.WRONG_ARTIFACT, self.document.place_at(source.path), cause, cure)
+        self.problems.add(ProblemCode.WRONG_ARTIFACT, self.document.place_at(source.path), cause, cure)
 
     def _order(self) -> list[str]:
         """Stage names, sources first; those in a cycle are reported and marked broken."""
@@ -249,7 +256,7 @@ class Wiring:
             for (_, after), source, place in zip(ends, sources, places, strict=True)
         ]
         cure = f"remove one of {listed(written, 'or')}" if len(written) > 1 else "remove it"
-        self.problems.add(Code.CYCLE, places[-1], f"the stages form a cycle: {' → '.join(cycle)}", cure)
+        self.problems.add(ProblemCode.CYCLE, places[-1], f"the stages form a cycle: {' → '.join(cycle)}", cure)
 
     def _resolve_axes(self, stage: Wired, order: Sequence[str]) -> None:
         axes: Axes = {}
@@ -280,7 +287,7 @@ class Wiring:
                 cause = f"axis {axis!r} reaches {stage.name} as {listed(axes[axis])} and as {listed(values)}"
                 cure = f"give both the same values, rename one axis, or pick a variant: `STAGE@{axis}=…`"
                 place = self.document.place_at(path)
-                self.problems.add(Code.NO_VARIANT, place, f"{cause}, which share no value", cure)
+                self.problems.add(ProblemCode.NO_VARIANT, place, f"{cause}, which share no value", cure)
                 stage.broken = True
             axes[axis] = shared
 
@@ -290,20 +297,20 @@ class Wiring:
         if not values:
             stage.broken = True
             place = self.document.place_at(path)
-            self.problems.add(Code.BAD_MATRIX, place, f"the axis {axis!r} has no values", "list at least one")
+            self.problems.add(ProblemCode.BAD_MATRIX, place, f"the axis {axis!r} has no values", "list at least one")
         result: dict[str, Json] = {}
         for index, value in enumerate(values):
             text = value_text(value)
             place = self.document.place_at((*path, index))
             if not text.isprintable() or not 0 < len(text) <= MAX_AXIS_TEXT:
                 cure = f"use a short name of at most {MAX_AXIS_TEXT} printable characters"
-                self.problems.add(Code.BAD_MATRIX, place, "this value cannot be part of a node's name", cure)
+                self.problems.add(ProblemCode.BAD_MATRIX, place, "this value cannot be part of a node's name", cure)
             elif text in result:
-                self.problems.add(Code.BAD_MATRIX, place, f"{text} stands twice in {axis!r}", "remove one")
+                self.problems.add(ProblemCode.BAD_MATRIX, place, f"{text} stands twice in {axis!r}", "remove one")
             result[text] = value
         return result
 
-    def _picks(self, source: Source, producer: Wired) -> dict[str, str] | None:
+    def _picks(self, source: StageReference, producer: Wired) -> dict[str, str] | None:
         """Axis → text of the picked value; None after a report."""
         _, at, rest = source.text.partition("@")
         if not at:
@@ -313,7 +320,7 @@ class Wiring:
             return found
         if not producer.broken:
             self.problems.add(
-                Code.NO_VARIANT,
+                ProblemCode.NO_VARIANT,
                 self.document.place_at(source.path, part=source.text),
                 f"{producer.name} has no variant {rest!r}",
                 found,

@@ -17,14 +17,14 @@ from bigpipe.orchestrator.store.location import default_root
 from bigpipe.orchestrator.store.store import Store
 from bigpipe.sizes import counted, format_size, format_transfer
 
-from .rendering import columns, metrics_line
+from .rendering import columns, metrics_line, nodes_table
 
 NOUNS = {"work": "work folder", "temporary": "temporary file", "quarantine": "quarantined file"}
 """What garbage is called where its kind is no noun that can be counted."""
 
 
 @dataclass(frozen=True, slots=True)
-class Answer:
+class Inspection:
     """One answer twice: for programs and for people; and what is wrong, if something is."""
 
     data: Json
@@ -36,7 +36,7 @@ def open_store(store: str | Path | None) -> Store:
     return Store(Path(store) if store else default_root())
 
 
-def list_store(*, store: str | Path | None = None) -> Answer:
+def list_store(*, store: str | Path | None = None) -> Inspection:
     opened = open_store(store)
     entries, runs = opened.ls(), records.list_runs(opened.runs)
     rows = [("artifact", "type", "size", "files", "node", "made", "")]
@@ -65,33 +65,25 @@ def list_store(*, store: str | Path | None = None) -> Answer:
         "artifacts": [{**asdict(entry), "path": str(entry.path)} for entry in entries],
         "runs": [{"run": r.run, "status": r.status, "seconds": r.seconds, "recipe": r.recipe} for r in runs],
     }
-    return Answer(data, "\n\n".join(part for part in parts if part))
+    return Inspection(data, "\n\n".join(part for part in parts if part))
 
 
-def show_run(run: str, *, store: str | Path | None = None) -> Answer:
+def show_run(run: str, *, store: str | Path | None = None) -> Inspection:
     record = records.load_run(open_store(store).runs, run)
     head = [
         f"run {record.run}: {record.status} in {record.seconds:.1f} s, started {record.started}",
         f"{record.manifest} ({record.recipe})",
         *(f"  {name} = {value}" for name, value in record.params.items()),
     ]
-    return Answer(record.model_dump(mode="json"), "\n".join([*head, "", nodes_table(record)]))
+    return Inspection(record.model_dump(mode="json"), "\n".join([*head, "", _nodes_text(record)]))
 
 
-def nodes_table(record: RunRecord) -> str:
-    rows = [("node", "status", "seconds", "peak RAM", "result")]
-    for name, node in record.nodes.items():
-        ran = node.status == "succeeded"
-        rows.append(
-            (
-                name,
-                node.status,
-                f"{node.seconds:.1f}" if ran else "",
-                format_size(node.peak_rss) if ran and node.peak_rss else "",
-                node.error.partition("\n")[0] or metrics_line(node.metrics) or node.reason,
-            )
-        )
-    return columns(rows)
+def _nodes_text(record: RunRecord) -> str:
+    results = {
+        name: node.error.partition("\n")[0] or metrics_line(node.metrics) or node.reason
+        for name, node in record.nodes.items()
+    }
+    return nodes_table((name, n.status, n.seconds, n.peak_rss, results[name]) for name, n in record.nodes.items())
 
 
 def log_lines(run: str, node: str | None, store: str | Path | None = None) -> Iterator[str]:
@@ -103,7 +95,7 @@ def log_lines(run: str, node: str | None, store: str | Path | None = None) -> It
                 yield line.rstrip("\n")
 
 
-def diff_runs(run: str, other: str, *, store: str | Path | None = None) -> Answer:
+def diff_runs(run: str, other: str, *, store: str | Path | None = None) -> Inspection:
     opened = open_store(store)
     one, two = records.load_run(opened.runs, run), records.load_run(opened.runs, other)
     found = records.diff(one, two, _causes(opened, one, two))
@@ -112,7 +104,7 @@ def diff_runs(run: str, other: str, *, store: str | Path | None = None) -> Answe
         "changes": [asdict(change) for change in found.changes],
         "nodes": {name: [asdict(change) for change in changes] for name, changes in found.nodes.items()},
     }
-    return Answer(data, _diff_text(found))
+    return Inspection(data, _diff_text(found))
 
 
 def _causes(store: Store, one: RunRecord, two: RunRecord) -> Mapping[str, list[Change]]:
@@ -130,22 +122,13 @@ def _causes(store: Store, one: RunRecord, two: RunRecord) -> Mapping[str, list[C
 def _diff_text(found: RunDiff) -> str:
     if found.same:
         return f"runs {found.runs[0]} and {found.runs[1]} are the same"
-    lines = [_change_line(change) for change in found.changes]
+    lines = [str(change) for change in found.changes]
     for name, changes in found.nodes.items():
-        lines += [f"{name}:", *(f"  {_change_line(change)}" for change in changes)]
+        lines += [f"{name}:", *(f"  {change}" for change in changes)]
     return "\n".join(lines)
 
 
-def _change_line(change: Change) -> str:
-    return f"{change.path} {_short(change.old)} → {_short(change.new)}"
-
-
-def _short(value: Json) -> str:
-    text = str(value)
-    return text[7:19] if text.startswith("sha256:") else text
-
-
-def collect_garbage(dry_run: bool, *, store: str | Path | None = None) -> Answer:
+def collect_garbage(dry_run: bool, *, store: str | Path | None = None) -> Inspection:
     with open_store(store) as opened:
         report = opened.gc(locked_digests, dry_run=dry_run)
     verb = "would free" if dry_run else "freed"
@@ -154,10 +137,10 @@ def collect_garbage(dry_run: bool, *, store: str | Path | None = None) -> Answer
     what = ", ".join(counted(count, NOUNS.get(kind, kind)) for kind, count in counts.items()) or "nothing"
     lines.append(f"{verb} {format_transfer(report.freed_bytes)}: {what}")
     lines.append(f"kept {counted(report.kept_artifacts, 'artifact')}, {format_transfer(report.kept_bytes)}")
-    return Answer({**asdict(report), "freed_bytes": report.freed_bytes}, "\n".join(lines))
+    return Inspection({**asdict(report), "freed_bytes": report.freed_bytes}, "\n".join(lines))
 
 
-def verify_store(repair: bool, *, store: str | Path | None = None) -> Answer:
+def verify_store(repair: bool, *, store: str | Path | None = None) -> Inspection:
     with open_store(store) as opened:
         report = opened.verify(repair=repair)
     head = f"{counted(report.artifacts, 'artifact')}, {counted(report.files, 'file')}, {format_size(report.bytes)} read"
@@ -169,4 +152,4 @@ def verify_store(repair: bool, *, store: str | Path | None = None) -> Answer:
     left = [finding for finding in report.findings if not finding.repaired]
     cure = "bigpipe verify --repair sets them aside, and they are made again"
     error = StageFailed(f"the store has {len(left)} findings", cure) if left else None
-    return Answer(data, "\n".join(lines), error)
+    return Inspection(data, "\n".join(lines), error)

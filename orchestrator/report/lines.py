@@ -34,7 +34,7 @@ class BaseReporter:
 
 
 @dataclass(slots=True)
-class Counter:
+class NodeCounter:
     """`[1/5]`: a node's place among the nodes of the run."""
 
     places: dict[str, int] = field(default_factory=dict)

@@ -50,7 +50,7 @@ class Reading:
 
 
 @dataclass(slots=True)
-class Meter:
+class ProgressMeter:
     """Adds up the ranks of one node's current task and measures its rate."""
 
     clock: Callable[[], float] = time.monotonic

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from bigpipe.orchestrator.contract.types import Json
-from bigpipe.orchestrator.planning.decision import Action
+from bigpipe.orchestrator.planning.decision import Action, change_json
+from bigpipe.orchestrator.planning.keys import shown
 from bigpipe.orchestrator.planning.plan import Plan, PlannedNode, failed, machine_line
 from bigpipe.sizes import format_size, format_transfer
 
@@ -120,17 +121,14 @@ def plan_json(plan: Plan) -> dict[str, Json]:
 
 
 def _planned_json(planned: PlannedNode) -> dict[str, Json]:
-    forecast, places = planned.forecast, planned.node.places
+    forecast = planned.forecast
     return {
         "kind": planned.node.kind.kind,
         "action": str(planned.action),
         "reason": planned.decision.reason,
         "key": planned.decision.key,
         "pins": dict(planned.pinned.values),
-        "changes": [
-            {"path": c.path, "old": c.old, "new": c.new, "place": str(places[c.path]) if c.path in places else None}
-            for c in planned.decision.changes
-        ],
+        "changes": [change_json(change, planned.node) for change in planned.decision.changes],
         "gates": [{"gate": g.gate.text, "passed": g.verdict.passed if g.verdict else None} for g in planned.gates],
         "problem": planned.problem.cause if planned.problem else None,
         "forecast": None
@@ -155,33 +153,33 @@ def why_text(answers: Mapping[str, Mapping[str, Json]]) -> str:
         lines = [f"{name}: {answer['action']}" + (f" ({answer['reason']})" if answer["reason"] else "")]
         for change in answer["changes"]:
             place = f"   ({change['place'].rpartition('/')[2]})" if change["place"] else ""
-            lines.append(f"  {change['path']} {_value(change['old'])} → {_value(change['new'])}{place}")
+            lines.append(f"  {change['path']} {shown(change['old'])} → {shown(change['new'])}{place}")
         lines += [f"  {other}: {reason}" for other, reason in answer["because_of"].items()]
         blocks.append("\n".join(lines))
     return "\n".join(blocks)
 
 
-def _value(value: Json) -> str:
-    text = "none" if value is None else str(value)
-    return text[7:19] if text.startswith("sha256:") else text
+def nodes_table(nodes: Iterable[tuple[str, str, float, int | None, str]]) -> str:
+    """Return the table of a run. nodes: name, status, seconds, peak memory in bytes if known, what came out."""
+    rows = [("node", "status", "seconds", "peak RAM", "result")]
+    for name, status, seconds, peak, result in nodes:
+        ran = status == "succeeded"
+        rows.append((name, status, f"{seconds:.1f}" * ran, format_size(peak) if ran and peak else "", result))
+    return columns(rows)
 
 
 def result_table(result: RunResult) -> str:
-    """The table at the end of a run: node, status, seconds, peak memory, what came out."""
-    rows = [("node", "status", "seconds", "peak RAM", "result")]
-    for name, state in result.nodes.items():
-        record = state.record
-        ran = str(state.status) == "succeeded"
-        rows.append(
-            (
-                name,
-                str(state.status),
-                f"{state.seconds:.1f}" if ran else "",
-                format_size(record.peak_rss) if ran and record and record.peak_rss else "",
-                (state.node.kind.result_line or metrics_line)(record.metrics) if record else state.reason,
-            )
+    """Return the table at the end of a run."""
+    return nodes_table(
+        (
+            name,
+            str(state.status),
+            state.seconds,
+            state.record.peak_rss if state.record else 0,
+            (state.node.kind.result_line or metrics_line)(state.record.metrics) if state.record else state.reason,
         )
-    return columns(rows)
+        for name, state in result.nodes.items()
+    )
 
 
 def results_text(result: RunResult, limit: int = 5) -> str:

@@ -26,8 +26,8 @@ from bigpipe.orchestrator.contract.events import (
 )
 from bigpipe.orchestrator.launch.redaction import Redactor
 
-from .lines import BaseReporter, Counter, finished_text, retried_text
-from .progress import Meter, elapsed
+from .lines import BaseReporter, NodeCounter, finished_text, retried_text
+from .progress import ProgressMeter, elapsed
 
 LINE_SHARE = 0.1
 LINE_SECONDS = 30.0
@@ -40,8 +40,8 @@ class PlainReporter(BaseReporter):
     def __init__(self, stream: TextIO, clock: Callable[[], float] = time.monotonic) -> None:
         self._stream = stream
         self._clock = clock
-        self._counter = Counter()
-        self._meters: dict[str, Meter] = {}
+        self._counter = NodeCounter()
+        self._meters: dict[str, ProgressMeter] = {}
         self._said: dict[str, tuple[float, str, int]] = {}
         """Node → when its last line was, of which task, at how many tenths."""
 
@@ -50,7 +50,7 @@ class PlainReporter(BaseReporter):
             case RunStarted():
                 self._counter.start(event.nodes)
             case NodeStarted():
-                self._meters[event.node] = Meter(self._clock)
+                self._meters[event.node] = ProgressMeter(self._clock)
                 self._said[event.node] = (self._clock(), "", 0)
                 self._write(event.node, "started" + (f" ({event.reason})" if event.reason else ""))
             case Progress():
@@ -65,7 +65,7 @@ class PlainReporter(BaseReporter):
                 self._print(f"run {event.run} {event.status} in {elapsed(event.seconds)}")
 
     def _progress(self, event: Progress) -> None:
-        reading = self._meters.setdefault(event.node, Meter(self._clock)).update(event)
+        reading = self._meters.setdefault(event.node, ProgressMeter(self._clock)).update(event)
         now = self._clock()
         since, task, before = self._said.get(event.node, (now, "", 0))
         # The small term: 0.3 / 0.1 is below 3.

@@ -20,8 +20,8 @@ from bigpipe.orchestrator.contract.events import (
     RunStarted,
 )
 
-from .lines import MARKS, BaseReporter, Counter, finished_text, retried_text
-from .progress import Meter, elapsed
+from .lines import MARKS, BaseReporter, NodeCounter, finished_text, retried_text
+from .progress import ProgressMeter, elapsed
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -40,9 +40,9 @@ class RichReporter(BaseReporter):
         self._stream = stream
         self._environment = os.environ if environment is None else environment
         self._width = width
-        self._counter = Counter()
+        self._counter = NodeCounter()
         self._bars: Bars | None = None
-        self._running: dict[str, tuple[TaskID, Meter]] = {}
+        self._running: dict[str, tuple[TaskID, ProgressMeter]] = {}
 
     def report(self, event: Event) -> None:
         match event:
@@ -74,7 +74,7 @@ class RichReporter(BaseReporter):
         self._bars = self._bars or _make_bars(self._make_console())
         self._bars.start()
         task = self._bars.add_task(self._counter.label(event.node), total=None, text=event.reason)
-        self._running[event.node] = (task, Meter())
+        self._running[event.node] = (task, ProgressMeter())
 
     def _advance(self, event: Progress) -> None:
         if self._bars is None or event.node not in self._running:

@@ -15,7 +15,7 @@ from .durable import explained, is_partial
 from .hashing import is_hex
 from .keyrecord import all_records, sealed_names
 from .layout import Layout
-from .locks import Lock, keeps_out
+from .locks import StoreLock, keeps_out
 from .presence import Presence, anybody
 from .releasing import held_objects
 from .roots import all_roots
@@ -60,7 +60,7 @@ def collect_garbage(layout: Layout, presence: Presence, locked: LockedDigests, *
             return _Collection(layout, locked, dry_run=True).collect()
         # Nothing new is written before bytes are freed: `gc` is what people call when the disk is full.
         presence.leave()  # whoever enters waits for the lock below, this process too
-        with Lock(layout.locks / "gc") as entrance, Lock(layout.locks / "objects"):
+        with StoreLock(layout.locks / "gc") as entrance, StoreLock(layout.locks / "objects"):
             if not keeps_out(entrance.path):
                 raise UsageError(
                     f"the file system of the store keeps no locks, so nobody knows who uses it: {layout.root}",

@@ -25,7 +25,7 @@ SIGN = 120
 """Characters of a lock file's content."""
 
 
-class Lock:
+class StoreLock:
     """One hold on a lock file, shared or exclusive. The file stays where it is; its content names the holder."""
 
     def __init__(self, path: Path, *, shared: bool = False) -> None:
@@ -104,7 +104,7 @@ class Lock:
             with suppress(OSError):  # that the sign could not be written: the lock is free all the same
                 os.close(descriptor)
 
-    def __enter__(self) -> Lock:
+    def __enter__(self) -> StoreLock:
         if not self.held:
             self.acquire()
         return self
@@ -125,7 +125,7 @@ def _is_at(descriptor: int, path: Path) -> bool:
 def keeps_out(path: Path) -> bool:
     """Is a lock held on `path` refused to others, as it must? Some network file systems accept every lock and keep
     none."""
-    second = Lock(path)
+    second = StoreLock(path)
     taken = second.try_acquire()
     second.release()
     return not taken

@@ -14,7 +14,7 @@ from pathlib import Path
 from .artifacts import remove_tree
 from .durable import explained, make_directory
 from .layout import Layout
-from .locks import Lock, keeps_out
+from .locks import StoreLock, keeps_out
 
 
 class Presence:
@@ -23,7 +23,7 @@ class Presence:
     def __init__(self, layout: Layout) -> None:
         self._layout = layout
         self._guard = threading.Lock()
-        self._lock: Lock | None = None
+        self._lock: StoreLock | None = None
         self._folder: Path | None = None
         self._serial = count()
         self._process = 0
@@ -43,9 +43,9 @@ class Presence:
         with explained(tmp):
             make_directory(tmp, durable=False)
             make_directory(self._layout.locks, durable=False)
-            with Lock(self._layout.locks / "gc", shared=True):
+            with StoreLock(self._layout.locks / "gc", shared=True):
                 name = f"{os.getpid()}-{os.urandom(4).hex()}"
-                self._lock = Lock(tmp / f"{name}.lock")
+                self._lock = StoreLock(tmp / f"{name}.lock")
                 self._lock.acquire()
                 self.locks_work = keeps_out(self._lock.path)
                 if self.locks_work:
@@ -82,7 +82,7 @@ def _others(layout: Layout, own: str) -> bool:
     """Is any process present besides the one named `own`? Removes what dead ones left."""
     alive = False
     for name in {item.partition(".")[0] for item in os.listdir(layout.tmp)} - {own}:
-        lock = Lock(layout.tmp / f"{name}.lock")
+        lock = StoreLock(layout.tmp / f"{name}.lock")
         if lock.try_acquire():
             remove_tree(layout.tmp / name)
             remove_tree(lock.path)

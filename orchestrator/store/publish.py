@@ -36,7 +36,7 @@ from .durable import (
 from .hashing import CHUNK, hash_file, is_hex
 from .keyrecord import KeyRecord, save_record
 from .layout import Layout
-from .locks import Lock
+from .locks import StoreLock
 from .memo import Fingerprint, StatMemo, fingerprint
 from .releasing import keep_again
 
@@ -48,7 +48,7 @@ PAGE = 4096
 
 
 @dataclass(frozen=True, slots=True)
-class Source:
+class Origin:
     """Where the bytes of one file of an artifact come from."""
 
     sha256: str
@@ -111,7 +111,7 @@ class Publisher:
                 return None
         return record
 
-    def _place(self, record: KeyRecord, sources: Mapping[str, Source]) -> None:
+    def _place(self, record: KeyRecord, sources: Mapping[str, Origin]) -> None:
         """Idempotent: files that an earlier attempt has moved are found in objects.
 
         Nobody may take objects away between finding one there and recording that it is used, so `drop` and `gc`
@@ -119,7 +119,7 @@ class Publisher:
         """
         layout = self.layout
         make_directory(layout.objects)
-        with Lock(layout.locks / "objects", shared=True):
+        with StoreLock(layout.locks / "objects", shared=True):
             entries = {name: self._settle(source) for name, source in sources.items()}
             sync_directory(layout.objects)
             digest, type = record.digest, record.artifact_type
@@ -132,7 +132,7 @@ class Publisher:
             save_artifact(layout, artifact)
             save_record(layout, record)
 
-    def _settle(self, source: Source) -> Entry:
+    def _settle(self, source: Origin) -> Entry:
         if source.how == "reference":
             return Entry(source.sha256, source.facts, source.path)
         target = self.layout.object(source.sha256)
@@ -149,7 +149,7 @@ class Publisher:
             raise Damaged
         return Entry(source.sha256, fingerprint(facts))
 
-    def _adopt(self, path: Path, target: Path, source: Source) -> None:
+    def _adopt(self, path: Path, target: Path, source: Origin) -> None:
         try:
             facts = os.lstat(path)
         except FileNotFoundError:
@@ -220,7 +220,7 @@ def record_forgone(layout: Layout, record: KeyRecord, files: Mapping[str, tuple[
             "files": {name: {"sha256": sha256, "size": size} for name, (sha256, size) in files.items()},
         }
     )
-    with explained(layout.root), Lock(layout.locks / "objects", shared=True):
+    with explained(layout.root), StoreLock(layout.locks / "objects", shared=True):
         if load_artifact(layout, digest) is None:
             entries = {name: Entry(sha256, (size, 0, 0, 0)) for name, (sha256, size) in files.items()}
             save_artifact(layout, Artifact(digest, record.artifact_type or "", entries, dropped=True))
@@ -249,7 +249,7 @@ class Collector:
         self._objects = os.path.realpath(layout.objects)
         self._hashed: dict[str, str] = {}
 
-    def collect(self) -> dict[str, Source]:
+    def collect(self) -> dict[str, Origin]:
         """Relative path → source, sorted. Empty directories are no part of an artifact. Raises StageFailed, OSError."""
         sources = {name: self._source(name) for name in sorted(self._names())}
         for name in self.known:
@@ -269,7 +269,7 @@ class Collector:
                     else:
                         yield name
 
-    def _source(self, name: str) -> Source:
+    def _source(self, name: str) -> Origin:
         _refuse_odd_name(name)
         path = self.out / name
         linked = path.is_symlink()
@@ -285,7 +285,7 @@ class Collector:
         sha256 = self._sha256(name, real, facts, how)
         if how == "adopt":
             sync_file(Path(real))
-        return Source(sha256, facts.st_size, how, real, fingerprint(facts))
+        return Origin(sha256, facts.st_size, how, real, fingerprint(facts))
 
     def _how(self, name: str, real: str) -> Literal["adopt", "object", "reference"]:
         if _is_below(real, self._objects) and is_hex(os.path.basename(real)):
@@ -328,7 +328,7 @@ def _is_below(path: str, folder: str) -> bool:
     return path.startswith(folder.rstrip("/") + "/")
 
 
-def write_journal(working: Path, record: KeyRecord, sources: Mapping[str, Source]) -> None:
+def write_journal(working: Path, record: KeyRecord, sources: Mapping[str, Origin]) -> None:
     """Notes durably what is about to be published. Directories of `out` are synced first: the names must be there."""
     for place, _, _ in os.walk(working / "out"):
         sync_directory(Path(place))
@@ -339,7 +339,7 @@ def write_journal(working: Path, record: KeyRecord, sources: Mapping[str, Source
     write_atomically(working / JOURNAL, seal(data))
 
 
-def read_journal(working: Path) -> tuple[KeyRecord, dict[str, Source]]:
+def read_journal(working: Path) -> tuple[KeyRecord, dict[str, Origin]]:
     """Raises FileNotFoundError where there is none, Damaged."""
     data = read_sealed(working / JOURNAL)
     try:
@@ -351,6 +351,6 @@ def read_journal(working: Path) -> tuple[KeyRecord, dict[str, Source]]:
 
 def _source(
     sha256: str, size: int, how: Literal["adopt", "object", "reference"], path: str, facts: list[int]
-) -> Source:
+) -> Origin:
     _, mtime, inode, ctime = facts
-    return Source(sha256, size, how, path, (size, mtime, inode, ctime))
+    return Origin(sha256, size, how, path, (size, mtime, inode, ctime))

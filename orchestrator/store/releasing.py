@@ -16,7 +16,7 @@ from .artifacts import load_artifact, remove_tree, save_artifact
 from .durable import Damaged, explained, make_directory, read_sealed, seal, write_atomically
 from .keyrecord import KeyRecord, all_records, sealed_names
 from .layout import Layout
-from .locks import Lock
+from .locks import StoreLock
 from .presence import Presence
 
 
@@ -26,7 +26,7 @@ def release(layout: Layout, presence: Presence, digest: str, key: str | None) ->
     The bytes go once every record of this artifact has released it and no other process is in the store, which may be
     about to read them; else the next to leave or enter does it. Returns the bytes freed.
     """
-    with explained(layout.released), Lock(layout.locks / "released"):
+    with explained(layout.released), StoreLock(layout.locks / "released"):
         make_directory(layout.released)
         keys = {item.key for item in all_records(layout) if item.digest == digest} if key is None else {key}
         write_atomically(layout.release(digest), seal(sorted(keys | _released_by(layout, digest))))
@@ -38,7 +38,7 @@ def keep_again(layout: Layout, digest: str, key: str) -> None:
     that no `sweep` comes between."""
     if not layout.release(digest).exists():
         return
-    with explained(layout.released), Lock(layout.locks / "released"):
+    with explained(layout.released), StoreLock(layout.locks / "released"):
         remaining = _released_by(layout, digest) - {key}
         if remaining:
             write_atomically(layout.release(digest), seal(sorted(remaining)))
@@ -60,10 +60,10 @@ def sweep(layout: Layout, presence: Presence) -> int:
         return 0
     presence.enter()
     # While `gc` is locked nobody enters, so whoever is alone stays alone.
-    with explained(layout.released), Lock(layout.locks / "gc"):
+    with explained(layout.released), StoreLock(layout.locks / "gc"):
         if not presence.alone():
             return 0
-        with Lock(layout.locks / "objects"), Lock(layout.locks / "released"):
+        with StoreLock(layout.locks / "objects"), StoreLock(layout.locks / "released"):
             records = list(all_records(layout))
             return sum(_drop(layout, digest) for digest in map(_digest, names) if _unwanted(layout, digest, records))
 

@@ -13,7 +13,7 @@ from .durable import Damaged, explained, make_directory, read_sealed, seal, writ
 from .hashing import digest_of, hex_of
 from .keyrecord import sealed_names
 from .layout import Layout
-from .locks import Lock
+from .locks import StoreLock
 
 HISTORY = 8
 """Keys that are remembered per node."""
@@ -76,7 +76,7 @@ def remember(layout: Layout, manifest: Path, lock: Path | None, name: str, nodes
         if old is not None and _says(layout, old, lock, name, nodes):
             return
         make_directory(layout.roots)
-        with Lock(layout.locks / "roots"):
+        with StoreLock(layout.locks / "roots"):
             write_atomically(path, seal(_as_json(_merged(layout, path, manifest, lock, name, nodes))))
 
 

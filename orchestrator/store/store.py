@@ -29,7 +29,7 @@ from .durable import explained, make_directory
 from .hashing import is_hex
 from .keyrecord import KeyRecord, all_records, load_record, sealed_names
 from .layout import Layout
-from .locks import Lock
+from .locks import StoreLock
 from .memo import StatMemo
 from .presence import Presence
 from .publish import JOURNAL, Known, Publisher, record_forgone
@@ -185,7 +185,7 @@ class Store:
                 key = f"sha256:{name}"
                 if not is_hex(name) or not (self.layout.work / name / JOURNAL).exists():
                     continue
-                lock = Lock(self.layout.working_lock(key))
+                lock = StoreLock(self.layout.working_lock(key))
                 if self._presence.locks_work and lock.try_acquire():
                     # Where it fails (a full disk), it is said when that key is asked for.
                     with lock, suppress(BigpipeError):
@@ -230,7 +230,7 @@ class Store:
         folder = self.layout.working(key)
         if not folder.is_dir() or any(os.scandir(work.out)):
             return
-        lock, orphans = Lock(self.layout.working_lock(key)), Lock(folder / WORK_LOCK)
+        lock, orphans = StoreLock(self.layout.working_lock(key)), StoreLock(folder / WORK_LOCK)
         if lock.try_acquire():
             with lock:
                 if orphans.try_acquire():
@@ -253,13 +253,13 @@ class Store:
         Frees itself when this process dies. Raises Interrupted when `cancelled` is set meanwhile.
         """
         self.enter()
-        lock = Lock(self.layout.working_lock(key))
+        lock = StoreLock(self.layout.working_lock(key))
         lock.acquire(cancelled, waiting)
         try:
             folder = self._work_folder(key)
             with explained(folder):
                 make_directory(folder)
-                orphans = Lock(folder / WORK_LOCK)
+                orphans = StoreLock(folder / WORK_LOCK)
                 orphans.acquire(cancelled, waiting, "processes that an earlier run left behind")
                 orphans.release()
                 if self._presence.locks_work:

@@ -22,7 +22,7 @@ from bigpipe.orchestrator.contract.events import (
     event_from_json,
 )
 from bigpipe.orchestrator.report import progress, reporters
-from bigpipe.orchestrator.report.progress import Meter
+from bigpipe.orchestrator.report.progress import ProgressMeter
 from bigpipe.orchestrator.report.terminal import RichReporter
 
 GB = 10**9
@@ -95,13 +95,13 @@ def test_plain_progress_is_a_line_per_tenth_or_half_minute() -> None:
 
 def test_the_rate_follows_the_last_seconds_and_ranks_add_up() -> None:
     clock = Clock()
-    meter = Meter(clock)
+    meter = ProgressMeter(clock)
     for second in range(20):
         clock.now = second
         meter.update(Progress("n", second * 100, 10_000, "x", rank=0))
     reading = meter.update(Progress("n", 500, 10_000, "x", rank=1))
     assert (reading.done, reading.total) == (2400, 20_000)
-    slow = Meter(clock)
+    slow = ProgressMeter(clock)
     for second in range(100):
         clock.now = second
         reading = slow.update(Progress("n", min(second, 50) * 100, 10_000, "x"))

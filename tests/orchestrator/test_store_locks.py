@@ -9,7 +9,7 @@ import pytest
 from support.stores import contents, fill, in_child, in_memory, killed_at, publish, record
 
 from bigpipe.errors import Interrupted, UsageError
-from bigpipe.orchestrator.store.locks import Lock
+from bigpipe.orchestrator.store.locks import StoreLock
 from bigpipe.orchestrator.store.store import Store
 
 
@@ -90,13 +90,13 @@ class TestLocks:
 
     def test_workers_that_outlived_their_run_are_waited_for(self, store):
         with store.lock(record("a").key) as work:
-            orphan = Lock(work.folder / "lock", shared=True)
+            orphan = StoreLock(work.folder / "lock", shared=True)
             orphan.acquire()
         heard = []
         threading.Timer(0.2, orphan.release).start()
         with store.lock(record("a").key, waiting=heard.append) as work:
             assert not orphan.held
-            worker = Lock(work.folder / "lock", shared=True)
+            worker = StoreLock(work.folder / "lock", shared=True)
             assert worker.try_acquire()  # one's own workers may start
             worker.release()
         assert heard == ["processes that an earlier run left behind"]
