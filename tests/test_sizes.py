@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
+from hypothesis import given, strategies as st
 
 from bigpipe.errors import UsageError
 from bigpipe.sizes import counted, exact_size, format_size, format_transfer, parse_size, size_of

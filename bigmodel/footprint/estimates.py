@@ -22,8 +22,7 @@ from bigpipe.sizes import size_of
 from bigpipe.trust import Trust
 
 from .budget import OPTIMIZERS, Budget, Workload, budget, capped_length
-from .changes import Change as Change
-from .changes import Setting, needed, smallest_change
+from .changes import Change as Change, Setting, needed, smallest_change
 from .grounds import as_accelerate, grounds
 from .sighting import Sighting, architecture_of, look
 from .weights import WIDTHS

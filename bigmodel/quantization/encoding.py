@@ -23,8 +23,7 @@ from bigpipe.bigmodel.checkpoint.bytesource import FileSource
 from bigpipe.bigmodel.checkpoint.openfiles import OpenFiles
 from bigpipe.bigmodel.checkpoint.view import Checkpoint
 
-from .devices import CHUNK as DEVICE_CHUNK
-from .devices import DeviceFourBitEncoder, DeviceInt8Encoder
+from .devices import CHUNK as DEVICE_CHUNK, DeviceFourBitEncoder, DeviceInt8Encoder
 from .floats import BITS, Bits, convert
 from .fourbit import BLOCK, FourBitEncoder
 from .int8 import Int8Encoder

@@ -5,11 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
-from pathlib import Path
 from typing import Any
 
-from bigpipe.machine import Gpu as Gpu
-from bigpipe.machine import Machine as Machine
+from bigpipe.machine import Gpu as Gpu, Machine as Machine
 from bigpipe.trust import Trust as Trust
 
 Json = Any
@@ -25,16 +23,6 @@ class Status(StrEnum):
     SUCCEEDED = "succeeded"
     FAILED = "failed"
     SKIPPED = "skipped"
-
-
-@dataclass(frozen=True, slots=True)
-class ArtifactRef:
-    """A directory tree in the store, named by what it holds."""
-
-    type: str
-    digest: str
-    """`sha256:` of the sorted list of (relative path, sha256, size)."""
-    path: Path
 
 
 @dataclass(frozen=True, slots=True)

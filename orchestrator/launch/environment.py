@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from bigpipe.errors import UsageError
+from bigpipe.orchestrator.contract.contexts import Surroundings
 from bigpipe.orchestrator.contract.stage import Stage
 
 from .lifeline import PARENT_VARIABLE
@@ -44,28 +45,12 @@ LOADS_CODE = (
 """What a node's `env` may not set: these run other code in our workers, or untie them."""
 
 
-class Beginning(Protocol):
-    """What the environment depends on: known of a `Job` before its inputs are."""
-
-    @property
-    def node(self) -> str: ...
-    @property
-    def environment(self) -> Mapping[str, str]: ...
-    @property
-    def offline(self) -> bool: ...
-    @property
-    def attempt_dir(self) -> Path: ...
-
-
-def worker_environment(
-    job: Beginning, stage: Stage[Any], secrets: Mapping[str, str], parent: Mapping[str, str]
-) -> dict[str, str]:
-    """All variables of a worker. UsageError where the node's `env` would load other code into it."""
-    refused = sorted(set(job.environment) & set(LOADS_CODE))
+def worker_environment(stage: Stage[Any], surroundings: Surroundings, parent: Mapping[str, str]) -> dict[str, str]:
+    """Return all variables of a worker. Raise UsageError where the node's `env` would load other code into it."""
+    own = surroundings.environment
+    refused = sorted(set(own) & set(LOADS_CODE))
     if refused:
-        raise UsageError(
-            f"{job.node}: env may not set {', '.join(refused)}", "it would load other code into the worker"
-        )
+        raise UsageError(f"env may not set {', '.join(refused)}", "it would load other code into the worker")
     environment = {name: value for name, value in parent.items() if _allowed(name)}
     environment |= {
         "GLIBC_TUNABLES": parent.get("GLIBC_TUNABLES", ALLOCATOR),
@@ -77,28 +62,28 @@ def worker_environment(
         "PYTHONSAFEPATH": "1",  # or a torch.py in the working directory would be imported for torch
         "TOKENIZERS_PARALLELISM": "false",
     }
-    if job.offline:
+    if surroundings.offline:
         environment["HF_HUB_OFFLINE"] = "1"
-    if not sees_hub_token(job, stage, secrets):
-        environment |= _no_hub_token(job)
-    environment |= {**job.environment, **secrets, "PYTHONPATH": _python_path(parent, job)}
-    return environment
+    if not sees_hub_token(stage, own):
+        environment |= {"HF_HUB_DISABLE_IMPLICIT_TOKEN": "1", "HF_TOKEN_PATH": os.devnull}
+    return {**environment, **own, "PYTHONPATH": _python_path(own.get("PYTHONPATH", parent.get("PYTHONPATH", "")))}
 
 
-def visible_secrets(
-    job: Beginning, stage: Stage[Any], secrets: Mapping[str, str], parent: Mapping[str, str]
-) -> dict[str, str]:
-    """The secrets of a node, name → value. A Hub token that the command has under an older name counts as HF_TOKEN."""
-    found = dict(secrets)
-    if "HF_TOKEN" not in found and sees_hub_token(job, stage, secrets):
+def visible_secrets(stage: Stage[Any], secrets: Iterable[str], parent: Mapping[str, str]) -> dict[str, str]:
+    """Return the secrets of a node that are set. A Hub token under an older name counts as HF_TOKEN.
+
+    secrets: names that the node lists.
+    """
+    found = {name: parent[name] for name in secrets if name in parent}
+    if "HF_TOKEN" not in found and sees_hub_token(stage, found):
         token = next((parent[name] for name in HUB_TOKENS if parent.get(name)), None)
         found |= {"HF_TOKEN": token} if token else {}
     return found
 
 
-def sees_hub_token(job: Beginning, stage: Stage[Any], secrets: Mapping[str, str]) -> bool:
+def sees_hub_token(stage: Stage[Any], environment: Iterable[str]) -> bool:
     """May this node use the Hub token, be it from the environment or the file that `hf auth login` wrote?"""
-    return any(name in names for name in HUB_TOKENS for names in (stage.secrets, secrets, job.environment))
+    return any(name in HUB_TOKENS for name in (*stage.secrets, *environment))
 
 
 def _allowed(name: str) -> bool:
@@ -107,15 +92,8 @@ def _allowed(name: str) -> bool:
     return name in EXACT or name.startswith(PREFIXES)
 
 
-def _no_hub_token(job: Beginning) -> dict[str, str]:
-    empty = job.attempt_dir / "no-token"
-    empty.touch()
-    return {"HF_HUB_DISABLE_IMPLICIT_TOKEN": "1", "HF_TOKEN_PATH": str(empty)}
-
-
-def _python_path(parent: Mapping[str, str], job: Beginning) -> str:
+def _python_path(written: str) -> str:
     """Where workers import from: as the command does, made absolute since they run in another directory."""
-    written = job.environment.get("PYTHONPATH", parent.get("PYTHONPATH", ""))
     entries = [os.path.abspath(entry) for entry in written.split(os.pathsep) if entry]
     home = str(_home_of_bigpipe())
     if home not in entries and "site-packages" not in home:

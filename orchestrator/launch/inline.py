@@ -6,19 +6,17 @@ import importlib.abc
 import sys
 import threading
 import traceback
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import replace
 from importlib.machinery import ModuleSpec
 from types import ModuleType
-from typing import Any
 
 from bigpipe.errors import BigpipeError, StageFailed
+from bigpipe.orchestrator.contract.contexts import StageContext
 from bigpipe.orchestrator.contract.events import Event, LogLine
-from bigpipe.orchestrator.contract.stage import Stage
 
-from .jobs import Failure, Job, Result, context, parse_params
+from .jobs import Failure, Job, Result
 from .output import Log
 from .processes import own_peak
 from .redaction import Redactor
@@ -29,23 +27,15 @@ HEAVY = frozenset({"torch", "transformers", "accelerate", "bitsandbytes"})
 _barred: ContextVar[bool] = ContextVar("_barred", default=False)
 
 
-def run(
-    job: Job,
-    stage: Stage[Any],
-    secrets: Mapping[str, str],
-    redactor: Redactor,
-    report: Callable[[Event], None],
-    limits: Limits,
-) -> Result:
-    """Call `stage.run` in this thread. It cannot be ended from outside: the cancel flag and the timeout are obeyed
+def run(job: Job) -> Result:
+    """Call the stage in this thread. It cannot be ended from outside: the cancel flag and the timeout are obeyed
     whenever it reports something."""
-    log = Log(job.log_file)
-    reporter = _Checkpoint(redactor, report, limits, log)
+    redactor, log, limits = job.redactor(), Log(job.folder.log), Limits(job)
     limits.check()
-    place = context(replace(job, environment={**job.environment, **secrets}), reporter)
+    context = StageContext.of(job, reporter=_Checkpoint(redactor, job.report, limits, log))
     try:
-        with heavy_imports_barred(stage.kind):
-            result = Result.of(stage.run(parse_params(stage, job), place), stage)
+        with heavy_imports_barred(job.stage.kind):
+            result = Result.of(job.stage.run(job.params, context), job.stage)
     except Exception as error:
         log.write(redactor.text(traceback.format_exc()))
         failure = Failure.of(error)

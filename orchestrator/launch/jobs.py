@@ -2,7 +2,7 @@
 
 All of it goes by files in the attempt's folder, never on a command line:
 
-    job.json         the Job, without values of its environment
+    job.json         a JobFile: the Job, without values of its environment
     result-MODE.json, rank-N.json   a Result, written whole or not at all
     hello-N.json     who came up as rank N, and in what world
     processes/PID    every worker, for whoever must end it
@@ -15,86 +15,101 @@ from __future__ import annotations
 import errno
 import json
 import os
+import threading
 import time
-from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
 from bigpipe.errors import BY_NAME, BigpipeError, StageFailed
-from bigpipe.orchestrator.contract.events import Reporter
-from bigpipe.orchestrator.contract.stage import Params, Stage, StageContext, StageResult
-from bigpipe.orchestrator.contract.types import Launch, Lineage, Machine, Trust
+from bigpipe.orchestrator.contract.contexts import Assignment
+from bigpipe.orchestrator.contract.events import Event
+from bigpipe.orchestrator.contract.stage import Params, Stage, StageResult
 
 from .redaction import Redactor
+
+if TYPE_CHECKING:
+    from .warm import WarmWorker
 
 NO_MEMORY = "can't allocate memory"
 """In the RuntimeError of torch's allocator for the CPU."""
 Mode = Literal["run", "prepare", "launch", "rank", "finish"]
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Job:
-    """Everything one attempt of a node needs, wherever it runs."""
+@dataclass(frozen=True, slots=True)
+class AttemptFolder:
+    """The files of one attempt, and what they are called."""
 
-    node: str
-    kind: str
-    module: str
-    """`module:attribute` of the Stage."""
-    params: dict[str, Any]
-    inputs: Mapping[str, tuple[str, ...]]
-    """Port → artifact directories."""
-    out: Path
-    """`out` and `scratch` lie in one work folder; its `lock` is held shared by every worker."""
-    scratch: Path
-    parts: Path
-    memo: Path
-    base: Path
-    launch: Launch
-    trust: Trust
-    machine: Machine
-    lineage: tuple[Lineage, ...] = ()
-    recipe: str = ""
-    recipe_name: str = ""
-    pins: Mapping[str, str] = field(default_factory=dict)
-    offline: bool = False
-    environment: Mapping[str, str] = field(default_factory=dict)
-    """The node's `env`. It reaches workers by their process environment; `job.json` holds the names alone."""
-    outlet: Path | None = None
-    """The folder of the `handover` to whoever waits for this node's files."""
-    inlet: Path | None = None
-    """The folder of the `handover` of the node whose files this one takes one by one."""
-    attempt_dir: Path
+    path: Path
 
     @property
-    def job_file(self) -> Path:
-        return self.attempt_dir / "job.json"
+    def job(self) -> Path:
+        return self.path / "job.json"
 
     @property
-    def log_file(self) -> Path:
-        return self.attempt_dir / "log.txt"
+    def log(self) -> Path:
+        return self.path / "log.txt"
 
     @property
-    def events_dir(self) -> Path:
-        return self.attempt_dir / "events"
+    def events(self) -> Path:
+        return self.path / "events"
 
     @property
-    def processes_dir(self) -> Path:
-        return self.attempt_dir / "processes"
+    def processes(self) -> Path:
+        return self.path / "processes"
 
-    def result_file(self, mode: Mode, rank: int = 0) -> Path:
-        return self.attempt_dir / (f"rank-{rank}.json" if mode == "rank" else f"result-{mode}.json")
+    @property
+    def acceleration(self) -> Path:
+        return self.path / "accelerate.yaml"
 
-    def hello_file(self, rank: int) -> Path:
-        return self.attempt_dir / f"hello-{rank}.json"
+    @property
+    def launch_failure(self) -> Path:
+        return self.path / "launch.json"
+
+    def result(self, mode: Mode, rank: int = 0) -> Path:
+        return self.path / (f"rank-{rank}.json" if mode == "rank" else f"result-{mode}.json")
+
+    def hello(self, rank: int) -> Path:
+        return self.path / f"hello-{rank}.json"
 
     def output_pipe(self, rank: int) -> Path:
-        return self.attempt_dir / f"rank-{rank}.pipe"
+        return self.path / f"rank-{rank}.pipe"
 
-    def rank_dir(self, rank: int) -> Path:
-        return self.scratch / f"rank-{rank}"
+    def clear(self) -> None:
+        """Remove the results of an earlier attempt in this folder, which must not be taken for those of a new one."""
+        for pattern in ("result-*.json", "rank-*", "hello-*.json", "launch.json", "events/*", "processes/*/*"):
+            for path in self.path.glob(pattern):
+                path.unlink()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Job(Assignment):
+    """One attempt of a node, as it is given to an executor."""
+
+    stage: Stage[Any]
+    module: str
+    """`module:attribute` of the stage."""
+    params: Params
+    folder: AttemptFolder
+    secrets: frozenset[str] = frozenset()
+    """Names of the variables in `environment` that must not be shown or written."""
+    parent_environment: Mapping[str, str] = field(repr=False)
+    """The command's own, of which workers see a part."""
+    timeout: float | None = None
+    """Seconds for the whole attempt."""
+    cancelled: threading.Event = field(default_factory=threading.Event)
+    """Once set, workers are ended and Interrupted is raised."""
+    report: Callable[[Event], None]
+    """Called from the thread of the executor's `start` only."""
+    warm: WarmWorker | None = None
+    """A worker that waits for this very attempt; taken, or ended where it does not fit."""
+
+    def redactor(self) -> Redactor:
+        """Return what masks the secrets that this attempt may see, and the token that `hf auth login` wrote."""
+        return Redactor.of(self.secrets, self.environment, self.parent_environment)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -106,41 +121,45 @@ class Outcome:
     peak_rss: int
     """Largest resident memory; of ranks, the sum of each one's largest."""
     seconds: float
-    peak_anonymous: int = 0
-    """The part that is not files mapped into memory, sampled five times a second; 0 where it cannot be had."""
-
-
-def absolute(job: Job) -> Job:
-    """The same job with absolute paths: workers have another working directory."""
-    paths = {name: getattr(job, name).absolute() for name in ("out", "scratch", "parts", "memo", "base", "attempt_dir")}
-    inputs = {port: tuple(str(Path(path).absolute()) for path in paths_) for port, paths_ in job.inputs.items()}
-    return replace(job, inputs=inputs, **paths)
 
 
 class JobFile(BaseModel):
-    """`job.json`."""
+    """`job.json`: a job, for those who work on it in other processes."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     format: Literal["bigpipe.job/1"] = "bigpipe.job/1"
-    job: Job
+    module: str
+    params: dict[str, Any]
+    assignment: Assignment
+    """Without values of its environment."""
     environment: tuple[str, ...]
     """Names of the variables that the stage gets to see as `context.environment`."""
-    secrets: tuple[str, ...]
-    """Those of them that must not be shown or written."""
+    secrets: frozenset[str]
     cpu: bool
     """Ranks run on the CPU, whatever else is there."""
 
+    @classmethod
+    def of(cls, job: Job, *, cpu: bool = False) -> JobFile:
+        return cls(
+            module=job.module,
+            # As they were written: validators may ask which fields were given, and by what name.
+            params=job.params.model_dump(mode="json", exclude_unset=True, by_alias=True),
+            assignment=job.within(environment={}),
+            environment=tuple(job.environment),
+            secrets=job.secrets,
+            cpu=cpu,
+        )
+
     def write(self, path: Path) -> None:
-        bare = self.model_copy(update={"job": replace(self.job, environment={})})
-        write_whole(path, bare.model_dump_json(indent=1))
+        write_whole(path, self.model_dump_json(indent=1))
 
     @classmethod
     def read(cls, path: Path, environment: Mapping[str, str]) -> JobFile:
-        """The job with its environment filled in again from the process's own."""
+        """Return the job with its environment filled in again from the process's own."""
         stored = cls.model_validate_json(path.read_bytes())
         seen = {name: environment[name] for name in stored.environment if name in environment}
-        return stored.model_copy(update={"job": replace(stored.job, environment=seen)})
+        return stored.model_copy(update={"assignment": stored.assignment.within(environment=seen)})
 
 
 class Hello(BaseModel):
@@ -215,46 +234,6 @@ class LaunchFailure(BaseModel):
     codes: dict[int, int]
     """Rank → return code (negative: a signal), of those that failed."""
     text: str
-
-
-def parse_params(stage: Stage[Any], job: Job) -> Params:
-    params: Params = stage.params.model_validate(job.params)
-    return params
-
-
-def context(
-    job: Job, reporter: Reporter, *, rank: int = 0, world_size: int = 1, rank_dir: Path | None = None
-) -> StageContext:
-    outlet, inlet = None, None
-    if job.outlet or job.inlet:
-        from bigpipe.orchestrator.contract.passing import Inlet, Outlet
-
-        outlet = Outlet(job.outlet, job.out) if job.outlet else None
-        inlet = Inlet(job.inlet, job.node) if job.inlet else None
-    return StageContext(
-        node=job.node,
-        inputs={port: tuple(map(Path, paths)) for port, paths in job.inputs.items()},
-        out=job.out,
-        scratch=job.scratch,
-        parts=job.parts,
-        memo=job.memo,
-        base=job.base,
-        machine=job.machine,
-        launch=job.launch,
-        trust=job.trust,
-        environment=job.environment,
-        lineage=job.lineage,
-        recipe=job.recipe,
-        recipe_name=job.recipe_name,
-        pins=job.pins,
-        offline=job.offline,
-        rank=rank,
-        world_size=world_size,
-        rank_dir=rank_dir,
-        outlet=outlet,
-        inlet=inlet,
-        reporter=reporter,
-    )
 
 
 def write_whole(path: Path, text: str) -> None:

@@ -129,36 +129,23 @@ def _all_processes() -> list[int]:
     return psutil.pids()
 
 
-@dataclass(slots=True)
-class Memory:
-    """Peaks of one process in bytes, as far as the kernel tells while it lives (Linux)."""
-
-    resident: int = 0
-    anonymous: int = 0
-
-    def sample(self, process: int) -> None:
-        # VmHWM, not ru_maxrss: the latter starts from the size of the process that forked (getrusage(2)).
-        with contextlib.suppress(OSError, ValueError):
-            status = Path(f"/proc/{process}/status").read_text(encoding="ascii", errors="replace")
-            self.resident = max(self.resident, _kilobytes(status, "VmHWM:"))
-            self.anonymous = max(self.anonymous, _kilobytes(status, "RssAnon:"))
+def peak_resident(process: int) -> int:
+    """Return the largest resident size of a process so far, in bytes; 0 where the kernel does not tell (not Linux)."""
+    # VmHWM, not ru_maxrss: the latter starts from the size of the process that forked (getrusage(2)).
+    with contextlib.suppress(OSError, ValueError, IndexError):
+        status = Path(f"/proc/{process}/status").read_text(encoding="ascii", errors="replace")
+        return int(status.partition("VmHWM:")[2].split(maxsplit=1)[0]) * 1024
+    return 0
 
 
 def own_peak() -> int:
-    """Largest resident size of this process so far, in bytes."""
-    memory = Memory()
-    memory.sample(os.getpid())
-    if memory.resident:
-        return memory.resident
+    """Return the largest resident size of this process so far, in bytes."""
+    if peak := peak_resident(os.getpid()):
+        return peak
     import resource
 
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
-
-
-def _kilobytes(status: str, name: str) -> int:
-    start = status.find(name)
-    return int(status[start + len(name) :].split(maxsplit=1)[0]) * 1024 if start >= 0 else 0
 
 
 class OutOfMemoryKills:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import shlex
 import signal
-import sys
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -14,9 +13,10 @@ from typing import NoReturn
 from bigpipe.errors import StageFailed, Transient
 from bigpipe.orchestrator.contract.events import LogLine, RankHello
 
-from .acceleration import Acceleration
-from .jobs import Failure, Hello, LaunchFailure, Result
-from .processes import Memory, Worker
+from .acceleration import Acceleration, accelerate
+from .environment import worker_environment
+from .jobs import Failure, Hello, Job, JobFile, LaunchFailure, Result
+from .processes import Worker, worker_command
 from .supervision import Supervisor
 
 LOOK_SECONDS = 0.2
@@ -26,13 +26,32 @@ SHARE_SECONDS = 60.0
 """How long a result of another machine may take to show up on the shared file system."""
 
 
-def run_ranks(supervisor: Supervisor, acceleration: Acceleration) -> list[Result]:
+def run(job: Job) -> Result:
+    """Prepare, launch the ranks, and merge what they made."""
+    acceleration = accelerate(job.launch, job.base, job.machine)
+    job = job.within(launch=acceleration.launch)
+    stage = job.stage
+    if stage.finish is None and job.launch.num_processes > 1:
+        raise StageFailed(
+            f"kind {stage.kind} runs as ranks but has no `finish`", "several ranks need one to merge them"
+        )
+    environment = worker_environment(stage, job.surroundings, job.parent_environment)
+    JobFile.of(job, cpu=acceleration.cpu).write(job.folder.job)
+    supervisor = Supervisor(job, {**acceleration.environment(job.machine), **environment})
+    if stage.prepare is not None:
+        supervisor.result("prepare")
+    results = _run_ranks(supervisor, acceleration)
+    peak = _peak(supervisor, results)
+    result = results[0] if stage.finish is None else supervisor.result("finish")
+    return result.model_copy(update={"peak_rss": max(peak, result.peak_rss)})
+
+
+def _run_ranks(supervisor: Supervisor, acceleration: Acceleration) -> list[Result]:
     """Launch, watch, and give the results in order of rank.
 
     Raises the error of the rank that failed first; StageFailed for crashed ones and a wrong number of ranks.
     """
-    job = supervisor.job
-    acceleration.write(job.attempt_dir / "accelerate.yaml")
+    acceleration.write(supervisor.job.folder.acceleration)
     if acceleration.launch.num_machines > 1:
         _invite(supervisor)
     watch = _RankWatch(supervisor)
@@ -41,15 +60,10 @@ def run_ranks(supervisor: Supervisor, acceleration: Acceleration) -> list[Result
     return watch.results(code, acceleration)
 
 
-def peaks(supervisor: Supervisor, results: list[Result]) -> tuple[int, int]:
-    """Sum over ranks of each one's largest resident and anonymous size, in bytes."""
-    resident = anonymous = 0
-    sampled = {worker.rank: supervisor.memory.get(worker.pid, Memory()) for worker in supervisor.workers()}
-    for rank, result in enumerate(results):
-        memory = sampled.get(rank, Memory())
-        resident += max(memory.resident, result.peak_rss)
-        anonymous += memory.anonymous
-    return resident, anonymous
+def _peak(supervisor: Supervisor, results: list[Result]) -> int:
+    """Sum over ranks of each one's largest resident size, in bytes."""
+    sampled = {worker.rank: supervisor.memory.get(worker.pid, 0) for worker in supervisor.workers()}
+    return sum(max(sampled.get(rank, 0), result.peak_rss) for rank, result in enumerate(results))
 
 
 @contextmanager
@@ -58,7 +72,7 @@ def _output_pipes(supervisor: Supervisor, ranks: range) -> Iterator[Mapping[int,
     not at its end before the rank has come, nor when it has gone. Where there are none, ranks share the launcher's."""
     opened = {}
     for rank in ranks:
-        path = supervisor.job.output_pipe(rank)
+        path = supervisor.job.folder.output_pipe(rank)
         try:
             os.mkfifo(path)
             opened[rank] = os.open(path, os.O_RDWR | os.O_NONBLOCK)
@@ -68,13 +82,13 @@ def _output_pipes(supervisor: Supervisor, ranks: range) -> Iterator[Mapping[int,
         yield opened
     finally:
         for rank in ranks:
-            supervisor.job.output_pipe(rank).unlink(missing_ok=True)
+            supervisor.job.folder.output_pipe(rank).unlink(missing_ok=True)
 
 
 def _invite(supervisor: Supervisor) -> None:
     """Say what to start on the other machines; only there can it be started."""
     job = supervisor.job
-    command = shlex.join([sys.executable, "-m", "bigpipe.orchestrator.launch.worker", str(job.job_file), "launch"])
+    command = shlex.join(worker_command(job.folder.job, "launch"))
     machines = ", ".join(str(number) for number in range(1, job.launch.num_machines))
     supervisor.say(LogLine(job.node, f"waiting for the other machines; start on each: {command} N   (N: {machines})"))
 
@@ -114,7 +128,7 @@ class _RankWatch:
         missing = sorted(set(world) - set(found))
         if missing and set(missing) <= set(elsewhere):
             raise StageFailed(
-                f"{self._job.node}: no results of the other machines' ranks {missing} in {self._job.attempt_dir}",
+                f"{self._job.node}: no results of the other machines' ranks {missing} in {self._job.folder.path}",
                 "the store must lie on a file system that all machines share: set --store or BIGPIPE_HOME",
             )
         if missing:
@@ -129,20 +143,20 @@ class _RankWatch:
 
     def _greet(self) -> None:
         for rank in range(self._job.launch.num_processes):
-            path = self._job.hello_file(rank)
+            path = self._job.folder.hello(rank)
             if rank not in self._greeted and path.exists():
                 self._greeted.add(rank)
                 hello = Hello.model_validate_json(path.read_bytes())
                 self._supervisor.say(RankHello(self._job.node, hello.rank, hello.world_size, hello.pid))
 
     def _read(self, ranks: range | list[int]) -> dict[int, Result]:
-        read = ((rank, Result.read(self._job.result_file("rank", rank))) for rank in ranks)
+        read = ((rank, Result.read(self._job.folder.result("rank", rank))) for rank in ranks)
         return {rank: result for rank, result in read if result is not None}
 
     def _died(self, worker: Worker) -> bool:
         if worker.rank is None or worker.alive:
             return False
-        result = Result.read(self._job.result_file("rank", worker.rank))
+        result = Result.read(self._job.folder.result("rank", worker.rank))
         return result is None or result.failure is not None
 
     def _fail(self, code: int) -> NoReturn:
@@ -176,13 +190,11 @@ class _RankWatch:
     def _raise_failure(self, rank: int, failure: Failure) -> NoReturn:
         if self._job.launch.num_processes > 1:
             failure = failure.model_copy(update={"cause": f"rank {rank}: {failure.cause}"})
-        raise self._supervisor.redacted(failure.error(self._job.node, self._job.log_file))
+        raise self._supervisor.redacted(failure.error(self._job.node, self._job.folder.log))
 
     def _crash(self, rank: int, code: int) -> StageFailed:
-        memories = [
-            self._supervisor.memory.get(worker.pid) for worker in self._supervisor.workers() if worker.rank == rank
-        ]
-        peak = max((memory.resident for memory in memories if memory), default=0)
+        workers = [worker for worker in self._supervisor.workers() if worker.rank == rank]
+        peak = max((self._supervisor.memory.get(worker.pid, 0) for worker in workers), default=0)
         return self._supervisor.crash(f"rank {rank}", code, peak)
 
     def _raise_launch_failure(self, told: LaunchFailure, code: int) -> NoReturn:
@@ -190,19 +202,19 @@ class _RankWatch:
         if dead:
             raise StageFailed(
                 f"{self._job.node}: rank {dead[0]} died, and the others went on without it",
-                f"its output is in {self._job.log_file}",
+                f"its output is in {self._job.folder.log}",
             )
         if "EADDRINUSE" in told.text or "address already in use" in told.text.lower():
             raise Transient(f"{self._job.node}: the port for the ranks was taken by another process", "try again")
         if told.text:
             raise StageFailed(
                 f"{self._job.node}: the ranks could not be launched: {told.text.splitlines()[0]}",
-                f"the launcher's output is in {self._job.log_file}",
+                f"the launcher's output is in {self._job.folder.log}",
             )
         raise self._supervisor.crash("the launcher of the ranks", code, 0)
 
     def _launch_failure(self) -> LaunchFailure:
         try:
-            return LaunchFailure.model_validate_json((self._job.attempt_dir / "launch.json").read_bytes())
+            return LaunchFailure.model_validate_json(self._job.folder.launch_failure.read_bytes())
         except FileNotFoundError:
             return LaunchFailure(codes={}, text="")

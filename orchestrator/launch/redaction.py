@@ -31,6 +31,11 @@ class Redactor:
         self.longest = max(map(len, masked), default=0)
         self._pattern = re.compile("|".join(map(re.escape, masked))) if masked else None
 
+    @classmethod
+    def of(cls, secrets: Iterable[str], environment: Mapping[str, str], parent: Mapping[str, str]) -> Redactor:
+        """Return what masks these variables of `environment`, and the Hub token that lies where `parent` says."""
+        return cls([*(environment.get(name, "") for name in secrets), stored_hub_token(parent) or ""])
+
     def text(self, text: str) -> str:
         return self._pattern.sub(MASK, text) if self._pattern else text
 

@@ -12,7 +12,6 @@ import contextlib
 import os
 import signal
 import subprocess
-import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -26,9 +25,7 @@ from .eventlog import EventTail
 from .jobs import Job, Mode, Result
 from .lifeline import ORPHANED, start_mark
 from .output import Log, OutputReader
-from .processes import Memory, OutOfMemoryKills, Worker
-from .redaction import Redactor
-from .warm import WarmWorker
+from .processes import OutOfMemoryKills, Worker, peak_resident
 
 FIRST_PAUSE, LONGEST_PAUSE = 0.005, 0.05
 """Seconds between two looks at a worker: short ones are not kept waiting, long ones cost nothing."""
@@ -38,44 +35,31 @@ SAMPLE_SECONDS = 0.2
 class Limits:
     """When an attempt is to stop: once cancelled, and at its deadline."""
 
-    def __init__(self, node: str, cancelled: threading.Event, timeout: float | None) -> None:
-        self.cancelled = cancelled
-        self._node = node
-        self._timeout = timeout
-        self._deadline = float("inf") if timeout is None else time.monotonic() + timeout
+    def __init__(self, job: Job) -> None:
+        self._job = job
+        self._deadline = float("inf") if job.timeout is None else time.monotonic() + job.timeout
 
     def check(self, where: Callable[[], str] = lambda: "") -> None:
         """Raise Interrupted or StageFailed; `where` says more about a timeout."""
-        if self.cancelled.is_set():
-            raise Interrupted(f"{self._node}: interrupted", "the same command continues where it stopped")
+        node, timeout = self._job.node, self._job.timeout
+        if self._job.cancelled.is_set():
+            raise Interrupted(f"{node}: interrupted", "the same command continues where it stopped")
         if time.monotonic() > self._deadline:
-            raise StageFailed(
-                f"{self._node}: not done after its timeout of {self._timeout:g} s", f"raise `timeout`{where()}"
-            )
+            raise StageFailed(f"{node}: not done after its timeout of {timeout:g} s", f"raise `timeout`{where()}")
 
 
 class Supervisor:
     """Runs the workers of one attempt, one after another (a launcher and its ranks count as one)."""
 
-    def __init__(
-        self,
-        job: Job,
-        environment: Mapping[str, str],
-        redactor: Redactor,
-        report: Callable[[Event], None],
-        limits: Limits,
-        warm: WarmWorker | None = None,
-    ) -> None:
+    def __init__(self, job: Job, environment: Mapping[str, str]) -> None:
         self.job = job
-        self._warm = warm
-        self.log = Log(job.log_file)
-        self.memory: dict[int, Memory] = {}
-        """Of each worker's process id."""
         self.environment = environment
-        self._redactor = redactor
-        self._report = report
-        self.limits = limits
-        self._tail = EventTail(job.events_dir)
+        self.log = Log(job.folder.log)
+        self.memory: dict[int, int] = {}
+        """Largest resident size of each worker's process so far, in bytes, as far as the kernel told."""
+        self._redactor = job.redactor()
+        self._limits = Limits(job)
+        self._tail = EventTail(job.folder.events)
         self._kills = OutOfMemoryKills()
         self._sampled = 0.0
 
@@ -86,9 +70,9 @@ class Supervisor:
         Raises Interrupted, StageFailed at the deadline, and what `look` raises.
         """
         self.check()
-        child = self._warm.take(self.job.job_file, self.environment) if self._warm and mode == "run" else None
+        child = self.job.warm.take(self.job.folder.job, self.environment) if self.job.warm and mode == "run" else None
         if child is None:
-            arguments = processes.worker_command(self.job.job_file, mode)
+            arguments = processes.worker_command(self.job.folder.job, mode)
             child = processes.start(arguments, self.environment, self.job.base)
         first = Worker(child.pid, child.pid, start_mark(child.pid))
         with self._reading(child, pipes) as reader:
@@ -100,23 +84,24 @@ class Supervisor:
 
     def check(self) -> None:
         """Raise when this attempt is to stop."""
-        self.limits.check(lambda: f", or look where it stood: {self.log.path}{self._last_lines()}")
+        self._limits.check(lambda: f", or look where it stood: {self.log.path}{self._last_lines()}")
 
     def say(self, event: Event) -> None:
         """Pass an event on, redacted; lines also go to the log."""
         event = self._redactor.event(event)
         if isinstance(event, LogLine):
             self.log.write(event.line, rank=event.rank if self.job.launch.num_processes > 1 else None)
-        self._report(event)
+        self.job.report(event)
 
-    def result(self, mode: Mode, code: int) -> Result:
-        """What the worker left, or the error it ended with."""
-        result = Result.read(self.job.result_file(mode))
+    def result(self, mode: Mode) -> Result:
+        """Run a worker to its end; return what it left, or raise the error it ended with."""
+        code = self.run(mode)
+        result = Result.read(self.job.folder.result(mode))
         if result is not None and result.failure is not None:
             raise self.redacted(result.failure.error(self.job.node, self.log.path))
         if result is None or code != 0:
             raise self.crash(f"the worker ({mode})", code, self.peak())
-        return result
+        return result.model_copy(update={"peak_rss": max(self.peak(), result.peak_rss)})
 
     def crash(self, who: str, code: int, peak: int) -> StageFailed:
         """The error for a process that ended without saying why."""
@@ -131,15 +116,11 @@ class Supervisor:
         return type(error)(self._redactor.text(error.cause), self._redactor.text(error.cure))
 
     def workers(self) -> list[Worker]:
-        return list(processes.signed_in(self.job.processes_dir))
+        return list(processes.signed_in(self.job.folder.processes))
 
     def peak(self) -> int:
-        """Largest resident size of any one process so far."""
-        return max((memory.resident for memory in self.memory.values()), default=0)
-
-    def anonymous(self) -> int:
-        """Largest anonymous resident size of any one process so far."""
-        return max((memory.anonymous for memory in self.memory.values()), default=0)
+        """Return the largest resident size of any one process so far, in bytes."""
+        return max(self.memory.values(), default=0)
 
     @contextmanager
     def _reading(self, child: subprocess.Popen[bytes], pipes: Mapping[int, int]) -> Iterator[OutputReader]:
@@ -162,21 +143,21 @@ class Supervisor:
             self._sample(child.pid)
             look()
             self.check()
-            self.limits.cancelled.wait(pause)
+            self.job.cancelled.wait(pause)
             pause = min(pause * 1.1, LONGEST_PAUSE)
 
     def _relay(self, lines: Iterable[tuple[int | None, str]]) -> None:
         for event in self._tail.new():
             self.say(event)
         for rank, line in lines:
-            self._report(LogLine(self.job.node, line, True, rank or 0))
+            self.job.report(LogLine(self.job.node, line, True, rank or 0))
 
     def _sample(self, child: int) -> None:
         if time.monotonic() - self._sampled < SAMPLE_SECONDS:
             return
         self._sampled = time.monotonic()
         for process in {child, *(worker.pid for worker in self.workers())}:
-            self.memory.setdefault(process, Memory()).sample(process)
+            self.memory[process] = max(self.memory.get(process, 0), peak_resident(process))
 
     def _end(self, child: subprocess.Popen[bytes], first: Worker) -> None:
         left = processes.end([first, *self.workers()], reap=child.poll)

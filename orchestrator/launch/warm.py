@@ -14,27 +14,18 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from bigpipe.orchestrator.contract.contexts import Surroundings
 from bigpipe.orchestrator.contract.stage import Stage
 
 from . import processes
-from .environment import visible_secrets, worker_environment
+from .environment import worker_environment
+from .jobs import AttemptFolder
 from .lifeline import start_mark
 from .processes import Worker
 
 MEMORY = 1 << 30
 """Bytes that a waiting worker is reckoned with (a bound): torch, transformers and accelerate take 420 MB."""
 GO = b"go\n"
-
-
-@dataclass(frozen=True, slots=True)
-class FirstAttempt:
-    """What is known of a node's first attempt before its turn."""
-
-    node: str
-    attempt_dir: Path
-    """Absolute."""
-    environment: Mapping[str, str]
-    offline: bool
 
 
 @dataclass(slots=True)
@@ -85,22 +76,18 @@ class WarmWorker:
 
 
 def start_warm(
-    attempt: FirstAttempt,
     stage: Stage[Any],
     modules: Sequence[str],
-    *,
-    base: Path,
-    secrets: Mapping[str, str],
+    surroundings: Surroundings,
+    folder: AttemptFolder,
     parent_environment: Mapping[str, str],
 ) -> WarmWorker:
-    """Start a worker that imports `modules` and waits.
+    """Start a worker that imports `modules` and waits for the job of this attempt.
 
     The calling thread must live until the worker has ended, whoever takes it (see lifeline). Raises UsageError where
     the node's `env` is refused.
     """
-    attempt.attempt_dir.mkdir(parents=True, exist_ok=True)
-    secrets = visible_secrets(attempt, stage, secrets, parent_environment)
-    environment = worker_environment(attempt, stage, secrets, parent_environment)
-    job_file = attempt.attempt_dir / "job.json"
-    arguments = processes.worker_command(job_file, "run", "--warm", *modules)
-    return WarmWorker(job_file, environment, processes.start(arguments, environment, base, told=True))
+    folder.path.mkdir(parents=True, exist_ok=True)
+    environment = worker_environment(stage, surroundings, parent_environment)
+    arguments = processes.worker_command(folder.job, "run", "--warm", *modules)
+    return WarmWorker(folder.job, environment, processes.start(arguments, environment, surroundings.base, told=True))

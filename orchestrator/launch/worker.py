@@ -29,9 +29,10 @@ from typing import TYPE_CHECKING, Any, cast
 from .lifeline import ORPHANED, PARENT_VARIABLE, hold_work_folder, sign_in, stand_in_for_parent, tie_to_parent
 
 if TYPE_CHECKING:
-    from bigpipe.orchestrator.contract.stage import Stage, StageContext, StageResult
+    from bigpipe.orchestrator.contract.events import Reporter
+    from bigpipe.orchestrator.contract.stage import Stage, StageResult
 
-    from .jobs import Job, JobFile, Mode, Result
+    from .jobs import AttemptFolder, JobFile, Mode, Result
 
 
 def main(arguments: list[str]) -> None:
@@ -45,7 +46,7 @@ def main(arguments: list[str]) -> None:
     else:
         if more:
             warm_up(more[1:])
-        hold_work_folder(Path(json.loads(path.read_bytes())["job"]["out"]).parent)
+        hold_work_folder(Path(json.loads(path.read_bytes())["assignment"]["out"]).parent)
         status = run_stage(path, mode)
     sys.stdout.flush()
     sys.stderr.flush()
@@ -68,32 +69,19 @@ def warm_up(modules: list[str]) -> None:
 
 def run_stage(path: Path, mode: Mode) -> int:
     """Call the stage's function for this mode and write what came of it; gives the exit status."""
-    from bigpipe.modules import import_attribute
-
     from .eventlog import EventWriter
-    from .jobs import JobFile, context
-    from .redaction import Redactor, stored_hub_token
+    from .jobs import AttemptFolder, JobFile
+    from .redaction import Redactor
 
-    file = JobFile.read(path, os.environ)
-    job = file.job
-    redactor = Redactor([*(os.environ.get(name, "") for name in file.secrets), stored_hub_token(os.environ) or ""])
+    file, folder = JobFile.read(path, os.environ), AttemptFolder(path.parent)
+    redactor = Redactor.of(file.secrets, os.environ, os.environ)
     rank = _environment_rank() if mode == "rank" else 0
     if mode == "rank":
-        _redirect_output(job.output_pipe(rank))
-    events = EventWriter(job.events_dir / f"{mode}-{rank}.jsonl", redactor)
-
-    def call() -> Result:
-        world_size = _join_ranks(file, rank) if mode == "rank" else job.launch.num_processes
-        rank_dir = job.rank_dir(rank) if mode == "rank" else None
-        if rank_dir:
-            rank_dir.mkdir(parents=True, exist_ok=True)
-        place = context(job, events, rank=rank, world_size=world_size, rank_dir=rank_dir)
-        stage = import_attribute(job.module, job.trust.home(job.module, job.base))
-        return _call_stage(stage, mode, job, place)
-
-    result = _settle(call)
+        _redirect_output(folder.output_pipe(rank))
+    events = EventWriter(folder.events / f"{mode}-{rank}.jsonl", redactor)
+    result = _settle(lambda: _call_stage(file, folder, mode, rank, events))
     events.close()
-    result.write(job.result_file(mode, rank), redactor)
+    result.write(folder.result(mode, rank), redactor)
     return 1 if result.failure else 0
 
 
@@ -102,12 +90,15 @@ def run_launcher(path: Path, machine_rank: list[str]) -> int:
     os.environ[PARENT_VARIABLE] = str(os.getpid())
     from accelerate.commands.launch import launch_command, launch_command_parser
 
+    from .jobs import AttemptFolder
+
+    folder = AttemptFolder(path.parent)
     machine = ["--machine_rank", machine_rank[0]] if machine_rank else []
-    command = ["--config_file", str(path.parent / "accelerate.yaml"), *machine, "-m", __spec__.name, str(path), "rank"]
+    command = ["--config_file", str(folder.acceleration), *machine, "-m", __spec__.name, str(path), "rank"]
     try:
         launch_command(launch_command_parser().parse_args(command))
     except Exception as error:
-        _write_launch_failure(path.parent / "launch.json", error)
+        _write_launch_failure(folder.launch_failure, error)
         traceback.print_exc()
         return 1
     return 0
@@ -126,15 +117,25 @@ def _settle(call: Callable[[], Result]) -> Result:
     return result.model_copy(update={"peak_rss": own_peak()})
 
 
-def _call_stage(stage: Stage[Any], mode: Mode, job: Job, place: StageContext) -> Result:
-    from .jobs import Result, parse_params
+def _call_stage(file: JobFile, folder: AttemptFolder, mode: Mode, rank: int, events: Reporter) -> Result:
+    from bigpipe.modules import import_attribute
+    from bigpipe.orchestrator.contract.contexts import StageContext
 
-    functions: dict[str, Callable[[Any, StageContext], StageResult | None] | None] = {
-        "prepare": stage.prepare, "finish": stage.finish,
-    }  # fmt: skip
-    function = functions.get(mode, stage.run)
-    assert function is not None  # noqa: S101 (the launcher asks for what there is)
-    return Result.of(function(parse_params(stage, job), place), stage, empty=mode == "prepare")
+    from .jobs import Result
+
+    job, rank_dir = file.assignment, None
+    world_size = job.launch.num_processes
+    if mode == "rank":
+        world_size = _join_ranks(file, folder, rank)
+        rank_dir = job.scratch / f"rank-{rank}"
+        rank_dir.mkdir(parents=True, exist_ok=True)
+    context = StageContext.of(job, reporter=events, rank=rank, world_size=world_size, rank_dir=rank_dir)
+    stage: Stage[Any] = import_attribute(file.module, job.trust.home(file.module, job.base))
+    function: Callable[..., StageResult | None] | None = {"prepare": stage.prepare, "finish": stage.finish}.get(
+        mode, stage.run
+    )
+    assert function is not None  # noqa: S101 (the executor asks for what there is)
+    return Result.of(function(stage.params.model_validate(file.params), context), stage, empty=mode == "prepare")
 
 
 def _environment_rank() -> int:
@@ -157,7 +158,7 @@ def _redirect_output(pipe: Path) -> None:
     os.close(descriptor)
 
 
-def _join_ranks(file: JobFile, rank: int) -> int:
+def _join_ranks(file: JobFile, folder: AttemptFolder, rank: int) -> int:
     """Bring up the process group and say hello; gives the world size.
 
     Raises StageFailed where another number of ranks came up than was asked for: `accelerate launch` may start fewer
@@ -169,15 +170,14 @@ def _join_ranks(file: JobFile, rank: int) -> int:
 
     from .jobs import Hello, write_whole
 
-    job = file.job
     state = PartialState(cpu=file.cpu)
-    came, asked = int(state.num_processes), job.launch.num_processes
+    came, asked = int(state.num_processes), file.assignment.launch.num_processes
     hello = Hello(rank=state.process_index, world_size=came, pid=os.getpid())
-    write_whole(job.hello_file(rank), hello.model_dump_json())
+    write_whole(folder.hello(rank), hello.model_dump_json())
     if (state.process_index, came) != (rank, asked):
         raise StageFailed(
             f"{asked} ranks were asked for, but rank {state.process_index} of {came} came up as rank {rank}",
-            f"look at what the launcher was told, {job.attempt_dir / 'accelerate.yaml'}, and at `launch.config_file`",
+            f"look at what the launcher was told, {folder.acceleration}, and at `launch.config_file`",
         )
     return came
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import platform
 import tempfile
-import threading
 import time
 from collections.abc import Mapping
 from importlib.metadata import PackageNotFoundError, version
@@ -15,10 +14,11 @@ from typing import Any
 from bigpipe.errors import BigpipeError
 from bigpipe.machine import DOCTOR_FORMAT, detect, machine_as_json
 from bigpipe.modules import import_attribute
+from bigpipe.orchestrator.contract.contexts import Surroundings
 from bigpipe.orchestrator.contract.stage import Stage
-from bigpipe.orchestrator.contract.types import Json, Launch, Machine, Trust
-from bigpipe.orchestrator.launch.jobs import Job
-from bigpipe.orchestrator.launch.launcher import launch
+from bigpipe.orchestrator.contract.types import Json, Launch, Machine
+from bigpipe.orchestrator.launch.executors import executor
+from bigpipe.orchestrator.launch.jobs import AttemptFolder, Job
 from bigpipe.orchestrator.recipe.registry import PROBES
 from bigpipe.orchestrator.store.location import default_root
 from bigpipe.sizes import format_size, format_transfer
@@ -70,40 +70,32 @@ def _probe(name: str, machine: Machine, environment: Mapping[str, str] | None) -
     stage: Stage[Any] = import_attribute(target)
     started = time.monotonic()
     with tempfile.TemporaryDirectory(prefix="bigpipe-doctor-") as folder:
-        job = _job(Path(folder), target, stage, machine)
+        job = _job(Path(folder), target, stage, machine, environment)
         try:
-            outcome = launch(
-                job,
-                stage,
-                timeout=PROBE_SECONDS,
-                cancelled=threading.Event(),
-                report=lambda event: None,
-                secrets={},
-                parent_environment=environment,
-            )
+            outcome = executor(stage.runs_in).start(job)
             ok, detail = True, str(outcome.metrics["detail"])
         except BigpipeError as error:
             ok, detail = False, error.cause  # the cure names a log in a folder that is about to go
     return {"ok": ok, "detail": detail, "seconds": round(time.monotonic() - started, 1)}
 
 
-def _job(folder: Path, module: str, stage: Stage[Any], machine: Machine) -> Job:
-    ranks = PROBED_RANKS if stage.runs_in == "ranks" else 1
+def _job(folder: Path, module: str, stage: Stage[Any], machine: Machine, environment: Mapping[str, str] | None) -> Job:
+    ranks = PROBED_RANKS if executor(stage.runs_in).takes_launch else 1
+    launch = Launch(num_processes=ranks, explicit=frozenset({"num_processes"}))
     return Job(
+        surroundings=Surroundings(base=folder, machine=machine, memo=folder / "memo", launch=launch),
         node=stage.kind,
-        kind=stage.kind,
-        module=module,
-        params={},
         inputs={},
         out=folder / "work" / "out",
         scratch=folder / "work" / "scratch",
         parts=folder / "parts",
-        memo=folder / "memo",
-        base=folder,
-        launch=Launch(num_processes=ranks, explicit=frozenset({"num_processes"})),
-        trust=Trust(),
-        machine=machine,
-        attempt_dir=folder / "attempt",
+        stage=stage,
+        module=module,
+        params=stage.params(),
+        folder=AttemptFolder(folder / "attempt"),
+        parent_environment=os.environ if environment is None else environment,
+        timeout=PROBE_SECONDS,
+        report=lambda event: None,
     )
 
 

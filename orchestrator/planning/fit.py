@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import replace
 
-from bigpipe.orchestrator.contract.stage import Forecast, Misfit
+from bigpipe.orchestrator.contract.forecast import Forecast, Misfit
 from bigpipe.orchestrator.recipe.graph import Node
 from bigpipe.sizes import format_size, format_transfer
 

@@ -15,7 +15,9 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, replace
 
 from bigpipe.errors import BigpipeError, DoesNotFit, GateFailed, Offline
-from bigpipe.orchestrator.contract.stage import Forecast, ForecastContext, Misfit, Pinned
+from bigpipe.orchestrator.contract.contexts import ForecastContext
+from bigpipe.orchestrator.contract.forecast import Forecast, Misfit
+from bigpipe.orchestrator.contract.stage import Pinned
 from bigpipe.orchestrator.contract.types import Json, Machine
 from bigpipe.orchestrator.recipe.conditions import UNKNOWN, Condition, Lookup, Verdict
 from bigpipe.orchestrator.recipe.graph import Node
@@ -215,16 +217,10 @@ def _forecast(session: Session, node: Node, decision: Decision, forecasts: Mappi
     record = decision.record if cached else None
     artifact = session.store.artifact_path(record.digest) if record and record.digest and decision.bytes_here else None
     context = ForecastContext(
+        surroundings=session.surroundings(node),
         inputs=_inputs(node, forecasts),
-        base=session.base,
-        machine=session.machine,
-        memo=session.store.memo,
-        launch=session.launch(node),
-        offline=session.offline,
         artifact=artifact,
         pins=session.known_pins(node).values,
-        trust=session.recipe.trust,
-        environment=session.visible_environment(node),
     )
     try:
         forecast = node.kind.forecast(node.params, context)

@@ -10,9 +10,12 @@ from pathlib import Path
 from types import MappingProxyType
 
 from bigpipe.errors import BigpipeError, Offline, UsageError
+from bigpipe.orchestrator.contract.contexts import CheckContext, Surroundings
 from bigpipe.orchestrator.contract.events import LogLine, Reporter
-from bigpipe.orchestrator.contract.stage import CheckContext, Forecast, Pinned
+from bigpipe.orchestrator.contract.forecast import Forecast
+from bigpipe.orchestrator.contract.stage import Pinned
 from bigpipe.orchestrator.contract.types import Json, Launch, Machine
+from bigpipe.orchestrator.launch.environment import visible_secrets
 from bigpipe.orchestrator.recipe.graph import Node, Recipe, load_recipe
 from bigpipe.orchestrator.store.location import default_root
 from bigpipe.orchestrator.store.store import KeyRecord, Store
@@ -48,6 +51,7 @@ class Session:
     environment: Mapping[str, str] = field(default_factory=lambda: dict(os.environ))
     _pins: dict[str, Pinned] = field(default_factory=dict)
     _identities: dict[str, Identity] = field(default_factory=dict)
+    _surroundings: dict[str, Surroundings] = field(default_factory=dict)
     reporter: Reporter | None = None
     """Hears of what takes long before the run begins."""
     _identifying: str = ""
@@ -90,33 +94,26 @@ class Session:
         """Selected nodes that take the artifact of `name` as an input."""
         return self._consumers.get(name, [])
 
-    def visible_environment(self, node: Node) -> dict[str, str]:
-        """The node's `env`, and the secrets it may see that are set."""
-        secrets = {name: self.environment[name] for name in node.secrets if name in self.environment}
-        return {**node.env, **secrets}
+    def secrets(self, node: Node) -> dict[str, str]:
+        """The secrets that the node may see and that are set, name → value."""
+        return visible_secrets(node.kind, node.secrets, self.environment)
 
-    def secret_values(self, node: Node) -> dict[str, str]:
-        return {name: self.environment[name] for name in node.secrets if name in self.environment}
+    def surroundings(self, node: Node) -> Surroundings:
+        """What all contexts of the node stand on. Raises UsageError for a `config_file` that cannot be used."""
+        if node.name not in self._surroundings:
+            self._surroundings[node.name] = Surroundings(
+                base=self.base,
+                machine=self.machine,
+                memo=self.store.memo,
+                trust=self.recipe.trust,
+                offline=self.offline,
+                launch=_effective(node.launch, self.base),
+                environment={**node.env, **self.secrets(node)},
+            )
+        return self._surroundings[node.name]
 
     def check_context(self, node: Node, inputs: Mapping[str, tuple[Forecast, ...]] = _NO_INPUTS) -> CheckContext:
-        return CheckContext(
-            base=self.base,
-            machine=self.machine,
-            memo=self.store.memo,
-            offline=self.offline,
-            trust=self.recipe.trust,
-            environment=self.visible_environment(node),
-            inputs=inputs,
-            launch=self.launch(node),
-        )
-
-    def launch(self, node: Node) -> Launch:
-        """How the node's ranks are started, with the values of its `config_file`. Raises UsageError."""
-        if node.launch.config_file is None:
-            return node.launch
-        from bigpipe.orchestrator.launch.acceleration import effective_launch
-
-        return effective_launch(node.launch, self.base)
+        return CheckContext(surroundings=self.surroundings(node), inputs=inputs)
 
     def pinned(self, node: Node) -> Pinned:
         """Floating params made exact: asked of the source once, else the lock's, else the last recorded.
@@ -176,6 +173,14 @@ class Session:
                 error.place = error.place or node.places.get("with") or node.places.get("")
                 raise
         return self._identities[node.name]
+
+
+def _effective(launch: Launch, base: Path) -> Launch:
+    if launch.config_file is None:
+        return launch
+    from bigpipe.orchestrator.launch.acceleration import effective_launch
+
+    return effective_launch(launch, base)
 
 
 def open_session(

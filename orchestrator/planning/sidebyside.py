@@ -8,8 +8,9 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 
+from bigpipe.orchestrator.contract.forecast import Forecast
 from bigpipe.orchestrator.contract.passing import AHEAD
-from bigpipe.orchestrator.contract.stage import Forecast
+from bigpipe.orchestrator.launch.executors import executor
 from bigpipe.orchestrator.recipe.graph import Node
 
 from .decision import Action, Decision
@@ -32,7 +33,7 @@ def followed(session: Session, decisions: Decisions, node: Node) -> str:
     names = tuple(node.inputs.get(node.kind.follows, ()))
     if not session.side_by_side or decisions[node.name].action not in RUNNING or len(names) != 1:
         return ""
-    if node.when is not None or node.timeout is not None or node.kind.runs_in != "process":
+    if node.when is not None or node.timeout is not None or not executor(node.kind.runs_in).waits:
         return ""
     producer = session.recipe.nodes[names[0]]
     return producer.name if decisions[producer.name].action in RUNNING and producer.kind.streams else ""

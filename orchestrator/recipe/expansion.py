@@ -12,6 +12,7 @@ from typing import Any
 from bigpipe.errors import ManifestError
 from bigpipe.orchestrator.contract.stage import Params, Stage
 from bigpipe.orchestrator.contract.types import Json, Launch, Resources
+from bigpipe.orchestrator.launch.executors import executor
 
 from .conditions import Condition, parse_condition
 from .interpolation import Scope, contains_reference, interpolate
@@ -206,7 +207,7 @@ class Expansion:
         return self._gathered[key]
 
     def _check_launch(self, stage: Wired) -> None:
-        if stage.kind is not None and "launch" in stage.settings and stage.kind.runs_in != "ranks":
+        if stage.kind is not None and "launch" in stage.settings and not executor(stage.kind.runs_in).takes_launch:
             place = self.document.place_at((*stage.path, "launch"), key=True)
             cause = f"{stage.kind.kind} does not run as ranks and takes no 'launch'"
             self.problems.add(ProblemCode.NO_RANKS, place, cause, "remove it")

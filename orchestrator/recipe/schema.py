@@ -13,6 +13,7 @@ from typing import Any
 from pydantic import BaseModel
 
 from bigpipe.orchestrator.contract.stage import Stage
+from bigpipe.orchestrator.launch.executors import executor
 
 from .docstrings import field_descriptions
 from .initial import initial_manifest
@@ -94,7 +95,7 @@ def _kind_schema(name: str, kind: Stage[Any], definitions: dict[str, Schema]) ->
     fields: Schema = {"if": {"type": "string"}, "then": REFERENCE, "else": {"$ref": f"#/definitions/{name}"}}
     properties: dict[str, Schema | bool] = {"with": fields}
     properties["inputs"] = _ports_schema(kind) if kind.inputs else False
-    if kind.runs_in != "ranks":
+    if not executor(kind.runs_in).takes_launch:
         properties["launch"] = False
     required = [
         key

@@ -9,12 +9,12 @@ from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
-from bigpipe.orchestrator.contract.stage import ContentField, Stage, parse_size
+from bigpipe.orchestrator.contract.stage import ContentField, Stage
 from bigpipe.orchestrator.contract.types import Json
 from bigpipe.orchestrator.recipe.docstrings import field_descriptions
 from bigpipe.orchestrator.recipe.registry import load_stage, named_stage, stage_kinds
 from bigpipe.orchestrator.recipe.schema import described_schema
-from bigpipe.sizes import exact_size
+from bigpipe.sizes import exact_size, parse_size
 
 HEAD = """# The stage kinds
 

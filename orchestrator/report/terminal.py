@@ -25,8 +25,7 @@ from .progress import ProgressMeter, elapsed
 
 if TYPE_CHECKING:
     from rich.console import Console
-    from rich.progress import Progress as Bars
-    from rich.progress import TaskID
+    from rich.progress import Progress as Bars, TaskID
 
 COLOURS = {"succeeded": "green", "cached": "dim", "failed": "red", "skipped": "yellow"}
 
@@ -109,8 +108,7 @@ class RichReporter(BaseReporter):
 
 
 def _make_bars(console: Console) -> Bars:
-    from rich.progress import BarColumn, TextColumn, TimeElapsedColumn
-    from rich.progress import Progress as Bars
+    from rich.progress import BarColumn, Progress as Bars, TextColumn, TimeElapsedColumn
 
     columns: list[Any] = [
         TextColumn("{task.description}", markup=False),

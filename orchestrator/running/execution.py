@@ -15,7 +15,8 @@ from pathlib import Path
 from bigpipe.errors import Interrupted, StageFailed, Transient
 from bigpipe.orchestrator.contract.events import Event, LogLine, NodeRetried
 from bigpipe.orchestrator.contract.types import Lineage
-from bigpipe.orchestrator.launch.launcher import Job, Outcome, launch
+from bigpipe.orchestrator.launch.executors import executor
+from bigpipe.orchestrator.launch.jobs import AttemptFolder, Job, Outcome
 from bigpipe.orchestrator.launch.warm import WarmWorker
 from bigpipe.orchestrator.planning.session import Session
 from bigpipe.orchestrator.recipe.graph import Node
@@ -139,15 +140,7 @@ def _with_retries(attempt: Attempt, work: Work) -> Outcome:
     wait, number = FIRST_WAIT, 1
     while True:
         try:
-            return launch(
-                _job(attempt, work, number),
-                attempt.node.kind,
-                timeout=attempt.node.timeout,
-                cancelled=attempt.cancelled,
-                report=attempt.report,
-                secrets=attempt.session.secret_values(attempt.node),
-                warm=attempt.warm if number == 1 else None,
-            )
+            return executor(attempt.node.kind.runs_in).start(_job(attempt, work, number))
         except Transient as error:
             if number > attempt.node.retries:
                 raise
@@ -159,38 +152,39 @@ def _with_retries(attempt: Attempt, work: Work) -> Outcome:
 
 
 def _job(attempt: Attempt, work: Work, number: int) -> Job:
-    session, node = attempt.session, attempt.node
+    session, node, kind = attempt.session, attempt.node, attempt.node.kind
     inputs = {
-        port: tuple(str(session.store.artifact_path(digest)) for digest in digests)
+        port: tuple(session.store.artifact_path(digest) for digest in digests)
         for port, digests in attempt.inputs.items()
         if digests
     }
+    arriving = {}
     if attempt.follows is not None:
-        inputs[node.kind.follows] = (str(attempt.follows.handover.files),)
+        inputs[kind.follows] = (attempt.follows.handover.files,)
+        arriving[kind.follows] = attempt.follows.handover.folder
     return Job(
+        surroundings=session.surroundings(node),
         node=node.name,
-        kind=node.kind.kind,
-        module=node.location,
-        # As they were written: validators may ask which fields were given, and by what name.
-        params=node.params.model_dump(mode="json", exclude_unset=True, by_alias=True),
         inputs=inputs,
         out=work.out,
         scratch=work.scratch,
         parts=session.store.parts,
-        memo=session.store.memo,
-        base=session.base,
-        launch=node.launch,
-        trust=session.recipe.trust,
-        machine=session.machine,
         lineage=attempt.lineage,
         recipe=session.recipe.text,
         recipe_name=session.recipe.name,
         pins=session.pinned(node).values,
-        offline=session.offline,
-        environment=node.env,
-        outlet=attempt.stream.handover.folder if attempt.stream else None,
-        inlet=attempt.follows.handover.folder if attempt.follows else None,
-        attempt_dir=attempt.folder / str(number),
+        passes_on=attempt.stream.handover.folder if attempt.stream else None,
+        arriving=arriving,
+        stage=kind,
+        module=node.location,
+        params=node.params,
+        folder=AttemptFolder(attempt.folder / str(number)),
+        secrets=frozenset(session.secrets(node)),
+        parent_environment=session.environment,
+        timeout=node.timeout,
+        cancelled=attempt.cancelled,
+        report=attempt.report,
+        warm=attempt.warm if number == 1 else None,
     )
 
 

@@ -33,7 +33,7 @@ from bigpipe.orchestrator.contract.events import (
     RunFinished,
     RunStarted,
 )
-from bigpipe.orchestrator.contract.stage import Forecast
+from bigpipe.orchestrator.contract.forecast import Forecast
 from bigpipe.orchestrator.contract.types import Json, Lineage, Status
 from bigpipe.orchestrator.planning.decision import Action, Decision, decide, input_digests
 from bigpipe.orchestrator.planning.fit import needs_gpus, needs_ram
@@ -285,7 +285,7 @@ def _room(run: Run, state: NodeState, *, following: bool = False) -> bool:
     ram = sum(needs_ram(s.node, _forecast(run, s)) for s in everyone)
     cpus = sum(
         s.node.resources.cpus
-        or (0 if s.following or (following and s is state) else run.session.launch(s.node).num_processes)
+        or (0 if s.following or (following and s is state) else run.session.surroundings(s.node).launch.num_processes)
         for s in everyone
     )
     # Two nodes that place themselves on GPUs would both start at GPU 0, so one at a time holds the GPUs.

@@ -19,6 +19,7 @@ from dataclasses import dataclass, field
 from bigpipe.errors import Interrupted
 from bigpipe.orchestrator.contract.passing import CONSUMERS, LETS_GO, Handover, write
 from bigpipe.orchestrator.contract.types import Status
+from bigpipe.orchestrator.launch.executors import executor
 from bigpipe.orchestrator.planning.decision import input_digests
 from bigpipe.orchestrator.planning.session import Session
 from bigpipe.orchestrator.recipe.graph import Node
@@ -94,7 +95,7 @@ class Streams:
             return False
         if node.timeout is not None:  # it is meant for the work, not for waiting
             return False
-        if kind.runs_in != "process" or tuple(node.inputs.get(kind.follows, ())) != (producer,):
+        if not executor(kind.runs_in).waits or tuple(node.inputs.get(kind.follows, ())) != (producer,):
             return False
         others = [self._states[name] for name in node.predecessors if name != producer]
         ready = all(other.status in GOOD and other.bytes_here for other in others)

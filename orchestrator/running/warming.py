@@ -10,13 +10,14 @@ or where a producer may give again what it gave before.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from bigpipe.errors import BigpipeError
 from bigpipe.orchestrator.contract.types import Status
-from bigpipe.orchestrator.launch.warm import MEMORY, FirstAttempt, WarmWorker, start_warm
+from bigpipe.orchestrator.launch.executors import executor
+from bigpipe.orchestrator.launch.jobs import AttemptFolder
+from bigpipe.orchestrator.launch.warm import MEMORY, WarmWorker, start_warm
 from bigpipe.orchestrator.planning.decision import Action
 from bigpipe.orchestrator.planning.fit import needs_ram
 from bigpipe.orchestrator.planning.plan import Plan
@@ -63,14 +64,9 @@ class Warming:
         modules = node.kind.warms(node.params) if node.kind.warms else ()
         if not modules:
             return None
-        attempt = FirstAttempt(node.name, (self._folder(node) / "1").absolute(), node.env, self._session.offline)
+        session, folder = self._session, AttemptFolder(self._folder(node) / "1")
         try:
-            return start_warm(
-                attempt, node.kind, modules,
-                base=self._session.base.absolute(),
-                secrets=self._session.secret_values(node),
-                parent_environment=os.environ,
-            )  # fmt: skip
+            return start_warm(node.kind, modules, session.surroundings(node), folder, session.environment)
         except (BigpipeError, OSError):
             return None  # the node itself will say so
 
@@ -79,7 +75,7 @@ class Warming:
         node = state.node
         if state.status is not Status.PENDING or state.demanded_by or node.when is not None:
             return False
-        if node.kind.warms is None or node.kind.runs_in != "process":
+        if node.kind.warms is None or not executor(node.kind.runs_in).waits:
             return False
         producers = [self._states[name] for name in node.predecessors]
         running = [producer for producer in producers if producer.status is Status.RUNNING]

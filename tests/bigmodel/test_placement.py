@@ -16,8 +16,7 @@ import accelerate
 import pytest
 import torch
 from accelerate.utils import get_balanced_memory, infer_auto_device_map
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from hypothesis import given, settings, strategies as st
 from torch import nn
 
 from bigpipe.bigmodel.architecture.instantiation import report

@@ -8,8 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from hypothesis import given, settings, strategies as st
 
 from bigpipe.bigmodel.architecture.families import known_architecture
 from bigpipe.bigmodel.architecture.structure import Architecture, ModuleSpec, TensorSpec

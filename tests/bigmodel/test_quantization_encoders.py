@@ -7,8 +7,7 @@ import bitsandbytes.functional as bnb_functional
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from hypothesis import given, settings, strategies as st
 
 from bigpipe.bigmodel.quantization.codes import dynamic_code, four_bit_code
 from bigpipe.bigmodel.quantization.floats import convert

@@ -7,14 +7,14 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from support.launching import MACHINE
+from support.contexts import forecast_context
 from support.models import make_checkpoint
 
 from bigpipe.bigmodel.checkpoint.description import describe_checkpoint
 from bigpipe.bigmodel.checkpoint.view import open_checkpoint
 from bigpipe.bigmodel.footprint.estimates import Estimate, estimate
 from bigpipe.bigmodel.quantization import quantize_checkpoint
-from bigpipe.orchestrator.stage import Forecast, ForecastContext
+from bigpipe.orchestrator.stage import Forecast
 from bigpipe.plugins.quantize import STAGE, QuantizeParams
 
 
@@ -62,7 +62,7 @@ def test_the_estimate_and_the_plan_say_so(model: Path, found: Estimate, tmp_path
     assert term["low"] < term["bytes"] < term["high"]
     assert term["source"]
     inputs = {"model": (Forecast(output=describe_checkpoint(model)),)}
-    context = ForecastContext(inputs=inputs, base=tmp_path, machine=MACHINE, memo=tmp_path / "memo")
+    context = forecast_context(tmp_path, inputs=inputs)
     twice = STAGE.forecast(QuantizeParams(scheme="nf4", bnb_4bit_use_double_quant=True), context)
     assert f"{term['low']:,} to {term['high']:,} bytes (bound" in twice.details[0]
     assert "bytes" not in twice.metrics, "a gate on it is decided by the run"

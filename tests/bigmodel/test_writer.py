@@ -9,8 +9,7 @@ import zipfile
 import pytest
 import torch
 from huggingface_hub import save_torch_state_dict, split_torch_state_dict_into_shards
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from hypothesis import given, settings, strategies as st
 from safetensors.torch import load_file, save_file
 from support.models import forward, make_checkpoint, tiny_model
 

@@ -6,8 +6,7 @@ import operator
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from hypothesis import given, settings, strategies as st
 
 from bigpipe.errors import ManifestError, Place
 from bigpipe.orchestrator.recipe.conditions import UNKNOWN, Condition, parse_condition

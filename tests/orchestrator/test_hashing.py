@@ -6,8 +6,7 @@ import math
 import os
 
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
+from hypothesis import given, strategies as st
 
 from bigpipe.orchestrator.store.hashing import CHUNK, canonical, digest_of, hash_file, hex_of
 

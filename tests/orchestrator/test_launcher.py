@@ -11,7 +11,9 @@ from pathlib import Path
 
 import pytest
 from support.launching import Launched, gone, make_job, read_pid, wait_for
+from support.workshop import Workshop
 
+import bigpipe
 from bigpipe.errors import DoesNotFit, Interrupted, StageFailed, Transient, UsageError
 from bigpipe.orchestrator.contract.events import LogLine, Progress
 from bigpipe.orchestrator.launch.environment import ALLOCATOR
@@ -237,11 +239,16 @@ def test_the_job_file_holds_no_values_of_the_environment(tmp_path: Path) -> None
     assert "a-value-to-see" not in text
 
 
-def test_relative_paths_mean_the_same_to_the_worker(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
+def test_relative_paths_mean_the_same_to_the_worker(workshop: Workshop, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(workshop.folder)
     Path("recipes").mkdir()
-    Launched(make_job(Path("store"), base=Path("recipes"))).run()
-    assert (tmp_path / "store/work/out/made").read_text() == "yes"
+    Path("recipes/source").write_text("from afar")
+    Path("recipes/r.yaml").write_text(
+        "version: 1\nname: r\nstages:\n  write: {uses: write, with: {text: '', source: source}}\n"
+    )
+    result = bigpipe.run("recipes/r.yaml", store="store")
+    assert (result.path("write") / "text").read_text() == "from afar"
+    assert result.path("write").is_relative_to(workshop.folder / "store")
 
 
 def test_launches_side_by_side_do_not_mix(tmp_path: Path) -> None:

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
+from hypothesis import given, strategies as st
 
 from bigpipe.orchestrator.recipe.manifest import LaunchSpec, parse_duration, refused_variable
 from bigpipe.orchestrator.recipe.problems import did_you_mean, listed

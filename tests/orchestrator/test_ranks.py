@@ -44,7 +44,6 @@ def test_two_ranks_come_up_on_the_cpu_and_are_merged(tmp_path: Path) -> None:
     assert printed == {0, 1}
     assert "[rank 1] plain line" in (tmp_path / "attempt/log.txt").read_text()
     assert outcome.peak_rss > 2 * 100 * 2**20
-    assert 0 < outcome.peak_anonymous < outcome.peak_rss
 
 
 @pytest.mark.slow

@@ -8,12 +8,14 @@ import subprocess
 import sys
 import threading
 import time
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
 from support.launching import TESTS, Launched, gone, make_job, read_pid, wait_for
 
 from bigpipe.errors import Interrupted, NotAuthorised, Place, UsageError
+from bigpipe.orchestrator.contract.contexts import Assignment
 from bigpipe.orchestrator.contract.events import LogLine, Progress
 from bigpipe.orchestrator.launch import lifeline, processes
 from bigpipe.orchestrator.launch.eventlog import EventTail, EventWriter
@@ -186,12 +188,14 @@ def test_errors_keep_their_class_over_the_border(tmp_path: Path) -> None:
 
 def test_a_job_survives_its_file(tmp_path: Path) -> None:
     job = make_job(
-        tmp_path, inputs={"model": ("/a", "/b")}, environment={"X": "1"}, params={"nested": {"k": [1, None]}}
-    )
-    JobFile(job=job, environment=("X",), secrets=(), cpu=True).write(tmp_path / "job.json")
+        tmp_path, inputs={"model": (Path("/a"), Path("/b"))}, environment={"X": "1"}, params={"do": "talk"},
+        arriving={"model": Path("/c")}, secrets=frozenset({"X"}),
+    )  # fmt: skip
+    JobFile.of(job, cpu=True).write(tmp_path / "job.json")
     again = JobFile.read(tmp_path / "job.json", {"X": "1", "Y": "2"})
-    assert again.job == job
-    assert again.cpu
+    assert all(getattr(again.assignment, item.name) == getattr(job, item.name) for item in fields(Assignment))
+    assert job.stage.params.model_validate(again.params) == job.params
+    assert (again.secrets, again.cpu) == (job.secrets, True)
 
 
 def test_a_worker_imports_nothing_heavy_before_it_is_tied() -> None:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from support.contexts import forecast_context, stage_context
 from support.launching import MACHINE
 from support.models import make_checkpoint
 from support.tinygpt import GPT
@@ -22,7 +23,6 @@ from bigpipe.errors import StageFailed, UsageError
 from bigpipe.orchestrator.contract.events import LogLine
 from bigpipe.orchestrator.stage import (
     Forecast,
-    ForecastContext,
     Gpu,
     Machine,
     StageContext,
@@ -92,14 +92,16 @@ def memo(tmp_path_factory: pytest.TempPathFactory, models: dict[str, Path]) -> P
 
 def forecast(model: Path, memo: Path, machine: Machine = MACHINE, **fields: Any) -> Forecast:
     wired = {"model": (Forecast(output=describe_checkpoint(model)),)}
-    ctx = ForecastContext(inputs=wired, base=TESTS, machine=machine, memo=memo, trust=Trust(modules=("support",)))
+    ctx = forecast_context(
+        memo, inputs=wired, base=TESTS, machine=machine, memo=memo, trust=Trust(modules=("support",))
+    )
     return STAGE.forecast(DispatchParams(**fields), ctx)
 
 
 def context(out: Path, model: Path, memo: Path) -> StageContext:
     out.mkdir(exist_ok=True)
-    return StageContext(
-        node="dispatch", inputs={"model": (model,)}, out=out, scratch=out, parts=out, memo=memo, base=TESTS,
+    return stage_context(
+        out, node="dispatch", inputs={"model": (model,)}, out=out, scratch=out, parts=out, memo=memo, base=TESTS,
         machine=MACHINE, trust=Trust(modules=("support",)), reporter=Reports(),
     )  # fmt: skip
 
@@ -223,7 +225,7 @@ def test_more_than_the_caps_or_the_memory(tmp_path: Path, memo: Path, models: di
 
 
 def test_unknown_models_and_wrong_maps(tmp_path: Path, memo: Path, models: dict[str, Path]) -> None:
-    ctx = ForecastContext(inputs={"model": (Forecast(),)}, base=TESTS, machine=MACHINE, memo=memo)
+    ctx = forecast_context(memo, inputs={"model": (Forecast(),)}, base=TESTS, machine=MACHINE, memo=memo)
     assert "not known yet" in STAGE.forecast(DispatchParams(), ctx).unknown[0]
     model = models["opt"]
     with pytest.raises(UsageError, match=r"embed_tokens"):
@@ -248,10 +250,11 @@ sys.path.insert(0, {str(TESTS)!r})
 from support.launching import MACHINE
 from bigpipe.bigmodel.architecture.structure import describe_many
 from bigpipe.bigmodel.checkpoint.description import describe_checkpoint
-from bigpipe.orchestrator.stage import Forecast, ForecastContext
+from bigpipe.orchestrator.stage import Forecast, ForecastContext, Surroundings
 from bigpipe.plugins.dispatch import STAGE, DispatchParams
 wired = {{"model": (Forecast(output=describe_checkpoint({str(model)!r})),)}}
-ctx = ForecastContext(inputs=wired, base=Path("."), machine=MACHINE, memo=Path({str(memo)!r}))
+around = Surroundings(base=Path("."), machine=MACHINE, memo=Path({str(memo)!r}))
+ctx = ForecastContext(surroundings=around, inputs=wired)
 assert STAGE.forecast(DispatchParams(), ctx).output.device_map
 assert not {{"torch", "transformers", "accelerate"}} & set(sys.modules)
 """
@@ -262,8 +265,8 @@ def test_trusted_code_is_asked_once_it_is_here(tmp_path: Path, memo: Path, model
     described = describe_checkpoint(models["opt"])
     config = {"model_type": "homemade", "auto_map": {"AutoModelForCausalLM": "modeling.Homemade"}}
     wired = {"model": (Forecast(output=replace(described, config=config)),)}
-    ctx = ForecastContext(inputs=wired, base=TESTS, machine=MACHINE, memo=memo)
+    ctx = forecast_context(memo, inputs=wired, base=TESTS, machine=MACHINE, memo=memo)
     with pytest.raises(UsageError, match="brings its own code"):
         STAGE.forecast(DispatchParams(), ctx)
-    trusting = replace(ctx, trust=Trust(remote_code=("org/model@0123",)))
+    trusting = ctx.within(trust=Trust(remote_code=("org/model@0123",)))
     assert "until the trusted code is here" in STAGE.forecast(DispatchParams(), trusting).unknown[0]

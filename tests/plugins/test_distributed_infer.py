@@ -17,6 +17,7 @@ from typing import Any
 import psutil
 import pytest
 from pydantic import ValidationError
+from support.contexts import check_context, forecast_context, stage_context
 from support.inferring import start
 from support.launching import MACHINE, TESTS
 from support.models import make_checkpoint
@@ -27,7 +28,7 @@ from bigpipe.bigmodel.inference import assign, read_log, split
 from bigpipe.bigmodel.placement import Placement
 from bigpipe.errors import StageFailed, UsageError
 from bigpipe.orchestrator.contract.events import Progress, RankHello
-from bigpipe.orchestrator.stage import CheckContext, Forecast, ForecastContext, Gpu, Launch, StageContext, Trust
+from bigpipe.orchestrator.stage import CheckContext, Forecast, Gpu, Launch, StageContext, Trust
 from bigpipe.plugins import inferring
 from bigpipe.plugins.distributed_infer import STAGE, InferMetrics, InferParams
 from bigpipe.plugins.placed_model import PlacedModel
@@ -54,9 +55,7 @@ def context(folder: Path, model: Path, ranks: int = 1, **changes: Any) -> StageC
         "parts": folder / "parts", "memo": folder / "memo", "base": folder, "machine": MACHINE,
         "launch": Launch(num_processes=ranks), "world_size": ranks, "reporter": Reports(),
     }  # fmt: skip
-    for name in ("out", "scratch"):
-        fields[name].mkdir(parents=True, exist_ok=True)
-    return StageContext(**{**fields, **changes})
+    return stage_context(folder, **{**fields, **changes})
 
 
 def as_rank(ctx: StageContext, rank: int) -> StageContext:
@@ -180,7 +179,7 @@ def test_what_was_finished_is_not_done_again(tmp_path: Path, model: Path, ranks_
     assert rank_shares(broken) == [[0, 1]]
     log = broken.scratch / "rank-0" / "records.jsonl"
     log.write_bytes(log.read_bytes() + log.read_bytes()[:40])
-    again = replace(broken, launch=Launch(num_processes=ranks_after), world_size=ranks_after)
+    again = replace(broken.within(launch=Launch(num_processes=ranks_after)), world_size=ranks_after)
     infer(stopping, again)
     assert sorted(index for share in rank_shares(again) for index in share) == [0, 1, 2, 3, 4]
     assert (again.out / "results.jsonl").read_bytes() == (whole.out / "results.jsonl").read_bytes()
@@ -243,7 +242,7 @@ def test_a_function_of_ones_own_over_a_file(tmp_path: Path, model: Path) -> None
 
 
 def checking(folder: Path, **changes: Any) -> CheckContext:
-    return CheckContext(base=folder, machine=MACHINE, memo=folder, **changes)
+    return check_context(folder, base=folder, machine=MACHINE, memo=folder, **changes)
 
 
 def test_checks_prompts_task_and_tokenizer_before_anything_runs(tmp_path: Path, model: Path) -> None:
@@ -265,14 +264,14 @@ def test_checks_prompts_task_and_tokenizer_before_anything_runs(tmp_path: Path, 
 
 def test_forecasts_shares_memory_and_gpus(tmp_path: Path, model: Path) -> None:
     inputs = {"model": (Forecast(output=describe_checkpoint(model)),)}
-    ctx = ForecastContext(inputs=inputs, base=tmp_path, machine=MACHINE, memo=tmp_path, launch=Launch(num_processes=2))
+    ctx = forecast_context(tmp_path, inputs=inputs, machine=MACHINE, launch=Launch(num_processes=2))
     found = STAGE.forecast(params(batch_size=2), ctx)
     assert found.summary == "5 prompts in 3 batches over 2 ranks (4 + 1)"
     assert found.metrics == {"prompts": 5}
     assert found.ram is not None
     assert found.ram > 2 * 2 * (model / "model.safetensors").stat().st_size
     gpu = replace(MACHINE, gpus=(Gpu(0, "L4", 24 * 2**30, 20 * 2**30),))
-    assert "2 ranks with 1 GPU(s) each need 2" in STAGE.forecast(params(), replace(ctx, machine=gpu)).misfits[0].cause
+    assert "2 ranks with 1 GPU(s) each need 2" in STAGE.forecast(params(), ctx.within(machine=gpu)).misfits[0].cause
     assert STAGE.facts is not None
     assert STAGE.facts(params(), gpu) == {"gpus": ["L4"]}
     assert STAGE.facts(params(), MACHINE) == {"memory": MACHINE.memory}

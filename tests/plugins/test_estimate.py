@@ -6,9 +6,9 @@ import json
 
 import pytest
 from pydantic import ValidationError
+from support.contexts import check_context, forecast_context
 from support.hub import LoopbackHub
 from support.hub_state import files_of
-from support.launching import MACHINE
 from support.models import make_checkpoint
 from support.workshop import statuses
 
@@ -16,7 +16,7 @@ import bigpipe
 from bigpipe.bigmodel.checkpoint.description import describe_checkpoint
 from bigpipe.errors import GateFailed, UsageError
 from bigpipe.orchestrator.report.rendering import result_table
-from bigpipe.orchestrator.stage import CheckContext, Forecast, ForecastContext
+from bigpipe.orchestrator.stage import Forecast
 from bigpipe.plugins.estimate import STAGE, EstimateMetrics, EstimateParams
 from bigpipe.sizes import format_size
 
@@ -76,7 +76,7 @@ def test_the_plan_gives_the_numbers_of_the_run(workshop, model):
     workshop.manifest.write_text(RECIPE.replace("400MiB", "2GiB"))
     described = describe_checkpoint(model)
     inputs = {"model": (Forecast(output=described),)}
-    context = ForecastContext(inputs=inputs, base=workshop.folder, machine=MACHINE, memo=workshop.folder / "memo")
+    context = forecast_context(workshop.folder, inputs=inputs, base=workshop.folder)
     params = EstimateParams(dtypes=("float16", "int8"), batch_size=2, sequence_length=64)
     expected = STAGE.forecast(params, context)
     result = bigpipe.run(workshop.manifest)
@@ -169,7 +169,7 @@ def test_a_directory_with_a_config_only(workshop):
 
 def test_what_is_not_known_yet_is_said(tmp_path):
     inputs = {"model": (Forecast(),)}
-    context = ForecastContext(inputs=inputs, base=tmp_path, machine=MACHINE, memo=tmp_path)
+    context = forecast_context(tmp_path, inputs=inputs)
     found = STAGE.forecast(EstimateParams(), context)
     assert found.metrics == {}
     assert "config is not known" in found.unknown[0]
@@ -178,7 +178,7 @@ def test_what_is_not_known_yet_is_said(tmp_path):
 @pytest.mark.parametrize("params", [{}, {"repo": "a/b", "wired": True}])
 def test_one_model_and_no_more(tmp_path, params):
     inputs = {"model": (Forecast(),)} if params.pop("wired", False) else {}
-    context = CheckContext(base=tmp_path, machine=MACHINE, memo=tmp_path, inputs=inputs, offline=True)
+    context = check_context(tmp_path, inputs=inputs, offline=True)
     assert STAGE.check is not None
     with pytest.raises(UsageError, match="looks at one model"):
         STAGE.check(EstimateParams(**params), context)

@@ -8,7 +8,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import threading
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -30,7 +29,8 @@ from bigpipe.bigmodel.execution.loading import load
 from bigpipe.bigmodel.sources import Sources
 from bigpipe.bigmodel.writing.synthetic import write_synthetic
 from bigpipe.errors import UsageError
-from bigpipe.orchestrator.launch.launcher import Outcome, launch
+from bigpipe.orchestrator.launch.executors import executor
+from bigpipe.orchestrator.launch.jobs import Outcome
 from bigpipe.orchestrator.stage import Forecast, Trust
 from bigpipe.plugins.quantize import STAGE, QuantizeParams
 
@@ -41,13 +41,11 @@ def run_quantize(folder: Path, source: Path, environment: dict[str, str] | None 
     """The outcome; the artifact is `folder / "work" / "out"`."""
     trust = params.pop("trust", Trust())
     job = make_job(
-        folder, kind="quantize", module="bigpipe.plugins.quantize:STAGE", trust=trust,
-        params=params, memo=folder.parent / "memo", inputs={"model": (str(source),)}, base=TESTS,
+        folder, stage=STAGE, module="bigpipe.plugins.quantize:STAGE", trust=trust,
+        params=params, memo=folder.parent / "memo", inputs={"model": (source,)}, base=TESTS,
         environment=environment or {},
     )  # fmt: skip
-    for place in (job.out, job.scratch):
-        place.mkdir(parents=True, exist_ok=True)
-    return launch(job, STAGE, timeout=120, cancelled=threading.Event(), report=lambda event: None, secrets={})
+    return executor("process").start(job)
 
 
 def forecast_of(folder: Path, source: Path, **params: Any) -> Forecast:

@@ -5,18 +5,19 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import threading
 from pathlib import Path
 
 import pytest
 import torch
-from support.launching import MACHINE, make_job
+from support.contexts import check_context, forecast_context
+from support.launching import make_job
 from support.models import forward, make_checkpoint, tiny_model
 
 from bigpipe.bigmodel.checkpoint.description import describe_checkpoint
 from bigpipe.errors import UsageError
-from bigpipe.orchestrator.launch.launcher import Outcome, launch
-from bigpipe.orchestrator.stage import CheckContext, Forecast, ForecastContext
+from bigpipe.orchestrator.launch.executors import executor
+from bigpipe.orchestrator.launch.jobs import Outcome
+from bigpipe.orchestrator.stage import Forecast
 from bigpipe.plugins.shard import STAGE, ShardParams
 
 
@@ -24,18 +25,15 @@ def run_shard(folder: Path, source: Path, environment: dict[str, str] | None = N
     """The folder where a store would let the stage work, and what came of it."""
     work = folder / "work" / ("0" * 64)
     job = make_job(
-        folder, kind="shard", module="bigpipe.plugins.shard:STAGE", params=params, inputs={"model": (str(source),)},
+        folder, stage=STAGE, module="bigpipe.plugins.shard:STAGE", params=params, inputs={"model": (source,)},
         out=work / "out", scratch=work / "scratch", environment=environment or {},
     )  # fmt: skip
-    job.out.mkdir(parents=True, exist_ok=True)
-    job.scratch.mkdir(parents=True, exist_ok=True)
-    outcome = launch(job, STAGE, timeout=120, cancelled=threading.Event(), report=lambda event: None, secrets={})
-    return job.out, outcome
+    return job.out, executor("process").start(job)
 
 
 def forecast_shard(source: Path, **params) -> Forecast:
     inputs = {"model": (Forecast(output=describe_checkpoint(source)),)}
-    context = ForecastContext(inputs=inputs, base=source, machine=MACHINE, memo=source)
+    context = forecast_context(source, inputs=inputs, base=source, memo=source)
     return STAGE.forecast(ShardParams(**params), context)
 
 
@@ -93,14 +91,14 @@ def test_casting_quantized_weights_is_refused_before_anything_runs(tmp_path):
     config = json.loads((source / "config.json").read_text())
     (source / "config.json").write_text(json.dumps({**config, "quantization_config": {"load_in_4bit": True}}))
     inputs = {"model": (Forecast(output=describe_checkpoint(source)),)}
-    context = CheckContext(base=tmp_path, machine=MACHINE, memo=tmp_path, inputs=inputs)
+    context = check_context(tmp_path, inputs=inputs)
     with pytest.raises(UsageError, match="let quantize come after shard"):
         STAGE.check(ShardParams(dtype="float16"), context)
     STAGE.check(ShardParams(), context)
 
 
 def test_an_unknown_input_is_said_to_be_unknown(tmp_path):
-    context = ForecastContext(inputs={"model": (Forecast(),)}, base=tmp_path, machine=MACHINE, memo=tmp_path)
+    context = forecast_context(tmp_path, inputs={"model": (Forecast(),)})
     assert STAGE.forecast(ShardParams(), context).unknown == (
         "number of shards: the tensors of the input are not known yet",
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from bigpipe.orchestrator.stage import (
     Lineage,
     Machine,
     StageContext,
+    Surroundings,
     Trust,
 )
 
@@ -39,26 +41,33 @@ class Recorder:
 
 
 def stage_context(root: Path, **given: Any) -> StageContext:
-    """Folders `out`, `scratch`, `parts`, `memo` and `base` under `root`, all made; `given` overrides any field."""
+    """Folders `out`, `scratch`, `parts`, `memo` and `base` under `root`, all made; `given` overrides any field, or any
+    of the surroundings."""
     folders = {name: root / name for name in ("out", "scratch", "parts", "memo", "base")}
     for folder in folders.values():
         folder.mkdir(parents=True, exist_ok=True)
     defaults: dict[str, Any] = {"node": "test", "inputs": {}, "machine": MACHINE, "reporter": Recorder(), **folders}
-    return StageContext(**{**defaults, **given})
+    return StageContext(**_nested({**defaults, **given}))
 
 
 def check_context(root: Path, **given: Any) -> CheckContext:
-    return CheckContext(**{**_places(root), **given})
+    return CheckContext(**_nested({**_places(root, given), **given}))
 
 
 def forecast_context(root: Path, **given: Any) -> ForecastContext:
-    return ForecastContext(**{"inputs": {}, **_places(root), **given})
+    return ForecastContext(**_nested({**_places(root, given), **given}))
 
 
-def _places(root: Path) -> dict[str, Any]:
-    for name in ("base", "memo"):
-        (root / name).mkdir(parents=True, exist_ok=True)
-    return {"base": root / "base", "memo": root / "memo", "machine": MACHINE}
+def _nested(given: dict[str, Any]) -> dict[str, Any]:
+    around = {item.name: given.pop(item.name) for item in fields(Surroundings) if item.name in given}
+    return {"surroundings": Surroundings(**around), **given}
+
+
+def _places(root: Path, given: Mapping[str, Any]) -> dict[str, Any]:
+    places = {name: root / name for name in ("base", "memo") if name not in given}
+    for folder in places.values():
+        folder.mkdir(parents=True, exist_ok=True)
+    return {"machine": MACHINE, **places}
 
 
 def inputs(**ports: Path | Sequence[Path]) -> Mapping[str, tuple[Path, ...]]:

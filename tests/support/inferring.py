@@ -8,13 +8,13 @@ from __future__ import annotations
 import json
 import os
 import sys
-import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from bigpipe.orchestrator.contract.events import Event
-from bigpipe.orchestrator.launch.launcher import Outcome, launch
+from bigpipe.orchestrator.launch.executors import executor
+from bigpipe.orchestrator.launch.jobs import Outcome
 from bigpipe.orchestrator.stage import Launch, Trust
 from bigpipe.plugins.distributed_infer import STAGE
 from support.launching import TESTS, make_job
@@ -23,13 +23,12 @@ from support.launching import TESTS, make_job
 def start(folder: Path, model: Path, ranks: int, report: Callable[[Event], object] = bool, **fields: Any) -> Outcome:
     folder.mkdir(exist_ok=True)
     job = make_job(
-        folder, kind="distributed-infer", module="bigpipe.plugins.distributed_infer:STAGE", params=fields,
-        inputs={"model": (str(model),)}, launch=Launch(num_processes=ranks), trust=Trust(modules=("mytasks",)),
+        folder, stage=STAGE, module="bigpipe.plugins.distributed_infer:STAGE", params=fields, timeout=150,
+        report=report, inputs={"model": (model,)}, launch=Launch(num_processes=ranks),
+        trust=Trust(modules=("mytasks",)),
+        parent_environment={**os.environ, "PYTHONPATH": f"{TESTS.parent / 'src'}:{TESTS}"},
     )  # fmt: skip
-    environment = {**os.environ, "PYTHONPATH": f"{TESTS.parent / 'src'}:{TESTS}"}
-    return launch(
-        job, STAGE, timeout=150, cancelled=threading.Event(), report=report, secrets={}, parent_environment=environment
-    )
+    return executor("ranks").start(job)
 
 
 def main(folder: str, model: str, ranks: str, fields: str) -> None:

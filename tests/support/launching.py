@@ -6,43 +6,55 @@ import os
 import threading
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
+from bigpipe.orchestrator.contract.contexts import Surroundings
 from bigpipe.orchestrator.contract.events import Event
-from bigpipe.orchestrator.contract.types import Launch, Machine, Trust
-from bigpipe.orchestrator.launch.launcher import Job, Outcome, launch
+from bigpipe.orchestrator.contract.types import Machine
+from bigpipe.orchestrator.launch.environment import visible_secrets
+from bigpipe.orchestrator.launch.executors import executor
+from bigpipe.orchestrator.launch.jobs import AttemptFolder, Job, Outcome
 from bigpipe.orchestrator.launch.lifeline import start_mark
 from support import stages
 
 TESTS = Path(__file__).parent.parent
 MACHINE = Machine("test", cpus=2, memory=8 * 2**30, memory_available=4 * 2**30, disk_free=2**40)
+AROUND = {item.name for item in fields(Surroundings)}
+PARENT = {**os.environ, "PYTHONPATH": str(TESTS), "OMP_NUM_THREADS": "1"}
 
 
 def make_job(folder: Path, attribute: str = "PROCESS", **changes: Any) -> Job:
-    fields: dict[str, Any] = {
+    """A job of one of `support.stages`; `changes` override its fields, or those of its surroundings."""
+    around = {"base": folder, "machine": MACHINE, "memo": folder / "memo"}
+    around |= {name: changes.pop(name) for name in AROUND & changes.keys()}
+    stage = changes.pop("stage", None) or getattr(stages, attribute)
+    given: dict[str, Any] = {
+        "surroundings": Surroundings(**around),
         "node": "node@a=1",
-        "kind": attribute.lower(),
-        "module": f"support.stages:{attribute}",
-        "params": {},
         "inputs": {},
         "out": folder / "work" / "out",
         "scratch": folder / "work" / "scratch",
         "parts": folder / "parts",
-        "memo": folder / "memo",
-        "base": folder,
-        "launch": Launch(),
-        "trust": Trust(),
-        "machine": MACHINE,
-        "attempt_dir": folder / "attempt",
+        "stage": stage,
+        "module": f"support.stages:{attribute}",
+        "folder": AttemptFolder(folder / "attempt"),
+        "parent_environment": PARENT,
+        "timeout": 120,
+        "report": ignore,
     }
-    return Job(**{**fields, **changes})
+    params = stage.params.model_validate(changes.pop("params", {}))
+    return Job(**{**given, **changes}, params=params)
+
+
+def ignore(event: Event) -> None:
+    """Nobody cares."""
 
 
 @dataclass
 class Launched:
-    """`launch` with the arguments that tests rarely care for, and what it reported."""
+    """The executor's `start` with the arguments that tests rarely care for, and what it reported."""
 
     job: Job
     events: list[Event] = field(default_factory=list)
@@ -51,17 +63,14 @@ class Launched:
     def run(
         self, *, timeout: float | None = 120, secrets: Mapping[str, str] = {}, environment: Mapping[str, str] = {}
     ) -> Outcome:
-        stage = getattr(stages, self.job.module.partition(":")[2])
-        parent = {**os.environ, "PYTHONPATH": str(TESTS), "OMP_NUM_THREADS": "1", **environment}
-        return launch(
-            self.job,
-            stage,
-            timeout=timeout,
-            cancelled=self.cancelled,
-            report=self.events.append,
-            secrets=secrets,
-            parent_environment=parent,
-        )
+        parent = {**PARENT, **environment, **secrets}
+        visible = visible_secrets(self.job.stage, secrets, parent)
+        job = replace(
+            self.job.within(environment={**self.job.environment, **visible}),
+            secrets=frozenset(visible), parent_environment=parent,
+            timeout=timeout, cancelled=self.cancelled, report=self.events.append,
+        )  # fmt: skip
+        return executor(job.stage.runs_in).start(job)
 
     def of(self, kind: type[Event]) -> list[Any]:
         return [event for event in self.events if isinstance(event, kind)]

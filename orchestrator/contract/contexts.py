@@ -1,0 +1,156 @@
+"""What a kind's functions are given besides their params: one frozen value each, all standing on `Surroundings`.
+
+Context             the surroundings, and their parts by name
+├─ CheckContext     at plan time: for `check`, `pin` and `present`
+│  └─ ForecastContext
+└─ Assignment       what one attempt works on, as the engine knows it and a job file holds it
+   └─ StageContext  the same in the process that does the work: for `run`, `prepare` and `finish`
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields, replace
+from pathlib import Path
+from typing import Any, Self
+
+from .events import LogLine, Progress, Reporter
+from .forecast import Forecast
+from .passing import Inlet, Outlet
+from .types import Launch, Lineage, Machine, Trust
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Surroundings:
+    """What lies around a node, whatever it is asked for."""
+
+    base: Path
+    """The manifest's directory: what relative paths are relative to."""
+    machine: Machine
+    memo: Path
+    """A directory for answers that are dear to get, named by what they depend on."""
+    trust: Trust = field(default_factory=Trust)
+    offline: bool = False
+    launch: Launch = field(default_factory=Launch)
+    """How its ranks are started."""
+    environment: Mapping[str, str] = field(default_factory=dict, repr=False)
+    """The node's `env` and the secrets it may see; also set in the process that does the work."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Context:
+    surroundings: Surroundings
+
+    @property
+    def base(self) -> Path:
+        return self.surroundings.base
+
+    @property
+    def machine(self) -> Machine:
+        return self.surroundings.machine
+
+    @property
+    def memo(self) -> Path:
+        return self.surroundings.memo
+
+    @property
+    def trust(self) -> Trust:
+        return self.surroundings.trust
+
+    @property
+    def offline(self) -> bool:
+        return self.surroundings.offline
+
+    @property
+    def launch(self) -> Launch:
+        return self.surroundings.launch
+
+    @property
+    def environment(self) -> Mapping[str, str]:
+        return self.surroundings.environment
+
+    def within(self, **changes: Any) -> Self:
+        """Return the same with other surroundings: `within(launch=…)`."""
+        return replace(self, surroundings=replace(self.surroundings, **changes))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CheckContext(Context):
+    """All a plan-time preflight, a `pin` and a `present` may look at."""
+
+    inputs: Mapping[str, tuple[Forecast, ...]] = field(default_factory=dict)
+    """Per port, the forecasts of what is wired to it; an absent optional port is not in the map."""
+
+    def input(self, port: str) -> Forecast | None:
+        """Return the forecast of the single node wired to `port`, or None."""
+        return next(iter(self.inputs.get(port, ())), None)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ForecastContext(CheckContext):
+    """All a forecast may look at."""
+
+    artifact: Path | None = None
+    """The node's own artifact, where it is already cached: read its headers rather than guess."""
+    pins: Mapping[str, str] = field(default_factory=dict)
+    """What `pin` gave for this node (a branch → its commit)."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Assignment(Context):
+    """What one attempt of a node works on, and where. Paths are absolute, input directories read-only."""
+
+    node: str
+    inputs: Mapping[str, tuple[Path, ...]]
+    """Per port, artifact directories; an absent optional port is not in the map."""
+    out: Path
+    """Becomes the artifact. Kept over crashes until published: what is found here is this stage's own earlier work.
+    A symlink to an absolute path (an input's file, a blob of the Hub cache) is a reference, not copied."""
+    scratch: Path
+    """Kept over crashes like `out`, dropped when the node is published."""
+    parts: Path
+    """Content-addressed pieces shared by all nodes of all runs."""
+    lineage: tuple[Lineage, ...] = ()
+    recipe: str = ""
+    """The manifest's text, for provenance."""
+    recipe_name: str = ""
+    pins: Mapping[str, str] = field(default_factory=dict)
+    passes_on: Path | None = None
+    """The folder through which its files reach, one by one, those that wait for them."""
+    arriving: Mapping[str, Path] = field(default_factory=dict)
+    """Port → the folder through which the files of that input come, one by one, as they are made."""
+
+    def input(self, port: str) -> Path:
+        """Return the directory of the single artifact on `port`. Raise KeyError where the port is not wired."""
+        return self.inputs[port][0]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StageContext(Assignment):
+    """All that one attempt of a stage may touch."""
+
+    rank: int = 0
+    world_size: int = 1
+    rank_dir: Path | None = None
+    """The only folder a rank may write to; `scratch/rank-N`, kept over crashes."""
+    outlet: Outlet | None = None
+    """Where a kind that `streams` tells of each finished file; None where nobody is waiting for them."""
+    reporter: Reporter
+
+    @classmethod
+    def of(cls, assignment: Assignment, **own: Any) -> Self:
+        """Return the context of a process that works on this assignment. own: what is that process's alone."""
+        outlet = Outlet(assignment.passes_on, assignment.out) if assignment.passes_on else None
+        same = {item.name: getattr(assignment, item.name) for item in fields(Assignment)}
+        return cls(**same, outlet=outlet, **own)
+
+    @property
+    def inlet(self) -> Inlet | None:
+        """Where the files of the port it `follows` come from, one by one; None where they are all there."""
+        return next((Inlet(folder, self.node) for folder in self.arriving.values()), None)
+
+    def progress(self, done: int, total: int | None, unit: str = "B", task: str = "") -> None:
+        self.reporter.report(Progress(self.node, done, total, unit, task, self.rank))
+
+    def log(self, line: str, *, detail: bool = False) -> None:
+        self.reporter.report(LogLine(self.node, line, detail, self.rank))

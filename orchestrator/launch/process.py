@@ -1,0 +1,13 @@
+"""Runs a stage in one child process."""
+
+from __future__ import annotations
+
+from .environment import worker_environment
+from .jobs import Job, JobFile, Result
+from .supervision import Supervisor
+
+
+def run(job: Job) -> Result:
+    environment = worker_environment(job.stage, job.surroundings, job.parent_environment)
+    JobFile.of(job).write(job.folder.job)
+    return Supervisor(job, environment).result("run")
