@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Container, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -307,44 +307,42 @@ def _check_shape(name: str, empty: torch.Tensor, recipe: Recipe) -> None:
 
 
 def _settle(
-    slots: Mapping[str, Slot], homes: Homes, files: MappedFiles, state: Loaded, budget: int, always: Container[str]
+    slots: Mapping[str, Slot], homes: Homes, files: MappedFiles, state: Loaded, budget: int, always: Collection[str]
 ) -> dict[str, Slot]:
-    """Fills what stays in memory; returns what is streamed. Weights that are tied share one tensor.
+    """Fill what stays in memory; return what is streamed.
 
-    always: names that are held in their dtype whatever the budget.
+    budget: bytes of RAM for what is cast. always: names that are held in their dtype whatever the budget.
     """
-    shared: dict[object, torch.Tensor] = {}
-    streamed: dict[str, Slot] = {}
-    counted: set[object] = set()
-    for name, slot in slots.items():
-        home, device = homes.placement.device_of(name), homes.execution(name)
-        key = (tuple(slot.sources), home, getattr(slot, "dtype", None))
-        scratch = sum(slot.scratch(device))
-        cost = 0 if key in shared else scratch
+    settled: set[str] = set()
+    for names in _tied(slots, homes):
+        slot, home, device = slots[names[0]], homes.placement.device_of(names[0]), homes.execution(names[0])
+        stored, scratch = sum(source.nbytes for source in slot.sources), sum(slot.scratch(device))
         on_host = home == "cpu" and device.type == "cpu"
-        if isinstance(home, int) or (on_host and (cost <= budget or name in always)):
-            budget -= cost if on_host else 0
-            _fill_slot(slot, key, shared, files, device)
-        else:
-            streamed[name] = slot
-        if key not in counted:
-            counted.add(key)
-            stored = sum(source.nbytes for source in slot.sources)
-            state.hold(home, stored if name in streamed else scratch or stored)
-    return streamed
+        stays = isinstance(home, int) or (on_host and (scratch <= budget or any(name in always for name in names)))
+        if stays:
+            budget -= scratch if on_host else 0
+            _fill_slots([slots[name] for name in names], files, device)
+            settled.update(names)
+        state.hold(home, scratch or stored if stays else stored)
+    return {name: slot for name, slot in slots.items() if name not in settled}
 
 
-def _fill_slot(
-    slot: Slot, key: object, shared: dict[object, torch.Tensor], files: MappedFiles, device: torch.device
-) -> None:
-    if isinstance(slot, PlainSlot) and key in shared:
-        setattr(slot.module, slot.attribute, shared[key])
-        return
-    slot.attach(slot.stage(files, device, fresh_memory(device)))
-    if slot.scratch(device):
-        files.drop(slot.sources)
-    if isinstance(slot, PlainSlot):
-        shared[key] = getattr(slot.module, slot.attribute)
+def _tied(slots: Mapping[str, Slot], homes: Homes) -> Collection[list[str]]:
+    """Names that are one tensor: of the same stored bytes, in the same place and dtype."""
+    groups: dict[object, list[str]] = {}
+    for name, slot in slots.items():
+        groups.setdefault((slot.content, homes.placement.device_of(name)), []).append(name)
+    return groups.values()
+
+
+def _fill_slots(slots: Sequence[Slot], files: MappedFiles, device: torch.device) -> None:
+    """Give all of them the one tensor that the first is filled with."""
+    first, *others = slots
+    first.attach(first.stage(files, device, fresh_memory(device)))
+    if first.scratch(device):
+        files.drop(first.sources)
+    for other in others:
+        setattr(other.module, other.attribute, getattr(first.module, first.attribute))
 
 
 def _settle_buffers(model: torch.nn.Module, matches: Matches, homes: Homes, state: Loaded) -> None:

@@ -27,6 +27,11 @@ class Slot(Protocol):
     """The methods are called in the order stage, attach, detach; `stage` may run in another thread."""
 
     module: torch.nn.Module
+    attribute: str
+
+    @property
+    def content(self) -> object:
+        """Equal where one tensor can stand in both."""
 
     @property
     def sources(self) -> Sequence[TensorInfo]:
@@ -56,6 +61,10 @@ class PlainSlot:
     def __post_init__(self) -> None:
         there: torch.Tensor = getattr(self.module, self.attribute)
         self.placeholder = there if there.device.type == "meta" else there.to("meta")
+
+    @property
+    def content(self) -> object:
+        return tuple(self.sources), self.dtype
 
     @property
     def sources(self) -> Sequence[TensorInfo]:
@@ -96,9 +105,14 @@ class QuantizedSlot:
     module: torch.nn.Module
     weight: QuantizedWeight
     placeholder: Any = field(init=False)
+    attribute: str = field(init=False, default="weight")
 
     def __post_init__(self) -> None:
-        self.placeholder = self.module._parameters["weight"]
+        self.placeholder = self.module._parameters[self.attribute]
+
+    @property
+    def content(self) -> object:
+        return id(self)
 
     @property
     def sources(self) -> Sequence[TensorInfo]:
