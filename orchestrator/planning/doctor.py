@@ -17,8 +17,7 @@ from bigpipe.modules import import_attribute
 from bigpipe.orchestrator.contract.contexts import Surroundings
 from bigpipe.orchestrator.contract.stage import Stage
 from bigpipe.orchestrator.contract.types import Json, Launch, Machine
-from bigpipe.orchestrator.launch.executors import executor
-from bigpipe.orchestrator.launch.jobs import AttemptFolder, Job
+from bigpipe.orchestrator.launch.alone import run_alone
 from bigpipe.orchestrator.recipe.registry import PROBES
 from bigpipe.orchestrator.store.location import default_root
 from bigpipe.sizes import format_size, format_transfer
@@ -70,33 +69,17 @@ def _probe(name: str, machine: Machine, environment: Mapping[str, str] | None) -
     stage: Stage[Any] = import_attribute(target)
     started = time.monotonic()
     with tempfile.TemporaryDirectory(prefix="bigpipe-doctor-") as folder:
-        job = _job(Path(folder), target, stage, machine, environment)
+        launch = Launch(num_processes=PROBED_RANKS, explicit=frozenset({"num_processes"}))
+        around = Surroundings(base=Path(folder), machine=machine, memo=Path(folder, "memo"), launch=launch)
+        parent = os.environ if environment is None else environment
         try:
-            outcome = executor(stage.runs_in).start(job)
+            outcome = run_alone(
+                stage, target, {}, around, Path(folder, "work"), parent_environment=parent, timeout=PROBE_SECONDS
+            )
             ok, detail = True, str(outcome.metrics["detail"])
         except BigpipeError as error:
             ok, detail = False, error.cause  # the cure names a log in a folder that is about to go
     return {"ok": ok, "detail": detail, "seconds": round(time.monotonic() - started, 1)}
-
-
-def _job(folder: Path, module: str, stage: Stage[Any], machine: Machine, environment: Mapping[str, str] | None) -> Job:
-    ranks = PROBED_RANKS if executor(stage.runs_in).takes_launch else 1
-    launch = Launch(num_processes=ranks, explicit=frozenset({"num_processes"}))
-    return Job(
-        surroundings=Surroundings(base=folder, machine=machine, memo=folder / "memo", launch=launch),
-        node=stage.kind,
-        inputs={},
-        out=folder / "work" / "out",
-        scratch=folder / "work" / "scratch",
-        parts=folder / "parts",
-        stage=stage,
-        module=module,
-        params=stage.params(),
-        folder=AttemptFolder(folder / "attempt"),
-        parent_environment=os.environ if environment is None else environment,
-        timeout=PROBE_SECONDS,
-        report=lambda event: None,
-    )
 
 
 def _hub() -> dict[str, Json]:

@@ -1,0 +1,135 @@
+"""For tests of stage kinds: a real attempt of a stage, and its forecast, without a recipe.
+
+    >>> from bigpipe.testing import run_stage
+    >>> done = run_stage(STAGE, {"prefix": "model."}, inputs={"model": checkpoint}, folder=tmp_path)
+    >>> done.metrics.tensors, done.out
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+from .errors import UsageError
+from .machine import detect
+from .modules import top_level
+from .orchestrator.contract.contexts import ForecastContext, Surroundings
+from .orchestrator.contract.events import Event, LogLine
+from .orchestrator.contract.forecast import Forecast
+from .orchestrator.contract.stage import Metrics, Stage
+from .orchestrator.contract.types import Launch
+from .orchestrator.launch.alone import run_alone
+
+__all__ = ["StageRun", "forecast_stage", "run_stage"]
+
+_NOTHING: Mapping[str, Any] = MappingProxyType({})
+
+
+@dataclass(frozen=True, slots=True)
+class StageRun:
+    """What an attempt gave."""
+
+    metrics: Metrics
+    """As the kind's own metrics model."""
+    out: Path
+    """The directory that would become the artifact."""
+    files: Mapping[str, tuple[str, int]]
+    """Relative path → (sha256 in hex, size in bytes) of the files that the stage hashed itself."""
+    lines: tuple[str, ...]
+    """What it logged or printed."""
+    seconds: float
+    peak_rss: int
+    """Bytes."""
+
+
+def run_stage(
+    stage: Stage[Any],
+    params: Mapping[str, Any] = _NOTHING,
+    *,
+    inputs: Mapping[str, Path | Sequence[Path]] = _NOTHING,
+    folder: Path,
+    base: Path | None = None,
+    num_processes: int = 1,
+    environment: Mapping[str, str] = _NOTHING,
+    timeout: float | None = None,
+) -> StageRun:
+    """Run one attempt of a stage as a recipe would: in the process, the child or the ranks that the kind asks for.
+
+    params: as under `with:`. inputs: port → directory of an artifact, or several. folder: takes what the attempt makes;
+    run again in the same one, it finds its earlier work in `out` and `scratch`. base: what relative paths in the params
+    are relative to; by default `folder`. num_processes: of a kind that runs as ranks. environment: what the stage sees
+    as `context.environment`. timeout: seconds.
+
+    Raise the stage's own BigpipeError, StageFailed where it crashes, UsageError where it is not an attribute of a
+    module or a port is not one of its own, ValidationError for wrong params.
+    """
+    lines: list[str] = []
+
+    def report(event: Event) -> None:
+        if isinstance(event, LogLine):
+            lines.append(event.line)
+
+    module = _location(stage)
+    outcome = run_alone(
+        stage, module, params, _surroundings(folder, base, num_processes, environment), folder.absolute(),
+        inputs={port: (paths,) if isinstance(paths, Path) else tuple(paths) for port, paths in _wired(stage, inputs)},
+        parent_environment=_with_path(module), report=report, timeout=timeout,
+    )  # fmt: skip
+    metrics = stage.metrics.model_validate(outcome.metrics)
+    return StageRun(metrics, folder / "out", outcome.files, tuple(lines), outcome.seconds, outcome.peak_rss)
+
+
+def forecast_stage(
+    stage: Stage[Any],
+    params: Mapping[str, Any] = _NOTHING,
+    *,
+    inputs: Mapping[str, Forecast] = _NOTHING,
+    folder: Path,
+    base: Path | None = None,
+    environment: Mapping[str, str] = _NOTHING,
+) -> Forecast:
+    """Return what a stage forecasts. inputs: port → the forecast of what is wired to it; the rest as for `run_stage`."""
+    wired = {port: (forecast,) for port, forecast in _wired(stage, inputs)}
+    context = ForecastContext(surroundings=_surroundings(folder, base, 1, environment), inputs=wired)
+    return stage.forecast(stage.params.model_validate(dict(params)), context)
+
+
+def _surroundings(folder: Path, base: Path | None, ranks: int, environment: Mapping[str, str]) -> Surroundings:
+    return Surroundings(
+        base=(base or folder).absolute(),
+        machine=detect(folder),
+        memo=folder.absolute() / "memo",
+        launch=Launch(num_processes=ranks, explicit=frozenset({"num_processes"})),
+        environment=environment,
+    )
+
+
+def _wired(stage: Stage[Any], inputs: Mapping[str, Any]) -> list[tuple[str, Any]]:
+    unknown = sorted(inputs.keys() - stage.inputs.keys())
+    missing = [name for name, port in stage.inputs.items() if not port.optional and name not in inputs]
+    if unknown or missing:
+        wrong = f"has no port {unknown[0]}" if unknown else f"needs its port {missing[0]}"
+        raise UsageError(f"{stage.kind} {wrong}", f"its ports: {', '.join(stage.inputs) or 'none'}")
+    return list(inputs.items())
+
+
+def _location(stage: Stage[Any]) -> str:
+    """`module:attribute` of a stage, by which workers import it."""
+    for name in dict.fromkeys(part.__module__ for part in (stage.params, stage.metrics, stage.run, stage.forecast)):
+        for attribute, value in vars(sys.modules[name]).items():
+            if value is stage:
+                return f"{name}:{attribute}"
+    raise UsageError(f"the Stage of kind {stage.kind} is no attribute of a module", "workers import it from there")
+
+
+def _with_path(module: str) -> dict[str, str]:
+    """This process's environment, with the folder of the module on the path of workers."""
+    file = sys.modules[top_level(module)].__file__ or ""
+    home = os.path.dirname(os.path.dirname(file) if os.path.basename(file) == "__init__.py" else file)
+    path = [entry for entry in os.environ.get("PYTHONPATH", "").split(os.pathsep) if entry]
+    return {**os.environ, "PYTHONPATH": os.pathsep.join([*path, home])}
