@@ -44,10 +44,8 @@ def estimate(
     Example: bigpipe estimate facebook/opt-13b --dtypes int8 --batch-size 4 --memory 16GiB
     """
     from bigpipe.bigmodel.footprint.text import report
-    from bigpipe.bigmodel.hub.session import own_session
     from bigpipe.orchestrator.store.location import memo_directory
 
-    own_session(models)
     if compare and len(models) < 2:
         raise UsageError("--compare needs two models or more", f"bigpipe estimate {models[0]} OTHER --compare")
     options |= {name: " ".join(options[name]).replace(",", " ").split() for name in ("dtypes", "lora_targets")}

@@ -1,4 +1,4 @@
-"""Certificates that are loaded in time: TLS is verified as ever, and plain HTTP waits for none of it; proxies."""
+"""How the Hub is reached: TLS is verified, and proxies are gone through."""
 
 from __future__ import annotations
 
@@ -14,8 +14,6 @@ import pytest
 from support.hub import LoopbackHub
 from support.proxy import LoopbackProxy
 from support.shells import shell
-
-from bigpipe.bigmodel.hub.session import CertificatesInTime
 
 
 @pytest.fixture(scope="module")
@@ -95,22 +93,6 @@ def test_a_redirect_to_tls_is_verified(
     done = estimate(server, tmp_path / "known", SSL_CERT_FILE=str(certificate))
     assert done.returncode == 0, done.stderr
     assert secure.log
-
-
-def test_plain_http_waits_for_no_certificates(server: LoopbackHub, tmp_path: Path) -> None:
-    nowhere = tmp_path / "nowhere.pem"
-    done = estimate(server, tmp_path, SSL_CERT_FILE=str(nowhere))
-    assert done.returncode == 0, done.stderr
-
-
-def test_a_context_is_made_once_and_verifies() -> None:
-    context = CertificatesInTime(ssl.PROTOCOL_TLS_CLIENT)
-    context.load()
-    made = context._whole
-    assert made is context._whole
-    assert (made.verify_mode, made.check_hostname) == (ssl.CERT_REQUIRED, True)
-    # Were the context ever used as it is, it would trust nobody
-    assert (context.verify_mode, context.get_ca_certs()) == (ssl.CERT_REQUIRED, [])
 
 
 RECIPE = """\
