@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: quickstart test check format bench slow fault reference clean
+.PHONY: quickstart test check format bench slow fault reference snapshot clean
 
 quickstart: $(VENV)/.ready  ## run the main job on the model that ships with the repository
 	$(BIN)/bigpipe run manifests/quickstart.yaml
@@ -34,6 +34,9 @@ bench: $(VENV)/.ready-dev  ## every benchmark, both sides, as tables; BENCH="--s
 reference: $(VENV)/.ready-dev  ## regenerate what is generated: the kinds' reference and the JSON schema
 	$(BIN)/bigpipe kinds --markdown > docs/reference/kinds.md
 	$(BIN)/bigpipe schema > schema/bigpipe.schema.json
+
+snapshot: $(VENV)/.ready-dev  ## what the installed transformers builds of common families, so that sizes need no torch
+	$(BIN)/python models/architectures.py
 
 $(VENV)/bin/python:
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "bigpipe needs Python 3.11 or newer; make PYTHON=/path/to/python3.11")'

@@ -3,7 +3,7 @@
     python benchmarks/estimate.py [--rounds 5]
 
 Two repositories. `headers`: Llama-3.1-405B's config and index with 191 shards; bigpipe answers from the index.
-`config`: a bare config of a family that bigpipe has not written down (Cohere), so that it too must build the class;
+`config`: a bare config of a family that is in no snapshot (Cohere), so that it too must build the class;
 once with nothing remembered, once with the answer of before. Whole processes, start to exit, alternating.
 """
 
@@ -35,10 +35,10 @@ SHARDS = 191
 
 
 def repositories(hub: Any) -> None:
-    from bigpipe.bigmodel.architecture.families import known_architecture
+    from bigpipe.bigmodel.architecture import known_architecture
 
     architecture = known_architecture(LLAMA)
-    assert architecture is not None, "this transformers version is not the one the families were compared with"
+    assert architecture is not None, "there is no snapshot of this transformers version: make snapshot"
     names = [tensor.name for tensor in architecture.tensors() if tensor.persistent]
     shards = [f"model-{number:05d}-of-{SHARDS:05d}.safetensors" for number in range(1, SHARDS + 1)]
     weight_map = {name: shards[at * SHARDS // len(names)] for at, name in enumerate(names)}

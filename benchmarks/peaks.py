@@ -27,8 +27,7 @@ from typing import Any
 from machine import facts
 from peak_models import CALIBRATION, EVALUATION, Case, smaller
 
-from bigpipe.bigmodel.architecture.inquiry import read_request
-from bigpipe.bigmodel.architecture.structure import Architecture, describe_architecture, describe_many
+from bigpipe.bigmodel.architecture import Architecture, describe_architecture, describe_many, read_request
 from bigpipe.bigmodel.footprint.budget import Workload, budget
 
 DTYPES = ("float32", "float16", "bfloat16")

@@ -58,7 +58,7 @@ os.sync()
 
 def make_source(folder: Path, size: str, source: str, max_shard_size: str = "5GB") -> None:
     """A checkpoint with a whole config, as published ones have."""
-    from bigpipe.bigmodel.architecture.structure import describe_architecture
+    from bigpipe.bigmodel.architecture import describe_architecture
     from bigpipe.bigmodel.writing.synthetic import write_synthetic
 
     hidden, feed_forward, layers, heads = SHAPES[size]

@@ -14,8 +14,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from bigpipe.bigmodel.architecture.families import known_architecture
-from bigpipe.bigmodel.architecture.structure import Architecture, ModuleSpec, describe_architecture
+from bigpipe.bigmodel.architecture import Architecture, ModuleSpec, describe_architecture
 from bigpipe.bigmodel.checkpoint.description import ModelDescription, describe_checkpoint
 from bigpipe.bigmodel.checkpoint.tensors import tensor_nbytes
 from bigpipe.bigmodel.footprint.activations import prefill, shape_of
@@ -72,11 +71,9 @@ class Placed:
 
 def compute(params: DispatchParams, model: ModelDescription, machine: Machine, sources: Sources) -> Placed:
     """The placement of a model on a machine. Raises UsageError and DoesNotFit, as `place` does."""
-    code = sources.trust_remote_code
-    plain = model.custom is None and not code
-    architecture = known_architecture(model.config or {}) if plain else None
-    architecture = architecture or describe_architecture(
-        model.path if model.path is not None and code else dict(model.config or {}),
+    trusted = model.path is not None and sources.trust_remote_code
+    architecture = describe_architecture(
+        model.path if model.path is not None and trusted else dict(model.config or {}),
         custom=model.custom,
         sources=sources,
     )

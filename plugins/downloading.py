@@ -9,7 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from bigpipe.bigmodel.architecture.structure import Architecture, describe_architecture
+from bigpipe.bigmodel.architecture import Architecture, describe_architecture
 from bigpipe.bigmodel.checkpoint.description import ARCHITECTURE_FILE, ModelDescription, describe_checkpoint
 from bigpipe.bigmodel.checkpoint.files import MAX_CONFIG, read_json
 from bigpipe.bigmodel.hub.heads import are_the_model, directory_heads, may_pass, repository_heads

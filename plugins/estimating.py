@@ -7,7 +7,6 @@ from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
-from bigpipe.bigmodel.architecture.outline import LIBRARY as OUTLINE
 from bigpipe.bigmodel.checkpoint.description import ModelDescription
 from bigpipe.bigmodel.footprint.budget import Workload
 from bigpipe.bigmodel.footprint.estimates import Estimate, estimate_sighting
@@ -80,7 +79,7 @@ def forecast(params: EstimateParams, context: ForecastContext) -> Forecast:
         if not context.trust.remote_code:
             raise
         return Forecast(ram=RAM, unknown=(f"sizes, until its trusted code is here: {error.cause}",))
-    if made.architecture.library == OUTLINE and context.trust.remote_code:
+    if made.architecture.outlined and context.trust.remote_code:
         return Forecast(ram=RAM, unknown=("sizes: its trusted code is asked once it is here",))
     return Forecast(
         download_bytes=0,

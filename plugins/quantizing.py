@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
-from bigpipe.bigmodel.architecture.structure import Architecture
+from bigpipe.bigmodel.architecture import Architecture
 from bigpipe.bigmodel.checkpoint.description import ModelDescription, describe_checkpoint, describe_opened
 from bigpipe.bigmodel.checkpoint.view import open_arriving, open_checkpoint
 from bigpipe.bigmodel.quantization import Outline, Settings, quantize_described, refuse_quantized, understand

@@ -83,6 +83,8 @@ def test_a_wheel_holds_every_module(tmp_path):
         "py.typed",
     )
     wanted |= {f"bigpipe/{name}" for name in leaves}
+    snapshots = (ROOT / "bigmodel" / "architecture" / "snapshots").glob("*.json")
+    wanted |= {f"bigpipe/{path.relative_to(ROOT)}" for path in snapshots}
     assert wanted - held == set()
     assert {name.split("/")[0] for name in held} <= {"bigpipe"} | {n.split("/")[0] for n in held if ".dist-info" in n}
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -40,6 +40,12 @@ class Request:
     base: Path | None = None
     code: Path | None = None
     """The directory whose own Python files may run."""
+
+
+def request_as_json(request: Request) -> dict[str, Any]:
+    """What `instantiation` takes: plain JSON."""
+    data = asdict(request)
+    return {**data, **{name: str(data[name]) for name in ("base", "code") if data[name]}}
 
 
 def read_request(

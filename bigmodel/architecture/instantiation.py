@@ -16,6 +16,7 @@ import resource
 import sys
 import warnings
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -77,12 +78,14 @@ def _answer(request: Mapping[str, Any]) -> dict[str, Any]:
         return {"error": "InvalidCheckpoint", "cause": cause, "cure": "check config.json against the model's class"}
 
 
-def describe(request: Mapping[str, Any]) -> Architecture:
+def describe(request: Mapping[str, Any], *, with_cache: bool = True) -> Architecture:
+    """Return what the model that a `Request` (its fields as a map) asks for consists of, and caches if it generates."""
     import torch
 
     model = on_meta(torch.float32, lambda: instantiate(request))
     other = on_meta(torch.bfloat16, lambda: instantiate(request))
-    return report(model, other, request)
+    found = report(model, other, request)
+    return replace(found, cache=observe(other)) if found.generates and with_cache else found
 
 
 def instantiate(request: Mapping[str, Any]) -> torch.nn.Module:
@@ -301,7 +304,6 @@ def instantiate_custom(model_class: Any, config: Mapping[str, Any]) -> Any:
 def report(model: torch.nn.Module, other: torch.nn.Module, request: Mapping[str, Any]) -> Architecture:
     """What `model` consists of. `other` is the same model built in another default dtype."""
     following = _dtypes(other)
-    generates = _generates(model)
     unsaved = frozenset(getattr(model, "_keys_to_ignore_on_save", None) or ())
     no_split = request["no_split"] or getattr(model, "_no_split_modules", None) or ()
     return Architecture(
@@ -315,8 +317,7 @@ def report(model: torch.nn.Module, other: torch.nn.Module, request: Mapping[str,
         keep_in_fp32_strict=tuple(sorted(getattr(model, "_keep_in_fp32_modules_strict", None) or ())),
         config=_complete_config(model, request),
         library=request["library"],
-        generates=generates,
-        cache=observe(other) if generates else None,
+        generates=_generates(model),
     )
 
 

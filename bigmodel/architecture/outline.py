@@ -12,10 +12,7 @@ from typing import Any
 
 from bigpipe.errors import InvalidCheckpoint
 
-from .structure import Architecture, ModuleSpec, TensorSpec
-
-LIBRARY = "headers"
-"""`Architecture.library` of an outline."""
+from .structure import OUTLINED, Architecture, ModuleSpec, TensorSpec
 
 Tensors = Mapping[str, tuple[str, tuple[int, ...]]]
 
@@ -56,7 +53,7 @@ def outline(
         input_embedding=next((name for name in names if EMBEDDING.search(name)), None),
         output_embedding=next((name for name in names if HEAD.search(name)), None),
         config=dict(config or {}),
-        library=LIBRARY,
+        library=OUTLINED,
         generates=any(word in str(named[0]) for word in ("CausalLM", "LMHead", "ConditionalGeneration")),
     )
 

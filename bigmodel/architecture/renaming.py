@@ -15,8 +15,8 @@ from typing import Any
 
 from bigpipe.bigmodel.memo import recall, remember
 
-from .inquiry import read_request
-from .structure import ask, request_as_json, request_key
+from .asking import ask, request_key
+from .inquiry import read_request, request_as_json
 
 
 def ask_names(config: Mapping[str, Any], stored: Iterable[str], memo: Path | None = None) -> dict[str, str]:

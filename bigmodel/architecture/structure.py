@@ -1,36 +1,13 @@
-"""What a model consists of: modules, tensors, ties and no-split classes, learnt from its config alone.
-
-`describe_architecture` builds the model's class on torch's meta device (shapes without bytes) in a child process, so
-that the calling process never imports torch, and remembers the answer on disk. No weights, no network, no code from
-a repository unless the caller trusts it.
-
-The answer is a value: an `Architecture` holds everything that sizes, quantization and placement ask of a model.
-"""
+"""What a model consists of: modules, tensors and ties, as a value for sizes, quantization and placement."""
 
 from __future__ import annotations
 
-import hashlib
-import importlib.machinery
-import json
 import math
-import os
 import re
-import sys
-import tempfile
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, astuple, dataclass, field
+from collections.abc import Iterator, Mapping
+from dataclasses import astuple, dataclass, field
 from functools import cached_property
-from pathlib import Path
 from typing import Any
-
-import bigpipe
-from bigpipe.bigmodel.memo import recall, remember
-from bigpipe.bigmodel.sources import Sources
-from bigpipe.errors import BY_NAME, InvalidCheckpoint, UsageError
-from bigpipe.files import write_file
-from bigpipe.versions import package_version
-
-from .inquiry import Head, Request, Source, read_request
 
 ITEM_BITS: Mapping[str, int] = {
     "float64": 64, "float32": 32, "float16": 16, "bfloat16": 16,
@@ -39,6 +16,10 @@ ITEM_BITS: Mapping[str, int] = {
     "bool": 8, "complex64": 64, "complex128": 128,
 }  # fmt: skip
 """Bits per element of torch's dtypes, by torch's names."""
+
+
+OUTLINED = "headers"
+"""`Architecture.library` of an outline: guessed from the names of stored tensors."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,6 +99,11 @@ class Architecture:
     """Produces tokens one by one and caches keys and values (or states) while it does."""
     cache: tuple[CachedTensor, ...] | None = None
     """What it caches, as observed; None where that is left to formulas (`footprint.kvcache`)."""
+
+    @property
+    def outlined(self) -> bool:
+        """Is this a guess from the names of stored tensors?"""
+        return self.library == OUTLINED
 
     @cached_property
     def by_name(self) -> Mapping[str, ModuleSpec]:
@@ -207,160 +193,3 @@ def _module_as_json(module: ModuleSpec) -> dict[str, Any]:
 def _module_from_json(data: Mapping[str, Any]) -> ModuleSpec:
     tensors = tuple(TensorSpec(name, tuple(shape), *rest) for name, shape, *rest in data["tensors"])
     return ModuleSpec(data["name"], data["class"], tuple(data["children"]), tensors, data["linear"])
-
-
-def describe_architecture(
-    source: Source,
-    *,
-    library_name: str | None = None,
-    head: Head = "auto",
-    custom: Mapping[str, Any] | None = None,
-    sources: Sources = Sources(),
-) -> Architecture:
-    """The architecture of a checkpoint directory, a `config.json`, or a config already read.
-
-    library_name: transformers, diffusers or timm; by default told by the files.
-    custom: the contents of `bigpipe_architecture.json`, where it does not lie in the directory.
-    sources: what may run; an answer in `memo` for the same config, library versions and class source is taken as is.
-
-    Raises UsageError: unknown model type, missing library, untrusted code. InvalidCheckpoint: a config that is none.
-    """
-    request = read_request(source, library_name=library_name, head=head, custom=custom, sources=sources)
-    return describe_many([request], memo=sources.memo)[0]
-
-
-def describe_many(requests: Sequence[Request], *, memo: Path | None = None) -> list[Architecture]:
-    """Answers many requests with one child process: importing the libraries is most of what an answer costs."""
-    keys = [request_key(request) for request in requests]
-    known = {key: found for key in keys if (found := _recall(memo, key)) is not None}
-    wanted = {key: request for key, request in zip(keys, requests, strict=True) if key not in known}
-    if wanted:
-        for key, answer in zip(wanted, ask(list(map(request_as_json, wanted.values()))), strict=True):
-            if memo is not None:
-                remember(memo / "architectures" / f"{key}.json", {"key": key, "answer": answer})
-            known[key] = answer
-    return [Architecture.from_json(known[key]) for key in keys]
-
-
-ANSWER_VERSION = 4
-"""Part of every key; raised when an answer's shape or meaning changes."""
-
-CHILD_SECONDS = 600
-"""Real models take under five seconds; a config that asks for a billion layers is stopped."""
-
-
-STORAGE_KEYS = frozenset({"quantization_config", "dtype", "torch_dtype"})
-"""Of a config: how its weights are stored. `instantiation` leaves out the first and says the dtype itself."""
-
-
-def request_key(request: Request) -> str:
-    """Of everything an answer depends on: the request, library versions, the source of a custom class."""
-    packages = ["torch", "transformers", "accelerate"]
-    packages += [request.library] if request.library in ("timm", "diffusers") else []
-    facts = {
-        "answer": ANSWER_VERSION,
-        "library": request.library,
-        "config": _what_is_built(request),
-        "head": request.head,
-        "class": request.custom_class,
-        "no_split": request.no_split,
-        "source": _source_digest(request),
-        "versions": {name: package_version(name) for name in packages},
-    }
-    return hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode()).hexdigest()
-
-
-def _what_is_built(request: Request) -> Mapping[str, Any]:
-    """The config without what no class of transformers is built from: a cast or quantized model is no other class."""
-    if request.library != "transformers" or request.code is not None:
-        return request.config
-    return {name: value for name, value in request.config.items() if name not in STORAGE_KEYS}
-
-
-def _source_digest(request: Request) -> str | None:
-    """Of every Python file that may decide what is built: the custom class's package, or the repository's code."""
-    if request.custom_class:
-        top = request.custom_class.partition(":")[0].partition(".")[0]
-        spec = importlib.machinery.PathFinder.find_spec(
-            top, [*([str(request.base)] if request.base else []), *sys.path]
-        )
-        if spec is None:
-            where = f"{request.base} and " if request.base else ""
-            raise UsageError(f"module {top!r} of {request.custom_class} is not in {where}sys.path", "install it")
-        folders = [Path(location) for location in spec.submodule_search_locations or ()]
-        files = [Path(spec.origin)] if spec.origin and not folders else []
-    elif request.code:
-        folders, files = [request.code], []
-    else:
-        return None
-    files += [file for folder in folders for file in sorted(folder.rglob("*.py"))]
-    digest = hashlib.sha256()
-    for file in files:
-        digest.update(f"{file.name}\0{hashlib.sha256(file.read_bytes()).hexdigest()}\0".encode())
-    return digest.hexdigest()
-
-
-def _recall(memo: Path | None, key: str) -> dict[str, Any] | None:
-    data = recall(memo / "architectures" / f"{key}.json") if memo else None
-    return data["answer"] if isinstance(data, dict) and data.get("key") == key and "answer" in data else None
-
-
-def ask(questions: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """What `instantiation` answers, in one child process. Raises the error that an answer names.
-
-    Questions and answers go by files: what the model's code prints must not reach our output.
-    """
-    import subprocess
-
-    with tempfile.TemporaryDirectory(prefix="bigpipe-") as name:
-        question, answers = Path(name) / "question.json", Path(name) / "answers.json"
-        write_file(question, json.dumps(questions), durable=False)
-        command = [
-            sys.executable,
-            "-P",
-            "-m",
-            "bigpipe.bigmodel.architecture.instantiation",
-            str(question),
-            str(answers),
-        ]
-        try:
-            child = subprocess.run(
-                command, env=_child_environment(), stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL,
-                stderr=subprocess.PIPE, timeout=CHILD_SECONDS, check=False,
-            )  # fmt: skip
-        except subprocess.TimeoutExpired as error:
-            raise InvalidCheckpoint(
-                f"the model's class was not built within {CHILD_SECONDS} s", "check the sizes in its config"
-            ) from error
-        if child.returncode != 0 or not answers.is_file():
-            tail = child.stderr.decode(errors="replace").strip().splitlines()[-5:]
-            raise InvalidCheckpoint(
-                f"building the model's class failed (exit {child.returncode}): " + " | ".join(tail),
-                "check its config, and that torch and transformers import: python -c 'import transformers'",
-            )
-        data: list[dict[str, Any]] = json.loads(answers.read_bytes())
-    for answer in data:
-        if "error" in answer:
-            raise BY_NAME.get(answer["error"], UsageError)(answer["cause"], answer["cure"])
-    return data
-
-
-def request_as_json(request: Request) -> dict[str, Any]:
-    """What `instantiation` takes: plain JSON."""
-    data = asdict(request)
-    return {**data, **{name: str(data[name]) for name in ("base", "code") if data[name]}}
-
-
-def _child_environment() -> dict[str, str]:
-    package = Path(bigpipe.__file__).parent.parent
-    secret = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "HUGGINGFACEHUB_API_TOKEN")
-    environment = {name: value for name, value in os.environ.items() if name not in secret}
-    return {
-        **environment,
-        "PYTHONPATH": os.pathsep.join(filter(None, [str(package), environment.get("PYTHONPATH", "")])),
-        "HF_HUB_OFFLINE": "1",
-        "HF_HUB_DISABLE_IMPLICIT_TOKEN": "1",
-        "TRANSFORMERS_VERBOSITY": "error",
-        "CUDA_VISIBLE_DEVICES": "",
-        "OMP_NUM_THREADS": "1",
-    }

@@ -7,9 +7,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
-from bigpipe.bigmodel.architecture.inquiry import read_request
-from bigpipe.bigmodel.architecture.instantiation import instantiate
-from bigpipe.bigmodel.architecture.structure import request_as_json
+from bigpipe.bigmodel.architecture import build_here, read_request
 from bigpipe.bigmodel.checkpoint.view import Checkpoint
 from bigpipe.bigmodel.sources import Sources
 from bigpipe.errors import UsageError
@@ -26,7 +24,7 @@ def build_skeleton(checkpoint: Checkpoint, dtype: torch.dtype, sources: Sources 
     directory = checkpoint.path if checkpoint.path.is_dir() else checkpoint.path.parent
     request = read_request(directory, sources=sources)
     with empty_parameters(dtype):
-        model = instantiate(request_as_json(request))
+        model = build_here(request)
     if not request.custom_class:
         return model
     model._no_split_modules = list(request.no_split)  # type: ignore[assignment]

@@ -12,8 +12,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from bigpipe.bigmodel.architecture.inquiry import ATTENTION
-from bigpipe.bigmodel.architecture.structure import Architecture
+from bigpipe.bigmodel.architecture import ATTENTION, Architecture
 
 from .kvcache import text_config
 

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from functools import cache
 from typing import Literal
 
-from bigpipe.bigmodel.architecture.structure import Architecture, ModuleSpec, TensorSpec
+from bigpipe.bigmodel.architecture import Architecture, ModuleSpec, TensorSpec
 from bigpipe.errors import UsageError
 
 Scheme = Literal["int8", "nf4", "fp4"]

@@ -6,8 +6,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
-from bigpipe.bigmodel.architecture.outline import LIBRARY as OUTLINE
-from bigpipe.bigmodel.architecture.structure import Architecture
+from bigpipe.bigmodel.architecture import Architecture
 from bigpipe.errors import UsageError
 
 from . import activations
@@ -199,14 +198,14 @@ def _weights(architecture: Architecture, weights: Weights) -> Term:
     formula = "Σ unique tensors · bytes, buffers included"
     if weights.converted:
         formula += f"; {weights.converted} matrices packed, {weights.scales} bytes of scales and tables"
-    if architecture.library == OUTLINE:
+    if architecture.outlined:
         return Term.about(weights.loaded, "calibrated", 0.01, formula + "; the class is unknown")
     return Term.exact(weights.loaded, formula)
 
 
 def _on_disk(architecture: Architecture, weights: Weights, workload: Workload) -> Term:
     formula = "Σ saved tensors · bytes"
-    if architecture.library == OUTLINE:
+    if architecture.outlined:
         return Term.about(weights.stored, "calibrated", 0.01, formula + "; the class is unknown")
     double = workload.double_quant and WIDTHS[weights.dtype] == 4
     low, high = stored_interval(weights.stored, weights.converted, double_quant=double)
@@ -237,7 +236,7 @@ def _activations(
     formula += " + keys beyond the window until the first step" if cache.prefill_extra else ""
     formula += " + the largest matrix unpacked" if unpacked and weights.dtype != "int8" else ""
     formula += " + int8 inputs and int32 products" if unpacked and weights.dtype == "int8" else ""
-    known = found.known and architecture.library != OUTLINE and cache.exact
+    known = found.known and not architecture.outlined and cache.exact
     if not known:
         return Term.about(size, "bound", GUESSED_MARGIN, formula)
     low, high = int(size * (1 - CALIBRATED_MARGIN)), int(size * (1 + CALIBRATED_MARGIN)) + SCRATCH

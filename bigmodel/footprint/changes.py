@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
-from bigpipe.bigmodel.architecture.structure import Architecture
+from bigpipe.bigmodel.architecture import Architecture
 
 from .budget import Budget, Workload, budget
 from .weights import SCHEMES, WIDTHS

@@ -12,8 +12,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from bigpipe.bigmodel.architecture.inquiry import Head
-from bigpipe.bigmodel.architecture.structure import Architecture
+from bigpipe.bigmodel.architecture import Architecture, Head
 from bigpipe.bigmodel.checkpoint.description import ModelDescription
 from bigpipe.bigmodel.checkpoint.tensors import tensor_nbytes
 from bigpipe.bigmodel.sources import Sources

@@ -9,8 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from bigpipe.bigmodel.architecture.outline import LIBRARY as OUTLINE
-from bigpipe.bigmodel.architecture.structure import Architecture
+from bigpipe.bigmodel.architecture import Architecture
 
 from .budget import OPTIMIZERS, Budget, Workload, adapters, kv_bytes
 from .kvcache import text_config
@@ -71,7 +70,7 @@ def grounds(architecture: Architecture, found: Budget, workload: Workload) -> di
 
 
 def _source(architecture: Architecture) -> str:
-    if architecture.library == OUTLINE:
+    if architecture.outlined:
         return "names and shapes in the checkpoint's headers; the class itself is not known"
     return f"{architecture.class_name} of {architecture.library}, module by module; checked against the headers"
 

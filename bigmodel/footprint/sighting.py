@@ -9,10 +9,15 @@ from pathlib import Path
 from typing import Any, Literal
 from urllib.parse import unquote, urlsplit
 
-from bigpipe.bigmodel.architecture.families import known_architecture
-from bigpipe.bigmodel.architecture.inquiry import Head, read_request
-from bigpipe.bigmodel.architecture.outline import is_quantized, outline
-from bigpipe.bigmodel.architecture.structure import Architecture, describe_architecture
+from bigpipe.bigmodel.architecture import (
+    Architecture,
+    Head,
+    describe_architecture,
+    is_quantized,
+    missing_snapshot,
+    outline,
+    read_request,
+)
 from bigpipe.bigmodel.checkpoint.description import ARCHITECTURE_FILE, ModelDescription, describe_checkpoint
 from bigpipe.bigmodel.checkpoint.files import MAX_CONFIG, find_weight_files, read_json
 from bigpipe.bigmodel.hub.remote import describe_repository, pipeline_tensors
@@ -147,15 +152,9 @@ def _described(config: Mapping[str, Any] | None, custom: Mapping[str, Any] | Non
 def architecture_of(sighting: Sighting, head: Head, sources: Sources) -> tuple[Architecture, tuple[str, ...]]:
     """The model's architecture, and notes on what is not as it should be.
 
-    From what is written down, from the class itself in a child process, or, where that is unknown or may not run, from
-    the names of the stored tensors.
+    From the class, or, where that is unknown or may not run, from the names of the stored tensors.
     """
     description = sighting.description
-    plain = description.custom is None and not sighting.components and sighting.library in (None, "transformers")
-    if plain and description.config is not None:
-        known = known_architecture(description.config, head)
-        if known is not None:
-            return known, _differences(known, description, head)
     try:
         built = _built(sighting, head, sources)
     except UsageError as error:
@@ -167,7 +166,8 @@ def architecture_of(sighting: Sighting, head: Head, sources: Sources) -> tuple[A
             ) from error
         note = f"{error.cause}; so sizes are from stored tensors alone, without buffers and with guessed blocks"
         return outline(description.tensors, description.config, description.tied), (note,)
-    return built, _differences(built, description, head)
+    slow = missing_snapshot((description.config or {}).get("model_type"))
+    return built, (*_differences(built, description, head), *filter(None, [slow]))
 
 
 def _built(sighting: Sighting, head: Head, sources: Sources) -> Architecture:

@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import cast
 
-from bigpipe.bigmodel.architecture.structure import ITEM_BITS, Architecture, ModuleSpec, TensorSpec
+from bigpipe.bigmodel.architecture import ITEM_BITS, Architecture, ModuleSpec, TensorSpec
 from bigpipe.errors import UsageError
 
 from .bitsandbytes_format import Scheme, converted_modules, loaded_bytes, matrix_shape, stored_tensors, weight_of

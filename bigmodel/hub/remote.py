@@ -1,10 +1,10 @@
 """A model on the Hub, known from its small files and the headers of its weights: no weight is downloaded.
 
 What is fetched, in this order, and no more than is needed: the commit's listing, `config.json`, the index, and the
-header of every weight file by HTTP range, several at a time. Where the config is of a family that is written down
-(`families`) and the index agrees with it in every name and in the sum of bytes, the index tells all there is to know
-of sizes, and no header is read. A commit never changes, so what was learnt of it is kept under `memo`. Files that lie
-in the Hub cache already are read there.
+header of every weight file by HTTP range, several at a time. Where the config is of a family in the snapshot
+(`known_architecture`) and the index agrees with it in every name and in the sum of bytes, the index tells all there is
+to know of sizes, and no header is read. A commit never changes, so what was learnt of it is kept under `memo`. Files
+that lie in the Hub cache already are read there.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path, PurePosixPath
 from typing import Any, Literal
 
-from bigpipe.bigmodel.architecture.families import known_architecture
+from bigpipe.bigmodel.architecture import known_architecture
 from bigpipe.bigmodel.checkpoint.bytesource import ByteSource, FileSource
 from bigpipe.bigmodel.checkpoint.description import ARCHITECTURE_FILE, ModelDescription
 from bigpipe.bigmodel.checkpoint.files import MAX_CONFIG, MAX_INDEX, Format

@@ -6,8 +6,7 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from bigpipe.bigmodel.architecture.outline import BUFFERS, is_quantized
-from bigpipe.bigmodel.architecture.structure import Architecture, TensorSpec
+from bigpipe.bigmodel.architecture import BUFFERS, Architecture, TensorSpec, is_quantized
 from bigpipe.bigmodel.checkpoint.description import ModelDescription
 from bigpipe.bigmodel.checkpoint.naming import set_quantized_apart
 from bigpipe.bigmodel.checkpoint.tensors import CASTABLE, tensor_nbytes

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping
 from functools import cached_property
 
-from bigpipe.bigmodel.architecture.structure import Architecture, TensorSpec
+from bigpipe.bigmodel.architecture import Architecture, TensorSpec
 from bigpipe.bigmodel.checkpoint.tensors import tensor_nbytes
 
 INDIVISIBLE = frozenset({"MultiheadAttention", "TransformerEncoderLayer", "TransformerDecoderLayer"})

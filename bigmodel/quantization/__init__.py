@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from bigpipe.bigmodel.architecture.structure import Architecture
+from bigpipe.bigmodel.architecture import Architecture
 from bigpipe.bigmodel.checkpoint.description import ARCHITECTURE_FILE, ModelDescription, describe_checkpoint
 from bigpipe.bigmodel.checkpoint.view import Checkpoint, open_checkpoint
 from bigpipe.bigmodel.footprint.bitsandbytes_format import Scheme

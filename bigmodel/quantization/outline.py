@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
-from bigpipe.bigmodel.architecture.structure import Architecture, ModuleSpec, TensorSpec
+from bigpipe.bigmodel.architecture import Architecture, ModuleSpec, TensorSpec
 from bigpipe.bigmodel.checkpoint.tensors import tensor_nbytes
 from bigpipe.bigmodel.footprint.bitsandbytes_format import (
     converted_modules,

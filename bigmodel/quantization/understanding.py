@@ -6,9 +6,7 @@ from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
-from bigpipe.bigmodel.architecture.families import known_architecture
-from bigpipe.bigmodel.architecture.renaming import ask_names
-from bigpipe.bigmodel.architecture.structure import Architecture, describe_architecture
+from bigpipe.bigmodel.architecture import Architecture, ask_names, describe_architecture
 from bigpipe.bigmodel.checkpoint.description import ModelDescription
 from bigpipe.bigmodel.sources import Sources
 from bigpipe.errors import UsageError
@@ -26,8 +24,8 @@ def understand(
 ) -> tuple[Architecture, Outline]:
     """The model's architecture, unless given, and the outline of its quantization.
 
-    sources: for `describe_architecture`, which is asked for classes that are not written down. The tensors of
-    `described` must be known. Raises UsageError and InvalidCheckpoint.
+    sources: for `describe_architecture`. The tensors of `described` must be known.
+    Raises UsageError and InvalidCheckpoint.
     """
     refuse_quantized(described.config, described.custom)
     if described.config is None and described.custom is None and architecture is None:
@@ -36,8 +34,6 @@ def understand(
             "bring its config.json, or describe its class under `architecture`",
         )
     config = described.config or {}
-    if architecture is None and described.custom is None:
-        architecture = known_architecture(config)
     if architecture is None:
         architecture = describe_architecture(config, custom=described.custom, sources=sources)
     plain = described.custom is None and described.config is not None and architecture.library == "transformers"

@@ -12,8 +12,7 @@ import pytest
 from support.architectures import UNUSUAL
 from support.real import describe_here
 
-from bigpipe.bigmodel.architecture.inquiry import read_request
-from bigpipe.bigmodel.architecture.structure import Architecture, describe_architecture, describe_many, request_key
+from bigpipe.bigmodel.architecture import Architecture, describe_architecture, describe_many, read_request, request_key
 from bigpipe.bigmodel.sources import Sources
 from bigpipe.errors import InvalidCheckpoint, UsageError
 from bigpipe.trust import Trust
@@ -207,7 +206,7 @@ def test_a_directory_without_a_config(tmp_path: Path) -> None:
 def test_the_calling_process_imports_no_torch(described: dict[str, Architecture], memo: Path) -> None:
     code = (
         "import sys; from pathlib import Path; "
-        "from bigpipe.bigmodel.architecture.structure import describe_architecture as d; "
+        "from bigpipe.bigmodel.architecture import describe_architecture as d; "
         "from bigpipe.bigmodel.sources import Sources; "
         f"d({T5!r}, sources=Sources(memo=Path({str(memo)!r}))); "
         "sys.exit(bool({'torch', 'transformers'} & set(sys.modules)))"

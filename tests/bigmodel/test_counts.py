@@ -16,7 +16,7 @@ from support.hub_state import files_of
 from support.models import make_checkpoint
 from support.shells import sharded, shell
 
-from bigpipe.bigmodel.architecture.families import known_architecture
+from bigpipe.bigmodel.architecture import known_architecture
 from bigpipe.bigmodel.footprint.estimates import estimate
 from bigpipe.bigmodel.hub.remote import RemoteModel, describe_repository
 from bigpipe.bigmodel.hub.repository import Hub

@@ -17,8 +17,7 @@ from support.hub_state import files_of
 from support.models import make_checkpoint
 from support.shells import sharded, shell
 
-from bigpipe.bigmodel.architecture.families import known_architecture
-from bigpipe.bigmodel.architecture.outline import outline
+from bigpipe.bigmodel.architecture import known_architecture, outline
 from bigpipe.bigmodel.footprint.budget import Workload, budget
 from bigpipe.bigmodel.footprint.estimates import Estimate, estimate
 from bigpipe.bigmodel.footprint.text import compare

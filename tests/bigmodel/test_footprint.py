@@ -10,7 +10,7 @@ import pytest
 from support.architectures import ALL
 from support.real import build, describe_here, held_bytes, stored_bytes
 
-from bigpipe.bigmodel.architecture.structure import Architecture
+from bigpipe.bigmodel.architecture import Architecture
 from bigpipe.bigmodel.footprint.bitsandbytes_format import Scheme, converted_modules
 from bigpipe.bigmodel.footprint.weights import WIDTHS, weigh
 from bigpipe.bigmodel.quantization import quantize_checkpoint

@@ -54,7 +54,7 @@ def test_the_cache_of_a_real_model(name: str) -> None:
 
 @pytest.mark.parametrize("name", [*DECODERS, "llava"])
 def test_formulas_say_what_was_observed(name: str) -> None:
-    """The families that are written down go by formulas, without a class."""
+    """The families of the snapshot go by formulas, without a class."""
     architecture = describe_here(CONFIGS[name])
     for length in LENGTHS:
         observed = cache_of(architecture, 3, length, 2)

@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from support.models import CAUSAL, forward, make_checkpoint, sample_inputs, tiny_model
 from support.tinygpt import GPT
 
-from bigpipe.bigmodel.architecture.structure import describe_architecture
+from bigpipe.bigmodel.architecture import describe_architecture
 from bigpipe.bigmodel.execution.loading import load, loaded
 from bigpipe.bigmodel.sources import Sources
 from bigpipe.errors import DoesNotFit, InvalidCheckpoint, UsageError

@@ -19,8 +19,8 @@ from accelerate.utils import get_balanced_memory, infer_auto_device_map
 from hypothesis import given, settings, strategies as st
 from torch import nn
 
+from bigpipe.bigmodel.architecture import Architecture, ModuleSpec, TensorSpec
 from bigpipe.bigmodel.architecture.instantiation import report
-from bigpipe.bigmodel.architecture.structure import Architecture, ModuleSpec, TensorSpec
 from bigpipe.bigmodel.placement import Placement, place_architecture
 from bigpipe.bigmodel.placement.budget import read_budget
 from bigpipe.bigmodel.placement.strategies import _loads, _over

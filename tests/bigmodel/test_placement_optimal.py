@@ -10,8 +10,7 @@ from typing import Any
 import pytest
 from hypothesis import given, settings, strategies as st
 
-from bigpipe.bigmodel.architecture.families import known_architecture
-from bigpipe.bigmodel.architecture.structure import Architecture, ModuleSpec, TensorSpec
+from bigpipe.bigmodel.architecture import Architecture, ModuleSpec, TensorSpec, known_architecture
 from bigpipe.bigmodel.placement import Placement, Speeds, place_architecture
 from bigpipe.bigmodel.placement.budget import Device
 from bigpipe.errors import DoesNotFit

@@ -7,8 +7,7 @@ from typing import Any
 import pytest
 from support.real import describe_here
 
-from bigpipe.bigmodel.architecture.families import known_architecture
-from bigpipe.bigmodel.architecture.structure import Architecture
+from bigpipe.bigmodel.architecture import Architecture, known_architecture
 from bigpipe.bigmodel.footprint.budget import Workload, budget
 from bigpipe.bigmodel.footprint.grounds import as_accelerate
 from bigpipe.bigmodel.footprint.weights import weigh

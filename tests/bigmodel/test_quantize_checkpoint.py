@@ -17,9 +17,9 @@ from support.architectures import UNUSUAL
 from support.models import forward, make_checkpoint, tiny_config, tiny_model
 from support.real import build
 
-from bigpipe.bigmodel.architecture.inquiry import read_request
+from bigpipe.bigmodel.architecture import Architecture, read_request
+from bigpipe.bigmodel.architecture.inquiry import request_as_json
 from bigpipe.bigmodel.architecture.instantiation import describe
-from bigpipe.bigmodel.architecture.structure import Architecture, request_as_json
 from bigpipe.bigmodel.checkpoint.view import open_checkpoint
 from bigpipe.bigmodel.quantization import QuantizedCheckpoint, Settings, outline, quantize_checkpoint
 from bigpipe.bigmodel.quantization.settings import torch_threads
@@ -293,7 +293,7 @@ def test_the_outline_is_exact_before_a_byte_is_read(tmp_path: Path) -> None:
 
 CONSTANT = """
 import re, sys
-from bigpipe.bigmodel.architecture.structure import Architecture
+from bigpipe.bigmodel.architecture import Architecture
 from bigpipe.bigmodel.quantization import quantize_checkpoint
 import json
 source, out, described = sys.argv[1:]

@@ -4,7 +4,7 @@ import pytest
 import torch
 from support.models import forward, tiny_config
 
-from bigpipe.bigmodel.architecture.structure import describe_architecture
+from bigpipe.bigmodel.architecture import describe_architecture
 from bigpipe.bigmodel.checkpoint.view import open_checkpoint
 from bigpipe.bigmodel.writing.containers import container
 from bigpipe.bigmodel.writing.plans import PlannedTensor

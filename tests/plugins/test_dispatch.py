@@ -15,8 +15,7 @@ from support.launching import MACHINE
 from support.models import make_checkpoint
 from support.tinygpt import GPT
 
-from bigpipe.bigmodel.architecture.inquiry import read_request
-from bigpipe.bigmodel.architecture.structure import describe_many
+from bigpipe.bigmodel.architecture import describe_many, read_request
 from bigpipe.bigmodel.checkpoint.description import describe_checkpoint
 from bigpipe.bigmodel.sources import Sources
 from bigpipe.errors import StageFailed, UsageError
@@ -248,7 +247,7 @@ import sys
 from pathlib import Path
 sys.path.insert(0, {str(TESTS)!r})
 from support.launching import MACHINE
-from bigpipe.bigmodel.architecture.structure import describe_many
+from bigpipe.bigmodel.architecture import describe_many
 from bigpipe.bigmodel.checkpoint.description import describe_checkpoint
 from bigpipe.orchestrator.stage import Forecast, ForecastContext, Surroundings
 from bigpipe.plugins.dispatch import STAGE, DispatchParams

@@ -21,7 +21,7 @@ from support.hub import LoopbackHub
 from support.hub_state import files_of
 from support.workshop import Workshop, environment, statuses
 
-from bigpipe.bigmodel.architecture.structure import describe_architecture
+from bigpipe.bigmodel.architecture import describe_architecture
 from bigpipe.bigmodel.writing.synthetic import write_synthetic
 from bigpipe.errors import InvalidCheckpoint
 

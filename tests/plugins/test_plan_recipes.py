@@ -12,7 +12,7 @@ from support.hub import LoopbackHub
 from support.shells import nbytes, sharded
 from support.workshop import Workshop
 
-from bigpipe.bigmodel.architecture.families import known_architecture
+from bigpipe.bigmodel.architecture import known_architecture
 
 MANIFESTS = Path(__file__).parents[2] / "manifests"
 GIB = 2**30

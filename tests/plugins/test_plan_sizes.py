@@ -12,7 +12,7 @@ from support.hub import LoopbackHub
 from support.shells import sharded
 from support.workshop import Workshop
 
-from bigpipe.bigmodel.architecture.families import known_architecture
+from bigpipe.bigmodel.architecture import known_architecture
 
 MANIFEST = Path(__file__).parents[2] / "manifests/opt13b_int8.yaml"
 GIB = 2**30

@@ -23,7 +23,7 @@ from support.launching import MACHINE, make_job
 from support.models import make_checkpoint, tiny_config
 from support.tinygpt import GPT
 
-from bigpipe.bigmodel.architecture.structure import describe_architecture
+from bigpipe.bigmodel.architecture import describe_architecture
 from bigpipe.bigmodel.checkpoint.description import describe_checkpoint
 from bigpipe.bigmodel.execution.loading import load
 from bigpipe.bigmodel.sources import Sources

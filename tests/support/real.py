@@ -7,8 +7,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from bigpipe.bigmodel.architecture.inquiry import Head, read_request
-from bigpipe.bigmodel.architecture.structure import Architecture, request_as_json
+from bigpipe.bigmodel.architecture import Architecture, Head, read_request
+from bigpipe.bigmodel.architecture.inquiry import request_as_json
 
 
 def transformers_quietly() -> None:

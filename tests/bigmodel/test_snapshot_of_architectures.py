@@ -1,18 +1,24 @@
-"""Families written down, against their own classes: module by module, tensor by tensor."""
+"""What the snapshot says of a family, against its classes: module by module, tensor by tensor."""
 
 from __future__ import annotations
 
+import importlib.util
+import json
+import os
+import subprocess
+import sys
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
-from support.real import describe_here
+from support.real import describe_here, transformers_quietly
 
-from bigpipe.bigmodel.architecture.families import BUILDERS, known_architecture
-from bigpipe.bigmodel.architecture.inquiry import Head
-from bigpipe.bigmodel.architecture.structure import Architecture
+from bigpipe.bigmodel.architecture import Architecture, Head, known_architecture, missing_snapshot
+from bigpipe.bigmodel.architecture.snapshot import families
 from bigpipe.bigmodel.footprint.kvcache import cache_of, kv_cache
 
+ROOT = Path(__file__).parents[2]
 LLAMA: dict[str, Any] = {
     "model_type": "llama", "architectures": ["LlamaForCausalLM"], "hidden_size": 64, "intermediate_size": 96,
     "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 160,
@@ -74,7 +80,7 @@ def described() -> dict[tuple[str, Head], Architecture]:
 
 @pytest.mark.parametrize("head", HEADS)
 @pytest.mark.parametrize("name", CONFIGS)
-def test_written_down_is_what_the_class_builds(
+def test_the_snapshot_gives_what_the_class_builds(
     described: dict[tuple[str, Head], Architecture], name: str, head: Head
 ) -> None:
     ours, real = known_architecture(CONFIGS[name], head), described[name, head]
@@ -87,7 +93,43 @@ def test_written_down_is_what_the_class_builds(
 
 
 def test_every_family_is_compared() -> None:
-    assert {config["model_type"] for config in CONFIGS.values()} == set(BUILDERS)
+    assert {config["model_type"] for config in CONFIGS.values()} == set(families())
+
+
+@pytest.fixture(scope="module")
+def script() -> Any:
+    """The script that makes snapshots, as a module."""
+    spec = importlib.util.spec_from_file_location("architectures", ROOT / "models" / "architectures.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # where its dataclasses look for their own types
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.mark.parametrize("model_type", families())
+def test_the_snapshot_is_what_its_script_makes_of_the_installed_transformers(script: Any, model_type: str) -> None:
+    """Where this fails after an upgrade: `make snapshot`."""
+    transformers_quietly()
+    assert set(script.FAMILIES) == set(families())
+    learnt = script.learn(model_type, script.FAMILIES[model_type])
+    assert json.loads(json.dumps(learnt)) == families()[model_type]
+
+
+def test_a_transformers_without_a_snapshot_is_told_of(tmp_path: Path) -> None:
+    """In a process that sees another version: the class is asked, and the estimate says why that took so long."""
+    other = tmp_path / "transformers-4.1.0.dist-info"
+    other.mkdir()
+    (other / "METADATA").write_text("Metadata-Version: 2.1\nName: transformers\nVersion: 4.1.0\n")
+    (tmp_path / "config.json").write_text(json.dumps(LLAMA))
+    code = "import sys, bigpipe; print(*bigpipe.estimate(sys.argv[1], dtypes='float16').notes)"
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(tmp_path), *sys.path])}
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(tmp_path)], env=environment, capture_output=True, text=True, check=True
+    )
+    assert "transformers 4.1.0 has no snapshot of common architectures (there are 5.23)" in done.stdout
+    assert missing_snapshot("llama") is None
 
 
 @pytest.mark.parametrize(
@@ -102,10 +144,15 @@ def test_every_family_is_compared() -> None:
         {**GPT2, "add_cross_attention": True},
         like_llama("qwen2", "Qwen2", use_sliding_window=True),
         like_llama("qwen3", "Qwen3"),
+        like_llama("mistral", "Mistral", num_key_value_heads=None),
+        {**LLAMA, "partial_rotary_factor": 0.5},
+        {**LLAMA, "rope_parameters": {"rope_type": "default", "partial_rotary_factor": 0.5}},
+        {**LLAMA, "num_hidden_layers": True},
+        {**LLAMA, "num_hidden_layers": 10**9},
         {"model_type": "llama"},
         {"model_type": "unheard-of"},
         {},
     ],
 )
-def test_what_is_not_plain_is_left_to_the_class(config: dict[str, Any]) -> None:
+def test_what_was_not_seen_is_left_to_the_class(config: dict[str, Any]) -> None:
     assert known_architecture(config) is None

@@ -1,0 +1,192 @@
+"""Architectures of common families without a child process: expanded from a snapshot of their classes.
+
+`models/architectures.py` builds the classes of the installed transformers at several sizes, learns from them what
+depends on which field of the config, and writes one file per version into `snapshots/`. What it holds per family:
+
+    needs       fields that must be there, as positive integers
+    accepted    field → the values under which the class was seen; any other value is left to the class itself
+    same        field → the one that it equals, where it is there
+    spellings   field → another name for it
+    constants   what the class's config says besides; derived: what it computes of other fields; forced: what it
+                says whatever is written
+    quantities  name → formula over fields and earlier quantities; the sizes in shapes are such names
+    tree        modules from the root down: class, children, tensors; `repeat` is the number of like children, and
+                `if` the values of fields under which a part is there
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from functools import cache, lru_cache
+from pathlib import Path
+from typing import Any
+
+from bigpipe.versions import package_version
+
+from .inquiry import Head
+from .structure import Architecture, ModuleSpec, TensorSpec
+
+FOLDER = Path(__file__).parent / "snapshots"
+MOST_LAYERS = 4096
+"""More would fill this process's memory."""
+MATRICES = ("Linear", "Conv1D")
+"""Classes of `ModuleSpec.linear`."""
+
+Family = Mapping[str, Any]
+Fields = Mapping[str, Any]
+
+
+def known_architecture(config: Mapping[str, Any], head: Head = "auto") -> Architecture | None:
+    """Return the architecture of a plain config of a family in the snapshot, without `cache`; else None."""
+    if str(config.get("model_type")) not in families():
+        return None
+    return _known(json.dumps(config), head)
+
+
+@lru_cache(maxsize=4)
+def _known(config: str, head: Head) -> Architecture | None:
+    """An index and the estimate after it ask the same."""
+    data = json.loads(config)
+    try:
+        return expand(families()[data["model_type"]], data, head)
+    except (KeyError, TypeError, ValueError, ZeroDivisionError):
+        return None  # a field is missing or odd: the class knows its defaults and its errors
+
+
+@cache
+def families() -> Mapping[str, Family]:
+    """Return model type → family of the installed transformers; empty where there is no snapshot of its version."""
+    file = snapshot_file(package_version("transformers") or "")
+    found: dict[str, Family] = json.loads(file.read_bytes())["families"] if file.is_file() else {}
+    return found
+
+
+def snapshot_file(version: str) -> Path:
+    """Of a transformers version. Patch releases change no architecture."""
+    return FOLDER / f"transformers-{'.'.join(version.split('.')[:2])}.json"
+
+
+def missing_snapshot(model_type: object) -> str | None:
+    """Return a sentence where a family is in a snapshot, but not in one of the installed transformers."""
+    others = sorted(FOLDER.glob("transformers-*.json"))
+    if families() or not any(model_type in json.loads(file.read_bytes())["families"] for file in others):
+        return None
+    made = ", ".join(file.stem.removeprefix("transformers-") for file in others)
+    return (
+        f"transformers {package_version('transformers')} has no snapshot of common architectures (there are {made}), "
+        "so a child process builds the class, which takes seconds"
+    )
+
+
+def expand(family: Family, config: Mapping[str, Any], head: Head) -> Architecture:
+    """Return what the class of a family builds from `config`.
+
+    Raise KeyError, TypeError, ValueError or ZeroDivisionError for a config that the snapshot says nothing of.
+    """
+    with_head, bare_class = family["classes"]
+    named = config.get("architectures") or [with_head]
+    if len(named) != 1 or named[0] not in family["classes"]:
+        raise ValueError(f"class {named} is not one of {family['classes']}")
+    complete = _complete(family, config)
+    fields = _with_quantities(family, complete)
+    bare = head == "none" or named[0] == bare_class
+    body = family["body"]
+    root = family["tree"]["children"][body] if bare else family["tree"]
+    modules = tuple(_modules(root, "", fields))
+    embedding = family["input_embedding"]
+    return Architecture(
+        class_name=modules[0].class_name,
+        modules=modules,
+        no_split=tuple(family["no_split"]),
+        tied=tuple(map(tuple, family["tied"])) if not bare and _holds(family["tied_if"], fields) else (),
+        output_embedding=None if bare else family["output_embedding"],
+        input_embedding=embedding.removeprefix(f"{body}.") if bare else embedding,
+        config=complete,
+        generates=True,
+    )
+
+
+def _complete(family: Family, config: Mapping[str, Any]) -> dict[str, Any]:
+    """The config with what its class adds."""
+    fields = {**family["constants"], **config}
+    for name, other in family["spellings"].items():
+        if fields.get(name) is None:
+            fields[name] = fields.get(other)
+    seen = {**fields, "rope_type": rope_type(config)}
+    for name, values in family["accepted"].items():
+        if seen.get(name) not in values:
+            raise ValueError(f"{name} is {seen.get(name)!r}, and the class was seen under {values}")
+    for name, other in family["same"].items():
+        if fields.get(name, fields[other]) != fields[other]:
+            raise ValueError(f"{name} is not {other}")
+    for name, formula in family["derived"].items():
+        if fields.get(name) is None:
+            fields[name] = evaluate(formula, fields)
+    for name in family["needs"]:
+        if type(fields[name]) is not int or fields[name] <= 0:
+            raise ValueError(f"{name} is {fields[name]!r}")
+    return {**fields, **family["forced"]}
+
+
+def rope_type(config: Mapping[str, Any]) -> str:
+    """Return how positions are rotated. Raise ValueError where layers differ in it, or only a part is rotated."""
+    scaling = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    if "partial_rotary_factor" in scaling or any(isinstance(value, dict) for value in scaling.values()):
+        raise ValueError("rotation that differs from the plain one")
+    return str(scaling.get("rope_type", scaling.get("type", "default")))
+
+
+def _with_quantities(family: Family, complete: Fields) -> dict[str, Any]:
+    fields = dict(complete)
+    for name, formula in family["quantities"].items():
+        fields[name] = evaluate(formula, fields)
+    return fields
+
+
+def evaluate(formula: Mapping[str, Any], fields: Fields) -> int:
+    """Return the product of `times` (fields and numbers), divided by `over` and rounded down or `up`, plus `plus`."""
+    value: Any = 1
+    for factor in formula["times"]:
+        value = value * (fields[factor] if isinstance(factor, str) else factor)
+    over = formula.get("over", 1)
+    over = fields[over] if isinstance(over, str) else over
+    return int(-(-value // over) if formula.get("up") else value // over) + int(formula.get("plus", 0))
+
+
+def _holds(condition: Mapping[str, Any], fields: Fields) -> bool:
+    return all(fields.get(name) in values for name, values in condition.items())
+
+
+def _modules(node: Mapping[str, Any], name: str, fields: Fields) -> Iterator[ModuleSpec]:
+    prefix = f"{name}." if name else ""
+    children = _children(node, fields)
+    yield ModuleSpec(
+        name=name,
+        class_name=node["class"],
+        children=tuple(prefix + child for child, _ in children),
+        tensors=tuple(_tensor(entry, prefix, fields) for entry in node.get("tensors", ()) if _seen(entry, fields)),
+        linear=node["class"] in MATRICES,
+    )
+    for child, inner in children:
+        yield from _modules(inner, prefix + child, fields)
+
+
+def _children(node: Mapping[str, Any], fields: Fields) -> list[tuple[str, Mapping[str, Any]]]:
+    if "repeat" in node:
+        count = fields[node["repeat"]]
+        if count > MOST_LAYERS:
+            raise ValueError(f"{count} layers would fill this process's memory")
+        return [(str(index), node["child"]) for index in range(count)]
+    return [(name, child) for name, child in node.get("children", {}).items() if _seen(child, fields)]
+
+
+def _seen(part: Mapping[str, Any], fields: Fields) -> bool:
+    return "if" not in part or _holds(part["if"], fields)
+
+
+def _tensor(entry: Mapping[str, Any], prefix: str, fields: Fields) -> TensorSpec:
+    shape = tuple(fields[size] for size in entry["shape"])
+    if not entry.get("buffer"):
+        return TensorSpec(prefix + entry["name"], shape, entry["dtype"])
+    return TensorSpec(prefix + entry["name"], shape, entry["dtype"], True, entry["persistent"], entry["fixed"])
