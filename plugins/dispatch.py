@@ -7,7 +7,7 @@ from typing import Literal
 
 from pydantic import Field
 
-from bigpipe.orchestrator.stage import Json, Machine, Metrics, Params, Port, Size, Stage, late
+from bigpipe.orchestrator.stage import Json, Machine, Metrics, Params, Planning, Port, Size, Stage, late
 
 
 class DispatchParams(Params):
@@ -63,9 +63,8 @@ STAGE = Stage(
     reviewed=("placement.json",),
     run=late("bigpipe.plugins.dispatching:run"),
     forecast=late("bigpipe.plugins.dispatching:forecast"),
-    check=late("bigpipe.plugins.dispatching:check"),
+    planning=Planning(check=late("bigpipe.plugins.dispatching:check"), facts=facts),
     packages=("torch", "transformers", "accelerate"),
-    facts=facts,
     warms=warms,
     title="Decides what goes on which GPU, in RAM and on disk, and tries it out.",
 )

@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from bigpipe.orchestrator.stage import CheckContext, Json, Metrics, Params, Pinned, Port, Stage, Tree, late
+from bigpipe.orchestrator.stage import CheckContext, Json, Metrics, Params, Pinned, Planning, Port, Stage, Tree, late
 from bigpipe.sizes import format_size
 
 Dtype = Literal["float32", "float16", "bfloat16", "float8", "int8", "int4", "nf4", "fp4"]
@@ -142,8 +142,7 @@ STAGE = Stage(
     output="report",
     run=late("bigpipe.plugins.estimating:run"),
     forecast=late("bigpipe.plugins.estimating:forecast"),
-    check=late("bigpipe.plugins.estimating:check"),
-    pin=pin,
+    planning=Planning(check=late("bigpipe.plugins.estimating:check"), pin=pin),
     runs_in="inline",
     packages=("transformers",),
     secrets=("HF_TOKEN",),

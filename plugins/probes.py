@@ -8,7 +8,16 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from bigpipe.orchestrator.stage import Forecast, ForecastContext, Metrics, Params, Stage, StageContext, StageResult
+from bigpipe.orchestrator.stage import (
+    Forecast,
+    ForecastContext,
+    Metrics,
+    Params,
+    Ranks,
+    Stage,
+    StageContext,
+    StageResult,
+)
 
 
 class Nothing(Params):
@@ -62,4 +71,4 @@ def _stage(kind: str, run: Callable[[Nothing, StageContext], StageResult], **mor
 
 BITSANDBYTES = _stage("probe-bitsandbytes", _quantize)
 TORCH = _stage("probe-torch", _see_devices)
-RANKS = _stage("probe-ranks", _meet, runs_in="ranks", finish=_count)
+RANKS = _stage("probe-ranks", _meet, runs_in="ranks", ranks=Ranks(finish=_count))

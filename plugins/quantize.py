@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, ConfigDict, model_validator
 
-from bigpipe.orchestrator.stage import Machine, Metrics, Params, Port, Stage, late
+from bigpipe.orchestrator.stage import Machine, Metrics, Params, Passing, Planning, Port, Stage, late
 
 EIGHT_BIT_FIELDS = ("llm_int8_threshold",)
 
@@ -120,9 +120,8 @@ STAGE = Stage(
     output="checkpoint",
     run=late("bigpipe.plugins.quantizing:run"),
     forecast=late("bigpipe.plugins.quantizing:forecast"),
-    check=late("bigpipe.plugins.quantizing:check"),
-    facts=facts,
-    follows="model",
+    planning=Planning(check=late("bigpipe.plugins.quantizing:check"), facts=facts),
+    passing=Passing(follows="model"),
     packages=("transformers",),
     title="Quantize a checkpoint to bitsandbytes' int8, nf4 or fp4, streaming and without torch",
 )

@@ -6,7 +6,7 @@ from typing import Any
 
 from pydantic import Field
 
-from bigpipe.orchestrator.stage import Metrics, Params, Port, Stage, late
+from bigpipe.orchestrator.stage import Metrics, Params, Planning, Port, Stage, late
 
 
 class SaveParams(Params):
@@ -42,8 +42,7 @@ STAGE = Stage(
     output="report",
     run=late("bigpipe.plugins.saving:run"),
     forecast=late("bigpipe.plugins.saving:forecast"),
-    check=late("bigpipe.plugins.saving:check"),
-    present=late("bigpipe.plugins.saving:present"),
+    planning=Planning(check=late("bigpipe.plugins.saving:check"), present=late("bigpipe.plugins.saving:present")),
     secrets=("HF_TOKEN",),
     reproducible=False,
     needs_input=True,

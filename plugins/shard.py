@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Literal
 
-from bigpipe.orchestrator.stage import Metrics, Params, Port, Size, Stage, late
+from bigpipe.orchestrator.stage import Metrics, Params, Passing, Planning, Port, Size, Stage, late
 
 
 class ShardParams(Params):
@@ -31,8 +31,7 @@ STAGE = Stage(
     output="checkpoint",
     run=late("bigpipe.plugins.sharding:run"),
     forecast=late("bigpipe.plugins.sharding:forecast"),
-    check=late("bigpipe.plugins.sharding:check"),
-    streams=True,
-    follows="model",
+    planning=Planning(check=late("bigpipe.plugins.sharding:check")),
+    passing=Passing(streams=True, follows="model"),
     title="Split, convert or cast a checkpoint, streaming and without torch",
 )

@@ -107,52 +107,76 @@ P = TypeVar("P", bound=Params)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Stage(Generic[P]):
-    """One stage kind.
+class Planning(Generic[P]):
+    """What a kind answers before anything runs, besides its `forecast`."""
 
-    run: does the work of one attempt (of one rank, where `runs_in` is ranks).
-    forecast: cost, metrics and output known beforehand; never imports torch, never moves weights.
-    check: plan-time preflight (token, licence, prompts, destination); raises a BigpipeError.
-    pin: makes floating params exact, for the key; raises Offline where the answer is out of reach.
-    prepare: ranks only; runs once before launch in a process of its own, fixes the work plan under `scratch`.
-    finish: ranks only; runs once after all ranks ended, merges `scratch/rank-*` into `out`, gives the result.
-    present: is the outside effect recorded in this artifact still there? A hit needs True.
-    facts: what the result depends on besides params (device names and total memory, where a param leaves them open).
-    warms: modules that `run` will import, for kinds that run in a process: a worker may start, import them and wait
-      while what the node needs is still being made. Importing them must do nothing else.
-    result_line: recorded metrics in a few words, for the table at the end of a run; None: its scalar metrics.
-    """
+    check: Callable[[P, CheckContext], None] | None = None
+    """Preflight (token, licence, prompts, destination): raises a BigpipeError for what would fail later."""
+    pin: Callable[[P, CheckContext], Pinned | None] | None = None
+    """Makes floating params exact, for the key; raises Offline where the answer is out of reach."""
+    present: Callable[[P, Path, CheckContext], bool] | None = None
+    """Is the outside effect that this artifact records still there? A hit needs True."""
+    facts: Callable[[P, Machine], Mapping[str, Json]] | None = None
+    """What the result depends on besides params: device names and total memory, where a param leaves them open."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Ranks(Generic[P]):
+    """What happens around the ranks of a kind that runs in ranks; `run` is then called by each of them."""
+
+    prepare: Callable[[P, StageContext], None] | None = None
+    """Runs once before the launch, in a process of its own, and fixes the work plan under `scratch`."""
+    finish: Callable[[P, StageContext], StageResult] | None = None
+    """Runs once after all ranks ended, merges `scratch/rank-*` into `out` and gives the result."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Passing:
+    """How a kind passes files on, and takes them, one by one while they are made."""
+
+    streams: bool = False
+    """`run` passes each finished file on through `context.outlet`, where there is one."""
+    follows: str = ""
+    """A port whose files `run` can take one by one, while they are being made. What it finds in `out` and `scratch` may
+    then have been made from other bytes, and must be checked by content."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Stage(Generic[P]):
+    """One stage kind."""
 
     kind: str
+    """What recipes write under `uses:`."""
     version: int
+    """In the key: raise it when the bytes of the output change."""
     params: type[P]
     metrics: type[Metrics]
     inputs: Mapping[str, Port]
     output: str | None
+    """The type of the artifact; None: there is none."""
     run: Callable[[P, StageContext], StageResult]
+    """Does the work of one attempt; of one rank, where the kind runs in ranks."""
     forecast: Callable[[P, ForecastContext], Forecast]
-    check: Callable[[P, CheckContext], None] | None = None
-    pin: Callable[[P, CheckContext], Pinned | None] | None = None
-    runs_in: Literal["inline", "process", "ranks"] = "process"
-    prepare: Callable[[P, StageContext], None] | None = None
-    finish: Callable[[P, StageContext], StageResult] | None = None
-    present: Callable[[P, Path, CheckContext], bool] | None = None
-    streams: bool = False
-    """`run` passes each finished file on through `context.outlet`, where there is one."""
-    follows: str = ""
-    """A port whose files `run` can take one by one from `context.inlet`, while they are being made. What it finds in
-    `out` and `scratch` may then have been made from other bytes, and must be checked by content."""
+    """Cost, metrics and output known beforehand; never imports torch, never moves weights."""
+    runs_in: str = "process"
+    """The executor: process, inline (in the command itself: light work without torch), ranks, or another's."""
+    planning: Planning[P] = field(default_factory=Planning)
+    ranks: Ranks[P] = field(default_factory=Ranks)
+    passing: Passing = field(default_factory=Passing)
+    warms: Callable[[P], Sequence[str]] | None = None
+    """Modules that `run` will import: its worker may start, import them and wait while what the node needs is still
+    being made. Importing them must do nothing else."""
     packages: tuple[str, ...] = ()
     """Distributions whose versions enter the key because the output's bytes depend on them."""
-    facts: Callable[[P, Machine], Mapping[str, Json]] | None = None
-    warms: Callable[[P], Sequence[str]] | None = None
     secrets: tuple[str, ...] = ()
     """Environment variables with secrets that the kind itself needs."""
     reproducible: bool = True
+    """Do equal inputs give equal bytes? Only then are the outputs in a lock file enforced."""
     reviewed: tuple[str, ...] = ()
     """Small JSON files of the artifact whose content the lock file shows for review."""
     needs_input: bool = False
     """Some port must be wired, though each of them is optional."""
-    result_line: Callable[[Mapping[str, Json]], str] | None = None
     title: str = ""
     """One sentence for `bigpipe kinds` and the reference."""
+    result_line: Callable[[Mapping[str, Json]], str] | None = None
+    """Recorded metrics in a few words, for the table at the end of a run; None: its scalar metrics."""

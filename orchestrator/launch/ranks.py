@@ -31,18 +31,18 @@ def run(job: Job) -> Result:
     acceleration = accelerate(job.launch, job.base, job.machine)
     job = job.within(launch=acceleration.launch)
     stage = job.stage
-    if stage.finish is None and job.launch.num_processes > 1:
+    if stage.ranks.finish is None and job.launch.num_processes > 1:
         raise StageFailed(
             f"kind {stage.kind} runs as ranks but has no `finish`", "several ranks need one to merge them"
         )
     environment = worker_environment(stage, job.surroundings, job.parent_environment)
     JobFile.of(job, cpu=acceleration.cpu).write(job.folder.job)
     supervisor = Supervisor(job, {**acceleration.environment(job.machine), **environment})
-    if stage.prepare is not None:
+    if stage.ranks.prepare is not None:
         supervisor.result("prepare")
     results = _run_ranks(supervisor, acceleration)
     peak = _peak(supervisor, results)
-    result = results[0] if stage.finish is None else supervisor.result("finish")
+    result = results[0] if stage.ranks.finish is None else supervisor.result("finish")
     return result.model_copy(update={"peak_rss": max(peak, result.peak_rss)})
 
 

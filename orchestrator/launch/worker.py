@@ -131,9 +131,10 @@ def _call_stage(file: JobFile, folder: AttemptFolder, mode: Mode, rank: int, eve
         rank_dir.mkdir(parents=True, exist_ok=True)
     context = StageContext.of(job, reporter=events, rank=rank, world_size=world_size, rank_dir=rank_dir)
     stage: Stage[Any] = import_attribute(file.module, job.trust.home(file.module, job.base))
-    function: Callable[..., StageResult | None] | None = {"prepare": stage.prepare, "finish": stage.finish}.get(
-        mode, stage.run
-    )
+    function: Callable[..., StageResult | None] | None = {
+        "prepare": stage.ranks.prepare,
+        "finish": stage.ranks.finish,
+    }.get(mode, stage.run)
     assert function is not None  # noqa: S101 (the executor asks for what there is)
     return Result.of(function(stage.params.model_validate(file.params), context), stage, empty=mode == "prepare")
 

@@ -84,8 +84,10 @@ def _known(session: Session, node: Node, key: str, record: KeyRecord) -> Decisio
             reason = "its bytes were dropped (cache: false)"
             return Decision(action=Action.CACHED, reason=reason, key=key, record=record, bytes_here=False)
         return Decision(action=Action.RUN, reason="its bytes are gone from the store, or damaged", key=key)
-    if node.kind.present is not None and record.digest is not None:
-        here = node.kind.present(node.params, session.store.artifact_path(record.digest), session.check_context(node))
+    if node.kind.planning.present is not None and record.digest is not None:
+        here = node.kind.planning.present(
+            node.params, session.store.artifact_path(record.digest), session.check_context(node)
+        )
         if not here:
             return Decision(action=Action.RUN, reason="what it wrote outside the store is gone or changed", key=key)
     return Decision(action=Action.CACHED, reason="", key=key, record=record)

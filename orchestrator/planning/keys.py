@@ -84,7 +84,7 @@ def identity(
     base: the manifest's directory. trust: what the manifest trusts. pins: what the kind's `pin` gave.
     Raise UsageError where a file the params name is not there.
     """
-    kind = node.kind
+    kind, facts = node.kind, node.kind.planning.facts
     params = content_params(node.params, base, memo)
     for path, value in (pins or {}).items():
         _pin(params, path, value)
@@ -97,7 +97,7 @@ def identity(
         params=params,
         env=dict(node.env),
         packages={name: package_version(name) for name in kind.packages},
-        facts=dict(kind.facts(node.params, machine)) if kind.facts else {},
+        facts=dict(facts(node.params, machine)) if facts else {},
     )
 
 

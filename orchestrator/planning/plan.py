@@ -298,10 +298,10 @@ def gate_error(node: Node, gate: Condition, verdict: Verdict | None, cure: str =
 def _preflight(
     session: Session, node: Node, decision: Decision, forecasts: Mapping[str, Forecast]
 ) -> BigpipeError | None:
-    if node.kind.check is None or decision.action not in (Action.RUN, Action.MAYBE):
+    if node.kind.planning.check is None or decision.action not in (Action.RUN, Action.MAYBE):
         return None
     try:
-        node.kind.check(node.params, session.check_context(node, _inputs(node, forecasts)))
+        node.kind.planning.check(node.params, session.check_context(node, _inputs(node, forecasts)))
     except BigpipeError as error:
         error.place = error.place or node.places.get("")
         return error

@@ -129,12 +129,12 @@ class Session:
         return self._pins.get(node.name, NOTHING_PINNED)
 
     def _pin(self, node: Node) -> Pinned:
-        if node.kind.pin is None:
+        if node.kind.planning.pin is None:
             return NOTHING_PINNED
         if self.locked and (locked := self._locked_pins(node)):
             return locked
         try:
-            return node.kind.pin(node.params, self.check_context(node)) or NOTHING_PINNED
+            return node.kind.planning.pin(node.params, self.check_context(node)) or NOTHING_PINNED
         except Offline:
             fallback = self._locked_pins(node) or self._recorded_pins(node)
             if fallback is None:

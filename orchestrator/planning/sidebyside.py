@@ -30,13 +30,13 @@ def needs_ram(node: Node, forecast: Forecast | None) -> int:
 
 def followed(session: Session, decisions: Decisions, node: Node) -> str:
     """The producer whose files the node can take while they are made; "" where there is none."""
-    names = tuple(node.inputs.get(node.kind.follows, ()))
+    names = tuple(node.inputs.get(node.kind.passing.follows, ()))
     if not session.side_by_side or decisions[node.name].action not in RUNNING or len(names) != 1:
         return ""
     if node.when is not None or node.timeout is not None or not executor(node.kind.runs_in).waits:
         return ""
     producer = session.recipe.nodes[names[0]]
-    return producer.name if decisions[producer.name].action in RUNNING and producer.kind.streams else ""
+    return producer.name if decisions[producer.name].action in RUNNING and producer.kind.passing.streams else ""
 
 
 class Disk:

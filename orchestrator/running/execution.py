@@ -72,7 +72,7 @@ def execute(attempt: Attempt) -> KeyRecord | None:
         fresh = made is not None and (before is None or made.run != before.run or not attempt.forced)
         if made is not None and fresh and session.store.intact(made):
             return made
-        if attempt.node.kind.follows:
+        if attempt.node.kind.passing.follows:
             session.store.resume_work(provisional_key(session, attempt.node), work)
         outcome = _with_retries(attempt, work)
         record = _publish(attempt, outcome, work)
@@ -89,7 +89,7 @@ def _follow(attempt: Attempt, stream: Stream) -> KeyRecord | None:
             source = stream.confirmed()
             if source.digest is None or not stream.gave(source):
                 return None
-            inputs = {**attempt.inputs, attempt.node.kind.follows: (source.digest,)}
+            inputs = {**attempt.inputs, attempt.node.kind.passing.follows: (source.digest,)}
             key = attempt.session.identity(attempt.node).key(inputs)
             return _settle(replace(attempt, key=key, inputs=inputs), outcome, work)
     except Interrupted:
@@ -160,8 +160,8 @@ def _job(attempt: Attempt, work: Work, number: int) -> Job:
     }
     arriving = {}
     if attempt.follows is not None:
-        inputs[kind.follows] = (attempt.follows.handover.files,)
-        arriving[kind.follows] = attempt.follows.handover.folder
+        inputs[kind.passing.follows] = (attempt.follows.handover.files,)
+        arriving[kind.passing.follows] = attempt.follows.handover.folder
     return Job(
         surroundings=session.surroundings(node),
         node=node.name,

@@ -75,7 +75,9 @@ class Streams:
         """The stream of a producer that is about to run; None where nobody would follow it."""
         name = producer.node.name
         self._close(name)
-        if not producer.node.kind.streams or not any(self._may_follow(node, name) for node in self._consumers(name)):
+        if not producer.node.kind.passing.streams or not any(
+            self._may_follow(node, name) for node in self._consumers(name)
+        ):
             return None
         folder = self._session.store.temporary()
         handover = Handover(folder)
@@ -95,7 +97,7 @@ class Streams:
             return False
         if node.timeout is not None:  # it is meant for the work, not for waiting
             return False
-        if not executor(kind.runs_in).waits or tuple(node.inputs.get(kind.follows, ())) != (producer,):
+        if not executor(kind.runs_in).waits or tuple(node.inputs.get(kind.passing.follows, ())) != (producer,):
             return False
         others = [self._states[name] for name in node.predecessors if name != producer]
         ready = all(other.status in GOOD and other.bytes_here for other in others)

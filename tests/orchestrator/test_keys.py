@@ -9,7 +9,7 @@ from pydantic import Field
 from bigpipe.errors import UsageError
 from bigpipe.orchestrator.contract.types import Machine
 from bigpipe.orchestrator.planning.keys import ABSENT, Change, Identity, differences, identity
-from bigpipe.orchestrator.stage import File, Forecast, Metrics, Params, Stage, StageResult
+from bigpipe.orchestrator.stage import File, Forecast, Metrics, Params, Planning, Stage, StageResult
 from bigpipe.orchestrator.store.memo import StatMemo
 from bigpipe.trust import Trust
 
@@ -76,7 +76,7 @@ def test_the_same_computation_has_the_same_key(of):
         {"kind": stage(version=2)},
         {"kind": stage(kind="other")},
         {"kind": stage(packages=("pydantic",))},
-        {"kind": stage(facts=lambda params, machine: {"memory": machine.memory})},
+        {"kind": stage(planning=Planning(facts=lambda params, machine: {"memory": machine.memory}))},
         {"params": MakeParams(scheme="nf4")},
         {"params": MakeParams(threshold=6.5)},
         {"params": MakeParams(skip=["lm_head"])},
@@ -101,7 +101,7 @@ def test_a_revision_counts_by_its_commit(of):
 
 
 def test_facts_count_where_the_kind_asks_for_them(of):
-    asking = stage(facts=lambda params, machine: {"memory": machine.memory})
+    asking = stage(planning=Planning(facts=lambda params, machine: {"memory": machine.memory}))
     other = replace(MACHINE, memory=2**35)
     assert of(machine=other).partial == of().partial
     assert of(kind=asking, machine=other).partial != of(kind=asking).partial

@@ -234,10 +234,10 @@ def test_unknown_models_and_wrong_maps(tmp_path: Path, memo: Path, models: dict[
 
 
 def test_the_key_holds_the_machine_only_where_it_decides() -> None:
-    assert STAGE.facts is not None
-    assert STAGE.facts(DispatchParams(), MACHINE) == {"gpus": [], "memory": MACHINE.memory}
-    assert STAGE.facts(DispatchParams(max_memory={"cpu": "1GiB"}), MACHINE) == {}
-    assert STAGE.facts(DispatchParams(device_map={"": "disk"}), MACHINE) == {}
+    assert STAGE.planning.facts is not None
+    assert STAGE.planning.facts(DispatchParams(), MACHINE) == {"gpus": [], "memory": MACHINE.memory}
+    assert STAGE.planning.facts(DispatchParams(max_memory={"cpu": "1GiB"}), MACHINE) == {}
+    assert STAGE.planning.facts(DispatchParams(device_map={"": "disk"}), MACHINE) == {}
 
 
 def test_a_plan_does_not_import_torch(tmp_path: Path, memo: Path, models: dict[str, Path]) -> None:

@@ -272,10 +272,10 @@ def test_forecasts_shares_memory_and_gpus(tmp_path: Path, model: Path) -> None:
     assert found.ram > 2 * 2 * (model / "model.safetensors").stat().st_size
     gpu = replace(MACHINE, gpus=(Gpu(0, "L4", 24 * 2**30, 20 * 2**30),))
     assert "2 ranks with 1 GPU(s) each need 2" in STAGE.forecast(params(), ctx.within(machine=gpu)).misfits[0].cause
-    assert STAGE.facts is not None
-    assert STAGE.facts(params(), gpu) == {"gpus": ["L4"]}
-    assert STAGE.facts(params(), MACHINE) == {"memory": MACHINE.memory}
-    assert STAGE.facts(params(dtype="float32"), gpu) == {}
+    assert STAGE.planning.facts is not None
+    assert STAGE.planning.facts(params(), gpu) == {"gpus": ["L4"]}
+    assert STAGE.planning.facts(params(), MACHINE) == {"memory": MACHINE.memory}
+    assert STAGE.planning.facts(params(dtype="float32"), gpu) == {}
 
 
 TASK_OF_ONES_OWN = """

@@ -56,7 +56,7 @@ def params(**given: Any) -> DownloadParams:
 
 def download(root: Path, environment: dict[str, str], given: dict[str, Any], **context: Any) -> StageResult:
     validated = params(**given)
-    pinned = STAGE.pin(validated, check_context(root, environment=environment)) if STAGE.pin else None
+    pinned = STAGE.planning.pin(validated, check_context(root, environment=environment)) if STAGE.planning.pin else None
     pins = pinned.values if pinned else {}
     return STAGE.run(validated, stage_context(root, environment=environment, pins=pins, **context))
 
@@ -98,8 +98,8 @@ def test_a_branch_is_pinned_and_a_pinned_commit_stays_what_it_is(
     server: LoopbackHub, environment: dict[str, str], tmp_path: Path
 ) -> None:
     first = server.repositories["org/model"].branches["main"]
-    assert STAGE.pin is not None
-    pinned = STAGE.pin(params(repo="org/model"), check_context(tmp_path, environment=environment))
+    assert STAGE.planning.pin is not None
+    pinned = STAGE.planning.pin(params(repo="org/model"), check_context(tmp_path, environment=environment))
     assert pinned is not None
     assert pinned.values == {"revision": first}
     server.commit("org/model", {"config.json": b"{}"})
@@ -107,7 +107,7 @@ def test_a_branch_is_pinned_and_a_pinned_commit_stays_what_it_is(
     result = STAGE.run(params(repo="org/model"), context)
     assert metrics(result).commit == first
     assert (tmp_path / "out" / "config.json").read_bytes() == FILES["config.json"]
-    pinned = STAGE.pin(params(repo="org/model", revision=first), check_context(tmp_path))
+    pinned = STAGE.planning.pin(params(repo="org/model", revision=first), check_context(tmp_path))
     assert pinned is not None
     assert pinned.values == {}
 
@@ -154,12 +154,12 @@ def test_without_the_hub_a_plan_says_what_it_does_not_know(tmp_path: Path) -> No
     assert found.unknown[0].startswith("size of facebook/opt-13b: the Hub at http://127.0.0.1:9 cannot be reached")
     away = forecast_context(tmp_path, environment=nowhere, offline=True)
     assert "switched off" in STAGE.forecast(params(repo="facebook/opt-13b"), away).unknown[0]
-    assert STAGE.pin is not None
-    assert STAGE.check is not None
+    assert STAGE.planning.pin is not None
+    assert STAGE.planning.check is not None
     with pytest.raises(Offline):
-        STAGE.pin(params(repo="facebook/opt-13b"), check_context(tmp_path, environment=nowhere))
-    STAGE.check(params(repo="facebook/opt-13b"), check_context(tmp_path, environment=nowhere))
-    STAGE.check(params(repo="facebook/opt-13b"), check_context(tmp_path, environment=nowhere, offline=True))
+        STAGE.planning.pin(params(repo="facebook/opt-13b"), check_context(tmp_path, environment=nowhere))
+    STAGE.planning.check(params(repo="facebook/opt-13b"), check_context(tmp_path, environment=nowhere))
+    STAGE.planning.check(params(repo="facebook/opt-13b"), check_context(tmp_path, environment=nowhere, offline=True))
 
 
 def test_offline_the_cache_is_enough(server: LoopbackHub, environment: dict[str, str], tmp_path: Path) -> None:
@@ -173,12 +173,12 @@ def test_offline_the_cache_is_enough(server: LoopbackHub, environment: dict[str,
 
 def test_a_gate_is_found_by_the_plan(server: LoopbackHub, environment: dict[str, str], tmp_path: Path) -> None:
     server.create("org/gated", FILES, gated="manual")
-    assert STAGE.check is not None
+    assert STAGE.planning.check is not None
     with pytest.raises(GatedRepository):
-        STAGE.check(params(repo="org/gated"), check_context(tmp_path, environment=environment))
+        STAGE.planning.check(params(repo="org/gated"), check_context(tmp_path, environment=environment))
     server.repositories["org/gated"].members.add("ada")
     signed_in = {**environment, "HF_TOKEN": "secret-token"}
-    STAGE.check(params(repo="org/gated"), check_context(tmp_path, environment=signed_in))
+    STAGE.planning.check(params(repo="org/gated"), check_context(tmp_path, environment=signed_in))
     assert sorted(download(tmp_path, signed_in, {"repo": "org/gated"}).files) == TAKEN
 
 
@@ -212,8 +212,8 @@ def a_checkpoint(folder: Path) -> Path:
 def test_a_directory_is_copied_so_that_it_may_change(tmp_path: Path) -> None:
     folder = a_checkpoint(tmp_path / "base" / "mine")
     given = params(path="mine")
-    assert STAGE.check is not None
-    STAGE.check(given, check_context(tmp_path))
+    assert STAGE.planning.check is not None
+    STAGE.planning.check(given, check_context(tmp_path))
     found = STAGE.forecast(given, forecast_context(tmp_path))
     assert found.output.tensors["a.weight"] == ("float16", (300, 200))
     result = STAGE.run(given, stage_context(tmp_path))
@@ -232,11 +232,11 @@ def test_a_directory_is_copied_so_that_it_may_change(tmp_path: Path) -> None:
 def test_a_damaged_directory_is_found_by_the_plan(tmp_path: Path) -> None:
     folder = a_checkpoint(tmp_path / "base" / "mine")
     (folder / "model.safetensors").write_bytes(FILES["model.safetensors"][:-10])
-    assert STAGE.check is not None
+    assert STAGE.planning.check is not None
     with pytest.raises(InvalidCheckpoint):
-        STAGE.check(params(path="mine"), check_context(tmp_path))
+        STAGE.planning.check(params(path="mine"), check_context(tmp_path))
     with pytest.raises(UsageError, match="no directory"):
-        STAGE.check(params(path="yours"), check_context(tmp_path))
+        STAGE.planning.check(params(path="yours"), check_context(tmp_path))
 
 
 def test_a_class_of_ones_own_travels_inside_the_artifact(tmp_path: Path) -> None:
@@ -244,11 +244,11 @@ def test_a_class_of_ones_own_travels_inside_the_artifact(tmp_path: Path) -> None
     (tmp_path / "base" / "mingpt.py").write_text("class GPT: ...\n")
     architecture = {"class": "mingpt:GPT", "config": {"model_type": "gpt2-xl"}, "no_split_module_classes": ["Block"]}
     given = params(path="mine", architecture=architecture)
-    assert STAGE.check is not None
+    assert STAGE.planning.check is not None
     with pytest.raises(UsageError, match="not trusted") as caught:
-        STAGE.check(given, check_context(tmp_path))
+        STAGE.planning.check(given, check_context(tmp_path))
     assert "trust: {modules: [mingpt]}" in caught.value.cure
-    STAGE.check(given, check_context(tmp_path, trust=Trust(modules=("mingpt",))))
+    STAGE.planning.check(given, check_context(tmp_path, trust=Trust(modules=("mingpt",))))
     result = STAGE.run(given, stage_context(tmp_path))
     written = json.loads((tmp_path / "out" / "bigpipe_architecture.json").read_bytes())
     assert written == {**architecture, "tokenizer": None}
@@ -291,9 +291,9 @@ def test_weights_are_made_up_in_the_shape_of_a_config(tmp_path: Path) -> None:
     inline = params(synthetic={"config": OPT, "format": "bin", "max_shard_size": "20KB", "seed": 7})
     again = STAGE.run(inline, stage_context(tmp_path / "again", memo=tmp_path / "memo"))
     assert again.files == result.files
-    assert STAGE.facts is not None
-    assert list(STAGE.facts(given, MACHINE)) == ["transformers"]
-    assert STAGE.facts(params(repo="org/model"), MACHINE) == {}
+    assert STAGE.planning.facts is not None
+    assert list(STAGE.planning.facts(given, MACHINE)) == ["transformers"]
+    assert STAGE.planning.facts(params(repo="org/model"), MACHINE) == {}
 
 
 def test_a_plan_knows_the_config_of_a_repository(environment: dict[str, str], tmp_path: Path) -> None:

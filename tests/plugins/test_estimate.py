@@ -179,9 +179,9 @@ def test_what_is_not_known_yet_is_said(tmp_path):
 def test_one_model_and_no_more(tmp_path, params):
     inputs = {"model": (Forecast(),)} if params.pop("wired", False) else {}
     context = check_context(tmp_path, inputs=inputs, offline=True)
-    assert STAGE.check is not None
+    assert STAGE.planning.check is not None
     with pytest.raises(UsageError, match="looks at one model"):
-        STAGE.check(EstimateParams(**params), context)
+        STAGE.planning.check(EstimateParams(**params), context)
 
 
 @pytest.mark.parametrize(

@@ -153,9 +153,9 @@ def test_fields_that_contradict_each_other(fields: dict[str, Any], message: str)
 def test_a_quantized_input_is_refused_in_the_plan(tmp_path: Path, source: Path) -> None:
     run_quantize(tmp_path, source, scheme="int8")
     described = {"model": (Forecast(output=describe_checkpoint(artifact_of(tmp_path))),)}
-    assert STAGE.check is not None
+    assert STAGE.planning.check is not None
     with pytest.raises(UsageError, match="quantized already"):
-        STAGE.check(QuantizeParams(scheme="nf4"), check_context(tmp_path, inputs=described))
+        STAGE.planning.check(QuantizeParams(scheme="nf4"), check_context(tmp_path, inputs=described))
 
 
 def test_unknown_inputs_are_said_to_be_unknown(tmp_path: Path, source: Path) -> None:
@@ -168,9 +168,9 @@ def test_unknown_inputs_are_said_to_be_unknown(tmp_path: Path, source: Path) -> 
 
 
 def test_threads_are_a_fact_of_double_quantization_alone() -> None:
-    assert STAGE.facts is not None
-    assert STAGE.facts(QuantizeParams(scheme="nf4"), MACHINE) == {}
-    assert STAGE.facts(QuantizeParams(scheme="nf4", bnb_4bit_use_double_quant=True), MACHINE) == {"cpus": 2}
+    assert STAGE.planning.facts is not None
+    assert STAGE.planning.facts(QuantizeParams(scheme="nf4"), MACHINE) == {}
+    assert STAGE.planning.facts(QuantizeParams(scheme="nf4", bnb_4bit_use_double_quant=True), MACHINE) == {"cpus": 2}
 
 
 def written(parts: Path) -> dict[str, int]:

@@ -73,14 +73,14 @@ def save(root: Path, given: SaveParams, environment: dict[str, str] | None = Non
 
 
 def check(root: Path, given: SaveParams, environment: dict[str, str] | None = None, **context: Any) -> None:
-    assert STAGE.check is not None
+    assert STAGE.planning.check is not None
     wired = {"model": (Forecast(),)}
-    STAGE.check(given, check_context(root, environment=environment or {}, inputs=wired, **context))
+    STAGE.planning.check(given, check_context(root, environment=environment or {}, inputs=wired, **context))
 
 
 def present(root: Path, given: SaveParams, environment: dict[str, str] | None = None, **context: Any) -> bool:
-    assert STAGE.present is not None
-    return STAGE.present(given, root / "out", check_context(root, environment=environment or {}, **context))
+    assert STAGE.planning.present is not None
+    return STAGE.planning.present(given, root / "out", check_context(root, environment=environment or {}, **context))
 
 
 def tree(folder: Path) -> dict[str, bytes]:
@@ -237,9 +237,9 @@ def test_a_git_repository_and_a_file_in_the_way_are_refused(tmp_path: Path) -> N
 
 
 def test_nothing_wired_is_nothing_to_save(tmp_path: Path) -> None:
-    assert STAGE.check is not None
+    assert STAGE.planning.check is not None
     with pytest.raises(UsageError, match="nothing to save"):
-        STAGE.check(params("dist"), check_context(tmp_path))
+        STAGE.planning.check(params("dist"), check_context(tmp_path))
 
 
 def test_a_failure_leaves_the_old_version_in_place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

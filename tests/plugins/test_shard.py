@@ -93,8 +93,8 @@ def test_casting_quantized_weights_is_refused_before_anything_runs(tmp_path):
     inputs = {"model": (Forecast(output=describe_checkpoint(source)),)}
     context = check_context(tmp_path, inputs=inputs)
     with pytest.raises(UsageError, match="let quantize come after shard"):
-        STAGE.check(ShardParams(dtype="float16"), context)
-    STAGE.check(ShardParams(), context)
+        STAGE.planning.check(ShardParams(dtype="float16"), context)
+    STAGE.planning.check(ShardParams(), context)
 
 
 def test_an_unknown_input_is_said_to_be_unknown(tmp_path):

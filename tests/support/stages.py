@@ -12,7 +12,16 @@ from pathlib import Path
 from typing import Any
 
 from bigpipe.errors import DoesNotFit, Transient
-from bigpipe.orchestrator.stage import Forecast, ForecastContext, Metrics, Params, Stage, StageContext, StageResult
+from bigpipe.orchestrator.stage import (
+    Forecast,
+    ForecastContext,
+    Metrics,
+    Params,
+    Ranks,
+    Stage,
+    StageContext,
+    StageResult,
+)
 
 
 class Action(Params):
@@ -163,4 +172,4 @@ def _stage(kind: str, **more: Any) -> Stage[Action]:
 INLINE = _stage("inline", runs_in="inline")
 PROCESS = _stage("process", runs_in="process")
 HUB = _stage("hub", runs_in="process", secrets=("HF_TOKEN",))
-RANKS = _stage("ranks", runs_in="ranks", prepare=plan, finish=merge)
+RANKS = _stage("ranks", runs_in="ranks", ranks=Ranks(prepare=plan, finish=merge))

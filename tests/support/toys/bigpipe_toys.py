@@ -16,6 +16,7 @@ from bigpipe.orchestrator.stage import (
     Metrics,
     Misfit,
     Params,
+    Passing,
     Port,
     Size,
     Stage,
@@ -315,16 +316,17 @@ SLEEP = Stage(
     output="text", run=sleep, forecast=lambda params, context: Forecast(),
 )  # fmt: skip
 POUR = Stage(
-    kind="pour", version=1, params=PourParams, metrics=PourMetrics, inputs={}, output="text", streams=True, run=pour,
+    kind="pour", version=1, params=PourParams, metrics=PourMetrics, inputs={}, output="text",
+    passing=Passing(streams=True), run=pour,
     forecast=lambda params, context: Forecast(),
 )  # fmt: skip
 SIP = Stage(
     kind="sip", version=1, params=SipParams, metrics=SipMetrics, inputs={"first": Port("text")}, output="text",
-    follows="first", run=sip, forecast=lambda params, context: Forecast(),
+    passing=Passing(follows="first"), run=sip, forecast=lambda params, context: Forecast(),
 )  # fmt: skip
 STRAIN = Stage(
     kind="strain", version=1, params=StrainParams, metrics=StrainMetrics, inputs={"first": Port("text")}, output="text",
-    follows="first", streams=True, run=strain, forecast=lambda params, context: Forecast(),
+    passing=Passing(follows="first", streams=True), run=strain, forecast=lambda params, context: Forecast(),
 )  # fmt: skip
 BROOD = Stage(
     kind="brood", version=1, params=BroodParams, metrics=BroodMetrics, inputs={"after": Port("text", optional=True)},
