@@ -3,18 +3,32 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Literal
+from typing import Annotated, Literal
 
-from pydantic import Field
+from pydantic import AfterValidator, Field
 
-from bigpipe.orchestrator.stage import Json, Machine, Metrics, Params, Planning, Port, Size, Stage, late
+from bigpipe.orchestrator.stage import Json, Machine, Metrics, Params, Planning, Port, Size, Stage, UsageError, late
+
+
+def _known(device: int | str) -> int | str:
+    from bigpipe.bigmodel.placement import devices_of
+
+    try:
+        devices_of(device)
+    except UsageError as error:
+        raise ValueError(f"{error.cause}; {error.cure}") from None
+    return device
+
+
+DeviceName = Annotated[int | str, AfterValidator(_known)]
+Mode = Literal["auto", "balanced", "balanced_low_0", "sequential", "optimal"]
 
 
 class DispatchParams(Params):
-    device_map: Literal["auto", "balanced", "balanced_low_0", "sequential", "optimal"] | dict[str, int | str] = "auto"
+    device_map: Mode | Annotated[dict[str, DeviceName], Field(min_length=1)] = "auto"
     """A mode (`optimal`: the fewest predicted seconds per token; the others as in accelerate), or {prefix: GPU number |
     cpu | disk}: the longest prefix decides, "" is the rest."""
-    max_memory: dict[int | str, Size] | None = None
+    max_memory: dict[DeviceName, Size] | None = None
     """Bytes of weights and buffers per device: `0: 22GiB`, `1-7: 46GiB`, `cpu: 48GiB`, `disk: 200GiB`."""
     no_split_module_classes: list[str] | None = None
     """Blocks that stay on one device; null: the model's own."""
@@ -55,7 +69,7 @@ def warms(params: DispatchParams) -> tuple[str, ...]:
 
 STAGE = Stage(
     kind="dispatch",
-    version=1,
+    version=2,
     params=DispatchParams,
     metrics=DispatchMetrics,
     inputs={"model": Port("checkpoint")},
@@ -63,7 +77,7 @@ STAGE = Stage(
     reviewed=("placement.json",),
     run=late("bigpipe.plugins.dispatching:run"),
     forecast=late("bigpipe.plugins.dispatching:forecast"),
-    planning=Planning(check=late("bigpipe.plugins.dispatching:check"), facts=facts),
+    planning=Planning(facts=facts),
     packages=("torch", "transformers", "accelerate"),
     warms=warms,
     title="Decides what goes on which GPU, in RAM and on disk, and tries it out.",

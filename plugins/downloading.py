@@ -23,7 +23,6 @@ from bigpipe.files import copy_file, free_space, link, make_directory, write_fil
 from bigpipe.orchestrator.stage import (
     BigpipeError,
     CheckContext,
-    DoesNotFit,
     Forecast,
     ForecastContext,
     Misfit,
@@ -262,7 +261,7 @@ def _from_hub(params: DownloadParams, ctx: StageContext) -> tuple[str, int, File
     repository = describe(params.repo or "", ctx.pins.get("revision", params.revision), hub=hub, memo=ctx.memo)
     chosen = _chosen_remotely(repository, params)
     for misfit in _cache_misfits(missing_bytes(repository, chosen, hub), hub):
-        raise DoesNotFit(misfit.cause, misfit.cure)
+        raise misfit.error()
     ctx.log(f"{repository.repo} at {repository.commit}: {counted(len(chosen), 'file')}")
 
     def report(done: int, total: int, task: str) -> None:

@@ -9,10 +9,12 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING
 
 from bigpipe.bigmodel.checkpoint.description import describe_checkpoint
+from bigpipe.bigmodel.execution.homes import as_placement
 from bigpipe.bigmodel.execution.loading import TOTAL_SHARE, fits_widened
 from bigpipe.bigmodel.inference import RESULTS, compute_share, merge_results, plan_work, split
 from bigpipe.bigmodel.placement import Placement
 from bigpipe.bigmodel.tasks import TASKS, Answerer, TaskOptions, find_task, read_prompts
+from bigpipe.fit import Cure, lacking
 from bigpipe.orchestrator.stage import (
     CheckContext,
     Forecast,
@@ -24,7 +26,7 @@ from bigpipe.orchestrator.stage import (
 )
 
 from .distributed_infer import InferMetrics, InferParams
-from .placed_model import PlacedModel, whole
+from .placed_model import load_placed, read_placement
 from .sources import sources_of
 
 if TYPE_CHECKING:
@@ -59,14 +61,15 @@ def forecast(params: InferParams, ctx: ForecastContext) -> Forecast:
     counts = [len(_share(len(rows), params.batch_size, rank, ranks)) for rank in range(ranks)]
     placed = ctx.input("placement")
     placement = placed.output if placed is not None and isinstance(placed.output, Placement) else None
+    fits = placed is None or not placed.misfits  # else that is said where it is placed
     spread = f" ({' + '.join(map(str, counts))})" if 1 < ranks <= 8 else ""
     work = f"{_count(len(rows), 'prompt')} in {_count(batches, 'batch', 'es')} over {_count(ranks, 'rank')}"
     return Forecast(
         download_bytes=0,
         ram=_ram(params, ctx, placement),
-        vram=_vram(placed, placement),
+        vram=_vram(placement, _local_ranks(ctx)) if fits else {},
         metrics={"prompts": len(rows)},
-        misfits=() if placed is not None and placed.misfits else tuple(_misfits(placement, ctx)),
+        misfits=_misfits(placement.gpus if placement else int(bool(ctx.machine.gpus)), ctx) if fits else (),
         summary=work + spread,
     )
 
@@ -85,7 +88,7 @@ def _ram(params: InferParams, ctx: ForecastContext, placement: Placement | None)
     """Of all ranks here. Weights that are windows into their files are page cache, and not counted."""
     wired = ctx.input("model")
     tensors = getattr(wired.output if wired else None, "tensors", None)
-    local = ctx.launch.num_processes // ctx.launch.num_machines
+    local = _local_ranks(ctx)
     if tensors is None:
         return None
     if ctx.machine.gpus:
@@ -99,12 +102,12 @@ def _ram(params: InferParams, ctx: ForecastContext, placement: Placement | None)
     return RANK_BASE * local + min(cast * local, int(ctx.machine.memory_available * MEMORY_SHARE))
 
 
-def _vram(placed: Forecast | None, placement: Placement | None) -> dict[int, int]:
-    """Per GPU: the weights placed there and, where dispatch has said it, the room that generating needs besides."""
-    if placed is None or placement is None or placed.misfits:
-        return {}
-    weights = {device: size for device, size in placement.weights.items() if isinstance(device, int)}
-    return {device: max(size, placed.vram.get(device, 0)) for device, size in weights.items()}
+def _vram(placement: Placement | None, local: int) -> dict[int, int]:
+    """Per GPU of the ranks here: its weights and what generating takes besides."""
+    needs = {device: need.total for device, need in (placement.needs if placement else {}).items()}
+    gpus = {device: size for device, size in needs.items() if isinstance(device, int)}
+    each = placement.gpus if placement else 0
+    return {rank * each + gpu: size for rank in range(local) for gpu, size in gpus.items()}
 
 
 def _cast_bytes(stored: str, shape: Sequence[int], wanted: str | None) -> int:
@@ -113,17 +116,20 @@ def _cast_bytes(stored: str, shape: Sequence[int], wanted: str | None) -> int:
     return math.prod(shape) * WIDTHS[wanted]
 
 
-def _misfits(placement: Placement | None, ctx: ForecastContext) -> list[Misfit]:
-    each = PlacedModel(placement).gpus if placement else int(bool(ctx.machine.gpus))
-    local = ctx.launch.num_processes // ctx.launch.num_machines
+def _misfits(each: int, ctx: ForecastContext) -> tuple[Misfit, ...]:
+    """each: GPUs of a rank."""
+    local = _local_ranks(ctx)
     there = len(ctx.machine.gpus)
-    if each * local <= there:
-        return []
-    fits = there // each
-    cure = (
-        f"set launch.num_processes to {fits * ctx.launch.num_machines}" if fits else "place the model on cpu and disk"
-    )
-    return [Misfit(f"{local} ranks with {each} GPU(s) each need {each * local}, and there are {there}", cure)]
+    if not lacking({"GPUs": each * local}, {"GPUs": there}):
+        return ()
+    cause = f"{local} ranks with {each} GPU(s) each need {each * local}, and there are {there}"
+    ranks = there // each * ctx.launch.num_machines
+    cure = Cure({"launch.num_processes": ranks}) if ranks else "place the model on cpu and disk"
+    return (Misfit(cause, cure),)
+
+
+def _local_ranks(ctx: ForecastContext) -> int:
+    return ctx.launch.num_processes // ctx.launch.num_machines
 
 
 def prepare(params: InferParams, ctx: StageContext) -> None:
@@ -158,11 +164,12 @@ def _load(params: InferParams, ctx: StageContext) -> torch.nn.Module:
 
     local_rank = int(os.environ.get("LOCAL_RANK", ctx.rank))
     local_ranks = int(os.environ.get("LOCAL_WORLD_SIZE", ctx.world_size))
-    model = PlacedModel.read(ctx.input("placement")) if "placement" in ctx.inputs else whole(0 if _has_gpu() else "cpu")
+    placed = "placement" in ctx.inputs
+    placement = read_placement(ctx.input("placement")) if placed else as_placement({"": 0 if _has_gpu() else "cpu"})
     free = int(psutil.virtual_memory().available * MEMORY_SHARE / local_ranks)
-    cap = model.placement.max_memory.get("cpu")
+    cap = placement.max_memory.get("cpu")
     memory = free if cap is None else min(free, cap)
-    return model.load(ctx, dtype=params.dtype, memory=memory, first_gpu=local_rank * model.gpus)
+    return load_placed(placement, ctx, dtype=params.dtype, memory=memory, first_gpu=local_rank * placement.gpus)
 
 
 def _has_gpu() -> bool:

@@ -74,6 +74,7 @@ def test_a_wheel_holds_every_module(tmp_path):
         "__main__.py",
         "errors.py",
         "files.py",
+        "fit.py",
         "modules.py",
         "machine.py",
         "sizes.py",

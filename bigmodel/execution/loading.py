@@ -83,8 +83,8 @@ def load(
     model: an empty model of a class that the checkpoint does not name itself.
     dtype: what floating weights are cast to; left out, the placement's or `compute_dtype`'s choice. Quantized weights
       stay as they are.
-    special_dtypes: parameter name → dtype, where another one is wanted.
-    no_split_module_classes: blocks that are streamed as a whole; left out, the model's own.
+    special_dtypes: parameter name → dtype, where another one is wanted; left out, the placement's.
+    no_split_module_classes: blocks that are streamed as a whole; left out, the placement's, else the model's own.
     memory: bytes of RAM that weights cast to another dtype may fill; what is over is cast anew at each use.
     room: bytes of RAM that `compute_dtype` reckons with; left out, half of this machine's.
     first_gpu: added to the map's GPU numbers, which are a rank's own.
@@ -106,9 +106,10 @@ def load(
         model = build_skeleton(checkpoint, wanted, sources)
     else:
         model = adopt(model, wanted)
-    if no_split_module_classes is not None:
-        model._no_split_modules = list(no_split_module_classes)  # type: ignore[assignment]
-    _fill(model, checkpoint, homes, wanted, special_dtypes or {}, budget)
+    no_split = placement.no_split_module_classes if no_split_module_classes is None else no_split_module_classes
+    if no_split is not None:
+        model._no_split_modules = list(no_split)  # type: ignore[assignment]
+    _fill(model, checkpoint, homes, wanted, special_dtypes or placement.special_dtypes, budget)
     _read_generation_config(model, checkpoint.path)
     return model.eval().requires_grad_(False)
 

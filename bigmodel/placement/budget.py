@@ -1,36 +1,44 @@
-"""How many bytes of weights and buffers each device may hold."""
+"""How many bytes each device may hold."""
 
 from __future__ import annotations
 
-import re
-from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Literal
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, replace
+from functools import cached_property
 
-from bigpipe.errors import UsageError
-from bigpipe.sizes import size_of
+from bigpipe.machine import Machine
 
-Device = int | Literal["cpu", "disk"]
-"""A GPU by its number, counted from 0 within one process; the CPU's memory; the disk."""
+from .devices import Device, main_of
+from .headroom import Headroom
 
-_RANGE = re.compile(r"(\d+)(?:\s*-\s*(\d+))?")
-_MOST_GPUS = 4096
+RAM_SHARE = 0.8
+"""Of a machine's RAM, what may be filled where nobody says how much."""
 
 
-@dataclass(frozen=True, slots=True)
-class Budget:
-    """Bytes per device in the order of preference: GPUs by number, CPU, disk. A device not in it is not used."""
+@dataclass(frozen=True)
+class MemoryBudget:
+    """Bytes per device. A device that is not in it, or has 0 bytes, is not used."""
 
-    caps: Mapping[Device, int | None]
+    memory: Mapping[Device, int | None]
     """None: no limit."""
+    headroom: Headroom | None = None
+    """What generating takes of it; None: it is for weights and buffers alone."""
+
+    @cached_property
+    def caps(self) -> Mapping[Device, int | None]:
+        """What is left for weights, buffers and cache, in the order of preference: GPUs by number, CPU, disk."""
+        taken = self.headroom or Headroom()
+        gpus = sorted(device for device in self.memory if isinstance(device, int))
+        caps: dict[Device, int | None]
+        caps = {gpu: _less(self.memory[gpu], taken.activations + taken.runtime) for gpu in gpus}
+        runs_on_cpu = not any(cap != 0 for cap in caps.values())
+        caps["cpu"] = _less(self.memory.get("cpu", 0), taken.activations if runs_on_cpu else 0)
+        caps["disk"] = self.memory.get("disk", 0)
+        return {device: cap for device, cap in caps.items() if cap != 0}
 
     @property
     def gpus(self) -> tuple[int, ...]:
         return tuple(device for device in self.caps if isinstance(device, int))
-
-    @property
-    def devices(self) -> tuple[Device, ...]:
-        return tuple(self.caps)
 
     @property
     def room(self) -> int | None:
@@ -40,71 +48,20 @@ class Budget:
 
     @property
     def main(self) -> Device:
-        """The device that runs what is offloaded: the first GPU, else the CPU."""
-        return next(iter(self.gpus), "cpu")
+        return main_of(self.caps)
+
+    def without(self, devices: Collection[Device]) -> MemoryBudget:
+        return replace(self, memory={device: size for device, size in self.memory.items() if device not in devices})
+
+    def given(self, caps: Mapping[Device, int | None]) -> MemoryBudget:
+        """The same with other sizes for these devices."""
+        return replace(self, memory={**self.memory, **caps})
 
 
-def read_budget(
-    max_memory: Mapping[int | str, int | str] | None, headroom: Mapping[Device, int] | None = None
-) -> Budget:
-    """Caps from what a user wrote, or from this machine if None, less `headroom` bytes per device.
-
-    Keys: GPU numbers, ranges of them ("1-7"), cpu, disk. Values: bytes or sizes ("10GiB"). A device with 0 bytes is
-    not used. Left out altogether, the disk is there without a limit. Raises UsageError.
-    """
-    caps = _detect() if max_memory is None else _parse(max_memory)
-    for device, size in (headroom or {}).items():
-        cap = caps.get(device)
-        if cap is not None:
-            caps[device] = max(0, cap - size)
-    return ordered_budget({device: cap for device, cap in caps.items() if cap != 0})
+def memory_of(machine: Machine) -> dict[Device, int | None]:
+    """What a machine has, not what happens to be free: a placement must not depend on the moment."""
+    return {**{gpu.index: gpu.memory for gpu in machine.gpus}, "cpu": int(machine.memory * RAM_SHARE), "disk": None}
 
 
-def ordered_budget(caps: Mapping[Device, int | None]) -> Budget:
-    order: list[Device] = [*sorted(device for device in caps if isinstance(device, int)), "cpu", "disk"]
-    return Budget({device: caps[device] for device in order if device in caps})
-
-
-def _parse(max_memory: Mapping[int | str, int | str]) -> dict[Device, int | None]:
-    caps: dict[Device, int | None] = {}
-    for key, value in max_memory.items():
-        size = size_of(f"max_memory of {key}", value)
-        for device in devices_of(key):
-            if device in caps:
-                raise UsageError(f"max_memory gives device {device} twice", "give each device once")
-            caps[device] = size
-    return caps
-
-
-def devices_of(key: int | str) -> list[Device]:
-    """The devices that a key of `max_memory` names. Raises UsageError."""
-    if key in ("cpu", "disk"):
-        return ["cpu"] if key == "cpu" else ["disk"]
-    match = _RANGE.fullmatch(str(key).strip())
-    if match is None:
-        raise UsageError(f"{key!r} is not a device", "name a GPU (0), a range of GPUs (1-7), cpu or disk")
-    first, last = int(match[1]), int(match[2] or match[1])
-    if not first <= last < _MOST_GPUS:
-        raise UsageError(f"{key!r} is not a range of GPUs", "give the lower number first: 1-7")
-    return list(range(first, last + 1))
-
-
-def _detect() -> dict[Device, int | None]:
-    """Free bytes of each GPU and of memory, now; the disk without a limit, as offloading writes nothing there."""
-    import psutil
-
-    host: dict[Device, int | None] = {"cpu": psutil.virtual_memory().available, "disk": None}
-    return host | _detect_gpus()
-
-
-def _detect_gpus() -> dict[Device, int | None]:
-    try:
-        import pynvml
-    except ImportError:
-        return {}
-    try:
-        pynvml.nvmlInit()
-    except pynvml.NVMLError:
-        return {}
-    handles = [pynvml.nvmlDeviceGetHandleByIndex(index) for index in range(pynvml.nvmlDeviceGetCount())]
-    return {index: int(pynvml.nvmlDeviceGetMemoryInfo(handle).free) for index, handle in enumerate(handles)}
+def _less(cap: int | None, size: int) -> int | None:
+    return None if cap is None else max(0, cap - size)

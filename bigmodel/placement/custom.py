@@ -7,7 +7,7 @@ from collections.abc import Mapping
 
 from bigpipe.errors import UsageError
 
-from .budget import Device, devices_of
+from .devices import Device, devices_of
 from .tree import Tree, prefixes
 
 _SHOWN = 8

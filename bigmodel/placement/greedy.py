@@ -10,7 +10,7 @@ from collections import deque
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from .budget import Device
+from .devices import Device, is_computing, main_of
 from .tree import Tree
 
 
@@ -45,6 +45,7 @@ class _Run:
         self.tree = tree
         self.caps = caps
         self.order = list(caps)
+        self.main = main_of(caps)
         self.streaming = streaming
         self.returning = returning
         self.queue = deque(tree.split(""))
@@ -71,10 +72,15 @@ class _Run:
         reserve = max(self.largest, self.filling.reserved.get(device, 0)) if device in self.streaming else 0
         return cap - reserve - self.filling.on(device)
 
+    def _load(self, device: Device, *parts: str) -> int:
+        """Bytes that the device must hold for the parts: where they compute, their keys and values too."""
+        size = self.tree.union_size(parts) if len(parts) > 1 else self.tree.size(parts[0])
+        return size + sum(map(self.tree.cached, parts)) if is_computing(device, self.main) else size
+
     def _put(self, part: str, device: Device) -> bool:
         """Puts the part and all that is tied to it on the device, if they fit together."""
         tied = self._tied_parts(part)
-        size = self.tree.union_size([part, *tied]) if tied else self.tree.size(part)
+        size = self._load(device, part, *tied)
         room = self._room(device)
         if room is not None and size > room:
             return False
@@ -96,7 +102,7 @@ class _Run:
         """Replaces the part, or a part tied to it where that is what is too big for the device, by its pieces."""
         room = self._room(device)
         tied = self._tied_parts(part)
-        if tied and room is not None and self.tree.size(part) <= room:
+        if tied and room is not None and self._load(device, part) <= room:
             for name in filter(self.tree.can_split, tied):
                 index = self.queue.index(name)
                 self.queue.remove(name)
@@ -105,7 +111,7 @@ class _Run:
                 self.queue.appendleft(part)
                 self.largest, self.largest_names = self._largest_layers()
                 return True
-        if room is not None and self.tree.size(part) >= room and self.tree.can_split(part):
+        if room is not None and self._load(device, part) >= room and self.tree.can_split(part):
             self.queue.extendleft(reversed(self.tree.split(part)))
             self.largest, self.largest_names = self._largest_layers()
             return True

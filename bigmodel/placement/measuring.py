@@ -12,7 +12,7 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import asdict, replace
@@ -22,6 +22,7 @@ from pathlib import Path
 import bigpipe
 from bigpipe.bigmodel.memo import recall, remember
 from bigpipe.files import FileWriter, forget_cached, partial_name
+from bigpipe.machine import Machine
 
 from .speeds import Speeds
 
@@ -33,15 +34,17 @@ CHILD_SECONDS = 120
 ANSWER_VERSION = 1
 
 
-def measured_speeds(memo: Path, *, gpus: Sequence[str] = ()) -> Speeds:
-    """The speeds of this machine with these GPUs (their names); what is in `memo` is not measured again."""
-    file = memo / "speeds" / f"{os.uname().nodename}.json"
+def speeds_of(machine: Machine, memo: Path) -> Speeds | None:
+    """Return this machine's speeds, measured once and kept in `memo`; of another machine nothing is known (None)."""
+    if machine.name != os.uname().nodename:
+        return None
+    file = memo / "speeds" / f"{machine.name}.json"
     known = recall(file)
-    key = [ANSWER_VERSION, list(gpus)]
+    key = [ANSWER_VERSION, [gpu.name for gpu in machine.gpus]]
     if isinstance(known, dict) and known.get("key") == key:
         with suppress(TypeError, KeyError):
             return Speeds(**known["speeds"])
-    speeds = measure(memo, with_gpus=bool(gpus))
+    speeds = measure(memo, with_gpus=bool(machine.gpus))
     remember(file, {"key": key, "speeds": asdict(speeds)})
     return speeds
 

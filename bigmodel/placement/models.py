@@ -12,22 +12,33 @@ from bigpipe.bigmodel.checkpoint.naming import set_quantized_apart
 from bigpipe.bigmodel.checkpoint.tensors import CASTABLE, tensor_nbytes
 from bigpipe.bigmodel.footprint.sighting import architecture_of, look
 from bigpipe.bigmodel.sources import Sources
+from bigpipe.errors import DoesNotFit
+from bigpipe.fit import Misfit
+from bigpipe.machine import Machine, detect
 from bigpipe.trust import Trust
 
-from .budget import Device
+from .devices import is_computing, main_of
+from .fitting import smaller_work
+from .headroom import headroom_of
+from .measuring import speeds_of
+from .request import FLOATS, PlacementRequest
 from .result import Placement
 from .speeds import Speeds
-from .strategies import FLOATS, place_architecture
+from .strategies import place_architecture
+from .tree import INDIVISIBLE
 
 
 def place(
     model: str | Path,
     *,
-    device_map: str | Mapping[str, Device] = "auto",
+    device_map: str | Mapping[str, int | str] = "auto",
     max_memory: Mapping[int | str, int | str] | None = None,
     no_split_module_classes: Sequence[str] | None = None,
     dtype: str | None = None,
     special_dtypes: Mapping[str, str] | None = None,
+    batch_size: int = 1,
+    sequence_length: int = 2048,
+    machine: Machine | None = None,
     speeds: Speeds | None = None,
     revision: str = "main",
     trust: Trust | Sequence[str] = (),
@@ -37,30 +48,93 @@ def place(
     offline: bool = False,
     environment: Mapping[str, str] | None = None,
 ) -> Placement:
-    """Where each part of a model would go, at the size it is stored or loaded in. `load` takes the answer.
+    """Return where each part of a model goes, at the size it is stored or loaded in. `load` takes the answer.
 
     model: a checkpoint directory, a `config.json`, a repository (`owner/name`) or its address.
-    device_map, max_memory, no_split_module_classes, special_dtypes, speeds: see `strategies.place_architecture`.
-    dtype: what floats are loaded as; None: as stored. Quantized weights count at their quantized size.
+    device_map, max_memory, no_split_module_classes, dtype, special_dtypes, batch_size, sequence_length: those of
+      `PlacementRequest`. Quantized weights count at their quantized size.
+    machine: whose devices they are; None: this one's. speeds: what `optimal` weighs by; None: as measured on this
+      machine and kept in `memo`, or ordinary ones.
     trust: modules that a custom class may come from, looked for in `base` first; trust_remote_code: may the
       checkpoint's own Python files run? memo: where answers about architectures are kept.
 
     No weight moves, and torch is not imported here. Raises UsageError for a wrong map or device, DoesNotFit with the
     smallest change that fits, InvalidCheckpoint, Offline, NotAuthorised, GatedRepository, Transient.
     """
+    request = PlacementRequest(
+        device_map=device_map, max_memory=max_memory, no_split_module_classes=no_split_module_classes, dtype=dtype,
+        special_dtypes=special_dtypes or {}, batch_size=batch_size, sequence_length=sequence_length,
+    )  # fmt: skip
     sources = Sources(
         trust=Trust.of(trust), trust_remote_code=trust_remote_code, base=base, memo=memo, offline=offline,
         environment=environment,
     )  # fmt: skip
     sighting = look(model, revision, sources)
     architecture, _ = architecture_of(sighting, "auto", sources)
-    stored = stored_bytes(sighting.description, architecture, plain=dtype is None, skip=special_dtypes or ())
+    return place_model(
+        sighting.description, architecture, request, machine or detect(Path.cwd()), memo=memo, speeds=speeds
+    )
+
+
+def place_model(
+    model: ModelDescription,
+    architecture: Architecture,
+    request: PlacementRequest,
+    machine: Machine,
+    *,
+    memo: Path | None = None,
+    speeds: Speeds | None = None,
+) -> Placement:
+    """Return the placement of a model that has been looked at. Raises UsageError and DoesNotFit, as `place` does."""
+    if request.device_map == "optimal" and speeds is None and memo is not None:
+        speeds = speeds_of(machine, memo)
+
+    def attempt(request: PlacementRequest) -> Placement:
+        return _placed(model, architecture, request, machine, speeds)
+
+    try:
+        return attempt(request)
+    except DoesNotFit as error:
+        cure = smaller_work(request, machine, attempt) if request.max_memory is None else None
+        raise (Misfit(error.cause, cure) if cure else Misfit.of(error)).error() from None
+
+
+def _placed(
+    model: ModelDescription,
+    architecture: Architecture,
+    request: PlacementRequest,
+    machine: Machine,
+    speeds: Speeds | None,
+) -> Placement:
+    dtype = request.dtype or stored_dtype(model)
+    special = request.special_dtypes
     placement = place_architecture(
-        architecture, device_map=device_map, max_memory=max_memory, no_split_module_classes=no_split_module_classes,
-        dtype=dtype or stored_dtype(sighting.description), special_dtypes=special_dtypes, tensor_bytes=stored,
+        architecture,
+        replace(request, dtype=dtype),
+        tensor_bytes=stored_bytes(model, architecture, plain=request.dtype is None, skip=special),
+        headroom=headroom_of(architecture, dtype, request.batch_size, request.sequence_length),
+        machine=machine,
         speeds=speeds,
-    )  # fmt: skip
-    return replace(placement, dtype=dtype)
+    )
+    streamed = _streamed(architecture, placement, dtype, stored_bytes(model, architecture))
+    return replace(placement, dtype=request.dtype, streamed_bytes_per_token=streamed)
+
+
+def _streamed(architecture: Architecture, placement: Placement, dtype: str, stored: Mapping[str, int]) -> int:
+    """Stored bytes: of tied weights at each use, of an embedding one row unless it is part of a block."""
+    main, classes = main_of(placement.device_map.values()), placement.no_split_module_classes
+    whole = INDIVISIBLE | frozenset(architecture.no_split if classes is None else classes)
+    blocks = tuple(f"{module.name}." for module in architecture.modules if module.class_name in whole)
+    total = 0
+    for module in architecture.modules:
+        table = module.class_name == "Embedding" and not module.name.startswith(blocks)
+        for tensor in module.tensors:
+            if not tensor.persistent or is_computing(placement.device_of(tensor.name), main):
+                continue
+            known = stored.get(architecture.aliases.get(tensor.name, tensor.name))
+            size = known or tensor_nbytes(architecture.dtype_of(tensor, dtype), tensor.shape)
+            total += size // tensor.shape[0] if table else size
+    return total
 
 
 def stored_dtype(model: ModelDescription) -> str:

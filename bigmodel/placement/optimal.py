@@ -3,26 +3,32 @@
 Units (what cannot be split) keep the model's order: those that lie on GPUs fill them one after the other, and any may
 be left to the CPU's memory or the disk and be streamed through the first GPU in use. The seconds of a token are those
 of reading every weight from where it lies, and of handing activations on wherever the device changes. An embedding
-table that lies in RAM or on disk gives up its rows there and is never streamed.
+table that lies in RAM or on disk gives up its rows there and is never streamed. The keys and values of a unit lie where
+it computes: with it, or on the first GPU in use if it is streamed.
 
-A dynamic program over the units: what matters of a prefix is its seconds, how far the GPUs are filled, and what is left
-to CPU and disk; prefixes that are worse in all of these than another are dropped, and so are those that cannot beat the
-best complete answer known. It is solved for each first GPU, each largest unit that may be streamed (room is kept for
-that one), and each device for the weights that several units share.
+A dynamic program over the units: what matters of a prefix is its seconds, how far the GPUs are filled, what the first
+one holds, and what is left to CPU and disk; prefixes that are worse in all of these than another are dropped, and so
+are those that cannot beat the best complete answer known. It is solved for each first GPU, each largest unit that may
+be streamed (room is kept for that one), and each device for the weights that several units share.
 """
 
 from __future__ import annotations
 
 import itertools
+import math
 from bisect import bisect_right
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
-from .budget import Budget, Device
+from bigpipe.fit import fits
+
+from .budget import MemoryBudget
+from .devices import Device
 from .speeds import Speeds
 from .tree import Tree
 
+TIERS: tuple[Device, Device] = ("cpu", "disk")
 BEAM = 24
 """Prefixes kept per unit in the quick first pass that finds a bound."""
 
@@ -35,6 +41,10 @@ class Unit:
     shared: int = 0
     """Bytes of storages that other units use too; the unit lies where they lie."""
     table: bool = False
+    cached: int = 0
+    """Bytes of keys and values, on whatever device it computes."""
+    staying: int = 0
+    """Bytes that stay there although it is streamed: `cached`, and buffers that no checkpoint holds."""
 
     @property
     def moved(self) -> int:
@@ -58,10 +68,14 @@ class Prefix:
     """Index of the resident device being filled."""
     used: int
     """Bytes on it."""
+    load: int
+    """Bytes on the first device: what lies there, and what stays there of what is streamed through it."""
     left: tuple[int, int]
     """Bytes left to the CPU, to the disk."""
     at: Device | None
     """Where the last unit computed."""
+    idle: bool = False
+    """The first device holds no unit yet. It must, or another one would run what is streamed."""
     device: Device | None = None
     before: Prefix | None = None
 
@@ -87,19 +101,20 @@ def units_of(tree: Tree) -> list[Unit]:
         shared = sum(tree.nbytes.get(storage, 0) for storage in storages if users[storage] > 1)
         own = sum(tree.nbytes.get(storage, 0) for storage in storages if users[storage] == 1)
         if own or shared:
-            units.append(Unit(layer, own, shared, tree.is_table(layer)))
+            units.append(Unit(layer, own, shared, tree.is_table(layer), tree.cached(layer), tree.staying(layer)))
     return units
 
 
-def solve(tree: Tree, budget: Budget, speeds: Speeds) -> Solution | None:
+def solve(tree: Tree, budget: MemoryBudget, speeds: Speeds) -> Solution | None:
     """The best placement within the caps, or None where there is none."""
     units = units_of(tree)
     groups = _groups(tree, units)
     if budget.gpus:
-        found = _best(units, groups, budget, speeds, [budget.gpus[first:] for first in range(len(budget.gpus))])
+        found = _best(units, groups, budget.caps, speeds, [budget.gpus[first:] for first in range(len(budget.gpus))])
         if found is not None:
             return found
-    return _best(units, groups, budget, speeds, [("cpu",)] if "cpu" in budget.caps else [])
+    caps = budget.without(budget.gpus).caps
+    return _best(units, groups, caps, speeds, [("cpu",)] if "cpu" in caps else [])
 
 
 def _groups(tree: Tree, units: Sequence[Unit]) -> list[tuple[frozenset[int], int]]:
@@ -126,19 +141,19 @@ def _shared_bytes(tree: Tree, units: Sequence[Unit]) -> int:
 def _best(
     units: Sequence[Unit],
     groups: Sequence[tuple[frozenset[int], int]],
-    budget: Budget,
+    caps: Mapping[Device, int | None],
     speeds: Speeds,
     residents: Iterable[Sequence[Device]],
 ) -> Solution | None:
     best: Solution | None = None
     for devices in residents:
-        homes = [*devices, *(d for d in ("cpu", "disk") if d in budget.caps and d not in devices)]
+        homes = [*devices, *(d for d in ("cpu", "disk") if d in caps and d not in devices)]
         for chosen in itertools.product(homes, repeat=len(groups)):
             pinned = {number: home for (members, _), home in zip(groups, chosen, strict=True) for number in members}
             shared = {home: 0 for home in homes}
             for (_, nbytes), home in zip(groups, chosen, strict=True):
                 shared[home] += nbytes
-            for problem in _problems(units, pinned, shared, budget, speeds, devices):
+            for problem in _problems(units, pinned, shared, caps, speeds, devices):
                 found = problem.solve(best.seconds if best else float("inf"))
                 best = found or best
     return best
@@ -148,7 +163,7 @@ def _problems(
     units: Sequence[Unit],
     pinned: Mapping[int, Device],
     shared: Mapping[Device, int],
-    budget: Budget,
+    caps: Mapping[Device, int | None],
     speeds: Speeds,
     devices: Sequence[Device],
 ) -> Iterator[Problem]:
@@ -158,10 +173,10 @@ def _problems(
     for room in sorted({0, *(unit.moved for unit in units)}):
         if room < must:
             continue
-        caps = {device: _less(budget.caps[device], shared.get(device, 0)) for device in budget.caps}
-        caps[main] = _less(caps[main], room)
-        if all(cap is None or cap >= 0 for cap in caps.values()):
-            yield Problem(units, pinned, caps, speeds, tuple(devices), room)
+        left = {device: _less(cap, shared.get(device, 0)) for device, cap in caps.items()}
+        left[main] = _less(left[main], room)
+        if all(cap is None or cap >= 0 for cap in left.values()):
+            yield Problem(units, pinned, left, speeds, tuple(devices), room)
 
 
 def _less(cap: int | None, size: int) -> int | None:
@@ -169,25 +184,36 @@ def _less(cap: int | None, size: int) -> int | None:
 
 
 class Fillable:
-    """How much of a room units of these sizes can fill at most: less than all of it where they are few and large."""
+    """The most value that units of these (bytes, value) bring into a room: less where they are few and large."""
 
     MOST = 20_000
 
-    def __init__(self, sizes: Iterable[int]) -> None:
-        counts = Counter(sizes)
-        self.total = sum(size * count for size, count in counts.items())
-        sums = {0}
-        for size, count in counts.items():
-            if len(sums) * (count + 1) > self.MOST:
-                sums = set()
+    def __init__(self, units: Iterable[tuple[int, int]]) -> None:
+        counts = Counter(units)
+        self.total = sum(value * count for (_, value), count in counts.items())
+        self.whole = sum(size * count for (size, _), count in counts.items())
+        self.free = sum(value * count for (size, value), count in counts.items() if not size)
+        self.rate = max((value / size for size, value in counts if size), default=0.0)
+        best = {0: 0}
+        for (size, value), count in counts.items():
+            if len(best) * (count + 1) > self.MOST:
+                best = {}
                 break
-            sums = {known + size * number for known in sums for number in range(count + 1)}
-        self.sums = sorted(sums)
+            for held, worth in list(best.items()):
+                for number in range(1, count + 1):
+                    filled = held + size * number
+                    best[filled] = max(best.get(filled, 0), worth + value * number)
+        self.sizes = sorted(best)
+        self.values = list(itertools.accumulate((best[size] for size in self.sizes), max))
 
     def of(self, room: int | None) -> int:
-        if room is None or room >= self.total:
+        if room is None or room >= self.whole:
             return self.total
-        return self.sums[bisect_right(self.sums, room) - 1] if self.sums and room >= 0 else max(0, room)
+        if room < 0:
+            return 0
+        if not self.sizes:
+            return min(self.total, self.free + math.ceil(room * self.rate))
+        return self.values[bisect_right(self.sizes, room) - 1]
 
 
 class Problem:
@@ -210,12 +236,17 @@ class Problem:
         self.main = devices[0]
         self.room = room
         for number, home in pinned.items():
-            cap = self.caps[home]
-            self.caps[home] = _less(cap, units[number].nbytes)
+            here = home in devices
+            self.caps[home] = _less(self.caps[home], units[number].nbytes + (units[number].cached if here else 0))
+            self.caps[self.main] = _less(self.caps[self.main], 0 if here else units[number].staying)
         # Bytes still to come after each unit; pinned ones are taken off the caps already.
         moved = [0 if number in pinned else unit.moved for number, unit in enumerate(units)]
         self._rest = [sum(moved[number:]) for number in range(len(units) + 1)]
-        self._fillable = Fillable(size for number, size in enumerate(moved) if number not in pinned)
+        free = [unit for number, unit in enumerate(units) if number not in pinned]
+        self._fillable = Fillable((unit.moved + unit.cached, unit.moved) for unit in free)
+        self._streamable = Fillable((unit.staying, unit.moved) for unit in free)
+        staying = [0 if number in pinned else unit.staying for number, unit in enumerate(units)]
+        self._to_stay = [sum(staying[number:]) for number in range(len(units) + 1)]
         self._whole = [self._fillable.of(self.caps[device]) for device in self.devices]
         # Seconds per byte: they are asked for half a million times
         self._from_cpu = speeds.streamed("cpu", self.main, 2**40) / 2**40
@@ -224,7 +255,7 @@ class Problem:
 
     def solve(self, bound: float) -> Solution | None:
         """Better than `bound` seconds, or None."""
-        start = Prefix(0.0, 0, 0, (0, 0), None)
+        start = self._start()
         least = self._least(start, 0, counted=True)
         if least >= bound or any(cap is not None and cap < 0 for cap in self.caps.values()):
             return None
@@ -237,6 +268,10 @@ class Problem:
                 return relaxed or quick
         return self._search(bound, counted=True) or quick
 
+    def _start(self) -> Prefix:
+        idle = self.main != "cpu" and self.main not in self.pinned.values()
+        return Prefix(0.0, 0, 0, 0, (0, 0), None, idle)
+
     def _holds(self, solution: Solution) -> bool:
         held: dict[Device, int] = {}
         for number, unit in enumerate(self.units):
@@ -245,45 +280,44 @@ class Problem:
         return all((cap := self.caps[device]) is None or size <= cap for device, size in held.items())
 
     def _search(self, bound: float, *, counted: bool, beam: int | None = None) -> Solution | None:
-        prefixes = [Prefix(0.0, 0, 0, (0, 0), None)]
+        prefixes = [self._start()]
         for number, unit in enumerate(self.units):
             made = [new for prefix in prefixes for new in self._extend(prefix, number, unit, counted)]
             made = [new for new in made if new.seconds + self._least(new, number + 1, counted) < bound]
-            prefixes = self._undominated(made)
+            prefixes = self._undominated(made, number + 1)
             if beam is not None:
                 prefixes = sorted(prefixes, key=lambda p: p.seconds + self._least(p, number + 1, counted))[:beam]
-        best = min((prefix for prefix in prefixes if not self._idle(prefix)), key=lambda p: p.seconds, default=None)
+        best = min((prefix for prefix in prefixes if not prefix.idle), key=lambda p: p.seconds, default=None)
         if best is None:
             return None
         names = [unit.name for unit in self.units]
         return Solution(dict(zip(names, best.assignment(), strict=True)), best.seconds)
-
-    def _idle(self, prefix: Prefix) -> bool:
-        """Does the first device hold nothing yet? It must, or another one would run what is streamed."""
-        nothing = prefix.gpu == 0 and prefix.used == 0
-        return nothing and self.main != "cpu" and self.main not in self.pinned.values()
 
     def _extend(self, prefix: Prefix, number: int, unit: Unit, counted: bool) -> Iterator[Prefix]:
         home = self.pinned.get(number)
         if home is not None:
             yield self._moved_on(prefix, unit, home)
             return
-        for index in range(prefix.gpu, 1 if self._idle(prefix) else len(self.devices)):
-            used = unit.nbytes + (prefix.used if index == prefix.gpu else 0)
-            cap = self.caps[self.devices[index]]
-            if cap is None or used <= cap:
+        for index in range(prefix.gpu, 1 if prefix.idle else len(self.devices)):
+            size = unit.nbytes + unit.cached
+            used = size + (prefix.load if index == 0 else prefix.used if index == prefix.gpu else 0)
+            if fits(used, self.caps[self.devices[index]]):
                 new = self._moved_on(prefix, unit, self.devices[index])
                 new.gpu, new.used = index, used
+                new.load, new.idle = (used, False) if index == 0 else (prefix.load, prefix.idle)
                 yield new
-        for place, tier in enumerate(("cpu", "disk")):
-            if tier not in self.caps or tier in self.devices or unit.moved > self.room:
+        load = prefix.load + unit.staying
+        if unit.moved > self.room or not fits(load, self.caps[self.main]):
+            return
+        for place, tier in enumerate(TIERS):
+            if tier not in self.caps or tier in self.devices:
                 continue
-            new = self._moved_on(prefix, unit, "cpu" if tier == "cpu" else "disk")
+            new = self._moved_on(prefix, unit, tier)
+            new.load = load
             if counted:
                 left = list(prefix.left)
                 left[place] += unit.nbytes
-                limit = self.caps[new.device] if new.device is not None else None
-                if limit is not None and left[place] > limit:
+                if not fits(left[place], self.caps[tier]):
                     continue
                 new.left = (left[0], left[1])
             yield new
@@ -291,7 +325,8 @@ class Problem:
     def _moved_on(self, prefix: Prefix, unit: Unit, device: Device) -> Prefix:
         at, seconds = self.cost(unit, device)
         hop = self.speeds.hop if prefix.at not in (None, at) else 0.0
-        return Prefix(prefix.seconds + seconds + hop, prefix.gpu, prefix.used, prefix.left, at, device, prefix)
+        seconds += prefix.seconds + hop
+        return Prefix(seconds, prefix.gpu, prefix.used, prefix.load, prefix.left, at, prefix.idle, device, prefix)
 
     def cost(self, unit: Unit, device: Device) -> tuple[Device, float]:
         """(where it computes, seconds)."""
@@ -309,46 +344,69 @@ class Problem:
         best of these.
         """
         rest = self._rest[number]
-        cap = self.caps[self.devices[prefix.gpu]]
-        room = self._fillable.of(None if cap is None else cap - prefix.used)
-        seconds = self._streaming(rest - room, prefix, counted)
+        used = prefix.used if prefix.gpu else prefix.load
+        room = self._fillable.of(_less(self.caps[self.devices[prefix.gpu]], used))
+        # Where keys and values of what is streamed find no room on the first device, it cannot be streamed
+        most = self._streamable.of(_less(self.caps[self.main], prefix.load))
+        seconds = self._streaming(rest - room, most, prefix, counted)
         there = 0 if prefix.at == self.devices[prefix.gpu] else 1  # the hop to one of them may be behind us
         for more, whole in enumerate(self._whole[prefix.gpu + 1 :], 1):
             if room >= rest:
                 break
             room += whole
-            seconds = min(seconds, (more - there) * self.speeds.hop + self._streaming(rest - room, prefix, counted))
+            hops = (more - there) * self.speeds.hop
+            seconds = min(seconds, hops + self._streaming(rest - room, most, prefix, counted))
         return seconds + rest * self._here
 
-    def _streaming(self, nbytes: int, prefix: Prefix, counted: bool) -> float:
+    def _streaming(self, nbytes: int, most: int, prefix: Prefix, counted: bool) -> float:
         """Seconds by which streaming takes longer than having: from the CPU as far as it has room, else from disk."""
         if nbytes <= 0:
             return 0.0
+        if nbytes > most:
+            return math.inf
         on_cpu = 0
         if self.main != "cpu" and "cpu" in self.caps:
             cap = self.caps["cpu"]
             on_cpu = min(nbytes, self._fillable.of(None if cap is None or not counted else cap - prefix.left[0]))
         return on_cpu * self._from_cpu + (nbytes - on_cpu) * self._from_disk - nbytes * self._here
 
-    def _undominated(self, prefixes: list[Prefix]) -> list[Prefix]:
+    def _undominated(self, prefixes: list[Prefix], number: int) -> list[Prefix]:
         """Without those that another prefix beats in seconds and in room, at the same place or a hop cheaper."""
         buckets: dict[object, list[Prefix]] = {}
         for prefix in prefixes:
-            buckets.setdefault((prefix.left, self._idle(prefix)), []).append(prefix)
-        return [prefix for bucket in buckets.values() for prefix in self._front(bucket)]
+            buckets.setdefault((prefix.left, prefix.idle), []).append(prefix)
+        return [prefix for bucket in buckets.values() for prefix in self._front(bucket, self._to_stay[number] > 0)]
 
-    def _front(self, bucket: list[Prefix]) -> list[Prefix]:
-        bucket.sort(key=lambda prefix: (prefix.seconds, prefix.gpu, prefix.used))
-        fronts: dict[Device | None, tuple[int, int]] = {}
+    def _front(self, bucket: list[Prefix], loading: bool) -> list[Prefix]:
+        """loading: is there more to come that may stay on the first device without lying there?"""
+
+        def filled(prefix: Prefix) -> Filled:
+            return prefix.gpu, prefix.used if prefix.gpu else prefix.load, prefix.load if loading else 0
+
+        bucket.sort(key=lambda prefix: (prefix.seconds, filled(prefix)))
+        fronts: dict[Device | None, list[Filled]] = {}
         kept: list[Prefix] = []
-        cheaper, furthest = 0, (len(self.devices), 0)
+        cheaper = 0
+        furthest: list[Filled] = []
         for prefix in bucket:
-            here = (prefix.gpu, prefix.used)
+            here = filled(prefix)
             while cheaper < len(kept) and kept[cheaper].seconds + self.speeds.hop <= prefix.seconds:
-                furthest = min(furthest, (kept[cheaper].gpu, kept[cheaper].used))
+                _join(furthest, filled(kept[cheaper]))
                 cheaper += 1
-            if furthest <= here or fronts.get(prefix.at, (len(self.devices), 0)) <= here:
-                continue
-            fronts[prefix.at] = here
-            kept.append(prefix)
+            front = fronts.setdefault(prefix.at, [])
+            if not any(_is_less_full(there, here) for there in (*furthest, *front)):
+                _join(front, here)
+                kept.append(prefix)
         return kept
+
+
+Filled = tuple[int, int, int]
+"""Index of the device being filled, bytes on it, bytes on the first device where these still count."""
+
+
+def _is_less_full(one: Filled, other: Filled) -> bool:
+    return one[:2] <= other[:2] and one[2] <= other[2]
+
+
+def _join(front: list[Filled], new: Filled) -> None:
+    front[:] = [*(old for old in front if not _is_less_full(new, old)), new]

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from bigpipe.fit import Need
 from bigpipe.sizes import format_size
 
-from .budget import Device
+from .devices import Device, devices_of
 
-SCHEMA = "bigpipe.placement/1"
+SCHEMA = "bigpipe.placement/2"
 PICTURE_WIDTH = 40
 
 
@@ -25,12 +26,29 @@ class Placement:
     strategy: str
     dtype: str | None = None
     """What floating tensors are loaded as; None: as stored."""
-    streaming: dict[Device, int] = field(default_factory=dict)
-    """Bytes kept free on a device for the largest layer that passes through it."""
+    special_dtypes: dict[str, str] = field(default_factory=dict)
+    """Parameter name → dtype, where another one is wanted."""
+    no_split_module_classes: tuple[str, ...] | None = None
+    """Blocks that are streamed as a whole; None: the model's own."""
+    needs: dict[Device, Need] = field(default_factory=dict)
+    """What each device must hold to generate: weights where they really lie (buffers that no checkpoint holds lie where
+    they are used), keys and values of the layers that compute there, activations, runtime, streaming buffer."""
+    streamed_bytes_per_token: int = 0
+    """Stored bytes that one token moves from RAM or disk to where it computes."""
     seconds_per_token: float | None = None
     """Predicted, where the strategy weighs time: decoding one row, all weights read once."""
     explanation: tuple[str, ...] = ()
     """Sentences for people: what was decided and why."""
+
+    @property
+    def streaming(self) -> dict[Device, int]:
+        """Bytes kept free on a device for the largest layer that passes through it."""
+        return {device: need.streaming for device, need in self.needs.items() if need.streaming}
+
+    @property
+    def gpus(self) -> int:
+        """How many GPUs one process owns: its numbers count from 0."""
+        return max((home + 1 for home in self.device_map.values() if isinstance(home, int)), default=0)
 
     def device_of(self, name: str) -> Device:
         """Of a module or tensor. KeyError where the map does not cover it."""
@@ -48,23 +66,30 @@ class Placement:
             "dtype": self.dtype,
             "device_map": self.device_map,
             "weights": _by_text(self.weights),
-            "streaming": _by_text(self.streaming),
             "max_memory": _by_text(self.max_memory),
+            "special_dtypes": self.special_dtypes,
+            "no_split_module_classes": self.no_split_module_classes and list(self.no_split_module_classes),
+            "needs": {str(device): asdict(need) for device, need in self.needs.items()},
+            "streamed_bytes_per_token": self.streamed_bytes_per_token,
             "seconds_per_token": self.seconds_per_token,
             "explanation": list(self.explanation),
         }
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> Placement:
+        no_split = data["no_split_module_classes"]
         return cls(
             device_map=dict(data["device_map"]),
             weights=_by_device(data["weights"]),
             max_memory=_by_device(data["max_memory"]),
             strategy=data["strategy"],
-            dtype=data.get("dtype"),
-            streaming=_by_device(data.get("streaming", {})),
-            seconds_per_token=data.get("seconds_per_token"),
-            explanation=tuple(data.get("explanation", ())),
+            dtype=data["dtype"],
+            special_dtypes=dict(data["special_dtypes"]),
+            no_split_module_classes=None if no_split is None else tuple(no_split),
+            needs={device: Need(**parts) for device, parts in _by_device(data["needs"]).items()},
+            streamed_bytes_per_token=data["streamed_bytes_per_token"],
+            seconds_per_token=data["seconds_per_token"],
+            explanation=tuple(data["explanation"]),
         )
 
     def picture(self) -> str:
@@ -114,10 +139,4 @@ def _by_text(values: Mapping[Device, Any]) -> dict[str, Any]:
 
 def _by_device(values: Mapping[str, Any]) -> dict[Device, Any]:
     """JSON has text keys only; GPUs are numbers."""
-    return {_device(key): value for key, value in values.items()}
-
-
-def _device(key: str) -> Device:
-    if key in ("cpu", "disk"):
-        return "cpu" if key == "cpu" else "disk"
-    return int(key)
+    return {devices_of(key)[0]: value for key, value in values.items()}

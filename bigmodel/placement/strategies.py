@@ -2,95 +2,107 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import replace
-from functools import partial
+from collections.abc import Iterator, Mapping
+from pathlib import Path
 
 from bigpipe.bigmodel.architecture import Architecture
-from bigpipe.errors import DoesNotFit, UsageError
+from bigpipe.errors import DoesNotFit
+from bigpipe.fit import Need, lacking, nearest, totals
+from bigpipe.machine import Machine, detect
 from bigpipe.sizes import format_size
 
 from .balance import balanced_caps, smaller
-from .budget import Budget, Device, ordered_budget, read_budget
+from .budget import MemoryBudget, memory_of
 from .custom import read_device_map
+from .devices import Device, is_computing, named, read_max_memory
+from .fitting import over_a_cap, too_small
 from .greedy import Filling, fill
+from .headroom import Headroom
+from .needs import Homes, homes_of, needs_of, weights_of
 from .optimal import solve
+from .request import PlacementRequest
 from .result import Placement
 from .speeds import Speeds
-from .tree import Tree, prefixes
-
-FLOATS = ("float32", "float16", "bfloat16")
-MODES = ("auto", "balanced", "balanced_low_0", "sequential", "optimal")
+from .tree import Tree
 
 
 def place_architecture(
     architecture: Architecture,
+    request: PlacementRequest,
     *,
-    device_map: str | Mapping[str, int | str] = "auto",
-    max_memory: Mapping[int | str, int | str] | None = None,
-    no_split_module_classes: Sequence[str] | None = None,
-    dtype: str | None = None,
-    special_dtypes: Mapping[str, str] | None = None,
     tensor_bytes: Mapping[str, int] | None = None,
-    headroom: Mapping[Device, int] | None = None,
+    headroom: Headroom | None = None,
+    machine: Machine | None = None,
     speeds: Speeds | None = None,
 ) -> Placement:
-    """A device for every parameter and buffer, never more on one than its cap.
+    """Return a device for every parameter and buffer, never more on one than its cap.
 
-    device_map: auto (the same as balanced), balanced, balanced_low_0, sequential as in accelerate; optimal, the fewest
-    predicted seconds per token at these `speeds`; or a map of name prefixes to devices. max_memory: bytes of weights
-    and buffers per device; devices not in it are not used; None: what this machine has free, and the disk.
-    no_split_module_classes: None for the model's own. dtype: what floats are loaded as; special_dtypes: tensor name →
-    dtype. tensor_bytes: true bytes of tensors as stored, for quantized checkpoints; names the architecture lacks
-    (`….weight.absmax`) go with their module. headroom: bytes per device to leave free.
+    tensor_bytes: true bytes of tensors as stored, for quantized checkpoints; names the architecture lacks
+    (`….weight.absmax`) go with their module. headroom: what generating takes besides; `max_memory` caps weights and
+    buffers, as in Hugging Face, and only without it room is left for the rest. machine: whose memory it is; None: this
+    one's. speeds: what `optimal` weighs by.
 
     Raises UsageError for a wrong map or device, DoesNotFit with the smallest change that fits.
     """
-    for name in (dtype, *(special_dtypes or {}).values()):
-        if name is not None and name not in FLOATS:
-            raise UsageError(f"dtype {name!r} is not one that weights are loaded as", f"use {', '.join(FLOATS)}")
+    budget = _budget(request, headroom, machine)
     tree = Tree(
-        architecture, no_split=no_split_module_classes, dtype=dtype, special_dtypes=special_dtypes,
-        tensor_bytes=tensor_bytes,
+        architecture, no_split=request.no_split_module_classes, dtype=request.dtype,
+        special_dtypes=request.special_dtypes, tensor_bytes=tensor_bytes,
+        cache=budget.headroom.cache if budget.headroom else None,
     )  # fmt: skip
-    if isinstance(device_map, Mapping):
-        budget = read_budget(max_memory, headroom) if max_memory is not None else Budget({})
-        devices = read_device_map(tree, device_map)
-        strategy = "custom"
-    elif device_map == "optimal":
-        budget = read_budget(max_memory, headroom)
-        speeds = speeds or Speeds()
-        solution = solve(tree, budget, speeds)
-        if solution is None:
-            raise _too_big(tree, budget)
-        devices = _simplified(tree, _with_weightless(tree, solution.devices))
-        placed = _placement(tree, budget, devices, device_map, dtype, solution.seconds)
-        predicted = f"Predicted {solution.seconds:.3g} s per token, at {speeds.describe()}."
-        return replace(placed, explanation=(*placed.explanation, predicted))
-    elif device_map in MODES:
-        budget = read_budget(max_memory, headroom)
-        devices = _simplified(tree, _choose(tree, budget, device_map).devices)
-        strategy = device_map
-    else:
-        raise UsageError(f"device_map {device_map!r} is not a mode", f"use one of {', '.join(MODES)}, or a map")
-    return _placement(tree, budget, devices, strategy, dtype)
+    speeds = speeds or Speeds()
+    devices, seconds = _devices(tree, budget, request, speeds)
+    homes = homes_of(tree, devices)
+    if budget.memory and (misfit := over_a_cap(needs_of(tree, homes, budget.headroom), budget)):
+        raise misfit.error()
+    weights, needs = weights_of(tree, homes), needs_of(tree, homes, headroom)
+    explanation = [*_explain(tree, budget, homes, weights, needs)]
+    if seconds is not None:
+        explanation.append(f"Predicted {seconds:.3g} s per token, at {speeds.describe()}.")
+    no_split = request.no_split_module_classes
+    return Placement(
+        device_map=devices,
+        weights=weights,
+        max_memory=dict(budget.caps),
+        strategy=request.mode or "custom",
+        dtype=request.dtype,
+        special_dtypes=dict(request.special_dtypes),
+        no_split_module_classes=None if no_split is None else tuple(no_split),
+        needs=needs,
+        seconds_per_token=seconds,
+        explanation=tuple(explanation),
+    )
 
 
-def _choose(tree: Tree, budget: Budget, mode: str) -> Filling:
+def _budget(request: PlacementRequest, headroom: Headroom | None, machine: Machine | None) -> MemoryBudget:
+    if request.max_memory is not None:
+        return MemoryBudget(read_max_memory(request.max_memory))
+    if request.mode is None:
+        return MemoryBudget({})
+    return MemoryBudget(memory_of(machine or detect(Path.cwd())), headroom)
+
+
+def _devices(
+    tree: Tree, budget: MemoryBudget, request: PlacementRequest, speeds: Speeds
+) -> tuple[dict[str, Device], float | None]:
+    """(part → device, predicted seconds per token where the mode weighs them)."""
+    if isinstance(request.device_map, Mapping):
+        return read_device_map(tree, request.device_map), None
     if not budget.caps:
         raise DoesNotFit("max_memory leaves no device with room", "give one more than 0 bytes, such as cpu: 8GiB")
-    best = _best(tree, budget, mode)
-    if best is None:
-        raise _too_big(tree, budget)
-    return best
+    if request.device_map == "optimal":
+        solution = solve(tree, budget, speeds)
+        if solution is not None:
+            return _simplified(tree, _with_weightless(tree, solution.devices)), solution.seconds
+    elif best := _best(tree, budget, request.device_map):
+        return _simplified(tree, best.devices), None
+    raise too_small(tree, budget, request, lambda budget: _best(tree, budget, "sequential") is not None).error()
 
 
-def _best(tree: Tree, budget: Budget, mode: str) -> Filling | None:
+def _best(tree: Tree, budget: MemoryBudget, mode: str) -> Filling | None:
     """The best answer; where the first GPU is too small to stream layers through it, the best without it."""
     for skipped in range(len(budget.gpus) + 1):
-        unused = budget.gpus[:skipped]
-        reduced = Budget({device: cap for device, cap in budget.caps.items() if device not in unused})
+        reduced = budget.without(budget.gpus[:skipped])
         if reduced.room is not None and reduced.room < tree.size(""):
             return None
         best = _cheapest(tree, reduced, mode)
@@ -99,7 +111,7 @@ def _best(tree: Tree, budget: Budget, mode: str) -> Filling | None:
     return None
 
 
-def _cheapest(tree: Tree, budget: Budget, mode: str) -> Filling | None:
+def _cheapest(tree: Tree, budget: MemoryBudget, mode: str) -> Filling | None:
     """Of the sound answers, the first of those that leave the fewest bytes to the disk, then to the CPU."""
 
     def cost(filling: Filling) -> tuple[int, int, int]:
@@ -112,7 +124,7 @@ def _cheapest(tree: Tree, budget: Budget, mode: str) -> Filling | None:
     best = min(answers, key=cost, default=None)
     if best is None or any(cost(best)):
         # A device that had no room for the part at hand may have room for a later one.
-        idle = best is None or any(not best.on(device) for device in budget.devices if device != "disk")
+        idle = best is None or any(not best.on(device) for device in budget.caps if device != "disk")
         again = _answers(tree, budget, budget.caps, returning=True) if idle else ()
         return min([*answers, *again], key=cost, default=None)
     idle = any(not best.on(gpu) for gpu in budget.gpus)
@@ -122,53 +134,32 @@ def _cheapest(tree: Tree, budget: Budget, mode: str) -> Filling | None:
 
 
 def _answers(
-    tree: Tree, budget: Budget, caps: Mapping[Device, int | None], *, returning: bool = False
+    tree: Tree, budget: MemoryBudget, caps: Mapping[Device, int | None], *, returning: bool = False
 ) -> Iterator[Filling]:
     """Sound answers, first with room kept for streaming, then without."""
     for streaming in dict.fromkeys([frozenset({budget.main, "cpu"}), frozenset({budget.main}), frozenset[Device]()]):
-        filling = fill(tree, caps, streaming & set(budget.devices), returning=returning)
-        if _fits(tree, budget, filling.devices):
+        filling = _filled(tree, caps, budget.main, streaming & set(budget.caps), returning=returning)
+        needs = needs_of(tree, homes_of(tree, filling.devices), budget.headroom)
+        if not lacking(totals(needs), budget.memory):
             yield filling
 
 
-def _fits(tree: Tree, budget: Budget, devices: Mapping[str, Device]) -> bool:
-    weights, streaming = _loads(tree, devices)
-    return not _over(budget, weights, streaming)
+def _filled(
+    tree: Tree, caps: Mapping[Device, int | None], main: Device, streaming: frozenset[Device], *, returning: bool
+) -> Filling:
+    """A filling whose main device has room for what stays there of the parts that are streamed."""
+    reserve, cap = 0, caps.get(main)
+    while True:
+        room = caps if cap is None else {**caps, main: cap - reserve}
+        filling = fill(tree, room, streaming, returning=returning)
+        streamed = (part for part, device in filling.devices.items() if not is_computing(device, main))
+        staying = sum(map(tree.staying, streamed))
+        if cap is None or staying <= reserve or staying > cap:
+            return filling
+        reserve = staying
 
 
-def _over(budget: Budget, weights: Mapping[Device, int], streaming: Mapping[Device, int]) -> dict[Device, int]:
-    """Device → bytes it lacks."""
-    needs = {device: weights.get(device, 0) + streaming.get(device, 0) for device in {*weights, *streaming}}
-    caps = {device: budget.caps.get(device, 0) for device in needs}
-    return {d: need - cap for d, need in needs.items() if (cap := caps[d]) is not None and need > cap}
-
-
-def _loads(tree: Tree, devices: Mapping[str, Device]) -> tuple[dict[Device, int], dict[Device, int]]:
-    """(bytes held per device, bytes of the largest layer that streams through the device that runs it).
-
-    That device is the first GPU in use, else the CPU.
-    """
-    where = {tensor: device for tensor in tree.tensors if (device := _device_of(devices, tensor)) is not None}
-    weights: dict[Device, int] = {}
-    for storage, size in tree.nbytes.items():
-        if storage in where:
-            weights[where[storage]] = weights.get(where[storage], 0) + size
-    main: Device = min((device for device in weights if isinstance(device, int)), default="cpu")
-    offloaded = {"cpu", "disk"} - {main}
-    layers = (
-        [tensor for tensor in tree.tensors_of(layer) if where.get(tree.storage(tensor)) in offloaded]
-        for layer in tree.layers([""])
-        if not tree.is_table(layer)
-    )
-    largest = max(map(tree.union_size, layers), default=0)
-    return weights, {main: largest} if largest else {}
-
-
-def _device_of(devices: Mapping[str, Device], tensor: str) -> Device | None:
-    return next((devices[part] for part in reversed(list(prefixes(tensor))) if part in devices), None)
-
-
-def _evened(tree: Tree, budget: Budget, mode: str) -> Filling | None:
+def _evened(tree: Tree, budget: MemoryBudget, mode: str) -> Filling | None:
     """Everything on the GPUs with the smallest equal share, or for balanced_low_0 the least on the first GPU.
 
     For where accelerate's shares leave a GPU empty: a large part that no share holds, or a model of few parts.
@@ -179,59 +170,8 @@ def _evened(tree: Tree, budget: Budget, mode: str) -> Filling | None:
         caps: dict[Device, int | None] = {gpu: budget.caps[gpu] for gpu in budget.gpus}
         return fill(tree, caps | {gpu: smaller(share, budget.caps[gpu]) for gpu in limited}, frozenset())
 
-    share = _smallest(0, tree.size(""), lambda share: not filled(share).left)
+    share = nearest(tree.load(""), -1, lambda share: not filled(share).left)
     return None if share is None else filled(share)
-
-
-def _smallest(low: int, high: int, holds: Callable[[int], bool], step: int = 1) -> int | None:
-    """The smallest number in the range for which `holds`, to within `step`; None where it does not at the end.
-
-    What holds for a number is taken to hold for all larger ones.
-    """
-    if not holds(high):
-        return None
-    while low + step <= high:
-        middle = (low + high) // 2
-        low, high = (low, middle) if holds(middle) else (middle + 1, high)
-    return high
-
-
-def _too_big(tree: Tree, budget: Budget) -> DoesNotFit:
-    """Names the cap whose raise adds the fewest bytes (one device's, or all GPUs' alike), and a device to add."""
-    total, caps = tree.size(""), budget.caps
-    groups: list[tuple[Device, ...]] = [(device,) for device in caps]
-    equal = len(budget.gpus) > 1 and len({caps[gpu] for gpu in budget.gpus}) == 1
-    if equal:
-        groups = [budget.gpus, *(group for group in groups if group[0] not in budget.gpus)]
-    raises: dict[tuple[Device, ...], int] = {}
-    for group in groups:
-        cap = caps[group[0]]
-        works = partial(_works, tree, caps, group)
-        size = None if cap is None else _smallest(cap, total * 2, works, step=max(1, total >> 14))
-        raises |= {group: size} if size is not None else {}
-    cures = []
-    if raises:
-        group = min(raises, key=lambda group: (raises[group] - (caps[group[0]] or 0)) * len(group))
-        name = f"{group[0]}-{group[-1]}" if len(group) > 1 else str(group[0])
-        cures.append(f"raise max_memory of {name} from {format_size(caps[group[0]] or 0)} to {_up(raises[group])}")
-    cures += [f"add {d} to max_memory" for d in ("cpu", "disk") if d not in caps and _works(tree, caps, (d,), None)][:1]
-    room = "" if budget.room is None else f"; max_memory gives {format_size(budget.room)}"
-    layer = max(map(tree.size, tree.layers([""])))
-    return DoesNotFit(
-        f"the model's weights and buffers take {format_size(total)}, its largest layer {format_size(layer)}{room}",
-        ", or ".join(cures) or "raise max_memory",
-    )
-
-
-def _works(tree: Tree, caps: Mapping[Device, int | None], devices: tuple[Device, ...], cap: int | None) -> bool:
-    """Does the model fit with another cap for these devices?"""
-    return _best(tree, ordered_budget({**caps, **dict.fromkeys(devices, cap)}), "sequential") is not None
-
-
-def _up(size: int) -> str:
-    """Rounded up to a tenth of the unit, as it may be written into max_memory."""
-    unit, name = (2**30, "GiB") if size >= 2**30 else (2**20, "MiB") if size >= 2**20 else (1, "")
-    return f"{math.ceil(size / unit * 10) / 10:.1f}{name}" if name else str(size)
 
 
 def _simplified(tree: Tree, devices: Mapping[str, Device]) -> dict[str, Device]:
@@ -257,57 +197,18 @@ def _with_weightless(tree: Tree, devices: Mapping[str, Device]) -> dict[str, Dev
     return found
 
 
-def _placement(
-    tree: Tree,
-    budget: Budget,
-    devices: dict[str, Device],
-    strategy: str,
-    dtype: str | None,
-    seconds: float | None = None,
-) -> Placement:
-    weights, streaming = _loads(tree, devices)
-    over = _over(budget, weights, streaming) if budget.caps else {}
-    if over:
-        device, lacking = next(iter(over.items()))
-        held, passing = weights.get(device, 0), streaming.get(device, 0)
-        raise DoesNotFit(
-            f"device_map puts {format_size(held)} on {device}"
-            + (f" and streams layers of up to {format_size(passing)} through it" if passing else "")
-            + f"; max_memory leaves it {format_size(held + passing - lacking)}",
-            f"raise max_memory of {device} to {_up(held + passing)}, or move parts elsewhere",
-        )
-    ordered = [d for d in (*sorted(d for d in weights if isinstance(d, int)), "cpu", "disk") if d in weights]
-    return Placement(
-        device_map=devices,
-        weights={device: weights[device] for device in ordered},
-        max_memory=dict(budget.caps),
-        strategy=strategy,
-        dtype=dtype,
-        streaming=streaming,
-        seconds_per_token=seconds,
-        explanation=tuple(_explain(tree, budget, devices, weights, streaming)),
-    )
-
-
 def _explain(
-    tree: Tree,
-    budget: Budget,
-    devices: Mapping[str, Device],
-    weights: Mapping[Device, int],
-    streaming: Mapping[Device, int],
+    tree: Tree, budget: MemoryBudget, homes: Homes, weights: Mapping[Device, int], needs: Mapping[Device, Need]
 ) -> Iterator[str]:
     yield f"{format_size(sum(weights.values()))} of weights and buffers on {len(weights)} device(s)."
-    for device, size in streaming.items():
-        yield f"{_named(device)} keeps {format_size(size)} free for the largest layer that is streamed through it."
+    for device, need in needs.items():
+        if need.streaming:
+            size = format_size(need.streaming)
+            yield f"{named(device)} keeps {size} free for the largest layer that is streamed through it."
     empty = [device for device in budget.gpus if device not in weights]
     if empty:
-        yield f"Nothing is on {', '.join(map(_named, empty))}."
-    for group in tree.architecture.tied:
-        kept = _device_of(devices, group[0])
-        apart = [name for name in group[1:] if _device_of(devices, name) != kept]
-        if apart and kept is not None:
-            yield f"{', '.join(apart)} shares the bytes of {group[0]}, which are on {_named(kept)}."
-
-
-def _named(device: Device) -> str:
-    return f"GPU {device}" if isinstance(device, int) else f"the {'CPU' if device == 'cpu' else device}"
+        yield f"Nothing is on {', '.join(map(named, empty))}."
+    for kept, *others in tree.architecture.tied:
+        apart = [name for name in others if homes.get(name) != homes.get(kept)]
+        if apart and kept in homes:
+            yield f"{', '.join(apart)} shares the bytes of {kept}, which are on {named(homes[kept])}."

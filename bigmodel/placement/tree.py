@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from functools import cached_property
 
@@ -27,8 +28,11 @@ class Tree:
         dtype: str | None = None,
         special_dtypes: Mapping[str, str] | None = None,
         tensor_bytes: Mapping[str, int] | None = None,
+        cache: Mapping[str, int] | None = None,
     ) -> None:
+        """cache: tensor → bytes of keys and values that lie where it is used; None: only weights and buffers count."""
         self.architecture = architecture
+        self.cache = cache
         self.no_split = frozenset(architecture.no_split if no_split is None else no_split) | INDIVISIBLE
         self.nbytes = _bytes_by_storage(architecture, dtype, special_dtypes or {}, tensor_bytes or {})
 
@@ -68,6 +72,33 @@ class Tree:
 
     def size(self, part: str) -> int:
         return self.sizes.get(part, 0)
+
+    def cached(self, part: str) -> int:
+        """Bytes of keys and values that lie where the part computes."""
+        return self._cached.get(part, 0)
+
+    def load(self, part: str) -> int:
+        """Bytes of a part with its keys and values."""
+        return self.size(part) + self.cached(part)
+
+    def staying(self, part: str) -> int:
+        """Bytes that lie where the part computes even if it is streamed: its cache, and buffers no checkpoint holds."""
+        return self._staying.get(part, 0)
+
+    @cached_property
+    def _cached(self) -> Mapping[str, int]:
+        return _summed(self.cache or {})
+
+    @cached_property
+    def _staying(self) -> Mapping[str, int]:
+        if self.cache is None:
+            return {}
+        return _summed(Counter(self.cache) + Counter({tensor: self.nbytes[tensor] for tensor in self.made}))
+
+    @cached_property
+    def made(self) -> tuple[str, ...]:
+        """Buffers that no checkpoint holds: they lie where they are used, whatever a device map says."""
+        return tuple(tensor.name for tensor in self.architecture.tensors() if tensor.buffer and not tensor.persistent)
 
     def storages(self, part: str) -> frozenset[str]:
         return frozenset(self.storage(tensor) for tensor in self._under.get(part, ()))
@@ -138,6 +169,15 @@ def prefixes(name: str) -> Iterator[str]:
     parts = name.split(".")
     for count in range(1, len(parts) + 1):
         yield ".".join(parts[:count])
+
+
+def _summed(sizes: Mapping[str, int]) -> dict[str, int]:
+    """Part → the sizes of the tensors in it."""
+    sums: Counter[str] = Counter()
+    for tensor, size in sizes.items():
+        for part in prefixes(tensor):
+            sums[part] += size
+    return sums
 
 
 def _bytes_by_storage(

@@ -7,17 +7,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from bigpipe.fit import Misfit as Misfit
+
 from .types import Json
-
-
-@dataclass(frozen=True, slots=True)
-class Misfit:
-    """Something a plan knows will not fit here, and the smallest change that makes it fit."""
-
-    cause: str
-    cure: str
-    change: Mapping[str, Json] = field(default_factory=dict)
-    """The same change as params field → new value, so that the plan can say it as a `-p` and try it."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -84,7 +84,7 @@ class Plan:
         """Why a run would be refused now, the most fundamental first."""
         found: list[BigpipeError] = [node.problem for node in self.nodes.values() if node.problem]
         found += [
-            DoesNotFit(f"{name}: {misfit.cause}", misfit.cure, place=self.nodes[name].node.places.get(""))
+            DoesNotFit(f"{name}: {misfit.cause}", str(misfit.cure), place=self.nodes[name].node.places.get(""))
             for name, misfit in self.misfits
         ]
         for planned in self.nodes.values():

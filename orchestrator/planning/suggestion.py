@@ -3,21 +3,21 @@
 from __future__ import annotations
 
 import re
-import shlex
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from typing import Any, Literal, get_args, get_origin
 
 from bigpipe.errors import BigpipeError
-from bigpipe.orchestrator.contract.types import Json
-from bigpipe.orchestrator.recipe.graph import Node, load_recipe
+from bigpipe.fit import Cure, Misfit, as_parameters, flow, nearest
+from bigpipe.orchestrator.recipe.graph import Node
 
 from .plan import GateVerdict, Plan, PlannedNode, failed, make_plan
-from .session import Session
 
 MOST_HALVINGS = 8
 """Plans that are made to find the largest number that passes."""
 _REFERENCE = re.compile(r"""["']?\$\{params\.(\w+)\}""")
+Arguments = Mapping[str, str]
+"""Parameter → value, as a command line gives it."""
 
 
 def with_parameters(plan: Plan) -> Plan:
@@ -28,13 +28,52 @@ def with_parameters(plan: Plan) -> Plan:
     """
     if not plan.misfits:
         return _with_gate_cures(plan)
-    changes = [dict(_arguments(plan.nodes[name].node, misfit.change)) for name, misfit in plan.misfits]
-    together = {key: value for change in changes for key, value in change.items()}
+    passes = _trial(plan)
+    changes = [_arguments(plan, plan.nodes[name].node, misfit.change) for name, misfit in plan.misfits]
+    together = {parameter: value for change in changes for parameter, value in change.items()}
     misfits = []
     for (name, misfit), change in zip(plan.misfits, changes, strict=True):
-        fitting = next((each for each in (change, together) if change and _fits(plan.session, each)), None)
-        misfits.append((name, replace(misfit, cure=f"{written(fitting)} fits ({misfit.cure})") if fitting else misfit))
+        found = next((each for each in (change, together) if each and passes(each)), None) if change else None
+        cure = Cure(misfit.change, f"{as_parameters(found)} fits ({misfit.cure})") if found else misfit.cure
+        misfits.append((name, Misfit(misfit.cause, cure)))
     return replace(plan, misfits=tuple(misfits))
+
+
+def _trial(plan: Plan) -> Callable[[Arguments], bool]:
+    """Would a plan with these arguments be accepted? The recipe is resolved again from the document as it was read."""
+    session = plan.session
+
+    def passes(arguments: Arguments) -> bool:
+        given = {**session.arguments, **arguments}
+        try:
+            recipe = replace(session.recipe.with_arguments(given), path=session.recipe.path)
+            tried = replace(session, recipe=recipe, arguments=given, given_machine=session.machine, _identities={})
+            return not make_plan(tried, preflight=False).errors()
+        except BigpipeError:
+            return False
+
+    return passes
+
+
+def _arguments(plan: Plan, node: Node, change: Mapping[str, Any]) -> dict[str, str]:
+    """Parameter → value for each changed field that is one whole `${params.x}`, or an entry of a map that is one."""
+    found: dict[str, Any] = {}
+    for option, value in change.items():
+        parent, _, key = option.rpartition(".")
+        if parameter := _parameter(node, option):
+            found[parameter] = value
+        elif parameter := _parameter(node, parent):
+            entries = found.get(parameter) or plan.session.recipe.params[parameter]
+            entries = {**{str(name): size for name, size in entries.items()}, key: value}
+            found[parameter] = {name: size for name, size in entries.items() if size}
+    return {parameter: flow(value) for parameter, value in found.items()}
+
+
+def _parameter(node: Node, option: str) -> str | None:
+    """The parameter that a field of `with:` (or of the stage: `launch.num_processes`) is written as."""
+    place = node.places.get(f"params.{option}") or node.places.get(option)
+    match = _REFERENCE.match(place.text, place.column - 1) if place and option else None
+    return match[1] if match else None
 
 
 def _with_gate_cures(plan: Plan) -> Plan:
@@ -50,43 +89,33 @@ def _with_gate_cures(plan: Plan) -> Plan:
 def _with_cure(plan: Plan, planned: PlannedNode, gate: GateVerdict) -> GateVerdict:
     if not failed(gate.verdict):
         return gate
-    for node in _upstream(plan, {name or planned.node.name for name, _ in gate.gate.references}):
-        for field in node.kind.params.model_fields:
-            parameter = _parameter(node, f"params.{field}")
-            found = _passing(plan.session, node, field, parameter) if parameter else None
-            if found is not None:
-                return replace(gate, cure=f"{written(found)} passes; or change the gate")
-    return gate
+    candidates = (
+        _passing(plan, node, field, parameter)
+        for node in _upstream(plan, {name or planned.node.name for name, _ in gate.gate.references})
+        for field in node.kind.params.model_fields
+        if (parameter := _parameter(node, field))
+    )
+    found = next(filter(None, candidates), None)
+    return replace(gate, cure=f"{as_parameters(found)} passes; or change the gate") if found else gate
 
 
-def _upstream(plan: Plan, names: set[str]) -> list[Node]:
+def _upstream(plan: Plan, names: set[str]) -> Iterator[Node]:
     """These nodes and what they stand on, the nearest first."""
-    found: list[Node] = []
     for planned in reversed(list(plan.nodes.values())):
         if planned.node.name in names:
-            found.append(planned.node)
+            yield planned.node
             names |= {name for producers in planned.node.inputs.values() for name in producers}
-    return found
 
 
-def _passing(session: Session, node: Node, field: str, parameter: str) -> dict[str, str] | None:
+def _passing(plan: Plan, node: Node, field: str, parameter: str) -> Arguments | None:
     """A value of the parameter with which the plan is accepted: the largest smaller whole number, or another choice."""
-    value = session.recipe.params.get(parameter)
+    value, passes = plan.session.recipe.params.get(parameter), _trial(plan)
     if isinstance(value, int) and not isinstance(value, bool):
-        return _largest(session, parameter, value)
-    choices = _choices(node.kind.params.model_fields[field].annotation)
-    tried = ({parameter: choice} for choice in choices if choice != value)
-    return next((each for each in tried if _fits(session, each)), None)
-
-
-def _largest(session: Session, parameter: str, value: int) -> dict[str, str] | None:
-    if value < 2 or not _fits(session, {parameter: "1"}):
-        return None
-    passes, fails = 1, value
-    while fails - passes > max(1, value // 2**MOST_HALVINGS):
-        middle = (passes + fails) // 2
-        passes, fails = (middle, fails) if _fits(session, {parameter: str(middle)}) else (passes, middle)
-    return {parameter: str(passes)}
+        step = max(1, value // 2**MOST_HALVINGS)
+        found = nearest(1, value, lambda number: passes({parameter: str(number)}), step=step) if value > 1 else None
+        return {parameter: str(found)} if found else None
+    choices = (choice for choice in _choices(node.kind.params.model_fields[field].annotation) if choice != value)
+    return next(filter(passes, ({parameter: choice} for choice in choices)), None)
 
 
 def _choices(annotation: Any) -> list[str]:
@@ -94,45 +123,3 @@ def _choices(annotation: Any) -> list[str]:
     if get_origin(annotation) is Literal:
         return [choice for choice in get_args(annotation) if isinstance(choice, str)]
     return [choice for inner in get_args(annotation) for choice in _choices(inner)]
-
-
-def written(arguments: Mapping[str, str]) -> str:
-    """Parameters as they are typed: `-p 'memory={cpu: 10GiB}'`."""
-    return " ".join(f"-p {shlex.quote(f'{key}={value}')}" for key, value in arguments.items())
-
-
-def _arguments(node: Node, change: Mapping[str, Json]) -> Iterator[tuple[str, str]]:
-    """Parameter → value as a command line would give it, for each changed field that is one whole `${params.x}`."""
-    for path, value in change.items():
-        if parameter := _parameter(node, f"params.{path}"):
-            yield parameter, flow(value)
-        elif isinstance(value, Mapping):
-            yield from _arguments(node, {f"{path}.{key}": value.get(key, 0) for key in _written_keys(node, path)})
-
-
-def _written_keys(node: Node, path: str) -> list[str]:
-    prefix = f"params.{path}."
-    return [name.removeprefix(prefix) for name in node.places if name.startswith(prefix)]
-
-
-def _parameter(node: Node, path: str) -> str | None:
-    place = node.places.get(path)
-    match = _REFERENCE.match(place.text, place.column - 1) if place else None
-    return match[1] if match else None
-
-
-def flow(value: Json) -> str:
-    """A value as YAML on one line: `{cpu: 48GiB, disk: 200GiB}`."""
-    if isinstance(value, Mapping):
-        return "{" + ", ".join(f"{key}: {flow(item)}" for key, item in value.items()) + "}"
-    return str(value)
-
-
-def _fits(session: Session, arguments: Mapping[str, str]) -> bool:
-    """Would a plan with these arguments be accepted?"""
-    given = {**session.arguments, **arguments}
-    try:
-        recipe = load_recipe(session.recipe.path, given)
-        return not make_plan(replace(session, recipe=recipe, arguments=given, _identities={}), preflight=False).errors()
-    except BigpipeError:
-        return False

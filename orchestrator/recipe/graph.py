@@ -13,7 +13,7 @@ Every step adds to one list of problems and goes on as far as sense allows; the 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from graphlib import TopologicalSorter
@@ -54,6 +54,8 @@ class Recipe:
     trust: Trust
     params: Mapping[str, Json]
     secrets: tuple[str, ...]
+    with_arguments: Callable[[Mapping[str, str]], Recipe] = field(repr=False, compare=False)
+    """The recipe with other `-p`, from the document as it was read. Raises ManifestError."""
 
     @cached_property
     def graph(self) -> nx.DiGraph[str]:
@@ -123,9 +125,12 @@ def load_recipe(
     Raises ManifestError with every problem at once, or UsageError where there is no such file.
     """
     document = read_document(str(path), _read(path))
-    return _Loading(
-        document, params, os.environ if environment is None else environment, stages, path.absolute().parent
-    ).recipe(path)
+    environment = os.environ if environment is None else environment
+
+    def resolve(arguments: Mapping[str, str]) -> Recipe:
+        return _Loading(document, arguments, environment, stages, path.absolute().parent).recipe(path, resolve)
+
+    return resolve(params)
 
 
 def _read(path: Path) -> bytes:
@@ -162,7 +167,7 @@ class _Loading:
         self.problems = Problems()
         self.secrets: frozenset[str] = WELL_KNOWN_SECRETS
 
-    def recipe(self, path: Path) -> Recipe:
+    def recipe(self, path: Path, resolve: Callable[[Mapping[str, str]], Recipe]) -> Recipe:
         manifest = read_manifest(self.document, self.problems)
         if manifest is None:
             raise self.problems.error()
@@ -183,6 +188,7 @@ class _Loading:
             trust=manifest.trusted(),
             params=dict(scope.params or {}),
             secrets=manifest.secrets,
+            with_arguments=resolve,
         )
 
     def _kinds(self, stages: Mapping[str, Json], trust: Trust) -> dict[str, Offer]:

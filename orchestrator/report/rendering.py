@@ -115,7 +115,7 @@ def plan_json(plan: Plan) -> dict[str, Json]:
         "download_bytes": plan.download_bytes,
         "write_bytes": plan.write_bytes,
         "peak_disk_bytes": plan.peak_disk,
-        "misfits": [{"node": name, "cause": m.cause, "cure": m.cure} for name, m in plan.misfits],
+        "misfits": [{"node": name, "cause": m.cause, "cure": str(m.cure)} for name, m in plan.misfits],
         "nodes": {name: _planned_json(node) for name, node in plan.nodes.items()},
     }
 

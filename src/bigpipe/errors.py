@@ -17,8 +17,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import ClassVar
 
 
@@ -96,6 +97,8 @@ class GateFailed(BigpipeError):
 
 class DoesNotFit(BigpipeError):
     exit_code = 4
+    change: Mapping[str, object] = MappingProxyType({})
+    """The cure as option → value, where it is one that can be tried (`bigpipe.fit.Cure`)."""
 
 
 class NotAuthorised(BigpipeError):

@@ -17,15 +17,20 @@ import pytest
 import torch
 from accelerate.utils import get_balanced_memory, infer_auto_device_map
 from hypothesis import given, settings, strategies as st
+from support.placing import place_architecture
 from torch import nn
 
 from bigpipe.bigmodel.architecture import Architecture, ModuleSpec, TensorSpec
 from bigpipe.bigmodel.architecture.instantiation import report
-from bigpipe.bigmodel.placement import Placement, place_architecture
-from bigpipe.bigmodel.placement.budget import read_budget
-from bigpipe.bigmodel.placement.strategies import _loads, _over
+from bigpipe.bigmodel.placement import Placement
+from bigpipe.bigmodel.placement.budget import MemoryBudget
+from bigpipe.bigmodel.placement.devices import read_max_memory
+from bigpipe.bigmodel.placement.headroom import Headroom
+from bigpipe.bigmodel.placement.needs import needs_of
 from bigpipe.bigmodel.placement.tree import Tree
 from bigpipe.errors import DoesNotFit, UsageError
+from bigpipe.fit import Need, lacking, totals
+from bigpipe.machine import Gpu, Machine
 
 
 class Attention(nn.Module):
@@ -128,12 +133,12 @@ def where(tree: Tree, device_map: Mapping[str, Any]) -> dict[str, Any]:
 
 def known_faults(case: Case, theirs: dict[str, Any], ours: dict[str, Any] | None) -> set[str]:
     """Which of accelerate's faults its answer shows; MEMORY of issues: 2586, 3041, 1933, 3956, 4014, 3321."""
-    tree, budget = case.tree, read_budget(case.max_memory)
+    tree, budget = case.tree, MemoryBudget(read_max_memory(case.max_memory))
     faults = set()
     if None in theirs.values():
         faults.add("a buffer has no device")
     placed = {tensor: device for tensor, device in theirs.items() if device is not None}
-    if _over(budget, *_loads(tree, placed)):
+    if lacking(totals(needs_of(tree, placed, None)), budget.memory):
         faults.add("a layer streams through a device without room for it, or a cap is exceeded")
     used = {device for device in placed.values() if isinstance(device, int)}
     if used != set(budget.gpus):
@@ -253,7 +258,7 @@ def test_wrong_max_memory_is_refused(memory: dict[int | str, int | str]) -> None
 
 
 def test_devices_that_are_not_listed_are_not_used() -> None:
-    with pytest.raises(DoesNotFit, match=r"raise max_memory of cpu from .* or add disk to max_memory"):
+    with pytest.raises(DoesNotFit, match=r"set max_memory\.cpu to .*, or add disk to max_memory"):
         place_architecture(stack(4), max_memory={"cpu": 5000})
     placement = place_architecture(stack(4), max_memory={"cpu": 5000, "disk": "1GB"})
     assert placement.weights["cpu"] + placement.streaming["cpu"] <= 5000
@@ -263,7 +268,7 @@ def test_the_smallest_raise_that_fits_is_named_and_fits() -> None:
     memory: dict[int | str, int | str] = {0: 5000, "cpu": 4000}
     with pytest.raises(DoesNotFit) as error:
         place_architecture(stack(4), max_memory=memory)
-    found = re.match(r"raise max_memory of (\w+) from .* to (\d+), or add disk to max_memory$", error.value.cure)
+    found = re.match(r"set max_memory\.(\w+) to (\d+), or add disk to max_memory$", error.value.cure)
     assert found
     device, needed = (0 if found[1] == "0" else found[1]), int(found[2])
     assert place_architecture(stack(4), max_memory={**memory, device: needed}).weights
@@ -312,9 +317,42 @@ def test_quantized_sizes_are_the_stored_ones() -> None:
     assert placement.weights == {0: 8232}
 
 
-def test_headroom_lowers_a_cap() -> None:
-    placement = place_architecture(stack(4), max_memory={0: 10000, "cpu": "1MB"}, headroom={0: 1000})
+def gpus_of(*sizes: int, memory: int = 10**6) -> Machine:
+    gpus = tuple(Gpu(index, "GPU", size, size) for index, size in enumerate(sizes))
+    return Machine("box", cpus=2, memory=memory, memory_available=memory, disk_free=10**9, gpus=gpus)
+
+
+def test_headroom_is_left_where_no_caps_are_given() -> None:
+    headroom = Headroom(activations=600, runtime=400)
+    placement = place_architecture(stack(4), machine=gpus_of(10_000), headroom=headroom)
+    assert placement.max_memory[0] == 9000
     assert placement.weights[0] + placement.streaming[0] <= 9000
+    assert placement.needs[0].total == placement.weights[0] + placement.streaming[0] + 1000
+
+
+def test_caps_that_are_given_are_on_weights_and_buffers_alone() -> None:
+    headroom = Headroom(cache={"layers.0.mlp.weight": 10**6}, activations=600, runtime=400)
+    placement = place_architecture(stack(4), max_memory={0: 9600}, headroom=headroom)
+    assert placement.device_map == {"": 0}
+    assert placement.needs == {0: Need(weights=9600, kv_cache=10**6, activations=600, runtime=400)}
+
+
+def test_keys_and_values_lie_with_their_layers() -> None:
+    """Two GPUs: a layer of 400 bytes keeps 2,000 of its own; embedding and head keep none."""
+    headroom = Headroom(cache={f"layers.{index}.mlp.weight": 2000 for index in range(4)})
+    placement = place_architecture(stack(4), device_map="sequential", machine=gpus_of(9000, 9000), headroom=headroom)
+    assert placement.device_map == {"embed": 0, "layers.0": 0, "layers.1": 0, "layers.2": 1, "layers.3": 1, "head": 1}
+    assert placement.needs[0] == Need(weights=4800, kv_cache=4000)
+    assert placement.needs[1] == Need(weights=4800, kv_cache=4000)
+
+
+def test_keys_and_values_of_streamed_layers_stay_where_these_compute() -> None:
+    headroom = Headroom(cache={f"layers.{index}.mlp.weight": 1000 for index in range(8)})
+    for mode in ("auto", "sequential", "optimal"):
+        placement = place_architecture(stack(8), device_map=mode, machine=gpus_of(15_000), headroom=headroom)
+        assert placement.needs[0].kv_cache == 8000
+        assert placement.needs[0].total <= 15_000
+        assert placement.needs["cpu"].kv_cache == 0
 
 
 def test_dtype_and_special_dtypes() -> None:

@@ -3,17 +3,23 @@
 from __future__ import annotations
 
 import itertools
+import math
 import time
 from dataclasses import dataclass
 from typing import Any
 
 import pytest
 from hypothesis import given, settings, strategies as st
+from support.placing import place_architecture
 
 from bigpipe.bigmodel.architecture import Architecture, ModuleSpec, TensorSpec, known_architecture
-from bigpipe.bigmodel.placement import Placement, Speeds, place_architecture
-from bigpipe.bigmodel.placement.budget import Device
+from bigpipe.bigmodel.placement import Placement, Speeds
+from bigpipe.bigmodel.placement.budget import RAM_SHARE
+from bigpipe.bigmodel.placement.devices import Device
+from bigpipe.bigmodel.placement.headroom import Headroom
 from bigpipe.errors import DoesNotFit
+from bigpipe.fit import lacking, totals
+from bigpipe.machine import Gpu, Machine
 
 SPEEDS = Speeds(gpu=1000.0, link=10.0, ram=20.0, disk=1.0, hop=0.3)
 """Slow hops, so that they decide something."""
@@ -25,6 +31,8 @@ class Layer:
     table: bool = False
     tie: int | None = None
     """Layers of one number share a tensor of 40 bytes besides their own."""
+    kept: int = 0
+    """Bytes of keys and values, where it computes."""
 
 
 SHARED = 40
@@ -68,6 +76,7 @@ def seconds_of(layers: list[Layer], homes: tuple[Device, ...], caps: dict[Device
     for index in weighty:
         layer, home = layers[index], homes[index]
         held[home] += layer.nbytes
+        held[home if isinstance(home, int) or home == main else main] += layer.kept
         size = layer.nbytes + (SHARED if layer.tie is not None else 0)
         runner: Device = home if isinstance(home, int) or home == main else "cpu" if layer.table else main
         if layer.table:
@@ -83,14 +92,17 @@ def seconds_of(layers: list[Layer], homes: tuple[Device, ...], caps: dict[Device
     return None if any(held[device] > cap for device, cap in caps.items()) else seconds
 
 
-def fewest_seconds(layers: list[Layer], caps: dict[Device, int]) -> float | None:
-    """Over every assignment; without GPUs in use only where none with them is allowed."""
+def fewest_seconds(layers: list[Layer], caps: dict[Device, int], activations: int = 0) -> float | None:
+    """Over every assignment; without GPUs in use only where none with them is allowed. Caps of GPUs are less the
+    activations; a CPU's are so once it computes."""
+    if "cpu" in caps and not any(isinstance(device, int) for device in caps):
+        caps = caps | {"cpu": caps["cpu"] - activations}
     if "cpu" not in caps and not any(isinstance(device, int) for device in caps):
         return None
     found = [seconds_of(layers, homes, caps) for homes in itertools.product(caps, repeat=len(layers))]
     best = min((seconds for seconds in found if seconds is not None), default=None)
     if best is None and any(isinstance(device, int) for device in caps):
-        return fewest_seconds(layers, without_gpus(caps))
+        return fewest_seconds(layers, without_gpus(caps), activations)
     return best
 
 
@@ -133,6 +145,58 @@ def problems(draw: Any, most: int) -> tuple[list[Layer], dict[Device, int]]:
     if draw(st.booleans()):
         caps["disk"] = draw(st.integers(1, 2 * total))
     return layers, caps
+
+
+@st.composite
+def problems_with_cache(draw: Any, most: int) -> tuple[list[Layer], dict[Device, int], int]:
+    """Layers that keep keys and values, the memory of a machine, and what each device that computes takes besides."""
+    layers = [
+        Layer(draw(st.one_of(st.just(20), st.integers(1, 60))), draw(st.integers(0, 5)) == 0, None, kept)
+        for kept in draw(st.lists(st.one_of(st.just(0), st.just(15), st.integers(1, 60)), min_size=1, max_size=most))
+    ]
+    total = sum(layer.nbytes + layer.kept for layer in layers)
+    memory: dict[Device, int] = {gpu: draw(st.integers(1, total)) for gpu in range(draw(st.integers(0, 2)))}
+    return layers, memory | {"cpu": draw(st.integers(1, 2 * total)), "disk": 10**9}, draw(st.sampled_from([0, 0, 7]))
+
+
+@given(problems_with_cache(6))
+@settings(max_examples=200, deadline=None)
+def test_equal_to_trying_everything_with_keys_and_values(
+    problem: tuple[list[Layer], dict[Device, int], int],
+) -> None:
+    assert_optimal_on_a_machine(*problem)
+
+
+@pytest.mark.slow
+@given(problems_with_cache(8))
+@settings(max_examples=200, deadline=None)
+def test_equal_to_trying_everything_with_keys_and_values_of_more_layers(
+    problem: tuple[list[Layer], dict[Device, int], int],
+) -> None:
+    assert_optimal_on_a_machine(*problem)
+
+
+def assert_optimal_on_a_machine(layers: list[Layer], memory: dict[Device, int], activations: int) -> None:
+    gpus = tuple(Gpu(d, "GPU", size, size) for d, size in memory.items() if isinstance(d, int))
+    # What a budget takes of a machine's RAM, the other way round
+    ram = math.ceil(memory["cpu"] / RAM_SHARE)
+    machine = Machine("box", cpus=1, memory=ram, memory_available=ram, disk_free=0, gpus=gpus)
+    headroom = Headroom(
+        cache={f"m{index}.own": layer.kept for index, layer in enumerate(layers)}, activations=activations
+    )
+    caps = {d: size - activations if isinstance(d, int) else size for d, size in memory.items()}
+    caps = {device: size for device, size in caps.items() if size > 0} | {"cpu": int(ram * RAM_SHARE)}
+    expected = fewest_seconds(layers, caps, activations)
+    try:
+        placement = place_architecture(
+            architecture_of(layers), device_map="optimal", machine=machine, headroom=headroom, speeds=SPEEDS
+        )
+    except DoesNotFit:
+        assert expected is None
+        return
+    assert placement.seconds_per_token == pytest.approx(expected, abs=1e-9)
+    rooms = {gpu.index: gpu.memory for gpu in gpus} | {"cpu": int(ram * RAM_SHARE), "disk": None}
+    assert not lacking(totals(placement.needs), rooms)
 
 
 @given(problems(6))
@@ -241,5 +305,5 @@ def test_the_real_llama_3_405b_is_placed_in_under_a_second() -> None:
 
 
 def test_nothing_fits() -> None:
-    with pytest.raises(DoesNotFit, match="raise max_memory"):
+    with pytest.raises(DoesNotFit, match=r"set max_memory\.0 to"):
         place_architecture(architecture_of([Layer(100)]), device_map="optimal", max_memory={0: 50})

@@ -5,13 +5,13 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+from support.placing import place_architecture
 from support.real import describe_here
 
 from bigpipe.bigmodel.architecture import Architecture, known_architecture
 from bigpipe.bigmodel.footprint.budget import Workload, budget
 from bigpipe.bigmodel.footprint.grounds import as_accelerate
 from bigpipe.bigmodel.footprint.weights import weigh
-from bigpipe.bigmodel.placement.strategies import place_architecture
 
 GIB, TIB = 2**30, 2**40
 BERT: dict[str, Any] = {"model_type": "bert", "architectures": ["BertForMaskedLM"], "vocab_size": 28996}

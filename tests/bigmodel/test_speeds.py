@@ -3,16 +3,31 @@
 from __future__ import annotations
 
 import json
+import os
 import time
+from dataclasses import replace
 from pathlib import Path
 
-from bigpipe.bigmodel.placement.measuring import measure, measured_speeds
+from bigpipe.bigmodel.placement.measuring import measure, speeds_of
 from bigpipe.bigmodel.placement.speeds import Speeds
+from bigpipe.machine import Machine
+
+HERE = Machine(os.uname().nodename, cpus=1, memory=2**30, memory_available=2**30, disk_free=2**30)
+
+
+def speeds_here(memo: Path) -> Speeds:
+    found = speeds_of(HERE, memo)
+    assert found is not None
+    return found
+
+
+def test_of_another_machine_nothing_is_known(tmp_path: Path) -> None:
+    assert speeds_of(replace(HERE, name="elsewhere"), tmp_path) is None
 
 
 def test_measured_once_and_remembered(tmp_path: Path) -> None:
     started = time.perf_counter()
-    first = measured_speeds(tmp_path)
+    first = speeds_here(tmp_path)
     assert time.perf_counter() - started < 15
     assert 1e8 < first.ram < 1e13
     assert 1e6 < first.disk < 1e12
@@ -20,24 +35,24 @@ def test_measured_once_and_remembered(tmp_path: Path) -> None:
     assert not [left for left in tmp_path.iterdir() if left.is_file()]
     known = json.loads(file.read_text())
     file.write_text(json.dumps({**known, "speeds": {**known["speeds"], "ram": 123.0}}))
-    assert measured_speeds(tmp_path).ram == 123.0
+    assert speeds_here(tmp_path).ram == 123.0
 
 
 def test_another_gpu_is_measured_anew(tmp_path: Path) -> None:
-    measured_speeds(tmp_path)
+    speeds_here(tmp_path)
     [file] = (tmp_path / "speeds").iterdir()
     file.write_text(file.read_text().replace('"key": [1, []]', '"key": [1, ["a GPU that is gone"]]'))
-    measured_speeds(tmp_path)
+    speeds_here(tmp_path)
     assert '"key": [1, []]' in file.read_text()
 
 
 def test_a_damaged_memory_is_measured_anew(tmp_path: Path) -> None:
     (tmp_path / "speeds").mkdir()
-    measured_speeds(tmp_path)
+    speeds_here(tmp_path)
     [file] = (tmp_path / "speeds").iterdir()
     for content in ("{", json.dumps({"key": [1, []], "speeds": {"warp": 9}})):
         file.write_text(content)
-        assert measured_speeds(tmp_path).ram > 1e8
+        assert speeds_here(tmp_path).ram > 1e8
         assert json.loads(file.read_text())["speeds"].keys() == {"gpu", "link", "ram", "disk", "hop"}
 
 

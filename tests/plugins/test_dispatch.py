@@ -5,11 +5,13 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+from pydantic import ValidationError
 from support.contexts import forecast_context, stage_context
 from support.launching import MACHINE
 from support.models import make_checkpoint
@@ -28,9 +30,8 @@ from bigpipe.orchestrator.stage import (
     StageResult,
     Trust,
 )
-from bigpipe.plugins import dispatching
 from bigpipe.plugins.dispatch import STAGE, DispatchMetrics, DispatchParams
-from bigpipe.plugins.placed_model import PlacedModel
+from bigpipe.plugins.placed_model import read_placement
 
 TESTS = Path(__file__).parents[1]
 
@@ -138,10 +139,10 @@ def test_gives_what_was_forecast(
     assert planned.metrics["predicted"] == metrics.predicted
     assert planned.metrics["streamed_bytes_per_token"] == metrics.streamed_bytes_per_token
     assert metrics.measured == metrics.predicted
-    placed = PlacedModel.read(tmp_path / "out")
-    assert placed.placement.device_map == planned.output.device_map == content["device_map"]
+    placement = read_placement(tmp_path / "out")
+    assert placement.device_map == planned.output.device_map == content["device_map"]
     assert content["measured"] == metrics.measured
-    assert placed.placement.dtype == fields.get("dtype")
+    assert placement.dtype == fields.get("dtype")
 
 
 @pytest.mark.parametrize("home", ["cpu", "disk"])
@@ -200,10 +201,10 @@ def test_a_gpu_that_is_not_there(tmp_path: Path, memo: Path, models: dict[str, P
     model = models["opt"]
     fits = forecast(model, memo, max_memory={0: "22GiB", "cpu": "48GiB"})
     assert [misfit.cause for misfit in fits.misfits] == ["max_memory names GPU 0; test has no GPU"]
-    assert fits.misfits[0].cure == "set max_memory.0 to 0; the model fits cpu"
-    assert fits.misfits[0].change == {"max_memory": {"cpu": "48GiB"}}
+    assert str(fits.misfits[0].cure) == "set max_memory.0 to 0; the model fits cpu"
+    assert fits.misfits[0].change == {"max_memory.0": 0}
     alone = forecast(model, memo, max_memory={"0-7": "46GiB"})
-    assert alone.misfits[0].cure.startswith("set max_memory to {0-7: 0} for these, and")
+    assert str(alone.misfits[0].cure).startswith("set max_memory.0-7 to 0, and")
     custom = forecast(model, memo, device_map={"": "cpu", "model.decoder.layers.1": 1})
     assert custom.misfits[0].cause == "device_map names GPU 1; test has no GPU"
     assert custom.misfits[0].cure == "map model.decoder.layers.1 to cpu or disk"
@@ -211,16 +212,22 @@ def test_a_gpu_that_is_not_there(tmp_path: Path, memo: Path, models: dict[str, P
     placed = forecast(model, memo, there, max_memory={0: "22GiB", "cpu": "48GiB"})
     assert placed.misfits == ()
     assert set(placed.metrics["predicted"]) == {"0"}
-    assert placed.vram[0] > placed.metrics["predicted"]["0"] + dispatching.GPU_RUNTIME
+    assert placed.vram[0] > placed.metrics["predicted"]["0"] + 500 * 2**20
     assert "cuda:0" in placed.summary
 
 
 def test_more_than_the_caps_or_the_memory(tmp_path: Path, memo: Path, models: dict[str, Path]) -> None:
     model = models["opt"]
     small = forecast(model, memo, max_memory={"cpu": 50_000})
-    assert "raise max_memory of cpu" in small.misfits[0].cure
-    poor = replace(MACHINE, memory=50_000)
-    assert "lower max_memory.cpu to 39.1KiB" in forecast(model, memo, poor, max_memory={"cpu": "1GiB"}).misfits[0].cure
+    assert "set max_memory.cpu to" in str(small.misfits[0].cure)
+    poor = replace(MACHINE, memory=150_000)
+    [misfit] = forecast(model, memo, poor, max_memory={"cpu": "1GiB"}).misfits
+    assert "on the CPU, which has 146.5 KiB: 58.1 KiB of weights, 32.0 KiB of KV cache" in misfit.cause
+    assert forecast(model, memo, poor, max_memory=without_prefix(misfit.change)).misfits == ()
+
+
+def without_prefix(change: Mapping[str, Any]) -> dict[str, Any]:
+    return {option.removeprefix("max_memory."): value for option, value in change.items()}
 
 
 def test_unknown_models_and_wrong_maps(tmp_path: Path, memo: Path, models: dict[str, Path]) -> None:
@@ -229,8 +236,11 @@ def test_unknown_models_and_wrong_maps(tmp_path: Path, memo: Path, models: dict[
     model = models["opt"]
     with pytest.raises(UsageError, match=r"embed_tokens"):
         forecast(model, memo, device_map={"model.decoder.layers": "cpu"})
-    with pytest.raises(UsageError, match="not a device"):
-        dispatching.check(DispatchParams(max_memory={"gpu": "1GiB"}), None)
+    for wrong in ({"max_memory": {"gpu": "1GiB"}}, {"device_map": {"": "gpu"}}):
+        with pytest.raises(ValidationError, match="'gpu' is not a device; name a GPU"):
+            DispatchParams(**wrong)
+    with pytest.raises(ValidationError, match="at least 1 item"):
+        DispatchParams(device_map={})
 
 
 def test_the_key_holds_the_machine_only_where_it_decides() -> None:

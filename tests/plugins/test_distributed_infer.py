@@ -31,7 +31,6 @@ from bigpipe.orchestrator.contract.events import Progress, RankHello
 from bigpipe.orchestrator.stage import CheckContext, Forecast, Gpu, Launch, StageContext, Trust
 from bigpipe.plugins import inferring
 from bigpipe.plugins.distributed_infer import STAGE, InferMetrics, InferParams
-from bigpipe.plugins.placed_model import PlacedModel
 
 PROMPTS = ["Hello, my name is", "The", "Once upon a time", "a b c", "Why?"]
 
@@ -222,7 +221,7 @@ def test_runs_through_a_placement(tmp_path: Path, model: Path) -> None:
         device_map={"": "disk", "model.decoder.layers.0": "cpu"}, weights={}, max_memory={"cpu": 30_000, "disk": None},
         strategy="custom",
     )  # fmt: skip
-    (tmp_path / "placement.json").write_text(json.dumps(PlacedModel(placement).as_json()))
+    (tmp_path / "placement.json").write_text(json.dumps(placement.as_json()))
     infer(params(dtype="float32"), replace(placed, inputs={**placed.inputs, "placement": (tmp_path,)}))
     assert results(placed) == results(plain)
 

@@ -85,7 +85,8 @@ def test_every_stage_from_headers_alone(plan: Callable[..., Any], server: Loopba
 def test_what_does_not_fit_comes_with_a_change_that_does(plan: Callable[..., Any]) -> None:
     done = plan(1, 16)
     assert done.returncode == 4
-    assert "of weights, the rest for generating with batch_size 4" in done.stderr
+    assert " GiB of weights, 6.2 GiB of KV cache, " in done.stderr
+    assert "at 4 × 2048 tokens" in done.stderr
     assert "-p batch=1 fits" in done.stderr
     assert plan(1, 16, "-p", "batch=1").returncode == 0
     done = plan(1, 12)

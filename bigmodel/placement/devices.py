@@ -1,0 +1,58 @@
+"""Devices by name: GPUs, the CPU's memory, the disk."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection, Mapping
+from typing import Literal
+
+from bigpipe.errors import UsageError
+from bigpipe.sizes import size_of
+
+Device = int | Literal["cpu", "disk"]
+"""A GPU by its number, counted from 0 within one process; the CPU's memory; the disk."""
+
+_RANGE = re.compile(r"(\d+)(?:\s*-\s*(\d+))?")
+_MOST_GPUS = 4096
+
+
+def main_of(devices: Collection[Device]) -> Device:
+    """The device that runs what is offloaded: the first GPU, else the CPU."""
+    return min((device for device in devices if isinstance(device, int)), default="cpu")
+
+
+def is_computing(device: Device, main: Device) -> bool:
+    """Do the layers that lie on this device compute there? Others pass through `main`."""
+    return isinstance(device, int) or device == main
+
+
+def named(device: Device) -> str:
+    return f"GPU {device}" if isinstance(device, int) else f"the {'CPU' if device == 'cpu' else device}"
+
+
+def read_max_memory(max_memory: Mapping[int | str, int | str]) -> dict[Device, int | None]:
+    """Bytes per device from what somebody wrote.
+
+    Keys: GPU numbers, ranges of them ("1-7"), cpu, disk. Values: bytes or sizes ("10GiB"). Raises UsageError.
+    """
+    caps: dict[Device, int | None] = {}
+    for key, value in max_memory.items():
+        size = size_of(f"max_memory of {key}", value)
+        for device in devices_of(key):
+            if device in caps:
+                raise UsageError(f"max_memory gives device {device} twice", "give each device once")
+            caps[device] = size
+    return caps
+
+
+def devices_of(key: int | str) -> list[Device]:
+    """The devices that a key of `max_memory` names. Raises UsageError."""
+    if key in ("cpu", "disk"):
+        return ["cpu"] if key == "cpu" else ["disk"]
+    match = _RANGE.fullmatch(str(key).strip())
+    if match is None:
+        raise UsageError(f"{key!r} is not a device", "name a GPU (0), a range of GPUs (1-7), cpu or disk")
+    first, last = int(match[1]), int(match[2] or match[1])
+    if not first <= last < _MOST_GPUS:
+        raise UsageError(f"{key!r} is not a range of GPUs", "give the lower number first: 1-7")
+    return list(range(first, last + 1))

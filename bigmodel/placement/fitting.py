@@ -1,0 +1,196 @@
+"""Why a placement does not fit, and the smallest change under which it does: each is tried before it is named."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from bigpipe.errors import DoesNotFit, UsageError
+from bigpipe.fit import Cure, Misfit, Need, as_fields, lacking, nearest, totals
+from bigpipe.machine import Machine
+from bigpipe.sizes import counted, format_size
+
+from .budget import RAM_SHARE, MemoryBudget
+from .devices import Device, devices_of, named
+from .request import PlacementRequest
+from .result import Placement
+from .tree import Tree
+
+Attempt = Callable[[PlacementRequest], Placement]
+"""Places the same model as asked; raises UsageError or DoesNotFit."""
+
+
+def over_a_cap(needs: Mapping[Device, Need], budget: MemoryBudget) -> Misfit | None:
+    """The first device of a map somebody wrote that holds more than its cap."""
+    for device in lacking(totals(needs), budget.memory):
+        need, cap = needs[device], budget.memory.get(device, 0) or 0
+        change = {f"max_memory.{device}": size_text(need.total)}
+        return Misfit(
+            f"device_map puts {need} on {named(device)}; max_memory leaves it {format_size(cap)}",
+            Cure(change, f"{as_fields(change)}, or move parts elsewhere"),
+        )
+    return None
+
+
+def too_small(
+    tree: Tree, budget: MemoryBudget, request: PlacementRequest, works: Callable[[MemoryBudget], bool]
+) -> Misfit:
+    """Names the entry of `max_memory` whose raise adds the fewest bytes (one, or all GPUs' alike), and one to add."""
+    room = "" if budget.room is None else f"; there is room for {format_size(budget.room)}"
+    layer = max(map(tree.size, tree.layers([""])))
+    cause = f"the model's weights and buffers take {format_size(tree.size(''))}, its largest layer {format_size(layer)}"
+    if request.max_memory is None:
+        return Misfit(f"{cause}{room} beside what generating takes", "quantize first, or give more devices")
+    change = _smallest_raise(tree.size(""), budget, request.max_memory, works)
+    added = [d for d in ("cpu", "disk") if d not in budget.memory and works(budget.given({d: None}))][:1]
+    words = ([as_fields(change)] if change else []) + [f"add {device} to max_memory" for device in added]
+    return Misfit(cause + room, Cure(change, ", or ".join(words) or "raise max_memory"))
+
+
+def _smallest_raise(
+    total: int, budget: MemoryBudget, max_memory: Mapping[int | str, Any], works: Callable[[MemoryBudget], bool]
+) -> dict[str, str]:
+    """Key of `max_memory` → size, of the raise that adds the fewest bytes; {} where none is enough."""
+    entries: dict[tuple[int | str, ...], list[Device]] = {(key,): devices_of(key) for key in max_memory}
+    gpus = [key for key in max_memory if devices_of(key)[0] in budget.gpus]
+    if len(gpus) > 1 and len({budget.memory[gpu] for gpu in budget.gpus}) == 1:
+        entries = {keys: devices for keys, devices in entries.items() if keys[0] not in gpus}
+        entries[tuple(gpus)] = list(budget.gpus)
+    raises: dict[tuple[int | str, ...], tuple[int, int]] = {}
+    for keys, devices in entries.items():
+        cap = budget.memory[devices[0]] or 0
+
+        def holds(size: int, devices: list[Device] = devices) -> bool:
+            return works(budget.given(dict.fromkeys(devices, size)))
+
+        if size := nearest(2 * total, cap, holds, step=max(1, total >> 14)):
+            raises[keys] = ((size - cap) * len(devices), size)
+    best = min(raises, key=lambda keys: raises[keys][0], default=())
+    return {f"max_memory.{key}": size_text(raises[best][1]) for key in best}
+
+
+def size_text(size: int, *, up: bool = True) -> str:
+    """Rounded to a tenth of the unit, as it may be written into `max_memory`."""
+    unit, name = (2**30, "GiB") if size >= 2**30 else (2**20, "MiB") if size >= 2**20 else (1, "")
+    tenths = math.ceil(size / unit * 10) if up else size * 10 // unit
+    return f"{tenths / 10:.1f}{name}" if name else str(size)
+
+
+def find_misfits(
+    request: PlacementRequest, placement: Placement | None, machine: Machine, attempt: Attempt | None = None
+) -> tuple[Misfit, ...]:
+    """Return what the machine lacks for the placement; None: the model is not known yet, and nothing can be tried."""
+    if missing := _missing_gpus(request, placement, machine):
+        return (_missing(request, placement, machine, missing, attempt),)
+    rooms = _rooms(machine)
+    over = lacking(totals(placement.needs), rooms) if placement else {}
+    if placement is None or attempt is None or not over:
+        return ()
+    device, need = next((device, placement.needs[device]) for device in over)
+    gpu = next((f" ({gpu.name})" for gpu in machine.gpus if gpu.index == device), "")
+    others = f"; {len(over) - 1} more lack room" if len(over) > 1 else ""
+    cause = f"needs {format_size(need.total)} on {named(device)}{gpu}, which has {format_size(rooms[device] or 0)}"
+    tokens = f"{request.batch_size} × {request.sequence_length} tokens"
+    cure = _cure(request, placement, machine, list(over), attempt)
+    return (Misfit(f"{cause}: {need} at {tokens}{others}", cure),)
+
+
+def _rooms(machine: Machine) -> dict[Device, int | None]:
+    return {**{gpu.index: gpu.memory for gpu in machine.gpus}, "cpu": machine.memory, "disk": None}
+
+
+def _cure(
+    request: PlacementRequest, placement: Placement, machine: Machine, over: list[Device], attempt: Attempt
+) -> Cure | str:
+    """A smaller batch, else less of the weights on what is too full, else shorter sequences."""
+    if cure := smaller_work(request, machine, attempt, ("batch_size",)):
+        return cure
+    caps = _lowered(request, placement.needs, machine, over)
+    disk = {"max_memory.disk": size_text(sum(placement.weights.values()))}
+    for change in (caps, {**caps, **disk}):
+        if caps and _holds(request.changed(change), machine, attempt):
+            return Cure(change, f"{as_fields(change)}; other devices take the rest")
+    shorter = smaller_work(request, machine, attempt, ("sequence_length",))
+    return shorter or "quantize first, give more devices, or plan for another --machine"
+
+
+def smaller_work(
+    request: PlacementRequest,
+    machine: Machine,
+    attempt: Attempt,
+    options: Sequence[str] = ("batch_size", "sequence_length"),
+) -> Cure | None:
+    """The largest batch that fits, or the longest sequences that do."""
+    for option in options:
+
+        def holds(value: int, option: str = option) -> bool:
+            return _holds(request.changed({option: value}), machine, attempt)
+
+        asked = getattr(request, option)
+        if asked > 1 and (found := nearest(1, asked, holds)):
+            return Cure({option: found})
+    return None
+
+
+def _holds(request: PlacementRequest, machine: Machine, attempt: Attempt) -> bool:
+    try:
+        placement = attempt(request)
+    except (DoesNotFit, UsageError):
+        return False
+    return not lacking(totals(placement.needs), _rooms(machine))
+
+
+def _lowered(
+    request: PlacementRequest, needs: Mapping[Device, Need], machine: Machine, over: list[Device]
+) -> dict[str, str]:
+    """Entries of `max_memory` whose devices then hold no more than they have; {} for a map somebody wrote."""
+    rooms = _rooms(machine) | {"cpu": int(machine.memory * RAM_SHARE)}
+    caps: dict[str, str] = {}
+    for key in request.max_memory or {} if request.mode else ():
+        full = [device for device in devices_of(key) if device in over]
+        sizes = [(rooms[d] or 0) - needs[d].total + needs[d].weights + needs[d].streaming for d in full]
+        if sizes:
+            caps[f"max_memory.{key}"] = size_text(max(0, min(sizes)), up=False)
+    return caps
+
+
+def _missing_gpus(request: PlacementRequest, placement: Placement | None, machine: Machine) -> list[int]:
+    """The GPUs that are used or given memory, and are not there."""
+    asked: list[Device] = [
+        device for key, size in (request.max_memory or {}).items() if size for device in devices_of(key)
+    ]
+    if isinstance(request.device_map, Mapping):
+        asked += [device for written in request.device_map.values() for device in devices_of(written)]
+    used = placement.device_map.values() if placement else ()
+    return sorted({d for d in (*asked, *used) if isinstance(d, int)} - {gpu.index for gpu in machine.gpus})
+
+
+def _missing(
+    request: PlacementRequest,
+    placement: Placement | None,
+    machine: Machine,
+    missing: list[int],
+    attempt: Attempt | None,
+) -> Misfit:
+    count = len(machine.gpus)
+    has = f"{machine.name} has {counted(count, 'GPU') if count else 'no GPU'}"
+    numbers = ", ".join(map(str, missing))
+    if isinstance(request.device_map, Mapping):
+        mapped = [name or '""' for name, device in request.device_map.items() if devices_of(device)[0] in missing]
+        there = f"a GPU below {count}, " if count else ""
+        return Misfit(f"device_map names GPU {numbers}; {has}", f"map {', '.join(mapped)} to {there}cpu or disk")
+    cause = f"max_memory names GPU {numbers}; {has}"
+    change: dict[str, Any] = {
+        f"max_memory.{key}": 0 for key in request.max_memory or {} if set(devices_of(key)) & set(missing)
+    }
+    without = request.changed(change)
+    if attempt is None:
+        return Misfit(cause, Cure(change, f"{as_fields(change)}; the rest is known once the model's headers are"))
+    try:
+        tried = attempt(without)
+    except DoesNotFit as error:
+        return Misfit(cause, Cure({**change, **error.change}, f"{as_fields(change)}, and {error.cure}"))
+    if further := find_misfits(without, tried, machine, attempt):
+        return Misfit(cause, Cure({**change, **further[0].change}, f"{as_fields(change)}, and {further[0].cure}"))
+    return Misfit(cause, Cure(change, f"{as_fields(change)}; the model fits {' and '.join(map(str, tried.weights))}"))

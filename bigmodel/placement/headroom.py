@@ -1,0 +1,81 @@
+"""What generating takes besides weights, and at which layers: what a placement leaves room for."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from itertools import accumulate, pairwise
+
+from bigpipe.bigmodel.architecture import Architecture
+from bigpipe.bigmodel.footprint.budget import Workload, budget, capped_length
+from bigpipe.bigmodel.footprint.kvcache import kv_cache, layer_kinds, text_config
+from bigpipe.bigmodel.footprint.weights import compute_bytes
+
+from .tree import prefixes
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Headroom:
+    """Sizes in bytes."""
+
+    cache: Mapping[str, int] = field(default_factory=dict)
+    """Tensor → keys, values and states that lie where it is used: those of a layer, at its attention's first tensor."""
+    activations: int = 0
+    """On each device that computes."""
+    runtime: int = 0
+    """On each GPU in use."""
+
+
+def headroom_of(architecture: Architecture, dtype: str, batch_size: int, sequence_length: int) -> Headroom:
+    """Return what generating with a model of this dtype takes, by the same count as an estimate's."""
+    workload = Workload(batch_size=batch_size, sequence_length=sequence_length)
+    found = budget(architecture, dtype, workload)
+    shares = _shares(architecture, batch_size, capped_length(architecture, sequence_length), compute_bytes(dtype))
+    return Headroom(
+        cache=_divided(found.kv_cache.bytes, shares) if found.kv_cache.bytes else {},
+        activations=found.activations.bytes,
+        runtime=found.runtime.high,
+    )
+
+
+def _divided(total: int, shares: Mapping[str, int]) -> dict[str, int]:
+    """`total` in proportion to the shares, to the byte."""
+    whole = sum(shares.values())
+    ends = [total * end // whole for end in accumulate(shares.values(), initial=0)]
+    return {name: end - start for name, (start, end) in zip(shares, pairwise(ends), strict=True)}
+
+
+def _shares(architecture: Architecture, batch_size: int, length: int, itemsize: int) -> dict[str, int]:
+    """First tensor of each layer's attention → bytes that the layer caches by its kind; 1 each where that is unknown.
+
+    A model without blocks keeps all of it at its first tensor.
+    """
+    anchors = _anchors(architecture)
+    text = text_config(architecture.config)
+    kinds = layer_kinds(text)
+    stacks: dict[str, list[str]] = {}
+    for block in anchors:
+        stacks.setdefault(block.rpartition(".")[0], []).append(block)
+    for blocks in stacks.values():
+        if len(blocks) == len(kinds):
+            alone = {kind: {**text, "layer_types": [kind], "num_kv_shared_layers": 0} for kind in kinds}
+            sizes = {kind: kv_cache(config, batch_size, length, itemsize).bytes for kind, config in alone.items()}
+            if any(sizes.values()):
+                return {anchors[block]: sizes[kind] for block, kind in zip(blocks, kinds, strict=True)}
+    return dict.fromkeys(anchors.values(), 1) or {next(architecture.tensors()).name: 1}
+
+
+def _anchors(architecture: Architecture) -> dict[str, str]:
+    """Block → the first tensor of its attention, or the first of all."""
+    blocks = {module.name for module in architecture.modules if module.class_name in architecture.no_split}
+    found: dict[str, str] = {}
+    for tensor in architecture.tensors():
+        for block in blocks.intersection(prefixes(tensor.name)):
+            known = found.setdefault(block, tensor.name)
+            if _is_attention(tensor.name) and not _is_attention(known):
+                found[block] = tensor.name
+    return found
+
+
+def _is_attention(name: str) -> bool:
+    return "attn" in name or "attention" in name
