@@ -7,11 +7,13 @@ import os
 import re
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
 import yaml
-from support.models import make_checkpoint
+
+from bigpipe import Stage
 
 ROOT = Path(__file__).parents[1]
 MANIFESTS = sorted((ROOT / "manifests").glob("*.yaml"))
@@ -61,26 +63,60 @@ def test_links_between_documents_lead_somewhere():
                 assert (page.parent / target).exists(), f"{page.name}: {target}"
 
 
-def test_the_stage_kind_of_the_how_to_works(tmp_path):
-    """Its code, its entry point and its recipe, as a reader would put them together."""
-    page = (ROOT / "docs/how-to/a-stage-kind-of-your-own.md").read_text()
-    blocks = dict(re.findall(r"```(python|toml|yaml)\n(.*?)```", page, re.DOTALL))
-    package = tmp_path / "package"
+KIND_OF_YOUR_OWN = (ROOT / "docs/how-to/a-stage-kind-of-your-own.md").read_text()
+
+
+def write_files_of(page: str, folder: Path) -> None:
+    """Every block that a paragraph beginning with `` `NAME`, `` announces, as that file."""
+    for name, _, text in re.findall(r"^`([\w.]+)`,.*?\n\n```(python|yaml)\n(.*?)```", page, re.DOTALL | re.MULTILINE):
+        (folder / name).write_text(text)
+
+
+def test_the_stage_kind_of_the_how_to_works_in_an_empty_folder(tmp_path):
+    """Its files and its commands as they are written."""
+    write_files_of(KIND_OF_YOUR_OWN, tmp_path)
+    assert {path.name for path in tmp_path.iterdir()} == {"bigpipe_census.py", "census.yaml", "test_census.py"}
+    commands = re.findall(r"^\$ (.+)$", KIND_OF_YOUR_OWN, re.MULTILINE)
+    environment = {**os.environ, "PYTHONPATH": str(ROOT / "src"), "BIGPIPE_HOME": str(tmp_path / "store")}
+    for command in commands:
+        written = re.sub(r"^(bigpipe|python)\b", lambda found: PROGRAMS[found[1]], command)
+        done = subprocess.run(
+            ["bash", "-c", written], cwd=tmp_path, env=environment, capture_output=True, text=True, check=False
+        )
+        assert done.returncode == 0, (command, done.stdout, done.stderr)
+    schema = json.loads((tmp_path / "bigpipe.schema.json").read_text())
+    prefix = schema["definitions"]["bigpipe_census:STAGE"]["properties"]["prefix"]
+    assert prefix["description"] == "Only tensors whose names start so."
+
+
+PROGRAMS = {"python": sys.executable, "bigpipe": f"{sys.executable} -m bigpipe"}
+
+
+def test_the_stage_kind_of_the_how_to_works_as_a_distribution(tmp_path):
+    package, recipes = tmp_path / "package", tmp_path / "recipes"
+    for folder in (package, recipes):
+        folder.mkdir()
+    write_files_of(KIND_OF_YOUR_OWN, package)
+    project = tomllib.loads(re.findall(r"```toml\n(.*?)```", KIND_OF_YOUR_OWN, re.DOTALL)[0])
     information = package / "bigpipe_census-0.1.0.dist-info"
-    information.mkdir(parents=True)
-    (package / "bigpipe_census.py").write_text(blocks["python"])
+    information.mkdir()
     (information / "METADATA").write_text("Metadata-Version: 2.1\nName: bigpipe-census\nVersion: 0.1.0\n")
-    (information / "entry_points.txt").write_text("[bigpipe.stages]\ncensus = bigpipe_census:STAGE\n")
-    recipes = tmp_path / "recipes"
-    recipes.mkdir()
-    make_checkpoint(tmp_path / "models/quickstart")
-    (recipes / "census.yaml").write_text(blocks["yaml"])
-    done = bigpipe(
-        "run", "census.yaml", "--json", cwd=recipes, path=(package,), env={"BIGPIPE_HOME": str(tmp_path / "store")}
-    )
+    entries = project["project"]["entry-points"]["bigpipe.stages"]
+    lines = [f"{name} = {value}" for name, value in entries.items()]
+    (information / "entry_points.txt").write_text("\n".join(["[bigpipe.stages]", *lines, ""]))
+    recipe = (package / "census.yaml").read_text()
+    by_name = re.sub("trust: .*\n", "", recipe).replace("bigpipe_census:STAGE", "census")
+    (recipes / "census.yaml").write_text(by_name)
+    home = {"BIGPIPE_HOME": str(tmp_path / "store")}
+    done = bigpipe("run", "census.yaml", "--json", cwd=recipes, path=(package,), env=home)
     assert done.returncode == 0, done.stderr
     node = json.loads(done.stdout.splitlines()[-1])["nodes"]["census"]
     assert node["metrics"]["tensors"] == len((Path(node["path"]) / "census.txt").read_text().splitlines()) > 0
+
+
+def test_the_how_to_explains_every_field_of_a_stage():
+    explained = re.findall(r"^\| `(\w+)` \|", KIND_OF_YOUR_OWN, re.MULTILINE)
+    assert explained == list(Stage.__dataclass_fields__)
 
 
 def test_the_examples_for_those_who_come_from_accelerate_work(tmp_path):
