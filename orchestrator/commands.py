@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from bigpipe.errors import GateFailed, ManifestError, Stale, UsageError
+from bigpipe.files import make_directory, write_file
 
 from .contract.events import Event, Reporter
 from .contract.types import Json, Machine
@@ -210,7 +211,7 @@ def initialise(file: Path, model: str) -> list[Path]:
     if file.exists():
         raise UsageError(f"{file} exists", "give another name; `bigpipe init` never overwrites a recipe")
     schema = file.parent / "bigpipe.schema.json"
-    file.parent.mkdir(parents=True, exist_ok=True)
-    schema.write_text(json.dumps(manifest_schema(), indent=2) + "\n")
-    file.write_text(initial_manifest(model, file.stem, schema.name))
+    make_directory(file.parent)
+    write_file(schema, json.dumps(manifest_schema(), indent=2) + "\n")
+    write_file(file, initial_manifest(model, file.stem, schema.name))
     return [file, schema]

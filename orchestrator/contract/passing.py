@@ -24,19 +24,16 @@ import threading
 import time
 from collections.abc import Collection, Mapping
 from functools import cached_property
-from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
 from bigpipe.errors import StageFailed
+from bigpipe.files import PARTIAL, copy_file, give_name, is_partial, link, write_file
 
 PAUSE = 0.01
 """Seconds between two looks at the folder."""
 AHEAD = 2
 """Files at most, finished and unfinished ones, that lie between a producer and consumers whose input is not kept."""
-CHUNK = 2**20
-PARTIAL = "~"
-"""Suffix of what is not whole yet."""
 CONTENTS, CONSUMERS, LETS_GO = "contents.json", "consumers.json", "lets-go"
 
 
@@ -78,20 +75,11 @@ class Handover:
 
     def lead(self, name: str, target: Path) -> None:
         """From now on `files/NAME` is that file."""
-        partial = _partial(self.files / name)
-        partial.unlink(missing_ok=True)
-        partial.symlink_to(target)
-        partial.rename(self.files / name)
+        link(target, self.files / name)
 
     def keep(self, name: str, path: Path) -> None:
         """From now on `files/NAME` is that file itself, which may then lose its own name."""
-        partial = _partial(self.files / name)
-        partial.unlink(missing_ok=True)
-        try:
-            os.link(path, partial)
-        except OSError:  # no hard links there: a reader may just miss it
-            partial = path
-        partial.rename(self.files / name)
+        give_name(path, self.files / name)
 
 
 class Outlet:
@@ -121,24 +109,17 @@ class Outlet:
             return
         for folder, _, names in os.walk(self.out):
             for path in (Path(folder, name) for name in names):
-                if path.name not in heads and not path.name.endswith(".part"):
+                if path.name not in heads and not path.name.endswith(PARTIAL):
                     self._pass_on(path)
         for name, (head, _) in heads.items():
             path = self.handover.folder / "heads" / name
             path.parent.mkdir(exist_ok=True)
-            path.write_bytes(head)
+            write_file(path, head, durable=False)
         write(self.handover.folder / CONTENTS, sizes)
 
     def _pass_on(self, path: Path) -> None:
         name = path.relative_to(self.out)
-        target = self.handover.files / name
-        target.parent.mkdir(parents=True, exist_ok=True)
-        digest, size = sha256(), 0
-        with path.open("rb") as source, target.open("wb") as copy:
-            while piece := source.read(CHUNK):
-                digest.update(piece)
-                size += copy.write(piece)
-        self._arrive(str(name), digest.hexdigest(), size)
+        self._arrive(str(name), *copy_file(path, self.handover.files / name, durable=False))
 
     def begin(self, name: str) -> None:
         """Waits until there is room for one more file: without end only where somebody takes what is there."""
@@ -236,13 +217,7 @@ class Inlet:
 
 def write(path: Path, content: object) -> None:
     """Readers see all of it or nothing."""
-    partial = _partial(path)
-    partial.write_text(json.dumps(content), encoding="utf-8")
-    partial.replace(path)
-
-
-def _partial(path: Path) -> Path:
-    return path.with_name(f".{path.name}.{os.getpid()}.{threading.get_ident()}{PARTIAL}")
+    write_file(path, json.dumps(content), durable=False)
 
 
 def _read(path: Path) -> Any:
@@ -254,6 +229,6 @@ def _read(path: Path) -> Any:
 
 def _names(folder: Path) -> set[str]:
     try:
-        return {name for name in os.listdir(folder) if not name.endswith(PARTIAL)}
+        return {name for name in os.listdir(folder) if not is_partial(name)}
     except FileNotFoundError:
         return set()

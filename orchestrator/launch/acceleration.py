@@ -17,6 +17,7 @@ from typing import Any
 import yaml
 
 from bigpipe.errors import UsageError
+from bigpipe.files import write_file
 from bigpipe.orchestrator.contract.types import Launch, Machine
 
 TAKEN = tuple(field.name for field in fields(Launch) if field.name not in ("config_file", "explicit"))
@@ -52,7 +53,7 @@ class Acceleration:
         return variables
 
     def write(self, path: Path) -> None:
-        path.write_text(yaml.safe_dump(dict(self.settings)), encoding="utf-8")
+        write_file(path, yaml.safe_dump(dict(self.settings)), durable=False)
 
 
 def effective_launch(launch: Launch, base: Path) -> Launch:

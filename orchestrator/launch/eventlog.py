@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import json
-import os
 import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
 
+from bigpipe.files import LogFile
 from bigpipe.orchestrator.contract.events import Event, Progress, event_from_json
 
 from .redaction import Redactor
@@ -22,7 +22,7 @@ class EventWriter:
 
     def __init__(self, path: Path, redactor: Redactor) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
-        self._descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+        self._log: LogFile | None = LogFile(path)
         self._redactor = redactor
         self._lock = threading.Lock()
         self._shown: dict[str, float] = {}
@@ -38,12 +38,11 @@ class EventWriter:
     def close(self) -> None:
         """Write what was held back. Events that come later (from a stage's own threads) are dropped."""
         with self._lock:
-            if self._descriptor < 0:
-                return
-            for event in self._held.values():
-                self._write(event)
-            os.close(self._descriptor)
-            self._descriptor = -1
+            if self._log is not None:
+                for event in self._held.values():
+                    self._write(event)
+                self._log.close()
+                self._log = None
 
     def _due(self, event: Progress) -> bool:
         now = time.monotonic()
@@ -55,9 +54,8 @@ class EventWriter:
         return True
 
     def _write(self, event: Event) -> None:
-        if self._descriptor >= 0:
-            line = json.dumps(self._redactor.event(event).as_json(), default=str) + "\n"
-            os.write(self._descriptor, line.encode())
+        if self._log is not None:
+            self._log.append(json.dumps(self._redactor.event(event).as_json(), default=str).encode() + b"\n")
 
 
 class EventTail:

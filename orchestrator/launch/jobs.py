@@ -8,13 +8,13 @@ All of it goes by files in the attempt's folder, never on a command line:
     processes/PID    every worker, for whoever must end it
     events/*.jsonl   what they tell while they go
     log.txt          what they printed
+
+Nothing is synced: after a power cut the attempt is made again anyway.
 """
 
 from __future__ import annotations
 
-import errno
 import json
-import os
 import threading
 import time
 from collections.abc import Callable, Mapping
@@ -25,6 +25,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 from bigpipe.errors import BY_NAME, BigpipeError, StageFailed
+from bigpipe.files import NO_SPACE, write_file
 from bigpipe.orchestrator.contract.contexts import Assignment
 from bigpipe.orchestrator.contract.events import Event
 from bigpipe.orchestrator.contract.stage import Params, Stage, StageResult
@@ -152,7 +153,7 @@ class JobFile(BaseModel):
         )
 
     def write(self, path: Path) -> None:
-        write_whole(path, self.model_dump_json(indent=1))
+        write_file(path, self.model_dump_json(indent=1), durable=False)
 
     @classmethod
     def read(cls, path: Path, environment: Mapping[str, str]) -> JobFile:
@@ -218,7 +219,7 @@ class Result(BaseModel):
         return cls(metrics=result.metrics.model_dump(mode="json"), files=dict(result.files))
 
     def write(self, path: Path, redactor: Redactor) -> None:
-        write_whole(path, json.dumps(redactor.value(self.model_dump(mode="json"))))
+        write_file(path, json.dumps(redactor.value(self.model_dump(mode="json"))), durable=False)
 
     @classmethod
     def read(cls, path: Path) -> Result | None:
@@ -236,13 +237,6 @@ class LaunchFailure(BaseModel):
     text: str
 
 
-def write_whole(path: Path, text: str) -> None:
-    """Readers see the whole file or none. Not synced: after a power cut the attempt is made again anyway."""
-    partial = path.with_name(f".{path.name}.{os.getpid()}")
-    partial.write_text(text, encoding="utf-8")
-    partial.replace(path)
-
-
 def _describe(error: BaseException) -> str:
     text = str(error).strip()
     return f"{type(error).__name__}: {text}" if text else type(error).__name__
@@ -258,7 +252,7 @@ def _out_of_room(error: BaseException) -> Failure | None:
             cause=f"GPU memory ran out: {error}",
             cure="use a smaller batch, or give max_memory a lower cap so that more is kept off the GPU",
         )
-    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+    if isinstance(error, OSError) and error.errno in NO_SPACE:
         where = f" at {error.filename}" if error.filename else ""
         return Failure(
             type="DoesNotFit",

@@ -13,7 +13,6 @@ The parent of a rank is the launcher, whose parent is the command, so a death an
 from __future__ import annotations
 
 import contextlib
-import errno
 import os
 import signal
 import sys
@@ -78,7 +77,9 @@ def hold_work_folder(folder: Path, patience: float = 10.0) -> int | None:
     """
     import fcntl
 
-    descriptor = os.open(folder / "lock", os.O_RDWR | os.O_CREAT, 0o644)
+    from bigpipe.files import NO_LOCKS, open_lock
+
+    descriptor = open_lock(folder / "lock")
     deadline = time.monotonic() + patience
     while True:
         try:
@@ -90,7 +91,7 @@ def hold_work_folder(folder: Path, patience: float = 10.0) -> int | None:
             time.sleep(0.05)
         except OSError as error:
             os.close(descriptor)
-            if error.errno in (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS):
+            if error.errno in NO_LOCKS:
                 return None
             raise
 
@@ -125,10 +126,10 @@ def sign_in(folder: Path, rank: int | None = None) -> None:
 
     torch starts each rank in a session of its own, out of reach of a signal to the launcher's group.
     """
+    from bigpipe.files import write_file
+
     folder = folder / host()
     folder.mkdir(parents=True, exist_ok=True)
     process = os.getpid()
     text = f"{process} {os.getsid(0)} {start_mark(process)} {-1 if rank is None else rank}\n"
-    path = folder / f".{process}"
-    path.write_text(text, encoding="ascii")
-    path.rename(folder / str(process))
+    write_file(folder / str(process), text, durable=False)

@@ -12,6 +12,8 @@ import time
 from collections import deque
 from pathlib import Path
 
+from bigpipe.files import LogFile
+
 from .redaction import Redactor
 
 LONGEST_LINE = 64 * 1024
@@ -72,8 +74,8 @@ class Log:
         texts = lines if rank is None else [f"[rank {rank}] {line}" for line in lines]
         with self._lock:
             self.last.extend(texts)
-            with self.path.open("a", encoding="utf-8") as file:
-                file.writelines(text + "\n" for text in texts)
+            with LogFile(self.path) as log:
+                log.append("".join(text + "\n" for text in texts).encode())
 
 
 class OutputReader:

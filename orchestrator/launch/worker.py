@@ -168,13 +168,14 @@ def _join_ranks(file: JobFile, folder: AttemptFolder, rank: int) -> int:
     from accelerate import PartialState
 
     from bigpipe.errors import StageFailed
+    from bigpipe.files import write_file
 
-    from .jobs import Hello, write_whole
+    from .jobs import Hello
 
     state = PartialState(cpu=file.cpu)
     came, asked = int(state.num_processes), file.assignment.launch.num_processes
     hello = Hello(rank=state.process_index, world_size=came, pid=os.getpid())
-    write_whole(folder.hello(rank), hello.model_dump_json())
+    write_file(folder.hello(rank), hello.model_dump_json(), durable=False)
     if (state.process_index, came) != (rank, asked):
         raise StageFailed(
             f"{asked} ranks were asked for, but rank {state.process_index} of {came} came up as rank {rank}",
@@ -185,14 +186,16 @@ def _join_ranks(file: JobFile, folder: AttemptFolder, rank: int) -> int:
 
 def _write_launch_failure(path: Path, error: Exception) -> None:
     """Which ranks ended how, as torchrun or accelerate tells it."""
-    from .jobs import LaunchFailure, write_whole
+    from bigpipe.files import write_file
+
+    from .jobs import LaunchFailure
 
     failures = getattr(error, "failures", {})  # torch.distributed.elastic's ChildFailedError
     codes = {int(rank): int(failure.exitcode) for rank, failure in failures.items()}
     if hasattr(error, "returncode"):  # subprocess.CalledProcessError, where one process was started directly
         codes = {0: error.returncode}
     failure = LaunchFailure(codes=codes, text=f"{type(error).__name__}: {error}")
-    write_whole(path, failure.model_dump_json())
+    write_file(path, failure.model_dump_json(), durable=False)
 
 
 if __name__ == "__main__":

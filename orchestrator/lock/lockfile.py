@@ -18,9 +18,9 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, ValidationError
 
 from bigpipe.errors import StageFailed, Stale, UsageError
+from bigpipe.files import write_file
 from bigpipe.orchestrator.contract.types import Json
 from bigpipe.orchestrator.planning.keys import ABSENT, Change, Identity, changed
-from bigpipe.orchestrator.store.durable import write_atomically
 from bigpipe.orchestrator.store.keyrecord import KeyRecord
 
 HEADER = """\
@@ -193,8 +193,7 @@ def write(path: Path, lock: LockFile) -> bool:
         with suppress(FileNotFoundError):
             if path.read_text("utf-8") == text:
                 return False
-        write_atomically(path, text.encode())
-        path.chmod(0o644)
+        write_file(path, text)
     except OSError as error:
         raise UsageError(
             f"the lock file {path} cannot be written: {error.strerror}", "make room, or writable"

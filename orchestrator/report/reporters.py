@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TextIO
 
 from bigpipe.errors import BigpipeError, ManifestError, Place
+from bigpipe.files import LogFile
 from bigpipe.orchestrator.contract.events import (
     Event,
     LogLine,
@@ -87,11 +88,12 @@ class JsonlReporter(BaseReporter):
 
     def __init__(self, path: Path) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
-        self._file = path.open("a", encoding="utf-8", buffering=1)
+        self._file = LogFile(path)
 
     def report(self, event: Event) -> None:
         now = datetime.now(UTC).isoformat(timespec="milliseconds")
-        self._file.write(json.dumps({"time": now, **event.as_json()}, default=str, ensure_ascii=False) + "\n")
+        line = json.dumps({"time": now, **event.as_json()}, default=str, ensure_ascii=False)
+        self._file.append(line.encode() + b"\n")
 
     def close(self) -> None:
         self._file.close()

@@ -16,11 +16,12 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from bigpipe.errors import UsageError
+from bigpipe.files import LogFile, write_file
 from bigpipe.orchestrator.contract.events import (
     Event,
     LogLine,
@@ -33,7 +34,7 @@ from bigpipe.orchestrator.contract.events import (
 from bigpipe.orchestrator.contract.types import Json
 from bigpipe.orchestrator.planning.keys import Change, changed
 from bigpipe.orchestrator.recipe.graph import Recipe
-from bigpipe.orchestrator.store.durable import explained, make_directory, write_atomically
+from bigpipe.orchestrator.store.sealing import explained, make_directory
 
 LAST = "last"
 """Names the newest run wherever an id is asked for."""
@@ -92,7 +93,7 @@ class RunRecorder:
 
     def __init__(self, folder: Path, run: str, recipe: Recipe) -> None:
         self._folder = folder
-        self._events: IO[str] | None = None
+        self._events: LogFile | None = None
         self._saved = 0.0
         self._worked = False
         self.record = RunRecord(
@@ -146,13 +147,12 @@ class RunRecorder:
     def _log(self, event: Event) -> None:
         if self._events is None:
             make_directory(self._folder, durable=False)
-            self._events = (self._folder / "events.jsonl").open("a", encoding="utf-8")
+            self._events = LogFile(self._folder / "events.jsonl")
         stamp = datetime.now(UTC).isoformat(timespec="milliseconds")
         fields = {name: getattr(event, name) for name in event.__dataclass_fields__}
         line = {"time": stamp, "event": event.name, **fields}
-        self._events.write(json.dumps(line, default=str) + "\n")
-        if (not isinstance(event, Progress | LogLine) and self._worked) or isinstance(event, RunFinished):
-            self._events.flush()
+        now = (not isinstance(event, Progress | LogLine) and self._worked) or isinstance(event, RunFinished)
+        self._events.append(json.dumps(line, default=str).encode() + b"\n", later=not now)
 
     def _save_now_and_then(self) -> None:
         if time.monotonic() - self._saved > SAVE_SECONDS:
@@ -161,7 +161,7 @@ class RunRecorder:
     def _save(self, *, durable: bool = False) -> None:
         make_directory(self._folder, durable=durable)
         data = self.record.model_dump_json(indent=1).encode()
-        write_atomically(self._folder / "run.json", data, durable=durable)
+        write_file(self._folder / "run.json", data, durable=durable)
         self._saved = time.monotonic()
 
 

@@ -9,21 +9,13 @@ from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from bigpipe.files import move, sync_directory
 from bigpipe.orchestrator.contract.types import Json
 
-from .durable import (
-    PRIVATE,
-    Damaged,
-    explained,
-    make_directory,
-    read_sealed,
-    seal,
-    sync_directory,
-    write_atomically,
-)
 from .hashing import digest_of, hash_descriptor
 from .layout import Layout
 from .memo import Fingerprint, fingerprint
+from .sealing import PRIVATE, Damaged, explained, make_directory, read_sealed, write_sealed
 
 STILL = 946_684_800 * 10**9
 """The mtime (ns) every object gets: the year 2000. Whoever writes to an object changes it, whatever the clock says and
@@ -90,8 +82,7 @@ def _artifact(data: Json) -> Artifact:
 
 
 def save_artifact(layout: Layout, artifact: Artifact) -> None:
-    make_directory(layout.artifacts)
-    write_atomically(layout.artifact(artifact.digest), seal(artifact.as_json()))
+    write_sealed(layout.artifact(artifact.digest), artifact.as_json())
 
 
 # What became of a file since it was recorded.
@@ -186,7 +177,7 @@ def _swap_in(layout: Layout, artifact: Artifact, partial: Path) -> None:
     tree = layout.tree(artifact.digest)
     while True:
         try:
-            partial.rename(tree)
+            move(partial, tree)
         except OSError:
             if not os.path.lexists(tree):
                 raise

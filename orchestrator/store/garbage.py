@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Literal
 
 from bigpipe.errors import Transient, UsageError
+from bigpipe.files import is_partial
 
 from .artifacts import remove_tree
-from .durable import explained, is_partial
 from .hashing import is_hex
 from .keyrecord import all_records, sealed_names
 from .layout import Layout
@@ -19,6 +19,7 @@ from .locks import StoreLock, keeps_out
 from .presence import Presence, anybody
 from .releasing import held_objects
 from .roots import all_roots
+from .sealing import explained
 
 Kind = Literal["record", "artifact", "object", "work", "part", "temporary", "quarantine", "root", "run"]
 

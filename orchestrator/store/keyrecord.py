@@ -10,8 +10,8 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from bigpipe.orchestrator.contract.types import Json
 
-from .durable import Damaged, explained, make_directory, read_sealed, seal, write_atomically
 from .layout import Layout
+from .sealing import Damaged, explained, make_directory, read_sealed, write_sealed
 
 
 class KeyRecord(BaseModel):
@@ -73,8 +73,7 @@ def save_record(layout: Layout, record: KeyRecord) -> None:
     """Says durably that the computation is done; everything it names must be durable before."""
     make_directory(layout.partials)
     layout.partial(record.partial).touch()
-    make_directory(layout.keys)
-    write_atomically(layout.key(record.key), seal(record.as_json()))
+    write_sealed(layout.key(record.key), record.as_json())
 
 
 def all_records(layout: Layout) -> Iterator[KeyRecord]:

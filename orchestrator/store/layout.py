@@ -21,9 +21,11 @@ from contextlib import suppress
 from itertools import count
 from pathlib import Path
 
-from .durable import make_directory
+from bigpipe.files import move
+
 from .hashing import hex_of
 from .location import memo_directory
+from .sealing import make_directory
 
 _serial = count()
 
@@ -80,6 +82,6 @@ class Layout:
         while os.path.lexists(place):
             place = place.with_name(f"{place.name}.{next(_serial)}")
         with suppress(FileNotFoundError):
-            path.rename(place)
+            move(path, place)
             return place
         return None

@@ -16,8 +16,9 @@ from pathlib import Path
 from types import TracebackType
 
 from bigpipe.errors import Interrupted, UsageError
+from bigpipe.files import NO_LOCKS, open_lock
 
-from .durable import NO_LOCKS, explained, make_directory
+from .sealing import explained, make_directory
 
 POLL = 0.05
 """Seconds between two tries. `flock` cannot wait and listen for a cancellation at once."""
@@ -42,7 +43,7 @@ class StoreLock:
         with explained(self.path):
             make_directory(self.path.parent, durable=False)
             while True:
-                descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+                descriptor = open_lock(self.path, mode=0o600)
                 if not self._flock(descriptor):
                     os.close(descriptor)
                     return False

@@ -11,8 +11,10 @@ from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
-from .durable import make_directory, write_atomically
+from bigpipe.files import LogFile, write_file
+
 from .hashing import hash_descriptor
+from .sealing import make_directory
 
 Fingerprint = tuple[int, int, int, int]
 """Size, mtime_ns, inode, ctime_ns. A write within one tick of the clock changes neither time; see `_settled`."""
@@ -82,17 +84,14 @@ class StatMemo:
             self._known[name] = (size, mtime, inode, ctime), digest
         if len(lines) > self.COMPACT_FROM and len(lines) > 2 * len(self._known):
             # What another process appends meanwhile is lost, and hashed again.
-            write_atomically(self._log, b"".join(_line(*entry) for entry in self._known.items()), durable=False)
+            write_file(self._log, b"".join(_line(*entry) for entry in self._known.items()), durable=False)
 
     def _remember(self, name: str, facts: Fingerprint, digest: str) -> None:
         self._entries()[name] = facts, digest
         with suppress(OSError):  # a store that cannot be written costs another hashing, no more
             make_directory(self._log.parent)
-            descriptor = os.open(self._log, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o600)
-            try:
-                os.write(descriptor, _line(name, (facts, digest)))
-            finally:
-                os.close(descriptor)
+            with LogFile(self._log, mode=0o600) as log:
+                log.append(_line(name, (facts, digest)))
 
 
 def _settled(facts: os.stat_result, now: int) -> bool:

@@ -12,9 +12,9 @@ from itertools import count
 from pathlib import Path
 
 from .artifacts import remove_tree
-from .durable import explained, make_directory
 from .layout import Layout
 from .locks import StoreLock, keeps_out
+from .sealing import explained, make_directory
 
 
 class Presence:

@@ -19,26 +19,16 @@ from pathlib import Path
 from typing import Literal
 
 from bigpipe.errors import StageFailed
+from bigpipe.files import copy_file, give_name, is_partial, link, move, sync_directory, sync_file
 
 from .artifacts import STILL, Artifact, Entry, artifact_digest, load_artifact, place_tree, save_artifact
-from .durable import (
-    Damaged,
-    explained,
-    make_directory,
-    read_sealed,
-    seal,
-    sync,
-    sync_directory,
-    sync_file,
-    write_all,
-    write_atomically,
-)
-from .hashing import CHUNK, hash_file, is_hex
+from .hashing import hash_file, is_hex
 from .keyrecord import KeyRecord, save_record
 from .layout import Layout
 from .locks import StoreLock
 from .memo import Fingerprint, StatMemo, fingerprint
 from .releasing import keep_again
+from .sealing import Damaged, explained, make_directory, read_sealed, write_sealed
 
 Known = Mapping[str, tuple[str, int]]
 """Relative path → (sha256 in hex, size) of files whose bytes a stage has hashed itself."""
@@ -164,13 +154,9 @@ class Publisher:
 
     def _leave_a_link(self, path: Path, target: Path) -> None:
         """Whoever reads it under its old name finds it there at any moment, until the work folder goes."""
-        link = self.temporary()
-        link.symlink_to(os.path.relpath(os.path.realpath(target), os.path.realpath(path.parent)))
-        try:
-            link.rename(path)
-        except OSError as error:
-            if error.errno != errno.EXDEV:
-                raise
+        if os.stat(path.parent).st_dev == os.stat(target).st_dev:
+            link(os.path.relpath(os.path.realpath(target), os.path.realpath(path.parent)), path)
+        else:
             path.unlink()
 
     def _move(self, path: Path, target: Path, facts: os.stat_result) -> None:
@@ -178,37 +164,26 @@ class Publisher:
             # Another name shares the inode: making that read-only, or trusting that nobody writes to it, is not ours.
             self._copy(path, target)
             return
-        os.chmod(path, 0o444)
-        os.utime(path, ns=(STILL, STILL))
+        _still(path)
         try:
-            self._second_name(path).rename(target)
+            give_name(path, target, self.temporary())
         except OSError as error:
             if error.errno != errno.EXDEV:
                 raise
             self._copy(path, target)
 
-    def _second_name(self, path: Path) -> Path:
-        """Where a file system has no hard links, or this is another one, the first: a reader may just miss it then."""
-        second = self.temporary()
-        try:
-            os.link(path, second)
-        except OSError:
-            return path
-        return second
-
     def _copy(self, path: Path, target: Path) -> None:
-        partial = self.temporary()
-        descriptor = os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
-        try:
-            with path.open("rb") as source:
-                while piece := source.read(CHUNK):
-                    write_all(descriptor, piece)
-            os.fchmod(descriptor, 0o444)
-            os.utime(partial, ns=(STILL, STILL))
-            sync(descriptor)
-        finally:
-            os.close(descriptor)
-        partial.rename(target)
+        copy = self.temporary()
+        copy_file(path, copy)
+        _still(copy)
+        sync_file(copy)
+        move(copy, target)
+
+
+def _still(path: Path) -> None:
+    """Read-only, and of a time that tells whether somebody wrote to it since."""
+    os.chmod(path, 0o444)
+    os.utime(path, ns=(STILL, STILL))
 
 
 def record_forgone(layout: Layout, record: KeyRecord, files: Mapping[str, tuple[str, int]]) -> KeyRecord:
@@ -266,6 +241,8 @@ class Collector:
                     name = prefix + item.name
                     if item.is_dir(follow_symlinks=False):
                         pending.append(name + "/")
+                    elif is_partial(item.name):  # of an attempt that was killed while it wrote
+                        os.unlink(item.path)
                     else:
                         yield name
 
@@ -336,7 +313,7 @@ def write_journal(working: Path, record: KeyRecord, sources: Mapping[str, Origin
         "record": record.as_json(),
         "sources": {name: [item.sha256, item.size, item.how, item.path, item.facts] for name, item in sources.items()},
     }
-    write_atomically(working / JOURNAL, seal(data))
+    write_sealed(working / JOURNAL, data)
 
 
 def read_journal(working: Path) -> tuple[KeyRecord, dict[str, Origin]]:

@@ -13,11 +13,11 @@ from dataclasses import replace
 from pathlib import Path
 
 from .artifacts import load_artifact, remove_tree, save_artifact
-from .durable import Damaged, explained, make_directory, read_sealed, seal, write_atomically
 from .keyrecord import KeyRecord, all_records, sealed_names
 from .layout import Layout
 from .locks import StoreLock
 from .presence import Presence
+from .sealing import Damaged, explained, read_sealed, write_sealed
 
 
 def release(layout: Layout, presence: Presence, digest: str, key: str | None) -> int:
@@ -27,9 +27,8 @@ def release(layout: Layout, presence: Presence, digest: str, key: str | None) ->
     about to read them; else the next to leave or enter does it. Returns the bytes freed.
     """
     with explained(layout.released), StoreLock(layout.locks / "released"):
-        make_directory(layout.released)
         keys = {item.key for item in all_records(layout) if item.digest == digest} if key is None else {key}
-        write_atomically(layout.release(digest), seal(sorted(keys | _released_by(layout, digest))))
+        write_sealed(layout.release(digest), sorted(keys | _released_by(layout, digest)))
     return sweep(layout, presence)
 
 
@@ -41,7 +40,7 @@ def keep_again(layout: Layout, digest: str, key: str) -> None:
     with explained(layout.released), StoreLock(layout.locks / "released"):
         remaining = _released_by(layout, digest) - {key}
         if remaining:
-            write_atomically(layout.release(digest), seal(sorted(remaining)))
+            write_sealed(layout.release(digest), sorted(remaining))
         else:
             layout.release(digest).unlink(missing_ok=True)
 

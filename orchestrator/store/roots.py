@@ -7,13 +7,11 @@ from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
-from bigpipe.orchestrator.contract.types import Json
-
-from .durable import Damaged, explained, make_directory, read_sealed, seal, write_atomically
 from .hashing import digest_of, hex_of
 from .keyrecord import sealed_names
 from .layout import Layout
 from .locks import StoreLock
+from .sealing import Damaged, explained, read_sealed, write_sealed
 
 HISTORY = 8
 """Keys that are remembered per node."""
@@ -75,9 +73,8 @@ def remember(layout: Layout, manifest: Path, lock: Path | None, name: str, nodes
         old = load_root(layout, path)
         if old is not None and _says(layout, old, lock, name, nodes):
             return
-        make_directory(layout.roots)
         with StoreLock(layout.locks / "roots"):
-            write_atomically(path, seal(_as_json(_merged(layout, path, manifest, lock, name, nodes))))
+            write_sealed(path, asdict(_merged(layout, path, manifest, lock, name, nodes)))
 
 
 def _says(layout: Layout, root: Root, lock: Path | None, name: str, nodes: Mapping[str, str]) -> bool:
@@ -113,7 +110,3 @@ def _history(old: Root | None, done: Mapping[str, str]) -> dict[str, list[str]]:
 
 def _absolute(path: Path | None) -> str | None:
     return None if path is None else os.path.abspath(path)
-
-
-def _as_json(root: Root) -> Json:
-    return asdict(root)

@@ -23,9 +23,9 @@ from types import TracebackType
 from typing import TYPE_CHECKING
 
 from bigpipe.errors import BigpipeError
+from bigpipe.files import move
 
 from .artifacts import Entry, examine, load_artifact, place_tree, remove_tree, save_artifact, tree_is_whole
-from .durable import explained, make_directory
 from .hashing import is_hex
 from .keyrecord import KeyRecord, all_records, load_record, sealed_names
 from .layout import Layout
@@ -35,6 +35,7 @@ from .presence import Presence
 from .publish import JOURNAL, Known, Publisher, record_forgone
 from .releasing import release, sweep
 from .roots import Root, all_roots, load_root, remember, root_path
+from .sealing import explained, make_directory
 
 if TYPE_CHECKING:
     from .garbage import GcReport, LockedDigests
@@ -66,7 +67,7 @@ class Work:
             for old, new in ((self.out, other.out), (self.scratch, other.scratch)):
                 if old.is_dir():
                     remove_tree(new)
-                    old.rename(new)
+                    move(old, new)
 
     def done(self) -> None:
         """Removes both: what was to be kept is published."""

@@ -22,10 +22,10 @@ from .artifacts import (
     save_artifact,
     tree_is_whole,
 )
-from .durable import Damaged, explained, read_sealed
 from .hashing import hash_file, is_hex
 from .keyrecord import KeyRecord, load_record, sealed_names
 from .layout import Layout
+from .sealing import Damaged, explained, read_sealed
 
 Problem = Literal["damaged", "missing", "error", "writable"]
 

@@ -31,11 +31,14 @@ PARTIAL = ".part"
 NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
 NO_PERMISSION = (errno.EACCES, errno.EPERM, errno.EROFS)
 NOT_SUPPORTED = (errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS)
+NO_LOCKS = (errno.ENOLCK, *NOT_SUPPORTED)
 CHUNK = 1 << 22
 WRITE = 256 * 1024
 """Bytes per call. Larger ones make Linux look for pages of megabytes, which a virtual machine has often given back to
 its host: 8 MiB a call took four times as long as this (2.2 to 4.3 s per GiB against 0.5 to 1 s), 16 KiB a third longer.
 """
+LATER = 1 << 16
+"""Bytes of a log that wait at most."""
 FICLONE = 0x40049409
 """linux/fs.h: let a file share its blocks with another until one of them is written to."""
 Bytes = bytes | bytearray | memoryview
@@ -200,12 +203,13 @@ def link(target: Path | str, path: Path) -> None:
     beside.rename(path)
 
 
-def give_name(source: Path, path: Path) -> None:
+def give_name(source: Path, path: Path, beside: Path | None = None) -> None:
     """Make `path` a second name of the file `source`; what was there is replaced at once.
 
-    Where there are no hard links `source` is renamed, and a reader may just miss it.
+    Where there are no hard links `source` is renamed, and a reader may just miss it. beside: a free name on the same
+    file system that it has first.
     """
-    beside = partial_name(path)
+    beside = beside or partial_name(path)
     beside.unlink(missing_ok=True)
     try:
         os.link(source, beside)
@@ -221,14 +225,24 @@ def forget_cached(path: Path) -> None:
             os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
 
+def open_lock(path: Path, *, mode: int = 0o666) -> int:
+    """Open a file that is there to be locked, and make it where it is missing; return the descriptor."""
+    return os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, mode)
+
+
 class LogFile:
     """A file that grows at its end. Each `append` is one write, so that several processes may share it."""
 
     def __init__(self, path: Path, *, mode: int = 0o666) -> None:
         self._file = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, mode)
+        self._waiting = bytearray()
 
-    def append(self, data: bytes, *, durable: bool = False) -> None:
-        """Write at the end; if durable, it is on the disk on return."""
+    def append(self, data: bytes, *, durable: bool = False, later: bool = False) -> None:
+        """Write at the end. Durable: it is on the disk on return. Later: with what is appended next."""
+        self._waiting += data
+        if later and len(self._waiting) < LATER:
+            return
+        data, self._waiting = bytes(self._waiting), bytearray()
         write_all(self._file, data)
         if durable:
             sync(self._file)
@@ -238,7 +252,10 @@ class LogFile:
         os.ftruncate(self._file, size)
 
     def close(self) -> None:
-        os.close(self._file)
+        try:
+            self.append(b"")
+        finally:
+            os.close(self._file)
 
     def __enter__(self) -> Self:
         return self
@@ -303,13 +320,14 @@ class FileWriter:
             return True
         return False
 
-    def settle(self) -> None:
+    def settle(self, *, durable: bool = True) -> None:
         """Sync the file, give it its name, and make that last."""
         try:
             with explained(self.path, self.size):
-                sync(self._file)
+                if durable:
+                    sync(self._file)
                 self._close()
-                move(self._partial, self.path, durable=True)
+                move(self._partial, self.path, durable=durable)
         except BaseException:
             self.abandon()
             raise
@@ -333,13 +351,15 @@ class FileWriter:
             self.abandon()
 
 
-def copy_file(source: Path, target: Path, *, progress: Callable[[int], None] = lambda size: None) -> tuple[str, int]:
-    """Copy and sync one regular file; return its (hex sha256, size). No block is written where they can be shared.
+def copy_file(
+    source: Path, target: Path, *, progress: Callable[[int], None] = lambda size: None, durable: bool = True
+) -> tuple[str, int]:
+    """Copy one regular file; return its (hex sha256, size). No block is written where they can be shared.
 
     progress: called with the number of bytes done since the last call. Raise StageFailed where the source changed
     meanwhile, OSError where it cannot be read, and what `explain` gives.
     """
-    make_directory(target.parent)
+    make_directory(target.parent, durable=durable)
     with source.open("rb") as reading, FileWriter(target) as writing:
         before = os.fstat(reading.fileno())
         shared = writing.share(reading.fileno())
@@ -353,7 +373,7 @@ def copy_file(source: Path, target: Path, *, progress: Callable[[int], None] = l
         after = os.fstat(reading.fileno())
         if (before.st_size, before.st_mtime_ns) != (after.st_size, after.st_mtime_ns) or size != after.st_size:
             raise StageFailed(f"{source} changed while it was copied", "run again when nothing writes to it")
-        writing.settle()
+        writing.settle(durable=durable)
     return digest.hexdigest(), size
 
 

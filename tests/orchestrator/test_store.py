@@ -9,6 +9,7 @@ import pytest
 from support.stores import contents, fill, objects, publish, record
 
 from bigpipe.errors import BigpipeError, Interrupted, StageFailed
+from bigpipe.files import partial_name
 from bigpipe.orchestrator.lock.lockfile import locked_digests
 from bigpipe.orchestrator.store.hashing import digest_of
 from bigpipe.orchestrator.store.location import default_root
@@ -247,6 +248,14 @@ class TestLinks:
         assert store.intact(first)
         assert contents(store, second) == {"x-1": b"int8", "y": b"new"}
 
+    def test_what_a_kill_left_unwritten_is_no_part_of_it(self, store):
+        wanted = record("a")
+        with store.lock(wanted.key) as work:
+            fill(work.out, {"file": b"whole", "sub/other": b"whole", ".gitattributes": b"", "theirs.part": b""})
+            fill(work.out, {partial_name(work.out / "sub" / "other").relative_to(work.out).as_posix(): b"who"})
+            done = store.publish(wanted, work.out)
+        assert sorted(contents(store, done)) == [".gitattributes", "file", "sub/other", "theirs.part"]
+
     def test_a_hard_link_is_broken_rather_than_shared(self, store, tmp_path):
         outside = tmp_path / "outside"
         outside.write_bytes(b"shared")
@@ -344,7 +353,7 @@ def test_finding_and_trusting_cost_far_less_than_a_millisecond(store):
 
 
 def test_a_record_of_a_later_version_is_a_miss_and_stays(store):
-    from bigpipe.orchestrator.store.durable import seal
+    from bigpipe.orchestrator.store.sealing import seal
 
     done = publish(store, "a", {"x": b"1"})
     path = store.root / "keys" / f"{done.key[7:]}.json"
