@@ -18,12 +18,13 @@ from support.hub import LoopbackHub
 from support.models import make_checkpoint
 
 from bigpipe.bigmodel.checkpoint.view import open_checkpoint
-from bigpipe.bigmodel.writing.card import front_matter
+from bigpipe.bigmodel.publishing import Directory, Provenance, Step
+from bigpipe.bigmodel.publishing.card import card_of, front_matter
+from bigpipe.bigmodel.publishing.publish import inspection
 from bigpipe.bigmodel.writing.saving import save_checkpoint
 from bigpipe.errors import InvalidCheckpoint, NotAuthorised, Offline, StageFailed, UsageError
 from bigpipe.orchestrator.stage import Forecast, StageResult
 from bigpipe.plugins.save import STAGE, SaveMetrics, SaveParams
-from bigpipe.plugins.saving import inspection
 
 MODEL = {
     "config.json": b'{"model_type": "opt"}',
@@ -242,14 +243,45 @@ def test_nothing_wired_is_nothing_to_save(tmp_path: Path) -> None:
         STAGE.planning.check(params("dist"), check_context(tmp_path))
 
 
-def test_a_failure_leaves_the_old_version_in_place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_failure_leaves_the_old_version_in_place(tmp_path: Path) -> None:
+    """Somebody writes into the new version while it is being made."""
     save(tmp_path, params("dist"))
-    before = tree(tmp_path / "base" / "dist")
-    monkeypatch.setattr("bigpipe.bigmodel.writing.destinations.hash_file", lambda path: "0" * 64)  # a disk that lies
-    with pytest.raises(StageFailed, match="reads back as sha256"):
-        save(tmp_path, params("dist", overwrite=True))
-    assert tree(tmp_path / "base" / "dist") == before
+    target, source = tmp_path / "base" / "dist", tmp_path / "config.json"
+    before = tree(target)
+    source.write_text("{}")
+    with (
+        pytest.raises(StageFailed, match="reads back as sha256"),
+        Directory(target).transfer(tmp_path, report=lambda size: None) as transfer,
+    ):
+        transfer.put("config.json", source)
+        (new,) = target.parent.glob(".dist.bigpipe-*")
+        (new / "config.json").write_text('{"model_type": "gpt"}')
+        transfer.finish(lambda directory: None)
+    assert tree(target) == before
     assert sorted(path.name for path in (tmp_path / "base").iterdir()) == ["dist"]
+
+
+def test_another_model_at_the_destination_is_not_what_the_receipt_says(tmp_path: Path) -> None:
+    first, second = tmp_path / "first", tmp_path / "second"
+    save(first, params(f"file://{tmp_path}/dist"))
+    other = inputs(model=artifact(second / "store", {**MODEL, "config.json": b'{"model_type": "gpt"}'}))
+    save(second, params(f"file://{tmp_path}/dist"), inputs=other)
+    assert not present(first, params(f"file://{tmp_path}/dist"))
+    assert present(second, params(f"file://{tmp_path}/dist"))
+
+
+@pytest.mark.parametrize("receipt", ["", "[]", '{"files": {"a": {}}}', '{"url": "", "commit": null, "files": []}'])
+def test_a_damaged_receipt_shows_nothing_to_be_there(tmp_path: Path, receipt: str) -> None:
+    save(tmp_path, params("dist"))
+    assert present(tmp_path, params("dist"))
+    (tmp_path / "out" / "receipt.json").write_text(receipt)
+    assert not present(tmp_path, params("dist"))
+
+
+def test_a_card_says_that_weights_are_made_up(tmp_path: Path) -> None:
+    step = Step("download", "download", "key", None, {"synthetic": {"config": {}}}, {"commit": None})
+    card = card_of(tmp_path, Provenance(recipe="tiny", steps=(step,)), "dist", {})
+    assert "Made from made-up weights." in card.text()
 
 
 def test_a_file_url_is_a_directory(tmp_path: Path) -> None:

@@ -1,8 +1,8 @@
 """Where a finished model goes: a directory, an fsspec URL, a repository on the Hub.
 
-    with destination.session(scratch) as session:
-        session.put("model.safetensors", path)      copied, hashed, read back
-        written = session.finish(inspect)           only now is it there under its name
+    with destination.transfer(scratch, report=report) as transfer:
+        transfer.put("model.safetensors", path)     copied, hashed, read back
+        receipt = transfer.finish(inspect)          only now is it there under its name
 
 A directory appears as a whole or not at all. Object stores and the Hub have no such step; their last file, or their
 commit, is what makes the rest count.
@@ -19,8 +19,9 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
+from bigpipe.bigmodel.sources import Sources
 from bigpipe.errors import StageFailed, UsageError
 from bigpipe.files import (
     CHUNK,
@@ -32,6 +33,8 @@ from bigpipe.files import (
     require_space,
     sync_directory,
 )
+
+from .receipt import Receipt, Stored
 
 Report = Callable[[int], None]
 """Called with the number of bytes done since the last call."""
@@ -47,25 +50,11 @@ class Seen:
     mark: str
 
 
-@dataclass(frozen=True, slots=True)
-class Stored:
-    sha256: str
-    size: int
-    mark: str = ""
-
-
-@dataclass(frozen=True, slots=True)
-class Written:
-    url: str
-    files: Mapping[str, Stored]
-    commit: str | None = None
-
-
-class Session(Protocol):
+class Transfer(Protocol):
     def put(self, name: str, source: Path) -> tuple[str, int]:
         """Take one file under a relative name; its (hex sha256, size)."""
 
-    def finish(self, inspect: Inspect) -> Written:
+    def finish(self, inspect: Inspect) -> Receipt:
         """Let what was put be what is there, and nothing else. Raises StageFailed where it reads back differently.
 
         A directory is inspected before it takes its name; elsewhere the digests of all files must do.
@@ -76,6 +65,14 @@ class Destination(Protocol):
     @property
     def url(self) -> str:
         """For people: a path or an address."""
+
+    @property
+    def name(self) -> str:
+        """For whoever loads it; of a directory without where it lies, which is nobody else's business."""
+
+    @property
+    def keeps_versions(self) -> bool:
+        """Can what is replaced be had again?"""
 
     def check(self) -> None:
         """Raise now what would keep `finish` from working: no rights, no token, a file in the way."""
@@ -89,7 +86,7 @@ class Destination(Protocol):
     def digest(self, name: str) -> str:
         """sha256 of what is there, by reading it. Raises OSError."""
 
-    def session(self, scratch: Path, *, report: Report) -> AbstractContextManager[Session]: ...
+    def transfer(self, scratch: Path, *, report: Report) -> AbstractContextManager[Transfer]: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,10 +95,15 @@ class Directory:
 
     path: Path
     """Absolute."""
+    keeps_versions: ClassVar[bool] = False
 
     @property
     def url(self) -> str:
         return str(self.path)
+
+    @property
+    def name(self) -> str:
+        return self.path.name
 
     def check(self) -> None:
         if self.path.exists() and not self.path.is_dir():
@@ -126,7 +128,7 @@ class Directory:
         return hash_file(self.path / name)
 
     @contextmanager
-    def session(self, scratch: Path, *, report: Report) -> Iterator[Session]:
+    def transfer(self, scratch: Path, *, report: Report) -> Iterator[Transfer]:
         make_directory(self.path.parent)
         self._clean()
         new = Path(tempfile.mkdtemp(prefix=self._prefix, dir=self.path.parent))
@@ -134,7 +136,7 @@ class Directory:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX)
             new.chmod(0o777 & ~_umask())
-            yield _DirectorySession(self, new, report)
+            yield _DirectoryTransfer(self, new, report)
         finally:
             os.close(lock)
             shutil.rmtree(new, ignore_errors=True)
@@ -144,7 +146,7 @@ class Directory:
         return f".{self.path.name}.bigpipe-"
 
     def _clean(self) -> None:
-        """Remove what a killed session left: its lock is free."""
+        """Remove what a killed transfer left: its lock is free."""
         for left in self.path.parent.iterdir():
             if not left.name.startswith(self._prefix):
                 continue
@@ -158,7 +160,7 @@ class Directory:
 
 
 @dataclass(slots=True)
-class _DirectorySession:
+class _DirectoryTransfer:
     target: Directory
     new: Path
     report: Report
@@ -169,7 +171,7 @@ class _DirectorySession:
         self.stored[name] = copy_file(source, self.new / name, progress=self.report)
         return self.stored[name]
 
-    def finish(self, inspect: Inspect) -> Written:
+    def finish(self, inspect: Inspect) -> Receipt:
         for name, (sha256, _) in self.stored.items():
             forget_cached(self.new / name)
             compare(f"{self.target.url}/{name}", sha256, hash_file(self.new / name))
@@ -178,12 +180,12 @@ class _DirectorySession:
             sync_directory(folder)
         self._swap()
         seen = self.target.listing() or {}
-        return Written(self.target.url, {name: Stored(*known, seen[name].mark) for name, known in self.stored.items()})
+        return Receipt(self.target.url, {name: Stored(*known, seen[name].mark) for name, known in self.stored.items()})
 
     def _swap(self) -> None:
         path = self.target.path
         if path.exists():
-            # A crash between the two renames leaves both versions beside the name; the next session writes it anew.
+            # A crash between the two renames leaves both versions beside the name; the next transfer writes it anew.
             old = Path(tempfile.mkdtemp(prefix=self.target._prefix, dir=path.parent))
             move(path, old / path.name)
             move(self.new, path, durable=True)
@@ -199,6 +201,11 @@ class FileSystem:
     url: str
     system: Any
     root: str
+    keeps_versions: ClassVar[bool] = False
+
+    @property
+    def name(self) -> str:
+        return self.url
 
     def check(self) -> None:
         self.listing()
@@ -227,8 +234,8 @@ class FileSystem:
         return digest.hexdigest()
 
     @contextmanager
-    def session(self, scratch: Path, *, report: Report) -> Iterator[Session]:
-        yield _FileSystemSession(self, report)
+    def transfer(self, scratch: Path, *, report: Report) -> Iterator[Transfer]:
+        yield _FileSystemTransfer(self, report)
 
     def _path(self, name: str) -> str:
         return f"{self.root.rstrip('/')}/{name}"
@@ -241,7 +248,7 @@ class FileSystem:
 
 
 @dataclass(slots=True)
-class _FileSystemSession:
+class _FileSystemTransfer:
     target: FileSystem
     report: Report
     stored: dict[str, tuple[str, int]] = field(default_factory=dict)
@@ -261,18 +268,37 @@ class _FileSystemSession:
         self.stored[name] = (digest.hexdigest(), size)
         return self.stored[name]
 
-    def finish(self, inspect: Inspect) -> Written:
+    def finish(self, inspect: Inspect) -> Receipt:
         seen = self.target.listing() or {}
         stale = [self.target._path(name) for name in seen if name not in self.stored]
         if stale:
             with _foreign_errors(self.target.url, StageFailed):
                 self.target.system.rm(stale)
         files = {name: Stored(*known, seen[name].mark) for name, known in self.stored.items()}
-        return Written(self.target.url, files)
+        return Receipt(self.target.url, files)
 
 
-def open_url(to: str) -> Destination:
-    """The destination of an fsspec URL; `file://` is a directory like any other."""
+def open_destination(
+    to: str, sources: Sources = Sources(), *, revision: str = "main", private: bool = True
+) -> Destination:
+    """Return where `to` leads: a path (from `sources.base`), an fsspec URL, or `hf://owner/name` at `revision`.
+
+    private: of a repository that is made. Raise UsageError for an address that no file system here knows.
+    """
+    if to.startswith("hf://"):
+        from bigpipe.bigmodel.hub.repository import Hub
+
+        from .upload import HubRepository
+
+        hub = Hub.from_environment(sources.environment, offline=sources.offline)
+        return HubRepository(to.removeprefix("hf://").strip("/"), hub, revision, private)
+    if "://" in to:
+        return _open_url(to)
+    return Directory(((sources.base or Path.cwd()) / Path(to).expanduser()).resolve())
+
+
+def _open_url(to: str) -> Destination:
+    """`file://` is a directory like any other."""
     from fsspec.core import url_to_fs
 
     try:
@@ -284,20 +310,6 @@ def open_url(to: str) -> Destination:
     if "file" in ((system.protocol,) if isinstance(system.protocol, str) else system.protocol):
         return Directory(Path(root))
     return FileSystem(to.rstrip("/"), system, root)
-
-
-def still_holds(destination: Destination, files: Mapping[str, Stored]) -> bool:
-    """Are these files there as they were written? Read only where the look without reading differs."""
-    seen = destination.listing()
-    if seen is None:
-        return False
-    for name, stored in files.items():
-        now = seen.get(name)
-        if now is None or now.size != stored.size:
-            return False
-        if (not stored.mark or now.mark != stored.mark) and destination.digest(name) != stored.sha256:
-            return False
-    return True
 
 
 def compare(what: str, written: str, read: str) -> None:

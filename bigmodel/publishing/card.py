@@ -3,13 +3,24 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import yaml
 
+from bigpipe.bigmodel.checkpoint.description import ARCHITECTURE_FILE
+from bigpipe.sizes import format_size
+
+from .provenance import Provenance, Step, version
+
 FRONT_MATTER = re.compile(r"\A---\s*\n(.*?)\n---\s*(\n|\Z)", re.DOTALL)
+
+UNTOLD = frozenset({"files", "fetched_bytes"})
+"""Metrics that say nothing about the model."""
+TASKS = re.compile(r"[a-z]+(-[a-z]+)+")
+"""Names of pipeline tasks on the Hub; a `module:function` is none."""
 
 TEMPLATE = """\
 ---
@@ -82,9 +93,7 @@ class Card:
         return {key: value for key, value in {**told, **self.extra}.items() if value is not None}
 
     def summary(self) -> str:
-        source = (
-            f"[{self.base_model}](https://huggingface.co/{self.base_model})" if self.base_model else "a local model"
-        )
+        source = f"[{self.base_model}](https://huggingface.co/{self.base_model})" if self.base_model else self.source
         at = f" at commit `{self.commit}`" if self.commit else ""
         how = f", quantized to {self.scheme} with bitsandbytes" if self.scheme else ""
         return f"Made from {source}{at}{how}."
@@ -106,6 +115,52 @@ class Card:
             recipe=self.recipe.rstrip("\n"),
             fence="`" * max(3, longest + 1),
         )
+
+
+def card_of(model: Path, provenance: Provenance, name: str, extra: Mapping[str, Any]) -> Card:
+    """Return the card of what lies in `model`, by what led to it. name: of the destination, for whoever loads it."""
+    source, quantize = provenance.last("download"), provenance.last("quantize")
+    infer = provenance.last("distributed-infer")
+    task = str(infer.params.get("task")) if infer else ""
+    by_transformers = (model / "config.json").is_file() and not (model / ARCHITECTURE_FILE).exists()
+    readme = model / "README.md"
+    return Card(
+        title=name.rstrip("/").rpartition("/")[2],
+        base_model=source.params.get("repo") if source else None,
+        source="made-up weights" if source and source.params.get("synthetic") else "a local model",
+        commit=source.metrics.get("commit") if source else None,
+        scheme=str(quantize.params.get("scheme")) if quantize else None,
+        license=front_matter(readme.read_text(errors="replace")).get("license") if readme.is_file() else None,
+        library="transformers" if by_transformers else None,
+        task=task if TASKS.fullmatch(task) else None,
+        loading=LOADING.format(where=name) if by_transformers else "",
+        measured=[row for step in provenance.steps for row in _measured(step)],
+        recipe=provenance.text,
+        recipe_name=provenance.recipe,
+        version=version(),
+        extra=extra,
+    )
+
+
+def _measured(step: Step) -> list[tuple[str, str, str]]:
+    """(node, metric, value) per number, nested ones by their path; only what was measured, not what was estimated."""
+    if step.kind == "estimate":
+        return []
+
+    def flatten(prefix: str, value: Any) -> Iterator[tuple[str, str, str]]:
+        if isinstance(value, Mapping):
+            for key, inner in value.items():
+                yield from flatten(f"{prefix}.{key}" if prefix else str(key), inner)
+        elif isinstance(value, int | float) and not isinstance(value, bool) and prefix not in UNTOLD:
+            yield step.node, prefix, _readable(prefix, value)
+
+    return list(flatten("", step.metrics))
+
+
+def _readable(name: str, value: float) -> str:
+    if re.search(r"bytes|predicted|measured|peak", name):
+        return format_size(value)
+    return f"{value:,}" if isinstance(value, int) else f"{value:.4g}"
 
 
 def front_matter(text: str) -> dict[str, Any]:

@@ -9,14 +9,15 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from bigpipe.bigmodel.hub.errors import LOGIN, hub_errors
 from bigpipe.bigmodel.hub.repository import COMMIT, Hub, check_access, describe, read_range, whoami
 from bigpipe.errors import NotAuthorised, Offline, StageFailed, UsageError
 from bigpipe.files import link, make_directory
 
-from .destinations import Inspect, Report, Seen, Session, Stored, Written
+from .destinations import Inspect, Report, Seen, Transfer
+from .receipt import Receipt, Stored
 
 GIT_ATTRIBUTES = ".gitattributes"
 """The Hub writes it itself."""
@@ -31,10 +32,15 @@ class HubRepository:
     private: bool = True
     """Of a repository that is made; one that exists stays as it is."""
     message: str = "Save with bigpipe"
+    keeps_versions: ClassVar[bool] = True
 
     @property
     def url(self) -> str:
         return f"{self.hub.endpoint}/{self.repo}"
+
+    @property
+    def name(self) -> str:
+        return self.repo
 
     def check(self) -> None:
         if self.repo.count("/") != 1 or not all(self.repo.split("/")):
@@ -69,14 +75,14 @@ class HubRepository:
         return seen[name].mark if name in seen else ""
 
     @contextmanager
-    def session(self, scratch: Path, *, report: Report) -> Iterator[Session]:
+    def transfer(self, scratch: Path, *, report: Report) -> Iterator[Transfer]:
         staging = scratch / "upload"
         staging.mkdir(parents=True, exist_ok=True)
-        yield _UploadSession(self, staging, report)
+        yield _Upload(self, staging, report)
 
 
 @dataclass(slots=True)
-class _UploadSession:
+class _Upload:
     target: HubRepository
     staging: Path
     report: Report
@@ -96,7 +102,7 @@ class _UploadSession:
         self.report(size)
         return sha256.hexdigest(), size
 
-    def finish(self, inspect: Inspect) -> Written:
+    def finish(self, inspect: Inspect) -> Receipt:
         for path in sorted(self.staging.rglob("*"), reverse=True):
             if path.is_symlink() and path.relative_to(self.staging).as_posix() not in self.stored:
                 path.unlink()
@@ -111,7 +117,7 @@ class _UploadSession:
                     "somebody may have written there at the same time; run again",
                 )
             files[name] = Stored(stored.sha256, stored.size, file.etag)
-        return Written(self.target.url, files, commit)
+        return Receipt(self.target.url, files, commit)
 
     def _upload(self) -> str:
         from huggingface_hub import HfApi
