@@ -249,14 +249,12 @@ def test_a_failure_leaves_the_old_version_in_place(tmp_path: Path) -> None:
     target, source = tmp_path / "base" / "dist", tmp_path / "config.json"
     before = tree(target)
     source.write_text("{}")
-    with (
-        pytest.raises(StageFailed, match="reads back as sha256"),
-        Directory(target).transfer(tmp_path, report=lambda size: None) as transfer,
-    ):
+    with Directory(target).transfer(tmp_path, report=lambda size: None) as transfer:
         transfer.put("config.json", source)
         (new,) = target.parent.glob(".dist.bigpipe-*")
         (new / "config.json").write_text('{"model_type": "gpt"}')
-        transfer.finish(lambda directory: None)
+        with pytest.raises(StageFailed, match="reads back as sha256"):
+            transfer.finish(lambda directory: None)
     assert tree(target) == before
     assert sorted(path.name for path in (tmp_path / "base").iterdir()) == ["dist"]
 
