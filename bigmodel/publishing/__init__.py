@@ -6,7 +6,8 @@ Beside the files stand a model card and `provenance.json`: what led to them, and
 `publish` knows what it may replace, and a `Receipt` whether everything is there still.
 """
 
-from .destinations import Destination, Directory, open_destination
+from .addresses import open_destination
+from .destinations import Destination, Directory
 from .provenance import Provenance, Step
 from .publish import Contents, publish
 from .receipt import RECEIPT, Receipt
