@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import ast
 import errno
 import hashlib
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -232,3 +234,74 @@ def test_bytes_are_on_the_disk_before_their_name_and_the_name_before_the_return(
         pytest.skip("strace does not work here")
     steps = [line.partition("(")[0] for line in log.read_text().splitlines() if str(tmp_path) in line]
     assert steps == ["write", "fsync", "rename", "fsync", "pwrite64", "fsync", "rename", "fsync"]
+
+
+ROOT = Path(__file__).parents[1]
+WRITING = {"write_text", "write_bytes", "rename", "renames", "fsync", "fdatasync", "ftruncate", "truncate", "pwrite"}
+"""Methods and functions of `os` that write, rename or sync whatever they are called on."""
+OF_OS = {"os.write", "os.replace", "os.link", "os.posix_fallocate", "os.copy_file_range", "os.sendfile"}
+OF_OTHERS = {"shutil.copy", "shutil.copy2", "shutil.copyfile", "shutil.copytree", "shutil.move", "tempfile.mkstemp"}
+FLAGS = {"O_WRONLY", "O_RDWR", "O_CREAT", "O_TRUNC", "O_APPEND"}
+ELSEWHERE = {
+    "cli.py: os.open": "the null device, in place of a closed pipe",
+    "orchestrator/launch/worker.py: os.open": "a pipe that the command made",
+    "orchestrator/launch/ranks.py: os.open": "pipes",
+    "orchestrator/launch/lifeline.py: write_text": "a setting of the kernel, in /proc",
+    "orchestrator/store/locks.py: os.pwrite": "who holds a lock, in the lock file; nothing depends on it",
+    "bigmodel/writing/destinations.py: open": "fsspec's own files: object stores",
+}
+"""What else writes, and what it writes to."""
+
+
+def writes(path: Path) -> set[str]:
+    """The calls in a source file that open for writing, write, rename or sync files."""
+    return {name for call in ast.walk(ast.parse(path.read_text())) if (name := written_by(call)) is not None}
+
+
+def written_by(call: ast.AST) -> str | None:
+    if not isinstance(call, ast.Call):
+        return None
+    name = ast.unparse(call.func)
+    last = name.rpartition(".")[2]
+    given = [*call.args, *(keyword.value for keyword in call.keywords)]
+    words = {item.value for item in given if isinstance(item, ast.Constant) and isinstance(item.value, str)}
+    flags = {item.attr for part in given for item in ast.walk(part) if isinstance(item, ast.Attribute)}
+    if last == "open" and (any(re.fullmatch(r"[rwaxbt+]*[wax+][rwaxbt+]*", word) for word in words) or flags & FLAGS):
+        return "os.open" if name == "os.open" else "open"
+    if last.endswith("TemporaryFile") or name in OF_OS | OF_OTHERS:
+        return name
+    if last == "replace" and len(given) == 1 and not words:  # Path.replace; a string's takes two
+        return None if name in ("replace", "dataclasses.replace") else last
+    if last not in WRITING or "." not in name:
+        return None
+    return name if name.startswith("os.") else last
+
+
+def test_nothing_else_writes_renames_or_syncs_files():
+    rooms = [path for room in ("orchestrator", "bigmodel", "plugins") for path in (ROOT / room).rglob("*.py")]
+    others = [path for path in (ROOT / "src" / "bigpipe").glob("*.py") if path.name not in ("files.py", "cli.py")]
+    found = {
+        f"{path.relative_to(ROOT)}: {name}" for path in [*rooms, *others, ROOT / "cli.py"] for name in writes(path)
+    }
+    assert found == set(ELSEWHERE)
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "path.write_text('x')", "open(path, 'w')", "path.open(mode='ab')", "os.open(path, os.O_RDWR | os.O_CREAT)",
+        "os.replace(one, other)", "path.rename(other)", "path.replace(other)", "os.fsync(file)",
+        "tempfile.NamedTemporaryFile(dir=folder)", "shutil.copyfile(one, other)", "os.pwrite(file, piece, 0)",
+    ],
+)  # fmt: skip
+def test_each_way_to_write_is_seen(tmp_path, source):
+    (tmp_path / "module.py").write_text(source)
+    assert len(writes(tmp_path / "module.py")) == 1
+
+
+@pytest.mark.parametrize(
+    "source", ["open(path, 'rb')", "text.replace('a', 'b')", "replace(plan, size=1)", "path.open()"]
+)
+def test_reading_is_not_writing(tmp_path, source):
+    (tmp_path / "module.py").write_text(source)
+    assert writes(tmp_path / "module.py") == set()
