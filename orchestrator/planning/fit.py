@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import replace
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
 
-from bigpipe.orchestrator.contract.forecast import Forecast, Misfit
+from bigpipe.fit import Cure, Misfit, fits
+from bigpipe.machine import Machine
+from bigpipe.orchestrator.contract.forecast import Forecast
 from bigpipe.orchestrator.recipe.graph import Node
-from bigpipe.sizes import format_size, format_transfer
+from bigpipe.sizes import exact_size, format_size, format_transfer
 
 from .decision import Action, Decision
 from .session import Session
@@ -24,7 +26,15 @@ def find_misfits(
     for node in session.nodes:
         if decisions[node.name].action in (Action.RUN, Action.MAYBE):
             forecast = forecasts[node.name]
-            found += [(node.name, misfit) for misfit in (*forecast.misfits, *_memory(session, node, forecast))]
+            own = machine_misfits(
+                session.machine,
+                forecast,
+                ram=needs_ram(node, forecast),
+                cpus=node.resources.cpus or 0,
+                gpus=needs_gpus(node, forecast),
+                gpu_memory=node.resources.gpu_memory,
+            )
+            found += [(node.name, misfit) for misfit in (*forecast.misfits, *own)]
     found += _disk(session, decisions, forecasts, disk)
     return tuple(found)
 
@@ -35,53 +45,59 @@ def needs_gpus(node: Node, forecast: Forecast | None) -> int:
     return len(forecast.vram) if forecast else 0
 
 
-def _memory(session: Session, node: Node, forecast: Forecast) -> list[Misfit]:
-    machine, found = session.machine, []
-    if (ram := needs_ram(node, forecast)) > machine.memory:
-        found.append(
-            Misfit(
-                f"needs {format_size(ram)} of RAM; {machine.name} has {format_size(machine.memory)}",
-                "give `max_memory` a smaller `cpu` and a `disk`, quantize first, or plan for another --machine",
-            )
-        )
-    if (cpus := node.resources.cpus or 0) > machine.cpus:
-        found.append(
-            Misfit(f"asks for {cpus} CPUs; {machine.name} has {machine.cpus}", f"resources.cpus: {machine.cpus}")
-        )
-    if (gpus := needs_gpus(node, forecast)) > len(machine.gpus) and not forecast.misfits:
-        found.append(
-            Misfit(
-                f"asks for {gpus} GPUs; {machine.name} has {len(machine.gpus)}", f"resources.gpus: {len(machine.gpus)}"
-            )
-        )
-    by_index = {gpu.index: gpu for gpu in machine.gpus}
-    for index, wanted in forecast.vram.items():
-        gpu = by_index.get(index)
-        if gpu is not None and wanted > gpu.memory and not forecast.misfits:
-            found.append(
-                Misfit(
-                    f"needs {format_size(wanted)} on GPU {index} ({gpu.name}), which has {format_size(gpu.memory)}",
-                    f"max_memory: {{{index}: {format_size(gpu.memory * 0.9).replace(' ', '')}}} leaves room; "
-                    "the rest goes to cpu and disk",
-                )
-            )
-    limit = node.resources.gpu_memory
-    if limit is not None and machine.gpus and limit > max(gpu.memory for gpu in machine.gpus):
-        found.append(
-            Misfit(f"asks for {format_size(limit)} of GPU memory; no GPU here has it", "lower resources.gpu_memory")
-        )
+@dataclass(frozen=True, slots=True)
+class Demand:
+    """Something of which a machine must have enough."""
+
+    needed: int
+    there: int
+    words: str
+    """With `needed`, `there` and the name of the `machine` in it."""
+    cure: Cure | str
+    written: Callable[[int], str] = str
+
+
+def machine_misfits(
+    machine: Machine, forecast: Forecast, *, ram: int, cpus: int, gpus: int, gpu_memory: int | None
+) -> list[Misfit]:
+    """Return what the machine has too little of. Of GPUs nothing is said where the kind itself has found misfits."""
+    found = []
+    for demand in _demands(machine, forecast, ram, cpus, gpus, gpu_memory):
+        if not fits(demand.needed, demand.there):
+            sizes = {"needed": demand.written(demand.needed), "there": demand.written(demand.there)}
+            found.append(Misfit(demand.words.format(machine=machine.name, **sizes), demand.cure))
     return found
+
+
+def _demands(
+    machine: Machine, forecast: Forecast, ram: int, cpus: int, gpus: int, gpu_memory: int | None
+) -> Iterator[Demand]:
+    cure: Cure | str = "give `max_memory` a smaller `cpu` and a `disk`, quantize first, or plan for another --machine"
+    yield Demand(ram, machine.memory, "needs {needed} of RAM; {machine} has {there}", cure, format_size)
+    cure = Cure({"resources.cpus": machine.cpus})
+    yield Demand(cpus, machine.cpus, "asks for {needed} CPUs; {machine} has {there}", cure)
+    if not forecast.misfits:
+        cure = Cure({"resources.gpus": len(machine.gpus)})
+        yield Demand(gpus, len(machine.gpus), "asks for {needed} GPUs; {machine} has {there}", cure)
+        cure = "place less on it with `max_memory`, quantize first, or plan for another --machine"
+        for gpu in machine.gpus:
+            words = f"needs {{needed}} on GPU {gpu.index} ({gpu.name}), which has {{there}}"
+            yield Demand(forecast.vram.get(gpu.index, 0), gpu.memory, words, cure, format_size)
+    if gpu_memory is not None and machine.gpus:
+        largest = max(gpu.memory for gpu in machine.gpus)
+        cure = Cure({"resources.gpu_memory": exact_size(largest)})
+        yield Demand(gpu_memory, largest, "asks for {needed} of GPU memory; no GPU here has it", cure, format_size)
 
 
 def _disk(
     session: Session, decisions: Mapping[str, Decision], forecasts: Mapping[str, Forecast], disk: Disk
 ) -> list[tuple[str, Misfit]]:
     peak, free = disk.peak, session.machine.disk_free
-    if peak <= free:
+    if fits(peak, free):
         return []
     other = Disk(replace(session, side_by_side=not session.side_by_side), decisions, forecasts).peak
     cure = f"free {format_transfer(peak - free)}"
-    if other <= free:
+    if fits(other, free):
         how = "with `--jobs 1`" if session.side_by_side else "without `--jobs 1`"
         cure += f", or run {how}: that needs {format_transfer(other)}"
     elif best := _droppable(session, forecasts):
