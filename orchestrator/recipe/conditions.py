@@ -21,7 +21,7 @@ from bigpipe.errors import Place
 from bigpipe.orchestrator.contract.types import Json
 from bigpipe.sizes import UNITS, format_size, parse_size
 
-from .problems import ProblemCode, Problems, did_you_mean
+from .problems import Fault, Problems, did_you_mean
 
 MAX_LENGTH = 500
 MAX_DEPTH = 20
@@ -216,9 +216,7 @@ class _Parser:
             self.fail(0, f"the condition is longer than {MAX_LENGTH:,} characters", "write several, one per line")
         self.token = self.next()
 
-    def fail(
-        self, start: int, cause: str, cure: str, code: ProblemCode = ProblemCode.CONDITION_SYNTAX, width: int = 1
-    ) -> NoReturn:
+    def fail(self, start: int, cause: str, cure: str, code: Fault = Fault.CONDITION_SYNTAX, width: int = 1) -> NoReturn:
         problems = Problems()
         place = self.place
         found = place.text.find(self.text, place.column - 1) if self.text else -1
@@ -309,13 +307,13 @@ class _Parser:
                 return Number(parse_size(token.text), "size", token.text)
             except ValueError as error:
                 cause, _, cure = str(error).partition("; ")
-                self.fail(token.start, cause, cure, ProblemCode.BAD_UNIT, len(token.text))
+                self.fail(token.start, cause, cure, Fault.BAD_UNIT, len(token.text))
         if unit in _SECONDS:
             return Number(float(digits) * _SECONDS[unit], "time", token.text)
         units = ["B", "kB", "MB", "GB", "TB", "KiB", "MiB", "GiB", "TiB", *_SECONDS]
         hint = _hint(unit) if unit in ("and", "or") else ""
         cure = hint or did_you_mean(unit, units) or "sizes: KiB MiB GiB TiB kB MB GB TB; times: ms s min h"
-        self.fail(token.match.start("unit"), f"{unit!r} is not a unit", cure, ProblemCode.BAD_UNIT, len(unit))
+        self.fail(token.match.start("unit"), f"{unit!r} is not a unit", cure, Fault.BAD_UNIT, len(unit))
 
 
 def _hint(text: str) -> str:

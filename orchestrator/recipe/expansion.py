@@ -18,7 +18,7 @@ from .conditions import Condition, parse_condition
 from .interpolation import Scope, contains_reference, interpolate
 from .manifest import NodeSettings, refused_variable
 from .node import Node, Places
-from .problems import ProblemCode, Problems, did_you_mean, listed
+from .problems import Fault, Problems, did_you_mean, listed
 from .validation import Target, validate, wrong_metric
 from .wiring import Axes, StageReference, Wired, read_picks
 from .yamlsource import Document, Key
@@ -85,8 +85,8 @@ class Expansion:
         if total > MAX_NODES:
             largest = max(sizes, key=lambda name: sizes[name])
             cause = f"the recipe has {total:,} nodes, {sizes[largest]:,} of them {largest}; the limit is {MAX_NODES:,}"
-            place = self.document.place_at(("stages", largest, "matrix"), key=True)
-            self.problems.add(ProblemCode.TOO_MANY_NODES, place, cause, "shorten or drop an axis, or split the recipe")
+            cure = "shorten or drop an axis, or split the recipe"
+            self.problems.add(Fault.TOO_MANY_NODES, ("stages", largest, "matrix"), cause, cure, key=True)
             raise self.problems.error()
         edges = sum(
             sizes[stage.name] * (sizes[source.stage] if source.gathers else 1)
@@ -95,8 +95,8 @@ class Expansion:
         )
         if edges > MAX_EDGES:
             cause = f"the recipe has {edges:,} edges; the limit is {MAX_EDGES:,}"
-            place = self.document.place_at(("stages",), key=True)
-            self.problems.add(ProblemCode.TOO_MANY_NODES, place, cause, "gather a matrix in one stage without a matrix")
+            cure = "gather a matrix in one stage without a matrix"
+            self.problems.add(Fault.TOO_MANY_NODES, ("stages",), cause, cure, key=True)
             raise self.problems.error()
 
     def _expand(self, stage: Wired) -> Iterable[Node]:
@@ -118,11 +118,10 @@ class Expansion:
     def _read(self, stage: Wired, variant: Mapping[str, Json]) -> _Reading | None:
         unresolved = stage.broken or bool(self.scope.open_params)
 
-        def report(code: ProblemCode, path: tuple[Key, ...], reference: str, cause: str, cure: str) -> None:
+        def report(code: Fault, path: tuple[Key, ...], reference: str, cause: str, cure: str) -> None:
             nonlocal unresolved
             unresolved = True
-            place = self.document.place_at((*stage.path, *path), part=reference)
-            self.problems.add(code, place, cause, cure)
+            self.problems.add(code, (*stage.path, *path), cause, cure, part=reference)
 
         values = stage.settings
         if contains_reference(values):
@@ -208,25 +207,25 @@ class Expansion:
 
     def _check_launch(self, stage: Wired) -> None:
         if stage.kind is not None and "launch" in stage.settings and not executor(stage.kind.runs_in).takes_launch:
-            place = self.document.place_at((*stage.path, "launch"), key=True)
             cause = f"{stage.kind.kind} does not run as ranks and takes no 'launch'"
-            self.problems.add(ProblemCode.NO_RANKS, place, cause, "remove it")
+            self.problems.add(Fault.NO_RANKS, (*stage.path, "launch"), cause, "remove it", key=True)
 
     def _check_environment(self, stage: Wired, env: Json) -> None:
         for name in env if isinstance(env, dict) else ():
+            path = (*stage.path, "env", name)
             if not isinstance(name, str):
                 continue
-            place = self.document.place_at((*stage.path, "env", name), key=True)
             if not _VARIABLE.fullmatch(name):
-                self.problems.add(ProblemCode.BAD_NAME, place, f"{name!r} cannot name a variable", "use A-Z, 0-9 and _")
+                cause, cure = f"{name!r} cannot name a variable", "use A-Z, 0-9 and _"
+                self.problems.add(Fault.BAD_NAME, path, cause, cure, key=True)
             elif name in self.scope.secrets:
+                cause = f"{name} is a secret and is never written out"
                 cure = f"list it under the stage's `secrets: [{name}]`; its value stays in your environment"
-                self.problems.add(
-                    ProblemCode.SECRET_REFERENCE, place, f"{name} is a secret and is never written out", cure
-                )
+                self.problems.add(Fault.SECRET_REFERENCE, path, cause, cure, key=True)
             elif refused_variable(name):
                 cause = f"`env` may not set {name}, which changes what code runs or how it is launched"
-                self.problems.add(ProblemCode.REFUSED_VARIABLE, place, cause, "set it in the shell that starts bigpipe")
+                cure = "set it in the shell that starts bigpipe"
+                self.problems.add(Fault.REFUSED_VARIABLE, path, cause, cure, key=True)
 
     def _condition(self, stage: Wired, text: Json, path: tuple[Key, ...]) -> Condition | None:
         if not isinstance(text, str) or not text or contains_reference(text.replace("${stages.", "")):
@@ -241,7 +240,7 @@ class Expansion:
             condition = parse_condition(text, self.document.place_at(path))
         except ManifestError as error:
             for problem in error.problems:
-                self.problems.add(ProblemCode(problem.code), problem.place, problem.cause, problem.cure)
+                self.problems.add(Fault(problem.code), problem.place, problem.cause, problem.cure)
             return None
         fine = True
         for node, metric in sorted(condition.references, key=str):
@@ -249,24 +248,23 @@ class Expansion:
         return condition if fine else None
 
     def _check_metric(self, stage: Wired, node: str | None, metric: str, path: tuple[Key, ...]) -> bool:
-        place = self.document.place_at(path, part=metric)
         if node is None and "when" in path[2:3]:
             cure = "compare another stage's: ${stages.NODE.metrics." + metric + "}"
             cause = "`when` is decided before the stage runs and has no metrics of its own"
-            self.problems.add(ProblemCode.NOT_UPSTREAM, place, cause, cure)
+            self.problems.add(Fault.NOT_UPSTREAM, path, cause, cure, part=metric)
             return False
         name = stage.name if node is None else node.partition("@")[0]
         if name not in self.stages:
             if path[2] != "when":  # there it was reported as an edge
                 cure = did_you_mean(name, self.stages, otherwise="there are")
-                self.problems.add(ProblemCode.UNKNOWN_STAGE, place, f"no stage {name!r}", cure)
+                self.problems.add(Fault.UNKNOWN_STAGE, path, f"no stage {name!r}", cure, part=metric)
             return False
         kind = self.stages[name].kind
         wrong = wrong_metric(kind.metrics, metric) if kind is not None else None
         if kind is None or wrong is None:
             return kind is not None
         cure = did_you_mean(wrong.wrong, wrong.known, otherwise="there are")
-        self.problems.add(ProblemCode.UNKNOWN_METRIC, place, f"{wrong.cause} in {kind.kind}", cure)
+        self.problems.add(Fault.UNKNOWN_METRIC, path, f"{wrong.cause} in {kind.kind}", cure, part=metric)
         return False
 
     def _bound(self, stage: Wired, condition: Condition | None, texts: Mapping[str, str]) -> Condition | None:
@@ -289,7 +287,7 @@ class Expansion:
         picks = read_picks(rest, other.axes)
         place = condition.place
         if isinstance(picks, str):
-            self.problems.add(ProblemCode.NO_VARIANT, place, f"{name} has no variant {rest!r}", picks)
+            self.problems.add(Fault.NO_VARIANT, place, f"{name} has no variant {rest!r}", picks)
             return None
         missing = [axis for axis in other.axes if axis not in picks and axis not in texts]
         shared = [axis for axis in other.axes if axis in texts and axis not in picks]
@@ -297,8 +295,6 @@ class Expansion:
         if wrong:
             cause = f"{name} has variants over {listed(wrong)}, which {stage.name} does not share"
             example = node_name(name, next(iter(variants(other.axes))))
-            self.problems.add(
-                ProblemCode.NO_VARIANT, place, cause, f"pick one, such as ${{stages.{example}.metrics.…}}"
-            )
+            self.problems.add(Fault.NO_VARIANT, place, cause, f"pick one, such as ${{stages.{example}.metrics.…}}")
             return None
         return self._variant(name, picks, texts)

@@ -30,7 +30,7 @@ from .expansion import Expansion
 from .interpolation import WELL_KNOWN_SECRETS, Scope, interpolate, read_argument
 from .manifest import ManifestSpec, Structure, named, read_manifest, split_stage
 from .node import Node, Places
-from .problems import ProblemCode, Problems, did_you_mean
+from .problems import Fault, Problems, did_you_mean
 from .registry import Offer, load_stage, locate
 from .validation import Target, validate
 from .wiring import Wired, Wiring
@@ -164,7 +164,7 @@ class _Loading:
     ) -> None:
         self.base = base
         self.document, self.arguments, self.environment, self.known = document, arguments, environment, stages
-        self.problems = Problems()
+        self.problems = Problems(document.place_at)
         self.secrets: frozenset[str] = WELL_KNOWN_SECRETS
 
     def recipe(self, path: Path, resolve: Callable[[Mapping[str, str]], Recipe]) -> Recipe:
@@ -206,28 +206,27 @@ class _Loading:
         return found
 
     def _kind(self, uses: str, trust: Trust, path: tuple[Key, ...]) -> Offer | None:
-        place = self.document.place_at(path)
         if "${" in uses:
             cure = "write the kind out; what a stage is cannot depend on a parameter"
-            self.problems.add(ProblemCode.MISPLACED_REFERENCE, place, "`uses` cannot hold a reference", cure)
+            self.problems.add(Fault.MISPLACED_REFERENCE, path, "`uses` cannot hold a reference", cure)
             return None
         if self.known is not None:
             if uses not in self.known:
                 cure = did_you_mean(uses, self.known, otherwise="there are")
-                self.problems.add(ProblemCode.UNKNOWN_KIND, place, f"unknown stage kind {uses!r}", cure)
+                self.problems.add(Fault.UNKNOWN_KIND, path, f"unknown stage kind {uses!r}", cure)
             return Offer(self.known[uses], "") if uses in self.known else None
-        code = ProblemCode.UNTRUSTED_KIND if ":" in uses else ProblemCode.UNKNOWN_KIND
+        code = Fault.UNTRUSTED_KIND if ":" in uses else Fault.UNKNOWN_KIND
         try:
             location = locate(uses, trust)
-            code = ProblemCode.BROKEN_KIND
+            code = Fault.BROKEN_KIND
             return Offer(load_stage(uses, trust, self.base), location)
         except UsageError as error:
-            self.problems.add(code, place, error.cause, error.cure)
+            self.problems.add(code, path, error.cause, error.cure)
             return None
 
     def _report_at(self, base: tuple[Key, ...]) -> Any:
-        def report(code: ProblemCode, path: tuple[Key, ...], reference: str, cause: str, cure: str) -> None:
-            self.problems.add(code, self.document.place_at((*base, *path), part=reference), cause, cure)
+        def report(code: Fault, path: tuple[Key, ...], reference: str, cause: str, cure: str) -> None:
+            self.problems.add(code, (*base, *path), cause, cure, part=reference)
 
         return report
 
@@ -245,17 +244,15 @@ class _Loading:
                 missing.add(name)
                 if name not in self.arguments:
                     cause, cure = f"the parameter {name!r} has no default", f"give it one, or pass -p {name}=…"
-                    self.problems.add(
-                        ProblemCode.PARAMETER_REQUIRED, self.document.place_at(path, key=True), cause, cure
-                    )
+                    self.problems.add(Fault.PARAMETER_REQUIRED, path, cause, cure, key=True)
             else:
                 values[name] = value
         for name in self.arguments:
             if name not in defaults:
                 cure = did_you_mean(name, defaults, otherwise="there are")
-                place = self.document.place_at(("params",), key=True)
                 cure = cure or f"declare it: `params: {{{name}: …}}`"
-                self.problems.add(ProblemCode.BAD_ARGUMENT, place, f"-p {name}=…: no parameter {name!r}", cure)
+                cause = f"-p {name}=…: no parameter {name!r}"
+                self.problems.add(Fault.BAD_ARGUMENT, ("params",), cause, cure, key=True)
         return Scope(
             params=values,
             open_params=frozenset(missing),
@@ -268,9 +265,8 @@ class _Loading:
         try:
             return read_argument(text, default)
         except ValueError as error:
-            place = self.document.place_at(("params", name))
             cure = "it is read as the type of the default"
-            self.problems.add(ProblemCode.BAD_ARGUMENT, place, f"-p {name}=…: {error}", cure)
+            self.problems.add(Fault.BAD_ARGUMENT, ("params", name), f"-p {name}=…: {error}", cure)
             return None
 
     def _stages(self, manifest: ManifestSpec, kinds: Mapping[str, Offer], scope: Scope) -> dict[str, Wired]:
@@ -278,13 +274,11 @@ class _Loading:
         for index, (name, raw) in enumerate(named(manifest.stages).items()):
             path: tuple[Key, ...] = ("stages", name)
             if not isinstance(raw, dict):
-                place = self.document.place_at(path)
-                self.problems.add(
-                    ProblemCode.WRONG_TYPE, place, f"{name}: a stage is a map", f"write `{name}: {{uses: KIND}}`"
-                )
+                cause, cure = f"{name}: a stage is a map", f"write `{name}: {{uses: KIND}}`"
+                self.problems.add(Fault.WRONG_TYPE, path, cause, cure)
                 result[name] = Wired(name, index, None, None, {}, broken=True)
                 continue
-            shape, settings = split_stage(raw, name, self.document, self.problems)
+            shape, settings = split_stage(raw, name, self.problems)
             uses = shape.pop("uses", None)
             before = len(self.problems)
             shape = interpolate(shape, scope, self._report_at(path))
@@ -306,10 +300,10 @@ class _Loading:
         allowed = {*manifest.secrets, *(kind.secrets if kind else ())}
         for index, secret in enumerate(structure.secrets if structure else ()):
             if secret not in allowed:
-                place = self.document.place_at(("stages", name, "secrets", index))
                 cure = did_you_mean(secret, allowed | WELL_KNOWN_SECRETS) if secret not in WELL_KNOWN_SECRETS else ""
                 cure = cure or f"declare it at the top: `secrets: [{secret}]`"
-                self.problems.add(ProblemCode.UNDECLARED_SECRET, place, f"{secret!r} is not a declared secret", cure)
+                path, cause = ("stages", name, "secrets", index), f"{secret!r} is not a declared secret"
+                self.problems.add(Fault.UNDECLARED_SECRET, path, cause, cure)
 
     def _ordered(self, nodes: Mapping[str, Node]) -> dict[str, Node]:
         sorter = TopologicalSorter({node.name: node.predecessors for node in nodes.values()})
@@ -336,4 +330,4 @@ class _Loading:
                 cause = f"{source} need not have run when this gate of {node.name} is checked"
                 stage = nodes[source].stage
                 cure = f"add it to the stage's `needs: [{stage}]`"
-                self.problems.add(ProblemCode.NOT_UPSTREAM, gate.place, cause, cure)
+                self.problems.add(Fault.NOT_UPSTREAM, gate.place, cause, cure)

@@ -18,7 +18,7 @@ from typing import Any
 from bigpipe.errors import ManifestError
 from bigpipe.orchestrator.contract.types import Json
 
-from .problems import ProblemCode, did_you_mean
+from .problems import Fault, did_you_mean
 from .yamlsource import Key, read_value
 
 WELL_KNOWN_SECRETS = frozenset({"HF_TOKEN", "HUGGING_FACE_HUB_TOKEN"})
@@ -28,7 +28,7 @@ _ENVIRONMENT = re.compile(r"([A-Za-z_][A-Za-z0-9_]*)(?::([-?])(.*))?", re.DOTALL
 _NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_-]*")
 _NOTHING: Mapping[str, Any] = MappingProxyType({})
 
-Report = Callable[[ProblemCode, tuple[Key, ...], str, str, str], None]
+Report = Callable[[Fault, tuple[Key, ...], str, str, str], None]
 """Called with code, path of the value, the reference as written, cause and cure."""
 
 
@@ -51,7 +51,7 @@ class Scope:
 
 
 class _Unresolved(Exception):
-    def __init__(self, code: ProblemCode, reference: str, cause: str, cure: str = "") -> None:
+    def __init__(self, code: Fault, reference: str, cause: str, cure: str = "") -> None:
         super().__init__(cause)
         self.problem = (code, reference, cause, cure)
 
@@ -90,7 +90,7 @@ def interpolate(value: Json, scope: Scope, report: Report, path: tuple[Key, ...]
         for key in value:
             if isinstance(key, str) and "${" in key:
                 cause = f"the key {key!r} cannot hold a reference"
-                report(ProblemCode.MISPLACED_REFERENCE, (*path, key), key, cause, "references stand in values only")
+                report(Fault.MISPLACED_REFERENCE, (*path, key), key, cause, "references stand in values only")
         return {key: interpolate(child, scope, report, (*path, key)) for key, child in value.items()}
     if isinstance(value, list):
         return [interpolate(child, scope, report, (*path, index)) for index, child in enumerate(value)]
@@ -109,7 +109,7 @@ def _interpolate_text(text: str, scope: Scope) -> Json:
         end = text.find("}", opening.end())
         if end < 0:
             cure = "close it with `}`, or write $${ for the characters themselves"
-            raise _Unresolved(ProblemCode.BAD_REFERENCE, text[opening.start() :], "`${` is not closed", cure)
+            raise _Unresolved(Fault.BAD_REFERENCE, text[opening.start() :], "`${` is not closed", cure)
         reference = text[opening.start() : end + 1]
         value = _resolve(reference, scope)
         if len(reference) == len(text):
@@ -129,7 +129,7 @@ def _as_text(reference: str, value: Json) -> str:
         return str(value)
     kind = "null" if value is None else "a map" if isinstance(value, Mapping) else "a list"
     cause = f"{reference} is {kind} and cannot stand inside a text"
-    raise _Unresolved(ProblemCode.MISPLACED_REFERENCE, reference, cause, f'make it the whole value: "{reference}"')
+    raise _Unresolved(Fault.MISPLACED_REFERENCE, reference, cause, f'make it the whole value: "{reference}"')
 
 
 def _resolve(reference: str, scope: Scope) -> Json:
@@ -140,12 +140,12 @@ def _resolve(reference: str, scope: Scope) -> Json:
         if scope.stages:
             return reference
         cure = "metrics exist only after a stage has run; compare them in `when` or `gates`"
-        raise _Unresolved(ProblemCode.MISPLACED_REFERENCE, reference, f"{reference} cannot be read here", cure)
+        raise _Unresolved(Fault.MISPLACED_REFERENCE, reference, f"{reference} cannot be read here", cure)
     if namespace not in ("params", "matrix") or not dot or not _NAME.fullmatch(name):
         known = ("params", "matrix", "env", "stages")
         cure = did_you_mean(namespace, [word for word in known if word != namespace])
         cure = cure or "write ${params.x}, ${matrix.x} or ${env.X}, or $${ for the characters themselves"
-        raise _Unresolved(ProblemCode.BAD_REFERENCE, reference, f"{reference} is not a reference", cure)
+        raise _Unresolved(Fault.BAD_REFERENCE, reference, f"{reference} is not a reference", cure)
     return _from_values(reference, namespace, name, scope)
 
 
@@ -153,7 +153,7 @@ def _from_values(reference: str, namespace: str, name: str, scope: Scope) -> Jso
     values = scope.params if namespace == "params" else scope.matrix
     if values is None:
         cure = "it may name ${params.x} and ${env.X}" if scope.params is not None else "it may name ${env.X}"
-        raise _Unresolved(ProblemCode.MISPLACED_REFERENCE, reference, f"{reference} cannot be read here", cure)
+        raise _Unresolved(Fault.MISPLACED_REFERENCE, reference, f"{reference} cannot be read here", cure)
     if name in values:
         return values[name]
     if scope.open_matrix if namespace == "matrix" else name in scope.open_params:
@@ -164,18 +164,18 @@ def _from_values(reference: str, namespace: str, name: str, scope: Scope) -> Jso
     else:
         cause, cure = f"no parameter {name!r}", did_you_mean(name, values, otherwise="there are")
         cure = cure or f"declare it: `params: {{{name}: …}}`"
-    raise _Unresolved(ProblemCode.UNKNOWN_REFERENCE, reference, cause, cure)
+    raise _Unresolved(Fault.UNKNOWN_REFERENCE, reference, cause, cure)
 
 
 def _from_environment(reference: str, body: str, scope: Scope) -> str:
     match = _ENVIRONMENT.fullmatch(body)
     if match is None:
         cure = "write ${env.NAME}, ${env.NAME:-default} or ${env.NAME:?message}"
-        raise _Unresolved(ProblemCode.BAD_REFERENCE, reference, f"{reference} is not a reference", cure)
+        raise _Unresolved(Fault.BAD_REFERENCE, reference, f"{reference} is not a reference", cure)
     name, operator, rest = match.groups()
     if name in scope.secrets:
         cure = f"list it under the stage's `secrets: [{name}]`, which hands it to that process only"
-        raise _Unresolved(ProblemCode.SECRET_REFERENCE, reference, f"{name} is a secret and is never written out", cure)
+        raise _Unresolved(Fault.SECRET_REFERENCE, reference, f"{name} is a secret and is never written out", cure)
     value = scope.environment.get(name, "")
     if value or (operator is None and name in scope.environment):
         return value
@@ -184,9 +184,7 @@ def _from_environment(reference: str, body: str, scope: Scope) -> str:
     said = f": {rest}" if operator == "?" and rest else ""
     state = "empty" if name in scope.environment else "not set"
     cure = f"export {name}=…, or give a default: ${{env.{name}:-…}}"
-    raise _Unresolved(
-        ProblemCode.ENVIRONMENT_UNSET, reference, f"the environment variable {name} is {state}{said}", cure
-    )
+    raise _Unresolved(Fault.ENVIRONMENT_UNSET, reference, f"the environment variable {name} is {state}{said}", cure)
 
 
 def read_argument(text: str, default: Json) -> Json:

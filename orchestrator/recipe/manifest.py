@@ -19,7 +19,7 @@ from pydantic import (
 from bigpipe.orchestrator.contract.stage import Size
 from bigpipe.orchestrator.contract.types import Json, Launch, Resources, Trust
 
-from .problems import ProblemCode, Problems, did_you_mean
+from .problems import Fault, Problems, did_you_mean
 from .validation import Target, validate
 from .yamlsource import Document, Key, to_python
 
@@ -195,19 +195,19 @@ def read_manifest(document: Document, problems: Problems) -> ManifestSpec | None
     """The top level; names under it are checked, stages are not read yet. None after errors that hide the rest."""
     whole: dict[str, Json] = to_python(document.root)
     fields = {key: value for key, value in whole.items() if not str(key).startswith("x-")}
-    if not _version(fields, document, problems):
+    if not _version(fields, problems):
         fields["version"] = VERSION
     manifest = validate(ManifestSpec, fields, Target(document, (), "the manifest"), problems, salvage=True)
     if manifest is None:
         return None
     if manifest.name is not None and "${" in manifest.name:
-        place, cause = document.place_at(("name",)), "the name cannot hold a reference"
-        problems.add(ProblemCode.MISPLACED_REFERENCE, place, cause, "write it out; references stand in stages")
+        cause, cure = "the name cannot hold a reference", "write it out; references stand in stages"
+        problems.add(Fault.MISPLACED_REFERENCE, ("name",), cause, cure)
     for where, what in (("params", "a parameter"), ("stages", "a stage")):
         for name in getattr(manifest, where):
-            check_name(name, document, (where, name), what, problems)
+            check_name(name, (where, name), what, problems)
     for index, name in enumerate(manifest.secrets):
-        check_name(name, document, ("secrets", index), "a secret", problems, key=False)
+        check_name(name, ("secrets", index), "a secret", problems, key=False)
     return manifest
 
 
@@ -216,26 +216,22 @@ def named(fields: Mapping[Key, Json]) -> dict[str, Json]:
     return {name: value for name, value in fields.items() if isinstance(name, str)}
 
 
-def _version(fields: Mapping[str, Json], document: Document, problems: Problems) -> bool:
+def _version(fields: Mapping[str, Json], problems: Problems) -> bool:
     found = fields.get("version", VERSION)
     if found == VERSION and not isinstance(found, bool | float):
-        return "version" in fields or not _missing_version(document, problems)
-    place = document.place_at(("version",))
+        return "version" in fields or not _missing_version(problems)
     newer = isinstance(found, int) and not isinstance(found, bool) and found > VERSION
     cure = "update bigpipe" if newer else f"write `version: {VERSION}`"
-    problems.add(ProblemCode.WRONG_VERSION, place, f"this bigpipe reads manifests of version {VERSION}", cure)
+    problems.add(Fault.WRONG_VERSION, ("version",), f"this bigpipe reads manifests of version {VERSION}", cure)
     return False
 
 
-def _missing_version(document: Document, problems: Problems) -> bool:
-    place = document.place_at((), key=True)
-    problems.add(ProblemCode.MISSING_FIELD, place, "the manifest needs 'version'", f"add `version: {VERSION}`")
+def _missing_version(problems: Problems) -> bool:
+    problems.add(Fault.MISSING_FIELD, (), "the manifest needs 'version'", f"add `version: {VERSION}`", key=True)
     return True
 
 
-def check_name(
-    name: Key, document: Document, path: tuple[Key, ...], what: str, problems: Problems, *, key: bool = True
-) -> None:
+def check_name(name: Key, path: tuple[Key, ...], what: str, problems: Problems, *, key: bool = True) -> None:
     if isinstance(name, str) and NAME.fullmatch(name):
         return
     name = str(name)
@@ -243,18 +239,16 @@ def check_name(
     cure = "names are letters, digits, _ and -, at most 64, a letter first"
     if NAME.fullmatch(better):
         cure = f"call it {better!r}; {cure}"
-    problems.add(ProblemCode.BAD_NAME, document.place_at(path, key=key), f"{name[:80]!r} cannot name {what}", cure)
+    problems.add(Fault.BAD_NAME, path, f"{name[:80]!r} cannot name {what}", cure, key=key)
 
 
-def split_stage(
-    raw: Mapping[str, Json], name: str, document: Document, problems: Problems
-) -> tuple[dict[str, Json], dict[str, Json]]:
+def split_stage(raw: Mapping[str, Json], name: str, problems: Problems) -> tuple[dict[str, Json], dict[str, Json]]:
     """The fields of `Structure` and those of `NodeSettings`; others are reported."""
     for key in raw:
         if key not in STRUCTURE and key not in SETTINGS:
             cure = did_you_mean(str(key), [*STRUCTURE, *SETTINGS], otherwise="it takes")
-            place = document.place_at(("stages", name, key), key=True)
-            problems.add(ProblemCode.UNKNOWN_FIELD, place, f"unknown field {str(key)!r} in stage {name}", cure)
+            cause = f"unknown field {str(key)!r} in stage {name}"
+            problems.add(Fault.UNKNOWN_FIELD, ("stages", name, key), cause, cure, key=True)
     return (
         {key: value for key, value in raw.items() if key in STRUCTURE},
         {key: value for key, value in raw.items() if key in SETTINGS},

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from enum import StrEnum
 
 from bigpipe.errors import ManifestError, Place, Problem
 
 
-class ProblemCode(StrEnum):
+class Fault(StrEnum):
     """Each is explained, with an example and the cure, in docs/reference/errors.md."""
 
     NOT_TEXT = "BP001"
@@ -67,11 +67,17 @@ MAX_PROBLEMS = 200
 """Enough to repair; a file that has more is not a manifest, and each costs a search for its cure."""
 
 
+Path = tuple[str | int, ...]
+"""Keys and indexes from the top of a document."""
+
+
 class Problems:
     """Collects; a problem that every variant of a matrix repeats is kept once."""
 
-    def __init__(self) -> None:
-        self._found: dict[tuple[ProblemCode, Place, str], Problem] = {}
+    def __init__(self, place_at: Callable[..., Place] | None = None) -> None:
+        """place_at: finds a path in the document that the problems are about; see `Document.place_at`."""
+        self._place_at = place_at
+        self._found: dict[tuple[Fault, Place, str], Problem] = {}
 
     def __bool__(self) -> bool:
         return bool(self._found)
@@ -79,7 +85,15 @@ class Problems:
     def __len__(self) -> int:
         return len(self._found)
 
-    def add(self, code: ProblemCode, place: Place, cause: str, cure: str = "") -> None:
+    def add(
+        self, code: Fault, at: Place | Path, cause: str, cure: str = "", *, key: bool = False, part: str = ""
+    ) -> None:
+        """Note a problem at a place, or at a path in the document. key, part: as for `Document.place_at`."""
+        if isinstance(at, Place):
+            place = at
+        else:
+            assert self._place_at is not None  # noqa: S101 (paths are given where there is a document)
+            place = self._place_at(at, key=key, part=part)
         self._found.setdefault((code, place, cause), Problem(code.value, place, cause, cure))
         if len(self._found) >= MAX_PROBLEMS:
             raise self.error()

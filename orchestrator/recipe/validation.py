@@ -12,7 +12,7 @@ from pydantic import BaseModel, RootModel, ValidationError
 from bigpipe.orchestrator.contract.types import Json
 
 from .interpolation import contains_reference
-from .problems import ProblemCode, Problems, closest, did_you_mean, listed
+from .problems import Fault, Problems, closest, did_you_mean, listed
 from .yamlsource import Document, Key, child_of
 
 _EXPECTED = {
@@ -170,17 +170,14 @@ def _report(finding: _Finding, model: type[BaseModel], target: Target, problems:
         known = fields_at(model, finding.path[:-1])
         cure = did_you_mean(str(path[-1]), known, otherwise="it takes")
         cause = f"unknown field {str(path[-1])!r} in {_inside(target, finding.path)}"
-        problems.add(ProblemCode.UNKNOWN_FIELD, document.place_at(path, key=True), cause, cure)
+        problems.add(Fault.UNKNOWN_FIELD, path, cause, cure, key=True)
     elif finding.kind == "missing":
         cause = f"{_inside(target, finding.path)} needs {path[-1]!r}"
         under = f" under `{path[-2]}`" if len(path) > 3 else ""
-        problems.add(
-            ProblemCode.MISSING_FIELD, document.place_at(path[:-1], key=True), cause, f"add `{path[-1]}: …`{under}"
-        )
+        problems.add(Fault.MISSING_FIELD, path[:-1], cause, f"add `{path[-1]}: …`{under}", key=True)
     else:
         code, cause, cure = _explain(finding, document, path)
-        place = document.place_at(path, key=finding.of_key)
-        problems.add(code, place, f"{name}: {cause}" if name else cause, cure)
+        problems.add(code, path, f"{name}: {cause}" if name else cause, cure, key=finding.of_key)
 
 
 def _inside(target: Target, path: tuple[Key, ...]) -> str:
@@ -188,26 +185,26 @@ def _inside(target: Target, path: tuple[Key, ...]) -> str:
     return ".".join(above if above and " " in target.subject else [target.subject, *above])
 
 
-def _explain(finding: _Finding, document: Document, path: tuple[Key, ...]) -> tuple[ProblemCode, str, str]:
+def _explain(finding: _Finding, document: Document, path: tuple[Key, ...]) -> tuple[Fault, str, str]:
     item, covered = document.find(path)
     shown = (item.source if covered == len(path) and not finding.of_key else "") or _shown(finding.input)
     if finding.kind == "value_error":
         cause, _, cure = str(finding.context.get("error", finding.message)).partition("; ")
-        return ProblemCode.BAD_VALUE, cause, cure
+        return Fault.BAD_VALUE, cause, cure
     if finding.kind in _LIMITS:
         key, words = _LIMITS[finding.kind]
-        return ProblemCode.BAD_VALUE, f"{shown} is out of range", f"it must be {words} {finding.context[key]}"
+        return Fault.BAD_VALUE, f"{shown} is out of range", f"it must be {words} {finding.context[key]}"
     if finding.kind in ("too_short", "string_too_short"):
-        return ProblemCode.BAD_VALUE, "it is empty" if not finding.input else "it is too short", "fill it in"
+        return Fault.BAD_VALUE, "it is empty" if not finding.input else "it is too short", "fill it in"
     phrases = finding.expected or [_expected(finding)]
     if not phrases[0]:
-        return ProblemCode.BAD_VALUE, f"{shown}: {finding.message[:1].lower()}{finding.message[1:]}", ""
+        return Fault.BAD_VALUE, f"{shown}: {finding.message[:1].lower()}{finding.message[1:]}", ""
     if finding.kind in ("literal_error", "enum") and isinstance(finding.input, str):
         choices = [choice for phrase in phrases for choice in phrase.replace(" or ", ", ").split(", ")]
         cure = did_you_mean(finding.input, choices) or f"it takes {listed(phrases, 'or')}"
-        return ProblemCode.NOT_A_CHOICE, f"{shown} is not one of its values", cure
+        return Fault.NOT_A_CHOICE, f"{shown} is not one of its values", cure
     cause = f"{shown} where {listed(phrases, 'or')} is expected"
-    return ProblemCode.WRONG_TYPE, cause, _retyped(finding.input, phrases, item.source if covered == len(path) else "")
+    return Fault.WRONG_TYPE, cause, _retyped(finding.input, phrases, item.source if covered == len(path) else "")
 
 
 def _retyped(value: Json, phrases: Sequence[str], source: str) -> str:

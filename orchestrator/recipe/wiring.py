@@ -17,7 +17,7 @@ from bigpipe.orchestrator.contract.stage import Port, Stage
 from bigpipe.orchestrator.contract.types import Json
 
 from .manifest import Structure, check_name
-from .problems import ProblemCode, Problems, did_you_mean, listed
+from .problems import Fault, Problems, did_you_mean, listed
 from .yamlsource import Document, Key
 
 if TYPE_CHECKING:
@@ -147,11 +147,9 @@ class Wiring:
             if source.stage in self.stages:
                 known.append(source)
                 continue
-            place = self.document.place_at(source.path, part=source.stage)
-            self.problems.add(
-                ProblemCode.UNKNOWN_STAGE, place, f"no stage {source.stage!r}",
-                did_you_mean(source.stage, self.stages, otherwise="there are"),
-            )  # fmt: skip
+            cure = did_you_mean(source.stage, self.stages, otherwise="there are")
+            cause = f"no stage {source.stage!r}"
+            self.problems.add(Fault.UNKNOWN_STAGE, source.path, cause, cure, part=source.stage)
         return tuple(known)
 
     def _check_ports(self, stage: Wired) -> None:
@@ -169,23 +167,17 @@ class Wiring:
             if isinstance(stage.structure.inputs, str)
             else {name for name, sources in stage.structure.inputs.items() if sources}
         )
+        path = (*stage.path, "inputs")
         if stage.kind.needs_input and not written:
-            place = self.document.place_at((*stage.path, "inputs"), key=True)
+            cause = f"{stage.kind.kind} needs one of its ports {listed(list(ports), 'or')}"
             cure = f"add `inputs: {{{next(iter(ports))}: STAGE}}`"
-            self.problems.add(
-                ProblemCode.MISSING_PORT,
-                place,
-                f"{stage.kind.kind} needs one of its ports {listed(list(ports), 'or')}",
-                cure,
-            )
+            self.problems.add(Fault.MISSING_PORT, path, cause, cure, key=True)
         for name, port in ports.items():
             if not port.optional and name not in written and written <= ports.keys():
                 short = f"inputs: {{{name}: STAGE}}" if name != DEFAULT_PORT else "inputs: STAGE"
-                place = self.document.place_at((*stage.path, "inputs"), key=True)
                 cause = f"{stage.kind.kind} needs a {port.type} on its port {name!r}"
-                self.problems.add(
-                    ProblemCode.MISSING_PORT, place, cause, f"add `{short}`{self._candidates(stage, port)}"
-                )
+                cure = f"add `{short}`{self._candidates(stage, port)}"
+                self.problems.add(Fault.MISSING_PORT, path, cause, cure, key=True)
 
     def _candidates(self, stage: Wired, port: Port) -> str:
         fitting = [other.name for other in self.stages.values() if other.kind and other.kind.output == port.type]
@@ -195,17 +187,16 @@ class Wiring:
     def _unknown_port(self, stage: Wired, kind: Stage[Any], name: str) -> None:
         short = stage.structure is not None and isinstance(stage.structure.inputs, str)
         path = (*stage.path, "inputs") if short else (*stage.path, "inputs", name)
-        place = self.document.place_at(path, key=not short)
         cure = did_you_mean(name, kind.inputs, otherwise="it has") if kind.inputs else "it takes no inputs: remove them"
         if short and kind.inputs:
             cure = f"name the port: inputs: {{{next(iter(kind.inputs))}: {stage.inputs[name][0].text}}}"
-        self.problems.add(ProblemCode.UNKNOWN_PORT, place, f"{kind.kind} has no port {name!r}", cure)
+        self.problems.add(Fault.UNKNOWN_PORT, path, f"{kind.kind} has no port {name!r}", cure, key=not short)
 
     def _check_type(self, stage: Wired, name: str, port: Port, source: StageReference) -> None:
         if source.gathers and not port.many:
             cause = f"the port {name!r} of {stage.name} takes one {port.type}, not a list"
             cure = f"write `{name}: {source.text}`, or pick a variant: `{source.stage}@axis=value`"
-            self.problems.add(ProblemCode.NOT_MANY, self.document.place_at(source.path[:-1]), cause, cure)
+            self.problems.add(Fault.NOT_MANY, source.path[:-1], cause, cure)
         producer = self.stages[source.stage].kind
         if producer is None or producer.output == port.type:
             return
@@ -213,7 +204,7 @@ class Wiring:
         named = source.stage if source.stage == producer.kind else f"{source.stage} ({producer.kind})"
         cause = f"{named} gives {gives}, but port {name!r} of {stage.name} takes a {port.type}"
         cure = self._candidates(stage, port).removeprefix("; ") or f"wire a stage that gives a {port.type}"
-        self.problems.add(ProblemCode.WRONG_ARTIFACT, self.document.place_at(source.path), cause, cure)
+        self.problems.add(Fault.WRONG_ARTIFACT, source.path, cause, cure)
 
     def _order(self) -> list[str]:
         """Stage names, sources first; those in a cycle are reported and marked broken."""
@@ -256,7 +247,7 @@ class Wiring:
             for (_, after), source, place in zip(ends, sources, places, strict=True)
         ]
         cure = f"remove one of {listed(written, 'or')}" if len(written) > 1 else "remove it"
-        self.problems.add(ProblemCode.CYCLE, places[-1], f"the stages form a cycle: {' → '.join(cycle)}", cure)
+        self.problems.add(Fault.CYCLE, places[-1], f"the stages form a cycle: {' → '.join(cycle)}", cure)
 
     def _resolve_axes(self, stage: Wired, order: Sequence[str]) -> None:
         axes: Axes = {}
@@ -286,27 +277,24 @@ class Wiring:
             if not shared and axes[axis] and values:
                 cause = f"axis {axis!r} reaches {stage.name} as {listed(axes[axis])} and as {listed(values)}"
                 cure = f"give both the same values, rename one axis, or pick a variant: `STAGE@{axis}=…`"
-                place = self.document.place_at(path)
-                self.problems.add(ProblemCode.NO_VARIANT, place, f"{cause}, which share no value", cure)
+                self.problems.add(Fault.NO_VARIANT, path, f"{cause}, which share no value", cure)
                 stage.broken = True
             axes[axis] = shared
 
     def _axis(self, stage: Wired, axis: str, values: Sequence[Json]) -> dict[str, Json]:
         path = (*stage.path, "matrix", axis)
-        check_name(axis, self.document, path, "an axis", self.problems)
+        check_name(axis, path, "an axis", self.problems)
         if not values:
             stage.broken = True
-            place = self.document.place_at(path)
-            self.problems.add(ProblemCode.BAD_MATRIX, place, f"the axis {axis!r} has no values", "list at least one")
+            self.problems.add(Fault.BAD_MATRIX, path, f"the axis {axis!r} has no values", "list at least one")
         result: dict[str, Json] = {}
         for index, value in enumerate(values):
             text = value_text(value)
-            place = self.document.place_at((*path, index))
             if not text.isprintable() or not 0 < len(text) <= MAX_AXIS_TEXT:
                 cure = f"use a short name of at most {MAX_AXIS_TEXT} printable characters"
-                self.problems.add(ProblemCode.BAD_MATRIX, place, "this value cannot be part of a node's name", cure)
+                self.problems.add(Fault.BAD_MATRIX, (*path, index), "this value cannot be part of a node's name", cure)
             elif text in result:
-                self.problems.add(ProblemCode.BAD_MATRIX, place, f"{text} stands twice in {axis!r}", "remove one")
+                self.problems.add(Fault.BAD_MATRIX, (*path, index), f"{text} stands twice in {axis!r}", "remove one")
             result[text] = value
         return result
 
@@ -319,12 +307,8 @@ class Wiring:
         if isinstance(found, dict):
             return found
         if not producer.broken:
-            self.problems.add(
-                ProblemCode.NO_VARIANT,
-                self.document.place_at(source.path, part=source.text),
-                f"{producer.name} has no variant {rest!r}",
-                found,
-            )
+            cause = f"{producer.name} has no variant {rest!r}"
+            self.problems.add(Fault.NO_VARIANT, source.path, cause, found, part=source.text)
         return None
 
 

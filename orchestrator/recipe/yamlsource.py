@@ -19,7 +19,7 @@ import yaml
 from bigpipe.errors import Place
 from bigpipe.orchestrator.contract.types import Json
 
-from .problems import ProblemCode, Problems
+from .problems import Fault, Problems
 
 MAX_BYTES = 1_000_000
 MAX_DEPTH = 32
@@ -134,7 +134,7 @@ def read_document(file: str, data: bytes) -> Document:
     if root is None or not isinstance(root.value, dict):
         what = "the file is empty" if root is None else "the top level is not a map"
         problems.add(
-            ProblemCode.NOT_A_MAP,
+            Fault.NOT_A_MAP,
             _place(file, lines, 0, 0, 0, 1),
             what,
             "start with `version: 1`, or use `bigpipe init`",
@@ -159,12 +159,12 @@ def _decode(file: str, data: bytes, problems: Problems) -> str:
     start = Place(file, 1, 1)
     if len(data) > MAX_BYTES:
         problems.add(
-            ProblemCode.FILE_TOO_LARGE, start, f"{len(data):,} bytes; a manifest holds at most {MAX_BYTES:,}",
+            Fault.FILE_TOO_LARGE, start, f"{len(data):,} bytes; a manifest holds at most {MAX_BYTES:,}",
             "keep prompts and other data in files of their own",
         )  # fmt: skip
         raise problems.error()
     if data.startswith((b"\xff\xfe", b"\xfe\xff")):
-        problems.add(ProblemCode.NOT_TEXT, start, "the file is UTF-16", "save it as UTF-8")
+        problems.add(Fault.NOT_TEXT, start, "the file is UTF-16", "save it as UTF-8")
         raise problems.error()
     data = data.removeprefix(b"\xef\xbb\xbf")
     try:
@@ -182,7 +182,7 @@ def _decode(file: str, data: bytes, problems: Problems) -> str:
 
 def _add_at_end(problems: Problems, file: str, before: str, cause: str, cure: str) -> None:
     lines = _LINE_BREAK.split(before)
-    problems.add(ProblemCode.NOT_TEXT, Place(file, len(lines), len(lines[-1]) + 1), cause, cure)
+    problems.add(Fault.NOT_TEXT, Place(file, len(lines), len(lines[-1]) + 1), cause, cure)
 
 
 def _place(file: str, lines: list[str], line: int, column: int, end_line: int, end_column: int) -> Place:
@@ -243,15 +243,13 @@ class _Composer:
             case yaml.DocumentStartEvent:
                 self.documents += 1
                 if self.documents > 1:
-                    self._stop(
-                        ProblemCode.SEVERAL_DOCUMENTS, event, "a second document begins", "one manifest per file"
-                    )
+                    self._stop(Fault.SEVERAL_DOCUMENTS, event, "a second document begins", "one manifest per file")
 
     def _at(self, event: Any) -> Place:
         start, end = event.start_mark, event.end_mark
         return _place(self.file, self.lines, start.line, start.column, end.line, end.column)
 
-    def _stop(self, code: ProblemCode, event: Any, cause: str, cure: str) -> None:
+    def _stop(self, code: Fault, event: Any, cause: str, cure: str) -> None:
         self.problems.add(code, self._at(event), cause, cure)
         raise self.problems.error()
 
@@ -259,7 +257,7 @@ class _Composer:
         if event.tag is not None:
             tag = event.tag.replace("tag:yaml.org,2002:", "!!")
             self.problems.add(
-                ProblemCode.TAG, self._at(event), f"the tag {tag}: tags are not read", "remove it, and quote text"
+                Fault.TAG, self._at(event), f"the tag {tag}: tags are not read", "remove it, and quote text"
             )
 
     def _remember(self, anchor: str | None, item: Item) -> Item:
@@ -275,7 +273,7 @@ class _Composer:
             return Item(value, start.line, start.column, end.line, end.column, None, True, source)
         if "\0" in text or any("\ud800" <= character <= "\udfff" for character in text):
             self.problems.add(
-                ProblemCode.NOT_TEXT, self._at(event), "the text holds NUL or half a character", "remove the escape"
+                Fault.NOT_TEXT, self._at(event), "the text holds NUL or half a character", "remove the escape"
             )
         return Item(text, start.line, start.column, end.line, end.column)
 
@@ -287,21 +285,21 @@ class _Composer:
             return text
         if _LEADING_ZERO.fullmatch(text):
             cure = f"write {text.lstrip('+-0') or 0}, 0o{text.lstrip('+-')} for octal, or '{text}' for text"
-            self.problems.add(ProblemCode.AMBIGUOUS_SCALAR, self._at(event), f"{text} is octal in YAML 1.1 only", cure)
+            self.problems.add(Fault.AMBIGUOUS_SCALAR, self._at(event), f"{text} is octal in YAML 1.1 only", cure)
             return 0
         whole = _INTEGER.fullmatch(text)
         if whole and len(text) <= MAX_NUMBER_LENGTH:
             return int(text, {"0o": 8, "0x": 16}.get(text[:2], 10))
         if whole or _NOT_FINITE.fullmatch(text) or (_FLOAT.fullmatch(text) and math.isinf(float(text))):
             cause = f"{text} has too many digits" if whole else f"{text} is not a finite number"
-            self.problems.add(ProblemCode.AMBIGUOUS_SCALAR, self._at(event), cause, f"write '{text}' for text")
+            self.problems.add(Fault.AMBIGUOUS_SCALAR, self._at(event), cause, f"write '{text}' for text")
             return 0
         return float(text) if _FLOAT.fullmatch(text) else text
 
     def _open(self, event: Any) -> None:
         self._refuse_tag(event)
         if len(self.stack) >= MAX_DEPTH:
-            self._stop(ProblemCode.TOO_DEEP, event, f"nested more than {MAX_DEPTH} deep", "flatten it")
+            self._stop(Fault.TOO_DEEP, event, f"nested more than {MAX_DEPTH} deep", "flatten it")
         start = event.start_mark
         is_map = isinstance(event, yaml.MappingStartEvent)
         item = Item({} if is_map else [], start.line, start.column, start.line, start.column)
@@ -319,17 +317,17 @@ class _Composer:
     def _alias(self, event: Any) -> None:
         target = self.anchors.get(event.anchor)
         if any(frame.anchor == event.anchor for frame in self.stack):
-            self._stop(ProblemCode.BAD_ALIAS, event, f"*{event.anchor} stands inside its own anchor", "break the loop")
+            self._stop(Fault.BAD_ALIAS, event, f"*{event.anchor} stands inside its own anchor", "break the loop")
         if target is None:
             cure = f"define it with &{event.anchor} above, or quote the text: '*{event.anchor}'"
-            self._stop(ProblemCode.BAD_ALIAS, event, f"no anchor named {event.anchor}", cure)
+            self._stop(Fault.BAD_ALIAS, event, f"no anchor named {event.anchor}", cure)
             return
         self.expanded += target.size
         if self.expanded > MAX_ALIAS_EXPANSION:
             cause = f"aliases expand to more than {MAX_ALIAS_EXPANSION:,} values"
-            self._stop(ProblemCode.ALIAS_EXPANSION, event, cause, "write the values out, or use fewer aliases")
+            self._stop(Fault.ALIAS_EXPANSION, event, cause, "write the values out, or use fewer aliases")
         if len(self.stack) + target.height > MAX_DEPTH:
-            self._stop(ProblemCode.TOO_DEEP, event, f"nested more than {MAX_DEPTH} deep through aliases", "flatten it")
+            self._stop(Fault.TOO_DEEP, event, f"nested more than {MAX_DEPTH} deep through aliases", "flatten it")
         self._attach(target)
 
     def _attach(self, item: Item) -> None:
@@ -359,12 +357,12 @@ class _Composer:
             return
         if isinstance(name, bool) or not isinstance(name, str | int):
             shown = "a list or map" if isinstance(name, list | dict) else key.source or "an empty text"
-            self._report(ProblemCode.KEY_NOT_TEXT, key, f"{shown} as a key", "write the key in quotes")
+            self._report(Fault.KEY_NOT_TEXT, key, f"{shown} as a key", "write the key in quotes")
             return
         twin = keys.get(name) or keys.get(_other_form(name))
         if twin is not None:
             cause = f"the key {name!r} stands here twice; first on line {twin.line + 1}"
-            self._report(ProblemCode.DUPLICATE_KEY, key, cause, "remove or rename one")
+            self._report(Fault.DUPLICATE_KEY, key, cause, "remove or rename one")
             return
         entries[name] = item
         keys[name] = key
@@ -373,14 +371,14 @@ class _Composer:
         """`<<: *a` or `<<: [*a, *b]`: keys written out win, then those of the map named first."""
         for part in source.value if isinstance(source.value, list) else [source]:
             if not isinstance(part.value, dict) or part.keys is None:
-                self._report(ProblemCode.BAD_ALIAS, part, "`<<` merges maps only", "name a map's anchor: `<<: *name`")
+                self._report(Fault.BAD_ALIAS, part, "`<<` merges maps only", "name a map's anchor: `<<: *name`")
                 continue
             for key, item in part.value.items():
                 if isinstance(target.value, dict) and target.keys is not None and key not in target.value:
                     target.value[key] = item
                     target.keys[key] = part.keys[key]
 
-    def _report(self, code: ProblemCode, item: Item, cause: str, cure: str) -> None:
+    def _report(self, code: Fault, item: Item, cause: str, cure: str) -> None:
         place = _place(self.file, self.lines, item.line, item.column, item.end_line, item.end_column)
         self.problems.add(code, place, cause, cure)
 
@@ -394,7 +392,7 @@ class _Composer:
         if error.context:
             cause = f"{error.context}, {cause}"
         place = _place(self.file, self.lines, line, column, line, column + 1)
-        self.problems.add(ProblemCode.SYNTAX, place, cause, _syntax_cure(cause, text, column))
+        self.problems.add(Fault.SYNTAX, place, cause, _syntax_cure(cause, text, column))
 
 
 def _other_form(name: Key) -> Key:

@@ -9,7 +9,7 @@ import pytest
 
 from bigpipe.errors import ManifestError
 from bigpipe.orchestrator.recipe.graph import load_recipe
-from bigpipe.orchestrator.recipe.problems import ProblemCode
+from bigpipe.orchestrator.recipe.problems import Fault
 
 TEXT = (Path(__file__).parents[2] / "docs" / "reference" / "errors.md").read_text(encoding="utf-8")
 HEADINGS = re.findall(r"^### (BP\d{3}): (.+)$", TEXT, re.MULTILINE)
@@ -18,7 +18,7 @@ EXAMPLES = [match.groups() for section in TEXT.split("\n### ") if (match := EXAM
 
 
 def test_the_codes_are_those_of_the_program_in_order() -> None:
-    assert [code for code, _ in HEADINGS] == sorted(code.value for code in ProblemCode)
+    assert [code for code, _ in HEADINGS] == sorted(code.value for code in Fault)
 
 
 @pytest.mark.parametrize(
@@ -37,4 +37,4 @@ def test_each_example_gives_its_message(
 
 
 def test_most_codes_have_an_example() -> None:
-    assert len(EXAMPLES) >= len(ProblemCode) - 7
+    assert len(EXAMPLES) >= len(Fault) - 7

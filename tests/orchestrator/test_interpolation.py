@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, strategies as st
 
 from bigpipe.orchestrator.recipe.interpolation import Scope, escape, interpolate, read_argument
-from bigpipe.orchestrator.recipe.problems import ProblemCode
+from bigpipe.orchestrator.recipe.problems import Fault
 
 SCOPE = Scope(
     params={"gpu": "22GiB", "n": 3, "x": 1.5, "on": True, "map": {"cpu": "4GiB"}, "list": [1, 2], "none-such": "a"},
@@ -20,7 +20,7 @@ SCOPE = Scope(
 def resolve(value: Any, scope: Scope = SCOPE) -> Any:
     problems: list[str] = []
 
-    def report(code: ProblemCode, path: tuple[Any, ...], reference: str, cause: str, cure: str) -> None:
+    def report(code: Fault, path: tuple[Any, ...], reference: str, cause: str, cure: str) -> None:
         problems.append(f"{code} {'.'.join(map(str, path))} {reference}: {cause}; {cure}")
 
     result = interpolate(value, scope, report)
