@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
+from typing import TypeAlias
 
 from bigpipe.orchestrator.contract.types import Json
 from bigpipe.orchestrator.recipe.graph import Node
@@ -22,78 +23,71 @@ class Action(StrEnum):
     MAYBE = "maybe"
     SKIPPED = "skipped"
 
+    @property
+    def works(self) -> bool:
+        """Will, or may, its work be done?"""
+        return self in (Action.RUN, Action.MAYBE)
+
+
+Inputs: TypeAlias = Mapping[str, Sequence[str]]
+"""Per port, the digests of what is wired there."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Decision:
     action: Action
     reason: str
+    inputs: Inputs | None = None
+    """What it was decided on; None while an input's digest is not known."""
     key: str | None = None
-    """None while an input's digest is not known."""
     record: KeyRecord | None = None
-    """Where cached; also where only the bytes are gone."""
+    """Of this key. Where the node has to run all the same, this record was refused."""
     changes: tuple[Change, ...] = ()
     bytes_here: bool = True
     """False for a `cache: false` node whose digest is recorded and whose bytes were dropped."""
 
 
-def input_digests(
-    node: Node, digests: Mapping[str, str | None], absent: Collection[str]
-) -> dict[str, list[str]] | None:
-    """Per port, the digests of what is wired there, skipped producers left out; None while one is not known."""
-    found: dict[str, list[str]] = {}
-    for port, names in node.inputs.items():
-        values = [digests.get(name) for name in names if name not in absent]
-        if any(value is None for value in values):
-            return None
-        if values:
-            found[port] = [value for value in values if value is not None]
-    return found
-
-
-def decide(
-    session: Session, node: Node, digests: Mapping[str, str | None], absent: Collection[str] = frozenset()
-) -> Decision:
-    """digests: node name → digest of its artifact, None while unknown. absent: names of skipped producers."""
-    inputs = input_digests(node, digests, absent)
+def decide(session: Session, node: Node, inputs: Inputs | None, awaited: Sequence[str] = ()) -> Decision:
+    """Whether the node has to run on these inputs. None: the digests of `awaited` producers are not known."""
     identity = session.identity(node)
     if inputs is None:
         if node.name in session.forced:
             return Decision(action=Action.RUN, reason="forced")
-        known = session.store.with_partial(identity.partial)
         changes = changes_since(session, node, None)
-        if known:
-            waiting = [n for names in node.inputs.values() for n in names if n not in absent and digests.get(n) is None]
-            names = list(dict.fromkeys(waiting))
-            reason = f"known once {' and '.join(names)} {'is' if len(names) == 1 else 'are'}"
-        else:
-            reason = describe(session, node, changes) or "an input changes"
-        return Decision(action=Action.MAYBE if known else Action.RUN, reason=reason, changes=changes)
+        if session.store.with_partial(identity.partial):
+            reason = f"known once {' and '.join(awaited)} {'is' if len(awaited) == 1 else 'are'}"
+            return Decision(action=Action.MAYBE, reason=reason, changes=changes)
+        return Decision(
+            action=Action.RUN, reason=describe(session, node, changes) or "an input changes", changes=changes
+        )
     key = identity.key(inputs)
     record = session.store.find(key)
-    if node.name in session.forced:
-        return Decision(action=Action.RUN, reason="forced", key=key)
     if record is not None:
-        return _known(session, node, key, record)
+        action, reason, here = _judged(session, node, record)
+        return Decision(action=action, reason=reason, inputs=inputs, key=key, record=record, bytes_here=here)
     changes = changes_since(session, node, inputs)
-    return Decision(action=Action.RUN, reason=describe(session, node, changes), key=key, changes=changes)
+    reason = "forced" if node.name in session.forced else describe(session, node, changes)
+    return Decision(action=Action.RUN, reason=reason, inputs=inputs, key=key, changes=changes)
 
 
-def _known(session: Session, node: Node, key: str, record: KeyRecord) -> Decision:
-    if record.digest is not None and not session.store.intact(record):
+def _judged(session: Session, node: Node, record: KeyRecord) -> tuple[Action, str, bool]:
+    """What to do about a record of this very key, why, and whether its bytes are there."""
+    if node.name in session.forced:
+        return Action.RUN, "forced", True
+    if record.digest is None:
+        return Action.CACHED, "", True
+    if not session.store.intact(record):
         if not node.cache:
-            reason = "its bytes were dropped (cache: false)"
-            return Decision(action=Action.CACHED, reason=reason, key=key, record=record, bytes_here=False)
-        return Decision(action=Action.RUN, reason="its bytes are gone from the store, or damaged", key=key)
-    if node.kind.planning.present is not None and record.digest is not None:
-        here = node.kind.planning.present(
-            node.params, session.store.artifact_path(record.digest), session.check_context(node)
-        )
-        if not here:
-            return Decision(action=Action.RUN, reason="what it wrote outside the store is gone or changed", key=key)
-    return Decision(action=Action.CACHED, reason="", key=key, record=record)
+            return Action.CACHED, "its bytes were dropped (cache: false)", False
+        return Action.RUN, "its bytes are gone from the store, or damaged", False
+    if node.kind.planning.present is not None:
+        artifact = session.store.artifact_path(record.digest)
+        if not node.kind.planning.present(node.params, artifact, session.check_context(node)):
+            return Action.RUN, "what it wrote outside the store is gone or changed", True
+    return Action.CACHED, "", True
 
 
-def changes_since(session: Session, node: Node, inputs: Mapping[str, list[str]] | None) -> tuple[Change, ...]:
+def changes_since(session: Session, node: Node, inputs: Inputs | None) -> tuple[Change, ...]:
     """What differs from the node's last record under this manifest; inputs None: not known yet, not compared."""
     last = session.last(node.name)
     if last is None:

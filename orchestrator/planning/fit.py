@@ -8,41 +8,28 @@ from dataclasses import dataclass, replace
 from bigpipe.fit import Cure, Misfit, fits
 from bigpipe.machine import Machine
 from bigpipe.orchestrator.contract.forecast import Forecast
-from bigpipe.orchestrator.recipe.graph import Node
 from bigpipe.sizes import exact_size, format_size, format_transfer
 
-from .decision import Action, Decision
+from .rehearsal import Rehearsal
 from .session import Session
-from .sidebyside import Disk, needs_ram
-
-__all__ = ["find_misfits", "needs_gpus", "needs_ram"]
 
 
-def find_misfits(
-    session: Session, decisions: Mapping[str, Decision], forecasts: Mapping[str, Forecast], disk: Disk
-) -> tuple[tuple[str, Misfit], ...]:
+def find_misfits(session: Session, rehearsal: Rehearsal) -> tuple[tuple[str, Misfit], ...]:
     """Everything that will not fit, as (node name, misfit), in topological order; the disk last."""
     found: list[tuple[str, Misfit]] = []
     for node in session.nodes:
-        if decisions[node.name].action in (Action.RUN, Action.MAYBE):
-            forecast = forecasts[node.name]
+        if rehearsal.decisions[node.name].action.works:
+            forecast, needs = rehearsal.forecasts[node.name], rehearsal.states[node.name].needs
             own = machine_misfits(
                 session.machine,
                 forecast,
-                ram=needs_ram(node, forecast),
-                cpus=node.resources.cpus or 0,
-                gpus=needs_gpus(node, forecast),
+                ram=needs.ram,
+                cpus=needs.cpus,
+                gpus=needs.gpus,
                 gpu_memory=node.resources.gpu_memory,
             )
             found += [(node.name, misfit) for misfit in (*forecast.misfits, *own)]
-    found += _disk(session, decisions, forecasts, disk)
-    return tuple(found)
-
-
-def needs_gpus(node: Node, forecast: Forecast | None) -> int:
-    if node.resources.gpus is not None:
-        return node.resources.gpus
-    return len(forecast.vram) if forecast else 0
+    return (*found, *_disk(session, rehearsal))
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,20 +76,18 @@ def _demands(
         yield Demand(gpu_memory, largest, "asks for {needed} of GPU memory; no GPU here has it", cure, format_size)
 
 
-def _disk(
-    session: Session, decisions: Mapping[str, Decision], forecasts: Mapping[str, Forecast], disk: Disk
-) -> list[tuple[str, Misfit]]:
-    peak, free = disk.peak, session.machine.disk_free
+def _disk(session: Session, rehearsal: Rehearsal) -> list[tuple[str, Misfit]]:
+    peak, free, forecasts = rehearsal.peak, session.machine.disk_free, rehearsal.forecasts
     if fits(peak, free):
         return []
-    other = Disk(replace(session, side_by_side=not session.side_by_side), decisions, forecasts).peak
+    other = Rehearsal(replace(session, side_by_side=not session.side_by_side), forecasts).peak
     cure = f"free {format_transfer(peak - free)}"
     if fits(other, free):
         how = "with `--jobs 1`" if session.side_by_side else "without `--jobs 1`"
         cure += f", or run {how}: that needs {format_transfer(other)}"
     elif best := _droppable(session, forecasts):
         cure += f", or `cache: false` on {best} ({format_transfer(forecasts[best].write_bytes or 0)})"
-    return [(disk.where, Misfit(f"needs {format_transfer(peak)} of disk; {format_transfer(free)} are free", cure))]
+    return [(rehearsal.where, Misfit(f"needs {format_transfer(peak)} of disk; {format_transfer(free)} are free", cure))]
 
 
 def _droppable(session: Session, forecasts: Mapping[str, Forecast]) -> str:

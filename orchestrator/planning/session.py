@@ -14,7 +14,7 @@ from bigpipe.orchestrator.contract.contexts import CheckContext, Surroundings
 from bigpipe.orchestrator.contract.events import LogLine, Reporter
 from bigpipe.orchestrator.contract.forecast import Forecast
 from bigpipe.orchestrator.contract.stage import Pinned
-from bigpipe.orchestrator.contract.types import Json, Launch, Machine
+from bigpipe.orchestrator.contract.types import Launch, Machine
 from bigpipe.orchestrator.launch.environment import visible_secrets
 from bigpipe.orchestrator.recipe.graph import Node, Recipe, load_recipe
 from bigpipe.orchestrator.store.location import default_root
@@ -234,13 +234,3 @@ def exact(recipe: Recipe, names: Collection[str]) -> frozenset[str]:
     """The nodes meant by stage or node names, without their ancestors."""
     recipe.select(list(names))  # names the unknown one and what it could have been
     return frozenset(name for name, node in recipe.nodes.items() if name in names or node.stage in names)
-
-
-def metric(metrics: Mapping[str, Json], path: str) -> Json:
-    """The value at a dotted path; KeyError where there is none. Keys may themselves hold dots."""
-    if path in metrics:
-        return metrics[path]
-    for cut in range(len(path) - 1, 0, -1):
-        if path[cut] == "." and isinstance(inner := metrics.get(path[:cut]), Mapping):
-            return metric(inner, path[cut + 1 :])
-    raise KeyError(path)

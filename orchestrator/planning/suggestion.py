@@ -11,7 +11,8 @@ from bigpipe.errors import BigpipeError
 from bigpipe.fit import Cure, Misfit, as_parameters, flow, nearest
 from bigpipe.orchestrator.recipe.graph import Node
 
-from .plan import GateVerdict, Plan, PlannedNode, failed, make_plan
+from .plan import Plan, PlannedNode, make_plan
+from .schedule import GateVerdict
 
 MOST_HALVINGS = 8
 """Plans that are made to find the largest number that passes."""
@@ -77,7 +78,7 @@ def _parameter(node: Node, option: str) -> str | None:
 
 
 def _with_gate_cures(plan: Plan) -> Plan:
-    if not any(failed(gate.verdict) for node in plan.nodes.values() for gate in node.gates):
+    if not any(gate.failed for node in plan.nodes.values() for gate in node.gates):
         return plan
     nodes = {
         name: replace(node, gates=tuple(_with_cure(plan, node, gate) for gate in node.gates))
@@ -87,7 +88,7 @@ def _with_gate_cures(plan: Plan) -> Plan:
 
 
 def _with_cure(plan: Plan, planned: PlannedNode, gate: GateVerdict) -> GateVerdict:
-    if not failed(gate.verdict):
+    if not gate.failed:
         return gate
     candidates = (
         _passing(plan, node, field, parameter)

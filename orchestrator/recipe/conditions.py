@@ -126,6 +126,16 @@ class Condition:
         return replace(self, left=left, right=right, references=frozenset([*_metrics(left), *_metrics(right)]))
 
 
+def metric(metrics: Mapping[str, Json], path: str) -> Json:
+    """The value at a dotted path, UNKNOWN where there is none. Keys may themselves hold dots."""
+    if path in metrics:
+        return metrics[path]
+    for cut in range(len(path) - 1, 0, -1):
+        if path[cut] == "." and isinstance(inner := metrics.get(path[:cut]), Mapping):
+            return metric(inner, path[cut + 1 :])
+    return UNKNOWN
+
+
 class _NotKnown(Exception):
     pass
 

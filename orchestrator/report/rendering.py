@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from bigpipe.orchestrator.contract.types import Json
 from bigpipe.orchestrator.planning.decision import Action, change_json
 from bigpipe.orchestrator.planning.keys import shown
-from bigpipe.orchestrator.planning.plan import Plan, PlannedNode, failed, machine_line
+from bigpipe.orchestrator.planning.plan import Plan, PlannedNode, machine_line
 from bigpipe.sizes import format_size, format_transfer
 
 if TYPE_CHECKING:
@@ -86,7 +86,7 @@ def gate_lines(planned: PlannedNode) -> list[str]:
         if gate.verdict is None:
             lines.append(f"gate {gate.gate.text}: decided by the run")
         else:
-            lines.append(f"gate {gate.gate.text}: {gate.verdict.left}{' FAILS' if failed(gate.verdict) else ''}")
+            lines.append(f"gate {gate.gate.text}: {gate.verdict.left}{' FAILS' if gate.failed else ''}")
     return lines
 
 

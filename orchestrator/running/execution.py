@@ -40,7 +40,8 @@ class Attempt:
     inputs: Mapping[str, tuple[str, ...]]
     """Port → digests."""
     lineage: tuple[Lineage, ...]
-    forced: bool
+    refused: KeyRecord | None
+    """The record of this key that was known when it was decided that the node must run."""
     run: str
     folder: Path
     """Logs and job files of this node in the run's record."""
@@ -66,11 +67,8 @@ def execute(attempt: Attempt) -> KeyRecord | None:
     if attempt.follows is not None:
         return _follow(attempt, attempt.follows)
     session = attempt.session
-    before = session.store.find(attempt.key)
     with session.store.lock(attempt.key, cancelled=attempt.cancelled, waiting=attempt.waiting) as work:
-        made = session.store.find(attempt.key)
-        fresh = made is not None and (before is None or made.run != before.run or not attempt.forced)
-        if made is not None and fresh and session.store.intact(made):
+        if (made := _made_meanwhile(attempt)) is not None:
             return made
         if attempt.node.kind.passing.follows:
             session.store.resume_work(provisional_key(session, attempt.node), work)
@@ -78,6 +76,12 @@ def execute(attempt: Attempt) -> KeyRecord | None:
         record = _publish(attempt, outcome, work)
         work.done()
         return record
+
+
+def _made_meanwhile(attempt: Attempt) -> KeyRecord | None:
+    """What another process has recorded since it was decided that the node must run."""
+    made = attempt.session.store.find(attempt.key)
+    return made if made is not None and made != attempt.refused and attempt.session.store.intact(made) else None
 
 
 def _follow(attempt: Attempt, stream: Stream) -> KeyRecord | None:
@@ -102,8 +106,8 @@ def _settle(attempt: Attempt, outcome: Outcome, work: Work) -> KeyRecord:
     """Publish a follower's work under its true key, unless that is known already."""
     store = attempt.session.store
     with store.lock(attempt.key, cancelled=attempt.cancelled, waiting=attempt.waiting) as final:
-        record = None if attempt.forced else store.find(attempt.key)
-        if record is not None and store.intact(record):
+        record = None if attempt.node.name in attempt.session.forced else _made_meanwhile(attempt)
+        if record is not None:
             _lead(attempt.stream, attempt.session, record)
         else:
             # Not moved to the folder of its true key first: those who follow this one read it where it is.

@@ -1,4 +1,4 @@
-"""What is known of nodes while a run goes, and of the run when it is over."""
+"""What is known of a run when it is over."""
 
 from __future__ import annotations
 
@@ -7,35 +7,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from bigpipe.errors import BigpipeError, Interrupted
-from bigpipe.orchestrator.contract.types import Json, Status
+from bigpipe.orchestrator.contract.types import Json
+from bigpipe.orchestrator.planning.schedule import NodeState
 from bigpipe.orchestrator.planning.session import Session
-from bigpipe.orchestrator.recipe.graph import Node
 from bigpipe.orchestrator.store.store import KeyRecord
-
-SETTLED = frozenset({Status.CACHED, Status.SUCCEEDED, Status.FAILED, Status.SKIPPED})
-GOOD = frozenset({Status.CACHED, Status.SUCCEEDED})
-
-
-@dataclass(slots=True)
-class NodeState:
-    """What is known of a node while the run goes."""
-
-    node: Node
-    status: Status = Status.PENDING
-    reason: str = ""
-    key: str | None = None
-    record: KeyRecord | None = None
-    bytes_here: bool = True
-    demanded_by: str = ""
-    """The consumer that needs dropped bytes again."""
-    following: bool = False
-    """Running on the files of a producer that is not recorded yet."""
-    seconds: float = 0.0
-    error: BigpipeError | None = None
-
-    @property
-    def digest(self) -> str | None:
-        return self.record.digest if self.record else None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -80,7 +55,7 @@ class RunResult:
 
     def _node_json(self, state: NodeState) -> dict[str, Json]:
         record = state.record
-        path = self.path(state.node.name)
+        path = self.path(state.name)
         return {
             "status": str(state.status),
             "key": state.key,

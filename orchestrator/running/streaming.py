@@ -1,7 +1,7 @@
 """Consumers that start while their producer still runs, and take its files one by one.
 
     begin(producer)     a folder for the handover, where some consumer may use it
-    ready()             consumers of what has been announced, that may start now
+    look()              whose files can be taken from now on; who then takes them, the schedule says
     answer()            tells producers who takes their files, and whether those may go once taken
     ended(node)         confirms what a follower was made from, or calls it off
 
@@ -13,21 +13,17 @@ thrown away and the node takes its turn as if nothing had been.
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from bigpipe.errors import Interrupted
 from bigpipe.orchestrator.contract.passing import CONSUMERS, LETS_GO, Handover, write
-from bigpipe.orchestrator.contract.types import Status
-from bigpipe.orchestrator.launch.executors import executor
-from bigpipe.orchestrator.planning.decision import input_digests
+from bigpipe.orchestrator.planning.schedule import GOOD, SETTLED, Facts, NodeState, States, may_follow, passes_on
 from bigpipe.orchestrator.planning.session import Session
 from bigpipe.orchestrator.recipe.graph import Node
 from bigpipe.orchestrator.store.artifacts import remove_tree
 from bigpipe.orchestrator.store.hashing import digest_of
 from bigpipe.orchestrator.store.store import KeyRecord
-
-from .result import GOOD, SETTLED, NodeState
 
 POLL = 0.05
 
@@ -66,18 +62,15 @@ class Stream:
 class Streams:
     """All handovers of one run. Used by the thread of the run's loop alone."""
 
-    def __init__(self, session: Session, states: Mapping[str, NodeState]) -> None:
-        self._session = session
-        self._states = states
+    def __init__(self, session: Session, states: States, facts: Facts) -> None:
+        self._session, self._states, self._facts = session, states, facts
         self._open: dict[str, Stream] = {}
 
     def begin(self, producer: NodeState) -> Stream | None:
         """The stream of a producer that is about to run; None where nobody would follow it."""
-        name = producer.node.name
+        name = producer.name
         self._close(name)
-        if not producer.node.kind.passing.streams or not any(
-            self._may_follow(node, name) for node in self._consumers(name)
-        ):
+        if not any(may_follow(self._states, self._facts, node, name) for node in self._facts.consumers[name]):
             return None
         folder = self._session.store.temporary()
         handover = Handover(folder)
@@ -87,58 +80,31 @@ class Streams:
         self._open[name] = Stream(handover, producer.node)
         return self._open[name]
 
-    def _consumers(self, name: str) -> list[Node]:
-        return [node for node in self._session.consumers(name) if self._states[node.name].status is not Status.SKIPPED]
+    def followed(self, name: str) -> Stream | None:
+        return self._open.get(name)
 
-    def _may_follow(self, node: Node, producer: str) -> bool:
-        """Does everything else it depends on stand, and could it need to run?"""
-        state, kind = self._states[node.name], node.kind
-        if state.status is not Status.PENDING or state.key is not None or node.when is not None:
-            return False
-        if node.timeout is not None:  # it is meant for the work, not for waiting
-            return False
-        if not executor(kind.runs_in).waits or tuple(node.inputs.get(kind.passing.follows, ())) != (producer,):
-            return False
-        others = [self._states[name] for name in node.predecessors if name != producer]
-        ready = all(other.status in GOOD and other.bytes_here for other in others)
-        return ready and not self._probably_cached(node, producer)
-
-    def _probably_cached(self, node: Node, producer: str) -> bool:
-        """Would it be a hit, should the producer give again what it gave before?"""
-        key = self._states[producer].key
-        before = self._session.store.find(key) if key and not self._states[producer].following else None
-        if before is None or node.name in self._session.forced:
-            return False
-        digests = {name: state.digest for name, state in self._states.items()} | {producer: before.digest}
-        inputs = input_digests(node, digests, frozenset())
-        return inputs is not None and self._session.store.find(self._session.identity(node).key(inputs)) is not None
-
-    def ready(self) -> Iterator[tuple[NodeState, Stream]]:
-        for name, stream in list(self._open.items()):
-            if not stream.settled.is_set() and stream.handover.announced:
-                for node in self._consumers(name):
-                    if self._may_follow(node, name):
-                        yield self._states[node.name], stream
+    def look(self) -> None:
+        """Their files can be taken from the moment they have announced them."""
+        for name, stream in self._open.items():
+            self._states[name].passing = stream.handover.announced and not stream.settled.is_set()
 
     def answer(self) -> None:
         for name, stream in self._open.items():
-            if stream.settled.is_set() or not stream.handover.announced:
+            if not self._states[name].passing:
                 continue
-            consumers = [self._states[node.name] for node in self._consumers(name)]
-            following = [state.node.name.replace("/", "\\") for state in consumers if state.following]
-            # Whoever failed will want them again, unless some are gone anyhow.
-            gone = bool(stream.handover.gone())
-            forgo = not stream.producer.cache and all(
-                state.following or (gone and state.status is Status.FAILED) for state in consumers
-            )
+            following = [consumer.replace("/", "\\") for consumer in self._followers(name)]
+            forgo = passes_on(self._states, self._facts, name, gone=bool(stream.handover.gone()))
             told = {"consumers": following, "forgo": forgo}
             if told != stream.told:
                 stream.told = told
                 write(stream.handover.folder / CONSUMERS, told)
 
+    def _followers(self, name: str) -> list[str]:
+        return [node.name for node in self._facts.consumers[name] if self._states[node.name].following == name]
+
     def ended(self, state: NodeState) -> None:
         """Confirms a producer's followers, or calls them off; forgets streams that nobody uses any more."""
-        stream = self._open.get(state.node.name)
+        stream = self._open.get(state.name)
         if stream is not None and not stream.settled.is_set():
             if state.status in GOOD:
                 stream.record = state.record
@@ -146,14 +112,12 @@ class Streams:
                 stream.cancelled.set()
             stream.settled.set()
         for name in list(self._open):
-            if self._states[name].status in SETTLED and not any(
-                self._states[node.name].following for node in self._consumers(name)
-            ):
+            if self._states[name].status in SETTLED and not self._followers(name):
                 self._close(name)
 
-    def forgone(self, state: NodeState) -> bool:
+    def forgone(self, name: str) -> bool:
         """Were files of this node let go while it ran?"""
-        stream = self._open.get(state.node.name)
+        stream = self._open.get(name)
         return stream is not None and stream.forgone
 
     def cancel(self) -> None:

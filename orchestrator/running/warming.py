@@ -10,7 +10,7 @@ or where a producer may give again what it gave before.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 
 from bigpipe.errors import BigpipeError
@@ -19,20 +19,16 @@ from bigpipe.orchestrator.launch.executors import executor
 from bigpipe.orchestrator.launch.jobs import AttemptFolder
 from bigpipe.orchestrator.launch.warm import MEMORY, WarmWorker, start_warm
 from bigpipe.orchestrator.planning.decision import Action
-from bigpipe.orchestrator.planning.fit import needs_ram
 from bigpipe.orchestrator.planning.plan import Plan
+from bigpipe.orchestrator.planning.schedule import GOOD, NodeState, States
 from bigpipe.orchestrator.planning.session import Session
 from bigpipe.orchestrator.recipe.graph import Node
-
-from .result import GOOD, NodeState
 
 
 class Warming:
     """Of one run. Used by the thread of the run's loop, which outlives every worker, alone."""
 
-    def __init__(
-        self, session: Session, plan: Plan, states: Mapping[str, NodeState], folder: Callable[[Node], Path]
-    ) -> None:
+    def __init__(self, session: Session, plan: Plan, states: States, folder: Callable[[Node], Path]) -> None:
         self._session, self._plan, self._states, self._folder = session, plan, states, folder
         self._waiting: dict[str, WarmWorker] = {}
         self._tried: set[str] = set()
@@ -41,7 +37,7 @@ class Warming:
         """Start a worker for the node whose turn comes next."""
         if self._waiting or self._held() + MEMORY > self._session.machine.memory_available:
             return
-        for name, state in self._states.items():
+        for name, state in self._states.nodes.items():
             if name not in self._tried and self._certain(state):
                 self._tried.add(name)
                 if worker := self._start(state.node):
@@ -51,7 +47,7 @@ class Warming:
     def take(self, node: Node) -> WarmWorker | None:
         """The worker that waits for this node; another one ends where the node needs its memory."""
         worker = self._waiting.pop(node.name, None)
-        if self._waiting and self._held() + self._ram(node) + MEMORY > self._session.machine.memory_available:
+        if self._waiting and self._held() + MEMORY > self._session.machine.memory_available:
             self.close()
         return worker
 
@@ -81,7 +77,7 @@ class Warming:
         running = [producer for producer in producers if producer.status is Status.RUNNING]
         if not running or any(p.status not in GOOD and p.status is not Status.RUNNING for p in producers):
             return False
-        if any(other.status is Status.RUNNING and other.node.gates for other in self._states.values()):
+        if any(other.status is Status.RUNNING and other.node.gates for other in self._states.nodes.values()):
             return False
         return self._is_new(node) or any(self._is_new(producer.node) for producer in running)
 
@@ -90,8 +86,4 @@ class Warming:
         return self._plan.nodes[node.name].decision.action is Action.RUN and node.name not in self._session.forced
 
     def _held(self) -> int:
-        return sum(self._ram(state.node) for state in self._states.values() if state.status is Status.RUNNING)
-
-    def _ram(self, node: Node) -> int:
-        planned = self._plan.nodes.get(node.name)
-        return needs_ram(node, planned.forecast if planned else None)
+        return self._states.held.get("RAM", 0)
