@@ -6,6 +6,7 @@ from pathlib import Path
 
 import click
 
+from bigpipe.bigmodel.formats import DTYPES
 from bigpipe.errors import UsageError
 
 
@@ -33,7 +34,6 @@ PARAMS = click.option(
     metavar="NAME=VALUE",
     help="Set a parameter of the recipe.",
 )
-DTYPES = ("float32", "float16", "bfloat16", "float8", "int8", "int4", "nf4", "fp4")
 JSON = click.option("--json", "as_json", is_flag=True, help="Print JSON on stdout.")
 JOBS = click.option("--jobs", type=click.IntRange(min=1), help="Nodes side by side at the most.")
 OFFLINE = click.option("--offline", is_flag=True, help="Never use the network.")

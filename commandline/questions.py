@@ -9,9 +9,10 @@ from typing import Any
 import click
 
 import bigpipe
+from bigpipe.bigmodel.formats import DTYPES
 from bigpipe.errors import UsageError
 
-from .options import DTYPES, JSON, OFFLINE, STORE, ManyDtypes
+from .options import JSON, OFFLINE, STORE, ManyDtypes
 from .printing import show, show_json
 
 

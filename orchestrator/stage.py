@@ -27,6 +27,7 @@ from .contract.stage import (
     File as File,
     FileOrLiteral as FileOrLiteral,
     Metrics as Metrics,
+    OneOf as OneOf,
     Params as Params,
     Passing as Passing,
     Pinned as Pinned,

@@ -13,6 +13,7 @@ from typing import Any
 
 from bigpipe.bigmodel.architecture import Architecture, describe_architecture
 from bigpipe.bigmodel.checkpoint.description import ModelDescription, describe_checkpoint
+from bigpipe.bigmodel.formats import computable
 from bigpipe.bigmodel.placement import Placement, PlacementRequest, find_misfits, place_model
 from bigpipe.bigmodel.sources import Sources
 from bigpipe.files import write_file
@@ -48,6 +49,7 @@ def forecast(params: DispatchParams, ctx: ForecastContext) -> Forecast:
             unknown=("the placement: the model's headers are not known yet",),
             misfits=find_misfits(request, None, ctx.machine),
         )
+    computable(model)
     unknown = () if model.tensors is not None else ("the model's stored sizes: taken from its config",)
     try:
         attempt = _placing(model, ctx)

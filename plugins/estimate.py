@@ -7,14 +7,27 @@ decided before a byte of weights moves.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, create_model, field_validator, model_validator
 
-from bigpipe.orchestrator.stage import CheckContext, Json, Metrics, Params, Pinned, Planning, Port, Stage, Tree, late
+from bigpipe.bigmodel.formats import DTYPES, dtypes, packing
+from bigpipe.orchestrator.stage import (
+    CheckContext,
+    Json,
+    Metrics,
+    OneOf,
+    Params,
+    Pinned,
+    Planning,
+    Port,
+    Stage,
+    Tree,
+    late,
+)
 from bigpipe.sizes import format_size
 
-Dtype = Literal["float32", "float16", "bfloat16", "float8", "int8", "int4", "nf4", "fp4"]
+Dtype = Annotated[str, OneOf(dtypes, packing)]
 
 LIBRARIES = Literal["transformers", "diffusers", "timm"]
 
@@ -32,7 +45,7 @@ class EstimateParams(Params):
     library_name: LIBRARIES | None = None
     """Found from the files, unless given."""
     dtypes: tuple[Dtype, ...] = Field(default=("float32", "float16", "int8", "int4"), min_length=1)
-    """int4 is accelerate's word for any 4-bit format; its `weights` are those of nf4."""
+    """Plain dtypes and formats; int4 is accelerate's word for any 4-bit format, its `weights` are those of nf4."""
     head: Literal["auto", "none"] = "auto"
     """auto: the class the config names. none: the bare model, which is what accelerate counts."""
     batch_size: int = Field(default=1, ge=1)
@@ -107,17 +120,10 @@ class DtypeMetrics(Metrics):
     """Of the step that `train` asks for, at the upper end, with `runtime`; null without one."""
 
 
-class EstimateMetrics(Metrics):
-    """By dtype; null where it was not asked for."""
-
-    float32: DtypeMetrics | None = None
-    float16: DtypeMetrics | None = None
-    bfloat16: DtypeMetrics | None = None
-    float8: DtypeMetrics | None = None
-    int8: DtypeMetrics | None = None
-    int4: DtypeMetrics | None = None
-    nf4: DtypeMetrics | None = None
-    fp4: DtypeMetrics | None = None
+_FIELDS: dict[str, Any] = dict.fromkeys(DTYPES, (DtypeMetrics | None, None))
+_FIELDS["formats"] = dict[str, DtypeMetrics], Field({}, description="Of formats that are not built in, by name.")
+EstimateMetrics: type[Metrics] = create_model("EstimateMetrics", __base__=Metrics, **_FIELDS)
+"""By dtype; null where it was not asked for."""
 
 
 def pin(params: EstimateParams, context: CheckContext) -> Pinned | None:
@@ -127,7 +133,8 @@ def pin(params: EstimateParams, context: CheckContext) -> Pinned | None:
 
 def result_line(metrics: Mapping[str, Json]) -> str:
     """`float16 24.8 GiB, int8 12.4 GiB to infer, 2 more dtypes`, in the order of `EstimateMetrics`."""
-    sizes = [f"{dtype} {format_size(found['inference'])}" for dtype, found in metrics.items() if found]
+    budgets = {**metrics, **metrics.get("formats", {}), "formats": None}
+    sizes = [f"{dtype} {format_size(found['inference'])}" for dtype, found in budgets.items() if found]
     more = len(sizes) - SHOWN
     text = f"{', '.join(sizes[:SHOWN])} to infer"
     return f"{text}, {more} more dtype{'s' if more > 1 else ''}" if more > 0 else text

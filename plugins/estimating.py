@@ -11,6 +11,7 @@ from bigpipe.bigmodel.checkpoint.description import ModelDescription
 from bigpipe.bigmodel.footprint.budget import Workload
 from bigpipe.bigmodel.footprint.estimates import Estimate, estimate_sighting
 from bigpipe.bigmodel.footprint.sighting import Sighting, look
+from bigpipe.bigmodel.formats import DTYPES
 from bigpipe.bigmodel.hub.repository import COMMIT, Hub, check_access, resolve_commit
 from bigpipe.bigmodel.sources import Sources
 from bigpipe.files import write_file
@@ -18,6 +19,7 @@ from bigpipe.orchestrator.stage import (
     CheckContext,
     Forecast,
     ForecastContext,
+    Metrics,
     NotAuthorised,
     Pinned,
     StageContext,
@@ -130,13 +132,13 @@ def _estimate(params: EstimateParams, sighting: Sighting, sources: Sources) -> E
     return replace(made, train=params.train)
 
 
-def _metrics(made: Estimate) -> EstimateMetrics:
-    return EstimateMetrics(
-        **{
-            dtype: DtypeMetrics(**values, training_high=made.needed(dtype) if made.train else None)
-            for dtype, values in made.metrics().items()
-        }
-    )
+def _metrics(made: Estimate) -> Metrics:
+    found = {
+        dtype: DtypeMetrics(**values, training_high=made.needed(dtype) if made.train else None)
+        for dtype, values in made.metrics().items()
+    }
+    own = {dtype: found.pop(dtype) for dtype in DTYPES if dtype in found}
+    return EstimateMetrics.model_validate({**own, "formats": found})
 
 
 def _summary(made: Estimate) -> str:

@@ -8,9 +8,10 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from typing import TYPE_CHECKING
 
-from bigpipe.bigmodel.checkpoint.description import describe_checkpoint
+from bigpipe.bigmodel.checkpoint.description import ModelDescription, describe_checkpoint
 from bigpipe.bigmodel.execution.homes import as_placement
 from bigpipe.bigmodel.execution.loading import TOTAL_SHARE, fits_widened
+from bigpipe.bigmodel.formats import computable
 from bigpipe.bigmodel.inference import RESULTS, compute_share, merge_results, plan_work, split
 from bigpipe.bigmodel.placement import Placement
 from bigpipe.bigmodel.tasks import TASKS, Answerer, TaskOptions, find_task, read_prompts
@@ -44,10 +45,12 @@ RANK_BASE = 500 * 2**20
 def check(params: InferParams, ctx: CheckContext) -> None:
     """Prompts, task and trust, before anything is downloaded. A module of the user's is imported by workers alone."""
     rows = read_prompts(params.prompts, params.column, ctx.base)
+    model = next((forecast.output for forecast in ctx.inputs.get("model", ())), None)
+    if isinstance(model, ModelDescription):
+        computable(model)
     if params.task not in TASKS:
         ctx.trust.require_module(params.task, f"task {params.task}")
         return
-    model = next((forecast.output for forecast in ctx.inputs.get("model", ())), None)
     find_task(params.task, sources_of(ctx)).check(params.generation, rows, model)
 
 
@@ -87,18 +90,18 @@ def _share(rows: int, batch_size: int, rank: int, ranks: int) -> range:
 def _ram(params: InferParams, ctx: ForecastContext, placement: Placement | None) -> int | None:
     """Of all ranks here. Weights that are windows into their files are page cache, and not counted."""
     wired = ctx.input("model")
-    tensors = getattr(wired.output if wired else None, "tensors", None)
+    described = wired.output if wired else None
     local = _local_ranks(ctx)
-    if tensors is None:
+    if not isinstance(described, ModelDescription) or described.tensors is None:
         return None
     if ctx.machine.gpus:
         return (RANK_BASE + CUDA_BASE) * local
     homes = set(placement.device_map.values()) if placement else {"cpu"}
     cap = (placement.max_memory.get("cpu") if placement else None) or ctx.machine.memory
     room = min(cap, int(ctx.machine.memory * TOTAL_SHARE))
-    wide = params.dtype is None and homes == {"cpu"} and fits_widened(tensors, room)
+    wide = params.dtype is None and homes == {"cpu"} and fits_widened(described, room)
     wanted = params.dtype or ("float32" if wide else None)
-    cast = sum(_cast_bytes(dtype, shape, wanted) for dtype, shape in tensors.values())
+    cast = sum(_cast_bytes(dtype, shape, wanted) for dtype, shape in described.tensors.values())
     return RANK_BASE * local + min(cast * local, int(ctx.machine.memory_available * MEMORY_SHARE))
 
 

@@ -1,4 +1,4 @@
-"""`quantize`: bitsandbytes' int8, nf4 and fp4 weights on disk, streamed in constant memory and without torch."""
+"""`quantize`: weights in a narrower format on disk, streamed in constant memory and without torch."""
 
 from __future__ import annotations
 
@@ -7,19 +7,11 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, ConfigDict, model_validator
 
-from bigpipe.orchestrator.stage import Machine, Metrics, Params, Passing, Planning, Port, Stage, late
+from bigpipe.bigmodel.formats import BUILT_IN, PASTED, named, names, packing_of, read_pasted, version_of
+from bigpipe.orchestrator.stage import Machine, Metrics, OneOf, Params, Passing, Planning, Port, Stage, late
 
-EIGHT_BIT_FIELDS = ("llm_int8_threshold",)
-
-FOUR_BIT_FIELDS = ("bnb_4bit_use_double_quant", "bnb_4bit_compute_dtype", "bnb_4bit_quant_type")
-
-PASTED: dict[str, Any] = {
-    "load_in_8bit": {"type": "boolean"},
-    "load_in_4bit": {"type": "boolean"},
-    "bnb_4bit_quant_type": {"enum": ["nf4", "fp4"]},
-    "llm_int8_skip_modules": {"anyOf": [{"type": "array", "items": {"type": "string"}}, {"type": "null"}]},
-}
-"""BitsAndBytesConfig's own spellings, which mean the same as `scheme` and `skip_modules`; as JSON schema."""
+OPTIONS = ("llm_int8_threshold", "bnb_4bit_use_double_quant", "bnb_4bit_compute_dtype", "bnb_4bit_quant_type")
+"""Fields that some formats have no use for."""
 
 
 def _without_torch(value: Any) -> Any:
@@ -37,8 +29,9 @@ def _accept_pasted(schema: dict[str, Any]) -> None:
 class QuantizeParams(Params):
     model_config = ConfigDict(json_schema_extra=_accept_pasted)
 
-    scheme: Literal["int8", "nf4", "fp4"]
-    """`load_in_8bit: true`, or `load_in_4bit: true` with `bnb_4bit_quant_type`, mean the same."""
+    scheme: Annotated[str, OneOf(names, named)]
+    """A format: those of bitsandbytes, or one that another distribution offers. `load_in_8bit: true`, or
+    `load_in_4bit: true` with `bnb_4bit_quant_type`, mean the same."""
     llm_int8_threshold: float = 6.0
     """Activations beyond it are computed in 16 bits (int8 only); stored in the config, no weight depends on it."""
     bnb_4bit_use_double_quant: bool = False
@@ -57,42 +50,13 @@ class QuantizeParams(Params):
         """`scheme` from BitsAndBytesConfig's flags, and no field that the scheme has no use for."""
         if not isinstance(values, Mapping):
             return values
-        fields = dict(values)
-        scheme = _scheme(fields)
-        if scheme is None:
-            return fields
-        fields["scheme"] = scheme
-        odd = FOUR_BIT_FIELDS if scheme == "int8" else EIGHT_BIT_FIELDS
-        given = [name for name in odd if name in fields]
-        if given:
-            raise ValueError(f"{', '.join(given)} has no meaning for scheme {scheme}; remove it")
-        fields.pop("bnb_4bit_quant_type", None)
-        if "llm_int8_skip_modules" in fields:
-            if "skip_modules" in fields:
-                raise ValueError("llm_int8_skip_modules and skip_modules are the same; write one of them")
-            fields["skip_modules"] = fields.pop("llm_int8_skip_modules")
+        fields = read_pasted(values)
+        scheme = fields.get("scheme")
+        if isinstance(scheme, str) and scheme in BUILT_IN:
+            takes = packing_of(scheme).takes
+            if odd := [name for name in OPTIONS if name in fields and name not in takes]:
+                raise ValueError(f"{', '.join(odd)} has no meaning for scheme {scheme}; remove it")
         return fields
-
-    @property
-    def four_bit(self) -> bool:
-        return self.scheme != "int8"
-
-
-def _scheme(fields: dict[str, Any]) -> Any:
-    """Takes the flags out of `fields`. None where nothing says what is wanted."""
-    eight, four = fields.pop("load_in_8bit", False), fields.pop("load_in_4bit", False)
-    if not isinstance(eight, bool) or not isinstance(four, bool):
-        raise ValueError("load_in_8bit and load_in_4bit are true or false")
-    if eight and four:
-        raise ValueError("load_in_8bit and load_in_4bit exclude each other; write one of them")
-    kind, scheme = fields.get("bnb_4bit_quant_type"), fields.get("scheme")
-    if scheme is None:
-        return "int8" if eight else (kind or "fp4") if four else None
-    if (eight and scheme != "int8") or (four and scheme == "int8"):
-        raise ValueError(f"scheme {scheme} contradicts load_in_{8 if eight else 4}bit; write one of them")
-    if scheme != "int8" and kind not in (None, scheme):
-        raise ValueError(f"scheme {scheme} contradicts bnb_4bit_quant_type {kind}; write one of them")
-    return scheme
 
 
 class QuantizeMetrics(Metrics):
@@ -108,7 +72,9 @@ class QuantizeMetrics(Metrics):
 
 def facts(params: QuantizeParams, machine: Machine) -> Mapping[str, Any]:
     """Double quantization takes a mean as torch does, whose last bit depends on the number of threads."""
-    return {"cpus": machine.cpus} if params.four_bit and params.bnb_4bit_use_double_quant else {}
+    packing = packing_of(params.scheme, bnb_4bit_use_double_quant=params.bnb_4bit_use_double_quant)
+    version = version_of(params.scheme)
+    return ({"cpus": machine.cpus} if packing.measures else {}) | ({"format": version} if version else {})
 
 
 STAGE = Stage(
@@ -123,5 +89,5 @@ STAGE = Stage(
     planning=Planning(check=late("bigpipe.plugins.quantizing:check"), facts=facts),
     passing=Passing(follows="model"),
     packages=("transformers",),
-    title="Quantize a checkpoint to bitsandbytes' int8, nf4 or fp4, streaming and without torch",
+    title="Quantize a checkpoint to int8, nf4, fp4 or another format, streaming and without torch",
 )

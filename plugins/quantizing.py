@@ -20,6 +20,7 @@ RAM = 192 * 2**20
 """Peak of the worker process besides what it holds of one transposed weight: interpreter, numpy, reused buffers."""
 GPU_RAM = 3 * 2**30
 """More where a GPU encodes: torch with CUDA's libraries."""
+HELD = "the state of each matrix holds a number of the data"
 RATE = 350 * 10**6
 """Bytes of input per second where nothing better is known: two cores, an ordinary disk."""
 
@@ -28,7 +29,7 @@ def check(params: QuantizeParams, context: CheckContext) -> None:
     """Refuses before the download what is quantized already."""
     for forecast in context.inputs.get("model", ()):
         if isinstance(forecast.output, ModelDescription):
-            refuse_quantized(forecast.output.config, forecast.output.custom)
+            refuse_quantized(forecast.output)
 
 
 def forecast(params: QuantizeParams, context: ForecastContext) -> Forecast:
@@ -43,7 +44,8 @@ def forecast(params: QuantizeParams, context: ForecastContext) -> Forecast:
     architecture, outlined = understand(described, settings, sources=sources_of(context))
     before, after = described.nbytes or 0, outlined.nbytes
     metrics: dict[str, Any] = {"quantized": len(outlined.quantized), "skipped": len(outlined.skipped)}
-    if not settings.double_quant:
+    low, high = outlined.interval(settings)
+    if low == high:
         metrics |= {"bytes": after, "ratio": before / after}
     output = describe_checkpoint(context.artifact) if context.artifact else None
     return Forecast(
@@ -54,15 +56,8 @@ def forecast(params: QuantizeParams, context: ForecastContext) -> Forecast:
         metrics=metrics,
         output=output or _described(described, outlined, settings, architecture),
         summary=f"{params.scheme}, {counted(len(outlined.quantized), 'module')}, +{format_transfer(after)}",
-        details=_interval(outlined, settings),
+        details=() if low == high else (f"weights: {low:,} to {high:,} bytes (bound: {HELD})",),
     )
-
-
-def _interval(outlined: Outline, settings: Settings) -> tuple[str, ...]:
-    if not settings.double_quant:
-        return ()
-    low, high = outlined.interval(settings)
-    return (f"weights: {low:,} to {high:,} bytes (bound: the state of each matrix holds a number of the data)",)
 
 
 def _settings(params: QuantizeParams, machine: Machine) -> Settings:
@@ -75,7 +70,7 @@ def _device(params: QuantizeParams, context: StageContext) -> str | None:
         return None
     from bigpipe.bigmodel.quantization.devices import usable_device
 
-    device = usable_device(params.scheme, params.dtype)
+    device = usable_device(_settings(params, context.machine))
     context.log(f"encoding on {device or 'the CPU: torch cannot use the GPU here, or it rounds differently'}")
     return device
 
@@ -95,7 +90,6 @@ def _described(
         tensors={t.name: (t.dtype, t.shape) for part in outlined.parts for t in part.outputs},
         format="safetensors",
         tied={},
-        quantization=quantization,
         custom=custom,
     )
 

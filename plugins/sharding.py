@@ -9,10 +9,11 @@ from typing import Any
 from bigpipe.bigmodel.checkpoint.description import ModelDescription, describe_checkpoint
 from bigpipe.bigmodel.checkpoint.tensors import tensor_nbytes
 from bigpipe.bigmodel.checkpoint.view import open_arriving, open_checkpoint
+from bigpipe.bigmodel.formats import castable
 from bigpipe.bigmodel.writing.conversion import WORKERS, convert, plan_conversion, planned_bytes
 from bigpipe.bigmodel.writing.plans import ShardPlan
 from bigpipe.bigmodel.writing.sidefiles import carry_side_files, config_with_dtype
-from bigpipe.orchestrator.stage import CheckContext, Forecast, ForecastContext, StageContext, StageResult, UsageError
+from bigpipe.orchestrator.stage import CheckContext, Forecast, ForecastContext, StageContext, StageResult
 from bigpipe.sizes import counted, format_transfer
 
 from .shard import ShardMetrics, ShardParams
@@ -52,11 +53,8 @@ def forecast(params: ShardParams, context: ForecastContext) -> Forecast:
 
 
 def _plans(params: ShardParams, described: ModelDescription) -> list[ShardPlan]:
-    if params.dtype and described.quantization is not None:
-        raise UsageError(
-            f"shard: dtype {params.dtype} would change the scales of quantized weights",
-            "leave dtype out, or let quantize come after shard",
-        )
+    if params.dtype:
+        castable(described, params.dtype)
     return plan_conversion(
         described.tensors or {},
         described.tied,

@@ -6,13 +6,13 @@ from names. The answer is an `Architecture`, which holds all that sizes, quantiz
 
 from .asking import build_here, describe_architecture, describe_many, request_key
 from .inquiry import ATTENTION, Head, Request, read_request
-from .outline import BUFFERS, is_quantized, outline
+from .outline import BUFFERS, outline
 from .renaming import ask_names
 from .snapshot import known_architecture, missing_snapshot
 from .structure import ITEM_BITS, Architecture, CachedTensor, ModuleSpec, TensorSpec
 
 __all__ = [
     "ATTENTION", "BUFFERS", "ITEM_BITS", "Architecture", "CachedTensor", "Head", "ModuleSpec", "Request", "TensorSpec",
-    "ask_names", "build_here", "describe_architecture", "describe_many", "is_quantized", "known_architecture",
+    "ask_names", "build_here", "describe_architecture", "describe_many", "known_architecture",
     "missing_snapshot", "outline", "read_request", "request_key",
 ]  # fmt: skip

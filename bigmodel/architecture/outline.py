@@ -19,7 +19,6 @@ Tensors = Mapping[str, tuple[str, tuple[int, ...]]]
 BUFFERS = re.compile(r"(running_mean|running_var|num_batches_tracked|inv_freq|position_ids|attn\.bias|masked_bias)$")
 EMBEDDING = re.compile(r"(^|[._])(wte|wpe|tok_embeddings|\w*embed(ding)?s?(_tokens|_positions|_in)?)$")
 HEAD = re.compile(r"(^|\.)(lm_head|embed_out|output|proj_out)$")
-QUANTIZED = re.compile(r"(qweight|qzeros|scales|g_idx|absmax|quant_map|quant_state\.\w+|SCB|weight_scale\w*)$")
 BLOCK = "Block"
 DEEPEST = 64
 """Dots in a name. Real models have a dozen; a hostile one would make a tree of any size."""
@@ -56,11 +55,6 @@ def outline(
         library=OUTLINED,
         generates=any(word in str(named[0]) for word in ("CausalLM", "LMHead", "ConditionalGeneration")),
     )
-
-
-def is_quantized(tensors: Tensors) -> bool:
-    """Do the names show packed weights, whose shapes are not those of the matrices?"""
-    return any(QUANTIZED.search(name) for name in tensors)
 
 
 def _children(own: Mapping[str, Any]) -> dict[str, list[str]]:

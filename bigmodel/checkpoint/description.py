@@ -26,10 +26,19 @@ class ModelDescription:
     """Alias → stored name."""
     path: Path | None
     """Where side files (config, tokenizer, custom class) can be read, if anywhere yet."""
-    quantization: Mapping[str, Any] | None
-    """`quantization_config` of the config, or of a custom class's description."""
     custom: Mapping[str, Any] | None
     """Contents of `bigpipe_architecture.json`."""
+
+    @property
+    def quantization(self) -> Mapping[str, Any] | None:
+        """`quantization_config` of the config, of the part of it that is about text, or of a custom description."""
+        config = self.config or {}
+        for holder in (config, config.get("text_config"), self.custom):
+            for name in ("quantization_config", "compression_config"):  # the second: compressed-tensors before 2025
+                found = holder.get(name) if isinstance(holder, Mapping) else None
+                if isinstance(found, Mapping) and found:
+                    return found
+        return None
 
     @property
     def nbytes(self) -> int | None:
@@ -54,6 +63,5 @@ def describe_opened(checkpoint: Checkpoint) -> ModelDescription:
         format=checkpoint.format,
         tied=checkpoint.tied,
         path=checkpoint.path,
-        quantization=(checkpoint.config or custom or {}).get("quantization_config"),
         custom=custom,
     )

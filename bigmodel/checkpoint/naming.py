@@ -2,7 +2,7 @@
 
 Most names match as they are. transformers renames others while loading (a base model's prefix, old names) and fuses
 some (the experts of a mixture become one parameter); its own rules are asked, so that what `from_pretrained` loads,
-loads here the same way. What bitsandbytes stores beside a quantized weight travels with that weight.
+loads here the same way. A packed weight is renamed as the weight that it was.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 from .view import TensorInfo
 
@@ -19,9 +19,6 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 Window = Callable[[TensorInfo], "torch.Tensor"]
-
-FOUR_BIT = ".weight.quant_state.bitsandbytes__"
-"""Followed by nf4 or fp4: the blob that marks a 4-bit weight. An int8 weight is marked by `.SCB`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,79 +38,37 @@ class Recipe:
         return self.fuse(window, dtype) if self.fuse else window(self.sources[0])
 
 
-@dataclass(frozen=True, slots=True)
-class QuantizedWeight:
-    """A weight as bitsandbytes stores it: `parts` are keyed `weight`, `SCB`, or by quant-state name, `absmax`."""
-
-    parts: Mapping[str, TensorInfo]
-
-    @property
-    def four_bit(self) -> bool:
-        return "SCB" not in self.parts
-
-    @property
-    def nbytes(self) -> int:
-        return sum(part.nbytes for part in self.parts.values())
-
-
 @dataclass(slots=True)
-class Matches:
+class Matches(Generic[T]):
     plain: dict[str, Recipe] = field(default_factory=dict)
     """Parameter or buffer name → recipe."""
-    quantized: dict[str, QuantizedWeight] = field(default_factory=dict)
-    """Module name → its weight."""
+    packed: dict[str, T] = field(default_factory=dict)
+    """Module name → its packed weight."""
     unexpected: list[str] = field(default_factory=list)
     """Stored names that the model has no use for."""
 
 
-def match(model: torch.nn.Module, tensors: Mapping[str, TensorInfo]) -> Matches:
-    """Finds the stored tensors of every parameter of `model`, as its class names them before any conversion."""
+def match(model: torch.nn.Module, tensors: Mapping[str, TensorInfo], packed: Mapping[str, T]) -> Matches[T]:
+    """Finds the stored tensors of every parameter of `model`, as its class names them before any conversion.
+
+    packed: weights that are no tensors by themselves, by the stored names of their modules.
+    """
     from transformers import PreTrainedModel
 
-    plain, parts = set_quantized_apart(tensors)
-    quantized = {module: QuantizedWeight(found) for module, found in parts.items()}
-    rename = _transformers_names(model) if isinstance(model, PreTrainedModel) else _same_names(model)
-    return rename(plain, quantized)
+    rename = _transformers_names if isinstance(model, PreTrainedModel) else _same_names
+    return rename(model, tensors, packed)
 
 
-def set_quantized_apart(tensors: Mapping[str, T]) -> tuple[dict[str, T], dict[str, dict[str, T]]]:
-    """(tensors by name, parts of quantized weights by module name and part), told by the stored names alone."""
-    markers = {name[: -len(".SCB")] for name in tensors if name.endswith(".SCB")}
-    markers |= {name.partition(FOUR_BIT)[0] for name in tensors if FOUR_BIT in name}
-    parts: dict[str, dict[str, T]] = {module: {} for module in sorted(markers)}
-    plain: dict[str, T] = {}
-    for name, tensor in tensors.items():
-        module, part = _quantized_part(name, markers)
-        if module is None:
-            plain[name] = tensor
-        else:
-            parts[module][part] = tensor
-    return plain, parts
+def _same_names(model: torch.nn.Module, tensors: Mapping[str, TensorInfo], packed: Mapping[str, T]) -> Matches[T]:
+    known = set(model.state_dict())
+    return Matches(
+        plain={name: Recipe((tensor,)) for name, tensor in tensors.items() if name in known},
+        packed=dict(packed),
+        unexpected=[name for name in tensors if name not in known],
+    )
 
 
-def _quantized_part(name: str, modules: set[str]) -> tuple[str | None, str]:
-    module, _, last = name.rpartition(".")
-    if module in modules and last in ("weight", "SCB", "weight_format"):
-        return module, last
-    module, separator, part = name.partition(".weight.")
-    return (module, part) if separator and module in modules else (None, "")
-
-
-Rename = Callable[[Mapping[str, TensorInfo], Mapping[str, QuantizedWeight]], Matches]
-
-
-def _same_names(model: torch.nn.Module) -> Rename:
-    def rename(plain: Mapping[str, TensorInfo], quantized: Mapping[str, QuantizedWeight]) -> Matches:
-        known = set(model.state_dict())
-        matches = Matches(unexpected=[name for name in plain if name not in known])
-        matches.plain = {name: Recipe((tensor,)) for name, tensor in plain.items() if name in known}
-        matches.quantized = dict(quantized)
-        return matches
-
-    return rename
-
-
-def _transformers_names(model: Any) -> Rename:
+def _transformers_names(model: Any, tensors: Mapping[str, TensorInfo], packed: Mapping[str, T]) -> Matches[T]:
     """The order and the rules of transformers' own loader, without its tensors."""
     from transformers.conversion_mapping import get_model_conversion_mapping
     from transformers.core_model_loading import (
@@ -129,33 +84,25 @@ def _transformers_names(model: Any) -> Rename:
     by_pattern = {pattern: converter for converter in converters for pattern in converter.source_patterns}
     known = model.state_dict()
     prefix = model.base_model_prefix
-
-    def target(name: str) -> tuple[str, str | None]:
+    matches: Matches[T] = Matches()
+    fusions: dict[str, _Fusion] = {}
+    weights = {f"{module}.weight": weight for module, weight in packed.items()}
+    for name in sorted([*tensors, *weights], key=dot_natural_key):
         renamed, pattern = rename_source_key(name, renamings, converters, prefix, known)
         if renamed not in known and name in known:
             renamed, pattern = rename_source_key(name, [], [], prefix, known)
-        return renamed, pattern
-
-    def rename(plain: Mapping[str, TensorInfo], quantized: Mapping[str, QuantizedWeight]) -> Matches:
-        matches = Matches()
-        fusions: dict[str, _Fusion] = {}
-        weights = {f"{module}.weight": weight for module, weight in quantized.items()}
-        for name in sorted([*plain, *weights], key=dot_natural_key):
-            renamed, pattern = target(name)
-            if name in weights:
-                matches.quantized[renamed.removesuffix(".weight")] = weights[name]
-            elif renamed not in known:
-                matches.unexpected.append(name)
-            elif pattern is None:
-                matches.plain[renamed] = Recipe((plain[name],))
-            else:
-                fusion = fusions.setdefault(renamed, _Fusion(model, by_pattern[pattern], renamed))
-                fusion.inputs.append((name, pattern, plain[name]))
-        for fusion in fusions.values():
-            matches.plain.update(fusion.recipes(known))
-        return matches
-
-    return rename
+        if name in weights:
+            matches.packed[renamed.removesuffix(".weight")] = weights[name]
+        elif renamed not in known:
+            matches.unexpected.append(name)
+        elif pattern is None:
+            matches.plain[renamed] = Recipe((tensors[name],))
+        else:
+            fusion = fusions.setdefault(renamed, _Fusion(model, by_pattern[pattern], renamed))
+            fusion.inputs.append((name, pattern, tensors[name]))
+    for fusion in fusions.values():
+        matches.plain.update(fusion.recipes(known))
+    return matches
 
 
 class _Fusion:

@@ -3,8 +3,8 @@
     load
       open_checkpoint        names → byte ranges, validated
       build_skeleton         the class, empty; buffers true
-      match                  which bytes make which parameter
-      replace_linears        bitsandbytes' modules where weights are quantized
+      set_apart, match       which bytes make which parameter
+      replace_linears        modules of their format where weights are packed
       _settle                what stays: windows into the file, or copies on its device
       WeightStream.add       what is streamed: hooks on its groups
 
@@ -20,11 +20,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from bigpipe.bigmodel.checkpoint.description import ARCHITECTURE_FILE
-from bigpipe.bigmodel.checkpoint.files import MAX_CONFIG, read_json
+from bigpipe.bigmodel.checkpoint.description import ModelDescription, describe_opened
 from bigpipe.bigmodel.checkpoint.mapped import MappedFiles
-from bigpipe.bigmodel.checkpoint.naming import FOUR_BIT, Matches, Recipe, match
+from bigpipe.bigmodel.checkpoint.naming import Matches, Recipe, match
 from bigpipe.bigmodel.checkpoint.view import Checkpoint, TensorInfo, open_checkpoint
+from bigpipe.bigmodel.formats import PLAIN, PackedWeight, computable, format_of, replace_linears, set_apart
 from bigpipe.bigmodel.placement import Device, Placement
 from bigpipe.bigmodel.sources import Sources
 from bigpipe.errors import InvalidCheckpoint, UsageError
@@ -32,13 +32,13 @@ from bigpipe.trust import Trust
 
 from .homes import DeviceMap, Homes, as_placement
 from .offload import WeightStream, cut_into_groups, follow_devices
-from .quantized_modules import replace_linears
-from .skeleton import adopt, build_skeleton, kept_in_float32, settings_of, tied_groups
-from .slots import PlainSlot, QuantizedSlot, Slot, fresh_memory
+from .skeleton import adopt, build_skeleton, kept_in_float32, tied_groups
+from .slots import PackedSlot, PlainSlot, Slot, fresh_memory
 
 if TYPE_CHECKING:
     import torch
 
+Packed = Matches[PackedWeight[TensorInfo]]
 FREE_SHARE = 0.6
 """Of the memory available, what weights cast to another dtype may fill unless the caller says otherwise."""
 TOTAL_SHARE = 0.5
@@ -91,16 +91,18 @@ def load(
     trust: modules that a custom class may come from; looked for in `base` first. trust_remote_code: may the
       checkpoint's own Python files run?
 
-    Raises InvalidCheckpoint, UsageError (untrusted or unknown class, a map that misses modules) and DoesNotFit (a GPU
-    that is not there).
+    Raises InvalidCheckpoint, UsageError (untrusted or unknown class, a format that cannot be computed with, a map that
+    misses modules) and DoesNotFit (a GPU that is not there).
     """
     checkpoint = open_checkpoint(path)
+    described = describe_opened(checkpoint)
+    computable(described)
     placement = as_placement(placement)
     homes = Homes(placement, first_gpu)
     dtype = dtype or placement.dtype
     wanted = _floating(dtype) if isinstance(dtype, str) else dtype
     budget, room = _memory(placement, memory, room)
-    wanted = wanted or compute_dtype(checkpoint, homes, room)
+    wanted = wanted or compute_dtype(checkpoint, described, homes, room)
     if model is None:
         sources = Sources(trust=Trust.of(trust), trust_remote_code=trust_remote_code, base=base)
         model = build_skeleton(checkpoint, wanted, sources)
@@ -109,7 +111,7 @@ def load(
     no_split = placement.no_split_module_classes if no_split_module_classes is None else no_split_module_classes
     if no_split is not None:
         model._no_split_modules = list(no_split)  # type: ignore[assignment]
-    _fill(model, checkpoint, homes, wanted, special_dtypes or placement.special_dtypes, budget)
+    _fill(model, checkpoint, described, homes, wanted, special_dtypes or placement.special_dtypes, budget)
     _read_generation_config(model, checkpoint.path)
     return model.eval().requires_grad_(False)
 
@@ -133,29 +135,29 @@ def stored_dtype(checkpoint: Checkpoint) -> str:
     return str(named) if named in sizes else max(sizes, key=lambda name: sizes[name], default="float32")
 
 
-def compute_dtype(checkpoint: Checkpoint, homes: Homes, room: int) -> torch.dtype:
+def compute_dtype(checkpoint: Checkpoint, described: ModelDescription, homes: Homes, room: int) -> torch.dtype:
     """The dtype to compute in where nobody asks for one: as stored, or float32 where all weights fit RAM as that.
 
     CPUs without half-precision instructions multiply float32 several times faster. Weights that are streamed from disk
-    are used as they come: a cast at each use costs more than it gains. Around bitsandbytes' layers everything stays as
+    are used as they come: a cast at each use costs more than it gains. Around packed weights everything stays as
     stored, as it does in transformers.
 
     room: bytes of RAM; not what happens to be free, so that equal hardware gives equal results.
     """
     import torch
 
-    stored = {name: (tensor.dtype, tensor.shape) for name, tensor in checkpoint.tensors.items()}
-    if set(homes.placement.device_map.values()) == {"cpu"} and fits_widened(stored, room):
+    if set(homes.placement.device_map.values()) == {"cpu"} and fits_widened(described, room):
         return torch.float32
     as_stored: torch.dtype = getattr(torch, stored_dtype(checkpoint))
     return as_stored
 
 
-def fits_widened(tensors: Mapping[str, tuple[str, tuple[int, ...]]], room: int) -> bool:
-    """Would a CPU hold these stored tensors, name → (dtype, shape), as float32? Never so for quantized weights."""
-    if any(name.endswith(".SCB") or FOUR_BIT in name for name in tensors):
+def fits_widened(described: ModelDescription, room: int) -> bool:
+    """Would a CPU hold the stored tensors as float32? Never so for packed weights."""
+    if format_of(described) is not PLAIN:
         return False
-    return sum(4 * math.prod(shape) for dtype, shape in tensors.values() if "float" in dtype) <= room
+    tensors = (described.tensors or {}).values()
+    return sum(4 * math.prod(shape) for dtype, shape in tensors if "float" in dtype) <= room
 
 
 def _floating(name: str) -> torch.dtype:
@@ -182,17 +184,17 @@ def _memory(placement: Placement, memory: int | None, room: int | None) -> tuple
 def _fill(
     model: torch.nn.Module,
     checkpoint: Checkpoint,
+    described: ModelDescription,
     homes: Homes,
     dtype: torch.dtype,
     special_dtypes: Mapping[str, str],
     budget: int,
 ) -> None:
-    matches = match(model, _with_aliases(checkpoint))
+    matches = match(model, *set_apart(_with_aliases(checkpoint), format_of(described)))
     _share_recipes(model, matches, checkpoint)
     _check_complete(model, matches, checkpoint)
     homes.check_covers(dict.fromkeys([*(name for name, _ in model.named_parameters()), *matches.plain]))
-    custom = _custom_description(checkpoint.path)
-    replace_linears(model, matches.quantized, settings_of(checkpoint, custom))
+    replace_linears(model, matches.packed, described.quantization)
     files = MappedFiles()
     state = Loaded(WeightStream(files), homes.main)
     slots = dict(_slots(model, matches, dtype, special_dtypes))
@@ -207,7 +209,7 @@ def _with_aliases(checkpoint: Checkpoint) -> Mapping[str, TensorInfo]:
     return {**checkpoint.tensors, **{alias: checkpoint.tensors[kept] for alias, kept in checkpoint.tied.items()}}
 
 
-def _share_recipes(model: torch.nn.Module, matches: Matches, checkpoint: Checkpoint) -> None:
+def _share_recipes(model: torch.nn.Module, matches: Packed, checkpoint: Checkpoint) -> None:
     """Gives every name of a tied group the recipe of the one that is stored.
 
     Where several are stored with different bytes, the checkpoint decides: they are not tied.
@@ -234,12 +236,12 @@ def _equal(one: Recipe, other: Recipe, checkpoint: Checkpoint) -> bool:
     )
 
 
-def _check_complete(model: torch.nn.Module, matches: Matches, checkpoint: Checkpoint) -> None:
+def _check_complete(model: torch.nn.Module, matches: Packed, checkpoint: Checkpoint) -> None:
     ignored = re.compile("|".join(getattr(model, "_keys_to_ignore_on_load_missing", None) or ["(?!)"]))
     missing = [
         name
         for name, _ in model.named_parameters(remove_duplicate=False)
-        if name not in matches.plain and name.removesuffix(".weight") not in matches.quantized
+        if name not in matches.plain and name.removesuffix(".weight") not in matches.packed
     ]
     if bad := [name for name in missing if not ignored.search(name)]:
         more = f" and {len(bad) - 5} more" if len(bad) > 5 else ""
@@ -266,17 +268,17 @@ def _initialise(model: Any, names: Sequence[str]) -> None:
 
 
 def _slots(
-    model: torch.nn.Module, matches: Matches, dtype: torch.dtype, special_dtypes: Mapping[str, str]
+    model: torch.nn.Module, matches: Packed, dtype: torch.dtype, special_dtypes: Mapping[str, str]
 ) -> Iterator[tuple[str, Slot]]:
     """By name of the parameter or stored buffer, in the order of modules."""
     kept = kept_in_float32(model, dtype)
     for path, module in model.named_modules():
         prefix = f"{path}." if path else ""
-        if path in matches.quantized:
-            yield f"{prefix}weight", QuantizedSlot(module, matches.quantized[path])
+        if path in matches.packed:
+            yield f"{prefix}weight", PackedSlot(module, matches.packed[path])
         for attribute, empty in [*module._parameters.items(), *module._buffers.items()]:
             name = prefix + attribute
-            if empty is None or name not in matches.plain or (attribute == "weight" and path in matches.quantized):
+            if empty is None or name not in matches.plain or (attribute == "weight" and path in matches.packed):
                 continue
             recipe = matches.plain[name]
             _check_shape(name, empty, recipe)
@@ -346,7 +348,7 @@ def _fill_slots(slots: Sequence[Slot], files: MappedFiles, device: torch.device)
         setattr(other.module, other.attribute, getattr(first.module, first.attribute))
 
 
-def _settle_buffers(model: torch.nn.Module, matches: Matches, homes: Homes, state: Loaded) -> None:
+def _settle_buffers(model: torch.nn.Module, matches: Packed, homes: Homes, state: Loaded) -> None:
     """Buffers that no checkpoint holds stay where they are used; most are small."""
     for path, module in model.named_modules():
         for attribute, value in module._buffers.items():
@@ -366,12 +368,6 @@ def _stream(model: torch.nn.Module, slots: Mapping[str, Slot], homes: Homes, sta
     if homes.main.type != "cpu":
         modules = {name for name, _ in model.named_modules()}
         follow_devices(model, {name: homes.execution(name) for name in homes.placement.device_map if name in modules})
-
-
-def _custom_description(path: Path) -> Mapping[str, Any] | None:
-    directory = path if path.is_dir() else path.parent
-    file = directory / ARCHITECTURE_FILE
-    return read_json(file, directory, MAX_CONFIG) if file.is_file() else None
 
 
 def _read_generation_config(model: Any, path: Path) -> None:

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from bigpipe.bigmodel.architecture import build_here, read_request
 from bigpipe.bigmodel.checkpoint.view import Checkpoint
@@ -106,11 +106,3 @@ def kept_in_float32(model: torch.nn.Module, dtype: torch.dtype) -> re.Pattern[st
     if dtype == torch.float16:
         entries += getattr(model, "_keep_in_fp32_modules", None) or ()
     return re.compile("|".join(entry.replace("*", ".*") for entry in entries)) if entries else None
-
-
-def settings_of(checkpoint: Checkpoint, custom: Mapping[str, Any] | None) -> Mapping[str, Any]:
-    """The checkpoint's `quantization_config`, wherever its kind of model keeps it."""
-    for holder in (checkpoint.config, custom):
-        if holder and isinstance(holder.get("quantization_config"), Mapping):
-            return dict(holder["quantization_config"])
-    return {}

@@ -8,10 +8,9 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol
 
 from bigpipe.bigmodel.checkpoint.mapped import MappedFiles
-from bigpipe.bigmodel.checkpoint.naming import QuantizedWeight, Recipe
+from bigpipe.bigmodel.checkpoint.naming import Recipe
 from bigpipe.bigmodel.checkpoint.view import TensorInfo
-
-from .quantized_modules import attach, detach
+from bigpipe.bigmodel.formats import PackedWeight
 
 if TYPE_CHECKING:
     import torch
@@ -99,11 +98,11 @@ class PlainSlot:
 
 
 @dataclass(slots=True)
-class QuantizedSlot:
-    """The weight of a bitsandbytes module, in its parts."""
+class PackedSlot:
+    """The weight of a module that computes from packed weights, in its parts."""
 
     module: torch.nn.Module
-    weight: QuantizedWeight
+    weight: PackedWeight[TensorInfo]
     placeholder: Any = field(init=False)
     attribute: str = field(init=False, default="weight")
 
@@ -126,10 +125,11 @@ class QuantizedSlot:
         return windows if device.type == "cpu" else {name: _copy(part, take) for name, part in windows.items()}
 
     def attach(self, staged: Mapping[str, torch.Tensor]) -> None:
-        attach(self.module, self.weight, staged)
+        self.weight.packing.attach(self.module, staged)
 
     def detach(self) -> None:
-        detach(self.module, self.weight, self.placeholder)
+        self.module.weight = self.placeholder
+        self.weight.packing.detach(self.module)
 
 
 class Arena:

@@ -7,14 +7,14 @@ from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
 from bigpipe.bigmodel.architecture import Architecture
+from bigpipe.bigmodel.formats import converted_modules, matrix_shape, packing
 from bigpipe.errors import UsageError
 
 from . import activations
 from .activations import Shape
-from .bitsandbytes_format import converted_modules, matrix_shape, stored_interval
 from .cpu_peak import beside_weights
 from .kvcache import Cache, cache_of, text_config
-from .weights import SCHEMES, WIDTHS, Weights, compute_bytes, weigh
+from .weights import Weights, compute_bytes, weigh
 
 Basis = Literal["exact", "calibrated", "bound"]
 """exact: counted. calibrated: a formula whose coefficients were counted on real forwards. bound: not to be exceeded,
@@ -36,11 +36,9 @@ SMALL_TENSOR = 4096
 """8-bit Adam keeps float32 states for tensors with fewer elements (bitsandbytes' min_8bit_size)."""
 MARGINS = {"adamw": 0.2, "adamw_8bit": 0.2, "sgd": 0.3}
 """Of training. Gradients grow while activations go, which counts for more where there are no states."""
-QUANTIZING = {"int8": (2, 4, 5), "nf4": (2, 11, 12), "fp4": (2, 11, 12)}
-"""Bytes per element of the largest matrix while a checkpoint in 16 bits is quantized as it loads: the matrix itself, as
-measured on a CPU (4-bit kernels copy it to float32 there), most."""
 KV_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2, "float8": 1, "int8": 1}
 """Per element of a cache. The scales of a quantized one are not counted."""
+TRAINED = ("float32", "float16", "bfloat16")
 OPTIMIZERS = ("adamw", "adamw_8bit", "sgd", "lora")
 
 
@@ -149,7 +147,7 @@ class Budget:
 
 
 def budget(architecture: Architecture, dtype: str, workload: Workload) -> Budget:
-    """Raises UsageError for a dtype that is not one of `footprint.WIDTHS`."""
+    """Raises UsageError for a dtype that is neither plain nor a format."""
     key = dtype, workload.double_quant
     kept = architecture.derived
     weights = kept.get(key) or kept.setdefault(key, weigh(architecture, dtype, double_quant=workload.double_quant))
@@ -207,11 +205,12 @@ def _on_disk(architecture: Architecture, weights: Weights, workload: Workload) -
     formula = "Σ saved tensors · bytes"
     if architecture.outlined:
         return Term.about(weights.stored, "calibrated", 0.01, formula + "; the class is unknown")
-    double = workload.double_quant and WIDTHS[weights.dtype] == 4
-    low, high = stored_interval(weights.stored, weights.converted, double_quant=double)
-    if low == high:
+    packed = packing(weights.dtype, double_quant=workload.double_quant)
+    fewer, more = (weights.converted * size for size in (packed.spread() if packed else (0, 0)))
+    if not fewer and not more:
         return Term.exact(weights.stored, formula)
-    return Term(weights.stored, "bound", low, high, f"{formula}; {weights.converted} states hold a number of the data")
+    formula += f"; {weights.converted} states hold a number of the data"
+    return Term(weights.stored, "bound", weights.stored - fewer, weights.stored + more, formula)
 
 
 def _cache(cache: Cache, batch_size: int, length: int, itemsize: int) -> Term:
@@ -230,12 +229,11 @@ def _activations(
     found = activations.prefill(
         shape, workload.batch_size, length, itemsize, image=_image(architecture), all_logits=workload.all_logits
     )
-    unpacked = _unpacked(weights, shape, workload.batch_size * length)
+    unpacked, words = _unpacked(weights, shape, workload.batch_size * length)
     size = found.bytes + cache.prefill_extra + unpacked
     formula = f"{found.phase}: {found.formula}"
     formula += " + keys beyond the window until the first step" if cache.prefill_extra else ""
-    formula += " + the largest matrix unpacked" if unpacked and weights.dtype != "int8" else ""
-    formula += " + int8 inputs and int32 products" if unpacked and weights.dtype == "int8" else ""
+    formula += f" + {words}" if unpacked else ""
     known = found.known and not architecture.outlined and cache.exact
     if not known:
         return Term.about(size, "bound", GUESSED_MARGIN, formula)
@@ -243,13 +241,12 @@ def _activations(
     return Term(size, "calibrated", low, high, formula)
 
 
-def _unpacked(weights: Weights, shape: Shape, tokens: int) -> int:
-    """What products with packed matrices need besides: 4-bit ones are unpacked whole, int8 ones give int32."""
-    if not weights.converted:
-        return 0
-    if SCHEMES[weights.dtype] == "int8":
-        return tokens * (shape.hidden + 4 * shape.inner)
-    return 2 * weights.largest_matrix
+def _unpacked(weights: Weights, shape: Shape, tokens: int) -> tuple[int, str]:
+    """What a product with a packed matrix takes besides, in bytes and in words."""
+    packed = packing(weights.dtype)
+    if packed is None or not weights.converted:
+        return 0, ""
+    return packed.transient(tokens, shape.hidden, shape.inner, weights.largest_matrix)
 
 
 def _image(architecture: Architecture) -> tuple[int, int] | None:
@@ -273,7 +270,7 @@ def _cpu(
         architecture, shape, workload.batch_size, length, itemsize, image=_image(architecture),
         all_logits=workload.all_logits, output_length=workload.output_length, cache_itemsize=cached,
     )  # fmt: skip
-    other = found.bytes + _unpacked(weights, shape, workload.batch_size * length)
+    other = found.bytes + _unpacked(weights, shape, workload.batch_size * length)[0]
     margin = int(other * (CALIBRATED_MARGIN if found.known else GUESSED_MARGIN))
     size = weights.loaded + other
     return Term(
@@ -284,9 +281,10 @@ def _cpu(
 
 
 def _quantizing(weights: Weights) -> Term | None:
-    if not weights.converted:
+    packed = packing(weights.dtype)
+    if packed is None or not weights.converted:
         return None
-    low, usual, high = (size * weights.largest_matrix for size in QUANTIZING[SCHEMES[weights.dtype]])
+    low, usual, high = (size * weights.largest_matrix for size in packed.quantizing)
     return Term(usual, "bound", low, high, "largest matrix in 16 bits, its copies and codes; 0 if quantized before")
 
 
@@ -307,7 +305,7 @@ def _training(
     fixed = weights.buffers + kept
     lora = adapters(architecture, workload.lora_rank, workload.lora_targets)
     frozen = Term.about(weights.loaded + 16 * lora + kept, "bound", 0.2, f"frozen weights + 16·{lora} + activations")
-    if weights.dtype not in ("float32", "float16", "bfloat16"):
+    if weights.dtype not in TRAINED:
         return {**dict.fromkeys(OPTIMIZERS), "lora": frozen}
     known = architecture.derived
     states = known.get("states") or known.setdefault("states", _adam_8bit_states(architecture))

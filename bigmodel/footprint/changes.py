@@ -11,9 +11,9 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from bigpipe.bigmodel.architecture import Architecture
+from bigpipe.bigmodel.formats import DTYPES, has_double_quant, width
 
 from .budget import Budget, Workload, budget
-from .weights import SCHEMES, WIDTHS
 
 NEVER_OFFERED = ("float8", "int4", "fp4")
 """Narrower dtypes that nothing here writes, or that another one does better."""
@@ -102,13 +102,13 @@ def _others(setting: Setting) -> Iterator[Setting]:
 
 
 def _narrower(setting: Setting) -> Iterator[Setting]:
-    if SCHEMES.get(setting.dtype) in ("nf4", "fp4") and not setting.workload.double_quant:
-        yield _with(setting, double_quant=True)
-    names = [name for name in WIDTHS if WIDTHS[name] < WIDTHS[setting.dtype] and name not in NEVER_OFFERED]
-    for name in sorted(names, key=lambda name: -WIDTHS[name]):
-        yield replace(setting, dtype=name)
-        if name == "nf4" and not setting.workload.double_quant:
-            yield _with(replace(setting, dtype=name), double_quant=True)
+    narrower = [name for name in DTYPES if width(name) < width(setting.dtype) and name not in NEVER_OFFERED]
+    for name in (setting.dtype, *sorted(narrower, key=lambda name: -width(name))):
+        other = replace(setting, dtype=name)
+        if name != setting.dtype:
+            yield other
+        if has_double_quant(name) and not setting.workload.double_quant:
+            yield _with(other, double_quant=True)
 
 
 def _with(setting: Setting, **changes: Any) -> Setting:

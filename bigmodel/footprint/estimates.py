@@ -15,6 +15,7 @@ from typing import Any
 from bigpipe.bigmodel.architecture import Architecture, Head
 from bigpipe.bigmodel.checkpoint.description import ModelDescription
 from bigpipe.bigmodel.checkpoint.tensors import tensor_nbytes
+from bigpipe.bigmodel.formats import format_of, packing
 from bigpipe.bigmodel.sources import Sources
 from bigpipe.errors import UsageError
 from bigpipe.sizes import size_of
@@ -24,7 +25,6 @@ from .budget import OPTIMIZERS, Budget, Workload, budget, capped_length
 from .changes import Change as Change, Setting, needed, smallest_change
 from .grounds import as_accelerate, grounds
 from .sighting import Sighting, architecture_of, look
-from .weights import WIDTHS
 
 SCHEMA = "bigpipe.estimate/1"
 DTYPES = ("float32", "float16", "int8", "int4")
@@ -179,8 +179,8 @@ def estimate_sighting(
 ) -> Estimate:
     """An estimate for a model that has been looked at."""
     wanted = tuple(dict.fromkeys(dtypes or DTYPES))
-    if unknown := [dtype for dtype in wanted if dtype not in WIDTHS]:
-        raise UsageError(f"dtype {unknown[0]!r} is not known to estimate", f"use {', '.join(WIDTHS)}")
+    for dtype in wanted:
+        packing(dtype)  # an unknown one is refused before anything is asked
     architecture, notes = architecture_of(sighting, head, sources)
     length = capped_length(architecture, workload.sequence_length)
     capped = replace(workload, sequence_length=length)
@@ -211,8 +211,8 @@ def _checkpoint(description: ModelDescription, *, pipeline: bool) -> dict[str, A
         if pipeline:
             component = name.partition(".")[0]
             components[component] = components.get(component, 0) + tensor_nbytes(dtype, shape)
-    method = (description.quantization or {}).get("quant_method")
+    stored = format_of(description)
     return {
         "bytes": description.nbytes, "format": description.format, "dtypes": dtypes,
-        "quantization": str(method) if method else None, **({"components": components} if components else {}),
+        "quantization": stored.method or None, **({"components": components} if components else {}),
     }  # fmt: skip

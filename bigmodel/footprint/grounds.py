@@ -10,10 +10,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from bigpipe.bigmodel.architecture import Architecture
+from bigpipe.bigmodel.formats import has_double_quant, width
 
 from .budget import OPTIMIZERS, Budget, Workload, adapters, kv_bytes
 from .kvcache import text_config
-from .weights import WIDTHS, compute_bytes
+from .weights import compute_bytes
 
 Inputs = Mapping[str, int | str]
 
@@ -76,9 +77,9 @@ def _source(architecture: Architecture) -> str:
 
 
 def _weights(architecture: Architecture, found: Budget, workload: Workload) -> Inputs:
-    inputs: dict[str, int | str] = {"parameters": found.parameters, "bits": WIDTHS[found.dtype]}
+    inputs: dict[str, int | str] = {"parameters": found.parameters, "bits": width(found.dtype)}
     inputs["tied tensors"] = len(architecture.aliases)
-    if WIDTHS[found.dtype] == 4:
+    if has_double_quant(found.dtype):
         inputs["double quantization"] = "yes" if workload.double_quant else "no"
     return inputs
 
@@ -130,7 +131,7 @@ def as_accelerate(found: Budget) -> dict[str, int | None]:
 
     Adam is the larger of its stages: four times the float32 model, or twice that model under mixed precision.
     """
-    single = found.total * 32 // WIDTHS[found.dtype]
+    single = found.total * 32 // width(found.dtype)
     factor = {"float32": 4, "float16": 2, "bfloat16": 2}.get(found.dtype)
     return {
         "largest_layer": found.largest_layer,

@@ -13,13 +13,13 @@ from bigpipe.bigmodel.architecture import (
     Architecture,
     Head,
     describe_architecture,
-    is_quantized,
     missing_snapshot,
     outline,
     read_request,
 )
 from bigpipe.bigmodel.checkpoint.description import ARCHITECTURE_FILE, ModelDescription, describe_checkpoint
 from bigpipe.bigmodel.checkpoint.files import MAX_CONFIG, find_weight_files, read_json
+from bigpipe.bigmodel.formats import PLAIN, format_of
 from bigpipe.bigmodel.hub.remote import describe_repository, pipeline_tensors
 from bigpipe.bigmodel.hub.repository import COMMIT, Hub, Repository, cached_commit
 from bigpipe.bigmodel.sources import Sources
@@ -143,10 +143,7 @@ def _has_weights(directory: Path) -> bool:
 
 
 def _described(config: Mapping[str, Any] | None, custom: Mapping[str, Any] | None, path: Path) -> ModelDescription:
-    return ModelDescription(
-        config=config, tensors=None, format=None, tied={}, path=path,
-        quantization=(config or {}).get("quantization_config"), custom=custom,
-    )  # fmt: skip
+    return ModelDescription(config=config, tensors=None, format=None, tied={}, path=path, custom=custom)
 
 
 def architecture_of(sighting: Sighting, head: Head, sources: Sources) -> tuple[Architecture, tuple[str, ...]]:
@@ -160,7 +157,7 @@ def architecture_of(sighting: Sighting, head: Head, sources: Sources) -> tuple[A
     except UsageError as error:
         if description.tensors is None or description.custom is not None:
             raise
-        if is_quantized(description.tensors):
+        if format_of(description) is not PLAIN:
             raise UsageError(
                 f"{error.cause}; and its weights are packed, so that their shapes do not tell the model's", error.cure
             ) from error
@@ -187,7 +184,7 @@ def _built(sighting: Sighting, head: Head, sources: Sources) -> Architecture:
 
 def _differences(architecture: Architecture, description: ModelDescription, head: Head) -> tuple[str, ...]:
     """Does the checkpoint hold what the class has? Compared by count: class and file may name tensors differently."""
-    if description.tensors is None or head == "none" or description.quantization is not None:
+    if description.tensors is None or head == "none" or format_of(description) is not PLAIN:
         return ()
     stored = {name: _elements(shape) for name, (_, shape) in description.tensors.items()}
     wanted = {tensor.name: tensor.elements for tensor in architecture.tensors() if tensor.persistent}

@@ -9,29 +9,10 @@ once, modules that stay float32, bitsandbytes' scales, and the head and embeddin
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import cast
 
 from bigpipe.bigmodel.architecture import ITEM_BITS, Architecture, ModuleSpec, TensorSpec
-from bigpipe.errors import UsageError
-
-from .bitsandbytes_format import Scheme, converted_modules, loaded_bytes, matrix_shape, stored_tensors, weight_of
-
-WIDTHS: Mapping[str, int] = {
-    "float32": 32, "float16": 16, "bfloat16": 16, "float8": 8, "int8": 8, "int4": 4, "nf4": 4, "fp4": 4,
-}  # fmt: skip
-"""The dtypes of an estimate: bits per float parameter that their names promise."""
-
-SCHEMES: Mapping[str, Scheme] = {"int8": "int8", "int4": "nf4", "nf4": "nf4", "fp4": "fp4"}
-"""Those that bitsandbytes makes. `int4` is accelerate's name for any 4-bit format."""
-
-FLOAT8 = "float8_e4m3fn"
-
-
-def torch_dtype(dtype: str) -> str:
-    """torch's name of the dtype that unconverted tensors have."""
-    return FLOAT8 if dtype == "float8" else "float16" if dtype in SCHEMES else dtype
+from bigpipe.bigmodel.formats import PLAIN_DTYPES, Packing, converted_modules, matrix_shape, packing, weight_of, width
 
 
 def compute_bytes(dtype: str) -> int:
@@ -60,19 +41,18 @@ class Weights:
     largest_matrix: int = 0
     """Elements of the largest converted matrix: what a 4-bit product unpacks at once."""
     converted: int = 0
-    """How many modules bitsandbytes converts."""
+    """How many matrices are packed."""
 
 
 def weigh(architecture: Architecture, dtype: str, *, double_quant: bool = False) -> Weights:
-    """The bytes of a model in one of `WIDTHS`. Raises UsageError for another dtype."""
-    if dtype not in WIDTHS:
-        raise UsageError(f"dtype {dtype!r} is not known to estimate", f"use one of {', '.join(WIDTHS)}")
+    """The bytes of a model in a plain dtype or a format. Raises UsageError for another dtype."""
+    packed = packing(dtype, double_quant=double_quant)
     layer, layer_bytes = largest_layer(architecture, dtype)
     tensors = _sized(architecture)
-    held, wide = torch_dtype(dtype), WIDTHS[dtype]
+    held, wide = PLAIN_DTYPES.get(dtype, "float16"), width(dtype)
     counts = {tensor.name: size * ITEM_BITS[architecture.dtype_of(tensor, held)] // 8 for tensor, size, _ in tensors}
-    matrices = _Converted(architecture, SCHEMES.get(dtype), double_quant)
-    if dtype not in SCHEMES:
+    matrices = _Converted(architecture, packed)
+    if packed is None:
         # A cast of a checkpoint changes every float; only a loaded class keeps some of them wider
         stored = sum(
             size * ITEM_BITS[held if floating else tensor.dtype] // 8
@@ -111,26 +91,21 @@ def _sized(architecture: Architecture) -> tuple[tuple[TensorSpec, int, bool], ..
 
 
 class _Converted:
-    """Sums over the matrices that bitsandbytes converts; all zero without a scheme."""
+    """Sums over the matrices that are packed; all zero where none is."""
 
-    def __init__(self, architecture: Architecture, scheme: Scheme | None, double_quant: bool) -> None:
-        modules = converted_modules(architecture) if scheme else ()
+    def __init__(self, architecture: Architecture, packing: Packing | None) -> None:
+        modules = converted_modules(architecture) if packing else ()
         shapes = Counter(matrix_shape(module) for module in modules)
         self.names = {weight_of(module).name for module in modules}
         self.largest = max((rows * columns for rows, columns in shapes), default=0)
         self.codes = self.scales = self.stored = 0
+        if packing is None:
+            return
         for shape, count in shapes.items():
-            codes, scales = loaded_bytes(shape, cast(Scheme, scheme), double_quant=double_quant)
+            codes, scales = packing.loaded(shape)
             self.codes += count * codes
             self.scales += count * scales
-            tensors = stored_tensors(shape, cast(Scheme, scheme), double_quant=double_quant)
-            self.stored += count * sum(tensor.nbytes for tensor in tensors)
-
-
-def _promised(tensor: TensorSpec, dtype: str) -> int:
-    """Bytes at the width the dtype's name promises; integers and bools keep theirs."""
-    bits = WIDTHS[dtype] if tensor.floating else ITEM_BITS[tensor.dtype]
-    return -(-tensor.elements * bits // 8)
+            self.stored += count * sum(tensor.nbytes for tensor in packing.stored(shape, "float16"))
 
 
 def largest_layer(architecture: Architecture, dtype: str) -> tuple[str, int]:
@@ -139,8 +114,9 @@ def largest_layer(architecture: Architecture, dtype: str) -> tuple[str, int]:
     The maximum over modules that have no children or whose class is not to be split, parameters plus buffers; the
     root's own tensors count as a layer each.
     """
+    wide = width(dtype)
     kept = {
-        tensor.name: -(-size * (WIDTHS[dtype] if floating else ITEM_BITS[tensor.dtype]) // 8)
+        tensor.name: -(-size * (wide if floating else ITEM_BITS[tensor.dtype]) // 8)
         for tensor, size, floating in _sized(architecture)
     }
     sizes = {
@@ -151,7 +127,7 @@ def largest_layer(architecture: Architecture, dtype: str) -> tuple[str, int]:
         for child in module.children:
             sizes[module.name] += sizes.get(child, 0)
     root = architecture.modules[0]
-    layers = [(tensor.name, _promised(tensor, dtype)) for tensor in root.tensors]
+    layers = [(tensor.name, kept.get(tensor.name, 0)) for tensor in root.tensors]
     layers += [(name, sizes[name]) for child in root.children for name in _layers(architecture, child)]
     return max(layers, key=lambda layer: layer[1], default=("", 0))
 

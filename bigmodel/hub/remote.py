@@ -128,7 +128,7 @@ class _Reader:
         tensors, tied, source = self.tensors(weights, config)
         description = ModelDescription(
             config=config, tensors=tensors, format=_format([file.path for file in weights]), tied=tied, path=None,
-            quantization=(config or {}).get("quantization_config"), custom=custom,
+            custom=custom,
         )  # fmt: skip
         return RemoteModel(
             repository=self.repository, description=description, library=library, source=source, fetched_bytes=0,
@@ -318,8 +318,7 @@ def _from_json(data: Mapping[str, Any], repository: Repository) -> RemoteModel |
         tensors = {name: (dtype, tuple(shape)) for name, dtype, shape in data["tensors"]}
         description = ModelDescription(
             config=data["config"], tensors=None if data["source"] == "config" else tensors, format=data["format"],
-            tied=data["tied"], path=None, quantization=(data["config"] or {}).get("quantization_config"),
-            custom=data["custom"],
+            tied=data["tied"], path=None, custom=data["custom"],
         )  # fmt: skip
         return RemoteModel(
             repository=repository, description=description, library=data["library"], source=data["source"],

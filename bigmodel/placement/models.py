@@ -6,11 +6,11 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from bigpipe.bigmodel.architecture import BUFFERS, Architecture, TensorSpec, is_quantized
+from bigpipe.bigmodel.architecture import BUFFERS, Architecture, TensorSpec
 from bigpipe.bigmodel.checkpoint.description import ModelDescription
-from bigpipe.bigmodel.checkpoint.naming import set_quantized_apart
 from bigpipe.bigmodel.checkpoint.tensors import CASTABLE, tensor_nbytes
 from bigpipe.bigmodel.footprint.sighting import architecture_of, look
+from bigpipe.bigmodel.formats import format_of, set_apart
 from bigpipe.bigmodel.sources import Sources
 from bigpipe.errors import DoesNotFit
 from bigpipe.fit import Misfit
@@ -157,12 +157,16 @@ def stored_bytes(
     """
     tensors = model.tensors or {}
     sizes = {name: tensor_nbytes(dtype, shape) for name, (dtype, shape) in tensors.items()}
-    single, quantized = set_quantized_apart(sizes)
+    stored_in = format_of(model)
+    single, quantized = set_apart(sizes, stored_in)
     known = {tensor.name: tensor for module in architecture.modules for tensor in module.tensors}
     packed: dict[str, int] = {}
-    if (model.quantization or is_quantized(tensors)) and not quantized:
+    if not stored_in.computes:
         packed = _packed_bytes({name: (tensors[name][0], size) for name, size in single.items()}, architecture, known)
-    stored = {**(single if plain else {}), **{f"{m}.weight": sum(parts.values()) for m, parts in quantized.items()}}
+    stored = {
+        **(single if plain else {}),
+        **{f"{m}.weight": sum(weight.parts.values()) for m, weight in quantized.items()},
+    }
     named = ((_own_name(name, known, architecture), size) for name, size in stored.items())
     found = {name: size for name, size in named if name is not None} | packed
     return {name: size for name, size in found.items() if name not in skip}

@@ -11,6 +11,7 @@ from typing import Any
 import yaml
 
 from bigpipe.bigmodel.checkpoint.description import ARCHITECTURE_FILE
+from bigpipe.bigmodel.formats import named, packing_of
 from bigpipe.sizes import format_size
 
 from .provenance import Provenance, Step, version
@@ -67,7 +68,7 @@ class Card:
     """What it was made from, where that has no name on the Hub."""
     commit: str | None = None
     scheme: str | None = None
-    """int8, nf4 or fp4, where the model was quantized."""
+    """The format it was quantized to."""
     license: str | None = None
     library: str | None = None
     task: str | None = None
@@ -81,21 +82,21 @@ class Card:
 
     def metadata(self) -> dict[str, Any]:
         """The Hub's terms, https://huggingface.co/docs/hub/model-cards#model-card-metadata."""
-        width = {"int8": "8-bit", "nf4": "4-bit", "fp4": "4-bit"}.get(self.scheme or "")
+        tags = [f"{packing_of(self.scheme).bits}-bit", named(self.scheme).method] if self.scheme else []
         told = {
             "base_model": self.base_model,
             "base_model_relation": "quantized" if self.base_model and self.scheme else None,
             "license": self.license,
             "library_name": self.library,
             "pipeline_tag": self.task,
-            "tags": ["bigpipe", *([width, "bitsandbytes"] if width else [])],
+            "tags": ["bigpipe", *tags],
         }
         return {key: value for key, value in {**told, **self.extra}.items() if value is not None}
 
     def summary(self) -> str:
         source = f"[{self.base_model}](https://huggingface.co/{self.base_model})" if self.base_model else self.source
         at = f" at commit `{self.commit}`" if self.commit else ""
-        how = f", quantized to {self.scheme} with bitsandbytes" if self.scheme else ""
+        how = f", quantized to {self.scheme} with {named(self.scheme).method}" if self.scheme else ""
         return f"Made from {source}{at}{how}."
 
     def text(self) -> str:

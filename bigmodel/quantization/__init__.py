@@ -2,8 +2,8 @@
 
     quantize_checkpoint("opt-13b", "opt-13b-nf4", scheme="nf4")
 
-`outline` says what each stored tensor becomes; `int8`, `fourbit` and `nested` are the encoders, bit for bit
-bitsandbytes' own results on the CPU; `encoding` runs them over threads; `pieces` and `stream` write the files.
+`outline` says what each stored tensor becomes; `encoding` runs the encoders of its format over threads; `pieces` and
+`stream` write the files.
 """
 
 from __future__ import annotations
@@ -16,7 +16,6 @@ from typing import Any
 from bigpipe.bigmodel.architecture import Architecture
 from bigpipe.bigmodel.checkpoint.description import ARCHITECTURE_FILE, ModelDescription, describe_checkpoint
 from bigpipe.bigmodel.checkpoint.view import Checkpoint, open_checkpoint
-from bigpipe.bigmodel.footprint.bitsandbytes_format import Scheme
 from bigpipe.bigmodel.sources import Sources
 from bigpipe.bigmodel.writing.conversion import cores
 from bigpipe.bigmodel.writing.sidefiles import carry_side_files, config_with_dtype, encode_config
@@ -59,7 +58,7 @@ def quantize_checkpoint(
     source: str | Path | Checkpoint,
     out: str | Path,
     *,
-    scheme: Scheme,
+    scheme: str,
     llm_int8_threshold: float = 6.0,
     bnb_4bit_use_double_quant: bool = False,
     bnb_4bit_compute_dtype: str = "float16",
@@ -77,9 +76,9 @@ def quantize_checkpoint(
 ) -> QuantizedCheckpoint:
     """Quantizes a checkpoint into the directory `out`, which `transformers`' `from_pretrained` loads as it is.
 
-    scheme: int8, nf4 or fp4; the fields that follow are BitsAndBytesConfig's. The weights of linear modules are
-    converted, but for `skip_modules` (None: the output head and whatever is tied); everything else becomes `dtype`, or
-    float32 where `keep_in_fp32_modules` or the model's class says so. architecture: what the model consists of; None
+    scheme: a format, such as int8, nf4 or fp4; the fields that follow are BitsAndBytesConfig's. The weights of linear
+    modules are converted, but for `skip_modules` (None: the output head and whatever is tied); everything else becomes
+    `dtype`, or float32 where `keep_in_fp32_modules` or the model's class says so. architecture: what the model is; None
     asks its class, in a child process. parts: a directory where finished files are kept for later runs. device: a torch
     device that encodes, such as "cuda"; the bytes are the same. trust: modules that the model's own class may come
     from, looked for in `base` first. memo: a directory where answers about classes are kept.
@@ -101,7 +100,7 @@ def quantize_checkpoint(
     if device is not None:
         from .devices import check_device
 
-        check_device(device, scheme, dtype)
+        check_device(device, settings)
     checkpoint = source if isinstance(source, Checkpoint) else open_checkpoint(source)
     return quantize_described(
         describe_checkpoint(checkpoint.path),

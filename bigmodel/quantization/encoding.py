@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Self, cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -22,11 +22,10 @@ from numpy.typing import NDArray
 from bigpipe.bigmodel.checkpoint.bytesource import FileSource
 from bigpipe.bigmodel.checkpoint.openfiles import OpenFiles
 from bigpipe.bigmodel.checkpoint.view import Checkpoint
+from bigpipe.bigmodel.formats import Encoder, MeasuringEncoder
+from bigpipe.bigmodel.formats.encoders import BLOCK
+from bigpipe.bigmodel.formats.encoders.floats import BITS, Bits, convert
 
-from .devices import CHUNK as DEVICE_CHUNK, DeviceFourBitEncoder, DeviceInt8Encoder
-from .floats import BITS, Bits, convert
-from .fourbit import BLOCK, FourBitEncoder
-from .int8 import Int8Encoder
 from .outline import Converted
 from .settings import Settings
 
@@ -34,6 +33,8 @@ TASK = 1 << 20
 """Elements that one thread reads and encodes at a time."""
 CHUNK = 1 << 18
 """Elements in a thread's buffers at a time; they stay in the core's own cache."""
+DEVICE_CHUNK = 1 << 20
+"""The same on a device: enough for a kernel launch to cost little beside its work."""
 IN_FLIGHT = 3
 """Tasks per thread that may be done and not yet taken."""
 
@@ -48,8 +49,7 @@ class Piece:
     last: bool
 
 
-Encoder = FourBitEncoder | Int8Encoder | DeviceFourBitEncoder | DeviceInt8Encoder
-Encode = Callable[[Bits, str], tuple[NDArray[Any], NDArray[np.float32]]]
+Encode = Callable[[Bits, Converted], tuple[NDArray[Any], NDArray[np.float32]]]
 
 
 class WeightEncoder:
@@ -90,7 +90,8 @@ class WeightEncoder:
         """The weight in runs of whole rows where rows have scales or lie apart, of whole blocks elsewhere."""
         rows, columns = weight.shape
         whole = self._whole(weight)
-        step = TASK if self.settings.four_bit and whole is None else _rows_per_task(columns) * columns
+        flat = whole is None and not weight.packing.by_rows
+        step = TASK if flat else _rows_per_task(columns) * columns
         for start in range(0, rows * columns, step):
             stop = min(start + step, rows * columns)
             read = self._reader(weight, whole, start, stop)
@@ -98,37 +99,33 @@ class WeightEncoder:
 
     def _piece(self, weight: Converted, read: Callable[[], Bits], encode: Encode, last: bool) -> Piece:
         bits, columns = read(), weight.shape[1]
-        step = self._chunk if self.settings.four_bit else max(1, self._chunk // columns) * columns
+        step = max(1, self._chunk // columns) * columns if weight.packing.by_rows else self._chunk
         pieces = [
-            encode(self._prepared(bits[start : start + step], weight, columns), weight.dtype)
-            for start in range(0, bits.size, step)
+            encode(self._prepared(bits[start : start + step], weight), weight) for start in range(0, bits.size, step)
         ]
         codes = [codes.reshape(-1).view(np.uint8) for codes, _ in pieces]
         scales = [scales for _, scales in pieces]
         return Piece(weight, np.concatenate(codes), np.concatenate(scales), last)
 
-    def _prepared(self, bits: Bits, weight: Converted, columns: int) -> Bits:
-        """In the dtype that everything is cast to; for int8 then in fp16, as rows."""
-        bits = convert(bits, weight.stored_dtype, weight.dtype)
-        if self.settings.four_bit:
-            return bits
-        return convert(bits, weight.dtype, "float16").reshape(-1, columns)
+    def _prepared(self, bits: Bits, weight: Converted) -> Bits:
+        """In the dtype that everything is cast to, then in the one that the packing goes through; perhaps as rows."""
+        bits = convert(convert(bits, weight.stored_dtype, weight.dtype), weight.dtype, _encoded_dtype(weight))
+        return bits.reshape(-1, weight.shape[1]) if weight.packing.by_rows else bits
 
-    def _encode_bits(self, bits: Bits, dtype: str) -> tuple[NDArray[Any], NDArray[np.float32]]:
-        return self._encoder(bits.shape[-1], dtype).encode(bits)
+    def _encode_bits(self, bits: Bits, weight: Converted) -> tuple[NDArray[Any], NDArray[np.float32]]:
+        return self._encoder(weight).encode(bits, weight.measured)
 
-    def _absmax_bits(self, bits: Bits, dtype: str) -> tuple[NDArray[Any], NDArray[np.float32]]:
-        encoder = self._encoder(bits.shape[-1], dtype)
-        assert isinstance(encoder, FourBitEncoder | DeviceFourBitEncoder)  # noqa: S101
-        return np.empty(0, np.uint8), encoder.absmax(bits)
+    def _absmax_bits(self, bits: Bits, weight: Converted) -> tuple[NDArray[Any], NDArray[np.float32]]:
+        return np.empty(0, np.uint8), cast(MeasuringEncoder, self._encoder(weight)).absmax(bits)
 
-    def _encoder(self, width: int, dtype: str) -> Encoder:
-        """This thread's own, for numbers of this dtype; a row of an int8 matrix may be wider than a chunk."""
-        size = self._chunk if self.settings.four_bit else max(self._chunk, width)
+    def _encoder(self, weight: Converted) -> Encoder:
+        """This thread's own, for numbers of this dtype; a row may be wider than a chunk."""
+        dtype = _encoded_dtype(weight)
+        size = max(self._chunk, weight.shape[1]) if weight.packing.by_rows else self._chunk
         made: tuple[int, str] = getattr(self._local, "made", (0, ""))
         if made[0] < size or made[1] != dtype:
             self._local.made = size, dtype
-            self._local.encoder = _make_encoder(self.settings, dtype, size)
+            self._local.encoder = weight.packing.encoder(dtype, size, self.settings.device)
         encoder: Encoder = self._local.encoder
         return encoder
 
@@ -171,13 +168,8 @@ class WeightEncoder:
         self._files.__exit__()
 
 
-def _make_encoder(settings: Settings, dtype: str, size: int) -> Encoder:
-    device = settings.device
-    if not settings.four_bit:
-        return Int8Encoder(size) if device is None else DeviceInt8Encoder(device, size)
-    if device is None:
-        return FourBitEncoder(dtype, settings.scheme, size)
-    return DeviceFourBitEncoder(device, dtype, settings.scheme, size)
+def _encoded_dtype(weight: Converted) -> str:
+    return weight.packing.through or weight.dtype
 
 
 def _rows_per_task(columns: int) -> int:

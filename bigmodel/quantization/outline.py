@@ -4,18 +4,12 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
 
 from bigpipe.bigmodel.architecture import Architecture, ModuleSpec, TensorSpec
 from bigpipe.bigmodel.checkpoint.tensors import tensor_nbytes
-from bigpipe.bigmodel.footprint.bitsandbytes_format import (
-    converted_modules,
-    matrix_shape,
-    name_matcher,
-    stored_interval,
-    stored_tensors,
-    weight_of,
-)
+from bigpipe.bigmodel.formats import Packing, converted_modules, matrix_shape, name_matcher, weight_of
 from bigpipe.bigmodel.writing.casting import is_cast
 from bigpipe.bigmodel.writing.plans import PlannedTensor
 from bigpipe.errors import InvalidCheckpoint, UsageError
@@ -42,12 +36,16 @@ class Converted:
     """(out, in)."""
     transposed: bool
     """Stored as (in, out), as transformers' Conv1D does."""
-    outputs: tuple[PlannedTensor, ...]
-    """The weight first. Under double quantization the length of the last one, the JSON, is a guess."""
+    packing: Packing
+    measured: Any = None
+    """What the packing has to know of the whole weight before it is encoded, once it does."""
+    outputs: tuple[PlannedTensor, ...] = field(init=False)
+    """The codes first. Sizes are right within the packing's `spread` until the weight is measured."""
 
-    @property
-    def elements(self) -> int:
-        return self.shape[0] * self.shape[1]
+    def __post_init__(self) -> None:
+        stored = self.packing.stored(self.shape, self.dtype, self.measured)
+        planned = tuple(PlannedTensor(f"{self.module}.{s.suffix}", s.dtype, s.shape, s.nbytes) for s in stored)
+        object.__setattr__(self, "outputs", planned)
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,12 +75,13 @@ class Outline:
 
     @property
     def nbytes(self) -> int:
-        """Of all output tensors, without file headers; under double quantization right to a few bytes per weight."""
+        """Of all output tensors, without file headers; right within `interval`."""
         return sum(tensor.nbytes for part in self.parts for tensor in part.outputs)
 
     def interval(self, settings: Settings) -> tuple[int, int]:
         """(low, high) of `nbytes`."""
-        return stored_interval(self.nbytes, len(self.quantized), double_quant=settings.double_quant)
+        fewer, more = settings.packing.spread()
+        return self.nbytes - fewer * len(self.quantized), self.nbytes + more * len(self.quantized)
 
     @property
     def largest_transposed(self) -> int:
@@ -173,10 +172,8 @@ def _converted(
     rows, columns = matrix_shape(module)
     if not rows * columns:
         raise UsageError(f"{module.name} has no elements to quantize", f"add it to skip_modules: [{module.name}]")
-    prefix = source.removesuffix(".weight")
-    stored = stored_tensors((rows, columns), settings.scheme, double_quant=settings.double_quant, dtype=held)
-    outputs = tuple(PlannedTensor(f"{prefix}.{s.suffix}", s.dtype, s.shape, s.nbytes) for s in stored)
-    return Converted(source, prefix, dtype, held, (rows, columns), module.class_name == "Conv1D", outputs)
+    prefix, transposed = source.removesuffix(".weight"), module.class_name == "Conv1D"
+    return Converted(source, prefix, dtype, held, (rows, columns), transposed, settings.packing)
 
 
 def _kept_dtypes(architecture: Architecture, settings: Settings) -> Callable[[str, str], str]:

@@ -11,10 +11,7 @@ from numpy.typing import NDArray
 from bigpipe.bigmodel.writing.plans import PlannedTensor, ShardPlan, laid_out
 from bigpipe.bigmodel.writing.ranges import RangeReader
 
-from .codes import dynamic_code, four_bit_code
 from .encoding import Piece, WeightEncoder
-from .fourbit import quant_state_blob
-from .nested import mean, quantize_absmax
 from .outline import Converted, Kept
 from .settings import Settings
 
@@ -30,10 +27,9 @@ class ShardSource:
         self.settings = settings
         self._encoder = encoder
         self._reader = reader
-        self._offsets: dict[str, float] = {}
         self._waiting: dict[str, Bytes] = {}
         self._pieces: Iterator[Piece] = iter(())
-        self._parts = [self._measured(p) if isinstance(p, Converted) and settings.double_quant else p for p in parts]
+        self._parts = [self._measured(p) if isinstance(p, Converted) and p.packing.measures else p for p in parts]
         self._of = {tensor.name: part for part in self._parts for tensor in part.outputs}
 
     def plan(self, file: str) -> ShardPlan:
@@ -68,30 +64,10 @@ class ShardSource:
 
     def _beside(self, weight: Converted, scales: NDArray[np.float32]) -> dict[str, bytes]:
         """Everything that is stored beside a weight's codes."""
-        settings, stem = self.settings, weight.module
-        if not settings.four_bit:
-            return {f"{stem}.SCB": scales.tobytes(), f"{stem}.weight_format": b"\0"}
-        found = {
-            "quant_map": four_bit_code(settings.scheme).tobytes(),
-            f"quant_state.bitsandbytes__{settings.scheme}": self._state(weight),
-        }
-        if settings.double_quant:
-            nested = quantize_absmax(scales, settings.threads)
-            found["absmax"] = nested.codes.tobytes()
-            found["nested_absmax"] = nested.absmax.tobytes()
-            found["nested_quant_map"] = dynamic_code().tobytes()
-        else:
-            found["absmax"] = scales.tobytes()
-        return {f"{stem}.weight.{name}": content for name, content in found.items()}
-
-    def _state(self, weight: Converted) -> bytes:
-        offset = self._offsets.get(weight.source)
-        return quant_state_blob(self.settings.scheme, weight.dtype, weight.shape, offset)
+        found = weight.packing.beside(weight.shape, weight.dtype, scales, weight.measured, self.settings.threads)
+        return {f"{weight.module}.{suffix}": content for suffix, content in found.items()}
 
     def _measured(self, weight: Converted) -> Converted:
-        """The weight with the true length of its JSON: the mean absmax stands in it, so that is computed first."""
-        scales = np.concatenate([piece.scales for piece in self._encoder.absmax([weight])])
-        self._offsets[weight.source] = mean(scales, self.settings.threads).item()
-        *others, state = weight.outputs
-        length = len(self._state(weight))
-        return replace(weight, outputs=(*others, replace(state, shape=(length,), nbytes=length)))
+        """The weight with what must be known of all of it, and with true sizes."""
+        absmax = np.concatenate([piece.scales for piece in self._encoder.absmax([weight])])
+        return replace(weight, measured=weight.packing.measure(absmax, self.settings.threads))

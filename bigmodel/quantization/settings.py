@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any, get_args
+from dataclasses import dataclass, field
+from typing import Any
 
 from bigpipe.bigmodel.architecture import Architecture
-from bigpipe.bigmodel.footprint.bitsandbytes_format import Scheme, default_skips
+from bigpipe.bigmodel.formats import Packing, default_skips, packing_of
 from bigpipe.errors import UsageError
 
 DTYPES = ("float16", "bfloat16", "float32")
@@ -18,7 +18,8 @@ DTYPES = ("float16", "bfloat16", "float32")
 class Settings:
     """BitsAndBytesConfig's fields, as far as they matter to stored weights or to how those are used."""
 
-    scheme: Scheme
+    scheme: str
+    """Name of a format."""
     llm_int8_threshold: float = 6.0
     bnb_4bit_use_double_quant: bool = False
     bnb_4bit_compute_dtype: str = "float16"
@@ -32,39 +33,24 @@ class Settings:
     """How many threads torch would sum with: in double quantization the mean's last bit depends on it."""
     device: str | None = None
     """Where weights are encoded: a torch device, or numpy on the CPU, which needs no torch. No byte depends on it."""
+    packing: Packing = field(init=False)
+    """What `scheme` does to a matrix, with those of the fields above that it takes."""
 
     def __post_init__(self) -> None:
-        if self.scheme not in get_args(Scheme):
-            raise UsageError(f"scheme {self.scheme!r} is not known", f"choose one of {', '.join(get_args(Scheme))}")
-        for field, value in (("dtype", self.dtype), ("bnb_4bit_compute_dtype", self.bnb_4bit_compute_dtype)):
+        for name, value in (("dtype", self.dtype), ("bnb_4bit_compute_dtype", self.bnb_4bit_compute_dtype)):
             if value not in DTYPES:
-                raise UsageError(f"{field} {value!r} is not possible", f"choose one of {', '.join(DTYPES)}")
-
-    @property
-    def four_bit(self) -> bool:
-        return self.scheme != "int8"
-
-    @property
-    def double_quant(self) -> bool:
-        return self.four_bit and self.bnb_4bit_use_double_quant
+                raise UsageError(f"{name} {value!r} is not possible", f"choose one of {', '.join(DTYPES)}")
+        packing = packing_of(
+            self.scheme,
+            llm_int8_threshold=self.llm_int8_threshold,
+            bnb_4bit_use_double_quant=self.bnb_4bit_use_double_quant,
+            bnb_4bit_compute_dtype=self.bnb_4bit_compute_dtype,
+        )
+        object.__setattr__(self, "packing", packing)
 
     def as_config(self, architecture: Architecture) -> dict[str, Any]:
         """`quantization_config` as transformers 5.23 saves it."""
-        return {
-            "_load_in_4bit": self.four_bit,
-            "_load_in_8bit": not self.four_bit,
-            "bnb_4bit_compute_dtype": self.bnb_4bit_compute_dtype if self.four_bit else "float32",
-            "bnb_4bit_quant_storage": "uint8",
-            "bnb_4bit_quant_type": self.scheme if self.four_bit else "fp4",
-            "bnb_4bit_use_double_quant": self.double_quant,
-            "llm_int8_enable_fp32_cpu_offload": False,
-            "llm_int8_has_fp16_weight": False,
-            "llm_int8_skip_modules": self._skipped(architecture),
-            "llm_int8_threshold": float(self.llm_int8_threshold),
-            "load_in_4bit": self.four_bit,
-            "load_in_8bit": not self.four_bit,
-            "quant_method": "bitsandbytes",
-        }
+        return self.packing.config(self._skipped(architecture))
 
     def _skipped(self, architecture: Architecture) -> list[str] | None:
         """A list replaces transformers' own choice, so that has to be spelled out beside what is kept in float32."""

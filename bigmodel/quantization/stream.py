@@ -123,7 +123,7 @@ def write_quantized(
 
 def _key(checkpoint: Checkpoint, shard: Shard, settings: Settings) -> str:
     facts: dict[str, Any] = {"version": VERSION, "scheme": settings.scheme, "dtype": settings.dtype}
-    if settings.double_quant:
+    if settings.packing.measures:
         facts["threads"] = settings.threads
     tensors = [
         [part.source, part.dtype, [(tensor.name, tensor.dtype, tensor.shape) for tensor in part.outputs]]

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from functools import partial
-from typing import Any
 
 from bigpipe.bigmodel.architecture import Architecture, ask_names, describe_architecture
 from bigpipe.bigmodel.checkpoint.description import ModelDescription
+from bigpipe.bigmodel.formats import PLAIN, format_of
 from bigpipe.bigmodel.sources import Sources
 from bigpipe.errors import UsageError
 
@@ -27,7 +26,7 @@ def understand(
     sources: for `describe_architecture`. The tensors of `described` must be known.
     Raises UsageError and InvalidCheckpoint.
     """
-    refuse_quantized(described.config, described.custom)
+    refuse_quantized(described)
     if described.config is None and described.custom is None and architecture is None:
         raise UsageError(
             "the checkpoint has no config that names its class, so nobody knows which weights are linear layers'",
@@ -41,13 +40,11 @@ def understand(
     return architecture, outline(described.tensors or {}, described.tied, architecture, settings, names)
 
 
-def refuse_quantized(config: Mapping[str, Any] | None, custom: Mapping[str, Any] | None) -> None:
+def refuse_quantized(described: ModelDescription) -> None:
     """Raises UsageError for a checkpoint that is quantized already: its codes are no numbers to be rounded again."""
-    for holder in (config, custom):
-        found = (holder or {}).get("quantization_config")
-        if found:
-            method = found.get("quant_method", "some method") if isinstance(found, Mapping) else "some method"
-            raise UsageError(
-                f"the checkpoint is quantized already ({method})",
-                "leave this step out, or start from the weights before they were quantized",
-            )
+    found = format_of(described)
+    if found is not PLAIN:
+        raise UsageError(
+            f"the checkpoint is quantized already ({found.title})",
+            "leave this step out, or start from the weights before they were quantized",
+        )

@@ -7,9 +7,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from bigpipe.bigmodel.checkpoint.arrivals import Delivery
+from bigpipe.bigmodel.checkpoint.description import describe_opened
 from bigpipe.bigmodel.checkpoint.files import Format
 from bigpipe.bigmodel.checkpoint.tensors import CASTABLE, SAFETENSORS_NAMES
 from bigpipe.bigmodel.checkpoint.view import Checkpoint
+from bigpipe.bigmodel.formats import castable
 from bigpipe.errors import UsageError
 
 from .casting import is_cast
@@ -68,11 +70,8 @@ def convert(
     storages in `.bin`. `journal` as in `write_checkpoint`, `delivery` as in `Traffic`.
     """
     _check_apart(checkpoint, out)
-    if dtype is not None and "quantization_config" in (checkpoint.config or {}):
-        raise UsageError(
-            f"{checkpoint.path}: is quantized; its scales must keep their dtype",
-            "leave dtype out, or cast before quantizing",
-        )
+    if dtype is not None:
+        castable(describe_opened(checkpoint), dtype)
     stored = {name: (tensor.dtype, tensor.shape) for name, tensor in checkpoint.tensors.items()}
     plans = plan_conversion(stored, checkpoint.tied, max_shard_size=max_shard_size, dtype=dtype, format=format)
     if format == "safetensors":

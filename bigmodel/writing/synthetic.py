@@ -60,7 +60,6 @@ def synthetic_description(
         format=format,
         tied=architecture.aliases if format == "bin" else {},
         path=None,
-        quantization=None,
         custom=None,
     )
 

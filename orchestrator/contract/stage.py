@@ -11,15 +11,21 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib import import_module
 from pathlib import Path
-from typing import Annotated, Any, Generic, Literal, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, Generic, Literal, TypeVar
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, WithJsonSchema
+from pydantic_core import CoreSchema, PydanticKnownError
+from pydantic_core.core_schema import no_info_after_validator_function
 
+from bigpipe.errors import UsageError
 from bigpipe.sizes import parse_size
 
 from .contexts import CheckContext, ForecastContext, StageContext
 from .forecast import Forecast
 from .types import Json, Machine
+
+if TYPE_CHECKING:
+    from pydantic import GetCoreSchemaHandler, GetJsonSchemaHandler
 
 
 class Params(BaseModel):
@@ -55,6 +61,31 @@ Tree = Annotated[str, ContentField("tree")]
 Code = Annotated[str, ContentField("code")]
 FileOrLiteral = ContentField("file")
 """For unions: `Annotated[str | list[str], FileOrLiteral]`."""
+
+
+@dataclass(frozen=True, slots=True)
+class OneOf:
+    """Marks a text that is a name in a table to which other distributions add: `Annotated[str, OneOf(names, find)]`.
+
+    names: all of them, asked only where they are listed. find: raises UsageError for what is none of them.
+    """
+
+    names: Callable[[], Sequence[str]]
+    find: Callable[[str], object]
+
+    def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
+        return no_info_after_validator_function(self._found, handler(source))
+
+    def __get_pydantic_json_schema__(self, schema: CoreSchema, handler: GetJsonSchemaHandler) -> dict[str, Any]:
+        return {"type": "string", "enum": list(self.names())}
+
+    def _found(self, name: str) -> str:
+        try:
+            self.find(name)
+        except UsageError as error:
+            expected = " or ".join(f"'{choice}'" for choice in self.names())
+            raise PydanticKnownError("literal_error", {"expected": expected}) from error
+        return name
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,7 +9,7 @@ from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
-from bigpipe.orchestrator.contract.stage import ContentField, Stage
+from bigpipe.orchestrator.contract.stage import ContentField, OneOf, Stage
 from bigpipe.orchestrator.contract.types import Json
 from bigpipe.orchestrator.recipe.docstrings import field_descriptions
 from bigpipe.orchestrator.recipe.registry import load_stage, named_stage, stage_kinds
@@ -95,7 +95,8 @@ def _metric_rows(model: type[BaseModel], prefix: str) -> list[str]:
     notes = field_descriptions(model)
     names: dict[type[BaseModel], list[str]] = {}
     for name, field in model.model_fields.items():
-        if nested := _nested(field.annotation):
+        nested = _nested(field.annotation)
+        if nested and get_origin(field.annotation) is not dict:
             names.setdefault(nested, []).append(name)
         else:
             rows.append(f"| `{prefix}{name}` | {type_text(_annotation(field))} | {notes.get(name, '')} |")
@@ -137,7 +138,7 @@ def _cell(text: str) -> str:
 
 
 def _annotation(field: FieldInfo) -> Any:
-    marks = [mark for mark in field.metadata if isinstance(mark, ContentField) or _is_size(mark)]
+    marks = [mark for mark in field.metadata if isinstance(mark, ContentField | OneOf) or _is_size(mark)]
     return Annotated[field.annotation, marks[0]] if marks else field.annotation
 
 
@@ -157,6 +158,8 @@ def type_text(annotation: Any) -> str:
     origin, args = get_origin(annotation), get_args(annotation)
     if origin is Annotated:
         for mark in args[1:]:
+            if isinstance(mark, OneOf):
+                return " \\| ".join(mark.names())
             if isinstance(mark, ContentField):
                 return {"file": "file", "tree": "directory", "code": "module:name"}[mark.kind] + (
                     " \\| list" if "list" in str(args[0]) or "tuple" in str(args[0]) else ""

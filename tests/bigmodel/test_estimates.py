@@ -21,7 +21,7 @@ from bigpipe.bigmodel.architecture import known_architecture, outline
 from bigpipe.bigmodel.footprint.budget import Workload, budget
 from bigpipe.bigmodel.footprint.estimates import Estimate, estimate
 from bigpipe.bigmodel.footprint.text import compare
-from bigpipe.bigmodel.footprint.weights import WIDTHS
+from bigpipe.bigmodel.formats import DTYPES
 from bigpipe.errors import InvalidCheckpoint, Offline, UsageError
 
 OPT_13B: dict[str, Any] = {
@@ -83,10 +83,10 @@ def create(server: LoopbackHub, folder: Path, config: dict[str, Any], dtype: str
 
 class TestBareConfig:
     def test_every_term_of_every_dtype(self, opt_13b: Path) -> None:
-        data = estimate(opt_13b, dtypes=list(WIDTHS), batch_size=4).as_json()
+        data = estimate(opt_13b, dtypes=list(DTYPES), batch_size=4).as_json()
         assert data["schema"] == "bigpipe.estimate/1"
         assert (data["source"], data["fetched_bytes"], data["class"]) == ("config", 0, "OPTForCausalLM")
-        assert list(data["dtypes"]) == list(WIDTHS)
+        assert list(data["dtypes"]) == list(DTYPES)
         for row in data["dtypes"].values():
             assert set(row) == TERMS
             assert row["inference"] == sum(row[name] for name in ("weights", "kv_cache", "activations", "runtime"))
@@ -128,7 +128,7 @@ class TestBareConfig:
         assert "q_proj" in caught.value.cure
 
     def test_each_term_can_be_explained(self, opt_13b: Path) -> None:
-        made = estimate(opt_13b, dtypes=list(WIDTHS))
+        made = estimate(opt_13b, dtypes=list(DTYPES))
         for row in made.as_json()["dtypes"].values():
             for term in row["terms"].values():
                 assert term["formula"]

@@ -11,8 +11,8 @@ from support.architectures import ALL
 from support.real import build, describe_here, held_bytes, stored_bytes
 
 from bigpipe.bigmodel.architecture import Architecture
-from bigpipe.bigmodel.footprint.bitsandbytes_format import Scheme, converted_modules
-from bigpipe.bigmodel.footprint.weights import WIDTHS, weigh
+from bigpipe.bigmodel.footprint.weights import weigh
+from bigpipe.bigmodel.formats import DTYPES, converted_modules
 from bigpipe.bigmodel.quantization import quantize_checkpoint
 from bigpipe.bigmodel.writing.saving import save_checkpoint
 from bigpipe.errors import UsageError
@@ -135,7 +135,7 @@ def test_an_unknown_dtype(published: dict[str, Architecture]) -> None:
         weigh(published["bloom-176b"], "int3")
 
 
-SCHEMES: tuple[tuple[Scheme, bool], ...] = (
+SCHEMES: tuple[tuple[str, bool], ...] = (
     ("int8", False), ("nf4", False), ("nf4", True), ("fp4", False), ("fp4", True),
 )  # fmt: skip
 """(scheme, double quantization)."""
@@ -143,7 +143,7 @@ FAST_SCHEMES = (SCHEMES[0], SCHEMES[1], SCHEMES[4])
 
 
 def check_against_real(
-    name: str, architecture: Architecture, folder: Path, schemes: Sequence[tuple[Scheme, bool]] = SCHEMES
+    name: str, architecture: Architecture, folder: Path, schemes: Sequence[tuple[str, bool]] = SCHEMES
 ) -> None:
     import torch
     import transformers
@@ -234,5 +234,5 @@ def test_accelerates_own_columns(tmp_path: Path) -> None:
 
 
 def test_every_dtype_weighs_less_than_the_wider_one(published: dict[str, Architecture]) -> None:
-    sizes = [weigh(published["bloom-176b"], dtype).total for dtype in WIDTHS]
+    sizes = [weigh(published["bloom-176b"], dtype).total for dtype in DTYPES]
     assert sizes == sorted(sizes, reverse=True)

@@ -10,11 +10,12 @@ import torch
 from hypothesis import given, settings, strategies as st
 from support.models import make_checkpoint
 
-from bigpipe.bigmodel.quantization import quantize_checkpoint
-from bigpipe.bigmodel.quantization.devices import DeviceFourBitEncoder, DeviceInt8Encoder, check_device, usable_device
-from bigpipe.bigmodel.quantization.floats import BITS
-from bigpipe.bigmodel.quantization.fourbit import FourBitEncoder
-from bigpipe.bigmodel.quantization.int8 import Int8Encoder
+from bigpipe.bigmodel.formats.encoders.devices import DeviceFourBitEncoder, DeviceInt8Encoder
+from bigpipe.bigmodel.formats.encoders.floats import BITS
+from bigpipe.bigmodel.formats.encoders.four_bit import FourBitEncoder
+from bigpipe.bigmodel.formats.encoders.int8 import Int8Encoder
+from bigpipe.bigmodel.quantization import Settings, quantize_checkpoint
+from bigpipe.bigmodel.quantization.devices import check_device, usable_device
 from bigpipe.errors import UsageError
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
@@ -75,12 +76,12 @@ def test_a_checkpoint_has_the_same_bytes(tmp_path: Path, device: str, name: str,
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("scheme", ["int8", "nf4", "fp4"])
 def test_a_device_is_asked_before_it_is_used(device: str, scheme: str, dtype: str) -> None:
-    check_device(device, scheme, dtype)
+    check_device(device, Settings(scheme=scheme, dtype=dtype))
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")
 def test_without_a_gpu_none_is_used_and_asking_for_one_is_refused(tmp_path: Path) -> None:
-    assert usable_device("nf4", "float16") is None
+    assert usable_device(Settings(scheme="nf4")) is None
     source = make_checkpoint(tmp_path / "llama", "llama", **SIZES)
     with pytest.raises(UsageError, match="device 'cuda' cannot be used"):
         quantize_checkpoint(source, tmp_path / "out", scheme="nf4", device="cuda")

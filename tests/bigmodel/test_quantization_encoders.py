@@ -9,11 +9,12 @@ import pytest
 import torch
 from hypothesis import given, settings, strategies as st
 
-from bigpipe.bigmodel.quantization.codes import dynamic_code, four_bit_code
-from bigpipe.bigmodel.quantization.floats import convert
-from bigpipe.bigmodel.quantization.fourbit import FourBitEncoder, quant_state_blob
-from bigpipe.bigmodel.quantization.int8 import Int8Encoder
-from bigpipe.bigmodel.quantization.nested import mean, quantize_absmax
+from bigpipe.bigmodel.formats.encoders.codes import dynamic_code, four_bit_code
+from bigpipe.bigmodel.formats.encoders.floats import convert
+from bigpipe.bigmodel.formats.encoders.four_bit import FourBitEncoder
+from bigpipe.bigmodel.formats.encoders.int8 import Int8Encoder
+from bigpipe.bigmodel.formats.encoders.nested import mean, quantize_absmax
+from bigpipe.bigmodel.formats.four_bit import quant_state
 
 DTYPES = ["float16", "bfloat16", "float32"]
 
@@ -119,7 +120,7 @@ def test_the_state_blob_is_theirs(dtype: str, double: bool) -> None:
     _, state = bnb_functional.quantize_4bit(weight, compress_statistics=double, quant_type="nf4")
     offset = state.offset.item() if double else None
     theirs = state.as_dict(packed=True)["quant_state.bitsandbytes__nf4"]
-    assert quant_state_blob("nf4", dtype, (96, 40), offset) == bytes(theirs.numpy())
+    assert quant_state("nf4", dtype, (96, 40), offset) == bytes(theirs.numpy())
 
 
 @pytest.mark.parametrize("shape", [(1, 1), (3, 5), (64, 2048), (7, 9000)])

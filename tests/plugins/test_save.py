@@ -395,7 +395,7 @@ def test_a_forecast_knows_where_and_how_much(tmp_path: Path) -> None:
 
     described = ModelDescription(
         config=None, tensors={"a": ("float16", (1000, 1000))}, format="safetensors", tied={}, path=None,
-        quantization=None, custom=None,
+        custom=None,
     )  # fmt: skip
     found = STAGE.forecast(params("dist"), forecast_context(tmp_path, inputs={"model": (Forecast(output=described),)}))
     assert (found.write_bytes, found.metrics["url"]) == (2_000_000, str(tmp_path / "base" / "dist"))

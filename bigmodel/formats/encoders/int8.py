@@ -29,14 +29,14 @@ class Int8Encoder:
         self._values = np.empty(size, np.float32)
         self._magnitudes = np.empty(size, np.uint16)
 
-    def encode(self, rows: Bits) -> tuple[NDArray[np.int8], NDArray[np.float32]]:
+    def encode(self, bits: Bits, measured: Any = None) -> tuple[NDArray[np.int8], NDArray[np.float32]]:
         """(int8[rows, columns], scales fp32[rows]) of the bits of an fp16 matrix: x is about code × scale / 127."""
-        sizes = magnitudes(rows, "float16", self._magnitudes[: rows.size].reshape(rows.shape))
+        sizes = magnitudes(bits, "float16", self._magnitudes[: bits.size].reshape(bits.shape))
         largest = np.max(sizes, axis=1)
         scales = largest.view(np.float16).astype(np.float32)
-        values = self._values[: rows.size].reshape(rows.shape)
+        values = self._values[: bits.size].reshape(bits.shape)
         finite = bool((largest < _HALF_INFINITY).all())
-        (widen if finite else widen_any)(rows.reshape(-1), "float16", values.reshape(-1))
+        (widen if finite else widen_any)(bits.reshape(-1), "float16", values.reshape(-1))
         with np.errstate(divide="ignore", invalid="ignore"):
             # torch computes 127 / x as (1 / x) * 127, with two roundings.
             factors = (np.float32(1) / scales) * np.float32(127)

@@ -13,9 +13,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from . import NESTED_BLOCK as BLOCK
 from .codes import dynamic_code
 
-BLOCK = 256
 _TABLE = 65536
 
 # How torch's CPU kernel sums contiguous fp32 (aten/src/ATen/native/cpu/SumKernel.cpp).

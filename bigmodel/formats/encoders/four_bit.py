@@ -7,17 +7,15 @@ vector speed, about eight times as fast as a table lookup per number in numpy.
 
 from __future__ import annotations
 
-import json
-from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from . import BLOCK
 from .codes import decision_bounds
 from .floats import BITS, Bits, magnitudes, widen, widen_any
 
-BLOCK = 64
 CHUNK = 1 << 18
 """Numbers encoded at a time: the buffers of one chunk stay in a core's own cache."""
 _SMALLEST = np.float32(1e-38)
@@ -45,7 +43,7 @@ class FourBitEncoder:
             absmax[-1] = np.maximum(absmax[-1], _SMALLEST)
         return absmax
 
-    def encode(self, bits: Bits) -> tuple[NDArray[np.uint8], NDArray[np.float32]]:
+    def encode(self, bits: Bits, measured: Any = None) -> tuple[NDArray[np.uint8], NDArray[np.float32]]:
         """(packed uint8[ceil(n / 2)], absmax fp32[ceil(n / 64)]); the first number of a pair takes the high four bits.
 
         All chunks of a tensor but the last must hold a multiple of 64 numbers.
@@ -95,14 +93,3 @@ class FourBitEncoder:
         np.bitwise_or(packed, pairs, out=packed)
         packed_bytes: NDArray[np.uint8] = packed.astype(np.uint8)
         return packed_bytes
-
-
-def quant_state_blob(quant_type: str, dtype: str, shape: Sequence[int], offset: float | None) -> bytes:
-    """The JSON that bitsandbytes stores as a uint8 tensor beside a 4-bit weight (QuantState.as_dict, packed).
-
-    dtype: what the weight had before; shape: [out, in] before; offset: of a double-quantized absmax.
-    """
-    state: dict[str, Any] = {"quant_type": quant_type, "blocksize": BLOCK, "dtype": dtype, "shape": list(shape)}
-    if offset is not None:
-        state |= {"nested_blocksize": 256, "nested_dtype": "float32", "nested_offset": offset}
-    return json.dumps(state).encode()

@@ -1,0 +1,49 @@
+"""The names that an estimate takes for what a model's weights would be: plain dtypes, and formats."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from bigpipe.bigmodel.checkpoint.tensors import itemsize
+from bigpipe.errors import UsageError
+
+from .format import Packing
+from .registry import BUILT_IN, names, packing_of
+
+PLAIN_DTYPES: Mapping[str, str] = {
+    "float32": "float32", "float16": "float16", "bfloat16": "bfloat16", "float8": "float8_e4m3fn",
+}  # fmt: skip
+"""Dtypes of an estimate in which nothing is packed → torch's names."""
+PACKED: Mapping[str, str] = {name: found.name for found in BUILT_IN.values() for name in (*found.aliases, found.name)}
+"""Those that are formats → the format. `int4` is accelerate's name for any 4-bit format."""
+DTYPES = (*PLAIN_DTYPES, *PACKED)
+
+
+def dtypes() -> list[str]:
+    """Return all names, those of formats that other distributions offer too."""
+    return [*dict.fromkeys((*DTYPES, *names()))]
+
+
+def packing(dtype: str, *, double_quant: bool = False) -> Packing | None:
+    """Return how matrices are packed in a dtype of an estimate; None where they are not.
+
+    Raise UsageError for a name that is neither a dtype nor a format.
+    """
+    if dtype in PLAIN_DTYPES:
+        return None
+    try:
+        return packing_of(PACKED.get(dtype, dtype), bnb_4bit_use_double_quant=double_quant)
+    except UsageError:
+        raise UsageError(f"dtype {dtype!r} is not known to estimate", f"use one of {', '.join(dtypes())}") from None
+
+
+def has_double_quant(dtype: str) -> bool:
+    """Return whether the scales of a dtype of an estimate can be quantized too."""
+    found = packing(dtype)
+    return found is not None and "bnb_4bit_use_double_quant" in found.takes
+
+
+def width(dtype: str) -> int:
+    """Return the bits per float parameter that the dtype's name promises."""
+    found = packing(dtype)
+    return found.bits if found else 8 * itemsize(PLAIN_DTYPES[dtype])

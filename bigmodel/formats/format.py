@@ -1,0 +1,147 @@
+"""One way in which a checkpoint stores weights, as a value: how it is recognised, and how it packs a matrix."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol
+
+from bigpipe.bigmodel.checkpoint.tensors import tensor_nbytes
+
+if TYPE_CHECKING:
+    import numpy
+    import torch
+    from numpy.typing import NDArray
+
+Tensors = Mapping[str, tuple[str, tuple[int, ...]]]
+"""Stored name → (torch dtype name, shape)."""
+
+
+@dataclass(frozen=True, slots=True)
+class StoredTensor:
+    """One tensor of a packed weight."""
+
+    suffix: str
+    """Of its name: what follows the module's name and a dot."""
+    dtype: str
+    shape: tuple[int, ...]
+    resident: bool = True
+    """Stays in memory when the module is loaded; what becomes a Python value does not."""
+
+    @property
+    def nbytes(self) -> int:
+        return tensor_nbytes(self.dtype, self.shape)
+
+
+class Encoder(Protocol):
+    """One thread's way from numbers to codes, with buffers of its own."""
+
+    def encode(self, bits: NDArray[Any], measured: Any = None) -> tuple[NDArray[Any], NDArray[numpy.float32]]:
+        """Return (codes, scales) of numbers given as their bits; `measured` as of the packing."""
+
+
+class MeasuringEncoder(Encoder, Protocol):
+    def absmax(self, bits: NDArray[Any]) -> NDArray[numpy.float32]:
+        """Return the largest magnitudes alone, for packings that must know those of a whole weight first."""
+
+
+class Packing(Protocol):
+    """How a format stores the matrix of a linear module, and computes with it. Its fields are what a user may set.
+
+    What is heavy (numpy, torch, the library that computes) is imported by the methods that need it.
+    """
+
+    bits: ClassVar[int]
+    """Per number, as the format's name promises."""
+    takes: ClassVar[tuple[str, ...]] = ()
+    """The fields that a user may set."""
+    quantizing: ClassVar[tuple[int, int, int]] = (0, 0, 0)
+    """Bytes per element of the largest matrix while transformers quantizes a 16-bit checkpoint as it loads: the least,
+    as measured, the most."""
+    by_rows: ClassVar[bool] = False
+    """Encoded in whole rows; else in runs of whole blocks of `encoders.BLOCK` numbers."""
+    through: ClassVar[str | None] = None
+    """The dtype that numbers are rounded to before they are encoded, whatever they were."""
+
+    @property
+    def suffixes(self) -> tuple[str, ...]:
+        """Return all that `stored` may name: the codes first, and last the one that no other format has."""
+
+    @property
+    def measures(self) -> bool:
+        """Return whether a whole weight is measured before it is encoded; what sums its scales depends on threads."""
+        return False
+
+    def stored(self, shape: tuple[int, int], dtype: str, measured: Any = None) -> tuple[StoredTensor, ...]:
+        """Return the tensors, in the order of `suffixes`, of a matrix of `shape` (out, in) and `dtype`.
+
+        measured: what `measure` gave; None: not known yet, and sizes are right within `spread`.
+        """
+
+    def loaded(self, shape: tuple[int, int]) -> tuple[int, int]:
+        """Return the bytes that a loaded module holds of a matrix: (codes, scales and tables)."""
+        codes, *others = self.stored(shape, "float16")
+        return codes.nbytes, sum(tensor.nbytes for tensor in others if tensor.resident)
+
+    def spread(self) -> tuple[int, int]:
+        """Return by how many bytes a stored matrix may be smaller and larger than predicted."""
+        return 0, 0
+
+    def transient(self, tokens: int, hidden: int, inner: int, largest: int) -> tuple[int, str]:
+        """Return the bytes that one product of `tokens` rows takes besides, and what they are, in words.
+
+        hidden, inner: widths of the model; largest: elements of its largest packed matrix.
+        """
+
+    def config(self, skipped: list[str] | None) -> dict[str, Any]:
+        """Return the `quantization_config`; skipped: names of modules that were left alone by the user's choice."""
+
+    def encoder(self, dtype: str, size: int, device: str | None = None) -> Encoder:
+        """Return an encoder of up to `size` numbers of `dtype`; device: a torch device, or None for numpy."""
+
+    def measure(self, absmax: NDArray[numpy.float32], threads: int) -> Any:
+        """Return what is to be known of a weight from its largest magnitudes; threads: as many as torch would use."""
+        return None
+
+    def beside(
+        self, shape: tuple[int, int], dtype: str, scales: NDArray[numpy.float32], measured: Any, threads: int
+    ) -> dict[str, bytes]:
+        """Return the contents of all stored tensors but the codes, by suffix."""
+
+    def module(
+        self, linear: torch.nn.Module, shapes: Mapping[str, tuple[int, ...]], config: Mapping[str, Any]
+    ) -> torch.nn.Module:
+        """Return the empty module that takes the place of `linear`; shapes: of the stored tensors, by suffix."""
+
+    def attach(self, module: Any, parts: Mapping[str, torch.Tensor]) -> None:
+        """Give the module its weight, whose tensors (by suffix) are used as they are, without a copy."""
+
+    def detach(self, module: Any) -> None:
+        """Forget what was derived from the weight. A placeholder takes the weight's place afterwards."""
+
+
+def never(quantization: Mapping[str, Any]) -> bool:
+    return False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Format:
+    name: str
+    """As `scheme` and the dtypes of an estimate say it: nf4."""
+    title: str
+    """As people call it: bitsandbytes nf4."""
+    method: str = ""
+    """`quant_method` of its config."""
+    aliases: tuple[str, ...] = ()
+    """Other names in an estimate."""
+    says: Callable[[Mapping[str, Any]], bool] = never
+    """Does a `quantization_config` mean it?"""
+    tensors: tuple[str, ...] = ()
+    """How stored names end that tell it: those of codes, whose dtype is no wide float, and those of what is beside."""
+    packing: Packing | None = None
+    """None: nothing is packed, or nothing here can pack or unpack it."""
+    computes: bool = True
+    """Can a model be run from it?"""
+
+
+PLAIN = Format(name="plain", title="plain numbers")

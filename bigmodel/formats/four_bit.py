@@ -1,0 +1,191 @@
+"""nf4 and fp4 (QLoRA, arXiv 2305.14314) as bitsandbytes 0.50 stores and loads them: two codes to a byte.
+
+64 numbers share a float32 scale; under double quantization it is a code of 8 bits, and 256 of those share a scale.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from . import bitsandbytes
+from .encoders import BLOCK, NESTED_BLOCK
+from .format import Format, MeasuringEncoder, Packing, StoredTensor
+
+if TYPE_CHECKING:
+    import numpy
+    import torch
+    from numpy.typing import NDArray
+
+STATE = "weight.quant_state.bitsandbytes__"
+TYPICAL_OFFSET = 0.12345678901234568
+"""Stands in for the mean absmax of a weight that was not read yet: as text it has 17 to 20 characters mostly."""
+FEWEST_DIGITS, MOST_DIGITS = 3, 22
+"""Characters of that mean: `0.5` at the least, at the most 17 significant digits with `0.000` before them or `e-05`
+behind."""
+PACKED_ROWS = 32
+"""Rows of a tile of bitsandbytes' packing for CPUs with AVX512-BF16."""
+
+
+@dataclass(frozen=True)
+class FourBit(Packing):
+    quant_type: str
+    bnb_4bit_use_double_quant: bool = False
+    """Are the scales quantized too?"""
+    bnb_4bit_compute_dtype: str = "float16"
+
+    bits: ClassVar[int] = 4
+    takes: ClassVar[tuple[str, ...]] = ("bnb_4bit_use_double_quant", "bnb_4bit_compute_dtype")
+    quantizing: ClassVar[tuple[int, int, int]] = (2, 11, 12)
+
+    @property
+    def suffixes(self) -> tuple[str, ...]:
+        tables = ("absmax", "quant_map", "nested_absmax", "nested_quant_map")
+        return "weight", *(f"weight.{name}" for name in tables), STATE + self.quant_type
+
+    @property
+    def measures(self) -> bool:
+        return self.bnb_4bit_use_double_quant
+
+    def stored(self, shape: tuple[int, int], dtype: str, measured: Any = None) -> tuple[StoredTensor, ...]:
+        return _stored(self, shape, dtype, measured)
+
+    def loaded(self, shape: tuple[int, int]) -> tuple[int, int]:
+        codes, scales = Packing.loaded(self, shape)
+        return codes, scales + (4 if self.bnb_4bit_use_double_quant else 0)  # the mean, a float32
+
+    def spread(self) -> tuple[int, int]:
+        typical = len(repr(TYPICAL_OFFSET))
+        return (typical - FEWEST_DIGITS, MOST_DIGITS - typical) if self.bnb_4bit_use_double_quant else (0, 0)
+
+    def transient(self, tokens: int, hidden: int, inner: int, largest: int) -> tuple[int, str]:
+        return 2 * largest, "the largest matrix unpacked"
+
+    def config(self, skipped: list[str] | None) -> dict[str, Any]:
+        return bitsandbytes.config(
+            skipped,
+            load_in_4bit=True,
+            bnb_4bit_compute_dtype=self.bnb_4bit_compute_dtype,
+            bnb_4bit_quant_type=self.quant_type,
+            bnb_4bit_use_double_quant=self.bnb_4bit_use_double_quant,
+        )
+
+    def encoder(self, dtype: str, size: int, device: str | None = None) -> MeasuringEncoder:
+        if device is None:
+            from .encoders.four_bit import FourBitEncoder
+
+            return FourBitEncoder(dtype, self.quant_type, size)
+        from .encoders.devices import DeviceFourBitEncoder
+
+        return DeviceFourBitEncoder(device, dtype, self.quant_type, size)
+
+    def measure(self, absmax: NDArray[numpy.float32], threads: int) -> float:
+        from .encoders.nested import mean
+
+        return float(mean(absmax, threads))
+
+    def beside(
+        self, shape: tuple[int, int], dtype: str, scales: NDArray[numpy.float32], measured: Any, threads: int
+    ) -> dict[str, bytes]:
+        from .encoders.codes import dynamic_code, four_bit_code
+
+        found = {
+            STATE + self.quant_type: quant_state(self.quant_type, dtype, shape, measured),
+            "weight.quant_map": four_bit_code(self.quant_type).tobytes(),
+        }
+        if not self.bnb_4bit_use_double_quant:
+            return found | {"weight.absmax": scales.tobytes()}
+        from .encoders.nested import quantize_absmax
+
+        nested = quantize_absmax(scales, threads)
+        return found | {
+            "weight.absmax": nested.codes.tobytes(),
+            "weight.nested_absmax": nested.absmax.tobytes(),
+            "weight.nested_quant_map": dynamic_code().tobytes(),
+        }
+
+    def module(
+        self, linear: torch.nn.Module, shapes: Mapping[str, tuple[int, ...]], config: Mapping[str, Any]
+    ) -> torch.nn.Module:
+        import torch
+        from bitsandbytes.nn import Linear4bit
+
+        rows, columns = _features(linear)
+        compute = str(config.get("bnb_4bit_compute_dtype", "float32")).removeprefix("torch.")
+        made = bitsandbytes.module(
+            linear, rows, columns, Linear4bit, compute_dtype=getattr(torch, compute),
+            compress_statistics="weight.nested_absmax" in shapes, quant_type=self.quant_type,
+        )  # fmt: skip
+        if columns % BLOCK or rows % PACKED_ROWS:
+            # bitsandbytes' packing for CPUs with AVX512-BF16 takes whole tiles only, and fails on others
+            made.support_avx512bf16_for_cpu = False  # type: ignore[assignment]
+        return made
+
+    def attach(self, module: Any, parts: Mapping[str, torch.Tensor]) -> None:
+        from bitsandbytes.nn import Params4bit
+
+        codes = parts["weight"]
+        statistics = {suffix.removeprefix("weight."): part for suffix, part in parts.items() if suffix != "weight"}
+        module.weight = Params4bit.from_prequantized(
+            codes, statistics, requires_grad=False, device=codes.device, module=module
+        )
+
+    def detach(self, module: Any) -> None:
+        module.quant_state = None
+
+
+@lru_cache(1024)
+def _stored(packing: FourBit, shape: tuple[int, int], dtype: str, measured: float | None) -> tuple[StoredTensor, ...]:
+    elements, double = math.prod(shape), packing.bnb_4bit_use_double_quant
+    blocks = -(-elements // BLOCK)
+    tensors = [
+        StoredTensor("weight", "uint8", (-(-elements // 2), 1)),
+        StoredTensor("weight.absmax", "uint8" if double else "float32", (blocks,)),
+        StoredTensor("weight.quant_map", "float32", (16,)),
+    ]
+    if double:
+        tensors.append(StoredTensor("weight.nested_absmax", "float32", (-(-blocks // NESTED_BLOCK),)))
+        tensors.append(StoredTensor("weight.nested_quant_map", "float32", (256,)))
+        measured = TYPICAL_OFFSET if measured is None else measured
+    length = len(quant_state(packing.quant_type, dtype, shape, measured))
+    return *tensors, StoredTensor(STATE + packing.quant_type, "uint8", (length,), resident=False)
+
+
+def quant_state(quant_type: str, dtype: str, shape: tuple[int, int], offset: float | None) -> bytes:
+    """Return the JSON that bitsandbytes stores as a uint8 tensor beside a 4-bit weight (QuantState.as_dict, packed).
+
+    dtype, shape (out, in): of the weight before; offset: of a double-quantized absmax.
+    """
+    state: dict[str, Any] = {"quant_type": quant_type, "blocksize": BLOCK, "dtype": dtype, "shape": list(shape)}
+    if offset is not None:
+        state |= {"nested_blocksize": NESTED_BLOCK, "nested_dtype": "float32", "nested_offset": offset}
+    return json.dumps(state).encode()
+
+
+def _features(linear: Any) -> tuple[int, int]:
+    """(out, in), whichever way round the replaced module keeps its weight."""
+    if hasattr(linear, "out_features"):
+        return int(linear.out_features), int(linear.in_features)
+    columns, rows = linear.weight.shape
+    return int(rows), int(columns)
+
+
+def _format(quant_type: str, *aliases: str) -> Format:
+    packing = FourBit(quant_type)
+    return Format(
+        name=quant_type,
+        title=f"bitsandbytes {quant_type}",
+        method=bitsandbytes.METHOD,
+        aliases=aliases,
+        says=lambda quantization: bitsandbytes.says(quantization, quant_type),
+        tensors=(".weight", f".bitsandbytes__{quant_type}"),
+        packing=packing,
+    )
+
+
+NF4 = _format("nf4", "int4")
+FP4 = _format("fp4")

@@ -1,0 +1,134 @@
+"""Where formats are found: the built-in ones by name, others through the entry-point group `bigpipe.formats`.
+
+Nothing heavy is imported here. Entry points are looked through only for a name that is not built in, or where all names
+are listed: reading the metadata of every installed distribution costs more than the rest of a start.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from functools import cache
+from typing import TYPE_CHECKING, Any
+
+from bigpipe.bigmodel.checkpoint.tensors import CASTABLE
+from bigpipe.errors import UsageError
+
+from .foreign import FOREIGN
+from .format import PLAIN, Format, Packing, Tensors
+from .four_bit import FP4, NF4
+from .int8 import INT8
+
+if TYPE_CHECKING:
+    from bigpipe.bigmodel.checkpoint.description import ModelDescription
+
+GROUP = "bigpipe.formats"
+"""An entry point is named as its `Format` is, and so is the `quant_method` that its config states."""
+BUILT_IN: Mapping[str, Format] = {format.name: format for format in (INT8, NF4, FP4)}
+
+
+@cache
+def offered() -> Mapping[str, Any]:
+    """Return the entry points of other distributions by name; none is imported."""
+    from importlib.metadata import entry_points
+
+    return {entry.name: entry for entry in entry_points(group=GROUP) if entry.name not in BUILT_IN}
+
+
+def names() -> list[str]:
+    """Return the names of all formats that weights can be packed in."""
+    return [*BUILT_IN, *sorted(offered())]
+
+
+def named(name: str) -> Format:
+    """Return one of the formats that weights can be packed in. Raise UsageError for another name."""
+    if name in BUILT_IN:
+        return BUILT_IN[name]
+    if name not in offered():
+        raise UsageError(f"scheme {name!r} is not known", f"choose one of {', '.join(names())}")
+    found = offered()[name].load()
+    if not isinstance(found, Format) or found.name != name or found.packing is None:
+        raise UsageError(f"{offered()[name].value} is no Format named {name} with a packing", "correct its entry point")
+    return found
+
+
+def version_of(name: str) -> str | None:
+    """Return the distribution and version that offer a format; None for those that are built in."""
+    found = None if name in BUILT_IN else offered()[name].dist
+    return f"{found.name} {found.version}" if found else None
+
+
+def packing_of(name: str, **options: Any) -> Packing:
+    """Return how a format packs weights, with those of the options that it takes. Raise UsageError as `named`."""
+    packing = named(name).packing
+    assert packing is not None  # noqa: S101  see `named`
+    return replace(packing, **{key: value for key, value in options.items() if key in packing.takes})  # type: ignore[type-var]
+
+
+def recognise(quantization: Mapping[str, Any] | None, tensors: Tensors | None) -> Format:
+    """Return the format of a checkpoint: as its `quantization_config` says, else as its tensors tell.
+
+    A method that nobody here has heard of is a format too, which cannot be computed with.
+    """
+    method = method_of(quantization or {})
+    for known in (*BUILT_IN.values(), *FOREIGN):
+        if known.says(quantization or {}) or (not known.packing and _same(known.method, method)):
+            return known
+    if method in offered():
+        return named(method)
+    if method:
+        return Format(name=method, title=method, method=method, computes=False)
+    return _shown(tensors or {})
+
+
+def format_of(described: ModelDescription) -> Format:
+    """Return the format of a checkpoint that was described."""
+    return recognise(described.quantization, described.tensors)
+
+
+def computable(described: ModelDescription) -> None:
+    """Raise UsageError for a checkpoint in a format that no model can be run from here."""
+    found = format_of(described)
+    if not found.computes:
+        raise UsageError(
+            f"{_place(described)}its weights are {found.title} ({found.method}), which cannot be computed with here",
+            f"start from the weights before they were quantized; `quantize` makes {', '.join(BUILT_IN)} of them",
+        )
+
+
+def castable(described: ModelDescription, dtype: str) -> None:
+    """Raise UsageError for a checkpoint whose scales must keep their dtype."""
+    found = format_of(described)
+    if found is not PLAIN:
+        raise UsageError(
+            f"{_place(described)}dtype {dtype} would change the scales of quantized weights ({found.title})",
+            "leave dtype out, or cast the weights before they are quantized",
+        )
+
+
+def method_of(quantization: Mapping[str, Any]) -> str:
+    """Return `quant_method`, or what ModelOpt wrote in its place before; "" where nothing tells."""
+    producer = quantization.get("producer")
+    before = producer.get("name") if isinstance(producer, Mapping) else None
+    return str(quantization.get("quant_method") or before or "")
+
+
+def _place(described: ModelDescription) -> str:
+    return f"{described.path}: " if described.path else ""
+
+
+def _same(one: str, other: str) -> bool:
+    return one.replace("_", "-") == other.lower().replace("_", "-")
+
+
+def _shown(tensors: Tensors) -> Format:
+    """By how names end. Codes are no wide floats, while a plain model may well call a parameter `scales`."""
+    endings: dict[str, set[str]] = {}
+    for name, (dtype, _) in tensors.items():
+        endings.setdefault(f".{name.rpartition('.')[2]}", set()).add(dtype)
+    packed = [ending for ending, dtypes in endings.items() if not dtypes.issubset(CASTABLE)]
+    for known in (*BUILT_IN.values(), *FOREIGN):
+        codes, *beside = known.tensors or ("\0",)
+        if any(e.endswith(codes) for e in packed) and all(any(e.endswith(b) for e in endings) for b in beside):
+            return known
+    return PLAIN
