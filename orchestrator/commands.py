@@ -72,10 +72,9 @@ def _open(
     manifest: str | Path, nodes: Sequence[str] = (), *, params: Mapping[str, Any] | None, **options: Any
 ) -> Session:
     """A session that knows what the lock file beside the manifest pins."""
-    options["params"] = _written(params)
-    lock = locking.read_lock(Path(manifest).absolute())
-    pins = {name: item.pins for name, item in lock.inputs.items()} if lock else {}
-    return open_session(manifest, nodes, lock=lock.path if lock else None, locked_pins=pins, **options)
+    if lock := locking.read_lock(Path(manifest).absolute()):
+        options |= {"lock": lock.path, "locked_pins": {name: item.pins for name, item in lock.inputs.items()}}
+    return open_session(manifest, nodes, params=_written(params), **options)
 
 
 def refuse(plan: Plan, *, keep_going: bool = False) -> None:
@@ -105,9 +104,9 @@ def plan(
     preflight: bool = True,
     reporter: Reporter | None = None,
 ) -> Plan:
-    """What `run` would do now, what it costs and whether it fits; `Plan.errors()` says why it would be refused."""
+    """Return what `run` would do now, what it costs and whether it fits; `Plan.errors()` says why it is refused."""
     session = _open(
-        manifest, nodes, params=params, store=store, offline=offline, machine=machine,
+        manifest, nodes, params=params, store=store, offline=offline, given_machine=machine,
         side_by_side=jobs != 1, reporter=reporter,
     )  # fmt: skip
     return with_parameters(make_plan(session, preflight=preflight))
@@ -121,12 +120,12 @@ def _written(params: Mapping[str, Any] | None) -> dict[str, str]:
 
 
 def status(manifest: str | Path, *, params: Mapping[str, Any] | None = None, store: str | Path | None = None) -> Plan:
-    """Which nodes are cached, stale or unknown, without touching the network for more than a moving revision."""
+    """Return which nodes are cached, stale or unknown, without touching the network for more than a moving revision."""
     return plan(manifest, params=params, store=store, preflight=False)
 
 
 def stale(plan_: Plan) -> Stale | None:
-    """What `status --exit-code` answers with where something would run."""
+    """Return what `status --exit-code` answers with where something would run."""
     names = [node.node.name for node in plan_.to_run]
     if not names:
         return None
@@ -136,7 +135,7 @@ def stale(plan_: Plan) -> Stale | None:
 def why(
     manifest: str | Path, node: str, *, params: Mapping[str, Any] | None = None, store: str | Path | None = None
 ) -> dict[str, Json]:
-    """Per node meant by `node`: what it would do, the reason, every change old → new with its place, and the
+    """Return per node meant by `node`: what it would do, the reason, every change old → new with its place, and the
     producers whose changes reach it."""
     session = _open(manifest, params=params, store=store)
     names = exact(session.recipe, [node])
@@ -185,13 +184,13 @@ def lock(
 
 
 def load_manifest(path: str | Path, *, params: Mapping[str, Any] | None = None) -> Recipe:
-    """A manifest, checked and expanded into its graph of nodes. Raises ManifestError with every problem at once."""
+    """Return a manifest, checked and expanded into its graph of nodes. Raise ManifestError with all problems."""
     require_file(Path(path))
     return load_recipe(Path(path).absolute(), _written(params))
 
 
 def validate(manifests: Sequence[Path], params: Mapping[str, Any] | None = None) -> dict[Path, ManifestError]:
-    """The problems of each manifest that has some. UsageError for a file that is not there."""
+    """Return the problems of each manifest that has some. UsageError for a file that is not there."""
     errors: dict[Path, ManifestError] = {}
     for path in manifests:
         require_file(path)

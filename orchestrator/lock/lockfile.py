@@ -80,14 +80,14 @@ class LockFile(_Locked):
         return self._path
 
     def pins(self, node: str) -> dict[str, str]:
-        """What the floating values of a node were when it was locked."""
+        """Return what the floating values of a node were when it was locked."""
         return dict(self.inputs[node].pins) if node in self.inputs else {}
 
 
 def locked_input(
     identity: Identity, pins: Mapping[str, str], files: Mapping[str, LockedFile] | None = None
 ) -> LockedInput:
-    """What is locked of a node before it runs. `files`: what it brings from outside, as far as that is known."""
+    """Return what is locked of a node before it runs. `files`: what it brings from outside, as far as that is known."""
     return LockedInput(
         kind=identity.kind,
         version=identity.version,
@@ -100,15 +100,15 @@ def locked_input(
 
 
 def locked_files(record: KeyRecord) -> dict[str, LockedFile]:
-    """The files of a finished node that has no inputs: what it brought from outside."""
+    """Return the files of a finished node that has no inputs: what it brought from outside."""
     if any(record.inputs.values()):
         return {}
     return {name: LockedFile(size=int(file["size"]), sha256=str(file["sha256"])) for name, file in record.files.items()}
 
 
 def locked_output(record: KeyRecord, tree: Path | None, reviewed: Sequence[str] = ()) -> LockedOutput:
-    """What is locked of a node that has run. tree: its artifact, if its bytes are there; reviewed: names of files in it
-    that hold JSON worth reviewing."""
+    """Return what is locked of a node that has run. tree: its artifact, if its bytes are there; reviewed: names of
+    files in it that hold JSON worth reviewing."""
     return LockedOutput(
         digest=record.digest,
         key=record.key,
@@ -135,7 +135,7 @@ def build(
     producers: Mapping[str, Iterable[str]],
     previous: LockFile | None = None,
 ) -> LockFile:
-    """A lock of these inputs, given in topological order; `producers` names what each node's artifact is made from.
+    """Return a lock of these inputs, in topological order; `producers` names what each node's artifact is made from.
 
     What `previous` knew of a node's files stays where its inputs are the same, what it knew of its output where those
     of all its ancestors are too.
@@ -159,7 +159,7 @@ def _same(old: Mapping[str, LockedInput], new: Mapping[str, LockedInput]) -> set
 def find_unmoved(
     old: Mapping[str, LockedInput], new: Mapping[str, LockedInput], producers: Mapping[str, Iterable[str]]
 ) -> set[str]:
-    """The nodes whose inputs, and those of all their ancestors, are as they were; `new` in topological order."""
+    """Return the nodes whose inputs, and those of all their ancestors, are as they were; `new` in topological order."""
     same = _same(old, new)
     unmoved: set[str] = set()
     for name in new:
@@ -181,7 +181,7 @@ def _both(one: LockedFile, other: LockedFile) -> LockedFile:
 
 
 def write(path: Path, lock: LockFile) -> bool:
-    """Writes the lock if it says anything new. Sorted, so that a diff shows what changed. Raises BigpipeError."""
+    """Write the lock if it says anything new. Sorted, so that a diff shows what changed. Raise BigpipeError."""
     import yaml
 
     data = lock.model_dump(mode="json", exclude_defaults=True) | {"version": lock.version}
@@ -202,18 +202,18 @@ def write(path: Path, lock: LockFile) -> bool:
 
 
 def lock_path(manifest: Path) -> Path:
-    """Where the lock file of a manifest lies: beside it."""
+    """Return where the lock file of a manifest lies: beside it."""
     return manifest.with_name(manifest.name + ".lock")
 
 
 def locked_digests(path: Path) -> set[str]:
-    """The artifacts that a lock file names. Raise UsageError where it is not a lock file."""
+    """Return the artifacts that a lock file names. Raise UsageError where it is not a lock file."""
     lock = read(path)
     return {output.digest for output in lock.outputs.values() if output.digest is not None} if lock else set()
 
 
 def read(path: Path) -> LockFile | None:
-    """None where there is none. Raises UsageError where it is not a lock file (a merge conflict left in it, say)."""
+    """Return the lock file, None where there is none. Raise UsageError where it is not one (a merge conflict, say)."""
     import yaml
 
     again = f"write it again: bigpipe lock {path.name.removesuffix('.lock')}"
@@ -235,7 +235,7 @@ def read(path: Path) -> LockFile | None:
 
 
 def check(lock: LockFile, now: LockFile, nodes: Iterable[str] | None = None) -> list[Change]:
-    """How the inputs of `nodes` (all, if None) differ from those locked. Empty: the lock holds.
+    """Return how the inputs of `nodes` (all, if None) differ from those locked. Empty: the lock holds.
 
     A file counts where both sides know of it; that a file is new or gone counts where both sides list files.
     """
@@ -273,7 +273,7 @@ def _file_changes(old: Mapping[str, LockedFile], new: Mapping[str, LockedFile]) 
 
 
 def require(path: Path, lock: LockFile, now: LockFile, nodes: Iterable[str] | None = None) -> None:
-    """Raises Stale naming every difference."""
+    """Raise Stale naming every difference."""
     changes = check(lock, now, nodes)
     if changes:
         lines = "".join(f"\n  {change}" for change in changes)
@@ -286,9 +286,9 @@ def require(path: Path, lock: LockFile, now: LockFile, nodes: Iterable[str] | No
 def require_record(
     path: Path, lock: LockFile, node: str, record: KeyRecord, tree: Path | None, reproducible: bool
 ) -> None:
-    """Compares what a node gave with what is locked: the files it brought, and its digest where that must be equal.
+    """Compare what a node gave with what is locked: the files it brought, and its digest where that must be equal.
 
-    Raises StageFailed naming the files, or both digests.
+    Raise StageFailed naming the files, or both digests.
     """
     wanted = lock.inputs.get(node)
     if wanted is not None and wanted.files and record.files:
@@ -320,6 +320,6 @@ def _require_files(
 
 
 def git_blob(path: Path) -> str:
-    """Git's id of a file: the sha1 of `blob SIZE\\0` and its bytes. Identifies, does not protect."""
+    """Return git's id of a file: the sha1 of `blob SIZE\\0` and its bytes. Identifies, does not protect."""
     data = path.read_bytes()
     return hashlib.sha1(b"blob %d\0" % len(data) + data, usedforsecurity=False).hexdigest()

@@ -34,7 +34,7 @@ _CODE = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_][\w.]*")
 
 
 def content_params(params: Params, base: Path, memo: StatMemo) -> dict[str, Json]:
-    """The params in full as canonical JSON values: sizes as ints, keys of maps as strings, sets sorted.
+    """Return the params in full as canonical JSON values: sizes as ints, keys of maps as strings, sets sorted.
 
     Fields typed as content become strings:
       file: `sha256:…` and the file's suffix (which says how it is read); of a glob, one digest over all in path order.
@@ -42,7 +42,7 @@ def content_params(params: Params, base: Path, memo: StatMemo) -> dict[str, Json
       code: `module:name@sha256:…`, over all Python files of its top-level package (nothing is imported).
     A value of such a field that is not a string, or stands in the type as a literal, is taken as it is.
 
-    Raises UsageError naming the field, where a path leads nowhere or a number is not finite.
+    Raise UsageError naming the field, where a path leads nowhere or a number is not finite.
     """
     return _Walk(base, memo).model(params, "")
 

@@ -52,7 +52,7 @@ class Identity:
         return digest_of("computation", self.as_json)
 
     def key(self, inputs: Mapping[str, Sequence[str]]) -> str:
-        """The name of this computation over inputs with these digests, per port in the order they are wired."""
+        """Return the name of this computation over inputs with these digests, per port in the order they are wired."""
         return digest_of("key", [self.partial, {port: list(digests) for port, digests in inputs.items() if digests}])
 
 
@@ -117,7 +117,7 @@ def differences(
     old_inputs: Mapping[str, Sequence[str]],
     new_inputs: Mapping[str, Sequence[str] | None],
 ) -> list[Change]:
-    """What made the key change, in the order a reader looks: kind, version, code, params, inputs, env, packages, facts.
+    """Return what made the key change, for a reader: kind, version, code, params, inputs, env, packages, facts.
 
     `old` is `Identity.as_json` as recorded. A port of `new_inputs` that is None is not known yet, and not compared.
     """

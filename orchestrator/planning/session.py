@@ -8,6 +8,7 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from types import MappingProxyType
+from typing import Any
 
 from bigpipe.errors import BigpipeError, Offline, UsageError
 from bigpipe.orchestrator.contract.contexts import CheckContext, Surroundings
@@ -91,15 +92,15 @@ class Session:
         return consumers
 
     def consumers(self, name: str) -> list[Node]:
-        """Selected nodes that take the artifact of `name` as an input."""
+        """Return the selected nodes that take the artifact of `name` as an input."""
         return self._consumers.get(name, [])
 
     def secrets(self, node: Node) -> dict[str, str]:
-        """The secrets that the node may see and that are set, name → value."""
+        """Return the secrets that the node may see and that are set, name → value."""
         return visible_secrets(node.kind, node.secrets, self.environment)
 
     def surroundings(self, node: Node) -> Surroundings:
-        """What all contexts of the node stand on. Raises UsageError for a `config_file` that cannot be used."""
+        """Return what all contexts of the node stand on. Raise UsageError for a `config_file` that cannot be used."""
         if node.name not in self._surroundings:
             self._surroundings[node.name] = Surroundings(
                 base=self.base,
@@ -116,16 +117,16 @@ class Session:
         return CheckContext(surroundings=self.surroundings(node), inputs=inputs)
 
     def pinned(self, node: Node) -> Pinned:
-        """Floating params made exact: asked of the source once, else the lock's, else the last recorded.
+        """Return floating params made exact: asked of the source once, else the lock's, else the last recorded.
 
-        Raises Offline where none of the three has an answer.
+        Raise Offline where none of the three has an answer.
         """
         if node.name not in self._pins:
             self._pins[node.name] = self._pin(node)
         return self._pins[node.name]
 
     def known_pins(self, node: Node) -> Pinned:
-        """What `pinned` has found so far; nothing is asked."""
+        """Return what `pinned` has found so far; nothing is asked."""
         return self._pins.get(node.name, NOTHING_PINNED)
 
     def _pin(self, node: Node) -> Pinned:
@@ -156,12 +157,12 @@ class Session:
         return self.store.last_keys(self.recipe.path, self.recipe.name)
 
     def last(self, name: str) -> KeyRecord | None:
-        """The last record of a node when this session began: of this manifest, else of the latest one of its name."""
+        """Return the last record of a node when this session began: of this manifest, else the latest of its name."""
         key = self._last_keys.get(name)
         return self.store.find(key) if key else None
 
     def identity(self, node: Node) -> Identity:
-        """What the node computes, apart from its inputs. Raises UsageError with the place of a missing file."""
+        """Return what the node computes, apart from its inputs. Raise UsageError with the place of a missing file."""
         if node.name not in self._identities:
             self._identifying = node.name
             try:
@@ -187,40 +188,30 @@ def open_session(
     manifest: str | Path,
     nodes: Sequence[str] = (),
     *,
-    params: Mapping[str, str] | None = None,
+    params: Mapping[str, str],
     store: str | Path | None = None,
     force: Collection[str] = (),
     offline: bool = False,
-    locked: bool = False,
-    lock: Path | None = None,
-    locked_pins: Mapping[str, Mapping[str, str]] | None = None,
-    machine: Machine | None = None,
-    side_by_side: bool = True,
-    reporter: Reporter | None = None,
+    **further: Any,
 ) -> Session:
-    """Read and check a manifest and open the store.
+    """Read and check a manifest and open the store. Return the session.
 
-    nodes: stage or node names; they and their ancestors are selected (none: everything).
-    params: `-p` values as written, read as the type of each parameter's default.
-    Raises ManifestError with every problem at once, UsageError for unknown node names.
+    nodes, force: stage or node names; the selected nodes are these and their ancestors (none: everything).
+    params: `-p` values as written, read as the type of each parameter's default. further: fields of the Session.
+    Raise ManifestError with every problem at once, UsageError for unknown node names.
     """
     path = Path(manifest)
     require_file(path)
     # Places are named as the path was given; the rest of the engine must not depend on the current directory.
-    recipe = replace(load_recipe(path, params or {}), path=path.absolute())
+    recipe = replace(load_recipe(path, params), path=path.absolute())
     return Session(
         recipe=recipe,
         store=Store(Path(store) if store else default_root()),
         selected=recipe.select(nodes) if nodes else frozenset(recipe.nodes),
         forced=exact(recipe, force),
-        arguments=dict(params or {}),
+        arguments=params,
         offline=offline or os.environ.get("HF_HUB_OFFLINE", "") in {"1", "true", "TRUE", "yes", "ON"},
-        locked=locked,
-        lock=lock,
-        locked_pins=locked_pins or {},
-        given_machine=machine,
-        side_by_side=side_by_side,
-        reporter=reporter,
+        **further,
     )
 
 
@@ -231,6 +222,6 @@ def require_file(path: Path) -> None:
 
 
 def exact(recipe: Recipe, names: Collection[str]) -> frozenset[str]:
-    """The nodes meant by stage or node names, without their ancestors."""
+    """Return the nodes meant by stage or node names, without their ancestors."""
     recipe.select(list(names))  # names the unknown one and what it could have been
     return frozenset(name for name, node in recipe.nodes.items() if name in names or node.stage in names)

@@ -101,7 +101,7 @@ class Condition:
     """(node, or None for the node's own metrics; metric path)."""
 
     def evaluate(self, lookup: Lookup) -> Verdict | None:
-        """None where a metric is UNKNOWN. A metric that is no number, and a division by zero, do not pass."""
+        """Return None where a metric is UNKNOWN. A metric that is no number, and a division by zero, do not pass."""
         try:
             left, right = _value(self.left, lookup), _value(self.right, lookup)
         except _NotKnown:
@@ -119,7 +119,7 @@ class Condition:
         return Verdict(_COMPARISONS[self.comparison](left, right), *shown)
 
     def bind(self, nodes: Mapping[str, str | None]) -> Condition:
-        """The same condition with the stages it names replaced by nodes; None is the node itself."""
+        """Return the same condition with the stages it names replaced by nodes; None is the node itself."""
         if all(node is None or nodes.get(node, node) == node for node, _ in self.references):
             return self
         left, right = _bind(self.left, nodes), _bind(self.right, nodes)
@@ -203,7 +203,7 @@ def _bind(expression: Expression, nodes: Mapping[str, str | None]) -> Expression
 
 
 def parse_condition(text: str, place: Place) -> Condition:
-    """Reads one condition. `place` is where its text stands. Raises ManifestError and nothing else."""
+    """Read one condition. `place` is where its text stands. Raise ManifestError and nothing else."""
     return _Parser(text, place).condition()
 
 

@@ -11,7 +11,7 @@ from pydantic import BaseModel
 
 
 def field_descriptions(model: type[BaseModel]) -> dict[str, str]:
-    """Field as written in a manifest → its description, or the text under it in the class or one it extends.
+    """Return field as written in a manifest → its description, or the text under it in the class or one it extends.
 
     Read from the source when asked: having pydantic read it at import would cost every start of the command.
     """

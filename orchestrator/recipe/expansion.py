@@ -35,7 +35,7 @@ def node_name(stage: str, variant: Mapping[str, str]) -> str:
 
 
 def variants(axes: Axes) -> Iterable[dict[str, str]]:
-    """Every combination of the axes' value texts, the last axis fastest."""
+    """Return every combination of the axes' value texts, the last axis fastest."""
     names = list(axes)
     for values in product(*axes.values()):
         yield dict(zip(names, values, strict=True))
@@ -71,7 +71,7 @@ class Expansion:
         self._gathered: dict[tuple[str, str], tuple[str, ...]] = {}
 
     def nodes(self) -> dict[str, Node]:
-        """Every node, stages in file order. Problems are added; nodes that have some are left out."""
+        """Return every node, stages in file order. Problems are added; nodes that have some are left out."""
         self._count()
         result: dict[str, Node] = {}
         for stage in self.stages.values():

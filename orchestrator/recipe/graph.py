@@ -71,16 +71,16 @@ class Recipe:
         return graph
 
     def ancestors(self, name: str) -> list[str]:
-        """The nodes that `name` stands on, in topological order."""
+        """Return the nodes that `name` stands on, in topological order."""
         import networkx as nx
 
         above = nx.ancestors(self.graph, name)
         return [other for other in self.nodes if other in above]
 
     def select(self, names: Sequence[str]) -> frozenset[str]:
-        """The named nodes and all their ancestors; a stage's name means every variant, `x@a=1` those with a=1.
+        """Return the named nodes and all their ancestors; a stage's name means every variant, `x@a=1` those with a=1.
 
-        Raises UsageError for a name that is none.
+        Raise UsageError for a name that is none.
         """
         chosen: set[str] = set()
         for name in names:
@@ -117,12 +117,12 @@ def load_recipe(
     environment: Mapping[str, str] | None = None,
     stages: Mapping[str, Stage[Any]] | None = None,
 ) -> Recipe:
-    """Reads and checks a manifest.
+    """Read and check a manifest. Return its recipe.
 
     params: what `-p name=value` said, values as typed. environment: what `${env.X}` reads; by default the process's.
     stages: the kinds to know, by name; by default the registered ones.
 
-    Raises ManifestError with every problem at once, or UsageError where there is no such file.
+    Raise ManifestError with every problem at once, or UsageError where there is no such file.
     """
     document = read_document(str(path), _read(path))
     environment = os.environ if environment is None else environment

@@ -36,7 +36,7 @@ stages:
 
 
 def initial_manifest(repo: str, name: str, schema: str = "bigpipe.schema.json") -> str:
-    """A manifest over all built-in kinds for a Hub repository, or for a local checkpoint (`./…`, `/…`, `~…`).
+    """Return a manifest over all built-in kinds for a Hub repository, or for a local checkpoint (`./…`, `/…`, `~…`).
 
     schema: path or URL of the JSON schema, relative to the manifest.
     """

@@ -57,7 +57,7 @@ class _Unresolved(Exception):
 
 
 def contains_reference(value: Json, namespace: str = "") -> bool:
-    """Does `value` hold a `${namespace…}`, at any depth, in keys too? Escaped ones count: a cheap test, no parse."""
+    """Return whether `value` holds a `${namespace…}`, at any depth, in keys too; escaped ones count."""
     if isinstance(value, str):
         return "${" + namespace in value
     if isinstance(value, dict):
@@ -68,12 +68,12 @@ def contains_reference(value: Json, namespace: str = "") -> bool:
 
 
 def escape(text: str) -> str:
-    """The text that interpolation turns into `text`."""
+    """Return the text that interpolation turns into `text`."""
     return text.replace("${", "$${")
 
 
 def interpolate(value: Json, scope: Scope, report: Report, path: tuple[Key, ...] = ()) -> Json:
-    """`value` with every reference replaced, at any depth; keys are left alone.
+    """Return `value` with every reference replaced, at any depth; keys are left alone.
 
     A reference that cannot be resolved is reported and left standing.
     """
@@ -188,9 +188,9 @@ def _from_environment(reference: str, body: str, scope: Scope) -> str:
 
 
 def read_argument(text: str, default: Json) -> Json:
-    """`value` of `-p name=value`, read as the type of the parameter's default.
+    """Return `value` of `-p name=value`, read as the type of the parameter's default.
 
-    After a null default a list or map is read as such and anything else is text. Raises ValueError with the cause.
+    After a null default a list or map is read as such and anything else is text. Raise ValueError with the cause.
     """
     if isinstance(default, str):
         return text

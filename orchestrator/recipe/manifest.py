@@ -40,14 +40,14 @@ _REFUSED_PREFIXES = ("LD_", "DYLD_", "PYTHON", "BASH_FUNC_", "MALLOC_", "GIT_", 
 
 
 def refused_variable(name: str) -> bool:
-    """May a manifest's `env` not set this variable?"""
+    """Return whether a manifest's `env` may not set this variable."""
     return name.upper() in _REFUSED or name.upper().startswith(_REFUSED_PREFIXES)
 
 
 def parse_duration(value: int | float | str) -> float:
-    """Seconds of `30m`, `90s`, `1h30m`, `1.5h`, or of a number of seconds.
+    """Return the seconds of `30m`, `90s`, `1h30m`, `1.5h`, or of a number of seconds.
 
-    Raises ValueError with cause and cure.
+    Raise ValueError with cause and cure.
     """
     if isinstance(value, int | float) and not isinstance(value, bool):
         seconds = float(value)
@@ -192,7 +192,7 @@ class ManifestSpec(Spec):
 
 
 def read_manifest(document: Document, problems: Problems) -> ManifestSpec | None:
-    """The top level; names under it are checked, stages are not read yet. None after errors that hide the rest."""
+    """Return the top level; names under it are checked, stages not read yet. None after errors that hide the rest."""
     whole: dict[str, Json] = to_python(document.root)
     fields = {key: value for key, value in whole.items() if not str(key).startswith("x-")}
     if not _version(fields, problems):
@@ -212,7 +212,7 @@ def read_manifest(document: Document, problems: Problems) -> ManifestSpec | None
 
 
 def named(fields: Mapping[Key, Json]) -> dict[str, Json]:
-    """The fields with a text as key; the others have been reported."""
+    """Return the fields with a text as key; the others have been reported."""
     return {name: value for name, value in fields.items() if isinstance(name, str)}
 
 
@@ -243,7 +243,7 @@ def check_name(name: Key, path: tuple[Key, ...], what: str, problems: Problems, 
 
 
 def split_stage(raw: Mapping[str, Json], name: str, problems: Problems) -> tuple[dict[str, Json], dict[str, Json]]:
-    """The fields of `Structure` and those of `NodeSettings`; others are reported."""
+    """Return the fields of `Structure` and those of `NodeSettings`; others are reported."""
     for key in raw:
         if key not in STRUCTURE and key not in SETTINGS:
             cure = did_you_mean(str(key), [*STRUCTURE, *SETTINGS], otherwise="it takes")

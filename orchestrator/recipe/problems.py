@@ -107,13 +107,13 @@ class Problems:
 
 
 def listed(words: Iterable[str], joint: str = "and") -> str:
-    """`a, b and c`."""
+    """Return `a, b and c`."""
     *most, last = list(words) or [""]
     return f"{', '.join(most)} {joint} {last}" if most else last
 
 
 def closest(word: str, known: Sequence[str]) -> str | None:
-    """The known word that `word` is probably a slip for."""
+    """Return the known word that `word` is probably a slip for."""
     folded = {name.lower().replace("_", "-"): name for name in known}
     same = folded.get(word.lower().replace("_", "-"))
     if same is not None:
@@ -125,7 +125,7 @@ def closest(word: str, known: Sequence[str]) -> str | None:
 
 
 def did_you_mean(word: str, known: Iterable[str], *, otherwise: str = "") -> str:
-    """`did you mean 'x'?` where something known is close to `word`; else the known words, if they are few.
+    """Return `did you mean 'x'?` where something known is close to `word`; else the known words, if they are few.
 
     `otherwise` introduces that list: `it takes` gives `it takes a, b and c`.
     """

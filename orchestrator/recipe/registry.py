@@ -52,9 +52,9 @@ class Offer(NamedTuple):
 
 
 def stage_kinds() -> Mapping[str, str]:
-    """Kind → `module:attribute`, built-in kinds first. Imports no kind.
+    """Return kind → `module:attribute`, built-in kinds first. Imports no kind.
 
-    Raises UsageError where two distributions, or one and bigpipe itself, offer the same name.
+    Raise UsageError where two distributions, or one and bigpipe itself, offer the same name.
     """
     from importlib.metadata import entry_points
 

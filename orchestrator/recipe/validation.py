@@ -46,7 +46,7 @@ class Target:
 
 
 def validate(model: type[M], value: Json, target: Target, problems: Problems, *, salvage: bool = False) -> M | None:
-    """The model, or None after every error was added to `problems`.
+    """Return the model, or None after every error was added to `problems`.
 
     salvage: after errors, the model without the entries that have some, so that the rest can be checked too.
     """
@@ -232,7 +232,7 @@ def _shown(value: Json) -> str:
 
 
 def fields_at(model: type[BaseModel], path: Sequence[Key]) -> list[str]:
-    """Names (as written in the file) of the fields of the model that stands at `path` inside `model`."""
+    """Return the names (as written in the file) of the fields of the model that stands at `path` inside `model`."""
     models = {model}
     for part in path:
         models = {inner for outer in models for inner in models_in(_annotation(outer, part))}
@@ -247,7 +247,7 @@ def _annotation(model: type[BaseModel], part: Key) -> Any:
 
 
 def models_in(annotation: Any) -> set[type[BaseModel]]:
-    """The models inside `X | None`, `list[X]`, `dict[str, X]`, `Annotated[X, …]`."""
+    """Return the models inside `X | None`, `list[X]`, `dict[str, X]`, `Annotated[X, …]`."""
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         return {annotation}
     origin = get_origin(annotation)
@@ -268,7 +268,7 @@ class WrongMetric:
 
 
 def wrong_metric(metrics: Any, path: str) -> WrongMetric | None:
-    """Why `path` names no number of the metrics model, or None. Maps and untyped values are open."""
+    """Return why `path` names no number of the metrics model, or None. Maps and untyped values are open."""
     annotation, done = metrics, ""
     for part in path.split("."):
         below = _below(annotation, part)

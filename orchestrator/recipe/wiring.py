@@ -86,7 +86,7 @@ class Wired:
 
 
 def value_text(value: Json) -> str:
-    """How a value of an axis stands in a node's name."""
+    """Return how a value of an axis stands in a node's name."""
     if isinstance(value, bool):
         return "true" if value else "false"
     return str(value)
@@ -313,7 +313,7 @@ class Wiring:
 
 
 def read_picks(text: str, axes: Axes) -> dict[str, str] | str:
-    """`a=1,b=2` → {"a": "1", "b": "2"} where the axes have these values; else the cure."""
+    """Return `a=1,b=2` → {"a": "1", "b": "2"} where the axes have these values; else the cure."""
     picks: dict[str, str] = {}
     while text:
         axis, _, rest = text.partition("=")

@@ -77,7 +77,7 @@ class Document:
         return _place(self.file, self.lines, item.line, item.column, item.end_line, item.end_column)
 
     def find(self, path: Sequence[Key]) -> tuple[Item, int]:
-        """The Item at `path`, or the nearest above it that exists; and how much of the path it covers."""
+        """Return the Item at `path`, or the nearest above it that exists; and how much of the path it covers."""
         item = self.root
         for depth, part in enumerate(path):
             child = child_of(item, part)
@@ -87,7 +87,7 @@ class Document:
         return item, len(path)
 
     def place_at(self, path: Sequence[Key], *, key: bool = False, part: str = "") -> Place:
-        """Where `path` stands, or the nearest above it that exists; with `key`, its key rather than its value.
+        """Return where `path` stands, or the nearest above it that exists; with `key`, its key rather than its value.
 
         `part` narrows the caret to that text inside a value written on one line, where it is found there.
         """
@@ -112,7 +112,7 @@ def child_of(item: Item, part: Key) -> Item | None:
 
 
 def to_python(item: Item) -> Json:
-    """The plain value; every alias expands to a value of its own."""
+    """Return the plain value; every alias expands to a value of its own."""
     value = item.value
     if isinstance(value, dict):
         return {key: to_python(child) for key, child in value.items()}
@@ -122,9 +122,9 @@ def to_python(item: Item) -> Json:
 
 
 def read_document(file: str, data: bytes) -> Document:
-    """Parses one YAML document whose top level is a map. `file` is what places call it.
+    """Parse one YAML document whose top level is a map. `file` is what places call it.
 
-    Raises ManifestError with every problem found; a syntax error ends the search.
+    Raise ManifestError with every problem found; a syntax error ends the search.
     """
     problems = Problems()
     text = _decode(file, data, problems)
@@ -144,9 +144,9 @@ def read_document(file: str, data: bytes) -> Document:
 
 
 def read_value(text: str) -> Json:
-    """One YAML value outside a manifest (`-p name={a: 1}`), under the same rules.
+    """Return one YAML value outside a manifest (`-p name={a: 1}`), under the same rules.
 
-    Raises ManifestError with places inside `text`.
+    Raise ManifestError with places inside `text`.
     """
     problems = Problems()
     text = _decode("-p", text.encode("utf-8", "surrogatepass"), problems)

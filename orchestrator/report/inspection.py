@@ -87,7 +87,7 @@ def _nodes_text(record: RunRecord) -> str:
 
 
 def log_lines(run: str, node: str | None, store: str | Path | None = None) -> Iterator[str]:
-    """What the nodes of a run printed, each attempt under its own heading."""
+    """Return what the nodes of a run printed, each attempt under its own heading."""
     for name, attempt, path in records.log_files(open_store(store).runs, run, node):
         yield f"── {name}" + (f", attempt {attempt}" if attempt > 1 else "")
         with path.open(encoding="utf-8", errors="replace") as lines:

@@ -51,7 +51,7 @@ class NodeCounter:
 
 
 def finished_text(event: NodeFinished) -> str:
-    """`✓ succeeded in 12.3 s, peak 240.0 MiB`; what went wrong is on further lines."""
+    """Return `✓ succeeded in 12.3 s, peak 240.0 MiB`; what went wrong is on further lines."""
     text = f"{MARKS.get(event.status, ' ')} {event.status}"
     if event.status == "succeeded" or event.seconds >= 0.01:
         text += f" in {elapsed(event.seconds)}"

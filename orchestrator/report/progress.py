@@ -81,7 +81,7 @@ class ProgressMeter:
 
 
 def amount(done: int, total: int | None, unit: str) -> str:
-    """`18.3/25.7 GB`, `3/5 prompts`: both in the unit of the larger."""
+    """Return `18.3/25.7 GB`, `3/5 prompts`: both in the unit of the larger."""
     if total is None:
         return quantity(done, unit)
     if unit != "B":
@@ -99,14 +99,14 @@ def quantity(number: float, unit: str) -> str:
 
 
 def duration(seconds: float) -> str:
-    """`0:24`, `1:02:03`."""
+    """Return `0:24`, `1:02:03`."""
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
 
 
 def elapsed(seconds: float) -> str:
-    """`0.42 s`, `12.3 s`, `1:02:03`."""
+    """Return `0.42 s`, `12.3 s`, `1:02:03`."""
     if seconds < 10:
         return f"{seconds:.2f} s"
     return f"{seconds:.1f} s" if seconds < 60 else duration(seconds)

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 
 def columns(rows: Sequence[tuple[str, ...]], gap: int = 2) -> str:
-    """Rows as left-aligned columns; the last one is not padded."""
+    """Return rows as left-aligned columns; the last one is not padded."""
     if not rows:
         return ""
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]) - 1)]
@@ -58,7 +58,7 @@ def totals(plan: Plan) -> str:
 
 
 def node_line(planned: PlannedNode, follows: str = "") -> str:
-    """One line: the reason, what it costs, whose files it takes as they are made, its gates."""
+    """Return one line: the reason, what it costs, whose files it takes as they are made, its gates."""
     if planned.action in (Action.CACHED, Action.SKIPPED):
         return "; ".join([planned.decision.reason, *gate_lines(planned)]).strip("; ")
     parts = [planned.decision.reason]
@@ -104,7 +104,7 @@ def _explanations(plan: Plan) -> list[str]:
 
 
 def plan_json(plan: Plan) -> dict[str, Json]:
-    """`bigpipe.plan/1`."""
+    """Return `bigpipe.plan/1`."""
     from bigpipe.machine import machine_as_json
 
     return {
@@ -147,7 +147,7 @@ def _planned_json(planned: PlannedNode) -> dict[str, Json]:
 
 
 def why_text(answers: Mapping[str, Mapping[str, Json]]) -> str:
-    """Per node, each change as `params.batch 4 → 3   (opt.yaml:6:28)`."""
+    """Return per node, each change as `params.batch 4 → 3   (opt.yaml:6:28)`."""
     blocks = []
     for name, answer in answers.items():
         lines = [f"{name}: {answer['action']}" + (f" ({answer['reason']})" if answer["reason"] else "")]
@@ -183,7 +183,7 @@ def result_table(result: RunResult) -> str:
 
 
 def results_text(result: RunResult, limit: int = 5) -> str:
-    """What a run made, for the eye: the first lines of every `results` artifact, then the table of nodes."""
+    """Return what a run made, for the eye: the first lines of every `results` artifact, then the table of nodes."""
     parts = []
     for name, state in result.nodes.items():
         path = result.path(name) if state.node.kind.output == "results" else None
@@ -193,7 +193,7 @@ def results_text(result: RunResult, limit: int = 5) -> str:
 
 
 def result_lines(path: Path, limit: int) -> list[str]:
-    """`prompt → text`, one line each, of a results file."""
+    """Return `prompt → text`, one line each, of a results file."""
     if not path.is_file():
         return []
     with path.open(encoding="utf-8") as lines:
@@ -207,7 +207,7 @@ def _flat(value: Json, limit: int = 100) -> str:
 
 
 def metrics_line(metrics: Mapping[str, Json], limit: int = 72) -> str:
-    """The scalar metrics as `shards 3, bytes 25.7 GB`."""
+    """Return the scalar metrics as `shards 3, bytes 25.7 GB`."""
     parts = []
     for key, value in metrics.items():
         if isinstance(value, bool | str) or value is None or isinstance(value, Mapping | list):
@@ -219,7 +219,7 @@ def metrics_line(metrics: Mapping[str, Json], limit: int = 72) -> str:
 
 
 def graph_text(recipe: Recipe, form: str = "text") -> str:
-    """The graph as indented text, mermaid or dot."""
+    """Return the graph as indented text, mermaid or dot."""
     edges = list(recipe.graph.edges)
     if form == "mermaid":
         ids = {name: f"n{index}" for index, name in enumerate(recipe.nodes)}

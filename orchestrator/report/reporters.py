@@ -128,7 +128,7 @@ def choose_reporter(
     environment: Mapping[str, str] | None = None,
     secrets: Iterable[str] = (),
 ) -> Tee:
-    """Live bars where `stream` is a terminal that can draw them, else plain lines; with `events`, also a file."""
+    """Return bars where `stream` is a terminal that can draw them, else plain lines; with `events`, also a file."""
     environment = os.environ if environment is None else environment
     reporters: list[Reporter] = []
     if stream.isatty() and environment.get("TERM", "") not in ("dumb", "unknown"):
@@ -143,7 +143,7 @@ def choose_reporter(
 
 
 def error_text(error: BigpipeError, environment: Mapping[str, str]) -> str:
-    """An error as a command prints it. Under GITHUB_ACTIONS each placed one is also an annotation of its line."""
+    """Return an error as a command prints it; under GITHUB_ACTIONS each placed one is an annotation of its line too."""
     if isinstance(error, ManifestError):
         lines = [str(error)]
         places = [(problem.place, f"{problem.cause}; {problem.cure}".rstrip("; ")) for problem in error.problems]
@@ -156,7 +156,7 @@ def error_text(error: BigpipeError, environment: Mapping[str, str]) -> str:
 
 
 def annotation(place: Place, message: str) -> str:
-    """GitHub's workflow command for an error at a place; newlines and separators escaped as its runner undoes them."""
+    """Return GitHub's workflow command for an error at a place, newlines and separators escaped as it undoes them."""
     file = _escape(place.file).replace(":", "%3A").replace(",", "%2C")
     return f"::error file={file},line={place.line},col={place.column}::{_escape(message)}"
 

@@ -53,12 +53,12 @@ class Artifact:
 
 
 def artifact_digest(files: Mapping[str, tuple[str, int]]) -> str:
-    """`sha256:…` of the sorted (relative path, sha256, size) of all files of a tree."""
+    """Return `sha256:…` of the sorted (relative path, sha256, size) of all files of a tree."""
     return digest_of("artifact", [[name, *files[name]] for name in sorted(files)])
 
 
 def load_artifact(layout: Layout, digest: str) -> Artifact | None:
-    """What is recorded of a tree; None where nothing is. A damaged record goes to quarantine. Raises BigpipeError."""
+    """Return what is recorded of a tree, or None. A damaged record goes to quarantine. Raise BigpipeError."""
     path = layout.artifact(digest)
     with explained(path):
         try:
@@ -92,7 +92,7 @@ MISSING, DAMAGED = "missing", "damaged"
 def examine(
     layout: Layout, entry: Entry, *, thorough: bool = False, progress: Callable[[int], None] | None = None
 ) -> Entry | str:
-    """The entry as it is now, its facts brought up to date where the bytes were read and right; MISSING or DAMAGED.
+    """Return the entry as it is now, its facts up to date where the bytes were read and right; or MISSING, or DAMAGED.
 
     The bytes are read where size, mtime, inode or ctime are not those recorded, or if `thorough`. An I/O error is
     raised as the OSError it is.
@@ -125,14 +125,14 @@ def _reexamine(path: str, entry: Entry, progress: Callable[[int], None] | None) 
 
 
 def link_target(name: str, entry: Entry) -> str:
-    """Where the link of a tree's file leads. Links to objects are relative, so that a store can be moved."""
+    """Return where the link of a tree's file leads. Links to objects are relative, so that a store can be moved."""
     if entry.reference is not None:
         return entry.reference
     return "../" * (name.count("/") + 2) + f"objects/{entry.sha256}"
 
 
 def tree_is_whole(layout: Layout, artifact: Artifact) -> bool:
-    """Does the tree hold exactly the links it must, and nothing else?"""
+    """Return whether the tree holds exactly the links it must, and nothing else."""
     tree = os.fspath(layout.tree(artifact.digest))
     found = 0
     pending = [""]
@@ -155,7 +155,7 @@ def tree_is_whole(layout: Layout, artifact: Artifact) -> bool:
 
 
 def place_tree(layout: Layout, artifact: Artifact, partial: Path) -> None:
-    """Makes the tree of links durably: built at `partial`, renamed to its place. A tree that is whole stays."""
+    """Make the tree of links durably: built at `partial`, renamed to its place. A tree that is whole stays."""
     if tree_is_whole(layout, artifact):
         sync_directory(layout.artifacts)  # whoever made it may not have come that far
         return
@@ -190,7 +190,7 @@ def _swap_in(layout: Layout, artifact: Artifact, partial: Path) -> None:
 
 
 def remove_tree(path: Path) -> None:
-    """Removes a file or a directory with all it holds; what links lead to stays. Gone already is fine."""
+    """Remove a file or a directory with all it holds; what links lead to stays. Gone already is fine."""
     if path.is_dir() and not path.is_symlink():
         for place, folders, names in os.walk(path, topdown=False):
             for name in names:

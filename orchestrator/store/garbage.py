@@ -52,9 +52,9 @@ class GcReport:
 
 
 def collect_garbage(layout: Layout, presence: Presence, locked: LockedDigests, *, dry_run: bool) -> GcReport:
-    """Frees all that no existing manifest or lock names.
+    """Free all that no existing manifest or lock names.
 
-    Raises Transient while another process uses the store, UsageError where a lock file cannot be read.
+    Raise Transient while another process uses the store, UsageError where a lock file cannot be read.
     """
     with explained(layout.root):
         if dry_run:

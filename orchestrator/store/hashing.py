@@ -20,11 +20,11 @@ _ENCODER = json.JSONEncoder(sort_keys=True, separators=(",", ":"), ensure_ascii=
 
 
 def canonical(value: Json) -> bytes:
-    """The one UTF-8 JSON text of a value: keys sorted, no spaces, tuples as lists.
+    """Return the one UTF-8 JSON text of a value: keys sorted, no spaces, tuples as lists.
 
     Different values have different texts: `1`, `1.0`, `true` and `"1"` stay apart.
 
-    Raises ValueError for NaN and infinities, TypeError for what JSON has no word for (maps with keys that are not
+    Raise ValueError for NaN and infinities, TypeError for what JSON has no word for (maps with keys that are not
     strings among them: `{1: …}` and `{"1": …}` would look the same).
     """
     _refuse_other_keys(value)
@@ -45,12 +45,12 @@ def _refuse_other_keys(value: Json) -> None:
 
 
 def digest_of(tag: str, value: Json) -> str:
-    """`sha256:…` of the canonical JSON of `[tag, value]`."""
+    """Return `sha256:…` of the canonical JSON of `[tag, value]`."""
     return "sha256:" + hashlib.sha256(canonical([tag, value])).hexdigest()
 
 
 def hex_of(digest: str) -> str:
-    """The 64 hex digits of `sha256:…`, safe as a file name. Raises ValueError for anything else."""
+    """Return the 64 hex digits of `sha256:…`, safe as a file name. Raise ValueError for anything else."""
     algorithm, _, digits = digest.partition(":")
     if algorithm != "sha256" or not is_hex(digits):
         raise ValueError(f"{digest!r} is not a digest such as sha256:0123…")
@@ -58,14 +58,14 @@ def hex_of(digest: str) -> str:
 
 
 def is_hex(text: str) -> bool:
-    """Is it a sha256 as 64 lowercase hex digits?"""
+    """Return whether it is a sha256 as 64 lowercase hex digits."""
     return len(text) == 64 and not text.strip("0123456789abcdef")
 
 
 def hash_file(path: Path, progress: Callable[[int], None] | None = None) -> str:
-    """The sha256 of a file's bytes in hex. `progress` is called with the number of bytes of each piece.
+    """Return the sha256 of a file's bytes in hex. `progress` is called with the number of bytes of each piece.
 
-    Raises OSError; never takes an I/O error for an end of file.
+    Raise OSError; never takes an I/O error for an end of file.
     """
     descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     try:
@@ -75,7 +75,7 @@ def hash_file(path: Path, progress: Callable[[int], None] | None = None) -> str:
 
 
 def hash_descriptor(descriptor: int, progress: Callable[[int], None] | None = None) -> str:
-    """Like `hash_file`, from the current position of an open file to its end."""
+    """Return what `hash_file` does, from the current position of an open file to its end."""
     state = hashlib.sha256()
     buffer = memoryview(bytearray(min(CHUNK, max(1, os.fstat(descriptor).st_size))))
     while count := os.readv(descriptor, [buffer]):

@@ -50,9 +50,9 @@ class KeyRecord(BaseModel):
 
 
 def load_record(layout: Layout, key: str) -> KeyRecord | None:
-    """The record of a key; None where there is none. A damaged one goes to quarantine and is none.
+    """Return the record of a key; None where there is none. A damaged one goes to quarantine and is none.
 
-    Raises BigpipeError where the file system fails.
+    Raise BigpipeError where the file system fails.
     """
     path = layout.key(key)
     with explained(path):
@@ -70,14 +70,14 @@ def load_record(layout: Layout, key: str) -> KeyRecord | None:
 
 
 def save_record(layout: Layout, record: KeyRecord) -> None:
-    """Says durably that the computation is done; everything it names must be durable before."""
+    """Say durably that the computation is done; everything it names must be durable before."""
     make_directory(layout.partials)
     layout.partial(record.partial).touch()
     write_sealed(layout.key(record.key), record.as_json())
 
 
 def all_records(layout: Layout) -> Iterator[KeyRecord]:
-    """Every readable record, in the order of their keys."""
+    """Return every readable record, in the order of their keys."""
     for name in sealed_names(layout.keys):
         record = load_record(layout, f"sha256:{name}")
         if record is not None:
@@ -85,7 +85,7 @@ def all_records(layout: Layout) -> Iterator[KeyRecord]:
 
 
 def sealed_names(folder: os.PathLike[str]) -> list[str]:
-    """The hex names of the `HEX.json` files in a directory of the store, sorted."""
+    """Return the hex names of the `HEX.json` files in a directory of the store, sorted."""
     try:
         names = os.listdir(folder)
     except FileNotFoundError:

@@ -76,7 +76,7 @@ class Layout:
         return self.locks / f"{hex_of(key)}.lock"
 
     def set_aside(self, path: Path) -> Path | None:
-        """Moves a damaged file or tree to quarantine, where `gc` frees it. None: another process did it first."""
+        """Move a damaged file or tree to quarantine, where `gc` frees it. None: another process did it first."""
         make_directory(self.quarantine)
         place = self.quarantine / f"{path.name}.{os.getpid()}.{next(_serial)}"
         while os.path.lexists(place):

@@ -8,7 +8,7 @@ from pathlib import Path
 
 
 def default_root(environment: Mapping[str, str] | None = None) -> Path:
-    """`$BIGPIPE_HOME`, else `bigpipe` in the XDG cache directory."""
+    """Return `$BIGPIPE_HOME`, else `bigpipe` in the XDG cache directory."""
     environment = os.environ if environment is None else environment
     if home := environment.get("BIGPIPE_HOME"):
         return Path(home).expanduser().absolute()
@@ -17,5 +17,5 @@ def default_root(environment: Mapping[str, str] | None = None) -> Path:
 
 
 def memo_directory(store: str | Path | None = None) -> Path:
-    """Where a store keeps answers that are dear to get."""
+    """Return where a store keeps answers that are dear to get."""
     return (Path(store).absolute() if store else default_root()) / "memo"

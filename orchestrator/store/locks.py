@@ -39,7 +39,7 @@ class StoreLock:
         return self._descriptor is not None
 
     def try_acquire(self) -> bool:
-        """Takes the lock if it is free. Raises UsageError where the file system has no locks."""
+        """Take the lock if it is free. Raise UsageError where the file system has no locks."""
         with explained(self.path):
             make_directory(self.path.parent, durable=False)
             while True:
@@ -79,9 +79,9 @@ class StoreLock:
     def acquire(
         self, cancelled: threading.Event | None = None, waiting: Callable[[str], None] | None = None, holder: str = ""
     ) -> None:
-        """Takes the lock, waiting as long as it is held. `waiting` hears once who holds it.
+        """Take the lock, waiting as long as it is held. `waiting` hears once who holds it.
 
-        Raises Interrupted when `cancelled` is set meanwhile.
+        Raise Interrupted when `cancelled` is set meanwhile.
         """
         told = False
         while not self.try_acquire():
@@ -94,7 +94,7 @@ class StoreLock:
                 raise Interrupted("stopped while waiting for another run", "run the same command again")
 
     def holder(self) -> str:
-        """Who says to hold the lock: `process 4242 on host`."""
+        """Return who says to hold the lock: `process 4242 on host`."""
         with suppress(OSError):
             return self.path.read_text(errors="replace")[:SIGN].strip() or "another process"
         return "another process"
@@ -124,7 +124,7 @@ def _is_at(descriptor: int, path: Path) -> bool:
 
 
 def keeps_out(path: Path) -> bool:
-    """Is a lock held on `path` refused to others, as it must? Some network file systems accept every lock and keep
+    """Return whether a lock held on `path` is refused to others. Some network file systems accept every lock and keep
     none."""
     second = StoreLock(path)
     taken = second.try_acquire()

@@ -43,7 +43,7 @@ class StatMemo:
         self._known: dict[str, tuple[Fingerprint, str]] | None = None
 
     def sha256(self, path: str | Path, progress: Callable[[int], None] | None = None) -> str:
-        """The sha256 in hex of a regular file, read only where `stat` says it may have changed. Raises OSError."""
+        """Return the hex sha256 of a regular file, read only where `stat` says it may have changed. Raise OSError."""
         facts = os.stat(path)
         name = os.path.abspath(path)
         found = self._entries().get(name)

@@ -31,8 +31,8 @@ class Presence:
         """False where the file system accepts every lock and keeps none: work is then not shared."""
 
     def enter(self) -> Path:
-        """Where the folder of this process is, or will be. The first call removes what dead processes left, and waits
-        for a running `gc`."""
+        """Return the folder of this process, which need not be there. The first call removes what dead
+        processes left, and waits for a running `gc`."""
         with self._guard:
             if self._folder is None or self._process != os.getpid():  # a forked child is somebody else
                 self._folder, self._process = self._enter(), os.getpid()
@@ -53,7 +53,7 @@ class Presence:
         return tmp / name
 
     def temporary(self) -> Path:
-        """A path in the folder, which is there from now on, that nothing stands at."""
+        """Return a path in the folder, which is there from now on, that nothing stands at."""
         folder = self.enter()
         make_directory(folder, durable=False)
         return folder / str(next(self._serial))
@@ -68,13 +68,13 @@ class Presence:
             self._folder = self._lock = None
 
     def alone(self) -> bool:
-        """Is no other living process present? Where locks do not work nobody can know, and the answer is no."""
+        """Return whether no other living process is present. Where locks do not work nobody can know: False."""
         own = self.enter().name
         return self.locks_work and not _others(self._layout, own)
 
 
 def anybody(layout: Layout) -> bool:
-    """Is any living process present?"""
+    """Return whether any living process is present."""
     return layout.tmp.is_dir() and _others(layout, "")
 
 

@@ -59,7 +59,7 @@ class Publisher:
         self.memo = memo
 
     def publish(self, record: KeyRecord, out: Path, known: Known) -> KeyRecord:
-        """See the module. `out` is taken apart. Returns the record with `digest` and `files`."""
+        """See the module. `out` is taken apart. Return the record with `digest` and `files`."""
         if not record.artifact_type:
             with explained(self.layout.keys):
                 save_record(self.layout, record)
@@ -89,7 +89,7 @@ class Publisher:
         return working.parent == self.layout.work and is_hex(working.name)
 
     def resume(self, working: Path) -> KeyRecord | None:
-        """Finishes what a run that died had begun to publish from this work folder; None where there is nothing.
+        """Finish what a run that died had begun to publish from this work folder; None where there is nothing.
 
         A journal that does not hold (a disk that lost what it had synced) is dropped together with what it is about.
         """
@@ -187,7 +187,7 @@ def _still(path: Path) -> None:
 
 
 def record_forgone(layout: Layout, record: KeyRecord, files: Mapping[str, tuple[str, int]]) -> KeyRecord:
-    """Records an artifact of which no bytes are kept. One of the same digest that is there stays as it is."""
+    """Record an artifact of which no bytes are kept. One of the same digest that is there stays as it is."""
     digest = artifact_digest(files)
     record = record.model_copy(
         update={
@@ -225,7 +225,7 @@ class Collector:
         self._hashed: dict[str, str] = {}
 
     def collect(self) -> dict[str, Origin]:
-        """Relative path → source, sorted. Empty directories are no part of an artifact. Raises StageFailed, OSError."""
+        """Return relative path → origin, sorted. Empty directories are not part of it. Raise StageFailed, OSError."""
         sources = {name: self._source(name) for name in sorted(self._names())}
         for name in self.known:
             if name not in sources:
@@ -306,7 +306,7 @@ def _is_below(path: str, folder: str) -> bool:
 
 
 def write_journal(working: Path, record: KeyRecord, sources: Mapping[str, Origin]) -> None:
-    """Notes durably what is about to be published. Directories of `out` are synced first: the names must be there."""
+    """Note durably what is about to be published. Directories of `out` are synced first: the names must be there."""
     for place, _, _ in os.walk(working / "out"):
         sync_directory(Path(place))
     data = {
@@ -317,7 +317,7 @@ def write_journal(working: Path, record: KeyRecord, sources: Mapping[str, Origin
 
 
 def read_journal(working: Path) -> tuple[KeyRecord, dict[str, Origin]]:
-    """Raises FileNotFoundError where there is none, Damaged."""
+    """Raise FileNotFoundError where there is none, Damaged."""
     data = read_sealed(working / JOURNAL)
     try:
         record = KeyRecord.model_validate(data["record"])

@@ -21,10 +21,10 @@ from .sealing import Damaged, explained, read_sealed, write_sealed
 
 
 def release(layout: Layout, presence: Presence, digest: str, key: str | None) -> int:
-    """Notes that `key` (None: whoever has it) does not need the bytes kept, and frees what can be freed now.
+    """Note that `key` (None: whoever has it) does not need the bytes kept, and free what can be freed now.
 
     The bytes go once every record of this artifact has released it and no other process is in the store, which may be
-    about to read them; else the next to leave or enter does it. Returns the bytes freed.
+    about to read them; else the next to leave or enter does it. Return the bytes freed.
     """
     with explained(layout.released), StoreLock(layout.locks / "released"):
         keys = {item.key for item in all_records(layout) if item.digest == digest} if key is None else {key}
@@ -33,7 +33,7 @@ def release(layout: Layout, presence: Presence, digest: str, key: str | None) ->
 
 
 def keep_again(layout: Layout, digest: str, key: str) -> None:
-    """The artifact is published anew: whatever `key` released before counts no more. Under the lock of `objects`, so
+    """The artifact is published anew: what `key` released before counts no more. Under the lock of `objects`, so
     that no `sweep` comes between."""
     if not layout.release(digest).exists():
         return
@@ -53,7 +53,7 @@ def _released_by(layout: Layout, digest: str) -> set[str]:
 
 
 def sweep(layout: Layout, presence: Presence) -> int:
-    """Frees what was released and nobody needs. Returns bytes."""
+    """Free what was released and nobody needs. Return the bytes freed."""
     names = sealed_names(layout.released)
     if not names:
         return 0
@@ -88,7 +88,7 @@ def _drop(layout: Layout, digest: str) -> int:
 
 
 def held_objects(layout: Layout, digests: Iterable[str]) -> set[str]:
-    """The objects that these artifacts hold."""
+    """Return the objects that these artifacts hold."""
     held: set[str] = set()
     for digest in digests:
         artifact = load_artifact(layout, digest)
@@ -98,7 +98,7 @@ def held_objects(layout: Layout, digests: Iterable[str]) -> set[str]:
 
 
 def unlink(path: Path) -> int:
-    """Bytes freed; nothing there is nothing freed."""
+    """Return the bytes freed: 0 where nothing is there."""
     with suppress(FileNotFoundError):
         size = os.lstat(path).st_size
         path.unlink()

@@ -34,7 +34,7 @@ class Root:
 
     @property
     def exists(self) -> bool:
-        """Is the manifest or its lock file still there?"""
+        """Whether the manifest or its lock file is still there."""
         return any(path is not None and os.path.exists(path) for path in (self.manifest, self.lock))
 
     @property
@@ -47,7 +47,7 @@ def root_path(layout: Layout, manifest: Path) -> Path:
 
 
 def load_root(layout: Layout, path: Path) -> Root | None:
-    """None where there is none; a damaged one goes to quarantine."""
+    """Return None where there is none; a damaged one goes to quarantine."""
     with explained(path):
         try:
             return Root(**read_sealed(path))
@@ -67,7 +67,7 @@ def all_roots(layout: Layout) -> Iterator[tuple[Path, Root]]:
 
 
 def remember(layout: Layout, manifest: Path, lock: Path | None, name: str, nodes: Mapping[str, str]) -> None:
-    """Merges nodes → keys into the root of a manifest. A key without a record counts as begun."""
+    """Merge nodes → keys into the root of a manifest. A key without a record counts as begun."""
     path = root_path(layout, manifest)
     with explained(path):
         old = load_root(layout, path)

@@ -37,13 +37,13 @@ _HEAD, _MIDDLE, _TAIL = b'{"sha256": "', b'", "record":\n', b"\n}\n"
 
 
 def seal(value: Json) -> bytes:
-    """A JSON document that holds `value` on a line of its own and the sha256 of that line."""
+    """Return a JSON document that holds `value` on a line of its own and the sha256 of that line."""
     body = json.dumps(value, separators=(",", ":")).encode()
     return _HEAD + hashlib.sha256(body).hexdigest().encode() + _MIDDLE + body + _TAIL
 
 
 def unseal(data: bytes) -> Json:
-    """The inverse of `seal`. Raises Damaged where any byte has changed."""
+    """Return the inverse of `seal`. Raise Damaged where any byte has changed."""
     start = len(_HEAD) + 64
     body = data[start + len(_MIDDLE) : -len(_TAIL)]
     expected = _HEAD + hashlib.sha256(body).hexdigest().encode() + _MIDDLE
@@ -53,13 +53,13 @@ def unseal(data: bytes) -> Json:
 
 
 def write_sealed(path: Path, value: Json) -> None:
-    """Writes a record durably, in a directory that is made where it is missing."""
+    """Write a record durably, in a directory that is made where it is missing."""
     make_directory(path.parent)
     files.write_file(path, seal(value), mode=0o600)
 
 
 def read_sealed(path: Path) -> Json:
-    """The value sealed in a file. Raises Damaged, or OSError (a missing file and an I/O error among them)."""
+    """Return the value sealed in a file. Raise Damaged, or OSError (a missing file and an I/O error among them)."""
     descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     try:
         pieces = []

@@ -62,7 +62,7 @@ class Work:
         return self.folder / "scratch"
 
     def become(self, other: Work) -> None:
-        """What is here takes the place of what is there. Both must be held. After a crash a folder may be missing."""
+        """Put what is here in the place of what is there. Both must be held. After a crash a folder may be missing."""
         with explained(self.folder):
             for old, new in ((self.out, other.out), (self.scratch, other.scratch)):
                 if old.is_dir():
@@ -70,7 +70,7 @@ class Work:
                     move(old, new)
 
     def done(self) -> None:
-        """Removes both: what was to be kept is published."""
+        """Remove both: what was to be kept is published."""
         with explained(self.folder):
             remove_tree(self.folder)
 
@@ -119,7 +119,7 @@ class Store:
         return self.layout.runs
 
     def on_disk_of(self, place: Path) -> bool:
-        """Do the bytes there and the store's lie on one file system? Neither need exist yet."""
+        """Return whether the bytes there and the store's lie on one file system. Neither need exist yet."""
         return _device(place) == _device(self.root)
 
     @property
@@ -129,20 +129,20 @@ class Store:
         return self._presence.locks_work
 
     def find(self, key: str) -> KeyRecord | None:
-        """The record of a key. One small read; a damaged record goes to quarantine and is none."""
+        """Return the record of a key. One small read; a damaged record goes to quarantine and is none."""
         return load_record(self.layout, key)
 
     def with_partial(self, partial: str) -> bool:
-        """Does any record share the key with the input digests left out?"""
+        """Return whether any record shares the key with the input digests left out."""
         return os.path.exists(self.layout.partial(partial))
 
     def artifact_path(self, digest: str) -> Path:
-        """The directory of an artifact: links, to be read as it is."""
+        """Return the directory of an artifact: links, to be read as it is."""
         return self.layout.tree(digest)
 
     def intact(self, record: KeyRecord) -> bool:
-        """Are the bytes of a record there, unchanged? Trusts size, mtime, inode and ctime where all are as recorded,
-        else reads. A changed object goes to quarantine; a damaged tree is rebuilt."""
+        """Return whether the bytes of a record are there, unchanged. Size, mtime, inode and ctime are trusted
+        where all are as recorded, else it is read. A changed object goes to quarantine; a damaged tree is rebuilt."""
         if record.digest is None:
             return True
         with explained(self.layout.tree(record.digest)):
@@ -170,7 +170,7 @@ class Store:
             self.layout.set_aside(self.layout.object(entry.sha256))
 
     def enter(self) -> None:
-        """Says that this process is going to read what it found: from now on nobody else frees it. Whoever wants to run
+        """Say that this process is going to read what it found: from now on nobody else frees it. Whoever wants to run
         anything calls it before it looks for hits; `lock` and `publish` imply it. Also tidies up after dead runs."""
         self._presence.enter()
         if not self._tidied.is_set():
@@ -202,18 +202,18 @@ class Store:
         return Publisher(self.layout, self._presence.temporary, StatMemo(self.layout.memo))
 
     def publish(self, record: KeyRecord, out: Path, known: Known | None = None) -> KeyRecord:
-        """Moves what `out` holds into the store and records it, durably, in this order. `out` is taken apart.
+        """Move what `out` holds into the store and record it, durably, in this order. `out` is taken apart.
 
         Links in `out` that lead out of the store are kept as references, those into it share the object; `known` holds
-        what the stage has hashed itself: it is not read again. Returns the record with `digest` and `files`.
+        what the stage has hashed itself: it is not read again. Return the record with `digest` and `files`.
 
-        Raises StageFailed for what an artifact cannot hold (links to nothing or to directories, sockets…).
+        Raise StageFailed for what an artifact cannot hold (links to nothing or to directories, sockets…).
         """
         self.enter()
         return self._publisher().publish(record, out, known or {})
 
     def publish_forgone(self, record: KeyRecord, files: Mapping[str, tuple[str, int]]) -> KeyRecord:
-        """Records an artifact whose bytes were let go while it was made, as `publish` and `drop` after it would.
+        """Record an artifact whose bytes were let go while it was made, as `publish` and `drop` after it would.
 
         files: relative path → (sha256 in hex, size) of all its files.
         """
@@ -223,11 +223,11 @@ class Store:
         return record
 
     def temporary(self) -> Path:
-        """A path that nothing stands at, on the store's file system; what is put there goes with this process."""
+        """Return a free path on the store's file system; what is put there goes with this process."""
         return self._presence.temporary()
 
     def resume_work(self, key: str, work: Work) -> None:
-        """Goes on with what was done under another key, where nothing has been done under this one."""
+        """Go on with what was done under another key, where nothing has been done under this one."""
         folder = self.layout.working(key)
         if not folder.is_dir() or any(os.scandir(work.out)):
             return
@@ -248,10 +248,10 @@ class Store:
         cancelled: threading.Event | None = None,
         waiting: Callable[[str], None] | None = None,
     ) -> Iterator[Work]:
-        """Holds the right to do the work of a key. Whoever waited for another run must `find` the key once more.
+        """Hold the right to do the work of a key. Whoever waited for another run must `find` the key once more.
 
         Waits for another run that holds it, then for workers that outlived such a run; `waiting` hears who that is.
-        Frees itself when this process dies. Raises Interrupted when `cancelled` is set meanwhile.
+        Frees itself when this process dies. Raise Interrupted when `cancelled` is set meanwhile.
         """
         self.enter()
         lock = StoreLock(self.layout.working_lock(key))
@@ -280,18 +280,18 @@ class Store:
         return folder.with_name(f"{folder.name}.{self._presence.enter().name}.{threading.get_ident()}")
 
     def drop(self, digest: str, key: str | None = None) -> int:
-        """Lets the bytes of an artifact go that `key` (None: every record of it) does not need kept. Its digest stays
+        """Let the bytes of an artifact go that `key` (None: every record of it) does not need kept. Its digest stays
         recorded. Bytes that another artifact holds stay; so does everything while another process uses the store: the
-        last of them frees it. Returns the bytes freed."""
+        last of them frees it. Return the bytes freed."""
         return release(self.layout, self._presence, digest, key)
 
     def remember(self, recipe_path: Path, lock_path: Path | None, name: str, node_keys: Mapping[str, str]) -> None:
-        """Keeps these keys from `gc` as long as the manifest or its lock file exists; nodes are merged into what is
+        """Keep these keys from `gc` as long as the manifest or its lock file exists; nodes are merged into what is
         known. A key may be given before it has a record: its unfinished work is then kept."""
         remember(self.layout, recipe_path, lock_path, name, node_keys)
 
     def last_keys(self, manifest: Path, name: str) -> dict[str, str]:
-        """Node → the key of its last record under this manifest path, else under the latest manifest of this name."""
+        """Return node → the key of its last record under this manifest path, else the latest manifest of this name."""
         keys: dict[str, str] = {}
         for root in sorted((root for _, root in all_roots(self.layout) if root.name == name), key=lambda r: r.serial):
             keys |= root.nodes
@@ -299,7 +299,7 @@ class Store:
         return {**keys, **own.nodes} if own else keys
 
     def history(self, manifest: Path, name: str, node: str) -> list[KeyRecord]:
-        """The node's latest records that are still there, oldest first; found as `last` finds it."""
+        """Return the node's latest records that are still there, oldest first; found as `last` finds it."""
         root = self._root(manifest, name, node)
         keys = root.history.get(node, []) if root else []
         return [record for key in keys if (record := self.find(key)) is not None]
@@ -312,14 +312,14 @@ class Store:
         return max(named, key=lambda item: item.serial, default=None)
 
     def gc(self, locked: LockedDigests, *, dry_run: bool = False) -> GcReport:
-        """Frees all that no existing manifest names, nor lock file, which `locked` reads. Raises Transient while
+        """Free all that no existing manifest names, nor lock file, which `locked` reads. Raise Transient while
         another run uses the store."""
         from .garbage import collect_garbage
 
         return collect_garbage(self.layout, self._presence, locked, dry_run=dry_run)
 
     def verify(self, *, repair: bool = False, progress: Callable[[int, int], None] | None = None) -> VerifyReport:
-        """Reads every byte. `repair` sets aside what is damaged, so that the next run makes it again."""
+        """Read every byte. `repair` sets aside what is damaged, so that the next run makes it again."""
         from .verify import verify
 
         with suppress(BigpipeError):  # a store on a read-only file system can be verified too
@@ -327,7 +327,7 @@ class Store:
         return verify(self.layout, self._presence.temporary, repair=repair, progress=progress)
 
     def ls(self) -> list[ArtifactEntry]:
-        """Every artifact, newest record first."""
+        """Return every artifact, newest record first."""
         newest: dict[str, KeyRecord] = {}
         with explained(self.layout.artifacts):
             for record in sorted(all_records(self.layout), key=lambda item: item.created):
@@ -357,7 +357,7 @@ class Store:
         )
 
     def close(self) -> None:
-        """Leaves the store: frees what was released meanwhile, removes temporary files. It may be used again."""
+        """Leave the store: free what was released meanwhile, remove temporary files. It may be used again."""
         if self._tidied.is_set():
             sweep(self.layout, self._presence)
             self._tidied.clear()

@@ -62,7 +62,7 @@ def verify(
     repair: bool,
     progress: Callable[[int, int], None] | None = None,
 ) -> VerifyReport:
-    """Hashes every object and every referenced file, and checks every tree and record.
+    """Hash every object and every referenced file, and check every tree and record.
 
     `repair` moves what is damaged to quarantine, rebuilds trees, and takes artifacts whose bytes are gone for absent,
     so that the next run makes them again. What cannot be read is reported and left alone. `progress` hears
