@@ -12,7 +12,7 @@ from bigpipe.bigmodel.checkpoint.description import ModelDescription, describe_c
 from bigpipe.bigmodel.execution.homes import as_placement
 from bigpipe.bigmodel.execution.loading import TOTAL_SHARE, fits_widened
 from bigpipe.bigmodel.formats import computable
-from bigpipe.bigmodel.inference import RESULTS, compute_share, merge_results, plan_work, split
+from bigpipe.bigmodel.inference import RESULTS, assign, chunked, compute_share, merge_results, plan_work
 from bigpipe.bigmodel.placement import Placement
 from bigpipe.bigmodel.tasks import TASKS, Answerer, TaskOptions, find_task, read_prompts
 from bigpipe.fit import Cure, lacking
@@ -59,14 +59,13 @@ def forecast(params: InferParams, ctx: ForecastContext) -> Forecast:
         rows = read_prompts(params.prompts, params.column, ctx.base)
     except UsageError as error:
         return Forecast(unknown=(error.cause,))
-    ranks = ctx.launch.num_processes
-    batches = -(-len(rows) // params.batch_size)
-    counts = [len(_share(len(rows), params.batch_size, rank, ranks)) for rank in range(ranks)]
+    ranks, batches = ctx.launch.num_processes, chunked(rows, params.batch_size)
+    counts = [sum(len(batches[batch]) for batch in share) for share in assign(range(len(batches)), ranks)]
     placed = ctx.input("placement")
     placement = placed.output if placed is not None and isinstance(placed.output, Placement) else None
     fits = placed is None or not placed.misfits  # else that is said where it is placed
     spread = f" ({' + '.join(map(str, counts))})" if 1 < ranks <= 8 else ""
-    work = f"{_count(len(rows), 'prompt')} in {_count(batches, 'batch', 'es')} over {_count(ranks, 'rank')}"
+    work = f"{_count(len(rows), 'prompt')} in {_count(len(batches), 'batch', 'es')} over {_count(ranks, 'rank')}"
     return Forecast(
         download_bytes=0,
         ram=_ram(params, ctx, placement),
@@ -79,12 +78,6 @@ def forecast(params: InferParams, ctx: ForecastContext) -> Forecast:
 
 def _count(number: int, noun: str, ending: str = "s") -> str:
     return f"{number} {noun}{ending if number != 1 else ''}"
-
-
-def _share(rows: int, batch_size: int, rank: int, ranks: int) -> range:
-    """Rows of one rank."""
-    first, last = split(-(-rows // batch_size), rank, ranks)
-    return range(min(rows, first * batch_size), min(rows, last * batch_size))
 
 
 def _ram(params: InferParams, ctx: ForecastContext, placement: Placement | None) -> int | None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING
 
-from bigpipe.bigmodel.placement import Device, Placement
+from bigpipe.bigmodel.placement import Placement, one_device
 from bigpipe.errors import DoesNotFit, UsageError
 
 if TYPE_CHECKING:
@@ -81,19 +81,5 @@ def as_placement(placement: Placement | DeviceMap | None) -> Placement:
             f"pass bigpipe.place(…, device_map={placement!r}) for a mode, or a map such as {{'': 'disk'}}",
         )
     written = {"": "cpu"} if placement is None else placement
-    device_map = {name: _device(home) for name, home in written.items()}
+    device_map = {name: one_device(home) for name, home in written.items()}
     return Placement(device_map=device_map, weights={}, max_memory={}, strategy="custom")
-
-
-def _device(device: int | str) -> Device:
-    """Accepts what device maps are written with: 0, "0", "cuda:0", "cuda", "cpu", "disk"."""
-    if isinstance(device, int) and not isinstance(device, bool) and device >= 0:
-        return device
-    text = str(device).removeprefix("cuda:")
-    if text in ("cpu", "disk"):
-        return "cpu" if text == "cpu" else "disk"
-    if text == "cuda":
-        return 0
-    if text.isdecimal():
-        return int(text)
-    raise UsageError(f"{device!r} is not a device", "use a GPU's number, cpu or disk")

@@ -9,11 +9,11 @@ the same batches form, and the same bits come out, on any number of ranks.
 """
 
 from .merging import RESULTS, Summary, merge_results
-from .recordlog import Record, RecordLog, read_log
+from .recordlog import Record, read_log
 from .working import compute_share
-from .workplan import WorkPlan, assign, plan_work, split
+from .workplan import WorkPlan, assign, chunked, plan_work, split
 
 __all__ = [
-    "RESULTS", "Record", "RecordLog", "Summary", "WorkPlan", "assign", "compute_share", "merge_results", "plan_work",
+    "RESULTS", "Record", "Summary", "WorkPlan", "assign", "chunked", "compute_share", "merge_results", "plan_work",
     "read_log", "split",
 ]  # fmt: skip

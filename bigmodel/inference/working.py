@@ -12,7 +12,7 @@ from bigpipe.bigmodel.tasks import Answer, Answerer, Row
 from bigpipe.errors import BigpipeError, DoesNotFit, StageFailed
 from bigpipe.files import write_file
 
-from .recordlog import LOG, Record, RecordLog, check_errors
+from .recordlog import LOG, Record, append, check_errors, open_log
 from .workplan import WorkPlan
 
 PEAKS = "peaks.json"
@@ -49,10 +49,10 @@ def compute_share(
     answerer = bind()
     failed: list[Record] = []
     own = folder / f"rank-{rank}"
-    with RecordLog(own / LOG) as records_log:
+    with open_log(own / LOG) as records_log:
         for chunk in chunks:
-            records = _compute(answerer, plan.chunks[chunk], chunk, log)
-            records_log.append(records)
+            records = _compute(answerer, plan.chunks[chunk], log)
+            append(records_log, records)
             write_file(own / PEAKS, json.dumps(_peaks()), durable=False)
             failed += [record for record in records if record.failed]
             check_errors(failed, max_errors)
@@ -60,12 +60,12 @@ def compute_share(
             progress(done, total)
 
 
-def _compute(answerer: Answerer, batch: Sequence[Row], chunk: int, log: Callable[[str], None]) -> list[Record]:
+def _compute(answerer: Answerer, batch: Sequence[Row], log: Callable[[str], None]) -> list[Record]:
     started = time.monotonic()
     answers = answer_batch(answerer, batch, log)
     seconds = (time.monotonic() - started) / len(batch)
     return [
-        Record(row.index, row.digest, chunk, answer.payload, answer.tokens, seconds)
+        Record(row.index, row.digest, answer.payload, answer.tokens, round(seconds, 6))
         for row, answer in zip(batch, answers, strict=True)
     ]
 

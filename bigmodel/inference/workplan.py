@@ -54,6 +54,7 @@ def plan_work(folder: Path, rows: list[Row], *, batch_size: int, ranks: int, pad
 
 
 def chunked(rows: list[Row], batch_size: int) -> list[list[Row]]:
+    """Return the chunks, whatever the ranks: `batch_size` rows each, in their order."""
     return [rows[start : start + batch_size] for start in range(0, len(rows), batch_size)]
 
 

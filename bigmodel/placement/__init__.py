@@ -16,7 +16,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from .devices import Device as Device, devices_of as devices_of
+    from .devices import Device as Device, devices_of as devices_of, one_device as one_device
     from .fitting import find_misfits as find_misfits
     from .models import place as place, place_model as place_model
     from .request import PlacementRequest as PlacementRequest
@@ -31,6 +31,7 @@ _FACE = {
     "Speeds": "speeds",
     "devices_of": "devices",
     "find_misfits": "fitting",
+    "one_device": "devices",
     "place": "models",
     "place_architecture": "strategies",
     "place_model": "models",

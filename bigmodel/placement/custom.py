@@ -7,7 +7,7 @@ from collections.abc import Mapping
 
 from bigpipe.errors import UsageError
 
-from .devices import Device, devices_of
+from .devices import Device, one_device
 from .tree import Tree, prefixes
 
 _SHOWN = 8
@@ -15,7 +15,7 @@ _SHOWN = 8
 
 def read_device_map(tree: Tree, device_map: Mapping[str, int | str]) -> dict[str, Device]:
     """The map with its devices checked. Raises UsageError on unknown names, and listing all that is not covered."""
-    devices = {name: _one_device(name, device) for name, device in device_map.items()}
+    devices = {name: one_device(device) for name, device in device_map.items()}
     known = {part for tensor in tree.tensors for part in prefixes(tensor)}
     known.update(module.name for module in tree.architecture.modules)
     unknown = [name for name in devices if name not in known]
@@ -31,13 +31,6 @@ def read_device_map(tree: Tree, device_map: Mapping[str, int | str]) -> dict[str
             'add them, or give everything that is not listed a device with the key ""',
         )
     return devices
-
-
-def _one_device(name: str, device: int | str) -> Device:
-    found = devices_of(device)
-    if len(found) != 1:
-        raise UsageError(f"device_map of {name!r}: {device!r} is more than one device", "give one GPU, cpu or disk")
-    return found[0]
 
 
 def _uncovered(tree: Tree, devices: Mapping[str, Device]) -> list[str]:

@@ -56,3 +56,12 @@ def devices_of(key: int | str) -> list[Device]:
     if not first <= last < _MOST_GPUS:
         raise UsageError(f"{key!r} is not a range of GPUs", "give the lower number first: 1-7")
     return list(range(first, last + 1))
+
+
+def one_device(key: int | str) -> Device:
+    """Return the device that an entry of a device map names; torch's `cuda` and `cuda:0` are understood too."""
+    text = str(key).removeprefix("cuda:")
+    found = devices_of(0 if text == "cuda" else text)
+    if len(found) != 1:
+        raise UsageError(f"{key!r} is more than one device", "give one GPU, cpu or disk")
+    return found[0]

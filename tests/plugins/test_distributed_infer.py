@@ -94,8 +94,7 @@ def test_any_number_of_ranks_gives_the_same_bytes(tmp_path: Path, model: Path, b
 
 
 def rank_shares(ctx: StageContext) -> list[list[int]]:
-    logs = sorted(ctx.scratch.glob("rank-*/records.jsonl"))
-    return [[json.loads(line)["id"][0] for line in log.read_text().splitlines()] for log in logs]
+    return [[record.index for record in read_log(log)] for log in sorted(ctx.scratch.glob("rank-*/records.jsonl"))]
 
 
 def test_every_rank_says_what_it_has_to_do_before_it_begins(tmp_path: Path, model: Path) -> None:
