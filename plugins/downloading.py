@@ -267,7 +267,7 @@ def _from_hub(params: DownloadParams, ctx: StageContext) -> tuple[str, int, File
     def report(done: int, total: int, task: str) -> None:
         ctx.progress(done, total, task=task)
 
-    weights = may_pass(file.path for file in chosen) if ctx.outlet else []
+    weights = may_pass(file.path for file in chosen) if ctx.outlet.waited_for else []
     snapshot = fetch(
         repository, [file for file in chosen if file.path not in weights], hub=hub, memo=ctx.memo, report=report
     )
@@ -278,8 +278,7 @@ def _from_hub(params: DownloadParams, ctx: StageContext) -> tuple[str, int, File
 
         def arrived(name: str, file: Fetched) -> None:
             files.update(_link_all({name: file}, ctx.out))
-            if ctx.outlet is not None:
-                ctx.outlet.finished(name, file.sha256, file.size)
+            ctx.outlet.finished(name, file.sha256, file.size)
 
         snapshot = fetch(repository, coming, hub=hub, memo=ctx.memo, report=report, arrived=arrived)
         fetched += snapshot.fetched_bytes
@@ -303,7 +302,7 @@ def _announce(
 
     Where that cannot be known beforehand nobody is told anything: consumers then start when all is here.
     """
-    if ctx.outlet is None or not are_the_model(weights, ctx.out):
+    if not ctx.outlet.waited_for or not are_the_model(weights, ctx.out):
         return
     _write_class(params, ctx.out)
     try:
@@ -321,15 +320,13 @@ def _from_directory(params: DownloadParams, folder: Path, ctx: StageContext) -> 
         done += size
         ctx.progress(done, total, task="copy")
 
-    weights = may_pass(names) if ctx.outlet else []
+    weights = may_pass(names) if ctx.outlet.waited_for else []
     files = {name: copy_file(folder / name, ctx.out / name, progress=progress) for name in names if name not in weights}
     _announce(params, weights, lambda: directory_heads(folder, weights), ctx)
     for name in weights:
-        if ctx.outlet is not None:
-            ctx.outlet.begin(name)
+        ctx.outlet.begin(name)
         files[name] = copy_file(folder / name, ctx.out / name, progress=progress)
-        if ctx.outlet is not None:
-            ctx.outlet.finished(name, *files[name])
+        ctx.outlet.finished(name, *files[name])
     return {name: files[name] for name in names}
 
 
@@ -346,7 +343,7 @@ def _synthesize(params: DownloadParams, synthetic: Synthetic, ctx: StageContext)
         max_shard_size=synthetic.max_shard_size,
         progress=lambda done, total: ctx.progress(done, total, task="write"),
         journal=ctx.scratch / "finished",
-        delivery=ctx.outlet,
+        outlet=ctx.outlet,
     )
     return dict(saved.files)
 

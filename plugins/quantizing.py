@@ -7,7 +7,7 @@ from typing import Any
 
 from bigpipe.bigmodel.architecture import Architecture
 from bigpipe.bigmodel.checkpoint.description import ModelDescription, describe_checkpoint, describe_opened
-from bigpipe.bigmodel.checkpoint.view import open_arriving, open_checkpoint
+from bigpipe.bigmodel.checkpoint.view import open_checkpoint
 from bigpipe.bigmodel.quantization import Outline, Settings, quantize_described, refuse_quantized, understand
 from bigpipe.bigmodel.writing.sidefiles import config_with_dtype
 from bigpipe.orchestrator.stage import CheckContext, Forecast, ForecastContext, Machine, StageContext, StageResult
@@ -96,7 +96,7 @@ def _described(
 
 def run(params: QuantizeParams, context: StageContext) -> StageResult:
     """Files finished by an earlier attempt, or by another run with the same settings for these modules, are kept."""
-    checkpoint = open_arriving(context.inlet) if context.inlet else open_checkpoint(context.input("model"))
+    checkpoint = open_checkpoint(context.open("model"))
     result = quantize_described(
         describe_opened(checkpoint),
         checkpoint,

@@ -8,7 +8,7 @@ from typing import Any
 
 from bigpipe.bigmodel.checkpoint.description import ModelDescription, describe_checkpoint
 from bigpipe.bigmodel.checkpoint.tensors import tensor_nbytes
-from bigpipe.bigmodel.checkpoint.view import open_arriving, open_checkpoint
+from bigpipe.bigmodel.checkpoint.view import open_checkpoint
 from bigpipe.bigmodel.formats import castable
 from bigpipe.bigmodel.writing.conversion import WORKERS, convert, plan_conversion, planned_bytes
 from bigpipe.bigmodel.writing.plans import ShardPlan
@@ -87,7 +87,7 @@ def _config(params: ShardParams, config: Mapping[str, Any] | None) -> Mapping[st
 
 def run(params: ShardParams, context: StageContext) -> StageResult:
     """Writes the weights anew and refers to the input's side files; whole shards of an earlier attempt are kept."""
-    checkpoint = open_arriving(context.inlet) if context.inlet else open_checkpoint(context.input("model"))
+    checkpoint = open_checkpoint(context.open("model"))
     config = _config(params, checkpoint.config) if params.dtype else None
     carried = carry_side_files(checkpoint, context.out, config=config, linked=True)
     saved = convert(
@@ -98,6 +98,6 @@ def run(params: ShardParams, context: StageContext) -> StageResult:
         format=params.format,
         progress=lambda done, total: context.progress(done, total, "B", "weights"),
         journal=context.scratch / "finished",
-        delivery=context.outlet,
+        outlet=context.outlet,
     )
     return StageResult(ShardMetrics(shards=saved.shards, bytes=saved.bytes), {**saved.files, **carried})

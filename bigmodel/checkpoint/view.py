@@ -12,7 +12,9 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from .arrivals import Arrivals, Head, arrived_identity, arrived_places, open_arrived
+from bigpipe.passing import Inlet, OpenInlet
+
+from .arrivals import Head, arrived_identity, arrived_places, open_arrived
 from .bytesource import ByteSource, FileSource
 from .files import (
     MAX_CONFIG,
@@ -29,7 +31,7 @@ from .files import (
 from .headers import read_header
 from .tensors import DTYPES, TensorInfo, View, invalid
 
-__all__ = ["CHUNK", "DTYPES", "Checkpoint", "Format", "TensorInfo", "View", "open_arriving", "open_checkpoint"]
+__all__ = ["CHUNK", "DTYPES", "Checkpoint", "Format", "TensorInfo", "View", "open_checkpoint"]
 
 CHUNK = 4 * 2**20
 """Bytes moved at a time: large enough for the disk, small enough to stay in the cache of a CPU on its way through."""
@@ -54,7 +56,7 @@ class Checkpoint:
     """Side files to carry along, somewhere under `path`: configs, tokenizer, licence, code."""
     metadata: dict[str, str]
     """`__metadata__` of the safetensors files, merged."""
-    arrivals: Arrivals | None = None
+    inlet: OpenInlet | None = None
     """Where its files come from, if they are still being made."""
     _places: dict[Path, Mapping[str, TensorInfo]] = field(default_factory=dict, compare=False)
     """Of the torch files that have come."""
@@ -65,7 +67,7 @@ class Checkpoint:
 
     def open(self, file: Path) -> FileSource:
         """One of its files, once it is there."""
-        return FileSource(file) if self.arrivals is None else open_arrived(self.arrivals, file)
+        return FileSource(file) if self.inlet is None else open_arrived(self.inlet, file)
 
     def placed(self, name: str) -> TensorInfo:
         """A stored tensor with the place of its bytes, which of a torch file that is to come nobody knows before.
@@ -73,16 +75,16 @@ class Checkpoint:
         Waits for it then. Raises InvalidCheckpoint where another file came than was announced.
         """
         tensor = self.tensors[name]
-        if self.arrivals is None or self.format == "safetensors":
+        if self.inlet is None or self.format == "safetensors":
             return tensor
         if tensor.file not in self._places:
-            self._places[tensor.file] = arrived_places(self.arrivals, tensor.file)
+            self._places[tensor.file] = arrived_places(self.inlet, tensor.file)
         return self._places[tensor.file][name]
 
     def identity(self, file: Path) -> list[object]:
         """What tells the bytes of one of its files from others: their sha256 where a store named them by it, else real
         path, size and time of change."""
-        known = arrived_identity(self.arrivals, file) if self.arrivals is not None else None
+        known = arrived_identity(self.inlet, file) if self.inlet is not None else None
         if known is not None:
             return known
         real = Path(os.path.realpath(file))
@@ -114,42 +116,38 @@ class Checkpoint:
                 yield piece
 
 
-def open_checkpoint(path: str | Path) -> Checkpoint:
-    """Opens a checkpoint directory, a single weight file or an index file.
+def open_checkpoint(source: str | Path | Inlet) -> Checkpoint:
+    """Opens a checkpoint directory, a single weight file or an index file; or what comes through an inlet.
 
     Reads `model.safetensors`, `pytorch_model.bin` and others of these kinds, single or sharded with transformers' or
-    accelerate's index. Raises InvalidCheckpoint, naming file, tensor, byte offset and cure, on anything that is not
+    accelerate's index. Of weight files that are still being made it reads the announced headers; reading a tensor then
+    waits for its file. Raises InvalidCheckpoint, naming file, tensor, byte offset and cure, on anything that is not
     exactly what it says it is.
     """
-    path = Path(path)
-    weights = find_weight_files(path)
-    return _assemble(path, weights, _read_here)
+    if isinstance(source, OpenInlet):
+        return _open_arriving(source)
+    path = source.folder if isinstance(source, Inlet) else Path(source)
+    return _assemble(path, find_weight_files(path), _read_here)
 
 
-def open_arriving(arrivals: Arrivals) -> Checkpoint:
-    """Opens a checkpoint whose weight files are still being made, by their announced headers.
-
-    Reading a tensor waits for its file. Raises InvalidCheckpoint as `open_checkpoint`.
-    """
-    heads = arrivals.heads()
-
+def _open_arriving(inlet: OpenInlet) -> Checkpoint:
     def read(file: Path) -> Contents:
-        head, size = heads[file.name]
+        head, size = inlet.heads[file.name]
         if format_of(file) == "safetensors":
             return _read_safetensors(Head(head, size, file.name), file)
         from .torchheads import decode_torch_head
 
         return *decode_torch_head(head, file), {}
 
-    return replace(_assemble(arrivals.folder, _arriving_files(arrivals), read), arrivals=arrivals)
+    return replace(_assemble(inlet.folder, _arriving_files(inlet), read), inlet=inlet)
 
 
-def _arriving_files(arrivals: Arrivals) -> WeightFiles:
+def _arriving_files(inlet: OpenInlet) -> WeightFiles:
     """With their index, where it is there already; a producer that makes its own may write it last."""
-    names = arrivals.heads().keys()
-    if any(is_index(name) for name in os.listdir(arrivals.folder)):
-        return files_to_come(arrivals.folder, names)
-    files = tuple(arrivals.folder / name for name in sorted(names))
+    names = inlet.heads.keys()
+    if any(is_index(name) for name in os.listdir(inlet.folder)):
+        return files_to_come(inlet.folder, names)
+    files = tuple(inlet.folder / name for name in sorted(names))
     return WeightFiles(format_of(files[0]), files)
 
 

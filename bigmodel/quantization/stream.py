@@ -116,7 +116,7 @@ def write_quantized(
             )
             for shard in shards
         ]
-        files = write_files(outputs, finished, traffic=Traffic(progress, None, checkpoint.arrivals, close))
+        files = write_files(outputs, finished, traffic=Traffic(progress, inlet=checkpoint.inlet, close=close))
     plans = [_plan_of(out / shard.file) for shard in shards]
     return files | write_index(out, plans, "safetensors"), plans
 

@@ -6,13 +6,13 @@ import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from bigpipe.bigmodel.checkpoint.arrivals import Delivery
 from bigpipe.bigmodel.checkpoint.description import describe_opened
 from bigpipe.bigmodel.checkpoint.files import Format
 from bigpipe.bigmodel.checkpoint.tensors import CASTABLE, SAFETENSORS_NAMES
 from bigpipe.bigmodel.checkpoint.view import Checkpoint
 from bigpipe.bigmodel.formats import castable
 from bigpipe.errors import UsageError
+from bigpipe.passing import NOBODY, Outlet
 
 from .casting import is_cast
 from .containers import container
@@ -62,12 +62,12 @@ def convert(
     format: Format = "safetensors",
     progress: ReportProgress | None = None,
     journal: Path | None = None,
-    delivery: Delivery | None = None,
+    outlet: Outlet = NOBODY,
 ) -> SavedCheckpoint:
     """Write a checkpoint's weights anew: `save_checkpoint` without side files.
 
     `dtype` changes floating-point tensors only. Aliases of tied weights are dropped in safetensors and kept as shared
-    storages in `.bin`. `journal` as in `write_checkpoint`, `delivery` as in `Traffic`.
+    storages in `.bin`. `journal` as in `write_checkpoint`, `outlet` as in `Traffic`.
     """
     _check_apart(checkpoint, out)
     if dtype is not None:
@@ -93,7 +93,7 @@ def convert(
             fingerprint=fingerprint,
             workers=min(WORKERS, cores()),
             sources=sources,
-            traffic=Traffic(progress, delivery, checkpoint.arrivals, readers.close),
+            traffic=Traffic(progress, outlet, checkpoint.inlet, readers.close),
         )
 
 

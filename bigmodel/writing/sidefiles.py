@@ -29,7 +29,7 @@ def carry_side_files(
         make_directory(target.parent)
         if config is not None and name == Path("config.json"):
             continue
-        if linked and checkpoint.arrivals is None:
+        if linked and checkpoint.inlet is None:
             link(os.path.abspath(extra), target)
         else:
             written[str(name)] = copy_file(extra, target)

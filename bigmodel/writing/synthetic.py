@@ -17,13 +17,13 @@ from pathlib import Path
 from typing import Any
 
 from bigpipe.bigmodel.architecture import Architecture
-from bigpipe.bigmodel.checkpoint.arrivals import Delivery
 from bigpipe.bigmodel.checkpoint.description import ModelDescription
 from bigpipe.bigmodel.checkpoint.files import Format
 from bigpipe.bigmodel.checkpoint.tensors import CASTABLE, itemsize
 from bigpipe.bigmodel.checkpoint.view import CHUNK
 from bigpipe.errors import UsageError
 from bigpipe.files import make_directory, write_file
+from bigpipe.passing import NOBODY, Outlet
 from bigpipe.sizes import size_of
 
 from .casting import cast
@@ -83,12 +83,12 @@ def write_synthetic(
     max_shard_size: int | str = "5GB",
     progress: ReportProgress | None = None,
     journal: Path | None = None,
-    delivery: Delivery | None = None,
+    outlet: Outlet = NOBODY,
 ) -> SavedCheckpoint:
     """Writes weights and config.json of a model of this architecture into `out`, in constant memory.
 
-    `config` is what config.json shall say, besides the dtype and the class. `progress`, `journal`
-    and `delivery` as in `write_checkpoint`.
+    `config` is what config.json shall say, besides the dtype and the class. `journal` as in `write_checkpoint`,
+    `progress` and `outlet` as in `Traffic`.
     """
     out = Path(out)
     description = synthetic_description(config, architecture, dtype=dtype, format=format)
@@ -101,7 +101,7 @@ def write_synthetic(
         format=format,
         journal=journal,
         fingerprint=lambda file: f"synthetic {seed}",
-        traffic=Traffic(progress, delivery),
+        traffic=Traffic(progress, outlet),
     )
     return SavedCheckpoint({**saved.files, "config.json": written}, saved.shards, saved.bytes)
 

@@ -23,10 +23,11 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from bigpipe.bigmodel.checkpoint.arrivals import Arrivals, Delivery, Uses
+from bigpipe.bigmodel.checkpoint.arrivals import Uses
 from bigpipe.bigmodel.checkpoint.files import Format
 from bigpipe.errors import Interrupted
 from bigpipe.files import PARTIAL, explained, is_partial, make_directory, require_space, write_file
+from bigpipe.passing import NOBODY, OpenInlet, Outlet
 
 from .containers import Container, container
 from .finished import Finished, key_of
@@ -81,17 +82,17 @@ class Traffic:
     """Who else has to do with the files of a checkpoint while they are written."""
 
     progress: ReportProgress | None = None
-    delivery: Delivery | None = None
+    outlet: Outlet = NOBODY
     """Hears of weight files as they become whole."""
-    arrivals: Arrivals | None = None
+    inlet: OpenInlet | None = None
     """Where the files come from that they are made of, if those are still being made."""
     close: Callable[[Path], None] = lambda file: None
     """Told, from any thread, of each of those that nobody reads any more."""
 
     def uses(self, files: Sequence[OutputFile]) -> Uses | None:
-        if self.arrivals is None:
+        if self.inlet is None:
             return None
-        return Uses(self.arrivals, {file.name: file.sources for file in files}, self.close)
+        return Uses(self.inlet, {file.name: file.sources for file in files}, self.close)
 
 
 ALONE = Traffic()
@@ -134,15 +135,12 @@ def write_checkpoint(
             sources=frozenset((sources or {}).get(plan.file, ())),
         )
 
-    delivery = traffic.delivery
     prepare(out, format, {plan.file for plan in plans})
-    if delivery is not None:
-        delivery.announce({name: (file.announced, file.size) for name, file in containers.items()})
+    traffic.outlet.announce({name: (file.announced, file.size) for name, file in containers.items()})
     files = write_files([file_of(plan) for plan in plans], Finished(out, journal), workers=workers, traffic=traffic)
     index = write_index(out, plans, format)
     for name, digest in index.items():
-        if delivery is not None:
-            delivery.finished(name, *digest)
+        traffic.outlet.finished(name, *digest)
     return SavedCheckpoint({**files, **index}, len(plans), sum(file.size for file in containers.values()))
 
 
@@ -189,13 +187,11 @@ class _Writing:
 
     def needed(self) -> int:
         """Bytes that the files to be written take at a time, as far as can be told without waiting or reading."""
-        arriving, delivery = self.traffic.arrivals is not None, self.traffic.delivery
+        arriving, outlet = self.traffic.inlet is not None, self.traffic.outlet
         if arriving and self.finished.shelved:
             return 0
         sizes = [file.nbytes for file in self.todo if not self._seems_finished(file, arriving)]
-        if delivery is not None and delivery.lets_go:
-            return sum(sorted(sizes)[-delivery.ahead :])
-        return sum(sizes)
+        return sum(sorted(sizes)[-outlet.ahead :] if outlet.lets_go else sizes)
 
     def _seems_finished(self, file: OutputFile, arriving: bool) -> bool:
         if arriving:  # its key would wait
@@ -235,17 +231,15 @@ class _Writing:
         else:
             written = self._make(file, key, lanes)
         self.files[file.name] = written
-        if self.traffic.delivery is not None:
-            self.traffic.delivery.finished(file.name, *written)
+        self.traffic.outlet.finished(file.name, *written)
         if self.uses is not None:
             self.uses.settled(file.name)
 
     def _make(self, file: OutputFile, key: str, lanes: Lanes) -> tuple[str, int]:
-        delivery = self.traffic.delivery
-        if delivery is not None:
-            delivery.begin(file.name)
-            if delivery.lets_go:
-                require_space(self.finished.out, file.nbytes)
+        outlet = self.traffic.outlet
+        outlet.begin(file.name)
+        if outlet.lets_go:
+            require_space(self.finished.out, file.nbytes)
         content = file.content()
         path, partial = self.finished.place(file.name, key)
         with ShardWriter(path, content.container, lanes, partial) as shard:

@@ -14,9 +14,10 @@ from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Self
 
+from bigpipe.passing import Inlet, OpenInlet, OpenOutlet, Outlet
+
 from .events import LogLine, Progress, Reporter
 from .forecast import Forecast
-from .passing import Inlet, Outlet
 from .types import Launch, Lineage, Machine, Trust
 
 
@@ -133,21 +134,23 @@ class StageContext(Assignment):
     world_size: int = 1
     rank_dir: Path | None = None
     """The only folder a rank may write to; `scratch/rank-N`, kept over crashes."""
-    outlet: Outlet | None = None
-    """Where a kind that `streams` tells of each finished file; None where nobody is waiting for them."""
+    outlet: Outlet = field(default_factory=Outlet)
+    """Where a kind that `streams` tells of each finished file, whether or not anybody waits for it."""
     reporter: Reporter
 
     @classmethod
     def of(cls, assignment: Assignment, **own: Any) -> Self:
         """Return the context of a process that works on this assignment. own: what is that process's alone."""
-        outlet = Outlet(assignment.passes_on, assignment.out) if assignment.passes_on else None
+        outlet = OpenOutlet(assignment.passes_on, assignment.out) if assignment.passes_on else Outlet()
         same = {item.name: getattr(assignment, item.name) for item in fields(Assignment)}
         return cls(**same, outlet=outlet, **own)
 
-    @property
-    def inlet(self) -> Inlet | None:
-        """Where the files of the port it `follows` come from, one by one; None where they are all there."""
-        return next((Inlet(folder, self.node) for folder in self.arriving.values()), None)
+    def open(self, port: str) -> Inlet:
+        """Return where the files of the single artifact on `port` come from: all there, or one by one as they are made.
+
+        The latter only on the port that the kind `follows`. Raise KeyError where the port is not wired.
+        """
+        return OpenInlet(self.arriving[port], self.node) if port in self.arriving else Inlet(self.input(port))
 
     def progress(self, done: int, total: int | None, unit: str = "B", task: str = "") -> None:
         self.reporter.report(Progress(self.node, done, total, unit, task, self.rank))

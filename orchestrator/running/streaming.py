@@ -13,17 +13,16 @@ thrown away and the node takes its turn as if nothing had been.
 from __future__ import annotations
 
 import threading
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from bigpipe.errors import Interrupted
-from bigpipe.orchestrator.contract.passing import CONSUMERS, LETS_GO, Handover, write
 from bigpipe.orchestrator.planning.schedule import GOOD, SETTLED, Facts, NodeState, States, may_follow, passes_on
 from bigpipe.orchestrator.planning.session import Session
 from bigpipe.orchestrator.recipe.graph import Node
 from bigpipe.orchestrator.store.artifacts import remove_tree
 from bigpipe.orchestrator.store.hashing import digest_of
 from bigpipe.orchestrator.store.store import KeyRecord
+from bigpipe.passing import Handover
 
 POLL = 0.05
 
@@ -41,7 +40,7 @@ class Stream:
     """Of the producer, once it has one and its gates hold."""
     forgone: bool = False
     """Files were let go before the producer was recorded (`cache: false`)."""
-    told: Mapping[str, object] | None = None
+    answered: tuple[list[str], bool] | None = None
 
     def confirmed(self) -> KeyRecord:
         """Waits for the producer's record. Raises Interrupted where there will be none."""
@@ -72,11 +71,7 @@ class Streams:
         self._close(name)
         if not any(may_follow(self._states, self._facts, node, name) for node in self._facts.consumers[name]):
             return None
-        folder = self._session.store.temporary()
-        handover = Handover(folder)
-        handover.files.mkdir(parents=True)
-        if not producer.node.cache:
-            (folder / LETS_GO).touch()
+        handover = Handover.make(self._session.store.temporary(), lets_go=not producer.node.cache)
         self._open[name] = Stream(handover, producer.node)
         return self._open[name]
 
@@ -92,12 +87,11 @@ class Streams:
         for name, stream in self._open.items():
             if not self._states[name].passing:
                 continue
-            following = [consumer.replace("/", "\\") for consumer in self._followers(name)]
+            following = self._followers(name)
             forgo = passes_on(self._states, self._facts, name, gone=bool(stream.handover.gone()))
-            told = {"consumers": following, "forgo": forgo}
-            if told != stream.told:
-                stream.told = told
-                write(stream.handover.folder / CONSUMERS, told)
+            if (following, forgo) != stream.answered:
+                stream.answered = following, forgo
+                stream.handover.answer(following, forgo=forgo)
 
     def _followers(self, name: str) -> list[str]:
         return [node.name for node in self._facts.consumers[name] if self._states[node.name].following == name]

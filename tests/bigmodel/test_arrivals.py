@@ -14,12 +14,12 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
-from bigpipe.bigmodel.checkpoint.view import open_arriving, open_checkpoint
+from bigpipe.bigmodel.checkpoint.view import open_checkpoint
 from bigpipe.bigmodel.hub.heads import are_the_model, directory_heads, may_pass
 from bigpipe.bigmodel.writing.conversion import convert
 from bigpipe.bigmodel.writing.saving import save_checkpoint
 from bigpipe.errors import InvalidCheckpoint
-from bigpipe.orchestrator.contract.passing import Inlet, Outlet
+from bigpipe.passing import OpenInlet, OpenOutlet
 
 TENSORS = {f"layer.{i}.weight": np.random.default_rng(i).random((50, 40), np.float32) for i in range(6)}
 
@@ -33,13 +33,13 @@ def source(tmp_path: Path, request: pytest.FixtureRequest) -> Path:
     return tmp_path / "source"
 
 
-def ends(tmp_path: Path) -> tuple[Outlet, Inlet]:
+def ends(tmp_path: Path) -> tuple[OpenOutlet, OpenInlet]:
     for name in ("handover/files", "out"):
         (tmp_path / name).mkdir(parents=True)
-    return Outlet(tmp_path / "handover", tmp_path / "out"), Inlet(tmp_path / "handover", "reader")
+    return OpenOutlet(tmp_path / "handover", tmp_path / "out"), OpenInlet(tmp_path / "handover", "reader")
 
 
-def deliver(outlet: Outlet, source: Path, name: str, content: bytes | None = None) -> None:
+def deliver(outlet: OpenOutlet, source: Path, name: str, content: bytes | None = None) -> None:
     content = (source / name).read_bytes() if content is None else content
     (outlet.out / name).write_bytes(content)
     outlet.finished(name, hashlib.sha256(content).hexdigest(), len(content))
@@ -50,7 +50,7 @@ def test_reading_waits_for_the_file_it_needs(tmp_path: Path, source: Path) -> No
     weights = may_pass(path.name for path in source.iterdir())
     (outlet.out / "config.json").write_bytes((source / "config.json").read_bytes())
     outlet.announce(directory_heads(source, weights))
-    arriving = open_arriving(inlet)
+    arriving = open_checkpoint(inlet)
     assert arriving.tensors.keys() == TENSORS.keys()
     assert arriving.config == {"model_type": "opt"}
 
@@ -80,7 +80,7 @@ def test_other_bytes_than_announced_are_refused(tmp_path: Path, source: Path) ->
     assert other != (source / first).read_bytes()
     deliver(outlet, source, first, other)
     with pytest.raises(InvalidCheckpoint, match="another header than was announced"):
-        open_arriving(inlet).read("layer.0.weight")
+        open_checkpoint(inlet).read("layer.0.weight")
 
 
 def test_a_file_is_taken_once_all_that_is_made_of_it_is_written(tmp_path: Path, source: Path) -> None:
@@ -91,7 +91,7 @@ def test_a_file_is_taken_once_all_that_is_made_of_it_is_written(tmp_path: Path, 
     for name in weights[:2]:
         deliver(outlet, source, name)
     thread = threading.Thread(
-        target=convert, args=(open_arriving(inlet), tmp_path / "made"), kwargs={"max_shard_size": 24_500}
+        target=convert, args=(open_checkpoint(inlet), tmp_path / "made"), kwargs={"max_shard_size": 24_500}
     )
     thread.start()
     taken = tmp_path / "handover" / "taken" / "reader"
@@ -142,7 +142,7 @@ def test_files_of_other_formats_are_not_passed_on() -> None:
     assert may_pass(["unet/model.safetensors", "model_index.json"]) == []
 
 
-def announced(tmp_path: Path, file: Path, others: Mapping[str, bytes] | None = None) -> tuple[Outlet, Inlet]:
+def announced(tmp_path: Path, file: Path, others: Mapping[str, bytes] | None = None) -> tuple[OpenOutlet, OpenInlet]:
     outlet, inlet = ends(tmp_path)
     for name, content in (others or {}).items():
         (outlet.out / name).write_bytes(content)
@@ -162,7 +162,7 @@ def test_torch_s_own_files_with_views_and_ties_are_read_as_they_come(tmp_path: P
     (tmp_path / "source").mkdir()
     torch.save(state, tmp_path / "source" / "weights.pth")
     outlet, inlet = announced(tmp_path, tmp_path / "source" / "weights.pth")
-    arriving = open_arriving(inlet)
+    arriving = open_checkpoint(inlet)
     plain = open_checkpoint(tmp_path / "source")
     assert arriving.tied == plain.tied == {"head": "embed"}
     assert list(arriving.tensors) == list(plain.tensors)
@@ -179,4 +179,4 @@ def test_an_index_that_is_wrong_is_found_before_anything_comes(tmp_path: Path, s
     (outlet.out / file.name).write_text(json.dumps(index))
     outlet.announce(directory_heads(source, may_pass(path.name for path in source.iterdir())))
     with pytest.raises(InvalidCheckpoint, match=r"layer\.0\.weight.*says this tensor is in .*00003"):
-        open_arriving(inlet)
+        open_checkpoint(inlet)

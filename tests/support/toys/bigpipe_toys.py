@@ -6,7 +6,7 @@ import os
 import time
 from hashlib import sha256
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 from bigpipe.orchestrator.stage import (
     File,
@@ -25,9 +25,7 @@ from bigpipe.orchestrator.stage import (
     StageResult,
     Transient,
 )
-
-if TYPE_CHECKING:
-    from bigpipe.orchestrator.contract.passing import Outlet
+from bigpipe.passing import OpenOutlet, Outlet
 
 
 class WriteParams(Params):
@@ -161,6 +159,8 @@ class PourMetrics(Metrics):
 
 
 def await_a_follower(outlet: Outlet) -> None:
+    if not isinstance(outlet, OpenOutlet):
+        return
     deadline = time.monotonic() + 20
     while not list(outlet.handover.folder.glob("wanted/*")) and time.monotonic() < deadline:
         time.sleep(0.01)
@@ -174,12 +174,10 @@ def pour(params: PourParams, context: StageContext) -> StageResult:
     (context.out / "note").write_text("poured")
     names = [f"file-{number}" for number in range(params.count)]
     outlet = context.outlet
-    if outlet is not None:
-        outlet.announce(dict.fromkeys(names, (b"", len(content))))
-        await_a_follower(outlet)
+    outlet.announce(dict.fromkeys(names, (b"", len(content))))
+    await_a_follower(outlet)
     for number, name in enumerate(names):
-        if outlet is not None:
-            outlet.begin(name)
+        outlet.begin(name)
         time.sleep(params.pace)
         if number == params.break_at:
             raise StageFailed("the can is broken", "buy another can")
@@ -188,8 +186,7 @@ def pour(params: PourParams, context: StageContext) -> StageResult:
             raise Transient("the arm is tired", "try again")
         if not (context.out / name).exists():
             (context.out / name).write_text(content)
-        if outlet is not None:
-            outlet.finished(name, *known)
+        outlet.finished(name, *known)
     if params.afterthought:
         (context.out / "afterthought").write_text("this too")
     return StageResult(PourMetrics(began=began, ended=time.time()))
@@ -213,13 +210,11 @@ class SipMetrics(Metrics):
 
 def sip(params: SipParams, context: StageContext) -> StageResult:
     mark(context)
-    began, inlet, most, done = time.time(), context.inlet, 0, 0
-    folder = inlet.folder if inlet else context.input("first")
+    began, inlet, most, done = time.time(), context.open("first"), 0, 0
+    folder = inlet.folder
     Path(context.base / f"pid-{context.node}").write_text(str(os.getpid()))
-    names = sorted(inlet.heads()) if inlet else sorted(path.name for path in folder.glob("file-*"))
-    for name in names:
-        if inlet:
-            inlet.wait(name)
+    for name in sorted(inlet.heads or (path.name for path in folder.glob("file-*"))):
+        inlet.wait(name)
         most = max(most, len(list(folder.glob("file-*"))))
         if name == params.choke_at:
             raise StageFailed("it went down the wrong way", "sit up")
@@ -227,8 +222,7 @@ def sip(params: SipParams, context: StageContext) -> StageResult:
             time.sleep(params.pace)
             (context.out / name).write_text((folder / name).read_text().upper())
             done += 1
-        if inlet:
-            inlet.taken(name)
+        inlet.taken(name)
     others = sorted(path.name for path in folder.iterdir() if not path.name.startswith("file-"))
     (context.out / "others").write_text(" ".join(others))
     return StageResult(SipMetrics(began=began, most=most, done=done))
@@ -245,23 +239,18 @@ class StrainMetrics(Metrics):
 
 def strain(params: StrainParams, context: StageContext) -> StageResult:
     mark(context)
-    began, inlet, outlet = time.time(), context.inlet, context.outlet
-    folder = inlet.folder if inlet else context.input("first")
-    heads = inlet.heads() if inlet else {path.name: (b"", path.stat().st_size) for path in folder.glob("file-*")}
-    if outlet is not None:
-        outlet.announce(heads)
-        await_a_follower(outlet)
+    began, inlet, outlet = time.time(), context.open("first"), context.outlet
+    folder = inlet.folder
+    heads = inlet.heads or {path.name: (b"", path.stat().st_size) for path in folder.glob("file-*")}
+    outlet.announce(heads)
+    await_a_follower(outlet)
     for name in sorted(heads):
-        if inlet:
-            inlet.wait(name)
-        if outlet is not None:
-            outlet.begin(name)
+        inlet.wait(name)
+        outlet.begin(name)
         content = (folder / name).read_bytes()
         (context.out / name).write_bytes(content)
-        if outlet is not None:
-            outlet.finished(name, sha256(content).hexdigest(), len(content))
-        if inlet:
-            inlet.taken(name)
+        outlet.finished(name, sha256(content).hexdigest(), len(content))
+        inlet.taken(name)
     return StageResult(StrainMetrics(began=began, ended=time.time()))
 
 
