@@ -166,13 +166,13 @@ def test_a_kind_in_a_trusted_module_beside_the_manifest_and_its_edits(workshop: 
 
 
 def test_the_module_beside_the_manifest_counts_not_an_installed_namesake(workshop: Workshop, site: Path) -> None:
-    write_package(site, "notes_twice", "installed")
-    write_package(workshop.folder, "notes_twice", "beside")
+    write_package(site, "notes_twice", "installed", "inline")
+    write_package(workshop.folder, "notes_twice", "beside", "inline")
     text = RECIPE % ("notes_twice", "notes_twice")
     assert note(workshop.run(text)) == "beside"
     other = workshop.folder / "other"
     other.mkdir()
-    write_package(other, "notes_twice", "of the other recipe")
+    write_package(other, "notes_twice", "of the other recipe", "inline")
     (other / "recipe.yaml").write_text(text)
     assert note(bigpipe.run(other / "recipe.yaml")) == "of the other recipe"
 
