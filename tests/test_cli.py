@@ -6,7 +6,6 @@ import json
 import os
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -201,11 +200,10 @@ def test_a_reporter_that_breaks_ends_the_run_and_what_runs(workshop):
             if self.started == 2:
                 raise RuntimeError("out of ink")
 
-    started = time.monotonic()
     with pytest.raises(RuntimeError, match="out of ink"):
         workshop.run(
             "version: 1\nname: r\nstages:\n"
             "  a: {uses: sleep, with: {seconds: 60}}\n  b: {uses: sleep, with: {seconds: 60}}\n",
             reporter=Broken(),
         )
-    assert time.monotonic() - started < 20
+    assert {item["action"] for item in workshop.json("status", "recipe.yaml").values()} == {"run"}

