@@ -19,14 +19,14 @@ from bigpipe.errors import UsageError
 from bigpipe.orchestrator.contract.stage import late
 
 if TYPE_CHECKING:
-    from .jobs import Job, Outcome, Result
+    from .jobs import Job, Outcome
 
 GROUP = "bigpipe.executors"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Executor:
-    run: Callable[[Job], Result]
+    run: Callable[[Job], Outcome]
     """Does the attempt, and leaves no process of it behind when it returns or raises."""
     takes_launch: bool = False
     """The recipe's `launch` says how it starts."""
@@ -39,19 +39,11 @@ class Executor:
         Raise the stage's own BigpipeError; StageFailed, with the log's path, for crashes, unexpected errors and the
         timeout; Interrupted.
         """
-        from .jobs import Outcome
-
         started = time.monotonic()
         for folder in (job.out, job.scratch, job.parts, job.memo, job.folder.path):
             folder.mkdir(parents=True, exist_ok=True)
         job.folder.clear()
-        result = self.run(job)
-        return Outcome(
-            metrics=result.metrics,
-            files=result.files,
-            peak_rss=result.peak_rss,
-            seconds=time.monotonic() - started,
-        )
+        return self.run(job).model_copy(update={"seconds": time.monotonic() - started})
 
 
 EXECUTORS = {

@@ -16,7 +16,7 @@ from bigpipe.errors import BigpipeError, StageFailed
 from bigpipe.orchestrator.contract.contexts import StageContext
 from bigpipe.orchestrator.contract.events import Event, LogLine
 
-from .jobs import Failure, Job, Result
+from .jobs import Failure, Job, Outcome
 from .output import Log
 from .processes import own_peak
 from .redaction import Redactor
@@ -27,7 +27,7 @@ HEAVY = frozenset({"torch", "transformers", "accelerate", "bitsandbytes"})
 _barred: ContextVar[bool] = ContextVar("_barred", default=False)
 
 
-def run(job: Job) -> Result:
+def run(job: Job) -> Outcome:
     """Call the stage in this thread. It cannot be ended from outside: the cancel flag and the timeout are obeyed
     whenever it reports something."""
     redactor, log, limits = job.redactor(), Log(job.folder.log), Limits(job)
@@ -35,14 +35,14 @@ def run(job: Job) -> Result:
     context = StageContext.of(job, reporter=_Checkpoint(redactor, job.report, limits, log))
     try:
         with heavy_imports_barred(job.stage.kind):
-            result = Result.of(job.stage.run(job.params, context), job.stage)
+            outcome = Outcome.of(job.stage.run(job.params, context), job.stage)
     except Exception as error:
         log.write(redactor.text(traceback.format_exc()))
         failure = Failure.of(error)
         if isinstance(error, BigpipeError) and failure.expected:
-            raise _redacted(error, redactor) from None
-        raise _redacted(failure.error(job.node, log.path), redactor) from error
-    return result.model_copy(update={"peak_rss": own_peak()})
+            raise redactor.error(error) from None
+        raise redactor.error(failure.error(job.node, log.path)) from error
+    return outcome.model_copy(update={"peak_rss": own_peak()})
 
 
 @contextmanager
@@ -95,9 +95,3 @@ class _Checkpoint:
         if isinstance(event, LogLine):
             self._log.write(event.line)
         self._report(event)
-
-
-def _redacted(error: BigpipeError, redactor: Redactor) -> BigpipeError:
-    error.cause, error.cure = redactor.text(error.cause), redactor.text(error.cure)
-    error.args = (error.cause, error.cure)
-    return error

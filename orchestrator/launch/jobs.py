@@ -1,10 +1,9 @@
-"""What crosses the border between the command and its workers: a job on the way in, a result on the way out.
+"""What crosses the border between the command and its workers: a job on the way in, an outcome on the way out.
 
 All of it goes by files in the attempt's folder, never on a command line:
 
     job.json         a JobFile: the Job, without values of its environment
-    result-MODE.json, rank-N.json   a Result, written whole or not at all
-    hello-N.json     who came up as rank N, and in what world
+    outcome-MODE.json, rank-N.json   an Outcome, written whole or not at all
     processes/PID    every worker, for whoever must end it
     events/*.jsonl   what they tell while they go
     log.txt          what they printed
@@ -40,48 +39,27 @@ NO_MEMORY = "can't allocate memory"
 Mode = Literal["run", "prepare", "launch", "rank", "finish"]
 
 
-@dataclass(frozen=True, slots=True)
 class AttemptFolder:
     """The files of one attempt, and what they are called."""
 
-    path: Path
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.job = path / "job.json"
+        self.log = path / "log.txt"
+        self.events = path / "events"
+        self.processes = path / "processes"
+        self.acceleration = path / "accelerate.yaml"
+        self.launch_failure = path / "launch.json"
 
-    @property
-    def job(self) -> Path:
-        return self.path / "job.json"
-
-    @property
-    def log(self) -> Path:
-        return self.path / "log.txt"
-
-    @property
-    def events(self) -> Path:
-        return self.path / "events"
-
-    @property
-    def processes(self) -> Path:
-        return self.path / "processes"
-
-    @property
-    def acceleration(self) -> Path:
-        return self.path / "accelerate.yaml"
-
-    @property
-    def launch_failure(self) -> Path:
-        return self.path / "launch.json"
-
-    def result(self, mode: Mode, rank: int = 0) -> Path:
-        return self.path / (f"rank-{rank}.json" if mode == "rank" else f"result-{mode}.json")
-
-    def hello(self, rank: int) -> Path:
-        return self.path / f"hello-{rank}.json"
+    def outcome(self, mode: Mode, rank: int = 0) -> Path:
+        return self.path / (f"rank-{rank}.json" if mode == "rank" else f"outcome-{mode}.json")
 
     def output_pipe(self, rank: int) -> Path:
         return self.path / f"rank-{rank}.pipe"
 
     def clear(self) -> None:
-        """Remove the results of an earlier attempt in this folder, which must not be taken for those of a new one."""
-        for pattern in ("result-*.json", "rank-*", "hello-*.json", "launch.json", "events/*", "processes/*/*"):
+        """Remove what an earlier attempt left here, which must not be taken for the work of a new one."""
+        for pattern in ("outcome-*.json", "rank-*", "launch.json", "events/*", "processes/*/*"):
             for path in self.path.glob(pattern):
                 path.unlink()
 
@@ -111,17 +89,6 @@ class Job(Assignment):
     def redactor(self) -> Redactor:
         """Return what masks the secrets that this attempt may see, and the token that `hf auth login` wrote."""
         return Redactor.of(self.secrets, self.environment, self.parent_environment)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Outcome:
-    """What a successful attempt gave. Sizes in bytes."""
-
-    metrics: dict[str, Any]
-    files: dict[str, tuple[str, int]]
-    peak_rss: int
-    """Largest resident memory; of ranks, the sum of each one's largest."""
-    seconds: float
 
 
 class JobFile(BaseModel):
@@ -163,14 +130,6 @@ class JobFile(BaseModel):
         return stored.model_copy(update={"assignment": stored.assignment.within(environment=seen)})
 
 
-class Hello(BaseModel):
-    """`hello-N.json`: written once the process group is up."""
-
-    rank: int
-    world_size: int
-    pid: int
-
-
 class Failure(BaseModel):
     """An error on its way to the command."""
 
@@ -198,22 +157,23 @@ class Failure(BaseModel):
         return StageFailed(f"{node}: {self.cause}", f"this is a bug in the stage; the traceback is in {log}")
 
 
-class Result(BaseModel):
-    """What one worker ends with."""
+class Outcome(BaseModel):
+    """What an attempt gave, or one worker of it. Bytes, seconds."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     metrics: dict[str, Any] = {}
     files: dict[str, tuple[str, int]] = {}
     peak_rss: int = 0
+    """Largest resident memory; of ranks, the sum of each one's largest."""
+    seconds: float = 0.0
     failure: Failure | None = None
+    """Of a worker; an executor raises it."""
     ended: float = Field(default_factory=time.time)
 
     @classmethod
-    def of(cls, result: StageResult | None, stage: Stage[Any], *, empty: bool = False) -> Result:
+    def of(cls, result: StageResult | None, stage: Stage[Any]) -> Outcome:
         """From what a stage returned; StageFailed where that is not what the contract asks for."""
-        if empty:
-            return cls()
         if not isinstance(result, StageResult) or not isinstance(result.metrics, BaseModel):
             raise StageFailed(f"kind {stage.kind} returned {result!r}", "a stage returns StageResult(metrics, files)")
         return cls(metrics=result.metrics.model_dump(mode="json"), files=dict(result.files))
@@ -222,7 +182,7 @@ class Result(BaseModel):
         write_file(path, json.dumps(redactor.value(self.model_dump(mode="json"))), durable=False)
 
     @classmethod
-    def read(cls, path: Path) -> Result | None:
+    def read(cls, path: Path) -> Outcome | None:
         try:
             return cls.model_validate(json.loads(path.read_bytes()))
         except FileNotFoundError:

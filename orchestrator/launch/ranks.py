@@ -11,11 +11,11 @@ from contextlib import contextmanager
 from typing import NoReturn
 
 from bigpipe.errors import StageFailed, Transient
-from bigpipe.orchestrator.contract.events import LogLine, RankHello
+from bigpipe.orchestrator.contract.events import LogLine
 
 from .acceleration import Acceleration, accelerate
 from .environment import worker_environment
-from .jobs import Failure, Hello, Job, JobFile, LaunchFailure, Result
+from .jobs import Failure, Job, JobFile, LaunchFailure, Outcome
 from .processes import Worker, worker_command
 from .supervision import Supervisor
 
@@ -26,7 +26,7 @@ SHARE_SECONDS = 60.0
 """How long a result of another machine may take to show up on the shared file system."""
 
 
-def run(job: Job) -> Result:
+def run(job: Job) -> Outcome:
     """Prepare, launch the ranks, and merge what they made."""
     acceleration = accelerate(job.launch, job.base, job.machine)
     job = job.within(launch=acceleration.launch)
@@ -39,14 +39,14 @@ def run(job: Job) -> Result:
     JobFile.of(job, cpu=acceleration.cpu).write(job.folder.job)
     supervisor = Supervisor(job, {**acceleration.environment(job.machine), **environment})
     if stage.ranks.prepare is not None:
-        supervisor.result("prepare")
+        supervisor.outcome("prepare")
     results = _run_ranks(supervisor, acceleration)
     peak = _peak(supervisor, results)
-    result = results[0] if stage.ranks.finish is None else supervisor.result("finish")
+    result = results[0] if stage.ranks.finish is None else supervisor.outcome("finish")
     return result.model_copy(update={"peak_rss": max(peak, result.peak_rss)})
 
 
-def _run_ranks(supervisor: Supervisor, acceleration: Acceleration) -> list[Result]:
+def _run_ranks(supervisor: Supervisor, acceleration: Acceleration) -> list[Outcome]:
     """Launch, watch, and give the results in order of rank.
 
     Raises the error of the rank that failed first; StageFailed for crashed ones and a wrong number of ranks.
@@ -60,7 +60,7 @@ def _run_ranks(supervisor: Supervisor, acceleration: Acceleration) -> list[Resul
     return watch.results(code, acceleration)
 
 
-def _peak(supervisor: Supervisor, results: list[Result]) -> int:
+def _peak(supervisor: Supervisor, results: list[Outcome]) -> int:
     """Sum over ranks of each one's largest resident size, in bytes."""
     sampled = {worker.rank: supervisor.memory.get(worker.pid, 0) for worker in supervisor.workers()}
     return sum(max(sampled.get(rank, 0), result.peak_rss) for rank, result in enumerate(results))
@@ -100,24 +100,21 @@ class _RankWatch:
         self._supervisor = supervisor
         self._job = supervisor.job
         self._looked = 0.0
-        self._greeted: set[int] = set()
         self._dead_since: dict[int, float] = {}
 
     def look(self) -> None:
-        """Pass on hellos. Raises for a rank that has been dead for a while without the launcher's noticing."""
+        """Raises for a rank that has been dead for a while without the launcher's noticing."""
         now = time.monotonic()
         if now - self._looked < LOOK_SECONDS:
             return
         self._looked = now
-        self._greet()
         for worker in self._supervisor.workers():
             if worker.rank is not None and self._died(worker):
                 since = self._dead_since.setdefault(worker.rank, now)
                 if now - since > LAG_SECONDS:
                     self._fail(0)
 
-    def results(self, code: int, acceleration: Acceleration) -> list[Result]:
-        self._greet()
+    def results(self, code: int, acceleration: Acceleration) -> list[Outcome]:
         world = range(acceleration.launch.num_processes)
         elsewhere = [rank for rank in world if rank not in acceleration.local_ranks]
         if code == 0:
@@ -141,22 +138,14 @@ class _RankWatch:
             self._supervisor.check()
             time.sleep(LOOK_SECONDS)
 
-    def _greet(self) -> None:
-        for rank in range(self._job.launch.num_processes):
-            path = self._job.folder.hello(rank)
-            if rank not in self._greeted and path.exists():
-                self._greeted.add(rank)
-                hello = Hello.model_validate_json(path.read_bytes())
-                self._supervisor.say(RankHello(self._job.node, hello.rank, hello.world_size, hello.pid))
-
-    def _read(self, ranks: range | list[int]) -> dict[int, Result]:
-        read = ((rank, Result.read(self._job.folder.result("rank", rank))) for rank in ranks)
+    def _read(self, ranks: range | list[int]) -> dict[int, Outcome]:
+        read = ((rank, Outcome.read(self._job.folder.outcome("rank", rank))) for rank in ranks)
         return {rank: result for rank, result in read if result is not None}
 
     def _died(self, worker: Worker) -> bool:
         if worker.rank is None or worker.alive:
             return False
-        result = Result.read(self._job.folder.result("rank", worker.rank))
+        result = Outcome.read(self._job.folder.outcome("rank", worker.rank))
         return result is None or result.failure is not None
 
     def _fail(self, code: int) -> NoReturn:
@@ -190,7 +179,7 @@ class _RankWatch:
     def _raise_failure(self, rank: int, failure: Failure) -> NoReturn:
         if self._job.launch.num_processes > 1:
             failure = failure.model_copy(update={"cause": f"rank {rank}: {failure.cause}"})
-        raise self._supervisor.redacted(failure.error(self._job.node, self._job.folder.log))
+        raise self._supervisor.redactor.error(failure.error(self._job.node, self._job.folder.log))
 
     def _crash(self, rank: int, code: int) -> StageFailed:
         workers = [worker for worker in self._supervisor.workers() if worker.rank == rank]

@@ -10,6 +10,7 @@ from dataclasses import fields, replace
 from pathlib import Path
 from urllib.parse import quote, quote_plus
 
+from bigpipe.errors import BigpipeError
 from bigpipe.orchestrator.contract.events import Event
 from bigpipe.orchestrator.contract.types import Json
 
@@ -50,6 +51,12 @@ class Redactor:
         if isinstance(value, list | tuple):
             return [self.value(item) for item in value]
         return value
+
+    def error(self, error: BigpipeError) -> BigpipeError:
+        """The same error, its texts masked."""
+        error.cause, error.cure = self.text(error.cause), self.text(error.cure)
+        error.args = (error.cause, error.cure)
+        return error
 
     def event(self, event: Event) -> Event:
         if self._pattern is None:

@@ -16,13 +16,13 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 
-from bigpipe.errors import BigpipeError, Interrupted, StageFailed
+from bigpipe.errors import Interrupted, StageFailed
 from bigpipe.orchestrator.contract.events import Event, LogLine
 from bigpipe.sizes import format_size
 
 from . import processes
 from .eventlog import EventTail
-from .jobs import Job, Mode, Result
+from .jobs import Job, Mode, Outcome
 from .lifeline import ORPHANED, start_mark
 from .output import Log, OutputReader
 from .processes import OutOfMemoryKills, Worker, peak_resident
@@ -57,7 +57,7 @@ class Supervisor:
         self.log = Log(job.folder.log)
         self.memory: dict[int, int] = {}
         """Largest resident size of each worker's process so far, in bytes, as far as the kernel told."""
-        self._redactor = job.redactor()
+        self.redactor = job.redactor()
         self._limits = Limits(job)
         self._tail = EventTail(job.folder.events)
         self._kills = OutOfMemoryKills()
@@ -88,20 +88,21 @@ class Supervisor:
 
     def say(self, event: Event) -> None:
         """Pass an event on, redacted; lines also go to the log."""
-        event = self._redactor.event(event)
+        event = self.redactor.event(event)
         if isinstance(event, LogLine):
             self.log.write(event.line, rank=event.rank if self.job.launch.num_processes > 1 else None)
         self.job.report(event)
 
-    def result(self, mode: Mode) -> Result:
+    def outcome(self, mode: Mode) -> Outcome:
         """Run a worker to its end; return what it left, or raise the error it ended with."""
         code = self.run(mode)
-        result = Result.read(self.job.folder.result(mode))
-        if result is not None and result.failure is not None:
-            raise self.redacted(result.failure.error(self.job.node, self.log.path))
-        if result is None or code != 0:
-            raise self.crash(f"the worker ({mode})", code, self.peak())
-        return result.model_copy(update={"peak_rss": max(self.peak(), result.peak_rss)})
+        found = Outcome.read(self.job.folder.outcome(mode))
+        if found is not None and found.failure is not None:
+            raise self.redactor.error(found.failure.error(self.job.node, self.log.path))
+        peak = max(self.memory.values(), default=0)
+        if found is None or code != 0:
+            raise self.crash(f"the worker ({mode})", code, peak)
+        return found.model_copy(update={"peak_rss": max(peak, found.peak_rss)})
 
     def crash(self, who: str, code: int, peak: int) -> StageFailed:
         """The error for a process that ended without saying why."""
@@ -110,21 +111,14 @@ class Supervisor:
             hint = f"{self._who_kills(peak)}; {hint}"
         if code == -signal.SIGBUS:
             hint = f"a file that it had mapped was cut short, or its disk failed; {hint}"
-        return StageFailed(f"{self.job.node}: {who} {_how_it_ended(code)}", self._redactor.text(hint))
-
-    def redacted(self, error: BigpipeError) -> BigpipeError:
-        return type(error)(self._redactor.text(error.cause), self._redactor.text(error.cure))
+        return StageFailed(f"{self.job.node}: {who} {_how_it_ended(code)}", self.redactor.text(hint))
 
     def workers(self) -> list[Worker]:
         return list(processes.signed_in(self.job.folder.processes))
 
-    def peak(self) -> int:
-        """Return the largest resident size of any one process so far, in bytes."""
-        return max(self.memory.values(), default=0)
-
     @contextmanager
     def _reading(self, child: subprocess.Popen[bytes], pipes: Mapping[int, int]) -> Iterator[OutputReader]:
-        reader = OutputReader(self.log, self._redactor)
+        reader = OutputReader(self.log, self.redactor)
         assert child.stdout is not None  # noqa: S101 (always a pipe)
         with child.stdout:
             reader.add(os.dup(child.stdout.fileno()))

@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from bigpipe.orchestrator.contract.events import Reporter
     from bigpipe.orchestrator.contract.stage import Stage, StageResult
 
-    from .jobs import AttemptFolder, JobFile, Mode, Result
+    from .jobs import AttemptFolder, JobFile, Mode, Outcome
 
 
 def main(arguments: list[str]) -> None:
@@ -81,7 +81,7 @@ def run_stage(path: Path, mode: Mode) -> int:
     events = EventWriter(folder.events / f"{mode}-{rank}.jsonl", redactor)
     result = _settle(lambda: _call_stage(file, folder, mode, rank, events))
     events.close()
-    result.write(folder.result(mode, rank), redactor)
+    result.write(folder.outcome(mode, rank), redactor)
     return 1 if result.failure else 0
 
 
@@ -104,29 +104,29 @@ def run_launcher(path: Path, machine_rank: list[str]) -> int:
     return 0
 
 
-def _settle(call: Callable[[], Result]) -> Result:
+def _settle(call: Callable[[], Outcome]) -> Outcome:
     """The result of `call`, or its failure with the traceback printed, which goes to the log."""
-    from .jobs import Failure, Result
+    from .jobs import Failure, Outcome
     from .processes import own_peak
 
     try:
         result = call()
     except BaseException as error:
         traceback.print_exc()
-        result = Result(failure=Failure.of(error))
+        result = Outcome(failure=Failure.of(error))
     return result.model_copy(update={"peak_rss": own_peak()})
 
 
-def _call_stage(file: JobFile, folder: AttemptFolder, mode: Mode, rank: int, events: Reporter) -> Result:
+def _call_stage(file: JobFile, folder: AttemptFolder, mode: Mode, rank: int, events: Reporter) -> Outcome:
     from bigpipe.modules import import_attribute
     from bigpipe.orchestrator.contract.contexts import StageContext
 
-    from .jobs import Result
+    from .jobs import Outcome
 
     job, rank_dir = file.assignment, None
     world_size = job.launch.num_processes
     if mode == "rank":
-        world_size = _join_ranks(file, folder, rank)
+        world_size = _join_ranks(file, folder, rank, events)
         rank_dir = job.scratch / f"rank-{rank}"
         rank_dir.mkdir(parents=True, exist_ok=True)
     context = StageContext.of(job, reporter=events, rank=rank, world_size=world_size, rank_dir=rank_dir)
@@ -136,7 +136,8 @@ def _call_stage(file: JobFile, folder: AttemptFolder, mode: Mode, rank: int, eve
         "finish": stage.ranks.finish,
     }.get(mode, stage.run)
     assert function is not None  # noqa: S101 (the executor asks for what there is)
-    return Result.of(function(stage.params.model_validate(file.params), context), stage, empty=mode == "prepare")
+    given = function(stage.params.model_validate(file.params), context)
+    return Outcome() if mode == "prepare" else Outcome.of(given, stage)
 
 
 def _environment_rank() -> int:
@@ -159,7 +160,7 @@ def _redirect_output(pipe: Path) -> None:
     os.close(descriptor)
 
 
-def _join_ranks(file: JobFile, folder: AttemptFolder, rank: int) -> int:
+def _join_ranks(file: JobFile, folder: AttemptFolder, rank: int, events: Reporter) -> int:
     """Bring up the process group and say hello; gives the world size.
 
     Raises StageFailed where another number of ranks came up than was asked for: `accelerate launch` may start fewer
@@ -168,14 +169,11 @@ def _join_ranks(file: JobFile, folder: AttemptFolder, rank: int) -> int:
     from accelerate import PartialState
 
     from bigpipe.errors import StageFailed
-    from bigpipe.files import write_file
-
-    from .jobs import Hello
+    from bigpipe.orchestrator.contract.events import RankHello
 
     state = PartialState(cpu=file.cpu)
     came, asked = int(state.num_processes), file.assignment.launch.num_processes
-    hello = Hello(rank=state.process_index, world_size=came, pid=os.getpid())
-    write_file(folder.hello(rank), hello.model_dump_json(), durable=False)
+    events.report(RankHello(file.assignment.node, state.process_index, came, os.getpid()))
     if (state.process_index, came) != (rank, asked):
         raise StageFailed(
             f"{asked} ranks were asked for, but rank {state.process_index} of {came} came up as rank {rank}",

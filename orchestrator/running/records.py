@@ -2,7 +2,7 @@
 
 run.json                  the record: what ran, what it was, how it ended; replaced at once as nodes end
 events.jsonl              every event
-nodes/NODE/ATTEMPT/       what the launcher left: log.txt, job.json, rank-N.json, hello files
+nodes/NODE/ATTEMPT/       what the launcher left: log.txt, job.json, rank-N.json
 """
 
 from __future__ import annotations

@@ -19,7 +19,7 @@ from bigpipe.orchestrator.contract.contexts import Assignment
 from bigpipe.orchestrator.contract.events import LogLine, Progress
 from bigpipe.orchestrator.launch import lifeline, processes
 from bigpipe.orchestrator.launch.eventlog import EventTail, EventWriter
-from bigpipe.orchestrator.launch.jobs import Failure, JobFile, Result
+from bigpipe.orchestrator.launch.jobs import Failure, JobFile, Outcome
 from bigpipe.orchestrator.launch.redaction import Redactor
 
 PATH = os.pathsep.join([str(TESTS), os.environ.get("PYTHONPATH", "")])
@@ -172,8 +172,8 @@ def test_errors_keep_their_class_over_the_border(tmp_path: Path) -> None:
         """A third party's."""
 
     for error in (OwnError("no", "log in"), UsageError("odd", place=Place("f.yaml", 3, 4))):
-        Result(failure=Failure.of(error)).write(tmp_path / "result.json", Redactor([]))
-        read = Result.read(tmp_path / "result.json")
+        Outcome(failure=Failure.of(error)).write(tmp_path / "outcome.json", Redactor([]))
+        read = Outcome.read(tmp_path / "outcome.json")
         assert read is not None
         assert read.failure is not None
         back = read.failure.error("node", tmp_path / "log.txt")
