@@ -41,7 +41,7 @@ def pin(params: EstimateParams, context: CheckContext) -> Pinned | None:
     """The commit that a branch or tag means now."""
     if params.repo is None or COMMIT.fullmatch(params.revision):
         return None
-    hub = Hub.from_environment(context.environment, offline=context.offline)
+    hub = Hub.of(sources_of(context))
     commit = resolve_commit(params.repo, params.revision, hub=hub, memo=context.memo)
     return Pinned({"revision": commit}, f"asked {hub.endpoint}")
 
@@ -50,7 +50,7 @@ def check(params: EstimateParams, context: CheckContext) -> None:
     _check_source(params, "model" in context.inputs)
     if params.repo is not None and not context.offline:
         try:
-            check_access(params.repo, hub=Hub.from_environment(context.environment))
+            check_access(params.repo, hub=Hub.of(sources_of(context)))
         except Transient:
             return  # the forecast tells what is not known
 

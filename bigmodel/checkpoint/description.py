@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from bigpipe.errors import UsageError
+
 from .files import MAX_CONFIG, read_json
 from .tensors import tensor_nbytes
 from .view import Checkpoint, open_checkpoint
@@ -51,6 +53,14 @@ class ModelDescription:
 def describe_checkpoint(path: str | Path) -> ModelDescription:
     """Describes a checkpoint directory from its headers. Raises InvalidCheckpoint as `open_checkpoint` does."""
     return describe_opened(open_checkpoint(path))
+
+
+def describe_if_single(path: Path) -> ModelDescription | None:
+    """As `describe_checkpoint`; None for what has no single checkpoint, such as a diffusers pipeline."""
+    try:
+        return describe_checkpoint(path)
+    except UsageError:
+        return None
 
 
 def describe_opened(checkpoint: Checkpoint) -> ModelDescription:

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from bigpipe.errors import InvalidCheckpoint
+from bigpipe.errors import InvalidCheckpoint, NoWeights
 
 from .tensors import FETCH_AGAIN, invalid
 
@@ -80,7 +80,7 @@ def _in_directory(directory: Path, coming: Collection[str] = ()) -> WeightFiles:
         if nested
         else "name a directory with .safetensors or torch .bin files"
     )
-    raise InvalidCheckpoint(f"{directory}: no weights were found", hint)
+    raise NoWeights(f"{directory}: no weights were found", hint)
 
 
 def _candidates(names: list[str], directory: Path) -> Iterator[str]:

@@ -23,7 +23,7 @@ from bigpipe.bigmodel.formats import PLAIN, format_of
 from bigpipe.bigmodel.hub.remote import describe_repository, pipeline_tensors
 from bigpipe.bigmodel.hub.repository import COMMIT, Hub, Repository, cached_commit
 from bigpipe.bigmodel.sources import Sources
-from bigpipe.errors import InvalidCheckpoint, Offline, UsageError
+from bigpipe.errors import InvalidCheckpoint, NoWeights, Offline, UsageError
 
 REPOSITORY = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
 
@@ -50,7 +50,7 @@ def look(model: str | Path, revision: str, sources: Sources, library: str | None
     if path.exists():
         return _look_locally(path, library)
     repo, revision = _parse(str(model), revision)
-    hub = Hub.from_environment(sources.environment, offline=sources.offline)
+    hub = Hub.of(sources)
     try:
         return _look_remotely(repo, revision, hub, sources, library)
     except Offline:
@@ -135,10 +135,8 @@ def _look_locally(path: Path, library: str | None) -> Sighting:
 def _has_weights(directory: Path) -> bool:
     try:
         find_weight_files(directory)
-    except InvalidCheckpoint as error:
-        if "no weights were found" in error.cause:
-            return False
-        raise
+    except NoWeights:
+        return False
     return True
 
 

@@ -19,6 +19,7 @@ from typing import Any
 from urllib.parse import quote
 
 from bigpipe.bigmodel.memo import recall, remember
+from bigpipe.bigmodel.sources import Sources
 from bigpipe.errors import InvalidCheckpoint, NotAuthorised, Offline, Transient
 
 from .errors import LOGIN, hub_errors
@@ -60,6 +61,10 @@ class Hub:
             token=env.get("HF_TOKEN") or env.get("HUGGING_FACE_HUB_TOKEN") or None,
             offline=offline or any(_is_true(env.get(name)) for name in ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE")),
         )
+
+    @classmethod
+    def of(cls, sources: Sources) -> Hub:
+        return cls.from_environment(sources.environment, offline=sources.offline)
 
     def folder(self, repo: str) -> Path:
         """The cache's directory of one model repository; it need not exist."""

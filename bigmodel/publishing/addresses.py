@@ -21,7 +21,7 @@ def open_destination(
     if to.startswith("hf://"):
         from .upload import HubRepository
 
-        hub = Hub.from_environment(sources.environment, offline=sources.offline)
+        hub = Hub.of(sources)
         return HubRepository(to.removeprefix("hf://").strip("/"), hub, revision, private)
     if "://" in to:
         return _open_url(to)

@@ -18,7 +18,7 @@ from typing import Any
 
 from bigpipe.bigmodel.architecture import Architecture
 from bigpipe.bigmodel.checkpoint.description import ModelDescription
-from bigpipe.bigmodel.checkpoint.files import Format
+from bigpipe.bigmodel.checkpoint.files import MAX_CONFIG, Format, read_json
 from bigpipe.bigmodel.checkpoint.tensors import CASTABLE, itemsize
 from bigpipe.bigmodel.checkpoint.view import CHUNK
 from bigpipe.errors import UsageError
@@ -36,6 +36,16 @@ BLOCK = 2**20
 """Elements of the block that all random tensors are cut from."""
 PIECE = 2**16
 """Elements cut at a time."""
+
+
+def read_shape(config: str | Mapping[str, Any], base: Path) -> dict[str, Any]:
+    """Return a config, read from its file (relative to `base`) where it is the name of one. Raise UsageError."""
+    if not isinstance(config, str):
+        return dict(config)
+    file = base / config
+    if not file.is_file():
+        raise UsageError(f"synthetic.config: there is no file {file}", "relative paths start at the manifest")
+    return read_json(file, file.parent, MAX_CONFIG)
 
 
 def synthetic_description(

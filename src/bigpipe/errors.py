@@ -9,6 +9,7 @@
     │   └── GatedRepository          5
     ├── StageFailed                  6
     │   └── InvalidCheckpoint        6   bytes that are not what their headers say, or that we refuse to read
+    │       └── NoWeights            6   a directory without any
     ├── Stale                       10
     ├── Transient                   75   try again
     │   └── Offline                 75
@@ -117,6 +118,10 @@ class InvalidCheckpoint(StageFailed):
     pass
 
 
+class NoWeights(InvalidCheckpoint):
+    pass
+
+
 class Stale(BigpipeError):
     exit_code = 10
 
@@ -148,7 +153,7 @@ BY_NAME: dict[str, type[BigpipeError]] = {
     error.__name__: error
     for error in (
         BigpipeError, UsageError, GateFailed, DoesNotFit, NotAuthorised, GatedRepository,
-        StageFailed, InvalidCheckpoint, Stale, Transient, Offline, Interrupted,
+        StageFailed, InvalidCheckpoint, NoWeights, Stale, Transient, Offline, Interrupted,
     )
 }  # fmt: skip
 """How an error that crossed a process border finds its class again."""

@@ -262,9 +262,11 @@ def test_a_repositorys_own_class_file_is_replaced_not_written_through(
     server: LoopbackHub, environment: dict[str, str], tmp_path: Path
 ) -> None:
     server.create("org/custom", {**FILES, "bigpipe_architecture.json": b'{"class": "evil:Class"}'})
+    download(tmp_path, environment, {"repo": "org/custom"})
+    cached = next((tmp_path / "hf").rglob("snapshots/*/bigpipe_architecture.json"))
+    assert (tmp_path / "out" / "bigpipe_architecture.json").samefile(cached)
     download(tmp_path, environment, {"repo": "org/custom", "architecture": {"class": "mingpt:GPT"}})
     assert json.loads((tmp_path / "out" / "bigpipe_architecture.json").read_bytes())["class"] == "mingpt:GPT"
-    cached = next((tmp_path / "hf").rglob("snapshots/*/bigpipe_architecture.json"))
     assert cached.read_bytes() == b'{"class": "evil:Class"}'
 
 
