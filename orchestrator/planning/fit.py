@@ -19,13 +19,13 @@ def find_misfits(session: Session, rehearsal: Rehearsal) -> tuple[tuple[str, Mis
     found: list[tuple[str, Misfit]] = []
     for node in session.nodes:
         if rehearsal.decisions[node.name].action.works:
-            forecast, needs = rehearsal.forecasts[node.name], rehearsal.states[node.name].needs
+            forecast, state = rehearsal.forecasts[node.name], rehearsal.states[node.name]
             own = machine_misfits(
                 session.machine,
                 forecast,
-                ram=needs.ram,
-                cpus=needs.cpus,
-                gpus=needs.gpus,
+                ram=state.ram,
+                cpus=node.resources.cpus or 0,
+                gpus=state.gpus,
                 gpu_memory=node.resources.gpu_memory,
             )
             found += [(node.name, misfit) for misfit in (*forecast.misfits, *own)]

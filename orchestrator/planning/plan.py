@@ -21,7 +21,7 @@ from bigpipe.orchestrator.recipe.node import Node
 from .decision import Action, Decision
 from .fit import find_misfits
 from .rehearsal import Rehearsal
-from .schedule import GateVerdict, Needs, judge_gates, lookup
+from .schedule import GateVerdict, judge_gates, lookup
 from .session import NOTHING_PINNED, Session
 
 
@@ -31,7 +31,7 @@ class PlannedNode:
     decision: Decision
     forecast: Forecast | None = None
     """None for cached nodes that nothing running stands on, and for skipped ones."""
-    needs: Needs = field(default_factory=Needs)
+    processes: int = 1
     gates: tuple[GateVerdict, ...] = ()
     problem: BigpipeError | None = None
     """What its preflight, or the look for its inputs, found."""
@@ -87,7 +87,7 @@ def make_plan(session: Session, *, preflight: bool = True) -> Plan:
             node=node,
             decision=rehearsal.decisions[node.name],
             forecast=rehearsal.forecasts.get(node.name),
-            needs=rehearsal.states[node.name].needs,
+            processes=rehearsal.states[node.name].processes,
             gates=judge_gates(node, lookup(rehearsal.states, node)),
             problem=_preflight(rehearsal, node) if preflight else None,
             pinned=session.known_pins(node),

@@ -16,7 +16,7 @@ from bigpipe.orchestrator.recipe.node import Node
 
 from . import schedule
 from .decision import Action, Decision, decide
-from .schedule import GOOD, Do, Facts, Needs, NodeState, States, step
+from .schedule import GOOD, Do, Facts, NodeState, States, step
 from .session import Session
 
 COMPARABLE_WITHIN = 3
@@ -110,8 +110,9 @@ class Rehearsal:
                 waiting += [node, *missing]
             elif node.name not in self.forecasts:
                 self.forecasts[node.name] = self._forecast(self.states[node.name])
-        forecast = self.forecasts[state.name]
-        state.needs, state.metrics = needs(self.session, state.node, forecast), forecast.metrics
+        state.forecast = self.forecasts[state.name]
+        state.metrics = state.forecast.metrics
+        state.processes = self.session.surroundings(state.node).launch.num_processes
 
     def inputs(self, node: Node) -> dict[str, tuple[Forecast, ...]]:
         """Per port, the forecasts of what is wired there."""
@@ -137,8 +138,10 @@ class Rehearsal:
             return replace(
                 forecast, download_bytes=0, write_bytes=0, ram=0, vram={}, seconds=0, metrics=metrics, misfits=()
             )
-        seconds = self._seconds(node, forecast)
-        return forecast if seconds == forecast.seconds else replace(forecast, seconds=seconds)
+        elsewhere = forecast.fetches_to
+        if elsewhere is not None and not session.store.on_disk_of(elsewhere):
+            elsewhere = None
+        return replace(forecast, seconds=self._seconds(node, forecast), fetches_to=elsewhere)
 
     def _seconds(self, node: Node, forecast: Forecast) -> float | None:
         """What the same params took the last time for about as much, in proportion; else what the kind reckons; else
@@ -186,20 +189,4 @@ def facts_of(session: Session, *, jobs: int, keep_going: bool = False, foreseen:
         side_by_side=session.side_by_side,
         keep_going=keep_going,
         foreseen=foreseen,
-    )
-
-
-def needs(session: Session, node: Node, forecast: Forecast) -> Needs:
-    """What the node holds while it runs: what the recipe says, else what was forecast."""
-    asked = node.resources
-    elsewhere = forecast.fetches_to is not None and session.store.on_disk_of(forecast.fetches_to)
-    return Needs(
-        ram=asked.ram if asked.ram is not None else forecast.ram or 0,
-        gpus=asked.gpus if asked.gpus is not None else len(forecast.vram),
-        cpus=asked.cpus or 0,
-        processes=session.surroundings(node).launch.num_processes,
-        writes=forecast.write_bytes or 0,
-        fetches=(forecast.download_bytes or 0) if elsewhere else 0,
-        file_bytes=forecast.file_bytes,
-        works_on=forecast.works_on,
     )

@@ -18,6 +18,7 @@ from dataclasses import dataclass, field, replace
 from enum import StrEnum
 
 from bigpipe.errors import BigpipeError, GateFailed
+from bigpipe.orchestrator.contract.forecast import Forecast
 from bigpipe.orchestrator.contract.types import Json, Status
 from bigpipe.orchestrator.launch.executors import executor
 from bigpipe.orchestrator.recipe.conditions import UNKNOWN, Condition, Lookup, Verdict, metric
@@ -81,31 +82,14 @@ class Step:
     """The one that does not hold."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Needs:
-    """What a node holds while it runs: what its `resources` say, else what was forecast. Sizes in bytes."""
-
-    ram: int = 0
-    gpus: int = 0
-    cpus: int = 0
-    """0: as many as it has processes."""
-    processes: int = 1
-    writes: int = 0
-    """Into the store."""
-    fetches: int = 0
-    """Into a cache of somebody else's on the disk of the store; they stay there."""
-    file_bytes: int = 0
-    """Of the largest of the files that others may take one by one."""
-    works_on: int = 0
-    """Of files taken one by one, between begun and done at a time."""
-
-
 @dataclass(slots=True)
 class NodeState:
     """What is known of a node."""
 
     node: Node
-    needs: Needs = field(default_factory=Needs)
+    forecast: Forecast = field(default_factory=Forecast)
+    processes: int = 1
+    """How many it starts; each holds a CPU, unless its `resources` say otherwise."""
     status: Status = Status.PENDING
     reason: str = ""
     decision: Decision | None = None
@@ -138,6 +122,27 @@ class NodeState:
     @property
     def digest(self) -> str | None:
         return self.record.digest if self.record else None
+
+    @property
+    def ram(self) -> int:
+        """Bytes it holds while it runs: what the recipe says, else what was forecast."""
+        asked = self.node.resources.ram
+        return asked if asked is not None else self.forecast.ram or 0
+
+    @property
+    def gpus(self) -> int:
+        asked = self.node.resources.gpus
+        return asked if asked is not None else len(self.forecast.vram)
+
+    @property
+    def writes(self) -> int:
+        """Bytes it adds to the store."""
+        return self.forecast.write_bytes or 0
+
+    @property
+    def fetches(self) -> int:
+        """Bytes it adds to the disk of the store in a cache of somebody else's, where they stay."""
+        return (self.forecast.download_bytes or 0) if self.forecast.fetches_to else 0
 
     @property
     def hit(self) -> bool:
@@ -189,8 +194,8 @@ def step(states: States, facts: Facts, name: str) -> Step:
     state = states[name]
     if state.status is Status.PENDING:
         return _pending(states, facts, state)
-    if state.status is Status.RUNNING:
-        return _running(states, facts, state)
+    if state.status is Status.RUNNING and state.done:
+        return _judged(states, facts, state, Do.SUCCEED)
     return _good(states, facts, state) if state.status in GOOD else Step(Do.WAIT)
 
 
@@ -211,10 +216,6 @@ def _pending(states: States, facts: Facts, state: NodeState) -> Step:
     if lacking := _lacking(states, facts, state, unsettled):
         return Step(Do.WAIT, lacking)
     return Step(Do.START, unsettled)
-
-
-def _running(states: States, facts: Facts, state: NodeState) -> Step:
-    return _judged(states, facts, state, Do.SUCCEED) if state.done else Step(Do.WAIT)
 
 
 def _good(states: States, facts: Facts, state: NodeState) -> Step:
@@ -287,17 +288,17 @@ def _lacking(states: States, facts: Facts, state: NodeState, follows: str) -> st
     """What there is no room for; "" where there is. A node that would not fit beside others runs alone."""
     if not states.running:
         return ""
-    share = _share(state.needs, follows)
+    share = _share(state, follows)
     if not follows:
-        share["disk"] = state.needs.writes + state.needs.fetches
+        share["disk"] = state.writes + state.fetches
     return next((what for what, size in share.items() if states.held.get(what, 0) + size > facts.room[what]), "")
 
 
-def _share(needs: Needs, follows: str) -> dict[str, int]:
+def _share(state: NodeState, follows: str) -> dict[str, int]:
     """Of what running nodes hold together. A follower shares its producer's turn: it counts as a job and a CPU only if
     its `resources` say so."""
-    cpus = needs.cpus or (0 if follows else needs.processes)
-    return {"jobs": 0 if follows else 1, "CPUs": cpus, "RAM": needs.ram, "GPUs": int(needs.gpus > 0)}
+    cpus = state.node.resources.cpus or (0 if follows else state.processes)
+    return {"jobs": 0 if follows else 1, "CPUs": cpus, "RAM": state.ram, "GPUs": int(state.gpus > 0)}
 
 
 def stopping(states: States, facts: Facts) -> bool:
@@ -341,14 +342,12 @@ def input_digests(states: States, node: Node) -> Inputs | None:
 
     Of a producer that runs it is what it gave before under its key, should it give that again.
     """
-    found: dict[str, list[str]] = {}
-    for port, names in node.inputs.items():
-        digests = [_digest(states[name]) for name in names if states[name].status is not Status.SKIPPED]
-        if None in digests:
-            return None
-        if digests:
-            found[port] = [digest for digest in digests if digest]
-    return found
+    if awaited(states, node):
+        return None
+    known = {
+        port: [digest for name in names if (digest := _digest(states[name]))] for port, names in node.inputs.items()
+    }
+    return {port: digests for port, digests in known.items() if digests}
 
 
 def awaited(states: States, node: Node) -> list[str]:
@@ -393,9 +392,9 @@ def start(states: States, facts: Facts, name: str, follows: str = "") -> None:
     state = states[name]
     state.status, state.following, state.done = Status.RUNNING, follows, False
     states.running.add(name)
-    states.hold(_share(state.needs, follows))
-    states.hold({"disk": state.needs.fetches})
-    states.hold_disk(state, state.needs.writes)
+    states.hold(_share(state, follows))
+    states.hold({"disk": state.fetches})
+    states.hold_disk(state, state.writes)
     if follows and passes_on(states, facts, follows):
         states.hold_disk(states[follows], min(states[follows].disk, _between(states, facts, follows)))
 
@@ -405,7 +404,7 @@ def end(states: States, name: str, status: Status, reason: str) -> None:
     state = states[name]
     if state.status is Status.RUNNING:
         states.running.discard(name)
-        states.hold(_share(state.needs, state.following), -1)
+        states.hold(_share(state, state.following), -1)
     state.status, state.reason, state.following, state.passing = status, reason, "", False
     if status is Status.FAILED:
         states.failed.add(name)
@@ -432,9 +431,10 @@ def passes_on(states: States, facts: Facts, name: str, *, gone: bool = False) ->
 def _between(states: States, facts: Facts, name: str) -> int:
     """Bytes between it and its consumers at a time: two files, or as many as one of them works on and one more. All of
     them where a consumer could not be sure to run beside it: something else it needs was at work in this run too."""
-    needs, consumers = states[name].needs, facts.consumers[name]
-    others = [states[other] for each in consumers for other in each.predecessors if other != name]
-    if not needs.file_bytes or not all(other.status is Status.CACHED for other in others):
-        return needs.writes
-    window = max(states[each.name].needs.works_on for each in consumers)
-    return max(AHEAD, math.ceil(window / needs.file_bytes) + 1) * needs.file_bytes
+    consumers = [states[each.name] for each in facts.consumers[name]]
+    others = [states[other] for each in consumers for other in each.node.predecessors if other != name]
+    size = states[name].forecast.file_bytes
+    if not size or not all(other.status is Status.CACHED for other in others):
+        return states[name].writes
+    window = max(each.forecast.works_on for each in consumers)
+    return max(AHEAD, math.ceil(window / size) + 1) * size

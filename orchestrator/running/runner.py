@@ -33,10 +33,11 @@ from bigpipe.orchestrator.contract.events import (
     RunFinished,
     RunStarted,
 )
+from bigpipe.orchestrator.contract.forecast import Forecast
 from bigpipe.orchestrator.contract.types import Lineage, Status
 from bigpipe.orchestrator.planning import schedule
 from bigpipe.orchestrator.planning.decision import Action, decide
-from bigpipe.orchestrator.planning.plan import Plan
+from bigpipe.orchestrator.planning.plan import Plan, PlannedNode
 from bigpipe.orchestrator.planning.rehearsal import facts_of
 from bigpipe.orchestrator.planning.schedule import GOOD, Do, Facts, NodeState, States, step
 from bigpipe.orchestrator.planning.session import Session
@@ -101,7 +102,7 @@ def run_plan(
         plan=plan,
         id=run_id,
         reporter=OneAtATime(reporter, recorder),
-        states=States({name: NodeState(planned.node, planned.needs) for name, planned in plan.nodes.items()}),
+        states=States({name: _planned(node) for name, node in plan.nodes.items()}),
         facts=facts_of(session, jobs=jobs, keep_going=keep_going),
         pool=ThreadPoolExecutor(max_workers=jobs + len(plan.nodes), thread_name_prefix="node"),
     )
@@ -110,6 +111,10 @@ def run_plan(
         with caught_once(run.interrupt), run.pool:
             _loop(run)
         return _finish_run(run, recorder, time.monotonic() - started)
+
+
+def _planned(planned: PlannedNode) -> NodeState:
+    return NodeState(planned.node, planned.forecast or Forecast(), planned.processes)
 
 
 def _loop(run: Run) -> None:

@@ -185,6 +185,23 @@ def test_dropped_bytes_are_made_again_only_when_a_consumer_must_run(workshop):
     assert workshop.ran == ["a", "c", "d"]
 
 
+def test_other_bytes_than_before_reach_what_was_cached_on_them(workshop):
+    text = CHAIN.replace(
+        'a: {uses: write, with: {text: "${params.text}"}}', "a: {uses: write, cache: false, with: {stamp: true}}"
+    )
+    text += "  e: {uses: join, inputs: {first: a, second: b}}\n"
+    first = workshop.run(text)
+    result = workshop.run(params={"separator": "+"})  # `c` demands `a`, which `e` was made from
+    assert workshop.ran[0] == "a"
+    assert sorted(workshop.ran) == ["a", "c", "d", "e"]
+    assert result.nodes["e"].digest != first.nodes["e"].digest
+    made = [(result.path(name) / "text").read_text().replace("+", " ") for name in "ce"]
+    assert made[0] == made[1]
+    assert result.path("a") is None
+    workshop.run(params={"separator": "+"})
+    assert workshop.ran == []
+
+
 def test_independent_nodes_run_side_by_side(workshop):
     text = """\
 version: 1

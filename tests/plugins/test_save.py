@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import shutil
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,6 +17,7 @@ import yaml
 from support.contexts import Lineage, check_context, forecast_context, inputs, stage_context
 from support.hub import LoopbackHub
 from support.models import make_checkpoint
+from support.workshop import Workshop, statuses
 
 from bigpipe.bigmodel.checkpoint.view import open_checkpoint
 from bigpipe.bigmodel.publishing import Directory, Provenance, Step
@@ -388,6 +390,38 @@ def test_the_plan_asks_whether_the_token_may_write(
     server.create("ada/theirs", {"model.bin": b"by hand"})
     with pytest.raises(UsageError, match="bigpipe did not write"):
         check(tmp_path, params("hf://ada/theirs"), environment)
+
+
+SAVING = """\
+version: 1
+name: saving
+params: {{size: 5GB}}
+stages:
+  download: {{uses: download, with: {{path: model}}}}
+  shard: {{uses: shard, inputs: download, with: {{max_shard_size: "${{params.size}}"}}}}
+  save: {{uses: save, inputs: shard, with: {{to: dist, overwrite: {overwrite}}}}}
+"""
+
+
+@pytest.mark.parametrize("overwrite", [True, False])
+def test_a_run_leaves_the_destination_as_the_recipe_makes_it(workshop: Workshop, overwrite: bool) -> None:
+    """Deleted, edited, or written by another variant meanwhile: a record of the same key is no reason to do nothing."""
+    make_checkpoint(workshop.folder / "model")
+    folder = workshop.folder / "dist"
+    assert workshop.run(SAVING.format(overwrite=str(overwrite).lower())).exit_code == 0
+    first = {path.name: path.read_bytes() for path in folder.iterdir()}
+    shutil.rmtree(folder)
+    assert statuses(workshop.run())["save"] == "succeeded"
+    assert {path.name: path.read_bytes() for path in folder.iterdir()}.keys() == first.keys()
+    assert workshop.run(params={"size": "50KB"}).exit_code == 0
+    assert len(list(folder.glob("*.safetensors"))) > 1
+    assert statuses(workshop.run())["save"] == "succeeded"
+    assert [path.name for path in folder.glob("*.safetensors")] == ["model.safetensors"]
+    assert set(statuses(workshop.run()).values()) == {"cached"}
+    if overwrite:
+        (folder / "config.json").write_text("{}")
+        assert statuses(workshop.run())["save"] == "succeeded"
+        assert (folder / "config.json").read_bytes() == first["config.json"]
 
 
 def test_a_forecast_knows_where_and_how_much(tmp_path: Path) -> None:

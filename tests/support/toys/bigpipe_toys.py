@@ -36,6 +36,8 @@ class WriteParams(Params):
     lines: Annotated[str | tuple[str, ...], FileOrLiteral] = ()
     needs_ram: Size = 1000
     misfit: bool = False
+    stamp: bool = False
+    """Other bytes each time."""
 
 
 class WriteMetrics(Metrics):
@@ -51,7 +53,7 @@ def mark(context: StageContext) -> None:
 def write(params: WriteParams, context: StageContext) -> StageResult:
     mark(context)
     text = params.text + ((context.base / params.source).read_text() if params.source else "")
-    (context.out / "text").write_text(text)
+    (context.out / "text").write_text(text + (f" {time.time_ns()}" if params.stamp else ""))
     return StageResult(WriteMetrics(characters=len(text), detail={"upper": sum(c.isupper() for c in text)}))
 
 

@@ -1,0 +1,72 @@
+"""What a plan foresees: who would run, how sure that is, and who follows whom."""
+
+from __future__ import annotations
+
+import bigpipe
+
+CHAIN = """\
+version: 1
+name: chain
+params: {text: hello, separator: " ", last: " "}
+stages:
+  a: {uses: write, cache: false, with: {text: first}}
+  b: {uses: join, inputs: {first: a}, cache: false, with: {separator: "${params.separator}"}}
+  w: {uses: write, with: {text: "${params.text}"}}
+  c: {uses: join, inputs: {first: b, second: w}, with: {separator: "${params.last}"}}
+"""
+
+
+def actions(plan) -> dict[str, str]:
+    return {name: str(node.action) for name, node in plan.nodes.items()}
+
+
+def test_dropped_bytes_are_as_sure_to_be_made_as_who_needs_them_is_to_run(workshop):
+    workshop.run(CHAIN)
+    assert set(actions(bigpipe.plan(workshop.manifest)).values()) == {"cached"}
+    sure = bigpipe.plan(workshop.manifest, params={"last": "+"})
+    assert actions(sure) == {"a": "run", "b": "run", "w": "cached", "c": "run"}
+    assert sure.nodes["a"].decision.reason == "its bytes were dropped (cache: false) and b needs them"
+    doubtful = bigpipe.plan(workshop.manifest, params={"text": "HELLO"})
+    assert actions(doubtful) == {"a": "maybe", "b": "maybe", "w": "run", "c": "maybe"}
+    assert doubtful.nodes["c"].decision.reason == "known once w is"
+    assert all(doubtful.nodes[name].forecast for name in "abwc")
+    workshop.run(params={"last": "+"})
+    assert workshop.ran == ["a", "b", "c"]
+
+
+def test_what_is_not_known_is_left_open(workshop):
+    workshop.manifest.write_text("""\
+version: 1
+name: open
+stages:
+  a: {uses: write, with: {text: abC}, gates: ['detail.upper > 5', 'characters == 3']}
+  b: {uses: write, when: "${stages.a.metrics.detail.upper} > 5"}
+  c: {uses: write, when: "${stages.a.metrics.characters} > 5"}
+  d: {uses: join, inputs: {first: c}}
+""")
+    plan = bigpipe.plan(workshop.manifest)
+    assert actions(plan) == {"a": "run", "b": "maybe", "c": "skipped", "d": "skipped"}
+    assert [gate.verdict and gate.verdict.passed for gate in plan.nodes["a"].gates] == [None, True]
+    assert plan.errors() == []
+    assert plan.nodes["d"].decision.reason == "c is skipped"
+
+
+FOLLOWING = """\
+version: 1
+name: following
+params: {letter: a}
+stages:
+  pour: {uses: pour, with: {letter: "${params.letter}"}}
+  sip: {uses: sip, inputs: {first: pour}, resources: {ram: 1GiB}}
+  strain: {uses: strain, inputs: {first: pour}, resources: {ram: 900TiB}}
+"""
+
+
+def test_who_follows_is_foreseen_whatever_other_recipes_have_recorded(workshop):
+    workshop.manifest.write_text(FOLLOWING)
+    assert bigpipe.plan(workshop.manifest).followed == {"sip": "pour"}
+    assert bigpipe.plan(workshop.manifest, jobs=1).followed == {}
+    workshop.run(nodes=["sip"])
+    doubtful = bigpipe.plan(workshop.manifest, params={"letter": "b"})
+    assert actions(doubtful) == {"pour": "run", "sip": "maybe", "strain": "run"}
+    assert doubtful.followed == {"sip": "pour"}

@@ -1,0 +1,371 @@
+"""The schedule, a row per rule: nodes, what is known of them, and what happens to the last of them next."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+from support.kinds import NoMetrics, nothing_to_run
+
+from bigpipe.orchestrator.contract.types import Status
+from bigpipe.orchestrator.planning import schedule
+from bigpipe.orchestrator.planning.decision import Action, Decision
+from bigpipe.orchestrator.planning.schedule import Do, Facts, NodeState, States, Step, step
+from bigpipe.orchestrator.recipe.graph import load_recipe
+from bigpipe.orchestrator.stage import Forecast, Metrics, Params, Passing, Port, Stage
+from bigpipe.orchestrator.store.keyrecord import KeyRecord
+
+
+class Score(Metrics):
+    score: float
+
+
+def forecast(params: Params, context: object) -> Forecast:
+    return Forecast()
+
+
+def kind(name: str, metrics: type[Metrics] = Score, **more: Any) -> Stage[Any]:
+    return Stage(
+        kind=name, version=1, params=Params, metrics=metrics, output="text", run=nothing_to_run, forecast=forecast,
+        **more,
+    )  # fmt: skip
+
+
+PORTS = {"first": Port("text"), "second": Port("text", optional=True), "rest": Port("text", optional=True, many=True)}
+KINDS = {
+    "make": kind("make", inputs={}, passing=Passing(streams=True)),
+    "use": kind("use", inputs=PORTS),
+    "sip": kind("sip", inputs=PORTS, passing=Passing(follows="first", streams=True)),
+    "sip-inline": kind("sip-inline", inputs=PORTS, passing=Passing(follows="first"), runs_in="inline"),
+    "gather": kind("gather", metrics=NoMetrics, inputs={"rest": Port("text", many=True)}),
+}
+ROOM = {"jobs": 4, "CPUs": 4, "RAM": 100, "GPUs": 1, "disk": 100}
+
+
+@dataclass(frozen=True)
+class Row:
+    rule: str
+    stages: str
+    given: Mapping[str, str]
+    expected: Step
+    room: Mapping[str, int] = field(default_factory=dict)
+    facts: Mapping[str, Any] = field(default_factory=dict)
+    writes: Mapping[str, int] = field(default_factory=dict)
+    interrupted: bool = False
+
+
+def record(name: str, score: float = 1.0, digest: str = "") -> KeyRecord:
+    return KeyRecord(
+        key=f"key of {name}", partial="", identity={}, kind="", node=name, manifest="", metrics={"score": score},
+        digest=digest or f"sha256:{name}",
+    )  # fmt: skip
+
+
+class Scene:
+    """A moment of a run. Each node's state in words, in topological order:
+
+    new · must (looked up: to run) · refused (the same, though there is a record) · hit · dropped hit · cached · dropped
+    · succeeded · again (succeeded with other bytes than before) · skipped · failed · running · done (its gates are not
+    judged) · passing (it runs, and its files can be taken) · repassing (the same, and there is a record of its key)
+    · follows (the node before it)
+    """
+
+    def __init__(self, row: Row, folder: Path) -> None:
+        manifest = folder / "recipe.yaml"
+        manifest.write_text("version: 1\nname: scene\nstages:\n" + row.stages)
+        self.nodes = load_recipe(manifest, {}, environment={}, stages=KINDS).nodes
+        consumers: dict[str, list[Any]] = {name: [] for name in self.nodes}
+        for node in self.nodes.values():
+            for producer in schedule.producers(node):
+                consumers[producer].append(node)
+        self.facts = Facts(consumers=consumers, room={**ROOM, **row.room}, **row.facts)
+        forecasts = {name: Forecast(write_bytes=size) for name, size in row.writes.items()}
+        self.states = States({n: NodeState(node, forecasts.get(n, Forecast())) for n, node in self.nodes.items()})
+        self.states.interrupted = row.interrupted
+        before = ""
+        for name in self.nodes:
+            self._tell(name, row.given.get(name, "new"), before)
+            before = name
+
+    def _tell(self, name: str, words: str, before: str) -> None:
+        state, known = self.states[name], record(name)
+        if words in ("skipped", "failed"):
+            schedule.end(self.states, name, Status(words), "")
+        elif words in ("hit", "dropped hit", "cached", "dropped"):
+            self._look(state, Action.CACHED, known, bytes_here="dropped" not in words)
+            if "hit" not in words:
+                schedule.end(self.states, name, Status.CACHED, "")
+        elif words != "new":
+            self._look(state, Action.RUN, known if words in ("refused", "repassing") else None)
+            if words not in ("must", "refused"):
+                schedule.start(self.states, self.facts, name, before if words == "follows" else "")
+                state.passing = words in ("passing", "repassing")
+            if words in ("done", "succeeded", "again"):
+                inputs = {port: list(digests) for port, digests in (state.decision.inputs or {}).items()}
+                gave = record(name, digest="other" if words == "again" else "").model_copy(update={"inputs": inputs})
+                schedule.done(state, gave)
+            if words in ("succeeded", "again"):
+                schedule.end(self.states, name, Status.SUCCEEDED, "")
+
+    def _look(self, state: NodeState, action: Action, known: KeyRecord | None, bytes_here: bool = True) -> None:
+        inputs = schedule.input_digests(self.states, state.node)
+        schedule.decided(state, Decision(action=action, reason="", inputs=inputs, record=known, bytes_here=bytes_here))
+
+
+A, A_DROPS = "  a: {uses: make}\n", "  a: {uses: make, cache: false}\n"
+AB = A + "  b: {uses: use, inputs: {first: a}}\n"
+ABC = A + "  b: {uses: make}\n  c: {uses: use, inputs: {first: a, second: b}}\n"
+PAIR = A + "  b: {uses: make}\n"
+NEEDS = A + "  b: {uses: make, needs: [a]}\n"
+GATHER = PAIR + "  c: {uses: gather, inputs: {rest: [a, b]}}\n"
+SIP_OF_TWO = A + "  o: {uses: make}\n  b: {uses: sip, inputs: {first: a, second: o}}\n"
+SIP = A + "  b: {uses: sip, inputs: {first: a}}\n"
+
+
+def two(resources: str) -> str:
+    return f"  a: {{uses: make, resources: {resources}}}\n  b: {{uses: make, resources: {resources}}}\n"
+
+
+def sip(more: str, uses: str = "sip") -> str:
+    return A + f"  b: {{uses: {uses}, inputs: {{first: a}}, {more}}}\n"
+
+
+def gated(gate: str) -> str:
+    return f"  a: {{uses: make, gates: ['{gate}']}}\n"
+
+
+def when(condition: str) -> str:
+    return A + f'  b: {{uses: make, when: "${{stages.a.metrics.score}} {condition}"}}\n'
+
+
+WAIT, LOOK, START, STOP = Step(Do.WAIT), Step(Do.LOOK), Step(Do.START), Step(Do.STOP)
+FOLLOW = Step(Do.START, "a")
+DEMAND = Step(Do.DEMAND, producers=("a",))
+
+
+def skip(why: str) -> Step:
+    return Step(Do.SKIP, why)
+
+
+def wait(why: str) -> Step:
+    return Step(Do.WAIT, why)
+
+
+ROWS = [
+    # The cache
+    Row("what nobody has asked the store about is looked up", A, {}, LOOK),
+    Row("what the store has is taken", A, {"a": "hit"}, Step(Do.CACHED)),
+    Row("what it has not runs", A, {"a": "must"}, START),
+    Row("a record that was refused is none: outside effect gone, bytes damaged, forced", A, {"a": "refused"}, START),
+    Row("a running producer is waited for", AB, {"a": "running"}, wait("a")),
+    Row("a pending producer is waited for", AB, {"a": "must"}, wait("a")),
+    Row("`needs` is waited for", NEEDS, {"a": "running"}, wait("a")),
+    Row("what `when` asks is waited for", when("> 0"), {"a": "running"}, wait("a")),
+    Row("a work that ended succeeds", A, {"a": "done"}, Step(Do.SUCCEED)),
+    Row("a work that did not goes on", A, {"a": "running"}, WAIT),
+    # Skipping
+    Row("after a failed producer", AB, {"a": "failed"}, skip("a failed")),
+    Row("after one that failed and lets others go on", AB.replace("make", "make, on_fail: continue"), {"a": "failed"},
+        skip("a failed")),
+    Row("after a failed one in `needs`", NEEDS, {"a": "failed"}, skip("a failed")),
+    Row("after a skipped producer on a required port", AB, {"a": "skipped"}, skip("a is skipped")),
+    Row("not after one on an optional port", ABC, {"a": "cached", "b": "skipped"}, LOOK),
+    Row("after a skipped one in `needs`", NEEDS, {"a": "skipped"}, skip("a is skipped")),
+    Row("after all of a `many` port", GATHER,
+        {"a": "skipped", "b": "skipped"}, skip("a is skipped")),
+    Row("not after some of a `many` port",
+        GATHER,
+        {"a": "skipped", "b": "cached"}, LOOK),
+    Row("a `when` that does not hold", when("> 5"), {"a": "cached"}, skip("when ${stages.a.metrics.score} > 5: 1")),
+    Row("a `when` that holds", when("> 0"), {"a": "cached"}, LOOK),
+    Row("a `when` that cannot be decided skips in a run", when("> 0"), {"a": "skipped"},
+        skip("when ${stages.a.metrics.score} > 0: not known")),
+    Row("and is left open in a plan", when("> 0"), {"a": "skipped"}, LOOK, facts={"foreseen": True}),
+    # Dropped bytes
+    Row("dropped bytes are no reason to run", A_DROPS, {"a": "dropped hit"}, Step(Do.CACHED)),
+    Row("who must run demands them", AB, {"a": "dropped", "b": "must"}, DEMAND),
+    Row("who is cached does not", AB, {"a": "dropped", "b": "hit"}, Step(Do.CACHED)),
+    Row("who waits for them starts once they are made again", AB, {"a": "succeeded", "b": "must"}, START),
+    # Gates
+    Row("a gate that holds", gated("score > 0"), {"a": "done"}, Step(Do.SUCCEED)),
+    Row("gates are judged on cached nodes too", gated("score > 0"), {"a": "hit"}, Step(Do.CACHED)),
+    # Room
+    Row("jobs", PAIR, {"a": "running", "b": "must"}, wait("jobs"), room={"jobs": 1}),
+    Row("room for both", two("{ram: 50, cpus: 2}"), {"a": "running", "b": "must"}, START),
+    Row("RAM", two("{ram: 51}"), {"a": "running", "b": "must"}, wait("RAM")),
+    Row("CPUs", two("{cpus: 3}"), {"a": "running", "b": "must"}, wait("CPUs")),
+    Row("one process is one CPU", PAIR, {"a": "running", "b": "must"}, wait("CPUs"),
+        room={"CPUs": 1}),
+    Row("one node at a time holds GPUs", two("{gpus: 1}"), {"a": "running", "b": "must"}, wait("GPUs")),
+    Row("who needs none runs beside it", PAIR.replace("make", "make, resources: {gpus: 1}", 1),
+        {"a": "running", "b": "must"}, START),
+    Row("disk", PAIR, {"a": "running", "b": "must"}, wait("disk"),
+        writes={"a": 60, "b": 41}),
+    Row("disk that finished nodes keep", "  a: {uses: make}\n  c: {uses: make}\n  b: {uses: make}\n",
+        {"a": "succeeded", "c": "running", "b": "must"}, wait("disk"), writes={"a": 60, "b": 41}),
+    Row("what does not fit beside others runs alone", two("{ram: 500, cpus: 50}"), {"b": "must"}, START),
+    Row("also on the disk", A, {"a": "must"}, START, writes={"a": 500}),
+    # Ending
+    Row("a failure stops what has not started", PAIR, {"a": "failed", "b": "must"}, STOP),
+    Row("on_fail: continue does not", "  a: {uses: make, on_fail: continue}\n  b: {uses: make}\n",
+        {"a": "failed", "b": "must"}, START),
+    Row("nor does --keep-going", PAIR, {"a": "failed", "b": "must"}, START,
+        facts={"keep_going": True}),
+    Row("what is cached is taken all the same", PAIR, {"a": "failed", "b": "hit"},
+        Step(Do.CACHED)),
+    Row("an interruption stops what has not started", A, {"a": "must"}, STOP, interrupted=True),
+    Row("whatever goes on after failures", A, {"a": "must"}, STOP, interrupted=True, facts={"keep_going": True}),
+    # Following
+    Row("a follower is looked up on what is known", SIP, {"a": "passing"}, LOOK),
+    Row("a follower starts beside its producer", SIP, {"a": "passing", "b": "must"}, FOLLOW),
+    Row("not before files were announced", SIP, {"a": "running", "b": "must"}, wait("a")),
+    Row("not a kind that takes no files one by one", AB, {"a": "passing", "b": "must"}, wait("a")),
+    Row("not one that cannot wait", sip("", uses="sip-inline"), {"a": "passing", "b": "must"}, wait("a")),
+    Row("not one with a timeout", sip("timeout: 1h"), {"a": "passing", "b": "must"}, wait("a")),
+    Row("not one with `when`", sip('when: "${stages.a.metrics.score} > 0"'), {"a": "passing", "b": "must"}, wait("a")),
+    Row("not on another port", SIP_OF_TWO, {"a": "cached", "o": "passing", "b": "must"}, wait("o")),
+    Row("not where nodes run one after the other", SIP, {"a": "passing", "b": "must"}, wait("a"),
+        facts={"side_by_side": False}),
+    Row("not while something else runs", SIP_OF_TWO, {"a": "passing", "o": "running", "b": "must"}, wait("a")),
+    Row("not where other bytes were dropped", SIP_OF_TWO, {"a": "passing", "o": "dropped", "b": "must"}, wait("a")),
+    Row("not one that is a hit if the same comes again", SIP, {"a": "repassing", "b": "hit"}, wait("a")),
+    Row("a follower needs memory", sip("resources: {ram: 51}").replace("make", "make, resources: {ram: 50}"),
+        {"a": "passing", "b": "must"}, wait("RAM")),
+    Row("but shares its producer's job and CPU", SIP, {"a": "passing", "b": "must"}, FOLLOW,
+        room={"jobs": 1, "CPUs": 1}),
+    Row("and its disk: waiting would need as much", SIP, {"a": "passing", "b": "must"}, FOLLOW,
+        writes={"a": 100, "b": 100}),
+    Row("no follower starts in a run that ends", SIP, {"a": "passing", "b": "must"}, STOP, interrupted=True),
+    Row("a follower of a follower waits for files too", SIP + "  c: {uses: sip, inputs: {first: b}}\n",
+        {"a": "passing", "b": "follows"}, wait("b")),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("row", ROWS, ids=lambda row: row.rule)
+def test_rule(row: Row, tmp_path: Path) -> None:
+    scene = Scene(row, tmp_path)
+    assert step(scene.states, scene.facts, list(scene.nodes)[-1]) == row.expected
+
+
+def scene(folder: Path, stages: str, given: Mapping[str, str], **more: Any) -> Scene:
+    return Scene(Row("", stages, given, WAIT, **more), folder)
+
+
+def next_of(scene: Scene, name: str) -> Do:
+    return step(scene.states, scene.facts, name).do
+
+
+@pytest.mark.parametrize("gate", ["score > 5", "no.such.metric > 0"], ids=["that does not hold", "that is not known"])
+@pytest.mark.parametrize(("words", "good"), [("done", Do.SUCCEED), ("hit", Do.CACHED)])
+def test_a_gate_fails_the_run_and_is_left_to_it_by_a_plan(gate: str, words: str, good: Do, tmp_path: Path) -> None:
+    stages = gated("score > 5")
+    run, plan = scene(tmp_path, stages, {"a": words}), scene(tmp_path, stages, {"a": words}, facts={"foreseen": True})
+    if "no.such" in gate:
+        run.states["a"].metrics = plan.states["a"].metrics = {}
+    failed = step(run.states, run.facts, "a")
+    assert failed.do is Do.FAIL
+    assert "a: gate score > 5" in str(failed.gate.error(run.nodes["a"]))
+    assert next_of(plan, "a") is good
+
+
+THREE = A_DROPS + "  b: {uses: use, inputs: {first: a}}\n  c: {uses: use, inputs: {first: a}}\n"
+
+
+@pytest.mark.parametrize(
+    ("b", "c", "dropped"),
+    [
+        ("succeeded", "succeeded", True), ("cached", "succeeded", True), ("succeeded", "skipped", True),
+        ("succeeded", "must", False), ("succeeded", "running", False), ("must", "cached", False),
+        ("succeeded", "failed", False), ("succeeded", "new", False),
+    ],
+)  # fmt: skip
+def test_bytes_that_are_not_kept_go_after_the_last_consumer(b: str, c: str, dropped: bool, tmp_path: Path) -> None:
+    given = {"a": "succeeded", "b": b, "c": c}
+    assert (next_of(scene(tmp_path, THREE, given), "a") is Do.DROP) == dropped
+    assert next_of(scene(tmp_path, THREE.replace(", cache: false", ""), given), "a") is Do.WAIT
+
+
+def test_bytes_that_nobody_takes_stay(tmp_path: Path) -> None:
+    assert next_of(scene(tmp_path, A_DROPS, {"a": "succeeded"}), "a") is Do.WAIT
+
+
+def test_a_demanded_producer_runs_whatever_the_store_has_of_it_but_its_bytes(tmp_path: Path) -> None:
+    now = scene(tmp_path, AB, {"a": "dropped", "b": "must"})
+    schedule.demand(now.states, "b", ("a",))
+    assert [next_of(now, name) for name in "ab"] == [Do.LOOK, Do.WAIT]
+    now._look(now.states["a"], Action.CACHED, record("a"), bytes_here=False)
+    assert next_of(now, "a") is Do.START
+    assert "b needs them" in now.states["a"].reason
+    now._look(now.states["a"], Action.CACHED, record("a"))  # another run has made them meanwhile
+    assert next_of(now, "a") is Do.CACHED
+
+
+def made_again(now: Scene, name: str, digest: str) -> None:
+    """A demanded producer runs and gives this."""
+    now._look(now.states[name], Action.CACHED, record(name), bytes_here=False)
+    schedule.start(now.states, now.facts, name)
+    schedule.done(now.states[name], record(name, digest=digest))
+    schedule.end(now.states, name, Status.SUCCEEDED, "")
+
+
+def test_what_stands_on_other_bytes_than_before_is_looked_up_again(tmp_path: Path) -> None:
+    stages = THREE + "  d: {uses: use, inputs: {first: c}}\n"
+    now = scene(tmp_path, stages, {"a": "dropped", "b": "must", "c": "cached", "d": "cached"})
+    assert next_of(now, "b") is Do.DEMAND
+    schedule.demand(now.states, "b", ("a",))
+    assert [next_of(now, name) for name in "cd"] == [Do.WAIT, Do.WAIT]  # nothing has changed yet
+    made_again(now, "a", "sha256:a")
+    assert [next_of(now, name) for name in "abcd"] == [Do.WAIT, Do.START, Do.WAIT, Do.WAIT]
+    schedule.demand(now.states, "b", ("a",))
+    made_again(now, "a", "other")
+    assert [next_of(now, name) for name in "abcd"] == [Do.WAIT, Do.LOOK, Do.LOOK, Do.WAIT]
+
+
+def test_who_followed_in_vain_takes_its_turn(tmp_path: Path) -> None:
+    now = scene(tmp_path, SIP, {"a": "passing", "b": "follows"})
+    schedule.end(now.states, "a", Status.FAILED, "")
+    schedule.end(now.states, "b", Status.PENDING, "")
+    assert step(now.states, now.facts, "b") == skip("a failed")
+    now = scene(tmp_path, SIP, {"a": "passing", "b": "follows"})
+    schedule.done(now.states["a"], record("a", digest="other"))
+    schedule.end(now.states, "a", Status.SUCCEEDED, "")
+    schedule.end(now.states, "b", Status.PENDING, "")
+    assert next_of(now, "b") is Do.LOOK
+    assert now.states.running == set()
+    assert not any(now.states.held.values())
+
+
+SIPS = A_DROPS + "  b: {uses: sip, inputs: {first: a}}\n  c: {uses: sip, inputs: {first: a}}\n"
+
+
+def test_files_are_let_go_where_all_who_take_them_follow(tmp_path: Path) -> None:
+    def passes_on(given: Mapping[str, str], **more: Any) -> bool:
+        now = scene(tmp_path, SIPS, {"a": "passing", "b": "must", **given})
+        schedule.start(now.states, now.facts, "b", "a")
+        if given.get("c") == "must":
+            schedule.start(now.states, now.facts, "c", "a")
+        return schedule.passes_on(now.states, now.facts, "a", **more)
+
+    assert passes_on({"c": "must"})
+    assert not passes_on({"c": "new"})
+    assert not passes_on({"c": "failed"})
+    assert passes_on({"c": "failed"}, gone=True)
+    kept = scene(tmp_path, SIP, {"a": "passing", "b": "follows"})
+    assert not schedule.passes_on(kept.states, kept.facts, "a")
+
+
+@pytest.mark.parametrize("cache", ["true", "false"])
+def test_what_passes_from_node_to_node_lies_there_two_files_at_a_time(cache: str, tmp_path: Path) -> None:
+    now = scene(tmp_path, SIP.replace("uses: make", f"uses: make, cache: {cache}"), {"b": "must"})
+    for name, size in (("a", 90), ("b", 50)):
+        now.states[name].forecast = Forecast(write_bytes=size, file_bytes=10, works_on=25)
+    schedule.start(now.states, now.facts, "a")
+    assert now.states.held["disk"] == 90
+    schedule.start(now.states, now.facts, "b", "a")
+    assert now.states.held["disk"] == 50 + (90 if cache == "true" else 40)  # three in work, and one that comes
+    schedule.end(now.states, "a", Status.SUCCEEDED, "")
+    schedule.drop(now.states, "a")
+    assert now.states.held["disk"] == 50
