@@ -15,7 +15,7 @@ def attempt(workshop):
     """Of a node that has a record."""
     result = workshop.run("version: 1\nname: one\nstages:\n  a: {uses: write}\n")
     (workshop.folder / "journal").unlink()
-    session = open_session(workshop.manifest, store=workshop.folder / "store")
+    session = open_session(workshop.manifest, params={}, store=workshop.folder / "store")
     record = result.nodes["a"].record
 
     def made(**given) -> Attempt:
