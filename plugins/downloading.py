@@ -20,9 +20,14 @@ from bigpipe.bigmodel.hub.bringing import (
 )
 from bigpipe.bigmodel.hub.repository import Hub, Repository, check_access, describe, resolve_commit
 from bigpipe.bigmodel.hub.selection import detect
-from bigpipe.bigmodel.writing.conversion import planned_bytes
-from bigpipe.bigmodel.writing.sidefiles import encode_config
-from bigpipe.bigmodel.writing.synthetic import plan_synthetic, read_shape, synthetic_description, write_synthetic
+from bigpipe.bigmodel.writing import (
+    encode_config,
+    plan_synthetic,
+    planned_bytes,
+    read_shape,
+    synthetic_description,
+    write_synthetic,
+)
 from bigpipe.files import write_file
 from bigpipe.orchestrator.stage import (
     CheckContext,

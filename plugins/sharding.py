@@ -10,9 +10,14 @@ from bigpipe.bigmodel.checkpoint.description import ModelDescription, describe_c
 from bigpipe.bigmodel.checkpoint.tensors import tensor_nbytes
 from bigpipe.bigmodel.checkpoint.view import open_checkpoint
 from bigpipe.bigmodel.formats import castable
-from bigpipe.bigmodel.writing.conversion import WORKERS, convert, plan_conversion, planned_bytes
-from bigpipe.bigmodel.writing.plans import ShardPlan
-from bigpipe.bigmodel.writing.sidefiles import carry_side_files, config_with_dtype
+from bigpipe.bigmodel.writing import (
+    WORKERS,
+    ShardPlan,
+    config_with_dtype,
+    convert,
+    plan_conversion,
+    planned_bytes,
+)
 from bigpipe.orchestrator.stage import CheckContext, Forecast, ForecastContext, StageContext, StageResult
 from bigpipe.sizes import counted, format_transfer
 
@@ -88,16 +93,15 @@ def _config(params: ShardParams, config: Mapping[str, Any] | None) -> Mapping[st
 def run(params: ShardParams, context: StageContext) -> StageResult:
     """Writes the weights anew and refers to the input's side files; whole shards of an earlier attempt are kept."""
     checkpoint = open_checkpoint(context.open("model"))
-    config = _config(params, checkpoint.config) if params.dtype else None
-    carried = carry_side_files(checkpoint, context.out, config=config, linked=True)
     saved = convert(
         checkpoint,
         context.out,
         max_shard_size=params.max_shard_size,
         dtype=params.dtype,
         format=params.format,
+        linked=True,
         progress=lambda done, total: context.progress(done, total, "B", "weights"),
         journal=context.scratch / "finished",
         outlet=context.outlet,
     )
-    return StageResult(ShardMetrics(shards=saved.shards, bytes=saved.bytes), {**saved.files, **carried})
+    return StageResult(ShardMetrics(shards=saved.shards, bytes=saved.bytes), saved.files)

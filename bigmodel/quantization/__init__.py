@@ -17,9 +17,7 @@ from bigpipe.bigmodel.architecture import Architecture
 from bigpipe.bigmodel.checkpoint.description import ARCHITECTURE_FILE, ModelDescription, describe_checkpoint
 from bigpipe.bigmodel.checkpoint.view import Checkpoint, open_checkpoint
 from bigpipe.bigmodel.sources import Sources
-from bigpipe.bigmodel.writing.conversion import cores
-from bigpipe.bigmodel.writing.sidefiles import carry_side_files, config_with_dtype, encode_config
-from bigpipe.bigmodel.writing.writer import ReportProgress
+from bigpipe.bigmodel.writing import ReportProgress, carry_side_files, config_with_dtype, cores, encode_config
 from bigpipe.files import write_file
 from bigpipe.sizes import size_of
 from bigpipe.trust import Trust

@@ -8,8 +8,7 @@ from dataclasses import replace
 import numpy as np
 from numpy.typing import NDArray
 
-from bigpipe.bigmodel.writing.plans import PlannedTensor, ShardPlan, laid_out
-from bigpipe.bigmodel.writing.ranges import RangeReader
+from bigpipe.bigmodel.writing import PlannedTensor, RangeReader, ShardPlan, laid_out
 
 from .encoding import Piece, WeightEncoder
 from .outline import Converted, Kept

@@ -15,17 +15,20 @@ from typing import Any
 from bigpipe.bigmodel.checkpoint.bytesource import FileSource
 from bigpipe.bigmodel.checkpoint.headers import read_header
 from bigpipe.bigmodel.checkpoint.view import Checkpoint
-from bigpipe.bigmodel.writing.containers import container
-from bigpipe.bigmodel.writing.finished import Finished, key_of
-from bigpipe.bigmodel.writing.plans import PlannedTensor, ShardPlan, file_name
-from bigpipe.bigmodel.writing.ranges import RangeReader
-from bigpipe.bigmodel.writing.writer import (
+from bigpipe.bigmodel.writing import (
     METADATA,
     Content,
     Files,
+    Finished,
     OutputFile,
+    PlannedTensor,
+    RangeReader,
     ReportProgress,
+    ShardPlan,
     Traffic,
+    container,
+    file_name,
+    key_of,
     prepare,
     write_files,
     write_index,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from bigpipe.bigmodel.checkpoint.description import describe_opened
@@ -18,6 +19,7 @@ from .casting import is_cast
 from .containers import container
 from .plans import NAMES, PlannedTensor, ShardPlan, laid_out, plan_shards
 from .ranges import RangeReaders
+from .sidefiles import carry_side_files, config_with_dtype
 from .writer import METADATA, ReportProgress, SavedCheckpoint, Traffic, write_checkpoint
 
 WORKERS = 4
@@ -60,14 +62,16 @@ def convert(
     max_shard_size: int,
     dtype: str | None = None,
     format: Format = "safetensors",
+    linked: bool = False,
     progress: ReportProgress | None = None,
     journal: Path | None = None,
     outlet: Outlet = NOBODY,
 ) -> SavedCheckpoint:
-    """Write a checkpoint's weights anew: `save_checkpoint` without side files.
+    """Write a checkpoint's weights anew into `out`, with its config, tokenizer and other files.
 
-    `dtype` changes floating-point tensors only. Aliases of tied weights are dropped in safetensors and kept as shared
-    storages in `.bin`. `journal` as in `write_checkpoint`, `outlet` as in `Traffic`.
+    `dtype` changes floating-point tensors only, and the config. Aliases of tied weights are dropped in safetensors and
+    kept as shared storages in `.bin`. linked: the other files become links. `journal` as in `write_checkpoint`,
+    `outlet` as in `Traffic`.
     """
     _check_apart(checkpoint, out)
     if dtype is not None:
@@ -77,13 +81,15 @@ def convert(
     if format == "safetensors":
         # In the order of the file, so that it is hashed in passing.
         plans = [ShardPlan(plan.file, tuple(laid_out(plan, "sorted"))) for plan in plans]
+    config = config_with_dtype(checkpoint.config, dtype) if dtype and checkpoint.config is not None else None
+    carried = carry_side_files(checkpoint, out, config=config, linked=linked)
     sources = {plan.file: {checkpoint.tensors[tensor.name].file for tensor in plan.tensors} for plan in plans}
 
     def fingerprint(file: str) -> str:
         return repr(sorted((source.name, checkpoint.identity(source)) for source in sources[file]))
 
     with RangeReaders(checkpoint, dtype) as readers:
-        return write_checkpoint(
+        saved = write_checkpoint(
             out,
             plans,
             readers.produce,
@@ -95,6 +101,7 @@ def convert(
             sources=sources,
             traffic=Traffic(progress, outlet, checkpoint.inlet, readers.close),
         )
+    return replace(saved, files={**saved.files, **carried})
 
 
 def _check_apart(checkpoint: Checkpoint, out: Path) -> None:

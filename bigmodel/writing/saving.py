@@ -10,7 +10,6 @@ from bigpipe.bigmodel.checkpoint.view import Checkpoint, open_checkpoint
 from bigpipe.sizes import size_of
 
 from .conversion import convert
-from .sidefiles import carry_side_files, config_with_dtype
 from .writer import ReportProgress, SavedCheckpoint
 
 
@@ -35,7 +34,4 @@ def save_checkpoint(
 
         return save_module(source, out, max_shard_size=limit, dtype=dtype, format=format, progress=progress)
     checkpoint = source if isinstance(source, Checkpoint) else open_checkpoint(source)
-    saved = convert(checkpoint, out, max_shard_size=limit, dtype=dtype, format=format, progress=progress)
-    config = config_with_dtype(checkpoint.config, dtype) if dtype and checkpoint.config is not None else None
-    files = {**saved.files, **carry_side_files(checkpoint, out, config=config)}
-    return SavedCheckpoint(files, saved.shards, saved.bytes)
+    return convert(checkpoint, out, max_shard_size=limit, dtype=dtype, format=format, progress=progress)

@@ -62,7 +62,8 @@ class Lanes:
 class ShardWriter:
     """Writes one file at known positions. Tensors may come in any order; in the file's order they are hashed at once.
 
-    Leaving the context with an error removes what was written.
+    Once it is complete, `file.settle` is all that is left to do, in whatever thread. Leaving the context with an error
+    removes what was written.
     """
 
     def __init__(self, path: Path, container: Container, lanes: Lanes, partial: Path | None = None) -> None:
@@ -74,7 +75,7 @@ class ShardWriter:
         self._crcs: dict[str, int] = {}
         self._small = bytearray(container.head)
         self._small_at = 0
-        self._file = FileWriter(path, container.size, partial)
+        self.file = FileWriter(path, container.size, partial)
 
     def write(self, name: str, pieces: Iterable[Piece], nbytes: int) -> None:
         """Writes one tensor. ValueError where the pieces do not add up to `nbytes`."""
@@ -120,7 +121,7 @@ class ShardWriter:
             self._small_at += len(content)
 
     def _put(self, piece: memoryview, at: int, crc: _Crc | None) -> None:
-        jobs: list[Future[Any]] = [self._lanes.writes.submit(self._file.write, piece, at)]
+        jobs: list[Future[Any]] = [self._lanes.writes.submit(self.file.write, piece, at)]
         if at == self._hashed:
             jobs.append(self._lanes.hashes.submit(self._digest, piece, crc))
             self._hashed += len(piece)
@@ -141,7 +142,7 @@ class ShardWriter:
             self._hashed += following
         else:
             made = self._lanes.hashes.submit(make)
-        self._lanes.started(made, self._lanes.writes.submit(lambda: self._file.write(made.result(), at)))
+        self._lanes.started(made, self._lanes.writes.submit(lambda: self.file.write(made.result(), at)))
 
     def _digest(self, piece: Piece, crc: _Crc | None) -> Any:
         self._hash.update(piece)
@@ -154,21 +155,17 @@ class ShardWriter:
         self._flush_small()
         self._lanes.flush()
         tail = self.container.tail(self._crcs)
-        self._file.write(tail, self.container.size - len(tail))
+        self.file.write(tail, self.container.size - len(tail))
         self._hash_rest()
         return self._hash.hexdigest()
-
-    def settle(self) -> None:
-        """Sync the file and give it its name."""
-        self._file.settle()
 
     def _hash_rest(self) -> None:
         """Hashes what did not come in order, from the file (the page cache holds it)."""
         buffer = memoryview(bytearray(min(2**20, self.container.size - self._hashed)))
         while self._hashed < self.container.size:
-            count = self._file.read_into(buffer, self._hashed)
+            count = self.file.read_into(buffer, self._hashed)
             if count == 0:
-                raise StageFailed(f"{self._file.path}: was cut short by somebody else", "run again")
+                raise StageFailed(f"{self.file.path}: was cut short by somebody else", "run again")
             self._hash.update(buffer[:count])
             self._hashed += count
 
@@ -178,7 +175,7 @@ class ShardWriter:
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
         if error is not None:
             self._lanes.stop()
-            self._file.abandon()
+            self.file.abandon()
 
 
 class _Crc:

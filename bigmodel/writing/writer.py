@@ -5,7 +5,7 @@
         Finished.find                          kept, if an earlier attempt or run finished it
         OutputFile.content                     its tensors, and who produces their bytes
         ShardWriter.write                      producing here, writing and hashing in threads of their own
-        Finished.note, ShardWriter.settle      its sha256 is noted, then it is synced and has its name
+        Finished.note, FileWriter.settle       its sha256 is noted, then it is synced and has its name
 
 A file has its final name only once it is whole and on the disk.
 """
@@ -18,7 +18,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor, as_completed
+from concurrent.futures import Future, ThreadPoolExecutor, as_completed
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -40,6 +40,7 @@ Produce = Callable[[PlannedTensor], Iterable[Piece]]
 """Gives a tensor's bytes in pieces. A piece must stay as it is until three more have been taken, of whatever tensor."""
 ReportProgress = Callable[[int, int], None]
 """Called with the bytes of tensors done and their total."""
+Settle = Callable[[], None]
 Files = dict[str, tuple[str, int]]
 """Path relative to the output → (hex sha256, size)."""
 
@@ -200,10 +201,10 @@ class _Writing:
 
     def run(self, workers: int) -> None:
         if workers <= 1:
-            self.work()
+            self.work(_at_once)
             return
-        with ThreadPoolExecutor(workers, "shard") as pool:
-            jobs = [pool.submit(self.work) for _ in range(workers)]
+        with ThreadPoolExecutor(workers, "settle") as settling, ThreadPoolExecutor(workers, "shard") as pool:
+            jobs = [pool.submit(self.work, settling.submit) for _ in range(workers)]
             try:
                 for job in as_completed(jobs):
                     job.result()
@@ -212,30 +213,27 @@ class _Writing:
                 self.meter.stop()
                 raise
 
-    def work(self) -> None:
-        """Writes files until there are none left."""
+    def work(self, start: Callable[[Settle], Future[None]]) -> None:
+        """Writes files until there are none left. Each is settled while the next is written, if `start` returns."""
+        settling = start(lambda: None)
         with Lanes() as lanes:
             while (following := self._next()) is not None:
-                self.write(following, lanes)
+                before, settling = settling, start(self.write(following, lanes))
+                before.result()
+        settling.result()
 
     def _next(self) -> OutputFile | None:
         with suppress(IndexError):  # not `if self.todo`: another thread may take the last one in between
             return self.todo.popleft()
         return None
 
-    def write(self, file: OutputFile, lanes: Lanes) -> None:
+    def write(self, file: OutputFile, lanes: Lanes) -> Settle:
+        """Write a file up to its last byte; return what makes it last."""
         key = file.key()
-        written = self.finished.find(file.name, key)
-        if written is not None:
+        found = self.finished.find(file.name, key)
+        if found is not None:
             self.meter.skip(file.nbytes)
-        else:
-            written = self._make(file, key, lanes)
-        self.files[file.name] = written
-        self.traffic.outlet.finished(file.name, *written)
-        if self.uses is not None:
-            self.uses.settled(file.name)
-
-    def _make(self, file: OutputFile, key: str, lanes: Lanes) -> tuple[str, int]:
+            return lambda: self._done(file.name, *found)
         outlet = self.traffic.outlet
         outlet.begin(file.name)
         if outlet.lets_go:
@@ -246,10 +244,28 @@ class _Writing:
             for tensor in content.tensors:
                 shard.write(tensor.name, self.meter.count(content.produce(tensor)), tensor.nbytes)
             sha256 = shard.complete()
-            self.finished.note(key, sha256)
-            shard.settle()
-        self.finished.show(file.name, key)
-        return sha256, content.container.size
+
+        def settle() -> None:
+            with shard.file:
+                self.finished.note(key, sha256)
+                shard.file.settle()
+            self.finished.show(file.name, key)
+            self._done(file.name, sha256, content.container.size)
+
+        return settle
+
+    def _done(self, name: str, sha256: str, size: int) -> None:
+        self.files[name] = sha256, size
+        self.traffic.outlet.finished(name, sha256, size)
+        if self.uses is not None:
+            self.uses.settled(name)
+
+
+def _at_once(settle: Settle) -> Future[None]:
+    done: Future[None] = Future()
+    settle()
+    done.set_result(None)
+    return done
 
 
 class Meter:

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from .bigmodel.placement import Placement as Placement
     from .bigmodel.placement import place as place
     from .bigmodel.quantization import quantize_checkpoint as quantize_checkpoint
-    from .bigmodel.writing.saving import save_checkpoint as save_checkpoint
+    from .bigmodel.writing import save_checkpoint as save_checkpoint
     from .errors import BigpipeError as BigpipeError
     from .errors import ManifestError as ManifestError
     from .orchestrator.commands import plan as plan
@@ -48,7 +48,7 @@ _EXPORTS = {
     "plan": "orchestrator.commands:plan",
     "quantize_checkpoint": "bigmodel.quantization:quantize_checkpoint",
     "run": "orchestrator.commands:run",
-    "save_checkpoint": "bigmodel.writing.saving:save_checkpoint",
+    "save_checkpoint": "bigmodel.writing:save_checkpoint",
 }
 
 __all__ = sorted(_EXPORTS)  # noqa: PLE0605 (spelled out in the test of the export list)
