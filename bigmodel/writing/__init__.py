@@ -31,6 +31,6 @@ __all__ = [
     "METADATA", "WORKERS", "Content", "Files", "Finished", "OutputFile", "PlannedTensor", "RangeReader",
     "ReportProgress", "SavedCheckpoint", "ShardPlan", "Traffic", "carry_side_files", "config_with_dtype", "container",
     "convert", "cores", "encode_config", "file_name", "is_cast", "key_of", "laid_out", "plan_conversion", "plan_shards",
-    "plan_synthetic", "planned_bytes", "prepare", "read_shape", "save_checkpoint", "synthetic_description", "write_checkpoint",
-    "write_files", "write_index", "write_synthetic",
+    "plan_synthetic", "planned_bytes", "prepare", "read_shape", "save_checkpoint", "synthetic_description",
+    "write_checkpoint", "write_files", "write_index", "write_synthetic",
 ]  # fmt: skip
