@@ -27,7 +27,7 @@ def show_json(data: Any) -> None:
 
 def fail(error: BigpipeError) -> NoReturn:
     """Print cause, place and cure, also as an annotation where GitHub reads it, and exit."""
-    from bigpipe.orchestrator.report.reporters import error_text
+    from bigpipe.orchestrator.report import error_text
 
     click.echo(error_text(error, os.environ), err=True)
     sys.exit(error.status if isinstance(error, Interrupted) else error.exit_code)

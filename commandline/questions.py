@@ -45,7 +45,7 @@ def estimate(
     Example: bigpipe estimate facebook/opt-13b --dtypes int8 --batch-size 4 --memory 16GiB
     """
     from bigpipe.bigmodel.footprint.text import report
-    from bigpipe.orchestrator.store.location import memo_directory
+    from bigpipe.orchestrator.store import memo_directory
 
     if compare and len(models) < 2:
         raise UsageError("--compare needs two models or more", f"bigpipe estimate {models[0]} OTHER --compare")
@@ -80,7 +80,7 @@ def schema(kinds: tuple[str, ...]) -> None:
 
     Example: bigpipe schema > bigpipe.schema.json
     """
-    from bigpipe.orchestrator.recipe.schema import manifest_schema
+    from bigpipe.orchestrator.recipe import manifest_schema
 
     show_json(manifest_schema(more=kinds))
 
@@ -94,13 +94,13 @@ def kinds(kind: str | None, markdown: bool, as_json: bool) -> None:
 
     Example: bigpipe kinds quantize
     """
-    from bigpipe.orchestrator.report import reference
+    from bigpipe.orchestrator.report import kinds_json, kinds_markdown, kinds_overview
 
     whole = markdown or kind
     show(
         as_json,
-        lambda: reference.as_json(kind),
-        lambda: reference.markdown(kind) if whole else reference.overview(),
+        lambda: kinds_json(kind),
+        lambda: kinds_markdown(kind) if whole else kinds_overview(),
     )
 
 
@@ -112,7 +112,7 @@ def doctor(as_json: bool, store: Path | None) -> None:
 
     Example: bigpipe doctor --json > this-machine.json
     """
-    from bigpipe.orchestrator.planning.doctor import doctor_text, examine
+    from bigpipe.orchestrator.planning import doctor_text, examine
 
     found = examine(store)
     show(as_json, lambda: found, lambda: doctor_text(found))

@@ -33,14 +33,14 @@ def run(manifest: Path, nodes: tuple[str, ...], events: Path | None, as_json: bo
 
     Example: bigpipe run manifests/quickstart.yaml -p scheme=nf4
     """
-    from bigpipe.orchestrator.report.reporters import choose_reporter
+    from bigpipe.orchestrator.report import choose_reporter
 
     with choose_reporter(sys.stderr, events=events) as reporter:
         result = bigpipe.run(manifest, nodes, reporter=reporter, check=False, **options)
     if as_json:
         click.echo(json.dumps(result.as_json(), ensure_ascii=False))
     else:
-        from bigpipe.orchestrator.report.rendering import results_text
+        from bigpipe.orchestrator.report import results_text
 
         click.echo(results_text(result))
     fail_all(result.errors)
@@ -66,8 +66,7 @@ def plan(
     Example: bigpipe plan manifests/opt13b_int8.yaml --machine gpu-box.json
     """
     from bigpipe.machine import read_machine
-    from bigpipe.orchestrator.report.rendering import plan_json, plan_text
-    from bigpipe.orchestrator.report.reporters import choose_reporter
+    from bigpipe.orchestrator.report import choose_reporter, plan_json, plan_text
 
     there = read_machine(machine) if machine else None
     with choose_reporter(sys.stderr) as reporter:
@@ -108,7 +107,7 @@ def status(manifest: Path, exit_code: bool, as_json: bool, **options: Any) -> No
     Example: bigpipe status manifests/quickstart.yaml --exit-code
     """
     from bigpipe.orchestrator import commands
-    from bigpipe.orchestrator.report.rendering import columns
+    from bigpipe.orchestrator.report import columns
 
     planned = commands.status(manifest, **options)
     rows = [(name, str(node.action), node.decision.reason) for name, node in planned.nodes.items()]
@@ -130,7 +129,7 @@ def why(manifest: Path, node: str, as_json: bool, **options: Any) -> None:
     Example: bigpipe why manifests/quickstart.yaml quantize
     """
     from bigpipe.orchestrator import commands
-    from bigpipe.orchestrator.report.rendering import why_text
+    from bigpipe.orchestrator.report import why_text
 
     answers = commands.why(manifest, node, **options)
     show(as_json, lambda: answers, lambda: why_text(answers))
@@ -145,7 +144,7 @@ def graph(manifest: Path, params: dict[str, str], form: str) -> None:
 
     Example: bigpipe graph manifests/matrix_int8_nf4.yaml --format mermaid
     """
-    from bigpipe.orchestrator.report.rendering import graph_text
+    from bigpipe.orchestrator.report import graph_text
 
     click.echo(graph_text(bigpipe.load_manifest(manifest, params=params), form))
 

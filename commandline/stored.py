@@ -11,7 +11,7 @@ from .options import JSON, STORE
 from .printing import fail, show
 
 if TYPE_CHECKING:
-    from bigpipe.orchestrator.report.inspection import Inspection
+    from bigpipe.orchestrator.report import Inspection
 
 
 def _print(answer: Inspection, as_json: bool) -> None:
@@ -29,23 +29,23 @@ def list_artifacts(as_json: bool, store: Path | None) -> None:
 
     Example: bigpipe ls
     """
-    from bigpipe.orchestrator.report import inspection
+    from bigpipe.orchestrator.report import list_store
 
-    _print(inspection.list_store(store=store), as_json)
+    _print(list_store(store=store), as_json)
 
 
 @click.command("show")
 @click.argument("run", required=False, default="last")
 @JSON
 @STORE
-def show_run(run: str, as_json: bool, store: Path | None) -> None:
+def show_record(run: str, as_json: bool, store: Path | None) -> None:
     """Show the record of RUN (an id, the start of one, or `last`).
 
     Example: bigpipe show last
     """
-    from bigpipe.orchestrator.report import inspection
+    from bigpipe.orchestrator.report import show_run
 
-    _print(inspection.show_run(run, store=store), as_json)
+    _print(show_run(run, store=store), as_json)
 
 
 @click.command()
@@ -57,9 +57,9 @@ def log(run: str, node: str | None, store: Path | None) -> None:
 
     Example: bigpipe log last generate
     """
-    from bigpipe.orchestrator.report import inspection
+    from bigpipe.orchestrator.report import log_lines
 
-    for line in inspection.log_lines(run, node, store):
+    for line in log_lines(run, node, store):
         click.echo(line)
 
 
@@ -73,9 +73,9 @@ def diff(run: str, other: str, as_json: bool, store: Path | None) -> None:
 
     Example: bigpipe diff 20260103 last
     """
-    from bigpipe.orchestrator.report import inspection
+    from bigpipe.orchestrator.report import diff_runs
 
-    _print(inspection.diff_runs(run, other, store=store), as_json)
+    _print(diff_runs(run, other, store=store), as_json)
 
 
 @click.command()
@@ -87,9 +87,9 @@ def gc(dry_run: bool, as_json: bool, store: Path | None) -> None:
 
     Example: bigpipe gc --dry-run
     """
-    from bigpipe.orchestrator.report import inspection
+    from bigpipe.orchestrator.report import collect_garbage
 
-    _print(inspection.collect_garbage(dry_run, store=store), as_json)
+    _print(collect_garbage(dry_run, store=store), as_json)
 
 
 @click.command()
@@ -101,9 +101,9 @@ def verify(repair: bool, as_json: bool, store: Path | None) -> None:
 
     Example: bigpipe verify --repair
     """
-    from bigpipe.orchestrator.report import inspection
+    from bigpipe.orchestrator.report import verify_store
 
-    _print(inspection.verify_store(repair, store=store), as_json)
+    _print(verify_store(repair, store=store), as_json)
 
 
-COMMANDS = (list_artifacts, show_run, log, diff, gc, verify)
+COMMANDS = (list_artifacts, show_record, log, diff, gc, verify)

@@ -9,17 +9,22 @@ from typing import Any
 from bigpipe.errors import GateFailed, ManifestError, Stale, UsageError
 from bigpipe.files import make_directory, write_file
 
-from .contract.events import Event, Reporter
-from .contract.types import Json, Machine
-from .lock import locking
-from .planning.decision import Action, change_json
-from .planning.keys import differences
-from .planning.plan import Plan, make_plan
-from .planning.session import Session, exact, open_session, require_file
-from .planning.suggestion import with_parameters
-from .recipe.graph import Recipe, load_recipe
-from .running.result import RunResult
-from .running.runner import run_plan
+from .contract import Event, Json, Machine, Reporter
+from .lock import check_lock, enforce, enforce_outputs, read_lock, record_outputs, write_lock
+from .planning import (
+    Action,
+    Plan,
+    Session,
+    change_json,
+    differences,
+    exact,
+    make_plan,
+    open_session,
+    require_file,
+    with_parameters,
+)
+from .recipe import Recipe, load_recipe
+from .running import RunResult, run_plan
 
 
 class _Silent:
@@ -55,14 +60,14 @@ def run(
     with session.store:
         session.side_by_side = jobs != 1 and session.store.keeps_others_out
         if locked:
-            locking.enforce(session)
+            enforce(session)
         planned = with_parameters(make_plan(session))
         refuse(planned, keep_going=keep_going)
         result = run_plan(session, planned, reporter or _Silent(), jobs=jobs, keep_going=keep_going)
         if locked:
-            locking.enforce_outputs(session, result.records)
+            enforce_outputs(session, result.records)
         if result.status == "succeeded":
-            locking.record_outputs(session, result.records)
+            record_outputs(session, result.records)
     if check and result.errors:
         raise result.errors[0]
     return result
@@ -72,7 +77,7 @@ def _open(
     manifest: str | Path, nodes: Sequence[str] = (), *, params: Mapping[str, Any] | None, **options: Any
 ) -> Session:
     """A session that knows what the lock file beside the manifest pins."""
-    if lock := locking.read_lock(Path(manifest).absolute()):
+    if lock := read_lock(Path(manifest).absolute()):
         options |= {"lock": lock.path, "locked_pins": {name: item.pins for name, item in lock.inputs.items()}}
     return open_session(manifest, nodes, params=_written(params), **options)
 
@@ -180,7 +185,7 @@ def lock(
 ) -> Path:
     """Write `<manifest>.lock`, or check that it still says what a run would use (Stale where not)."""
     session = _open(manifest, params=params, store=store)
-    return locking.check_lock(session) if check else locking.write_lock(session)
+    return check_lock(session) if check else write_lock(session)
 
 
 def load_manifest(path: str | Path, *, params: Mapping[str, Any] | None = None) -> Recipe:
@@ -205,7 +210,7 @@ def initialise(file: Path, model: str) -> list[Path]:
     """Write a first recipe for `model`, and the JSON schema its first line names. Never overwrites a recipe."""
     import json
 
-    from .recipe.schema import initial_manifest, manifest_schema
+    from .recipe import initial_manifest, manifest_schema
 
     if file.exists():
         raise UsageError(f"{file} exists", "give another name; `bigpipe init` never overwrites a recipe")

@@ -14,19 +14,21 @@ from bigpipe.errors import (
 )
 from bigpipe.sizes import format_size as format_size, parse_size as parse_size
 
-from .contract.contexts import (
+from .contract import (
     CheckContext as CheckContext,
-    ForecastContext as ForecastContext,
-    StageContext as StageContext,
-    Surroundings as Surroundings,
-)
-from .contract.forecast import Forecast as Forecast, Misfit as Misfit
-from .contract.stage import (
     Code as Code,
     ContentField as ContentField,
     File as File,
     FileOrLiteral as FileOrLiteral,
+    Forecast as Forecast,
+    ForecastContext as ForecastContext,
+    Gpu as Gpu,
+    Json as Json,
+    Launch as Launch,
+    Lineage as Lineage,
+    Machine as Machine,
     Metrics as Metrics,
+    Misfit as Misfit,
     OneOf as OneOf,
     Params as Params,
     Passing as Passing,
@@ -37,15 +39,10 @@ from .contract.stage import (
     Ranks as Ranks,
     Size as Size,
     Stage as Stage,
+    StageContext as StageContext,
     StageResult as StageResult,
+    Surroundings as Surroundings,
     Tree as Tree,
-    late as late,
-)
-from .contract.types import (
-    Gpu as Gpu,
-    Json as Json,
-    Launch as Launch,
-    Lineage as Lineage,
-    Machine as Machine,
     Trust as Trust,
+    late as late,
 )

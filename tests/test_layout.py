@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import ast
+import importlib
 import json
+import re
 import subprocess
 import sys
 import zipfile
@@ -73,6 +76,7 @@ def test_a_wheel_holds_every_module(tmp_path):
         "__init__.py",
         "__main__.py",
         "errors.py",
+        "faces.py",
         "files.py",
         "fit.py",
         "modules.py",
@@ -89,6 +93,46 @@ def test_a_wheel_holds_every_module(tmp_path):
     wanted |= {f"bigpipe/{path.relative_to(ROOT)}" for path in snapshots}
     assert wanted - held == set()
     assert {name.split("/")[0] for name in held} <= {"bigpipe"} | {n.split("/")[0] for n in held if ".dist-info" in n}
+
+
+def imported(path: Path) -> set[str]:
+    """The modules that a file imports from, late and for types too."""
+    package = ("bigpipe", *path.relative_to(ROOT).parent.parts) if path.is_relative_to(ROOT / "orchestrator") else ()
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {name.name for name in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            above = package[: len(package) + 1 - node.level] if node.level else ()
+            module = ".".join([*above, *filter(None, [node.module])])
+            found |= {module, *(f"{module}.{name.name}" for name in node.names)}
+    return found
+
+
+ENGINE = sorted(path.name for path in (ROOT / "orchestrator").iterdir() if (path / "__init__.py").exists())
+
+
+@pytest.mark.parametrize("room", ENGINE)
+def test_a_room_of_the_engine_is_used_by_its_face(room):
+    """From outside a room, `from bigpipe.orchestrator.ROOM import NAME`: its `__init__` offers the name."""
+    folder = ROOT / "orchestrator" / room
+    offered = re.findall(r"from \. import (\w+) as", (folder / "__init__.py").read_text())
+    inner = {f"bigpipe.orchestrator.{room}.{p.stem}" for p in folder.glob("[!_]*.py") if p.stem not in offered}
+    outside = [path for path in modules() if not path.is_relative_to(ROOT / "orchestrator" / room)]
+    outside += (ROOT / "src/bigpipe").glob("*.py")
+    passed = {str(path.relative_to(ROOT)): sorted(imported(path) & inner) for path in outside}
+    assert {path: found for path, found in passed.items() if found} == {}
+
+
+@pytest.mark.parametrize("room", ENGINE)
+def test_a_face_gives_what_it_says(room):
+    """What is imported for types is what is given at run time."""
+    face = importlib.import_module(f"bigpipe.orchestrator.{room}")
+    for node in ast.walk(ast.parse(Path(face.__file__).read_text())):
+        if isinstance(node, ast.ImportFrom) and node.level:
+            for name in node.names if node.module else ():
+                module = importlib.import_module(f"{face.__name__}.{node.module}")
+                assert getattr(face, name.name) is getattr(module, name.name)
 
 
 def test_no_import_circles():

@@ -18,7 +18,7 @@ import yaml
 
 from bigpipe.errors import UsageError
 from bigpipe.files import write_file
-from bigpipe.orchestrator.contract.types import Launch, Machine
+from bigpipe.orchestrator.contract import Launch, Machine
 
 TAKEN = tuple(field.name for field in fields(Launch) if field.name not in ("config_file", "explicit"))
 """The keys that a manifest and a configuration file share."""

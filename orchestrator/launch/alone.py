@@ -7,8 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from bigpipe.orchestrator.contract.contexts import Surroundings
-from bigpipe.orchestrator.contract.stage import Stage
+from bigpipe.orchestrator.contract import Stage, Surroundings
 
 from .executors import executor
 from .jobs import AttemptFolder, Job, Outcome

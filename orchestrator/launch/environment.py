@@ -9,8 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from bigpipe.errors import UsageError
-from bigpipe.orchestrator.contract.contexts import Surroundings
-from bigpipe.orchestrator.contract.stage import Stage
+from bigpipe.orchestrator.contract import Stage, Surroundings
 
 from .lifeline import PARENT_VARIABLE
 

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from bigpipe.files import LogFile
-from bigpipe.orchestrator.contract.events import Event, Progress, event_from_json
+from bigpipe.orchestrator.contract import Event, Progress, event_from_json
 
 from .redaction import Redactor
 

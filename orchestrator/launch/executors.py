@@ -16,7 +16,7 @@ from functools import cache
 from typing import TYPE_CHECKING
 
 from bigpipe.errors import UsageError
-from bigpipe.orchestrator.contract.stage import late
+from bigpipe.orchestrator.contract import late
 
 if TYPE_CHECKING:
     from .jobs import Job, Outcome

@@ -13,8 +13,7 @@ from importlib.machinery import ModuleSpec
 from types import ModuleType
 
 from bigpipe.errors import BigpipeError, StageFailed
-from bigpipe.orchestrator.contract.contexts import StageContext
-from bigpipe.orchestrator.contract.events import Event, LogLine
+from bigpipe.orchestrator.contract import Event, LogLine, StageContext
 
 from .jobs import Failure, Job, Outcome
 from .output import Log

@@ -25,9 +25,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from bigpipe.errors import BY_NAME, BigpipeError, StageFailed
 from bigpipe.files import NO_SPACE, write_file
-from bigpipe.orchestrator.contract.contexts import Assignment
-from bigpipe.orchestrator.contract.events import Event
-from bigpipe.orchestrator.contract.stage import Params, Stage, StageResult
+from bigpipe.orchestrator.contract import Assignment, Event, Params, Stage, StageResult
 
 from .redaction import Redactor
 

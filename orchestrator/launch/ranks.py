@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from typing import NoReturn
 
 from bigpipe.errors import StageFailed, Transient
-from bigpipe.orchestrator.contract.events import LogLine
+from bigpipe.orchestrator.contract import LogLine
 
 from .acceleration import Acceleration, accelerate
 from .environment import worker_environment

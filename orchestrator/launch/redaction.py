@@ -11,8 +11,7 @@ from pathlib import Path
 from urllib.parse import quote, quote_plus
 
 from bigpipe.errors import BigpipeError
-from bigpipe.orchestrator.contract.events import Event
-from bigpipe.orchestrator.contract.types import Json
+from bigpipe.orchestrator.contract import Event, Json
 
 MASK = "***"
 SHORTEST = 4

@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 
 from bigpipe.errors import Interrupted, StageFailed
-from bigpipe.orchestrator.contract.events import Event, LogLine
+from bigpipe.orchestrator.contract import Event, LogLine
 from bigpipe.sizes import format_size
 
 from . import processes

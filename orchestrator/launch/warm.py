@@ -14,8 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from bigpipe.orchestrator.contract.contexts import Surroundings
-from bigpipe.orchestrator.contract.stage import Stage
+from bigpipe.orchestrator.contract import Stage, Surroundings
 
 from . import processes
 from .environment import worker_environment

@@ -29,8 +29,7 @@ from typing import TYPE_CHECKING, Any, cast
 from .lifeline import ORPHANED, PARENT_VARIABLE, hold_work_folder, sign_in, stand_in_for_parent, tie_to_parent
 
 if TYPE_CHECKING:
-    from bigpipe.orchestrator.contract.events import Reporter
-    from bigpipe.orchestrator.contract.stage import Stage, StageResult
+    from bigpipe.orchestrator.contract import Reporter, Stage, StageResult
 
     from .jobs import AttemptFolder, JobFile, Mode, Outcome
 
@@ -119,7 +118,7 @@ def _settle(call: Callable[[], Outcome]) -> Outcome:
 
 def _call_stage(file: JobFile, folder: AttemptFolder, mode: Mode, rank: int, events: Reporter) -> Outcome:
     from bigpipe.modules import import_attribute
-    from bigpipe.orchestrator.contract.contexts import StageContext
+    from bigpipe.orchestrator.contract import StageContext
 
     from .jobs import Outcome
 
@@ -169,7 +168,7 @@ def _join_ranks(file: JobFile, folder: AttemptFolder, rank: int, events: Reporte
     from accelerate import PartialState
 
     from bigpipe.errors import StageFailed
-    from bigpipe.orchestrator.contract.events import RankHello
+    from bigpipe.orchestrator.contract import RankHello
 
     state = PartialState(cpu=file.cpu)
     came, asked = int(state.num_processes), file.assignment.launch.num_processes

@@ -19,9 +19,9 @@ from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, ValidationError
 
 from bigpipe.errors import StageFailed, Stale, UsageError
 from bigpipe.files import write_file
-from bigpipe.orchestrator.contract.types import Json
-from bigpipe.orchestrator.planning.keys import ABSENT, Change, Identity, changed
-from bigpipe.orchestrator.store.keyrecord import KeyRecord
+from bigpipe.orchestrator.contract import Json
+from bigpipe.orchestrator.planning import ABSENT, Change, Identity, changed
+from bigpipe.orchestrator.store import KeyRecord
 
 HEADER = """\
 # Written by `bigpipe lock` and by successful runs; commit it beside the manifest.

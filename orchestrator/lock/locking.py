@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from bigpipe.errors import UsageError
-from bigpipe.orchestrator.planning.session import Session
-from bigpipe.orchestrator.recipe.node import Node
-from bigpipe.orchestrator.store.keyrecord import KeyRecord
+from bigpipe.orchestrator.planning import Session
+from bigpipe.orchestrator.recipe import Node
+from bigpipe.orchestrator.store import KeyRecord
 
 if TYPE_CHECKING:
     from .lockfile import LockedInput, LockFile

@@ -21,10 +21,8 @@ from pydantic_core import to_jsonable_python
 
 from bigpipe.errors import UsageError
 from bigpipe.modules import find_source, top_level
-from bigpipe.orchestrator.contract.stage import ContentField, Params
-from bigpipe.orchestrator.contract.types import Json
-from bigpipe.orchestrator.store.hashing import canonical, digest_of
-from bigpipe.orchestrator.store.memo import StatMemo
+from bigpipe.orchestrator.contract import ContentField, Json, Params
+from bigpipe.orchestrator.store import StatMemo, canonical, digest_of
 
 __all__ = ["StatMemo", "content_params"]
 

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import TypeAlias
 
-from bigpipe.orchestrator.contract.types import Json
-from bigpipe.orchestrator.recipe.graph import Node
-from bigpipe.orchestrator.store.store import KeyRecord
+from bigpipe.orchestrator.contract import Json
+from bigpipe.orchestrator.recipe import Node
+from bigpipe.orchestrator.store import KeyRecord
 
 from .keys import Change, differences
 from .session import Session

@@ -14,12 +14,10 @@ from typing import Any
 from bigpipe.errors import BigpipeError
 from bigpipe.machine import DOCTOR_FORMAT, detect, machine_as_json
 from bigpipe.modules import import_attribute
-from bigpipe.orchestrator.contract.contexts import Surroundings
-from bigpipe.orchestrator.contract.stage import Stage
-from bigpipe.orchestrator.contract.types import Json, Launch, Machine
-from bigpipe.orchestrator.launch.alone import run_alone
-from bigpipe.orchestrator.recipe.registry import PROBES
-from bigpipe.orchestrator.store.location import default_root
+from bigpipe.orchestrator.contract import Json, Launch, Machine, Stage, Surroundings
+from bigpipe.orchestrator.launch import run_alone
+from bigpipe.orchestrator.recipe import PROBES
+from bigpipe.orchestrator.store import default_root
 from bigpipe.sizes import format_size, format_transfer
 
 PACKAGES = (

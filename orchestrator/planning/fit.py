@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 
 from bigpipe.fit import Cure, Misfit, fits
 from bigpipe.machine import Machine
-from bigpipe.orchestrator.contract.forecast import Forecast
+from bigpipe.orchestrator.contract import Forecast
 from bigpipe.sizes import exact_size, format_size, format_transfer
 
 from .rehearsal import Rehearsal

@@ -14,11 +14,9 @@ from functools import cached_property
 from pathlib import Path
 
 from bigpipe.errors import UsageError
-from bigpipe.orchestrator.contract.types import Json, Machine
-from bigpipe.orchestrator.recipe.node import Node
-from bigpipe.orchestrator.recipe.registry import is_built_in
-from bigpipe.orchestrator.store.hashing import digest_of
-from bigpipe.orchestrator.store.memo import StatMemo
+from bigpipe.orchestrator.contract import Json, Machine
+from bigpipe.orchestrator.recipe import Node, is_built_in
+from bigpipe.orchestrator.store import StatMemo, digest_of
 from bigpipe.trust import Trust
 from bigpipe.versions import package_version
 

@@ -13,10 +13,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from bigpipe.errors import BigpipeError, DoesNotFit
-from bigpipe.orchestrator.contract.forecast import Forecast, Misfit
-from bigpipe.orchestrator.contract.stage import Pinned
-from bigpipe.orchestrator.contract.types import Machine
-from bigpipe.orchestrator.recipe.node import Node
+from bigpipe.orchestrator.contract import Forecast, Machine, Misfit, Pinned
+from bigpipe.orchestrator.recipe import Node
 
 from .decision import Action, Decision
 from .fit import find_misfits

@@ -9,10 +9,8 @@ from collections.abc import Mapping
 from dataclasses import replace
 
 from bigpipe.errors import Offline
-from bigpipe.orchestrator.contract.contexts import ForecastContext
-from bigpipe.orchestrator.contract.forecast import Forecast
-from bigpipe.orchestrator.contract.types import Status
-from bigpipe.orchestrator.recipe.node import Node
+from bigpipe.orchestrator.contract import Forecast, ForecastContext, Status
+from bigpipe.orchestrator.recipe import Node
 
 from . import schedule
 from .decision import Action, Decision, decide

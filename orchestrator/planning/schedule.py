@@ -18,12 +18,10 @@ from dataclasses import dataclass, field, replace
 from enum import StrEnum
 
 from bigpipe.errors import BigpipeError, GateFailed
-from bigpipe.orchestrator.contract.forecast import Forecast
-from bigpipe.orchestrator.contract.types import Json, Status
-from bigpipe.orchestrator.launch.executors import executor
-from bigpipe.orchestrator.recipe.conditions import UNKNOWN, Condition, Lookup, Verdict, metric
-from bigpipe.orchestrator.recipe.node import Node
-from bigpipe.orchestrator.store.keyrecord import KeyRecord
+from bigpipe.orchestrator.contract import Forecast, Json, Status
+from bigpipe.orchestrator.launch import executor
+from bigpipe.orchestrator.recipe import UNKNOWN, Condition, Lookup, Node, Verdict, metric
+from bigpipe.orchestrator.store import KeyRecord
 from bigpipe.passing import AHEAD
 
 from .decision import Action, Decision, Inputs

@@ -11,15 +11,19 @@ from types import MappingProxyType
 from typing import Any
 
 from bigpipe.errors import BigpipeError, Offline, UsageError
-from bigpipe.orchestrator.contract.contexts import CheckContext, Surroundings
-from bigpipe.orchestrator.contract.events import LogLine, Reporter
-from bigpipe.orchestrator.contract.forecast import Forecast
-from bigpipe.orchestrator.contract.stage import Pinned
-from bigpipe.orchestrator.contract.types import Launch, Machine
-from bigpipe.orchestrator.launch.environment import visible_secrets
-from bigpipe.orchestrator.recipe.graph import Node, Recipe, load_recipe
-from bigpipe.orchestrator.store.location import default_root
-from bigpipe.orchestrator.store.store import KeyRecord, Store
+from bigpipe.orchestrator.contract import (
+    CheckContext,
+    Forecast,
+    Launch,
+    LogLine,
+    Machine,
+    Pinned,
+    Reporter,
+    Surroundings,
+)
+from bigpipe.orchestrator.launch import visible_secrets
+from bigpipe.orchestrator.recipe import Node, Recipe, load_recipe
+from bigpipe.orchestrator.store import KeyRecord, Store, default_root
 from bigpipe.sizes import format_transfer
 
 from .content import StatMemo
@@ -179,7 +183,7 @@ class Session:
 def _effective(launch: Launch, base: Path) -> Launch:
     if launch.config_file is None:
         return launch
-    from bigpipe.orchestrator.launch.acceleration import effective_launch
+    from bigpipe.orchestrator.launch import effective_launch
 
     return effective_launch(launch, base)
 

@@ -9,7 +9,7 @@ from typing import Any, Literal, get_args, get_origin
 
 from bigpipe.errors import BigpipeError
 from bigpipe.fit import Cure, Misfit, as_parameters, flow, nearest
-from bigpipe.orchestrator.recipe.graph import Node
+from bigpipe.orchestrator.recipe import Node
 
 from .plan import Plan, PlannedNode, make_plan
 from .schedule import GateVerdict

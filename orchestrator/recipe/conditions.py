@@ -18,7 +18,7 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal, NoReturn, TypeAlias
 
 from bigpipe.errors import Place
-from bigpipe.orchestrator.contract.types import Json
+from bigpipe.orchestrator.contract import Json
 from bigpipe.sizes import UNITS, format_size, parse_size
 
 from .problems import Fault, Problems, did_you_mean

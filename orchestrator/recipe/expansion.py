@@ -10,9 +10,8 @@ from math import prod
 from typing import Any
 
 from bigpipe.errors import ManifestError
-from bigpipe.orchestrator.contract.stage import Params, Stage
-from bigpipe.orchestrator.contract.types import Json, Launch, Resources
-from bigpipe.orchestrator.launch.executors import executor
+from bigpipe.orchestrator.contract import Json, Launch, Params, Resources, Stage
+from bigpipe.orchestrator.launch import executor
 
 from .conditions import Condition, parse_condition
 from .interpolation import Scope, contains_reference, interpolate

@@ -23,8 +23,7 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 from bigpipe.errors import UsageError
-from bigpipe.orchestrator.contract.stage import Stage
-from bigpipe.orchestrator.contract.types import Json, Trust
+from bigpipe.orchestrator.contract import Json, Stage, Trust
 
 from .expansion import Expansion
 from .interpolation import WELL_KNOWN_SECRETS, Scope, interpolate, read_argument

@@ -16,7 +16,7 @@ from types import MappingProxyType
 from typing import Any
 
 from bigpipe.errors import ManifestError
-from bigpipe.orchestrator.contract.types import Json
+from bigpipe.orchestrator.contract import Json
 
 from .problems import Fault, did_you_mean
 from .yamlsource import Key, read_value

@@ -16,8 +16,7 @@ from pydantic import (
     model_validator,
 )
 
-from bigpipe.orchestrator.contract.stage import Size
-from bigpipe.orchestrator.contract.types import Json, Launch, Resources, Trust
+from bigpipe.orchestrator.contract import Json, Launch, Resources, Size, Trust
 
 from .problems import Fault, Problems, did_you_mean
 from .validation import Target, validate

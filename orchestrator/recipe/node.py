@@ -8,8 +8,7 @@ from functools import cached_property
 from typing import Any, Literal
 
 from bigpipe.errors import Place
-from bigpipe.orchestrator.contract.stage import Params, Stage
-from bigpipe.orchestrator.contract.types import Json, Launch, Resources
+from bigpipe.orchestrator.contract import Json, Launch, Params, Resources, Stage
 
 from .conditions import Condition
 from .yamlsource import Document, Item, Key

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 from bigpipe.errors import UsageError
 from bigpipe.modules import import_attribute, top_level
-from bigpipe.orchestrator.contract.stage import Stage
+from bigpipe.orchestrator.contract import Stage
 from bigpipe.trust import Trust
 
 from .problems import did_you_mean

@@ -12,8 +12,8 @@ from typing import Any
 
 from pydantic import BaseModel
 
-from bigpipe.orchestrator.contract.stage import Stage
-from bigpipe.orchestrator.launch.executors import executor
+from bigpipe.orchestrator.contract import Stage
+from bigpipe.orchestrator.launch import executor
 
 from .docstrings import field_descriptions
 from .initial import initial_manifest

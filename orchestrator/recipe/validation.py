@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin
 
 from pydantic import BaseModel, RootModel, ValidationError
 
-from bigpipe.orchestrator.contract.types import Json
+from bigpipe.orchestrator.contract import Json
 
 from .interpolation import contains_reference
 from .problems import Fault, Problems, closest, did_you_mean, listed

@@ -13,8 +13,7 @@ from graphlib import CycleError, TopologicalSorter
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
-from bigpipe.orchestrator.contract.stage import Port, Stage
-from bigpipe.orchestrator.contract.types import Json
+from bigpipe.orchestrator.contract import Json, Port, Stage
 
 from .manifest import Structure, check_name
 from .problems import Fault, Problems, did_you_mean, listed

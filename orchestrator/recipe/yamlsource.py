@@ -17,7 +17,7 @@ from typing import Any, TypeAlias
 import yaml
 
 from bigpipe.errors import Place
-from bigpipe.orchestrator.contract.types import Json
+from bigpipe.orchestrator.contract import Json
 
 from .problems import Fault, Problems
 

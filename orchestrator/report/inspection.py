@@ -8,13 +8,11 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from bigpipe.errors import BigpipeError, StageFailed
-from bigpipe.orchestrator.contract.types import Json
-from bigpipe.orchestrator.lock.lockfile import locked_digests
-from bigpipe.orchestrator.planning.keys import Change, Identity, differences
-from bigpipe.orchestrator.running import records
-from bigpipe.orchestrator.running.records import RunDiff, RunRecord
-from bigpipe.orchestrator.store.location import default_root
-from bigpipe.orchestrator.store.store import Store
+from bigpipe.orchestrator.contract import Json
+from bigpipe.orchestrator.lock import locked_digests
+from bigpipe.orchestrator.planning import Change, Identity, differences
+from bigpipe.orchestrator.running import RunDiff, RunRecord, records
+from bigpipe.orchestrator.store import Store, default_root
 from bigpipe.sizes import counted, format_size, format_transfer
 
 from .rendering import columns, metrics_line, nodes_table

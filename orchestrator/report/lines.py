@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Self
 
-from bigpipe.orchestrator.contract.events import Event, NodeFinished, NodeRetried
+from bigpipe.orchestrator.contract import Event, NodeFinished, NodeRetried
 from bigpipe.sizes import format_size
 
 from .progress import elapsed

@@ -7,7 +7,7 @@ from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from bigpipe.orchestrator.contract.events import Progress
+from bigpipe.orchestrator.contract import Progress
 from bigpipe.sizes import format_transfer
 
 WINDOW_SECONDS = 10.0

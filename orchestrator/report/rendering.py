@@ -8,15 +8,13 @@ from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from bigpipe.orchestrator.contract.types import Json
-from bigpipe.orchestrator.planning.decision import Action, change_json
-from bigpipe.orchestrator.planning.keys import shown
-from bigpipe.orchestrator.planning.plan import Plan, PlannedNode, machine_line
+from bigpipe.orchestrator.contract import Json
+from bigpipe.orchestrator.planning import Action, Plan, PlannedNode, change_json, machine_line, shown
 from bigpipe.sizes import format_size, format_transfer
 
 if TYPE_CHECKING:
-    from bigpipe.orchestrator.recipe.graph import Recipe
-    from bigpipe.orchestrator.running.result import RunResult
+    from bigpipe.orchestrator.recipe import Recipe
+    from bigpipe.orchestrator.running import RunResult
 
 
 def columns(rows: Sequence[tuple[str, ...]], gap: int = 2) -> str:

@@ -14,7 +14,7 @@ from typing import TextIO
 
 from bigpipe.errors import BigpipeError, ManifestError, Place
 from bigpipe.files import LogFile
-from bigpipe.orchestrator.contract.events import (
+from bigpipe.orchestrator.contract import (
     Event,
     LogLine,
     NodeFinished,
@@ -25,7 +25,7 @@ from bigpipe.orchestrator.contract.events import (
     RunFinished,
     RunStarted,
 )
-from bigpipe.orchestrator.launch.redaction import Redactor
+from bigpipe.orchestrator.launch import Redactor
 
 from .lines import BaseReporter, NodeCounter, finished_text, retried_text
 from .progress import ProgressMeter, elapsed

@@ -9,7 +9,7 @@ import os
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, TextIO
 
-from bigpipe.orchestrator.contract.events import (
+from bigpipe.orchestrator.contract import (
     Event,
     LogLine,
     NodeFinished,

@@ -13,14 +13,11 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from bigpipe.errors import Interrupted, StageFailed, Transient
-from bigpipe.orchestrator.contract.events import Event, LogLine, NodeRetried
-from bigpipe.orchestrator.contract.types import Lineage
-from bigpipe.orchestrator.launch.executors import executor
-from bigpipe.orchestrator.launch.jobs import AttemptFolder, Job, Outcome
-from bigpipe.orchestrator.launch.warm import WarmWorker
-from bigpipe.orchestrator.planning.session import Session
-from bigpipe.orchestrator.recipe.graph import Node
-from bigpipe.orchestrator.store.store import KeyRecord, Work
+from bigpipe.orchestrator.contract import Event, Lineage, LogLine, NodeRetried
+from bigpipe.orchestrator.launch import AttemptFolder, Job, Outcome, WarmWorker, executor
+from bigpipe.orchestrator.planning import Session
+from bigpipe.orchestrator.recipe import Node
+from bigpipe.orchestrator.store import KeyRecord, Work
 from bigpipe.versions import package_version
 
 from .streaming import Stream, provisional_key

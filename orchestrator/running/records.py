@@ -22,8 +22,9 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from bigpipe.errors import UsageError
 from bigpipe.files import LogFile, write_file
-from bigpipe.orchestrator.contract.events import (
+from bigpipe.orchestrator.contract import (
     Event,
+    Json,
     LogLine,
     NodeFinished,
     NodeStarted,
@@ -31,10 +32,9 @@ from bigpipe.orchestrator.contract.events import (
     RunFinished,
     RunStarted,
 )
-from bigpipe.orchestrator.contract.types import Json
-from bigpipe.orchestrator.planning.keys import Change, changed
-from bigpipe.orchestrator.recipe.graph import Recipe
-from bigpipe.orchestrator.store.sealing import explained, make_directory
+from bigpipe.orchestrator.planning import Change, changed
+from bigpipe.orchestrator.recipe import Recipe
+from bigpipe.orchestrator.store import explained, make_directory
 
 LAST = "last"
 """Names the newest run wherever an id is asked for."""

@@ -7,10 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from bigpipe.errors import BigpipeError, Interrupted
-from bigpipe.orchestrator.contract.types import Json
-from bigpipe.orchestrator.planning.schedule import NodeState
-from bigpipe.orchestrator.planning.session import Session
-from bigpipe.orchestrator.store.store import KeyRecord
+from bigpipe.orchestrator.contract import Json
+from bigpipe.orchestrator.planning import NodeState, Session
+from bigpipe.orchestrator.store import KeyRecord
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -25,24 +25,34 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from bigpipe.errors import BigpipeError, GateFailed, Interrupted
-from bigpipe.orchestrator.contract.events import (
+from bigpipe.orchestrator.contract import (
+    Forecast,
+    Lineage,
     NodeFinished,
     NodeStarted,
     OneAtATime,
     Reporter,
     RunFinished,
     RunStarted,
+    Status,
 )
-from bigpipe.orchestrator.contract.forecast import Forecast
-from bigpipe.orchestrator.contract.types import Lineage, Status
-from bigpipe.orchestrator.planning import schedule
-from bigpipe.orchestrator.planning.decision import Action, decide
-from bigpipe.orchestrator.planning.plan import Plan, PlannedNode
-from bigpipe.orchestrator.planning.rehearsal import facts_of
-from bigpipe.orchestrator.planning.schedule import GOOD, Do, Facts, NodeState, States, step
-from bigpipe.orchestrator.planning.session import Session
-from bigpipe.orchestrator.recipe.node import Node
-from bigpipe.orchestrator.store.store import KeyRecord
+from bigpipe.orchestrator.planning import (
+    GOOD,
+    Action,
+    Do,
+    Facts,
+    NodeState,
+    Plan,
+    PlannedNode,
+    Session,
+    States,
+    decide,
+    facts_of,
+    schedule,
+    step,
+)
+from bigpipe.orchestrator.recipe import Node
+from bigpipe.orchestrator.store import KeyRecord
 
 from .interruption import caught_once
 from .records import RunRecorder, new_run_id

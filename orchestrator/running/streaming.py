@@ -16,12 +16,9 @@ import threading
 from dataclasses import dataclass, field
 
 from bigpipe.errors import Interrupted
-from bigpipe.orchestrator.planning.schedule import GOOD, SETTLED, Facts, NodeState, States, may_follow, passes_on
-from bigpipe.orchestrator.planning.session import Session
-from bigpipe.orchestrator.recipe.graph import Node
-from bigpipe.orchestrator.store.artifacts import remove_tree
-from bigpipe.orchestrator.store.hashing import digest_of
-from bigpipe.orchestrator.store.store import KeyRecord
+from bigpipe.orchestrator.planning import GOOD, SETTLED, Facts, NodeState, Session, States, may_follow, passes_on
+from bigpipe.orchestrator.recipe import Node
+from bigpipe.orchestrator.store import KeyRecord, digest_of, remove_tree
 from bigpipe.passing import Handover
 
 POLL = 0.05

@@ -14,15 +14,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 from bigpipe.errors import BigpipeError
-from bigpipe.orchestrator.contract.types import Status
-from bigpipe.orchestrator.launch.executors import executor
-from bigpipe.orchestrator.launch.jobs import AttemptFolder
-from bigpipe.orchestrator.launch.warm import MEMORY, WarmWorker, start_warm
-from bigpipe.orchestrator.planning.decision import Action
-from bigpipe.orchestrator.planning.plan import Plan
-from bigpipe.orchestrator.planning.schedule import GOOD, NodeState, States
-from bigpipe.orchestrator.planning.session import Session
-from bigpipe.orchestrator.recipe.graph import Node
+from bigpipe.orchestrator.contract import Status
+from bigpipe.orchestrator.launch import MEMORY, AttemptFolder, WarmWorker, executor, start_warm
+from bigpipe.orchestrator.planning import GOOD, Action, NodeState, Plan, Session, States
+from bigpipe.orchestrator.recipe import Node
 
 
 class Warming:

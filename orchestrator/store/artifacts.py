@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from bigpipe.files import move, sync_directory
-from bigpipe.orchestrator.contract.types import Json
+from bigpipe.orchestrator.contract import Json
 
 from .hashing import digest_of, hash_descriptor
 from .layout import Layout

@@ -12,7 +12,7 @@ import os
 from collections.abc import Callable
 from pathlib import Path
 
-from bigpipe.orchestrator.contract.types import Json
+from bigpipe.orchestrator.contract import Json
 
 CHUNK = 4 * 2**20
 """Bytes read at a time. Large enough that system calls cost nothing, small enough for the second-level cache."""

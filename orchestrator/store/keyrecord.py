@@ -8,7 +8,7 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from bigpipe.orchestrator.contract.types import Json
+from bigpipe.orchestrator.contract import Json
 
 from .layout import Layout
 from .sealing import Damaged, explained, make_directory, read_sealed, write_sealed

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 from bigpipe import files
 
 if TYPE_CHECKING:
-    from bigpipe.orchestrator.contract.types import Json
+    from bigpipe.orchestrator.contract import Json
 
 PRIVATE = 0o700
 explained = partial(

@@ -24,10 +24,10 @@ if TYPE_CHECKING:
     from .errors import ManifestError as ManifestError
     from .orchestrator.commands import plan as plan
     from .orchestrator.commands import run as run
-    from .orchestrator.recipe.graph import Recipe as Recipe
+    from .orchestrator.recipe import Recipe as Recipe
     from .orchestrator.commands import load_manifest as load_manifest
-    from .orchestrator.planning.plan import Plan as Plan
-    from .orchestrator.running.result import RunResult as RunResult
+    from .orchestrator.planning import Plan as Plan
+    from .orchestrator.running import RunResult as RunResult
     from .orchestrator.stage import Stage as Stage
 
 _EXPORTS = {

@@ -18,12 +18,12 @@ from typing import Any
 from .errors import UsageError
 from .machine import detect
 from .modules import top_level
-from .orchestrator.contract.contexts import ForecastContext, Surroundings
-from .orchestrator.contract.events import Event, LogLine
-from .orchestrator.contract.forecast import Forecast
-from .orchestrator.contract.stage import Metrics, Stage
-from .orchestrator.contract.types import Launch
-from .orchestrator.launch.alone import run_alone
+from .orchestrator.contract import ForecastContext, Surroundings
+from .orchestrator.contract import Event, LogLine
+from .orchestrator.contract import Forecast
+from .orchestrator.contract import Metrics, Stage
+from .orchestrator.contract import Launch
+from .orchestrator.launch import run_alone
 
 __all__ = ["StageRun", "forecast_stage", "run_stage"]
 
