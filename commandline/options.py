@@ -6,7 +6,6 @@ from pathlib import Path
 
 import click
 
-from bigpipe.bigmodel.formats import DTYPES
 from bigpipe.errors import UsageError
 
 
@@ -43,6 +42,8 @@ class ManyDtypes(click.Command):
     """Takes `--dtypes float16 int8` as accelerate does: every dtype's name that follows belongs to the option."""
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        from bigpipe.bigmodel.formats import DTYPES
+
         spread: list[str] = []
         listing = False
         for arg in args:
@@ -50,3 +51,11 @@ class ManyDtypes(click.Command):
             spread += ["--dtypes", arg] if follows else [arg]
             listing = arg == "--dtypes" or (listing and arg in DTYPES)
         return super().parse_args(ctx, spread)
+
+    def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        from bigpipe.bigmodel.formats import DTYPES
+
+        for option in self.params:
+            if isinstance(option, click.Option) and option.name == "dtypes":
+                option.help = f"Any of {' '.join(DTYPES)}."
+        super().format_options(ctx, formatter)

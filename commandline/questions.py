@@ -9,7 +9,6 @@ from typing import Any
 import click
 
 import bigpipe
-from bigpipe.bigmodel.formats import DTYPES
 from bigpipe.errors import UsageError
 
 from .options import JSON, OFFLINE, STORE, ManyDtypes
@@ -18,7 +17,7 @@ from .printing import show, show_json
 
 @click.command(cls=ManyDtypes)
 @click.argument("models", nargs=-1, required=True, metavar="MODEL...")
-@click.option("--dtypes", multiple=True, metavar="DTYPE...", help=f"Any of {' '.join(DTYPES)}.")
+@click.option("--dtypes", multiple=True, metavar="DTYPE...")
 @click.option("--library-name", "--library_name", type=click.Choice(["transformers", "timm", "diffusers"]))
 @click.option("--head", type=click.Choice(["auto", "none"]), default="auto", show_default=True)
 @click.option("--batch-size", type=click.IntRange(min=1), default=1, show_default=True)

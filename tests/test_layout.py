@@ -63,6 +63,11 @@ def test_no_module_of_the_command_imports_a_heavy_library():
     assert json.loads(done.stdout) == []
 
 
+def test_a_start_of_the_command_imports_nothing_of_the_library():
+    code = "import sys, bigpipe.cli; print([name for name in sys.modules if name.startswith('bigpipe.bigmodel')])"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "[]\n"
+
+
 @pytest.mark.slow
 def test_a_wheel_holds_every_module(tmp_path):
     subprocess.run(
