@@ -128,12 +128,11 @@ def _verify(
     import accelerate  # noqa: F401  what importing costs is not loading
     from transformers import PreTrainedModel  # noqa: F401
 
-    from bigpipe.bigmodel.execution.loading import loaded
-    from bigpipe.bigmodel.execution.probe import forward_once
+    from bigpipe.bigmodel.execution import forward_once, loaded
 
     started = time.monotonic()
     # Held as stored: what computes in another dtype is cast at each use
-    model = load_placed(placement, ctx, memory=None if params.dtype else 0)
+    model = load_placed(placement, ctx, as_stored=params.dtype is None)
     seconds = time.monotonic() - started
     state = loaded(model)
     measured = {str(home): size for home, size in state.held.items()}

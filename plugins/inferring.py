@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import math
 import os
-from collections.abc import Sequence
 from dataclasses import asdict
 from typing import TYPE_CHECKING
 
 from bigpipe.bigmodel.checkpoint.description import ModelDescription, describe_checkpoint
-from bigpipe.bigmodel.execution.homes import as_placement
-from bigpipe.bigmodel.execution.loading import TOTAL_SHARE, fits_widened
+from bigpipe.bigmodel.execution import as_placement, cast_bytes, host_memory, loading_dtype
 from bigpipe.bigmodel.formats import computable
 from bigpipe.bigmodel.inference import RESULTS, assign, chunked, compute_share, merge_results, plan_work
 from bigpipe.bigmodel.placement import Placement
@@ -33,9 +30,6 @@ from .sources import sources_of
 if TYPE_CHECKING:
     import torch
 
-MEMORY_SHARE = 0.6
-"""Of the memory available, what the ranks of one machine may fill with weights cast to another dtype."""
-WIDTHS = {"float32": 4, "float16": 2, "bfloat16": 2}
 CUDA_BASE = 3 * 2**30
 """Bytes of CUDA's libraries and pinned buffers in a rank that has GPUs: a bound."""
 RANK_BASE = 500 * 2**20
@@ -89,13 +83,10 @@ def _ram(params: InferParams, ctx: ForecastContext, placement: Placement | None)
         return None
     if ctx.machine.gpus:
         return (RANK_BASE + CUDA_BASE) * local
-    homes = set(placement.device_map.values()) if placement else {"cpu"}
-    cap = (placement.max_memory.get("cpu") if placement else None) or ctx.machine.memory
-    room = min(cap, int(ctx.machine.memory * TOTAL_SHARE))
-    wide = params.dtype is None and homes == {"cpu"} and fits_widened(described, room)
-    wanted = params.dtype or ("float32" if wide else None)
-    cast = sum(_cast_bytes(dtype, shape, wanted) for dtype, shape in described.tensors.values())
-    return RANK_BASE * local + min(cast * local, int(ctx.machine.memory_available * MEMORY_SHARE))
+    placement = placement or as_placement(None)
+    memory = host_memory(placement, ctx.machine.memory, ctx.machine.memory_available, local)
+    cast = cast_bytes(described, loading_dtype(described, placement, memory, params.dtype))
+    return (RANK_BASE + min(cast, memory.cast)) * local
 
 
 def _vram(placement: Placement | None, local: int) -> dict[int, int]:
@@ -104,12 +95,6 @@ def _vram(placement: Placement | None, local: int) -> dict[int, int]:
     gpus = {device: size for device, size in needs.items() if isinstance(device, int)}
     each = placement.gpus if placement else 0
     return {rank * each + gpu: size for rank in range(local) for gpu, size in gpus.items()}
-
-
-def _cast_bytes(stored: str, shape: Sequence[int], wanted: str | None) -> int:
-    if wanted is None or stored == wanted or stored not in WIDTHS:
-        return 0
-    return math.prod(shape) * WIDTHS[wanted]
 
 
 def _misfits(each: int, ctx: ForecastContext) -> tuple[Misfit, ...]:
@@ -156,16 +141,10 @@ def run(params: InferParams, ctx: StageContext) -> StageResult:
 
 
 def _load(params: InferParams, ctx: StageContext) -> torch.nn.Module:
-    import psutil
-
-    local_rank = int(os.environ.get("LOCAL_RANK", ctx.rank))
-    local_ranks = int(os.environ.get("LOCAL_WORLD_SIZE", ctx.world_size))
     placed = "placement" in ctx.inputs
     placement = read_placement(ctx.input("placement")) if placed else as_placement({"": 0 if _has_gpu() else "cpu"})
-    free = int(psutil.virtual_memory().available * MEMORY_SHARE / local_ranks)
-    cap = placement.max_memory.get("cpu")
-    memory = free if cap is None else min(free, cap)
-    return load_placed(placement, ctx, dtype=params.dtype, memory=memory, first_gpu=local_rank * placement.gpus)
+    rank, ranks = os.environ.get("LOCAL_RANK", ctx.rank), os.environ.get("LOCAL_WORLD_SIZE", ctx.world_size)
+    return load_placed(placement, ctx, dtype=params.dtype, rank=int(rank), ranks=int(ranks))
 
 
 def _has_gpu() -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -26,19 +27,26 @@ def load_placed(
     ctx: StageContext,
     *,
     dtype: str | None = None,
-    memory: int | None = None,
-    first_gpu: int = 0,
+    as_stored: bool = False,
+    rank: int = 0,
+    ranks: int = 1,
 ) -> torch.nn.Module:
-    """The model on port `model`, placed. dtype: wins over the placement's."""
-    from bigpipe.bigmodel.execution.loading import TOTAL_SHARE, load
+    """The model on port `model`, placed.
 
+    dtype: wins over the placement's. as_stored: nothing is held in another dtype than it is stored in. rank, ranks: of
+    those on this machine, which share its memory and own as many GPUs each.
+    """
+    import psutil
+
+    from bigpipe.bigmodel.execution import host_memory, load
+
+    memory = host_memory(placement, ctx.machine.memory, psutil.virtual_memory().available, ranks)
     return load(
         ctx.input("model"),
         placement,
         dtype=dtype,
-        memory=memory,
-        room=int(ctx.machine.memory * TOTAL_SHARE),
-        first_gpu=first_gpu,
+        memory=replace(memory, cast=0) if as_stored else memory,
+        first_gpu=rank * placement.gpus,
         trust=ctx.trust,
         base=ctx.base,
         trust_remote_code=sources_of(ctx).trust_remote_code,

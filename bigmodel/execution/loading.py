@@ -13,7 +13,6 @@ On the CPU a weight stored in the dtype it computes in is not read at all: the f
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -24,13 +23,14 @@ from bigpipe.bigmodel.checkpoint.description import ModelDescription, describe_o
 from bigpipe.bigmodel.checkpoint.mapped import MappedFiles
 from bigpipe.bigmodel.checkpoint.naming import Matches, Recipe, match
 from bigpipe.bigmodel.checkpoint.view import Checkpoint, TensorInfo, open_checkpoint
-from bigpipe.bigmodel.formats import PLAIN, PackedWeight, computable, format_of, replace_linears, set_apart
+from bigpipe.bigmodel.formats import PackedWeight, computable, format_of, replace_linears, set_apart
 from bigpipe.bigmodel.placement import Device, Placement
 from bigpipe.bigmodel.sources import Sources
 from bigpipe.errors import InvalidCheckpoint, UsageError
 from bigpipe.trust import Trust
 
 from .homes import DeviceMap, Homes, as_placement
+from .memory import HostMemory, host_memory, loading_dtype
 from .offload import WeightStream, cut_into_groups, follow_devices
 from .skeleton import adopt, build_skeleton, kept_in_float32, tied_groups
 from .slots import PackedSlot, PlainSlot, Slot, fresh_memory
@@ -39,10 +39,6 @@ if TYPE_CHECKING:
     import torch
 
 Packed = Matches[PackedWeight[TensorInfo]]
-FREE_SHARE = 0.6
-"""Of the memory available, what weights cast to another dtype may fill unless the caller says otherwise."""
-TOTAL_SHARE = 0.5
-"""Of all memory, what a model may take as float32 for a CPU to compute with it as that."""
 
 
 @dataclass(slots=True)
@@ -69,29 +65,27 @@ def load(
     dtype: str | torch.dtype | None = None,
     special_dtypes: Mapping[str, str] | None = None,
     no_split_module_classes: Sequence[str] | None = None,
-    memory: int | None = None,
-    room: int | None = None,
+    memory: HostMemory | None = None,
     first_gpu: int = 0,
     trust: Trust | Sequence[str] = (),
     base: Path | None = None,
     trust_remote_code: bool = False,
 ) -> torch.nn.Module:
-    """The checkpoint at `path` as a model in evaluation mode, ready for forward and `generate`.
+    """Return the checkpoint at `path` as a model in evaluation mode, ready for forward and `generate`.
 
     placement: a `Placement` or a device map {prefix: GPU number | "cpu" | "disk"}; left out, all goes to the CPU.
       Where a GPU is named, what lives in RAM or on disk computes on the first of them.
     model: an empty model of a class that the checkpoint does not name itself.
-    dtype: what floating weights are cast to; left out, the placement's or `compute_dtype`'s choice. Quantized weights
+    dtype: what floating weights are cast to; left out, the placement's or `loading_dtype`'s choice. Quantized weights
       stay as they are.
     special_dtypes: parameter name → dtype, where another one is wanted; left out, the placement's.
     no_split_module_classes: blocks that are streamed as a whole; left out, the placement's, else the model's own.
-    memory: bytes of RAM that weights cast to another dtype may fill; what is over is cast anew at each use.
-    room: bytes of RAM that `compute_dtype` reckons with; left out, half of this machine's.
+    memory: RAM that the model may fill; left out, what `host_memory` allows of this machine's.
     first_gpu: added to the map's GPU numbers, which are a rank's own.
     trust: modules that a custom class may come from; looked for in `base` first. trust_remote_code: may the
       checkpoint's own Python files run?
 
-    Raises InvalidCheckpoint, UsageError (untrusted or unknown class, a format that cannot be computed with, a map that
+    Raise InvalidCheckpoint, UsageError (untrusted or unknown class, a format that cannot be computed with, a map that
     misses modules) and DoesNotFit (a GPU that is not there).
     """
     checkpoint = open_checkpoint(path)
@@ -99,10 +93,9 @@ def load(
     computable(described)
     placement = as_placement(placement)
     homes = Homes(placement, first_gpu)
-    dtype = dtype or placement.dtype
-    wanted = _floating(dtype) if isinstance(dtype, str) else dtype
-    budget, room = _memory(placement, memory, room)
-    wanted = wanted or compute_dtype(checkpoint, described, homes, room)
+    memory = memory or _memory_here(placement)
+    asked = str(dtype).removeprefix("torch.") if dtype is not None else None
+    wanted = _floating(loading_dtype(described, placement, memory, asked))
     if model is None:
         sources = Sources(trust=Trust.of(trust), trust_remote_code=trust_remote_code, base=base)
         model = build_skeleton(checkpoint, wanted, sources)
@@ -111,53 +104,24 @@ def load(
     no_split = placement.no_split_module_classes if no_split_module_classes is None else no_split_module_classes
     if no_split is not None:
         model._no_split_modules = list(no_split)  # type: ignore[assignment]
-    _fill(model, checkpoint, described, homes, wanted, special_dtypes or placement.special_dtypes, budget)
+    _fill(model, checkpoint, described, homes, wanted, special_dtypes or placement.special_dtypes, memory.cast)
     _read_generation_config(model, checkpoint.path)
     return model.eval().requires_grad_(False)
 
 
 def loaded(model: torch.nn.Module) -> Loaded:
-    """What is known of a model that `load` made. Raises UsageError for any other."""
+    """Return what is known of a model that `load` made. Raise UsageError for any other."""
     found = getattr(model, "_bigpipe_loaded", None)
     if not isinstance(found, Loaded):
         raise UsageError("this model was not loaded by bigpipe", "load it with bigpipe.load")
     return found
 
 
-def stored_dtype(checkpoint: Checkpoint) -> str:
-    """torch's name of the dtype of the floating weights: the config's, or the one that most bytes have."""
-    sizes: dict[str, int] = {}
-    config = checkpoint.config or {}
-    for tensor in checkpoint.tensors.values():
-        if tensor.dtype in ("float64", "float32", "float16", "bfloat16") and ".weight." not in tensor.name:
-            sizes[tensor.dtype] = sizes.get(tensor.dtype, 0) + tensor.nbytes
-    named = config.get("dtype") or config.get("torch_dtype")
-    return str(named) if named in sizes else max(sizes, key=lambda name: sizes[name], default="float32")
+def _memory_here(placement: Placement) -> HostMemory:
+    import psutil
 
-
-def compute_dtype(checkpoint: Checkpoint, described: ModelDescription, homes: Homes, room: int) -> torch.dtype:
-    """The dtype to compute in where nobody asks for one: as stored, or float32 where all weights fit RAM as that.
-
-    CPUs without half-precision instructions multiply float32 several times faster. Weights that are streamed from disk
-    are used as they come: a cast at each use costs more than it gains. Around packed weights everything stays as
-    stored, as it does in transformers.
-
-    room: bytes of RAM; not what happens to be free, so that equal hardware gives equal results.
-    """
-    import torch
-
-    if set(homes.placement.device_map.values()) == {"cpu"} and fits_widened(described, room):
-        return torch.float32
-    as_stored: torch.dtype = getattr(torch, stored_dtype(checkpoint))
-    return as_stored
-
-
-def fits_widened(described: ModelDescription, room: int) -> bool:
-    """Would a CPU hold the stored tensors as float32? Never so for packed weights."""
-    if format_of(described) is not PLAIN:
-        return False
-    tensors = (described.tensors or {}).values()
-    return sum(4 * math.prod(shape) for dtype, shape in tensors if "float" in dtype) <= room
+    there = psutil.virtual_memory()
+    return host_memory(placement, there.total, there.available)
 
 
 def _floating(name: str) -> torch.dtype:
@@ -167,18 +131,6 @@ def _floating(name: str) -> torch.dtype:
     if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
         raise UsageError(f"dtype {name!r} is not one that weights are loaded as", "use float32, float16 or bfloat16")
     return dtype
-
-
-def _memory(placement: Placement, memory: int | None, room: int | None) -> tuple[int, int]:
-    """(what cast weights may fill now, what decides whether they are cast), in bytes."""
-    import psutil
-
-    there = psutil.virtual_memory()
-    cap = placement.max_memory.get("cpu") or there.total
-    return (
-        min(int(there.available * FREE_SHARE), cap) if memory is None else memory,
-        min(int(there.total * TOTAL_SHARE) if room is None else room, cap),
-    )
 
 
 def _fill(

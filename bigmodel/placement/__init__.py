@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from .devices import Device as Device, devices_of as devices_of, one_device as one_device
     from .fitting import find_misfits as find_misfits
-    from .models import place as place, place_model as place_model
+    from .models import place as place, place_model as place_model, stored_dtype as stored_dtype
     from .request import PlacementRequest as PlacementRequest
     from .result import Placement as Placement
     from .speeds import Speeds as Speeds
@@ -35,6 +35,7 @@ _FACE = {
     "place": "models",
     "place_architecture": "strategies",
     "place_model": "models",
+    "stored_dtype": "models",
 }
 
 

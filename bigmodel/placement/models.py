@@ -138,9 +138,10 @@ def _streamed(architecture: Architecture, placement: Placement, dtype: str, stor
 
 
 def stored_dtype(model: ModelDescription) -> str:
-    """The dtype of the floating weights: the config's, where tensors have it, or the one that most bytes have."""
+    """Return the dtype of the floating weights: the config's, where tensors have it, or the one of most bytes."""
     sizes: dict[str, int] = {}
-    for dtype, shape in (model.tensors or {}).values():
+    plain, _ = set_apart(model.tensors or {}, format_of(model))
+    for dtype, shape in plain.values():
         if dtype in FLOATS:
             sizes[dtype] = sizes.get(dtype, 0) + tensor_nbytes(dtype, shape)
     config = model.config or {}

@@ -8,7 +8,7 @@ from typing import Any
 
 from bigpipe.errors import UsageError
 
-FLOATS = ("float32", "float16", "bfloat16")
+FLOATS = ("float32", "float16", "bfloat16", "float64")
 MODES = ("auto", "balanced", "balanced_low_0", "sequential", "optimal")
 
 

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from support.models import forward, make_checkpoint, sample_inputs, tiny_model
 from transformers import LlamaForCausalLM
 
-from bigpipe.bigmodel.execution import forward_once, load, loaded
+from bigpipe.bigmodel.execution import HostMemory, forward_once, load, loaded
 from bigpipe.errors import StageFailed
 
 
@@ -36,8 +36,8 @@ def test_what_is_streamed_is_used_as_stored(tmp_path: Path) -> None:
         ({}, torch.float32),
         ({"placement": {"": "disk"}}, torch.float16),
         ({"placement": {"": "cpu", "model.layers.1": "disk"}}, torch.float16),
-        ({"room": wide}, torch.float32),
-        ({"room": wide - 1}, torch.float16),
+        ({"memory": HostMemory(cast=wide, widen=wide)}, torch.float32),
+        ({"memory": HostMemory(cast=wide, widen=wide - 1)}, torch.float16),
     ):
         model = load(tmp_path, **options)
         assert model.dtype == dtype
@@ -60,8 +60,8 @@ def test_generates_from_disk_and_from_a_mixed_map(tmp_path: Path, dtype: str) ->
 def test_ram_too_small_for_the_cast_weights_changes_no_bit(tmp_path: Path) -> None:
     make_checkpoint(tmp_path, "llama", dtype="float16")
     whole = load(tmp_path)
-    for memory in (0, loaded(whole).held["cpu"] // 2):
-        model = load(tmp_path, memory=memory)
+    for cast in (0, loaded(whole).held["cpu"] // 2):
+        model = load(tmp_path, memory=HostMemory(cast=cast, widen=2**30))
         assert torch.equal(forward(model), forward(whole))
         assert loaded(model).held["cpu"] < loaded(whole).held["cpu"]
         assert loaded(model).streamed == loaded(model).stream.bytes_read == 0
