@@ -18,7 +18,7 @@ DeviceMap = Mapping[str, int | str]
 class Homes:
     """A placement on this machine. first_gpu: added to its GPU numbers, which count from 0 for each rank.
 
-    Raises DoesNotFit for a GPU that this machine lacks.
+    Raise DoesNotFit for a GPU that this machine lacks.
     """
 
     def __init__(self, placement: Placement, first_gpu: int = 0) -> None:
@@ -28,14 +28,14 @@ class Homes:
         """Where everything without a GPU of its own computes."""
 
     def execution(self, name: str) -> torch.device:
-        """Where the module or parameter computes: on its GPU, else on the first GPU of the map, else on the CPU."""
+        """Return where the module or parameter computes: its GPU, else the first GPU of the map, else the CPU."""
         import torch
 
         home = self.placement.device_of(name)
         return torch.device("cuda", home + self.first_gpu) if isinstance(home, int) else self.main
 
     def check_covers(self, names: Iterable[str]) -> None:
-        """Raises UsageError, listing what no entry of the map leads to."""
+        """Raise UsageError, listing what no entry of the map leads to."""
         missing = [name for name in names if not self.covers(name)]
         if missing:
             more = f" and {len(missing) - 5} more" if len(missing) > 5 else ""

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 def build_skeleton(checkpoint: Checkpoint, dtype: torch.dtype, sources: Sources = Sources()) -> torch.nn.Module:
-    """The class that the checkpoint's config or `bigpipe_architecture.json` names, with parameters on meta.
+    """Return the class that the checkpoint's config or `bigpipe_architecture.json` names, with parameters on meta.
 
     Buffers are made by the class itself, so the ones no checkpoint holds (rotary frequencies, masks) are right.
     """
@@ -33,7 +33,7 @@ def build_skeleton(checkpoint: Checkpoint, dtype: torch.dtype, sources: Sources 
 
 @contextmanager
 def empty_parameters(dtype: torch.dtype) -> Iterator[None]:
-    """Modules built inside have parameters of `dtype` on the meta device, and real buffers."""
+    """Give modules that are built inside parameters of `dtype` on the meta device, and real buffers."""
     import torch
     from accelerate import init_empty_weights
 
@@ -47,7 +47,10 @@ def empty_parameters(dtype: torch.dtype) -> Iterator[None]:
 
 
 def adopt(model: torch.nn.Module, dtype: torch.dtype) -> torch.nn.Module:
-    """A model of the user's own class, emptied: parameters on meta, and what is floating made `dtype`, as by `.to`."""
+    """Return the model emptied: parameters on meta, and what is floating made `dtype`, as by `.to`.
+
+    Raise UsageError where buffers that no checkpoint holds have no values.
+    """
     lost = [name for name, buffer in _hidden_buffers(model) if buffer.device.type == "meta"]
     if lost:
         raise UsageError(
@@ -81,12 +84,12 @@ def _hidden_buffers(model: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor]
 
 
 def storage_of(tensor: torch.Tensor) -> tuple[object, ...]:
-    """Equal for tensors that are one and the same memory, on meta too, where every `data_ptr` is 0."""
+    """Return what is equal for tensors that are one and the same memory, on meta too, where every `data_ptr` is 0."""
     return tensor.device.type, tensor.untyped_storage()._cdata, tensor.storage_offset(), tuple(tensor.shape)
 
 
 def tied_groups(model: torch.nn.Module) -> list[list[str]]:
-    """Names of parameters that are one tensor: by shared storage, or by the rules of a transformers class."""
+    """Return the names of parameters that are one tensor, by storage or by the rules of a transformers class."""
     names = {name: parameter for name, parameter in model.named_parameters(remove_duplicate=False)}
     group = {name: storage_of(parameter) for name, parameter in names.items()}
     for target, source in (getattr(model, "all_tied_weights_keys", None) or {}).items():
@@ -99,7 +102,7 @@ def tied_groups(model: torch.nn.Module) -> list[list[str]]:
 
 
 def kept_in_float32(model: torch.nn.Module, dtype: torch.dtype) -> re.Pattern[str] | None:
-    """Parameters that transformers loads as float32 although a narrower dtype is asked for."""
+    """Return which parameters transformers loads as float32 although a narrower dtype is asked for."""
     import torch
 
     entries = list(getattr(model, "_keep_in_fp32_modules_strict", None) or ()) if dtype != torch.float32 else []

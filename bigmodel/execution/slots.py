@@ -1,11 +1,14 @@
-"""Where one weight goes: a place in a module, the stored bytes that fill it, and how it is filled and emptied."""
+"""Where one weight goes: a place in a module, the stored bytes that fill it, and how it is filled and emptied.
+
+The methods of a slot are called in the order stage, attach, detach; `stage` may run in another thread.
+"""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 from bigpipe.bigmodel.checkpoint.mapped import MappedFiles
 from bigpipe.bigmodel.checkpoint.naming import Recipe
@@ -16,34 +19,10 @@ if TYPE_CHECKING:
     import torch
 
 Take = Callable[[Sequence[int], "torch.dtype"], "torch.Tensor"]
-"""Gives memory on the device that computes, for a tensor of this shape and dtype."""
+"""Returns memory on the device that computes, for a tensor of this shape and dtype."""
 
 ALIGNMENT = 64
 """Bytes; what vector instructions and GPU copies like."""
-
-
-class Slot(Protocol):
-    """The methods are called in the order stage, attach, detach; `stage` may run in another thread."""
-
-    module: torch.nn.Module
-    attribute: str
-
-    @property
-    def content(self) -> object:
-        """Equal where one tensor can stand in both."""
-
-    @property
-    def sources(self) -> Sequence[TensorInfo]:
-        """The stored bytes it is made from."""
-
-    def scratch(self, device: torch.device) -> Sequence[int]:
-        """Bytes of each piece of memory that `stage` takes. None where the file itself serves as memory."""
-
-    def stage(self, files: MappedFiles, device: torch.device, take: Take) -> Any:
-        """Makes the tensors on `device`."""
-
-    def attach(self, staged: Any) -> None: ...
-    def detach(self) -> None: ...
 
 
 @dataclass(slots=True)
@@ -63,29 +42,33 @@ class PlainSlot:
 
     @property
     def content(self) -> object:
+        """Equal where one tensor can stand in both."""
         return tuple(self.sources), self.dtype
 
     @property
     def sources(self) -> Sequence[TensorInfo]:
+        """The stored bytes it is made from."""
         return self.recipe.sources
 
     def windowed(self, device: torch.device) -> bool:
-        """Can the file itself serve as the tensor's memory?"""
+        """Return whether the file itself can serve as the tensor's memory."""
         import torch
 
         stored = getattr(torch, self.recipe.sources[0].dtype)
         return device.type == "cpu" and self.recipe.fuse is None and stored == self.dtype
 
     def scratch(self, device: torch.device) -> Sequence[int]:
+        """Return the bytes of each piece of memory that `stage` takes; none where the file serves as memory."""
         return () if self.windowed(device) else (math.prod(self.placeholder.shape) * self.dtype.itemsize,)
 
     def stage(self, files: MappedFiles, device: torch.device, take: Take) -> torch.Tensor:
+        """Return the tensor on `device`."""
         tensor = self.recipe.read(files.window, self.dtype)
         if self.windowed(device):
             return tensor
         return _copy(tensor, take, self.dtype)
 
-    def attach(self, staged: torch.Tensor) -> None:
+    def attach(self, staged: Any) -> None:
         import torch
 
         if self.attribute in self.module._buffers:
@@ -124,12 +107,15 @@ class PackedSlot:
         windows = {name: files.window(part) for name, part in self.weight.parts.items()}
         return windows if device.type == "cpu" else {name: _copy(part, take) for name, part in windows.items()}
 
-    def attach(self, staged: Mapping[str, torch.Tensor]) -> None:
+    def attach(self, staged: Any) -> None:
         self.weight.packing.attach(self.module, staged)
 
     def detach(self) -> None:
         self.module.weight = self.placeholder
         self.weight.packing.detach(self.module)
+
+
+Slot = PlainSlot | PackedSlot
 
 
 class Arena:
@@ -156,7 +142,7 @@ class Arena:
 
 
 def fresh_memory(device: torch.device) -> Take:
-    """Memory of its own for each tensor."""
+    """Return memory of its own for each tensor."""
     import torch
 
     def take(shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:

@@ -23,16 +23,16 @@ class Row:
 
     @property
     def digest(self) -> str:
-        """64 bits of the sha256 of the object, in hex: with the index, what identifies a record."""
+        """Return 64 bits of the sha256 of the object, in hex: with the index, what identifies a record."""
         text = json.dumps(self.data, sort_keys=True, ensure_ascii=False, separators=(",", ":"))
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 def read_prompts(prompts: str | Sequence[Any], column: str, base: Path) -> list[Row]:
-    """The rows of a list, or of the files that a path or glob (relative to `base`) names, in order of their names.
+    """Return the rows of a list, or of the files that a path or glob (relative to `base`) names, in their order.
 
     `.jsonl` and `.json` files hold an object per line; of other files each line that is not blank is a prompt.
-    Raises UsageError naming file and line.
+    Raise UsageError naming file and line.
     """
     found = _from_files(prompts, column, base) if isinstance(prompts, str) else _from_list(prompts, column)
     rows = [Row(index, data[column], data) for index, data in enumerate(found)]

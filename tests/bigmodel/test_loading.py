@@ -13,7 +13,7 @@ from support.models import CAUSAL, forward, make_checkpoint, sample_inputs, tiny
 from support.tinygpt import GPT
 
 from bigpipe.bigmodel.architecture import describe_architecture
-from bigpipe.bigmodel.execution.loading import load, loaded
+from bigpipe.bigmodel.execution import load, loaded
 from bigpipe.bigmodel.sources import Sources
 from bigpipe.errors import DoesNotFit, InvalidCheckpoint, UsageError
 from bigpipe.trust import Trust

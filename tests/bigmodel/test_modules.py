@@ -8,7 +8,7 @@ from accelerate import Accelerator, init_empty_weights, load_checkpoint_and_disp
 from support.models import forward, tiny_model
 
 from bigpipe.bigmodel.checkpoint.view import open_checkpoint
-from bigpipe.bigmodel.execution.loading import load
+from bigpipe.bigmodel.execution import load
 from bigpipe.bigmodel.writing.saving import save_checkpoint
 from bigpipe.errors import UsageError
 

@@ -166,7 +166,7 @@ def test_a_cut_file_is_an_error_with_its_bytes(tmp_path: Path) -> None:
 CHILD = """
 import gc, json, sys, torch
 import transformers.models.opt.modeling_opt, accelerate
-from bigpipe.bigmodel.execution.loading import load
+from bigpipe.bigmodel.execution import load
 
 def memory(field):
     with open("/proc/self/status") as status:

@@ -16,7 +16,7 @@ QUICKSTART = Path(__file__).parents[2] / "models" / "quickstart"
 
 @pytest.mark.parametrize("dtype", [None, "float32"])
 def test_what_is_placed_is_what_is_loaded(dtype: str | None) -> None:
-    from bigpipe.bigmodel.execution.loading import loaded
+    from bigpipe.bigmodel.execution import loaded
 
     placement = bigpipe.place(QUICKSTART, max_memory={"cpu": "2MiB", "disk": "1GiB"}, dtype=dtype)
     assert placement.dtype == dtype

@@ -25,7 +25,7 @@ from support.tinygpt import GPT
 
 from bigpipe.bigmodel.architecture import describe_architecture
 from bigpipe.bigmodel.checkpoint.description import describe_checkpoint
-from bigpipe.bigmodel.execution.loading import load
+from bigpipe.bigmodel.execution import load
 from bigpipe.bigmodel.sources import Sources
 from bigpipe.bigmodel.writing.synthetic import write_synthetic
 from bigpipe.errors import UsageError
