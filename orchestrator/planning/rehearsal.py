@@ -91,7 +91,7 @@ class Rehearsal:
     def _give(self, state: NodeState) -> None:
         state.bytes_here = True
         schedule.end(self.states, state.name, Status.SUCCEEDED, "")
-        for name in schedule.producers(state.node):
+        for name in state.node.producers:
             if step(self.states, self.facts, name).do is Do.DROP:
                 schedule.drop(self.states, name)
 
@@ -102,7 +102,7 @@ class Rehearsal:
             self.forecasts.pop(state.name, None)  # of what is cached
         while waiting:
             node = waiting.pop()
-            producers = [self.states[name] for name in schedule.producers(node)]
+            producers = [self.states[name] for name in node.producers]
             missing = [p.node for p in producers if p.name not in self.forecasts and p.status is not Status.SKIPPED]
             if missing:
                 waiting += [node, *missing]
@@ -136,10 +136,10 @@ class Rehearsal:
             return replace(
                 forecast, download_bytes=0, write_bytes=0, ram=0, vram={}, seconds=0, metrics=metrics, misfits=()
             )
-        elsewhere = forecast.fetches_to
-        if elsewhere is not None and not session.store.on_disk_of(elsewhere):
-            elsewhere = None
-        return replace(forecast, seconds=self._seconds(node, forecast), fetches_to=elsewhere)
+        if forecast.fetches_to is not None and not session.store.on_disk_of(forecast.fetches_to):
+            forecast = replace(forecast, fetches_to=None)
+        seconds = self._seconds(node, forecast)
+        return forecast if seconds == forecast.seconds else replace(forecast, seconds=seconds)
 
     def _seconds(self, node: Node, forecast: Forecast) -> float | None:
         """What the same params took the last time for about as much, in proportion; else what the kind reckons; else

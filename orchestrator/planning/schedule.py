@@ -16,6 +16,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
+from typing import NamedTuple
 
 from bigpipe.errors import BigpipeError, GateFailed
 from bigpipe.orchestrator.contract import Forecast, Json, Status
@@ -69,8 +70,7 @@ class GateVerdict:
         )
 
 
-@dataclass(frozen=True, slots=True)
-class Step:
+class Step(NamedTuple):
     do: Do
     why: str = ""
     """Why it is skipped, what it waits for, or the producer whose files it takes as they are made."""
@@ -80,12 +80,15 @@ class Step:
     """The one that does not hold."""
 
 
+NOTHING_FORESEEN = Forecast()
+
+
 @dataclass(slots=True)
 class NodeState:
     """What is known of a node."""
 
     node: Node
-    forecast: Forecast = field(default_factory=Forecast)
+    forecast: Forecast = NOTHING_FORESEEN
     processes: int = 1
     """How many it starts; each holds a CPU, unless its `resources` say otherwise."""
     status: Status = Status.PENDING
@@ -198,16 +201,17 @@ def step(states: States, facts: Facts, name: str) -> Step:
 
 
 def _pending(states: States, facts: Facts, state: NodeState) -> Step:
-    unsettled = next((n for n in state.node.predecessors if states[n].status not in SETTLED), "")
-    if unsettled and not (states[unsettled].passing and may_follow(states, facts, state.node, unsettled)):
+    node, nodes = state.node, states.nodes
+    unsettled = next((name for name in node.predecessors if nodes[name].status not in SETTLED), "")
+    if unsettled and not (nodes[unsettled].passing and may_follow(states, facts, node, unsettled)):
         return Step(Do.WAIT, unsettled)
-    if not unsettled and (reason := _blocked(states, facts, state.node)):
+    if not unsettled and (reason := _blocked(states, facts, node)):
         return Step(Do.SKIP, reason)
-    if state.decision is None or state.decision.inputs != input_digests(states, state.node):
+    if state.decision is None or state.decision.inputs != input_digests(states, node):
         return Step(Do.LOOK)
     if state.hit:
         return Step(Do.WAIT, unsettled) if unsettled else _judged(states, facts, state, Do.CACHED)
-    if dropped := tuple(each for each in producers(state.node) if _dropped(states[each])):
+    if dropped := tuple(name for name in node.producers if _dropped(nodes[name])):
         return Step(Do.DEMAND, producers=dropped)
     if stopping(states, facts):
         return Step(Do.STOP)
@@ -222,9 +226,8 @@ def _good(states: States, facts: Facts, state: NodeState) -> Step:
     consumers = facts.consumers.get(state.name, ())
     if state.node.cache or not state.bytes_here or not consumers:
         return Step(Do.WAIT)
-    return (
-        Step(Do.DROP) if all(_has_taken(states, states[each.name]) for each in reversed(consumers)) else Step(Do.WAIT)
-    )
+    taken = all(_has_taken(states, states[each.name]) for each in reversed(consumers))
+    return Step(Do.DROP if taken else Do.WAIT)
 
 
 def _has_taken(states: States, consumer: NodeState) -> bool:
@@ -234,7 +237,7 @@ def _has_taken(states: States, consumer: NodeState) -> bool:
 
 def _up_to_date(states: States, state: NodeState) -> bool:
     """Does what an ended node gave stand on what its producers have given? True while one of them is at work again."""
-    if not all(states[name].status in GOOD or states[name].status is Status.SKIPPED for name in producers(state.node)):
+    if not all(states[name].status in GOOD or states[name].status is Status.SKIPPED for name in state.node.producers):
         return True
     return state.decision is None or state.decision.inputs == input_digests(states, state.node)
 
@@ -326,11 +329,6 @@ def lookup(states: States, own: Node) -> Lookup:
     return look
 
 
-def producers(node: Node) -> Sequence[str]:
-    """The nodes whose artifacts it takes."""
-    return list(dict.fromkeys(name for names in node.inputs.values() for name in names))
-
-
 def _dropped(state: NodeState) -> bool:
     return state.status in GOOD and not state.bytes_here
 
@@ -340,17 +338,19 @@ def input_digests(states: States, node: Node) -> Inputs | None:
 
     Of a producer that runs it is what it gave before under its key, should it give that again.
     """
-    if awaited(states, node):
-        return None
-    known = {
-        port: [digest for name in names if (digest := _digest(states[name]))] for port, names in node.inputs.items()
-    }
-    return {port: digests for port, digests in known.items() if digests}
+    found: dict[str, list[str]] = {}
+    for port, names in node.inputs.items():
+        digests = [_digest(states[name]) for name in names if states[name].status is not Status.SKIPPED]
+        if None in digests:
+            return None
+        if digests:
+            found[port] = [digest for digest in digests if digest]
+    return found
 
 
 def awaited(states: States, node: Node) -> list[str]:
     """The producers whose digests are not known."""
-    return [n for n in producers(node) if states[n].status is not Status.SKIPPED and _digest(states[n]) is None]
+    return [n for n in node.producers if states[n].status is not Status.SKIPPED and _digest(states[n]) is None]
 
 
 def _digest(state: NodeState) -> str | None:

@@ -91,7 +91,7 @@ class Session:
     def _consumers(self) -> dict[str, list[Node]]:
         consumers: dict[str, list[Node]] = {}
         for node in self.nodes:
-            for producer in {name for names in node.inputs.values() for name in names}:
+            for producer in node.producers:
                 consumers.setdefault(producer, []).append(node)
         return consumers
 

@@ -105,7 +105,7 @@ def _upstream(plan: Plan, names: set[str]) -> Iterator[Node]:
     for planned in reversed(list(plan.nodes.values())):
         if planned.node.name in names:
             yield planned.node
-            names |= {name for producers in planned.node.inputs.values() for name in producers}
+            names.update(planned.node.producers)
 
 
 def _passing(plan: Plan, node: Node, field: str, parameter: str) -> Arguments | None:

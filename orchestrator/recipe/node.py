@@ -79,8 +79,13 @@ class Node:
     """Names it may see: the kind's own and those the stage lists."""
     places: Places
 
-    @property
-    def predecessors(self) -> tuple[str, ...]:
-        """The nodes that must have ended before this one starts: inputs, needs, and those that `when` asks."""
+    producers: tuple[str, ...] = field(init=False)
+    """The nodes whose artifacts it takes."""
+    predecessors: tuple[str, ...] = field(init=False)
+    """The nodes that must have ended before this one starts: inputs, needs, and those that `when` asks."""
+
+    def __post_init__(self) -> None:
+        producers = dict.fromkeys(name for names in self.inputs.values() for name in names)
         asked = sorted(node for node, _ in self.when.references if node is not None) if self.when else ()
-        return tuple(dict.fromkeys([*(name for port in self.inputs.values() for name in port), *self.needs, *asked]))
+        object.__setattr__(self, "producers", tuple(producers))
+        object.__setattr__(self, "predecessors", tuple(dict.fromkeys([*producers, *self.needs, *asked])))

@@ -299,7 +299,7 @@ def _end(run: Run, state: NodeState, status: Status, reason: str) -> None:
     if run.streams is not None:
         run.streams.ended(state)
     consumers = [node.name for node in run.facts.consumers[state.name]]
-    for name in (*schedule.producers(state.node), *consumers):
+    for name in (*state.node.producers, *consumers):
         if run.states[name].status in GOOD:
             _take(run, name)
 

@@ -123,7 +123,7 @@ class Streams:
 def provisional_key(session: Session, node: Node, known: dict[str, str] | None = None) -> str:
     """Names the work of a follower: what its key depends on, with what makes its inputs in place of their digests."""
     known = {} if known is None else known
-    for name in (name for names in node.inputs.values() for name in names):
+    for name in node.producers:
         if name not in known:
             known[name] = provisional_key(session, session.recipe.nodes[name], known)
     inputs = {port: [known[name] for name in names] for port, names in node.inputs.items()}

@@ -79,7 +79,7 @@ class Scene:
         self.nodes = load_recipe(manifest, {}, environment={}, stages=KINDS).nodes
         consumers: dict[str, list[Any]] = {name: [] for name in self.nodes}
         for node in self.nodes.values():
-            for producer in schedule.producers(node):
+            for producer in node.producers:
                 consumers[producer].append(node)
         self.facts = Facts(consumers=consumers, room={**ROOM, **row.room}, **row.facts)
         forecasts = {name: Forecast(write_bytes=size) for name, size in row.writes.items()}
