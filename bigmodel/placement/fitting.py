@@ -128,7 +128,7 @@ def smaller_work(
             return _holds(request.changed({option: value}), machine, attempt)
 
         asked = getattr(request, option)
-        if asked > 1 and (found := nearest(1, asked, holds)):
+        if asked > 1 and (found := nearest(1, asked, holds, step=max(1, asked >> 6))):
             return Cure({option: found})
     return None
 

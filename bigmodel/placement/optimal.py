@@ -9,13 +9,15 @@ it computes: with it, or on the first GPU in use if it is streamed.
 A dynamic program over the units: what matters of a prefix is its seconds, how far the GPUs are filled, what the first
 one holds, and what is left to CPU and disk; prefixes that are worse in all of these than another are dropped, and so
 are those that cannot beat the best complete answer known. It is solved for each first GPU, each largest unit that may
-be streamed (room is kept for that one), and each device for the weights that several units share.
+be streamed (room is kept for that one), and each device for the weights that several units share. Beyond `EXACT` units
+no more than `WIDTH` prefixes are kept after each: exact still where there are no more, as with stacks of equal layers.
 """
 
 from __future__ import annotations
 
 import itertools
 import math
+import sys
 from bisect import bisect_right
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -31,6 +33,8 @@ from .tree import Tree
 TIERS: tuple[Device, Device] = ("cpu", "disk")
 BEAM = 24
 """Prefixes kept per unit in the quick first pass that finds a bound."""
+EXACT = 16
+WIDTH = 400
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,6 +63,10 @@ class Solution:
     """Per token, predicted."""
 
 
+Filled = tuple[int, int, float]
+"""Index of the device being filled, bytes on it, bytes on the first device."""
+
+
 @dataclass(slots=True)
 class Prefix:
     """A placement of the first units."""
@@ -76,8 +84,14 @@ class Prefix:
     """Where the last unit computed."""
     idle: bool = False
     """The first device holds no unit yet. It must, or another one would run what is streamed."""
+    best: float = 0.0
+    """Seconds of the whole, at the least."""
     device: Device | None = None
     before: Prefix | None = None
+
+    @property
+    def filled(self) -> Filled:
+        return self.gpu, self.used if self.gpu else self.load, self.load
 
     def assignment(self) -> list[Device]:
         found: list[Device] = []
@@ -245,13 +259,15 @@ class Problem:
         free = [unit for number, unit in enumerate(units) if number not in pinned]
         self._fillable = Fillable((unit.moved + unit.cached, unit.moved) for unit in free)
         self._streamable = Fillable((unit.staying, unit.moved) for unit in free)
-        staying = [0 if number in pinned else unit.staying for number, unit in enumerate(units)]
-        self._to_stay = [sum(staying[number:]) for number in range(len(units) + 1)]
+        cached = [0 if number in pinned else unit.cached for number, unit in enumerate(units)]
+        self._to_cache = [sum(cached[number:]) for number in range(len(units) + 1)]
         self._whole = [self._fillable.of(self.caps[device]) for device in self.devices]
         # Seconds per byte: they are asked for half a million times
         self._from_cpu = speeds.streamed("cpu", self.main, 2**40) / 2**40
         self._from_disk = speeds.streamed("disk", self.main, 2**40) / 2**40
         self._here = speeds.resident(self.main, 2**40) / 2**40
+        per_byte = min(self._from_cpu, self._from_disk) - self._here
+        self._least_loss = min((unit.moved * per_byte for unit in free if unit.staying), default=math.inf)
 
     def solve(self, bound: float) -> Solution | None:
         """Better than `bound` seconds, or None."""
@@ -280,13 +296,15 @@ class Problem:
         return all((cap := self.caps[device]) is None or size <= cap for device, size in held.items())
 
     def _search(self, bound: float, *, counted: bool, beam: int | None = None) -> Solution | None:
+        width = beam or (WIDTH if len(self.units) > EXACT else sys.maxsize)
         prefixes = [self._start()]
         for number, unit in enumerate(self.units):
             made = [new for prefix in prefixes for new in self._extend(prefix, number, unit, counted)]
-            made = [new for new in made if new.seconds + self._least(new, number + 1, counted) < bound]
-            prefixes = self._undominated(made, number + 1)
-            if beam is not None:
-                prefixes = sorted(prefixes, key=lambda p: p.seconds + self._least(p, number + 1, counted))[:beam]
+            for new in made:
+                new.best = new.seconds + self._least(new, number + 1, counted)
+            prefixes = self._undominated([new for new in made if new.best < bound], bound)
+            if len(prefixes) > width:
+                prefixes = sorted(prefixes, key=lambda prefix: prefix.best)[:width]
         best = min((prefix for prefix in prefixes if not prefix.idle), key=lambda p: p.seconds, default=None)
         if best is None:
             return None
@@ -326,7 +344,9 @@ class Problem:
         at, seconds = self.cost(unit, device)
         hop = self.speeds.hop if prefix.at not in (None, at) else 0.0
         seconds += prefix.seconds + hop
-        return Prefix(seconds, prefix.gpu, prefix.used, prefix.load, prefix.left, at, prefix.idle, device, prefix)
+        return Prefix(
+            seconds, prefix.gpu, prefix.used, prefix.load, prefix.left, at, prefix.idle, device=device, before=prefix
+        )
 
     def cost(self, unit: Unit, device: Device) -> tuple[Device, float]:
         """(where it computes, seconds)."""
@@ -346,6 +366,8 @@ class Problem:
         rest = self._rest[number]
         used = prefix.used if prefix.gpu else prefix.load
         room = self._fillable.of(_less(self.caps[self.devices[prefix.gpu]], used))
+        if self._to_cache[number] and not fits(self._to_cache[number], self._room_to_compute(prefix)):
+            return math.inf
         # Where keys and values of what is streamed find no room on the first device, it cannot be streamed
         most = self._streamable.of(_less(self.caps[self.main], prefix.load))
         seconds = self._streaming(rest - room, most, prefix, counted)
@@ -357,6 +379,13 @@ class Problem:
             hops = (more - there) * self.speeds.hop
             seconds = min(seconds, hops + self._streaming(rest - room, most, prefix, counted))
         return seconds + rest * self._here
+
+    def _room_to_compute(self, prefix: Prefix) -> int | None:
+        """Bytes left on all devices that compute: what is still to come has its keys and values on one of them."""
+        rooms = [_less(self.caps[self.main], prefix.load)]
+        rooms += [_less(self.caps[device], 0) for device in self.devices[max(prefix.gpu, 1) :]]
+        known = [room for room in rooms if room is not None]
+        return sum(known) - (prefix.used if prefix.gpu else 0) if len(known) == len(rooms) else None
 
     def _streaming(self, nbytes: int, most: int, prefix: Prefix, counted: bool) -> float:
         """Seconds by which streaming takes longer than having: from the CPU as far as it has room, else from disk."""
@@ -370,38 +399,31 @@ class Problem:
             on_cpu = min(nbytes, self._fillable.of(None if cap is None or not counted else cap - prefix.left[0]))
         return on_cpu * self._from_cpu + (nbytes - on_cpu) * self._from_disk - nbytes * self._here
 
-    def _undominated(self, prefixes: list[Prefix], number: int) -> list[Prefix]:
+    def _undominated(self, prefixes: list[Prefix], bound: float) -> list[Prefix]:
         """Without those that another prefix beats in seconds and in room, at the same place or a hop cheaper."""
         buckets: dict[object, list[Prefix]] = {}
         for prefix in prefixes:
             buckets.setdefault((prefix.left, prefix.idle), []).append(prefix)
-        return [prefix for bucket in buckets.values() for prefix in self._front(bucket, self._to_stay[number] > 0)]
+        return [prefix for bucket in buckets.values() for prefix in self._front(bucket, bound)]
 
-    def _front(self, bucket: list[Prefix], loading: bool) -> list[Prefix]:
-        """loading: is there more to come that may stay on the first device without lying there?"""
-
-        def filled(prefix: Prefix) -> Filled:
-            return prefix.gpu, prefix.used if prefix.gpu else prefix.load, prefix.load if loading else 0
-
-        bucket.sort(key=lambda prefix: (prefix.seconds, filled(prefix)))
+    def _front(self, bucket: list[Prefix], bound: float) -> list[Prefix]:
+        bucket.sort(key=lambda prefix: (prefix.seconds, prefix.filled))
         fronts: dict[Device | None, list[Filled]] = {}
         kept: list[Prefix] = []
         cheaper = 0
         furthest: list[Filled] = []
         for prefix in bucket:
-            here = filled(prefix)
             while cheaper < len(kept) and kept[cheaper].seconds + self.speeds.hop <= prefix.seconds:
-                _join(furthest, filled(kept[cheaper]))
+                _join(furthest, kept[cheaper].filled)
                 cheaper += 1
             front = fronts.setdefault(prefix.at, [])
+            # What the first device holds counts only where there is time to stream a unit that leaves something on it
+            gpu, used, load = prefix.filled
+            here = gpu, used, load if prefix.best + self._least_loss < bound else math.inf
             if not any(_is_less_full(there, here) for there in (*furthest, *front)):
-                _join(front, here)
+                _join(front, prefix.filled)
                 kept.append(prefix)
         return kept
-
-
-Filled = tuple[int, int, int]
-"""Index of the device being filled, bytes on it, bytes on the first device where these still count."""
 
 
 def _is_less_full(one: Filled, other: Filled) -> bool:
