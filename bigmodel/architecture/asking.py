@@ -7,7 +7,6 @@ child process, so that the calling process never imports torch, and its answer i
 from __future__ import annotations
 
 import hashlib
-import importlib.machinery
 import json
 import os
 import sys
@@ -21,6 +20,7 @@ from bigpipe.bigmodel.memo import recall, remember
 from bigpipe.bigmodel.sources import Sources
 from bigpipe.errors import BY_NAME, InvalidCheckpoint, UsageError
 from bigpipe.files import write_file
+from bigpipe.modules import source_files, top_level
 from bigpipe.versions import package_version
 
 from .inquiry import Head, Request, Source, read_request, request_as_json
@@ -122,20 +122,15 @@ def _what_is_built(request: Request) -> Mapping[str, Any]:
 def _source_digest(request: Request) -> str | None:
     """Of every Python file that may decide what is built: the custom class's package, or the repository's code."""
     if request.custom_class:
-        top = request.custom_class.partition(":")[0].partition(".")[0]
-        spec = importlib.machinery.PathFinder.find_spec(
-            top, [*([str(request.base)] if request.base else []), *sys.path]
-        )
-        if spec is None:
+        top = top_level(request.custom_class)
+        files = [file for _, file in source_files(top, request.base)]
+        if not files:
             where = f"{request.base} and " if request.base else ""
             raise UsageError(f"module {top!r} of {request.custom_class} is not in {where}sys.path", "install it")
-        folders = [Path(location) for location in spec.submodule_search_locations or ()]
-        files = [Path(spec.origin)] if spec.origin and not folders else []
     elif request.code:
-        folders, files = [request.code], []
+        files = sorted(request.code.rglob("*.py"))
     else:
         return None
-    files += [file for folder in folders for file in sorted(folder.rglob("*.py"))]
     digest = hashlib.sha256()
     for file in files:
         digest.update(f"{file.name}\0{hashlib.sha256(file.read_bytes()).hexdigest()}\0".encode())

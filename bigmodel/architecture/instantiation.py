@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import gc
-import importlib
 import json
 import os
 import resource
@@ -22,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 from bigpipe.errors import BigpipeError, InvalidCheckpoint, UsageError
 from bigpipe.files import write_file
+from bigpipe.modules import import_attribute
 
 from .caching import observe
 from .inquiry import ATTENTION
@@ -270,16 +270,12 @@ def _diffusers_component(class_name: str, config: Mapping[str, Any]) -> torch.nn
 
 def _custom(request: Mapping[str, Any]) -> torch.nn.Module:
     import torch
-    import transformers  # noqa: F401  before the user's folder is on the path, which may hold a namesake
 
-    if request["base"] and request["base"] not in sys.path:
-        sys.path.insert(0, request["base"])
-    module_name, _, qualified = request["custom_class"].partition(":")
-    found: Any = importlib.import_module(module_name)
-    for part in qualified.split("."):
-        if not hasattr(found, part):
-            raise UsageError(f"module {module_name} has no {qualified}", "check `architecture.class`")
-        found = getattr(found, part)
+    base = Path(request["base"]) if request["base"] else None
+    try:
+        found = import_attribute(request["custom_class"], base)
+    except AttributeError as error:
+        raise UsageError(f"{request['custom_class']}: {error}", "check `architecture.class`") from error
     model = instantiate_custom(found, request["config"])
     if not isinstance(model, torch.nn.Module):
         raise UsageError(f"{request['custom_class']} gives no torch.nn.Module", "check `architecture.class`")

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import importlib
-import sys
 from collections.abc import Mapping
 from types import MappingProxyType
-from typing import Any
 
 from bigpipe.bigmodel.sources import Sources
 from bigpipe.errors import UsageError
+from bigpipe.modules import import_attribute
 
 from .functions import function_task
 from .task import Task
@@ -41,22 +39,17 @@ def find_task(name: str, sources: Sources) -> Task:
     """
     require_known(name)
     if name in TASKS:
-        task: Task = _attribute(TASKS[name])
+        task: Task = import_attribute(TASKS[name])
         return task
     sources.trust.require_module(name, f"task {name}")
-    if sources.base is not None and str(sources.base) not in sys.path:
-        sys.path.insert(0, str(sources.base))
     try:
-        found = _attribute(name)
+        found = import_attribute(name, sources.base)
     except ImportError as error:
         raise UsageError(f"task {name}: {error}", f"put the module into {sources.base}, or install it") from error
+    except AttributeError:
+        found = None
     if isinstance(found, Task):
         return found
     if not callable(found):
         raise UsageError(f"task {name}: the module has no function or Task of that name", "check its name")
     return function_task(name, found)
-
-
-def _attribute(target: str) -> Any:
-    module, _, name = target.partition(":")
-    return getattr(importlib.import_module(module), name, None)

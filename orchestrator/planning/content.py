@@ -20,7 +20,7 @@ from pydantic import BaseModel
 from pydantic_core import to_jsonable_python
 
 from bigpipe.errors import UsageError
-from bigpipe.modules import find_source, top_level
+from bigpipe.modules import source_files, top_level
 from bigpipe.orchestrator.contract import ContentField, Json, Params
 from bigpipe.orchestrator.store import StatMemo, canonical, digest_of
 
@@ -202,21 +202,10 @@ def _raise(error: OSError) -> None:
     raise error
 
 
-def _sources(top: str, base: Path | None) -> list[tuple[str, Path]]:
-    """(Relative path, path) of the Python files of a top-level module or package, sorted."""
-    found = []
-    for place in find_source(top, base):
-        if place.is_dir():
-            found += [(name, place / name) for name in _files(place) if name.endswith(".py")]
-        elif place.suffix == ".py":
-            found.append((place.name, place))
-    return sorted(found)
-
-
 def source_digest(reference: str, base: Path | None, memo: StatMemo) -> str | None:
     """Return `sha256:…` over all Python files of the top-level package of `module:name`; None where there are none.
 
     base: the directory in which it is looked for first. Nothing is imported.
     """
-    sources = _sources(top_level(reference), base)
+    sources = source_files(top_level(reference), base)
     return digest_of("code", [[name, memo.sha256(path)] for name, path in sources]) if sources else None

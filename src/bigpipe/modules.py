@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from functools import reduce
 from importlib import import_module, invalidate_caches
 from importlib.machinery import PathFinder
 from importlib.util import find_spec, module_from_spec
@@ -20,17 +21,28 @@ def top_level(reference: str) -> str:
     return reference.partition(":")[0].partition(".")[0]
 
 
-def find_source(top: str, base: Path | None) -> tuple[Path, ...]:
-    """Return where the source of a top-level module lies: one file, or the directories of a package; () if nowhere.
-
-    base: a directory that is looked at first, before what is installed.
-    """
+def _locations(top: str, base: Path | None) -> tuple[Path, ...]:
+    """Where the source of a top-level module lies: one file, or the directories of a package; () if nowhere."""
     spec = PathFinder.find_spec(top, [str(base), *sys.path] if base else sys.path) or find_spec(top)
     if spec is None:
         return ()
     if spec.submodule_search_locations is not None:
         return tuple(Path(place) for place in spec.submodule_search_locations)
     return (Path(spec.origin),) if spec.origin and spec.has_location else ()
+
+
+def source_files(top: str, base: Path | None) -> list[tuple[str, Path]]:
+    """Return (relative path, path) of all Python files of a top-level module or package, sorted; [] if there are none.
+
+    base: a directory that is looked at first, before what is installed.
+    """
+    found = []
+    for place in _locations(top, base):
+        if place.is_dir():
+            found += [(str(file.relative_to(place)), file) for file in place.rglob("*.py")]
+        else:
+            found.append((place.name, place))
+    return sorted(found)
 
 
 def import_attribute(reference: str, base: Path | None = None) -> Any:
@@ -45,19 +57,19 @@ def import_attribute(reference: str, base: Path | None = None) -> Any:
         return getattr(import_module(module), name)
     if base is not None and str(base) not in sys.path:
         sys.path.append(str(base))
-    stamps = _stamps(find_source(top, base))
+    stamps = _stamps(top, base)
     if _imported.get(top, stamps) != stamps:
         _forget(top)
     if top not in sys.modules and base is not None:
         _import_from(top, base)
-    found = getattr(import_module(module), name)
+    found = import_module(module)
     _imported[top] = stamps
-    return found
+    return reduce(getattr, name.split("."), found)
 
 
-def _stamps(places: tuple[Path, ...]) -> Stamps:
-    files = [file for place in places for file in ([place] if place.is_file() else place.rglob("*.py"))]
-    return frozenset((str(file), file.stat().st_mtime_ns, file.stat().st_size) for file in files)
+def _stamps(top: str, base: Path | None) -> Stamps:
+    facts = [(str(file), file.stat()) for _, file in source_files(top, base)]
+    return frozenset((file, found.st_mtime_ns, found.st_size) for file, found in facts)
 
 
 def _forget(top: str) -> None:
