@@ -110,11 +110,6 @@ class Architecture:
         return {module.name: module for module in self.modules}
 
     @cached_property
-    def derived(self) -> dict[Any, Any]:
-        """What others worked out from it and want to keep: a search for what fits asks for many budgets."""
-        return {}
-
-    @cached_property
     def aliases(self) -> Mapping[str, str]:
         """Tied tensor name → the name whose bytes it shares."""
         return {alias: kept for kept, *aliases in self.tied for alias in aliases}

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from bigpipe.bigmodel.architecture import ATTENTION, Architecture
+from bigpipe.bigmodel.memo import kept
 
 from .kvcache import text_config
 
@@ -67,6 +68,7 @@ class Shape:
     """Of a kind that the coefficients were counted on."""
 
 
+@kept
 def shape_of(architecture: Architecture) -> Shape:
     config = text_config(architecture.config)
     names = {module.name.rpartition(".")[2] for module in architecture.modules}

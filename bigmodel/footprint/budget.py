@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 from bigpipe.bigmodel.architecture import Architecture
 from bigpipe.bigmodel.formats import converted_modules, matrix_shape, packing
+from bigpipe.bigmodel.memo import kept
 from bigpipe.errors import UsageError
 
 from . import activations
@@ -148,10 +149,8 @@ class Budget:
 
 def budget(architecture: Architecture, dtype: str, workload: Workload) -> Budget:
     """Raises UsageError for a dtype that is neither plain nor a format."""
-    key = dtype, workload.double_quant
-    kept = architecture.derived
-    weights = kept.get(key) or kept.setdefault(key, weigh(architecture, dtype, double_quant=workload.double_quant))
-    shape = kept.get("shape") or kept.setdefault("shape", activations.shape_of(architecture))
+    weights = weigh(architecture, dtype, double_quant=workload.double_quant)
+    shape = activations.shape_of(architecture)
     length = capped_length(architecture, workload.sequence_length)
     itemsize = compute_bytes(dtype)
     cached = itemsize if workload.kv_dtype is None else kv_bytes(workload.kv_dtype)
@@ -307,8 +306,7 @@ def _training(
     frozen = Term.about(weights.loaded + 16 * lora + kept, "bound", 0.2, f"frozen weights + 16·{lora} + activations")
     if weights.dtype not in TRAINED:
         return {**dict.fromkeys(OPTIMIZERS), "lora": frozen}
-    known = architecture.derived
-    states = known.get("states") or known.setdefault("states", _adam_8bit_states(architecture))
+    states = _adam_8bit_states(architecture)
     count = weights.parameters
     sizes = {
         "adamw": (count * 16, "parameters · (4+4+8)" if not mixed else "parameters · (2+2+12)"),
@@ -322,17 +320,16 @@ def _training(
     return {**terms, "lora": frozen}
 
 
+@kept
 def _adam_8bit_states(architecture: Architecture) -> int:
     """Two states of one byte with a float32 scale per 256 elements; small tensors keep float32."""
     parameters = [tensor.elements for tensor in architecture.tensors() if not tensor.buffer and tensor.floating]
     return sum(8 * n if n < SMALL_TENSOR else 2 * (n + 4 * -(-n // 256)) for n in parameters)
 
 
+@kept
 def adapters(architecture: Architecture, rank: int, targets: tuple[str, ...] = ()) -> int:
     """Parameters of rank-r adapters on linear modules: Σ r·(in + out). Raises UsageError for a target that is none."""
-    key = "adapters", rank, targets
-    if key in architecture.derived:
-        return int(architecture.derived[key])
     modules = converted_modules(architecture)
     for target in targets:
         if not any(_is_named(module.name, target) for module in modules):
@@ -342,8 +339,7 @@ def adapters(architecture: Architecture, rank: int, targets: tuple[str, ...] = (
                 f"use {', '.join(kinds)}" if kinds else "it has none: choose another way to train it",
             )
     chosen = [module for module in modules if not targets or any(_is_named(module.name, end) for end in targets)]
-    architecture.derived[key] = rank * sum(sum(matrix_shape(module)) for module in chosen)
-    return int(architecture.derived[key])
+    return rank * sum(sum(matrix_shape(module)) for module in chosen)
 
 
 def _is_named(name: str, end: str) -> bool:

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 
 from bigpipe.bigmodel.architecture import ITEM_BITS, Architecture, ModuleSpec, TensorSpec
 from bigpipe.bigmodel.formats import PLAIN_DTYPES, Packing, converted_modules, matrix_shape, packing, weight_of, width
+from bigpipe.bigmodel.memo import kept
 
 
 def compute_bytes(dtype: str) -> int:
@@ -44,6 +45,7 @@ class Weights:
     """How many matrices are packed."""
 
 
+@kept
 def weigh(architecture: Architecture, dtype: str, *, double_quant: bool = False) -> Weights:
     """The bytes of a model in a plain dtype or a format. Raises UsageError for another dtype."""
     packed = packing(dtype, double_quant=double_quant)
@@ -81,13 +83,10 @@ def weigh(architecture: Architecture, dtype: str, *, double_quant: bool = False)
     )
 
 
+@kept
 def _sized(architecture: Architecture) -> tuple[tuple[TensorSpec, int, bool], ...]:
     """(tensor, its elements, whether they are floats) of every tensor once; worked out once for all dtypes."""
-    if "sized" not in architecture.derived:
-        found = tuple((tensor, tensor.elements, tensor.floating) for tensor in architecture.tensors())
-        architecture.derived["sized"] = found
-    sized: tuple[tuple[TensorSpec, int, bool], ...] = architecture.derived["sized"]
-    return sized
+    return tuple((tensor, tensor.elements, tensor.floating) for tensor in architecture.tensors())
 
 
 class _Converted:

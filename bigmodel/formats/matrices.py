@@ -9,6 +9,7 @@ import re
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
+from bigpipe.bigmodel.memo import kept
 from bigpipe.errors import UsageError
 
 if TYPE_CHECKING:
@@ -23,16 +24,17 @@ def converted_modules(
     skip_modules: names or patterns to leave alone; None means transformers' default: whatever is tied, the output
     embedding, and the module of the last parameter. keep: more of them, such as those kept in float32.
     """
-    usual = skip_modules is None and not keep
-    if usual and "converted" in architecture.derived:
-        known: tuple[ModuleSpec, ...] = architecture.derived["converted"]
-        return known
-    skipped = [*(default_skips(architecture) if skip_modules is None else skip_modules)]
+    skipped = None if skip_modules is None else tuple(skip_modules)
+    return _converted_modules(architecture, skipped, tuple(keep))
+
+
+@kept
+def _converted_modules(
+    architecture: Architecture, skip_modules: tuple[str, ...] | None, keep: tuple[str, ...]
+) -> tuple[ModuleSpec, ...]:
+    skipped = default_skips(architecture) if skip_modules is None else skip_modules
     left_alone = name_matcher([*skipped, *architecture.keep_in_fp32, *keep])
-    found = tuple(module for module in architecture.modules if module.linear and not left_alone(module.name))
-    if usual:
-        architecture.derived["converted"] = found
-    return found
+    return tuple(module for module in architecture.modules if module.linear and not left_alone(module.name))
 
 
 def name_matcher(entries: Sequence[str]) -> Callable[[str], bool]:
