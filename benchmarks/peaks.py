@@ -28,7 +28,7 @@ from machine import facts
 from peak_models import CALIBRATION, EVALUATION, Case, smaller
 
 from bigpipe.bigmodel.architecture import Architecture, describe_architecture, describe_many, read_request
-from bigpipe.bigmodel.footprint.budget import Workload, budget
+from bigpipe.bigmodel.footprint import Workload, budget
 
 DTYPES = ("float32", "float16", "bfloat16")
 NEW_TOKENS = 4

@@ -42,7 +42,7 @@ SCRIPTS = {"bigpipe": BIGPIPE, "transformers + bitsandbytes": TRANSFORMERS}
 
 def differing(one: Path, other: Path) -> list[str]:
     """Names of tensors that are not the same bytes in both checkpoints."""
-    from bigpipe.bigmodel.checkpoint.view import open_checkpoint
+    from bigpipe.bigmodel.checkpoint import open_checkpoint
 
     left, right = open_checkpoint(one), open_checkpoint(other)
     different = [name for name in left.tensors if name in right.tensors and left.read(name) != right.read(name)]

@@ -31,7 +31,7 @@ SHARD = "200MB"
 
 BIGPIPE = """
 import sys
-from bigpipe.bigmodel.writing.saving import save_checkpoint
+from bigpipe.bigmodel.writing import save_checkpoint
 save_checkpoint(sys.argv[1], sys.argv[2], max_shard_size=sys.argv[3])
 """
 TRANSFORMERS = """
@@ -59,7 +59,7 @@ os.sync()
 def make_source(folder: Path, size: str, source: str, max_shard_size: str = "5GB") -> None:
     """A checkpoint with a whole config, as published ones have."""
     from bigpipe.bigmodel.architecture import describe_architecture
-    from bigpipe.bigmodel.writing.synthetic import write_synthetic
+    from bigpipe.bigmodel.writing import write_synthetic
 
     hidden, feed_forward, layers, heads = SHAPES[size]
     config = {

@@ -43,7 +43,7 @@ def estimate(
 
     Example: bigpipe estimate facebook/opt-13b --dtypes int8 --batch-size 4 --memory 16GiB
     """
-    from bigpipe.bigmodel.footprint.text import report
+    from bigpipe.bigmodel.footprint import report
     from bigpipe.orchestrator.store import memo_directory
 
     if compare and len(models) < 2:

@@ -12,7 +12,7 @@ from collections.abc import Callable
 from typing import Any
 
 from bigpipe.bigmodel.architecture import Architecture, describe_architecture
-from bigpipe.bigmodel.checkpoint.description import ModelDescription, describe_checkpoint
+from bigpipe.bigmodel.checkpoint import ModelDescription, describe_checkpoint
 from bigpipe.bigmodel.formats import computable
 from bigpipe.bigmodel.placement import Placement, PlacementRequest, find_misfits, place_model
 from bigpipe.bigmodel.sources import Sources

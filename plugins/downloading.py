@@ -8,18 +8,22 @@ from pathlib import Path
 from typing import Any
 
 from bigpipe.bigmodel.architecture import Architecture, describe_architecture
-from bigpipe.bigmodel.checkpoint.description import ARCHITECTURE_FILE, describe_checkpoint, describe_if_single
-from bigpipe.bigmodel.hub.bringing import (
+from bigpipe.bigmodel.checkpoint import ARCHITECTURE_FILE, describe_checkpoint, describe_if_single
+from bigpipe.bigmodel.hub import (
     Choice,
     Expected,
     Files,
+    Hub,
+    Repository,
     bring_directory,
     bring_repository,
+    check_access,
+    describe,
+    detect,
     expect_directory,
     expect_repository,
+    resolve_commit,
 )
-from bigpipe.bigmodel.hub.repository import Hub, Repository, check_access, describe, resolve_commit
-from bigpipe.bigmodel.hub.selection import detect
 from bigpipe.bigmodel.writing import (
     encode_config,
     plan_synthetic,

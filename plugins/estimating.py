@@ -7,12 +7,10 @@ from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
-from bigpipe.bigmodel.checkpoint.description import ModelDescription
-from bigpipe.bigmodel.footprint.budget import Workload
-from bigpipe.bigmodel.footprint.estimates import Estimate, estimate_sighting
-from bigpipe.bigmodel.footprint.sighting import Sighting, look
+from bigpipe.bigmodel.checkpoint import ModelDescription
+from bigpipe.bigmodel.footprint import Estimate, Sighting, Workload, estimate_sighting, look
 from bigpipe.bigmodel.formats import DTYPES
-from bigpipe.bigmodel.hub.repository import COMMIT, Hub, check_access, resolve_commit
+from bigpipe.bigmodel.hub import COMMIT, Hub, check_access, resolve_commit
 from bigpipe.bigmodel.sources import Sources
 from bigpipe.files import write_file
 from bigpipe.orchestrator.stage import (

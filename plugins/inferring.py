@@ -6,7 +6,7 @@ import os
 from dataclasses import asdict
 from typing import TYPE_CHECKING
 
-from bigpipe.bigmodel.checkpoint.description import ModelDescription, describe_checkpoint
+from bigpipe.bigmodel.checkpoint import ModelDescription, describe_checkpoint
 from bigpipe.bigmodel.execution import as_placement, cast_bytes, host_memory, loading_dtype
 from bigpipe.bigmodel.formats import computable
 from bigpipe.bigmodel.inference import RESULTS, assign, chunked, compute_share, merge_results, plan_work

@@ -6,8 +6,7 @@ from dataclasses import replace
 from typing import Any
 
 from bigpipe.bigmodel.architecture import Architecture
-from bigpipe.bigmodel.checkpoint.description import ModelDescription, describe_checkpoint, describe_opened
-from bigpipe.bigmodel.checkpoint.view import open_checkpoint
+from bigpipe.bigmodel.checkpoint import ModelDescription, describe_checkpoint, describe_opened, open_checkpoint
 from bigpipe.bigmodel.quantization import Outline, Settings, quantize_described, refuse_quantized, understand
 from bigpipe.bigmodel.writing import config_with_dtype
 from bigpipe.orchestrator.stage import CheckContext, Forecast, ForecastContext, Machine, StageContext, StageResult

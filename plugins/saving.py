@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import asdict
 from pathlib import Path
 
-from bigpipe.bigmodel.checkpoint.description import ModelDescription
+from bigpipe.bigmodel.checkpoint import ModelDescription
 from bigpipe.bigmodel.publishing import (
     RECEIPT,
     Contents,

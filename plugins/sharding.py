@@ -6,9 +6,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-from bigpipe.bigmodel.checkpoint.description import ModelDescription, describe_checkpoint
-from bigpipe.bigmodel.checkpoint.tensors import tensor_nbytes
-from bigpipe.bigmodel.checkpoint.view import open_checkpoint
+from bigpipe.bigmodel.checkpoint import ModelDescription, describe_checkpoint, open_checkpoint, tensor_nbytes
 from bigpipe.bigmodel.formats import castable
 from bigpipe.bigmodel.writing import (
     WORKERS,

@@ -121,7 +121,7 @@ ENGINE = sorted(path.name for path in (ROOT / "orchestrator").iterdir() if (path
 def test_a_room_of_the_engine_is_used_by_its_face(room):
     """From outside a room, `from bigpipe.orchestrator.ROOM import NAME`: its `__init__` offers the name."""
     folder = ROOT / "orchestrator" / room
-    offered = re.findall(r"from \. import (\w+) as", (folder / "__init__.py").read_text())
+    offered = re.findall(r"from \. import (\w+)", (folder / "__init__.py").read_text())
     inner = {f"bigpipe.orchestrator.{room}.{p.stem}" for p in folder.glob("[!_]*.py") if p.stem not in offered}
     outside = [path for path in modules() if not path.is_relative_to(ROOT / "orchestrator" / room)]
     outside += (ROOT / "src/bigpipe").glob("*.py")
@@ -138,6 +138,37 @@ def test_a_face_gives_what_it_says(room):
             for name in node.names if node.module else ():
                 module = importlib.import_module(f"{face.__name__}.{node.module}")
                 assert getattr(face, name.name) is getattr(module, name.name)
+
+
+@pytest.mark.parametrize("room", sorted(path.parent.name for path in (ROOT / "bigmodel").glob("*/__init__.py")))
+def test_a_face_has_every_name_that_it_lists(room):
+    face = importlib.import_module(f"bigpipe.bigmodel.{room}")
+    assert face.__all__
+    assert [name for name in face.__all__ if not hasattr(face, name)] == []
+    with pytest.raises(AttributeError, match="no attribute 'nonsense'"):
+        face.nonsense  # noqa: B018
+
+
+DOORS = frozenset({
+    "bigpipe.bigmodel.formats.dtypes", "bigpipe.bigmodel.formats.encoders", "bigpipe.bigmodel.formats.encoders.floats",
+    "bigpipe.bigmodel.quantization.devices",
+})  # fmt: skip
+"""Modules beside their room's face, because few need them, or the face is too much for who does."""
+
+
+def test_rooms_of_the_library_are_entered_by_their_faces():
+    """What lies inside a room is imported by that room alone; all others import from its `__init__`."""
+    import grimp
+
+    graph = grimp.build_graph("bigpipe", exclude_type_checking_imports=False)
+    inner = [name for name in graph.modules if name.startswith("bigpipe.bigmodel.") and name.count(".") > 2]
+    entered = [
+        f"{importer} imports {name}"
+        for name in sorted(set(inner) - DOORS)
+        for importer in sorted(graph.find_modules_that_directly_import(name))
+        if f"{importer}.".partition(room := f"{'.'.join(name.split('.')[:3])}.")[1] != room
+    ]
+    assert entered == []
 
 
 def test_no_import_circles():

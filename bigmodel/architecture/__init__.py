@@ -4,15 +4,18 @@
 from names. The answer is an `Architecture`, which holds all that sizes, quantization and placement ask of a model.
 """
 
-from .asking import build_here, describe_architecture, describe_many, request_key
-from .inquiry import ATTENTION, Head, Request, read_request
-from .outline import BUFFERS, outline
-from .renaming import ask_names
-from .snapshot import known_architecture, missing_snapshot
-from .structure import ITEM_BITS, Architecture, CachedTensor, ModuleSpec, TensorSpec
+from __future__ import annotations
 
-__all__ = [
-    "ATTENTION", "BUFFERS", "ITEM_BITS", "Architecture", "CachedTensor", "Head", "ModuleSpec", "Request", "TensorSpec",
-    "ask_names", "build_here", "describe_architecture", "describe_many", "known_architecture",
-    "missing_snapshot", "outline", "read_request", "request_key",
-]  # fmt: skip
+from typing import TYPE_CHECKING
+
+from bigpipe.faces import face
+
+if TYPE_CHECKING:
+    from .asking import build_here, describe_architecture, describe_many, request_key
+    from .inquiry import ATTENTION, Head, Request, read_request
+    from .outlining import BUFFERS, outline
+    from .renaming import ask_names
+    from .snapshot import known_architecture, missing_snapshot
+    from .structure import ITEM_BITS, Architecture, CachedTensor, ModuleSpec, TensorSpec
+
+__getattr__, __all__ = face(__name__)

@@ -15,7 +15,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import bigpipe
 from bigpipe.bigmodel.memo import recall, remember
 from bigpipe.bigmodel.sources import Sources
 from bigpipe.errors import BY_NAME, InvalidCheckpoint, UsageError
@@ -183,7 +182,7 @@ def ask(questions: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
 
 
 def _child_environment() -> dict[str, str]:
-    package = Path(bigpipe.__file__).parent.parent
+    package = Path(__file__).parents[3]
     secret = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "HUGGINGFACEHUB_API_TOKEN")
     environment = {name: value for name, value in os.environ.items() if name not in secret}
     return {

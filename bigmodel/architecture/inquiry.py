@@ -12,8 +12,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from bigpipe.bigmodel.checkpoint.description import ARCHITECTURE_FILE
-from bigpipe.bigmodel.checkpoint.files import MAX_CONFIG, read_json
+from bigpipe.bigmodel.checkpoint import ARCHITECTURE_FILE, MAX_CONFIG, read_json
 from bigpipe.bigmodel.sources import Sources
 from bigpipe.errors import UsageError
 

@@ -53,8 +53,7 @@ def _names(request: Mapping[str, Any]) -> dict[str, str]:
     """What `renaming` asks for: stored name → the class's own."""
     import torch
 
-    from bigpipe.bigmodel.checkpoint.naming import match
-    from bigpipe.bigmodel.checkpoint.tensors import TensorInfo
+    from bigpipe.bigmodel.checkpoint import TensorInfo, match
 
     model = on_meta(torch.float32, lambda: instantiate(request))
     tensors = {name: TensorInfo(name, "float32", (), Path(), 0, 0) for name in request["names"]}

@@ -1,1 +1,50 @@
 """What is stored: safetensors and torch zip files as named byte ranges. Nothing is unpickled into live objects."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from bigpipe.faces import face
+
+if TYPE_CHECKING:
+    from .arrivals import Uses, read_head
+    from .bytesource import ByteSource, FileSource
+    from .description import (
+        ARCHITECTURE_FILE,
+        ModelDescription,
+        describe_checkpoint,
+        describe_if_single,
+        describe_opened,
+    )
+    from .files import (
+        BIN_SUFFIXES,
+        MAX_CONFIG,
+        MAX_INDEX,
+        NOT_A_MODEL,
+        Format,
+        files_to_come,
+        find_weight_files,
+        format_of,
+        read_json,
+    )
+    from .headers import encode_header, layout_key, read_header
+    from .mapped import MappedFiles
+    from .naming import Matches, Recipe, match
+    from .openfiles import OpenFiles
+    from .pickles import read_torch_pickle, unique_tensors
+    from .strided import compact_chunks
+    from .tensors import (
+        CASTABLE,
+        FETCH_AGAIN,
+        SAFETENSORS_NAMES,
+        STORAGE_CLASSES,
+        TensorInfo,
+        invalid,
+        itemsize,
+        tensor_nbytes,
+    )
+    from .torchheads import encode_torch_head
+    from .view import CHUNK, Checkpoint, open_checkpoint
+    from .zipfiles import END, END64, ENTRY, LOCAL, LOCATOR64
+
+__getattr__, __all__ = face(__name__)

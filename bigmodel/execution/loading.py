@@ -19,10 +19,17 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from bigpipe.bigmodel.checkpoint.description import ModelDescription, describe_opened
-from bigpipe.bigmodel.checkpoint.mapped import MappedFiles
-from bigpipe.bigmodel.checkpoint.naming import Matches, Recipe, match
-from bigpipe.bigmodel.checkpoint.view import Checkpoint, TensorInfo, open_checkpoint
+from bigpipe.bigmodel.checkpoint import (
+    Checkpoint,
+    MappedFiles,
+    Matches,
+    ModelDescription,
+    Recipe,
+    TensorInfo,
+    describe_opened,
+    match,
+    open_checkpoint,
+)
 from bigpipe.bigmodel.formats import PackedWeight, computable, format_of, replace_linears, set_apart
 from bigpipe.bigmodel.placement import Device, Placement
 from bigpipe.bigmodel.sources import Sources

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from bigpipe.bigmodel.checkpoint.description import ModelDescription
-from bigpipe.bigmodel.checkpoint.tensors import CASTABLE, tensor_nbytes
+from bigpipe.bigmodel.checkpoint import CASTABLE, ModelDescription, tensor_nbytes
 from bigpipe.bigmodel.formats import PLAIN, format_of, set_apart
 from bigpipe.bigmodel.placement import Placement, stored_dtype
 

@@ -17,9 +17,8 @@ from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from bigpipe.bigmodel.checkpoint.mapped import MappedFiles
-from bigpipe.bigmodel.checkpoint.view import TensorInfo
-from bigpipe.bigmodel.placement.tree import INDIVISIBLE
+from bigpipe.bigmodel.checkpoint import MappedFiles, TensorInfo
+from bigpipe.bigmodel.placement import INDIVISIBLE
 
 from .homes import Homes
 from .slots import Arena, PlainSlot, Slot, aligned

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 from bigpipe.bigmodel.architecture import build_here, read_request
-from bigpipe.bigmodel.checkpoint.view import Checkpoint
+from bigpipe.bigmodel.checkpoint import Checkpoint
 from bigpipe.bigmodel.sources import Sources
 from bigpipe.errors import UsageError
 

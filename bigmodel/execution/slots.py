@@ -10,9 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from bigpipe.bigmodel.checkpoint.mapped import MappedFiles
-from bigpipe.bigmodel.checkpoint.naming import Recipe
-from bigpipe.bigmodel.checkpoint.view import TensorInfo
+from bigpipe.bigmodel.checkpoint import MappedFiles, Recipe, TensorInfo
 from bigpipe.bigmodel.formats import PackedWeight
 
 if TYPE_CHECKING:

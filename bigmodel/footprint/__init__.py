@@ -1,1 +1,17 @@
 """What a model needs: bytes of weights, cache, activations and training, and the smallest change that fits."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from bigpipe.faces import face
+
+if TYPE_CHECKING:
+    from .budgets import Workload, budget, capped_length
+    from .estimates import Estimate, estimate, estimate_sighting
+    from .kvcache import kv_cache, layer_kinds, text_config
+    from .sighting import Sighting, architecture_of, look
+    from .text import report
+    from .weights import compute_bytes
+
+__getattr__, __all__ = face(__name__)

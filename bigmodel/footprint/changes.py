@@ -13,7 +13,7 @@ from typing import Any
 from bigpipe.bigmodel.architecture import Architecture
 from bigpipe.bigmodel.formats import DTYPES, has_double_quant, width
 
-from .budget import Budget, Workload, budget
+from .budgets import Budget, Workload, budget
 
 NEVER_OFFERED = ("float8", "int4", "fp4")
 """Narrower dtypes that nothing here writes, or that another one does better."""

@@ -13,15 +13,14 @@ from pathlib import Path
 from typing import Any
 
 from bigpipe.bigmodel.architecture import Architecture, Head
-from bigpipe.bigmodel.checkpoint.description import ModelDescription
-from bigpipe.bigmodel.checkpoint.tensors import tensor_nbytes
+from bigpipe.bigmodel.checkpoint import ModelDescription, tensor_nbytes
 from bigpipe.bigmodel.formats import format_of, packing
 from bigpipe.bigmodel.sources import Sources
 from bigpipe.errors import UsageError
 from bigpipe.sizes import size_of
 from bigpipe.trust import Trust
 
-from .budget import OPTIMIZERS, Budget, Workload, budget, capped_length
+from .budgets import OPTIMIZERS, Budget, Workload, budget, capped_length
 from .changes import Change as Change, Setting, needed, smallest_change
 from .grounds import as_accelerate, grounds
 from .sighting import Sighting, architecture_of, look

@@ -12,7 +12,7 @@ from typing import Any
 from bigpipe.bigmodel.architecture import Architecture
 from bigpipe.bigmodel.formats import has_double_quant, width
 
-from .budget import OPTIMIZERS, Budget, Workload, adapters, kv_bytes
+from .budgets import OPTIMIZERS, Budget, Workload, adapters, kv_bytes
 from .kvcache import text_config
 from .weights import compute_bytes
 

@@ -17,11 +17,16 @@ from bigpipe.bigmodel.architecture import (
     outline,
     read_request,
 )
-from bigpipe.bigmodel.checkpoint.description import ARCHITECTURE_FILE, ModelDescription, describe_checkpoint
-from bigpipe.bigmodel.checkpoint.files import MAX_CONFIG, find_weight_files, read_json
+from bigpipe.bigmodel.checkpoint import (
+    ARCHITECTURE_FILE,
+    MAX_CONFIG,
+    ModelDescription,
+    describe_checkpoint,
+    find_weight_files,
+    read_json,
+)
 from bigpipe.bigmodel.formats import PLAIN, format_of
-from bigpipe.bigmodel.hub.remote import describe_repository, pipeline_tensors
-from bigpipe.bigmodel.hub.repository import COMMIT, Hub, Repository, cached_commit
+from bigpipe.bigmodel.hub import COMMIT, Hub, Repository, cached_commit, describe_repository, pipeline_tensors
 from bigpipe.bigmodel.sources import Sources
 from bigpipe.errors import InvalidCheckpoint, NoWeights, Offline, UsageError
 
@@ -100,7 +105,7 @@ def _fetch_code(repository: Repository, revision: str, hub: Hub, memo: Path | No
             f"the code of {repository.repo} may run only at a commit, and {revision!r} can move",
             f"read it at {repository.commit} and, if you trust it, ask for that revision",
         )
-    from bigpipe.bigmodel.hub.snapshot import fetch
+    from bigpipe.bigmodel.hub import fetch
 
     code = [file for file in repository.files if "/" not in file.path and file.path.endswith((".py", ".json"))]
     fetch(repository, code, hub=hub, memo=memo)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, TextIO
 
 from bigpipe.sizes import format_size, format_transfer
 
-from .budget import Budget, Term
+from .budgets import Budget, Term
 from .grounds import as_accelerate, grounds
 
 if TYPE_CHECKING:

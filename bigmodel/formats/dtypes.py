@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from bigpipe.bigmodel.checkpoint.tensors import itemsize
+from bigpipe.bigmodel.checkpoint import itemsize
 from bigpipe.errors import UsageError
 
 from .format import Packing

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
-from bigpipe.bigmodel.checkpoint.tensors import tensor_nbytes
+from bigpipe.bigmodel.checkpoint import tensor_nbytes
 
 if TYPE_CHECKING:
     import numpy

@@ -14,7 +14,7 @@ from .registry import BUILT_IN
 if TYPE_CHECKING:
     import torch
 
-    from bigpipe.bigmodel.checkpoint.tensors import TensorInfo
+    from bigpipe.bigmodel.checkpoint import TensorInfo
 
 T = TypeVar("T")
 

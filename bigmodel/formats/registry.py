@@ -11,7 +11,7 @@ from dataclasses import replace
 from functools import cache
 from typing import TYPE_CHECKING, Any
 
-from bigpipe.bigmodel.checkpoint.tensors import CASTABLE
+from bigpipe.bigmodel.checkpoint import CASTABLE
 from bigpipe.errors import UsageError
 
 from .foreign import FOREIGN
@@ -20,7 +20,7 @@ from .four_bit import FP4, NF4
 from .int8 import INT8
 
 if TYPE_CHECKING:
-    from bigpipe.bigmodel.checkpoint.description import ModelDescription
+    from bigpipe.bigmodel.checkpoint import ModelDescription
 
 GROUP = "bigpipe.formats"
 """An entry point is named as its `Format` is, and so is the `quant_method` that its config states."""

@@ -1,1 +1,35 @@
 """The Hugging Face Hub: commits, access, headers by range, verified snapshots, and errors with a cure."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from bigpipe.faces import face
+
+if TYPE_CHECKING:
+    from .bringing import (
+        Choice,
+        Expected,
+        Files,
+        bring_directory,
+        bring_repository,
+        expect_directory,
+        expect_repository,
+    )
+    from .errors import LOGIN, hub_errors
+    from .remote import describe_repository, pipeline_tensors
+    from .repository import (
+        COMMIT,
+        Hub,
+        Repository,
+        cached_commit,
+        check_access,
+        describe,
+        read_range,
+        resolve_commit,
+        whoami,
+    )
+    from .selection import detect
+    from .snapshot import fetch
+
+__getattr__, __all__ = face(__name__)

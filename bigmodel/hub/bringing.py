@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from bigpipe.bigmodel.checkpoint.description import ModelDescription, describe_if_single
+from bigpipe.bigmodel.checkpoint import ModelDescription, describe_if_single
 from bigpipe.errors import BigpipeError, NotAuthorised, Transient, UsageError
 from bigpipe.files import copy_file, free_space, link, make_directory
 from bigpipe.fit import Misfit

@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from bigpipe.bigmodel.checkpoint.tensors import SAFETENSORS_NAMES
+from bigpipe.bigmodel.checkpoint import SAFETENSORS_NAMES
 
 from .repository import Repository
 

@@ -6,9 +6,7 @@ from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from bigpipe.bigmodel.checkpoint.arrivals import read_head
-from bigpipe.bigmodel.checkpoint.bytesource import FileSource
-from bigpipe.bigmodel.checkpoint.files import BIN_SUFFIXES, NOT_A_MODEL, files_to_come, format_of
+from bigpipe.bigmodel.checkpoint import BIN_SUFFIXES, NOT_A_MODEL, FileSource, files_to_come, format_of, read_head
 from bigpipe.errors import InvalidCheckpoint
 
 from .rangesource import RangeSource

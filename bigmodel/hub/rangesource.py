@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from bigpipe.bigmodel.checkpoint.tensors import FETCH_AGAIN, invalid
+from bigpipe.bigmodel.checkpoint import FETCH_AGAIN, invalid
 
 from .repository import Hub, HubFile, read_range
 

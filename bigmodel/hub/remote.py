@@ -18,11 +18,19 @@ from pathlib import Path, PurePosixPath
 from typing import Any, Literal
 
 from bigpipe.bigmodel.architecture import known_architecture
-from bigpipe.bigmodel.checkpoint.bytesource import ByteSource, FileSource
-from bigpipe.bigmodel.checkpoint.description import ARCHITECTURE_FILE, ModelDescription
-from bigpipe.bigmodel.checkpoint.files import MAX_CONFIG, MAX_INDEX, Format
-from bigpipe.bigmodel.checkpoint.headers import read_header
-from bigpipe.bigmodel.checkpoint.tensors import FETCH_AGAIN, invalid, tensor_nbytes
+from bigpipe.bigmodel.checkpoint import (
+    ARCHITECTURE_FILE,
+    FETCH_AGAIN,
+    MAX_CONFIG,
+    MAX_INDEX,
+    ByteSource,
+    FileSource,
+    Format,
+    ModelDescription,
+    invalid,
+    read_header,
+    tensor_nbytes,
+)
 from bigpipe.bigmodel.memo import recall, remember
 from bigpipe.errors import UsageError
 
@@ -238,7 +246,7 @@ def _read(source: ByteSource, file: Path) -> tuple[Tensors, dict[str, str]]:
     if file.name.endswith(".safetensors"):
         header = read_header(source, file)
         return {tensor.name: (tensor.dtype, tensor.shape) for tensor in header.tensors}, {}
-    from bigpipe.bigmodel.checkpoint.pickles import read_torch_pickle, unique_tensors
+    from bigpipe.bigmodel.checkpoint import read_torch_pickle, unique_tensors
 
     kept, tied = unique_tensors(read_torch_pickle(source).tensors)
     return {name: (tensor.dtype, tensor.shape) for name, tensor in kept.items()}, tied

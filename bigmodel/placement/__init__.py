@@ -12,35 +12,18 @@ fit, and what would.
 
 from __future__ import annotations
 
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from bigpipe.faces import face
 
 if TYPE_CHECKING:
-    from .devices import Device as Device, devices_of as devices_of, one_device as one_device
-    from .fitting import find_misfits as find_misfits
-    from .models import place as place, place_model as place_model, stored_dtype as stored_dtype
-    from .request import PlacementRequest as PlacementRequest
-    from .result import Placement as Placement
-    from .speeds import Speeds as Speeds
-    from .strategies import place_architecture as place_architecture
+    from .devices import Device, devices_of, one_device
+    from .fitting import find_misfits
+    from .models import place, place_model, stored_dtype
+    from .request import PlacementRequest
+    from .result import Placement
+    from .speeds import Speeds
+    from .strategies import place_architecture
+    from .tree import INDIVISIBLE
 
-_FACE = {
-    "Device": "devices",
-    "Placement": "result",
-    "PlacementRequest": "request",
-    "Speeds": "speeds",
-    "devices_of": "devices",
-    "find_misfits": "fitting",
-    "one_device": "devices",
-    "place": "models",
-    "place_architecture": "strategies",
-    "place_model": "models",
-    "stored_dtype": "models",
-}
-
-
-def __getattr__(name: str) -> Any:
-    """Import on first use (PEP 562): who reads a device's name needs no architecture."""
-    if name not in _FACE:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(f"{__name__}.{_FACE[name]}"), name)
+__getattr__, __all__ = face(__name__)

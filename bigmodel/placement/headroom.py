@@ -7,9 +7,15 @@ from dataclasses import dataclass, field
 from itertools import accumulate, pairwise
 
 from bigpipe.bigmodel.architecture import Architecture
-from bigpipe.bigmodel.footprint.budget import Workload, budget, capped_length
-from bigpipe.bigmodel.footprint.kvcache import kv_cache, layer_kinds, text_config
-from bigpipe.bigmodel.footprint.weights import compute_bytes
+from bigpipe.bigmodel.footprint import (
+    Workload,
+    budget,
+    capped_length,
+    compute_bytes,
+    kv_cache,
+    layer_kinds,
+    text_config,
+)
 
 from .tree import prefixes
 

@@ -19,7 +19,6 @@ from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 
-import bigpipe
 from bigpipe.bigmodel.memo import recall, remember
 from bigpipe.files import FileWriter, forget_cached, partial_name
 from bigpipe.machine import Machine
@@ -105,7 +104,7 @@ def disk_speed(folder: Path) -> float:
 
 def _ask_gpus() -> dict[str, float]:
     """Of `gpu`, `link` and `hop` what a child with torch can measure; nothing where it fails."""
-    package = Path(bigpipe.__file__).parent.parent
+    package = Path(__file__).parents[3]
     with suppress(OSError, ValueError, subprocess.SubprocessError):
         path = os.pathsep.join(filter(None, [str(package), os.environ.get("PYTHONPATH", "")]))
         child = subprocess.run(

@@ -7,9 +7,8 @@ from dataclasses import replace
 from pathlib import Path
 
 from bigpipe.bigmodel.architecture import BUFFERS, Architecture, TensorSpec
-from bigpipe.bigmodel.checkpoint.description import ModelDescription
-from bigpipe.bigmodel.checkpoint.tensors import CASTABLE, tensor_nbytes
-from bigpipe.bigmodel.footprint.sighting import architecture_of, look
+from bigpipe.bigmodel.checkpoint import CASTABLE, ModelDescription, tensor_nbytes
+from bigpipe.bigmodel.footprint import architecture_of, look
 from bigpipe.bigmodel.formats import format_of, set_apart
 from bigpipe.bigmodel.sources import Sources
 from bigpipe.errors import DoesNotFit

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from functools import cached_property
 
 from bigpipe.bigmodel.architecture import Architecture, TensorSpec
-from bigpipe.bigmodel.checkpoint.tensors import tensor_nbytes
+from bigpipe.bigmodel.checkpoint import tensor_nbytes
 
 INDIVISIBLE = frozenset({"MultiheadAttention", "TransformerEncoderLayer", "TransformerDecoderLayer"})
 """torch's own modules whose forward reaches for the weights of their children without calling them."""

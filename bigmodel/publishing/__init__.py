@@ -6,14 +6,18 @@ Beside the files stand a model card and `provenance.json`: what led to them, and
 `publish` knows what it may replace, and a `Receipt` whether everything is there still.
 """
 
-from .addresses import open_destination
-from .destinations import Destination, Directory
-from .provenance import Provenance, Step
-from .publish import Contents, publish
-from .receipt import RECEIPT, Receipt
-from .replacing import check_destination, is_present
+from __future__ import annotations
 
-__all__ = [
-    "RECEIPT", "Contents", "Destination", "Directory", "Provenance", "Receipt", "Step", "check_destination",
-    "is_present", "open_destination", "publish",
-]  # fmt: skip
+from typing import TYPE_CHECKING
+
+from bigpipe.faces import face
+
+if TYPE_CHECKING:
+    from .addresses import open_destination
+    from .destinations import Destination, Directory
+    from .provenance import Provenance, Step
+    from .publication import Contents, publish
+    from .receipt import RECEIPT, Receipt
+    from .replacing import check_destination, is_present
+
+__getattr__, __all__ = face(__name__)

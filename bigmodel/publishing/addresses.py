@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from bigpipe.bigmodel.hub.repository import Hub
+from bigpipe.bigmodel.hub import Hub
 from bigpipe.bigmodel.sources import Sources
 from bigpipe.errors import UsageError
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import yaml
 
-from bigpipe.bigmodel.checkpoint.description import ARCHITECTURE_FILE
+from bigpipe.bigmodel.checkpoint import ARCHITECTURE_FILE
 from bigpipe.bigmodel.formats import named, packing_of
 from bigpipe.sizes import format_size
 

@@ -11,8 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
 
-from bigpipe.bigmodel.hub.errors import LOGIN, hub_errors
-from bigpipe.bigmodel.hub.repository import COMMIT, Hub, check_access, describe, read_range, whoami
+from bigpipe.bigmodel.hub import COMMIT, LOGIN, Hub, check_access, describe, hub_errors, read_range, whoami
 from bigpipe.errors import NotAuthorised, Offline, StageFailed, UsageError
 from bigpipe.files import link, make_directory
 

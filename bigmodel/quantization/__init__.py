@@ -14,8 +14,13 @@ from pathlib import Path
 from typing import Any
 
 from bigpipe.bigmodel.architecture import Architecture
-from bigpipe.bigmodel.checkpoint.description import ARCHITECTURE_FILE, ModelDescription, describe_checkpoint
-from bigpipe.bigmodel.checkpoint.view import Checkpoint, open_checkpoint
+from bigpipe.bigmodel.checkpoint import (
+    ARCHITECTURE_FILE,
+    Checkpoint,
+    ModelDescription,
+    describe_checkpoint,
+    open_checkpoint,
+)
 from bigpipe.bigmodel.sources import Sources
 from bigpipe.bigmodel.writing import ReportProgress, carry_side_files, config_with_dtype, cores, encode_config
 from bigpipe.files import write_file

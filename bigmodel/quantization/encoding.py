@@ -19,9 +19,7 @@ from typing import Any, Self, cast
 import numpy as np
 from numpy.typing import NDArray
 
-from bigpipe.bigmodel.checkpoint.bytesource import FileSource
-from bigpipe.bigmodel.checkpoint.openfiles import OpenFiles
-from bigpipe.bigmodel.checkpoint.view import Checkpoint
+from bigpipe.bigmodel.checkpoint import Checkpoint, FileSource, OpenFiles
 from bigpipe.bigmodel.formats import Encoder, MeasuringEncoder
 from bigpipe.bigmodel.formats.encoders import BLOCK
 from bigpipe.bigmodel.formats.encoders.floats import BITS, Bits, convert

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from bigpipe.bigmodel.architecture import Architecture, ModuleSpec, TensorSpec
-from bigpipe.bigmodel.checkpoint.tensors import tensor_nbytes
+from bigpipe.bigmodel.checkpoint import tensor_nbytes
 from bigpipe.bigmodel.formats import Packing, converted_modules, matrix_shape, name_matcher, weight_of
 from bigpipe.bigmodel.writing import PlannedTensor, is_cast
 from bigpipe.errors import InvalidCheckpoint, UsageError

@@ -12,9 +12,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from bigpipe.bigmodel.checkpoint.bytesource import FileSource
-from bigpipe.bigmodel.checkpoint.headers import read_header
-from bigpipe.bigmodel.checkpoint.view import Checkpoint
+from bigpipe.bigmodel.checkpoint import Checkpoint, FileSource, read_header
 from bigpipe.bigmodel.writing import (
     METADATA,
     Content,

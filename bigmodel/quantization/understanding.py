@@ -5,7 +5,7 @@ from __future__ import annotations
 from functools import partial
 
 from bigpipe.bigmodel.architecture import Architecture, ask_names, describe_architecture
-from bigpipe.bigmodel.checkpoint.description import ModelDescription
+from bigpipe.bigmodel.checkpoint import ModelDescription
 from bigpipe.bigmodel.formats import PLAIN, format_of
 from bigpipe.bigmodel.sources import Sources
 from bigpipe.errors import UsageError

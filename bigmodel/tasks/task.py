@@ -13,7 +13,7 @@ from bigpipe.errors import UsageError
 from .rows import Row
 
 if TYPE_CHECKING:
-    from bigpipe.bigmodel.checkpoint.description import ModelDescription
+    from bigpipe.bigmodel.checkpoint import ModelDescription
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from bigpipe.bigmodel.checkpoint.description import ModelDescription
+from bigpipe.bigmodel.checkpoint import ModelDescription
 from bigpipe.bigmodel.sources import Sources
 from bigpipe.errors import UsageError
 

@@ -4,33 +4,34 @@
 them from another checkpoint, `modules` from a model in memory, `synthetic` makes them up, and `quantization` encodes.
 """
 
-from .casting import is_cast
-from .containers import container
-from .conversion import WORKERS, convert, cores, plan_conversion, planned_bytes
-from .finished import Finished, key_of
-from .plans import PlannedTensor, ShardPlan, file_name, laid_out, plan_shards
-from .ranges import RangeReader
-from .saving import save_checkpoint
-from .sidefiles import carry_side_files, config_with_dtype, encode_config
-from .synthetic import plan_synthetic, read_shape, synthetic_description, write_synthetic
-from .writer import (
-    METADATA,
-    Content,
-    Files,
-    OutputFile,
-    ReportProgress,
-    SavedCheckpoint,
-    Traffic,
-    prepare,
-    write_checkpoint,
-    write_files,
-    write_index,
-)
+from __future__ import annotations
 
-__all__ = [
-    "METADATA", "WORKERS", "Content", "Files", "Finished", "OutputFile", "PlannedTensor", "RangeReader",
-    "ReportProgress", "SavedCheckpoint", "ShardPlan", "Traffic", "carry_side_files", "config_with_dtype", "container",
-    "convert", "cores", "encode_config", "file_name", "is_cast", "key_of", "laid_out", "plan_conversion", "plan_shards",
-    "plan_synthetic", "planned_bytes", "prepare", "read_shape", "save_checkpoint", "synthetic_description",
-    "write_checkpoint", "write_files", "write_index", "write_synthetic",
-]  # fmt: skip
+from typing import TYPE_CHECKING
+
+from bigpipe.faces import face
+
+if TYPE_CHECKING:
+    from .casting import is_cast
+    from .containers import container
+    from .conversion import WORKERS, convert, cores, plan_conversion, planned_bytes
+    from .finished import Finished, key_of
+    from .plans import PlannedTensor, ShardPlan, file_name, laid_out, plan_shards
+    from .ranges import RangeReader
+    from .saving import save_checkpoint
+    from .sidefiles import carry_side_files, config_with_dtype, encode_config
+    from .synthetic import plan_synthetic, read_shape, synthetic_description, write_synthetic
+    from .writer import (
+        METADATA,
+        Content,
+        Files,
+        OutputFile,
+        ReportProgress,
+        SavedCheckpoint,
+        Traffic,
+        prepare,
+        write_checkpoint,
+        write_files,
+        write_index,
+    )
+
+__getattr__, __all__ = face(__name__)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from bigpipe.bigmodel.checkpoint.tensors import CASTABLE, itemsize
+from bigpipe.bigmodel.checkpoint import CASTABLE, itemsize
 
 if TYPE_CHECKING:
     import numpy

@@ -9,10 +9,16 @@ import zlib
 from collections.abc import Mapping, Sequence
 from typing import Protocol
 
-from bigpipe.bigmodel.checkpoint.headers import encode_header
-from bigpipe.bigmodel.checkpoint.tensors import STORAGE_CLASSES
-from bigpipe.bigmodel.checkpoint.torchheads import encode_torch_head
-from bigpipe.bigmodel.checkpoint.zipfiles import END, END64, ENTRY, LOCAL, LOCATOR64
+from bigpipe.bigmodel.checkpoint import (
+    END,
+    END64,
+    ENTRY,
+    LOCAL,
+    LOCATOR64,
+    STORAGE_CLASSES,
+    encode_header,
+    encode_torch_head,
+)
 
 from .plans import Layout, PlannedTensor, ShardPlan, laid_out
 

@@ -7,10 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from bigpipe.bigmodel.checkpoint.description import describe_opened
-from bigpipe.bigmodel.checkpoint.files import Format
-from bigpipe.bigmodel.checkpoint.tensors import CASTABLE, SAFETENSORS_NAMES
-from bigpipe.bigmodel.checkpoint.view import Checkpoint
+from bigpipe.bigmodel.checkpoint import CASTABLE, SAFETENSORS_NAMES, Checkpoint, Format, describe_opened
 from bigpipe.bigmodel.formats import castable
 from bigpipe.errors import UsageError
 from bigpipe.passing import NOBODY, Outlet

@@ -6,9 +6,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from bigpipe.bigmodel.checkpoint.files import Format
-from bigpipe.bigmodel.checkpoint.tensors import CASTABLE
-from bigpipe.bigmodel.checkpoint.view import CHUNK
+from bigpipe.bigmodel.checkpoint import CASTABLE, CHUNK, Format
 from bigpipe.errors import UsageError
 
 from .conversion import plan_conversion

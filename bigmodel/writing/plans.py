@@ -7,9 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
-from bigpipe.bigmodel.checkpoint.files import Format
-from bigpipe.bigmodel.checkpoint.headers import layout_key
-from bigpipe.bigmodel.checkpoint.tensors import itemsize, tensor_nbytes
+from bigpipe.bigmodel.checkpoint import Format, itemsize, layout_key, tensor_nbytes
 
 Layout = Literal["sorted", "planned"]
 """Order of the bytes within a safetensors file. sorted: as the safetensors library does it (wide number formats first,

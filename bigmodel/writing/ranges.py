@@ -9,9 +9,7 @@ from functools import partial
 from pathlib import Path
 from typing import Self
 
-from bigpipe.bigmodel.checkpoint.openfiles import OpenFiles
-from bigpipe.bigmodel.checkpoint.tensors import TensorInfo, itemsize
-from bigpipe.bigmodel.checkpoint.view import CHUNK, Checkpoint
+from bigpipe.bigmodel.checkpoint import CHUNK, Checkpoint, OpenFiles, TensorInfo, itemsize
 
 from .casting import cast, is_cast
 from .plans import PlannedTensor
@@ -49,7 +47,7 @@ class RangeReader:
         tensor = self.checkpoint.placed(tensor.name)
         source = self._files.source(tensor.file)
         if tensor.view is not None:
-            from bigpipe.bigmodel.checkpoint.strided import compact_chunks
+            from bigpipe.bigmodel.checkpoint import compact_chunks
 
             yield from compact_chunks(source, tensor, size)
             return

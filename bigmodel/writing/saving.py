@@ -5,8 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from bigpipe.bigmodel.checkpoint.files import Format
-from bigpipe.bigmodel.checkpoint.view import Checkpoint, open_checkpoint
+from bigpipe.bigmodel.checkpoint import Checkpoint, Format, open_checkpoint
 from bigpipe.sizes import size_of
 
 from .conversion import convert

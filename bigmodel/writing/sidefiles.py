@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from bigpipe.bigmodel.checkpoint.view import Checkpoint
+from bigpipe.bigmodel.checkpoint import Checkpoint
 from bigpipe.files import copy_file, link, make_directory, write_file
 
 

@@ -17,10 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from bigpipe.bigmodel.architecture import Architecture
-from bigpipe.bigmodel.checkpoint.description import ModelDescription
-from bigpipe.bigmodel.checkpoint.files import MAX_CONFIG, Format, read_json
-from bigpipe.bigmodel.checkpoint.tensors import CASTABLE, itemsize
-from bigpipe.bigmodel.checkpoint.view import CHUNK
+from bigpipe.bigmodel.checkpoint import CASTABLE, CHUNK, MAX_CONFIG, Format, ModelDescription, itemsize, read_json
 from bigpipe.errors import UsageError
 from bigpipe.files import make_directory, write_file
 from bigpipe.passing import NOBODY, Outlet

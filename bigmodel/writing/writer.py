@@ -23,8 +23,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from bigpipe.bigmodel.checkpoint.arrivals import Uses
-from bigpipe.bigmodel.checkpoint.files import Format
+from bigpipe.bigmodel.checkpoint import Format, Uses
 from bigpipe.errors import Interrupted
 from bigpipe.files import PARTIAL, explained, is_partial, make_directory, require_space, write_file
 from bigpipe.passing import NOBODY, OpenInlet, Outlet

@@ -5,14 +5,9 @@ from typing import TYPE_CHECKING
 from bigpipe.faces import face
 
 if TYPE_CHECKING:
-    from . import records as records
-    from .records import RunDiff as RunDiff, RunRecord as RunRecord
-    from .result import RunResult as RunResult
-    from .runner import run_plan as run_plan
-else:
-    __getattr__ = face(
-        __name__,
-        records="RunDiff RunRecord",
-        result="RunResult",
-        runner="run_plan",
-    )
+    from . import records
+    from .records import RunDiff, RunRecord
+    from .result import RunResult
+    from .runner import run_plan
+
+__getattr__, __all__ = face(__name__)

@@ -9,7 +9,7 @@ import torch
 from support.allocations import peak_of_prefill
 from support.real import describe_here
 
-from bigpipe.bigmodel.footprint.budget import Workload, budget
+from bigpipe.bigmodel.footprint import Workload, budget
 
 DEEP = {"num_hidden_layers": 2}
 

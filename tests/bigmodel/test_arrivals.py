@@ -14,10 +14,9 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
-from bigpipe.bigmodel.checkpoint.view import open_checkpoint
+from bigpipe.bigmodel.checkpoint import open_checkpoint
 from bigpipe.bigmodel.hub.heads import are_the_model, directory_heads, may_pass
-from bigpipe.bigmodel.writing.conversion import convert
-from bigpipe.bigmodel.writing.saving import save_checkpoint
+from bigpipe.bigmodel.writing import convert, save_checkpoint
 from bigpipe.errors import InvalidCheckpoint
 from bigpipe.passing import OpenInlet, OpenOutlet
 

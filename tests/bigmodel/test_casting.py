@@ -6,7 +6,7 @@ import numpy
 import pytest
 import torch
 
-from bigpipe.bigmodel.checkpoint.tensors import itemsize
+from bigpipe.bigmodel.checkpoint import itemsize
 from bigpipe.bigmodel.writing.casting import BLOCK, cast, is_cast
 
 FLOATS = ("float32", "float16", "bfloat16", "float64")

@@ -4,8 +4,7 @@ import pytest
 import torch
 from support.models import ARCHITECTURES, forward, make_checkpoint, tiny_model
 
-from bigpipe.bigmodel.checkpoint.description import describe_checkpoint
-from bigpipe.bigmodel.checkpoint.view import open_checkpoint
+from bigpipe.bigmodel.checkpoint import describe_checkpoint, open_checkpoint
 
 
 def raw(tensor: torch.Tensor) -> bytes:

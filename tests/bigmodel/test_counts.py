@@ -17,9 +17,9 @@ from support.models import make_checkpoint
 from support.shells import sharded, shell
 
 from bigpipe.bigmodel.architecture import known_architecture
-from bigpipe.bigmodel.footprint.estimates import estimate
+from bigpipe.bigmodel.footprint import estimate
+from bigpipe.bigmodel.hub import Hub
 from bigpipe.bigmodel.hub.remote import RemoteModel, describe_repository
-from bigpipe.bigmodel.hub.repository import Hub
 
 LLAMA: dict[str, Any] = {
     "model_type": "llama", "architectures": ["LlamaForCausalLM"], "hidden_size": 64, "intermediate_size": 96,

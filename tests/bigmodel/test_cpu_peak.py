@@ -14,8 +14,8 @@ import pytest
 from support.architectures import ALL
 from support.real import describe_here
 
-from bigpipe.bigmodel.footprint.budget import Term, Workload, budget, capped_length
-from bigpipe.bigmodel.footprint.kvcache import kv_cache
+from bigpipe.bigmodel.footprint import kv_cache
+from bigpipe.bigmodel.footprint.budgets import Term, Workload, budget, capped_length
 
 MIB = 2**20
 LONG: dict[str, Any] = {"max_position_embeddings": 4096}

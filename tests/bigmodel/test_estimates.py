@@ -18,8 +18,7 @@ from support.models import make_checkpoint
 from support.shells import sharded, shell
 
 from bigpipe.bigmodel.architecture import known_architecture, outline
-from bigpipe.bigmodel.footprint.budget import Workload, budget
-from bigpipe.bigmodel.footprint.estimates import Estimate, estimate
+from bigpipe.bigmodel.footprint import Estimate, Workload, budget, estimate
 from bigpipe.bigmodel.footprint.text import compare
 from bigpipe.bigmodel.formats import DTYPES
 from bigpipe.errors import InvalidCheckpoint, Offline, UsageError

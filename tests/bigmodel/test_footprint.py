@@ -14,7 +14,7 @@ from bigpipe.bigmodel.architecture import Architecture
 from bigpipe.bigmodel.footprint.weights import weigh
 from bigpipe.bigmodel.formats import DTYPES, converted_modules
 from bigpipe.bigmodel.quantization import quantize_checkpoint
-from bigpipe.bigmodel.writing.saving import save_checkpoint
+from bigpipe.bigmodel.writing import save_checkpoint
 from bigpipe.errors import UsageError
 
 LLAMA: dict[str, Any] = {

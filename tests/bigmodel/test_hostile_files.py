@@ -19,7 +19,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from support.mutations import mutant
 
-from bigpipe.bigmodel.checkpoint.view import open_checkpoint
+from bigpipe.bigmodel.checkpoint import open_checkpoint
 from bigpipe.errors import InvalidCheckpoint
 
 

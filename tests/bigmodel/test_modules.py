@@ -7,9 +7,9 @@ import torch
 from accelerate import Accelerator, init_empty_weights, load_checkpoint_and_dispatch, load_checkpoint_in_model
 from support.models import forward, tiny_model
 
-from bigpipe.bigmodel.checkpoint.view import open_checkpoint
+from bigpipe.bigmodel.checkpoint import open_checkpoint
 from bigpipe.bigmodel.execution import load
-from bigpipe.bigmodel.writing.saving import save_checkpoint
+from bigpipe.bigmodel.writing import save_checkpoint
 from bigpipe.errors import UsageError
 
 

@@ -15,7 +15,7 @@ import pytest
 from support.hub import LoopbackHub
 from support.shells import nbytes, shell
 
-from bigpipe.bigmodel.footprint.estimates import Estimate, estimate
+from bigpipe.bigmodel.footprint import Estimate, estimate
 
 Entry = tuple[str, str, tuple[int, ...]]
 UNET: dict[str, Any] = {

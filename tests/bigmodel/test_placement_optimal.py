@@ -13,9 +13,8 @@ from hypothesis import given, settings, strategies as st
 from support.placing import place_architecture
 
 from bigpipe.bigmodel.architecture import Architecture, ModuleSpec, TensorSpec, known_architecture
-from bigpipe.bigmodel.placement import Placement, Speeds
+from bigpipe.bigmodel.placement import Device, Placement, Speeds
 from bigpipe.bigmodel.placement.budget import RAM_SHARE
-from bigpipe.bigmodel.placement.devices import Device
 from bigpipe.bigmodel.placement.headroom import Headroom
 from bigpipe.errors import DoesNotFit
 from bigpipe.fit import lacking, totals

@@ -9,7 +9,7 @@ from support.placing import place_architecture
 from support.real import describe_here
 
 from bigpipe.bigmodel.architecture import Architecture, known_architecture
-from bigpipe.bigmodel.footprint.budget import Workload, budget
+from bigpipe.bigmodel.footprint import Workload, budget
 from bigpipe.bigmodel.footprint.grounds import as_accelerate
 from bigpipe.bigmodel.footprint.weights import weigh
 

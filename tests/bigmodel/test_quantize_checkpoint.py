@@ -20,10 +20,9 @@ from support.real import build
 from bigpipe.bigmodel.architecture import Architecture, read_request
 from bigpipe.bigmodel.architecture.inquiry import request_as_json
 from bigpipe.bigmodel.architecture.instantiation import describe
-from bigpipe.bigmodel.checkpoint.view import open_checkpoint
-from bigpipe.bigmodel.quantization import QuantizedCheckpoint, Settings, outline, quantize_checkpoint
-from bigpipe.bigmodel.quantization.settings import torch_threads
-from bigpipe.bigmodel.writing.synthetic import write_synthetic
+from bigpipe.bigmodel.checkpoint import open_checkpoint
+from bigpipe.bigmodel.quantization import QuantizedCheckpoint, Settings, outline, quantize_checkpoint, torch_threads
+from bigpipe.bigmodel.writing import write_synthetic
 from bigpipe.errors import InvalidCheckpoint, UsageError
 
 _WIDTHS = {"hidden_size": 64, "intermediate_size": 128}

@@ -11,7 +11,7 @@ import pytest
 from support.models import make_checkpoint
 from support.shells import nbytes, shell
 
-from bigpipe.bigmodel.footprint.estimates import estimate
+from bigpipe.bigmodel.footprint import estimate
 from bigpipe.bigmodel.placement import Placement, place
 from bigpipe.bigmodel.quantization import quantize_checkpoint
 

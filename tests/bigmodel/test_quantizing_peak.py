@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from support.real import describe_here
 
-from bigpipe.bigmodel.footprint.budget import KV_BYTES, Workload, budget
+from bigpipe.bigmodel.footprint.budgets import KV_BYTES, Workload, budget
 from bigpipe.errors import UsageError
 
 LLAMA: dict[str, Any] = {

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from bigpipe.bigmodel.checkpoint.view import open_checkpoint
+from bigpipe.bigmodel.checkpoint import open_checkpoint
 
 MODELS = Path(__file__).parents[2] / "models"
 QUICKSTART = MODELS / "quickstart"

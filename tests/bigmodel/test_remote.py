@@ -19,9 +19,9 @@ from support.models import make_checkpoint
 from support.shells import sharded, shell
 
 from bigpipe.bigmodel.architecture import known_architecture
-from bigpipe.bigmodel.checkpoint.description import describe_checkpoint
+from bigpipe.bigmodel.checkpoint import describe_checkpoint
+from bigpipe.bigmodel.hub import Hub
 from bigpipe.bigmodel.hub.remote import RemoteModel, describe_repository
-from bigpipe.bigmodel.hub.repository import Hub
 from bigpipe.errors import GatedRepository, InvalidCheckpoint, NotAuthorised, Offline, Transient, UsageError
 
 LLAMA: dict[str, Any] = {

@@ -8,8 +8,8 @@ from pathlib import Path
 import torch
 from hypothesis import given, settings, strategies as st
 
-from bigpipe.bigmodel.checkpoint.view import open_checkpoint
-from bigpipe.bigmodel.writing.saving import save_checkpoint
+from bigpipe.bigmodel.checkpoint import open_checkpoint
+from bigpipe.bigmodel.writing import save_checkpoint
 
 DTYPES = (
     "float32", "float16", "bfloat16", "float64", "int64", "int32", "int16", "int8", "uint8", "bool", "uint16",

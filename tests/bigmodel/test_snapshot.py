@@ -12,8 +12,7 @@ from types import SimpleNamespace
 import pytest
 from support.hub import LoopbackHub
 
-from bigpipe.bigmodel.hub import snapshot as snapshot_module
-from bigpipe.bigmodel.hub.repository import Hub, Repository, describe
+from bigpipe.bigmodel.hub import Hub, Repository, describe, snapshot as snapshot_module
 from bigpipe.bigmodel.hub.snapshot import Snapshot, fetch, missing_bytes
 from bigpipe.errors import GatedRepository, InvalidCheckpoint, Offline, Transient
 

@@ -12,8 +12,7 @@ from typing import Any
 import pytest
 from support.hub import LoopbackHub
 
-from bigpipe.bigmodel.hub.repository import Hub, Repository, describe
-from bigpipe.bigmodel.hub.snapshot import fetch
+from bigpipe.bigmodel.hub import Hub, Repository, describe, fetch
 from bigpipe.errors import Transient
 
 ROUNDS = int(os.environ.get("BIGPIPE_FAULT_ROUNDS", "30"))

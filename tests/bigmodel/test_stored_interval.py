@@ -10,9 +10,8 @@ from safetensors.torch import load_file, save_file
 from support.contexts import forecast_context
 from support.models import make_checkpoint
 
-from bigpipe.bigmodel.checkpoint.description import describe_checkpoint
-from bigpipe.bigmodel.checkpoint.view import open_checkpoint
-from bigpipe.bigmodel.footprint.estimates import Estimate, estimate
+from bigpipe.bigmodel.checkpoint import describe_checkpoint, open_checkpoint
+from bigpipe.bigmodel.footprint import Estimate, estimate
 from bigpipe.bigmodel.quantization import quantize_checkpoint
 from bigpipe.orchestrator.stage import Forecast
 from bigpipe.plugins.quantize import STAGE, QuantizeParams

@@ -5,9 +5,8 @@ import torch
 from support.models import forward, tiny_config
 
 from bigpipe.bigmodel.architecture import describe_architecture
-from bigpipe.bigmodel.checkpoint.view import open_checkpoint
-from bigpipe.bigmodel.writing.containers import container
-from bigpipe.bigmodel.writing.plans import PlannedTensor
+from bigpipe.bigmodel.checkpoint import open_checkpoint
+from bigpipe.bigmodel.writing import PlannedTensor, container
 from bigpipe.bigmodel.writing.synthetic import RandomTensors, plan_synthetic, synthetic_description, write_synthetic
 from bigpipe.errors import UsageError
 

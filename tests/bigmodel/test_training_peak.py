@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from support.real import build, describe_here
 
-from bigpipe.bigmodel.footprint.budget import Workload, adapters, budget
+from bigpipe.bigmodel.footprint.budgets import Workload, adapters, budget
 
 LLAMA: dict[str, Any] = {
     "model_type": "llama", "architectures": ["LlamaForCausalLM"], "hidden_size": 512, "intermediate_size": 1536,

@@ -13,10 +13,8 @@ from hypothesis import given, settings, strategies as st
 from safetensors.torch import load_file, save_file
 from support.models import forward, make_checkpoint, tiny_model
 
-from bigpipe.bigmodel.checkpoint.view import open_checkpoint
-from bigpipe.bigmodel.writing.plans import PlannedTensor, plan_shards
-from bigpipe.bigmodel.writing.saving import save_checkpoint
-from bigpipe.bigmodel.writing.writer import Traffic, write_checkpoint
+from bigpipe.bigmodel.checkpoint import open_checkpoint
+from bigpipe.bigmodel.writing import PlannedTensor, Traffic, plan_shards, save_checkpoint, write_checkpoint
 from bigpipe.errors import DoesNotFit, UsageError
 
 

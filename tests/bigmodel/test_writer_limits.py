@@ -14,13 +14,13 @@ from pathlib import Path
 
 import pytest
 
-from bigpipe.bigmodel.checkpoint.view import open_checkpoint
+from bigpipe.bigmodel.checkpoint import open_checkpoint
 
 CONVERT = """
 import json, re, sys
 from pathlib import Path
-from bigpipe.bigmodel.checkpoint.view import open_checkpoint
-from bigpipe.bigmodel.writing.conversion import convert
+from bigpipe.bigmodel.checkpoint import open_checkpoint
+from bigpipe.bigmodel.writing import convert
 from bigpipe.errors import BigpipeError
 source, out, options = sys.argv[1], sys.argv[2], json.loads(sys.argv[3])
 options["journal"] = Path(options["journal"]) if "journal" in options else None
@@ -103,8 +103,8 @@ def test_a_conversion_killed_at_twenty_moments_repeats_what_was_under_way_only(t
 FILL = """
 import json, sys
 from pathlib import Path
-from bigpipe.bigmodel.writing.plans import PlannedTensor, plan_shards
-from bigpipe.bigmodel.writing.writer import write_checkpoint
+from bigpipe.bigmodel.writing import PlannedTensor, plan_shards
+from bigpipe.bigmodel.writing import write_checkpoint
 from bigpipe.errors import DoesNotFit
 disk, early = Path(sys.argv[1]), sys.argv[2] == "early"
 plans = plan_shards([PlannedTensor.of(f"t{n}", "uint8", (3_000_000,)) for n in range(3)], 3_000_000)

@@ -18,7 +18,7 @@ from support.models import make_checkpoint
 from support.tinygpt import GPT
 
 from bigpipe.bigmodel.architecture import describe_many, read_request
-from bigpipe.bigmodel.checkpoint.description import describe_checkpoint
+from bigpipe.bigmodel.checkpoint import describe_checkpoint
 from bigpipe.bigmodel.sources import Sources
 from bigpipe.errors import StageFailed, UsageError
 from bigpipe.orchestrator.contract.events import LogLine
@@ -258,7 +258,7 @@ from pathlib import Path
 sys.path.insert(0, {str(TESTS)!r})
 from support.launching import MACHINE
 from bigpipe.bigmodel.architecture import describe_many
-from bigpipe.bigmodel.checkpoint.description import describe_checkpoint
+from bigpipe.bigmodel.checkpoint import describe_checkpoint
 from bigpipe.orchestrator.stage import Forecast, ForecastContext, Surroundings
 from bigpipe.plugins.dispatch import STAGE, DispatchParams
 wired = {{"model": (Forecast(output=describe_checkpoint({str(model)!r})),)}}

@@ -23,7 +23,7 @@ from support.launching import MACHINE, TESTS
 from support.models import make_checkpoint
 from support.workshop import Workshop
 
-from bigpipe.bigmodel.checkpoint.description import describe_checkpoint
+from bigpipe.bigmodel.checkpoint import describe_checkpoint
 from bigpipe.bigmodel.inference import assign, read_log, split
 from bigpipe.bigmodel.placement import Placement
 from bigpipe.errors import StageFailed, UsageError

@@ -17,7 +17,7 @@ from safetensors.numpy import save
 from support.contexts import MACHINE, Recorder, check_context, forecast_context, stage_context
 from support.hub import LoopbackHub
 
-from bigpipe.bigmodel.checkpoint.view import open_checkpoint
+from bigpipe.bigmodel.checkpoint import open_checkpoint
 from bigpipe.errors import DoesNotFit, GatedRepository, InvalidCheckpoint, Offline, Transient, UsageError
 from bigpipe.orchestrator.planning.content import StatMemo, content_params
 from bigpipe.orchestrator.stage import StageResult, Trust

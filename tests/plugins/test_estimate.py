@@ -13,7 +13,7 @@ from support.models import make_checkpoint
 from support.workshop import statuses
 
 import bigpipe
-from bigpipe.bigmodel.checkpoint.description import describe_checkpoint
+from bigpipe.bigmodel.checkpoint import describe_checkpoint
 from bigpipe.errors import GateFailed, UsageError
 from bigpipe.orchestrator.report.rendering import result_table
 from bigpipe.orchestrator.stage import Forecast

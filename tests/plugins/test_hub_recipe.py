@@ -15,8 +15,8 @@ from support.hub import LoopbackHub
 from support.hub_state import files_of
 from support.workshop import Workshop
 
-from bigpipe.bigmodel.checkpoint.view import open_checkpoint
-from bigpipe.bigmodel.writing.saving import save_checkpoint
+from bigpipe.bigmodel.checkpoint import open_checkpoint
+from bigpipe.bigmodel.writing import save_checkpoint
 
 CANARY = "hf_canaryCANARYcanaryCANARYcanary"
 RECIPE = """\

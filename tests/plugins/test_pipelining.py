@@ -22,7 +22,7 @@ from support.hub_state import files_of
 from support.workshop import Workshop, environment, statuses
 
 from bigpipe.bigmodel.architecture import describe_architecture
-from bigpipe.bigmodel.writing.synthetic import write_synthetic
+from bigpipe.bigmodel.writing import write_synthetic
 from bigpipe.errors import InvalidCheckpoint
 
 MODEL = """\

@@ -24,10 +24,10 @@ from support.models import make_checkpoint, tiny_config
 from support.tinygpt import GPT
 
 from bigpipe.bigmodel.architecture import describe_architecture
-from bigpipe.bigmodel.checkpoint.description import describe_checkpoint
+from bigpipe.bigmodel.checkpoint import describe_checkpoint
 from bigpipe.bigmodel.execution import load
 from bigpipe.bigmodel.sources import Sources
-from bigpipe.bigmodel.writing.synthetic import write_synthetic
+from bigpipe.bigmodel.writing import write_synthetic
 from bigpipe.errors import UsageError
 from bigpipe.orchestrator.launch.executors import executor
 from bigpipe.orchestrator.launch.jobs import Outcome

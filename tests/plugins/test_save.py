@@ -19,11 +19,11 @@ from support.hub import LoopbackHub
 from support.models import make_checkpoint
 from support.workshop import Workshop, statuses
 
-from bigpipe.bigmodel.checkpoint.view import open_checkpoint
+from bigpipe.bigmodel.checkpoint import open_checkpoint
 from bigpipe.bigmodel.publishing import Directory, Provenance, Step
 from bigpipe.bigmodel.publishing.card import card_of, front_matter
-from bigpipe.bigmodel.publishing.publish import inspection
-from bigpipe.bigmodel.writing.saving import save_checkpoint
+from bigpipe.bigmodel.publishing.publication import inspection
+from bigpipe.bigmodel.writing import save_checkpoint
 from bigpipe.errors import InvalidCheckpoint, NotAuthorised, Offline, StageFailed, UsageError
 from bigpipe.orchestrator.stage import Forecast, StageResult
 from bigpipe.plugins.save import STAGE, SaveMetrics, SaveParams
@@ -425,7 +425,7 @@ def test_a_run_leaves_the_destination_as_the_recipe_makes_it(workshop: Workshop,
 
 
 def test_a_forecast_knows_where_and_how_much(tmp_path: Path) -> None:
-    from bigpipe.bigmodel.checkpoint.description import ModelDescription
+    from bigpipe.bigmodel.checkpoint import ModelDescription
 
     described = ModelDescription(
         config=None, tensors={"a": ("float16", (1000, 1000))}, format="safetensors", tied={}, path=None,

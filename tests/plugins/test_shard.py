@@ -13,7 +13,7 @@ from support.contexts import check_context, forecast_context
 from support.launching import make_job
 from support.models import forward, make_checkpoint, tiny_model
 
-from bigpipe.bigmodel.checkpoint.description import describe_checkpoint
+from bigpipe.bigmodel.checkpoint import describe_checkpoint
 from bigpipe.errors import UsageError
 from bigpipe.orchestrator.launch.executors import executor
 from bigpipe.orchestrator.launch.jobs import Outcome

@@ -6,7 +6,7 @@ import json
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
-from bigpipe.bigmodel.checkpoint.headers import encode_header
+from bigpipe.bigmodel.checkpoint import encode_header
 
 Tensors = Iterable[tuple[str, str, tuple[int, ...]]]
 SIZES = {

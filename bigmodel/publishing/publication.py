@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from bigpipe.bigmodel.checkpoint.view import open_checkpoint
+from bigpipe.bigmodel.checkpoint import open_checkpoint
 from bigpipe.errors import InvalidCheckpoint, StageFailed
 from bigpipe.files import write_file
 
