@@ -20,7 +20,7 @@ from .devices import is_computing, main_of
 from .fitting import smaller_work
 from .headroom import headroom_of
 from .measuring import speeds_of
-from .request import PlacementRequest
+from .request import FLOATS, PlacementRequest
 from .result import Placement
 from .speeds import Speeds
 from .strategies import place_architecture
