@@ -5,7 +5,7 @@
 Each measurement has a process of its own: forked after the libraries are imported, warmed up on a small model of the
 same class, then the model with random weights, then one forward or one `generate`. Measured is anonymous memory: the
 high-water mark of resident memory, reset before the work, less pages of files, less what the process held before the
-model. Predicted is weights + KV cache + activations of `bigpipe.bigmodel.footprint.budget`, from the config alone. The
+model. Predicted is weights + KV cache + activations of `bigpipe.bigmodel.footprint.budgets`, from the config alone. The
 formulas and constants were fitted to the calibration set, and to none of the evaluation set.
 """
 

@@ -11,11 +11,10 @@ from support.real import describe_here
 
 import bigpipe
 from bigpipe.bigmodel.architecture import Architecture, known_architecture
-from bigpipe.bigmodel.checkpoint.description import ModelDescription
-from bigpipe.bigmodel.footprint.budget import Workload, budget
-from bigpipe.bigmodel.placement import PlacementRequest, find_misfits, place_model
+from bigpipe.bigmodel.checkpoint import ModelDescription
+from bigpipe.bigmodel.footprint import Workload, budget
+from bigpipe.bigmodel.placement import Placement, PlacementRequest, find_misfits, place_model
 from bigpipe.bigmodel.placement.headroom import headroom_of
-from bigpipe.bigmodel.placement.result import Placement
 from bigpipe.errors import DoesNotFit
 from bigpipe.fit import Need, totals
 from bigpipe.machine import Gpu, Machine
