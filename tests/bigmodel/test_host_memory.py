@@ -1,0 +1,73 @@
+"""How much RAM a loaded model may fill, and the dtype that follows: a row per rule."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+
+from bigpipe.bigmodel.checkpoint.description import ModelDescription
+from bigpipe.bigmodel.execution import HostMemory, as_placement, cast_bytes, host_memory, loading_dtype
+
+MODEL = ModelDescription(
+    config={}, format="safetensors", tied={}, path=None, custom=None,
+    tensors={"a.weight": ("float16", (10, 10)), "b.weight": ("float32", (10,)), "c": ("int64", (3,))},
+)  # fmt: skip
+PACKED = replace(
+    MODEL,
+    config={"quantization_config": {"quant_method": "bitsandbytes", "load_in_8bit": True}},
+    tensors={"a.weight": ("int8", (10, 10)), "a.SCB": ("float32", (200,)), "b.weight": ("float16", (10,))},
+)
+AMPLE = HostMemory(cast=1000, widen=1000)
+
+
+@pytest.mark.parametrize(
+    ("caps", "processes", "expected"),
+    [
+        ({}, 1, HostMemory(cast=300, widen=500)),
+        ({}, 3, HostMemory(cast=100, widen=500)),
+        ({"cpu": 200}, 1, HostMemory(cast=200, widen=200)),
+        ({0: 10}, 1, HostMemory(cast=300, widen=500)),
+    ],
+)
+def test_what_a_process_may_fill(caps: dict[Any, int], processes: int, expected: HostMemory) -> None:
+    placement = replace(as_placement(None), max_memory=caps)
+    assert host_memory(placement, total=1000, available=500, processes=processes) == expected
+
+
+@pytest.mark.parametrize(
+    ("device_map", "of_placement", "asked", "memory", "model", "expected"),
+    [
+        ({"": "cpu"}, None, None, AMPLE, MODEL, "float32"),
+        ({"": "cpu"}, None, "bfloat16", AMPLE, MODEL, "bfloat16"),
+        ({"": "cpu"}, "bfloat16", None, AMPLE, MODEL, "bfloat16"),
+        ({"": "cpu"}, "bfloat16", "float16", AMPLE, MODEL, "float16"),
+        ({"": "cpu"}, None, None, HostMemory(cast=0, widen=440), MODEL, "float32"),
+        ({"": "cpu"}, None, None, HostMemory(cast=1000, widen=439), MODEL, "float16"),
+        ({"": "disk"}, None, None, AMPLE, MODEL, "float16"),
+        ({"": "cpu", "b": "disk"}, None, None, AMPLE, MODEL, "float16"),
+        ({"": 0}, None, None, AMPLE, MODEL, "float16"),
+        ({"": "disk"}, None, None, AMPLE, replace(MODEL, config={"dtype": "float32"}), "float32"),
+        ({"": "disk"}, None, None, AMPLE, replace(MODEL, config={"torch_dtype": "bfloat16"}), "float16"),
+        ({"": "cpu"}, None, None, AMPLE, PACKED, "float16"),
+    ],
+)
+def test_the_dtype_that_weights_are_loaded_as(
+    device_map: dict[str, Any],
+    of_placement: str | None,
+    asked: str | None,
+    memory: HostMemory,
+    model: ModelDescription,
+    expected: str,
+) -> None:
+    placement = replace(as_placement(device_map), dtype=of_placement)
+    assert loading_dtype(model, placement, memory, asked) == expected
+
+
+@pytest.mark.parametrize(
+    ("model", "dtype", "expected"),
+    [(MODEL, "float32", 400), (MODEL, "float16", 20), (MODEL, "bfloat16", 220), (PACKED, "float16", 0)],
+)
+def test_bytes_that_are_cast(model: ModelDescription, dtype: str, expected: int) -> None:
+    assert cast_bytes(model, dtype) == expected
