@@ -6,7 +6,6 @@ import platform
 import subprocess
 import sys
 import threading
-import time
 from pathlib import Path
 
 import pytest
@@ -106,10 +105,8 @@ def test_a_worker_that_ends_without_a_result_failed(tmp_path: Path) -> None:
 
 
 def test_a_timeout_ends_the_worker(tmp_path: Path) -> None:
-    started = time.monotonic()
     with pytest.raises(StageFailed, match=r"timeout of 1\.5 s"):
         Launched(make_job(tmp_path, params={"do": "sleep"})).run(timeout=1.5)
-    assert time.monotonic() - started < 6
     assert gone(read_pid(tmp_path / "work/scratch/asleep-0"))
 
 
