@@ -7,9 +7,10 @@ from bigpipe.faces import face
 if TYPE_CHECKING:
     from .acceleration import effective_launch
     from .alone import run_alone
-    from .environment import visible_secrets
-    from .executors import executor
-    from .jobs import AttemptFolder, Job, Outcome
+    from .environment import visible_secrets, worker_environment
+    from .executors import Executor, executor
+    from .jobs import AttemptFolder, Job, JobFile, Outcome
+    from .processes import worker_command
     from .redaction import Redactor
     from .warm import MEMORY, WarmWorker, start_warm
 

@@ -19,10 +19,7 @@ POLITE = '''\
 import os
 import subprocess
 
-from bigpipe.orchestrator.launch.environment import worker_environment
-from bigpipe.orchestrator.launch.executors import Executor
-from bigpipe.orchestrator.launch.jobs import JobFile, Outcome
-from bigpipe.orchestrator.launch.processes import worker_command
+from bigpipe.orchestrator.launch import Executor, JobFile, Outcome, worker_command, worker_environment
 from bigpipe.orchestrator.stage import Forecast, Metrics, Params, Stage, StageResult, UsageError
 
 
