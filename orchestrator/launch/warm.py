@@ -41,10 +41,6 @@ class WarmWorker:
     def __post_init__(self) -> None:
         self._mark = start_mark(self._child.pid)
 
-    @property
-    def pid(self) -> int:
-        return self._child.pid
-
     def take(self, job_file: Path, environment: Mapping[str, str]) -> subprocess.Popen[bytes] | None:
         """The worker, at work on this job; None (and ended) where it is not the right one for it any more."""
         fits = not self._gone and self.job_file == job_file and self._environment == environment
