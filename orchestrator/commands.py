@@ -9,7 +9,7 @@ from typing import Any
 from bigpipe.errors import GateFailed, ManifestError, Stale, UsageError
 from bigpipe.files import make_directory, write_file
 
-from .contract import Event, Json, Machine, Reporter
+from .contract import Json, Machine, OneAtATime, Reporter
 from .lock import check_lock, enforce, enforce_outputs, read_lock, record_outputs, write_lock
 from .planning import (
     Action,
@@ -25,11 +25,6 @@ from .planning import (
 )
 from .recipe import Recipe, load_recipe
 from .running import RunResult, run_plan
-
-
-class _Silent:
-    def report(self, event: Event) -> None:
-        """Nobody asked."""
 
 
 def run(
@@ -63,7 +58,7 @@ def run(
             enforce(session)
         planned = with_parameters(make_plan(session))
         refuse(planned, keep_going=keep_going)
-        result = run_plan(session, planned, reporter or _Silent(), jobs=jobs, keep_going=keep_going)
+        result = run_plan(session, planned, reporter or OneAtATime(), jobs=jobs, keep_going=keep_going)
         if locked:
             enforce_outputs(session, result.records)
         if result.status == "succeeded":
