@@ -5,10 +5,8 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
-from bigpipe.bigmodel.architecture import Architecture
 from bigpipe.bigmodel.checkpoint import ModelDescription, describe_checkpoint, describe_opened, open_checkpoint
-from bigpipe.bigmodel.quantization import Outline, Settings, quantize_described, refuse_quantized, understand
-from bigpipe.bigmodel.writing import config_with_dtype
+from bigpipe.bigmodel.quantization import Settings, quantize_described, refuse_quantized, understand
 from bigpipe.orchestrator.stage import CheckContext, Forecast, ForecastContext, Machine, StageContext, StageResult
 from bigpipe.sizes import counted, format_transfer
 
@@ -40,7 +38,7 @@ def forecast(params: QuantizeParams, context: ForecastContext) -> Forecast:
     if described.config is None and described.custom is None:
         return Forecast(ram=RAM, unknown=("size after quantization: the input has no config that names its class",))
     settings = _settings(params, context.machine)
-    architecture, outlined = understand(described, settings, sources=sources_of(context))
+    outlined, quantized = understand(described, settings, sources=sources_of(context))
     before, after = described.nbytes or 0, outlined.nbytes
     metrics: dict[str, Any] = {"quantized": len(outlined.quantized), "skipped": len(outlined.skipped)}
     low, high = outlined.interval(settings)
@@ -53,7 +51,7 @@ def forecast(params: QuantizeParams, context: ForecastContext) -> Forecast:
         ram=RAM + outlined.largest_transposed + (GPU_RAM if context.machine.gpus else 0),
         seconds=before / RATE,
         metrics=metrics,
-        output=output or _described(described, outlined, settings, architecture),
+        output=output or quantized,
         summary=f"{params.scheme}, {counted(len(outlined.quantized), 'module')}, +{format_transfer(after)}",
         details=() if low == high else (f"weights: {low:,} to {high:,} bytes (bound: {HELD})",),
     )
@@ -72,25 +70,6 @@ def _device(params: QuantizeParams, context: StageContext) -> str | None:
     device = usable_device(_settings(params, context.machine))
     context.log(f"encoding on {device or 'the CPU: torch cannot use the GPU here, or it rounds differently'}")
     return device
-
-
-def _described(
-    source: ModelDescription, outlined: Outline, settings: Settings, architecture: Architecture
-) -> ModelDescription:
-    quantization = settings.as_config(architecture)
-    config, custom = source.config, source.custom
-    if config is not None:
-        config = config_with_dtype(config, settings.dtype) | {"quantization_config": quantization}
-    if custom is not None:
-        custom = {**custom, "quantization_config": quantization}
-    return replace(
-        source,
-        config=config,
-        tensors={t.name: (t.dtype, t.shape) for part in outlined.parts for t in part.outputs},
-        format="safetensors",
-        tied={},
-        custom=custom,
-    )
 
 
 def run(params: QuantizeParams, context: StageContext) -> StageResult:

@@ -9,15 +9,6 @@ from dataclasses import astuple, dataclass, field
 from functools import cached_property
 from typing import Any
 
-ITEM_BITS: Mapping[str, int] = {
-    "float64": 64, "float32": 32, "float16": 16, "bfloat16": 16,
-    "float8_e4m3fn": 8, "float8_e5m2": 8, "float8_e4m3fnuz": 8, "float8_e5m2fnuz": 8, "float8_e8m0fnu": 8,
-    "int64": 64, "int32": 32, "int16": 16, "int8": 8, "uint8": 8, "uint16": 16, "uint32": 32, "uint64": 64,
-    "bool": 8, "complex64": 64, "complex128": 128,
-}  # fmt: skip
-"""Bits per element of torch's dtypes, by torch's names."""
-
-
 OUTLINED = "headers"
 """`Architecture.library` of an outline: guessed from the names of stored tensors."""
 

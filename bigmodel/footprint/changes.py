@@ -11,12 +11,10 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from bigpipe.bigmodel.architecture import Architecture
-from bigpipe.bigmodel.formats import DTYPES, has_double_quant, width
+from bigpipe.bigmodel.formats import WORTHWHILE, has_double_quant, width
 
 from .budgets import Budget, Workload, budget
 
-NEVER_OFFERED = ("float8", "int4", "fp4")
-"""Narrower dtypes that nothing here writes, or that another one does better."""
 LIGHTER: dict[str, tuple[str, ...]] = {"adamw": ("adamw_8bit", "lora"), "adamw_8bit": ("lora",), "sgd": ("lora",)}
 """Optimizer → those that do its job in less memory, the nearest first."""
 
@@ -102,7 +100,7 @@ def _others(setting: Setting) -> Iterator[Setting]:
 
 
 def _narrower(setting: Setting) -> Iterator[Setting]:
-    narrower = [name for name in DTYPES if width(name) < width(setting.dtype) and name not in NEVER_OFFERED]
+    narrower = [name for name in WORTHWHILE if width(name) < width(setting.dtype)]
     for name in (setting.dtype, *sorted(narrower, key=lambda name: -width(name))):
         other = replace(setting, dtype=name)
         if name != setting.dtype:

@@ -7,6 +7,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -203,10 +204,7 @@ def _checkpoint(description: ModelDescription, *, pipeline: bool) -> dict[str, A
     dtypes: dict[str, int] = {}
     components: dict[str, int] = {}
     for name, (dtype, shape) in description.tensors.items():
-        count = 1
-        for size in shape:
-            count *= size
-        dtypes[dtype] = dtypes.get(dtype, 0) + count
+        dtypes[dtype] = dtypes.get(dtype, 0) + math.prod(shape)
         if pipeline:
             component = name.partition(".")[0]
             components[component] = components.get(component, 0) + tensor_nbytes(dtype, shape)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -189,7 +190,7 @@ def _differences(architecture: Architecture, description: ModelDescription, head
     """Does the checkpoint hold what the class has? Compared by count: class and file may name tensors differently."""
     if description.tensors is None or head == "none" or format_of(description) is not PLAIN:
         return ()
-    stored = {name: _elements(shape) for name, (_, shape) in description.tensors.items()}
+    stored = {name: math.prod(shape) for name, (_, shape) in description.tensors.items()}
     wanted = {tensor.name: tensor.elements for tensor in architecture.tensors() if tensor.persistent}
     if sum(stored.values()) == sum(wanted.values()):
         return ()
@@ -198,13 +199,6 @@ def _differences(architecture: Architecture, description: ModelDescription, head
     words += [f"not in the checkpoint: {_some(missing)}"] if missing else []
     words += [f"not in the class: {_some(unused)}"] if unused else []
     return ("; ".join(words),)
-
-
-def _elements(shape: Sequence[int]) -> int:
-    count = 1
-    for size in shape:
-        count *= size
-    return count
 
 
 def _some(names: Sequence[str]) -> str:

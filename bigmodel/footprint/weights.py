@@ -2,7 +2,7 @@
 
 Three views of the same tensors. `total` and `largest_layer` are accelerate's columns: every float tensor at the width
 that the dtype's name promises, plus integer buffers. `loaded` is what `from_pretrained` holds in memory: tied tensors
-once, modules that stay float32, bitsandbytes' scales, and the head and embeddings that bitsandbytes does not convert.
+once, modules that stay float32, the scales of packed matrices, and the head and embeddings that are never packed.
 `stored` is what a checkpoint of that dtype takes on disk, less its headers, as `shard` and `quantize` write it.
 """
 
@@ -11,7 +11,8 @@ from __future__ import annotations
 from collections import Counter
 from dataclasses import dataclass
 
-from bigpipe.bigmodel.architecture import ITEM_BITS, Architecture, ModuleSpec, TensorSpec
+from bigpipe.bigmodel.architecture import Architecture, ModuleSpec, TensorSpec
+from bigpipe.bigmodel.checkpoint.tensors import itemsize
 from bigpipe.bigmodel.formats import PLAIN_DTYPES, Packing, converted_modules, matrix_shape, packing, weight_of, width
 from bigpipe.bigmodel.memo import kept
 
@@ -36,9 +37,8 @@ class Weights:
     stored: int
     buffers: int
     """Their part of `loaded`."""
-    codes: int = 0
-    """The converted matrices' part of `loaded`, less scales and tables."""
     scales: int = 0
+    """Scales and tables of the packed matrices, as they are held in memory."""
     largest_matrix: int = 0
     """Elements of the largest converted matrix: what a 4-bit product unpacks at once."""
     converted: int = 0
@@ -52,12 +52,12 @@ def weigh(architecture: Architecture, dtype: str, *, double_quant: bool = False)
     layer, layer_bytes = largest_layer(architecture, dtype)
     tensors = _sized(architecture)
     held, wide = PLAIN_DTYPES.get(dtype, "float16"), width(dtype)
-    counts = {tensor.name: size * ITEM_BITS[architecture.dtype_of(tensor, held)] // 8 for tensor, size, _ in tensors}
-    matrices = _Converted(architecture, packed)
+    counts = {tensor.name: size * itemsize(architecture.dtype_of(tensor, held)) for tensor, size, _ in tensors}
+    matrices = _Packed(architecture, packed)
     if packed is None:
         # A cast of a checkpoint changes every float; only a loaded class keeps some of them wider
         stored = sum(
-            size * ITEM_BITS[held if floating else tensor.dtype] // 8
+            size * itemsize(held if floating else tensor.dtype)
             for tensor, size, floating in tensors
             if tensor.persistent
         )
@@ -69,14 +69,13 @@ def weigh(architecture: Architecture, dtype: str, *, double_quant: bool = False)
         dtype=dtype,
         parameters=sum(size for tensor, size, _ in tensors if not tensor.buffer),
         total=sum(
-            -(-size * (wide if floating else ITEM_BITS[tensor.dtype]) // 8) for tensor, size, floating in tensors
+            -(-size * (wide if floating else 8 * itemsize(tensor.dtype)) // 8) for tensor, size, floating in tensors
         ),
         largest_layer=layer_bytes,
         largest_layer_name=layer,
-        loaded=plain + matrices.codes + matrices.scales,
+        loaded=plain + matrices.loaded,
         stored=stored,
         buffers=sum(counts[tensor.name] for tensor, _, _ in tensors if tensor.buffer),
-        codes=matrices.codes,
         scales=matrices.scales,
         largest_matrix=matrices.largest,
         converted=len(matrices.names),
@@ -89,22 +88,19 @@ def _sized(architecture: Architecture) -> tuple[tuple[TensorSpec, int, bool], ..
     return tuple((tensor, tensor.elements, tensor.floating) for tensor in architecture.tensors())
 
 
-class _Converted:
+class _Packed:
     """Sums over the matrices that are packed; all zero where none is."""
 
     def __init__(self, architecture: Architecture, packing: Packing | None) -> None:
         modules = converted_modules(architecture) if packing else ()
-        shapes = Counter(matrix_shape(module) for module in modules)
         self.names = {weight_of(module).name for module in modules}
-        self.largest = max((rows * columns for rows, columns in shapes), default=0)
-        self.codes = self.scales = self.stored = 0
-        if packing is None:
-            return
-        for shape, count in shapes.items():
-            codes, scales = packing.loaded(shape)
-            self.codes += count * codes
-            self.scales += count * scales
-            self.stored += count * sum(tensor.nbytes for tensor in packing.stored(shape, "float16"))
+        self.largest = self.loaded = self.scales = self.stored = 0
+        for (rows, columns), count in Counter(matrix_shape(module) for module in modules).items():
+            tensors = packing.stored((rows, columns), "float16") if packing else ()
+            self.largest = max(self.largest, rows * columns)
+            self.loaded += count * sum(tensor.held for tensor in tensors)
+            self.scales += count * sum(tensor.held for tensor in tensors[1:])
+            self.stored += count * sum(tensor.nbytes for tensor in tensors)
 
 
 def largest_layer(architecture: Architecture, dtype: str) -> tuple[str, int]:
@@ -115,7 +111,7 @@ def largest_layer(architecture: Architecture, dtype: str) -> tuple[str, int]:
     """
     wide = width(dtype)
     kept = {
-        tensor.name: -(-size * (wide if floating else ITEM_BITS[tensor.dtype]) // 8)
+        tensor.name: -(-size * (wide if floating else 8 * itemsize(tensor.dtype)) // 8)
         for tensor, size, floating in _sized(architecture)
     }
     sizes = {

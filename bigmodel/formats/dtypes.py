@@ -16,6 +16,8 @@ PLAIN_DTYPES: Mapping[str, str] = {
 """Dtypes of an estimate in which nothing is packed → torch's names."""
 PACKED: Mapping[str, str] = {name: found.name for found in BUILT_IN.values() for name in (*found.aliases, found.name)}
 """Those that are formats → the format. `int4` is accelerate's name for any 4-bit format."""
+WORTHWHILE = ("float32", "float16", "bfloat16", "int8", "nf4")
+"""Those that something here writes and that no other one of their width does better."""
 DTYPES = (*PLAIN_DTYPES, *PACKED)
 
 

@@ -25,12 +25,16 @@ class StoredTensor:
     """Of its name: what follows the module's name and a dot."""
     dtype: str
     shape: tuple[int, ...]
-    resident: bool = True
-    """Stays in memory when the module is loaded; what becomes a Python value does not."""
+    loaded: int | None = None
+    """Bytes of it in memory once the module is loaded, where it becomes something else; None: as stored."""
 
     @property
     def nbytes(self) -> int:
         return tensor_nbytes(self.dtype, self.shape)
+
+    @property
+    def held(self) -> int:
+        return self.nbytes if self.loaded is None else self.loaded
 
 
 class Encoder(Protocol):
@@ -77,11 +81,6 @@ class Packing(Protocol):
 
         measured: what `measure` gave; None: not known yet, and sizes are right within `spread`.
         """
-
-    def loaded(self, shape: tuple[int, int]) -> tuple[int, int]:
-        """Return the bytes that a loaded module holds of a matrix: (codes, scales and tables)."""
-        codes, *others = self.stored(shape, "float16")
-        return codes.nbytes, sum(tensor.nbytes for tensor in others if tensor.resident)
 
     def spread(self) -> tuple[int, int]:
         """Return by how many bytes a stored matrix may be smaller and larger than predicted."""

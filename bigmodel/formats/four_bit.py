@@ -54,10 +54,6 @@ class FourBit(Packing):
     def stored(self, shape: tuple[int, int], dtype: str, measured: Any = None) -> tuple[StoredTensor, ...]:
         return _stored(self, shape, dtype, measured)
 
-    def loaded(self, shape: tuple[int, int]) -> tuple[int, int]:
-        codes, scales = Packing.loaded(self, shape)
-        return codes, scales + (4 if self.bnb_4bit_use_double_quant else 0)  # the mean, a float32
-
     def spread(self) -> tuple[int, int]:
         typical = len(repr(TYPICAL_OFFSET))
         return (typical - FEWEST_DIGITS, MOST_DIGITS - typical) if self.bnb_4bit_use_double_quant else (0, 0)
@@ -152,7 +148,8 @@ def _stored(packing: FourBit, shape: tuple[int, int], dtype: str, measured: floa
         tensors.append(StoredTensor("weight.nested_quant_map", "float32", (256,)))
         measured = TYPICAL_OFFSET if measured is None else measured
     length = len(quant_state(packing.quant_type, dtype, shape, measured))
-    return *tensors, StoredTensor(STATE + packing.quant_type, "uint8", (length,), resident=False)
+    mean = 4 if double else 0  # all that stays of the state is a float32
+    return *tensors, StoredTensor(STATE + packing.quant_type, "uint8", (length,), loaded=mean)
 
 
 def quant_state(quant_type: str, dtype: str, shape: tuple[int, int], offset: float | None) -> bytes:

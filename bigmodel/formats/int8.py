@@ -34,7 +34,7 @@ class Int8(Packing):
         return (
             StoredTensor("weight", "int8", shape),
             StoredTensor("SCB", "float32", shape[:1]),
-            StoredTensor("weight_format", "uint8", (), resident=False),
+            StoredTensor("weight_format", "uint8", (), loaded=0),
         )
 
     def transient(self, tokens: int, hidden: int, inner: int, largest: int) -> tuple[int, str]:

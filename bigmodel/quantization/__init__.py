@@ -8,10 +8,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from bigpipe.bigmodel.architecture import Architecture
 from bigpipe.bigmodel.checkpoint import (
@@ -22,7 +21,7 @@ from bigpipe.bigmodel.checkpoint import (
     open_checkpoint,
 )
 from bigpipe.bigmodel.sources import Sources
-from bigpipe.bigmodel.writing import ReportProgress, carry_side_files, config_with_dtype, cores, encode_config
+from bigpipe.bigmodel.writing import ReportProgress, carry_side_files, cores, encode_config
 from bigpipe.files import write_file
 from bigpipe.sizes import size_of
 from bigpipe.trust import Trust
@@ -137,13 +136,13 @@ def quantize_described(
     """
     from .stream import split, write_quantized  # brings numpy, which a plan does not need
 
-    architecture, outlined = understand(described, settings, architecture=architecture, sources=sources)
+    outlined, quantized = understand(described, settings, architecture=architecture, sources=sources)
     files = {name: tensor.file for name, tensor in checkpoint.tensors.items()}
     shards = split(outlined, files, max_shard_size)
     written, plans = write_quantized(
         checkpoint, shards, out, settings, parts=parts, workers=min(WORKERS, cores()), progress=progress
     )
-    carried = _carry(checkpoint, out, settings, architecture, described.custom, linked=linked)
+    carried = _carry(checkpoint, out, quantized, linked=linked)
     return QuantizedCheckpoint(
         files=written | carried,
         shards=len(plans),
@@ -155,21 +154,10 @@ def quantize_described(
 
 
 def _carry(
-    checkpoint: Checkpoint,
-    out: Path,
-    settings: Settings,
-    architecture: Architecture,
-    custom: Mapping[str, Any] | None,
-    *,
-    linked: bool,
+    checkpoint: Checkpoint, out: Path, quantized: ModelDescription, *, linked: bool
 ) -> dict[str, tuple[str, int]]:
-    """Side files, with the settings written into the config: transformers' own, or a custom class's description."""
-    quantization = settings.as_config(architecture)
-    config = None
-    if checkpoint.config is not None:
-        config = config_with_dtype(checkpoint.config, settings.dtype) | {"quantization_config": quantization}
-    written = carry_side_files(checkpoint, out, config=config, linked=linked)
-    if custom is not None:
-        content = encode_config({**custom, "quantization_config": quantization})
-        written[ARCHITECTURE_FILE] = write_file(out / ARCHITECTURE_FILE, content)
+    """Side files; the config, transformers' own or a custom class's description, says how the weights are stored."""
+    written = carry_side_files(checkpoint, out, config=quantized.config, linked=linked)
+    if quantized.custom is not None:
+        written[ARCHITECTURE_FILE] = write_file(out / ARCHITECTURE_FILE, encode_config(quantized.custom))
     return written

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import partial
 
 from bigpipe.bigmodel.architecture import Architecture, ask_names, describe_architecture
 from bigpipe.bigmodel.checkpoint import ModelDescription
 from bigpipe.bigmodel.formats import PLAIN, format_of
 from bigpipe.bigmodel.sources import Sources
+from bigpipe.bigmodel.writing.sidefiles import config_with_dtype
 from bigpipe.errors import UsageError
 
 from .outline import Outline, outline
@@ -20,11 +22,11 @@ def understand(
     *,
     architecture: Architecture | None = None,
     sources: Sources = Sources(),
-) -> tuple[Architecture, Outline]:
-    """The model's architecture, unless given, and the outline of its quantization.
+) -> tuple[Outline, ModelDescription]:
+    """Return the outline of a quantization, and the checkpoint that comes of it, sizes as of `Outline.nbytes`.
 
-    sources: for `describe_architecture`. The tensors of `described` must be known.
-    Raises UsageError and InvalidCheckpoint.
+    architecture: what the model is; None: asked of `describe_architecture`, which takes `sources`. The tensors of
+    `described` must be known. Raise UsageError and InvalidCheckpoint.
     """
     refuse_quantized(described)
     if described.config is None and described.custom is None and architecture is None:
@@ -37,7 +39,16 @@ def understand(
         architecture = describe_architecture(config, custom=described.custom, sources=sources)
     plain = described.custom is None and described.config is not None and architecture.library == "transformers"
     names = partial(ask_names, config, memo=sources.memo) if plain else None
-    return architecture, outline(described.tensors or {}, described.tied, architecture, settings, names)
+    outlined = outline(described.tensors or {}, described.tied, architecture, settings, names)
+    quantization = {"quantization_config": settings.as_config(architecture)}
+    return outlined, replace(
+        described,
+        config=None if described.config is None else config_with_dtype(config, settings.dtype) | quantization,
+        custom=None if described.custom is None else {**described.custom, **quantization},
+        tensors={tensor.name: (tensor.dtype, tensor.shape) for part in outlined.parts for tensor in part.outputs},
+        format="safetensors",
+        tied={},
+    )
 
 
 def refuse_quantized(described: ModelDescription) -> None:

@@ -67,22 +67,28 @@ def narrow(values: Float32, dtype: str) -> Bits:
     """fp32 rounded to `dtype` (to nearest, ties to even, overflow to infinity), as torch's `.to(dtype)` does."""
     if dtype == "float32":
         return values.view(np.uint32)
+    if dtype == "float64":
+        return values.astype(np.float64).view(np.uint64)
     if dtype == "float16":
-        with np.errstate(over="ignore", under="ignore"):
-            return values.astype(np.float16).view(np.uint16)
+        return values.astype(np.float16).view(np.uint16)
     bits = values.view(np.uint32)
-    rounded = ((bits + (0x7FFF + ((bits >> 16) & 1)).astype(np.uint32)) >> 16).astype(np.uint16)
-    rounded[np.isnan(values)] = 0x7FC0
-    return rounded
+    # The upper half of float32: half a unit of its last place is added, a little less where that place is even
+    rounded = bits >> 16
+    rounded &= 1
+    rounded += 0x7FFF
+    rounded += bits
+    narrowed = np.right_shift(rounded, 16, out=np.empty(bits.shape, np.uint16), casting="same_kind")
+    broken = np.isnan(values)
+    if broken.any():
+        narrowed[broken] = 0x7FC0  # the carry could have turned a NaN into infinity
+    return narrowed
 
 
 def convert(bits: Bits, source: str, target: str) -> Bits:
     """Bits of `source` floats as bits of `target` floats, rounded as torch does; through fp32, as torch goes."""
     if source == target:
         return bits
-    if source == "float64":
-        with np.errstate(over="ignore", under="ignore"):
-            single = bits.view(np.float64).astype(np.float32)
-    else:
-        single = widen_any(bits, source, np.empty(bits.shape, np.float32))
-    return narrow(single, target)
+    with np.errstate(over="ignore", under="ignore", invalid="ignore"):
+        if source == "float64":
+            return narrow(bits.view(np.float64).astype(np.float32), target)
+        return narrow(widen_any(bits, source, np.empty(bits.shape, np.float32)), target)
