@@ -77,7 +77,7 @@ def narrow(values: Float32, dtype: str) -> Bits:
     rounded &= 1
     rounded += 0x7FFF
     rounded += bits
-    narrowed = np.right_shift(rounded, 16, out=np.empty(bits.shape, np.uint16), casting="same_kind")
+    narrowed: Bits = np.right_shift(rounded, 16, out=np.empty(bits.shape, np.uint16), casting="same_kind")
     broken = np.isnan(values)
     if broken.any():
         narrowed[broken] = 0x7FC0  # the carry could have turned a NaN into infinity
