@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
-from bigpipe.bigmodel.checkpoint import ModelDescription, describe_checkpoint, describe_opened, open_checkpoint
+from bigpipe.bigmodel.checkpoint import ModelDescription, describe_checkpoint, open_checkpoint
 from bigpipe.bigmodel.quantization import Settings, quantize_described, refuse_quantized, understand
 from bigpipe.orchestrator.stage import CheckContext, Forecast, ForecastContext, Machine, StageContext, StageResult
 from bigpipe.sizes import counted, format_transfer
@@ -76,7 +76,6 @@ def run(params: QuantizeParams, context: StageContext) -> StageResult:
     """Files finished by an earlier attempt, or by another run with the same settings for these modules, are kept."""
     checkpoint = open_checkpoint(context.open("model"))
     result = quantize_described(
-        describe_opened(checkpoint),
         checkpoint,
         context.out,
         replace(_settings(params, context.machine), device=_device(params, context)),

@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
 from bigpipe.bigmodel.architecture import Architecture
-from bigpipe.bigmodel.formats import converted_modules, matrix_shape, packing
+from bigpipe.bigmodel.formats import converted_modules, matrix_shape
 from bigpipe.bigmodel.memo import kept
 from bigpipe.errors import UsageError
 
@@ -161,7 +161,7 @@ def budget(architecture: Architecture, dtype: str, workload: Workload) -> Budget
         total=weights.total,
         largest_layer=weights.largest_layer,
         stored=weights.stored,
-        on_disk=_on_disk(architecture, weights, workload),
+        on_disk=_on_disk(architecture, weights),
         weights=_weights(architecture, weights),
         buffers=Term.exact(weights.buffers, "Σ buffers, saved or not"),
         kv_cache=_cache(cache, workload.batch_size, length, cached),
@@ -200,12 +200,11 @@ def _weights(architecture: Architecture, weights: Weights) -> Term:
     return Term.exact(weights.loaded, formula)
 
 
-def _on_disk(architecture: Architecture, weights: Weights, workload: Workload) -> Term:
+def _on_disk(architecture: Architecture, weights: Weights) -> Term:
     formula = "Σ saved tensors · bytes"
     if architecture.outlined:
         return Term.about(weights.stored, "calibrated", 0.01, formula + "; the class is unknown")
-    packed = packing(weights.dtype, double_quant=workload.double_quant)
-    fewer, more = (weights.converted * size for size in (packed.spread() if packed else (0, 0)))
+    fewer, more = (weights.converted * size for size in (weights.packing.spread() if weights.packing else (0, 0)))
     if not fewer and not more:
         return Term.exact(weights.stored, formula)
     formula += f"; {weights.converted} states hold a number of the data"
@@ -242,10 +241,9 @@ def _activations(
 
 def _unpacked(weights: Weights, shape: Shape, tokens: int) -> tuple[int, str]:
     """What a product with a packed matrix takes besides, in bytes and in words."""
-    packed = packing(weights.dtype)
-    if packed is None or not weights.converted:
+    if weights.packing is None:
         return 0, ""
-    return packed.transient(tokens, shape.hidden, shape.inner, weights.largest_matrix)
+    return weights.packing.transient(tokens, shape.hidden, shape.inner, weights.largest_matrix)
 
 
 def _image(architecture: Architecture) -> tuple[int, int] | None:
@@ -280,10 +278,9 @@ def _cpu(
 
 
 def _quantizing(weights: Weights) -> Term | None:
-    packed = packing(weights.dtype)
-    if packed is None or not weights.converted:
+    if weights.packing is None:
         return None
-    low, usual, high = (size * weights.largest_matrix for size in packed.quantizing)
+    low, usual, high = (size * weights.largest_matrix for size in weights.packing.quantizing)
     return Term(usual, "bound", low, high, "largest matrix in 16 bits, its copies and codes; 0 if quantized before")
 
 

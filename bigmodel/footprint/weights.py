@@ -9,6 +9,7 @@ once, modules that stay float32, the scales of packed matrices, and the head and
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from bigpipe.bigmodel.architecture import Architecture, ModuleSpec, TensorSpec
@@ -43,15 +44,18 @@ class Weights:
     """Elements of the largest converted matrix: what a 4-bit product unpacks at once."""
     converted: int = 0
     """How many matrices are packed."""
+    packing: Packing | None = None
+    """How; None: not at all."""
 
 
 @kept
 def weigh(architecture: Architecture, dtype: str, *, double_quant: bool = False) -> Weights:
     """The bytes of a model in a plain dtype or a format. Raises UsageError for another dtype."""
     packed = packing(dtype, double_quant=double_quant)
-    layer, layer_bytes = largest_layer(architecture, dtype)
+    promised = _promised(architecture, width(dtype))
+    layer, layer_bytes = _largest_layer(architecture, promised)
     tensors = _sized(architecture)
-    held, wide = PLAIN_DTYPES.get(dtype, "float16"), width(dtype)
+    held = PLAIN_DTYPES.get(dtype, "float16")
     counts = {tensor.name: size * itemsize(architecture.dtype_of(tensor, held)) for tensor, size, _ in tensors}
     matrices = _Packed(architecture, packed)
     if packed is None:
@@ -68,9 +72,7 @@ def weigh(architecture: Architecture, dtype: str, *, double_quant: bool = False)
     return Weights(
         dtype=dtype,
         parameters=sum(size for tensor, size, _ in tensors if not tensor.buffer),
-        total=sum(
-            -(-size * (wide if floating else 8 * itemsize(tensor.dtype)) // 8) for tensor, size, floating in tensors
-        ),
+        total=sum(promised.values()),
         largest_layer=layer_bytes,
         largest_layer_name=layer,
         loaded=plain + matrices.loaded,
@@ -79,6 +81,7 @@ def weigh(architecture: Architecture, dtype: str, *, double_quant: bool = False)
         scales=matrices.scales,
         largest_matrix=matrices.largest,
         converted=len(matrices.names),
+        packing=packed if matrices.names else None,
     )
 
 
@@ -103,26 +106,29 @@ class _Packed:
             self.stored += count * sum(tensor.nbytes for tensor in tensors)
 
 
-def largest_layer(architecture: Architecture, dtype: str) -> tuple[str, int]:
+def _promised(architecture: Architecture, bits: int) -> dict[str, int]:
+    """Tensor → bytes at the width that the dtype's name promises; integers and bools keep theirs."""
+    return {
+        tensor.name: -(-size * (bits if floating else 8 * itemsize(tensor.dtype)) // 8)
+        for tensor, size, floating in _sized(architecture)
+    }
+
+
+def _largest_layer(architecture: Architecture, promised: Mapping[str, int]) -> tuple[str, int]:
     """(name, bytes) by accelerate's definition (`get_max_layer_size`).
 
     The maximum over modules that have no children or whose class is not to be split, parameters plus buffers; the
     root's own tensors count as a layer each.
     """
-    wide = width(dtype)
-    kept = {
-        tensor.name: -(-size * (wide if floating else 8 * itemsize(tensor.dtype)) // 8)
-        for tensor, size, floating in _sized(architecture)
-    }
     sizes = {
-        module.name: sum([kept.get(tensor.name, 0) for tensor in module.tensors]) for module in architecture.modules
+        module.name: sum([promised.get(tensor.name, 0) for tensor in module.tensors]) for module in architecture.modules
     }
     # Parents come before their children: going backwards, a module's sum is complete when its parent asks for it
     for module in reversed(architecture.modules):
         for child in module.children:
             sizes[module.name] += sizes.get(child, 0)
     root = architecture.modules[0]
-    layers = [(tensor.name, kept.get(tensor.name, 0)) for tensor in root.tensors]
+    layers = [(tensor.name, promised.get(tensor.name, 0)) for tensor in root.tensors]
     layers += [(name, sizes[name]) for child in root.children for name in _layers(architecture, child)]
     return max(layers, key=lambda layer: layer[1], default=("", 0))
 

@@ -41,12 +41,13 @@ def config(skipped: list[str] | None, **changes: Any) -> dict[str, Any]:
     return {"_load_in_4bit": known["load_in_4bit"], "_load_in_8bit": known["load_in_8bit"], **known}
 
 
-def says(quantization: Mapping[str, Any], scheme: str) -> bool:
-    """Return whether a `quantization_config` is BitsAndBytesConfig's and means this format."""
-    eight, four = quantization.get("load_in_8bit", False), quantization.get("load_in_4bit", False)
-    if quantization.get("quant_method", METHOD if eight or four else None) != METHOD:
-        return False
-    return scheme == ("int8" if not four else quantization.get("bnb_4bit_quant_type", "fp4"))
+def scheme_of(quantization: Mapping[str, Any]) -> str | None:
+    """Return the format that a `quantization_config` of BitsAndBytesConfig means; None for any other."""
+    four = quantization.get("load_in_4bit", False)
+    flagged = four or quantization.get("load_in_8bit", False)
+    if quantization.get("quant_method", METHOD if flagged else None) != METHOD:
+        return None
+    return str(quantization.get("bnb_4bit_quant_type", "fp4")) if four else "int8"
 
 
 def read_pasted(fields: Mapping[str, Any]) -> dict[str, Any]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
@@ -13,6 +13,12 @@ if TYPE_CHECKING:
     import torch
     from numpy.typing import NDArray
 
+    Codes = NDArray[Any]
+    Scales = NDArray[numpy.float32]
+
+Shape = tuple[int, int]
+"""(out, in) features of a matrix."""
+Shapes = Mapping[str, tuple[int, ...]]
 Tensors = Mapping[str, tuple[str, tuple[int, ...]]]
 """Stored name → (torch dtype name, shape)."""
 
@@ -40,12 +46,12 @@ class StoredTensor:
 class Encoder(Protocol):
     """One thread's way from numbers to codes, with buffers of its own."""
 
-    def encode(self, bits: NDArray[Any], measured: Any = None) -> tuple[NDArray[Any], NDArray[numpy.float32]]:
+    def encode(self, bits: Codes, measured: Any = None) -> tuple[Codes, Scales]:
         """Return (codes, scales) of numbers given as their bits; `measured` as of the packing."""
 
 
 class MeasuringEncoder(Encoder, Protocol):
-    def absmax(self, bits: NDArray[Any]) -> NDArray[numpy.float32]:
+    def absmax(self, bits: Codes) -> Scales:
         """Return the largest magnitudes alone, for packings that must know those of a whole weight first."""
 
 
@@ -76,7 +82,7 @@ class Packing(Protocol):
         """Return whether a whole weight is measured before it is encoded; what sums its scales depends on threads."""
         return False
 
-    def stored(self, shape: tuple[int, int], dtype: str, measured: Any = None) -> tuple[StoredTensor, ...]:
+    def stored(self, shape: Shape, dtype: str, measured: Any = None) -> tuple[StoredTensor, ...]:
         """Return the tensors, in the order of `suffixes`, of a matrix of `shape` (out, in) and `dtype`.
 
         measured: what `measure` gave; None: not known yet, and sizes are right within `spread`.
@@ -98,18 +104,14 @@ class Packing(Protocol):
     def encoder(self, dtype: str, size: int, device: str | None = None) -> Encoder:
         """Return an encoder of up to `size` numbers of `dtype`; device: a torch device, or None for numpy."""
 
-    def measure(self, absmax: NDArray[numpy.float32], threads: int) -> Any:
+    def measure(self, absmax: Scales, threads: int) -> Any:
         """Return what is to be known of a weight from its largest magnitudes; threads: as many as torch would use."""
         return None
 
-    def beside(
-        self, shape: tuple[int, int], dtype: str, scales: NDArray[numpy.float32], measured: Any, threads: int
-    ) -> dict[str, bytes]:
+    def beside(self, shape: Shape, dtype: str, scales: Scales, measured: Any, threads: int) -> dict[str, bytes]:
         """Return the contents of all stored tensors but the codes, by suffix."""
 
-    def module(
-        self, linear: torch.nn.Module, shapes: Mapping[str, tuple[int, ...]], config: Mapping[str, Any]
-    ) -> torch.nn.Module:
+    def module(self, linear: torch.nn.Module, shapes: Shapes, config: Mapping[str, Any]) -> torch.nn.Module:
         """Return the empty module that takes the place of `linear`; shapes: of the stored tensors, by suffix."""
 
     def attach(self, module: Any, parts: Mapping[str, torch.Tensor]) -> None:
@@ -117,10 +119,6 @@ class Packing(Protocol):
 
     def detach(self, module: Any) -> None:
         """Forget what was derived from the weight. A placeholder takes the weight's place afterwards."""
-
-
-def never(quantization: Mapping[str, Any]) -> bool:
-    return False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -133,8 +131,6 @@ class Format:
     """`quant_method` of its config."""
     aliases: tuple[str, ...] = ()
     """Other names in an estimate."""
-    says: Callable[[Mapping[str, Any]], bool] = never
-    """Does a `quantization_config` mean it?"""
     tensors: tuple[str, ...] = ()
     """How stored names end that tell it: those of codes, whose dtype is no wide float, and those of what is beside."""
     packing: Packing | None = None

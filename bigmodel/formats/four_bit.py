@@ -14,12 +14,12 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from . import bitsandbytes
 from .encoders import BLOCK, NESTED_BLOCK
-from .format import Format, MeasuringEncoder, Packing, StoredTensor
+from .format import Format, MeasuringEncoder, Packing, Shape, Shapes, StoredTensor
 
 if TYPE_CHECKING:
-    import numpy
     import torch
-    from numpy.typing import NDArray
+
+    from .format import Scales
 
 STATE = "weight.quant_state.bitsandbytes__"
 TYPICAL_OFFSET = 0.12345678901234568
@@ -51,7 +51,7 @@ class FourBit(Packing):
     def measures(self) -> bool:
         return self.bnb_4bit_use_double_quant
 
-    def stored(self, shape: tuple[int, int], dtype: str, measured: Any = None) -> tuple[StoredTensor, ...]:
+    def stored(self, shape: Shape, dtype: str, measured: Any = None) -> tuple[StoredTensor, ...]:
         return _stored(self, shape, dtype, measured)
 
     def spread(self) -> tuple[int, int]:
@@ -79,14 +79,12 @@ class FourBit(Packing):
 
         return DeviceFourBitEncoder(device, dtype, self.quant_type, size)
 
-    def measure(self, absmax: NDArray[numpy.float32], threads: int) -> float:
+    def measure(self, absmax: Scales, threads: int) -> float:
         from .encoders.nested import mean
 
         return float(mean(absmax, threads))
 
-    def beside(
-        self, shape: tuple[int, int], dtype: str, scales: NDArray[numpy.float32], measured: Any, threads: int
-    ) -> dict[str, bytes]:
+    def beside(self, shape: Shape, dtype: str, scales: Scales, measured: Any, threads: int) -> dict[str, bytes]:
         from .encoders.codes import dynamic_code, four_bit_code
 
         found = {
@@ -104,9 +102,7 @@ class FourBit(Packing):
             "weight.nested_quant_map": dynamic_code().tobytes(),
         }
 
-    def module(
-        self, linear: torch.nn.Module, shapes: Mapping[str, tuple[int, ...]], config: Mapping[str, Any]
-    ) -> torch.nn.Module:
+    def module(self, linear: torch.nn.Module, shapes: Shapes, config: Mapping[str, Any]) -> torch.nn.Module:
         import torch
         from bitsandbytes.nn import Linear4bit
 
@@ -135,7 +131,7 @@ class FourBit(Packing):
 
 
 @lru_cache(1024)
-def _stored(packing: FourBit, shape: tuple[int, int], dtype: str, measured: float | None) -> tuple[StoredTensor, ...]:
+def _stored(packing: FourBit, shape: Shape, dtype: str, measured: float | None) -> tuple[StoredTensor, ...]:
     elements, double = math.prod(shape), packing.bnb_4bit_use_double_quant
     blocks = -(-elements // BLOCK)
     tensors = [
@@ -152,7 +148,7 @@ def _stored(packing: FourBit, shape: tuple[int, int], dtype: str, measured: floa
     return *tensors, StoredTensor(STATE + packing.quant_type, "uint8", (length,), loaded=mean)
 
 
-def quant_state(quant_type: str, dtype: str, shape: tuple[int, int], offset: float | None) -> bytes:
+def quant_state(quant_type: str, dtype: str, shape: Shape, offset: float | None) -> bytes:
     """Return the JSON that bitsandbytes stores as a uint8 tensor beside a 4-bit weight (QuantState.as_dict, packed).
 
     dtype, shape (out, in): of the weight before; offset: of a double-quantized absmax.
@@ -172,15 +168,13 @@ def _features(linear: Any) -> tuple[int, int]:
 
 
 def _format(quant_type: str, *aliases: str) -> Format:
-    packing = FourBit(quant_type)
     return Format(
         name=quant_type,
         title=f"bitsandbytes {quant_type}",
         method=bitsandbytes.METHOD,
         aliases=aliases,
-        says=lambda quantization: bitsandbytes.says(quantization, quant_type),
         tensors=(".weight", f".bitsandbytes__{quant_type}"),
-        packing=packing,
+        packing=FourBit(quant_type),
     )
 
 

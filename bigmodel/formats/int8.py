@@ -7,12 +7,12 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from . import bitsandbytes
-from .format import Encoder, Format, Packing, StoredTensor
+from .format import Encoder, Format, Packing, Shape, Shapes, StoredTensor
 
 if TYPE_CHECKING:
-    import numpy
     import torch
-    from numpy.typing import NDArray
+
+    from .format import Scales
 
 
 @dataclass(frozen=True)
@@ -30,7 +30,7 @@ class Int8(Packing):
     def suffixes(self) -> tuple[str, ...]:
         return "weight", "weight_format", "SCB"
 
-    def stored(self, shape: tuple[int, int], dtype: str, measured: Any = None) -> tuple[StoredTensor, ...]:
+    def stored(self, shape: Shape, dtype: str, measured: Any = None) -> tuple[StoredTensor, ...]:
         return (
             StoredTensor("weight", "int8", shape),
             StoredTensor("SCB", "float32", shape[:1]),
@@ -52,14 +52,10 @@ class Int8(Packing):
 
         return DeviceInt8Encoder(device, size)
 
-    def beside(
-        self, shape: tuple[int, int], dtype: str, scales: NDArray[numpy.float32], measured: Any, threads: int
-    ) -> dict[str, bytes]:
+    def beside(self, shape: Shape, dtype: str, scales: Scales, measured: Any, threads: int) -> dict[str, bytes]:
         return {"SCB": scales.tobytes(), "weight_format": b"\0"}
 
-    def module(
-        self, linear: torch.nn.Module, shapes: Mapping[str, tuple[int, ...]], config: Mapping[str, Any]
-    ) -> torch.nn.Module:
+    def module(self, linear: torch.nn.Module, shapes: Shapes, config: Mapping[str, Any]) -> torch.nn.Module:
         from bitsandbytes.nn import Linear8bitLt
 
         rows, columns = shapes["weight"]
@@ -80,7 +76,6 @@ INT8 = Format(
     name="int8",
     title="bitsandbytes int8",
     method="bitsandbytes",
-    says=lambda quantization: bitsandbytes.says(quantization, "int8"),
     tensors=(".weight", ".SCB"),
     packing=Int8(),
 )

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from bigpipe.bigmodel.checkpoint import CASTABLE
 from bigpipe.errors import UsageError
 
+from . import bitsandbytes
 from .foreign import FOREIGN
 from .format import PLAIN, Format, Packing, Tensors
 from .four_bit import FP4, NF4
@@ -70,15 +71,16 @@ def recognise(quantization: Mapping[str, Any] | None, tensors: Tensors | None) -
 
     A method that nobody here has heard of is a format too, which cannot be computed with.
     """
-    method = method_of(quantization or {})
-    for known in (*BUILT_IN.values(), *FOREIGN):
-        if known.says(quantization or {}) or (not known.packing and _same(known.method, method)):
-            return known
-    if method in offered():
+    quantization = quantization or {}
+    producer = quantization.get("producer")  # how ModelOpt named itself before it wrote a quant_method
+    before = producer.get("name") if isinstance(producer, Mapping) else None
+    method = str(bitsandbytes.scheme_of(quantization) or quantization.get("quant_method") or before or "")
+    if not method:
+        return _shown(tensors or {})
+    foreign = next((found for found in FOREIGN if _same(found.method, method)), None)
+    if foreign is None and method in names():
         return named(method)
-    if method:
-        return Format(name=method, title=method, method=method, computes=False)
-    return _shown(tensors or {})
+    return foreign or Format(name=method, title=method, method=method, computes=False)
 
 
 def format_of(described: ModelDescription) -> Format:
@@ -104,13 +106,6 @@ def castable(described: ModelDescription, dtype: str) -> None:
             f"{_place(described)}dtype {dtype} would change the scales of quantized weights ({found.title})",
             "leave dtype out, or cast the weights before they are quantized",
         )
-
-
-def method_of(quantization: Mapping[str, Any]) -> str:
-    """Return `quant_method`, or what ModelOpt wrote in its place before; "" where nothing tells."""
-    producer = quantization.get("producer")
-    before = producer.get("name") if isinstance(producer, Mapping) else None
-    return str(quantization.get("quant_method") or before or "")
 
 
 def _place(described: ModelDescription) -> str:

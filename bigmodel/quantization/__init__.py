@@ -17,7 +17,7 @@ from bigpipe.bigmodel.checkpoint import (
     ARCHITECTURE_FILE,
     Checkpoint,
     ModelDescription,
-    describe_checkpoint,
+    describe_opened,
     open_checkpoint,
 )
 from bigpipe.bigmodel.sources import Sources
@@ -105,7 +105,6 @@ def quantize_checkpoint(
         check_device(device, settings)
     checkpoint = source if isinstance(source, Checkpoint) else open_checkpoint(source)
     return quantize_described(
-        describe_checkpoint(checkpoint.path),
         checkpoint,
         Path(out),
         settings,
@@ -118,7 +117,6 @@ def quantize_checkpoint(
 
 
 def quantize_described(
-    described: ModelDescription,
     checkpoint: Checkpoint,
     out: Path,
     settings: Settings,
@@ -136,7 +134,7 @@ def quantize_described(
     """
     from .stream import split, write_quantized  # brings numpy, which a plan does not need
 
-    outlined, quantized = understand(described, settings, architecture=architecture, sources=sources)
+    outlined, quantized = understand(describe_opened(checkpoint), settings, architecture=architecture, sources=sources)
     files = {name: tensor.file for name, tensor in checkpoint.tensors.items()}
     shards = split(outlined, files, max_shard_size)
     written, plans = write_quantized(
