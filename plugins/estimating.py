@@ -32,6 +32,8 @@ from .sources import sources_of
 
 RAM = 96 * 2**20
 """Of the engine's own process for the largest headers; a class that must be built is built in a child."""
+WORK = {"batch_size", "sequence_length", "kv_dtype", "lora_rank", "lora_targets", "gradient_checkpointing"}
+"""Fields that are the workload's own."""
 REPORT_BYTES = 64 * 2**10
 
 
@@ -116,15 +118,7 @@ def _estimate(params: EstimateParams, sighting: Sighting, sources: Sources) -> E
         sighting,
         dtypes=params.dtypes,
         head=params.head,
-        workload=Workload(
-            batch_size=params.batch_size,
-            sequence_length=params.sequence_length,
-            double_quant=params.bnb_4bit_use_double_quant,
-            kv_dtype=params.kv_dtype,
-            lora_rank=params.lora_rank,
-            lora_targets=params.lora_targets,
-            gradient_checkpointing=params.gradient_checkpointing,
-        ),
+        workload=Workload(double_quant=params.bnb_4bit_use_double_quant, **params.model_dump(include=WORK)),
         sources=sources,
     )
     return replace(made, train=params.train)
