@@ -104,7 +104,7 @@ def castable(described: ModelDescription, dtype: str) -> None:
     if found is not PLAIN:
         raise UsageError(
             f"{_place(described)}dtype {dtype} would change the scales of quantized weights ({found.title})",
-            "leave dtype out, or cast the weights before they are quantized",
+            "leave dtype out, or let quantize come after shard",
         )
 
 
