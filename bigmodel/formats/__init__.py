@@ -17,6 +17,6 @@ __all__ = [
     "BUILT_IN", "DTYPES", "PASTED", "PLAIN", "PLAIN_DTYPES", "WORTHWHILE", "Encoder", "Format", "MeasuringEncoder",
     "PackedWeight", "Packing", "StoredTensor", "Tensors", "castable", "computable", "converted_modules",
     "default_skips", "dtypes", "format_of", "has_double_quant", "matrix_shape", "name_matcher", "named", "names",
-    "packing", "packing_of", "read_pasted", "recognise", "replace_linears", "set_apart", "stored_dtype", "version_of",
+    "packing", "packing_of", "read_pasted", "recognise", "replace_linears", "set_apart", "version_of",
     "weight_of", "width",
 ]  # fmt: skip

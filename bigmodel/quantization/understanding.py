@@ -9,7 +9,7 @@ from bigpipe.bigmodel.architecture import Architecture, ask_names, describe_arch
 from bigpipe.bigmodel.checkpoint import ModelDescription
 from bigpipe.bigmodel.formats import PLAIN, format_of
 from bigpipe.bigmodel.sources import Sources
-from bigpipe.bigmodel.writing.sidefiles import config_with_dtype
+from bigpipe.bigmodel.writing import config_with_dtype
 from bigpipe.errors import UsageError
 
 from .outline import Outline, outline
