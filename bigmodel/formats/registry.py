@@ -78,7 +78,7 @@ def recognise(quantization: Mapping[str, Any] | None, tensors: Tensors | None) -
     if not method:
         return _shown(tensors or {})
     foreign = next((found for found in FOREIGN if _same(found.method, method)), None)
-    if foreign is None and method in names():
+    if method in BUILT_IN or (foreign is None and method in offered()):
         return named(method)
     return foreign or Format(name=method, title=method, method=method, computes=False)
 
