@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from bigpipe.bigmodel.architecture import Architecture, ModuleSpec, TensorSpec
-from bigpipe.bigmodel.checkpoint.tensors import itemsize
+from bigpipe.bigmodel.checkpoint import itemsize
 from bigpipe.bigmodel.formats import PLAIN_DTYPES, Packing, converted_modules, matrix_shape, packing, weight_of, width
 from bigpipe.bigmodel.memo import kept
 
