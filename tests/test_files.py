@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import errno
+import fcntl
 import hashlib
 import os
 import re
@@ -82,6 +83,23 @@ class TestWholeFiles:
         assert not is_partial(".gitattributes")
 
 
+class TestSyncing:
+    """macOS alone has F_FULLFSYNC; any command of fcntl that works, or does not, stands for it here."""
+
+    def test_where_there_is_a_full_sync_it_is_used(self, tmp_path, monkeypatch):
+        monkeypatch.setattr(fcntl, "F_FULLFSYNC", fcntl.F_GETFD, raising=False)
+        monkeypatch.setattr(os, "fsync", None)
+        write_file(tmp_path / "file", b"content")
+        assert names(tmp_path) == ["file"]
+
+    def test_a_drive_without_one_is_synced_as_any(self, tmp_path, monkeypatch):
+        synced = []
+        monkeypatch.setattr(fcntl, "F_FULLFSYNC", 1 << 20, raising=False)
+        monkeypatch.setattr(os, "fsync", synced.append)
+        write_file(tmp_path / "file", b"content")
+        assert len(synced) == 2
+
+
 class TestLargeFiles:
     def test_a_file_has_its_name_only_once_it_is_whole(self, tmp_path):
         with FileWriter(tmp_path / "file", 6) as writer:
@@ -141,6 +159,15 @@ class TestLogs:
             with LogFile(tmp_path / "log") as log:
                 log.append(line, durable=True)
         assert (tmp_path / "log").read_bytes() == b"one\ntwo\n"
+
+    def test_what_may_wait_comes_with_the_next_or_at_the_end(self, tmp_path):
+        with LogFile(tmp_path / "log") as log:
+            log.append(b"one\n", later=True)
+            assert (tmp_path / "log").read_bytes() == b""
+            log.append(b"two\n")
+            assert (tmp_path / "log").read_bytes() == b"one\ntwo\n"
+            log.append(b"three\n", later=True)
+        assert (tmp_path / "log").read_bytes() == b"one\ntwo\nthree\n"
 
     def test_a_torn_end_is_cut(self, tmp_path):
         (tmp_path / "log").write_bytes(b"one\ntw")

@@ -16,6 +16,7 @@ from support.models import forward, make_checkpoint, tiny_model
 from bigpipe.bigmodel.checkpoint import open_checkpoint
 from bigpipe.bigmodel.writing import PlannedTensor, Traffic, plan_shards, save_checkpoint, write_checkpoint
 from bigpipe.errors import DoesNotFit, UsageError
+from bigpipe.files import partial_name
 
 
 def raw(tensor: torch.Tensor) -> bytes:
@@ -145,6 +146,28 @@ def test_a_save_replaces_the_files_of_an_earlier_one(tmp_path):
     save_checkpoint(tmp_path / "source", tmp_path / "out", max_shard_size="10KB")
     save_checkpoint(tmp_path / "source", tmp_path / "out")
     assert [path.name for path in (tmp_path / "out").glob("model*")] == ["model.safetensors"]
+
+
+def test_a_save_removes_what_a_killed_one_left_unfinished(tmp_path):
+    make_checkpoint(tmp_path / "source", "opt")
+    (tmp_path / "out").mkdir()
+    left = [partial_name(tmp_path / "out" / "config.json"), tmp_path / "out" / "model-00002-of-00007.safetensors.part"]
+    for path in left:
+        path.write_bytes(b"torn")
+    save_checkpoint(tmp_path / "source", tmp_path / "out")
+    assert not any(path.exists() for path in left)
+
+
+def test_one_worker_finishes_a_file_before_it_begins_the_next(tmp_path):
+    plans = plan_shards([PlannedTensor.of(f"t{number}", "uint8", (1000,)) for number in range(3)], 1000)
+    whole = []
+
+    def produce(tensor):
+        whole.append(len(list(tmp_path.glob("out/*.safetensors"))) + len(list(tmp_path.glob("journal/*"))))
+        yield bytes(1000)
+
+    write_checkpoint(tmp_path / "out", plans, produce, journal=tmp_path / "journal")
+    assert whole == [0, 2, 4]
 
 
 def test_finished_files_are_kept_after_a_crash_and_damaged_ones_are_not(tmp_path):
