@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+import threading
+import time
 import zipfile
 
 import pytest
@@ -220,6 +222,25 @@ def test_several_files_side_by_side_stop_together(tmp_path):
     assert list(saved.files) == [*(plan.file for plan in plans), "model.safetensors.index.json"]
     checkpoint = open_checkpoint(tmp_path)
     assert all(checkpoint.read(name) == name.encode() * 10**6 for name in checkpoint.tensors)
+
+
+def test_an_error_stops_the_other_workers_at_their_next_piece(tmp_path):
+    plans = plan_shards([PlannedTensor.of(f"t{number}", "uint8", (1_000_000,)) for number in range(2)], 1_000_000)
+    begun, made = threading.Event(), []
+
+    def produce(tensor):
+        if tensor.name == "t0":
+            begun.wait()
+            raise OSError("the source is gone")
+        for piece in range(1000):
+            begun.set()
+            time.sleep(0.01)
+            made.append(piece)
+            yield bytes(1000)
+
+    with pytest.raises(OSError, match="the source is gone"):
+        write_checkpoint(tmp_path, plans, produce, workers=2)
+    assert len(made) < 1000
 
 
 def test_a_producer_that_gives_too_little_is_a_bug_and_leaves_nothing(tmp_path):
