@@ -6,49 +6,20 @@ that are quantized too, another dtype, a lighter optimizer. Several of these tog
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
 from bigpipe.bigmodel.architecture import Architecture
 from bigpipe.bigmodel.formats import WORTHWHILE, has_double_quant, width
+from bigpipe.fit import Cure, fits, nearest
 
 from .budgets import Budget, Workload, budget
 
 LIGHTER: dict[str, tuple[str, ...]] = {"adamw": ("adamw_8bit", "lora"), "adamw_8bit": ("lora",), "sgd": ("lora",)}
 """Optimizer → those that do its job in less memory, the nearest first."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Change:
-    """What would have to be different for a model to fit."""
-
-    option: str
-    """As it is written on the command line: `--batch-size 1`."""
-    bytes: int
-    """Needed then, at the upper end of what is not exact."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Setting:
-    """One way to use a model."""
-
-    dtype: str
-    workload: Workload
-    train: str | None = None
-    """The optimizer of a training step; None: inference."""
-
-    def options(self, asked: Setting) -> str:
-        """How the command line says this, where it differs from what was asked."""
-        ours, theirs = self.workload, asked.workload
-        words = [f"--dtypes {self.dtype}"] if self.dtype != asked.dtype else []
-        words += [f"--train {self.train}"] if self.train != asked.train else []
-        words += ["--double-quant"] if ours.double_quant and not theirs.double_quant else []
-        words += ["--gradient-checkpointing"] if ours.gradient_checkpointing > theirs.gradient_checkpointing else []
-        for name in ("batch_size", "sequence_length"):
-            if getattr(ours, name) != getattr(theirs, name):
-                words.append(f"--{name.replace('_', '-')} {getattr(ours, name)}")
-        return " ".join(words)
+Change = Mapping[str, Any]
+"""Option of `bigpipe estimate` → value: dtypes, train, double_quant and fields of a `Workload`, in this order."""
 
 
 def needed(found: Budget, train: str | None) -> int | None:
@@ -59,69 +30,73 @@ def needed(found: Budget, train: str | None) -> int | None:
     return term.high + found.runtime.high if term else None
 
 
-def smallest_change(architecture: Architecture, asked: Setting, memory: int) -> Change | None:
-    """None where nothing that is tried fits into `memory` bytes."""
+@dataclass(frozen=True, slots=True)
+class Question:
+    """Does a model fit into so many bytes, used in this way?"""
 
-    def size(setting: Setting) -> int | None:
-        return needed(budget(architecture, setting.dtype, setting.workload), setting.train)
+    architecture: Architecture
+    dtype: str
+    workload: Workload
+    train: str | None
+    """The optimizer of a training step; None: inference."""
+    memory: int
 
-    for setting, shrunk in _attempts(asked):
-        found = _largest(setting, shrunk, memory, size) if shrunk else setting
-        taken = size(found) if found else None
-        if found and taken is not None and taken <= memory:
-            return Change(option=found.options(asked), bytes=taken)
-    return None
+    def size(self, change: Change) -> int | None:
+        """Bytes with the change; None where the dtype cannot be trained so."""
+        work = {name: value for name, value in change.items() if name not in ("dtypes", "train")}
+        found = budget(self.architecture, change.get("dtypes", self.dtype), replace(self.workload, **work))
+        return needed(found, change.get("train", self.train))
 
+    def holds(self, change: Change) -> bool:
+        size = self.size(change)
+        return size is not None and fits(size, self.memory)
 
-def _attempts(asked: Setting) -> Iterator[tuple[Setting, str | None]]:
-    """(setting, the number to make as small as needed), what changes least first."""
-    saving = _with(asked, gradient_checkpointing=True) if asked.train else asked
-    if saving != asked:
-        yield saving, None
-    yield asked, "batch_size"
-    yield asked, "sequence_length"
-    for other in _others(asked):
-        yield other, None
-    bases = (saving, *_others(saving))
-    for base in bases:
-        yield base, None
-        yield base, "batch_size"
-    for base in bases:
-        yield _with(base, batch_size=1), "sequence_length"
+    def smallest_change(self) -> tuple[Cure, int] | None:
+        """Return the change and the bytes needed then; None where nothing that is tried fits."""
+        for change, shrunk in self._attempts():
+            found = self._shrunk(change, shrunk) if shrunk else change
+            if found is not None and self.holds(found):
+                return Cure(found), self.size(found) or 0
+        return None
 
+    def _shrunk(self, change: Change, name: str) -> Change | None:
+        """With the largest smaller value of a number that fits."""
+        asked = change.get(name, getattr(self.workload, name))
+        found = nearest(1, asked, lambda value: self.holds({**change, name: value})) if asked > 1 else None
+        return None if found is None else {**change, name: found}
 
-def _others(setting: Setting) -> Iterator[Setting]:
-    """The same work in another dtype, with quantized scales, or under a lighter optimizer."""
-    yield from _narrower(setting)
-    for optimizer in LIGHTER.get(setting.train or "", ()):
-        lighter = replace(setting, train=optimizer)
-        yield lighter
-        yield from _narrower(lighter)
+    def _attempts(self) -> Iterator[tuple[Change, str | None]]:
+        """(change, the number to make as small as needed), what changes least first."""
+        kept = self.workload.gradient_checkpointing or not self.train
+        saving: Change = {} if kept else {"gradient_checkpointing": True}
+        if saving:
+            yield saving, None
+        yield {}, "batch_size"
+        yield {}, "sequence_length"
+        for other in self._others():
+            yield other, None
+        bases = [{**other, **saving} for other in ({}, *self._others())]
+        for base in bases:
+            yield base, None
+            yield base, "batch_size"
+        fewest = {} if self.workload.batch_size == 1 else {"batch_size": 1}
+        for base in bases:
+            yield {**base, **fewest}, "sequence_length"
 
+    def _others(self) -> Iterator[Change]:
+        """The same work in another dtype, with quantized scales, or under a lighter optimizer."""
+        for optimizer in (None, *LIGHTER.get(self.train or "", ())):
+            lighter = {"train": optimizer} if optimizer else {}
+            if lighter:
+                yield lighter
+            for narrower in self._narrower():
+                yield {**narrower, **lighter}
 
-def _narrower(setting: Setting) -> Iterator[Setting]:
-    narrower = [name for name in WORTHWHILE if width(name) < width(setting.dtype)]
-    for name in (setting.dtype, *sorted(narrower, key=lambda name: -width(name))):
-        other = replace(setting, dtype=name)
-        if name != setting.dtype:
-            yield other
-        if has_double_quant(name) and not setting.workload.double_quant:
-            yield _with(other, double_quant=True)
-
-
-def _with(setting: Setting, **changes: Any) -> Setting:
-    return replace(setting, workload=replace(setting.workload, **changes))
-
-
-def _largest(setting: Setting, name: str, memory: int, size: Callable[[Setting], int | None]) -> Setting | None:
-    """The largest smaller value of a number that fits; memory grows with it, so halving finds it."""
-    best, low, high = None, 1, getattr(setting.workload, name) - 1
-    while low <= high:
-        middle = (low + high) // 2
-        changed = _with(setting, **{name: middle})
-        taken = size(changed)
-        if taken is not None and taken <= memory:
-            best, low = changed, middle + 1
-        else:
-            high = middle - 1
-    return best
+    def _narrower(self) -> Iterator[Change]:
+        narrower = [name for name in WORTHWHILE if width(name) < width(self.dtype)]
+        for name in (self.dtype, *sorted(narrower, key=lambda name: -width(name))):
+            other: Change = {} if name == self.dtype else {"dtypes": name}
+            if other:
+                yield other
+            if has_double_quant(name) and not self.workload.double_quant:
+                yield {**other, "double_quant": True}

@@ -18,11 +18,12 @@ from bigpipe.bigmodel.checkpoint import ModelDescription, tensor_nbytes
 from bigpipe.bigmodel.formats import format_of, packing
 from bigpipe.bigmodel.sources import Sources
 from bigpipe.errors import UsageError
+from bigpipe.fit import Cure, as_options
 from bigpipe.sizes import size_of
 from bigpipe.trust import Trust
 
 from .budgets import OPTIMIZERS, Budget, Workload, budget, capped_length
-from .changes import Change as Change, Setting, needed, smallest_change
+from .changes import Question, needed
 from .grounds import as_accelerate, grounds
 from .sighting import Sighting, architecture_of, look
 
@@ -35,8 +36,10 @@ class Verdict:
     memory: int
     fits: bool
     """Also at the upper end of what is not exact."""
-    change: Change | None
+    cure: Cure | None = None
     """The smallest change that fits; None where it fits, or nothing here would."""
+    bytes: int | None = None
+    """Needed then, at the upper end of what is not exact."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -67,11 +70,11 @@ class Estimate:
 
     def verdict(self, dtype: str, memory: int) -> Verdict:
         """Does it fit into `memory` bytes, and if not, what is the least that must change?"""
-        size = self.needed(dtype)
-        if size is not None and size <= memory:
-            return Verdict(memory=memory, fits=True, change=None)
-        asked = Setting(dtype=dtype, workload=self.workload, train=self.train)
-        return Verdict(memory=memory, fits=False, change=smallest_change(self.architecture, asked, memory))
+        question = Question(self.architecture, dtype, self.workload, self.train, memory)
+        if question.holds({}):
+            return Verdict(memory=memory, fits=True)
+        cure, size = question.smallest_change() or (None, None)
+        return Verdict(memory=memory, fits=False, cure=cure, bytes=size)
 
     def as_json(self) -> dict[str, Any]:
         data: dict[str, Any] = {
@@ -97,7 +100,8 @@ class Estimate:
             data |= {"memory": self.memory, "train": self.train}
             for found in self.budgets:
                 verdict = self.verdict(found.dtype, self.memory)
-                change = {"option": verdict.change.option, "bytes": verdict.change.bytes} if verdict.change else None
+                cure = verdict.cure
+                change = {"option": as_options(cure.change), "bytes": verdict.bytes} if cure else None
                 data["dtypes"][found.dtype]["fits"] = verdict.fits
                 data["dtypes"][found.dtype]["smallest_change"] = change
         return data

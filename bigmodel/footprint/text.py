@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from shutil import get_terminal_size
 from typing import TYPE_CHECKING, TextIO
 
+from bigpipe.fit import as_options
 from bigpipe.sizes import format_size, format_transfer
 
 from .budgets import Budget, Term
@@ -176,10 +177,9 @@ def verdict(estimate: Estimate, dtype: str) -> str:
     most = f"{format_size(high)} at most" if high is not None else f"{dtype} is not trained so"
     if found.fits:
         return f"{device}: yes ({most})"
-    if found.change is not None:
-        return f"{device}: no ({most}). Smallest change that fits: {found.change.option} " + (
-            f"({format_size(found.change.bytes)})"
-        )
+    if found.cure is not None:
+        change = as_options(found.cure.change)
+        return f"{device}: no ({most}). Smallest change that fits: {change} ({format_size(found.bytes or 0)})"
     return f"{device}: no ({most}), and no smaller batch, length or dtype does; spread it over devices (`dispatch`)"
 
 
@@ -236,7 +236,7 @@ def _compared(estimate: Estimate, dtype: str) -> Row:
     row = _row(estimate, estimate[dtype])
     if estimate.memory is not None:
         found = estimate.verdict(dtype, estimate.memory)
-        least = found.change.option if found.change else "nothing that was tried"
+        least = as_options(found.cure.change) if found.cure else "nothing that was tried"
         row["fits"] = f"fits {format_size(estimate.memory)}" if found.fits else f"no; {least} would"
     first = {"dtype": row.pop("dtype"), "model": estimate.model, "parameters": f"{estimate[dtype].parameters:,}"}
     row.pop("basis")

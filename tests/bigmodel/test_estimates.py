@@ -22,6 +22,7 @@ from bigpipe.bigmodel.footprint import Estimate, Workload, budget, estimate
 from bigpipe.bigmodel.footprint.text import compare
 from bigpipe.bigmodel.formats import DTYPES
 from bigpipe.errors import InvalidCheckpoint, Offline, UsageError
+from bigpipe.fit import as_options
 
 OPT_13B: dict[str, Any] = {
     "model_type": "opt", "architectures": ["OPTForCausalLM"], "hidden_size": 5120, "num_hidden_layers": 40,
@@ -162,30 +163,30 @@ class TestBareConfig:
 class TestFits:
     def test_yes(self, opt_13b: Path) -> None:
         verdict = estimate(opt_13b, dtypes=["nf4"]).verdict("nf4", 24 * GIB)
-        assert (verdict.fits, verdict.change) == (True, None)
+        assert (verdict.fits, verdict.cure) == (True, None)
 
     def test_the_largest_batch_that_fits_comes_first(self, opt_13b: Path) -> None:
         made = estimate(opt_13b, dtypes=["int8"], batch_size=4)
-        change = made.verdict("int8", 19 * GIB).change
-        assert change is not None
-        assert change.option == "--batch-size 3"
+        change = made.verdict("int8", 19 * GIB)
+        assert change.cure is not None
+        assert as_options(change.cure.change) == "--batch-size 3"
         assert change.bytes <= 19 * GIB
         assert change.bytes == budget(made.architecture, "int8", Workload(batch_size=3)).inference_high
         assert budget(made.architecture, "int8", Workload(batch_size=4)).inference_high > 19 * GIB
 
     def test_then_a_shorter_sequence(self, opt_13b: Path) -> None:
         made = estimate(opt_13b, dtypes=["int8"])
-        change = made.verdict("int8", int(13.5 * GIB)).change
-        assert change is not None
-        name, length = change.option.split()
+        change = made.verdict("int8", int(13.5 * GIB))
+        assert change.cure is not None
+        name, length = as_options(change.cure.change).split()
         assert name == "--sequence-length"
         longer = Workload(sequence_length=int(length) + 1)
         assert budget(made.architecture, "int8", longer).inference_high > 13.5 * GIB
 
     def test_then_a_narrower_dtype(self, opt_13b: Path) -> None:
-        change = estimate(opt_13b, dtypes=["float16"], batch_size=2).verdict("float16", 20 * GIB).change
-        assert change is not None
-        assert change.option == "--dtypes int8"
+        change = estimate(opt_13b, dtypes=["float16"], batch_size=2).verdict("float16", 20 * GIB)
+        assert change.cure is not None
+        assert as_options(change.cure.change) == "--dtypes int8"
 
     def test_then_quantized_scales(self, opt_13b: Path) -> None:
         made = estimate(opt_13b, dtypes=["nf4"], sequence_length=1)
@@ -193,16 +194,16 @@ class TestFits:
             budget(made.architecture, "nf4", Workload(sequence_length=1, double_quant=twice)).inference_high
             for twice in (False, True)
         )
-        change = made.verdict("nf4", (single + double) // 2).change
-        assert change is not None
-        assert (change.option, change.bytes) == ("--double-quant", double)
+        change = made.verdict("nf4", (single + double) // 2)
+        assert change.cure is not None
+        assert (as_options(change.cure.change), change.bytes) == ("--double-quant", double)
 
     def test_several_together_where_none_does_alone(self, opt_13b: Path) -> None:
         made = estimate(opt_13b, dtypes=["float16"], batch_size=8)
-        change = made.verdict("float16", 14 * GIB).change
-        assert change is not None
-        assert change.option.startswith("--dtypes nf4 --batch-size ")
-        batch = int(change.option.split()[-1])
+        change = made.verdict("float16", 14 * GIB)
+        assert change.cure is not None
+        assert as_options(change.cure.change).startswith("--dtypes nf4 --batch-size ")
+        batch = int(as_options(change.cure.change).split()[-1])
         fits, not_any_more = (
             budget(made.architecture, "nf4", Workload(batch_size=size)).inference_high for size in (batch, batch + 1)
         )
@@ -210,23 +211,23 @@ class TestFits:
 
     def test_of_a_training_step(self, opt_13b: Path) -> None:
         made = estimate(opt_13b, dtypes=["bfloat16", "nf4"], batch_size=8, train="adamw", memory="80GiB")
-        change = made.verdict("bfloat16", 80 * GIB).change
-        assert change is not None
-        assert change.option == "--train lora --gradient-checkpointing"
+        change = made.verdict("bfloat16", 80 * GIB)
+        assert change.cure is not None
+        assert as_options(change.cure.change) == "--train lora --gradient-checkpointing"
         found = budget(made.architecture, "bfloat16", Workload(batch_size=8, gradient_checkpointing=True))
         lora = found.training["lora"]
         assert lora is not None
         assert change.bytes == lora.high + found.runtime.high
-        more = estimate(opt_13b, dtypes=["bfloat16"], batch_size=8, train="adamw").verdict("bfloat16", 330 * GIB).change
-        assert more is not None
-        assert more.option == "--gradient-checkpointing"
+        more = estimate(opt_13b, dtypes=["bfloat16"], batch_size=8, train="adamw").verdict("bfloat16", 330 * GIB)
+        assert more.cure is not None
+        assert as_options(more.cure.change) == "--gradient-checkpointing"
         assert "nf4 is not trained so" in made.render()
         with pytest.raises(UsageError, match="'adam'"):
             estimate(opt_13b, train="adam")
 
     def test_nothing_fits(self, opt_13b: Path) -> None:
         made = estimate(opt_13b, dtypes=["int8"], memory="4GiB")
-        assert made.verdict("int8", 4 * GIB).change is None
+        assert made.verdict("int8", 4 * GIB).cure is None
         assert "spread it over devices" in made.render()
         assert made.as_json()["dtypes"]["int8"]["smallest_change"] is None
 
