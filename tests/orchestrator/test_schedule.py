@@ -338,6 +338,14 @@ def test_who_followed_in_vain_takes_its_turn(tmp_path: Path) -> None:
     assert not any(now.states.held.values())
 
 
+@pytest.mark.parametrize(("digest", "then"), [("sha256:a", Do.CACHED), ("other", Do.LOOK)])
+def test_who_would_be_a_hit_is_one_if_the_same_comes_again(digest: str, then: Do, tmp_path: Path) -> None:
+    now = scene(tmp_path, SIP, {"a": "repassing", "b": "hit"})
+    schedule.done(now.states["a"], record("a", digest=digest))
+    schedule.end(now.states, "a", Status.SUCCEEDED, "")
+    assert next_of(now, "b") is then
+
+
 SIPS = A_DROPS + "  b: {uses: sip, inputs: {first: a}}\n  c: {uses: sip, inputs: {first: a}}\n"
 
 
