@@ -421,9 +421,8 @@ def passes_on(states: States, facts: Facts, name: str, *, gone: bool = False) ->
     gone: some of them are. Then whoever failed will not find them all, and they are not kept for it.
     """
     consumers = (states[each.name] for each in reversed(facts.consumers.get(name, ())))
-    return not states[name].node.cache and all(
-        each.following == name or (gone and each.status is Status.FAILED) for each in consumers
-    )
+    excused = {Status.SKIPPED, Status.FAILED} if gone else {Status.SKIPPED}
+    return not states[name].node.cache and all(each.following == name or each.status in excused for each in consumers)
 
 
 def _between(states: States, facts: Facts, name: str) -> int:

@@ -72,8 +72,9 @@ SCHEDULE_MUTANTS = [
     ("what a producer gave before is not asked",
      "if state.decision and state.status is Status.RUNNING else None", "if False else None"),
     ("files are let go though one waits for all",
-     "states[name].node.cache and all(\n", "states[name].node.cache and any(\n"),
-    ("files that are kept are let go", "return not states[name].node.cache and all(\n", "return all(\n"),
+     "states[name].node.cache and all(each", "states[name].node.cache and any(each"),
+    ("files that are kept are let go", "return not states[name].node.cache and all(each", "return all(each"),
+    ("files are kept for who was skipped", "else {Status.SKIPPED}", "else set()"),
     ("all of what passes lies there",
      "min(states[follows].disk, _between(states, facts, follows))", "states[follows].disk"),
 ]  # fmt: skip

@@ -361,6 +361,7 @@ def test_files_are_let_go_where_all_who_take_them_follow(tmp_path: Path) -> None
     assert not passes_on({"c": "new"})
     assert not passes_on({"c": "failed"})
     assert passes_on({"c": "failed"}, gone=True)
+    assert passes_on({"c": "skipped"})
     kept = scene(tmp_path, SIP, {"a": "passing", "b": "follows"})
     assert not schedule.passes_on(kept.states, kept.facts, "a")
 

@@ -12,8 +12,6 @@ import time
 import pytest
 from support.workshop import environment, statuses
 
-from bigpipe.orchestrator.running import execution
-
 RECIPE = """\
 version: 1
 name: pouring
@@ -58,22 +56,17 @@ def test_keys_and_digests_are_those_of_one_after_the_other(workshop, tmp_path):
     assert facts(side_by_side) == facts(in_turn)
 
 
-@pytest.mark.parametrize("function", ["_publish", "_lead"])
-def test_files_are_found_while_they_move_into_the_store(workshop, monkeypatch, function):
-    """However long publishing takes, those who read on find each file where it was promised."""
+def test_files_are_found_while_they_move_into_the_store(workshop):
+    """Those who read on while their producer is published find each file where it was promised."""
     between = "  strain: {uses: strain, inputs: {first: pour}}\n  sip:"
     text = RECIPE.replace("  sip:", between).replace("first: pour}, with", "first: strain}, with")
-    plain = getattr(execution, function)
-
-    def slow(*arguments):
-        time.sleep(0.7)
-        return plain(*arguments)
-
-    monkeypatch.setattr(execution, function, slow)
-    result = workshop.run(text, params={"pour": "0.02", "sip": "0.4"})
+    result = workshop.run(text, params={"count": "40", "sip": "0.05"})
     assert [(state.status, state.error) for state in result.nodes.values()] == [("succeeded", None)] * 3
-    strain, sip = (result.nodes[name].record.metrics for name in ("strain", "sip"))
-    assert sip["began"] < strain["ended"]
+    strain, sip = (result.nodes[name].record for name in ("strain", "sip"))
+    assert sip.metrics["began"] < strain.metrics["ended"]
+    assert {name: file for name, file in sip.files.items() if "file-" in name} == {
+        name: file for name, file in strain.files.items() if "file-" in name
+    }
     assert leftovers(workshop) == []
 
 
