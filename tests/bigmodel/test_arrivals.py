@@ -90,7 +90,7 @@ def test_a_file_is_taken_once_all_that_is_made_of_it_is_written(tmp_path: Path, 
     for name in weights[:2]:
         deliver(outlet, source, name)
     thread = threading.Thread(
-        target=convert, args=(open_checkpoint(inlet), tmp_path / "made"), kwargs={"max_shard_size": 24_500}
+        target=convert, args=(open_checkpoint(inlet), tmp_path / "made"), kwargs={"max_shard_size": 24_500}, daemon=True
     )
     thread.start()
     taken = tmp_path / "handover" / "taken" / "reader"

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import yaml
 from support.launching import TESTS, Launched, gone, make_job, read_pid, wait_for
+from support.workshop import Workshop
 
 from bigpipe.errors import DoesNotFit, Interrupted, StageFailed, UsageError
 from bigpipe.orchestrator.contract.events import LogLine, RankHello
@@ -19,6 +20,7 @@ from bigpipe.orchestrator.contract.types import Gpu, Launch, Machine
 from bigpipe.orchestrator.launch.acceleration import accelerate, effective_launch
 from bigpipe.orchestrator.launch.jobs import AttemptFolder, Outcome
 from bigpipe.orchestrator.launch.processes import signed_in
+from bigpipe.orchestrator.planning import open_session
 
 TWO = Launch(num_processes=2, explicit=frozenset({"num_processes"}))
 GPUS = tuple(Gpu(index, "A100", 80 * 2**30, 79 * 2**30) for index in range(2))
@@ -210,6 +212,25 @@ def test_explicit_keys_override_the_configuration_file(tmp_path: Path) -> None:
     assert settings["use_cpu"] is True
     explicit = Launch(config_file="mine.yaml", num_processes=2, explicit=frozenset({"num_processes"}))
     assert settings_of(explicit, tmp_path)["num_processes"] == 2
+
+
+def test_a_plan_asks_the_configuration_file_too(workshop: Workshop) -> None:
+    (workshop.folder / "mine.yaml").write_text("num_processes: 4\n")
+    workshop.manifest.write_text("""
+version: 1
+name: r
+stages:
+  download: {uses: download, with: {path: model}}
+  generate:
+    uses: distributed-infer
+    inputs: download
+    with: {task: text-generation, prompts: [a]}
+    launch: {config_file: mine.yaml}
+""")
+    session = open_session(workshop.manifest, params={})
+    node = session.recipe.nodes["generate"]
+    assert session.check_context(node).launch.num_processes == 4
+    assert session.surroundings(node) is session.surroundings(node)
 
 
 def test_a_bare_no_in_yaml_is_understood(tmp_path: Path) -> None:
