@@ -53,7 +53,7 @@ class Session:
     given_machine: Machine | None = None
     side_by_side: bool = True
     """May several nodes run at a time, and take each other's files as they are made?"""
-    environment: Mapping[str, str] = field(default_factory=lambda: dict(os.environ))
+    environment: Mapping[str, str] = field(default_factory=lambda: dict(os.environ), repr=False)
     _pins: dict[str, Pinned] = field(default_factory=dict)
     _identities: dict[str, Identity] = field(default_factory=dict)
     _surroundings: dict[str, Surroundings] = field(default_factory=dict)
