@@ -188,7 +188,7 @@ class _RankWatch:
 
     def _raise_launch_failure(self, told: LaunchFailure, code: int) -> NoReturn:
         dead = sorted(self._dead_since)
-        if dead:
+        if dead and code >= 0:  # a launcher that is killed takes its ranks along
             raise StageFailed(
                 f"{self._job.node}: rank {dead[0]} died, and the others went on without it",
                 f"its output is in {self._job.folder.log}",
