@@ -61,9 +61,7 @@ def architecture_of(name: str) -> Architecture:
 
 
 def described(name: str) -> ModelDescription:
-    return ModelDescription(
-        config=SHAPES[name], tensors=None, format=None, tied={}, path=None, quantization=None, custom=None
-    )
+    return ModelDescription(config=SHAPES[name], tensors=None, format=None, tied={}, path=None, custom=None)
 
 
 def machine_of(*gpus: int, memory: int = 64 * GIB) -> Machine:
@@ -137,7 +135,7 @@ def test_a_llama_405b_in_4_bits_fits_eight_gpus(mode: str) -> None:
     assert architecture is not None
     model = ModelDescription(
         config=config, tensors={t.name: ("uint8", (t.elements // 2,)) for t in architecture.tensors()},
-        format="safetensors", tied={}, path=None, quantization=None, custom=None,
+        format="safetensors", tied={}, path=None, custom=None,
     )  # fmt: skip
     request = PlacementRequest(device_map=mode, batch_size=8, sequence_length=4096)
     placement = place_model(model, architecture, request, machine_of(*[int(79.6 * GIB)] * 8, memory=2048 * GIB))
