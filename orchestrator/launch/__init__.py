@@ -1,4 +1,4 @@
-"""One attempt of a node: in this process, in a child, or; nobody is left behind."""
+"""One attempt of a node: in this process, in a child or as ranks; no process is left behind."""
 
 from typing import TYPE_CHECKING
 
@@ -7,9 +7,10 @@ from bigpipe.faces import face
 if TYPE_CHECKING:
     from .acceleration import effective_launch
     from .alone import run_alone
+    from .attemptfolder import AttemptFolder
     from .environment import visible_secrets, worker_environment
     from .executors import Executor, executor
-    from .jobs import AttemptFolder, Job, JobFile, Outcome
+    from .jobs import Job, JobFile, Outcome
     from .processes import worker_command
     from .redaction import Redactor
     from .warm import MEMORY, WarmWorker, start_warm

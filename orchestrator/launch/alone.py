@@ -9,8 +9,9 @@ from typing import Any
 
 from bigpipe.orchestrator.contract import Stage, Surroundings
 
+from .attemptfolder import AttemptFolder
 from .executors import executor
-from .jobs import AttemptFolder, Job, Outcome
+from .jobs import Job, Outcome
 
 
 def run_alone(

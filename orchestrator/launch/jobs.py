@@ -27,6 +27,7 @@ from bigpipe.errors import BY_NAME, BigpipeError, StageFailed
 from bigpipe.files import NO_SPACE, write_file
 from bigpipe.orchestrator.contract import Assignment, Event, Params, Stage, StageResult
 
+from .attemptfolder import AttemptFolder
 from .redaction import Redactor
 
 if TYPE_CHECKING:
@@ -34,32 +35,6 @@ if TYPE_CHECKING:
 
 NO_MEMORY = "can't allocate memory"
 """In the RuntimeError of torch's allocator for the CPU."""
-Mode = Literal["run", "prepare", "launch", "rank", "finish"]
-
-
-class AttemptFolder:
-    """The files of one attempt, and what they are called."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self.job = path / "job.json"
-        self.log = path / "log.txt"
-        self.events = path / "events"
-        self.processes = path / "processes"
-        self.acceleration = path / "accelerate.yaml"
-        self.launch_failure = path / "launch.json"
-
-    def outcome(self, mode: Mode, rank: int = 0) -> Path:
-        return self.path / (f"rank-{rank}.json" if mode == "rank" else f"outcome-{mode}.json")
-
-    def output_pipe(self, rank: int) -> Path:
-        return self.path / f"rank-{rank}.pipe"
-
-    def clear(self) -> None:
-        """Remove what an earlier attempt left here, which must not be taken for the work of a new one."""
-        for pattern in ("outcome-*.json", "rank-*", "launch.json", "events/*", "processes/*/*"):
-            for path in self.path.glob(pattern):
-                path.unlink()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

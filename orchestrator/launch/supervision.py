@@ -21,8 +21,9 @@ from bigpipe.orchestrator.contract import Event, LogLine
 from bigpipe.sizes import format_size
 
 from . import processes
+from .attemptfolder import Mode
 from .eventlog import EventTail
-from .jobs import Job, Mode, Outcome
+from .jobs import Job, Outcome
 from .lifeline import ORPHANED, start_mark
 from .output import Log, OutputReader
 from .processes import OutOfMemoryKills, Worker, peak_resident

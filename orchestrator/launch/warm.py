@@ -17,8 +17,8 @@ from typing import Any
 from bigpipe.orchestrator.contract import Stage, Surroundings
 
 from . import processes
+from .attemptfolder import AttemptFolder
 from .environment import worker_environment
-from .jobs import AttemptFolder
 from .lifeline import start_mark
 from .processes import Worker
 

@@ -31,7 +31,8 @@ from .lifeline import ORPHANED, PARENT_VARIABLE, hold_work_folder, sign_in, stan
 if TYPE_CHECKING:
     from bigpipe.orchestrator.contract import Reporter, Stage, StageResult
 
-    from .jobs import AttemptFolder, JobFile, Mode, Outcome
+    from .attemptfolder import AttemptFolder, Mode
+    from .jobs import JobFile, Outcome
 
 
 def main(arguments: list[str]) -> None:
@@ -68,8 +69,9 @@ def warm_up(modules: list[str]) -> None:
 
 def run_stage(path: Path, mode: Mode) -> int:
     """Call the stage's function for this mode and write what came of it; gives the exit status."""
+    from .attemptfolder import AttemptFolder
     from .eventlog import EventWriter
-    from .jobs import AttemptFolder, JobFile
+    from .jobs import JobFile
     from .redaction import Redactor
 
     file, folder = JobFile.read(path, os.environ), AttemptFolder(path.parent)
@@ -89,7 +91,7 @@ def run_launcher(path: Path, machine_rank: list[str]) -> int:
     os.environ[PARENT_VARIABLE] = str(os.getpid())
     from accelerate.commands.launch import launch_command, launch_command_parser
 
-    from .jobs import AttemptFolder
+    from .attemptfolder import AttemptFolder
 
     folder = AttemptFolder(path.parent)
     machine = ["--machine_rank", machine_rank[0]] if machine_rank else []
