@@ -21,7 +21,7 @@ QUICKSTART = Path(__file__).parents[1] / "models" / "quickstart"
         (lambda out: bigpipe.quantize_checkpoint(QUICKSTART, out, scheme="int9"), "choose one of int8, nf4, fp4"),
         (lambda out: bigpipe.quantize_checkpoint(out / "none", out, scheme="int8"), "no such file or directory"),
         (lambda out: bigpipe.open_checkpoint(QUICKSTART / "config.json"), "give its directory, or a"),
-        (lambda out: bigpipe.estimate(QUICKSTART, dtypes="int9"), "use float32, float16, bfloat16"),
+        (lambda out: bigpipe.estimate(QUICKSTART, dtypes="int9"), "use one of float32, float16, bfloat16"),
         (lambda out: bigpipe.estimate(QUICKSTART, memory="lots"), "memory: 'lots' is not a size"),
         (lambda out: bigpipe.place(QUICKSTART, dtype="float17"), "use float32, float16, bfloat16"),
         (lambda out: bigpipe.place(QUICKSTART, max_memory={"gpu": "1GB"}), "name a GPU (0)"),
