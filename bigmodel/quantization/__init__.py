@@ -21,7 +21,7 @@ from bigpipe.bigmodel.checkpoint import (
     open_checkpoint,
 )
 from bigpipe.bigmodel.sources import Sources
-from bigpipe.bigmodel.writing import ReportProgress, carry_side_files, cores, encode_config
+from bigpipe.bigmodel.writing import ReportProgress, carry_side_files, cores, encode_config, refuse_in_place
 from bigpipe.files import write_file
 from bigpipe.sizes import size_of
 from bigpipe.trust import Trust
@@ -134,6 +134,7 @@ def quantize_described(
     """
     from .stream import split, write_quantized  # brings numpy, which a plan does not need
 
+    refuse_in_place(checkpoint, out)
     outlined, quantized = understand(describe_opened(checkpoint), settings, architecture=architecture, sources=sources)
     files = {name: tensor.file for name, tensor in checkpoint.tensors.items()}
     shards = split(outlined, files, max_shard_size)

@@ -13,7 +13,7 @@ from bigpipe.faces import face
 if TYPE_CHECKING:
     from .casting import is_cast
     from .containers import container
-    from .conversion import WORKERS, convert, cores, plan_conversion, planned_bytes
+    from .conversion import WORKERS, convert, cores, plan_conversion, planned_bytes, refuse_in_place
     from .finished import Finished, key_of
     from .plans import PlannedTensor, ShardPlan, file_name, laid_out, plan_shards
     from .ranges import RangeReader

@@ -70,7 +70,7 @@ def convert(
     kept as shared storages in `.bin`. linked: the other files become links. `journal` as in `write_checkpoint`,
     `outlet` as in `Traffic`.
     """
-    _check_apart(checkpoint, out)
+    refuse_in_place(checkpoint, out)
     if dtype is not None:
         castable(describe_opened(checkpoint), dtype)
     stored = {name: (tensor.dtype, tensor.shape) for name, tensor in checkpoint.tensors.items()}
@@ -101,7 +101,8 @@ def convert(
     return replace(saved, files={**saved.files, **carried})
 
 
-def _check_apart(checkpoint: Checkpoint, out: Path) -> None:
+def refuse_in_place(checkpoint: Checkpoint, out: Path) -> None:
+    """Raise UsageError where `out` is the directory of the checkpoint, by whatever name."""
     directory = checkpoint.path if checkpoint.path.is_dir() else checkpoint.path.parent
     if os.path.realpath(directory) == os.path.realpath(out):
         raise UsageError(

@@ -65,6 +65,8 @@ def read_sealed(path: Path) -> Json:
         pieces = []
         while piece := os.read(descriptor, 2**16):
             pieces.append(piece)
+    except IsADirectoryError:
+        raise Damaged from None
     finally:
         os.close(descriptor)
     return unseal(b"".join(pieces))

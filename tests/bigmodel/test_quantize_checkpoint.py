@@ -262,6 +262,16 @@ def test_a_quantized_checkpoint_is_refused(tmp_path: Path) -> None:
         quantize(tmp_path / "out", tmp_path / "again", scheme="int8")
 
 
+def test_a_checkpoint_is_never_quantized_in_place(tmp_path: Path) -> None:
+    source = source_checkpoint(tmp_path, "llama", max_shard_size="150KB")
+    (tmp_path / "link").symlink_to(source)
+    before = {file.name: file.read_bytes() for file in source.iterdir()}
+    for out in (source, tmp_path / "link"):
+        with pytest.raises(UsageError, match="is where the source is"):
+            quantize(source, out, scheme="int8")
+    assert {file.name: file.read_bytes() for file in source.iterdir()} == before
+
+
 def test_weights_of_another_model_are_refused(tmp_path: Path) -> None:
     source = source_checkpoint(tmp_path, "llama")
     other = architecture_of(source_checkpoint(tmp_path, "opt"))
