@@ -355,6 +355,20 @@ def test_keys_and_values_of_streamed_layers_stay_where_these_compute() -> None:
         assert placement.needs["cpu"].kv_cache == 0
 
 
+def test_room_is_kept_for_keys_and_values_of_what_is_streamed() -> None:
+    """8,000 bytes of them on a GPU of 17,000, wherever layers lie: with a head of 4,000 passing, 5,000 are left."""
+    headroom = Headroom(cache={f"layers.{index}.mlp.weight": 1000 for index in range(8)})
+    placement = place_architecture(stack(8), device_map="sequential", machine=gpus_of(17_000), headroom=headroom)
+    assert placement.needs[0] == Need(weights=4800, kv_cache=8000, streaming=4000)
+
+
+def test_shares_are_of_weights_with_their_keys_and_values() -> None:
+    """As accelerate shares: half of 27,200 bytes and 1.25 layers more are 16,600; less the head, three layers fit."""
+    headroom = Headroom(cache={f"layers.{index}.mlp.weight": 2000 for index in range(8)})
+    placement = place_architecture(stack(8), machine=gpus_of(20_000, 20_000), headroom=headroom)
+    assert [placement.needs[gpu].total for gpu in (0, 1)] == [4000 + 3 * 2400, 4000 + 5 * 2400]
+
+
 def test_dtype_and_special_dtypes() -> None:
     assert place_architecture(stack(2), dtype="float16", max_memory={0: 10000}).weights == {0: 4400}
     special = place_architecture(
