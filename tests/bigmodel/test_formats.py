@@ -14,7 +14,18 @@ from support.shells import shell
 
 import bigpipe
 from bigpipe.bigmodel.checkpoint.description import ModelDescription, describe_checkpoint
-from bigpipe.bigmodel.formats import BUILT_IN, DTYPES, PLAIN, castable, computable, format_of, named, recognise
+from bigpipe.bigmodel.formats import (
+    BUILT_IN,
+    DTYPES,
+    PLAIN,
+    WORTHWHILE,
+    castable,
+    computable,
+    format_of,
+    named,
+    packing_of,
+    recognise,
+)
 from bigpipe.bigmodel.formats.foreign import FOREIGN
 from bigpipe.errors import UsageError
 from bigpipe.orchestrator.stage import Forecast
@@ -118,6 +129,27 @@ def test_all_that_is_stored_is_found_again(name: str) -> None:
     assert {tensor.suffix for tensor in stored} <= set(packing.suffixes)
     others = {suffix for other in BUILT_IN.values() if other.name != name for suffix in other.packing.suffixes}  # type: ignore[union-attr]
     assert packing.suffixes[-1] not in others
+
+
+@pytest.mark.parametrize(("name", "double", "stored", "held", "spread", "product", "quantizing"), [
+    ("int8", False, 8192 + 256 + 1, 8192 + 256, (0, 0), 10 * (8 + 4 * 32), (2, 4, 5)),
+    ("int8", True, 8192 + 256 + 1, 8192 + 256, (0, 0), 10 * (8 + 4 * 32), (2, 4, 5)),
+    ("nf4", False, 4096 + 512 + 64 + 78, 4096 + 512 + 64, (0, 0), 2 * 8192, (2, 11, 12)),
+    ("fp4", True, 4096 + 128 + 64 + 4 + 1024 + 168, 4096 + 128 + 64 + 4 + 1024 + 4, (16, 3), 2 * 8192, (2, 11, 12)),
+])  # fmt: skip
+def test_what_a_matrix_takes(
+    name: str, double: bool, stored: int, held: int, spread: tuple[int, int], product: int, quantizing: tuple[int, ...]
+) -> None:
+    """A matrix of 64 × 128: on disk, in memory, by how much the first may differ, in a product, while it is quantized."""
+    packing = packing_of(name, bnb_4bit_use_double_quant=double, llm_int8_threshold=6.0)
+    tensors = packing.stored((64, 128), "float16")
+    assert (sum(tensor.nbytes for tensor in tensors), sum(tensor.held for tensor in tensors)) == (stored, held)
+    assert (packing.spread(), packing.quantizing) == (spread, quantizing)
+    assert packing.transient(10, 8, 32, 8192)[0] == product
+
+
+def test_a_search_offers_what_is_worth_it() -> None:
+    assert WORTHWHILE == ("float32", "float16", "bfloat16", "int8", "nf4")
 
 
 @pytest.fixture(params=["gptq", "fp8", "rows"])
