@@ -140,7 +140,7 @@ def test_all_that_is_stored_is_found_again(name: str) -> None:
 def test_what_a_matrix_takes(
     name: str, double: bool, stored: int, held: int, spread: tuple[int, int], product: int, quantizing: tuple[int, ...]
 ) -> None:
-    """A matrix of 64 × 128: on disk, in memory, by how much the first may differ, in a product, while it is quantized."""
+    """A matrix of 64 × 128: on disk, in memory, how much that may differ, in a product, while it is quantized."""
     packing = packing_of(name, bnb_4bit_use_double_quant=double, llm_int8_threshold=6.0)
     tensors = packing.stored((64, 128), "float16")
     assert (sum(tensor.nbytes for tensor in tensors), sum(tensor.held for tensor in tensors)) == (stored, held)
