@@ -5,10 +5,12 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
+from itertools import chain
 from typing import Any, Literal, get_args, get_origin
 
 from bigpipe.errors import BigpipeError
 from bigpipe.fit import Cure, Misfit, as_parameters, flow, nearest
+from bigpipe.orchestrator.contract import OneOf
 from bigpipe.orchestrator.recipe import Node
 
 from .plan import Plan, PlannedNode, make_plan
@@ -115,7 +117,9 @@ def _passing(plan: Plan, node: Node, field: str, parameter: str) -> Arguments | 
         step = max(1, value // 2**MOST_HALVINGS)
         found = nearest(1, value, lambda number: passes({parameter: str(number)}), step=step) if value > 1 else None
         return {parameter: str(found)} if found else None
-    choices = (choice for choice in _choices(node.kind.params.model_fields[field].annotation) if choice != value)
+    known = node.kind.params.model_fields[field]
+    tables = (mark.names() for mark in known.metadata if isinstance(mark, OneOf))
+    choices = (choice for choice in chain(_choices(known.annotation), *tables) if choice != value)
     return next(filter(passes, ({parameter: choice} for choice in choices)), None)
 
 
