@@ -6,13 +6,12 @@ from bigpipe.faces import face
 
 if TYPE_CHECKING:
     from .acceleration import effective_launch
-    from .alone import run_alone
     from .attemptfolder import AttemptFolder
     from .environment import visible_secrets, worker_environment
-    from .executors import Executor, executor
+    from .executors import Executor, executor, run_alone
     from .jobs import Job, JobFile, Outcome
     from .processes import worker_command
     from .redaction import Redactor
-    from .warm import MEMORY, WarmWorker, start_warm
+    from .warm import MEMORY, WarmWorker
 
 __getattr__, __all__ = face(__name__)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import sys
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -32,22 +31,16 @@ a plan says. Mapping costs page faults, a sixth of a prefill, most of which huge
 is not given would fall to 128 KiB. An older glibc ignores what it does not know, another C library all of it."""
 HUB_TOKENS = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "HUGGINGFACE_HUB_TOKEN", "HUGGINGFACE_TOKEN", "HF_API_TOKEN")
 """HF_TOKEN and the names it has had."""
-LOADS_CODE = (
-    "LD_PRELOAD",
-    "LD_AUDIT",
-    "DYLD_INSERT_LIBRARIES",
-    "PYTHONSTARTUP",
-    "PYTHONHOME",
-    "PYTHONINSPECT",
-    PARENT_VARIABLE,
-)
+LOADS_CODE = frozenset({
+    "LD_PRELOAD", "LD_AUDIT", "DYLD_INSERT_LIBRARIES", "PYTHONSTARTUP", "PYTHONHOME", "PYTHONINSPECT", PARENT_VARIABLE,
+})  # fmt: skip
 """What a node's `env` may not set: these run other code in our workers, or untie them."""
 
 
 def worker_environment(stage: Stage[Any], surroundings: Surroundings, parent: Mapping[str, str]) -> dict[str, str]:
     """Return all variables of a worker. Raise UsageError where the node's `env` would load other code into it."""
     own = surroundings.environment
-    refused = sorted(set(own) & set(LOADS_CODE))
+    refused = sorted(LOADS_CODE & own.keys())
     if refused:
         raise UsageError(f"env may not set {', '.join(refused)}", "it would load other code into the worker")
     environment = {name: value for name, value in parent.items() if _allowed(name)}
@@ -94,14 +87,7 @@ def _allowed(name: str) -> bool:
 def _python_path(written: str) -> str:
     """Where workers import from: as the command does, made absolute since they run in another directory."""
     entries = [os.path.abspath(entry) for entry in written.split(os.pathsep) if entry]
-    home = str(_home_of_bigpipe())
+    home = str(Path(__file__).parents[3])  # of the package, which the command may have found by a changed `sys.path`
     if home not in entries and "site-packages" not in home:
         entries.append(home)
     return os.pathsep.join(entries)
-
-
-def _home_of_bigpipe() -> Path:
-    """The directory that holds the package, for commands that found it by a changed `sys.path`."""
-    package = sys.modules["bigpipe"].__file__
-    assert package is not None  # noqa: S101 (a regular package, not a namespace)
-    return Path(package).parent.parent

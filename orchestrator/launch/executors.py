@@ -9,14 +9,16 @@ Others come through the entry-point group `bigpipe.executors`, as values of `Exe
 
 from __future__ import annotations
 
+import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cache
-from typing import TYPE_CHECKING
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from bigpipe.errors import UsageError
-from bigpipe.orchestrator.contract import late
+from bigpipe.orchestrator.contract import Stage, Surroundings, late
 
 if TYPE_CHECKING:
     from .jobs import Job, Outcome
@@ -48,7 +50,7 @@ class Executor:
 
 EXECUTORS = {
     "inline": Executor(run=late("bigpipe.orchestrator.launch.inline:run")),
-    "process": Executor(run=late("bigpipe.orchestrator.launch.process:run"), waits=True),
+    "process": Executor(run=late("bigpipe.orchestrator.launch.supervision:run"), waits=True),
     "ranks": Executor(run=late("bigpipe.orchestrator.launch.ranks:run"), takes_launch=True),
 }
 
@@ -67,3 +69,31 @@ def executor(name: str) -> Executor:
         raise UsageError(f"{entry.value} is a {type(found).__name__}, not an Executor", "correct its entry point")
     known = ", ".join(EXECUTORS)
     raise UsageError(f"there is no executor {name!r}", f"a kind runs in one of {known}, or install the one it needs")
+
+
+def run_alone(
+    stage: Stage[Any], module: str, params: Mapping[str, Any], surroundings: Surroundings, folder: Path, **job: Any
+) -> Outcome:
+    """Run one attempt of a stage to its end, without recipe or store: for `doctor`, and for tests of kinds.
+
+    module: `module:attribute` of the stage. params: as in a manifest. folder: takes `out`, which the stage writes to,
+    and what it works with beside it. job: further fields of the `Job`. Raise what `Executor.start` does, and pydantic's
+    ValidationError for params that are none of the kind's.
+    """
+    from .attemptfolder import AttemptFolder
+    from .jobs import Job
+
+    given = {"inputs": {}, "parent_environment": os.environ, "report": lambda event: None, **job}
+    attempt = Job(
+        surroundings=surroundings,
+        node=stage.kind,
+        stage=stage,
+        module=module,
+        params=stage.params.model_validate(dict(params)),
+        out=folder / "out",
+        scratch=folder / "scratch",
+        parts=folder / "parts",
+        folder=AttemptFolder(folder / "attempt"),
+        **given,
+    )
+    return executor(stage.runs_in).start(attempt)

@@ -6,20 +6,18 @@ import importlib.abc
 import sys
 import threading
 import traceback
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from importlib.machinery import ModuleSpec
 from types import ModuleType
 
 from bigpipe.errors import BigpipeError, StageFailed
-from bigpipe.orchestrator.contract import Event, LogLine, StageContext
+from bigpipe.orchestrator.contract import Event, StageContext
 
 from .jobs import Failure, Job, Outcome
-from .output import Log
 from .processes import own_peak
-from .redaction import Redactor
-from .supervision import Limits
+from .supervision import Supervisor
 
 HEAVY = frozenset({"torch", "transformers", "accelerate", "bitsandbytes"})
 """What a kind that runs inline may not import."""
@@ -29,18 +27,18 @@ _barred: ContextVar[bool] = ContextVar("_barred", default=False)
 def run(job: Job) -> Outcome:
     """Call the stage in this thread. It cannot be ended from outside: the cancel flag and the timeout are obeyed
     whenever it reports something."""
-    redactor, log, limits = job.redactor(), Log(job.folder.log), Limits(job)
-    limits.check()
-    context = StageContext.of(job, reporter=_Checkpoint(redactor, job.report, limits, log))
+    supervisor = Supervisor(job)
+    supervisor.check()
+    context = StageContext.of(job, reporter=_Checkpoint(supervisor))
     try:
         with heavy_imports_barred(job.stage.kind):
             outcome = Outcome.of(job.stage.run(job.params, context), job.stage)
     except Exception as error:
-        log.write(redactor.text(traceback.format_exc()))
+        supervisor.log.write(supervisor.redactor.text(traceback.format_exc()))
         failure = Failure.of(error)
         if isinstance(error, BigpipeError) and failure.expected:
-            raise redactor.error(error) from None
-        raise redactor.error(failure.error(job.node, log.path)) from error
+            raise supervisor.redactor.error(error) from None
+        raise supervisor.redactor.error(failure.error(job.node, job.folder.log)) from error
     return outcome.model_copy(update={"peak_rss": own_peak()})
 
 
@@ -80,17 +78,11 @@ _finder_lock = threading.Lock()
 
 
 class _Checkpoint:
-    """The reporter of an inline stage: redacts, and stops the stage where it should stop."""
+    """The reporter of an inline stage: stops the stage where it should stop."""
 
-    def __init__(self, redactor: Redactor, report: Callable[[Event], None], limits: Limits, log: Log) -> None:
-        self._redactor = redactor
-        self._report = report
-        self._limits = limits
-        self._log = log
+    def __init__(self, supervisor: Supervisor) -> None:
+        self._supervisor = supervisor
 
     def report(self, event: Event) -> None:
-        self._limits.check()
-        event = self._redactor.event(event)
-        if isinstance(event, LogLine):
-            self._log.write(event.line)
-        self._report(event)
+        self._supervisor.check()
+        self._supervisor.say(event)

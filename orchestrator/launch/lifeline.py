@@ -32,7 +32,7 @@ ORPHANED = 113
 def tie_to_parent() -> None:
     """Die when the parent dies. Exits at once where it is gone already."""
     expected = int(os.environ.pop(PARENT_VARIABLE, "") or os.getppid())
-    die_with_parent_by_kernel()
+    _die_with_parent_by_kernel()
     if os.getppid() != expected:
         os._exit(ORPHANED)
     threading.Thread(target=watch_parent, args=(expected,), name="lifeline", daemon=True).start()
@@ -49,17 +49,14 @@ def stand_in_for_parent() -> None:
         (PROCESSES / "self" / "oom_score_adj").write_text("500", encoding="ascii")
 
 
-def die_with_parent_by_kernel() -> bool:
-    """Ask the kernel for SIGKILL when the parent ends. False where it cannot be asked (not Linux)."""
-    if not sys.platform.startswith("linux"):
-        return False
-    import ctypes
+def _die_with_parent_by_kernel() -> None:
+    """Ask the kernel for SIGKILL when the parent ends, where there is one that can be asked (Linux)."""
+    if sys.platform.startswith("linux"):
+        import ctypes
 
-    set_parent_death_signal = 1  # PR_SET_PDEATHSIG of <linux/prctl.h>
-    try:
-        return bool(ctypes.CDLL(None).prctl(set_parent_death_signal, signal.SIGKILL, 0, 0, 0) == 0)
-    except (OSError, AttributeError):
-        return False
+        set_parent_death_signal = 1  # PR_SET_PDEATHSIG of <linux/prctl.h>
+        with contextlib.suppress(OSError, AttributeError):
+            ctypes.CDLL(None).prctl(set_parent_death_signal, signal.SIGKILL, 0, 0, 0)
 
 
 def watch_parent(expected: int, seconds: float = WATCH_SECONDS) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -28,6 +29,10 @@ class Worker:
     session: int
     mark: str | None
     rank: int | None = None
+
+    @classmethod
+    def of(cls, child: subprocess.Popen[bytes]) -> Worker:
+        return cls(child.pid, child.pid, start_mark(child.pid))
 
     @property
     def alive(self) -> bool:
@@ -106,10 +111,12 @@ def _members(workers: Sequence[Worker]) -> list[int]:
     A session's number is its leader's process id. It may serve a stranger once the whole session has ended, so a
     leader that is not the one we know frees its session from suspicion.
     """
+    import psutil
+
     known = {worker.pid: worker.mark for worker in workers}
-    ours = {session for session in {worker.session for worker in workers} if _still_ours(session, known)}
+    ours = {worker.session for worker in workers if _still_ours(worker.session, known)}
     found = []
-    for process in _all_processes() if ours else ():
+    for process in psutil.pids() if ours else ():
         with contextlib.suppress(ProcessLookupError, PermissionError):
             if os.getsid(process) in ours and process != os.getpid() and start_mark(process) is not None:
                 found.append(process)
@@ -121,12 +128,6 @@ def _still_ours(session: int, known: Mapping[int, str | None]) -> bool:
         return False
     mark = start_mark(session)
     return mark is None or session not in known or known[session] == mark
-
-
-def _all_processes() -> list[int]:
-    import psutil
-
-    return psutil.pids()
 
 
 def peak_resident(process: int) -> int:
@@ -148,19 +149,9 @@ def own_peak() -> int:
     return peak if sys.platform == "darwin" else peak * 1024
 
 
-class OutOfMemoryKills:
-    """Did the kernel kill something for lack of memory since this was made? Needs no rights (Linux)."""
-
-    def __init__(self) -> None:
-        self._before = self._count()
-
-    def happened(self) -> bool:
-        return self._count() > self._before
-
-    @staticmethod
-    def _count() -> int:
-        with contextlib.suppress(OSError, ValueError):
-            for line in Path("/proc/vmstat").read_text(encoding="ascii").splitlines():
-                if line.startswith("oom_kill "):
-                    return int(line.split()[1])
-        return 0
+def out_of_memory_kills() -> int:
+    """Return how many processes the kernel has killed so far because memory ran out; 0 where it does not tell."""
+    with contextlib.suppress(OSError):
+        found = re.search(r"^oom_kill (\d+)", Path("/proc/vmstat").read_text(encoding="ascii"), re.MULTILINE)
+        return int(found[1]) if found else 0
+    return 0

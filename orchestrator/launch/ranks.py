@@ -8,18 +8,16 @@ import signal
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import NoReturn
+from itertools import chain
 
-from bigpipe.errors import StageFailed, Transient
+from bigpipe.errors import BigpipeError, StageFailed, Transient
 from bigpipe.orchestrator.contract import LogLine
 
 from .acceleration import Acceleration, accelerate
-from .environment import worker_environment
-from .jobs import Failure, Job, JobFile, LaunchFailure, Outcome
-from .processes import Worker, worker_command
-from .supervision import Supervisor
+from .jobs import Failure, Job, LaunchFailure, Outcome
+from .processes import worker_command
+from .supervision import LOOK_SECONDS, Supervisor, supervise
 
-LOOK_SECONDS = 0.2
 LAG_SECONDS = 5.0
 """How long the launcher may take to notice that a rank died. torchrun gives the others 30 s to end; we do not wait."""
 SHARE_SECONDS = 60.0
@@ -35,9 +33,7 @@ def run(job: Job) -> Outcome:
         raise StageFailed(
             f"kind {stage.kind} runs as ranks but has no `finish`", "several ranks need one to merge them"
         )
-    environment = worker_environment(stage, job.surroundings, job.parent_environment)
-    JobFile.of(job, cpu=acceleration.cpu).write(job.folder.job)
-    supervisor = Supervisor(job, {**acceleration.environment(job.machine), **environment})
+    supervisor = supervise(job, cpu=acceleration.cpu, defaults=acceleration.environment(job.machine))
     if stage.ranks.prepare is not None:
         supervisor.outcome("prepare")
     results = _run_ranks(supervisor, acceleration)
@@ -99,20 +95,19 @@ class _RankWatch:
     def __init__(self, supervisor: Supervisor) -> None:
         self._supervisor = supervisor
         self._job = supervisor.job
-        self._looked = 0.0
         self._dead_since: dict[int, float] = {}
 
     def look(self) -> None:
         """Raises for a rank that has been dead for a while without the launcher's noticing."""
         now = time.monotonic()
-        if now - self._looked < LOOK_SECONDS:
-            return
-        self._looked = now
         for worker in self._supervisor.workers():
-            if worker.rank is not None and self._died(worker):
+            if worker.rank is None or worker.alive:
+                continue
+            result = Outcome.read(self._job.folder.outcome("rank", worker.rank))
+            if result is None or result.failure is not None:
                 since = self._dead_since.setdefault(worker.rank, now)
                 if now - since > LAG_SECONDS:
-                    self._fail(0)
+                    raise self._error(0)
 
     def results(self, code: int, acceleration: Acceleration) -> list[Outcome]:
         world = range(acceleration.launch.num_processes)
@@ -121,7 +116,7 @@ class _RankWatch:
             self._await(elsewhere)
         found = self._read(world)
         if code != 0 or any(result.failure for result in found.values()):
-            self._fail(code)
+            raise self._error(code)
         missing = sorted(set(world) - set(found))
         if missing and set(missing) <= set(elsewhere):
             raise StageFailed(
@@ -142,65 +137,49 @@ class _RankWatch:
         read = ((rank, Outcome.read(self._job.folder.outcome("rank", rank))) for rank in ranks)
         return {rank: result for rank, result in read if result is not None}
 
-    def _died(self, worker: Worker) -> bool:
-        if worker.rank is None or worker.alive:
-            return False
-        result = Outcome.read(self._job.folder.outcome("rank", worker.rank))
-        return result is None or result.failure is not None
-
-    def _fail(self, code: int) -> NoReturn:
-        """Raise for the rank that failed first; the others' errors are what its loss did to them.
+    def _error(self, code: int) -> BigpipeError:
+        """The error of the rank that failed first; the others' errors are what its loss did to them.
 
         In order of what tells most: an error meant for the user; a signal nobody here sent; an unexpected exception;
         a rank that just went; the launcher's own end.
         """
-        failures = sorted(
-            (
-                (result.ended, rank, result.failure)
-                for rank, result in self._read(range(self._job.launch.num_processes)).items()
-                if result.failure is not None
-            ),
-            key=lambda failure: failure[:2],
-        )
-        for _, rank, failure in failures:
-            if failure.expected:
-                self._raise_failure(rank, failure)
+        results = sorted(self._read(range(self._job.launch.num_processes)).items(), key=lambda item: item[1].ended)
+        failures = {rank: result.failure for rank, result in results if result.failure is not None}
         told = self._launch_failure()
-        silent = {rank: number for rank, number in told.codes.items() if rank not in {f[1] for f in failures}}
-        for rank, number in silent.items():
-            if number < 0 and number != -signal.SIGTERM:
-                raise self._crash(rank, number)
-        for _, rank, failure in failures:
-            self._raise_failure(rank, failure)
-        for rank, number in silent.items():
-            raise self._crash(rank, number)
-        self._raise_launch_failure(told, code)
+        silent = {rank: number for rank, number in told.codes.items() if rank not in failures}
+        errors = chain(
+            (self._failed(rank, failure) for rank, failure in failures.items() if failure.expected),
+            (self._crash(rank, number) for rank, number in silent.items() if number < 0 and number != -signal.SIGTERM),
+            (self._failed(rank, failure) for rank, failure in failures.items()),
+            (self._crash(rank, number) for rank, number in silent.items()),
+        )
+        return next(errors, None) or self._launch_error(told, code)
 
-    def _raise_failure(self, rank: int, failure: Failure) -> NoReturn:
+    def _failed(self, rank: int, failure: Failure) -> BigpipeError:
         if self._job.launch.num_processes > 1:
             failure = failure.model_copy(update={"cause": f"rank {rank}: {failure.cause}"})
-        raise self._supervisor.redactor.error(failure.error(self._job.node, self._job.folder.log))
+        return self._supervisor.redactor.error(failure.error(self._job.node, self._job.folder.log))
 
     def _crash(self, rank: int, code: int) -> StageFailed:
         workers = [worker for worker in self._supervisor.workers() if worker.rank == rank]
         peak = max((self._supervisor.memory.get(worker.pid, 0) for worker in workers), default=0)
         return self._supervisor.crash(f"rank {rank}", code, peak)
 
-    def _raise_launch_failure(self, told: LaunchFailure, code: int) -> NoReturn:
+    def _launch_error(self, told: LaunchFailure, code: int) -> BigpipeError:
         dead = sorted(self._dead_since)
         if dead and code >= 0:  # a launcher that is killed takes its ranks along
-            raise StageFailed(
+            return StageFailed(
                 f"{self._job.node}: rank {dead[0]} died, and the others went on without it",
                 f"its output is in {self._job.folder.log}",
             )
         if "EADDRINUSE" in told.text or "address already in use" in told.text.lower():
-            raise Transient(f"{self._job.node}: the port for the ranks was taken by another process", "try again")
+            return Transient(f"{self._job.node}: the port for the ranks was taken by another process", "try again")
         if told.text:
-            raise StageFailed(
+            return StageFailed(
                 f"{self._job.node}: the ranks could not be launched: {told.text.splitlines()[0]}",
                 f"the launcher's output is in {self._job.folder.log}",
             )
-        raise self._supervisor.crash("the launcher of the ranks", code, 0)
+        return self._supervisor.crash("the launcher of the ranks", code, 0)
 
     def _launch_failure(self) -> LaunchFailure:
         try:

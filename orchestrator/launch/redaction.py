@@ -60,13 +60,7 @@ class Redactor:
     def event(self, event: Event) -> Event:
         if self._pattern is None:
             return event
-        changed = {}
-        for field in fields(event):
-            old = getattr(event, field.name)
-            new = self.value(old) if isinstance(old, str | Mapping) else old
-            if new != old:
-                changed[field.name] = new
-        return replace(event, **changed) if changed else event
+        return replace(event, **{field.name: self.value(getattr(event, field.name)) for field in fields(event)})
 
 
 def stored_hub_token(environment: Mapping[str, str]) -> str | None:

@@ -22,52 +22,53 @@ from bigpipe.sizes import format_size
 
 from . import processes
 from .attemptfolder import Mode
+from .environment import worker_environment
 from .eventlog import EventTail
-from .jobs import Job, Outcome
-from .lifeline import ORPHANED, start_mark
+from .jobs import Job, JobFile, Outcome
+from .lifeline import ORPHANED
 from .output import Log, OutputReader
-from .processes import OutOfMemoryKills, Worker, peak_resident
+from .processes import Worker, out_of_memory_kills, peak_resident
 
 FIRST_PAUSE, LONGEST_PAUSE = 0.005, 0.05
 """Seconds between two looks at a worker: short ones are not kept waiting, long ones cost nothing."""
-SAMPLE_SECONDS = 0.2
+LOOK_SECONDS = 0.2
 
 
-class Limits:
-    """When an attempt is to stop: once cancelled, and at its deadline."""
+def run(job: Job) -> Outcome:
+    """Run a stage in one child process."""
+    return supervise(job).outcome("run")
 
-    def __init__(self, job: Job) -> None:
-        self._job = job
-        self._deadline = float("inf") if job.timeout is None else time.monotonic() + job.timeout
 
-    def check(self, where: Callable[[], str] = lambda: "") -> None:
-        """Raise Interrupted or StageFailed; `where` says more about a timeout."""
-        node, timeout = self._job.node, self._job.timeout
-        if self._job.cancelled.is_set():
-            raise Interrupted(f"{node}: interrupted", "the same command continues where it stopped")
-        if time.monotonic() > self._deadline:
-            raise StageFailed(f"{node}: not done after its timeout of {timeout:g} s", f"raise `timeout`{where()}")
+def supervise(job: Job, *, cpu: bool = False, defaults: Mapping[str, str] = {}) -> Supervisor:
+    """Return what watches the workers of an attempt, whose job file is written.
+
+    cpu: ranks run on the CPU. defaults: variables of the workers, where nothing else sets them. Raise UsageError where
+    the node's `env` is refused.
+    """
+    environment = worker_environment(job.stage, job.surroundings, job.parent_environment)
+    JobFile.of(job, cpu=cpu).write(job.folder.job)
+    return Supervisor(job, {**defaults, **environment})
 
 
 class Supervisor:
-    """Runs the workers of one attempt, one after another (a launcher and its ranks count as one)."""
+    """Runs the workers of one attempt, one after another (a launcher and its ranks count as one), and tells of them."""
 
-    def __init__(self, job: Job, environment: Mapping[str, str]) -> None:
+    def __init__(self, job: Job, environment: Mapping[str, str] = {}) -> None:
         self.job = job
         self.environment = environment
         self.log = Log(job.folder.log)
         self.memory: dict[int, int] = {}
         """Largest resident size of each worker's process so far, in bytes, as far as the kernel told."""
         self.redactor = job.redactor()
-        self._limits = Limits(job)
+        self._deadline = float("inf") if job.timeout is None else time.monotonic() + job.timeout
         self._tail = EventTail(job.folder.events)
-        self._kills = OutOfMemoryKills()
-        self._sampled = 0.0
+        self._kills = out_of_memory_kills()
+        self._looked = 0.0
 
     def run(self, mode: Mode, *, pipes: Mapping[int, int] = {}, look: Callable[[], None] = lambda: None) -> int:
         """Run a worker to its end and give its return code (negative: the signal that ended it).
 
-        pipes: rank → descriptor to read its output from. look: called all the while; may raise to end everything.
+        pipes: rank → descriptor to read its output from. look: called every `LOOK_SECONDS`; may raise to end all.
         Raises Interrupted, StageFailed at the deadline, and what `look` raises.
         """
         self.check()
@@ -75,7 +76,7 @@ class Supervisor:
         if child is None:
             arguments = processes.worker_command(self.job.folder.job, mode)
             child = processes.start(arguments, self.environment, self.job.base)
-        first = Worker(child.pid, child.pid, start_mark(child.pid))
+        first = Worker.of(child)
         with self._reading(child, pipes) as reader:
             try:
                 self._watch(child, reader, look)
@@ -84,8 +85,13 @@ class Supervisor:
         return child.returncode
 
     def check(self) -> None:
-        """Raise when this attempt is to stop."""
-        self._limits.check(lambda: f", or look where it stood: {self.log.path}{self._last_lines()}")
+        """Raise Interrupted or StageFailed when this attempt is to stop: once cancelled, and at its deadline."""
+        node, timeout = self.job.node, self.job.timeout
+        if self.job.cancelled.is_set():
+            raise Interrupted(f"{node}: interrupted", "the same command continues where it stopped")
+        if time.monotonic() > self._deadline:
+            cure = f"raise `timeout`, or look where it stood: {self.log.path}{self._last_lines()}"
+            raise StageFailed(f"{node}: not done after its timeout of {timeout:g} s", cure)
 
     def say(self, event: Event) -> None:
         """Pass an event on, redacted; lines also go to the log."""
@@ -135,8 +141,10 @@ class Supervisor:
         pause = FIRST_PAUSE
         while child.poll() is None:
             self._relay(reader.take())
-            self._sample(child.pid)
-            look()
+            if time.monotonic() - self._looked > LOOK_SECONDS:
+                self._looked = time.monotonic()
+                self._sample(child.pid)
+                look()
             self.check()
             self.job.cancelled.wait(pause)
             pause = min(pause * 1.1, LONGEST_PAUSE)
@@ -148,9 +156,6 @@ class Supervisor:
             self.job.report(LogLine(self.job.node, line, True, rank or 0))
 
     def _sample(self, child: int) -> None:
-        if time.monotonic() - self._sampled < SAMPLE_SECONDS:
-            return
-        self._sampled = time.monotonic()
         for process in {child, *(worker.pid for worker in self.workers())}:
             self.memory[process] = max(self.memory.get(process, 0), peak_resident(process))
 
@@ -164,7 +169,7 @@ class Supervisor:
     def _who_kills(self, peak: int) -> str:
         total = self.job.machine.memory
         sizes = f"its memory peaked at {format_size(peak)} of {format_size(total)}"
-        if self._kills.happened():
+        if out_of_memory_kills() > self._kills:
             return f"the kernel killed it because memory ran out ({sizes}): use a smaller batch, or fewer `--jobs`"
         if total and peak > 0.8 * total:
             return f"probably memory ran out ({sizes}): use a smaller batch, or fewer `--jobs`"

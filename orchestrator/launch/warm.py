@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import subprocess
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +18,6 @@ from bigpipe.orchestrator.contract import Stage, Surroundings
 from . import processes
 from .attemptfolder import AttemptFolder
 from .environment import worker_environment
-from .lifeline import start_mark
 from .processes import Worker
 
 MEMORY = 1 << 30
@@ -27,23 +25,34 @@ MEMORY = 1 << 30
 GO = b"go\n"
 
 
-@dataclass(slots=True)
 class WarmWorker:
-    """Used by one thread after another."""
+    """Used by one thread after another. The one that starts it must live until it has ended, whoever takes it (see
+    lifeline)."""
 
-    job_file: Path
-    _environment: Mapping[str, str]
-    _child: subprocess.Popen[bytes]
-    _mark: str | None = field(init=False)
-    _gone: bool = field(init=False, default=False)
-    """Taken, or ended."""
+    def __init__(
+        self,
+        stage: Stage[Any],
+        modules: Sequence[str],
+        surroundings: Surroundings,
+        folder: AttemptFolder,
+        parent_environment: Mapping[str, str],
+    ) -> None:
+        """Start a worker that imports `modules` and waits for the job of this attempt.
 
-    def __post_init__(self) -> None:
-        self._mark = start_mark(self._child.pid)
+        Raise UsageError where the node's `env` is refused.
+        """
+        folder.path.mkdir(parents=True, exist_ok=True)
+        self._job_file = folder.job
+        self._environment = worker_environment(stage, surroundings, parent_environment)
+        arguments = processes.worker_command(folder.job, "run", "--warm", *modules)
+        self._child = processes.start(arguments, self._environment, surroundings.base, told=True)
+        self._worker = Worker.of(self._child)
+        self._gone = False
+        """Taken, or ended."""
 
     def take(self, job_file: Path, environment: Mapping[str, str]) -> subprocess.Popen[bytes] | None:
         """The worker, at work on this job; None (and ended) where it is not the right one for it any more."""
-        fits = not self._gone and self.job_file == job_file and self._environment == environment
+        fits = not self._gone and self._job_file == job_file and self._environment == environment
         if not fits or self._child.poll() is not None or not self._go():
             self.end()
             return None
@@ -61,28 +70,8 @@ class WarmWorker:
 
     def end(self) -> None:
         """End it and all its children, unless it was taken. May be called again."""
-        if self._gone:
-            return
-        self._gone = True
-        processes.end([Worker(self._child.pid, self._child.pid, self._mark)], grace=0, reap=self._child.poll)
-        for pipe in (self._child.stdin, self._child.stdout):
-            if pipe is not None:
+        if not self._gone:
+            self._gone = True
+            processes.end([self._worker], grace=0, reap=self._child.poll)
+            for pipe in filter(None, (self._child.stdin, self._child.stdout)):
                 pipe.close()
-
-
-def start_warm(
-    stage: Stage[Any],
-    modules: Sequence[str],
-    surroundings: Surroundings,
-    folder: AttemptFolder,
-    parent_environment: Mapping[str, str],
-) -> WarmWorker:
-    """Start a worker that imports `modules` and waits for the job of this attempt.
-
-    The calling thread must live until the worker has ended, whoever takes it (see lifeline). Raises UsageError where
-    the node's `env` is refused.
-    """
-    folder.path.mkdir(parents=True, exist_ok=True)
-    environment = worker_environment(stage, surroundings, parent_environment)
-    arguments = processes.worker_command(folder.job, "run", "--warm", *modules)
-    return WarmWorker(folder.job, environment, processes.start(arguments, environment, surroundings.base, told=True))

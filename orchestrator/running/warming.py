@@ -15,7 +15,7 @@ from pathlib import Path
 
 from bigpipe.errors import BigpipeError
 from bigpipe.orchestrator.contract import Status
-from bigpipe.orchestrator.launch import MEMORY, AttemptFolder, WarmWorker, executor, start_warm
+from bigpipe.orchestrator.launch import MEMORY, AttemptFolder, WarmWorker, executor
 from bigpipe.orchestrator.planning import GOOD, Action, NodeState, Plan, Session, States
 from bigpipe.orchestrator.recipe import Node
 
@@ -57,7 +57,7 @@ class Warming:
             return None
         session, folder = self._session, AttemptFolder(self._folder(node) / "1")
         try:
-            return start_warm(node.kind, modules, session.surroundings(node), folder, session.environment)
+            return WarmWorker(node.kind, modules, session.surroundings(node), folder, session.environment)
         except (BigpipeError, OSError):
             return None  # the node itself will say so
 
