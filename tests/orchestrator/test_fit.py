@@ -95,3 +95,10 @@ def test_a_parameter_for_what_is_asked_is_tried(workshop: Any) -> None:
     workshop.manifest.write_text(RECIPE.replace("RAM", "1GiB").replace("CPUS", '"${params.cpus}"'))
     [error] = bigpipe.plan(workshop.manifest, machine=BARE).errors()
     assert error.cure == "-p cpus=4 fits (set resources.cpus to 4)"
+
+
+def test_a_parameter_that_does_not_help_is_not_named(workshop: Any) -> None:
+    workshop.manifest.write_text(RECIPE.replace("RAM", "65GiB").replace("CPUS", '"${params.cpus}"'))
+    assert [error.cure for error in bigpipe.plan(workshop.manifest, machine=BARE).errors()][
+        1
+    ] == "set resources.cpus to 4"
