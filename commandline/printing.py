@@ -11,6 +11,7 @@ from typing import Any, NoReturn
 import click
 
 from bigpipe.errors import BigpipeError, Interrupted
+from bigpipe.orchestrator import report
 
 
 def show(as_json: bool, data: Callable[[], Any], text: Callable[[], str]) -> None:
@@ -27,9 +28,7 @@ def show_json(data: Any) -> None:
 
 def fail(error: BigpipeError) -> NoReturn:
     """Print cause, place and cure, also as an annotation where GitHub reads it, and exit."""
-    from bigpipe.orchestrator.report import error_text
-
-    click.echo(error_text(error, os.environ), err=True)
+    click.echo(report.error_text(error, os.environ), err=True)
     sys.exit(error.status if isinstance(error, Interrupted) else error.exit_code)
 
 

@@ -9,7 +9,9 @@ from typing import Any
 import click
 
 import bigpipe
+from bigpipe.bigmodel import footprint
 from bigpipe.errors import UsageError
+from bigpipe.orchestrator import recipe, report
 
 from .options import JSON, OFFLINE, STORE, ManyDtypes
 from .printing import show, show_json
@@ -43,7 +45,6 @@ def estimate(
 
     Example: bigpipe estimate facebook/opt-13b --dtypes int8 --batch-size 4 --memory 16GiB
     """
-    from bigpipe.bigmodel.footprint import report
     from bigpipe.orchestrator.store import memo_directory
 
     if compare and len(models) < 2:
@@ -54,7 +55,7 @@ def estimate(
     show(
         as_json,
         lambda: found if len(found) > 1 else found[0],
-        lambda: report(answers, compared=compare, explain=explain, stream=sys.stdout),
+        lambda: footprint.report(answers, compared=compare, explain=explain, stream=sys.stdout),
     )
 
 
@@ -79,9 +80,7 @@ def schema(kinds: tuple[str, ...]) -> None:
 
     Example: bigpipe schema > bigpipe.schema.json
     """
-    from bigpipe.orchestrator.recipe import manifest_schema
-
-    show_json(manifest_schema(more=kinds))
+    show_json(recipe.manifest_schema(more=kinds))
 
 
 @click.command()
@@ -93,14 +92,10 @@ def kinds(kind: str | None, markdown: bool, as_json: bool) -> None:
 
     Example: bigpipe kinds quantize
     """
-    from bigpipe.orchestrator.report import kinds_json, kinds_markdown, kinds_overview
-
-    whole = markdown or kind
-    show(
-        as_json,
-        lambda: kinds_json(kind),
-        lambda: kinds_markdown(kind) if whole else kinds_overview(),
-    )
+    if markdown or kind or as_json:
+        show(as_json, lambda: report.kinds_json(kind), lambda: report.kinds_markdown(kind))
+    else:
+        click.echo(report.kinds_overview())
 
 
 @click.command()

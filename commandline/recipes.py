@@ -11,6 +11,7 @@ import click
 
 import bigpipe
 from bigpipe.errors import ManifestError
+from bigpipe.orchestrator import report
 
 from .options import JOBS, JSON, MANIFEST, OFFLINE, PARAMS, STORE
 from .printing import fail, fail_all, show, show_json
@@ -33,16 +34,12 @@ def run(manifest: Path, nodes: tuple[str, ...], events: Path | None, as_json: bo
 
     Example: bigpipe run manifests/quickstart.yaml -p scheme=nf4
     """
-    from bigpipe.orchestrator.report import choose_reporter
-
-    with choose_reporter(sys.stderr, events=events) as reporter:
+    with report.choose_reporter(sys.stderr, events=events) as reporter:
         result = bigpipe.run(manifest, nodes, reporter=reporter, check=False, **options)
     if as_json:
         click.echo(json.dumps(result.as_json(), ensure_ascii=False))
     else:
-        from bigpipe.orchestrator.report import results_text
-
-        click.echo(results_text(result))
+        click.echo(report.results_text(result))
     fail_all(result.errors)
 
 
@@ -66,12 +63,11 @@ def plan(
     Example: bigpipe plan manifests/opt13b_int8.yaml --machine gpu-box.json
     """
     from bigpipe.machine import read_machine
-    from bigpipe.orchestrator.report import choose_reporter, plan_json, plan_text
 
     there = read_machine(machine) if machine else None
-    with choose_reporter(sys.stderr) as reporter:
+    with report.choose_reporter(sys.stderr) as reporter:
         planned = bigpipe.plan(manifest, nodes, machine=there, reporter=reporter, **options)
-    show(as_json, lambda: plan_json(planned), lambda: plan_text(planned, explain=explain))
+    show(as_json, lambda: report.plan_json(planned), lambda: report.plan_text(planned, explain=explain))
     fail_all(planned.errors())
 
 
@@ -107,12 +103,11 @@ def status(manifest: Path, exit_code: bool, as_json: bool, **options: Any) -> No
     Example: bigpipe status manifests/quickstart.yaml --exit-code
     """
     from bigpipe.orchestrator import commands
-    from bigpipe.orchestrator.report import columns
 
     planned = commands.status(manifest, **options)
     rows = [(name, str(node.action), node.decision.reason) for name, node in planned.nodes.items()]
     data = {name: {"action": action, "reason": reason} for name, action, reason in rows}
-    show(as_json, lambda: data, lambda: columns(rows))
+    show(as_json, lambda: data, lambda: report.columns(rows))
     if exit_code and (stale := commands.stale(planned)):
         fail(stale)
 
@@ -129,10 +124,9 @@ def why(manifest: Path, node: str, as_json: bool, **options: Any) -> None:
     Example: bigpipe why manifests/quickstart.yaml quantize
     """
     from bigpipe.orchestrator import commands
-    from bigpipe.orchestrator.report import why_text
 
     answers = commands.why(manifest, node, **options)
-    show(as_json, lambda: answers, lambda: why_text(answers))
+    show(as_json, lambda: answers, lambda: report.why_text(answers))
 
 
 @click.command()
@@ -144,9 +138,7 @@ def graph(manifest: Path, params: dict[str, str], form: str) -> None:
 
     Example: bigpipe graph manifests/matrix_int8_nf4.yaml --format mermaid
     """
-    from bigpipe.orchestrator.report import graph_text
-
-    click.echo(graph_text(bigpipe.load_manifest(manifest, params=params), form))
+    click.echo(report.graph_text(bigpipe.load_manifest(manifest, params=params), form))
 
 
 @click.command()

@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import click
+
+from bigpipe.orchestrator import report
 
 from .options import JSON, STORE
 from .printing import fail, show
 
-if TYPE_CHECKING:
-    from bigpipe.orchestrator.report import Inspection
 
-
-def _print(answer: Inspection, as_json: bool) -> None:
+def _print(answer: report.Inspection, as_json: bool) -> None:
     """Print what an inspection found, and fail with what it found wrong."""
     show(as_json, lambda: answer.data, lambda: answer.text)
     if answer.error:
@@ -29,9 +27,7 @@ def list_artifacts(as_json: bool, store: Path | None) -> None:
 
     Example: bigpipe ls
     """
-    from bigpipe.orchestrator.report import list_store
-
-    _print(list_store(store=store), as_json)
+    _print(report.list_store(store=store), as_json)
 
 
 @click.command("show")
@@ -43,9 +39,7 @@ def show_record(run: str, as_json: bool, store: Path | None) -> None:
 
     Example: bigpipe show last
     """
-    from bigpipe.orchestrator.report import show_run
-
-    _print(show_run(run, store=store), as_json)
+    _print(report.show_run(run, store=store), as_json)
 
 
 @click.command()
@@ -57,9 +51,7 @@ def log(run: str, node: str | None, store: Path | None) -> None:
 
     Example: bigpipe log last generate
     """
-    from bigpipe.orchestrator.report import log_lines
-
-    for line in log_lines(run, node, store):
+    for line in report.log_lines(run, node, store):
         click.echo(line)
 
 
@@ -73,9 +65,7 @@ def diff(run: str, other: str, as_json: bool, store: Path | None) -> None:
 
     Example: bigpipe diff 20260103 last
     """
-    from bigpipe.orchestrator.report import diff_runs
-
-    _print(diff_runs(run, other, store=store), as_json)
+    _print(report.diff_runs(run, other, store=store), as_json)
 
 
 @click.command()
@@ -87,9 +77,7 @@ def gc(dry_run: bool, as_json: bool, store: Path | None) -> None:
 
     Example: bigpipe gc --dry-run
     """
-    from bigpipe.orchestrator.report import collect_garbage
-
-    _print(collect_garbage(dry_run, store=store), as_json)
+    _print(report.collect_garbage(dry_run, store=store), as_json)
 
 
 @click.command()
@@ -101,9 +89,7 @@ def verify(repair: bool, as_json: bool, store: Path | None) -> None:
 
     Example: bigpipe verify --repair
     """
-    from bigpipe.orchestrator.report import verify_store
-
-    _print(verify_store(repair, store=store), as_json)
+    _print(report.verify_store(repair, store=store), as_json)
 
 
 COMMANDS = (list_artifacts, show_record, log, diff, gc, verify)
