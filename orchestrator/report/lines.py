@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from dataclasses import dataclass, field
 from types import TracebackType
-from typing import Self
+from typing import Self, TextIO
 
-from bigpipe.orchestrator.contract import Event, NodeFinished, NodeRetried
+from bigpipe.orchestrator.contract import (
+    Event,
+    LogLine,
+    NodeFinished,
+    NodeRetried,
+    NodeStarted,
+    Progress,
+    RunFinished,
+    RunStarted,
+)
 from bigpipe.sizes import format_size
 
 from .progress import elapsed
 
-MARKS = {"succeeded": "✓", "cached": "·", "failed": "✗", "skipped": "-"}
+_MARKS = {"succeeded": "✓", "cached": "·", "failed": "✗", "skipped": "-"}
 
 
 class BaseReporter:
@@ -33,26 +40,61 @@ class BaseReporter:
         self.close()
 
 
-@dataclass(slots=True)
-class NodeCounter:
-    """`[1/5]`: a node's place among the nodes of the run."""
+class LineReporter(BaseReporter):
+    """Writes a line for each thing that happens to a node; how progress looks is left to those that extend it."""
 
-    places: dict[str, int] = field(default_factory=dict)
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+        self._places: dict[str, int] = {}
 
-    def start(self, nodes: Iterable[str]) -> None:
-        self.places = {node: number for number, node in enumerate(nodes, 1)}
+    def report(self, event: Event) -> None:
+        match event:
+            case RunStarted():
+                self._places = {node: number for number, node in enumerate(event.nodes, 1)}
+            case NodeStarted():
+                self.start(event)
+            case Progress():
+                self.advance(event)
+            case LogLine(detail=False):
+                self.say(event.node, event.line)
+            case NodeRetried():
+                text = f"attempt {event.attempt} in {event.wait_seconds:.1f} s: {event.cause}"
+                self.say(event.node, text, "yellow")
+            case NodeFinished():
+                self.finish(event, _MARKS.get(event.status, " "), finished_text(event))
+            case RunFinished():
+                self.close()
+                self.print(f"run {event.run} {event.status} in {elapsed(event.seconds)}")
+
+    def start(self, event: NodeStarted) -> None:
+        raise NotImplementedError
+
+    def advance(self, event: Progress) -> None:
+        raise NotImplementedError
+
+    def finish(self, event: NodeFinished, mark: str, text: str) -> None:
+        raise NotImplementedError
 
     def label(self, node: str) -> str:
-        number = self.places.get(node)
+        """Return `[1/5] shard`: the node's place among the nodes of the run, and its name."""
+        number = self._places.get(node)
         if number is None:
             return node
-        width = len(str(len(self.places)))
-        return f"[{number:{width}d}/{len(self.places)}] {node}"
+        width = len(str(len(self._places)))
+        return f"[{number:{width}d}/{len(self._places)}] {node}"
+
+    def say(self, node: str, text: str, colour: str | None = None) -> None:
+        self.print(f"{self.label(node)}: {text}", colour)
+
+    def print(self, line: str, colour: str | None = None) -> None:
+        """Write one line; a plain stream has no colours."""
+        self._stream.write(line + "\n")
+        self._stream.flush()
 
 
 def finished_text(event: NodeFinished) -> str:
-    """Return `✓ succeeded in 12.3 s, peak 240.0 MiB`; what went wrong is on further lines."""
-    text = f"{MARKS.get(event.status, ' ')} {event.status}"
+    """Return `succeeded in 12.3 s, peak 240.0 MiB`; what went wrong is on further lines."""
+    text = event.status
     if event.status == "succeeded" or event.seconds >= 0.01:
         text += f" in {elapsed(event.seconds)}"
     if event.status == "succeeded" and event.peak_rss:
@@ -62,7 +104,3 @@ def finished_text(event: NodeFinished) -> str:
     elif event.status == "skipped" and event.reason:
         text += f" ({event.reason})"
     return text
-
-
-def retried_text(event: NodeRetried) -> str:
-    return f"attempt {event.attempt} in {event.wait_seconds:.1f} s: {event.cause}"

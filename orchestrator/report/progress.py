@@ -37,9 +37,9 @@ class Reading:
             return None
         return (self.total - self.done) / self.rate
 
-    def text(self, *, percent: bool = True) -> str:
+    def text(self) -> str:
         parts = [self.task] if self.task else []
-        if percent and self.share is not None:
+        if self.share is not None:
             parts.append(f"{int(100 * self.share)} %")
         parts.append(amount(self.done, self.total, self.unit))
         if self.rate:

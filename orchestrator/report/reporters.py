@@ -14,58 +14,33 @@ from typing import TextIO
 
 from bigpipe.errors import BigpipeError, ManifestError, Place
 from bigpipe.files import LogFile
-from bigpipe.orchestrator.contract import (
-    Event,
-    LogLine,
-    NodeFinished,
-    NodeRetried,
-    NodeStarted,
-    Progress,
-    Reporter,
-    RunFinished,
-    RunStarted,
-)
+from bigpipe.orchestrator.contract import Event, NodeFinished, NodeStarted, Progress, Reporter
 from bigpipe.orchestrator.launch import Redactor
 
-from .lines import BaseReporter, NodeCounter, finished_text, retried_text
-from .progress import ProgressMeter, elapsed
+from .lines import BaseReporter, LineReporter
+from .progress import ProgressMeter
 
 LINE_SHARE = 0.1
 LINE_SECONDS = 30.0
 """A plain line whenever progress has gone this share further, or this long after the last."""
 
 
-class PlainReporter(BaseReporter):
+class PlainReporter(LineReporter):
     """Lines for logs and pipes: a node's start and end, and now and then how far it is."""
 
     def __init__(self, stream: TextIO, clock: Callable[[], float] = time.monotonic) -> None:
-        self._stream = stream
+        super().__init__(stream)
         self._clock = clock
-        self._counter = NodeCounter()
         self._meters: dict[str, ProgressMeter] = {}
         self._said: dict[str, tuple[float, str, int]] = {}
         """Node → when its last line was, of which task, at how many tenths."""
 
-    def report(self, event: Event) -> None:
-        match event:
-            case RunStarted():
-                self._counter.start(event.nodes)
-            case NodeStarted():
-                self._meters[event.node] = ProgressMeter(self._clock)
-                self._said[event.node] = (self._clock(), "", 0)
-                self._write(event.node, "started" + (f" ({event.reason})" if event.reason else ""))
-            case Progress():
-                self._progress(event)
-            case LogLine(detail=False):
-                self._write(event.node, event.line)
-            case NodeRetried():
-                self._write(event.node, retried_text(event))
-            case NodeFinished():
-                self._write(event.node, finished_text(event))
-            case RunFinished():
-                self._print(f"run {event.run} {event.status} in {elapsed(event.seconds)}")
+    def start(self, event: NodeStarted) -> None:
+        self._meters[event.node] = ProgressMeter(self._clock)
+        self._said[event.node] = (self._clock(), "", 0)
+        self.say(event.node, "started" + (f" ({event.reason})" if event.reason else ""))
 
-    def _progress(self, event: Progress) -> None:
+    def advance(self, event: Progress) -> None:
         reading = self._meters.setdefault(event.node, ProgressMeter(self._clock)).update(event)
         now = self._clock()
         since, task, before = self._said.get(event.node, (now, "", 0))
@@ -73,14 +48,10 @@ class PlainReporter(BaseReporter):
         step = int((reading.share or 0.0) / LINE_SHARE + 1e-9)
         if step > (before if task == reading.task else 0) or now - since >= LINE_SECONDS:
             self._said[event.node] = (now, reading.task, step)
-            self._write(event.node, reading.text())
+            self.say(event.node, reading.text())
 
-    def _write(self, node: str, text: str) -> None:
-        self._print(f"{self._counter.label(node)}: {text}")
-
-    def _print(self, line: str) -> None:
-        self._stream.write(line + "\n")
-        self._stream.flush()
+    def finish(self, event: NodeFinished, mark: str, text: str) -> None:
+        self.say(event.node, f"{mark} {text}")
 
 
 class JsonlReporter(BaseReporter):

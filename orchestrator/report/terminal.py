@@ -9,57 +9,28 @@ import os
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, TextIO
 
-from bigpipe.orchestrator.contract import (
-    Event,
-    LogLine,
-    NodeFinished,
-    NodeRetried,
-    NodeStarted,
-    Progress,
-    RunFinished,
-    RunStarted,
-)
+from bigpipe.orchestrator.contract import NodeFinished, NodeStarted, Progress
 
-from .lines import MARKS, BaseReporter, NodeCounter, finished_text, retried_text
-from .progress import ProgressMeter, elapsed
+from .lines import LineReporter
+from .progress import ProgressMeter
 
 if TYPE_CHECKING:
-    from rich.console import Console
     from rich.progress import Progress as Bars, TaskID
 
 COLOURS = {"succeeded": "green", "cached": "dim", "failed": "red", "skipped": "yellow"}
 
 
-class RichReporter(BaseReporter):
+class RichReporter(LineReporter):
     """Obeys NO_COLOR. Text of others is printed as it is: nothing in it is read as markup."""
 
     def __init__(
         self, stream: TextIO, *, environment: Mapping[str, str] | None = None, width: int | None = None
     ) -> None:
-        self._stream = stream
+        super().__init__(stream)
         self._environment = os.environ if environment is None else environment
         self._width = width
-        self._counter = NodeCounter()
         self._bars: Bars | None = None
         self._running: dict[str, tuple[TaskID, ProgressMeter]] = {}
-
-    def report(self, event: Event) -> None:
-        match event:
-            case RunStarted():
-                self._counter.start(event.nodes)
-            case NodeStarted():
-                self._start(event)
-            case Progress():
-                self._advance(event)
-            case LogLine(detail=False):
-                self._line(f"{self._counter.label(event.node)}: {event.line}")
-            case NodeRetried():
-                self._line(f"{self._counter.label(event.node)}: {retried_text(event)}", "yellow")
-            case NodeFinished():
-                self._finish(event)
-            case RunFinished():
-                self.close()
-                self._line(f"run {event.run} {event.status} in {elapsed(event.seconds)}")
 
     def close(self) -> None:
         if self._bars is not None:
@@ -67,53 +38,43 @@ class RichReporter(BaseReporter):
             self._bars = None
             self._running.clear()
 
-    def _start(self, event: NodeStarted) -> None:
+    def start(self, event: NodeStarted) -> None:
         if event.node in self._running:
             return
-        self._bars = self._bars or _make_bars(self._make_console())
+        self._bars = self._bars or self._make_bars()
         self._bars.start()
-        task = self._bars.add_task(self._counter.label(event.node), total=None, text=event.reason)
+        task = self._bars.add_task(self.label(event.node), total=None, text=event.reason)
         self._running[event.node] = (task, ProgressMeter())
 
-    def _advance(self, event: Progress) -> None:
+    def advance(self, event: Progress) -> None:
         if self._bars is None or event.node not in self._running:
             return
         task, meter = self._running[event.node]
         reading = meter.update(event)
-        if reading.share is None:
-            self._bars.update(task, text=reading.text())
-        else:
-            self._bars.update(task, total=1.0, completed=reading.share, text=reading.text())
+        known = {} if reading.share is None else {"total": 1.0, "completed": reading.share}
+        self._bars.update(task, text=reading.text(), **known)
 
-    def _finish(self, event: NodeFinished) -> None:
+    def finish(self, event: NodeFinished, mark: str, text: str) -> None:
         task = self._running.pop(event.node, None)
         if task is not None and self._bars is not None:
             self._bars.remove_task(task[0])
-        text = finished_text(event).removeprefix(MARKS.get(event.status, " ")).strip()
-        self._line(
-            f"{MARKS.get(event.status, ' ')} {self._counter.label(event.node)}: {text}", COLOURS.get(event.status)
-        )
+        self.print(f"{mark} {self.label(event.node)}: {text}", COLOURS.get(event.status))
 
-    def _line(self, text: str, colour: str | None = None) -> None:
+    def print(self, line: str, colour: str | None = None) -> None:
         if self._bars is None:
-            self._stream.write(text + "\n")
-            self._stream.flush()
-            return
-        self._bars.console.print(text, style=colour, markup=False, highlight=False, soft_wrap=True)
+            super().print(line)
+        else:
+            self._bars.console.print(line, style=colour, markup=False, highlight=False, soft_wrap=True)
 
-    def _make_console(self) -> Console:
+    def _make_bars(self) -> Bars:
         from rich.console import Console
+        from rich.progress import BarColumn, Progress as Bars, TextColumn, TimeElapsedColumn
 
-        return Console(file=self._stream, width=self._width, _environ=self._environment)
-
-
-def _make_bars(console: Console) -> Bars:
-    from rich.progress import BarColumn, Progress as Bars, TextColumn, TimeElapsedColumn
-
-    columns: list[Any] = [
-        TextColumn("{task.description}", markup=False),
-        BarColumn(bar_width=20),
-        TextColumn("{task.fields[text]}", markup=False),
-        TimeElapsedColumn(),
-    ]
-    return Bars(*columns, console=console, transient=True, refresh_per_second=8, redirect_stdout=False)
+        columns: list[Any] = [
+            TextColumn("{task.description}", markup=False),
+            BarColumn(bar_width=20),
+            TextColumn("{task.fields[text]}", markup=False),
+            TimeElapsedColumn(),
+        ]
+        console = Console(file=self._stream, width=self._width, _environ=self._environment)
+        return Bars(*columns, console=console, transient=True, refresh_per_second=8, redirect_stdout=False)
