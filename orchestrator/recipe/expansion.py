@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from itertools import product
 from math import prod
-from typing import Any
 
 from bigpipe.errors import ManifestError
-from bigpipe.orchestrator.contract import Json, Launch, Params, Resources, Stage
+from bigpipe.orchestrator.contract import Json
 from bigpipe.orchestrator.launch import executor
 
 from .conditions import Condition, parse_condition
@@ -38,21 +37,6 @@ def variants(axes: Axes) -> Iterable[dict[str, str]]:
     names = list(axes)
     for values in product(*axes.values()):
         yield dict(zip(names, values, strict=True))
-
-
-@dataclass(slots=True)
-class _Reading:
-    """What one stage's settings gave, for one variant or for all of them."""
-
-    kind: Stage[Any]
-    settings: NodeSettings
-    params: Params
-    when: Condition | None
-    gates: tuple[Condition, ...]
-    launch: Launch
-    resources: Resources
-    env: dict[str, str]
-    secrets: tuple[str, ...]
 
 
 class Expansion:
@@ -101,35 +85,26 @@ class Expansion:
     def _expand(self, stage: Wired) -> Iterable[Node]:
         varies = bool(stage.axes) and contains_reference(stage.settings, "matrix")
         places = Places(self.document, stage.path)
-        shared: _Reading | None = None
-        for texts in variants(stage.axes):
-            variant = {axis: stage.axes[axis][text] for axis, text in texts.items()}
-            reading = shared
-            if shared is None:
-                reading = self._read(stage, variant)
-                if not varies:
-                    shared = reading
-                    if shared is None:
-                        return
-            if reading is not None and not stage.broken:
-                yield self._node(stage, texts, reading, places)
+        node: Node | None = None
+        for index, texts in enumerate(variants(stage.axes)):
+            if varies or index == 0:
+                node = self._read(stage, {axis: stage.axes[axis][text] for axis, text in texts.items()}, places)
+            if node is not None and not stage.broken:
+                yield self._wired(stage, texts, node)
 
-    def _read(self, stage: Wired, variant: Mapping[str, Json]) -> _Reading | None:
-        unresolved = stage.broken or bool(self.scope.open_params)
-
-        def report(code: Fault, path: tuple[Key, ...], reference: str, cause: str, cure: str) -> None:
-            nonlocal unresolved
-            unresolved = True
-            self.problems.add(code, (*stage.path, *path), cause, cure, part=reference)
-
+    def _read(self, stage: Wired, variant: Mapping[str, Json], places: Places) -> Node | None:
+        """What the stage's settings give, for one variant or for all: a node that is not wired to others yet."""
+        before = len(self.problems)
         values = stage.settings
         if contains_reference(values):
             scope = replace(self.scope, matrix=variant, open_matrix=stage.broken)
-            in_conditions = replace(scope, stages=True)
             values = {
-                key: interpolate(value, in_conditions if key in ("when", "gates") else scope, report, (key,))
+                key: interpolate(
+                    value, replace(scope, stages=key in ("when", "gates")), self.problems, (*stage.path, key)
+                )
                 for key, value in values.items()
             }
+        unresolved = stage.broken or bool(self.scope.open_params) or len(self.problems) > before
         target = Target(self.document, stage.path, stage.name, unresolved)
         settings = validate(NodeSettings, values, target, self.problems)
         given = values.get("with", {})
@@ -147,39 +122,36 @@ class Expansion:
         ]
         if settings is None or stage.kind is None or params is None or unresolved:
             return None
-        return _Reading(
-            stage.kind,
-            settings,
-            params,
-            when,
-            tuple(gate for gate in read if gate is not None),
-            settings.launch.launch(),
-            settings.resources.resources(),
-            {name: str(value) for name, value in settings.env.items()},
-            tuple(dict.fromkeys([*stage.kind.secrets, *stage.secrets])),
+        return Node(
+            name=stage.name,
+            stage=stage.name,
+            kind=stage.kind,
+            location=stage.location,
+            params=params,
+            variant=variant,
+            inputs={},
+            when=when,
+            gates=tuple(gate for gate in read if gate is not None),
+            launch=settings.launch.launch(),
+            resources=settings.resources.resources(),
+            retries=settings.retries,
+            timeout=settings.timeout,
+            on_fail=settings.on_fail,
+            cache=settings.cache,
+            env={name: str(value) for name, value in settings.env.items()},
+            secrets=tuple(dict.fromkeys([*stage.kind.secrets, *stage.secrets])),
+            places=places,
         )
 
-    def _node(self, stage: Wired, texts: Mapping[str, str], reading: _Reading, places: Places) -> Node:
-        return Node(
+    def _wired(self, stage: Wired, texts: Mapping[str, str], node: Node) -> Node:
+        return replace(
+            node,
             name=node_name(stage.name, texts),
-            stage=stage.name,
-            kind=reading.kind,
-            location=stage.location,
-            params=reading.params,
             variant={axis: stage.axes[axis][text] for axis, text in texts.items()},
             inputs={port: self._targets(sources, texts) for port, sources in stage.inputs.items()},
             needs=self._targets(stage.needs, texts),
-            when=self._bound(stage, reading.when, texts),
-            gates=tuple(bound for gate in reading.gates if (bound := self._bound(stage, gate, texts)) is not None),
-            launch=reading.launch,
-            resources=reading.resources,
-            retries=reading.settings.retries,
-            timeout=reading.settings.timeout,
-            on_fail=reading.settings.on_fail,
-            cache=reading.settings.cache,
-            env=reading.env,
-            secrets=reading.secrets,
-            places=places,
+            when=self._bound(stage, node.when, texts),
+            gates=tuple(bound for gate in node.gates if (bound := self._bound(stage, gate, texts)) is not None),
         )
 
     def _targets(self, sources: tuple[StageReference, ...], texts: Mapping[str, str]) -> tuple[str, ...]:

@@ -71,9 +71,7 @@ class Recipe:
 
     def ancestors(self, name: str) -> list[str]:
         """Return the nodes that `name` stands on, in topological order."""
-        import networkx as nx
-
-        above = nx.ancestors(self.graph, name)
+        above = _with_ancestors(self.nodes, self.nodes[name].predecessors)
         return [other for other in self.nodes if other in above]
 
     def select(self, names: Sequence[str]) -> frozenset[str]:
@@ -141,15 +139,6 @@ def _read(path: Path) -> bytes:
         raise UsageError(f"no manifest {path}", cure) from None
     except OSError as error:
         raise UsageError(f"cannot read {path}: {error.strerror}", "name a manifest file") from None
-
-
-def _condition(settings: Mapping[str, Json], scope: Scope) -> str:
-    """The text of `when` as far as it is known before the matrix; what is wrong with it is reported later."""
-    if "when" not in settings:
-        return ""
-    scope = replace(scope, matrix={}, open_matrix=True, stages=True)
-    text = interpolate(settings["when"], scope, lambda *_: None)
-    return text if isinstance(text, str) else ""
 
 
 class _Loading:
@@ -223,41 +212,25 @@ class _Loading:
             self.problems.add(code, path, error.cause, error.cure)
             return None
 
-    def _report_at(self, base: tuple[Key, ...]) -> Any:
-        def report(code: Fault, path: tuple[Key, ...], reference: str, cause: str, cure: str) -> None:
-            self.problems.add(code, (*base, *path), cause, cure, part=reference)
-
-        return report
-
     def _params(self, defaults: Mapping[str, Json]) -> Scope:
         scope = Scope(params=None, environment=self.environment, secrets=self.secrets)
         values: dict[str, Json] = {}
-        missing: set[str] = set()
         for name, default in defaults.items():
-            path: tuple[Key, ...] = ("params", name)
-            if name in self.arguments:
-                value = self._argument(name, default)
-            else:
-                value = interpolate(default, scope, self._report_at(path))
-            if value is None:
-                missing.add(name)
-                if name not in self.arguments:
-                    cause, cure = f"the parameter {name!r} has no default", f"give it one, or pass -p {name}=…"
-                    self.problems.add(Fault.PARAMETER_REQUIRED, path, cause, cure, key=True)
-            else:
+            path = ("params", name)
+            given = name in self.arguments
+            value = self._argument(name, default) if given else interpolate(default, scope, self.problems, path)
+            if value is not None:
                 values[name] = value
+            elif not given:
+                cause, cure = f"the parameter {name!r} has no default", f"give it one, or pass -p {name}=…"
+                self.problems.add(Fault.PARAMETER_REQUIRED, path, cause, cure, key=True)
         for name in self.arguments:
             if name not in defaults:
                 cure = did_you_mean(name, defaults, otherwise="there are")
                 cure = cure or f"declare it: `params: {{{name}: …}}`"
                 cause = f"-p {name}=…: no parameter {name!r}"
                 self.problems.add(Fault.BAD_ARGUMENT, ("params",), cause, cure, key=True)
-        return Scope(
-            params=values,
-            open_params=frozenset(missing),
-            environment=self.environment,
-            secrets=self.secrets,
-        )
+        return replace(scope, params=values, open_params=frozenset(defaults.keys() - values))
 
     def _argument(self, name: str, default: Json) -> Json:
         text = self.arguments[name]
@@ -280,7 +253,7 @@ class _Loading:
             shape, settings = split_stage(raw, name, self.problems)
             uses = shape.pop("uses", None)
             before = len(self.problems)
-            shape = interpolate(shape, scope, self._report_at(path))
+            shape = interpolate(shape, scope, self.problems, path)
             lenient = len(self.problems) > before
             if uses is not None:
                 shape["uses"] = uses
@@ -288,10 +261,16 @@ class _Loading:
             structure = validate(Structure, shape, target, self.problems, salvage=True)
             broken = len(self.problems) > before
             kind, location = kinds.get(name) or (None, "")
-            condition = _condition(settings, scope)
+            condition = self._condition(settings, scope)
             result[name] = Wired(name, index, kind, structure, settings, condition, location, broken=broken)
             self._check_secrets(name, structure, manifest, kind)
         return result
+
+    def _condition(self, settings: Mapping[str, Json], scope: Scope) -> str:
+        """The text of `when` as far as it is known before the matrix; what is wrong with it is reported later."""
+        scope = replace(scope, matrix={}, open_matrix=True, stages=True)
+        text = interpolate(settings.get("when"), scope, Problems(self.document.place_at))
+        return text if isinstance(text, str) else ""
 
     def _check_secrets(
         self, name: str, structure: Structure | None, manifest: ManifestSpec, kind: Stage[Any] | None

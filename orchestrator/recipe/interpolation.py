@@ -10,7 +10,7 @@ read it.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Any
@@ -18,7 +18,7 @@ from typing import Any
 from bigpipe.errors import ManifestError
 from bigpipe.orchestrator.contract import Json
 
-from .problems import Fault, did_you_mean
+from .problems import Fault, Problems, did_you_mean
 from .yamlsource import Key, read_value
 
 WELL_KNOWN_SECRETS = frozenset({"HF_TOKEN", "HUGGING_FACE_HUB_TOKEN"})
@@ -27,9 +27,6 @@ _OPENING = re.compile(r"\$\$\{|\$\{")
 _ENVIRONMENT = re.compile(r"([A-Za-z_][A-Za-z0-9_]*)(?::([-?])(.*))?", re.DOTALL)
 _NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_-]*")
 _NOTHING: Mapping[str, Any] = MappingProxyType({})
-
-Report = Callable[[Fault, tuple[Key, ...], str, str, str], None]
-"""Called with code, path of the value, the reference as written, cause and cure."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -51,9 +48,7 @@ class Scope:
 
 
 class _Unresolved(Exception):
-    def __init__(self, code: Fault, reference: str, cause: str, cure: str = "") -> None:
-        super().__init__(cause)
-        self.problem = (code, reference, cause, cure)
+    """Fault, the reference as written, cause, cure."""
 
 
 def contains_reference(value: Json, namespace: str = "") -> bool:
@@ -72,10 +67,10 @@ def escape(text: str) -> str:
     return text.replace("${", "$${")
 
 
-def interpolate(value: Json, scope: Scope, report: Report, path: tuple[Key, ...] = ()) -> Json:
+def interpolate(value: Json, scope: Scope, problems: Problems, path: tuple[Key, ...] = ()) -> Json:
     """Return `value` with every reference replaced, at any depth; keys are left alone.
 
-    A reference that cannot be resolved is reported and left standing.
+    A reference that cannot be resolved is a problem, and left standing. path: where `value` stands.
     """
     if isinstance(value, str):
         if "${" not in value:
@@ -83,17 +78,18 @@ def interpolate(value: Json, scope: Scope, report: Report, path: tuple[Key, ...]
         try:
             return _interpolate_text(value, scope)
         except _Unresolved as error:
-            code, reference, cause, cure = error.problem
-            report(code, path, reference, cause, cure)
+            code, reference, cause, cure = error.args
+            problems.add(code, path, cause, cure, part=reference)
             return value
     if isinstance(value, dict):
         for key in value:
             if isinstance(key, str) and "${" in key:
                 cause = f"the key {key!r} cannot hold a reference"
-                report(Fault.MISPLACED_REFERENCE, (*path, key), key, cause, "references stand in values only")
-        return {key: interpolate(child, scope, report, (*path, key)) for key, child in value.items()}
+                cure = "references stand in values only"
+                problems.add(Fault.MISPLACED_REFERENCE, (*path, key), cause, cure, part=key)
+        return {key: interpolate(child, scope, problems, (*path, key)) for key, child in value.items()}
     if isinstance(value, list):
-        return [interpolate(child, scope, report, (*path, index)) for index, child in enumerate(value)]
+        return [interpolate(child, scope, problems, (*path, index)) for index, child in enumerate(value)]
     return value
 
 

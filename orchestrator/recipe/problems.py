@@ -78,12 +78,11 @@ class Problems:
         """place_at: finds a path in the document that the problems are about; see `Document.place_at`."""
         self._place_at = place_at
         self._found: dict[tuple[Fault, Place, str], Problem] = {}
-
-    def __bool__(self) -> bool:
-        return bool(self._found)
+        self._added = 0
 
     def __len__(self) -> int:
-        return len(self._found)
+        """How often something was added, repetitions included."""
+        return self._added
 
     def add(
         self, code: Fault, at: Place | Path, cause: str, cure: str = "", *, key: bool = False, part: str = ""
@@ -94,6 +93,7 @@ class Problems:
         else:
             assert self._place_at is not None  # noqa: S101 (paths are given where there is a document)
             place = self._place_at(at, key=key, part=part)
+        self._added += 1
         self._found.setdefault((code, place, cause), Problem(code.value, place, cause, cure))
         if len(self._found) >= MAX_PROBLEMS:
             raise self.error()

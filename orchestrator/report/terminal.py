@@ -51,8 +51,8 @@ class RichReporter(LineReporter):
             return
         task, meter = self._running[event.node]
         reading = meter.update(event)
-        known = {} if reading.share is None else {"total": 1.0, "completed": reading.share}
-        self._bars.update(task, text=reading.text(), **known)
+        total = None if reading.share is None else 1.0
+        self._bars.update(task, total=total, completed=reading.share, text=reading.text())
 
     def finish(self, event: NodeFinished, mark: str, text: str) -> None:
         task = self._running.pop(event.node, None)

@@ -7,8 +7,9 @@ from typing import Any
 import pytest
 from hypothesis import given, strategies as st
 
+from bigpipe.errors import Place
 from bigpipe.orchestrator.recipe.interpolation import Scope, escape, interpolate, read_argument
-from bigpipe.orchestrator.recipe.problems import Fault
+from bigpipe.orchestrator.recipe.problems import Problems
 
 SCOPE = Scope(
     params={"gpu": "22GiB", "n": 3, "x": 1.5, "on": True, "map": {"cpu": "4GiB"}, "list": [1, 2], "none-such": "a"},
@@ -18,13 +19,11 @@ SCOPE = Scope(
 
 
 def resolve(value: Any, scope: Scope = SCOPE) -> Any:
-    problems: list[str] = []
-
-    def report(code: Fault, path: tuple[Any, ...], reference: str, cause: str, cure: str) -> None:
-        problems.append(f"{code} {'.'.join(map(str, path))} {reference}: {cause}; {cure}")
-
-    result = interpolate(value, scope, report)
-    return problems or result
+    problems = Problems(lambda path, key, part: Place(".".join(map(str, path)), 1, 1, part))
+    result = interpolate(value, scope, problems)
+    if not problems:
+        return result
+    return [f"{p.code} {p.place.file} {p.place.text}: {p.cause}; {p.cure}" for p in problems.error().problems]
 
 
 @pytest.mark.parametrize(
