@@ -9,7 +9,6 @@ from typing import Any
 import click
 
 import bigpipe
-from bigpipe.bigmodel import footprint
 from bigpipe.errors import UsageError
 from bigpipe.orchestrator import recipe, report
 
@@ -45,6 +44,7 @@ def estimate(
 
     Example: bigpipe estimate facebook/opt-13b --dtypes int8 --batch-size 4 --memory 16GiB
     """
+    from bigpipe.bigmodel import footprint
     from bigpipe.orchestrator.store import memo_directory
 
     if compare and len(models) < 2:

@@ -12,7 +12,7 @@ import math
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any, TypeAlias
+from typing import Any, NoReturn, TypeAlias
 
 import yaml
 
@@ -31,10 +31,13 @@ MAX_SHOWN_LINE = 1_000
 # PyYAML's stubs give the C loader no base that `yaml.parse` takes; wheels without libyaml have only the other.
 _LOADER: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 
+_START = yaml.Mark("", 0, 0, 0, None, 0)
 _LINE_BREAK = re.compile("\r\n|[\n\r\x85\u2028\u2029]")
 # The complement of the spec's c-printable (§5.1): naming the printable ranges themselves compiles for 8 ms.
 _NOT_PRINTABLE = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x84\x86-\x9f\ufeff\ufffe\uffff]")
 _INTEGER = re.compile(r"[-+]?[0-9]+|0o[0-7]+|0x[0-9a-fA-F]+")
+_WRITTEN_INTEGER = re.compile(r"0|-?[1-9][0-9]{0,18}")
+"""As `str` writes one."""
 _FLOAT = re.compile(r"[-+]?(?:\.[0-9]+|[0-9]+(?:\.[0-9]*)?)(?:[eE][-+]?[0-9]+)?")
 _LEADING_ZERO = re.compile(r"[-+]?0[0-9]+")
 _NOT_FINITE = re.compile(r"[-+]?\.(?:inf|Inf|INF)|\.(?:nan|NaN|NAN)")
@@ -49,14 +52,12 @@ Key: TypeAlias = "str | int"
 
 @dataclass(slots=True, eq=False)
 class Item:
-    """A value and where it stands; positions count from 0, the end is exclusive. Aliases share one Item."""
+    """A value and where it stands: lines and columns count from 0, the end is exclusive. Aliases share one Item."""
 
     value: Scalar | list[Item] | dict[Key, Item]
-    line: int
-    column: int
-    end_line: int
-    end_column: int
-    keys: dict[Key, Item] | None = None
+    start_mark: yaml.Mark
+    end_mark: yaml.Mark
+    keys: dict[Key, Item] = field(default_factory=dict)
     """Of a map: where each key stands."""
     plain: bool = False
     """An unquoted scalar, whose type was read from its form."""
@@ -74,7 +75,7 @@ class Document:
     root: Item = field(repr=False)
 
     def place(self, item: Item) -> Place:
-        return _place(self.file, self.lines, item.line, item.column, item.end_line, item.end_column)
+        return _place(self.file, self.lines, item.start_mark, item.end_mark)
 
     def find(self, path: Sequence[Key]) -> tuple[Item, int]:
         """Return the Item at `path`, or the nearest above it that exists; and how much of the path it covers."""
@@ -94,10 +95,10 @@ class Document:
         item, depth = self.find(path)
         if key and depth:
             above, _ = self.find(path[: depth - 1])
-            return self.place(above.keys[path[depth - 1]] if above.keys else item)
+            return self.place(above.keys.get(path[depth - 1], item))
         place = self.place(item)
-        if part and item.line == item.end_line and place.text:
-            at = place.text.find(part, item.column, item.end_column)
+        if part and item.start_mark.line == item.end_mark.line and place.text:
+            at = place.text.find(part, item.start_mark.column, item.end_mark.column)
             if at >= 0:
                 return Place(place.file, place.line, at + 1, place.text, len(part))
         return place
@@ -134,10 +135,7 @@ def read_document(file: str, data: bytes) -> Document:
     if root is None or not isinstance(root.value, dict):
         what = "the file is empty" if root is None else "the top level is not a map"
         problems.add(
-            Fault.NOT_A_MAP,
-            _place(file, lines, 0, 0, 0, 1),
-            what,
-            "start with `version: 1`, or use `bigpipe init`",
+            Fault.NOT_A_MAP, _place(file, lines, _START), what, "start with `version: 1`, or use `bigpipe init`"
         )
         raise problems.error()
     return Document(file, text, lines, root)
@@ -185,11 +183,10 @@ def _add_at_end(problems: Problems, file: str, before: str, cause: str, cure: st
     problems.add(Fault.NOT_TEXT, Place(file, len(lines), len(lines[-1]) + 1), cause, cure)
 
 
-def _place(file: str, lines: list[str], line: int, column: int, end_line: int, end_column: int) -> Place:
-    text = lines[line] if line < len(lines) else ""
-    end = end_column if end_line == line else len(text.rstrip())
-    width = max(1, end - column)
-    return Place(file, line + 1, column + 1, text if len(text) <= MAX_SHOWN_LINE else "", width)
+def _place(file: str, lines: list[str], start: yaml.Mark, end: yaml.Mark | None = None) -> Place:
+    text = lines[start.line] if start.line < len(lines) else ""
+    width = 1 if end is None else (end.column if end.line == start.line else len(text.rstrip())) - start.column
+    return Place(file, start.line + 1, start.column + 1, text if len(text) <= MAX_SHOWN_LINE else "", max(1, width))
 
 
 @dataclass(slots=True, eq=False)
@@ -199,7 +196,7 @@ class _Open:
     item: Item
     anchor: str | None
     key: Item | None = None
-    has_key: bool = False
+    """One whose value has not come yet."""
     merges: list[Item] = field(default_factory=list)
 
 
@@ -233,7 +230,7 @@ class _Composer:
         match type(event):
             case yaml.ScalarEvent:
                 self._refuse_tag(event)
-                self._attach(self._remember(event.anchor, self._scalar(event)))
+                self._attach(self._scalar(event), event.anchor)
             case yaml.MappingStartEvent | yaml.SequenceStartEvent:
                 self._open(event)
             case yaml.MappingEndEvent | yaml.SequenceEndEvent:
@@ -245,37 +242,28 @@ class _Composer:
                 if self.documents > 1:
                     self._stop(Fault.SEVERAL_DOCUMENTS, event, "a second document begins", "one manifest per file")
 
-    def _at(self, event: Any) -> Place:
-        start, end = event.start_mark, event.end_mark
-        return _place(self.file, self.lines, start.line, start.column, end.line, end.column)
+    def _report(self, code: Fault, at: Any, cause: str, cure: str) -> None:
+        """at: an event or an Item."""
+        self.problems.add(code, _place(self.file, self.lines, at.start_mark, at.end_mark), cause, cure)
 
-    def _stop(self, code: Fault, event: Any, cause: str, cure: str) -> None:
-        self.problems.add(code, self._at(event), cause, cure)
+    def _stop(self, code: Fault, event: Any, cause: str, cure: str) -> NoReturn:
+        self._report(code, event, cause, cure)
         raise self.problems.error()
 
     def _refuse_tag(self, event: Any) -> None:
         if event.tag is not None:
             tag = event.tag.replace("tag:yaml.org,2002:", "!!")
-            self.problems.add(
-                Fault.TAG, self._at(event), f"the tag {tag}: tags are not read", "remove it, and quote text"
-            )
-
-    def _remember(self, anchor: str | None, item: Item) -> Item:
-        if anchor is not None:
-            self.anchors[anchor] = item
-        return item
+            self._report(Fault.TAG, event, f"the tag {tag}: tags are not read", "remove it, and quote text")
 
     def _scalar(self, event: Any) -> Item:
-        start, end, text = event.start_mark, event.end_mark, event.value
+        text = event.value
         if event.implicit[0]:
             value = self._resolve(text, event)
             source = "" if isinstance(value, str) else text
-            return Item(value, start.line, start.column, end.line, end.column, None, True, source)
+            return Item(value, event.start_mark, event.end_mark, plain=True, source=source)
         if "\0" in text or any("\ud800" <= character <= "\udfff" for character in text):
-            self.problems.add(
-                Fault.NOT_TEXT, self._at(event), "the text holds NUL or half a character", "remove the escape"
-            )
-        return Item(text, start.line, start.column, end.line, end.column)
+            self._report(Fault.NOT_TEXT, event, "the text holds NUL or half a character", "remove the escape")
+        return Item(text, event.start_mark, event.end_mark)
 
     def _resolve(self, text: str, event: Any) -> Scalar:
         """YAML 1.2 core schema; what YAML 1.1 reads as another number, and what JSON cannot carry, is an error."""
@@ -285,14 +273,14 @@ class _Composer:
             return text
         if _LEADING_ZERO.fullmatch(text):
             cure = f"write {text.lstrip('+-0') or 0}, 0o{text.lstrip('+-')} for octal, or '{text}' for text"
-            self.problems.add(Fault.AMBIGUOUS_SCALAR, self._at(event), f"{text} is octal in YAML 1.1 only", cure)
+            self._report(Fault.AMBIGUOUS_SCALAR, event, f"{text} is octal in YAML 1.1 only", cure)
             return 0
         whole = _INTEGER.fullmatch(text)
         if whole and len(text) <= MAX_NUMBER_LENGTH:
             return int(text, {"0o": 8, "0x": 16}.get(text[:2], 10))
         if whole or _NOT_FINITE.fullmatch(text) or (_FLOAT.fullmatch(text) and math.isinf(float(text))):
             cause = f"{text} has too many digits" if whole else f"{text} is not a finite number"
-            self.problems.add(Fault.AMBIGUOUS_SCALAR, self._at(event), cause, f"write '{text}' for text")
+            self._report(Fault.AMBIGUOUS_SCALAR, event, cause, f"write '{text}' for text")
             return 0
         return float(text) if _FLOAT.fullmatch(text) else text
 
@@ -300,19 +288,15 @@ class _Composer:
         self._refuse_tag(event)
         if len(self.stack) >= MAX_DEPTH:
             self._stop(Fault.TOO_DEEP, event, f"nested more than {MAX_DEPTH} deep", "flatten it")
-        start = event.start_mark
-        is_map = isinstance(event, yaml.MappingStartEvent)
-        item = Item({} if is_map else [], start.line, start.column, start.line, start.column)
-        item.keys = {} if is_map else None
-        self.stack.append(_Open(item, event.anchor))
+        value: Any = {} if isinstance(event, yaml.MappingStartEvent) else []
+        self.stack.append(_Open(Item(value, event.start_mark, event.end_mark), event.anchor))
 
     def _close(self, event: Any) -> None:
         frame = self.stack.pop()
-        end = event.end_mark
-        frame.item.end_line, frame.item.end_column = end.line, end.column
+        frame.item.end_mark = event.end_mark
         for merged in frame.merges:
             self._merge(frame.item, merged)
-        self._attach(self._remember(frame.anchor, frame.item))
+        self._attach(frame.item, frame.anchor)
 
     def _alias(self, event: Any) -> None:
         target = self.anchors.get(event.anchor)
@@ -321,7 +305,6 @@ class _Composer:
         if target is None:
             cure = f"define it with &{event.anchor} above, or quote the text: '*{event.anchor}'"
             self._stop(Fault.BAD_ALIAS, event, f"no anchor named {event.anchor}", cure)
-            return
         self.expanded += target.size
         if self.expanded > MAX_ALIAS_EXPANSION:
             cause = f"aliases expand to more than {MAX_ALIAS_EXPANSION:,} values"
@@ -330,7 +313,9 @@ class _Composer:
             self._stop(Fault.TOO_DEEP, event, f"nested more than {MAX_DEPTH} deep through aliases", "flatten it")
         self._attach(target)
 
-    def _attach(self, item: Item) -> None:
+    def _attach(self, item: Item, anchor: str | None = None) -> None:
+        if anchor is not None:
+            self.anchors[anchor] = item
         if not self.stack:
             self.root = item
             return
@@ -341,17 +326,14 @@ class _Composer:
             parent.height = item.height + 1
         if isinstance(parent.value, list):
             parent.value.append(item)
-        elif not frame.has_key:
-            frame.key, frame.has_key = item, True
-        else:
-            key, frame.has_key = frame.key, False
-            self._enter(frame, key, item)
+        elif frame.key is None:
+            frame.key = item
+        elif isinstance(parent.value, dict):
+            key, frame.key = frame.key, None
+            self._enter(frame, parent.value, key, item)
 
-    def _enter(self, frame: _Open, key: Item | None, item: Item) -> None:
-        entries, keys = frame.item.value, frame.item.keys
-        if key is None or keys is None or not isinstance(entries, dict):
-            raise TypeError("only a map takes keys")
-        name = key.value
+    def _enter(self, frame: _Open, entries: dict[Key, Item], key: Item, item: Item) -> None:
+        name, keys = key.value, frame.item.keys
         if name == "<<" and key.plain:
             frame.merges.append(item)
             return
@@ -361,7 +343,7 @@ class _Composer:
             return
         twin = keys.get(name) or keys.get(_other_form(name))
         if twin is not None:
-            cause = f"the key {name!r} stands here twice; first on line {twin.line + 1}"
+            cause = f"the key {name!r} stands here twice; first on line {twin.start_mark.line + 1}"
             self._report(Fault.DUPLICATE_KEY, key, cause, "remove or rename one")
             return
         entries[name] = item
@@ -370,36 +352,29 @@ class _Composer:
     def _merge(self, target: Item, source: Item) -> None:
         """`<<: *a` or `<<: [*a, *b]`: keys written out win, then those of the map named first."""
         for part in source.value if isinstance(source.value, list) else [source]:
-            if not isinstance(part.value, dict) or part.keys is None:
+            if not isinstance(part.value, dict):
                 self._report(Fault.BAD_ALIAS, part, "`<<` merges maps only", "name a map's anchor: `<<: *name`")
                 continue
             for key, item in part.value.items():
-                if isinstance(target.value, dict) and target.keys is not None and key not in target.value:
+                if isinstance(target.value, dict) and key not in target.value:
                     target.value[key] = item
                     target.keys[key] = part.keys[key]
 
-    def _report(self, code: Fault, item: Item, cause: str, cure: str) -> None:
-        place = _place(self.file, self.lines, item.line, item.column, item.end_line, item.end_column)
-        self.problems.add(code, place, cause, cure)
-
     def _syntax(self, error: yaml.MarkedYAMLError) -> None:
-        mark = error.problem_mark or error.context_mark
-        if error.context_mark and mark and not "".join(self.lines[mark.line :]).strip():
+        mark = error.problem_mark or error.context_mark or _START
+        if error.context_mark and not "".join(self.lines[mark.line :]).strip():
             mark = error.context_mark  # the file ended: show what was left open
-        line, column = (mark.line, mark.column) if mark else (0, 0)
-        text = self.lines[line] if line < len(self.lines) else ""
-        cause = error.problem or "this is not YAML"
-        if error.context:
-            cause = f"{error.context}, {cause}"
-        place = _place(self.file, self.lines, line, column, line, column + 1)
-        self.problems.add(Fault.SYNTAX, place, cause, _syntax_cure(cause, text, column))
+        text = self.lines[mark.line] if mark.line < len(self.lines) else ""
+        cause = ", ".join(filter(None, (error.context, error.problem or "this is not YAML")))
+        place = _place(self.file, self.lines, mark)
+        self.problems.add(Fault.SYNTAX, place, cause, _syntax_cure(cause, text, mark.column))
 
 
 def _other_form(name: Key) -> Key:
     """`0` for `"0"` and the other way round: JSON, and so every key and record, cannot tell them apart."""
     if isinstance(name, int):
         return str(name)
-    return int(name) if _INTEGER.fullmatch(name) and len(name) < 20 and str(int(name, 0)) == name else name
+    return int(name) if _WRITTEN_INTEGER.fullmatch(name) else name
 
 
 def _syntax_cure(cause: str, line: str, column: int) -> str:

@@ -104,6 +104,11 @@ def test_all_problems_are_found_at_once() -> None:
     assert "    3 | a: 2\n      | ^" in str(caught.value)
 
 
+def test_a_text_of_digits_that_is_no_number_as_written_is_a_key_of_its_own() -> None:
+    assert parse("a: {'007': 1, 7: 2, '-0': 3, 0: 4}")["a"] == {"007": 1, 7: 2, "-0": 3, 0: 4}
+    assert "the key '-7' stands here twice" in problem("a: {-7: 1, '-7': 2}")
+
+
 def test_an_alias_bomb_is_stopped_before_it_expands() -> None:
     levels = ["l0: &l0 [x, x, x, x, x, x, x, x, x]"]
     levels += [f"l{i}: &l{i} [{', '.join([f'*l{i - 1}'] * 9)}]" for i in range(1, 9)]
