@@ -17,8 +17,7 @@ from typing import Any, Self
 from bigpipe.passing import Inlet, OpenInlet, OpenOutlet, Outlet
 
 from .events import LogLine, Progress, Reporter
-from .forecast import Forecast
-from .types import Launch, Lineage, Machine, Trust
+from .types import Forecast, Launch, Lineage, Machine, Trust
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -21,8 +21,7 @@ from bigpipe.errors import UsageError
 from bigpipe.sizes import parse_size
 
 from .contexts import CheckContext, ForecastContext, StageContext
-from .forecast import Forecast
-from .types import Json, Machine
+from .types import Forecast, Json, Machine
 
 if TYPE_CHECKING:
     from pydantic import GetCoreSchemaHandler, GetJsonSchemaHandler

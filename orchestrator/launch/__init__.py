@@ -6,10 +6,9 @@ from bigpipe.faces import face
 
 if TYPE_CHECKING:
     from .acceleration import effective_launch
-    from .attemptfolder import AttemptFolder
     from .environment import visible_secrets, worker_environment
     from .executors import Executor, executor, run_alone
-    from .jobs import Job, JobFile, Outcome
+    from .jobs import AttemptFolder, Job, JobFile, Outcome
     from .processes import worker_command
     from .redaction import Redactor
     from .warm import MEMORY, WarmWorker

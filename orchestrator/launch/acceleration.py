@@ -76,12 +76,9 @@ def accelerate(launch: Launch, base: Path, machine: Machine) -> Acceleration:
         "compute_environment": "LOCAL_MACHINE",
         "debug": False,
         **file,
+        **{name: getattr(launch, name) for name in TAKEN},
         "distributed_type": ("NO" if single else "MULTI_GPU") if kind in REPLACED else kind,
         "use_cpu": cpu,
-        "num_processes": launch.num_processes,
-        "num_machines": launch.num_machines,
-        "machine_rank": launch.machine_rank,
-        "main_process_ip": launch.main_process_ip,
         # 0: any free port; the default is a fixed one, which two nodes or two users would fight for.
         "main_process_port": launch.main_process_port or 0,
         "mixed_precision": launch.mixed_precision or "no",

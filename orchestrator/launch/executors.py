@@ -80,8 +80,7 @@ def run_alone(
     and what it works with beside it. job: further fields of the `Job`. Raise what `Executor.start` does, and pydantic's
     ValidationError for params that are none of the kind's.
     """
-    from .attemptfolder import AttemptFolder
-    from .jobs import Job
+    from .jobs import AttemptFolder, Job
 
     given = {"inputs": {}, "parent_environment": os.environ, "report": lambda event: None, **job}
     attempt = Job(

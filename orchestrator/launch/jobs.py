@@ -27,7 +27,6 @@ from bigpipe.errors import BY_NAME, BigpipeError, StageFailed
 from bigpipe.files import NO_SPACE, write_file
 from bigpipe.orchestrator.contract import Assignment, Event, Params, Stage, StageResult
 
-from .attemptfolder import AttemptFolder
 from .redaction import Redactor
 
 if TYPE_CHECKING:
@@ -35,6 +34,32 @@ if TYPE_CHECKING:
 
 NO_MEMORY = "can't allocate memory"
 """In the RuntimeError of torch's allocator for the CPU."""
+Mode = Literal["run", "prepare", "launch", "rank", "finish"]
+
+
+class AttemptFolder:
+    """The files of one attempt, and what they are called."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.job = path / "job.json"
+        self.log = path / "log.txt"
+        self.events = path / "events"
+        self.processes = path / "processes"
+        self.acceleration = path / "accelerate.yaml"
+        self.launch_failure = path / "launch.json"
+
+    def outcome(self, mode: Mode, rank: int = 0) -> Path:
+        return self.path / (f"rank-{rank}.json" if mode == "rank" else f"outcome-{mode}.json")
+
+    def output_pipe(self, rank: int) -> Path:
+        return self.path / f"rank-{rank}.pipe"
+
+    def clear(self) -> None:
+        """Remove what an earlier attempt left here, which must not be taken for the work of a new one."""
+        for pattern in ("outcome-*.json", "rank-*", "launch.json", "events/*", "processes/*/*"):
+            for path in self.path.glob(pattern):
+                path.unlink()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -58,10 +83,6 @@ class Job(Assignment):
     """Called from the thread of the executor's `start` only."""
     warm: WarmWorker | None = None
     """A worker that waits for this very attempt; taken, or ended where it does not fit."""
-
-    def redactor(self) -> Redactor:
-        """Return what masks the secrets that this attempt may see, and the token that `hf auth login` wrote."""
-        return Redactor.of(self.secrets, self.environment, self.parent_environment)
 
 
 class JobFile(BaseModel):
@@ -178,18 +199,14 @@ def _describe(error: BaseException) -> str:
 def _out_of_room(error: BaseException) -> Failure | None:
     """Memory and disk that ran out are no bugs of the stage."""
     if isinstance(error, MemoryError) or NO_MEMORY in str(error):
-        return Failure(type="DoesNotFit", cause=f"memory ran out: {_describe(error)}", cure="use a smaller batch")
-    if type(error).__name__ == "OutOfMemoryError":  # torch's, which must not be imported for this
-        return Failure(
-            type="DoesNotFit",
-            cause=f"GPU memory ran out: {error}",
-            cure="use a smaller batch, or give max_memory a lower cap so that more is kept off the GPU",
-        )
-    if isinstance(error, OSError) and error.errno in NO_SPACE:
+        cause, cure = f"memory ran out: {_describe(error)}", "use a smaller batch"
+    elif type(error).__name__ == "OutOfMemoryError":  # torch's, which must not be imported for this
+        cause = f"GPU memory ran out: {error}"
+        cure = "use a smaller batch, or give max_memory a lower cap so that more is kept off the GPU"
+    elif isinstance(error, OSError) and error.errno in NO_SPACE:
         where = f" at {error.filename}" if error.filename else ""
-        return Failure(
-            type="DoesNotFit",
-            cause=f"no space left{where}: {error.strerror}",
-            cure="free some (`bigpipe gc` drops what no manifest names), or put the store elsewhere with --store",
-        )
-    return None
+        cause = f"no space left{where}: {error.strerror}"
+        cure = "free some (`bigpipe gc` drops what no manifest names), or put the store elsewhere with --store"
+    else:
+        return None
+    return Failure(type="DoesNotFit", cause=cause, cure=cure)

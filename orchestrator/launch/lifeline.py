@@ -66,11 +66,11 @@ def watch_parent(expected: int, seconds: float = WATCH_SECONDS) -> None:
     os.killpg(os.getpgrp(), signal.SIGKILL)
 
 
-def hold_work_folder(folder: Path, patience: float = 10.0) -> int | None:
-    """Take a shared lock on `folder/lock` until this process ends; gives the descriptor that holds it.
+def hold_work_folder(folder: Path, patience: float = 10.0) -> None:
+    """Take a shared lock on `folder/lock` until this process ends.
 
-    None where the file system has no locks (the engine then does work twice at worst, see RELIABILITY). Exits as an
-    orphan when somebody holds the lock exclusively for longer than `patience` seconds: a successor has taken over.
+    Where the file system has no locks the engine does work twice at worst (see RELIABILITY). Exits as an orphan when
+    somebody holds the lock exclusively for longer than `patience` seconds: a successor has taken over.
     """
     import fcntl
 
@@ -81,16 +81,15 @@ def hold_work_folder(folder: Path, patience: float = 10.0) -> int | None:
     while True:
         try:
             fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
-            return descriptor
+            return
         except BlockingIOError:
             if time.monotonic() > deadline:
                 os._exit(ORPHANED)
             time.sleep(0.05)
         except OSError as error:
-            os.close(descriptor)
-            if error.errno in NO_LOCKS:
-                return None
-            raise
+            if error.errno not in NO_LOCKS:
+                raise
+            return
 
 
 def start_mark(process: int) -> str | None:

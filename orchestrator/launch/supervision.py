@@ -21,13 +21,13 @@ from bigpipe.orchestrator.contract import Event, LogLine
 from bigpipe.sizes import format_size
 
 from . import processes
-from .attemptfolder import Mode
 from .environment import worker_environment
 from .eventlog import EventTail
-from .jobs import Job, JobFile, Outcome
+from .jobs import Job, JobFile, Mode, Outcome
 from .lifeline import ORPHANED
 from .output import Log, OutputReader
 from .processes import Worker, out_of_memory_kills, peak_resident
+from .redaction import Redactor
 
 FIRST_PAUSE, LONGEST_PAUSE = 0.005, 0.05
 """Seconds between two looks at a worker: short ones are not kept waiting, long ones cost nothing."""
@@ -59,7 +59,7 @@ class Supervisor:
         self.log = Log(job.folder.log)
         self.memory: dict[int, int] = {}
         """Largest resident size of each worker's process so far, in bytes, as far as the kernel told."""
-        self.redactor = job.redactor()
+        self.redactor = Redactor.of(job.secrets, job.environment, job.parent_environment)
         self._deadline = float("inf") if job.timeout is None else time.monotonic() + job.timeout
         self._tail = EventTail(job.folder.events)
         self._kills = out_of_memory_kills()

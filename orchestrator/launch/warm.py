@@ -16,7 +16,6 @@ from typing import Any
 from bigpipe.orchestrator.contract import Stage, Surroundings
 
 from . import processes
-from .attemptfolder import AttemptFolder
 from .environment import worker_environment
 from .processes import Worker
 
@@ -34,17 +33,17 @@ class WarmWorker:
         stage: Stage[Any],
         modules: Sequence[str],
         surroundings: Surroundings,
-        folder: AttemptFolder,
+        job_file: Path,
         parent_environment: Mapping[str, str],
     ) -> None:
-        """Start a worker that imports `modules` and waits for the job of this attempt.
+        """Start a worker that imports `modules` and waits until this job is there.
 
         Raise UsageError where the node's `env` is refused.
         """
-        folder.path.mkdir(parents=True, exist_ok=True)
-        self._job_file = folder.job
+        job_file.parent.mkdir(parents=True, exist_ok=True)
+        self._job_file = job_file
         self._environment = worker_environment(stage, surroundings, parent_environment)
-        arguments = processes.worker_command(folder.job, "run", "--warm", *modules)
+        arguments = processes.worker_command(job_file, "run", "--warm", *modules)
         self._child = processes.start(arguments, self._environment, surroundings.base, told=True)
         self._worker = Worker.of(self._child)
         self._gone = False

@@ -31,8 +31,7 @@ from .lifeline import ORPHANED, PARENT_VARIABLE, hold_work_folder, sign_in, stan
 if TYPE_CHECKING:
     from bigpipe.orchestrator.contract import Reporter, Stage, StageResult
 
-    from .attemptfolder import AttemptFolder, Mode
-    from .jobs import JobFile, Outcome
+    from .jobs import AttemptFolder, JobFile, Mode, Outcome
 
 
 def main(arguments: list[str]) -> None:
@@ -40,14 +39,15 @@ def main(arguments: list[str]) -> None:
     tie_to_parent()
     stand_in_for_parent()
     path, mode, more = Path(arguments[0]), cast("Mode", arguments[1]), arguments[2:]
-    sign_in(path.parent / "processes", _environment_rank() if mode == "rank" else None)
+    rank = int(os.environ.get("RANK", "0")) if mode == "rank" else None  # torchrun's; a single one is started without
+    sign_in(path.parent / "processes", rank)
     if mode == "launch":
         status = run_launcher(path, more)
     else:
         if more:
             warm_up(more[1:])
         hold_work_folder(Path(json.loads(path.read_bytes())["assignment"]["out"]).parent)
-        status = run_stage(path, mode)
+        status = run_stage(path, mode, rank or 0)
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(status)
@@ -67,16 +67,14 @@ def warm_up(modules: list[str]) -> None:
     os.close(nothing)
 
 
-def run_stage(path: Path, mode: Mode) -> int:
+def run_stage(path: Path, mode: Mode, rank: int) -> int:
     """Call the stage's function for this mode and write what came of it; gives the exit status."""
-    from .attemptfolder import AttemptFolder
     from .eventlog import EventWriter
-    from .jobs import JobFile
+    from .jobs import AttemptFolder, JobFile
     from .redaction import Redactor
 
     file, folder = JobFile.read(path, os.environ), AttemptFolder(path.parent)
     redactor = Redactor.of(file.secrets, os.environ, os.environ)
-    rank = _environment_rank() if mode == "rank" else 0
     if mode == "rank":
         _redirect_output(folder.output_pipe(rank))
     events = EventWriter(folder.events / f"{mode}-{rank}.jsonl", redactor)
@@ -91,7 +89,7 @@ def run_launcher(path: Path, machine_rank: list[str]) -> int:
     os.environ[PARENT_VARIABLE] = str(os.getpid())
     from accelerate.commands.launch import launch_command, launch_command_parser
 
-    from .attemptfolder import AttemptFolder
+    from .jobs import AttemptFolder
 
     folder = AttemptFolder(path.parent)
     machine = ["--machine_rank", machine_rank[0]] if machine_rank else []
@@ -132,18 +130,11 @@ def _call_stage(file: JobFile, folder: AttemptFolder, mode: Mode, rank: int, eve
         rank_dir.mkdir(parents=True, exist_ok=True)
     context = StageContext.of(job, reporter=events, rank=rank, world_size=world_size, rank_dir=rank_dir)
     stage: Stage[Any] = import_attribute(file.module, job.trust.home(file.module, job.base))
-    function: Callable[..., StageResult | None] | None = {
-        "prepare": stage.ranks.prepare,
-        "finish": stage.ranks.finish,
-    }.get(mode, stage.run)
+    functions = {"prepare": stage.ranks.prepare, "finish": stage.ranks.finish}
+    function: Callable[..., StageResult | None] | None = functions.get(mode, stage.run)
     assert function is not None  # noqa: S101 (the executor asks for what there is)
     given = function(stage.params.model_validate(file.params), context)
     return Outcome() if mode == "prepare" else Outcome.of(given, stage)
-
-
-def _environment_rank() -> int:
-    """torchrun's; a single process is started without."""
-    return int(os.environ.get("RANK", "0"))
 
 
 def _redirect_output(pipe: Path) -> None:

@@ -191,8 +191,8 @@ def _job(attempt: Attempt, work: Work, number: int) -> Job:
 
 def _record(attempt: Attempt, outcome: Outcome) -> KeyRecord:
     session, node = attempt.session, attempt.node
-    identity = session.identity(node)
-    pinned = session.pinned(node)
+    identity, pinned = session.identity(node), session.pinned(node)
+    packages = ("bigpipe-ml", *node.kind.packages)
     return KeyRecord(
         key=attempt.key,
         partial=identity.partial,
@@ -211,11 +211,5 @@ def _record(attempt: Attempt, outcome: Outcome) -> KeyRecord:
         peak_rss=outcome.peak_rss,
         created=datetime.now(UTC).isoformat(timespec="seconds"),
         run=attempt.run,
-        tools=tool_versions(node),
+        tools={package: version for package in packages if (version := package_version(package))},
     )
-
-
-def tool_versions(node: Node) -> dict[str, str]:
-    """The versions of bigpipe and of what the kind's bytes depend on, for the record."""
-    versions = {package: package_version(package) for package in ("bigpipe-ml", *node.kind.packages)}
-    return {package: version for package, version in versions.items() if version is not None}

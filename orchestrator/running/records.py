@@ -78,7 +78,7 @@ class RunRecord(BaseModel):
     """The recipe's name."""
     params: dict[str, Any] = Field(default_factory=dict)
     status: str = "running"
-    """running (also of a run that was killed: see `alive`), succeeded, failed, interrupted."""
+    """running (also of a run that was killed), succeeded, failed, interrupted."""
     started: str
     """ISO 8601 in UTC."""
     seconds: float = 0.0
@@ -119,7 +119,8 @@ class RunRecorder:
                 node.status, node.reason = "running", event.reason
                 self._save_now_and_then()
             elif isinstance(event, NodeFinished):
-                self._ended(event)
+                facts = json.loads(json.dumps(event.as_json(), default=str))
+                self.record.nodes[event.node] = NodeRun(**{**facts, "seconds": round(event.seconds, 3)})
                 self._save_now_and_then()
 
     def finish(self, result: Mapping[str, Json], seconds: float) -> None:
@@ -138,19 +139,12 @@ class RunRecorder:
             self._events.close()
             self._events = None
 
-    def _ended(self, event: NodeFinished) -> None:
-        node = self.record.nodes.setdefault(event.node, NodeRun())
-        node.status, node.reason, node.error = event.status, event.reason, event.error
-        node.digest, node.seconds, node.peak_rss = event.digest, round(event.seconds, 3), event.peak_rss
-        node.metrics = json.loads(json.dumps(dict(event.metrics), default=str))
-
     def _log(self, event: Event) -> None:
         if self._events is None:
             make_directory(self._folder, durable=False)
             self._events = LogFile(self._folder / "events.jsonl")
         stamp = datetime.now(UTC).isoformat(timespec="milliseconds")
-        fields = {name: getattr(event, name) for name in event.__dataclass_fields__}
-        line = {"time": stamp, "event": event.name, **fields}
+        line = {"time": stamp, **event.as_json()}
         now = (not isinstance(event, Progress | LogLine) and self._worked) or isinstance(event, RunFinished)
         self._events.append(json.dumps(line, default=str).encode() + b"\n", later=not now)
 
@@ -168,17 +162,14 @@ class RunRecorder:
 def load_run(runs: Path, run: str = LAST) -> RunRecord:
     """The record of a run by its id, the start of one, or `last`. UsageError where that is none, or several."""
     names = run_ids(runs)
-    found = names[-1:] if run == LAST else [name for name in names if name == run] or _starting(names, run)
+    starting = [name for name in names if name.startswith(run)]
+    found = names[-1:] if run == LAST else [run] if run in names else starting
     if not found:
         latest = f"; the latest is {names[-1]}" if names else "; none is on record"
         raise UsageError(f"there is no run {run}{latest}", "`bigpipe ls` lists them")
     if len(found) > 1:
         raise UsageError(f"several runs start with {run}: {', '.join(found[-5:])}", "write more of the id")
     return _read(runs / found[0])
-
-
-def _starting(names: list[str], start: str) -> list[str]:
-    return [name for name in names if name.startswith(start)]
 
 
 def _read(folder: Path) -> RunRecord:
@@ -220,11 +211,9 @@ def log_files(runs: Path, run: str, node: str | None = None) -> Iterator[tuple[s
         raise UsageError(f"run {record.run} has no node {node}", f"it has {', '.join(record.nodes)}")
     for name in [node] if node is not None else record.nodes:
         folder = node_folder(runs / record.run, name)
-        attempts = sorted(int(item.name) for item in folder.glob("*") if item.name.isdigit())
-        for attempt in attempts:
-            path = folder / str(attempt) / "log.txt"
-            if path.exists():
-                yield name, attempt, path
+        attempts = {int(path.parent.name): path for path in folder.glob("[0-9]*/log.txt")}
+        for attempt in sorted(attempts):
+            yield name, attempt, attempts[attempt]
 
 
 @dataclass(frozen=True, slots=True)
@@ -244,7 +233,7 @@ class RunDiff:
 def diff(one: RunRecord, other: RunRecord, causes: Mapping[str, list[Change]] | None = None) -> RunDiff:
     """What differs between two runs: params, node by node status, digests and metrics, and times where work was done.
 
-    `causes` adds per node what made its key change (`keys.differences` over the stored records).
+    causes: per node what made its key change (`keys.differences` over the stored records).
     """
     changes = [*changed("manifest", one.manifest, other.manifest), *changed("params", one.params, other.params)]
     changes += changed("status", one.status, other.status)

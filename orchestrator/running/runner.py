@@ -55,7 +55,7 @@ from bigpipe.orchestrator.recipe import Node
 from bigpipe.orchestrator.store import KeyRecord
 
 from .interruption import caught_once
-from .records import RunRecorder, new_run_id
+from .records import RunRecorder, new_run_id, node_folder
 from .result import RunResult
 
 if TYPE_CHECKING:
@@ -92,7 +92,7 @@ class Run:
 
     def folder(self, node: Node) -> Path:
         """Logs and job files of a node's attempts."""
-        return self.session.store.runs / self.id / "nodes" / node.name.replace("/", "_")
+        return node_folder(self.session.store.runs / self.id, node.name)
 
 
 def run_plan(

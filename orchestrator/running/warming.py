@@ -1,8 +1,7 @@
 """Which node's worker starts before its turn, while what the node needs is still being made.
 
     begin()     starts the next one, where there is memory for it
-    take()      hands it to its node
-    make_room() ends it for a node that needs the memory now
+    take()      hands it to its node, or ends it for another one that needs the memory now
 
 One at a time. None for a node that may turn out cached or skipped: with a `when`, behind gates that are not decided,
 or where a producer may give again what it gave before.
@@ -30,7 +29,7 @@ class Warming:
 
     def begin(self) -> None:
         """Start a worker for the node whose turn comes next."""
-        if self._waiting or self._held() + MEMORY > self._session.machine.memory_available:
+        if self._waiting or self._full():
             return
         for name, state in self._states.nodes.items():
             if name not in self._tried and self._certain(state):
@@ -42,7 +41,7 @@ class Warming:
     def take(self, node: Node) -> WarmWorker | None:
         """The worker that waits for this node; another one ends where the node needs its memory."""
         worker = self._waiting.pop(node.name, None)
-        if self._waiting and self._held() + MEMORY > self._session.machine.memory_available:
+        if self._waiting and self._full():
             self.close()
         return worker
 
@@ -55,9 +54,9 @@ class Warming:
         modules = node.kind.warms(node.params) if node.kind.warms else ()
         if not modules:
             return None
-        session, folder = self._session, AttemptFolder(self._folder(node) / "1")
+        session, job_file = self._session, AttemptFolder(self._folder(node) / "1").job
         try:
-            return WarmWorker(node.kind, modules, session.surroundings(node), folder, session.environment)
+            return WarmWorker(node.kind, modules, session.surroundings(node), job_file, session.environment)
         except (BigpipeError, OSError):
             return None  # the node itself will say so
 
@@ -80,5 +79,6 @@ class Warming:
         """Is there no record that this node could turn out to be? What is forced may give what it gave before."""
         return self._plan.nodes[node.name].decision.action is Action.RUN and node.name not in self._session.forced
 
-    def _held(self) -> int:
-        return self._states.held.get("RAM", 0)
+    def _full(self) -> bool:
+        """Is there no memory for a worker that waits?"""
+        return self._states.held.get("RAM", 0) + MEMORY > self._session.machine.memory_available

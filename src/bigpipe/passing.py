@@ -68,10 +68,6 @@ class Handover:
         sizes: dict[str, int] = json.loads((self.folder / CONTENTS).read_bytes())
         return sizes
 
-    @property
-    def lets_go(self) -> bool:
-        return (self.folder / LETS_GO).exists()
-
     def answer(self, consumers: Iterable[str], *, forgo: bool) -> None:
         """Tell the producer who takes its files. forgo: those that all of them have taken may go."""
         self.tell(CONSUMERS, {"consumers": [_flat(consumer) for consumer in consumers], "forgo": forgo})
@@ -146,13 +142,10 @@ class OpenOutlet(Outlet):
 
     def __init__(self, folder: Path, out: Path) -> None:
         self.handover = Handover(folder)
+        self.lets_go = (folder / LETS_GO).exists()
         self.out = out
         self._lock = threading.Lock()
         self._begun: set[str] = set()
-
-    @property
-    def lets_go(self) -> bool:  # type: ignore[override]
-        return self.handover.lets_go
 
     def announce(self, heads: Heads) -> None:
         sizes = {name: size for name, (_, size) in heads.items()}
@@ -160,11 +153,10 @@ class OpenOutlet(Outlet):
             if self.handover.contents != sizes:
                 raise StageFailed("the stage announced other files than in its attempt before", "run again")
             return
-        for folder, _, names in os.walk(self.out):
-            for path in (Path(folder, name) for name in names):
-                if path.name not in heads and not path.name.endswith(PARTIAL):
-                    name = str(path.relative_to(self.out))
-                    self._arrive(name, *copy_file(path, self.handover.files / name, durable=False))
+        for path in self.out.rglob("*"):
+            if path.is_file() and path.name not in heads and not path.name.endswith(PARTIAL):
+                name = str(path.relative_to(self.out))
+                self._arrive(name, *copy_file(path, self.handover.files / name, durable=False))
         make_directory(self.handover.folder / "heads", durable=False)
         for name, (head, _) in heads.items():
             write_file(self.handover.folder / "heads" / name, head, durable=False)

@@ -18,11 +18,7 @@ from typing import Any
 from .errors import UsageError
 from .machine import detect
 from .modules import top_level
-from .orchestrator.contract import ForecastContext, Surroundings
-from .orchestrator.contract import Event, LogLine
-from .orchestrator.contract import Forecast
-from .orchestrator.contract import Metrics, Stage
-from .orchestrator.contract import Launch
+from .orchestrator.contract import Event, Forecast, ForecastContext, Launch, LogLine, Metrics, Stage, Surroundings
 from .orchestrator.launch import run_alone
 
 __all__ = ["StageRun", "forecast_stage", "run_stage"]
@@ -129,7 +125,6 @@ def _location(stage: Stage[Any]) -> str:
 
 def _with_path(module: str) -> dict[str, str]:
     """This process's environment, with the folder of the module on the path of workers."""
-    file = sys.modules[top_level(module)].__file__ or ""
-    home = os.path.dirname(os.path.dirname(file) if os.path.basename(file) == "__init__.py" else file)
-    path = [entry for entry in os.environ.get("PYTHONPATH", "").split(os.pathsep) if entry]
-    return {**os.environ, "PYTHONPATH": os.pathsep.join([*path, home])}
+    file = Path(sys.modules[top_level(module)].__file__ or "")
+    home = file.parents[1] if file.name == "__init__.py" else file.parent
+    return {**os.environ, "PYTHONPATH": os.pathsep.join([os.environ.get("PYTHONPATH", ""), str(home)])}

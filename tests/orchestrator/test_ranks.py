@@ -18,8 +18,7 @@ from bigpipe.errors import DoesNotFit, Interrupted, StageFailed, UsageError
 from bigpipe.orchestrator.contract.events import LogLine, RankHello
 from bigpipe.orchestrator.contract.types import Gpu, Launch, Machine
 from bigpipe.orchestrator.launch.acceleration import accelerate, effective_launch
-from bigpipe.orchestrator.launch.attemptfolder import AttemptFolder
-from bigpipe.orchestrator.launch.jobs import Outcome
+from bigpipe.orchestrator.launch.jobs import AttemptFolder, Outcome
 from bigpipe.orchestrator.launch.processes import signed_in
 from bigpipe.orchestrator.planning import open_session
 

@@ -13,10 +13,9 @@ from typing import Any
 from bigpipe.orchestrator.contract.contexts import Surroundings
 from bigpipe.orchestrator.contract.events import Event
 from bigpipe.orchestrator.contract.types import Machine
-from bigpipe.orchestrator.launch.attemptfolder import AttemptFolder
 from bigpipe.orchestrator.launch.environment import visible_secrets
 from bigpipe.orchestrator.launch.executors import executor
-from bigpipe.orchestrator.launch.jobs import Job, Outcome
+from bigpipe.orchestrator.launch.jobs import AttemptFolder, Job, Outcome
 from bigpipe.orchestrator.launch.lifeline import start_mark
 from support import stages
 
