@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import os
 import stat
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Literal
 
 from bigpipe.files import move, sync_directory
 from bigpipe.orchestrator.contract import Json
 
-from .hashing import digest_of, hash_descriptor
+from .hashing import digest_of, hash_and_facts
 from .layout import Layout
 from .memo import Fingerprint, fingerprint
-from .sealing import PRIVATE, Damaged, explained, make_directory, read_sealed, write_sealed
+from .sealing import PRIVATE, Damaged, make_directory, sealed_digests, write_sealed
 
 STILL = 946_684_800 * 10**9
 """The mtime (ns) every object gets: the year 2000. Whoever writes to an object changes it, whatever the clock says and
@@ -36,7 +37,7 @@ class Entry:
         return self.facts[0]
 
     def path(self, layout: Layout) -> str:
-        return f"{layout.object_folder}/{self.sha256}" if self.reference is None else self.reference
+        return f"{layout.objects}/{self.sha256}" if self.reference is None else self.reference
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,6 +47,11 @@ class Artifact:
     files: Mapping[str, Entry]
     dropped: bool = False
     """Its bytes were let go on purpose (`cache: false`)."""
+
+    @property
+    def objects(self) -> set[str]:
+        """The sha256 of each object it holds."""
+        return {entry.sha256 for entry in self.files.values() if entry.reference is None and not self.dropped}
 
     def as_json(self) -> Json:
         files = {name: [entry.sha256, *entry.facts, entry.reference] for name, entry in self.files.items()}
@@ -59,40 +65,38 @@ def artifact_digest(files: Mapping[str, tuple[str, int]]) -> str:
 
 def load_artifact(layout: Layout, digest: str) -> Artifact | None:
     """Return what is recorded of a tree, or None. A damaged record goes to quarantine. Raise BigpipeError."""
-    path = layout.artifact(digest)
-    with explained(path):
-        try:
-            artifact = _artifact(read_sealed(path))
-            if digest == artifact.digest:
-                return artifact
-        except (FileNotFoundError, NotADirectoryError):
-            return None
-        except (Damaged, ValueError, TypeError, KeyError):
-            pass
-        layout.set_aside(path)
-    return None
+
+    def read(data: Json) -> Artifact:
+        files = {
+            name: Entry(sha256, (size, mtime, inode, ctime), reference)
+            for name, (sha256, size, mtime, inode, ctime, reference) in data["files"].items()
+        }
+        if data["digest"] != digest:
+            raise Damaged
+        return Artifact(digest, data["type"], files, data["dropped"])
+
+    return layout.load(layout.artifact(digest), read)
 
 
-def _artifact(data: Json) -> Artifact:
-    files = {
-        name: Entry(sha256, (size, mtime, inode, ctime), reference)
-        for name, (sha256, size, mtime, inode, ctime, reference) in data["files"].items()
-    }
-    return Artifact(data["digest"], data["type"], files, data["dropped"])
+def all_artifacts(layout: Layout) -> Iterator[Artifact]:
+    """Return every readable artifact, those without bytes too, in the order of their digests."""
+    for digest in sealed_digests(layout.artifacts):
+        if artifact := load_artifact(layout, digest):
+            yield artifact
 
 
 def save_artifact(layout: Layout, artifact: Artifact) -> None:
     write_sealed(layout.artifact(artifact.digest), artifact.as_json())
 
 
-# What became of a file since it was recorded.
-MISSING, DAMAGED = "missing", "damaged"
+Absence = Literal["missing", "damaged"]
+"""What became of a file since it was recorded."""
 
 
 def examine(
     layout: Layout, entry: Entry, *, thorough: bool = False, progress: Callable[[int], None] | None = None
-) -> Entry | str:
-    """Return the entry as it is now, its facts up to date where the bytes were read and right; or MISSING, or DAMAGED.
+) -> Entry | Absence:
+    """Return the entry as it is now, its facts up to date where the bytes were read and right; or what became of it.
 
     The bytes are read where size, mtime, inode or ctime are not those recorded, or if `thorough`. An I/O error is
     raised as the OSError it is.
@@ -100,28 +104,16 @@ def examine(
     path = entry.path(layout)
     try:
         facts = os.lstat(path) if entry.reference is None else os.stat(path)
+        if not stat.S_ISREG(facts.st_mode) or facts.st_size != entry.size:
+            return "damaged"
+        if fingerprint(facts) == entry.facts and not thorough:
+            return entry
+        sha256, before, _ = hash_and_facts(path, progress)
     except (FileNotFoundError, NotADirectoryError):
-        return MISSING
-    if not stat.S_ISREG(facts.st_mode) or facts.st_size != entry.size:
-        return DAMAGED
-    if fingerprint(facts) == entry.facts and not thorough:
-        return entry
-    return _reexamine(path, entry, progress)
-
-
-def _reexamine(path: str, entry: Entry, progress: Callable[[int], None] | None) -> Entry | str:
-    try:
-        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
-    except FileNotFoundError:
-        return MISSING
-    try:
-        before = os.fstat(descriptor)
-        if hash_descriptor(descriptor, progress) != entry.sha256:
-            return DAMAGED
-        # Were it written to meanwhile, the facts from before will not match the next time.
-        return replace(entry, facts=fingerprint(before)) if before.st_size == entry.size else DAMAGED
-    finally:
-        os.close(descriptor)
+        return "missing"
+    # Were it written to meanwhile, the facts from before will not match the next time.
+    now = replace(entry, facts=fingerprint(before))
+    return now if (sha256, now.size) == (entry.sha256, entry.size) else "damaged"
 
 
 def link_target(name: str, entry: Entry) -> str:

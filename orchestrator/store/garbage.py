@@ -3,23 +3,22 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Iterable, Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
 from bigpipe.errors import Transient, UsageError
 from bigpipe.files import is_partial
 
-from .artifacts import remove_tree
+from .artifacts import load_artifact, remove_tree
 from .hashing import is_hex
-from .keyrecord import all_records, sealed_names
+from .keyrecord import all_records
 from .layout import Layout
 from .locks import StoreLock, keeps_out
 from .presence import Presence, anybody
-from .releasing import held_objects
-from .roots import all_roots
-from .sealing import explained
+from .roots import all_roots, root_path
+from .sealing import explained, sealed_digests
 
 Kind = Literal["record", "artifact", "object", "work", "part", "temporary", "quarantine", "root", "run"]
 
@@ -72,81 +71,78 @@ def collect_garbage(layout: Layout, presence: Presence, locked: LockedDigests, *
             return _Collection(layout, locked, dry_run=False).collect()
 
 
+@dataclass
 class _Collection:
-    def __init__(self, layout: Layout, locked: LockedDigests, *, dry_run: bool) -> None:
-        self.layout = layout
-        self.locked = locked
-        self.dry_run = dry_run
-        self.freed: list[Freed] = []
+    layout: Layout
+    locked: LockedDigests
+    dry_run: bool
+    freed: list[Freed] = field(default_factory=list)
 
     def collect(self) -> GcReport:
+        """What names something goes before what it names, so that a crash leaves no name without its bytes."""
+        layout = self.layout
         keys, digests = self._roots()
-        records = {record.key: record for record in all_records(self.layout)}
-        kept = {key for key, record in records.items() if key in keys or record.digest in digests}
-        digests |= {digest for key in kept if (digest := records[key].digest) is not None}
-        for key in records.keys() - kept:
-            self._free("record", self.layout.key(key))
-        partials = {records[key].partial for key in kept}
-        for name in _names(self.layout.partials):
-            if f"sha256:{name}" not in partials:
-                self._free("record", self.layout.partials / name)
-        held = held_objects(self.layout, digests)
-        self._artifacts(digests)
-        for name in _names(self.layout.objects):
-            if name not in held:
-                self._free("object", self.layout.objects / name)
-        self._leftovers(keys)
-        kept_bytes = sum(_size(self.layout.object(sha256)) for sha256 in held)
-        kept_artifacts = sum(self.layout.tree(digest).exists() for digest in digests)
+        records = list(all_records(layout))
+        kept = {record.key: record for record in records if record.key in keys or record.digest in digests}
+        digests |= {record.digest for record in kept.values() if record.digest is not None}
+        for record in records:
+            if record.key not in kept:
+                self._free("record", layout.key(record.key))
+        self._free_others("record", layout.partials, _hexes(record.partial for record in kept.values()))
+        there = digests & {*sealed_digests(layout.artifacts)}
+        artifacts = [artifact for digest in there if (artifact := load_artifact(layout, digest))]
+        named = {f"{name}.json" for name in _hexes(digests)}
+        self._free_others("artifact", layout.artifacts, named | _hexes(digests))
+        self._free_others("record", layout.released, named)
+        held = {sha256 for artifact in artifacts for sha256 in artifact.objects}
+        self._free_others("object", layout.objects, held)
+        self._leftovers(_hexes(keys))
+        kept_bytes = sum(_size(layout.object(sha256)) for sha256 in held)
+        kept_artifacts = sum(layout.tree(artifact.digest).exists() for artifact in artifacts)
         return GcReport(self.dry_run, tuple(self.freed), kept_artifacts, kept_bytes)
 
     def _roots(self) -> tuple[set[str], set[str]]:
         """The keys that existing manifests name, and the digests that existing lock files name."""
         keys: set[str] = set()
         digests: set[str] = set()
-        for path, root in all_roots(self.layout):
+        for root in all_roots(self.layout):
             if root.exists:
                 keys |= root.keys
                 if root.lock is not None and os.path.exists(root.lock):
                     digests |= self.locked(Path(root.lock))
             else:
-                self._free("root", path)
+                self._free("root", root_path(self.layout, root.manifest))
         return keys, digests
 
-    def _artifacts(self, digests: set[str]) -> None:
-        kept = {digest.partition(":")[2] for digest in digests}
-        for name in _names(self.layout.artifacts):
-            if name.partition(".")[0] not in kept:
-                self._free("artifact", self.layout.artifacts / name)
-        for name in sealed_names(self.layout.released):
-            if name not in kept:
-                self._free("record", self.layout.released / f"{name}.json")
-
-    def _leftovers(self, keys: set[str]) -> None:
-        working = {key.partition(":")[2] for key in keys}
-        for name in _names(self.layout.work):
-            if name not in working:
-                self._free("work", self.layout.work / name)
-        for path in _files(self.layout.parts):
+    def _leftovers(self, working: set[str]) -> None:
+        layout = self.layout
+        self._free_others("work", layout.work, working)
+        for path in _files(layout.parts):
             # A part whose bytes are an artifact's costs nothing; one that is only kept for later edits does.
             if not path.is_symlink() or not path.exists():
                 self._free("part", path)
-        for name in _names(self.layout.runs)[:-RUNS]:
-            self._free("run", self.layout.runs / name)
-        for name in _names(self.layout.quarantine):
-            self._free("quarantine", self.layout.quarantine / name)
-        for folder in (self.layout.keys, self.layout.artifacts, self.layout.roots, self.layout.released):
-            for name in filter(is_partial, _names(folder)):
-                self._free("temporary", folder / name)
-        for name in _names(self.layout.locks):
-            if is_hex(name.partition(".")[0]) and name.partition(".")[0] not in working:
-                self._free("temporary", self.layout.locks / name)
+        self._free_others("run", layout.runs, _names(layout.runs)[-RUNS:])
+        self._free_others("quarantine", layout.quarantine, ())
+        for folder in (layout.keys, layout.roots):
+            self._free_others("temporary", folder, [name for name in _names(folder) if not is_partial(name)])
+        others = [name for name in _names(layout.locks) if not is_hex(name.partition(".")[0])]
+        self._free_others("temporary", layout.locks, {*others, *(f"{name}.lock" for name in working)})
+
+    def _free_others(self, kind: Kind, folder: Path, kept: Collection[str]) -> None:
+        """Free what is in a folder under other names than these."""
+        for name in _names(folder):
+            if name not in kept:
+                self._free("temporary" if is_partial(name) else kind, folder / name)
 
     def _free(self, kind: Kind, path: Path) -> None:
         size = _size(path)
         if not self.dry_run:
             remove_tree(path)
         self.freed.append(Freed(kind, str(path.relative_to(self.layout.root)), size))
+
+
+def _hexes(digests: Iterable[str]) -> set[str]:
+    return {digest.partition(":")[2] for digest in digests}
 
 
 def _names(folder: Path) -> list[str]:

@@ -67,19 +67,21 @@ def hash_file(path: Path, progress: Callable[[int], None] | None = None) -> str:
 
     Raise OSError; never takes an I/O error for an end of file.
     """
-    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    return hash_and_facts(path, progress)[0]
+
+
+def hash_and_facts(
+    path: str | Path, progress: Callable[[int], None] | None = None
+) -> tuple[str, os.stat_result, os.stat_result]:
+    """Return what `hash_file` does, and what `stat` said of the file before and after it was read."""
+    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
     try:
-        return hash_descriptor(descriptor, progress)
+        state, before = hashlib.sha256(), os.fstat(descriptor)
+        buffer = memoryview(bytearray(min(CHUNK, max(1, before.st_size))))
+        while count := os.readv(descriptor, [buffer]):
+            state.update(buffer[:count])
+            if progress is not None:
+                progress(count)
+        return state.hexdigest(), before, os.fstat(descriptor)
     finally:
         os.close(descriptor)
-
-
-def hash_descriptor(descriptor: int, progress: Callable[[int], None] | None = None) -> str:
-    """Return what `hash_file` does, from the current position of an open file to its end."""
-    state = hashlib.sha256()
-    buffer = memoryview(bytearray(min(CHUNK, max(1, os.fstat(descriptor).st_size))))
-    while count := os.readv(descriptor, [buffer]):
-        state.update(buffer[:count])
-        if progress is not None:
-            progress(count)
-    return state.hexdigest()

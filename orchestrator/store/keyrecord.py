@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field
 
 from bigpipe.orchestrator.contract import Json
 
+from .artifacts import artifact_digest
 from .layout import Layout
-from .sealing import Damaged, explained, make_directory, read_sealed, write_sealed
+from .sealing import Damaged, make_directory, sealed_digests, write_sealed
 
 
 class KeyRecord(BaseModel):
@@ -45,28 +45,25 @@ class KeyRecord(BaseModel):
     tools: dict[str, str] = Field(default_factory=dict)
     """Versions of what made it."""
 
+    def holding(self, files: Mapping[str, tuple[str, int]]) -> KeyRecord:
+        """Return the record of an artifact of these files: relative path → (sha256 in hex, size)."""
+        listed = {name: {"sha256": sha256, "size": size} for name, (sha256, size) in files.items()}
+        return self.model_copy(update={"digest": artifact_digest(files), "files": listed})
+
     def as_json(self) -> dict[str, Json]:
         return {name: getattr(self, name) for name in type(self).model_fields}
 
 
 def load_record(layout: Layout, key: str) -> KeyRecord | None:
-    """Return the record of a key; None where there is none. A damaged one goes to quarantine and is none.
+    """Return the record of a key, None where there is none, as `Layout.load` says."""
 
-    Raise BigpipeError where the file system fails.
-    """
-    path = layout.key(key)
-    with explained(path):
-        try:
-            data = read_sealed(path)
-            if data["key"] == key:
-                known = data.keys() <= KeyRecord.model_fields.keys()  # else a later bigpipe wrote it
-                return KeyRecord.model_construct(**data) if known else None
-        except (FileNotFoundError, NotADirectoryError):
-            return None
-        except (Damaged, KeyError, TypeError):
-            pass
-        layout.set_aside(path)
-    return None
+    def read(data: Json) -> KeyRecord | None:
+        if data["key"] != key:
+            raise Damaged
+        known = data.keys() <= KeyRecord.model_fields.keys()  # else a later bigpipe wrote it
+        return KeyRecord.model_construct(**data) if known else None
+
+    return layout.load(layout.key(key), read)
 
 
 def save_record(layout: Layout, record: KeyRecord) -> None:
@@ -78,16 +75,6 @@ def save_record(layout: Layout, record: KeyRecord) -> None:
 
 def all_records(layout: Layout) -> Iterator[KeyRecord]:
     """Return every readable record, in the order of their keys."""
-    for name in sealed_names(layout.keys):
-        record = load_record(layout, f"sha256:{name}")
-        if record is not None:
+    for key in sealed_digests(layout.keys):
+        if record := load_record(layout, key):
             yield record
-
-
-def sealed_names(folder: os.PathLike[str]) -> list[str]:
-    """Return the hex names of the `HEX.json` files in a directory of the store, sorted."""
-    try:
-        names = os.listdir(folder)
-    except FileNotFoundError:
-        return []
-    return sorted(name[:-5] for name in names if name.endswith(".json") and len(name) == 69)

@@ -17,16 +17,20 @@ tmp/ locks/ quarantine/
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from contextlib import suppress
 from itertools import count
 from pathlib import Path
+from typing import TypeVar
 
 from bigpipe.files import move
+from bigpipe.orchestrator.contract import Json
 
 from .hashing import hex_of
 from .location import memo_directory
-from .sealing import make_directory
+from .sealing import Damaged, explained, make_directory, read_sealed
 
+T = TypeVar("T")
 _serial = count()
 
 
@@ -36,8 +40,6 @@ class Layout:
     def __init__(self, root: Path) -> None:
         self.root = root
         self.objects = root / "objects"
-        self.object_folder = os.fspath(self.objects)
-        """The same as a string: paths of objects are made by the thousand."""
         self.artifacts = root / "artifacts"
         self.keys = root / "keys"
         self.partials = root / "partials"
@@ -69,11 +71,28 @@ class Layout:
     def release(self, digest: str) -> Path:
         return self.released / f"{hex_of(digest)}.json"
 
+    def root_record(self, digest: str) -> Path:
+        return self.roots / f"{hex_of(digest)}.json"
+
     def working(self, key: str) -> Path:
         return self.work / hex_of(key)
 
     def working_lock(self, key: str) -> Path:
         return self.locks / f"{hex_of(key)}.lock"
+
+    def load(self, path: Path, read: Callable[[Json], T]) -> T | None:
+        """Return what `read` makes of a record: None where there is none. A damaged one goes to quarantine and is none.
+
+        Raise BigpipeError where the file system fails.
+        """
+        with explained(path):
+            try:
+                return read(read_sealed(path))
+            except (FileNotFoundError, NotADirectoryError):
+                return None
+            except (Damaged, ValueError, TypeError, KeyError):
+                self.set_aside(path)
+        return None
 
     def set_aside(self, path: Path) -> Path | None:
         """Move a damaged file or tree to quarantine, where `gc` frees it. None: another process did it first."""

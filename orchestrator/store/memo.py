@@ -13,7 +13,7 @@ from pathlib import Path
 
 from bigpipe.files import LogFile, write_file
 
-from .hashing import hash_descriptor
+from .hashing import hash_and_facts
 from .sealing import make_directory
 
 Fingerprint = tuple[int, int, int, int]
@@ -42,28 +42,19 @@ class StatMemo:
         self._announce = announce
         self._known: dict[str, tuple[Fingerprint, str]] | None = None
 
-    def sha256(self, path: str | Path, progress: Callable[[int], None] | None = None) -> str:
+    def sha256(self, path: str | Path) -> str:
         """Return the hex sha256 of a regular file, read only where `stat` says it may have changed. Raise OSError."""
         facts = os.stat(path)
         name = os.path.abspath(path)
-        found = self._entries().get(name)
-        if found is not None and found[0] == fingerprint(facts):
-            return found[1]
-        return self._hash(path, name, progress)
-
-    def _hash(self, path: str | Path, name: str, progress: Callable[[int], None] | None) -> str:
-        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
-        try:
-            before = os.fstat(descriptor)
-            if not stat.S_ISREG(before.st_mode):
-                raise OSError(f"{path} is not a regular file")
-            if self._announce is not None and before.st_size >= self.LARGE:
-                self._announce(Path(path), before.st_size)
-            started = time.time_ns()
-            digest = hash_descriptor(descriptor, progress)
-            after = os.fstat(descriptor)
-        finally:
-            os.close(descriptor)
+        known = self._entries().get(name)
+        if known is not None and known[0] == fingerprint(facts):
+            return known[1]
+        if not stat.S_ISREG(facts.st_mode):
+            raise OSError(f"{path} is not a regular file")
+        if self._announce is not None and facts.st_size >= self.LARGE:
+            self._announce(Path(path), facts.st_size)
+        started = time.time_ns()
+        digest, before, after = hash_and_facts(path)
         if fingerprint(before) == fingerprint(after) and _settled(before, started):
             self._remember(name, fingerprint(after), digest)
         return digest

@@ -14,14 +14,14 @@ import errno
 import os
 import stat
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Literal, NamedTuple
 
 from bigpipe.errors import StageFailed
 from bigpipe.files import copy_file, give_name, is_partial, link, move, sync_directory, sync_file
 
-from .artifacts import STILL, Artifact, Entry, artifact_digest, load_artifact, place_tree, save_artifact
+from .artifacts import STILL, Artifact, Entry, place_tree, save_artifact
 from .hashing import hash_file, is_hex
 from .keyrecord import KeyRecord, save_record
 from .layout import Layout
@@ -32,31 +32,32 @@ from .sealing import Damaged, explained, make_directory, read_sealed, write_seal
 
 Known = Mapping[str, tuple[str, int]]
 """Relative path → (sha256 in hex, size) of files whose bytes a stage has hashed itself."""
+How = Literal["adopt", "object", "reference"]
 JOURNAL = "publish.json"
 PAGE = 4096
 """Bytes that a link or a record takes at least: files themselves are only moved."""
 
 
-@dataclass(frozen=True, slots=True)
-class Origin:
+class Origin(NamedTuple):
     """Where the bytes of one file of an artifact come from."""
 
     sha256: str
     size: int
-    how: Literal["adopt", "object", "reference"]
+    how: How
     path: str
     """adopt: the file to move into objects. reference: where it stays."""
     facts: Fingerprint
     """What `stat` said before the bytes were read."""
 
 
+@dataclass(frozen=True, slots=True)
 class Publisher:
-    """One publishing. `temporary` gives fresh paths in a locked folder on the store's file system."""
+    """One publishing."""
 
-    def __init__(self, layout: Layout, temporary: Callable[[], Path], memo: StatMemo) -> None:
-        self.layout = layout
-        self.temporary = temporary
-        self.memo = memo
+    layout: Layout
+    temporary: Callable[[], Path]
+    """Gives fresh paths in a locked folder on the store's file system."""
+    memo: StatMemo
 
     def publish(self, record: KeyRecord, out: Path, known: Known) -> KeyRecord:
         """See the module. `out` is taken apart. Return the record with `digest` and `files`."""
@@ -66,15 +67,9 @@ class Publisher:
             return record
         with explained(out):
             sources = Collector(self.layout, self.memo, out, known).collect()
-            files = {name: (source.sha256, source.size) for name, source in sources.items()}
-            record = record.model_copy(
-                update={
-                    "digest": artifact_digest(files),
-                    "files": {name: {"sha256": sha256, "size": size} for name, (sha256, size) in files.items()},
-                }
-            )
-            if self._outlives_us(out.parent):
-                write_journal(out.parent, record, sources)
+            record = record.holding({name: (source.sha256, source.size) for name, source in sources.items()})
+            if out.parent.parent == self.layout.work and is_hex(out.parent.name):
+                write_journal(out.parent, record, sources)  # a key's folder, where the next run looks for it
             try:
                 with explained(self.layout.root, needed=PAGE * (len(sources) + 8)):
                     self._place(record, sources)
@@ -83,10 +78,6 @@ class Publisher:
                     f"files of {record.node} vanished or changed while they were published", "run again"
                 ) from None
         return record
-
-    def _outlives_us(self, working: Path) -> bool:
-        """Is this the work folder of some key, where the next run looks for a journal?"""
-        return working.parent == self.layout.work and is_hex(working.name)
 
     def resume(self, working: Path) -> KeyRecord | None:
         """Finish what a run that died had begun to publish from this work folder; None where there is nothing.
@@ -186,23 +177,6 @@ def _still(path: Path) -> None:
     os.utime(path, ns=(STILL, STILL))
 
 
-def record_forgone(layout: Layout, record: KeyRecord, files: Mapping[str, tuple[str, int]]) -> KeyRecord:
-    """Record an artifact of which no bytes are kept. One of the same digest that is there stays as it is."""
-    digest = artifact_digest(files)
-    record = record.model_copy(
-        update={
-            "digest": digest,
-            "files": {name: {"sha256": sha256, "size": size} for name, (sha256, size) in files.items()},
-        }
-    )
-    with explained(layout.root), StoreLock(layout.locks / "objects", shared=True):
-        if load_artifact(layout, digest) is None:
-            entries = {name: Entry(sha256, (size, 0, 0, 0)) for name, (sha256, size) in files.items()}
-            save_artifact(layout, Artifact(digest, record.artifact_type or "", entries, dropped=True))
-        save_record(layout, record)
-    return record
-
-
 def _stands(target: Path, size: int) -> bool:
     """Is this object there as it was left? One that was written to since is replaced by the good bytes at hand."""
     try:
@@ -212,17 +186,15 @@ def _stands(target: Path, size: int) -> bool:
     return stat.S_ISREG(facts.st_mode) and facts.st_size == size and facts.st_mtime_ns == STILL
 
 
+@dataclass
 class Collector:
     """Finds out what the files of an `out` are."""
 
-    def __init__(self, layout: Layout, memo: StatMemo, out: Path, known: Known) -> None:
-        self.layout = layout
-        self.memo = memo
-        self.out = out
-        self.known = known
-        self._root = os.path.realpath(layout.root)
-        self._objects = os.path.realpath(layout.objects)
-        self._hashed: dict[str, str] = {}
+    layout: Layout
+    memo: StatMemo
+    out: Path
+    known: Known
+    _hashed: dict[str, str] = field(default_factory=dict)
 
     def collect(self) -> dict[str, Origin]:
         """Return relative path → origin, sorted. Empty directories are not part of it. Raise StageFailed, OSError."""
@@ -264,12 +236,12 @@ class Collector:
             sync_file(Path(real))
         return Origin(sha256, facts.st_size, how, real, fingerprint(facts))
 
-    def _how(self, name: str, real: str) -> Literal["adopt", "object", "reference"]:
-        if _is_below(real, self._objects) and is_hex(os.path.basename(real)):
+    def _how(self, name: str, real: str) -> How:
+        if _is_below(real, self.layout.objects) and is_hex(os.path.basename(real)):
             return "object"
-        if any(_is_below(real, os.path.realpath(place)) for place in (self.layout.parts, self.out.parent)):
+        if _is_below(real, self.layout.parts) or _is_below(real, self.out.parent):
             return "adopt"
-        if _is_below(real, self._root):
+        if _is_below(real, self.layout.root):
             raise StageFailed(
                 f"{name} in the output is a link into the store's own working area: {real}",
                 "link to an input's file or to one of its own parts",
@@ -301,19 +273,15 @@ def _refuse_odd_name(name: str) -> None:
         raise StageFailed(f"a file name in the output is not UTF-8: {name!r}", "give it another name") from None
 
 
-def _is_below(path: str, folder: str) -> bool:
-    return path.startswith(folder.rstrip("/") + "/")
+def _is_below(path: str, folder: Path) -> bool:
+    return path.startswith(os.path.realpath(folder).rstrip("/") + "/")
 
 
 def write_journal(working: Path, record: KeyRecord, sources: Mapping[str, Origin]) -> None:
     """Note durably what is about to be published. Directories of `out` are synced first: the names must be there."""
     for place, _, _ in os.walk(working / "out"):
         sync_directory(Path(place))
-    data = {
-        "record": record.as_json(),
-        "sources": {name: [item.sha256, item.size, item.how, item.path, item.facts] for name, item in sources.items()},
-    }
-    write_sealed(working / JOURNAL, data)
+    write_sealed(working / JOURNAL, {"record": record.as_json(), "sources": dict(sources)})
 
 
 def read_journal(working: Path) -> tuple[KeyRecord, dict[str, Origin]]:
@@ -321,13 +289,6 @@ def read_journal(working: Path) -> tuple[KeyRecord, dict[str, Origin]]:
     data = read_sealed(working / JOURNAL)
     try:
         record = KeyRecord.model_validate(data["record"])
-        return record, {name: _source(*item) for name, item in data["sources"].items()}
+        return record, {name: Origin._make((*item, tuple(facts))) for name, (*item, facts) in data["sources"].items()}
     except (ValueError, TypeError, KeyError) as error:
         raise Damaged from error
-
-
-def _source(
-    sha256: str, size: int, how: Literal["adopt", "object", "reference"], path: str, facts: list[int]
-) -> Origin:
-    _, mtime, inode, ctime = facts
-    return Origin(sha256, size, how, path, (size, mtime, inode, ctime))

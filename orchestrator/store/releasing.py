@@ -7,17 +7,17 @@ stay recorded.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
-from .artifacts import load_artifact, remove_tree, save_artifact
-from .keyrecord import KeyRecord, all_records, sealed_names
+from .artifacts import Artifact, Entry, all_artifacts, load_artifact, remove_tree, save_artifact
+from .keyrecord import KeyRecord, all_records, save_record
 from .layout import Layout
 from .locks import StoreLock
 from .presence import Presence
-from .sealing import Damaged, explained, read_sealed, write_sealed
+from .sealing import Damaged, explained, read_sealed, sealed_digests, write_sealed
 
 
 def release(layout: Layout, presence: Presence, digest: str, key: str | None) -> int:
@@ -54,8 +54,8 @@ def _released_by(layout: Layout, digest: str) -> set[str]:
 
 def sweep(layout: Layout, presence: Presence) -> int:
     """Free what was released and nobody needs. Return the bytes freed."""
-    names = sealed_names(layout.released)
-    if not names:
+    digests = sealed_digests(layout.released)
+    if not digests:
         return 0
     presence.enter()
     # While `gc` is locked nobody enters, so whoever is alone stays alone.
@@ -64,11 +64,7 @@ def sweep(layout: Layout, presence: Presence) -> int:
             return 0
         with StoreLock(layout.locks / "objects"), StoreLock(layout.locks / "released"):
             records = list(all_records(layout))
-            return sum(_drop(layout, digest) for digest in map(_digest, names) if _unwanted(layout, digest, records))
-
-
-def _digest(name: str) -> str:
-    return f"sha256:{name}"
+            return sum(_drop(layout, digest) for digest in digests if _unwanted(layout, digest, records))
 
 
 def _unwanted(layout: Layout, digest: str, records: Iterable[KeyRecord]) -> bool:
@@ -82,22 +78,27 @@ def _drop(layout: Layout, digest: str) -> int:
         return 0
     save_artifact(layout, replace(artifact, dropped=True))
     remove_tree(layout.tree(digest))
-    held = held_objects(layout, map(_digest, sealed_names(layout.artifacts)))
-    ours = {entry.sha256 for entry in artifact.files.values() if entry.reference is None}
-    return sum(unlink(layout.object(sha256)) for sha256 in ours - held)
+    held = {sha256 for other in all_artifacts(layout) for sha256 in other.objects}
+    return sum(_unlink(layout.object(sha256)) for sha256 in artifact.objects - held)
 
 
-def held_objects(layout: Layout, digests: Iterable[str]) -> set[str]:
-    """Return the objects that these artifacts hold."""
-    held: set[str] = set()
-    for digest in digests:
-        artifact = load_artifact(layout, digest)
-        if artifact is not None and not artifact.dropped:
-            held.update(entry.sha256 for entry in artifact.files.values() if entry.reference is None)
-    return held
+def dropped_artifact(record: KeyRecord) -> Artifact:
+    """Return the artifact that a record names, without its bytes."""
+    files = {name: Entry(str(file["sha256"]), (int(file["size"]), 0, 0, 0)) for name, file in record.files.items()}
+    return Artifact(record.digest or "", record.artifact_type or "", files, dropped=True)
 
 
-def unlink(path: Path) -> int:
+def record_forgone(layout: Layout, record: KeyRecord, files: Mapping[str, tuple[str, int]]) -> KeyRecord:
+    """Record an artifact of which no bytes are kept. One of the same digest that is there stays as it is."""
+    record = record.holding(files)
+    with explained(layout.root), StoreLock(layout.locks / "objects", shared=True):
+        if load_artifact(layout, record.digest or "") is None:
+            save_artifact(layout, dropped_artifact(record))
+        save_record(layout, record)
+    return record
+
+
+def _unlink(path: Path) -> int:
     """Return the bytes freed: 0 where nothing is there."""
     with suppress(FileNotFoundError):
         size = os.lstat(path).st_size

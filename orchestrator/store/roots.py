@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
-from .hashing import digest_of, hex_of
-from .keyrecord import sealed_names
+from .hashing import digest_of
 from .layout import Layout
 from .locks import StoreLock
-from .sealing import Damaged, explained, read_sealed, write_sealed
+from .sealing import explained, sealed_digests, write_sealed
 
 HISTORY = 8
 """Keys that are remembered per node."""
@@ -42,71 +41,53 @@ class Root:
         return frozenset(self.nodes.values()) | frozenset(self.begun.values())
 
 
-def root_path(layout: Layout, manifest: Path) -> Path:
-    return layout.roots / f"{hex_of(digest_of('root', os.path.abspath(manifest)))}.json"
+def root_path(layout: Layout, manifest: str | Path) -> Path:
+    return layout.root_record(digest_of("root", os.path.abspath(manifest)))
 
 
 def load_root(layout: Layout, path: Path) -> Root | None:
-    """Return None where there is none; a damaged one goes to quarantine."""
-    with explained(path):
-        try:
-            return Root(**read_sealed(path))
-        except (FileNotFoundError, NotADirectoryError):
-            return None
-        except (Damaged, TypeError):
-            layout.set_aside(path)
-    return None
+    return layout.load(path, lambda data: Root(**data))
 
 
-def all_roots(layout: Layout) -> Iterator[tuple[Path, Root]]:
-    for name in sealed_names(layout.roots):
-        path = layout.roots / f"{name}.json"
-        root = load_root(layout, path)
-        if root is not None:
-            yield path, root
+def all_roots(layout: Layout) -> Iterator[Root]:
+    for digest in sealed_digests(layout.roots):
+        if root := load_root(layout, layout.root_record(digest)):
+            yield root
+
+
+def named_roots(layout: Layout, manifest: Path, name: str) -> list[Root]:
+    """Return the roots of manifests of this name, that of this path last and the latest of the others before it."""
+    named = sorted((root for root in all_roots(layout) if root.name == name), key=lambda root: root.serial)
+    own = load_root(layout, root_path(layout, manifest))
+    return [*named, own] if own else named
 
 
 def remember(layout: Layout, manifest: Path, lock: Path | None, name: str, nodes: Mapping[str, str]) -> None:
     """Merge nodes → keys into the root of a manifest. A key without a record counts as begun."""
     path = root_path(layout, manifest)
+    beside = None if lock is None else os.path.abspath(lock)
+    new = Root(manifest=os.path.abspath(manifest), lock=beside, name=name, nodes=nodes)
     with explained(path):
         old = load_root(layout, path)
-        if old is not None and _says(layout, old, lock, name, nodes):
+        if old is not None and _says(old, new):
             return
         with StoreLock(layout.locks / "roots"):
-            write_sealed(path, asdict(_merged(layout, path, manifest, lock, name, nodes)))
+            write_sealed(path, asdict(_merged(layout, load_root(layout, path), new)))
 
 
-def _says(layout: Layout, root: Root, lock: Path | None, name: str, nodes: Mapping[str, str]) -> bool:
+def _says(old: Root, new: Root) -> bool:
     """Is it all there already? A run that finds everything cached writes nothing."""
-    known = root.name == name and root.lock == _absolute(lock)
-    return known and not root.begun and all(root.nodes.get(node) == key for node, key in nodes.items())
+    return (old.name, old.lock, old.begun) == (new.name, new.lock, {}) and new.nodes.items() <= old.nodes.items()
 
 
-def _merged(layout: Layout, path: Path, manifest: Path, lock: Path | None, name: str, nodes: Mapping[str, str]) -> Root:
-    roots = dict(all_roots(layout))
-    old = roots.get(path)
-    done = {node: key for node, key in nodes.items() if layout.key(key).exists()}
-    begun = {node: key for node, key in (dict(old.begun) if old else {}).items() if node not in nodes}
-    begun |= {node: key for node, key in nodes.items() if node not in done}
-    return Root(
-        manifest=os.path.abspath(manifest),
-        lock=_absolute(lock),
-        name=name,
-        serial=1 + max((root.serial for root in roots.values()), default=0),
-        nodes={**(old.nodes if old else {}), **done},
-        history=_history(old, done),
-        begun=begun,
+def _merged(layout: Layout, old: Root | None, new: Root) -> Root:
+    old = old or replace(new, nodes={})
+    done = {node: key for node, key in new.nodes.items() if layout.key(key).exists()}
+    history = {node: [known for known in old.history.get(node, []) if known != key] for node, key in done.items()}
+    return replace(
+        new,
+        serial=1 + max((root.serial for root in all_roots(layout)), default=0),
+        nodes={**old.nodes, **done},
+        history={**old.history, **{node: [*history[node], key][-HISTORY:] for node, key in done.items()}},
+        begun={node: key for node, key in {**old.begun, **new.nodes}.items() if node not in done},
     )
-
-
-def _history(old: Root | None, done: Mapping[str, str]) -> dict[str, list[str]]:
-    history = {node: list(keys) for node, keys in old.history.items()} if old else {}
-    for node, key in done.items():
-        earlier = [known for known in history.get(node, []) if known != key]
-        history[node] = [*earlier, key][-HISTORY:]
-    return history
-
-
-def _absolute(path: Path | None) -> str | None:
-    return None if path is None else os.path.abspath(path)

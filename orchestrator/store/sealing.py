@@ -60,13 +60,17 @@ def write_sealed(path: Path, value: Json) -> None:
 
 def read_sealed(path: Path) -> Json:
     """Return the value sealed in a file. Raise Damaged, or OSError (a missing file and an I/O error among them)."""
-    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     try:
-        pieces = []
-        while piece := os.read(descriptor, 2**16):
-            pieces.append(piece)
+        with path.open("rb", buffering=0) as file:
+            return unseal(file.read())
     except IsADirectoryError:
         raise Damaged from None
-    finally:
-        os.close(descriptor)
-    return unseal(b"".join(pieces))
+
+
+def sealed_digests(folder: Path) -> list[str]:
+    """Return `sha256:HEX` of the records `HEX.json` in a directory of the store, sorted."""
+    try:
+        names = os.listdir(folder)
+    except FileNotFoundError:
+        return []
+    return sorted(f"sha256:{name[:-5]}" for name in names if name.endswith(".json") and len(name) == 69)

@@ -19,22 +19,31 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
-from types import TracebackType
 from typing import TYPE_CHECKING
 
 from bigpipe.errors import BigpipeError
 from bigpipe.files import move
 
-from .artifacts import Entry, examine, load_artifact, place_tree, remove_tree, save_artifact, tree_is_whole
+from .artifacts import (
+    Artifact,
+    Entry,
+    all_artifacts,
+    examine,
+    load_artifact,
+    place_tree,
+    remove_tree,
+    save_artifact,
+    tree_is_whole,
+)
 from .hashing import is_hex
-from .keyrecord import KeyRecord, all_records, load_record, sealed_names
+from .keyrecord import KeyRecord, all_records, load_record
 from .layout import Layout
 from .locks import StoreLock
 from .memo import StatMemo
 from .presence import Presence
-from .publish import JOURNAL, Known, Publisher, record_forgone
-from .releasing import release, sweep
-from .roots import Root, all_roots, load_root, remember, root_path
+from .publish import JOURNAL, Known, Publisher
+from .releasing import record_forgone, release, sweep
+from .roots import named_roots, remember
 from .sealing import explained, make_directory
 
 if TYPE_CHECKING:
@@ -102,21 +111,10 @@ class Store:
     def __init__(self, root: Path) -> None:
         self.root = Path(os.path.abspath(root))
         self.layout = Layout(self.root)
+        self.memo, self.parts, self.runs = self.layout.memo, self.layout.parts, self.layout.runs
         self._presence = Presence(self.layout)
         self._tidied = threading.Event()
         self._close = weakref.finalize(self, self._presence.leave)
-
-    @property
-    def memo(self) -> Path:
-        return self.layout.memo
-
-    @property
-    def parts(self) -> Path:
-        return self.layout.parts
-
-    @property
-    def runs(self) -> Path:
-        return self.layout.runs
 
     def on_disk_of(self, place: Path) -> bool:
         """Return whether the bytes there and the store's lie on one file system. Neither need exist yet."""
@@ -153,7 +151,8 @@ class Store:
             for name, entry in artifact.files.items():
                 state = examine(self.layout, entry)
                 if isinstance(state, str):
-                    self._set_aside(entry, state)
+                    if state == "damaged" and entry.reference is None:
+                        self.layout.set_aside(self.layout.object(entry.sha256))
                     return False
                 entries[name] = state
             current = replace(artifact, files=entries)
@@ -164,10 +163,6 @@ class Store:
                 self.enter()
                 place_tree(self.layout, current, self._presence.temporary())
         return True
-
-    def _set_aside(self, entry: Entry, state: str) -> None:
-        if state == "damaged" and entry.reference is None:
-            self.layout.set_aside(self.layout.object(entry.sha256))
 
     def enter(self) -> None:
         """Say that this process is going to read what it found: from now on nobody else frees it. Whoever wants to run
@@ -256,7 +251,7 @@ class Store:
         self.enter()
         lock = StoreLock(self.layout.working_lock(key))
         lock.acquire(cancelled, waiting)
-        try:
+        with lock:
             folder = self._work_folder(key)
             with explained(folder):
                 make_directory(folder)
@@ -269,8 +264,6 @@ class Store:
                 make_directory(work.out, durable=False)
                 make_directory(work.scratch)  # syncs the folder, and with it what was made in there before
             yield work
-        finally:
-            lock.release()
 
     def _work_folder(self, key: str) -> Path:
         folder = self.layout.working(key)
@@ -292,24 +285,13 @@ class Store:
 
     def last_keys(self, manifest: Path, name: str) -> dict[str, str]:
         """Return node → the key of its last record under this manifest path, else the latest manifest of this name."""
-        keys: dict[str, str] = {}
-        for root in sorted((root for _, root in all_roots(self.layout) if root.name == name), key=lambda r: r.serial):
-            keys |= root.nodes
-        own = load_root(self.layout, root_path(self.layout, manifest))
-        return {**keys, **own.nodes} if own else keys
+        return {node: key for root in named_roots(self.layout, manifest, name) for node, key in root.nodes.items()}
 
     def history(self, manifest: Path, name: str, node: str) -> list[KeyRecord]:
         """Return the node's latest records that are still there, oldest first; found as `last` finds it."""
-        root = self._root(manifest, name, node)
-        keys = root.history.get(node, []) if root else []
+        roots = [root for root in named_roots(self.layout, manifest, name) if node in root.nodes]
+        keys = roots[-1].history.get(node, []) if roots else []
         return [record for key in keys if (record := self.find(key)) is not None]
-
-    def _root(self, manifest: Path, name: str, node: str) -> Root | None:
-        root = load_root(self.layout, root_path(self.layout, manifest))
-        if root is not None and node in root.nodes:
-            return root
-        named = [root for _, root in all_roots(self.layout) if root.name == name and node in root.nodes]
-        return max(named, key=lambda item: item.serial, default=None)
 
     def gc(self, locked: LockedDigests, *, dry_run: bool = False) -> GcReport:
         """Free all that no existing manifest names, nor lock file, which `locked` reads. Raise Transient while
@@ -320,31 +302,26 @@ class Store:
 
     def verify(self, *, repair: bool = False, progress: Callable[[int, int], None] | None = None) -> VerifyReport:
         """Read every byte. `repair` sets aside what is damaged, so that the next run makes it again."""
-        from .verify import verify
+        from .verify import Verification
 
         with suppress(BigpipeError):  # a store on a read-only file system can be verified too
             self.enter()
-        return verify(self.layout, self._presence.temporary, repair=repair, progress=progress)
+        with explained(self.root):
+            return Verification(self.layout, self._presence.temporary, repair, progress).verify()
 
     def ls(self) -> list[ArtifactEntry]:
         """Return every artifact, newest record first."""
-        newest: dict[str, KeyRecord] = {}
         with explained(self.layout.artifacts):
-            for record in sorted(all_records(self.layout), key=lambda item: item.created):
-                if record.digest is not None:
-                    newest[record.digest] = record
-            known = [f"sha256:{name}" for name in sealed_names(self.layout.artifacts)]
-            entries = [self._listed(digest, newest[digest]) for digest in known if digest in newest]
-        return sorted((entry for entry in entries if entry), key=lambda item: item.created, reverse=True)
+            newest = {item.digest: item for item in sorted(all_records(self.layout), key=lambda item: item.created)}
+            artifacts = [item for item in all_artifacts(self.layout) if item.digest in newest]
+        entries = [self._listed(artifact, newest[artifact.digest]) for artifact in artifacts]
+        return sorted(entries, key=lambda item: item.created, reverse=True)
 
-    def _listed(self, digest: str, record: KeyRecord) -> ArtifactEntry | None:
-        artifact = load_artifact(self.layout, digest)
-        if artifact is None:
-            return None
+    def _listed(self, artifact: Artifact, record: KeyRecord) -> ArtifactEntry:
         return ArtifactEntry(
-            digest=digest,
+            digest=artifact.digest,
             type=artifact.type,
-            path=self.artifact_path(digest),
+            path=self.artifact_path(artifact.digest),
             files=len(artifact.files),
             bytes=sum(entry.size for entry in artifact.files.values()),
             referenced_bytes=sum(entry.size for entry in artifact.files.values() if entry.reference is not None),
@@ -366,9 +343,7 @@ class Store:
     def __enter__(self) -> Store:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
 

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import os
 import stat
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 
 from .artifacts import (
-    DAMAGED,
-    MISSING,
+    Absence,
     Artifact,
     Entry,
     artifact_digest,
@@ -22,12 +20,13 @@ from .artifacts import (
     save_artifact,
     tree_is_whole,
 )
-from .hashing import hash_file, is_hex
-from .keyrecord import KeyRecord, load_record, sealed_names
+from .hashing import hash_file, hex_of, is_hex
+from .keyrecord import load_record
 from .layout import Layout
-from .sealing import Damaged, explained, read_sealed
+from .releasing import dropped_artifact
+from .sealing import Damaged, read_sealed, sealed_digests
 
-Problem = Literal["damaged", "missing", "error", "writable"]
+Problem = Absence | Literal["error", "writable"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,90 +54,66 @@ class VerifyReport:
         return not self.findings
 
 
-def verify(
-    layout: Layout,
-    temporary: Callable[[], Path],
-    *,
-    repair: bool,
-    progress: Callable[[int, int], None] | None = None,
-) -> VerifyReport:
-    """Hash every object and every referenced file, and check every tree and record.
+@dataclass
+class Verification:
+    """Hashes every object and every referenced file, and checks every tree and record.
 
     `repair` moves what is damaged to quarantine, rebuilds trees, and takes artifacts whose bytes are gone for absent,
-    so that the next run makes them again. What cannot be read is reported and left alone. `progress` hears
-    (done, total) bytes.
+    so that the next run makes them again. What cannot be read is reported and left alone.
     """
-    with explained(layout.root):
-        return _Verification(layout, temporary, repair, progress).verify()
 
-
-class _Verification:
-    def __init__(
-        self,
-        layout: Layout,
-        temporary: Callable[[], Path],
-        repair: bool,
-        progress: Callable[[int, int], None] | None,
-    ) -> None:
-        self.layout = layout
-        self.temporary = temporary
-        self.repair = repair
-        self.progress = progress
-        self.findings: list[Finding] = []
-        self.reported: set[Path] = set()
-        self.examined: dict[Path, Entry | str] = {}
-        self.bytes = 0
-        self.total = 0
+    layout: Layout
+    temporary: Callable[[], Path]
+    repair: bool
+    progress: Callable[[int, int], None] | None
+    """Hears (done, total) bytes."""
+    findings: list[Finding] = field(default_factory=list)
+    reported: set[Path] = field(default_factory=set)
+    examined: dict[Path, Entry | str] = field(default_factory=dict)
+    bytes: int = 0
+    total: int = 0
 
     def verify(self) -> VerifyReport:
-        for folder in (self.layout.keys, self.layout.artifacts, self.layout.roots, self.layout.released):
-            self._records(folder)
-        artifacts = self._artifacts()
+        layout = self.layout
+        folders = (layout.keys, layout.artifacts, layout.roots, layout.released)
+        keys, digests, _, _ = [self._readable(folder) for folder in folders]
+        artifacts = [item for digest in digests if (item := self._load(digest))]
         self.total = sum(
             {entry.path(self.layout): entry.size for item in artifacts for entry in item.files.values()}.values()
         )
         for artifact in artifacts:
             self._artifact(artifact)
         self._unnamed_objects()
-        self._promises()
+        self._promises(keys)
         return VerifyReport(len(artifacts), len(self.examined), self.bytes, tuple(self.findings))
 
     def _found(self, path: Path, problem: Problem, detail: str = "", *, repaired: bool = False) -> None:
         self.reported.add(path)
         self.findings.append(Finding(path, problem, detail, repaired and self.repair))
 
-    def _records(self, folder: Path) -> None:
-        for name in sealed_names(folder):
-            path = folder / f"{name}.json"
+    def _readable(self, folder: Path) -> list[str]:
+        """Return the digests of the records that are as they were sealed."""
+        found = []
+        for digest in sealed_digests(folder):
+            path = folder / f"{hex_of(digest)}.json"
             try:
                 read_sealed(path)
+                found.append(digest)
             except Damaged:
-                self._record(path)
+                self._mismatch(path, "damaged", "a record")
             except OSError as error:
                 self._found(path, "error", str(error))
+        return found
 
-    def _record(self, path: Path) -> None:
-        self._found(path, "damaged", "a record", repaired=True)
-        if self.repair:
-            self.layout.set_aside(path)
-
-    def _artifacts(self) -> list[Artifact]:
-        """Those whose bytes should be there."""
-        artifacts = []
-        for name in sealed_names(self.layout.artifacts):
-            path = self.layout.artifacts / f"{name}.json"
-            if path in self.reported:
-                continue
-            artifact = load_artifact(self.layout, f"sha256:{name}")
-            if artifact is None or artifact.dropped:
-                continue
-            if artifact.digest == artifact_digest(
-                {key: (item.sha256, item.size) for key, item in artifact.files.items()}
-            ):
-                artifacts.append(artifact)
-            else:
-                self._record(path)
-        return artifacts
+    def _load(self, digest: str) -> Artifact | None:
+        """Return an artifact whose bytes should be there."""
+        artifact = load_artifact(self.layout, digest)
+        if artifact is None or artifact.dropped:
+            return None
+        if digest == artifact_digest({name: (file.sha256, file.size) for name, file in artifact.files.items()}):
+            return artifact
+        self._mismatch(self.layout.artifact(digest), "damaged", "a record")
+        return None
 
     def _artifact(self, artifact: Artifact) -> None:
         states = {name: self._file(entry) for name, entry in artifact.files.items()}
@@ -165,11 +140,12 @@ class _Verification:
             self.examined[path] = self._examine(path, entry)
         known = self.examined[path]
         if isinstance(known, Entry) and known.sha256 != entry.sha256:  # a reference under two digests
-            return self._mismatch(path, DAMAGED, "referenced")
+            return self._mismatch(path, "damaged", "referenced", ours=False)
         return known
 
     def _examine(self, path: Path, entry: Entry) -> Entry | str:
-        if entry.reference is None and self.repair:
+        ours = entry.reference is None
+        if ours and self.repair:
             self._protect(path)
         try:
             state = examine(self.layout, entry, thorough=True, progress=self._read)
@@ -177,18 +153,16 @@ class _Verification:
             self._found(path, "error", str(error))
             return "error"
         if isinstance(state, str):
-            return self._mismatch(path, state, "an object" if entry.reference is None else "referenced")
-        if entry.reference is None and path.stat().st_mode & 0o222:
+            return self._mismatch(path, state, "an object" if ours else "referenced", ours=ours)
+        if ours and path.stat().st_mode & 0o222:
             self._found(path, "writable", "an object")
         return state
 
-    def _mismatch(self, path: Path, state: str, detail: str) -> str:
-        ours = path.parent == self.layout.objects
-        problem: Problem = "missing" if state == MISSING else "damaged"
+    def _mismatch(self, path: Path, problem: Absence, detail: str, *, ours: bool = True) -> Absence:
         self._found(path, problem, detail, repaired=True)
-        if ours and self.repair and state == DAMAGED:
+        if ours and self.repair and problem == "damaged":
             self.layout.set_aside(path)
-        return state
+        return problem
 
     def _protect(self, path: Path) -> None:
         try:
@@ -206,37 +180,22 @@ class _Verification:
 
     def _unnamed_objects(self) -> None:
         """Objects that no artifact holds: what a crash left, and what `gc` would free. A stage's parts may use them."""
-        try:
-            names = os.listdir(self.layout.objects)
-        except FileNotFoundError:
-            return
-        for name in sorted(names):
-            path = self.layout.objects / name
-            if path in self.examined:
-                continue
+        there = sorted(self.layout.objects.iterdir()) if self.layout.objects.is_dir() else []
+        for path in there:
             try:
-                whole = is_hex(name) and hash_file(path, self._read) == name
+                if path not in self.examined and not (is_hex(path.name) and hash_file(path, self._read) == path.name):
+                    self._mismatch(path, "damaged", "an object")
             except OSError as error:
                 self._found(path, "error", str(error))
-                continue
-            if not whole:
-                self._mismatch(path, DAMAGED, "an object")
 
-    def _promises(self) -> None:
+    def _promises(self, keys: list[str]) -> None:
         """Records of computations whose artifact nobody knows any more."""
-        for name in sealed_names(self.layout.keys):
-            if self.layout.keys / f"{name}.json" in self.reported:
-                continue
-            record = load_record(self.layout, f"sha256:{name}")
+        for key in keys:
+            record = load_record(self.layout, key)
             if record is None or record.digest is None or self.layout.artifact(record.digest).exists():
                 continue
             path = self.layout.artifact(record.digest)
             if path not in self.reported:
                 self._found(path, "missing", f"what {record.node} gave", repaired=True)
             if self.repair:
-                self._forget(_as_dropped(record.digest, record))
-
-
-def _as_dropped(digest: str, record: KeyRecord) -> Artifact:
-    files = {name: Entry(str(file["sha256"]), (int(file["size"]), 0, 0, 0)) for name, file in record.files.items()}
-    return Artifact(digest, record.artifact_type or "", files, dropped=True)
+                self._forget(dropped_artifact(record))
