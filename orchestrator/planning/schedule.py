@@ -21,7 +21,7 @@ from typing import NamedTuple
 from bigpipe.errors import BigpipeError, GateFailed
 from bigpipe.orchestrator.contract import Forecast, Json, Status
 from bigpipe.orchestrator.launch import executor
-from bigpipe.orchestrator.recipe import UNKNOWN, Condition, Lookup, Node, Verdict, metric
+from bigpipe.orchestrator.recipe import UNKNOWN, Comparison, Condition, Lookup, Node, metric
 from bigpipe.orchestrator.store import KeyRecord
 from bigpipe.passing import AHEAD
 
@@ -52,7 +52,7 @@ class Do(StrEnum):
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GateVerdict:
     gate: Condition
-    verdict: Verdict | None
+    verdict: Comparison | None
     """None: not known before the node has run."""
     cure: str = ""
     """A change of the recipe's parameters under which it holds, where one was tried."""

@@ -5,24 +5,13 @@ from typing import TYPE_CHECKING
 from bigpipe.faces import face
 
 if TYPE_CHECKING:
-    from .conditions import (
-        UNKNOWN,
-        Condition,
-        Lookup,
-        Verdict,
-        metric,
-    )
+    from .conditions import UNKNOWN, Comparison, Condition, Lookup, metric
     from .docstrings import field_descriptions
     from .graph import Recipe, load_recipe
     from .initial import initial_manifest
     from .node import Node
-    from .registry import (
-        PROBES,
-        is_built_in,
-        load_stage,
-        named_stage,
-        stage_kinds,
-    )
+    from .registry import PROBES, is_built_in, load_stage, named_stage, stage_kinds
     from .schema import described_schema, manifest_schema
+    from .validation import models_in
 
 __getattr__, __all__ = face(__name__)

@@ -48,10 +48,12 @@ _ARITHMETIC: dict[str, Callable[[Any, Any], Any]] = {
 _TOKEN = re.compile(
     r"""\s*(?:
       (?P<reference>\$\{stages\.(?P<node>[^{}]+?)\.metrics\.(?P<metric>[A-Za-z0-9_]+(?:\.[A-Za-z0-9_]+)*)\})
-    | (?P<number>[0-9]{1,30}(?:\.[0-9]{1,30})?(?:[eE][-+]?[0-9]{1,3}(?![0-9A-Za-z]))?)[ ]?(?P<unit>[A-Za-z]*)
+    | (?P<number>(?P<digits>[0-9]{1,30}(?:\.[0-9]{1,30})?(?:[eE][-+]?[0-9]{1,3}(?![0-9A-Za-z]))?)
+        (?:[ ]?(?P<unit>[A-Za-z]+))?)
     | (?P<path>[A-Za-z_][A-Za-z0-9_]*(?:\.[A-Za-z0-9_]+)*)
     | (?P<compare><=|>=|==|!=|<|>)
     | (?P<sign>[-+*/()])
+    | (?P<end>\Z)
     )""",
     re.VERBOSE,
 )
@@ -82,8 +84,8 @@ Expression: TypeAlias = Number | Metric | Operation
 
 
 @dataclass(frozen=True, slots=True)
-class Verdict:
-    """`left` and `right` are the values, written for people: `21.3 GiB`, `20GiB`."""
+class Comparison:
+    """What a condition found. `left` and `right` are the values, written for people: `21.3 GiB`, `20GiB`."""
 
     passed: bool
     left: str
@@ -95,35 +97,35 @@ class Condition:
     text: str
     place: Place
     left: Expression
-    comparison: str
+    sign: str
     right: Expression
-    references: frozenset[tuple[str | None, str]]
-    """(node, or None for the node's own metrics; metric path)."""
 
-    def evaluate(self, lookup: Lookup) -> Verdict | None:
+    @property
+    def references(self) -> frozenset[tuple[str | None, str]]:
+        """(node, or None for the node's own metrics; metric path)."""
+        return frozenset([*_metrics(self.left), *_metrics(self.right)])
+
+    def evaluate(self, lookup: Lookup) -> Comparison | None:
         """Return None where a metric is UNKNOWN. A metric that is no number, and a division by zero, do not pass."""
         try:
             left, right = _value(self.left, lookup), _value(self.right, lookup)
         except _NotKnown:
             return None
         except _NotANumber as error:
-            return Verdict(False, str(error), _written(self.right))
+            return Comparison(False, str(error), _written(self.right))
         unit = _unit(self.left) or _unit(self.right)
-        shown = _shown(left, unit), _shown(right, unit)
-        if left != right and shown[0] == shown[1]:  # 20.0 GiB against 20.0 GiB explains nothing
-            shown = f"{left:,}", f"{right:,}"
-        if isinstance(self.left, Number):
-            shown = self.left.text, shown[1]
-        if isinstance(self.right, Number):
-            shown = shown[0], self.right.text
-        return Verdict(_COMPARISONS[self.comparison](left, right), *shown)
+        one, other = _shown(left, unit), _shown(right, unit)
+        if left != right and one == other:  # 20.0 GiB against 20.0 GiB explains nothing
+            one, other = f"{left:,}", f"{right:,}"
+        one = self.left.text if isinstance(self.left, Number) else one
+        other = self.right.text if isinstance(self.right, Number) else other
+        return Comparison(_COMPARISONS[self.sign](left, right), one, other)
 
     def bind(self, nodes: Mapping[str, str | None]) -> Condition:
         """Return the same condition with the stages it names replaced by nodes; None is the node itself."""
         if all(node is None or nodes.get(node, node) == node for node, _ in self.references):
             return self
-        left, right = _bind(self.left, nodes), _bind(self.right, nodes)
-        return replace(self, left=left, right=right, references=frozenset([*_metrics(left), *_metrics(right)]))
+        return replace(self, left=_bind(self.left, nodes), right=_bind(self.right, nodes))
 
 
 def metric(metrics: Mapping[str, Json], path: str) -> Json:
@@ -207,24 +209,21 @@ def parse_condition(text: str, place: Place) -> Condition:
     return _Parser(text, place).condition()
 
 
-@dataclass(frozen=True, slots=True)
-class _Token:
-    kind: str
-    text: str
-    start: int
-    match: re.Match[str] | None = None
-
-
 class _Parser:
     """Recursive descent; one token ahead."""
 
     def __init__(self, text: str, place: Place) -> None:
-        self.text, self.place = text, place
+        self.text, self.place = text.rstrip(), place
         self.depth = 0
         self.position = 0
         if len(text) > MAX_LENGTH:
             self.fail(0, f"the condition is longer than {MAX_LENGTH:,} characters", "write several, one per line")
         self.token = self.next()
+
+    @property
+    def ahead(self) -> str:
+        """The text of the token that is looked at."""
+        return self.token[0].strip()
 
     def fail(self, start: int, cause: str, cure: str, code: Fault = Fault.CONDITION_SYNTAX, width: int = 1) -> NoReturn:
         problems = Problems()
@@ -235,95 +234,90 @@ class _Parser:
         problems.add(code, place, cause, cure)
         raise problems.error()
 
-    def next(self) -> _Token:
-        rest = self.text[self.position :]
-        if not rest.strip():
-            return _Token("end", "", len(self.text.rstrip()))
+    def next(self) -> re.Match[str]:
         match = _TOKEN.match(self.text, self.position)
         if match is None:
-            start = self.position + len(rest) - len(rest.lstrip())
-            self.fail(start, f"{self.text[start]!r} does not belong in a condition", _hint(self.text[start:]))
+            rest = self.text[self.position :].lstrip()
+            self.fail(len(self.text) - len(rest), f"{rest[0]!r} does not belong in a condition", _hint(rest))
         self.position = match.end()
-        kind = next(name for name in ("reference", "number", "path", "compare", "sign") if match[name] is not None)
-        return _Token(kind, match[0].strip(), match.start(kind), match)
+        return match
 
-    def advance(self) -> _Token:
+    def advance(self) -> re.Match[str]:
         token, self.token = self.token, self.next()
         return token
 
     def unexpected(self, wanted: str) -> NoReturn:
-        token = self.token
-        what = f"{token.text!r} stands" if token.kind != "end" else "the condition ends"
-        cure = _hint(token.text) if token.kind != "end" else "write it as `METRIC <= 20GiB`"
-        self.fail(token.start, f"{what} where {wanted} is expected", cure, width=max(1, len(token.text)))
+        found = self.ahead
+        what = f"{found!r} stands" if found else "the condition ends"
+        cure = _hint(found) if found else "write it as `METRIC <= 20GiB`"
+        start = self.token.end() - len(found)
+        self.fail(start, f"{what} where {wanted} is expected", cure, width=max(1, len(found)))
 
     def condition(self) -> Condition:
         left = self.sum()
-        if self.token.kind != "compare":
+        if self.token["compare"] is None:
             self.unexpected("a comparison (< <= > >= == !=)")
-        comparison = self.advance().text
+        sign = self.advance()["compare"]
         right = self.sum()
-        if self.token.kind != "end":
+        if self.ahead:
             self.unexpected("the end")
-        references = frozenset([*_metrics(left), *_metrics(right)])
-        return Condition(self.text.strip(), self.place, left, comparison, right, references)
+        return Condition(self.text.strip(), self.place, left, sign, right)
 
     def sum(self) -> Expression:
         result = self.product()
-        while self.token.text in ("+", "-"):
-            result = Operation(self.advance().text, result, self.product())
+        while self.ahead in ("+", "-"):
+            result = Operation(self.advance()["sign"], result, self.product())
         return result
 
     def product(self) -> Expression:
         result = self.factor()
-        while self.token.text in ("*", "/"):
-            result = Operation(self.advance().text, result, self.factor())
+        while self.ahead in ("*", "/"):
+            result = Operation(self.advance()["sign"], result, self.factor())
         return result
 
     def factor(self) -> Expression:
-        if self.token.text in ("-", "("):
+        if self.ahead in ("-", "("):
             return self.nested()
-        if self.token.kind == "number":
-            return self.number(self.advance())
-        if self.token.kind == "path":
-            return Metric(None, self.advance().text)
-        if self.token.kind == "reference":
-            match = self.advance().match
-            assert match is not None  # noqa: S101
-            return Metric(match["node"], match["metric"])
+        match self.token.lastgroup:
+            case "number":
+                return self.number(self.advance())
+            case "path":
+                return Metric(None, self.advance()["path"])
+            case "reference":
+                token = self.advance()
+                return Metric(token["node"], token["metric"])
         self.unexpected("a metric or a number")
 
     def nested(self) -> Expression:
         self.depth += 1
         if self.depth > MAX_DEPTH:
-            self.fail(self.token.start, f"nested more than {MAX_DEPTH} deep", "simplify the condition")
-        if self.advance().text == "-":
+            self.fail(self.token.start("sign"), f"nested more than {MAX_DEPTH} deep", "simplify the condition")
+        if self.advance()["sign"] == "-":
             result: Expression = Operation("-", Number(0, "", "0"), self.factor())
         else:
             result = self.sum()
-            if self.token.text != ")":
+            if self.ahead != ")":
                 self.unexpected("`)`")
             self.advance()
         self.depth -= 1
         return result
 
-    def number(self, token: _Token) -> Number:
-        assert token.match is not None  # noqa: S101
-        digits, unit = token.match["number"], token.match["unit"]
+    def number(self, token: re.Match[str]) -> Number:
+        text, digits, unit = token["number"], token["digits"], token["unit"] or ""
         if unit.lower() in UNITS:
             if not unit:
-                return Number(float(digits) if set(digits) & set(".eE") else int(digits), "", token.text)
+                return Number(float(digits) if set(digits) & set(".eE") else int(digits), "", text)
             try:
-                return Number(parse_size(token.text), "size", token.text)
+                return Number(parse_size(text), "size", text)
             except ValueError as error:
                 cause, _, cure = str(error).partition("; ")
-                self.fail(token.start, cause, cure, Fault.BAD_UNIT, len(token.text))
+                self.fail(token.start("number"), cause, cure, Fault.BAD_UNIT, len(text))
         if unit in _SECONDS:
-            return Number(float(digits) * _SECONDS[unit], "time", token.text)
+            return Number(float(digits) * _SECONDS[unit], "time", text)
         units = ["B", "kB", "MB", "GB", "TB", "KiB", "MiB", "GiB", "TiB", *_SECONDS]
         hint = _hint(unit) if unit in ("and", "or") else ""
         cure = hint or did_you_mean(unit, units) or "sizes: KiB MiB GiB TiB kB MB GB TB; times: ms s min h"
-        self.fail(token.match.start("unit"), f"{unit!r} is not a unit", cure, Fault.BAD_UNIT, len(unit))
+        self.fail(token.start("unit"), f"{unit!r} is not a unit", cure, Fault.BAD_UNIT, len(unit))
 
 
 def _hint(text: str) -> str:

@@ -234,8 +234,8 @@ class Expansion:
         wrong = wrong_metric(kind.metrics, metric) if kind is not None else None
         if kind is None or wrong is None:
             return kind is not None
-        cure = did_you_mean(wrong.wrong, wrong.known, otherwise="there are")
-        self.problems.add(Fault.UNKNOWN_METRIC, path, f"{wrong.cause} in {kind.kind}", cure, part=metric)
+        cause, cure = wrong
+        self.problems.add(Fault.UNKNOWN_METRIC, path, f"{cause} in {kind.kind}", cure, part=metric)
         return False
 
     def _bound(self, stage: Wired, condition: Condition | None, texts: Mapping[str, str]) -> Condition | None:

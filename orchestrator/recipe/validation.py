@@ -235,89 +235,78 @@ def fields_at(model: type[BaseModel], path: Sequence[Key]) -> list[str]:
     """Return the names (as written in the file) of the fields of the model that stands at `path` inside `model`."""
     models = {model}
     for part in path:
-        models = {inner for outer in models for inner in models_in(_annotation(outer, part))}
+        models = {
+            inner
+            for outer in models
+            for name, info in outer.model_fields.items()
+            if (info.alias or name) == part
+            for inner in models_in(info.annotation)
+        }
     return [info.alias or name for found in models for name, info in found.model_fields.items()]
-
-
-def _annotation(model: type[BaseModel], part: Key) -> Any:
-    for name, info in model.model_fields.items():
-        if (info.alias or name) == part:
-            return info.annotation
-    return None
 
 
 def models_in(annotation: Any) -> set[type[BaseModel]]:
     """Return the models inside `X | None`, `list[X]`, `dict[str, X]`, `Annotated[X, …]`."""
-    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
-        return {annotation}
-    origin = get_origin(annotation)
-    arguments = get_args(annotation)
-    if origin is Annotated:
-        return models_in(arguments[0])
-    if origin in (Union, UnionType) or (isinstance(origin, type) and issubclass(origin, list | tuple | Mapping)):
-        return {found for argument in arguments for found in models_in(argument)}
-    return set()
+    found: set[type[BaseModel]] = set()
+    for branch in _branches(annotation):
+        if _is(branch, BaseModel):
+            found.add(branch)
+        elif _is(branch, list, tuple, Mapping):
+            found |= {model for argument in get_args(branch) for model in models_in(argument)}
+    return found
 
 
-@dataclass(frozen=True, slots=True)
-class WrongMetric:
-    cause: str
-    wrong: str
-    known: list[str]
-    """What could stand in the place of `wrong`."""
+def _branches(annotation: Any) -> list[Any]:
+    """What a value may be: the branches of a union, without `Annotated`."""
+    if get_origin(annotation) is Annotated:
+        return _branches(get_args(annotation)[0])
+    if get_origin(annotation) in (Union, UnionType):
+        return [branch for argument in get_args(annotation) for branch in _branches(argument)]
+    return [annotation]
 
 
-def wrong_metric(metrics: Any, path: str) -> WrongMetric | None:
-    """Return why `path` names no number of the metrics model, or None. Maps and untyped values are open."""
+def _is(annotation: Any, *classes: type) -> bool:
+    plain = get_origin(annotation) or annotation
+    return isinstance(plain, type) and issubclass(plain, classes)
+
+
+def wrong_metric(metrics: Any, path: str) -> tuple[str, str] | None:
+    """Return cause and cure where `path` names no number of the metrics model. Maps and untyped values are open."""
     annotation, done = metrics, ""
     for part in path.split("."):
-        below = _below(annotation, part)
-        if below is None:
-            return WrongMetric(f"no metric {f'{done}.{part}' if done else part!r}", part, _names(annotation))
-        annotation, done = below, f"{done}.{part}" if done else part
-    if _may_be_number(annotation):
+        above, done = annotation, f"{done}.{part}" if done else part
+        annotation = _below(above, part)
+        if annotation is None:
+            return f"no metric {done!r}", did_you_mean(part, _names(above), otherwise="there are")
+    if any(_may_be_number(branch) for branch in _branches(annotation)):
         return None
-    if inner := _names(annotation):
-        return WrongMetric(f"{path} is a group of metrics", "", [f"{path}.{name}" for name in inner])
-    return WrongMetric(f"{path} is no number", "", [])
+    inner = [f"{path}.{name}" for name in _names(annotation)]
+    cause = f"{path} is a group of metrics" if inner else f"{path} is no number"
+    return cause, did_you_mean("", inner, otherwise="there are")
 
 
-def _may_be_number(annotation: Any) -> bool:
-    origin, arguments = get_origin(annotation), get_args(annotation)
-    if origin is Annotated:
-        return _may_be_number(arguments[0])
-    if origin in (Union, UnionType):
-        return any(_may_be_number(branch) for branch in arguments)
-    plain = origin or annotation
-    never = (str, list, tuple, Mapping, BaseModel, type(None))
-    return origin is not Literal and not (isinstance(plain, type) and issubclass(plain, never))
+def _may_be_number(branch: Any) -> bool:
+    return get_origin(branch) is not Literal and not _is(branch, str, list, tuple, Mapping, BaseModel, type(None))
 
 
 def _below(annotation: Any, part: str) -> Any:
     """The annotation of `part` inside `annotation`; None where there is no such part."""
-    if annotation is Any or annotation is object:
+    found = (_part_of(branch, part) for branch in _branches(annotation))
+    return next((inner for inner in found if inner is not None), None)
+
+
+def _part_of(branch: Any, part: str) -> Any:
+    if branch is Any or branch is object:
         return Any
-    origin, arguments = get_origin(annotation), get_args(annotation)
-    if origin is Annotated:
-        return _below(arguments[0], part)
-    if origin in (Union, UnionType):
-        return next((found for branch in arguments if (found := _below(branch, part)) is not None), None)
-    if isinstance(origin or annotation, type) and issubclass(origin or annotation, Mapping):
-        return arguments[1] if len(arguments) == 2 else Any
-    if isinstance(annotation, type) and issubclass(annotation, RootModel):
-        return _below(annotation.model_fields["root"].annotation, part)
-    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
-        info = annotation.model_fields.get(part)
-        if info is not None:
-            return info.annotation
-        return _extra(annotation) if annotation.model_config.get("extra") == "allow" else None
-    return None
-
-
-def _extra(model: type[BaseModel]) -> Any:
-    annotation = model.__annotations__.get("__pydantic_extra__")
-    arguments = get_args(annotation)
-    return arguments[1] if len(arguments) == 2 else Any
+    if _is(branch, Mapping):
+        return get_args(branch)[1] if get_args(branch) else Any
+    if _is(branch, RootModel):
+        return _below(branch.model_fields["root"].annotation, part)
+    if not _is(branch, BaseModel):
+        return None
+    if part in branch.model_fields:
+        return branch.model_fields[part].annotation
+    return Any if branch.model_config.get("extra") == "allow" else None
 
 
 def _names(annotation: Any) -> list[str]:

@@ -10,7 +10,14 @@ from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
 from bigpipe.orchestrator.contract import ContentField, Json, OneOf, Stage
-from bigpipe.orchestrator.recipe import described_schema, field_descriptions, load_stage, named_stage, stage_kinds
+from bigpipe.orchestrator.recipe import (
+    described_schema,
+    field_descriptions,
+    load_stage,
+    models_in,
+    named_stage,
+    stage_kinds,
+)
 from bigpipe.sizes import exact_size, parse_size
 
 HEAD = """# The stage kinds
@@ -144,10 +151,7 @@ def _is_size(mark: object) -> bool:
 
 
 def _nested(annotation: Any) -> type[BaseModel] | None:
-    """The model inside an annotation such as `Model`, `Model | None` or `dict[str, Model]`."""
-    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
-        return annotation
-    return next((model for arg in get_args(annotation) if (model := _nested(arg))), None)
+    return next(iter(models_in(annotation)), None)
 
 
 def type_text(annotation: Any) -> str:
