@@ -7,14 +7,8 @@ from typing import TYPE_CHECKING
 from bigpipe.faces import face
 
 if TYPE_CHECKING:
-    from .homes import as_placement
+    from .homes import HostMemory, as_placement, cast_bytes, host_memory, loading_dtype
     from .loading import Loaded, load, loaded
-    from .memory import (
-        HostMemory,
-        cast_bytes,
-        host_memory,
-        loading_dtype,
-    )
     from .probe import forward_once
 
 __getattr__, __all__ = face(__name__)

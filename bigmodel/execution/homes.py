@@ -1,18 +1,26 @@
-"""What a device map means on this machine: where each weight lives and where it computes."""
+"""What a placement means on this machine: where each weight lives and computes, what RAM it fills, in which dtype."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from bigpipe.bigmodel.placement import Placement, one_device
-from bigpipe.errors import DoesNotFit, UsageError
+from bigpipe.bigmodel.checkpoint import CASTABLE, ModelDescription, tensor_nbytes
+from bigpipe.bigmodel.formats import PLAIN, format_of, set_apart
+from bigpipe.bigmodel.placement import Device, Placement, one_device, stored_dtype
+from bigpipe.errors import DoesNotFit, UsageError, first_few
 
 if TYPE_CHECKING:
     import torch
 
 DeviceMap = Mapping[str, int | str]
 """Module or parameter name → home. The longest name that leads to a weight decides; "" is the rest."""
+FREE_SHARE = 0.6
+"""Of the memory available, what all processes here may fill with weights cast to another dtype."""
+TOTAL_SHARE = 0.5
+"""Of all memory, what a model may take as float32 for a CPU to compute with it as that."""
 
 
 class Homes:
@@ -31,41 +39,36 @@ class Homes:
         """Return where the module or parameter computes: its GPU, else the first GPU of the map, else the CPU."""
         import torch
 
-        home = self.placement.device_of(name)
+        home = self.home(name)
         return torch.device("cuda", home + self.first_gpu) if isinstance(home, int) else self.main
+
+    def home(self, name: str) -> Device | None:
+        """Return where the module or parameter lives; None where no entry of the map leads to it."""
+        with suppress(KeyError):
+            return self.placement.device_of(name)
+        return None
 
     def check_covers(self, names: Iterable[str]) -> None:
         """Raise UsageError, listing what no entry of the map leads to."""
-        missing = [name for name in names if not self.covers(name)]
-        if missing:
-            more = f" and {len(missing) - 5} more" if len(missing) > 5 else ""
+        if missing := [name for name in names if self.home(name) is None]:
             raise UsageError(
-                f"the device map covers no device for {', '.join(missing[:5])}{more}",
+                f"the device map covers no device for {first_few(missing)}",
                 'add an entry for each, or "": cpu for all the rest',
             )
-
-    def covers(self, name: str) -> bool:
-        try:
-            self.placement.device_of(name)
-        except KeyError:
-            return False
-        return True
 
     def _main(self) -> torch.device:
         import torch
 
-        gpus = sorted(
-            home + self.first_gpu for home in set(self.placement.device_map.values()) if isinstance(home, int)
-        )
+        gpus = [home + self.first_gpu for home in self.placement.device_map.values() if isinstance(home, int)]
         if not gpus:
             return torch.device("cpu")
         found = torch.cuda.device_count() if torch.cuda.is_available() else 0
-        if gpus[-1] >= found:
+        if max(gpus) >= found:
             raise DoesNotFit(
-                f"the device map names GPU {gpus[-1]}, and this machine has {found or 'none'}",
+                f"the device map names GPU {max(gpus)}, and this machine has {found or 'none'}",
                 "place the model for this machine's devices, for example with max_memory: {cpu: …, disk: …}",
             )
-        return torch.device("cuda", gpus[0])
+        return torch.device("cuda", min(gpus))
 
 
 def as_placement(placement: Placement | DeviceMap | None) -> Placement:
@@ -83,3 +86,43 @@ def as_placement(placement: Placement | DeviceMap | None) -> Placement:
     written = {"": "cpu"} if placement is None else placement
     device_map = {name: one_device(home) for name, home in written.items()}
     return Placement(device_map=device_map, weights={}, max_memory={}, strategy="custom")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class HostMemory:
+    """RAM that one process may fill, in bytes."""
+
+    cast: int
+    """With weights cast to another dtype than they are stored in; what is over is cast anew at each use."""
+    widen: int
+    """With a model as float32, where nobody asks for a dtype."""
+
+
+def host_memory(placement: Placement, total: int, available: int, processes: int = 1) -> HostMemory:
+    """Return what each of `processes` may fill on a machine with `total` and `available` bytes of RAM."""
+    cap = placement.max_memory.get("cpu") or total
+    return HostMemory(cast=min(int(available * FREE_SHARE / processes), cap), widen=min(int(total * TOTAL_SHARE), cap))
+
+
+def loading_dtype(model: ModelDescription, placement: Placement, memory: HostMemory, dtype: str | None = None) -> str:
+    """Return the dtype that floating weights are loaded as: `dtype`, the placement's, or where nobody asks for one as
+    stored, or float32 where the CPU computes and holds all weights as that.
+
+    CPUs without half-precision instructions multiply float32 several times faster. Weights that are streamed from disk
+    are used as they come: a cast at each use costs more than it gains. Around packed weights everything stays as
+    stored, as it does in transformers. What is free at the moment does not count: equal hardware gives equal results.
+    """
+    if asked := dtype or placement.dtype:
+        return asked
+    tensors = (model.tensors or {}).values()
+    wide = sum(tensor_nbytes("float32", shape) for stored, shape in tensors if "float" in stored)
+    on_cpu = set(placement.device_map.values()) == {"cpu"} and format_of(model) is PLAIN
+    return "float32" if on_cpu and wide <= memory.widen else stored_dtype(model)
+
+
+def cast_bytes(model: ModelDescription, dtype: str) -> int:
+    """Return the bytes of the weights that loading as `dtype` casts; others are windows into their files on a CPU."""
+    plain, _ = set_apart(model.tensors or {}, format_of(model))
+    return sum(
+        tensor_nbytes(dtype, shape) for stored, shape in plain.values() if stored in CASTABLE and stored != dtype
+    )

@@ -14,8 +14,10 @@ On the CPU a weight stored in the dtype it computes in is not read at all: the f
 from __future__ import annotations
 
 import re
+from collections import Counter, defaultdict
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -33,14 +35,13 @@ from bigpipe.bigmodel.checkpoint import (
 from bigpipe.bigmodel.formats import PackedWeight, computable, format_of, replace_linears, set_apart
 from bigpipe.bigmodel.placement import Device, Placement
 from bigpipe.bigmodel.sources import Sources
-from bigpipe.errors import InvalidCheckpoint, UsageError
+from bigpipe.errors import InvalidCheckpoint, UsageError, first_few
 from bigpipe.trust import Trust
 
-from .homes import DeviceMap, Homes, as_placement
-from .memory import HostMemory, host_memory, loading_dtype
+from .homes import DeviceMap, Homes, HostMemory, as_placement, host_memory, loading_dtype
 from .offload import WeightStream, cut_into_groups, follow_devices
 from .skeleton import adopt, build_skeleton, kept_in_float32, tied_groups
-from .slots import PackedSlot, PlainSlot, Slot, fresh_memory
+from .slots import PackedSlot, PlainSlot, Slot
 
 if TYPE_CHECKING:
     import torch
@@ -52,16 +53,17 @@ Packed = Matches[PackedWeight[TensorInfo]]
 class Loaded:
     """What `load` knows of a model: `loaded(model)`."""
 
-    stream: WeightStream
-    device: torch.device
-    """Where inputs belong."""
-    held: dict[Device, int] = field(default_factory=dict)
+    homes: Homes
+    stream: WeightStream = field(default_factory=WeightStream)
+    held: Counter[Device] = field(default_factory=Counter)
     """Bytes of weights and buffers by home. On disk: stored bytes; elsewhere: bytes in memory."""
     streamed: int = 0
     """Stored bytes that a forward over one token moves from RAM or disk to where it computes; 0 if all is there."""
 
-    def hold(self, home: Device, nbytes: int) -> None:
-        self.held[home] = self.held.get(home, 0) + nbytes
+    @property
+    def device(self) -> torch.device:
+        """Where inputs belong."""
+        return self.homes.main
 
 
 def load(
@@ -149,23 +151,19 @@ def _fill(
     special_dtypes: Mapping[str, str],
     budget: int,
 ) -> None:
-    matches = match(model, *set_apart(_with_aliases(checkpoint), format_of(described)))
+    aliases = {alias: checkpoint.tensors[kept] for alias, kept in checkpoint.tied.items()}
+    matches = match(model, *set_apart({**checkpoint.tensors, **aliases}, format_of(described)))
     _share_recipes(model, matches, checkpoint)
     _check_complete(model, matches, checkpoint)
     homes.check_covers(dict.fromkeys([*(name for name, _ in model.named_parameters()), *matches.plain]))
     replace_linears(model, matches.packed, described.quantization)
-    files = MappedFiles()
-    state = Loaded(WeightStream(files), homes.main)
+    state = Loaded(homes)
     slots = dict(_slots(model, matches, dtype, special_dtypes))
-    streamed = _settle(slots, homes, files, state, budget, special_dtypes)
-    _settle_buffers(model, matches, homes, state)
-    _stream(model, streamed, homes, state)
+    streamed = _settle(slots, state, budget, special_dtypes)
+    _settle_buffers(model, matches, state)
+    _stream(model, streamed, state)
     model.hf_device_map = dict(homes.placement.device_map)  # type: ignore[assignment]
     model._bigpipe_loaded = state  # type: ignore[assignment]
-
-
-def _with_aliases(checkpoint: Checkpoint) -> Mapping[str, TensorInfo]:
-    return {**checkpoint.tensors, **{alias: checkpoint.tensors[kept] for alias, kept in checkpoint.tied.items()}}
 
 
 def _share_recipes(model: torch.nn.Module, matches: Packed, checkpoint: Checkpoint) -> None:
@@ -184,15 +182,13 @@ def _share_recipes(model: torch.nn.Module, matches: Packed, checkpoint: Checkpoi
 
 
 def _equal(one: Recipe, other: Recipe, checkpoint: Checkpoint) -> bool:
+    """Do they make the same tensor? Bytes are read only where dtypes and shapes are the same."""
     if one.sources == other.sources:
         return True
     if [(s.dtype, s.shape) for s in one.sources] != [(s.dtype, s.shape) for s in other.sources]:
         return False
-    pairs = zip(one.sources, other.sources, strict=True)
-    return all(
-        all(a == b for a, b in zip(checkpoint.chunks(left.name), checkpoint.chunks(right.name), strict=True))
-        for left, right in pairs
-    )
+    stored = [(checkpoint.chunks(source.name) for source in recipe.sources) for recipe in (one, other)]
+    return all(a == b for pair in zip(*stored, strict=True) for a, b in zip(*pair, strict=True))
 
 
 def _check_complete(model: torch.nn.Module, matches: Packed, checkpoint: Checkpoint) -> None:
@@ -203,9 +199,8 @@ def _check_complete(model: torch.nn.Module, matches: Packed, checkpoint: Checkpo
         if name not in matches.plain and name.removesuffix(".weight") not in matches.packed
     ]
     if bad := [name for name in missing if not ignored.search(name)]:
-        more = f" and {len(bad) - 5} more" if len(bad) > 5 else ""
         raise InvalidCheckpoint(
-            f"{checkpoint.path} holds no weights for {', '.join(bad[:5])}{more} of {type(model).__name__}",
+            f"{checkpoint.path} holds no weights for {first_few(bad)} of {type(model).__name__}",
             "check that `architectures` in config.json names the class that was saved; its weights would be random",
         )
     _initialise(model, missing)
@@ -268,60 +263,59 @@ def _check_shape(name: str, empty: torch.Tensor, recipe: Recipe) -> None:
         )
 
 
-def _settle(
-    slots: Mapping[str, Slot], homes: Homes, files: MappedFiles, state: Loaded, budget: int, always: Collection[str]
-) -> dict[str, Slot]:
+def _settle(slots: Mapping[str, Slot], state: Loaded, budget: int, always: Collection[str]) -> dict[str, Slot]:
     """Fill what stays in memory; return what is streamed.
 
     budget: bytes of RAM for what is cast. always: names that are held in their dtype whatever the budget.
     """
     settled: set[str] = set()
-    for names in _tied(slots, homes):
-        slot, home, device = slots[names[0]], homes.placement.device_of(names[0]), homes.execution(names[0])
+    for (_, home), names in _tied(slots, state.homes).items():
+        slot, device = slots[names[0]], state.homes.execution(names[0])
         stored, scratch = sum(source.nbytes for source in slot.sources), sum(slot.scratch(device))
         on_host = home == "cpu" and device.type == "cpu"
         stays = isinstance(home, int) or (on_host and (scratch <= budget or any(name in always for name in names)))
         if stays:
             budget -= scratch if on_host else 0
-            _fill_slots([slots[name] for name in names], files, device)
+            _fill_slots([slots[name] for name in names], state.stream.files, device)
             settled.update(names)
-        state.hold(home, scratch or stored if stays else stored)
+        state.held[home] += scratch or stored if stays else stored
     return {name: slot for name, slot in slots.items() if name not in settled}
 
 
-def _tied(slots: Mapping[str, Slot], homes: Homes) -> Collection[list[str]]:
-    """Names that are one tensor: of the same stored bytes, in the same place and dtype."""
-    groups: dict[object, list[str]] = {}
+def _tied(slots: Mapping[str, Slot], homes: Homes) -> dict[tuple[object, Device], list[str]]:
+    """Names that are one tensor, by (stored bytes and dtype, home)."""
+    groups: dict[tuple[object, Device], list[str]] = defaultdict(list)
     for name, slot in slots.items():
-        groups.setdefault((slot.content, homes.placement.device_of(name)), []).append(name)
-    return groups.values()
+        groups[slot.content, homes.placement.device_of(name)].append(name)
+    return groups
 
 
 def _fill_slots(slots: Sequence[Slot], files: MappedFiles, device: torch.device) -> None:
     """Give all of them the one tensor that the first is filled with."""
+    import torch
+
     first, *others = slots
-    first.attach(first.stage(files, device, fresh_memory(device)))
+    first.attach(first.stage(files, device, partial(torch.empty, device=device)))
     if first.scratch(device):
         files.drop(first.sources)
     for other in others:
         setattr(other.module, other.attribute, getattr(first.module, first.attribute))
 
 
-def _settle_buffers(model: torch.nn.Module, matches: Packed, homes: Homes, state: Loaded) -> None:
+def _settle_buffers(model: torch.nn.Module, matches: Packed, state: Loaded) -> None:
     """Buffers that no checkpoint holds stay where they are used; most are small."""
     for path, module in model.named_modules():
         for attribute, value in module._buffers.items():
             name = f"{path}.{attribute}".strip(".")
-            if value is None or name in matches.plain:
-                continue
-            device = homes.execution(name) if homes.covers(name) else homes.main
-            module._buffers[attribute] = value.to(device)
-            state.hold("cpu" if device.type == "cpu" else device.index - homes.first_gpu, value.nbytes)
+            if value is not None and name not in matches.plain:
+                device = state.homes.execution(name)
+                module._buffers[attribute] = value.to(device)
+                state.held["cpu" if device.type == "cpu" else device.index - state.homes.first_gpu] += value.nbytes
 
 
-def _stream(model: torch.nn.Module, slots: Mapping[str, Slot], homes: Homes, state: Loaded) -> None:
-    no_split = getattr(model, "_no_split_modules", None) or ()
-    groups = cut_into_groups(model, slots, no_split, homes)
+def _stream(model: torch.nn.Module, slots: Mapping[str, Slot], state: Loaded) -> None:
+    homes = state.homes
+    groups = cut_into_groups(model, slots, getattr(model, "_no_split_modules", None) or (), homes)
     state.stream.add(groups)
     state.streamed = sum(group.moved() for group in groups)
     if homes.main.type != "cpu":
@@ -330,8 +324,7 @@ def _stream(model: torch.nn.Module, slots: Mapping[str, Slot], homes: Homes, sta
 
 
 def _read_generation_config(model: Any, path: Path) -> None:
-    if not path.is_dir() or not (path / "generation_config.json").is_file() or not hasattr(model, "generation_config"):
-        return
-    from transformers import GenerationConfig
+    if (path / "generation_config.json").is_file() and hasattr(model, "generation_config"):
+        from transformers import GenerationConfig
 
-    model.generation_config = GenerationConfig.from_pretrained(str(path), local_files_only=True)
+        model.generation_config = GenerationConfig.from_pretrained(str(path), local_files_only=True)

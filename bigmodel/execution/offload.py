@@ -79,8 +79,8 @@ class StagedGroup:
 class WeightStream:
     """Fills and empties groups of weights around their forwards. For one forward at a time."""
 
-    def __init__(self, files: MappedFiles) -> None:
-        self.files = files
+    def __init__(self) -> None:
+        self.files = MappedFiles()
         self.bytes_read = 0
         """Stored bytes that went through since the model was loaded."""
         self._successor: dict[WeightGroup, WeightGroup] = {}

@@ -63,23 +63,24 @@ def _inputs(model: Any) -> dict[str, torch.Tensor] | torch.Tensor | None:
     name = getattr(model, "main_input_name", None)
     if name is None:
         return tokens
-    config, dtype = model.config, next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
-    made: dict[str, torch.Tensor] = {}
-    if name == "input_ids":
-        made["input_ids"] = tokens
-    elif name == "pixel_values":
-        vision = getattr(config, "vision_config", config)
-        side = getattr(vision, "image_size", None) or 224
-        height, width = side if isinstance(side, list | tuple) else (side, side)
-        image = (1, getattr(vision, "num_channels", 3), height, width)
-        made["pixel_values"] = torch.zeros(image, dtype=dtype, device=device)
-    elif name == "input_features" and hasattr(config, "num_mel_bins") and hasattr(config, "max_source_positions"):
-        sound = (1, config.num_mel_bins, 2 * config.max_source_positions)
-        made["input_features"] = torch.zeros(sound, dtype=dtype, device=device)
-    elif name == "input_values":
-        made["input_values"] = torch.zeros((1, 16_000), dtype=dtype, device=device)
-    else:
-        return None
-    if getattr(config, "is_encoder_decoder", False):
+    made = {name: tokens}
+    if name != "input_ids":
+        shape = _empty_shape(name, model.config)
+        if shape is None:
+            return None
+        dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
+        made = {name: torch.zeros(shape, dtype=dtype, device=device)}
+    if getattr(model.config, "is_encoder_decoder", False):
         made["decoder_input_ids"] = tokens[:, :1]
     return made
+
+
+def _empty_shape(name: str, config: Any) -> tuple[int, ...] | None:
+    """Of one image or sound, as the argument of that name takes it."""
+    if name == "pixel_values":
+        vision = getattr(config, "vision_config", config)
+        side = getattr(vision, "image_size", None) or 224
+        return (1, getattr(vision, "num_channels", 3), *(side if isinstance(side, list | tuple) else (side, side)))
+    if name == "input_features" and hasattr(config, "num_mel_bins") and hasattr(config, "max_source_positions"):
+        return (1, config.num_mel_bins, 2 * config.max_source_positions)
+    return (1, 16_000) if name == "input_values" else None

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 from bigpipe.bigmodel.architecture import build_here, read_request
 from bigpipe.bigmodel.checkpoint import Checkpoint
 from bigpipe.bigmodel.sources import Sources
-from bigpipe.errors import UsageError
+from bigpipe.errors import UsageError, first_few
 
 if TYPE_CHECKING:
     import torch
@@ -21,29 +19,22 @@ def build_skeleton(checkpoint: Checkpoint, dtype: torch.dtype, sources: Sources 
 
     Buffers are made by the class itself, so the ones no checkpoint holds (rotary frequencies, masks) are right.
     """
-    directory = checkpoint.path if checkpoint.path.is_dir() else checkpoint.path.parent
-    request = read_request(directory, sources=sources)
-    with empty_parameters(dtype):
-        model = build_here(request)
-    if not request.custom_class:
-        return model
-    model._no_split_modules = list(request.no_split)  # type: ignore[assignment]
-    return adopt(model, dtype)
-
-
-@contextmanager
-def empty_parameters(dtype: torch.dtype) -> Iterator[None]:
-    """Give modules that are built inside parameters of `dtype` on the meta device, and real buffers."""
     import torch
     from accelerate import init_empty_weights
 
+    directory = checkpoint.path if checkpoint.path.is_dir() else checkpoint.path.parent
+    request = read_request(directory, sources=sources)
     default = torch.get_default_dtype()
     torch.set_default_dtype(dtype)
     try:
         with init_empty_weights(include_buffers=False):
-            yield
+            model = build_here(request)
     finally:
         torch.set_default_dtype(default)
+    if not request.custom_class:
+        return model
+    model._no_split_modules = list(request.no_split)  # type: ignore[assignment]
+    return adopt(model, dtype)
 
 
 def adopt(model: torch.nn.Module, dtype: torch.dtype) -> torch.nn.Module:
@@ -51,18 +42,17 @@ def adopt(model: torch.nn.Module, dtype: torch.dtype) -> torch.nn.Module:
 
     Raise UsageError where buffers that no checkpoint holds have no values.
     """
-    lost = [name for name, buffer in _hidden_buffers(model) if buffer.device.type == "meta"]
-    if lost:
+    stored = model.state_dict()
+    if lost := [name for name, buffer in model.named_buffers() if buffer.is_meta and name not in stored]:
         raise UsageError(
-            f"buffers without values that no checkpoint holds: {', '.join(lost[:5])}",
+            f"buffers without values that no checkpoint holds: {first_few(lost)}",
             "build the model with accelerate's init_empty_weights(include_buffers=False), or on the CPU",
         )
     emptied: dict[object, torch.nn.Parameter] = {}
     for module in model.modules():
         for name, parameter in module._parameters.items():
             if parameter is not None:
-                kept = emptied.setdefault(storage_of(parameter), _empty(parameter, dtype))
-                module._parameters[name] = kept
+                module._parameters[name] = emptied.setdefault(_storage(parameter), _empty(parameter, dtype))
         for name, buffer in module._buffers.items():
             if buffer is not None and buffer.is_floating_point():
                 module._buffers[name] = buffer.to(dtype)
@@ -76,14 +66,7 @@ def _empty(parameter: torch.nn.Parameter, dtype: torch.dtype) -> torch.nn.Parame
     return torch.nn.Parameter(torch.empty(parameter.shape, dtype=wanted, device="meta"), requires_grad=False)
 
 
-def _hidden_buffers(model: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
-    for path, module in model.named_modules():
-        for name, buffer in module._buffers.items():
-            if buffer is not None and name in module._non_persistent_buffers_set:
-                yield f"{path}.{name}".strip("."), buffer
-
-
-def storage_of(tensor: torch.Tensor) -> tuple[object, ...]:
+def _storage(tensor: torch.Tensor) -> tuple[object, ...]:
     """Return what is equal for tensors that are one and the same memory, on meta too, where every `data_ptr` is 0."""
     return tensor.device.type, tensor.untyped_storage()._cdata, tensor.storage_offset(), tuple(tensor.shape)
 
@@ -91,7 +74,7 @@ def storage_of(tensor: torch.Tensor) -> tuple[object, ...]:
 def tied_groups(model: torch.nn.Module) -> list[list[str]]:
     """Return the names of parameters that are one tensor, by storage or by the rules of a transformers class."""
     names = {name: parameter for name, parameter in model.named_parameters(remove_duplicate=False)}
-    group = {name: storage_of(parameter) for name, parameter in names.items()}
+    group = {name: _storage(parameter) for name, parameter in names.items()}
     for target, source in (getattr(model, "all_tied_weights_keys", None) or {}).items():
         if target in names and source in names:
             group = {name: group[source] if key == group[target] else key for name, key in group.items()}

@@ -16,8 +16,8 @@ from bigpipe.bigmodel.formats import PackedWeight
 if TYPE_CHECKING:
     import torch
 
-Take = Callable[[Sequence[int], "torch.dtype"], "torch.Tensor"]
-"""Returns memory on the device that computes, for a tensor of this shape and dtype."""
+Take = Callable[..., "torch.Tensor"]
+"""(shape, dtype=…) → memory on the device that computes, for a tensor of this shape and dtype."""
 
 ALIGNMENT = 64
 """Bytes; what vector instructions and GPU copies like."""
@@ -62,9 +62,7 @@ class PlainSlot:
     def stage(self, files: MappedFiles, device: torch.device, take: Take) -> torch.Tensor:
         """Return the tensor on `device`."""
         tensor = self.recipe.read(files.window, self.dtype)
-        if self.windowed(device):
-            return tensor
-        return _copy(tensor, take, self.dtype)
+        return tensor if self.windowed(device) else _copy(tensor, take, self.dtype)
 
     def attach(self, staged: Any) -> None:
         import torch
@@ -139,18 +137,8 @@ class Arena:
         return flat.view(dtype).reshape(tuple(shape))
 
 
-def fresh_memory(device: torch.device) -> Take:
-    """Return memory of its own for each tensor."""
-    import torch
-
-    def take(shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
-        return torch.empty(tuple(shape), dtype=dtype, device=device)
-
-    return take
-
-
 def _copy(tensor: torch.Tensor, take: Take, dtype: torch.dtype | None = None) -> torch.Tensor:
-    return take(tensor.shape, dtype or tensor.dtype).copy_(tensor)
+    return take(tensor.shape, dtype=dtype or tensor.dtype).copy_(tensor)
 
 
 def aligned(nbytes: int) -> int:

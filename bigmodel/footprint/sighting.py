@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -29,7 +29,7 @@ from bigpipe.bigmodel.checkpoint import (
 from bigpipe.bigmodel.formats import PLAIN, format_of
 from bigpipe.bigmodel.hub import COMMIT, Hub, Repository, cached_commit, describe_repository, pipeline_tensors
 from bigpipe.bigmodel.sources import Sources
-from bigpipe.errors import InvalidCheckpoint, NoWeights, Offline, UsageError
+from bigpipe.errors import InvalidCheckpoint, NoWeights, Offline, UsageError, first_few
 
 REPOSITORY = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
 
@@ -196,10 +196,6 @@ def _differences(architecture: Architecture, description: ModelDescription, head
         return ()
     missing, unused = sorted(wanted.keys() - stored.keys()), sorted(stored.keys() - wanted.keys())
     words = [f"the checkpoint holds {sum(stored.values()):,} elements and its class {sum(wanted.values()):,}"]
-    words += [f"not in the checkpoint: {_some(missing)}"] if missing else []
-    words += [f"not in the class: {_some(unused)}"] if unused else []
+    words += [f"not in the checkpoint: {first_few(missing, 3)}"] if missing else []
+    words += [f"not in the class: {first_few(unused, 3)}"] if unused else []
     return ("; ".join(words),)
-
-
-def _some(names: Sequence[str]) -> str:
-    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")

@@ -12,7 +12,7 @@ from fnmatch import fnmatchcase
 from pathlib import PurePosixPath
 from typing import Any, Literal
 
-from bigpipe.errors import InvalidCheckpoint, UsageError
+from bigpipe.errors import InvalidCheckpoint, UsageError, first_few
 
 Library = Literal["transformers", "diffusers", "timm"]
 
@@ -40,11 +40,11 @@ def select(
     names = sorted(names)
     for glob in include:
         if not any(fnmatchcase(name, glob) for name in names):
-            raise UsageError(f"include: {glob!r} matches none of {len(names)} files", f"there are {_some(names)}")
+            raise UsageError(f"include: {glob!r} matches none of {len(names)} files", f"there are {first_few(names)}")
     wanted = [name for name in names if matches(name, include)] if include else _needed(names, library or detect(names))
     left = [name for name in wanted if not matches(name, exclude)]
     if not left:
-        raise UsageError("no file is left to take", f"there are {_some(names)}; see include and exclude")
+        raise UsageError("no file is left to take", f"there are {first_few(names)}; see include and exclude")
     return left
 
 
@@ -82,7 +82,7 @@ def check_index(names: Iterable[str], index_name: str, index: Any) -> None:
     missing = sorted(set(weight_map.values()) - below)
     if missing:
         raise InvalidCheckpoint(
-            f"{index_name} names {_some(missing)}, which is not there",
+            f"{index_name} names {first_few(missing)}, which is not there",
             "the upload may be unfinished: choose another revision, or widen include",
         )
 
@@ -154,7 +154,3 @@ def _weights(beside: list[str]) -> list[str]:
         if files:
             return files
     return []
-
-
-def _some(names: Sequence[str]) -> str:
-    return ", ".join(names[:6]) + (f" and {len(names) - 6} more" if len(names) > 6 else "")

@@ -5,12 +5,10 @@ from __future__ import annotations
 import difflib
 from collections.abc import Mapping
 
-from bigpipe.errors import UsageError
+from bigpipe.errors import UsageError, first_few
 
 from .devices import Device, one_device
 from .tree import Tree, prefixes
-
-_SHOWN = 8
 
 
 def read_device_map(tree: Tree, device_map: Mapping[str, int | str]) -> dict[str, Device]:
@@ -21,13 +19,13 @@ def read_device_map(tree: Tree, device_map: Mapping[str, int | str]) -> dict[str
     unknown = [name for name in devices if name not in known]
     if unknown:
         raise UsageError(
-            "device_map names parts that the model does not have: " + _some([_suggest(n, known) for n in unknown]),
+            "device_map names parts that the model does not have: " + first_few([_suggest(n, known) for n in unknown]),
             "a key is a module or tensor of the model, or a prefix of one up to a dot",
         )
     missing = _uncovered(tree, devices)
     if missing:
         raise UsageError(
-            f"device_map gives no device to {_some(missing)}",
+            f"device_map gives no device to {first_few(missing)}",
             'add them, or give everything that is not listed a device with the key ""',
         )
     return devices
@@ -44,8 +42,3 @@ def _uncovered(tree: Tree, devices: Mapping[str, Device]) -> list[str]:
 def _suggest(name: str, known: set[str]) -> str:
     close = difflib.get_close_matches(name, known, n=1)
     return f"{name} (did you mean {close[0]}?)" if close else name
-
-
-def _some(names: list[str]) -> str:
-    more = len(names) - _SHOWN
-    return ", ".join(names[:_SHOWN]) + (f" and {more} more" if more > 0 else "")

@@ -11,13 +11,12 @@ from bigpipe.bigmodel.architecture import Architecture, ModuleSpec, TensorSpec
 from bigpipe.bigmodel.checkpoint import tensor_nbytes
 from bigpipe.bigmodel.formats import Packing, converted_modules, matrix_shape, name_matcher, weight_of
 from bigpipe.bigmodel.writing import PlannedTensor, is_cast
-from bigpipe.errors import InvalidCheckpoint, UsageError
+from bigpipe.errors import InvalidCheckpoint, UsageError, first_few
 
 from .settings import Settings
 
 Stored = Mapping[str, tuple[str, tuple[int, ...]]]
 """Stored name → (torch dtype name, shape)."""
-SHOWN = 6
 
 
 @dataclass(frozen=True, slots=True)
@@ -195,7 +194,7 @@ def _refuse_tied(architecture: Architecture, modules: Sequence[ModuleSpec]) -> N
     names = [module.name for module in modules if weight_of(module).name in tied]
     if names:
         raise UsageError(
-            f"the weight of {_some(names)} is tied to another module's and cannot be quantized alone",
+            f"the weight of {first_few(names)} is tied to another module's and cannot be quantized alone",
             f"add to skip_modules: [{', '.join(names)}], or leave skip_modules out",
         )
 
@@ -210,15 +209,10 @@ def _refuse_missing(
     shared = [name for name in missing if name in aliases]
     if shared:
         raise UsageError(
-            f"{_some(shared)} shares its bytes with {aliases[shared[0]]} in this checkpoint",
+            f"{first_few(shared)} shares its bytes with {aliases[shared[0]]} in this checkpoint",
             f"add to skip_modules: [{weights[shared[0]].name}]",
         )
     raise InvalidCheckpoint(
-        f"the checkpoint has no {_some(missing)}, which the model's class wants to quantize",
+        f"the checkpoint has no {first_few(missing)}, which the model's class wants to quantize",
         "check that config.json names the class these weights were saved from, or add the modules to skip_modules",
     )
-
-
-def _some(names: Sequence[str]) -> str:
-    more = len(names) - SHOWN
-    return ", ".join(names[:SHOWN]) + (f" and {more} more" if more > 0 else "")

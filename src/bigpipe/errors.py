@@ -24,6 +24,11 @@ from types import MappingProxyType
 from typing import ClassVar
 
 
+def first_few(names: Sequence[str], shown: int = 6) -> str:
+    """Return `a, b and 3 more`: an error names some of what is wrong."""
+    return ", ".join(names[:shown]) + (f" and {len(names) - shown} more" if len(names) > shown else "")
+
+
 @dataclass(frozen=True, slots=True)
 class Place:
     """A position in a text file. Lines and columns count from 1, columns in characters."""
