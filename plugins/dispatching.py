@@ -40,10 +40,9 @@ PROCESS = 600 * 2**20
 def forecast(params: DispatchParams, ctx: ForecastContext) -> Forecast:
     if ctx.artifact is not None:
         return _described(read_placement(ctx.artifact))
-    wired = ctx.input("model")
-    model = wired.output if wired is not None else None
+    model = ctx.described("model", ModelDescription)
     request = _request(params)
-    if not isinstance(model, ModelDescription) or (model.config is None and model.custom is None):
+    if model is None or (model.config is None and model.custom is None):
         return Forecast(
             download_bytes=0,
             unknown=("the placement: the model's headers are not known yet",),

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, Field
 
-from bigpipe.bigmodel.tasks import TASKS, require_known
+from bigpipe.bigmodel.tasks import BuiltIn, require_known
 from bigpipe.orchestrator.stage import (
     Code,
     FileOrLiteral,
@@ -30,12 +30,6 @@ def _known(task: str) -> str:
     except UsageError as error:
         raise ValueError(f"{error.cause}; {error.cure}") from error
     return task
-
-
-if TYPE_CHECKING:
-    BuiltIn = str
-else:
-    BuiltIn = Literal[tuple(TASKS)]
 
 
 class InferParams(Params):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from dataclasses import asdict
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from bigpipe.bigmodel.checkpoint import ModelDescription, describe_checkpoint
@@ -12,7 +12,7 @@ from bigpipe.bigmodel.formats import computable
 from bigpipe.bigmodel.inference import RESULTS, assign, chunked, compute_share, merge_results, plan_work
 from bigpipe.bigmodel.placement import Placement
 from bigpipe.bigmodel.tasks import TASKS, Answerer, TaskOptions, find_task, read_prompts
-from bigpipe.fit import Cure, lacking
+from bigpipe.fit import Cure, fits
 from bigpipe.orchestrator.stage import (
     CheckContext,
     Forecast,
@@ -39,8 +39,8 @@ RANK_BASE = 500 * 2**20
 def check(params: InferParams, ctx: CheckContext) -> None:
     """Prompts, task and trust, before anything is downloaded. A module of the user's is imported by workers alone."""
     rows = read_prompts(params.prompts, params.column, ctx.base)
-    model = next((forecast.output for forecast in ctx.inputs.get("model", ())), None)
-    if isinstance(model, ModelDescription):
+    model = ctx.described("model", ModelDescription)
+    if model is not None:
         computable(model)
     if params.task not in TASKS:
         ctx.trust.require_module(params.task, f"task {params.task}")
@@ -55,19 +55,17 @@ def forecast(params: InferParams, ctx: ForecastContext) -> Forecast:
         return Forecast(unknown=(error.cause,))
     ranks, batches = ctx.launch.num_processes, chunked(rows, params.batch_size)
     counts = [sum(len(batches[batch]) for batch in share) for share in assign(range(len(batches)), ranks)]
-    placed = ctx.input("placement")
-    placement = placed.output if placed is not None and isinstance(placed.output, Placement) else None
-    fits = placed is None or not placed.misfits  # else that is said where it is placed
     spread = f" ({' + '.join(map(str, counts))})" if 1 < ranks <= 8 else ""
     work = f"{_count(len(rows), 'prompt')} in {_count(len(batches), 'batch', 'es')} over {_count(ranks, 'rank')}"
-    return Forecast(
-        download_bytes=0,
-        ram=_ram(params, ctx, placement),
-        vram=_vram(placement, _local_ranks(ctx)) if fits else {},
-        metrics={"prompts": len(rows)},
-        misfits=_misfits(placement.gpus if placement else int(bool(ctx.machine.gpus)), ctx) if fits else (),
-        summary=work + spread,
+    placement = ctx.described("placement", Placement)
+    placed = ctx.input("placement")
+    known = Forecast(
+        download_bytes=0, ram=_ram(params, ctx, placement), metrics={"prompts": len(rows)}, summary=work + spread
     )
+    if placed is not None and placed.misfits:  # said where it is placed
+        return known
+    each = placement.gpus if placement else int(bool(ctx.machine.gpus))
+    return replace(known, vram=_vram(placement, ctx.launch.local_processes), misfits=_misfits(each, ctx))
 
 
 def _count(number: int, noun: str, ending: str = "s") -> str:
@@ -76,41 +74,33 @@ def _count(number: int, noun: str, ending: str = "s") -> str:
 
 def _ram(params: InferParams, ctx: ForecastContext, placement: Placement | None) -> int | None:
     """Of all ranks here. Weights that are windows into their files are page cache, and not counted."""
-    wired = ctx.input("model")
-    described = wired.output if wired else None
-    local = _local_ranks(ctx)
-    if not isinstance(described, ModelDescription) or described.tensors is None:
+    model, local = ctx.described("model", ModelDescription), ctx.launch.local_processes
+    if model is None or model.tensors is None:
         return None
     if ctx.machine.gpus:
         return (RANK_BASE + CUDA_BASE) * local
     placement = placement or as_placement(None)
     memory = host_memory(placement, ctx.machine.memory, ctx.machine.memory_available, local)
-    cast = cast_bytes(described, loading_dtype(described, placement, memory, params.dtype))
+    cast = cast_bytes(model, loading_dtype(model, placement, memory, params.dtype))
     return (RANK_BASE + min(cast, memory.cast)) * local
 
 
 def _vram(placement: Placement | None, local: int) -> dict[int, int]:
     """Per GPU of the ranks here: its weights and what generating takes besides."""
-    needs = {device: need.total for device, need in (placement.needs if placement else {}).items()}
-    gpus = {device: size for device, size in needs.items() if isinstance(device, int)}
-    each = placement.gpus if placement else 0
-    return {rank * each + gpu: size for rank in range(local) for gpu, size in gpus.items()}
+    if placement is None:
+        return {}
+    needs = {device: need.total for device, need in placement.needs.items() if isinstance(device, int)}
+    return {rank * placement.gpus + gpu: size for rank in range(local) for gpu, size in needs.items()}
 
 
 def _misfits(each: int, ctx: ForecastContext) -> tuple[Misfit, ...]:
     """each: GPUs of a rank."""
-    local = _local_ranks(ctx)
-    there = len(ctx.machine.gpus)
-    if not lacking({"GPUs": each * local}, {"GPUs": there}):
+    local, there = ctx.launch.local_processes, len(ctx.machine.gpus)
+    if fits(each * local, there):
         return ()
     cause = f"{local} ranks with {each} GPU(s) each need {each * local}, and there are {there}"
     ranks = there // each * ctx.launch.num_machines
-    cure = Cure({"launch.num_processes": ranks}) if ranks else "place the model on cpu and disk"
-    return (Misfit(cause, cure),)
-
-
-def _local_ranks(ctx: ForecastContext) -> int:
-    return ctx.launch.num_processes // ctx.launch.num_machines
+    return (Misfit(cause, Cure({"launch.num_processes": ranks}) if ranks else "place the model on cpu and disk"),)
 
 
 def prepare(params: InferParams, ctx: StageContext) -> None:
@@ -141,19 +131,15 @@ def run(params: InferParams, ctx: StageContext) -> StageResult:
 
 
 def _load(params: InferParams, ctx: StageContext) -> torch.nn.Module:
-    placed = "placement" in ctx.inputs
-    placement = read_placement(ctx.input("placement")) if placed else as_placement({"": 0 if _has_gpu() else "cpu"})
-    rank, ranks = os.environ.get("LOCAL_RANK", ctx.rank), os.environ.get("LOCAL_WORLD_SIZE", ctx.world_size)
-    return load_placed(placement, ctx, dtype=params.dtype, rank=int(rank), ranks=int(ranks))
-
-
-def _has_gpu() -> bool:
     import torch
 
-    return torch.cuda.is_available()
+    placed = read_placement(ctx.input("placement")) if "placement" in ctx.inputs else None
+    placement = placed or as_placement({"": 0 if torch.cuda.is_available() else "cpu"})
+    rank, ranks = os.environ.get("LOCAL_RANK", ctx.rank), os.environ.get("LOCAL_WORLD_SIZE", ctx.world_size)
+    return load_placed(placement, ctx, dtype=params.dtype, rank=int(rank), ranks=int(ranks))
 
 
 def finish(params: InferParams, ctx: StageContext) -> StageResult:
     """Merges by index: every row once, or the stage fails."""
     summary, written = merge_results(ctx.scratch, ctx.out, max_errors=params.max_errors)
-    return StageResult(InferMetrics(**asdict(summary)), {RESULTS: written})
+    return StageResult(InferMetrics(**summary), {RESULTS: written})

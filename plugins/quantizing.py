@@ -31,9 +31,8 @@ def check(params: QuantizeParams, context: CheckContext) -> None:
 
 def forecast(params: QuantizeParams, context: ForecastContext) -> Forecast:
     """Exact sizes, from the input's headers and its class; under double quantization to a few bytes per weight."""
-    source = context.input("model")
-    described = source.output if source else None
-    if not isinstance(described, ModelDescription) or described.tensors is None:
+    described = context.described("model", ModelDescription)
+    if described is None or described.tensors is None:
         return Forecast(ram=RAM, unknown=("size after quantization: the tensors of the input are not known yet",))
     if described.config is None and described.custom is None:
         return Forecast(ram=RAM, unknown=("size after quantization: the input has no config that names its class",))

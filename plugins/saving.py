@@ -51,8 +51,8 @@ def check(params: SaveParams, context: CheckContext) -> None:
 
 
 def forecast(params: SaveParams, context: ForecastContext) -> Forecast:
-    described = context.input("model")
-    size = described.output.nbytes if described and isinstance(described.output, ModelDescription) else None
+    described = context.described("model", ModelDescription)
+    size = described.nbytes if described else None
     target = None if "://" in params.to else _destination(params, context)
     if not isinstance(target, Directory) or size is None:
         return Forecast(download_bytes=0, summary=f"to {params.to}")

@@ -36,9 +36,8 @@ def check(params: ShardParams, context: CheckContext) -> None:
 
 def forecast(params: ShardParams, context: ForecastContext) -> Forecast:
     """Exact numbers of files and bytes, from the headers of the input."""
-    source = context.input("model")
-    described = source.output if source else None
-    if not isinstance(described, ModelDescription) or described.tensors is None:
+    described = context.described("model", ModelDescription)
+    if described is None or described.tensors is None:
         return Forecast(ram=RAM, unknown=("number of shards: the tensors of the input are not known yet",))
     plans = _plans(params, described)
     size = planned_bytes(plans, params.format)

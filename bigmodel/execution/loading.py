@@ -15,8 +15,8 @@ from __future__ import annotations
 
 import re
 from collections import Counter, defaultdict
-from collections.abc import Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -100,20 +100,24 @@ def load(
     checkpoint = open_checkpoint(path)
     described = describe_opened(checkpoint)
     computable(described)
-    placement = as_placement(placement)
+    asked: dict[str, Any] = {
+        "dtype": None if dtype is None else str(dtype).removeprefix("torch."),
+        "special_dtypes": special_dtypes,
+        "no_split_module_classes": no_split_module_classes,
+    }
+    given = {name: value for name, value in asked.items() if value is not None}
+    placement = replace(as_placement(placement), **given)
     homes = Homes(placement, first_gpu)
     memory = memory or _memory_here(placement)
-    asked = str(dtype).removeprefix("torch.") if dtype is not None else None
-    wanted = _floating(loading_dtype(described, placement, memory, asked))
+    wanted = _floating(loading_dtype(described, placement, memory))
     if model is None:
         sources = Sources(trust=Trust.of(trust), trust_remote_code=trust_remote_code, base=base)
         model = build_skeleton(checkpoint, wanted, sources)
     else:
         model = adopt(model, wanted)
-    no_split = placement.no_split_module_classes if no_split_module_classes is None else no_split_module_classes
-    if no_split is not None:
-        model._no_split_modules = list(no_split)  # type: ignore[assignment]
-    _fill(model, checkpoint, described, homes, wanted, special_dtypes or placement.special_dtypes, memory.cast)
+    if placement.no_split_module_classes is not None:
+        model._no_split_modules = list(placement.no_split_module_classes)  # type: ignore[assignment]
+    _fill(model, checkpoint, described, homes, wanted, memory.cast)
     _read_generation_config(model, checkpoint.path)
     return model.eval().requires_grad_(False)
 
@@ -148,7 +152,6 @@ def _fill(
     described: ModelDescription,
     homes: Homes,
     dtype: torch.dtype,
-    special_dtypes: Mapping[str, str],
     budget: int,
 ) -> None:
     aliases = {alias: checkpoint.tensors[kept] for alias, kept in checkpoint.tied.items()}
@@ -158,8 +161,8 @@ def _fill(
     homes.check_covers(dict.fromkeys([*(name for name, _ in model.named_parameters()), *matches.plain]))
     replace_linears(model, matches.packed, described.quantization)
     state = Loaded(homes)
-    slots = dict(_slots(model, matches, dtype, special_dtypes))
-    streamed = _settle(slots, state, budget, special_dtypes)
+    slots = dict(_slots(model, matches, dtype, homes.placement.special_dtypes))
+    streamed = _settle(slots, state, budget)
     _settle_buffers(model, matches, state)
     _stream(model, streamed, state)
     model.hf_device_map = dict(homes.placement.device_map)  # type: ignore[assignment]
@@ -263,12 +266,13 @@ def _check_shape(name: str, empty: torch.Tensor, recipe: Recipe) -> None:
         )
 
 
-def _settle(slots: Mapping[str, Slot], state: Loaded, budget: int, always: Collection[str]) -> dict[str, Slot]:
+def _settle(slots: Mapping[str, Slot], state: Loaded, budget: int) -> dict[str, Slot]:
     """Fill what stays in memory; return what is streamed.
 
-    budget: bytes of RAM for what is cast. always: names that are held in their dtype whatever the budget.
+    budget: bytes of RAM for what is cast. Weights with a dtype of their own are held in it whatever the budget.
     """
     settled: set[str] = set()
+    always = state.homes.placement.special_dtypes
     for (_, home), names in _tied(slots, state.homes).items():
         slot, device = slots[names[0]], state.homes.execution(names[0])
         stored, scratch = sum(source.nbytes for source in slot.sources), sum(slot.scratch(device))
@@ -315,12 +319,11 @@ def _settle_buffers(model: torch.nn.Module, matches: Packed, state: Loaded) -> N
 
 def _stream(model: torch.nn.Module, slots: Mapping[str, Slot], state: Loaded) -> None:
     homes = state.homes
-    groups = cut_into_groups(model, slots, getattr(model, "_no_split_modules", None) or (), homes)
+    groups = cut_into_groups(model, slots, homes)
     state.stream.add(groups)
     state.streamed = sum(group.moved() for group in groups)
     if homes.main.type != "cpu":
-        modules = {name for name, _ in model.named_modules()}
-        follow_devices(model, {name: homes.execution(name) for name in homes.placement.device_map if name in modules})
+        follow_devices(model, homes)
 
 
 def _read_generation_config(model: Any, path: Path) -> None:

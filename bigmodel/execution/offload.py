@@ -11,7 +11,8 @@ reused buffers.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
@@ -181,52 +182,41 @@ def _hook(module: torch.nn.Module, before: Callable[..., Any], after: Callable[.
     module.register_forward_hook(after, always_call=True)
 
 
-def cut_into_groups(
-    model: torch.nn.Module,
-    slots: Mapping[str, Slot],
-    no_split: Iterable[str],
-    homes: Homes,
-) -> list[WeightGroup]:
+def cut_into_groups(model: torch.nn.Module, slots: Mapping[str, Slot], homes: Homes) -> list[WeightGroup]:
     """Group the slots that are streamed by the block they belong to.
 
-    A block of a no-split class is one group. Elsewhere each module is one, with its direct weights alone. A block whose
-    weights live in several places is cut further. slots: by parameter name.
+    A block of one of the model's no-split classes is one group. Elsewhere each module is one, with its direct weights
+    alone. A block whose weights live in several places is cut further. slots: by parameter name.
     """
-    whole = INDIVISIBLE | frozenset(no_split)
-    by_module: dict[int, list[str]] = {}
+    whole = INDIVISIBLE.union(getattr(model, "_no_split_modules", None) or ())
+    places = {name: (homes.execution(name), homes.placement.device_of(name) == "disk") for name in slots}
+    by_module: dict[torch.nn.Module, list[str]] = defaultdict(list)
     for name, slot in slots.items():
-        by_module.setdefault(id(slot.module), []).append(name)
+        by_module[slot.module].append(name)
 
-    def group(module: torch.nn.Module, names: Sequence[str]) -> WeightGroup:
-        return WeightGroup(module, tuple(slots[name] for name in names), *place(names[0]))
-
-    def place(name: str) -> tuple[torch.device, bool]:
-        return homes.execution(name), homes.placement.device_of(name) == "disk"
-
-    def cut(module: torch.nn.Module) -> Iterator[WeightGroup]:
-        within = [name for found in module.modules() for name in by_module.get(id(found), ())]
-        if not within:
+    def cut(module: torch.nn.Module) -> Iterator[tuple[torch.nn.Module, list[str]]]:
+        within = [name for found in module.modules() for name in by_module.get(found, ())]
+        if type(module).__name__ in whole and len({places[name] for name in within}) == 1:
+            yield module, within
             return
-        if type(module).__name__ in whole and len(set(map(place, within))) == 1:
-            yield group(module, within)
-            return
-        if own := by_module.get(id(module)):
-            yield group(module, own)
+        if own := by_module.get(module):
+            yield module, own
         for child in module.children():
             yield from cut(child)
 
-    groups: dict[int, WeightGroup] = {}
-    for found in cut(model):
-        groups.setdefault(id(found.module), found)
-    return list(groups.values())
+    return [
+        WeightGroup(module, tuple(slots[name] for name in names), *places[names[0]])
+        for module, names in dict(cut(model)).items()
+    ]
 
 
-def follow_devices(model: torch.nn.Module, devices: Mapping[str, torch.device]) -> None:
-    """Bring the inputs of each module in `devices` to where it computes; caches place their own tensors."""
+def follow_devices(model: torch.nn.Module, homes: Homes) -> None:
+    """Bring the inputs of each module that the map names to where it computes; caches place their own tensors."""
     from accelerate.utils import send_to_device
 
     def bring(device: torch.device, module: torch.nn.Module, arguments: Any, named: Any) -> tuple[Any, Any]:
         return send_to_device(arguments, device), send_to_device(named, device)
 
-    for name, device in devices.items():
-        model.get_submodule(name).register_forward_pre_hook(partial(bring, device), with_kwargs=True)
+    for name, module in model.named_modules():
+        if name in homes.placement.device_map:
+            module.register_forward_pre_hook(partial(bring, homes.execution(name)), with_kwargs=True)

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,31 +12,20 @@ from bigpipe.bigmodel.tasks import Row
 from bigpipe.errors import StageFailed
 from bigpipe.files import write_file
 
-from .recordlog import Record, check_errors, gather, rank_logs, read_log
+from .recordlog import check_errors, gather, rank_logs, read_log
 from .working import PEAKS
 from .workplan import WorkPlan
 
 RESULTS = "results.jsonl"
 
 
-@dataclass(frozen=True, slots=True)
-class Summary:
-    prompts: int
-    errors: int
-    tokens: int
-    tokens_per_second: float
-    """Of all ranks together, while the slowest was computing."""
-    idle: float
-    """Share of the ranks' time spent waiting for the slowest."""
-    peak: dict[str, int]
-    """Bytes by device, of the rank that took most."""
-
-
-def merge_results(folder: Path, out: Path, *, max_errors: int = 0) -> tuple[Summary, tuple[str, int]]:
+def merge_results(folder: Path, out: Path, *, max_errors: int = 0) -> tuple[dict[str, Any], tuple[str, int]]:
     """Write `out/results.jsonl`: one line per row of the plan in `folder`, in their order.
 
-    Return what came of it, and the file's (hex sha256, size). Raise StageFailed where a row has no record, or more
-    than `max_errors` rows failed.
+    Return what came of it, and the file's (hex sha256, size): `prompts`, `errors`, `tokens`; `tokens_per_second` of all
+    ranks together, while the slowest was computing; `idle`, the share of their time spent waiting for the slowest;
+    `peak`, bytes by device, of the rank that took most. Raise StageFailed where a row has no record, or more than
+    `max_errors` rows failed.
     """
     plan = WorkPlan.read(folder)
     found = gather(plan.rows, folder)
@@ -45,7 +34,9 @@ def merge_results(folder: Path, out: Path, *, max_errors: int = 0) -> tuple[Summ
     failed = [found[row.index] for row in plan.rows if found[row.index].failed]
     check_errors(failed, max_errors)
     written = write_file(out / RESULTS, "".join(_line(row, found[row.index].payload) for row in plan.rows))
-    return _summary(found, len(failed), len(plan.shares), folder), written
+    tokens = sum(record.tokens for record in found.values())
+    counts = {"prompts": len(found), "errors": len(failed), "tokens": tokens}
+    return {**counts, **_times(folder, len(plan.shares), tokens), "peak": _peak(folder)}, written
 
 
 def _line(row: Row, payload: Mapping[str, Any]) -> str:
@@ -53,18 +44,16 @@ def _line(row: Row, payload: Mapping[str, Any]) -> str:
     return json.dumps({**own, **payload, **own}, ensure_ascii=False, allow_nan=False) + "\n"
 
 
-def _summary(found: Mapping[int, Record], errors: int, ranks: int, folder: Path) -> Summary:
+def _times(folder: Path, ranks: int, tokens: int) -> dict[str, float]:
     busy = [sum(record.seconds for record in read_log(log)) for log in rank_logs(folder)]
-    peaks: dict[str, int] = {}
+    if not (longest := max(busy, default=0.0)):
+        return {"tokens_per_second": 0.0, "idle": 0.0}
+    idle = 1 - sum(busy) / (max(ranks, len(busy)) * longest)
+    return {"tokens_per_second": round(tokens / longest, 3), "idle": round(idle, 4)}
+
+
+def _peak(folder: Path) -> dict[str, int]:
+    peak: Counter[str] = Counter()
     for file in folder.glob(f"rank-*/{PEAKS}"):
-        for device, size in json.loads(file.read_bytes()).items():
-            peaks[device] = max(size, peaks.get(device, 0))
-    tokens, longest = sum(record.tokens for record in found.values()), max(busy, default=0.0)
-    return Summary(
-        prompts=len(found),
-        errors=errors,
-        tokens=tokens,
-        tokens_per_second=round(tokens / longest, 3) if longest else 0.0,
-        idle=round(1 - sum(busy) / (max(ranks, len(busy)) * longest), 4) if longest else 0.0,
-        peak=dict(sorted(peaks.items())),
-    )
+        peak |= Counter(json.loads(file.read_bytes()))
+    return dict(sorted(peak.items()))

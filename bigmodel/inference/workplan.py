@@ -6,6 +6,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
+from itertools import pairwise
 from pathlib import Path
 
 from bigpipe.bigmodel.tasks import Row
@@ -58,15 +59,13 @@ def chunked(rows: list[Row], batch_size: int) -> list[list[Row]]:
     return [rows[start : start + batch_size] for start in range(0, len(rows), batch_size)]
 
 
-def split(length: int, rank: int, ranks: int) -> tuple[int, int]:
-    """Return the first and behind-last element of a rank's share: accelerate's `split_between_processes`."""
-    each, extra = divmod(length, ranks)
-    start = rank * each + min(rank, extra)
-    return start, start + each + (rank < extra)
-
-
 def assign(chunks: Sequence[int], ranks: int, *, pad: bool = False) -> list[list[int]]:
-    """Return each rank's share. pad: the last chunk is repeated until all ranks have as many."""
-    shares = [list(chunks[slice(*split(len(chunks), rank, ranks))]) for rank in range(ranks)]
+    """Return each rank's contiguous share, as accelerate's `split_between_processes` gives them.
+
+    pad: the last chunk is repeated until all ranks have as many.
+    """
+    each, extra = divmod(len(chunks), ranks)
+    ends = [rank * each + min(rank, extra) for rank in range(ranks + 1)]
+    shares = [list(chunks[start:end]) for start, end in pairwise(ends)]
     longest = max(map(len, shares)) if pad else 0
     return [[*share, *list(chunks[-1:]) * (longest - len(share))] for share in shares]

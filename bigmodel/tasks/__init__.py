@@ -1,13 +1,18 @@
 """What is done with a batch of prompts: a task is a value, found by its name.
 
-A built-in task is one file and one line in `registry`; any other is `module:name` in a trusted module, where the name
+A built-in task is one file and its name in `registry`; any other is `module:name` in a trusted module, where the name
 is that of a `Task` or of a plain function.
 """
 
-from .registry import TASKS, find_task, require_known
-from .rows import Row, read_prompts
-from .task import Answer, Answerer, Task, TaskOptions
+from __future__ import annotations
 
-__all__ = [
-    "TASKS", "Answer", "Answerer", "Row", "Task", "TaskOptions", "find_task", "read_prompts", "require_known",
-]  # fmt: skip
+from typing import TYPE_CHECKING
+
+from bigpipe.faces import face
+
+if TYPE_CHECKING:
+    from .registry import TASKS, BuiltIn, find_task, require_known
+    from .rows import Row, read_prompts
+    from .task import Answer, Answerer, Task, TaskOptions
+
+__getattr__, __all__ = face(__name__)

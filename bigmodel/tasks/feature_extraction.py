@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 from bigpipe.bigmodel.execution import loaded
@@ -18,13 +17,11 @@ from .tokenizing import encode, load_tokenizer, pad, require_tokenizer
 if TYPE_CHECKING:
     import torch
 
-POOLINGS: Mapping[str, Callable[[torch.Tensor], torch.Tensor]] = MappingProxyType(
-    {
-        "mean": lambda states: states.mean(0),
-        "last": lambda states: states[-1],  # as for decoders
-        "first": lambda states: states[0],  # as for BERT's [CLS]
-    }
-)
+POOLINGS: Mapping[str, Callable[[torch.Tensor], torch.Tensor]] = {
+    "mean": lambda states: states.mean(0),
+    "last": lambda states: states[-1],  # as for decoders
+    "first": lambda states: states[0],  # as for BERT's [CLS]
+}
 """Of a prompt's token vectors, [tokens, width] → [width]."""
 
 
@@ -44,21 +41,16 @@ def _bind(model: Any, path: Path, options: TaskOptions, sources: Sources) -> Ans
     def answer(rows: Sequence[Row]) -> list[Answer]:
         import torch
 
-        encoded = encode(tokenizer, rows)
+        encoded = [encode(tokenizer, row) for row in rows]
         inputs = pad(tokenizer, encoded, "right", loaded(model).device)
         with torch.inference_mode():
             hidden = body(**inputs).last_hidden_state.float().cpu()
-        vectors = [pool(states[: len(tokens)]) for states, tokens in zip(hidden, encoded, strict=True)]
         return [
-            Answer({"features": vector.tolist()}, len(tokens)) for vector, tokens in zip(vectors, encoded, strict=True)
+            Answer({"features": pool(states[: len(tokens)]).tolist()}, len(tokens))
+            for states, tokens in zip(hidden, encoded, strict=True)
         ]
 
     return answer
 
 
-TASK = Task(
-    name="feature-extraction",
-    bind=_bind,
-    check_arguments=_check_arguments,
-    check_model=require_tokenizer,
-)
+TASK = Task(name="feature-extraction", bind=_bind, check_arguments=_check_arguments, check_model=require_tokenizer)

@@ -34,48 +34,40 @@ def read_prompts(prompts: str | Sequence[Any], column: str, base: Path) -> list[
     `.jsonl` and `.json` files hold an object per line; of other files each line that is not blank is a prompt.
     Raise UsageError naming file and line.
     """
-    found = _from_files(prompts, column, base) if isinstance(prompts, str) else _from_list(prompts, column)
-    rows = [Row(index, data[column], data) for index, data in enumerate(found)]
-    if not rows:
+    if isinstance(prompts, str):
+        given = [found for path in _files(prompts, base) for found in _lines(path, column)]
+    else:
+        objects = [prompt if isinstance(prompt, dict) else {column: prompt} for prompt in prompts]
+        given = [(f"prompts[{number}]", data) for number, data in enumerate(objects)]
+    if not given:
         raise UsageError(f"there is no prompt in {prompts!r}", "give one at least")
-    return rows
+    return [_row(index, data, column, where) for index, (where, data) in enumerate(given)]
 
 
-def _from_list(prompts: Sequence[Any], column: str) -> Iterator[dict[str, Any]]:
-    for number, prompt in enumerate(prompts):
-        data = prompt if isinstance(prompt, dict) else {column: prompt}
-        yield _checked(data, column, f"prompts[{number}]")
-
-
-def _from_files(pattern: str, column: str, base: Path) -> Iterator[dict[str, Any]]:
+def _files(pattern: str, base: Path) -> list[Path]:
     whole = base / pattern
-    paths = [whole] if whole.is_file() else sorted(Path(name) for name in glob.glob(str(whole), recursive=True))
-    paths = [path for path in paths if path.is_file()]
-    if not paths:
-        raise UsageError(f"prompts: there is no file {pattern}", f"relative paths start at {base}")
-    for path in paths:
-        yield from _from_file(path, column)
+    named = [whole] if whole.is_file() else sorted(map(Path, glob.glob(str(whole), recursive=True)))
+    if files := [path for path in named if path.is_file()]:
+        return files
+    raise UsageError(f"prompts: there is no file {pattern}", f"relative paths start at {base}")
 
 
-def _from_file(path: Path, column: str) -> Iterator[dict[str, Any]]:
+def _lines(path: Path, column: str) -> Iterator[tuple[str, Any]]:
+    """(place, object) of each line that is not blank."""
     try:
         lines = path.read_text(encoding="utf-8").split("\n")
     except (OSError, UnicodeDecodeError) as error:
         raise UsageError(f"prompts: {path} cannot be read: {error}", "give a UTF-8 text or JSONL file") from error
     for number, line in enumerate(lines, 1):
-        if not line.strip():
-            continue
-        if path.suffix not in (".jsonl", ".json"):
-            yield {column: line.rstrip("\r")}
-            continue
         try:
-            data = json.loads(line)
+            if line.strip():
+                is_json = path.suffix in (".jsonl", ".json")
+                yield f"{path}:{number}", json.loads(line) if is_json else {column: line.rstrip("\r")}
         except ValueError as error:
             raise UsageError(f"{path}:{number}: not JSON: {error}", "write one object per line") from error
-        yield _checked(data, column, f"{path}:{number}")
 
 
-def _checked(data: Any, column: str, where: str) -> dict[str, Any]:
+def _row(index: int, data: Any, column: str, where: str) -> Row:
     if not isinstance(data, dict):
         raise UsageError(f"{where}: a prompt is an object with {column!r}, or a text", "write one object per line")
     if column not in data:
@@ -83,4 +75,4 @@ def _checked(data: Any, column: str, where: str) -> dict[str, Any]:
         raise UsageError(f"{where}: there is no {column!r}, only {names}", "set `column` to the one with the prompt")
     if not isinstance(data[column], str | list):
         raise UsageError(f"{where}: {column!r} is neither a text nor a list of messages", "write it as one of these")
-    return data
+    return Row(index, data[column], data)

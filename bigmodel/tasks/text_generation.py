@@ -30,12 +30,7 @@ def _bind(model: Any, path: Path, options: TaskOptions, sources: Sources) -> Ans
     return _TextGeneration(model, load_tokenizer(path, sources), options)
 
 
-TASK = Task(
-    name="text-generation",
-    bind=_bind,
-    check_arguments=_check_arguments,
-    check_model=require_tokenizer,
-)
+TASK = Task(name="text-generation", bind=_bind, check_arguments=_check_arguments, check_model=require_tokenizer)
 
 
 class _TextGeneration:
@@ -48,7 +43,7 @@ class _TextGeneration:
     def __call__(self, rows: Sequence[Row]) -> list[Answer]:
         import torch
 
-        encoded = encode(self.tokenizer, rows)
+        encoded = [encode(self.tokenizer, row) for row in rows]
         if not self.encoder_decoder:
             self._check_length(max(map(len, encoded)))
         # A decoder goes on where the prompt ends, so that is where all rows must meet.

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 TOKENIZER_FILES = ("tokenizer*", "vocab*", "merges.txt", "*.model", "*.tiktoken", "tekken.json")
 WEIGHT_FILES = ("*.safetensors", "*.bin")
 OWN_FUNCTION = "use the task `module:function` with a function of yours, called (model, rows, **generation)"
+DOWNLOAD = "download it with the model (`include`), or use the task `module:function`"
 
 
 def require_tokenizer(model: ModelDescription) -> None:
@@ -31,10 +32,7 @@ def require_tokenizer(model: ModelDescription) -> None:
             OWN_FUNCTION,
         )
     if model.path is not None and _holds(model.path, WEIGHT_FILES) and not _holds(model.path, TOKENIZER_FILES):
-        raise UsageError(
-            f"the task needs a tokenizer, and {model.path} has none",
-            "download it with the model (`include`), or use the task `module:function`",
-        )
+        raise UsageError(f"the task needs a tokenizer, and {model.path} has none", DOWNLOAD)
 
 
 def _holds(directory: Path, patterns: Sequence[str]) -> bool:
@@ -53,22 +51,17 @@ def load_tokenizer(path: Path, sources: Sources) -> Any:
         )
     except (OSError, ValueError, ImportError) as error:
         first = str(error).strip().partition("\n")[0]
-        raise UsageError(
-            f"{path} has no tokenizer that can be used: {first}",
-            "download it with the model (`include`), or use the task `module:function`",
-        ) from error
+        raise UsageError(f"{path} has no tokenizer that can be used: {first}", DOWNLOAD) from error
     if tokenizer.pad_token is None:  # padding is masked: any token serves
         tokenizer.pad_token = tokenizer.eos_token or tokenizer.unk_token or tokenizer.convert_ids_to_tokens(0)
     return tokenizer
 
 
-def encode(tokenizer: Any, rows: Sequence[Row]) -> list[list[int]]:
-    """Return the token ids of each row. Raise ValueError for an empty prompt."""
-    return [_encode(tokenizer, row) for row in rows]
+def encode(tokenizer: Any, row: Row) -> list[int]:
+    """Return the token ids of the prompt. Raise ValueError where it is empty.
 
-
-def _encode(tokenizer: Any, row: Row) -> list[int]:
-    """A list of messages goes through the model's chat template, which transformers runs in a sandbox."""
+    A list of messages goes through the model's chat template, which transformers runs in a sandbox.
+    """
     chat = not isinstance(row.prompt, str)
     text = tokenizer.apply_chat_template(row.prompt, tokenize=False, add_generation_prompt=True) if chat else row.prompt
     tokens: list[int] = tokenizer(text, add_special_tokens=not chat)["input_ids"]

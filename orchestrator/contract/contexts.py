@@ -12,12 +12,14 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Self, TypeVar
 
 from bigpipe.passing import Inlet, OpenInlet, OpenOutlet, Outlet
 
 from .events import LogLine, Progress, Reporter
 from .types import Forecast, Launch, Lineage, Machine, Trust
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -84,6 +86,11 @@ class CheckContext(Context):
     def input(self, port: str) -> Forecast | None:
         """Return the forecast of the single node wired to `port`, or None."""
         return next(iter(self.inputs.get(port, ())), None)
+
+    def described(self, port: str, kind: type[T]) -> T | None:
+        """Return what the output on `port` will be, or None where that is not known as one of this type."""
+        wired = self.input(port)
+        return wired.output if wired is not None and isinstance(wired.output, kind) else None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -64,6 +64,11 @@ class Launch:
     explicit: frozenset[str] = field(default_factory=frozenset)
     """The keys the manifest wrote itself; these override `config_file`."""
 
+    @property
+    def local_processes(self) -> int:
+        """Ranks on each machine."""
+        return self.num_processes // self.num_machines
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Forecast:

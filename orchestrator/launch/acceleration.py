@@ -41,8 +41,8 @@ class Acceleration:
     @property
     def local_ranks(self) -> range:
         """The global ranks on this machine."""
-        here = self.launch.num_processes // self.launch.num_machines
-        return range(self.launch.machine_rank * here, (self.launch.machine_rank + 1) * here)
+        first = self.launch.machine_rank * self.launch.local_processes
+        return range(first, first + self.launch.local_processes)
 
     def environment(self, machine: Machine) -> dict[str, str]:
         """Variables for the ranks, where the user has not set them."""
@@ -144,4 +144,4 @@ def _on_cpu(launch: Launch, file: Mapping[str, Any], machine: Machine) -> bool:
         return bool(file["use_cpu"])
     chosen = str(file.get("gpu_ids") or "all")
     gpus = len(machine.gpus) if chosen == "all" else len(chosen.split(","))
-    return gpus < launch.num_processes // launch.num_machines
+    return gpus < launch.local_processes

@@ -45,7 +45,7 @@ def test_one_rank_stops_and_others_take_over(tmp_path: Path) -> None:
         compute_share(tmp_path, rank, 3, counting(calls))
     assert calls == [0, 1, 2, 3, 4, 5, 6]
     summary, (_, size) = merge_results(tmp_path, tmp_path)
-    assert (summary.prompts, summary.errors, summary.tokens) == (7, 0, 7)
+    assert (summary["prompts"], summary["errors"], summary["tokens"]) == (7, 0, 7)
     assert size == (tmp_path / RESULTS).stat().st_size
     assert lines(tmp_path) == [{"index": row.index, "prompt": row.prompt, "length": 5} for row in ROWS]
 
@@ -63,7 +63,7 @@ def test_rows_that_failed_are_tried_again_and_counted(tmp_path: Path) -> None:
     assert plan_work(tmp_path, ROWS, batch_size=4, ranks=1).finished == 0
     compute_share(tmp_path, 0, 1, counting(calls, lambda index: index == 3), max_errors=1)
     summary, _ = merge_results(tmp_path, tmp_path, max_errors=1)
-    assert summary.errors == 1
+    assert summary["errors"] == 1
     assert [line["index"] for line in lines(tmp_path) if "error" in line] == [3]
     with pytest.raises(StageFailed, match="max_errors allows 0"):
         merge_results(tmp_path, tmp_path)
@@ -78,7 +78,7 @@ def test_records_of_other_rows_and_of_padding_count_for_nothing(tmp_path: Path) 
     assert plan.shares == [[0, 1], [2, 2]]
     for rank in range(2):
         compute_share(tmp_path, rank, 2, counting([]))
-    assert merge_results(tmp_path, tmp_path)[0].tokens == 7
+    assert merge_results(tmp_path, tmp_path)[0]["tokens"] == 7
 
 
 def test_an_answer_that_is_no_json_is_an_error_of_its_row(tmp_path: Path) -> None:

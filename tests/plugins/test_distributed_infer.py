@@ -24,7 +24,7 @@ from support.models import make_checkpoint
 from support.workshop import Workshop
 
 from bigpipe.bigmodel.checkpoint import describe_checkpoint
-from bigpipe.bigmodel.inference import assign, read_log, split
+from bigpipe.bigmodel.inference import assign, read_log
 from bigpipe.bigmodel.placement import Placement
 from bigpipe.errors import StageFailed, UsageError
 from bigpipe.orchestrator.contract.events import Progress, RankHello
@@ -137,7 +137,7 @@ def test_ranks_get_what_accelerate_gives_them(length: int, ranks: int, pad: bool
     if ranks == 1:
         assert wanted == [list(range(length))]
     assert assign(range(length), ranks, pad=pad) == wanted
-    assert sum(end - start for start, end in (split(length, rank, ranks) for rank in range(ranks))) == length
+    assert [row for share in assign(range(length), ranks) for row in share] == list(range(length))
 
 
 STOPPING = """
