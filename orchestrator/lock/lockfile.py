@@ -12,6 +12,7 @@ import hashlib
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +20,8 @@ from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, ValidationError
 
 from bigpipe.errors import StageFailed, Stale, UsageError
 from bigpipe.files import write_file
-from bigpipe.orchestrator.contract import Json
-from bigpipe.orchestrator.planning import ABSENT, Change, Identity, changed
+from bigpipe.orchestrator.contract import Json, PinnedFile
+from bigpipe.orchestrator.planning import ABSENT, Change, changed
 from bigpipe.orchestrator.store import KeyRecord
 
 HEADER = """\
@@ -32,14 +33,8 @@ REVIEWED_LIMIT = 256 * 2**10
 
 
 class _Locked(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-
-class LockedFile(_Locked):
-    size: int
-    sha256: str | None = None
-    git_blob: str | None = None
-    """Git's id of the file, 40 hex digits: all that the Hub says of small files."""
+    # Only where there is a lock file is a schema compiled to read it.
+    model_config = ConfigDict(frozen=True, extra="forbid", defer_build=True)
 
 
 class LockedInput(_Locked):
@@ -50,11 +45,11 @@ class LockedInput(_Locked):
     params: dict[str, Any] = Field(default_factory=dict)
     env: dict[str, str] = Field(default_factory=dict)
     pins: dict[str, str] = Field(default_factory=dict)
-    files: dict[str, LockedFile] = Field(default_factory=dict)
+    files: dict[str, PinnedFile] = Field(default_factory=dict)
 
 
 class LockedOutput(_Locked):
-    model_config = ConfigDict(frozen=True, extra="ignore")
+    model_config = ConfigDict(extra="ignore")
 
     digest: str | None
     key: str
@@ -84,26 +79,11 @@ class LockFile(_Locked):
         return dict(self.inputs[node].pins) if node in self.inputs else {}
 
 
-def locked_input(
-    identity: Identity, pins: Mapping[str, str], files: Mapping[str, LockedFile] | None = None
-) -> LockedInput:
-    """Return what is locked of a node before it runs. `files`: what it brings from outside, as far as that is known."""
-    return LockedInput(
-        kind=identity.kind,
-        version=identity.version,
-        code=identity.code,
-        params=dict(identity.params),
-        env=dict(identity.env),
-        pins=dict(pins),
-        files=dict(files or {}),
-    )
-
-
-def locked_files(record: KeyRecord) -> dict[str, LockedFile]:
+def locked_files(record: KeyRecord) -> dict[str, PinnedFile]:
     """Return the files of a finished node that has no inputs: what it brought from outside."""
     if any(record.inputs.values()):
         return {}
-    return {name: LockedFile(size=int(file["size"]), sha256=str(file["sha256"])) for name, file in record.files.items()}
+    return {name: PinnedFile(size=int(file["size"]), sha256=str(file["sha256"])) for name, file in record.files.items()}
 
 
 def locked_output(record: KeyRecord, tree: Path | None, reviewed: Sequence[str] = ()) -> LockedOutput:
@@ -128,56 +108,19 @@ def _read_reviewed(tree: Path, names: Sequence[str]) -> dict[str, Json]:
     return found
 
 
-def build(
-    recipe: str,
-    params: Mapping[str, Json],
-    inputs: Mapping[str, LockedInput],
-    producers: Mapping[str, Iterable[str]],
-    previous: LockFile | None = None,
-) -> LockFile:
-    """Return a lock of these inputs, in topological order; `producers` names what each node's artifact is made from.
-
-    What `previous` knew of a node's files stays where its inputs are the same, what it knew of its output where those
-    of all its ancestors are too.
-    """
-    old = previous or LockFile(recipe=recipe)
-    same = _same(old.inputs, inputs)
-    unmoved = find_unmoved(old.inputs, inputs, producers)
-    return LockFile(
-        recipe=recipe,
-        params=dict(params),
-        inputs={name: _with_files(item, old.inputs[name]) if name in same else item for name, item in inputs.items()},
-        outputs={name: output for name, output in old.outputs.items() if name in unmoved},
-    )
+def is_same(old: LockedInput | None, new: LockedInput) -> bool:
+    """Return whether a node's own inputs are as they were."""
+    return old is not None and not _input_changes(old, new)
 
 
-def _same(old: Mapping[str, LockedInput], new: Mapping[str, LockedInput]) -> set[str]:
-    """The nodes whose own inputs are as they were."""
-    return {name for name, item in new.items() if name in old and not _input_changes(old[name], item)}
-
-
-def find_unmoved(
-    old: Mapping[str, LockedInput], new: Mapping[str, LockedInput], producers: Mapping[str, Iterable[str]]
-) -> set[str]:
-    """Return the nodes whose inputs, and those of all their ancestors, are as they were; `new` in topological order."""
-    same = _same(old, new)
-    unmoved: set[str] = set()
-    for name in new:
-        if name in same and unmoved.issuperset(producers.get(name, ())):
-            unmoved.add(name)
-    return unmoved
-
-
-def _with_files(now: LockedInput, old: LockedInput) -> LockedInput:
-    files = dict(now.files)
-    for name, file in old.files.items():
-        mine = files.get(name)
-        files[name] = file if mine is None else _both(mine, file)
+def with_files(now: LockedInput, old: LockedInput) -> LockedInput:
+    """Return the inputs with all that either side knows of the node's files."""
+    files = {**now.files, **{name: _both(now.files.get(name, file), file) for name, file in old.files.items()}}
     return now.model_copy(update={"files": files})
 
 
-def _both(one: LockedFile, other: LockedFile) -> LockedFile:
-    return LockedFile(size=one.size, sha256=one.sha256 or other.sha256, git_blob=one.git_blob or other.git_blob)
+def _both(one: PinnedFile, other: PinnedFile) -> PinnedFile:
+    return replace(one, sha256=one.sha256 or other.sha256, git_blob=one.git_blob or other.git_blob)
 
 
 def write(path: Path, lock: LockFile) -> bool:
@@ -214,14 +157,14 @@ def locked_digests(path: Path) -> set[str]:
 
 def read(path: Path) -> LockFile | None:
     """Return the lock file, None where there is none. Raise UsageError where it is not one (a merge conflict, say)."""
+    if not path.exists():
+        return None
     import yaml
 
     again = f"write it again: bigpipe lock {path.name.removesuffix('.lock')}"
     try:
         data = yaml.load(path.read_bytes(), Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader))  # noqa: S506
         lock = LockFile.model_validate(data)
-    except FileNotFoundError:
-        return None
     except OSError as error:
         raise UsageError(f"the lock file {path} cannot be read: {error.strerror}", again) from error
     except yaml.YAMLError as error:
@@ -240,13 +183,13 @@ def check(lock: LockFile, now: LockFile, nodes: Iterable[str] | None = None) -> 
     A file counts where both sides know of it; that a file is new or gone counts where both sides list files.
     """
     names = set(nodes) if nodes is not None else lock.inputs.keys() | now.inputs.keys()
-    changes = []
+    changes: list[Change] = []
     for name in sorted(names):
         old, new = lock.inputs.get(name), now.inputs.get(name)
         if old is None or new is None:
-            changes.append(Change(f"inputs.{name}", *(ABSENT if item is None else item.kind for item in (old, new))))
+            changes += changed(f"inputs.{name}", old.kind if old else ABSENT, new.kind if new else ABSENT)
         else:
-            changes += [Change(f"inputs.{name}.{item.path}", item.old, item.new) for item in _input_changes(old, new)]
+            changes += [replace(item, path=f"inputs.{name}.{item.path}") for item in _input_changes(old, new)]
     return changes
 
 
@@ -256,14 +199,12 @@ def _input_changes(old: LockedInput, new: LockedInput) -> list[Change]:
     return changes + (_file_changes(old.files, new.files) if old.files and new.files else [])
 
 
-def _file_changes(old: Mapping[str, LockedFile], new: Mapping[str, LockedFile]) -> list[Change]:
-    changes = []
+def _file_changes(old: Mapping[str, PinnedFile], new: Mapping[str, PinnedFile]) -> list[Change]:
+    changes: list[Change] = []
     for name in sorted(old.keys() | new.keys()):
         before, after = old.get(name), new.get(name)
         if before is None or after is None:
-            changes.append(
-                Change(f"files.{name}", *(ABSENT if item is None else item.size for item in (before, after)))
-            )
+            changes += changed(f"files.{name}", before.size if before else ABSENT, after.size if after else ABSENT)
             continue
         for field in ("size", "sha256", "git_blob"):
             values = getattr(before, field), getattr(after, field)
@@ -272,50 +213,49 @@ def _file_changes(old: Mapping[str, LockedFile], new: Mapping[str, LockedFile]) 
     return changes
 
 
-def require(path: Path, lock: LockFile, now: LockFile, nodes: Iterable[str] | None = None) -> None:
+def _listed(changes: Iterable[Change]) -> str:
+    return "".join(f"\n  {change}" for change in changes)
+
+
+def require(lock: LockFile, now: LockFile, nodes: Iterable[str] | None = None) -> None:
     """Raise Stale naming every difference."""
-    changes = check(lock, now, nodes)
-    if changes:
-        lines = "".join(f"\n  {change}" for change in changes)
+    if changes := check(lock, now, nodes):
+        differ = "value differs" if len(changes) == 1 else "values differ"
         raise Stale(
-            f"{path} does not hold: {len(changes)} {'value differs' if len(changes) == 1 else 'values differ'}{lines}",
-            f"if that is meant: bigpipe lock {path.name.removesuffix('.lock')}",
+            f"{lock.path} does not hold: {len(changes)} {differ}{_listed(changes)}",
+            f"if that is meant: bigpipe lock {lock.path.name.removesuffix('.lock')}",
         )
 
 
-def require_record(
-    path: Path, lock: LockFile, node: str, record: KeyRecord, tree: Path | None, reproducible: bool
-) -> None:
+def require_record(lock: LockFile, node: str, record: KeyRecord, tree: Path | None, reproducible: bool) -> None:
     """Compare what a node gave with what is locked: the files it brought, and its digest where that must be equal.
 
     Raise StageFailed naming the files, or both digests.
     """
-    wanted = lock.inputs.get(node)
+    wanted, output = lock.inputs.get(node), lock.outputs.get(node)
     if wanted is not None and wanted.files and record.files:
-        _require_files(path, node, wanted.files, record, tree)
-    output = lock.outputs.get(node)
+        _require_files(lock.path, node, wanted.files, record, tree)
     if output is None or not reproducible or output.digest in (None, record.digest):
         return
     facts = (record.identity.get("packages", {}), record.identity.get("facts", {}))
     if output.key == record.key and facts == (output.packages, output.facts):
         raise StageFailed(
-            f"{node} gave {record.digest}, but {path} has {output.digest} for the same inputs, packages and facts",
+            f"{node} gave {record.digest}, but {lock.path} has {output.digest} for the same inputs, packages and facts",
             "one of the two is wrong: run `bigpipe verify`, then compare the artifacts",
         )
 
 
 def _require_files(
-    path: Path, node: str, wanted: Mapping[str, LockedFile], record: KeyRecord, tree: Path | None
+    path: Path, node: str, wanted: Mapping[str, PinnedFile], record: KeyRecord, tree: Path | None
 ) -> None:
     given = locked_files(record)
     for name, file in wanted.items():
         if name in given and file.sha256 is None and file.git_blob is not None and tree is not None:
-            given[name] = given[name].model_copy(update={"git_blob": git_blob(tree / name)})
+            given[name] = replace(given[name], git_blob=git_blob(tree / name))
     changes = _file_changes(wanted, given) if given else []
     if changes:
-        lines = "".join(f"\n  {change}" for change in changes)
         raise StageFailed(
-            f"{node} brought other files than {path} has:{lines}", "the source has changed; do not use it"
+            f"{node} brought other files than {path} has:{_listed(changes)}", "the source has changed; do not use it"
         )
 
 

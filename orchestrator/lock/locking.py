@@ -1,69 +1,84 @@
-"""The lock file of a session: written by `bigpipe lock`, filled by runs, enforced by `run --locked`.
-
-What stands in it is described in `lockfile`, which is imported only where there is a lock file.
-"""
+"""The lock file of a session: written by `bigpipe lock`, filled by runs, enforced by `run --locked`."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from bigpipe.errors import UsageError
 from bigpipe.orchestrator.planning import Session
 from bigpipe.orchestrator.recipe import Node
 from bigpipe.orchestrator.store import KeyRecord
 
-if TYPE_CHECKING:
-    from .lockfile import LockedInput, LockFile
+from .lockfile import (
+    LockedInput,
+    LockFile,
+    is_same,
+    lock_path,
+    locked_files,
+    locked_output,
+    read,
+    require,
+    require_record,
+    with_files,
+    write,
+)
 
 
 def read_lock(manifest: Path) -> LockFile | None:
     """Return the lock beside a manifest, None where there is none. Raise UsageError where it is not a lock file."""
-    path = manifest.with_name(manifest.name + ".lock")
-    if not path.exists():
-        return None
-    from .lockfile import read
-
-    return read(path)
+    return read(lock_path(manifest))
 
 
 def current(session: Session) -> LockFile:
-    """Return what a lock written now would say. Runs nothing."""
-    from .lockfile import build
+    """Return what a lock written now would say. Runs nothing.
 
-    return build(
-        session.recipe.name,
-        json.loads(json.dumps(dict(session.recipe.params), default=str)),
-        {node.name: _input_now(session, node) for node in session.nodes},
-        _producers(session),
-        read_lock(session.recipe.path),
+    What the lock knew of a node's files stays where its inputs are the same, what it knew of its output where those of
+    all its ancestors are too.
+    """
+    recipe = session.recipe
+    old = read_lock(recipe.path) or LockFile(recipe=recipe.name)
+    inputs = {node.name: _input_now(session, node) for node in session.nodes}
+    unmoved = _unmoved(session, old.inputs, inputs)
+    for name, item in inputs.items():
+        if is_same(old.inputs.get(name), item):
+            inputs[name] = with_files(item, old.inputs[name])
+    return LockFile(
+        recipe=recipe.name,
+        params=json.loads(json.dumps(dict(recipe.params), default=str)),
+        inputs=inputs,
+        outputs={name: output for name, output in old.outputs.items() if name in unmoved},
     )
 
 
-def _producers(session: Session) -> dict[str, list[str]]:
-    return {node.name: [name for names in node.inputs.values() for name in names] for node in session.nodes}
+def _unmoved(session: Session, old: Mapping[str, LockedInput], new: Mapping[str, LockedInput]) -> set[str]:
+    """The nodes whose inputs, and those of all their ancestors, are as they were."""
+    unmoved: set[str] = set()
+    for node in session.nodes:
+        if is_same(old.get(node.name), new[node.name]) and unmoved.issuperset(node.producers):
+            unmoved.add(node.name)
+    return unmoved
 
 
 def _input_now(session: Session, node: Node) -> LockedInput:
-    from .lockfile import LockedFile, locked_files, locked_input
-
     identity, pinned = session.identity(node), session.pinned(node)
-    files = {
-        name: LockedFile(size=file.size, sha256=file.sha256, git_blob=file.git_blob)
-        for name, file in pinned.files().items()
-    }
-    if not files and not node.inputs:
-        record = session.store.find(identity.key({}))
-        files = locked_files(record) if record is not None else {}
-    return locked_input(identity, pinned.values, files)
+    files = dict(pinned.files())
+    if not files and not node.inputs and (record := session.store.find(identity.key({}))):
+        files = locked_files(record)
+    return LockedInput(
+        kind=identity.kind,
+        version=identity.version,
+        code=identity.code,
+        params=dict(identity.params),
+        env=dict(identity.env),
+        pins=dict(pinned.values),
+        files=files,
+    )
 
 
 def write_lock(session: Session) -> Path:
     """Write the lock beside the manifest. Return its path."""
-    from .lockfile import lock_path, write
-
     path = lock_path(session.recipe.path)
     write(path, current(session))
     return path
@@ -72,39 +87,31 @@ def write_lock(session: Session) -> Path:
 def check_lock(session: Session) -> Path:
     """Return the lock's path. Raise Stale where it is not what `write_lock` would write, UsageError where there is
     none."""
-    from .lockfile import require
-
     lock = _needed(session)
-    require(lock.path, lock, current(session))
+    require(lock, current(session))
     return lock.path
 
 
 def enforce(session: Session) -> None:
     """Before `run --locked`: raise Stale where the inputs of the nodes to run differ from the lock."""
-    from .lockfile import require
-
-    lock = _needed(session)
-    require(lock.path, lock, current(session), [node.name for node in session.nodes])
+    require(_needed(session), current(session), [node.name for node in session.nodes])
 
 
 def _needed(session: Session) -> LockFile:
-    lock = read_lock(session.recipe.path)
+    path = session.recipe.path
+    lock = read_lock(path)
     if lock is None:
-        name = session.recipe.path.name
-        raise UsageError(f"there is no lock file {session.recipe.path}.lock", f"write it: bigpipe lock {name}")
+        raise UsageError(f"there is no lock file {lock_path(path)}", f"write it: bigpipe lock {path.name}")
     return lock
 
 
 def enforce_outputs(session: Session, records: Mapping[str, KeyRecord]) -> None:
     """After `run --locked`, before `record_outputs`: raise StageFailed where a node gave something else than locked,
     see `require_record`. records: by node, of those that have one."""
-    from .lockfile import require_record
-
     lock = _needed(session)
     for node in session.nodes:
         if record := records.get(node.name):
-            tree = session.store.artifact_path(record.digest) if record.digest else None
-            require_record(lock.path, lock, node.name, record, tree, node.kind.reproducible)
+            require_record(lock, node.name, record, _tree(session, record), node.kind.reproducible)
 
 
 def record_outputs(session: Session, records: Mapping[str, KeyRecord]) -> None:
@@ -115,18 +122,19 @@ def record_outputs(session: Session, records: Mapping[str, KeyRecord]) -> None:
     lock = read_lock(session.recipe.path)
     if lock is None or all(_is_recorded(lock, name, record) for name, record in records.items()):
         return
-    from .lockfile import find_unmoved, locked_output, write
-
     now = current(session)
-    unmoved = find_unmoved(lock.inputs, now.inputs, _producers(session))
+    unmoved = _unmoved(session, lock.inputs, now.inputs)
     outputs, inputs = dict(lock.outputs), dict(lock.inputs)
     for node in session.nodes:
         record = records.get(node.name)
         if record is not None and node.name in unmoved:
-            tree = session.store.artifact_path(record.digest) if record.digest else None
-            outputs[node.name] = locked_output(record, tree, node.kind.reviewed)
+            outputs[node.name] = locked_output(record, _tree(session, record), node.kind.reviewed)
             inputs[node.name] = now.inputs[node.name]
     write(lock.path, lock.model_copy(update={"inputs": inputs, "outputs": outputs}))
+
+
+def _tree(session: Session, record: KeyRecord) -> Path | None:
+    return session.store.artifact_path(record.digest) if record.digest else None
 
 
 def _is_recorded(lock: LockFile, node: str, record: KeyRecord) -> bool:

@@ -11,7 +11,7 @@ from support.stores import publish
 
 from bigpipe.errors import StageFailed, Stale, UsageError
 from bigpipe.orchestrator.lock import lockfile, locking
-from bigpipe.orchestrator.lock.lockfile import LockedFile, git_blob, lock_path
+from bigpipe.orchestrator.lock.lockfile import git_blob, lock_path
 from bigpipe.orchestrator.lock.locking import read_lock
 from bigpipe.orchestrator.planning.keys import Change, Identity
 from bigpipe.orchestrator.stage import Pinned, PinnedFile
@@ -25,6 +25,10 @@ class Node:
     name: str
     inputs: dict[str, tuple[str, ...]] = field(default_factory=dict)
     kind: SimpleNamespace = field(default_factory=lambda: SimpleNamespace(reproducible=True, reviewed=()))
+
+    @property
+    def producers(self):
+        return [name for names in self.inputs.values() for name in names]
 
 
 @dataclass
@@ -126,8 +130,8 @@ class TestWriting:
         session.pins = Pinned({"revision": COMMIT}, "asked", lambda: files)
         locking.write_lock(session)
         assert session.lock.inputs["download"].files == {
-            "w": LockedFile(size=7, sha256="ab" * 32),
-            "config.json": LockedFile(size=2, git_blob="cd" * 20),
+            "w": PinnedFile(size=7, sha256="ab" * 32),
+            "config.json": PinnedFile(size=2, git_blob="cd" * 20),
         }
 
     def test_strings_that_yaml_would_take_for_something_else_survive(self, session):
@@ -253,7 +257,7 @@ class TestOutputs:
         assert lock.outputs["shard@a=1.5"].digest == shard.digest
         assert lock.outputs["shard@a=1.5"].packages == {"torch": "2.13"}
         assert lock.outputs["shard@a=1.5"].tools == {"bigpipe-ml": "0.1.0"}
-        assert lock.inputs["download"].files["w"] == LockedFile(size=7, sha256=hashlib.sha256(b"weights").hexdigest())
+        assert lock.inputs["download"].files["w"] == PinnedFile(size=7, sha256=hashlib.sha256(b"weights").hexdigest())
         locking.check_lock(session)
         before = text(session)
         locking.record_outputs(session, done)
