@@ -6,12 +6,11 @@ from bigpipe.faces import face
 
 if TYPE_CHECKING:
     from .conditions import UNKNOWN, Comparison, Condition, Lookup, metric
-    from .docstrings import field_descriptions
     from .graph import Recipe, load_recipe
     from .initial import initial_manifest
     from .node import Node
     from .registry import PROBES, is_built_in, load_stage, named_stage, stage_kinds
-    from .schema import described_schema, manifest_schema
+    from .schema import described_schema, field_descriptions, manifest_schema
     from .validation import models_in
 
 __getattr__, __all__ = face(__name__)

@@ -139,7 +139,7 @@ class Expansion:
             on_fail=settings.on_fail,
             cache=settings.cache,
             env={name: str(value) for name, value in settings.env.items()},
-            secrets=tuple(dict.fromkeys([*stage.kind.secrets, *stage.secrets])),
+            secrets=tuple(dict.fromkeys([*stage.kind.secrets, *stage.structure.secrets])),
             places=places,
         )
 

@@ -181,17 +181,12 @@ class _Loading:
 
     def _kinds(self, stages: Mapping[str, Json], trust: Trust) -> dict[str, Offer]:
         """Stage name → its kind, for those whose kind can be had."""
-        found: dict[str, Offer] = {}
         loaded: dict[str, Offer | None] = {}
-        for name, raw in stages.items():
-            uses = raw.get("uses") if isinstance(raw, dict) else None
-            if not isinstance(uses, str):
-                continue
-            if uses not in loaded:
+        names = {name: raw["uses"] for name, raw in stages.items() if isinstance(raw, dict) and "uses" in raw}
+        for name, uses in names.items():
+            if isinstance(uses, str) and uses not in loaded:
                 loaded[uses] = self._kind(uses, trust, ("stages", name, "uses"))
-            if (kind := loaded[uses]) is not None:
-                found[name] = kind
-        return found
+        return {name: kind for name, uses in names.items() if isinstance(uses, str) and (kind := loaded[uses])}
 
     def _kind(self, uses: str, trust: Trust, path: tuple[Key, ...]) -> Offer | None:
         if "${" in uses:
@@ -248,7 +243,7 @@ class _Loading:
             if not isinstance(raw, dict):
                 cause, cure = f"{name}: a stage is a map", f"write `{name}: {{uses: KIND}}`"
                 self.problems.add(Fault.WRONG_TYPE, path, cause, cure)
-                result[name] = Wired(name, index, None, None, {}, broken=True)
+                result[name] = Wired(name, index, None, Structure(uses="unknown"), {}, broken=True)
                 continue
             shape, settings = split_stage(raw, name, self.problems)
             uses = shape.pop("uses", None)
@@ -258,12 +253,12 @@ class _Loading:
             if uses is not None:
                 shape["uses"] = uses
             target = Target(self.document, path, name, lenient)
-            structure = validate(Structure, shape, target, self.problems, salvage=True)
+            structure = validate(Structure, shape, target, self.problems, salvage=True) or Structure(uses="unknown")
             broken = len(self.problems) > before
             kind, location = kinds.get(name) or (None, "")
             condition = self._condition(settings, scope)
             result[name] = Wired(name, index, kind, structure, settings, condition, location, broken=broken)
-            self._check_secrets(name, structure, manifest, kind)
+            self._check_secrets(name, structure.secrets, {*manifest.secrets, *(kind.secrets if kind else ())})
         return result
 
     def _condition(self, settings: Mapping[str, Json], scope: Scope) -> str:
@@ -272,11 +267,8 @@ class _Loading:
         text = interpolate(settings.get("when"), scope, Problems(self.document.place_at))
         return text if isinstance(text, str) else ""
 
-    def _check_secrets(
-        self, name: str, structure: Structure | None, manifest: ManifestSpec, kind: Stage[Any] | None
-    ) -> None:
-        allowed = {*manifest.secrets, *(kind.secrets if kind else ())}
-        for index, secret in enumerate(structure.secrets if structure else ()):
+    def _check_secrets(self, name: str, secrets: Sequence[str], allowed: set[str]) -> None:
+        for index, secret in enumerate(secrets):
             if secret not in allowed:
                 cure = did_you_mean(secret, allowed | WELL_KNOWN_SECRETS) if secret not in WELL_KNOWN_SECRETS else ""
                 cure = cure or f"declare it at the top: `secrets: [{secret}]`"

@@ -21,16 +21,9 @@ from .problems import did_you_mean
 
 GROUP = "bigpipe.stages"
 
+_KINDS = ("download", "estimate", "shard", "quantize", "dispatch", "distributed-infer", "save")
 BUILT_IN: Mapping[str, str] = MappingProxyType(
-    {
-        "download": "bigpipe.plugins.download:STAGE",
-        "estimate": "bigpipe.plugins.estimate:STAGE",
-        "shard": "bigpipe.plugins.shard:STAGE",
-        "quantize": "bigpipe.plugins.quantize:STAGE",
-        "dispatch": "bigpipe.plugins.dispatch:STAGE",
-        "distributed-infer": "bigpipe.plugins.distributed_infer:STAGE",
-        "save": "bigpipe.plugins.save:STAGE",
-    }
+    {kind: f"bigpipe.plugins.{kind.replace('-', '_')}:STAGE" for kind in _KINDS}
 )
 
 PROBES: Mapping[str, str] = MappingProxyType(
@@ -102,12 +95,11 @@ def load_stage(uses: str, trust: Trust = Trust(), base: Path | None = None) -> S
     kind cannot be imported, or is not what its entry point says.
     """
     location = locate(uses, trust)
-    cure = (
-        "put the module beside the manifest, or install it" if ":" in uses else "reinstall or update its distribution"
-    )
     try:
         found = import_attribute(location, trust.home(location, base))
     except (ImportError, AttributeError, SyntaxError) as error:
+        beside, reinstall = "put the module beside the manifest, or install it", "reinstall or update its distribution"
+        cure = beside if ":" in uses else reinstall
         raise UsageError(f"the stage kind {uses!r} cannot be loaded from {location}: {error}", cure) from error
     if not isinstance(found, Stage):
         raise UsageError(f"{location} is a {type(found).__name__}, not a Stage", "name a Stage value of the module")

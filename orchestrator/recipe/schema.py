@@ -7,6 +7,10 @@ A reference `${…}` is accepted wherever a value may stand. What relates one fi
 
 from __future__ import annotations
 
+import ast
+import inspect
+import itertools
+import textwrap
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -15,14 +19,10 @@ from pydantic import BaseModel
 from bigpipe.orchestrator.contract import Stage
 from bigpipe.orchestrator.launch import executor
 
-from .docstrings import field_descriptions
-from .initial import initial_manifest
 from .manifest import NAME, ManifestSpec, NodeSettings, Structure
 from .registry import load_stage, named_stage, stage_kinds
 from .validation import models_in
 from .wiring import DEFAULT_PORT
-
-__all__ = ["initial_manifest", "manifest_schema"]
 
 Schema = dict[str, Any]
 
@@ -38,7 +38,6 @@ def manifest_schema(stages: Mapping[str, Stage[Any]] | None = None, *, more: Ite
     """Return the schema over `stages`, by default all registered kinds and `more`, each `module:STAGE`. JSON-ready."""
     if stages is None:
         stages = {name: load_stage(name) for name in stage_kinds()} | {name: named_stage(name) for name in more}
-    kinds = stages
     definitions: dict[str, Schema] = {
         "reference": {"type": "string", "pattern": r"\$\{.+\}", "description": "${params.x}, ${matrix.x} or ${env.X}"}
     }
@@ -52,7 +51,7 @@ def manifest_schema(stages: Mapping[str, Stage[Any]] | None = None, *, more: Ite
         "additionalProperties": {"$ref": "#/definitions/stage"},
         "description": "The stages, by name; each uses a kind and takes other stages as inputs.",
     }
-    definitions["stage"] = _stage_schema(kinds, definitions)
+    definitions["stage"] = _stage_schema(stages, definitions)
     return {
         "$schema": "http://json-schema.org/draft-07/schema#",
         "title": "bigpipe manifest",
@@ -210,3 +209,35 @@ def _dropped(key: str, value: Any) -> bool:
     if key == "propertyNames":  # names are always text in JSON; a number as a key is written as one in YAML
         return value.get("type") not in (None, "string")
     return key in ("title", "discriminator") or (key == "default" and (value is None or isinstance(value, dict | list)))
+
+
+def field_descriptions(model: type[BaseModel]) -> dict[str, str]:
+    """Return field as written in a manifest → its description, or the text under it in the class or one it extends.
+
+    Read from the source when asked: having pydantic read it at import would cost every start of the command.
+    """
+    found: dict[str, str] = {}
+    for cls in reversed(model.__mro__):
+        if cls is not BaseModel and issubclass(cls, BaseModel):
+            found |= _texts_under_fields(cls)
+    return {
+        info.alias or name: text
+        for name, info in model.model_fields.items()
+        if (text := info.description or found.get(name))
+    }
+
+
+def _texts_under_fields(cls: type) -> dict[str, str]:
+    """On one line each."""
+    try:
+        tree = ast.parse(textwrap.dedent(inspect.getsource(cls)))
+    except (OSError, TypeError, SyntaxError):  # a class made at run time has no source
+        return {}
+    body = tree.body[0].body if isinstance(tree.body[0], ast.ClassDef) else []
+    found = {}
+    for field, after in itertools.pairwise(body):
+        if isinstance(field, ast.AnnAssign) and isinstance(field.target, ast.Name) and isinstance(after, ast.Expr):
+            text = after.value.value if isinstance(after.value, ast.Constant) else None
+            if isinstance(text, str):
+                found[field.target.id] = " ".join(text.split())
+    return found

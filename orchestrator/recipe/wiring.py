@@ -10,7 +10,7 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from graphlib import CycleError, TopologicalSorter
-from itertools import pairwise
+from itertools import chain, pairwise
 from typing import TYPE_CHECKING, Any
 
 from bigpipe.orchestrator.contract import Json, Port, Stage
@@ -56,7 +56,8 @@ class Wired:
     name: str
     index: int
     kind: Stage[Any] | None
-    structure: Structure | None
+    structure: Structure
+    """What could be read of it."""
     settings: dict[str, Json]
     condition: str = ""
     """The text of `when`, its matrix references still standing."""
@@ -73,22 +74,8 @@ class Wired:
     def path(self) -> tuple[Key, ...]:
         return ("stages", self.name)
 
-    @property
-    def secrets(self) -> list[str]:
-        return self.structure.secrets if self.structure else []
-
     def sources(self) -> Iterator[StageReference]:
-        for sources in self.inputs.values():
-            yield from sources
-        yield from self.needs
-        yield from self.when
-
-
-def value_text(value: Json) -> str:
-    """Return how a value of an axis stands in a node's name."""
-    if isinstance(value, bool):
-        return "true" if value else "false"
-    return str(value)
+        yield from chain(*self.inputs.values(), self.needs, self.when)
 
 
 class Wiring:
@@ -99,38 +86,31 @@ class Wiring:
 
     def resolve(self) -> None:
         for stage in self.stages.values():
-            if stage.structure is None:
-                stage.broken = True
-                continue
-            stage.inputs = self._inputs(stage, stage.structure)
+            stage.inputs = self._inputs(stage)
             stage.needs = self._known(
                 StageReference(text, (*stage.path, "needs", index), "needs")
                 for index, text in enumerate(stage.structure.needs)
             )
             stage.when = self._known(self._in_condition(stage))
             self._check_ports(stage)
-        axis_order = {
-            axis: None for stage in self.stages.values() if stage.structure for axis in stage.structure.matrix
-        }
+        axis_order = dict.fromkeys(axis for stage in self.stages.values() for axis in stage.structure.matrix)
         for name in self._order():
             self._resolve_axes(self.stages[name], list(axis_order))
 
-    def _inputs(self, stage: Wired, structure: Structure) -> dict[str, tuple[StageReference, ...]]:
+    def _inputs(self, stage: Wired) -> dict[str, tuple[StageReference, ...]]:
+        """Port → sources; an empty list is a port left out."""
         base = (*stage.path, "inputs")
-        if isinstance(structure.inputs, str):
-            return {DEFAULT_PORT: self._known([StageReference(structure.inputs, base, "inputs")])}
+        if isinstance(stage.structure.inputs, str):
+            return {DEFAULT_PORT: self._known([StageReference(stage.structure.inputs, base, "inputs")])}
         result: dict[str, tuple[StageReference, ...]] = {}
-        for port, written in structure.inputs.items():
-            if not written:
-                continue  # an empty list is a port left out
-            label = f"inputs.{port}"
-            if isinstance(written, str):
-                result[port] = self._known([StageReference(written, (*base, port), label)])
-            else:
-                sources = [
-                    StageReference(text, (*base, port, index), label, gathers=True)
-                    for index, text in enumerate(written)
-                ]
+        for port, written in stage.structure.inputs.items():
+            path, label = (*base, port), f"inputs.{port}"
+            sources = (
+                [StageReference(written, path, label)]
+                if isinstance(written, str)
+                else [StageReference(text, (*path, index), label, gathers=True) for index, text in enumerate(written)]
+            )
+            if sources:
                 result[port] = self._known(sources)
         return result
 
@@ -152,7 +132,7 @@ class Wiring:
         return tuple(known)
 
     def _check_ports(self, stage: Wired) -> None:
-        if stage.kind is None or stage.structure is None:
+        if stage.kind is None:
             return
         ports = stage.kind.inputs
         for name, sources in stage.inputs.items():
@@ -161,18 +141,13 @@ class Wiring:
                 continue
             for source in sources:
                 self._check_type(stage, name, ports[name], source)
-        written = (
-            {DEFAULT_PORT}
-            if isinstance(stage.structure.inputs, str)
-            else {name for name, sources in stage.structure.inputs.items() if sources}
-        )
         path = (*stage.path, "inputs")
-        if stage.kind.needs_input and not written:
+        if stage.kind.needs_input and not stage.inputs:
             cause = f"{stage.kind.kind} needs one of its ports {listed(list(ports), 'or')}"
             cure = f"add `inputs: {{{next(iter(ports))}: STAGE}}`"
             self.problems.add(Fault.MISSING_PORT, path, cause, cure, key=True)
         for name, port in ports.items():
-            if not port.optional and name not in written and written <= ports.keys():
+            if not port.optional and name not in stage.inputs and stage.inputs.keys() <= ports.keys():
                 short = f"inputs: {{{name}: STAGE}}" if name != DEFAULT_PORT else "inputs: STAGE"
                 cause = f"{stage.kind.kind} needs a {port.type} on its port {name!r}"
                 cure = f"add `{short}`{self._candidates(stage, port)}"
@@ -184,11 +159,12 @@ class Wiring:
         return f"; {listed(fitting, 'or')} would fit" if 0 < len(fitting) <= 5 else ""
 
     def _unknown_port(self, stage: Wired, kind: Stage[Any], name: str) -> None:
-        short = stage.structure is not None and isinstance(stage.structure.inputs, str)
+        written = stage.structure.inputs
+        short = isinstance(written, str)
         path = (*stage.path, "inputs") if short else (*stage.path, "inputs", name)
         cure = did_you_mean(name, kind.inputs, otherwise="it has") if kind.inputs else "it takes no inputs: remove them"
         if short and kind.inputs:
-            cure = f"name the port: inputs: {{{next(iter(kind.inputs))}: {stage.inputs[name][0].text}}}"
+            cure = f"name the port: inputs: {{{next(iter(kind.inputs))}: {written}}}"
         self.problems.add(Fault.UNKNOWN_PORT, path, f"{kind.kind} has no port {name!r}", cure, key=not short)
 
     def _check_type(self, stage: Wired, name: str, port: Port, source: StageReference) -> None:
@@ -250,7 +226,7 @@ class Wiring:
 
     def _resolve_axes(self, stage: Wired, order: Sequence[str]) -> None:
         axes: Axes = {}
-        for source in (*(s for sources in stage.inputs.values() for s in sources), *stage.needs, *stage.when):
+        for source in stage.sources():
             producer = self.stages[source.stage]
             picks = self._picks(source, producer)
             if picks is None:
@@ -262,9 +238,8 @@ class Wiring:
             stage.broken = stage.broken or producer.broken
             inherited = {axis: values for axis, values in producer.axes.items() if axis not in picks}
             self._join(stage, axes, inherited, source.path)
-        if stage.structure is not None:
-            own = {axis: self._axis(stage, axis, values) for axis, values in stage.structure.matrix.items()}
-            self._join(stage, axes, own, (*stage.path, "matrix"))
+        own = {axis: self._axis(stage, axis, values) for axis, values in stage.structure.matrix.items()}
+        self._join(stage, axes, own, (*stage.path, "matrix"))
         stage.axes = {axis: axes[axis] for axis in order if axis in axes}
 
     def _join(self, stage: Wired, axes: Axes, more: Axes, path: tuple[Key, ...]) -> None:
@@ -288,7 +263,7 @@ class Wiring:
             self.problems.add(Fault.BAD_MATRIX, path, f"the axis {axis!r} has no values", "list at least one")
         result: dict[str, Json] = {}
         for index, value in enumerate(values):
-            text = value_text(value)
+            text = str(value).lower() if isinstance(value, bool) else str(value)
             if not text.isprintable() or not 0 < len(text) <= MAX_AXIS_TEXT:
                 cure = f"use a short name of at most {MAX_AXIS_TEXT} printable characters"
                 self.problems.add(Fault.BAD_MATRIX, (*path, index), "this value cannot be part of a node's name", cure)

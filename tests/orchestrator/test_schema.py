@@ -12,11 +12,10 @@ import pytest
 from pydantic import Field
 from support.kinds import KINDS, InferParams
 
-from bigpipe.orchestrator.recipe.docstrings import field_descriptions
 from bigpipe.orchestrator.recipe.graph import load_recipe
 from bigpipe.orchestrator.recipe.initial import initial_manifest
 from bigpipe.orchestrator.recipe.registry import BUILT_IN
-from bigpipe.orchestrator.recipe.schema import manifest_schema
+from bigpipe.orchestrator.recipe.schema import field_descriptions, manifest_schema
 from bigpipe.orchestrator.recipe.yamlsource import read_document, to_python
 from bigpipe.orchestrator.stage import Params, Size
 
