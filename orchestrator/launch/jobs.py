@@ -186,9 +186,9 @@ class Outcome(BaseModel):
 class LaunchFailure(BaseModel):
     """`launch.json`: why the launcher ended, written by itself."""
 
-    codes: dict[int, int]
+    codes: dict[int, int] = {}
     """Rank → return code (negative: a signal), of those that failed."""
-    text: str
+    text: str = ""
 
 
 def _describe(error: BaseException) -> str:

@@ -10,6 +10,7 @@ import selectors
 import threading
 import time
 from collections import deque
+from collections.abc import Mapping
 from pathlib import Path
 
 from bigpipe.files import LogFile
@@ -82,23 +83,18 @@ class OutputReader:
     """One thread that reads all pipes of the running workers. Lines go to the log at once and wait for the thread that
     reports to `take` them; only so many wait, so that a flood slows its writer down rather than filling memory."""
 
-    def __init__(self, log: Log, redactor: Redactor) -> None:
+    def __init__(self, log: Log, redactor: Redactor, pipes: Mapping[int, int | None]) -> None:
+        """Begin to read. pipes: descriptor, which is closed at its end → rank."""
         self._lines: queue.Queue[tuple[int | None, str]] = queue.Queue(maxsize=10_000)
         self._log = log
-        self._redactor = redactor
         self._selector = selectors.DefaultSelector()
-        self._splitters: dict[int, tuple[LineSplitter, int | None]] = {}
+        self._splitters = {descriptor: (LineSplitter(redactor), rank) for descriptor, rank in pipes.items()}
+        for descriptor in pipes:
+            os.set_blocking(descriptor, False)
+            self._selector.register(descriptor, selectors.EVENT_READ)
         self._logged: dict[int, tuple[float, str]] = {}
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._read, name="output", daemon=True)
-
-    def add(self, descriptor: int, rank: int | None = None) -> None:
-        """Read this descriptor and close it at its end. Before `start` only."""
-        os.set_blocking(descriptor, False)
-        self._splitters[descriptor] = (LineSplitter(self._redactor), rank)
-        self._selector.register(descriptor, selectors.EVENT_READ)
-
-    def start(self) -> None:
         self._thread.start()
 
     def take(self) -> list[tuple[int | None, str]]:

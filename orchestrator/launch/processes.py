@@ -71,14 +71,13 @@ def signed_in(folder: Path) -> Iterator[Worker]:
 
 
 def end(
-    workers: Sequence[Worker], *, grace: float = GRACE_SECONDS, reap: Callable[[], object] | None = None
+    workers: Sequence[Worker], *, grace: float = GRACE_SECONDS, reap: Callable[[], object] = lambda: None
 ) -> list[int]:
     """End these workers and all else in their sessions: SIGTERM, `grace` seconds, SIGKILL.
 
     Gives the processes that are there still after `GONE_SECONDS` (stuck in the kernel). `reap` is called while
     waiting, so that a child of ours does not stay as a zombie.
     """
-    reap = reap or (lambda: None)
     left = _signal(workers, signal.SIGTERM) if grace else _members(workers)
     left = _wait(workers, grace, reap) if left else left
     if not left:

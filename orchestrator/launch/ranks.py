@@ -182,7 +182,5 @@ class _RankWatch:
         return self._supervisor.crash("the launcher of the ranks", code, 0)
 
     def _launch_failure(self) -> LaunchFailure:
-        try:
-            return LaunchFailure.model_validate_json(self._job.folder.launch_failure.read_bytes())
-        except FileNotFoundError:
-            return LaunchFailure(codes={}, text="")
+        path = self._job.folder.launch_failure
+        return LaunchFailure.model_validate_json(path.read_bytes()) if path.exists() else LaunchFailure()

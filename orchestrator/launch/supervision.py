@@ -125,13 +125,10 @@ class Supervisor:
 
     @contextmanager
     def _reading(self, child: subprocess.Popen[bytes], pipes: Mapping[int, int]) -> Iterator[OutputReader]:
-        reader = OutputReader(self.log, self.redactor)
         assert child.stdout is not None  # noqa: S101 (always a pipe)
         with child.stdout:
-            reader.add(os.dup(child.stdout.fileno()))
-        for rank, descriptor in pipes.items():
-            reader.add(descriptor, rank)
-        reader.start()
+            own = os.dup(child.stdout.fileno())
+        reader = OutputReader(self.log, self.redactor, {own: None, **{pipes[rank]: rank for rank in pipes}})
         try:
             yield reader
         finally:

@@ -70,7 +70,8 @@ def warm_up(modules: list[str]) -> None:
 def run_stage(path: Path, mode: Mode, rank: int) -> int:
     """Call the stage's function for this mode and write what came of it; gives the exit status."""
     from .eventlog import EventWriter
-    from .jobs import AttemptFolder, JobFile
+    from .jobs import AttemptFolder, Failure, JobFile, Outcome
+    from .processes import own_peak
     from .redaction import Redactor
 
     file, folder = JobFile.read(path, os.environ), AttemptFolder(path.parent)
@@ -78,10 +79,14 @@ def run_stage(path: Path, mode: Mode, rank: int) -> int:
     if mode == "rank":
         _redirect_output(folder.output_pipe(rank))
     events = EventWriter(folder.events / f"{mode}-{rank}.jsonl", redactor)
-    result = _settle(lambda: _call_stage(file, folder, mode, rank, events))
+    try:
+        outcome = _call_stage(file, folder, mode, rank, events)
+    except BaseException as error:
+        traceback.print_exc()  # into the log
+        outcome = Outcome(failure=Failure.of(error))
     events.close()
-    result.write(folder.outcome(mode, rank), redactor)
-    return 1 if result.failure else 0
+    outcome.model_copy(update={"peak_rss": own_peak()}).write(folder.outcome(mode, rank), redactor)
+    return 1 if outcome.failure else 0
 
 
 def run_launcher(path: Path, machine_rank: list[str]) -> int:
@@ -101,19 +106,6 @@ def run_launcher(path: Path, machine_rank: list[str]) -> int:
         traceback.print_exc()
         return 1
     return 0
-
-
-def _settle(call: Callable[[], Outcome]) -> Outcome:
-    """The result of `call`, or its failure with the traceback printed, which goes to the log."""
-    from .jobs import Failure, Outcome
-    from .processes import own_peak
-
-    try:
-        result = call()
-    except BaseException as error:
-        traceback.print_exc()
-        result = Outcome(failure=Failure.of(error))
-    return result.model_copy(update={"peak_rss": own_peak()})
 
 
 def _call_stage(file: JobFile, folder: AttemptFolder, mode: Mode, rank: int, events: Reporter) -> Outcome:

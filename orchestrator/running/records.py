@@ -18,7 +18,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, Field, ValidationError
 
 from bigpipe.errors import UsageError
 from bigpipe.files import LogFile, write_file
@@ -52,9 +52,7 @@ def new_run_id(now: datetime | None = None) -> str:
 
 
 class NodeRun(BaseModel):
-    """One node in a run. Seconds, bytes."""
-
-    model_config = ConfigDict(extra="ignore")
+    """One node in a run. Seconds, bytes. What else it is given is ignored."""
 
     status: str = "pending"
     key: str | None = None
@@ -69,8 +67,6 @@ class NodeRun(BaseModel):
 
 class RunRecord(BaseModel):
     """A run as it is on disk, readable while it goes on."""
-
-    model_config = ConfigDict(extra="ignore")
 
     run: str
     manifest: str
@@ -184,10 +180,7 @@ def _read(folder: Path) -> RunRecord:
 
 def run_ids(runs: Path) -> list[str]:
     """The ids of all runs on record, oldest first."""
-    try:
-        return sorted(name for name in os.listdir(runs) if (runs / name / "run.json").exists())
-    except FileNotFoundError:
-        return []
+    return sorted(path.parent.name for path in runs.glob("*/run.json"))
 
 
 def list_runs(runs: Path) -> list[RunRecord]:

@@ -12,7 +12,6 @@ import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any
 
 from .errors import UsageError
@@ -22,8 +21,6 @@ from .orchestrator.contract import Event, Forecast, ForecastContext, Launch, Log
 from .orchestrator.launch import run_alone
 
 __all__ = ["StageRun", "forecast_stage", "run_stage"]
-
-_NOTHING: Mapping[str, Any] = MappingProxyType({})
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,13 +42,13 @@ class StageRun:
 
 def run_stage(
     stage: Stage[Any],
-    params: Mapping[str, Any] = _NOTHING,
+    params: Mapping[str, Any] = {},
     *,
-    inputs: Mapping[str, Path | Sequence[Path]] = _NOTHING,
+    inputs: Mapping[str, Path | Sequence[Path]] = {},
     folder: Path,
     base: Path | None = None,
     num_processes: int = 1,
-    environment: Mapping[str, str] = _NOTHING,
+    environment: Mapping[str, str] = {},
     timeout: float | None = None,
 ) -> StageRun:
     """Run one attempt of a stage as a recipe would: in the process, the child or the ranks that the kind asks for.
@@ -82,12 +79,12 @@ def run_stage(
 
 def forecast_stage(
     stage: Stage[Any],
-    params: Mapping[str, Any] = _NOTHING,
+    params: Mapping[str, Any] = {},
     *,
-    inputs: Mapping[str, Forecast] = _NOTHING,
+    inputs: Mapping[str, Forecast] = {},
     folder: Path,
     base: Path | None = None,
-    environment: Mapping[str, str] = _NOTHING,
+    environment: Mapping[str, str] = {},
 ) -> Forecast:
     """Return what a stage forecasts. inputs: port → the forecast of what is wired to it; the rest as for `run_stage`."""
     wired = {port: (forecast,) for port, forecast in _wired(stage, inputs)}

@@ -75,12 +75,9 @@ def test_the_stored_hub_token_is_found(tmp_path: Path) -> None:
 
 def test_pipes_are_read_to_their_end_and_a_flood_loses_nothing_in_the_log(tmp_path: Path) -> None:
     log = Log(tmp_path / "log.txt")
-    reader = OutputReader(log, NOTHING)
     ours, theirs = os.pipe()
-    reader.add(ours)
     other, rank = os.pipe()
-    reader.add(other, 1)
-    reader.start()
+    reader = OutputReader(log, NOTHING, {ours: None, other: 1})
     os.write(rank, b"from a rank")
     taken: list[tuple[int | None, str]] = []
     flood = b"".join(b"line %d\n" % number for number in range(30_000))
