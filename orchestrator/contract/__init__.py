@@ -35,4 +35,4 @@ from .stage import (
     Tree,
     late,
 )
-from .types import Forecast, Gpu, Json, Launch, Lineage, Machine, Misfit, Resources, Status, Trust
+from .types import Forecast, Gpu, Json, Launch, Lineage, Machine, Misfit, Status, Trust

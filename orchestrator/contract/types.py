@@ -40,17 +40,6 @@ class Lineage:
 
 
 @dataclass(frozen=True, slots=True)
-class Resources:
-    """What a node holds while it runs. None: derived from the forecast, else one CPU."""
-
-    cpus: int | None = None
-    ram: int | None = None
-    gpus: int | None = None
-    gpu_memory: int | None = None
-    disk: int | None = None
-
-
-@dataclass(frozen=True, slots=True)
 class Launch:
     """How the ranks of a node are started; the field names are accelerate's."""
 

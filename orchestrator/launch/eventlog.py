@@ -6,6 +6,7 @@ import json
 import threading
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 from bigpipe.files import LogFile
@@ -76,14 +77,6 @@ class EventTail:
             whole = data[: data.rfind(b"\n") + 1]
             self._offsets[path] = offset + len(whole)
             for line in whole.splitlines():
-                event = _parse(line)
-                if event is not None:
-                    yield event
-
-
-def _parse(line: bytes) -> Event | None:
-    # A stage's own Event class or a line torn by a killed worker is not worth failing a stage for.
-    try:
-        return event_from_json(json.loads(line))
-    except (ValueError, KeyError, TypeError):
-        return None
+                # A stage's own Event class or a line torn by a killed worker is not worth failing a stage for.
+                with suppress(ValueError, KeyError, TypeError):
+                    yield event_from_json(json.loads(line))

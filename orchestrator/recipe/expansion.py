@@ -133,7 +133,7 @@ class Expansion:
             when=when,
             gates=tuple(gate for gate in read if gate is not None),
             launch=settings.launch.launch(),
-            resources=settings.resources.resources(),
+            resources=settings.resources,
             retries=settings.retries,
             timeout=settings.timeout,
             on_fail=settings.on_fail,

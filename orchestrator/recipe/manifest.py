@@ -16,7 +16,7 @@ from pydantic import (
     model_validator,
 )
 
-from bigpipe.orchestrator.contract import Json, Launch, Resources, Size, Trust
+from bigpipe.orchestrator.contract import Json, Launch, Size, Trust
 
 from .problems import Fault, Problems, did_you_mean
 from .validation import Target, validate
@@ -132,9 +132,6 @@ class ResourcesSpec(Spec):
     gpus: Count | None = Field(default=None, ge=0)
     gpu_memory: Size | None = None
     disk: Size | None = None
-
-    def resources(self) -> Resources:
-        return Resources(**vars(self))
 
 
 class Structure(Spec):

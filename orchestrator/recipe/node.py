@@ -8,9 +8,10 @@ from functools import cached_property
 from typing import Any, Literal
 
 from bigpipe.errors import Place
-from bigpipe.orchestrator.contract import Json, Launch, Params, Resources, Stage
+from bigpipe.orchestrator.contract import Json, Launch, Params, Stage
 
 from .conditions import Condition
+from .manifest import ResourcesSpec
 from .yamlsource import Document, Item, Key
 
 
@@ -68,7 +69,7 @@ class Node:
     when: Condition | None = None
     gates: tuple[Condition, ...] = ()
     launch: Launch = field(default_factory=Launch)
-    resources: Resources = field(default_factory=Resources)
+    resources: ResourcesSpec = field(default_factory=ResourcesSpec)
     retries: int = 0
     timeout: float | None = None
     """Seconds."""

@@ -90,7 +90,7 @@ class RunRecorder:
     def __init__(self, folder: Path, run: str, recipe: Recipe) -> None:
         self._folder = folder
         self._events: LogFile | None = None
-        self._saved = 0.0
+        self._saved = float("-inf")
         self._worked = False
         self.record = RunRecord(
             run=run,
@@ -106,18 +106,19 @@ class RunRecorder:
         """Takes one event. Not safe for threads: whoever has several serialises them."""
         with explained(self._folder):
             self._log(event)
-            if isinstance(event, RunStarted):
-                self.record.nodes = {name: NodeRun() for name in event.nodes}
+            match event:
+                case RunStarted():
+                    self.record.nodes = {name: NodeRun() for name in event.nodes}
+                case NodeStarted():
+                    self._worked = True
+                    self.record.nodes[event.node] = NodeRun(status="running", reason=event.reason)
+                case NodeFinished():
+                    facts = json.loads(json.dumps(event.as_json(), default=str))
+                    self.record.nodes[event.node] = NodeRun(**{**facts, "seconds": round(event.seconds, 3)})
+                case _:
+                    return
+            if time.monotonic() - self._saved > SAVE_SECONDS:
                 self._save()
-            elif isinstance(event, NodeStarted):
-                self._worked = True
-                node = self.record.nodes.setdefault(event.node, NodeRun())
-                node.status, node.reason = "running", event.reason
-                self._save_now_and_then()
-            elif isinstance(event, NodeFinished):
-                facts = json.loads(json.dumps(event.as_json(), default=str))
-                self.record.nodes[event.node] = NodeRun(**{**facts, "seconds": round(event.seconds, 3)})
-                self._save_now_and_then()
 
     def finish(self, result: Mapping[str, Json], seconds: float) -> None:
         """Completes the record from the `bigpipe.run/1` object of the run."""
@@ -143,10 +144,6 @@ class RunRecorder:
         line = {"time": stamp, **event.as_json()}
         now = (not isinstance(event, Progress | LogLine) and self._worked) or isinstance(event, RunFinished)
         self._events.append(json.dumps(line, default=str).encode() + b"\n", later=not now)
-
-    def _save_now_and_then(self) -> None:
-        if time.monotonic() - self._saved > SAVE_SECONDS:
-            self._save()
 
     def _save(self, *, durable: bool = False) -> None:
         make_directory(self._folder, durable=durable)

@@ -12,8 +12,9 @@ from hypothesis import given, settings, strategies as st
 from support.kinds import KINDS, PlaceParams, QuantizeParams
 
 from bigpipe.errors import ManifestError, UsageError
-from bigpipe.orchestrator.contract.types import Launch, Resources, Trust
+from bigpipe.orchestrator.contract.types import Launch, Trust
 from bigpipe.orchestrator.recipe.graph import Recipe, load_recipe
+from bigpipe.orchestrator.recipe.manifest import ResourcesSpec
 
 
 def recipe(folder: Path, text: str, environment: dict[str, str] | None = None, **params: str) -> Recipe:
@@ -112,7 +113,7 @@ def test_a_node_has_all_that_a_plan_needs(tmp_path: Path) -> None:
     assert source.env == {"OMP_NUM_THREADS": "4", "COUNTRY": "NO"}
     assert source.secrets == ("HF_TOKEN", "TOKEN")
     assert (source.retries, source.timeout, source.on_fail, source.cache) == (2, 5400.0, "continue", False)
-    assert source.resources == Resources(ram=4 * 2**30, cpus=2, gpus=0)
+    assert source.resources == ResourcesSpec(ram=4 * 2**30, cpus=2, gpus=0)
     assert source.launch == Launch()
     assert loaded.nodes["infer"].launch == Launch(
         num_processes=4, mixed_precision="bf16", explicit=frozenset({"num_processes", "mixed_precision"})
