@@ -11,10 +11,11 @@ import math
 import os
 import re
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from types import UnionType
-from typing import Annotated, Any, Literal, Union, get_args, get_origin
+from typing import Annotated, Any, Literal, NamedTuple, Union, get_args, get_origin
 
 from pydantic import BaseModel
 from pydantic_core import to_jsonable_python
@@ -23,8 +24,6 @@ from bigpipe.errors import UsageError
 from bigpipe.modules import source_files, top_level
 from bigpipe.orchestrator.contract import ContentField, Json, Params
 from bigpipe.orchestrator.store import StatMemo, canonical, digest_of
-
-__all__ = ["StatMemo", "content_params"]
 
 NO_CONTENT = frozenset({".git", ".cache", "__pycache__"})
 """Directories of a tree that hold what tools noted down, not what the tree is."""
@@ -45,10 +44,10 @@ def content_params(params: Params, base: Path, memo: StatMemo) -> dict[str, Json
     return _Walk(base, memo).model(params, "")
 
 
+@dataclass(frozen=True, slots=True)
 class _Walk:
-    def __init__(self, base: Path, memo: StatMemo) -> None:
-        self.base = base
-        self.memo = memo
+    base: Path
+    memo: StatMemo
 
     def model(self, value: BaseModel, where: str) -> dict[str, Json]:
         prefix = f"{where}." if where else ""
@@ -129,14 +128,11 @@ class _Walk:
         return f"{value}@{digest}"
 
 
-class _Arm:
+class _Arm(NamedTuple):
     """One member of a union, with the content marker that holds for it."""
 
-    __slots__ = ("content", "type")
-
-    def __init__(self, annotation: Any, content: ContentField | None) -> None:
-        self.type = annotation
-        self.content = content
+    type: Any
+    content: ContentField | None
 
 
 def _arms(annotation: Any, metadata: tuple[Any, ...]) -> tuple[_Arm, ...]:

@@ -93,7 +93,7 @@ def changes_since(session: Session, node: Node, inputs: Inputs | None) -> tuple[
     if last is None:
         return ()
     known = inputs if inputs is not None else dict.fromkeys(last.inputs)
-    return tuple(differences(last.identity, session.identity(node), last.inputs, known))
+    return tuple(differences(last.identity, session.identity(node).as_json, last.inputs, known))
 
 
 def describe(session: Session, node: Node, changes: tuple[Change, ...]) -> str:

@@ -7,18 +7,20 @@ import platform
 import tempfile
 import time
 from collections.abc import Mapping
-from importlib.metadata import PackageNotFoundError, version
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from bigpipe.errors import BigpipeError
-from bigpipe.machine import DOCTOR_FORMAT, detect, machine_as_json
+from bigpipe.files import existing
+from bigpipe.machine import DOCTOR_FORMAT, detect
 from bigpipe.modules import import_attribute
 from bigpipe.orchestrator.contract import Json, Launch, Machine, Stage, Surroundings
 from bigpipe.orchestrator.launch import run_alone
 from bigpipe.orchestrator.recipe import PROBES
 from bigpipe.orchestrator.store import default_root
 from bigpipe.sizes import format_size, format_transfer
+from bigpipe.versions import package_version
 
 PACKAGES = (
     "bigpipe-ml", "torch", "transformers", "accelerate", "bitsandbytes", "huggingface_hub", "safetensors", "pydantic",
@@ -30,14 +32,14 @@ PROBED_RANKS = 2
 def examine(store: Path | None = None, *, environment: Mapping[str, str] | None = None) -> dict[str, Json]:
     """`bigpipe.doctor/1`; `plan --machine` reads it back. Takes some ten seconds: it really starts what it checks."""
     root = store or default_root()
-    machine = detect(root)
+    machine, writable = detect(root), os.access(existing(root), os.W_OK | os.X_OK)
     return {
         "schema": DOCTOR_FORMAT,
-        "machine": machine_as_json(machine),
+        "machine": asdict(machine),
         "platform": platform.platform(),
-        "versions": {"python": platform.python_version(), **{name: _version(name) for name in PACKAGES}},
+        "versions": {"python": platform.python_version(), **{name: package_version(name) for name in PACKAGES}},
         "hub": _hub(),
-        "store": {"path": str(root), "free": machine.disk_free, "writable": _writable(root)},
+        "store": {"path": str(root), "free": machine.disk_free, "writable": writable},
         "checks": {name: _probe(name, machine, environment) for name in PROBES},
     }
 
@@ -89,15 +91,3 @@ def _hub() -> dict[str, Json]:
         "offline": bool(constants.HF_HUB_OFFLINE),
         "token": get_token() is not None,
     }
-
-
-def _version(package: str) -> str | None:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return None
-
-
-def _writable(root: Path) -> bool:
-    existing = next(folder for folder in (root.absolute(), *root.absolute().parents) if folder.exists())
-    return os.access(existing, os.W_OK | os.X_OK)

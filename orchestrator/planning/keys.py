@@ -111,26 +111,24 @@ def _pin(params: dict[str, Json], path: str, value: str) -> None:
 
 def differences(
     old: Mapping[str, Json],
-    new: Identity | Mapping[str, Json],
+    new: Mapping[str, Json],
     old_inputs: Mapping[str, Sequence[str]],
     new_inputs: Mapping[str, Sequence[str] | None],
 ) -> list[Change]:
     """Return what made the key change, for a reader: kind, version, code, params, inputs, env, packages, facts.
 
-    `old` is `Identity.as_json` as recorded. A port of `new_inputs` that is None is not known yet, and not compared.
+    `old` and `new` are as `Identity.as_json` has them. A port of `new_inputs` that is None is not known yet, and not
+    compared.
     """
-    now = new.as_json if isinstance(new, Identity) else new
-    changes = [
-        change
-        for name in ("kind", "version", "code", "params")
-        for change in changed(name, old.get(name), now.get(name))
-    ]
+    changes: list[Change] = []
+    for name in ("kind", "version", "code", "params"):
+        changes += changed(name, old.get(name), new.get(name))
     for port in sorted(old_inputs.keys() | new_inputs.keys()):
         before, after = old_inputs.get(port, ()), new_inputs.get(port, ())
         if after is not None:
             changes += _changed_input(f"inputs.{port}", list(before), list(after))
     for name in ("env", "packages", "facts"):
-        changes += changed(name, old.get(name, {}), now.get(name, {}))
+        changes += changed(name, old.get(name, {}), new.get(name, {}))
     return changes
 
 

@@ -7,30 +7,26 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any
 
 from bigpipe.errors import BigpipeError, Offline, UsageError
 from bigpipe.orchestrator.contract import (
     CheckContext,
     Forecast,
-    Launch,
     LogLine,
     Machine,
     Pinned,
     Reporter,
     Surroundings,
 )
-from bigpipe.orchestrator.launch import visible_secrets
+from bigpipe.orchestrator.launch import effective_launch, visible_secrets
 from bigpipe.orchestrator.recipe import Node, Recipe, load_recipe
-from bigpipe.orchestrator.store import KeyRecord, Store, default_root
+from bigpipe.orchestrator.store import KeyRecord, StatMemo, Store, default_root
 from bigpipe.sizes import format_transfer
 
-from .content import StatMemo
 from .keys import Identity, identity
 
 NOTHING_PINNED = Pinned({}, "")
-_NO_INPUTS: Mapping[str, tuple[Forecast, ...]] = MappingProxyType({})
 
 
 @dataclass(kw_only=True)
@@ -112,13 +108,13 @@ class Session:
                 memo=self.store.memo,
                 trust=self.recipe.trust,
                 offline=self.offline,
-                launch=_effective(node.launch, self.base),
+                launch=effective_launch(node.launch, self.base),
                 environment={**node.env, **self.secrets(node)},
             )
         return self._surroundings[node.name]
 
-    def check_context(self, node: Node, inputs: Mapping[str, tuple[Forecast, ...]] = _NO_INPUTS) -> CheckContext:
-        return CheckContext(surroundings=self.surroundings(node), inputs=inputs)
+    def check_context(self, node: Node, inputs: Mapping[str, tuple[Forecast, ...]] | None = None) -> CheckContext:
+        return CheckContext(surroundings=self.surroundings(node), inputs=inputs or {})
 
     def pinned(self, node: Node) -> Pinned:
         """Return floating params made exact: asked of the source once, else the lock's, else the last recorded.
@@ -178,14 +174,6 @@ class Session:
                 error.place = error.place or node.places.get("with") or node.places.get("")
                 raise
         return self._identities[node.name]
-
-
-def _effective(launch: Launch, base: Path) -> Launch:
-    if launch.config_file is None:
-        return launch
-    from bigpipe.orchestrator.launch import effective_launch
-
-    return effective_launch(launch, base)
 
 
 def open_session(

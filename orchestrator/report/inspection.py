@@ -10,7 +10,7 @@ from pathlib import Path
 from bigpipe.errors import BigpipeError, StageFailed
 from bigpipe.orchestrator.contract import Json
 from bigpipe.orchestrator.lock import locked_digests
-from bigpipe.orchestrator.planning import Change, Identity, differences
+from bigpipe.orchestrator.planning import Change, differences
 from bigpipe.orchestrator.running import RunDiff, RunRecord, records
 from bigpipe.orchestrator.store import Store, default_root
 from bigpipe.sizes import counted, format_size, format_transfer
@@ -112,8 +112,7 @@ def _causes(store: Store, one: RunRecord, two: RunRecord) -> Mapping[str, list[C
         keys = one.nodes[name].key, two.nodes[name].key
         before, after = (store.find(key) if key else None for key in keys)
         if keys[0] != keys[1] and before and after:
-            now = Identity(**after.identity)
-            causes[name] = differences(before.identity, now, before.inputs, after.inputs)
+            causes[name] = differences(before.identity, after.identity, before.inputs, after.inputs)
     return causes
 
 

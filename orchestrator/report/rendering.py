@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -103,12 +104,10 @@ def _explanations(plan: Plan) -> list[str]:
 
 def plan_json(plan: Plan) -> dict[str, Json]:
     """Return `bigpipe.plan/1`."""
-    from bigpipe.machine import machine_as_json
-
     return {
         "schema": "bigpipe.plan/1",
         "manifest": str(plan.session.recipe.path),
-        "machine": machine_as_json(plan.session.machine),
+        "machine": asdict(plan.session.machine),
         "fits": not plan.misfits,
         "download_bytes": plan.download_bytes,
         "write_bytes": plan.write_bytes,

@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from bigpipe.errors import BigpipeError
-from bigpipe.files import move
+from bigpipe.files import existing, move
 
 from .artifacts import (
     Artifact,
@@ -118,7 +118,7 @@ class Store:
 
     def on_disk_of(self, place: Path) -> bool:
         """Return whether the bytes there and the store's lie on one file system. Neither need exist yet."""
-        return _device(place) == _device(self.root)
+        return existing(place).stat().st_dev == existing(self.root).stat().st_dev
 
     @property
     def keeps_others_out(self) -> bool:
@@ -345,8 +345,3 @@ class Store:
 
     def __exit__(self, *_: object) -> None:
         self.close()
-
-
-def _device(place: Path) -> int:
-    existing = next(folder for folder in (place, *place.absolute().parents) if folder.exists())
-    return existing.stat().st_dev

@@ -80,6 +80,11 @@ def explained(path: Path, needed: int = 0, *, owner: str = "", free: str = "", o
         raise explain(error, path, needed, owner=owner, free=free, other=other) from error
 
 
+def existing(path: Path) -> Path:
+    """Return the path, made absolute, or the nearest directory above it that is there."""
+    return next(place for place in (path.absolute(), *path.absolute().parents) if place.exists())
+
+
 def free_space(path: Path) -> int:
     """Return the bytes that are free on the disk where `path` is, or would be made."""
     for place in (path, *path.absolute().parents):

@@ -6,16 +6,17 @@ import contextlib
 import json
 import math
 import os
-import shutil
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from .errors import UsageError
+from .files import free_space
 
 DOCTOR_FORMAT = "bigpipe.doctor/1"
+MAKE_ONE = "make one there with `bigpipe doctor --json > FILE`"
 CGROUPS = Path("/sys/fs/cgroup")
 
 
@@ -58,33 +59,22 @@ def detect(store_root: Path) -> Machine:
         cpus=_cpus(),
         memory=total,
         memory_available=available,
-        disk_free=shutil.disk_usage(_existing(store_root)).free,
+        disk_free=free_space(store_root),
         gpus=_gpus(os.environ),
     )
 
 
-def machine_as_json(machine: Machine) -> dict[str, Any]:
-    from pydantic import TypeAdapter
-
-    return dict(TypeAdapter(Machine).dump_python(machine, mode="json"))
-
-
 def machine_from_json(data: Mapping[str, Any]) -> Machine:
-    """The inverse of `machine_as_json`; a whole `doctor --json` document is understood too. Raises UsageError."""
+    """The inverse of `dataclasses.asdict`; a whole `doctor --json` document is understood too. Raises UsageError."""
     from pydantic import TypeAdapter, ValidationError
 
-    described = data
-    if "schema" in data:
-        if data["schema"] != DOCTOR_FORMAT:
-            raise UsageError(f"{data['schema']!r} does not describe a machine", "`bigpipe doctor --json` does")
-        described = data.get("machine", {})
+    if data.get("schema", DOCTOR_FORMAT) != DOCTOR_FORMAT:
+        raise UsageError(f"{data['schema']!r} does not describe a machine", "`bigpipe doctor --json` does")
     try:
-        return TypeAdapter(Machine).validate_python(described)
+        return TypeAdapter(Machine).validate_python(data.get("machine", {}) if "schema" in data else data)
     except ValidationError as error:
         wrong = "; ".join(f"{'.'.join(map(str, item['loc']))}: {item['msg']}" for item in error.errors())
-        raise UsageError(
-            f"not a description of a machine: {wrong}", "make one there with `bigpipe doctor --json`"
-        ) from error
+        raise UsageError(f"not a description of a machine: {wrong}", MAKE_ONE) from error
 
 
 def read_machine(path: Path) -> Machine:
@@ -92,9 +82,9 @@ def read_machine(path: Path) -> Machine:
     try:
         data = json.loads(path.read_bytes())
     except (OSError, ValueError) as error:
-        raise UsageError(f"{path}: {error}", "make one there with `bigpipe doctor --json > FILE`") from error
+        raise UsageError(f"{path}: {error}", MAKE_ONE) from error
     if not isinstance(data, dict):
-        raise UsageError(f"{path} describes no machine", "make one there with `bigpipe doctor --json > FILE`")
+        raise UsageError(f"{path} describes no machine", MAKE_ONE)
     return machine_from_json(data)
 
 
@@ -143,7 +133,7 @@ def visible_gpus(gpus: Sequence[tuple[Gpu, str]], visible: str | None) -> tuple[
         found = next((gpu for gpu, uuid in gpus if entry and (entry == str(gpu.index) or uuid.startswith(entry))), None)
         if found is None:
             break
-        chosen.append(Gpu(len(chosen), found.name, found.memory, found.free))
+        chosen.append(replace(found, index=len(chosen)))
     return tuple(chosen)
 
 
@@ -169,12 +159,9 @@ def _gpus(environment: Mapping[str, str]) -> tuple[Gpu, ...]:
 def _gpu(nvml: Any, index: int) -> tuple[Gpu, str]:
     handle = nvml.nvmlDeviceGetHandleByIndex(index)
     memory = nvml.nvmlDeviceGetMemoryInfo(handle)
-    name, uuid = (_text(value) for value in (nvml.nvmlDeviceGetName(handle), nvml.nvmlDeviceGetUUID(handle)))
+    texts = nvml.nvmlDeviceGetName(handle), nvml.nvmlDeviceGetUUID(handle)
+    name, uuid = (value.decode() if isinstance(value, bytes) else value for value in texts)  # bytes: older drivers
     return Gpu(index, name, int(memory.total), int(memory.free)), uuid
-
-
-def _text(value: str | bytes) -> str:
-    return value.decode() if isinstance(value, bytes) else value
 
 
 def _cpus() -> int:
@@ -194,11 +181,6 @@ def _cgroup_folders() -> list[Path]:
             # In a container the path may be the host's; the container's own limits then lie at the top.
             folders += [place for place in (folder, *folder.parents) if place.is_relative_to(top)]
     return list(dict.fromkeys(folders))
-
-
-def _existing(path: Path) -> Path:
-    path = path.absolute()
-    return next(folder for folder in (path, *path.parents) if folder.exists())
 
 
 def _number(path: Path) -> int | None:

@@ -49,20 +49,17 @@ def size_of(name: str, value: int | str) -> int:
 
 def format_size(size: float) -> str:
     """`12.2 GiB`: binary units, one decimal, as memory is sold and reported."""
-    for unit in ("B", "KiB", "MiB", "GiB", "TiB"):
-        if abs(size) < 1024 or unit == "TiB":
-            break
-        size /= 1024
-    return f"{size:.0f} B" if unit == "B" else f"{size:.1f} {unit}"
+    return _format(size, 1024, ("B", "KiB", "MiB", "GiB", "TiB"))
 
 
 def format_transfer(size: float) -> str:
     """`25.7 GB`: decimal units, one decimal, as disks and networks count."""
-    for unit in ("B", "kB", "MB", "GB", "TB"):
-        if abs(size) < 1000 or unit == "TB":
-            break
-        size /= 1000
-    return f"{size:.0f} B" if unit == "B" else f"{size:.1f} {unit}"
+    return _format(size, 1000, ("B", "kB", "MB", "GB", "TB"))
+
+
+def _format(size: float, base: int, units: tuple[str, ...]) -> str:
+    power = next((index for index in range(len(units)) if abs(size) < base ** (index + 1)), len(units) - 1)
+    return f"{size / base**power:.{min(power, 1)}f} {units[power]}"
 
 
 def exact_size(size: int) -> str:

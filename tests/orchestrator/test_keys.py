@@ -128,7 +128,7 @@ def test_an_edited_file_changes_the_key_and_its_name_does_not(of, tmp_path):
 class TestDifferences:
     def changes(self, old, new, before=None, after=None):
         before = {"model": [A]} if before is None else before
-        return differences(old.as_json, new, before, before if after is None else after)
+        return differences(old.as_json, new.as_json, before, before if after is None else after)
 
     def test_nothing_differs(self, of):
         assert self.changes(of(), of()) == []

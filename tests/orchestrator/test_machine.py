@@ -3,6 +3,7 @@ from __future__ import annotations
 import json
 import math
 import os
+from dataclasses import asdict
 from pathlib import Path
 
 import psutil
@@ -26,7 +27,7 @@ def test_this_machine_is_described(tmp_path: Path) -> None:
 
 def test_a_description_survives_json() -> None:
     there = Machine("a100", 96, 1024 * GIB, 900 * GIB, 10**13, (Gpu(0, "A100", 80 * GIB, 79 * GIB),))
-    text = json.dumps(machine.machine_as_json(there))
+    text = json.dumps(asdict(there))
     assert machine.machine_from_json(json.loads(text)) == there
     document = {"schema": "bigpipe.doctor/1", "machine": json.loads(text), "versions": {}}
     assert machine.machine_from_json(document) == there

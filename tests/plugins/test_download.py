@@ -19,8 +19,9 @@ from support.hub import LoopbackHub
 
 from bigpipe.bigmodel.checkpoint import open_checkpoint
 from bigpipe.errors import DoesNotFit, GatedRepository, InvalidCheckpoint, Offline, Transient, UsageError
-from bigpipe.orchestrator.planning.content import StatMemo, content_params
+from bigpipe.orchestrator.planning.content import content_params
 from bigpipe.orchestrator.stage import StageResult, Trust
+from bigpipe.orchestrator.store import StatMemo
 from bigpipe.plugins.download import STAGE, DownloadMetrics, DownloadParams
 
 TENSORS = {"a.weight": np.arange(60_000, dtype=np.float16).reshape(300, 200), "b.weight": np.ones(50, np.float32)}
