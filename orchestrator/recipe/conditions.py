@@ -57,6 +57,14 @@ _TOKEN = re.compile(
     )""",
     re.VERBOSE,
 )
+_HINTS = (
+    (r"=", "write == to compare"),
+    (r"and\b|or\b|not\b|&|\||!", "write one comparison per condition; a list of gates holds when all of them do"),
+    (r"%", "write the fraction: 0.05 for 5 %"),
+    (r"\$", "write ${stages.NODE.metrics.PATH}"),
+    (r"[<>]", "write one comparison per condition"),
+)
+"""What a text that does not belong begins with → what to write."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -321,14 +329,5 @@ class _Parser:
 
 
 def _hint(text: str) -> str:
-    if text.startswith("="):
-        return "write == to compare"
-    if re.match(r"and\b|or\b|not\b|&|\||!", text):
-        return "write one comparison per condition; a list of gates holds when all of them do"
-    if text.startswith("%"):
-        return "write the fraction: 0.05 for 5 %"
-    if text.startswith("$"):
-        return "write ${stages.NODE.metrics.PATH}"
-    if text.startswith(("<", ">")):
-        return "write one comparison per condition"
-    return "a condition is `METRIC <= 20GiB`: metrics, numbers with units, + - * / and parentheses"
+    usual = "a condition is `METRIC <= 20GiB`: metrics, numbers with units, + - * / and parentheses"
+    return next((hint for pattern, hint in _HINTS if re.match(pattern, text)), usual)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import re
 
+from .interpolation import escape
+
 _TEMPLATE = """\
 # yaml-language-server: $schema=@schema@
 version: 1
@@ -55,4 +57,4 @@ def _text(value: str) -> str:
     plain = value.replace("/", "").replace("-", "").replace("_", "").replace(".", "")
     if plain.isascii() and plain.isalnum() and value[0].isalpha() and value.lower() not in ("null", "true", "false"):
         return value
-    return json.dumps(value.replace("${", "$${"), ensure_ascii=False)
+    return json.dumps(escape(value), ensure_ascii=False)

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Any
@@ -45,6 +46,16 @@ class Scope:
     secrets: frozenset[str] = WELL_KNOWN_SECRETS
     stages: bool = False
     """`${stages…}` is left in the text, for a condition to read."""
+
+
+_ARGUMENTS: tuple[tuple[type, Any, str], ...] = (
+    (bool, bool, "true or false"),  # before int: it is one
+    (int, int, "a whole number"),
+    (float, float | int, "a number"),
+    (list, list, "a list such as [a, b]"),
+    (dict, dict, "a map such as {a: 1}"),
+)
+"""Type of a parameter's default, what an argument for it may be, and how that is called."""
 
 
 class _Unresolved(Exception):
@@ -190,21 +201,13 @@ def read_argument(text: str, default: Json) -> Json:
     """
     if isinstance(default, str):
         return text
-    if isinstance(default, bool):
-        return _expect(text, bool, "true or false")
-    if isinstance(default, int):
-        return _expect(text, int, "a whole number")
-    if isinstance(default, float):
-        return float(_expect(text, float | int, "a number"))
-    if isinstance(default, list):
-        return _expect(text, list, "a list such as [a, b]")
-    if isinstance(default, dict):
-        return _expect(text, dict, "a map such as {a: 1}")
+    for kind, expected, phrase in _ARGUMENTS:
+        if isinstance(default, kind):
+            value = _expect(text, expected, phrase)
+            return float(value) if kind is float else value
     if text.lstrip().startswith(("[", "{")):
-        try:
+        with suppress(ManifestError):
             return read_value(text)
-        except ManifestError:
-            return text
     return text
 
 

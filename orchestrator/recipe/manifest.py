@@ -191,8 +191,7 @@ def read_manifest(document: Document, problems: Problems) -> ManifestSpec | None
     """Return the top level; names under it are checked, stages not read yet. None after errors that hide the rest."""
     whole: dict[str, Json] = to_python(document.root)
     fields = {key: value for key, value in whole.items() if not str(key).startswith("x-")}
-    if not _version(fields, problems):
-        fields["version"] = VERSION
+    _check_version(fields, problems)
     manifest = validate(ManifestSpec, fields, Target(document, (), "the manifest"), problems, salvage=True)
     if manifest is None:
         return None
@@ -212,19 +211,16 @@ def named(fields: Mapping[Key, Json]) -> dict[str, Json]:
     return {name: value for name, value in fields.items() if isinstance(name, str)}
 
 
-def _version(fields: Mapping[str, Json], problems: Problems) -> bool:
-    found = fields.get("version", VERSION)
-    if found == VERSION and not isinstance(found, bool | float):
-        return "version" in fields or not _missing_version(problems)
-    newer = isinstance(found, int) and not isinstance(found, bool) and found > VERSION
-    cure = "update bigpipe" if newer else f"write `version: {VERSION}`"
-    problems.add(Fault.WRONG_VERSION, ("version",), f"this bigpipe reads manifests of version {VERSION}", cure)
-    return False
-
-
-def _missing_version(problems: Problems) -> bool:
-    problems.add(Fault.MISSING_FIELD, (), "the manifest needs 'version'", f"add `version: {VERSION}`", key=True)
-    return True
+def _check_version(fields: dict[str, Json], problems: Problems) -> None:
+    """Report a version that is not this one, and read the rest as if it were."""
+    found = fields.get("version")
+    if "version" not in fields:
+        problems.add(Fault.MISSING_FIELD, (), "the manifest needs 'version'", f"add `version: {VERSION}`", key=True)
+    elif found != VERSION or isinstance(found, bool | float):
+        newer = isinstance(found, int) and not isinstance(found, bool) and found > VERSION
+        cure = "update bigpipe" if newer else f"write `version: {VERSION}`"
+        problems.add(Fault.WRONG_VERSION, ("version",), f"this bigpipe reads manifests of version {VERSION}", cure)
+    fields["version"] = VERSION
 
 
 def check_name(name: Key, path: tuple[Key, ...], what: str, problems: Problems, *, key: bool = True) -> None:

@@ -127,34 +127,26 @@ def _finding(details: Any, target: Target) -> _Finding:
 
 def _merged(findings: Iterable[_Finding]) -> list[_Finding]:
     """The branches of a union joined: those that got deepest into the value are the ones that were meant."""
-    result: list[_Finding] = []
-    unions: dict[tuple[Key, ...], list[_Finding]] = {}
+    unions: dict[tuple[Key, ...] | None, list[_Finding]] = {}
     for finding in findings:
-        if finding.union is None:
-            result.append(finding)
-        else:
-            unions.setdefault(finding.union, []).append(finding)
+        unions.setdefault(finding.union, []).append(finding)
+    result = unions.pop(None, [])
     for branches in unions.values():
         deepest = max(len(branch.path) for branch in branches)
-        meant: dict[tuple[Key, ...], _Finding] = {}
+        meant: dict[tuple[Key, ...], list[_Finding]] = {}
         for branch in branches:
             if len(branch.path) == deepest:
-                _join(meant, branch)
-        result.extend(meant.values())
+                meant.setdefault(branch.path, []).append(branch)
+        result.extend(_joined(found) for found in meant.values())
     return result
 
 
-def _join(meant: dict[tuple[Key, ...], _Finding], branch: _Finding) -> None:
-    phrase = _expected(branch)
-    known = meant.get(branch.path)
-    if known is None:
-        meant[branch.path] = branch
-        branch.expected = [phrase] if phrase else []
-    elif not phrase:  # an error that says more than a type: a text that is no size
-        branch.expected = known.expected
-        meant[branch.path] = branch
-    elif phrase not in known.expected:
-        known.expected.append(phrase)
+def _joined(branches: list[_Finding]) -> _Finding:
+    """One for all that is wrong with a value; one that says more than a type (a text that is no size) wins."""
+    more = [branch for branch in branches if not _expected(branch)]
+    meant = more[-1] if more else branches[0]
+    meant.expected = list(dict.fromkeys(filter(None, map(_expected, branches))))
+    return meant
 
 
 def _expected(finding: _Finding) -> str:

@@ -45,6 +45,12 @@ _CONSTANTS: dict[str, bool | None] = {
     "": None, "~": None, "null": None, "Null": None, "NULL": None,
     "true": True, "True": True, "TRUE": True, "false": False, "False": False, "FALSE": False,
 }  # fmt: skip
+_SYNTAX_CURES = (
+    ("mapping values are not allowed", "put a text with ': ' in it into quotes, and check the indentation"),
+    ("expected ',' or", "close the bracket, or put a comma between the values"),
+    ("cannot start any token", "put the text in quotes"),
+    ("could not find expected ':'", "write `key: value`"),
+)
 
 Scalar: TypeAlias = "str | int | float | bool | None"
 Key: TypeAlias = "str | int"
@@ -382,12 +388,5 @@ def _syntax_cure(cause: str, line: str, column: int) -> str:
         return "indent with spaces, not tabs"
     if "${" in line and "expected ',' or" in cause:
         return 'inside { } and [ ] write ${…} in quotes: "${…}"'
-    if "mapping values are not allowed" in cause:
-        return "put a text with ': ' in it into quotes, and check the indentation"
-    if "expected ',' or" in cause:
-        return "close the bracket, or put a comma between the values"
-    if "cannot start any token" in cause:
-        return "put the text in quotes"
-    if "could not find expected ':'" in cause:
-        return "write `key: value`"
-    return "check the indentation and brackets here and on the line above"
+    usual = "check the indentation and brackets here and on the line above"
+    return next((cure for phrase, cure in _SYNTAX_CURES if phrase in cause), usual)
