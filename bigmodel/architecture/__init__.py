@@ -16,6 +16,6 @@ if TYPE_CHECKING:
     from .outlining import BUFFERS, outline
     from .renaming import ask_names
     from .snapshot import known_architecture, missing_snapshot
-    from .structure import Architecture, CachedTensor, ModuleSpec, TensorSpec
+    from .structure import Architecture, CachedTensor, ModuleSpec, TensorSpec, kept_in_float32
 
 __getattr__, __all__ = face(__name__)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import astuple, dataclass, field
 from functools import cached_property
 from typing import Any
@@ -114,22 +114,15 @@ class Architecture:
         """The dtype a tensor has once the model is loaded as `dtype` by `from_pretrained`."""
         if tensor.fixed or not tensor.floating:
             return tensor.dtype
-        if tensor.persistent and any(pattern.search(tensor.name) for pattern in self._kept_patterns(dtype)):
-            return "float32"
-        return dtype
-
-    def _kept_patterns(self, dtype: str) -> tuple[re.Pattern[str], ...]:
-        patterns = {"float16": self._kept[0] + self._kept[1], "bfloat16": self._kept[1]}
-        return patterns.get(dtype, ())
+        kept = self._kept.get(dtype) if tensor.persistent else None
+        return "float32" if kept is not None and kept.search(tensor.name) else dtype
 
     @cached_property
-    def _kept(self) -> tuple[tuple[re.Pattern[str], ...], tuple[re.Pattern[str], ...]]:
-        # transformers turns each entry into a regular expression in which * stands for anything, and searches for it
-        compiled = [
-            tuple(re.compile(entry.replace("*", ".*")) for entry in entries)
-            for entries in (self.keep_in_fp32, self.keep_in_fp32_strict)
-        ]
-        return compiled[0], compiled[1]
+    def _kept(self) -> Mapping[str, re.Pattern[str] | None]:
+        return {
+            dtype: kept_in_float32(self.keep_in_fp32, self.keep_in_fp32_strict, dtype)
+            for dtype in ("float16", "bfloat16")
+        }
 
     def as_json(self) -> dict[str, Any]:
         return {
@@ -179,3 +172,13 @@ def _module_as_json(module: ModuleSpec) -> dict[str, Any]:
 def _module_from_json(data: Mapping[str, Any]) -> ModuleSpec:
     tensors = tuple(TensorSpec(name, tuple(shape), *rest) for name, shape, *rest in data["tensors"])
     return ModuleSpec(data["name"], data["class"], tuple(data["children"]), tensors, data["linear"])
+
+
+def kept_in_float32(entries: Iterable[str], strict: Iterable[str], dtype: str) -> re.Pattern[str] | None:
+    """Return which tensors transformers loads as float32 although `dtype` is asked for.
+
+    entries, strict: a class's `_keep_in_fp32_modules` and `_keep_in_fp32_modules_strict`. transformers turns each into
+    a regular expression in which * stands for anything, and searches for it.
+    """
+    asked = {"float16": [*entries, *strict], "bfloat16": [*strict]}.get(dtype)
+    return re.compile("|".join(entry.replace("*", ".*") for entry in asked)) if asked else None

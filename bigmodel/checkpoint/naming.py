@@ -29,10 +29,6 @@ class Recipe:
     fuse: Callable[[Window, torch.dtype], torch.Tensor] | None = None
     """None: the one source is the tensor, whatever its dtype."""
 
-    @property
-    def nbytes(self) -> int:
-        return sum(source.nbytes for source in self.sources)
-
     def read(self, window: Window, dtype: torch.dtype) -> torch.Tensor:
         """The tensor on the CPU: fused ones in `dtype` and new memory, others as stored and without a copy."""
         return self.fuse(window, dtype) if self.fuse else window(self.sources[0])
@@ -44,8 +40,6 @@ class Matches(Generic[T]):
     """Parameter or buffer name → recipe."""
     packed: dict[str, T] = field(default_factory=dict)
     """Module name → its packed weight."""
-    unexpected: list[str] = field(default_factory=list)
-    """Stored names that the model has no use for."""
 
 
 def match(model: torch.nn.Module, tensors: Mapping[str, TensorInfo], packed: Mapping[str, T]) -> Matches[T]:
@@ -61,22 +55,13 @@ def match(model: torch.nn.Module, tensors: Mapping[str, TensorInfo], packed: Map
 
 def _same_names(model: torch.nn.Module, tensors: Mapping[str, TensorInfo], packed: Mapping[str, T]) -> Matches[T]:
     known = set(model.state_dict())
-    return Matches(
-        plain={name: Recipe((tensor,)) for name, tensor in tensors.items() if name in known},
-        packed=dict(packed),
-        unexpected=[name for name in tensors if name not in known],
-    )
+    return Matches({name: Recipe((tensor,)) for name, tensor in tensors.items() if name in known}, dict(packed))
 
 
 def _transformers_names(model: Any, tensors: Mapping[str, TensorInfo], packed: Mapping[str, T]) -> Matches[T]:
     """The order and the rules of transformers' own loader, without its tensors."""
     from transformers.conversion_mapping import get_model_conversion_mapping
-    from transformers.core_model_loading import (
-        WeightConverter,
-        WeightRenaming,
-        dot_natural_key,
-        rename_source_key,
-    )
+    from transformers.core_model_loading import WeightConverter, WeightRenaming, dot_natural_key, rename_source_key
 
     rules = get_model_conversion_mapping(model)
     renamings = [rule for rule in rules if isinstance(rule, WeightRenaming)]
@@ -93,11 +78,9 @@ def _transformers_names(model: Any, tensors: Mapping[str, TensorInfo], packed: M
             renamed, pattern = rename_source_key(name, [], [], prefix, known)
         if name in weights:
             matches.packed[renamed.removesuffix(".weight")] = weights[name]
-        elif renamed not in known:
-            matches.unexpected.append(name)
-        elif pattern is None:
+        elif renamed in known and pattern is None:
             matches.plain[renamed] = Recipe((tensors[name],))
-        else:
+        elif renamed in known:
             fusion = fusions.setdefault(renamed, _Fusion(model, by_pattern[pattern], renamed))
             fusion.inputs.append((name, pattern, tensors[name]))
     for fusion in fusions.values():

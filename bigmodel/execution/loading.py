@@ -21,6 +21,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from bigpipe.bigmodel.architecture import kept_in_float32
 from bigpipe.bigmodel.checkpoint import (
     Checkpoint,
     MappedFiles,
@@ -40,7 +41,7 @@ from bigpipe.trust import Trust
 
 from .homes import DeviceMap, Homes, HostMemory, as_placement, host_memory, loading_dtype
 from .offload import WeightStream, cut_into_groups, follow_devices
-from .skeleton import adopt, build_skeleton, kept_in_float32, tied_groups
+from .skeleton import adopt, build_skeleton, tied_groups
 from .slots import PackedSlot, PlainSlot, Slot
 
 if TYPE_CHECKING:
@@ -228,7 +229,8 @@ def _slots(
     model: torch.nn.Module, matches: Packed, dtype: torch.dtype, special_dtypes: Mapping[str, str]
 ) -> Iterator[tuple[str, Slot]]:
     """By name of the parameter or stored buffer, in the order of modules."""
-    kept = kept_in_float32(model, dtype)
+    plain, strict = (getattr(model, f"_keep_in_fp32_modules{ending}", None) or () for ending in ("", "_strict"))
+    kept = kept_in_float32(plain, strict, str(dtype).removeprefix("torch."))
     for path, module in model.named_modules():
         prefix = f"{path}." if path else ""
         if path in matches.packed:

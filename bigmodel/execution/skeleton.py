@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from typing import TYPE_CHECKING
 
 from bigpipe.bigmodel.architecture import build_here, read_request
@@ -82,13 +81,3 @@ def tied_groups(model: torch.nn.Module) -> list[list[str]]:
     for name, key in group.items():
         groups.setdefault(key, []).append(name)
     return [found for found in groups.values() if len(found) > 1]
-
-
-def kept_in_float32(model: torch.nn.Module, dtype: torch.dtype) -> re.Pattern[str] | None:
-    """Return which parameters transformers loads as float32 although a narrower dtype is asked for."""
-    import torch
-
-    entries = list(getattr(model, "_keep_in_fp32_modules_strict", None) or ()) if dtype != torch.float32 else []
-    if dtype == torch.float16:
-        entries += getattr(model, "_keep_in_fp32_modules", None) or ()
-    return re.compile("|".join(entry.replace("*", ".*") for entry in entries)) if entries else None
