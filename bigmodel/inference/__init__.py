@@ -8,16 +8,11 @@ All three work on one folder, which a crash leaves as it is. A chunk is a batch 
 the same batches form, and the same bits come out, on any number of ranks.
 """
 
-from __future__ import annotations
+from .merging import RESULTS, merge_results
+from .recordlog import Record, read_log
+from .working import compute_share
+from .workplan import WorkPlan, assign, chunked, plan_work
 
-from typing import TYPE_CHECKING
-
-from bigpipe.faces import face
-
-if TYPE_CHECKING:
-    from .merging import RESULTS, merge_results
-    from .recordlog import Record, read_log
-    from .working import compute_share
-    from .workplan import WorkPlan, assign, chunked, plan_work
-
-__getattr__, __all__ = face(__name__)
+__all__ = [
+    "RESULTS", "Record", "WorkPlan", "assign", "chunked", "compute_share", "merge_results", "plan_work", "read_log",
+]  # fmt: skip

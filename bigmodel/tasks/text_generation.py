@@ -27,57 +27,54 @@ def _check_arguments(arguments: Mapping[str, Any]) -> None:
 def _bind(model: Any, path: Path, options: TaskOptions, sources: Sources) -> Answerer:
     if not hasattr(model, "generate") or not hasattr(model, "generation_config"):
         raise UsageError(f"{type(model).__name__} has no `generate` of transformers'", OWN_FUNCTION)
-    return _TextGeneration(model, load_tokenizer(path, sources), options)
+    tokenizer, goes_on = load_tokenizer(path, sources), not model.config.is_encoder_decoder
+
+    def answer(rows: Sequence[Row]) -> list[Answer]:
+        import torch
+
+        encoded = [encode(tokenizer, row) for row in rows]
+        if goes_on:
+            _check_length(model, max(map(len, encoded)), options.max_new_tokens)
+        # A decoder goes on where the prompt ends, so that is where all rows must meet.
+        inputs = pad(tokenizer, encoded, "left" if goes_on else "right", loaded(model).device)
+        seeds = [options.seed + row.index for row in rows]
+        with torch.inference_mode(), draw_alone(model, seeds):
+            torch.manual_seed(seeds[0])
+            made = model.generate(
+                **inputs, max_new_tokens=options.max_new_tokens, pad_token_id=tokenizer.pad_token_id,
+                **options.arguments,
+            )  # fmt: skip
+        made = made[:, inputs["input_ids"].shape[1] :] if goes_on else made
+        if len(made) != len(rows):
+            raise UsageError(f"generation gave {len(made)} texts for {len(rows)} prompts", "ask for one per prompt")
+        given = 0 if goes_on else 1  # an encoder-decoder's first token
+        return [
+            Answer({"text": tokenizer.decode(tokens, skip_special_tokens=True)}, _count(model, tokens[given:]))
+            for tokens in made.tolist()
+        ]
+
+    return answer
 
 
 TASK = Task(name="text-generation", bind=_bind, check_arguments=_check_arguments, check_model=require_tokenizer)
 
 
-class _TextGeneration:
-    def __init__(self, model: Any, tokenizer: Any, options: TaskOptions) -> None:
-        self.model = model
-        self.tokenizer = tokenizer
-        self.options = options
-        self.encoder_decoder = bool(model.config.is_encoder_decoder)
+def _count(model: Any, tokens: list[int]) -> int:
+    """Tokens up to the first that ends a text, with it; what follows is padding."""
+    ends = model.generation_config.eos_token_id
+    ends = set(ends if isinstance(ends, list) else [ends])
+    return next((place for place, token in enumerate(tokens, 1) if token in ends), len(tokens))
 
-    def __call__(self, rows: Sequence[Row]) -> list[Answer]:
-        import torch
 
-        encoded = [encode(self.tokenizer, row) for row in rows]
-        if not self.encoder_decoder:
-            self._check_length(max(map(len, encoded)))
-        # A decoder goes on where the prompt ends, so that is where all rows must meet.
-        inputs = pad(self.tokenizer, encoded, "right" if self.encoder_decoder else "left", loaded(self.model).device)
-        seeds = [self.options.seed + row.index for row in rows]
-        with torch.inference_mode(), draw_alone(self.model, seeds):
-            torch.manual_seed(seeds[0])
-            made = self.model.generate(
-                **inputs, max_new_tokens=self.options.max_new_tokens, pad_token_id=self.tokenizer.pad_token_id,
-                **self.options.arguments,
-            )  # fmt: skip
-        if not self.encoder_decoder:
-            made = made[:, inputs["input_ids"].shape[1] :]
-        if len(made) != len(rows):
-            raise UsageError(f"generation gave {len(made)} texts for {len(rows)} prompts", "ask for one per prompt")
-        return [self._answer(tokens) for tokens in made.tolist()]
-
-    def _answer(self, tokens: list[int]) -> Answer:
-        text = self.tokenizer.decode(tokens, skip_special_tokens=True)
-        start = 1 if self.encoder_decoder else 0  # the decoder's first token was given, not made
-        ends = self.model.generation_config.eos_token_id
-        ends = set(ends if isinstance(ends, list) else [ends])
-        last = next((place for place, token in enumerate(tokens[start:]) if token in ends), len(tokens) - start - 1)
-        return Answer({"text": text}, last + 1)
-
-    def _check_length(self, tokens: int) -> None:
-        """Beyond its positions a model fails, on a GPU for good, or goes on with nonsense."""
-        config = self.model.config.get_text_config()
-        limit = getattr(config, "max_position_embeddings", None) or getattr(config, "n_positions", None)
-        if isinstance(limit, int) and tokens + self.options.max_new_tokens > limit:
-            raise ValueError(
-                f"{tokens} tokens and {self.options.max_new_tokens} new ones are more than the model's {limit} "
-                "positions: shorten the prompt or max_new_tokens"
-            )
+def _check_length(model: Any, tokens: int, new: int) -> None:
+    """Beyond its positions a model fails, on a GPU for good, or goes on with nonsense."""
+    config = model.config.get_text_config()
+    limit = getattr(config, "max_position_embeddings", None) or getattr(config, "n_positions", None)
+    if isinstance(limit, int) and tokens + new > limit:
+        raise ValueError(
+            f"{tokens} tokens and {new} new ones are more than the model's {limit} positions: shorten the prompt or "
+            "max_new_tokens"
+        )
 
 
 @contextmanager
