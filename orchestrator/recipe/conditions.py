@@ -111,7 +111,7 @@ class Condition:
     @property
     def references(self) -> frozenset[tuple[str | None, str]]:
         """(node, or None for the node's own metrics; metric path)."""
-        return frozenset([*_metrics(self.left), *_metrics(self.right)])
+        return frozenset((leaf.node, leaf.path) for leaf in _leaves(self.left, self.right) if isinstance(leaf, Metric))
 
     def evaluate(self, lookup: Lookup) -> Comparison | None:
         """Return None where a metric is UNKNOWN. A metric that is no number, and a division by zero, do not pass."""
@@ -121,7 +121,9 @@ class Condition:
             return None
         except _NotANumber as error:
             return Comparison(False, str(error), _written(self.right))
-        unit = _unit(self.left) or _unit(self.right)
+        unit = next(
+            (leaf.unit for leaf in _leaves(self.left, self.right) if isinstance(leaf, Number) and leaf.unit), ""
+        )
         one, other = _shown(left, unit), _shown(right, unit)
         if left != right and one == other:  # 20.0 GiB against 20.0 GiB explains nothing
             one, other = f"{left:,}", f"{right:,}"
@@ -174,10 +176,12 @@ def _value(expression: Expression, lookup: Lookup) -> int | float:
     return result
 
 
-def _unit(expression: Expression) -> Unit:
-    if isinstance(expression, Operation):
-        return _unit(expression.left) or _unit(expression.right)
-    return expression.unit if isinstance(expression, Number) else ""
+def _leaves(*expressions: Expression) -> Iterator[Number | Metric]:
+    for expression in expressions:
+        if isinstance(expression, Operation):
+            yield from _leaves(expression.left, expression.right)
+        else:
+            yield expression
 
 
 def _written(expression: Expression) -> str:
@@ -188,20 +192,12 @@ def _written(expression: Expression) -> str:
     return f"{_written(expression.left)} {expression.sign} {_written(expression.right)}"
 
 
-def _shown(value: int | float, unit: Unit) -> str:
+def _shown(value: int | float, unit: str) -> str:
     if unit == "size":
         return format_size(value)
     if unit == "time":
         return f"{value:.3g} s" if value < 1000 else f"{value:,.0f} s"
     return f"{value:,}" if isinstance(value, int) else f"{value:.4g}"
-
-
-def _metrics(expression: Expression) -> Iterator[tuple[str | None, str]]:
-    if isinstance(expression, Metric):
-        yield expression.node, expression.path
-    elif isinstance(expression, Operation):
-        yield from _metrics(expression.left)
-        yield from _metrics(expression.right)
 
 
 def _bind(expression: Expression, nodes: Mapping[str, str | None]) -> Expression:

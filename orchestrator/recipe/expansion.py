@@ -40,16 +40,8 @@ def variants(axes: Axes) -> Iterable[dict[str, str]]:
 
 
 class Expansion:
-    def __init__(
-        self,
-        document: Document,
-        stages: Mapping[str, Wired],
-        scope: Scope,
-        secrets: tuple[str, ...],
-        problems: Problems,
-    ) -> None:
-        self.document, self.stages, self.scope = document, stages, scope
-        self.secrets, self.problems = secrets, problems
+    def __init__(self, document: Document, stages: Mapping[str, Wired], scope: Scope, problems: Problems) -> None:
+        self.document, self.stages, self.scope, self.problems = document, stages, scope, problems
         self._parsed: dict[tuple[str, tuple[Key, ...]], Condition | None] = {}
         self._gathered: dict[tuple[str, str], tuple[str, ...]] = {}
 

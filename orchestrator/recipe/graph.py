@@ -52,7 +52,6 @@ class Recipe:
     """In topological order, ties in file order."""
     trust: Trust
     params: Mapping[str, Json]
-    secrets: tuple[str, ...]
     with_arguments: Callable[[Mapping[str, str]], Recipe] = field(repr=False, compare=False)
     """The recipe with other `-p`, from the document as it was read. Raises ManifestError."""
 
@@ -164,7 +163,7 @@ class _Loading:
         scope = self._params(named(manifest.params))
         stages = self._stages(manifest, kinds, scope)
         Wiring(self.document, stages, self.problems).resolve()
-        nodes = Expansion(self.document, stages, scope, manifest.secrets, self.problems).nodes()
+        nodes = Expansion(self.document, stages, scope, self.problems).nodes()
         self.problems.raise_if_any()
         ordered = self._ordered(nodes)
         self.problems.raise_if_any()
@@ -175,7 +174,6 @@ class _Loading:
             nodes=ordered,
             trust=manifest.trusted(),
             params=dict(scope.params or {}),
-            secrets=manifest.secrets,
             with_arguments=resolve,
         )
 
@@ -246,12 +244,12 @@ class _Loading:
                 result[name] = Wired(name, index, None, Structure(uses="unknown"), {}, broken=True)
                 continue
             shape, settings = split_stage(raw, name, self.problems)
-            uses = shape.pop("uses", None)
             before = len(self.problems)
-            shape = interpolate(shape, scope, self.problems, path)
+            shape = {
+                key: value if key == "uses" else interpolate(value, scope, self.problems, (*path, key))
+                for key, value in shape.items()
+            }
             lenient = len(self.problems) > before
-            if uses is not None:
-                shape["uses"] = uses
             target = Target(self.document, path, name, lenient)
             structure = validate(Structure, shape, target, self.problems, salvage=True) or Structure(uses="unknown")
             broken = len(self.problems) > before

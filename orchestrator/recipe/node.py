@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections import UserDict
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, Literal
@@ -15,7 +16,7 @@ from .manifest import ResourcesSpec
 from .yamlsource import Document, Item, Key
 
 
-class Places(Mapping[str, Place]):
+class Places(UserDict[str, Place]):
     """Where the parts of one stage stand: `""`, `params.scheme`, `gates[0]`, `inputs.model`; built when first asked.
 
     Keys of `with:` stand under `params`. What came from `${…}` has the place of that reference.
@@ -25,7 +26,7 @@ class Places(Mapping[str, Place]):
         self._document, self._path = document, path
 
     @cached_property
-    def _table(self) -> dict[str, Place]:
+    def data(self) -> dict[str, Place]:  # type: ignore[override]
         table = {"": self._document.place_at(self._path, key=True)}
         stage, _ = self._document.find(self._path)
         for key, item in stage.value.items() if isinstance(stage.value, dict) else ():
@@ -40,15 +41,6 @@ class Places(Mapping[str, Place]):
         elif isinstance(item.value, list):
             for index, child in enumerate(item.value):
                 self._enter(table, f"{name}[{index}]", child)
-
-    def __getitem__(self, name: str) -> Place:
-        return self._table[name]
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._table)
-
-    def __len__(self) -> int:
-        return len(self._table)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -51,17 +51,16 @@ def stage_kinds() -> Mapping[str, str]:
     """
     from importlib.metadata import entry_points
 
-    kinds = dict(BUILT_IN)
-    owners = dict.fromkeys(BUILT_IN, "bigpipe")
-    for entry in sorted(entry_points(group=GROUP), key=lambda entry: (entry.name, entry.value)):
-        owner = entry.dist.name if entry.dist is not None else entry.module
-        if entry.name in kinds:
-            # The same distribution seen twice on sys.path is no second offer.
-            if (kinds[entry.name], owners[entry.name]) == (entry.value, owner):
-                continue
-            cause = f"the stage kind {entry.name!r} is offered by {owners[entry.name]} and by {owner}"
+    kinds, owners = dict(BUILT_IN), dict.fromkeys(BUILT_IN, "bigpipe")
+    offers = {  # a set: the same distribution seen twice on sys.path is no second offer
+        (entry.name, entry.value, entry.dist.name if entry.dist is not None else entry.module)
+        for entry in entry_points(group=GROUP)
+    }
+    for name, location, owner in sorted(offers):
+        if name in kinds:
+            cause = f"the stage kind {name!r} is offered by {owners[name]} and by {owner}"
             raise UsageError(cause, f"uninstall one, or rename the kind in the entry points of {owner}")
-        kinds[entry.name], owners[entry.name] = entry.value, owner
+        kinds[name], owners[name] = location, owner
     return MappingProxyType(kinds)
 
 

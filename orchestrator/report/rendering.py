@@ -199,7 +199,10 @@ def result_lines(path: Path, limit: int) -> list[str]:
 
 
 def _flat(value: Json, limit: int = 100) -> str:
-    text = " ".join((value if isinstance(value, str) else json.dumps(value)).split())
+    return _shortened(" ".join((value if isinstance(value, str) else json.dumps(value)).split()), limit)
+
+
+def _shortened(text: str, limit: int) -> str:
     return text if len(text) <= limit else text[: limit - 1] + "…"
 
 
@@ -211,8 +214,7 @@ def metrics_line(metrics: Mapping[str, Json], limit: int = 72) -> str:
             continue
         shown = format_transfer(value) if "bytes" in key else f"{value:.4g}" if isinstance(value, float) else str(value)
         parts.append(f"{key} {shown}")
-    text = ", ".join(parts)
-    return text if len(text) <= limit else text[: limit - 1] + "…"
+    return _shortened(", ".join(parts), limit)
 
 
 def graph_text(recipe: Recipe, form: str = "text") -> str:

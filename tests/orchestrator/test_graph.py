@@ -120,7 +120,7 @@ def test_a_node_has_all_that_a_plan_needs(tmp_path: Path) -> None:
     )
     assert loaded.nodes["infer"].timeout is None
     assert loaded.trust == Trust(("mingpt.model",), ("org/model@0123456789abcdef0123456789abcdef01234567",))
-    assert (loaded.name, loaded.secrets) == ("recipe", ("TOKEN",))
+    assert (loaded.name, loaded.nodes["source"].secrets) == ("recipe", ("HF_TOKEN", "TOKEN"))
     assert loaded.text.startswith("version: 1\n")
 
 
