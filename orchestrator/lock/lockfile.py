@@ -74,10 +74,6 @@ class LockFile(_Locked):
         """Where it was read from."""
         return self._path
 
-    def pins(self, node: str) -> dict[str, str]:
-        """Return what the floating values of a node were when it was locked."""
-        return dict(self.inputs[node].pins) if node in self.inputs else {}
-
 
 def locked_files(record: KeyRecord) -> dict[str, PinnedFile]:
     """Return the files of a finished node that has no inputs: what it brought from outside."""

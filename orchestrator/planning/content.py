@@ -65,13 +65,13 @@ class _Walk:
         if isinstance(value, str):
             return self.text(value, arms, where)
         if isinstance(value, Mapping):
-            items = _inner(arms, dict, -1)
+            items = _inner(arms, dict)
             return {_key(key): self.value(item, items, f"{where}.{_key(key)}") for key, item in value.items()}
         if isinstance(value, list | tuple):
-            items = _inner(arms, list, 0)
+            items = _inner(arms, list)
             return [self.value(item, items, f"{where}[{index}]") for index, item in enumerate(value)]
         if isinstance(value, set | frozenset):
-            items = _inner(arms, list, 0)
+            items = _inner(arms, list)
             return sorted((self.value(item, items, where) for item in value), key=canonical)
         if isinstance(value, float) and not math.isfinite(value):
             raise UsageError(f"{where} is {value}, which no result can be named by", "write a finite number")
@@ -97,16 +97,11 @@ class _Walk:
             return f"sha256:{self.memo.sha256(path)}{path.suffix.lower()}"
         if path.is_dir():
             raise UsageError(f"{where}: {value} is a directory, not a file", f"name a file in it, or write {value}/*")
-        found = self.matches(value)
+        names = glob.glob(value, root_dir=self.base, recursive=True) if glob.has_magic(value) else []
+        found = sorted(name for name in names if (self.base / name).is_file())
         if not found:
             raise UsageError(f"{where}: there is no file {value}", f"relative paths start at {self.base}")
         return digest_of("files", [[Path(name).suffix.lower(), self.memo.sha256(self.base / name)] for name in found])
-
-    def matches(self, pattern: str) -> list[str]:
-        if not glob.has_magic(pattern):
-            return []
-        names = glob.glob(pattern, root_dir=self.base, recursive=True)
-        return sorted(name for name in names if (self.base / name).is_file())
 
     def tree(self, value: str, where: str) -> str:
         path = self.base / value
@@ -157,7 +152,7 @@ def _fields(model: type[BaseModel]) -> list[tuple[str, str, tuple[_Arm, ...]]]:
     ]
 
 
-def _inner(arms: tuple[_Arm, ...], shape: type, position: int) -> tuple[_Arm, ...]:
+def _inner(arms: tuple[_Arm, ...], shape: type) -> tuple[_Arm, ...]:
     """What the items of those members that are lists (or maps) may be."""
     kinds: tuple[type, ...] = (dict, Mapping) if shape is dict else (list, tuple, set, frozenset)
     members = []
@@ -165,7 +160,7 @@ def _inner(arms: tuple[_Arm, ...], shape: type, position: int) -> tuple[_Arm, ..
         origin = get_origin(arm.type)
         if isinstance(origin, type) and (issubclass(origin, kinds) or (shape is list and _is_sequence(origin))):
             arguments = [item for item in get_args(arm.type) if item is not Ellipsis]
-            members.extend(arguments[position:] if shape is dict else arguments)
+            members.extend(arguments[-1:] if shape is dict else arguments)
     return tuple(arm for member in members for arm in _arms(member, ()))
 
 

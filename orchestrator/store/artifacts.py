@@ -93,9 +93,7 @@ Absence = Literal["missing", "damaged"]
 """What became of a file since it was recorded."""
 
 
-def examine(
-    layout: Layout, entry: Entry, *, thorough: bool = False, progress: Callable[[int], None] | None = None
-) -> Entry | Absence:
+def examine(layout: Layout, entry: Entry, *, thorough: bool = False) -> Entry | Absence:
     """Return the entry as it is now, its facts up to date where the bytes were read and right; or what became of it.
 
     The bytes are read where size, mtime, inode or ctime are not those recorded, or if `thorough`. An I/O error is
@@ -108,7 +106,7 @@ def examine(
             return "damaged"
         if fingerprint(facts) == entry.facts and not thorough:
             return entry
-        sha256, before, _ = hash_and_facts(path, progress)
+        sha256, before, _ = hash_and_facts(path)
     except (FileNotFoundError, NotADirectoryError):
         return "missing"
     # Were it written to meanwhile, the facts from before will not match the next time.

@@ -18,7 +18,7 @@ from .layout import Layout
 from .locks import StoreLock, keeps_out
 from .presence import Presence, anybody
 from .roots import all_roots, root_path
-from .sealing import explained, sealed_digests
+from .sealing import explained, names_in, sealed_digests
 
 Kind = Literal["record", "artifact", "object", "work", "part", "temporary", "quarantine", "root", "run"]
 
@@ -121,16 +121,16 @@ class _Collection:
             # A part whose bytes are an artifact's costs nothing; one that is only kept for later edits does.
             if not path.is_symlink() or not path.exists():
                 self._free("part", path)
-        self._free_others("run", layout.runs, _names(layout.runs)[-RUNS:])
+        self._free_others("run", layout.runs, names_in(layout.runs)[-RUNS:])
         self._free_others("quarantine", layout.quarantine, ())
         for folder in (layout.keys, layout.roots):
-            self._free_others("temporary", folder, [name for name in _names(folder) if not is_partial(name)])
-        others = [name for name in _names(layout.locks) if not is_hex(name.partition(".")[0])]
+            self._free_others("temporary", folder, [name for name in names_in(folder) if not is_partial(name)])
+        others = [name for name in names_in(layout.locks) if not is_hex(name.partition(".")[0])]
         self._free_others("temporary", layout.locks, {*others, *(f"{name}.lock" for name in working)})
 
     def _free_others(self, kind: Kind, folder: Path, kept: Collection[str]) -> None:
         """Free what is in a folder under other names than these."""
-        for name in _names(folder):
+        for name in names_in(folder):
             if name not in kept:
                 self._free("temporary" if is_partial(name) else kind, folder / name)
 
@@ -143,13 +143,6 @@ class _Collection:
 
 def _hexes(digests: Iterable[str]) -> set[str]:
     return {digest.partition(":")[2] for digest in digests}
-
-
-def _names(folder: Path) -> list[str]:
-    try:
-        return sorted(os.listdir(folder))
-    except FileNotFoundError:
-        return []
 
 
 def _files(folder: Path) -> Iterator[Path]:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Callable
 from pathlib import Path
 
 from bigpipe.orchestrator.contract import Json
@@ -62,17 +61,12 @@ def is_hex(text: str) -> bool:
     return len(text) == 64 and not text.strip("0123456789abcdef")
 
 
-def hash_file(path: Path, progress: Callable[[int], None] | None = None) -> str:
-    """Return the sha256 of a file's bytes in hex. `progress` is called with the number of bytes of each piece.
-
-    Raise OSError; never takes an I/O error for an end of file.
-    """
-    return hash_and_facts(path, progress)[0]
+def hash_file(path: Path) -> str:
+    """Return the sha256 of a file's bytes in hex. Raise OSError; never takes an I/O error for an end of file."""
+    return hash_and_facts(path)[0]
 
 
-def hash_and_facts(
-    path: str | Path, progress: Callable[[int], None] | None = None
-) -> tuple[str, os.stat_result, os.stat_result]:
+def hash_and_facts(path: str | Path) -> tuple[str, os.stat_result, os.stat_result]:
     """Return what `hash_file` does, and what `stat` said of the file before and after it was read."""
     descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
     try:
@@ -80,8 +74,6 @@ def hash_and_facts(
         buffer = memoryview(bytearray(min(CHUNK, max(1, before.st_size))))
         while count := os.readv(descriptor, [buffer]):
             state.update(buffer[:count])
-            if progress is not None:
-                progress(count)
         return state.hexdigest(), before, os.fstat(descriptor)
     finally:
         os.close(descriptor)

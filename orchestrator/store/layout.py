@@ -94,13 +94,11 @@ class Layout:
                 self.set_aside(path)
         return None
 
-    def set_aside(self, path: Path) -> Path | None:
-        """Move a damaged file or tree to quarantine, where `gc` frees it. None: another process did it first."""
+    def set_aside(self, path: Path) -> None:
+        """Move a damaged file or tree to quarantine, where `gc` frees it. Another process may have done it first."""
         make_directory(self.quarantine)
         place = self.quarantine / f"{path.name}.{os.getpid()}.{next(_serial)}"
         while os.path.lexists(place):
             place = place.with_name(f"{place.name}.{next(_serial)}")
         with suppress(FileNotFoundError):
             move(path, place)
-            return place
-        return None

@@ -9,6 +9,7 @@ import time
 import zlib
 from collections.abc import Callable
 from contextlib import suppress
+from functools import cached_property
 from pathlib import Path
 
 from bigpipe.files import LogFile, write_file
@@ -40,13 +41,12 @@ class StatMemo:
         """announce: called with a large file and its size before it is read."""
         self._log = folder / "files.jsonl"
         self._announce = announce
-        self._known: dict[str, tuple[Fingerprint, str]] | None = None
 
     def sha256(self, path: str | Path) -> str:
         """Return the hex sha256 of a regular file, read only where `stat` says it may have changed. Raise OSError."""
         facts = os.stat(path)
         name = os.path.abspath(path)
-        known = self._entries().get(name)
+        known = self._known.get(name)
         if known is not None and known[0] == fingerprint(facts):
             return known[1]
         if not stat.S_ISREG(facts.st_mode):
@@ -59,26 +59,22 @@ class StatMemo:
             self._remember(name, fingerprint(after), digest)
         return digest
 
-    def _entries(self) -> dict[str, tuple[Fingerprint, str]]:
-        if self._known is None:
-            self._known = {}
-            with suppress(OSError):
-                self._load(self._log.read_bytes())
-        return self._known
-
-    def _load(self, data: bytes) -> None:
-        assert self._known is not None  # noqa: S101
-        lines = data.split(b"\n")
-        parts = (line.partition(b" ") for line in lines)
-        whole = b",".join(body for check, _, body in parts if check == _checksum(body))
-        for name, size, mtime, inode, ctime, digest in json.loads(b"[" + whole + b"]"):
-            self._known[name] = (size, mtime, inode, ctime), digest
-        if len(lines) > self.COMPACT_FROM and len(lines) > 2 * len(self._known):
-            # What another process appends meanwhile is lost, and hashed again.
-            write_file(self._log, b"".join(_line(*entry) for entry in self._known.items()), durable=False)
+    @cached_property
+    def _known(self) -> dict[str, tuple[Fingerprint, str]]:
+        known: dict[str, tuple[Fingerprint, str]] = {}
+        with suppress(OSError):
+            lines = self._log.read_bytes().split(b"\n")
+            parts = (line.partition(b" ") for line in lines)
+            whole = b",".join(body for check, _, body in parts if check == _checksum(body))
+            for name, size, mtime, inode, ctime, digest in json.loads(b"[" + whole + b"]"):
+                known[name] = (size, mtime, inode, ctime), digest
+            if len(lines) > self.COMPACT_FROM and len(lines) > 2 * len(known):
+                # What another process appends meanwhile is lost, and hashed again.
+                write_file(self._log, b"".join(_line(*entry) for entry in known.items()), durable=False)
+        return known
 
     def _remember(self, name: str, facts: Fingerprint, digest: str) -> None:
-        self._entries()[name] = facts, digest
+        self._known[name] = facts, digest
         with suppress(OSError):  # a store that cannot be written costs another hashing, no more
             make_directory(self._log.parent)
             with LogFile(self._log, mode=0o600) as log:

@@ -14,6 +14,7 @@ import errno
 import os
 import stat
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal, NamedTuple
@@ -79,18 +80,13 @@ class Publisher:
                 ) from None
         return record
 
-    def resume(self, working: Path) -> KeyRecord | None:
-        """Finish what a run that died had begun to publish from this work folder; None where there is nothing.
+    def resume(self, working: Path) -> None:
+        """Finish what a run that died had begun to publish from this work folder, if it had.
 
         A journal that does not hold (a disk that lost what it had synced) is dropped together with what it is about.
         """
-        with explained(working):
-            try:
-                record, sources = read_journal(working)
-                self._place(record, sources)
-            except (FileNotFoundError, Damaged):
-                return None
-        return record
+        with explained(working), suppress(FileNotFoundError, Damaged):
+            self._place(*read_journal(working))
 
     def _place(self, record: KeyRecord, sources: Mapping[str, Origin]) -> None:
         """Idempotent: files that an earlier attempt has moved are found in objects.
@@ -103,12 +99,9 @@ class Publisher:
         with StoreLock(layout.locks / "objects", shared=True):
             entries = {name: self._settle(source) for name, source in sources.items()}
             sync_directory(layout.objects)
-            digest, type = record.digest, record.artifact_type
-            assert digest is not None  # noqa: S101
-            assert type is not None  # noqa: S101
-            artifact = Artifact(digest, type, entries)
+            artifact = Artifact(record.digest or "", record.artifact_type or "", entries)
             make_directory(layout.artifacts)
-            keep_again(layout, digest, record.key)
+            keep_again(layout, artifact.digest, record.key)
             place_tree(layout, artifact, self.temporary())
             save_artifact(layout, artifact)
             save_record(layout, record)

@@ -67,10 +67,14 @@ def read_sealed(path: Path) -> Json:
         raise Damaged from None
 
 
-def sealed_digests(folder: Path) -> list[str]:
-    """Return `sha256:HEX` of the records `HEX.json` in a directory of the store, sorted."""
+def names_in(folder: Path) -> list[str]:
+    """Return the names in a directory of the store, which need not be there, sorted."""
     try:
-        names = os.listdir(folder)
+        return sorted(os.listdir(folder))
     except FileNotFoundError:
         return []
-    return sorted(f"sha256:{name[:-5]}" for name in names if name.endswith(".json") and len(name) == 69)
+
+
+def sealed_digests(folder: Path) -> list[str]:
+    """Return `sha256:HEX` of the records `HEX.json` in a directory of the store, sorted."""
+    return [f"sha256:{name[:-5]}" for name in names_in(folder) if name.endswith(".json") and len(name) == 69]

@@ -44,7 +44,7 @@ from .presence import Presence
 from .publish import JOURNAL, Known, Publisher
 from .releasing import record_forgone, release, sweep
 from .roots import named_roots, remember
-from .sealing import explained, make_directory
+from .sealing import explained, make_directory, names_in
 
 if TYPE_CHECKING:
     from .garbage import GcReport, LockedDigests
@@ -176,8 +176,7 @@ class Store:
     def _finish_interrupted(self) -> None:
         """Completes what a run that died was publishing, so that not even a run of another recipe can lose it."""
         with explained(self.layout.work):
-            names = os.listdir(self.layout.work) if self.layout.work.is_dir() else []
-            for name in sorted(names):
+            for name in names_in(self.layout.work):
                 key = f"sha256:{name}"
                 if not is_hex(name) or not (self.layout.work / name / JOURNAL).exists():
                     continue
@@ -237,11 +236,7 @@ class Store:
 
     @contextmanager
     def lock(
-        self,
-        key: str,
-        *,
-        cancelled: threading.Event | None = None,
-        waiting: Callable[[str], None] | None = None,
+        self, key: str, *, cancelled: threading.Event | None = None, waiting: Callable[[str], None] | None = None
     ) -> Iterator[Work]:
         """Hold the right to do the work of a key. Whoever waited for another run must `find` the key once more.
 
@@ -300,14 +295,14 @@ class Store:
 
         return collect_garbage(self.layout, self._presence, locked, dry_run=dry_run)
 
-    def verify(self, *, repair: bool = False, progress: Callable[[int, int], None] | None = None) -> VerifyReport:
+    def verify(self, *, repair: bool = False) -> VerifyReport:
         """Read every byte. `repair` sets aside what is damaged, so that the next run makes it again."""
         from .verify import Verification
 
         with suppress(BigpipeError):  # a store on a read-only file system can be verified too
             self.enter()
         with explained(self.root):
-            return Verification(self.layout, self._presence.temporary, repair, progress).verify()
+            return Verification(self.layout, self._presence.temporary, repair).verify()
 
     def ls(self) -> list[ArtifactEntry]:
         """Return every artifact, newest record first."""

@@ -24,7 +24,7 @@ from .hashing import hash_file, hex_of, is_hex
 from .keyrecord import load_record
 from .layout import Layout
 from .releasing import dropped_artifact
-from .sealing import Damaged, read_sealed, sealed_digests
+from .sealing import Damaged, names_in, read_sealed, sealed_digests
 
 Problem = Absence | Literal["error", "writable"]
 
@@ -65,22 +65,16 @@ class Verification:
     layout: Layout
     temporary: Callable[[], Path]
     repair: bool
-    progress: Callable[[int, int], None] | None
-    """Hears (done, total) bytes."""
     findings: list[Finding] = field(default_factory=list)
     reported: set[Path] = field(default_factory=set)
     examined: dict[Path, Entry | str] = field(default_factory=dict)
     bytes: int = 0
-    total: int = 0
 
     def verify(self) -> VerifyReport:
         layout = self.layout
         folders = (layout.keys, layout.artifacts, layout.roots, layout.released)
         keys, digests, _, _ = [self._readable(folder) for folder in folders]
         artifacts = [item for digest in digests if (item := self._load(digest))]
-        self.total = sum(
-            {entry.path(self.layout): entry.size for item in artifacts for entry in item.files.values()}.values()
-        )
         for artifact in artifacts:
             self._artifact(artifact)
         self._unnamed_objects()
@@ -148,10 +142,11 @@ class Verification:
         if ours and self.repair:
             self._protect(path)
         try:
-            state = examine(self.layout, entry, thorough=True, progress=self._read)
+            state = examine(self.layout, entry, thorough=True)
         except OSError as error:
             self._found(path, "error", str(error))
             return "error"
+        self.bytes += entry.size if state != "missing" else 0
         if isinstance(state, str):
             return self._mismatch(path, state, "an object" if ours else "referenced", ours=ours)
         if ours and path.stat().st_mode & 0o222:
@@ -173,17 +168,15 @@ class Verification:
             path.chmod(0o444)
             self._found(path, "writable", "an object", repaired=True)
 
-    def _read(self, count: int) -> None:
-        self.bytes += count
-        if self.progress is not None:
-            self.progress(self.bytes, self.total)
-
     def _unnamed_objects(self) -> None:
         """Objects that no artifact holds: what a crash left, and what `gc` would free. A stage's parts may use them."""
-        there = sorted(self.layout.objects.iterdir()) if self.layout.objects.is_dir() else []
+        there = (self.layout.objects / name for name in names_in(self.layout.objects))
         for path in there:
+            if path in self.examined:
+                continue
             try:
-                if path not in self.examined and not (is_hex(path.name) and hash_file(path, self._read) == path.name):
+                self.bytes += path.lstat().st_size
+                if not is_hex(path.name) or hash_file(path) != path.name:
                     self._mismatch(path, "damaged", "an object")
             except OSError as error:
                 self._found(path, "error", str(error))

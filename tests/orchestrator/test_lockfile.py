@@ -120,7 +120,7 @@ class TestWriting:
     def test_it_reads_back_and_is_not_written_again_for_nothing(self, session):
         path = locking.write_lock(session)
         lock = session.lock
-        assert (lock.path, lock.pins("download"), lock.pins("none")) == (path, {"revision": COMMIT}, {})
+        assert (lock.path, lock.inputs["download"].pins) == (path, {"revision": COMMIT})
         inode = path.stat().st_ino
         locking.write_lock(session)
         assert path.stat().st_ino == inode

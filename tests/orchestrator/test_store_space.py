@@ -286,11 +286,9 @@ class TestVerify:
     def test_a_whole_store_is_clean_and_every_byte_is_read(self, store, tmp_path):
         (tmp_path / "blob").write_bytes(b"weights")
         publish(store, "a", {"x": b"12", "y": tmp_path / "blob", "z": b"12"})
-        heard = []
-        report = store.verify(progress=lambda done, total: heard.append((done, total)))
+        report = store.verify()
         assert report.clean
         assert (report.artifacts, report.files, report.bytes) == (1, 2, 9)
-        assert heard[-1] == (9, 9)
 
     @pytest.mark.parametrize("repair", [False, True])
     def test_a_damaged_object_is_found_although_stat_says_nothing(self, store, repair):
