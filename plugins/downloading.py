@@ -152,11 +152,11 @@ def _forecast_synthetic(params: DownloadParams, synthetic: Synthetic, context: F
     config, architecture = _made_of(params, synthetic, context)
     described = synthetic_description(config, architecture, dtype=synthetic.dtype, format=synthetic.format)
     plans = plan_synthetic(described, synthetic.max_shard_size)
-    size = planned_bytes(plans, synthetic.format)
+    size = planned_bytes(plans)
     return Forecast(
         download_bytes=0,
         write_bytes=size,
-        file_bytes=max(planned_bytes([plan], synthetic.format) for plan in plans),
+        file_bytes=max(planned_bytes([plan]) for plan in plans),
         metrics={"fetched_bytes": 0, "commit": None},
         output=described,
         summary=f"{format_transfer(size)} made up, in {counted(len(plans), 'file')}",

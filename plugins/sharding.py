@@ -2,20 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import replace
-from typing import Any
-
 from bigpipe.bigmodel.checkpoint import ModelDescription, describe_checkpoint, open_checkpoint, tensor_nbytes
-from bigpipe.bigmodel.formats import castable
-from bigpipe.bigmodel.writing import (
-    WORKERS,
-    ShardPlan,
-    config_with_dtype,
-    convert,
-    plan_conversion,
-    planned_bytes,
-)
+from bigpipe.bigmodel.writing import WORKERS, Conversion, ShardPlan, convert, planned_bytes
 from bigpipe.orchestrator.stage import CheckContext, Forecast, ForecastContext, StageContext, StageResult
 from bigpipe.sizes import counted, format_transfer
 
@@ -31,7 +19,7 @@ def check(params: ShardParams, context: CheckContext) -> None:
     """Refuses what could only fail after the download: a cast of quantized weights, a dtype the format lacks."""
     for forecast in context.inputs.get("model", ()):
         if isinstance(forecast.output, ModelDescription):
-            _plans(params, forecast.output)
+            _conversion(params).of(forecast.output)
 
 
 def forecast(params: ShardParams, context: ForecastContext) -> Forecast:
@@ -39,31 +27,23 @@ def forecast(params: ShardParams, context: ForecastContext) -> Forecast:
     described = context.described("model", ModelDescription)
     if described is None or described.tensors is None:
         return Forecast(ram=RAM, unknown=("number of shards: the tensors of the input are not known yet",))
-    plans = _plans(params, described)
-    size = planned_bytes(plans, params.format)
+    plans, output = _conversion(params).of(described)
+    sizes = [planned_bytes([plan]) for plan in plans]
     return Forecast(
         download_bytes=0,
-        write_bytes=size,
+        write_bytes=sum(sizes),
         ram=RAM,
-        file_bytes=max(planned_bytes([plan], params.format) for plan in plans),
+        file_bytes=max(sizes),
         works_on=_works_on(plans, described, context.machine.cpus),
-        seconds=size / RATE,
-        metrics={"shards": len(plans), "bytes": size},
-        output=describe_checkpoint(context.artifact) if context.artifact else _described(params, described, plans),
-        summary=f"{counted(len(plans), 'shard')}, +{format_transfer(size)}",
+        seconds=sum(sizes) / RATE,
+        metrics={"shards": len(plans), "bytes": sum(sizes)},
+        output=describe_checkpoint(context.artifact) if context.artifact else output,
+        summary=f"{counted(len(plans), 'shard')}, +{format_transfer(sum(sizes))}",
     )
 
 
-def _plans(params: ShardParams, described: ModelDescription) -> list[ShardPlan]:
-    if params.dtype:
-        castable(described, params.dtype)
-    return plan_conversion(
-        described.tensors or {},
-        described.tied,
-        max_shard_size=params.max_shard_size,
-        dtype=params.dtype,
-        format=params.format,
-    )
+def _conversion(params: ShardParams) -> Conversion:
+    return Conversion(**params.model_dump())
 
 
 def _works_on(plans: list[ShardPlan], source: ModelDescription, cpus: int) -> int:
@@ -73,29 +53,13 @@ def _works_on(plans: list[ShardPlan], source: ModelDescription, cpus: int) -> in
     return min(WORKERS, cpus, len(plans)) * largest
 
 
-def _described(params: ShardParams, source: ModelDescription, plans: list[ShardPlan]) -> ModelDescription:
-    return replace(
-        source,
-        config=_config(params, source.config),
-        tensors={tensor.name: (tensor.dtype, tensor.shape) for plan in plans for tensor in plan.tensors},
-        format=params.format,
-        tied=source.tied if params.format == "bin" else {},
-    )
-
-
-def _config(params: ShardParams, config: Mapping[str, Any] | None) -> Mapping[str, Any] | None:
-    return config_with_dtype(config, params.dtype) if params.dtype and config is not None else config
-
-
 def run(params: ShardParams, context: StageContext) -> StageResult:
     """Writes the weights anew and refers to the input's side files; whole shards of an earlier attempt are kept."""
     checkpoint = open_checkpoint(context.open("model"))
     saved = convert(
         checkpoint,
         context.out,
-        max_shard_size=params.max_shard_size,
-        dtype=params.dtype,
-        format=params.format,
+        _conversion(params),
         linked=True,
         progress=lambda done, total: context.progress(done, total, "B", "weights"),
         journal=context.scratch / "finished",

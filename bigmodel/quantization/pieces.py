@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
 import numpy as np
 from numpy.typing import NDArray
 
-from bigpipe.bigmodel.writing import PlannedTensor, RangeReader, ShardPlan, laid_out
+from bigpipe.bigmodel.checkpoint import itemsize
+from bigpipe.bigmodel.writing import PlannedTensor, RangeReader, SafetensorsFile
 
 from .encoding import Piece, WeightEncoder
 from .outline import Converted, Kept
@@ -31,13 +33,13 @@ class ShardSource:
         self._parts = [self._measured(p) if isinstance(p, Converted) and p.packing.measures else p for p in parts]
         self._of = {tensor.name: part for part in self._parts for tensor in part.outputs}
 
-    def plan(self, file: str) -> ShardPlan:
-        """The file with exact sizes, tensors in the order of their bytes: `produce` must be called in that order."""
-        tensors = tuple(tensor for part in self._parts for tensor in part.outputs)
-        ordered = tuple(laid_out(ShardPlan(file, tensors), "planned"))
-        met = dict.fromkeys(self._of[tensor.name] for tensor in ordered)
+    def file(self) -> SafetensorsFile:
+        """The file with exact sizes: `produce` must be called in its order. Tensors of odd lengths come last."""
+        tensors = [tensor for part in self._parts for tensor in part.outputs]
+        tensors.sort(key=lambda tensor: -itemsize(tensor.dtype) if tensor.nbytes % 8 else -math.inf)
+        met = dict.fromkeys(self._of[tensor.name] for tensor in tensors)
         self._pieces = self._encoder.encode(part for part in met if isinstance(part, Converted))
-        return ShardPlan(file, ordered)
+        return SafetensorsFile(tensors)
 
     def produce(self, tensor: PlannedTensor) -> Iterator[Bytes]:
         part = self._of[tensor.name]

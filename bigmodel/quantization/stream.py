@@ -14,17 +14,16 @@ from typing import Any
 
 from bigpipe.bigmodel.checkpoint import Checkpoint, FileSource, read_header
 from bigpipe.bigmodel.writing import (
-    METADATA,
-    Content,
     Files,
     Finished,
     OutputFile,
     PlannedTensor,
+    Produce,
     RangeReader,
     ReportProgress,
+    SafetensorsFile,
     ShardPlan,
     Traffic,
-    container,
     file_name,
     key_of,
     prepare,
@@ -98,10 +97,9 @@ def write_quantized(
         RangeReader(checkpoint, settings.dtype) as reader,
     ):
 
-        def content(shard: Shard) -> Content:
+        def content(shard: Shard) -> tuple[SafetensorsFile, Produce]:
             source = ShardSource(shard.parts, encoder, reader, settings)
-            plan = source.plan(shard.file)
-            return Content(container(plan, "safetensors", METADATA, "planned"), plan.tensors, source.produce)
+            return source.file(), source.produce
 
         def close(file: Path) -> None:
             encoder.close(file)
@@ -119,7 +117,7 @@ def write_quantized(
         ]
         files = write_files(outputs, finished, traffic=Traffic(progress, inlet=checkpoint.inlet, close=close))
     plans = [_plan_of(out / shard.file) for shard in shards]
-    return files | write_index(out, plans, "safetensors"), plans
+    return files | write_index(out, plans), plans
 
 
 def _key(checkpoint: Checkpoint, shard: Shard, settings: Settings) -> str:

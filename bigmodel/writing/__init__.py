@@ -1,7 +1,7 @@
 """Checkpoints and what goes with them, written in one pass and constant memory.
 
 `plans` says which tensor goes into which file, `writer` writes the files, whatever they are made of: `conversion` reads
-them from another checkpoint, `modules` from a model in memory, `synthetic` makes them up, and `quantization` encodes.
+them from another checkpoint, `saving` from a model in memory, `synthetic` makes them up, and `quantization` encodes.
 """
 
 from __future__ import annotations
@@ -11,20 +11,18 @@ from typing import TYPE_CHECKING
 from bigpipe.faces import face
 
 if TYPE_CHECKING:
-    from .casting import is_cast
-    from .containers import container
-    from .conversion import WORKERS, convert, cores, plan_conversion, planned_bytes, refuse_in_place
+    from .containers import SafetensorsFile, container
+    from .conversion import WORKERS, Conversion, convert, cores, planned_bytes, refuse_in_place
     from .finished import Finished, key_of
-    from .plans import PlannedTensor, ShardPlan, file_name, laid_out, plan_shards
-    from .ranges import RangeReader
+    from .plans import PlannedTensor, ShardPlan, file_name, plan_shards
+    from .ranges import RangeReader, is_cast
     from .saving import save_checkpoint
     from .sidefiles import carry_side_files, config_with_dtype, encode_config
     from .synthetic import plan_synthetic, read_shape, synthetic_description, write_synthetic
     from .writer import (
-        METADATA,
-        Content,
         Files,
         OutputFile,
+        Produce,
         ReportProgress,
         SavedCheckpoint,
         Traffic,

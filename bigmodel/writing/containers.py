@@ -7,7 +7,6 @@ import math
 import struct
 import zlib
 from collections.abc import Mapping, Sequence
-from typing import Protocol
 
 from bigpipe.bigmodel.checkpoint import (
     END,
@@ -18,53 +17,25 @@ from bigpipe.bigmodel.checkpoint import (
     STORAGE_CLASSES,
     encode_header,
     encode_torch_head,
+    layout_key,
 )
 
-from .plans import Layout, PlannedTensor, ShardPlan, laid_out
+from .plans import PlannedTensor, ShardPlan
 
-
-class Container(Protocol):
-    """A file format, applied to one plan."""
-
-    @property
-    def size(self) -> int:
-        """Bytes of the whole file."""
-
-    @property
-    def offsets(self) -> Mapping[str, int]:
-        """Tensor → where its bytes go."""
-
-    @property
-    def head(self) -> bytes:
-        """What stands before the first tensor."""
-
-    @property
-    def announced(self) -> bytes:
-        """What is told of it to those who wait for it: as `arrivals.read_head` reads it from the file."""
-
-    @property
-    def checksums(self) -> bool:
-        """Whether `after` needs the CRC-32 of the tensor."""
-
-    def after(self, name: str, crc: int) -> bytes:
-        """What follows the bytes of this tensor."""
-
-    def tail(self, crcs: Mapping[str, int]) -> bytes:
-        """What ends the file. `crcs`: the CRC-32 of every tensor, where `checksums` asks for them."""
+METADATA = {"format": "pt"}
+"""Tells other tools that names and shapes are torch's."""
 
 
 class SafetensorsFile:
+    """A file that holds these tensors in this order."""
+
     checksums = False
 
-    def __init__(self, plan: ShardPlan, metadata: Mapping[str, str], layout: Layout) -> None:
-        tensors = laid_out(plan, layout)
+    def __init__(self, tensors: Sequence[PlannedTensor], metadata: Mapping[str, str] = METADATA) -> None:
+        self.tensors = tensors
         self.head = encode_header([(tensor.name, tensor.dtype, tensor.shape) for tensor in tensors], metadata)
         self.announced = self.head
-        self.offsets: dict[str, int] = {}
-        self.size = len(self.head)
-        for tensor in tensors:
-            self.offsets[tensor.name] = self.size
-            self.size += tensor.nbytes
+        self.size = len(self.head) + sum(tensor.nbytes for tensor in tensors)
 
     def after(self, name: str, crc: int) -> bytes:
         return b""
@@ -81,11 +52,17 @@ _DEFERRED, _UTF8 = 0x0008, 0x0800
 
 
 class TorchZip:
-    """A file as torch.save writes it (zip64, stored, 64-byte aligned), with the pickle written opcode by opcode."""
+    """A file as torch.save writes it (zip64, stored, 64-byte aligned), with the pickle written opcode by opcode.
+
+    tensors: in the order of their bytes. size: bytes of the whole file. head: what stands before the first tensor.
+    announced: what is told of it to those who wait for it, as `arrivals.read_head` reads it from the file. checksums:
+    whether `after` and `tail` need the CRC-32 of the tensors.
+    """
 
     checksums = True
 
     def __init__(self, plan: ShardPlan) -> None:
+        self.tensors = plan.tensors
         self._prefix = plan.file.rpartition(".")[0]
         self._entries: list[tuple[str, int, int, int]] = []  # name, local header, size, CRC
         self._keys = {tensor.name: str(number) for number, tensor in enumerate(plan.tensors)}
@@ -109,6 +86,7 @@ class TorchZip:
         self.size = at + len(self.tail(dict.fromkeys(names, 0)))
 
     def after(self, name: str, crc: int) -> bytes:
+        """What follows the bytes of this tensor."""
         following = self._next.get(name)
         return _descriptor(self._headers[name][0], self._tensors[name].nbytes, crc) + (
             self._headers[following][1] if following else b""
@@ -124,6 +102,7 @@ class TorchZip:
         return f"data/{self._keys[name]}"
 
     def tail(self, crcs: Mapping[str, int]) -> bytes:
+        """What ends the file."""
         version = b"3\n"
         records = (
             self._local("version", self._end, len(version)) + version + _descriptor(self._end, 2, zlib.crc32(version))
@@ -237,5 +216,11 @@ def _strides(shape: Sequence[int]) -> list[int]:
     return strides[::-1][: len(shape)]
 
 
-def container(plan: ShardPlan, format: str, metadata: Mapping[str, str], layout: Layout) -> Container:
-    return TorchZip(plan) if format == "bin" else SafetensorsFile(plan, metadata, layout)
+Container = SafetensorsFile | TorchZip
+
+
+def container(plan: ShardPlan, metadata: Mapping[str, str] = METADATA) -> Container:
+    """Return the file of a plan; safetensors in that library's order, for files byte for byte as its own."""
+    if plan.format == "bin":
+        return TorchZip(plan)
+    return SafetensorsFile(sorted(plan.tensors, key=lambda tensor: layout_key(tensor.name, tensor.dtype)), metadata)

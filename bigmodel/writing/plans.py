@@ -5,14 +5,8 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Literal
 
-from bigpipe.bigmodel.checkpoint import Format, itemsize, layout_key, tensor_nbytes
-
-Layout = Literal["sorted", "planned"]
-"""Order of the bytes within a safetensors file. sorted: as the safetensors library does it (wide number formats first,
-then by name), so that files are byte for byte what it would write. planned: as the plan lists the tensors, but for
-those of odd lengths, which come last; for producers that make several tensors in one go."""
+from bigpipe.bigmodel.checkpoint import Format, tensor_nbytes
 
 NAMES: Mapping[Format, str] = {"safetensors": "model{}.safetensors", "bin": "pytorch_model{}.bin"}
 
@@ -33,7 +27,7 @@ class PlannedTensor:
 
 @dataclass(frozen=True, slots=True)
 class ShardPlan:
-    """One weight file: its name and its tensors in the order they are produced."""
+    """One weight file: its name and its tensors."""
 
     file: str
     tensors: tuple[PlannedTensor, ...]
@@ -43,6 +37,10 @@ class ShardPlan:
     @property
     def nbytes(self) -> int:
         return sum(tensor.nbytes for tensor in self.tensors)
+
+    @property
+    def format(self) -> Format:
+        return "bin" if self.file.endswith(".bin") else "safetensors"
 
 
 def plan_shards(
@@ -99,12 +97,3 @@ def encode_index(plans: Sequence[ShardPlan]) -> bytes:
     weight_map.update({alias: plan.file for plan in plans for alias in plan.aliases})
     index = {"metadata": {"total_size": sum(plan.nbytes for plan in plans)}, "weight_map": weight_map}
     return (json.dumps(index, indent=2, sort_keys=True) + "\n").encode()
-
-
-def laid_out(plan: ShardPlan, layout: Layout) -> list[PlannedTensor]:
-    """The tensors of a safetensors file in the order of their bytes."""
-    if layout == "sorted":
-        return sorted(plan.tensors, key=lambda tensor: layout_key(tensor.name, tensor.dtype))
-    whole = [tensor for tensor in plan.tensors if tensor.nbytes % 8 == 0]
-    odd = [tensor for tensor in plan.tensors if tensor.nbytes % 8]
-    return whole + sorted(odd, key=lambda tensor: -itemsize(tensor.dtype))

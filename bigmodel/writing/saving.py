@@ -1,19 +1,25 @@
-"""One way to save a checkpoint, whether it lies on disk or in memory."""
+"""Saves a checkpoint that lies on disk, or in memory as accelerate's `save_model` does."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from bigpipe.bigmodel.checkpoint import Checkpoint, Format, open_checkpoint
+from bigpipe.bigmodel.checkpoint import CASTABLE, CHUNK, Checkpoint, Format, open_checkpoint
+from bigpipe.errors import UsageError
 from bigpipe.sizes import size_of
 
-from .conversion import convert
-from .writer import ReportProgress, SavedCheckpoint
+from .conversion import Conversion, convert
+from .plans import PlannedTensor
+from .writer import ReportProgress, SavedCheckpoint, Traffic, write_checkpoint
+
+if TYPE_CHECKING:
+    import torch
 
 
 def save_checkpoint(
-    source: str | Path | Checkpoint | Any,
+    source: str | Path | Checkpoint | torch.nn.Module | Mapping[str, Any],
     out: str | Path,
     *,
     max_shard_size: int | str = "5GB",
@@ -24,13 +30,79 @@ def save_checkpoint(
     """Write a checkpoint, resharded, converted or cast, into the directory `out`.
 
     source: a checkpoint on disk, which goes there with its config, tokenizer and other files (streamed in constant
-    memory, without torch; see `conversion.convert`), or a torch module or a state dict (see `modules.save_module`).
-    Raise InvalidCheckpoint, UsageError, DoesNotFit.
+    memory, without torch), or a torch module (of transformers: its config too) or a state dict. Of names that share
+    storage one is stored in safetensors, all in `.bin`. Raise InvalidCheckpoint, DoesNotFit, and UsageError, for
+    tensors without data too.
     """
-    out, limit = Path(out), size_of("max_shard_size", max_shard_size)
+    conversion = Conversion(max_shard_size=size_of("max_shard_size", max_shard_size), dtype=dtype, format=format)
     if not isinstance(source, str | Path | Checkpoint):
-        from .modules import save_module
-
-        return save_module(source, out, max_shard_size=limit, dtype=dtype, format=format, progress=progress)
+        return _save_module(source, Path(out), conversion, progress)
     checkpoint = source if isinstance(source, Checkpoint) else open_checkpoint(source)
-    return convert(checkpoint, out, max_shard_size=limit, dtype=dtype, format=format, progress=progress)
+    return convert(checkpoint, Path(out), conversion, progress=progress)
+
+
+def _save_module(
+    source: torch.nn.Module | Mapping[str, Any], out: Path, conversion: Conversion, progress: ReportProgress | None
+) -> SavedCheckpoint:
+    """Tensors are copied one at a time, and only if they are not contiguous, not on the CPU, or cast."""
+    tensors, tied = _unique(source if isinstance(source, Mapping) else source.state_dict())
+    described = {name: (_dtype(tensor), tuple(tensor.shape)) for name, tensor in tensors.items()}
+    saved = write_checkpoint(
+        out,
+        conversion.plans(described, tied),
+        lambda planned: _pieces(tensors[planned.name], planned),
+        traffic=Traffic(progress),
+    )
+    config = getattr(source, "config", None)
+    if hasattr(config, "save_pretrained"):
+        _save_config(source, config, conversion.dtype, out)
+    return saved
+
+
+def _unique(state: Mapping[str, Any]) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
+    """The tensors that are stored, and alias → stored name."""
+    import torch
+
+    first: dict[tuple[Any, ...], str] = {}
+    tensors: dict[str, torch.Tensor] = {}
+    tied: dict[str, str] = {}
+    for name, tensor in state.items():
+        if isinstance(tensor, str):
+            continue  # bitsandbytes keeps the name of a layout among its weights; the Hub's own writer skips it too
+        if not isinstance(tensor, torch.Tensor) or tensor.is_meta or tensor.layout != torch.strided:
+            raise UsageError(
+                f"{name!r} has no data here, or is not a dense tensor",
+                "load the model completely, with nothing offloaded, before saving it",
+            )
+        place = (tensor.device, tensor.data_ptr(), tensor.dtype, tuple(tensor.shape), tensor.stride())
+        kept = first.setdefault(place, name) if tensor.numel() else name
+        if kept == name:
+            tensors[name] = tensor
+        else:
+            tied[name] = kept
+    return tensors, tied
+
+
+def _pieces(tensor: torch.Tensor, planned: PlannedTensor) -> Iterator[memoryview]:
+    import torch
+
+    whole = tensor.detach().to("cpu", getattr(torch, planned.dtype)).resolve_conj().resolve_neg().contiguous()
+    if whole.numel():
+        # as_strided: the one element of a view may keep a stride that `view` does not take.
+        flat = whole.as_strided((whole.numel(),), (1,)).view(torch.uint8)
+        content = memoryview(flat.numpy().data)
+        for start in range(0, len(content), CHUNK):
+            yield content[start : start + CHUNK]
+
+
+def _dtype(tensor: torch.Tensor) -> str:
+    return str(tensor.dtype).removeprefix("torch.")
+
+
+def _save_config(model: Any, config: Any, dtype: str | None, out: Path) -> None:
+    config.architectures = [type(model).__name__]
+    stored = dtype if dtype in CASTABLE else _dtype(next(model.parameters()))
+    config.dtype = stored
+    config.save_pretrained(out)
+    if getattr(model, "generation_config", None) is not None and model.can_generate():
+        model.generation_config.save_pretrained(out)

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import zlib
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from hashlib import sha256
 from pathlib import Path
 from typing import Any, Self
 
-from bigpipe.errors import StageFailed
 from bigpipe.files import FileWriter
 
 from .containers import Container
@@ -60,7 +59,7 @@ class Lanes:
 
 
 class ShardWriter:
-    """Writes one file at known positions. Tensors may come in any order; in the file's order they are hashed at once.
+    """Writes and hashes one file from its beginning to its end.
 
     Once it is complete, `file.settle` is all that is left to do, in whatever thread. Leaving the context with an error
     removes what was written.
@@ -69,105 +68,81 @@ class ShardWriter:
     def __init__(self, path: Path, container: Container, lanes: Lanes, partial: Path | None = None) -> None:
         """partial: as `FileWriter` takes it."""
         self.container = container
+        self.file = FileWriter(path, container.size, partial)
         self._lanes = lanes
         self._hash = sha256()
-        self._hashed = 0
+        self._at = 0
+        self._crc = 0
         self._crcs: dict[str, int] = {}
         self._small = bytearray(container.head)
-        self._small_at = 0
-        self.file = FileWriter(path, container.size, partial)
 
     def write(self, name: str, pieces: Iterable[Piece], nbytes: int) -> None:
-        """Writes one tensor. ValueError where the pieces do not add up to `nbytes`."""
-        at = begin = self.container.offsets[name]
-        if nbytes < SMALL:
-            content = bytearray()
-            for piece in pieces:  # not join: the producer may use a piece's memory again
-                content += piece
-                self._lanes.started()
-            self._write_small(name, bytes(content), nbytes, at)
-            return
-        self._flush_small()
-        crc = _Crc() if self.container.checksums else None
-        for piece in pieces:
-            view = memoryview(piece).cast("B")
-            if at + len(view) > begin + nbytes:
-                raise ValueError(f"{name}: more than the {nbytes} bytes planned were produced")
-            self._put(view, at, crc)
-            at += len(view)
-        if at != begin + nbytes:
-            raise ValueError(f"{name}: {at - begin} bytes were produced, {nbytes} planned")
-        if crc is not None:
-            self._put_after(name, at, crc)
+        """Write the next tensor. ValueError where the pieces do not add up to `nbytes`."""
+        size = self._gather(name, pieces) if nbytes < SMALL else self._stream(name, pieces, nbytes)
+        if size != nbytes:
+            raise ValueError(f"{name}: {size} bytes were produced, {nbytes} planned")
 
-    def _write_small(self, name: str, content: bytes, nbytes: int, at: int) -> None:
-        if len(content) != nbytes:
-            raise ValueError(f"{name}: {len(content)} bytes were produced, {nbytes} planned")
+    def _gather(self, name: str, pieces: Iterable[Piece]) -> int:
+        content = bytearray()
+        for piece in pieces:  # not join: the producer may use a piece's memory again
+            content += piece
+            self._lanes.started()
+        self._small += content
         if self.container.checksums:
             self._crcs[name] = zlib.crc32(content)
-            content += self.container.after(name, self._crcs[name])
-        self._put_small(content, at)
+            self._small += self.container.after(name, self._crcs[name])
+        if len(self._small) > 4 * SMALL:
+            self._flush()
+        return len(content)
 
-    def _put_small(self, content: bytes, at: int) -> None:
-        if at != self._small_at + len(self._small) or len(self._small) > 4 * SMALL:
-            self._flush_small()
-            self._small_at = at
-        self._small += content
+    def _stream(self, name: str, pieces: Iterable[Piece], nbytes: int) -> int:
+        self._flush()
+        size = 0
+        for piece in pieces:
+            view = memoryview(piece).cast("B")
+            size += len(view)
+            if size > nbytes:
+                raise ValueError(f"{name}: more than the {nbytes} bytes planned were produced")
+            self._put(view, self._digest)
+        if size == nbytes and self.container.checksums:
+            self._put_after(name)
+        return size
 
-    def _flush_small(self) -> None:
-        if self._small:
-            content, self._small = self._small, bytearray()
-            self._put(memoryview(content), self._small_at, None)
-            self._small_at += len(content)
+    def _flush(self) -> None:
+        content, self._small = self._small, bytearray()
+        self._put(memoryview(content), self._hash.update)
 
-    def _put(self, piece: memoryview, at: int, crc: _Crc | None) -> None:
-        jobs: list[Future[Any]] = [self._lanes.writes.submit(self.file.write, piece, at)]
-        if at == self._hashed:
-            jobs.append(self._lanes.hashes.submit(self._digest, piece, crc))
-            self._hashed += len(piece)
-        elif crc is not None:
-            jobs.append(self._lanes.hashes.submit(crc.add, piece))
-        self._lanes.started(*jobs)
+    def _put(self, piece: memoryview, digest: Callable[[memoryview], None]) -> None:
+        lanes = self._lanes
+        lanes.started(lanes.writes.submit(self.file.write, piece, self._at), lanes.hashes.submit(digest, piece))
+        self._at += len(piece)
 
-    def _put_after(self, name: str, at: int, crc: _Crc) -> None:
-        """What follows a tensor holds its CRC, which the hashing thread knows when it gets there."""
-        following = len(self.container.after(name, 0))
-
-        def make() -> bytes:
-            self._crcs[name] = crc.value
-            return self.container.after(name, crc.value)
-
-        if at == self._hashed:
-            made = self._lanes.hashes.submit(lambda: self._digest(make(), None))
-            self._hashed += following
-        else:
-            made = self._lanes.hashes.submit(make)
-        self._lanes.started(made, self._lanes.writes.submit(lambda: self.file.write(made.result(), at)))
-
-    def _digest(self, piece: Piece, crc: _Crc | None) -> Any:
+    def _digest(self, piece: memoryview) -> None:
         self._hash.update(piece)
-        if crc is not None:
-            crc.add(piece)
-        return piece
+        if self.container.checksums:
+            self._crc = zlib.crc32(piece, self._crc)
+
+    def _put_after(self, name: str) -> None:
+        """What follows a tensor holds its CRC, which the hashing thread knows when it gets there."""
+        at, lanes = self._at, self._lanes
+        made = lanes.hashes.submit(self._after, name)
+        lanes.started(made, lanes.writes.submit(lambda: self.file.write(made.result(), at)))
+        self._at += len(self.container.after(name, 0))
+
+    def _after(self, name: str) -> bytes:
+        self._crcs[name], self._crc = self._crc, 0
+        following = self.container.after(name, self._crcs[name])
+        self._hash.update(following)
+        return following
 
     def complete(self) -> str:
         """Write what ends the file and wait for all of it; return its sha256 in hex."""
-        self._flush_small()
+        self._flush()
         self._lanes.flush()
         tail = self.container.tail(self._crcs)
-        self.file.write(tail, self.container.size - len(tail))
-        self._hash_rest()
+        self.file.write(tail, self._at)
+        self._hash.update(tail)
         return self._hash.hexdigest()
-
-    def _hash_rest(self) -> None:
-        """Hashes what did not come in order, from the file (the page cache holds it)."""
-        buffer = memoryview(bytearray(min(2**20, self.container.size - self._hashed)))
-        while self._hashed < self.container.size:
-            count = self.file.read_into(buffer, self._hashed)
-            if count == 0:
-                raise StageFailed(f"{self.file.path}: was cut short by somebody else", "run again")
-            self._hash.update(buffer[:count])
-            self._hashed += count
 
     def __enter__(self) -> Self:
         return self
@@ -176,13 +151,3 @@ class ShardWriter:
         if error is not None:
             self._lanes.stop()
             self.file.abandon()
-
-
-class _Crc:
-    """The running CRC-32 of one tensor."""
-
-    def __init__(self) -> None:
-        self.value = 0
-
-    def add(self, piece: Piece) -> None:
-        self.value = zlib.crc32(piece, self.value)

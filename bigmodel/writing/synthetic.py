@@ -23,8 +23,8 @@ from bigpipe.files import make_directory, write_file
 from bigpipe.passing import NOBODY, Outlet
 from bigpipe.sizes import size_of
 
-from .casting import cast
 from .plans import PlannedTensor, ShardPlan, plan_shards
+from .ranges import cast
 from .shards import PIECES_IN_FLIGHT
 from .sidefiles import encode_config
 from .writer import ReportProgress, SavedCheckpoint, Traffic, write_checkpoint
@@ -105,7 +105,6 @@ def write_synthetic(
         out,
         plan_synthetic(description, max_shard_size),
         RandomTensors(seed, spread_of(config)).produce,
-        format=format,
         journal=journal,
         fingerprint=lambda file: f"synthetic {seed}",
         traffic=Traffic(progress, outlet),

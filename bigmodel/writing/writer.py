@@ -28,13 +28,11 @@ from bigpipe.errors import Interrupted
 from bigpipe.files import PARTIAL, explained, is_partial, make_directory, require_space, write_file
 from bigpipe.passing import NOBODY, OpenInlet, Outlet
 
-from .containers import Container, container
+from .containers import METADATA, Container, container
 from .finished import Finished, key_of
-from .plans import NAMES, Layout, PlannedTensor, ShardPlan, encode_index, index_file
+from .plans import NAMES, PlannedTensor, ShardPlan, encode_index, index_file
 from .shards import Lanes, Piece, ShardWriter
 
-METADATA = {"format": "pt"}
-"""Tells other tools that names and shapes are torch's."""
 Produce = Callable[[PlannedTensor], Iterable[Piece]]
 """Gives a tensor's bytes in pieces. A piece must stay as it is until three more have been taken, of whatever tensor."""
 ReportProgress = Callable[[int, int], None]
@@ -54,15 +52,6 @@ class SavedCheckpoint:
     """Of the weight files, headers included."""
 
 
-@dataclass(frozen=True, slots=True)
-class Content:
-    """The tensors of one weight file in the order they are produced."""
-
-    container: Container
-    tensors: Sequence[PlannedTensor]
-    produce: Produce
-
-
 @dataclass(frozen=True, slots=True, kw_only=True)
 class OutputFile:
     """One weight file to be written."""
@@ -72,7 +61,8 @@ class OutputFile:
     """Of its tensors; where they are known only once they are made, nearly."""
     key: Callable[[], str]
     """Digest of everything its bytes depend on. May wait for what the file is made of, as `content` may."""
-    content: Callable[[], Content]
+    content: Callable[[], tuple[Container, Produce]]
+    """The file, and who produces the bytes of its tensors."""
     sources: frozenset[Path] = frozenset()
     """The files it is made of."""
 
@@ -104,8 +94,6 @@ def write_checkpoint(
     produce: Produce,
     *,
     metadata: Mapping[str, str] = METADATA,
-    format: Format = "safetensors",
-    layout: Layout = "sorted",
     journal: Path | None = None,
     fingerprint: Callable[[str], str] = lambda file: "",
     workers: int = 1,
@@ -114,16 +102,16 @@ def write_checkpoint(
 ) -> SavedCheckpoint:
     """Write the planned weight files and, where there are several, their index into the directory `out`.
 
-    `produce` is called once per tensor, in the order of the plans; with several `workers`, so many files are written
-    side by side, and it is called from as many threads. With a `journal` (a directory outside `out`), files that an
-    earlier attempt finished are verified and kept, if it was for the same plan and `fingerprint` (of a file's name:
-    whatever else its bytes depend on). Weight files of the same naming scheme that are not in the plans are removed.
-    sources: file name → the files that it is made of.
+    `produce` is called once per tensor, file by file in the order of their bytes; with several `workers`, so many files
+    are written side by side, and it is called from as many threads. With a `journal` (a directory outside `out`), files
+    that an earlier attempt finished are verified and kept, if it was for the same plan and `fingerprint` (of a file's
+    name: whatever else its bytes depend on). Weight files of the same naming scheme that are not in the plans are
+    removed. sources: file name → the files that it is made of.
 
     Raise DoesNotFit where the disk is too small, before anything is written if that can be known.
     """
     out = Path(out)
-    containers = {plan.file: container(plan, format, metadata, layout) for plan in plans}
+    containers = {plan.file: container(plan, metadata) for plan in plans}
 
     def file_of(plan: ShardPlan) -> OutputFile:
         file = containers[plan.file]
@@ -131,14 +119,14 @@ def write_checkpoint(
             name=plan.file,
             nbytes=plan.nbytes,
             key=lambda: key_of(plan.file, fingerprint(plan.file), file.size, file.head.hex()),
-            content=lambda: Content(file, plan.tensors, produce),
+            content=lambda: (file, produce),
             sources=frozenset((sources or {}).get(plan.file, ())),
         )
 
-    prepare(out, format, {plan.file for plan in plans})
+    prepare(out, plans[0].format, {plan.file for plan in plans})
     traffic.outlet.announce({name: (file.announced, file.size) for name, file in containers.items()})
     files = write_files([file_of(plan) for plan in plans], Finished(out, journal), workers=workers, traffic=traffic)
-    index = write_index(out, plans, format)
+    index = write_index(out, plans)
     for name, digest in index.items():
         traffic.outlet.finished(name, *digest)
     return SavedCheckpoint({**files, **index}, len(plans), sum(file.size for file in containers.values()))
@@ -155,11 +143,11 @@ def write_files(
     return {file.name: writing.files[file.name] for file in files}
 
 
-def write_index(out: Path, plans: Sequence[ShardPlan], format: Format) -> Files:
+def write_index(out: Path, plans: Sequence[ShardPlan]) -> Files:
     """Write the index of a checkpoint in several files; of one in a single file there is none."""
     if len(plans) < 2:
         return {}
-    name = index_file(format)
+    name = index_file(plans[0].format)
     with explained(out):
         return {name: write_file(out / name, encode_index(plans))}
 
@@ -231,17 +219,17 @@ class _Writing:
         key = file.key()
         found = self.finished.find(file.name, key)
         if found is not None:
-            self.meter.skip(file.nbytes)
+            self.meter.add(file.nbytes)
             return lambda: self._done(file.name, *found)
         outlet = self.traffic.outlet
         outlet.begin(file.name)
         if outlet.lets_go:
             require_space(self.finished.out, file.nbytes)
-        content = file.content()
+        container, produce = file.content()
         path, partial = self.finished.place(file.name, key)
-        with ShardWriter(path, content.container, lanes, partial) as shard:
-            for tensor in content.tensors:
-                shard.write(tensor.name, self.meter.count(content.produce(tensor)), tensor.nbytes)
+        with ShardWriter(path, container, lanes, partial) as shard:
+            for tensor in container.tensors:
+                shard.write(tensor.name, self.meter.count(produce(tensor)), tensor.nbytes)
             sha256 = shard.complete()
 
         def settle() -> None:
@@ -249,7 +237,7 @@ class _Writing:
                 self.finished.note(key, sha256)
                 shard.file.settle()
             self.finished.show(file.name, key)
-            self._done(file.name, sha256, content.container.size)
+            self._done(file.name, sha256, container.size)
 
         return settle
 
@@ -282,18 +270,14 @@ class Meter:
         """Ends the counting in other threads at their next piece."""
         self._stopped = True
 
-    def skip(self, size: int) -> None:
-        """Counts what need not be made."""
-        self._add(size)
-
     def count(self, pieces: Iterable[Piece]) -> Iterator[Piece]:
         for piece in pieces:
             if self._stopped:
                 raise Interrupted("another file of this checkpoint could not be written")
             yield piece
-            self._add(memoryview(piece).nbytes)
+            self.add(memoryview(piece).nbytes)
 
-    def _add(self, size: int) -> None:
+    def add(self, size: int) -> None:
         with self._lock:
             self.done += size
             now = time.monotonic()

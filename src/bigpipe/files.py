@@ -282,7 +282,7 @@ class FileWriter:
         self.size = size
         self._partial = partial or path.with_name(path.name + PARTIAL)
         with explained(path, size):
-            self._file = os.open(self._partial, os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o666)
+            self._file = os.open(self._partial, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o666)
         try:
             self._set_aside()
         except BaseException:
@@ -310,11 +310,6 @@ class FileWriter:
             # Dirty pages: this sends them to the disk now, without waiting, so that fsync finds little left to do. They
             # stay in the page cache for whoever reads the file next, since only clean ones are let go.
             os.posix_fadvise(self._file, start, at - start, os.POSIX_FADV_DONTNEED)
-
-    def read_into(self, buffer: memoryview, at: int) -> int:
-        """Read what was written at this position; return the number of bytes, 0 at the end."""
-        with explained(self.path):
-            return os.preadv(self._file, [buffer], at)
 
     def share(self, source: int) -> bool:
         """Take over the content of an open file without writing it. False where the file system cannot."""

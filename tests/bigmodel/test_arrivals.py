@@ -16,7 +16,7 @@ from safetensors.numpy import save_file
 
 from bigpipe.bigmodel.checkpoint import open_checkpoint
 from bigpipe.bigmodel.hub.heads import are_the_model, directory_heads, may_pass
-from bigpipe.bigmodel.writing import convert, save_checkpoint
+from bigpipe.bigmodel.writing import Conversion, convert, save_checkpoint
 from bigpipe.errors import InvalidCheckpoint
 from bigpipe.passing import OpenInlet, OpenOutlet
 
@@ -90,7 +90,9 @@ def test_a_file_is_taken_once_all_that_is_made_of_it_is_written(tmp_path: Path, 
     for name in weights[:2]:
         deliver(outlet, source, name)
     thread = threading.Thread(
-        target=convert, args=(open_checkpoint(inlet), tmp_path / "made"), kwargs={"max_shard_size": 24_500}, daemon=True
+        target=convert,
+        args=(open_checkpoint(inlet), tmp_path / "made", Conversion(max_shard_size=24_500)),
+        daemon=True,
     )
     thread.start()
     taken = tmp_path / "handover" / "taken" / "reader"

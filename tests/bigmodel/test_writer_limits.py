@@ -20,13 +20,13 @@ CONVERT = """
 import json, re, sys
 from pathlib import Path
 from bigpipe.bigmodel.checkpoint import open_checkpoint
-from bigpipe.bigmodel.writing import convert
+from bigpipe.bigmodel.writing import Conversion, convert
 from bigpipe.errors import BigpipeError
 source, out, options = sys.argv[1], sys.argv[2], json.loads(sys.argv[3])
-options["journal"] = Path(options["journal"]) if "journal" in options else None
+journal = Path(options.pop("journal")) if "journal" in options else None
 Path("/proc/self/clear_refs").write_text("5")  # a child's peak would count from its parent's
 try:
-    saved = convert(open_checkpoint(source), Path(out), **options)
+    saved = convert(open_checkpoint(source), Path(out), Conversion(**options), journal=journal)
     peak = re.search(r"VmHWM:\\s+(\\d+)", Path("/proc/self/status").read_text())[1]
     print(json.dumps({"files": saved.files, "peak": int(peak) * 1024}))
 except BigpipeError as error:
