@@ -14,10 +14,9 @@ from bigpipe.faces import face
 
 if TYPE_CHECKING:
     from .addresses import open_destination
-    from .destinations import Destination, Directory
+    from .destinations import RECEIPT, Destination, Directory, Receipt
     from .provenance import Provenance, Step
     from .publication import Contents, publish
-    from .receipt import RECEIPT, Receipt
     from .replacing import check_destination, is_present
 
 __getattr__, __all__ = face(__name__)

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -59,88 +58,59 @@ model = AutoModelForCausalLM.from_pretrained("{where}", device_map="auto")
 tokenizer = AutoTokenizer.from_pretrained("{where}")"""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Card:
-    title: str
-    base_model: str | None = None
-    """owner/name on the Hub."""
-    source: str = "a local model"
-    """What it was made from, where that has no name on the Hub."""
-    commit: str | None = None
-    scheme: str | None = None
-    """The format it was quantized to."""
-    license: str | None = None
-    library: str | None = None
-    task: str | None = None
-    loading: str = ""
-    measured: Sequence[tuple[str, str, str]] = ()
-    recipe: str = ""
-    recipe_name: str = ""
-    version: str = ""
-    extra: Mapping[str, Any] = field(default_factory=dict)
-    """What the recipe adds to, or puts in place of, the metadata."""
+def card_of(model: Path, provenance: Provenance, name: str, extra: Mapping[str, Any]) -> str:
+    """Return the text of a card for what lies in `model`, by what led to it.
 
-    def metadata(self) -> dict[str, Any]:
-        """The Hub's terms, https://huggingface.co/docs/hub/model-cards#model-card-metadata."""
-        tags = [f"{packing_of(self.scheme).bits}-bit", named(self.scheme).method] if self.scheme else []
-        told = {
-            "base_model": self.base_model,
-            "base_model_relation": "quantized" if self.base_model and self.scheme else None,
-            "license": self.license,
-            "library_name": self.library,
-            "pipeline_tag": self.task,
-            "tags": ["bigpipe", *tags],
-        }
-        return {key: value for key, value in {**told, **self.extra}.items() if value is not None}
+    name: of the destination, for whoever loads it. extra: added to, or put in place of, the metadata.
+    """
+    from jinja2 import Environment
 
-    def summary(self) -> str:
-        source = f"[{self.base_model}](https://huggingface.co/{self.base_model})" if self.base_model else self.source
-        at = f" at commit `{self.commit}`" if self.commit else ""
-        how = f", quantized to {self.scheme} with {named(self.scheme).method}" if self.scheme else ""
-        return f"Made from {source}{at}{how}."
-
-    def text(self) -> str:
-        from jinja2 import Environment
-
-        # Markdown, not HTML: the values are the recipe's own and the Hub sanitises what it shows.
-        template = Environment(autoescape=False, keep_trailing_newline=True).from_string(TEMPLATE)  # noqa: S701
-        longest = max((len(run) for run in re.findall("`+", self.recipe)), default=0)
-        return template.render(
-            metadata=yaml.safe_dump(self.metadata(), sort_keys=False, allow_unicode=True),
-            title=self.title,
-            summary=self.summary(),
-            loading=self.loading,
-            measured=[tuple(text.replace("|", "\\|") for text in row) for row in self.measured],
-            version=self.version,
-            recipe_name=self.recipe_name,
-            recipe=self.recipe.rstrip("\n"),
-            fence="`" * max(3, longest + 1),
-        )
-
-
-def card_of(model: Path, provenance: Provenance, name: str, extra: Mapping[str, Any]) -> Card:
-    """Return the card of what lies in `model`, by what led to it. name: of the destination, for whoever loads it."""
-    source, quantize = provenance.last("download"), provenance.last("quantize")
-    infer = provenance.last("distributed-infer")
-    task = str(infer.params.get("task")) if infer else ""
-    by_transformers = (model / "config.json").is_file() and not (model / ARCHITECTURE_FILE).exists()
-    readme = model / "README.md"
-    return Card(
+    # Markdown, not HTML: the values are the recipe's own and the Hub sanitises what it shows.
+    template = Environment(autoescape=False, keep_trailing_newline=True).from_string(TEMPLATE)  # noqa: S701
+    longest = max((len(run) for run in re.findall("`+", provenance.text)), default=0)
+    metadata = {**_metadata(model, provenance), **extra}
+    return template.render(
+        metadata=yaml.safe_dump(
+            {key: value for key, value in metadata.items() if value is not None}, sort_keys=False, allow_unicode=True
+        ),
         title=name.rstrip("/").rpartition("/")[2],
-        base_model=source.params.get("repo") if source else None,
-        source="made-up weights" if source and source.params.get("synthetic") else "a local model",
-        commit=source.metrics.get("commit") if source else None,
-        scheme=str(quantize.params.get("scheme")) if quantize else None,
-        license=front_matter(readme.read_text(errors="replace")).get("license") if readme.is_file() else None,
-        library="transformers" if by_transformers else None,
-        task=task if TASKS.fullmatch(task) else None,
-        loading=LOADING.format(where=name) if by_transformers else "",
-        measured=[row for step in provenance.steps for row in _measured(step)],
-        recipe=provenance.text,
-        recipe_name=provenance.recipe,
+        summary=_summary(provenance),
+        loading=LOADING.format(where=name) if _by_transformers(model) else "",
+        measured=[[text.replace("|", "\\|") for text in row] for step in provenance.steps for row in _measured(step)],
         version=version(),
-        extra=extra,
+        recipe_name=provenance.recipe,
+        recipe=provenance.text.rstrip("\n"),
+        fence="`" * max(3, longest + 1),
     )
+
+
+def _metadata(model: Path, provenance: Provenance) -> dict[str, Any]:
+    """In the Hub's terms, https://huggingface.co/docs/hub/model-cards#model-card-metadata; None: not known."""
+    base, scheme = provenance.param("download", "repo"), provenance.param("quantize", "scheme")
+    task, readme = provenance.param("distributed-infer", "task"), model / "README.md"
+    return {
+        "base_model": base,
+        "base_model_relation": "quantized" if base and scheme else None,
+        "license": front_matter(readme.read_text(errors="replace")).get("license") if readme.is_file() else None,
+        "library_name": "transformers" if _by_transformers(model) else None,
+        "pipeline_tag": task if TASKS.fullmatch(str(task)) else None,
+        "tags": ["bigpipe", *([f"{packing_of(scheme).bits}-bit", named(scheme).method] if scheme else [])],
+    }
+
+
+def _summary(provenance: Provenance) -> str:
+    download, scheme = provenance.last("download"), provenance.param("quantize", "scheme")
+    base = provenance.param("download", "repo")
+    source = "made-up weights" if provenance.param("download", "synthetic") else "a local model"
+    commit = download.metrics.get("commit") if download else None
+    made_from = f"[{base}](https://huggingface.co/{base})" if base else source
+    at = f" at commit `{commit}`" if commit else ""
+    how = f", quantized to {scheme} with {named(scheme).method}" if scheme else ""
+    return f"Made from {made_from}{at}{how}."
+
+
+def _by_transformers(model: Path) -> bool:
+    return (model / "config.json").is_file() and not (model / ARCHITECTURE_FILE).exists()
 
 
 def _measured(step: Step) -> list[tuple[str, str, str]]:

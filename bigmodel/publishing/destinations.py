@@ -1,8 +1,8 @@
 """Where a finished model goes: a directory, an fsspec URL, a repository on the Hub.
 
-    with destination.transfer(scratch, report=report) as transfer:
-        transfer.put("model.safetensors", path)     copied, hashed, read back
-        receipt = transfer.finish(inspect)          only now is it there under its name
+    with destination.replacing(scratch) as new:
+        stored = {"model.safetensors": destination.put(new, "model.safetensors", path, report)}
+        receipt = destination.finish(new, stored, inspect)     only now is it there under its name
 
 A directory appears as a whole or not at all. Object stores and the Hub have no such step; their last file, or their
 commit, is what makes the rest count.
@@ -12,12 +12,13 @@ from __future__ import annotations
 
 import fcntl
 import hashlib
+import json
 import os
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager, suppress
-from dataclasses import dataclass, field
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar, Protocol
 
@@ -33,12 +34,49 @@ from bigpipe.files import (
     sync_directory,
 )
 
-from .receipt import Receipt, Stored
-
+RECEIPT = "receipt.json"
+RECEIPT_SCHEMA = "bigpipe.receipt/1"
 Report = Callable[[int], None]
 """Called with the number of bytes done since the last call."""
 Inspect = Callable[[Path], None]
 """Called with a directory that holds everything under its names; raises where that is not what it should be."""
+
+
+@dataclass(frozen=True, slots=True)
+class Stored:
+    """One file at the destination. `mark`: what a look without reading told of it when it was written."""
+
+    sha256: str
+    size: int
+    mark: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Receipt:
+    url: str
+    files: Mapping[str, Stored]
+    commit: str | None = None
+
+    @property
+    def bytes(self) -> int:
+        return sum(file.size for file in self.files.values())
+
+    def text(self) -> str:
+        files = {name: asdict(file) for name, file in sorted(self.files.items())}
+        return (
+            json.dumps({"schema": RECEIPT_SCHEMA, "url": self.url, "commit": self.commit, "files": files}, indent=2)
+            + "\n"
+        )
+
+    @classmethod
+    def read(cls, folder: Path) -> Receipt:
+        """Return the receipt that lies in `folder`. Raise StageFailed where there is none that can be read."""
+        try:
+            data = json.loads((folder / RECEIPT).read_bytes())
+            files = {name: Stored(**file) for name, file in data["files"].items()}
+            return cls(data["url"], files, data["commit"])
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            raise StageFailed(f"{folder / RECEIPT} is not a receipt: {error}", "run the step again") from error
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,17 +85,6 @@ class Seen:
 
     size: int
     mark: str
-
-
-class Transfer(Protocol):
-    def put(self, name: str, source: Path) -> tuple[str, int]:
-        """Take one file under a relative name; its (hex sha256, size)."""
-
-    def finish(self, inspect: Inspect) -> Receipt:
-        """Let what was put be what is there, and nothing else. Raises StageFailed where it reads back differently.
-
-        A directory is inspected before it takes its name; elsewhere the digests of all files must do.
-        """
 
 
 class Destination(Protocol):
@@ -85,7 +112,17 @@ class Destination(Protocol):
     def digest(self, name: str) -> str:
         """sha256 of what is there, by reading it. Raises OSError."""
 
-    def transfer(self, scratch: Path, *, report: Report) -> AbstractContextManager[Transfer]: ...
+    def replacing(self, scratch: Path) -> AbstractContextManager[Path]:
+        """A directory where the new version is prepared. What is left there at the end is removed."""
+
+    def put(self, new: Path, name: str, source: Path, report: Report) -> Stored:
+        """Take one file under a relative name."""
+
+    def finish(self, new: Path, stored: Mapping[str, Stored], inspect: Inspect) -> Receipt:
+        """Let what was put be what is there, and nothing else. Raises StageFailed where it reads back differently.
+
+        A directory is inspected before it takes its name; elsewhere the digests of all files must do.
+        """
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,7 +164,7 @@ class Directory:
         return hash_file(self.path / name)
 
     @contextmanager
-    def transfer(self, scratch: Path, *, report: Report) -> Iterator[Transfer]:
+    def replacing(self, scratch: Path) -> Iterator[Path]:
         make_directory(self.path.parent)
         self._clean()
         new = Path(tempfile.mkdtemp(prefix=self._prefix, dir=self.path.parent))
@@ -135,7 +172,7 @@ class Directory:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX)
             new.chmod(0o777 & ~_umask())
-            yield _DirectoryTransfer(self, new, report)
+            yield new
         finally:
             os.close(lock)
             shutil.rmtree(new, ignore_errors=True)
@@ -157,40 +194,29 @@ class Directory:
                 finally:
                     os.close(lock)
 
+    def put(self, new: Path, name: str, source: Path, report: Report) -> Stored:
+        require_space(self.path, source.stat().st_size)
+        return Stored(*copy_file(source, new / name, progress=report))
 
-@dataclass(slots=True)
-class _DirectoryTransfer:
-    target: Directory
-    new: Path
-    report: Report
-    stored: dict[str, tuple[str, int]] = field(default_factory=dict)
-
-    def put(self, name: str, source: Path) -> tuple[str, int]:
-        require_space(self.target.path, source.stat().st_size)
-        self.stored[name] = copy_file(source, self.new / name, progress=self.report)
-        return self.stored[name]
-
-    def finish(self, inspect: Inspect) -> Receipt:
-        for name, (sha256, _) in self.stored.items():
-            forget_cached(self.new / name)
-            compare(f"{self.target.url}/{name}", sha256, hash_file(self.new / name))
-        inspect(self.new)
-        for folder in (self.new, *[path for path in self.new.rglob("*") if path.is_dir()]):
+    def finish(self, new: Path, stored: Mapping[str, Stored], inspect: Inspect) -> Receipt:
+        for name, file in stored.items():
+            forget_cached(new / name)
+            _compare(f"{self.url}/{name}", file.sha256, hash_file(new / name))
+        inspect(new)
+        for folder in (new, *[path for path in new.rglob("*") if path.is_dir()]):
             sync_directory(folder)
-        self._swap()
-        seen = self.target.listing() or {}
-        return Receipt(self.target.url, {name: Stored(*known, seen[name].mark) for name, known in self.stored.items()})
+        self._swap(new)
+        return _receipt(self, stored)
 
-    def _swap(self) -> None:
-        path = self.target.path
-        if path.exists():
-            # A crash between the two renames leaves both versions beside the name; the next transfer writes it anew.
-            old = Path(tempfile.mkdtemp(prefix=self.target._prefix, dir=path.parent))
-            move(path, old / path.name)
-            move(self.new, path, durable=True)
-            shutil.rmtree(old, ignore_errors=True)
-        else:
-            move(self.new, path, durable=True)
+    def _swap(self, new: Path) -> None:
+        if not self.path.exists():
+            move(new, self.path, durable=True)
+            return
+        # A crash between the two renames leaves both versions beside the name; the next transfer writes it anew.
+        old = Path(tempfile.mkdtemp(prefix=self._prefix, dir=self.path.parent))
+        move(self.path, old / self.path.name)
+        move(new, self.path, durable=True)
+        shutil.rmtree(old, ignore_errors=True)
 
 
 @dataclass(frozen=True, slots=True)
@@ -210,7 +236,7 @@ class FileSystem:
         self.listing()
 
     def listing(self) -> Mapping[str, Seen] | None:
-        with _foreign_errors(self.url, UsageError):
+        with self._errors(UsageError):
             self.system.invalidate_cache()
             try:
                 found = self.system.find(self.root, detail=True)
@@ -221,20 +247,48 @@ class FileSystem:
             return {name: Seen(int(info["size"]), self._mark(info)) for name, info in files.items()} or None
 
     def read(self, name: str) -> bytes:
-        with _foreign_errors(self.url, StageFailed):
+        with self._errors(StageFailed):
             content: bytes = self.system.cat_file(self._path(name))
         return content
 
     def digest(self, name: str) -> str:
-        digest = hashlib.sha256()
-        with _foreign_errors(self.url, StageFailed), self.system.open(self._path(name), "rb") as file:
-            while chunk := file.read(CHUNK):
-                digest.update(chunk)
-        return digest.hexdigest()
+        with self._errors(StageFailed), self.system.open(self._path(name), "rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+
+    def replacing(self, scratch: Path) -> AbstractContextManager[Path]:
+        return nullcontext(scratch)
+
+    def put(self, new: Path, name: str, source: Path, report: Report) -> Stored:
+        path = self._path(name)
+        digest, size = hashlib.sha256(), 0
+        with self._errors(StageFailed), source.open("rb") as reading:
+            self.system.makedirs(path.rpartition("/")[0], exist_ok=True)
+            with self.system.open(path, "wb") as writing:
+                while chunk := reading.read(CHUNK):
+                    digest.update(chunk)
+                    size += len(chunk)
+                    writing.write(chunk)
+                    report(len(chunk))
+        _compare(f"{self.url}/{name}", digest.hexdigest(), self.digest(name))
+        return Stored(digest.hexdigest(), size)
+
+    def finish(self, new: Path, stored: Mapping[str, Stored], inspect: Inspect) -> Receipt:
+        stale = [self._path(name) for name in self.listing() or {} if name not in stored]
+        if stale:
+            with self._errors(StageFailed):
+                self.system.rm(stale)
+        return _receipt(self, stored)
 
     @contextmanager
-    def transfer(self, scratch: Path, *, report: Report) -> Iterator[Transfer]:
-        yield _FileSystemTransfer(self, report)
+    def _errors(self, kind: type[UsageError | StageFailed]) -> Iterator[None]:
+        """Every file system raises classes of its own library; none of them is a bug of ours."""
+        try:
+            yield
+        except (UsageError, StageFailed, FileNotFoundError):
+            raise
+        except Exception as error:
+            cause = f"{self.url}: {type(error).__name__}: {error}"
+            raise kind(cause, "check the address and the credentials that its fsspec package reads") from error
 
     def _path(self, name: str) -> str:
         return f"{self.root.rstrip('/')}/{name}"
@@ -246,55 +300,17 @@ class FileSystem:
         return next((f"{name}={info[name]}" for name in names if info.get(name)), "")
 
 
-@dataclass(slots=True)
-class _FileSystemTransfer:
-    target: FileSystem
-    report: Report
-    stored: dict[str, tuple[str, int]] = field(default_factory=dict)
-
-    def put(self, name: str, source: Path) -> tuple[str, int]:
-        path = self.target._path(name)
-        digest, size = hashlib.sha256(), 0
-        with _foreign_errors(self.target.url, StageFailed), source.open("rb") as reading:
-            self.target.system.makedirs(path.rpartition("/")[0], exist_ok=True)
-            with self.target.system.open(path, "wb") as writing:
-                while chunk := reading.read(CHUNK):
-                    digest.update(chunk)
-                    size += len(chunk)
-                    writing.write(chunk)
-                    self.report(len(chunk))
-        compare(f"{self.target.url}/{name}", digest.hexdigest(), self.target.digest(name))
-        self.stored[name] = (digest.hexdigest(), size)
-        return self.stored[name]
-
-    def finish(self, inspect: Inspect) -> Receipt:
-        seen = self.target.listing() or {}
-        stale = [self.target._path(name) for name in seen if name not in self.stored]
-        if stale:
-            with _foreign_errors(self.target.url, StageFailed):
-                self.target.system.rm(stale)
-        files = {name: Stored(*known, seen[name].mark) for name, known in self.stored.items()}
-        return Receipt(self.target.url, files)
+def _receipt(target: Destination, stored: Mapping[str, Stored]) -> Receipt:
+    seen = target.listing() or {}
+    return Receipt(target.url, {name: replace(file, mark=seen[name].mark) for name, file in stored.items()})
 
 
-def compare(what: str, written: str, read: str) -> None:
+def _compare(what: str, written: str, read: str) -> None:
     if written != read:
         raise StageFailed(
             f"{what} reads back as sha256 {read[:12]}…, but {written[:12]}… was written",
             "the disk or the service changes what it stores; try again, or choose another destination",
         )
-
-
-@contextmanager
-def _foreign_errors(url: str, kind: type[UsageError | StageFailed]) -> Iterator[None]:
-    """Every file system raises classes of its own library; none of them is a bug of ours."""
-    try:
-        yield
-    except (UsageError, StageFailed, FileNotFoundError):
-        raise
-    except Exception as error:
-        cause = f"{url}: {type(error).__name__}: {error}"
-        raise kind(cause, "check the address and the credentials that its fsspec package reads") from error
 
 
 def _umask() -> int:

@@ -5,8 +5,11 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from importlib import metadata
 from typing import Any
+
+from bigpipe.versions import package_version
+
+from .destinations import Stored
 
 PROVENANCE = "provenance.json"
 SCHEMA = "bigpipe.provenance/1"
@@ -41,32 +44,17 @@ class Provenance:
     def last(self, kind: str) -> Step | None:
         return next((step for step in reversed(self.steps) if step.kind == kind), None)
 
-    def json(self, files: Mapping[str, tuple[str, int]]) -> str:
-        """Return the contents of `provenance.json`. files: name → (hex sha256, size) of everything beside it."""
-        listed = {name: {"sha256": sha256, "size": size} for name, (sha256, size) in files.items()}
-        content = {
-            "schema": SCHEMA,
-            "bigpipe": version(),
-            "recipe": self.recipe,
-            "node": self.node,
-            "text": self.text,
-            "steps": [asdict(step) for step in self.steps],
-            "files": listed,
-        }
+    def param(self, kind: str, name: str) -> Any:
+        """Return what the last step of this kind was given; None where there is none."""
+        step = self.last(kind)
+        return step.params.get(name) if step else None
+
+    def json(self, files: Mapping[str, Stored]) -> str:
+        """Return the contents of `provenance.json`. files: everything that lies beside it."""
+        listed = {name: {"sha256": file.sha256, "size": file.size} for name, file in files.items()}
+        content = {"schema": SCHEMA, "bigpipe": version(), **asdict(self), "files": listed}
         return json.dumps(content, indent=2) + "\n"
 
 
-def read_provenance(content: bytes) -> dict[str, Any] | None:
-    """Return what a `provenance.json` says; None where it is not one of bigpipe's."""
-    try:
-        found = json.loads(content)
-    except ValueError:
-        return None
-    return found if isinstance(found, dict) and found.get("schema") == SCHEMA else None
-
-
 def version() -> str:
-    try:
-        return metadata.version("bigpipe-ml")
-    except metadata.PackageNotFoundError:
-        return "from source"
+    return package_version("bigpipe-ml") or "from source"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +13,8 @@ from bigpipe.errors import InvalidCheckpoint, StageFailed
 from bigpipe.files import write_file
 
 from .card import card_of
-from .destinations import Destination, Inspect
+from .destinations import Destination, Receipt
 from .provenance import PROVENANCE, Provenance
-from .receipt import Receipt
 from .replacing import require_replaceable
 
 CARD = "README.md"
@@ -67,7 +67,7 @@ def publish(
     files = contents.files()
     if contents.model is not None:
         files[CARD] = scratch / CARD
-        write_file(files[CARD], card_of(contents.model, provenance, target.name, card or {}).text(), durable=False)
+        write_file(files[CARD], card_of(contents.model, provenance, target.name, card or {}), durable=False)
     total, done = sum(path.stat().st_size for path in files.values()), 0
 
     def report(size: int) -> None:
@@ -75,34 +75,32 @@ def publish(
         done += size
         progress(min(done, total), total)
 
-    with target.transfer(scratch, report=report) as transfer:
-        digests = {name: transfer.put(name, path) for name, path in sorted(files.items())}
+    with target.replacing(scratch) as new:
+        stored = {name: target.put(new, name, path, report) for name, path in sorted(files.items())}
         # Last: it holds the digests of the others, and tells that they are all there
-        write_file(scratch / PROVENANCE, provenance.json(digests), durable=False)
-        transfer.put(PROVENANCE, scratch / PROVENANCE)
-        return transfer.finish(inspection(contents.model) if contents.model else lambda directory: None)
+        write_file(scratch / PROVENANCE, provenance.json(stored), durable=False)
+        stored[PROVENANCE] = target.put(new, PROVENANCE, scratch / PROVENANCE, report)
+        return target.finish(
+            new, stored, partial(inspect, contents.model) if contents.model else lambda directory: None
+        )
 
 
-def inspection(model: Path) -> Inspect:
-    """Return what reads a written checkpoint through its own index, as a loader would, and compares it with `model`.
+def inspect(model: Path, written: Path) -> None:
+    """Read a written checkpoint through its own index, as a loader would, and compare it with `model`.
 
-    Weights that we cannot read ourselves are saved as they are.
+    Raise StageFailed where they differ. Weights that we cannot read ourselves are saved as they are.
     """
-
-    def inspect(written: Path) -> None:
-        try:
-            expected = _tensors(model)
-        except InvalidCheckpoint:
-            return
-        found = _tensors(written)
-        wrong = sorted(name for name in expected.keys() | found.keys() if expected.get(name) != found.get(name))
-        if wrong:
-            raise StageFailed(
-                f"what was saved does not read back as the model: {', '.join(wrong[:4])} differ",
-                "the disk or another process changed it meanwhile; run again",
-            )
-
-    return inspect
+    try:
+        expected = _tensors(model)
+    except InvalidCheckpoint:
+        return
+    found = _tensors(written)
+    wrong = sorted(name for name in expected.keys() | found.keys() if expected.get(name) != found.get(name))
+    if wrong:
+        raise StageFailed(
+            f"what was saved does not read back as the model: {', '.join(wrong[:4])} differ",
+            "the disk or another process changed it meanwhile; run again",
+        )
 
 
 def _tensors(directory: Path) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -9,9 +10,8 @@ from typing import Any
 from bigpipe.errors import BigpipeError, Transient, UsageError
 from bigpipe.sizes import counted
 
-from .destinations import Destination, Directory, Seen
-from .provenance import PROVENANCE, read_provenance
-from .receipt import Receipt
+from .destinations import Destination, Directory, Receipt, Seen
+from .provenance import PROVENANCE, SCHEMA
 
 SMALL = 10_000_000
 """Bytes of a file that may be read during a plan."""
@@ -62,12 +62,14 @@ def require_replaceable(target: Destination, maker: tuple[str, str] | None = Non
 
 
 def _provenance(target: Destination, there: Mapping[str, Seen]) -> dict[str, Any] | None:
+    """What the `provenance.json` there says; None where there is none of bigpipe's."""
     if PROVENANCE not in there or there[PROVENANCE].size > SMALL:
         return None
     try:
-        return read_provenance(target.read(PROVENANCE))
-    except OSError:
+        found = json.loads(target.read(PROVENANCE))
+    except (OSError, ValueError):
         return None
+    return found if isinstance(found, dict) and found.get("schema") == SCHEMA else None
 
 
 def _as_written(target: Destination, name: str, seen: Seen, written: Mapping[str, Any]) -> bool:

@@ -5,19 +5,20 @@ from __future__ import annotations
 import glob
 import hashlib
 import os
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar
 
 from bigpipe.bigmodel.hub import COMMIT, LOGIN, Hub, check_access, describe, hub_errors, read_range, whoami
 from bigpipe.errors import NotAuthorised, Offline, StageFailed, UsageError
-from bigpipe.files import link, make_directory
+from bigpipe.files import CHUNK, link, make_directory
 
-from .destinations import Inspect, Report, Seen, Transfer
-from .receipt import Receipt, Stored
+from .destinations import Inspect, Receipt, Report, Seen, Stored
 
+MESSAGE = "Save with bigpipe"
+"""Of the commit."""
 GIT_ATTRIBUTES = ".gitattributes"
 """The Hub writes it itself."""
 
@@ -30,7 +31,6 @@ class HubRepository:
     revision: str = "main"
     private: bool = True
     """Of a repository that is made; one that exists stays as it is."""
-    message: str = "Save with bigpipe"
     keeps_versions: ClassVar[bool] = True
 
     @property
@@ -73,67 +73,55 @@ class HubRepository:
         seen = self.listing() or {}
         return seen[name].mark if name in seen else ""
 
-    @contextmanager
-    def transfer(self, scratch: Path, *, report: Report) -> Iterator[Transfer]:
+    def replacing(self, scratch: Path) -> AbstractContextManager[Path]:
         staging = scratch / "upload"
-        staging.mkdir(parents=True, exist_ok=True)
-        yield _Upload(self, staging, report)
+        make_directory(staging, durable=False)
+        return nullcontext(staging)
 
-
-@dataclass(slots=True)
-class _Upload:
-    target: HubRepository
-    staging: Path
-    report: Report
-    stored: dict[str, Stored] = field(default_factory=dict)
-
-    def put(self, name: str, source: Path) -> tuple[str, int]:
+    def put(self, new: Path, name: str, source: Path, report: Report) -> Stored:
         """Linked, not copied: the client reads through the link and sends the bytes."""
-        make_directory((self.staging / name).parent, durable=False)
-        link(source.resolve(), self.staging / name)
+        make_directory((new / name).parent, durable=False)
+        link(source.resolve(), new / name)
         size = source.stat().st_size
         sha256, git = hashlib.sha256(), hashlib.sha1(b"blob %d\0" % size, usedforsecurity=False)
         with source.open("rb") as file:
-            while chunk := file.read(1 << 22):
+            while chunk := file.read(CHUNK):
                 sha256.update(chunk)
                 git.update(chunk)
-        self.stored[name] = Stored(sha256.hexdigest(), size, git.hexdigest())
-        self.report(size)
-        return sha256.hexdigest(), size
+        report(size)
+        return Stored(sha256.hexdigest(), size, git.hexdigest())
 
-    def finish(self, inspect: Inspect) -> Receipt:
-        for path in sorted(self.staging.rglob("*"), reverse=True):
-            if path.is_symlink() and path.relative_to(self.staging).as_posix() not in self.stored:
+    def finish(self, new: Path, stored: Mapping[str, Stored], inspect: Inspect) -> Receipt:
+        for path in new.rglob("*"):
+            if path.is_symlink() and path.relative_to(new).as_posix() not in stored:
                 path.unlink()
-        commit = self._upload()
-        there = {file.path: file for file in describe(self.target.repo, commit, hub=self.target.hub).files}
+        commit = self._upload(new, stored)
+        there = {file.path: file for file in describe(self.repo, commit, hub=self.hub).files}
         files = {}
-        for name, stored in self.stored.items():
+        for name, sent in stored.items():
             file = there.get(name)
-            if file is None or file.size != stored.size or file.etag not in (stored.sha256, stored.mark):
+            if file is None or file.size != sent.size or file.etag not in (sent.sha256, sent.mark):
                 raise StageFailed(
-                    f"{self.target.url} does not hold {name} as it was sent, at commit {commit}",
+                    f"{self.url} does not hold {name} as it was sent, at commit {commit}",
                     "somebody may have written there at the same time; run again",
                 )
-            files[name] = Stored(stored.sha256, stored.size, file.etag)
-        return Receipt(self.target.url, files, commit)
+            files[name] = replace(sent, mark=file.etag)
+        return Receipt(self.url, files, commit)
 
-    def _upload(self) -> str:
+    def _upload(self, staging: Path, stored: Mapping[str, Stored]) -> str:
         from huggingface_hub import HfApi
 
-        target, hub = self.target, self.target.hub
-        api: Any = HfApi(endpoint=hub.endpoint, token=hub.token, library_name="bigpipe")
-        with hub_errors(hub.endpoint, target.repo, target.revision):
-            api.create_repo(target.repo, private=target.private, exist_ok=True)
-            if target.revision != "main":
-                api.create_branch(target.repo, branch=target.revision, exist_ok=True)
-        stale = [name for name in target.listing() or {} if name not in self.stored]
-        with hub_errors(hub.endpoint, target.repo, target.revision):
+        api: Any = HfApi(endpoint=self.hub.endpoint, token=self.hub.token, library_name="bigpipe")
+        with hub_errors(self.hub.endpoint, self.repo, self.revision):
+            api.create_repo(self.repo, private=self.private, exist_ok=True)
+            if self.revision != "main":
+                api.create_branch(self.repo, branch=self.revision, exist_ok=True)
+            stale = [glob.escape(name) for name in self.listing() or {} if name not in stored]
             sent = api.upload_folder(
-                repo_id=target.repo,
-                folder_path=os.fspath(self.staging),
-                revision=target.revision,
-                commit_message=target.message,
-                delete_patterns=[glob.escape(name) for name in stale] or None,
+                repo_id=self.repo,
+                folder_path=os.fspath(staging),
+                revision=self.revision,
+                commit_message=MESSAGE,
+                delete_patterns=stale or None,
             )
         return str(sent.oid)

@@ -22,7 +22,7 @@ from support.workshop import Workshop, statuses
 from bigpipe.bigmodel.checkpoint import open_checkpoint
 from bigpipe.bigmodel.publishing import Directory, Provenance, Step
 from bigpipe.bigmodel.publishing.card import card_of, front_matter
-from bigpipe.bigmodel.publishing.publication import inspection
+from bigpipe.bigmodel.publishing.publication import inspect
 from bigpipe.bigmodel.writing import save_checkpoint
 from bigpipe.errors import InvalidCheckpoint, NotAuthorised, Offline, StageFailed, UsageError
 from bigpipe.orchestrator.stage import Forecast, StageResult
@@ -125,14 +125,13 @@ def test_what_was_written_is_read_through_its_own_index_before_it_counts(tmp_pat
     assert len(saved.files) > 1
     assert {name: saved.read(name) for name in saved.tensors} == {name: original.read(name) for name in saved.tensors}
 
-    inspect = inspection(model)
-    inspect(target)
+    inspect(model, target)
     save_checkpoint(model, tmp_path / "cast", dtype="float16")
     with pytest.raises(StageFailed, match=r"does not read back as the model: model\.decoder"):
-        inspect(tmp_path / "cast")
+        inspect(model, tmp_path / "cast")
     saved.files[0].unlink()
     with pytest.raises(InvalidCheckpoint, match=f"names {saved.files[0].name}, which is not there"):
-        inspect(target)
+        inspect(model, target)
 
 
 def test_the_card_names_base_model_licence_recipe_and_measurements(tmp_path: Path) -> None:
@@ -251,12 +250,12 @@ def test_a_failure_leaves_the_old_version_in_place(tmp_path: Path) -> None:
     target, source = tmp_path / "base" / "dist", tmp_path / "config.json"
     before = tree(target)
     source.write_text("{}")
-    with Directory(target).transfer(tmp_path, report=lambda size: None) as transfer:
-        transfer.put("config.json", source)
-        (new,) = target.parent.glob(".dist.bigpipe-*")
+    with Directory(target).replacing(tmp_path) as new:
+        stored = Directory(target).put(new, "config.json", source, lambda size: None)
+        assert [new] == list(target.parent.glob(".dist.bigpipe-*"))
         (new / "config.json").write_text('{"model_type": "gpt"}')
         with pytest.raises(StageFailed, match="reads back as sha256"):
-            transfer.finish(lambda directory: None)
+            Directory(target).finish(new, {"config.json": stored}, lambda directory: None)
     assert tree(target) == before
     assert sorted(path.name for path in (tmp_path / "base").iterdir()) == ["dist"]
 
@@ -281,7 +280,7 @@ def test_a_damaged_receipt_shows_nothing_to_be_there(tmp_path: Path, receipt: st
 def test_a_card_says_that_weights_are_made_up(tmp_path: Path) -> None:
     step = Step("download", "download", "key", None, {"synthetic": {"config": {}}}, {"commit": None})
     card = card_of(tmp_path, Provenance(recipe="tiny", steps=(step,)), "dist", {})
-    assert "Made from made-up weights." in card.text()
+    assert "Made from made-up weights." in card
 
 
 def test_a_file_url_is_a_directory(tmp_path: Path) -> None:
