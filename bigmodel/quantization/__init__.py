@@ -2,8 +2,8 @@
 
     quantize_checkpoint("opt-13b", "opt-13b-nf4", scheme="nf4")
 
-`outline` says what each stored tensor becomes; `encoding` runs the encoders of its format over threads; `pieces` and
-`stream` write the files.
+`outline` says what each stored tensor becomes; `encoding` runs the encoders of its format over threads; `stream` writes
+the files.
 """
 
 from __future__ import annotations
@@ -21,14 +21,14 @@ from bigpipe.bigmodel.checkpoint import (
     open_checkpoint,
 )
 from bigpipe.bigmodel.sources import Sources
-from bigpipe.bigmodel.writing import ReportProgress, carry_side_files, cores, encode_config, refuse_in_place
+from bigpipe.bigmodel.writing import ReportProgress, carry_side_files, encode_config, refuse_in_place
 from bigpipe.files import write_file
+from bigpipe.machine import cores
 from bigpipe.sizes import size_of
 from bigpipe.trust import Trust
 
-from .outline import Outline, outline
+from .outline import Outline, outline, refuse_quantized, understand
 from .settings import Settings, torch_threads
-from .understanding import refuse_quantized, understand
 
 __all__ = [
     "Outline", "QuantizedCheckpoint", "Settings", "outline", "quantize_checkpoint", "quantize_described",

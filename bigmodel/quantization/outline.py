@@ -1,22 +1,29 @@
-"""Which stored tensor becomes what: converted, cast or kept, told from names and shapes before any byte is read."""
+"""Which stored tensor becomes what: converted, cast or kept, told from headers and config before any byte is read."""
 
 from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
-from bigpipe.bigmodel.architecture import Architecture, ModuleSpec, TensorSpec
-from bigpipe.bigmodel.checkpoint import tensor_nbytes
-from bigpipe.bigmodel.formats import Packing, converted_modules, matrix_shape, name_matcher, weight_of
-from bigpipe.bigmodel.writing import PlannedTensor, is_cast
+from bigpipe.bigmodel.architecture import Architecture, ModuleSpec, TensorSpec, ask_names, describe_architecture
+from bigpipe.bigmodel.checkpoint import ModelDescription, tensor_nbytes
+from bigpipe.bigmodel.formats import (
+    PLAIN,
+    Packing,
+    converted_modules,
+    format_of,
+    matrix_shape,
+    name_matcher,
+    weight_of,
+)
+from bigpipe.bigmodel.sources import Sources
+from bigpipe.bigmodel.writing import PlannedTensor, Tensors, config_with_dtype, is_cast
 from bigpipe.errors import InvalidCheckpoint, UsageError, first_few
 
 from .settings import Settings
-
-Stored = Mapping[str, tuple[str, tuple[int, ...]]]
-"""Stored name → (torch dtype name, shape)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,7 +96,7 @@ class Outline:
 
 
 def outline(
-    stored: Stored,
+    stored: Tensors,
     tied: Mapping[str, str],
     architecture: Architecture,
     settings: Settings,
@@ -129,7 +136,7 @@ def outline(
     )
 
 
-def _tell(names: Mapping[str, str], stored: Stored, weights: Iterable[str], architecture: Architecture) -> bool:
+def _tell(names: Mapping[str, str], stored: Tensors, weights: Iterable[str], architecture: Architecture) -> bool:
     """Do the names of stored tensors tell which is to be converted, and which the class keeps in float32?"""
     named = {names[name] for name in stored}
     pinned = architecture.keep_in_fp32 or architecture.keep_in_fp32_strict
@@ -216,3 +223,48 @@ def _refuse_missing(
         f"the checkpoint has no {first_few(missing)}, which the model's class wants to quantize",
         "check that config.json names the class these weights were saved from, or add the modules to skip_modules",
     )
+
+
+def understand(
+    described: ModelDescription,
+    settings: Settings,
+    *,
+    architecture: Architecture | None = None,
+    sources: Sources = Sources(),
+) -> tuple[Outline, ModelDescription]:
+    """Return the outline of a quantization, and the checkpoint that comes of it, sizes as of `Outline.nbytes`.
+
+    architecture: what the model is; None: asked of `describe_architecture`, which takes `sources`. The tensors of
+    `described` must be known. Raise UsageError and InvalidCheckpoint.
+    """
+    refuse_quantized(described)
+    if described.config is None and described.custom is None and architecture is None:
+        raise UsageError(
+            "the checkpoint has no config that names its class, so nobody knows which weights are linear layers'",
+            "bring its config.json, or describe its class under `architecture`",
+        )
+    config = described.config or {}
+    if architecture is None:
+        architecture = describe_architecture(config, custom=described.custom, sources=sources)
+    plain = described.custom is None and described.config is not None and architecture.library == "transformers"
+    names = partial(ask_names, config, memo=sources.memo) if plain else None
+    outlined = outline(described.tensors or {}, described.tied, architecture, settings, names)
+    quantization = {"quantization_config": settings.as_config(architecture)}
+    return outlined, replace(
+        described,
+        config=None if described.config is None else config_with_dtype(config, settings.dtype) | quantization,
+        custom=None if described.custom is None else {**described.custom, **quantization},
+        tensors={tensor.name: (tensor.dtype, tensor.shape) for part in outlined.parts for tensor in part.outputs},
+        format="safetensors",
+        tied={},
+    )
+
+
+def refuse_quantized(described: ModelDescription) -> None:
+    """Raises UsageError for a checkpoint that is quantized already: its codes are no numbers to be rounded again."""
+    found = format_of(described)
+    if found is not PLAIN:
+        raise UsageError(
+            f"the checkpoint is quantized already ({found.title})",
+            "leave this step out, or start from the weights before they were quantized",
+        )

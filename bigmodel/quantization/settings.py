@@ -10,6 +10,7 @@ from typing import Any
 from bigpipe.bigmodel.architecture import Architecture
 from bigpipe.bigmodel.formats import Packing, default_skips, packing_of
 from bigpipe.errors import UsageError
+from bigpipe.machine import cores
 
 DTYPES = ("float16", "bfloat16", "float32")
 
@@ -65,4 +66,4 @@ def torch_threads() -> int:
     try:
         return max(1, int(os.environ["OMP_NUM_THREADS"].split(",")[0]))
     except (KeyError, ValueError):
-        return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        return cores()

@@ -12,7 +12,7 @@ from bigpipe.faces import face
 
 if TYPE_CHECKING:
     from .containers import SafetensorsFile, container
-    from .conversion import WORKERS, Conversion, convert, cores, planned_bytes, refuse_in_place
+    from .conversion import WORKERS, Conversion, Tensors, convert, planned_bytes, refuse_in_place
     from .finished import Finished, key_of
     from .plans import PlannedTensor, ShardPlan, file_name, plan_shards
     from .ranges import RangeReader, is_cast

@@ -17,6 +17,7 @@ from bigpipe.bigmodel.checkpoint import (
 )
 from bigpipe.bigmodel.formats import castable
 from bigpipe.errors import UsageError
+from bigpipe.machine import cores
 from bigpipe.passing import NOBODY, Outlet
 
 from .containers import container
@@ -127,8 +128,3 @@ def refuse_in_place(checkpoint: Checkpoint, out: Path) -> None:
         raise UsageError(
             f"{out}: is where the source is", "write to another directory; a checkpoint is never changed in place"
         )
-
-
-def cores() -> int:
-    """Those this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -164,8 +164,13 @@ def _gpu(nvml: Any, index: int) -> tuple[Gpu, str]:
     return Gpu(index, name, int(memory.total), int(memory.free)), uuid
 
 
+def cores() -> int:
+    """Return how many this process may run on, whatever share of them is its."""
+    return len(os.sched_getaffinity(0)) if sys.platform.startswith("linux") else os.cpu_count() or 1
+
+
 def _cpus() -> int:
-    count = len(os.sched_getaffinity(0)) if sys.platform.startswith("linux") else os.cpu_count() or 1
+    count = cores()
     limit = cpu_limit(_cgroup_folders())
     return count if limit >= count else max(1, math.ceil(limit))
 
