@@ -152,10 +152,8 @@ class Directory:
         if not self.path.is_dir():
             return None
         files = {path: path.stat() for path in sorted(self.path.rglob("*")) if path.is_file()}
-        return {
-            path.relative_to(self.path).as_posix(): Seen(stat.st_size, str(stat.st_mtime_ns))
-            for path, stat in files.items()
-        }
+        seen = {path: Seen(stat.st_size, str(stat.st_mtime_ns)) for path, stat in files.items()}
+        return {path.relative_to(self.path).as_posix(): found for path, found in seen.items()}
 
     def read(self, name: str) -> bytes:
         return (self.path / name).read_bytes()

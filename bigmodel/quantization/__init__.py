@@ -13,13 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from bigpipe.bigmodel.architecture import Architecture
-from bigpipe.bigmodel.checkpoint import (
-    ARCHITECTURE_FILE,
-    Checkpoint,
-    ModelDescription,
-    describe_opened,
-    open_checkpoint,
-)
+from bigpipe.bigmodel.checkpoint import ARCHITECTURE_FILE, Checkpoint, describe_opened, open_checkpoint
 from bigpipe.bigmodel.sources import Sources
 from bigpipe.bigmodel.writing import ReportProgress, carry_side_files, encode_config, refuse_in_place
 from bigpipe.files import write_file
@@ -141,22 +135,15 @@ def quantize_described(
     written, plans = write_quantized(
         checkpoint, shards, out, settings, parts=parts, workers=min(WORKERS, cores()), progress=progress
     )
-    carried = _carry(checkpoint, out, quantized, linked=linked)
+    # Side files; the config, transformers' own or a custom class's description, says how the weights are stored
+    written |= carry_side_files(checkpoint, out, config=quantized.config, linked=linked)
+    if quantized.custom is not None:
+        written[ARCHITECTURE_FILE] = write_file(out / ARCHITECTURE_FILE, encode_config(quantized.custom))
     return QuantizedCheckpoint(
-        files=written | carried,
+        files=written,
         shards=len(plans),
         bytes=sum(plan.nbytes for plan in plans),
         source_bytes=checkpoint.nbytes,
         quantized=outlined.quantized,
         skipped=outlined.skipped,
     )
-
-
-def _carry(
-    checkpoint: Checkpoint, out: Path, quantized: ModelDescription, *, linked: bool
-) -> dict[str, tuple[str, int]]:
-    """Side files; the config, transformers' own or a custom class's description, says how the weights are stored."""
-    written = carry_side_files(checkpoint, out, config=quantized.config, linked=linked)
-    if quantized.custom is not None:
-        written[ARCHITECTURE_FILE] = write_file(out / ARCHITECTURE_FILE, encode_config(quantized.custom))
-    return written

@@ -7,6 +7,7 @@ import math
 import struct
 import zlib
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 from bigpipe.bigmodel.checkpoint import (
     END,
@@ -49,6 +50,54 @@ ALIGNMENT = 64
 _WIDE = 0xFFFFFFFF
 _DEFERRED, _UTF8 = 0x0008, 0x0800
 """Zip flags: sizes and CRC follow the data; the name is UTF-8."""
+BYTE_ORDER, VERSION = b"little", b"3\n"
+
+
+@dataclass(frozen=True, slots=True)
+class _Record:
+    """A file in a zip file, stored as it is."""
+
+    path: bytes
+    at: int
+    """Where its local header begins."""
+    size: int
+
+    @property
+    def local(self) -> bytes:
+        """The local header, padded by an extra field so that the data after it is aligned."""
+        padding = -(self.at + LOCAL.size + len(self.path) + 4) % ALIGNMENT
+        return (
+            LOCAL.pack(b"PK\x03\x04", 0, self._flags, 0, 0, 0, 0, 0, 0, len(self.path), 4 + padding)
+            + self.path
+            + struct.pack("<2sH", b"FB", padding)
+            + b"Z" * padding
+        )
+
+    @property
+    def end(self) -> int:
+        return self.at + len(self.local) + self.size + len(self.descriptor(0))
+
+    @property
+    def _flags(self) -> int:
+        return _UTF8 | (_DEFERRED if self.size else 0)
+
+    def whole(self, content: bytes) -> bytes:
+        return self.local + content + self.descriptor(zlib.crc32(content))
+
+    def descriptor(self, crc: int) -> bytes:
+        """What follows the data."""
+        if self.size == 0:
+            return b""
+        form = "<4sLQQ" if self.at >= _WIDE or self.size >= _WIDE else "<4sLLL"
+        return struct.pack(form, b"PK\x07\x08", crc, self.size, self.size)
+
+    def entry(self, crc: int) -> bytes:
+        """The entry in the directory at the end of the file."""
+        wide = [value for value in (self.size, self.size, self.at) if value >= _WIDE]
+        extra = struct.pack(f"<2H{len(wide)}Q", 1, 8 * len(wide), *wide) if wide else b""
+        size, at, lengths = min(self.size, _WIDE), min(self.at, _WIDE), (len(self.path), len(extra))
+        fixed = ENTRY.pack(b"PK\x01\x02", 0, 0, self._flags, 0, 0, 0, crc, size, size, *lengths, 0, 0, 0, 0, at)
+        return fixed + self.path + extra
 
 
 class TorchZip:
@@ -63,97 +112,39 @@ class TorchZip:
 
     def __init__(self, plan: ShardPlan) -> None:
         self.tensors = plan.tensors
-        self._prefix = plan.file.rpartition(".")[0]
-        self._entries: list[tuple[str, int, int, int]] = []  # name, local header, size, CRC
-        self._keys = {tensor.name: str(number) for number, tensor in enumerate(plan.tensors)}
-        self._tensors = {tensor.name: tensor for tensor in plan.tensors}
         self._aliases = plan.aliases
-        head = bytearray()
-        for name, content in (("data.pkl", pickle_state_dict(plan, self._keys)), ("byteorder", b"little")):
-            head += self._whole(name, content, len(head))
-        self.offsets: dict[str, int] = {}
-        self._headers: dict[str, tuple[int, bytes]] = {}
-        at = len(head)
-        for tensor in plan.tensors:
-            header = self._local(self._storage(tensor.name), at, tensor.nbytes)
-            self._headers[tensor.name] = at, header
-            self.offsets[tensor.name] = at + len(header)
-            at += len(header) + tensor.nbytes + len(_descriptor(at, tensor.nbytes, 0))
-        self._end = at
-        names = [tensor.name for tensor in plan.tensors]
-        self._next = dict(itertools.pairwise(names))
-        self.head = bytes(head) + (self._headers[names[0]][1] if names else b"")
-        self.size = at + len(self.tail(dict.fromkeys(names, 0)))
+        keys = {tensor.name: str(number) for number, tensor in enumerate(plan.tensors)}
+        pickled = pickle_state_dict(plan, keys)
+        sizes = {"data.pkl": len(pickled), "byteorder": len(BYTE_ORDER)}
+        sizes |= {f"data/{keys[tensor.name]}": tensor.nbytes for tensor in plan.tensors} | {"version": len(VERSION)}
+        records: list[_Record] = []
+        for name, size in sizes.items():
+            path = f"{plan.file.rpartition('.')[0]}/{name}".encode()
+            records.append(_Record(path, records[-1].end if records else 0, size))
+        self.head = records[0].whole(pickled) + records[1].whole(BYTE_ORDER) + records[2].local
+        self._pickled_crc = zlib.crc32(pickled)
+        self._records = records
+        self._following = {
+            tensor.name: pair for tensor, pair in zip(plan.tensors, itertools.pairwise(records[2:]), strict=True)
+        }
+        self.size = records[-1].at + len(records[-1].local) + len(self.tail(dict.fromkeys(keys, 0)))
 
     def after(self, name: str, crc: int) -> bytes:
-        """What follows the bytes of this tensor."""
-        following = self._next.get(name)
-        return _descriptor(self._headers[name][0], self._tensors[name].nbytes, crc) + (
-            self._headers[following][1] if following else b""
-        )
+        """What follows the bytes of this tensor: the header of the next record among it."""
+        record, following = self._following[name]
+        return record.descriptor(crc) + following.local
 
     @property
     def announced(self) -> bytes:
-        return encode_torch_head(
-            {name: (tensor.dtype, tensor.shape) for name, tensor in self._tensors.items()}, self._aliases
-        )
-
-    def _storage(self, name: str) -> str:
-        return f"data/{self._keys[name]}"
+        return encode_torch_head({tensor.name: (tensor.dtype, tensor.shape) for tensor in self.tensors}, self._aliases)
 
     def tail(self, crcs: Mapping[str, int]) -> bytes:
         """What ends the file."""
-        version = b"3\n"
-        records = (
-            self._local("version", self._end, len(version)) + version + _descriptor(self._end, 2, zlib.crc32(version))
-        )
-        entries = [
-            *self._entries,
-            *(
-                (self._storage(name), self._headers[name][0], self._tensors[name].nbytes, crcs[name])
-                for name in self._headers
-            ),
-            ("version", self._end, len(version), zlib.crc32(version)),
-        ]
-        start = self._end + len(records)
-        directory = b"".join(self._directory_entry(*entry) for entry in entries)
-        return records + directory + _directory_end(len(entries), len(directory), start)
-
-    def _whole(self, name: str, content: bytes, at: int) -> bytes:
-        crc = zlib.crc32(content)
-        self._entries.append((name, at, len(content), crc))
-        return self._local(name, at, len(content)) + content + _descriptor(at, len(content), crc)
-
-    def _local(self, name: str, at: int, size: int) -> bytes:
-        """A local header, padded by an extra field so that the data after it is aligned."""
-        path = f"{self._prefix}/{name}".encode()
-        padding = -(at + LOCAL.size + len(path) + 4) % ALIGNMENT
-        flags = _UTF8 | (_DEFERRED if size else 0)
-        return (
-            LOCAL.pack(b"PK\x03\x04", 0, flags, 0, 0, 0, 0, 0, 0, len(path), 4 + padding)
-            + path
-            + struct.pack("<2sH", b"FB", padding)
-            + b"Z" * padding
-        )
-
-    def _directory_entry(self, name: str, at: int, size: int, crc: int) -> bytes:
-        path = f"{self._prefix}/{name}".encode()
-        wide = [value for value in (size, size, at) if value >= _WIDE]
-        extra = struct.pack(f"<2H{len(wide)}Q", 1, 8 * len(wide), *wide) if wide else b""
-        small, low = min(size, _WIDE), min(at, _WIDE)
-        flags = _UTF8 | (_DEFERRED if size else 0)
-        return (
-            ENTRY.pack(b"PK\x01\x02", 0, 0, flags, 0, 0, 0, crc, small, small, len(path), len(extra), 0, 0, 0, 0, low)
-            + path
-            + extra
-        )
-
-
-def _descriptor(header: int, size: int, crc: int) -> bytes:
-    if size == 0:
-        return b""
-    form = "<4sLQQ" if header >= _WIDE or size >= _WIDE else "<4sLLL"
-    return struct.pack(form, b"PK\x07\x08", crc, size, size)
+        end, version = self._records[-1].end, zlib.crc32(VERSION)
+        sums = [self._pickled_crc, zlib.crc32(BYTE_ORDER), *(crcs[tensor.name] for tensor in self.tensors), version]
+        directory = b"".join(record.entry(crc) for record, crc in zip(self._records, sums, strict=True))
+        closing = _directory_end(len(self._records), len(directory), end)
+        return VERSION + self._records[-1].descriptor(version) + directory + closing
 
 
 def _directory_end(count: int, size: int, start: int) -> bytes:

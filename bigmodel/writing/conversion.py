@@ -22,7 +22,7 @@ from bigpipe.passing import NOBODY, Outlet
 
 from .containers import container
 from .plans import NAMES, PlannedTensor, ShardPlan, plan_shards
-from .ranges import RangeReaders, is_cast
+from .ranges import RangeReader, is_cast
 from .sidefiles import carry_side_files, config_with_dtype
 from .writer import ReportProgress, SavedCheckpoint, Traffic, write_checkpoint
 
@@ -106,17 +106,17 @@ def convert(
     def fingerprint(file: str) -> str:
         return repr(sorted((source.name, checkpoint.identity(source)) for source in sources[file]))
 
-    with RangeReaders(checkpoint, conversion.dtype) as readers:
+    with RangeReader(checkpoint, conversion.dtype) as reader:
         saved = write_checkpoint(
             out,
             plans,
-            readers.produce,
+            reader.produce,
             metadata={"format": checkpoint.metadata.get("format", "pt")},
             journal=journal,
             fingerprint=fingerprint,
             workers=min(WORKERS, cores()),
             sources=sources,
-            traffic=Traffic(progress, outlet, checkpoint.inlet, readers.close),
+            traffic=Traffic(progress, outlet, checkpoint.inlet, reader.close),
         )
     return replace(saved, files={**saved.files, **carried})
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import itertools
 import threading
 from collections.abc import Iterator
-from functools import partial
 from pathlib import Path
 from typing import Self
 
@@ -41,34 +40,42 @@ def cast(source: memoryview, stored: str, wanted: str, target: memoryview) -> me
     return filled
 
 
+class _Own(threading.local):
+    """What each thread has for itself: it is made anew, with the same arguments, for every thread that asks."""
+
+    def __init__(self, checkpoint: Checkpoint, dtype: str | None, opened: list[OpenFiles]) -> None:
+        self.files = OpenFiles(checkpoint, MAX_OPEN)
+        self.buffers = itertools.cycle([memoryview(bytearray(CHUNK)) for _ in range(PIECES_IN_FLIGHT + 1)])
+        self.stored = memoryview(bytearray(CHUNK)) if dtype else memoryview(b"")
+        opened.append(self.files)
+
+
 class RangeReader:
     """Gives the bytes of tensors in pieces of at most `CHUNK` bytes; each stays as it is until three more were taken.
 
-    Fresh memory costs a page fault per 4 KiB, about as much as reading does, so buffers are made once.
+    Fresh memory costs a page fault per 4 KiB, about as much as reading does, so buffers are made once in each thread.
     """
 
     def __init__(self, checkpoint: Checkpoint, dtype: str | None = None) -> None:
         self.checkpoint = checkpoint
-        self.dtype = dtype
-        self._files = OpenFiles(checkpoint, MAX_OPEN)
-        self._buffers = itertools.cycle([memoryview(bytearray(CHUNK)) for _ in range(PIECES_IN_FLIGHT + 1)])
-        self._stored = memoryview(bytearray(CHUNK)) if dtype else memoryview(b"")
+        self._opened: list[OpenFiles] = []
+        self._own = _Own(checkpoint, dtype, self._opened)
 
     def produce(self, planned: PlannedTensor) -> Iterator[memoryview]:
         """The contiguous bytes of the tensor of this name, as the planned dtype."""
-        tensor = self.checkpoint.tensors[planned.name]
+        own, tensor = self._own, self.checkpoint.tensors[planned.name]
         if not is_cast(tensor.dtype, planned.dtype):
-            yield from self._pieces(tensor, CHUNK, self._buffers)
+            yield from self._pieces(tensor, CHUNK, own.buffers)
             return
         widths = itemsize(tensor.dtype), itemsize(planned.dtype)
         size = CHUNK // max(widths) * widths[0]
-        for piece in self._pieces(tensor, size, itertools.repeat(self._stored)):
-            yield cast(piece, tensor.dtype, planned.dtype, next(self._buffers))
+        for piece in self._pieces(tensor, size, itertools.repeat(own.stored)):
+            yield cast(piece, tensor.dtype, planned.dtype, next(own.buffers))
 
     def _pieces(self, tensor: TensorInfo, size: int, buffers: Iterator[memoryview]) -> Iterator[memoryview]:
         """The bytes as they are stored, in pieces of at most `size`, in the buffers given."""
         tensor = self.checkpoint.placed(tensor.name)
-        source = self._files.source(tensor.file)
+        source = self._own.files.source(tensor.file)
         if tensor.view is not None:
             from bigpipe.bigmodel.checkpoint import compact_chunks
 
@@ -81,38 +88,12 @@ class RangeReader:
 
     def close(self, file: Path) -> None:
         """Lets go of a file that nobody reads any more; from any thread."""
-        self._files.close(file)
+        for files in self._opened:
+            files.close(file)
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._files.__exit__()
-
-
-class RangeReaders:
-    """A `RangeReader` for every thread that asks."""
-
-    def __init__(self, checkpoint: Checkpoint, dtype: str | None = None) -> None:
-        self._make = partial(RangeReader, checkpoint, dtype)
-        self._local = threading.local()
-        self._readers: list[RangeReader] = []
-
-    def produce(self, planned: PlannedTensor) -> Iterator[memoryview]:
-        reader: RangeReader | None = getattr(self._local, "reader", None)
-        if reader is None:
-            reader = self._local.reader = self._make()
-            self._readers.append(reader)
-        yield from reader.produce(planned)
-
-    def close(self, file: Path) -> None:
-        """Lets go of a file that nobody reads any more."""
-        for reader in self._readers:
-            reader.close(file)
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for reader in self._readers:
-            reader.__exit__()
+        for files in self._opened:
+            files.__exit__()

@@ -79,11 +79,6 @@ class Traffic:
     close: Callable[[Path], None] = lambda file: None
     """Told, from any thread, of each of those that nobody reads any more."""
 
-    def uses(self, files: Sequence[OutputFile]) -> Uses | None:
-        if self.inlet is None:
-            return None
-        return Uses(self.inlet, {file.name: file.sources for file in files}, self.close)
-
 
 ALONE = Traffic()
 
@@ -136,8 +131,10 @@ def write_files(
     files: Sequence[OutputFile], finished: Finished, *, workers: int = 1, traffic: Traffic = ALONE
 ) -> Files:
     """Write what is not finished, `workers` files side by side; return all files in the order given."""
-    meter = Meter(sum(file.nbytes for file in files), traffic.progress)
-    writing = _Writing(finished, deque(files), meter, traffic, traffic.uses(files))
+    uses = None
+    if traffic.inlet is not None:
+        uses = Uses(traffic.inlet, {file.name: file.sources for file in files}, traffic.close)
+    writing = _Writing(finished, deque(files), traffic, uses, sum(file.nbytes for file in files))
     require_space(finished.out, writing.needed())
     writing.run(min(workers, len(files)))
     return {file.name: writing.files[file.name] for file in files}
@@ -168,10 +165,17 @@ class _Writing:
 
     finished: Finished
     todo: deque[OutputFile]
-    meter: Meter
     traffic: Traffic
     uses: Uses | None
+    total: int
+    """Bytes of all tensors."""
+    done: int = 0
     files: Files = field(default_factory=dict)
+    stopped: bool = False
+    """Threads end at their next piece."""
+    told: float = 0.0
+    """When progress was reported."""
+    lock: threading.Lock = field(default_factory=threading.Lock)
 
     def needed(self) -> int:
         """Bytes that the files to be written take at a time, as far as can be told without waiting or reading."""
@@ -197,7 +201,7 @@ class _Writing:
                     job.result()
             except BaseException:
                 self.todo.clear()
-                self.meter.stop()
+                self.stopped = True
                 raise
 
     def work(self, start: Callable[[Settle], Future[None]]) -> None:
@@ -219,7 +223,7 @@ class _Writing:
         key = file.key()
         found = self.finished.find(file.name, key)
         if found is not None:
-            self.meter.add(file.nbytes)
+            self._add(file.nbytes)
             return lambda: self._done(file.name, *found)
         outlet = self.traffic.outlet
         outlet.begin(file.name)
@@ -229,7 +233,7 @@ class _Writing:
         path, partial = self.finished.place(file.name, key)
         with ShardWriter(path, container, lanes, partial) as shard:
             for tensor in container.tensors:
-                shard.write(tensor.name, self.meter.count(produce(tensor)), tensor.nbytes)
+                shard.write(tensor.name, self._count(produce(tensor)), tensor.nbytes)
             sha256 = shard.complete()
 
         def settle() -> None:
@@ -247,40 +251,25 @@ class _Writing:
         if self.uses is not None:
             self.uses.settled(name)
 
+    def _count(self, pieces: Iterable[Piece]) -> Iterator[Piece]:
+        for piece in pieces:
+            if self.stopped:
+                raise Interrupted("another file of this checkpoint could not be written")
+            yield piece
+            self._add(memoryview(piece).nbytes)
+
+    def _add(self, size: int) -> None:
+        """Reports ten times a second."""
+        with self.lock:
+            self.done += size
+            now = time.monotonic()
+            if self.traffic.progress is not None and (now - self.told > 0.1 or self.done == self.total):
+                self.told = now
+                self.traffic.progress(self.done, self.total)
+
 
 def _at_once(settle: Settle) -> Future[None]:
     done: Future[None] = Future()
     settle()
     done.set_result(None)
     return done
-
-
-class Meter:
-    """Counts bytes as they pass, in any thread; reports ten times a second."""
-
-    def __init__(self, total: int, report: ReportProgress | None) -> None:
-        self.total = total
-        self.done = 0
-        self.report = report
-        self._told = 0.0
-        self._lock = threading.Lock()
-        self._stopped = False
-
-    def stop(self) -> None:
-        """Ends the counting in other threads at their next piece."""
-        self._stopped = True
-
-    def count(self, pieces: Iterable[Piece]) -> Iterator[Piece]:
-        for piece in pieces:
-            if self._stopped:
-                raise Interrupted("another file of this checkpoint could not be written")
-            yield piece
-            self.add(memoryview(piece).nbytes)
-
-    def add(self, size: int) -> None:
-        with self._lock:
-            self.done += size
-            now = time.monotonic()
-            if self.report is not None and (now - self._told > 0.1 or self.done == self.total):
-                self._told = now
-                self.report(self.done, self.total)
