@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from .lifeline import PARENT_VARIABLE, host, start_mark
+from .lifeline import PARENT_VARIABLE, PROCESSES, host, start_mark
 
 GRACE_SECONDS = 5.0
 """Between SIGTERM and SIGKILL."""
@@ -132,10 +132,7 @@ def _still_ours(session: int, known: Mapping[int, str | None]) -> bool:
 def peak_resident(process: int) -> int:
     """Return the largest resident size of a process so far, in bytes; 0 where the kernel does not tell (not Linux)."""
     # VmHWM, not ru_maxrss: the latter starts from the size of the process that forked (getrusage(2)).
-    with contextlib.suppress(OSError, ValueError, IndexError):
-        status = Path(f"/proc/{process}/status").read_text(encoding="ascii", errors="replace")
-        return int(status.partition("VmHWM:")[2].split(maxsplit=1)[0]) * 1024
-    return 0
+    return _told_by_kernel(f"{process}/status", "VmHWM:") * 1024
 
 
 def own_peak() -> int:
@@ -150,7 +147,13 @@ def own_peak() -> int:
 
 def out_of_memory_kills() -> int:
     """Return how many processes the kernel has killed so far because memory ran out; 0 where it does not tell."""
+    return _told_by_kernel("vmstat", "oom_kill")
+
+
+def _told_by_kernel(file: str, name: str) -> int:
+    """The number after `name` in a file of proc(5); 0 where there is none."""
     with contextlib.suppress(OSError):
-        found = re.search(r"^oom_kill (\d+)", Path("/proc/vmstat").read_text(encoding="ascii"), re.MULTILINE)
+        text = (PROCESSES / file).read_text(encoding="ascii", errors="replace")
+        found = re.search(rf"^{name}\s+(\d+)", text, re.MULTILINE)
         return int(found[1]) if found else 0
     return 0

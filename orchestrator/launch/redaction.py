@@ -65,10 +65,8 @@ class Redactor:
 
 def stored_hub_token(environment: Mapping[str, str]) -> str | None:
     """The token that `hf auth login` left on disk, so that it can be masked too. None where there is none."""
-    home = environment.get("HF_HOME")
-    if not home:
-        cache = environment.get("XDG_CACHE_HOME") or os.path.join(environment.get("HOME", ""), ".cache")
-        home = os.path.join(cache, "huggingface")
+    cache = environment.get("XDG_CACHE_HOME") or os.path.join(environment.get("HOME", ""), ".cache")
+    home = environment.get("HF_HOME") or os.path.join(cache, "huggingface")
     path = Path(environment.get("HF_TOKEN_PATH") or os.path.join(home, "token")).expanduser()
     try:
         return path.read_text(encoding="utf-8").strip() or None
