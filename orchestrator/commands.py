@@ -20,7 +20,6 @@ from .planning import (
     exact,
     make_plan,
     open_session,
-    require_file,
     with_parameters,
 )
 from .recipe import Recipe, load_recipe
@@ -185,7 +184,6 @@ def lock(
 
 def load_manifest(path: str | Path, *, params: Mapping[str, Any] | None = None) -> Recipe:
     """Return a manifest, checked and expanded into its graph of nodes. Raise ManifestError with all problems."""
-    require_file(Path(path))
     return load_recipe(Path(path).absolute(), _written(params))
 
 
@@ -193,7 +191,6 @@ def validate(manifests: Sequence[Path], params: Mapping[str, Any] | None = None)
     """Return the problems of each manifest that has some. UsageError for a file that is not there."""
     errors: dict[Path, ManifestError] = {}
     for path in manifests:
-        require_file(path)
         try:
             load_recipe(path, _written(params))
         except ManifestError as error:

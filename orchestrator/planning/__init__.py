@@ -29,7 +29,7 @@ if TYPE_CHECKING:
         passes_on,
         step,
     )
-    from .session import Session, exact, open_session, require_file
+    from .session import Session, exact, open_session
     from .suggestion import with_parameters
 
 __getattr__, __all__ = face(__name__)

@@ -9,7 +9,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from bigpipe.errors import BigpipeError, Offline, UsageError
+from bigpipe.errors import BigpipeError, Offline
 from bigpipe.orchestrator.contract import (
     CheckContext,
     Forecast,
@@ -193,7 +193,6 @@ def open_session(
     Raise ManifestError with every problem at once, UsageError for unknown node names.
     """
     path = Path(manifest)
-    require_file(path)
     # Places are named as the path was given; the rest of the engine must not depend on the current directory.
     recipe = replace(load_recipe(path, params), path=path.absolute())
     return Session(
@@ -205,12 +204,6 @@ def open_session(
         offline=offline or os.environ.get("HF_HUB_OFFLINE", "") in {"1", "true", "TRUE", "yes", "ON"},
         **further,
     )
-
-
-def require_file(path: Path) -> None:
-    """Raise UsageError unless there is a file."""
-    if not path.is_file():
-        raise UsageError(f"there is no manifest {path}", "give the path of a YAML recipe, or `bigpipe init` makes one")
 
 
 def exact(recipe: Recipe, names: Collection[str]) -> frozenset[str]:

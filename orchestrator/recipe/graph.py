@@ -133,9 +133,9 @@ def _read(path: Path) -> bytes:
     try:
         return path.read_bytes()
     except FileNotFoundError:
-        near = sorted(other.name for other in path.parent.glob("*.y*ml")) if path.parent.is_dir() else []
+        near = sorted(other.name for other in path.parent.glob("*.y*ml"))
         cure = did_you_mean(path.name, near, otherwise="there are") or "`bigpipe init FILE --model REPO` writes one"
-        raise UsageError(f"no manifest {path}", cure) from None
+        raise UsageError(f"there is no manifest {path}", cure) from None
     except OSError as error:
         raise UsageError(f"cannot read {path}: {error.strerror}", "name a manifest file") from None
 

@@ -128,27 +128,20 @@ def _model_schema(
     model: type[BaseModel], prefix: str, definitions: dict[str, Schema], *, references: bool = True
 ) -> Schema:
     """The model's own schema, opened to references; the models inside it go to `definitions` as `PREFIX.Name`."""
-    described = _descriptions(model)
-    schema = model.model_json_schema(by_alias=True, ref_template=f"#/definitions/{prefix}.{{model}}")
+    schema = described_schema(model, f"#/definitions/{prefix}.{{model}}")
     for name, inner in schema.pop("$defs", {}).items():
-        definitions[f"{prefix}.{name}"] = _inside(_described(inner, described.get(name, {})), references)
-    return _inside(_described(schema, described.get(model.__name__, {})), references)
+        definitions[f"{prefix}.{name}"] = _inside(inner, references)
+    return _inside(schema, references)
 
 
-def described_schema(model: type[BaseModel]) -> Schema:
-    """Return the model's own schema, each field with its docstring."""
+def described_schema(model: type[BaseModel], template: str = "#/$defs/{model}") -> Schema:
+    """Return the model's own schema, each field with its docstring. template: how it refers to the models inside it."""
     described = _descriptions(model)
-    schema = model.model_json_schema()
-    for name, inner in schema.get("$defs", {}).items():
-        _described(inner, described.get(name, {}))
-    return _described(schema, described[model.__name__])
-
-
-def _described(schema: Schema, descriptions: Mapping[str, str]) -> Schema:
-    properties = schema.get("properties", {})
-    for name, text in descriptions.items():
-        if name in properties:
-            properties[name].setdefault("description", text)
+    schema = model.model_json_schema(ref_template=template)
+    for name, inner in [(model.__name__, schema), *schema.get("$defs", {}).items()]:
+        properties = inner.get("properties", {})
+        for field in described.get(name, {}).keys() & properties.keys():
+            properties[field].setdefault("description", described[name][field])
     return schema
 
 

@@ -40,7 +40,7 @@ def plan_text(plan: Plan, *, explain: bool = False) -> str:
             pins = ", ".join(f"{field} = {value[:12]}" for field, value in planned.pinned.values.items())
             lines.append(f"{name}: {pins} from {planned.pinned.source}")
     lines.append(f"machine: {machine_line(plan.session.machine)}" if plan.to_run else "nothing to do")
-    return "\n".join(line for line in lines if line is not None)
+    return "\n".join(lines)
 
 
 def totals(plan: Plan) -> str:
@@ -59,34 +59,26 @@ def totals(plan: Plan) -> str:
 def node_line(planned: PlannedNode, follows: str = "") -> str:
     """Return one line: the reason, what it costs, whose files it takes as they are made, its gates."""
     if planned.action in (Action.CACHED, Action.SKIPPED):
-        return "; ".join([planned.decision.reason, *gate_lines(planned)]).strip("; ")
+        return "; ".join(filter(None, [planned.decision.reason, *gate_lines(planned)]))
     parts = [planned.decision.reason]
     if forecast := planned.forecast:
-        if forecast.summary:
-            parts.append(forecast.summary)
-        costs = []
-        if forecast.download_bytes:
-            costs.append(f"{format_transfer(forecast.download_bytes)} down")
-        if forecast.write_bytes and not forecast.summary:
-            costs.append(f"{format_transfer(forecast.write_bytes)} written")
-        if forecast.ram:
-            costs.append(f"{format_size(forecast.ram)} RAM")
-        costs += [f"{format_size(size)} on GPU {index}" for index, size in forecast.vram.items()]
-        if costs:
-            parts.append(", ".join(costs))
+        costs = [
+            f"{format_transfer(forecast.download_bytes)} down" if forecast.download_bytes else "",
+            f"{format_transfer(forecast.write_bytes)} written" if forecast.write_bytes and not forecast.summary else "",
+            f"{format_size(forecast.ram)} RAM" if forecast.ram else "",
+            *(f"{format_size(size)} on GPU {index}" for index, size in forecast.vram.items()),
+        ]
+        parts += [forecast.summary, ", ".join(filter(None, costs))]
     if follows:
         parts.append(f"beside {follows}, file by file")
-    return "; ".join([*parts, *gate_lines(planned)])
+    return "; ".join(filter(None, [*parts, *gate_lines(planned)]))
 
 
 def gate_lines(planned: PlannedNode) -> list[str]:
-    lines = []
-    for gate in planned.gates:
-        if gate.verdict is None:
-            lines.append(f"gate {gate.gate.text}: decided by the run")
-        else:
-            lines.append(f"gate {gate.gate.text}: {gate.verdict.left}{' FAILS' if gate.failed else ''}")
-    return lines
+    return [
+        f"gate {gate.gate.text}: {gate.verdict.left if gate.verdict else 'decided by the run'}{' FAILS' * gate.failed}"
+        for gate in planned.gates
+    ]
 
 
 def _explanations(plan: Plan) -> list[str]:
