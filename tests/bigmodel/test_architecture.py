@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -167,10 +166,11 @@ def test_json_round_trip(described: dict[str, Architecture]) -> None:
         assert Architecture.from_json(json.loads(json.dumps(architecture.as_json()))) == architecture
 
 
-def test_the_answer_is_remembered(described: dict[str, Architecture], memo: Path) -> None:
-    started = time.perf_counter()
+def test_the_answer_is_remembered(
+    described: dict[str, Architecture], memo: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "executable", "/bin/false")  # no child could answer
     assert describe_architecture(BERT, sources=Sources(memo=memo)) == described["bert"]
-    assert time.perf_counter() - started < 0.5
 
 
 def test_an_untrusted_module_is_refused_before_anything_runs(tmp_path: Path) -> None:

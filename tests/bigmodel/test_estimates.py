@@ -6,7 +6,6 @@ import json
 import os
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -149,15 +148,13 @@ class TestBareConfig:
         assert bare.as_json()["class"] == "LlamaModel"
         assert whole["float16"].total - bare["float16"].total == 2 * 16384 * 128256
 
-    def test_it_is_answered_without_torch_and_at_once(self, opt_13b: Path) -> None:
+    def test_it_is_answered_without_torch(self, opt_13b: Path) -> None:
         code = (
             "import sys, bigpipe; "
             f"print(bigpipe.estimate({str(opt_13b)!r}, dtypes=['int8']).render()); "
             "sys.exit(bool({'torch', 'transformers', 'accelerate', 'pydantic'} & set(sys.modules)))"
         )
-        started = time.perf_counter()
         assert subprocess.run([sys.executable, "-c", code], check=False, capture_output=True).returncode == 0
-        assert time.perf_counter() - started < 10
 
 
 class TestFits:
