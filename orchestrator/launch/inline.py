@@ -13,7 +13,7 @@ from importlib.machinery import ModuleSpec
 from types import ModuleType
 
 from bigpipe.errors import BigpipeError, StageFailed
-from bigpipe.orchestrator.contract import Event, StageContext
+from bigpipe.orchestrator.contract import StageContext
 
 from .jobs import Failure, Job, Outcome
 from .processes import own_peak
@@ -29,7 +29,7 @@ def run(job: Job) -> Outcome:
     whenever it reports something."""
     supervisor = Supervisor(job)
     supervisor.check()
-    context = StageContext.of(job, reporter=_Checkpoint(supervisor))
+    context = StageContext.of(job, reporter=supervisor)
     try:
         with heavy_imports_barred(job.stage.kind):
             outcome = Outcome.of(job.stage.run(job.params, context), job.stage)
@@ -75,14 +75,3 @@ class _Finder(importlib.abc.MetaPathFinder):
 
 _finder = _Finder()
 _finder_lock = threading.Lock()
-
-
-class _Checkpoint:
-    """The reporter of an inline stage: stops the stage where it should stop."""
-
-    def __init__(self, supervisor: Supervisor) -> None:
-        self._supervisor = supervisor
-
-    def report(self, event: Event) -> None:
-        self._supervisor.check()
-        self._supervisor.say(event)

@@ -45,14 +45,14 @@ def worker_command(job_file: Path, *mode: str) -> list[str]:
 
 
 def start(
-    arguments: Sequence[str], environment: Mapping[str, str], directory: Path, *, told: bool = False
+    job_file: Path, *mode: str, environment: Mapping[str, str], directory: Path, told: bool = False
 ) -> subprocess.Popen[bytes]:
-    """A child in a session of its own, its two outputs in one pipe, no input; a pipe where it is to be `told`.
+    """A worker in a session of its own, its two outputs in one pipe, no input; a pipe where it is to be `told`.
 
     The calling thread must live as long as the child, which dies with it (see lifeline).
     """
     return subprocess.Popen(
-        list(arguments),
+        worker_command(job_file, *mode),
         env={**environment, PARENT_VARIABLE: str(os.getpid())},
         cwd=directory,
         stdin=subprocess.PIPE if told else subprocess.DEVNULL,

@@ -74,8 +74,7 @@ class Supervisor:
         self.check()
         child = self.job.warm.take(self.job.folder.job, self.environment) if self.job.warm and mode == "run" else None
         if child is None:
-            arguments = processes.worker_command(self.job.folder.job, mode)
-            child = processes.start(arguments, self.environment, self.job.base)
+            child = processes.start(self.job.folder.job, mode, environment=self.environment, directory=self.job.base)
         first = Worker.of(child)
         with self._reading(child, pipes) as reader:
             try:
@@ -92,6 +91,11 @@ class Supervisor:
         if time.monotonic() > self._deadline:
             cure = f"raise `timeout`, or look where it stood: {self.log.path}{self._last_lines()}"
             raise StageFailed(f"{node}: not done after its timeout of {timeout:g} s", cure)
+
+    def report(self, event: Event) -> None:
+        """Pass on what a stage in this process tells, and stop it there when this attempt is to stop."""
+        self.check()
+        self.say(event)
 
     def say(self, event: Event) -> None:
         """Pass an event on, redacted; lines also go to the log."""

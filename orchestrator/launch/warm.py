@@ -43,8 +43,8 @@ class WarmWorker:
         job_file.parent.mkdir(parents=True, exist_ok=True)
         self._job_file = job_file
         self._environment = worker_environment(stage, surroundings, parent_environment)
-        arguments = processes.worker_command(job_file, "run", "--warm", *modules)
-        self._child = processes.start(arguments, self._environment, surroundings.base, told=True)
+        mode, directory = ("run", "--warm", *modules), surroundings.base
+        self._child = processes.start(job_file, *mode, environment=self._environment, directory=directory, told=True)
         self._worker = Worker.of(self._child)
         self._gone = False
         """Taken, or ended."""
