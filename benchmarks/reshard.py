@@ -59,7 +59,7 @@ os.sync()
 def make_source(folder: Path, size: str, source: str, max_shard_size: str = "5GB") -> None:
     """A checkpoint with a whole config, as published ones have."""
     from bigpipe.bigmodel.architecture import describe_architecture
-    from bigpipe.bigmodel.writing import write_synthetic
+    from bigpipe.bigmodel.writing import SyntheticModel
 
     hidden, feed_forward, layers, heads = SHAPES[size]
     config = {
@@ -69,7 +69,8 @@ def make_source(folder: Path, size: str, source: str, max_shard_size: str = "5GB
         "tie_word_embeddings": True, "activation_function": "relu", "dropout": 0.1, "attention_dropout": 0.0,
         "bos_token_id": 2, "eos_token_id": 2, "pad_token_id": 1, "layerdrop": 0.0, "init_std": 0.02,
     }  # fmt: skip
-    write_synthetic(config, describe_architecture(config), folder, format=source, max_shard_size=max_shard_size)
+    architecture = describe_architecture(config)
+    SyntheticModel(config, architecture, format=source, max_shard_size=max_shard_size).write(folder)
 
 
 def forget(folder: Path) -> None:

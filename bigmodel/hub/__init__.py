@@ -7,15 +7,7 @@ from typing import TYPE_CHECKING
 from bigpipe.faces import face
 
 if TYPE_CHECKING:
-    from .bringing import (
-        Choice,
-        Expected,
-        Files,
-        bring_directory,
-        bring_repository,
-        expect_directory,
-        expect_repository,
-    )
+    from .bringing import Brought, Choice, DirectorySource, Expected, HubSource, Source, Watch
     from .errors import LOGIN, hub_errors
     from .remote import describe_repository, pipeline_tensors
     from .repository import (

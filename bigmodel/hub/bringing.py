@@ -6,26 +6,22 @@ Where somebody waits for them (see `bigpipe.passing`), weight files are announce
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-from bigpipe.bigmodel.checkpoint import ModelDescription, describe_if_single
+from bigpipe.bigmodel.checkpoint import ModelDescription, describe_checkpoint, describe_if_single
 from bigpipe.errors import BigpipeError, NotAuthorised, Transient, UsageError
 from bigpipe.files import copy_file, free_space, link, make_directory
 from bigpipe.fit import Misfit
 from bigpipe.passing import NOBODY, Heads, Outlet
-from bigpipe.sizes import format_transfer
+from bigpipe.sizes import counted, format_transfer
 
 from .heads import are_the_model, directory_heads, may_pass, repository_heads
 from .remote import describe_repository
-from .repository import Hub, HubFile, Repository
+from .repository import Hub, HubFile, Repository, check_access, describe
 from .selection import Library, check_index, detect, select
 from .snapshot import Fetched, Report, fetch, missing_bytes
-
-Files = dict[str, tuple[str, int]]
-"""Relative path → (hex sha256, size)."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -36,21 +32,8 @@ class Choice:
     exclude: Sequence[str] = ()
     library: Library | None = None
 
-    def of_repository(self, repository: Repository) -> list[HubFile]:
-        names = [file.path for file in repository.files]
-        chosen = set(self._among(names, self.library or detect(names, hint=repository.library)))
-        return [file for file in repository.files if file.path in chosen]
-
-    def of_directory(self, folder: Path) -> list[str]:
-        """Return relative paths, sorted. Raise UsageError where there is no such directory."""
-        if not folder.is_dir():
-            raise UsageError(
-                f"path: there is no directory {folder}", "relative paths start at the manifest's directory"
-            )
-        names = [path.relative_to(folder).as_posix() for path in sorted(folder.rglob("*")) if path.is_file()]
-        return self._among(names, self.library)
-
-    def _among(self, names: Iterable[str], library: Library | None) -> list[str]:
+    def among(self, names: Sequence[str], hint: str | None = None) -> list[str]:
+        library = self.library or detect(names, hint=hint)
         return select(names, include=self.include, exclude=self.exclude, library=library)
 
 
@@ -75,37 +58,163 @@ class Expected:
         return max((self.sizes[name] for name in may_pass(self.sizes)), default=0)
 
 
-def expect_repository(repository: Repository, choice: Choice, hub: Hub, memo: Path | None = None) -> Expected:
-    """Return what a repository will give, by its listing, config, index and headers; no weights move."""
-    files = choice.of_repository(repository)
-    missing = missing_bytes(repository, files, hub)
-    return Expected(
-        sizes={file.path: file.size for file in files},
-        description=_description(repository, choice, hub, memo),
-        commit=repository.commit,
-        missing=missing,
-        cache=hub.cache,
-        misfits=cache_misfits(missing, hub),
-    )
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Brought:
+    files: dict[str, tuple[str, int]]
+    """Relative path → (hex sha256, size)."""
+    commit: str | None = None
+    fetched_bytes: int = 0
 
 
-def _description(repository: Repository, choice: Choice, hub: Hub, memo: Path | None) -> ModelDescription | None:
-    if choice.include or choice.exclude:
-        return None  # what these leave is described once it is here
-    try:
-        found = describe_repository(repository.repo, repository.commit, hub=hub, memo=memo, library=choice.library)
-    except (Transient, NotAuthorised, UsageError):
-        return None
-    return found.description
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Watch:
+    """Who is told while files come."""
+
+    report: Report = lambda done, total, task: None
+    outlet: Outlet = NOBODY
+    """Told of weight files."""
+    log: Callable[[str], None] = lambda line: None
 
 
-def expect_directory(folder: Path, choice: Choice) -> Expected:
-    """Return what a directory will give. Raise UsageError where there is none, InvalidCheckpoint for wrong headers."""
-    sizes = {name: (folder / name).stat().st_size for name in choice.of_directory(folder)}
-    return Expected(sizes=sizes, description=describe_if_single(folder))
+@dataclass(frozen=True, slots=True)
+class HubSource:
+    """A repository on the Hub at a revision."""
+
+    repo: str
+    revision: str
+    choice: Choice
+    hub: Hub
+    memo: Path | None = None
+
+    def check(self) -> None:
+        """Raise as `check_access` where the login may not read it; offline nothing is asked."""
+        if not self.hub.offline:
+            check_access(self.repo, hub=self.hub)
+
+    def _repository(self) -> Repository:
+        return describe(self.repo, self.revision, hub=self.hub, memo=self.memo)
+
+    def _of(self, repository: Repository) -> list[HubFile]:
+        chosen = set(self.choice.among([file.path for file in repository.files], repository.library))
+        return [file for file in repository.files if file.path in chosen]
+
+    def chosen(self) -> list[HubFile]:
+        """Return the files to take. Raise as `describe` and `select`."""
+        return self._of(self._repository())
+
+    def expect(self) -> Expected:
+        """Return what comes, by the repository's listing, config, index and headers; no weights move."""
+        repository = self._repository()
+        files = self._of(repository)
+        missing = missing_bytes(repository, files, self.hub)
+        return Expected(
+            sizes={file.path: file.size for file in files},
+            description=self._description(repository.commit),
+            commit=repository.commit,
+            missing=missing,
+            cache=self.hub.cache,
+            misfits=_misfits(missing, self.hub),
+        )
+
+    def _description(self, commit: str) -> ModelDescription | None:
+        if self.choice.include or self.choice.exclude:
+            return None  # what these leave is described once it is here
+        try:
+            found = describe_repository(self.repo, commit, hub=self.hub, memo=self.memo, library=self.choice.library)
+        except (Transient, NotAuthorised, UsageError):
+            return None
+        return found.description
+
+    def bring(self, out: Path, watch: Watch, skip: Collection[str] = ()) -> Brought:
+        """Fetch files into the Hub cache and link them in `out`, but those that `skip` names.
+
+        Raise as `chosen` and `fetch`, DoesNotFit, and InvalidCheckpoint where an index names a file that is not among
+        them.
+        """
+        repository = self._repository()
+        chosen = [file for file in self._of(repository) if file.path not in skip]
+        watch.log(f"{repository.repo} at {repository.commit}: {counted(len(chosen), 'file')}")
+        for misfit in _misfits(missing_bytes(repository, chosen, self.hub), self.hub):
+            raise misfit.error()
+        passing = set(may_pass(file.path for file in chosen) if watch.outlet.waited_for else ())
+        files: dict[str, tuple[str, int]] = {}
+
+        def arrived(name: str, file: Fetched) -> None:
+            make_directory((out / name).parent)
+            link(file.path, out / name)
+            files[name] = (file.sha256, file.size)
+            if name in passing:
+                watch.outlet.finished(name, *files[name])
+
+        side = [file for file in chosen if file.path not in passing]
+        snapshot = fetch(repository, side, hub=self.hub, memo=self.memo, report=watch.report)
+        for name, file in snapshot.files.items():
+            arrived(name, file)
+        fetched = snapshot.fetched_bytes
+        if passing:
+            weights = [file for file in chosen if file.path in passing]
+            _announce(passing, out, watch, lambda: repository_heads(repository, weights, self.hub))
+            later = fetch(repository, weights, hub=self.hub, memo=self.memo, report=watch.report, arrived=arrived)
+            fetched += later.fetched_bytes
+        _check_indexes(files, out)
+        return Brought(
+            files={file.path: files[file.path] for file in chosen}, commit=repository.commit, fetched_bytes=fetched
+        )
 
 
-def cache_misfits(missing: int, hub: Hub) -> tuple[Misfit, ...]:
+@dataclass(frozen=True, slots=True)
+class DirectorySource:
+    """A directory, whose files may change where they are."""
+
+    folder: Path
+    choice: Choice
+
+    def chosen(self) -> list[HubFile]:
+        """Return the files to take, sorted, without digests. Raise UsageError where there is no such directory."""
+        if not self.folder.is_dir():
+            cause = f"path: there is no directory {self.folder}"
+            raise UsageError(cause, "relative paths start at the manifest's directory")
+        paths = [path.relative_to(self.folder) for path in sorted(self.folder.rglob("*")) if path.is_file()]
+        names = self.choice.among([path.as_posix() for path in paths])
+        return [HubFile(name, (self.folder / name).stat().st_size, "") for name in names]
+
+    def check(self) -> None:
+        """Raise InvalidCheckpoint unless it holds a pipeline, or weights whose headers are right."""
+        if detect(file.path for file in self.chosen()) != "diffusers":
+            describe_checkpoint(self.folder)
+
+    def expect(self) -> Expected:
+        """Return what comes. Raise as `chosen`, and InvalidCheckpoint for wrong headers."""
+        sizes = {file.path: file.size for file in self.chosen()}
+        return Expected(sizes=sizes, description=describe_if_single(self.folder))
+
+    def bring(self, out: Path, watch: Watch, skip: Collection[str] = ()) -> Brought:
+        """Copy files into `out`. Otherwise as `HubSource.bring`."""
+        chosen = [file for file in self.chosen() if file.path not in skip]
+        names = [file.path for file in chosen]
+        passing = may_pass(names) if watch.outlet.waited_for else []
+        total, done = sum(file.size for file in chosen), 0
+
+        def report(size: int) -> None:
+            nonlocal done
+            done += size
+            watch.report(done, total, "copy")
+
+        side = [name for name in names if name not in passing]
+        files = {name: copy_file(self.folder / name, out / name, progress=report) for name in side}
+        _announce(passing, out, watch, lambda: directory_heads(self.folder, passing))
+        for name in passing:
+            watch.outlet.begin(name)
+            files[name] = copy_file(self.folder / name, out / name, progress=report)
+            watch.outlet.finished(name, *files[name])
+        _check_indexes(files, out)
+        return Brought(files={name: files[name] for name in names})
+
+
+Source = HubSource | DirectorySource
+
+
+def _misfits(missing: int, hub: Hub) -> tuple[Misfit, ...]:
     """Return what does not fit where so many bytes are to come into the Hub cache, which may have its own disk."""
     free = free_space(hub.cache)
     if missing <= free:
@@ -114,89 +223,17 @@ def cache_misfits(missing: int, hub: Hub) -> tuple[Misfit, ...]:
     return (Misfit(cause, f"free {format_transfer(missing - free)} there, or set HF_HOME to a larger disk"),)
 
 
-def bring_repository(
-    repository: Repository,
-    chosen: Sequence[HubFile],
-    out: Path,
-    *,
-    hub: Hub,
-    memo: Path | None = None,
-    report: Report = lambda done, total, task: None,
-    outlet: Outlet = NOBODY,
-    log: Callable[[str], None] = lambda line: None,
-) -> tuple[Files, int]:
-    """Fetch files into the Hub cache and link them in `out`. Return the files, and the bytes that were fetched.
-
-    outlet: where weight files are told of; `log` is told why they cannot be announced. Raise as `fetch`, DoesNotFit,
-    and InvalidCheckpoint where an index names a file that is not among them.
-    """
-    for misfit in cache_misfits(missing_bytes(repository, chosen, hub), hub):
-        raise misfit.error()
-    passing = set(may_pass(file.path for file in chosen) if outlet.waited_for else ())
-    files: Files = {}
-
-    def arrived(name: str, file: Fetched) -> None:
-        make_directory((out / name).parent)
-        link(file.path, out / name)
-        files[name] = (file.sha256, file.size)
-        if name in passing:
-            outlet.finished(name, *files[name])
-
-    side = [file for file in chosen if file.path not in passing]
-    snapshot = fetch(repository, side, hub=hub, memo=memo, report=report)
-    for name, file in snapshot.files.items():
-        arrived(name, file)
-    fetched = snapshot.fetched_bytes
-    if passing:
-        weights = [file for file in chosen if file.path in passing]
-        _announce(passing, out, outlet, lambda: repository_heads(repository, weights, hub), log)
-        fetched += fetch(repository, weights, hub=hub, memo=memo, report=report, arrived=arrived).fetched_bytes
-    return _checked({file.path: files[file.path] for file in chosen}, out), fetched
-
-
-def bring_directory(
-    folder: Path,
-    names: Sequence[str],
-    out: Path,
-    *,
-    progress: Callable[[int, int], None] = lambda done, total: None,
-    outlet: Outlet = NOBODY,
-    log: Callable[[str], None] = lambda line: None,
-) -> Files:
-    """Copy files, which may change where they are, into `out`. Return them. Otherwise as `bring_repository`."""
-    passing = may_pass(names) if outlet.waited_for else []
-    total, done = sum((folder / name).stat().st_size for name in names), 0
-
-    def report(size: int) -> None:
-        nonlocal done
-        done += size
-        progress(done, total)
-
-    side = [name for name in names if name not in passing]
-    files = {name: copy_file(folder / name, out / name, progress=report) for name in side}
-    _announce(passing, out, outlet, lambda: directory_heads(folder, passing), log)
-    for name in passing:
-        outlet.begin(name)
-        files[name] = copy_file(folder / name, out / name, progress=report)
-        outlet.finished(name, *files[name])
-    return _checked({name: files[name] for name in names}, out)
-
-
-def _announce(
-    weights: Collection[str], out: Path, outlet: Outlet, heads: Callable[[], Heads], log: Callable[[str], None]
-) -> None:
+def _announce(weights: Collection[str], out: Path, watch: Watch, heads: Callable[[], Heads]) -> None:
     """Where what comes cannot be known beforehand nobody is told anything: all wait until all is here."""
-    if not outlet.waited_for or not are_the_model(sorted(weights), out):
+    if not watch.outlet.waited_for or not are_the_model(sorted(weights), out):
         return
     try:
-        outlet.announce(heads())
+        watch.outlet.announce(heads())
     except BigpipeError as error:
-        log(f"what follows starts when all files are here: {error.cause}")
+        watch.log(f"what follows starts when all files are here: {error.cause}")
 
 
-def _checked(files: Files, out: Path) -> Files:
+def _check_indexes(files: Collection[str], out: Path) -> None:
     for name in files:
         if name.endswith(".index.json"):
-            index: Any = json.loads((out / name).read_bytes())
-            check_index(files, name, index)
-    return files
+            check_index(files, name, json.loads((out / name).read_bytes()))

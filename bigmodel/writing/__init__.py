@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from .ranges import RangeReader, is_cast
     from .saving import save_checkpoint
     from .sidefiles import carry_side_files, config_with_dtype, encode_config
-    from .synthetic import plan_synthetic, read_shape, synthetic_description, write_synthetic
+    from .synthetic import SyntheticModel, read_shape
     from .writer import (
         Files,
         OutputFile,

@@ -13,6 +13,7 @@ import hashlib
 import itertools
 import json
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,14 +21,13 @@ from bigpipe.bigmodel.architecture import Architecture
 from bigpipe.bigmodel.checkpoint import CASTABLE, CHUNK, MAX_CONFIG, Format, ModelDescription, itemsize, read_json
 from bigpipe.errors import UsageError
 from bigpipe.files import make_directory, write_file
-from bigpipe.passing import NOBODY, Outlet
 from bigpipe.sizes import size_of
 
 from .plans import PlannedTensor, ShardPlan, plan_shards
 from .ranges import cast
 from .shards import PIECES_IN_FLIGHT
 from .sidefiles import encode_config
-from .writer import ReportProgress, SavedCheckpoint, Traffic, write_checkpoint
+from .writer import SavedCheckpoint, Traffic, write_checkpoint
 
 BLOCK = 2**20
 """Elements of the block that all random tensors are cut from."""
@@ -45,71 +45,57 @@ def read_shape(config: str | Mapping[str, Any], base: Path) -> dict[str, Any]:
     return read_json(file, file.parent, MAX_CONFIG)
 
 
-def synthetic_description(
-    config: Mapping[str, Any], architecture: Architecture, *, dtype: str = "float16", format: Format = "safetensors"
-) -> ModelDescription:
-    """What `write_synthetic` will write: every tensor that a checkpoint of this class keeps.
+@dataclass(frozen=True, slots=True)
+class SyntheticModel:
+    """A model to make up: weights and config.json of an architecture."""
 
-    `dtype` is for floating-point tensors; those that the class keeps as float32 stay so. UsageError for another kind of
-    dtype.
-    """
-    if dtype not in CASTABLE:
-        raise UsageError(f"synthetic weights cannot be {dtype}", f"choose one of {', '.join(sorted(CASTABLE))}")
-    tensors = {
-        tensor.name: (architecture.dtype_of(tensor, dtype), tensor.shape)
-        for tensor in architecture.tensors()
-        if tensor.persistent
-    }
-    return ModelDescription(
-        # Through JSON, as whoever reads the file will see it: keys are strings.
-        config=json.loads(encode_config({"architectures": [architecture.class_name], **config, "dtype": dtype})),
-        tensors=tensors,
-        format=format,
-        tied=architecture.aliases if format == "bin" else {},
-        path=None,
-        custom=None,
-    )
+    given: Mapping[str, Any]
+    """What config.json shall say, besides the dtype and the class."""
+    architecture: Architecture
+    dtype: str = "float16"
+    """Of floating-point tensors; those that the class keeps as float32 stay so."""
+    seed: int = 0
+    format: Format = "safetensors"
+    max_shard_size: int | str = "5GB"
 
+    @property
+    def description(self) -> ModelDescription:
+        """What `write` will write: every tensor that a checkpoint of this class keeps. UsageError for other dtypes."""
+        dtype, architecture = self.dtype, self.architecture
+        if dtype not in CASTABLE:
+            raise UsageError(f"synthetic weights cannot be {dtype}", f"choose one of {', '.join(sorted(CASTABLE))}")
+        config = {"architectures": [architecture.class_name], **self.given, "dtype": dtype}
+        kept = [tensor for tensor in architecture.tensors() if tensor.persistent]
+        return ModelDescription(
+            config=json.loads(encode_config(config)),  # as whoever reads the file will see it: keys are strings
+            tensors={tensor.name: (architecture.dtype_of(tensor, dtype), tensor.shape) for tensor in kept},
+            format=self.format,
+            tied=architecture.aliases if self.format == "bin" else {},
+            path=None,
+            custom=None,
+        )
 
-def plan_synthetic(description: ModelDescription, max_shard_size: int | str = "5GB") -> list[ShardPlan]:
-    """The weight files that `write_synthetic` will write."""
-    tensors = description.tensors or {}
-    planned = [PlannedTensor.of(name, dtype, shape) for name, (dtype, shape) in tensors.items()]
-    format: Format = "bin" if description.format == "bin" else "safetensors"
-    return plan_shards(planned, size_of("max_shard_size", max_shard_size), format, description.tied)
+    @property
+    def plans(self) -> list[ShardPlan]:
+        """The weight files that `write` will write."""
+        described = self.description
+        planned = [PlannedTensor.of(name, dtype, shape) for name, (dtype, shape) in (described.tensors or {}).items()]
+        return plan_shards(planned, size_of("max_shard_size", self.max_shard_size), self.format, described.tied)
 
-
-def write_synthetic(
-    config: Mapping[str, Any],
-    architecture: Architecture,
-    out: str | Path,
-    *,
-    dtype: str = "float16",
-    seed: int = 0,
-    format: Format = "safetensors",
-    max_shard_size: int | str = "5GB",
-    progress: ReportProgress | None = None,
-    journal: Path | None = None,
-    outlet: Outlet = NOBODY,
-) -> SavedCheckpoint:
-    """Writes weights and config.json of a model of this architecture into `out`, in constant memory.
-
-    `config` is what config.json shall say, besides the dtype and the class. `journal` as in `write_checkpoint`,
-    `progress` and `outlet` as in `Traffic`.
-    """
-    out = Path(out)
-    description = synthetic_description(config, architecture, dtype=dtype, format=format)
-    make_directory(out)
-    written = write_file(out / "config.json", encode_config(description.config or {}))
-    saved = write_checkpoint(
-        out,
-        plan_synthetic(description, max_shard_size),
-        RandomTensors(seed, spread_of(config)).produce,
-        journal=journal,
-        fingerprint=lambda file: f"synthetic {seed}",
-        traffic=Traffic(progress, outlet),
-    )
-    return SavedCheckpoint({**saved.files, "config.json": written}, saved.shards, saved.bytes)
+    def write(self, out: Path, *, journal: Path | None = None, traffic: Traffic | None = None) -> SavedCheckpoint:
+        """Writes weights and config.json into `out`, in constant memory. `journal` as in `write_checkpoint`."""
+        config, plans = self.description.config, self.plans
+        make_directory(out)
+        written = write_file(out / "config.json", encode_config(config or {}))
+        saved = write_checkpoint(
+            out,
+            plans,
+            RandomTensors(self.seed, spread_of(self.given)).produce,
+            journal=journal,
+            fingerprint=lambda file: f"synthetic {self.seed}",
+            traffic=traffic or Traffic(),
+        )
+        return SavedCheckpoint({**saved.files, "config.json": written}, saved.shards, saved.bytes)
 
 
 def spread_of(config: Mapping[str, Any]) -> float:

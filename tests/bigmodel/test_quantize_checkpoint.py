@@ -22,7 +22,7 @@ from bigpipe.bigmodel.architecture.inquiry import request_as_json
 from bigpipe.bigmodel.architecture.instantiation import describe
 from bigpipe.bigmodel.checkpoint import open_checkpoint
 from bigpipe.bigmodel.quantization import QuantizedCheckpoint, Settings, outline, quantize_checkpoint, torch_threads
-from bigpipe.bigmodel.writing import write_synthetic
+from bigpipe.bigmodel.writing import SyntheticModel
 from bigpipe.errors import InvalidCheckpoint, UsageError
 
 _WIDTHS = {"hidden_size": 64, "intermediate_size": 128}
@@ -317,7 +317,7 @@ def test_memory_stays_far_below_the_weights_and_torch_is_not_imported(tmp_path: 
     sizes = {"hidden_size": 2048, "ffn_dim": 8192, "word_embed_proj_dim": 2048, "num_hidden_layers": 3}
     tiny_config("opt", architectures=["OPTForCausalLM"], **sizes).save_pretrained(tmp_path)
     architecture = architecture_of(tmp_path)
-    write_synthetic(json.loads((tmp_path / "config.json").read_text()), architecture, tmp_path / "opt")
+    SyntheticModel(json.loads((tmp_path / "config.json").read_text()), architecture).write(tmp_path / "opt")
     (tmp_path / "architecture.json").write_text(json.dumps(architecture.as_json()))
     command = [sys.executable, "-c", CONSTANT, *(str(tmp_path / name) for name in ("opt", "out", "architecture.json"))]
     peak = int(subprocess.run(command, check=True, capture_output=True, text=True, env=os.environ).stdout)

@@ -7,7 +7,7 @@ from support.models import forward, tiny_config
 from bigpipe.bigmodel.architecture import describe_architecture
 from bigpipe.bigmodel.checkpoint import open_checkpoint
 from bigpipe.bigmodel.writing import PlannedTensor, container
-from bigpipe.bigmodel.writing.synthetic import RandomTensors, plan_synthetic, synthetic_description, write_synthetic
+from bigpipe.bigmodel.writing.synthetic import RandomTensors, SyntheticModel
 from bigpipe.errors import UsageError
 
 
@@ -21,8 +21,8 @@ def opt():
 def test_from_pretrained_loads_a_made_up_model(tmp_path, opt, form):
     import transformers
 
-    config, architecture = opt
-    saved = write_synthetic(config, architecture, tmp_path, dtype="float32", format=form, max_shard_size="20KB")
+    config, _ = opt
+    saved = SyntheticModel(*opt, dtype="float32", format=form, max_shard_size="20KB").write(tmp_path)
     model, info = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, output_loading_info=True)
     assert not any(info[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys"))
     assert saved.shards > 1
@@ -36,10 +36,10 @@ def test_from_pretrained_loads_a_made_up_model(tmp_path, opt, form):
 
 
 def test_weights_depend_on_name_dtype_and_seed_alone(tmp_path, opt):
-    first = write_synthetic(*opt, tmp_path / "a", seed=1, max_shard_size="20KB")
-    assert write_synthetic(*opt, tmp_path / "b", seed=1, max_shard_size="20KB") == first
-    write_synthetic(*opt, tmp_path / "c", seed=1)
-    write_synthetic(*opt, tmp_path / "d", seed=2)
+    first = SyntheticModel(*opt, seed=1, max_shard_size="20KB").write(tmp_path / "a")
+    assert SyntheticModel(*opt, seed=1, max_shard_size="20KB").write(tmp_path / "b") == first
+    SyntheticModel(*opt, seed=1).write(tmp_path / "c")
+    SyntheticModel(*opt, seed=2).write(tmp_path / "d")
     a, c, d = (open_checkpoint(tmp_path / name) for name in "acd")
     names = [name for name in a.tensors if name.endswith("proj.weight")]
     assert all(a.read(name) == c.read(name) for name in a.tensors)
@@ -48,15 +48,14 @@ def test_weights_depend_on_name_dtype_and_seed_alone(tmp_path, opt):
 
 
 def test_the_description_is_what_gets_written(tmp_path, opt):
-    config, architecture = opt
-    description = synthetic_description(config, architecture, dtype="bfloat16", format="bin")
-    plans = plan_synthetic(description, "30KB")
-    saved = write_synthetic(config, architecture, tmp_path, dtype="bfloat16", format="bin", max_shard_size="30KB")
+    model = SyntheticModel(*opt, dtype="bfloat16", format="bin", max_shard_size="30KB")
+    description = model.description
+    saved = model.write(tmp_path)
     checkpoint = open_checkpoint(tmp_path)
     assert {name: (tensor.dtype, tensor.shape) for name, tensor in checkpoint.tensors.items()} == description.tensors
     assert checkpoint.tied == description.tied == {"lm_head.weight": "model.decoder.embed_tokens.weight"}
     assert checkpoint.config == description.config
-    assert saved.bytes == sum(container(plan).size for plan in plans)
+    assert saved.bytes == sum(container(plan).size for plan in model.plans)
 
 
 def test_norms_positions_and_counters_are_what_fresh_models_have():
@@ -75,4 +74,4 @@ def test_norms_positions_and_counters_are_what_fresh_models_have():
 
 def test_quantized_formats_cannot_be_made_up(opt, tmp_path):
     with pytest.raises(UsageError, match="choose one of"):
-        write_synthetic(*opt, tmp_path, dtype="int8")
+        SyntheticModel(*opt, dtype="int8").write(tmp_path)

@@ -22,7 +22,7 @@ from support.hub_state import files_of
 from support.workshop import Workshop, environment, statuses
 
 from bigpipe.bigmodel.architecture import describe_architecture
-from bigpipe.bigmodel.writing import write_synthetic
+from bigpipe.bigmodel.writing import SyntheticModel
 from bigpipe.errors import InvalidCheckpoint
 
 MODEL = """\
@@ -124,7 +124,8 @@ def test_the_disk_holds_the_result_and_two_shards(workshop: Workshop) -> None:
 def model(tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest) -> Path:
     folder = tmp_path_factory.mktemp("model")
     config = yaml.safe_load(MODEL)["config"]
-    write_synthetic(config, describe_architecture(config), folder, max_shard_size="6MB", format=request.param)
+    model = SyntheticModel(config, describe_architecture(config), max_shard_size="6MB", format=request.param)
+    model.write(folder)
     return folder
 
 

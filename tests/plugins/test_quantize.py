@@ -27,7 +27,7 @@ from bigpipe.bigmodel.architecture import describe_architecture
 from bigpipe.bigmodel.checkpoint import describe_checkpoint
 from bigpipe.bigmodel.execution import load
 from bigpipe.bigmodel.sources import Sources
-from bigpipe.bigmodel.writing import write_synthetic
+from bigpipe.bigmodel.writing import SyntheticModel
 from bigpipe.errors import UsageError
 from bigpipe.orchestrator.launch.executors import executor
 from bigpipe.orchestrator.launch.jobs import Outcome
@@ -309,7 +309,7 @@ def test_killed_at_random_points_it_repeats_one_file_at_most(tmp_path: Path) -> 
     tiny_config("opt", architectures=["OPTForCausalLM"], **sizes).save_pretrained(tmp_path)
     config = json.loads((tmp_path / "config.json").read_text())
     architecture = describe_architecture(tmp_path, sources=Sources(memo=tmp_path / "memo"))
-    write_synthetic(config, architecture, tmp_path / "opt", max_shard_size="13MB")
+    SyntheticModel(config, architecture, max_shard_size="13MB").write(tmp_path / "opt")
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([os.environ.get("PYTHONPATH", ""), str(TESTS)])}
     command = [sys.executable, "-c", KILLED, str(tmp_path), str(tmp_path / "opt")]
     started = time.monotonic()
