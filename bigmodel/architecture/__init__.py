@@ -11,10 +11,9 @@ from typing import TYPE_CHECKING
 from bigpipe.faces import face
 
 if TYPE_CHECKING:
-    from .asking import build_here, describe_architecture, describe_many, request_key
+    from .asking import ask_names, build_here, describe_architecture, describe_many, request_key
     from .inquiry import ATTENTION, Head, Request, read_request
     from .outlining import BUFFERS, outline
-    from .renaming import ask_names
     from .snapshot import known_architecture, missing_snapshot
     from .structure import Architecture, CachedTensor, ModuleSpec, TensorSpec, kept_in_float32
 

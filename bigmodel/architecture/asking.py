@@ -11,7 +11,7 @@ import json
 import os
 import sys
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -151,14 +151,8 @@ def ask(questions: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     with tempfile.TemporaryDirectory(prefix="bigpipe-") as name:
         question, answers = Path(name) / "question.json", Path(name) / "answers.json"
         write_file(question, json.dumps(questions), durable=False)
-        command = [
-            sys.executable,
-            "-P",
-            "-m",
-            "bigpipe.bigmodel.architecture.instantiation",
-            str(question),
-            str(answers),
-        ]
+        module = "bigpipe.bigmodel.architecture.instantiation"
+        command = [sys.executable, "-P", "-m", module, str(question), str(answers)]
         try:
             child = subprocess.run(
                 command, env=_child_environment(), stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL,
@@ -179,6 +173,27 @@ def ask(questions: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
         if "error" in answer:
             raise BY_NAME.get(answer["error"], UsageError)(answer["cause"], answer["cure"])
     return data
+
+
+def ask_names(config: Mapping[str, Any], stored: Iterable[str], memo: Path | None = None) -> dict[str, str]:
+    """Stored name → parameter or buffer of the class that `config` names; several may become parts of one.
+
+    Many families were renamed since their checkpoints were made (ViT's `encoder.layer.0.attention.attention.query` is
+    `layers.0.attention.q_proj` now), and are saved under the old names still. transformers knows the rules; they need
+    its classes, so the child process answers, once per config and set of names.
+
+    Names that become none, or one that is changed on the way, are not in it. Errors as of `describe_architecture`.
+    """
+    request = read_request(config)
+    names = sorted(stored)
+    key = hashlib.sha256(json.dumps([request_key(request), names]).encode()).hexdigest()
+    file = memo / "names" / f"{key}.json" if memo else None
+    found = recall(file) if file else None
+    if not isinstance(found, dict):
+        found = ask([{**request_as_json(request), "names": names}])[0]["names"]
+        if file:
+            remember(file, found)
+    return {str(name): str(target) for name, target in found.items()}
 
 
 def _child_environment() -> dict[str, str]:

@@ -50,7 +50,7 @@ def main(question: str, answers: str) -> None:
 
 
 def _names(request: Mapping[str, Any]) -> dict[str, str]:
-    """What `renaming` asks for: stored name → the class's own."""
+    """What `ask_names` asks for: stored name → the class's own."""
     import torch
 
     from bigpipe.bigmodel.checkpoint import TensorInfo, match

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import astuple, dataclass, field
+from dataclasses import astuple, dataclass, field, fields
 from functools import cached_property
 from typing import Any
 
@@ -125,37 +125,17 @@ class Architecture:
         }
 
     def as_json(self) -> dict[str, Any]:
-        return {
-            "class_name": self.class_name,
-            "modules": [_module_as_json(module) for module in self.modules],
-            "no_split": list(self.no_split),
-            "tied": [list(group) for group in self.tied],
-            "output_embedding": self.output_embedding,
-            "input_embedding": self.input_embedding,
-            "keep_in_fp32": list(self.keep_in_fp32),
-            "keep_in_fp32_strict": list(self.keep_in_fp32_strict),
-            "config": dict(self.config),
-            "library": self.library,
-            "generates": self.generates,
-            "cache": None if self.cache is None else [list(astuple(tensor)) for tensor in self.cache],
-        }
+        own = {item.name: getattr(self, item.name) for item in fields(self)}
+        modules = [_module_as_json(module) for module in self.modules]
+        return {**own, "modules": modules, "cache": self.cache and [astuple(tensor) for tensor in self.cache]}
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> Architecture:
-        return cls(
-            class_name=data["class_name"],
-            modules=tuple(_module_from_json(module) for module in data["modules"]),
-            no_split=tuple(data["no_split"]),
-            tied=tuple(tuple(group) for group in data["tied"]),
-            output_embedding=data["output_embedding"],
-            input_embedding=data["input_embedding"],
-            keep_in_fp32=tuple(data["keep_in_fp32"]),
-            keep_in_fp32_strict=tuple(data["keep_in_fp32_strict"]),
-            config=data["config"],
-            library=data["library"],
-            generates=data["generates"],
-            cache=None if data["cache"] is None else tuple(CachedTensor(*tensor) for tensor in data["cache"]),
-        )
+        plain = {name: tuple(data[name]) for name in ("no_split", "keep_in_fp32", "keep_in_fp32_strict")}
+        modules = tuple(_module_from_json(module) for module in data["modules"])
+        tied = tuple(tuple(group) for group in data["tied"])
+        cache = None if data["cache"] is None else tuple(CachedTensor(*tensor) for tensor in data["cache"])
+        return cls(**{**data, **plain, "modules": modules, "tied": tied, "cache": cache})
 
 
 def _module_as_json(module: ModuleSpec) -> dict[str, Any]:

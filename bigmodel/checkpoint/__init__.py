@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from bigpipe.faces import face
 
 if TYPE_CHECKING:
-    from .arrivals import Uses, read_head
+    from .arrivals import Uses, encode_torch_head, read_head
     from .bytesource import ByteSource, FileSource
     from .description import (
         ARCHITECTURE_FILE,
@@ -30,8 +30,7 @@ if TYPE_CHECKING:
     from .headers import encode_header, layout_key, read_header
     from .mapped import MappedFiles
     from .naming import Matches, Recipe, match
-    from .openfiles import OpenFiles
-    from .pickles import read_torch_pickle, unique_tensors
+    from .pickles import read_torch_names
     from .strided import compact_chunks
     from .tensors import (
         CASTABLE,
@@ -39,12 +38,12 @@ if TYPE_CHECKING:
         SAFETENSORS_NAMES,
         STORAGE_CLASSES,
         TensorInfo,
+        Tensors,
         invalid,
         itemsize,
         tensor_nbytes,
     )
-    from .torchheads import encode_torch_head
-    from .view import CHUNK, Checkpoint, open_checkpoint
+    from .view import CHUNK, Checkpoint, OpenFiles, open_checkpoint
     from .zipfiles import END, END64, ENTRY, LOCAL, LOCATOR64
 
 __getattr__, __all__ = face(__name__)

@@ -1,11 +1,14 @@
 """Checkpoints that pass from one step to the next file by file, while they are being written (see `bigpipe.passing`).
 
-What will come is known from the head of each weight file, and its size: the bytes of a safetensors header, or what
-`torchheads` says of a torch file. So the reading side plans everything at once, and waits only where it reads.
+What will come is known from the head of each weight file, and its size, so the reading side plans everything at once,
+and waits only where it reads. A safetensors file begins with its head. A torch file ends with it, so it is told in
+words of our own: JSON, of which the same tensors always give the same bytes. Where the bytes of these tensors lie is
+known only once the file is there.
 """
 
 from __future__ import annotations
 
+import json
 import threading
 import time
 from collections.abc import Callable, Iterable, Mapping
@@ -18,7 +21,7 @@ from bigpipe.passing import OpenInlet
 from .bytesource import ByteSource, FileSource
 from .files import format_of, is_hub_blob
 from .headers import read_header
-from .tensors import FETCH_AGAIN, TensorInfo, invalid
+from .tensors import FETCH_AGAIN, TensorInfo, Tensors, invalid, tensor_nbytes
 
 PATIENCE = 30.0
 """Seconds for a file to be found again whose name is just being led to another place."""
@@ -44,9 +47,25 @@ def read_head(source: ByteSource, file: Path) -> tuple[bytes, int]:
     """What to announce of a weight file: (head, size). Reads and checks it. Raises InvalidCheckpoint."""
     if format_of(file) == "safetensors":
         return source.read(0, read_header(source, file).length), source.size
-    from .torchheads import read_torch_head
+    from .pickles import read_torch_names
 
-    return read_torch_head(source), source.size
+    return encode_torch_head(*read_torch_names(source)), source.size
+
+
+def encode_torch_head(tensors: Tensors, tied: Mapping[str, str]) -> bytes:
+    """tied: alias → stored name."""
+    listed = [[name, dtype, list(shape)] for name, (dtype, shape) in tensors.items()]
+    return json.dumps({"tensors": listed, "tied": dict(tied)}, sort_keys=True).encode()
+
+
+def decode_torch_head(content: bytes, file: Path) -> tuple[tuple[TensorInfo, ...], dict[str, str]]:
+    """As `read_torch_file`, but the tensors' places are not known: offset -1 and no view."""
+    told = json.loads(content)
+    tensors = tuple(
+        TensorInfo(name, dtype, tuple(shape), file, -1, tensor_nbytes(dtype, shape))
+        for name, dtype, shape in told["tensors"]
+    )
+    return tensors, told["tied"]
 
 
 def open_arrived(inlet: OpenInlet, file: Path) -> FileSource:
@@ -63,13 +82,14 @@ def open_arrived(inlet: OpenInlet, file: Path) -> FileSource:
 
 def arrived_places(inlet: OpenInlet, file: Path) -> Mapping[str, TensorInfo]:
     """The tensors of a torch file with their places, once it is there and found as announced."""
-    from .torchheads import places_as_told
+    from .pickles import read_torch_file
 
     with open_arrived(inlet, file) as source:
-        places = places_as_told(source, file, inlet.heads[file.name][0])
-    if places is None:
+        tensors, tied = read_torch_file(source, file)
+    found = encode_torch_head({tensor.name: (tensor.dtype, tensor.shape) for tensor in tensors}, tied)
+    if found != inlet.heads[file.name][0]:
         raise _other(file)
-    return places
+    return {tensor.name: tensor for tensor in tensors}
 
 
 def _other(file: Path) -> InvalidCheckpoint:

@@ -10,7 +10,7 @@ from typing import Any
 from bigpipe.errors import UsageError
 
 from .files import MAX_CONFIG, read_json
-from .tensors import tensor_nbytes
+from .tensors import Tensors, tensor_nbytes
 from .view import Checkpoint, open_checkpoint
 
 ARCHITECTURE_FILE = "bigpipe_architecture.json"
@@ -20,8 +20,8 @@ ARCHITECTURE_FILE = "bigpipe_architecture.json"
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModelDescription:
     config: Mapping[str, Any] | None
-    tensors: Mapping[str, tuple[str, tuple[int, ...]]] | None
-    """Stored name → (torch dtype name, shape), in the order of their bytes. None: not known."""
+    tensors: Tensors | None
+    """In the order of their bytes. None: not known."""
     format: str | None
     """safetensors or bin."""
     tied: Mapping[str, str]

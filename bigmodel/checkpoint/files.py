@@ -145,7 +145,7 @@ def read_json(file: Path, directory: Path, limit: int) -> dict[str, Any]:
     if file.stat().st_size > limit:
         raise invalid(file, f"is larger than {limit} bytes", FETCH_AGAIN)
     try:
-        content = json.loads(file.read_bytes(), object_pairs_hook=_unique)
+        content = json.loads(file.read_bytes(), object_pairs_hook=unique_keys)
     except (ValueError, RecursionError) as error:
         raise invalid(file, f"is not JSON: {str(error)[:200]}", FETCH_AGAIN) from None
     if not isinstance(content, dict):
@@ -153,7 +153,8 @@ def read_json(file: Path, directory: Path, limit: int) -> dict[str, Any]:
     return content
 
 
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Of a JSON object. Raise ValueError where a key stands twice."""
     content = dict(pairs)
     if len(content) != len(pairs):
         raise ValueError("a key stands twice in one object")

@@ -16,7 +16,8 @@ from pathlib import Path
 from typing import Any, TypeGuard
 
 from .bytesource import ByteSource
-from .tensors import FETCH_AGAIN, SAFETENSORS_DTYPES, SAFETENSORS_NAMES, TensorInfo, invalid, itemsize, tensor_nbytes
+from .files import unique_keys
+from .tensors import FETCH_AGAIN, SAFETENSORS_DTYPES, SAFETENSORS_NAMES, TensorInfo, invalid, tensor_nbytes
 
 MAX_HEADER = 32 * 2**20
 """Bytes. The safetensors library takes 100 MB; the largest models have 100,000 tensors, which take about 12."""
@@ -57,12 +58,8 @@ def read_header(source: ByteSource, file: Path) -> SafetensorsHeader:
         raise invalid(file, f"has {source.size} bytes, too few for a safetensors header", FETCH_AGAIN)
     length = int.from_bytes(source.read(0, 8), "little")
     if length > MAX_HEADER or 8 + length > source.size:
-        raise invalid(
-            file,
-            f"says its header has {length} bytes, but the file has {source.size} and a header at most {MAX_HEADER}",
-            FETCH_AGAIN,
-            offset=0,
-        )
+        cause = f"says its header has {length} bytes, but the file has {source.size} and a header at most {MAX_HEADER}"
+        raise invalid(file, cause, FETCH_AGAIN, offset=0)
     try:
         text = source.read(8, length).decode("utf-8")
     except UnicodeDecodeError as error:
@@ -80,8 +77,7 @@ class _HeaderText:
     def __init__(self, text: str, file: Path) -> None:
         self.text = text
         self.file = file
-        self.decoder = json.JSONDecoder(object_pairs_hook=self._object)
-
+        self.decoder = json.JSONDecoder(object_pairs_hook=unique_keys)
         self.entries: dict[str, Entry] = {}
         self.metadata: dict[str, str] | None = None
 
@@ -156,12 +152,6 @@ class _HeaderText:
         if not all(isinstance(text, str) for text in value.values()):
             raise self._error("__metadata__ may hold strings only", at)
         self.metadata = value
-
-    def _object(self, pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        value = dict(pairs)
-        if len(value) != len(pairs):
-            raise ValueError("a key stands twice in one object")
-        return value
 
     def _skip(self, at: int) -> int:
         match = _SPACE.match(self.text, at)
@@ -245,7 +235,3 @@ _LAYOUT_RANK = {name: rank for rank, name in enumerate(SAFETENSORS_NAMES)}
 def layout_key(name: str, dtype: str) -> tuple[int, str]:
     """Sorts the tensors of one file as the safetensors library does: wide formats first, so that all stay aligned."""
     return _LAYOUT_RANK[dtype], name
-
-
-def aligned(offset: int, dtype: str) -> bool:
-    return offset % itemsize(dtype) == 0

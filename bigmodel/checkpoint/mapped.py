@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 
 from bigpipe.errors import StageFailed
 
-from .view import TensorInfo
+from .tensors import TensorInfo
 
 if TYPE_CHECKING:
     import torch

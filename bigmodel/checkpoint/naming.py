@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
-from .view import TensorInfo
+from .tensors import TensorInfo
 
 if TYPE_CHECKING:
     import torch

@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from .bytesource import ByteSource
-from .picklemachine import PickleMachine, Storage, Tensor
-from .tensors import FETCH_AGAIN, TensorInfo, View, invalid, itemsize, tensor_nbytes
+from .picklemachine import PickleMachine, Tensor
+from .tensors import FETCH_AGAIN, TensorInfo, Tensors, View, invalid, itemsize, tensor_nbytes
 from .zipfiles import ZipEntry, data_offset, read_directory, read_entry
 
 MAX_PICKLE = 32 * 2**20
@@ -59,6 +59,12 @@ def read_torch_file(source: ByteSource, file: Path) -> tuple[tuple[TensorInfo, .
     return tuple(_tensor_info(name, tensor, file, starts[tensor.storage.key]) for name, tensor in kept.items()), tied
 
 
+def read_torch_names(source: ByteSource) -> tuple[Tensors, dict[str, str]]:
+    """What `read_torch_file` gives, without the places of the tensors: three short ranges, so over HTTP too."""
+    kept, tied = unique_tensors(read_torch_pickle(source).tensors)
+    return {name: (tensor.dtype, tensor.shape) for name, tensor in kept.items()}, tied
+
+
 def unique_tensors(tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, str]]:
     """Splits the names of a state dict into those that are stored and the aliases (alias → stored name).
 
@@ -84,11 +90,7 @@ def _telling_strides(tensor: Tensor) -> tuple[int, ...]:
 def _prefix(source: ByteSource, entries: Mapping[str, ZipEntry]) -> str:
     pickles = [name for name in entries if name.endswith("/data.pkl") and name.count("/") == 1]
     if len(pickles) != 1:
-        raise invalid(
-            source.name,
-            "has no single data.pkl, as torch writes it",
-            "give a file from torch.save",
-        )
+        raise invalid(source.name, "has no single data.pkl, as torch writes it", "give a file from torch.save")
     prefix = pickles[0].removesuffix("/data.pkl")
     if f"{prefix}/constants.pkl" in entries:
         raise invalid(
@@ -134,12 +136,7 @@ def _check_tensor(source: ByteSource, name: str, tensor: Tensor, entry: ZipEntry
             FETCH_AGAIN, tensor=name, offset=entry.header,
         )  # fmt: skip
     if len(tensor.shape) != len(tensor.strides) or min((*tensor.shape, *tensor.strides, tensor.offset), default=0) < 0:
-        raise invalid(
-            source.name,
-            "its shape and strides do not fit",
-            FETCH_AGAIN,
-            tensor=name,
-        )
+        raise invalid(source.name, "its shape and strides do not fit", FETCH_AGAIN, tensor=name)
     elements = math.prod(tensor.shape)
     reach = (
         tensor.offset + sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.strides, strict=True)) + 1
@@ -185,6 +182,3 @@ def _is_contiguous(tensor: Tensor) -> bool:
             return 0 in tensor.shape
         expected *= size
     return True
-
-
-__all__ = ["Storage", "Tensor", "TorchFile", "read_torch_file", "read_torch_pickle", "unique_tensors"]

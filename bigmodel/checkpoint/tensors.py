@@ -81,6 +81,10 @@ class TensorInfo:
     view: View | None = None
 
 
+Tensors = Mapping[str, tuple[str, tuple[int, ...]]]
+"""Stored name → (torch dtype name, shape), in the order of their bytes or of the state dict."""
+
+
 def invalid(
     file: Path | str, cause: str, cure: str, *, tensor: str | None = None, offset: int | None = None
 ) -> InvalidCheckpoint:

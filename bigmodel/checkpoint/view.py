@@ -10,11 +10,11 @@ import os
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 from bigpipe.passing import Inlet, OpenInlet
 
-from .arrivals import Head, arrived_identity, arrived_places, open_arrived
+from .arrivals import Head, arrived_identity, arrived_places, decode_torch_head, open_arrived
 from .bytesource import ByteSource, FileSource
 from .files import (
     MAX_CONFIG,
@@ -29,9 +29,7 @@ from .files import (
     side_files,
 )
 from .headers import read_header
-from .tensors import DTYPES, TensorInfo, View, invalid
-
-__all__ = ["CHUNK", "DTYPES", "Checkpoint", "Format", "TensorInfo", "View", "open_checkpoint"]
+from .tensors import TensorInfo, invalid
 
 CHUNK = 4 * 2**20
 """Bytes moved at a time: large enough for the disk, small enough to stay in the cache of a CPU on its way through."""
@@ -116,6 +114,38 @@ class Checkpoint:
                 yield piece
 
 
+class OpenFiles:
+    """Opens each file when it is first asked for, and closes those that are left at the end.
+
+    most: how many stay open at a time; beyond it, the one that was opened first is closed.
+    """
+
+    def __init__(self, checkpoint: Checkpoint, most: int | None = None) -> None:
+        self._checkpoint = checkpoint
+        self._most = most
+        self._sources: dict[Path, FileSource] = {}
+
+    def source(self, file: Path) -> FileSource:
+        """Of a checkpoint that is still being made: waits until the file is there."""
+        if file not in self._sources:
+            if self._most is not None and len(self._sources) >= self._most:
+                self.close(list(self._sources)[0])  # noqa: RUF015 (another thread may close one meanwhile)
+            self._sources[file] = self._checkpoint.open(file)
+        return self._sources[file]
+
+    def close(self, file: Path) -> None:
+        """Lets go of a file that nobody reads any more; from any thread."""
+        if (source := self._sources.pop(file, None)) is not None:
+            source.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for file in list(self._sources):
+            self.close(file)
+
+
 def open_checkpoint(source: str | Path | Inlet) -> Checkpoint:
     """Opens a checkpoint directory, a single weight file or an index file; or what comes through an inlet.
 
@@ -135,8 +165,6 @@ def _open_arriving(inlet: OpenInlet) -> Checkpoint:
         head, size = inlet.heads[file.name]
         if format_of(file) == "safetensors":
             return _read_safetensors(Head(head, size, file.name), file)
-        from .torchheads import decode_torch_head
-
         return *decode_torch_head(head, file), {}
 
     return replace(_assemble(inlet.folder, _arriving_files(inlet), read), inlet=inlet)

@@ -106,25 +106,8 @@ def _entries(raw: bytes, source: ByteSource, start: int) -> Iterator[ZipEntry]:
     while at < len(raw):
         if len(raw) - at < ENTRY.size:
             raise invalid(source.name, "its zip directory is cut short", FETCH_AGAIN, offset=start + at)
-        (
-            sign,
-            _,
-            _,
-            flags,
-            method,
-            _,
-            _,
-            crc,
-            packed,
-            size,
-            name_size,
-            extra_size,
-            comment_size,
-            disk,
-            _,
-            _,
-            header,
-        ) = ENTRY.unpack_from(raw, at)
+        sign, _, _, flags, method, _, _, crc, packed, size, *lengths, disk, _, _, header = ENTRY.unpack_from(raw, at)
+        name_size, extra_size, comment_size = lengths
         names = at + ENTRY.size
         extras = names + name_size
         after = extras + extra_size + comment_size

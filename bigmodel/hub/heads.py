@@ -9,13 +9,8 @@ from pathlib import Path
 from bigpipe.bigmodel.checkpoint import BIN_SUFFIXES, NOT_A_MODEL, FileSource, files_to_come, format_of, read_head
 from bigpipe.errors import InvalidCheckpoint
 
-from .rangesource import RangeSource
+from .rangesource import GUESS, READERS, reading
 from .repository import Hub, HubFile, Repository
-
-READERS = 8
-"""Headers read at a time."""
-GUESS = 64 * 2**10
-"""Bytes fetched at once where a safetensors header may be short."""
 
 
 def may_pass(names: Iterable[str]) -> list[str]:
@@ -47,12 +42,8 @@ def repository_heads(repository: Repository, files: Sequence[HubFile], hub: Hub)
     """Name → (head, size), from the Hub cache or by HTTP range. Raises InvalidCheckpoint, Transient, Offline…"""
 
     def read(file: HubFile) -> tuple[str, tuple[bytes, int]]:
-        cached = hub.folder(repository.repo) / "snapshots" / repository.commit / file.path
-        if cached.is_file() and cached.stat().st_size == file.size:
-            return file.path, directory_heads(cached.parent, [cached.name])[cached.name]
-        guess = GUESS if file.path.endswith(".safetensors") else 0
-        source = RangeSource(hub, repository.repo, repository.commit, file, guess)
-        return file.path, read_head(source, Path(file.path))
+        with reading(hub, repository, file, GUESS) as (source, name):
+            return file.path, read_head(source, name)
 
     with ThreadPoolExecutor(READERS, "head") as pool:
         return dict(pool.map(read, files))

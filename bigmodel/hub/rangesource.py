@@ -2,14 +2,36 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 
-from bigpipe.bigmodel.checkpoint import FETCH_AGAIN, invalid
+from bigpipe.bigmodel.checkpoint import FETCH_AGAIN, ByteSource, FileSource, invalid
 
-from .repository import Hub, HubFile, read_range
+from .repository import Hub, HubFile, Repository, read_range
 
+READERS = 8
+"""Headers read at a time."""
+GUESS = 64 * 2**10
+"""Bytes fetched at once where a safetensors header may be short."""
 MAX_RANGE = 128 * 2**20
 """Bytes of one request. A header has at most 100 MB; nothing here reads weights."""
+
+
+@contextmanager
+def reading(hub: Hub, repository: Repository, file: HubFile, guess: int = 0) -> Iterator[tuple[ByteSource, Path]]:
+    """A file of a repository, from the Hub cache where it is whole there, else by ranges; and its name for errors.
+
+    guess: how many bytes to fetch at once where the file's header may be short; of safetensors files only.
+    """
+    cached = hub.folder(repository.repo) / "snapshots" / repository.commit / file.path
+    if cached.is_file() and cached.stat().st_size == file.size:
+        with FileSource(cached) as source:
+            yield source, cached
+    else:
+        guess = guess if file.path.endswith(".safetensors") else 0
+        yield RangeSource(hub, repository.repo, repository.commit, file, guess), Path(file.path)
 
 
 @dataclass(slots=True)

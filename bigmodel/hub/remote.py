@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-import threading
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path, PurePosixPath
@@ -23,10 +23,12 @@ from bigpipe.bigmodel.checkpoint import (
     FETCH_AGAIN,
     MAX_CONFIG,
     MAX_INDEX,
+    SAFETENSORS_NAMES,
     ByteSource,
     FileSource,
     Format,
     ModelDescription,
+    Tensors,
     invalid,
     read_header,
     tensor_nbytes,
@@ -34,22 +36,17 @@ from bigpipe.bigmodel.checkpoint import (
 from bigpipe.bigmodel.memo import recall, remember
 from bigpipe.errors import UsageError
 
-from .counts import difference
-from .rangesource import RangeSource
-from .repository import Hub, HubFile, Repository, describe, read_range
+from .rangesource import GUESS, READERS, reading
+from .repository import Hub, HubFile, Repository, describe
 from .selection import check_index, detect, select
-
-Tensors = dict[str, tuple[str, tuple[int, ...]]]
-"""Stored name → (torch dtype name, shape)."""
 
 Need = Literal["sizes", "layout"]
 """sizes: names, dtypes and shapes, in any order. layout: in the order of their bytes, as a shard plan needs them."""
 
-READERS = 8
-"""Headers read at a time."""
+COUNTED = ("model.safetensors", "model.safetensors.index.json")
+"""What the Hub counts: one of these at the root of a repository. It knows nothing of `.bin` or of components."""
 ENTRY = 150
 """Bytes that a tensor takes in a header besides its name, at most: dtype, a shape of three, two offsets."""
-UNINDEXED_GUESS = 64 * 2**10
 ANSWER_VERSION = 1
 
 
@@ -73,21 +70,11 @@ class RemoteModel:
         return difference(self.repository, self.description.tensors, self.description.config)
 
 
-class _Meter:
-    def __init__(self) -> None:
-        self.bytes = 0
-        self._lock = threading.Lock()
-
-    def add(self, size: int) -> None:
-        with self._lock:
-            self.bytes += size
-
-
 def describe_repository(
     repo: str,
     revision: str = "main",
     *,
-    hub: Hub | None = None,
+    hub: Hub,
     memo: Path | None = None,
     library: str | None = None,
     need: Need = "layout",
@@ -97,8 +84,8 @@ def describe_repository(
     Raises Offline, NotAuthorised, GatedRepository, UsageError (no such model, no weights and no config), Transient,
     and InvalidCheckpoint, naming the file and byte, where a header or index is not what it should be.
     """
-    meter = _Meter()
-    hub = replace(hub or Hub.from_environment(), meter=meter.add)
+    answers: list[int] = []
+    hub = replace(hub, meter=answers.append)
     repository = describe(repo, revision, hub=hub, memo=memo)
     known = recall(_memo_file(hub, repository, memo, need)) if memo else None
     reader = _Reader(hub, repository, library, need)
@@ -107,7 +94,7 @@ def describe_repository(
         found = reader.read()
         if memo is not None:
             remember(_memo_file(hub, repository, memo, need), _as_json(found))
-    return replace(found, fetched_bytes=meter.bytes)
+    return replace(found, fetched_bytes=sum(answers))
 
 
 class _Reader:
@@ -119,7 +106,6 @@ class _Reader:
         self.need = need
         self.names = [file.path for file in repository.files]
         self.library = library
-        self.snapshot = hub.folder(repository.repo) / "snapshots" / repository.commit
 
     def read(self) -> RemoteModel:
         config = self.json("config.json", MAX_CONFIG)
@@ -150,11 +136,8 @@ class _Reader:
             return None
         if file.size > limit:
             raise invalid(name, f"has {file.size} bytes, more than {limit}", FETCH_AGAIN)
-        local = self.snapshot / name
-        if local.is_file() and local.stat().st_size == file.size:
-            content = local.read_bytes()
-        else:
-            content = read_range(self.repository.repo, self.repository.commit, name, 0, file.size, hub=self.hub)
+        with reading(self.hub, self.repository, file) as (source, _):
+            content = source.read(0, file.size)
         try:
             data = json.loads(content)
         except (ValueError, RecursionError) as error:
@@ -212,8 +195,8 @@ class _Reader:
         from concurrent.futures import ThreadPoolExecutor
 
         with ThreadPoolExecutor(READERS) as pool:
-            found = list(pool.map(lambda file: self.header(file, guesses.get(file.path)), weights))
-        tensors: Tensors = {}
+            found = list(pool.map(lambda file: self.header(file, guesses.get(file.path, GUESS)), weights))
+        tensors: dict[str, Any] = {}
         tied: dict[str, str] = {}
         for file, (own, aliases) in zip(weights, found, strict=True):
             prefix = _component(file.path)
@@ -227,13 +210,9 @@ class _Reader:
         )
         return tensors, tied
 
-    def header(self, file: HubFile, guess: int | None) -> tuple[Tensors, dict[str, str]]:
-        local = self.snapshot / file.path
-        if local.is_file() and local.stat().st_size == file.size:
-            with FileSource(local) as source:
-                return _read(source, local)
-        guess = min(guess or UNINDEXED_GUESS, MAX_CONFIG) if file.path.endswith(".safetensors") else 0
-        return _read(RangeSource(self.hub, self.repository.repo, self.repository.commit, file, guess), Path(file.path))
+    def header(self, file: HubFile, guess: int) -> tuple[Tensors, dict[str, str]]:
+        with reading(self.hub, self.repository, file, min(guess, MAX_CONFIG)) as (source, name):
+            return _read(source, name)
 
     def check(self, weight_map: Mapping[str, str], found: Mapping[str, set[str]]) -> None:
         for tensor, file in weight_map.items():
@@ -246,17 +225,16 @@ def _read(source: ByteSource, file: Path) -> tuple[Tensors, dict[str, str]]:
     if file.name.endswith(".safetensors"):
         header = read_header(source, file)
         return {tensor.name: (tensor.dtype, tensor.shape) for tensor in header.tensors}, {}
-    from bigpipe.bigmodel.checkpoint import read_torch_pickle, unique_tensors
+    from bigpipe.bigmodel.checkpoint import read_torch_names
 
-    kept, tied = unique_tensors(read_torch_pickle(source).tensors)
-    return {name: (tensor.dtype, tensor.shape) for name, tensor in kept.items()}, tied
+    return read_torch_names(source)
 
 
 def pipeline_tensors(path: Path) -> tuple[Tensors, dict[str, str], Format | None]:
     """(tensors, tied, format) of a pipeline's directory, as `describe_repository` names them. None has no weights."""
     names = [file.relative_to(path).as_posix() for file in (*path.glob("*"), *path.glob("*/*")) if file.is_file()]
     weights = [name for name in select(names, library="diffusers") if name.endswith((".safetensors", ".bin"))]
-    tensors: Tensors = {}
+    tensors: dict[str, Any] = {}
     tied: dict[str, str] = {}
     for name in weights:
         prefix = _component(name)
@@ -334,3 +312,31 @@ def _from_json(data: Mapping[str, Any], repository: Repository) -> RemoteModel |
         )  # fmt: skip
     except (KeyError, TypeError, ValueError):
         return None  # a damaged memory is asked anew
+
+
+def difference(
+    repository: Repository,
+    tensors: Tensors | None,
+    config: Mapping[str, Any] | None,
+) -> str | None:
+    """What the Hub counts otherwise than `tensors` (stored name → (torch dtype name, shape)), in words.
+
+    None where they agree, where the Hub gives no counts, and where it counts something else: packed formats by the
+    values that are packed in them.
+    """
+    counted = repository.elements
+    packed = bool((config or {}).get("quantization_config"))
+    if not counted or not tensors or packed or all(repository.file(name) is None for name in COUNTED):
+        return None
+    found: dict[str, int] = {}
+    for dtype, shape in tensors.values():
+        name = SAFETENSORS_NAMES.get(dtype, dtype)
+        found[name] = found.get(name, 0) + math.prod(shape)
+    stated = {name: count for name, count in counted.items() if count}
+    if stated == {name: count for name, count in found.items() if count}:
+        return None
+    return f"the Hub counts {_words(stated)}, and the files hold {_words(found)}; the files are believed"
+
+
+def _words(counts: Mapping[str, int]) -> str:
+    return " and ".join(f"{count:,} elements of {name}" for name, count in sorted(counts.items())) or "no elements"

@@ -115,7 +115,7 @@ class Repository:
         return cls(**{**data, "files": tuple(HubFile(**file) for file in data["files"])})
 
 
-def resolve_commit(repo: str, revision: str, *, hub: Hub | None = None, memo: Path | None = None) -> str:
+def resolve_commit(repo: str, revision: str, *, hub: Hub, memo: Path | None = None) -> str:
     """The 40 hex digits that `revision` (branch, tag, `refs/pr/N`, short or full commit) means now.
 
     A full commit is given back without a request; anything else is one request, whose listing is kept under `memo`.
@@ -124,13 +124,12 @@ def resolve_commit(repo: str, revision: str, *, hub: Hub | None = None, memo: Pa
     return revision if COMMIT.fullmatch(revision) else describe(repo, revision, hub=hub, memo=memo).commit
 
 
-def describe(repo: str, revision: str = "main", *, hub: Hub | None = None, memo: Path | None = None) -> Repository:
+def describe(repo: str, revision: str = "main", *, hub: Hub, memo: Path | None = None) -> Repository:
     """The repository's files at `revision`, with sizes and digests: one request, none for a commit seen before.
 
     A commit's listing never changes, so it is kept under `memo` for ever; offline it may also come from the Hub cache.
     Raises as `resolve_commit`, and InvalidCheckpoint where a file name would lead out of the repository.
     """
-    hub = hub or Hub.from_environment()
     if COMMIT.fullmatch(revision) and (known := _remembered(hub, repo, revision, memo)):
         return known
     if hub.offline:
@@ -145,12 +144,11 @@ def describe(repo: str, revision: str = "main", *, hub: Hub | None = None, memo:
     return described
 
 
-def check_access(repo: str, *, hub: Hub | None = None, write: bool = False) -> None:
+def check_access(repo: str, *, hub: Hub, write: bool = False) -> None:
     """Ask whether this login may read (or write) the repository's files, without reading any.
 
     Raises GatedRepository, NotAuthorised, UsageError (no such repository), Offline, Transient.
     """
-    hub = hub or Hub.from_environment()
     if hub.offline:
         raise _offline(hub, repo, None)
     _get_json(hub, f"/api/models/{quote(repo)}/auth-check{'/write' if write else ''}", repo, None, {})
@@ -165,21 +163,20 @@ def whoami(hub: Hub) -> list[str]:
     return [data["name"], *[organisation["name"] for organisation in data.get("orgs", [])]]
 
 
-def read_range(repo: str, commit: str, path: str, start: int, size: int, *, hub: Hub | None = None) -> bytes:
+def read_range(repo: str, commit: str, path: str, start: int, size: int, *, hub: Hub) -> bytes:
     """`size` bytes of one file from byte `start` on, by an HTTP range; fewer only where the file ends."""
-    hub = hub or Hub.from_environment()
     if hub.offline:
         raise _offline(hub, repo, commit)
     with hub_errors(hub.endpoint, repo, commit, path):
-        response = _request(
+        status, content = _request(
             hub,
             f"/{quote(repo)}/resolve/{quote(commit, safe='')}/{quote(path)}",
             {},
             {"Range": f"bytes={start}-{start + size - 1}", "Accept-Encoding": "identity"},
             limit=size,
         )
-    if response.status_code == 206 or start == 0:
-        return response.content
+    if status == 206 or start == 0:
+        return content
     raise Transient(
         f"{hub.endpoint} answered a request for bytes {start} and on of {path} with the beginning of the file",
         "a proxy in between may drop the Range header; try again, or without it",
@@ -253,22 +250,13 @@ def _offline(hub: Hub, repo: str, revision: str | None) -> Offline:
 
 def _get_json(hub: Hub, path: str, repo: str, revision: str | None, query: Mapping[str, str]) -> Any:
     with hub_errors(hub.endpoint, repo, revision, refs=lambda: _revisions(hub, repo)):
-        return _request(hub, path, query).json()
-
-
-@dataclass(frozen=True, slots=True)
-class _Answer:
-    status_code: int
-    content: bytes
-
-    def json(self) -> Any:
-        return json.loads(self.content)
+        return json.loads(_request(hub, path, query)[1])
 
 
 def _request(
     hub: Hub, path: str, query: Mapping[str, str], headers: Mapping[str, str] | None = None, limit: int = MAX_ANSWER
-) -> _Answer:
-    """One GET, and a second one after a short wait where the first met a limit or a server out of order.
+) -> tuple[int, bytes]:
+    """Return status and content of one GET, or of a second one where the first met a limit or a server out of order.
 
     At most `limit` bytes are read: a server that ignores a Range header would send the whole file.
     """
@@ -286,7 +274,7 @@ def _request(
         time.sleep(wait)
     if hub.meter is not None:
         hub.meter(len(content) + sum(len(hop.content) for hop in response.history))
-    return _Answer(response.status_code, content)
+    return response.status_code, content
 
 
 def _read(response: Any, limit: int, hub: Hub) -> bytes:
@@ -309,7 +297,7 @@ def _retry_after(value: str | None) -> float:
 
 
 def _revisions(hub: Hub, repo: str) -> list[str]:
-    data = _request(hub, f"/api/models/{quote(repo)}/refs", {}).json()
+    data = json.loads(_request(hub, f"/api/models/{quote(repo)}/refs", {})[1])
     return [ref["name"] for kind in ("branches", "tags") for ref in data[kind]]
 
 

@@ -10,7 +10,8 @@ import pytest
 import torch
 from support.models import make_checkpoint, tiny_model
 
-from bigpipe.bigmodel.checkpoint import open_checkpoint, read_torch_pickle, unique_tensors
+from bigpipe.bigmodel.checkpoint import open_checkpoint
+from bigpipe.bigmodel.checkpoint.pickles import read_torch_pickle, unique_tensors
 from bigpipe.bigmodel.writing import PlannedTensor, ShardPlan
 from bigpipe.bigmodel.writing.containers import TorchZip
 from bigpipe.errors import InvalidCheckpoint
