@@ -54,7 +54,8 @@ def describe_many(requests: Sequence[Request], *, memo: Path | None = None) -> l
     """Return an architecture per request. One child process answers all that no snapshot and no `memo` knows."""
     known = [_from_snapshot(request) for request in requests]
     keys = ["" if found else request_key(request) for request, found in zip(requests, known, strict=True)]
-    answers = _answers({key: request for key, request in zip(keys, requests, strict=True) if key}, memo)
+    questions = {key: request_as_json(request) for key, request in zip(keys, requests, strict=True) if key}
+    answers = _answers(questions, memo)
     return [found or Architecture.from_json(answers[key]) for found, key in zip(known, keys, strict=True)]
 
 
@@ -64,15 +65,14 @@ def _from_snapshot(request: Request) -> Architecture | None:
     return known_architecture(request.config, request.head) if plain else None
 
 
-def _answers(requests: Mapping[str, Request], memo: Path | None) -> dict[str, dict[str, Any]]:
+def _answers(questions: Mapping[str, Mapping[str, Any]], memo: Path | None) -> dict[str, dict[str, Any]]:
     """Key → what the child process says or has said."""
-    answers = {key: found for key in requests if (found := _recall(memo, key)) is not None}
-    asked = [key for key in requests if key not in answers]
-    if asked:
-        for key, answer in zip(asked, ask([request_as_json(requests[key]) for key in asked]), strict=True):
-            if memo is not None:
-                remember(memo / "architectures" / f"{key}.json", {"key": key, "answer": answer})
-            answers[key] = answer
+    answers = {key: found for key in questions if (found := _recall(memo, key)) is not None}
+    asked = {key: question for key, question in questions.items() if key not in answers}
+    for key, answer in zip(asked, ask(list(asked.values())) if asked else (), strict=True):
+        if memo is not None:
+            remember(memo / "architectures" / f"{key}.json", {"key": key, "answer": answer})
+        answers[key] = answer
     return answers
 
 
@@ -184,16 +184,10 @@ def ask_names(config: Mapping[str, Any], stored: Iterable[str], memo: Path | Non
 
     Names that become none, or one that is changed on the way, are not in it. Errors as of `describe_architecture`.
     """
-    request = read_request(config)
-    names = sorted(stored)
+    request, names = read_request(config), sorted(stored)
     key = hashlib.sha256(json.dumps([request_key(request), names]).encode()).hexdigest()
-    file = memo / "names" / f"{key}.json" if memo else None
-    found = recall(file) if file else None
-    if not isinstance(found, dict):
-        found = ask([{**request_as_json(request), "names": names}])[0]["names"]
-        if file:
-            remember(file, found)
-    return {str(name): str(target) for name, target in found.items()}
+    found: dict[str, str] = _answers({key: {**request_as_json(request), "names": names}}, memo)[key]["names"]
+    return found
 
 
 def _child_environment() -> dict[str, str]:

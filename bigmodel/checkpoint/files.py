@@ -51,7 +51,7 @@ def find_weight_files(path: Path) -> WeightFiles:
     if not path.exists():
         raise InvalidCheckpoint(f"{path}: there is no such file or directory", "give the path of a checkpoint")
     if path.is_dir():
-        return _in_directory(path)
+        return files_to_come(path)
     if path.name.endswith(".json"):
         if not is_index(path.name) and "weight_map" not in read_json(path, path.parent, MAX_INDEX):
             raise InvalidCheckpoint(f"{path}: is no index of weight files", "give its directory, or a weight file")
@@ -60,12 +60,8 @@ def find_weight_files(path: Path) -> WeightFiles:
     return WeightFiles(format_of(path), (path,))
 
 
-def files_to_come(directory: Path, coming: Collection[str]) -> WeightFiles:
+def files_to_come(directory: Path, coming: Collection[str] = ()) -> WeightFiles:
     """What `find_weight_files` will find in a directory once the weight files of these names have come."""
-    return _in_directory(directory, coming)
-
-
-def _in_directory(directory: Path, coming: Collection[str] = ()) -> WeightFiles:
     here = {name for name in os.listdir(directory) if not (directory / name).is_dir()}
     for name in _candidates(sorted(here.union(coming)), directory):
         file = directory / name

@@ -8,6 +8,7 @@ of that page and never the file.
 from __future__ import annotations
 
 import ctypes
+import errno
 import math
 import mmap
 import os
@@ -75,17 +76,17 @@ class MappedFile:
                 self._read(tensor, start + row * size, size)
 
     def _read(self, tensor: TensorInfo, start: int, length: int) -> None:
-        first = start // mmap.PAGESIZE * mmap.PAGESIZE
-        error = _madvise(self._address + first, start + length - first, POPULATE) if length else 0
-        if error not in (0, 22):  # EINVAL: an older kernel, which reads pages in when they are touched
+        error = self._advise(start, length, POPULATE)
+        if error not in (0, errno.EINVAL):  # EINVAL: an older kernel, which reads pages in when they are touched
             raise self._unreadable(tensor, os.strerror(error))
 
     def drop(self, tensor: TensorInfo) -> None:
         """Takes the tensor's pages out of this process; the next look reads them again."""
-        start, length = _span(tensor)
+        self._advise(*_span(tensor), DROP)
+
+    def _advise(self, start: int, length: int, advice: int) -> int:
         first = start // mmap.PAGESIZE * mmap.PAGESIZE
-        if length:
-            _madvise(self._address + first, start + length - first, DROP)
+        return _madvise(self._address + first, start + length - first, advice) if length else 0
 
     def _unreadable(self, tensor: TensorInfo, reason: str) -> StageFailed:
         start, length = _span(tensor)

@@ -200,8 +200,7 @@ def _read_safetensors(source: ByteSource, file: Path) -> Contents:
 def _assemble(path: Path, weights: WeightFiles, read: Callable[[Path], Contents]) -> Checkpoint:
     directory = path if path.is_dir() else path.parent
     tensors, tied, metadata = _read_files(weights, read)
-    if weights.weight_map is not None:
-        _check_index(weights, tensors, tied)
+    _check_index(weights, tensors, tied)
     config = directory / "config.json"
     whole = path.is_dir()
     return Checkpoint(

@@ -29,6 +29,7 @@ from bigpipe.bigmodel.checkpoint import (
     Format,
     ModelDescription,
     Tensors,
+    format_of,
     invalid,
     read_header,
     tensor_nbytes,
@@ -195,30 +196,18 @@ class _Reader:
         from concurrent.futures import ThreadPoolExecutor
 
         with ThreadPoolExecutor(READERS) as pool:
-            found = list(pool.map(lambda file: self.header(file, guesses.get(file.path, GUESS)), weights))
-        tensors: dict[str, Any] = {}
-        tied: dict[str, str] = {}
-        for file, (own, aliases) in zip(weights, found, strict=True):
-            prefix = _component(file.path)
-            for name in (*own, *aliases):
-                if prefix + name in tensors or prefix + name in tied:
-                    raise invalid(file.path, "stands in another file of this model too", FETCH_AGAIN, tensor=name)
-            tensors.update((prefix + name, entry) for name, entry in own.items())
-            tied.update((prefix + alias, prefix + name) for alias, name in aliases.items())
-        self.check(
-            weight_map, {file.path: set(own) | set(ties) for file, (own, ties) in zip(weights, found, strict=True)}
-        )
-        return tensors, tied
+            read = pool.map(lambda file: self.header(file, guesses.get(file.path, GUESS)), weights)
+            found = {file.path: contents for file, contents in zip(weights, read, strict=True)}
+        joined = _joined(found)
+        for tensor, file in weight_map.items():
+            if not any(tensor in names for names in found.get(file, ())):
+                name = f"{self.repository.repo}'s index"
+                raise invalid(name, f"says this tensor is in {file}, and it is not", FETCH_AGAIN, tensor=tensor)
+        return joined
 
     def header(self, file: HubFile, guess: int) -> tuple[Tensors, dict[str, str]]:
         with reading(self.hub, self.repository, file, min(guess, MAX_CONFIG)) as (source, name):
             return _read(source, name)
-
-    def check(self, weight_map: Mapping[str, str], found: Mapping[str, set[str]]) -> None:
-        for tensor, file in weight_map.items():
-            if tensor not in found.get(file, ()):
-                name = f"{self.repository.repo}'s index"
-                raise invalid(name, f"says this tensor is in {file}, and it is not", FETCH_AGAIN, tensor=tensor)
 
 
 def _read(source: ByteSource, file: Path) -> tuple[Tensors, dict[str, str]]:
@@ -234,27 +223,30 @@ def pipeline_tensors(path: Path) -> tuple[Tensors, dict[str, str], Format | None
     """(tensors, tied, format) of a pipeline's directory, as `describe_repository` names them. None has no weights."""
     names = [file.relative_to(path).as_posix() for file in (*path.glob("*"), *path.glob("*/*")) if file.is_file()]
     weights = [name for name in select(names, library="diffusers") if name.endswith((".safetensors", ".bin"))]
-    tensors: dict[str, Any] = {}
-    tied: dict[str, str] = {}
+    found = {}
     for name in weights:
-        prefix = _component(name)
         with FileSource(path / name) as source:
-            own, aliases = _read(source, path / name)
-        tensors.update((prefix + tensor, entry) for tensor, entry in own.items())
-        tied.update((prefix + alias, prefix + kept) for alias, kept in aliases.items())
-    return tensors, tied, _format(weights)
+            found[name] = _read(source, path / name)
+    return *_joined(found), _format(weights)
 
 
-def _component(file: str) -> str:
-    """Tensors of a pipeline's component are named after it, as its modules are."""
-    parent = PurePosixPath(file).parent
-    return "" if str(parent) == "." else f"{parent.name}."
+def _joined(found: Mapping[str, tuple[Tensors, Mapping[str, str]]]) -> tuple[Tensors, dict[str, str]]:
+    """Tensors and aliases of all files. Those of a pipeline's component are named after it, as its modules are."""
+    tensors: dict[str, tuple[str, tuple[int, ...]]] = {}
+    tied: dict[str, str] = {}
+    for file, (own, aliases) in found.items():
+        component = PurePosixPath(file).parent.name
+        prefix = f"{component}." if component else ""
+        for name in (*own, *aliases):
+            if prefix + name in tensors or prefix + name in tied:
+                raise invalid(file, "stands in another file of this model too", FETCH_AGAIN, tensor=name)
+        tensors.update((prefix + name, entry) for name, entry in own.items())
+        tied.update((prefix + alias, prefix + name) for alias, name in aliases.items())
+    return tensors, tied
 
 
 def _format(weights: list[str]) -> Format | None:
-    if not weights:
-        return None
-    return "safetensors" if weights[0].endswith(".safetensors") else "bin"
+    return format_of(Path(weights[0])) if weights else None
 
 
 def tensors_of_index(index: Mapping[str, Any], config: Mapping[str, Any] | None) -> Tensors | None:
@@ -314,12 +306,8 @@ def _from_json(data: Mapping[str, Any], repository: Repository) -> RemoteModel |
         return None  # a damaged memory is asked anew
 
 
-def difference(
-    repository: Repository,
-    tensors: Tensors | None,
-    config: Mapping[str, Any] | None,
-) -> str | None:
-    """What the Hub counts otherwise than `tensors` (stored name → (torch dtype name, shape)), in words.
+def difference(repository: Repository, tensors: Tensors | None, config: Mapping[str, Any] | None) -> str | None:
+    """What the Hub counts otherwise than `tensors`, in words.
 
     None where they agree, where the Hub gives no counts, and where it counts something else: packed formats by the
     values that are packed in them.

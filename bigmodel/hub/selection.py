@@ -64,14 +64,6 @@ def detect(names: Iterable[str], config: dict[str, Any] | None = None, hint: str
     return "transformers"
 
 
-def weight_format(names: Iterable[str]) -> Literal["safetensors", "bin"] | None:
-    """The format that `select` takes from these names."""
-    names = list(names)
-    if any(_is_weight(name, ".safetensors") for name in names):
-        return "safetensors"
-    return "bin" if any(_is_weight(name, ".bin") for name in names) else None
-
-
 def check_index(names: Iterable[str], index_name: str, index: Any) -> None:
     """Every shard an index names must be among the files. Raises InvalidCheckpoint."""
     weight_map = index.get("weight_map") if isinstance(index, dict) else None

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 
-from bigpipe.bigmodel.hub.selection import check_index, detect, select, weight_format
+from bigpipe.bigmodel.hub.selection import check_index, detect, select
 from bigpipe.errors import InvalidCheckpoint, UsageError
 
 OPT_13B = [
@@ -20,7 +20,6 @@ def test_one_weight_format_with_its_index_the_configs_and_the_tokenizer() -> Non
         "pytorch_model-00001-of-00003.bin", "pytorch_model-00002-of-00003.bin", "pytorch_model-00003-of-00003.bin",
         "pytorch_model.bin.index.json", "special_tokens_map.json", "tokenizer_config.json", "vocab.json",
     ]  # fmt: skip
-    assert weight_format(OPT_13B) == "bin"
 
 
 def test_safetensors_are_preferred_and_the_same_weights_are_not_taken_twice() -> None:
@@ -34,7 +33,6 @@ def test_safetensors_are_preferred_and_the_same_weights_are_not_taken_twice() ->
         "config.json", "model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors",
         "model.safetensors.index.json", "tokenizer.model",
     ]  # fmt: skip
-    assert weight_format(names) == "safetensors"
 
 
 def test_a_single_file_wins_over_shards_and_variants() -> None:
@@ -47,7 +45,7 @@ def test_a_single_file_wins_over_shards_and_variants() -> None:
 
 def test_what_trainers_leave_is_no_weight_format() -> None:
     assert select(["config.json", "training_args.bin", "pytorch_model.bin"]) == ["config.json", "pytorch_model.bin"]
-    assert weight_format(["training_args.bin"]) is None
+    assert select(["config.json", "training_args.bin"]) == ["config.json"]
 
 
 def test_diffusers_keeps_its_folders() -> None:
