@@ -296,7 +296,7 @@ def instantiate_custom(model_class: Any, config: Mapping[str, Any]) -> Any:
 
 def report(model: torch.nn.Module, other: torch.nn.Module, request: Mapping[str, Any]) -> Architecture:
     """What `model` consists of. `other` is the same model built in another default dtype."""
-    following = _dtypes(other)
+    following = {name: _name(tensor.dtype) for name, tensor in _named_tensors(other)}
     unsaved = frozenset(getattr(model, "_keys_to_ignore_on_save", None) or ())
     no_split = request["no_split"] or getattr(model, "_no_split_modules", None) or ()
     return Architecture(
@@ -312,10 +312,6 @@ def report(model: torch.nn.Module, other: torch.nn.Module, request: Mapping[str,
         library=request["library"],
         generates=_generates(model),
     )
-
-
-def _dtypes(model: torch.nn.Module) -> dict[str, str]:
-    return {name: _name(tensor.dtype) for name, tensor in _named_tensors(model)}
 
 
 def _named_tensors(model: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor]]:

@@ -89,7 +89,9 @@ def expand(family: Family, config: Mapping[str, Any], head: Head) -> Architectur
     if len(named) != 1 or named[0] not in family["classes"]:
         raise ValueError(f"class {named} is not one of {family['classes']}")
     complete = _complete(family, config)
-    fields = _with_quantities(family, complete)
+    fields = dict(complete)
+    for name, formula in family["quantities"].items():
+        fields[name] = evaluate(formula, fields)
     bare = head == "none" or named[0] == bare_class
     body = family["body"]
     root = family["tree"]["children"][body] if bare else family["tree"]
@@ -135,13 +137,6 @@ def rope_type(config: Mapping[str, Any]) -> str:
     if "partial_rotary_factor" in scaling or any(isinstance(value, dict) for value in scaling.values()):
         raise ValueError("rotation that differs from the plain one")
     return str(scaling.get("rope_type", scaling.get("type", "default")))
-
-
-def _with_quantities(family: Family, complete: Fields) -> dict[str, Any]:
-    fields = dict(complete)
-    for name, formula in family["quantities"].items():
-        fields[name] = evaluate(formula, fields)
-    return fields
 
 
 def evaluate(formula: Mapping[str, Any], fields: Fields) -> int:

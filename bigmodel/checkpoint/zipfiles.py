@@ -42,6 +42,11 @@ class ZipEntry:
     size: int
     crc: int
 
+    @property
+    def header_size(self) -> int:
+        """Of the local header at least: extra fields may follow."""
+        return LOCAL.size + len(self.name.encode())
+
 
 def read_directory(source: ByteSource) -> dict[str, ZipEntry]:
     """All entries by name, in the order of the directory. Raises InvalidCheckpoint."""
@@ -147,19 +152,19 @@ def _check_apart(source: ByteSource, entries: dict[str, ZipEntry], directory: in
             raise invalid(
                 source.name, f"its entry {entry.name[:99]!r} overlaps another", FETCH_AGAIN, offset=entry.header
             )
-        end = entry.header + LOCAL.size + len(entry.name.encode()) + entry.size
+        end = entry.header + entry.header_size + entry.size
     if end > directory:
         raise invalid(source.name, "its entries run into the zip directory", FETCH_AGAIN, offset=directory)
 
 
 def data_offset(source: ByteSource, entry: ZipEntry, limit: int) -> int:
     """Where the data of an entry begin: after its local header, which is checked. They must end by `limit`."""
-    return _after_header(source, entry, source.read(entry.header, _header_size(entry)), limit)
+    return _after_header(source, entry, source.read(entry.header, entry.header_size), limit)
 
 
 def read_entry(source: ByteSource, entry: ZipEntry) -> bytes:
     """The data of an entry, its CRC checked; in one read, as local headers have little padding."""
-    wanted = _header_size(entry) + PADDING + entry.size
+    wanted = entry.header_size + PADDING + entry.size
     raw = source.read(entry.header, min(wanted, source.size - entry.header))
     begin = _after_header(source, entry, raw, source.size)
     content = raw[begin - entry.header :][: entry.size]
@@ -171,14 +176,10 @@ def read_entry(source: ByteSource, entry: ZipEntry) -> bytes:
     return content
 
 
-def _header_size(entry: ZipEntry) -> int:
-    return LOCAL.size + len(entry.name.encode())
-
-
 def _after_header(source: ByteSource, entry: ZipEntry, raw: bytes, limit: int) -> int:
     sign, _, flags, method, _, _, _, _, _, name_size, extra_size = LOCAL.unpack_from(raw)
     begin: int = entry.header + LOCAL.size + name_size + extra_size
-    named = raw[LOCAL.size : _header_size(entry)] == entry.name.encode() and name_size == len(entry.name.encode())
+    named = raw[LOCAL.size : entry.header_size] == entry.name.encode() and name_size == len(entry.name.encode())
     if sign != b"PK\x03\x04" or not named or method != 0 or flags & _REFUSED_FLAGS:
         raise invalid(source.name, f"its entry {entry.name[:99]!r} is misplaced", FETCH_AGAIN, offset=entry.header)
     if begin + entry.size > limit:

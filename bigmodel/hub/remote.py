@@ -88,13 +88,12 @@ def describe_repository(
     answers: list[int] = []
     hub = replace(hub, meter=answers.append)
     repository = describe(repo, revision, hub=hub, memo=memo)
-    known = recall(_memo_file(hub, repository, memo, need)) if memo else None
-    reader = _Reader(hub, repository, library, need)
-    found = _from_json(known, repository) if isinstance(known, dict) else None
+    file = _memo_file(hub, repository, memo, need) if memo else None
+    found = _from_json(recall(file), repository) if file else None
     if found is None:
-        found = reader.read()
-        if memo is not None:
-            remember(_memo_file(hub, repository, memo, need), _as_json(found))
+        found = _Reader(hub, repository, library, need).read()
+        if file:
+            remember(file, _as_json(found))
     return replace(found, fetched_bytes=sum(answers))
 
 
@@ -277,33 +276,25 @@ def _memo_file(hub: Hub, repository: Repository, memo: Path, need: Need) -> Path
     return memo / "remote" / f"{hashlib.sha256(json.dumps(key).encode()).hexdigest()}.json"
 
 
+DESCRIBED, FOUND = ("config", "format", "tied", "custom"), ("library", "source", "components")
+"""Fields of the description and of the model that are remembered as they are."""
+
+
 def _as_json(model: RemoteModel) -> dict[str, Any]:
-    found = model.description
-    return {
-        "config": found.config,
-        "tensors": [[name, dtype, list(shape)] for name, (dtype, shape) in (found.tensors or {}).items()],
-        "format": found.format,
-        "tied": dict(found.tied),
-        "custom": found.custom,
-        "library": model.library,
-        "source": model.source,
-        "components": dict(model.components),
-    }
+    tensors = [[name, dtype, shape] for name, (dtype, shape) in (model.description.tensors or {}).items()]
+    described = {name: getattr(model.description, name) for name in DESCRIBED}
+    return {**described, "tensors": tensors, **{name: getattr(model, name) for name in FOUND}}
 
 
-def _from_json(data: Mapping[str, Any], repository: Repository) -> RemoteModel | None:
+def _from_json(data: Any, repository: Repository) -> RemoteModel | None:
     try:
         tensors = {name: (dtype, tuple(shape)) for name, dtype, shape in data["tensors"]}
-        description = ModelDescription(
-            config=data["config"], tensors=None if data["source"] == "config" else tensors, format=data["format"],
-            tied=data["tied"], path=None, custom=data["custom"],
-        )  # fmt: skip
-        return RemoteModel(
-            repository=repository, description=description, library=data["library"], source=data["source"],
-            fetched_bytes=0, components=data["components"],
-        )  # fmt: skip
+        known = None if data["source"] == "config" else tensors
+        described = ModelDescription(tensors=known, path=None, **{name: data[name] for name in DESCRIBED})
+        found = {name: data[name] for name in FOUND}
+        return RemoteModel(repository=repository, description=described, fetched_bytes=0, **found)
     except (KeyError, TypeError, ValueError):
-        return None  # a damaged memory is asked anew
+        return None  # nothing, or a damaged memory: asked anew
 
 
 def difference(repository: Repository, tensors: Tensors | None, config: Mapping[str, Any] | None) -> str | None:
