@@ -104,7 +104,7 @@ def status(manifest: Path, exit_code: bool, as_json: bool, **options: Any) -> No
     """
     from bigpipe.orchestrator import commands
 
-    planned = commands.status(manifest, **options)
+    planned = bigpipe.plan(manifest, preflight=False, **options)
     rows = [(name, str(node.action), node.decision.reason) for name, node in planned.nodes.items()]
     data = {name: {"action": action, "reason": reason} for name, action, reason in rows}
     show(as_json, lambda: data, lambda: report.columns(rows))

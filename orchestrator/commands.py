@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -103,7 +104,10 @@ def plan(
     preflight: bool = True,
     reporter: Reporter | None = None,
 ) -> Plan:
-    """Return what `run` would do now, what it costs and whether it fits; `Plan.errors()` says why it is refused."""
+    """Return what `run` would do now, what it costs and whether it fits; `Plan.errors()` says why it is refused.
+
+    preflight: also ask each running kind's `check`, which may use the network for metadata.
+    """
     session = _open(
         manifest, nodes, params=params, store=store, offline=offline, given_machine=machine,
         side_by_side=jobs != 1, reporter=reporter,
@@ -113,14 +117,7 @@ def plan(
 
 def _written(params: Mapping[str, Any] | None) -> dict[str, str]:
     """Parameters as a command line would write them: strings as they are, everything else as YAML flow."""
-    import json
-
     return {name: value if isinstance(value, str) else json.dumps(value) for name, value in (params or {}).items()}
-
-
-def status(manifest: str | Path, *, params: Mapping[str, Any] | None = None, store: str | Path | None = None) -> Plan:
-    """Return which nodes are cached, stale or unknown, without touching the network for more than a moving revision."""
-    return plan(manifest, params=params, store=store, preflight=False)
 
 
 def stale(plan_: Plan) -> Stale | None:
@@ -200,8 +197,6 @@ def validate(manifests: Sequence[Path], params: Mapping[str, Any] | None = None)
 
 def initialise(file: Path, model: str) -> list[Path]:
     """Write a first recipe for `model`, and the JSON schema its first line names. Never overwrites a recipe."""
-    import json
-
     from .recipe import initial_manifest, manifest_schema
 
     if file.exists():

@@ -27,12 +27,7 @@ MAX_LENGTH = 500
 MAX_DEPTH = 20
 
 
-class _Unknown:
-    def __repr__(self) -> str:
-        return "UNKNOWN"
-
-
-UNKNOWN: Any = _Unknown()
+UNKNOWN: Any = object()
 """What a lookup returns for a metric that is not known yet."""
 
 Unit = Literal["", "size", "time"]

@@ -28,7 +28,7 @@ from bigpipe.orchestrator.contract import Json, Stage, Trust
 from .expansion import Expansion
 from .interpolation import WELL_KNOWN_SECRETS, Scope, interpolate, read_argument
 from .manifest import ManifestSpec, Structure, named, read_manifest, split_stage
-from .node import Node, Places
+from .node import Node
 from .problems import Fault, Problems, did_you_mean
 from .registry import Offer, load_stage, locate
 from .validation import Target, validate
@@ -37,8 +37,6 @@ from .yamlsource import Document, Key, read_document
 
 if TYPE_CHECKING:
     import networkx as nx
-
-__all__ = ["Node", "Places", "Recipe", "load_recipe"]
 
 _NO_ARGUMENTS: Mapping[str, str] = MappingProxyType({})
 
@@ -124,7 +122,8 @@ def load_recipe(
     environment = os.environ if environment is None else environment
 
     def resolve(arguments: Mapping[str, str]) -> Recipe:
-        return _Loading(document, arguments, environment, stages, path.absolute().parent).recipe(path, resolve)
+        base, problems = path.absolute().parent, Problems(document.place_at)
+        return _Loading(document, arguments, environment, stages, base, problems).recipe(path, resolve)
 
     return resolve(params)
 
@@ -140,19 +139,15 @@ def _read(path: Path) -> bytes:
         raise UsageError(f"cannot read {path}: {error.strerror}", "name a manifest file") from None
 
 
+@dataclass(slots=True)
 class _Loading:
-    def __init__(
-        self,
-        document: Document,
-        arguments: Mapping[str, str],
-        environment: Mapping[str, str],
-        stages: Mapping[str, Stage[Any]] | None,
-        base: Path,
-    ) -> None:
-        self.base = base
-        self.document, self.arguments, self.environment, self.known = document, arguments, environment, stages
-        self.problems = Problems(document.place_at)
-        self.secrets: frozenset[str] = WELL_KNOWN_SECRETS
+    document: Document
+    arguments: Mapping[str, str]
+    environment: Mapping[str, str]
+    known: Mapping[str, Stage[Any]] | None
+    base: Path
+    problems: Problems
+    secrets: frozenset[str] = WELL_KNOWN_SECRETS
 
     def recipe(self, path: Path, resolve: Callable[[Mapping[str, str]], Recipe]) -> Recipe:
         manifest = read_manifest(self.document, self.problems)
@@ -262,7 +257,8 @@ class _Loading:
     def _condition(self, settings: Mapping[str, Json], scope: Scope) -> str:
         """The text of `when` as far as it is known before the matrix; what is wrong with it is reported later."""
         scope = replace(scope, matrix={}, open_matrix=True, stages=True)
-        text = interpolate(settings.get("when"), scope, Problems(self.document.place_at))
+        when = settings.get("when")
+        text = interpolate(when, scope, Problems(self.document.place_at)) if isinstance(when, str) else ""
         return text if isinstance(text, str) else ""
 
     def _check_secrets(self, name: str, secrets: Sequence[str], allowed: set[str]) -> None:

@@ -69,7 +69,7 @@ def is_built_in(location: str) -> bool:
     return top_level(location) == "bigpipe"
 
 
-def locate(uses: str, trust: Trust = Trust()) -> str:
+def locate(uses: str, trust: Trust) -> str:
     """Return `module:attribute` of the kind that is named so after `uses:`.
 
     A name is that of a built-in kind, or one that an installed distribution offers: these are looked through only where

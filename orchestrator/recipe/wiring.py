@@ -195,9 +195,8 @@ class Wiring:
         graph: nx.DiGraph[str] = nx.DiGraph()
         graph.add_nodes_from(before)
         graph.add_edges_from((source, name) for name, sources in before.items() for source in sources)
-        knots = [knot for knot in nx.strongly_connected_components(graph) if len(knot) > 1]
-        tangled = set().union(*knots)
-        knots.extend({name} for name in nx.nodes_with_selfloops(graph) if name not in tangled)
+        loops = set(nx.nodes_with_selfloops(graph))
+        knots = [knot for knot in nx.strongly_connected_components(graph) if len(knot) > 1 or knot <= loops]
         for knot in sorted(knots, key=lambda knot: min(self.stages[name].index for name in knot)):
             self._report_cycle(graph, knot)
             for name in knot:
@@ -213,16 +212,14 @@ class Wiring:
         back = min(
             (nx.shortest_path(inside, follower, first) for follower in sorted(inside.successors(first))), key=len
         )
-        cycle = [first, *back] if back != [first] else [first, first]
-        ends = list(pairwise(cycle))
-        sources = [next(s for s in self.stages[after].sources() if s.stage == before) for before, after in ends]
-        places = [self.document.place_at(source.path, part=source.text) for source in sources]
-        written = [
-            f"{after}.{source.label} (line {place.line})"
-            for (_, after), source, place in zip(ends, sources, places, strict=True)
-        ]
+        cycle = [first, *back]
+        written = []
+        for before, after in pairwise(cycle):
+            source = next(source for source in self.stages[after].sources() if source.stage == before)
+            place = self.document.place_at(source.path, part=source.text)
+            written.append(f"{after}.{source.label} (line {place.line})")
         cure = f"remove one of {listed(written, 'or')}" if len(written) > 1 else "remove it"
-        self.problems.add(Fault.CYCLE, places[-1], f"the stages form a cycle: {' → '.join(cycle)}", cure)
+        self.problems.add(Fault.CYCLE, place, f"the stages form a cycle: {' → '.join(cycle)}", cure)
 
     def _resolve_axes(self, stage: Wired, order: Sequence[str]) -> None:
         axes: Axes = {}

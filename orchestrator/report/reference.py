@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import types
+from collections.abc import Mapping
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 from pydantic import BaseModel
@@ -53,9 +54,7 @@ def _stages(kind: str | None) -> dict[str, Stage[Any]]:
 
 
 def summary(stage: Stage[Any]) -> str:
-    if stage.title:
-        return stage.title
-    return (stage.params.__doc__ or "").strip().partition("\n")[0]
+    return stage.title or (stage.params.__doc__ or "").strip().partition("\n")[0]
 
 
 def ports_text(stage: Stage[Any]) -> str:
@@ -170,12 +169,10 @@ def type_text(annotation: Any) -> str:
         return " \\| ".join(dict.fromkeys(type_text(arg) for arg in args if arg is not type(None)))
     if origin is Literal:
         return " \\| ".join(str(arg) for arg in args)
-    if origin in (list, tuple) or annotation in (list, tuple):
+    plain = origin or annotation
+    if plain in (list, tuple):
         return f"list of {type_text(args[0])}" if args else "list"
-    if (origin is not None and issubclass(origin, dict)) or str(annotation).startswith(
-        ("collections.abc.Mapping", "typing.Mapping")
-    ):
+    if isinstance(plain, type) and issubclass(plain, Mapping):
         return f"map of {type_text(args[1])}" if args else "map"
-    return {"str": "text", "int": "int", "float": "number", "bool": "true \\| false", "NoneType": "null"}.get(
-        getattr(annotation, "__name__", ""), getattr(annotation, "__name__", "any")
-    )
+    name = getattr(annotation, "__name__", "any")
+    return {"str": "text", "float": "number", "bool": "true \\| false", "NoneType": "null"}.get(name, name)

@@ -18,13 +18,13 @@ if TYPE_CHECKING:
     from bigpipe.orchestrator.running import RunResult
 
 
-def columns(rows: Sequence[tuple[str, ...]], gap: int = 2) -> str:
+def columns(rows: Sequence[tuple[str, ...]]) -> str:
     """Return rows as left-aligned columns; the last one is not padded."""
     if not rows:
         return ""
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]) - 1)]
     return "\n".join(
-        "".join(cell.ljust(width + gap) for cell, width in zip(row, widths, strict=False)) + row[-1] for row in rows
+        "".join(cell.ljust(width + 2) for cell, width in zip(row, widths, strict=False)) + row[-1] for row in rows
     )
 
 
