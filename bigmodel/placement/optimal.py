@@ -34,7 +34,7 @@ TIERS: tuple[Device, Device] = ("cpu", "disk")
 BEAM = 24
 """Prefixes kept per unit in the quick first pass that finds a bound."""
 EXACT = 16
-WIDTH = 400
+WIDTH = 2000
 
 
 @dataclass(frozen=True, slots=True)
@@ -258,7 +258,8 @@ class Problem:
         self._rest = [sum(moved[number:]) for number in range(len(units) + 1)]
         free = [unit for number, unit in enumerate(units) if number not in pinned]
         self._fillable = Fillable((unit.moved + unit.cached, unit.moved) for unit in free)
-        self._streamable = Fillable((unit.staying, unit.moved) for unit in free)
+        self._offloadable = Fillable((unit.moved, unit.moved) for unit in free)
+        self._streamable = Fillable((unit.staying, unit.moved) for unit in free if unit.moved <= room)
         cached = [0 if number in pinned else unit.cached for number, unit in enumerate(units)]
         self._to_cache = [sum(cached[number:]) for number in range(len(units) + 1)]
         self._whole = [self._fillable.of(self.caps[device]) for device in self.devices]
@@ -266,8 +267,10 @@ class Problem:
         self._from_cpu = speeds.streamed("cpu", self.main, 2**40) / 2**40
         self._from_disk = speeds.streamed("disk", self.main, 2**40) / 2**40
         self._here = speeds.resident(self.main, 2**40) / 2**40
-        per_byte = min(self._from_cpu, self._from_disk) - self._here
-        self._least_loss = min((unit.moved * per_byte for unit in free if unit.staying), default=math.inf)
+        self._loss = min(self._from_cpu, self._from_disk) - self._here
+        self._kept = Fillable((unit.moved, unit.staying) for unit in free if unit.moved <= room)
+        staying = [0 if number in pinned or unit.moved > room else unit.staying for number, unit in enumerate(units)]
+        self._to_keep = [sum(staying[number:]) for number in range(len(units) + 1)]
 
     def solve(self, bound: float) -> Solution | None:
         """Better than `bound` seconds, or None."""
@@ -302,7 +305,7 @@ class Problem:
             made = [new for prefix in prefixes for new in self._extend(prefix, number, unit, counted)]
             for new in made:
                 new.best = new.seconds + self._least(new, number + 1, counted)
-            prefixes = self._undominated([new for new in made if new.best < bound], bound)
+            prefixes = self._undominated([new for new in made if new.best < bound], number + 1, bound)
             if len(prefixes) > width:
                 prefixes = sorted(prefixes, key=lambda prefix: prefix.best)[:width]
         best = min((prefix for prefix in prefixes if not prefix.idle), key=lambda p: p.seconds, default=None)
@@ -396,17 +399,17 @@ class Problem:
         on_cpu = 0
         if self.main != "cpu" and "cpu" in self.caps:
             cap = self.caps["cpu"]
-            on_cpu = min(nbytes, self._fillable.of(None if cap is None or not counted else cap - prefix.left[0]))
+            on_cpu = min(nbytes, self._offloadable.of(_less(cap, prefix.left[0]) if counted else None))
         return on_cpu * self._from_cpu + (nbytes - on_cpu) * self._from_disk - nbytes * self._here
 
-    def _undominated(self, prefixes: list[Prefix], bound: float) -> list[Prefix]:
+    def _undominated(self, prefixes: list[Prefix], number: int, bound: float) -> list[Prefix]:
         """Without those that another prefix beats in seconds and in room, at the same place or a hop cheaper."""
         buckets: dict[object, list[Prefix]] = {}
         for prefix in prefixes:
             buckets.setdefault((prefix.left, prefix.idle), []).append(prefix)
-        return [prefix for bucket in buckets.values() for prefix in self._front(bucket, bound)]
+        return [prefix for bucket in buckets.values() for prefix in self._front(bucket, number, bound)]
 
-    def _front(self, bucket: list[Prefix], bound: float) -> list[Prefix]:
+    def _front(self, bucket: list[Prefix], number: int, bound: float) -> list[Prefix]:
         bucket.sort(key=lambda prefix: (prefix.seconds, prefix.filled))
         fronts: dict[Device | None, list[Filled]] = {}
         kept: list[Prefix] = []
@@ -417,13 +420,22 @@ class Problem:
                 _join(furthest, kept[cheaper].filled)
                 cheaper += 1
             front = fronts.setdefault(prefix.at, [])
-            # What the first device holds counts only where there is time to stream a unit that leaves something on it
-            gpu, used, load = prefix.filled
-            here = gpu, used, load if prefix.best + self._least_loss < bound else math.inf
+            gpu, used, _ = prefix.filled
+            here = gpu, used, self._harmless(prefix, number, bound)
             if not any(_is_less_full(there, here) for there in (*furthest, *front)):
                 _join(front, prefix.filled)
                 kept.append(prefix)
         return kept
+
+    def _harmless(self, prefix: Prefix, number: int, bound: float) -> float:
+        """The load of the first device up to which another prefix has room for all that this one may still stream."""
+        cap, kept = self.caps[self.main], self._to_keep[number]
+        if cap is None:
+            return math.inf
+        if kept and self._loss > 0 and bound < math.inf:
+            time = bound - prefix.seconds - self._rest[number] * self._here
+            kept = min(kept, self._kept.of(math.ceil(time / self._loss)))
+        return max(prefix.load, cap - kept)
 
 
 def _is_less_full(one: Filled, other: Filled) -> bool:
