@@ -110,6 +110,14 @@ class Architecture:
         for module in self.modules:
             yield from (tensor for tensor in module.tensors if tensor.name not in self.aliases)
 
+    def spellings(self, stored: str) -> list[str]:
+        """Return how the model may call a stored tensor: as it is, or with the base model's prefix added or taken off.
+
+        `from_pretrained` does so too: a base model's weights load into a model with a head, and the other way round.
+        """
+        bodies = [child.rpartition(".")[2] for child in self.by_name[""].children]
+        return [stored, *(f"{body}.{stored}" for body in bodies), stored.partition(".")[2]]
+
     def dtype_of(self, tensor: TensorSpec, dtype: str) -> str:
         """The dtype a tensor has once the model is loaded as `dtype` by `from_pretrained`."""
         if tensor.fixed or not tensor.floating:

@@ -203,7 +203,7 @@ def _packed_bytes(
 def _module_of(stored: str, architecture: Architecture) -> str:
     """The innermost module of the model that a stored name lies in; "" is the root."""
     inner = ""
-    for name in _spellings(stored, architecture):
+    for name in architecture.spellings(stored):
         part = name.rpartition(".")[0]
         while part and part not in architecture.by_name:
             part = part.rpartition(".")[0]
@@ -212,10 +212,5 @@ def _module_of(stored: str, architecture: Architecture) -> str:
 
 
 def _own_name(stored: str, known: Collection[str], architecture: Architecture) -> str | None:
-    """The model's name of a stored tensor: the same, or with the base model's prefix added or taken off."""
-    return next((name for name in _spellings(stored, architecture) if name in known), None)
-
-
-def _spellings(stored: str, architecture: Architecture) -> list[str]:
-    bodies = [child.rpartition(".")[2] for child in architecture.modules[0].children]
-    return [stored, *(f"{body}.{stored}" for body in bodies), stored.partition(".")[2]]
+    """The model's name of a stored tensor."""
+    return next((name for name in architecture.spellings(stored) if name in known), None)

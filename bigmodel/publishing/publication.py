@@ -32,11 +32,11 @@ class Contents:
 
     def files(self) -> dict[str, Path]:
         """Return name at the destination → the file whose bytes go there."""
-        folders = [("results/", self.results), ("", self.model)]
+        folders = {"results/": self.results}
         for name, folder in self.reports.items():
-            folders.insert(-1, (f"reports/{name}/" if len(self.reports) > 1 else "reports/", folder))
+            folders[f"reports/{name}/" if len(self.reports) > 1 else "reports/"] = folder
         files: dict[str, Path] = {}
-        for prefix, directory in folders:
+        for prefix, directory in {**folders, "": self.model}.items():
             for path in sorted(directory.rglob("*")) if directory else ():
                 if path.is_file():
                     files.setdefault(prefix + path.relative_to(directory or path).as_posix(), path.resolve())

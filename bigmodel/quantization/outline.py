@@ -113,7 +113,7 @@ def outline(
     )  # fmt: skip
     _refuse_tied(architecture, modules)
     weights = {weight_of(module).name: module for module in modules}
-    names = model_names(architecture, [*stored, *tied])
+    names = _model_names(architecture, [*stored, *tied])
     if ask_names is not None and not _tell(names, stored, weights, architecture):
         names |= ask_names([*stored, *tied])
     parted = {name for name, count in Counter(names[name] for name in stored).items() if count > 1}
@@ -148,21 +148,10 @@ def _known_names(architecture: Architecture) -> set[str]:
     return known.union(*architecture.tied)
 
 
-def model_names(architecture: Architecture, stored: Iterable[str]) -> dict[str, str]:
-    """Stored name → the model's name for that tensor: the same, or with the base model's prefix added or taken off.
-
-    `from_pretrained` does so too: a base model's weights load into a model with a head, and the other way round.
-    """
+def _model_names(architecture: Architecture, stored: Iterable[str]) -> dict[str, str]:
+    """Stored name → the model's name for that tensor, or the same where it has none."""
     known = _known_names(architecture)
-    prefixes = [f"{child}." for child in architecture.by_name[""].children]
-
-    def model_name(name: str) -> str:
-        if name in known:
-            return name
-        candidates = [prefix + name for prefix in prefixes] + [name.partition(".")[2]]
-        return next((candidate for candidate in candidates if candidate in known), name)
-
-    return {name: model_name(name) for name in stored}
+    return {name: next((own for own in architecture.spellings(name) if own in known), name) for name in stored}
 
 
 def _converted(

@@ -51,14 +51,11 @@ class Settings:
 
     def as_config(self, architecture: Architecture) -> dict[str, Any]:
         """`quantization_config` as transformers 5.23 saves it."""
-        return self.packing.config(self._skipped(architecture))
-
-    def _skipped(self, architecture: Architecture) -> list[str] | None:
-        """A list replaces transformers' own choice, so that has to be spelled out beside what is kept in float32."""
-        if not self.keep_in_fp32_modules:
-            return None if self.skip_modules is None else list(self.skip_modules)
-        chosen: Sequence[str] = default_skips(architecture) if self.skip_modules is None else self.skip_modules
-        return [*chosen, *self.keep_in_fp32_modules]
+        skipped: Sequence[str] | None = self.skip_modules
+        if self.keep_in_fp32_modules:
+            # A list replaces transformers' own choice, so that has to be spelled out beside what is kept in float32
+            skipped = [*(default_skips(architecture) if skipped is None else skipped), *self.keep_in_fp32_modules]
+        return self.packing.config(None if skipped is None else list(skipped))
 
 
 def torch_threads() -> int:
