@@ -147,10 +147,7 @@ def write_quantized(
     """
     prepare(out, "safetensors", {shard.file for shard in shards})
     finished = Finished(out, parts and parts / FOLDER, shelved=True)
-    with (
-        WeightEncoder(checkpoint, settings, workers) as encoder,
-        RangeReader(checkpoint, settings.dtype) as reader,
-    ):
+    with WeightEncoder(checkpoint, settings, workers) as encoder, RangeReader(checkpoint) as reader:
 
         def content(shard: Shard) -> tuple[SafetensorsFile, Produce]:
             source = ShardSource(shard.parts, encoder, reader, settings)

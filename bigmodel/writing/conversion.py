@@ -106,7 +106,7 @@ def convert(
     def fingerprint(file: str) -> str:
         return repr(sorted((source.name, checkpoint.identity(source)) for source in sources[file]))
 
-    with RangeReader(checkpoint, conversion.dtype) as reader:
+    with RangeReader(checkpoint) as reader:
         saved = write_checkpoint(
             out,
             plans,

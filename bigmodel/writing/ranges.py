@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import threading
 from collections.abc import Iterator
+from functools import cached_property
 from pathlib import Path
 from typing import Self
 
@@ -43,11 +44,17 @@ def cast(source: memoryview, stored: str, wanted: str, target: memoryview) -> me
 class _Own(threading.local):
     """What each thread has for itself: it is made anew, with the same arguments, for every thread that asks."""
 
-    def __init__(self, checkpoint: Checkpoint, dtype: str | None, opened: list[OpenFiles]) -> None:
+    def __init__(self, checkpoint: Checkpoint, opened: list[OpenFiles]) -> None:
         self.files = OpenFiles(checkpoint, MAX_OPEN)
-        self.buffers = itertools.cycle([memoryview(bytearray(CHUNK)) for _ in range(PIECES_IN_FLIGHT + 1)])
-        self.stored = memoryview(bytearray(CHUNK)) if dtype else memoryview(b"")
         opened.append(self.files)
+
+    @cached_property  # made when first asked for: the thread that makes the reader may never read
+    def buffers(self) -> Iterator[memoryview]:
+        return itertools.cycle([memoryview(bytearray(CHUNK)) for _ in range(PIECES_IN_FLIGHT + 1)])
+
+    @cached_property
+    def stored(self) -> memoryview:
+        return memoryview(bytearray(CHUNK))
 
 
 class RangeReader:
@@ -56,10 +63,10 @@ class RangeReader:
     Fresh memory costs a page fault per 4 KiB, about as much as reading does, so buffers are made once in each thread.
     """
 
-    def __init__(self, checkpoint: Checkpoint, dtype: str | None = None) -> None:
+    def __init__(self, checkpoint: Checkpoint) -> None:
         self.checkpoint = checkpoint
         self._opened: list[OpenFiles] = []
-        self._own = _Own(checkpoint, dtype, self._opened)
+        self._own = _Own(checkpoint, self._opened)
 
     def produce(self, planned: PlannedTensor) -> Iterator[memoryview]:
         """The contiguous bytes of the tensor of this name, as the planned dtype."""
