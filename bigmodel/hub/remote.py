@@ -37,7 +37,7 @@ from bigpipe.bigmodel.checkpoint import (
 from bigpipe.bigmodel.memo import recall, remember
 from bigpipe.errors import UsageError
 
-from .rangesource import GUESS, READERS, reading
+from .heads import GUESS, READERS, reading
 from .repository import Hub, HubFile, Repository, describe
 from .selection import check_index, detect, select
 
