@@ -236,10 +236,13 @@ class OpenInlet(Inlet):
     def __init__(self, folder: Path, consumer: str) -> None:
         self.handover = Handover(folder)
         super().__init__(self.handover.files)
-        sizes = self.handover.contents
-        self.heads = {name: ((folder / "heads" / name).read_bytes(), size) for name, size in sizes.items()}
         self._consumer = _flat(consumer)
         self._known: dict[str, str] = {}
+
+    @cached_property
+    def heads(self) -> Heads:  # type: ignore[override]
+        folder = self.handover.folder / "heads"
+        return {name: ((folder / name).read_bytes(), size) for name, size in self.handover.contents.items()}
 
     def wait(self, name: str) -> None:
         if name in self._known:
