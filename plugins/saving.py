@@ -8,7 +8,6 @@ from __future__ import annotations
 from dataclasses import asdict
 from pathlib import Path
 
-from bigpipe.bigmodel.checkpoint import ModelDescription
 from bigpipe.bigmodel.publishing import (
     RECEIPT,
     Contents,
@@ -51,6 +50,8 @@ def check(params: SaveParams, context: CheckContext) -> None:
 
 
 def forecast(params: SaveParams, context: ForecastContext) -> Forecast:
+    from bigpipe.bigmodel.checkpoint import ModelDescription  # not for `present`, which every run asks
+
     described = context.described("model", ModelDescription)
     size = described.nbytes if described else None
     target = None if "://" in params.to else _destination(params, context)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from bigpipe.bigmodel.hub import Hub
 from bigpipe.bigmodel.sources import Sources
 from bigpipe.errors import UsageError
 
@@ -19,6 +18,8 @@ def open_destination(
     private: of a repository that is made. Raise UsageError for an address that no file system here knows.
     """
     if to.startswith("hf://"):
+        from bigpipe.bigmodel.hub import Hub
+
         from .upload import HubRepository
 
         hub = Hub.of(sources)

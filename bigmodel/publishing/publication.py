@@ -8,11 +8,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from bigpipe.bigmodel.checkpoint import open_checkpoint
 from bigpipe.errors import InvalidCheckpoint, StageFailed
 from bigpipe.files import write_file
 
-from .card import card_of
 from .destinations import Destination, Receipt
 from .provenance import PROVENANCE, Provenance
 from .replacing import require_replaceable
@@ -66,6 +64,8 @@ def publish(
         require_replaceable(target, provenance.maker)
     files = contents.files()
     if contents.model is not None:
+        from .card import card_of
+
         files[CARD] = scratch / CARD
         write_file(files[CARD], card_of(contents.model, provenance, target.name, card or {}), durable=False)
     total, done = sum(path.stat().st_size for path in files.values()), 0
@@ -104,5 +104,7 @@ def inspect(model: Path, written: Path) -> None:
 
 
 def _tensors(directory: Path) -> dict[str, Any]:
+    from bigpipe.bigmodel.checkpoint import open_checkpoint
+
     opened = open_checkpoint(directory)
     return {**{name: (tensor.dtype, tensor.shape) for name, tensor in opened.tensors.items()}, **opened.tied}

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
+from typing import NamedTuple
 
 from bigpipe.fit import Cure, Misfit, fits
 from bigpipe.machine import Machine
@@ -32,8 +33,7 @@ def find_misfits(session: Session, rehearsal: Rehearsal) -> tuple[tuple[str, Mis
     return (*found, *_disk(session, rehearsal))
 
 
-@dataclass(frozen=True, slots=True)
-class Demand:
+class Demand(NamedTuple):
     """Something of which a machine must have enough."""
 
     needed: int

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 
 from bigpipe.errors import BigpipeError, DoesNotFit
 from bigpipe.orchestrator.contract import Forecast, Machine, Misfit, Pinned
@@ -19,7 +20,7 @@ from bigpipe.orchestrator.recipe import Node
 from .decision import Action, Decision
 from .fit import find_misfits
 from .rehearsal import Rehearsal
-from .schedule import GateVerdict, judge_gates, lookup
+from .schedule import GateVerdict, judge_gates
 from .session import NOTHING_PINNED, Session
 
 
@@ -40,7 +41,7 @@ class PlannedNode:
         return self.decision.action
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True)
 class Plan:
     session: Session
     nodes: Mapping[str, PlannedNode]
@@ -51,7 +52,7 @@ class Plan:
     followed: Mapping[str, str] = field(default_factory=dict)
     """Node name → the producer whose files it takes one by one as they are made."""
 
-    @property
+    @cached_property
     def to_run(self) -> list[PlannedNode]:
         return [node for node in self.nodes.values() if node.action.works]
 
@@ -86,7 +87,7 @@ def make_plan(session: Session, *, preflight: bool = True) -> Plan:
             decision=rehearsal.decisions[node.name],
             forecast=rehearsal.forecasts.get(node.name),
             processes=rehearsal.states[node.name].processes,
-            gates=judge_gates(node, lookup(rehearsal.states, node)),
+            gates=judge_gates(rehearsal.states, node),
             problem=_preflight(rehearsal, node) if preflight else None,
             pinned=session.known_pins(node),
         )

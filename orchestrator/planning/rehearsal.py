@@ -14,7 +14,7 @@ from bigpipe.orchestrator.recipe import Node
 
 from . import schedule
 from .decision import Action, Decision, decide
-from .schedule import GOOD, Do, Facts, NodeState, States, step
+from .schedule import GOOD, SETTLED, Do, Facts, NodeState, States, step
 from .session import Session
 
 COMPARABLE_WITHIN = 3
@@ -42,7 +42,11 @@ class Rehearsal:
         waiting = [name]
         while waiting:
             name = waiting[-1]
-            state, next_step = self.states[name], step(self.states, self.facts, name)
+            state = self.states[name]
+            if state.status in SETTLED:
+                waiting.pop()
+                continue
+            next_step = step(self.states, self.facts, name)
             if next_step.do is Do.LOOK:
                 self._look(state)
             elif next_step.do is Do.DEMAND:
@@ -92,7 +96,7 @@ class Rehearsal:
         state.bytes_here = True
         schedule.end(self.states, state.name, Status.SUCCEEDED, "")
         for name in state.node.producers:
-            if step(self.states, self.facts, name).do is Do.DROP:
+            if not self.states[name].node.cache and step(self.states, self.facts, name).do is Do.DROP:
                 schedule.drop(self.states, name)
 
     def _foresee(self, state: NodeState) -> None:
@@ -159,8 +163,10 @@ class Rehearsal:
         found: dict[str, Decision] = {}
         for node in reversed(self.session.nodes):
             state = self.states[node.name]
-            skipped = Decision(action=Action.SKIPPED, reason=state.reason)
-            found[node.name] = decision = state.decision if state.decision and state.status in GOOD else skipped
+            decision = state.decision
+            if decision is None or state.status not in GOOD:
+                decision = Decision(action=Action.SKIPPED, reason=state.reason)
+            found[node.name] = decision
             if state.status is Status.SUCCEEDED and decision.action is Action.CACHED:
                 needing = [each.name for each in self.session.consumers(node.name) if found[each.name].action.works]
                 sure = any(found[name].action is Action.RUN for name in needing)
@@ -169,7 +175,7 @@ class Rehearsal:
                     action=Action.RUN if sure else Action.MAYBE,
                     reason=schedule.demanded(" and ".join(needing)),
                 )
-        return {node.name: found[node.name] for node in self.session.nodes}
+        return dict(reversed(found.items()))
 
 
 def facts_of(session: Session, *, jobs: int, keep_going: bool = False, foreseen: bool = False) -> Facts:

@@ -223,7 +223,7 @@ def _pending(states: States, facts: Facts, state: NodeState) -> Step:
 def _good(states: States, facts: Facts, state: NodeState) -> Step:
     if not _up_to_date(states, state):
         return Step(Do.LOOK)
-    consumers = facts.consumers.get(state.name, ())
+    consumers = facts.consumers.get(state.node.name, ())
     if state.node.cache or not state.bytes_here or not consumers:
         return Step(Do.WAIT)
     taken = all(_has_taken(states, states[each.name]) for each in reversed(consumers))
@@ -244,10 +244,11 @@ def _up_to_date(states: States, state: NodeState) -> bool:
 
 def _blocked(states: States, facts: Facts, node: Node) -> str:
     """Why the node cannot run at all: a failed or skipped producer, or a `when` that does not hold."""
-    for name in node.predecessors:
+    bad = [name for name in node.predecessors if states.nodes[name].status not in GOOD]
+    for name in bad:
         if states[name].status is Status.FAILED:
             return f"{name} failed"
-    if missing := _missing_producer(states, node):
+    if bad and (missing := _missing_producer(states, node)):
         return f"{missing} is skipped"
     if node.when is None:
         return ""
@@ -272,7 +273,8 @@ def may_follow(states: States, facts: Facts, node: Node, producer: str) -> bool:
 
     A `timeout` is meant for the work, not for waiting; a `when` may be waiting for anything.
     """
-    kind, others = node.kind, [states[name] for name in node.predecessors if name != producer]
+    kind, nodes = node.kind, states.nodes
+    others = (nodes[name] for name in node.predecessors if name != producer)
     return (
         facts.side_by_side
         and states[producer].node.kind.passing.streams
@@ -280,7 +282,7 @@ def may_follow(states: States, facts: Facts, node: Node, producer: str) -> bool:
         and node.when is None
         and node.timeout is None
         and tuple(node.inputs.get(kind.passing.follows, ())) == (producer,)
-        and states[node.name].status is Status.PENDING
+        and nodes[node.name].status is Status.PENDING
         and all(other.status in GOOD and other.bytes_here for other in others)
     )
 
@@ -310,12 +312,15 @@ def stopping(states: States, facts: Facts) -> bool:
 
 def _judged(states: States, facts: Facts, state: NodeState, otherwise: Do) -> Step:
     """A run fails where a gate cannot be decided; what is only foreseen goes on, whatever its gates."""
-    gates = () if facts.foreseen else judge_gates(state.node, lookup(states, state.node))
+    gates = () if facts.foreseen else judge_gates(states, state.node)
     bad = next((gate for gate in gates if gate.failed or gate.verdict is None), None)
     return Step(Do.FAIL, gate=bad) if bad else Step(otherwise)
 
 
-def judge_gates(node: Node, look: Lookup) -> tuple[GateVerdict, ...]:
+def judge_gates(states: States, node: Node) -> tuple[GateVerdict, ...]:
+    if not node.gates:
+        return ()
+    look = lookup(states, node)
     return tuple(GateVerdict(gate=gate, verdict=gate.evaluate(look)) for gate in node.gates)
 
 
@@ -339,8 +344,9 @@ def input_digests(states: States, node: Node) -> Inputs | None:
     Of a producer that runs it is what it gave before under its key, should it give that again.
     """
     found: dict[str, list[str]] = {}
+    nodes = states.nodes
     for port, names in node.inputs.items():
-        digests = [_digest(states[name]) for name in names if states[name].status is not Status.SKIPPED]
+        digests = [_digest(nodes[name]) for name in names if nodes[name].status is not Status.SKIPPED]
         if None in digests:
             return None
         if digests:
@@ -390,8 +396,7 @@ def start(states: States, facts: Facts, name: str, follows: str = "") -> None:
     state = states[name]
     state.status, state.following, state.done = Status.RUNNING, follows, False
     states.running.add(name)
-    states.hold(_share(state, follows))
-    states.hold({"disk": state.fetches})
+    states.hold({**_share(state, follows), "disk": state.fetches})
     states.hold_disk(state, state.writes)
     if follows and passes_on(states, facts, follows):
         states.hold_disk(states[follows], min(states[follows].disk, _between(states, facts, follows)))

@@ -37,7 +37,8 @@ def _refuse_other_keys(value: Json) -> None:
         for key, item in value.items():
             if not isinstance(key, str):
                 raise TypeError(f"the key {key!r} of a map is not a string")
-            _refuse_other_keys(item)
+            if isinstance(item, (dict, list, tuple)):
+                _refuse_other_keys(item)
     elif isinstance(value, (list, tuple)):
         for item in value:
             _refuse_other_keys(item)
