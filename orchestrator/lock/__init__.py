@@ -6,13 +6,6 @@ from bigpipe.faces import face
 
 if TYPE_CHECKING:
     from .lockfile import locked_digests
-    from .locking import (
-        check_lock,
-        enforce,
-        enforce_outputs,
-        read_lock,
-        record_outputs,
-        write_lock,
-    )
+    from .locking import check_lock, enforce, enforce_outputs, read_lock, record_outputs, write_lock
 
 __getattr__, __all__ = face(__name__)

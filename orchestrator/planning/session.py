@@ -10,15 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from bigpipe.errors import BigpipeError, Offline
-from bigpipe.orchestrator.contract import (
-    CheckContext,
-    Forecast,
-    LogLine,
-    Machine,
-    Pinned,
-    Reporter,
-    Surroundings,
-)
+from bigpipe.machine import detect
+from bigpipe.orchestrator.contract import CheckContext, Forecast, LogLine, Machine, Pinned, Reporter, Surroundings
 from bigpipe.orchestrator.launch import effective_launch, visible_secrets
 from bigpipe.orchestrator.recipe import Node, Recipe, load_recipe
 from bigpipe.orchestrator.store import KeyRecord, StatMemo, Store, default_root
@@ -63,11 +56,7 @@ class Session:
 
     @cached_property
     def machine(self) -> Machine:
-        if self.given_machine is not None:
-            return self.given_machine
-        from bigpipe.machine import detect
-
-        return detect(self.store.root)
+        return self.given_machine or detect(self.store.root)
 
     @cached_property
     def memo(self) -> StatMemo:

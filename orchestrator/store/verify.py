@@ -66,7 +66,6 @@ class Verification:
     temporary: Callable[[], Path]
     repair: bool
     findings: list[Finding] = field(default_factory=list)
-    reported: set[Path] = field(default_factory=set)
     examined: dict[Path, Entry | str] = field(default_factory=dict)
     bytes: int = 0
 
@@ -82,7 +81,6 @@ class Verification:
         return VerifyReport(len(artifacts), len(self.examined), self.bytes, tuple(self.findings))
 
     def _found(self, path: Path, problem: Problem, detail: str = "", *, repaired: bool = False) -> None:
-        self.reported.add(path)
         self.findings.append(Finding(path, problem, detail, repaired and self.repair))
 
     def _readable(self, folder: Path) -> list[str]:
@@ -188,7 +186,7 @@ class Verification:
             if record is None or record.digest is None or self.layout.artifact(record.digest).exists():
                 continue
             path = self.layout.artifact(record.digest)
-            if path not in self.reported:
+            if all(finding.path != path for finding in self.findings):
                 self._found(path, "missing", f"what {record.node} gave", repaired=True)
             if self.repair:
                 self._forget(dropped_artifact(record))

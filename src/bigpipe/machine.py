@@ -197,9 +197,6 @@ def _number(path: Path) -> int | None:
 
 
 def _keyed(path: Path) -> dict[str, int]:
-    found = {}
     with contextlib.suppress(OSError, ValueError):
-        for line in path.read_text(encoding="ascii").splitlines():
-            name, value = line.split()
-            found[name] = int(value)
-    return found
+        return {name: int(value) for name, value in map(str.split, path.read_text(encoding="ascii").splitlines())}
+    return {}
