@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 
 from bigpipe.machine import Machine
 
-from .devices import Device, main_of
+from .devices import Device, is_computing, main_of
 from .headroom import Headroom
 
 RAM_SHARE = 0.8
@@ -43,8 +43,12 @@ class MemoryBudget:
     @property
     def room(self) -> int | None:
         """Bytes of all devices together; None without a limit."""
-        known = [cap for cap in self.caps.values() if cap is not None]
-        return sum(known) if len(known) == len(self.caps) else None
+        return _together(self.caps.values())
+
+    @property
+    def room_to_compute(self) -> int | None:
+        """Bytes of the devices that compute, where all keys and values lie; None without a limit."""
+        return _together(cap for device, cap in self.caps.items() if is_computing(device, self.main))
 
     @property
     def main(self) -> Device:
@@ -61,6 +65,11 @@ class MemoryBudget:
 def memory_of(machine: Machine) -> dict[Device, int | None]:
     """What a machine has, not what happens to be free: a placement must not depend on the moment."""
     return {**{gpu.index: gpu.memory for gpu in machine.gpus}, "cpu": int(machine.memory * RAM_SHARE), "disk": None}
+
+
+def _together(caps: Iterable[int | None]) -> int | None:
+    sizes = list(caps)
+    return None if None in sizes else sum(size for size in sizes if size is not None)
 
 
 def _less(cap: int | None, size: int) -> int | None:

@@ -189,8 +189,9 @@ def _missing(
         return Misfit(cause, Cure(change, f"{as_fields(change)}; the rest is known once the model's headers are"))
     try:
         tried = attempt(without)
+        further = find_misfits(without, tried, machine, attempt)
     except DoesNotFit as error:
-        return Misfit(cause, Cure({**change, **error.change}, f"{as_fields(change)}, and {error.cure}"))
-    if further := find_misfits(without, tried, machine, attempt):
+        further = (Misfit.of(error),)
+    if further:
         return Misfit(cause, Cure({**change, **further[0].change}, f"{as_fields(change)}, and {further[0].cure}"))
     return Misfit(cause, Cure(change, f"{as_fields(change)}; the model fits {' and '.join(map(str, tried.weights))}"))

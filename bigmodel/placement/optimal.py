@@ -144,8 +144,7 @@ def _groups(tree: Tree, units: Sequence[Unit]) -> list[tuple[frozenset[int], int
             members |= other[0]
             storages |= other[1]
         groups.append((members, storages))
-    tied = [(frozenset(m), s) for m, s in groups]
-    return [(members, _shared_bytes(tree, [units[n] for n in members])) for members, _ in tied]
+    return [(frozenset(members), _shared_bytes(tree, [units[n] for n in members])) for members, _ in groups]
 
 
 def _shared_bytes(tree: Tree, units: Sequence[Unit]) -> int:
@@ -255,13 +254,13 @@ class Problem:
             self.caps[self.main] = _less(self.caps[self.main], 0 if here else units[number].staying)
         # Bytes still to come after each unit; pinned ones are taken off the caps already.
         moved = [0 if number in pinned else unit.moved for number, unit in enumerate(units)]
-        self._rest = [sum(moved[number:]) for number in range(len(units) + 1)]
+        self._rest = _still_to_come(moved)
         free = [unit for number, unit in enumerate(units) if number not in pinned]
         self._fillable = Fillable((unit.moved + unit.cached, unit.moved) for unit in free)
         self._offloadable = Fillable((unit.moved, unit.moved) for unit in free)
         self._streamable = Fillable((unit.staying, unit.moved) for unit in free if unit.moved <= room)
         cached = [0 if number in pinned else unit.cached for number, unit in enumerate(units)]
-        self._to_cache = [sum(cached[number:]) for number in range(len(units) + 1)]
+        self._to_cache = _still_to_come(cached)
         self._whole = [self._fillable.of(self.caps[device]) for device in self.devices]
         # Seconds per byte: they are asked for half a million times
         self._from_cpu = speeds.streamed("cpu", self.main, 2**40) / 2**40
@@ -270,7 +269,7 @@ class Problem:
         self._loss = min(self._from_cpu, self._from_disk) - self._here
         self._kept = Fillable((unit.moved, unit.staying) for unit in free if unit.moved <= room)
         staying = [0 if number in pinned or unit.moved > room else unit.staying for number, unit in enumerate(units)]
-        self._to_keep = [sum(staying[number:]) for number in range(len(units) + 1)]
+        self._to_keep = _still_to_come(staying)
 
     def solve(self, bound: float) -> Solution | None:
         """Better than `bound` seconds, or None."""
@@ -436,6 +435,11 @@ class Problem:
             time = bound - prefix.seconds - self._rest[number] * self._here
             kept = min(kept, self._kept.of(math.ceil(time / self._loss)))
         return max(prefix.load, cap - kept)
+
+
+def _still_to_come(sizes: Sequence[int]) -> list[int]:
+    """What is left after each unit, from before the first one on."""
+    return [*itertools.accumulate(reversed(sizes), initial=0)][::-1]
 
 
 def _is_less_full(one: Filled, other: Filled) -> bool:

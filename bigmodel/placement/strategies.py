@@ -7,7 +7,7 @@ from pathlib import Path
 
 from bigpipe.bigmodel.architecture import Architecture
 from bigpipe.errors import DoesNotFit
-from bigpipe.fit import Need, lacking, nearest, totals
+from bigpipe.fit import Need, fits, lacking, nearest, totals
 from bigpipe.machine import Machine, detect
 from bigpipe.sizes import format_size
 
@@ -105,6 +105,8 @@ def _best(tree: Tree, budget: MemoryBudget, mode: str) -> Filling | None:
         reduced = budget.without(budget.gpus[:skipped])
         if reduced.room is not None and reduced.room < tree.size(""):
             return None
+        if not fits(tree.cached(""), reduced.room_to_compute):
+            continue
         best = _cheapest(tree, reduced, mode)
         if best is not None and not best.left:
             return best
