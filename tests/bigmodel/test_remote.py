@@ -239,6 +239,11 @@ class TestHostile:
             assert "model.safetensors" in done.stderr
             assert "describes more than 250000 tensors" in done.stderr
 
+    def test_a_tensor_that_stands_in_two_files(self, server: LoopbackHub, hub: Hub, tmp_path: Path) -> None:
+        whole = make_checkpoint(tmp_path / "opt", "opt") / "model.safetensors"
+        files: dict[str, bytes | Path] = {f"model-0000{part}-of-00002.safetensors": whole for part in (1, 2)}
+        self.refused(server, hub, files, "stands in another file of this model")
+
     def test_a_bin_that_would_unpack_to_much_more(self, server: LoopbackHub, hub: Hub, tmp_path: Path) -> None:
         path = tmp_path / "pytorch_model.bin"
         with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
