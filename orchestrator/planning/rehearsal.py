@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import replace
 
-from bigpipe.errors import Offline
+from bigpipe.errors import BigpipeError, Offline
 from bigpipe.orchestrator.contract import Forecast, ForecastContext, Status
 from bigpipe.orchestrator.recipe import Node
 
@@ -135,6 +135,9 @@ class Rehearsal:
             forecast = node.kind.forecast(node.params, context)
         except Offline as error:
             forecast = Forecast(unknown=(error.cause,))
+        except BigpipeError as error:
+            error.place = error.place or node.places.get("")
+            raise
         if state.status is Status.CACHED:
             metrics = record.metrics if record else forecast.metrics
             return replace(

@@ -97,14 +97,22 @@ def load_stage(uses: str, trust: Trust = Trust(), base: Path | None = None) -> S
     try:
         found = import_attribute(location, trust.home(location, base))
     except (ImportError, AttributeError, SyntaxError) as error:
-        beside, reinstall = "put the module beside the manifest, or install it", "reinstall or update its distribution"
-        cure = beside if ":" in uses else reinstall
+        cure = "reinstall or update its distribution" if ":" not in uses else _module_cure(location, error)
         raise UsageError(f"the stage kind {uses!r} cannot be loaded from {location}: {error}", cure) from error
     if not isinstance(found, Stage):
         raise UsageError(f"{location} is a {type(found).__name__}, not a Stage", "name a Stage value of the module")
     if ":" not in uses and found.kind != uses:
         raise UsageError(f"{location} is the Stage of kind {found.kind!r}, not of {uses!r}", "correct its entry point")
     return found
+
+
+def _module_cure(location: str, error: Exception) -> str:
+    module = location.partition(":")[0]
+    if isinstance(error, ModuleNotFoundError) and error.name and f"{module}.".startswith(f"{error.name}."):
+        return "put the module beside the manifest, or install it"
+    if isinstance(error, AttributeError):
+        return f"name a Stage value of {module}, and check that it imports"
+    return f"correct {module}: it must import"
 
 
 def named_stage(uses: str) -> Stage[Any]:

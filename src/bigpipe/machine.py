@@ -85,7 +85,10 @@ def read_machine(path: Path) -> Machine:
         raise UsageError(f"{path}: {error}", MAKE_ONE) from error
     if not isinstance(data, dict):
         raise UsageError(f"{path} describes no machine", MAKE_ONE)
-    return machine_from_json(data)
+    try:
+        return machine_from_json(data)
+    except UsageError as error:
+        raise UsageError(f"{path}: {error.cause}", error.cure) from error
 
 
 def memory_limit(folders: Sequence[Path]) -> tuple[int | None, int]:
