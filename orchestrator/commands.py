@@ -125,7 +125,8 @@ def stale(plan_: Plan) -> Stale | None:
     names = [node.node.name for node in plan_.to_run]
     if not names:
         return None
-    return Stale(f"{len(names)} of {len(plan_.nodes)} nodes are not up to date: {', '.join(names)}", "bigpipe run")
+    cause = f"{len(names)} of {len(plan_.nodes)} nodes are not up to date: {', '.join(names)}"
+    return Stale(cause, f"bigpipe run {plan_.session.recipe.path}")
 
 
 def why(

@@ -50,7 +50,9 @@ def _trial(plan: Plan) -> Callable[[Arguments], bool]:
         given = {**session.arguments, **arguments}
         try:
             recipe = replace(session.recipe.with_arguments(given), path=session.recipe.path)
-            tried = replace(session, recipe=recipe, arguments=given, given_machine=session.machine, _identities={})
+            tried = replace(
+                session, recipe=recipe, arguments=given, given_machine=session.machine, _identities={}, _surroundings={}
+            )
             return not make_plan(tried, preflight=False).errors()
         except BigpipeError:
             return False

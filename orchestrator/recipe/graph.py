@@ -80,7 +80,7 @@ class Recipe:
         for name in names:
             found = [node.name for node in self.nodes.values() if _matches(node, name)]
             if not found:
-                known = [*dict.fromkeys(node.stage for node in self.nodes.values()), *self.nodes]
+                known = list(dict.fromkeys([*(node.stage for node in self.nodes.values()), *self.nodes]))
                 cure = did_you_mean(name, known, otherwise="there are")
                 raise UsageError(f"no node {name!r} in {self.path}", cure)
             chosen.update(found)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import bigpipe
 
 RECIPE = """\
@@ -109,3 +111,32 @@ def test_a_gate_that_another_choice_passes(workshop):
     hopeless = workshop.command("plan", "recipe.yaml", "-p", "least=1000")
     assert hopeless.returncode == 3
     assert "-p" not in hopeless.stderr
+
+
+RANKS = """\
+version: 1
+name: ranks
+params: {ranks: 3}
+stages:
+  download: {uses: download, with: {path: model}}
+  generate:
+    uses: distributed-infer
+    inputs: download
+    with: {task: text-generation, prompts: [Hello]}
+    launch: {num_processes: "${params.ranks}"}
+"""
+
+
+def test_a_number_of_ranks(workshop):
+    """What stands under `launch` is read anew with each `-p` that is tried."""
+    from support.models import make_checkpoint
+
+    make_checkpoint(workshop.folder / "model")
+    workshop.manifest.write_text(RANKS)
+    gpus = [{"index": index, "name": "H100", "memory": 80 * 2**30, "free": 80 * 2**30} for index in range(2)]
+    sizes = {"memory": 2**40, "memory_available": 2**40, "disk_free": 2**40}
+    (workshop.folder / "box.json").write_text(json.dumps({"name": "box", "cpus": 8, **sizes, "gpus": gpus}))
+    done = workshop.command("plan", "recipe.yaml", "--machine", "box.json")
+    assert done.returncode == 4
+    assert "-p ranks=2 fits" in done.stderr
+    assert workshop.command("plan", "recipe.yaml", "--machine", "box.json", "-p", "ranks=2").returncode == 0
