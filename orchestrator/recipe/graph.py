@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING, Any
 
 from bigpipe.errors import UsageError
 from bigpipe.orchestrator.contract import Json, Stage, Trust
+from bigpipe.orchestrator.launch import executor
 
 from .expansion import Expansion
 from .interpolation import WELL_KNOWN_SECRETS, Scope, interpolate, read_argument
@@ -195,7 +196,9 @@ class _Loading:
         try:
             location = locate(uses, trust)
             code = Fault.BROKEN_KIND
-            return Offer(load_stage(uses, trust, self.base), location)
+            stage = load_stage(uses, trust, self.base)
+            executor(stage.runs_in)
+            return Offer(stage, location)
         except UsageError as error:
             self.problems.add(code, path, error.cause, error.cure)
             return None

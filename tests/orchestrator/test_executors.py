@@ -107,3 +107,13 @@ def test_only_an_executor_that_takes_launch_has_it_in_a_recipe(workshop: Worksho
 def test_an_executor_that_nobody_offers_is_a_usage_error() -> None:
     with pytest.raises(UsageError, match="there is no executor 'moon'"):
         executor("moon")
+
+
+def test_a_recipe_whose_kind_needs_an_executor_that_nobody_offers_is_refused_with_its_place(
+    workshop: Workshop, site: str
+) -> None:
+    (workshop.folder / "site" / "polite.py").write_text(POLITE.replace('runs_in="polite"', 'runs_in="moon"'))
+    workshop.manifest.write_text(RECIPE.replace("LAUNCH", ""))
+    refused = workshop.command("plan", "recipe.yaml", PYTHONPATH=site)
+    assert refused.returncode == UsageError.exit_code
+    assert "recipe.yaml:5:15: error[BP109]: there is no executor 'moon'" in refused.stderr
