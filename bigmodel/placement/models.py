@@ -9,7 +9,7 @@ from pathlib import Path
 from bigpipe.bigmodel.architecture import BUFFERS, Architecture, TensorSpec
 from bigpipe.bigmodel.checkpoint import CASTABLE, ModelDescription, tensor_nbytes
 from bigpipe.bigmodel.footprint import architecture_of, look
-from bigpipe.bigmodel.formats import computable, format_of, set_apart
+from bigpipe.bigmodel.formats import format_of, set_apart
 from bigpipe.bigmodel.sources import Sources
 from bigpipe.errors import DoesNotFit
 from bigpipe.fit import Misfit
@@ -57,9 +57,8 @@ def place(
     trust: modules that a custom class may come from, looked for in `base` first; trust_remote_code: may the
       checkpoint's own Python files run? memo: where answers about architectures are kept.
 
-    No weight moves, and torch is not imported here. Raises UsageError for a wrong map or device, or a format that
-    cannot be computed with, DoesNotFit with the smallest change that fits, InvalidCheckpoint, Offline, NotAuthorised,
-    GatedRepository, Transient.
+    No weight moves, and torch is not imported here. Raises UsageError for a wrong map or device, DoesNotFit with the
+    smallest change that fits, InvalidCheckpoint, Offline, NotAuthorised, GatedRepository, Transient.
     """
     request = PlacementRequest(
         device_map=device_map, max_memory=max_memory, no_split_module_classes=no_split_module_classes, dtype=dtype,
@@ -70,7 +69,6 @@ def place(
         environment=environment,
     )  # fmt: skip
     sighting = look(model, revision, sources)
-    computable(sighting.description)
     architecture, _ = architecture_of(sighting, "auto", sources)
     return place_model(
         sighting.description, architecture, request, machine or detect(Path.cwd()), memo=memo, speeds=speeds

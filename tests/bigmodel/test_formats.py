@@ -178,7 +178,6 @@ USES: dict[str, Callable[[Path, Path], object]] = {
     "shard with a dtype": planned(SHARD, ShardParams(dtype="bfloat16")),
     "dispatch": planned(DISPATCH, DispatchParams(device_map={"": "cpu"})),
     "infer": planned(INFER, InferParams(task="text-generation", prompts=["a"])),
-    "place": lambda model, base: bigpipe.place(model),
     "load": lambda model, base: bigpipe.load(model),
     "save as another dtype": lambda model, base: bigpipe.save_checkpoint(model, base / "out", dtype="float32"),
     "quantize_checkpoint": lambda model, base: bigpipe.quantize_checkpoint(model, base / "out", scheme="nf4"),
