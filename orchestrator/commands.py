@@ -12,17 +12,7 @@ from bigpipe.files import make_directory, write_file
 
 from .contract import Json, Machine, OneAtATime, Reporter
 from .lock import check_lock, enforce, enforce_outputs, read_lock, record_outputs, write_lock
-from .planning import (
-    Action,
-    Plan,
-    Session,
-    change_json,
-    differences,
-    exact,
-    make_plan,
-    open_session,
-    with_parameters,
-)
+from .planning import Action, Plan, Session, change_json, differences, exact, make_plan, open_session, with_parameters
 from .recipe import Recipe, load_recipe
 from .running import RunResult, run_plan
 

@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, create_model, field_validator, model_validator
 
-from bigpipe.bigmodel.formats import DTYPES, dtypes, packing
+from bigpipe.bigmodel.formats import DTYPES, dtypes, require_dtype
 from bigpipe.orchestrator.stage import (
     CheckContext,
     Json,
@@ -27,7 +27,7 @@ from bigpipe.orchestrator.stage import (
 )
 from bigpipe.sizes import format_size
 
-Dtype = Annotated[str, OneOf(dtypes, packing)]
+Dtype = Annotated[str, OneOf(dtypes, require_dtype)]
 
 LIBRARIES = Literal["transformers", "diffusers", "timm"]
 

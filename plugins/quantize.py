@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, ConfigDict, model_validator
 
-from bigpipe.bigmodel.formats import BUILT_IN, PASTED, named, names, packing_of, read_pasted, version_of
+from bigpipe.bigmodel.formats import BUILT_IN, PASTED, names, packing_of, read_pasted, require_known, version_of
 from bigpipe.orchestrator.stage import Machine, Metrics, OneOf, Params, Passing, Planning, Port, Stage, late
 
 OPTIONS = ("llm_int8_threshold", "bnb_4bit_use_double_quant", "bnb_4bit_compute_dtype", "bnb_4bit_quant_type")
@@ -29,7 +29,7 @@ def _accept_pasted(schema: dict[str, Any]) -> None:
 class QuantizeParams(Params):
     model_config = ConfigDict(json_schema_extra=_accept_pasted)
 
-    scheme: Annotated[str, OneOf(names, named)]
+    scheme: Annotated[str, OneOf(names, require_known)]
     """A format: those of bitsandbytes, or one that another distribution offers. `load_in_8bit: true`, or
     `load_in_4bit: true` with `bnb_4bit_quant_type`, mean the same."""
     llm_int8_threshold: float = 6.0
@@ -53,8 +53,8 @@ class QuantizeParams(Params):
         fields = read_pasted(values)
         scheme = fields.get("scheme")
         if isinstance(scheme, str) and scheme in BUILT_IN:
-            takes = packing_of(scheme).takes
-            if odd := [name for name in OPTIONS if name in fields and name not in takes]:
+            given = [name for name in OPTIONS if name in fields]
+            if odd := [name for name in given if name not in packing_of(scheme).takes]:
                 raise ValueError(f"{', '.join(odd)} has no meaning for scheme {scheme}; remove it")
         return fields
 
@@ -72,6 +72,8 @@ class QuantizeMetrics(Metrics):
 
 def facts(params: QuantizeParams, machine: Machine) -> Mapping[str, Any]:
     """Double quantization takes a mean as torch does, whose last bit depends on the number of threads."""
+    if params.scheme in BUILT_IN and not params.bnb_4bit_use_double_quant:
+        return {}  # known without the format
     packing = packing_of(params.scheme, bnb_4bit_use_double_quant=params.bnb_4bit_use_double_quant)
     version = version_of(params.scheme)
     return ({"cpus": machine.cpus} if packing.measures else {}) | ({"format": version} if version else {})

@@ -7,20 +7,9 @@ from __future__ import annotations
 
 from dataclasses import asdict
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from bigpipe.bigmodel.publishing import (
-    RECEIPT,
-    Contents,
-    Destination,
-    Directory,
-    Provenance,
-    Receipt,
-    Step,
-    check_destination,
-    is_present,
-    open_destination,
-    publish,
-)
+from bigpipe.bigmodel.publishing import RECEIPT, Destination, Directory, Receipt, is_present, open_destination
 from bigpipe.files import free_space, write_file
 from bigpipe.orchestrator.stage import (
     CheckContext,
@@ -37,6 +26,9 @@ from bigpipe.sizes import counted, format_transfer
 from .save import SaveMetrics, SaveParams
 from .sources import sources_of
 
+if TYPE_CHECKING:
+    from bigpipe.bigmodel.publishing import Contents
+
 
 def _destination(params: SaveParams, context: CheckContext | StageContext) -> Destination:
     return open_destination(params.to, sources_of(context), revision=params.revision, private=params.private)
@@ -44,6 +36,8 @@ def _destination(params: SaveParams, context: CheckContext | StageContext) -> De
 
 def check(params: SaveParams, context: CheckContext) -> None:
     """Everything about the destination that can be told before the expensive steps."""
+    from bigpipe.bigmodel.publishing import check_destination
+
     if not any(context.inputs.values()):
         raise UsageError("save has nothing to save", "wire at least one of its ports: model, results, reports")
     check_destination(_destination(params, context), base=context.base, overwrite=params.overwrite)
@@ -78,6 +72,8 @@ def _misfits(size: int, place: Path) -> tuple[Misfit, ...]:
 
 
 def run(params: SaveParams, context: StageContext) -> StageResult:
+    from bigpipe.bigmodel.publishing import Provenance, Step, publish
+
     steps = tuple(Step(**asdict(item)) for item in context.lineage)
     receipt = publish(
         _contents(context),
@@ -95,6 +91,8 @@ def run(params: SaveParams, context: StageContext) -> StageResult:
 
 
 def _contents(context: StageContext) -> Contents:
+    from bigpipe.bigmodel.publishing import Contents
+
     def single(port: str) -> Path | None:
         return context.input(port) if context.inputs.get(port) else None
 

@@ -6,8 +6,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
-from bigpipe.bigmodel.checkpoint import tensor_nbytes
-
 if TYPE_CHECKING:
     import numpy
     import torch
@@ -36,6 +34,8 @@ class StoredTensor:
 
     @property
     def nbytes(self) -> int:
+        from bigpipe.bigmodel.checkpoint import tensor_nbytes
+
         return tensor_nbytes(self.dtype, self.shape)
 
     @property
@@ -129,8 +129,6 @@ class Format:
     """As people call it: bitsandbytes nf4."""
     method: str = ""
     """`quant_method` of its config."""
-    aliases: tuple[str, ...] = ()
-    """Other names in an estimate."""
     tensors: tuple[str, ...] = ()
     """How stored names end that tell it: those of codes, whose dtype is no wide float, and those of what is beside."""
     packing: Packing | None = None

@@ -167,16 +167,15 @@ def _features(linear: Any) -> tuple[int, int]:
     return int(rows), int(columns)
 
 
-def _format(quant_type: str, *aliases: str) -> Format:
+def _format(quant_type: str) -> Format:
     return Format(
         name=quant_type,
         title=f"bitsandbytes {quant_type}",
         method=bitsandbytes.METHOD,
-        aliases=aliases,
         tensors=(".weight", f".bitsandbytes__{quant_type}"),
         packing=FourBit(quant_type),
     )
 
 
-NF4 = _format("nf4", "int4")
+NF4 = _format("nf4")
 FP4 = _format("fp4")

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Generic, TypeVar
 from bigpipe.errors import InvalidCheckpoint
 
 from .format import Format, Packing
-from .registry import BUILT_IN
+from .registry import BUILT_IN, named
 
 if TYPE_CHECKING:
     import torch
@@ -33,7 +33,7 @@ def set_apart(tensors: Mapping[str, T], format: Format) -> tuple[dict[str, T], d
     """
     plain = dict(tensors)
     packed: dict[str, PackedWeight[T]] = {}
-    for packing in dict.fromkeys(known.packing for known in (*BUILT_IN.values(), format) if known.packing):
+    for packing in dict.fromkeys(known.packing for known in (*map(named, BUILT_IN), format) if known.packing):
         mark = f".{packing.suffixes[-1]}"
         for module in sorted(name.removesuffix(mark) for name in tensors if name.endswith(mark)):
             names = {suffix: f"{module}.{suffix}" for suffix in packing.suffixes}

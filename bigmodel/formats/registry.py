@@ -1,7 +1,8 @@
 """Where formats are found: the built-in ones by name, others through the entry-point group `bigpipe.formats`.
 
-Nothing heavy is imported here. Entry points are looked through only for a name that is not built in, or where all names
-are listed: reading the metadata of every installed distribution costs more than the rest of a start.
+A built-in format is imported when it is asked for, not where its name is read. Entry points are looked through only for
+a name that is not built in, or where all names are listed: reading the metadata of every installed distribution costs
+more than the rest of a start.
 """
 
 from __future__ import annotations
@@ -11,21 +12,22 @@ from dataclasses import replace
 from functools import cache
 from typing import TYPE_CHECKING, Any
 
-from bigpipe.bigmodel.checkpoint import CASTABLE
 from bigpipe.errors import UsageError
-
-from . import bitsandbytes
-from .foreign import FOREIGN
-from .format import PLAIN, Format, Packing, Tensors
-from .four_bit import FP4, NF4
-from .int8 import INT8
+from bigpipe.modules import import_attribute
 
 if TYPE_CHECKING:
     from bigpipe.bigmodel.checkpoint import ModelDescription
 
+    from .format import Format, Packing, Tensors
+
 GROUP = "bigpipe.formats"
 """An entry point is named as its `Format` is, and so is the `quant_method` that its config states."""
-BUILT_IN: Mapping[str, Format] = {format.name: format for format in (INT8, NF4, FP4)}
+BUILT_IN: Mapping[str, str] = {
+    "int8": "bigpipe.bigmodel.formats.int8:INT8",
+    "nf4": "bigpipe.bigmodel.formats.four_bit:NF4",
+    "fp4": "bigpipe.bigmodel.formats.four_bit:FP4",
+}
+"""Name → `module:NAME` of the format."""
 
 
 @cache
@@ -41,12 +43,20 @@ def names() -> list[str]:
     return [*BUILT_IN, *sorted(offered())]
 
 
+def require_known(name: str) -> None:
+    """Raise UsageError where nobody offers a format of this name."""
+    if name not in BUILT_IN and name not in offered():
+        raise UsageError(f"scheme {name!r} is not known", f"choose one of {', '.join(names())}")
+
+
 def named(name: str) -> Format:
     """Return one of the formats that weights can be packed in. Raise UsageError for another name."""
+    require_known(name)
     if name in BUILT_IN:
-        return BUILT_IN[name]
-    if name not in offered():
-        raise UsageError(f"scheme {name!r} is not known", f"choose one of {', '.join(names())}")
+        built_in: Format = import_attribute(BUILT_IN[name])
+        return built_in
+    from .format import Format
+
     found = offered()[name].load()
     if not isinstance(found, Format) or found.name != name or found.packing is None:
         raise UsageError(f"{offered()[name].value} is no Format named {name} with a packing", "correct its entry point")
@@ -71,6 +81,10 @@ def recognise(quantization: Mapping[str, Any] | None, tensors: Tensors | None) -
 
     A method that nobody here has heard of is a format too, which cannot be computed with.
     """
+    from . import bitsandbytes
+    from .foreign import FOREIGN
+    from .format import Format
+
     quantization = quantization or {}
     producer = quantization.get("producer")  # how ModelOpt named itself before it wrote a quant_method
     before = producer.get("name") if isinstance(producer, Mapping) else None
@@ -100,6 +114,8 @@ def computable(described: ModelDescription) -> None:
 
 def castable(described: ModelDescription, dtype: str) -> None:
     """Raise UsageError for a checkpoint whose scales must keep their dtype."""
+    from .format import PLAIN
+
     found = format_of(described)
     if found is not PLAIN:
         raise UsageError(
@@ -118,11 +134,16 @@ def _same(one: str, other: str) -> bool:
 
 def _shown(tensors: Tensors) -> Format:
     """By how names end. Codes are no wide floats, while a plain model may well call a parameter `scales`."""
+    from bigpipe.bigmodel.checkpoint import CASTABLE
+
+    from .foreign import FOREIGN
+    from .format import PLAIN
+
     endings: dict[str, set[str]] = {}
     for name, (dtype, _) in tensors.items():
         endings.setdefault(f".{name.rpartition('.')[2]}", set()).add(dtype)
     packed = [ending for ending, dtypes in endings.items() if not dtypes.issubset(CASTABLE)]
-    for known in (*BUILT_IN.values(), *FOREIGN):
+    for known in (*map(named, BUILT_IN), *FOREIGN):
         codes, *beside = known.tensors or ("\0",)
         if any(e.endswith(codes) for e in packed) and all(any(e.endswith(b) for e in endings) for b in beside):
             return known

@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import TYPE_CHECKING
 
-from bigpipe.bigmodel.checkpoint import itemsize
 from bigpipe.errors import UsageError
 
-from .format import Packing
 from .registry import BUILT_IN, names, packing_of
+
+if TYPE_CHECKING:
+    from .format import Packing
 
 PLAIN_DTYPES: Mapping[str, str] = {
     "float32": "float32", "float16": "float16", "bfloat16": "bfloat16", "float8": "float8_e4m3fn",
 }  # fmt: skip
 """Dtypes of an estimate in which nothing is packed → torch's names."""
-PACKED: Mapping[str, str] = {name: found.name for found in BUILT_IN.values() for name in (*found.aliases, found.name)}
+PACKED: Mapping[str, str] = {"int8": "int8", "int4": "nf4"} | {name: name for name in BUILT_IN}
 """Those that are formats → the format. `int4` is accelerate's name for any 4-bit format."""
 WORTHWHILE = ("float32", "float16", "bfloat16", "int8", "nf4")
 """Those that something here writes and that no other one of their width does better."""
@@ -26,17 +28,18 @@ def dtypes() -> list[str]:
     return [*dict.fromkeys((*DTYPES, *names()))]
 
 
-def packing(dtype: str, *, double_quant: bool = False) -> Packing | None:
-    """Return how matrices are packed in a dtype of an estimate; None where they are not.
+def require_dtype(name: str) -> None:
+    """Raise UsageError for a name that is neither a dtype nor a format."""
+    if name not in DTYPES and name not in names():
+        raise UsageError(f"dtype {name!r} is not known to estimate", f"use one of {', '.join(dtypes())}")
 
-    Raise UsageError for a name that is neither a dtype nor a format.
-    """
+
+def packing(dtype: str, *, double_quant: bool = False) -> Packing | None:
+    """Return how matrices are packed in a dtype of an estimate; None where they are not. Raise as `require_dtype`."""
+    require_dtype(dtype)
     if dtype in PLAIN_DTYPES:
         return None
-    try:
-        return packing_of(PACKED.get(dtype, dtype), bnb_4bit_use_double_quant=double_quant)
-    except UsageError:
-        raise UsageError(f"dtype {dtype!r} is not known to estimate", f"use one of {', '.join(dtypes())}") from None
+    return packing_of(PACKED.get(dtype, dtype), bnb_4bit_use_double_quant=double_quant)
 
 
 def has_double_quant(dtype: str) -> bool:
@@ -47,5 +50,7 @@ def has_double_quant(dtype: str) -> bool:
 
 def width(dtype: str) -> int:
     """Return the bits per float parameter that the dtype's name promises."""
+    from bigpipe.bigmodel.checkpoint import itemsize
+
     found = packing(dtype)
     return found.bits if found else 8 * itemsize(PLAIN_DTYPES[dtype])

@@ -14,9 +14,9 @@ from bigpipe.faces import face
 
 if TYPE_CHECKING:
     from .addresses import open_destination
-    from .destinations import RECEIPT, Destination, Directory, Receipt
+    from .destinations import RECEIPT, Destination, Directory, Receipt, is_present
     from .provenance import Provenance, Step
     from .publication import Contents, publish
-    from .replacing import check_destination, is_present
+    from .replacing import check_destination
 
 __getattr__, __all__ = face(__name__)

@@ -22,7 +22,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar, Protocol
 
-from bigpipe.errors import StageFailed, UsageError
+from bigpipe.errors import BigpipeError, StageFailed, Transient, UsageError
 from bigpipe.files import (
     CHUNK,
     copy_file,
@@ -296,6 +296,30 @@ class FileSystem:
         """Whatever the file system tells that changes with the content."""
         names = ("ETag", "etag", "md5Hash", "content_settings", "LastModified", "mtime", "updated", "created")
         return next((f"{name}={info[name]}" for name in names if info.get(name)), "")
+
+
+def is_present(target: Destination, receipt: Receipt) -> bool:
+    """Return whether everything is there as it was written. A file is read only where a look tells a difference.
+
+    Where the destination cannot be asked just now, the receipt is believed.
+    """
+    try:
+        return _holds(target, receipt)
+    except Transient:
+        return True
+    except (BigpipeError, OSError):
+        return False
+
+
+def _holds(target: Destination, receipt: Receipt) -> bool:
+    there = target.listing() or {}
+    for name, stored in receipt.files.items():
+        now = there.get(name)
+        if now is None or now.size != stored.size:
+            return False
+        if (not stored.mark or now.mark != stored.mark) and target.digest(name) != stored.sha256:
+            return False
+    return True
 
 
 def _receipt(target: Destination, stored: Mapping[str, Stored]) -> Receipt:

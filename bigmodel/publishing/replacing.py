@@ -7,10 +7,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from bigpipe.errors import BigpipeError, Transient, UsageError
+from bigpipe.errors import UsageError
 from bigpipe.sizes import counted
 
-from .destinations import Destination, Directory, Receipt, Seen
+from .destinations import Destination, Directory, Seen
 from .provenance import PROVENANCE, SCHEMA
 
 SMALL = 10_000_000
@@ -78,27 +78,3 @@ def _as_written(target: Destination, name: str, seen: Seen, written: Mapping[str
     if not isinstance(listed, Mapping) or listed.get("size") != seen.size:
         return False
     return target.keeps_versions or seen.size > SMALL or target.digest(name) == listed.get("sha256")
-
-
-def is_present(target: Destination, receipt: Receipt) -> bool:
-    """Return whether everything is there as it was written. A file is read only where a look tells a difference.
-
-    Where the destination cannot be asked just now, the receipt is believed.
-    """
-    try:
-        return _holds(target, receipt)
-    except Transient:
-        return True
-    except (BigpipeError, OSError):
-        return False
-
-
-def _holds(target: Destination, receipt: Receipt) -> bool:
-    there = target.listing() or {}
-    for name, stored in receipt.files.items():
-        now = there.get(name)
-        if now is None or now.size != stored.size:
-            return False
-        if (not stored.mark or now.mark != stored.mark) and target.digest(name) != stored.sha256:
-            return False
-    return True

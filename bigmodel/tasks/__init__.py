@@ -4,11 +4,13 @@ A built-in task is one file and its name in `registry`; any other is `module:nam
 is that of a `Task` or of a plain function.
 """
 
-from .registry import TASKS, BuiltIn, find_task, require_known
-from .rows import Row, read_prompts
-from .task import Answer, Answerer, Task, TaskOptions
+from typing import TYPE_CHECKING
 
-__all__ = [
-    "TASKS", "Answer", "Answerer", "BuiltIn", "Row", "Task", "TaskOptions", "find_task", "read_prompts",
-    "require_known",
-]  # fmt: skip
+from bigpipe.faces import face
+
+if TYPE_CHECKING:
+    from .registry import TASKS, BuiltIn, find_task, require_known
+    from .rows import Row, read_prompts
+    from .task import Answer, Answerer, Task, TaskOptions
+
+__getattr__, __all__ = face(__name__)

@@ -1,23 +1,24 @@
-"""Tasks by name: the built-in ones, a `Task` of the user's, or a plain function of theirs as one."""
+"""Tasks by name: built-in ones, a `Task` of the user's, or a plain function of theirs; imported when asked for."""
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Callable, Sequence
-from functools import partial
-from pathlib import Path
-from typing import Any, Literal, get_args
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Literal
 
-from bigpipe.bigmodel.sources import Sources
 from bigpipe.errors import UsageError
 from bigpipe.modules import import_attribute
 
-from .rows import Row
-from .task import Answer, Answerer, Task, TaskOptions
+if TYPE_CHECKING:
+    from bigpipe.bigmodel.sources import Sources
+
+    from .task import Task
 
 BuiltIn = Literal["text-generation", "feature-extraction"]
-"""Each in the module of its name here, which is not imported before it is asked for."""
-TASKS: tuple[str, ...] = get_args(BuiltIn)
+TASKS: Mapping[str, str] = {
+    "text-generation": "bigpipe.bigmodel.tasks.text_generation:TASK",
+    "feature-extraction": "bigpipe.bigmodel.tasks.feature_extraction:TASK",
+}
+"""Name → `module:NAME` of the task."""
 
 
 def require_known(name: str) -> None:
@@ -36,9 +37,11 @@ def find_task(name: str, sources: Sources) -> Task:
 
     Raise UsageError for an unknown name, a module that is not trusted, cannot be imported or has no such task.
     """
+    from .task import Task, function_task
+
     require_known(name)
-    if name in TASKS:
-        task: Task = import_attribute(f"{__package__}.{name.replace('-', '_')}:TASK")
+    if built_in := TASKS.get(name):
+        task: Task = import_attribute(built_in)
         return task
     sources.trust.require_module(name, f"task {name}")
     try:
@@ -51,27 +54,4 @@ def find_task(name: str, sources: Sources) -> Task:
         return found
     if not callable(found):
         raise UsageError(f"task {name}: the module has no function or Task of that name", "check its name")
-    return _function_task(name, found)
-
-
-def _function_task(name: str, function: Callable[..., Any]) -> Task:
-    """The task that calls (model, rows, **arguments), each row its JSON object with `prompt`, `index` and `seed`."""
-
-    def bind(model: Any, path: Path, options: TaskOptions, sources: Sources) -> Answerer:
-        parameters = inspect.signature(function).parameters.values()
-        takes = any(each.kind is each.VAR_KEYWORD or each.name == "max_new_tokens" for each in parameters)
-        length = {"max_new_tokens": options.max_new_tokens} if takes else {}
-        return partial(_call, partial(function, **{**length, **options.arguments}), model, options.seed)
-
-    return Task(name=name, bind=bind)
-
-
-def _call(function: partial[Any], model: Any, seed: int, rows: Sequence[Row]) -> list[Answer]:
-    import torch
-
-    torch.manual_seed(seed + rows[0].index)
-    given = [{**row.data, "prompt": row.prompt, "index": row.index, "seed": seed + row.index} for row in rows]
-    made = function(model, given)
-    if not isinstance(made, list) or len(made) != len(rows) or not all(isinstance(entry, dict) for entry in made):
-        raise TypeError(f"{function.func.__name__} must give a list of {len(rows)} dicts, one per row")
-    return [Answer(dict(entry), entry["tokens"] if isinstance(entry.get("tokens"), int) else 0) for entry in made]
+    return function_task(name, found)

@@ -1,9 +1,11 @@
-"""The task as a value."""
+"""The task as a value, and a plain function as one."""
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -74,3 +76,26 @@ class Task:
                 )
         if model is not None:
             self.check_model(model)
+
+
+def function_task(name: str, function: Callable[..., Any]) -> Task:
+    """Return the task that calls (model, rows, **arguments), each row a dict with `prompt`, `index` and `seed`."""
+
+    def bind(model: Any, path: Path, options: TaskOptions, sources: Sources) -> Answerer:
+        parameters = inspect.signature(function).parameters.values()
+        takes = any(each.kind is each.VAR_KEYWORD or each.name == "max_new_tokens" for each in parameters)
+        length = {"max_new_tokens": options.max_new_tokens} if takes else {}
+        return partial(_call, partial(function, **{**length, **options.arguments}), model, options.seed)
+
+    return Task(name=name, bind=bind)
+
+
+def _call(function: partial[Any], model: Any, seed: int, rows: Sequence[Row]) -> list[Answer]:
+    import torch
+
+    torch.manual_seed(seed + rows[0].index)
+    given = [{**row.data, "prompt": row.prompt, "index": row.index, "seed": seed + row.index} for row in rows]
+    made = function(model, given)
+    if not isinstance(made, list) or len(made) != len(rows) or not all(isinstance(entry, dict) for entry in made):
+        raise TypeError(f"{function.func.__name__} must give a list of {len(rows)} dicts, one per row")
+    return [Answer(dict(entry), entry["tokens"] if isinstance(entry.get("tokens"), int) else 0) for entry in made]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, fields
 from typing import Any, ClassVar, Protocol
 
 
@@ -13,7 +13,7 @@ class Event:
     name: ClassVar[str] = "event"
 
     def as_json(self) -> dict[str, Any]:
-        return {"event": self.name, **asdict(self)}
+        return {"event": self.name, **{item.name: getattr(self, item.name) for item in fields(self)}}
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,5 +124,5 @@ EVENTS: dict[str, type[Event]] = {
 
 def event_from_json(data: Mapping[str, Any]) -> Event:
     """The inverse of `Event.as_json`."""
-    fields = dict(data)
-    return EVENTS[fields.pop("event")](**fields)
+    given = dict(data)
+    return EVENTS[given.pop("event")](**given)

@@ -80,7 +80,7 @@ Count = Annotated[int, BeforeValidator(_not_bool)]
 
 
 class Spec(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", populate_by_name=False)
+    model_config = ConfigDict(frozen=True, extra="forbid", defer_build=True)
 
 
 class TrustSpec(Spec):
@@ -146,8 +146,8 @@ class NodeSettings(Spec):
 
     with_: dict[str | int, Any] = Field(default_factory=dict, alias="with", description="The kind's own fields.")
     when: Text | None = Field(default=None, description="Run only if: a comparison over `${stages.NODE.metrics.PATH}`.")
-    launch: LaunchSpec = LaunchSpec()
-    resources: ResourcesSpec = ResourcesSpec()
+    launch: LaunchSpec = LaunchSpec.model_construct()
+    resources: ResourcesSpec = ResourcesSpec.model_construct()
     retries: Count = Field(default=0, ge=0, le=100, description="Further attempts after a transient failure.")
     timeout: Duration | None = Field(default=None, description="30m, 1h30m, or seconds.")
     gates: list[Text] = Field(default_factory=list, description="Comparisons over the stage's metrics that must hold.")
@@ -172,7 +172,7 @@ class ManifestSpec(Spec):
         default_factory=dict, description="Values that `-p name=value` replaces; null means required."
     )
     secrets: tuple[str, ...] = Field(default=(), description="Environment variables that stages may list as secrets.")
-    trust: TrustSpec = TrustSpec()
+    trust: TrustSpec = TrustSpec.model_construct()
     stages: dict[str | int, Any] = Field(min_length=1)
 
     def trusted(self) -> Trust:

@@ -1,19 +1,19 @@
 """The one tree of errors. Each knows its cause, its place, its cure and the exit code of the command that meets it.
 
-    BigpipeError
-    ├── UsageError                   2   wrong call, wrong argument
-    │   └── ManifestError            2   every problem of a manifest at once, each at file:line:column
-    ├── GateFailed                   3
-    ├── DoesNotFit                   4   RAM, GPU memory, disk, or a device that is not there
-    ├── NotAuthorised                5
-    │   └── GatedRepository          5
-    ├── StageFailed                  6
-    │   └── InvalidCheckpoint        6   bytes that are not what their headers say, or that we refuse to read
-    │       └── NoWeights            6   a directory without any
-    ├── Stale                       10
-    ├── Transient                   75   try again
-    │   └── Offline                 75
-    └── Interrupted            130/143   resumable
+BigpipeError
+├── UsageError                   2   wrong call, wrong argument
+│   └── ManifestError            2   every problem of a manifest at once, each at file:line:column
+├── GateFailed                   3
+├── DoesNotFit                   4   RAM, GPU memory, disk, or a device that is not there
+├── NotAuthorised                5
+│   └── GatedRepository          5
+├── StageFailed                  6
+│   └── InvalidCheckpoint        6   bytes that are not what their headers say, or that we refuse to read
+│       └── NoWeights            6   a directory without any
+├── Stale                       10
+├── Transient                   75   try again
+│   └── Offline                 75
+└── Interrupted            130/143   resumable
 """
 
 from __future__ import annotations

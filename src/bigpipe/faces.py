@@ -26,7 +26,9 @@ def face(package: str) -> tuple[Callable[[str], Any], list[str]]:
         if name not in homes:
             raise AttributeError(f"module {package!r} has no attribute {name!r}")
         home = homes[name]
-        value = import_module(f"{package}.{name}") if home is None else getattr(import_module(f"{package}.{home}"), name)
+        value = (
+            import_module(f"{package}.{name}") if home is None else getattr(import_module(f"{package}.{home}"), name)
+        )
         setattr(module, name, value)
         return value
 

@@ -1,8 +1,8 @@
 """For tests of stage kinds: a real attempt of a stage, and its forecast, without a recipe.
 
-    >>> from bigpipe.testing import run_stage
-    >>> done = run_stage(STAGE, {"prefix": "model."}, inputs={"model": checkpoint}, folder=tmp_path)
-    >>> done.metrics.tensors, done.out
+>>> from bigpipe.testing import run_stage
+>>> done = run_stage(STAGE, {"prefix": "model."}, inputs={"model": checkpoint}, folder=tmp_path)
+>>> done.metrics.tensors, done.out
 """
 
 from __future__ import annotations

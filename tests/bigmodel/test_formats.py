@@ -122,12 +122,12 @@ def test_names_of_formats_are_all_that_is_offered() -> None:
 
 @pytest.mark.parametrize("name", BUILT_IN)
 def test_all_that_is_stored_is_found_again(name: str) -> None:
-    packing = BUILT_IN[name].packing
+    packing = named(name).packing
     assert packing is not None
     stored = packing.stored((64, 128), "float16")
     assert stored[0].suffix == packing.suffixes[0] == "weight"
     assert {tensor.suffix for tensor in stored} <= set(packing.suffixes)
-    others = {suffix for other in BUILT_IN.values() if other.name != name for suffix in other.packing.suffixes}  # type: ignore[union-attr]
+    others = {suffix for other in map(named, BUILT_IN) if other.name != name for suffix in other.packing.suffixes}  # type: ignore[union-attr]
     assert packing.suffixes[-1] not in others
 
 

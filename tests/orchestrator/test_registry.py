@@ -244,3 +244,23 @@ print(sorted(name for name in sys.modules if name.startswith("bigpipe.plugins.")
     environment = {"PYTHONPATH": ":".join(sys.path), "PYDANTIC_DISABLE_PLUGINS": "__all__"}
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, env=environment)
     assert done.stdout == "['bigpipe.plugins.shard'] False\n", done.stderr
+
+
+def test_a_recipe_is_read_without_what_its_names_stand_for() -> None:
+    """Kinds, formats, tasks and executors are names → `module:NAME`: to know a name imports nothing else."""
+    code = """
+import sys
+from pathlib import Path
+from bigpipe.orchestrator.recipe import load_recipe
+load_recipe(Path("manifests/quickstart.yaml"))
+print(*sorted(name.removeprefix("bigpipe.bigmodel.") for name in sys.modules if name.startswith("bigpipe.bigmodel.")))
+"""
+    environment = {"PYTHONPATH": ":".join(sys.path)}
+    root = Path(__file__).parents[2]
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=False, env=environment, cwd=root
+    )
+    assert done.stdout.split() == [
+        "formats", "formats.bitsandbytes", "formats.registry", "formats.widths",
+        "placement", "placement.devices", "tasks", "tasks.registry",
+    ], done.stderr  # fmt: skip
