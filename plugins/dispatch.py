@@ -62,9 +62,8 @@ def facts(params: DispatchParams, machine: Machine) -> Mapping[str, Json]:
 
 
 def warms(params: DispatchParams) -> tuple[str, ...]:
-    return (
-        () if params.verify == "none" else ("bigpipe.plugins.dispatching", "accelerate", "transformers.modeling_utils")
-    )
+    modules = ("bigpipe.plugins.dispatching", "accelerate", "transformers.modeling_utils")
+    return () if params.verify == "none" else modules
 
 
 STAGE = Stage(

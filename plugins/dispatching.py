@@ -29,8 +29,7 @@ from bigpipe.orchestrator.stage import (
 )
 
 from .dispatch import DispatchMetrics, DispatchParams
-from .placed_model import PLACEMENT, load_placed, read_placement
-from .sources import sources_of
+from .library import PLACEMENT, load_placed, read_placement, sources_of
 
 PICTURE = "placement.txt"
 PROCESS = 600 * 2**20

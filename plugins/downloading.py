@@ -27,7 +27,7 @@ from bigpipe.orchestrator.stage import (
 from bigpipe.sizes import counted, format_transfer
 
 from .download import DownloadMetrics, DownloadParams
-from .sources import sources_of
+from .library import sources_of
 
 
 def pin(params: DownloadParams, context: CheckContext) -> Pinned | None:

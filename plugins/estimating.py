@@ -28,7 +28,7 @@ from bigpipe.orchestrator.stage import (
 )
 
 from .estimate import DtypeMetrics, EstimateMetrics, EstimateParams
-from .sources import sources_of
+from .library import sources_of
 
 RAM = 96 * 2**20
 """Of the engine's own process for the largest headers; a class that must be built is built in a child."""

@@ -24,8 +24,7 @@ from bigpipe.orchestrator.stage import (
 )
 
 from .distributed_infer import InferMetrics, InferParams
-from .placed_model import load_placed, read_placement
-from .sources import sources_of
+from .library import load_placed, read_placement, sources_of
 
 if TYPE_CHECKING:
     import torch

@@ -11,7 +11,7 @@ from bigpipe.orchestrator.stage import CheckContext, Forecast, ForecastContext, 
 from bigpipe.sizes import counted, format_transfer
 
 from .quantize import QuantizeMetrics, QuantizeParams
-from .sources import sources_of
+from .library import sources_of
 
 RAM = 192 * 2**20
 """Peak of the worker process besides what it holds of one transposed weight: interpreter, numpy, reused buffers."""

@@ -24,7 +24,7 @@ from bigpipe.orchestrator.stage import (
 from bigpipe.sizes import counted, format_transfer
 
 from .save import SaveMetrics, SaveParams
-from .sources import sources_of
+from .library import sources_of
 
 if TYPE_CHECKING:
     from bigpipe.bigmodel.publishing import Contents

@@ -3,7 +3,7 @@
 All of it goes by files in the attempt's folder, never on a command line:
 
     job.json         a JobFile: the Job, without values of its environment
-    outcome-MODE.json, rank-N.json   an Outcome, written whole or not at all
+    outcome-MODE.json, rank-N.json   an Outcome, written whole or not at all (of a launcher, only where it fails)
     processes/PID    every worker, for whoever must end it
     events/*.jsonl   what they tell while they go
     log.txt          what they printed
@@ -13,6 +13,7 @@ Nothing is synced: after a power cut the attempt is made again anyway.
 
 from __future__ import annotations
 
+import errno
 import json
 import threading
 import time
@@ -32,8 +33,8 @@ from .redaction import Redactor
 if TYPE_CHECKING:
     from .warm import WarmWorker
 
-NO_MEMORY = "can't allocate memory"
-"""In the RuntimeError of torch's allocator for the CPU."""
+ALLOCATOR_FAILED = "DefaultCPUAllocator: can't allocate memory"
+"""In the RuntimeError of torch's allocator for the CPU (c10/core/impl/alloc_cpu.cpp), whose class tells nothing."""
 Mode = Literal["run", "prepare", "launch", "rank", "finish"]
 
 
@@ -47,7 +48,6 @@ class AttemptFolder:
         self.events = path / "events"
         self.processes = path / "processes"
         self.acceleration = path / "accelerate.yaml"
-        self.launch_failure = path / "launch.json"
 
     def outcome(self, mode: Mode, rank: int = 0) -> Path:
         return self.path / (f"rank-{rank}.json" if mode == "rank" else f"outcome-{mode}.json")
@@ -57,7 +57,7 @@ class AttemptFolder:
 
     def clear(self) -> None:
         """Remove what an earlier attempt left here, which must not be taken for the work of a new one."""
-        for pattern in ("outcome-*.json", "rank-*", "launch.json", "events/*", "processes/*/*"):
+        for pattern in ("outcome-*.json", "rank-*", "events/*", "processes/*/*"):
             for path in self.path.glob(pattern):
                 path.unlink()
 
@@ -163,6 +163,8 @@ class Outcome(BaseModel):
     seconds: float = 0.0
     failure: Failure | None = None
     """Of a worker; an executor raises it."""
+    codes: dict[int, int] = {}
+    """Of a launcher: rank → return code (negative: a signal), of those that failed."""
     ended: float = Field(default_factory=time.time)
 
     @classmethod
@@ -183,14 +185,6 @@ class Outcome(BaseModel):
             return None
 
 
-class LaunchFailure(BaseModel):
-    """`launch.json`: why the launcher ended, written by itself."""
-
-    codes: dict[int, int] = {}
-    """Rank → return code (negative: a signal), of those that failed."""
-    text: str = ""
-
-
 def _describe(error: BaseException) -> str:
     text = str(error).strip()
     return f"{type(error).__name__}: {text}" if text else type(error).__name__
@@ -198,12 +192,14 @@ def _describe(error: BaseException) -> str:
 
 def _out_of_room(error: BaseException) -> Failure | None:
     """Memory and disk that ran out are no bugs of the stage."""
-    if isinstance(error, MemoryError) or NO_MEMORY in str(error):
+    code = error.errno if isinstance(error, OSError) else None
+    torch_failed = isinstance(error, RuntimeError) and ALLOCATOR_FAILED in str(error)
+    if isinstance(error, MemoryError) or code == errno.ENOMEM or torch_failed:
         cause, cure = f"memory ran out: {_describe(error)}", "use a smaller batch"
     elif type(error).__name__ == "OutOfMemoryError":  # torch's, which must not be imported for this
         cause = f"GPU memory ran out: {error}"
         cure = "use a smaller batch, or give max_memory a lower cap so that more is kept off the GPU"
-    elif isinstance(error, OSError) and error.errno in NO_SPACE:
+    elif isinstance(error, OSError) and code in NO_SPACE:
         where = f" at {error.filename}" if error.filename else ""
         cause = f"no space left{where}: {error.strerror}"
         cure = "free some (`bigpipe gc` drops what no manifest names), or put the store elsewhere with --store"

@@ -10,11 +10,11 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from itertools import chain
 
-from bigpipe.errors import BigpipeError, StageFailed, Transient
+from bigpipe.errors import BigpipeError, StageFailed
 from bigpipe.orchestrator.contract import LogLine
 
 from .acceleration import Acceleration, accelerate
-from .jobs import Failure, Job, LaunchFailure, Outcome
+from .jobs import Failure, Job, Outcome
 from .processes import worker_command
 from .supervision import LOOK_SECONDS, Supervisor, supervise
 
@@ -140,20 +140,22 @@ class _RankWatch:
     def _error(self, code: int) -> BigpipeError:
         """The error of the rank that failed first; the others' errors are what its loss did to them.
 
-        In order of what tells most: an error meant for the user; a signal nobody here sent; an unexpected exception;
-        a rank that just went; the launcher's own end.
+        In order of what tells most: an error meant for the user; a signal nobody here sent; a rank that left as if it
+        were done, which the others then miss; an unexpected exception; a rank that just failed; the launcher's own end.
         """
-        results = sorted(self._read(range(self._job.launch.num_processes)).items(), key=lambda item: item[1].ended)
-        failures = {rank: result.failure for rank, result in results if result.failure is not None}
-        told = self._launch_failure()
+        results = self._read(range(self._job.launch.num_processes))
+        ended = sorted(results.items(), key=lambda item: item[1].ended)
+        failures = {rank: result.failure for rank, result in ended if result.failure is not None}
+        told = Outcome.read(self._job.folder.outcome("launch")) or Outcome()
         silent = {rank: number for rank, number in told.codes.items() if rank not in failures}
         errors = chain(
             (self._failed(rank, failure) for rank, failure in failures.items() if failure.expected),
             (self._crash(rank, number) for rank, number in silent.items() if number < 0 and number != -signal.SIGTERM),
+            (self._crash(rank, 0) for rank in self._gone(told.codes) if rank not in results),
             (self._failed(rank, failure) for rank, failure in failures.items()),
             (self._crash(rank, number) for rank, number in silent.items()),
         )
-        return next(errors, None) or self._launch_error(told, code)
+        return next(errors, None) or self._launch_error(told.failure, code)
 
     def _failed(self, rank: int, failure: Failure) -> BigpipeError:
         if self._job.launch.num_processes > 1:
@@ -165,22 +167,24 @@ class _RankWatch:
         peak = max((self._supervisor.memory.get(worker.pid, 0) for worker in workers), default=0)
         return self._supervisor.crash(f"rank {rank}", code, peak)
 
-    def _launch_error(self, told: LaunchFailure, code: int) -> BigpipeError:
+    def _gone(self, failed: Mapping[int, int]) -> list[int]:
+        """Ranks of this machine that ended with status 0, where the launcher told of others: it names all that failed,
+        those too that it ended itself."""
+        ranks = {worker.rank for worker in self._supervisor.workers() if worker.rank is not None and not worker.alive}
+        return sorted(ranks - failed.keys()) if failed else []
+
+    def _launch_error(self, told: Failure | None, code: int) -> BigpipeError:
         dead = sorted(self._dead_since)
         if dead and code >= 0:  # a launcher that is killed takes its ranks along
             return StageFailed(
                 f"{self._job.node}: rank {dead[0]} died, and the others went on without it",
                 f"its output is in {self._job.folder.log}",
             )
-        if "EADDRINUSE" in told.text or "address already in use" in told.text.lower():
-            return Transient(f"{self._job.node}: the port for the ranks was taken by another process", "try again")
-        if told.text:
-            return StageFailed(
-                f"{self._job.node}: the ranks could not be launched: {told.text.splitlines()[0]}",
-                f"the launcher's output is in {self._job.folder.log}",
-            )
-        return self._supervisor.crash("the launcher of the ranks", code, 0)
-
-    def _launch_failure(self) -> LaunchFailure:
-        path = self._job.folder.launch_failure
-        return LaunchFailure.model_validate_json(path.read_bytes()) if path.exists() else LaunchFailure()
+        if told is None:
+            return self._supervisor.crash("the launcher of the ranks", code, 0)
+        if told.expected:
+            return told.error(self._job.node, self._job.folder.log)
+        return StageFailed(
+            f"{self._job.node}: the ranks could not be launched: {told.cause.splitlines()[0]}",
+            f"the launcher's output is in {self._job.folder.log}",
+        )

@@ -22,10 +22,9 @@ from bigpipe.sizes import format_size
 
 from . import processes
 from .environment import worker_environment
-from .eventlog import EventTail
 from .jobs import Job, JobFile, Mode, Outcome
 from .lifeline import ORPHANED
-from .output import Log, OutputReader
+from .output import EventTail, Log, OutputReader
 from .processes import Worker, out_of_memory_kills, peak_resident
 from .redaction import Redactor
 

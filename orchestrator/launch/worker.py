@@ -22,7 +22,7 @@ import os
 import sys
 import traceback
 from collections.abc import Callable
-from contextlib import suppress
+from contextlib import closing, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from bigpipe.orchestrator.contract import Reporter, Stage, StageResult
 
     from .jobs import AttemptFolder, JobFile, Mode, Outcome
+    from .redaction import Redactor
 
 
 def main(arguments: list[str]) -> None:
@@ -41,13 +42,11 @@ def main(arguments: list[str]) -> None:
     path, mode, more = Path(arguments[0]), cast("Mode", arguments[1]), arguments[2:]
     rank = int(os.environ.get("RANK", "0")) if mode == "rank" else None  # torchrun's; a single one is started without
     sign_in(path.parent / "processes", rank)
-    if mode == "launch":
-        status = run_launcher(path, more)
-    else:
+    if mode != "launch":
         if more:
             warm_up(more[1:])
         hold_work_folder(Path(json.loads(path.read_bytes())["assignment"]["out"]).parent)
-        status = run_stage(path, mode, rank or 0)
+    status = work(path, mode, rank or 0, more)
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(status)
@@ -57,7 +56,7 @@ def warm_up(modules: list[str]) -> None:
     """Import what will be needed, then wait for the word to begin. Ends this process where it never comes."""
     from importlib import import_module
 
-    for name in ("bigpipe.orchestrator.launch.jobs", "bigpipe.orchestrator.launch.eventlog", *modules):
+    for name in ("bigpipe.orchestrator.launch.jobs", "bigpipe.orchestrator.launch.output", *modules):
         with suppress(Exception):  # whoever needs it will fail with it, and be heard
             import_module(name)
     if not sys.stdin.buffer.readline():
@@ -67,65 +66,74 @@ def warm_up(modules: list[str]) -> None:
     os.close(nothing)
 
 
-def run_stage(path: Path, mode: Mode, rank: int) -> int:
-    """Call the stage's function for this mode and write what came of it; gives the exit status."""
-    from .eventlog import EventWriter
+def work(path: Path, mode: Mode, rank: int, machine_rank: list[str]) -> int:
+    """Do what this mode asks for and write what came of it; return the exit status. Of ranks, each tells for itself."""
     from .jobs import AttemptFolder, Failure, JobFile, Outcome
     from .processes import own_peak
     from .redaction import Redactor
 
     file, folder = JobFile.read(path, os.environ), AttemptFolder(path.parent)
     redactor = Redactor.of(file.secrets, os.environ, os.environ)
-    if mode == "rank":
-        _redirect_output(folder.output_pipe(rank))
-    events = EventWriter(folder.events / f"{mode}-{rank}.jsonl", redactor)
     try:
-        outcome = _call_stage(file, folder, mode, rank, events)
+        if mode == "launch":
+            _launch(folder, machine_rank)
+            return 0
+        outcome = _call_stage(file, folder, mode, rank, redactor)
     except BaseException as error:
         traceback.print_exc()  # into the log
-        outcome = Outcome(failure=Failure.of(error))
-    events.close()
+        outcome = Outcome(failure=Failure.of(error), codes=_exit_codes(error))
     outcome.model_copy(update={"peak_rss": own_peak()}).write(folder.outcome(mode, rank), redactor)
     return 1 if outcome.failure else 0
 
 
-def run_launcher(path: Path, machine_rank: list[str]) -> int:
-    """Run accelerate's launcher in this process; `launch.json` says which ranks failed. Gives the exit status."""
+def _launch(folder: AttemptFolder, machine_rank: list[str]) -> None:
+    """Run accelerate's launcher in this process."""
     os.environ[PARENT_VARIABLE] = str(os.getpid())
     from accelerate.commands.launch import launch_command, launch_command_parser
+    from torch.distributed import DistNetworkError
 
-    from .jobs import AttemptFolder
+    from bigpipe.errors import Transient
 
-    folder = AttemptFolder(path.parent)
     machine = ["--machine_rank", machine_rank[0]] if machine_rank else []
-    command = ["--config_file", str(folder.acceleration), *machine, "-m", __spec__.name, str(path), "rank"]
+    command = ["--config_file", str(folder.acceleration), *machine, "-m", __spec__.name, str(folder.job), "rank"]
     try:
         launch_command(launch_command_parser().parse_args(command))
-    except Exception as error:
-        _write_launch_failure(folder.launch_failure, error)
-        traceback.print_exc()
-        return 1
-    return 0
+    except (ConnectionError, DistNetworkError) as error:  # accelerate's for a port that is taken, and torch's
+        raise Transient(f"the ranks could not be brought together: {error}", "try again") from error
 
 
-def _call_stage(file: JobFile, folder: AttemptFolder, mode: Mode, rank: int, events: Reporter) -> Outcome:
+def _exit_codes(error: BaseException) -> dict[int, int]:
+    """Rank → how it ended, as torchrun or accelerate tells it."""
+    from subprocess import CalledProcessError
+
+    if isinstance(error, CalledProcessError):  # one rank was started directly
+        return {0: error.returncode}
+    failures = getattr(error, "failures", {})  # torch.distributed.elastic's ChildFailedError
+    return {int(rank): int(failure.exitcode) for rank, failure in failures.items()}
+
+
+def _call_stage(file: JobFile, folder: AttemptFolder, mode: Mode, rank: int, redactor: Redactor) -> Outcome:
     from bigpipe.modules import import_attribute
     from bigpipe.orchestrator.contract import StageContext
 
     from .jobs import Outcome
+    from .output import EventWriter
 
     job, rank_dir = file.assignment, None
-    world_size = job.launch.num_processes
     if mode == "rank":
-        world_size = _join_ranks(file, folder, rank, events)
-        rank_dir = job.scratch / f"rank-{rank}"
-        rank_dir.mkdir(parents=True, exist_ok=True)
-    context = StageContext.of(job, reporter=events, rank=rank, world_size=world_size, rank_dir=rank_dir)
-    stage: Stage[Any] = import_attribute(file.module, job.trust.home(file.module, job.base))
-    functions = {"prepare": stage.ranks.prepare, "finish": stage.ranks.finish}
-    function: Callable[..., StageResult | None] | None = functions.get(mode, stage.run)
-    assert function is not None  # noqa: S101 (the executor asks for what there is)
-    given = function(stage.params.model_validate(file.params), context)
+        _redirect_output(folder.output_pipe(rank))
+    with closing(EventWriter(folder.events / f"{mode}-{rank}.jsonl", redactor)) as events:
+        if mode == "rank":
+            _join_ranks(file, folder, rank, events)
+            rank_dir = job.scratch / f"rank-{rank}"
+            rank_dir.mkdir(parents=True, exist_ok=True)
+        world_size = job.launch.num_processes
+        context = StageContext.of(job, reporter=events, rank=rank, world_size=world_size, rank_dir=rank_dir)
+        stage: Stage[Any] = import_attribute(file.module, job.trust.home(file.module, job.base))
+        functions = {"prepare": stage.ranks.prepare, "finish": stage.ranks.finish}
+        function: Callable[..., StageResult | None] | None = functions.get(mode, stage.run)
+        assert function is not None  # noqa: S101 (the executor asks for what there is)
+        given = function(stage.params.model_validate(file.params), context)
     return Outcome() if mode == "prepare" else Outcome.of(given, stage)
 
 
@@ -144,10 +152,10 @@ def _redirect_output(pipe: Path) -> None:
     os.close(descriptor)
 
 
-def _join_ranks(file: JobFile, folder: AttemptFolder, rank: int, events: Reporter) -> int:
-    """Bring up the process group and say hello; gives the world size.
+def _join_ranks(file: JobFile, folder: AttemptFolder, rank: int, events: Reporter) -> None:
+    """Bring up the process group and say hello.
 
-    Raises StageFailed where another number of ranks came up than was asked for: `accelerate launch` may start fewer
+    Raise StageFailed where another number of ranks came up than was asked for: `accelerate launch` may start fewer
     without a word, and each would then do, or leave out, the work of another.
     """
     from accelerate import PartialState
@@ -163,21 +171,6 @@ def _join_ranks(file: JobFile, folder: AttemptFolder, rank: int, events: Reporte
             f"{asked} ranks were asked for, but rank {state.process_index} of {came} came up as rank {rank}",
             f"look at what the launcher was told, {folder.acceleration}, and at `launch.config_file`",
         )
-    return came
-
-
-def _write_launch_failure(path: Path, error: Exception) -> None:
-    """Which ranks ended how, as torchrun or accelerate tells it."""
-    from bigpipe.files import write_file
-
-    from .jobs import LaunchFailure
-
-    failures = getattr(error, "failures", {})  # torch.distributed.elastic's ChildFailedError
-    codes = {int(rank): int(failure.exitcode) for rank, failure in failures.items()}
-    if hasattr(error, "returncode"):  # subprocess.CalledProcessError, where one process was started directly
-        codes = {0: error.returncode}
-    failure = LaunchFailure(codes=codes, text=f"{type(error).__name__}: {error}")
-    write_file(path, failure.model_dump_json(), durable=False)
 
 
 if __name__ == "__main__":

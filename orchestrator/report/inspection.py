@@ -12,7 +12,7 @@ from bigpipe.orchestrator.contract import Json
 from bigpipe.orchestrator.lock import locked_digests
 from bigpipe.orchestrator.planning import Change, differences
 from bigpipe.orchestrator.running import RunDiff, RunRecord, records
-from bigpipe.orchestrator.store import Store, default_root
+from bigpipe.orchestrator.store import Artifact, KeyRecord, Store, default_root
 from bigpipe.sizes import counted, format_size, format_transfer
 
 from .rendering import columns, metrics_line, nodes_table
@@ -40,19 +40,19 @@ def list_store(*, store: str | Path | None = None) -> Inspection:
     rows = [("artifact", "type", "size", "files", "node", "made", "")]
     rows += [
         (
-            entry.digest[7:19],
-            entry.type,
-            format_transfer(entry.bytes),
-            str(entry.files),
-            entry.node,
-            entry.created[:16].replace("T", " "),
-            "" if entry.present else "bytes dropped",
+            artifact.digest[7:19],
+            artifact.type,
+            format_transfer(artifact.bytes),
+            str(len(artifact.files)),
+            record.node,
+            record.created[:16].replace("T", " "),
+            "bytes dropped" if artifact.dropped else "",
         )
-        for entry in entries
+        for artifact, record in entries
     ]
     run_rows = [("run", "status", "seconds", "recipe")]
     run_rows += [(run.run, run.status, f"{run.seconds:.1f}", run.recipe) for run in runs]
-    held = sum(entry.bytes - entry.referenced_bytes for entry in entries if entry.present)
+    held = sum(item.bytes - item.referenced_bytes for item, _ in entries if not item.dropped)
     parts = [
         f"{opened.root}: {counted(len(entries), 'artifact')}, {format_transfer(held)}",
         columns(rows) if entries else "",
@@ -60,10 +60,23 @@ def list_store(*, store: str | Path | None = None) -> Inspection:
     ]
     data = {
         "store": str(opened.root),
-        "artifacts": [{**asdict(entry), "path": str(entry.path)} for entry in entries],
+        "artifacts": [_listed(opened, artifact, record) for artifact, record in entries],
         "runs": [{"run": r.run, "status": r.status, "seconds": r.seconds, "recipe": r.recipe} for r in runs],
     }
     return Inspection(data, "\n\n".join(part for part in parts if part))
+
+
+def _listed(store: Store, artifact: Artifact, record: KeyRecord) -> dict[str, Json]:
+    return {
+        "digest": artifact.digest,
+        "type": artifact.type,
+        "path": str(store.artifact_path(artifact.digest)),
+        "files": len(artifact.files),
+        "bytes": artifact.bytes,
+        "referenced_bytes": artifact.referenced_bytes,
+        "present": not artifact.dropped,
+        **{name: getattr(record, name) for name in ("key", "node", "kind", "manifest", "created")},
+    }
 
 
 def show_run(run: str, *, store: str | Path | None = None) -> Inspection:

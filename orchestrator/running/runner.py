@@ -184,7 +184,7 @@ def _take(run: Run, name: str) -> bool:
             state.error = next_step.gate.error(state.node)
             _end(run, state, Status.FAILED, state.reason)
         case Do.DROP:
-            if state.digest is not None:
+            if state.digest is not None and state.key is not None:
                 run.session.store.drop(state.digest, state.key)
             schedule.drop(run.states, name)
         case _:

@@ -5,12 +5,9 @@ from typing import TYPE_CHECKING
 from bigpipe.faces import face
 
 if TYPE_CHECKING:
-    from .artifacts import remove_tree
-    from .hashing import canonical, digest_of
-    from .keyrecord import KeyRecord
-    from .location import default_root, memo_directory
-    from .memo import StatMemo
-    from .sealing import explained, make_directory
+    from .artifacts import Artifact, KeyRecord, remove_tree
+    from .hashing import StatMemo, canonical, digest_of
+    from .layout import default_root, explained, make_directory, memo_directory
     from .store import Store, Work
 
 __getattr__, __all__ = face(__name__)

@@ -1,22 +1,22 @@
-"""Artifacts on disk: what a tree holds, whether its bytes are still those, and the tree of links itself."""
+"""What is known of computations and of the artifacts they gave, and the trees of links that artifacts are on disk."""
 
 from __future__ import annotations
 
 import os
 import stat
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
 
 from bigpipe.files import move, sync_directory
 from bigpipe.orchestrator.contract import Json
 
-from .hashing import digest_of, hash_and_facts
-from .layout import Layout
-from .memo import Fingerprint, fingerprint
-from .sealing import PRIVATE, Damaged, make_directory, sealed_digests, write_sealed
+from .hashing import Fingerprint, digest_of, fingerprint, hash_and_facts
+from .layout import PRIVATE, Damaged, Layout, make_directory, sealed_digests, write_sealed
 
 STILL = 946_684_800 * 10**9
 """The mtime (ns) every object gets: the year 2000. Whoever writes to an object changes it, whatever the clock says and
@@ -52,6 +52,15 @@ class Artifact:
     def objects(self) -> set[str]:
         """The sha256 of each object it holds."""
         return {entry.sha256 for entry in self.files.values() if entry.reference is None and not self.dropped}
+
+    @property
+    def bytes(self) -> int:
+        return sum(entry.size for entry in self.files.values())
+
+    @property
+    def referenced_bytes(self) -> int:
+        """Of files that lie where they were found, such as Hub blobs."""
+        return sum(entry.size for entry in self.files.values() if entry.reference is not None)
 
     def as_json(self) -> Json:
         files = {name: [entry.sha256, *entry.facts, entry.reference] for name, entry in self.files.items()}
@@ -121,24 +130,28 @@ def link_target(name: str, entry: Entry) -> str:
     return "../" * (name.count("/") + 2) + f"objects/{entry.sha256}"
 
 
+def files_below(folder: Path) -> Iterator[tuple[str, os.DirEntry[str]]]:
+    """Yield (relative path, entry) of everything below a directory that is none itself; links are not followed."""
+    pending = [""]
+    while pending:
+        prefix = pending.pop()
+        with os.scandir(f"{folder}/{prefix}") as items:
+            for item in items:
+                if item.is_dir(follow_symlinks=False):
+                    pending.append(f"{prefix}{item.name}/")
+                else:
+                    yield prefix + item.name, item
+
+
 def tree_is_whole(layout: Layout, artifact: Artifact) -> bool:
     """Return whether the tree holds exactly the links it must, and nothing else."""
-    tree = os.fspath(layout.tree(artifact.digest))
     found = 0
-    pending = [""]
     try:
-        while pending:
-            prefix = pending.pop()
-            with os.scandir(f"{tree}/{prefix}") as items:
-                for item in items:
-                    name = prefix + item.name
-                    if item.is_dir(follow_symlinks=False):
-                        pending.append(name + "/")
-                        continue
-                    entry = artifact.files.get(name)
-                    if entry is None or not item.is_symlink() or os.readlink(item.path) != link_target(name, entry):
-                        return False
-                    found += 1
+        for name, item in files_below(layout.tree(artifact.digest)):
+            entry = artifact.files.get(name)
+            if entry is None or not item.is_symlink() or os.readlink(item.path) != link_target(name, entry):
+                return False
+            found += 1
     except (FileNotFoundError, NotADirectoryError):
         return False
     return found == len(artifact.files)
@@ -167,32 +180,99 @@ def _swap_in(layout: Layout, artifact: Artifact, partial: Path) -> None:
     tree = layout.tree(artifact.digest)
     while True:
         try:
-            move(partial, tree)
+            return move(partial, tree)
         except OSError:
             if not os.path.lexists(tree):
                 raise
-            if tree_is_whole(layout, artifact):  # another process was faster
-                remove_tree(partial)
-                return
-            layout.set_aside(tree)
-        else:
-            return
+        if tree_is_whole(layout, artifact):  # another process was faster
+            return remove_tree(partial)
+        layout.set_aside(tree)
 
 
 def remove_tree(path: Path) -> None:
     """Remove a file or a directory with all it holds; what links lead to stays. Gone already is fine."""
-    if path.is_dir() and not path.is_symlink():
-        for place, folders, names in os.walk(path, topdown=False):
-            for name in names:
-                _remove(os.unlink, os.path.join(place, name))
-            for name in folders:
-                inner = os.path.join(place, name)
-                _remove(os.unlink if os.path.islink(inner) else os.rmdir, inner)
-        _remove(os.rmdir, path)
-    else:
-        _remove(os.unlink, path)
+    inside = os.walk(path, topdown=False) if path.is_dir() and not path.is_symlink() else ()
+    for place, folders, names in inside:
+        for name in (*names, *folders):
+            _remove(os.path.join(place, name))
+    _remove(path)
 
 
-def _remove(function: Callable[[str | Path], None], path: str | Path) -> None:
+def _remove(path: str | Path) -> None:
     with suppress(FileNotFoundError):
-        function(path)
+        if os.path.isdir(path) and not os.path.islink(path):
+            os.rmdir(path)
+        else:
+            os.unlink(path)
+
+
+class KeyRecord(BaseModel):
+    """One finished computation. Times in seconds, memory in bytes, digests as `sha256:…`."""
+
+    # What is read was sealed by us, so no schema is compiled to read it, only to make a new one.
+    model_config = ConfigDict(frozen=True, extra="forbid", defer_build=True)
+
+    key: str
+    partial: str
+    """The key with the inputs left out."""
+    identity: dict[str, Any]
+    inputs: dict[str, list[str]] = Field(default_factory=dict)
+    kind: str
+    node: str
+    manifest: str
+    digest: str | None = None
+    """Of the artifact; None for kinds without output."""
+    artifact_type: str | None = None
+    """None, or empty, for kinds without output."""
+    metrics: dict[str, Any] = Field(default_factory=dict)
+    files: dict[str, dict[str, str | int]] = Field(default_factory=dict)
+    """Relative path → `sha256` (hex) and `size`."""
+    pins: dict[str, str] = Field(default_factory=dict)
+    pin_source: str = ""
+    seconds: float = 0.0
+    peak_rss: int = 0
+    created: str = ""
+    """ISO 8601 in UTC."""
+    run: str = ""
+    tools: dict[str, str] = Field(default_factory=dict)
+    """Versions of what made it."""
+
+    def holding(self, files: Mapping[str, tuple[str, int]]) -> KeyRecord:
+        """Return the record of an artifact of these files: relative path → (sha256 in hex, size)."""
+        listed = {name: {"sha256": sha256, "size": size} for name, (sha256, size) in files.items()}
+        return self.model_copy(update={"digest": artifact_digest(files), "files": listed})
+
+    def as_json(self) -> dict[str, Json]:
+        return {name: getattr(self, name) for name in type(self).model_fields}
+
+
+def load_record(layout: Layout, key: str) -> KeyRecord | None:
+    """Return the record of a key, None where there is none, as `Layout.load` says."""
+
+    def read(data: Json) -> KeyRecord | None:
+        if data["key"] != key:
+            raise Damaged
+        known = data.keys() <= KeyRecord.model_fields.keys()  # else a later bigpipe wrote it
+        return KeyRecord.model_construct(**data) if known else None
+
+    return layout.load(layout.key(key), read)
+
+
+def save_record(layout: Layout, record: KeyRecord) -> None:
+    """Say durably that the computation is done; everything it names must be durable before."""
+    make_directory(layout.partials)
+    layout.partial(record.partial).touch()
+    write_sealed(layout.key(record.key), record.as_json())
+
+
+def all_records(layout: Layout) -> Iterator[KeyRecord]:
+    """Return every readable record, in the order of their keys."""
+    for key in sealed_digests(layout.keys):
+        if record := load_record(layout, key):
+            yield record
+
+
+def dropped_artifact(record: KeyRecord) -> Artifact:
+    """Return the artifact that a record names, without its bytes."""
+    files = {name: Entry(str(file["sha256"]), (int(file["size"]), 0, 0, 0)) for name, file in record.files.items()}
+    return Artifact(record.digest or "", record.artifact_type or "", files, dropped=True)

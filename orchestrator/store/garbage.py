@@ -11,14 +11,10 @@ from typing import Literal
 from bigpipe.errors import Transient, UsageError
 from bigpipe.files import is_partial
 
-from .artifacts import load_artifact, remove_tree
-from .hashing import is_hex
-from .keyrecord import all_records
-from .layout import Layout
-from .locks import StoreLock, keeps_out
-from .presence import Presence, anybody
-from .roots import all_roots, root_path
-from .sealing import explained, names_in, sealed_digests
+from .artifacts import all_records, load_artifact, remove_tree
+from .keeping import all_roots, root_path
+from .layout import Layout, explained, is_hex, names_in, sealed_digests
+from .locks import Presence, StoreLock, anybody, keeps_out
 
 Kind = Literal["record", "artifact", "object", "work", "part", "temporary", "quarantine", "root", "run"]
 

@@ -1,4 +1,4 @@
-"""Where things lie in a store.
+"""Where things lie in a store, and its records, which tell whether they are damaged.
 
 objects/HEX             files by sha256, read-only, one name each
 artifacts/HEX/          a tree of links into objects and to referenced files; what stages and people read
@@ -12,26 +12,120 @@ work/HEX/{out,scratch}  what a node has done so far
 parts/                  pieces that stages reuse over edits
 memo/                   answers that were dear to get
 tmp/ locks/ quarantine/
+
+A record is one line of JSON in an envelope that holds the sha256 of that line, so any changed byte is seen.
 """
 
 from __future__ import annotations
 
+import hashlib
+import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import suppress
+from functools import partial
 from itertools import count
 from pathlib import Path
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
-from bigpipe.files import move
-from bigpipe.orchestrator.contract import Json
+from bigpipe import files
 
-from .hashing import hex_of
-from .location import memo_directory
-from .sealing import Damaged, explained, make_directory, read_sealed
+if TYPE_CHECKING:
+    from bigpipe.orchestrator.contract import Json
 
 T = TypeVar("T")
+PRIVATE = 0o700
+_HEAD, _MIDDLE, _TAIL = b'{"sha256": "', b'", "record":\n', b"\n}\n"
 _serial = count()
+explained = partial(
+    files.explained,
+    owner="the store",
+    free="free space (`bigpipe gc` drops what no manifest names)",
+    other="choose another store with --store DIR or BIGPIPE_HOME",
+)
+"""Turns every OSError within into an error with a cure."""
+make_directory = partial(files.make_directory, mode=PRIVATE)
+"""Creates a directory of the store and its parents, readable by its owner alone."""
+
+
+def default_root(environment: Mapping[str, str] | None = None) -> Path:
+    """Return `$BIGPIPE_HOME`, else `bigpipe` in the XDG cache directory."""
+    environment = os.environ if environment is None else environment
+    if home := environment.get("BIGPIPE_HOME"):
+        return Path(home).expanduser().absolute()
+    cache = environment.get("XDG_CACHE_HOME", "")
+    return (Path(cache) if os.path.isabs(cache) else Path.home() / ".cache") / "bigpipe"
+
+
+def memo_directory(store: str | Path | None = None) -> Path:
+    """Return where a store keeps answers that are dear to get."""
+    return (Path(store).absolute() if store else default_root()) / "memo"
+
+
+def hex_of(digest: str) -> str:
+    """Return the 64 hex digits of `sha256:…`, safe as a file name. Raise ValueError for anything else."""
+    algorithm, _, digits = digest.partition(":")
+    if algorithm != "sha256" or not is_hex(digits):
+        raise ValueError(f"{digest!r} is not a digest such as sha256:0123…")
+    return digits
+
+
+def is_hex(text: str) -> bool:
+    """Return whether it is a sha256 as 64 lowercase hex digits."""
+    return len(text) == 64 and not text.strip("0123456789abcdef")
+
+
+class Damaged(Exception):
+    """The bytes of a file are not those that were written."""
+
+
+def seal(value: Json) -> bytes:
+    """Return a JSON document that holds `value` on a line of its own and the sha256 of that line."""
+    body = json.dumps(value, separators=(",", ":")).encode()
+    return _HEAD + hashlib.sha256(body).hexdigest().encode() + _MIDDLE + body + _TAIL
+
+
+def unseal(data: bytes) -> Json:
+    """Return the inverse of `seal`. Raise Damaged where any byte has changed."""
+    start = len(_HEAD) + 64
+    body = data[start + len(_MIDDLE) : -len(_TAIL)]
+    expected = _HEAD + hashlib.sha256(body).hexdigest().encode() + _MIDDLE
+    if data[: start + len(_MIDDLE)] != expected or data[-len(_TAIL) :] != _TAIL:
+        raise Damaged
+    return json.loads(body)
+
+
+def write_sealed(path: Path, value: Json) -> None:
+    """Write a record durably, in a directory that is made where it is missing."""
+    make_directory(path.parent)
+    files.write_file(path, seal(value), mode=0o600)
+
+
+def read_sealed(path: Path) -> Json:
+    """Return the value sealed in a file. Raise Damaged, or OSError (a missing file and an I/O error among them)."""
+    try:
+        with path.open("rb", buffering=0) as file:
+            return unseal(file.read())
+    except IsADirectoryError:
+        raise Damaged from None
+
+
+def names_in(folder: Path) -> list[str]:
+    """Return the names in a directory of the store, which need not be there, sorted."""
+    try:
+        return sorted(os.listdir(folder))
+    except FileNotFoundError:
+        return []
+
+
+def sealed_digests(folder: Path) -> list[str]:
+    """Return `sha256:HEX` of the records `HEX.json` in a directory of the store, sorted."""
+    return [f"sha256:{name[:-5]}" for name in names_in(folder) if name.endswith(".json") and len(name) == 69]
+
+
+def record_path(folder: Path, digest: str) -> Path:
+    """Return where a directory of the store has the record of a digest."""
+    return folder / f"{hex_of(digest)}.json"
 
 
 class Layout:
@@ -60,19 +154,13 @@ class Layout:
         return self.artifacts / hex_of(digest)
 
     def artifact(self, digest: str) -> Path:
-        return self.artifacts / f"{hex_of(digest)}.json"
+        return record_path(self.artifacts, digest)
 
     def key(self, key: str) -> Path:
-        return self.keys / f"{hex_of(key)}.json"
+        return record_path(self.keys, key)
 
     def partial(self, partial: str) -> Path:
         return self.partials / hex_of(partial)
-
-    def release(self, digest: str) -> Path:
-        return self.released / f"{hex_of(digest)}.json"
-
-    def root_record(self, digest: str) -> Path:
-        return self.roots / f"{hex_of(digest)}.json"
 
     def working(self, key: str) -> Path:
         return self.work / hex_of(key)
@@ -81,10 +169,7 @@ class Layout:
         return self.locks / f"{hex_of(key)}.lock"
 
     def load(self, path: Path, read: Callable[[Json], T]) -> T | None:
-        """Return what `read` makes of a record: None where there is none. A damaged one goes to quarantine and is none.
-
-        Raise BigpipeError where the file system fails.
-        """
+        """Return what `read` makes of a record, or None. A damaged record goes to quarantine and is none."""
         with explained(path):
             try:
                 return read(read_sealed(path))
@@ -101,4 +186,4 @@ class Layout:
         while os.path.lexists(place):
             place = place.with_name(f"{place.name}.{next(_serial)}")
         with suppress(FileNotFoundError):
-            move(path, place)
+            files.move(path, place)

@@ -1,6 +1,8 @@
-"""Locks that the kernel holds: advisory, released when their holder dies, whatever it dies of.
+"""Locks that the kernel holds, and the presence of a process in a store.
 
-`flock` on files that are there for nothing else. No age, pid or clock decides who holds a lock.
+`flock` on files that are there for nothing else: advisory, released when their holder dies, whatever it dies of. No
+age, pid or clock decides who holds a lock. A present process has a folder for its temporary files, and a lock that says
+it lives; folders whose lock is free belong to processes that are gone.
 """
 
 from __future__ import annotations
@@ -10,14 +12,16 @@ import fcntl
 import os
 import threading
 import time
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from itertools import count
 from pathlib import Path
 
 from bigpipe.errors import Interrupted, UsageError
 from bigpipe.files import NO_LOCKS, open_lock
 
-from .sealing import explained, make_directory
+from .artifacts import remove_tree
+from .layout import Layout, explained, make_directory
 
 POLL = 0.05
 """Seconds between two tries. `flock` cannot wait and listen for a cancellation at once."""
@@ -78,10 +82,7 @@ class StoreLock:
     def acquire(
         self, cancelled: threading.Event | None = None, waiting: Callable[[str], None] | None = None, holder: str = ""
     ) -> None:
-        """Take the lock, waiting as long as it is held. `waiting` hears once who holds it.
-
-        Raise Interrupted when `cancelled` is set meanwhile.
-        """
+        """Take the lock, waiting as long as it is held, or until `cancelled`. `waiting` hears once who holds it."""
         told = False
         while not self.try_acquire():
             if not told and waiting is not None:
@@ -120,10 +121,91 @@ def _is_at(descriptor: int, path: Path) -> bool:
         return False
 
 
+@contextmanager
+def if_free(path: Path) -> Iterator[bool]:
+    """Yield whether the lock was free; it is then held within."""
+    lock = StoreLock(path)
+    free = lock.try_acquire()
+    try:
+        yield free
+    finally:
+        lock.release()
+
+
 def keeps_out(path: Path) -> bool:
-    """Return whether a lock held on `path` is refused to others. Some network file systems accept every lock and keep
-    none."""
-    second = StoreLock(path)
-    taken = second.try_acquire()
-    second.release()
-    return not taken
+    """Return whether a lock held on `path` is refused to others: some network file systems accept all and keep none."""
+    with if_free(path) as free:
+        return not free
+
+
+class Presence:
+    """Entered on first use, left by `leave` or with the process."""
+
+    def __init__(self, layout: Layout) -> None:
+        self._layout = layout
+        self._guard = threading.Lock()
+        self._lock: StoreLock | None = None
+        self._folder: Path | None = None
+        self._serial = count()
+        self._process = 0
+        self.locks_work = True
+        """False where the file system accepts every lock and keeps none: work is then not shared."""
+
+    def enter(self) -> Path:
+        """Return the folder of this process, which need not be there. The first call removes what dead ones left."""
+        with self._guard:
+            if self._folder is None or self._process != os.getpid():  # a forked child is somebody else
+                self._folder, self._process = self._enter(), os.getpid()
+            return self._folder
+
+    def _enter(self) -> Path:
+        tmp = self._layout.tmp
+        with explained(tmp):
+            make_directory(tmp, durable=False)
+            make_directory(self._layout.locks, durable=False)
+            with StoreLock(self._layout.locks / "gc", shared=True):
+                name = f"{os.getpid()}-{os.urandom(4).hex()}"
+                self._lock = StoreLock(tmp / f"{name}.lock")
+                self._lock.acquire()
+                self.locks_work = keeps_out(self._lock.path)
+                if self.locks_work:
+                    _others(self._layout, name)
+        return tmp / name
+
+    def temporary(self) -> Path:
+        """Return a free path in the folder, which is there from now on."""
+        folder = self.enter()
+        make_directory(folder, durable=False)
+        return folder / str(next(self._serial))
+
+    def leave(self) -> None:
+        with self._guard:
+            if self._folder is not None and self._lock is not None and self._process == os.getpid():
+                with suppress(OSError):
+                    remove_tree(self._folder)
+                    self._lock.path.unlink(missing_ok=True)
+                self._lock.release()
+            self._folder = self._lock = None
+
+    def alone(self) -> bool:
+        """Return whether no other process is known to live here: never, where locks do not work."""
+        own = self.enter().name
+        return self.locks_work and not _others(self._layout, own)
+
+
+def anybody(layout: Layout) -> bool:
+    """Return whether any living process is present."""
+    return layout.tmp.is_dir() and _others(layout, "")
+
+
+def _others(layout: Layout, own: str) -> bool:
+    """Is any process present besides the one named `own`? Removes what dead ones left."""
+    alive = False
+    for name in {item.partition(".")[0] for item in os.listdir(layout.tmp)} - {own}:
+        path = layout.tmp / f"{name}.lock"
+        with if_free(path) as dead:
+            if dead:
+                remove_tree(layout.tmp / name)
+                remove_tree(path)
+            alive |= not dead
+    return alive

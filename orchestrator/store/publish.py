@@ -22,14 +22,11 @@ from typing import Literal, NamedTuple
 from bigpipe.errors import StageFailed
 from bigpipe.files import copy_file, give_name, is_partial, link, move, sync_directory, sync_file
 
-from .artifacts import STILL, Artifact, Entry, place_tree, save_artifact
-from .hashing import hash_file, is_hex
-from .keyrecord import KeyRecord, save_record
-from .layout import Layout
+from .artifacts import STILL, Artifact, Entry, KeyRecord, files_below, place_tree, save_artifact, save_record
+from .hashing import Fingerprint, StatMemo, fingerprint, hash_file
+from .keeping import keep_again
+from .layout import Damaged, Layout, explained, is_hex, make_directory, read_sealed, write_sealed
 from .locks import StoreLock
-from .memo import Fingerprint, StatMemo, fingerprint
-from .releasing import keep_again
-from .sealing import Damaged, explained, make_directory, read_sealed, write_sealed
 
 Known = Mapping[str, tuple[str, int]]
 """Relative path → (sha256 in hex, size) of files whose bytes a stage has hashed itself."""
@@ -58,7 +55,6 @@ class Publisher:
     layout: Layout
     temporary: Callable[[], Path]
     """Gives fresh paths in a locked folder on the store's file system."""
-    memo: StatMemo
 
     def publish(self, record: KeyRecord, out: Path, known: Known) -> KeyRecord:
         """See the module. `out` is taken apart. Return the record with `digest` and `files`."""
@@ -67,7 +63,7 @@ class Publisher:
                 save_record(self.layout, record)
             return record
         with explained(out):
-            sources = Collector(self.layout, self.memo, out, known).collect()
+            sources = Collector(self.layout, StatMemo(self.layout.memo), out, known).collect()
             record = record.holding({name: (source.sha256, source.size) for name, source in sources.items()})
             if out.parent.parent == self.layout.work and is_hex(out.parent.name):
                 write_journal(out.parent, record, sources)  # a key's folder, where the next run looks for it
@@ -198,18 +194,11 @@ class Collector:
         return sources
 
     def _names(self) -> Iterator[str]:
-        pending = [""]
-        while pending:
-            prefix = pending.pop()
-            with os.scandir(self.out / prefix) as items:
-                for item in items:
-                    name = prefix + item.name
-                    if item.is_dir(follow_symlinks=False):
-                        pending.append(name + "/")
-                    elif is_partial(item.name):  # of an attempt that was killed while it wrote
-                        os.unlink(item.path)
-                    else:
-                        yield name
+        for name, item in files_below(self.out):
+            if is_partial(item.name):  # of an attempt that was killed while it wrote
+                os.unlink(item.path)
+            else:
+                yield name
 
     def _source(self, name: str) -> Origin:
         _refuse_odd_name(name)
@@ -253,7 +242,7 @@ class Collector:
                 )
             return sha256
         if how == "reference":
-            return self.memo.sha256(Path(real))
+            return self.memo.sha256(real)
         if real not in self._hashed:
             self._hashed[real] = hash_file(Path(real))
         return self._hashed[real]

@@ -27,30 +27,27 @@ from bigpipe.files import existing, move
 from .artifacts import (
     Artifact,
     Entry,
+    KeyRecord,
     all_artifacts,
+    all_records,
     examine,
     load_artifact,
+    load_record,
     place_tree,
     remove_tree,
     save_artifact,
     tree_is_whole,
 )
-from .hashing import is_hex
-from .keyrecord import KeyRecord, all_records, load_record
-from .layout import Layout
-from .locks import StoreLock
-from .memo import StatMemo
-from .presence import Presence
+from .keeping import named_roots, record_forgone, release, remember, sweep
+from .layout import Layout, explained, is_hex, make_directory, names_in
+from .locks import Presence, StoreLock, if_free
 from .publish import JOURNAL, Known, Publisher
-from .releasing import record_forgone, release, sweep
-from .roots import named_roots, remember
-from .sealing import explained, make_directory, names_in
 
 if TYPE_CHECKING:
     from .garbage import GcReport, LockedDigests
     from .verify import VerifyReport
 
-__all__ = ["ArtifactEntry", "KeyRecord", "Store", "Work"]
+__all__ = ["KeyRecord", "Store", "Work"]
 
 WORK_LOCK = "lock"
 """In a work folder; workers hold it shared, so that nobody works there while one of them lives."""
@@ -70,38 +67,10 @@ class Work:
     def scratch(self) -> Path:
         return self.folder / "scratch"
 
-    def become(self, other: Work) -> None:
-        """Put what is here in the place of what is there. Both must be held. After a crash a folder may be missing."""
-        with explained(self.folder):
-            for old, new in ((self.out, other.out), (self.scratch, other.scratch)):
-                if old.is_dir():
-                    remove_tree(new)
-                    move(old, new)
-
     def done(self) -> None:
         """Remove both: what was to be kept is published."""
         with explained(self.folder):
             remove_tree(self.folder)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ArtifactEntry:
-    """One line of `bigpipe ls`: an artifact, and the newest record that gave it."""
-
-    digest: str
-    type: str
-    path: Path
-    files: int
-    bytes: int
-    referenced_bytes: int
-    """Of `bytes`: files that lie where they were found, such as Hub blobs."""
-    present: bool
-    """False: its bytes were let go; its digest stays known."""
-    key: str
-    node: str
-    kind: str
-    manifest: str
-    created: str
 
 
 class Store:
@@ -113,6 +82,7 @@ class Store:
         self.layout = Layout(self.root)
         self.memo, self.parts, self.runs = self.layout.memo, self.layout.parts, self.layout.runs
         self._presence = Presence(self.layout)
+        self._publisher = Publisher(self.layout, self._presence.temporary)
         self._tidied = threading.Event()
         self._close = weakref.finalize(self, self._presence.leave)
 
@@ -174,26 +144,23 @@ class Store:
             sweep(self.layout, self._presence)
 
     def _finish_interrupted(self) -> None:
-        """Completes what a run that died was publishing, so that not even a run of another recipe can lose it."""
+        """Complete what a run that died was publishing, so that not even a run of another recipe can lose it."""
+        if not self._presence.locks_work:
+            return
         with explained(self.layout.work):
             for name in names_in(self.layout.work):
                 key = f"sha256:{name}"
                 if not is_hex(name) or not (self.layout.work / name / JOURNAL).exists():
                     continue
-                lock = StoreLock(self.layout.working_lock(key))
-                if self._presence.locks_work and lock.try_acquire():
-                    # Where it fails (a full disk), it is said when that key is asked for.
-                    with lock, suppress(BigpipeError):
+                with if_free(self.layout.working_lock(key)) as free, suppress(BigpipeError):
+                    if free:  # where it fails (a full disk), it is said when that key is asked for
                         self._resume(self.layout.working(key))
 
     def _resume(self, folder: Path) -> None:
-        """Under the key's lock: completes an interrupted publishing, or drops one that cannot be completed."""
+        """Under the key's lock: complete an interrupted publishing, or drop one that cannot be completed."""
         if (folder / JOURNAL).exists():
-            self._publisher().resume(folder)
+            self._publisher.resume(folder)
             remove_tree(folder)
-
-    def _publisher(self) -> Publisher:
-        return Publisher(self.layout, self._presence.temporary, StatMemo(self.layout.memo))
 
     def publish(self, record: KeyRecord, out: Path, known: Known | None = None) -> KeyRecord:
         """Move what `out` holds into the store and record it, durably, in this order. `out` is taken apart.
@@ -204,7 +171,7 @@ class Store:
         Raise StageFailed for what an artifact cannot hold (links to nothing or to directories, sockets…).
         """
         self.enter()
-        return self._publisher().publish(record, out, known or {})
+        return self._publisher.publish(record, out, known or {})
 
     def publish_forgone(self, record: KeyRecord, files: Mapping[str, tuple[str, int]]) -> KeyRecord:
         """Record an artifact whose bytes were let go while it was made, as `publish` and `drop` after it would.
@@ -221,18 +188,22 @@ class Store:
         return self._presence.temporary()
 
     def resume_work(self, key: str, work: Work) -> None:
-        """Go on with what was done under another key, where nothing has been done under this one."""
+        """Go on with what was done under another key, where nothing has been done under this one. Both are held."""
         folder = self.layout.working(key)
         if not folder.is_dir() or any(os.scandir(work.out)):
             return
-        lock, orphans = StoreLock(self.layout.working_lock(key)), StoreLock(folder / WORK_LOCK)
-        if lock.try_acquire():
-            with lock:
-                if orphans.try_acquire():
-                    with orphans:
-                        self._resume(folder)
-                        Work(folder).become(work)
-                        remove_tree(folder)
+        with explained(folder), if_free(self.layout.working_lock(key)) as free:
+            if not free:
+                return
+            with if_free(folder / WORK_LOCK) as abandoned:
+                if not abandoned:
+                    return
+                self._resume(folder)
+                for name in ("out", "scratch"):
+                    if (folder / name).is_dir():  # a crash may have come between the two
+                        remove_tree(work.folder / name)
+                        move(folder / name, work.folder / name)
+                remove_tree(folder)
 
     @contextmanager
     def lock(
@@ -267,15 +238,14 @@ class Store:
         # Nobody is kept out, so everybody works in a folder of their own: the work is done twice, never mixed.
         return folder.with_name(f"{folder.name}.{self._presence.enter().name}.{threading.get_ident()}")
 
-    def drop(self, digest: str, key: str | None = None) -> int:
-        """Let the bytes of an artifact go that `key` (None: every record of it) does not need kept. Its digest stays
-        recorded. Bytes that another artifact holds stay; so does everything while another process uses the store: the
-        last of them frees it. Return the bytes freed."""
+    def drop(self, digest: str, key: str) -> int:
+        """Let the bytes of an artifact go that `key` does not need kept; return how many were freed. Its digest stays
+        recorded. What another artifact holds stays; while another process uses the store all stays, for it to free."""
         return release(self.layout, self._presence, digest, key)
 
     def remember(self, recipe_path: Path, lock_path: Path | None, name: str, node_keys: Mapping[str, str]) -> None:
-        """Keep these keys from `gc` as long as the manifest or its lock file exists; nodes are merged into what is
-        known. A key may be given before it has a record: its unfinished work is then kept."""
+        """Keep these keys from `gc`, with what is known, as long as the manifest or its lock file exists. A key may be
+        given before it has a record: its unfinished work is then kept."""
         remember(self.layout, recipe_path, lock_path, name, node_keys)
 
     def last_keys(self, manifest: Path, name: str) -> dict[str, str]:
@@ -289,8 +259,7 @@ class Store:
         return [record for key in keys if (record := self.find(key)) is not None]
 
     def gc(self, locked: LockedDigests, *, dry_run: bool = False) -> GcReport:
-        """Free all that no existing manifest names, nor lock file, which `locked` reads. Raise Transient while
-        another run uses the store."""
+        """Free all that no existing manifest or lock file names. Raise Transient while another run uses the store."""
         from .garbage import collect_garbage
 
         return collect_garbage(self.layout, self._presence, locked, dry_run=dry_run)
@@ -304,29 +273,12 @@ class Store:
         with explained(self.root):
             return Verification(self.layout, self._presence.temporary, repair).verify()
 
-    def ls(self) -> list[ArtifactEntry]:
-        """Return every artifact, newest record first."""
+    def ls(self) -> list[tuple[Artifact, KeyRecord]]:
+        """Return every artifact with the newest record that gave it, the newest first."""
         with explained(self.layout.artifacts):
             newest = {item.digest: item for item in sorted(all_records(self.layout), key=lambda item: item.created)}
-            artifacts = [item for item in all_artifacts(self.layout) if item.digest in newest]
-        entries = [self._listed(artifact, newest[artifact.digest]) for artifact in artifacts]
-        return sorted(entries, key=lambda item: item.created, reverse=True)
-
-    def _listed(self, artifact: Artifact, record: KeyRecord) -> ArtifactEntry:
-        return ArtifactEntry(
-            digest=artifact.digest,
-            type=artifact.type,
-            path=self.artifact_path(artifact.digest),
-            files=len(artifact.files),
-            bytes=sum(entry.size for entry in artifact.files.values()),
-            referenced_bytes=sum(entry.size for entry in artifact.files.values() if entry.reference is not None),
-            present=not artifact.dropped,
-            key=record.key,
-            node=record.node,
-            kind=record.kind,
-            manifest=record.manifest,
-            created=record.created,
-        )
+            listed = [(item, newest[item.digest]) for item in all_artifacts(self.layout) if item.digest in newest]
+        return sorted(listed, key=lambda item: item[1].created, reverse=True)
 
     def close(self) -> None:
         """Leave the store: free what was released meanwhile, remove temporary files. It may be used again."""

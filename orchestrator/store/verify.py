@@ -13,18 +13,17 @@ from .artifacts import (
     Artifact,
     Entry,
     artifact_digest,
+    dropped_artifact,
     examine,
     load_artifact,
+    load_record,
     place_tree,
     remove_tree,
     save_artifact,
     tree_is_whole,
 )
-from .hashing import hash_file, hex_of, is_hex
-from .keyrecord import load_record
-from .layout import Layout
-from .releasing import dropped_artifact
-from .sealing import Damaged, names_in, read_sealed, sealed_digests
+from .hashing import hash_file
+from .layout import Damaged, Layout, hex_of, is_hex, names_in, read_sealed, sealed_digests
 
 Problem = Absence | Literal["error", "writable"]
 

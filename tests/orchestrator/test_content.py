@@ -11,8 +11,7 @@ from pydantic import BaseModel, Field
 from bigpipe.errors import UsageError
 from bigpipe.orchestrator.planning.content import content_params
 from bigpipe.orchestrator.stage import Code, ContentField, File, FileOrLiteral, Params, Size, Tree
-from bigpipe.orchestrator.store.hashing import canonical, hash_file
-from bigpipe.orchestrator.store.memo import StatMemo
+from bigpipe.orchestrator.store.hashing import StatMemo, canonical, hash_file
 
 
 class Scheme(Enum):

@@ -8,7 +8,8 @@ import os
 import pytest
 from hypothesis import given, strategies as st
 
-from bigpipe.orchestrator.store.hashing import CHUNK, canonical, digest_of, hash_file, hex_of
+from bigpipe.orchestrator.store.hashing import CHUNK, canonical, digest_of, hash_file
+from bigpipe.orchestrator.store.layout import hex_of
 
 text = st.text(st.characters(), max_size=8)  # lone surrogates too: file names may hold them
 scalars = st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | text

@@ -10,7 +10,7 @@ from bigpipe.errors import UsageError
 from bigpipe.orchestrator.contract.types import Machine
 from bigpipe.orchestrator.planning.keys import ABSENT, Change, Identity, differences, identity
 from bigpipe.orchestrator.stage import File, Forecast, Metrics, Params, Planning, Stage, StageResult
-from bigpipe.orchestrator.store.memo import StatMemo
+from bigpipe.orchestrator.store.hashing import StatMemo
 from bigpipe.trust import Trust
 
 MACHINE = Machine("here", 2, 2**34, 2**33, 2**40)

@@ -146,6 +146,12 @@ class TestFaults:
         with pytest.raises(StageFailed, match="rank 1"):
             launched.run()
 
+    def test_a_rank_that_leaves_those_that_wait_for_it_is_the_one_told(self, tmp_path: Path) -> None:
+        """Theirs is the only error that was raised: their connection broke."""
+        launched = Launched(make_job(tmp_path, "RANKS", launch=TWO, params={"do": "desert"}))
+        with pytest.raises(StageFailed, match="rank 1 ended with exit status 0 and no result"):
+            launched.run()
+
     def test_two_machines_that_share_a_store_make_one_run(self, tmp_path: Path) -> None:
         """Here both are this one; each starts one of two ranks."""
         port = _free_port()

@@ -18,7 +18,7 @@ from bigpipe.machine import Machine
 from bigpipe.orchestrator.planning.keys import identity
 from bigpipe.orchestrator.recipe.graph import load_recipe
 from bigpipe.orchestrator.recipe.registry import BUILT_IN, load_stage, stage_kinds
-from bigpipe.orchestrator.store.memo import StatMemo
+from bigpipe.orchestrator.store.hashing import StatMemo
 from bigpipe.trust import Trust
 
 PLUGIN = """

@@ -16,7 +16,7 @@ from support.workshop import statuses
 
 import bigpipe
 from bigpipe.errors import DoesNotFit, GateFailed, StageFailed, Transient
-from bigpipe.orchestrator.store.memo import StatMemo
+from bigpipe.orchestrator.store.hashing import StatMemo
 
 CHAIN = """\
 version: 1

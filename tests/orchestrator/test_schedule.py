@@ -16,7 +16,7 @@ from bigpipe.orchestrator.planning.decision import Action, Decision
 from bigpipe.orchestrator.planning.schedule import Do, Facts, NodeState, States, Step, step
 from bigpipe.orchestrator.recipe.graph import load_recipe
 from bigpipe.orchestrator.stage import Forecast, Metrics, Params, Passing, Port, Stage
-from bigpipe.orchestrator.store.keyrecord import KeyRecord
+from bigpipe.orchestrator.store.artifacts import KeyRecord
 
 
 class Score(Metrics):

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import errno
 import fcntl
 import json
 import os
@@ -18,8 +19,8 @@ from bigpipe.errors import Interrupted, NotAuthorised, Place, UsageError
 from bigpipe.orchestrator.contract.contexts import Assignment
 from bigpipe.orchestrator.contract.events import LogLine, Progress
 from bigpipe.orchestrator.launch import lifeline, processes
-from bigpipe.orchestrator.launch.eventlog import EventTail, EventWriter
 from bigpipe.orchestrator.launch.jobs import Failure, JobFile, Outcome
+from bigpipe.orchestrator.launch.output import EventTail, EventWriter
 from bigpipe.orchestrator.launch.redaction import Redactor
 
 PATH = os.pathsep.join([str(TESTS), os.environ.get("PYTHONPATH", "")])
@@ -181,7 +182,9 @@ def test_errors_keep_their_class_over_the_border(tmp_path: Path) -> None:
         assert back.cure == error.cure
         assert back.cause == ("no" if isinstance(error, OwnError) else "f.yaml:3:4: odd")
     assert Failure.of(OSError(28, "No space left on device", "/store")).type == "DoesNotFit"
+    assert Failure.of(OSError(errno.ENOMEM, "Cannot allocate memory")).cause.startswith("memory ran out")
     assert Failure.of(RuntimeError("DefaultCPUAllocator: can't allocate memory: 1 bytes")).type == "DoesNotFit"
+    assert not Failure.of(ValueError("DefaultCPUAllocator: can't allocate memory: 1 bytes")).expected
     assert Failure.of(KeyboardInterrupt()).cause == "KeyboardInterrupt"
     assert not Failure.of(KeyboardInterrupt()).expected
 

@@ -31,7 +31,7 @@ from bigpipe.orchestrator.stage import (
     Trust,
 )
 from bigpipe.plugins.dispatch import STAGE, DispatchMetrics, DispatchParams
-from bigpipe.plugins.placed_model import read_placement
+from bigpipe.plugins.library import read_placement
 
 TESTS = Path(__file__).parents[1]
 

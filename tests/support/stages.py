@@ -85,6 +85,15 @@ def _vanish(params: Action, context: StageContext) -> None:
     os._exit(0)
 
 
+def _desert(params: Action, context: StageContext) -> None:
+    """Rank 1 leaves as if it were done while the others wait for it."""
+    import torch.distributed
+
+    if context.rank == 1:
+        os._exit(0)
+    torch.distributed.barrier()
+
+
 def _sleep(params: Action, context: StageContext) -> None:
     Path(context.scratch / f"asleep-{context.rank}").write_text(str(os.getpid()))
     time.sleep(params.seconds)
@@ -120,8 +129,8 @@ def _barrier(params: Action, context: StageContext) -> None:
 
 ACTIONS = {
     "succeed": _succeed, "talk": _talk, "fail": _fail_expected, "transient": _fail_transient, "crash": _fail_unexpected,
-    "memory": _run_out_of_memory, "die": _die, "vanish": _vanish, "sleep": _sleep, "ignore": _ignore_sigterm,
-    "child": _leave_a_child, "swell": _swell, "torch": _import_torch, "barrier": _barrier,
+    "memory": _run_out_of_memory, "die": _die, "vanish": _vanish, "desert": _desert, "sleep": _sleep,
+    "ignore": _ignore_sigterm, "child": _leave_a_child, "swell": _swell, "torch": _import_torch, "barrier": _barrier,
 }  # fmt: skip
 
 

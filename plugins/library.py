@@ -1,0 +1,71 @@
+"""What a stage's context lets the library use and run, and how models are loaded where `dispatch` placed them."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from bigpipe.bigmodel.sources import Sources
+from bigpipe.orchestrator.stage import CheckContext, ForecastContext, StageContext
+
+if TYPE_CHECKING:
+    import torch
+
+    from bigpipe.bigmodel.placement import Placement
+
+PLACEMENT = "placement.json"
+"""What `dispatch` writes and `distributed-infer` reads."""
+
+
+def sources_of(context: CheckContext | ForecastContext | StageContext) -> Sources:
+    """The context's trust, directories and Hub. Code that came with the model runs where its download is trusted."""
+    lineage = context.lineage if isinstance(context, StageContext) else ()
+    downloads = [node for node in lineage if node.kind == "download"]
+    trusted = [context.trust.allows_code(node.params.get("repo"), node.metrics.get("commit")) for node in downloads]
+    return Sources(
+        trust=context.trust,
+        trust_remote_code=any(trusted),
+        base=context.base,
+        memo=context.memo,
+        offline=context.offline,
+        environment=context.environment,
+    )
+
+
+def read_placement(artifact: Path) -> Placement:
+    from bigpipe.bigmodel.placement import Placement
+
+    return Placement.from_json(json.loads((artifact / PLACEMENT).read_bytes()))
+
+
+def load_placed(
+    placement: Placement,
+    context: StageContext,
+    *,
+    dtype: str | None = None,
+    as_stored: bool = False,
+    rank: int = 0,
+    ranks: int = 1,
+) -> torch.nn.Module:
+    """The model on port `model`, placed.
+
+    dtype: wins over the placement's. as_stored: nothing is held in another dtype than it is stored in. rank, ranks: of
+    those on this machine, which share its memory and own as many GPUs each.
+    """
+    import psutil
+
+    from bigpipe.bigmodel.execution import host_memory, load
+
+    memory = host_memory(placement, context.machine.memory, psutil.virtual_memory().available, ranks)
+    return load(
+        context.input("model"),
+        placement,
+        dtype=dtype,
+        memory=replace(memory, cast=0) if as_stored else memory,
+        first_gpu=rank * placement.gpus,
+        trust=context.trust,
+        base=context.base,
+        trust_remote_code=sources_of(context).trust_remote_code,
+    )
