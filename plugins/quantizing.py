@@ -10,8 +10,8 @@ from bigpipe.bigmodel.quantization import Settings, quantize_described, refuse_q
 from bigpipe.orchestrator.stage import CheckContext, Forecast, ForecastContext, Machine, StageContext, StageResult
 from bigpipe.sizes import counted, format_transfer
 
-from .quantize import QuantizeMetrics, QuantizeParams
 from .library import sources_of
+from .quantize import QuantizeMetrics, QuantizeParams
 
 RAM = 192 * 2**20
 """Peak of the worker process besides what it holds of one transposed weight: interpreter, numpy, reused buffers."""

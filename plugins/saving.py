@@ -23,8 +23,8 @@ from bigpipe.orchestrator.stage import (
 )
 from bigpipe.sizes import counted, format_transfer
 
-from .save import SaveMetrics, SaveParams
 from .library import sources_of
+from .save import SaveMetrics, SaveParams
 
 if TYPE_CHECKING:
     from bigpipe.bigmodel.publishing import Contents
