@@ -33,7 +33,7 @@ from .library import sources_of
 def pin(params: DownloadParams, context: CheckContext) -> Pinned | None:
     """The commit that a branch or tag means now."""
     hub = Hub.of(sources_of(context))
-    commit = resolve_commit(params.repo or "", params.revision, hub=hub, memo=context.memo)
+    commit = resolve_commit(params.repo or "", params.revision, hub=hub)
     return Pinned({"revision": commit}, f"{hub.endpoint}, just now", lambda: listing(params, context, commit))
 
 
@@ -63,7 +63,7 @@ def _source(params: DownloadParams, context: CheckContext | StageContext, pins: 
     if params.path is not None:
         return DirectorySource(context.base / params.path, choice)
     revision, hub = pins.get("revision", params.revision), Hub.of(sources_of(context))
-    return HubSource(params.repo or "", revision, choice, hub, context.memo)
+    return HubSource(params.repo or "", revision, choice, hub)
 
 
 def _custom(params: DownloadParams) -> dict[str, Any] | None:

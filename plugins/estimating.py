@@ -42,7 +42,7 @@ def pin(params: EstimateParams, context: CheckContext) -> Pinned | None:
     if params.repo is None or COMMIT.fullmatch(params.revision):
         return None
     hub = Hub.of(sources_of(context))
-    commit = resolve_commit(params.repo, params.revision, hub=hub, memo=context.memo)
+    commit = resolve_commit(params.repo, params.revision, hub=hub)
     return Pinned({"revision": commit}, f"asked {hub.endpoint}")
 
 

@@ -56,7 +56,7 @@ def _names(request: Mapping[str, Any]) -> dict[str, str]:
     from bigpipe.bigmodel.checkpoint import TensorInfo, match
 
     model = on_meta(torch.float32, lambda: instantiate(request))
-    tensors = {name: TensorInfo(name, "float32", (), Path(), 0, 0) for name in request["names"]}
+    tensors = {name: TensorInfo(name, "float32", (), Path(), 0) for name in request["names"]}
     matches = match(model, tensors, dict[str, None]())
     recipes = {name: recipe for name, recipe in matches.plain.items() if recipe.fuse is None or len(recipe.sources) > 1}
     return {source.name: name for name, recipe in recipes.items() for source in recipe.sources}

@@ -9,13 +9,7 @@ from bigpipe.faces import face
 if TYPE_CHECKING:
     from .arrivals import Uses, encode_torch_head, read_head
     from .bytesource import ByteSource, FileSource
-    from .description import (
-        ARCHITECTURE_FILE,
-        ModelDescription,
-        describe_checkpoint,
-        describe_if_single,
-        describe_opened,
-    )
+    from .contents import check_weight_map, join_contents, read_contents
     from .files import (
         BIN_SUFFIXES,
         MAX_CONFIG,
@@ -25,25 +19,35 @@ if TYPE_CHECKING:
         files_to_come,
         find_weight_files,
         format_of,
+        parse_object,
         read_json,
     )
     from .headers import encode_header, layout_key, read_header
     from .mapped import MappedFiles
     from .naming import Matches, Recipe, match
-    from .pickles import read_torch_names
-    from .strided import compact_chunks
     from .tensors import (
         CASTABLE,
         FETCH_AGAIN,
         SAFETENSORS_NAMES,
         STORAGE_CLASSES,
+        Contents,
         TensorInfo,
         Tensors,
         invalid,
         itemsize,
         tensor_nbytes,
     )
-    from .view import CHUNK, Checkpoint, OpenFiles, open_checkpoint
+    from .view import (
+        ARCHITECTURE_FILE,
+        CHUNK,
+        Checkpoint,
+        ModelDescription,
+        OpenFiles,
+        describe_checkpoint,
+        describe_if_single,
+        describe_opened,
+        open_checkpoint,
+    )
     from .zipfiles import END, END64, ENTRY, LOCAL, LOCATOR64
 
 __getattr__, __all__ = face(__name__)

@@ -19,9 +19,9 @@ from bigpipe.errors import InvalidCheckpoint, StageFailed
 from bigpipe.passing import OpenInlet
 
 from .bytesource import ByteSource, FileSource
-from .files import format_of, is_hub_blob
-from .headers import read_header
-from .tensors import FETCH_AGAIN, TensorInfo, Tensors, invalid, tensor_nbytes
+from .contents import read_contents
+from .files import format_of
+from .tensors import FETCH_AGAIN, Contents, TensorInfo, Tensors, invalid
 
 PATIENCE = 30.0
 """Seconds for a file to be found again whose name is just being led to another place."""
@@ -44,32 +44,31 @@ class Head:
 
 
 def read_head(source: ByteSource, file: Path) -> tuple[bytes, int]:
-    """What to announce of a weight file: (head, size). Reads and checks it. Raises InvalidCheckpoint."""
-    if format_of(file) == "safetensors":
-        return source.read(0, read_header(source, file).length), source.size
-    from .pickles import read_torch_names
-
-    return encode_torch_head(*read_torch_names(source)), source.size
+    """Return what to announce of a weight file: (head, size). It is read and checked. Raise InvalidCheckpoint."""
+    contents = read_contents(source, file, placed=False)
+    if format_of(file) == "bin":
+        return encode_torch_head(contents.outline, contents.tied), source.size
+    return source.read(0, 8 + int.from_bytes(source.read(0, 8), "little")), source.size
 
 
 def encode_torch_head(tensors: Tensors, tied: Mapping[str, str]) -> bytes:
-    """tied: alias → stored name."""
+    """Return what is announced of a torch file. tied: alias → stored name."""
     listed = [[name, dtype, list(shape)] for name, (dtype, shape) in tensors.items()]
     return json.dumps({"tensors": listed, "tied": dict(tied)}, sort_keys=True).encode()
 
 
-def decode_torch_head(content: bytes, file: Path) -> tuple[tuple[TensorInfo, ...], dict[str, str]]:
-    """As `read_torch_file`, but the tensors' places are not known: offset -1 and no view."""
-    told = json.loads(content)
-    tensors = tuple(
-        TensorInfo(name, dtype, tuple(shape), file, -1, tensor_nbytes(dtype, shape))
-        for name, dtype, shape in told["tensors"]
-    )
-    return tensors, told["tied"]
+def announced_contents(inlet: OpenInlet, file: Path) -> Contents:
+    """Return what a file to come will hold. Where the tensors of a torch file lie is not known: offset -1, no view."""
+    head, size = inlet.heads[file.name]
+    if format_of(file) == "safetensors":
+        return read_contents(Head(head, size, file.name), file)
+    told = json.loads(head)
+    tensors = {name: TensorInfo(name, dtype, tuple(shape), file, -1) for name, dtype, shape in told["tensors"]}
+    return Contents(tensors, told["tied"])
 
 
 def open_arrived(inlet: OpenInlet, file: Path) -> FileSource:
-    """Waits for a file, opens it and makes sure that it is as was announced. Raises InvalidCheckpoint."""
+    """Wait for a file, open it and make sure that it is as was announced. Raise InvalidCheckpoint."""
     inlet.wait(file.name)
     source = _open(file)
     head, size = inlet.heads[file.name]
@@ -80,16 +79,13 @@ def open_arrived(inlet: OpenInlet, file: Path) -> FileSource:
     return source
 
 
-def arrived_places(inlet: OpenInlet, file: Path) -> Mapping[str, TensorInfo]:
-    """The tensors of a torch file with their places, once it is there and found as announced."""
-    from .pickles import read_torch_file
-
+def arrived_contents(inlet: OpenInlet, file: Path) -> Contents:
+    """Return what a torch file holds, places included, once it is there and found as announced."""
     with open_arrived(inlet, file) as source:
-        tensors, tied = read_torch_file(source, file)
-    found = encode_torch_head({tensor.name: (tensor.dtype, tensor.shape) for tensor in tensors}, tied)
-    if found != inlet.heads[file.name][0]:
+        found = read_contents(source, file)
+    if encode_torch_head(found.outline, found.tied) != inlet.heads[file.name][0]:
         raise _other(file)
-    return {tensor.name: tensor for tensor in tensors}
+    return found
 
 
 def _other(file: Path) -> InvalidCheckpoint:
@@ -107,12 +103,6 @@ def _open(file: Path) -> FileSource:
             time.sleep(PAUSE)
 
 
-def arrived_identity(inlet: OpenInlet, file: Path) -> list[object] | None:
-    """What tells the bytes of a file from others, by their content; None for one that stays where it is for good."""
-    sha256 = inlet.sha256(file.name)
-    return None if is_hub_blob(file.resolve()) else ["sha256", sha256]
-
-
 class Uses:
     """Which files to come are still needed by which files that are made of them."""
 
@@ -127,7 +117,7 @@ class Uses:
                 self._left[source] += 1
 
     def settled(self, output: str) -> None:
-        """This file is whole and on the disk: what it was made of may go, if nothing else needs it."""
+        """Let go of what this file was made of, now that it is whole and on the disk, if nothing else needs it."""
         with self._lock:
             for source in self._sources.pop(output, ()):
                 self._left[source] -= 1

@@ -12,7 +12,7 @@ import os
 import re
 import stat
 from collections.abc import Collection, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -39,14 +39,14 @@ class WeightFiles:
 
     format: Format
     files: tuple[Path, ...]
-    weight_map: dict[str, str] | None = None
+    weight_map: dict[str, str] = field(default_factory=dict)
     index: Path | None = None
 
 
 def find_weight_files(path: Path) -> WeightFiles:
-    """The weight files of a directory, of an index file, or the one file itself.
+    """Return the weight files of a directory, of an index file, or the one file itself.
 
-    In a directory safetensors comes before `.bin`, and the usual names before others. Raises InvalidCheckpoint.
+    In a directory safetensors comes before `.bin`, and the usual names before others. Raise InvalidCheckpoint.
     """
     if not path.exists():
         raise InvalidCheckpoint(f"{path}: there is no such file or directory", "give the path of a checkpoint")
@@ -61,7 +61,7 @@ def find_weight_files(path: Path) -> WeightFiles:
 
 
 def files_to_come(directory: Path, coming: Collection[str] = ()) -> WeightFiles:
-    """What `find_weight_files` will find in a directory once the weight files of these names have come."""
+    """Return what `find_weight_files` will find in a directory once the weight files of these names have come."""
     here = {name for name in os.listdir(directory) if not (directory / name).is_dir()}
     for name in _candidates(sorted(here.union(coming)), directory):
         file = directory / name
@@ -94,12 +94,12 @@ def _candidates(names: list[str], directory: Path) -> Iterator[str]:
 
 
 def is_index(name: str) -> bool:
-    """By its name: of weight files."""
+    """Return whether a file of this name is an index of weight files."""
     return name == "index.json" or name.endswith(".index.json")
 
 
 def format_of(file: Path) -> Format:
-    """By its suffix. InvalidCheckpoint for one that is not read here."""
+    """Return the format by the suffix. Raise InvalidCheckpoint for one that is not read here."""
     if file.suffix == ".safetensors":
         return "safetensors"
     if file.suffix in BIN_SUFFIXES:
@@ -110,7 +110,7 @@ def format_of(file: Path) -> Format:
 
 
 def read_index(index: Path, directory: Path, coming: Collection[str] = ()) -> WeightFiles:
-    """An index in transformers' form `{"weight_map": {tensor: file}}` or accelerate's bare `{tensor: file}`.
+    """Read an index in transformers' form `{"weight_map": {tensor: file}}` or accelerate's bare `{tensor: file}`.
 
     Files in `coming` need not be there yet.
     """
@@ -136,12 +136,17 @@ def read_index(index: Path, directory: Path, coming: Collection[str] = ()) -> We
 
 
 def read_json(file: Path, directory: Path, limit: int) -> dict[str, Any]:
-    """A JSON object from a file of the checkpoint, of at most `limit` bytes. A key that stands twice is an error."""
+    """Return a JSON object from a file of the checkpoint, of at most `limit` bytes. Raise InvalidCheckpoint."""
     check_file(file, directory)
     if file.stat().st_size > limit:
         raise invalid(file, f"is larger than {limit} bytes", FETCH_AGAIN)
+    return parse_object(file.read_bytes(), file)
+
+
+def parse_object(text: bytes, file: Path | str) -> dict[str, Any]:
+    """Return a JSON object. Raise InvalidCheckpoint, naming `file`; also where a key stands twice."""
     try:
-        content = json.loads(file.read_bytes(), object_pairs_hook=unique_keys)
+        content = json.loads(text, object_pairs_hook=unique_keys)
     except (ValueError, RecursionError) as error:
         raise invalid(file, f"is not JSON: {str(error)[:200]}", FETCH_AGAIN) from None
     if not isinstance(content, dict):
@@ -150,7 +155,7 @@ def read_json(file: Path, directory: Path, limit: int) -> dict[str, Any]:
 
 
 def unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """Of a JSON object. Raise ValueError where a key stands twice."""
+    """Return the pairs of a JSON object. Raise ValueError where a key stands twice."""
     content = dict(pairs)
     if len(content) != len(pairs):
         raise ValueError("a key stands twice in one object")
@@ -158,7 +163,7 @@ def unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def check_file(file: Path, directory: Path) -> None:
-    """Raises InvalidCheckpoint unless `file` is a regular file that may be opened for a checkpoint in `directory`."""
+    """Raise InvalidCheckpoint unless `file` is a regular file that may be opened for a checkpoint in `directory`."""
     try:
         target = Path(os.path.realpath(file, strict=True))
         mode = target.stat().st_mode
@@ -199,7 +204,7 @@ def _is_store(directory: Path) -> bool:
 
 
 def side_files(directory: Path) -> tuple[Path, ...]:
-    """What travels with the weights: configs, tokenizer, licence, code. Links are checked like those of weights."""
+    """Return what travels with the weights: configs, tokenizer, licence, code. Links are checked as for weights."""
     found: list[Path] = []
     for folder, folders, names in os.walk(directory):
         folders[:] = sorted(name for name in folders if not name.startswith("."))

@@ -11,13 +11,12 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeGuard
 
 from .bytesource import ByteSource
 from .files import unique_keys
-from .tensors import FETCH_AGAIN, SAFETENSORS_DTYPES, SAFETENSORS_NAMES, TensorInfo, invalid, tensor_nbytes
+from .tensors import FETCH_AGAIN, SAFETENSORS_DTYPES, SAFETENSORS_NAMES, Contents, TensorInfo, invalid, tensor_nbytes
 
 MAX_HEADER = 32 * 2**20
 """Bytes. The safetensors library takes 100 MB; the largest models have 100,000 tensors, which take about 12."""
@@ -40,19 +39,10 @@ Entry = tuple[str, list[int], int, int]
 """Name of the dtype, shape, begin and end: one tensor's description, not yet compared with itself."""
 
 
-@dataclass(frozen=True, slots=True)
-class SafetensorsHeader:
-    tensors: tuple[TensorInfo, ...]
-    """In the order of their bytes."""
-    metadata: dict[str, str]
-    length: int
-    """Bytes before the data: 8 + N."""
+def read_header(source: ByteSource, file: Path) -> Contents:
+    """Return what the header of a safetensors file says. `file` is what the tensors will name as theirs.
 
-
-def read_header(source: ByteSource, file: Path) -> SafetensorsHeader:
-    """Reads and checks the header of a safetensors file. `file` is what the tensors will name as theirs.
-
-    Raises InvalidCheckpoint with file, tensor, offset and cure.
+    Raise InvalidCheckpoint with file, tensor, offset and cure.
     """
     if source.size < 8:
         raise invalid(file, f"has {source.size} bytes, too few for a safetensors header", FETCH_AGAIN)
@@ -68,7 +58,7 @@ def read_header(source: ByteSource, file: Path) -> SafetensorsHeader:
     tensors = [_tensor(name, *entry, file, 8 + length) for name, entry in entries.items()]
     tensors.sort(key=lambda tensor: (tensor.offset, tensor.nbytes))
     _check_cover(tensors, file, 8 + length, source.size)
-    return SafetensorsHeader(tuple(tensors), metadata, 8 + length)
+    return Contents({tensor.name: tensor for tensor in tensors}, metadata=metadata)
 
 
 class _HeaderText:
@@ -163,27 +153,22 @@ class _HeaderText:
         return at + 1
 
     def _error(self, cause: str, at: int, name: str | None = None) -> Exception:
-        return invalid(
-            self.file, cause, FETCH_AGAIN, tensor=name, offset=8 + len(self.text[:at].encode("utf-8", "replace"))
-        )
+        offset = 8 + len(self.text[:at].encode("utf-8", "replace"))
+        return invalid(self.file, cause, FETCH_AGAIN, tensor=name, offset=offset)
 
 
 def _tensor(name: str, dtype_name: str, shape: list[int], begin: int, end: int, file: Path, start: int) -> TensorInfo:
     dtype = SAFETENSORS_DTYPES.get(dtype_name)
     if dtype is None:
-        known = ", ".join(SAFETENSORS_DTYPES)
-        raise invalid(
-            file, f"dtype {dtype_name[:40]!r} is not one torch has", f"save it as one of {known}", tensor=name
-        )
+        cure = f"save it as one of {', '.join(SAFETENSORS_DTYPES)}"
+        raise invalid(file, f"dtype {dtype_name[:40]!r} is not one torch has", cure, tensor=name)
     if dtype == "float4_e2m1fn_x2":
         shape = _pairs(name, shape, file)
-    nbytes = tensor_nbytes(dtype, shape)
-    if end - begin != nbytes:
-        raise invalid(
-            file, f"{dtype} of shape {tuple(shape)} takes {nbytes} bytes, but data_offsets say {end - begin}",
-            FETCH_AGAIN, tensor=name, offset=start + begin,
-        )  # fmt: skip
-    return TensorInfo(name, dtype, tuple(shape), file, start + begin, nbytes)
+    tensor = TensorInfo(name, dtype, tuple(shape), file, start + begin)
+    if end - begin != tensor.nbytes:
+        cause = f"{dtype} of shape {tensor.shape} takes {tensor.nbytes} bytes, but data_offsets say {end - begin}"
+        raise invalid(file, cause, FETCH_AGAIN, tensor=name, offset=tensor.offset)
+    return tensor
 
 
 def _sizes(value: Any) -> TypeGuard[list[int]]:
@@ -214,9 +199,9 @@ def _check_cover(tensors: Sequence[TensorInfo], file: Path, start: int, size: in
 
 
 def encode_header(tensors: Sequence[tuple[str, str, tuple[int, ...]]], metadata: Mapping[str, str]) -> bytes:
-    """The header of a file that holds `(name, torch dtype, shape)` in this order, padded with spaces to 8 bytes.
+    """Return the header of a file that holds `(name, torch dtype, shape)` in this order, padded to 8 bytes.
 
-    Byte for byte what the safetensors library writes for the same order. KeyError for a dtype safetensors lacks.
+    Byte for byte what the safetensors library writes for the same order. Raise KeyError for a dtype it lacks.
     """
     header: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
     end = 0
@@ -233,5 +218,5 @@ _LAYOUT_RANK = {name: rank for rank, name in enumerate(SAFETENSORS_NAMES)}
 
 
 def layout_key(name: str, dtype: str) -> tuple[int, str]:
-    """Sorts the tensors of one file as the safetensors library does: wide formats first, so that all stay aligned."""
+    """Return the sort key of the safetensors library in a file: wide formats first, so that all stay aligned."""
     return _LAYOUT_RANK[dtype], name

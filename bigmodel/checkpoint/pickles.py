@@ -16,7 +16,7 @@ from typing import Any
 
 from .bytesource import ByteSource
 from .picklemachine import PickleMachine, Tensor
-from .tensors import FETCH_AGAIN, TensorInfo, Tensors, View, invalid, itemsize, tensor_nbytes
+from .tensors import FETCH_AGAIN, Contents, TensorInfo, View, invalid, itemsize
 from .zipfiles import ZipEntry, data_offset, read_directory, read_entry
 
 MAX_PICKLE = 32 * 2**20
@@ -34,9 +34,9 @@ class TorchFile:
 
 
 def read_torch_pickle(source: ByteSource) -> TorchFile:
-    """Reads the directory and `data.pkl`: three short ranges, no tensor data. Works over HTTP.
+    """Return what the directory and `data.pkl` say: three short ranges, no tensor data. Works over HTTP.
 
-    Raises InvalidCheckpoint with file, entry or tensor, and cure.
+    Raise InvalidCheckpoint with file, entry or tensor, and cure.
     """
     entries = read_directory(source)
     prefix = _prefix(source, entries)
@@ -51,22 +51,19 @@ def read_torch_pickle(source: ByteSource) -> TorchFile:
     return TorchFile(prefix, entries, tensors)
 
 
-def read_torch_file(source: ByteSource, file: Path) -> tuple[tuple[TensorInfo, ...], dict[str, str]]:
-    """Tensors in the order of the state dict, and aliases (see `unique_tensors`)."""
+def read_torch_file(source: ByteSource, file: Path, *, placed: bool = True) -> Contents:
+    """Return the tensors in the order of the state dict, and aliases (see `unique_tensors`).
+
+    Not placed: only three short ranges are read, so over HTTP too; offsets are then -1 and there are no views.
+    """
     torch_file = read_torch_pickle(source)
-    starts = _data_starts(source, torch_file)
     kept, tied = unique_tensors(torch_file.tensors)
-    return tuple(_tensor_info(name, tensor, file, starts[tensor.storage.key]) for name, tensor in kept.items()), tied
-
-
-def read_torch_names(source: ByteSource) -> tuple[Tensors, dict[str, str]]:
-    """What `read_torch_file` gives, without the places of the tensors: three short ranges, so over HTTP too."""
-    kept, tied = unique_tensors(read_torch_pickle(source).tensors)
-    return {name: (tensor.dtype, tensor.shape) for name, tensor in kept.items()}, tied
+    starts = _data_starts(source, torch_file) if placed else {}
+    return Contents({name: _stored(name, tensor, file, starts) for name, tensor in kept.items()}, tied)
 
 
 def unique_tensors(tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Splits the names of a state dict into those that are stored and the aliases (alias → stored name).
+    """Return the tensors of a state dict that are stored, and the aliases (alias → stored name).
 
     Names of the same elements of one storage are one tensor, and the first is kept: it is the embedding, which the
     state dict names before the head that is tied to it, and what transformers' save_pretrained keeps.
@@ -165,12 +162,13 @@ def _data_starts(source: ByteSource, torch_file: TorchFile) -> dict[str, int]:
     }
 
 
-def _tensor_info(name: str, tensor: Tensor, file: Path, start: int) -> TensorInfo:
-    offset = start + tensor.offset * itemsize(tensor.dtype)
-    nbytes = tensor_nbytes(tensor.dtype, tensor.shape)
+def _stored(name: str, tensor: Tensor, file: Path, starts: Mapping[str, int]) -> TensorInfo:
+    if tensor.storage.key not in starts:
+        return TensorInfo(name, tensor.dtype, tensor.shape, file, -1)
+    offset = starts[tensor.storage.key] + tensor.offset * itemsize(tensor.dtype)
     if _is_contiguous(tensor):
-        return TensorInfo(name, tensor.dtype, tensor.shape, file, offset, nbytes)
-    return TensorInfo(name, tensor.dtype, tensor.shape, file, -1, nbytes, View(offset, tensor.strides))
+        return TensorInfo(name, tensor.dtype, tensor.shape, file, offset)
+    return TensorInfo(name, tensor.dtype, tensor.shape, file, -1, View(offset, tensor.strides))
 
 
 def _is_contiguous(tensor: Tensor) -> bool:

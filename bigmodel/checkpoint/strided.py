@@ -15,11 +15,13 @@ if TYPE_CHECKING:
     Array = numpy.ndarray[Any, Any]
 
 SPAN = 16 * 2**20
-"""At most this many bytes of the file are in memory at once."""
 
 
-def compact_chunks(source: FileSource, tensor: TensorInfo, size: int) -> Iterator[memoryview]:
-    """The elements of a view in row-major order, at most `size` bytes at a time (at least one element)."""
+def compact_chunks(source: FileSource, tensor: TensorInfo, size: int, span: int = SPAN) -> Iterator[memoryview]:
+    """Give the elements of a view in row-major order, at most `size` bytes at a time (at least one element).
+
+    span: at most this many bytes of the file are in memory at once.
+    """
     import numpy
 
     if tensor.view is None:
@@ -28,7 +30,7 @@ def compact_chunks(source: FileSource, tensor: TensorInfo, size: int) -> Iterato
     strides = [stride * width for stride in tensor.view.strides]
     for offset, shape in _blocks(tensor.view.offset, tensor.shape, strides, max(1, size // width)):
         block = numpy.empty(shape, dtype=f"V{width}")
-        _gather(source, block, offset, strides[len(strides) - len(shape) :])
+        _gather(source, block, offset, strides[len(strides) - len(shape) :], span)
         yield memoryview(block.reshape(-1).view(numpy.uint8).data)
 
 
@@ -50,17 +52,17 @@ def _blocks(
             yield base + start * strides[axis], (min(step, shape[axis] - start), *shape[axis + 1 :])
 
 
-def _gather(source: FileSource, block: Array, offset: int, strides: Sequence[int]) -> None:
-    """Fills `block` from the file, in halves along the widest stride until the span fits into memory."""
+def _gather(source: FileSource, block: Array, offset: int, strides: Sequence[int], span: int) -> None:
+    """Fill `block` from the file, in halves along the widest stride until they span no more than `span`."""
     import numpy
 
-    span = block.itemsize + sum((size - 1) * stride for size, stride in zip(block.shape, strides, strict=True))
-    if span <= SPAN:
-        raw = source.read(offset, span)
+    length = block.itemsize + sum((size - 1) * stride for size, stride in zip(block.shape, strides, strict=True))
+    if length <= span:
+        raw = source.read(offset, length)
         block[...] = numpy.ndarray(block.shape, block.dtype, raw, 0, tuple(strides))
         return
     axis = max((axis for axis, size in enumerate(block.shape) if size > 1), key=lambda axis: strides[axis])
     half = block.shape[axis] // 2
     first, second = numpy.split(block, [half], axis)
-    _gather(source, first, offset, strides)
-    _gather(source, second, offset + half * strides[axis], strides)
+    _gather(source, first, offset, strides, span)
+    _gather(source, second, offset + half * strides[axis], strides, span)

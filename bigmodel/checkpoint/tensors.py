@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from bigpipe.errors import InvalidCheckpoint
@@ -44,12 +44,12 @@ STORAGE_CLASSES: Mapping[str, str] = {dtype: name for name, dtype in STORAGE_DTY
 
 
 def itemsize(dtype: str) -> int:
-    """Bytes of one element. KeyError for a name torch does not have."""
+    """Return the bytes of one element. Raise KeyError for a name torch does not have."""
     return int(DTYPES[dtype])
 
 
 def tensor_nbytes(dtype: str, shape: Sequence[int]) -> int:
-    """Bytes of a contiguous tensor; `shape` is torch's, () a scalar."""
+    """Return the bytes of a contiguous tensor; `shape` is torch's, () a scalar."""
     return math.prod(shape) * itemsize(dtype)
 
 
@@ -77,18 +77,37 @@ class TensorInfo:
     shape: tuple[int, ...]
     file: Path
     offset: int
-    nbytes: int
     view: View | None = None
+
+    @property
+    def nbytes(self) -> int:
+        return tensor_nbytes(self.dtype, self.shape)
 
 
 Tensors = Mapping[str, tuple[str, tuple[int, ...]]]
 """Stored name → (torch dtype name, shape), in the order of their bytes or of the state dict."""
 
 
+@dataclass(frozen=True, slots=True)
+class Contents:
+    """What one or several weight files hold, by their headers."""
+
+    tensors: dict[str, TensorInfo]
+    """By name, in the order of their bytes or of the state dict."""
+    tied: dict[str, str] = field(default_factory=dict)
+    """Alias → the stored name it shares its bytes with. Only torch files can hold these."""
+    metadata: dict[str, str] = field(default_factory=dict)
+    """`__metadata__` of the safetensors files, merged."""
+
+    @property
+    def outline(self) -> Tensors:
+        return {name: (tensor.dtype, tensor.shape) for name, tensor in self.tensors.items()}
+
+
 def invalid(
     file: Path | str, cause: str, cure: str, *, tensor: str | None = None, offset: int | None = None
 ) -> InvalidCheckpoint:
-    """The error for bytes that are not what they should be: file, tensor, byte offset, cause, cure."""
+    """Return the error for bytes that are not what they should be: file, tensor, byte offset, cause, cure."""
     where = str(file)
     if tensor is not None:
         where += f": tensor {tensor[:200]!r}"

@@ -6,16 +6,20 @@ torch zip files (`.bin`, `.pt`, `.pth`) by the restricted reader in `pickles`, w
 
 from __future__ import annotations
 
+import itertools
 import os
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Self
 
+from bigpipe.errors import UsageError
 from bigpipe.passing import Inlet, OpenInlet
 
-from .arrivals import Head, arrived_identity, arrived_places, decode_torch_head, open_arrived
-from .bytesource import ByteSource, FileSource
+from .arrivals import announced_contents, arrived_contents, open_arrived
+from .bytesource import FileSource
+from .contents import check_weight_map, join_contents, read_contents
 from .files import (
     MAX_CONFIG,
     Format,
@@ -23,13 +27,13 @@ from .files import (
     files_to_come,
     find_weight_files,
     format_of,
+    is_hub_blob,
     is_index,
     is_object,
     read_json,
     side_files,
 )
-from .headers import read_header
-from .tensors import TensorInfo, invalid
+from .tensors import Contents, TensorInfo, Tensors, tensor_nbytes
 
 CHUNK = 4 * 2**20
 """Bytes moved at a time: large enough for the disk, small enough to stay in the cache of a CPU on its way through."""
@@ -64,54 +68,61 @@ class Checkpoint:
         return sum(tensor.nbytes for tensor in self.tensors.values())
 
     def open(self, file: Path) -> FileSource:
-        """One of its files, once it is there."""
+        """Open one of its files, once it is there."""
         return FileSource(file) if self.inlet is None else open_arrived(self.inlet, file)
 
     def placed(self, name: str) -> TensorInfo:
-        """A stored tensor with the place of its bytes, which of a torch file that is to come nobody knows before.
+        """Return a stored tensor with the place of its bytes, which nobody knows before a torch file has come.
 
-        Waits for it then. Raises InvalidCheckpoint where another file came than was announced.
+        Wait for it then. Raise InvalidCheckpoint where another file came than was announced.
         """
         tensor = self.tensors[name]
         if self.inlet is None or self.format == "safetensors":
             return tensor
         if tensor.file not in self._places:
-            self._places[tensor.file] = arrived_places(self.inlet, tensor.file)
+            self._places[tensor.file] = arrived_contents(self.inlet, tensor.file).tensors
         return self._places[tensor.file][name]
 
     def identity(self, file: Path) -> list[object]:
-        """What tells the bytes of one of its files from others: their sha256 where a store named them by it, else real
-        path, size and time of change."""
-        known = arrived_identity(self.inlet, file) if self.inlet is not None else None
-        if known is not None:
-            return known
+        """Return what tells the bytes of one of its files from others.
+
+        The sha256 where a store names them by it or they are still coming, else real path, size and time of change.
+        """
+        sha256 = self.inlet.sha256(file.name) if self.inlet is not None else None
         real = Path(os.path.realpath(file))
+        if sha256 is not None and not is_hub_blob(real):
+            return ["sha256", sha256]
         if is_object(real):
             return ["sha256", real.name]
         facts = real.stat()
         return [str(real), facts.st_size, facts.st_mtime_ns]
 
     def read(self, name: str) -> bytes:
-        """The contiguous bytes of one tensor or alias. KeyError for an unknown name."""
+        """Return the contiguous bytes of one tensor or alias. Raise KeyError for an unknown name."""
         content = bytearray()
         for piece in self.chunks(name):  # not join: each piece is overwritten by the next
             content += piece
         return bytes(content)
 
     def chunks(self, name: str, size: int = CHUNK) -> Iterator[memoryview]:
-        """The contiguous bytes of one tensor, at most `size` at a time; each piece is valid until the next is taken."""
-        tensor = self.placed(self.tied.get(name, name))
-        with self.open(tensor.file) as source:
-            if tensor.view is not None:
-                from .strided import compact_chunks
+        """Give the contiguous bytes of one tensor, at most `size` at a time, each valid until the next is taken."""
+        name = self.tied.get(name, name)
+        with self.open(self.tensors[name].file) as source:
+            buffer = memoryview(bytearray(min(size, self.tensors[name].nbytes)))
+            yield from self.pieces(name, source, size, itertools.repeat(buffer))
 
-                yield from compact_chunks(source, tensor, size)
-                return
-            buffer = memoryview(bytearray(min(size, tensor.nbytes)))
-            for start in range(0, tensor.nbytes, size):
-                piece = buffer[: min(size, tensor.nbytes - start)]
-                source.read_into(piece, tensor.offset + start)
-                yield piece
+    def pieces(self, name: str, source: FileSource, size: int, buffers: Iterator[memoryview]) -> Iterator[memoryview]:
+        """Give a stored tensor's contiguous bytes from its open file, at most `size` at a time, in these buffers."""
+        tensor = self.placed(name)
+        if tensor.view is not None:
+            from .strided import compact_chunks
+
+            yield from compact_chunks(source, tensor, size)
+            return
+        for start in range(0, tensor.nbytes, size):
+            piece = next(buffers)[: min(size, tensor.nbytes - start)]
+            source.read_into(piece, tensor.offset + start)
+            yield piece
 
 
 class OpenFiles:
@@ -126,7 +137,7 @@ class OpenFiles:
         self._sources: dict[Path, FileSource] = {}
 
     def source(self, file: Path) -> FileSource:
-        """Of a checkpoint that is still being made: waits until the file is there."""
+        """Return the open file; of a checkpoint that is still being made, once it is there."""
         if file not in self._sources:
             if self._most is not None and len(self._sources) >= self._most:
                 self.close(list(self._sources)[0])  # noqa: RUF015 (another thread may close one meanwhile)
@@ -134,7 +145,7 @@ class OpenFiles:
         return self._sources[file]
 
     def close(self, file: Path) -> None:
-        """Lets go of a file that nobody reads any more; from any thread."""
+        """Let go of a file that nobody reads any more; from any thread."""
         if (source := self._sources.pop(file, None)) is not None:
             source.close()
 
@@ -147,27 +158,18 @@ class OpenFiles:
 
 
 def open_checkpoint(source: str | Path | Inlet) -> Checkpoint:
-    """Opens a checkpoint directory, a single weight file or an index file; or what comes through an inlet.
+    """Open a checkpoint directory, a single weight file or an index file; or what comes through an inlet.
 
     Reads `model.safetensors`, `pytorch_model.bin` and others of these kinds, single or sharded with transformers' or
     accelerate's index. Of weight files that are still being made it reads the announced headers; reading a tensor then
-    waits for its file. Raises InvalidCheckpoint, naming file, tensor, byte offset and cure, on anything that is not
+    waits for its file. Raise InvalidCheckpoint, naming file, tensor, byte offset and cure, on anything that is not
     exactly what it says it is.
     """
     if isinstance(source, OpenInlet):
-        return _open_arriving(source)
+        opened = _assemble(source.folder, _arriving_files(source), partial(announced_contents, source))
+        return replace(opened, inlet=source)
     path = source.folder if isinstance(source, Inlet) else Path(source)
-    return _assemble(path, find_weight_files(path), _read_here)
-
-
-def _open_arriving(inlet: OpenInlet) -> Checkpoint:
-    def read(file: Path) -> Contents:
-        head, size = inlet.heads[file.name]
-        if format_of(file) == "safetensors":
-            return _read_safetensors(Head(head, size, file.name), file)
-        return *decode_torch_head(head, file), {}
-
-    return replace(_assemble(inlet.folder, _arriving_files(inlet), read), inlet=inlet)
+    return _assemble(path, find_weight_files(path), _contents_here)
 
 
 def _arriving_files(inlet: OpenInlet) -> WeightFiles:
@@ -179,66 +181,89 @@ def _arriving_files(inlet: OpenInlet) -> WeightFiles:
     return WeightFiles(format_of(files[0]), files)
 
 
-Contents = tuple[tuple[TensorInfo, ...], dict[str, str], dict[str, str]]
-"""Of one file: tensors, aliases, metadata."""
-
-
-def _read_here(file: Path) -> Contents:
+def _contents_here(file: Path) -> Contents:
     with FileSource(file) as source:
-        if format_of(file) == "safetensors":
-            return _read_safetensors(source, file)
-        from .pickles import read_torch_file
-
-        return *read_torch_file(source, file), {}
-
-
-def _read_safetensors(source: ByteSource, file: Path) -> Contents:
-    header = read_header(source, file)
-    return header.tensors, {}, header.metadata
+        return read_contents(source, file)
 
 
 def _assemble(path: Path, weights: WeightFiles, read: Callable[[Path], Contents]) -> Checkpoint:
-    directory = path if path.is_dir() else path.parent
-    tensors, tied, metadata = _read_files(weights, read)
-    _check_index(weights, tensors, tied)
-    config = directory / "config.json"
-    whole = path.is_dir()
+    contents = join_contents({file: read(file) for file in weights.files})
+    if weights.index is not None:
+        check_weight_map(weights.index, weights.weight_map, contents)
+    config, whole = path / "config.json", path.is_dir()
     return Checkpoint(
         path=path,
         format=weights.format,
         files=weights.files,
-        tensors=tensors,
-        tied=tied,
-        config=read_json(config, directory, MAX_CONFIG) if whole and config.exists() else None,
-        extras=side_files(directory) if whole else (),
-        metadata=metadata,
+        tensors=contents.tensors,
+        tied=contents.tied,
+        config=read_json(config, path, MAX_CONFIG) if whole and config.exists() else None,
+        extras=side_files(path) if whole else (),
+        metadata=contents.metadata,
     )
 
 
-def _read_files(
-    weights: WeightFiles, read: Callable[[Path], Contents]
-) -> tuple[dict[str, TensorInfo], dict[str, str], dict[str, str]]:
-    tensors: dict[str, TensorInfo] = {}
-    tied: dict[str, str] = {}
-    metadata: dict[str, str] = {}
-    for file in weights.files:
-        found, aliases, own = read(file)
-        metadata.update(own)
-        for name in [*(tensor.name for tensor in found), *aliases]:
-            if name in tensors or name in tied:
-                raise invalid(file, "stands in another file of this checkpoint too", "save the model anew", tensor=name)
-        tensors.update((tensor.name, tensor) for tensor in found)
-        tied.update(aliases)
-    return tensors, tied, metadata
+ARCHITECTURE_FILE = "bigpipe_architecture.json"
+"""Names the Python class of a model that has no transformers config; travels inside the artifact."""
 
 
-def _check_index(weights: WeightFiles, tensors: Mapping[str, TensorInfo], tied: Mapping[str, str]) -> None:
-    if weights.weight_map is None or weights.index is None:
-        return
-    for name, file_name in weights.weight_map.items():
-        stored = tensors.get(tied.get(name, name))
-        if stored is None or stored.file.name != file_name:
-            where = f"it is in {stored.file.name}" if stored else "it is nowhere"
-            raise invalid(
-                weights.index, f"says this tensor is in {file_name}, but {where}", "save the model anew", tensor=name
-            )
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelDescription:
+    """What is known of a checkpoint without its weights: what one stage's forecast tells the next."""
+
+    config: Mapping[str, Any] | None
+    tensors: Tensors | None
+    """In the order of their bytes. None: not known."""
+    format: str | None
+    """safetensors or bin."""
+    tied: Mapping[str, str]
+    """Alias → stored name."""
+    path: Path | None
+    """Where side files (config, tokenizer, custom class) can be read, if anywhere yet."""
+    custom: Mapping[str, Any] | None
+    """Contents of `bigpipe_architecture.json`."""
+
+    @property
+    def quantization(self) -> Mapping[str, Any] | None:
+        """`quantization_config` of the config, of the part of it that is about text, or of a custom description."""
+        config = self.config or {}
+        for holder in (config, config.get("text_config"), self.custom):
+            for name in ("quantization_config", "compression_config"):  # the second: compressed-tensors before 2025
+                found = holder.get(name) if isinstance(holder, Mapping) else None
+                if isinstance(found, Mapping) and found:
+                    return found
+        return None
+
+    @property
+    def nbytes(self) -> int | None:
+        """Bytes of all stored tensors, without headers. None where the tensors are not known."""
+        if self.tensors is None:
+            return None
+        return sum(tensor_nbytes(dtype, shape) for dtype, shape in self.tensors.values())
+
+
+def describe_checkpoint(path: str | Path) -> ModelDescription:
+    """Describe a checkpoint directory from its headers. Raise InvalidCheckpoint as `open_checkpoint` does."""
+    return describe_opened(open_checkpoint(path))
+
+
+def describe_if_single(path: Path) -> ModelDescription | None:
+    """As `describe_checkpoint`; None for what has no single checkpoint, such as a diffusers pipeline."""
+    try:
+        return describe_checkpoint(path)
+    except UsageError:
+        return None
+
+
+def describe_opened(checkpoint: Checkpoint) -> ModelDescription:
+    """As `describe_checkpoint`, of a checkpoint that is open."""
+    file = checkpoint.path / ARCHITECTURE_FILE
+    custom = read_json(file, checkpoint.path, MAX_CONFIG) if file in checkpoint.extras else None
+    return ModelDescription(
+        config=checkpoint.config,
+        tensors={name: (tensor.dtype, tensor.shape) for name, tensor in checkpoint.tensors.items()},
+        format=checkpoint.format,
+        tied=checkpoint.tied,
+        path=checkpoint.path,
+        custom=custom,
+    )

@@ -27,7 +27,7 @@ from bigpipe.bigmodel.checkpoint import (
     read_json,
 )
 from bigpipe.bigmodel.formats import PLAIN, format_of
-from bigpipe.bigmodel.hub import COMMIT, Hub, Repository, cached_commit, describe_repository, pipeline_tensors
+from bigpipe.bigmodel.hub import COMMIT, Hub, Repository, cached_commit, describe_pipeline, describe_repository
 from bigpipe.bigmodel.sources import Sources
 from bigpipe.errors import InvalidCheckpoint, NoWeights, Offline, UsageError, first_few
 
@@ -83,10 +83,10 @@ def _parse(model: str, revision: str) -> tuple[str, str]:
 
 
 def _look_remotely(repo: str, revision: str, hub: Hub, sources: Sources, library: str | None) -> Sighting:
-    found = describe_repository(repo, revision, hub=hub, memo=sources.memo, library=library, need="sizes")
+    found = describe_repository(repo, revision, hub=hub, library=library, need="sizes")
     description = found.description
     if sources.trust_remote_code and (description.config or {}).get("auto_map"):
-        description = replace(description, path=_fetch_code(found.repository, revision, hub, sources.memo))
+        description = replace(description, path=_fetch_code(found.repository, revision))
     return Sighting(
         name=repo,
         revision=found.repository.commit,
@@ -99,7 +99,7 @@ def _look_remotely(repo: str, revision: str, hub: Hub, sources: Sources, library
     )
 
 
-def _fetch_code(repository: Repository, revision: str, hub: Hub, memo: Path | None) -> Path:
+def _fetch_code(repository: Repository, revision: str) -> Path:
     """Brings the repository's own Python files, which the caller trusts at exactly this commit, into the Hub cache."""
     if not COMMIT.fullmatch(revision):
         raise UsageError(
@@ -109,8 +109,8 @@ def _fetch_code(repository: Repository, revision: str, hub: Hub, memo: Path | No
     from bigpipe.bigmodel.hub import fetch
 
     code = [file for file in repository.files if "/" not in file.path and file.path.endswith((".py", ".json"))]
-    fetch(repository, code, hub=hub, memo=memo)
-    return hub.folder(repository.repo) / "snapshots" / repository.commit
+    fetch(repository, code)
+    return repository.snapshot
 
 
 def _look_locally(path: Path, library: str | None) -> Sighting:
@@ -120,12 +120,10 @@ def _look_locally(path: Path, library: str | None) -> Sighting:
     if path.is_dir() and _has_weights(path):
         return Sighting(name=str(path), description=describe_checkpoint(path), library=library)
     if path.is_dir() and (path / "model_index.json").is_file():
-        request = read_request(path, library_name="diffusers")
-        tensors, tied, form = pipeline_tensors(path)
-        description = replace(_described({}, None, path), tensors=tensors or None, tied=tied, format=form)
+        request, description = read_request(path, library_name="diffusers"), describe_pipeline(path)
         return Sighting(
-            name=str(path), description=description, source="headers" if tensors else "config", library="diffusers",
-            components=dict(request.config),
+            name=str(path), description=description, source="headers" if description.tensors else "config",
+            library="diffusers", components=dict(request.config),
         )  # fmt: skip
     file = path / "config.json" if path.is_dir() else path
     custom = directory / ARCHITECTURE_FILE

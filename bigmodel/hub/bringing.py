@@ -58,7 +58,7 @@ class Expected:
         return max((self.sizes[name] for name in may_pass(self.sizes)), default=0)
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True)
 class Brought:
     files: dict[str, tuple[str, int]]
     """Relative path → (hex sha256, size)."""
@@ -84,29 +84,25 @@ class HubSource:
     revision: str
     choice: Choice
     hub: Hub
-    memo: Path | None = None
 
     def check(self) -> None:
         """Raise as `check_access` where the login may not read it; offline nothing is asked."""
         if not self.hub.offline:
             check_access(self.repo, hub=self.hub)
 
-    def _repository(self) -> Repository:
-        return describe(self.repo, self.revision, hub=self.hub, memo=self.memo)
-
-    def _of(self, repository: Repository) -> list[HubFile]:
+    def _described(self) -> tuple[Repository, list[HubFile]]:
+        repository = describe(self.repo, self.revision, hub=self.hub)
         chosen = set(self.choice.among([file.path for file in repository.files], repository.library))
-        return [file for file in repository.files if file.path in chosen]
+        return repository, [file for file in repository.files if file.path in chosen]
 
     def chosen(self) -> list[HubFile]:
         """Return the files to take. Raise as `describe` and `select`."""
-        return self._of(self._repository())
+        return self._described()[1]
 
     def expect(self) -> Expected:
         """Return what comes, by the repository's listing, config, index and headers; no weights move."""
-        repository = self._repository()
-        files = self._of(repository)
-        missing = missing_bytes(repository, files, self.hub)
+        repository, files = self._described()
+        missing = missing_bytes(repository, files)
         return Expected(
             sizes={file.path: file.size for file in files},
             description=self._description(repository.commit),
@@ -120,10 +116,9 @@ class HubSource:
         if self.choice.include or self.choice.exclude:
             return None  # what these leave is described once it is here
         try:
-            found = describe_repository(self.repo, commit, hub=self.hub, memo=self.memo, library=self.choice.library)
+            return describe_repository(self.repo, commit, hub=self.hub, library=self.choice.library).description
         except (Transient, NotAuthorised, UsageError):
             return None
-        return found.description
 
     def bring(self, out: Path, watch: Watch, skip: Collection[str] = ()) -> Brought:
         """Fetch files into the Hub cache and link them in `out`, but those that `skip` names.
@@ -131,35 +126,27 @@ class HubSource:
         Raise as `chosen` and `fetch`, DoesNotFit, and InvalidCheckpoint where an index names a file that is not among
         them.
         """
-        repository = self._repository()
-        chosen = [file for file in self._of(repository) if file.path not in skip]
+        repository, files = self._described()
+        chosen = {file.path: file for file in files if file.path not in skip}
         watch.log(f"{repository.repo} at {repository.commit}: {counted(len(chosen), 'file')}")
-        for misfit in _misfits(missing_bytes(repository, chosen, self.hub), self.hub):
+        for misfit in _misfits(missing_bytes(repository, chosen.values()), self.hub):
             raise misfit.error()
-        passing = set(may_pass(file.path for file in chosen) if watch.outlet.waited_for else ())
-        files: dict[str, tuple[str, int]] = {}
+        bringing = _Bringing(out, watch, chosen)
 
         def arrived(name: str, file: Fetched) -> None:
             make_directory((out / name).parent)
             link(file.path, out / name)
-            files[name] = (file.sha256, file.size)
-            if name in passing:
-                watch.outlet.finished(name, *files[name])
+            bringing.arrived(name, file.sha256, file.size)
 
-        side = [file for file in chosen if file.path not in passing]
-        snapshot = fetch(repository, side, hub=self.hub, memo=self.memo, report=watch.report)
+        weights = [chosen[name] for name in bringing.passing]
+        snapshot = fetch(repository, [chosen[name] for name in bringing.side], report=watch.report)
         for name, file in snapshot.files.items():
             arrived(name, file)
         fetched = snapshot.fetched_bytes
-        if passing:
-            weights = [file for file in chosen if file.path in passing]
-            _announce(passing, out, watch, lambda: repository_heads(repository, weights, self.hub))
-            later = fetch(repository, weights, hub=self.hub, memo=self.memo, report=watch.report, arrived=arrived)
-            fetched += later.fetched_bytes
-        _check_indexes(files, out)
-        return Brought(
-            files={file.path: files[file.path] for file in chosen}, commit=repository.commit, fetched_bytes=fetched
-        )
+        if weights:
+            bringing.announce(lambda: repository_heads(repository, weights))
+            fetched += fetch(repository, weights, report=watch.report, arrived=arrived).fetched_bytes
+        return bringing.done(repository.commit, fetched)
 
 
 @dataclass(frozen=True, slots=True)
@@ -190,25 +177,54 @@ class DirectorySource:
 
     def bring(self, out: Path, watch: Watch, skip: Collection[str] = ()) -> Brought:
         """Copy files into `out`. Otherwise as `HubSource.bring`."""
-        chosen = [file for file in self.chosen() if file.path not in skip]
-        names = [file.path for file in chosen]
-        passing = may_pass(names) if watch.outlet.waited_for else []
-        total, done = sum(file.size for file in chosen), 0
+        sizes = {file.path: file.size for file in self.chosen() if file.path not in skip}
+        bringing, done = _Bringing(out, watch, sizes), 0
 
         def report(size: int) -> None:
             nonlocal done
             done += size
-            watch.report(done, total, "copy")
+            watch.report(done, sum(sizes.values()), "copy")
 
-        side = [name for name in names if name not in passing]
-        files = {name: copy_file(self.folder / name, out / name, progress=report) for name in side}
-        _announce(passing, out, watch, lambda: directory_heads(self.folder, passing))
-        for name in passing:
+        for name in bringing.side:
+            bringing.arrived(name, *copy_file(self.folder / name, out / name, progress=report))
+        if bringing.passing:
+            bringing.announce(lambda: directory_heads(self.folder, bringing.passing))
+        for name in bringing.passing:
             watch.outlet.begin(name)
-            files[name] = copy_file(self.folder / name, out / name, progress=report)
-            watch.outlet.finished(name, *files[name])
-        _check_indexes(files, out)
-        return Brought(files={name: files[name] for name in names})
+            bringing.arrived(name, *copy_file(self.folder / name, out / name, progress=report))
+        return bringing.done()
+
+
+class _Bringing:
+    """Files on their way into a directory: the others before the weights that pass on one by one."""
+
+    def __init__(self, out: Path, watch: Watch, names: Collection[str]) -> None:
+        self.out = out
+        self.watch = watch
+        self.names = names
+        self.passing = may_pass(names) if watch.outlet.waited_for else []
+        self.side = [name for name in names if name not in self.passing]
+        self._files: dict[str, tuple[str, int]] = {}
+
+    def announce(self, heads: Callable[[], Heads]) -> None:
+        """Where what comes cannot be known beforehand nobody is told anything: all wait until all is here."""
+        if not are_the_model(self.passing, self.out):
+            return
+        try:
+            self.watch.outlet.announce(heads())
+        except BigpipeError as error:
+            self.watch.log(f"what follows starts when all files are here: {error.cause}")
+
+    def arrived(self, name: str, sha256: str, size: int) -> None:
+        self._files[name] = sha256, size
+        if name in self.passing:
+            self.watch.outlet.finished(name, sha256, size)
+
+    def done(self, commit: str | None = None, fetched_bytes: int = 0) -> Brought:
+        for name in self.names:
+            if name.endswith(".index.json"):
+                check_index(self.names, name, json.loads((self.out / name).read_bytes()))
+        return Brought({name: self._files[name] for name in self.names}, commit, fetched_bytes)
 
 
 Source = HubSource | DirectorySource
@@ -221,19 +237,3 @@ def _misfits(missing: int, hub: Hub) -> tuple[Misfit, ...]:
         return ()
     cause = f"{format_transfer(missing)} to download, {format_transfer(free)} free for the Hub cache {hub.cache}"
     return (Misfit(cause, f"free {format_transfer(missing - free)} there, or set HF_HOME to a larger disk"),)
-
-
-def _announce(weights: Collection[str], out: Path, watch: Watch, heads: Callable[[], Heads]) -> None:
-    """Where what comes cannot be known beforehand nobody is told anything: all wait until all is here."""
-    if not watch.outlet.waited_for or not are_the_model(sorted(weights), out):
-        return
-    try:
-        watch.outlet.announce(heads())
-    except BigpipeError as error:
-        watch.log(f"what follows starts when all files are here: {error.cause}")
-
-
-def _check_indexes(files: Collection[str], out: Path) -> None:
-    for name in files:
-        if name.endswith(".index.json"):
-            check_index(files, name, json.loads((out / name).read_bytes()))

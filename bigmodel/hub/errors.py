@@ -17,9 +17,8 @@ from __future__ import annotations
 import errno
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from json import JSONDecodeError
-from typing import Any
 
 from bigpipe.errors import (
     BigpipeError,
@@ -30,9 +29,14 @@ from bigpipe.errors import (
     StageFailed,
     Transient,
     UsageError,
+    first_few,
 )
 
 LOGIN = "run `hf auth login`, or set HF_TOKEN (in a manifest: under `secrets`)"
+
+
+TOLD_IN_WORDS = {"ProxyError": "407 "}
+"""Class → how its text begins where a proxy wants a password: httpx (httpcore) keeps that status nowhere else."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,9 +45,9 @@ class _Asked:
 
     endpoint: str
     repo: str
-    revision: str | None = None
-    file: str | None = None
-    refs: Callable[[], Sequence[str]] = field(default=tuple)
+    revision: str | None
+    file: str | None
+    refs: Callable[[], Sequence[str]]
 
     @property
     def what(self) -> str:
@@ -59,7 +63,7 @@ def hub_errors(
     *,
     refs: Callable[[], Sequence[str]] = tuple,
 ) -> Iterator[None]:
-    """Turn whatever the block raises into an error of the tree in `bigpipe.errors`; bugs pass through.
+    """Raise whatever the block raises as an error of the tree in `bigpipe.errors`; bugs pass through.
 
     refs: gives the names of the repository's branches and tags, asked only where a revision is missing.
     """
@@ -68,13 +72,13 @@ def hub_errors(
     except BigpipeError:
         raise
     except Exception as error:
-        translated = translate(error, _Asked(endpoint, repo, revision, file, refs))
+        translated = _translate(error, _Asked(endpoint, repo, revision, file, refs))
         if translated is None:
             raise
         raise translated from error
 
 
-def translate(error: BaseException, asked: _Asked) -> BigpipeError | None:
+def _translate(error: BaseException, asked: _Asked) -> BigpipeError | None:
     """None for what no rule knows. The innermost link that a rule knows decides: wrappers hide the cause."""
     links = list(_chain(error))[::-1]
     for rule in (_of_response, _of_disk, _of_transport, _of_answer):
@@ -104,32 +108,15 @@ def _of_response(error: BaseException, asked: _Asked) -> BigpipeError | None:
     if "HfHubHTTPError" not in _names(error) or response is None:
         return None
     names, status = _names(error), int(response.status_code)
-    with_token = "authorization" in response.request.headers
-    if "GatedRepoError" in names:
-        return _gated(asked, with_token)
     if "RevisionNotFoundError" in names:
-        return _no_revision(asked)
+        return UsageError(f"{asked.repo} has no revision {asked.revision!r}", _revisions(asked))
     if "EntryNotFoundError" in names:
         return UsageError(f"{asked.what} has no file {asked.file!r}", "look at its files, or name another revision")
-    if status == 401:
-        return _unauthorised(asked, with_token)
+    message = getattr(error, "server_message", None)
+    if "GatedRepoError" in names or status in (401, 403, 404):
+        return _of_access(names, status, "authorization" in response.request.headers, message, asked)
     if status == 407:
         return _no_passage(asked)
-    if status == 404:
-        return UsageError(
-            f"{asked.endpoint} has no model {asked.repo!r}{', or this token may not see it' if with_token else ''}",
-            "check the spelling, owner/name; for a private model, check what the token may read",
-        )
-    if status == 403:
-        message = getattr(error, "server_message", None) or "no reason given"
-        return NotAuthorised(
-            f"the token may not do this with {asked.repo} (403: {message})",
-            f"give it the permission at {asked.endpoint}/settings/tokens, or use another",
-        )
-    return _of_status(status, response, asked, error)
-
-
-def _of_status(status: int, response: Any, asked: _Asked, error: BaseException) -> BigpipeError:
     if status == 429:
         after = response.headers.get("Retry-After")
         wait = f"wait {after} s" if after else "wait a few minutes"
@@ -140,9 +127,34 @@ def _of_status(status: int, response: Any, asked: _Asked, error: BaseException) 
             f"{asked.endpoint} is out of order ({status}), asked for {asked.what}",
             "run again later; files that are whole stay in the Hub cache",
         )
-    message = getattr(error, "server_message", None) or str(error).strip().splitlines()[-1]
+    message = message or str(error).strip().splitlines()[-1]
     return StageFailed(f"{asked.endpoint} refused the request for {asked.what} ({status}): {message}",
                        "the request may be wrong for this Hub; check HF_ENDPOINT")  # fmt: skip
+
+
+def _of_access(names: set[str], status: int, with_token: bool, message: str | None, asked: _Asked) -> BigpipeError:
+    """An answer that depends on who asks. The Hub says 401 for what does not exist to those it does not know."""
+    endpoint, repo = asked.endpoint, asked.repo
+    if "GatedRepoError" in names:
+        who = "this token's user has not been let in" if with_token else "no token was sent"
+        then = "wait until its authors let you in" if with_token else f"then {LOGIN}"
+        return GatedRepository(f"{repo} is gated, and {who}", f"accept its conditions at {endpoint}/{repo}, {then}")
+    spelling = "check the spelling, owner/name; for a private model"
+    if status == 404:
+        hidden = ", or this token may not see it" if with_token else ""
+        return UsageError(f"{endpoint} has no model {repo!r}{hidden}", f"{spelling}, check what the token may read")
+    if status == 403:
+        return NotAuthorised(
+            f"the token may not do this with {repo} (403: {message or 'no reason given'})",
+            f"give it the permission at {endpoint}/settings/tokens, or use another",
+        )
+    if with_token:
+        return NotAuthorised(
+            f"{endpoint} does not accept the token (401), asked for {repo}",
+            f"it may have expired; make a new one at {endpoint}/settings/tokens, and {LOGIN}",
+        )
+    cause = f"{repo} is private or does not exist: {endpoint} answers 401, and no token was sent"
+    return NotAuthorised(cause, f"{spelling} {LOGIN}")
 
 
 def _no_passage(asked: _Asked) -> NotAuthorised:
@@ -152,39 +164,16 @@ def _no_passage(asked: _Asked) -> NotAuthorised:
     )
 
 
-def _gated(asked: _Asked, with_token: bool) -> GatedRepository:
-    who = "this token's user has not been let in" if with_token else "no token was sent"
-    then = "wait until its authors let you in" if with_token else f"then {LOGIN}"
-    return GatedRepository(
-        f"{asked.repo} is gated, and {who}", f"accept its conditions at {asked.endpoint}/{asked.repo}, {then}"
-    )
-
-
-def _unauthorised(asked: _Asked, with_token: bool) -> NotAuthorised:
-    if with_token:
-        return NotAuthorised(
-            f"{asked.endpoint} does not accept the token (401), asked for {asked.repo}",
-            f"it may have expired; make a new one at {asked.endpoint}/settings/tokens, and {LOGIN}",
-        )
-    return NotAuthorised(
-        f"{asked.repo} is private or does not exist: {asked.endpoint} answers 401, and no token was sent",
-        f"check the spelling, owner/name; for a private model {LOGIN}",
-    )
-
-
-def _no_revision(asked: _Asked) -> UsageError:
+def _revisions(asked: _Asked) -> str:
     try:
         known = list(asked.refs())
     except Exception:  # the listing is a courtesy: without it the message is still right
         known = []
-    import difflib
+    from difflib import get_close_matches
 
-    close = difflib.get_close_matches(asked.revision or "", known, 1, 0.5)
+    close = get_close_matches(asked.revision or "", known, 1, 0.5)
     guess = f"did you mean {close[0]!r}? " if close else ""
-    listed = (
-        f"it has {', '.join(known[:8])}{' …' if len(known) > 8 else ''}" if known else "look at its branches and tags"
-    )
-    return UsageError(f"{asked.repo} has no revision {asked.revision!r}", guess + listed)
+    return guess + (f"it has {first_few(known, 8)}" if known else "look at its branches and tags")
 
 
 def _of_disk(error: BaseException, asked: _Asked) -> BigpipeError | None:
@@ -201,31 +190,26 @@ def _of_disk(error: BaseException, asked: _Asked) -> BigpipeError | None:
 
 def _of_transport(error: BaseException, asked: _Asked) -> BigpipeError | None:
     """No answer, or only a part of one."""
-    names = _names(error)
-    if "OfflineModeIsEnabled" in names:
-        return _offline(asked, "HF_HUB_OFFLINE is set")
-    if "ProxyError" in names and "407" in str(error):
+    names, text = _names(error), str(error)
+    if any(name in names and text.startswith(beginning) for name, beginning in TOLD_IN_WORDS.items()):
         return _no_passage(asked)
-    if names & {"ConnectError", "ConnectTimeout", "ProxyError"}:
-        return _offline(asked, str(error) or type(error).__name__)
+    if names & {"ConnectError", "ConnectTimeout", "ProxyError", "OfflineModeIsEnabled"}:
+        reason = "HF_HUB_OFFLINE is set" if "OfflineModeIsEnabled" in names else text or type(error).__name__
+        return Offline(
+            f"the Hub at {asked.endpoint} cannot be reached ({reason}), asked for {asked.what}",
+            "check the network, the proxy and HF_ENDPOINT; --offline goes on with what is cached",
+        )
     if names & {"UnsupportedProtocol", "InvalidURL"}:
         return UsageError(f"HF_ENDPOINT is not an address: {asked.endpoint}", "write it as https://huggingface.co")
     if "TransportError" in names:
         return Transient(
-            f"the connection to {asked.endpoint} broke while {asked.what} was read ({type(error).__name__}: {error})",
+            f"the connection to {asked.endpoint} broke while {asked.what} was read ({type(error).__name__}: {text})",
             "run again; files that are whole stay in the Hub cache",
         )
     if "TooManyRedirects" in names:
         return Transient(f"{asked.endpoint} sends requests for {asked.what} in a circle",
                          "run again later, or check HF_ENDPOINT and the proxy")  # fmt: skip
     return None
-
-
-def _offline(asked: _Asked, reason: str) -> Offline:
-    return Offline(
-        f"the Hub at {asked.endpoint} cannot be reached ({reason}), asked for {asked.what}",
-        "check the network, the proxy and HF_ENDPOINT; --offline goes on with what is cached",
-    )
 
 
 def _of_answer(error: BaseException, asked: _Asked) -> BigpipeError | None:
@@ -239,12 +223,9 @@ def _of_answer(error: BaseException, asked: _Asked) -> BigpipeError | None:
             "run once with a network; what it brings stays in the Hub cache",
         )
     if isinstance(error, OSError | JSONDecodeError | UnicodeDecodeError):
+        told = f"{type(error).__name__}: {(str(error).strip() or '-').splitlines()[0]}"
         return Transient(
-            f"{asked.endpoint} did not answer as a Hub does when asked for {asked.what} ({_first_line(error)})",
+            f"{asked.endpoint} did not answer as a Hub does when asked for {asked.what} ({told})",
             "a login page or proxy may be in between: check the network and HF_ENDPOINT, and run again",
         )
     return None
-
-
-def _first_line(error: BaseException) -> str:
-    return f"{type(error).__name__}: {(str(error).strip() or '-').splitlines()[0]}"

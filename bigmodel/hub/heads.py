@@ -20,7 +20,7 @@ from bigpipe.bigmodel.checkpoint import (
 )
 from bigpipe.errors import InvalidCheckpoint
 
-from .repository import Hub, HubFile, Repository, read_range
+from .repository import HubFile, Repository, read_range
 
 READERS = 8
 """Headers read at a time."""
@@ -31,7 +31,7 @@ MAX_RANGE = 128 * 2**20
 
 
 def may_pass(names: Iterable[str]) -> list[str]:
-    """The weight files at the root, where they all have one format."""
+    """Return the weight files at the root, where they all have one format."""
     root = sorted(name for name in names if "/" not in name)
     found = [name for name in root if name.endswith((".safetensors", *BIN_SUFFIXES)) and not NOT_A_MODEL.match(name)]
     return found if len({format_of(Path(name)) for name in found}) == 1 else []
@@ -47,7 +47,7 @@ def are_the_model(weights: Sequence[str], folder: Path) -> bool:
 
 
 def directory_heads(folder: Path, names: Iterable[str]) -> dict[str, tuple[bytes, int]]:
-    """Name → (head, size). Raises InvalidCheckpoint."""
+    """Return name → (head, size). Raise InvalidCheckpoint."""
     heads = {}
     for name in names:
         with FileSource(folder / name) as source:
@@ -55,11 +55,11 @@ def directory_heads(folder: Path, names: Iterable[str]) -> dict[str, tuple[bytes
     return heads
 
 
-def repository_heads(repository: Repository, files: Sequence[HubFile], hub: Hub) -> dict[str, tuple[bytes, int]]:
-    """Name → (head, size), from the Hub cache or by HTTP range. Raises InvalidCheckpoint, Transient, Offline…"""
+def repository_heads(repository: Repository, files: Sequence[HubFile]) -> dict[str, tuple[bytes, int]]:
+    """Return name → (head, size), from the Hub cache or by HTTP range. Raise as `describe`, and InvalidCheckpoint."""
 
     def read(file: HubFile) -> tuple[str, tuple[bytes, int]]:
-        with reading(hub, repository, file, GUESS) as (source, name):
+        with reading(repository, file, GUESS) as (source, name):
             return file.path, read_head(source, name)
 
     from concurrent.futures import ThreadPoolExecutor
@@ -69,34 +69,33 @@ def repository_heads(repository: Repository, files: Sequence[HubFile], hub: Hub)
 
 
 @contextmanager
-def reading(hub: Hub, repository: Repository, file: HubFile, guess: int = 0) -> Iterator[tuple[ByteSource, Path]]:
+def reading(repository: Repository, file: HubFile, guess: int = 0) -> Iterator[tuple[ByteSource, Path]]:
     """A file of a repository, from the Hub cache where it is whole there, else by ranges; and its name for errors.
 
     guess: how many bytes to fetch at once where the file's header may be short; of safetensors files only.
     """
-    cached = hub.folder(repository.repo) / "snapshots" / repository.commit / file.path
-    if cached.is_file() and cached.stat().st_size == file.size:
+    cached = repository.snapshot / file.path
+    if file.may_be(cached):
         with FileSource(cached) as source:
             yield source, cached
     else:
-        guess = guess if file.path.endswith(".safetensors") else 0
-        yield RangeSource(hub, repository.repo, repository.commit, file, guess), Path(file.path)
+        yield RangeSource(repository, file, guess if file.path.endswith(".safetensors") else 0), Path(file.path)
 
 
 @dataclass(slots=True)
 class RangeSource:
     """A `ByteSource` over HTTP. What was fetched is kept. At least `guess` bytes are fetched where a read begins."""
 
-    hub: Hub
-    repo: str
-    commit: str
+    repository: Repository
     file: HubFile
     guess: int = 0
-    _kept: list[tuple[int, bytes]] = field(default_factory=list)
+    _kept: dict[int, bytes] = field(default_factory=dict)
+    """Where a piece begins → the piece."""
 
     @property
     def name(self) -> str:
-        return f"{self.hub.endpoint}/{self.repo}/resolve/{self.commit[:12]}/{self.file.path}"
+        repository = self.repository
+        return f"{repository.hub.endpoint}/{repository.repo}/resolve/{repository.commit[:12]}/{self.file.path}"
 
     @property
     def size(self) -> int:
@@ -105,33 +104,19 @@ class RangeSource:
     def read(self, offset: int, length: int) -> bytes:
         if offset < 0 or offset + length > self.size:
             raise invalid(self.name, f"ends at byte {self.size}, but {offset + length} bytes are needed", FETCH_AGAIN)
-        end = self._covered(offset)
+        begins = (start for start, piece in self._kept.items() if start <= offset <= start + len(piece))
+        start = next(begins, offset)
+        end = start + len(self._kept.get(start, b""))
         if end < offset + length:
             wanted = min(max(offset + length - end, self.guess), self.size - end)
             if wanted > MAX_RANGE:
                 raise invalid(self.name, f"{wanted} bytes are asked of its header", FETCH_AGAIN, offset=offset)
-            self._fetch(end, wanted)
-        return self._cut(offset, length)
+            self._kept[start] = self._kept.pop(start, b"") + self._fetch(end, wanted)
+        return self._kept[start][offset - start : offset - start + length]
 
-    def _fetch(self, offset: int, length: int) -> None:
-        content = read_range(self.repo, self.commit, self.file.path, offset, length, hub=self.hub)
+    def _fetch(self, offset: int, length: int) -> bytes:
+        repository = self.repository
+        content = read_range(repository.repo, repository.commit, self.file.path, offset, length, hub=repository.hub)
         if len(content) != length:
             raise invalid(self.name, f"gave {len(content)} bytes where {length} were asked", FETCH_AGAIN, offset=offset)
-        self._kept.append((offset, content))
-        self._kept.sort()
-
-    def _covered(self, offset: int) -> int:
-        """Where the run of kept bytes that holds `offset` ends; `offset` itself where none does."""
-        end = offset
-        for start, content in self._kept:
-            if start <= end < start + len(content):
-                end = start + len(content)
-        return end
-
-    def _cut(self, offset: int, length: int) -> bytes:
-        pieces = bytearray()
-        for start, content in self._kept:
-            position = offset + len(pieces)
-            if start <= position < start + len(content):
-                pieces += content[position - start : offset + length - start]
-        return bytes(pieces)
+        return content

@@ -12,10 +12,11 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path, PurePosixPath
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 from bigpipe.bigmodel.architecture import known_architecture
 from bigpipe.bigmodel.checkpoint import (
@@ -24,14 +25,16 @@ from bigpipe.bigmodel.checkpoint import (
     MAX_CONFIG,
     MAX_INDEX,
     SAFETENSORS_NAMES,
-    ByteSource,
+    Contents,
     FileSource,
-    Format,
     ModelDescription,
     Tensors,
+    check_weight_map,
     format_of,
     invalid,
-    read_header,
+    join_contents,
+    parse_object,
+    read_contents,
     tensor_nbytes,
 )
 from bigpipe.bigmodel.memo import recall, remember
@@ -39,7 +42,7 @@ from bigpipe.errors import UsageError
 
 from .heads import GUESS, READERS, reading
 from .repository import Hub, HubFile, Repository, describe
-from .selection import check_index, detect, select
+from .selection import Library, check_index, detect, select
 
 Need = Literal["sizes", "layout"]
 """sizes: names, dtypes and shapes, in any order. layout: in the order of their bytes, as a shard plan needs them."""
@@ -49,6 +52,7 @@ COUNTED = ("model.safetensors", "model.safetensors.index.json")
 ENTRY = 150
 """Bytes that a tensor takes in a header besides its name, at most: dtype, a shape of three, two offsets."""
 ANSWER_VERSION = 1
+Origin = Literal["headers", "index", "config"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -56,7 +60,7 @@ class RemoteModel:
     repository: Repository
     description: ModelDescription
     library: str
-    source: Literal["headers", "index", "config"]
+    source: Origin
     """What the tensors were learnt from; config: there are no weights, or none that are read here."""
     fetched_bytes: int
     """Over the network, this time."""
@@ -68,187 +72,139 @@ class RemoteModel:
         """What the Hub counts otherwise, in words; None where it agrees or does not count."""
         if self.components or self.description.format != "safetensors":
             return None
-        return difference(self.repository, self.description.tensors, self.description.config)
+        return _difference(self.repository, self.description.tensors, self.description.config)
 
 
 def describe_repository(
-    repo: str,
-    revision: str = "main",
-    *,
-    hub: Hub,
-    memo: Path | None = None,
-    library: str | None = None,
-    need: Need = "layout",
+    repo: str, revision: str = "main", *, hub: Hub, library: str | None = None, need: Need = "layout"
 ) -> RemoteModel:
-    """What a repository holds at `revision`.
+    """Return what a repository holds at `revision`.
 
-    Raises Offline, NotAuthorised, GatedRepository, UsageError (no such model, no weights and no config), Transient,
-    and InvalidCheckpoint, naming the file and byte, where a header or index is not what it should be.
+    Raise Offline, NotAuthorised, GatedRepository, UsageError (no such model, no weights and no config), Transient, and
+    InvalidCheckpoint, naming the file and byte, where a header or index is not what it should be.
     """
     answers: list[int] = []
-    hub = replace(hub, meter=answers.append)
-    repository = describe(repo, revision, hub=hub, memo=memo)
-    file = _memo_file(hub, repository, memo, need) if memo else None
+    repository = describe(repo, revision, hub=replace(hub, meter=answers.append))
+    file = _memo_file(repository, hub.memo, need) if hub.memo else None
     found = _from_json(recall(file), repository) if file else None
     if found is None:
-        found = _Reader(hub, repository, library, need).read()
+        found = _read(repository, library, need)
         if file:
             remember(file, _as_json(found))
     return replace(found, fetched_bytes=sum(answers))
 
 
-class _Reader:
-    """Fetches the small files of one commit."""
-
-    def __init__(self, hub: Hub, repository: Repository, library: str | None, need: Need) -> None:
-        self.hub = hub
-        self.repository = repository
-        self.need = need
-        self.names = [file.path for file in repository.files]
-        self.library = library
-
-    def read(self) -> RemoteModel:
-        config = self.json("config.json", MAX_CONFIG)
-        library = self.library or detect(self.names, config, self.repository.library)
-        index = self.json("model_index.json", MAX_CONFIG) if library == "diffusers" else None
-        components = self.components(index) if index else {}
-        custom = self.json(ARCHITECTURE_FILE, MAX_CONFIG)
-        weights = self.weights(library)
-        if not weights and config is None and not components:
-            raise UsageError(
-                f"{self.repository.repo} holds neither weights in safetensors or .bin nor a config.json",
-                f"it holds {', '.join(self.names[:8]) or 'nothing'}; is it a model?",
-            )
-        tensors, tied, source = self.tensors(weights, config)
-        description = ModelDescription(
-            config=config, tensors=tensors, format=_format([file.path for file in weights]), tied=tied, path=None,
-            custom=custom,
-        )  # fmt: skip
-        return RemoteModel(
-            repository=self.repository, description=description, library=library, source=source, fetched_bytes=0,
-            components=components,
-        )  # fmt: skip
-
-    def json(self, name: str, limit: int) -> dict[str, Any] | None:
-        """A JSON object of the repository; None where there is no such file. Read from the Hub cache if it is there."""
-        file = self.repository.file(name)
-        if file is None:
-            return None
-        if file.size > limit:
-            raise invalid(name, f"has {file.size} bytes, more than {limit}", FETCH_AGAIN)
-        with reading(self.hub, self.repository, file) as (source, _):
-            content = source.read(0, file.size)
-        try:
-            data = json.loads(content)
-        except (ValueError, RecursionError) as error:
-            raise invalid(f"{self.repository.repo}/{name}", f"is not JSON: {str(error)[:200]}", FETCH_AGAIN) from None
-        if not isinstance(data, dict):
-            raise invalid(f"{self.repository.repo}/{name}", "is not a JSON object", FETCH_AGAIN)
-        return data
-
-    def components(self, index: Mapping[str, Any]) -> dict[str, Any]:
-        names = [name for name, entry in index.items() if isinstance(entry, list) and len(entry) == 2]
-        found = {name: self.json(f"{name}/config.json", MAX_CONFIG) for name in names}
-        configs = {name: config for name, config in found.items() if config is not None}
-        return {"model_index": dict(index), "components": configs}
-
-    def weights(self, library: str) -> list[HubFile]:
-        try:
-            names = select(self.names, library=library)  # type: ignore[arg-type]
-        except UsageError:
-            return []
-        chosen = [name for name in names if name.endswith((".safetensors", ".bin"))]
-        return [file for file in self.repository.files if file.path in chosen]
-
-    def tensors(
-        self, weights: list[HubFile], config: Mapping[str, Any] | None
-    ) -> tuple[Tensors | None, dict[str, str], Literal["headers", "index", "config"]]:
-        if not weights:
-            return None, {}, "config"
-        index = self.index(weights)
-        if index is not None and self.need == "sizes" and weights[0].path.endswith(".safetensors"):
-            tensors = tensors_of_index(index, config)
-            if tensors is not None and difference(self.repository, tensors, config) is None:
-                return tensors, {}, "index"
-        tensors, tied = self.headers(weights, index)
-        return tensors, tied, "headers"
-
-    def index(self, weights: list[HubFile]) -> dict[str, Any] | None:
-        """The index of a model in several files at the root of the repository."""
-        if len(weights) < 2 or any("/" in file.path for file in weights):
-            return None
-        suffix = PurePosixPath(weights[0].path).suffix
-        candidates = [name for name in self.names if name.endswith(f"{suffix}.index.json") and "/" not in name]
-        stem = weights[0].path.split("-")[0]
-        name = next((name for name in candidates if name.startswith(stem)), None)
-        if name is None:
-            return None
-        index = self.json(name, MAX_INDEX)
-        check_index(self.names, name, index)
-        return index
-
-    def headers(self, weights: list[HubFile], index: Mapping[str, Any] | None) -> tuple[Tensors, dict[str, str]]:
-        weight_map = index["weight_map"] if index else {}
-        guesses: dict[str, int] = {}
-        for name, file in weight_map.items():
-            guesses[file] = guesses.get(file, 64) + len(name) + ENTRY
-        from concurrent.futures import ThreadPoolExecutor
-
-        with ThreadPoolExecutor(READERS) as pool:
-            read = pool.map(lambda file: self.header(file, guesses.get(file.path, GUESS)), weights)
-            found = {file.path: contents for file, contents in zip(weights, read, strict=True)}
-        joined = _joined(found)
-        for tensor, file in weight_map.items():
-            if not any(tensor in names for names in found.get(file, ())):
-                name = f"{self.repository.repo}'s index"
-                raise invalid(name, f"says this tensor is in {file}, and it is not", FETCH_AGAIN, tensor=tensor)
-        return joined
-
-    def header(self, file: HubFile, guess: int) -> tuple[Tensors, dict[str, str]]:
-        with reading(self.hub, self.repository, file, min(guess, MAX_CONFIG)) as (source, name):
-            return _read(source, name)
+def _read(repository: Repository, library: str | None, need: Need) -> RemoteModel:
+    names = [file.path for file in repository.files]
+    config = _json(repository, "config.json")
+    library = library or detect(names, config, repository.library)
+    components = _components(repository) if library == "diffusers" else {}
+    weights = _weights(names, library)
+    if not weights and config is None and not components:
+        raise UsageError(
+            f"{repository.repo} holds neither weights in safetensors or .bin nor a config.json",
+            f"it holds {', '.join(names[:8]) or 'nothing'}; is it a model?",
+        )
+    tensors, tied, source = _tensors(repository, weights, config, need)
+    description = ModelDescription(
+        config=config, tensors=tensors, format=format_of(Path(weights[0])) if weights else None, tied=tied, path=None,
+        custom=_json(repository, ARCHITECTURE_FILE),
+    )  # fmt: skip
+    return RemoteModel(
+        repository=repository, description=description, library=library, source=source, fetched_bytes=0,
+        components=components,
+    )  # fmt: skip
 
 
-def _read(source: ByteSource, file: Path) -> tuple[Tensors, dict[str, str]]:
-    if file.name.endswith(".safetensors"):
-        header = read_header(source, file)
-        return {tensor.name: (tensor.dtype, tensor.shape) for tensor in header.tensors}, {}
-    from bigpipe.bigmodel.checkpoint import read_torch_names
+def _json(repository: Repository, name: str, limit: int = MAX_CONFIG) -> dict[str, Any] | None:
+    """A JSON object of the repository; None where there is no such file. Read from the Hub cache if it is there."""
+    file = repository.file(name)
+    if file is None:
+        return None
+    if file.size > limit:
+        raise invalid(name, f"has {file.size} bytes, more than {limit}", FETCH_AGAIN)
+    with reading(repository, file) as (source, _):
+        return parse_object(source.read(0, file.size), f"{repository.repo}/{name}")
 
-    return read_torch_names(source)
+
+def _components(repository: Repository) -> dict[str, Any]:
+    index = _json(repository, "model_index.json")
+    if not index:
+        return {}
+    names = [name for name, entry in index.items() if isinstance(entry, list) and len(entry) == 2]
+    found = {name: _json(repository, f"{name}/config.json") for name in names}
+    return {"model_index": index, "components": {name: config for name, config in found.items() if config is not None}}
 
 
-def pipeline_tensors(path: Path) -> tuple[Tensors, dict[str, str], Format | None]:
-    """(tensors, tied, format) of a pipeline's directory, as `describe_repository` names them. None has no weights."""
+def _weights(names: list[str], library: str) -> list[str]:
+    try:
+        chosen = select(names, library=cast(Library, library))
+    except UsageError:
+        return []
+    return [name for name in chosen if name.endswith((".safetensors", ".bin"))]
+
+
+def _tensors(
+    repository: Repository, weights: list[str], config: Mapping[str, Any] | None, need: Need
+) -> tuple[Tensors | None, dict[str, str], Origin]:
+    if not weights:
+        return None, {}, "config"
+    name = _index_of(weights, [file.path for file in repository.files])
+    index = _json(repository, name, MAX_INDEX) if name else None
+    if index is not None:
+        check_index([file.path for file in repository.files], name or "", index)
+        tensors = _tensors_of_index(index, config) if need == "sizes" and weights[0].endswith(".safetensors") else None
+        if tensors is not None and _difference(repository, tensors, config) is None:
+            return tensors, {}, "index"
+    weight_map = index["weight_map"] if index else {}
+    contents = _headers(repository, [file for file in repository.files if file.path in weights], weight_map)
+    check_weight_map(f"{repository.repo}'s index", weight_map, contents)
+    return contents.outline, contents.tied, "headers"
+
+
+def _index_of(weights: list[str], names: list[str]) -> str | None:
+    """The index of a model in several files at the root of the repository."""
+    if len(weights) < 2 or any("/" in name for name in weights):
+        return None
+    stem, ending = weights[0].split("-")[0], f"{PurePosixPath(weights[0]).suffix}.index.json"
+    return next((name for name in names if "/" not in name and name.startswith(stem) and name.endswith(ending)), None)
+
+
+def _headers(repository: Repository, weights: Sequence[HubFile], weight_map: Mapping[str, str]) -> Contents:
+    guesses: dict[str, int] = {}
+    for name, file in weight_map.items():
+        guesses[file] = guesses.get(file, 64) + len(name) + ENTRY
+
+    def read(file: HubFile) -> Contents:
+        with reading(repository, file, min(guesses.get(file.path, GUESS), MAX_CONFIG)) as (source, name):
+            return read_contents(source, name, placed=False)
+
+    with ThreadPoolExecutor(READERS) as pool:
+        found = dict(zip((Path(file.path) for file in weights), pool.map(read, weights), strict=True))
+    return join_contents(found, _component)
+
+
+def _component(file: Path) -> str:
+    """What the names of a pipeline's tensors begin with, as its modules' names do."""
+    return f"{file.parent.name}." if file.parent.name else ""
+
+
+def describe_pipeline(path: Path) -> ModelDescription:
+    """Return the tensors of a pipeline's directory, named as `describe_repository` names them; none without weights."""
     names = [file.relative_to(path).as_posix() for file in (*path.glob("*"), *path.glob("*/*")) if file.is_file()]
-    weights = [name for name in select(names, library="diffusers") if name.endswith((".safetensors", ".bin"))]
     found = {}
+    weights = _weights(names, "diffusers")
     for name in weights:
         with FileSource(path / name) as source:
-            found[name] = _read(source, path / name)
-    return *_joined(found), _format(weights)
+            found[Path(name)] = read_contents(source, path / name, placed=False)
+    contents = join_contents(found, _component)
+    return ModelDescription(
+        config={}, tensors=contents.outline or None, format=format_of(Path(weights[0])) if weights else None,
+        tied=contents.tied, path=path, custom=None,
+    )  # fmt: skip
 
 
-def _joined(found: Mapping[str, tuple[Tensors, Mapping[str, str]]]) -> tuple[Tensors, dict[str, str]]:
-    """Tensors and aliases of all files. Those of a pipeline's component are named after it, as its modules are."""
-    tensors: dict[str, tuple[str, tuple[int, ...]]] = {}
-    tied: dict[str, str] = {}
-    for file, (own, aliases) in found.items():
-        component = PurePosixPath(file).parent.name
-        prefix = f"{component}." if component else ""
-        for name in (*own, *aliases):
-            if prefix + name in tensors or prefix + name in tied:
-                raise invalid(file, "stands in another file of this model too", FETCH_AGAIN, tensor=name)
-        tensors.update((prefix + name, entry) for name, entry in own.items())
-        tied.update((prefix + alias, prefix + name) for alias, name in aliases.items())
-    return tensors, tied
-
-
-def _format(weights: list[str]) -> Format | None:
-    return format_of(Path(weights[0])) if weights else None
-
-
-def tensors_of_index(index: Mapping[str, Any], config: Mapping[str, Any] | None) -> Tensors | None:
+def _tensors_of_index(index: Mapping[str, Any], config: Mapping[str, Any] | None) -> Tensors | None:
     """Names, dtypes and shapes, where the index and a config of a known family agree about all of them; else None.
 
     They agree where the names are the same and `total_size` is the sum of bytes in the config's dtype: a tensor of
@@ -271,8 +227,8 @@ def tensors_of_index(index: Mapping[str, Any], config: Mapping[str, Any] | None)
     return {name: expected[name] for name in index["weight_map"]}
 
 
-def _memo_file(hub: Hub, repository: Repository, memo: Path, need: Need) -> Path:
-    key = ["remote model", ANSWER_VERSION, hub.endpoint, repository.repo, repository.commit, need]
+def _memo_file(repository: Repository, memo: Path, need: Need) -> Path:
+    key = ["remote model", ANSWER_VERSION, repository.hub.endpoint, repository.repo, repository.commit, need]
     return memo / "remote" / f"{hashlib.sha256(json.dumps(key).encode()).hexdigest()}.json"
 
 
@@ -297,7 +253,7 @@ def _from_json(data: Any, repository: Repository) -> RemoteModel | None:
         return None  # nothing, or a damaged memory: asked anew
 
 
-def difference(repository: Repository, tensors: Tensors | None, config: Mapping[str, Any] | None) -> str | None:
+def _difference(repository: Repository, tensors: Tensors | None, config: Mapping[str, Any] | None) -> str | None:
     """What the Hub counts otherwise than `tensors`, in words.
 
     None where they agree, where the Hub gives no counts, and where it counts something else: packed formats by the

@@ -13,7 +13,8 @@ import os
 import re
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, field, replace
+from contextlib import suppress
+from dataclasses import dataclass, field, replace
 from pathlib import Path, PurePosixPath
 from typing import Any
 from urllib.parse import quote
@@ -24,8 +25,6 @@ from bigpipe.errors import InvalidCheckpoint, NotAuthorised, Offline, Transient
 
 from .errors import LOGIN, hub_errors
 
-TIMEOUT = 10.0
-"""Seconds for one metadata request."""
 PATIENCE = 5.0
 """The longest `Retry-After` that a metadata request waits for, in seconds."""
 MAX_ANSWER = 128 * 2**20
@@ -46,12 +45,16 @@ class Hub:
     token: str | None = field(default=None, repr=False)
     """None: whatever login `huggingface_hub` finds itself."""
     offline: bool = False
+    memo: Path | None = field(default=None, compare=False)
+    """Where listings of commits and digests of cached files are kept, if anywhere."""
+    timeout: float = 10.0
+    """Seconds for one metadata request."""
     meter: Callable[[int], None] | None = field(default=None, repr=False, compare=False)
     """Told the size of every answer to a metadata or range request."""
 
     @classmethod
     def from_environment(cls, environment: Mapping[str, str] | None = None, *, offline: bool = False) -> Hub:
-        """The process's environment, overlaid with `environment`, read by the rules of `huggingface_hub.constants`."""
+        """Read the process's environment, overlaid with `environment`, by the rules of `huggingface_hub.constants`."""
         env = {**os.environ, **(environment or {})}
         home = env.get("HF_HOME") or f"{env.get('XDG_CACHE_HOME') or '~/.cache'}/huggingface"
         cache = env.get("HF_HUB_CACHE") or env.get("HUGGINGFACE_HUB_CACHE") or f"{home}/hub"
@@ -64,10 +67,10 @@ class Hub:
 
     @classmethod
     def of(cls, sources: Sources) -> Hub:
-        return cls.from_environment(sources.environment, offline=sources.offline)
+        return replace(cls.from_environment(sources.environment, offline=sources.offline), memo=sources.memo)
 
     def folder(self, repo: str) -> Path:
-        """The cache's directory of one model repository; it need not exist."""
+        """Return the cache's directory of one model repository; it need not exist."""
         return self.cache / "--".join(["models", *repo.split("/")])
 
 
@@ -85,11 +88,16 @@ class HubFile:
         """What the Hub sends as ETag and the cache uses as the blob's name."""
         return self.sha256 or self.blob_id
 
+    def may_be(self, path: Path) -> bool:
+        """Return whether a file of its size is there."""
+        return path.is_file() and path.stat().st_size == self.size
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Repository:
     """A model repository at one commit, as the Hub describes it."""
 
+    hub: Hub = field(repr=False, compare=False)
     repo: str
     commit: str
     files: tuple[HubFile, ...]
@@ -103,51 +111,65 @@ class Repository:
     def file(self, path: str) -> HubFile | None:
         return next((file for file in self.files if file.path == path), None)
 
+    @property
+    def snapshot(self) -> Path:
+        """The cache's directory of this commit; it need not exist."""
+        return self.hub.folder(self.repo) / "snapshots" / self.commit
+
+    def blob(self, file: HubFile) -> Path:
+        """Return where the cache keeps the bytes of a file."""
+        return Path(os.path.realpath(self.hub.folder(self.repo) / "blobs" / file.etag))
+
+    def is_cached(self, file: HubFile) -> bool:
+        """Return whether the cache has a file of this name, or these bytes, and size."""
+        return file.may_be(self.blob(file)) or file.may_be(self.snapshot / file.path)
+
     def as_json(self) -> dict[str, Any]:
-        files = [
-            {"path": file.path, "size": file.size, "blob_id": file.blob_id, "sha256": file.sha256}
-            for file in self.files
-        ]
-        return {**asdict(replace(self, files=())), "files": files}  # asdict alone takes a millisecond per hundred files
+        # asdict takes ten times as long
+        files = [{name: getattr(file, name) for name in HubFile.__slots__} for file in self.files]
+        return {name: getattr(self, name) for name in KEPT} | {"files": files}
 
     @classmethod
-    def from_json(cls, data: Mapping[str, Any]) -> Repository:
-        return cls(**{**data, "files": tuple(HubFile(**file) for file in data["files"])})
+    def from_json(cls, hub: Hub, data: Mapping[str, Any]) -> Repository:
+        return cls(**{**data, "hub": hub, "files": tuple(HubFile(**file) for file in data["files"])})
 
 
-def resolve_commit(repo: str, revision: str, *, hub: Hub, memo: Path | None = None) -> str:
-    """The 40 hex digits that `revision` (branch, tag, `refs/pr/N`, short or full commit) means now.
+KEPT = ("repo", "commit", "gated", "private", "library", "license", "elements")
+"""What is remembered of a repository, besides its files."""
 
-    A full commit is given back without a request; anything else is one request, whose listing is kept under `memo`.
-    Raises Offline, NotAuthorised, UsageError (no such repository or revision), Transient.
+
+def resolve_commit(repo: str, revision: str, *, hub: Hub) -> str:
+    """Return the 40 hex digits that `revision` (branch, tag, `refs/pr/N`, short or full commit) means now.
+
+    A full commit is given back without a request; anything else is one request. Raise as `describe`.
     """
-    return revision if COMMIT.fullmatch(revision) else describe(repo, revision, hub=hub, memo=memo).commit
+    return revision if COMMIT.fullmatch(revision) else describe(repo, revision, hub=hub).commit
 
 
-def describe(repo: str, revision: str = "main", *, hub: Hub, memo: Path | None = None) -> Repository:
-    """The repository's files at `revision`, with sizes and digests: one request, none for a commit seen before.
+def describe(repo: str, revision: str = "main", *, hub: Hub) -> Repository:
+    """Return the repository's files at `revision`, with sizes and digests: one request, none for a commit seen before.
 
-    A commit's listing never changes, so it is kept under `memo` for ever; offline it may also come from the Hub cache.
-    Raises as `resolve_commit`, and InvalidCheckpoint where a file name would lead out of the repository.
+    A commit's listing never changes, so it is kept under `hub.memo` for ever; offline it may also come from the Hub
+    cache. Raise Offline, NotAuthorised, UsageError (no such repository or revision), Transient, and InvalidCheckpoint
+    where a file name would lead out of the repository.
     """
-    if COMMIT.fullmatch(revision) and (known := _remembered(hub, repo, revision, memo)):
+    if COMMIT.fullmatch(revision) and (known := _remembered(hub, repo, revision)):
         return known
     if hub.offline:
         raise _offline(hub, repo, revision)
     path = f"/api/models/{quote(repo)}/revision/{quote(revision, safe='')}"
-    data = _get_json(hub, path, repo, revision, {"blobs": "true"})
-    described = _parse(hub, repo, data)
+    described = _parse(hub, repo, _get_json(hub, path, repo, revision, {"blobs": "true"}))
     for file in described.files:
         check_name(repo, file.path)
-    if memo is not None:
-        remember(_memo_file(hub, repo, described.commit, memo), described.as_json())
+    if hub.memo is not None:
+        remember(_memo_file(hub, hub.memo, repo, described.commit), described.as_json())
     return described
 
 
 def check_access(repo: str, *, hub: Hub, write: bool = False) -> None:
     """Ask whether this login may read (or write) the repository's files, without reading any.
 
-    Raises GatedRepository, NotAuthorised, UsageError (no such repository), Offline, Transient.
+    Raise GatedRepository, NotAuthorised, UsageError (no such repository), Offline, Transient.
     """
     if hub.offline:
         raise _offline(hub, repo, None)
@@ -155,7 +177,7 @@ def check_access(repo: str, *, hub: Hub, write: bool = False) -> None:
 
 
 def whoami(hub: Hub) -> list[str]:
-    """The name of the login's user, then those of its organisations. Raises NotAuthorised, Offline, Transient."""
+    """Return the login's user, then its organisations. Raise NotAuthorised, Offline, Transient."""
     try:
         data = _get_json(hub, "/api/whoami-v2", "whoami", None, {})
     except NotAuthorised as error:
@@ -164,7 +186,7 @@ def whoami(hub: Hub) -> list[str]:
 
 
 def read_range(repo: str, commit: str, path: str, start: int, size: int, *, hub: Hub) -> bytes:
-    """`size` bytes of one file from byte `start` on, by an HTTP range; fewer only where the file ends."""
+    """Return `size` bytes of one file from byte `start` on, by an HTTP range; fewer only where the file ends."""
     if hub.offline:
         raise _offline(hub, repo, commit)
     with hub_errors(hub.endpoint, repo, commit, path):
@@ -195,7 +217,7 @@ def check_name(repo: str, name: str) -> None:
 
 
 def cached_commit(hub: Hub, repo: str, revision: str) -> str | None:
-    """What the Hub cache last saw `revision` point to."""
+    """Return the commit that the Hub cache last saw `revision` point to."""
     try:
         commit = (hub.folder(repo) / "refs" / revision).read_text().strip()
     except OSError:
@@ -203,49 +225,40 @@ def cached_commit(hub: Hub, repo: str, revision: str) -> str | None:
     return commit if COMMIT.fullmatch(commit) else None
 
 
-def cached_repository(hub: Hub, repo: str, commit: str) -> Repository | None:
+def _remembered(hub: Hub, repo: str, commit: str) -> Repository | None:
+    if hub.memo is not None:
+        with suppress(TypeError, KeyError):
+            return Repository.from_json(hub, recall(_memo_file(hub, hub.memo, repo, commit)))
+    return _cached_repository(hub, repo, commit) if hub.offline else None
+
+
+def _cached_repository(hub: Hub, repo: str, commit: str) -> Repository | None:
     """The listing of a snapshot that lies in the Hub cache, from the blobs' names, which are their digests.
 
     Files that were never downloaded are not in it. None where there is no snapshot, or one without links.
     """
-    snapshot = hub.folder(repo) / "snapshots" / commit
-    files = []
-    for path in sorted(snapshot.rglob("*")):
-        if not path.is_file():
-            continue
-        if not path.is_symlink():
-            return None
-        etag = Path(os.readlink(path)).name
-        sha256 = etag if len(etag) == 64 else None
-        files.append(
-            HubFile(path.relative_to(snapshot).as_posix(), path.stat().st_size, "" if sha256 else etag, sha256)
-        )
-    return Repository(repo=repo, commit=commit, files=tuple(files)) if files else None
+    found = Repository(hub=hub, repo=repo, commit=commit, files=())
+    paths = [path for path in sorted(found.snapshot.rglob("*")) if path.is_file()]
+    if not paths or not all(path.is_symlink() for path in paths):
+        return None
+    return replace(found, files=tuple(_cached_file(path, found.snapshot) for path in paths))
 
 
-def _remembered(hub: Hub, repo: str, commit: str, memo: Path | None) -> Repository | None:
-    if memo is not None:
-        try:
-            return Repository.from_json(recall(_memo_file(hub, repo, commit, memo)))
-        except (TypeError, KeyError):
-            pass
-    return cached_repository(hub, repo, commit) if hub.offline else None
+def _cached_file(path: Path, snapshot: Path) -> HubFile:
+    name, size, etag = path.relative_to(snapshot).as_posix(), path.stat().st_size, Path(os.readlink(path)).name
+    return HubFile(name, size, "", etag) if len(etag) == 64 else HubFile(name, size, etag)
 
 
-def _memo_file(hub: Hub, repo: str, commit: str, memo: Path) -> Path:
+def _memo_file(hub: Hub, memo: Path, repo: str, commit: str) -> Path:
     name = hashlib.sha256(json.dumps(["hub listing", 1, hub.endpoint, repo, commit]).encode()).hexdigest()
     return memo / "hub" / f"{name}.json"
 
 
 def _offline(hub: Hub, repo: str, revision: str | None) -> Offline:
     known = cached_commit(hub, repo, revision) if revision else None
-    cure = (
-        f"the Hub cache saw {revision} at {known}: write `revision: {known}`, or {CURE_OFFLINE}"
-        if known
-        else CURE_OFFLINE
-    )
+    seen = f"the Hub cache saw {revision} at {known}: write `revision: {known}`, or " if known else ""
     at = f" at {revision}" if revision else ""
-    return Offline(f"{repo}{at} is not known here, and asking the Hub is switched off", cure)
+    return Offline(f"{repo}{at} is not known here, and asking the Hub is switched off", seen + CURE_OFFLINE)
 
 
 def _get_json(hub: Hub, path: str, repo: str, revision: str | None, query: Mapping[str, str]) -> Any:
@@ -263,7 +276,7 @@ def _request(
     from huggingface_hub.utils import build_hf_headers, get_session, hf_raise_for_status
 
     sent = {**build_hf_headers(token=hub.token, library_name="bigpipe"), **(headers or {})}
-    options = {"params": dict(query), "headers": sent, "timeout": TIMEOUT}
+    options = {"params": dict(query), "headers": sent, "timeout": hub.timeout}
     for last in (False, True):
         with get_session().stream("GET", f"{hub.endpoint}{path}", **options) as response:
             wait = _retry_after(response.headers.get("Retry-After"))
@@ -307,6 +320,7 @@ def _parse(hub: Hub, repo: str, data: Any) -> Repository:
         card = data.get("cardData") or {}
         licence = card.get("license") if isinstance(card, Mapping) else None
         return Repository(
+            hub=hub,
             repo=repo,
             commit=data["sha"],
             files=tuple(_parse_file(item) for item in data["siblings"]),

@@ -58,36 +58,34 @@ def fetch(
     repository: Repository,
     files: Sequence[HubFile],
     *,
-    hub: Hub,
-    memo: Path | None = None,
     report: Report = lambda done, total, task: None,
     arrived: Callable[[str, Fetched], None] | None = None,
 ) -> Snapshot:
-    """Every file of `files` in the Hub cache, whole and verified; those already there are not fetched again.
+    """Return every file of `files` in the Hub cache, whole and verified; those already there are not fetched again.
 
     arrived: told of each file as soon as it is verified; the files then come roughly in the order given.
 
-    Raises what `hub_errors` knows, Transient where the bytes are wrong twice, Offline where one is missing offline.
+    Raise what `hub_errors` knows, Transient where the bytes are wrong twice, Offline where one is missing offline.
     """
     at_once = WORKERS if arrived is None else WORKERS_IN_ORDER
-    errands = _Errands(repository, hub, memo, report, files, threading.Semaphore(at_once))
+    errands = _Errands(repository, report, files, threading.Semaphore(at_once))
     # The largest first: the last one to finish decides when all have. If somebody takes them one by one, few at a time:
     # side by side all would end together.
     ordered = sorted(files, key=lambda file: -file.size) if arrived is None else files
+    fetched: dict[str, Fetched] = {}
     with (
         ThreadPoolExecutor(1, thread_name_prefix="settle") as settling,
         ThreadPoolExecutor(at_once + 1, thread_name_prefix="fetch") as pool,
     ):
-        pending = {file.path: pool.submit(errands.bring, file) for file in ordered}
-        paths = {future: path for path, future in pending.items()}
+        names = {pool.submit(errands.bring, file): file.path for file in ordered}
         settles = []
         try:
-            for future in as_completed(paths):
-                found = future.result()
+            for future in as_completed(names):
+                found = fetched[names[future]] = future.result()
                 # While others still come: what is recorded as verified is there after a power cut too.
                 settles.append(settling.submit(sync_file, found.path))
                 if arrived is not None:
-                    arrived(paths[future], found)
+                    arrived(names[future], found)
         except BaseException:
             errands.stop.set()
             _abort_xet()
@@ -95,22 +93,16 @@ def fetch(
             raise
         for settle in settles:
             settle.result()
-    fetched = {file.path: pending[file.path].result() for file in files}
     for file in files:
-        if not errands.still_right(file, fetched[file.path]):
+        # A file whose name another one was given by mistake may have been replaced after it was verified.
+        if errands.verified(fetched[file.path].path, file) is None:
             raise errands.wrong(file)
-    return Snapshot(fetched, errands.downloaded.done)
+    return Snapshot({file.path: fetched[file.path] for file in files}, errands.downloaded.done)
 
 
-def missing_bytes(repository: Repository, files: Iterable[HubFile], hub: Hub) -> int:
-    """How many bytes `fetch` would have to bring, by the names and sizes of what the cache has."""
-    return sum(file.size for file in files if not _is_cached(repository, file, hub))
-
-
-def _is_cached(repository: Repository, file: HubFile, hub: Hub) -> bool:
-    folder = hub.folder(repository.repo)
-    places = (folder / "blobs" / file.etag, folder / "snapshots" / repository.commit / file.path)
-    return any(place.is_file() and place.stat().st_size == file.size for place in places)
+def missing_bytes(repository: Repository, files: Iterable[HubFile]) -> int:
+    """Return how many bytes `fetch` would have to bring, by the names and sizes of what the cache has."""
+    return sum(file.size for file in files if not repository.is_cached(file))
 
 
 class _Stopped(Exception):
@@ -134,50 +126,50 @@ class _Count:
 @dataclass(slots=True)
 class _Errands:
     repository: Repository
-    hub: Hub
-    memo: Path | None
     report: Report
     files: Sequence[HubFile]
     lines: threading.Semaphore
     stop: threading.Event = field(default_factory=threading.Event)
-    hashed: dict[tuple[object, ...], dict[str, Any]] = field(default_factory=dict)
+    hashed: dict[Path, dict[str, Any]] = field(default_factory=dict)
     downloaded: _Count = field(init=False)
-    verified: _Count = field(init=False)
+    hashing: _Count = field(init=False)
 
     def __post_init__(self) -> None:
-        self.downloaded = _Count("download", missing_bytes(self.repository, self.files, self.hub), self.report)
-        unknown = sum(file.size for file in self.files if not self._known(file))
-        self.verified = _Count("verify", unknown, self.report)
+        self.downloaded = _Count("download", missing_bytes(self.repository, self.files), self.report)
+        self.hashing = _Count("verify", sum(file.size for file in self.files if not self._known(file)), self.report)
+
+    @property
+    def hub(self) -> Hub:
+        return self.repository.hub
 
     def _known(self, file: HubFile) -> bool:
-        path = self._blob(file)
-        return path.is_file() and _recalled(path, self.memo) is not None
+        path = self.repository.blob(file)
+        return path.is_file() and _recalled(_remembered(path, self.hub.memo), path.stat()) is not None
 
     def bring(self, file: HubFile) -> Fetched:
         """Fetch and verify; where that fails, once more: what lay in the cache may have rotted, or was garbled."""
-        with self.lines:
-            path = self._download(file)
-        if found := self._verified(path, file):
-            return found
-        if self.hub.offline:
-            raise InvalidCheckpoint(
-                f"{path} is damaged: it should be {file.path} of {self.repository.repo}, and its digest is another",
-                "run once with a network, which fetches it again",
-            )
-        if found := self._verified(self._download(file, again=True), file):
-            return found
+        for again in (False, True):
+            with self.lines:
+                path = self._download(file, again)
+            # The client leaves a link to bad bytes as it is; the good ones then lie beside, under their own name.
+            for place in dict.fromkeys((path, self.repository.blob(file))):
+                if found := self.verified(place, file):
+                    return found
+            if self.hub.offline:
+                raise InvalidCheckpoint(
+                    f"{path} is damaged: it should be {file.path} of {self.repository.repo}, and its digest is another",
+                    "run once with a network, which fetches it again",
+                )
         raise self.wrong(file)
 
-    def still_right(self, file: HubFile, fetched: Fetched) -> bool:
-        """A file whose name another one was given by mistake may have been replaced after it was verified."""
-        return fetched.path.is_file() and _is_right(file, self._digests(fetched.path, file))
-
-    def _verified(self, path: Path, file: HubFile) -> Fetched | None:
-        # The client leaves a link to bad bytes as it is; the good ones then lie beside, under their own name.
-        for place in dict.fromkeys((path, self._blob(file))):
-            if place.is_file() and _is_right(file, digests := self._digests(place, file)):
-                return Fetched(place, digests["sha256"], digests["size"])
-        return None
+    def verified(self, path: Path, file: HubFile) -> Fetched | None:
+        """The file, if that is what lies there. Without a git sha1 (a mirror may name blobs otherwise) by its size."""
+        if not path.is_file():
+            return None
+        digests = self._digests(path, file)
+        told = file.sha256 or (file.blob_id if len(file.blob_id) == 40 else None)
+        right = told in (None, digests["sha256" if file.sha256 else "blob_id"]) and digests["size"] == file.size
+        return Fetched(path, digests["sha256"], digests["size"]) if right else None
 
     def wrong(self, file: HubFile) -> Transient:
         return Transient(
@@ -185,10 +177,7 @@ class _Errands:
             f"something between {self.hub.endpoint} and here changes them; run again, or over another network",
         )
 
-    def _blob(self, file: HubFile) -> Path:
-        return Path(os.path.realpath(self.hub.folder(self.repository.repo) / "blobs" / file.etag))
-
-    def _download(self, file: HubFile, *, again: bool = False) -> Path:
+    def _download(self, file: HubFile, again: bool) -> Path:
         from huggingface_hub import constants, hf_hub_download
 
         constants.DOWNLOAD_CHUNK_SIZE = min(constants.DOWNLOAD_CHUNK_SIZE, PIECE)
@@ -217,7 +206,8 @@ class _Errands:
         """sha256 and size of a cached file, and git's sha1 where the Hub tells no other; read once, then remembered."""
         with path.open("rb", buffering=0) as content:
             stat = os.fstat(content.fileno())
-            known = self.hashed.get(_fingerprint(path, stat)) or _recalled(path, self.memo)
+            seen = {"size": stat.st_size, "mtime_ns": stat.st_mtime_ns, "inode": stat.st_ino}
+            known = _recalled(self.hashed.get(path), stat) or _recalled(_remembered(path, self.hub.memo), stat)
             if known is not None:
                 return known
             sha256, git = hashlib.sha256(), hashlib.sha1(b"blob %d\0" % stat.st_size, usedforsecurity=False)
@@ -227,40 +217,26 @@ class _Errands:
                 sha256.update(chunk)
                 if file.sha256 is None:
                     git.update(chunk)
-                self.verified.add(len(chunk))
-        digests = {"sha256": sha256.hexdigest(), "blob_id": git.hexdigest(), "size": stat.st_size}
-        self.hashed[_fingerprint(path, stat)] = digests
-        if self.memo is not None:
-            seen = {"mtime_ns": stat.st_mtime_ns, "inode": stat.st_ino, "path": str(path)}
-            remember(_memo_file(path, self.memo), {**digests, **seen})
+                self.hashing.add(len(chunk))
+        digests = {"sha256": sha256.hexdigest(), "blob_id": git.hexdigest(), **seen}
+        self.hashed[path] = digests
+        if self.hub.memo is not None:
+            remember(_memo_file(path, self.hub.memo), {**digests, "path": str(path)})
         return digests
-
-
-def _is_right(file: HubFile, digests: dict[str, Any]) -> bool:
-    """Without a git sha1 (a mirror may name its blobs otherwise) the size has to do."""
-    if digests["size"] != file.size:
-        return False
-    if file.sha256:
-        return bool(digests["sha256"] == file.sha256)
-    return len(file.blob_id) != 40 or bool(digests["blob_id"] == file.blob_id)
 
 
 def _memo_file(path: Path, memo: Path) -> Path:
     return memo / "hub-blobs" / f"{hashlib.sha256(os.fsencode(path)).hexdigest()}.json"
 
 
-def _fingerprint(path: Path, stat: os.stat_result) -> tuple[object, ...]:
-    return path, stat.st_size, stat.st_mtime_ns, stat.st_ino
+def _remembered(path: Path, memo: Path | None) -> Any:
+    return None if memo is None else recall(_memo_file(path, memo))
 
 
-def _recalled(path: Path, memo: Path | None) -> dict[str, Any] | None:
-    """The remembered digests of a file that has not been touched since."""
-    found = recall(_memo_file(path, memo)) if memo is not None else None
-    if not isinstance(found, dict):
-        return None
-    stat = path.stat()
-    seen = (found.get("size"), found.get("mtime_ns"), found.get("inode"))
-    return found if seen == (stat.st_size, stat.st_mtime_ns, stat.st_ino) else None
+def _recalled(found: Any, stat: os.stat_result) -> dict[str, Any] | None:
+    """Digests that were found before, if the file has not been touched since."""
+    seen = {"size": stat.st_size, "mtime_ns": stat.st_mtime_ns, "inode": stat.st_ino}
+    return found if isinstance(found, dict) and seen.items() <= found.items() else None
 
 
 def _bar(count: _Count, stop: threading.Event) -> Any:

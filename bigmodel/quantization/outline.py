@@ -49,7 +49,7 @@ class Converted:
 
     def __post_init__(self) -> None:
         stored = self.packing.stored(self.shape, self.dtype, self.measured)
-        planned = tuple(PlannedTensor(f"{self.module}.{s.suffix}", s.dtype, s.shape, s.nbytes) for s in stored)
+        planned = tuple(PlannedTensor(f"{self.module}.{s.suffix}", s.dtype, s.shape) for s in stored)
         object.__setattr__(self, "outputs", planned)
 
 
@@ -126,7 +126,7 @@ def outline(
             held = architecture.dtype_of(weight_of(module), settings.dtype)
             parts.append(_converted(source, dtype, shape, module, held, settings))
         else:
-            parts.append(Kept(source, PlannedTensor.of(source, dtype_of(names[source], dtype), shape)))
+            parts.append(Kept(source, PlannedTensor(source, dtype_of(names[source], dtype), shape)))
     converted = {module.name for module in modules}
     linear = [module.name for module in architecture.modules if module.linear]
     return Outline(

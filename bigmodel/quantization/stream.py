@@ -186,5 +186,5 @@ def _key(checkpoint: Checkpoint, shard: Shard, settings: Settings) -> str:
 def _plan_of(path: Path) -> ShardPlan:
     """The plan of a finished file, from its own header."""
     with FileSource(path) as source:
-        tensors = read_header(source, path).tensors
-    return ShardPlan(path.name, tuple(PlannedTensor(t.name, t.dtype, t.shape, t.nbytes) for t in tensors))
+        tensors = read_header(source, path).outline
+    return ShardPlan(path.name, tuple(PlannedTensor(name, *tensor) for name, tensor in tensors.items()))

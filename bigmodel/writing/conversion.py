@@ -49,7 +49,7 @@ class Conversion:
         if self.format not in NAMES:
             raise UsageError(f"format {self.format!r} is not known", f"choose one of {', '.join(NAMES)}")
         planned = [
-            PlannedTensor.of(name, self.dtype if self.dtype and is_cast(stored, self.dtype) else stored, shape)
+            PlannedTensor(name, self.dtype if self.dtype and is_cast(stored, self.dtype) else stored, shape)
             for name, (stored, shape) in tensors.items()
         ]
         odd = next((tensor for tensor in planned if tensor.dtype not in SAFETENSORS_NAMES), None)

@@ -13,16 +13,15 @@ NAMES: Mapping[Format, str] = {"safetensors": "model{}.safetensors", "bin": "pyt
 
 @dataclass(frozen=True, slots=True)
 class PlannedTensor:
-    """A tensor to be written. `nbytes` is exact before the first byte is."""
+    """A tensor to be written."""
 
     name: str
     dtype: str
     shape: tuple[int, ...]
-    nbytes: int
 
-    @classmethod
-    def of(cls, name: str, dtype: str, shape: Sequence[int]) -> PlannedTensor:
-        return cls(name, dtype, tuple(shape), tensor_nbytes(dtype, shape))
+    @property
+    def nbytes(self) -> int:
+        return tensor_nbytes(self.dtype, self.shape)
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,7 +48,7 @@ def plan_shards(
     format: Format = "safetensors",
     tied: Mapping[str, str] | None = None,
 ) -> list[ShardPlan]:
-    """Splits tensors over files of at most `max_shard_size` bytes, in the order given.
+    """Return files of at most `max_shard_size` bytes that hold these tensors, in the order given.
 
     Greedy, as huggingface_hub.split_torch_state_dict_into_shards: a tensor larger than the limit gets a file of its own
     at once, others fill the current file. `tied` (alias → name) matters to torch files, which keep the aliases; in
@@ -69,16 +68,13 @@ def plan_shards(
         filled += tensor.nbytes
     if current or not shards:
         shards.append(current)
-    return [
-        ShardPlan(
-            file_name(format, number, len(shards)), tuple(shard), _aliases(shard, tied) if format == "bin" else {}
-        )
-        for number, shard in enumerate(shards)
-    ]
+    names = [file_name(format, number, len(shards)) for number in range(len(shards))]
+    kept = tied if format == "bin" else None
+    return [ShardPlan(name, tuple(shard), _aliases(shard, kept)) for name, shard in zip(names, shards, strict=True)]
 
 
 def file_name(format: Format, number: int, count: int) -> str:
-    """`model-00002-of-00006.safetensors` for number 1 of 6, `model.safetensors` where there is only one."""
+    """Return `model-00002-of-00006.safetensors` for number 1 of 6, `model.safetensors` where there is only one."""
     return NAMES[format].format("" if count == 1 else f"-{number + 1:05d}-of-{count:05d}")
 
 
@@ -92,7 +88,7 @@ def index_file(format: Format) -> str:
 
 
 def encode_index(plans: Sequence[ShardPlan]) -> bytes:
-    """The index of a sharded checkpoint, in the form transformers writes it."""
+    """Return the index of a sharded checkpoint, in the form transformers writes it."""
     weight_map = {tensor.name: plan.file for plan in plans for tensor in plan.tensors}
     weight_map.update({alias: plan.file for plan in plans for alias in plan.aliases})
     index = {"metadata": {"total_size": sum(plan.nbytes for plan in plans)}, "weight_map": weight_map}

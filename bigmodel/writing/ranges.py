@@ -9,7 +9,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Self
 
-from bigpipe.bigmodel.checkpoint import CASTABLE, CHUNK, Checkpoint, OpenFiles, TensorInfo, itemsize
+from bigpipe.bigmodel.checkpoint import CASTABLE, CHUNK, Checkpoint, OpenFiles, itemsize
 
 from .plans import PlannedTensor
 from .shards import PIECES_IN_FLIGHT
@@ -20,12 +20,12 @@ BLOCK = 65_536
 
 
 def is_cast(stored: str, wanted: str | None) -> bool:
-    """Whether a stored tensor changes when `wanted` is asked for. Integers and quantized formats never do."""
+    """Return whether a stored tensor changes when `wanted` is asked for. Integers and quantized formats never do."""
     return wanted is not None and stored != wanted and stored in CASTABLE
 
 
 def cast(source: memoryview, stored: str, wanted: str, target: memoryview) -> memoryview:
-    """Converts the elements in `source` into `target`; gives the part of `target` that was filled.
+    """Convert the elements in `source` into `target`; return the part of `target` that was filled.
 
     Rounds to nearest even as torch's `.to()` does, through float32 where torch does too (float64 → half formats), bit
     for bit but for the payload of NaNs, where torch's own loops differ among each other. Overflow gives infinity.
@@ -69,32 +69,19 @@ class RangeReader:
         self._own = _Own(checkpoint, self._opened)
 
     def produce(self, planned: PlannedTensor) -> Iterator[memoryview]:
-        """The contiguous bytes of the tensor of this name, as the planned dtype."""
+        """Give the contiguous bytes of the tensor of this name, as the planned dtype."""
         own, tensor = self._own, self.checkpoint.tensors[planned.name]
+        source = own.files.source(tensor.file)
         if not is_cast(tensor.dtype, planned.dtype):
-            yield from self._pieces(tensor, CHUNK, own.buffers)
+            yield from self.checkpoint.pieces(tensor.name, source, CHUNK, own.buffers)
             return
         widths = itemsize(tensor.dtype), itemsize(planned.dtype)
         size = CHUNK // max(widths) * widths[0]
-        for piece in self._pieces(tensor, size, itertools.repeat(own.stored)):
+        for piece in self.checkpoint.pieces(tensor.name, source, size, itertools.repeat(own.stored)):
             yield cast(piece, tensor.dtype, planned.dtype, next(own.buffers))
 
-    def _pieces(self, tensor: TensorInfo, size: int, buffers: Iterator[memoryview]) -> Iterator[memoryview]:
-        """The bytes as they are stored, in pieces of at most `size`, in the buffers given."""
-        tensor = self.checkpoint.placed(tensor.name)
-        source = self._own.files.source(tensor.file)
-        if tensor.view is not None:
-            from bigpipe.bigmodel.checkpoint import compact_chunks
-
-            yield from compact_chunks(source, tensor, size)
-            return
-        for start in range(0, tensor.nbytes, size):
-            piece = next(buffers)[: min(size, tensor.nbytes - start)]
-            source.read_into(piece, tensor.offset + start)
-            yield piece
-
     def close(self, file: Path) -> None:
-        """Lets go of a file that nobody reads any more; from any thread."""
+        """Let go of a file that nobody reads any more; from any thread."""
         for files in self._opened:
             files.close(file)
 

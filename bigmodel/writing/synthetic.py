@@ -79,7 +79,7 @@ class SyntheticModel:
     def plans(self) -> list[ShardPlan]:
         """The weight files that `write` will write."""
         described = self.description
-        planned = [PlannedTensor.of(name, dtype, shape) for name, (dtype, shape) in (described.tensors or {}).items()]
+        planned = [PlannedTensor(name, dtype, shape) for name, (dtype, shape) in (described.tensors or {}).items()]
         return plan_shards(planned, size_of("max_shard_size", self.max_shard_size), self.format, described.tied)
 
     def write(self, out: Path, *, journal: Path | None = None, traffic: Traffic | None = None) -> SavedCheckpoint:

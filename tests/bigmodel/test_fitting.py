@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from bigpipe.bigmodel.architecture import known_architecture
-from bigpipe.bigmodel.checkpoint.description import ModelDescription
+from bigpipe.bigmodel.checkpoint import ModelDescription
 from bigpipe.bigmodel.placement import Placement, PlacementRequest, find_misfits, place_model
 from bigpipe.errors import DoesNotFit
 from bigpipe.fit import Cure, Misfit, as_fields, as_options, as_parameters, fits, lacking, nearest

@@ -13,7 +13,7 @@ from support.models import make_checkpoint
 from support.shells import shell
 
 import bigpipe
-from bigpipe.bigmodel.checkpoint.description import ModelDescription, describe_checkpoint
+from bigpipe.bigmodel.checkpoint import ModelDescription, describe_checkpoint
 from bigpipe.bigmodel.formats import (
     BUILT_IN,
     DTYPES,

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from bigpipe.bigmodel.checkpoint.description import ModelDescription
+from bigpipe.bigmodel.checkpoint import ModelDescription
 from bigpipe.bigmodel.execution import HostMemory, as_placement, cast_bytes, host_memory, loading_dtype
 
 MODEL = ModelDescription(

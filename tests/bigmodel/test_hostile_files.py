@@ -262,7 +262,7 @@ def test_an_index_that_does_not_fit_its_files_is_refused(tmp_path):
         open_checkpoint(tmp_path)
     save_file({"a": torch.zeros(2)}, tmp_path / "other.safetensors")
     index.write_text(json.dumps({"weight_map": {"a": file, "b": "other.safetensors"}}))
-    with pytest.raises(InvalidCheckpoint, match="another file of this checkpoint"):
+    with pytest.raises(InvalidCheckpoint, match="another file of this model"):
         open_checkpoint(tmp_path)
 
 

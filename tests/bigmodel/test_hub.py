@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -65,17 +66,17 @@ def test_tags_and_short_commits_are_resolved_and_full_commits_are_taken_as_they_
 def test_the_listing_has_sizes_and_digests_and_is_kept_for_a_commit(
     server: LoopbackHub, hub: Hub, tmp_path: Path
 ) -> None:
-    memo = tmp_path / "memo"
-    described = describe("org/model", "main", hub=hub, memo=memo)
+    hub = replace(hub, memo=tmp_path / "memo")
+    described = describe("org/model", "main", hub=hub)
     config, weights = described.files
     assert (config.path, config.size, config.sha256, len(config.blob_id)) == ("config.json", 21, None, 40)
     assert (weights.size, len(weights.sha256 or "")) == (len(WEIGHTS), 64)
     assert described.library == "transformers"
     asked = len(server.log)
-    assert describe("org/model", described.commit, hub=hub, memo=memo) == described
+    assert describe("org/model", described.commit, hub=hub) == described
     assert len(server.log) == asked
-    away = Hub(endpoint=hub.endpoint, cache=hub.cache, offline=True)
-    assert describe("org/model", described.commit, hub=away, memo=memo) == described
+    away = replace(hub, offline=True)
+    assert describe("org/model", described.commit, hub=away) == described
 
 
 def test_ranges_are_read_without_the_rest_and_the_token_stays_on_the_hub(server: LoopbackHub, tmp_path: Path) -> None:
@@ -195,11 +196,10 @@ def test_a_redirect_loop_ends(server: LoopbackHub, hub: Hub) -> None:
         describe("org/model", hub=hub)
 
 
-def test_an_answer_that_never_comes(server: LoopbackHub, hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("bigpipe.bigmodel.hub.repository.TIMEOUT", 0.3)
+def test_an_answer_that_never_comes(server: LoopbackHub, hub: Hub) -> None:
     server.fail("hang", "/revision/")
     with pytest.raises(Transient, match="ReadTimeout"):
-        describe("org/model", hub=hub)
+        describe("org/model", hub=replace(hub, timeout=0.3))
 
 
 @pytest.mark.parametrize(

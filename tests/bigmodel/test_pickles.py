@@ -10,8 +10,9 @@ import pytest
 import torch
 from support.models import make_checkpoint, tiny_model
 
-from bigpipe.bigmodel.checkpoint import open_checkpoint
+from bigpipe.bigmodel.checkpoint import FileSource, open_checkpoint
 from bigpipe.bigmodel.checkpoint.pickles import read_torch_pickle, unique_tensors
+from bigpipe.bigmodel.checkpoint.strided import compact_chunks
 from bigpipe.bigmodel.writing import PlannedTensor, ShardPlan
 from bigpipe.bigmodel.writing.containers import TorchZip
 from bigpipe.errors import InvalidCheckpoint
@@ -33,6 +34,18 @@ class CountingSource:
         assert 0 <= offset <= offset + length <= self.size
         self.reads.append((offset, length))
         return self.content[offset : offset + length]
+
+
+class SpanSource(FileSource):
+    """Notes how much is read at a time."""
+
+    def __init__(self, path):
+        super().__init__(path)
+        self.lengths = []
+
+    def read(self, offset, length):
+        self.lengths.append(length)
+        return super().read(offset, length)
 
 
 def test_shapes_and_ties_of_a_remote_file_take_three_short_ranges(tmp_path):
@@ -84,20 +97,20 @@ def test_views_of_a_storage_are_read_as_contiguous_bytes_in_little_memory(tmp_pa
         assert (stored.view is None) == view.is_contiguous() == (stored.offset >= 0)
 
 
-def test_a_view_larger_than_memory_may_hold_is_gathered_in_pieces(tmp_path, monkeypatch):
-    import bigpipe.bigmodel.checkpoint.strided as strided
-
-    monkeypatch.setattr(strided, "SPAN", 4096)
+def test_a_view_larger_than_memory_may_hold_is_gathered_in_pieces(tmp_path):
     matrix = torch.arange(300 * 200, dtype=torch.int16).reshape(300, 200)
     torch.save({"t": matrix.t(), "s": matrix[::3, ::5]}, tmp_path / "model.bin")
-    checkpoint = open_checkpoint(tmp_path / "model.bin")
-    assert checkpoint.read("t") == matrix.t().contiguous().numpy().tobytes()
-    assert checkpoint.read("s") == matrix[::3, ::5].contiguous().numpy().tobytes()
+    tensors = open_checkpoint(tmp_path / "model.bin").tensors
+    with SpanSource(tmp_path / "model.bin") as source:
+        found = {name: b"".join(compact_chunks(source, tensors[name], 10**6, span=4096)) for name in ("t", "s")}
+    assert found["t"] == matrix.t().contiguous().numpy().tobytes()
+    assert found["s"] == matrix[::3, ::5].contiguous().numpy().tobytes()
+    assert max(source.lengths) <= 4096 < matrix.nbytes
 
 
 def test_files_beyond_four_gigabytes_are_written_as_torch_reads_them(tmp_path):
     """Headers only: the data are holes in a sparse file, and the sums over them are left at 0."""
-    tensors = [PlannedTensor.of(f"t{number}", "uint8", (size,)) for number, size in enumerate((5 * 2**30, 3, 7))]
+    tensors = [PlannedTensor(f"t{number}", "uint8", (size,)) for number, size in enumerate((5 * 2**30, 3, 7))]
     container = TorchZip(ShardPlan("pytorch_model.bin", tuple(tensors)))
     file = tmp_path / "pytorch_model.bin"
     offsets = {}
@@ -119,7 +132,7 @@ def test_files_beyond_four_gigabytes_are_written_as_torch_reads_them(tmp_path):
 
 
 def test_a_pickle_of_thirty_thousand_tensors_is_read(tmp_path):
-    tensors = tuple(PlannedTensor.of(f"layers.{number}.weight", "float16", (2, 3)) for number in range(30_000))
+    tensors = tuple(PlannedTensor(f"layers.{number}.weight", "float16", (2, 3)) for number in range(30_000))
     container = TorchZip(ShardPlan("pytorch_model.bin", tensors))
     crcs = {tensor.name: 0 for tensor in tensors}
     parts = [container.head, *(bytes(12) + container.after(tensor.name, 0) for tensor in tensors), container.tail(crcs)]

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import zipfile
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -54,8 +55,8 @@ def create(server: LoopbackHub, files: dict[str, bytes | Path], **settings: Any)
     return server.create(MODEL, {"config.json": json.dumps(LLAMA).encode(), **files}, **settings)
 
 
-def look(hub: Hub, **options: Any) -> RemoteModel:
-    return describe_repository(MODEL, hub=hub, **options)
+def look(hub: Hub, revision: str = "main", **options: Any) -> RemoteModel:
+    return describe_repository(MODEL, revision, hub=hub, **options)
 
 
 @pytest.mark.parametrize("format", ["safetensors", "bin"])
@@ -107,19 +108,21 @@ def test_an_index_that_disagrees_is_not_believed(
 
 def test_what_was_learnt_of_a_commit_is_kept(server: LoopbackHub, hub: Hub, tmp_path: Path) -> None:
     commit = create(server, dict(sharded(tmp_path, tensors_of(LLAMA), 60_000)))
-    first = look(hub, memo=tmp_path / "memo")
+    remembering = replace(hub, memo=tmp_path / "memo")
+    first = look(remembering)
     server.log.clear()
-    second = describe_repository(MODEL, commit, hub=hub, memo=tmp_path / "memo")
+    second = look(remembering, commit)
     assert second.description == first.description
     assert (second.fetched_bytes, server.log) == (0, [])
 
 
 def test_a_damaged_memory_is_asked_anew(server: LoopbackHub, hub: Hub, tmp_path: Path) -> None:
     create(server, {"model.safetensors": shell(tmp_path / "model.safetensors", tensors_of(LLAMA))})
-    first = look(hub, memo=tmp_path / "memo")
+    remembering = replace(hub, memo=tmp_path / "memo")
+    first = look(remembering)
     for file in (tmp_path / "memo" / "remote").iterdir():
         file.write_text('{"tensors": [["a"]]}')
-    assert look(hub, memo=tmp_path / "memo").description == first.description
+    assert look(remembering).description == first.description
 
 
 def test_files_in_the_hub_cache_are_read_there(server: LoopbackHub, hub: Hub, tmp_path: Path) -> None:
@@ -309,7 +312,7 @@ class TestHostile:
         index["weight_map"]["model.norm.weight"] = next(name for name in files if name.startswith("model-00001"))
         content: dict[str, bytes | Path] = {**files, "model.safetensors.index.json": json.dumps(index).encode()}
         create(server, content)
-        with pytest.raises(InvalidCheckpoint, match="and it is not"):
+        with pytest.raises(InvalidCheckpoint, match="but it is in model-0000"):
             look(hub)
 
     @pytest.mark.parametrize("content", [b"[" * 100_000, b"[1]", b"\xff\xfe"])

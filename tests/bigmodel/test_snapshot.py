@@ -6,6 +6,7 @@ import hashlib
 import os
 import threading
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -38,40 +39,41 @@ def hub(server: LoopbackHub, tmp_path: Path) -> Hub:
 
 
 def fetch_all(
-    hub: Hub, memo: Path, repository: Repository | None = None, reported: list[int] | None = None
+    hub: Hub, memo: Path, repository: Repository | None = None, reported: list[tuple[str, int]] | None = None
 ) -> Snapshot:
-    repository = repository or describe("org/model", "main", hub=hub)
+    repository = replace(repository or describe("org/model", "main", hub=hub), hub=replace(hub, memo=memo))
 
     def report(done: int, total: int, task: str) -> None:
-        if reported is not None and task == "download":
-            reported.append(done)
+        if reported is not None:
+            reported.append((task, done))
 
-    return fetch(repository, repository.files, hub=hub, memo=memo, report=report)
+    return fetch(repository, repository.files, report=report)
 
 
 def test_files_come_whole_with_their_digests_and_stay_in_the_hub_cache(hub: Hub, tmp_path: Path) -> None:
-    reported: list[int] = []
+    reported: list[tuple[str, int]] = []
     snapshot = fetch_all(hub, tmp_path / "memo", reported=reported)
     assert {name: file.path.read_bytes() for name, file in snapshot.files.items()} == FILES
     for name, file in snapshot.files.items():
         assert (file.sha256, file.size) == (hashlib.sha256(FILES[name]).hexdigest(), len(FILES[name]))
         assert file.path.is_relative_to(hub.folder("org/model") / "blobs")
     assert snapshot.fetched_bytes == TOTAL
-    assert reported == sorted(reported)
-    assert reported[-1] == TOTAL
+    for task in ("download", "verify"):
+        done = [size for told, size in reported if told == task]
+        assert done == sorted(done)
+        assert done[-1] == TOTAL
 
 
-def test_a_second_time_nothing_is_asked_fetched_or_read(
-    server: LoopbackHub, hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_second_time_nothing_is_asked_fetched_or_read(server: LoopbackHub, hub: Hub, tmp_path: Path) -> None:
     memo = tmp_path / "memo"
     repository = describe("org/model", "main", hub=hub)
     first = fetch_all(hub, memo, repository)
     asked = len(server.log)
-    assert missing_bytes(repository, repository.files, hub) == 0
-    monkeypatch.setattr("bigpipe.bigmodel.hub.snapshot.CHUNK", None)  # a read would fail
-    second = fetch_all(hub, memo, repository)
+    assert missing_bytes(repository, repository.files) == 0
+    reported: list[tuple[str, int]] = []
+    second = fetch_all(hub, memo, repository, reported)
     assert second == Snapshot(first.files, 0)
+    assert reported == []  # what is read to be verified is reported
     assert len(server.log) == asked
 
 
@@ -89,8 +91,8 @@ def test_only_what_is_missing_is_fetched(server: LoopbackHub, hub: Hub, tmp_path
     repository = describe("org/model", "main", hub=hub)
     weights = repository.file("model.safetensors")
     assert weights is not None
-    fetch(repository, [weights], hub=hub)
-    assert missing_bytes(repository, repository.files, hub) == TOTAL - 300_000
+    fetch(repository, [weights])
+    assert missing_bytes(repository, repository.files) == TOTAL - 300_000
     assert fetch_all(hub, tmp_path / "memo", repository).fetched_bytes == TOTAL - 300_000
 
 

@@ -6,6 +6,7 @@ import os
 import random
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -46,21 +47,20 @@ def a_round(seed: int, faults: dict[str, dict[str, Any]], root: Path, *, moves: 
     files = {"config.json": chance.randbytes(700), "model.safetensors": chance.randbytes(2500)}
     with LoopbackHub() as server:
         server.create("org/model", files)
-        hub = Hub.from_environment(server.environment(root))
+        hub = replace(Hub.from_environment(server.environment(root)), memo=root / "memo", timeout=0.5)
         for name in chance.choices(list(faults), k=2 if faults else 0):
             settings = dict(faults[name])
             server.fail(settings.pop("kind"), chance.choice(PLACES), times=chance.randint(1, 2), **settings)
         repository: Repository = tried(lambda: describe("org/model", "main", hub=hub))
         if moves:
             server.commit("org/model", {"model.safetensors": chance.randbytes(2500)})
-        snapshot = tried(lambda: fetch(repository, repository.files, hub=hub, memo=root / "memo"))
+        snapshot = tried(lambda: fetch(repository, repository.files))
         assert {name: file.path.read_bytes() for name, file in snapshot.files.items()} == files, f"seed {seed}"
         assert snapshot.files.keys() == files.keys()
 
 
 @pytest.fixture(autouse=True)
 def _impatience(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("bigpipe.bigmodel.hub.repository.TIMEOUT", 0.5)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_DOWNLOAD_TIMEOUT", 0.5)
     monkeypatch.setattr("huggingface_hub.file_download._ETAG_RETRY_TIMEOUT", 0.5)
     sleep = time.sleep

@@ -60,7 +60,7 @@ def test_the_description_is_what_gets_written(tmp_path, opt):
 
 def test_norms_positions_and_counters_are_what_fresh_models_have():
     def made(name, dtype, shape):
-        tensor = PlannedTensor.of(name, dtype, shape)
+        tensor = PlannedTensor(name, dtype, shape)
         return torch.frombuffer(
             bytearray(b"".join(RandomTensors(0, 0.02).produce(tensor))), dtype=getattr(torch, dtype)
         )

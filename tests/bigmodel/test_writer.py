@@ -38,7 +38,7 @@ def test_shard_plans_equal_those_of_huggingface_hub(sizes, limit, form):
     pattern = {"safetensors": "model{suffix}.safetensors", "bin": "pytorch_model{suffix}.bin"}[form]
     theirs = split_torch_state_dict_into_shards(state, max_shard_size=limit, filename_pattern=pattern)
     ours = plan_shards(
-        [PlannedTensor.of(name, "uint8", (size,)) for name, size in zip(names, sizes, strict=True)], limit, form
+        [PlannedTensor(name, "uint8", (size,)) for name, size in zip(names, sizes, strict=True)], limit, form
     )
     assert {plan.file: [tensor.name for tensor in plan.tensors] for plan in ours} == theirs.filename_to_tensors
     assert sum(plan.nbytes for plan in ours) == theirs.metadata["total_size"]
@@ -126,9 +126,7 @@ def test_a_cast_changes_floating_tensors_and_the_config(tmp_path):
 
 def test_tensors_larger_than_a_piece_and_planned_in_any_order_are_hashed_right(tmp_path):
     contents = {"a": bytes(range(256)) * 80_000, "b": b"\x01" * 20_000_003, "c": b"\x02\x03" * 9}
-    plan = plan_shards(
-        [PlannedTensor(name, "uint8", (len(data),), len(data)) for name, data in contents.items()], 10**9
-    )
+    plan = plan_shards([PlannedTensor(name, "uint8", (len(data),)) for name, data in contents.items()], 10**9)
     for tensors in (plan[0].tensors, plan[0].tensors[::-1]):
         reordered = [type(plan[0])(plan[0].file, tensors)]
         saved = write_checkpoint(tmp_path, reordered, lambda tensor: [contents[tensor.name]])
@@ -161,7 +159,7 @@ def test_a_save_removes_what_a_killed_one_left_unfinished(tmp_path):
 
 
 def test_one_worker_finishes_a_file_before_it_begins_the_next(tmp_path):
-    plans = plan_shards([PlannedTensor.of(f"t{number}", "uint8", (1000,)) for number in range(3)], 1000)
+    plans = plan_shards([PlannedTensor(f"t{number}", "uint8", (1000,)) for number in range(3)], 1000)
     whole = []
 
     def produce(tensor):
@@ -173,7 +171,7 @@ def test_one_worker_finishes_a_file_before_it_begins_the_next(tmp_path):
 
 
 def test_finished_files_are_kept_after_a_crash_and_damaged_ones_are_not(tmp_path):
-    plans = plan_shards([PlannedTensor.of(f"t{number}", "uint8", (1000,)) for number in range(4)], 1000)
+    plans = plan_shards([PlannedTensor(f"t{number}", "uint8", (1000,)) for number in range(4)], 1000)
     produced = []
 
     def produce(tensor):
@@ -198,7 +196,7 @@ def test_finished_files_are_kept_after_a_crash_and_damaged_ones_are_not(tmp_path
 
 
 def test_several_files_side_by_side_stop_together(tmp_path):
-    plans = plan_shards([PlannedTensor.of(f"t{number}", "uint8", (2_000_000,)) for number in range(8)], 2_000_000)
+    plans = plan_shards([PlannedTensor(f"t{number}", "uint8", (2_000_000,)) for number in range(8)], 2_000_000)
 
     def produce(tensor):
         for piece in range(4):
@@ -225,7 +223,7 @@ def test_several_files_side_by_side_stop_together(tmp_path):
 
 
 def test_an_error_stops_the_other_workers_at_their_next_piece(tmp_path):
-    plans = plan_shards([PlannedTensor.of(f"t{number}", "uint8", (1_000_000,)) for number in range(2)], 1_000_000)
+    plans = plan_shards([PlannedTensor(f"t{number}", "uint8", (1_000_000,)) for number in range(2)], 1_000_000)
     begun, made = threading.Event(), []
 
     def produce(tensor):
@@ -244,14 +242,14 @@ def test_an_error_stops_the_other_workers_at_their_next_piece(tmp_path):
 
 
 def test_a_producer_that_gives_too_little_is_a_bug_and_leaves_nothing(tmp_path):
-    plans = plan_shards([PlannedTensor.of("t", "uint8", (10,))], 100)
+    plans = plan_shards([PlannedTensor("t", "uint8", (10,))], 100)
     with pytest.raises(ValueError, match="9 bytes were produced, 10 planned"):
         write_checkpoint(tmp_path, plans, lambda _: [b"123456789"])
     assert list(tmp_path.iterdir()) == []
 
 
 def test_what_does_not_fit_on_the_disk_is_refused_before_writing(tmp_path):
-    plans = plan_shards([PlannedTensor("t", "uint8", (2**60,), 2**60)], 2**61)
+    plans = plan_shards([PlannedTensor("t", "uint8", (2**60,))], 2**61)
     with pytest.raises(DoesNotFit, match="are to be written, and the disk has"):
         write_checkpoint(tmp_path, plans, lambda _: [])
     assert list(tmp_path.iterdir()) == []

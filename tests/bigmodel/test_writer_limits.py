@@ -107,7 +107,7 @@ from bigpipe.bigmodel.writing import PlannedTensor, plan_shards
 from bigpipe.bigmodel.writing import write_checkpoint
 from bigpipe.errors import DoesNotFit
 disk, early = Path(sys.argv[1]), sys.argv[2] == "early"
-plans = plan_shards([PlannedTensor.of(f"t{n}", "uint8", (3_000_000,)) for n in range(3)], 3_000_000)
+plans = plan_shards([PlannedTensor(f"t{n}", "uint8", (3_000_000,)) for n in range(3)], 3_000_000)
 def fill():
     with open(disk / "somebody else's", "wb", buffering=0) as file:
         try:

@@ -1,0 +1,46 @@
+"""What weight files hold, of either format and wherever they are read, and of several files together."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+from .bytesource import ByteSource
+from .files import format_of
+from .headers import read_header
+from .tensors import Contents, invalid
+
+
+def read_contents(source: ByteSource, file: Path, *, placed: bool = True) -> Contents:
+    """Return what a weight file holds; `file` is what the tensors will name as theirs. Raise InvalidCheckpoint.
+
+    Not placed: where the tensors of a torch file lie is not looked up (see `read_torch_file`).
+    """
+    if format_of(file) == "safetensors":
+        return read_header(source, file)
+    from .pickles import read_torch_file
+
+    return read_torch_file(source, file, placed=placed)
+
+
+def join_contents(found: Mapping[Path, Contents], prefix: Callable[[Path], str] = lambda file: "") -> Contents:
+    """Return what files hold together, each name after its file's prefix. Raise InvalidCheckpoint for a name twice."""
+    whole = Contents({})
+    for file, own in found.items():
+        before = prefix(file)
+        for name in (*own.tensors, *own.tied):
+            if before + name in whole.tensors or before + name in whole.tied:
+                raise invalid(file, "stands in another file of this model too", "save the model anew", tensor=name)
+        whole.tensors.update((before + name, tensor) for name, tensor in own.tensors.items())
+        whole.tied.update((before + alias, before + name) for alias, name in own.tied.items())
+        whole.metadata.update(own.metadata)
+    return whole
+
+
+def check_weight_map(index: Path | str, weight_map: Mapping[str, str], contents: Contents) -> None:
+    """Raise InvalidCheckpoint unless every tensor is in the file that the index names."""
+    for name, file in weight_map.items():
+        stored = contents.tensors.get(contents.tied.get(name, name))
+        if stored is None or stored.file.name != file:
+            cause = f"says this tensor is in {file}, but it is {f'in {stored.file.name}' if stored else 'nowhere'}"
+            raise invalid(index, cause, "save the model anew", tensor=name)
