@@ -7,9 +7,10 @@ from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from itertools import product
 from math import prod
+from typing import NamedTuple
 
 from bigpipe.errors import ManifestError
-from bigpipe.orchestrator.contract import Json
+from bigpipe.orchestrator.contract import Json, Params
 from bigpipe.orchestrator.launch import executor
 
 from .conditions import Condition, parse_condition
@@ -37,6 +38,15 @@ def variants(axes: Axes) -> Iterable[dict[str, str]]:
     names = list(axes)
     for values in product(*axes.values()):
         yield dict(zip(names, values, strict=True))
+
+
+class Reading(NamedTuple):
+    """What the settings of a stage give, before it is wired to others."""
+
+    settings: NodeSettings
+    params: Params
+    when: Condition | None
+    gates: list[Condition]
 
 
 class Expansion:
@@ -77,22 +87,26 @@ class Expansion:
     def _expand(self, stage: Wired) -> Iterable[Node]:
         varies = bool(stage.axes) and contains_reference(stage.settings, "matrix")
         places = Places(self.document, stage.path)
-        node: Node | None = None
+        reading: Reading | None = None
         for index, texts in enumerate(variants(stage.axes)):
+            variant = {axis: stage.axes[axis][text] for axis, text in texts.items()}
             if varies or index == 0:
-                node = self._read(stage, {axis: stage.axes[axis][text] for axis, text in texts.items()}, places)
-            if node is not None and not stage.broken:
-                yield self._wired(stage, texts, node)
+                reading = self._read(stage, variant)
+            if reading is not None and not stage.broken:
+                yield self._node(stage, reading, texts, variant, places)
 
-    def _read(self, stage: Wired, variant: Mapping[str, Json], places: Places) -> Node | None:
-        """What the stage's settings give, for one variant or for all: a node that is not wired to others yet."""
+    def _read(self, stage: Wired, variant: Mapping[str, Json]) -> Reading | None:
+        """What the stage's settings give, for one variant or for all."""
         before = len(self.problems)
         values = stage.settings
         if contains_reference(values):
             scope = replace(self.scope, matrix=variant, open_matrix=stage.broken)
             values = {
                 key: interpolate(
-                    value, replace(scope, stages=key in ("when", "gates")), self.problems, (*stage.path, key)
+                    value,
+                    replace(scope, stages=True) if key in ("when", "gates") else scope,
+                    self.problems,
+                    (*stage.path, key),
                 )
                 for key, value in values.items()
             }
@@ -112,18 +126,26 @@ class Expansion:
             self._condition(stage, text, ("gates", index))
             for index, text in enumerate(gates if isinstance(gates, list) else [])
         ]
-        if settings is None or stage.kind is None or params is None or unresolved:
+        if settings is None or params is None or unresolved:
             return None
+        return Reading(settings, params, when, [gate for gate in read if gate is not None])
+
+    def _node(
+        self, stage: Wired, reading: Reading, texts: Mapping[str, str], variant: Mapping[str, Json], places: Places
+    ) -> Node:
+        assert stage.kind is not None  # noqa: S101  it has params
+        settings, params, when, gates = reading
         return Node(
-            name=stage.name,
+            name=node_name(stage.name, texts),
             stage=stage.name,
             kind=stage.kind,
             location=stage.location,
             params=params,
             variant=variant,
-            inputs={},
-            when=when,
-            gates=tuple(gate for gate in read if gate is not None),
+            inputs={port: self._targets(sources, texts) for port, sources in stage.inputs.items()},
+            needs=self._targets(stage.needs, texts),
+            when=self._bound(stage, when, texts) if when else None,
+            gates=tuple(bound for gate in gates if (bound := self._bound(stage, gate, texts)) is not None),
             launch=settings.launch.launch(),
             resources=settings.resources,
             retries=settings.retries,
@@ -133,17 +155,6 @@ class Expansion:
             env={name: str(value) for name, value in settings.env.items()},
             secrets=tuple(dict.fromkeys([*stage.kind.secrets, *stage.structure.secrets])),
             places=places,
-        )
-
-    def _wired(self, stage: Wired, texts: Mapping[str, str], node: Node) -> Node:
-        return replace(
-            node,
-            name=node_name(stage.name, texts),
-            variant={axis: stage.axes[axis][text] for axis, text in texts.items()},
-            inputs={port: self._targets(sources, texts) for port, sources in stage.inputs.items()},
-            needs=self._targets(stage.needs, texts),
-            when=self._bound(stage, node.when, texts),
-            gates=tuple(bound for gate in node.gates if (bound := self._bound(stage, gate, texts)) is not None),
         )
 
     def _targets(self, sources: tuple[StageReference, ...], texts: Mapping[str, str]) -> tuple[str, ...]:
@@ -230,9 +241,7 @@ class Expansion:
         self.problems.add(Fault.UNKNOWN_METRIC, path, f"{cause} in {kind.kind}", cure, part=metric)
         return False
 
-    def _bound(self, stage: Wired, condition: Condition | None, texts: Mapping[str, str]) -> Condition | None:
-        if condition is None:
-            return None
+    def _bound(self, stage: Wired, condition: Condition, texts: Mapping[str, str]) -> Condition | None:
         own = node_name(stage.name, texts)
         nodes: dict[str, str | None] = {}
         for node, _ in condition.references:

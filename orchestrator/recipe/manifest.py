@@ -113,7 +113,7 @@ class LaunchSpec(Spec):
         return self
 
     def launch(self) -> Launch:
-        return Launch(**vars(self), explicit=frozenset(self.model_fields_set))
+        return Launch(**vars(self), explicit=frozenset(self.model_fields_set)) if self.model_fields_set else Launch()
 
 
 class ResourcesSpec(Spec):
