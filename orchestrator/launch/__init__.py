@@ -9,8 +9,7 @@ if TYPE_CHECKING:
     from .environment import visible_secrets, worker_environment
     from .executors import Executor, executor, run_alone
     from .jobs import AttemptFolder, Job, JobFile, Outcome
-    from .processes import worker_command
+    from .processes import MEMORY, WarmWorker, worker_command
     from .redaction import Redactor
-    from .warm import MEMORY, WarmWorker
 
 __getattr__, __all__ = face(__name__)

@@ -57,10 +57,7 @@ class Acceleration:
 
 
 def effective_launch(launch: Launch, base: Path) -> Launch:
-    """`launch` with the values of its `config_file` for those keys that the manifest did not write itself.
-
-    base: what a relative `config_file` is relative to. Raises UsageError.
-    """
+    """Return `launch` with what its `config_file` says where the manifest does not. Raise UsageError."""
     return _merge(launch, _read(launch, base))
 
 

@@ -62,10 +62,7 @@ def worker_environment(stage: Stage[Any], surroundings: Surroundings, parent: Ma
 
 
 def visible_secrets(stage: Stage[Any], secrets: Iterable[str], parent: Mapping[str, str]) -> dict[str, str]:
-    """Return the secrets of a node that are set. A Hub token under an older name counts as HF_TOKEN.
-
-    secrets: names that the node lists.
-    """
+    """Return those secrets that a node lists and that are set. A Hub token under an older name counts as HF_TOKEN."""
     found = {name: parent[name] for name in secrets if name in parent}
     if "HF_TOKEN" not in found and sees_hub_token(stage, found):
         token = next((parent[name] for name in HUB_TOKENS if parent.get(name)), None)

@@ -9,21 +9,32 @@ Others come through the entry-point group `bigpipe.executors`, as values of `Exe
 
 from __future__ import annotations
 
+import importlib.abc
 import os
+import sys
+import threading
 import time
-from collections.abc import Callable, Mapping
+import traceback
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 from functools import cache
+from importlib.machinery import ModuleSpec
 from pathlib import Path
+from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
-from bigpipe.errors import UsageError
-from bigpipe.orchestrator.contract import Stage, Surroundings, late
+from bigpipe.errors import StageFailed, UsageError
+from bigpipe.orchestrator.contract import Stage, StageContext, Surroundings, late
 
 if TYPE_CHECKING:
     from .jobs import Job, Outcome
 
 GROUP = "bigpipe.executors"
+HEAVY = frozenset({"torch", "transformers", "accelerate", "bitsandbytes"})
+"""What a kind that runs inline may not import."""
+_barred: ContextVar[bool] = ContextVar("_barred", default=False)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -38,8 +49,7 @@ class Executor:
     def start(self, job: Job) -> Outcome:
         """Run the attempt to its end. Call it from a thread that lives until then: workers die with it.
 
-        Raise the stage's own BigpipeError; StageFailed, with the log's path, for crashes, unexpected errors and the
-        timeout; Interrupted.
+        Raise the stage's own BigpipeError; StageFailed for crashes, unexpected errors and the timeout; Interrupted.
         """
         started = time.monotonic()
         for folder in (job.out, job.scratch, job.parts, job.memo, job.folder.path):
@@ -48,8 +58,61 @@ class Executor:
         return self.run(job).model_copy(update={"seconds": time.monotonic() - started})
 
 
+def run_inline(job: Job) -> Outcome:
+    """Call the stage in this thread. Nobody can end it there: it stops when it reports something."""
+    from .jobs import Failure, Outcome
+    from .processes import own_peak
+    from .supervision import Supervisor
+
+    supervisor = Supervisor(job)
+    supervisor.check()
+    try:
+        with heavy_imports_barred(job.stage.kind):
+            result = job.stage.run(job.params, StageContext.of(job, reporter=supervisor))
+        outcome = Outcome.of(result, job.stage)
+    except Exception as error:
+        supervisor.log.write(supervisor.redactor.text(traceback.format_exc()))
+        raise supervisor.error(Failure.of(error)) from error
+    return outcome.model_copy(update={"peak_rss": own_peak()})
+
+
+@contextmanager
+def heavy_imports_barred(kind: str) -> Iterator[None]:
+    """Within, in this thread, importing one of HEAVY raises StageFailed. What was imported before stays usable."""
+    with _finder_lock:
+        if _finder not in sys.meta_path:
+            sys.meta_path.insert(0, _finder)
+    token = _barred.set(True)
+    try:
+        yield
+    except HeavyImport as error:
+        raise StageFailed(
+            f"kind {kind} runs inline and imports {error.name}",
+            'give the Stage runs_in="process": the command\'s own process stays light',
+        ) from error
+    finally:
+        _barred.reset(token)
+
+
+class HeavyImport(ImportError):
+    pass
+
+
+class _Finder(importlib.abc.MetaPathFinder):
+    def find_spec(
+        self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
+    ) -> ModuleSpec | None:
+        if _barred.get() and fullname in HEAVY:
+            raise HeavyImport(f"{fullname} may not be imported here", name=fullname)
+        return None
+
+
+_finder = _Finder()
+_finder_lock = threading.Lock()
+
+
 EXECUTORS = {
-    "inline": Executor(run=late("bigpipe.orchestrator.launch.inline:run")),
+    "inline": Executor(run=run_inline),
     "process": Executor(run=late("bigpipe.orchestrator.launch.supervision:run"), waits=True),
     "ranks": Executor(run=late("bigpipe.orchestrator.launch.ranks:run"), takes_launch=True),
 }
@@ -76,9 +139,8 @@ def run_alone(
 ) -> Outcome:
     """Run one attempt of a stage to its end, without recipe or store: for `doctor`, and for tests of kinds.
 
-    module: `module:attribute` of the stage. params: as in a manifest. folder: takes `out`, which the stage writes to,
-    and what it works with beside it. job: further fields of the `Job`. Raise what `Executor.start` does, and pydantic's
-    ValidationError for params that are none of the kind's.
+    module: `module:attribute` of the stage. params: as in a manifest. folder: takes `out` and what it works with. job:
+    further fields of the `Job`. Raise what `Executor.start` does, and ValidationError for wrong params.
     """
     from .jobs import AttemptFolder, Job
 

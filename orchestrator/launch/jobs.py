@@ -31,7 +31,7 @@ from bigpipe.orchestrator.contract import Assignment, Event, Params, Stage, Stag
 from .redaction import Redactor
 
 if TYPE_CHECKING:
-    from .warm import WarmWorker
+    from .processes import WarmWorker
 
 ALLOCATOR_FAILED = "DefaultCPUAllocator: can't allocate memory"
 """In the RuntimeError of torch's allocator for the CPU (c10/core/impl/alloc_cpu.cpp), whose class tells nothing."""

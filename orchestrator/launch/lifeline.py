@@ -50,7 +50,6 @@ def stand_in_for_parent() -> None:
 
 
 def _die_with_parent_by_kernel() -> None:
-    """Ask the kernel for SIGKILL when the parent ends, where there is one that can be asked (Linux)."""
     if sys.platform.startswith("linux"):
         import ctypes
 
@@ -67,10 +66,9 @@ def watch_parent(expected: int, seconds: float = WATCH_SECONDS) -> None:
 
 
 def hold_work_folder(folder: Path, patience: float = 10.0) -> None:
-    """Take a shared lock on `folder/lock` until this process ends.
+    """Take a shared lock on `folder/lock` until this process ends, where the file system has locks.
 
-    Where the file system has no locks the engine does work twice at worst (see RELIABILITY). Exits as an orphan when
-    somebody holds the lock exclusively for longer than `patience` seconds: a successor has taken over.
+    Exit as an orphan where a successor has taken over: it holds the lock exclusively for `patience` seconds.
     """
     import fcntl
 

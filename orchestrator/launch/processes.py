@@ -12,9 +12,16 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+from bigpipe.orchestrator.contract import Stage, Surroundings
+
+from .environment import worker_environment
 from .lifeline import PARENT_VARIABLE, PROCESSES, host, start_mark
 
+MEMORY = 1 << 30
+"""Bytes that a waiting worker is reckoned with (a bound): torch, transformers and accelerate take 420 MB."""
+GO = b"go\n"
 GRACE_SECONDS = 5.0
 """Between SIGTERM and SIGKILL."""
 GONE_SECONDS = 10.0
@@ -47,7 +54,7 @@ def worker_command(job_file: Path, *mode: str) -> list[str]:
 def start(
     job_file: Path, *mode: str, environment: Mapping[str, str], directory: Path, told: bool = False
 ) -> subprocess.Popen[bytes]:
-    """A worker in a session of its own, its two outputs in one pipe, no input; a pipe where it is to be `told`.
+    """Start a worker in a session of its own, its two outputs in one pipe, no input; a pipe where it is to be `told`.
 
     The calling thread must live as long as the child, which dies with it (see lifeline).
     """
@@ -73,10 +80,9 @@ def signed_in(folder: Path) -> Iterator[Worker]:
 def end(
     workers: Sequence[Worker], *, grace: float = GRACE_SECONDS, reap: Callable[[], object] = lambda: None
 ) -> list[int]:
-    """End these workers and all else in their sessions: SIGTERM, `grace` seconds, SIGKILL.
+    """End these workers and all else in their sessions: SIGTERM, `grace` seconds, SIGKILL. Return those still there.
 
-    Gives the processes that are there still after `GONE_SECONDS` (stuck in the kernel). `reap` is called while
-    waiting, so that a child of ours does not stay as a zombie.
+    reap: called while waiting, so that a child of ours does not stay as a zombie.
     """
     left = _signal(workers, signal.SIGTERM) if grace else _members(workers)
     left = _wait(workers, grace, reap) if left else left
@@ -107,8 +113,7 @@ def _wait(workers: Sequence[Worker], seconds: float, reap: Callable[[], object])
 def _members(workers: Sequence[Worker]) -> list[int]:
     """Every living process in a session of these workers.
 
-    A session's number is its leader's process id. It may serve a stranger once the whole session has ended, so a
-    leader that is not the one we know frees its session from suspicion.
+    A session's number is its leader's process id, which may serve a stranger once all of the session has ended.
     """
     import psutil
 
@@ -157,3 +162,56 @@ def _told_by_kernel(file: str, name: str) -> int:
         found = re.search(rf"^{name}\s+(\d+)", text, re.MULTILINE)
         return int(found[1]) if found else 0
     return 0
+
+
+class WarmWorker:
+    """A worker that starts before its job is known, imports what its kind will need, and waits.
+
+    It is told to go on through its standard input, whose end means that nobody needs it. Where it has died, or its turn
+    needs another environment, it is ended, and a fresh worker starts in its place. The thread that starts it must live
+    until it has ended.
+    """
+
+    def __init__(
+        self,
+        stage: Stage[Any],
+        modules: Sequence[str],
+        surroundings: Surroundings,
+        job_file: Path,
+        parent_environment: Mapping[str, str],
+    ) -> None:
+        """Start it on a job file to come. Raise UsageError where the node's `env` is refused."""
+        job_file.parent.mkdir(parents=True, exist_ok=True)
+        self._job_file = job_file
+        self._environment = worker_environment(stage, surroundings, parent_environment)
+        mode, directory = ("run", "--warm", *modules), surroundings.base
+        self._child = start(job_file, *mode, environment=self._environment, directory=directory, told=True)
+        self._worker = Worker.of(self._child)
+        self._gone = False
+        """Taken, or ended."""
+
+    def take(self, job_file: Path, environment: Mapping[str, str]) -> subprocess.Popen[bytes] | None:
+        """The worker, at work on this job; None (and ended) where it is not the right one for it any more."""
+        fits = not self._gone and self._job_file == job_file and self._environment == environment
+        if not fits or self._child.poll() is not None or not self._go():
+            self.end()
+            return None
+        self._gone = True
+        return self._child
+
+    def _go(self) -> bool:
+        assert self._child.stdin is not None  # noqa: S101 (always a pipe)
+        try:
+            with self._child.stdin as told:
+                told.write(GO)
+        except BrokenPipeError:
+            return False
+        return True
+
+    def end(self) -> None:
+        """End it and all its children, unless it was taken. May be called again."""
+        if not self._gone:
+            self._gone = True
+            end([self._worker], grace=0, reap=self._child.poll)
+            for pipe in filter(None, (self._child.stdin, self._child.stdout)):
+                pipe.close()

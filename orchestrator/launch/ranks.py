@@ -6,7 +6,7 @@ import os
 import shlex
 import signal
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from itertools import chain
 
@@ -36,96 +36,83 @@ def run(job: Job) -> Outcome:
     supervisor = supervise(job, cpu=acceleration.cpu, defaults=acceleration.environment(job.machine))
     if stage.ranks.prepare is not None:
         supervisor.outcome("prepare")
-    results = _run_ranks(supervisor, acceleration)
-    peak = _peak(supervisor, results)
+    results = _Ranks(supervisor, acceleration).run()
+    peak = sum(max(supervisor.peak(rank), result.peak_rss) for rank, result in enumerate(results))
     result = results[0] if stage.ranks.finish is None else supervisor.outcome("finish")
     return result.model_copy(update={"peak_rss": max(peak, result.peak_rss)})
 
 
-def _run_ranks(supervisor: Supervisor, acceleration: Acceleration) -> list[Outcome]:
-    """Launch, watch, and give the results in order of rank.
+class _Ranks:
+    """Starts the launcher, and follows the ranks while it runs."""
 
-    Raises the error of the rank that failed first; StageFailed for crashed ones and a wrong number of ranks.
-    """
-    acceleration.write(supervisor.job.folder.acceleration)
-    if acceleration.launch.num_machines > 1:
-        _invite(supervisor)
-    watch = _RankWatch(supervisor)
-    with _output_pipes(supervisor, acceleration.local_ranks) as pipes:
-        code = supervisor.run("launch", pipes=pipes, look=watch.look)
-    return watch.results(code, acceleration)
-
-
-def _peak(supervisor: Supervisor, results: list[Outcome]) -> int:
-    """Sum over ranks of each one's largest resident size, in bytes."""
-    sampled = {worker.rank: supervisor.memory.get(worker.pid, 0) for worker in supervisor.workers()}
-    return sum(max(sampled.get(rank, 0), result.peak_rss) for rank, result in enumerate(results))
-
-
-@contextmanager
-def _output_pipes(supervisor: Supervisor, ranks: range) -> Iterator[Mapping[int, int]]:
-    """A named pipe for each rank's output: torchrun hands no descriptors on. Opened for both directions, so that it is
-    not at its end before the rank has come, nor when it has gone. Where there are none, ranks share the launcher's."""
-    opened = {}
-    for rank in ranks:
-        path = supervisor.job.folder.output_pipe(rank)
-        try:
-            os.mkfifo(path)
-            opened[rank] = os.open(path, os.O_RDWR | os.O_NONBLOCK)
-        except OSError:
-            break
-    try:
-        yield opened
-    finally:
-        for rank in ranks:
-            supervisor.job.folder.output_pipe(rank).unlink(missing_ok=True)
-
-
-def _invite(supervisor: Supervisor) -> None:
-    """Say what to start on the other machines; only there can it be started."""
-    job = supervisor.job
-    command = shlex.join(worker_command(job.folder.job, "launch"))
-    machines = ", ".join(str(number) for number in range(1, job.launch.num_machines))
-    supervisor.say(LogLine(job.node, f"waiting for the other machines; start on each: {command} N   (N: {machines})"))
-
-
-class _RankWatch:
-    """Follows the ranks while the launcher runs."""
-
-    def __init__(self, supervisor: Supervisor) -> None:
+    def __init__(self, supervisor: Supervisor, acceleration: Acceleration) -> None:
         self._supervisor = supervisor
         self._job = supervisor.job
+        self._folder = supervisor.job.folder
+        self._acceleration = acceleration
         self._dead_since: dict[int, float] = {}
 
-    def look(self) -> None:
-        """Raises for a rank that has been dead for a while without the launcher's noticing."""
-        now = time.monotonic()
-        for worker in self._supervisor.workers():
-            if worker.rank is None or worker.alive:
-                continue
-            result = Outcome.read(self._job.folder.outcome("rank", worker.rank))
-            if result is None or result.failure is not None:
-                since = self._dead_since.setdefault(worker.rank, now)
-                if now - since > LAG_SECONDS:
-                    raise self._error(0)
-
-    def results(self, code: int, acceleration: Acceleration) -> list[Outcome]:
-        world = range(acceleration.launch.num_processes)
-        elsewhere = [rank for rank in world if rank not in acceleration.local_ranks]
+    def run(self) -> list[Outcome]:
+        """Launch, watch, and return the results in order of rank. Raise the error of the rank that failed first."""
+        self._acceleration.write(self._folder.acceleration)
+        if self._job.launch.num_machines > 1:
+            self._invite()
+        with self._output_pipes() as pipes:
+            code = self._supervisor.run("launch", pipes=pipes, look=self._look)
+        world = range(self._job.launch.num_processes)
+        elsewhere = [rank for rank in world if rank not in self._acceleration.local_ranks]
         if code == 0:
             self._await(elsewhere)
         found = self._read(world)
         if code != 0 or any(result.failure for result in found.values()):
             raise self._error(code)
-        missing = sorted(set(world) - set(found))
+        missing = [rank for rank in world if rank not in found]
         if missing and set(missing) <= set(elsewhere):
             raise StageFailed(
-                f"{self._job.node}: no results of the other machines' ranks {missing} in {self._job.folder.path}",
+                f"{self._job.node}: no results of the other machines' ranks {missing} in {self._folder.path}",
                 "the store must lie on a file system that all machines share: set --store or BIGPIPE_HOME",
             )
         if missing:
-            raise self._crash(missing[0], code)
+            raise self._supervisor.crash(f"rank {missing[0]}", code, missing[0])
         return [found[rank] for rank in world]
+
+    def _invite(self) -> None:
+        """Say what to start on the other machines; only there can it be started."""
+        command = shlex.join(worker_command(self._folder.job, "launch"))
+        others = ", ".join(str(number) for number in range(1, self._job.launch.num_machines))
+        line = f"waiting for the other machines; start on each: {command} N   (N: {others})"
+        self._supervisor.say(LogLine(self._job.node, line))
+
+    @contextmanager
+    def _output_pipes(self) -> Iterator[Mapping[int, int]]:
+        """A named pipe for each rank's output: torchrun hands no descriptors on. Where there are none, ranks share the
+        launcher's. Opened for both directions: not at its end before the rank has come, nor when it has gone.
+        """
+        paths = {rank: self._folder.output_pipe(rank) for rank in self._acceleration.local_ranks}
+        opened = {}
+        for rank, path in paths.items():
+            try:
+                os.mkfifo(path)
+                opened[rank] = os.open(path, os.O_RDWR | os.O_NONBLOCK)
+            except OSError:
+                break
+        try:
+            yield opened
+        finally:
+            for path in paths.values():
+                path.unlink(missing_ok=True)
+
+    def _look(self) -> None:
+        """Raise for a rank that has been dead for a while without the launcher's noticing."""
+        now = time.monotonic()
+        for worker in self._supervisor.workers():
+            if worker.rank is None or worker.alive:
+                continue
+            result = Outcome.read(self._folder.outcome("rank", worker.rank))
+            if result is None or result.failure is not None:
+                since = self._dead_since.setdefault(worker.rank, now)
+                if now - since > LAG_SECONDS:
+                    raise self._error(0)
 
     def _await(self, ranks: list[int]) -> None:
         deadline = time.monotonic() + SHARE_SECONDS
@@ -133,8 +120,8 @@ class _RankWatch:
             self._supervisor.check()
             time.sleep(LOOK_SECONDS)
 
-    def _read(self, ranks: range | list[int]) -> dict[int, Outcome]:
-        read = ((rank, Outcome.read(self._job.folder.outcome("rank", rank))) for rank in ranks)
+    def _read(self, ranks: Iterable[int]) -> dict[int, Outcome]:
+        read = ((rank, Outcome.read(self._folder.outcome("rank", rank))) for rank in ranks)
         return {rank: result for rank, result in read if result is not None}
 
     def _error(self, code: int) -> BigpipeError:
@@ -146,45 +133,36 @@ class _RankWatch:
         results = self._read(range(self._job.launch.num_processes))
         ended = sorted(results.items(), key=lambda item: item[1].ended)
         failures = {rank: result.failure for rank, result in ended if result.failure is not None}
-        told = Outcome.read(self._job.folder.outcome("launch")) or Outcome()
+        told = Outcome.read(self._folder.outcome("launch")) or Outcome()
         silent = {rank: number for rank, number in told.codes.items() if rank not in failures}
+        crash = self._supervisor.crash
         errors = chain(
             (self._failed(rank, failure) for rank, failure in failures.items() if failure.expected),
-            (self._crash(rank, number) for rank, number in silent.items() if number < 0 and number != -signal.SIGTERM),
-            (self._crash(rank, 0) for rank in self._gone(told.codes) if rank not in results),
+            (crash(f"rank {rank}", n, rank) for rank, n in silent.items() if n < 0 and n != -signal.SIGTERM),
+            (crash(f"rank {rank}", 0, rank) for rank in self._gone(told.codes) if rank not in results),
             (self._failed(rank, failure) for rank, failure in failures.items()),
-            (self._crash(rank, number) for rank, number in silent.items()),
+            (crash(f"rank {rank}", number, rank) for rank, number in silent.items()),
         )
         return next(errors, None) or self._launch_error(told.failure, code)
+
+    def _gone(self, failed: Mapping[int, int]) -> list[int]:
+        """Ranks here that ended with status 0 where others failed: the launcher names these, also those it ended."""
+        ranks = {worker.rank for worker in self._supervisor.workers() if worker.rank is not None and not worker.alive}
+        return sorted(ranks - failed.keys()) if failed else []
 
     def _failed(self, rank: int, failure: Failure) -> BigpipeError:
         if self._job.launch.num_processes > 1:
             failure = failure.model_copy(update={"cause": f"rank {rank}: {failure.cause}"})
-        return self._supervisor.redactor.error(failure.error(self._job.node, self._job.folder.log))
-
-    def _crash(self, rank: int, code: int) -> StageFailed:
-        workers = [worker for worker in self._supervisor.workers() if worker.rank == rank]
-        peak = max((self._supervisor.memory.get(worker.pid, 0) for worker in workers), default=0)
-        return self._supervisor.crash(f"rank {rank}", code, peak)
-
-    def _gone(self, failed: Mapping[int, int]) -> list[int]:
-        """Ranks of this machine that ended with status 0, where the launcher told of others: it names all that failed,
-        those too that it ended itself."""
-        ranks = {worker.rank for worker in self._supervisor.workers() if worker.rank is not None and not worker.alive}
-        return sorted(ranks - failed.keys()) if failed else []
+        return self._supervisor.error(failure)
 
     def _launch_error(self, told: Failure | None, code: int) -> BigpipeError:
-        dead = sorted(self._dead_since)
+        node, dead = self._job.node, sorted(self._dead_since)
         if dead and code >= 0:  # a launcher that is killed takes its ranks along
-            return StageFailed(
-                f"{self._job.node}: rank {dead[0]} died, and the others went on without it",
-                f"its output is in {self._job.folder.log}",
-            )
+            cause = f"{node}: rank {dead[0]} died, and the others went on without it"
+            return StageFailed(cause, f"its output is in {self._folder.log}")
         if told is None:
-            return self._supervisor.crash("the launcher of the ranks", code, 0)
+            return self._supervisor.crash("the launcher of the ranks", code)
         if told.expected:
-            return told.error(self._job.node, self._job.folder.log)
-        return StageFailed(
-            f"{self._job.node}: the ranks could not be launched: {told.cause.splitlines()[0]}",
-            f"the launcher's output is in {self._job.folder.log}",
-        )
+            return self._supervisor.error(told)
+        cause = f"{node}: the ranks could not be launched: {told.cause.splitlines()[0]}"
+        return StageFailed(cause, f"the launcher's output is in {self._folder.log}")

@@ -19,8 +19,7 @@ SHORTEST = 4
 
 
 class Redactor:
-    """Replaces secret values by `***`, also in their URL-quoted and JSON-escaped forms and, as output is read line by
-    line, each line of a value that has several."""
+    """Replaces secret values by `***`, also URL-quoted, JSON-escaped, and each line of a value that has several."""
 
     def __init__(self, values: Iterable[str]) -> None:
         forms: set[str] = set()

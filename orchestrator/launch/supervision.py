@@ -16,13 +16,13 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 
-from bigpipe.errors import Interrupted, StageFailed
+from bigpipe.errors import BigpipeError, Interrupted, StageFailed
 from bigpipe.orchestrator.contract import Event, LogLine
 from bigpipe.sizes import format_size
 
 from . import processes
 from .environment import worker_environment
-from .jobs import Job, JobFile, Mode, Outcome
+from .jobs import Failure, Job, JobFile, Mode, Outcome
 from .lifeline import ORPHANED
 from .output import EventTail, Log, OutputReader
 from .processes import Worker, out_of_memory_kills, peak_resident
@@ -39,10 +39,9 @@ def run(job: Job) -> Outcome:
 
 
 def supervise(job: Job, *, cpu: bool = False, defaults: Mapping[str, str] = {}) -> Supervisor:
-    """Return what watches the workers of an attempt, whose job file is written.
+    """Write the job file and return what watches the workers. Raise UsageError where the node's `env` is refused.
 
-    cpu: ranks run on the CPU. defaults: variables of the workers, where nothing else sets them. Raise UsageError where
-    the node's `env` is refused.
+    cpu: ranks run on the CPU. defaults: variables of the workers, where nothing else sets them.
     """
     environment = worker_environment(job.stage, job.surroundings, job.parent_environment)
     JobFile.of(job, cpu=cpu).write(job.folder.job)
@@ -65,10 +64,10 @@ class Supervisor:
         self._looked = 0.0
 
     def run(self, mode: Mode, *, pipes: Mapping[int, int] = {}, look: Callable[[], None] = lambda: None) -> int:
-        """Run a worker to its end and give its return code (negative: the signal that ended it).
+        """Run a worker to its end and return its exit status (negative: the signal that ended it).
 
-        pipes: rank → descriptor to read its output from. look: called every `LOOK_SECONDS`; may raise to end all.
-        Raises Interrupted, StageFailed at the deadline, and what `look` raises.
+        pipes: rank → descriptor to read its output from. look: called every `LOOK_SECONDS`; may raise to end all. Raise
+        Interrupted, and StageFailed at the deadline.
         """
         self.check()
         child = self.job.warm.take(self.job.folder.job, self.environment) if self.job.warm and mode == "run" else None
@@ -108,23 +107,30 @@ class Supervisor:
         code = self.run(mode)
         found = Outcome.read(self.job.folder.outcome(mode))
         if found is not None and found.failure is not None:
-            raise self.redactor.error(found.failure.error(self.job.node, self.log.path))
-        peak = max(self.memory.values(), default=0)
+            raise self.error(found.failure)
         if found is None or code != 0:
-            raise self.crash(f"the worker ({mode})", code, peak)
-        return found.model_copy(update={"peak_rss": max(peak, found.peak_rss)})
+            raise self.crash(f"the worker ({mode})", code)
+        return found.model_copy(update={"peak_rss": max([found.peak_rss, *self.memory.values()])})
 
-    def crash(self, who: str, code: int, peak: int) -> StageFailed:
-        """The error for a process that ended without saying why."""
+    def error(self, failure: Failure) -> BigpipeError:
+        """Return the error that a worker ended with, its texts masked."""
+        return self.redactor.error(failure.error(self.job.node, self.log.path))
+
+    def crash(self, who: str, code: int, rank: int | None = None) -> StageFailed:
+        """Return the error for a process that ended without saying why."""
         hint = f"its output is in {self.log.path}{self._last_lines()}"
         if code == -signal.SIGKILL:
-            hint = f"{self._who_kills(peak)}; {hint}"
+            hint = f"{self._who_kills(self.peak(rank))}; {hint}"
         if code == -signal.SIGBUS:
             hint = f"a file that it had mapped was cut short, or its disk failed; {hint}"
         return StageFailed(f"{self.job.node}: {who} {_how_it_ended(code)}", self.redactor.text(hint))
 
     def workers(self) -> list[Worker]:
         return list(processes.signed_in(self.job.folder.processes))
+
+    def peak(self, rank: int | None) -> int:
+        """Return the largest resident size of a rank, or of the workers that are none, in bytes."""
+        return max((self.memory.get(worker.pid, 0) for worker in self.workers() if worker.rank == rank), default=0)
 
     @contextmanager
     def _reading(self, child: subprocess.Popen[bytes], pipes: Mapping[int, int]) -> Iterator[OutputReader]:

@@ -6,7 +6,8 @@
     rank      one rank
     finish    a rank stage's merge, after all ranks ended
 
-With `--warm` it imports modules and waits until it is told on its input that the job file is there; see `warm`.
+With `--warm` it imports modules and waits until it is told on its input that the job file is there; see
+`WarmWorker`.
 
 The first statements of `main` tie the process to its parent and its work folder, before anything heavy is imported.
 A worker ends by `os._exit` once its result is written: libraries that crash in their own teardown change nothing.
@@ -138,10 +139,7 @@ def _call_stage(file: JobFile, folder: AttemptFolder, mode: Mode, rank: int, red
 
 
 def _redirect_output(pipe: Path) -> None:
-    """Print into the pipe that the command reads for this rank, so that lines are whole and their rank is known.
-
-    Where nobody reads it (on another machine) the launcher's own output stays.
-    """
+    """Print into the pipe that the command reads for this rank; where nobody does, the launcher's own output stays."""
     try:
         descriptor = os.open(pipe, os.O_WRONLY | os.O_NONBLOCK)
     except OSError:
@@ -153,10 +151,8 @@ def _redirect_output(pipe: Path) -> None:
 
 
 def _join_ranks(file: JobFile, folder: AttemptFolder, rank: int, events: Reporter) -> None:
-    """Bring up the process group and say hello.
-
-    Raise StageFailed where another number of ranks came up than was asked for: `accelerate launch` may start fewer
-    without a word, and each would then do, or leave out, the work of another.
+    """Bring up the process group and say hello. Raise StageFailed where not as many ranks came up as were asked for:
+    `accelerate launch` may start fewer without a word, and each would then do, or leave out, the work of another.
     """
     from accelerate import PartialState
 

@@ -40,7 +40,7 @@ def test_an_inline_stage_runs_here(tmp_path: Path) -> None:
 
 
 def test_an_inline_stage_cannot_bring_in_torch(tmp_path: Path) -> None:
-    from bigpipe.orchestrator.launch.inline import heavy_imports_barred
+    from bigpipe.orchestrator.launch.executors import heavy_imports_barred
 
     hidden = {name: sys.modules.pop(name) for name in list(sys.modules) if name.partition(".")[0] == "torch"}
     try:
