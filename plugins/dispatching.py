@@ -11,11 +11,10 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from bigpipe.bigmodel.architecture import Architecture, describe_architecture
+from bigpipe.bigmodel.architecture import describe_architecture
 from bigpipe.bigmodel.checkpoint import ModelDescription, describe_checkpoint
 from bigpipe.bigmodel.formats import computable
 from bigpipe.bigmodel.placement import Placement, PlacementRequest, find_misfits, place_model
-from bigpipe.bigmodel.sources import Sources
 from bigpipe.files import write_file
 from bigpipe.fit import Misfit
 from bigpipe.orchestrator.stage import (
@@ -73,16 +72,11 @@ def _request(params: DispatchParams) -> PlacementRequest:
 
 
 def _placing(model: ModelDescription, ctx: ForecastContext | StageContext) -> Callable[[PlacementRequest], Placement]:
+    """Raise UsageError where the class that will be loaded is not known, or its code may not run."""
     sources = sources_of(ctx)
-    architecture = _architecture(model, sources)
+    source = model.path if model.path is not None and sources.trust_remote_code else dict(model.config or {})
+    architecture = describe_architecture(source, custom=model.custom, sources=sources)
     return lambda request: place_model(model, architecture, request, ctx.machine, memo=ctx.memo)
-
-
-def _architecture(model: ModelDescription, sources: Sources) -> Architecture:
-    """Of the class that will be loaded. Raises UsageError where that is not known, or its code may not run."""
-    trusted = model.path is not None and sources.trust_remote_code
-    source = model.path if model.path is not None and trusted else dict(model.config or {})
-    return describe_architecture(source, custom=model.custom, sources=sources)
 
 
 def _predicted(placement: Placement) -> dict[str, int]:
@@ -112,11 +106,8 @@ def run(params: DispatchParams, ctx: StageContext) -> StageResult:
         metrics = _verify(params, ctx, placement, metrics)
     told = metrics.model_dump(exclude={"load_seconds"})
     picture = [placement.picture(), "", *placement.explanation, ""]
-    files = {
-        PLACEMENT: write_file(ctx.out / PLACEMENT, json.dumps({**placement.as_json(), **told}, indent=2) + "\n"),
-        PICTURE: write_file(ctx.out / PICTURE, "\n".join(picture)),
-    }
-    return StageResult(metrics, files)
+    texts = {PLACEMENT: json.dumps({**placement.as_json(), **told}, indent=2) + "\n", PICTURE: "\n".join(picture)}
+    return StageResult(metrics, {name: write_file(ctx.out / name, text) for name, text in texts.items()})
 
 
 def _verify(

@@ -83,12 +83,13 @@ def forecast(params: EstimateParams, context: ForecastContext) -> Forecast:
         return Forecast(ram=RAM, unknown=(f"sizes, until its trusted code is here: {error.cause}",))
     if made.architecture.outlined and context.trust.remote_code:
         return Forecast(ram=RAM, unknown=("sizes: its trusted code is asked once it is here",))
+    sizes = ", ".join(f"{found.dtype} {format_size(found.inference)}" for found in made.budgets)
     return Forecast(
         download_bytes=0,
         write_bytes=REPORT_BYTES,
         ram=RAM,
         metrics=_metrics(made).model_dump(mode="json"),
-        summary=_summary(made),
+        summary=f"{sizes} at {made.workload.batch_size} × {made.workload.sequence_length} tokens",
     )
 
 
@@ -131,11 +132,6 @@ def _metrics(made: Estimate) -> Metrics:
     }
     own = {dtype: found.pop(dtype) for dtype in DTYPES if dtype in found}
     return EstimateMetrics.model_validate({**own, "formats": found})
-
-
-def _summary(made: Estimate) -> str:
-    sizes = ", ".join(f"{found.dtype} {format_size(found.inference)}" for found in made.budgets)
-    return f"{sizes} at {made.workload.batch_size} × {made.workload.sequence_length} tokens"
 
 
 def run(params: EstimateParams, context: StageContext) -> StageResult:

@@ -49,11 +49,8 @@ def load_placed(
     rank: int = 0,
     ranks: int = 1,
 ) -> torch.nn.Module:
-    """The model on port `model`, placed.
-
-    dtype: wins over the placement's. as_stored: nothing is held in another dtype than it is stored in. rank, ranks: of
-    those on this machine, which share its memory and own as many GPUs each.
-    """
+    """The model on port `model`, placed. dtype: wins over the placement's. as_stored: nothing is held in another dtype
+    than it is stored in. rank, ranks: of those on this machine, which share its memory and own as many GPUs each."""
     import psutil
 
     from bigpipe.bigmodel.execution import host_memory, load

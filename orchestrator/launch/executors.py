@@ -47,10 +47,8 @@ class Executor:
     """It runs one process that can start before its turn, wait for files that are still being made, and be ended."""
 
     def start(self, job: Job) -> Outcome:
-        """Run the attempt to its end. Call it from a thread that lives until then: workers die with it.
-
-        Raise the stage's own BigpipeError; StageFailed for crashes, unexpected errors and the timeout; Interrupted.
-        """
+        """Run the attempt to its end. Call it from a thread that lives until then: workers die with it. Raise the
+        stage's own BigpipeError; StageFailed for crashes, unexpected errors and the timeout; Interrupted."""
         started = time.monotonic()
         for folder in (job.out, job.scratch, job.parts, job.memo, job.folder.path):
             folder.mkdir(parents=True, exist_ok=True)

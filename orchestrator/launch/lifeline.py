@@ -66,10 +66,8 @@ def watch_parent(expected: int, seconds: float = WATCH_SECONDS) -> None:
 
 
 def hold_work_folder(folder: Path, patience: float = 10.0) -> None:
-    """Take a shared lock on `folder/lock` until this process ends, where the file system has locks.
-
-    Exit as an orphan where a successor has taken over: it holds the lock exclusively for `patience` seconds.
-    """
+    """Take a shared lock on `folder/lock` until this process ends, where the file system has locks. Exit as an orphan
+    where a successor has taken over: it holds the lock exclusively for `patience` seconds."""
     import fcntl
 
     from bigpipe.files import NO_LOCKS, open_lock
@@ -117,9 +115,7 @@ def host() -> str:
 
 def sign_in(folder: Path, rank: int | None = None) -> None:
     """Leave `folder/HOST/PID`: process, session, start mark and rank, so that the command finds this process to end it.
-
-    torch starts each rank in a session of its own, out of reach of a signal to the launcher's group.
-    """
+    torch starts each rank in a session of its own, out of reach of a signal to the launcher's group."""
     from bigpipe.files import write_file
 
     folder = folder / host()

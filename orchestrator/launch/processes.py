@@ -55,9 +55,7 @@ def start(
     job_file: Path, *mode: str, environment: Mapping[str, str], directory: Path, told: bool = False
 ) -> subprocess.Popen[bytes]:
     """Start a worker in a session of its own, its two outputs in one pipe, no input; a pipe where it is to be `told`.
-
-    The calling thread must live as long as the child, which dies with it (see lifeline).
-    """
+    The calling thread must live as long as the child, which dies with it (see lifeline)."""
     return subprocess.Popen(
         worker_command(job_file, *mode),
         env={**environment, PARENT_VARIABLE: str(os.getpid())},
@@ -81,9 +79,7 @@ def end(
     workers: Sequence[Worker], *, grace: float = GRACE_SECONDS, reap: Callable[[], object] = lambda: None
 ) -> list[int]:
     """End these workers and all else in their sessions: SIGTERM, `grace` seconds, SIGKILL. Return those still there.
-
-    reap: called while waiting, so that a child of ours does not stay as a zombie.
-    """
+    reap: called while waiting, so that a child of ours does not stay as a zombie."""
     left = _signal(workers, signal.SIGTERM) if grace else _members(workers)
     left = _wait(workers, grace, reap) if left else left
     if not left:
@@ -111,10 +107,8 @@ def _wait(workers: Sequence[Worker], seconds: float, reap: Callable[[], object])
 
 
 def _members(workers: Sequence[Worker]) -> list[int]:
-    """Every living process in a session of these workers.
-
-    A session's number is its leader's process id, which may serve a stranger once all of the session has ended.
-    """
+    """Every living process in a session of these workers. A session's number is its leader's process id, which may
+    serve a stranger once all of the session has ended."""
     import psutil
 
     known = {worker.pid: worker.mark for worker in workers}

@@ -86,8 +86,7 @@ class _Ranks:
     @contextmanager
     def _output_pipes(self) -> Iterator[Mapping[int, int]]:
         """A named pipe for each rank's output: torchrun hands no descriptors on. Where there are none, ranks share the
-        launcher's. Opened for both directions: not at its end before the rank has come, nor when it has gone.
-        """
+        launcher's. Opened for both directions: not at its end before the rank has come, nor when it has gone."""
         paths = {rank: self._folder.output_pipe(rank) for rank in self._acceleration.local_ranks}
         opened = {}
         for rank, path in paths.items():

@@ -13,8 +13,7 @@ import os
 import signal
 import subprocess
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping
 
 from bigpipe.errors import BigpipeError, Interrupted, StageFailed
 from bigpipe.orchestrator.contract import Event, LogLine
@@ -39,10 +38,8 @@ def run(job: Job) -> Outcome:
 
 
 def supervise(job: Job, *, cpu: bool = False, defaults: Mapping[str, str] = {}) -> Supervisor:
-    """Write the job file and return what watches the workers. Raise UsageError where the node's `env` is refused.
-
-    cpu: ranks run on the CPU. defaults: variables of the workers, where nothing else sets them.
-    """
+    """Write the job file and return what watches the workers. Raise UsageError where the node's `env` is refused. cpu:
+    ranks run on the CPU. defaults: variables of the workers, where nothing else sets them."""
     environment = worker_environment(job.stage, job.surroundings, job.parent_environment)
     JobFile.of(job, cpu=cpu).write(job.folder.job)
     return Supervisor(job, {**defaults, **environment})
@@ -74,11 +71,15 @@ class Supervisor:
         if child is None:
             child = processes.start(self.job.folder.job, mode, environment=self.environment, directory=self.job.base)
         first = Worker.of(child)
-        with self._reading(child, pipes) as reader:
-            try:
-                self._watch(child, reader, look)
-            finally:
-                self._end(child, first)
+        assert child.stdout is not None  # noqa: S101 (always a pipe)
+        with child.stdout:
+            own = os.dup(child.stdout.fileno())
+        reader = OutputReader(self.log, self.redactor, {own: None, **{pipes[rank]: rank for rank in pipes}})
+        try:
+            self._watch(child, reader, look)
+        finally:
+            self._end(child, first)
+            self._relay(reader.finish())
         return child.returncode
 
     def check(self) -> None:
@@ -132,24 +133,14 @@ class Supervisor:
         """Return the largest resident size of a rank, or of the workers that are none, in bytes."""
         return max((self.memory.get(worker.pid, 0) for worker in self.workers() if worker.rank == rank), default=0)
 
-    @contextmanager
-    def _reading(self, child: subprocess.Popen[bytes], pipes: Mapping[int, int]) -> Iterator[OutputReader]:
-        assert child.stdout is not None  # noqa: S101 (always a pipe)
-        with child.stdout:
-            own = os.dup(child.stdout.fileno())
-        reader = OutputReader(self.log, self.redactor, {own: None, **{pipes[rank]: rank for rank in pipes}})
-        try:
-            yield reader
-        finally:
-            self._relay(reader.finish())
-
     def _watch(self, child: subprocess.Popen[bytes], reader: OutputReader, look: Callable[[], None]) -> None:
         pause = FIRST_PAUSE
         while child.poll() is None:
             self._relay(reader.take())
             if time.monotonic() - self._looked > LOOK_SECONDS:
                 self._looked = time.monotonic()
-                self._sample(child.pid)
+                for process in {child.pid, *(worker.pid for worker in self.workers())}:
+                    self.memory[process] = max(self.memory.get(process, 0), peak_resident(process))
                 look()
             self.check()
             self.job.cancelled.wait(pause)
@@ -160,10 +151,6 @@ class Supervisor:
             self.say(event)
         for rank, line in lines:
             self.job.report(LogLine(self.job.node, line, True, rank or 0))
-
-    def _sample(self, child: int) -> None:
-        for process in {child, *(worker.pid for worker in self.workers())}:
-            self.memory[process] = max(self.memory.get(process, 0), peak_resident(process))
 
     def _end(self, child: subprocess.Popen[bytes], first: Worker) -> None:
         left = processes.end([first, *self.workers()], reap=child.poll)

@@ -189,6 +189,12 @@ def _swap_in(layout: Layout, artifact: Artifact, partial: Path) -> None:
         layout.set_aside(tree)
 
 
+def let_go(layout: Layout, artifact: Artifact) -> None:
+    """Record an artifact without its bytes, and remove its tree."""
+    save_artifact(layout, replace(artifact, dropped=True))
+    remove_tree(layout.tree(artifact.digest))
+
+
 def remove_tree(path: Path) -> None:
     """Remove a file or a directory with all it holds; what links lead to stays. Gone already is fine."""
     inside = os.walk(path, topdown=False) if path.is_dir() and not path.is_symlink() else ()

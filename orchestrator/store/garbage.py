@@ -47,10 +47,8 @@ class GcReport:
 
 
 def collect_garbage(layout: Layout, presence: Presence, locked: LockedDigests, *, dry_run: bool) -> GcReport:
-    """Free all that no existing manifest or lock names.
-
-    Raise Transient while another process uses the store, UsageError where a lock file cannot be read.
-    """
+    """Free all that no existing manifest or lock names. Raise Transient while another process uses the store,
+    UsageError where a lock file cannot be read."""
     with explained(layout.root):
         if dry_run:
             return _Collection(layout, locked, dry_run=True).collect()

@@ -83,10 +83,8 @@ def fingerprint(facts: os.stat_result) -> Fingerprint:
 
 
 class StatMemo:
-    """path → (size, mtime_ns, inode, ctime_ns) → sha256, kept in a log under `folder`.
-
-    Each line has a checksum of its own; a torn or changed one is skipped. Processes append side by side.
-    """
+    """path → (size, mtime_ns, inode, ctime_ns) → sha256, kept in a log under `folder`. Each line has a checksum of its
+    own; a torn or changed one is skipped. Processes append side by side."""
 
     COMPACT_FROM = 10_000
     """Lines from which a log that is mostly outdated is rewritten."""
@@ -140,9 +138,7 @@ class StatMemo:
 
 def _settled(facts: os.stat_result, now: int) -> bool:
     """Would a write from `now` on (ns) change the file's mtime? Not within the tick of the clock it was written in.
-
-    Kernels tick every 1 to 10 ms; file systems that count whole seconds, or two, show it by a round mtime.
-    """
+    Kernels tick every 1 to 10 ms; file systems that count whole seconds, or two, show it by a round mtime."""
     tick = 2_000_000_000 if facts.st_mtime_ns % 1_000_000_000 == 0 else 50_000_000
     return abs(now - max(facts.st_mtime_ns, facts.st_ctime_ns)) > tick
 

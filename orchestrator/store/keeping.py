@@ -18,8 +18,8 @@ from .artifacts import (
     all_artifacts,
     all_records,
     dropped_artifact,
+    let_go,
     load_artifact,
-    remove_tree,
     save_artifact,
     save_record,
 )
@@ -83,15 +83,11 @@ def remember(layout: Layout, manifest: Path, lock: Path | None, name: str, nodes
     new = Root(manifest=os.path.abspath(manifest), lock=beside, name=name, nodes=nodes)
     with explained(path):
         old = load_root(layout, path)
-        if old is not None and _says(old, new):
-            return
+        known = old is not None and (old.name, old.lock, old.begun) == (name, new.lock, {})
+        if old is not None and known and nodes.items() <= old.nodes.items():
+            return  # a run that finds everything cached writes nothing
         with StoreLock(layout.locks / "roots"):
             write_sealed(path, asdict(_merged(layout, load_root(layout, path), new)))
-
-
-def _says(old: Root, new: Root) -> bool:
-    """Is it all there already? A run that finds everything cached writes nothing."""
-    return (old.name, old.lock, old.begun) == (new.name, new.lock, {}) and new.nodes.items() <= old.nodes.items()
 
 
 def _merged(layout: Layout, old: Root | None, new: Root) -> Root:
@@ -160,10 +156,15 @@ def _drop(layout: Layout, digest: str) -> int:
     artifact = load_artifact(layout, digest)
     if artifact is None or artifact.dropped:
         return 0
-    save_artifact(layout, replace(artifact, dropped=True))
-    remove_tree(layout.tree(digest))
+    let_go(layout, artifact)
     held = {sha256 for other in all_artifacts(layout) for sha256 in other.objects}
-    return sum(_unlink(layout.object(sha256)) for sha256 in artifact.objects - held)
+    freed = 0
+    for path in map(layout.object, artifact.objects - held):
+        with suppress(FileNotFoundError):
+            size = os.lstat(path).st_size
+            path.unlink()
+            freed += size
+    return freed
 
 
 def record_forgone(layout: Layout, record: KeyRecord, files: Mapping[str, tuple[str, int]]) -> KeyRecord:
@@ -174,12 +175,3 @@ def record_forgone(layout: Layout, record: KeyRecord, files: Mapping[str, tuple[
             save_artifact(layout, dropped_artifact(record))
         save_record(layout, record)
     return record
-
-
-def _unlink(path: Path) -> int:
-    """Return the bytes freed: 0 where nothing is there."""
-    with suppress(FileNotFoundError):
-        size = os.lstat(path).st_size
-        path.unlink()
-        return size
-    return 0

@@ -24,7 +24,6 @@ import os
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from functools import partial
-from itertools import count
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
@@ -36,7 +35,6 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 PRIVATE = 0o700
 _HEAD, _MIDDLE, _TAIL = b'{"sha256": "', b'", "record":\n', b"\n}\n"
-_serial = count()
 explained = partial(
     files.explained,
     owner="the store",
@@ -182,8 +180,5 @@ class Layout:
     def set_aside(self, path: Path) -> None:
         """Move a damaged file or tree to quarantine, where `gc` frees it. Another process may have done it first."""
         make_directory(self.quarantine)
-        place = self.quarantine / f"{path.name}.{os.getpid()}.{next(_serial)}"
-        while os.path.lexists(place):
-            place = place.with_name(f"{place.name}.{next(_serial)}")
         with suppress(FileNotFoundError):
-            files.move(path, place)
+            files.move(path, self.quarantine / f"{path.name}.{os.getpid()}-{os.urandom(4).hex()}")

@@ -15,7 +15,7 @@ import os
 import stat
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -66,7 +66,10 @@ class Publisher:
             sources = Collector(self.layout, StatMemo(self.layout.memo), out, known).collect()
             record = record.holding({name: (source.sha256, source.size) for name, source in sources.items()})
             if out.parent.parent == self.layout.work and is_hex(out.parent.name):
-                write_journal(out.parent, record, sources)  # a key's folder, where the next run looks for it
+                # A key's folder, where the next run looks for it. The names in `out` must be there before.
+                for place, _, _ in os.walk(out):
+                    sync_directory(Path(place))
+                write_sealed(out.parent / JOURNAL, {"record": record.as_json(), "sources": dict(sources)})
             try:
                 with explained(self.layout.root, needed=PAGE * (len(sources) + 8)):
                     self._place(record, sources)
@@ -77,19 +80,14 @@ class Publisher:
         return record
 
     def resume(self, working: Path) -> None:
-        """Finish what a run that died had begun to publish from this work folder, if it had.
-
-        A journal that does not hold (a disk that lost what it had synced) is dropped together with what it is about.
-        """
+        """Finish what a run that died had begun to publish from this work folder, if it had. A journal that does not
+        hold (a disk that lost what it had synced) is dropped together with what it is about."""
         with explained(working), suppress(FileNotFoundError, Damaged):
-            self._place(*read_journal(working))
+            self._place(*_journal(working))
 
     def _place(self, record: KeyRecord, sources: Mapping[str, Origin]) -> None:
-        """Idempotent: files that an earlier attempt has moved are found in objects.
-
-        Nobody may take objects away between finding one there and recording that it is used, so `drop` and `gc`
-        exclude this by the same lock.
-        """
+        """Idempotent: files that an earlier attempt has moved are found in objects. Nobody may take objects away
+        between finding one there and recording that it is used, so `drop` and `gc` exclude this by the same lock."""
         layout = self.layout
         make_directory(layout.objects)
         with StoreLock(layout.locks / "objects", shared=True):
@@ -183,7 +181,6 @@ class Collector:
     memo: StatMemo
     out: Path
     known: Known
-    _hashed: dict[str, str] = field(default_factory=dict)
 
     def collect(self) -> dict[str, Origin]:
         """Return relative path → origin, sorted. Empty directories are not part of it. Raise StageFailed, OSError."""
@@ -201,11 +198,13 @@ class Collector:
                 yield name
 
     def _source(self, name: str) -> Origin:
-        _refuse_odd_name(name)
         path = self.out / name
         linked = path.is_symlink()
         try:
+            name.encode()
             real = os.path.realpath(path, strict=True) if linked else str(path)
+        except UnicodeEncodeError:
+            raise StageFailed(f"a file name in the output is not UTF-8: {name!r}", "give it another name") from None
         except FileNotFoundError:
             raise StageFailed(f"{name} in the output is a link to nothing: {os.readlink(path)}") from None
         facts = os.stat(real)
@@ -241,33 +240,14 @@ class Collector:
                     "the file was changed or cut after it was written; run again",
                 )
             return sha256
-        if how == "reference":
-            return self.memo.sha256(real)
-        if real not in self._hashed:
-            self._hashed[real] = hash_file(Path(real))
-        return self._hashed[real]
-
-
-def _refuse_odd_name(name: str) -> None:
-    try:
-        name.encode()
-    except UnicodeEncodeError:
-        raise StageFailed(f"a file name in the output is not UTF-8: {name!r}", "give it another name") from None
+        return self.memo.sha256(real) if how == "reference" else hash_file(Path(real))
 
 
 def _is_below(path: str, folder: Path) -> bool:
     return path.startswith(os.path.realpath(folder).rstrip("/") + "/")
 
 
-def write_journal(working: Path, record: KeyRecord, sources: Mapping[str, Origin]) -> None:
-    """Note durably what is about to be published. Directories of `out` are synced first: the names must be there."""
-    for place, _, _ in os.walk(working / "out"):
-        sync_directory(Path(place))
-    write_sealed(working / JOURNAL, {"record": record.as_json(), "sources": dict(sources)})
-
-
-def read_journal(working: Path) -> tuple[KeyRecord, dict[str, Origin]]:
-    """Raise FileNotFoundError where there is none, Damaged."""
+def _journal(working: Path) -> tuple[KeyRecord, dict[str, Origin]]:
     data = read_sealed(working / JOURNAL)
     try:
         record = KeyRecord.model_validate(data["record"])

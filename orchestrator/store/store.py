@@ -47,8 +47,6 @@ if TYPE_CHECKING:
     from .garbage import GcReport, LockedDigests
     from .verify import VerifyReport
 
-__all__ = ["KeyRecord", "Store", "Work"]
-
 WORK_LOCK = "lock"
 """In a work folder; workers hold it shared, so that nobody works there while one of them lives."""
 
@@ -174,10 +172,8 @@ class Store:
         return self._publisher.publish(record, out, known or {})
 
     def publish_forgone(self, record: KeyRecord, files: Mapping[str, tuple[str, int]]) -> KeyRecord:
-        """Record an artifact whose bytes were let go while it was made, as `publish` and `drop` after it would.
-
-        files: relative path → (sha256 in hex, size) of all its files.
-        """
+        """Record an artifact whose bytes were let go while it was made, as `publish` and `drop` after it would. files:
+        relative path → (sha256 in hex, size) of all its files."""
         self.enter()
         record = record_forgone(self.layout, record, files)
         self.drop(record.digest or "", record.key)

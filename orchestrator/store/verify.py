@@ -15,15 +15,15 @@ from .artifacts import (
     artifact_digest,
     dropped_artifact,
     examine,
+    let_go,
     load_artifact,
     load_record,
     place_tree,
-    remove_tree,
     save_artifact,
     tree_is_whole,
 )
 from .hashing import hash_file
-from .layout import Damaged, Layout, hex_of, is_hex, names_in, read_sealed, sealed_digests
+from .layout import Damaged, Layout, is_hex, names_in, read_sealed, record_path, sealed_digests
 
 Problem = Absence | Literal["error", "writable"]
 
@@ -86,7 +86,7 @@ class Verification:
         """Return the digests of the records that are as they were sealed."""
         found = []
         for digest in sealed_digests(folder):
-            path = folder / f"{hex_of(digest)}.json"
+            path = record_path(folder, digest)
             try:
                 read_sealed(path)
                 found.append(digest)
@@ -111,7 +111,7 @@ class Verification:
         entries = {name: state for name, state in states.items() if isinstance(state, Entry)}
         if len(entries) < len(states):
             if self.repair and "error" not in states.values():
-                self._forget(artifact)
+                let_go(self.layout, artifact)
             return
         if not tree_is_whole(self.layout, artifact):
             self._found(self.layout.tree(artifact.digest), "damaged", "the tree of links", repaired=True)
@@ -119,10 +119,6 @@ class Verification:
                 place_tree(self.layout, artifact, self.temporary())
         if self.repair and entries != dict(artifact.files):
             save_artifact(self.layout, replace(artifact, files=entries))
-
-    def _forget(self, artifact: Artifact) -> None:
-        save_artifact(self.layout, replace(artifact, dropped=True))
-        remove_tree(self.layout.tree(artifact.digest))
 
     def _file(self, entry: Entry) -> Entry | str:
         """Each file is read once, however many artifacts hold it."""
@@ -167,10 +163,8 @@ class Verification:
 
     def _unnamed_objects(self) -> None:
         """Objects that no artifact holds: what a crash left, and what `gc` would free. A stage's parts may use them."""
-        there = (self.layout.objects / name for name in names_in(self.layout.objects))
-        for path in there:
-            if path in self.examined:
-                continue
+        there = {self.layout.objects / name for name in names_in(self.layout.objects)}
+        for path in sorted(there - self.examined.keys()):
             try:
                 self.bytes += path.lstat().st_size
                 if not is_hex(path.name) or hash_file(path) != path.name:
@@ -188,4 +182,4 @@ class Verification:
             if all(finding.path != path for finding in self.findings):
                 self._found(path, "missing", f"what {record.node} gave", repaired=True)
             if self.repair:
-                self._forget(dropped_artifact(record))
+                let_go(self.layout, dropped_artifact(record))
