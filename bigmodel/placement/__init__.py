@@ -2,12 +2,11 @@
 
     place("owner/name", device_map="auto", max_memory={0: "22GiB", "cpu": "48GiB"}) -> Placement
 
-`models` looks at a model where it lies; `request` is what is asked, `result` the answer as a value and a picture.
-`budget` is what each device may hold, `headroom` what generating takes of it, `tree` the bytes of every module, `needs`
-what a map puts where. `greedy` fills devices in the model's order, as accelerate's `infer_auto_device_map` does;
-`balance` evens out GPUs, as its `get_balanced_memory` does; `strategies` chooses among their answers; `optimal`
-searches for the fastest at given `speeds`; `custom` checks a map somebody wrote; `fitting` says why something does not
-fit, and what would.
+`models` looks at a model where it lies; `placement` is what is asked and the answer, as values and a picture;
+`budget` is what each device may hold and what a map puts there, `headroom` what generating takes of it, `tree` the
+bytes of every module. `greedy` fills devices in the model's order, as accelerate's `infer_auto_device_map` does;
+`strategies` evens out GPUs, as its `get_balanced_memory` does, and chooses; `optimal` searches for the fastest at given
+`speeds`; `fitting` says why something does not fit, and what would.
 """
 
 from __future__ import annotations
@@ -20,8 +19,7 @@ if TYPE_CHECKING:
     from .devices import Device, devices_of, one_device
     from .fitting import find_misfits
     from .models import place, place_model, stored_dtype
-    from .request import PlacementRequest
-    from .result import Placement
+    from .placement import Placement, PlacementRequest
     from .speeds import Speeds
     from .strategies import place_architecture
     from .tree import INDIVISIBLE

@@ -11,10 +11,9 @@ from bigpipe.fit import Cure, Misfit, Need, as_fields, lacking, nearest, totals
 from bigpipe.machine import Machine
 from bigpipe.sizes import counted, format_size
 
-from .budget import RAM_SHARE, MemoryBudget
+from .budget import MemoryBudget, memory_of
 from .devices import Device, devices_of, named
-from .request import PlacementRequest
-from .result import Placement
+from .placement import Placement, PlacementRequest
 from .tree import Tree
 
 Attempt = Callable[[PlacementRequest], Placement]
@@ -83,7 +82,7 @@ def find_misfits(
     """Return what the machine lacks for the placement; None: the model is not known yet, and nothing can be tried."""
     if missing := _missing_gpus(request, placement, machine):
         return (_missing(request, placement, machine, missing, attempt),)
-    rooms = _rooms(machine)
+    rooms = memory_of(machine, share=1)
     over = lacking(totals(placement.needs), rooms) if placement else {}
     if placement is None or attempt is None or not over:
         return ()
@@ -94,10 +93,6 @@ def find_misfits(
     tokens = f"{request.batch_size} × {request.sequence_length} tokens"
     cure = _cure(request, placement, machine, list(over), attempt)
     return (Misfit(f"{cause}: {need} at {tokens}{others}", cure),)
-
-
-def _rooms(machine: Machine) -> dict[Device, int | None]:
-    return {**{gpu.index: gpu.memory for gpu in machine.gpus}, "cpu": machine.memory, "disk": None}
 
 
 def _cure(
@@ -138,14 +133,14 @@ def _holds(request: PlacementRequest, machine: Machine, attempt: Attempt) -> boo
         placement = attempt(request)
     except (DoesNotFit, UsageError):
         return False
-    return not lacking(totals(placement.needs), _rooms(machine))
+    return not lacking(totals(placement.needs), memory_of(machine, share=1))
 
 
 def _lowered(
     request: PlacementRequest, needs: Mapping[Device, Need], machine: Machine, over: list[Device]
 ) -> dict[str, str]:
     """Entries of `max_memory` whose devices then hold no more than they have; {} for a map somebody wrote."""
-    rooms = _rooms(machine) | {"cpu": int(machine.memory * RAM_SHARE)}
+    rooms = memory_of(machine)
     caps: dict[str, str] = {}
     for key in request.max_memory or {} if request.mode else ():
         full = [device for device in devices_of(key) if device in over]

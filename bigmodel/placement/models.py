@@ -19,10 +19,8 @@ from bigpipe.trust import Trust
 from .devices import is_computing, main_of
 from .fitting import smaller_work
 from .headroom import headroom_of
-from .measuring import speeds_of
-from .request import FLOATS, PlacementRequest
-from .result import Placement
-from .speeds import Speeds
+from .placement import FLOATS, Placement, PlacementRequest
+from .speeds import Speeds, speeds_of
 from .strategies import place_architecture
 from .tree import INDIVISIBLE
 

@@ -10,7 +10,8 @@ A dynamic program over the units: what matters of a prefix is its seconds, how f
 one holds, and what is left to CPU and disk; prefixes that are worse in all of these than another are dropped, and so
 are those that cannot beat the best complete answer known. It is solved for each first GPU, each largest unit that may
 be streamed (room is kept for that one), and each device for the weights that several units share. Beyond `EXACT` units
-no more than `WIDTH` prefixes are kept after each: exact still where there are no more, as with stacks of equal layers.
+no more than about `PREFIXES` are made: what is dropped for that is remembered by the fewest seconds it might have led
+to, so that an answer says whether it was proved to be the fastest.
 """
 
 from __future__ import annotations
@@ -21,9 +22,7 @@ import sys
 from bisect import bisect_right
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
-
-from bigpipe.fit import fits
+from dataclasses import dataclass, replace
 
 from .budget import MemoryBudget
 from .devices import Device
@@ -34,7 +33,11 @@ TIERS: tuple[Device, Device] = ("cpu", "disk")
 BEAM = 24
 """Prefixes kept per unit in the quick first pass that finds a bound."""
 EXACT = 16
-WIDTH = 2000
+"""Units up to which every prefix is kept that may lead to the fastest placement."""
+PREFIXES = 200_000
+"""Made at the most beyond so many units, and more only where no placement is known yet."""
+CHOICES = 4
+"""Prefixes that mostly come of one: on the same GPU, the next one, CPU, disk."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,8 +64,20 @@ class Solution:
     devices: dict[str, Device]
     seconds: float
     """Per token, predicted."""
+    least: float = 0.0
+    """No placement takes fewer: as many as `seconds` where this one is proved to be the fastest."""
+    prefixes: int = 0
+    """Made by the search."""
+
+    def describe(self) -> str:
+        slower = self.seconds / self.least - 1 if self.least else 0.0
+        if slower < 1e-9:
+            return "proved to be the fastest"
+        return f"not proved to be the fastest: at most {max(slower, 1e-3):.1%} slower, and the search ended there"
 
 
+Caps = Mapping[Device, float]
+"""Bytes; inf without a limit."""
 Filled = tuple[int, int, float]
 """Index of the device being filled, bytes on it, bytes on the first device."""
 
@@ -105,10 +120,7 @@ class Prefix:
 def units_of(tree: Tree) -> list[Unit]:
     """Units in the model's order; those without bytes are left out."""
     layers = list(tree.layers([""]))
-    users: dict[str, int] = {}
-    for layer in layers:
-        for storage in tree.storages(layer):
-            users[storage] = users.get(storage, 0) + 1
+    users = Counter(storage for layer in layers for storage in tree.storages(layer))
     units = []
     for layer in layers:
         storages = tree.storages(layer)
@@ -119,85 +131,83 @@ def units_of(tree: Tree) -> list[Unit]:
     return units
 
 
-def solve(tree: Tree, budget: MemoryBudget, speeds: Speeds) -> Solution | None:
-    """The best placement within the caps, or None where there is none."""
+def solve(tree: Tree, budget: MemoryBudget, speeds: Speeds, *, limit: int | None = None) -> Solution | None:
+    """The best placement within the caps that the search finds, or None where it finds none.
+
+    limit: of prefixes; None: none up to `EXACT` units, else `PREFIXES`.
+    """
     units = units_of(tree)
+    if limit is None:
+        limit = PREFIXES if len(units) > EXACT else sys.maxsize
+    gpus = [budget.gpus[first:] for first in range(len(budget.gpus))]
+    found = _best(_problems(tree, units, _limits(budget), speeds, gpus), limit)
+    if found.solution is None:
+        caps = _limits(budget.without(budget.gpus))
+        alone = _best(_problems(tree, units, caps, speeds, [("cpu",)] if "cpu" in caps else []), limit)
+        found = Found(alone.solution, found.made + alone.made, min(found.dropped, alone.dropped))
+    best = found.solution
+    return replace(best, least=min(best.seconds, found.dropped), prefixes=found.made) if best else None
+
+
+def _limits(budget: MemoryBudget) -> Caps:
+    return {device: math.inf if cap is None else cap for device, cap in budget.caps.items()}
+
+
+def _best(problems: Iterable[Problem], limit: int) -> Found:
+    """Each problem quickly, the most promising first; then thoroughly, as far as the limit goes."""
+    ordered = sorted(problems, key=lambda problem: problem.least)
+    best: Solution | None = None
+    made, least = 0, math.inf
+    for thorough, problem in itertools.product((False, True), ordered):
+        bound = best.seconds if best else math.inf
+        if problem.least >= bound:
+            continue
+        dropped = problem.least
+        if made < limit or best is None:
+            found = problem.search(bound, limit - made if thorough else 0)
+            best = found.solution or best
+            made, dropped = made + found.made, found.dropped
+        least = min(least, dropped) if thorough else least
+    return Found(best, made, least)
+
+
+def _problems(
+    tree: Tree, units: Sequence[Unit], caps: Caps, speeds: Speeds, residents: Iterable[Sequence[Device]]
+) -> Iterator[Problem]:
+    """One for each first device, each device of shared weights, and each size of the largest unit that is streamed."""
     groups = _groups(tree, units)
-    if budget.gpus:
-        found = _best(units, groups, budget.caps, speeds, [budget.gpus[first:] for first in range(len(budget.gpus))])
-        if found is not None:
-            return found
-    caps = budget.without(budget.gpus).caps
-    return _best(units, groups, caps, speeds, [("cpu",)] if "cpu" in caps else [])
+    for devices in residents:
+        homes = [*devices, *(tier for tier in TIERS if tier in caps and tier not in devices)]
+        for chosen in itertools.product(homes, repeat=len(groups)):
+            pinned: dict[int, Device] = {}
+            left = {**caps}
+            for (members, nbytes), home in zip(groups, chosen, strict=True):
+                pinned |= dict.fromkeys(members, home)
+                left[home] -= nbytes
+            must = max((units[number].moved for number, home in pinned.items() if home not in devices), default=0)
+            for room in sorted({must, *(unit.moved for unit in units if unit.moved > must)}):
+                given = {**left, devices[0]: left[devices[0]] - room}
+                yield Problem(units, pinned, given, speeds, tuple(devices), room)
 
 
 def _groups(tree: Tree, units: Sequence[Unit]) -> list[tuple[frozenset[int], int]]:
     """(numbers of the units that must lie together, bytes they share)."""
-    groups: list[tuple[set[int], set[str]]] = []
+    groups: list[tuple[frozenset[int], frozenset[str]]] = []
     for number, unit in enumerate(units):
-        if not unit.shared:
-            continue
-        storages = set(tree.storages(unit.name))
-        members = {number}
-        for other in [group for group in groups if group[1] & storages]:
-            groups.remove(other)
-            members |= other[0]
-            storages |= other[1]
-        groups.append((members, storages))
-    return [(frozenset(members), _shared_bytes(tree, [units[n] for n in members])) for members, _ in groups]
-
-
-def _shared_bytes(tree: Tree, units: Sequence[Unit]) -> int:
-    return tree.union_size([unit.name for unit in units]) - sum(unit.nbytes for unit in units)
-
-
-def _best(
-    units: Sequence[Unit],
-    groups: Sequence[tuple[frozenset[int], int]],
-    caps: Mapping[Device, int | None],
-    speeds: Speeds,
-    residents: Iterable[Sequence[Device]],
-) -> Solution | None:
-    best: Solution | None = None
-    for devices in residents:
-        homes = [*devices, *(d for d in ("cpu", "disk") if d in caps and d not in devices)]
-        for chosen in itertools.product(homes, repeat=len(groups)):
-            pinned = {number: home for (members, _), home in zip(groups, chosen, strict=True) for number in members}
-            shared = {home: 0 for home in homes}
-            for (_, nbytes), home in zip(groups, chosen, strict=True):
-                shared[home] += nbytes
-            for problem in _problems(units, pinned, shared, caps, speeds, devices):
-                found = problem.solve(best.seconds if best else float("inf"))
-                best = found or best
-    return best
-
-
-def _problems(
-    units: Sequence[Unit],
-    pinned: Mapping[int, Device],
-    shared: Mapping[Device, int],
-    caps: Mapping[Device, int | None],
-    speeds: Speeds,
-    devices: Sequence[Device],
-) -> Iterator[Problem]:
-    """One for each size of the largest unit that may be streamed, the smallest first."""
-    main = devices[0]
-    must = max((units[n].moved for n, home in pinned.items() if home not in devices), default=0)
-    for room in sorted({0, *(unit.moved for unit in units)}):
-        if room < must:
-            continue
-        left = {device: _less(cap, shared.get(device, 0)) for device, cap in caps.items()}
-        left[main] = _less(left[main], room)
-        if all(cap is None or cap >= 0 for cap in left.values()):
-            yield Problem(units, pinned, left, speeds, tuple(devices), room)
-
-
-def _less(cap: int | None, size: int) -> int | None:
-    return None if cap is None else cap - size
+        if unit.shared:
+            joined = [group for group in groups if group[1] & tree.storages(unit.name)]
+            members = frozenset({number}).union(*(members for members, _ in joined))
+            storages = tree.storages(unit.name).union(*(storages for _, storages in joined))
+            groups = [*(group for group in groups if group not in joined), (members, storages)]
+    return [
+        (members, tree.union_size(units[n].name for n in members) - sum(units[n].nbytes for n in members))
+        for members, _ in groups
+    ]
 
 
 class Fillable:
-    """The most value that units of these (bytes, value) bring into a room: less where they are few and large."""
+    """The most value that units of these (bytes, value) bring into a room: in whole units where few sums of them are
+    different, else with a part of one."""
 
     MOST = 20_000
 
@@ -205,28 +215,42 @@ class Fillable:
         counts = Counter(units)
         self.total = sum(value * count for (_, value), count in counts.items())
         self.whole = sum(size * count for (size, _), count in counts.items())
-        self.free = sum(value * count for (size, value), count in counts.items() if not size)
-        self.rate = max((value / size for size, value in counts if size), default=0.0)
         best = {0: 0}
         for (size, value), count in counts.items():
             if len(best) * (count + 1) > self.MOST:
-                best = {}
                 break
             for held, worth in list(best.items()):
                 for number in range(1, count + 1):
                     filled = held + size * number
                     best[filled] = max(best.get(filled, 0), worth + value * number)
-        self.sizes = sorted(best)
-        self.values = list(itertools.accumulate((best[size] for size in self.sizes), max))
+        else:
+            self.sizes = sorted(best)
+            self.values = list(itertools.accumulate((best[size] for size in self.sizes), max))
+            self.rates = [0.0] * len(best)
+            return
+        ordered = sorted(counts, key=lambda unit: unit[1] / unit[0] if unit[0] else math.inf, reverse=True)
+        self.sizes = [0, *itertools.accumulate(size * counts[size, value] for size, value in ordered)]
+        self.values = [0, *itertools.accumulate(value * counts[size, value] for size, value in ordered)]
+        self.rates = [*(value / size if size else 0.0 for size, value in ordered), 0.0]
 
-    def of(self, room: int | None) -> int:
-        if room is None or room >= self.whole:
+    def of(self, room: float) -> int:
+        if room >= self.whole:
             return self.total
         if room < 0:
             return 0
-        if not self.sizes:
-            return min(self.total, self.free + math.ceil(room * self.rate))
-        return self.values[bisect_right(self.sizes, room) - 1]
+        last = bisect_right(self.sizes, room) - 1
+        return self.values[last] + math.ceil((room - self.sizes[last]) * self.rates[last])
+
+
+@dataclass(frozen=True, slots=True)
+class Found:
+    """What one search came to."""
+
+    solution: Solution | None
+    made: int = 0
+    """Prefixes."""
+    dropped: float = math.inf
+    """The fewest seconds that a prefix might have led to that was dropped for want of room in the search."""
 
 
 class Problem:
@@ -236,7 +260,7 @@ class Problem:
         self,
         units: Sequence[Unit],
         pinned: Mapping[int, Device],
-        caps: Mapping[Device, int | None],
+        caps: Caps,
         speeds: Speeds,
         devices: tuple[Device, ...],
         room: int,
@@ -248,109 +272,95 @@ class Problem:
         self.devices = devices
         self.main = devices[0]
         self.room = room
+        self.start = Prefix(0.0, 0, 0, 0, (0, 0), None, idle=self.main != "cpu" and self.main not in pinned.values())
         for number, home in pinned.items():
             here = home in devices
-            self.caps[home] = _less(self.caps[home], units[number].nbytes + (units[number].cached if here else 0))
-            self.caps[self.main] = _less(self.caps[self.main], 0 if here else units[number].staying)
-        # Bytes still to come after each unit; pinned ones are taken off the caps already.
-        moved = [0 if number in pinned else unit.moved for number, unit in enumerate(units)]
-        self._rest = _still_to_come(moved)
-        free = [unit for number, unit in enumerate(units) if number not in pinned]
+            self.caps[home] -= units[number].nbytes + (units[number].cached if here else 0)
+            self.caps[self.main] -= 0 if here else units[number].staying
+        self._next = [self._candidates(index) for index in range(len(devices))]
+        # Bytes still to come after each unit; pinned ones are taken off the caps already
+        numbered = [(unit, number not in pinned, unit.moved <= room) for number, unit in enumerate(units)]
+        self._rest = _still_to_come(unit.moved if free else 0 for unit, free, _ in numbered)
+        self._to_compute = _still_to_come(
+            0 if not free else unit.cached if small else unit.nbytes + unit.cached for unit, free, small in numbered
+        )
+        self._to_keep = _still_to_come(unit.staying if free and small else 0 for unit, free, small in numbered)
+        free = [unit for unit, free, _ in numbered if free]
         self._fillable = Fillable((unit.moved + unit.cached, unit.moved) for unit in free)
         self._offloadable = Fillable((unit.moved, unit.moved) for unit in free)
         self._streamable = Fillable((unit.staying, unit.moved) for unit in free if unit.moved <= room)
-        cached = [0 if number in pinned else unit.cached for number, unit in enumerate(units)]
-        self._to_cache = _still_to_come(cached)
         self._whole = [self._fillable.of(self.caps[device]) for device in self.devices]
+        everything = sum(unit.nbytes for unit in free)
+        # What a tier holds that has room for everything need not be counted, and prefixes differ in less
+        self._scarce = [tier for tier in TIERS if everything > self.caps.get(tier, math.inf)]
         # Seconds per byte: they are asked for half a million times
         self._from_cpu = speeds.streamed("cpu", self.main, 2**40) / 2**40
         self._from_disk = speeds.streamed("disk", self.main, 2**40) / 2**40
         self._here = speeds.resident(self.main, 2**40) / 2**40
-        self._loss = min(self._from_cpu, self._from_disk) - self._here
-        self._kept = Fillable((unit.moved, unit.staying) for unit in free if unit.moved <= room)
-        staying = [0 if number in pinned or unit.moved > room else unit.staying for number, unit in enumerate(units)]
-        self._to_keep = _still_to_come(staying)
+        self.least = math.inf if min(self.caps.values()) < 0 else self._least(self.start, 0)
 
-    def solve(self, bound: float) -> Solution | None:
-        """Better than `bound` seconds, or None."""
-        start = self._start()
-        least = self._least(start, 0, counted=True)
-        if least >= bound or any(cap is not None and cap < 0 for cap in self.caps.values()):
-            return None
-        quick = self._search(bound, counted=True, beam=BEAM)
-        bound = quick.seconds if quick else bound
-        if least == self._least(start, 0, counted=False):
-            # What CPU and disk hold seems not to matter, and without counting it there is much less to compare.
-            relaxed = self._search(bound, counted=False)
-            if relaxed is None or self._holds(relaxed):
-                return relaxed or quick
-        return self._search(bound, counted=True) or quick
+    def _candidates(self, index: int) -> list[int]:
+        """Devices to go on with after this one: one is passed over only for a larger one, which saves a hop."""
+        caps = [self.caps[device] for device in self.devices]
+        later = range(index + 1, len(caps))
+        return [index, *(n for n in later if self.pinned or all(caps[n] > cap for cap in caps[index + 1 : n]))]
 
-    def _start(self) -> Prefix:
-        idle = self.main != "cpu" and self.main not in self.pinned.values()
-        return Prefix(0.0, 0, 0, 0, (0, 0), None, idle)
-
-    def _holds(self, solution: Solution) -> bool:
-        held: dict[Device, int] = {}
+    def search(self, bound: float, limit: int = 0) -> Found:
+        """Better than `bound` seconds. limit: of prefixes, of which `BEAM` are kept after each unit at the least."""
+        prefixes, made, dropped = [self.start], 0, math.inf
         for number, unit in enumerate(self.units):
-            if number not in self.pinned:
-                held[solution.devices[unit.name]] = held.get(solution.devices[unit.name], 0) + unit.nbytes
-        return all((cap := self.caps[device]) is None or size <= cap for device, size in held.items())
-
-    def _search(self, bound: float, *, counted: bool, beam: int | None = None) -> Solution | None:
-        width = beam or (WIDTH if len(self.units) > EXACT else sys.maxsize)
-        prefixes = [self._start()]
-        for number, unit in enumerate(self.units):
-            made = [new for prefix in prefixes for new in self._extend(prefix, number, unit, counted)]
-            for new in made:
-                new.best = new.seconds + self._least(new, number + 1, counted)
-            prefixes = self._undominated([new for new in made if new.best < bound], number + 1, bound)
+            new = [longer for prefix in prefixes for longer in self._extend(prefix, number, unit)]
+            made += len(new)
+            for prefix in new:
+                prefix.best = prefix.seconds + self._least(prefix, number + 1)
+            prefixes = self._undominated([prefix for prefix in new if prefix.best < bound], number + 1)
+            width = max(BEAM, (limit - made) // (CHOICES * (len(self.units) - number)))
             if len(prefixes) > width:
-                prefixes = sorted(prefixes, key=lambda prefix: prefix.best)[:width]
+                prefixes.sort(key=lambda prefix: prefix.best)
+                dropped = min(dropped, prefixes[width].best)
+                del prefixes[width:]
         best = min((prefix for prefix in prefixes if not prefix.idle), key=lambda p: p.seconds, default=None)
         if best is None:
-            return None
+            return Found(None, made, dropped)
         names = [unit.name for unit in self.units]
-        return Solution(dict(zip(names, best.assignment(), strict=True)), best.seconds)
+        return Found(Solution(dict(zip(names, best.assignment(), strict=True)), best.seconds), made, dropped)
 
-    def _extend(self, prefix: Prefix, number: int, unit: Unit, counted: bool) -> Iterator[Prefix]:
+    def _extend(self, prefix: Prefix, number: int, unit: Unit) -> Iterator[Prefix]:
         home = self.pinned.get(number)
         if home is not None:
             yield self._moved_on(prefix, unit, home)
             return
-        for index in range(prefix.gpu, 1 if prefix.idle else len(self.devices)):
+        for index in (0,) if prefix.idle else self._next[prefix.gpu]:
             size = unit.nbytes + unit.cached
             used = size + (prefix.load if index == 0 else prefix.used if index == prefix.gpu else 0)
-            if fits(used, self.caps[self.devices[index]]):
+            if used <= self.caps[self.devices[index]]:
                 new = self._moved_on(prefix, unit, self.devices[index])
                 new.gpu, new.used = index, used
                 new.load, new.idle = (used, False) if index == 0 else (prefix.load, prefix.idle)
                 yield new
         load = prefix.load + unit.staying
-        if unit.moved > self.room or not fits(load, self.caps[self.main]):
+        if unit.moved > self.room or load > self.caps[self.main]:
             return
         for place, tier in enumerate(TIERS):
             if tier not in self.caps or tier in self.devices:
                 continue
             new = self._moved_on(prefix, unit, tier)
             new.load = load
-            if counted:
-                left = list(prefix.left)
-                left[place] += unit.nbytes
-                if not fits(left[place], self.caps[tier]):
+            if tier in self._scarce:
+                cpu, disk = prefix.left
+                new.left = (cpu, disk + unit.nbytes) if place else (cpu + unit.nbytes, disk)
+                if new.left[place] > self.caps[tier]:
                     continue
-                new.left = (left[0], left[1])
             yield new
 
     def _moved_on(self, prefix: Prefix, unit: Unit, device: Device) -> Prefix:
-        at, seconds = self.cost(unit, device)
-        hop = self.speeds.hop if prefix.at not in (None, at) else 0.0
-        seconds += prefix.seconds + hop
+        at, seconds = self._cost(unit, device)
+        seconds += prefix.seconds + (self.speeds.hop if prefix.at not in (None, at) else 0.0)
         return Prefix(
             seconds, prefix.gpu, prefix.used, prefix.load, prefix.left, at, prefix.idle, device=device, before=prefix
         )
 
-    def cost(self, unit: Unit, device: Device) -> tuple[Device, float]:
+    def _cost(self, unit: Unit, device: Device) -> tuple[Device, float]:
         """(where it computes, seconds)."""
         if unit.table:
             return ("cpu" if device in ("cpu", "disk") else device), 0.0
@@ -359,7 +369,7 @@ class Problem:
             return device, self.speeds.resident(device, nbytes)
         return self.main, self.speeds.streamed(device, self.main, nbytes)
 
-    def _least(self, prefix: Prefix, number: int, counted: bool) -> float:
+    def _least(self, prefix: Prefix, number: int) -> float:
         """Seconds that the rest takes at least.
 
         With so many GPUs more, there is room for so much more and the rest is streamed; none can be better than the
@@ -367,29 +377,27 @@ class Problem:
         """
         rest = self._rest[number]
         used = prefix.used if prefix.gpu else prefix.load
-        room = self._fillable.of(_less(self.caps[self.devices[prefix.gpu]], used))
-        if self._to_cache[number] and not fits(self._to_cache[number], self._room_to_compute(prefix)):
+        room = self._fillable.of(self.caps[self.devices[prefix.gpu]] - used)
+        if self._to_compute[number] and self._to_compute[number] > self._room_to_compute(prefix):
             return math.inf
         # Where keys and values of what is streamed find no room on the first device, it cannot be streamed
-        most = self._streamable.of(_less(self.caps[self.main], prefix.load))
-        seconds = self._streaming(rest - room, most, prefix, counted)
+        most = self._streamable.of(self.caps[self.main] - prefix.load)
+        seconds = self._streaming(rest - room, most, prefix)
         there = 0 if prefix.at == self.devices[prefix.gpu] else 1  # the hop to one of them may be behind us
         for more, whole in enumerate(self._whole[prefix.gpu + 1 :], 1):
             if room >= rest:
                 break
             room += whole
             hops = (more - there) * self.speeds.hop
-            seconds = min(seconds, hops + self._streaming(rest - room, most, prefix, counted))
+            seconds = min(seconds, hops + self._streaming(rest - room, most, prefix))
         return seconds + rest * self._here
 
-    def _room_to_compute(self, prefix: Prefix) -> int | None:
-        """Bytes left on all devices that compute: what is still to come has its keys and values on one of them."""
-        rooms = [_less(self.caps[self.main], prefix.load)]
-        rooms += [_less(self.caps[device], 0) for device in self.devices[max(prefix.gpu, 1) :]]
-        known = [room for room in rooms if room is not None]
-        return sum(known) - (prefix.used if prefix.gpu else 0) if len(known) == len(rooms) else None
+    def _room_to_compute(self, prefix: Prefix) -> float:
+        """Bytes left on all devices that compute, for keys and values still to come and what is too large to stream."""
+        later = sum(self.caps[device] for device in self.devices[max(prefix.gpu, 1) :])
+        return self.caps[self.main] - prefix.load + later - (prefix.used if prefix.gpu else 0)
 
-    def _streaming(self, nbytes: int, most: int, prefix: Prefix, counted: bool) -> float:
+    def _streaming(self, nbytes: int, most: int, prefix: Prefix) -> float:
         """Seconds by which streaming takes longer than having: from the CPU as far as it has room, else from disk."""
         if nbytes <= 0:
             return 0.0
@@ -397,18 +405,19 @@ class Problem:
             return math.inf
         on_cpu = 0
         if self.main != "cpu" and "cpu" in self.caps:
-            cap = self.caps["cpu"]
-            on_cpu = min(nbytes, self._offloadable.of(_less(cap, prefix.left[0]) if counted else None))
+            on_cpu = min(nbytes, self._offloadable.of(self.caps["cpu"] - prefix.left[0]))
         return on_cpu * self._from_cpu + (nbytes - on_cpu) * self._from_disk - nbytes * self._here
 
-    def _undominated(self, prefixes: list[Prefix], number: int, bound: float) -> list[Prefix]:
+    def _undominated(self, prefixes: list[Prefix], number: int) -> list[Prefix]:
         """Without those that another prefix beats in seconds and in room, at the same place or a hop cheaper."""
         buckets: dict[object, list[Prefix]] = {}
         for prefix in prefixes:
             buckets.setdefault((prefix.left, prefix.idle), []).append(prefix)
-        return [prefix for bucket in buckets.values() for prefix in self._front(bucket, number, bound)]
+        # However full the first device is, up to here it has room for all that may still stay there of what is streamed
+        harmless = self.caps[self.main] - self._to_keep[number]
+        return [prefix for bucket in buckets.values() for prefix in self._front(bucket, harmless)]
 
-    def _front(self, bucket: list[Prefix], number: int, bound: float) -> list[Prefix]:
+    def _front(self, bucket: list[Prefix], harmless: float) -> list[Prefix]:
         bucket.sort(key=lambda prefix: (prefix.seconds, prefix.filled))
         fronts: dict[Device | None, list[Filled]] = {}
         kept: list[Prefix] = []
@@ -419,27 +428,16 @@ class Problem:
                 _join(furthest, kept[cheaper].filled)
                 cheaper += 1
             front = fronts.setdefault(prefix.at, [])
-            gpu, used, _ = prefix.filled
-            here = gpu, used, self._harmless(prefix, number, bound)
-            if not any(_is_less_full(there, here) for there in (*furthest, *front)):
+            gpu, used, load = prefix.filled
+            if not any(_is_less_full(there, (gpu, used, max(load, harmless))) for there in (*furthest, *front)):
                 _join(front, prefix.filled)
                 kept.append(prefix)
         return kept
 
-    def _harmless(self, prefix: Prefix, number: int, bound: float) -> float:
-        """The load of the first device up to which another prefix has room for all that this one may still stream."""
-        cap, kept = self.caps[self.main], self._to_keep[number]
-        if cap is None:
-            return math.inf
-        if kept and self._loss > 0 and bound < math.inf:
-            time = bound - prefix.seconds - self._rest[number] * self._here
-            kept = min(kept, self._kept.of(math.ceil(time / self._loss)))
-        return max(prefix.load, cap - kept)
 
-
-def _still_to_come(sizes: Sequence[int]) -> list[int]:
+def _still_to_come(sizes: Iterable[int]) -> list[int]:
     """What is left after each unit, from before the first one on."""
-    return [*itertools.accumulate(reversed(sizes), initial=0)][::-1]
+    return [*itertools.accumulate(reversed([*sizes]), initial=0)][::-1]
 
 
 def _is_less_full(one: Filled, other: Filled) -> bool:

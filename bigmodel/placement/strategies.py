@@ -2,28 +2,25 @@
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from bigpipe.bigmodel.architecture import Architecture
-from bigpipe.errors import DoesNotFit
+from bigpipe.errors import DoesNotFit, UsageError, first_few
 from bigpipe.fit import Need, fits, lacking, nearest, totals
 from bigpipe.machine import Machine, detect
 from bigpipe.sizes import format_size
 
-from .balance import balanced_caps, smaller
-from .budget import MemoryBudget, memory_of
-from .custom import read_device_map
-from .devices import Device, is_computing, named, read_max_memory
+from .budget import Homes, MemoryBudget, homes_of, memory_of, needs_of, weights_of
+from .devices import Device, is_computing, named, one_device, read_max_memory
 from .fitting import over_a_cap, too_small
 from .greedy import Filling, fill
 from .headroom import Headroom
-from .needs import Homes, homes_of, needs_of, weights_of
-from .optimal import solve
-from .request import PlacementRequest
-from .result import Placement
+from .optimal import Solution, solve
+from .placement import Placement, PlacementRequest
 from .speeds import Speeds
-from .tree import Tree
+from .tree import Tree, prefixes
 
 
 def place_architecture(
@@ -51,25 +48,27 @@ def place_architecture(
         cache=budget.headroom.cache if budget.headroom else None,
     )  # fmt: skip
     speeds = speeds or Speeds()
-    devices, seconds = _devices(tree, budget, request, speeds)
+    devices, solution = _devices(tree, budget, request, speeds)
     homes = homes_of(tree, devices)
     if budget.memory and (misfit := over_a_cap(needs_of(tree, homes, budget.headroom), budget)):
         raise misfit.error()
     weights, needs = weights_of(tree, homes), needs_of(tree, homes, headroom)
     explanation = [*_explain(tree, budget, homes, weights, needs)]
-    if seconds is not None:
-        explanation.append(f"Predicted {seconds:.3g} s per token, at {speeds.describe()}.")
+    if solution:
+        explanation.append(
+            f"Predicted {solution.seconds:.3g} s per token, at {speeds.describe()}; {solution.describe()}."
+        )
     no_split = request.no_split_module_classes
     return Placement(
+        strategy=request.mode or "custom",
+        dtype=request.dtype,
         device_map=devices,
         weights=weights,
         max_memory=dict(budget.caps),
-        strategy=request.mode or "custom",
-        dtype=request.dtype,
         special_dtypes=dict(request.special_dtypes),
         no_split_module_classes=None if no_split is None else tuple(no_split),
         needs=needs,
-        seconds_per_token=seconds,
+        seconds_per_token=solution.seconds if solution else None,
         explanation=tuple(explanation),
     )
 
@@ -84,19 +83,52 @@ def _budget(request: PlacementRequest, headroom: Headroom | None, machine: Machi
 
 def _devices(
     tree: Tree, budget: MemoryBudget, request: PlacementRequest, speeds: Speeds
-) -> tuple[dict[str, Device], float | None]:
-    """(part → device, predicted seconds per token where the mode weighs them)."""
+) -> tuple[dict[str, Device], Solution | None]:
+    """(part → device, what it stands on where the mode weighs time)."""
     if isinstance(request.device_map, Mapping):
-        return read_device_map(tree, request.device_map), None
+        return _checked(tree, request.device_map), None
     if not budget.caps:
         raise DoesNotFit("max_memory leaves no device with room", "give one more than 0 bytes, such as cpu: 8GiB")
     if request.device_map == "optimal":
         solution = solve(tree, budget, speeds)
         if solution is not None:
-            return _simplified(tree, _with_weightless(tree, solution.devices)), solution.seconds
+            return _simplified(tree, _with_weightless(tree, solution.devices)), solution
     elif best := _best(tree, budget, request.device_map):
         return _simplified(tree, best.devices), None
     raise too_small(tree, budget, request, lambda budget: _best(tree, budget, "sequential") is not None).error()
+
+
+def _checked(tree: Tree, device_map: Mapping[str, int | str]) -> dict[str, Device]:
+    """The map with its devices checked. Raises UsageError on unknown names, and listing all that is not covered."""
+    devices = {name: one_device(device) for name, device in device_map.items()}
+    known = {part for tensor in tree.tensors for part in prefixes(tensor)}
+    known.update(module.name for module in tree.architecture.modules)
+    unknown = [name for name in devices if name not in known]
+    if unknown:
+        raise UsageError(
+            "device_map names parts that the model does not have: " + first_few([_suggest(n, known) for n in unknown]),
+            "a key is a module or tensor of the model, or a prefix of one up to a dot",
+        )
+    missing = _uncovered(tree, devices)
+    if missing:
+        raise UsageError(
+            f"device_map gives no device to {first_few(missing)}",
+            'add them, or give everything that is not listed a device with the key ""',
+        )
+    return devices
+
+
+def _uncovered(tree: Tree, devices: Mapping[str, Device]) -> list[str]:
+    """The largest parts of which nothing has a device, and the tensors that lack one elsewhere."""
+    bare = [t for t in tree.tensors if not any(part in devices for part in prefixes(t))]
+    touched = {part for name in devices for part in prefixes(name)}
+    tops = [next((part for part in prefixes(tensor) if part not in touched), tensor) for tensor in bare]
+    return list(dict.fromkeys(tops))
+
+
+def _suggest(name: str, known: set[str]) -> str:
+    close = difflib.get_close_matches(name, known, n=1)
+    return f"{name} (did you mean {close[0]}?)" if close else name
 
 
 def _best(tree: Tree, budget: MemoryBudget, mode: str) -> Filling | None:
@@ -120,7 +152,7 @@ def _cheapest(tree: Tree, budget: MemoryBudget, mode: str) -> Filling | None:
         off_gpus = filling.on("cpu") if budget.gpus else 0
         return tree.union_size(filling.left), filling.on("disk"), off_gpus
 
-    caps = budget.caps if mode == "sequential" else balanced_caps(tree, budget, low_zero=mode == "balanced_low_0")
+    caps = budget.caps if mode == "sequential" else _balanced_caps(tree, budget, low_zero=mode == "balanced_low_0")
     shared = list(_answers(tree, budget, caps))
     answers = shared if caps == budget.caps else [*shared, *_answers(tree, budget, budget.caps)]
     best = min(answers, key=cost, default=None)
@@ -133,6 +165,50 @@ def _cheapest(tree: Tree, budget: MemoryBudget, mode: str) -> Filling | None:
     if best not in shared or (idle and mode in ("auto", "balanced")):
         return _evened(tree, budget, mode) or best
     return best
+
+
+def _balanced_caps(tree: Tree, budget: MemoryBudget, *, low_zero: bool = False) -> dict[Device, int | None]:
+    """Equal shares with a margin for all GPUs but the last, which keeps its cap for what the shares leave over.
+
+    low_zero: the first GPU gets only what the others have no room for.
+    """
+    caps = dict(budget.caps)
+    gpus = budget.gpus
+    if len(gpus) < 2:
+        return caps
+    share = tree.load("") // (len(gpus) - 1 if low_zero else len(gpus)) + _margin(tree)
+    for gpu in gpus[1:-1] if low_zero else gpus[:-1]:
+        caps[gpu] = _smaller(share, caps[gpu])
+    if low_zero:
+        others = [caps[gpu] for gpu in gpus[1:]]
+        room = None if None in others else sum(cap for cap in others if cap is not None)
+        needed = 0 if room is None else max(0, tree.load("") - room)
+        caps[gpus[0]] = _smaller(needed, caps[gpus[0]])
+    return caps
+
+
+def _margin(tree: Tree) -> int:
+    """1.25 × the larger of: the largest kind of unsplit block, the mean of the modules without children."""
+    blocks: dict[str, int] = {}
+    for part in tree.sizes:
+        module = tree.architecture.by_name.get(part) if part else None
+        if module is not None and module.class_name in tree.no_split:
+            blocks.setdefault(module.class_name, tree.load(part))
+    tensors = set(_leaves(list(tree.sizes)))
+    final = _leaves([part for part in tree.sizes if part not in tensors])
+    mean = sum(map(tree.load, final)) // max(len(final), 1)
+    return int(1.25 * max(max(blocks.values(), default=0), mean))
+
+
+def _leaves(parts: list[str]) -> list[str]:
+    """Parts that hold no other part."""
+    parents = {part.rpartition(".")[0] for part in parts if "." in part}
+    return [part for part in parts if part and part not in parents]
+
+
+def _smaller(size: int, cap: int | None) -> int:
+    """The tighter of a size and a cap; None is no cap."""
+    return size if cap is None else min(size, cap)
 
 
 def _answers(
@@ -170,7 +246,7 @@ def _evened(tree: Tree, budget: MemoryBudget, mode: str) -> Filling | None:
 
     def filled(share: int) -> Filling:
         caps: dict[Device, int | None] = {gpu: budget.caps[gpu] for gpu in budget.gpus}
-        return fill(tree, caps | {gpu: smaller(share, budget.caps[gpu]) for gpu in limited}, frozenset())
+        return fill(tree, caps | {gpu: _smaller(share, budget.caps[gpu]) for gpu in limited}, frozenset())
 
     share = nearest(tree.load(""), -1, lambda share: not filled(share).left)
     return None if share is None else filled(share)

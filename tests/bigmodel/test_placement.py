@@ -23,10 +23,9 @@ from torch import nn
 from bigpipe.bigmodel.architecture import Architecture, ModuleSpec, TensorSpec
 from bigpipe.bigmodel.architecture.instantiation import report
 from bigpipe.bigmodel.placement import Placement
-from bigpipe.bigmodel.placement.budget import MemoryBudget
+from bigpipe.bigmodel.placement.budget import MemoryBudget, needs_of
 from bigpipe.bigmodel.placement.devices import read_max_memory
 from bigpipe.bigmodel.placement.headroom import Headroom
-from bigpipe.bigmodel.placement.needs import needs_of
 from bigpipe.bigmodel.placement.tree import Tree
 from bigpipe.errors import DoesNotFit, UsageError
 from bigpipe.fit import Need, lacking, totals

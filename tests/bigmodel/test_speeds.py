@@ -8,7 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from bigpipe.bigmodel.placement import Speeds
-from bigpipe.bigmodel.placement.measuring import measure, speeds_of
+from bigpipe.bigmodel.placement.speeds import measure, speeds_of
 from bigpipe.machine import Machine
 
 HERE = Machine(os.uname().nodename, cpus=1, memory=2**30, memory_available=2**30, disk_free=2**30)

@@ -1,31 +1,79 @@
-"""A placement as a value: which device holds which part, in how many bytes, and why."""
+"""What is asked of a placement, and the answer: which device holds which part, in how many bytes, and why."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any
 
+from bigpipe.errors import UsageError
 from bigpipe.fit import Need
 from bigpipe.sizes import format_size
 
 from .devices import Device, devices_of
 
 SCHEMA = "bigpipe.placement/2"
+BY_DEVICE = ("weights", "max_memory", "needs")
 PICTURE_WIDTH = 40
+FLOATS = ("float32", "float16", "bfloat16", "float64")
+MODES = ("auto", "balanced", "balanced_low_0", "sequential", "optimal")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PlacementRequest:
+    """Raises UsageError for a mode or a dtype that there is not."""
+
+    device_map: str | Mapping[str, int | str] = "auto"
+    """auto (the same as balanced), balanced, balanced_low_0, sequential as in accelerate; optimal: the fewest predicted
+    seconds per token; or name prefix → device, the longest prefix decides."""
+    max_memory: Mapping[int | str, int | str] | None = None
+    """Bytes of weights and buffers per device; devices not in it are not used. None: what the machine has, less what
+    generating takes, and the disk."""
+    no_split_module_classes: Sequence[str] | None = None
+    """Blocks that stay on one device; None: the model's own."""
+    dtype: str | None = None
+    """What floats are loaded as; None: as stored."""
+    special_dtypes: Mapping[str, str] = field(default_factory=dict)
+    """Tensor name → dtype."""
+    batch_size: int = 1
+    sequence_length: int = 2048
+    """Of the generation that room is kept for."""
+
+    def __post_init__(self) -> None:
+        for name in (self.dtype, *self.special_dtypes.values()):
+            if name is not None and name not in FLOATS:
+                raise UsageError(f"dtype {name!r} is not one that weights are loaded as", f"use {', '.join(FLOATS)}")
+        if isinstance(self.device_map, str) and self.device_map not in MODES:
+            modes = ", ".join(MODES)
+            raise UsageError(f"device_map {self.device_map!r} is not a mode", f"use one of {modes}, or a map")
+
+    @property
+    def mode(self) -> str | None:
+        """None: a map that somebody wrote."""
+        return self.device_map if isinstance(self.device_map, str) else None
+
+    def changed(self, change: Mapping[str, Any]) -> PlacementRequest:
+        """With other values; `max_memory.KEY` is one of its entries."""
+        values = {option: value for option, value in change.items() if "." not in option}
+        caps = {option.partition(".")[2]: value for option, value in change.items() if "." in option}
+        if caps:
+            values["max_memory"] = {str(key): size for key, size in (self.max_memory or {}).items()} | caps
+        return replace(self, **values)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Placement:
+    """Its fields are those of its JSON, in this order."""
+
+    strategy: str
+    dtype: str | None = None
+    """What floating tensors are loaded as; None: as stored."""
     device_map: dict[str, Device]
     """Module or tensor name → device; the longest prefix of a name decides, "" is the rest. Covers everything."""
     weights: dict[Device, int]
     """Bytes of weights and buffers per device used; tied tensors count once."""
     max_memory: dict[Device, int | None]
     """The caps it was made for; None without a limit."""
-    strategy: str
-    dtype: str | None = None
-    """What floating tensors are loaded as; None: as stored."""
     special_dtypes: dict[str, str] = field(default_factory=dict)
     """Parameter name → dtype, where another one is wanted."""
     no_split_module_classes: tuple[str, ...] | None = None
@@ -60,37 +108,20 @@ class Placement:
         return self.device_map[part]
 
     def as_json(self) -> dict[str, Any]:
-        return {
-            "schema": SCHEMA,
-            "strategy": self.strategy,
-            "dtype": self.dtype,
-            "device_map": self.device_map,
-            "weights": _by_text(self.weights),
-            "max_memory": _by_text(self.max_memory),
-            "special_dtypes": self.special_dtypes,
-            "no_split_module_classes": self.no_split_module_classes and list(self.no_split_module_classes),
-            "needs": {str(device): asdict(need) for device, need in self.needs.items()},
-            "streamed_bytes_per_token": self.streamed_bytes_per_token,
-            "seconds_per_token": self.seconds_per_token,
-            "explanation": list(self.explanation),
-        }
+        found = {"schema": SCHEMA, **asdict(self)}
+        for name in BY_DEVICE:
+            found[name] = {str(device): value for device, value in found[name].items()}
+        return {name: list(value) if isinstance(value, tuple) else value for name, value in found.items()}
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> Placement:
-        no_split = data["no_split_module_classes"]
-        return cls(
-            device_map=dict(data["device_map"]),
-            weights=_by_device(data["weights"]),
-            max_memory=_by_device(data["max_memory"]),
-            strategy=data["strategy"],
-            dtype=data["dtype"],
-            special_dtypes=dict(data["special_dtypes"]),
-            no_split_module_classes=None if no_split is None else tuple(no_split),
-            needs={device: Need(**parts) for device, parts in _by_device(data["needs"]).items()},
-            streamed_bytes_per_token=data["streamed_bytes_per_token"],
-            seconds_per_token=data["seconds_per_token"],
-            explanation=tuple(data["explanation"]),
-        )
+        found = {item.name: data[item.name] for item in fields(cls)}
+        for name in BY_DEVICE:  # JSON has text keys only; GPUs are numbers
+            found[name] = {devices_of(key)[0]: value for key, value in found[name].items()}
+        no_split = found["no_split_module_classes"]
+        found["no_split_module_classes"] = None if no_split is None else tuple(no_split)
+        needs = {device: Need(**parts) for device, parts in found["needs"].items()}
+        return cls(**{**found, "needs": needs, "explanation": tuple(found["explanation"])})
 
     def picture(self) -> str:
         """A bar per device, as wide as its cap: `#` weights, `+` kept free for streaming; then the parts it holds."""
@@ -131,12 +162,3 @@ def _shorten(names: list[str]) -> list[str]:
         stem if first is None else f"{stem}.{first}" + (f"-{last}" if last != first else "")
         for stem, first, last in shortened
     ]
-
-
-def _by_text(values: Mapping[Device, Any]) -> dict[str, Any]:
-    return {str(device): value for device, value in values.items()}
-
-
-def _by_device(values: Mapping[str, Any]) -> dict[Device, Any]:
-    """JSON has text keys only; GPUs are numbers."""
-    return {devices_of(key)[0]: value for key, value in values.items()}
