@@ -12,7 +12,17 @@ from bigpipe.files import make_directory, write_file
 
 from .contract import Json, Machine, OneAtATime, Reporter
 from .lock import check_lock, enforce, enforce_outputs, read_lock, record_outputs, write_lock
-from .planning import Action, Plan, Session, change_json, differences, exact, make_plan, open_session, with_parameters
+from .planning import (
+    Action,
+    Plan,
+    Session,
+    difference_json,
+    differences,
+    exact,
+    make_plan,
+    open_session,
+    with_parameters,
+)
 from .recipe import Recipe, load_recipe
 from .running import RunResult, run_plan
 
@@ -139,7 +149,7 @@ def explain(session: Session, planned: Plan, name: str) -> dict[str, Json]:
         "action": str(decision.action),
         "reason": decision.reason,
         "key": decision.key,
-        "changes": [change_json(change, item.node) for change in changes],
+        "changes": [difference_json(change, item.node) for change in changes],
         "because_of": {
             other: planned.nodes[other].decision.reason
             for other in session.recipe.ancestors(name)

@@ -111,7 +111,7 @@ def _merge(launch: Launch, file: Mapping[str, Any]) -> Launch:
             found[name] = "no"  # a bare `no`
         elif not isinstance(value, wanted) or isinstance(value, bool):
             raise UsageError(f"launch.config_file: {name} is {value!r}", f"it must be of type {wanted.__name__}")
-    return replace(launch, **found)
+    return replace(launch, **found) if found else launch
 
 
 def _check(launch: Launch) -> None:

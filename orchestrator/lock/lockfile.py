@@ -21,7 +21,7 @@ from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, ValidationError
 from bigpipe.errors import StageFailed, Stale, UsageError
 from bigpipe.files import write_file
 from bigpipe.orchestrator.contract import Json, PinnedFile
-from bigpipe.orchestrator.planning import ABSENT, Change, changed
+from bigpipe.orchestrator.planning import ABSENT, Difference, changed
 from bigpipe.orchestrator.store import KeyRecord
 
 HEADER = """\
@@ -173,13 +173,13 @@ def read(path: Path) -> LockFile | None:
     return lock
 
 
-def check(lock: LockFile, now: LockFile, nodes: Iterable[str] | None = None) -> list[Change]:
+def check(lock: LockFile, now: LockFile, nodes: Iterable[str] | None = None) -> list[Difference]:
     """Return how the inputs of `nodes` (all, if None) differ from those locked. Empty: the lock holds.
 
     A file counts where both sides know of it; that a file is new or gone counts where both sides list files.
     """
     names = set(nodes) if nodes is not None else lock.inputs.keys() | now.inputs.keys()
-    changes: list[Change] = []
+    changes: list[Difference] = []
     for name in sorted(names):
         old, new = lock.inputs.get(name), now.inputs.get(name)
         if old is None or new is None:
@@ -189,14 +189,14 @@ def check(lock: LockFile, now: LockFile, nodes: Iterable[str] | None = None) -> 
     return changes
 
 
-def _input_changes(old: LockedInput, new: LockedInput) -> list[Change]:
+def _input_changes(old: LockedInput, new: LockedInput) -> list[Difference]:
     fields = ("kind", "version", "code", "params", "env", "pins")
     changes = [item for name in fields for item in changed(name, getattr(old, name), getattr(new, name))]
     return changes + (_file_changes(old.files, new.files) if old.files and new.files else [])
 
 
-def _file_changes(old: Mapping[str, PinnedFile], new: Mapping[str, PinnedFile]) -> list[Change]:
-    changes: list[Change] = []
+def _file_changes(old: Mapping[str, PinnedFile], new: Mapping[str, PinnedFile]) -> list[Difference]:
+    changes: list[Difference] = []
     for name in sorted(old.keys() | new.keys()):
         before, after = old.get(name), new.get(name)
         if before is None or after is None:
@@ -209,7 +209,7 @@ def _file_changes(old: Mapping[str, PinnedFile], new: Mapping[str, PinnedFile]) 
     return changes
 
 
-def _listed(changes: Iterable[Change]) -> str:
+def _listed(changes: Iterable[Difference]) -> str:
     return "".join(f"\n  {change}" for change in changes)
 
 

@@ -6,13 +6,12 @@ from bigpipe.faces import face
 
 if TYPE_CHECKING:
     from . import schedule
-    from .decision import Action, change_json, decide
+    from .decision import Action, decide, difference_json
     from .doctor import doctor_text, examine
-    from .keys import ABSENT, Change, changed, differences, shown
+    from .keys import ABSENT, Difference, changed, differences, shown
     from .plan import Plan, PlannedNode, machine_line, make_plan
-    from .rehearsal import facts_of
-    from .schedule import GOOD, SETTLED, Do, Facts, NodeState, States, may_follow, passes_on, step
-    from .session import Session, exact, open_session
+    from .schedule import GOOD, SETTLED, Do, NodeState, States, may_follow, passes_on, step
+    from .session import Session, exact, node_folder, open_session
     from .suggestion import with_parameters
 
 __getattr__, __all__ = face(__name__)

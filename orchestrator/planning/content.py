@@ -60,10 +60,12 @@ class _Walk:
         return content
 
     def value(self, value: Any, arms: tuple[_Arm, ...], where: str) -> Json:
-        if isinstance(value, BaseModel):
-            return self.model(value, where)
+        if value is None or isinstance(value, bool | int):
+            return value
         if isinstance(value, str):
             return self.text(value, arms, where)
+        if isinstance(value, BaseModel):
+            return self.model(value, where)
         if isinstance(value, Mapping):
             items = _inner(arms, dict)
             return {_key(key): self.value(item, items, f"{where}.{_key(key)}") for key, item in value.items()}
@@ -75,13 +77,12 @@ class _Walk:
             return sorted((self.value(item, items, where) for item in value), key=canonical)
         if isinstance(value, float) and not math.isfinite(value):
             raise UsageError(f"{where} is {value}, which no result can be named by", "write a finite number")
-        return value if value is None or isinstance(value, bool | int | float) else to_jsonable_python(value)
+        return to_jsonable_python(value)
 
     def text(self, value: str, arms: tuple[_Arm, ...], where: str) -> str:
         marker = next((arm.content for arm in arms if arm.content), None)
-        literal = any(get_origin(arm.type) is Literal and value in get_args(arm.type) for arm in arms)
-        if marker is None or literal:
-            return str(to_jsonable_python(value))
+        if marker is None or any(get_origin(arm.type) is Literal and value in get_args(arm.type) for arm in arms):
+            return value if type(value) is str else str(to_jsonable_python(value))
         readers: Mapping[str, Callable[[str, str], str]] = {"file": self.file, "tree": self.tree, "code": self.code}
         try:
             return readers[marker.kind](value, where)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from enum import StrEnum
 from typing import TypeAlias
 
@@ -11,7 +11,7 @@ from bigpipe.orchestrator.contract import Json
 from bigpipe.orchestrator.recipe import Node
 from bigpipe.orchestrator.store import KeyRecord
 
-from .keys import Change, differences
+from .keys import Difference, Identity, differences
 from .session import Session
 
 
@@ -42,31 +42,26 @@ class Decision:
     key: str | None = None
     record: KeyRecord | None = None
     """Of this key. Where the node has to run all the same, this record was refused."""
-    changes: tuple[Change, ...] = ()
+    changes: tuple[Difference, ...] = ()
+    """Against the last record of the node."""
     bytes_here: bool = True
     """False for a `cache: false` node whose digest is recorded and whose bytes were dropped."""
 
 
 def decide(session: Session, node: Node, inputs: Inputs | None, awaited: Sequence[str] = ()) -> Decision:
     """Whether the node has to run on these inputs. None: the digests of `awaited` producers are not known."""
-    identity = session.identity(node)
-    if inputs is None:
-        if node.name in session.forced:
-            return Decision(action=Action.RUN, reason="forced")
-        changes = changes_since(session, node, None)
-        if session.store.with_partial(identity.partial):
-            reason = f"known once {' and '.join(awaited)} {'is' if len(awaited) == 1 else 'are'}"
-            return Decision(action=Action.MAYBE, reason=reason, changes=changes)
-        return Decision(
-            action=Action.RUN, reason=describe(session, node, changes) or "an input changes", changes=changes
-        )
-    key = identity.key(inputs)
-    record = session.store.find(key)
-    if record is not None:
+    identity, forced = session.identity(node), node.name in session.forced
+    key = None if inputs is None else identity.key(inputs)
+    if key is not None and (record := session.store.find(key)) is not None:
         action, reason, here = _judged(session, node, record)
         return Decision(action=action, reason=reason, inputs=inputs, key=key, record=record, bytes_here=here)
-    changes = changes_since(session, node, inputs)
-    reason = "forced" if node.name in session.forced else describe(session, node, changes)
+    last = session.last(node.name)
+    changes = _changes_since(last, identity, inputs) if last else ()
+    if inputs is None and not forced and session.store.with_partial(identity.partial):
+        reason = f"known once {' and '.join(awaited)} {'is' if len(awaited) == 1 else 'are'}"
+        return Decision(action=Action.MAYBE, reason=reason, changes=changes)
+    text = "; ".join(difference_text(node, each) for each in changes) or "no record of this key"
+    reason = "forced" if forced else text if last else "first run"
     return Decision(action=Action.RUN, reason=reason, inputs=inputs, key=key, changes=changes)
 
 
@@ -80,35 +75,25 @@ def _judged(session: Session, node: Node, record: KeyRecord) -> tuple[Action, st
         if not node.cache:
             return Action.CACHED, "its bytes were dropped (cache: false)", False
         return Action.RUN, "its bytes are gone from the store, or damaged", False
-    if node.kind.planning.present is not None:
-        artifact = session.store.artifact_path(record.digest)
-        if not node.kind.planning.present(node.params, artifact, session.check_context(node)):
-            return Action.RUN, "what it wrote outside the store is gone or changed", True
-    return Action.CACHED, "", True
+    present = node.kind.planning.present
+    artifact = session.store.artifact_path(record.digest)
+    if present is None or session.ask(node, present, artifact, session.check_context(node)):
+        return Action.CACHED, "", True
+    return Action.RUN, "what it wrote outside the store is gone or changed", True
 
 
-def changes_since(session: Session, node: Node, inputs: Inputs | None) -> tuple[Change, ...]:
+def _changes_since(last: KeyRecord, identity: Identity, inputs: Inputs | None) -> tuple[Difference, ...]:
     """What differs from the node's last record under this manifest; inputs None: not known yet, not compared."""
-    last = session.last(node.name)
-    if last is None:
-        return ()
     known = inputs if inputs is not None else dict.fromkeys(last.inputs)
-    return tuple(differences(last.identity, session.identity(node).as_json, last.inputs, known))
+    return tuple(differences(last.identity, identity.as_json, last.inputs, known))
 
 
-def describe(session: Session, node: Node, changes: tuple[Change, ...]) -> str:
-    """`params.scheme int8 → nf4 (opt.yaml:21:14)`, several joined by `; `."""
-    if not changes:
-        last = session.last(node.name)
-        return "first run" if last is None else "no record of this key"
-    return "; ".join(change_text(node, change) for change in changes)
+def difference_text(node: Node, difference: Difference) -> str:
+    """Return `params.scheme int8 → nf4 (opt.yaml:21:14)`."""
+    place = node.places.get(difference.path)
+    return str(difference) + (f" ({place.short})" if place else "")
 
 
-def change_text(node: Node, change: Change) -> str:
-    place = node.places.get(change.path)
-    return str(change) + (f" ({place.short})" if place else "")
-
-
-def change_json(change: Change, node: Node) -> dict[str, Json]:
-    place = node.places.get(change.path)
-    return {"path": change.path, "old": change.old, "new": change.new, "place": str(place) if place else None}
+def difference_json(difference: Difference, node: Node) -> dict[str, Json]:
+    place = node.places.get(difference.path)
+    return {**asdict(difference), "place": str(place) if place else None}

@@ -1,101 +1,142 @@
-"""Does what will run fit the machine: RAM, GPU memory, devices, disk."""
+"""Does what will run fit the machine: RAM, GPU memory, devices, disk; and which change that was tried makes it fit."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
-from typing import NamedTuple
+from functools import partial
+from itertools import chain, islice
+from typing import Any, Literal, get_args, get_origin
 
-from bigpipe.fit import Cure, Misfit, fits
+from pydantic.fields import FieldInfo
+
+from bigpipe.errors import BigpipeError
+from bigpipe.fit import Cure, Misfit, fits, nearest
 from bigpipe.machine import Machine
-from bigpipe.orchestrator.contract import Forecast
+from bigpipe.orchestrator.contract import Forecast, OneOf
+from bigpipe.orchestrator.recipe import ResourcesSpec
 from bigpipe.sizes import exact_size, format_size, format_transfer
 
 from .rehearsal import Rehearsal
+from .schedule import NodeState
 from .session import Session
 
+MOST_HALVINGS = 8
+"""Values that are tried to find the largest number that passes."""
+MOST_DROPPED = 8
+"""Artifacts of which it is tried not to keep the bytes."""
 
-def find_misfits(session: Session, rehearsal: Rehearsal) -> tuple[tuple[str, Misfit], ...]:
+
+def find_misfits(rehearsal: Rehearsal) -> tuple[tuple[str, Misfit], ...]:
     """Everything that will not fit, as (node name, misfit), in topological order; the disk last."""
     found: list[tuple[str, Misfit]] = []
-    for node in session.nodes:
-        if rehearsal.decisions[node.name].action.works:
-            forecast, state = rehearsal.forecasts[node.name], rehearsal.states[node.name]
-            own = machine_misfits(
-                session.machine,
-                forecast,
-                ram=state.ram,
-                cpus=node.resources.cpus or 0,
-                gpus=state.gpus,
-                gpu_memory=node.resources.gpu_memory,
-            )
-            found += [(node.name, misfit) for misfit in (*forecast.misfits, *own)]
-    return (*found, *_disk(session, rehearsal))
+    for state in rehearsal.states.nodes.values():
+        if rehearsal.decisions[state.name].action.works:
+            machine, asked = rehearsal.session.machine, state.node.resources
+            foreseen = list(foreseen_misfits(machine, asked, state.forecast))
+            cure = _smaller(rehearsal, state) if foreseen else ""
+            own = [*(Misfit(cause, cure) for cause in foreseen), *asked_misfits(machine, asked)]
+            found += [(state.name, misfit) for misfit in (*state.forecast.misfits, *own)]
+    return (*found, *_disk(rehearsal))
 
 
-class Demand(NamedTuple):
-    """Something of which a machine must have enough."""
-
-    needed: int
-    there: int
-    words: str
-    """With `needed`, `there` and the name of the `machine` in it."""
-    cure: Cure | str
-    written: Callable[[int], str] = str
-
-
-def machine_misfits(
-    machine: Machine, forecast: Forecast, *, ram: int, cpus: int, gpus: int, gpu_memory: int | None
-) -> list[Misfit]:
-    """Return what the machine has too little of. Of GPUs nothing is said where the kind itself has found misfits."""
-    found = []
-    for demand in _demands(machine, forecast, ram, cpus, gpus, gpu_memory):
-        if not fits(demand.needed, demand.there):
-            sizes = {"needed": demand.written(demand.needed), "there": demand.written(demand.there)}
-            found.append(Misfit(demand.words.format(machine=machine.name, **sizes), demand.cure))
-    return found
+def asked_misfits(machine: Machine, asked: ResourcesSpec) -> Iterator[Misfit]:
+    """What a stage's `resources` ask for that the machine does not have."""
+    if asked.ram is not None and not fits(asked.ram, machine.memory):
+        yield Misfit(_ram(asked.ram, machine), Cure({"resources.ram": exact_size(machine.memory)}))
+    if asked.cpus is not None and not fits(asked.cpus, machine.cpus):
+        cause = f"asks for {asked.cpus} CPUs; {machine.name} has {machine.cpus}"
+        yield Misfit(cause, Cure({"resources.cpus": machine.cpus}))
+    if asked.gpus is not None and not fits(asked.gpus, len(machine.gpus)):
+        cause = f"asks for {asked.gpus} GPUs; {machine.name} has {len(machine.gpus)}"
+        yield Misfit(cause, Cure({"resources.gpus": len(machine.gpus)}))
+    largest = max((gpu.memory for gpu in machine.gpus), default=None)
+    if asked.gpu_memory is not None and largest is not None and not fits(asked.gpu_memory, largest):
+        cause = f"asks for {format_size(asked.gpu_memory)} of GPU memory; no GPU here has it"
+        yield Misfit(cause, Cure({"resources.gpu_memory": exact_size(largest)}))
 
 
-def _demands(
-    machine: Machine, forecast: Forecast, ram: int, cpus: int, gpus: int, gpu_memory: int | None
-) -> Iterator[Demand]:
-    cure: Cure | str = "give `max_memory` a smaller `cpu` and a `disk`, quantize first, or plan for another --machine"
-    yield Demand(ram, machine.memory, "needs {needed} of RAM; {machine} has {there}", cure, format_size)
-    cure = Cure({"resources.cpus": machine.cpus})
-    yield Demand(cpus, machine.cpus, "asks for {needed} CPUs; {machine} has {there}", cure)
-    if not forecast.misfits:
-        cure = Cure({"resources.gpus": len(machine.gpus)})
-        yield Demand(gpus, len(machine.gpus), "asks for {needed} GPUs; {machine} has {there}", cure)
-        cure = "place less on it with `max_memory`, quantize first, or plan for another --machine"
-        for gpu in machine.gpus:
-            words = f"needs {{needed}} on GPU {gpu.index} ({gpu.name}), which has {{there}}"
-            yield Demand(forecast.vram.get(gpu.index, 0), gpu.memory, words, cure, format_size)
-    if gpu_memory is not None and machine.gpus:
-        largest = max(gpu.memory for gpu in machine.gpus)
-        cure = Cure({"resources.gpu_memory": exact_size(largest)})
-        yield Demand(gpu_memory, largest, "asks for {needed} of GPU memory; no GPU here has it", cure, format_size)
+def foreseen_misfits(machine: Machine, asked: ResourcesSpec, forecast: Forecast) -> Iterator[str]:
+    """What was forecast, where `resources` do not say it, and the machine does not have. Of GPUs nothing is said where
+    the kind itself has found misfits."""
+    if asked.ram is None and not fits(forecast.ram or 0, machine.memory):
+        yield _ram(forecast.ram or 0, machine)
+    if forecast.misfits:
+        return
+    if asked.gpus is None and not fits(len(forecast.vram), len(machine.gpus)):
+        yield f"needs {len(forecast.vram)} GPUs; {machine.name} has {len(machine.gpus)}"
+    for gpu in machine.gpus:
+        if not fits(needed := forecast.vram.get(gpu.index, 0), gpu.memory):
+            size, there = format_size(needed), format_size(gpu.memory)
+            yield f"needs {size} on GPU {gpu.index} ({gpu.name}), which has {there}"
 
 
-def _disk(session: Session, rehearsal: Rehearsal) -> list[tuple[str, Misfit]]:
-    peak, free, forecasts = rehearsal.peak, session.machine.disk_free, rehearsal.forecasts
+def _ram(needed: int, machine: Machine) -> str:
+    return f"needs {format_size(needed)} of RAM; {machine.name} has {format_size(machine.memory)}"
+
+
+def _smaller(rehearsal: Rehearsal, state: NodeState) -> Cure | str:
+    """The change of one field of the node's own under which its forecast fits; each is forecast anew."""
+    node, machine, context = state.node, rehearsal.session.machine, rehearsal.contexts[state.name]
+
+    def holds(name: str, value: Any) -> bool:
+        try:
+            params = type(node.params).model_validate({**node.params.model_dump(exclude_unset=True), name: value})
+            forecast = node.kind.forecast(params, context)
+        except (BigpipeError, ValueError):
+            return False
+        return not forecast.misfits and not any(foreseen_misfits(machine, node.resources, forecast))
+
+    for name, field in type(node.params).model_fields.items():
+        written, value = field.alias or name, getattr(node.params, name)
+        if (found := another(field, value, partial(holds, written))) is not None:
+            return Cure({written: found})
+    return "none of its fields alone makes it fit: plan for another --machine"
+
+
+def another(field: FieldInfo, value: Any, passes: Callable[[Any], bool]) -> Any:
+    """Return a value of a field that passes: the largest smaller whole number, to a 256th of what it is, or another
+    choice; None where none does."""
+    if isinstance(value, int) and not isinstance(value, bool):
+        return nearest(1, value, passes, step=max(1, value // 2**MOST_HALVINGS)) if value > 1 else None
+    tables = (mark.names() for mark in field.metadata if isinstance(mark, OneOf))
+    choices = (choice for choice in chain(_choices(field.annotation), *tables) if choice != value)
+    return next(filter(passes, choices), None)
+
+
+def _choices(annotation: Any) -> list[str]:
+    """The words of a `Literal`, alone or among other types."""
+    if get_origin(annotation) is Literal:
+        return [choice for choice in get_args(annotation) if isinstance(choice, str)]
+    return [choice for inner in get_args(annotation) for choice in _choices(inner)]
+
+
+def _disk(rehearsal: Rehearsal) -> list[tuple[str, Misfit]]:
+    peak, free = rehearsal.peak, rehearsal.session.machine.disk_free
     if fits(peak, free):
         return []
-    other = Rehearsal(replace(session, side_by_side=not session.side_by_side), forecasts).peak
-    cure = f"free {format_transfer(peak - free)}"
-    if fits(other, free):
-        how = "with `--jobs 1`" if session.side_by_side else "without `--jobs 1`"
-        cure += f", or run {how}: that needs {format_transfer(other)}"
-    elif best := _droppable(session, forecasts):
-        cure += f", or `cache: false` on {best} ({format_transfer(forecasts[best].write_bytes or 0)})"
-    return [(rehearsal.where, Misfit(f"needs {format_transfer(peak)} of disk; {format_transfer(free)} are free", cure))]
+    cures = [f"free {format_transfer(peak - free)}", *islice(_disk_changes(rehearsal), 1)]
+    cause = f"needs {format_transfer(peak)} of disk; {format_transfer(free)} are free"
+    return [(rehearsal.where, Misfit(cause, ", or ".join(cures)))]
 
 
-def _droppable(session: Session, forecasts: Mapping[str, Forecast]) -> str:
-    """The largest artifact that is kept though others are made of it; "" where there is none."""
-    sizes = {
-        node.name: forecasts[node.name].write_bytes or 0
-        for node in session.nodes
-        if node.cache and node.name in forecasts and session.consumers(node.name)
-    }
-    best = max(sizes, key=lambda name: sizes[name], default="")
-    return best if best and sizes[best] else ""
+def _disk_changes(rehearsal: Rehearsal) -> Iterator[str]:
+    """The ways to run it under which it fits: side by side or not, without the bytes of one artifact of which others
+    are made, or without those of all. Each is rehearsed."""
+    session, states = rehearsal.session, rehearsal.states.nodes.values()
+
+    def needs(session: Session, dropped: Sequence[str]) -> int:
+        nodes = (replace(each.node, cache=False) if each.name in dropped else each.node for each in states)
+        known = zip(nodes, states, strict=True)
+        return Rehearsal(session, [NodeState(node, each.forecast, each.processes) for node, each in known]).peak
+
+    kept = sorted((each for each in states if each.node.cache and each.consumers), key=lambda each: -each.writes)
+    names = [each.name for each in kept if each.writes][:MOST_DROPPED]
+    other = replace(session, side_by_side=not session.side_by_side)
+    tries = [(f"run {'with' if session.side_by_side else 'without'} `--jobs 1`", other, names[:0])]
+    tries += [
+        (f"`cache: false` on {' and '.join(each)}", session, each) for each in (*([name] for name in names), names)
+    ]
+    for text, way, dropped in tries:
+        if fits(peak := needs(way, dropped), session.machine.disk_free):
+            yield f"{text}: that needs {format_transfer(peak)}"

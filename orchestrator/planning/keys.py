@@ -23,7 +23,7 @@ from bigpipe.versions import package_version
 from .content import content_params, source_digest
 
 ABSENT = "(absent)"
-"""Stands in a `Change` for a value that is not there on one side."""
+"""Stands in a `Difference` for a value that is not there on one side."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,7 +55,7 @@ class Identity:
 
 
 @dataclass(frozen=True, slots=True)
-class Change:
+class Difference:
     """One value that differs: its path (`params.scheme`, `inputs.model`, `packages.torch`), before and now."""
 
     path: str
@@ -114,13 +114,13 @@ def differences(
     new: Mapping[str, Json],
     old_inputs: Mapping[str, Sequence[str]],
     new_inputs: Mapping[str, Sequence[str] | None],
-) -> list[Change]:
+) -> list[Difference]:
     """Return what made the key change, for a reader: kind, version, code, params, inputs, env, packages, facts.
 
     `old` and `new` are as `Identity.as_json` has them. A port of `new_inputs` that is None is not known yet, and not
     compared.
     """
-    changes: list[Change] = []
+    changes: list[Difference] = []
     for name in ("kind", "version", "code", "params"):
         changes += changed(name, old.get(name), new.get(name))
     for port in sorted(old_inputs.keys() | new_inputs.keys()):
@@ -132,19 +132,19 @@ def differences(
     return changes
 
 
-def _changed_input(path: str, old: list[str], new: list[str]) -> Iterator[Change]:
+def _changed_input(path: str, old: list[str], new: list[str]) -> Iterator[Difference]:
     if len(old) <= 1 and len(new) <= 1:
         yield from changed(path, old[0] if old else ABSENT, new[0] if new else ABSENT)
     elif len(old) == len(new):
         for index, (before, after) in enumerate(zip(old, new, strict=True)):
             yield from changed(f"{path}[{index}]", before, after)
     else:
-        yield Change(path, old, new)
+        yield Difference(path, old, new)
 
 
-def changed(path: str, old: Json, new: Json) -> Iterator[Change]:
+def changed(path: str, old: Json, new: Json) -> Iterator[Difference]:
     if isinstance(old, Mapping) and isinstance(new, Mapping):
         for name in sorted(old.keys() | new.keys()):
             yield from changed(f"{path}.{name}", old.get(name, ABSENT), new.get(name, ABSENT))
     elif type(old) is not type(new) or old != new:
-        yield Change(path, old, new)
+        yield Difference(path, old, new)

@@ -3,7 +3,7 @@
 make_plan(session)
     Rehearsal       the schedule, driven with forecasts: cached, maybe or run, who follows whom, the most on the disk
     judge_gates()   early, where a recorded or forecast metric can decide
-    preflight()     token, licence, prompts, destination
+    _planned()      token, licence, prompts, destination
     find_misfits()  RAM, GPU memory, disk, devices
 """
 
@@ -20,7 +20,7 @@ from bigpipe.orchestrator.recipe import Node
 from .decision import Action, Decision
 from .fit import find_misfits
 from .rehearsal import Rehearsal
-from .schedule import GateVerdict, judge_gates
+from .schedule import NOTHING_FORESEEN, GateVerdict, NodeState, judge_gates
 from .session import NOTHING_PINNED, Session
 
 
@@ -32,8 +32,8 @@ class PlannedNode:
     """None for cached nodes that nothing running stands on, and for skipped ones."""
     processes: int = 1
     gates: tuple[GateVerdict, ...] = ()
-    problem: BigpipeError | None = None
-    """What its preflight, or the look for its inputs, found."""
+    refusal: BigpipeError | None = None
+    """What its preflight found."""
     pinned: Pinned = NOTHING_PINNED
 
     @property
@@ -66,7 +66,7 @@ class Plan:
 
     def errors(self) -> list[BigpipeError]:
         """Why a run would be refused now, the most fundamental first."""
-        found: list[BigpipeError] = [node.problem for node in self.nodes.values() if node.problem]
+        found: list[BigpipeError] = [node.refusal for node in self.nodes.values() if node.refusal]
         found += [
             DoesNotFit(f"{name}: {misfit.cause}", str(misfit.cure), place=self.nodes[name].node.places.get(""))
             for name, misfit in self.misfits
@@ -81,36 +81,32 @@ def make_plan(session: Session, *, preflight: bool = True) -> Plan:
     Raises UsageError for inputs that are not there; what does not fit is in the plan, not raised.
     """
     rehearsal = Rehearsal(session)
-    planned = {
-        node.name: PlannedNode(
-            node=node,
-            decision=rehearsal.decisions[node.name],
-            forecast=rehearsal.forecasts.get(node.name),
-            processes=rehearsal.states[node.name].processes,
-            gates=judge_gates(rehearsal.states, node),
-            problem=_preflight(rehearsal, node) if preflight else None,
-            pinned=session.known_pins(node),
-        )
-        for node in session.nodes
-    }
     return Plan(
         session=session,
-        nodes=planned,
-        misfits=find_misfits(session, rehearsal),
+        nodes={state.name: _planned(rehearsal, state, preflight) for state in rehearsal.states.nodes.values()},
+        misfits=find_misfits(rehearsal),
         peak_disk=rehearsal.peak,
         followed=rehearsal.followed,
     )
 
 
-def _preflight(rehearsal: Rehearsal, node: Node) -> BigpipeError | None:
-    if node.kind.planning.check is None or not rehearsal.decisions[node.name].action.works:
-        return None
-    try:
-        node.kind.planning.check(node.params, rehearsal.session.check_context(node, rehearsal.inputs(node)))
-    except BigpipeError as error:
-        error.place = error.place or node.places.get("")
-        return error
-    return None
+def _planned(rehearsal: Rehearsal, state: NodeState, preflight: bool) -> PlannedNode:
+    session, node = rehearsal.session, state.node
+    decision, check, refusal = rehearsal.decisions[node.name], node.kind.planning.check, None
+    if preflight and check is not None and decision.action.works:
+        try:
+            session.ask(node, check, rehearsal.contexts[node.name])
+        except BigpipeError as error:
+            refusal = error
+    return PlannedNode(
+        node=node,
+        decision=decision,
+        forecast=None if state.forecast is NOTHING_FORESEEN else state.forecast,
+        processes=state.processes,
+        gates=judge_gates(rehearsal.states, state) if node.gates else (),
+        refusal=refusal,
+        pinned=session.known_pins(node),
+    )
 
 
 def machine_line(machine: Machine) -> str:

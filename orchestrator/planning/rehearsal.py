@@ -5,16 +5,15 @@ One node after the other, but for those that take a running producer's files as 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable
 from dataclasses import replace
 
-from bigpipe.errors import BigpipeError, Offline
+from bigpipe.errors import Offline
 from bigpipe.orchestrator.contract import Forecast, ForecastContext, Status
-from bigpipe.orchestrator.recipe import Node
 
 from . import schedule
 from .decision import Action, Decision, decide
-from .schedule import GOOD, SETTLED, Do, Facts, NodeState, States, step
+from .schedule import GOOD, NOTHING_FORESEEN, SETTLED, Do, NodeState, States, step
 from .session import Session
 
 COMPARABLE_WITHIN = 3
@@ -23,121 +22,123 @@ it the start of a process weighs otherwise."""
 
 
 class Rehearsal:
-    """decisions, forecasts, followed: by node. peak: the most bytes that the run adds to the disk of the store at any
-    time; where: the node that takes it there."""
+    """decisions, contexts of the forecasts, followed: by node. peak: the most bytes that the run adds to the disk of
+    the store at any time; where: the node that takes it there."""
 
-    def __init__(self, session: Session, forecasts: Mapping[str, Forecast] | None = None) -> None:
+    def __init__(self, session: Session, nodes: Iterable[NodeState] | None = None) -> None:
+        """nodes: the selected ones in topological order, with forecasts that are known."""
         self.session = session
-        self.states = States({node.name: NodeState(node) for node in session.nodes})
-        self.facts = facts_of(session, jobs=1, foreseen=True)
-        self.forecasts = dict(forecasts or {})
+        nodes = (NodeState(node) for node in session.nodes) if nodes is None else nodes
+        self.states = States(
+            nodes={state.name: state for state in nodes},
+            room=session.room(jobs=1),
+            side_by_side=session.side_by_side,
+            foreseen=True,
+        )
+        self.contexts: dict[str, ForecastContext] = {}
         self.followed: dict[str, str] = {}
         self.peak, self.where = 0, ""
-        for node in session.nodes:
-            self._bring(node.name)
-        self.decisions = self._decisions()
+        for state in self.states.nodes.values():
+            self._bring(state)
+        self.decisions: dict[str, Decision] = {}
+        for state in reversed([*self.states.nodes.values()]):
+            self.decisions[state.name] = self._came_to(state)
 
-    def _bring(self, name: str) -> None:
+    def _bring(self, state: NodeState) -> None:
         """Let the node take its steps, and before them those of producers that it demands, until it has ended."""
-        waiting = [name]
+        waiting = [state]
         while waiting:
-            name = waiting[-1]
-            state = self.states[name]
+            state = waiting[-1]
             if state.status in SETTLED:
                 waiting.pop()
                 continue
-            next_step = step(self.states, self.facts, name)
-            if next_step.do is Do.LOOK:
-                self._look(state)
-            elif next_step.do is Do.DEMAND:
-                schedule.demand(self.states, name, next_step.producers)
-                waiting += next_step.producers
-            elif next_step.do is Do.START:
-                self._work(name)
-            elif next_step.do is Do.SKIP:
-                schedule.end(self.states, name, Status.SKIPPED, next_step.why)
-            elif next_step.do is Do.CACHED:
-                schedule.end(self.states, name, Status.CACHED, "")
-            else:
-                waiting.pop()
+            next_step = step(self.states, state)
+            match next_step.do:
+                case Do.LOOK:
+                    self._look(state)
+                case Do.START:
+                    self._work(state)
+                case Do.CACHED:
+                    schedule.end(self.states, state, Status.CACHED, "")
+                case Do.SKIP:
+                    schedule.end(self.states, state, Status.SKIPPED, next_step.why)
+                case Do.DEMAND:
+                    schedule.demand(self.states, state, next_step.producers)
+                    waiting += [self.states[name] for name in next_step.producers]
+                case _:
+                    waiting.pop()
 
     def _look(self, state: NodeState) -> None:
-        node, inputs = state.node, schedule.input_digests(self.states, state.node)
+        node, inputs = state.node, schedule.input_digests(state)
         try:
-            decision = decide(self.session, node, inputs, schedule.awaited(self.states, node))
+            decision = decide(self.session, node, inputs, schedule.awaited(state) if inputs is None else ())
         except Offline as error:
             decision = Decision(action=Action.RUN, reason=f"not known offline: {error.cause}", inputs=inputs)
-        doubtful = node.when is not None and node.when.evaluate(schedule.lookup(self.states, node)) is None
-        if doubtful and node.when is not None and decision.action is Action.RUN:
-            decision = replace(decision, action=Action.MAYBE, reason=f"when {node.when.text} holds; {decision.reason}")
-        schedule.decided(state, decision)
+        when = node.when if decision.action is Action.RUN else None
+        if when is not None and when.evaluate(schedule.lookup(self.states, state)) is None:
+            decision = replace(decision, action=Action.MAYBE, reason=f"when {when.text} holds; {decision.reason}")
+        schedule.decided(self.states, state, decision)
         if not state.hit:
             self._foresee(state)
 
-    def _work(self, name: str) -> None:
+    def _work(self, state: NodeState) -> None:
         """It starts, and with it all that can take its files, and theirs; then they are done."""
-        schedule.start(self.states, self.facts, name)
-        together = [name]
+        schedule.start(self.states, state)
+        together = [state]
         for producer in together:
-            self.states[producer].passing = True
-            for consumer in self.facts.consumers.get(producer, ()):
-                while (next_step := step(self.states, self.facts, consumer.name)).do is Do.LOOK:
-                    self._look(self.states[consumer.name])
+            producer.passing = True
+            for consumer in producer.consumers:
+                while (next_step := step(self.states, consumer)).do is Do.LOOK:
+                    self._look(consumer)
                 if next_step.do is Do.START:
-                    schedule.start(self.states, self.facts, consumer.name, producer)
-                    self.followed[consumer.name] = producer
-                    together.append(consumer.name)
+                    schedule.start(self.states, consumer, producer.name)
+                    self.followed[consumer.name] = producer.name
+                    together.append(consumer)
         if self.states.held["disk"] > self.peak:
-            self.peak, self.where = self.states.held["disk"], together[-1]
+            self.peak, self.where = self.states.held["disk"], together[-1].name
         for each in together:
-            self._give(self.states[each])
-
-    def _give(self, state: NodeState) -> None:
-        state.bytes_here = True
-        schedule.end(self.states, state.name, Status.SUCCEEDED, "")
-        for name in state.node.producers:
-            if not self.states[name].node.cache and step(self.states, self.facts, name).do is Do.DROP:
-                schedule.drop(self.states, name)
+            each.bytes_here = True
+            schedule.end(self.states, each, Status.SUCCEEDED, "")
+            for producer in each.producers:
+                if not producer.node.cache and step(self.states, producer).do is Do.DROP:
+                    schedule.drop(self.states, producer)
 
     def _foresee(self, state: NodeState) -> None:
         """Forecasts of what runs, and of the cached nodes it stands on."""
-        waiting = [state.node]
         if state.demanded_by:
-            self.forecasts.pop(state.name, None)  # of what is cached
+            state.forecast = NOTHING_FORESEEN  # of what is cached
+        waiting = [state]
         while waiting:
-            node = waiting.pop()
-            producers = [self.states[name] for name in node.producers]
-            missing = [p.node for p in producers if p.name not in self.forecasts and p.status is not Status.SKIPPED]
-            if missing:
-                waiting += [node, *missing]
-            elif node.name not in self.forecasts:
-                self.forecasts[node.name] = self._forecast(self.states[node.name])
-        state.forecast = self.forecasts[state.name]
+            each = waiting.pop()
+            if each.forecast is NOTHING_FORESEEN:
+                unforeseen = [one for one in each.producers if one.forecast is NOTHING_FORESEEN]
+                missing = [one for one in unforeseen if one.status is not Status.SKIPPED]
+                if missing:
+                    waiting += [each, *missing]
+                else:
+                    each.forecast = self._forecast(each)
         state.metrics = state.forecast.metrics
-        state.processes = self.session.surroundings(state.node).launch.num_processes
-
-    def inputs(self, node: Node) -> dict[str, tuple[Forecast, ...]]:
-        """Per port, the forecasts of what is wired there."""
-        known = self.forecasts
-        found = {port: tuple(known[name] for name in names if name in known) for port, names in node.inputs.items()}
-        return {port: values for port, values in found.items() if values}
 
     def _forecast(self, state: NodeState) -> Forecast:
         session, node, record = self.session, state.node, state.record
-        artifact = session.store.artifact_path(record.digest) if record and record.digest and state.bytes_here else None
+        wired = {
+            port: tuple(one.forecast for one in producers if one.forecast is not NOTHING_FORESEEN)
+            for port, producers in state.inputs.items()
+        }
         context = ForecastContext(
             surroundings=session.surroundings(node),
-            inputs=self.inputs(node),
-            artifact=artifact,
+            inputs={port: forecasts for port, forecasts in wired.items() if forecasts},
+            artifact=session.store.artifact_path(record.digest)
+            if record and record.digest and state.bytes_here
+            else None,
             pins=session.known_pins(node).values,
         )
+        self.contexts[node.name] = context
+        state.processes = context.launch.num_processes
         try:
-            forecast = node.kind.forecast(node.params, context)
+            forecast = session.ask(node, node.kind.forecast, context)
         except Offline as error:
             forecast = Forecast(unknown=(error.cause,))
-        except BigpipeError as error:
-            error.place = error.place or node.places.get("")
-            raise
         if state.status is Status.CACHED:
             metrics = record.metrics if record else forecast.metrics
             return replace(
@@ -145,55 +146,34 @@ class Rehearsal:
             )
         if forecast.fetches_to is not None and not session.store.on_disk_of(forecast.fetches_to):
             forecast = replace(forecast, fetches_to=None)
-        seconds = self._seconds(node, forecast)
+        seconds = self._seconds(state, forecast)
         return forecast if seconds == forecast.seconds else replace(forecast, seconds=seconds)
 
-    def _seconds(self, node: Node, forecast: Forecast) -> float | None:
+    def _seconds(self, state: NodeState, forecast: Forecast) -> float | None:
         """What the same params took the last time for about as much, in proportion; else what the kind reckons; else
         what the node took the last time, whatever that was."""
-        last = self.session.last(node.name)
+        last = self.session.last(state.name)
         if last is None:
             return forecast.seconds
         written = sum(int(file["size"]) for file in last.files.values())
         ratio = forecast.write_bytes / written if written and forecast.write_bytes else 1.0
         comparable = 1 / COMPARABLE_WITHIN <= ratio <= COMPARABLE_WITHIN
-        if comparable and last.partial == self.session.identity(node).partial:
+        if comparable and last.partial == self.session.identity(state.node).partial:
             return last.seconds * ratio
         return last.seconds if forecast.seconds is None else forecast.seconds
 
-    def _decisions(self) -> dict[str, Decision]:
-        """What the nodes came to. Of dropped bytes that are demanded: as sure as the surest of those that need them."""
-        found: dict[str, Decision] = {}
-        for node in reversed(self.session.nodes):
-            state = self.states[node.name]
-            decision = state.decision
-            if decision is None or state.status not in GOOD:
-                decision = Decision(action=Action.SKIPPED, reason=state.reason)
-            found[node.name] = decision
-            if state.status is Status.SUCCEEDED and decision.action is Action.CACHED:
-                needing = [each.name for each in self.session.consumers(node.name) if found[each.name].action.works]
-                sure = any(found[name].action is Action.RUN for name in needing)
-                found[node.name] = replace(
-                    decision,
-                    action=Action.RUN if sure else Action.MAYBE,
-                    reason=schedule.demanded(" and ".join(needing)),
-                )
-        return dict(reversed(found.items()))
-
-
-def facts_of(session: Session, *, jobs: int, keep_going: bool = False, foreseen: bool = False) -> Facts:
-    machine = session.machine
-    room = {
-        "jobs": jobs,
-        "CPUs": max(machine.cpus, 1),
-        "RAM": machine.memory_available,
-        "GPUs": 1,
-        "disk": machine.disk_free,
-    }
-    return Facts(
-        consumers={node.name: session.consumers(node.name) for node in session.nodes},
-        room=room,
-        side_by_side=session.side_by_side,
-        keep_going=keep_going,
-        foreseen=foreseen,
-    )
+    def _came_to(self, state: NodeState) -> Decision:
+        """What is decided in the end. Of dropped bytes that are demanded: as surely as the surest of those that need
+        them."""
+        decision = state.decision
+        if decision is None or state.status not in GOOD:
+            return Decision(action=Action.SKIPPED, reason=state.reason)
+        if state.status is Status.CACHED or decision.action is not Action.CACHED:
+            return decision
+        needing = {each.name: self.decisions[each.name].action for each in state.consumers}
+        needing = {name: action for name, action in needing.items() if action.works}
+        return replace(
+            decision,
+            action=Action.RUN if Action.RUN in needing.values() else Action.MAYBE,
+            reason=schedule.demanded(" and ".join(needing)),
+        )

@@ -3,7 +3,7 @@
 A plan drives it with what is foreseen (`rehearsal`), a run with what really came (`running.runner`). Nothing here asks
 the store, the clock, the machine or another process; every rule has its row in `test_schedule`.
 
-step(states, facts, name)
+step(states, state)
     pending    skip it; look it up; take it from the cache; send for dropped bytes; start it, beside a producer whose
                files it takes or when there is room; or let it wait
     running    once its work is done: it succeeded, or a gate fails it
@@ -13,6 +13,7 @@ step(states, facts, name)
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
@@ -83,7 +84,7 @@ class Step(NamedTuple):
 NOTHING_FORESEEN = Forecast()
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False)
 class NodeState:
     """What is known of a node."""
 
@@ -109,8 +110,16 @@ class NodeState:
     """Its work is done; its gates are not judged yet."""
     disk: int = 0
     """Bytes it has in the store, or is about to write there, by the forecast."""
+    share: Mapping[str, int] = field(default_factory=dict)
+    """What it holds besides while it runs."""
     seconds: float = 0.0
     error: BigpipeError | None = None
+    inputs: dict[str, list[NodeState]] = field(default_factory=dict)
+    """Port → what is wired there."""
+    producers: list[NodeState] = field(default_factory=list)
+    predecessors: list[NodeState] = field(default_factory=list)
+    consumers: list[NodeState] = field(default_factory=list)
+    """Those that take its artifact."""
 
     @property
     def name(self) -> str:
@@ -138,7 +147,8 @@ class NodeState:
     @property
     def writes(self) -> int:
         """Bytes it adds to the store."""
-        return self.forecast.write_bytes or 0
+        asked = self.node.resources.disk
+        return asked if asked is not None else self.forecast.write_bytes or 0
 
     @property
     def fetches(self) -> int:
@@ -153,12 +163,11 @@ class NodeState:
         return self.decision.bytes_here or not self.demanded_by
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Facts:
-    """What does not change while a run goes."""
+@dataclass(slots=True, kw_only=True)
+class States:
+    """All nodes of a run, in topological order, what those that run hold together, and the rules of the run."""
 
-    consumers: Mapping[str, Sequence[Node]]
-    """Node name → those that take its artifact."""
+    nodes: Mapping[str, NodeState]
     room: Mapping[str, int]
     """The most that all running nodes together may hold: jobs, CPUs, RAM and disk in bytes, and who holds GPUs. Two
     nodes that place themselves would both start at GPU 0, so one at a time does."""
@@ -167,134 +176,144 @@ class Facts:
     keep_going: bool = False
     foreseen: bool = False
     """What is not known yet is left open: it will be known when the run gets there."""
-
-
-@dataclass(slots=True)
-class States:
-    """All nodes of a run, in topological order, and what those that run hold together."""
-
-    nodes: Mapping[str, NodeState]
-    held: dict[str, int] = field(default_factory=dict)
+    held: Counter[str] = field(default_factory=Counter)
     running: set[str] = field(default_factory=set)
-    failed: set[str] = field(default_factory=set)
-    interrupted: bool = False
+    stopped: bool = False
+    """No new node starts: interrupted, or a node failed that does not let the others go on."""
+    of_key: dict[str, list[NodeState]] = field(default_factory=dict)
+    """Key → those that have had it; while they do they share their bytes."""
+
+    def __post_init__(self) -> None:
+        for state in self.nodes.values():
+            state.inputs = {port: [self.nodes[name] for name in names] for port, names in state.node.inputs.items()}
+            state.producers = [self.nodes[name] for name in state.node.producers]
+            state.predecessors = [self.nodes[name] for name in state.node.predecessors]
+            for producer in state.producers:
+                producer.consumers.append(state)
 
     def __getitem__(self, name: str) -> NodeState:
         return self.nodes[name]
 
-    def hold(self, share: Mapping[str, int], sign: int = 1) -> None:
-        for what, size in share.items():
-            self.held[what] = self.held.get(what, 0) + sign * size
-
     def hold_disk(self, state: NodeState, size: int) -> None:
-        self.hold({"disk": size - state.disk})
+        self.held["disk"] += size - state.disk
         state.disk = size
 
 
-def step(states: States, facts: Facts, name: str) -> Step:
-    state = states[name]
+def step(states: States, state: NodeState) -> Step:
     if state.status is Status.PENDING:
-        return _pending(states, facts, state)
+        return _pending(states, state)
     if state.status is Status.RUNNING and state.done:
-        return _judged(states, facts, state, Do.SUCCEED)
-    return _good(states, facts, state) if state.status in GOOD else Step(Do.WAIT)
+        return _judged(states, state, Do.SUCCEED)
+    return _good(states, state) if state.status in GOOD else Step(Do.WAIT)
 
 
-def _pending(states: States, facts: Facts, state: NodeState) -> Step:
-    node, nodes = state.node, states.nodes
-    unsettled = next((name for name in node.predecessors if nodes[name].status not in SETTLED), "")
-    if unsettled and not (nodes[unsettled].passing and may_follow(states, facts, node, unsettled)):
-        return Step(Do.WAIT, unsettled)
-    if not unsettled and (reason := _blocked(states, facts, node)):
-        return Step(Do.SKIP, reason)
-    if state.decision is None or state.decision.inputs != input_digests(states, node):
+def _pending(states: States, state: NodeState) -> Step:
+    unsettled = next((each for each in state.predecessors if each.status not in SETTLED), None)
+    if unsettled is None:
+        if reason := _blocked(states, state):
+            return Step(Do.SKIP, reason)
+    elif not (unsettled.passing and may_follow(states, state, unsettled)):
+        return Step(Do.WAIT, unsettled.name)
+    if state.decision is None or state.decision.inputs != input_digests(state):
         return Step(Do.LOOK)
+    follows = unsettled.name if unsettled else ""
     if state.hit:
-        return Step(Do.WAIT, unsettled) if unsettled else _judged(states, facts, state, Do.CACHED)
-    if dropped := tuple(name for name in node.producers if _dropped(nodes[name])):
+        return Step(Do.WAIT, follows) if follows else _judged(states, state, Do.CACHED)
+    if dropped := tuple(each.name for each in state.producers if each.status in GOOD and not each.bytes_here):
         return Step(Do.DEMAND, producers=dropped)
-    if stopping(states, facts):
+    if states.stopped:
         return Step(Do.STOP)
-    if lacking := _lacking(states, facts, state, unsettled):
+    if lacking := _lacking(states, state, follows):
         return Step(Do.WAIT, lacking)
-    return Step(Do.START, unsettled)
+    return Step(Do.START, follows)
 
 
-def _good(states: States, facts: Facts, state: NodeState) -> Step:
-    if not _up_to_date(states, state):
+def _good(states: States, state: NodeState) -> Step:
+    if not _up_to_date(state):
         return Step(Do.LOOK)
-    consumers = facts.consumers.get(state.node.name, ())
-    if state.node.cache or not state.bytes_here or not consumers:
+    if _keeps(state) or not state.bytes_here:
         return Step(Do.WAIT)
-    taken = all(_has_taken(states, states[each.name]) for each in reversed(consumers))
-    return Step(Do.DROP if taken else Do.WAIT)
+    sharing = _sharing(states, state)
+    taken = all(_has_taken(each) for one in sharing for each in reversed(one.consumers))
+    return Step(Do.DROP if taken and not any(map(_keeps, sharing)) else Do.WAIT)
 
 
-def _has_taken(states: States, consumer: NodeState) -> bool:
+def _keeps(state: NodeState) -> bool:
+    """Do its bytes stay? Those that nobody takes are what the run is for."""
+    return state.node.cache or not state.consumers
+
+
+def _sharing(states: States, state: NodeState) -> list[NodeState]:
+    """It, and those whose bytes are the same because their key is."""
+    key = state.key or ""
+    return [state, *(each for each in states.of_key.get(key, ()) if each is not state and each.key == key)]
+
+
+def _has_taken(consumer: NodeState) -> bool:
     """Does it not need its producers' bytes any more? One that failed will want them again."""
-    return consumer.status is Status.SKIPPED or (consumer.status in GOOD and _up_to_date(states, consumer))
+    return consumer.status is Status.SKIPPED or (consumer.status in GOOD and _up_to_date(consumer))
 
 
-def _up_to_date(states: States, state: NodeState) -> bool:
+def _up_to_date(state: NodeState) -> bool:
     """Does what an ended node gave stand on what its producers have given? True while one of them is at work again."""
-    if not all(states[name].status in GOOD or states[name].status is Status.SKIPPED for name in state.node.producers):
+    if not all(each.status in GOOD or each.status is Status.SKIPPED for each in state.producers):
         return True
-    return state.decision is None or state.decision.inputs == input_digests(states, state.node)
+    return state.decision is None or state.decision.inputs == input_digests(state)
 
 
-def _blocked(states: States, facts: Facts, node: Node) -> str:
+def _blocked(states: States, state: NodeState) -> str:
     """Why the node cannot run at all: a failed or skipped producer, or a `when` that does not hold."""
-    bad = [name for name in node.predecessors if states.nodes[name].status not in GOOD]
-    for name in bad:
-        if states[name].status is Status.FAILED:
-            return f"{name} failed"
-    if bad and (missing := _missing_producer(states, node)):
+    bad = [each for each in state.predecessors if each.status not in GOOD]
+    for each in bad:
+        if each.status is Status.FAILED:
+            return f"{each.name} failed"
+    if bad and (missing := _missing_producer(states, state)):
         return f"{missing} is skipped"
-    if node.when is None:
+    when = state.node.when
+    if when is None:
         return ""
-    verdict = node.when.evaluate(lookup(states, node))
+    verdict = when.evaluate(lookup(states, state))
     if verdict is None:
-        return "" if facts.foreseen else f"when {node.when.text}: not known"
-    return "" if verdict.passed else f"when {node.when.text}: {verdict.left}"
+        return "" if states.foreseen else f"when {when.text}: not known"
+    return "" if verdict.passed else f"when {when.text}: {verdict.left}"
 
 
-def _missing_producer(states: States, node: Node) -> str | None:
+def _missing_producer(states: States, state: NodeState) -> str | None:
     """The skipped node this one cannot do without: on a port that is not optional, or in `needs`."""
-    for port, names in node.inputs.items():
-        gone = [name for name in names if states[name].status is Status.SKIPPED]
-        spec = node.kind.inputs[port]
-        if gone and not spec.optional and (not spec.many or len(gone) == len(names)):
+    for port, wired in state.inputs.items():
+        gone = [each.name for each in wired if each.status is Status.SKIPPED]
+        spec = state.node.kind.inputs[port]
+        if gone and not spec.optional and (not spec.many or len(gone) == len(wired)):
             return gone[0]
-    return next((name for name in node.needs if states[name].status is Status.SKIPPED), None)
+    return next((name for name in state.node.needs if states[name].status is Status.SKIPPED), None)
 
 
-def may_follow(states: States, facts: Facts, node: Node, producer: str) -> bool:
+def may_follow(states: States, state: NodeState, producer: NodeState) -> bool:
     """Could the node take the files of this producer as they are made? All else it depends on must stand.
 
     A `timeout` is meant for the work, not for waiting; a `when` may be waiting for anything.
     """
-    kind, nodes = node.kind, states.nodes
-    others = (nodes[name] for name in node.predecessors if name != producer)
+    node, kind = state.node, state.node.kind
     return (
-        facts.side_by_side
-        and states[producer].node.kind.passing.streams
+        states.side_by_side
+        and producer.node.kind.passing.streams
         and executor(kind.runs_in).waits
         and node.when is None
         and node.timeout is None
-        and tuple(node.inputs.get(kind.passing.follows, ())) == (producer,)
-        and nodes[node.name].status is Status.PENDING
-        and all(other.status in GOOD and other.bytes_here for other in others)
+        and node.inputs.get(kind.passing.follows) == (producer.name,)
+        and state.status is Status.PENDING
+        and all(other.status in GOOD and other.bytes_here for other in state.predecessors if other is not producer)
     )
 
 
-def _lacking(states: States, facts: Facts, state: NodeState, follows: str) -> str:
+def _lacking(states: States, state: NodeState, follows: str) -> str:
     """What there is no room for; "" where there is. A node that would not fit beside others runs alone."""
     if not states.running:
         return ""
     share = _share(state, follows)
     if not follows:
         share["disk"] = state.writes + state.fetches
-    return next((what for what, size in share.items() if states.held.get(what, 0) + size > facts.room[what]), "")
+    return next((what for what, size in share.items() if states.held[what] + size > states.room[what]), "")
 
 
 def _share(state: NodeState, follows: str) -> dict[str, int]:
@@ -304,59 +323,46 @@ def _share(state: NodeState, follows: str) -> dict[str, int]:
     return {"jobs": 0 if follows else 1, "CPUs": cpus, "RAM": state.ram, "GPUs": int(state.gpus > 0)}
 
 
-def stopping(states: States, facts: Facts) -> bool:
-    """No new node starts: interrupted, or a node failed that does not let the others go on."""
-    stopped = not facts.keep_going and any(states[name].node.on_fail == "stop" for name in states.failed)
-    return states.interrupted or stopped
-
-
-def _judged(states: States, facts: Facts, state: NodeState, otherwise: Do) -> Step:
+def _judged(states: States, state: NodeState, otherwise: Do) -> Step:
     """A run fails where a gate cannot be decided; what is only foreseen goes on, whatever its gates."""
-    gates = () if facts.foreseen else judge_gates(states, state.node)
+    gates = () if states.foreseen else judge_gates(states, state)
     bad = next((gate for gate in gates if gate.failed or gate.verdict is None), None)
     return Step(Do.FAIL, gate=bad) if bad else Step(otherwise)
 
 
-def judge_gates(states: States, node: Node) -> tuple[GateVerdict, ...]:
-    if not node.gates:
-        return ()
-    look = lookup(states, node)
-    return tuple(GateVerdict(gate=gate, verdict=gate.evaluate(look)) for gate in node.gates)
+def judge_gates(states: States, state: NodeState) -> tuple[GateVerdict, ...]:
+    look = lookup(states, state)
+    return tuple(GateVerdict(gate=gate, verdict=gate.evaluate(look)) for gate in state.node.gates)
 
 
-def lookup(states: States, own: Node) -> Lookup:
+def lookup(states: States, own: NodeState) -> Lookup:
     """Metrics of the nodes, UNKNOWN where a node has none yet."""
 
     def look(name: str | None, path: str) -> Json:
-        state = states.nodes.get(name or own.name)
+        state = states.nodes.get(name) if name else own
         return metric(state.metrics, path) if state else UNKNOWN
 
     return look
 
 
-def _dropped(state: NodeState) -> bool:
-    return state.status in GOOD and not state.bytes_here
-
-
-def input_digests(states: States, node: Node) -> Inputs | None:
+def input_digests(state: NodeState) -> Inputs | None:
     """Per port, the digests of what is wired there, skipped producers left out; None while one is not known.
 
     Of a producer that runs it is what it gave before under its key, should it give that again.
     """
     found: dict[str, list[str]] = {}
-    nodes = states.nodes
-    for port, names in node.inputs.items():
-        digests = [_digest(nodes[name]) for name in names if nodes[name].status is not Status.SKIPPED]
-        if None in digests:
-            return None
-        if digests:
-            found[port] = [digest for digest in digests if digest]
+    for port, wired in state.inputs.items():
+        for each in wired:
+            if each.status is not Status.SKIPPED:
+                if (digest := _digest(each)) is None:
+                    return None
+                found.setdefault(port, []).append(digest)
     return found
 
 
-def awaited(states: States, node: Node) -> list[str]:
+def awaited(state: NodeState) -> list[str]:
     """The producers whose digests are not known."""
-    return [n for n in node.producers if states[n].status is not Status.SKIPPED and _digest(states[n]) is None]
+    return [each.name for each in state.producers if each.status is not Status.SKIPPED and _digest(each) is None]
 
 
 def _digest(state: NodeState) -> str | None:
@@ -366,77 +372,86 @@ def _digest(state: NodeState) -> str | None:
     return before.digest if before else None
 
 
-def decided(state: NodeState, decision: Decision) -> None:
+def decided(states: States, state: NodeState, decision: Decision) -> None:
     """It was looked up."""
     state.status, state.decision, state.bytes_here, state.done = Status.PENDING, decision, decision.bytes_here, False
     state.reason = demanded(state.demanded_by) if state.demanded_by and not state.hit else decision.reason
     state.record = decision.record if decision.action is Action.CACHED else None
     state.metrics = state.record.metrics if state.record else {}
+    _has_key(states, state)
 
 
-def done(state: NodeState, record: KeyRecord) -> None:
+def done(states: States, state: NodeState, record: KeyRecord) -> None:
     """Its work gave this."""
     state.record, state.metrics, state.done, state.bytes_here = record, record.metrics, True, True
     if state.decision is not None:
         state.decision = replace(state.decision, inputs=record.inputs, key=record.key)
+    _has_key(states, state)
 
 
-def demand(states: States, by: str, producers: Sequence[str]) -> None:
+def _has_key(states: States, state: NodeState) -> None:
+    if state.key and state not in (known := states.of_key.setdefault(state.key, [])):
+        known.append(state)
+
+
+def demand(states: States, by: NodeState, producers: Sequence[str]) -> None:
     for name in producers:
         state = states[name]
-        state.status, state.decision, state.demanded_by = Status.PENDING, None, by
+        state.status, state.decision, state.demanded_by = Status.PENDING, None, by.name
 
 
 def demanded(by: str) -> str:
     return f"its bytes were dropped (cache: false) and {by} needs them"
 
 
-def start(states: States, facts: Facts, name: str, follows: str = "") -> None:
+def start(states: States, state: NodeState, follows: str = "") -> None:
     """It runs from now on, on the files of a running producer where it `follows` one."""
-    state = states[name]
     state.status, state.following, state.done = Status.RUNNING, follows, False
-    states.running.add(name)
-    states.hold({**_share(state, follows), "disk": state.fetches})
-    states.hold_disk(state, state.writes)
-    if follows and passes_on(states, facts, follows):
-        states.hold_disk(states[follows], min(states[follows].disk, _between(states, facts, follows)))
+    state.share = _share(state, follows)
+    states.running.add(state.name)
+    states.held.update(state.share)
+    states.held["disk"] += state.fetches
+    if not any(each.disk for each in _sharing(states, state)[1:]):
+        states.hold_disk(state, state.writes)
+    if follows and passes_on(states, producer := states[follows]):
+        states.hold_disk(producer, min(producer.disk, _between(producer)))
 
 
-def end(states: States, name: str, status: Status, reason: str) -> None:
+def end(states: States, state: NodeState, status: Status, reason: str) -> None:
     """It has come to `status`; PENDING where it followed a producer in vain."""
-    state = states[name]
     if state.status is Status.RUNNING:
-        states.running.discard(name)
-        states.hold(_share(state, state.following), -1)
+        states.running.discard(state.name)
+        states.held.subtract(state.share)
     state.status, state.reason, state.following, state.passing = status, reason, "", False
-    if status is Status.FAILED:
-        states.failed.add(name)
+    if status is Status.FAILED and state.node.on_fail == "stop" and not states.keep_going:
+        states.stopped = True
     if status in GOOD:
         state.demanded_by = ""
 
 
-def drop(states: States, name: str) -> None:
-    states[name].bytes_here = False
-    states.hold_disk(states[name], 0)
+def drop(states: States, state: NodeState) -> None:
+    for each in _sharing(states, state):
+        each.bytes_here = False
+        states.hold_disk(each, 0)
 
 
-def passes_on(states: States, facts: Facts, name: str, *, gone: bool = False) -> bool:
+def passes_on(states: States, state: NodeState, *, gone: bool = False) -> bool:
     """Are its files let go while it runs, as they are taken? Where all who take them run beside it.
 
     gone: some of them are. Then whoever failed will not find them all, and they are not kept for it.
     """
-    consumers = (states[each.name] for each in reversed(facts.consumers.get(name, ())))
+    if _keeps(state) or len(_sharing(states, state)) > 1:
+        return False
     excused = {Status.SKIPPED, Status.FAILED} if gone else {Status.SKIPPED}
-    return not states[name].node.cache and all(each.following == name or each.status in excused for each in consumers)
+    return all(each.following == state.name or each.status in excused for each in reversed(state.consumers))
 
 
-def _between(states: States, facts: Facts, name: str) -> int:
+def _between(producer: NodeState) -> int:
     """Bytes between it and its consumers at a time: two files, or as many as one of them works on and one more. All of
     them where a consumer could not be sure to run beside it: something else it needs was at work in this run too."""
-    consumers = [states[each.name] for each in facts.consumers[name]]
-    others = [states[other] for each in consumers for other in each.node.predecessors if other != name]
-    size = states[name].forecast.file_bytes
+    others = [other for each in producer.consumers for other in each.predecessors if other is not producer]
+    size = producer.forecast.file_bytes
     if not size or not all(other.status is Status.CACHED for other in others):
-        return states[name].writes
-    window = max(each.forecast.works_on for each in consumers)
+        return producer.writes
+    window = max(each.forecast.works_on for each in producer.consumers)
     return max(AHEAD, math.ceil(window / size) + 1) * size

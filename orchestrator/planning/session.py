@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Collection, Mapping, Sequence
+import re
+import traceback
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from bigpipe.errors import BigpipeError, Offline
+from bigpipe.files import make_directory, write_file
 from bigpipe.machine import detect
-from bigpipe.orchestrator.contract import CheckContext, Forecast, LogLine, Machine, Pinned, Reporter, Surroundings
+from bigpipe.orchestrator.contract import CheckContext, LogLine, Machine, Pinned, Reporter, Surroundings
 from bigpipe.orchestrator.launch import effective_launch, visible_secrets
 from bigpipe.orchestrator.recipe import Node, Recipe, load_recipe
 from bigpipe.orchestrator.store import KeyRecord, StatMemo, Store, default_root
@@ -20,6 +23,7 @@ from bigpipe.sizes import format_transfer
 from .keys import Identity, identity
 
 NOTHING_PINNED = Pinned({}, "")
+T = TypeVar("T")
 
 
 @dataclass(kw_only=True)
@@ -72,18 +76,6 @@ class Session:
         """The selected nodes in topological order."""
         return [node for name, node in self.recipe.nodes.items() if name in self.selected]
 
-    @cached_property
-    def _consumers(self) -> dict[str, list[Node]]:
-        consumers: dict[str, list[Node]] = {}
-        for node in self.nodes:
-            for producer in node.producers:
-                consumers.setdefault(producer, []).append(node)
-        return consumers
-
-    def consumers(self, name: str) -> list[Node]:
-        """Return the selected nodes that take the artifact of `name` as an input."""
-        return self._consumers.get(name, [])
-
     def secrets(self, node: Node) -> dict[str, str]:
         """Return the secrets that the node may see and that are set, name → value."""
         return visible_secrets(node.kind, node.secrets, self.environment)
@@ -102,8 +94,32 @@ class Session:
             )
         return self._surroundings[node.name]
 
-    def check_context(self, node: Node, inputs: Mapping[str, tuple[Forecast, ...]] | None = None) -> CheckContext:
-        return CheckContext(surroundings=self.surroundings(node), inputs=inputs or {})
+    def check_context(self, node: Node) -> CheckContext:
+        return CheckContext(surroundings=self.surroundings(node))
+
+    def room(self, jobs: int) -> dict[str, int]:
+        """Return what all running nodes together may hold here, see `schedule.States`."""
+        machine = self.machine
+        holds = {"CPUs": max(machine.cpus, 1), "RAM": machine.memory_available, "GPUs": 1, "disk": machine.disk_free}
+        return {"jobs": jobs, **holds}
+
+    def ask(self, node: Node, function: Callable[..., T], *arguments: Any) -> T:
+        """Return what a kind's function answers before anything runs. What it raises gets the place of the stage; of
+        what is no BigpipeError, a bug of the kind, the traceback is kept."""
+        try:
+            return function(node.params, *arguments)
+        except BigpipeError as error:
+            error.place = error.place or node.places.get("")
+            raise
+        except Exception as error:
+            from bigpipe.orchestrator.launch import Failure
+
+            log = node_folder(self.store.runs / "plan", node.name) / "log.txt"
+            make_directory(log.parent)
+            write_file(log, traceback.format_exc(), durable=False)
+            failed = Failure.of(error).error(f"{node.name} ({node.kind.kind})", log)
+            failed.place = node.places.get("")
+            raise failed from error
 
     def pinned(self, node: Node) -> Pinned:
         """Return floating params made exact: asked of the source once, else the lock's, else the last recorded.
@@ -124,7 +140,7 @@ class Session:
         if self.locked and (locked := self._locked_pins(node)):
             return locked
         try:
-            return node.kind.planning.pin(node.params, self.check_context(node)) or NOTHING_PINNED
+            return self.ask(node, node.kind.planning.pin, self.check_context(node)) or NOTHING_PINNED
         except Offline:
             fallback = self._locked_pins(node) or self._recorded_pins(node)
             if fallback is None:
@@ -199,3 +215,8 @@ def exact(recipe: Recipe, names: Collection[str]) -> frozenset[str]:
     """Return the nodes meant by stage or node names, without their ancestors."""
     recipe.select(list(names))  # names the unknown one and what it could have been
     return frozenset(name for name, node in recipe.nodes.items() if name in names or node.stage in names)
+
+
+def node_folder(run_folder: Path, node: str) -> Path:
+    """Return where the attempts of a node lie: `nodes/<node>`, with what a file name cannot hold replaced."""
+    return run_folder / "nodes" / re.sub(r"[^\w@=,.+-]", "_", node)

@@ -5,19 +5,16 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
-from itertools import chain
-from typing import Any, Literal, get_args, get_origin
+from typing import Any
 
 from bigpipe.errors import BigpipeError
-from bigpipe.fit import Cure, Misfit, as_parameters, flow, nearest
-from bigpipe.orchestrator.contract import OneOf
+from bigpipe.fit import Cure, Misfit, as_parameters, flow
 from bigpipe.orchestrator.recipe import Node
 
+from .fit import another
 from .plan import Plan, PlannedNode, make_plan
 from .schedule import GateVerdict
 
-MOST_HALVINGS = 8
-"""Plans that are made to find the largest number that passes."""
 _REFERENCE = re.compile(r"""["']?\$\{params\.(\w+)\}""")
 Arguments = Mapping[str, str]
 """Parameter → value, as a command line gives it."""
@@ -113,20 +110,7 @@ def _upstream(plan: Plan, names: set[str]) -> Iterator[Node]:
 
 
 def _passing(plan: Plan, node: Node, field: str, parameter: str) -> Arguments | None:
-    """A value of the parameter with which the plan is accepted: the largest smaller whole number, or another choice."""
+    """A value of the parameter with which the plan is accepted."""
     value, passes = plan.session.recipe.params.get(parameter), _trial(plan)
-    if isinstance(value, int) and not isinstance(value, bool):
-        step = max(1, value // 2**MOST_HALVINGS)
-        found = nearest(1, value, lambda number: passes({parameter: str(number)}), step=step) if value > 1 else None
-        return {parameter: str(found)} if found else None
-    known = node.kind.params.model_fields[field]
-    tables = (mark.names() for mark in known.metadata if isinstance(mark, OneOf))
-    choices = (choice for choice in chain(_choices(known.annotation), *tables) if choice != value)
-    return next(filter(passes, ({parameter: choice} for choice in choices)), None)
-
-
-def _choices(annotation: Any) -> list[str]:
-    """The words of a `Literal`, alone or among other types."""
-    if get_origin(annotation) is Literal:
-        return [choice for choice in get_args(annotation) if isinstance(choice, str)]
-    return [choice for inner in get_args(annotation) for choice in _choices(inner)]
+    found = another(node.kind.params.model_fields[field], value, lambda tried: passes({parameter: str(tried)}))
+    return None if found is None else {parameter: str(found)}

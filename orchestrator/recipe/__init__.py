@@ -8,6 +8,7 @@ if TYPE_CHECKING:
     from .conditions import UNKNOWN, Comparison, Condition, Lookup, metric
     from .graph import Recipe, load_recipe
     from .initial import initial_manifest
+    from .manifest import ResourcesSpec
     from .node import Node
     from .registry import PROBES, is_built_in, load_stage, named_stage, stage_kinds
     from .schema import described_schema, field_descriptions, manifest_schema

@@ -10,7 +10,7 @@ from pathlib import Path
 from bigpipe.errors import BigpipeError, StageFailed
 from bigpipe.orchestrator.contract import Json
 from bigpipe.orchestrator.lock import locked_digests
-from bigpipe.orchestrator.planning import Change, differences
+from bigpipe.orchestrator.planning import Difference, differences
 from bigpipe.orchestrator.running import RunDiff, RunRecord, records
 from bigpipe.orchestrator.store import Artifact, KeyRecord, Store, default_root
 from bigpipe.sizes import counted, format_size, format_transfer
@@ -118,7 +118,7 @@ def diff_runs(run: str, other: str, *, store: str | Path | None = None) -> Inspe
     return Inspection(data, _diff_text(found))
 
 
-def _causes(store: Store, one: RunRecord, two: RunRecord) -> Mapping[str, list[Change]]:
+def _causes(store: Store, one: RunRecord, two: RunRecord) -> Mapping[str, list[Difference]]:
     """Per node whose key differs, what of its identity does."""
     causes = {}
     for name in one.nodes.keys() & two.nodes.keys():

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from bigpipe.orchestrator.contract import Json
-from bigpipe.orchestrator.planning import Action, Plan, PlannedNode, change_json, machine_line, shown
+from bigpipe.orchestrator.planning import Action, Plan, PlannedNode, difference_json, machine_line, shown
 from bigpipe.sizes import format_size, format_transfer
 
 if TYPE_CHECKING:
@@ -117,9 +117,9 @@ def _planned_json(planned: PlannedNode) -> dict[str, Json]:
         "reason": planned.decision.reason,
         "key": planned.decision.key,
         "pins": dict(planned.pinned.values),
-        "changes": [change_json(change, planned.node) for change in planned.decision.changes],
+        "changes": [difference_json(change, planned.node) for change in planned.decision.changes],
         "gates": [{"gate": g.gate.text, "passed": g.verdict.passed if g.verdict else None} for g in planned.gates],
-        "problem": planned.problem.cause if planned.problem else None,
+        "problem": planned.refusal.cause if planned.refusal else None,
         "forecast": None
         if forecast is None
         else {

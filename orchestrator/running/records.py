@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import os
-import re
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
@@ -32,7 +31,7 @@ from bigpipe.orchestrator.contract import (
     RunFinished,
     RunStarted,
 )
-from bigpipe.orchestrator.planning import Change, changed
+from bigpipe.orchestrator.planning import Difference, changed, node_folder
 from bigpipe.orchestrator.recipe import Recipe
 from bigpipe.orchestrator.store import explained, make_directory
 
@@ -189,11 +188,6 @@ def list_runs(runs: Path) -> list[RunRecord]:
     return records
 
 
-def node_folder(run_folder: Path, node: str) -> Path:
-    """Where the attempts of a node lie: `nodes/<node>`, with what a file name cannot hold replaced."""
-    return run_folder / "nodes" / re.sub(r"[^\w@=,.+-]", "_", node)
-
-
 def log_files(runs: Path, run: str, node: str | None = None) -> Iterator[tuple[str, int, Path]]:
     """(Node, attempt from 1, log file) of a run, nodes in the order of its record. UsageError for an unknown node."""
     record = load_run(runs, run)
@@ -211,16 +205,16 @@ class RunDiff:
     """How the second run differs from the first: of the runs themselves, and per node."""
 
     runs: tuple[str, str]
-    changes: tuple[Change, ...] = ()
+    changes: tuple[Difference, ...] = ()
     """`manifest`, `params.gpu`, `nodes.x` (a node that only one of them has)."""
-    nodes: Mapping[str, tuple[Change, ...]] = field(default_factory=dict)
+    nodes: Mapping[str, tuple[Difference, ...]] = field(default_factory=dict)
 
     @property
     def same(self) -> bool:
         return not self.changes and not self.nodes
 
 
-def diff(one: RunRecord, other: RunRecord, causes: Mapping[str, list[Change]] | None = None) -> RunDiff:
+def diff(one: RunRecord, other: RunRecord, causes: Mapping[str, list[Difference]] | None = None) -> RunDiff:
     """What differs between two runs: params, node by node status, digests and metrics, and times where work was done.
 
     causes: per node what made its key change (`keys.differences` over the stored records).
@@ -231,7 +225,7 @@ def diff(one: RunRecord, other: RunRecord, causes: Mapping[str, list[Change]] | 
     for name in [*one.nodes, *(name for name in other.nodes if name not in one.nodes)]:
         before, after = one.nodes.get(name), other.nodes.get(name)
         if before is None or after is None:
-            changes.append(Change(f"nodes.{name}", before and before.status, after and after.status))
+            changes.append(Difference(f"nodes.{name}", before and before.status, after and after.status))
             continue
         found = [*(causes or {}).get(name, ()), *_node_changes(before, after)]
         if found:
@@ -239,7 +233,7 @@ def diff(one: RunRecord, other: RunRecord, causes: Mapping[str, list[Change]] | 
     return RunDiff((one.run, other.run), tuple(changes), nodes)
 
 
-def _node_changes(before: NodeRun, after: NodeRun) -> Iterator[Change]:
+def _node_changes(before: NodeRun, after: NodeRun) -> Iterator[Difference]:
     made = {"succeeded", "cached"}
     if not {before.status, after.status} <= made:
         yield from changed("status", before.status, after.status)

@@ -40,14 +40,13 @@ from bigpipe.orchestrator.planning import (
     GOOD,
     Action,
     Do,
-    Facts,
     NodeState,
     Plan,
     PlannedNode,
     Session,
     States,
     decide,
-    facts_of,
+    node_folder,
     schedule,
     step,
 )
@@ -55,7 +54,7 @@ from bigpipe.orchestrator.recipe import Node
 from bigpipe.orchestrator.store import KeyRecord
 
 from .interruption import caught_once
-from .records import RunRecorder, new_run_id, node_folder
+from .records import RunRecorder, new_run_id
 from .result import RunResult
 
 if TYPE_CHECKING:
@@ -75,7 +74,6 @@ class Run:
     id: str
     reporter: Reporter
     states: States
-    facts: Facts
     pool: ThreadPoolExecutor
     cancelled: threading.Event = field(default_factory=threading.Event)
     signal: int = 0
@@ -87,7 +85,7 @@ class Run:
     def interrupt(self, number: int) -> None:
         """Stops the children and lets the run end in order. number: of the signal."""
         self.signal = number
-        self.states.interrupted = True
+        self.states.stopped = True
         self.cancelled.set()
 
     def folder(self, node: Node) -> Path:
@@ -112,8 +110,12 @@ def run_plan(
         plan=plan,
         id=run_id,
         reporter=OneAtATime(reporter, recorder),
-        states=States({name: _planned(node) for name, node in plan.nodes.items()}),
-        facts=facts_of(session, jobs=jobs, keep_going=keep_going),
+        states=States(
+            nodes={name: _planned(node) for name, node in plan.nodes.items()},
+            room=session.room(jobs),
+            side_by_side=session.side_by_side,
+            keep_going=keep_going,
+        ),
         pool=ThreadPoolExecutor(max_workers=jobs + len(plan.nodes), thread_name_prefix="node"),
     )
     with closing(recorder):
@@ -145,15 +147,15 @@ def _advance(run: Run) -> bool:
     """Let the nodes take all steps that are possible now. True where something runs."""
     changed = True
     while changed:
-        waiting = [name for name, state in run.states.nodes.items() if state.status is Status.PENDING]
-        changed = any([_take(run, name) for name in waiting])
+        waiting = [state for state in run.states.nodes.values() if state.status is Status.PENDING]
+        changed = any([_take(run, state) for state in waiting])
     return bool(run.working)
 
 
 def _wait(run: Run) -> None:
     if run.streams is not None:
         run.streams.answer()
-    if run.warming is not None and not schedule.stopping(run.states, run.facts):
+    if run.warming is not None and not run.states.stopped:
         run.warming.begin()
     done, _ = wait(run.working, timeout=LOOK, return_when=FIRST_COMPLETED)
     for future in done:
@@ -164,9 +166,9 @@ def _wait(run: Run) -> None:
             run.streams.cancel()
 
 
-def _take(run: Run, name: str) -> bool:
+def _take(run: Run, state: NodeState) -> bool:
     """Do what comes next for a node. True where that changed anything."""
-    state, next_step = run.states[name], step(run.states, run.facts, name)
+    next_step = step(run.states, state)
     match next_step.do:
         case Do.LOOK:
             _look(run, state)
@@ -175,7 +177,7 @@ def _take(run: Run, name: str) -> bool:
         case Do.CACHED:
             _end(run, state, Status.CACHED, state.reason)
         case Do.DEMAND:
-            schedule.demand(run.states, name, next_step.producers)
+            schedule.demand(run.states, state, next_step.producers)
         case Do.START:
             _start(run, state, next_step.why)
         case Do.SUCCEED:
@@ -186,7 +188,7 @@ def _take(run: Run, name: str) -> bool:
         case Do.DROP:
             if state.digest is not None and state.key is not None:
                 run.session.store.drop(state.digest, state.key)
-            schedule.drop(run.states, name)
+            schedule.drop(run.states, state)
         case _:
             return False
     return True
@@ -195,16 +197,16 @@ def _take(run: Run, name: str) -> bool:
 def _look(run: Run, state: NodeState) -> None:
     """With true digests. What the plan found cached a moment ago on the same inputs is not looked at twice."""
     node, decision = state.node, run.plan.nodes[state.name].decision
-    inputs = schedule.input_digests(run.states, node)
+    inputs = schedule.input_digests(state)
     known = decision.action is Action.CACHED and decision.bytes_here and decision.inputs == inputs
     try:
         if not known or state.demanded_by:
-            decision = decide(run.session, node, inputs, schedule.awaited(run.states, node))
+            decision = decide(run.session, node, inputs, schedule.awaited(state))
     except BigpipeError as error:
         state.error = error
         _end(run, state, Status.FAILED, str(error))
         return
-    schedule.decided(state, decision)
+    schedule.decided(run.states, state, decision)
 
 
 def _start(run: Run, state: NodeState, follows: str) -> None:
@@ -212,16 +214,16 @@ def _start(run: Run, state: NodeState, follows: str) -> None:
     from .streaming import Streams, provisional_key
     from .warming import Warming
 
-    session, node, jobs = run.session, state.node, run.facts.room["jobs"]
+    session, node, jobs = run.session, state.node, run.states.room["jobs"]
     if run.streams is None and session.side_by_side:
-        run.streams = Streams(session, run.states, run.facts)
+        run.streams = Streams(session, run.states)
     if run.warming is None and jobs > 1:
         run.warming = Warming(session, run.plan, run.states, run.folder)
     if follows:
         state.reason += f"; takes the files of {follows} as they are made"
     stream = run.streams.begin(state) if run.streams else None
     followed = run.streams.followed(follows) if run.streams else None
-    schedule.start(run.states, run.facts, state.name, follows)
+    schedule.start(run.states, state, follows)
     run.reporter.report(NodeStarted(state.name, state.reason))
     key = provisional_key(session, node) if follows else state.key or ""
     _remember(run, {state.name: key})  # from now on its unfinished work is not garbage
@@ -230,8 +232,7 @@ def _start(run: Run, state: NodeState, follows: str) -> None:
         node=node,
         key=key,
         inputs={
-            port: tuple(digest for name in names if (digest := run.states[name].digest))
-            for port, names in node.inputs.items()
+            port: tuple(digest for each in wired if (digest := each.digest)) for port, wired in state.inputs.items()
         },
         lineage=_lineage(run, node),
         refused=state.decision.record if state.decision else None,
@@ -283,25 +284,24 @@ def _finish(run: Run, state: NodeState, future: Future[KeyRecord | None]) -> Non
         return
     if record is None:  # it followed in vain: as if nothing had been
         state.seconds = 0.0
-        schedule.end(run.states, state.name, Status.PENDING, "")
+        schedule.end(run.states, state, Status.PENDING, "")
         if run.streams is not None:
             run.streams.ended(state)
         return
-    schedule.done(state, record)
+    schedule.done(run.states, state, record)
     if forgone:
-        schedule.drop(run.states, state.name)
-    _take(run, state.name)
+        schedule.drop(run.states, state)
+    _take(run, state)
 
 
 def _end(run: Run, state: NodeState, status: Status, reason: str) -> None:
-    schedule.end(run.states, state.name, status, reason)
+    schedule.end(run.states, state, status, reason)
     _report(run, state)
     if run.streams is not None:
         run.streams.ended(state)
-    consumers = [node.name for node in run.facts.consumers[state.name]]
-    for name in (*state.node.producers, *consumers):
-        if run.states[name].status in GOOD:
-            _take(run, name)
+    for each in (*state.producers, *state.consumers):
+        if each.status in GOOD:
+            _take(run, each)
 
 
 def _report(run: Run, state: NodeState) -> None:
@@ -322,9 +322,9 @@ def _report(run: Run, state: NodeState) -> None:
 
 def _finish_run(run: Run, recorder: RunRecorder, seconds: float) -> RunResult:
     states = run.states.nodes
-    for name, state in states.items():
+    for state in states.values():
         if state.status is Status.PENDING:
-            schedule.end(run.states, name, Status.SKIPPED, "the run stopped before its turn")
+            schedule.end(run.states, state, Status.SKIPPED, "the run stopped before its turn")
             _report(run, state)
     errors = _errors(run)
     interrupted = any(isinstance(error, Interrupted) for error in errors)

@@ -16,7 +16,7 @@ import threading
 from dataclasses import dataclass, field
 
 from bigpipe.errors import Interrupted
-from bigpipe.orchestrator.planning import GOOD, SETTLED, Facts, NodeState, Session, States, may_follow, passes_on
+from bigpipe.orchestrator.planning import GOOD, SETTLED, NodeState, Session, States, may_follow, passes_on
 from bigpipe.orchestrator.recipe import Node
 from bigpipe.orchestrator.store import KeyRecord, digest_of, remove_tree
 from bigpipe.passing import Handover
@@ -58,15 +58,15 @@ class Stream:
 class Streams:
     """All handovers of one run. Used by the thread of the run's loop alone."""
 
-    def __init__(self, session: Session, states: States, facts: Facts) -> None:
-        self._session, self._states, self._facts = session, states, facts
+    def __init__(self, session: Session, states: States) -> None:
+        self._session, self._states = session, states
         self._open: dict[str, Stream] = {}
 
     def begin(self, producer: NodeState) -> Stream | None:
         """The stream of a producer that is about to run; None where nobody would follow it."""
         name = producer.name
         self._close(name)
-        if not any(may_follow(self._states, self._facts, node, name) for node in self._facts.consumers[name]):
+        if not any(may_follow(self._states, consumer, producer) for consumer in producer.consumers):
             return None
         handover = Handover.make(self._session.store.temporary(), lets_go=not producer.node.cache)
         self._open[name] = Stream(handover, producer.node)
@@ -85,13 +85,13 @@ class Streams:
             if not self._states[name].passing:
                 continue
             following = self._followers(name)
-            forgo = passes_on(self._states, self._facts, name, gone=bool(stream.handover.gone()))
+            forgo = passes_on(self._states, self._states[name], gone=bool(stream.handover.gone()))
             if (following, forgo) != stream.answered:
                 stream.answered = following, forgo
                 stream.handover.answer(following, forgo=forgo)
 
     def _followers(self, name: str) -> list[str]:
-        return [node.name for node in self._facts.consumers[name] if self._states[node.name].following == name]
+        return [each.name for each in self._states[name].consumers if each.following == name]
 
     def ended(self, state: NodeState) -> None:
         """Confirms a producer's followers, or calls them off; forgets streams that nobody uses any more."""

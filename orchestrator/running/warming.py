@@ -67,9 +67,8 @@ class Warming:
             return False
         if node.kind.warms is None or not executor(node.kind.runs_in).waits:
             return False
-        producers = [self._states[name] for name in node.predecessors]
-        running = [producer for producer in producers if producer.status is Status.RUNNING]
-        if not running or any(p.status not in GOOD and p.status is not Status.RUNNING for p in producers):
+        running = [each for each in state.predecessors if each.status is Status.RUNNING]
+        if not running or any(each.status not in GOOD and each not in running for each in state.predecessors):
             return False
         if any(other.status is Status.RUNNING and other.node.gates for other in self._states.nodes.values()):
             return False
@@ -81,4 +80,4 @@ class Warming:
 
     def _full(self) -> bool:
         """Is there no memory for a worker that waits?"""
-        return self._states.held.get("RAM", 0) + MEMORY > self._session.machine.memory_available
+        return self._states.held["RAM"] + MEMORY > self._session.machine.memory_available

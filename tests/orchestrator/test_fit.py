@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import pytest
@@ -10,7 +10,8 @@ import pytest
 import bigpipe
 from bigpipe.fit import Misfit
 from bigpipe.machine import Gpu, Machine
-from bigpipe.orchestrator.planning.fit import machine_misfits
+from bigpipe.orchestrator.planning.fit import asked_misfits, foreseen_misfits
+from bigpipe.orchestrator.recipe import ResourcesSpec
 from bigpipe.orchestrator.stage import Forecast
 
 GIB = 2**30
@@ -26,44 +27,57 @@ class Row:
     too_much: dict[str, Any]
     enough: dict[str, Any]
     cause: str
-    cure: str
+    cure: str = ""
     machine: Machine = BOX
-    forecast: Forecast = field(default_factory=Forecast)
 
 
 ROWS = {
-    "RAM": Row({"ram": 64 * GIB + 1}, {"ram": 64 * GIB}, "needs 64.0 GiB of RAM; box has 64.0 GiB", "quantize first"),
-    "CPUs": Row({"cpus": 5}, {"cpus": 4}, "asks for 5 CPUs; box has 4", "set resources.cpus to 4"),
-    "GPUs": Row({"gpus": 3}, {"gpus": 2}, "asks for 3 GPUs; box has 2", "set resources.gpus to 2"),
-    "no GPU": Row({"gpus": 1}, {"gpus": 0}, "asks for 1 GPUs; box has 0", "set resources.gpus to 0", BARE),
+    "RAM": Row({"ram": 64 * GIB + 1}, {"ram": 64 * GIB}, "needs 64.0 GiB of RAM; box has 64.0 GiB"),
+    "resources.ram": Row(
+        {"resources": {"ram": "65GiB"}}, {"resources": {"ram": "64GiB"}, "ram": 65 * GIB},
+        "needs 65.0 GiB of RAM; box has 64.0 GiB", "set resources.ram to 64GiB",
+    ),
+    "CPUs": Row(
+        {"resources": {"cpus": 5}}, {"resources": {"cpus": 4}}, "asks for 5 CPUs; box has 4", "set resources.cpus to 4"
+    ),
+    "GPUs": Row(
+        {"resources": {"gpus": 3}}, {"resources": {"gpus": 2}}, "asks for 3 GPUs; box has 2", "set resources.gpus to 2"
+    ),
+    "no GPU": Row(
+        {"resources": {"gpus": 1}}, {"resources": {"gpus": 0}, "vram": {0: 1}},
+        "asks for 1 GPUs; box has 0", "set resources.gpus to 0", BARE,
+    ),
+    "GPUs that are foreseen": Row({"vram": {0: 1}}, {"vram": {}}, "needs 1 GPUs; box has 0", machine=BARE),
     "memory of a GPU": Row(
         {"vram": {1: 24 * GIB + 1}}, {"vram": {0: 24 * GIB, 1: 24 * GIB}},
-        "needs 24.0 GiB on GPU 1 (L4), which has 24.0 GiB", "place less on it with `max_memory`",
+        "needs 24.0 GiB on GPU 1 (L4), which has 24.0 GiB",
     ),
     "resources.gpu_memory": Row(
-        {"gpu_memory": 25 * GIB}, {"gpu_memory": 24 * GIB},
+        {"resources": {"gpu_memory": "25GiB"}}, {"resources": {"gpu_memory": "24GiB"}},
         "asks for 25.0 GiB of GPU memory; no GPU here has it", "set resources.gpu_memory to 24GiB",
     ),
 }  # fmt: skip
 
 
-def misfits(machine: Machine, *, vram: Any = None, found: tuple[Misfit, ...] = (), **asked: Any) -> list[Misfit]:
-    forecast = Forecast(vram=vram or {}, misfits=found)
-    return machine_misfits(machine, forecast, **{"ram": 0, "cpus": 0, "gpus": 0, "gpu_memory": None, **asked})
+def misfits(
+    machine: Machine, *, resources: Any = None, found: tuple[Misfit, ...] = (), **foreseen: Any
+) -> list[tuple[str, str]]:
+    asked = ResourcesSpec(**resources or {})
+    forecast = Forecast(misfits=found, **foreseen)
+    said = [(misfit.cause, str(misfit.cure)) for misfit in asked_misfits(machine, asked)]
+    return said + [(cause, "") for cause in foreseen_misfits(machine, asked, forecast)]
 
 
 @pytest.mark.parametrize("row", ROWS.values(), ids=ROWS)
 def test_too_much_is_refused_and_just_enough_is_not(row: Row) -> None:
-    [misfit] = misfits(row.machine, **row.too_much)
-    assert misfit.cause == row.cause
-    assert row.cure in str(misfit.cure)
+    assert misfits(row.machine, **row.too_much) == [(row.cause, row.cure)]
     assert misfits(row.machine, **row.enough) == []
 
 
 def test_what_a_kind_has_said_of_gpus_is_not_said_again() -> None:
     said = (Misfit("max_memory names GPU 2"),)
-    assert misfits(BOX, gpus=3, vram={0: 30 * GIB}, found=said) == []
-    assert len(misfits(BOX, cpus=5, ram=65 * GIB, found=said)) == 2
+    assert misfits(BOX, vram={0: 30 * GIB, 1: 1, 2: 1}, found=said) == []
+    assert len(misfits(BOX, resources={"cpus": 5}, ram=65 * GIB, found=said)) == 2
 
 
 RECIPE = """\
@@ -102,3 +116,49 @@ def test_a_parameter_that_does_not_help_is_not_named(workshop: Any) -> None:
     assert [error.cure for error in bigpipe.plan(workshop.manifest, machine=BARE).errors()][
         1
     ] == "set resources.cpus to 4"
+
+
+def cures(workshop: Any, machine: Machine) -> list[str]:
+    return [error.cure for error in bigpipe.plan(workshop.manifest, machine=machine).errors()]
+
+
+def test_memory_is_cured_by_a_field_that_was_tried(workshop: Any) -> None:
+    workshop.manifest.write_text(RECIPE.replace("RAM", "65GiB").replace("CPUS", "4"))
+    [cure] = cures(workshop, BARE)
+    most = int(cure.removeprefix("set needs_ram to "))
+    assert 63 * GIB < most <= 64 * GIB
+    workshop.manifest.write_text(RECIPE.replace("RAM", str(most)).replace("CPUS", "4"))
+    assert cures(workshop, BARE) == []
+
+
+def test_where_no_field_makes_it_fit_none_is_named(workshop: Any) -> None:
+    workshop.manifest.write_text(RECIPE.replace("RAM", "65GiB").replace("CPUS", "4"))
+    assert cures(workshop, replace(BARE, memory=0)) == [
+        "none of its fields alone makes it fit: plan for another --machine"
+    ]
+
+
+DISK = """\
+version: 1
+name: disk
+stages:
+  a: {uses: write, resources: {disk: 50B}}
+  b: {uses: join, inputs: {first: a}, resources: {disk: 60B}}
+  c: {uses: join, inputs: {first: b}, resources: {disk: 50B}}
+  d: {uses: join, inputs: {first: c}, resources: {disk: 50B}}
+"""
+
+
+@pytest.mark.parametrize(
+    ("free", "cure"),
+    [
+        (210, []),
+        (209, ["free 1 B, or `cache: false` on b: that needs 160 B"]),
+        (159, ["free 51 B, or `cache: false` on b and a and c: that needs 110 B"]),
+        (109, ["free 101 B"]),
+    ],
+)
+def test_the_disk_is_cured_by_what_was_tried(workshop: Any, free: int, cure: list[str]) -> None:
+    """What a stage's `resources.disk` asks for counts, whatever its kind foresees."""
+    workshop.manifest.write_text(DISK)
+    assert cures(workshop, replace(BARE, disk_free=free)) == cure

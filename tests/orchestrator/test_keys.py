@@ -8,7 +8,7 @@ from pydantic import Field
 
 from bigpipe.errors import UsageError
 from bigpipe.orchestrator.contract.types import Machine
-from bigpipe.orchestrator.planning.keys import ABSENT, Change, Identity, differences, identity
+from bigpipe.orchestrator.planning.keys import ABSENT, Difference, Identity, differences, identity
 from bigpipe.orchestrator.stage import File, Forecast, Metrics, Params, Planning, Stage, StageResult
 from bigpipe.orchestrator.store.hashing import StatMemo
 from bigpipe.trust import Trust
@@ -146,23 +146,23 @@ class TestDifferences:
         ]  # fmt: skip
 
     def test_old_and_new_are_told(self, of):
-        assert self.changes(of(), of(params=MakeParams(scheme="nf4"))) == [Change("params.scheme", "int8", "nf4")]
-        assert self.changes(of(), of(env={"A": "1"})) == [Change("env.A", ABSENT, "1")]
+        assert self.changes(of(), of(params=MakeParams(scheme="nf4"))) == [Difference("params.scheme", "int8", "nf4")]
+        assert self.changes(of(), of(env={"A": "1"})) == [Difference("env.A", ABSENT, "1")]
 
     def test_one_and_one_point_nought_are_two_values(self, of):
         old = replace(of(), params={"x": 1})
-        assert self.changes(old, replace(old, params={"x": 1.0})) == [Change("params.x", 1, 1.0)]
-        assert self.changes(old, replace(old, params={"x": True})) == [Change("params.x", 1, True)]
+        assert self.changes(old, replace(old, params={"x": 1.0})) == [Difference("params.x", 1, 1.0)]
+        assert self.changes(old, replace(old, params={"x": True})) == [Difference("params.x", 1, True)]
 
     @pytest.mark.parametrize(
         ("before", "after", "expected"),
         [
-            ({"model": [A]}, {"model": [B]}, [Change("inputs.model", A, B)]),
+            ({"model": [A]}, {"model": [B]}, [Difference("inputs.model", A, B)]),
             ({"model": [A]}, {"model": None}, []),
-            ({}, {"placement": [A]}, [Change("inputs.placement", ABSENT, A)]),
-            ({"placement": [A]}, {}, [Change("inputs.placement", A, ABSENT)]),
-            ({"reports": [A, B]}, {"reports": [A, C]}, [Change("inputs.reports[1]", B, C)]),
-            ({"reports": [A, B]}, {"reports": [A]}, [Change("inputs.reports", [A, B], [A])]),
+            ({}, {"placement": [A]}, [Difference("inputs.placement", ABSENT, A)]),
+            ({"placement": [A]}, {}, [Difference("inputs.placement", A, ABSENT)]),
+            ({"reports": [A, B]}, {"reports": [A, C]}, [Difference("inputs.reports[1]", B, C)]),
+            ({"reports": [A, B]}, {"reports": [A]}, [Difference("inputs.reports", [A, B], [A])]),
         ],
     )
     def test_inputs_differ_by_digest(self, of, before, after, expected):
@@ -170,7 +170,7 @@ class TestDifferences:
 
     def test_two_recorded_identities_compare_too(self, of):
         old, new = of(), of(params=MakeParams(scheme="nf4"))
-        assert differences(old.as_json, new.as_json, {}, {}) == [Change("params.scheme", "int8", "nf4")]
+        assert differences(old.as_json, new.as_json, {}, {}) == [Difference("params.scheme", "int8", "nf4")]
 
 
 def test_an_identity_can_be_recorded(of):

@@ -13,7 +13,7 @@ from bigpipe.errors import StageFailed, Stale, UsageError
 from bigpipe.orchestrator.lock import lockfile, locking
 from bigpipe.orchestrator.lock.lockfile import git_blob, lock_path
 from bigpipe.orchestrator.lock.locking import read_lock
-from bigpipe.orchestrator.planning.keys import Change, Identity
+from bigpipe.orchestrator.planning.keys import Difference, Identity
 from bigpipe.orchestrator.stage import Pinned, PinnedFile
 from bigpipe.orchestrator.store.store import Store
 
@@ -186,12 +186,12 @@ class TestEnforcing:
         changed = replace(session.identities["shard@a=1.5"], version=4, code="edited", env={"A": "1"})
         session.identities["shard@a=1.5"] = changed
         expected = [
-            Change("inputs.download.params.revision", COMMIT, NEXT_COMMIT),
-            Change("inputs.download.pins.revision", COMMIT, NEXT_COMMIT),
-            Change("inputs.shard@a=1.5.version", 3, 4),
-            Change("inputs.shard@a=1.5.code", None, "edited"),
-            Change("inputs.shard@a=1.5.params.dtype", "float16", "float32"),
-            Change("inputs.shard@a=1.5.env.A", "(absent)", "1"),
+            Difference("inputs.download.params.revision", COMMIT, NEXT_COMMIT),
+            Difference("inputs.download.pins.revision", COMMIT, NEXT_COMMIT),
+            Difference("inputs.shard@a=1.5.version", 3, 4),
+            Difference("inputs.shard@a=1.5.code", None, "edited"),
+            Difference("inputs.shard@a=1.5.params.dtype", "float16", "float32"),
+            Difference("inputs.shard@a=1.5.env.A", "(absent)", "1"),
         ]
         assert self.changes(session) == expected
         with pytest.raises(Stale, match="6 values differ") as error:
@@ -219,8 +219,8 @@ class TestEnforcing:
         session.nodes = [session.nodes[0], Node("extra")]
         session.identities["extra"] = Identity(kind="save", version=1, params={})
         assert self.changes(session) == [
-            Change("inputs.extra", "(absent)", "save"),
-            Change("inputs.shard@a=1.5", "shard", "(absent)"),
+            Difference("inputs.extra", "(absent)", "save"),
+            Difference("inputs.shard@a=1.5", "shard", "(absent)"),
         ]
 
     def test_files_are_compared_by_what_both_sides_know(self, session):
@@ -240,10 +240,10 @@ class TestEnforcing:
             {"revision": COMMIT}, "", lambda: {"w": PinnedFile(8, sha256="ef" * 32), "new": PinnedFile(1)}
         )
         assert self.changes(session) == [
-            Change("inputs.download.files.c", 2, "(absent)"),
-            Change("inputs.download.files.new", "(absent)", 1),
-            Change("inputs.download.files.w.size", 7, 8),
-            Change("inputs.download.files.w.sha256", "ab" * 32, "ef" * 32),
+            Difference("inputs.download.files.c", 2, "(absent)"),
+            Difference("inputs.download.files.new", "(absent)", 1),
+            Difference("inputs.download.files.w.size", 7, 8),
+            Difference("inputs.download.files.w.sha256", "ab" * 32, "ef" * 32),
         ]
 
 

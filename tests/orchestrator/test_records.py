@@ -12,7 +12,7 @@ from support.stores import in_child
 
 from bigpipe.errors import UsageError
 from bigpipe.orchestrator.contract.events import LogLine, NodeFinished, NodeStarted, Progress, RunFinished, RunStarted
-from bigpipe.orchestrator.planning.keys import Change
+from bigpipe.orchestrator.planning.keys import Difference
 from bigpipe.orchestrator.running.records import (
     RunRecorder,
     diff,
@@ -188,21 +188,21 @@ class TestDiff:
             tmp_path, "r2", {"a": {"digest": "sha256:2", "metrics": {"x": {"y": 2}}, "seconds": 3.0}, "new": {}},
             recipe=Recipe(params={"gpu": "40GiB"}),
         )  # fmt: skip
-        found = diff(one, other, {"a": [Change("params.scheme", "int8", "nf4")]})
+        found = diff(one, other, {"a": [Difference("params.scheme", "int8", "nf4")]})
         assert found.runs == ("r1", "r2")
         assert found.changes == (
-            Change("params.gpu", "22GiB", "40GiB"),
-            Change("nodes.gone", "succeeded", None),
-            Change("nodes.new", None, "succeeded"),
+            Difference("params.gpu", "22GiB", "40GiB"),
+            Difference("nodes.gone", "succeeded", None),
+            Difference("nodes.new", None, "succeeded"),
         )
         assert found.nodes["a"] == (
-            Change("params.scheme", "int8", "nf4"),
-            Change("digest", "sha256:1", "sha256:2"),
-            Change("metrics.x.y", 1, 2),
-            Change("seconds", 1.0, 3.0),
+            Difference("params.scheme", "int8", "nf4"),
+            Difference("digest", "sha256:1", "sha256:2"),
+            Difference("metrics.x.y", 1, 2),
+            Difference("seconds", 1.0, 3.0),
         )
 
     def test_a_failure_is_a_difference(self, tmp_path):
         one = run(tmp_path, "r1", {"a": {}})
         other = run(tmp_path, "r2", {"a": {"status": "failed"}}, "failed")
-        assert Change("status", "succeeded", "failed") in diff(one, other).nodes["a"]
+        assert Difference("status", "succeeded", "failed") in diff(one, other).nodes["a"]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import bigpipe
 
 CHAIN = """\
@@ -70,3 +72,30 @@ def test_who_follows_is_foreseen_whatever_other_recipes_have_recorded(workshop):
     doubtful = bigpipe.plan(workshop.manifest, params={"letter": "b"})
     assert actions(doubtful) == {"pour": "run", "sip": "maybe", "strain": "run"}
     assert doubtful.followed == {"sip": "pour"}
+
+
+CLUMSY = """\
+from bigpipe.orchestrator.stage import Forecast, Metrics, Params, Stage, StageResult
+
+
+def forecast(params, context):
+    return {}["nothing"]
+
+
+STAGE = Stage(
+    kind="clumsy", version=1, params=Params, metrics=Metrics, inputs={}, output=None, forecast=forecast,
+    run=lambda params, context: StageResult(Metrics()),
+)
+"""
+
+
+def test_what_a_kind_raises_before_the_run_has_the_place_of_its_stage(workshop):
+    (workshop.folder / "clumsy.py").write_text(CLUMSY)
+    workshop.manifest.write_text(
+        "version: 1\nname: c\ntrust: {modules: [clumsy]}\nstages:\n  c: {uses: 'clumsy:STAGE'}\n"
+    )
+    done = workshop.command("plan", "recipe.yaml")
+    assert done.returncode == 6
+    first, cure = done.stderr.strip().splitlines()
+    assert first.endswith("recipe.yaml:5:3: c (clumsy): KeyError: 'nothing'")
+    assert 'return {}["nothing"]' in Path(cure.partition("the traceback is in ")[2]).read_text()

@@ -13,7 +13,7 @@ from support.kinds import NoMetrics, nothing_to_run
 from bigpipe.orchestrator.contract.types import Status
 from bigpipe.orchestrator.planning import schedule
 from bigpipe.orchestrator.planning.decision import Action, Decision
-from bigpipe.orchestrator.planning.schedule import Do, Facts, NodeState, States, Step, step
+from bigpipe.orchestrator.planning.schedule import Do, NodeState, States, Step, step
 from bigpipe.orchestrator.recipe.graph import load_recipe
 from bigpipe.orchestrator.stage import Forecast, Metrics, Params, Passing, Port, Stage
 from bigpipe.orchestrator.store.artifacts import KeyRecord
@@ -54,6 +54,8 @@ class Row:
     room: Mapping[str, int] = field(default_factory=dict)
     facts: Mapping[str, Any] = field(default_factory=dict)
     writes: Mapping[str, int] = field(default_factory=dict)
+    same_key: Mapping[str, str] = field(default_factory=dict)
+    """Node → the one whose key it has."""
     interrupted: bool = False
 
 
@@ -77,42 +79,39 @@ class Scene:
         manifest = folder / "recipe.yaml"
         manifest.write_text("version: 1\nname: scene\nstages:\n" + row.stages)
         self.nodes = load_recipe(manifest, {}, environment={}, stages=KINDS).nodes
-        consumers: dict[str, list[Any]] = {name: [] for name in self.nodes}
-        for node in self.nodes.values():
-            for producer in node.producers:
-                consumers[producer].append(node)
-        self.facts = Facts(consumers=consumers, room={**ROOM, **row.room}, **row.facts)
         forecasts = {name: Forecast(write_bytes=size) for name, size in row.writes.items()}
-        self.states = States({n: NodeState(node, forecasts.get(n, Forecast())) for n, node in self.nodes.items()})
-        self.states.interrupted = row.interrupted
+        states = {name: NodeState(node, forecasts.get(name, Forecast())) for name, node in self.nodes.items()}
+        self.states = States(nodes=states, room={**ROOM, **row.room}, stopped=row.interrupted, **row.facts)
         before = ""
         for name in self.nodes:
-            self._tell(name, row.given.get(name, "new"), before)
+            self._tell(name, row.given.get(name, "new"), before, record(row.same_key.get(name, name)))
             before = name
 
-    def _tell(self, name: str, words: str, before: str) -> None:
-        state, known = self.states[name], record(name)
+    def _tell(self, name: str, words: str, before: str, known: KeyRecord) -> None:
+        state = self.states[name]
         if words in ("skipped", "failed"):
-            schedule.end(self.states, name, Status(words), "")
+            schedule.end(self.states, state, Status(words), "")
         elif words in ("hit", "dropped hit", "cached", "dropped"):
             self._look(state, Action.CACHED, known, bytes_here="dropped" not in words)
             if "hit" not in words:
-                schedule.end(self.states, name, Status.CACHED, "")
+                schedule.end(self.states, state, Status.CACHED, "")
         elif words != "new":
-            self._look(state, Action.RUN, known if words in ("refused", "repassing") else None)
+            self._look(state, Action.RUN, known if words in ("refused", "repassing") else None, key=known.key)
             if words not in ("must", "refused"):
-                schedule.start(self.states, self.facts, name, before if words == "follows" else "")
+                schedule.start(self.states, state, before if words == "follows" else "")
                 state.passing = words in ("passing", "repassing")
             if words in ("done", "succeeded", "again"):
                 inputs = {port: list(digests) for port, digests in (state.decision.inputs or {}).items()}
-                gave = record(name, digest="other" if words == "again" else "").model_copy(update={"inputs": inputs})
-                schedule.done(state, gave)
+                other = {"digest": "other"} if words == "again" else {}
+                gave = known.model_copy(update={"inputs": inputs, **other})
+                schedule.done(self.states, state, gave)
             if words in ("succeeded", "again"):
-                schedule.end(self.states, name, Status.SUCCEEDED, "")
+                schedule.end(self.states, state, Status.SUCCEEDED, "")
 
-    def _look(self, state: NodeState, action: Action, known: KeyRecord | None, bytes_here: bool = True) -> None:
-        inputs = schedule.input_digests(self.states, state.node)
-        schedule.decided(state, Decision(action=action, reason="", inputs=inputs, record=known, bytes_here=bytes_here))
+    def _look(self, state: NodeState, action: Action, known: KeyRecord | None, **more: Any) -> None:
+        inputs = schedule.input_digests(state)
+        decision = Decision(action=action, reason="", inputs=inputs, record=known, **more)
+        schedule.decided(self.states, state, decision)
 
 
 A, A_DROPS = "  a: {uses: make}\n", "  a: {uses: make, cache: false}\n"
@@ -204,6 +203,7 @@ ROWS = [
         {"a": "running", "b": "must"}, START),
     Row("disk", PAIR, {"a": "running", "b": "must"}, wait("disk"),
         writes={"a": 60, "b": 41}),
+    Row("disk that the recipe asks for", two("{disk: 51}"), {"a": "running", "b": "must"}, wait("disk")),
     Row("disk that finished nodes keep", "  a: {uses: make}\n  c: {uses: make}\n  b: {uses: make}\n",
         {"a": "succeeded", "c": "running", "b": "must"}, wait("disk"), writes={"a": 60, "b": 41}),
     Row("what does not fit beside others runs alone", two("{ram: 500, cpus: 50}"), {"b": "must"}, START),
@@ -247,7 +247,7 @@ ROWS = [
 @pytest.mark.parametrize("row", ROWS, ids=lambda row: row.rule)
 def test_rule(row: Row, tmp_path: Path) -> None:
     scene = Scene(row, tmp_path)
-    assert step(scene.states, scene.facts, list(scene.nodes)[-1]) == row.expected
+    assert step(scene.states, scene.states[list(scene.nodes)[-1]]) == row.expected
 
 
 def scene(folder: Path, stages: str, given: Mapping[str, str], **more: Any) -> Scene:
@@ -255,7 +255,7 @@ def scene(folder: Path, stages: str, given: Mapping[str, str], **more: Any) -> S
 
 
 def next_of(scene: Scene, name: str) -> Do:
-    return step(scene.states, scene.facts, name).do
+    return step(scene.states, scene.states[name]).do
 
 
 @pytest.mark.parametrize("gate", ["score > 5", "no.such.metric > 0"], ids=["that does not hold", "that is not known"])
@@ -265,7 +265,7 @@ def test_a_gate_fails_the_run_and_is_left_to_it_by_a_plan(gate: str, words: str,
     run, plan = scene(tmp_path, stages, {"a": words}), scene(tmp_path, stages, {"a": words}, facts={"foreseen": True})
     if "no.such" in gate:
         run.states["a"].metrics = plan.states["a"].metrics = {}
-    failed = step(run.states, run.facts, "a")
+    failed = step(run.states, run.states["a"])
     assert failed.do is Do.FAIL
     assert "a: gate score > 5" in str(failed.gate.error(run.nodes["a"]))
     assert next_of(plan, "a") is good
@@ -288,13 +288,39 @@ def test_bytes_that_are_not_kept_go_after_the_last_consumer(b: str, c: str, drop
     assert next_of(scene(tmp_path, THREE.replace(", cache: false", ""), given), "a") is Do.WAIT
 
 
+TWINS = "".join(
+    f"  {name}: {{uses: make{more}}}\n  {name}2: {{uses: use, inputs: {{first: {name}}}}}\n"
+    for name, more in (("a", ", cache: false"), ("b", "MORE"))
+)
+
+
+@pytest.mark.parametrize(
+    ("more", "b", "b2", "dropped"),
+    [
+        (", cache: false", "succeeded", "succeeded", True), ("", "succeeded", "succeeded", False),
+        ("", "must", "new", False), (", cache: false", "succeeded", "must", False),
+    ],
+)  # fmt: skip
+def test_bytes_of_one_key_stay_as_long_as_one_node_keeps_them(
+    more: str, b: str, b2: str, dropped: bool, tmp_path: Path
+) -> None:
+    given = {"a": "succeeded", "a2": "succeeded", "b": b, "b2": b2}
+    now = scene(tmp_path, TWINS.replace("MORE", more), given, same_key={"b": "a"}, writes={"a": 7, "b": 7})
+    assert now.states.held["disk"] == 7  # they are there once
+    assert (next_of(now, "a") is Do.DROP) == dropped
+    if dropped:
+        schedule.drop(now.states, now.states["a"])
+        assert [now.states[name].bytes_here for name in "ab"] == [False, False]
+        assert now.states.held["disk"] == 0
+
+
 def test_bytes_that_nobody_takes_stay(tmp_path: Path) -> None:
     assert next_of(scene(tmp_path, A_DROPS, {"a": "succeeded"}), "a") is Do.WAIT
 
 
 def test_a_demanded_producer_runs_whatever_the_store_has_of_it_but_its_bytes(tmp_path: Path) -> None:
     now = scene(tmp_path, AB, {"a": "dropped", "b": "must"})
-    schedule.demand(now.states, "b", ("a",))
+    schedule.demand(now.states, now.states["b"], ("a",))
     assert [next_of(now, name) for name in "ab"] == [Do.LOOK, Do.WAIT]
     now._look(now.states["a"], Action.CACHED, record("a"), bytes_here=False)
     assert next_of(now, "a") is Do.START
@@ -306,33 +332,33 @@ def test_a_demanded_producer_runs_whatever_the_store_has_of_it_but_its_bytes(tmp
 def made_again(now: Scene, name: str, digest: str) -> None:
     """A demanded producer runs and gives this."""
     now._look(now.states[name], Action.CACHED, record(name), bytes_here=False)
-    schedule.start(now.states, now.facts, name)
-    schedule.done(now.states[name], record(name, digest=digest))
-    schedule.end(now.states, name, Status.SUCCEEDED, "")
+    schedule.start(now.states, now.states[name])
+    schedule.done(now.states, now.states[name], record(name, digest=digest))
+    schedule.end(now.states, now.states[name], Status.SUCCEEDED, "")
 
 
 def test_what_stands_on_other_bytes_than_before_is_looked_up_again(tmp_path: Path) -> None:
     stages = THREE + "  d: {uses: use, inputs: {first: c}}\n"
     now = scene(tmp_path, stages, {"a": "dropped", "b": "must", "c": "cached", "d": "cached"})
     assert next_of(now, "b") is Do.DEMAND
-    schedule.demand(now.states, "b", ("a",))
+    schedule.demand(now.states, now.states["b"], ("a",))
     assert [next_of(now, name) for name in "cd"] == [Do.WAIT, Do.WAIT]  # nothing has changed yet
     made_again(now, "a", "sha256:a")
     assert [next_of(now, name) for name in "abcd"] == [Do.WAIT, Do.START, Do.WAIT, Do.WAIT]
-    schedule.demand(now.states, "b", ("a",))
+    schedule.demand(now.states, now.states["b"], ("a",))
     made_again(now, "a", "other")
     assert [next_of(now, name) for name in "abcd"] == [Do.WAIT, Do.LOOK, Do.LOOK, Do.WAIT]
 
 
 def test_who_followed_in_vain_takes_its_turn(tmp_path: Path) -> None:
     now = scene(tmp_path, SIP, {"a": "passing", "b": "follows"})
-    schedule.end(now.states, "a", Status.FAILED, "")
-    schedule.end(now.states, "b", Status.PENDING, "")
-    assert step(now.states, now.facts, "b") == skip("a failed")
+    schedule.end(now.states, now.states["a"], Status.FAILED, "")
+    schedule.end(now.states, now.states["b"], Status.PENDING, "")
+    assert step(now.states, now.states["b"]) == skip("a failed")
     now = scene(tmp_path, SIP, {"a": "passing", "b": "follows"})
-    schedule.done(now.states["a"], record("a", digest="other"))
-    schedule.end(now.states, "a", Status.SUCCEEDED, "")
-    schedule.end(now.states, "b", Status.PENDING, "")
+    schedule.done(now.states, now.states["a"], record("a", digest="other"))
+    schedule.end(now.states, now.states["a"], Status.SUCCEEDED, "")
+    schedule.end(now.states, now.states["b"], Status.PENDING, "")
     assert next_of(now, "b") is Do.LOOK
     assert now.states.running == set()
     assert not any(now.states.held.values())
@@ -341,8 +367,8 @@ def test_who_followed_in_vain_takes_its_turn(tmp_path: Path) -> None:
 @pytest.mark.parametrize(("digest", "then"), [("sha256:a", Do.CACHED), ("other", Do.LOOK)])
 def test_who_would_be_a_hit_is_one_if_the_same_comes_again(digest: str, then: Do, tmp_path: Path) -> None:
     now = scene(tmp_path, SIP, {"a": "repassing", "b": "hit"})
-    schedule.done(now.states["a"], record("a", digest=digest))
-    schedule.end(now.states, "a", Status.SUCCEEDED, "")
+    schedule.done(now.states, now.states["a"], record("a", digest=digest))
+    schedule.end(now.states, now.states["a"], Status.SUCCEEDED, "")
     assert next_of(now, "b") is then
 
 
@@ -352,10 +378,10 @@ SIPS = A_DROPS + "  b: {uses: sip, inputs: {first: a}}\n  c: {uses: sip, inputs:
 def test_files_are_let_go_where_all_who_take_them_follow(tmp_path: Path) -> None:
     def passes_on(given: Mapping[str, str], **more: Any) -> bool:
         now = scene(tmp_path, SIPS, {"a": "passing", "b": "must", **given})
-        schedule.start(now.states, now.facts, "b", "a")
+        schedule.start(now.states, now.states["b"], "a")
         if given.get("c") == "must":
-            schedule.start(now.states, now.facts, "c", "a")
-        return schedule.passes_on(now.states, now.facts, "a", **more)
+            schedule.start(now.states, now.states["c"], "a")
+        return schedule.passes_on(now.states, now.states["a"], **more)
 
     assert passes_on({"c": "must"})
     assert not passes_on({"c": "new"})
@@ -363,7 +389,7 @@ def test_files_are_let_go_where_all_who_take_them_follow(tmp_path: Path) -> None
     assert passes_on({"c": "failed"}, gone=True)
     assert passes_on({"c": "skipped"})
     kept = scene(tmp_path, SIP, {"a": "passing", "b": "follows"})
-    assert not schedule.passes_on(kept.states, kept.facts, "a")
+    assert not schedule.passes_on(kept.states, kept.states["a"])
 
 
 @pytest.mark.parametrize("cache", ["true", "false"])
@@ -371,10 +397,10 @@ def test_what_passes_from_node_to_node_lies_there_two_files_at_a_time(cache: str
     now = scene(tmp_path, SIP.replace("uses: make", f"uses: make, cache: {cache}"), {"b": "must"})
     for name, size in (("a", 90), ("b", 50)):
         now.states[name].forecast = Forecast(write_bytes=size, file_bytes=10, works_on=25)
-    schedule.start(now.states, now.facts, "a")
+    schedule.start(now.states, now.states["a"])
     assert now.states.held["disk"] == 90
-    schedule.start(now.states, now.facts, "b", "a")
+    schedule.start(now.states, now.states["b"], "a")
     assert now.states.held["disk"] == 50 + (90 if cache == "true" else 40)  # three in work, and one that comes
-    schedule.end(now.states, "a", Status.SUCCEEDED, "")
-    schedule.drop(now.states, "a")
+    schedule.end(now.states, now.states["a"], Status.SUCCEEDED, "")
+    schedule.drop(now.states, now.states["a"])
     assert now.states.held["disk"] == 50
