@@ -7,8 +7,9 @@ from dataclasses import asdict, dataclass
 from enum import StrEnum
 from typing import TypeAlias
 
+from bigpipe.errors import GateFailed
 from bigpipe.orchestrator.contract import Json
-from bigpipe.orchestrator.recipe import Node
+from bigpipe.orchestrator.recipe import Comparison, Condition, Node
 from bigpipe.orchestrator.store import KeyRecord
 
 from .keys import Difference, Identity, differences
@@ -46,6 +47,27 @@ class Decision:
     """Against the last record of the node."""
     bytes_here: bool = True
     """False for a `cache: false` node whose digest is recorded and whose bytes were dropped."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GateVerdict:
+    gate: Condition
+    verdict: Comparison | None
+    """None: not known before the node has run."""
+    cure: str = ""
+    """A change of the recipe's parameters under which it holds, where one was tried."""
+
+    @property
+    def failed(self) -> bool:
+        return self.verdict is not None and not self.verdict.passed
+
+    def error(self, node: Node) -> GateFailed:
+        measured = self.verdict.left if self.verdict else "unknown"
+        return GateFailed(
+            f"{node.name}: gate {self.gate.text}: {measured}",
+            self.cure or "change the recipe so that the gate holds, or the gate",
+            place=self.gate.place,
+        )
 
 
 def decide(session: Session, node: Node, inputs: Inputs | None, awaited: Sequence[str] = ()) -> Decision:

@@ -17,10 +17,10 @@ from bigpipe.errors import BigpipeError, DoesNotFit
 from bigpipe.orchestrator.contract import Forecast, Machine, Misfit, Pinned
 from bigpipe.orchestrator.recipe import Node
 
-from .decision import Action, Decision
+from .decision import Action, Decision, GateVerdict
 from .fit import find_misfits
 from .rehearsal import Rehearsal
-from .schedule import NOTHING_FORESEEN, GateVerdict, NodeState, judge_gates
+from .schedule import NOTHING_FORESEEN, NodeState, judge_gates
 from .session import NOTHING_PINNED, Session
 
 

@@ -19,14 +19,14 @@ from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from typing import NamedTuple
 
-from bigpipe.errors import BigpipeError, GateFailed
+from bigpipe.errors import BigpipeError
 from bigpipe.orchestrator.contract import Forecast, Json, Status
 from bigpipe.orchestrator.launch import executor
-from bigpipe.orchestrator.recipe import UNKNOWN, Comparison, Condition, Lookup, Node, metric
+from bigpipe.orchestrator.recipe import UNKNOWN, Lookup, Node, metric
 from bigpipe.orchestrator.store import KeyRecord
 from bigpipe.passing import AHEAD
 
-from .decision import Action, Decision, Inputs
+from .decision import Action, Decision, GateVerdict, Inputs
 
 GOOD = frozenset({Status.CACHED, Status.SUCCEEDED})
 SETTLED = GOOD | {Status.FAILED, Status.SKIPPED}
@@ -48,27 +48,6 @@ class Do(StrEnum):
     """Let the bytes go."""
     STOP = "stop"
     """Not started, because the run ends."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class GateVerdict:
-    gate: Condition
-    verdict: Comparison | None
-    """None: not known before the node has run."""
-    cure: str = ""
-    """A change of the recipe's parameters under which it holds, where one was tried."""
-
-    @property
-    def failed(self) -> bool:
-        return self.verdict is not None and not self.verdict.passed
-
-    def error(self, node: Node) -> GateFailed:
-        measured = self.verdict.left if self.verdict else "unknown"
-        return GateFailed(
-            f"{node.name}: gate {self.gate.text}: {measured}",
-            self.cure or "change the recipe so that the gate holds, or the gate",
-            place=self.gate.place,
-        )
 
 
 class Step(NamedTuple):
@@ -250,7 +229,7 @@ def _sharing(states: States, state: NodeState) -> list[NodeState]:
 
 
 def _has_taken(consumer: NodeState) -> bool:
-    """Does it not need its producers' bytes any more? One that failed will want them again."""
+    """One that failed will want its producers' bytes again."""
     return consumer.status is Status.SKIPPED or (consumer.status in GOOD and _up_to_date(consumer))
 
 

@@ -11,9 +11,9 @@ from bigpipe.errors import BigpipeError
 from bigpipe.fit import Cure, Misfit, as_parameters, flow
 from bigpipe.orchestrator.recipe import Node
 
+from .decision import GateVerdict
 from .fit import another
 from .plan import Plan, PlannedNode, make_plan
-from .schedule import GateVerdict
 
 _REFERENCE = re.compile(r"""["']?\$\{params\.(\w+)\}""")
 Arguments = Mapping[str, str]
