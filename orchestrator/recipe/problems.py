@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from enum import StrEnum
+from typing import NoReturn
 
 from bigpipe.errors import ManifestError, Place, Problem
 
@@ -66,7 +67,6 @@ class Fault(StrEnum):
 MAX_PROBLEMS = 200
 """Enough to repair; a file that has more is not a manifest, and each costs a search for its cure."""
 
-
 Path = tuple[str | int, ...]
 """Keys and indexes from the top of a document."""
 
@@ -74,7 +74,7 @@ Path = tuple[str | int, ...]
 class Problems:
     """Collects; a problem that every variant of a matrix repeats is kept once."""
 
-    def __init__(self, place_at: Callable[..., Place] | None = None) -> None:
+    def __init__(self, place_at: Callable[..., Place] = Place) -> None:
         """place_at: finds a path in the document that the problems are about; see `Document.place_at`."""
         self._place_at = place_at
         self._found: dict[tuple[Fault, Place, str], Problem] = {}
@@ -88,15 +88,16 @@ class Problems:
         self, code: Fault, at: Place | Path, cause: str, cure: str = "", *, key: bool = False, part: str = ""
     ) -> None:
         """Note a problem at a place, or at a path in the document. key, part: as for `Document.place_at`."""
-        if isinstance(at, Place):
-            place = at
-        else:
-            assert self._place_at is not None  # noqa: S101 (paths are given where there is a document)
-            place = self._place_at(at, key=key, part=part)
+        place = at if isinstance(at, Place) else self._place_at(at, key=key, part=part)
         self._added += 1
         self._found.setdefault((code, place, cause), Problem(code.value, place, cause, cure))
         if len(self._found) >= MAX_PROBLEMS:
             raise self.error()
+
+    def fail(self, code: Fault, at: Place | Path, cause: str, cure: str, *, key: bool = False) -> NoReturn:
+        """Note a problem after which nothing can be read, and raise all of them."""
+        self.add(code, at, cause, cure, key=key)
+        raise self.error()
 
     def error(self) -> ManifestError:
         return ManifestError(list(self._found.values()))

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, NoReturn, TypeAlias
 
@@ -73,15 +73,25 @@ class Item:
     height: int = 1
 
 
-@dataclass(slots=True)
 class Document:
-    file: str
-    text: str
-    lines: list[str] = field(repr=False)
-    root: Item = field(repr=False)
+    def __init__(self, file: str, text: str) -> None:
+        self.file, self.text = file, text
+        self.lines = _LINE_BREAK.split(text)
+        self.root = Item(None, _START, _START)
 
-    def place(self, item: Item) -> Place:
-        return _place(self.file, self.lines, item.start_mark, item.end_mark)
+    def place(self, item: Any) -> Place:
+        """item: an Item, or one of PyYAML's events."""
+        return self.place_between(item.start_mark, item.end_mark)
+
+    def place_between(self, start: yaml.Mark, end: yaml.Mark) -> Place:
+        """Return the place of what stands there, to the end of its first line at most."""
+        text = self.line(start)
+        width = (end.column if end.line == start.line else len(text.rstrip())) - start.column
+        shown = text if len(text) <= MAX_SHOWN_LINE else ""
+        return Place(self.file, start.line + 1, start.column + 1, shown, max(1, width))
+
+    def line(self, mark: yaml.Mark) -> str:
+        return self.lines[mark.line] if mark.line < len(self.lines) else ""
 
     def find(self, path: Sequence[Key]) -> tuple[Item, int]:
         """Return the Item at `path`, or the nearest above it that exists; and how much of the path it covers."""
@@ -133,18 +143,12 @@ def read_document(file: str, data: bytes) -> Document:
 
     Raise ManifestError with every problem found; a syntax error ends the search.
     """
-    problems = Problems()
-    text = _decode(file, data, problems)
-    lines = _LINE_BREAK.split(text)
-    root = _Composer(file, lines, problems).compose(text)
-    problems.raise_if_any()
-    if root is None or not isinstance(root.value, dict):
-        what = "the file is empty" if root is None else "the top level is not a map"
-        problems.add(
-            Fault.NOT_A_MAP, _place(file, lines, _START), what, "start with `version: 1`, or use `bigpipe init`"
-        )
-        raise problems.error()
-    return Document(file, text, lines, root)
+    document = _compose(file, data)
+    if not isinstance(document.root.value, dict):
+        what = "the file is empty" if document.root.start_mark is _START else "the top level is not a map"
+        place = document.place_between(_START, _START)
+        Problems().fail(Fault.NOT_A_MAP, place, what, "start with `version: 1`, or use `bigpipe init`")
+    return document
 
 
 def read_value(text: str) -> Json:
@@ -152,47 +156,37 @@ def read_value(text: str) -> Json:
 
     Raise ManifestError with places inside `text`.
     """
-    problems = Problems()
-    text = _decode("-p", text.encode("utf-8", "surrogatepass"), problems)
-    root = _Composer("-p", _LINE_BREAK.split(text), problems).compose(text)
+    return to_python(_compose("-p", text.encode("utf-8", "surrogatepass")).root)
+
+
+def _compose(file: str, data: bytes) -> Document:
+    document, problems = Document(file, _decode(file, data)), Problems()
+    _Composer(document, problems).compose()
     problems.raise_if_any()
-    return None if root is None else to_python(root)
+    return document
 
 
-def _decode(file: str, data: bytes, problems: Problems) -> str:
-    start = Place(file, 1, 1)
+def _decode(file: str, data: bytes) -> str:
+    start, before, text = Place(file, 1, 1), "", ""
     if len(data) > MAX_BYTES:
-        problems.add(
-            Fault.FILE_TOO_LARGE, start, f"{len(data):,} bytes; a manifest holds at most {MAX_BYTES:,}",
-            "keep prompts and other data in files of their own",
-        )  # fmt: skip
-        raise problems.error()
+        cause = f"{len(data):,} bytes; a manifest holds at most {MAX_BYTES:,}"
+        Problems().fail(Fault.FILE_TOO_LARGE, start, cause, "keep prompts and other data in files of their own")
     if data.startswith((b"\xff\xfe", b"\xfe\xff")):
-        problems.add(Fault.NOT_TEXT, start, "the file is UTF-16", "save it as UTF-8")
-        raise problems.error()
+        Problems().fail(Fault.NOT_TEXT, start, "the file is UTF-16", "save it as UTF-8")
     data = data.removeprefix(b"\xef\xbb\xbf")
     try:
         text = data.decode("utf-8")
     except UnicodeDecodeError as error:
         before = data[: error.start].decode("utf-8")
-        _add_at_end(problems, file, before, f"byte 0x{data[error.start]:02x} is not UTF-8", "save the file as UTF-8")
-        raise problems.error() from None
-    if bad := _NOT_PRINTABLE.search(text):
-        cause = f"the character U+{ord(bad[0]):04X} cannot stand in YAML"
-        _add_at_end(problems, file, text[: bad.start()], cause, 'remove it, or write it as an escape in "…"')
-        raise problems.error()
-    return text
-
-
-def _add_at_end(problems: Problems, file: str, before: str, cause: str, cure: str) -> None:
+        cause, cure = f"byte 0x{data[error.start]:02x} is not UTF-8", "save the file as UTF-8"
+    else:
+        bad = _NOT_PRINTABLE.search(text)
+        if bad is None:
+            return text
+        before, cause = text[: bad.start()], f"the character U+{ord(bad[0]):04X} cannot stand in YAML"
+        cure = 'remove it, or write it as an escape in "…"'
     lines = _LINE_BREAK.split(before)
-    problems.add(Fault.NOT_TEXT, Place(file, len(lines), len(lines[-1]) + 1), cause, cure)
-
-
-def _place(file: str, lines: list[str], start: yaml.Mark, end: yaml.Mark | None = None) -> Place:
-    text = lines[start.line] if start.line < len(lines) else ""
-    width = 1 if end is None else (end.column if end.line == start.line else len(text.rstrip())) - start.column
-    return Place(file, start.line + 1, start.column + 1, text if len(text) <= MAX_SHOWN_LINE else "", max(1, width))
+    Problems().fail(Fault.NOT_TEXT, Place(file, len(lines), len(lines[-1]) + 1), cause, cure)
 
 
 @dataclass(slots=True, eq=False)
@@ -209,28 +203,22 @@ class _Open:
 class _Composer:
     """Builds Items from the event stream."""
 
-    def __init__(self, file: str, lines: list[str], problems: Problems) -> None:
-        self.file, self.lines, self.problems = file, lines, problems
+    def __init__(self, document: Document, problems: Problems) -> None:
+        self.document, self.problems = document, problems
         self.anchors: dict[str, Item] = {}
         self.stack: list[_Open] = []
-        self.root: Item | None = None
         self.documents = 0
         self.expanded = 0
 
-    def compose(self, text: str) -> Item | None:
+    def compose(self) -> None:
+        """Find the root of the document."""
         try:
-            for event in self._events(text):
+            for event in yaml.parse(self.document.text, Loader=_LOADER):
                 self._take(event)
         except yaml.MarkedYAMLError as error:
-            self._syntax(error)
-            raise self.problems.error() from None
-        return self.root
-
-    def _events(self, text: str) -> Iterator[Any]:
-        try:
-            yield from yaml.parse(text, Loader=_LOADER)
+            self._fail(error)
         except (ValueError, OverflowError) as error:  # PyYAML without libyaml: chr() of an escape such as \UFFFFFFFF
-            raise yaml.MarkedYAMLError(problem=f"invalid escape: {error}") from None
+            self._fail(yaml.MarkedYAMLError(problem=f"invalid escape: {error}"))
 
     def _take(self, event: Any) -> None:
         match type(event):
@@ -249,12 +237,10 @@ class _Composer:
                     self._stop(Fault.SEVERAL_DOCUMENTS, event, "a second document begins", "one manifest per file")
 
     def _report(self, code: Fault, at: Any, cause: str, cure: str) -> None:
-        """at: an event or an Item."""
-        self.problems.add(code, _place(self.file, self.lines, at.start_mark, at.end_mark), cause, cure)
+        self.problems.add(code, self.document.place(at), cause, cure)
 
     def _stop(self, code: Fault, event: Any, cause: str, cure: str) -> NoReturn:
-        self._report(code, event, cause, cure)
-        raise self.problems.error()
+        self.problems.fail(code, self.document.place(event), cause, cure)
 
     def _refuse_tag(self, event: Any) -> None:
         if event.tag is not None:
@@ -323,7 +309,7 @@ class _Composer:
         if anchor is not None:
             self.anchors[anchor] = item
         if not self.stack:
-            self.root = item
+            self.document.root = item
             return
         frame = self.stack[-1]
         parent = frame.item
@@ -366,14 +352,13 @@ class _Composer:
                     target.value[key] = item
                     target.keys[key] = part.keys[key]
 
-    def _syntax(self, error: yaml.MarkedYAMLError) -> None:
+    def _fail(self, error: yaml.MarkedYAMLError) -> NoReturn:
         mark = error.problem_mark or error.context_mark or _START
-        if error.context_mark and not "".join(self.lines[mark.line :]).strip():
+        if error.context_mark and not "".join(self.document.lines[mark.line :]).strip():
             mark = error.context_mark  # the file ended: show what was left open
-        text = self.lines[mark.line] if mark.line < len(self.lines) else ""
         cause = ", ".join(filter(None, (error.context, error.problem or "this is not YAML")))
-        place = _place(self.file, self.lines, mark)
-        self.problems.add(Fault.SYNTAX, place, cause, _syntax_cure(cause, text, mark.column))
+        place = self.document.place_between(mark, mark)
+        self.problems.fail(Fault.SYNTAX, place, cause, _syntax_cure(cause, self.document.line(mark), mark.column))
 
 
 def _other_form(name: Key) -> Key:
