@@ -105,9 +105,7 @@ def plan(
     reporter: Reporter | None = None,
 ) -> Plan:
     """Return what `run` would do now, what it costs and whether it fits; `Plan.errors()` says why it is refused.
-
-    preflight: also ask each running kind's `check`, which may use the network for metadata.
-    """
+    preflight: also ask each running kind's `check`, which may use the network for metadata."""
     session = _open(
         manifest, nodes, params=params, store=store, offline=offline, given_machine=machine,
         side_by_side=jobs != 1, reporter=reporter,

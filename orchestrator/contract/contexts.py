@@ -153,9 +153,7 @@ class StageContext(Assignment):
 
     def open(self, port: str) -> Inlet:
         """Return where the files of the single artifact on `port` come from: all there, or one by one as they are made.
-
-        The latter only on the port that the kind `follows`. Raise KeyError where the port is not wired.
-        """
+        The latter only on the port that the kind `follows`. Raise KeyError where the port is not wired."""
         return OpenInlet(self.arriving[port], self.node) if port in self.arriving else Inlet(self.input(port))
 
     def progress(self, done: int, total: int | None, unit: str = "B", task: str = "") -> None:

@@ -66,9 +66,7 @@ FileOrLiteral = ContentField("file")
 @dataclass(frozen=True, slots=True)
 class OneOf:
     """Marks a text that is a name in a table to which other distributions add: `Annotated[str, OneOf(names, find)]`.
-
-    names: all of them, asked only where they are listed. find: raises UsageError for what is none of them.
-    """
+    names: all of them, asked only where they are listed. find: raises UsageError for what is none of them."""
 
     names: Callable[[], Sequence[str]]
     find: Callable[[str], object]

@@ -57,9 +57,7 @@ class Recipe:
     @cached_property
     def graph(self) -> nx.DiGraph[str]:
         """Node names; an edge from each node to those that take it as input, need it or ask for its metrics in `when`.
-
-        Built when first asked: importing networkx takes as long as everything else a cached run does.
-        """
+        Built when first asked: importing networkx takes as long as everything else a cached run does."""
         import networkx as nx
 
         graph: nx.DiGraph[str] = nx.DiGraph()
@@ -74,9 +72,7 @@ class Recipe:
 
     def select(self, names: Sequence[str]) -> frozenset[str]:
         """Return the named nodes and all their ancestors; a stage's name means every variant, `x@a=1` those with a=1.
-
-        Raise UsageError for a name that is none.
-        """
+        Raise UsageError for a name that is none."""
         chosen: set[str] = set()
         for name in names:
             found = [node.name for node in self.nodes.values() if _matches(node, name)]

@@ -39,9 +39,7 @@ stages:
 
 def initial_manifest(repo: str, name: str, schema: str = "bigpipe.schema.json") -> str:
     """Return a manifest over all built-in kinds for a Hub repository, or for a local checkpoint (`./…`, `/…`, `~…`).
-
-    schema: path or URL of the JSON schema, relative to the manifest.
-    """
+    schema: path or URL of the JSON schema, relative to the manifest."""
     name = re.sub(r"[^\w.-]+", "-", name).strip("-") or "recipe"
     local = repo.startswith((".", "/", "~"))
     source = f"path: {_text(repo)}" if local else f"repo: {_text(repo)}, revision: main"

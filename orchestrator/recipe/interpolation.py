@@ -79,10 +79,8 @@ def escape(text: str) -> str:
 
 
 def interpolate(value: Json, scope: Scope, problems: Problems, path: tuple[Key, ...] = ()) -> Json:
-    """Return `value` with every reference replaced, at any depth; keys are left alone.
-
-    A reference that cannot be resolved is a problem, and left standing. path: where `value` stands.
-    """
+    """Return `value` with every reference replaced, at any depth; keys are left alone. A reference that cannot be
+    resolved is a problem, and left standing. path: where `value` stands."""
     if isinstance(value, str):
         if "${" not in value:
             return value
@@ -195,10 +193,8 @@ def _from_environment(reference: str, body: str, scope: Scope) -> str:
 
 
 def read_argument(text: str, default: Json) -> Json:
-    """Return `value` of `-p name=value`, read as the type of the parameter's default.
-
-    After a null default a list or map is read as such and anything else is text. Raise ValueError with the cause.
-    """
+    """Return `value` of `-p name=value`, read as the type of the parameter's default. After a null default a list or
+    map is read as such and anything else is text. Raise ValueError with the cause."""
     if isinstance(default, str):
         return text
     for kind, expected, phrase in _ARGUMENTS:

@@ -36,10 +36,8 @@ def refused_variable(name: str) -> bool:
 
 
 def parse_duration(value: int | float | str) -> float:
-    """Return the seconds of `30m`, `90s`, `1h30m`, `1.5h`, or of a number of seconds.
-
-    Raise ValueError with cause and cure.
-    """
+    """Return the seconds of `30m`, `90s`, `1h30m`, `1.5h`, or of a number of seconds. Raise ValueError with cause and
+    cure."""
     if isinstance(value, int | float) and not isinstance(value, bool):
         seconds = float(value)
     else:

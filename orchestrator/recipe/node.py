@@ -18,9 +18,7 @@ from .yamlsource import Document, Item, Key
 
 class Places(UserDict[str, Place]):
     """Where the parts of one stage stand: `""`, `params.scheme`, `gates[0]`, `inputs.model`; built when first asked.
-
-    Keys of `with:` stand under `params`. What came from `${…}` has the place of that reference.
-    """
+    Keys of `with:` stand under `params`. What came from `${…}` has the place of that reference."""
 
     def __init__(self, document: Document, path: tuple[Key, ...]) -> None:
         self._document, self._path = document, path

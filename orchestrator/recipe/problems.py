@@ -127,9 +127,7 @@ def closest(word: str, known: Sequence[str]) -> str | None:
 
 def did_you_mean(word: str, known: Iterable[str], *, otherwise: str = "") -> str:
     """Return `did you mean 'x'?` where something known is close to `word`; else the known words, if they are few.
-
-    `otherwise` introduces that list: `it takes` gives `it takes a, b and c`.
-    """
+    `otherwise` introduces that list: `it takes` gives `it takes a, b and c`."""
     known = list(known)
     close = closest(word, known)
     if close is not None:

@@ -45,10 +45,8 @@ class Offer(NamedTuple):
 
 
 def stage_kinds() -> Mapping[str, str]:
-    """Return kind → `module:attribute`, built-in kinds first. Imports no kind.
-
-    Raise UsageError where two distributions, or one and bigpipe itself, offer the same name.
-    """
+    """Return kind → `module:attribute`, built-in kinds first. Imports no kind. Raise UsageError where two
+    distributions, or one and bigpipe itself, offer the same name."""
     from importlib.metadata import entry_points
 
     kinds, owners = dict(BUILT_IN), dict.fromkeys(BUILT_IN, "bigpipe")

@@ -206,9 +206,7 @@ def _dropped(key: str, value: Any) -> bool:
 
 def field_descriptions(model: type[BaseModel]) -> dict[str, str]:
     """Return field as written in a manifest → its description, or the text under it in the class or one it extends.
-
-    Read from the source when asked: having pydantic read it at import would cost every start of the command.
-    """
+    Read from the source when asked: having pydantic read it at import would cost every start of the command."""
     found: dict[str, str] = {}
     for cls in reversed(model.__mro__):
         if cls is not BaseModel and issubclass(cls, BaseModel):

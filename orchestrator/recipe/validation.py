@@ -46,10 +46,8 @@ class Target:
 
 
 def validate(model: type[M], value: Json, target: Target, problems: Problems, *, salvage: bool = False) -> M | None:
-    """Return the model, or None after every error was added to `problems`.
-
-    salvage: after errors, the model without the entries that have some, so that the rest can be checked too.
-    """
+    """Return the model, or None after every error was added to `problems`. salvage: after errors, the model without the
+    entries that have some, so that the rest can be checked too."""
     try:
         return model.model_validate(value)
     except ValidationError as error:

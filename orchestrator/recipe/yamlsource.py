@@ -105,9 +105,7 @@ class Document:
 
     def place_at(self, path: Sequence[Key], *, key: bool = False, part: str = "") -> Place:
         """Return where `path` stands, or the nearest above it that exists; with `key`, its key rather than its value.
-
-        `part` narrows the caret to that text inside a value written on one line, where it is found there.
-        """
+        `part` narrows the caret to that text inside a value written on one line, where it is found there."""
         item, depth = self.find(path)
         if key and depth:
             above, _ = self.find(path[: depth - 1])
@@ -139,10 +137,8 @@ def to_python(item: Item) -> Json:
 
 
 def read_document(file: str, data: bytes) -> Document:
-    """Parse one YAML document whose top level is a map. `file` is what places call it.
-
-    Raise ManifestError with every problem found; a syntax error ends the search.
-    """
+    """Parse one YAML document whose top level is a map. `file` is what places call it. Raise ManifestError with every
+    problem found; a syntax error ends the search."""
     document = _compose(file, data)
     if not isinstance(document.root.value, dict):
         what = "the file is empty" if document.root.start_mark is _START else "the top level is not a map"
@@ -152,10 +148,8 @@ def read_document(file: str, data: bytes) -> Document:
 
 
 def read_value(text: str) -> Json:
-    """Return one YAML value outside a manifest (`-p name={a: 1}`), under the same rules.
-
-    Raise ManifestError with places inside `text`.
-    """
+    """Return one YAML value outside a manifest (`-p name={a: 1}`), under the same rules. Raise ManifestError with
+    places inside `text`."""
     return to_python(_compose("-p", text.encode("utf-8", "surrogatepass")).root)
 
 

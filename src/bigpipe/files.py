@@ -48,11 +48,8 @@ _serial = count()
 def explain(
     error: OSError, path: Path, needed: int = 0, *, owner: str = "", free: str = "", other: str = ""
 ) -> BigpipeError:
-    """Return what the system said about `path`, or the file it names, as an error with a cure.
-
-    needed: bytes. owner: whose file it is, such as "the store"; free, other: how to make room there, and how to use
-    another place.
-    """
+    """Return what the system said about `path`, or the file it names, as an error with a cure. needed: bytes. owner:
+    whose file it is, such as "the store"; free, other: how to make room there, and how to use another place."""
     where = Path(os.fsdecode(error.filename)) if error.filename else path
     other = other or "work on another disk"
     if error.errno in NO_SPACE:
@@ -170,11 +167,8 @@ def is_partial(name: str) -> bool:
 
 
 def write_file(path: Path, content: bytes | str, *, durable: bool = True, mode: int = 0o666) -> tuple[str, int]:
-    """Replace `path` by `content` at once; return its (hex sha256, size).
-
-    A reader, or a crash, meets the old or the new bytes, never a part. Not durable: after a power loss, neither may be
-    there.
-    """
+    """Replace `path` by `content` at once; return its (hex sha256, size). A reader, or a crash, meets the old or the
+    new bytes, never a part. Not durable: after a power loss, neither may be there."""
     data = content.encode() if isinstance(content, str) else content
     beside = partial_name(path)
     # not O_EXCL: a process of this number may have been killed here before

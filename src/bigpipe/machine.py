@@ -43,10 +43,8 @@ class Machine:
 
 
 def detect(store_root: Path) -> Machine:
-    """This machine, memory and CPUs as a cgroup or an affinity mask leaves them.
-
-    `disk_free` is for `store_root`, which need not exist yet. Without a GPU driver there are no GPUs.
-    """
+    """This machine, memory and CPUs as a cgroup or an affinity mask leaves them. `disk_free` is for `store_root`, which
+    need not exist yet. Without a GPU driver there are no GPUs."""
     import psutil
 
     memory = psutil.virtual_memory()
@@ -125,10 +123,8 @@ def cpu_limit(folders: Sequence[Path]) -> float:
 
 
 def visible_gpus(gpus: Sequence[tuple[Gpu, str]], visible: str | None) -> tuple[Gpu, ...]:
-    """Those of (gpu, uuid) that CUDA_VISIBLE_DEVICES leaves, numbered as torch will number them.
-
-    A list ends at its first entry that names no device, as in CUDA's own reading.
-    """
+    """Those of (gpu, uuid) that CUDA_VISIBLE_DEVICES leaves, numbered as torch will number them. A list ends at its
+    first entry that names no device, as in CUDA's own reading."""
     if visible is None:
         return tuple(gpu for gpu, _ in gpus)
     chosen: list[Gpu] = []

@@ -33,9 +33,7 @@ def _locations(top: str, base: Path | None) -> tuple[Path, ...]:
 
 def source_files(top: str, base: Path | None) -> list[tuple[str, Path]]:
     """Return (relative path, path) of all Python files of a top-level module or package, sorted; [] if there are none.
-
-    base: a directory that is looked at first, before what is installed.
-    """
+    base: a directory that is looked at first, before what is installed."""
     found = []
     for place in _locations(top, base):
         if place.is_dir():

@@ -119,19 +119,15 @@ class Outlet:
     """How many may lie there at a time then, unless those who take them need more."""
 
     def announce(self, heads: Heads) -> None:
-        """Say what will come. Everything else in the output must be there, and is passed on now.
-
-        Raise StageFailed where an earlier attempt announced something else.
-        """
+        """Say what will come. Everything else in the output must be there, and is passed on now. Raise StageFailed
+        where an earlier attempt announced something else."""
 
     def begin(self, name: str) -> None:
         """Wait until there is room for one more file: without end only where somebody takes what is there."""
 
     def finished(self, name: str, sha256: str, size: int) -> None:
-        """This file is in the output, whole and on the disk. One that was not announced goes to nobody.
-
-        Raise StageFailed where an earlier attempt finished it with other bytes, which somebody may have used.
-        """
+        """This file is in the output, whole and on the disk. One that was not announced goes to nobody. Raise
+        StageFailed where an earlier attempt finished it with other bytes, which somebody may have used."""
 
 
 NOBODY = Outlet()
