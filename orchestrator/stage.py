@@ -3,16 +3,13 @@
 from bigpipe.errors import (
     BigpipeError as BigpipeError,
     DoesNotFit as DoesNotFit,
-    GatedRepository as GatedRepository,
-    GateFailed as GateFailed,
-    InvalidCheckpoint as InvalidCheckpoint,
     NotAuthorised as NotAuthorised,
     Offline as Offline,
     StageFailed as StageFailed,
     Transient as Transient,
     UsageError as UsageError,
 )
-from bigpipe.sizes import format_size as format_size, parse_size as parse_size
+from bigpipe.sizes import format_size as format_size
 
 from .contract import (
     CheckContext as CheckContext,

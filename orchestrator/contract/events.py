@@ -114,12 +114,8 @@ class OneAtATime:
                 reporter.report(event)
 
 
-EVENTS: dict[str, type[Event]] = {
-    event.name: event
-    for event in (
-        RunStarted, NodeStarted, Progress, LogLine, RankHello, NodeRetried, NodeFinished, RunFinished,
-    )
-}  # fmt: skip
+_ALL = (RunStarted, NodeStarted, Progress, LogLine, RankHello, NodeRetried, NodeFinished, RunFinished)
+EVENTS: dict[str, type[Event]] = {event.name: event for event in _ALL}
 
 
 def event_from_json(data: Mapping[str, Any]) -> Event:

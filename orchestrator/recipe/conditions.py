@@ -26,7 +26,6 @@ from .problems import Fault, Problems, did_you_mean
 MAX_LENGTH = 500
 MAX_DEPTH = 20
 
-
 UNKNOWN: Any = object()
 """What a lookup returns for a metric that is not known yet."""
 
@@ -116,10 +115,8 @@ class Condition:
             return None
         except _NotANumber as error:
             return Comparison(False, str(error), _written(self.right))
-        unit = next(
-            (leaf.unit for leaf in _leaves(self.left, self.right) if isinstance(leaf, Number) and leaf.unit), ""
-        )
-        one, other = _shown(left, unit), _shown(right, unit)
+        units = [leaf.unit for leaf in _leaves(self.left, self.right) if isinstance(leaf, Number) and leaf.unit]
+        one, other = (_shown(value, units[0] if units else "") for value in (left, right))
         if left != right and one == other:  # 20.0 GiB against 20.0 GiB explains nothing
             one, other = f"{left:,}", f"{right:,}"
         one = self.left.text if isinstance(self.left, Number) else one
@@ -164,10 +161,9 @@ def _value(expression: Expression, lookup: Lookup) -> int | float:
     left, right = _value(expression.left, lookup), _value(expression.right, lookup)
     try:
         result: int | float = _ARITHMETIC[expression.sign](left, right)
-    except ZeroDivisionError:
-        raise _NotANumber("a division by zero") from None
-    except OverflowError:
-        raise _NotANumber("a number out of range") from None
+    except ArithmeticError as error:
+        zero = isinstance(error, ZeroDivisionError)
+        raise _NotANumber("a division by zero" if zero else "a number out of range") from None
     return result
 
 
@@ -225,13 +221,11 @@ class _Parser:
         return self.token[0].strip()
 
     def fail(self, start: int, cause: str, cure: str, code: Fault = Fault.CONDITION_SYNTAX, width: int = 1) -> NoReturn:
-        problems = Problems()
         place = self.place
         found = place.text.find(self.text, place.column - 1) if self.text else -1
         if found >= 0:
             place = Place(place.file, place.line, found + start + 1, place.text, width)
-        problems.add(code, place, cause, cure)
-        raise problems.error()
+        Problems().fail(code, place, cause, cure)
 
     def next(self) -> re.Match[str]:
         match = _TOKEN.match(self.text, self.position)
@@ -263,15 +257,12 @@ class _Parser:
         return Condition(self.text.strip(), self.place, left, sign, right)
 
     def sum(self) -> Expression:
-        result = self.product()
-        while self.ahead in ("+", "-"):
-            result = Operation(self.advance()["sign"], result, self.product())
-        return result
+        return self.chain(("+", "-"), lambda: self.chain(("*", "/"), self.factor))
 
-    def product(self) -> Expression:
-        result = self.factor()
-        while self.ahead in ("*", "/"):
-            result = Operation(self.advance()["sign"], result, self.factor())
+    def chain(self, signs: tuple[str, str], part: Callable[[], Expression]) -> Expression:
+        result = part()
+        while self.ahead in signs:
+            result = Operation(self.advance()["sign"], result, part())
         return result
 
     def factor(self) -> Expression:

@@ -71,8 +71,7 @@ class Expansion:
             largest = max(sizes, key=lambda name: sizes[name])
             cause = f"the recipe has {total:,} nodes, {sizes[largest]:,} of them {largest}; the limit is {MAX_NODES:,}"
             cure = "shorten or drop an axis, or split the recipe"
-            self.problems.add(Fault.TOO_MANY_NODES, ("stages", largest, "matrix"), cause, cure, key=True)
-            raise self.problems.error()
+            self.problems.fail(Fault.TOO_MANY_NODES, ("stages", largest, "matrix"), cause, cure, key=True)
         edges = sum(
             sizes[stage.name] * (sizes[source.stage] if source.gathers else 1)
             for stage in self.stages.values()
@@ -81,8 +80,7 @@ class Expansion:
         if edges > MAX_EDGES:
             cause = f"the recipe has {edges:,} edges; the limit is {MAX_EDGES:,}"
             cure = "gather a matrix in one stage without a matrix"
-            self.problems.add(Fault.TOO_MANY_NODES, ("stages",), cause, cure, key=True)
-            raise self.problems.error()
+            self.problems.fail(Fault.TOO_MANY_NODES, ("stages",), cause, cure, key=True)
 
     def _expand(self, stage: Wired) -> Iterable[Node]:
         varies = bool(stage.axes) and contains_reference(stage.settings, "matrix")
@@ -146,7 +144,7 @@ class Expansion:
             needs=self._targets(stage.needs, texts),
             when=self._bound(stage, when, texts) if when else None,
             gates=tuple(bound for gate in gates if (bound := self._bound(stage, gate, texts)) is not None),
-            launch=settings.launch.launch(),
+            launch=settings.launch.value(),
             resources=settings.resources,
             retries=settings.retries,
             timeout=settings.timeout,

@@ -39,8 +39,6 @@ from .yamlsource import Document, Key, read_document
 if TYPE_CHECKING:
     import networkx as nx
 
-_NO_ARGUMENTS: Mapping[str, str] = MappingProxyType({})
-
 
 @dataclass(frozen=True, kw_only=True)
 class Recipe:
@@ -103,7 +101,7 @@ def _with_ancestors(nodes: Mapping[str, Node], names: Iterable[str]) -> set[str]
 
 def load_recipe(
     path: Path,
-    params: Mapping[str, str] = _NO_ARGUMENTS,
+    params: Mapping[str, str] = MappingProxyType({}),
     *,
     environment: Mapping[str, str] | None = None,
     stages: Mapping[str, Stage[Any]] | None = None,
@@ -150,7 +148,7 @@ class _Loading:
         manifest = read_manifest(self.document, self.problems)
         if manifest is None:
             raise self.problems.error()
-        kinds = self._kinds(named(manifest.stages), manifest.trusted())
+        kinds = self._kinds(named(manifest.stages), manifest.trust.value())
         self.secrets = self.secrets.union(manifest.secrets, *(kind.stage.secrets for kind in kinds.values()))
         scope = self._params(named(manifest.params))
         stages = self._stages(manifest, kinds, scope)
@@ -164,7 +162,7 @@ class _Loading:
             name=manifest.name or path.stem,
             text=self.document.text,
             nodes=ordered,
-            trust=manifest.trusted(),
+            trust=manifest.trust.value(),
             params=dict(scope.params or {}),
             with_arguments=resolve,
         )
@@ -232,19 +230,18 @@ class _Loading:
         result: dict[str, Wired] = {}
         for index, (name, raw) in enumerate(named(manifest.stages).items()):
             path: tuple[Key, ...] = ("stages", name)
+            before = len(self.problems)
             if not isinstance(raw, dict):
                 cause, cure = f"{name}: a stage is a map", f"write `{name}: {{uses: KIND}}`"
                 self.problems.add(Fault.WRONG_TYPE, path, cause, cure)
-                result[name] = Wired(name, index, None, Structure(uses="unknown"), {}, broken=True)
-                continue
+                raw = {"uses": "unknown"}
             shape, settings = split_stage(raw, name, self.problems)
-            before = len(self.problems)
+            known = len(self.problems)
             shape = {
                 key: value if key == "uses" else interpolate(value, scope, self.problems, (*path, key))
                 for key, value in shape.items()
             }
-            lenient = len(self.problems) > before
-            target = Target(self.document, path, name, lenient)
+            target = Target(self.document, path, name, lenient=len(self.problems) > known)
             structure = validate(Structure, shape, target, self.problems, salvage=True) or Structure(uses="unknown")
             broken = len(self.problems) > before
             kind, location = kinds.get(name) or (None, "")

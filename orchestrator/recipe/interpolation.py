@@ -13,7 +13,6 @@ import re
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
-from types import MappingProxyType
 from typing import Any
 
 from bigpipe.errors import ManifestError
@@ -27,7 +26,6 @@ WELL_KNOWN_SECRETS = frozenset({"HF_TOKEN", "HUGGING_FACE_HUB_TOKEN"})
 _OPENING = re.compile(r"\$\$\{|\$\{")
 _ENVIRONMENT = re.compile(r"([A-Za-z_][A-Za-z0-9_]*)(?::([-?])(.*))?", re.DOTALL)
 _NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_-]*")
-_NOTHING: Mapping[str, Any] = MappingProxyType({})
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -67,10 +65,8 @@ def contains_reference(value: Json, namespace: str = "") -> bool:
     if isinstance(value, str):
         return "${" + namespace in value
     if isinstance(value, dict):
-        return any(contains_reference(part, namespace) for item in value.items() for part in item)
-    if isinstance(value, (list, tuple)):
-        return any(contains_reference(child, namespace) for child in value)
-    return False
+        value = [*value, *value.values()]
+    return isinstance(value, (list, tuple)) and any(contains_reference(child, namespace) for child in value)
 
 
 def escape(text: str) -> str:

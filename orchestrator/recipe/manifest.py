@@ -18,8 +18,8 @@ VERSION = 1
 NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_-]{0,63}")
 
 _DURATION = re.compile(r"\s*(?:(\d+(?:\.\d+)?)\s*h)?\s*(?:(\d+(?:\.\d+)?)\s*m(?:in)?)?\s*(?:(\d+(?:\.\d+)?)\s*s)?\s*")
-_MODULE = re.compile(r"[A-Za-z_]\w*(?:\.[A-Za-z_]\w*)*")
-_PINNED = re.compile(r"[\w.-]+/[\w.-]+@[0-9a-f]{40}")
+_MODULE = r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*"
+_PINNED = r"[\w.-]+/[\w.-]+@[0-9a-f]{40}"
 
 _REFUSED = frozenset({
     "PATH", "HOME", "SHELL", "ENV", "IFS", "PS4", "BASH_ENV", "PROMPT_COMMAND", "CDPATH", "GLOBIGNORE", "SHELLOPTS",
@@ -57,18 +57,19 @@ def _not_bool(value: Json) -> Json:
     return value
 
 
-def _module(name: str) -> str:
-    if not _MODULE.fullmatch(name):
-        raise ValueError(f"{name!r} is not a module name; write it as in `import`: mingpt or mingpt.model")
-    return name
+def _like(pattern: str, otherwise: str) -> AfterValidator:
+    def check(name: str) -> str:
+        if not re.fullmatch(pattern, name):
+            raise ValueError(f"{name!r} is not {otherwise}")
+        return name
+
+    return AfterValidator(check)
 
 
-def _pinned(name: str) -> str:
-    if not _PINNED.fullmatch(name):
-        raise ValueError(f"{name!r} is not a pinned repository; write owner/name@ and the 40 digits of its commit")
-    return name
-
-
+Module = Annotated[str, _like(_MODULE, "a module name; write it as in `import`: mingpt or mingpt.model")]
+PinnedRepository = Annotated[
+    str, _like(_PINNED, "a pinned repository; write owner/name@ and the 40 digits of its commit")
+]
 Duration = Annotated[
     float, BeforeValidator(parse_duration), WithJsonSchema({"type": ["number", "string"], "examples": ["30m", "1h30m"]})
 ]
@@ -82,12 +83,13 @@ class Spec(BaseModel):
 
 
 class TrustSpec(Spec):
-    modules: tuple[Annotated[str, AfterValidator(_module)], ...] = Field(
-        default=(), description="Python modules that a custom class or function may come from."
+    modules: tuple[Module, ...] = Field((), description="Python modules that a custom class or function may come from.")
+    remote_code: tuple[PinnedRepository, ...] = Field(
+        (), description="Pinned repositories (owner/name@commit) that may run their own code."
     )
-    remote_code: tuple[Annotated[str, AfterValidator(_pinned)], ...] = Field(
-        default=(), description="Pinned repositories (owner/name@commit) that may run their own code."
-    )
+
+    def value(self) -> Trust:
+        return Trust(self.modules, self.remote_code)
 
 
 class LaunchSpec(Spec):
@@ -110,7 +112,7 @@ class LaunchSpec(Spec):
             raise ValueError("several machines need main_process_ip; name the address of machine 0")
         return self
 
-    def launch(self) -> Launch:
+    def value(self) -> Launch:
         return Launch(**vars(self), explicit=frozenset(self.model_fields_set)) if self.model_fields_set else Launch()
 
 
@@ -149,9 +151,7 @@ class NodeSettings(Spec):
     retries: Count = Field(default=0, ge=0, le=100, description="Further attempts after a transient failure.")
     timeout: Duration | None = Field(default=None, description="30m, 1h30m, or seconds.")
     gates: list[Text] = Field(default_factory=list, description="Comparisons over the stage's metrics that must hold.")
-    on_fail: Literal["stop", "continue"] = Field(
-        default="stop", description="What a failure does to the other branches."
-    )
+    on_fail: Literal["stop", "continue"] = Field("stop", description="What a failure does to the other branches.")
     cache: bool = Field(default=True, description="false: drop the bytes once the last consumer has them.")
     env: dict[str, str | Count] = Field(default_factory=dict, description="Environment variables of the stage.")
 
@@ -162,9 +162,7 @@ SETTINGS = tuple(info.alias or name for name, info in NodeSettings.model_fields.
 
 class ManifestSpec(Spec):
     version: Literal[1] = Field(description="The manifest format.")
-    name: Text | None = Field(
-        default=None, max_length=100, description="What the recipe is called; else the file's name."
-    )
+    name: Text | None = Field(None, max_length=100, description="What the recipe is called; else the file's name.")
     description: str = ""
     params: dict[str | int, Any] = Field(
         default_factory=dict, description="Values that `-p name=value` replaces; null means required."
@@ -172,9 +170,6 @@ class ManifestSpec(Spec):
     secrets: tuple[str, ...] = Field(default=(), description="Environment variables that stages may list as secrets.")
     trust: TrustSpec = TrustSpec.model_construct()
     stages: dict[str | int, Any] = Field(min_length=1)
-
-    def trusted(self) -> Trust:
-        return Trust(self.trust.modules, self.trust.remote_code)
 
 
 def read_manifest(document: Document, problems: Problems) -> ManifestSpec | None:
@@ -231,7 +226,5 @@ def split_stage(raw: Mapping[str, Json], name: str, problems: Problems) -> tuple
             cure = did_you_mean(str(key), [*STRUCTURE, *SETTINGS], otherwise="it takes")
             cause = f"unknown field {str(key)!r} in stage {name}"
             problems.add(Fault.UNKNOWN_FIELD, ("stages", name, key), cause, cure, key=True)
-    return (
-        {key: value for key, value in raw.items() if key in STRUCTURE},
-        {key: value for key, value in raw.items() if key in SETTINGS},
-    )
+    shape, settings = ({key: raw[key] for key in raw if key in taken} for taken in (STRUCTURE, SETTINGS))
+    return shape, settings

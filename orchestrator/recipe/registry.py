@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any, NamedTuple
 
 from bigpipe.errors import UsageError
@@ -22,17 +21,13 @@ from .problems import did_you_mean
 GROUP = "bigpipe.stages"
 
 _KINDS = ("download", "estimate", "shard", "quantize", "dispatch", "distributed-infer", "save")
-BUILT_IN: Mapping[str, str] = MappingProxyType(
-    {kind: f"bigpipe.plugins.{kind.replace('-', '_')}:STAGE" for kind in _KINDS}
-)
+BUILT_IN: Mapping[str, str] = {kind: f"bigpipe.plugins.{kind.replace('-', '_')}:STAGE" for kind in _KINDS}
 
-PROBES: Mapping[str, str] = MappingProxyType(
-    {
-        "torch": "bigpipe.plugins.probes:TORCH",
-        "bitsandbytes": "bigpipe.plugins.probes:BITSANDBYTES",
-        "launcher": "bigpipe.plugins.probes:RANKS",
-    }
-)
+PROBES: Mapping[str, str] = {
+    "torch": "bigpipe.plugins.probes:TORCH",
+    "bitsandbytes": "bigpipe.plugins.probes:BITSANDBYTES",
+    "launcher": "bigpipe.plugins.probes:RANKS",
+}
 """What `doctor` checks → the stage it runs for that."""
 
 
@@ -59,7 +54,7 @@ def stage_kinds() -> Mapping[str, str]:
             cause = f"the stage kind {name!r} is offered by {owners[name]} and by {owner}"
             raise UsageError(cause, f"uninstall one, or rename the kind in the entry points of {owner}")
         kinds[name], owners[name] = location, owner
-    return MappingProxyType(kinds)
+    return kinds
 
 
 def is_built_in(location: str) -> bool:
@@ -70,10 +65,7 @@ def is_built_in(location: str) -> bool:
 def locate(uses: str, trust: Trust) -> str:
     """Return `module:attribute` of the kind that is named so after `uses:`.
 
-    A name is that of a built-in kind, or one that an installed distribution offers: these are looked through only where
-    it is not built in. `module:attribute` is a trusted module's. Raise UsageError where nobody offers such a kind, or
-    the module is not trusted.
-    """
+    Raise UsageError where nobody offers such a kind, or the module of a `module:attribute` is not trusted."""
     if ":" in uses:
         trust.require_module(uses, f"the stage kind {uses}")
         return uses

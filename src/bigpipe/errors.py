@@ -155,10 +155,7 @@ class Interrupted(BigpipeError):
 
 
 BY_NAME: dict[str, type[BigpipeError]] = {
-    error.__name__: error
-    for error in (
-        BigpipeError, UsageError, GateFailed, DoesNotFit, NotAuthorised, GatedRepository,
-        StageFailed, InvalidCheckpoint, NoWeights, Stale, Transient, Offline, Interrupted,
-    )
-}  # fmt: skip
+    name: error for name, error in globals().items() if isinstance(error, type) and issubclass(error, BigpipeError)
+}
+del BY_NAME["ManifestError"]  # holds more than cause and cure
 """How an error that crossed a process border finds its class again."""

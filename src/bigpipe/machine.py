@@ -62,12 +62,14 @@ def detect(store_root: Path) -> Machine:
     )
 
 
-def machine_from_json(data: Mapping[str, Any]) -> Machine:
+def machine_from_json(data: Any) -> Machine:
     """The inverse of `dataclasses.asdict`; a whole `doctor --json` document is understood too. Raises UsageError."""
     from pydantic import TypeAdapter, ValidationError
 
+    if not isinstance(data, Mapping):
+        raise UsageError("not a description of a machine", MAKE_ONE)
     if data.get("schema", DOCTOR_FORMAT) != DOCTOR_FORMAT:
-        raise UsageError(f"{data['schema']!r} does not describe a machine", "`bigpipe doctor --json` does")
+        raise UsageError(f"{data['schema']!r} does not describe a machine", MAKE_ONE)
     try:
         return TypeAdapter(Machine).validate_python(data.get("machine", {}) if "schema" in data else data)
     except ValidationError as error:
@@ -78,15 +80,10 @@ def machine_from_json(data: Mapping[str, Any]) -> Machine:
 def read_machine(path: Path) -> Machine:
     """The machine that a file written by `bigpipe doctor --json` describes. Raises UsageError."""
     try:
-        data = json.loads(path.read_bytes())
-    except (OSError, ValueError) as error:
-        raise UsageError(f"{path}: {error}", MAKE_ONE) from error
-    if not isinstance(data, dict):
-        raise UsageError(f"{path} describes no machine", MAKE_ONE)
-    try:
-        return machine_from_json(data)
-    except UsageError as error:
-        raise UsageError(f"{path}: {error.cause}", error.cure) from error
+        return machine_from_json(json.loads(path.read_bytes()))
+    except (OSError, ValueError, UsageError) as error:
+        cause = error.cause if isinstance(error, UsageError) else error
+        raise UsageError(f"{path}: {cause}", MAKE_ONE) from error
 
 
 def memory_limit(folders: Sequence[Path]) -> tuple[int | None, int]:
