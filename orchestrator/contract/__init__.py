@@ -35,4 +35,4 @@ from .stage import (
     Tree,
     late,
 )
-from .types import Forecast, Gpu, Json, Launch, Lineage, Machine, Misfit, Status, Trust
+from .types import Count, Forecast, Gpu, Json, Launch, Lineage, Machine, Misfit, Status, Text, Trust

@@ -33,7 +33,7 @@ class Surroundings:
     """A directory for answers that are dear to get, named by what they depend on."""
     trust: Trust = field(default_factory=Trust)
     offline: bool = False
-    launch: Launch = field(default_factory=Launch)
+    launch: Launch = field(default_factory=Launch.model_construct)
     """How its ranks are started."""
     environment: Mapping[str, str] = field(default_factory=dict, repr=False)
     """The node's `env` and the secrets it may see; also set in the process that does the work."""

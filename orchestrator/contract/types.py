@@ -6,7 +6,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 from bigpipe.fit import Misfit as Misfit
 from bigpipe.machine import Gpu as Gpu, Machine as Machine
@@ -39,19 +41,38 @@ class Lineage:
     metrics: Mapping[str, Json]
 
 
-@dataclass(frozen=True, slots=True)
-class Launch:
-    """How the ranks of a node are started; the field names are accelerate's."""
+def _not_bool(value: Json) -> Json:
+    if isinstance(value, bool):
+        raise ValueError(f"{str(value).lower()} is not a whole number; write 1 or 0, or quote it where text is meant")
+    return value
 
-    num_processes: int = 1
-    num_machines: int = 1
-    machine_rank: int = 0
-    main_process_ip: str | None = None
-    main_process_port: int | None = None
-    config_file: str | None = None
-    mixed_precision: str | None = None
-    explicit: frozenset[str] = field(default_factory=frozenset)
-    """The keys the manifest wrote itself; these override `config_file`."""
+
+Text = Annotated[str, Field(min_length=1)]
+Count = Annotated[int, BeforeValidator(_not_bool)]
+"""A whole number; also as text, which is what `${env.N:-2}` gives."""
+
+
+class Launch(BaseModel):
+    """How ranks are started; the names are accelerate's. Keys written here override those of `config_file`."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", defer_build=True)
+
+    num_processes: Count = Field(default=1, ge=1, description="Ranks over all machines.")
+    num_machines: Count = Field(default=1, ge=1)
+    machine_rank: Count = Field(default=0, ge=0)
+    main_process_ip: Text | None = None
+    main_process_port: Count | None = Field(default=None, ge=1, le=65535)
+    config_file: Text | None = Field(default=None, description="An accelerate config file, relative to the manifest.")
+    mixed_precision: Literal["no", "fp16", "bf16", "fp8"] | None = None
+
+    @model_validator(mode="after")
+    def _machines_agree(self) -> Launch:
+        if self.machine_rank >= self.num_machines:
+            cause = f"machine_rank {self.machine_rank} is not one of {self.num_machines} machines"
+            raise ValueError(f"{cause}; ranks of machines count from 0")
+        if self.num_machines > 1 and not (self.main_process_ip or self.config_file):
+            raise ValueError("several machines need main_process_ip; name the address of machine 0")
+        return self
 
     @property
     def local_processes(self) -> int:

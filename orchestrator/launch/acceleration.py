@@ -10,17 +10,18 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Mapping
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import yaml
+from pydantic import ValidationError
 
 from bigpipe.errors import UsageError
 from bigpipe.files import write_file
 from bigpipe.orchestrator.contract import Launch, Machine
 
-TAKEN = tuple(field.name for field in fields(Launch) if field.name not in ("config_file", "explicit"))
+TAKEN = tuple(name for name in Launch.model_fields if name != "config_file")
 """The keys that a manifest and a configuration file share."""
 REPLACED = (None, "NO", "MULTI_CPU", "MULTI_GPU")
 """Values of `distributed_type` that we set ourselves; others (FSDP, DEEPSPEED, MULTI_XPU …) are kept."""
@@ -99,24 +100,25 @@ def _read(launch: Launch, base: Path) -> dict[str, Any]:
         raise UsageError(f"launch.config_file {path} is for {data['compute_environment']}", "use one for LOCAL_MACHINE")
     if data.get("distributed_type") in IMPOSSIBLE:
         raise UsageError(f"launch.config_file {path} asks for {data['distributed_type']}", "ranks run on CPUs or GPUs")
-    # YAML reads a bare NO as false.
-    return {**data, "distributed_type": data.get("distributed_type") or "NO"}
+    # YAML reads a bare NO or no as false; port 0 is any, as none is.
+    bare = {"mixed_precision": "no"} if data.get("mixed_precision") is False else {}
+    port = data.get("main_process_port") or None
+    return {**data, **bare, "main_process_port": port, "distributed_type": data.get("distributed_type") or "NO"}
 
 
 def _merge(launch: Launch, file: Mapping[str, Any]) -> Launch:
-    found = {name: file[name] for name in TAKEN if file.get(name) is not None and name not in launch.explicit}
-    for name, value in found.items():
-        wanted = str if name in ("main_process_ip", "mixed_precision") else int
-        if name == "mixed_precision" and value is False:
-            found[name] = "no"  # a bare `no`
-        elif not isinstance(value, wanted) or isinstance(value, bool):
-            raise UsageError(f"launch.config_file: {name} is {value!r}", f"it must be of type {wanted.__name__}")
-    return replace(launch, **found) if found else launch
+    found = {name: file[name] for name in TAKEN if file.get(name) is not None and name not in launch.model_fields_set}
+    if not found:
+        return launch
+    try:
+        return Launch.model_validate({**found, **launch.model_dump(exclude_unset=True)})
+    except ValidationError as error:
+        wrong = error.errors()[0]
+        where = ": ".join(["launch.config_file", *map(str, wrong["loc"])])
+        raise UsageError(f"{where}: {wrong['msg']}", f"correct it in {launch.config_file}") from error
 
 
 def _check(launch: Launch) -> None:
-    if launch.num_processes < 1 or launch.num_machines < 1:
-        raise UsageError("launch: num_processes and num_machines must be at least 1")
     if launch.num_processes % launch.num_machines:
         raise UsageError(
             f"launch: {launch.num_processes} processes cannot be spread evenly over {launch.num_machines} machines",

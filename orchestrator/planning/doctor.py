@@ -69,7 +69,7 @@ def _probe(name: str, machine: Machine, environment: Mapping[str, str] | None) -
     stage: Stage[Any] = import_attribute(target)
     started = time.monotonic()
     with tempfile.TemporaryDirectory(prefix="bigpipe-doctor-") as folder:
-        launch = Launch(num_processes=PROBED_RANKS, explicit=frozenset({"num_processes"}))
+        launch = Launch(num_processes=PROBED_RANKS)
         around = Surroundings(base=Path(folder), machine=machine, memo=Path(folder, "memo"), launch=launch)
         parent = os.environ if environment is None else environment
         try:

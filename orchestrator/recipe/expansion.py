@@ -144,7 +144,7 @@ class Expansion:
             needs=self._targets(stage.needs, texts),
             when=self._bound(stage, when, texts) if when else None,
             gates=tuple(bound for gate in gates if (bound := self._bound(stage, gate, texts)) is not None),
-            launch=settings.launch.value(),
+            launch=settings.launch,
             resources=settings.resources,
             retries=settings.retries,
             timeout=settings.timeout,

@@ -6,9 +6,9 @@ import re
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, WithJsonSchema, model_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, WithJsonSchema
 
-from bigpipe.orchestrator.contract import Json, Launch, Size, Trust
+from bigpipe.orchestrator.contract import Count, Json, Launch, Size, Text, Trust
 
 from .problems import Fault, Problems, did_you_mean
 from .validation import Target, validate
@@ -51,12 +51,6 @@ def parse_duration(value: int | float | str) -> float:
     return seconds
 
 
-def _not_bool(value: Json) -> Json:
-    if isinstance(value, bool):
-        raise ValueError(f"{str(value).lower()} is not a whole number; write 1 or 0, or quote it where text is meant")
-    return value
-
-
 def _like(pattern: str, otherwise: str) -> AfterValidator:
     def check(name: str) -> str:
         if not re.fullmatch(pattern, name):
@@ -73,9 +67,6 @@ PinnedRepository = Annotated[
 Duration = Annotated[
     float, BeforeValidator(parse_duration), WithJsonSchema({"type": ["number", "string"], "examples": ["30m", "1h30m"]})
 ]
-Text = Annotated[str, Field(min_length=1)]
-Count = Annotated[int, BeforeValidator(_not_bool)]
-"""A whole number; also as text, which is what `${env.N:-2}` gives."""
 
 
 class Spec(BaseModel):
@@ -90,30 +81,6 @@ class TrustSpec(Spec):
 
     def value(self) -> Trust:
         return Trust(self.modules, self.remote_code)
-
-
-class LaunchSpec(Spec):
-    """How ranks are started; the names are accelerate's. Keys written here override those of `config_file`."""
-
-    num_processes: Count = Field(default=1, ge=1, description="Ranks over all machines.")
-    num_machines: Count = Field(default=1, ge=1)
-    machine_rank: Count = Field(default=0, ge=0)
-    main_process_ip: Text | None = None
-    main_process_port: Count | None = Field(default=None, ge=1, le=65535)
-    config_file: Text | None = Field(default=None, description="An accelerate config file, relative to the manifest.")
-    mixed_precision: Literal["no", "fp16", "bf16", "fp8"] | None = None
-
-    @model_validator(mode="after")
-    def _machines_agree(self) -> LaunchSpec:
-        if self.machine_rank >= self.num_machines:
-            cause = f"machine_rank {self.machine_rank} is not one of {self.num_machines} machines"
-            raise ValueError(f"{cause}; ranks of machines count from 0")
-        if self.num_machines > 1 and not (self.main_process_ip or self.config_file):
-            raise ValueError("several machines need main_process_ip; name the address of machine 0")
-        return self
-
-    def value(self) -> Launch:
-        return Launch(**vars(self), explicit=frozenset(self.model_fields_set)) if self.model_fields_set else Launch()
 
 
 class ResourcesSpec(Spec):
@@ -146,7 +113,7 @@ class NodeSettings(Spec):
 
     with_: dict[str | int, Any] = Field(default_factory=dict, alias="with", description="The kind's own fields.")
     when: Text | None = Field(default=None, description="Run only if: a comparison over `${stages.NODE.metrics.PATH}`.")
-    launch: LaunchSpec = LaunchSpec.model_construct()
+    launch: Launch = Launch.model_construct()
     resources: ResourcesSpec = ResourcesSpec.model_construct()
     retries: Count = Field(default=0, ge=0, le=100, description="Further attempts after a transient failure.")
     timeout: Duration | None = Field(default=None, description="30m, 1h30m, or seconds.")

@@ -58,7 +58,7 @@ class Node:
     needs: tuple[str, ...] = ()
     when: Condition | None = None
     gates: tuple[Condition, ...] = ()
-    launch: Launch = field(default_factory=Launch)
+    launch: Launch = field(default_factory=Launch.model_construct)
     resources: ResourcesSpec = field(default_factory=ResourcesSpec)
     retries: int = 0
     timeout: float | None = None

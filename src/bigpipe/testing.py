@@ -97,7 +97,7 @@ def _surroundings(folder: Path, base: Path | None, ranks: int, environment: Mapp
         base=(base or folder).absolute(),
         machine=detect(folder),
         memo=folder.absolute() / "memo",
-        launch=Launch(num_processes=ranks, explicit=frozenset({"num_processes"})),
+        launch=Launch(num_processes=ranks),
         environment=environment,
     )
 

@@ -115,9 +115,7 @@ def test_a_node_has_all_that_a_plan_needs(tmp_path: Path) -> None:
     assert (source.retries, source.timeout, source.on_fail, source.cache) == (2, 5400.0, "continue", False)
     assert source.resources == ResourcesSpec(ram=4 * 2**30, cpus=2, gpus=0)
     assert source.launch == Launch()
-    assert loaded.nodes["infer"].launch == Launch(
-        num_processes=4, mixed_precision="bf16", explicit=frozenset({"num_processes", "mixed_precision"})
-    )
+    assert loaded.nodes["infer"].launch == Launch(num_processes=4, mixed_precision="bf16")
     assert loaded.nodes["infer"].timeout is None
     assert loaded.trust == Trust(("mingpt.model",), ("org/model@0123456789abcdef0123456789abcdef01234567",))
     assert (loaded.name, loaded.nodes["source"].secrets) == ("recipe", ("HF_TOKEN", "TOKEN"))

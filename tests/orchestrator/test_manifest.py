@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 from hypothesis import given, strategies as st
 
-from bigpipe.orchestrator.recipe.manifest import LaunchSpec, parse_duration, refused_variable
+from bigpipe.orchestrator.contract import Launch
+from bigpipe.orchestrator.recipe.manifest import parse_duration, refused_variable
 from bigpipe.orchestrator.recipe.problems import did_you_mean, listed
 
 
@@ -43,8 +44,8 @@ def test_variables_that_it_may_set(name: str) -> None:
 
 
 def test_launch_knows_what_was_written() -> None:
-    launch = LaunchSpec.model_validate({"num_processes": 1, "config_file": "a.yaml"}).launch()
-    assert launch.explicit == {"num_processes", "config_file"}
+    launch = Launch.model_validate({"num_processes": 1, "config_file": "a.yaml"})
+    assert launch.model_fields_set == {"num_processes", "config_file"}
     assert launch.num_machines == 1
 
 

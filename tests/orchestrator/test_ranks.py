@@ -22,7 +22,7 @@ from bigpipe.orchestrator.launch.jobs import AttemptFolder, Outcome
 from bigpipe.orchestrator.launch.processes import signed_in
 from bigpipe.orchestrator.planning import open_session
 
-TWO = Launch(num_processes=2, explicit=frozenset({"num_processes"}))
+TWO = Launch(num_processes=2)
 GPUS = tuple(Gpu(index, "A100", 80 * 2**30, 79 * 2**30) for index in range(2))
 
 
@@ -157,7 +157,6 @@ class TestFaults:
         port = _free_port()
         launch = Launch(
             num_processes=2, num_machines=2, main_process_ip="127.0.0.1", main_process_port=port,
-            explicit=frozenset({"num_processes", "num_machines", "main_process_ip", "main_process_port"}),
         )  # fmt: skip
         launched = Launched(make_job(tmp_path, "RANKS", launch=launch))
         joined: list[subprocess.Popen[bytes]] = []
@@ -208,7 +207,7 @@ def test_explicit_keys_override_the_configuration_file(tmp_path: Path) -> None:
         "compute_environment: LOCAL_MACHINE\ndistributed_type: NO\nnum_processes: 4\nmixed_precision: bf16\n"
         "gpu_ids: '0,1'\nmain_training_function: main\nmachine_rank: 0\nuse_cpu: true\n"
     )
-    launch = Launch(config_file="mine.yaml", num_processes=1)
+    launch = Launch(config_file="mine.yaml")
     assert effective_launch(launch, tmp_path).num_processes == 4
     settings = settings_of(launch, tmp_path, gpus=2)
     assert settings["num_processes"] == 4
@@ -216,7 +215,7 @@ def test_explicit_keys_override_the_configuration_file(tmp_path: Path) -> None:
     assert settings["mixed_precision"] == "bf16"
     assert settings["gpu_ids"] == "0,1"
     assert settings["use_cpu"] is True
-    explicit = Launch(config_file="mine.yaml", num_processes=2, explicit=frozenset({"num_processes"}))
+    explicit = Launch(config_file="mine.yaml", num_processes=2)
     assert settings_of(explicit, tmp_path)["num_processes"] == 2
 
 
@@ -252,10 +251,12 @@ def test_a_bare_no_in_yaml_is_understood(tmp_path: Path) -> None:
         (Launch(config_file="list.yaml"), "holds no map"),
         (Launch(config_file="sagemaker.yaml"), "AMAZON_SAGEMAKER"),
         (Launch(config_file="tpu.yaml"), "XLA"),
-        (Launch(config_file="text.yaml"), "num_processes is 'many'"),
-        (Launch(num_processes=0), "at least 1"),
-        (Launch(num_processes=3, num_machines=2), "evenly"),
-        (Launch(num_processes=2, num_machines=2), "main_process_ip"),
+        (Launch(config_file="text.yaml"), "num_processes: Input should be a valid integer"),
+        (Launch(config_file="none.yaml"), "num_processes: Input should be greater than or equal to 1"),
+        (Launch(config_file="odd.yaml"), "num_machines: .*true is not a whole number"),
+        (Launch(num_processes=3, num_machines=2, main_process_ip="10.0.0.1"), "evenly"),
+        (Launch(num_processes=2, num_machines=2, main_process_ip="10.0.0.1"), "main_process_port"),
+        (Launch(num_processes=2, num_machines=2, config_file="no_port.yaml"), "main_process_ip and main_process_port"),
         (
             Launch(
                 num_processes=2, num_machines=2, machine_rank=1, main_process_ip="10.0.0.1", main_process_port=29500
@@ -269,6 +270,9 @@ def test_what_cannot_be_launched_is_a_usage_error(tmp_path: Path, launch: Launch
     (tmp_path / "sagemaker.yaml").write_text("compute_environment: AMAZON_SAGEMAKER")
     (tmp_path / "tpu.yaml").write_text("distributed_type: XLA")
     (tmp_path / "text.yaml").write_text("num_processes: many")
+    (tmp_path / "none.yaml").write_text("num_processes: 0")
+    (tmp_path / "odd.yaml").write_text("num_machines: true")
+    (tmp_path / "no_port.yaml").write_text("main_process_port: 0")
     with pytest.raises(UsageError, match=cause):
         accelerate(launch, tmp_path, machine_with(0))
 

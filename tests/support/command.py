@@ -11,7 +11,7 @@ from support.launching import Launched, make_job
 
 
 def main(folder: str, attribute: str, params: str, ranks: str) -> None:
-    launch = Launch(num_processes=int(ranks), explicit=frozenset({"num_processes"}))
+    launch = Launch(num_processes=int(ranks))
     job = make_job(Path(folder), attribute, params=json.loads(params), launch=launch)
     print(Launched(job).run().metrics["pid"])  # noqa: T201
 
