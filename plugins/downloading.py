@@ -74,7 +74,7 @@ def _custom(params: DownloadParams) -> dict[str, Any] | None:
 def _own(params: DownloadParams) -> dict[str, bytes]:
     """Files of the artifact that come from the params."""
     custom = _custom(params)
-    return {} if custom is None else {ARCHITECTURE_FILE: encode_config(custom)}
+    return {ARCHITECTURE_FILE: encode_config(custom)} if custom else {}
 
 
 def forecast(params: DownloadParams, context: ForecastContext) -> Forecast:
@@ -94,9 +94,8 @@ def _forecast_source(params: DownloadParams, context: ForecastContext) -> Foreca
     sizes = {**expected.sizes, **own}
     total, copied = sum(sizes.values()), expected.cache is None
     metrics = {"bytes": total, "files": len(sizes), "commit": expected.commit}
-    remote = (
-        f"{counted(len(sizes), 'file')}, {format_transfer(total)}{'' if expected.missing else ', all in the Hub cache'}"
-    )
+    cached = "" if expected.missing else ", all in the Hub cache"
+    remote = f"{counted(len(sizes), 'file')}, {format_transfer(total)}{cached}"
     return Forecast(
         download_bytes=expected.missing,
         write_bytes=total if copied else sum(own.values()),

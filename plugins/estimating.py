@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
+from typing import Literal
 
 from bigpipe.bigmodel.checkpoint import ModelDescription
 from bigpipe.bigmodel.footprint import Estimate, Sighting, Workload, estimate_sighting, look
@@ -49,16 +51,13 @@ def pin(params: EstimateParams, context: CheckContext) -> Pinned | None:
 def check(params: EstimateParams, context: CheckContext) -> None:
     _check_source(params, "model" in context.inputs)
     if params.repo is not None and not context.offline:
-        try:
+        with suppress(Transient):  # the forecast tells what is not known
             check_access(params.repo, hub=Hub.of(sources_of(context)))
-        except Transient:
-            return  # the forecast tells what is not known
 
 
 def _check_source(params: EstimateParams, wired: bool) -> None:
-    given = [name for name in ("repo", "path") if getattr(params, name) is not None] + (
-        ["inputs.model"] if wired else []
-    )
+    given = [name for name in ("repo", "path") if getattr(params, name) is not None]
+    given += ["inputs.model"] if wired else []
     if len(given) != 1:
         raise UsageError(
             f"estimate looks at one model; {' and '.join(given) or 'nothing'} is given",
@@ -100,12 +99,8 @@ def _forecast_sighting(params: EstimateParams, context: ForecastContext) -> Sigh
     described = source.output
     if not isinstance(described, ModelDescription) or (described.config is None and described.custom is None):
         return None
-    return Sighting(
-        name="the model",
-        description=described,
-        source="config" if described.tensors is None else "headers",
-        library=params.library_name,
-    )
+    seen: Literal["config", "headers"] = "config" if described.tensors is None else "headers"
+    return Sighting(name="the model", description=described, source=seen, library=params.library_name)
 
 
 def _look(params: EstimateParams, base: Path, pins: Mapping[str, str], sources: Sources) -> Sighting:
@@ -115,13 +110,8 @@ def _look(params: EstimateParams, base: Path, pins: Mapping[str, str], sources: 
 
 
 def _estimate(params: EstimateParams, sighting: Sighting, sources: Sources) -> Estimate:
-    made = estimate_sighting(
-        sighting,
-        dtypes=params.dtypes,
-        head=params.head,
-        workload=Workload(double_quant=params.bnb_4bit_use_double_quant, **params.model_dump(include=WORK)),
-        sources=sources,
-    )
+    work = Workload(double_quant=params.bnb_4bit_use_double_quant, **params.model_dump(include=WORK))
+    made = estimate_sighting(sighting, dtypes=params.dtypes, head=params.head, workload=work, sources=sources)
     return replace(made, train=params.train)
 
 
@@ -135,8 +125,7 @@ def _metrics(made: Estimate) -> Metrics:
 
 
 def run(params: EstimateParams, context: StageContext) -> StageResult:
-    """Writes report.json (`bigpipe.estimate/1`) and report.txt (the table)."""
-    _check_source(params, "model" in context.inputs)
+    """Write report.json (`bigpipe.estimate/1`) and report.txt (the table)."""
     sources = sources_of(context)
     if "model" in context.inputs:
         sighting = replace(look(context.input("model"), "main", sources, params.library_name), name=_name(context))

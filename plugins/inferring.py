@@ -22,6 +22,7 @@ from bigpipe.orchestrator.stage import (
     StageResult,
     UsageError,
 )
+from bigpipe.sizes import counted
 
 from .distributed_infer import InferMetrics, InferParams
 from .library import load_placed, read_placement, sources_of
@@ -55,20 +56,14 @@ def forecast(params: InferParams, ctx: ForecastContext) -> Forecast:
     ranks, batches = ctx.launch.num_processes, chunked(rows, params.batch_size)
     counts = [sum(len(batches[batch]) for batch in share) for share in assign(range(len(batches)), ranks)]
     spread = f" ({' + '.join(map(str, counts))})" if 1 < ranks <= 8 else ""
-    work = f"{_count(len(rows), 'prompt')} in {_count(len(batches), 'batch', 'es')} over {_count(ranks, 'rank')}"
-    placement = ctx.described("placement", Placement)
-    placed = ctx.input("placement")
-    known = Forecast(
-        download_bytes=0, ram=_ram(params, ctx, placement), metrics={"prompts": len(rows)}, summary=work + spread
-    )
+    work = f"{counted(len(rows), 'prompt')} in {counted(len(batches), 'batch', 'es')} over {counted(ranks, 'rank')}"
+    placement, placed = ctx.described("placement", Placement), ctx.input("placement")
+    ram, told = _ram(params, ctx, placement), {"prompts": len(rows)}
+    known = Forecast(download_bytes=0, ram=ram, metrics=told, summary=work + spread)
     if placed is not None and placed.misfits:  # said where it is placed
         return known
     each = placement.gpus if placement else int(bool(ctx.machine.gpus))
     return replace(known, vram=_vram(placement, ctx.launch.local_processes), misfits=_misfits(each, ctx))
-
-
-def _count(number: int, noun: str, ending: str = "s") -> str:
-    return f"{number} {noun}{ending if number != 1 else ''}"
 
 
 def _ram(params: InferParams, ctx: ForecastContext, placement: Placement | None) -> int | None:

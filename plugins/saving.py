@@ -93,19 +93,12 @@ def run(params: SaveParams, context: StageContext) -> StageResult:
 def _contents(context: StageContext) -> Contents:
     from bigpipe.bigmodel.publishing import Contents
 
-    def single(port: str) -> Path | None:
-        return context.input(port) if context.inputs.get(port) else None
-
+    single = {port: context.input(port) for port in ("model", "results") if context.inputs.get(port)}
+    # An artifact's directory is named by its digest, which the lineage knows
+    nodes = {item.digest.removeprefix("sha256:"): item.node for item in context.lineage if item.digest}
     reports = enumerate(context.inputs.get("reports", ()))
-    named = {_node_of(path, position, context): path for position, path in reports}
-    return Contents(model=single("model"), results=single("results"), reports=named)
-
-
-def _node_of(artifact: Path, position: int, context: StageContext) -> str:
-    """An artifact's directory is named by its digest, which the lineage knows."""
-    digest = artifact.name.removeprefix("sha256:")
-    nodes = [item.node for item in context.lineage if item.digest and item.digest.removeprefix("sha256:") == digest]
-    return nodes[-1] if nodes else str(position)
+    named = {nodes.get(path.name.removeprefix("sha256:"), str(number)): path for number, path in reports}
+    return Contents(model=single.get("model"), results=single.get("results"), reports=named)
 
 
 def present(params: SaveParams, artifact: Path, context: CheckContext) -> bool:

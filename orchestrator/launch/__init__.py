@@ -6,10 +6,9 @@ from bigpipe.faces import face
 
 if TYPE_CHECKING:
     from .acceleration import effective_launch
-    from .environment import visible_secrets, worker_environment
+    from .environment import Redactor, visible_secrets, worker_environment
     from .executors import Executor, executor, run_alone
     from .jobs import AttemptFolder, Failure, Job, JobFile, Outcome
     from .processes import MEMORY, WarmWorker, worker_command
-    from .redaction import Redactor
 
 __getattr__, __all__ = face(__name__)

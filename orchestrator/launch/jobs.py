@@ -28,7 +28,7 @@ from bigpipe.errors import BY_NAME, BigpipeError, StageFailed
 from bigpipe.files import NO_SPACE, write_file
 from bigpipe.orchestrator.contract import Assignment, Event, Params, Stage, StageResult
 
-from .redaction import Redactor
+from .environment import Redactor
 
 if TYPE_CHECKING:
     from .processes import WarmWorker

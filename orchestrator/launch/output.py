@@ -22,7 +22,7 @@ from pathlib import Path
 from bigpipe.files import LogFile
 from bigpipe.orchestrator.contract import Event, Progress, event_from_json
 
-from .redaction import Redactor
+from .environment import Redactor
 
 PROGRESS_SECONDS = 0.1
 """At most one Progress per task in this time; the first and the last always pass."""

@@ -80,20 +80,15 @@ def end(
 ) -> list[int]:
     """End these workers and all else in their sessions: SIGTERM, `grace` seconds, SIGKILL. Return those still there.
     reap: called while waiting, so that a child of ours does not stay as a zombie."""
-    left = _signal(workers, signal.SIGTERM) if grace else _members(workers)
-    left = _wait(workers, grace, reap) if left else left
-    if not left:
-        return []
-    _signal(workers, signal.SIGKILL)
-    return _wait(workers, GONE_SECONDS, reap)
-
-
-def _signal(workers: Sequence[Worker], number: signal.Signals) -> list[int]:
-    members = _members(workers)
-    for process in members:
-        with contextlib.suppress(ProcessLookupError, PermissionError):
-            os.kill(process, number)
-    return members
+    left: list[int] = []
+    for number, seconds in ((signal.SIGTERM, grace), (signal.SIGKILL, GONE_SECONDS)):
+        left = _members(workers)
+        if left and seconds:
+            for process in left:
+                with contextlib.suppress(ProcessLookupError, PermissionError):
+                    os.kill(process, number)
+            left = _wait(workers, seconds, reap)
+    return left
 
 
 def _wait(workers: Sequence[Worker], seconds: float, reap: Callable[[], object]) -> list[int]:

@@ -20,12 +20,11 @@ from bigpipe.orchestrator.contract import Event, LogLine
 from bigpipe.sizes import format_size
 
 from . import processes
-from .environment import worker_environment
+from .environment import Redactor, worker_environment
 from .jobs import Failure, Job, JobFile, Mode, Outcome
 from .lifeline import ORPHANED
 from .output import EventTail, Log, OutputReader
 from .processes import Worker, out_of_memory_kills, peak_resident
-from .redaction import Redactor
 
 FIRST_PAUSE, LONGEST_PAUSE = 0.005, 0.05
 """Seconds between two looks at a worker: short ones are not kept waiting, long ones cost nothing."""

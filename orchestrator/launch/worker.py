@@ -32,8 +32,8 @@ from .lifeline import ORPHANED, PARENT_VARIABLE, hold_work_folder, sign_in, stan
 if TYPE_CHECKING:
     from bigpipe.orchestrator.contract import Reporter, Stage, StageResult
 
+    from .environment import Redactor
     from .jobs import AttemptFolder, JobFile, Mode, Outcome
-    from .redaction import Redactor
 
 
 def main(arguments: list[str]) -> None:
@@ -69,9 +69,9 @@ def warm_up(modules: list[str]) -> None:
 
 def work(path: Path, mode: Mode, rank: int, machine_rank: list[str]) -> int:
     """Do what this mode asks for and write what came of it; return the exit status. Of ranks, each tells for itself."""
+    from .environment import Redactor
     from .jobs import AttemptFolder, Failure, JobFile, Outcome
     from .processes import own_peak
-    from .redaction import Redactor
 
     file, folder = JobFile.read(path, os.environ), AttemptFolder(path.parent)
     redactor = Redactor.of(file.secrets, os.environ, os.environ)

@@ -106,14 +106,9 @@ class Publisher:
         target = self.layout.object(source.sha256)
         if source.how == "adopt":
             self._adopt(Path(source.path), target, source)
-        try:
-            facts = os.lstat(target)
-        except FileNotFoundError:
-            raise Damaged from None
-        if not stat.S_ISREG(facts.st_mode) or facts.st_size != source.size:
-            raise Damaged
-        # Somebody wrote to it, or a power loss took its mtime: the bytes decide.
-        if facts.st_mtime_ns != STILL and hash_file(target) != source.sha256:
+        facts = _regular(target, source.size)
+        # Where somebody wrote to it, or a power loss took its mtime, the bytes decide.
+        if facts is None or (facts.st_mtime_ns != STILL and hash_file(target) != source.sha256):
             raise Damaged
         return Entry(source.sha256, fingerprint(facts))
 
@@ -126,31 +121,24 @@ class Publisher:
             return  # a link already: moved by the attempt whose journal this is, or a part of an earlier artifact
         if facts.st_size != source.size:
             raise Damaged
-        if not _stands(target, source.size):
+        there = _regular(target, source.size)
+        if there is None or there.st_mtime_ns != STILL:  # written to since: replaced by the good bytes at hand
             self._move(path, target, facts)
-        self._leave_a_link(path, target)
-
-    def _leave_a_link(self, path: Path, target: Path) -> None:
-        """Whoever reads it under its old name finds it there at any moment, until the work folder goes."""
+        # Whoever reads it under its old name finds it there at any moment, until the work folder goes.
         if os.stat(path.parent).st_dev == os.stat(target).st_dev:
             link(os.path.relpath(os.path.realpath(target), os.path.realpath(path.parent)), path)
         else:
             path.unlink()
 
     def _move(self, path: Path, target: Path, facts: os.stat_result) -> None:
-        if facts.st_nlink > 1:
-            # Another name shares the inode: making that read-only, or trusting that nobody writes to it, is not ours.
-            self._copy(path, target)
-            return
-        _still(path)
-        try:
-            give_name(path, target, self.temporary())
-        except OSError as error:
-            if error.errno != errno.EXDEV:
-                raise
-            self._copy(path, target)
-
-    def _copy(self, path: Path, target: Path) -> None:
+        # Where another name shares the inode, making that read-only, or trusting that nobody writes to it, is not ours.
+        if facts.st_nlink == 1:
+            _still(path)
+            try:
+                return give_name(path, target, self.temporary())
+            except OSError as error:
+                if error.errno != errno.EXDEV:
+                    raise
         copy = self.temporary()
         copy_file(path, copy)
         _still(copy)
@@ -164,13 +152,12 @@ def _still(path: Path) -> None:
     os.utime(path, ns=(STILL, STILL))
 
 
-def _stands(target: Path, size: int) -> bool:
-    """Is this object there as it was left? One that was written to since is replaced by the good bytes at hand."""
-    try:
-        facts = os.lstat(target)
-    except FileNotFoundError:
-        return False
-    return stat.S_ISREG(facts.st_mode) and facts.st_size == size and facts.st_mtime_ns == STILL
+def _regular(path: Path, size: int) -> os.stat_result | None:
+    """What `lstat` says of a regular file of this size; None where there is none."""
+    with suppress(FileNotFoundError):
+        facts = os.lstat(path)
+        return facts if stat.S_ISREG(facts.st_mode) and facts.st_size == size else None
+    return None
 
 
 @dataclass

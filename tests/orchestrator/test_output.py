@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 from hypothesis import given, strategies as st
 
+from bigpipe.orchestrator.launch.environment import Redactor, stored_hub_token
 from bigpipe.orchestrator.launch.output import LONGEST_LINE, LineSplitter, Log, OutputReader
-from bigpipe.orchestrator.launch.redaction import Redactor, stored_hub_token
 
 NOTHING = Redactor([])
 SECRET = "s3cr3t/with+signs=="

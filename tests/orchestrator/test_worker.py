@@ -19,9 +19,9 @@ from bigpipe.errors import Interrupted, NotAuthorised, Place, UsageError
 from bigpipe.orchestrator.contract.contexts import Assignment
 from bigpipe.orchestrator.contract.events import LogLine, Progress
 from bigpipe.orchestrator.launch import lifeline, processes
+from bigpipe.orchestrator.launch.environment import Redactor
 from bigpipe.orchestrator.launch.jobs import Failure, JobFile, Outcome
 from bigpipe.orchestrator.launch.output import EventTail, EventWriter
-from bigpipe.orchestrator.launch.redaction import Redactor
 
 PATH = os.pathsep.join([str(TESTS), os.environ.get("PYTHONPATH", "")])
 ENVIRONMENT = {**os.environ, "PYTHONPATH": PATH}
