@@ -25,13 +25,7 @@ STORE = click.option(
     "--store", type=click.Path(path_type=Path), help="The store; else $BIGPIPE_HOME, else the XDG cache."
 )
 PARAMS = click.option(
-    "-p",
-    "--param",
-    "params",
-    multiple=True,
-    callback=pairs,
-    metavar="NAME=VALUE",
-    help="Set a parameter of the recipe.",
+    "-p", "--param", "params", multiple=True, callback=pairs, metavar="NAME=VALUE", help="Set a recipe's parameter."
 )
 JSON = click.option("--json", "as_json", is_flag=True, help="Print JSON on stdout.")
 JOBS = click.option("--jobs", type=click.IntRange(min=1), help="Nodes side by side at the most.")
