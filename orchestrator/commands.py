@@ -10,8 +10,8 @@ from typing import Any
 from bigpipe.errors import GateFailed, ManifestError, Stale, UsageError
 from bigpipe.files import make_directory, write_file
 
+from . import lock as lock_file
 from .contract import Json, Machine, OneAtATime, Reporter
-from .lock import check_lock, enforce, enforce_outputs, read_lock, record_outputs, write_lock
 from .planning import (
     Action,
     Plan,
@@ -55,14 +55,14 @@ def run(
     with session.store:
         session.side_by_side = jobs != 1 and session.store.keeps_others_out
         if locked:
-            enforce(session)
+            lock_file.enforce(session)
         planned = with_parameters(make_plan(session))
         refuse(planned, keep_going=keep_going)
         result = run_plan(session, planned, reporter or OneAtATime(), jobs=jobs, keep_going=keep_going)
         if locked:
-            enforce_outputs(session, result.records)
-        if result.status == "succeeded":
-            record_outputs(session, result.records)
+            lock_file.enforce_outputs(session, result.records)
+        if session.lock and result.status == "succeeded":
+            lock_file.record_outputs(session, result.records)
     if check and result.errors:
         raise result.errors[0]
     return result
@@ -72,7 +72,7 @@ def _open(
     manifest: str | Path, nodes: Sequence[str] = (), *, params: Mapping[str, Any] | None, **options: Any
 ) -> Session:
     """A session that knows what the lock file beside the manifest pins."""
-    if lock := read_lock(Path(manifest).absolute()):
+    if lock := lock_file.read_lock(Path(manifest).absolute()):
         options |= {"lock": lock.path, "locked_pins": {name: item.pins for name, item in lock.inputs.items()}}
     return open_session(manifest, nodes, params=_written(params), **options)
 
@@ -175,7 +175,7 @@ def lock(
 ) -> Path:
     """Write `<manifest>.lock`, or check that it still says what a run would use (Stale where not)."""
     session = _open(manifest, params=params, store=store)
-    return check_lock(session) if check else write_lock(session)
+    return lock_file.check_lock(session) if check else lock_file.write_lock(session)
 
 
 def load_manifest(path: str | Path, *, params: Mapping[str, Any] | None = None) -> Recipe:

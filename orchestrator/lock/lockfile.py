@@ -140,18 +140,13 @@ def write(path: Path, lock: LockFile) -> bool:
     return True
 
 
-def lock_path(manifest: Path) -> Path:
-    """Return where the lock file of a manifest lies: beside it."""
-    return manifest.with_name(manifest.name + ".lock")
-
-
 def locked_digests(path: Path) -> set[str]:
     """Return the artifacts that a lock file names. Raise UsageError where it is not a lock file."""
-    lock = read(path)
+    lock = read_lock_file(path)
     return {output.digest for output in lock.outputs.values() if output.digest is not None} if lock else set()
 
 
-def read(path: Path) -> LockFile | None:
+def read_lock_file(path: Path) -> LockFile | None:
     """Return the lock file, None where there is none. Raise UsageError where it is not one (a merge conflict, say)."""
     if not path.exists():
         return None

@@ -11,24 +11,18 @@ from bigpipe.orchestrator.planning import Session
 from bigpipe.orchestrator.recipe import Node
 from bigpipe.orchestrator.store import KeyRecord
 
+from . import lock_path, read_lock
 from .lockfile import (
     LockedInput,
     LockFile,
     is_same,
-    lock_path,
     locked_files,
     locked_output,
-    read,
     require,
     require_record,
     with_files,
     write,
 )
-
-
-def read_lock(manifest: Path) -> LockFile | None:
-    """Return the lock beside a manifest, None where there is none. Raise UsageError where it is not a lock file."""
-    return read(lock_path(manifest))
 
 
 def current(session: Session) -> LockFile:

@@ -15,7 +15,7 @@ from bigpipe.errors import BigpipeError, Offline
 from bigpipe.files import make_directory, write_file
 from bigpipe.machine import detect
 from bigpipe.orchestrator.contract import CheckContext, LogLine, Machine, Pinned, Reporter, Surroundings
-from bigpipe.orchestrator.launch import effective_launch, visible_secrets
+from bigpipe.orchestrator.launch import visible_secrets
 from bigpipe.orchestrator.recipe import Node, Recipe, load_recipe
 from bigpipe.orchestrator.store import KeyRecord, StatMemo, Store, default_root
 from bigpipe.sizes import format_transfer
@@ -83,13 +83,18 @@ class Session:
     def surroundings(self, node: Node) -> Surroundings:
         """Return what all contexts of the node stand on. Raise UsageError for a `config_file` that cannot be used."""
         if node.name not in self._surroundings:
+            launch = node.launch
+            if launch.config_file is not None:
+                from bigpipe.orchestrator.launch import effective_launch
+
+                launch = effective_launch(launch, self.base)
             self._surroundings[node.name] = Surroundings(
                 base=self.base,
                 machine=self.machine,
                 memo=self.store.memo,
                 trust=self.recipe.trust,
                 offline=self.offline,
-                launch=effective_launch(node.launch, self.base),
+                launch=launch,
                 environment={**node.env, **self.secrets(node)},
             )
         return self._surroundings[node.name]

@@ -25,7 +25,7 @@ from .yamlsource import Document, Key
 MAX_NODES = 50_000
 MAX_EDGES = 1_000_000
 
-_VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
+_VARIABLE = r"[A-Za-z_][A-Za-z0-9_]*"
 
 
 def node_name(stage: str, variant: Mapping[str, str]) -> str:
@@ -187,7 +187,7 @@ class Expansion:
             path = (*stage.path, "env", name)
             if not isinstance(name, str):
                 continue
-            if not _VARIABLE.fullmatch(name):
+            if not re.fullmatch(_VARIABLE, name):
                 cause, cure = f"{name!r} cannot name a variable", "use A-Z, 0-9 and _"
                 self.problems.add(Fault.BAD_NAME, path, cause, cure, key=True)
             elif name in self.scope.secrets:

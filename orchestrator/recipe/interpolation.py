@@ -24,7 +24,7 @@ from .yamlsource import Key, read_value
 WELL_KNOWN_SECRETS = frozenset({"HF_TOKEN", "HUGGING_FACE_HUB_TOKEN"})
 
 _OPENING = re.compile(r"\$\$\{|\$\{")
-_ENVIRONMENT = re.compile(r"([A-Za-z_][A-Za-z0-9_]*)(?::([-?])(.*))?", re.DOTALL)
+_ENVIRONMENT = r"(?s)([A-Za-z_][A-Za-z0-9_]*)(?::([-?])(.*))?"
 _NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_-]*")
 
 
@@ -169,7 +169,7 @@ def _from_values(reference: str, namespace: str, name: str, scope: Scope) -> Jso
 
 
 def _from_environment(reference: str, body: str, scope: Scope) -> str:
-    match = _ENVIRONMENT.fullmatch(body)
+    match = re.fullmatch(_ENVIRONMENT, body)
     if match is None:
         cure = "write ${env.NAME}, ${env.NAME:-default} or ${env.NAME:?message}"
         raise _Unresolved(Fault.BAD_REFERENCE, reference, f"{reference} is not a reference", cure)

@@ -17,7 +17,7 @@ from .yamlsource import Document, Key, to_python
 VERSION = 1
 NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_-]{0,63}")
 
-_DURATION = re.compile(r"\s*(?:(\d+(?:\.\d+)?)\s*h)?\s*(?:(\d+(?:\.\d+)?)\s*m(?:in)?)?\s*(?:(\d+(?:\.\d+)?)\s*s)?\s*")
+_DURATION = r"\s*(?:(\d+(?:\.\d+)?)\s*h)?\s*(?:(\d+(?:\.\d+)?)\s*m(?:in)?)?\s*(?:(\d+(?:\.\d+)?)\s*s)?\s*"
 _MODULE = r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*"
 _PINNED = r"[\w.-]+/[\w.-]+@[0-9a-f]{40}"
 
@@ -41,7 +41,7 @@ def parse_duration(value: int | float | str) -> float:
     if isinstance(value, int | float) and not isinstance(value, bool):
         seconds = float(value)
     else:
-        match = _DURATION.fullmatch(value) if isinstance(value, str) and value.strip() else None
+        match = re.fullmatch(_DURATION, value) if isinstance(value, str) and value.strip() else None
         if match is None:
             raise ValueError(f"{value!r} is not a time; write 90s, 30m, 1h30m or a number of seconds")
         hours, minutes, rest = (float(part or 0) for part in match.groups())

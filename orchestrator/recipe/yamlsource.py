@@ -40,7 +40,7 @@ _WRITTEN_INTEGER = re.compile(r"0|-?[1-9][0-9]{0,18}")
 """As `str` writes one."""
 _FLOAT = re.compile(r"[-+]?(?:\.[0-9]+|[0-9]+(?:\.[0-9]*)?)(?:[eE][-+]?[0-9]+)?")
 _LEADING_ZERO = re.compile(r"[-+]?0[0-9]+")
-_NOT_FINITE = re.compile(r"[-+]?\.(?:inf|Inf|INF)|\.(?:nan|NaN|NAN)")
+_NOT_FINITE = r"[-+]?\.(?:inf|Inf|INF)|\.(?:nan|NaN|NAN)"
 _CONSTANTS: dict[str, bool | None] = {
     "": None, "~": None, "null": None, "Null": None, "NULL": None,
     "true": True, "True": True, "TRUE": True, "false": False, "False": False, "FALSE": False,
@@ -264,7 +264,7 @@ class _Composer:
         whole = _INTEGER.fullmatch(text)
         if whole and len(text) <= MAX_NUMBER_LENGTH:
             return int(text, {"0o": 8, "0x": 16}.get(text[:2], 10))
-        if whole or _NOT_FINITE.fullmatch(text) or (_FLOAT.fullmatch(text) and math.isinf(float(text))):
+        if whole or re.fullmatch(_NOT_FINITE, text) or (_FLOAT.fullmatch(text) and math.isinf(float(text))):
             cause = f"{text} has too many digits" if whole else f"{text} is not a finite number"
             self._report(Fault.AMBIGUOUS_SCALAR, event, cause, f"write '{text}' for text")
             return 0

@@ -10,9 +10,8 @@ import pytest
 from support.stores import publish
 
 from bigpipe.errors import StageFailed, Stale, UsageError
-from bigpipe.orchestrator.lock import lockfile, locking
-from bigpipe.orchestrator.lock.lockfile import git_blob, lock_path
-from bigpipe.orchestrator.lock.locking import read_lock
+from bigpipe.orchestrator.lock import lock_path, lockfile, locking, read_lock
+from bigpipe.orchestrator.lock.lockfile import git_blob
 from bigpipe.orchestrator.planning.keys import Difference, Identity
 from bigpipe.orchestrator.stage import Pinned, PinnedFile
 from bigpipe.orchestrator.store.store import Store
