@@ -28,7 +28,7 @@ from machine import facts
 from peak_models import CALIBRATION, EVALUATION, Case, smaller
 
 from bigpipe.bigmodel.architecture import Architecture, describe_architecture, describe_many, read_request
-from bigpipe.bigmodel.footprint import Workload, budget
+from bigpipe.bigmodel.footprint import Budget, Workload
 
 DTYPES = ("float32", "float16", "bfloat16")
 NEW_TOKENS = 4
@@ -212,7 +212,7 @@ def predict(architecture: Architecture, row: Row) -> Row:
         batch_size=row.batch_size, sequence_length=row.length, all_logits=not generates,
         output_length=NEW_TOKENS if generates else None,
     )  # fmt: skip
-    found = budget(architecture, row.dtype, workload)
+    found = Budget(architecture, row.dtype, workload)
     return replace(
         row, predicted=found.cpu.bytes, weights_predicted=found.weights.bytes, basis=found.cpu.basis,
         formula=found.cpu.formula,

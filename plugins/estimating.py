@@ -117,7 +117,7 @@ def _estimate(params: EstimateParams, sighting: Sighting, sources: Sources) -> E
 
 def _metrics(made: Estimate) -> Metrics:
     found = {
-        dtype: DtypeMetrics(**values, training_high=made.needed(dtype) if made.train else None)
+        dtype: DtypeMetrics(**values, training_high=made[dtype].needed(made.train) if made.train else None)
         for dtype, values in made.metrics().items()
     }
     own = {dtype: found.pop(dtype) for dtype in DTYPES if dtype in found}

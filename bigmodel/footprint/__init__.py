@@ -7,11 +7,10 @@ from typing import TYPE_CHECKING
 from bigpipe.faces import face
 
 if TYPE_CHECKING:
-    from .budgets import Workload, budget, capped_length
-    from .estimates import Estimate, estimate, estimate_sighting
+    from .budgets import Budget, Workload, capped_length
+    from .estimates import Estimate, estimate, estimate_sighting, report
     from .kvcache import kv_cache, layer_kinds, text_config
     from .sighting import Sighting, architecture_of, look
-    from .text import report
     from .weights import compute_bytes
 
 __getattr__, __all__ = face(__name__)

@@ -79,6 +79,11 @@ def shape_of(architecture: Architecture) -> Shape:
     if experts:
         inner = _number(config, "moe_intermediate_size", "expert_ffn_hidden_size") or inner
     encoder_decoder = bool(config.get("is_encoder_decoder"))
+    eager = config.get(ATTENTION, architecture.config.get(ATTENTION)) == "eager"
+    kind = str(config.get("model_type"))
+    # BART and its kin add a bias that is not part of the head
+    biased = any(tensor.name == "final_logits_bias" for tensor in architecture.modules[0].tensors)
+    called = str(config.get("activation_function") or config.get("hidden_act") or "")
     return Shape(
         hidden=hidden,
         inner=inner or 4 * hidden,
@@ -88,35 +93,16 @@ def shape_of(architecture: Architecture) -> Shape:
         layers=_number(config, "num_hidden_layers", "n_layer", "num_layers", "encoder_layers", "n_layers"),
         vocabulary=_number(config, "vocab_size") if architecture.output_embedding else 0,
         experts=experts,
-        scores=_scores_of(config) if _is_eager(architecture) else {},
+        scores=WRITTEN_OUT.get(kind, WRITTEN_OUT[""]) if eager else {},
         grouped=0 < _number(config, "num_key_value_heads") < heads,
         residuals=3 if "post_feedforward_layernorm" in names and "input_layernorm" not in names else 4,
-        activation=_activation(config),
+        activation="bloom_gelu" if kind == "bloom" else called,
         head_dim=_number(config, "head_dim", "d_kv") or (hidden // heads if heads else 0),
         last_logits=architecture.generates and not encoder_decoder,
-        logit_copies=2 if config.get("final_logit_softcapping") or _biased(architecture) else 1,
+        logit_copies=2 if config.get("final_logit_softcapping") or biased else 1,
         state=_number(config, "state_size", "mamba_d_state", "ssm_state_size"),
-        known=config.get("model_type") in COUNTED and architecture.library == "transformers",
+        known=kind in COUNTED and architecture.library == "transformers",
     )
-
-
-def _biased(architecture: Architecture) -> bool:
-    """BART and its kin add a bias that is not part of the head."""
-    return any(tensor.name == "final_logits_bias" for tensor in architecture.modules[0].tensors)
-
-
-def _is_eager(architecture: Architecture) -> bool:
-    return bool(text_config(architecture.config).get(ATTENTION, architecture.config.get(ATTENTION)) == "eager")
-
-
-def _scores_of(config: Mapping[str, Any]) -> Mapping[int, tuple[int, int]]:
-    return WRITTEN_OUT.get(str(config.get("model_type")), WRITTEN_OUT[""])
-
-
-def _activation(config: Mapping[str, Any]) -> str:
-    if config.get("model_type") == "bloom":
-        return "bloom_gelu"
-    return str(config.get("activation_function") or config.get("hidden_act") or "")
 
 
 def _is_mixture(config: Mapping[str, Any]) -> bool:
@@ -158,21 +144,15 @@ def prefill(
         if not patch or not shape.heads:  # a convolutional net: its first, largest feature maps
             return Activations(batch_size * side * side * 64 * itemsize, "first convolution", "64·b·side²·bytes", False)
         length = (side // patch) ** 2 + 1
-    tokens = batch_size * length
-    phases = {
-        "feed-forward": feed_forward_elements(shape, batch_size, length) * tokens * itemsize,
+    phases: dict[str, tuple[int, str]] = {
+        "feed-forward": _feed_forward(shape, batch_size, length, itemsize),
         "attention": _scores(shape, batch_size, length, itemsize),
-        "logits": 0 if headless else _logits(shape, batch_size, length, itemsize, all_logits),
-        "state": _state(shape, tokens, itemsize),
+        "logits": (0, "") if headless else _logits(shape, batch_size, length, itemsize, all_logits),
+        "state": _state(shape, batch_size * length, itemsize),
     }
-    phase = max(phases, key=lambda name: phases[name])
-    formulas = {
-        "feed-forward": feed_forward_formula(shape),
-        "attention": _scores_formula(shape, itemsize),
-        "logits": _logits_formula(shape, all_logits),
-        "state": "b·s·inner·(12·state+26)",
-    }
-    return Activations(phases[phase], phase, formulas[phase], shape.known and not shape.state)
+    phase = max(phases, key=lambda name: phases[name][0])
+    size, formula = phases[phase]
+    return Activations(size, phase, formula, shape.known and not shape.state)
 
 
 UNGATED = {"gelu_new": (5, 2), "bloom_gelu": (5, 8)}
@@ -180,66 +160,53 @@ UNGATED = {"gelu_new": (5, 2), "bloom_gelu": (5, 8)}
 GELU in its tanh form is written out in Python: four intermediates of the full width."""
 
 
-def feed_forward_elements(shape: Shape, batch_size: int, length: int) -> int:
-    """Elements per token alive in the middle of the feed-forward part, the residual stream included."""
+def _feed_forward(shape: Shape, batch_size: int, length: int, itemsize: int) -> tuple[int, str]:
+    """(bytes, formula) in the middle of the feed-forward part, the residual stream included."""
     inner, hidden = shape.inner, shape.hidden
     # Rotary cosines and sines are there once for the whole batch, learned positions too
     positions = 2 * shape.head_dim // batch_size
-    # Attention that was written out is still referred to by the layer
-    scores = (shape.heads + 1) * length if shape.scores else 0
     if shape.experts:
         routed = max(4 * shape.experts * hidden + 4 * hidden, shape.experts * (3 * inner + 2 * hidden) + 9 * hidden)
-        return routed + positions + scores
-    if shape.gated:
-        return (4 if shape.fused else 3) * inner + shape.residuals * hidden + positions + scores
-    inners, hiddens = UNGATED.get(shape.activation, (2, 4))
-    return inners * inner + hiddens * hidden + scores
+        elements, formula = routed + positions, "max(4kh+4h, k(3f+2h)+9h)"
+    elif shape.gated:
+        inners = 4 if shape.fused else 3
+        elements = inners * inner + shape.residuals * hidden + positions
+        formula = f"{inners}f+{shape.residuals}h+2·head_dim/b"
+    else:
+        inners, hiddens = UNGATED.get(shape.activation, (2, 4))
+        elements, formula = inners * inner + hiddens * hidden, f"{inners}f+{hiddens}h"
+    if shape.scores:  # attention that was written out is still referred to by the layer
+        elements, formula = elements + (shape.heads + 1) * length, f"{formula} + heads·s"
+    words = ", k experts per token" if shape.experts else ""
+    return elements * batch_size * length * itemsize, f"b·s·({formula})·bytes{words}"
 
 
-def feed_forward_formula(shape: Shape) -> str:
-    scores = " + heads·s" if shape.scores else ""
-    if shape.experts:
-        return f"b·s·(max(4kh+4h, k(3f+2h)+9h){scores})·bytes, k experts per token"
-    if shape.gated:
-        return f"b·s·({4 if shape.fused else 3}f+{shape.residuals}h+2·head_dim/b{scores})·bytes"
-    inners, hiddens = UNGATED.get(shape.activation, (2, 4))
-    return f"b·s·({inners}f+{hiddens}h{scores})·bytes"
-
-
-def _scores(shape: Shape, batch_size: int, length: int, itemsize: int) -> int:
+def _scores(shape: Shape, batch_size: int, length: int, itemsize: int) -> tuple[int, str]:
     if not shape.scores:
-        return 0
+        return 0, ""
     per_score, widths = shape.scores[itemsize]
     width = widths * shape.hidden + (2 * shape.heads * shape.head_dim if shape.grouped else 0)
-    return batch_size * length * (length * (shape.heads * per_score + itemsize) + width * itemsize)
-
-
-def _scores_formula(shape: Shape, itemsize: int) -> str:
-    per_score, widths = shape.scores.get(itemsize, (0, 0))
+    size = batch_size * length * (length * (shape.heads * per_score + itemsize) + width * itemsize)
     expanded = " + expanded keys and values" if shape.grouped else ""
-    return f"b·heads·s²·{per_score} + b·s·({widths}h{expanded})·bytes + mask"
+    return size, f"b·heads·s²·{per_score} + b·s·({widths}h{expanded})·bytes + mask"
 
 
-def _logits(shape: Shape, batch_size: int, length: int, itemsize: int, all_logits: bool) -> int:
+def _logits(shape: Shape, batch_size: int, length: int, itemsize: int, all_logits: bool) -> tuple[int, str]:
     if not shape.vocabulary:
-        return 0
+        return 0, ""
     if shape.last_logits and not all_logits:
-        return batch_size * shape.vocabulary * (itemsize + 4)
+        return batch_size * shape.vocabulary * (itemsize + 4), "b·vocab·(bytes+4)"
     widths = 1 if shape.last_logits else 2
-    return batch_size * length * (shape.logit_copies * shape.vocabulary + widths * shape.hidden) * itemsize
-
-
-def _logits_formula(shape: Shape, all_logits: bool) -> str:
+    size = batch_size * length * (shape.logit_copies * shape.vocabulary + widths * shape.hidden) * itemsize
     copies = "2·" if shape.logit_copies == 2 else ""
-    if shape.last_logits:
-        return f"b·s·({copies}vocab+h)·bytes" if all_logits else "b·vocab·(bytes+4)"
-    return f"b·s·({copies}vocab+2h)·bytes"
+    return size, f"b·s·({copies}vocab+{'h' if widths == 1 else '2h'})·bytes"
 
 
-def _state(shape: Shape, tokens: int, itemsize: int) -> int:
+def _state(shape: Shape, tokens: int, itemsize: int) -> tuple[int, str]:
     """Without their own kernels, state-space layers write out the float32 state of every token, three times."""
     inner = shape.inner if shape.inner > shape.hidden else 2 * shape.hidden
-    return tokens * inner * (12 * shape.state + 13 * itemsize) if shape.state and not shape.heads else 0
+    size = tokens * inner * (12 * shape.state + 13 * itemsize) if shape.state and not shape.heads else 0
+    return size, "b·s·inner·(12·state+26)"
 
 
 def training(shape: Shape, batch_size: int, length: int, *, mixed: bool, checkpointing: bool = False) -> int:

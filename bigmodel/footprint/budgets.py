@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
+from functools import cached_property
 from typing import Any, Literal
 
 from bigpipe.bigmodel.architecture import Architecture
@@ -77,34 +78,49 @@ class Term:
         return cls(size, basis, int(size * (1 - margin)), int(size * (1 + margin)), formula)
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True)
 class Budget:
-    """One row of an estimate. Sizes in bytes."""
+    """One row of an estimate: a model in one dtype, each term counted when it is first asked for. Sizes in bytes.
 
+    Raises UsageError for a dtype that is neither plain nor a format, and for what the workload asks in vain.
+    """
+
+    architecture: Architecture = field(repr=False)
     dtype: str
-    parameters: int
-    total: int
-    """Every float tensor at the width the dtype's name promises, and integer buffers: accelerate's column."""
-    largest_layer: int
-    stored: int
-    """Of the checkpoint this dtype is written to, without headers."""
-    weights: Term
-    """Parameters and buffers as they are held in memory, scales and unconverted modules included."""
-    buffers: Term
-    kv_cache: Term
-    activations: Term
-    runtime: Term
-    cpu: Term
-    """The peak of anonymous memory on a CPU, weights included, above what the process holds without a model."""
-    on_disk: Term
-    """`stored` with its interval: under double quantization a few bytes of each matrix depend on its values."""
-    largest_matrix: int = 0
-    """Elements of the largest matrix that is quantized."""
-    quantizing: Term | None = None
-    """What a 16-bit checkpoint needs besides, at the peak, to be quantized while it loads; None: not a quantized
-    dtype. A checkpoint that was quantized before needs none of it."""
-    training: Mapping[str, Term | None] = field(default_factory=dict)
-    """By optimizer; None where the dtype cannot be trained so."""
+    workload: Workload
+
+    def __post_init__(self) -> None:
+        _ = self.counts, self.cached, self.adapters  # whose errors are the caller's
+
+    @cached_property
+    def counts(self) -> Weights:
+        return weigh(self.architecture, self.dtype, double_quant=self.workload.double_quant)
+
+    @cached_property
+    def shape(self) -> Shape:
+        return activations.shape_of(self.architecture)
+
+    @cached_property
+    def length(self) -> int:
+        return capped_length(self.architecture, self.workload.sequence_length)
+
+    @property
+    def itemsize(self) -> int:
+        return compute_bytes(self.dtype)
+
+    @property
+    def cached(self) -> int:
+        """Bytes per cached element."""
+        return self.itemsize if self.workload.kv_dtype is None else kv_bytes(self.workload.kv_dtype)
+
+    @cached_property
+    def cache(self) -> Cache:
+        work = self.workload
+        return cache_of(self.architecture, work.batch_size, self.length, self.cached, work.output_length)
+
+    @property
+    def adapters(self) -> int:
+        return adapters_of(self.architecture, self.workload.lora_rank, self.workload.lora_targets)
 
     @property
     def inference(self) -> int:
@@ -118,14 +134,21 @@ class Budget:
     def _parts(self) -> tuple[Term, ...]:
         return self.weights, self.kv_cache, self.activations, self.runtime
 
+    def needed(self, train: str | None) -> int | None:
+        """Return bytes at the upper end, of a training step or of inference; None where it cannot be trained so."""
+        if train is None:
+            return self.inference_high
+        term = self.training[train]
+        return term.high + self.runtime.high if term else None
+
     def metrics(self) -> dict[str, Any]:
         """The terms by the names that gates and reports use."""
         return {
-            "parameters": self.parameters,
-            "total": self.total,
-            "largest_layer": self.largest_layer,
+            "parameters": self.counts.parameters,
+            "total": self.counts.total,
+            "largest_layer": self.counts.largest_layer,
             "weights": self.weights.bytes,
-            "stored": self.stored,
+            "stored": self.counts.stored,
             "buffers": self.buffers.bytes,
             "kv_cache": self.kv_cache.bytes,
             "activations": self.activations.bytes,
@@ -138,40 +161,134 @@ class Budget:
 
     def terms(self) -> dict[str, Term]:
         """By name; training as `training.adamw`, where the dtype can be trained so."""
-        names = ("weights", "buffers", "kv_cache", "activations", "runtime", "cpu")
-        trained = {f"training.{name}": term for name, term in self.training.items() if term}
-        quantizing = {"quantizing": self.quantizing} if self.quantizing else {}
-        return {**{name: getattr(self, name) for name in names}, "stored": self.on_disk, **quantizing, **trained}
+        names = ("weights", "buffers", "kv_cache", "activations", "runtime", "cpu", "stored", "quantizing")
+        found = {name: getattr(self, name) for name in names}
+        found |= {f"training.{name}": term for name, term in self.training.items()}
+        return {name: term for name, term in found.items() if term}
 
     def as_json(self) -> dict[str, Any]:
         return {**self.metrics(), "terms": {name: asdict(term) for name, term in self.terms().items()}}
 
+    @cached_property
+    def weights(self) -> Term:
+        """Parameters and buffers as they are held in memory, scales and unconverted modules included."""
+        formula = "Σ unique tensors · bytes, buffers included"
+        if self.counts.converted:
+            formula += f"; {self.counts.converted} matrices packed, {self.counts.scales} bytes of scales and tables"
+        return self._counted(self.counts.loaded, formula)
 
-def budget(architecture: Architecture, dtype: str, workload: Workload) -> Budget:
-    """Raises UsageError for a dtype that is neither plain nor a format."""
-    weights = weigh(architecture, dtype, double_quant=workload.double_quant)
-    shape = activations.shape_of(architecture)
-    length = capped_length(architecture, workload.sequence_length)
-    itemsize = compute_bytes(dtype)
-    cached = itemsize if workload.kv_dtype is None else kv_bytes(workload.kv_dtype)
-    cache = cache_of(architecture, workload.batch_size, length, cached, workload.output_length)
-    return Budget(
-        dtype=dtype,
-        parameters=weights.parameters,
-        total=weights.total,
-        largest_layer=weights.largest_layer,
-        stored=weights.stored,
-        on_disk=_on_disk(architecture, weights),
-        weights=_weights(architecture, weights),
-        buffers=Term.exact(weights.buffers, "Σ buffers, saved or not"),
-        kv_cache=_cache(cache, workload.batch_size, length, cached),
-        activations=_activations(architecture, weights, shape, cache, workload, length),
-        runtime=_runtime(architecture),
-        cpu=_cpu(architecture, weights, shape, workload, length, cached),
-        largest_matrix=weights.largest_matrix,
-        quantizing=_quantizing(weights),
-        training=_training(architecture, weights, shape, workload, length),
-    )
+    @cached_property
+    def buffers(self) -> Term:
+        return Term.exact(self.counts.buffers, "Σ buffers, saved or not")
+
+    @cached_property
+    def stored(self) -> Term:
+        """Of the checkpoint this dtype is written to, without headers; under double quantization a few bytes of each
+        matrix depend on its values."""
+        stored, matrices, packing = self.counts.stored, self.counts.converted, self.counts.packing
+        fewer, more = packing.spread() if packing else (0, 0)
+        if self.architecture.outlined or not (fewer or more):
+            return self._counted(stored, "Σ saved tensors · bytes")
+        formula = f"Σ saved tensors · bytes; {matrices} states hold a number of the data"
+        return Term(stored, "bound", stored - matrices * fewer, stored + matrices * more, formula)
+
+    def _counted(self, size: int, formula: str) -> Term:
+        if self.architecture.outlined:
+            return Term.about(size, "calibrated", 0.01, f"{formula}; the class is unknown")
+        return Term.exact(size, formula)
+
+    @cached_property
+    def kv_cache(self) -> Term:
+        cache = self.cache
+        tokens = f"{self.workload.batch_size} × {self.length} tokens"
+        formula = f"{cache.kind}: {tokens}, {self.cached} bytes per element"
+        return Term.exact(cache.bytes, formula) if cache.exact else Term(cache.bytes, "bound", 0, cache.bytes, formula)
+
+    @cached_property
+    def activations(self) -> Term:
+        if not self.shape.hidden and self.architecture.library != "timm":
+            # Pipelines and classes of one's own: what people add for inference where nothing is known (EleutherAI)
+            size = self.counts.loaded // 5
+            return Term(size, "bound", 0, 2 * size, "a fifth of the weights; nothing is known of its forward")
+        found = activations.prefill(
+            self.shape, self.workload.batch_size, self.length, self.itemsize,
+            image=_image(self.architecture), all_logits=self.workload.all_logits,
+        )  # fmt: skip
+        unpacked, words = self._unpacked()
+        size = found.bytes + self.cache.prefill_extra + unpacked
+        formula = f"{found.phase}: {found.formula}"
+        formula += " + keys beyond the window until the first step" if self.cache.prefill_extra else ""
+        formula += f" + {words}" if unpacked else ""
+        if not found.known or self.architecture.outlined or not self.cache.exact:
+            return Term.about(size, "bound", GUESSED_MARGIN, formula)
+        low, high = int(size * (1 - CALIBRATED_MARGIN)), int(size * (1 + CALIBRATED_MARGIN)) + SCRATCH
+        return Term(size, "calibrated", low, high, formula)
+
+    def _unpacked(self) -> tuple[int, str]:
+        """What a product with a packed matrix takes besides, in bytes and in words."""
+        packing, tokens = self.counts.packing, self.workload.batch_size * self.length
+        if packing is None:
+            return 0, ""
+        return packing.transient(tokens, self.shape.hidden, self.shape.inner, self.counts.largest_matrix)
+
+    @cached_property
+    def runtime(self) -> Term:
+        low, usual, high = CONTEXT
+        rounding = ROUNDING * sum(len(module.tensors) for module in self.architecture.modules)
+        formula = "CUDA context + cuBLAS workspace; + 512 bytes per tensor at most"
+        return Term(usual + WORKSPACE, "bound", low, high + WORKSPACE + rounding, formula)
+
+    @cached_property
+    def quantizing(self) -> Term | None:
+        """What a 16-bit checkpoint needs besides, at the peak, to be quantized while it loads; None: not a quantized
+        dtype. A checkpoint that was quantized before needs none of it."""
+        if self.counts.packing is None:
+            return None
+        low, usual, high = (size * self.counts.largest_matrix for size in self.counts.packing.quantizing)
+        return Term(usual, "bound", low, high, "largest matrix in 16 bits, its copies and codes; 0 if quantized before")
+
+    @cached_property
+    def cpu(self) -> Term:
+        """The peak of anonymous memory on a CPU, weights included, above what the process holds without a model."""
+        found = beside_weights(
+            self.architecture, self.shape, self.workload.batch_size, self.length, self.itemsize,
+            image=_image(self.architecture), all_logits=self.workload.all_logits,
+            output_length=self.workload.output_length, cache_itemsize=self.cached,
+        )  # fmt: skip
+        other = found.bytes + self._unpacked()[0]
+        margin = int(other * (CALIBRATED_MARGIN if found.known else GUESSED_MARGIN))
+        size = self.counts.loaded + other
+        return Term(
+            size, "calibrated" if found.known else "bound", max(size - margin - found.scratch, self.counts.loaded),
+            size + margin + SCRATCH,
+            f"weights + cache + {found.formula} + {found.scratch >> 20} MiB that kernels keep",
+        )  # fmt: skip
+
+    @cached_property
+    def training(self) -> Mapping[str, Term | None]:
+        """By optimizer; None where the dtype cannot be trained so."""
+        weights, workload, count = self.counts, self.workload, self.counts.parameters
+        mixed = weights.dtype != "float32"
+        kept = activations.training(
+            self.shape, workload.batch_size, self.length, mixed=mixed, checkpointing=workload.gradient_checkpointing
+        )
+        lora = self.adapters
+        frozen = Term.about(
+            weights.loaded + 16 * lora + kept, "bound", 0.2, f"frozen weights + 16·{lora} + activations"
+        )
+        if weights.dtype not in TRAINED:
+            return {**dict.fromkeys(OPTIMIZERS), "lora": frozen}
+        states = _adam_8bit_states(self.architecture)
+        sizes = {
+            "adamw": (count * 16, f"parameters · ({'2+2+12' if mixed else '4+4+8'})"),
+            "adamw_8bit": (count * 8 + states, "parameters · 8 + 8-bit states with scales"),
+            "sgd": (count * 8, f"parameters · ({'2+2+4' if mixed else '4+4'})"),
+        }
+        terms = {
+            name: Term.about(size + weights.buffers + kept, "bound", MARGINS[name], f"{text} + activations")
+            for name, (size, text) in sizes.items()
+        }
+        return {**terms, "lora": frozen}
 
 
 def kv_bytes(dtype: str) -> int:
@@ -191,61 +308,6 @@ def capped_length(architecture: Architecture, length: int) -> int:
     return min([length, *known])
 
 
-def _weights(architecture: Architecture, weights: Weights) -> Term:
-    formula = "Σ unique tensors · bytes, buffers included"
-    if weights.converted:
-        formula += f"; {weights.converted} matrices packed, {weights.scales} bytes of scales and tables"
-    if architecture.outlined:
-        return Term.about(weights.loaded, "calibrated", 0.01, formula + "; the class is unknown")
-    return Term.exact(weights.loaded, formula)
-
-
-def _on_disk(architecture: Architecture, weights: Weights) -> Term:
-    formula = "Σ saved tensors · bytes"
-    if architecture.outlined:
-        return Term.about(weights.stored, "calibrated", 0.01, formula + "; the class is unknown")
-    fewer, more = (weights.converted * size for size in (weights.packing.spread() if weights.packing else (0, 0)))
-    if not fewer and not more:
-        return Term.exact(weights.stored, formula)
-    formula += f"; {weights.converted} states hold a number of the data"
-    return Term(weights.stored, "bound", weights.stored - fewer, weights.stored + more, formula)
-
-
-def _cache(cache: Cache, batch_size: int, length: int, itemsize: int) -> Term:
-    formula = f"{cache.kind}: {batch_size} × {length} tokens, {itemsize} bytes per element"
-    return Term.exact(cache.bytes, formula) if cache.exact else Term(cache.bytes, "bound", 0, cache.bytes, formula)
-
-
-def _activations(
-    architecture: Architecture, weights: Weights, shape: Shape, cache: Cache, workload: Workload, length: int
-) -> Term:
-    if not shape.hidden and architecture.library != "timm":
-        # Pipelines and classes of one's own: what people add for inference where nothing is known (EleutherAI)
-        size = weights.loaded // 5
-        return Term(size, "bound", 0, 2 * size, "a fifth of the weights; nothing is known of its forward")
-    itemsize = compute_bytes(weights.dtype)
-    found = activations.prefill(
-        shape, workload.batch_size, length, itemsize, image=_image(architecture), all_logits=workload.all_logits
-    )
-    unpacked, words = _unpacked(weights, shape, workload.batch_size * length)
-    size = found.bytes + cache.prefill_extra + unpacked
-    formula = f"{found.phase}: {found.formula}"
-    formula += " + keys beyond the window until the first step" if cache.prefill_extra else ""
-    formula += f" + {words}" if unpacked else ""
-    known = found.known and not architecture.outlined and cache.exact
-    if not known:
-        return Term.about(size, "bound", GUESSED_MARGIN, formula)
-    low, high = int(size * (1 - CALIBRATED_MARGIN)), int(size * (1 + CALIBRATED_MARGIN)) + SCRATCH
-    return Term(size, "calibrated", low, high, formula)
-
-
-def _unpacked(weights: Weights, shape: Shape, tokens: int) -> tuple[int, str]:
-    """What a product with a packed matrix takes besides, in bytes and in words."""
-    if weights.packing is None:
-        return 0, ""
-    return weights.packing.transient(tokens, shape.hidden, shape.inner, weights.largest_matrix)
-
-
 def _image(architecture: Architecture) -> tuple[int, int] | None:
     """(pixels per side, patch) of a model that sees only."""
     config = architecture.config
@@ -259,64 +321,6 @@ def _image(architecture: Architecture) -> tuple[int, int] | None:
     return (side, patch if isinstance(patch, int) else 0) if isinstance(side, int) else None
 
 
-def _cpu(
-    architecture: Architecture, weights: Weights, shape: Shape, workload: Workload, length: int, cached: int
-) -> Term:
-    itemsize = compute_bytes(weights.dtype)
-    found = beside_weights(
-        architecture, shape, workload.batch_size, length, itemsize, image=_image(architecture),
-        all_logits=workload.all_logits, output_length=workload.output_length, cache_itemsize=cached,
-    )  # fmt: skip
-    other = found.bytes + _unpacked(weights, shape, workload.batch_size * length)[0]
-    margin = int(other * (CALIBRATED_MARGIN if found.known else GUESSED_MARGIN))
-    size = weights.loaded + other
-    return Term(
-        size, "calibrated" if found.known else "bound", max(size - margin - found.scratch, weights.loaded),
-        size + margin + SCRATCH,
-        f"weights + cache + {found.formula} + {found.scratch >> 20} MiB that kernels keep",
-    )  # fmt: skip
-
-
-def _quantizing(weights: Weights) -> Term | None:
-    if weights.packing is None:
-        return None
-    low, usual, high = (size * weights.largest_matrix for size in weights.packing.quantizing)
-    return Term(usual, "bound", low, high, "largest matrix in 16 bits, its copies and codes; 0 if quantized before")
-
-
-def _runtime(architecture: Architecture) -> Term:
-    low, usual, high = CONTEXT
-    rounding = ROUNDING * sum(len(module.tensors) for module in architecture.modules)
-    formula = "CUDA context + cuBLAS workspace; + 512 bytes per tensor at most"
-    return Term(usual + WORKSPACE, "bound", low, high + WORKSPACE + rounding, formula)
-
-
-def _training(
-    architecture: Architecture, weights: Weights, shape: Shape, workload: Workload, length: int
-) -> dict[str, Term | None]:
-    mixed = weights.dtype != "float32"
-    kept = activations.training(
-        shape, workload.batch_size, length, mixed=mixed, checkpointing=workload.gradient_checkpointing
-    )
-    fixed = weights.buffers + kept
-    lora = adapters(architecture, workload.lora_rank, workload.lora_targets)
-    frozen = Term.about(weights.loaded + 16 * lora + kept, "bound", 0.2, f"frozen weights + 16·{lora} + activations")
-    if weights.dtype not in TRAINED:
-        return {**dict.fromkeys(OPTIMIZERS), "lora": frozen}
-    states = _adam_8bit_states(architecture)
-    count = weights.parameters
-    sizes = {
-        "adamw": (count * 16, "parameters · (4+4+8)" if not mixed else "parameters · (2+2+12)"),
-        "adamw_8bit": (count * 8 + states, "parameters · 8 + 8-bit states with scales"),
-        "sgd": (count * 8, "parameters · (4+4)" if not mixed else "parameters · (2+2+4)"),
-    }
-    terms = {
-        name: Term.about(size + fixed, "bound", MARGINS[name], f"{text} + activations")
-        for name, (size, text) in sizes.items()
-    }
-    return {**terms, "lora": frozen}
-
-
 @kept
 def _adam_8bit_states(architecture: Architecture) -> int:
     """Two states of one byte with a float32 scale per 256 elements; small tensors keep float32."""
@@ -325,7 +329,7 @@ def _adam_8bit_states(architecture: Architecture) -> int:
 
 
 @kept
-def adapters(architecture: Architecture, rank: int, targets: tuple[str, ...] = ()) -> int:
+def adapters_of(architecture: Architecture, rank: int, targets: tuple[str, ...] = ()) -> int:
     """Parameters of rank-r adapters on linear modules: Σ r·(in + out). Raises UsageError for a target that is none."""
     modules = converted_modules(architecture)
     for target in targets:

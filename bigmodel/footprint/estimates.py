@@ -11,35 +11,26 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from shutil import get_terminal_size
+from typing import Any, TextIO
 
 from bigpipe.bigmodel.architecture import Architecture, Head
 from bigpipe.bigmodel.checkpoint import ModelDescription, tensor_nbytes
 from bigpipe.bigmodel.formats import format_of, packing
 from bigpipe.bigmodel.sources import Sources
 from bigpipe.errors import UsageError
-from bigpipe.fit import Cure, as_options
-from bigpipe.sizes import size_of
+from bigpipe.fit import as_options
+from bigpipe.sizes import format_size, format_transfer, size_of
 from bigpipe.trust import Trust
 
-from .budgets import OPTIMIZERS, Budget, Workload, budget, capped_length
-from .changes import Question, needed
+from .budgets import OPTIMIZERS, Budget, Workload, capped_length
+from .changes import Question, Verdict
 from .grounds import as_accelerate, grounds
 from .sighting import Sighting, architecture_of, look
+from .text import TRAINING, Row, accelerate_row, explanation, pictures, row, table
 
 SCHEMA = "bigpipe.estimate/1"
 DTYPES = ("float32", "float16", "int8", "int4")
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Verdict:
-    memory: int
-    fits: bool
-    """Also at the upper end of what is not exact."""
-    cure: Cure | None = None
-    """The smallest change that fits; None where it fits, or nothing here would."""
-    bytes: int | None = None
-    """Needed then, at the upper end of what is not exact."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -64,17 +55,9 @@ class Estimate:
     def __getitem__(self, dtype: str) -> Budget:
         return next(found for found in self.budgets if found.dtype == dtype)
 
-    def needed(self, dtype: str) -> int | None:
-        """Bytes at the upper end, of inference or of the training step that was asked for; None: not trained so."""
-        return needed(self[dtype], self.train)
-
     def verdict(self, dtype: str, memory: int) -> Verdict:
         """Does it fit into `memory` bytes, and if not, what is the least that must change?"""
-        question = Question(self.architecture, dtype, self.workload, self.train, memory)
-        if question.holds({}):
-            return Verdict(memory=memory, fits=True)
-        cure, size = question.smallest_change() or (None, None)
-        return Verdict(memory=memory, fits=False, cure=cure, bytes=size)
+        return Question(self[dtype], self.train, memory).answer()
 
     def as_json(self) -> dict[str, Any]:
         data: dict[str, Any] = {
@@ -92,18 +75,18 @@ class Estimate:
             "dtypes": {found.dtype: found.as_json() for found in self.budgets},
         }
         for found in self.budgets:
-            for name, ground in grounds(self.architecture, found, self.workload).items():
-                data["dtypes"][found.dtype]["terms"].get(name, {}).update(ground.as_json())
+            told = data["dtypes"][found.dtype]
+            for name, ground in grounds(found).items():
+                told["terms"][name] |= ground.as_json()
             if self.head == "none":
-                data["dtypes"][found.dtype]["accelerate"] = as_accelerate(found)
+                told["accelerate"] = as_accelerate(found)
         if self.memory is not None:
             data |= {"memory": self.memory, "train": self.train}
             for found in self.budgets:
                 verdict = self.verdict(found.dtype, self.memory)
                 cure = verdict.cure
                 change = {"option": as_options(cure.change), "bytes": verdict.bytes} if cure else None
-                data["dtypes"][found.dtype]["fits"] = verdict.fits
-                data["dtypes"][found.dtype]["smallest_change"] = change
+                data["dtypes"][found.dtype] |= {"fits": verdict.fits, "smallest_change": change}
         return data
 
     def metrics(self) -> dict[str, Any]:
@@ -111,10 +94,94 @@ class Estimate:
         return {found.dtype: found.metrics() for found in self.budgets}
 
     def render(self, *, width: int | None = None, explain: bool = False) -> str:
-        """For a terminal of `width` columns, or one without end; see `estimate_text`."""
-        from .text import render
+        """For a terminal of `width` columns, or one without end."""
+        lines = [self._headline(), *table([row(found, self.train) for found in self.budgets], width), *self._stored()]
+        lines += [f"note: {note}" for note in self.notes]
+        if self.head == "none":
+            lines += ["as accelerate estimate-memory counts:", *table([*map(accelerate_row, self.budgets)], width)]
+        scale = self.memory or max(found.inference for found in self.budgets)
+        said = [self._said(found) if self.memory else format_size(found.inference) for found in self.budgets]
+        rows = [(found.dtype, found, words) for found, words in zip(self.budgets, said, strict=True)]
+        lines += pictures(rows, scale, width, self.train)
+        if explain:
+            lines += [line for found in self.budgets for line in explanation(found)]
+        return "\n".join(lines)
 
-        return render(self, width=width, explain=explain)
+    @property
+    def tokens(self) -> str:
+        return f"{self.workload.batch_size} × {self.workload.sequence_length} tokens"
+
+    def _headline(self) -> str:
+        where = f" at {self.revision[:12]}" if self.revision else ""
+        fetched = f", {format_transfer(self.fetched_bytes)} fetched" if self.fetched_bytes else ""
+        size = f"{self.budgets[0].counts.parameters:,} parameters"
+        return (
+            f"{self.model}{where}: {self.architecture.class_name}, {size}; from {self.source}{fetched}; {self.tokens}"
+        )
+
+    def _stored(self) -> list[str]:
+        if self.checkpoint is None:
+            return []
+        form, method = self.checkpoint["format"], self.checkpoint["quantization"]
+        quantized = f", quantized with {method}" if method else ""
+        elements = ", ".join(f"{count:,} {dtype}" for dtype, count in self.checkpoint["dtypes"].items())
+        components = self.checkpoint.get("components", {}).items()
+        parts = "; " + ", ".join(f"{name} {format_size(size)}" for name, size in components) if components else ""
+        return [f"stored: {format_size(self.checkpoint['bytes'])} of {form}{quantized} ({elements}){parts}"]
+
+    def _said(self, budget: Budget) -> str:
+        """Whether this dtype fits into the memory, and what would."""
+        memory = self.memory or 0
+        found, high = self.verdict(budget.dtype, memory), budget.needed(self.train)
+        what = f" for training with {TRAINING[self.train]}" if self.train else ""
+        device = f"{format_size(memory)} GPU{what}"
+        most = f"{format_size(high)} at most" if high is not None else f"{budget.dtype} is not trained so"
+        if found.fits:
+            return f"{device}: yes ({most})"
+        if found.cure is not None:
+            change = as_options(found.cure.change)
+            return f"{device}: no ({most}). Smallest change that fits: {change} ({format_size(found.bytes or 0)})"
+        return f"{device}: no ({most}), and no smaller batch, length or dtype does; spread it over devices (`dispatch`)"
+
+
+def report(estimates: Sequence[Estimate], *, compared: bool, explain: bool, stream: TextIO) -> str:
+    """What the command prints on `stream`: as wide as its terminal; files and pipes have room for whole lines."""
+    width = get_terminal_size().columns if stream.isatty() else None
+    if compared:
+        return compare(estimates, width=width)
+    return "\n\n".join(estimate.render(width=width, explain=explain) for estimate in estimates)
+
+
+def compare(estimates: Sequence[Estimate], *, width: int | None = None) -> str:
+    """Several models as one table, dtype by dtype, and their pictures on one scale."""
+    first = estimates[0]
+    pairs = [(found.dtype, estimate) for found in first.budgets for estimate in estimates]
+    rows = [_compared(estimate, dtype) for dtype, estimate in pairs]
+    scale = first.memory or max(estimate[dtype].inference for dtype, estimate in pairs)
+    widest = max(len(dtype) for dtype, _ in pairs)
+    drawn = [
+        (f"{dtype:{widest}s}  {estimate.model}", estimate[dtype], shown["total"])
+        for (dtype, estimate), shown in zip(pairs, rows, strict=True)
+    ]
+    lines = [f"{len(estimates)} models; {first.tokens}", *table(rows, width)]
+    lines += [f"note: {estimate.model}: {note}" for estimate in estimates for note in estimate.notes]
+    lines += [
+        f"note: {estimate.model} takes {estimate.workload.sequence_length} tokens at the most"
+        for estimate in estimates
+        if estimate.workload.sequence_length != first.workload.sequence_length
+    ]
+    return "\n".join([*lines, *pictures(drawn, scale, width, first.train)])
+
+
+def _compared(estimate: Estimate, dtype: str) -> Row:
+    budget = estimate[dtype]
+    shown = row(budget, estimate.train)
+    del shown["dtype"], shown["basis"]
+    if estimate.memory is not None:
+        found = estimate.verdict(dtype, estimate.memory)
+        least = as_options(found.cure.change) if found.cure else "nothing that was tried"
+        shown["fits"] = f"fits {format_size(estimate.memory)}" if found.fits else f"no; {least} would"
+    return {"dtype": dtype, "model": estimate.model, "parameters": f"{budget.counts.parameters:,}", **shown}
 
 
 def estimate(
@@ -197,7 +264,7 @@ def estimate_sighting(
         workload=capped,
         architecture=architecture,
         checkpoint=_checkpoint(sighting.description, pipeline=bool(sighting.components)),
-        budgets=tuple(budget(architecture, dtype, capped) for dtype in wanted),
+        budgets=tuple(Budget(architecture, dtype, capped) for dtype in wanted),
         notes=(*sighting.notes, *notes),
     )
 

@@ -12,9 +12,8 @@ from typing import Any
 from bigpipe.bigmodel.architecture import Architecture
 from bigpipe.bigmodel.formats import has_double_quant, width
 
-from .budgets import OPTIMIZERS, Budget, Workload, adapters, kv_bytes
+from .budgets import OPTIMIZERS, Budget
 from .kvcache import text_config
-from .weights import compute_bytes
 
 Inputs = Mapping[str, int | str]
 
@@ -32,6 +31,25 @@ SOURCES: Mapping[str, str] = {
 }
 
 
+ATTENTION: Mapping[str, tuple[str, ...]] = {
+    "layers": ("num_hidden_layers", "n_layer", "num_layers"),
+    "heads": ("num_attention_heads", "n_head", "num_heads"),
+    "key-value heads": ("num_key_value_heads",),
+    "head dimension": ("head_dim",),
+    "latent rank": ("kv_lora_rank",),
+    "window": ("sliding_window",),
+    "state size": ("state_size", "mamba_d_state", "ssm_state_size"),
+}
+"""What an input is called → the fields of a config that have it."""
+WIDTHS: Mapping[str, tuple[str, ...]] = {
+    "hidden": ("hidden_size", "d_model", "n_embd"),
+    "feed-forward": ("intermediate_size", "ffn_dim", "n_inner", "d_ff"),
+    "heads": ("num_attention_heads", "n_head", "num_heads"),
+    "layers": ("num_hidden_layers", "n_layer", "num_layers"),
+    "vocabulary": ("vocab_size",),
+}
+
+
 @dataclass(frozen=True, slots=True)
 class Ground:
     inputs: Inputs
@@ -41,33 +59,33 @@ class Ground:
         return {"inputs": dict(self.inputs), "source": self.source}
 
 
-def grounds(architecture: Architecture, found: Budget, workload: Workload) -> dict[str, Ground]:
+def grounds(found: Budget) -> dict[str, Ground]:
     """By the names of a budget's terms."""
-    tokens = {"batch size": workload.batch_size, "sequence length": workload.sequence_length}
-    cached = compute_bytes(found.dtype) if workload.kv_dtype is None else kv_bytes(workload.kv_dtype)
-    inputs: dict[str, Inputs] = {
-        "weights": _weights(architecture, found, workload),
-        "buffers": {"buffers": sum(tensor.buffer for tensor in architecture.tensors())},
-        "stored": _weights(architecture, found, workload),
-        "kv_cache": tokens | _attention(architecture) | {"bytes per element": cached},
-        "activations": tokens | _widths(architecture) | {"bytes per element": compute_bytes(found.dtype)},
-        "cpu": tokens | _widths(architecture) | {"bytes per element": compute_bytes(found.dtype)},
-        "runtime": {"tensors": sum(len(module.tensors) for module in architecture.modules)},
-    }
-    sources = {
-        **SOURCES,
-        "weights": _source(architecture),
-        "buffers": _source(architecture),
-        "stored": _source(architecture),
-    }
-    trained = tokens | _widths(architecture) | {"parameters": found.parameters}
+    architecture, workload = found.architecture, found.workload
+    tokens: dict[str, int | str] = {"batch size": workload.batch_size, "sequence length": workload.sequence_length}
+    computed = tokens | _numbers(architecture, WIDTHS) | {"bytes per element": found.itemsize}
+    weights = _weights(found)
+    trained: dict[str, int | str] = tokens | _numbers(architecture, WIDTHS) | {"parameters": found.counts.parameters}
     trained["gradient checkpointing"] = "yes" if workload.gradient_checkpointing else "no"
-    if found.quantizing:
-        inputs["quantizing"] = {"largest matrix": found.largest_matrix}
-    inputs |= {f"training.{name}": trained for name in OPTIMIZERS if found.training.get(name)}
-    if found.training.get("lora"):
-        inputs["training.lora"] = trained | _lora(architecture, workload)
-    return {name: Ground(values, sources[name]) for name, values in inputs.items()}
+    adapters: dict[str, int | str] = {
+        "rank": workload.lora_rank,
+        "targets": ", ".join(workload.lora_targets) or "every linear module but the head",
+        "adapter parameters": found.adapters,
+    }
+    inputs: dict[str, Inputs] = {
+        "weights": weights,
+        "buffers": {"buffers": sum(tensor.buffer for tensor in architecture.tensors())},
+        "stored": weights,
+        "kv_cache": tokens | _numbers(architecture, ATTENTION) | {"bytes per element": found.cached},
+        "activations": computed,
+        "cpu": computed,
+        "runtime": {"tensors": sum(len(module.tensors) for module in architecture.modules)},
+        "quantizing": {"largest matrix": found.counts.largest_matrix},
+        **{f"training.{name}": trained for name in OPTIMIZERS},
+        "training.lora": trained | adapters,
+    }
+    sources = {**SOURCES, **dict.fromkeys(("weights", "buffers", "stored"), _source(architecture))}
+    return {name: Ground(inputs[name], sources[name]) for name in found.terms()}
 
 
 def _source(architecture: Architecture) -> str:
@@ -76,40 +94,12 @@ def _source(architecture: Architecture) -> str:
     return f"{architecture.class_name} of {architecture.library}, module by module; checked against the headers"
 
 
-def _weights(architecture: Architecture, found: Budget, workload: Workload) -> Inputs:
-    inputs: dict[str, int | str] = {"parameters": found.parameters, "bits": width(found.dtype)}
-    inputs["tied tensors"] = len(architecture.aliases)
+def _weights(found: Budget) -> Inputs:
+    inputs: dict[str, int | str] = {"parameters": found.counts.parameters, "bits": width(found.dtype)}
+    inputs["tied tensors"] = len(found.architecture.aliases)
     if has_double_quant(found.dtype):
-        inputs["double quantization"] = "yes" if workload.double_quant else "no"
+        inputs["double quantization"] = "yes" if found.workload.double_quant else "no"
     return inputs
-
-
-def _attention(architecture: Architecture) -> dict[str, int | str]:
-    return _numbers(
-        architecture,
-        {
-            "layers": ("num_hidden_layers", "n_layer", "num_layers"),
-            "heads": ("num_attention_heads", "n_head", "num_heads"),
-            "key-value heads": ("num_key_value_heads",),
-            "head dimension": ("head_dim",),
-            "latent rank": ("kv_lora_rank",),
-            "window": ("sliding_window",),
-            "state size": ("state_size", "mamba_d_state", "ssm_state_size"),
-        },
-    )
-
-
-def _widths(architecture: Architecture) -> dict[str, int | str]:
-    return _numbers(
-        architecture,
-        {
-            "hidden": ("hidden_size", "d_model", "n_embd"),
-            "feed-forward": ("intermediate_size", "ffn_dim", "n_inner", "d_ff"),
-            "heads": ("num_attention_heads", "n_head", "num_heads"),
-            "layers": ("num_hidden_layers", "n_layer", "num_layers"),
-            "vocabulary": ("vocab_size",),
-        },
-    )
 
 
 def _numbers(architecture: Architecture, names: Mapping[str, tuple[str, ...]]) -> dict[str, int | str]:
@@ -118,23 +108,15 @@ def _numbers(architecture: Architecture, names: Mapping[str, tuple[str, ...]]) -
     return {label: value for label, value in found.items() if isinstance(value, int) and not isinstance(value, bool)}
 
 
-def _lora(architecture: Architecture, workload: Workload) -> dict[str, int | str]:
-    return {
-        "rank": workload.lora_rank,
-        "targets": ", ".join(workload.lora_targets) or "every linear module but the head",
-        "adapter parameters": adapters(architecture, workload.lora_rank, workload.lora_targets),
-    }
-
-
 def as_accelerate(found: Budget) -> dict[str, int | None]:
     """Its columns in bytes: Largest Layer, Total Size, Training using Adam (float32 and 16 bits only).
 
     Adam is the larger of its stages: four times the float32 model, or twice that model under mixed precision.
     """
-    single = found.total * 32 // width(found.dtype)
+    single = found.counts.total * 32 // width(found.dtype)
     factor = {"float32": 4, "float16": 2, "bfloat16": 2}.get(found.dtype)
     return {
-        "largest_layer": found.largest_layer,
-        "total_size": found.total,
+        "largest_layer": found.counts.largest_layer,
+        "total_size": found.counts.total,
         "training_using_adam": factor * single if factor else None,
     }

@@ -8,8 +8,8 @@ from itertools import accumulate, pairwise
 
 from bigpipe.bigmodel.architecture import Architecture
 from bigpipe.bigmodel.footprint import (
+    Budget,
     Workload,
-    budget,
     capped_length,
     compute_bytes,
     kv_cache,
@@ -35,7 +35,7 @@ class Headroom:
 def headroom_of(architecture: Architecture, dtype: str, batch_size: int, sequence_length: int) -> Headroom:
     """Return what generating with a model of this dtype takes, by the same count as an estimate's."""
     workload = Workload(batch_size=batch_size, sequence_length=sequence_length)
-    found = budget(architecture, dtype, workload)
+    found = Budget(architecture, dtype, workload)
     shares = _shares(architecture, batch_size, capped_length(architecture, sequence_length), compute_bytes(dtype))
     return Headroom(
         cache=_divided(found.kv_cache.bytes, shares) if found.kv_cache.bytes else {},

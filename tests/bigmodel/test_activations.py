@@ -9,7 +9,7 @@ import torch
 from support.allocations import peak_of_prefill
 from support.real import describe_here
 
-from bigpipe.bigmodel.footprint import Workload, budget
+from bigpipe.bigmodel.footprint import Budget, Workload
 
 DEEP = {"num_hidden_layers": 2}
 
@@ -71,7 +71,7 @@ def test_activations_of_a_prefill(name: str) -> None:
         if dtype == "float32" and "experts" in str(MODELS[name]):
             continue  # their grouped products exist in 16 bits only on shape-only tensors
         for batch_size, length in WORKLOADS:
-            predicted = budget(architecture, dtype, Workload(batch_size=batch_size, sequence_length=length))
+            predicted = Budget(architecture, dtype, Workload(batch_size=batch_size, sequence_length=length))
             measured, _ = peak_of_prefill(MODELS[name], batch_size, length, getattr(torch, dtype))
             counted = measured - predicted.kv_cache.bytes
             assert predicted.activations.basis == "calibrated"

@@ -100,7 +100,7 @@ def test_a_hub_that_counts_otherwise_is_told_of_and_not_believed(
     ]
     held = sum(tensor.elements for tensor in made[0].architecture.tensors() if tensor.persistent)
     for one in made:
-        assert one["bfloat16"].stored == 2 * held
+        assert one["bfloat16"].counts.stored == 2 * held
         assert one.notes == (
             f"the Hub counts 7 elements of BF16 and 1,000 elements of F8_E4M3, and the files hold {held:,} elements "
             "of BF16; the files are believed",

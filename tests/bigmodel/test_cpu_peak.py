@@ -15,14 +15,14 @@ from support.architectures import ALL
 from support.real import describe_here
 
 from bigpipe.bigmodel.footprint import kv_cache
-from bigpipe.bigmodel.footprint.budgets import Term, Workload, budget, capped_length
+from bigpipe.bigmodel.footprint.budgets import Budget, Term, Workload, capped_length
 
 MIB = 2**20
 LONG: dict[str, Any] = {"max_position_embeddings": 4096}
 
 
 def peak(config: dict[str, Any], dtype: str = "bfloat16", **workload: Any) -> Term:
-    return budget(describe_here(config), dtype, Workload(**{"sequence_length": 1024, **workload})).cpu
+    return Budget(describe_here(config), dtype, Workload(**{"sequence_length": 1024, **workload})).cpu
 
 
 def test_a_plain_forward_holds_the_logits_of_every_token() -> None:
@@ -40,7 +40,7 @@ def test_latent_attention_writes_its_scores_out() -> None:
     longer, shorter = (peak(config, sequence_length=length) for length in (2048, 1024))
     assert longer.bytes - shorter.bytes > 3 * 2.25 * scores  # before and after the softmax, and a byte of what is -inf
     assert longer.formula.count("scores written out") == 1
-    whole = budget(describe_here(config), "float32", Workload(sequence_length=2048)).weights.bytes
+    whole = Budget(describe_here(config), "float32", Workload(sequence_length=2048)).weights.bytes
     assert peak(config, "float32", sequence_length=2048).bytes - whole < 1.2 * 9 * 4 * 2048**2 + 14 * MIB
     alike = {**config, "v_head_dim": 24}
     assert peak(alike, sequence_length=2048).bytes < shorter.bytes

@@ -17,8 +17,8 @@ from support.models import make_checkpoint
 from support.shells import sharded, shell
 
 from bigpipe.bigmodel.architecture import known_architecture, outline
-from bigpipe.bigmodel.footprint import Estimate, Workload, budget, estimate
-from bigpipe.bigmodel.footprint.text import compare
+from bigpipe.bigmodel.footprint import Budget, Estimate, Workload, estimate
+from bigpipe.bigmodel.footprint.estimates import compare
 from bigpipe.bigmodel.formats import DTYPES
 from bigpipe.errors import InvalidCheckpoint, Offline, UsageError
 from bigpipe.fit import as_options
@@ -97,18 +97,18 @@ class TestBareConfig:
     def test_published_and_worked_out_numbers(self, opt_13b: Path) -> None:
         made = estimate(opt_13b, dtypes=["float16", "int8"], batch_size=4)
         half, int8 = made["float16"], made["int8"]
-        assert half.parameters == 12_853_473_280
-        assert half.weights.bytes == 2 * half.parameters
+        assert half.counts.parameters == 12_853_473_280
+        assert half.weights.bytes == 2 * half.counts.parameters
         assert half.kv_cache.bytes == 40 * 2 * 5120 * 2 * 4 * 2048
         assert half.activations.bytes == 4 * 2048 * (2 * 20480 + 4 * 5120) * 2
         # Every matrix but the tied head, at one byte and a scale per row; everything else as it was
         matrices, rows = 40 * (4 * 5120 * 5120 + 2 * 5120 * 20480), 40 * (5 * 5120 + 20480)
         assert int8.weights.bytes == half.weights.bytes - matrices + 4 * rows
-        assert int8.stored == int8.weights.bytes + 40 * 6
+        assert int8.counts.stored == int8.weights.bytes + 40 * 6
 
     def test_training_by_optimizer(self, opt_13b: Path) -> None:
         full = estimate(opt_13b, dtypes=["float32", "bfloat16", "nf4"])
-        count = full["float32"].parameters
+        count = full["float32"].counts.parameters
         kept = full["bfloat16"].training["adamw"].bytes - 16 * count  # type: ignore[union-attr]
         assert kept == 2048 * 5120 * 34 * 40 + 2048 * 50272 * 6
         sizes = {name: term.bytes for name, term in full["bfloat16"].training.items() if term}
@@ -146,7 +146,7 @@ class TestBareConfig:
         bare = estimate(tmp_path, head="none", dtypes=["float16"])
         whole = estimate(tmp_path, dtypes=["float16"])
         assert bare.as_json()["class"] == "LlamaModel"
-        assert whole["float16"].total - bare["float16"].total == 2 * 16384 * 128256
+        assert whole["float16"].counts.total - bare["float16"].counts.total == 2 * 16384 * 128256
 
     def test_it_is_answered_without_torch(self, opt_13b: Path) -> None:
         code = (
@@ -168,8 +168,8 @@ class TestFits:
         assert change.cure is not None
         assert as_options(change.cure.change) == "--batch-size 3"
         assert change.bytes <= 19 * GIB
-        assert change.bytes == budget(made.architecture, "int8", Workload(batch_size=3)).inference_high
-        assert budget(made.architecture, "int8", Workload(batch_size=4)).inference_high > 19 * GIB
+        assert change.bytes == Budget(made.architecture, "int8", Workload(batch_size=3)).inference_high
+        assert Budget(made.architecture, "int8", Workload(batch_size=4)).inference_high > 19 * GIB
 
     def test_then_a_shorter_sequence(self, opt_13b: Path) -> None:
         made = estimate(opt_13b, dtypes=["int8"])
@@ -178,7 +178,7 @@ class TestFits:
         name, length = as_options(change.cure.change).split()
         assert name == "--sequence-length"
         longer = Workload(sequence_length=int(length) + 1)
-        assert budget(made.architecture, "int8", longer).inference_high > 13.5 * GIB
+        assert Budget(made.architecture, "int8", longer).inference_high > 13.5 * GIB
 
     def test_then_a_narrower_dtype(self, opt_13b: Path) -> None:
         change = estimate(opt_13b, dtypes=["float16"], batch_size=2).verdict("float16", 20 * GIB)
@@ -188,7 +188,7 @@ class TestFits:
     def test_then_quantized_scales(self, opt_13b: Path) -> None:
         made = estimate(opt_13b, dtypes=["nf4"], sequence_length=1)
         single, double = (
-            budget(made.architecture, "nf4", Workload(sequence_length=1, double_quant=twice)).inference_high
+            Budget(made.architecture, "nf4", Workload(sequence_length=1, double_quant=twice)).inference_high
             for twice in (False, True)
         )
         change = made.verdict("nf4", (single + double) // 2)
@@ -202,7 +202,7 @@ class TestFits:
         assert as_options(change.cure.change).startswith("--dtypes nf4 --batch-size ")
         batch = int(as_options(change.cure.change).split()[-1])
         fits, not_any_more = (
-            budget(made.architecture, "nf4", Workload(batch_size=size)).inference_high for size in (batch, batch + 1)
+            Budget(made.architecture, "nf4", Workload(batch_size=size)).inference_high for size in (batch, batch + 1)
         )
         assert fits == change.bytes <= 14 * GIB < not_any_more
 
@@ -211,7 +211,7 @@ class TestFits:
         change = made.verdict("bfloat16", 80 * GIB)
         assert change.cure is not None
         assert as_options(change.cure.change) == "--train lora --gradient-checkpointing"
-        found = budget(made.architecture, "bfloat16", Workload(batch_size=8, gradient_checkpointing=True))
+        found = Budget(made.architecture, "bfloat16", Workload(batch_size=8, gradient_checkpointing=True))
         lora = found.training["lora"]
         assert lora is not None
         assert change.bytes == lora.high + found.runtime.high
@@ -280,7 +280,7 @@ class TestRepository:
         files = {"config.json": json.dumps(LLAMA_405B).encode(), "model.safetensors.index.json": content}
         server.create("org/llama-405b", {**files, **dict.fromkeys(shards, b"weights that nobody reads")})
         made = self.ask(server, tmp_path, "org/llama-405b", dtypes=["bfloat16", "nf4"])
-        assert made["bfloat16"].stored == 811_706_777_600
+        assert made["bfloat16"].counts.stored == 811_706_777_600
         assert made.source == "headers"
         assert made.checkpoint is not None
         assert made.checkpoint["dtypes"] == {"bfloat16": 405_853_388_800}
@@ -352,7 +352,7 @@ class TestDirectory:
         made = estimate(folder, dtypes=["float32"], memo=tmp_path / "memo")
         assert (made.source, made.notes) == ("headers", ())
         assert made.checkpoint is not None
-        assert made.checkpoint["bytes"] == made["float32"].stored
+        assert made.checkpoint["bytes"] == made["float32"].counts.stored
         assert made.checkpoint["format"] == format
 
     def test_a_checkpoint_that_lacks_something_is_told_of(self, tmp_path: Path) -> None:
@@ -372,7 +372,7 @@ class TestDirectory:
         assert "brings its own code" in made.notes[0]
         assert made["bfloat16"].weights.bytes == 2 * (2 * 6400 + 3 * (256 * 64 + 64))
         assert made["bfloat16"].weights.basis == "calibrated"
-        assert made["bfloat16"].largest_layer == 2 * (256 * 64 + 64)
+        assert made["bfloat16"].counts.largest_layer == 2 * (256 * 64 + 64)
         assert made["int8"].weights.bytes == 2 * (2 * 6400 + 3 * 64) + 3 * (256 * 64 + 4 * 256)
 
     def test_an_unknown_class_with_packed_weights_is_refused(self, tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ from support.real import describe_here
 import bigpipe
 from bigpipe.bigmodel.architecture import Architecture, known_architecture
 from bigpipe.bigmodel.checkpoint import ModelDescription
-from bigpipe.bigmodel.footprint import Workload, budget
+from bigpipe.bigmodel.footprint import Budget, Workload
 from bigpipe.bigmodel.placement import Placement, PlacementRequest, find_misfits, place_model
 from bigpipe.bigmodel.placement.headroom import headroom_of
 from bigpipe.errors import DoesNotFit
@@ -77,7 +77,7 @@ def questions(draw: Any) -> tuple[str, PlacementRequest, Machine]:
         batch_size=draw(st.sampled_from([1, 2, 8, 32])),
         sequence_length=draw(st.sampled_from([64, 2048, 8192, 32768])),
     )
-    total = budget(architecture_of(name), "bfloat16", Workload()).weights.bytes
+    total = Budget(architecture_of(name), "bfloat16", Workload()).weights.bytes
     sizes = st.integers(GIB // 2, int(total * 1.5) + 2 * GIB)
     gpus = draw(st.one_of(st.lists(sizes, max_size=5), st.builds(lambda size, n: [size] * n, sizes, st.integers(1, 8))))
     return name, request, machine_of(*gpus, memory=draw(st.integers(GIB, 4 * total + GIB)))
@@ -103,7 +103,7 @@ def test_what_is_placed_is_accepted(question: tuple[str, PlacementRequest, Machi
     rooms = {gpu.index: gpu.memory for gpu in machine.gpus} | {"cpu": machine.memory, "disk": 10**18}
     assert all(total <= rooms[device] for device, total in totals(placement.needs).items())
     workload = Workload(batch_size=request.batch_size, sequence_length=request.sequence_length)
-    whole = budget(architecture, "bfloat16" if name != "gpt2" else "float16", workload)
+    whole = Budget(architecture, "bfloat16" if name != "gpt2" else "float16", workload)
     assert sum(need.kv_cache for need in placement.needs.values()) == whole.kv_cache.bytes
     assert sum(need.weights for need in placement.needs.values()) == sum(placement.weights.values())
     assert all(placement.device_of(tensor.name) is not None for tensor in architecture.tensors())
@@ -113,7 +113,7 @@ def test_what_is_placed_is_accepted(question: tuple[str, PlacementRequest, Machi
 def test_a_models_cache_is_divided_to_the_byte(name: str) -> None:
     architecture = architecture_of(name)
     headroom = headroom_of(architecture, "float16", 3, 2000)
-    whole = budget(architecture, "float16", Workload(batch_size=3, sequence_length=2000))
+    whole = Budget(architecture, "float16", Workload(batch_size=3, sequence_length=2000))
     assert sum(headroom.cache.values()) == whole.kv_cache.bytes
     assert headroom.activations == whole.activations.bytes
 

@@ -100,7 +100,7 @@ def test_a_pipeline_from_its_classes(server: LoopbackHub, tmp_path: Path) -> Non
         assert (found.notes, found.architecture.class_name) == ((), "StableDiffusionPipeline")
         assert found.checkpoint is not None
         assert found.checkpoint["components"] == {name: nbytes(entries) for name, entries in components.items()}
-        assert found["float16"].parameters == sum(model.num_parameters() for model in models.values())
+        assert found["float16"].counts.parameters == sum(model.num_parameters() for model in models.values())
         assert found["float16"].weights.basis == "exact"
 
 
@@ -116,7 +116,7 @@ def test_a_timm_repository_without_timm(server: LoopbackHub, tmp_path: Path) -> 
     assert found["float32"].weights.bytes == nbytes(RESNET)
     # Statistics of batch norms are buffers, and a counter of them no float
     assert found["float32"].buffers.bytes == 2 * 64 * 4 + 8
-    assert found["float32"].parameters == sum(size for size in (64 * 147, 64, 64, 1000 * 2048, 1000))
+    assert found["float32"].counts.parameters == sum(size for size in (64 * 147, 64, 64, 1000 * 2048, 1000))
 
 
 @pytest.fixture

@@ -9,7 +9,7 @@ from support.placing import place_architecture
 from support.real import describe_here
 
 from bigpipe.bigmodel.architecture import Architecture, known_architecture
-from bigpipe.bigmodel.footprint import Workload, budget
+from bigpipe.bigmodel.footprint import Budget, Workload
 from bigpipe.bigmodel.footprint.grounds import as_accelerate
 from bigpipe.bigmodel.footprint.weights import weigh
 
@@ -78,7 +78,7 @@ def test_models_of_our_own_finding(name: str) -> None:
 
 def test_bert_base_as_accelerate_shows_it() -> None:
     """Its documentation says 413.18 MB and 1.61 GB, and 413.68 MB as measured on a GPU."""
-    found = budget(describe_here(BERT, "none"), "float32", Workload())
+    found = Budget(describe_here(BERT, "none"), "float32", Workload())
     shown = as_accelerate(found)
     assert shown["total_size"] == 433_249_280
     assert shown["training_using_adam"] == 4 * 433_249_280
@@ -90,7 +90,7 @@ def test_idefics_80b_as_accelerate_shows_it() -> None:
     """297.12 GiB, and 1.16 TiB with Adam, of which 200 MiB were rotary tables of 2,048 positions in each attention; a
     class of today keeps its frequencies twice instead."""
     architecture = describe_here(IDEFICS, "none")
-    shown = as_accelerate(budget(architecture, "float32", Workload()))
+    shown = as_accelerate(Budget(architecture, "float32", Workload()))
     attentions = sum(module.class_name == "IdeficsRotaryEmbedding" for module in architecture.modules)
     assert attentions == 80 + 20
     tables = attentions * (2 * 2048 * 128 * 4 - 64 * 4)

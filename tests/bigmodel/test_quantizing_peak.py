@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from support.real import describe_here
 
-from bigpipe.bigmodel.footprint.budgets import KV_BYTES, Workload, budget
+from bigpipe.bigmodel.footprint.budgets import KV_BYTES, Budget, Workload
 from bigpipe.errors import UsageError
 
 LLAMA: dict[str, Any] = {
@@ -57,7 +57,7 @@ def test_quantizing_while_loading_needs_what_is_said_and_a_quantized_checkpoint_
 
     config = transformers.LlamaConfig(**LLAMA)
     transformers.LlamaForCausalLM(config).half().save_pretrained(tmp_path / "model")
-    term = budget(describe_here(LLAMA), scheme, Workload()).quantizing
+    term = Budget(describe_here(LLAMA), scheme, Workload()).quantizing
     assert term is not None
     assert term.basis == "bound"
     assert term.low <= load(tmp_path / "model", scheme, tmp_path / "quantized") <= term.high + 16 * 2**20
@@ -66,16 +66,16 @@ def test_quantizing_while_loading_needs_what_is_said_and_a_quantized_checkpoint_
 
 def test_only_quantized_dtypes_are_quantized() -> None:
     description = describe_here(LLAMA)
-    assert budget(description, "float16", Workload()).quantizing is None
-    assert "quantizing" not in budget(description, "float16", Workload()).terms()
-    term = budget(description, "nf4", Workload()).terms()["quantizing"]
+    assert Budget(description, "float16", Workload()).quantizing is None
+    assert "quantizing" not in Budget(description, "float16", Workload()).terms()
+    term = Budget(description, "nf4", Workload()).terms()["quantizing"]
     assert term.low == 1536 * 6144 * 2
 
 
 @pytest.mark.parametrize("dtype", sorted(KV_BYTES))
 def test_a_cache_has_a_dtype_of_its_own(dtype: str) -> None:
     description = describe_here(LLAMA)
-    plain, other = (budget(description, "float16", Workload(kv_dtype=kind)) for kind in (None, dtype))
+    plain, other = (Budget(description, "float16", Workload(kv_dtype=kind)) for kind in (None, dtype))
     assert other.kv_cache.bytes * 2 == plain.kv_cache.bytes * KV_BYTES[dtype]
     assert other.activations == plain.activations
     assert other.cpu.bytes - plain.cpu.bytes == other.kv_cache.bytes - plain.kv_cache.bytes
@@ -84,12 +84,12 @@ def test_a_cache_has_a_dtype_of_its_own(dtype: str) -> None:
 
 def test_an_unknown_cache_dtype_names_the_known_ones() -> None:
     with pytest.raises(UsageError, match="int3") as caught:
-        budget(describe_here(LLAMA), "float16", Workload(kv_dtype="int3"))
+        Budget(describe_here(LLAMA), "float16", Workload(kv_dtype="int3"))
     assert "float8" in str(caught.value)
 
 
 def test_a_cuda_context_is_a_bound_around_what_is_usual() -> None:
-    term = budget(describe_here(LLAMA), "float16", Workload()).runtime
+    term = Budget(describe_here(LLAMA), "float16", Workload()).runtime
     assert term.basis == "bound"
     assert term.low < 320 * 2**20 == term.bytes < term.high
     assert term.formula.startswith("CUDA context")

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from support.real import build, describe_here
 
-from bigpipe.bigmodel.footprint.budgets import Workload, adapters, budget
+from bigpipe.bigmodel.footprint.budgets import Budget, Workload, adapters_of
 
 LLAMA: dict[str, Any] = {
     "model_type": "llama", "architectures": ["LlamaForCausalLM"], "hidden_size": 512, "intermediate_size": 1536,
@@ -90,7 +90,7 @@ def test_two_real_steps_stay_within_the_interval(optimizer: str, checkpointing: 
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_adapters_written_by_hand_stay_within_the_interval(checkpointing: bool) -> None:
     peak, trained = steps(optimizer="lora", checkpointing=checkpointing, rank=16, targets=TARGETS)
-    assert trained == adapters(describe_here(LLAMA), 16, TARGETS)
+    assert trained == adapters_of(describe_here(LLAMA), 16, TARGETS)
     _assert_within(peak, "float32", "lora", checkpointing)
 
 
@@ -105,7 +105,7 @@ def _assert_within(peak: int, dtype: str, optimizer: str, checkpointing: bool) -
     workload = Workload(
         sequence_length=LENGTH, gradient_checkpointing=checkpointing, lora_rank=16, lora_targets=TARGETS
     )
-    term = budget(describe_here(LLAMA), dtype, workload).training[optimizer]
+    term = Budget(describe_here(LLAMA), dtype, workload).training[optimizer]
     assert term is not None
     assert term.basis == "bound"
     assert term.low <= peak <= term.high, (peak / term.bytes, peak, term)
@@ -126,7 +126,7 @@ def test_states_of_8_bit_adam_are_those_of_the_real_optimizer() -> None:
         for name, value in states.items()
         if isinstance(value, torch.Tensor) and not name.startswith("qmap")
     )
-    training = budget(
+    training = Budget(
         describe_here(LLAMA | {"num_hidden_layers": 2, "vocab_size": 1000}), "float32", Workload()
     ).training
     assert training["adamw_8bit"].bytes - training["sgd"].bytes == held
