@@ -11,7 +11,7 @@ from bigpipe.orchestrator.planning import Session
 from bigpipe.orchestrator.recipe import Node
 from bigpipe.orchestrator.store import KeyRecord
 
-from . import lock_path, read_lock
+from .beside import lock_path, read_lock
 from .lockfile import (
     LockedInput,
     LockFile,
