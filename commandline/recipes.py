@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +35,7 @@ def run(manifest: Path, nodes: tuple[str, ...], events: Path | None, as_json: bo
 
     Example: bigpipe run manifests/quickstart.yaml -p scheme=nf4
     """
-    with report.choose_reporter(sys.stderr, events=events) as reporter:
+    with closing(report.choose_reporter(sys.stderr, events=events)) as reporter:
         result = bigpipe.run(manifest, nodes, reporter=reporter, check=False, **options)
     if as_json:
         click.echo(json.dumps(result.as_json(), ensure_ascii=False))
@@ -65,7 +66,7 @@ def plan(
     from bigpipe.machine import read_machine
 
     there = read_machine(machine) if machine else None
-    with report.choose_reporter(sys.stderr) as reporter:
+    with closing(report.choose_reporter(sys.stderr)) as reporter:
         planned = bigpipe.plan(manifest, nodes, machine=there, reporter=reporter, **options)
     show(as_json, lambda: report.plan_json(planned), lambda: report.plan_text(planned, explain=explain))
     fail_all(planned.errors())

@@ -19,6 +19,7 @@ from .planning import (
     difference_json,
     differences,
     exact,
+    lock_path,
     make_plan,
     open_session,
     with_parameters,
@@ -72,7 +73,8 @@ def _open(
     manifest: str | Path, nodes: Sequence[str] = (), *, params: Mapping[str, Any] | None, **options: Any
 ) -> Session:
     """A session that knows what the lock file beside the manifest pins."""
-    if lock := lock_file.read_lock(Path(manifest).absolute()):
+    path = lock_path(Path(manifest).absolute())
+    if path.exists() and (lock := lock_file.read_lock(path)):  # without one nothing is imported for it
         options |= {"lock": lock.path, "locked_pins": {name: item.pins for name, item in lock.inputs.items()}}
     return open_session(manifest, nodes, params=_written(params), **options)
 

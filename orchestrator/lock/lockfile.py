@@ -1,4 +1,5 @@
-"""What stands in `<manifest>.lock`: what a recipe was made of and what came out, as YAML for review.
+"""`<manifest>.lock`: what a recipe was made of and what came out, as YAML for review. Written by `bigpipe lock`, filled
+by runs, enforced by `run --locked`.
 
 `inputs` says per node what enters its key and can be known without running: kind and version, params, pinned values,
 and of nodes that bring files from outside, each file's size and sha256 (or git blob id). They are enforced.
@@ -16,12 +17,13 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from bigpipe.errors import StageFailed, Stale, UsageError
 from bigpipe.files import write_file
 from bigpipe.orchestrator.contract import Json, PinnedFile
-from bigpipe.orchestrator.planning import ABSENT, Difference, changed
+from bigpipe.orchestrator.planning import ABSENT, Difference, Session, changed, lock_path
+from bigpipe.orchestrator.recipe import Node
 from bigpipe.orchestrator.store import KeyRecord
 
 HEADER = """\
@@ -66,60 +68,31 @@ class LockFile(_Locked):
     params: dict[str, Any] = Field(default_factory=dict)
     inputs: dict[str, LockedInput] = Field(default_factory=dict)
     outputs: dict[str, LockedOutput] = Field(default_factory=dict)
-
-    _path: Path = PrivateAttr(default=Path("."))
-
-    @property
-    def path(self) -> Path:
-        """Where it was read from."""
-        return self._path
+    path: Path = Field(default=Path("."), exclude=True)
+    """Where it was read from."""
 
 
-def locked_files(record: KeyRecord) -> dict[str, PinnedFile]:
-    """Return the files of a finished node that has no inputs: what it brought from outside."""
-    if any(record.inputs.values()):
-        return {}
-    return {name: PinnedFile(size=int(file["size"]), sha256=str(file["sha256"])) for name, file in record.files.items()}
+def read_lock(path: Path) -> LockFile | None:
+    """Return the lock file, None where there is none. Raise UsageError where it is not one (a merge conflict, say)."""
+    if not path.exists():
+        return None
+    import yaml
+
+    again = f"write it again: bigpipe lock {path.name.removesuffix('.lock')}"
+    try:
+        data = yaml.load(path.read_bytes(), Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader))  # noqa: S506
+        return LockFile.model_validate(data).model_copy(update={"path": path})
+    except OSError as error:
+        raise UsageError(f"the lock file {path} cannot be read: {error.strerror}", again) from error
+    except yaml.YAMLError as error:
+        raise UsageError(f"the lock file {path} is not YAML: {error}", again) from error
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(str(part) for part in first["loc"])
+        raise UsageError(f"the lock file {path} is not one of ours: {where}: {first['msg']}", again) from error
 
 
-def locked_output(record: KeyRecord, tree: Path | None, reviewed: Sequence[str] = ()) -> LockedOutput:
-    """Return what is locked of a node that has run. tree: its artifact, if its bytes are there; reviewed: names of
-    files in it that hold JSON worth reviewing."""
-    return LockedOutput(
-        digest=record.digest,
-        key=record.key,
-        packages=record.identity.get("packages", {}),
-        facts=record.identity.get("facts", {}),
-        tools=record.tools,
-        review=_read_reviewed(tree, reviewed) if tree is not None else {},
-    )
-
-
-def _read_reviewed(tree: Path, names: Sequence[str]) -> dict[str, Json]:
-    found = {}
-    for name in names:
-        with suppress(OSError, ValueError):
-            if (tree / name).stat().st_size <= REVIEWED_LIMIT:
-                found[name] = json.loads((tree / name).read_text("utf-8"))
-    return found
-
-
-def is_same(old: LockedInput | None, new: LockedInput) -> bool:
-    """Return whether a node's own inputs are as they were."""
-    return old is not None and not _input_changes(old, new)
-
-
-def with_files(now: LockedInput, old: LockedInput) -> LockedInput:
-    """Return the inputs with all that either side knows of the node's files."""
-    files = {**now.files, **{name: _both(now.files.get(name, file), file) for name, file in old.files.items()}}
-    return now.model_copy(update={"files": files})
-
-
-def _both(one: PinnedFile, other: PinnedFile) -> PinnedFile:
-    return replace(one, sha256=one.sha256 or other.sha256, git_blob=one.git_blob or other.git_blob)
-
-
-def write(path: Path, lock: LockFile) -> bool:
+def write(path: Path, lock: LockFile) -> None:
     """Write the lock if it says anything new. Sorted, so that a diff shows what changed. Raise BigpipeError."""
     import yaml
 
@@ -129,43 +102,106 @@ def write(path: Path, lock: LockFile) -> bool:
     dumper = getattr(yaml, "CSafeDumper", yaml.SafeDumper)
     text = HEADER + yaml.dump(data, Dumper=dumper, sort_keys=True, allow_unicode=True, width=120)
     try:
-        with suppress(FileNotFoundError):
-            if path.read_text("utf-8") == text:
-                return False
-        write_file(path, text)
+        if not path.exists() or path.read_text("utf-8") != text:
+            write_file(path, text)
     except OSError as error:
-        raise UsageError(
-            f"the lock file {path} cannot be written: {error.strerror}", "make room, or writable"
-        ) from error
-    return True
+        cause = f"the lock file {path} cannot be written: {error.strerror}"
+        raise UsageError(cause, "make room, or writable") from error
 
 
 def locked_digests(path: Path) -> set[str]:
     """Return the artifacts that a lock file names. Raise UsageError where it is not a lock file."""
-    lock = read_lock_file(path)
+    lock = read_lock(path)
     return {output.digest for output in lock.outputs.values() if output.digest is not None} if lock else set()
 
 
-def read_lock_file(path: Path) -> LockFile | None:
-    """Return the lock file, None where there is none. Raise UsageError where it is not one (a merge conflict, say)."""
-    if not path.exists():
-        return None
-    import yaml
+def write_lock(session: Session) -> Path:
+    """Write the lock beside the manifest. Return its path."""
+    path = lock_path(session.recipe.path)
+    write(path, current(session))
+    return path
 
-    again = f"write it again: bigpipe lock {path.name.removesuffix('.lock')}"
-    try:
-        data = yaml.load(path.read_bytes(), Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader))  # noqa: S506
-        lock = LockFile.model_validate(data)
-    except OSError as error:
-        raise UsageError(f"the lock file {path} cannot be read: {error.strerror}", again) from error
-    except yaml.YAMLError as error:
-        raise UsageError(f"the lock file {path} is not YAML: {error}", again) from error
-    except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(str(part) for part in first["loc"])
-        raise UsageError(f"the lock file {path} is not one of ours: {where}: {first['msg']}", again) from error
-    lock._path = path
+
+def current(session: Session) -> LockFile:
+    """Return what a lock written now would say. Runs nothing.
+
+    What the lock knew of a node's files stays where its inputs are the same, what it knew of its output where those of
+    all its ancestors are too.
+    """
+    recipe = session.recipe
+    old = read_lock(lock_path(recipe.path)) or LockFile(recipe=recipe.name)
+    inputs = {node.name: _input_now(session, node) for node in session.nodes}
+    unmoved = _unmoved(session, old.inputs, inputs)
+    for name, item in inputs.items():
+        before = old.inputs.get(name)
+        if before is not None and not _input_changes(before, item):
+            known = {file: _both(item.files.get(file, pinned), pinned) for file, pinned in before.files.items()}
+            inputs[name] = item.model_copy(update={"files": {**item.files, **known}})
+    return LockFile(
+        recipe=recipe.name,
+        params=json.loads(json.dumps(dict(recipe.params), default=str)),
+        inputs=inputs,
+        outputs={name: output for name, output in old.outputs.items() if name in unmoved},
+    )
+
+
+def _both(one: PinnedFile, other: PinnedFile) -> PinnedFile:
+    return replace(one, sha256=one.sha256 or other.sha256, git_blob=one.git_blob or other.git_blob)
+
+
+def _unmoved(session: Session, old: Mapping[str, LockedInput], new: Mapping[str, LockedInput]) -> set[str]:
+    """The nodes whose inputs, and those of all their ancestors, are as they were."""
+    unmoved: set[str] = set()
+    for node in session.nodes:
+        before = old.get(node.name)
+        if before is not None and not _input_changes(before, new[node.name]) and unmoved.issuperset(node.producers):
+            unmoved.add(node.name)
+    return unmoved
+
+
+def _input_now(session: Session, node: Node) -> LockedInput:
+    identity, pinned = session.identity(node), session.pinned(node)
+    files = dict(pinned.files())
+    if not files and not node.inputs and (record := session.store.find(identity.key({}))):
+        files = _brought(record)
+    own = {name: getattr(identity, name) for name in ("kind", "version", "code", "params", "env")}
+    return LockedInput(**own, pins=dict(pinned.values), files=files)
+
+
+def _brought(record: KeyRecord) -> dict[str, PinnedFile]:
+    """The files of a finished node that has no inputs: what it brought from outside."""
+    files = {} if any(record.inputs.values()) else record.files
+    return {name: PinnedFile(size=int(file["size"]), sha256=str(file["sha256"])) for name, file in files.items()}
+
+
+def check_lock(session: Session) -> Path:
+    """Return the lock's path. Raise Stale where it is not what `write_lock` would write, UsageError where there is
+    none."""
+    lock = _needed(session)
+    _require(lock, current(session))
+    return lock.path
+
+
+def enforce(session: Session) -> None:
+    """Before `run --locked`: raise Stale where the inputs of the nodes to run differ from the lock."""
+    _require(_needed(session), current(session), [node.name for node in session.nodes])
+
+
+def _needed(session: Session) -> LockFile:
+    path = session.recipe.path
+    lock = read_lock(lock_path(path))
+    if lock is None:
+        raise UsageError(f"there is no lock file {lock_path(path)}", f"write it: bigpipe lock {path.name}")
     return lock
+
+
+def _require(lock: LockFile, now: LockFile, nodes: Iterable[str] | None = None) -> None:
+    if changes := check(lock, now, nodes):
+        differ = "value differs" if len(changes) == 1 else "values differ"
+        raise Stale(
+            f"{lock.path} does not hold: {len(changes)} {differ}{_listed(changes)}",
+            f"if that is meant: bigpipe lock {lock.path.name.removesuffix('.lock')}",
+        )
 
 
 def check(lock: LockFile, now: LockFile, nodes: Iterable[str] | None = None) -> list[Difference]:
@@ -173,9 +209,8 @@ def check(lock: LockFile, now: LockFile, nodes: Iterable[str] | None = None) -> 
 
     A file counts where both sides know of it; that a file is new or gone counts where both sides list files.
     """
-    names = set(nodes) if nodes is not None else lock.inputs.keys() | now.inputs.keys()
     changes: list[Difference] = []
-    for name in sorted(names):
+    for name in sorted(lock.inputs.keys() | now.inputs.keys() if nodes is None else set(nodes)):
         old, new = lock.inputs.get(name), now.inputs.get(name)
         if old is None or new is None:
             changes += changed(f"inputs.{name}", old.kind if old else ABSENT, new.kind if new else ABSENT)
@@ -208,49 +243,73 @@ def _listed(changes: Iterable[Difference]) -> str:
     return "".join(f"\n  {change}" for change in changes)
 
 
-def require(lock: LockFile, now: LockFile, nodes: Iterable[str] | None = None) -> None:
-    """Raise Stale naming every difference."""
-    if changes := check(lock, now, nodes):
-        differ = "value differs" if len(changes) == 1 else "values differ"
-        raise Stale(
-            f"{lock.path} does not hold: {len(changes)} {differ}{_listed(changes)}",
-            f"if that is meant: bigpipe lock {lock.path.name.removesuffix('.lock')}",
-        )
+def enforce_outputs(session: Session, records: Mapping[str, KeyRecord]) -> None:
+    """After `run --locked`, before `record_outputs`: raise StageFailed where a node brought other files than are
+    locked, or gave another digest where that must be equal. records: by node, of those that have one."""
+    lock = _needed(session)
+    for node in session.nodes:
+        if record := records.get(node.name):
+            _require_files(lock, node.name, record, _tree(session, record))
+            output, identity = lock.outputs.get(node.name), record.identity
+            if output is None or not node.kind.reproducible or output.digest in (None, record.digest):
+                continue
+            facts = (identity.get("packages", {}), identity.get("facts", {}))
+            if output.key == record.key and facts == (output.packages, output.facts):
+                raise StageFailed(
+                    f"{node.name} gave {record.digest}, but {lock.path} has {output.digest} for the same inputs, "
+                    "packages and facts",
+                    "one of the two is wrong: run `bigpipe verify`, then compare the artifacts",
+                )
 
 
-def require_record(lock: LockFile, node: str, record: KeyRecord, tree: Path | None, reproducible: bool) -> None:
-    """Compare what a node gave with what is locked: the files it brought, and its digest where that must be equal.
-
-    Raise StageFailed naming the files, or both digests.
-    """
-    wanted, output = lock.inputs.get(node), lock.outputs.get(node)
-    if wanted is not None and wanted.files and record.files:
-        _require_files(lock.path, node, wanted.files, record, tree)
-    if output is None or not reproducible or output.digest in (None, record.digest):
-        return
-    facts = (record.identity.get("packages", {}), record.identity.get("facts", {}))
-    if output.key == record.key and facts == (output.packages, output.facts):
-        raise StageFailed(
-            f"{node} gave {record.digest}, but {lock.path} has {output.digest} for the same inputs, packages and facts",
-            "one of the two is wrong: run `bigpipe verify`, then compare the artifacts",
-        )
-
-
-def _require_files(
-    path: Path, node: str, wanted: Mapping[str, PinnedFile], record: KeyRecord, tree: Path | None
-) -> None:
-    given = locked_files(record)
+def _require_files(lock: LockFile, node: str, record: KeyRecord, tree: Path | None) -> None:
+    wanted, given = lock.inputs[node].files if node in lock.inputs else {}, _brought(record)
     for name, file in wanted.items():
         if name in given and file.sha256 is None and file.git_blob is not None and tree is not None:
             given[name] = replace(given[name], git_blob=git_blob(tree / name))
-    changes = _file_changes(wanted, given) if given else []
-    if changes:
-        raise StageFailed(
-            f"{node} brought other files than {path} has:{_listed(changes)}", "the source has changed; do not use it"
-        )
+    if wanted and given and (changes := _file_changes(wanted, given)):
+        cause = f"{node} brought other files than {lock.path} has:{_listed(changes)}"
+        raise StageFailed(cause, "the source has changed; do not use it")
 
 
 def git_blob(path: Path) -> str:
     """Return git's id of a file: the sha1 of `blob SIZE\\0` and its bytes. Identifies, does not protect."""
     data = path.read_bytes()
     return hashlib.sha1(b"blob %d\0" % len(data) + data, usedforsecurity=False).hexdigest()
+
+
+def record_outputs(session: Session, records: Mapping[str, KeyRecord]) -> None:
+    """Add what a successful run gave to the lock file, if there is one. records: by node, of those that have one.
+
+    Only nodes that ran with the locked inputs count: a run never moves a lock, `bigpipe lock` does.
+    """
+    lock = read_lock(lock_path(session.recipe.path))
+    if lock is None:
+        return
+    known = {name: (output.key, output.digest) for name, output in lock.outputs.items()}
+    if all(known.get(name) == (record.key, record.digest) for name, record in records.items()):
+        return
+    now = current(session)
+    unmoved = _unmoved(session, lock.inputs, now.inputs)
+    outputs, inputs = dict(lock.outputs), dict(lock.inputs)
+    for node in session.nodes:
+        if node.name in unmoved and (record := records.get(node.name)):
+            outputs[node.name] = locked_output(record, _tree(session, record), node.kind.reviewed)
+            inputs[node.name] = now.inputs[node.name]
+    write(lock.path, lock.model_copy(update={"inputs": inputs, "outputs": outputs}))
+
+
+def _tree(session: Session, record: KeyRecord) -> Path | None:
+    return session.store.artifact_path(record.digest) if record.digest else None
+
+
+def locked_output(record: KeyRecord, tree: Path | None, reviewed: Sequence[str] = ()) -> LockedOutput:
+    """Return what is locked of a node that has run. tree: its artifact, if its bytes are there; reviewed: names of
+    files in it that hold JSON worth reviewing."""
+    review: dict[str, Json] = {}
+    for name, path in {name: tree / name for name in reviewed}.items() if tree else ():
+        with suppress(OSError, ValueError):
+            if path.stat().st_size <= REVIEWED_LIMIT:
+                review[name] = json.loads(path.read_text("utf-8"))
+    identity = {name: record.identity.get(name, {}) for name in ("packages", "facts")}
+    return LockedOutput(digest=record.digest, key=record.key, tools=record.tools, review=review, **identity)

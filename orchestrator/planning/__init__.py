@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from .keys import ABSENT, Difference, changed, differences, shown
     from .plan import Plan, PlannedNode, machine_line, make_plan
     from .schedule import GOOD, SETTLED, Do, NodeState, States, may_follow, passes_on, step
-    from .session import Session, exact, node_folder, open_session
+    from .session import Session, exact, lock_path, node_folder, open_session
     from .suggestion import with_parameters
 
 __getattr__, __all__ = face(__name__)

@@ -388,7 +388,8 @@ def start(states: States, state: NodeState, follows: str = "") -> None:
     state.status, state.following, state.done = Status.RUNNING, follows, False
     state.share = _share(state, follows)
     states.running.add(state.name)
-    states.held.update(state.share)
+    for what, size in state.share.items():
+        states.held[what] += size
     states.held["disk"] += state.fetches
     if not any(each.disk for each in _sharing(states, state)[1:]):
         states.hold_disk(state, state.writes)
@@ -400,7 +401,8 @@ def end(states: States, state: NodeState, status: Status, reason: str) -> None:
     """It has come to `status`; PENDING where it followed a producer in vain."""
     if state.status is Status.RUNNING:
         states.running.discard(state.name)
-        states.held.subtract(state.share)
+        for what, size in state.share.items():
+            states.held[what] -= size
     state.status, state.reason, state.following, state.passing = status, reason, "", False
     if status is Status.FAILED and state.node.on_fail == "stop" and not states.keep_going:
         states.stopped = True

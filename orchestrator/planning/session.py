@@ -225,3 +225,8 @@ def exact(recipe: Recipe, names: Collection[str]) -> frozenset[str]:
 def node_folder(run_folder: Path, node: str) -> Path:
     """Return where the attempts of a node lie: `nodes/<node>`, with what a file name cannot hold replaced."""
     return run_folder / "nodes" / re.sub(r"[^\w@=,.+-]", "_", node)
+
+
+def lock_path(manifest: Path) -> Path:
+    """Return where the lock file of a manifest lies: beside it."""
+    return manifest.with_name(manifest.name + ".lock")

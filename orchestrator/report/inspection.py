@@ -11,7 +11,7 @@ from bigpipe.errors import BigpipeError, StageFailed
 from bigpipe.orchestrator.contract import Json
 from bigpipe.orchestrator.lock import locked_digests
 from bigpipe.orchestrator.planning import Difference, differences
-from bigpipe.orchestrator.running import RunDiff, RunRecord, records
+from bigpipe.orchestrator.running import RunRecord, records
 from bigpipe.orchestrator.store import Artifact, KeyRecord, Store, default_root
 from bigpipe.sizes import counted, format_size, format_transfer
 
@@ -86,15 +86,11 @@ def show_run(run: str, *, store: str | Path | None = None) -> Inspection:
         f"{record.manifest} ({record.recipe})",
         *(f"  {name} = {value}" for name, value in record.params.items()),
     ]
-    return Inspection(record.model_dump(mode="json"), "\n".join([*head, "", _nodes_text(record)]))
-
-
-def _nodes_text(record: RunRecord) -> str:
-    results = {
-        name: node.error.partition("\n")[0] or metrics_line(node.metrics) or node.reason
-        for name, node in record.nodes.items()
-    }
-    return nodes_table((name, n.status, n.seconds, n.peak_rss, results[name]) for name, n in record.nodes.items())
+    rows = [
+        (name, n.status, n.seconds, n.peak_rss, n.error.partition("\n")[0] or metrics_line(n.metrics) or n.reason)
+        for name, n in record.nodes.items()
+    ]
+    return Inspection(record.model_dump(mode="json"), "\n".join([*head, "", nodes_table(rows)]))
 
 
 def log_lines(run: str, node: str | None, store: str | Path | None = None) -> Iterator[str]:
@@ -110,12 +106,12 @@ def diff_runs(run: str, other: str, *, store: str | Path | None = None) -> Inspe
     opened = open_store(store)
     one, two = records.load_run(opened.runs, run), records.load_run(opened.runs, other)
     found = records.diff(one, two, _causes(opened, one, two))
-    data = {
-        "runs": list(found.runs),
-        "changes": [asdict(change) for change in found.changes],
-        "nodes": {name: [asdict(change) for change in changes] for name, changes in found.nodes.items()},
-    }
-    return Inspection(data, _diff_text(found))
+    lines: list[str] = []
+    for name, changes in found.items():
+        lines += [f"{name}:", *(f"  {change}" for change in changes)] if name else map(str, changes)
+    data = {name: [asdict(change) for change in changes] for name, changes in found.items()}
+    text = "\n".join(lines) or f"runs {one.run} and {two.run} are the same"
+    return Inspection({"runs": [one.run, two.run], "changes": data.pop("", []), "nodes": data}, text)
 
 
 def _causes(store: Store, one: RunRecord, two: RunRecord) -> Mapping[str, list[Difference]]:
@@ -127,15 +123,6 @@ def _causes(store: Store, one: RunRecord, two: RunRecord) -> Mapping[str, list[D
         if keys[0] != keys[1] and before and after:
             causes[name] = differences(before.identity, after.identity, before.inputs, after.inputs)
     return causes
-
-
-def _diff_text(found: RunDiff) -> str:
-    if found.same:
-        return f"runs {found.runs[0]} and {found.runs[1]} are the same"
-    lines = [str(change) for change in found.changes]
-    for name, changes in found.nodes.items():
-        lines += [f"{name}:", *(f"  {change}" for change in changes)]
-    return "\n".join(lines)
 
 
 def collect_garbage(dry_run: bool, *, store: str | Path | None = None) -> Inspection:

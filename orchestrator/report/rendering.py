@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
 from itertools import islice
@@ -30,12 +31,10 @@ def columns(rows: Sequence[tuple[str, ...]]) -> str:
 
 def plan_text(plan: Plan, *, explain: bool = False) -> str:
     rows = [(name, str(node.action), node_line(node, plan.followed.get(name, ""))) for name, node in plan.nodes.items()]
-    lines = [columns(rows), ""]
-    if explain:
-        lines += _explanations(plan)
-    lines.append(totals(plan))
+    lines = [columns(rows), "", *(_explanations(plan) if explain else ()), totals(plan)]
     for name, planned in plan.nodes.items():
-        lines += [f"not known: {name}: {fact}" for fact in (planned.forecast.unknown if planned.forecast else ())]
+        if planned.forecast and planned.forecast.unknown:
+            lines += [f"not known: {name}: {fact}" for fact in planned.forecast.unknown]
         if planned.pinned.source:
             pins = ", ".join(f"{field} = {value[:12]}" for field, value in planned.pinned.values.items())
             lines.append(f"{name}: {pins} from {planned.pinned.source}")
@@ -44,8 +43,8 @@ def plan_text(plan: Plan, *, explain: bool = False) -> str:
 
 
 def totals(plan: Plan) -> str:
-    counts = {action: sum(node.action is action for node in plan.nodes.values()) for action in Action}
-    text = ", ".join(f"{count} {action}" for action, count in counts.items() if count)
+    counts = Counter(node.action for node in plan.nodes.values())
+    text = ", ".join(f"{counts[action]} {action}" for action in Action if counts[action])
     if plan.to_run:
         text += f"; {format_transfer(plan.download_bytes)} down, {format_transfer(plan.write_bytes)} written"
         if plan.peak_disk and plan.peak_disk != plan.write_bytes:
@@ -109,8 +108,15 @@ def plan_json(plan: Plan) -> dict[str, Json]:
     }
 
 
+FORESEEN = ("download_bytes", "write_bytes", "ram", "vram", "seconds", "metrics", "unknown", "details")
+"""What of a forecast programs read."""
+
+
 def _planned_json(planned: PlannedNode) -> dict[str, Json]:
-    forecast = planned.forecast
+    forecast, refusal = planned.forecast, planned.refusal
+    foreseen = {name: getattr(forecast, name) for name in FORESEEN} if forecast else None
+    if forecast and foreseen:
+        foreseen["vram"] = {str(index): size for index, size in forecast.vram.items()}
     return {
         "kind": planned.node.kind.kind,
         "action": str(planned.action),
@@ -119,19 +125,8 @@ def _planned_json(planned: PlannedNode) -> dict[str, Json]:
         "pins": dict(planned.pinned.values),
         "changes": [difference_json(change, planned.node) for change in planned.decision.changes],
         "gates": [{"gate": g.gate.text, "passed": g.verdict.passed if g.verdict else None} for g in planned.gates],
-        "problem": planned.refusal.cause if planned.refusal else None,
-        "forecast": None
-        if forecast is None
-        else {
-            "download_bytes": forecast.download_bytes,
-            "write_bytes": forecast.write_bytes,
-            "ram": forecast.ram,
-            "vram": {str(index): size for index, size in forecast.vram.items()},
-            "seconds": forecast.seconds,
-            "metrics": dict(forecast.metrics),
-            "unknown": list(forecast.unknown),
-            "details": list(forecast.details),
-        },
+        "problem": refusal.cause if refusal else None,
+        "forecast": foreseen,
     }
 
 
@@ -159,16 +154,12 @@ def nodes_table(nodes: Iterable[tuple[str, str, float, int | None, str]]) -> str
 
 def result_table(result: RunResult) -> str:
     """Return the table at the end of a run."""
-    return nodes_table(
-        (
-            name,
-            str(state.status),
-            state.seconds,
-            state.record.peak_rss if state.record else 0,
-            (state.node.kind.result_line or metrics_line)(state.record.metrics) if state.record else state.reason,
-        )
-        for name, state in result.nodes.items()
-    )
+    rows = []
+    for name, state in result.nodes.items():
+        record, in_words = state.record, state.node.kind.result_line or metrics_line
+        text = in_words(record.metrics) if record else state.reason
+        rows.append((name, str(state.status), state.seconds, record.peak_rss if record else 0, text))
+    return nodes_table(rows)
 
 
 def results_text(result: RunResult, limit: int = 5) -> str:
@@ -176,15 +167,13 @@ def results_text(result: RunResult, limit: int = 5) -> str:
     parts = []
     for name, state in result.nodes.items():
         path = result.path(name) if state.node.kind.output == "results" else None
-        if path is not None and (lines := result_lines(path / "results.jsonl", limit)):
+        if path is not None and (file := path / "results.jsonl").is_file() and (lines := _result_lines(file, limit)):
             parts.append("\n".join([f"{name}:", *lines]))
     return "\n\n".join([*parts, result_table(result)])
 
 
-def result_lines(path: Path, limit: int) -> list[str]:
-    """Return `prompt → text`, one line each, of a results file."""
-    if not path.is_file():
-        return []
+def _result_lines(path: Path, limit: int) -> list[str]:
+    """`prompt → text`, one line each, of a results file."""
     with path.open(encoding="utf-8") as lines:
         rows = [json.loads(line) for line in islice(lines, limit)]
     return [f"  {_flat(row.get('prompt'))} → {_flat(row.get('text', row.get('error', row)))}" for row in rows]

@@ -1,5 +1,5 @@
 """Who a run talks to: a terminal, a plain stream, a file of JSON lines. All of them write to what they are given and
-close what they opened; use them in a `with`."""
+close what they opened; use them in a `closing`."""
 
 from __future__ import annotations
 
@@ -10,30 +10,67 @@ from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import TextIO
+from typing import TYPE_CHECKING, Any, TextIO
 
 from bigpipe.errors import BigpipeError, ManifestError, Place
 from bigpipe.files import LogFile
-from bigpipe.orchestrator.contract import Event, NodeFinished, NodeStarted, Progress, Reporter
+from bigpipe.orchestrator.contract import (
+    Event,
+    LogLine,
+    NodeFinished,
+    NodeRetried,
+    NodeStarted,
+    Progress,
+    RunFinished,
+    RunStarted,
+)
 from bigpipe.orchestrator.launch import Redactor
+from bigpipe.sizes import format_size
 
-from .lines import BaseReporter, LineReporter
-from .progress import ProgressMeter
+from .progress import ProgressMeter, elapsed
+
+if TYPE_CHECKING:
+    from rich.progress import Progress as Bars, TaskID
 
 LINE_SHARE = 0.1
 LINE_SECONDS = 30.0
 """A plain line whenever progress has gone this share further, or this long after the last."""
+COLOURS = {"succeeded": "green", "cached": "dim", "failed": "red", "skipped": "yellow"}
+MARKS = {"succeeded": "✓", "cached": "·", "failed": "✗", "skipped": "-"}
 
 
-class PlainReporter(LineReporter):
+class PlainReporter:
     """Lines for logs and pipes: a node's start and end, and now and then how far it is."""
 
     def __init__(self, stream: TextIO, clock: Callable[[], float] = time.monotonic) -> None:
-        super().__init__(stream)
+        self._stream = stream
         self._clock = clock
+        self._places: dict[str, int] = {}
         self._meters: dict[str, ProgressMeter] = {}
         self._said: dict[str, tuple[float, str, int]] = {}
         """Node → when its last line was, of which task, at how many tenths."""
+
+    def report(self, event: Event) -> None:
+        match event:
+            case RunStarted():
+                self._places = {node: number for number, node in enumerate(event.nodes, 1)}
+            case NodeStarted():
+                self.start(event)
+            case Progress():
+                self.advance(event)
+            case LogLine(detail=False):
+                self.say(event.node, event.line)
+            case NodeRetried():
+                text = f"attempt {event.attempt} in {event.wait_seconds:.1f} s: {event.cause}"
+                self.say(event.node, text, "yellow")
+            case NodeFinished():
+                self.finish(event, f"{MARKS.get(event.status, ' ')} ", finished_text(event))
+            case RunFinished():
+                self.close()
+                self.print(f"run {event.run} {event.status} in {elapsed(event.seconds)}")
+
+    def close(self) -> None:
+        """End what is drawn."""
 
     def start(self, event: NodeStarted) -> None:
         self._meters[event.node] = ProgressMeter(self._clock)
@@ -45,16 +82,105 @@ class PlainReporter(LineReporter):
         now = self._clock()
         since, task, before = self._said.get(event.node, (now, "", 0))
         # The small term: 0.3 / 0.1 is below 3.
-        step = int((reading.share or 0.0) / LINE_SHARE + 1e-9)
-        if step > (before if task == reading.task else 0) or now - since >= LINE_SECONDS:
-            self._said[event.node] = (now, reading.task, step)
+        tenths = int((reading.share or 0.0) / LINE_SHARE + 1e-9)
+        if tenths > (before if task == reading.task else 0) or now - since >= LINE_SECONDS:
+            self._said[event.node] = (now, reading.task, tenths)
             self.say(event.node, reading.text())
 
     def finish(self, event: NodeFinished, mark: str, text: str) -> None:
-        self.say(event.node, f"{mark} {text}")
+        self.say(event.node, mark + text)
+
+    def label(self, node: str) -> str:
+        """Return `[1/5] shard`: the node's place among the nodes of the run, and its name."""
+        number = self._places.get(node)
+        width = len(str(len(self._places)))
+        return node if number is None else f"[{number:{width}d}/{len(self._places)}] {node}"
+
+    def say(self, node: str, text: str, colour: str | None = None) -> None:
+        self.print(f"{self.label(node)}: {text}", colour)
+
+    def print(self, line: str, colour: str | None = None) -> None:
+        """Write one line; a plain stream has no colours."""
+        self._stream.write(line + "\n")
+        self._stream.flush()
 
 
-class JsonlReporter(BaseReporter):
+class RichReporter(PlainReporter):
+    """One bar per running node, and a line that stays for each that ended. Obeys NO_COLOR. Text of others is printed as
+    it is: nothing in it is read as markup. rich is imported at the first node that really runs."""
+
+    def __init__(
+        self, stream: TextIO, *, environment: Mapping[str, str] = os.environ, width: int | None = None
+    ) -> None:
+        super().__init__(stream)
+        self._environment = environment
+        self._width = width
+        self._bars: Bars | None = None
+        self._running: dict[str, tuple[TaskID, ProgressMeter]] = {}
+
+    def close(self) -> None:
+        if self._bars is not None:
+            self._bars.stop()
+            self._bars = None
+            self._running.clear()
+
+    def start(self, event: NodeStarted) -> None:
+        if event.node in self._running:
+            return
+        self._bars = self._bars or self._make_bars()
+        self._bars.start()
+        task = self._bars.add_task(self.label(event.node), total=None, text=event.reason)
+        self._running[event.node] = (task, ProgressMeter())
+
+    def advance(self, event: Progress) -> None:
+        if self._bars is None or event.node not in self._running:
+            return
+        task, meter = self._running[event.node]
+        reading = meter.update(event)
+        total = None if reading.share is None else 1.0
+        self._bars.update(task, total=total, completed=reading.share, text=reading.text())
+
+    def finish(self, event: NodeFinished, mark: str, text: str) -> None:
+        task = self._running.pop(event.node, None)
+        if task is not None and self._bars is not None:
+            self._bars.remove_task(task[0])
+        self.print(f"{mark}{self.label(event.node)}: {text}", COLOURS.get(event.status))
+
+    def print(self, line: str, colour: str | None = None) -> None:
+        if self._bars is None:
+            super().print(line)
+        else:
+            self._bars.console.print(line, style=colour, markup=False, highlight=False, soft_wrap=True)
+
+    def _make_bars(self) -> Bars:
+        from rich.console import Console
+        from rich.progress import BarColumn, Progress as Bars, TextColumn, TimeElapsedColumn
+
+        columns: list[Any] = [
+            TextColumn("{task.description}", markup=False),
+            BarColumn(bar_width=20),
+            TextColumn("{task.fields[text]}", markup=False),
+            TimeElapsedColumn(),
+        ]
+        console = Console(file=self._stream, width=self._width, _environ=self._environment)
+        return Bars(*columns, console=console, transient=True, refresh_per_second=8, redirect_stdout=False)
+
+
+def finished_text(event: NodeFinished) -> str:
+    """Return `succeeded in 12.3 s, peak 240.0 MiB`; what went wrong is on further lines."""
+    text = event.status
+    if event.status == "succeeded" or event.seconds >= 0.01:
+        text += f" in {elapsed(event.seconds)}"
+    if event.status == "succeeded" and event.peak_rss:
+        text += f", peak {format_size(event.peak_rss)}"
+    if event.status == "failed" and event.error:
+        text += f": {event.error}"
+    elif event.status == "skipped" and event.reason:
+        text += f" ({event.reason})"
+    return text
+
+
+class JsonlReporter:
     """Appends every event as one JSON line with its time (ISO 8601, UTC)."""
 
     def __init__(self, path: Path) -> None:
@@ -70,10 +196,10 @@ class JsonlReporter(BaseReporter):
         self._file.close()
 
 
-class Tee(BaseReporter):
+class Tee:
     """Passes every event on to all, with the given secrets masked. A run goes on when nobody reads what it says."""
 
-    def __init__(self, *reporters: Reporter, secrets: Iterable[str] = ()) -> None:
+    def __init__(self, *reporters: PlainReporter | JsonlReporter, secrets: Iterable[str] = ()) -> None:
         self._reporters = list(reporters)
         self._redactor = Redactor(secrets)
 
@@ -87,30 +213,22 @@ class Tee(BaseReporter):
 
     def close(self) -> None:
         for reporter in self._reporters:
-            if isinstance(reporter, BaseReporter):
-                with suppress(BrokenPipeError):
-                    reporter.close()
+            with suppress(BrokenPipeError):
+                reporter.close()
 
 
 def choose_reporter(
     stream: TextIO,
     *,
     events: Path | None = None,
-    environment: Mapping[str, str] | None = None,
+    environment: Mapping[str, str] = os.environ,
     secrets: Iterable[str] = (),
 ) -> Tee:
     """Return bars where `stream` is a terminal that can draw them, else plain lines; with `events`, also a file."""
-    environment = os.environ if environment is None else environment
-    reporters: list[Reporter] = []
+    reporter = PlainReporter(stream)
     if stream.isatty() and environment.get("TERM", "") not in ("dumb", "unknown"):
-        from .terminal import RichReporter
-
-        reporters.append(RichReporter(stream, environment=environment))
-    else:
-        reporters.append(PlainReporter(stream))
-    if events is not None:
-        reporters.append(JsonlReporter(events))
-    return Tee(*reporters, secrets=secrets)
+        reporter = RichReporter(stream, environment=environment)
+    return Tee(reporter, *([JsonlReporter(events)] if events is not None else []), secrets=secrets)
 
 
 def error_text(error: BigpipeError, environment: Mapping[str, str]) -> str:

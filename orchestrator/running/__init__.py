@@ -6,7 +6,7 @@ from bigpipe.faces import face
 
 if TYPE_CHECKING:
     from . import records
-    from .records import RunDiff, RunRecord
+    from .records import RunRecord
     from .result import RunResult
     from .runner import run_plan
 

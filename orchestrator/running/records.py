@@ -12,7 +12,6 @@ import os
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
-from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -51,7 +50,7 @@ def new_run_id(now: datetime | None = None) -> str:
 
 
 class NodeRun(BaseModel):
-    """One node in a run. Seconds, bytes. What else it is given is ignored."""
+    """One node in a run. Seconds, bytes."""
 
     status: str = "pending"
     key: str | None = None
@@ -200,45 +199,31 @@ def log_files(runs: Path, run: str, node: str | None = None) -> Iterator[tuple[s
             yield name, attempt, attempts[attempt]
 
 
-@dataclass(frozen=True, slots=True)
-class RunDiff:
-    """How the second run differs from the first: of the runs themselves, and per node."""
-
-    runs: tuple[str, str]
-    changes: tuple[Difference, ...] = ()
-    """`manifest`, `params.gpu`, `nodes.x` (a node that only one of them has)."""
-    nodes: Mapping[str, tuple[Difference, ...]] = field(default_factory=dict)
-
-    @property
-    def same(self) -> bool:
-        return not self.changes and not self.nodes
-
-
-def diff(one: RunRecord, other: RunRecord, causes: Mapping[str, list[Difference]] | None = None) -> RunDiff:
-    """What differs between two runs: params, node by node status, digests and metrics, and times where work was done.
+def diff(
+    one: RunRecord, other: RunRecord, causes: Mapping[str, list[Difference]] | None = None
+) -> dict[str, list[Difference]]:
+    """Return what differs between two runs, by node, and of the runs themselves (`manifest`, `params.gpu`, `nodes.x`: a
+    node that only one of them has) under "": status, digests and metrics, and times where work was done.
 
     causes: per node what made its key change (`keys.differences` over the stored records).
     """
-    changes = [*changed("manifest", one.manifest, other.manifest), *changed("params", one.params, other.params)]
-    changes += changed("status", one.status, other.status)
-    nodes = {}
-    for name in [*one.nodes, *(name for name in other.nodes if name not in one.nodes)]:
+    own = [*changed("manifest", one.manifest, other.manifest), *changed("params", one.params, other.params)]
+    own += changed("status", one.status, other.status)
+    found = {"": own}
+    for name in dict.fromkeys([*one.nodes, *other.nodes]):
         before, after = one.nodes.get(name), other.nodes.get(name)
         if before is None or after is None:
-            changes.append(Difference(f"nodes.{name}", before and before.status, after and after.status))
-            continue
-        found = [*(causes or {}).get(name, ()), *_node_changes(before, after)]
-        if found:
-            nodes[name] = tuple(found)
-    return RunDiff((one.run, other.run), tuple(changes), nodes)
+            own.append(Difference(f"nodes.{name}", before and before.status, after and after.status))
+        else:
+            found[name] = [*(causes or {}).get(name, ()), *_node_changes(before, after)]
+    return {name: changes for name, changes in found.items() if changes}
 
 
 def _node_changes(before: NodeRun, after: NodeRun) -> Iterator[Difference]:
-    made = {"succeeded", "cached"}
-    if not {before.status, after.status} <= made:
-        yield from changed("status", before.status, after.status)
-    for name in ("key", "digest", "metrics"):
+    statuses, names = {before.status, after.status}, ["key", "digest", "metrics"]
+    if not statuses <= {"succeeded", "cached"}:
+        names.insert(0, "status")
+    if statuses == {"succeeded"}:
+        names += ["seconds", "peak_rss"]
+    for name in names:
         yield from changed(name, getattr(before, name), getattr(after, name))
-    if before.status == after.status == "succeeded":
-        yield from changed("seconds", before.seconds, after.seconds)
-        yield from changed("peak_rss", before.peak_rss, after.peak_rss)

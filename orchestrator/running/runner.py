@@ -42,7 +42,6 @@ from bigpipe.orchestrator.planning import (
     Do,
     NodeState,
     Plan,
-    PlannedNode,
     Session,
     States,
     decide,
@@ -56,10 +55,10 @@ from bigpipe.orchestrator.store import KeyRecord
 from .interruption import caught_once
 from .records import RunRecorder, new_run_id
 from .result import RunResult
+from .streaming import Streams, provisional_key
 
 if TYPE_CHECKING:
     from .execution import Attempt
-    from .streaming import Streams
     from .warming import Warming
 
 
@@ -74,12 +73,11 @@ class Run:
     id: str
     reporter: Reporter
     states: States
+    streams: Streams
     pool: ThreadPoolExecutor
     cancelled: threading.Event = field(default_factory=threading.Event)
     signal: int = 0
     working: dict[Future[KeyRecord | None], NodeState] = field(default_factory=dict)
-    streams: Streams | None = None
-    """None until something runs, and where one node runs at a time."""
     warming: Warming | None = None
 
     def interrupt(self, number: int) -> None:
@@ -105,17 +103,21 @@ def run_plan(
     run_id = new_run_id()
     recorder = RunRecorder(session.store.runs / run_id, run_id, session.recipe)
     jobs = jobs or max(2, session.machine.cpus) if plan.to_run else 1
+    states = States(
+        nodes={
+            name: NodeState(one.node, one.forecast or Forecast(), one.processes) for name, one in plan.nodes.items()
+        },
+        room=session.room(jobs),
+        side_by_side=session.side_by_side,
+        keep_going=keep_going,
+    )
     run = Run(
         session=session,
         plan=plan,
         id=run_id,
         reporter=OneAtATime(reporter, recorder),
-        states=States(
-            nodes={name: _planned(node) for name, node in plan.nodes.items()},
-            room=session.room(jobs),
-            side_by_side=session.side_by_side,
-            keep_going=keep_going,
-        ),
+        states=states,
+        streams=Streams(session, states),
         pool=ThreadPoolExecutor(max_workers=jobs + len(plan.nodes), thread_name_prefix="node"),
     )
     with closing(recorder):
@@ -123,10 +125,6 @@ def run_plan(
         with caught_once(run.interrupt), run.pool:
             _loop(run)
         return _finish_run(run, recorder, time.monotonic() - started)
-
-
-def _planned(planned: PlannedNode) -> NodeState:
-    return NodeState(planned.node, planned.forecast or Forecast(), planned.processes)
 
 
 def _loop(run: Run) -> None:
@@ -137,8 +135,7 @@ def _loop(run: Run) -> None:
         run.cancelled.set()  # the pool waits for what runs, and nobody is left to answer it
         raise
     finally:
-        if run.streams is not None:
-            run.streams.cancel()  # nobody waits for files of a run that is over
+        run.streams.cancel()  # nobody waits for files of a run that is over
         if run.warming is not None:
             run.warming.close()
 
@@ -153,17 +150,15 @@ def _advance(run: Run) -> bool:
 
 
 def _wait(run: Run) -> None:
-    if run.streams is not None:
-        run.streams.answer()
+    run.streams.answer()
     if run.warming is not None and not run.states.stopped:
         run.warming.begin()
     done, _ = wait(run.working, timeout=LOOK, return_when=FIRST_COMPLETED)
     for future in done:
         _finish(run, run.working.pop(future), future)
-    if run.streams is not None:
-        run.streams.look()
-        if run.cancelled.is_set():
-            run.streams.cancel()
+    run.streams.look()
+    if run.cancelled.is_set():
+        run.streams.cancel()
 
 
 def _take(run: Run, state: NodeState) -> bool:
@@ -211,18 +206,14 @@ def _look(run: Run, state: NodeState) -> None:
 
 def _start(run: Run, state: NodeState, follows: str) -> None:
     from .execution import Attempt  # what launches workers is not imported where nothing runs
-    from .streaming import Streams, provisional_key
     from .warming import Warming
 
     session, node, jobs = run.session, state.node, run.states.room["jobs"]
-    if run.streams is None and session.side_by_side:
-        run.streams = Streams(session, run.states)
     if run.warming is None and jobs > 1:
         run.warming = Warming(session, run.plan, run.states, run.folder)
     if follows:
         state.reason += f"; takes the files of {follows} as they are made"
-    stream = run.streams.begin(state) if run.streams else None
-    followed = run.streams.followed(follows) if run.streams else None
+    stream, followed = run.streams.begin(state), run.streams.followed(follows)
     schedule.start(run.states, state, follows)
     run.reporter.report(NodeStarted(state.name, state.reason))
     key = provisional_key(session, node) if follows else state.key or ""
@@ -275,7 +266,7 @@ def _lineage(run: Run, node: Node) -> tuple[Lineage, ...]:
 
 
 def _finish(run: Run, state: NodeState, future: Future[KeyRecord | None]) -> None:
-    forgone = run.streams is not None and run.streams.forgone(state.name)
+    forgone = run.streams.forgone(state.name)
     try:
         record = future.result()
     except BigpipeError as error:
@@ -285,8 +276,7 @@ def _finish(run: Run, state: NodeState, future: Future[KeyRecord | None]) -> Non
     if record is None:  # it followed in vain: as if nothing had been
         state.seconds = 0.0
         schedule.end(run.states, state, Status.PENDING, "")
-        if run.streams is not None:
-            run.streams.ended(state)
+        run.streams.ended(state)
         return
     schedule.done(run.states, state, record)
     if forgone:
@@ -297,8 +287,7 @@ def _finish(run: Run, state: NodeState, future: Future[KeyRecord | None]) -> Non
 def _end(run: Run, state: NodeState, status: Status, reason: str) -> None:
     schedule.end(run.states, state, status, reason)
     _report(run, state)
-    if run.streams is not None:
-        run.streams.ended(state)
+    run.streams.ended(state)
     for each in (*state.producers, *state.consumers):
         if each.status in GOOD:
             _take(run, each)

@@ -39,7 +39,7 @@ from .artifacts import (
     tree_is_whole,
 )
 from .keeping import named_roots, record_forgone, release, remember, sweep
-from .layout import Layout, explained, is_hex, make_directory, names_in
+from .layout import Layout, explained, hex_of, is_hex, make_directory, names_in
 from .locks import Presence, StoreLock, if_free
 from .publish import JOURNAL, Known, Publisher
 
@@ -100,7 +100,7 @@ class Store:
 
     def with_partial(self, partial: str) -> bool:
         """Return whether any record shares the key with the input digests left out."""
-        return os.path.exists(self.layout.partial(partial))
+        return os.path.exists(os.path.join(self.layout.partials, hex_of(partial)))
 
     def artifact_path(self, digest: str) -> Path:
         """Return the directory of an artifact: links, to be read as it is."""

@@ -10,8 +10,9 @@ import pytest
 from support.stores import publish
 
 from bigpipe.errors import StageFailed, Stale, UsageError
-from bigpipe.orchestrator.lock import lock_path, lockfile, locking, read_lock
+from bigpipe.orchestrator.lock import lockfile, read_lock
 from bigpipe.orchestrator.lock.lockfile import git_blob
+from bigpipe.orchestrator.planning import lock_path
 from bigpipe.orchestrator.planning.keys import Difference, Identity
 from bigpipe.orchestrator.stage import Pinned, PinnedFile
 from bigpipe.orchestrator.store.store import Store
@@ -53,7 +54,7 @@ class Session:
 
     @property
     def lock(self):
-        return read_lock(self.recipe.path)
+        return read_lock(lock_path(self.recipe.path))
 
     def identity(self, node):
         found = self.identities[node.name]
@@ -91,7 +92,7 @@ def text(session):
 
 class TestWriting:
     def test_it_lies_beside_the_manifest_and_reads_like_a_text_for_review(self, session):
-        path = locking.write_lock(session)
+        path = lockfile.write_lock(session)
         assert path.name == "opt.yaml.lock"
         assert path.stat().st_mode & 0o777 == 0o644
         assert path.read_text() == lockfile.HEADER + (
@@ -117,17 +118,17 @@ class TestWriting:
         )
 
     def test_it_reads_back_and_is_not_written_again_for_nothing(self, session):
-        path = locking.write_lock(session)
+        path = lockfile.write_lock(session)
         lock = session.lock
         assert (lock.path, lock.inputs["download"].pins) == (path, {"revision": COMMIT})
         inode = path.stat().st_ino
-        locking.write_lock(session)
+        lockfile.write_lock(session)
         assert path.stat().st_ino == inode
 
     def test_what_the_source_promises_is_locked_before_anything_is_fetched(self, session):
         files = {"w": PinnedFile(7, sha256="ab" * 32), "config.json": PinnedFile(2, git_blob="cd" * 20)}
         session.pins = Pinned({"revision": COMMIT}, "asked", lambda: files)
-        locking.write_lock(session)
+        lockfile.write_lock(session)
         assert session.lock.inputs["download"].files == {
             "w": PinnedFile(size=7, sha256="ab" * 32),
             "config.json": PinnedFile(size=2, git_blob="cd" * 20),
@@ -136,18 +137,18 @@ class TestWriting:
     def test_strings_that_yaml_would_take_for_something_else_survive(self, session):
         odd = {"a": "no", "b": "12:30:45", "c": "1e-5", "d": "", "e": "ü\n#x", "f": 1e-5, "g": ["null", None, True]}
         session.change("shard@a=1.5", **odd)
-        locking.write_lock(session)
+        lockfile.write_lock(session)
         assert session.lock.inputs["shard@a=1.5"].params == {"dtype": "float16", **odd}
-        locking.check_lock(session)
+        lockfile.check_lock(session)
 
 
 class TestReading:
     def test_there_may_be_none(self, session):
         assert session.lock is None
         with pytest.raises(UsageError, match="there is no lock file") as error:
-            locking.enforce(session)
+            lockfile.enforce(session)
         assert error.value.cure == "write it: bigpipe lock opt.yaml"
-        locking.record_outputs(session, session.run())
+        lockfile.record_outputs(session, session.run())
         assert session.lock is None
 
     @pytest.mark.parametrize(
@@ -171,15 +172,15 @@ class TestReading:
 
 class TestEnforcing:
     def changes(self, session):
-        return lockfile.check(session.lock, locking.current(session))
+        return lockfile.check(session.lock, lockfile.current(session))
 
     def test_what_was_locked_holds(self, session):
-        locking.write_lock(session)
-        assert locking.check_lock(session) == lock_path(session.recipe.path)
-        locking.enforce(session)
+        lockfile.write_lock(session)
+        assert lockfile.check_lock(session) == lock_path(session.recipe.path)
+        lockfile.enforce(session)
 
     def test_every_difference_is_named(self, session):
-        locking.write_lock(session)
+        lockfile.write_lock(session)
         session.pins = Pinned({"revision": NEXT_COMMIT}, "asked")
         session.change("shard@a=1.5", dtype="float32")
         changed = replace(session.identities["shard@a=1.5"], version=4, code="edited", env={"A": "1"})
@@ -194,27 +195,27 @@ class TestEnforcing:
         ]
         assert self.changes(session) == expected
         with pytest.raises(Stale, match="6 values differ") as error:
-            locking.enforce(session)
+            lockfile.enforce(session)
         assert all(str(item) in str(error.value) for item in expected)
         assert error.value.cure == "if that is meant: bigpipe lock opt.yaml"
 
     def test_machines_and_packages_may_differ(self, session):
-        locking.write_lock(session)
+        lockfile.write_lock(session)
         session.identities["shard@a=1.5"] = replace(
             session.identities["shard@a=1.5"], packages={"torch": "3.0"}, facts={"memory": 1}
         )
-        locking.enforce(session)
+        lockfile.enforce(session)
 
     def test_a_run_of_some_nodes_is_held_to_those(self, session):
-        locking.write_lock(session)
+        lockfile.write_lock(session)
         session.change("shard@a=1.5", dtype="float32")
         session.nodes = session.nodes[:1]
-        locking.enforce(session)
+        lockfile.enforce(session)
         with pytest.raises(Stale):
-            locking.check_lock(session)
+            lockfile.check_lock(session)
 
     def test_new_and_removed_nodes_are_differences(self, session):
-        locking.write_lock(session)
+        lockfile.write_lock(session)
         session.nodes = [session.nodes[0], Node("extra")]
         session.identities["extra"] = Identity(kind="save", version=1, params={})
         assert self.changes(session) == [
@@ -228,7 +229,7 @@ class TestEnforcing:
             "",
             lambda: {"w": PinnedFile(7, sha256="ab" * 32), "c": PinnedFile(2, git_blob="c" * 40)},
         )
-        locking.write_lock(session)
+        lockfile.write_lock(session)
         session.pins = Pinned(
             {"revision": COMMIT},
             "",
@@ -248,39 +249,39 @@ class TestEnforcing:
 
 class TestOutputs:
     def test_a_run_fills_in_what_it_gave(self, session):
-        locking.write_lock(session)
+        lockfile.write_lock(session)
         done = session.run()
-        locking.record_outputs(session, done)
+        lockfile.record_outputs(session, done)
         lock = session.lock
         shard = done["shard@a=1.5"]
         assert lock.outputs["shard@a=1.5"].digest == shard.digest
         assert lock.outputs["shard@a=1.5"].packages == {"torch": "2.13"}
         assert lock.outputs["shard@a=1.5"].tools == {"bigpipe-ml": "0.1.0"}
         assert lock.inputs["download"].files["w"] == PinnedFile(size=7, sha256=hashlib.sha256(b"weights").hexdigest())
-        locking.check_lock(session)
+        lockfile.check_lock(session)
         before = text(session)
-        locking.record_outputs(session, done)
+        lockfile.record_outputs(session, done)
         assert text(session) == before
 
     def test_a_run_with_other_inputs_does_not_move_the_lock(self, session):
-        locking.write_lock(session)
-        locking.record_outputs(session, session.run())
+        lockfile.write_lock(session)
+        lockfile.record_outputs(session, session.run())
         before = text(session)
         session.pins = Pinned({"revision": NEXT_COMMIT}, "asked")
-        locking.record_outputs(session, session.run(b"newer"))
+        lockfile.record_outputs(session, session.run(b"newer"))
         assert text(session) == before
         with pytest.raises(Stale):
-            locking.check_lock(session)
+            lockfile.check_lock(session)
 
     def test_locked_anew_outputs_of_changed_nodes_and_their_consumers_are_forgotten(self, session):
-        locking.write_lock(session)
-        locking.record_outputs(session, session.run())
+        lockfile.write_lock(session)
+        lockfile.record_outputs(session, session.run())
         session.change("shard@a=1.5", dtype="float32")
-        locking.write_lock(session)
+        lockfile.write_lock(session)
         assert set(session.lock.outputs) == {"download"}
-        locking.record_outputs(session, session.run())
+        lockfile.record_outputs(session, session.run())
         session.pins = Pinned({"revision": NEXT_COMMIT}, "asked")
-        locking.write_lock(session)
+        lockfile.write_lock(session)
         assert session.lock.outputs == {}
 
     def test_a_placement_is_there_for_review(self, session):
@@ -293,27 +294,27 @@ class TestOutputs:
         assert lockfile.locked_output(placed, None, ["placement.json"]).review == {}
 
     def test_another_result_of_the_same_inputs_is_an_error_where_it_must_be_equal(self, session):
-        locking.write_lock(session)
+        lockfile.write_lock(session)
         done = session.run()
-        locking.record_outputs(session, done)
-        locking.enforce_outputs(session, done)
+        lockfile.record_outputs(session, done)
+        lockfile.enforce_outputs(session, done)
         shard = done["shard@a=1.5"]
         done["shard@a=1.5"] = shard.model_copy(update={"digest": "sha256:" + "e" * 64})
         with pytest.raises(StageFailed, match="for the same inputs, packages and facts"):
-            locking.enforce_outputs(session, done)
+            lockfile.enforce_outputs(session, done)
         other_torch = {**shard.identity, "packages": {"torch": "3.0"}}
         done["shard@a=1.5"] = done["shard@a=1.5"].model_copy(update={"identity": other_torch})
-        locking.enforce_outputs(session, done)
+        lockfile.enforce_outputs(session, done)
         done["shard@a=1.5"] = shard.model_copy(update={"digest": "sha256:" + "e" * 64})
         session.nodes[1].kind.reproducible = False
-        locking.enforce_outputs(session, done)
+        lockfile.enforce_outputs(session, done)
 
     def test_other_files_than_promised_are_an_error(self, session):
         files = {"w": PinnedFile(7, sha256="ab" * 32), "config.json": PinnedFile(2, git_blob="cd" * 20)}
         session.pins = Pinned({"revision": COMMIT}, "asked", lambda: files)
-        locking.write_lock(session)
+        lockfile.write_lock(session)
         with pytest.raises(StageFailed, match="download brought other files") as error:
-            locking.enforce_outputs(session, session.run())
+            lockfile.enforce_outputs(session, session.run())
         assert "files.w.sha256" in str(error.value)
         assert "files.config.json.git_blob" in str(error.value)
 
@@ -324,8 +325,8 @@ class TestOutputs:
             "config.json": PinnedFile(2, git_blob=git_blob(tmp_path / "c")),
         }
         session.pins = Pinned({"revision": COMMIT}, "asked", lambda: files)
-        locking.write_lock(session)
-        locking.enforce_outputs(session, session.run())
+        lockfile.write_lock(session)
+        lockfile.enforce_outputs(session, session.run())
 
 
 def test_a_git_blob_is_what_git_says(tmp_path):

@@ -25,7 +25,7 @@ SCHEDULE_MUTANTS = [
     ("a process is no CPU", "(0 if follows else state.processes)", "0"),
     ("nothing runs alone", '    if not states.running:\n        return ""\n', ""),
     ("a follower counts as a job", '"jobs": 0 if follows else 1', '"jobs": 1'),
-    ("what ended still holds its share", "states.held.subtract(state.share)", "pass"),
+    ("what ended still holds its share", "states.held[what] -= size", "pass"),
     # Dropped bytes
     ("bytes go after the first consumer", "taken = all(_has", "taken = any(_has"),
     ("kept bytes go", "return state.node.cache or not state.consumers", "return not state.consumers"),

@@ -4,6 +4,7 @@ import io
 import json
 import subprocess
 import sys
+from contextlib import closing
 from pathlib import Path
 
 import pytest
@@ -23,7 +24,7 @@ from bigpipe.orchestrator.contract.events import (
 )
 from bigpipe.orchestrator.report import progress, reporters
 from bigpipe.orchestrator.report.progress import ProgressMeter
-from bigpipe.orchestrator.report.terminal import RichReporter
+from bigpipe.orchestrator.report.reporters import RichReporter
 
 GB = 10**9
 
@@ -58,7 +59,7 @@ STORY: list[Event] = [
 
 def test_plain_lines_tell_the_story() -> None:
     stream = io.StringIO()
-    with reporters.PlainReporter(stream) as reporter:
+    with closing(reporters.PlainReporter(stream)) as reporter:
         for event in STORY:
             reporter.report(event)
     assert stream.getvalue().splitlines() == [
@@ -131,7 +132,7 @@ def test_durations() -> None:
 
 def test_a_terminal_shows_the_same_story_and_no_markup_is_read() -> None:
     stream = Terminal()
-    with RichReporter(stream, environment={"TERM": "xterm"}, width=100) as reporter:
+    with closing(RichReporter(stream, environment={"TERM": "xterm"}, width=100)) as reporter:
         for event in STORY:
             reporter.report(event)
             if isinstance(event, Progress):
@@ -151,7 +152,9 @@ def test_no_color_is_obeyed() -> None:
     colours = {}
     for name, environment in (("plain", {"NO_COLOR": "1"}), ("coloured", {"COLORTERM": "truecolor"})):
         stream = Terminal()
-        with RichReporter(stream, environment={"TERM": "xterm-256color", **environment}, width=100) as reporter:
+        with closing(
+            RichReporter(stream, environment={"TERM": "xterm-256color", **environment}, width=100)
+        ) as reporter:
             reporter.report(NodeStarted("n", ""))
             reporter.report(NodeFinished("n", "failed", 1.0, 0, {}, error="bad"))
         colours[name] = "\x1b[31m" in stream.getvalue()
@@ -161,7 +164,7 @@ def test_no_color_is_obeyed() -> None:
 def test_the_stream_decides_and_events_go_to_a_file(tmp_path: Path) -> None:
     path = tmp_path / "new" / "events.jsonl"
     stream = io.StringIO()
-    with reporters.choose_reporter(stream, events=path, secrets=["hunter22"]) as reporter:
+    with closing(reporters.choose_reporter(stream, events=path, secrets=["hunter22"])) as reporter:
         for event in [*STORY, LogLine("n", "the password is hunter22")]:
             reporter.report(event)
     assert "\x1b" not in stream.getvalue()
@@ -172,7 +175,7 @@ def test_the_stream_decides_and_events_go_to_a_file(tmp_path: Path) -> None:
     assert len(rows) == len(STORY) + 1
     assert "hunter22" not in path.read_text()
     dumb = Terminal()
-    with reporters.choose_reporter(dumb, environment={"TERM": "dumb"}) as reporter:
+    with closing(reporters.choose_reporter(dumb, environment={"TERM": "dumb"})) as reporter:
         reporter.report(NodeStarted("n", ""))
     assert dumb.getvalue() == "n: started\n"
 
@@ -181,9 +184,10 @@ def test_a_cached_run_never_imports_rich() -> None:
     script = """
 import io, sys
 from bigpipe.orchestrator.contract.events import *
+from contextlib import closing
 from bigpipe.orchestrator.report.reporters import choose_reporter
 stream = io.StringIO(); stream.isatty = lambda: True
-with choose_reporter(stream, environment={}) as reporter:
+with closing(choose_reporter(stream, environment={})) as reporter:
     reporter.report(RunStarted("r", "m", ("a",)))
     reporter.report(NodeFinished("a", "cached", 0.0, 0, {}))
     reporter.report(RunFinished("r", "succeeded", 0.1))
