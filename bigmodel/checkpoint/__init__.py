@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     )
     from .headers import encode_header, layout_key, read_header
     from .mapped import MappedFiles
-    from .naming import Matches, Recipe, match
+    from .naming import Matches, TensorRecipe, match
     from .tensors import (
         CASTABLE,
         FETCH_AGAIN,

@@ -22,7 +22,7 @@ Window = Callable[[TensorInfo], "torch.Tensor"]
 
 
 @dataclass(frozen=True, slots=True)
-class Recipe:
+class TensorRecipe:
     """How one parameter or buffer is made from stored bytes."""
 
     sources: tuple[TensorInfo, ...]
@@ -36,7 +36,7 @@ class Recipe:
 
 @dataclass(slots=True)
 class Matches(Generic[T]):
-    plain: dict[str, Recipe] = field(default_factory=dict)
+    plain: dict[str, TensorRecipe] = field(default_factory=dict)
     """Parameter or buffer name → recipe."""
     packed: dict[str, T] = field(default_factory=dict)
     """Module name → its packed weight."""
@@ -55,7 +55,7 @@ def match(model: torch.nn.Module, tensors: Mapping[str, TensorInfo], packed: Map
 
 def _same_names(model: torch.nn.Module, tensors: Mapping[str, TensorInfo], packed: Mapping[str, T]) -> Matches[T]:
     known = set(model.state_dict())
-    return Matches({name: Recipe((tensor,)) for name, tensor in tensors.items() if name in known}, dict(packed))
+    return Matches({name: TensorRecipe((tensor,)) for name, tensor in tensors.items() if name in known}, dict(packed))
 
 
 def _transformers_names(model: Any, tensors: Mapping[str, TensorInfo], packed: Mapping[str, T]) -> Matches[T]:
@@ -79,7 +79,7 @@ def _transformers_names(model: Any, tensors: Mapping[str, TensorInfo], packed: M
         if name in weights:
             matches.packed[renamed.removesuffix(".weight")] = weights[name]
         elif renamed in known and pattern is None:
-            matches.plain[renamed] = Recipe((tensors[name],))
+            matches.plain[renamed] = TensorRecipe((tensors[name],))
         elif renamed in known:
             fusion = fusions.setdefault(renamed, _Fusion(model, by_pattern[pattern], renamed))
             fusion.inputs.append((name, pattern, tensors[name]))
@@ -97,9 +97,9 @@ class _Fusion:
         self.target = target
         self.inputs: list[tuple[str, str, TensorInfo]] = []
 
-    def recipes(self, known: Iterable[str]) -> dict[str, Recipe]:
+    def recipes(self, known: Iterable[str]) -> dict[str, TensorRecipe]:
         sources = tuple(tensor for _, _, tensor in self.inputs)
-        return {name: Recipe(sources, self._reader(name)) for name in self._targets(known)}
+        return {name: TensorRecipe(sources, self._reader(name)) for name in self._targets(known)}
 
     def _targets(self, known: Iterable[str]) -> Sequence[str]:
         patterns = self.converter.target_patterns

@@ -27,8 +27,8 @@ from bigpipe.bigmodel.checkpoint import (
     MappedFiles,
     Matches,
     ModelDescription,
-    Recipe,
     TensorInfo,
+    TensorRecipe,
     describe_opened,
     match,
     open_checkpoint,
@@ -185,7 +185,7 @@ def _share_recipes(model: torch.nn.Module, matches: Packed, checkpoint: Checkpoi
                 matches.plain[name] = first
 
 
-def _equal(one: Recipe, other: Recipe, checkpoint: Checkpoint) -> bool:
+def _equal(one: TensorRecipe, other: TensorRecipe, checkpoint: Checkpoint) -> bool:
     """Do they make the same tensor? Bytes are read only where dtypes and shapes are the same."""
     if one.sources == other.sources:
         return True
@@ -259,7 +259,7 @@ def _special_dtype(
     return torch.float32 if wide else empty.dtype
 
 
-def _check_shape(name: str, empty: torch.Tensor, recipe: Recipe) -> None:
+def _check_shape(name: str, empty: torch.Tensor, recipe: TensorRecipe) -> None:
     stored = recipe.sources[0]
     if recipe.fuse is None and tuple(empty.shape) != tuple(stored.shape):
         raise InvalidCheckpoint(

@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from bigpipe.bigmodel.checkpoint import MappedFiles, Recipe, TensorInfo
+from bigpipe.bigmodel.checkpoint import MappedFiles, TensorInfo, TensorRecipe
 from bigpipe.bigmodel.formats import PackedWeight
 
 if TYPE_CHECKING:
@@ -29,7 +29,7 @@ class PlainSlot:
 
     module: torch.nn.Module
     attribute: str
-    recipe: Recipe
+    recipe: TensorRecipe
     dtype: torch.dtype
     placeholder: torch.Tensor = field(init=False)
     """What stands there while it is empty, on meta."""

@@ -7,7 +7,7 @@ because axes that meet in one stage join by the values they share.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from graphlib import CycleError, TopologicalSorter
 from itertools import chain, pairwise
@@ -91,7 +91,10 @@ class Wiring:
                 StageReference(text, (*stage.path, "needs", index), "needs")
                 for index, text in enumerate(stage.structure.needs)
             )
-            stage.when = self._known(self._in_condition(stage))
+            stage.when = self._known(
+                StageReference(name, (*stage.path, "when"), "when")
+                for name in dict.fromkeys(_STAGE_METRIC.findall(stage.condition))
+            )
             self._check_ports(stage)
         axis_order = dict.fromkeys(axis for stage in self.stages.values() for axis in stage.structure.matrix)
         for name in self._order():
@@ -105,31 +108,23 @@ class Wiring:
         result: dict[str, tuple[StageReference, ...]] = {}
         for port, written in stage.structure.inputs.items():
             path, label = (*base, port), f"inputs.{port}"
-            sources = (
-                [StageReference(written, path, label)]
-                if isinstance(written, str)
-                else [StageReference(text, (*path, index), label, gathers=True) for index, text in enumerate(written)]
-            )
-            if sources:
-                result[port] = self._known(sources)
+            if isinstance(written, str):
+                result[port] = self._known([StageReference(written, path, label)])
+            elif written:
+                each = enumerate(written)
+                result[port] = self._known(StageReference(text, (*path, at), label, gathers=True) for at, text in each)
         return result
 
-    def _in_condition(self, stage: Wired) -> list[StageReference]:
-        names = dict.fromkeys(_STAGE_METRIC.findall(stage.condition))
-        return [StageReference(name, (*stage.path, "when"), "when") for name in names]
-
-    def _known(self, sources: Iterator[StageReference] | list[StageReference]) -> tuple[StageReference, ...]:
-        known = []
-        for source in sources:
-            if "${" in source.text:
-                continue  # reported when it was interpolated
-            if source.stage in self.stages:
-                known.append(source)
-                continue
-            cure = did_you_mean(source.stage, self.stages, otherwise="there are")
-            cause = f"no stage {source.stage!r}"
-            self.problems.add(Fault.UNKNOWN_STAGE, source.path, cause, cure, part=source.stage)
-        return tuple(known)
+    def _known(self, sources: Iterable[StageReference]) -> tuple[StageReference, ...]:
+        written = [source for source in sources if "${" not in source.text]  # others were reported when interpolated
+        for source in written:
+            if source.stage not in self.stages:
+                cause, cure = (
+                    f"no stage {source.stage!r}",
+                    did_you_mean(source.stage, self.stages, otherwise="there are"),
+                )
+                self.problems.add(Fault.UNKNOWN_STAGE, source.path, cause, cure, part=source.stage)
+        return tuple(source for source in written if source.stage in self.stages)
 
     def _check_ports(self, stage: Wired) -> None:
         if stage.kind is None:
