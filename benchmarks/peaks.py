@@ -27,7 +27,7 @@ from typing import Any
 from machine import facts
 from peak_models import CALIBRATION, EVALUATION, Case, smaller
 
-from bigpipe.bigmodel.architecture import Architecture, describe_architecture, describe_many, read_request
+from bigpipe.bigmodel.architecture import Architecture, describe_architecture
 from bigpipe.bigmodel.footprint import Budget, Workload
 
 DTYPES = ("float32", "float16", "bfloat16")
@@ -223,8 +223,7 @@ def predict_again(files: Sequence[Path], cases: Mapping[str, Case]) -> list[Row]
     """Rows that were measured before, with today's predictions."""
     kept = [Row(**row) for file in files for row in json.loads(file.read_bytes())["rows"]]
     names = dict.fromkeys(row.model for row in kept)
-    requests = [read_request(cases[name].config) for name in names]
-    architectures = dict(zip(names, describe_many(requests), strict=True))
+    architectures = {name: describe_architecture(cases[name].config) for name in names}
     return [predict(architectures[row.model], row) for row in kept]
 
 

@@ -35,10 +35,8 @@ T = TypeVar("T")
 
 
 def kept(function: Callable[Concatenate[Owner, P], T]) -> Callable[Concatenate[Owner, P], T]:
-    """Keep what a function gives with its first argument, a value that never changes, per further arguments.
-
-    A search for what fits asks for many budgets of one architecture. The further arguments must be hashable.
-    """
+    """Keep what a function gives with its first argument, a value that never changes, per further arguments. A search
+    for what fits asks for many budgets of one architecture. The further arguments must be hashable."""
     name = f"kept {function.__module__}.{function.__qualname__}"
 
     @wraps(function)

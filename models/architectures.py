@@ -17,7 +17,6 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from bigpipe.bigmodel.architecture import Architecture, Head, read_request
-from bigpipe.bigmodel.architecture.inquiry import request_as_json
 from bigpipe.bigmodel.architecture.instantiation import describe
 from bigpipe.bigmodel.architecture.snapshot import evaluate, expand, snapshot_file
 from bigpipe.versions import package_version
@@ -146,7 +145,7 @@ def see(config: Mapping[str, Any]) -> Seen:
 
 
 def _described(config: Mapping[str, Any], head: Head) -> Architecture:
-    return describe(request_as_json(read_request(config, head=head)), with_cache=False)
+    return describe(read_request(config, head=head), with_cache=False)
 
 
 def learn(model_type: str, family: Family) -> dict[str, Any]:

@@ -11,10 +11,10 @@ from typing import TYPE_CHECKING
 from bigpipe.faces import face
 
 if TYPE_CHECKING:
-    from .asking import ask_names, build_here, describe_architecture, describe_many, request_key
-    from .inquiry import ATTENTION, Head, Request, read_request
+    from .asking import Request, ask_names, describe_architecture, read_request, request_key
+    from .instantiation import storage_of, tied_groups, with_empty_parameters
     from .outlining import BUFFERS, outline
     from .snapshot import known_architecture, missing_snapshot
-    from .structure import Architecture, CachedTensor, ModuleSpec, TensorSpec, kept_in_float32
+    from .structure import ATTENTION, Architecture, CachedTensor, Head, ModuleSpec, TensorSpec, kept_in_float32
 
 __getattr__, __all__ = face(__name__)

@@ -1,7 +1,10 @@
 """Asks a model's class what it consists of: no weights, no network, and no code that the caller does not trust.
 
-A common family is known from a snapshot. Any other class is built on torch's meta device (shapes without bytes) in a
-child process, so that the calling process never imports torch, and its answer is kept on disk.
+    read_request             a model's small files → what to build, and whether its code may run
+    describe_architecture    known from a snapshot of common families, else built in a child process
+
+The child builds classes on torch's meta device (shapes without bytes), so that the calling process never imports torch;
+its answers are kept on disk.
 """
 
 from __future__ import annotations
@@ -9,12 +12,15 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import sys
 import tempfile
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from bigpipe.bigmodel.checkpoint import ARCHITECTURE_FILE, MAX_CONFIG, read_json
 from bigpipe.bigmodel.memo import recall, remember
 from bigpipe.bigmodel.sources import Sources
 from bigpipe.errors import BY_NAME, InvalidCheckpoint, UsageError
@@ -22,12 +28,35 @@ from bigpipe.files import write_file
 from bigpipe.modules import source_files, top_level
 from bigpipe.versions import package_version
 
-from .inquiry import Head, Request, Source, read_request, request_as_json
 from .snapshot import known_architecture
-from .structure import Architecture
+from .structure import Architecture, Head
 
-if TYPE_CHECKING:
-    import torch
+ANSWER_VERSION = 5
+"""Part of every key; raised when an answer's shape or meaning changes."""
+CHILD_SECONDS = 600
+"""Real models take under five seconds; a config that asks for a billion layers is stopped."""
+STORAGE_KEYS = frozenset({"quantization_config", "dtype", "torch_dtype"})
+"""Of a config: how its weights are stored. `instantiation` leaves out the first and says the dtype itself."""
+
+Source = Path | str | Mapping[str, Any]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Request:
+    """One question to the child process; the answer depends on nothing else but library versions."""
+
+    library: str
+    config: Mapping[str, Any]
+    """transformers, timm: `config.json`. diffusers: its config, or {"model_index": …, "components": {name: config}}.
+    custom: what updates the class's default config."""
+    head: Head = "auto"
+    custom_class: str | None = None
+    no_split: tuple[str, ...] = ()
+    base: Path | None = None
+    code: Path | None = None
+    """The directory whose own Python files may run."""
+    stored: tuple[str, ...] = ()
+    """Names of stored tensors: not the architecture is asked for, but what its class calls these."""
 
 
 def describe_architecture(
@@ -38,84 +67,125 @@ def describe_architecture(
     custom: Mapping[str, Any] | None = None,
     sources: Sources = Sources(),
 ) -> Architecture:
-    """The architecture of a checkpoint directory, a `config.json`, or a config already read.
-
-    library_name: transformers, diffusers or timm; by default told by the files.
-    custom: the contents of `bigpipe_architecture.json`, where it does not lie in the directory.
-    sources: what may run; an answer in `memo` for the same config, library versions and class source is taken as is.
-
-    Raises UsageError: unknown model type, missing library, untrusted code. InvalidCheckpoint: a config that is none.
-    """
+    """Return the architecture of a checkpoint directory, a `config.json`, or a config already read. Arguments and
+    errors are those of `read_request`. An answer in `sources.memo` for the same config, library versions and class
+    source is taken as it is. Raise InvalidCheckpoint for a config that no class can be built from."""
     request = read_request(source, library_name=library_name, head=head, custom=custom, sources=sources)
-    return describe_many([request], memo=sources.memo)[0]
-
-
-def describe_many(requests: Sequence[Request], *, memo: Path | None = None) -> list[Architecture]:
-    """Return an architecture per request. One child process answers all that no snapshot and no `memo` knows."""
-    known = [_from_snapshot(request) for request in requests]
-    keys = ["" if found else request_key(request) for request, found in zip(requests, known, strict=True)]
-    questions = {key: request_as_json(request) for key, request in zip(keys, requests, strict=True) if key}
-    answers = _answers(questions, memo)
-    return [found or Architecture.from_json(answers[key]) for found, key in zip(known, keys, strict=True)]
-
-
-def _from_snapshot(request: Request) -> Architecture | None:
     own_code = request.code is not None and "auto_map" in request.config
     plain = request.library == "transformers" and not own_code
-    return known_architecture(request.config, request.head) if plain else None
+    known = known_architecture(request.config, request.head) if plain else None
+    return known or Architecture.from_json(_answer(request, sources.memo))
 
 
-def _answers(questions: Mapping[str, Mapping[str, Any]], memo: Path | None) -> dict[str, dict[str, Any]]:
-    """Key → what the child process says or has said."""
-    answers = {key: found for key in questions if (found := _recall(memo, key)) is not None}
-    asked = {key: question for key, question in questions.items() if key not in answers}
-    for key, answer in zip(asked, ask(list(asked.values())) if asked else (), strict=True):
-        if memo is not None:
-            remember(memo / "architectures" / f"{key}.json", {"key": key, "answer": answer})
-        answers[key] = answer
-    return answers
+def ask_names(config: Mapping[str, Any], stored: Iterable[str], memo: Path | None = None) -> dict[str, str]:
+    """Return stored name → parameter or buffer of the class that `config` names; several may become parts of one.
+
+    Many families were renamed since their checkpoints were made (ViT's `encoder.layer.0.attention.attention.query` is
+    `layers.0.attention.q_proj` now). transformers knows the rules, which need its classes. Names that become none, or
+    one that is changed on the way, are not in it. Errors as of `describe_architecture`.
+    """
+    names: dict[str, str] = _answer(replace(read_request(config), stored=tuple(sorted(stored))), memo)["names"]
+    return names
 
 
-def build_here(request: Request) -> torch.nn.Module:
-    """Return the model itself, built in this process on the device and in the dtype that rule here."""
-    from .instantiation import instantiate
+def read_request(
+    source: Source,
+    *,
+    library_name: str | None = None,
+    head: Head = "auto",
+    custom: Mapping[str, Any] | None = None,
+    sources: Sources = Sources(),
+) -> Request:
+    """Return what to build for a checkpoint directory, a `config.json`, or a config already read.
 
-    return instantiate(request_as_json(request))
+    library_name: transformers, diffusers or timm; by default told by the files. custom: the contents of
+    `bigpipe_architecture.json`, where it does not lie in the directory. sources: what may run.
+
+    Raise UsageError for a directory without a config, an unknown library, and untrusted code.
+    """
+    if head not in ("auto", "none"):
+        raise UsageError(f"head is {head!r}", "use 'auto' (with its head) or 'none' (the bare AutoModel)")
+    directory = None if isinstance(source, Mapping) else Path(source)
+    if directory is not None and directory.is_file():
+        source, directory = _read(directory), directory.parent
+    if custom is None and directory is not None and (directory / ARCHITECTURE_FILE).is_file():
+        custom = _read(directory / ARCHITECTURE_FILE)
+    if custom is not None:
+        return _custom_request(custom, sources)
+    config = dict(source) if isinstance(source, Mapping) else _read_config(Path(source))
+    library = library_name or _library_of(config)
+    if library not in ("transformers", "diffusers", "timm"):
+        raise UsageError(f"library {library!r} is not known", "use transformers, diffusers or timm")
+    code = directory.resolve() if directory is not None and sources.trust_remote_code else None
+    return Request(library=library, config=config, head=head, code=code)
 
 
-ANSWER_VERSION = 4
-"""Part of every key; raised when an answer's shape or meaning changes."""
+def _custom_request(custom: Mapping[str, Any], sources: Sources) -> Request:
+    reference = custom.get("class")
+    if not isinstance(reference, str) or not re.fullmatch(r"[\w.]+:[\w.]+", reference):
+        cause = f"architecture class {reference!r} is not written module:Class"
+        raise UsageError(cause, "for example mingpt.model:GPT")
+    sources.trust.require_module(reference, f"the model's class {reference}")
+    return Request(
+        library="custom",
+        config=custom.get("config") or {},
+        custom_class=reference,
+        no_split=tuple(custom.get("no_split_module_classes") or ()),
+        base=sources.base.resolve() if sources.base else None,
+    )
 
-CHILD_SECONDS = 600
-"""Real models take under five seconds; a config that asks for a billion layers is stopped."""
+
+def _library_of(config: Mapping[str, Any]) -> str:
+    """By the keys that each library writes into its config file."""
+    if "model_index" in config or "_class_name" in config or "_diffusers_version" in config:
+        return "diffusers"
+    if "model_type" not in config and "architectures" not in config and isinstance(config.get("architecture"), str):
+        return "timm"
+    return "transformers"
 
 
-STORAGE_KEYS = frozenset({"quantization_config", "dtype", "torch_dtype"})
-"""Of a config: how its weights are stored. `instantiation` leaves out the first and says the dtype itself."""
+def _read_config(directory: Path) -> dict[str, Any]:
+    if (directory / "model_index.json").is_file():
+        index = _read(directory / "model_index.json")
+        files = {name: directory / name / "config.json" for name in index if re.fullmatch(r"[A-Za-z0-9]\w*", name)}
+        return {"model_index": index, "components": {name: _read(f) for name, f in files.items() if f.is_file()}}
+    if (directory / "config.json").is_file():
+        return _read(directory / "config.json")
+    cause = f"{directory} has no config.json, model_index.json or {ARCHITECTURE_FILE}"
+    raise UsageError(cause, "give the directory of a model, or describe its class under `architecture`")
+
+
+def _read(file: Path) -> dict[str, Any]:
+    return read_json(file, file.parent, MAX_CONFIG)
+
+
+def _answer(request: Request, memo: Path | None) -> dict[str, Any]:
+    """What the child process says or has said. Raise the error that it names."""
+    file = memo and memo / "architectures" / f"{request_key(request)}.json"
+    if file and (said := recall(file)):
+        return dict(said)
+    answer = _ask(request)
+    if "error" in answer:
+        raise BY_NAME.get(answer["error"], UsageError)(answer["cause"], answer["cure"])
+    if file:
+        remember(file, answer)
+    return answer
 
 
 def request_key(request: Request) -> str:
-    """Of everything an answer depends on: the request, library versions, the source of a custom class."""
+    """Return a digest of everything an answer depends on: the request, library versions, the source of a class."""
     packages = ["torch", "transformers", "accelerate"]
     packages += [request.library] if request.library in ("timm", "diffusers") else []
+    # No class of transformers is built from how weights are stored: a cast or quantized model is no other class
+    left_out = STORAGE_KEYS if request.library == "transformers" and request.code is None else ()
+    config = {name: value for name, value in request.config.items() if name not in left_out}
     facts = {
+        **asdict(replace(request, config=config, base=None, code=None)),
         "answer": ANSWER_VERSION,
-        "library": request.library,
-        "config": _what_is_built(request),
-        "head": request.head,
-        "class": request.custom_class,
-        "no_split": request.no_split,
         "source": _source_digest(request),
         "versions": {name: package_version(name) for name in packages},
     }
     return hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode()).hexdigest()
-
-
-def _what_is_built(request: Request) -> Mapping[str, Any]:
-    """The config without what no class of transformers is built from: a cast or quantized model is no other class."""
-    if request.library != "transformers" or request.code is not None:
-        return request.config
-    return {name: value for name, value in request.config.items() if name not in STORAGE_KEYS}
 
 
 def _source_digest(request: Request) -> str | None:
@@ -136,58 +206,31 @@ def _source_digest(request: Request) -> str | None:
     return digest.hexdigest()
 
 
-def _recall(memo: Path | None, key: str) -> dict[str, Any] | None:
-    data = recall(memo / "architectures" / f"{key}.json") if memo else None
-    return data["answer"] if isinstance(data, dict) and data.get("key") == key and "answer" in data else None
-
-
-def ask(questions: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """What `instantiation` answers, in one child process. Raises the error that an answer names.
-
-    Questions and answers go by files: what the model's code prints must not reach our output.
-    """
+def _ask(request: Request) -> dict[str, Any]:
+    """What `instantiation` answers. It goes by files: what the model's code prints must not reach our output."""
     import subprocess
 
     with tempfile.TemporaryDirectory(prefix="bigpipe-") as name:
-        question, answers = Path(name) / "question.json", Path(name) / "answers.json"
-        write_file(question, json.dumps(questions), durable=False)
+        question, answer = Path(name) / "question.json", Path(name) / "answer.json"
+        write_file(question, json.dumps(asdict(request), default=str), durable=False)
         module = "bigpipe.bigmodel.architecture.instantiation"
-        command = [sys.executable, "-P", "-m", module, str(question), str(answers)]
+        command = [sys.executable, "-P", "-m", module, str(question), str(answer)]
         try:
             child = subprocess.run(
                 command, env=_child_environment(), stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL,
                 stderr=subprocess.PIPE, timeout=CHILD_SECONDS, check=False,
             )  # fmt: skip
         except subprocess.TimeoutExpired as error:
-            raise InvalidCheckpoint(
-                f"the model's class was not built within {CHILD_SECONDS} s", "check the sizes in its config"
-            ) from error
-        if child.returncode != 0 or not answers.is_file():
+            cause = f"the model's class was not built within {CHILD_SECONDS} s"
+            raise InvalidCheckpoint(cause, "check the sizes in its config") from error
+        if child.returncode != 0 or not answer.is_file():
             tail = child.stderr.decode(errors="replace").strip().splitlines()[-5:]
             raise InvalidCheckpoint(
                 f"building the model's class failed (exit {child.returncode}): " + " | ".join(tail),
                 "check its config, and that torch and transformers import: python -c 'import transformers'",
             )
-        data: list[dict[str, Any]] = json.loads(answers.read_bytes())
-    for answer in data:
-        if "error" in answer:
-            raise BY_NAME.get(answer["error"], UsageError)(answer["cause"], answer["cure"])
-    return data
-
-
-def ask_names(config: Mapping[str, Any], stored: Iterable[str], memo: Path | None = None) -> dict[str, str]:
-    """Stored name → parameter or buffer of the class that `config` names; several may become parts of one.
-
-    Many families were renamed since their checkpoints were made (ViT's `encoder.layer.0.attention.attention.query` is
-    `layers.0.attention.q_proj` now), and are saved under the old names still. transformers knows the rules; they need
-    its classes, so the child process answers, once per config and set of names.
-
-    Names that become none, or one that is changed on the way, are not in it. Errors as of `describe_architecture`.
-    """
-    request, names = read_request(config), sorted(stored)
-    key = hashlib.sha256(json.dumps([request_key(request), names]).encode()).hexdigest()
-    found: dict[str, str] = _answers({key: {**request_as_json(request), "names": names}}, memo)[key]["names"]
-    return found
+        said: dict[str, Any] = json.loads(answer.read_bytes())
+    return said
 
 
 def _child_environment() -> dict[str, str]:

@@ -29,10 +29,8 @@ CACHES = ("past_key_values", "cache_params", "mems", "state")
 
 
 def observe(model: torch.nn.Module) -> tuple[CachedTensor, ...] | None:
-    """The tensors that `model`, built on the meta device in bfloat16, caches for one sequence of tokens.
-
-    None where its forward needs more than tokens, or values that the meta device does not have.
-    """
+    """Return the tensors that `model`, built on the meta device in bfloat16, caches for one sequence of tokens. None
+    where its forward needs more than tokens, or values that the meta device does not have."""
     config: Any = model.config
     if getattr(config, "is_encoder_decoder", False):
         return None
@@ -68,10 +66,8 @@ def _observe(model: torch.nn.Module, config: Mapping[str, Any]) -> tuple[CachedT
 
 
 def late_lengths(config: Mapping[str, Any]) -> tuple[int, ...]:
-    """Two lengths beyond every window that the config names, so far as it has positions; none where it names none.
-
-    One less than a power of two, for then what waits to be compressed is at its most.
-    """
+    """Return two lengths beyond every window that the config names, as far as it has positions; none if it has none.
+    One less than a power of two, for then what waits to be compressed is at its most."""
     named = [value for name, value in config.items() if value and any(word in name for word in WINDOWS)]
     if not named:
         return ()
@@ -83,10 +79,8 @@ def late_lengths(config: Mapping[str, Any]) -> tuple[int, ...]:
 
 
 def _cached_after(model: torch.nn.Module, length: int) -> list[tuple[int, int, int]]:
-    """(elements, elements of its storage, bytes of an element; 0: as the model's dtype) of each cached tensor.
-
-    A storage of several counts for the first.
-    """
+    """(elements, those of its storage, bytes of an element; 0: as the model's dtype) of each cached tensor. A storage
+    of several counts for the first."""
     import torch
 
     with torch.device("meta"), torch.no_grad():
@@ -121,9 +115,7 @@ def _growth(
     lengths: Sequence[int], sizes: Sequence[tuple[int, int, int]]
 ) -> tuple[int, float, int | None, int, float] | None:
     """Fields of a `CachedTensor` but its count. None where these sizes do not lie on a line with at most one knee."""
-    elements = [count for count, _, _ in sizes]
-    storages = [held for _, held, _ in sizes]
-    width = sizes[0][2]
+    elements, storages, (width, *_) = zip(*sizes, strict=True)
     early, late = (_slope(lengths[at:], elements[at:]) for at in (0, len(lengths) - 2))
     # A window may be a view into the keys of the whole prompt; a state may be a view of something that does not grow
     viewed = _slope(lengths[-2:], storages[-2:]) if storages[-1] > elements[-1] else 0.0
@@ -144,7 +136,7 @@ def _slope(lengths: Sequence[int], elements: Sequence[int]) -> float:
 
 @contextmanager
 def _limited(seconds: int) -> Iterator[None]:
-    """Raises TimeoutError once they have passed. For the main thread."""
+    """Raise TimeoutError once they have passed. For the main thread."""
 
     def stop(*_: object) -> None:
         raise TimeoutError

@@ -1,8 +1,8 @@
-"""The child process of `architecture`: builds models on the meta device and says what they consist of.
+"""The child process of `architecture`: builds a model on the meta device and says what it consists of.
 
-    python -m bigpipe.bigmodel.architecture.instantiation QUESTION.json ANSWERS.json
+    python -m bigpipe.bigmodel.architecture.instantiation QUESTION.json ANSWER.json
 
-Each model is built twice, as float32 and as bfloat16: a tensor whose dtype did not follow keeps it in every dtype.
+It is built twice, as float32 and as bfloat16: a tensor whose dtype did not follow keeps it in every dtype.
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from bigpipe.errors import BigpipeError, InvalidCheckpoint, UsageError
+from bigpipe.errors import BigpipeError, UsageError
 from bigpipe.files import write_file
 from bigpipe.modules import import_attribute
 
+from .asking import Request
 from .caching import observe
-from .inquiry import ATTENTION
-from .structure import Architecture, ModuleSpec, TensorSpec
+from .structure import ATTENTION, Architecture, ModuleSpec, TensorSpec
 
 if TYPE_CHECKING:
     import torch
@@ -36,37 +36,26 @@ UNSAFE_KEYS = frozenset({
     "_experts_implementation", "_experts_implementation_internal", "custom_pipelines", "use_kernels",
 })  # fmt: skip
 """Left out of every config, nested ones too: they fetch or run code, or change what the plain class is made of."""
-
-
+HEADS = (
+    "AutoModelForImageTextToText", "AutoModelForSpeechSeq2Seq", "AutoModelForSeq2SeqLM", "AutoModelForCausalLM",
+    "AutoModelForMaskedLM", "AutoModelForCTC", "AutoModelForImageClassification",
+)  # fmt: skip
+"""Where a config names no class: what its type most likely generates or predicts, else the bare model."""
 MEMORY_LIMIT = 16 * 2**30
 """Bytes. Modules on the meta device take kilobytes each; only a hostile config asks for this much."""
 
 
-def main(question: str, answers: str) -> None:
+def main(question: str, answer: str) -> None:
     warnings.simplefilter("ignore")
     resource.setrlimit(resource.RLIMIT_DATA, (MEMORY_LIMIT, MEMORY_LIMIT))
-    results = [_answer(request) for request in json.loads(Path(question).read_bytes())]
-    write_file(Path(answers), json.dumps(results), durable=False)
+    asked = json.loads(Path(question).read_bytes())
+    request = Request(**{**asked, **{name: Path(asked[name]) for name in ("base", "code") if asked[name]}})
+    write_file(Path(answer), json.dumps(_answer(request)), durable=False)
 
 
-def _names(request: Mapping[str, Any]) -> dict[str, str]:
-    """What `ask_names` asks for: stored name → the class's own."""
-    import torch
-
-    from bigpipe.bigmodel.checkpoint import TensorInfo, match
-
-    model = on_meta(torch.float32, lambda: instantiate(request))
-    tensors = {name: TensorInfo(name, "float32", (), Path(), 0) for name in request["names"]}
-    matches = match(model, tensors, dict[str, None]())
-    recipes = {name: recipe for name, recipe in matches.plain.items() if recipe.fuse is None or len(recipe.sources) > 1}
-    return {source.name: name for name, recipe in recipes.items() for source in recipe.sources}
-
-
-def _answer(request: Mapping[str, Any]) -> dict[str, Any]:
+def _answer(request: Request) -> dict[str, Any]:
     try:
-        if "names" in request:
-            return {"names": _names(request)}
-        return describe(request).as_json()
+        return {"names": _names(request)} if request.stored else describe(request).as_json()
     except BigpipeError as error:
         return {"error": type(error).__name__, "cause": error.cause, "cure": error.cure}
     except ImportError as error:
@@ -77,39 +66,45 @@ def _answer(request: Mapping[str, Any]) -> dict[str, Any]:
         return {"error": "InvalidCheckpoint", "cause": cause, "cure": "check config.json against the model's class"}
 
 
-def describe(request: Mapping[str, Any], *, with_cache: bool = True) -> Architecture:
-    """Return what the model that a `Request` (its fields as a map) asks for consists of, and caches if it generates."""
+def _names(request: Request) -> dict[str, str]:
     import torch
 
-    model = on_meta(torch.float32, lambda: instantiate(request))
-    other = on_meta(torch.bfloat16, lambda: instantiate(request))
+    from bigpipe.bigmodel.checkpoint import TensorInfo, match
+
+    tensors = {name: TensorInfo(name, "float32", (), Path(), 0) for name in request.stored}
+    matches = match(_on_meta(request, torch.float32), tensors, dict[str, None]())
+    recipes = {name: recipe for name, recipe in matches.plain.items() if recipe.fuse is None or len(recipe.sources) > 1}
+    return {source.name: name for name, recipe in recipes.items() for source in recipe.sources}
+
+
+def describe(request: Request, *, with_cache: bool = True) -> Architecture:
+    """Return what the model that is asked for consists of and, if it generates, caches. Its class runs here."""
+    import torch
+
+    model, other = _on_meta(request, torch.float32), _on_meta(request, torch.bfloat16)
     found = report(model, other, request)
     return replace(found, cache=observe(other)) if found.generates and with_cache else found
 
 
-def instantiate(request: Mapping[str, Any]) -> torch.nn.Module:
-    """The model that a `Request` (its fields as a map) asks for, on whatever device and in whatever dtype rule here."""
-    builders = {"transformers": _transformers, "diffusers": _diffusers, "timm": _timm, "custom": _custom}
-    return builders[request["library"]](request)
+def with_empty_parameters(request: Request, dtype: torch.dtype) -> torch.nn.Module:
+    """Return the model built as `dtype`, with parameters on the meta device and true values in its buffers."""
+    from accelerate import init_empty_weights
+    from transformers.modeling_utils import local_torch_dtype
+
+    with local_torch_dtype(dtype), init_empty_weights(include_buffers=False):
+        return _instantiate(request)
 
 
-def on_meta(dtype: torch.dtype, build: Any) -> torch.nn.Module:
+def _on_meta(request: Request, dtype: torch.dtype) -> torch.nn.Module:
     import torch
+    from transformers.modeling_utils import local_torch_dtype
 
-    default = torch.get_default_dtype()
-    torch.set_default_dtype(dtype)
     try:
-        with torch.device("meta"), _linspace_on_cpu():
-            model: torch.nn.Module = build()
+        with local_torch_dtype(dtype), torch.device("meta"), _linspace_on_cpu():
+            return _instantiate(request)
     except (NotImplementedError, RuntimeError):
         # Mostly the class computes with values while it is built: only its parameters can live on the meta device
-        from accelerate import init_empty_weights
-
-        with init_empty_weights():
-            model = build()
-    finally:
-        torch.set_default_dtype(default)
-    return model
+        return with_empty_parameters(request, dtype)
 
 
 def _linspace_on_cpu() -> contextlib.AbstractContextManager[Any]:
@@ -127,6 +122,13 @@ def _linspace_on_cpu() -> contextlib.AbstractContextManager[Any]:
     return LinspaceOnCpu()
 
 
+def _instantiate(request: Request) -> torch.nn.Module:
+    """The model, on whatever device and in whatever dtype rule here."""
+    builders = {"transformers": _transformers, "diffusers": _diffusers, "timm": _timm, "custom": _custom}
+    model: torch.nn.Module = builders[request.library](request)
+    return model
+
+
 def _clean(value: Any) -> Any:
     if isinstance(value, dict):
         if value.keys() == {"__float__"}:  # how transformers writes infinity into JSON
@@ -135,33 +137,48 @@ def _clean(value: Any) -> Any:
     return [_clean(entry) for entry in value] if isinstance(value, list) else value
 
 
-def _transformers(request: Mapping[str, Any]) -> torch.nn.Module:
+def _transformers(request: Request) -> Any:
     import torch
     from transformers import AutoModel
 
-    raw = request["config"]
-    if request["code"] and raw.get("auto_map"):
+    if request.code and request.config.get("auto_map"):
         return _remote_code(request)
-    config_class = _config_class(raw)
-    config = config_class.from_dict(_clean(raw))
-    model_class = AutoModel if request["head"] == "none" else _model_class(raw, config)
-    dtype = torch.get_default_dtype()
+    named = _named_class(request.config)
+    config = _config_class(request.config, named).from_dict(_clean(request.config))
+    model_class = AutoModel if request.head == "none" else named or _likely_class(config)
     build = model_class.from_config if model_class.__name__.startswith("Auto") else model_class._from_config
-    model: torch.nn.Module = build(config, dtype=dtype)
-    return model
+    return build(config, dtype=torch.get_default_dtype())
 
 
-def _config_class(raw: Mapping[str, Any]) -> Any:
+def _remote_code(request: Request) -> Any:
+    import torch
+    import transformers
+
+    config = transformers.AutoConfig.from_pretrained(str(request.code), trust_remote_code=True)
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config
+    names = [name for name in request.config["auto_map"] if name.startswith("AutoModelFor")]
+    auto = getattr(transformers, names[0] if names and request.head == "auto" else "AutoModel")
+    return auto.from_config(config, dtype=torch.get_default_dtype(), trust_remote_code=True)
+
+
+def _named_class(raw: Mapping[str, Any]) -> Any:
+    """The first class of transformers among those that a config names; None where there is none."""
+    import transformers
+
+    found = [getattr(transformers, str(name), None) for name in raw.get("architectures") or ()]
+    return next((c for c in found if isinstance(c, type) and issubclass(c, transformers.PreTrainedModel)), None)
+
+
+def _config_class(raw: Mapping[str, Any], named: Any) -> Any:
     import transformers
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
     kind = raw.get("model_type")
     if isinstance(kind, str) and kind in CONFIG_MAPPING:
         return CONFIG_MAPPING[kind]
-    for name in raw.get("architectures") or ():
-        model_class = getattr(transformers, str(name), None)
-        if (config_class := getattr(model_class, "config_class", None)) is not None:
-            return config_class
+    if named is not None:
+        return named.config_class
     if raw.get("auto_map"):
         raise UsageError(
             f"the model (type {kind!r}) brings its own code (auto_map in config.json), which bigpipe does not run",
@@ -173,40 +190,12 @@ def _config_class(raw: Mapping[str, Any]) -> Any:
     )
 
 
-HEADS = (
-    "AutoModelForImageTextToText", "AutoModelForSpeechSeq2Seq", "AutoModelForSeq2SeqLM", "AutoModelForCausalLM",
-    "AutoModelForMaskedLM", "AutoModelForCTC", "AutoModelForImageClassification",
-)  # fmt: skip
-"""Where a config names no class: what its type most likely generates or predicts, else the bare model."""
-
-
-def _model_class(raw: Mapping[str, Any], config: Any) -> Any:
+def _likely_class(config: Any) -> Any:
     import transformers
 
-    for name in raw.get("architectures") or ():
-        model_class = getattr(transformers, str(name), None)
-        if isinstance(model_class, type) and issubclass(model_class, transformers.PreTrainedModel):
-            return model_class
-    for auto in HEADS:
-        mapping = getattr(transformers, auto)._model_mapping
-        if type(config) in mapping:
-            found = mapping[type(config)]
-            return found[0] if isinstance(found, tuple | list) else found
-    return transformers.AutoModel
-
-
-def _remote_code(request: Mapping[str, Any]) -> torch.nn.Module:
-    import torch
-    import transformers
-
-    directory = request["code"]
-    config = transformers.AutoConfig.from_pretrained(directory, trust_remote_code=True)
-    if hasattr(config, "quantization_config"):
-        del config.quantization_config
-    names = [name for name in request["config"]["auto_map"] if name.startswith("AutoModelFor")]
-    auto = getattr(transformers, names[0] if names and request["head"] == "auto" else "AutoModel")
-    model: torch.nn.Module = auto.from_config(config, dtype=torch.get_default_dtype(), trust_remote_code=True)
-    return model
+    mappings = [getattr(transformers, auto)._model_mapping for auto in HEADS]
+    found = next((mapping[type(config)] for mapping in mappings if type(config) in mapping), transformers.AutoModel)
+    return found[0] if isinstance(found, tuple | list) else found
 
 
 @contextlib.contextmanager
@@ -217,31 +206,28 @@ def _importing(library: str) -> Iterator[None]:
     except ImportError:
         raise
     except Exception as error:  # torchvision made for another torch raises RuntimeError
-        raise UsageError(
-            f"{library} is installed, but importing it fails: {type(error).__name__}: {error}",
-            f"repair it until this works: python -c 'import {library}'",
-        ) from error
+        cause = f"{library} is installed, but importing it fails: {type(error).__name__}: {error}"
+        raise UsageError(cause, f"repair it until this works: python -c 'import {library}'") from error
 
 
-def _timm(request: Mapping[str, Any]) -> torch.nn.Module:
+def _timm(request: Request) -> Any:
     with _importing("timm"):
         import timm
 
-    config = _clean(request["config"])
+    config = _clean(request.config)
     options = dict(config.get("model_args") or {})
     if isinstance(config.get("num_classes"), int):
         options.setdefault("num_classes", config["num_classes"])
-    if request["head"] == "none":
+    if request.head == "none":
         options["num_classes"] = 0
-    model: torch.nn.Module = timm.create_model(config["architecture"], pretrained=False, **options)
-    return model
+    return timm.create_model(config["architecture"], pretrained=False, **options)
 
 
-def _diffusers(request: Mapping[str, Any]) -> torch.nn.Module:
+def _diffusers(request: Request) -> Any:
     """A single diffusers model, or a pipeline as one tree whose children are its components."""
     import torch
 
-    config = request["config"]
+    config = request.config
     if "model_index" not in config:
         return _diffusers_component(config["_class_name"], config)
     class_name = str(config["model_index"].get("_class_name", "Pipeline"))
@@ -251,118 +237,115 @@ def _diffusers(request: Mapping[str, Any]) -> torch.nn.Module:
         if library == "diffusers":
             pipeline.add_module(name, _diffusers_component(class_name, component))
         elif library == "transformers":
-            question = {"config": {**component, "architectures": [class_name]}, "head": "auto", "code": None}
-            pipeline.add_module(name, _transformers(question))
+            asked = Request(library=library, config={**component, "architectures": [class_name]})
+            pipeline.add_module(name, _transformers(asked))
     return pipeline
 
 
-def _diffusers_component(class_name: str, config: Mapping[str, Any]) -> torch.nn.Module:
+def _diffusers_component(class_name: str, config: Mapping[str, Any]) -> Any:
     with _importing("diffusers"):
         import diffusers
 
         model_class = getattr(diffusers, class_name, None)
     if model_class is None or not hasattr(model_class, "from_config"):
         raise UsageError(f"diffusers {diffusers.__version__} has no model {class_name!r}", "upgrade diffusers")
-    model: torch.nn.Module = model_class.from_config(_clean(dict(config)))
-    return model
+    return model_class.from_config(_clean(config))
 
 
-def _custom(request: Mapping[str, Any]) -> torch.nn.Module:
+def _custom(request: Request) -> Any:
+    """`Class(default config updated with `config`)` where it has `get_default_config()`, else `Class(**config)`."""
     import torch
 
-    base = Path(request["base"]) if request["base"] else None
     try:
-        found = import_attribute(request["custom_class"], base)
+        model_class = import_attribute(str(request.custom_class), request.base)
     except AttributeError as error:
-        raise UsageError(f"{request['custom_class']}: {error}", "check `architecture.class`") from error
-    model = instantiate_custom(found, request["config"])
+        raise UsageError(f"{request.custom_class}: {error}", "check `architecture.class`") from error
+    if hasattr(model_class, "get_default_config"):
+        default = model_class.get_default_config()
+        for name, value in request.config.items():
+            if isinstance(default, dict):
+                default[name] = value
+            else:
+                setattr(default, name, value)
+        model = model_class(default)
+    else:
+        model = model_class(**request.config)
     if not isinstance(model, torch.nn.Module):
-        raise UsageError(f"{request['custom_class']} gives no torch.nn.Module", "check `architecture.class`")
+        raise UsageError(f"{request.custom_class} gives no torch.nn.Module", "check `architecture.class`")
     return model
 
 
-def instantiate_custom(model_class: Any, config: Mapping[str, Any]) -> Any:
-    """`Class(default config updated with `config`)` where it has `get_default_config()`, else `Class(**config)`."""
-    if not hasattr(model_class, "get_default_config"):
-        return model_class(**config)
-    default = model_class.get_default_config()
-    for name, value in config.items():
-        if isinstance(default, dict):
-            default[name] = value
-        else:
-            setattr(default, name, value)
-    return model_class(default)
-
-
-def report(model: torch.nn.Module, other: torch.nn.Module, request: Mapping[str, Any]) -> Architecture:
-    """What `model` consists of. `other` is the same model built in another default dtype."""
-    following = {name: _name(tensor.dtype) for name, tensor in _named_tensors(other)}
+def report(model: torch.nn.Module, other: torch.nn.Module, request: Request) -> Architecture:
+    """Return what `model` consists of. other: the same model built in another default dtype."""
+    following = {name: tensor.dtype for name, tensor in _named_tensors(other).items()}
     unsaved = frozenset(getattr(model, "_keys_to_ignore_on_save", None) or ())
-    no_split = request["no_split"] or getattr(model, "_no_split_modules", None) or ()
+    no_split = request.no_split or getattr(model, "_no_split_modules", None) or ()
     return Architecture(
         class_name=type(model).__name__,
         modules=tuple(_module(name, module, following, unsaved) for name, module in model.named_modules()),
         no_split=tuple(sorted(no_split)),
-        tied=tuple(_tied(model)),
+        tied=tuple(map(tuple, tied_groups(model))),
         output_embedding=_embedding(model, "get_output_embeddings"),
         input_embedding=_embedding(model, "get_input_embeddings"),
         keep_in_fp32=tuple(sorted(getattr(model, "_keep_in_fp32_modules", None) or ())),
         keep_in_fp32_strict=tuple(sorted(getattr(model, "_keep_in_fp32_modules_strict", None) or ())),
         config=_complete_config(model, request),
-        library=request["library"],
+        library=request.library,
         generates=_generates(model),
     )
 
 
-def _named_tensors(model: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
-    yield from model.named_parameters(remove_duplicate=False)
-    yield from model.named_buffers(remove_duplicate=False)
-
-
-def _name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
-
-
-def _module(name: str, module: torch.nn.Module, following: Mapping[str, str], unsaved: frozenset[str]) -> ModuleSpec:
+def _module(
+    name: str, module: torch.nn.Module, following: Mapping[str, torch.dtype], unsaved: frozenset[str]
+) -> ModuleSpec:
     from torch import nn
     from transformers.pytorch_utils import Conv1D
 
     prefix = f"{name}." if name else ""
 
-    def tensor(local: str, value: torch.Tensor, buffer: bool) -> TensorSpec:
-        full, dtype = prefix + local, _name(value.dtype)
-        persistent = full not in unsaved and not (buffer and local in module._non_persistent_buffers_set)
-        return TensorSpec(full, tuple(value.shape), dtype, buffer, persistent, following.get(full, dtype) == dtype)
+    def tensors(found: Mapping[str, torch.Tensor | None], buffer: bool) -> Iterator[TensorSpec]:
+        for local, value in found.items():
+            if value is not None:
+                full, dtype = prefix + local, str(value.dtype).removeprefix("torch.")
+                persistent = full not in unsaved and not (buffer and local in module._non_persistent_buffers_set)
+                fixed = following.get(full, value.dtype) == value.dtype
+                yield TensorSpec(full, tuple(value.shape), dtype, buffer, persistent, fixed)
 
-    parameters = [tensor(key, value, False) for key, value in module._parameters.items() if value is not None]
-    buffers = [tensor(key, value, True) for key, value in module._buffers.items() if value is not None]
     return ModuleSpec(
         name=name,
         class_name=type(module).__name__,
         children=tuple(prefix + child for child, _ in module.named_children()),
-        tensors=(*parameters, *buffers),
+        tensors=(*tensors(module._parameters, False), *tensors(module._buffers, True)),
         linear=type(module) is nn.Linear or isinstance(module, Conv1D),
     )
 
 
-def _tied(model: torch.nn.Module) -> Iterator[tuple[str, ...]]:
-    """Groups of names for one tensor, by object identity: on the meta device every `data_ptr` is 0.
+def _named_tensors(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    buffers = dict(model.named_buffers(remove_duplicate=False))
+    return {**dict(model.named_parameters(remove_duplicate=False)), **buffers}
 
-    The kept name is the source of the class's tie rules where it has such (transformers' checkpoints hold that one),
-    else the first.
-    """
-    groups: dict[int, list[str]] = {}
-    for name, tensor in _named_tensors(model):
-        groups.setdefault(id(tensor), []).append(name)
-    targets = set(getattr(model, "all_tied_weights_keys", None) or ())
-    for names in groups.values():
-        if len(names) > 1:
-            yield tuple(sorted(names, key=lambda name: name in targets))
+
+def tied_groups(model: torch.nn.Module) -> list[list[str]]:
+    """Return the names of tensors that are one, by storage or by the rules of a transformers class. The source of such
+    a rule comes first: transformers' checkpoints hold that one."""
+    tensors = _named_tensors(model)
+    group = {name: storage_of(tensor) for name, tensor in tensors.items()}
+    rules: Mapping[str, str] = getattr(model, "all_tied_weights_keys", None) or {}
+    for target, source in rules.items():
+        if target in tensors and source in tensors:
+            group = {name: group[source] if key == group[target] else key for name, key in group.items()}
+    groups: dict[object, list[str]] = {}
+    for name in tensors:
+        groups.setdefault(group[name], []).append(name)
+    return [sorted(names, key=lambda name: name in rules) for names in groups.values() if len(names) > 1]
+
+
+def storage_of(tensor: torch.Tensor) -> tuple[object, ...]:
+    """Return what is equal for tensors that are one and the same memory, on meta too, where every `data_ptr` is 0."""
+    return tensor.device.type, tensor.untyped_storage()._cdata, tensor.storage_offset(), tuple(tensor.shape)
 
 
 def _embedding(model: torch.nn.Module, getter: str) -> str | None:
-    if not hasattr(model, getter):
-        return None
     try:
         embedding = getattr(model, getter)()
     except (NotImplementedError, AttributeError):
@@ -370,10 +353,10 @@ def _embedding(model: torch.nn.Module, getter: str) -> str | None:
     return next((name for name, module in model.named_modules() if module is embedding), None)
 
 
-def _complete_config(model: torch.nn.Module, request: Mapping[str, Any]) -> dict[str, Any]:
+def _complete_config(model: torch.nn.Module, request: Request) -> dict[str, Any]:
     config: Any = getattr(model, "config", None)
-    if not hasattr(config, "to_json_string") or request["library"] != "transformers":
-        return dict(request["config"])
+    if not hasattr(config, "to_json_string") or request.library != "transformers":
+        return dict(request.config)
     complete: dict[str, Any] = json.loads(config.to_json_string(use_diff=False))
     complete.pop("dtype", None)
     _add_common_names(config, complete)
@@ -406,9 +389,7 @@ def _generates(model: torch.nn.Module) -> bool:
 
 
 if __name__ == "__main__":
-    if len(sys.argv) != 3:
-        raise InvalidCheckpoint("two file names are expected: the question and the answers")
     gc.disable()  # the libraries' imports make a million objects, and none of them is garbage
-    main(sys.argv[1], sys.argv[2])
+    main(*sys.argv[1:])
     sys.stderr.flush()
-    os._exit(0)  # the answers are on disk; taking torch apart again would take longer than building the model
+    os._exit(0)  # the answer is on disk; taking torch apart again would take longer than building the model

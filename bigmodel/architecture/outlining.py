@@ -7,7 +7,8 @@ numbering (`model.layers.7` is a block). Whoever uses an outline says so.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from functools import reduce
 from typing import Any
 
 from bigpipe.errors import InvalidCheckpoint
@@ -27,25 +28,22 @@ DEEPEST = 64
 def outline(
     tensors: Tensors, config: Mapping[str, Any] | None = None, tied: Mapping[str, str] | None = None
 ) -> Architecture:
-    """The module tree that the names spell. Floats are taken to follow the model's dtype."""
+    """Return the module tree that the names spell. Raise InvalidCheckpoint for names that are too deep."""
     own: dict[str, list[TensorSpec]] = {"": []}
+    tree: dict[str, Any] = {}
     for name, (dtype, shape) in tensors.items():
-        if name.count(".") > DEEPEST:
-            raise InvalidCheckpoint(
-                f"tensor {name[:80]!r}… lies {name.count('.')} modules deep", "do not use this model"
-            )
-        module = name.rpartition(".")[0]
-        buffer = bool(BUFFERS.search(name))
-        floating = "float" in dtype
-        own.setdefault(module, []).append(
-            TensorSpec(name, shape, "float32" if floating else dtype, buffer, True, not floating)
-        )
-    children = _children(own)
-    modules = tuple(_module(name, children, own) for name in _order("", children))
+        *path, _ = name.split(".")
+        if len(path) > DEEPEST:
+            raise InvalidCheckpoint(f"tensor {name[:80]!r}… lies {len(path)} modules deep", "do not use this model")
+        reduce(lambda node, part: node.setdefault(part, {}), path, tree)
+        floating, buffer = "float" in dtype, bool(BUFFERS.search(name))  # floats follow the model's dtype
+        spec = TensorSpec(name, shape, "float32" if floating else dtype, buffer, True, not floating)
+        own.setdefault(".".join(path), []).append(spec)
+    modules = tuple(_modules("", tree, own))
     names = [module.name for module in modules]
-    named = (config or {}).get("architectures") or ["Model"]
+    class_name = str(((config or {}).get("architectures") or ["Model"])[0])
     return Architecture(
-        class_name=str(named[0]),
+        class_name=class_name,
         modules=modules,
         no_split=(BLOCK,),
         tied=tuple((kept, alias) for alias, kept in (tied or {}).items()),
@@ -53,33 +51,20 @@ def outline(
         output_embedding=next((name for name in names if HEAD.search(name)), None),
         config=dict(config or {}),
         library=OUTLINED,
-        generates=any(word in str(named[0]) for word in ("CausalLM", "LMHead", "ConditionalGeneration")),
+        generates=any(word in class_name for word in ("CausalLM", "LMHead", "ConditionalGeneration")),
     )
 
 
-def _children(own: Mapping[str, Any]) -> dict[str, list[str]]:
-    children: dict[str, list[str]] = {"": []}
-    for name in own:
-        parts = name.split(".") if name else []
-        for depth in range(1, len(parts) + 1):
-            path, parent = ".".join(parts[:depth]), ".".join(parts[: depth - 1])
-            if path not in children:
-                children[path] = []
-                children[parent].append(path)
-    return children
-
-
-def _order(name: str, children: Mapping[str, list[str]]) -> list[str]:
+def _modules(name: str, tree: Mapping[str, Any], own: Mapping[str, Sequence[TensorSpec]]) -> Iterator[ModuleSpec]:
     """Parents before children."""
-    return [name, *(below for child in children[name] for below in _order(child, children))]
-
-
-def _module(name: str, children: Mapping[str, list[str]], own: Mapping[str, list[TensorSpec]]) -> ModuleSpec:
+    children = {f"{name}.{part}" if name else part: below for part, below in tree.items()}
     tensors = tuple(own.get(name, ()))
-    matrix = next((t for t in tensors if t.name.endswith(".weight") and len(t.shape) == 2 and t.floating), None)
-    linear = matrix is not None and not children[name] and not EMBEDDING.search(name)
+    matrix = any(t.name.endswith(".weight") and len(t.shape) == 2 and t.floating for t in tensors)
+    linear = matrix and not children and not EMBEDDING.search(name)
     kind = BLOCK if _is_block(name) else "Linear" if linear else "Module"
-    return ModuleSpec(name, kind, tuple(children[name]), tensors, linear)
+    yield ModuleSpec(name, kind, tuple(children), tensors, linear)
+    for child, below in children.items():
+        yield from _modules(child, below, own)
 
 
 def _is_block(name: str) -> bool:

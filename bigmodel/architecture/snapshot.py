@@ -24,14 +24,11 @@ from typing import Any
 
 from bigpipe.versions import package_version
 
-from .inquiry import Head
-from .structure import Architecture, ModuleSpec, TensorSpec
+from .structure import Architecture, Head, ModuleSpec, TensorSpec
 
 FOLDER = Path(__file__).parent / "snapshots"
 MOST_LAYERS = 4096
 """More would fill this process's memory."""
-MATRICES = ("Linear", "Conv1D")
-"""Classes of `ModuleSpec.linear`."""
 
 Family = Mapping[str, Any]
 Fields = Mapping[str, Any]
@@ -39,9 +36,7 @@ Fields = Mapping[str, Any]
 
 def known_architecture(config: Mapping[str, Any], head: Head = "auto") -> Architecture | None:
     """Return the architecture of a plain config of a family in the snapshot, without `cache`; else None."""
-    if str(config.get("model_type")) not in families():
-        return None
-    return _known(json.dumps(config), head)
+    return _known(json.dumps(config), head) if str(config.get("model_type")) in families() else None
 
 
 @lru_cache(maxsize=4)
@@ -80,10 +75,8 @@ def missing_snapshot(model_type: object) -> str | None:
 
 
 def expand(family: Family, config: Mapping[str, Any], head: Head) -> Architecture:
-    """Return what the class of a family builds from `config`.
-
-    Raise KeyError, TypeError, ValueError or ZeroDivisionError for a config that the snapshot says nothing of.
-    """
+    """Return what the class of a family builds from `config`. Raise KeyError, TypeError, ValueError or
+    ZeroDivisionError for a config that the snapshot says nothing of."""
     with_head, bare_class = family["classes"]
     named = config.get("architectures") or [with_head]
     if len(named) != 1 or named[0] not in family["classes"]:
@@ -160,8 +153,10 @@ def _modules(node: Mapping[str, Any], name: str, fields: Fields) -> Iterator[Mod
         name=name,
         class_name=node["class"],
         children=tuple(prefix + child for child, _ in children),
-        tensors=tuple(_tensor(entry, prefix, fields) for entry in node.get("tensors", ()) if _seen(entry, fields)),
-        linear=node["class"] in MATRICES,
+        tensors=tuple(
+            _tensor(entry, prefix, fields) for entry in node.get("tensors", ()) if _holds(entry.get("if", {}), fields)
+        ),
+        linear=node["class"] in ("Linear", "Conv1D"),
     )
     for child, inner in children:
         yield from _modules(inner, prefix + child, fields)
@@ -173,15 +168,10 @@ def _children(node: Mapping[str, Any], fields: Fields) -> list[tuple[str, Mappin
         if count > MOST_LAYERS:
             raise ValueError(f"{count} layers would fill this process's memory")
         return [(str(index), node["child"]) for index in range(count)]
-    return [(name, child) for name, child in node.get("children", {}).items() if _seen(child, fields)]
-
-
-def _seen(part: Mapping[str, Any], fields: Fields) -> bool:
-    return "if" not in part or _holds(part["if"], fields)
+    return [(name, child) for name, child in node.get("children", {}).items() if _holds(child.get("if", {}), fields)]
 
 
 def _tensor(entry: Mapping[str, Any], prefix: str, fields: Fields) -> TensorSpec:
     shape = tuple(fields[size] for size in entry["shape"])
-    if not entry.get("buffer"):
-        return TensorSpec(prefix + entry["name"], shape, entry["dtype"])
-    return TensorSpec(prefix + entry["name"], shape, entry["dtype"], True, entry["persistent"], entry["fixed"])
+    own = (True, entry["persistent"], entry["fixed"]) if entry.get("buffer") else ()
+    return TensorSpec(prefix + entry["name"], shape, entry["dtype"], *own)

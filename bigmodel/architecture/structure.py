@@ -4,10 +4,16 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import astuple, dataclass, field, fields
-from functools import cached_property
-from typing import Any
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass, field
+from functools import cached_property, lru_cache
+from typing import Any, Literal
+
+Head = Literal["auto", "none"]
+"""auto: the class the config names, with its head. none: the bare `AutoModel`, which is accelerate's view."""
+
+ATTENTION = "attention_implementation"
+"""Key of a complete config: `eager` or `sdpa`, whichever the class takes by itself."""
 
 OUTLINED = "headers"
 """`Architecture.library` of an outline: guessed from the names of stored tensors."""
@@ -112,9 +118,7 @@ class Architecture:
 
     def spellings(self, stored: str) -> list[str]:
         """Return how the model may call a stored tensor: as it is, or with the base model's prefix added or taken off.
-
-        `from_pretrained` does so too: a base model's weights load into a model with a head, and the other way round.
-        """
+        `from_pretrained` does so too: a base model's weights load into a model with a head, and the other way round."""
         bodies = [child.rpartition(".")[2] for child in self.by_name[""].children]
         return [stored, *(f"{body}.{stored}" for body in bodies), stored.partition(".")[2]]
 
@@ -122,51 +126,23 @@ class Architecture:
         """The dtype a tensor has once the model is loaded as `dtype` by `from_pretrained`."""
         if tensor.fixed or not tensor.floating:
             return tensor.dtype
-        kept = self._kept.get(dtype) if tensor.persistent else None
+        kept = kept_in_float32(self.keep_in_fp32, self.keep_in_fp32_strict, dtype) if tensor.persistent else None
         return "float32" if kept is not None and kept.search(tensor.name) else dtype
 
-    @cached_property
-    def _kept(self) -> Mapping[str, re.Pattern[str] | None]:
-        return {
-            dtype: kept_in_float32(self.keep_in_fp32, self.keep_in_fp32_strict, dtype)
-            for dtype in ("float16", "bfloat16")
-        }
-
     def as_json(self) -> dict[str, Any]:
-        own = {item.name: getattr(self, item.name) for item in fields(self)}
-        modules = [_module_as_json(module) for module in self.modules]
-        return {**own, "modules": modules, "cache": self.cache and [astuple(tensor) for tensor in self.cache]}
+        return asdict(self)
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> Architecture:
-        plain = {name: tuple(data[name]) for name in ("no_split", "keep_in_fp32", "keep_in_fp32_strict")}
-        modules = tuple(_module_from_json(module) for module in data["modules"])
-        tied = tuple(tuple(group) for group in data["tied"])
-        cache = None if data["cache"] is None else tuple(CachedTensor(*tensor) for tensor in data["cache"])
-        return cls(**{**data, **plain, "modules": modules, "tied": tied, "cache": cache})
+        from pydantic import TypeAdapter
+
+        return TypeAdapter(cls).validate_python(data)
 
 
-def _module_as_json(module: ModuleSpec) -> dict[str, Any]:
-    tensors = [[t.name, list(t.shape), t.dtype, t.buffer, t.persistent, t.fixed] for t in module.tensors]
-    return {
-        "name": module.name,
-        "class": module.class_name,
-        "children": list(module.children),
-        "tensors": tensors,
-        "linear": module.linear,
-    }
-
-
-def _module_from_json(data: Mapping[str, Any]) -> ModuleSpec:
-    tensors = tuple(TensorSpec(name, tuple(shape), *rest) for name, shape, *rest in data["tensors"])
-    return ModuleSpec(data["name"], data["class"], tuple(data["children"]), tensors, data["linear"])
-
-
-def kept_in_float32(entries: Iterable[str], strict: Iterable[str], dtype: str) -> re.Pattern[str] | None:
-    """Return which tensors transformers loads as float32 although `dtype` is asked for.
-
-    entries, strict: a class's `_keep_in_fp32_modules` and `_keep_in_fp32_modules_strict`. transformers turns each into
-    a regular expression in which * stands for anything, and searches for it.
-    """
+@lru_cache
+def kept_in_float32(entries: tuple[str, ...], strict: tuple[str, ...], dtype: str) -> re.Pattern[str] | None:
+    """Return which tensors transformers loads as float32 although `dtype` is asked for. entries, strict: a class's
+    `_keep_in_fp32_modules` and `_keep_in_fp32_modules_strict`. transformers turns each into a regular expression in
+    which * stands for anything, and searches for it."""
     asked = {"float16": [*entries, *strict], "bfloat16": [*strict]}.get(dtype)
     return re.compile("|".join(entry.replace("*", ".*") for entry in asked)) if asked else None

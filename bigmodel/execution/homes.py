@@ -24,16 +24,24 @@ TOTAL_SHARE = 0.5
 
 
 class Homes:
-    """A placement on this machine. first_gpu: added to its GPU numbers, which count from 0 for each rank.
-
-    Raise DoesNotFit for a GPU that this machine lacks.
-    """
+    """A placement on this machine."""
 
     def __init__(self, placement: Placement, first_gpu: int = 0) -> None:
+        """first_gpu: added to the map's GPU numbers, a rank's own. Raise DoesNotFit for a GPU that is not there."""
+        import torch
+
         self.placement = placement
         self.first_gpu = first_gpu
-        self.main = self._main()
+        self.main = torch.device("cpu")
         """Where everything without a GPU of its own computes."""
+        if gpus := [home + first_gpu for home in placement.device_map.values() if isinstance(home, int)]:
+            found = torch.cuda.device_count() if torch.cuda.is_available() else 0
+            if max(gpus) >= found:
+                raise DoesNotFit(
+                    f"the device map names GPU {max(gpus)}, and this machine has {found or 'none'}",
+                    "place the model for this machine's devices, for example with max_memory: {cpu: …, disk: …}",
+                )
+            self.main = torch.device("cuda", min(gpus))
 
     def execution(self, name: str) -> torch.device:
         """Return where the module or parameter computes: its GPU, else the first GPU of the map, else the CPU."""
@@ -51,31 +59,13 @@ class Homes:
     def check_covers(self, names: Iterable[str]) -> None:
         """Raise UsageError, listing what no entry of the map leads to."""
         if missing := [name for name in names if self.home(name) is None]:
-            raise UsageError(
-                f"the device map covers no device for {first_few(missing)}",
-                'add an entry for each, or "": cpu for all the rest',
-            )
-
-    def _main(self) -> torch.device:
-        import torch
-
-        gpus = [home + self.first_gpu for home in self.placement.device_map.values() if isinstance(home, int)]
-        if not gpus:
-            return torch.device("cpu")
-        found = torch.cuda.device_count() if torch.cuda.is_available() else 0
-        if max(gpus) >= found:
-            raise DoesNotFit(
-                f"the device map names GPU {max(gpus)}, and this machine has {found or 'none'}",
-                "place the model for this machine's devices, for example with max_memory: {cpu: …, disk: …}",
-            )
-        return torch.device("cuda", min(gpus))
+            cause = f"the device map covers no device for {first_few(missing)}"
+            raise UsageError(cause, 'add an entry for each, or "": cpu for all the rest')
 
 
 def as_placement(placement: Placement | DeviceMap | None) -> Placement:
-    """Return the placement that a device map means; without one, everything in RAM.
-
-    Raise UsageError for a device that has no such name, or a mode in place of a map.
-    """
+    """Return the placement that a device map means; without one, everything in RAM. Raise UsageError for a device that
+    has no such name, or a mode in place of a map."""
     if isinstance(placement, Placement):
         return placement
     if isinstance(placement, str):

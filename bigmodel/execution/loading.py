@@ -2,7 +2,7 @@
 
     load
       open_checkpoint        names → byte ranges, validated
-      build_skeleton         the class, empty; buffers true
+      _build                 the class, empty; buffers true
       set_apart, match       which bytes make which parameter
       replace_linears        modules of their format where weights are packed
       _settle                what stays: windows into the file, or copies on its device
@@ -21,7 +21,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from bigpipe.bigmodel.architecture import kept_in_float32
+from bigpipe.bigmodel.architecture import kept_in_float32, read_request, storage_of, tied_groups, with_empty_parameters
 from bigpipe.bigmodel.checkpoint import (
     Checkpoint,
     MappedFiles,
@@ -40,9 +40,7 @@ from bigpipe.errors import InvalidCheckpoint, UsageError, first_few
 from bigpipe.trust import Trust
 
 from .homes import DeviceMap, Homes, HostMemory, as_placement, host_memory, loading_dtype
-from .offload import WeightStream, cut_into_groups, follow_devices
-from .skeleton import adopt, build_skeleton, tied_groups
-from .slots import PackedSlot, PlainSlot, Slot
+from .offload import Slot, WeightStream, cut_into_groups, follow_devices
 
 if TYPE_CHECKING:
     import torch
@@ -55,16 +53,12 @@ class Loaded:
     """What `load` knows of a model: `loaded(model)`."""
 
     homes: Homes
+    """Inputs belong on `homes.main`."""
     stream: WeightStream = field(default_factory=WeightStream)
     held: Counter[Device] = field(default_factory=Counter)
     """Bytes of weights and buffers by home. On disk: stored bytes; elsewhere: bytes in memory."""
     streamed: int = 0
     """Stored bytes that a forward over one token moves from RAM or disk to where it computes; 0 if all is there."""
-
-    @property
-    def device(self) -> torch.device:
-        """Where inputs belong."""
-        return self.homes.main
 
 
 def load(
@@ -98,6 +92,8 @@ def load(
     Raise InvalidCheckpoint, UsageError (untrusted or unknown class, a format that cannot be computed with, a map that
     misses modules) and DoesNotFit (a GPU that is not there).
     """
+    import psutil
+
     checkpoint = open_checkpoint(path)
     described = describe_opened(checkpoint)
     computable(described)
@@ -108,14 +104,14 @@ def load(
     }
     given = {name: value for name, value in asked.items() if value is not None}
     placement = replace(as_placement(placement), **given)
-    homes = Homes(placement, first_gpu)
-    memory = memory or _memory_here(placement)
+    homes, there = Homes(placement, first_gpu), psutil.virtual_memory()
+    memory = memory or host_memory(placement, there.total, there.available)
     wanted = _floating(loading_dtype(described, placement, memory))
     if model is None:
         sources = Sources(trust=Trust.of(trust), trust_remote_code=trust_remote_code, base=base)
-        model = build_skeleton(checkpoint, wanted, sources)
+        model = _build(checkpoint, wanted, sources)
     else:
-        model = adopt(model, wanted)
+        model = _emptied(model, wanted)
     if placement.no_split_module_classes is not None:
         model._no_split_modules = list(placement.no_split_module_classes)  # type: ignore[assignment]
     _fill(model, checkpoint, described, homes, wanted, memory.cast)
@@ -131,11 +127,40 @@ def loaded(model: torch.nn.Module) -> Loaded:
     return found
 
 
-def _memory_here(placement: Placement) -> HostMemory:
-    import psutil
+def _build(checkpoint: Checkpoint, dtype: torch.dtype, sources: Sources) -> torch.nn.Module:
+    """The class that the checkpoint's config or `bigpipe_architecture.json` names, with parameters on meta. Buffers are
+    made by the class itself, so the ones no checkpoint holds (rotary frequencies, masks) are right."""
+    request = read_request(checkpoint.path if checkpoint.path.is_dir() else checkpoint.path.parent, sources=sources)
+    model = with_empty_parameters(request, dtype)
+    if not request.custom_class:
+        return model
+    model._no_split_modules = list(request.no_split)  # type: ignore[assignment]
+    return _emptied(model, dtype)
 
-    there = psutil.virtual_memory()
-    return host_memory(placement, there.total, there.available)
+
+def _emptied(model: torch.nn.Module, dtype: torch.dtype) -> torch.nn.Module:
+    """The model with parameters on meta, and what is floating made `dtype`, as by `.to`."""
+    import torch
+
+    stored = model.state_dict()
+    if lost := [name for name, buffer in model.named_buffers() if buffer.is_meta and name not in stored]:
+        raise UsageError(
+            f"buffers without values that no checkpoint holds: {first_few(lost)}",
+            "build the model with accelerate's init_empty_weights(include_buffers=False), or on the CPU",
+        )
+    emptied: dict[object, torch.nn.Parameter] = {}
+    for module in model.modules():
+        for name, parameter in module._parameters.items():
+            if parameter is not None:
+                wanted = dtype if parameter.is_floating_point() else parameter.dtype
+                empty = torch.nn.Parameter(
+                    torch.empty(parameter.shape, dtype=wanted, device="meta"), requires_grad=False
+                )
+                module._parameters[name] = emptied.setdefault(storage_of(parameter), empty)
+        for name, buffer in module._buffers.items():
+            if buffer is not None and buffer.is_floating_point():
+                module._buffers[name] = buffer.to(dtype)
+    return model
 
 
 def _floating(name: str) -> torch.dtype:
@@ -165,16 +190,17 @@ def _fill(
     slots = dict(_slots(model, matches, dtype, homes.placement.special_dtypes))
     streamed = _settle(slots, state, budget)
     _settle_buffers(model, matches, state)
-    _stream(model, streamed, state)
+    groups = cut_into_groups(model, streamed, homes)
+    state.stream.add(groups)
+    state.streamed = sum(group.moved() for group in groups)
+    if homes.main.type != "cpu":
+        follow_devices(model, homes)
     model.hf_device_map = dict(homes.placement.device_map)  # type: ignore[assignment]
     model._bigpipe_loaded = state  # type: ignore[assignment]
 
 
 def _share_recipes(model: torch.nn.Module, matches: Packed, checkpoint: Checkpoint) -> None:
-    """Gives every name of a tied group the recipe of the one that is stored.
-
-    Where several are stored with different bytes, the checkpoint decides: they are not tied.
-    """
+    """Give every name of a tied group the recipe of the one that is stored; different bytes are not tied."""
     for names in tied_groups(model):
         stored = [name for name in names if name in matches.plain]
         if not stored:
@@ -229,20 +255,25 @@ def _slots(
     model: torch.nn.Module, matches: Packed, dtype: torch.dtype, special_dtypes: Mapping[str, str]
 ) -> Iterator[tuple[str, Slot]]:
     """By name of the parameter or stored buffer, in the order of modules."""
-    plain, strict = (getattr(model, f"_keep_in_fp32_modules{ending}", None) or () for ending in ("", "_strict"))
+    plain, strict = (tuple(getattr(model, f"_keep_in_fp32_modules{end}", None) or ()) for end in ("", "_strict"))
     kept = kept_in_float32(plain, strict, str(dtype).removeprefix("torch."))
     for path, module in model.named_modules():
         prefix = f"{path}." if path else ""
         if path in matches.packed:
-            yield f"{prefix}weight", PackedSlot(module, matches.packed[path])
+            weight = matches.packed[path]
+            parts = {suffix: TensorRecipe((part,)) for suffix, part in weight.parts.items()}
+            yield f"{prefix}weight", Slot(module, "weight", parts, dtype, weight.packing)
         for attribute, empty in [*module._parameters.items(), *module._buffers.items()]:
             name = prefix + attribute
             if empty is None or name not in matches.plain or (attribute == "weight" and path in matches.packed):
                 continue
-            recipe = matches.plain[name]
-            _check_shape(name, empty, recipe)
+            recipe, stored = matches.plain[name], matches.plain[name].sources[0]
+            if recipe.fuse is None and tuple(empty.shape) != tuple(stored.shape):
+                shapes = f"{stored.name} has shape {list(stored.shape)}, and {name} takes {list(empty.shape)}"
+                cure = "check that config.json is the one that was saved with these weights"
+                raise InvalidCheckpoint(f"{stored.file}: {shapes}", cure)
             wanted = _special_dtype(name, empty, kept, special_dtypes)
-            yield name, PlainSlot(module, attribute, recipe, wanted)
+            yield name, Slot(module, attribute, {attribute: recipe}, wanted)
 
 
 def _special_dtype(
@@ -259,23 +290,15 @@ def _special_dtype(
     return torch.float32 if wide else empty.dtype
 
 
-def _check_shape(name: str, empty: torch.Tensor, recipe: TensorRecipe) -> None:
-    stored = recipe.sources[0]
-    if recipe.fuse is None and tuple(empty.shape) != tuple(stored.shape):
-        raise InvalidCheckpoint(
-            f"{stored.file}: {stored.name} has shape {list(stored.shape)}, and {name} takes {list(empty.shape)}",
-            "check that config.json is the one that was saved with these weights",
-        )
-
-
 def _settle(slots: Mapping[str, Slot], state: Loaded, budget: int) -> dict[str, Slot]:
-    """Fill what stays in memory; return what is streamed.
-
-    budget: bytes of RAM for what is cast. Weights with a dtype of their own are held in it whatever the budget.
-    """
+    """Fill what stays in memory; return what is streamed. budget: bytes of RAM for what is cast. Weights with a dtype
+    of their own are held in it whatever the budget."""
     settled: set[str] = set()
     always = state.homes.placement.special_dtypes
-    for (_, home), names in _tied(slots, state.homes).items():
+    tied: dict[tuple[object, Device], list[str]] = defaultdict(list)
+    for name, slot in slots.items():
+        tied[slot.content, state.homes.placement.device_of(name)].append(name)
+    for (_, home), names in tied.items():
         slot, device = slots[names[0]], state.homes.execution(names[0])
         stored, scratch = sum(source.nbytes for source in slot.sources), sum(slot.scratch(device))
         on_host = home == "cpu" and device.type == "cpu"
@@ -286,14 +309,6 @@ def _settle(slots: Mapping[str, Slot], state: Loaded, budget: int) -> dict[str, 
             settled.update(names)
         state.held[home] += scratch or stored if stays else stored
     return {name: slot for name, slot in slots.items() if name not in settled}
-
-
-def _tied(slots: Mapping[str, Slot], homes: Homes) -> dict[tuple[object, Device], list[str]]:
-    """Names that are one tensor, by (stored bytes and dtype, home)."""
-    groups: dict[tuple[object, Device], list[str]] = defaultdict(list)
-    for name, slot in slots.items():
-        groups[slot.content, homes.placement.device_of(name)].append(name)
-    return groups
 
 
 def _fill_slots(slots: Sequence[Slot], files: MappedFiles, device: torch.device) -> None:
@@ -317,15 +332,6 @@ def _settle_buffers(model: torch.nn.Module, matches: Packed, state: Loaded) -> N
                 device = state.homes.execution(name)
                 module._buffers[attribute] = value.to(device)
                 state.held["cpu" if device.type == "cpu" else device.index - state.homes.first_gpu] += value.nbytes
-
-
-def _stream(model: torch.nn.Module, slots: Mapping[str, Slot], state: Loaded) -> None:
-    homes = state.homes
-    groups = cut_into_groups(model, slots, homes)
-    state.stream.add(groups)
-    state.streamed = sum(group.moved() for group in groups)
-    if homes.main.type != "cpu":
-        follow_devices(model, homes)
 
 
 def _read_generation_config(model: Any, path: Path) -> None:

@@ -1,31 +1,140 @@
 """Execution of a model whose weights are not all in the memory that computes.
 
-The model is cut into groups of weights: its blocks (no-split classes) and the leaves around them. A forward hook fills
-a group just before its module runs, from the safetensors that exist, and empties it just after, while a thread reads
-the next group. Nothing is written. A weight that is stored in the dtype it computes in and computes on the CPU needs no
-copy at all: the file's pages are its memory, and are dropped when the module has run. Others are laid into a ring of
-reused buffers.
+Each weight has a slot: its place in a module, and the stored bytes that fill it. The model is cut into groups of them:
+its blocks (no-split classes) and the leaves around them. A forward hook fills a group just before its module runs, from
+the safetensors that exist, and empties it just after, while a thread reads the next group. Nothing is written.
 
     forward of group k:  wait for k's weights → attach → start reading k+1 → compute → detach → drop k's pages
+
+A weight that is stored in the dtype it computes in and computes on the CPU needs no copy at all: the file's pages are
+its memory, and are dropped when the module has run. Others are laid into a ring of reused buffers.
 """
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
-from bigpipe.bigmodel.checkpoint import MappedFiles, TensorInfo
+from bigpipe.bigmodel.checkpoint import MappedFiles, TensorInfo, TensorRecipe
+from bigpipe.bigmodel.formats import Packing
 from bigpipe.bigmodel.placement import INDIVISIBLE
 
 from .homes import Homes
-from .slots import Arena, PlainSlot, Slot, aligned
 
 if TYPE_CHECKING:
     import torch
+
+Take = Callable[..., "torch.Tensor"]
+"""(shape, dtype=…) → memory on the device that computes, for a tensor of this shape and dtype."""
+
+ALIGNMENT = 64
+"""Bytes; what vector instructions and GPU copies like."""
+
+
+@dataclass(slots=True)
+class Slot:
+    """A parameter, a stored buffer, or the packed weight of a module: its place, and what fills it. Its methods are
+    called in the order stage, attach, detach; `stage` may run in another thread."""
+
+    module: torch.nn.Module
+    attribute: str
+    recipes: Mapping[str, TensorRecipe]
+    """By suffix: the parts of a packed weight, each as stored; else the one tensor."""
+    dtype: torch.dtype
+    """What the one tensor is cast to."""
+    packing: Packing | None = None
+    placeholder: torch.Tensor = field(init=False)
+    """What stands there while it is empty, on meta."""
+    sources: Sequence[TensorInfo] = field(init=False)
+    """The stored bytes it is made from."""
+    content: object = field(init=False)
+    """Equal where one tensor can stand in both."""
+
+    def __post_init__(self) -> None:
+        there: torch.Tensor = getattr(self.module, self.attribute)
+        self.placeholder = there if self.packing or there.device.type == "meta" else there.to("meta")
+        self.sources = [source for recipe in self.recipes.values() for source in recipe.sources]
+        self.content = id(self) if self.packing else (tuple(self.sources), self.dtype)
+
+    @property
+    def fused(self) -> bool:
+        return any(recipe.fuse for recipe in self.recipes.values())
+
+    def windowed(self, device: torch.device) -> bool:
+        """Return whether the files themselves can serve as the memory."""
+        import torch
+
+        as_stored = self.packing or (not self.fused and getattr(torch, self.sources[0].dtype) == self.dtype)
+        return device.type == "cpu" and bool(as_stored)
+
+    def scratch(self, device: torch.device) -> Sequence[int]:
+        """Return the bytes of each piece of memory that `stage` takes; none where the files serve as memory."""
+        if self.windowed(device):
+            return ()
+        one = math.prod(self.placeholder.shape) * self.dtype.itemsize
+        return [source.nbytes for source in self.sources] if self.packing else [one]
+
+    def read(self, files: MappedFiles) -> dict[str, torch.Tensor]:
+        """Return the tensors on the CPU, as stored."""
+        return {name: recipe.read(files.window, self.dtype) for name, recipe in self.recipes.items()}
+
+    def stage(self, files: MappedFiles, device: torch.device, take: Take) -> dict[str, torch.Tensor]:
+        """Return the tensors on `device`, as they are attached."""
+        tensors = self.read(files)
+        if self.windowed(device):
+            return tensors
+        dtypes = {name: tensor.dtype if self.packing else self.dtype for name, tensor in tensors.items()}
+        return {name: take(tensor.shape, dtype=dtypes[name]).copy_(tensor) for name, tensor in tensors.items()}
+
+    def attach(self, staged: Mapping[str, torch.Tensor]) -> None:
+        import torch
+
+        if self.packing:
+            self.packing.attach(self.module, staged)
+            return
+        (tensor,) = staged.values()
+        if self.attribute in self.module._buffers:
+            self.module._buffers[self.attribute] = tensor
+        else:
+            self.module._parameters[self.attribute] = torch.nn.Parameter(tensor, requires_grad=False)
+
+    def detach(self) -> None:
+        setattr(self.module, self.attribute, self.placeholder)
+        if self.packing:
+            self.packing.detach(self.module)
+
+
+class Arena:
+    """Reused memory on one device that the weights of one group are laid into, one after the other."""
+
+    def __init__(self, device: torch.device) -> None:
+        import torch
+
+        self._memory = torch.empty(0, dtype=torch.uint8, device=device)
+        self._used = 0
+
+    def reserve(self, sizes: Iterable[int]) -> None:
+        """Forget what was taken, and make room for tensors of so many bytes."""
+        nbytes = sum(map(_aligned, sizes))
+        if self._memory.numel() < nbytes:
+            self._memory = self._memory.new_empty(0)  # not both at once
+            self._memory = self._memory.new_empty(nbytes)
+        self._used = 0
+
+    def take(self, shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
+        nbytes = math.prod(shape) * dtype.itemsize
+        flat = self._memory[self._used : self._used + nbytes]
+        self._used += _aligned(nbytes)
+        return flat.view(dtype).reshape(tuple(shape))
+
+
+def _aligned(nbytes: int) -> int:
+    return -(-nbytes // ALIGNMENT) * ALIGNMENT
 
 
 @dataclass(eq=False, slots=True)
@@ -38,43 +147,27 @@ class WeightGroup:
     """Where it computes."""
     evict: bool
     """Drop the file's pages after use: the weights are placed on disk, not in RAM."""
+    sources: list[TensorInfo] = field(init=False)
+    nbytes: int = field(init=False)
+    """Stored bytes."""
+    table: Slot | None = field(init=False)
+    """The weight of a plain embedding, of which a forward reads only the rows it is asked for."""
 
-    @property
-    def sources(self) -> list[TensorInfo]:
-        return [source for slot in self.slots for source in slot.sources]
-
-    @property
-    def table(self) -> PlainSlot | None:
-        """The weight of a plain embedding, of which a forward reads only the rows it is asked for."""
+    def __post_init__(self) -> None:
         import torch
 
+        self.sources = [source for slot in self.slots for source in slot.sources]
+        self.nbytes = sum(source.nbytes for source in self.sources)
         module, slot = self.module, self.slots[0]
         plain = type(module) is torch.nn.Embedding and module.max_norm is None and slot.module is module
-        return slot if plain and isinstance(slot, PlainSlot) and slot.recipe.fuse is None else None
+        self.table = slot if plain and not slot.packing and not slot.fused else None
 
     def moved(self, rows: int = 1) -> int:
-        """Return the stored bytes that a forward moves, `rows` of them where it is a table.
-
-        None, where it computes in RAM from RAM and is only cast.
-        """
+        """Return the stored bytes that a forward moves, `rows` of them where it is a table. None, where it computes in
+        RAM from RAM and is only cast."""
         if not self.evict and self.device.type == "cpu":
             return 0
-        nbytes, table = sum(source.nbytes for source in self.sources), self.table
-        return nbytes if table is None else rows * nbytes // len(table.placeholder)
-
-    @property
-    def scratch(self) -> int:
-        """Bytes of buffer that its weights are laid into."""
-        return sum(aligned(size) for slot in self.slots for size in slot.scratch(self.device))
-
-
-@dataclass(eq=False, slots=True)
-class StagedGroup:
-    """The tensors of a group, made or being made, and not yet attached."""
-
-    group: WeightGroup
-    arena: Arena
-    tensors: Future[list[Any]]
+        return self.nbytes if self.table is None else rows * self.nbytes // len(self.table.placeholder)
 
 
 class WeightStream:
@@ -86,108 +179,89 @@ class WeightStream:
         """Stored bytes that went through since the model was loaded."""
         self._successor: dict[WeightGroup, WeightGroup] = {}
         self._last: WeightGroup | None = None
-        self._ahead: StagedGroup | None = None
-        self._active: dict[WeightGroup, StagedGroup] = {}
-        self._free: dict[torch.device, list[Arena]] = {}
+        self._ahead: WeightGroup | None = None
+        self._staged: dict[WeightGroup, tuple[Arena, Future[list[dict[str, torch.Tensor]]]]] = {}
+        """Tensors made or being made, attached or not yet, and the memory they lie in."""
+        self._free: dict[torch.device, list[Arena]] = defaultdict(list)
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="bigpipe-read-ahead")
 
     def add(self, groups: Sequence[WeightGroup]) -> None:
         """Hook the groups in. Their order is the first guess of the order in which they run."""
         whole = [group for group in groups if group.table is None]
         self._successor.update(zip(whole, [*whole[1:], *whole[:1]], strict=True))
-        for group in whole:
-            _hook(group.module, partial(self._enter, group), partial(self._leave, group))
         for group in groups:
-            if table := group.table:
-                _hook(group.module, partial(self._look_up, group, table), partial(self._looked_up, group, table))
+            before, after = (self._enter, self._leave) if group.table is None else (self._look_up, self._looked_up)
+            group.module.register_forward_pre_hook(partial(before, group), prepend=True)
+            group.module.register_forward_hook(partial(after, group), always_call=True)
 
     def _enter(self, group: WeightGroup, module: torch.nn.Module, arguments: Any) -> None:
         import torch
 
-        staged = self._claim(group)
-        with torch.inference_mode(False):  # weights outlive the forward they were read for
-            for slot, tensors in zip(group.slots, staged.tensors.result(), strict=True):
-                slot.attach(tensors)
-        self._active[group] = staged
-        self.bytes_read += group.moved()
-        self._read_ahead(group)
-
-    def _leave(self, group: WeightGroup, module: torch.nn.Module, arguments: Any, output: Any) -> None:
-        staged = self._active.pop(group, None)
-        if staged is None:  # reading it failed
-            return
-        for slot in group.slots:
-            slot.detach()
-        self._release(staged)
-
-    def _claim(self, group: WeightGroup) -> StagedGroup:
         ahead, self._ahead = self._ahead, None
-        if ahead is not None and ahead.group is group:
-            return ahead
-        if ahead is not None:
-            ahead.tensors.exception()  # until its thread is done with the buffer
-            self._release(ahead)
-        return self._start(group)
-
-    def _read_ahead(self, group: WeightGroup) -> None:
+        if ahead is not group:
+            if ahead is not None:
+                self._staged[ahead][1].exception()  # until its thread is done with the buffer
+                self._release(ahead)
+            self._start(group)
+        with torch.inference_mode(False):  # weights outlive the forward they were read for
+            for slot, tensors in zip(group.slots, self._staged[group][1].result(), strict=True):
+                slot.attach(tensors)
+        self.bytes_read += group.moved()
         if self._last is not None:
             self._successor[self._last] = group
-        self._last = group
-        upcoming = self._successor[group]
-        if upcoming not in self._active:
-            self._ahead = self._start(upcoming)
+        self._last, upcoming = group, self._successor[group]
+        if upcoming not in self._staged:
+            self._ahead = upcoming
+            self._start(upcoming)
 
-    def _start(self, group: WeightGroup) -> StagedGroup:
-        free = self._free.setdefault(group.device, [])
+    def _leave(self, group: WeightGroup, module: torch.nn.Module, arguments: Any, output: Any) -> None:
+        if group in self._staged and group is not self._ahead:  # else it was never entered, or left within itself
+            for slot in group.slots:
+                slot.detach()
+            self._release(group)
+
+    def _start(self, group: WeightGroup) -> None:
+        free = self._free[group.device]
         arena = free.pop() if free else Arena(group.device)
-        return StagedGroup(group, arena, self._thread.submit(self._stage, group, arena))
+        self._staged[group] = arena, self._thread.submit(self._stage, group, arena)
 
-    def _stage(self, group: WeightGroup, arena: Arena) -> list[Any]:
+    def _stage(self, group: WeightGroup, arena: Arena) -> list[dict[str, torch.Tensor]]:
         import torch
 
         with torch.inference_mode(False), torch.no_grad():
-            arena.reserve(group.scratch)
+            arena.reserve(size for slot in group.slots for size in slot.scratch(group.device))
             self.files.populate(group.sources)
             return [slot.stage(self.files, group.device, arena.take) for slot in group.slots]
 
-    def _release(self, staged: StagedGroup) -> None:
-        self._free[staged.group.device].append(staged.arena)
-        if staged.group.evict:
-            self.files.drop(staged.group.sources)
+    def _release(self, group: WeightGroup) -> None:
+        arena, _ = self._staged.pop(group)
+        self._free[group.device].append(arena)
+        if group.evict:
+            self.files.drop(group.sources)
 
-    def _look_up(
-        self, group: WeightGroup, table: PlainSlot, module: torch.nn.Module, arguments: tuple[torch.Tensor, ...]
-    ) -> tuple[torch.Tensor, ...]:
+    def _look_up(self, group: WeightGroup, module: torch.nn.Module, arguments: tuple[torch.Tensor, ...]) -> Any:
         """An embedding is looked up where its table lies: only the rows asked for are read, cast and moved."""
         import torch
 
-        rows = arguments[0].cpu()
+        rows, table = arguments[0].cpu(), cast(Slot, group.table)
         self.files.populate(group.sources, set(rows.flatten().tolist()))
         with torch.inference_mode(False):
-            table.attach(table.recipe.read(self.files.window, table.dtype))
+            table.attach(table.read(self.files))
         self.bytes_read += group.moved(rows.numel())
         return (rows, *arguments[1:])
 
-    def _looked_up(
-        self, group: WeightGroup, table: PlainSlot, module: torch.nn.Module, arguments: Any, output: torch.Tensor | None
-    ) -> torch.Tensor | None:
+    def _looked_up(self, group: WeightGroup, module: torch.nn.Module, arguments: Any, output: Any) -> Any:
+        table = cast(Slot, group.table)
         table.detach()
         if group.evict:
             self.files.drop(group.sources)
         return None if output is None else output.to(group.device, table.dtype)
 
 
-def _hook(module: torch.nn.Module, before: Callable[..., Any], after: Callable[..., Any]) -> None:
-    module.register_forward_pre_hook(before, prepend=True)
-    module.register_forward_hook(after, always_call=True)
-
-
 def cut_into_groups(model: torch.nn.Module, slots: Mapping[str, Slot], homes: Homes) -> list[WeightGroup]:
-    """Group the slots that are streamed by the block they belong to.
-
-    A block of one of the model's no-split classes is one group. Elsewhere each module is one, with its direct weights
-    alone. A block whose weights live in several places is cut further. slots: by parameter name.
-    """
+    """Group the slots that are streamed by the block they belong to. A block of one of the model's no-split classes is
+    one group. Elsewhere each module is one, with its direct weights alone. A block whose weights live in several places
+    is cut further. slots: by parameter name."""
     whole = INDIVISIBLE.union(getattr(model, "_no_split_modules", None) or ())
     places = {name: (homes.execution(name), homes.placement.device_of(name) == "disk") for name in slots}
     by_module: dict[torch.nn.Module, list[str]] = defaultdict(list)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any
 
 from bigpipe.errors import StageFailed
@@ -12,14 +11,10 @@ from .loading import loaded
 if TYPE_CHECKING:
     import torch
 
-TOKENS = 4
-
 
 def forward_once(model: torch.nn.Module) -> str | None:
-    """Run the model over a few tokens or one empty image or sound. Return None, or why its inputs are not known.
-
-    Raise StageFailed where the forward reaches for a weight that is placed elsewhere.
-    """
+    """Run the model over a few tokens or one empty image or sound. Return None, or why its inputs are not known. Raise
+    StageFailed where the forward reaches for a weight that is placed elsewhere."""
     import torch
 
     inputs = _inputs(model)
@@ -35,7 +30,7 @@ def forward_once(model: torch.nn.Module) -> str | None:
     return None
 
 
-def _only_attached_weights(name: str) -> AbstractContextManager[Any]:
+def _only_attached_weights(name: str) -> Any:
     """Raise StageFailed, within, where anything is computed from a placeholder: a tensor on the meta device."""
     import torch
     from torch.utils._python_dispatch import TorchDispatchMode  # so documented in "Extending PyTorch"
@@ -50,16 +45,15 @@ def _only_attached_weights(name: str) -> AbstractContextManager[Any]:
                 )
             return function(*args, **(kwargs or {}))
 
-    mode: AbstractContextManager[Any] = OnlyAttachedWeights()  # type: ignore[no-untyped-call]
-    return mode
+    return OnlyAttachedWeights()  # type: ignore[no-untyped-call]
 
 
 def _inputs(model: Any) -> dict[str, torch.Tensor] | torch.Tensor | None:
     """transformers' models say what they take; of others it is tried whether they take tokens."""
     import torch
 
-    device = loaded(model).device
-    tokens = torch.ones((1, TOKENS), dtype=torch.int64, device=device)
+    device = loaded(model).homes.main
+    tokens = torch.ones((1, 4), dtype=torch.int64, device=device)
     name = getattr(model, "main_input_name", None)
     if name is None:
         return tokens

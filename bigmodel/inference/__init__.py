@@ -8,10 +8,8 @@ All three work on one folder, which a crash leaves as it is. A chunk is a batch 
 the same batches form, and the same bits come out, on any number of ranks.
 """
 
-from .merging import RESULTS, merge_results
-from .recordlog import Record, read_log
+from .workfolder import RESULTS, Record, WorkPlan, assign, chunked, merge_results, plan_work, read_log
 from .working import compute_share
-from .workplan import WorkPlan, assign, chunked, plan_work
 
 __all__ = [
     "RESULTS", "Record", "WorkPlan", "assign", "chunked", "compute_share", "merge_results", "plan_work", "read_log",

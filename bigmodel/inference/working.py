@@ -12,10 +12,7 @@ from bigpipe.bigmodel.tasks import Answer, Answerer, Row
 from bigpipe.errors import BigpipeError, DoesNotFit, StageFailed
 from bigpipe.files import write_file
 
-from .recordlog import LOG, Record, append, check_errors, open_log
-from .workplan import WorkPlan
-
-PEAKS = "peaks.json"
+from .workfolder import LOG, PEAKS, Record, WorkPlan, append, check_errors, open_log
 
 
 def compute_share(
@@ -37,10 +34,8 @@ def compute_share(
     """
     plan = WorkPlan.read(folder)
     if len(plan.shares) != world_size:
-        raise StageFailed(
-            f"the work was divided for {len(plan.shares)} ranks, and {world_size} came up",
-            "run it again; `launch.num_processes` says how many there should be",
-        )
+        cause = f"the work was divided for {len(plan.shares)} ranks, and {world_size} came up"
+        raise StageFailed(cause, "run it again; `launch.num_processes` says how many there should be")
     chunks = plan.shares[rank]
     if not chunks:
         return

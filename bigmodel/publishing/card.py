@@ -28,7 +28,10 @@ TEMPLATE = """\
 
 # {{ title }}
 
-{{ summary }}
+Made from {% if base %}[{{ base }}](https://huggingface.co/{{ base }})
+{%- else %}{{ "made-up weights" if synthetic else "a local model" }}{% endif %}
+{%- if commit %} at commit `{{ commit }}`{% endif %}
+{%- if scheme %}, quantized to {{ scheme }} with {{ method }}{% endif %}.
 {% if loading %}
 ```python
 {{ loading }}
@@ -59,22 +62,24 @@ tokenizer = AutoTokenizer.from_pretrained("{where}")"""
 
 
 def card_of(model: Path, provenance: Provenance, name: str, extra: Mapping[str, Any]) -> str:
-    """Return the text of a card for what lies in `model`, by what led to it.
-
-    name: of the destination, for whoever loads it. extra: added to, or put in place of, the metadata.
-    """
+    """Return the text of a card for what lies in `model`, by what led to it. name: of the destination, for whoever
+    loads it. extra: added to, or put in place of, the metadata."""
     from jinja2 import Environment
 
     # Markdown, not HTML: the values are the recipe's own and the Hub sanitises what it shows.
     template = Environment(autoescape=False, keep_trailing_newline=True).from_string(TEMPLATE)  # noqa: S701
     longest = max((len(run) for run in re.findall("`+", provenance.text)), default=0)
-    metadata = {**_metadata(model, provenance), **extra}
+    base, scheme = provenance.param("download", "repo"), provenance.param("quantize", "scheme")
+    download, metadata = provenance.last("download"), {**_metadata(model, provenance, base, scheme), **extra}
+    known = {key: value for key, value in metadata.items() if value is not None}
     return template.render(
-        metadata=yaml.safe_dump(
-            {key: value for key, value in metadata.items() if value is not None}, sort_keys=False, allow_unicode=True
-        ),
+        metadata=yaml.safe_dump(known, sort_keys=False, allow_unicode=True),
         title=name.rstrip("/").rpartition("/")[2],
-        summary=_summary(provenance),
+        base=base,
+        synthetic=provenance.param("download", "synthetic"),
+        commit=download and download.metrics.get("commit"),
+        scheme=scheme,
+        method=scheme and named(scheme).method,
         loading=LOADING.format(where=name) if _by_transformers(model) else "",
         measured=[[text.replace("|", "\\|") for text in row] for step in provenance.steps for row in _measured(step)],
         version=version(),
@@ -84,9 +89,8 @@ def card_of(model: Path, provenance: Provenance, name: str, extra: Mapping[str, 
     )
 
 
-def _metadata(model: Path, provenance: Provenance) -> dict[str, Any]:
+def _metadata(model: Path, provenance: Provenance, base: Any, scheme: Any) -> dict[str, Any]:
     """In the Hub's terms, https://huggingface.co/docs/hub/model-cards#model-card-metadata; None: not known."""
-    base, scheme = provenance.param("download", "repo"), provenance.param("quantize", "scheme")
     task, readme = provenance.param("distributed-infer", "task"), model / "README.md"
     return {
         "base_model": base,
@@ -96,17 +100,6 @@ def _metadata(model: Path, provenance: Provenance) -> dict[str, Any]:
         "pipeline_tag": task if TASKS.fullmatch(str(task)) else None,
         "tags": ["bigpipe", *([f"{packing_of(scheme).bits}-bit", named(scheme).method] if scheme else [])],
     }
-
-
-def _summary(provenance: Provenance) -> str:
-    download, scheme = provenance.last("download"), provenance.param("quantize", "scheme")
-    base = provenance.param("download", "repo")
-    source = "made-up weights" if provenance.param("download", "synthetic") else "a local model"
-    commit = download.metrics.get("commit") if download else None
-    made_from = f"[{base}](https://huggingface.co/{base})" if base else source
-    at = f" at commit `{commit}`" if commit else ""
-    how = f", quantized to {scheme} with {named(scheme).method}" if scheme else ""
-    return f"Made from {made_from}{at}{how}."
 
 
 def _by_transformers(model: Path) -> bool:

@@ -2,7 +2,7 @@
 
     with destination.replacing(scratch) as new:
         stored = {"model.safetensors": destination.put(new, "model.safetensors", path, report)}
-        receipt = destination.finish(new, stored, inspect)     only now is it there under its name
+        receipt = destination.finish(new, stored)     only now is it there under its name
 
 A directory appears as a whole or not at all. Object stores and the Hub have no such step; their last file, or their
 commit, is what makes the rest count.
@@ -15,17 +15,17 @@ import hashlib
 import json
 import os
 import shutil
-import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar, Protocol
 
-from bigpipe.errors import BigpipeError, StageFailed, Transient, UsageError
+from bigpipe.errors import StageFailed, UsageError
 from bigpipe.files import (
     CHUNK,
     copy_file,
+    existing,
     forget_cached,
     hash_file,
     make_directory,
@@ -38,17 +38,17 @@ RECEIPT = "receipt.json"
 RECEIPT_SCHEMA = "bigpipe.receipt/1"
 Report = Callable[[int], None]
 """Called with the number of bytes done since the last call."""
-Inspect = Callable[[Path], None]
-"""Called with a directory that holds everything under its names; raises where that is not what it should be."""
 
 
 @dataclass(frozen=True, slots=True)
 class Stored:
-    """One file at the destination. `mark`: what a look without reading told of it when it was written."""
+    """One file at the destination."""
 
     sha256: str
+    """Hex; "" in a listing, which reads no file."""
     size: int
     mark: str = ""
+    """What a listing tells of it, and what changes whenever the file is written."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,10 +63,8 @@ class Receipt:
 
     def text(self) -> str:
         files = {name: asdict(file) for name, file in sorted(self.files.items())}
-        return (
-            json.dumps({"schema": RECEIPT_SCHEMA, "url": self.url, "commit": self.commit, "files": files}, indent=2)
-            + "\n"
-        )
+        content = {"schema": RECEIPT_SCHEMA, "url": self.url, "commit": self.commit, "files": files}
+        return json.dumps(content, indent=2) + "\n"
 
     @classmethod
     def read(cls, folder: Path) -> Receipt:
@@ -79,15 +77,10 @@ class Receipt:
             raise StageFailed(f"{folder / RECEIPT} is not a receipt: {error}", "run the step again") from error
 
 
-@dataclass(frozen=True, slots=True)
-class Seen:
-    """What a look without reading tells of a file. `mark` changes whenever the file is written."""
-
-    size: int
-    mark: str
-
-
 class Destination(Protocol):
+    keeps_versions: ClassVar[bool] = False
+    """Can what is replaced be had again?"""
+
     @property
     def url(self) -> str:
         """For people: a path or an address."""
@@ -95,43 +88,38 @@ class Destination(Protocol):
     @property
     def name(self) -> str:
         """For whoever loads it; of a directory without where it lies, which is nobody else's business."""
-
-    @property
-    def keeps_versions(self) -> bool:
-        """Can what is replaced be had again?"""
+        return self.url
 
     def check(self) -> None:
         """Raise now what would keep `finish` from working: no rights, no token, a file in the way."""
+        self.listing()
 
-    def listing(self) -> Mapping[str, Seen] | None:
-        """Relative name → what is there; None where nothing is."""
+    def listing(self) -> Mapping[str, Stored] | None:
+        """Return what is there by relative name; None where nothing is."""
 
     def read(self, name: str) -> bytes:
-        """A small file, whole. Raises OSError."""
+        """Return a small file, whole. Raise OSError."""
 
     def digest(self, name: str) -> str:
-        """sha256 of what is there, by reading it. Raises OSError."""
+        """Return the sha256 of what is there, by reading it. Raise OSError."""
 
     def replacing(self, scratch: Path) -> AbstractContextManager[Path]:
-        """A directory where the new version is prepared. What is left there at the end is removed."""
+        """Give a directory where the new version is prepared. What is left there at the end is removed."""
+        return nullcontext(scratch)
 
     def put(self, new: Path, name: str, source: Path, report: Report) -> Stored:
         """Take one file under a relative name."""
 
-    def finish(self, new: Path, stored: Mapping[str, Stored], inspect: Inspect) -> Receipt:
-        """Let what was put be what is there, and nothing else. Raises StageFailed where it reads back differently.
-
-        A directory is inspected before it takes its name; elsewhere the digests of all files must do.
-        """
+    def finish(self, new: Path, stored: Mapping[str, Stored]) -> Receipt:
+        """Let what was put be what is there, and nothing else. Raise StageFailed where it reads back differently."""
 
 
 @dataclass(frozen=True, slots=True)
-class Directory:
+class Directory(Destination):
     """A directory that is replaced as a whole, by renaming one that was written beside it."""
 
     path: Path
     """Absolute."""
-    keeps_versions: ClassVar[bool] = False
 
     @property
     def url(self) -> str:
@@ -144,16 +132,18 @@ class Directory:
     def check(self) -> None:
         if self.path.exists() and not self.path.is_dir():
             raise UsageError(f"{self.path} is a file, and would have to be a directory", "choose another destination")
-        existing = next(place for place in self.path.parents if place.exists())
-        if not os.access(existing, os.W_OK | os.X_OK):
-            raise UsageError(f"{existing} may not be written by this user", "choose another destination")
+        above = existing(self.path.parent)
+        if not os.access(above, os.W_OK | os.X_OK):
+            raise UsageError(f"{above} may not be written by this user", "choose another destination")
 
-    def listing(self) -> Mapping[str, Seen] | None:
+    def listing(self) -> Mapping[str, Stored] | None:
         if not self.path.is_dir():
             return None
         files = {path: path.stat() for path in sorted(self.path.rglob("*")) if path.is_file()}
-        seen = {path: Seen(stat.st_size, str(stat.st_mtime_ns)) for path, stat in files.items()}
-        return {path.relative_to(self.path).as_posix(): found for path, found in seen.items()}
+        return {
+            path.relative_to(self.path).as_posix(): Stored("", stat.st_size, str(stat.st_mtime_ns))
+            for path, stat in files.items()
+        }
 
     def read(self, name: str) -> bytes:
         return (self.path / name).read_bytes()
@@ -165,11 +155,11 @@ class Directory:
     def replacing(self, scratch: Path) -> Iterator[Path]:
         make_directory(self.path.parent)
         self._clean()
-        new = Path(tempfile.mkdtemp(prefix=self._prefix, dir=self.path.parent))
+        new = self._beside()
+        new.mkdir()
         lock = os.open(new, os.O_RDONLY | os.O_DIRECTORY)
         try:
             fcntl.flock(lock, fcntl.LOCK_EX)
-            new.chmod(0o777 & ~_umask())
             yield new
         finally:
             os.close(lock)
@@ -179,11 +169,13 @@ class Directory:
     def _prefix(self) -> str:
         return f".{self.path.name}.bigpipe-"
 
+    def _beside(self) -> Path:
+        """A name that no other transfer takes."""
+        return self.path.with_name(self._prefix + os.urandom(8).hex())
+
     def _clean(self) -> None:
         """Remove what a killed transfer left: its lock is free."""
-        for left in self.path.parent.iterdir():
-            if not left.name.startswith(self._prefix):
-                continue
+        for left in [path for path in self.path.parent.iterdir() if path.name.startswith(self._prefix)]:
             with suppress(OSError):
                 lock = os.open(left, os.O_RDONLY | os.O_DIRECTORY)
                 try:
@@ -196,44 +188,34 @@ class Directory:
         require_space(self.path, source.stat().st_size)
         return Stored(*copy_file(source, new / name, progress=report))
 
-    def finish(self, new: Path, stored: Mapping[str, Stored], inspect: Inspect) -> Receipt:
+    def finish(self, new: Path, stored: Mapping[str, Stored]) -> Receipt:
         for name, file in stored.items():
             forget_cached(new / name)
             _compare(f"{self.url}/{name}", file.sha256, hash_file(new / name))
-        inspect(new)
         for folder in (new, *[path for path in new.rglob("*") if path.is_dir()]):
             sync_directory(folder)
-        self._swap(new)
-        return _receipt(self, stored)
-
-    def _swap(self, new: Path) -> None:
-        if not self.path.exists():
-            move(new, self.path, durable=True)
-            return
+        old = self._beside()
         # A crash between the two renames leaves both versions beside the name; the next transfer writes it anew.
-        old = Path(tempfile.mkdtemp(prefix=self._prefix, dir=self.path.parent))
-        move(self.path, old / self.path.name)
+        if self.path.exists():
+            move(self.path, old)
         move(new, self.path, durable=True)
         shutil.rmtree(old, ignore_errors=True)
+        return _receipt(self, stored)
 
 
 @dataclass(frozen=True, slots=True)
-class FileSystem:
+class FileSystem(Destination):
     """Anything fsspec opens: s3://, gs://, memory://… The files are in place one by one, in the order they were put."""
 
-    url: str
+    address: str
     system: Any
     root: str
-    keeps_versions: ClassVar[bool] = False
 
     @property
-    def name(self) -> str:
-        return self.url
+    def url(self) -> str:
+        return self.address
 
-    def check(self) -> None:
-        self.listing()
-
-    def listing(self) -> Mapping[str, Seen] | None:
+    def listing(self) -> Mapping[str, Stored] | None:
         with self._errors(UsageError):
             self.system.invalidate_cache()
             try:
@@ -242,7 +224,7 @@ class FileSystem:
                 return None
             prefix = self.root.rstrip("/") + "/"
             files = {path.removeprefix(prefix): info for path, info in found.items() if path.startswith(prefix)}
-            return {name: Seen(int(info["size"]), self._mark(info)) for name, info in files.items()} or None
+            return {name: Stored("", int(info["size"]), self._mark(info)) for name, info in files.items()} or None
 
     def read(self, name: str) -> bytes:
         with self._errors(StageFailed):
@@ -252,9 +234,6 @@ class FileSystem:
     def digest(self, name: str) -> str:
         with self._errors(StageFailed), self.system.open(self._path(name), "rb") as file:
             return hashlib.file_digest(file, "sha256").hexdigest()
-
-    def replacing(self, scratch: Path) -> AbstractContextManager[Path]:
-        return nullcontext(scratch)
 
     def put(self, new: Path, name: str, source: Path, report: Report) -> Stored:
         path = self._path(name)
@@ -270,9 +249,8 @@ class FileSystem:
         _compare(f"{self.url}/{name}", digest.hexdigest(), self.digest(name))
         return Stored(digest.hexdigest(), size)
 
-    def finish(self, new: Path, stored: Mapping[str, Stored], inspect: Inspect) -> Receipt:
-        stale = [self._path(name) for name in self.listing() or {} if name not in stored]
-        if stale:
+    def finish(self, new: Path, stored: Mapping[str, Stored]) -> Receipt:
+        if stale := [self._path(name) for name in self.listing() or {} if name not in stored]:
             with self._errors(StageFailed):
                 self.system.rm(stale)
         return _receipt(self, stored)
@@ -298,30 +276,6 @@ class FileSystem:
         return next((f"{name}={info[name]}" for name in names if info.get(name)), "")
 
 
-def is_present(target: Destination, receipt: Receipt) -> bool:
-    """Return whether everything is there as it was written. A file is read only where a look tells a difference.
-
-    Where the destination cannot be asked just now, the receipt is believed.
-    """
-    try:
-        return _holds(target, receipt)
-    except Transient:
-        return True
-    except (BigpipeError, OSError):
-        return False
-
-
-def _holds(target: Destination, receipt: Receipt) -> bool:
-    there = target.listing() or {}
-    for name, stored in receipt.files.items():
-        now = there.get(name)
-        if now is None or now.size != stored.size:
-            return False
-        if (not stored.mark or now.mark != stored.mark) and target.digest(name) != stored.sha256:
-            return False
-    return True
-
-
 def _receipt(target: Destination, stored: Mapping[str, Stored]) -> Receipt:
     seen = target.listing() or {}
     return Receipt(target.url, {name: replace(file, mark=seen[name].mark) for name, file in stored.items()})
@@ -333,9 +287,3 @@ def _compare(what: str, written: str, read: str) -> None:
             f"{what} reads back as sha256 {read[:12]}…, but {written[:12]}… was written",
             "the disk or the service changes what it stores; try again, or choose another destination",
         )
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask

@@ -1,21 +1,119 @@
-"""Publishes a model: its files, a card, results, reports and provenance, all or nothing where the destination can."""
+"""Publishes a model: its files, a card, results, reports and provenance, all or nothing where the destination can.
+
+open_destination     from an address as people write it
+check_destination    may it be written, and may what is there be replaced? Only what the same step of the same
+                     recipe wrote and nobody has changed since
+publish              writes it, and gives a receipt
+is_present           is everything there still?
+"""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 from typing import Any
 
-from bigpipe.errors import InvalidCheckpoint, StageFailed
+from bigpipe.bigmodel.sources import Sources
+from bigpipe.errors import BigpipeError, InvalidCheckpoint, StageFailed, Transient, UsageError
 from bigpipe.files import write_file
+from bigpipe.sizes import counted
 
-from .destinations import Destination, Receipt
-from .provenance import PROVENANCE, Provenance
-from .replacing import require_replaceable
+from .destinations import Destination, Directory, FileSystem, Receipt, Stored
+from .provenance import PROVENANCE, SCHEMA, Provenance
 
 CARD = "README.md"
+SMALL = 10_000_000
+"""Bytes of a file that may be read during a plan."""
+CURE = "choose another destination, or write overwrite: true to replace it as a whole"
+
+
+def open_destination(
+    to: str, sources: Sources = Sources(), *, revision: str = "main", private: bool = True
+) -> Destination:
+    """Return where `to` leads: a path (from `sources.base`), an fsspec URL, or `hf://owner/name` at `revision`.
+    private: of a repository that is made. Raise UsageError for an address that no file system here knows."""
+    if to.startswith("hf://"):
+        from bigpipe.bigmodel.hub import Hub
+
+        from .upload import HubRepository
+
+        return HubRepository(to.removeprefix("hf://").strip("/"), Hub.of(sources), revision, private)
+    if "://" in to:
+        return _open_url(to)
+    return Directory(((sources.base or Path.cwd()) / Path(to).expanduser()).resolve())
+
+
+def _open_url(to: str) -> Destination:
+    """`file://` is a directory like any other."""
+    from fsspec.core import url_to_fs
+
+    try:
+        system, root = url_to_fs(to)
+    except (ImportError, ValueError) as error:
+        cause = f"{to} cannot be opened: {error}"
+        raise UsageError(cause, "install the fsspec package for it, or use another") from error
+    if "file" in ((system.protocol,) if isinstance(system.protocol, str) else system.protocol):
+        return Directory(Path(root))
+    return FileSystem(to.rstrip("/"), system, root)
+
+
+def check_destination(target: Destination, *, base: Path | None = None, overwrite: bool = False) -> None:
+    """Raise, before anything is computed, what would keep `target` from being written. base: the recipe's directory. A
+    destination is replaced as a whole, so it must not hold that, or somebody's home."""
+    if isinstance(target, Directory):
+        kept = [Path.home(), *([base.resolve()] if base else [])]
+        if any(target.path == place or target.path in place.parents for place in kept):
+            raise UsageError(
+                f"to: {target.path} would be replaced as a whole, and it holds the recipe or your home directory",
+                "name a directory of its own, such as dist/model",
+            )
+        if (target.path / ".git").exists():
+            cause = f"to: {target.path} is a git repository, and would be replaced as a whole"
+            raise UsageError(cause, "name a directory in it")
+    target.check()
+    if not overwrite:
+        require_replaceable(target)
+
+
+def require_replaceable(target: Destination, maker: tuple[str, str] | None = None) -> None:
+    """Raise UsageError where `target` holds what bigpipe did not write, another maker wrote, or somebody changed.
+    maker: recipe and node; None: not known yet."""
+    there = target.listing()
+    if not there:
+        return
+    provenance = _provenance(target, there)
+    if provenance is None:
+        raise UsageError(
+            f"to: {target.url} is there already, with {counted(len(there), 'file')} that bigpipe did not write", CURE
+        )
+    by = (str(provenance.get("recipe")), str(provenance.get("node")))
+    if maker is not None and by != maker:
+        raise UsageError(f"to: {target.url} was written by node {by[1]} of recipe {by[0]!r}", CURE)
+    written: Mapping[str, Any] = provenance.get("files") or {}
+    names = [name for name in there if name != PROVENANCE]
+    if changed := [name for name in names if not _as_written(target, name, there[name], written)]:
+        raise UsageError(f"to: {target.url} was changed since it was saved: {', '.join(sorted(changed)[:4])}", CURE)
+
+
+def _provenance(target: Destination, there: Mapping[str, Stored]) -> dict[str, Any] | None:
+    """What the `provenance.json` there says; None where there is none of bigpipe's."""
+    if PROVENANCE not in there or there[PROVENANCE].size > SMALL:
+        return None
+    try:
+        found = json.loads(target.read(PROVENANCE))
+    except (OSError, ValueError):
+        return None
+    return found if isinstance(found, dict) and found.get("schema") == SCHEMA else None
+
+
+def _as_written(target: Destination, name: str, seen: Stored, written: Mapping[str, Any]) -> bool:
+    """Small files by digest: an edit may keep the size. Large ones, and what can be had again, by size."""
+    listed = written.get(name)
+    if not isinstance(listed, Mapping) or listed.get("size") != seen.size:
+        return False
+    return target.keeps_versions or seen.size > SMALL or target.digest(name) == listed.get("sha256")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -80,27 +178,23 @@ def publish(
         # Last: it holds the digests of the others, and tells that they are all there
         write_file(scratch / PROVENANCE, provenance.json(stored), durable=False)
         stored[PROVENANCE] = target.put(new, PROVENANCE, scratch / PROVENANCE, report)
-        return target.finish(
-            new, stored, partial(inspect, contents.model) if contents.model else lambda directory: None
-        )
+        if contents.model is not None and isinstance(target, Directory):  # elsewhere the digests of all files must do
+            inspect(contents.model, new)
+        return target.finish(new, stored)
 
 
 def inspect(model: Path, written: Path) -> None:
-    """Read a written checkpoint through its own index, as a loader would, and compare it with `model`.
-
-    Raise StageFailed where they differ. Weights that we cannot read ourselves are saved as they are.
-    """
+    """Read a written checkpoint through its own index, as a loader would, and compare it with `model`. Raise
+    StageFailed where they differ. Weights that we cannot read ourselves are saved as they are."""
     try:
         expected = _tensors(model)
     except InvalidCheckpoint:
         return
     found = _tensors(written)
-    wrong = sorted(name for name in expected.keys() | found.keys() if expected.get(name) != found.get(name))
+    wrong = [name for name in expected.keys() | found.keys() if expected.get(name) != found.get(name)]
     if wrong:
-        raise StageFailed(
-            f"what was saved does not read back as the model: {', '.join(wrong[:4])} differ",
-            "the disk or another process changed it meanwhile; run again",
-        )
+        cause = f"what was saved does not read back as the model: {', '.join(sorted(wrong)[:4])} differ"
+        raise StageFailed(cause, "the disk or another process changed it meanwhile; run again")
 
 
 def _tensors(directory: Path) -> dict[str, Any]:
@@ -108,3 +202,21 @@ def _tensors(directory: Path) -> dict[str, Any]:
 
     opened = open_checkpoint(directory)
     return {**{name: (tensor.dtype, tensor.shape) for name, tensor in opened.tensors.items()}, **opened.tied}
+
+
+def is_present(target: Destination, receipt: Receipt) -> bool:
+    """Return whether everything is there as it was written; where the destination cannot be asked now, it is believed.
+    A file is read only where a look tells a difference."""
+
+    def same(name: str, stored: Stored, now: Stored | None) -> bool:
+        if now is None or now.size != stored.size:
+            return False
+        return bool(stored.mark and now.mark == stored.mark) or target.digest(name) == stored.sha256
+
+    try:
+        there = target.listing() or {}
+        return all(same(name, stored, there.get(name)) for name, stored in receipt.files.items())
+    except Transient:
+        return True
+    except (BigpipeError, OSError):
+        return False

@@ -15,16 +15,14 @@ from bigpipe.bigmodel.hub import COMMIT, LOGIN, Hub, check_access, describe, hub
 from bigpipe.errors import NotAuthorised, Offline, StageFailed, UsageError
 from bigpipe.files import CHUNK, link, make_directory
 
-from .destinations import Inspect, Receipt, Report, Seen, Stored
+from .destinations import Destination, Receipt, Report, Stored
 
-MESSAGE = "Save with bigpipe"
-"""Of the commit."""
 GIT_ATTRIBUTES = ".gitattributes"
 """The Hub writes it itself."""
 
 
 @dataclass(frozen=True, slots=True)
-class HubRepository:
+class HubRepository(Destination):
     repo: str
     """owner/name"""
     hub: Hub
@@ -47,23 +45,22 @@ class HubRepository:
         if COMMIT.fullmatch(self.revision):
             raise UsageError(f"revision {self.revision} is a commit, and nothing can be added to it", "name a branch")
         if self.hub.offline:
-            raise Offline(f"hf://{self.repo} cannot be written while asking the Hub is switched off",
-                          "run without --offline and HF_HUB_OFFLINE, or save to a directory")  # fmt: skip
+            cause = f"hf://{self.repo} cannot be written while asking the Hub is switched off"
+            raise Offline(cause, "run without --offline and HF_HUB_OFFLINE, or save to a directory")
         owner, spaces = self.repo.split("/")[0], whoami(self.hub)
         if owner not in spaces:
-            raise NotAuthorised(
-                f"the token's user {spaces[0]} may not write to {owner}", f"use {spaces[0]}/…, or {LOGIN}"
-            )
+            cause = f"the token's user {spaces[0]} may not write to {owner}"
+            raise NotAuthorised(cause, f"use {spaces[0]}/…, or {LOGIN}")
         if self.listing() is not None:
             check_access(self.repo, hub=self.hub, write=True)
 
-    def listing(self) -> Mapping[str, Seen] | None:
+    def listing(self) -> Mapping[str, Stored] | None:
         try:
             described = describe(self.repo, self.revision, hub=self.hub)
         except UsageError:
             return None
-        found = {file.path: Seen(file.size, file.etag) for file in described.files if file.path != GIT_ATTRIBUTES}
-        return found or None
+        files = [file for file in described.files if file.path != GIT_ATTRIBUTES]
+        return {file.path: Stored("", file.size, file.etag) for file in files} or None
 
     def read(self, name: str) -> bytes:
         return read_range(self.repo, self.revision, name, 0, 10_000_000, hub=self.hub)
@@ -91,7 +88,7 @@ class HubRepository:
         report(size)
         return Stored(sha256.hexdigest(), size, git.hexdigest())
 
-    def finish(self, new: Path, stored: Mapping[str, Stored], inspect: Inspect) -> Receipt:
+    def finish(self, new: Path, stored: Mapping[str, Stored]) -> Receipt:
         for path in new.rglob("*"):
             if path.is_symlink() and path.relative_to(new).as_posix() not in stored:
                 path.unlink()
@@ -101,10 +98,8 @@ class HubRepository:
         for name, sent in stored.items():
             file = there.get(name)
             if file is None or file.size != sent.size or file.etag not in (sent.sha256, sent.mark):
-                raise StageFailed(
-                    f"{self.url} does not hold {name} as it was sent, at commit {commit}",
-                    "somebody may have written there at the same time; run again",
-                )
+                cause = f"{self.url} does not hold {name} as it was sent, at commit {commit}"
+                raise StageFailed(cause, "somebody may have written there at the same time; run again")
             files[name] = replace(sent, mark=file.etag)
         return Receipt(self.url, files, commit)
 
@@ -121,7 +116,7 @@ class HubRepository:
                 repo_id=self.repo,
                 folder_path=os.fspath(staging),
                 revision=self.revision,
-                commit_message=MESSAGE,
+                commit_message="Save with bigpipe",
                 delete_patterns=stale or None,
             )
         return str(sent.oid)

@@ -11,26 +11,22 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from bigpipe.bigmodel.architecture import Architecture
 from bigpipe.bigmodel.checkpoint import ARCHITECTURE_FILE, Checkpoint, describe_opened, open_checkpoint
 from bigpipe.bigmodel.sources import Sources
 from bigpipe.bigmodel.writing import ReportProgress, carry_side_files, encode_config, refuse_in_place
 from bigpipe.files import write_file
-from bigpipe.machine import cores
 from bigpipe.sizes import size_of
 from bigpipe.trust import Trust
 
-from .outline import Outline, outline, refuse_quantized, understand
-from .settings import Settings, torch_threads
+from .outline import Outline, Settings, outline, refuse_quantized, torch_threads, understand
 
 __all__ = [
     "Outline", "QuantizedCheckpoint", "Settings", "outline", "quantize_checkpoint", "quantize_described",
     "refuse_quantized", "torch_threads", "understand",
 ]  # fmt: skip
-
-WORKERS = 4
-"""Threads that encode, at most; one per core. Each takes about 20 MB."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,12 +51,6 @@ def quantize_checkpoint(
     out: str | Path,
     *,
     scheme: str,
-    llm_int8_threshold: float = 6.0,
-    bnb_4bit_use_double_quant: bool = False,
-    bnb_4bit_compute_dtype: str = "float16",
-    skip_modules: Sequence[str] | None = None,
-    keep_in_fp32_modules: Sequence[str] = (),
-    dtype: str = "float16",
     max_shard_size: int | str = "5GB",
     architecture: Architecture | None = None,
     parts: Path | None = None,
@@ -69,32 +59,26 @@ def quantize_checkpoint(
     base: Path | None = None,
     memo: Path | None = None,
     progress: ReportProgress | None = None,
+    **options: Any,
 ) -> QuantizedCheckpoint:
-    """Quantizes a checkpoint into the directory `out`, which `transformers`' `from_pretrained` loads as it is.
+    """Quantize a checkpoint into the directory `out`, which `transformers`' `from_pretrained` loads as it is.
 
-    scheme: a format, such as int8, nf4 or fp4; the fields that follow are BitsAndBytesConfig's. The weights of linear
-    modules are converted, but for `skip_modules` (None: the output head and whatever is tied); everything else becomes
-    `dtype`, or float32 where `keep_in_fp32_modules` or the model's class says so. architecture: what the model is; None
-    asks its class, in a child process. parts: a directory where finished files are kept for later runs. device: a torch
-    device that encodes, such as "cuda"; the bytes are the same. trust: modules that the model's own class may come
-    from, looked for in `base` first. memo: a directory where answers about classes are kept.
+    scheme: a format, such as int8, nf4 or fp4. options: BitsAndBytesConfig's, as `Settings` has them:
+      `llm_int8_threshold`, `bnb_4bit_use_double_quant`, `bnb_4bit_compute_dtype`, `skip_modules`,
+      `keep_in_fp32_modules`, and `dtype`. The weights of linear modules are converted, but for `skip_modules` (None:
+      the output head and whatever is tied); everything else becomes `dtype` (float16), or float32 where
+      `keep_in_fp32_modules` or the model's class says so.
+    architecture: what the model is; None asks its class, in a child process. parts: a directory where finished files
+      are kept for later runs. device: a torch device that encodes, such as "cuda"; the bytes are the same.
+    trust: modules that the model's own class may come from, looked for in `base` first. memo: a directory where answers
+      about classes are kept.
 
-    Raises UsageError (settings, or an input that is quantized already), InvalidCheckpoint, DoesNotFit, and StageFailed
+    Raise UsageError (settings, or an input that is quantized already), InvalidCheckpoint, DoesNotFit, and StageFailed
     for a device that rounds differently from the CPU.
     """
-    settings = Settings(
-        scheme=scheme,
-        llm_int8_threshold=llm_int8_threshold,
-        bnb_4bit_use_double_quant=bnb_4bit_use_double_quant,
-        bnb_4bit_compute_dtype=bnb_4bit_compute_dtype,
-        skip_modules=None if skip_modules is None else tuple(skip_modules),
-        keep_in_fp32_modules=tuple(keep_in_fp32_modules),
-        dtype=dtype,
-        threads=torch_threads(),
-        device=device,
-    )
+    settings = Settings(scheme=scheme, threads=torch_threads(), device=device, **options)
     if device is not None:
-        from .devices import check_device
+        from .encoding import check_device
 
         check_device(device, settings)
     checkpoint = source if isinstance(source, Checkpoint) else open_checkpoint(source)
@@ -122,19 +106,14 @@ def quantize_described(
     linked: bool = False,
     progress: ReportProgress | None = None,
 ) -> QuantizedCheckpoint:
-    """`quantize_checkpoint` with its settings as a value; sources as in `understand`.
-
-    linked: side files become links instead of copies.
-    """
+    """`quantize_checkpoint` with its settings as a value; sources as in `understand`. linked: side files become links
+    instead of copies."""
     from .stream import split, write_quantized  # brings numpy, which a plan does not need
 
     refuse_in_place(checkpoint, out)
     outlined, quantized = understand(describe_opened(checkpoint), settings, architecture=architecture, sources=sources)
-    files = {name: tensor.file for name, tensor in checkpoint.tensors.items()}
-    shards = split(outlined, files, max_shard_size)
-    written, plans = write_quantized(
-        checkpoint, shards, out, settings, parts=parts, workers=min(WORKERS, cores()), progress=progress
-    )
+    groups = split(outlined, checkpoint, max_shard_size)
+    written, plans = write_quantized(checkpoint, groups, out, settings, parts, progress)
     # Side files; the config, transformers' own or a custom class's description, says how the weights are stored
     written |= carry_side_files(checkpoint, out, config=quantized.config, linked=linked)
     if quantized.custom is not None:

@@ -2,7 +2,8 @@
 
 numpy lets go of the interpreter lock inside its loops, so threads encode side by side; each has buffers of its own, a
 few chunks are in flight, and the next weight is begun while the last one is being written. With a device in the
-settings the threads read, send chunks there and fetch the results, each on a stream of its own.
+settings the threads read, send chunks there and fetch the results, each on a stream of its own. A device is asked for a
+sample first, which must come out as numpy encodes it.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Self, cast
 
@@ -22,10 +24,10 @@ from numpy.typing import NDArray
 from bigpipe.bigmodel.checkpoint import Checkpoint, FileSource, OpenFiles
 from bigpipe.bigmodel.formats import Encoder, MeasuringEncoder
 from bigpipe.bigmodel.formats.encoders import BLOCK
-from bigpipe.bigmodel.formats.encoders.floats import BITS, Bits, convert
+from bigpipe.bigmodel.formats.encoders.floats import BITS, Bits, convert, widen_any
+from bigpipe.errors import BigpipeError, StageFailed, UsageError
 
-from .outline import Converted
-from .settings import Settings
+from .outline import Converted, Settings
 
 TASK = 1 << 20
 """Elements that one thread reads and encodes at a time."""
@@ -35,19 +37,17 @@ DEVICE_CHUNK = 1 << 20
 """The same on a device: enough for a kernel launch to cost little beside its work."""
 IN_FLIGHT = 3
 """Tasks per thread that may be done and not yet taken."""
+SAMPLE, COLUMNS = 1 << 15, 128
+"""Numbers that a device encodes as numpy does before it may encode weights."""
 
 
 @dataclass(frozen=True, slots=True)
 class Piece:
     """A part of an encoded weight: bytes of its codes, and its scales (absmax per block, or per row)."""
 
-    weight: Converted
     codes: NDArray[Any]
     scales: NDArray[np.float32]
     last: bool
-
-
-Encode = Callable[[Bits, Converted], tuple[NDArray[Any], NDArray[np.float32]]]
 
 
 class WeightEncoder:
@@ -62,19 +62,12 @@ class WeightEncoder:
         self._local = threading.local()
         self._files = OpenFiles(checkpoint)
 
-    def encode(self, weights: Iterable[Converted]) -> Iterator[Piece]:
-        """All pieces of all weights, in order."""
-        return self._run(weights, self._encode_bits)
-
-    def absmax(self, weights: Iterable[Converted]) -> Iterator[Piece]:
-        """As `encode`, without codes: the absmax values alone, for whoever must know them before the codes."""
-        return self._run(weights, self._absmax_bits)
-
-    def _run(self, weights: Iterable[Converted], encode: Encode) -> Iterator[Piece]:
+    def encode(self, weights: Iterable[Converted], *, codes: bool = True) -> Iterator[Piece]:
+        """Return all pieces of all weights, in order. Without codes: the absmax values that must be known before."""
         waiting: deque[Future[Piece]] = deque()
         try:
             for weight in weights:
-                for task in self._tasks(weight, encode):
+                for task in self._tasks(weight, codes):
                     waiting.append(self._pool.submit(task))
                     if len(waiting) > self.workers * IN_FLIGHT:
                         yield waiting.popleft().result()
@@ -84,41 +77,35 @@ class WeightEncoder:
             for future in waiting:
                 future.cancel()
 
-    def _tasks(self, weight: Converted, encode: Encode) -> Iterator[Callable[[], Piece]]:
+    def _tasks(self, weight: Converted, codes: bool) -> Iterator[Callable[[], Piece]]:
         """The weight in runs of whole rows where rows have scales or lie apart, of whole blocks elsewhere."""
         rows, columns = weight.shape
         whole = self._whole(weight)
-        flat = whole is None and not weight.packing.by_rows
-        step = TASK if flat else _rows_per_task(columns) * columns
+        step = TASK if whole is None and not weight.packing.by_rows else _rows_per_task(columns) * columns
         for start in range(0, rows * columns, step):
             stop = min(start + step, rows * columns)
             read = self._reader(weight, whole, start, stop)
-            yield lambda read=read, stop=stop: self._piece(weight, read, encode, stop == rows * columns)  # type: ignore[misc]
+            yield partial(self._piece, weight, read, codes, stop == rows * columns)
 
-    def _piece(self, weight: Converted, read: Callable[[], Bits], encode: Encode, last: bool) -> Piece:
+    def _piece(self, weight: Converted, read: Callable[[], Bits], codes: bool, last: bool) -> Piece:
         bits, columns = read(), weight.shape[1]
         step = max(1, self._chunk // columns) * columns if weight.packing.by_rows else self._chunk
-        pieces = [
-            encode(self._prepared(bits[start : start + step], weight), weight) for start in range(0, bits.size, step)
-        ]
-        codes = [codes.reshape(-1).view(np.uint8) for codes, _ in pieces]
-        scales = [scales for _, scales in pieces]
-        return Piece(weight, np.concatenate(codes), np.concatenate(scales), last)
+        encoded = [self._encode(bits[start : start + step], weight, codes) for start in range(0, bits.size, step)]
+        made = np.concatenate([part.reshape(-1).view(np.uint8) for part, _ in encoded])
+        return Piece(made, np.concatenate([scales for _, scales in encoded]), last)
 
-    def _prepared(self, bits: Bits, weight: Converted) -> Bits:
-        """In the dtype that everything is cast to, then in the one that the packing goes through; perhaps as rows."""
-        bits = convert(convert(bits, weight.stored_dtype, weight.dtype), weight.dtype, _encoded_dtype(weight))
-        return bits.reshape(-1, weight.shape[1]) if weight.packing.by_rows else bits
-
-    def _encode_bits(self, bits: Bits, weight: Converted) -> tuple[NDArray[Any], NDArray[np.float32]]:
-        return self._encoder(weight).encode(bits, weight.measured)
-
-    def _absmax_bits(self, bits: Bits, weight: Converted) -> tuple[NDArray[Any], NDArray[np.float32]]:
-        return np.empty(0, np.uint8), cast(MeasuringEncoder, self._encoder(weight)).absmax(bits)
+    def _encode(self, bits: Bits, weight: Converted, codes: bool) -> tuple[NDArray[Any], NDArray[np.float32]]:
+        """From the dtype that everything is cast to, through the one that the packing goes through; perhaps as rows."""
+        bits = convert(convert(bits, weight.stored_dtype, weight.dtype), weight.dtype, weight.encoded_dtype)
+        bits = bits.reshape(-1, weight.shape[1]) if weight.packing.by_rows else bits
+        encoder = self._encoder(weight)
+        if codes:
+            return encoder.encode(bits, weight.measured)
+        return np.empty(0, np.uint8), cast(MeasuringEncoder, encoder).absmax(bits)
 
     def _encoder(self, weight: Converted) -> Encoder:
         """This thread's own, for numbers of this dtype; a row may be wider than a chunk."""
-        dtype = _encoded_dtype(weight)
+        dtype = weight.encoded_dtype
         size = max(self._chunk, weight.shape[1]) if weight.packing.by_rows else self._chunk
         made: tuple[int, str] = getattr(self._local, "made", (0, ""))
         if made[0] < size or made[1] != dtype:
@@ -155,7 +142,7 @@ class WeightEncoder:
         return bits.T if weight.transposed else bits
 
     def close(self, file: Path) -> None:
-        """Lets go of a file that is not read any more."""
+        """Let go of a file that is not read any more."""
         self._files.close(file)
 
     def __enter__(self) -> Self:
@@ -166,11 +153,53 @@ class WeightEncoder:
         self._files.__exit__()
 
 
-def _encoded_dtype(weight: Converted) -> str:
-    return weight.packing.through or weight.dtype
-
-
 def _rows_per_task(columns: int) -> int:
     """Whole rows, of which any number holds whole blocks of 64 but perhaps at the end of the matrix."""
     unit = BLOCK // math.gcd(BLOCK, columns)
     return max(1, TASK // (columns * unit)) * unit
+
+
+def usable_device(settings: Settings) -> str | None:
+    """Return the GPU to encode on; None where torch can use none, or none gives the same bytes."""
+    try:
+        import torch
+
+        if not torch.cuda.is_available():
+            return None
+        check_device("cuda", settings)
+    except (BigpipeError, ImportError, RuntimeError):
+        return None
+    return "cuda"
+
+
+def check_device(device: str, settings: Settings) -> None:
+    """Raise UsageError where torch has no such device, StageFailed where it encodes a sample differently."""
+    import torch
+
+    cure = "leave device out to encode on the CPU"
+    try:
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as error:  # CPU builds of torch assert
+        first = str(error).partition("\n")[0]
+        raise UsageError(f"device {device!r} cannot be used: {first}", cure) from None
+    if _encoded(device, settings) != _encoded(None, settings):
+        raise StageFailed(f"device {device!r} rounds differently from the CPU in a sample of numbers", cure)
+
+
+def _encoded(device: str | None, settings: Settings) -> tuple[bytes, bytes]:
+    """(codes, scales) of a sample; device None: by numpy."""
+    packing, dtype = settings.packing, settings.packing.through or settings.dtype
+    sample = _sample(dtype)
+    encoder = packing.encoder(dtype, sample.size, device)
+    codes, scales = encoder.encode(sample.reshape(-1, COLUMNS) if packing.by_rows else sample)
+    return codes.tobytes(), scales.tobytes()
+
+
+def _sample(dtype: str) -> Bits:
+    """Zeros, numbers of every finite magnitude, and such as weights are."""
+    random = np.random.default_rng(0)
+    width = BITS[dtype]
+    wild = random.integers(0, 1 << 8 * width.itemsize, SAMPLE).astype(width)
+    wild[~np.isfinite(widen_any(wild, dtype, np.empty(SAMPLE, np.float32)))] = 0
+    tame = random.standard_normal(SAMPLE).astype(np.float32).view(np.uint32)
+    return np.concatenate([np.zeros(2 * COLUMNS, width), wild, convert(tame, "float32", dtype)])

@@ -1,29 +1,79 @@
-"""Which stored tensor becomes what: converted, cast or kept, told from headers and config before any byte is read."""
+"""What is asked of a quantization, and which stored tensor becomes what: told from headers before any byte is read."""
 
 from __future__ import annotations
 
+import os
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from functools import partial
 from typing import Any
 
-from bigpipe.bigmodel.architecture import Architecture, ModuleSpec, TensorSpec, ask_names, describe_architecture
+from bigpipe.bigmodel.architecture import Architecture, ModuleSpec, ask_names, describe_architecture
 from bigpipe.bigmodel.checkpoint import ModelDescription, tensor_nbytes
 from bigpipe.bigmodel.formats import (
     PLAIN,
     Packing,
     converted_modules,
+    default_skips,
     format_of,
     matrix_shape,
     name_matcher,
+    packing_of,
     weight_of,
 )
 from bigpipe.bigmodel.sources import Sources
 from bigpipe.bigmodel.writing import PlannedTensor, Tensors, config_with_dtype, is_cast
 from bigpipe.errors import InvalidCheckpoint, UsageError, first_few
+from bigpipe.machine import cores
 
-from .settings import Settings
+DTYPES = ("float16", "bfloat16", "float32")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Settings:
+    """BitsAndBytesConfig's fields, as far as they matter to stored weights or to how those are used."""
+
+    scheme: str
+    """Name of a format."""
+    llm_int8_threshold: float = 6.0
+    bnb_4bit_use_double_quant: bool = False
+    bnb_4bit_compute_dtype: str = "float16"
+    skip_modules: Sequence[str] | None = None
+    """Names or patterns of modules to leave alone. None: the output head and whatever is tied."""
+    keep_in_fp32_modules: Sequence[str] = ()
+    """Modules to leave alone and to store as float32."""
+    dtype: str = "float16"
+    """Of everything else; 4-bit weights are cast to it before they are quantized."""
+    threads: int = 1
+    """How many threads torch would sum with: in double quantization the mean's last bit depends on it."""
+    device: str | None = None
+    """Where weights are encoded: a torch device, or numpy on the CPU, which needs no torch. No byte depends on it."""
+    packing: Packing = field(init=False)
+    """What `scheme` does to a matrix, with those of the fields above that it takes."""
+
+    def __post_init__(self) -> None:
+        for name in ("dtype", "bnb_4bit_compute_dtype"):
+            if (value := getattr(self, name)) not in DTYPES:
+                raise UsageError(f"{name} {value!r} is not possible", f"choose one of {', '.join(DTYPES)}")
+        given = {each.name: getattr(self, each.name) for each in fields(self) if each.init}
+        object.__setattr__(self, "packing", packing_of(self.scheme, **given))
+
+    def as_config(self, architecture: Architecture) -> dict[str, Any]:
+        """Return the `quantization_config` as transformers 5.23 saves it."""
+        skipped: Sequence[str] | None = self.skip_modules
+        if self.keep_in_fp32_modules:
+            # A list replaces transformers' own choice, so that has to be spelled out beside what is kept in float32
+            skipped = [*(default_skips(architecture) if skipped is None else skipped), *self.keep_in_fp32_modules]
+        return self.packing.config(None if skipped is None else list(skipped))
+
+
+def torch_threads() -> int:
+    """Return how many threads torch takes for itself by default, without importing it."""
+    try:
+        return max(1, int(os.environ["OMP_NUM_THREADS"].split(",")[0]))
+    except (KeyError, ValueError):
+        return cores()
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,21 +102,23 @@ class Converted:
         planned = tuple(PlannedTensor(f"{self.module}.{s.suffix}", s.dtype, s.shape) for s in stored)
         object.__setattr__(self, "outputs", planned)
 
+    @property
+    def encoded_dtype(self) -> str:
+        """What it is encoded from."""
+        return self.packing.through or self.dtype
+
 
 @dataclass(frozen=True, slots=True)
 class Kept:
     """A tensor that stays, perhaps in another number format."""
 
     source: str
-    output: PlannedTensor
+    dtype: str
+    outputs: tuple[PlannedTensor]
 
-    @property
-    def dtype(self) -> str:
-        return self.output.dtype
 
-    @property
-    def outputs(self) -> tuple[PlannedTensor, ...]:
-        return (self.output,)
+def stored_bytes(parts: Iterable[Converted | Kept]) -> int:
+    return sum(tensor.nbytes for part in parts for tensor in part.outputs)
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,7 +133,7 @@ class Outline:
     @property
     def nbytes(self) -> int:
         """Of all output tensors, without file headers; right within `interval`."""
-        return sum(tensor.nbytes for part in self.parts for tensor in part.outputs)
+        return stored_bytes(self.parts)
 
     def interval(self, settings: Settings) -> tuple[int, int]:
         """(low, high) of `nbytes`."""
@@ -102,97 +154,74 @@ def outline(
     settings: Settings,
     ask_names: Callable[[list[str]], Mapping[str, str]] | None = None,
 ) -> Outline:
-    """What every stored tensor becomes. tied: alias → stored name, where the file format holds aliases.
+    """Return what every stored tensor becomes. tied: alias → stored name, where the file format holds aliases.
 
     ask_names: gives the model's names for stored ones; asked only where stored names do not tell.
-    Raises UsageError for modules that cannot be converted as asked, InvalidCheckpoint where weights and model do not
+    Raise UsageError for modules that cannot be converted as asked, InvalidCheckpoint where weights and model do not
     belong together.
     """
-    modules = converted_modules(
-        architecture, skip_modules=settings.skip_modules, keep=settings.keep_in_fp32_modules
-    )  # fmt: skip
+    modules = converted_modules(architecture, skip_modules=settings.skip_modules, keep=settings.keep_in_fp32_modules)
     _refuse_tied(architecture, modules)
     weights = {weight_of(module).name: module for module in modules}
-    names = _model_names(architecture, [*stored, *tied])
-    if ask_names is not None and not _tell(names, stored, weights, architecture):
-        names |= ask_names([*stored, *tied])
+    names = _model_names(architecture, stored, tied, weights, ask_names)
     parted = {name for name, count in Counter(names[name] for name in stored).items() if count > 1}
     _refuse_missing(weights, {names[name] for name in stored} - parted, names, tied)
-    dtype_of = _kept_dtypes(architecture, settings)
+    specs = {tensor.name: tensor for module in architecture.modules for tensor in module.tensors}
+    in_float32 = name_matcher(settings.keep_in_fp32_modules)
     parts: list[Converted | Kept] = []
     for source, (dtype, shape) in stored.items():
-        module = weights.get(names[source])
-        if module is not None and names[source] not in parted:
-            held = architecture.dtype_of(weight_of(module), settings.dtype)
-            parts.append(_converted(source, dtype, shape, module, held, settings))
-        else:
-            parts.append(Kept(source, PlannedTensor(source, dtype_of(names[source], dtype), shape)))
-    converted = {module.name for module in modules}
-    linear = [module.name for module in architecture.modules if module.linear]
-    return Outline(
-        tuple(parts),
-        tuple(name for name in linear if name in converted),
-        tuple(name for name in linear if name not in converted),
-    )
+        name = names[source]
+        loaded = architecture.dtype_of(specs[name], settings.dtype) if name in specs else settings.dtype
+        if name in weights and name not in parted:
+            parts.append(_converted(source, dtype, shape, weights[name], loaded, settings.packing))
+            continue
+        wanted = "float32" if in_float32(name.rpartition(".")[0]) else loaded
+        planned = PlannedTensor(source, wanted if is_cast(dtype, wanted) else dtype, shape)
+        parts.append(Kept(source, planned.dtype, (planned,)))
+    quantized = dict.fromkeys(module.name for module in modules)
+    left = [each.name for each in architecture.modules if each.linear and each.name not in quantized]
+    return Outline(tuple(parts), tuple(quantized), tuple(left))
 
 
-def _tell(names: Mapping[str, str], stored: Tensors, weights: Iterable[str], architecture: Architecture) -> bool:
-    """Do the names of stored tensors tell which is to be converted, and which the class keeps in float32?"""
+def _model_names(
+    architecture: Architecture,
+    stored: Iterable[str],
+    tied: Iterable[str],
+    weights: Iterable[str],
+    ask_names: Callable[[list[str]], Mapping[str, str]] | None,
+) -> dict[str, str]:
+    """Stored name or alias → the model's name for that tensor, or the same where it has none."""
+    known = {tensor.name for module in architecture.modules for tensor in module.tensors}.union(*architecture.tied)
+    every = [*stored, *tied]
+    names = {name: next((own for own in architecture.spellings(name) if own in known), name) for name in every}
     named = {names[name] for name in stored}
     pinned = architecture.keep_in_fp32 or architecture.keep_in_fp32_strict
-    return named.issuperset(weights) and not (pinned and named - _known_names(architecture))
-
-
-def _known_names(architecture: Architecture) -> set[str]:
-    known = {tensor.name for module in architecture.modules for tensor in module.tensors}
-    return known.union(*architecture.tied)
-
-
-def _model_names(architecture: Architecture, stored: Iterable[str]) -> dict[str, str]:
-    """Stored name → the model's name for that tensor, or the same where it has none."""
-    known = _known_names(architecture)
-    return {name: next((own for own in architecture.spellings(name) if own in known), name) for name in stored}
+    # Do the stored names tell which is to be converted, and which the class keeps in float32?
+    told = named.issuperset(weights) and not (pinned and named - known)
+    return names if told or ask_names is None else names | dict(ask_names(every))
 
 
 def _converted(
-    source: str, dtype: str, shape: tuple[int, ...], module: ModuleSpec, held: str, settings: Settings
+    source: str, stored: str, shape: tuple[int, ...], module: ModuleSpec, dtype: str, packing: Packing
 ) -> Converted:
     expected = weight_of(module).shape
-    if shape != expected or dtype not in ("float64", "float32", "float16", "bfloat16"):
+    if shape != expected or stored not in ("float64", "float32", "float16", "bfloat16"):
         raise InvalidCheckpoint(
-            f"{source} is {dtype} {list(shape)}, the model's {module.name} has a float matrix {list(expected)}",
+            f"{source} is {stored} {list(shape)}, the model's {module.name} has a float matrix {list(expected)}",
             "check that config.json belongs to these weights",
         )
     rows, columns = matrix_shape(module)
     if not rows * columns:
         raise UsageError(f"{module.name} has no elements to quantize", f"add it to skip_modules: [{module.name}]")
     prefix, transposed = source.removesuffix(".weight"), module.class_name == "Conv1D"
-    return Converted(source, prefix, dtype, held, (rows, columns), transposed, settings.packing)
-
-
-def _kept_dtypes(architecture: Architecture, settings: Settings) -> Callable[[str, str], str]:
-    """(model name, stored dtype) → the dtype to store: what `from_pretrained` would load it as."""
-    specs: dict[str, TensorSpec] = {t.name: t for module in architecture.modules for t in module.tensors}
-    in_fp32 = name_matcher(settings.keep_in_fp32_modules)
-
-    def dtype_of(name: str, stored: str) -> str:
-        spec = specs.get(name)
-        wanted = architecture.dtype_of(spec, settings.dtype) if spec is not None else settings.dtype
-        if settings.keep_in_fp32_modules and in_fp32(name.rpartition(".")[0]):
-            wanted = "float32"
-        return wanted if is_cast(stored, wanted) else stored
-
-    return dtype_of
+    return Converted(source, prefix, stored, dtype, (rows, columns), transposed, packing)
 
 
 def _refuse_tied(architecture: Architecture, modules: Sequence[ModuleSpec]) -> None:
     tied = {name for group in architecture.tied for name in group}
-    names = [module.name for module in modules if weight_of(module).name in tied]
-    if names:
-        raise UsageError(
-            f"the weight of {first_few(names)} is tied to another module's and cannot be quantized alone",
-            f"add to skip_modules: [{', '.join(names)}], or leave skip_modules out",
-        )
+    if names := [module.name for module in modules if weight_of(module).name in tied]:
+        cause = f"the weight of {first_few(names)} is tied to another module's and cannot be quantized alone"
+        raise UsageError(cause, f"add to skip_modules: [{', '.join(names)}], or leave skip_modules out")
 
 
 def _refuse_missing(
@@ -202,12 +231,9 @@ def _refuse_missing(
     if not missing:
         return
     aliases = {names[alias]: kept for alias, kept in tied.items()}
-    shared = [name for name in missing if name in aliases]
-    if shared:
-        raise UsageError(
-            f"{first_few(shared)} shares its bytes with {aliases[shared[0]]} in this checkpoint",
-            f"add to skip_modules: [{weights[shared[0]].name}]",
-        )
+    if shared := [name for name in missing if name in aliases]:
+        cause = f"{first_few(shared)} shares its bytes with {aliases[shared[0]]} in this checkpoint"
+        raise UsageError(cause, f"add to skip_modules: [{weights[shared[0]].name}]")
     raise InvalidCheckpoint(
         f"the checkpoint has no {first_few(missing)}, which the model's class wants to quantize",
         "check that config.json names the class these weights were saved from, or add the modules to skip_modules",
@@ -222,10 +248,8 @@ def understand(
     sources: Sources = Sources(),
 ) -> tuple[Outline, ModelDescription]:
     """Return the outline of a quantization, and the checkpoint that comes of it, sizes as of `Outline.nbytes`.
-
     architecture: what the model is; None: asked of `describe_architecture`, which takes `sources`. The tensors of
-    `described` must be known. Raise UsageError and InvalidCheckpoint.
-    """
+    `described` must be known. Raise UsageError and InvalidCheckpoint."""
     refuse_quantized(described)
     if described.config is None and described.custom is None and architecture is None:
         raise UsageError(
@@ -250,10 +274,8 @@ def understand(
 
 
 def refuse_quantized(described: ModelDescription) -> None:
-    """Raises UsageError for a checkpoint that is quantized already: its codes are no numbers to be rounded again."""
+    """Raise UsageError for a checkpoint that is quantized already: its codes are no numbers to be rounded again."""
     found = format_of(described)
     if found is not PLAIN:
-        raise UsageError(
-            f"the checkpoint is quantized already ({found.title})",
-            "leave this step out, or start from the weights before they were quantized",
-        )
+        cause = f"the checkpoint is quantized already ({found.title})"
+        raise UsageError(cause, "leave this step out, or start from the weights before they were quantized")

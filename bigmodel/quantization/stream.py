@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -30,50 +30,34 @@ from bigpipe.bigmodel.writing import (
     write_files,
     write_index,
 )
+from bigpipe.machine import cores
 
 from .encoding import Piece, WeightEncoder
-from .outline import Converted, Kept, Outline
-from .settings import Settings
+from .outline import Converted, Kept, Outline, Settings, stored_bytes
 
 Bytes = memoryview | bytes
 VERSION = 1
 """Raised when the same input and settings give other bytes."""
 FOLDER = "quantize"
 """Where finished files are kept, under `parts`."""
+WORKERS = 4
+"""Threads that encode, at most; one per core. Each takes about 20 MB."""
 
 
-@dataclass(frozen=True, slots=True)
-class Shard:
-    """One output file. The tensors' sizes are exact but for the JSON of double quantization."""
-
-    file: str
-    parts: tuple[Converted | Kept, ...]
-    source: Path
-
-    @property
-    def nbytes(self) -> int:
-        return sum(tensor.nbytes for part in self.parts for tensor in part.outputs)
-
-
-def split(outlined: Outline, files: Mapping[str, Path], max_shard_size: int) -> list[Shard]:
-    """Output files: the tensors of one input file together, cut where they would grow beyond the limit.
-
-    files: stored name → input file. A weight and what is stored beside it stay together.
-    """
+def split(outlined: Outline, checkpoint: Checkpoint, max_shard_size: int) -> list[tuple[Path, list[Converted | Kept]]]:
+    """Return what goes into each output file, and the input file that it is made from. The tensors of one input file
+    stay together, cut where they would grow beyond the limit. A weight and what is stored beside it are never
+    parted."""
     groups: list[tuple[Path, list[Converted | Kept]]] = []
     filled = 0
     for part in outlined.parts:
-        size = sum(tensor.nbytes for tensor in part.outputs)
-        source = files[part.source]
+        size, source = stored_bytes([part]), checkpoint.tensors[part.source].file
         if not groups or groups[-1][0] != source or (filled and filled + size > max_shard_size):
             groups.append((source, []))
             filled = 0
         groups[-1][1].append(part)
         filled += size
-    return [
-        Shard(file_name("safetensors", number, len(groups)), tuple(parts), source)
-        for number, (source, parts) in enumerate(groups)
-    ]
+    return groups
 
 
 class ShardSource:
@@ -127,30 +111,27 @@ class ShardSource:
 
     def _measured(self, weight: Converted) -> Converted:
         """The weight with what must be known of all of it, and with true sizes."""
-        absmax = np.concatenate([piece.scales for piece in self._encoder.absmax([weight])])
+        absmax = np.concatenate([piece.scales for piece in self._encoder.encode([weight], codes=False)])
         return replace(weight, measured=weight.packing.measure(absmax, self.settings.threads))
 
 
 def write_quantized(
     checkpoint: Checkpoint,
-    shards: list[Shard],
+    groups: Sequence[tuple[Path, Sequence[Converted | Kept]]],
     out: Path,
     settings: Settings,
-    *,
     parts: Path | None,
-    workers: int,
     progress: ReportProgress | None,
 ) -> tuple[Files, list[ShardPlan]]:
-    """Write the files and their index into `out`; return them with their exact plans.
-
-    parts: where finished files are kept for later runs, if anywhere. workers: threads that encode.
-    """
-    prepare(out, "safetensors", {shard.file for shard in shards})
+    """Write a file per group and their index into `out`; return them with their exact plans. parts: where finished
+    files are kept for later runs, if anywhere."""
+    names = [file_name("safetensors", number, len(groups)) for number in range(len(groups))]
+    prepare(out, "safetensors", set(names))
     finished = Finished(out, parts and parts / FOLDER, shelved=True)
-    with WeightEncoder(checkpoint, settings, workers) as encoder, RangeReader(checkpoint) as reader:
+    with WeightEncoder(checkpoint, settings, min(WORKERS, cores())) as encoder, RangeReader(checkpoint) as reader:
 
-        def content(shard: Shard) -> tuple[SafetensorsFile, Produce]:
-            source = ShardSource(shard.parts, encoder, reader, settings)
+        def content(group: Sequence[Converted | Kept]) -> tuple[SafetensorsFile, Produce]:
+            source = ShardSource(group, encoder, reader, settings)
             return source.file(), source.produce
 
         def close(file: Path) -> None:
@@ -159,28 +140,26 @@ def write_quantized(
 
         outputs = [
             OutputFile(
-                name=shard.file,
-                nbytes=shard.nbytes,
-                key=partial(_key, checkpoint, shard, settings),
-                content=partial(content, shard),
-                sources=frozenset([shard.source]),
+                name=name,
+                nbytes=stored_bytes(group),
+                key=partial(_key, checkpoint, source, group, settings),
+                content=partial(content, group),
+                sources=frozenset([source]),
             )
-            for shard in shards
+            for name, (source, group) in zip(names, groups, strict=True)
         ]
         files = write_files(outputs, finished, traffic=Traffic(progress, inlet=checkpoint.inlet, close=close))
-    plans = [_plan_of(out / shard.file) for shard in shards]
+    plans = [_plan_of(out / name) for name in names]
     return files | write_index(out, plans), plans
 
 
-def _key(checkpoint: Checkpoint, shard: Shard, settings: Settings) -> str:
+def _key(checkpoint: Checkpoint, source: Path, group: Sequence[Converted | Kept], settings: Settings) -> str:
     facts: dict[str, Any] = {"version": VERSION, "scheme": settings.scheme, "dtype": settings.dtype}
     if settings.packing.measures:
         facts["threads"] = settings.threads
-    tensors = [
-        [part.source, part.dtype, [(tensor.name, tensor.dtype, tensor.shape) for tensor in part.outputs]]
-        for part in shard.parts
-    ]
-    return key_of(checkpoint.identity(shard.source), facts, tensors)
+    outputs = [[(tensor.name, tensor.dtype, tensor.shape) for tensor in part.outputs] for part in group]
+    tensors = [[part.source, part.dtype, made] for part, made in zip(group, outputs, strict=True)]
+    return key_of(checkpoint.identity(source), facts, tensors)
 
 
 def _plan_of(path: Path) -> ShardPlan:

@@ -42,7 +42,7 @@ def _bind(model: Any, path: Path, options: TaskOptions, sources: Sources) -> Ans
         import torch
 
         encoded = [encode(tokenizer, row) for row in rows]
-        inputs = pad(tokenizer, encoded, "right", loaded(model).device)
+        inputs = pad(tokenizer, encoded, "right", loaded(model).homes.main)
         with torch.inference_mode():
             hidden = body(**inputs).last_hidden_state.float().cpu()
         return [

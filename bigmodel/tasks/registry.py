@@ -33,10 +33,8 @@ def require_known(name: str) -> None:
 
 
 def find_task(name: str, sources: Sources) -> Task:
-    """Return the task of that name. A module that is not bigpipe's own is imported, and its code runs.
-
-    Raise UsageError for an unknown name, a module that is not trusted, cannot be imported or has no such task.
-    """
+    """Return the task of that name. A module that is not bigpipe's own is imported, and its code runs. Raise UsageError
+    for an unknown name, a module that is not trusted, cannot be imported or has no such task."""
     from .task import Task, function_task
 
     require_known(name)

@@ -30,10 +30,8 @@ class Row:
 
 def read_prompts(prompts: str | Sequence[Any], column: str, base: Path) -> list[Row]:
     """Return the rows of a list, or of the files that a path or glob (relative to `base`) names, in their order.
-
-    `.jsonl` and `.json` files hold an object per line; of other files each line that is not blank is a prompt.
-    Raise UsageError naming file and line.
-    """
+    `.jsonl` and `.json` files hold an object per line; of other files each line that is not blank is a prompt. Raise
+    UsageError naming file and line."""
     if isinstance(prompts, str):
         given = [found for path in _files(prompts, base) for found in _lines(path, column)]
     else:

@@ -44,10 +44,6 @@ class TaskOptions:
     """Of row i: seed + i."""
 
 
-def _accept(_: object) -> None:
-    pass
-
-
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Task:
     """One way to answer rows with a model.
@@ -61,8 +57,8 @@ class Task:
 
     name: str
     bind: Callable[[Any, Path, TaskOptions, Sources], Answerer]
-    check_arguments: Callable[[Mapping[str, Any]], None] = _accept
-    check_model: Callable[[ModelDescription], None] = _accept
+    check_arguments: Callable[[Mapping[str, Any]], None] = lambda arguments: None
+    check_model: Callable[[ModelDescription], None] = lambda model: None
     columns: tuple[str, ...] = ()
 
     def check(self, arguments: Mapping[str, Any], rows: Sequence[Row], model: ModelDescription | None) -> None:
@@ -70,10 +66,8 @@ class Task:
         self.check_arguments(arguments)
         for row in rows:
             if missing := [column for column in self.columns if column not in row.data]:
-                raise UsageError(
-                    f"task {self.name} needs {missing[0]!r}, which prompt {row.index} does not have",
-                    f"give every prompt the fields {', '.join(self.columns)}",
-                )
+                cause = f"task {self.name} needs {missing[0]!r}, which prompt {row.index} does not have"
+                raise UsageError(cause, f"give every prompt the fields {', '.join(self.columns)}")
         if model is not None:
             self.check_model(model)
 

@@ -36,14 +36,12 @@ def _bind(model: Any, path: Path, options: TaskOptions, sources: Sources) -> Ans
         if goes_on:
             _check_length(model, max(map(len, encoded)), options.max_new_tokens)
         # A decoder goes on where the prompt ends, so that is where all rows must meet.
-        inputs = pad(tokenizer, encoded, "left" if goes_on else "right", loaded(model).device)
+        inputs = pad(tokenizer, encoded, "left" if goes_on else "right", loaded(model).homes.main)
         seeds = [options.seed + row.index for row in rows]
         with torch.inference_mode(), draw_alone(model, seeds):
             torch.manual_seed(seeds[0])
-            made = model.generate(
-                **inputs, max_new_tokens=options.max_new_tokens, pad_token_id=tokenizer.pad_token_id,
-                **options.arguments,
-            )  # fmt: skip
+            own = {"max_new_tokens": options.max_new_tokens, "pad_token_id": tokenizer.pad_token_id}
+            made = model.generate(**inputs, **own, **options.arguments)
         made = made[:, inputs["input_ids"].shape[1] :] if goes_on else made
         if len(made) != len(rows):
             raise UsageError(f"generation gave {len(made)} texts for {len(rows)} prompts", "ask for one per prompt")
@@ -71,19 +69,15 @@ def _check_length(model: Any, tokens: int, new: int) -> None:
     config = model.config.get_text_config()
     limit = getattr(config, "max_position_embeddings", None) or getattr(config, "n_positions", None)
     if isinstance(limit, int) and tokens + new > limit:
-        raise ValueError(
-            f"{tokens} tokens and {new} new ones are more than the model's {limit} positions: shorten the prompt or "
-            "max_new_tokens"
-        )
+        cause = f"{tokens} tokens and {new} new ones are more than the model's {limit} positions"
+        raise ValueError(f"{cause}: shorten the prompt or max_new_tokens")
 
 
 @contextmanager
 def draw_alone(model: Any, seeds: Sequence[int]) -> Iterator[None]:
-    """Inside, `model.generate` draws each row's tokens from a generator of its own.
-
-    After all processors that transformers puts in order, the token is chosen by the Gumbel-max rule (Maddison et al.
-    2014, arXiv 1411.0030), which draws exactly from the softmax of the scores. Beams are drawn by transformers.
-    """
+    """Inside, `model.generate` draws each row's tokens from a generator of its own. After all processors that
+    transformers puts in order, the token is chosen by the Gumbel-max rule (Maddison et al. 2014, arXiv 1411.0030),
+    which draws exactly from the softmax of the scores. Beams are drawn by transformers."""
     ordinary = getattr(model, "_get_logits_processor", None)
     if ordinary is None:  # a transformers that is built otherwise: draws then depend on the batch
         yield

@@ -23,14 +23,10 @@ DOWNLOAD = "download it with the model (`include`), or use the task `module:func
 
 def require_tokenizer(model: ModelDescription) -> None:
     """Raise UsageError for a model of a class of its own, and for a directory with weights and without a tokenizer.
-
-    Before a download a directory may hold the config alone: that says nothing.
-    """
+    Before a download a directory may hold the config alone: that says nothing."""
     if model.custom is not None:
-        raise UsageError(
-            f"the task needs a model of transformers; this one is of the class {model.custom.get('class')}",
-            OWN_FUNCTION,
-        )
+        name = model.custom.get("class")
+        raise UsageError(f"the task needs a model of transformers; this one is of the class {name}", OWN_FUNCTION)
     if model.path is not None and _holds(model.path, WEIGHT_FILES) and not _holds(model.path, TOKENIZER_FILES):
         raise UsageError(f"the task needs a tokenizer, and {model.path} has none", DOWNLOAD)
 
@@ -46,9 +42,8 @@ def load_tokenizer(path: Path, sources: Sources) -> Any:
     try:
         if not _holds(path, TOKENIZER_FILES):  # transformers would make an empty one
             raise OSError("there are no files of one")
-        tokenizer = AutoTokenizer.from_pretrained(
-            str(path), local_files_only=True, trust_remote_code=sources.trust_remote_code
-        )
+        trusted = sources.trust_remote_code
+        tokenizer = AutoTokenizer.from_pretrained(str(path), local_files_only=True, trust_remote_code=trusted)
     except (OSError, ValueError, ImportError) as error:
         first = str(error).strip().partition("\n")[0]
         raise UsageError(f"{path} has no tokenizer that can be used: {first}", DOWNLOAD) from error
@@ -58,10 +53,8 @@ def load_tokenizer(path: Path, sources: Sources) -> Any:
 
 
 def encode(tokenizer: Any, row: Row) -> list[int]:
-    """Return the token ids of the prompt. Raise ValueError where it is empty.
-
-    A list of messages goes through the model's chat template, which transformers runs in a sandbox.
-    """
+    """Return the token ids of the prompt. Raise ValueError where it is empty. A list of messages goes through the
+    model's chat template, which transformers runs in a sandbox."""
     chat = not isinstance(row.prompt, str)
     text = tokenizer.apply_chat_template(row.prompt, tokenize=False, add_generation_prompt=True) if chat else row.prompt
     tokens: list[int] = tokenizer(text, add_special_tokens=not chat)["input_ids"]

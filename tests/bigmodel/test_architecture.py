@@ -11,7 +11,7 @@ import pytest
 from support.architectures import UNUSUAL
 from support.real import describe_here
 
-from bigpipe.bigmodel.architecture import Architecture, describe_architecture, describe_many, read_request, request_key
+from bigpipe.bigmodel.architecture import Architecture, describe_architecture, read_request, request_key
 from bigpipe.bigmodel.sources import Sources
 from bigpipe.errors import InvalidCheckpoint, UsageError
 from bigpipe.trust import Trust
@@ -74,17 +74,16 @@ def described(tmp_path_factory: pytest.TempPathFactory, memo: Path) -> dict[str,
     (base / "tinygpt.py").write_text(GPT)
     custom = {"class": "tinygpt:GPT", "config": {"vocab_size": 11}, "no_split_module_classes": ["Block"]}
     stubborn = {"class": "tinygpt:Stubborn", "config": {"width": 4}}
-    sources = Sources(trust=Trust(("tinygpt",)), base=base)
-    requests = {
-        "opt": read_request(OPT_13B),
-        "opt-none": read_request(OPT_13B, head="none"),
-        "bert": read_request(BERT),
-        "t5": read_request(T5),
-        "deepseek": read_request(DEEPSEEK),
-        "custom": read_request({}, custom=custom, sources=sources),
-        "stubborn": read_request({}, custom=stubborn, sources=sources),
+    sources = Sources(trust=Trust(("tinygpt",)), base=base, memo=memo)
+    return {
+        "opt": describe_architecture(OPT_13B, sources=sources),
+        "opt-none": describe_architecture(OPT_13B, head="none", sources=sources),
+        "bert": describe_architecture(BERT, sources=sources),
+        "t5": describe_architecture(T5, sources=sources),
+        "deepseek": describe_architecture(DEEPSEEK, sources=sources),
+        "custom": describe_architecture({}, custom=custom, sources=sources),
+        "stubborn": describe_architecture({}, custom=stubborn, sources=sources),
     }
-    return dict(zip(requests, describe_many(list(requests.values()), memo=memo), strict=True))
 
 
 def parameters(architecture: Architecture) -> int:

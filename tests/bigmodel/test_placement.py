@@ -20,7 +20,7 @@ from hypothesis import given, settings, strategies as st
 from support.placing import place_architecture
 from torch import nn
 
-from bigpipe.bigmodel.architecture import Architecture, ModuleSpec, TensorSpec
+from bigpipe.bigmodel.architecture import Architecture, ModuleSpec, Request, TensorSpec
 from bigpipe.bigmodel.architecture.instantiation import report
 from bigpipe.bigmodel.placement import Placement
 from bigpipe.bigmodel.placement.budget import MemoryBudget, needs_of
@@ -105,9 +105,7 @@ def random_case(seed: int) -> Case:
     sizes = [inner * pick.choice([1, 1, 1, 1, 2]) for _ in range(pick.randint(1, 8))]
     with torch.device("meta"):
         model = LanguageModel(words, hidden, [Block(hidden, size, buffer, scalar) for size in sizes], tied)
-    architecture = report(
-        model, copy.deepcopy(model).to(torch.bfloat16), {"library": "custom", "no_split": (), "config": {}}
-    )
+    architecture = report(model, copy.deepcopy(model).to(torch.bfloat16), Request(library="custom", config={}))
     total = Tree(architecture).size("")
     gpus = pick.randint(0, 4)
     memory: dict[int | str, int] = {gpu: int(total * pick.uniform(0.05, 1)) for gpu in range(gpus)}

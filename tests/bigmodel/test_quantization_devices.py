@@ -15,7 +15,7 @@ from bigpipe.bigmodel.formats.encoders.floats import BITS
 from bigpipe.bigmodel.formats.encoders.four_bit import FourBitEncoder
 from bigpipe.bigmodel.formats.encoders.int8 import Int8Encoder
 from bigpipe.bigmodel.quantization import Settings, quantize_checkpoint
-from bigpipe.bigmodel.quantization.devices import check_device, usable_device
+from bigpipe.bigmodel.quantization.encoding import check_device, usable_device
 from bigpipe.errors import UsageError
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]

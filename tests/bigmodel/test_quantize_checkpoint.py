@@ -18,7 +18,6 @@ from support.models import forward, make_checkpoint, tiny_config, tiny_model
 from support.real import build
 
 from bigpipe.bigmodel.architecture import Architecture, read_request
-from bigpipe.bigmodel.architecture.inquiry import request_as_json
 from bigpipe.bigmodel.architecture.instantiation import describe
 from bigpipe.bigmodel.checkpoint import open_checkpoint
 from bigpipe.bigmodel.quantization import QuantizedCheckpoint, Settings, outline, quantize_checkpoint, torch_threads
@@ -57,7 +56,7 @@ def quantize(source: Path, out: Path, **options: Any) -> QuantizedCheckpoint:
 
 def architecture_of(source: Path) -> Architecture:
     """As `describe_architecture` would say, without the child process: these tests have imported torch already."""
-    return describe(request_as_json(read_request(source)))
+    return describe(read_request(source))
 
 
 def bits_and_bytes(scheme: str, double: bool, **options: Any) -> transformers.BitsAndBytesConfig:

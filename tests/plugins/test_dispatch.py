@@ -17,7 +17,7 @@ from support.launching import MACHINE
 from support.models import make_checkpoint
 from support.tinygpt import GPT
 
-from bigpipe.bigmodel.architecture import describe_many, read_request
+from bigpipe.bigmodel.architecture import describe_architecture
 from bigpipe.bigmodel.checkpoint import describe_checkpoint
 from bigpipe.bigmodel.sources import Sources
 from bigpipe.errors import StageFailed, UsageError
@@ -77,16 +77,12 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 @pytest.fixture(scope="module")
 def memo(tmp_path_factory: pytest.TempPathFactory, models: dict[str, Path]) -> Path:
-    """All architectures, asked of one child process."""
+    """The answers about all architectures."""
     memo = tmp_path_factory.mktemp("memo")
-    requests = []
+    sources = Sources(trust=Trust(("support",)), base=TESTS, memo=memo)
     for path in models.values():
         model = describe_checkpoint(path)
-        config = dict(model.config or {})
-        requests.append(
-            read_request(config, custom=model.custom, sources=Sources(trust=Trust(("support",)), base=TESTS))
-        )
-    describe_many(requests, memo=memo)
+        describe_architecture(dict(model.config or {}), custom=model.custom, sources=sources)
     return memo
 
 
@@ -257,7 +253,6 @@ import sys
 from pathlib import Path
 sys.path.insert(0, {str(TESTS)!r})
 from support.launching import MACHINE
-from bigpipe.bigmodel.architecture import describe_many
 from bigpipe.bigmodel.checkpoint import describe_checkpoint
 from bigpipe.orchestrator.stage import Forecast, ForecastContext, Surroundings
 from bigpipe.plugins.dispatch import STAGE, DispatchParams

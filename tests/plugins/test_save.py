@@ -255,7 +255,7 @@ def test_a_failure_leaves_the_old_version_in_place(tmp_path: Path) -> None:
         assert [new] == list(target.parent.glob(".dist.bigpipe-*"))
         (new / "config.json").write_text('{"model_type": "gpt"}')
         with pytest.raises(StageFailed, match="reads back as sha256"):
-            Directory(target).finish(new, {"config.json": stored}, lambda directory: None)
+            Directory(target).finish(new, {"config.json": stored})
     assert tree(target) == before
     assert sorted(path.name for path in (tmp_path / "base").iterdir()) == ["dist"]
 

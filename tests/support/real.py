@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 from bigpipe.bigmodel.architecture import Architecture, Head, read_request
-from bigpipe.bigmodel.architecture.inquiry import request_as_json
 
 
 def transformers_quietly() -> None:
@@ -33,7 +32,7 @@ def describe_here(config: dict[str, Any], head: Head = "auto") -> Architecture:
     from bigpipe.bigmodel.architecture.instantiation import describe
 
     transformers_quietly()
-    return describe(request_as_json(read_request(config, head=head)))
+    return describe(read_request(config, head=head))
 
 
 def held_bytes(model: Any) -> int:
