@@ -28,14 +28,14 @@ SECONDS = 20
 CACHES = ("past_key_values", "cache_params", "mems", "state")
 
 
-def observe(model: torch.nn.Module) -> tuple[CachedTensor, ...] | None:
+def observe(model: torch.nn.Module, seconds: int = SECONDS) -> tuple[CachedTensor, ...] | None:
     """Return the tensors that `model`, built on the meta device in bfloat16, caches for one sequence of tokens. None
     where its forward needs more than tokens, or values that the meta device does not have."""
     config: Any = model.config
     if getattr(config, "is_encoder_decoder", False):
         return None
     text = config.get_text_config(decoder=True).to_dict()
-    with suppress(TimeoutError), _limited(SECONDS):
+    with suppress(TimeoutError), _limited(seconds):
         for part in _that_read_tokens(model.eval()):
             try:
                 return _observe(part, text)

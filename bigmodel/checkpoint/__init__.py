@@ -33,6 +33,7 @@ if TYPE_CHECKING:
         Contents,
         TensorInfo,
         Tensors,
+        find_aliases,
         invalid,
         itemsize,
         tensor_nbytes,

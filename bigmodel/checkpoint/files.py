@@ -27,8 +27,9 @@ WEIGHT_SUFFIXES = frozenset({
     ".safetensors", *BIN_SUFFIXES, ".ckpt", ".h5", ".msgpack", ".onnx", ".onnx_data", ".gguf", ".ot", ".npz", ".tflite",
     ".pb",
 })  # fmt: skip
-NOT_A_MODEL = re.compile(r"(training_args|optimizer|scheduler|scaler|rng_state).*")
+NOT_A_MODEL = re.compile(r"(training_args|optimizer|scheduler|scaler|rng_state|random_states)")
 """Trainers leave these beside a model; they are torch files, but no weights."""
+UNFINISHED = (".part", ".partial", ".incomplete", ".lock")
 MAX_INDEX = 16 * 2**20
 MAX_CONFIG = 10_000_000
 
@@ -71,12 +72,8 @@ def files_to_come(directory: Path, coming: Collection[str] = ()) -> WeightFiles:
             check_file(file, directory)
         return WeightFiles(format_of(file), (file,))
     nested = sorted({path.parent.name for path in directory.glob("*/*.safetensors")})
-    hint = (
-        f"it has weights in {', '.join(nested)}; open one of these"
-        if nested
-        else "name a directory with .safetensors or torch .bin files"
-    )
-    raise NoWeights(f"{directory}: no weights were found", hint)
+    there = f"it has weights in {', '.join(nested)}; open one of these" if nested else ""
+    raise NoWeights(f"{directory}: no weights were found", there or "name one with .safetensors or torch .bin files")
 
 
 def _candidates(names: list[str], directory: Path) -> Iterator[str]:
@@ -87,9 +84,8 @@ def _candidates(names: list[str], directory: Path) -> Iterator[str]:
     torch_files = [name for name in names if name.endswith(BIN_SUFFIXES) and not NOT_A_MODEL.match(name)]
     for found in (indexes, safe, torch_files):
         if len(found) > 1:
-            raise InvalidCheckpoint(
-                f"{directory}: which of {', '.join(found[:8])} is the model?", "name the one file or index"
-            )
+            cause = f"{directory}: which of {', '.join(found[:8])} is the model?"
+            raise InvalidCheckpoint(cause, "name the one file or index")
         yield from found
 
 
@@ -104,9 +100,8 @@ def format_of(file: Path) -> Format:
         return "safetensors"
     if file.suffix in BIN_SUFFIXES:
         return "bin"
-    raise InvalidCheckpoint(
-        f"{file}: {file.suffix or 'no suffix'} is no format bigpipe reads", "give .safetensors, .bin, .pt or .pth"
-    )
+    cause = f"{file}: {file.suffix or 'no suffix'} is no format bigpipe reads"
+    raise InvalidCheckpoint(cause, "give .safetensors, .bin, .pt or .pth")
 
 
 def read_index(index: Path, directory: Path, coming: Collection[str] = ()) -> WeightFiles:
@@ -120,10 +115,9 @@ def read_index(index: Path, directory: Path, coming: Collection[str] = ()) -> We
         raise invalid(index, "has no weight_map", FETCH_AGAIN)
     for tensor, name in weight_map.items():
         if not isinstance(name, str) or name in ("", ".", "..") or re.search(r"[/\\\0]", name):
-            raise invalid(
-                index, f"names the file {str(name)[:200]!r}, which is not a plain file name",
-                "an index may only name files beside it; do not use this checkpoint", tensor=tensor,
-            )  # fmt: skip
+            cause = f"names the file {str(name)[:200]!r}, which is not a plain file name"
+            cure = "an index may only name files beside it; do not use this checkpoint"
+            raise invalid(index, cause, cure, tensor=tensor)
     files = tuple(directory / name for name in sorted(set(weight_map.values())))
     for file in (file for file in files if file.name not in coming):
         if not os.path.lexists(file):
@@ -173,23 +167,14 @@ def check_file(file: Path, directory: Path) -> None:
         raise invalid(file, "is not a regular file", "do not use this checkpoint")
     root = Path(os.path.realpath(directory))
     if not (target.is_relative_to(root) or _is_store(root) or is_object(target) or is_hub_blob(target)):
-        raise invalid(
-            file, f"is a link to {target}, outside the checkpoint",
-            "copy the file into the checkpoint, or do not use this checkpoint",
-        )  # fmt: skip
-
-
-_HEX = re.compile(r"[0-9a-f]{40}([0-9a-f]{24})?")
+        cure = "copy the file into the checkpoint, or do not use this checkpoint"
+        raise invalid(file, f"is a link to {target}, outside the checkpoint", cure)
 
 
 def is_hub_blob(target: Path) -> bool:
     # <cache>/models--org--name/blobs/<sha1 or sha256>
-    repository = target.parent.parent.name
-    return (
-        target.parent.name == "blobs"
-        and bool(_HEX.fullmatch(target.name))
-        and bool(re.match(r"(models|datasets|spaces)--", repository))
-    )
+    kind = re.match(r"(models|datasets|spaces)--", target.parent.parent.name)
+    return target.parent.name == "blobs" and bool(re.fullmatch(r"[0-9a-f]{40}([0-9a-f]{24})?", target.name) and kind)
 
 
 def is_object(target: Path) -> bool:
@@ -212,12 +197,10 @@ def side_files(directory: Path) -> tuple[Path, ...]:
         if weights and Path(folder) != directory:
             folders.clear()
             continue  # another model, or this one in another format
-        found += [Path(folder, name) for name in sorted(names) if name not in weights and not _is_bookkeeping(name)]
+        side = [
+            name for name in sorted(names) if name not in weights and not name.startswith(".") and not is_index(name)
+        ]
+        found += [Path(folder, name) for name in side if not name.endswith(UNFINISHED)]
     for file in found:
         check_file(file, directory)
     return tuple(found)
-
-
-def _is_bookkeeping(name: str) -> bool:
-    unfinished = name.endswith((".part", ".partial", ".incomplete", ".lock"))
-    return unfinished or name.startswith(".") or is_index(name)

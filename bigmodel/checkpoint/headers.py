@@ -88,15 +88,20 @@ class _HeaderText:
         usual = _USUAL_ENTRY.match(self.text, at)
         if usual and usual[1] != "__metadata__":
             name, dtype, shape, begin, end = usual.groups()
-            entry = dtype, [int(size) for size in shape.split(",")] if shape else [], int(begin), int(end)
-            after = usual.end()
-        else:
-            name, at = self._name(at)
-            value, after = self._value(name, at)
-            if name == "__metadata__":
-                self._keep_metadata(value, at)
-                return self._skip(after)
-            entry = self._entry(name, value, at)
+            sizes = [int(size) for size in shape.split(",")] if shape else []
+            return self._keep(name, (dtype, sizes, int(begin), int(end)), at, usual.end())
+        name, at = self._name(at)
+        value, after = self._value(name, at)
+        if name != "__metadata__":
+            return self._keep(name, self._entry(name, value, at), at, after)
+        if self.metadata is not None:
+            raise self._error("__metadata__ stands twice in the header", at)
+        if not all(isinstance(text, str) for text in value.values()):
+            raise self._error("__metadata__ may hold strings only", at)
+        self.metadata = value
+        return self._skip(after)
+
+    def _keep(self, name: str, entry: Entry, at: int, after: int) -> int:
         if name in self.entries:
             raise self._error("stands twice in the header", at, name)
         if len(self.entries) == MAX_TENSORS:
@@ -136,13 +141,6 @@ class _HeaderText:
         except (ValueError, RecursionError) as error:
             raise self._error(f"the header is not JSON: {str(error)[:200]}", place) from None
 
-    def _keep_metadata(self, value: dict[str, Any], at: int) -> None:
-        if self.metadata is not None:
-            raise self._error("__metadata__ stands twice in the header", at)
-        if not all(isinstance(text, str) for text in value.values()):
-            raise self._error("__metadata__ may hold strings only", at)
-        self.metadata = value
-
     def _skip(self, at: int) -> int:
         match = _SPACE.match(self.text, at)
         return match.end() if match else at
@@ -163,7 +161,10 @@ def _tensor(name: str, dtype_name: str, shape: list[int], begin: int, end: int, 
         cure = f"save it as one of {', '.join(SAFETENSORS_DTYPES)}"
         raise invalid(file, f"dtype {dtype_name[:40]!r} is not one torch has", cure, tensor=name)
     if dtype == "float4_e2m1fn_x2":
-        shape = _pairs(name, shape, file)
+        # safetensors counts 4-bit elements, torch the bytes that hold two of them
+        if not shape or shape[-1] % 2:
+            raise invalid(file, f"F4 of shape {shape} does not fill whole bytes", FETCH_AGAIN, tensor=name)
+        shape = [*shape[:-1], shape[-1] // 2]
     tensor = TensorInfo(name, dtype, tuple(shape), file, start + begin)
     if end - begin != tensor.nbytes:
         cause = f"{dtype} of shape {tensor.shape} takes {tensor.nbytes} bytes, but data_offsets say {end - begin}"
@@ -172,18 +173,9 @@ def _tensor(name: str, dtype_name: str, shape: list[int], begin: int, end: int, 
 
 
 def _sizes(value: Any) -> TypeGuard[list[int]]:
-    return (
-        isinstance(value, list)
-        and len(value) <= MAX_DIMENSIONS
-        and all(type(size) is int and 0 <= size < 2**63 for size in value)
-    )
-
-
-def _pairs(name: str, shape: list[int], file: Path) -> list[int]:
-    # safetensors counts 4-bit elements, torch the bytes that hold two of them.
-    if not shape or shape[-1] % 2:
-        raise invalid(file, f"F4 of shape {shape} does not fill whole bytes", FETCH_AGAIN, tensor=name)
-    return [*shape[:-1], shape[-1] // 2]
+    if not isinstance(value, list) or len(value) > MAX_DIMENSIONS:
+        return False
+    return all(type(size) is int and 0 <= size < 2**63 for size in value)
 
 
 def _check_cover(tensors: Sequence[TensorInfo], file: Path, start: int, size: int) -> None:

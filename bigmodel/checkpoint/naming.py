@@ -8,8 +8,9 @@ loads here the same way. A packed weight is renamed as the weight that it was.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Container, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 from .tensors import TensorInfo
@@ -30,7 +31,7 @@ class TensorRecipe:
     """None: the one source is the tensor, whatever its dtype."""
 
     def read(self, window: Window, dtype: torch.dtype) -> torch.Tensor:
-        """The tensor on the CPU: fused ones in `dtype` and new memory, others as stored and without a copy."""
+        """Return the tensor on the CPU: fused ones in `dtype` and new memory, others as stored and without a copy."""
         return self.fuse(window, dtype) if self.fuse else window(self.sources[0])
 
 
@@ -43,7 +44,7 @@ class Matches(Generic[T]):
 
 
 def match(model: torch.nn.Module, tensors: Mapping[str, TensorInfo], packed: Mapping[str, T]) -> Matches[T]:
-    """Finds the stored tensors of every parameter of `model`, as its class names them before any conversion.
+    """Return the stored tensors of every parameter of `model`, as its class names them before any conversion.
 
     packed: weights that are no tensors by themselves, by the stored names of their modules.
     """
@@ -67,8 +68,7 @@ def _transformers_names(model: Any, tensors: Mapping[str, TensorInfo], packed: M
     renamings = [rule for rule in rules if isinstance(rule, WeightRenaming)]
     converters = [rule for rule in rules if isinstance(rule, WeightConverter)]
     by_pattern = {pattern: converter for converter in converters for pattern in converter.source_patterns}
-    known = model.state_dict()
-    prefix = model.base_model_prefix
+    known, prefix = model.state_dict(), model.base_model_prefix
     matches: Matches[T] = Matches()
     fusions: dict[str, _Fusion] = {}
     weights = {f"{module}.weight": weight for module, weight in packed.items()}
@@ -88,35 +88,28 @@ def _transformers_names(model: Any, tensors: Mapping[str, TensorInfo], packed: M
     return matches
 
 
+@dataclass(slots=True)
 class _Fusion:
     """One use of a transformers converter: several stored tensors become one parameter, or one becomes several."""
 
-    def __init__(self, model: Any, converter: Any, target: str) -> None:
-        self.model = model
-        self.converter = converter
-        self.target = target
-        self.inputs: list[tuple[str, str, TensorInfo]] = []
+    model: Any
+    converter: Any
+    target: str
+    inputs: list[tuple[str, str, TensorInfo]] = field(default_factory=list)
+    """Stored name, the converter's pattern for it, tensor."""
 
-    def recipes(self, known: Iterable[str]) -> dict[str, TensorRecipe]:
+    def recipes(self, known: Container[str]) -> dict[str, TensorRecipe]:
         sources = tuple(tensor for _, _, tensor in self.inputs)
-        return {name: TensorRecipe(sources, self._reader(name)) for name in self._targets(known)}
-
-    def _targets(self, known: Iterable[str]) -> Sequence[str]:
         patterns = self.converter.target_patterns
-        if len(patterns) == 1:
-            return [self.target]
-        names = set(known)
         siblings = [self.target.replace(patterns[0], pattern, 1) for pattern in patterns]
-        return [name for name in siblings if name in names]
+        targets = [name for name in siblings if name in known] if len(patterns) > 1 else [self.target]
+        return {name: TensorRecipe(sources, partial(self._read, name)) for name in targets}
 
-    def _reader(self, name: str) -> Callable[[Window, torch.dtype], torch.Tensor]:
-        def read(window: Window, dtype: torch.dtype) -> torch.Tensor:
-            converter = copy.deepcopy(self.converter)
-            for stored, pattern, tensor in self.inputs:
-                cast = window(tensor).to(dtype)
-                converter.add_tensor(self.target, stored, pattern, lambda cast=cast: cast)
-            made = converter.convert(self.target, model=self.model, config=self.model.config)
-            result: torch.Tensor = made[name][0] if isinstance(made[name], list) else made[name]
-            return result
-
-        return read
+    def _read(self, name: str, window: Window, dtype: torch.dtype) -> torch.Tensor:
+        converter = copy.deepcopy(self.converter)
+        for stored, pattern, tensor in self.inputs:
+            cast = window(tensor).to(dtype)
+            converter.add_tensor(self.target, stored, pattern, lambda cast=cast: cast)
+        made = converter.convert(self.target, model=self.model, config=self.model.config)
+        result: torch.Tensor = made[name][0] if isinstance(made[name], list) else made[name]
+        return result

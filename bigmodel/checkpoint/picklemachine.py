@@ -57,10 +57,15 @@ class _Refused(Exception):
         self.cure = cure or "the file is damaged, or not a state dict written by torch.save; save it anew"
 
 
+def _check_plain(args: tuple[Any, ...], count: int) -> None:
+    """After `count` arguments there may be metadata, which must be empty."""
+    if not count <= len(args) <= count + 1 or any(args[count:]):
+        raise _Refused("a tensor has properties a checkpoint cannot keep (conjugate or negative views)", "resolve them")
+
+
 def _rebuild_tensor(args: tuple[Any, ...]) -> Tensor:
     """torch._utils._rebuild_tensor_v2(storage, offset, size, stride, requires_grad, hooks[, metadata])."""
-    if not 6 <= len(args) <= 7 or (len(args) == 7 and args[6]):
-        raise _Refused("a tensor has properties a checkpoint cannot keep (conjugate or negative views)", "resolve them")
+    _check_plain(args, 6)
     storage, offset, shape, strides = args[:4]
     if not isinstance(storage, Storage) or storage.dtype is None:
         raise _Refused("a tensor has no typed storage")
@@ -69,8 +74,7 @@ def _rebuild_tensor(args: tuple[Any, ...]) -> Tensor:
 
 def _rebuild_untyped(args: tuple[Any, ...]) -> Tensor:
     """torch._utils._rebuild_tensor_v3(storage, offset, size, stride, requires_grad, hooks, dtype[, metadata])."""
-    if not 7 <= len(args) <= 8 or (len(args) == 8 and args[7]):
-        raise _Refused("a tensor has properties a checkpoint cannot keep (conjugate or negative views)", "resolve them")
+    _check_plain(args, 7)
     storage, offset, shape, strides, dtype = *args[:4], args[6]
     name = dtype.name.removeprefix("torch.") if isinstance(dtype, Global) else ""
     if not isinstance(storage, Storage) or storage.dtype is not None or name not in DTYPES:
@@ -110,14 +114,7 @@ _CALLS: dict[str, Callable[[tuple[Any, ...]], Any]] = {
     "torch._utils._rebuild_parameter_with_state": _rebuild_parameter,
     "collections.OrderedDict": _ordered_dict,
 }
-_NAMES = frozenset(
-    {
-        *_CALLS,
-        "torch.storage.UntypedStorage",
-        *(f"torch.{storage}" for storage in STORAGE_DTYPES),
-        *(f"torch.{dtype}" for dtype in DTYPES),
-    }
-)
+_NAMES = frozenset({*_CALLS, "torch.storage.UntypedStorage", *(f"torch.{name}" for name in (*STORAGE_DTYPES, *DTYPES))})
 
 
 class PickleMachine:
@@ -133,7 +130,7 @@ class PickleMachine:
         self.objects = 0
 
     def run(self) -> Any:
-        """The value of the pickle. Raises InvalidCheckpoint at the byte where it leaves what is allowed."""
+        """Return the value of the pickle. Raise InvalidCheckpoint at the byte where it leaves what is allowed."""
         start = 0
         try:
             while True:
@@ -227,10 +224,9 @@ class PickleMachine:
     def named(self, module: Any, name: Any) -> None:
         full = f"{module}.{name}" if isinstance(module, str) and isinstance(name, str) else "?"
         if full not in _NAMES:
-            raise _Refused(
-                f"refers to {full[:200]!r}; a state dict of tensors does not, and bigpipe never runs it",
-                "do not load this file elsewhere either unless you trust whoever made it; ask for safetensors",
-            )
+            cause = f"refers to {full[:200]!r}; a state dict of tensors does not, and bigpipe never runs it"
+            cure = "do not load this file elsewhere either unless you trust whoever made it; ask for safetensors"
+            raise _Refused(cause, cure)
         self.push(Global(full))
 
     def stack_global(self) -> None:

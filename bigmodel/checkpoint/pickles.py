@@ -8,15 +8,15 @@ anywhere.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from .bytesource import ByteSource
 from .picklemachine import PickleMachine, Tensor
-from .tensors import FETCH_AGAIN, Contents, TensorInfo, View, invalid, itemsize
+from .tensors import FETCH_AGAIN, Contents, TensorInfo, View, find_aliases, invalid, itemsize, tensor_nbytes
 from .zipfiles import ZipEntry, data_offset, read_directory, read_entry
 
 MAX_PICKLE = 32 * 2**20
@@ -27,8 +27,8 @@ MAX_PICKLE = 32 * 2**20
 class TorchFile:
     """What the zip directory and the pickle of a torch file say."""
 
-    prefix: str
     entries: Mapping[str, ZipEntry]
+    """By name, without the folder that all are in."""
     tensors: Mapping[str, Tensor]
     """In the order of the state dict, aliases included."""
 
@@ -38,17 +38,15 @@ def read_torch_pickle(source: ByteSource) -> TorchFile:
 
     Raise InvalidCheckpoint with file, entry or tensor, and cure.
     """
-    entries = read_directory(source)
-    prefix = _prefix(source, entries)
-    _check_byte_order(source, entries, prefix)
-    pickled = entries[f"{prefix}/data.pkl"]
+    entries = _entries(source)
+    _check_byte_order(source, entries.get("byteorder"))
+    pickled = entries["data.pkl"]
     if pickled.size > MAX_PICKLE:
         raise invalid(source.name, f"its data.pkl has {pickled.size} bytes, more than {MAX_PICKLE}", FETCH_AGAIN)
-    state = PickleMachine(read_entry(source, pickled), source.name).run()
-    tensors = _state_dict(source, state)
+    tensors = _state_dict(source, PickleMachine(read_entry(source, pickled), source.name).run())
     for name, tensor in tensors.items():
-        _check_tensor(source, name, tensor, entries.get(f"{prefix}/data/{tensor.storage.key}"))
-    return TorchFile(prefix, entries, tensors)
+        _check_tensor(source, name, tensor, entries.get(f"data/{tensor.storage.key}"))
+    return TorchFile(entries, tensors)
 
 
 def read_torch_file(source: ByteSource, file: Path, *, placed: bool = True) -> Contents:
@@ -68,45 +66,37 @@ def unique_tensors(tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], di
     Names of the same elements of one storage are one tensor, and the first is kept: it is the embedding, which the
     state dict names before the head that is tied to it, and what transformers' save_pretrained keeps.
     """
-    first: dict[tuple[Any, ...], str] = {}
-    tied: dict[str, str] = {}
-    for name, tensor in tensors.items():
-        if math.prod(tensor.shape) == 0:
-            continue  # tensors without elements share nothing
-        place = (tensor.storage.key, tensor.dtype, tensor.offset, tensor.shape, _telling_strides(tensor))
-        if first.setdefault(place, name) != name:
-            tied[name] = first[place]
+    tied = find_aliases({name: _place(tensor) for name, tensor in tensors.items()})
     return {name: tensor for name, tensor in tensors.items() if name not in tied}, tied
 
 
-def _telling_strides(tensor: Tensor) -> tuple[int, ...]:
+def _place(tensor: Tensor) -> tuple[Any, ...] | None:
+    if 0 in tensor.shape:
+        return None
     # The stride of a dimension of size 1 moves nothing, and torch lets it be anything.
-    return tuple(stride if size > 1 else 0 for size, stride in zip(tensor.shape, tensor.strides, strict=True))
+    strides = tuple(stride if size > 1 else 0 for size, stride in zip(tensor.shape, tensor.strides, strict=True))
+    return tensor.storage.key, tensor.dtype, tensor.offset, tensor.shape, strides
 
 
-def _prefix(source: ByteSource, entries: Mapping[str, ZipEntry]) -> str:
+def _entries(source: ByteSource) -> dict[str, ZipEntry]:
+    entries = read_directory(source)
     pickles = [name for name in entries if name.endswith("/data.pkl") and name.count("/") == 1]
     if len(pickles) != 1:
         raise invalid(source.name, "has no single data.pkl, as torch writes it", "give a file from torch.save")
-    prefix = pickles[0].removesuffix("/data.pkl")
-    if f"{prefix}/constants.pkl" in entries:
-        raise invalid(
-            source.name, "is a TorchScript program, not a state dict",
-            "where you trust it: torch.save(torch.jit.load(path).state_dict(), 'pytorch_model.bin')",
-        )  # fmt: skip
-    return prefix
+    folder = pickles[0].removesuffix("data.pkl")
+    if f"{folder}constants.pkl" in entries:
+        cure = "where you trust it: torch.save(torch.jit.load(path).state_dict(), 'pytorch_model.bin')"
+        raise invalid(source.name, "is a TorchScript program, not a state dict", cure)
+    return {name.removeprefix(folder): entry for name, entry in entries.items() if name.startswith(folder)}
 
 
-def _check_byte_order(source: ByteSource, entries: Mapping[str, ZipEntry], prefix: str) -> None:
-    order = entries.get(f"{prefix}/byteorder")
+def _check_byte_order(source: ByteSource, order: ZipEntry | None) -> None:
     if order is None:
         return  # files from before torch 2.1 are little-endian
     value = read_entry(source, order) if order.size <= 16 else b"?"
     if value != b"little":
-        raise invalid(
-            source.name, f"its byte order is {value[:16].decode('ascii', 'replace')!r}",
-            "on a machine of today: torch.save(torch.load(path, weights_only=True), path)",
-        )  # fmt: skip
+        cure = "on a machine of today: torch.save(torch.load(path, weights_only=True), path)"
+        raise invalid(source.name, f"its byte order is {value[:16].decode('ascii', 'replace')!r}", cure)
 
 
 def _state_dict(source: ByteSource, state: Any) -> dict[str, Tensor]:
@@ -115,51 +105,37 @@ def _state_dict(source: ByteSource, state: Any) -> dict[str, Tensor]:
     for name, value in state.items():
         if isinstance(value, Tensor) and isinstance(name, str):
             continue
-        inner = isinstance(value, dict) and any(isinstance(item, Tensor) for item in value.values())
-        cure = f"save what is inside alone: torch.save(torch.load(path, weights_only=True)[{str(name)[:40]!r}], path)"
-        raise invalid(
-            source.name, f"its entry {str(name)[:200]!r} is not a tensor", cure if inner else "save tensors only",
-        )  # fmt: skip
+        cure = "save tensors only"
+        if isinstance(value, dict) and any(isinstance(item, Tensor) for item in value.values()):
+            inside = f"torch.load(path, weights_only=True)[{str(name)[:40]!r}]"
+            cure = f"save what is inside alone: torch.save({inside}, path)"
+        raise invalid(source.name, f"its entry {str(name)[:200]!r} is not a tensor", cure)
     return state
 
 
 def _check_tensor(source: ByteSource, name: str, tensor: Tensor, entry: ZipEntry | None) -> None:
-    storage = tensor.storage
+    storage, shape, strides = tensor.storage, tensor.shape, tensor.strides
     if entry is None:
         raise invalid(source.name, f"its storage {storage.key[:40]!r} is missing", FETCH_AGAIN, tensor=name)
+    refused = partial(invalid, source.name, cure=FETCH_AGAIN, tensor=name, offset=entry.header)
     if storage.nbytes != entry.size:
-        raise invalid(
-            source.name, f"its storage should have {storage.nbytes} bytes and has {entry.size}",
-            FETCH_AGAIN, tensor=name, offset=entry.header,
-        )  # fmt: skip
-    if len(tensor.shape) != len(tensor.strides) or min((*tensor.shape, *tensor.strides, tensor.offset), default=0) < 0:
-        raise invalid(source.name, "its shape and strides do not fit", FETCH_AGAIN, tensor=name)
-    elements = math.prod(tensor.shape)
-    reach = (
-        tensor.offset + sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.strides, strict=True)) + 1
-    )
-    if elements and reach * itemsize(tensor.dtype) > storage.nbytes:
-        raise invalid(
-            source.name, "reaches beyond the end of its storage", FETCH_AGAIN, tensor=name, offset=entry.header
-        )
-    if elements * itemsize(tensor.dtype) > storage.nbytes:
-        raise invalid(
-            source.name, f"shows the same elements several times (strides {tensor.strides[:9]})",
-            "save it again after .contiguous()", tensor=name,
-        )  # fmt: skip
+        raise refused(f"its storage should have {storage.nbytes} bytes and has {entry.size}")
+    if len(shape) != len(strides) or min((*shape, *strides, tensor.offset), default=0) < 0:
+        raise refused("its shape and strides do not fit")
+    nbytes, width = tensor_nbytes(tensor.dtype, shape), itemsize(tensor.dtype)
+    last = tensor.offset + sum((size - 1) * stride for size, stride in zip(shape, strides, strict=True))
+    if nbytes and (last + 1) * width > storage.nbytes:
+        raise refused("reaches beyond the end of its storage")
+    if nbytes > storage.nbytes:
+        cause = f"shows the same elements several times (strides {strides[:9]})"
+        raise refused(cause, cure="save it again after .contiguous()")
 
 
 def _data_starts(source: ByteSource, torch_file: TorchFile) -> dict[str, int]:
     """Storage key → where its bytes begin."""
-    prefix = f"{torch_file.prefix}/data/"
-    wanted = {tensor.storage.key for tensor in torch_file.tensors.values()}
-    ordered = sorted(torch_file.entries.values(), key=lambda entry: entry.header)
-    limits = [entry.header for entry in ordered[1:]] + [source.size]
-    return {
-        entry.name.removeprefix(prefix): data_offset(source, entry, limit)
-        for entry, limit in zip(ordered, limits, strict=True)
-        if entry.name.startswith(prefix) and entry.name.removeprefix(prefix) in wanted
-    }
+    keys = {tensor.storage.key for tensor in torch_file.tensors.values()}
+    found = [(key, torch_file.entries[f"data/{key}"]) for key in keys]
+    return {key: data_offset(source, entry) for key, entry in sorted(found, key=lambda named: named[1].header)}
 
 
 def _stored(name: str, tensor: Tensor, file: Path, starts: Mapping[str, int]) -> TensorInfo:
@@ -174,8 +150,6 @@ def _stored(name: str, tensor: Tensor, file: Path, starts: Mapping[str, int]) ->
 def _is_contiguous(tensor: Tensor) -> bool:
     expected = 1
     for size, stride in zip(reversed(tensor.shape), reversed(tensor.strides), strict=True):
-        if size == 0:
-            return True
         if size != 1 and stride != expected:
             return 0 in tensor.shape
         expected *= size

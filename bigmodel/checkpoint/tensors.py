@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -102,6 +102,13 @@ class Contents:
     @property
     def outline(self) -> Tensors:
         return {name: (tensor.dtype, tensor.shape) for name, tensor in self.tensors.items()}
+
+
+def find_aliases(places: Mapping[str, Hashable]) -> dict[str, str]:
+    """Return alias → the first name at the same place. What has no place (None) is nobody's alias."""
+    first: dict[Hashable, str] = {}
+    kept = {name: first.setdefault(place, name) for name, place in places.items() if place is not None}
+    return {name: stored for name, stored in kept.items() if stored != name}
 
 
 def invalid(

@@ -18,7 +18,7 @@ from bigpipe.errors import UsageError
 from bigpipe.passing import Inlet, OpenInlet
 
 from .arrivals import announced_contents, arrived_contents, open_arrived
-from .bytesource import FileSource
+from .bytesource import FileSource, compact_chunks
 from .contents import check_weight_map, join_contents, read_contents
 from .files import (
     MAX_CONFIG,
@@ -115,8 +115,6 @@ class Checkpoint:
         """Give a stored tensor's contiguous bytes from its open file, at most `size` at a time, in these buffers."""
         tensor = self.placed(name)
         if tensor.view is not None:
-            from .strided import compact_chunks
-
             yield from compact_chunks(source, tensor, size)
             return
         for start in range(0, tensor.nbytes, size):
@@ -212,15 +210,15 @@ class ModelDescription:
     """What is known of a checkpoint without its weights: what one stage's forecast tells the next."""
 
     config: Mapping[str, Any] | None
-    tensors: Tensors | None
+    tensors: Tensors | None = None
     """In the order of their bytes. None: not known."""
-    format: str | None
+    format: str | None = None
     """safetensors or bin."""
-    tied: Mapping[str, str]
+    tied: Mapping[str, str] = field(default_factory=dict)
     """Alias → stored name."""
-    path: Path | None
+    path: Path | None = None
     """Where side files (config, tokenizer, custom class) can be read, if anywhere yet."""
-    custom: Mapping[str, Any] | None
+    custom: Mapping[str, Any] | None = None
     """Contents of `bigpipe_architecture.json`."""
 
     @property

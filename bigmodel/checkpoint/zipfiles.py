@@ -35,12 +35,13 @@ _REFUSED_FLAGS = 0x0001 | 0x0040 | 0x2000
 
 @dataclass(frozen=True, slots=True)
 class ZipEntry:
-    """One stored file. `header` is the offset of its local header; its data come after that."""
+    """One stored file. `header` is the offset of its local header; its data come after that, and end by `limit`."""
 
     name: str
     header: int
     size: int
     crc: int
+    limit: int = 0
 
     @property
     def header_size(self) -> int:
@@ -49,38 +50,27 @@ class ZipEntry:
 
 
 def read_directory(source: ByteSource) -> dict[str, ZipEntry]:
-    """All entries by name, in the order of the directory. Raises InvalidCheckpoint."""
-    tail = _Tail(source)
-    start, size, count, end = _find_directory(source, tail)
-    raw = tail.read(start, size)
+    """Return all entries by name, in the order of their bytes. Raise InvalidCheckpoint."""
+    base = max(0, source.size - TAIL)
+    tail = source.read(base, source.size - base)
+    start, size, count, end = _find_directory(source, base, tail)
+    raw = tail[start - base :][:size] if start >= base else source.read(start, size)
+    found = sorted(_entries(raw, source, start), key=lambda entry: entry.header)
+    if len(found) != count:
+        raise invalid(source.name, f"has {len(found)} entries and says {count}", FETCH_AGAIN, offset=end)
     entries: dict[str, ZipEntry] = {}
-    for entry in _entries(raw, source, start):
+    for entry, limit in zip(found, [*(entry.header for entry in found[1:]), start], strict=True):
         if entry.name in entries:
             raise invalid(source.name, f"holds {entry.name[:200]!r} twice", FETCH_AGAIN, offset=entry.header)
-        entries[entry.name] = entry
-    if len(entries) != count:
-        raise invalid(source.name, f"has {len(entries)} entries and says {count}", FETCH_AGAIN, offset=end)
-    _check_apart(source, entries, start)
+        if entry.header + entry.header_size + entry.size > limit:
+            cause = f"its entry {entry.name[:99]!r} overlaps another, or the zip directory"
+            raise invalid(source.name, cause, FETCH_AGAIN, offset=entry.header)
+        entries[entry.name] = ZipEntry(entry.name, entry.header, entry.size, entry.crc, limit)
     return entries
 
 
-class _Tail:
-    """The end of a file, read once; mostly the whole directory is in it."""
-
-    def __init__(self, source: ByteSource) -> None:
-        self.source = source
-        self.base = max(0, source.size - TAIL)
-        self.bytes = source.read(self.base, source.size - self.base)
-
-    def read(self, offset: int, length: int) -> bytes:
-        if offset < self.base:
-            return self.source.read(offset, length)
-        return self.bytes[offset - self.base : offset - self.base + length]
-
-
-def _find_directory(source: ByteSource, last: _Tail) -> tuple[int, int, int, int]:
+def _find_directory(source: ByteSource, base: int, tail: bytes) -> tuple[int, int, int, int]:
     """Offset, size and number of entries of the directory, and where the records after it begin."""
-    base, tail = last.base, last.bytes
     at = tail.rfind(b"PK\x05\x06")
     if at < 0 or len(tail) - at < END.size:
         raise InvalidCheckpoint(f"{source.name}: is not a zip file, or is cut short", LEGACY_CURE)
@@ -92,7 +82,8 @@ def _find_directory(source: ByteSource, last: _Tail) -> tuple[int, int, int, int
         _, _, end, _ = LOCATOR64.unpack_from(tail, at - LOCATOR64.size)
         if end + END64.size > source.size:
             raise invalid(source.name, "its zip64 end record lies outside the file", FETCH_AGAIN, offset=base + at)
-        sign, _, _, _, disk, start_disk, here, count, size, start = END64.unpack(last.read(end, END64.size))
+        record = tail[end - base :][: END64.size] if end >= base else source.read(end, END64.size)
+        sign, _, _, _, disk, start_disk, here, count, size, start = END64.unpack(record)
         if sign != b"PK\x06\x06":
             raise invalid(source.name, "its zip64 end record is missing", FETCH_AGAIN, offset=end)
     if disk or start_disk or here != count or size > MAX_DIRECTORY or start + size != end:
@@ -122,10 +113,8 @@ def _entries(raw: bytes, source: ByteSource, start: int) -> Iterator[ZipEntry]:
         name = raw[names:extras].decode("utf-8", "replace")
         if method != 0 or packed != size or flags & _REFUSED_FLAGS:
             how = "encrypted" if flags & _REFUSED_FLAGS else "compressed"
-            raise invalid(
-                source.name, f"its entry {name[:200]!r} is {how}; torch stores them as they are",
-                "save it again with torch.save", offset=start + at,
-            )  # fmt: skip
+            cause = f"its entry {name[:200]!r} is {how}; torch stores them as they are"
+            raise invalid(source.name, cause, "save it again with torch.save", offset=start + at)
         yield ZipEntry(name, header, size, crc)
         at = after
 
@@ -145,28 +134,16 @@ def _wide(extra: bytes, size: int, packed: int, header: int) -> tuple[int, int, 
     return size, packed, header
 
 
-def _check_apart(source: ByteSource, entries: dict[str, ZipEntry], directory: int) -> None:
-    end = 0
-    for entry in sorted(entries.values(), key=lambda entry: entry.header):
-        if entry.header < end:
-            raise invalid(
-                source.name, f"its entry {entry.name[:99]!r} overlaps another", FETCH_AGAIN, offset=entry.header
-            )
-        end = entry.header + entry.header_size + entry.size
-    if end > directory:
-        raise invalid(source.name, "its entries run into the zip directory", FETCH_AGAIN, offset=directory)
-
-
-def data_offset(source: ByteSource, entry: ZipEntry, limit: int) -> int:
-    """Where the data of an entry begin: after its local header, which is checked. They must end by `limit`."""
-    return _after_header(source, entry, source.read(entry.header, entry.header_size), limit)
+def data_offset(source: ByteSource, entry: ZipEntry) -> int:
+    """Return where the data of an entry begin: after its local header, which is checked."""
+    return _after_header(source, entry, source.read(entry.header, entry.header_size))
 
 
 def read_entry(source: ByteSource, entry: ZipEntry) -> bytes:
-    """The data of an entry, its CRC checked; in one read, as local headers have little padding."""
+    """Return the data of an entry, its CRC checked; in one read, as local headers have little padding."""
     wanted = entry.header_size + PADDING + entry.size
     raw = source.read(entry.header, min(wanted, source.size - entry.header))
-    begin = _after_header(source, entry, raw, source.size)
+    begin = _after_header(source, entry, raw)
     content = raw[begin - entry.header :][: entry.size]
     if len(content) < entry.size:
         content = source.read(begin, entry.size)
@@ -176,12 +153,12 @@ def read_entry(source: ByteSource, entry: ZipEntry) -> bytes:
     return content
 
 
-def _after_header(source: ByteSource, entry: ZipEntry, raw: bytes, limit: int) -> int:
+def _after_header(source: ByteSource, entry: ZipEntry, raw: bytes) -> int:
     sign, _, flags, method, _, _, _, _, _, name_size, extra_size = LOCAL.unpack_from(raw)
     begin: int = entry.header + LOCAL.size + name_size + extra_size
     named = raw[LOCAL.size : entry.header_size] == entry.name.encode() and name_size == len(entry.name.encode())
     if sign != b"PK\x03\x04" or not named or method != 0 or flags & _REFUSED_FLAGS:
         raise invalid(source.name, f"its entry {entry.name[:99]!r} is misplaced", FETCH_AGAIN, offset=entry.header)
-    if begin + entry.size > limit:
+    if begin + entry.size > entry.limit:
         raise invalid(source.name, f"its entry {entry.name[:99]!r} overlaps another", FETCH_AGAIN, offset=begin)
     return begin

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from bigpipe.faces import face
 
 if TYPE_CHECKING:
-    from .bringing import Brought, Choice, DirectorySource, Expected, HubSource, Source, Watch
+    from .bringing import Brought, DirectorySource, Expected, HubSource, Source, Watch
     from .errors import LOGIN, hub_errors
     from .remote import describe_pipeline, describe_repository
     from .repository import (
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
         resolve_commit,
         whoami,
     )
-    from .selection import detect
+    from .selection import Choice
     from .snapshot import fetch
 
 __getattr__, __all__ = face(__name__)

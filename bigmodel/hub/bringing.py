@@ -6,7 +6,7 @@ Where somebody waits for them (see `bigpipe.passing`), weight files are announce
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,21 +20,8 @@ from bigpipe.sizes import counted, format_transfer
 from .heads import are_the_model, directory_heads, may_pass, repository_heads
 from .remote import describe_repository
 from .repository import Hub, HubFile, Repository, check_access, describe
-from .selection import Library, check_index, detect, select
+from .selection import Choice, check_index, detect
 from .snapshot import Fetched, Report, fetch, missing_bytes
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Choice:
-    """Which files to take; see `select`."""
-
-    include: Sequence[str] = ()
-    exclude: Sequence[str] = ()
-    library: Library | None = None
-
-    def among(self, names: Sequence[str], hint: str | None = None) -> list[str]:
-        library = self.library or detect(names, hint=hint)
-        return select(names, include=self.include, exclude=self.exclude, library=library)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

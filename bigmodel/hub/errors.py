@@ -35,6 +35,7 @@ from bigpipe.errors import (
 LOGIN = "run `hf auth login`, or set HF_TOKEN (in a manifest: under `secrets`)"
 
 
+WHOLE_STAY = "files that are whole stay in the Hub cache"
 TOLD_IN_WORDS = {"ProxyError": "407 "}
 """Class → how its text begins where a proxy wants a password: httpx (httpcore) keeps that status nowhere else."""
 
@@ -123,10 +124,8 @@ def _of_response(error: BaseException, asked: _Asked) -> BigpipeError | None:
         return Transient(f"the Hub takes no more requests from here for now (429), asked for {asked.what}",
                          f"{wait} and run again; with a token the limit is higher: {LOGIN}")  # fmt: skip
     if status == 408 or status >= 500:
-        return Transient(
-            f"{asked.endpoint} is out of order ({status}), asked for {asked.what}",
-            "run again later; files that are whole stay in the Hub cache",
-        )
+        cause = f"{asked.endpoint} is out of order ({status}), asked for {asked.what}"
+        return Transient(cause, f"run again later; {WHOLE_STAY}")
     message = message or str(error).strip().splitlines()[-1]
     return StageFailed(f"{asked.endpoint} refused the request for {asked.what} ({status}): {message}",
                        "the request may be wrong for this Hub; check HF_ENDPOINT")  # fmt: skip
@@ -144,24 +143,19 @@ def _of_access(names: set[str], status: int, with_token: bool, message: str | No
         hidden = ", or this token may not see it" if with_token else ""
         return UsageError(f"{endpoint} has no model {repo!r}{hidden}", f"{spelling}, check what the token may read")
     if status == 403:
-        return NotAuthorised(
-            f"the token may not do this with {repo} (403: {message or 'no reason given'})",
-            f"give it the permission at {endpoint}/settings/tokens, or use another",
-        )
+        cause = f"the token may not do this with {repo} (403: {message or 'no reason given'})"
+        return NotAuthorised(cause, f"give it the permission at {endpoint}/settings/tokens, or use another")
     if with_token:
-        return NotAuthorised(
-            f"{endpoint} does not accept the token (401), asked for {repo}",
-            f"it may have expired; make a new one at {endpoint}/settings/tokens, and {LOGIN}",
-        )
+        cure = f"it may have expired; make a new one at {endpoint}/settings/tokens, and {LOGIN}"
+        return NotAuthorised(f"{endpoint} does not accept the token (401), asked for {repo}", cure)
     cause = f"{repo} is private or does not exist: {endpoint} answers 401, and no token was sent"
     return NotAuthorised(cause, f"{spelling} {LOGIN}")
 
 
 def _no_passage(asked: _Asked) -> NotAuthorised:
-    return NotAuthorised(
-        f"the proxy on the way to {asked.endpoint} asks for another name or password (407), asked for {asked.what}",
-        "set HTTP_PROXY and HTTPS_PROXY to http://NAME:PASSWORD@HOST:PORT, or name the host in NO_PROXY",
-    )
+    cause = f"the proxy on the way to {asked.endpoint} asks for another name or password (407)"
+    cure = "set HTTP_PROXY and HTTPS_PROXY to http://NAME:PASSWORD@HOST:PORT, or name the host in NO_PROXY"
+    return NotAuthorised(f"{cause}, asked for {asked.what}", cure)
 
 
 def _revisions(asked: _Asked) -> str:
@@ -181,10 +175,8 @@ def _of_disk(error: BaseException, asked: _Asked) -> BigpipeError | None:
     if not isinstance(error, OSError) or (error.filename is None and error.errno != errno.ENOSPC):
         return None
     if error.errno == errno.ENOSPC:
-        return DoesNotFit(
-            f"the disk of the Hub cache is full, while {asked.what} was written",
-            "free space there, or set HF_HOME to another disk; files that are whole are kept",
-        )
+        cure = f"free space there, or set HF_HOME to another disk; {WHOLE_STAY}"
+        return DoesNotFit(f"the disk of the Hub cache is full, while {asked.what} was written", cure)
     return StageFailed(f"{asked.what}: {error}", "the Hub cache must be readable and writable: see HF_HOME")
 
 
@@ -195,17 +187,14 @@ def _of_transport(error: BaseException, asked: _Asked) -> BigpipeError | None:
         return _no_passage(asked)
     if names & {"ConnectError", "ConnectTimeout", "ProxyError", "OfflineModeIsEnabled"}:
         reason = "HF_HUB_OFFLINE is set" if "OfflineModeIsEnabled" in names else text or type(error).__name__
-        return Offline(
-            f"the Hub at {asked.endpoint} cannot be reached ({reason}), asked for {asked.what}",
-            "check the network, the proxy and HF_ENDPOINT; --offline goes on with what is cached",
-        )
+        cause = f"the Hub at {asked.endpoint} cannot be reached ({reason}), asked for {asked.what}"
+        return Offline(cause, "check the network, the proxy and HF_ENDPOINT; --offline goes on with what is cached")
     if names & {"UnsupportedProtocol", "InvalidURL"}:
         return UsageError(f"HF_ENDPOINT is not an address: {asked.endpoint}", "write it as https://huggingface.co")
     if "TransportError" in names:
-        return Transient(
-            f"the connection to {asked.endpoint} broke while {asked.what} was read ({type(error).__name__}: {text})",
-            "run again; files that are whole stay in the Hub cache",
-        )
+        told = f"{type(error).__name__}: {text}"
+        cause = f"the connection to {asked.endpoint} broke while {asked.what} was read ({told})"
+        return Transient(cause, f"run again; {WHOLE_STAY}")
     if "TooManyRedirects" in names:
         return Transient(f"{asked.endpoint} sends requests for {asked.what} in a circle",
                          "run again later, or check HF_ENDPOINT and the proxy")  # fmt: skip
@@ -218,14 +207,11 @@ def _of_answer(error: BaseException, asked: _Asked) -> BigpipeError | None:
     if "HFValidationError" in names:
         return UsageError(f"{asked.repo!r} is not the name of a model: {error}", "write it as owner/name")
     if "LocalEntryNotFoundError" in names and error.__cause__ is None:
-        return Offline(
-            f"{asked.what} is not whole in the Hub cache, and asking the Hub is switched off",
-            "run once with a network; what it brings stays in the Hub cache",
-        )
+        cause = f"{asked.what} is not whole in the Hub cache, and asking the Hub is switched off"
+        return Offline(cause, "run once with a network; what it brings stays in the Hub cache")
     if isinstance(error, OSError | JSONDecodeError | UnicodeDecodeError):
         told = f"{type(error).__name__}: {(str(error).strip() or '-').splitlines()[0]}"
-        return Transient(
-            f"{asked.endpoint} did not answer as a Hub does when asked for {asked.what} ({told})",
-            "a login page or proxy may be in between: check the network and HF_ENDPOINT, and run again",
-        )
+        cause = f"{asked.endpoint} did not answer as a Hub does when asked for {asked.what} ({told})"
+        cure = "a login page or proxy may be in between: check the network and HF_ENDPOINT, and run again"
+        return Transient(cause, cure)
     return None

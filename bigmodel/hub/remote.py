@@ -9,12 +9,10 @@ that lie in the Hub cache already are read there.
 
 from __future__ import annotations
 
-import hashlib
-import json
 import math
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
 from typing import Any, Literal, cast
 
@@ -27,6 +25,7 @@ from bigpipe.bigmodel.checkpoint import (
     SAFETENSORS_NAMES,
     Contents,
     FileSource,
+    Format,
     ModelDescription,
     Tensors,
     check_weight_map,
@@ -37,12 +36,11 @@ from bigpipe.bigmodel.checkpoint import (
     read_contents,
     tensor_nbytes,
 )
-from bigpipe.bigmodel.memo import recall, remember
 from bigpipe.errors import UsageError
 
 from .heads import GUESS, READERS, reading
 from .repository import Hub, HubFile, Repository, describe
-from .selection import Library, check_index, detect, select
+from .selection import Choice, Library, check_index, detect
 
 Need = Literal["sizes", "layout"]
 """sizes: names, dtypes and shapes, in any order. layout: in the order of their bytes, as a shard plan needs them."""
@@ -55,17 +53,17 @@ ANSWER_VERSION = 1
 Origin = Literal["headers", "index", "config"]
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True)
 class RemoteModel:
     repository: Repository
     description: ModelDescription
     library: str
     source: Origin
     """What the tensors were learnt from; config: there are no weights, or none that are read here."""
-    fetched_bytes: int
-    """Over the network, this time."""
-    components: Mapping[str, Any] = field(default_factory=dict)
+    components: Mapping[str, Any]
     """diffusers: {"model_index": …, "components": {name: config}}; empty for single models."""
+    fetched_bytes: int = 0
+    """Over the network, this time."""
 
     @property
     def difference(self) -> str | None:
@@ -85,12 +83,11 @@ def describe_repository(
     """
     answers: list[int] = []
     repository = describe(repo, revision, hub=replace(hub, meter=answers.append))
-    file = _memo_file(repository, hub.memo, need) if hub.memo else None
-    found = _from_json(recall(file), repository) if file else None
+    facts = "model", ANSWER_VERSION, repository.repo, repository.commit, need
+    found = _from_json(hub.recall(*facts), repository)
     if found is None:
         found = _read(repository, library, need)
-        if file:
-            remember(file, _as_json(found))
+        hub.remember(_as_json(found), *facts)
     return replace(found, fetched_bytes=sum(answers))
 
 
@@ -101,19 +98,12 @@ def _read(repository: Repository, library: str | None, need: Need) -> RemoteMode
     components = _components(repository) if library == "diffusers" else {}
     weights = _weights(names, library)
     if not weights and config is None and not components:
-        raise UsageError(
-            f"{repository.repo} holds neither weights in safetensors or .bin nor a config.json",
-            f"it holds {', '.join(names[:8]) or 'nothing'}; is it a model?",
-        )
+        cause = f"{repository.repo} holds neither weights in safetensors or .bin nor a config.json"
+        raise UsageError(cause, f"it holds {', '.join(names[:8]) or 'nothing'}; is it a model?")
     tensors, tied, source = _tensors(repository, weights, config, need)
-    description = ModelDescription(
-        config=config, tensors=tensors, format=format_of(Path(weights[0])) if weights else None, tied=tied, path=None,
-        custom=_json(repository, ARCHITECTURE_FILE),
-    )  # fmt: skip
-    return RemoteModel(
-        repository=repository, description=description, library=library, source=source, fetched_bytes=0,
-        components=components,
-    )  # fmt: skip
+    form, custom = _format(weights), _json(repository, ARCHITECTURE_FILE)
+    described = ModelDescription(config=config, tensors=tensors, format=form, tied=tied, custom=custom)
+    return RemoteModel(repository, described, library, source, components)
 
 
 def _json(repository: Repository, name: str, limit: int = MAX_CONFIG) -> dict[str, Any] | None:
@@ -138,7 +128,7 @@ def _components(repository: Repository) -> dict[str, Any]:
 
 def _weights(names: list[str], library: str) -> list[str]:
     try:
-        chosen = select(names, library=cast(Library, library))
+        chosen = Choice(library=cast(Library, library)).among(names)
     except UsageError:
         return []
     return [name for name in chosen if name.endswith((".safetensors", ".bin"))]
@@ -198,10 +188,12 @@ def describe_pipeline(path: Path) -> ModelDescription:
         with FileSource(path / name) as source:
             found[Path(name)] = read_contents(source, path / name, placed=False)
     contents = join_contents(found, _component)
-    return ModelDescription(
-        config={}, tensors=contents.outline or None, format=format_of(Path(weights[0])) if weights else None,
-        tied=contents.tied, path=path, custom=None,
-    )  # fmt: skip
+    tensors, form = contents.outline or None, _format(weights)
+    return ModelDescription(config={}, tensors=tensors, format=form, tied=contents.tied, path=path)
+
+
+def _format(weights: list[str]) -> Format | None:
+    return format_of(Path(weights[0])) if weights else None
 
 
 def _tensors_of_index(index: Mapping[str, Any], config: Mapping[str, Any] | None) -> Tensors | None:
@@ -227,11 +219,6 @@ def _tensors_of_index(index: Mapping[str, Any], config: Mapping[str, Any] | None
     return {name: expected[name] for name in index["weight_map"]}
 
 
-def _memo_file(repository: Repository, memo: Path, need: Need) -> Path:
-    key = ["remote model", ANSWER_VERSION, repository.hub.endpoint, repository.repo, repository.commit, need]
-    return memo / "remote" / f"{hashlib.sha256(json.dumps(key).encode()).hexdigest()}.json"
-
-
 DESCRIBED, FOUND = ("config", "format", "tied", "custom"), ("library", "source", "components")
 """Fields of the description and of the model that are remembered as they are."""
 
@@ -246,9 +233,8 @@ def _from_json(data: Any, repository: Repository) -> RemoteModel | None:
     try:
         tensors = {name: (dtype, tuple(shape)) for name, dtype, shape in data["tensors"]}
         known = None if data["source"] == "config" else tensors
-        described = ModelDescription(tensors=known, path=None, **{name: data[name] for name in DESCRIBED})
-        found = {name: data[name] for name in FOUND}
-        return RemoteModel(repository=repository, description=described, fetched_bytes=0, **found)
+        described = ModelDescription(tensors=known, **{name: data[name] for name in DESCRIBED})
+        return RemoteModel(repository, described, **{name: data[name] for name in FOUND})
     except (KeyError, TypeError, ValueError):
         return None  # nothing, or a damaged memory: asked anew
 

@@ -32,6 +32,7 @@ MAX_ANSWER = 128 * 2**20
 DTYPE = re.compile(r"[A-Z][A-Z0-9_]{0,19}")
 """As safetensors writes them."""
 COMMIT = re.compile(r"[0-9a-f]{40}")
+NO_RANGE = "a proxy in between may drop the Range header; try again, or without it"
 CURE_OFFLINE = "run once with a network (without --offline and HF_HUB_OFFLINE); what it brings stays in the Hub cache"
 
 
@@ -58,11 +59,12 @@ class Hub:
         env = {**os.environ, **(environment or {})}
         home = env.get("HF_HOME") or f"{env.get('XDG_CACHE_HOME') or '~/.cache'}/huggingface"
         cache = env.get("HF_HUB_CACHE") or env.get("HUGGINGFACE_HUB_CACHE") or f"{home}/hub"
+        asked = [(env.get(name) or "").upper() for name in ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE")]
         return cls(
             endpoint=(env.get("HF_ENDPOINT") or "https://huggingface.co").rstrip("/"),
             cache=Path(os.path.expandvars(cache)).expanduser(),
             token=env.get("HF_TOKEN") or env.get("HUGGING_FACE_HUB_TOKEN") or None,
-            offline=offline or any(_is_true(env.get(name)) for name in ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE")),
+            offline=offline or not {"1", "ON", "YES", "TRUE"}.isdisjoint(asked),
         )
 
     @classmethod
@@ -72,6 +74,18 @@ class Hub:
     def folder(self, repo: str) -> Path:
         """Return the cache's directory of one model repository; it need not exist."""
         return self.cache / "--".join(["models", *repo.split("/")])
+
+    def recall(self, *facts: object) -> Any:
+        """Return what was kept under these facts; None where nothing was."""
+        return None if self.memo is None else recall(self._answer(self.memo, facts))
+
+    def remember(self, answer: Any, *facts: object) -> None:
+        """Keep the JSON `answer` under these facts, if answers are kept anywhere."""
+        if self.memo is not None:
+            remember(self._answer(self.memo, facts), answer)
+
+    def _answer(self, memo: Path, facts: tuple[object, ...]) -> Path:
+        return memo / "hub" / f"{hashlib.sha256(json.dumps([self.endpoint, *facts]).encode()).hexdigest()}.json"
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,10 +115,7 @@ class Repository:
     repo: str
     commit: str
     files: tuple[HubFile, ...]
-    gated: bool = False
-    private: bool = False
     library: str | None = None
-    license: str | None = None
     elements: Mapping[str, int] | None = None
     """Safetensors dtype → elements, as the Hub counts them; None where it does not."""
 
@@ -123,19 +134,6 @@ class Repository:
     def is_cached(self, file: HubFile) -> bool:
         """Return whether the cache has a file of this name, or these bytes, and size."""
         return file.may_be(self.blob(file)) or file.may_be(self.snapshot / file.path)
-
-    def as_json(self) -> dict[str, Any]:
-        # asdict takes ten times as long
-        files = [{name: getattr(file, name) for name in HubFile.__slots__} for file in self.files]
-        return {name: getattr(self, name) for name in KEPT} | {"files": files}
-
-    @classmethod
-    def from_json(cls, hub: Hub, data: Mapping[str, Any]) -> Repository:
-        return cls(**{**data, "hub": hub, "files": tuple(HubFile(**file) for file in data["files"])})
-
-
-KEPT = ("repo", "commit", "gated", "private", "library", "license", "elements")
-"""What is remembered of a repository, besides its files."""
 
 
 def resolve_commit(repo: str, revision: str, *, hub: Hub) -> str:
@@ -158,11 +156,11 @@ def describe(repo: str, revision: str = "main", *, hub: Hub) -> Repository:
     if hub.offline:
         raise _offline(hub, repo, revision)
     path = f"/api/models/{quote(repo)}/revision/{quote(revision, safe='')}"
-    described = _parse(hub, repo, _get_json(hub, path, repo, revision, {"blobs": "true"}))
+    data = _get_json(hub, path, repo, revision, {"blobs": "true"})
+    described = _parse(hub, repo, data)
     for file in described.files:
         check_name(repo, file.path)
-    if hub.memo is not None:
-        remember(_memo_file(hub, hub.memo, repo, described.commit), described.as_json())
+    hub.remember(data, "listing", repo, described.commit)
     return described
 
 
@@ -189,20 +187,14 @@ def read_range(repo: str, commit: str, path: str, start: int, size: int, *, hub:
     """Return `size` bytes of one file from byte `start` on, by an HTTP range; fewer only where the file ends."""
     if hub.offline:
         raise _offline(hub, repo, commit)
+    address = f"/{quote(repo)}/resolve/{quote(commit, safe='')}/{quote(path)}"
+    headers = {"Range": f"bytes={start}-{start + size - 1}", "Accept-Encoding": "identity"}
     with hub_errors(hub.endpoint, repo, commit, path):
-        status, content = _request(
-            hub,
-            f"/{quote(repo)}/resolve/{quote(commit, safe='')}/{quote(path)}",
-            {},
-            {"Range": f"bytes={start}-{start + size - 1}", "Accept-Encoding": "identity"},
-            limit=size,
-        )
+        status, content = _request(hub, address, {}, headers, limit=size)
     if status == 206 or start == 0:
         return content
-    raise Transient(
-        f"{hub.endpoint} answered a request for bytes {start} and on of {path} with the beginning of the file",
-        "a proxy in between may drop the Range header; try again, or without it",
-    )
+    cause = f"{hub.endpoint} answered a request for bytes {start} and on of {path} with the beginning of the file"
+    raise Transient(cause, NO_RANGE)
 
 
 def check_name(repo: str, name: str) -> None:
@@ -210,10 +202,8 @@ def check_name(repo: str, name: str) -> None:
     parts = PurePosixPath(name).parts
     plain = name == "/".join(parts) and not name.startswith("/") and ".." not in parts
     if not plain or "\\" in name or ":" in parts[0] or any(ord(letter) < 32 for letter in name):
-        raise InvalidCheckpoint(
-            f"{repo} lists a file named {name!r}, which could lead out of the repository",
-            "do not use this repository; report it to the Hub",
-        )
+        cause = f"{repo} lists a file named {name!r}, which could lead out of the repository"
+        raise InvalidCheckpoint(cause, "do not use this repository; report it to the Hub")
 
 
 def cached_commit(hub: Hub, repo: str, revision: str) -> str | None:
@@ -226,9 +216,8 @@ def cached_commit(hub: Hub, repo: str, revision: str) -> str | None:
 
 
 def _remembered(hub: Hub, repo: str, commit: str) -> Repository | None:
-    if hub.memo is not None:
-        with suppress(TypeError, KeyError):
-            return Repository.from_json(hub, recall(_memo_file(hub, hub.memo, repo, commit)))
+    with suppress(Transient):  # nothing, or a damaged memory
+        return _parse(hub, repo, hub.recall("listing", repo, commit))
     return _cached_repository(hub, repo, commit) if hub.offline else None
 
 
@@ -249,11 +238,6 @@ def _cached_file(path: Path, snapshot: Path) -> HubFile:
     return HubFile(name, size, "", etag) if len(etag) == 64 else HubFile(name, size, etag)
 
 
-def _memo_file(hub: Hub, memo: Path, repo: str, commit: str) -> Path:
-    name = hashlib.sha256(json.dumps(["hub listing", 1, hub.endpoint, repo, commit]).encode()).hexdigest()
-    return memo / "hub" / f"{name}.json"
-
-
 def _offline(hub: Hub, repo: str, revision: str | None) -> Offline:
     known = cached_commit(hub, repo, revision) if revision else None
     seen = f"the Hub cache saw {revision} at {known}: write `revision: {known}`, or " if known else ""
@@ -269,7 +253,7 @@ def _get_json(hub: Hub, path: str, repo: str, revision: str | None, query: Mappi
 def _request(
     hub: Hub, path: str, query: Mapping[str, str], headers: Mapping[str, str] | None = None, limit: int = MAX_ANSWER
 ) -> tuple[int, bytes]:
-    """Return status and content of one GET, or of a second one where the first met a limit or a server out of order.
+    """Status and content of one GET, or of a second one where the first met a limit or a server out of order.
 
     At most `limit` bytes are read: a server that ignores a Range header would send the whole file.
     """
@@ -295,10 +279,7 @@ def _read(response: Any, limit: int, hub: Hub) -> bytes:
     for chunk in response.iter_bytes():
         content += chunk
         if len(content) > limit:
-            raise Transient(
-                f"{hub.endpoint} answered with more than the {limit} bytes that were asked for",
-                "a proxy in between may drop the Range header; try again, or without it",
-            )
+            raise Transient(f"{hub.endpoint} answered with more than the {limit} bytes that were asked for", NO_RANGE)
     return bytes(content)
 
 
@@ -317,30 +298,17 @@ def _revisions(hub: Hub, repo: str) -> list[str]:
 def _parse(hub: Hub, repo: str, data: Any) -> Repository:
     """The Hub's model info."""
     try:
-        card = data.get("cardData") or {}
-        licence = card.get("license") if isinstance(card, Mapping) else None
-        return Repository(
-            hub=hub,
-            repo=repo,
-            commit=data["sha"],
-            files=tuple(_parse_file(item) for item in data["siblings"]),
-            gated=bool(data.get("gated")),
-            private=bool(data.get("private")),
-            library=data.get("library_name"),
-            license=licence if isinstance(licence, str) else None,
-            elements=_parse_counts(data.get("safetensors")),
-        )
+        files, elements = tuple(_parse_file(item) for item in data["siblings"]), _parse_counts(data.get("safetensors"))
+        library = data.get("library_name")
+        return Repository(hub=hub, repo=repo, commit=data["sha"], files=files, library=library, elements=elements)
     except (AttributeError, KeyError, TypeError) as error:
-        raise Transient(
-            f"{hub.endpoint} describes {repo} without what a Hub tells ({type(error).__name__}: {error})",
-            "check HF_ENDPOINT: a mirror must speak the Hub's API",
-        ) from error
+        cause = f"{hub.endpoint} describes {repo} without what a Hub tells ({type(error).__name__}: {error})"
+        raise Transient(cause, "check HF_ENDPOINT: a mirror must speak the Hub's API") from error
 
 
 def _parse_file(item: Mapping[str, Any]) -> HubFile:
-    if lfs := item.get("lfs"):
-        return HubFile(item["rfilename"], lfs["size"], item["blobId"], lfs["sha256"])
-    return HubFile(item["rfilename"], item["size"], item["blobId"])
+    lfs = item.get("lfs")
+    return HubFile(item["rfilename"], (lfs or item)["size"], item["blobId"], lfs["sha256"] if lfs else None)
 
 
 def _parse_counts(told: Any) -> dict[str, int] | None:
@@ -350,7 +318,3 @@ def _parse_counts(told: Any) -> dict[str, int] | None:
         return None
     plain = all(DTYPE.fullmatch(name) and type(count) is int and count >= 0 for name, count in counts.items())
     return dict(counts) if plain else None
-
-
-def _is_true(value: str | None) -> bool:
-    return (value or "").upper() in ("1", "ON", "YES", "TRUE")

@@ -18,12 +18,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from bigpipe.bigmodel.memo import recall, remember
 from bigpipe.errors import InvalidCheckpoint, Transient
 from bigpipe.files import sync_file
 
 from .errors import hub_errors
-from .repository import Hub, HubFile, Repository
+from .repository import HubFile, Repository
 
 WORKERS = 8
 WORKERS_IN_ORDER = 2
@@ -68,7 +67,7 @@ def fetch(
     Raise what `hub_errors` knows, Transient where the bytes are wrong twice, Offline where one is missing offline.
     """
     at_once = WORKERS if arrived is None else WORKERS_IN_ORDER
-    errands = _Errands(repository, report, files, threading.Semaphore(at_once))
+    errands = _Errands(repository, files, report, at_once)
     # The largest first: the last one to finish decides when all have. If somebody takes them one by one, few at a time:
     # side by side all would end together.
     ordered = sorted(files, key=lambda file: -file.size) if arrived is None else files
@@ -109,42 +108,35 @@ class _Stopped(Exception):
     """Ends the downloads that run beside one that failed."""
 
 
+@dataclass(slots=True)
 class _Count:
     """Bytes of one task, added up over threads."""
 
-    def __init__(self, task: str, total: int, report: Report) -> None:
-        self.done = 0
-        self._task, self._total, self._report = task, total, report
-        self._lock = threading.Lock()
+    task: str
+    total: int
+    report: Report
+    done: int = 0
+    lock: threading.Lock = field(default_factory=threading.Lock)
 
     def add(self, size: int) -> None:
-        with self._lock:
+        with self.lock:
             self.done += size
-            self._report(self.done, max(self._total, self.done), self._task)
+            self.report(self.done, max(self.total, self.done), self.task)
 
 
-@dataclass(slots=True)
 class _Errands:
-    repository: Repository
-    report: Report
-    files: Sequence[HubFile]
-    lines: threading.Semaphore
-    stop: threading.Event = field(default_factory=threading.Event)
-    hashed: dict[Path, dict[str, Any]] = field(default_factory=dict)
-    downloaded: _Count = field(init=False)
-    hashing: _Count = field(init=False)
-
-    def __post_init__(self) -> None:
-        self.downloaded = _Count("download", missing_bytes(self.repository, self.files), self.report)
-        self.hashing = _Count("verify", sum(file.size for file in self.files if not self._known(file)), self.report)
-
-    @property
-    def hub(self) -> Hub:
-        return self.repository.hub
+    def __init__(self, repository: Repository, files: Sequence[HubFile], report: Report, at_once: int) -> None:
+        self.repository = repository
+        self.hub = repository.hub
+        self.lines = threading.Semaphore(at_once)
+        self.stop = threading.Event()
+        self.hashed: dict[Path, dict[str, Any]] = {}
+        self.downloaded = _Count("download", missing_bytes(repository, files), report)
+        self.hashing = _Count("verify", sum(file.size for file in files if not self._known(file)), report)
 
     def _known(self, file: HubFile) -> bool:
         path = self.repository.blob(file)
-        return path.is_file() and _recalled(_remembered(path, self.hub.memo), path.stat()) is not None
+        return path.is_file() and _recalled(self.hub.recall("blob", str(path)), path.stat()) is not None
 
     def bring(self, file: HubFile) -> Fetched:
         """Fetch and verify; where that fails, once more: what lay in the cache may have rotted, or was garbled."""
@@ -156,10 +148,8 @@ class _Errands:
                 if found := self.verified(place, file):
                     return found
             if self.hub.offline:
-                raise InvalidCheckpoint(
-                    f"{path} is damaged: it should be {file.path} of {self.repository.repo}, and its digest is another",
-                    "run once with a network, which fetches it again",
-                )
+                cause = f"{path} is damaged: it is not {file.path} of {self.repository.repo}, whose digest is another"
+                raise InvalidCheckpoint(cause, "run once with a network, which fetches it again")
         raise self.wrong(file)
 
     def verified(self, path: Path, file: HubFile) -> Fetched | None:
@@ -172,10 +162,10 @@ class _Errands:
         return Fetched(path, digests["sha256"], digests["size"]) if right else None
 
     def wrong(self, file: HubFile) -> Transient:
-        return Transient(
-            f"{file.path} of {self.repository.repo} came twice with other bytes than its digest {file.etag} promises",
-            f"something between {self.hub.endpoint} and here changes them; run again, or over another network",
-        )
+        named = f"{file.path} of {self.repository.repo}"
+        cause = f"{named} came twice with other bytes than its digest {file.etag} promises"
+        cure = f"something between {self.hub.endpoint} and here changes them; run again, or over another network"
+        return Transient(cause, cure)
 
     def _download(self, file: HubFile, again: bool) -> Path:
         from huggingface_hub import constants, hf_hub_download
@@ -196,18 +186,15 @@ class _Errands:
             )
         path = Path(os.path.realpath(found))
         if not path.is_relative_to(self.hub.cache.resolve()) or not path.is_file():
-            raise InvalidCheckpoint(
-                f"{found} leads to {path}, outside of the Hub cache {self.hub.cache}",
-                "somebody has changed the cache: delete that link and run again",
-            )
+            cause = f"{found} leads to {path}, outside of the Hub cache {self.hub.cache}"
+            raise InvalidCheckpoint(cause, "somebody has changed the cache: delete that link and run again")
         return path
 
     def _digests(self, path: Path, file: HubFile) -> dict[str, Any]:
         """sha256 and size of a cached file, and git's sha1 where the Hub tells no other; read once, then remembered."""
         with path.open("rb", buffering=0) as content:
             stat = os.fstat(content.fileno())
-            seen = {"size": stat.st_size, "mtime_ns": stat.st_mtime_ns, "inode": stat.st_ino}
-            known = _recalled(self.hashed.get(path), stat) or _recalled(_remembered(path, self.hub.memo), stat)
+            known = _recalled(self.hashed.get(path), stat) or _recalled(self.hub.recall("blob", str(path)), stat)
             if known is not None:
                 return known
             sha256, git = hashlib.sha256(), hashlib.sha1(b"blob %d\0" % stat.st_size, usedforsecurity=False)
@@ -218,25 +205,19 @@ class _Errands:
                 if file.sha256 is None:
                     git.update(chunk)
                 self.hashing.add(len(chunk))
-        digests = {"sha256": sha256.hexdigest(), "blob_id": git.hexdigest(), **seen}
+        digests = {"sha256": sha256.hexdigest(), "blob_id": git.hexdigest(), **_seen(stat)}
         self.hashed[path] = digests
-        if self.hub.memo is not None:
-            remember(_memo_file(path, self.hub.memo), {**digests, "path": str(path)})
+        self.hub.remember(digests, "blob", str(path))
         return digests
-
-
-def _memo_file(path: Path, memo: Path) -> Path:
-    return memo / "hub-blobs" / f"{hashlib.sha256(os.fsencode(path)).hexdigest()}.json"
-
-
-def _remembered(path: Path, memo: Path | None) -> Any:
-    return None if memo is None else recall(_memo_file(path, memo))
 
 
 def _recalled(found: Any, stat: os.stat_result) -> dict[str, Any] | None:
     """Digests that were found before, if the file has not been touched since."""
-    seen = {"size": stat.st_size, "mtime_ns": stat.st_mtime_ns, "inode": stat.st_ino}
-    return found if isinstance(found, dict) and seen.items() <= found.items() else None
+    return found if isinstance(found, dict) and _seen(stat).items() <= found.items() else None
+
+
+def _seen(stat: os.stat_result) -> dict[str, int]:
+    return {"size": stat.st_size, "mtime_ns": stat.st_mtime_ns, "inode": stat.st_ino}
 
 
 def _bar(count: _Count, stop: threading.Event) -> Any:

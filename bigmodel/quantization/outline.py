@@ -10,7 +10,7 @@ from functools import partial
 from typing import Any
 
 from bigpipe.bigmodel.architecture import Architecture, ModuleSpec, ask_names, describe_architecture
-from bigpipe.bigmodel.checkpoint import ModelDescription, tensor_nbytes
+from bigpipe.bigmodel.checkpoint import ModelDescription, Tensors, tensor_nbytes
 from bigpipe.bigmodel.formats import (
     PLAIN,
     Packing,
@@ -23,7 +23,7 @@ from bigpipe.bigmodel.formats import (
     weight_of,
 )
 from bigpipe.bigmodel.sources import Sources
-from bigpipe.bigmodel.writing import PlannedTensor, Tensors, config_with_dtype, is_cast
+from bigpipe.bigmodel.writing import PlannedTensor, config_with_dtype, is_cast
 from bigpipe.errors import InvalidCheckpoint, UsageError, first_few
 from bigpipe.machine import cores
 

@@ -12,12 +12,20 @@ from bigpipe.faces import face
 
 if TYPE_CHECKING:
     from .containers import SafetensorsFile, container
-    from .conversion import WORKERS, Conversion, Tensors, convert, planned_bytes, refuse_in_place
+    from .conversion import (
+        WORKERS,
+        Conversion,
+        carry_side_files,
+        config_with_dtype,
+        convert,
+        encode_config,
+        planned_bytes,
+        refuse_in_place,
+    )
     from .finished import Finished, key_of
     from .plans import PlannedTensor, ShardPlan, file_name, plan_shards
     from .ranges import RangeReader, is_cast
     from .saving import save_checkpoint
-    from .sidefiles import carry_side_files, config_with_dtype, encode_config
     from .synthetic import SyntheticModel, read_shape
     from .writer import (
         Files,

@@ -124,9 +124,8 @@ class TorchZip:
         self.head = records[0].whole(pickled) + records[1].whole(BYTE_ORDER) + records[2].local
         self._pickled_crc = zlib.crc32(pickled)
         self._records = records
-        self._following = {
-            tensor.name: pair for tensor, pair in zip(plan.tensors, itertools.pairwise(records[2:]), strict=True)
-        }
+        names = [tensor.name for tensor in plan.tensors]
+        self._following = dict(zip(names, itertools.pairwise(records[2:]), strict=True))
         self.size = records[-1].at + len(records[-1].local) + len(self.tail(dict.fromkeys(keys, 0)))
 
     def after(self, name: str, crc: int) -> bytes:
@@ -143,17 +142,13 @@ class TorchZip:
         end, version = self._records[-1].end, zlib.crc32(VERSION)
         sums = [self._pickled_crc, zlib.crc32(BYTE_ORDER), *(crcs[tensor.name] for tensor in self.tensors), version]
         directory = b"".join(record.entry(crc) for record, crc in zip(self._records, sums, strict=True))
-        closing = _directory_end(len(self._records), len(directory), end)
-        return VERSION + self._records[-1].descriptor(version) + directory + closing
-
-
-def _directory_end(count: int, size: int, start: int) -> bytes:
-    end = start + size
-    return (
-        END64.pack(b"PK\x06\x06", END64.size - 12, 0x031E, 45, 0, 0, count, count, size, start)
-        + LOCATOR64.pack(b"PK\x06\x07", 0, end, 1)
-        + END.pack(b"PK\x05\x06", 0, 0, *[min(count, 0xFFFF)] * 2, min(size, _WIDE), min(start, _WIDE), 0)
-    )
+        count, size, after = len(self._records), len(directory), end + len(directory)
+        return b"".join((
+            VERSION, self._records[-1].descriptor(version), directory,
+            END64.pack(b"PK\x06\x06", END64.size - 12, 0x031E, 45, 0, 0, count, count, size, end),
+            LOCATOR64.pack(b"PK\x06\x07", 0, after, 1),
+            END.pack(b"PK\x05\x06", 0, 0, *[min(count, 0xFFFF)] * 2, min(size, _WIDE), min(end, _WIDE), 0),
+        ))  # fmt: skip
 
 
 def pickle_state_dict(plan: ShardPlan, keys: Mapping[str, str]) -> bytes:

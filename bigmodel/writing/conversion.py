@@ -1,11 +1,13 @@
-"""Reshards, converts or casts a checkpoint: its byte ranges through reused buffers, without torch."""
+"""Reshards, converts or casts a checkpoint: byte ranges through reused buffers, without torch; and its side files."""
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from bigpipe.bigmodel.checkpoint import (
     CASTABLE,
@@ -13,21 +15,20 @@ from bigpipe.bigmodel.checkpoint import (
     Checkpoint,
     Format,
     ModelDescription,
+    Tensors,
     describe_opened,
 )
 from bigpipe.bigmodel.formats import castable
 from bigpipe.errors import UsageError
+from bigpipe.files import copy_file, link, make_directory, write_file
 from bigpipe.machine import cores
 from bigpipe.passing import NOBODY, Outlet
 
 from .containers import container
 from .plans import NAMES, PlannedTensor, ShardPlan, plan_shards
 from .ranges import RangeReader, is_cast
-from .sidefiles import carry_side_files, config_with_dtype
-from .writer import ReportProgress, SavedCheckpoint, Traffic, write_checkpoint
+from .writer import Files, ReportProgress, SavedCheckpoint, Traffic, write_checkpoint
 
-Tensors = Mapping[str, tuple[str, tuple[int, ...]]]
-"""Name → (torch dtype name, shape)."""
 WORKERS = 4
 """Files written side by side at most, one per core: one sha256 is slower than a disk. Each takes about 20 MB."""
 
@@ -125,6 +126,48 @@ def refuse_in_place(checkpoint: Checkpoint, out: Path) -> None:
     """Raise UsageError where `out` is the directory of the checkpoint, by whatever name."""
     directory = checkpoint.path if checkpoint.path.is_dir() else checkpoint.path.parent
     if os.path.realpath(directory) == os.path.realpath(out):
-        raise UsageError(
-            f"{out}: is where the source is", "write to another directory; a checkpoint is never changed in place"
-        )
+        cure = "write to another directory; a checkpoint is never changed in place"
+        raise UsageError(f"{out}: is where the source is", cure)
+
+
+def carry_side_files(
+    checkpoint: Checkpoint, out: Path, *, config: Mapping[str, Any] | None = None, linked: bool = False
+) -> Files:
+    """Bring the side files of a checkpoint into `out`; return those that were written, links not among them.
+
+    config: written as config.json in place of the checkpoint's. linked: as absolute links, not copies; but a checkpoint
+    that is still being made is copied, as its folder does not last.
+    """
+    written = {}
+    for extra in checkpoint.extras:
+        name = extra.relative_to(checkpoint.path)
+        make_directory((out / name).parent)
+        if config is not None and name == Path("config.json"):
+            continue
+        if linked and checkpoint.inlet is None:
+            link(os.path.abspath(extra), out / name)
+        else:
+            written[str(name)] = copy_file(extra, out / name)
+    if config is not None:
+        written["config.json"] = write_file(out / "config.json", encode_config(config))
+    return written
+
+
+def encode_config(config: Mapping[str, Any]) -> bytes:
+    """Return a config as transformers writes it."""
+    return (json.dumps(config, indent=2, sort_keys=True) + "\n").encode()
+
+
+def config_with_dtype(config: Mapping[str, Any], dtype: str) -> dict[str, Any]:
+    """Return the config of a model whose weights are now of this dtype, as transformers states it: in its parts too."""
+    # `torch_dtype` is what transformers before 5 wrote; parts are text_config, vision_config, encoder and the like
+    kept = {key: value for key, value in config.items() if key != "torch_dtype"}
+    parts = {key: config_with_dtype(value, dtype) for key, value in kept.items() if _is_part(key, value)}
+    return {**kept, **parts, "dtype": dtype}
+
+
+def _is_part(key: str, value: Any) -> bool:
+    """A config in a config. A vocabulary may hold such words as well, but as numbers."""
+    telling = ("model_type", "dtype", "torch_dtype")
+    nested = isinstance(value, Mapping) and any(isinstance(value.get(name), str) for name in telling)
+    return nested and key != "quantization_config"

@@ -27,7 +27,7 @@ class Finished:
             make_directory(self.notes)
 
     def seems(self, name: str, key: str) -> bool:
-        """Is there a finished file, as far as can be told without reading it?"""
+        """Return whether there is a finished file, as far as can be told without reading it."""
         return self._file(name, key).is_file() and self._expected(name, key) is not None
 
     def find(self, name: str, key: str) -> tuple[str, int] | None:

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from bigpipe.bigmodel.checkpoint import CASTABLE, CHUNK, Checkpoint, Format, open_checkpoint
+from bigpipe.bigmodel.checkpoint import CASTABLE, CHUNK, Checkpoint, Format, find_aliases, open_checkpoint
 from bigpipe.errors import UsageError
 from bigpipe.sizes import size_of
 
@@ -63,24 +63,17 @@ def _unique(state: Mapping[str, Any]) -> tuple[dict[str, torch.Tensor], dict[str
     """The tensors that are stored, and alias → stored name."""
     import torch
 
-    first: dict[tuple[Any, ...], str] = {}
-    tensors: dict[str, torch.Tensor] = {}
-    tied: dict[str, str] = {}
+    places: dict[str, tuple[Any, ...] | None] = {}
     for name, tensor in state.items():
         if isinstance(tensor, str):
             continue  # bitsandbytes keeps the name of a layout among its weights; the Hub's own writer skips it too
         if not isinstance(tensor, torch.Tensor) or tensor.is_meta or tensor.layout != torch.strided:
-            raise UsageError(
-                f"{name!r} has no data here, or is not a dense tensor",
-                "load the model completely, with nothing offloaded, before saving it",
-            )
+            cure = "load the model completely, with nothing offloaded, before saving it"
+            raise UsageError(f"{name!r} has no data here, or is not a dense tensor", cure)
         place = (tensor.device, tensor.data_ptr(), tensor.dtype, tuple(tensor.shape), tensor.stride())
-        kept = first.setdefault(place, name) if tensor.numel() else name
-        if kept == name:
-            tensors[name] = tensor
-        else:
-            tied[name] = kept
-    return tensors, tied
+        places[name] = place if tensor.numel() else None
+    tied = find_aliases(places)
+    return {name: state[name] for name in places if name not in tied}, tied
 
 
 def _pieces(tensor: torch.Tensor, planned: PlannedTensor) -> Iterator[memoryview]:

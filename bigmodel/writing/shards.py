@@ -32,23 +32,20 @@ class Lanes:
         self._pending: deque[tuple[Future[Any], ...]] = deque()
 
     def started(self, *jobs: Future[Any]) -> None:
-        """Takes note of what reads a piece now (nothing, if it was copied), then waits until few are in flight."""
+        """Take note of what reads a piece now (nothing, if it was copied), then wait until few are in flight."""
         self._pending.append(jobs)
-        self._wait(PIECES_IN_FLIGHT)
+        self.flush(PIECES_IN_FLIGHT)
 
-    def flush(self) -> None:
-        """Waits until nothing is in flight."""
-        self._wait(0)
-
-    def stop(self) -> None:
-        """Waits until nothing is in flight, whatever became of it."""
-        while self._pending:
-            wait(self._pending.popleft())
-
-    def _wait(self, count: int) -> None:
-        while len(self._pending) > count:
+    def flush(self, left: int = 0) -> None:
+        """Wait until so many pieces are in flight at most."""
+        while len(self._pending) > left:
             for job in self._pending.popleft():
                 job.result()
+
+    def stop(self) -> None:
+        """Wait until nothing is in flight, whatever became of it."""
+        while self._pending:
+            wait(self._pending.popleft())
 
     def __enter__(self) -> Self:
         return self
@@ -59,14 +56,13 @@ class Lanes:
 
 
 class ShardWriter:
-    """Writes and hashes one file from its beginning to its end.
+    """Writes and hashes one file from its beginning to its end; `partial` as `FileWriter` takes it.
 
     Once it is complete, `file.settle` is all that is left to do, in whatever thread. Leaving the context with an error
     removes what was written.
     """
 
     def __init__(self, path: Path, container: Container, lanes: Lanes, partial: Path | None = None) -> None:
-        """partial: as `FileWriter` takes it."""
         self.container = container
         self.file = FileWriter(path, container.size, partial)
         self._lanes = lanes
@@ -77,7 +73,7 @@ class ShardWriter:
         self._small = bytearray(container.head)
 
     def write(self, name: str, pieces: Iterable[Piece], nbytes: int) -> None:
-        """Write the next tensor. ValueError where the pieces do not add up to `nbytes`."""
+        """Write the next tensor. Raise ValueError where the pieces do not add up to `nbytes`."""
         size = self._gather(name, pieces) if nbytes < SMALL else self._stream(name, pieces, nbytes)
         if size != nbytes:
             raise ValueError(f"{name}: {size} bytes were produced, {nbytes} planned")

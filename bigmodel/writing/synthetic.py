@@ -13,7 +13,7 @@ import hashlib
 import itertools
 import json
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,10 +23,10 @@ from bigpipe.errors import UsageError
 from bigpipe.files import make_directory, write_file
 from bigpipe.sizes import size_of
 
-from .plans import PlannedTensor, ShardPlan, plan_shards
+from .conversion import Conversion, encode_config
+from .plans import PlannedTensor, ShardPlan
 from .ranges import cast
 from .shards import PIECES_IN_FLIGHT
-from .sidefiles import encode_config
 from .writer import SavedCheckpoint, Traffic, write_checkpoint
 
 BLOCK = 2**20
@@ -60,7 +60,7 @@ class SyntheticModel:
 
     @property
     def description(self) -> ModelDescription:
-        """What `write` will write: every tensor that a checkpoint of this class keeps. UsageError for other dtypes."""
+        """What `write` writes: every tensor that checkpoints of this class keep. Raise UsageError for other dtypes."""
         dtype, architecture = self.dtype, self.architecture
         if dtype not in CASTABLE:
             raise UsageError(f"synthetic weights cannot be {dtype}", f"choose one of {', '.join(sorted(CASTABLE))}")
@@ -71,31 +71,27 @@ class SyntheticModel:
             tensors={tensor.name: (architecture.dtype_of(tensor, dtype), tensor.shape) for tensor in kept},
             format=self.format,
             tied=architecture.aliases if self.format == "bin" else {},
-            path=None,
-            custom=None,
         )
 
     @property
     def plans(self) -> list[ShardPlan]:
         """The weight files that `write` will write."""
-        described = self.description
-        planned = [PlannedTensor(name, dtype, shape) for name, (dtype, shape) in (described.tensors or {}).items()]
-        return plan_shards(planned, size_of("max_shard_size", self.max_shard_size), self.format, described.tied)
+        described, size = self.description, size_of("max_shard_size", self.max_shard_size)
+        return Conversion(max_shard_size=size, format=self.format).plans(described.tensors or {}, described.tied)
 
     def write(self, out: Path, *, journal: Path | None = None, traffic: Traffic | None = None) -> SavedCheckpoint:
-        """Writes weights and config.json into `out`, in constant memory. `journal` as in `write_checkpoint`."""
-        config, plans = self.description.config, self.plans
+        """Write weights and config.json into `out`, in constant memory. `journal` as in `write_checkpoint`."""
         make_directory(out)
-        written = write_file(out / "config.json", encode_config(config or {}))
+        written = write_file(out / "config.json", encode_config(self.description.config or {}))
         saved = write_checkpoint(
             out,
-            plans,
+            self.plans,
             RandomTensors(self.seed, spread_of(self.given)).produce,
             journal=journal,
             fingerprint=lambda file: f"synthetic {self.seed}",
             traffic=traffic or Traffic(),
         )
-        return SavedCheckpoint({**saved.files, "config.json": written}, saved.shards, saved.bytes)
+        return replace(saved, files={**saved.files, "config.json": written})
 
 
 def spread_of(config: Mapping[str, Any]) -> float:
@@ -131,18 +127,14 @@ class RandomTensors:
 
     def _normal(self, tensor: PlannedTensor) -> Iterator[memoryview]:
         block, width = self._block(tensor.dtype), itemsize(tensor.dtype)
-        step = PIECE * width
         for start in range(0, tensor.nbytes, CHUNK):
             piece = memoryview(next(self._buffers))[: min(CHUNK, tensor.nbytes - start)]
-            for at in range(0, len(piece), step):
-                wanted = piece[at : at + step]
-                place = self._place(tensor.name, start + at) * width
+            for at in range(0, len(piece), PIECE * width):
+                wanted = piece[at : at + PIECE * width]
+                digest = hashlib.sha256(f"{self.seed}\0{tensor.name}\0{start + at}".encode()).digest()
+                place = int.from_bytes(digest[:8], "little") % (BLOCK - PIECE) * width
                 wanted[:] = block[place : place + len(wanted)]
             yield piece
-
-    def _place(self, name: str, at: int) -> int:
-        digest = hashlib.sha256(f"{self.seed}\0{name}\0{at}".encode()).digest()
-        return int.from_bytes(digest[:8], "little") % (BLOCK - PIECE)
 
     def _positions(self, tensor: PlannedTensor) -> Iterator[memoryview]:
         import numpy

@@ -22,6 +22,7 @@ from concurrent.futures import Future, ThreadPoolExecutor, as_completed
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import MappingProxyType
 
 from bigpipe.bigmodel.checkpoint import Format, Uses
 from bigpipe.errors import Interrupted
@@ -44,15 +45,13 @@ Files = dict[str, tuple[str, int]]
 
 @dataclass(frozen=True, slots=True)
 class SavedCheckpoint:
-    """What was written."""
-
     files: Files = field(default_factory=dict)
     shards: int = 0
     bytes: int = 0
     """Of the weight files, headers included."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True)
 class OutputFile:
     """One weight file to be written."""
 
@@ -92,7 +91,7 @@ def write_checkpoint(
     journal: Path | None = None,
     fingerprint: Callable[[str], str] = lambda file: "",
     workers: int = 1,
-    sources: Mapping[str, Iterable[Path]] | None = None,
+    sources: Mapping[str, Iterable[Path]] = MappingProxyType({}),
     traffic: Traffic = ALONE,
 ) -> SavedCheckpoint:
     """Write the planned weight files and, where there are several, their index into the directory `out`.
@@ -108,19 +107,16 @@ def write_checkpoint(
     out = Path(out)
     containers = {plan.file: container(plan, metadata) for plan in plans}
 
-    def file_of(plan: ShardPlan) -> OutputFile:
-        file = containers[plan.file]
+    def output(plan: ShardPlan) -> OutputFile:
+        name, file = plan.file, containers[plan.file]
         return OutputFile(
-            name=plan.file,
-            nbytes=plan.nbytes,
-            key=lambda: key_of(plan.file, fingerprint(plan.file), file.size, file.head.hex()),
-            content=lambda: (file, produce),
-            sources=frozenset((sources or {}).get(plan.file, ())),
-        )
+            name, plan.nbytes, lambda: key_of(name, fingerprint(name), file.size, file.head.hex()),
+            lambda: (file, produce), frozenset(sources.get(name, ())),
+        )  # fmt: skip
 
-    prepare(out, plans[0].format, {plan.file for plan in plans})
+    prepare(out, plans[0].format, set(containers))
     traffic.outlet.announce({name: (file.announced, file.size) for name, file in containers.items()})
-    files = write_files([file_of(plan) for plan in plans], Finished(out, journal), workers=workers, traffic=traffic)
+    files = write_files([output(plan) for plan in plans], Finished(out, journal), workers=workers, traffic=traffic)
     index = write_index(out, plans)
     for name, digest in index.items():
         traffic.outlet.finished(name, *digest)
@@ -179,16 +175,15 @@ class _Writing:
 
     def needed(self) -> int:
         """Bytes that the files to be written take at a time, as far as can be told without waiting or reading."""
-        arriving, outlet = self.traffic.inlet is not None, self.traffic.outlet
-        if arriving and self.finished.shelved:
+        finished, outlet = self.finished, self.traffic.outlet
+        if self.traffic.inlet is None:
+            missing = [file for file in self.todo if not finished.seems(file.name, file.key())]
+        elif finished.shelved:
             return 0
-        sizes = [file.nbytes for file in self.todo if not self._seems_finished(file, arriving)]
-        return sum(sorted(sizes)[-outlet.ahead :] if outlet.lets_go else sizes)
-
-    def _seems_finished(self, file: OutputFile, arriving: bool) -> bool:
-        if arriving:  # its key would wait
-            return (self.finished.out / file.name).is_file()
-        return self.finished.seems(file.name, file.key())
+        else:  # a key would wait
+            missing = [file for file in self.todo if not (finished.out / file.name).is_file()]
+        sizes = sorted(file.nbytes for file in missing)
+        return sum(sizes[-outlet.ahead :] if outlet.lets_go else sizes)
 
     def run(self, workers: int) -> None:
         if workers <= 1:
@@ -208,8 +203,8 @@ class _Writing:
         """Writes files until there are none left. Each is settled while the next is written, if `start` returns."""
         settling = start(lambda: None)
         with Lanes() as lanes:
-            while (following := self._next()) is not None:
-                before, settling = settling, start(self.write(following, lanes))
+            for file in iter(self._next, None):
+                before, settling = settling, start(self.write(file, lanes))
                 before.result()
         settling.result()
 

@@ -114,7 +114,7 @@ def test_a_private_model_is_shown_to_its_members(server: LoopbackHub, hub: Hub, 
     server.create("org/private", {"config.json": b"{}"}, private=True, members={"ada"})
     with pytest.raises(NotAuthorised):
         describe("org/private", hub=hub)
-    assert describe("org/private", hub=signed_in(server, tmp_path)).private
+    assert describe("org/private", hub=signed_in(server, tmp_path)).file("config.json")
 
 
 def test_a_token_the_hub_does_not_know(server: LoopbackHub, tmp_path: Path) -> None:

@@ -6,11 +6,13 @@ import json
 from typing import Any
 
 import pytest
+import torch
 from support.architectures import ALL, BLIP_2, DECODERS, DEEPSEEK_V4, RECURRENT_GEMMA, UNUSUAL, Config
 from support.real import build, cache_bytes, describe_here, storage_bytes
 
-from bigpipe.bigmodel.architecture import caching
-from bigpipe.bigmodel.architecture.caching import late_lengths
+from bigpipe.bigmodel.architecture import read_request
+from bigpipe.bigmodel.architecture.caching import late_lengths, observe
+from bigpipe.bigmodel.architecture.instantiation import instantiate, on_meta
 from bigpipe.bigmodel.footprint.kvcache import cache_of, kv_cache
 
 ENCODER_DECODERS = ("t5", "bart", "whisper", "t5gemma", "dia")
@@ -86,11 +88,11 @@ def test_where_a_forward_needs_an_image_the_part_that_reads_text_is_observed() -
     assert describe_here(BLIP_2).cache is not None
 
 
-def test_a_forward_without_end_is_left(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_forward_without_end_is_left() -> None:
     """RecurrentGemma goes through its tokens one by one, and has a window of billions here."""
-    monkeypatch.setattr(caching, "SECONDS", 1)
     config = {**RECURRENT_GEMMA, "attention_window_size": 10**9, "max_position_embeddings": 10**9}
-    assert describe_here(config).cache is None
+    request = read_request(config)
+    assert observe(on_meta(torch.bfloat16, lambda: instantiate(request)), seconds=1) is None
 
 
 def test_windows_and_positions_say_how_far_to_look() -> None:

@@ -11,8 +11,8 @@ import torch
 from support.models import make_checkpoint, tiny_model
 
 from bigpipe.bigmodel.checkpoint import FileSource, open_checkpoint
+from bigpipe.bigmodel.checkpoint.bytesource import compact_chunks
 from bigpipe.bigmodel.checkpoint.pickles import read_torch_pickle, unique_tensors
-from bigpipe.bigmodel.checkpoint.strided import compact_chunks
 from bigpipe.bigmodel.writing import PlannedTensor, ShardPlan
 from bigpipe.bigmodel.writing.containers import TorchZip
 from bigpipe.errors import InvalidCheckpoint

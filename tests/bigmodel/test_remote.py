@@ -120,7 +120,7 @@ def test_a_damaged_memory_is_asked_anew(server: LoopbackHub, hub: Hub, tmp_path:
     create(server, {"model.safetensors": shell(tmp_path / "model.safetensors", tensors_of(LLAMA))})
     remembering = replace(hub, memo=tmp_path / "memo")
     first = look(remembering)
-    for file in (tmp_path / "memo" / "remote").iterdir():
+    for file in (tmp_path / "memo").rglob("*.json"):
         file.write_text('{"tensors": [["a"]]}')
     assert look(remembering).description == first.description
 
@@ -232,7 +232,8 @@ class TestHostile:
         )
         header = f"{{{entries}}}".encode()
         (tmp_path / "model.safetensors").write_bytes(len(header).to_bytes(8, "little") + header)
-        create(server, {"model.safetensors": tmp_path / "model.safetensors"})
+        # The loopback Hub would parse the header for its own counts, and time out on a busy machine
+        create(server, {"model.safetensors": tmp_path / "model.safetensors"}, told_counts={})
         environment = {**os.environ, **server.environment(tmp_path / "home")}
         for model in (MODEL, str(tmp_path)):
             command = [sys.executable, "-m", "bigpipe", "estimate", model, "--store", str(tmp_path / "store")]

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 
-from bigpipe.bigmodel.hub.selection import check_index, detect, select
+from bigpipe.bigmodel.hub.selection import Choice, check_index, detect
 from bigpipe.errors import InvalidCheckpoint, UsageError
 
 OPT_13B = [
@@ -15,7 +15,7 @@ OPT_13B = [
 
 
 def test_one_weight_format_with_its_index_the_configs_and_the_tokenizer() -> None:
-    assert select(OPT_13B) == [
+    assert Choice().among(OPT_13B) == [
         "LICENSE.md", "README.md", "config.json", "generation_config.json", "merges.txt",
         "pytorch_model-00001-of-00003.bin", "pytorch_model-00002-of-00003.bin", "pytorch_model-00003-of-00003.bin",
         "pytorch_model.bin.index.json", "special_tokens_map.json", "tokenizer_config.json", "vocab.json",
@@ -29,7 +29,7 @@ def test_safetensors_are_preferred_and_the_same_weights_are_not_taken_twice() ->
         "pytorch_model-00001-of-00002.bin", "pytorch_model-00002-of-00002.bin", "original/params.json",
         "onnx/model.onnx", "tokenizer.model",
     ]  # fmt: skip
-    assert select(names) == [
+    assert Choice().among(names) == [
         "config.json", "model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors",
         "model.safetensors.index.json", "tokenizer.model",
     ]  # fmt: skip
@@ -40,12 +40,15 @@ def test_a_single_file_wins_over_shards_and_variants() -> None:
         "config.json", "model.fp16.safetensors", "model.safetensors", "model-00001-of-00002.safetensors",
         "model-00002-of-00002.safetensors", "model.safetensors.index.json", "training_args.bin", "optimizer.bin",
     ]  # fmt: skip
-    assert select(names) == ["config.json", "model.safetensors"]
+    assert Choice().among(names) == ["config.json", "model.safetensors"]
 
 
 def test_what_trainers_leave_is_no_weight_format() -> None:
-    assert select(["config.json", "training_args.bin", "pytorch_model.bin"]) == ["config.json", "pytorch_model.bin"]
-    assert select(["config.json", "training_args.bin"]) == ["config.json"]
+    assert Choice().among(["config.json", "training_args.bin", "pytorch_model.bin"]) == [
+        "config.json",
+        "pytorch_model.bin",
+    ]
+    assert Choice().among(["config.json", "training_args.bin"]) == ["config.json"]
 
 
 def test_diffusers_keeps_its_folders() -> None:
@@ -54,23 +57,26 @@ def test_diffusers_keeps_its_folders() -> None:
         "unet/diffusion_pytorch_model.safetensors", "unet/diffusion_pytorch_model.bin", "vae/config.json",
         "vae/diffusion_pytorch_model.bin", "v1-5-pruned.ckpt",
     ]  # fmt: skip
-    assert select(names) == [
+    assert Choice().among(names) == [
         "model_index.json", "unet/config.json", "unet/diffusion_pytorch_model.safetensors", "vae/config.json",
         "vae/diffusion_pytorch_model.bin",
     ]  # fmt: skip
 
 
 def test_include_replaces_the_choice_and_exclude_takes_away() -> None:
-    assert select(OPT_13B, include=["*.msgpack", "config.json"]) == ["config.json", "flax_model-00001-of-00003.msgpack"]
-    assert "merges.txt" not in select(OPT_13B, exclude=["*.txt"])
+    assert Choice(include=["*.msgpack", "config.json"]).among(OPT_13B) == [
+        "config.json",
+        "flax_model-00001-of-00003.msgpack",
+    ]
+    assert "merges.txt" not in Choice(exclude=["*.txt"]).among(OPT_13B)
 
 
 def test_a_glob_without_a_match_says_what_is_there() -> None:
     with pytest.raises(UsageError, match=r"'\*\.safetensor' matches none of 17") as caught:
-        select(OPT_13B, include=["*.safetensor"])
+        Choice(include=["*.safetensor"]).among(OPT_13B)
     assert "LICENSE.md" in caught.value.cure
     with pytest.raises(UsageError, match="no file is left"):
-        select(OPT_13B, exclude=["*"])
+        Choice(exclude=["*"]).among(OPT_13B)
 
 
 def test_libraries_are_told_apart() -> None:

@@ -50,7 +50,7 @@ def mutant(original: bytes, start: int, end: int, number: int) -> bytes:
 
 
 def main(file: Path, start: int, end: int, first: int, count: int) -> None:
-    from bigpipe.bigmodel.checkpoint import open_checkpoint, pickles, strided  # noqa: F401  so that nothing is left to import
+    from bigpipe.bigmodel.checkpoint import open_checkpoint, pickles  # noqa: F401  so that nothing is left to import
     from bigpipe.errors import BigpipeError
 
     import numpy  # noqa: F401  isort: skip
