@@ -109,8 +109,8 @@ class Session:
         return {"jobs": jobs, **holds}
 
     def ask(self, node: Node, function: Callable[..., T], *arguments: Any) -> T:
-        """Return what a kind's function answers before anything runs. What it raises gets the place of the stage; of
-        what is no BigpipeError, a bug of the kind, the traceback is kept."""
+        """Return what a kind answers before anything runs. What it raises gets the place of its stage; of what is no
+        BigpipeError, a bug of the kind, the traceback is kept."""
         try:
             return function(node.params, *arguments)
         except BigpipeError as error:
@@ -142,25 +142,19 @@ class Session:
     def _pin(self, node: Node) -> Pinned:
         if node.kind.planning.pin is None:
             return NOTHING_PINNED
-        if self.locked and (locked := self._locked_pins(node)):
+        pins = self.locked_pins.get(node.name)
+        locked = Pinned(pins, "the lock file") if pins else None
+        if self.locked and locked:
             return locked
         try:
             return self.ask(node, node.kind.planning.pin, self.check_context(node)) or NOTHING_PINNED
         except Offline:
-            fallback = self._locked_pins(node) or self._recorded_pins(node)
-            if fallback is None:
+            last = self.last(node.name)
+            if locked:
+                return locked
+            if last is None or not last.pins or last.identity.get("kind") != node.kind.kind:
                 raise
-            return fallback
-
-    def _locked_pins(self, node: Node) -> Pinned | None:
-        pins = self.locked_pins.get(node.name)
-        return Pinned(pins, "the lock file") if pins else None
-
-    def _recorded_pins(self, node: Node) -> Pinned | None:
-        last = self.last(node.name)
-        if last is None or not last.pins or last.identity.get("kind") != node.kind.kind:
-            return None
-        return Pinned(last.pins, f"the run of {last.created[:10]}, the Hub cannot be asked")
+            return Pinned(last.pins, f"the run of {last.created[:10]}, the Hub cannot be asked")
 
     @cached_property
     def _last_keys(self) -> dict[str, str]:

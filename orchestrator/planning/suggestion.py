@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 from bigpipe.errors import BigpipeError
@@ -28,33 +29,32 @@ def with_parameters(plan: Plan) -> Plan:
     """
     if not plan.misfits:
         return _with_gate_cures(plan)
-    passes = _trial(plan)
     changes = [_arguments(plan, plan.nodes[name].node, misfit.change) for name, misfit in plan.misfits]
     together = {parameter: value for change in changes for parameter, value in change.items()}
     misfits = []
     for (name, misfit), change in zip(plan.misfits, changes, strict=True):
-        found = next((each for each in (change, together) if each and passes(each)), None) if change else None
+        found = next((each for each in (change, together) if each and _accepted(plan, each)), None) if change else None
         cure = Cure(misfit.change, f"{as_parameters(found)} fits ({misfit.cure})") if found else misfit.cure
         misfits.append((name, Misfit(misfit.cause, cure)))
     return replace(plan, misfits=tuple(misfits))
 
 
-def _trial(plan: Plan) -> Callable[[Arguments], bool]:
+def _passes(plan: Plan, parameter: str, value: Any) -> bool:
+    return _accepted(plan, {parameter: str(value)})
+
+
+def _accepted(plan: Plan, arguments: Arguments) -> bool:
     """Would a plan with these arguments be accepted? The recipe is resolved again from the document as it was read."""
     session = plan.session
-
-    def passes(arguments: Arguments) -> bool:
-        given = {**session.arguments, **arguments}
-        try:
-            recipe = replace(session.recipe.with_arguments(given), path=session.recipe.path)
-            tried = replace(
-                session, recipe=recipe, arguments=given, given_machine=session.machine, _identities={}, _surroundings={}
-            )
-            return not make_plan(tried, preflight=False).errors()
-        except BigpipeError:
-            return False
-
-    return passes
+    given = {**session.arguments, **arguments}
+    try:
+        recipe = replace(session.recipe.with_arguments(given), path=session.recipe.path)
+        tried = replace(
+            session, recipe=recipe, arguments=given, given_machine=session.machine, _identities={}, _surroundings={}
+        )
+        return not make_plan(tried, preflight=False).errors()
+    except BigpipeError:
+        return False
 
 
 def _arguments(plan: Plan, node: Node, change: Mapping[str, Any]) -> dict[str, str]:
@@ -82,23 +82,22 @@ def _with_gate_cures(plan: Plan) -> Plan:
     if not any(gate.failed for node in plan.nodes.values() for gate in node.gates):
         return plan
     nodes = {
-        name: replace(node, gates=tuple(_with_cure(plan, node, gate) for gate in node.gates))
+        name: replace(node, gates=tuple(_with_cure(plan, node, gate) if gate.failed else gate for gate in node.gates))
         for name, node in plan.nodes.items()
     }
     return replace(plan, nodes=nodes)
 
 
 def _with_cure(plan: Plan, planned: PlannedNode, gate: GateVerdict) -> GateVerdict:
-    if not gate.failed:
-        return gate
-    candidates = (
-        _passing(plan, node, field, parameter)
-        for node in _upstream(plan, {name or planned.node.name for name, _ in gate.gate.references})
-        for field in node.kind.params.model_fields
-        if (parameter := _parameter(node, field))
-    )
-    found = next(filter(None, candidates), None)
-    return replace(gate, cure=f"{as_parameters(found)} passes; or change the gate") if found else gate
+    spoken_of = {name or planned.node.name for name, _ in gate.gate.references}
+    for node in _upstream(plan, spoken_of):
+        for name, field in node.kind.params.model_fields.items():
+            if parameter := _parameter(node, name):
+                value = plan.session.recipe.params.get(parameter)
+                found = another(field, value, partial(_passes, plan, parameter))
+                if found is not None:
+                    return replace(gate, cure=f"{as_parameters({parameter: str(found)})} passes; or change the gate")
+    return gate
 
 
 def _upstream(plan: Plan, names: set[str]) -> Iterator[Node]:
@@ -107,10 +106,3 @@ def _upstream(plan: Plan, names: set[str]) -> Iterator[Node]:
         if planned.node.name in names:
             yield planned.node
             names.update(planned.node.producers)
-
-
-def _passing(plan: Plan, node: Node, field: str, parameter: str) -> Arguments | None:
-    """A value of the parameter with which the plan is accepted."""
-    value, passes = plan.session.recipe.params.get(parameter), _trial(plan)
-    found = another(node.kind.params.model_fields[field], value, lambda tried: passes({parameter: str(tried)}))
-    return None if found is None else {parameter: str(found)}

@@ -6,8 +6,7 @@ from bigpipe.faces import face
 
 if TYPE_CHECKING:
     from . import records
-    from .records import RunRecord
-    from .result import RunResult
+    from .records import RunRecord, RunResult
     from .runner import run_plan
 
 __getattr__, __all__ = face(__name__)

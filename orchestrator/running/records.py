@@ -1,4 +1,4 @@
-"""What happened in a run: `<store>/runs/<id>/`.
+"""What happened in a run: its result, and its record in `<store>/runs/<id>/`.
 
 run.json                  the record: what ran, what it was, how it ended; replaced at once as nodes end
 events.jsonl              every event
@@ -12,13 +12,14 @@ import os
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 from pydantic import BaseModel, Field, ValidationError
 
-from bigpipe.errors import UsageError
+from bigpipe.errors import BigpipeError, Interrupted, UsageError
 from bigpipe.files import LogFile, write_file
 from bigpipe.orchestrator.contract import (
     Event,
@@ -30,9 +31,9 @@ from bigpipe.orchestrator.contract import (
     RunFinished,
     RunStarted,
 )
-from bigpipe.orchestrator.planning import Difference, changed, node_folder
+from bigpipe.orchestrator.planning import Difference, NodeState, Session, changed, node_folder
 from bigpipe.orchestrator.recipe import Recipe
-from bigpipe.orchestrator.store import explained, make_directory
+from bigpipe.orchestrator.store import KeyRecord, explained, make_directory
 
 LAST = "last"
 """Names the newest run wherever an id is asked for."""
@@ -82,6 +83,58 @@ class RunRecord(BaseModel):
     """The manifest as it was."""
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RunResult:
+    """What a run did. `nodes` has one NodeState per selected node."""
+
+    run: str
+    status: str
+    """succeeded, failed or interrupted."""
+    nodes: Mapping[str, NodeState]
+    session: Session
+    seconds: float
+    errors: tuple[BigpipeError, ...] = ()
+
+    @property
+    def exit_code(self) -> int:
+        if not self.errors:
+            return 0
+        first = self.errors[0]
+        return first.status if isinstance(first, Interrupted) else first.exit_code
+
+    @property
+    def records(self) -> dict[str, KeyRecord]:
+        """Node → the record of what it gave, of those that have one."""
+        return {name: state.record for name, state in self.nodes.items() if state.record is not None}
+
+    def path(self, node: str) -> Path | None:
+        """The artifact's directory, readable as it is; None where there is none or its bytes were dropped."""
+        state = self.nodes[node]
+        return self.session.store.artifact_path(state.digest) if state.digest and state.bytes_here else None
+
+    def ran(self) -> dict[str, NodeRun]:
+        return {name: self._ran(state) for name, state in self.nodes.items()}
+
+    def _ran(self, state: NodeState) -> NodeRun:
+        record, path = state.record, self.path(state.name)
+        return NodeRun(
+            status=str(state.status),
+            key=state.key,
+            digest=state.digest,
+            path=str(path) if path else None,
+            seconds=round(state.seconds, 3),
+            peak_rss=record.peak_rss if record else None,
+            metrics=json.loads(json.dumps(dict(record.metrics), default=str)) if record else {},
+            reason=state.reason,
+            error=str(state.error) if state.error else "",
+        )
+
+    def as_json(self) -> dict[str, Json]:
+        """`bigpipe.run/1`."""
+        nodes = {name: node.model_dump(mode="json") for name, node in self.ran().items()}
+        return {"schema": "bigpipe.run/1", "run": self.run, "status": self.status, "nodes": nodes}
+
+
 class RunRecorder:
     """A Reporter that writes the record of one run."""
 
@@ -118,13 +171,10 @@ class RunRecorder:
             if time.monotonic() - self._saved > SAVE_SECONDS:
                 self._save()
 
-    def finish(self, result: Mapping[str, Json], seconds: float) -> None:
-        """Completes the record from the `bigpipe.run/1` object of the run."""
+    def finish(self, status: str, nodes: dict[str, NodeRun], seconds: float) -> None:
+        """Completes the record of a run that is over."""
         with explained(self._folder):
-            self.record.status, self.record.seconds = result["status"], round(seconds, 3)
-            for name, data in result["nodes"].items():
-                known = self.record.nodes.get(name, NodeRun())
-                self.record.nodes[name] = NodeRun(**{**data, "error": known.error})
+            self.record.status, self.record.nodes, self.record.seconds = status, nodes, round(seconds, 3)
             self._save(durable=self._worked)
             self.close()
 

@@ -53,8 +53,7 @@ from bigpipe.orchestrator.recipe import Node
 from bigpipe.orchestrator.store import KeyRecord
 
 from .interruption import caught_once
-from .records import RunRecorder, new_run_id
-from .result import RunResult
+from .records import RunRecorder, RunResult, new_run_id
 from .streaming import Streams, provisional_key
 
 if TYPE_CHECKING:
@@ -322,7 +321,7 @@ def _finish_run(run: Run, recorder: RunRecorder, seconds: float) -> RunResult:
     result = RunResult(
         run=run.id, status=status, nodes=states, session=run.session, seconds=seconds, errors=tuple(errors)
     )
-    recorder.finish(result.as_json(), seconds)
+    recorder.finish(status, result.ran(), seconds)
     _remember(run, {name: state.key for name, state in states.items() if state.key and state.status in GOOD})
     return result
 

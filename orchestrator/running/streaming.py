@@ -41,18 +41,15 @@ class Stream:
 
     def confirmed(self) -> KeyRecord:
         """Waits for the producer's record. Raises Interrupted where there will be none."""
-        while not self.settled.wait(POLL):
-            if self.cancelled.is_set():
-                break
+        while not self.settled.wait(POLL) and not self.cancelled.is_set():
+            pass
         if self.record is None or self.cancelled.is_set():
             raise Interrupted(f"{self.producer.name} did not end well")
         return self.record
 
     def gave(self, record: KeyRecord) -> bool:
         """Is what has passed exactly what was recorded?"""
-        return self.handover.arrived() == {
-            name: (file["sha256"], file["size"]) for name, file in record.files.items()
-        }  # fmt: skip
+        return self.handover.arrived() == {n: (file["sha256"], file["size"]) for n, file in record.files.items()}
 
 
 class Streams:

@@ -101,7 +101,7 @@ def checkout(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("checkout")
     for part in ("orchestrator", "src", "tests"):
         shutil.copytree(ROOT / part, folder / part, symlinks=True, ignore=shutil.ignore_patterns("__pycache__"))
-    for part in ("bigmodel", "plugins", "cli.py", "pyproject.toml"):
+    for part in ("bigmodel", "plugins", "commandline", "cli.py", "pyproject.toml"):
         (folder / part).symlink_to(ROOT / part)
     return folder
 

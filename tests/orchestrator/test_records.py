@@ -14,6 +14,7 @@ from bigpipe.errors import UsageError
 from bigpipe.orchestrator.contract.events import LogLine, NodeFinished, NodeStarted, Progress, RunFinished, RunStarted
 from bigpipe.orchestrator.planning.keys import Difference
 from bigpipe.orchestrator.running.records import (
+    NodeRun,
     RunRecorder,
     diff,
     list_runs,
@@ -37,17 +38,9 @@ def finished(node, status="succeeded", **changes):
     return NodeFinished(node, status, **(facts | changes))
 
 
-def result(status="succeeded", **nodes):
-    shape = {"key": "sha256:" + "b" * 64, "digest": None, "path": None, "peak_rss": 1000, "reason": ""}
-    return {
-        "schema": "bigpipe.run/1",
-        "run": "x",
-        "status": status,
-        "nodes": {
-            name: {**shape, "status": "succeeded", "seconds": 1.0, "metrics": {}, **data}
-            for name, data in nodes.items()
-        },
-    }
+def ran(**nodes):
+    shape = {"key": "sha256:" + "b" * 64, "peak_rss": 1000, "status": "succeeded", "seconds": 1.0}
+    return {name: NodeRun(**{**shape, **data}) for name, data in nodes.items()}
 
 
 def run(runs, name, nodes, status="succeeded", recipe=None):
@@ -57,9 +50,7 @@ def run(runs, name, nodes, status="succeeded", recipe=None):
         recorder.report(NodeStarted(node, "first run"))
         recorder.report(finished(node, data.get("status", "succeeded"), error=data.get("error", "")))
     recorder.report(RunFinished(name, status, 2.0))
-    recorder.finish(
-        result(status, **{node: {k: v for k, v in data.items() if k != "error"} for node, data in nodes.items()}), 2.0
-    )
+    recorder.finish(status, ran(**nodes), 2.0)
     return load_run(runs, name)
 
 
@@ -114,7 +105,7 @@ def test_every_event_is_kept_with_its_time(tmp_path):
     ]
     for event in events:
         recorder.report(event)
-    recorder.finish(result(a={}), 1.0)
+    recorder.finish("succeeded", ran(a={}), 1.0)
     lines = [json.loads(line) for line in (tmp_path / "r" / "events.jsonl").read_text().splitlines()]
     assert [line["event"] for line in lines] == ["run_started", "node_started", "progress", "log", "node_finished"]
     assert all(datetime.fromisoformat(line["time"]) for line in lines)
@@ -128,7 +119,7 @@ def test_nodes_that_end_at_once_share_one_writing(tmp_path):
     for name in names:
         recorder.report(finished(name, "cached"))
     assert (tmp_path / "r" / "run.json").stat().st_ino == inode
-    recorder.finish(result(**{name: {"status": "cached"} for name in names}), 0.1)
+    recorder.finish("succeeded", ran(**{name: {"status": "cached"} for name in names}), 0.1)
     assert {node.status for node in load_run(tmp_path).nodes.values()} == {"cached"}
 
 
