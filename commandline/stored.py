@@ -13,7 +13,6 @@ from .printing import fail, show
 
 
 def _print(answer: report.Inspection, as_json: bool) -> None:
-    """Print what an inspection found, and fail with what it found wrong."""
     show(as_json, lambda: answer.data, lambda: answer.text)
     if answer.error:
         fail(answer.error)

@@ -205,8 +205,6 @@ def parse_condition(text: str, place: Place) -> Condition:
 
 
 class _Parser:
-    """Recursive descent; one token ahead."""
-
     def __init__(self, text: str, place: Place) -> None:
         self.text, self.place = text.rstrip(), place
         self.depth = 0
@@ -217,7 +215,6 @@ class _Parser:
 
     @property
     def ahead(self) -> str:
-        """The text of the token that is looked at."""
         return self.token[0].strip()
 
     def fail(self, start: int, cause: str, cure: str, code: Fault = Fault.CONDITION_SYNTAX, width: int = 1) -> NoReturn:

@@ -94,7 +94,6 @@ class Expansion:
                 yield self._node(stage, reading, texts, variant, places)
 
     def _read(self, stage: Wired, variant: Mapping[str, Json]) -> Reading | None:
-        """What the stage's settings give, for one variant or for all."""
         before = len(self.problems)
         values = stage.settings
         if contains_reference(values):
@@ -251,7 +250,6 @@ class Expansion:
         return condition.bind(nodes)
 
     def _find(self, stage: Wired, text: str, texts: Mapping[str, str], condition: Condition) -> str | None:
-        """The node that `${stages.TEXT…}` means inside the variant `texts`."""
         name, _, rest = text.partition("@")
         other = self.stages[name]
         picks = read_picks(rest, other.axes)

@@ -168,7 +168,6 @@ class _Loading:
         )
 
     def _kinds(self, stages: Mapping[str, Json], trust: Trust) -> dict[str, Offer]:
-        """Stage name → its kind, for those whose kind can be had."""
         loaded: dict[str, Offer | None] = {}
         names = {name: raw["uses"] for name, raw in stages.items() if isinstance(raw, dict) and "uses" in raw}
         for name, uses in names.items():
@@ -282,7 +281,6 @@ class _Loading:
         return ordered
 
     def _check_upstream(self, node: Node, nodes: Mapping[str, Node]) -> None:
-        """A gate is decided when its node ends, so what it names must have ended before."""
         for gate in node.gates:
             named = {source for source, _ in gate.references if source is not None}
             late = named - set(node.predecessors)

@@ -31,7 +31,6 @@ _REFUSED_PREFIXES = ("LD_", "DYLD_", "PYTHON", "BASH_FUNC_", "MALLOC_", "GIT_", 
 
 
 def refused_variable(name: str) -> bool:
-    """Return whether a manifest's `env` may not set this variable."""
     return name.upper() in _REFUSED or name.upper().startswith(_REFUSED_PREFIXES)
 
 
@@ -164,7 +163,6 @@ def named(fields: Mapping[Key, Json]) -> dict[str, Json]:
 
 
 def _check_version(fields: dict[str, Json], problems: Problems) -> None:
-    """Report a version that is not this one, and read the rest as if it were."""
     found = fields.get("version")
     if "version" not in fields:
         problems.add(Fault.MISSING_FIELD, (), "the manifest needs 'version'", f"add `version: {VERSION}`", key=True)

@@ -81,7 +81,6 @@ class Problems:
         self._added = 0
 
     def __len__(self) -> int:
-        """How often something was added, repetitions included."""
         return self._added
 
     def add(

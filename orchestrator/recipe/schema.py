@@ -146,7 +146,6 @@ def described_schema(model: type[BaseModel], template: str = "#/$defs/{model}") 
 
 
 def _descriptions(model: type[BaseModel], seen: frozenset[type[BaseModel]] = frozenset()) -> dict[str, dict[str, str]]:
-    """Class name → field as written in a manifest → its docstring, for the model and all inside it."""
     result = {model.__name__: field_descriptions(model)}
     for info in model.model_fields.values():
         for inner in models_in(info.annotation) - seen - {model}:
@@ -155,7 +154,6 @@ def _descriptions(model: type[BaseModel], seen: frozenset[type[BaseModel]] = fro
 
 
 def _open(schema: Schema) -> Schema:
-    """The schema or a reference."""
     if _takes_any_text(schema):
         return schema
     outside = {key: schema[key] for key in _ANNOTATIONS if key in schema}
@@ -219,7 +217,6 @@ def field_descriptions(model: type[BaseModel]) -> dict[str, str]:
 
 
 def _texts_under_fields(cls: type) -> dict[str, str]:
-    """On one line each."""
     try:
         tree = ast.parse(textwrap.dedent(inspect.getsource(cls)))
     except (OSError, TypeError, SyntaxError):  # a class made at run time has no source

@@ -198,7 +198,6 @@ def _explain(finding: _Finding, document: Document, path: tuple[Key, ...]) -> tu
 
 
 def _retyped(value: Json, phrases: Sequence[str], source: str) -> str:
-    """How what was written becomes what is wanted, where that is likely to be what was meant."""
     if "a text" in phrases and source:  # a plain `1e10` or `true`
         return f"put it in quotes if it is text: '{source}'"
     if value is None:
@@ -247,7 +246,6 @@ def models_in(annotation: Any) -> set[type[BaseModel]]:
 
 
 def _branches(annotation: Any) -> list[Any]:
-    """What a value may be: the branches of a union, without `Annotated`."""
     if get_origin(annotation) is Annotated:
         return _branches(get_args(annotation)[0])
     if get_origin(annotation) in (Union, UnionType):
@@ -268,19 +266,15 @@ def wrong_metric(metrics: Any, path: str) -> tuple[str, str] | None:
         annotation = _below(above, part)
         if annotation is None:
             return f"no metric {done!r}", did_you_mean(part, _names(above), otherwise="there are")
-    if any(_may_be_number(branch) for branch in _branches(annotation)):
+    never = (str, list, tuple, Mapping, BaseModel, type(None))
+    if any(get_origin(branch) is not Literal and not _is(branch, *never) for branch in _branches(annotation)):
         return None
     inner = [f"{path}.{name}" for name in _names(annotation)]
     cause = f"{path} is a group of metrics" if inner else f"{path} is no number"
     return cause, did_you_mean("", inner, otherwise="there are")
 
 
-def _may_be_number(branch: Any) -> bool:
-    return get_origin(branch) is not Literal and not _is(branch, str, list, tuple, Mapping, BaseModel, type(None))
-
-
 def _below(annotation: Any, part: str) -> Any:
-    """The annotation of `part` inside `annotation`; None where there is no such part."""
     found = (_part_of(branch, part) for branch in _branches(annotation))
     return next((inner for inner in found if inner is not None), None)
 

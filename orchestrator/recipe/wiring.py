@@ -101,7 +101,6 @@ class Wiring:
             self._resolve_axes(self.stages[name], list(axis_order))
 
     def _inputs(self, stage: Wired) -> dict[str, tuple[StageReference, ...]]:
-        """Port → sources; an empty list is a port left out."""
         base = (*stage.path, "inputs")
         if isinstance(stage.structure.inputs, str):
             return {DEFAULT_PORT: self._known([StageReference(stage.structure.inputs, base, "inputs")])}
@@ -119,10 +118,8 @@ class Wiring:
         written = [source for source in sources if "${" not in source.text]  # others were reported when interpolated
         for source in written:
             if source.stage not in self.stages:
-                cause, cure = (
-                    f"no stage {source.stage!r}",
-                    did_you_mean(source.stage, self.stages, otherwise="there are"),
-                )
+                cure = did_you_mean(source.stage, self.stages, otherwise="there are")
+                cause = f"no stage {source.stage!r}"
                 self.problems.add(Fault.UNKNOWN_STAGE, source.path, cause, cure, part=source.stage)
         return tuple(source for source in written if source.stage in self.stages)
 
@@ -177,7 +174,6 @@ class Wiring:
         self.problems.add(Fault.WRONG_ARTIFACT, source.path, cause, cure)
 
     def _order(self) -> list[str]:
-        """Stage names, sources first; those in a cycle are reported and marked broken."""
         before = {stage.name: {source.stage for source in stage.sources()} for stage in self.stages.values()}
         try:
             return list(TopologicalSorter(before).static_order())
@@ -265,7 +261,6 @@ class Wiring:
         return result
 
     def _picks(self, source: StageReference, producer: Wired) -> dict[str, str] | None:
-        """Axis → text of the picked value; None after a report."""
         _, at, rest = source.text.partition("@")
         if not at:
             return {}

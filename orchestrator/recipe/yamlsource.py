@@ -195,8 +195,6 @@ class _Open:
 
 
 class _Composer:
-    """Builds Items from the event stream."""
-
     def __init__(self, document: Document, problems: Problems) -> None:
         self.document, self.problems = document, problems
         self.anchors: dict[str, Item] = {}
@@ -205,7 +203,6 @@ class _Composer:
         self.expanded = 0
 
     def compose(self) -> None:
-        """Find the root of the document."""
         try:
             for event in yaml.parse(self.document.text, Loader=_LOADER):
                 self._take(event)

@@ -36,7 +36,6 @@ def face(package: str) -> tuple[Callable[[str], Any], list[str]]:
 
 
 def _homes(source: bytes) -> dict[str, str | None]:
-    """Name → the module of the package that it is imported from; None: it is one."""
     blocks = [node for node in ast.parse(source).body if isinstance(node, ast.If)]
     imports = [node for block in blocks for node in block.body if isinstance(node, ast.ImportFrom)]
     return {alias.name: node.module for node in imports for alias in node.names}

@@ -294,7 +294,6 @@ class FileWriter:
                     raise
 
     def write(self, piece: Bytes, at: int) -> None:
-        """Write at this position."""
         view, start = memoryview(piece), at
         with explained(self.path, self.size):
             while view:

@@ -49,12 +49,13 @@ def detect(store_root: Path) -> Machine:
 
     memory = psutil.virtual_memory()
     total, available = memory.total, memory.available
-    limit, used = memory_limit(_cgroup_folders())
+    folders = _cgroup_folders()
+    limit, used = memory_limit(folders)
     if limit is not None and limit < total:
         total, available = limit, max(0, min(available, limit - used))
     return Machine(
         name=os.uname().nodename,
-        cpus=_cpus(),
+        cpus=max(1, math.ceil(min(cores(), cpu_limit(folders)))),
         memory=total,
         memory_available=available,
         disk_free=free_space(store_root),
@@ -165,12 +166,6 @@ def cores() -> int:
     return len(os.sched_getaffinity(0)) if sys.platform.startswith("linux") else os.cpu_count() or 1
 
 
-def _cpus() -> int:
-    count = cores()
-    limit = cpu_limit(_cgroup_folders())
-    return count if limit >= count else max(1, math.ceil(limit))
-
-
 def _cgroup_folders() -> list[Path]:
     """The cgroups of this process and those above them, whose limits count as well (cgroups(7))."""
     folders: list[Path] = []
@@ -185,7 +180,6 @@ def _cgroup_folders() -> list[Path]:
 
 
 def _number(path: Path) -> int | None:
-    """The number in a one-line file; None for `max`, no number or no file."""
     try:
         return int(path.read_text(encoding="ascii"))
     except (OSError, ValueError):

@@ -22,7 +22,6 @@ def top_level(reference: str) -> str:
 
 
 def _locations(top: str, base: Path | None) -> tuple[Path, ...]:
-    """Where the source of a top-level module lies: one file, or the directories of a package; () if nowhere."""
     spec = PathFinder.find_spec(top, [str(base), *sys.path] if base else sys.path) or find_spec(top)
     if spec is None:
         return ()
@@ -77,7 +76,6 @@ def _forget(top: str) -> None:
 
 
 def _import_from(top: str, base: Path) -> None:
-    """Import a top-level module from this directory, though others of its name may come first on the path."""
     spec = PathFinder.find_spec(top, [str(base)])
     if spec is None or spec.loader is None:
         return

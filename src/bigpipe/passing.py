@@ -180,7 +180,6 @@ class OpenOutlet(Outlet):
         return waiting.issuperset(consumers)
 
     def _let_go(self, answer: Mapping[str, Any]) -> set[str]:
-        """Removes what every consumer has taken; gives all that was ever removed."""
         arrived = self.handover.names("arrived") & set(self.handover.contents)
         free = arrived.intersection(*(self.handover.names(f"taken/{consumer}") for consumer in answer["consumers"]))
         for name in free - self.handover.gone():
@@ -261,5 +260,4 @@ class OpenInlet(Inlet):
 
 
 def _flat(name: str) -> str:
-    """As one file's name."""
     return name.replace("/", "\\")

@@ -112,7 +112,6 @@ def _wired(stage: Stage[Any], inputs: Mapping[str, Any]) -> list[tuple[str, Any]
 
 
 def _location(stage: Stage[Any]) -> str:
-    """`module:attribute` of a stage, by which workers import it."""
     for name in dict.fromkeys(part.__module__ for part in (stage.params, stage.metrics, stage.run, stage.forecast)):
         for attribute, value in vars(sys.modules[name]).items():
             if value is stage:
@@ -121,7 +120,6 @@ def _location(stage: Stage[Any]) -> str:
 
 
 def _with_path(module: str) -> dict[str, str]:
-    """This process's environment, with the folder of the module on the path of workers."""
     file = Path(sys.modules[top_level(module)].__file__ or "")
     home = file.parents[1] if file.name == "__init__.py" else file.parent
     return {**os.environ, "PYTHONPATH": os.pathsep.join([os.environ.get("PYTHONPATH", ""), str(home)])}
