@@ -15,17 +15,11 @@ from bigpipe.bigmodel.architecture import describe_architecture
 from bigpipe.bigmodel.checkpoint import ModelDescription, describe_checkpoint
 from bigpipe.bigmodel.formats import computable
 from bigpipe.bigmodel.placement import Placement, PlacementRequest, find_misfits, place_model
+from bigpipe.errors import DoesNotFit, UsageError
 from bigpipe.files import write_file
 from bigpipe.fit import Misfit
-from bigpipe.orchestrator.stage import (
-    DoesNotFit,
-    Forecast,
-    ForecastContext,
-    StageContext,
-    StageResult,
-    UsageError,
-    format_size,
-)
+from bigpipe.orchestrator.stage import Forecast, ForecastContext, StageContext, StageResult
+from bigpipe.sizes import format_size
 
 from .dispatch import DispatchMetrics, DispatchParams
 from .library import PLACEMENT, load_placed, read_placement, sources_of

@@ -8,20 +8,9 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, Field
 
 from bigpipe.bigmodel.tasks import BuiltIn, require_known
-from bigpipe.orchestrator.stage import (
-    Code,
-    FileOrLiteral,
-    Json,
-    Machine,
-    Metrics,
-    Params,
-    Planning,
-    Port,
-    Ranks,
-    Stage,
-    UsageError,
-    late,
-)
+from bigpipe.errors import UsageError
+from bigpipe.machine import Machine
+from bigpipe.orchestrator.stage import Code, FileOrLiteral, Json, Metrics, Params, Planning, Port, Ranks, Stage, late
 
 
 def _known(task: str) -> str:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator, model_validator
@@ -104,10 +105,10 @@ def pin(params: DownloadParams, context: CheckContext) -> Pinned | None:
     """The commit that a branch or tag means now. Nothing is imported where there is none to ask for."""
     if params.repo is None:
         return None
-    if re.fullmatch(r"[0-9a-f]{40}", params.revision):
-        return Pinned({}, "", lambda: late("bigpipe.plugins.downloading:listing")(params, context, params.revision))
-    found: Pinned = late("bigpipe.plugins.downloading:pin")(params, context)
-    return found
+    known, ask = re.fullmatch(r"[0-9a-f]{40}", params.revision), late("bigpipe.plugins.library:pin_revision")
+    found: Pinned = Pinned({}, "") if known else ask(params.repo, params.revision, context)
+    commit = found.values.get("revision", params.revision)
+    return replace(found, files=lambda: late("bigpipe.plugins.downloading:listing")(params, context, commit))
 
 
 def facts(params: DownloadParams, machine: Machine) -> Mapping[str, Json]:

@@ -10,31 +10,15 @@ from typing import Any
 
 from bigpipe.bigmodel.architecture import describe_architecture
 from bigpipe.bigmodel.checkpoint import ARCHITECTURE_FILE, describe_if_single
-from bigpipe.bigmodel.hub import Brought, Choice, DirectorySource, Hub, HubSource, Source, Watch, resolve_commit
+from bigpipe.bigmodel.hub import Brought, Choice, DirectorySource, Hub, HubSource, Source, Watch
 from bigpipe.bigmodel.writing import SyntheticModel, Traffic, encode_config, planned_bytes, read_shape
+from bigpipe.errors import NotAuthorised, Transient
 from bigpipe.files import write_file
-from bigpipe.orchestrator.stage import (
-    CheckContext,
-    Forecast,
-    ForecastContext,
-    NotAuthorised,
-    Pinned,
-    PinnedFile,
-    StageContext,
-    StageResult,
-    Transient,
-)
+from bigpipe.orchestrator.stage import CheckContext, Forecast, ForecastContext, PinnedFile, StageContext, StageResult
 from bigpipe.sizes import counted, format_transfer
 
 from .download import DownloadMetrics, DownloadParams
 from .library import sources_of
-
-
-def pin(params: DownloadParams, context: CheckContext) -> Pinned | None:
-    """The commit that a branch or tag means now."""
-    hub = Hub.of(sources_of(context))
-    commit = resolve_commit(params.repo or "", params.revision, hub=hub)
-    return Pinned({"revision": commit}, f"{hub.endpoint}, just now", lambda: listing(params, context, commit))
 
 
 def listing(params: DownloadParams, context: CheckContext, commit: str) -> dict[str, PinnedFile]:

@@ -6,25 +6,14 @@ decided before a byte of weights moves.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, create_model, field_validator, model_validator
 
 from bigpipe.bigmodel.formats import DTYPES, dtypes, require_dtype
-from bigpipe.orchestrator.stage import (
-    CheckContext,
-    Json,
-    Metrics,
-    OneOf,
-    Params,
-    Pinned,
-    Planning,
-    Port,
-    Stage,
-    Tree,
-    late,
-)
+from bigpipe.orchestrator.stage import CheckContext, Metrics, OneOf, Params, Pinned, Planning, Port, Stage, Tree, late
 from bigpipe.sizes import format_size
 
 Dtype = Annotated[str, OneOf(dtypes, require_dtype)]
@@ -54,7 +43,6 @@ class EstimateParams(Params):
     """Tokens; capped at what the model's positions allow."""
     bnb_4bit_use_double_quant: bool = False
     """nf4, fp4 and int4 with their scales quantized too."""
-
     kv_dtype: Literal["float32", "float16", "bfloat16", "float8", "int8"] | None = None
     """Of cached keys and values; null: what the model computes in."""
     train: Literal["adamw", "adamw_8bit", "sgd", "lora"] | None = None
@@ -128,10 +116,13 @@ EstimateMetrics: type[Metrics] = create_model("EstimateMetrics", __base__=Metric
 
 def pin(params: EstimateParams, context: CheckContext) -> Pinned | None:
     """The commit that a branch or tag means now. Nothing is imported where there is none to ask for."""
-    return None if params.repo is None else late("bigpipe.plugins.estimating:pin")(params, context)
+    if params.repo is None or re.fullmatch(r"[0-9a-f]{40}", params.revision):
+        return None
+    found: Pinned = late("bigpipe.plugins.library:pin_revision")(params.repo, params.revision, context)
+    return found
 
 
-def result_line(metrics: Mapping[str, Json]) -> str:
+def result_line(metrics: Mapping[str, Any]) -> str:
     """`float16 24.8 GiB, int8 12.4 GiB to infer, 2 more dtypes`, in the order of `EstimateMetrics`."""
     budgets = {**metrics, **metrics.get("formats", {}), "formats": None}
     sizes = [f"{dtype} {format_size(found['inference'])}" for dtype, found in budgets.items() if found]

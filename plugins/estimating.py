@@ -12,22 +12,12 @@ from typing import Literal
 from bigpipe.bigmodel.checkpoint import ModelDescription
 from bigpipe.bigmodel.footprint import Estimate, Sighting, Workload, estimate_sighting, look
 from bigpipe.bigmodel.formats import DTYPES
-from bigpipe.bigmodel.hub import COMMIT, Hub, check_access, resolve_commit
+from bigpipe.bigmodel.hub import Hub, check_access
 from bigpipe.bigmodel.sources import Sources
+from bigpipe.errors import NotAuthorised, Transient, UsageError
 from bigpipe.files import write_file
-from bigpipe.orchestrator.stage import (
-    CheckContext,
-    Forecast,
-    ForecastContext,
-    Metrics,
-    NotAuthorised,
-    Pinned,
-    StageContext,
-    StageResult,
-    Transient,
-    UsageError,
-    format_size,
-)
+from bigpipe.orchestrator.stage import CheckContext, Forecast, ForecastContext, Metrics, StageContext, StageResult
+from bigpipe.sizes import format_size
 
 from .estimate import DtypeMetrics, EstimateMetrics, EstimateParams
 from .library import sources_of
@@ -37,15 +27,6 @@ RAM = 96 * 2**20
 WORK = {"batch_size", "sequence_length", "kv_dtype", "lora_rank", "lora_targets", "gradient_checkpointing"}
 """Fields that are the workload's own."""
 REPORT_BYTES = 64 * 2**10
-
-
-def pin(params: EstimateParams, context: CheckContext) -> Pinned | None:
-    """The commit that a branch or tag means now."""
-    if params.repo is None or COMMIT.fullmatch(params.revision):
-        return None
-    hub = Hub.of(sources_of(context))
-    commit = resolve_commit(params.repo, params.revision, hub=hub)
-    return Pinned({"revision": commit}, f"asked {hub.endpoint}")
 
 
 def check(params: EstimateParams, context: CheckContext) -> None:

@@ -12,16 +12,9 @@ from bigpipe.bigmodel.formats import computable
 from bigpipe.bigmodel.inference import RESULTS, assign, chunked, compute_share, merge_results, plan_work
 from bigpipe.bigmodel.placement import Placement
 from bigpipe.bigmodel.tasks import TASKS, Answerer, TaskOptions, find_task, read_prompts
-from bigpipe.fit import Cure, fits
-from bigpipe.orchestrator.stage import (
-    CheckContext,
-    Forecast,
-    ForecastContext,
-    Misfit,
-    StageContext,
-    StageResult,
-    UsageError,
-)
+from bigpipe.errors import UsageError
+from bigpipe.fit import Cure, Misfit, fits
+from bigpipe.orchestrator.stage import CheckContext, Forecast, ForecastContext, StageContext, StageResult
 from bigpipe.sizes import counted
 
 from .distributed_infer import InferMetrics, InferParams

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from bigpipe.bigmodel.sources import Sources
-from bigpipe.orchestrator.stage import CheckContext, ForecastContext, StageContext
+from bigpipe.orchestrator.stage import CheckContext, ForecastContext, Pinned, StageContext
 
 if TYPE_CHECKING:
     import torch
@@ -32,6 +32,14 @@ def sources_of(context: CheckContext | ForecastContext | StageContext) -> Source
         offline=context.offline,
         environment=context.environment,
     )
+
+
+def pin_revision(repo: str, revision: str, context: CheckContext) -> Pinned:
+    """The commit that a branch or tag of a repository means now."""
+    from bigpipe.bigmodel.hub import Hub, resolve_commit
+
+    hub = Hub.of(sources_of(context))
+    return Pinned({"revision": resolve_commit(repo, revision, hub=hub)}, f"{hub.endpoint}, just now")
 
 
 def read_placement(artifact: Path) -> Placement:

@@ -8,16 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from bigpipe.orchestrator.stage import (
-    Forecast,
-    ForecastContext,
-    Metrics,
-    Params,
-    Ranks,
-    Stage,
-    StageContext,
-    StageResult,
-)
+from bigpipe.orchestrator.stage import Forecast, Metrics, Params, Ranks, Stage, StageContext, StageResult
 
 
 class Nothing(Params):
@@ -26,10 +17,6 @@ class Nothing(Params):
 
 class Found(Metrics):
     detail: str
-
-
-def _free(params: Nothing, context: ForecastContext) -> Forecast:
-    return Forecast()
 
 
 def _quantize(params: Nothing, context: StageContext) -> StageResult:
@@ -64,9 +51,8 @@ def _count(params: Nothing, context: StageContext) -> StageResult:
 
 
 def _stage(kind: str, run: Callable[[Nothing, StageContext], StageResult], **more: Any) -> Stage[Nothing]:
-    return Stage(
-        kind=kind, version=1, params=Nothing, metrics=Found, inputs={}, output=None, run=run, forecast=_free, **more
-    )
+    given = {"inputs": {}, "output": None, "forecast": lambda params, context: Forecast(), **more}
+    return Stage(kind=kind, version=1, params=Nothing, metrics=Found, run=run, **given)
 
 
 BITSANDBYTES = _stage("probe-bitsandbytes", _quantize)

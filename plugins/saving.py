@@ -10,17 +10,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from bigpipe.bigmodel.publishing import RECEIPT, Destination, Directory, Receipt, is_present, open_destination
+from bigpipe.errors import StageFailed, UsageError
 from bigpipe.files import free_space, write_file
-from bigpipe.orchestrator.stage import (
-    CheckContext,
-    Forecast,
-    ForecastContext,
-    Misfit,
-    StageContext,
-    StageFailed,
-    StageResult,
-    UsageError,
-)
+from bigpipe.fit import Misfit
+from bigpipe.orchestrator.stage import CheckContext, Forecast, ForecastContext, StageContext, StageResult
 from bigpipe.sizes import counted, format_transfer
 
 from .library import sources_of

@@ -9,10 +9,8 @@ Others come through the entry-point group `bigpipe.executors`, as values of `Exe
 
 from __future__ import annotations
 
-import importlib.abc
 import os
 import sys
-import threading
 import time
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -77,9 +75,8 @@ def run_inline(job: Job) -> Outcome:
 @contextmanager
 def heavy_imports_barred(kind: str) -> Iterator[None]:
     """Within, in this thread, importing one of HEAVY raises StageFailed. What was imported before stays usable."""
-    with _finder_lock:
-        if _finder not in sys.meta_path:
-            sys.meta_path.insert(0, _finder)
+    if _Bar not in sys.meta_path:
+        sys.meta_path.insert(0, _Bar)
     token = _barred.set(True)
     try:
         yield
@@ -96,17 +93,14 @@ class HeavyImport(ImportError):
     pass
 
 
-class _Finder(importlib.abc.MetaPathFinder):
-    def find_spec(
-        self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
-    ) -> ModuleSpec | None:
+class _Bar:
+    """Asked for every module that is imported (importlib's `MetaPathFinder`)."""
+
+    @staticmethod
+    def find_spec(fullname: str, path: Sequence[str] | None, target: ModuleType | None = None) -> ModuleSpec | None:
         if _barred.get() and fullname in HEAVY:
             raise HeavyImport(f"{fullname} may not be imported here", name=fullname)
         return None
-
-
-_finder = _Finder()
-_finder_lock = threading.Lock()
 
 
 EXECUTORS = {

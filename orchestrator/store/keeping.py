@@ -13,16 +13,7 @@ from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
-from .artifacts import (
-    KeyRecord,
-    all_artifacts,
-    all_records,
-    dropped_artifact,
-    let_go,
-    load_artifact,
-    save_artifact,
-    save_record,
-)
+from .artifacts import all_artifacts, all_records, let_go, load_artifact
 from .hashing import digest_of
 from .layout import Damaged, Layout, explained, read_sealed, record_path, sealed_digests, write_sealed
 from .locks import Presence, StoreLock
@@ -165,13 +156,3 @@ def _drop(layout: Layout, digest: str) -> int:
             path.unlink()
             freed += size
     return freed
-
-
-def record_forgone(layout: Layout, record: KeyRecord, files: Mapping[str, tuple[str, int]]) -> KeyRecord:
-    """Record an artifact of which no bytes are kept. One of the same digest that is there stays as it is."""
-    record = record.holding(files)
-    with explained(layout.root), StoreLock(layout.locks / "objects", shared=True):
-        if load_artifact(layout, record.digest or "") is None:
-            save_artifact(layout, dropped_artifact(record))
-        save_record(layout, record)
-    return record

@@ -13,13 +13,13 @@ from __future__ import annotations
 import errno
 import os
 import stat
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, NamedTuple
 
-from bigpipe.errors import StageFailed
+from bigpipe.errors import StageFailed, first_few
 from bigpipe.files import copy_file, give_name, is_partial, link, move, sync_directory, sync_file
 
 from .artifacts import STILL, Artifact, Entry, KeyRecord, files_below, place_tree, save_artifact, save_record
@@ -171,18 +171,15 @@ class Collector:
 
     def collect(self) -> dict[str, Origin]:
         """Return relative path → origin, sorted. Empty directories are not part of it. Raise StageFailed, OSError."""
-        sources = {name: self._source(name) for name in sorted(self._names())}
-        for name in self.known:
-            if name not in sources:
-                raise StageFailed(f"the stage reported a file it did not write: {name}", "this is a fault of its kind")
-        return sources
-
-    def _names(self) -> Iterator[str]:
+        names = []
         for name, item in files_below(self.out):
             if is_partial(item.name):  # of an attempt that was killed while it wrote
                 os.unlink(item.path)
             else:
-                yield name
+                names.append(name)
+        if missing := sorted(self.known.keys() - names):
+            raise StageFailed(f"the stage reported files it did not write: {first_few(missing)}", "a fault of its kind")
+        return {name: self._source(name) for name in sorted(names)}
 
     def _source(self, name: str) -> Origin:
         path = self.out / name

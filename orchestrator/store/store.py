@@ -30,15 +30,17 @@ from .artifacts import (
     KeyRecord,
     all_artifacts,
     all_records,
+    dropped_artifact,
     examine,
     load_artifact,
     load_record,
     place_tree,
     remove_tree,
     save_artifact,
+    save_record,
     tree_is_whole,
 )
-from .keeping import named_roots, record_forgone, release, remember, sweep
+from .keeping import named_roots, release, remember, sweep
 from .layout import Layout, explained, hex_of, is_hex, make_directory, names_in
 from .locks import Presence, StoreLock, if_free
 from .publish import JOURNAL, Known, Publisher
@@ -175,7 +177,11 @@ class Store:
         """Record an artifact whose bytes were let go while it was made, as `publish` and `drop` after it would. files:
         relative path → (sha256 in hex, size) of all its files."""
         self.enter()
-        record = record_forgone(self.layout, record, files)
+        record = record.holding(files)
+        with explained(self.root), StoreLock(self.layout.locks / "objects", shared=True):
+            if load_artifact(self.layout, record.digest or "") is None:  # one of the same digest stays as it is
+                save_artifact(self.layout, dropped_artifact(record))
+            save_record(self.layout, record)
         self.drop(record.digest or "", record.key)
         return record
 

@@ -3,6 +3,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -14,7 +15,7 @@ import yaml
 from support.launching import TESTS, Launched, gone, make_job, read_pid, wait_for
 from support.workshop import Workshop
 
-from bigpipe.errors import DoesNotFit, Interrupted, StageFailed, UsageError
+from bigpipe.errors import DoesNotFit, Interrupted, StageFailed, Transient, UsageError
 from bigpipe.orchestrator.contract.events import LogLine, RankHello
 from bigpipe.orchestrator.contract.types import Gpu, Launch, Machine
 from bigpipe.orchestrator.launch.acceleration import accelerate, effective_launch
@@ -151,6 +152,15 @@ class TestFaults:
         launched = Launched(make_job(tmp_path, "RANKS", launch=TWO, params={"do": "desert"}))
         with pytest.raises(StageFailed, match="rank 1 ended with exit status 0 and no result"):
             launched.run()
+
+    def test_a_port_that_is_taken_is_worth_another_try(self, tmp_path: Path) -> None:
+        with socket.socket() as taken:
+            taken.bind(("127.0.0.1", 0))
+            taken.listen()
+            port = taken.getsockname()[1]
+            launch = Launch(num_processes=2, num_machines=2, main_process_ip="127.0.0.1", main_process_port=port)
+            with pytest.raises(Transient, match=r"could not be brought together: .*port"):
+                Launched(make_job(tmp_path, "RANKS", launch=launch)).run()
 
     def test_two_machines_that_share_a_store_make_one_run(self, tmp_path: Path) -> None:
         """Here both are this one; each starts one of two ranks."""
@@ -305,8 +315,6 @@ def _assert_nobody_left(folder: Path) -> None:
 
 
 def _free_port() -> int:
-    import socket
-
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port: int = probe.getsockname()[1]
