@@ -72,6 +72,11 @@ def files_to_come(directory: Path, coming: Collection[str] = ()) -> WeightFiles:
             check_file(file, directory)
         return WeightFiles(format_of(file), (file,))
     nested = sorted({path.parent.name for path in directory.glob("*/*.safetensors")})
+    if gguf := sorted(name for name in here if name.endswith(".gguf")):
+        raise NoWeights(
+            f"{directory}: its weights are GGUF ({', '.join(gguf)}), which is not read here",
+            "give the model that they were made of, with .safetensors or torch .bin files",
+        )
     there = f"it has weights in {', '.join(nested)}; open one of these" if nested else ""
     raise NoWeights(f"{directory}: no weights were found", there or "name one with .safetensors or torch .bin files")
 

@@ -214,7 +214,7 @@ class Budget:
             self.shape, self.workload.batch_size, self.length, self.itemsize,
             image=_image(self.architecture), all_logits=self.workload.all_logits,
         )  # fmt: skip
-        unpacked, words = self._unpacked()
+        unpacked, words = self.unpacked
         size = found.bytes + self.cache.prefill_extra + unpacked
         formula = f"{found.phase}: {found.formula}"
         formula += " + keys beyond the window until the first step" if self.cache.prefill_extra else ""
@@ -224,7 +224,8 @@ class Budget:
         low, high = int(size * (1 - CALIBRATED_MARGIN)), int(size * (1 + CALIBRATED_MARGIN)) + SCRATCH
         return Term(size, "calibrated", low, high, formula)
 
-    def _unpacked(self) -> tuple[int, str]:
+    @property
+    def unpacked(self) -> tuple[int, str]:
         """What a product with a packed matrix takes besides, in bytes and in words."""
         packing, tokens = self.counts.packing, self.workload.batch_size * self.length
         if packing is None:
@@ -255,7 +256,7 @@ class Budget:
             image=_image(self.architecture), all_logits=self.workload.all_logits,
             output_length=self.workload.output_length, cache_itemsize=self.cached,
         )  # fmt: skip
-        other = found.bytes + self._unpacked()[0]
+        other = found.bytes + self.unpacked[0]
         margin = int(other * (CALIBRATED_MARGIN if found.known else GUESSED_MARGIN))
         size = self.counts.loaded + other
         return Term(

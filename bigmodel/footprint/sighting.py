@@ -115,9 +115,8 @@ def _fetch_code(repository: Repository, revision: str) -> Path:
 
 def _look_locally(path: Path, library: str | None) -> Sighting:
     directory = path if path.is_dir() else path.parent
-    if path.is_file() and path.suffix != ".json":
-        return Sighting(name=str(path), description=describe_checkpoint(path), library=library)
-    if path.is_dir() and _has_weights(path):
+    missing = _missing_weights(path)
+    if missing is None:
         return Sighting(name=str(path), description=describe_checkpoint(path), library=library)
     if path.is_dir() and (path / "model_index.json").is_file():
         request, description = read_request(path, library_name="diffusers"), describe_pipeline(path)
@@ -127,21 +126,28 @@ def _look_locally(path: Path, library: str | None) -> Sighting:
         )  # fmt: skip
     file = path / "config.json" if path.is_dir() else path
     custom = directory / ARCHITECTURE_FILE
+    gguf = path.is_dir() and any(path.glob("*.gguf"))
     if not file.is_file() and not custom.is_file():
+        if gguf:
+            raise missing
         raise UsageError(
             f"{path} holds no weights, no config.json and no {ARCHITECTURE_FILE}", "give the directory of a model"
         )
     config = read_json(file, directory, MAX_CONFIG) if file.is_file() else None
     described = _described(config, read_json(custom, directory, MAX_CONFIG) if custom.is_file() else None, directory)
-    return Sighting(name=str(path), description=described, source="config", library=library)
+    notes = (f"{missing.cause}; sizes are those of its config",) if gguf else ()
+    return Sighting(name=str(path), description=described, source="config", library=library, notes=notes)
 
 
-def _has_weights(directory: Path) -> bool:
+def _missing_weights(path: Path) -> NoWeights | None:
+    """None: there are some."""
+    if path.is_file():
+        return NoWeights(f"{path}: is no weight file") if path.suffix == ".json" else None
     try:
-        find_weight_files(directory)
-    except NoWeights:
-        return False
-    return True
+        find_weight_files(path)
+    except NoWeights as error:
+        return error
+    return None
 
 
 def _described(config: Mapping[str, Any] | None, custom: Mapping[str, Any] | None, path: Path) -> ModelDescription:

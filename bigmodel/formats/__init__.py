@@ -17,18 +17,8 @@ if TYPE_CHECKING:
     from .format import PLAIN, Encoder, Format, MeasuringEncoder, Packing, StoredTensor, Tensors
     from .matrices import converted_modules, default_skips, matrix_shape, name_matcher, weight_of
     from .packed import PackedWeight, replace_linears, set_apart
-    from .registry import (
-        BUILT_IN,
-        castable,
-        computable,
-        format_of,
-        named,
-        names,
-        packing_of,
-        recognise,
-        require_known,
-        version_of,
-    )
+    from .recognition import castable, computable, format_of, recognise, uncomputable
+    from .registry import BUILT_IN, named, names, packing_of, require_known, version_of
     from .widths import DTYPES, PLAIN_DTYPES, WORTHWHILE, dtypes, has_double_quant, packing, require_dtype, width
 
 __getattr__, __all__ = face(__name__)

@@ -16,9 +16,7 @@ from bigpipe.errors import UsageError
 from bigpipe.modules import import_attribute
 
 if TYPE_CHECKING:
-    from bigpipe.bigmodel.checkpoint import ModelDescription
-
-    from .format import Format, Packing, Tensors
+    from .format import Format, Packing
 
 GROUP = "bigpipe.formats"
 """An entry point is named as its `Format` is, and so is the `quant_method` that its config states."""
@@ -74,77 +72,3 @@ def packing_of(name: str, **options: Any) -> Packing:
     packing = named(name).packing
     assert packing is not None  # noqa: S101  see `named`
     return replace(packing, **{key: value for key, value in options.items() if key in packing.takes})  # type: ignore[type-var]
-
-
-def recognise(quantization: Mapping[str, Any] | None, tensors: Tensors | None) -> Format:
-    """Return the format of a checkpoint: as its `quantization_config` says, else as its tensors tell.
-
-    A method that nobody here has heard of is a format too, which cannot be computed with.
-    """
-    from . import bitsandbytes
-    from .foreign import FOREIGN
-    from .format import Format
-
-    quantization = quantization or {}
-    producer = quantization.get("producer")  # how ModelOpt named itself before it wrote a quant_method
-    before = producer.get("name") if isinstance(producer, Mapping) else None
-    method = str(bitsandbytes.scheme_of(quantization) or quantization.get("quant_method") or before or "")
-    if not method:
-        return _shown(tensors or {})
-    foreign = next((found for found in FOREIGN if _same(found.method, method)), None)
-    if method in BUILT_IN or (foreign is None and method in offered()):
-        return named(method)
-    return foreign or Format(name=method, title=method, method=method, computes=False)
-
-
-def format_of(described: ModelDescription) -> Format:
-    """Return the format of a checkpoint that was described."""
-    return recognise(described.quantization, described.tensors)
-
-
-def computable(described: ModelDescription) -> None:
-    """Raise UsageError for a checkpoint in a format that no model can be run from here."""
-    found = format_of(described)
-    if not found.computes:
-        raise UsageError(
-            f"{_place(described)}its weights are {found.title} ({found.method}), which cannot be computed with here",
-            f"start from the weights before they were quantized; `quantize` makes {', '.join(BUILT_IN)} of them",
-        )
-
-
-def castable(described: ModelDescription, dtype: str) -> None:
-    """Raise UsageError for a checkpoint whose scales must keep their dtype."""
-    from .format import PLAIN
-
-    found = format_of(described)
-    if found is not PLAIN:
-        raise UsageError(
-            f"{_place(described)}dtype {dtype} would change the scales of quantized weights ({found.title})",
-            "leave dtype out, or let quantize come after shard",
-        )
-
-
-def _place(described: ModelDescription) -> str:
-    return f"{described.path}: " if described.path else ""
-
-
-def _same(one: str, other: str) -> bool:
-    return one.replace("_", "-") == other.lower().replace("_", "-")
-
-
-def _shown(tensors: Tensors) -> Format:
-    """By how names end. Codes are no wide floats, while a plain model may well call a parameter `scales`."""
-    from bigpipe.bigmodel.checkpoint import CASTABLE
-
-    from .foreign import FOREIGN
-    from .format import PLAIN
-
-    endings: dict[str, set[str]] = {}
-    for name, (dtype, _) in tensors.items():
-        endings.setdefault(f".{name.rpartition('.')[2]}", set()).add(dtype)
-    packed = [ending for ending, dtypes in endings.items() if not dtypes.issubset(CASTABLE)]
-    for known in (*map(named, BUILT_IN), *FOREIGN):
-        codes, *beside = known.tensors or ("\0",)
-        if any(e.endswith(codes) for e in packed) and all(any(e.endswith(b) for e in endings) for b in beside):
-            return known
-    return PLAIN

@@ -16,6 +16,7 @@ from bigpipe.bigmodel.footprint import (
     layer_kinds,
     text_config,
 )
+from bigpipe.bigmodel.formats import PLAIN, Format
 
 from .tree import prefixes
 
@@ -32,14 +33,20 @@ class Headroom:
     """On each GPU in use."""
 
 
-def headroom_of(architecture: Architecture, dtype: str, batch_size: int, sequence_length: int) -> Headroom:
-    """Return what generating with a model of this dtype takes, by the same count as an estimate's."""
+def headroom_of(
+    architecture: Architecture, dtype: str, batch_size: int, sequence_length: int, stored: Format = PLAIN
+) -> Headroom:
+    """Return what generating with a model of this dtype takes, by the same count as an estimate's.
+
+    stored: the format its matrices are packed in; what they are unpacked into for a product counts as activations.
+    """
     workload = Workload(batch_size=batch_size, sequence_length=sequence_length)
     found = Budget(architecture, dtype, workload)
+    unpacked = Budget(architecture, stored.name, workload).unpacked[0] if stored.packing else 0
     shares = _shares(architecture, batch_size, capped_length(architecture, sequence_length), compute_bytes(dtype))
     return Headroom(
         cache=_divided(found.kv_cache.bytes, shares) if found.kv_cache.bytes else {},
-        activations=found.activations.bytes,
+        activations=found.activations.bytes + unpacked,
         runtime=found.runtime.high,
     )
 

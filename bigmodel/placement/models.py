@@ -9,7 +9,7 @@ from pathlib import Path
 from bigpipe.bigmodel.architecture import BUFFERS, Architecture, TensorSpec
 from bigpipe.bigmodel.checkpoint import CASTABLE, ModelDescription, tensor_nbytes
 from bigpipe.bigmodel.footprint import architecture_of, look
-from bigpipe.bigmodel.formats import format_of, set_apart
+from bigpipe.bigmodel.formats import format_of, set_apart, uncomputable
 from bigpipe.bigmodel.sources import Sources
 from bigpipe.errors import DoesNotFit
 from bigpipe.fit import Misfit
@@ -109,12 +109,16 @@ def _placed(
         architecture,
         replace(request, dtype=dtype),
         tensor_bytes=stored_bytes(model, architecture, plain=request.dtype is None, skip=special),
-        headroom=headroom_of(architecture, dtype, request.batch_size, request.sequence_length),
+        headroom=headroom_of(architecture, dtype, request.batch_size, request.sequence_length, format_of(model)),
         machine=machine,
         speeds=speeds,
     )
-    streamed = _streamed(architecture, placement, dtype, stored_bytes(model, architecture))
-    return replace(placement, dtype=request.dtype, streamed_bytes_per_token=streamed)
+    return replace(
+        placement,
+        dtype=request.dtype,
+        streamed_bytes_per_token=_streamed(architecture, placement, dtype, stored_bytes(model, architecture)),
+        explanation=(*placement.explanation, *([f"{refused.cause}."] if (refused := uncomputable(model)) else [])),
+    )
 
 
 def _streamed(architecture: Architecture, placement: Placement, dtype: str, stored: Mapping[str, int]) -> int:

@@ -20,7 +20,7 @@ from bigpipe.bigmodel.architecture import known_architecture, outline
 from bigpipe.bigmodel.footprint import Budget, Estimate, Workload, estimate
 from bigpipe.bigmodel.footprint.estimates import compare
 from bigpipe.bigmodel.formats import DTYPES
-from bigpipe.errors import InvalidCheckpoint, Offline, UsageError
+from bigpipe.errors import InvalidCheckpoint, NoWeights, Offline, UsageError
 from bigpipe.fit import as_options
 
 OPT_13B: dict[str, Any] = {
@@ -405,6 +405,17 @@ class TestMistakes:
     def test_an_empty_directory(self, tmp_path: Path) -> None:
         with pytest.raises(UsageError, match=r"holds no weights, no config\.json"):
             estimate(tmp_path)
+
+    def test_a_folder_of_gguf_alone_is_called_so(self, tmp_path: Path) -> None:
+        (tmp_path / "model-Q4_K_M.gguf").touch()
+        with pytest.raises(NoWeights, match=r"its weights are GGUF \(model-Q4_K_M\.gguf\), which is not read here"):
+            estimate(tmp_path)
+        (tmp_path / "config.json").write_text(json.dumps(OPT_13B))
+        made = estimate(tmp_path, dtypes=["int8"])
+        assert made.source == "config"
+        assert [note.partition(": ")[2] for note in made.notes] == [
+            "its weights are GGUF (model-Q4_K_M.gguf), which is not read here; sizes are those of its config"
+        ]
 
     def test_a_dtype_that_is_none(self, opt_13b: Path) -> None:
         with pytest.raises(UsageError, match="'int3' is not known"):

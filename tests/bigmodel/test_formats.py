@@ -26,7 +26,7 @@ from bigpipe.bigmodel.formats import (
     packing_of,
     recognise,
 )
-from bigpipe.bigmodel.formats.foreign import FOREIGN
+from bigpipe.bigmodel.formats.recognition import FOREIGN
 from bigpipe.errors import UsageError
 from bigpipe.orchestrator.stage import Forecast
 from bigpipe.plugins.dispatch import STAGE as DISPATCH, DispatchParams

@@ -13,6 +13,7 @@ import bigpipe
 from bigpipe.bigmodel.architecture import Architecture, known_architecture
 from bigpipe.bigmodel.checkpoint import ModelDescription
 from bigpipe.bigmodel.footprint import Budget, Workload
+from bigpipe.bigmodel.formats import named
 from bigpipe.bigmodel.placement import Placement, PlacementRequest, find_misfits, place_model
 from bigpipe.bigmodel.placement.headroom import headroom_of
 from bigpipe.errors import DoesNotFit
@@ -116,6 +117,17 @@ def test_a_models_cache_is_divided_to_the_byte(name: str) -> None:
     whole = Budget(architecture, "float16", Workload(batch_size=3, sequence_length=2000))
     assert sum(headroom.cache.values()) == whole.kv_cache.bytes
     assert headroom.activations == whole.activations.bytes
+
+
+@pytest.mark.parametrize("name", ["nf4", "fp4", "int8"])
+def test_what_packed_matrices_are_unpacked_into_is_kept_free(name: str) -> None:
+    architecture = architecture_of("llama")
+    workload = Workload(batch_size=3, sequence_length=2000)
+    plain = headroom_of(architecture, "float16", 3, 2000)
+    packed = headroom_of(architecture, "float16", 3, 2000, named(name))
+    estimated = (Budget(architecture, dtype, workload).activations.bytes for dtype in (name, "float16"))
+    assert packed.activations - plain.activations == next(estimated) - next(estimated) > 0
+    assert packed.cache == plain.cache
 
 
 def test_layers_with_windows_cache_less_than_those_that_see_everything() -> None:

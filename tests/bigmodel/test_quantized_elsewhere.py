@@ -156,6 +156,7 @@ def test_sized_and_placed_as_stored(tmp_path: Path, memo: Path, name: str) -> No
     ]
     for placement in placements:
         assert placement.weights == {0: nbytes(entries) + sum(made.values())}
+        assert placement.explanation[-1].endswith(f"({method['quant_method']}), which cannot be computed with here.")
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -189,4 +190,7 @@ def test_bitsandbytes(tmp_path: Path, memo: Path, scheme: Any, double: bool) -> 
     assert (found.checkpoint["bytes"], found.checkpoint["quantization"]) == (
         file.stat().st_size - header, "bitsandbytes")  # fmt: skip
     placement = place(quantized, max_memory={0: "1GB"}, memo=memo)
+    assert "computed" not in placement.explanation[-1]
+    plain = place(model, dtype="float16", max_memory={0: "1GB"}, memo=memo)
+    assert placement.needs[0].activations > plain.needs[0].activations
     assert placement.weights == {0: file.stat().st_size - header}
