@@ -95,16 +95,14 @@ def identity(
     base: the manifest's directory. trust: what the manifest trusts. pins: what the kind's `pin` gave.
     Raise UsageError where a file the params name is not there.
     """
-    kind, facts = node.kind, node.kind.planning.facts
+    kind, facts, location = node.kind, node.kind.planning.facts, node.location
     params = content_params(node.params, base, memo)
     for path, value in (pins or {}).items():
         _pin(params, path, value)
     return Identity(
         kind=kind.kind,
         version=kind.version,
-        code=None
-        if is_built_in(node.location)
-        else source_digest(node.location, trust.home(node.location, base), memo),
+        code=None if is_built_in(location) else source_digest(location, trust.home(location, base), memo),
         params=params,
         env=dict(node.env),
         packages={name: package_version(name) for name in kind.packages},

@@ -213,7 +213,9 @@ def _good(states: States, state: NodeState) -> Step:
     if _keeps(state) or not state.bytes_here:
         return Step(Do.WAIT)
     sharing = _sharing(states, state)
-    taken = all(_has_taken(each) for one in sharing for each in reversed(one.consumers))
+    consumers = (each for one in sharing for each in reversed(one.consumers))
+    # One that failed will want its producers' bytes again.
+    taken = all(each.status is Status.SKIPPED or (each.status in GOOD and _up_to_date(each)) for each in consumers)
     return Step(Do.DROP if taken and not any(map(_keeps, sharing)) else Do.WAIT)
 
 
@@ -226,11 +228,6 @@ def _sharing(states: States, state: NodeState) -> list[NodeState]:
     """It, and those whose bytes are the same because their key is."""
     key = state.key or ""
     return [state, *(each for each in states.of_key.get(key, ()) if each is not state and each.key == key)]
-
-
-def _has_taken(consumer: NodeState) -> bool:
-    """One that failed will want its producers' bytes again."""
-    return consumer.status is Status.SKIPPED or (consumer.status in GOOD and _up_to_date(consumer))
 
 
 def _up_to_date(state: NodeState) -> bool:

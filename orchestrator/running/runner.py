@@ -17,11 +17,12 @@ from __future__ import annotations
 import signal
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
-from contextlib import closing
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import FrameType
 from typing import TYPE_CHECKING
 
 from bigpipe.errors import BigpipeError, GateFailed, Interrupted
@@ -52,7 +53,6 @@ from bigpipe.orchestrator.planning import (
 from bigpipe.orchestrator.recipe import Node
 from bigpipe.orchestrator.store import KeyRecord
 
-from .interruption import caught_once
 from .records import RunRecorder, RunResult, new_run_id
 from .streaming import Streams, provisional_key
 
@@ -121,7 +121,7 @@ def run_plan(
     )
     with closing(recorder):
         run.reporter.report(RunStarted(run_id, str(session.recipe.path), tuple(plan.nodes)))
-        with caught_once(run.interrupt), run.pool:
+        with _caught_once(run.interrupt), run.pool:
             _loop(run)
         return _finish_run(run, recorder, time.monotonic() - started)
 
@@ -250,7 +250,6 @@ def _timed(state: NodeState, attempt: Attempt) -> KeyRecord | None:
 
 
 def _lineage(run: Run, node: Node) -> tuple[Lineage, ...]:
-    above = [run.states[name] for name in run.session.recipe.ancestors(node.name)]
     return tuple(
         Lineage(
             node=state.node.name,
@@ -260,7 +259,7 @@ def _lineage(run: Run, node: Node) -> tuple[Lineage, ...]:
             params=state.node.params.model_dump(mode="json", by_alias=True),
             metrics=state.record.metrics if state.record else {},
         )
-        for state in above
+        for state in map(run.states.__getitem__, run.session.recipe.ancestors(node.name))
     )
 
 
@@ -314,9 +313,13 @@ def _finish_run(run: Run, recorder: RunRecorder, seconds: float) -> RunResult:
         if state.status is Status.PENDING:
             schedule.end(run.states, state, Status.SKIPPED, "the run stopped before its turn")
             _report(run, state)
-    errors = _errors(run)
-    interrupted = any(isinstance(error, Interrupted) for error in errors)
-    status = "interrupted" if interrupted else "failed" if errors else "succeeded"
+    # Failures in topological order, gates last: what they cost in exit codes
+    errors = sorted(filter(None, (state.error for state in states.values())), key=lambda e: isinstance(e, GateFailed))
+    status = "failed" if errors else "succeeded"
+    if run.cancelled.is_set():
+        cure = "what was finished is kept: the same command goes on from there"
+        errors = [Interrupted("interrupted", cure, signal=run.signal or signal.SIGINT)]
+        status = "interrupted"
     run.reporter.report(RunFinished(run.id, status, seconds))
     result = RunResult(
         run=run.id, status=status, nodes=states, session=run.session, seconds=seconds, errors=tuple(errors)
@@ -332,10 +335,24 @@ def _remember(run: Run, keys: Mapping[str, str]) -> None:
     session.store.remember(recipe.path, session.lock, recipe.name, keys)
 
 
-def _errors(run: Run) -> list[BigpipeError]:
-    """The interruption first, then failures in topological order, gates last: what they cost in exit codes."""
-    if run.cancelled.is_set():
-        cure = "what was finished is kept: the same command goes on from there"
-        return [Interrupted("interrupted", cure, signal=run.signal or signal.SIGINT)]
-    errors = [state.error for state in run.states.nodes.values() if state.error is not None]
-    return sorted(errors, key=lambda error: isinstance(error, GateFailed))
+@contextmanager
+def _caught_once(told: Callable[[int], None]) -> Iterator[None]:
+    """The first SIGINT or SIGTERM calls `told` with its number; the second is not held back.
+
+    Where this is not the main thread, which alone may catch signals, nothing is caught.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        told(number)
+        for caught, previous in before.items():
+            signal.signal(caught, previous)
+
+    before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, previous in before.items():
+            signal.signal(number, previous)

@@ -10,6 +10,7 @@ or where a producer may give again what it gave before.
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 from bigpipe.errors import BigpipeError
@@ -24,41 +25,38 @@ class Warming:
 
     def __init__(self, session: Session, plan: Plan, states: States, folder: Callable[[Node], Path]) -> None:
         self._session, self._plan, self._states, self._folder = session, plan, states, folder
-        self._waiting: dict[str, WarmWorker] = {}
+        self._waiting: tuple[str, WarmWorker] | None = None
         self._tried: set[str] = set()
 
     def begin(self) -> None:
         """Start a worker for the node whose turn comes next."""
-        if self._waiting or self._full():
-            return
+        session = self._session
         for name, state in self._states.nodes.items():
+            if self._waiting is not None or self._full():
+                return
             if name not in self._tried and self._certain(state):
                 self._tried.add(name)
-                if worker := self._start(state.node):
-                    self._waiting[name] = worker
-                    return
+                node, job_file = state.node, AttemptFolder(self._folder(state.node) / "1").job
+                # Of a BigpipeError or OSError the node itself will speak.
+                with suppress(BigpipeError, OSError):
+                    if modules := node.kind.warms(node.params) if node.kind.warms else ():
+                        around = session.surroundings(node)
+                        self._waiting = name, WarmWorker(node.kind, modules, around, job_file, session.environment)
 
     def take(self, node: Node) -> WarmWorker | None:
         """The worker that waits for this node; another one ends where the node needs its memory."""
-        worker = self._waiting.pop(node.name, None)
-        if self._waiting and self._full():
+        if self._waiting is not None and self._waiting[0] == node.name:
+            worker, self._waiting = self._waiting[1], None
+            return worker
+        if self._full():
             self.close()
-        return worker
+        return None
 
     def close(self) -> None:
-        """End those that wait."""
-        while self._waiting:
-            self._waiting.popitem()[1].end()
-
-    def _start(self, node: Node) -> WarmWorker | None:
-        modules = node.kind.warms(node.params) if node.kind.warms else ()
-        if not modules:
-            return None
-        session, job_file = self._session, AttemptFolder(self._folder(node) / "1").job
-        try:
-            return WarmWorker(node.kind, modules, session.surroundings(node), job_file, session.environment)
-        except (BigpipeError, OSError):
-            return None  # the node itself will say so
+        """End the one that waits."""
+        if self._waiting is not None:
+            self._waiting[1].end()
+            self._waiting = None
 
     def _certain(self, state: NodeState) -> bool:
         """Is it waiting for nothing but nodes that run, and will it run after them if they end well?"""

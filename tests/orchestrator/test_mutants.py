@@ -27,10 +27,10 @@ SCHEDULE_MUTANTS = [
     ("a follower counts as a job", '"jobs": 0 if follows else 1', '"jobs": 1'),
     ("what ended still holds its share", "states.held[what] -= size", "pass"),
     # Dropped bytes
-    ("bytes go after the first consumer", "taken = all(_has", "taken = any(_has"),
+    ("bytes go after the first consumer", "taken = all(each", "taken = any(each"),
     ("kept bytes go", "return state.node.cache or not state.consumers", "return not state.consumers"),
     ("bytes go though a consumer failed",
-     "consumer.status is Status.SKIPPED or", "consumer.status in (Status.SKIPPED, Status.FAILED) or"),
+     "all(each.status is Status.SKIPPED or", "all(each.status in (Status.SKIPPED, Status.FAILED) or"),
     ("bytes that nobody takes go", "return state.node.cache or not state.consumers", "return state.node.cache"),
     ("dropped bytes are not demanded", "if each.status in GOOD and not each.bytes_here)", "if False)"),
     ("a hit needs its bytes",
@@ -88,7 +88,13 @@ SCHEDULE_MUTANTS = [
 ]  # fmt: skip
 MUTANTS = [
     *((name, SCHEDULE, rule, broken, RULES) for name, rule, broken in SCHEDULE_MUTANTS),
-    ("a maybe demands for certain", REHEARSAL, "Action.RUN if sure else Action.MAYBE", "Action.RUN", FORESEEN),
+    (
+        "a maybe demands for certain",
+        REHEARSAL,
+        "Action.RUN if Action.RUN in needing.values() else Action.MAYBE",
+        "Action.RUN",
+        FORESEEN,
+    ),
     # Whose record counts
     ("a refused record is taken", EXECUTION, "made != attempt.refused", "True", REFUSED),
     ("nobody else's record is taken", EXECUTION, "made is not None and made != attempt.refused", "False", REFUSED),
