@@ -124,10 +124,8 @@ def write_lock(session: Session) -> Path:
 
 def current(session: Session) -> LockFile:
     """Return what a lock written now would say. Runs nothing.
-
     What the lock knew of a node's files stays where its inputs are the same, what it knew of its output where those of
-    all its ancestors are too.
-    """
+    all its ancestors are too."""
     recipe = session.recipe
     old = read_lock(lock_path(recipe.path)) or LockFile(recipe=recipe.name)
     inputs = {node.name: _input_now(session, node) for node in session.nodes}
@@ -206,9 +204,7 @@ def _require(lock: LockFile, now: LockFile, nodes: Iterable[str] | None = None) 
 
 def check(lock: LockFile, now: LockFile, nodes: Iterable[str] | None = None) -> list[Difference]:
     """Return how the inputs of `nodes` (all, if None) differ from those locked. Empty: the lock holds.
-
-    A file counts where both sides know of it; that a file is new or gone counts where both sides list files.
-    """
+    A file counts where both sides know of it; that a file is new or gone counts where both sides list files."""
     changes: list[Difference] = []
     for name in sorted(lock.inputs.keys() | now.inputs.keys() if nodes is None else set(nodes)):
         old, new = lock.inputs.get(name), now.inputs.get(name)
@@ -280,9 +276,7 @@ def git_blob(path: Path) -> str:
 
 def record_outputs(session: Session, records: Mapping[str, KeyRecord]) -> None:
     """Add what a successful run gave to the lock file, if there is one. records: by node, of those that have one.
-
-    Only nodes that ran with the locked inputs count: a run never moves a lock, `bigpipe lock` does.
-    """
+    Only nodes that ran with the locked inputs count: a run never moves a lock, `bigpipe lock` does."""
     lock = read_lock(lock_path(session.recipe.path))
     if lock is None:
         return

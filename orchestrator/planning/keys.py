@@ -91,10 +91,8 @@ def identity(
     node: Node, *, base: Path, memo: StatMemo, machine: Machine, trust: Trust, pins: Mapping[str, str] | None = None
 ) -> Identity:
     """Return the identity of a node on this machine.
-
     base: the manifest's directory. trust: what the manifest trusts. pins: what the kind's `pin` gave.
-    Raise UsageError where a file the params name is not there.
-    """
+    Raise UsageError where a file the params name is not there."""
     kind, facts, location = node.kind, node.kind.planning.facts, node.location
     params = content_params(node.params, base, memo)
     for path, value in (pins or {}).items():
@@ -127,10 +125,8 @@ def differences(
     new_inputs: Mapping[str, Sequence[str] | None],
 ) -> list[Difference]:
     """Return what made the key change, for a reader: kind, version, code, params, inputs, env, packages, facts.
-
     `old` and `new` are as `Identity.as_json` has them. A port of `new_inputs` that is None is not known yet, and not
-    compared.
-    """
+    compared."""
     changes: list[Difference] = []
     for name in ("kind", "version", "code", "params"):
         changes += changed(name, old.get(name), new.get(name))
@@ -314,8 +310,6 @@ def _raise(error: OSError) -> None:
 
 def source_digest(reference: str, base: Path | None, memo: StatMemo) -> str | None:
     """Return `sha256:…` over all Python files of the top-level package of `module:name`; None where there are none.
-
-    base: the directory in which it is looked for first. Nothing is imported.
-    """
+    base: the directory in which it is looked for first. Nothing is imported."""
     sources = source_files(top_level(reference), base)
     return digest_of("code", [[name, memo.sha256(path)] for name, path in sources]) if sources else None

@@ -76,10 +76,8 @@ class Plan:
 
 def make_plan(session: Session, *, preflight: bool = True) -> Plan:
     """Decide every selected node with what is known now.
-
     preflight: also ask each running kind's `check`, which may use the network for metadata.
-    Raises UsageError for inputs that are not there; what does not fit is in the plan, not raised.
-    """
+    Raises UsageError for inputs that are not there; what does not fit is in the plan, not raised."""
     rehearsal = Rehearsal(session)
     return Plan(
         session=session,

@@ -266,9 +266,7 @@ def _missing_producer(states: States, state: NodeState) -> str | None:
 
 def may_follow(states: States, state: NodeState, producer: NodeState) -> bool:
     """Could the node take the files of this producer as they are made? All else it depends on must stand.
-
-    A `timeout` is meant for the work, not for waiting; a `when` may be waiting for anything.
-    """
+    A `timeout` is meant for the work, not for waiting; a `when` may be waiting for anything."""
     node, kind = state.node, state.node.kind
     return (
         states.side_by_side
@@ -323,9 +321,7 @@ def lookup(states: States, own: NodeState) -> Lookup:
 
 def input_digests(state: NodeState) -> Inputs | None:
     """Per port, the digests of what is wired there, skipped producers left out; None while one is not known.
-
-    Of a producer that runs it is what it gave before under its key, should it give that again.
-    """
+    Of a producer that runs it is what it gave before under its key, should it give that again."""
     found: dict[str, list[str]] = {}
     for port, wired in state.inputs.items():
         for each in wired:
@@ -415,9 +411,7 @@ def drop(states: States, state: NodeState) -> None:
 
 def passes_on(states: States, state: NodeState, *, gone: bool = False) -> bool:
     """Are its files let go while it runs, as they are taken? Where all who take them run beside it.
-
-    gone: some of them are. Then whoever failed will not find them all, and they are not kept for it.
-    """
+    gone: some of them are. Then whoever failed will not find them all, and they are not kept for it."""
     if _keeps(state) or len(_sharing(states, state)) > 1:
         return False
     excused = {Status.SKIPPED, Status.FAILED} if gone else {Status.SKIPPED}

@@ -128,9 +128,7 @@ class Session:
 
     def pinned(self, node: Node) -> Pinned:
         """Return floating params made exact: asked of the source once, else the lock's, else the last recorded.
-
-        Raise Offline where none of the three has an answer.
-        """
+        Raise Offline where none of the three has an answer."""
         if node.name not in self._pins:
             self._pins[node.name] = self._pin(node)
         return self._pins[node.name]

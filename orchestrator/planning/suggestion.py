@@ -23,10 +23,8 @@ Arguments = Mapping[str, str]
 
 def with_parameters(plan: Plan) -> Plan:
     """The plan, with a `-p` in front of each cure where the recipe has parameters for it and the plan with them passes.
-
     One misfit's change is tried alone, then the changes of all together. Where all fits but a gate fails that a
-    forecast decides, parameters of the stages it speaks of are tried: the largest smaller number, another choice.
-    """
+    forecast decides, parameters of the stages it speaks of are tried: the largest smaller number, another choice."""
     if not plan.misfits:
         return _with_gate_cures(plan)
     changes = [_arguments(plan, plan.nodes[name].node, misfit.change) for name, misfit in plan.misfits]

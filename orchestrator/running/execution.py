@@ -57,10 +57,8 @@ class Attempt:
 
 def execute(attempt: Attempt) -> KeyRecord | None:
     """Do the work, unless another process holding the key's lock has done it meanwhile.
-
     None: the node followed a producer that failed or gave other files than it announced; nothing came of it.
-    Raises the stage's own BigpipeError, StageFailed for crashes, Interrupted when cancelled.
-    """
+    Raises the stage's own BigpipeError, StageFailed for crashes, Interrupted when cancelled."""
     if attempt.follows is not None:
         return _follow(attempt, attempt.follows)
     session = attempt.session

@@ -43,9 +43,7 @@ SAVE_SECONDS = 1.0
 
 def new_run_id(now: datetime | None = None) -> str:
     """`20260103-174500-1f43f9a2c`: UTC, milliseconds in three hexadecimal digits, six of chance.
-
-    Sorts by time as far as the clock can be trusted, and is unique without it.
-    """
+    Sorts by time as far as the clock can be trusted, and is unique without it."""
     now = now or datetime.now(UTC)
     return f"{now:%Y%m%d-%H%M%S}-{now.microsecond // 1000:03x}{os.urandom(3).hex()}"
 
@@ -254,9 +252,7 @@ def diff(
 ) -> dict[str, list[Difference]]:
     """Return what differs between two runs, by node, and of the runs themselves (`manifest`, `params.gpu`, `nodes.x`: a
     node that only one of them has) under "": status, digests and metrics, and times where work was done.
-
-    causes: per node what made its key change (`keys.differences` over the stored records).
-    """
+    causes: per node what made its key change (`keys.differences` over the stored records)."""
     own = [*changed("manifest", one.manifest, other.manifest), *changed("params", one.params, other.params)]
     own += changed("status", one.status, other.status)
     found = {"": own}

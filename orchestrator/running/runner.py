@@ -94,10 +94,8 @@ def run_plan(
     session: Session, plan: Plan, reporter: Reporter, *, jobs: int | None = None, keep_going: bool = False
 ) -> RunResult:
     """Run what the plan says, deciding each node again with true digests.
-
     A node that fails is in the result, not raised. SIGINT and SIGTERM stop the children and leave everything
-    resumable.
-    """
+    resumable."""
     started = time.monotonic()
     run_id = new_run_id()
     recorder = RunRecorder(session.store.runs / run_id, run_id, session.recipe)
@@ -338,9 +336,7 @@ def _remember(run: Run, keys: Mapping[str, str]) -> None:
 @contextmanager
 def _caught_once(told: Callable[[int], None]) -> Iterator[None]:
     """The first SIGINT or SIGTERM calls `told` with its number; the second is not held back.
-
-    Where this is not the main thread, which alone may catch signals, nothing is caught.
-    """
+    Where this is not the main thread, which alone may catch signals, nothing is caught."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
