@@ -18,7 +18,6 @@ import yaml
 from pydantic import ValidationError
 
 from bigpipe.errors import UsageError
-from bigpipe.files import write_file
 from bigpipe.orchestrator.contract import Launch, Machine
 
 TAKEN = tuple(name for name in Launch.model_fields if name != "config_file")
@@ -52,9 +51,6 @@ class Acceleration:
             # gloo would look up the host's own name, which a laptop may not resolve, and listen where others can reach.
             variables["GLOO_SOCKET_IFNAME"] = "lo0" if sys.platform == "darwin" else "lo"
         return variables
-
-    def write(self, path: Path) -> None:
-        write_file(path, yaml.safe_dump(dict(self.settings)), durable=False)
 
 
 def effective_launch(launch: Launch, base: Path) -> Launch:

@@ -49,9 +49,13 @@ class EventWriter:
 
     def report(self, event: Event) -> None:
         with self._lock:
-            if isinstance(event, Progress) and not self._due(event):
+            if isinstance(event, Progress):
+                now, last = time.monotonic(), self._shown.get(event.task, 0.0)
                 self._held[event.task] = event
-                return
+                if now - last < PROGRESS_SECONDS and event.done != event.total:
+                    return
+                self._shown[event.task] = now
+                del self._held[event.task]
             self._write(event)
 
     def close(self) -> None:
@@ -62,15 +66,6 @@ class EventWriter:
                     self._write(event)
                 self._log.close()
                 self._log = None
-
-    def _due(self, event: Progress) -> bool:
-        now = time.monotonic()
-        last = self._shown.get(event.task)
-        if last is not None and now - last < PROGRESS_SECONDS and event.done != event.total:
-            return False
-        self._shown[event.task] = now
-        self._held.pop(event.task, None)
-        return True
 
     def _write(self, event: Event) -> None:
         if self._log is not None:

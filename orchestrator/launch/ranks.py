@@ -10,7 +10,10 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from itertools import chain
 
+import yaml
+
 from bigpipe.errors import BigpipeError, StageFailed
+from bigpipe.files import write_file
 from bigpipe.orchestrator.contract import LogLine
 
 from .acceleration import Acceleration, accelerate
@@ -54,7 +57,7 @@ class _Ranks:
 
     def run(self) -> list[Outcome]:
         """Launch, watch, and return the results in order of rank. Raise the error of the rank that failed first."""
-        self._acceleration.write(self._folder.acceleration)
+        write_file(self._folder.acceleration, yaml.safe_dump(dict(self._acceleration.settings)), durable=False)
         if self._job.launch.num_machines > 1:
             self._invite()
         with self._output_pipes() as pipes:

@@ -87,11 +87,9 @@ def load_artifact(layout: Layout, digest: str) -> Artifact | None:
     return layout.load(layout.artifact(digest), read)
 
 
-def all_artifacts(layout: Layout) -> Iterator[Artifact]:
+def all_artifacts(layout: Layout) -> list[Artifact]:
     """Return every readable artifact, those without bytes too, in the order of their digests."""
-    for digest in sealed_digests(layout.artifacts):
-        if artifact := load_artifact(layout, digest):
-            yield artifact
+    return [found for digest in sealed_digests(layout.artifacts) if (found := load_artifact(layout, digest))]
 
 
 def save_artifact(layout: Layout, artifact: Artifact) -> None:
@@ -271,11 +269,9 @@ def save_record(layout: Layout, record: KeyRecord) -> None:
     write_sealed(layout.key(record.key), record.as_json())
 
 
-def all_records(layout: Layout) -> Iterator[KeyRecord]:
+def all_records(layout: Layout) -> list[KeyRecord]:
     """Return every readable record, in the order of their keys."""
-    for key in sealed_digests(layout.keys):
-        if record := load_record(layout, key):
-            yield record
+    return [found for key in sealed_digests(layout.keys) if (found := load_record(layout, key))]
 
 
 def dropped_artifact(record: KeyRecord) -> Artifact:

@@ -76,7 +76,7 @@ class _Collection:
         """What names something goes before what it names, so that a crash leaves no name without its bytes."""
         layout = self.layout
         keys, digests = self._roots()
-        records = list(all_records(layout))
+        records = all_records(layout)
         kept = {record.key: record for record in records if record.key in keys or record.digest in digests}
         digests |= {record.digest for record in kept.values() if record.digest is not None}
         for record in records:

@@ -54,7 +54,11 @@ class StoreLock:
                     break
                 os.close(descriptor)  # removed between opening and locking it
             self._descriptor = descriptor
-        self._sign()
+        if self._operation == fcntl.LOCK_EX:
+            # Of fixed width: cutting the file first would make ext4 write it out when it is closed. It is only read to
+            # tell whoever waits, so a full disk does not matter.
+            with suppress(OSError):
+                os.pwrite(descriptor, f"process {os.getpid()} on {os.uname().nodename}".ljust(SIGN).encode(), 0)
         return True
 
     def _flock(self, descriptor: int) -> bool:
@@ -72,13 +76,6 @@ class StoreLock:
             raise
         return True
 
-    def _sign(self) -> None:
-        if self._descriptor is not None and self._operation == fcntl.LOCK_EX:
-            # Of fixed width: cutting the file first would make ext4 write it out when it is closed. It is only read to
-            # tell whoever waits, so a full disk does not matter.
-            with suppress(OSError):
-                os.pwrite(self._descriptor, f"process {os.getpid()} on {os.uname().nodename}".ljust(SIGN).encode(), 0)
-
     def acquire(
         self, cancelled: threading.Event | None = None, waiting: Callable[[str], None] | None = None, holder: str = ""
     ) -> None:
@@ -95,9 +92,10 @@ class StoreLock:
 
     def holder(self) -> str:
         """Return who says to hold the lock: `process 4242 on host`."""
+        told = ""
         with suppress(OSError):
-            return self.path.read_text(errors="replace")[:SIGN].strip() or "another process"
-        return "another process"
+            told = self.path.read_text(errors="replace")[:SIGN].strip()
+        return told or "another process"
 
     def release(self) -> None:
         if self._descriptor is not None:
