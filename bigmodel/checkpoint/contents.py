@@ -13,9 +13,7 @@ from .tensors import Contents, invalid
 
 def read_contents(source: ByteSource, file: Path, *, placed: bool = True) -> Contents:
     """Return what a weight file holds; `file` is what the tensors will name as theirs. Raise InvalidCheckpoint.
-
-    Not placed: where the tensors of a torch file lie is not looked up (see `read_torch_file`).
-    """
+    Not placed: where the tensors of a torch file lie is not looked up (see `read_torch_file`)."""
     if format_of(file) == "safetensors":
         return read_header(source, file)
     from .pickles import read_torch_file

@@ -46,9 +46,7 @@ class WeightFiles:
 
 def find_weight_files(path: Path) -> WeightFiles:
     """Return the weight files of a directory, of an index file, or the one file itself.
-
-    In a directory safetensors comes before `.bin`, and the usual names before others. Raise InvalidCheckpoint.
-    """
+    In a directory safetensors comes before `.bin`, and the usual names before others. Raise InvalidCheckpoint."""
     if not path.exists():
         raise InvalidCheckpoint(f"{path}: there is no such file or directory", "give the path of a checkpoint")
     if path.is_dir():
@@ -111,9 +109,7 @@ def format_of(file: Path) -> Format:
 
 def read_index(index: Path, directory: Path, coming: Collection[str] = ()) -> WeightFiles:
     """Read an index in transformers' form `{"weight_map": {tensor: file}}` or accelerate's bare `{tensor: file}`.
-
-    Files in `coming` need not be there yet.
-    """
+    Files in `coming` need not be there yet."""
     content = read_json(index, directory, MAX_INDEX)
     weight_map = content.get("weight_map", content)
     if not isinstance(weight_map, dict) or not weight_map:

@@ -41,9 +41,7 @@ Entry = tuple[str, list[int], int, int]
 
 def read_header(source: ByteSource, file: Path) -> Contents:
     """Return what the header of a safetensors file says. `file` is what the tensors will name as theirs.
-
-    Raise InvalidCheckpoint with file, tensor, offset and cure.
-    """
+    Raise InvalidCheckpoint with file, tensor, offset and cure."""
     if source.size < 8:
         raise invalid(file, f"has {source.size} bytes, too few for a safetensors header", FETCH_AGAIN)
     length = int.from_bytes(source.read(0, 8), "little")
@@ -192,9 +190,7 @@ def _check_cover(tensors: Sequence[TensorInfo], file: Path, start: int, size: in
 
 def encode_header(tensors: Sequence[tuple[str, str, tuple[int, ...]]], metadata: Mapping[str, str]) -> bytes:
     """Return the header of a file that holds `(name, torch dtype, shape)` in this order, padded to 8 bytes.
-
-    Byte for byte what the safetensors library writes for the same order. Raise KeyError for a dtype it lacks.
-    """
+    Byte for byte what the safetensors library writes for the same order. Raise KeyError for a dtype it lacks."""
     header: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
     end = 0
     for name, dtype, shape in tensors:

@@ -75,9 +75,7 @@ class MappedFiles:
 
     def populate(self, tensors: Sequence[TensorInfo], rows: Iterable[int] | None = None) -> None:
         """Read the tensors' pages in, or those of some of their rows, without holding Python's lock.
-
-        Raise StageFailed where the disk fails.
-        """
+        Raise StageFailed where the disk fails."""
         for tensor in tensors:
             start, length = _span(tensor)
             spans = [(start, length)]

@@ -45,9 +45,7 @@ class Matches(Generic[T]):
 
 def match(model: torch.nn.Module, tensors: Mapping[str, TensorInfo], packed: Mapping[str, T]) -> Matches[T]:
     """Return the stored tensors of every parameter of `model`, as its class names them before any conversion.
-
-    packed: weights that are no tensors by themselves, by the stored names of their modules.
-    """
+    packed: weights that are no tensors by themselves, by the stored names of their modules."""
     from transformers import PreTrainedModel
 
     rename = _transformers_names if isinstance(model, PreTrainedModel) else _same_names

@@ -35,9 +35,7 @@ class TorchFile:
 
 def read_torch_pickle(source: ByteSource) -> TorchFile:
     """Return what the directory and `data.pkl` say: three short ranges, no tensor data. Works over HTTP.
-
-    Raise InvalidCheckpoint with file, entry or tensor, and cure.
-    """
+    Raise InvalidCheckpoint with file, entry or tensor, and cure."""
     entries = _entries(source)
     _check_byte_order(source, entries.get("byteorder"))
     pickled = entries["data.pkl"]
@@ -51,9 +49,7 @@ def read_torch_pickle(source: ByteSource) -> TorchFile:
 
 def read_torch_file(source: ByteSource, file: Path, *, placed: bool = True) -> Contents:
     """Return the tensors in the order of the state dict, and aliases (see `unique_tensors`).
-
-    Not placed: only three short ranges are read, so over HTTP too; offsets are then -1 and there are no views.
-    """
+    Not placed: only three short ranges are read, so over HTTP too; offsets are then -1 and there are no views."""
     torch_file = read_torch_pickle(source)
     kept, tied = unique_tensors(torch_file.tensors)
     starts = _data_starts(source, torch_file) if placed else {}
@@ -62,10 +58,8 @@ def read_torch_file(source: ByteSource, file: Path, *, placed: bool = True) -> C
 
 def unique_tensors(tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, str]]:
     """Return the tensors of a state dict that are stored, and the aliases (alias → stored name).
-
     Names of the same elements of one storage are one tensor, and the first is kept: it is the embedding, which the
-    state dict names before the head that is tied to it, and what transformers' save_pretrained keeps.
-    """
+    state dict names before the head that is tied to it, and what transformers' save_pretrained keeps."""
     tied = find_aliases({name: _place(tensor) for name, tensor in tensors.items()})
     return {name: tensor for name, tensor in tensors.items() if name not in tied}, tied
 

@@ -66,10 +66,8 @@ class View:
 @dataclass(frozen=True, slots=True)
 class TensorInfo:
     """One stored tensor: contiguous, row-major, little-endian bytes at `file[offset:offset + nbytes]`.
-
     A `.bin` file may also hold a tensor as a strided view; it then has a `view`, and `offset` is -1 so that nobody
-    reads a wrong range by mistake: `Checkpoint.chunks` gives the contiguous bytes of either.
-    """
+    reads a wrong range by mistake: `Checkpoint.chunks` gives the contiguous bytes of either."""
 
     name: str
     dtype: str

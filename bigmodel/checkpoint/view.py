@@ -73,9 +73,7 @@ class Checkpoint:
 
     def placed(self, name: str) -> TensorInfo:
         """Return a stored tensor with the place of its bytes, which nobody knows before a torch file has come.
-
-        Wait for it then. Raise InvalidCheckpoint where another file came than was announced.
-        """
+        Wait for it then. Raise InvalidCheckpoint where another file came than was announced."""
         tensor = self.tensors[name]
         if self.inlet is None or self.format == "safetensors":
             return tensor
@@ -85,9 +83,7 @@ class Checkpoint:
 
     def identity(self, file: Path) -> list[object]:
         """Return what tells the bytes of one of its files from others.
-
-        The sha256 where a store names them by it or they are still coming, else real path, size and time of change.
-        """
+        The sha256 where a store names them by it or they are still coming, else real path, size and time of change."""
         sha256 = self.inlet.sha256(file.name) if self.inlet is not None else None
         real = Path(os.path.realpath(file))
         if sha256 is not None and not is_hub_blob(real):
@@ -125,9 +121,7 @@ class Checkpoint:
 
 class OpenFiles:
     """Opens each file when it is first asked for, and closes those that are left at the end.
-
-    most: how many stay open at a time; beyond it, the one that was opened first is closed.
-    """
+    most: how many stay open at a time; beyond it, the one that was opened first is closed."""
 
     def __init__(self, checkpoint: Checkpoint, most: int | None = None) -> None:
         self._checkpoint = checkpoint

@@ -109,10 +109,8 @@ class HubSource:
 
     def bring(self, out: Path, watch: Watch, skip: Collection[str] = ()) -> Brought:
         """Fetch files into the Hub cache and link them in `out`, but those that `skip` names.
-
         Raise as `chosen` and `fetch`, DoesNotFit, and InvalidCheckpoint where an index names a file that is not among
-        them.
-        """
+        them."""
         repository, files = self._described()
         chosen = {file.path: file for file in files if file.path not in skip}
         watch.log(f"{repository.repo} at {repository.commit}: {counted(len(chosen), 'file')}")

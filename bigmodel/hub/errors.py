@@ -65,9 +65,7 @@ def hub_errors(
     refs: Callable[[], Sequence[str]] = tuple,
 ) -> Iterator[None]:
     """Raise whatever the block raises as an error of the tree in `bigpipe.errors`; bugs pass through.
-
-    refs: gives the names of the repository's branches and tags, asked only where a revision is missing.
-    """
+    refs: gives the names of the repository's branches and tags, asked only where a revision is missing."""
     try:
         yield
     except BigpipeError:

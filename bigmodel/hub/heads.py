@@ -71,9 +71,7 @@ def repository_heads(repository: Repository, files: Sequence[HubFile]) -> dict[s
 @contextmanager
 def reading(repository: Repository, file: HubFile, guess: int = 0) -> Iterator[tuple[ByteSource, Path]]:
     """A file of a repository, from the Hub cache where it is whole there, else by ranges; and its name for errors.
-
-    guess: how many bytes to fetch at once where the file's header may be short; of safetensors files only.
-    """
+    guess: how many bytes to fetch at once where the file's header may be short; of safetensors files only."""
     cached = repository.snapshot / file.path
     if file.may_be(cached):
         with FileSource(cached) as source:

@@ -77,10 +77,8 @@ def describe_repository(
     repo: str, revision: str = "main", *, hub: Hub, library: str | None = None, need: Need = "layout"
 ) -> RemoteModel:
     """Return what a repository holds at `revision`.
-
     Raise Offline, NotAuthorised, GatedRepository, UsageError (no such model, no weights and no config), Transient, and
-    InvalidCheckpoint, naming the file and byte, where a header or index is not what it should be.
-    """
+    InvalidCheckpoint, naming the file and byte, where a header or index is not what it should be."""
     answers: list[int] = []
     repository = describe(repo, revision, hub=replace(hub, meter=answers.append))
     facts = "model", ANSWER_VERSION, repository.repo, repository.commit, need
@@ -198,10 +196,8 @@ def _format(weights: list[str]) -> Format | None:
 
 def _tensors_of_index(index: Mapping[str, Any], config: Mapping[str, Any] | None) -> Tensors | None:
     """Names, dtypes and shapes, where the index and a config of a known family agree about all of them; else None.
-
     They agree where the names are the same and `total_size` is the sum of bytes in the config's dtype: a tensor of
-    another shape or dtype would have to be made up for by another one.
-    """
+    another shape or dtype would have to be made up for by another one."""
     if config is None or config.get("quantization_config"):
         return None
     dtype, total = config.get("dtype") or config.get("torch_dtype"), (index.get("metadata") or {}).get("total_size")
@@ -241,10 +237,8 @@ def _from_json(data: Any, repository: Repository) -> RemoteModel | None:
 
 def _difference(repository: Repository, tensors: Tensors | None, config: Mapping[str, Any] | None) -> str | None:
     """What the Hub counts otherwise than `tensors`, in words.
-
     None where they agree, where the Hub gives no counts, and where it counts something else: packed formats by the
-    values that are packed in them.
-    """
+    values that are packed in them."""
     counted = repository.elements
     packed = bool((config or {}).get("quantization_config"))
     if not counted or not tensors or packed or all(repository.file(name) is None for name in COUNTED):

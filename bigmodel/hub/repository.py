@@ -138,9 +138,7 @@ class Repository:
 
 def resolve_commit(repo: str, revision: str, *, hub: Hub) -> str:
     """Return the 40 hex digits that `revision` (branch, tag, `refs/pr/N`, short or full commit) means now.
-
-    A full commit is given back without a request; anything else is one request. Raise as `describe`.
-    """
+    A full commit is given back without a request; anything else is one request. Raise as `describe`."""
     return revision if COMMIT.fullmatch(revision) else describe(repo, revision, hub=hub).commit
 
 
@@ -166,9 +164,7 @@ def describe(repo: str, revision: str = "main", *, hub: Hub) -> Repository:
 
 def check_access(repo: str, *, hub: Hub, write: bool = False) -> None:
     """Ask whether this login may read (or write) the repository's files, without reading any.
-
-    Raise GatedRepository, NotAuthorised, UsageError (no such repository), Offline, Transient.
-    """
+    Raise GatedRepository, NotAuthorised, UsageError (no such repository), Offline, Transient."""
     if hub.offline:
         raise _offline(hub, repo, None)
     _get_json(hub, f"/api/models/{quote(repo)}/auth-check{'/write' if write else ''}", repo, None, {})
@@ -223,9 +219,7 @@ def _remembered(hub: Hub, repo: str, commit: str) -> Repository | None:
 
 def _cached_repository(hub: Hub, repo: str, commit: str) -> Repository | None:
     """The listing of a snapshot that lies in the Hub cache, from the blobs' names, which are their digests.
-
-    Files that were never downloaded are not in it. None where there is no snapshot, or one without links.
-    """
+    Files that were never downloaded are not in it. None where there is no snapshot, or one without links."""
     found = Repository(hub=hub, repo=repo, commit=commit, files=())
     paths = [path for path in sorted(found.snapshot.rglob("*")) if path.is_file()]
     if not paths or not all(path.is_symlink() for path in paths):
@@ -254,9 +248,7 @@ def _request(
     hub: Hub, path: str, query: Mapping[str, str], headers: Mapping[str, str] | None = None, limit: int = MAX_ANSWER
 ) -> tuple[int, bytes]:
     """Status and content of one GET, or of a second one where the first met a limit or a server out of order.
-
-    At most `limit` bytes are read: a server that ignores a Range header would send the whole file.
-    """
+    At most `limit` bytes are read: a server that ignores a Range header would send the whole file."""
     from huggingface_hub.utils import build_hf_headers, get_session, hf_raise_for_status
 
     sent = {**build_hf_headers(token=hub.token, library_name="bigpipe"), **(headers or {})}

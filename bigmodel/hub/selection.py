@@ -27,10 +27,8 @@ SHARD = re.compile(r"(?P<stem>.+)-\d{5}-of-\d{5}")
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Choice:
     """Which files of a model to take.
-
     include: globs over whole relative paths (`*` crosses `/`, as on the Hub); given, they replace the rules here.
-    exclude: globs taken away in either case. library: whose rules; left out, as `detect` finds.
-    """
+    exclude: globs taken away in either case. library: whose rules; left out, as `detect` finds."""
 
     include: Sequence[str] = ()
     exclude: Sequence[str] = ()
@@ -38,9 +36,7 @@ class Choice:
 
     def among(self, names: Iterable[str], hint: str | None = None) -> list[str]:
         """Return the names to take, sorted. hint: the library that the Hub's metadata names.
-
-        Raise UsageError where a glob of `include` matches nothing, or nothing is left.
-        """
+        Raise UsageError where a glob of `include` matches nothing, or nothing is left."""
         names = sorted(names)
         for glob in self.include:
             if not any(fnmatchcase(name, glob) for name in names):
@@ -61,9 +57,7 @@ def _matches(name: str, globs: Sequence[str]) -> bool:
 
 def detect(names: Iterable[str], config: dict[str, Any] | None = None, hint: str | None = None) -> Library:
     """Return whose model this is. diffusers has a `model_index.json`; timm names an `architecture`, and no model type.
-
-    hint: the library the Hub's own metadata names.
-    """
+    hint: the library the Hub's own metadata names."""
     if "model_index.json" in set(names):
         return "diffusers"
     if hint == "timm" or (config is not None and "architecture" in config and "model_type" not in config):

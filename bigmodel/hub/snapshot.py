@@ -222,10 +222,8 @@ def _seen(stat: os.stat_result) -> dict[str, int]:
 
 def _bar(count: _Count, stop: threading.Event) -> Any:
     """What `hf_hub_download` takes for a progress bar class: it only counts, and ends the download when told to.
-
     The client tells it twice of the same bytes: as they come in (`update_transfer`, fewer where Xet finds them known)
-    and as they are written (`update`). The latter add up to the size of the file.
-    """
+    and as they are written (`update`). The latter add up to the size of the file."""
 
     class Bar:
         n = 0

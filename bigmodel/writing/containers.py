@@ -153,10 +153,8 @@ class TorchZip:
 
 def pickle_state_dict(plan: ShardPlan, keys: Mapping[str, str]) -> bytes:
     """The pickle (protocol 2) of a dict of tensors: what torch.save writes, each global spelt out where it is used.
-
     `keys` maps tensors to storages; an alias uses the storage of its tensor. Number formats that came after typed
-    storages (uint16, float8) use torch's untyped form.
-    """
+    storages (uint16, float8) use torch's untyped form."""
     shapes = {tensor.name: tensor for tensor in plan.tensors}
     shapes.update({alias: shapes[name] for alias, name in plan.aliases.items()})
     items = (_pickle_tensor(name, tensor, keys[tensor.name]) for name, tensor in shapes.items())

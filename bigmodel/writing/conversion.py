@@ -61,9 +61,7 @@ class Conversion:
 
     def of(self, source: ModelDescription) -> tuple[list[ShardPlan], ModelDescription]:
         """Return the files that `source` becomes, whose tensors are known, and the checkpoint they make.
-
-        Raise UsageError for what cannot be cast or written.
-        """
+        Raise UsageError for what cannot be cast or written."""
         if self.dtype is not None:
             castable(source, self.dtype)
         plans, config = self.plans(source.tensors or {}, source.tied), source.config
@@ -94,10 +92,8 @@ def convert(
     outlet: Outlet = NOBODY,
 ) -> SavedCheckpoint:
     """Write a checkpoint's weights anew into `out`, with its config, tokenizer and other files.
-
     A cast changes the config too. Aliases of tied weights are dropped in safetensors and kept as shared storages in
-    `.bin`. linked: the other files become links. `journal` as in `write_checkpoint`, `outlet` as in `Traffic`.
-    """
+    `.bin`. linked: the other files become links. `journal` as in `write_checkpoint`, `outlet` as in `Traffic`."""
     refuse_in_place(checkpoint, out)
     plans, converted = conversion.of(describe_opened(checkpoint))
     config = converted.config if conversion.dtype else None
@@ -134,10 +130,8 @@ def carry_side_files(
     checkpoint: Checkpoint, out: Path, *, config: Mapping[str, Any] | None = None, linked: bool = False
 ) -> Files:
     """Bring the side files of a checkpoint into `out`; return those that were written, links not among them.
-
     config: written as config.json in place of the checkpoint's. linked: as absolute links, not copies; but a checkpoint
-    that is still being made is copied, as its folder does not last.
-    """
+    that is still being made is copied, as its folder does not last."""
     written = {}
     for extra in checkpoint.extras:
         name = extra.relative_to(checkpoint.path)

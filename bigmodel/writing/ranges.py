@@ -26,10 +26,8 @@ def is_cast(stored: str, wanted: str | None) -> bool:
 
 def cast(source: memoryview, stored: str, wanted: str, target: memoryview) -> memoryview:
     """Convert the elements in `source` into `target`; return the part of `target` that was filled.
-
     Rounds to nearest even as torch's `.to()` does, through float32 where torch does too (float64 → half formats), bit
-    for bit but for the payload of NaNs, where torch's own loops differ among each other. Overflow gives infinity.
-    """
+    for bit but for the payload of NaNs, where torch's own loops differ among each other. Overflow gives infinity."""
     import numpy
 
     from bigpipe.bigmodel.formats.encoders.floats import BITS, convert

@@ -57,10 +57,8 @@ class Lanes:
 
 class ShardWriter:
     """Writes and hashes one file from its beginning to its end; `partial` as `FileWriter` takes it.
-
     Once it is complete, `file.settle` is all that is left to do, in whatever thread. Leaving the context with an error
-    removes what was written.
-    """
+    removes what was written."""
 
     def __init__(self, path: Path, container: Container, lanes: Lanes, partial: Path | None = None) -> None:
         self.container = container
