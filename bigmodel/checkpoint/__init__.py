@@ -16,7 +16,6 @@ if TYPE_CHECKING:
         MAX_INDEX,
         NOT_A_MODEL,
         Format,
-        files_to_come,
         find_weight_files,
         format_of,
         parse_object,

@@ -44,39 +44,35 @@ class WeightFiles:
     index: Path | None = None
 
 
-def find_weight_files(path: Path) -> WeightFiles:
-    """Return the weight files of a directory, of an index file, or the one file itself.
-    In a directory safetensors comes before `.bin`, and the usual names before others. Raise InvalidCheckpoint."""
-    if not path.exists():
-        raise InvalidCheckpoint(f"{path}: there is no such file or directory", "give the path of a checkpoint")
+def find_weight_files(path: Path, coming: Collection[str] = ()) -> WeightFiles:
+    """Return the weight files of a directory, of an index file, or the one file itself. Raise InvalidCheckpoint.
+    In a directory safetensors comes before `.bin`, and the usual names before others.
+    coming: names of weight files that count as if they were there already."""
     if path.is_dir():
-        return files_to_come(path)
-    if path.name.endswith(".json"):
-        if not is_index(path.name) and "weight_map" not in read_json(path, path.parent, MAX_INDEX):
-            raise InvalidCheckpoint(f"{path}: is no index of weight files", "give its directory, or a weight file")
-        return read_index(path, path.parent)
-    check_file(path, path.parent)
-    return WeightFiles(format_of(path), (path,))
+        here = {name for name in os.listdir(path) if not (path / name).is_dir()}
+        file = next((path / name for name in _candidates(sorted(here.union(coming)), path)), None)
+        if file is None:
+            raise _no_weights(path, here)
+    elif path.exists():
+        file = path
+    else:
+        raise InvalidCheckpoint(f"{path}: there is no such file or directory", "give the path of a checkpoint")
+    if file.name.endswith(".json"):
+        if not is_index(file.name) and "weight_map" not in read_json(file, file.parent, MAX_INDEX):
+            raise InvalidCheckpoint(f"{file}: is no index of weight files", "give its directory, or a weight file")
+        return _read_index(file, file.parent, coming)
+    if file.name not in coming:
+        check_file(file, file.parent)
+    return WeightFiles(format_of(file), (file,))
 
 
-def files_to_come(directory: Path, coming: Collection[str] = ()) -> WeightFiles:
-    """Return what `find_weight_files` will find in a directory once the weight files of these names have come."""
-    here = {name for name in os.listdir(directory) if not (directory / name).is_dir()}
-    for name in _candidates(sorted(here.union(coming)), directory):
-        file = directory / name
-        if name.endswith(".json"):
-            return read_index(file, directory, coming)
-        if name not in coming:
-            check_file(file, directory)
-        return WeightFiles(format_of(file), (file,))
+def _no_weights(directory: Path, names: Collection[str]) -> NoWeights:
+    if gguf := sorted(name for name in names if name.endswith(".gguf")):
+        cure = "give the model that they were made of, with .safetensors or torch .bin files"
+        return NoWeights(f"{directory}: its weights are GGUF ({', '.join(gguf)}), which is not read here", cure)
     nested = sorted({path.parent.name for path in directory.glob("*/*.safetensors")})
-    if gguf := sorted(name for name in here if name.endswith(".gguf")):
-        raise NoWeights(
-            f"{directory}: its weights are GGUF ({', '.join(gguf)}), which is not read here",
-            "give the model that they were made of, with .safetensors or torch .bin files",
-        )
     there = f"it has weights in {', '.join(nested)}; open one of these" if nested else ""
-    raise NoWeights(f"{directory}: no weights were found", there or "name one with .safetensors or torch .bin files")
+    return NoWeights(f"{directory}: no weights were found", there or "name one with .safetensors or torch .bin files")
 
 
 def _candidates(names: list[str], directory: Path) -> Iterator[str]:
@@ -107,9 +103,8 @@ def format_of(file: Path) -> Format:
     raise InvalidCheckpoint(cause, "give .safetensors, .bin, .pt or .pth")
 
 
-def read_index(index: Path, directory: Path, coming: Collection[str] = ()) -> WeightFiles:
-    """Read an index in transformers' form `{"weight_map": {tensor: file}}` or accelerate's bare `{tensor: file}`.
-    Files in `coming` need not be there yet."""
+def _read_index(index: Path, directory: Path, coming: Collection[str]) -> WeightFiles:
+    """An index in transformers' form `{"weight_map": {tensor: file}}` or accelerate's bare `{tensor: file}`."""
     content = read_json(index, directory, MAX_INDEX)
     weight_map = content.get("weight_map", content)
     if not isinstance(weight_map, dict) or not weight_map:

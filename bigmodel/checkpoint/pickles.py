@@ -9,7 +9,6 @@ anywhere.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -23,19 +22,13 @@ MAX_PICKLE = 32 * 2**20
 """Bytes of data.pkl. A state dict takes about 150 per tensor."""
 
 
-@dataclass(frozen=True, slots=True)
-class TorchFile:
-    """What the zip directory and the pickle of a torch file say."""
+def read_torch_file(source: ByteSource, file: Path, *, placed: bool = True) -> Contents:
+    """Return the tensors in the order of the state dict, and aliases. Raise InvalidCheckpoint with place and cure.
 
-    entries: Mapping[str, ZipEntry]
-    """By name, without the folder that all are in."""
-    tensors: Mapping[str, Tensor]
-    """In the order of the state dict, aliases included."""
-
-
-def read_torch_pickle(source: ByteSource) -> TorchFile:
-    """Return what the directory and `data.pkl` say: three short ranges, no tensor data. Works over HTTP.
-    Raise InvalidCheckpoint with file, entry or tensor, and cure."""
+    Not placed: only three short ranges are read, so over HTTP too; offsets are then -1 and there are no views.
+    Names of the same elements of one storage are one tensor, and the first is kept: it is the embedding, which the
+    state dict names before the head that is tied to it, and what transformers' save_pretrained keeps.
+    """
     entries = _entries(source)
     _check_byte_order(source, entries.get("byteorder"))
     pickled = entries["data.pkl"]
@@ -44,24 +37,9 @@ def read_torch_pickle(source: ByteSource) -> TorchFile:
     tensors = _state_dict(source, PickleMachine(read_entry(source, pickled), source.name).run())
     for name, tensor in tensors.items():
         _check_tensor(source, name, tensor, entries.get(f"data/{tensor.storage.key}"))
-    return TorchFile(entries, tensors)
-
-
-def read_torch_file(source: ByteSource, file: Path, *, placed: bool = True) -> Contents:
-    """Return the tensors in the order of the state dict, and aliases (see `unique_tensors`).
-    Not placed: only three short ranges are read, so over HTTP too; offsets are then -1 and there are no views."""
-    torch_file = read_torch_pickle(source)
-    kept, tied = unique_tensors(torch_file.tensors)
-    starts = _data_starts(source, torch_file) if placed else {}
-    return Contents({name: _stored(name, tensor, file, starts) for name, tensor in kept.items()}, tied)
-
-
-def unique_tensors(tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Return the tensors of a state dict that are stored, and the aliases (alias → stored name).
-    Names of the same elements of one storage are one tensor, and the first is kept: it is the embedding, which the
-    state dict names before the head that is tied to it, and what transformers' save_pretrained keeps."""
     tied = find_aliases({name: _place(tensor) for name, tensor in tensors.items()})
-    return {name: tensor for name, tensor in tensors.items() if name not in tied}, tied
+    starts = _data_starts(source, entries, tensors) if placed else {}
+    return Contents({name: _stored(name, tensors[name], file, starts) for name in tensors if name not in tied}, tied)
 
 
 def _place(tensor: Tensor) -> tuple[Any, ...] | None:
@@ -125,10 +103,9 @@ def _check_tensor(source: ByteSource, name: str, tensor: Tensor, entry: ZipEntry
         raise refused(cause, cure="save it again after .contiguous()")
 
 
-def _data_starts(source: ByteSource, torch_file: TorchFile) -> dict[str, int]:
+def _data_starts(source: ByteSource, entries: Mapping[str, ZipEntry], tensors: Mapping[str, Tensor]) -> dict[str, int]:
     """Storage key → where its bytes begin."""
-    keys = {tensor.storage.key for tensor in torch_file.tensors.values()}
-    found = [(key, torch_file.entries[f"data/{key}"]) for key in keys]
+    found = [(key, entries[f"data/{key}"]) for key in {tensor.storage.key for tensor in tensors.values()}]
     return {key: data_offset(source, entry) for key, entry in sorted(found, key=lambda named: named[1].header)}
 
 

@@ -24,7 +24,6 @@ from .files import (
     MAX_CONFIG,
     Format,
     WeightFiles,
-    files_to_come,
     find_weight_files,
     format_of,
     is_hub_blob,
@@ -168,7 +167,7 @@ def _arriving_files(inlet: OpenInlet) -> WeightFiles:
     """With their index, where it is there already; a producer that makes its own may write it last."""
     names = inlet.heads.keys()
     if any(is_index(name) for name in os.listdir(inlet.folder)):
-        return files_to_come(inlet.folder, names)
+        return find_weight_files(inlet.folder, names)
     files = tuple(inlet.folder / name for name in sorted(names))
     return WeightFiles(format_of(files[0]), files)
 

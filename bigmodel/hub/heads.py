@@ -13,7 +13,7 @@ from bigpipe.bigmodel.checkpoint import (
     NOT_A_MODEL,
     ByteSource,
     FileSource,
-    files_to_come,
+    find_weight_files,
     format_of,
     invalid,
     read_head,
@@ -40,7 +40,7 @@ def may_pass(names: Iterable[str]) -> list[str]:
 def are_the_model(weights: Sequence[str], folder: Path) -> bool:
     """Are these files, no more and no fewer, what `open_checkpoint` would read? The index lies in `folder` already."""
     try:
-        found = files_to_come(folder, weights)
+        found = find_weight_files(folder, weights)
     except InvalidCheckpoint:
         return False
     return {file.name for file in found.files} == set(weights)

@@ -15,16 +15,17 @@ if TYPE_CHECKING:
     from .conversion import (
         WORKERS,
         Conversion,
+        RangeReader,
         carry_side_files,
         config_with_dtype,
         convert,
         encode_config,
+        is_cast,
         planned_bytes,
         refuse_in_place,
     )
     from .finished import Finished, key_of
     from .plans import PlannedTensor, ShardPlan, file_name, plan_shards
-    from .ranges import RangeReader, is_cast
     from .saving import save_checkpoint
     from .synthetic import SyntheticModel, read_shape
     from .writer import (

@@ -23,9 +23,8 @@ from bigpipe.errors import UsageError
 from bigpipe.files import make_directory, write_file
 from bigpipe.sizes import size_of
 
-from .conversion import Conversion, encode_config
+from .conversion import Conversion, cast, encode_config
 from .plans import PlannedTensor, ShardPlan
-from .ranges import cast
 from .shards import PIECES_IN_FLIGHT
 from .writer import SavedCheckpoint, Traffic, write_checkpoint
 

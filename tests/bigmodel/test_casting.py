@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from bigpipe.bigmodel.checkpoint import itemsize
-from bigpipe.bigmodel.writing.ranges import BLOCK, cast, is_cast
+from bigpipe.bigmodel.writing.conversion import BLOCK, cast, is_cast
 
 FLOATS = ("float32", "float16", "bfloat16", "float64")
 

@@ -12,7 +12,7 @@ from support.models import make_checkpoint, tiny_model
 
 from bigpipe.bigmodel.checkpoint import FileSource, open_checkpoint
 from bigpipe.bigmodel.checkpoint.bytesource import compact_chunks
-from bigpipe.bigmodel.checkpoint.pickles import read_torch_pickle, unique_tensors
+from bigpipe.bigmodel.checkpoint.pickles import read_torch_file
 from bigpipe.bigmodel.writing import PlannedTensor, ShardPlan
 from bigpipe.bigmodel.writing.containers import TorchZip
 from bigpipe.errors import InvalidCheckpoint
@@ -53,11 +53,9 @@ def test_shapes_and_ties_of_a_remote_file_take_three_short_ranges(tmp_path):
     state["head"] = state["layers.0.weight"]
     torch.save(state, tmp_path / "model.bin")
     source = CountingSource((tmp_path / "model.bin").read_bytes())
-    found, tied = unique_tensors(read_torch_pickle(source).tensors)
-    assert {name: (tensor.dtype, tensor.shape) for name, tensor in found.items()} == {
-        f"layers.{number}.weight": ("float32", (1000, 100)) for number in range(20)
-    }
-    assert tied == {"head": "layers.0.weight"}
+    found = read_torch_file(source, tmp_path / "model.bin", placed=False)
+    assert found.outline == {f"layers.{number}.weight": ("float32", (1000, 100)) for number in range(20)}
+    assert found.tied == {"head": "layers.0.weight"}
     assert len(source.reads) == 3
     assert sum(length for _, length in source.reads) < 100_000 < source.size / 50
 
@@ -66,7 +64,7 @@ def test_a_directory_longer_than_the_first_read_is_read_whole(tmp_path):
     state = {f"{number:04d}{'x' * 100}": torch.zeros(1) for number in range(1200)}
     torch.save(state, tmp_path / "model.bin")
     source = CountingSource((tmp_path / "model.bin").read_bytes())
-    assert len(read_torch_pickle(source).tensors) == 1200
+    assert len(read_torch_file(source, tmp_path, placed=False).tensors) == 1200
     assert len(source.reads) == 4
 
 
@@ -137,7 +135,7 @@ def test_a_pickle_of_thirty_thousand_tensors_is_read(tmp_path):
     crcs = {tensor.name: 0 for tensor in tensors}
     parts = [container.head, *(bytes(12) + container.after(tensor.name, 0) for tensor in tensors), container.tail(crcs)]
     source = CountingSource(b"".join(parts))
-    assert len(read_torch_pickle(source).tensors) == len(tensors)
+    assert len(read_torch_file(source, tmp_path, placed=False).tensors) == len(tensors)
     assert len(source.content) == container.size
 
 
