@@ -74,11 +74,10 @@ def forecast(params: EstimateParams, context: ForecastContext) -> Forecast:
 
 
 def _forecast_sighting(params: EstimateParams, context: ForecastContext) -> Sighting | None:
-    source = context.input("model")
-    if source is None:
+    if "model" not in context.inputs:
         return _look(params, context.base, context.pins, sources_of(context))
-    described = source.output
-    if not isinstance(described, ModelDescription) or (described.config is None and described.custom is None):
+    described = context.described("model", ModelDescription)
+    if described is None or (described.config is None and described.custom is None):
         return None
     seen: Literal["config", "headers"] = "config" if described.tensors is None else "headers"
     return Sighting(name="the model", description=described, source=seen, library=params.library_name)

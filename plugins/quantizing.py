@@ -24,9 +24,8 @@ RATE = 350 * 10**6
 
 def check(params: QuantizeParams, context: CheckContext) -> None:
     """Refuses before the download what is quantized already."""
-    for forecast in context.inputs.get("model", ()):
-        if isinstance(forecast.output, ModelDescription):
-            refuse_quantized(forecast.output)
+    if described := context.described("model", ModelDescription):
+        refuse_quantized(described)
 
 
 def forecast(params: QuantizeParams, context: ForecastContext) -> Forecast:

@@ -17,9 +17,8 @@ RATE = 600 * 10**6
 
 def check(params: ShardParams, context: CheckContext) -> None:
     """Refuses what could only fail after the download: a cast of quantized weights, a dtype the format lacks."""
-    for forecast in context.inputs.get("model", ()):
-        if isinstance(forecast.output, ModelDescription):
-            _conversion(params).of(forecast.output)
+    if described := context.described("model", ModelDescription):
+        _conversion(params).of(described)
 
 
 def forecast(params: ShardParams, context: ForecastContext) -> Forecast:

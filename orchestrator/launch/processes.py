@@ -12,11 +12,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-from bigpipe.orchestrator.contract import Stage, Surroundings
-
-from .environment import worker_environment
 from .lifeline import PARENT_VARIABLE, PROCESSES, host, start_mark
 
 MEMORY = 1 << 30
@@ -162,19 +158,13 @@ class WarmWorker:
     """
 
     def __init__(
-        self,
-        stage: Stage[Any],
-        modules: Sequence[str],
-        surroundings: Surroundings,
-        job_file: Path,
-        parent_environment: Mapping[str, str],
+        self, modules: Sequence[str], job_file: Path, *, environment: Mapping[str, str], directory: Path
     ) -> None:
-        """Start it on a job file to come. Raise UsageError where the node's `env` is refused."""
+        """Start it on a job file to come."""
         job_file.parent.mkdir(parents=True, exist_ok=True)
-        self._job_file = job_file
-        self._environment = worker_environment(stage, surroundings, parent_environment)
-        mode, directory = ("run", "--warm", *modules), surroundings.base
-        self._child = start(job_file, *mode, environment=self._environment, directory=directory, told=True)
+        self._job_file, self._environment = job_file, environment
+        mode = ("run", "--warm", *modules)
+        self._child = start(job_file, *mode, environment=environment, directory=directory, told=True)
         self._worker = Worker.of(self._child)
         self._gone = False
         """Taken, or ended."""

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from bigpipe.errors import BigpipeError
 from bigpipe.orchestrator.contract import Status
-from bigpipe.orchestrator.launch import MEMORY, AttemptFolder, WarmWorker, executor
+from bigpipe.orchestrator.launch import MEMORY, AttemptFolder, WarmWorker, executor, worker_environment
 from bigpipe.orchestrator.planning import GOOD, Action, NodeState, Plan, Session, States
 from bigpipe.orchestrator.recipe import Node
 
@@ -41,7 +41,9 @@ class Warming:
                 with suppress(BigpipeError, OSError):
                     if modules := node.kind.warms(node.params) if node.kind.warms else ():
                         around = session.surroundings(node)
-                        self._waiting = name, WarmWorker(node.kind, modules, around, job_file, session.environment)
+                        environment = worker_environment(node.kind, around, session.environment)
+                        worker = WarmWorker(modules, job_file, environment=environment, directory=around.base)
+                        self._waiting = name, worker
 
     def take(self, node: Node) -> WarmWorker | None:
         """The worker that waits for this node; another one ends where the node needs its memory."""
