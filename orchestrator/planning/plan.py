@@ -16,6 +16,7 @@ from functools import cached_property
 from bigpipe.errors import BigpipeError, DoesNotFit
 from bigpipe.orchestrator.contract import Forecast, Machine, Misfit, Pinned
 from bigpipe.orchestrator.recipe import Node
+from bigpipe.sizes import format_size
 
 from .decision import Action, Decision, GateVerdict
 from .fit import find_misfits
@@ -108,7 +109,5 @@ def _planned(rehearsal: Rehearsal, state: NodeState, preflight: bool) -> Planned
 
 
 def machine_line(machine: Machine) -> str:
-    from bigpipe.sizes import format_size
-
     gpus = ", ".join(f"{gpu.name} {format_size(gpu.memory)}" for gpu in machine.gpus) or "no GPU"
     return f"{machine.cpus} CPUs, {format_size(machine.memory)} RAM, {gpus}, {format_size(machine.disk_free)} disk free"

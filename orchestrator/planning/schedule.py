@@ -113,17 +113,6 @@ class NodeState:
         return self.record.digest if self.record else None
 
     @property
-    def ram(self) -> int:
-        """Bytes it holds while it runs: what the recipe says, else what was forecast."""
-        asked = self.node.resources.ram
-        return asked if asked is not None else self.forecast.ram or 0
-
-    @property
-    def gpus(self) -> int:
-        asked = self.node.resources.gpus
-        return asked if asked is not None else len(self.forecast.vram)
-
-    @property
     def writes(self) -> int:
         """Bytes it adds to the store."""
         asked = self.node.resources.disk
@@ -291,10 +280,13 @@ def _lacking(states: States, state: NodeState, follows: str) -> str:
 
 
 def _share(state: NodeState, follows: str) -> dict[str, int]:
-    """Of what running nodes hold together. A follower shares its producer's turn: it counts as a job and a CPU only if
-    its `resources` say so."""
-    cpus = state.node.resources.cpus or (0 if follows else state.processes)
-    return {"jobs": 0 if follows else 1, "CPUs": cpus, "RAM": state.ram, "GPUs": int(state.gpus > 0)}
+    """Of what running nodes hold together: what the recipe says, else what was forecast. A follower shares its
+    producer's turn: it counts as a job and a CPU only if its `resources` say so."""
+    asked, forecast = state.node.resources, state.forecast
+    cpus = asked.cpus or (0 if follows else state.processes)
+    ram = forecast.ram or 0 if asked.ram is None else asked.ram
+    gpus = len(forecast.vram) if asked.gpus is None else asked.gpus
+    return {"jobs": 0 if follows else 1, "CPUs": cpus, "RAM": ram, "GPUs": int(gpus > 0)}
 
 
 def _judged(states: States, state: NodeState, otherwise: Do) -> Step:

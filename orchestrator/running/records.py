@@ -216,9 +216,8 @@ def _read(folder: Path) -> RunRecord:
     try:
         return RunRecord.model_validate_json(path.read_bytes())
     except (OSError, ValidationError) as error:
-        raise UsageError(
-            f"the record of run {folder.name} is damaged: {path}", "its logs may still be readable"
-        ) from error
+        cause = f"the record of run {folder.name} is damaged: {path}"
+        raise UsageError(cause, "its logs may still be readable") from error
 
 
 def run_ids(runs: Path) -> list[str]:
