@@ -98,8 +98,9 @@ def _judged(session: Session, node: Node, record: KeyRecord) -> tuple[Action, st
             return Action.CACHED, "its bytes were dropped (cache: false)", False
         return Action.RUN, "its bytes are gone from the store, or damaged", False
     present = node.kind.planning.present
-    artifact = session.store.artifact_path(record.digest)
-    if present is None or session.ask(node, present, artifact, session.check_context(node)):
+    if present is None:
+        return Action.CACHED, "", True
+    if session.ask(node, present, session.store.artifact_path(record.digest), session.check_context(node)):
         return Action.CACHED, "", True
     return Action.RUN, "what it wrote outside the store is gone or changed", True
 

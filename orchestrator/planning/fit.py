@@ -35,7 +35,10 @@ def find_misfits(rehearsal: Rehearsal) -> tuple[tuple[str, Misfit], ...]:
             machine, asked = rehearsal.session.machine, state.node.resources
             foreseen = list(foreseen_misfits(machine, asked, state.forecast))
             cure = _smaller(rehearsal, state) if foreseen else ""
-            own = [*(Misfit(cause, cure) for cause in foreseen), *asked_misfits(machine, asked)]
+            own = [
+                *(Misfit(cause, cure) for cause in foreseen),
+                *(asked_misfits(machine, asked) if asked.model_fields_set else ()),
+            ]
             found += [(state.name, misfit) for misfit in (*state.forecast.misfits, *own)]
     return (*found, *_disk(rehearsal))
 

@@ -121,19 +121,17 @@ class Rehearsal:
 
     def _forecast(self, state: NodeState) -> Forecast:
         session, node, record = self.session, state.node, state.record
-        wired = {
-            port: tuple(one.forecast for one in producers if one.forecast is not NOTHING_FORESEEN)
-            for port, producers in state.inputs.items()
-        }
-        context = ForecastContext(
+        inputs: dict[str, tuple[Forecast, ...]] = {}
+        for port, wired in state.inputs.items():
+            if forecasts := [one.forecast for one in wired if one.forecast is not NOTHING_FORESEEN]:
+                inputs[port] = tuple(forecasts)
+        digest = record.digest if record and state.bytes_here else None
+        self.contexts[node.name] = context = ForecastContext(
             surroundings=session.surroundings(node),
-            inputs={port: forecasts for port, forecasts in wired.items() if forecasts},
-            artifact=session.store.artifact_path(record.digest)
-            if record and record.digest and state.bytes_here
-            else None,
+            inputs=inputs,
+            artifact=session.store.artifact_path(digest) if digest else None,
             pins=session.known_pins(node).values,
         )
-        self.contexts[node.name] = context
         state.processes = context.launch.num_processes
         try:
             forecast = session.ask(node, node.kind.forecast, context)

@@ -129,7 +129,7 @@ class RunResult:
 
     def as_json(self) -> dict[str, Json]:
         """`bigpipe.run/1`."""
-        nodes = {name: node.model_dump(mode="json") for name, node in self.ran().items()}
+        nodes = {name: node.model_dump(exclude={"error"}) for name, node in self.ran().items()}
         return {"schema": "bigpipe.run/1", "run": self.run, "status": self.status, "nodes": nodes}
 
 
