@@ -277,3 +277,19 @@ def test_a_large_file_is_announced_before_it_is_read(workshop):
     workshop.manifest.write_text(recipe)
     bigpipe.plan(workshop.manifest, reporter=reporter)
     assert lines == [("large", "reading large, 1.1 GB, to know whether it changed")]
+
+
+def test_bytes_of_one_key_stay_where_one_of_two_nodes_keeps_them(workshop):
+    recipe = """\
+version: 1
+name: twins
+stages:
+  a: {uses: write, cache: false}
+  a2: {uses: join, inputs: {first: a}}
+  b: {uses: write}
+"""
+    result = workshop.run(recipe)
+    assert result.nodes["a"].key == result.nodes["b"].key
+    assert (result.path("b") / "text").is_file()
+    assert (result.path("a") / "text").is_file()
+    assert {str(node.action) for node in bigpipe.plan(workshop.manifest).nodes.values()} == {"cached"}
