@@ -15,9 +15,9 @@ if TYPE_CHECKING:
         MAX_CONFIG,
         MAX_INDEX,
         NOT_A_MODEL,
-        Format,
+        FileFormat,
+        file_format_of,
         find_weight_files,
-        format_of,
         parse_object,
         read_json,
     )

@@ -20,7 +20,7 @@ from bigpipe.passing import OpenInlet
 
 from .bytesource import ByteSource, FileSource
 from .contents import read_contents
-from .files import format_of
+from .files import file_format_of
 from .tensors import FETCH_AGAIN, Contents, TensorInfo, Tensors, invalid
 
 PATIENCE = 30.0
@@ -46,7 +46,7 @@ class Head:
 def read_head(source: ByteSource, file: Path) -> tuple[bytes, int]:
     """Return what to announce of a weight file: (head, size). It is read and checked. Raise InvalidCheckpoint."""
     contents = read_contents(source, file, placed=False)
-    if format_of(file) == "bin":
+    if file_format_of(file) == "bin":
         return encode_torch_head(contents.outline, contents.tied), source.size
     return source.read(0, 8 + int.from_bytes(source.read(0, 8), "little")), source.size
 
@@ -60,7 +60,7 @@ def encode_torch_head(tensors: Tensors, tied: Mapping[str, str]) -> bytes:
 def announced_contents(inlet: OpenInlet, file: Path) -> Contents:
     """Return what a file to come will hold. Where the tensors of a torch file lie is not known: offset -1, no view."""
     head, size = inlet.heads[file.name]
-    if format_of(file) == "safetensors":
+    if file_format_of(file) == "safetensors":
         return read_contents(Head(head, size, file.name), file)
     told = json.loads(head)
     tensors = {name: TensorInfo(name, dtype, tuple(shape), file, -1) for name, dtype, shape in told["tensors"]}
@@ -73,7 +73,7 @@ def open_arrived(inlet: OpenInlet, file: Path) -> FileSource:
     source = _open(file)
     head, size = inlet.heads[file.name]
     # What a torch file holds is looked at once, where the places of its tensors are asked for.
-    if source.size != size or (format_of(file) == "safetensors" and source.read(0, len(head)) != head):
+    if source.size != size or (file_format_of(file) == "safetensors" and source.read(0, len(head)) != head):
         source.close()
         raise _other(file)
     return source

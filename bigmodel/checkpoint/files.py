@@ -20,7 +20,7 @@ from bigpipe.errors import InvalidCheckpoint, NoWeights
 
 from .tensors import FETCH_AGAIN, invalid
 
-Format = Literal["safetensors", "bin"]
+FileFormat = Literal["safetensors", "bin"]
 
 BIN_SUFFIXES = (".bin", ".pt", ".pth")
 WEIGHT_SUFFIXES = frozenset({
@@ -38,7 +38,7 @@ MAX_CONFIG = 10_000_000
 class WeightFiles:
     """What to read: the files in order and, where there is an index, the file of each tensor."""
 
-    format: Format
+    format: FileFormat
     files: tuple[Path, ...]
     weight_map: dict[str, str] = field(default_factory=dict)
     index: Path | None = None
@@ -63,7 +63,7 @@ def find_weight_files(path: Path, coming: Collection[str] = ()) -> WeightFiles:
         return _read_index(file, file.parent, coming)
     if file.name not in coming:
         check_file(file, file.parent)
-    return WeightFiles(format_of(file), (file,))
+    return WeightFiles(file_format_of(file), (file,))
 
 
 def _no_weights(directory: Path, names: Collection[str]) -> NoWeights:
@@ -93,7 +93,7 @@ def is_index(name: str) -> bool:
     return name == "index.json" or name.endswith(".index.json")
 
 
-def format_of(file: Path) -> Format:
+def file_format_of(file: Path) -> FileFormat:
     """Return the format by the suffix. Raise InvalidCheckpoint for one that is not read here."""
     if file.suffix == ".safetensors":
         return "safetensors"
@@ -119,7 +119,7 @@ def _read_index(index: Path, directory: Path, coming: Collection[str]) -> Weight
         if not os.path.lexists(file):
             raise invalid(index, f"names {file.name}, which is not there", "fetch the missing file")
         check_file(file, directory)
-    formats = {format_of(file) for file in files}
+    formats = {file_format_of(file) for file in files}
     if len(formats) > 1:
         raise invalid(index, "mixes safetensors and torch files", "save the model in one format")
     return WeightFiles(formats.pop(), files, weight_map, index)

@@ -22,10 +22,10 @@ from .bytesource import FileSource, compact_chunks
 from .contents import check_weight_map, join_contents, read_contents
 from .files import (
     MAX_CONFIG,
-    Format,
+    FileFormat,
     WeightFiles,
+    file_format_of,
     find_weight_files,
-    format_of,
     is_hub_blob,
     is_index,
     is_object,
@@ -44,7 +44,7 @@ class Checkpoint:
 
     path: Path
     """The directory, or the single weight file."""
-    format: Format
+    format: FileFormat
     files: tuple[Path, ...]
     """Weight files, sorted by name."""
     tensors: Mapping[str, TensorInfo]
@@ -169,7 +169,7 @@ def _arriving_files(inlet: OpenInlet) -> WeightFiles:
     if any(is_index(name) for name in os.listdir(inlet.folder)):
         return find_weight_files(inlet.folder, names)
     files = tuple(inlet.folder / name for name in sorted(names))
-    return WeightFiles(format_of(files[0]), files)
+    return WeightFiles(file_format_of(files[0]), files)
 
 
 def _contents_here(file: Path) -> Contents:

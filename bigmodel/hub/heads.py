@@ -13,8 +13,8 @@ from bigpipe.bigmodel.checkpoint import (
     NOT_A_MODEL,
     ByteSource,
     FileSource,
+    file_format_of,
     find_weight_files,
-    format_of,
     invalid,
     read_head,
 )
@@ -34,7 +34,7 @@ def may_pass(names: Iterable[str]) -> list[str]:
     """Return the weight files at the root, where they all have one format."""
     root = sorted(name for name in names if "/" not in name)
     found = [name for name in root if name.endswith((".safetensors", *BIN_SUFFIXES)) and not NOT_A_MODEL.match(name)]
-    return found if len({format_of(Path(name)) for name in found}) == 1 else []
+    return found if len({file_format_of(Path(name)) for name in found}) == 1 else []
 
 
 def are_the_model(weights: Sequence[str], folder: Path) -> bool:

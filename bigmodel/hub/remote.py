@@ -29,7 +29,7 @@ from bigpipe.bigmodel.checkpoint import (
     ModelDescription,
     Tensors,
     check_weight_map,
-    format_of,
+    file_format_of,
     invalid,
     join_contents,
     parse_object,
@@ -191,7 +191,7 @@ def describe_pipeline(path: Path) -> ModelDescription:
 
 
 def _format(weights: list[str]) -> Format | None:
-    return format_of(Path(weights[0])) if weights else None
+    return file_format_of(Path(weights[0])) if weights else None
 
 
 def _tensors_of_index(index: Mapping[str, Any], config: Mapping[str, Any] | None) -> Tensors | None:

@@ -17,7 +17,7 @@ from bigpipe.bigmodel.checkpoint import (
     CHUNK,
     SAFETENSORS_NAMES,
     Checkpoint,
-    Format,
+    FileFormat,
     ModelDescription,
     OpenFiles,
     Tensors,
@@ -50,7 +50,7 @@ class Conversion:
     """Bytes of a file, unless one tensor alone has more."""
     dtype: str | None = None
     """Of floating-point tensors; None: as they are."""
-    format: Format = "safetensors"
+    format: FileFormat = "safetensors"
 
     def plans(self, tensors: Tensors, tied: Mapping[str, str]) -> list[ShardPlan]:
         """Return the files of tensors of these (dtype, shape). Raise UsageError for what cannot be written."""

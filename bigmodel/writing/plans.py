@@ -6,9 +6,9 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
-from bigpipe.bigmodel.checkpoint import Format, tensor_nbytes
+from bigpipe.bigmodel.checkpoint import FileFormat, tensor_nbytes
 
-NAMES: Mapping[Format, str] = {"safetensors": "model{}.safetensors", "bin": "pytorch_model{}.bin"}
+NAMES: Mapping[FileFormat, str] = {"safetensors": "model{}.safetensors", "bin": "pytorch_model{}.bin"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,14 +38,14 @@ class ShardPlan:
         return sum(tensor.nbytes for tensor in self.tensors)
 
     @property
-    def format(self) -> Format:
+    def format(self) -> FileFormat:
         return "bin" if self.file.endswith(".bin") else "safetensors"
 
 
 def plan_shards(
     tensors: Sequence[PlannedTensor],
     max_shard_size: int,
-    format: Format = "safetensors",
+    format: FileFormat = "safetensors",
     tied: Mapping[str, str] | None = None,
 ) -> list[ShardPlan]:
     """Return files of at most `max_shard_size` bytes that hold these tensors, in the order given.
@@ -73,7 +73,7 @@ def plan_shards(
     return [ShardPlan(name, tuple(shard), _aliases(shard, kept)) for name, shard in zip(names, shards, strict=True)]
 
 
-def file_name(format: Format, number: int, count: int) -> str:
+def file_name(format: FileFormat, number: int, count: int) -> str:
     """Return `model-00002-of-00006.safetensors` for number 1 of 6, `model.safetensors` where there is only one."""
     return NAMES[format].format("" if count == 1 else f"-{number + 1:05d}-of-{count:05d}")
 
@@ -83,7 +83,7 @@ def _aliases(shard: Sequence[PlannedTensor], tied: Mapping[str, str] | None) -> 
     return {alias: name for alias, name in (tied or {}).items() if name in names}
 
 
-def index_file(format: Format) -> str:
+def index_file(format: FileFormat) -> str:
     return NAMES[format].format("") + ".index.json"
 
 

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from bigpipe.bigmodel.checkpoint import CASTABLE, CHUNK, Checkpoint, Format, find_aliases, open_checkpoint
+from bigpipe.bigmodel.checkpoint import CASTABLE, CHUNK, Checkpoint, FileFormat, find_aliases, open_checkpoint
 from bigpipe.errors import UsageError
 from bigpipe.sizes import size_of
 
@@ -24,7 +24,7 @@ def save_checkpoint(
     *,
     max_shard_size: int | str = "5GB",
     dtype: str | None = None,
-    format: Format = "safetensors",
+    format: FileFormat = "safetensors",
     progress: ReportProgress | None = None,
 ) -> SavedCheckpoint:
     """Write a checkpoint, resharded, converted or cast, into the directory `out`.

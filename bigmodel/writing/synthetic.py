@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from bigpipe.bigmodel.architecture import Architecture
-from bigpipe.bigmodel.checkpoint import CASTABLE, CHUNK, MAX_CONFIG, Format, ModelDescription, itemsize, read_json
+from bigpipe.bigmodel.checkpoint import CASTABLE, CHUNK, MAX_CONFIG, FileFormat, ModelDescription, itemsize, read_json
 from bigpipe.errors import UsageError
 from bigpipe.files import make_directory, write_file
 from bigpipe.sizes import size_of
@@ -54,7 +54,7 @@ class SyntheticModel:
     dtype: str = "float16"
     """Of floating-point tensors; those that the class keeps as float32 stay so."""
     seed: int = 0
-    format: Format = "safetensors"
+    format: FileFormat = "safetensors"
     max_shard_size: int | str = "5GB"
 
     @property

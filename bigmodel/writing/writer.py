@@ -24,7 +24,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from types import MappingProxyType
 
-from bigpipe.bigmodel.checkpoint import Format, Uses
+from bigpipe.bigmodel.checkpoint import FileFormat, Uses
 from bigpipe.errors import Interrupted
 from bigpipe.files import PARTIAL, explained, is_partial, make_directory, require_space, write_file
 from bigpipe.passing import NOBODY, OpenInlet, Outlet
@@ -145,7 +145,7 @@ def write_index(out: Path, plans: Sequence[ShardPlan]) -> Files:
         return {name: write_file(out / name, encode_index(plans))}
 
 
-def prepare(out: Path, format: Format, planned: set[str]) -> None:
+def prepare(out: Path, format: FileFormat, planned: set[str]) -> None:
     """Make the directory; remove unfinished files, and the weight files and index of a save that had others."""
     make_directory(out)
     prefix, suffix = map(re.escape, NAMES[format].split("{}"))
