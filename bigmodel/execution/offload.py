@@ -29,9 +29,8 @@ from .homes import Homes
 if TYPE_CHECKING:
     import torch
 
-Take = Callable[..., "torch.Tensor"]
-"""(shape, dtype=…) → memory on the device that computes, for a tensor of this shape and dtype."""
-
+Staged = Mapping[str, "torch.Tensor"]
+"""The tensors of a slot, by suffix."""
 ALIGNMENT = 64
 """Bytes; what vector instructions and GPU copies like."""
 
@@ -79,19 +78,19 @@ class Slot:
         one = math.prod(self.placeholder.shape) * self.dtype.itemsize
         return [source.nbytes for source in self.sources] if self.packing else [one]
 
-    def read(self, files: MappedFiles) -> dict[str, torch.Tensor]:
+    def read(self, files: MappedFiles) -> Staged:
         """Return the tensors on the CPU, as stored."""
         return {name: recipe.read(files.window, self.dtype) for name, recipe in self.recipes.items()}
 
-    def stage(self, files: MappedFiles, device: torch.device, take: Take) -> dict[str, torch.Tensor]:
-        """Return the tensors on `device`, as they are attached."""
+    def stage(self, files: MappedFiles, device: torch.device, take: Callable[..., torch.Tensor]) -> Staged:
+        """Return the tensors on `device`, as they are attached. take: (shape, dtype=…) → memory there."""
         tensors = self.read(files)
         if self.windowed(device):
             return tensors
         dtypes = {name: tensor.dtype if self.packing else self.dtype for name, tensor in tensors.items()}
         return {name: take(tensor.shape, dtype=dtypes[name]).copy_(tensor) for name, tensor in tensors.items()}
 
-    def attach(self, staged: Mapping[str, torch.Tensor]) -> None:
+    def attach(self, staged: Staged) -> None:
         import torch
 
         if self.packing:
@@ -180,7 +179,7 @@ class WeightStream:
         self._successor: dict[WeightGroup, WeightGroup] = {}
         self._last: WeightGroup | None = None
         self._ahead: WeightGroup | None = None
-        self._staged: dict[WeightGroup, tuple[Arena, Future[list[dict[str, torch.Tensor]]]]] = {}
+        self._staged: dict[WeightGroup, tuple[Arena, Future[list[Staged]]]] = {}
         """Tensors made or being made, attached or not yet, and the memory they lie in."""
         self._free: dict[torch.device, list[Arena]] = defaultdict(list)
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="bigpipe-read-ahead")
@@ -225,7 +224,7 @@ class WeightStream:
         arena = free.pop() if free else Arena(group.device)
         self._staged[group] = arena, self._thread.submit(self._stage, group, arena)
 
-    def _stage(self, group: WeightGroup, arena: Arena) -> list[dict[str, torch.Tensor]]:
+    def _stage(self, group: WeightGroup, arena: Arena) -> list[Staged]:
         import torch
 
         with torch.inference_mode(False), torch.no_grad():
