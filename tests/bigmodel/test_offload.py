@@ -113,6 +113,21 @@ def test_a_forward_that_fails_leaves_the_model_usable(tmp_path: Path) -> None:
     assert torch.equal(forward(model), wanted)
 
 
+def test_a_forward_that_never_reaches_what_was_read_ahead_leaves_the_model_usable(tmp_path: Path) -> None:
+    make_checkpoint(tmp_path, "opt")
+    model = load(tmp_path, {"": "disk"})
+    wanted = forward(model)
+
+    def refuse(module: torch.nn.Module, arguments: object) -> None:
+        raise ValueError("not now")
+
+    hook = model.model.decoder.layers[1].register_forward_pre_hook(refuse, prepend=True)
+    with pytest.raises(ValueError, match="not now"):
+        forward(model)
+    hook.remove()
+    assert torch.equal(forward(model), wanted)
+
+
 def test_works_in_and_out_of_inference_mode(tmp_path: Path) -> None:
     make_checkpoint(tmp_path, "opt", dtype="float16")
     model = load(tmp_path, {"": "disk"})
