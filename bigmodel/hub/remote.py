@@ -24,8 +24,8 @@ from bigpipe.bigmodel.checkpoint import (
     MAX_INDEX,
     SAFETENSORS_NAMES,
     Contents,
+    FileFormat,
     FileSource,
-    Format,
     ModelDescription,
     Tensors,
     check_weight_map,
@@ -190,7 +190,7 @@ def describe_pipeline(path: Path) -> ModelDescription:
     return ModelDescription(config={}, tensors=tensors, format=form, tied=contents.tied, path=path)
 
 
-def _format(weights: list[str]) -> Format | None:
+def _format(weights: list[str]) -> FileFormat | None:
     return file_format_of(Path(weights[0])) if weights else None
 
 
