@@ -246,15 +246,17 @@ class _Loading:
             kind, location = kinds.get(name) or (None, "")
             condition = self._condition(settings, scope)
             result[name] = Wired(name, index, kind, structure, settings, condition, location, broken=broken)
-            self._check_secrets(name, structure.secrets, {*manifest.secrets, *(kind.secrets if kind else ())})
+            if structure.secrets:
+                self._check_secrets(name, structure.secrets, {*manifest.secrets, *(kind.secrets if kind else ())})
         return result
 
     def _condition(self, settings: Mapping[str, Json], scope: Scope) -> str:
         """The text of `when` as far as it is known before the matrix; what is wrong with it is reported later."""
-        scope = replace(scope, matrix={}, open_matrix=True, stages=True)
         when = settings.get("when")
-        text = interpolate(when, scope, Problems(self.document.place_at)) if isinstance(when, str) else ""
-        return text if isinstance(text, str) else ""
+        if not isinstance(when, str):
+            return ""
+        scope = replace(scope, matrix={}, open_matrix=True, stages=True)
+        return str(interpolate(when, scope, Problems(self.document.place_at)))
 
     def _check_secrets(self, name: str, secrets: Sequence[str], allowed: set[str]) -> None:
         for index, secret in enumerate(secrets):

@@ -247,12 +247,15 @@ print(sorted(name for name in sys.modules if name.startswith("bigpipe.plugins.")
 
 
 def test_a_recipe_is_read_without_what_its_names_stand_for() -> None:
-    """Kinds, formats, tasks and executors are names → `module:NAME`: to know a name imports nothing else."""
+    """Kinds, formats, tasks and executors are names → `module:NAME`: to know a name, and a key, imports nothing else."""
     code = """
 import sys
 from pathlib import Path
+from bigpipe.machine import Machine
 from bigpipe.orchestrator.recipe import load_recipe
-load_recipe(Path("manifests/quickstart.yaml"))
+for node in load_recipe(Path("manifests/quickstart.yaml")).nodes.values():
+    if node.kind.planning.facts:
+        node.kind.planning.facts(node.params, Machine("here", 1, 1, 1, 1))
 print(*sorted(name.removeprefix("bigpipe.bigmodel.") for name in sys.modules if name.startswith("bigpipe.bigmodel.")))
 """
     environment = {"PYTHONPATH": ":".join(sys.path)}
