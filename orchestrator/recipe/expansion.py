@@ -58,11 +58,7 @@ class Expansion:
     def nodes(self) -> dict[str, Node]:
         """Return every node, stages in file order. Problems are added; nodes that have some are left out."""
         self._count()
-        result: dict[str, Node] = {}
-        for stage in self.stages.values():
-            for node in self._expand(stage):
-                result[node.name] = node
-        return result
+        return {node.name: node for stage in self.stages.values() for node in self._expand(stage)}
 
     def _count(self) -> None:
         sizes = {name: prod(len(values) for values in stage.axes.values()) for name, stage in self.stages.items()}

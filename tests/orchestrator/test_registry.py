@@ -247,7 +247,7 @@ print(sorted(name for name in sys.modules if name.startswith("bigpipe.plugins.")
 
 
 def test_a_recipe_is_read_without_what_its_names_stand_for() -> None:
-    """Kinds, formats, tasks and executors are names → `module:NAME`: to know a name, and a key, imports nothing else."""
+    """Formats and tasks are names → `module:NAME`: to check a name, or to ask what a key depends on, imports no more."""
     code = """
 import sys
 from pathlib import Path
