@@ -247,7 +247,7 @@ print(sorted(name for name in sys.modules if name.startswith("bigpipe.plugins.")
 
 
 def test_a_recipe_is_read_without_what_its_names_stand_for() -> None:
-    """Formats and tasks are names → `module:NAME`: to check a name, or to ask what a key depends on, imports no more."""
+    """Formats and tasks are names → `module:NAME`: to check one, or to ask what a key depends on, imports no more."""
     code = """
 import sys
 from pathlib import Path
