@@ -73,9 +73,5 @@ class Int8(Packing):
 
 
 INT8 = Format(
-    name="int8",
-    title="bitsandbytes int8",
-    method="bitsandbytes",
-    tensors=(".weight", ".SCB"),
-    packing=Int8(),
+    name="int8", title="bitsandbytes int8", method="bitsandbytes", tensors=(".weight", ".SCB"), packing=Int8()
 )

@@ -11,6 +11,8 @@ from bigpipe.sizes import size_of
 
 Device = int | Literal["cpu", "disk"]
 """A GPU by its number, counted from 0 within one process; the CPU's memory; the disk."""
+Caps = Mapping[Device, float]
+"""Bytes per device; inf without a limit."""
 
 _RANGE = re.compile(r"(\d+)(?:\s*-\s*(\d+))?")
 _MOST_GPUS = 4096
@@ -30,12 +32,12 @@ def named(device: Device) -> str:
     return f"GPU {device}" if isinstance(device, int) else f"the {'CPU' if device == 'cpu' else device}"
 
 
-def read_max_memory(max_memory: Mapping[int | str, int | str]) -> dict[Device, int | None]:
+def read_max_memory(max_memory: Mapping[int | str, int | str]) -> dict[Device, float]:
     """Bytes per device from what somebody wrote.
 
     Keys: GPU numbers, ranges of them ("1-7"), cpu, disk. Values: bytes or sizes ("10GiB"). Raises UsageError.
     """
-    caps: dict[Device, int | None] = {}
+    caps: dict[Device, float] = {}
     for key, value in max_memory.items():
         size = size_of(f"max_memory of {key}", value)
         for device in devices_of(key):

@@ -23,7 +23,7 @@ Attempt = Callable[[PlacementRequest], Placement]
 def over_a_cap(needs: Mapping[Device, Need], budget: MemoryBudget) -> Misfit | None:
     """The first device of a map somebody wrote that holds more than its cap."""
     for device in lacking(totals(needs), budget.memory):
-        need, cap = needs[device], budget.memory.get(device, 0) or 0
+        need, cap = needs[device], int(budget.memory.get(device, 0))
         change = {f"max_memory.{device}": size_text(need.total)}
         return Misfit(
             f"device_map puts {need} on {named(device)}; max_memory leaves it {format_size(cap)}",
@@ -36,13 +36,13 @@ def too_small(
     tree: Tree, budget: MemoryBudget, request: PlacementRequest, works: Callable[[MemoryBudget], bool]
 ) -> Misfit:
     """Names the entry of `max_memory` whose raise adds the fewest bytes (one, or all GPUs' alike), and one to add."""
-    room = "" if budget.room is None else f"; there is room for {format_size(budget.room)}"
+    room = "" if budget.room == math.inf else f"; there is room for {format_size(int(budget.room))}"
     layer = max(map(tree.size, tree.layers([""])))
     cause = f"the model's weights and buffers take {format_size(tree.size(''))}, its largest layer {format_size(layer)}"
     if request.max_memory is None:
         return Misfit(f"{cause}{room} beside what generating takes", "quantize first, or give more devices")
     change = _smallest_raise(tree.size(""), budget, request.max_memory, works)
-    added = [d for d in ("cpu", "disk") if d not in budget.memory and works(budget.given({d: None}))][:1]
+    added = [d for d in ("cpu", "disk") if d not in budget.memory and works(budget.given({d: math.inf}))][:1]
     words = ([as_fields(change)] if change else []) + [f"add {device} to max_memory" for device in added]
     return Misfit(cause + room, Cure(change, ", or ".join(words) or "raise max_memory"))
 
@@ -58,7 +58,7 @@ def _smallest_raise(
         entries[tuple(gpus)] = list(budget.gpus)
     raises: dict[tuple[int | str, ...], tuple[int, int]] = {}
     for keys, devices in entries.items():
-        cap = budget.memory[devices[0]] or 0
+        cap = int(budget.memory[devices[0]])
 
         def holds(size: int, devices: list[Device] = devices) -> bool:
             return works(budget.given(dict.fromkeys(devices, size)))
@@ -89,7 +89,7 @@ def find_misfits(
     device, need = next((device, placement.needs[device]) for device in over)
     gpu = next((f" ({gpu.name})" for gpu in machine.gpus if gpu.index == device), "")
     others = f"; {len(over) - 1} more lack room" if len(over) > 1 else ""
-    cause = f"needs {format_size(need.total)} on {named(device)}{gpu}, which has {format_size(rooms[device] or 0)}"
+    cause = f"needs {format_size(need.total)} on {named(device)}{gpu}, which has {format_size(int(rooms[device]))}"
     tokens = f"{request.batch_size} × {request.sequence_length} tokens"
     cure = _cure(request, placement, machine, list(over), attempt)
     return (Misfit(f"{cause}: {need} at {tokens}{others}", cure),)
@@ -144,7 +144,7 @@ def _lowered(
     caps: dict[str, str] = {}
     for key in request.max_memory or {} if request.mode else ():
         full = [device for device in devices_of(key) if device in over]
-        sizes = [(rooms[d] or 0) - needs[d].total + needs[d].weights + needs[d].streaming for d in full]
+        sizes = [int(rooms[d]) - needs[d].total + needs[d].weights + needs[d].streaming for d in full]
         if sizes:
             caps[f"max_memory.{key}"] = size_text(max(0, min(sizes)), up=False)
     return caps

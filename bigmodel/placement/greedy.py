@@ -7,10 +7,9 @@ device is taken. A device that streams what was offloaded keeps room for the lar
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from .devices import Device, is_computing, main_of
+from .devices import Caps, Device, is_computing, main_of
 from .tree import Tree
 
 
@@ -27,10 +26,8 @@ class Filling:
         return self.used.get(device, 0)
 
 
-def fill(
-    tree: Tree, caps: Mapping[Device, int | None], streaming: frozenset[Device], *, returning: bool = False
-) -> Filling:
-    """caps: bytes per device in order of preference, None without a limit; what fits nowhere is `left`.
+def fill(tree: Tree, caps: Caps, streaming: frozenset[Device], *, returning: bool = False) -> Filling:
+    """caps: in order of preference; what fits nowhere is `left`.
 
     streaming: devices that keep room for the largest layer that may follow. returning: each part tries every device
     from the first again, instead of only those from where the last part went.
@@ -39,9 +36,7 @@ def fill(
 
 
 class _Run:
-    def __init__(
-        self, tree: Tree, caps: Mapping[Device, int | None], streaming: frozenset[Device], returning: bool
-    ) -> None:
+    def __init__(self, tree: Tree, caps: Caps, streaming: frozenset[Device], returning: bool) -> None:
         self.tree = tree
         self.caps = caps
         self.order = list(caps)
@@ -64,13 +59,10 @@ class _Run:
     def _candidates(self) -> list[Device]:
         return self.order[: self.position + 1] if self.returning else self.order[self.position : self.position + 1]
 
-    def _room(self, device: Device) -> int | None:
-        """Bytes left on the device for parts, or None without a limit."""
-        cap = self.caps[device]
-        if cap is None:
-            return None
+    def _room(self, device: Device) -> float:
+        """Bytes left on the device for parts."""
         reserve = max(self.largest, self.filling.reserved.get(device, 0)) if device in self.streaming else 0
-        return cap - reserve - self.filling.on(device)
+        return self.caps[device] - reserve - self.filling.on(device)
 
     def _load(self, device: Device, *parts: str) -> int:
         """Bytes that the device must hold for the parts: where they compute, their keys and values too."""
@@ -81,8 +73,7 @@ class _Run:
         """Puts the part and all that is tied to it on the device, if they fit together."""
         tied = self._tied_parts(part)
         size = self._load(device, part, *tied)
-        room = self._room(device)
-        if room is not None and size > room:
+        if size > self._room(device):
             return False
         self.filling.used[device] = self.filling.on(device) + size
         for name in (part, *tied):
@@ -100,9 +91,9 @@ class _Run:
 
     def _break_up(self, part: str, device: Device) -> bool:
         """Replaces the part, or a part tied to it where that is what is too big for the device, by its pieces."""
-        room = self._room(device)
+        room, load = self._room(device), self._load(device, part)
         tied = self._tied_parts(part)
-        if tied and room is not None and self._load(device, part) <= room:
+        if tied and load <= room:
             for name in filter(self.tree.can_split, tied):
                 index = self.queue.index(name)
                 self.queue.remove(name)
@@ -111,7 +102,7 @@ class _Run:
                 self.queue.appendleft(part)
                 self.largest, self.largest_names = self._largest_layers()
                 return True
-        if room is not None and self._load(device, part) >= room and self.tree.can_split(part):
+        if load >= room and self.tree.can_split(part):
             self.queue.extendleft(reversed(self.tree.split(part)))
             self.largest, self.largest_names = self._largest_layers()
             return True

@@ -25,7 +25,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from .budget import MemoryBudget
-from .devices import Device
+from .devices import Caps, Device
 from .speeds import Speeds
 from .tree import Tree
 
@@ -76,8 +76,6 @@ class Solution:
         return f"not proved to be the fastest: at most {max(slower, 1e-3):.1%} slower, and the search ended there"
 
 
-Caps = Mapping[Device, float]
-"""Bytes; inf without a limit."""
 Filled = tuple[int, int, float]
 """Index of the device being filled, bytes on it, bytes on the first device."""
 
@@ -140,17 +138,13 @@ def solve(tree: Tree, budget: MemoryBudget, speeds: Speeds, *, limit: int | None
     if limit is None:
         limit = PREFIXES if len(units) > EXACT else sys.maxsize
     gpus = [budget.gpus[first:] for first in range(len(budget.gpus))]
-    found = _best(_problems(tree, units, _limits(budget), speeds, gpus), limit)
+    found = _best(_problems(tree, units, budget.caps, speeds, gpus), limit)
     if found.solution is None:
-        caps = _limits(budget.without(budget.gpus))
+        caps = budget.without(budget.gpus).caps
         alone = _best(_problems(tree, units, caps, speeds, [("cpu",)] if "cpu" in caps else []), limit)
         found = Found(alone.solution, found.made + alone.made, min(found.dropped, alone.dropped))
     best = found.solution
     return replace(best, least=min(best.seconds, found.dropped), prefixes=found.made) if best else None
-
-
-def _limits(budget: MemoryBudget) -> Caps:
-    return {device: math.inf if cap is None else cap for device, cap in budget.caps.items()}
 
 
 def _best(problems: Iterable[Problem], limit: int) -> Found:

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import difflib
+import math
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from bigpipe.bigmodel.architecture import Architecture
 from bigpipe.errors import DoesNotFit, UsageError, first_few
-from bigpipe.fit import Need, fits, lacking, nearest, totals
+from bigpipe.fit import Need, lacking, nearest, totals
 from bigpipe.machine import Machine, detect
 from bigpipe.sizes import format_size
 
 from .budget import Homes, MemoryBudget, homes_of, memory_of, needs_of, weights_of
-from .devices import Device, is_computing, named, one_device, read_max_memory
+from .devices import Caps, Device, is_computing, named, one_device, read_max_memory
 from .fitting import over_a_cap, too_small
 from .greedy import Filling, fill
 from .headroom import Headroom
@@ -64,7 +65,7 @@ def place_architecture(
         dtype=request.dtype,
         device_map=devices,
         weights=weights,
-        max_memory=dict(budget.caps),
+        max_memory={device: None if cap == math.inf else int(cap) for device, cap in budget.caps.items()},
         special_dtypes=dict(request.special_dtypes),
         no_split_module_classes=None if no_split is None else tuple(no_split),
         needs=needs,
@@ -135,9 +136,9 @@ def _best(tree: Tree, budget: MemoryBudget, mode: str) -> Filling | None:
     """The best answer; where the first GPU is too small to stream layers through it, the best without it."""
     for skipped in range(len(budget.gpus) + 1):
         reduced = budget.without(budget.gpus[:skipped])
-        if reduced.room is not None and reduced.room < tree.size(""):
+        if reduced.room < tree.size(""):
             return None
-        if not fits(tree.cached(""), reduced.room_to_compute):
+        if tree.cached("") > reduced.room_to_compute:
             continue
         best = _cheapest(tree, reduced, mode)
         if best is not None and not best.left:
@@ -167,7 +168,7 @@ def _cheapest(tree: Tree, budget: MemoryBudget, mode: str) -> Filling | None:
     return best
 
 
-def _balanced_caps(tree: Tree, budget: MemoryBudget, *, low_zero: bool = False) -> dict[Device, int | None]:
+def _balanced_caps(tree: Tree, budget: MemoryBudget, *, low_zero: bool = False) -> Caps:
     """Equal shares with a margin for all GPUs but the last, which keeps its cap for what the shares leave over.
 
     low_zero: the first GPU gets only what the others have no room for.
@@ -178,12 +179,10 @@ def _balanced_caps(tree: Tree, budget: MemoryBudget, *, low_zero: bool = False) 
         return caps
     share = tree.load("") // (len(gpus) - 1 if low_zero else len(gpus)) + _margin(tree)
     for gpu in gpus[1:-1] if low_zero else gpus[:-1]:
-        caps[gpu] = _smaller(share, caps[gpu])
+        caps[gpu] = min(share, caps[gpu])
     if low_zero:
-        others = [caps[gpu] for gpu in gpus[1:]]
-        room = None if None in others else sum(cap for cap in others if cap is not None)
-        needed = 0 if room is None else max(0, tree.load("") - room)
-        caps[gpus[0]] = _smaller(needed, caps[gpus[0]])
+        needed = max(0, tree.load("") - sum(caps[gpu] for gpu in gpus[1:]))
+        caps[gpus[0]] = min(needed, caps[gpus[0]])
     return caps
 
 
@@ -206,14 +205,7 @@ def _leaves(parts: list[str]) -> list[str]:
     return [part for part in parts if part and part not in parents]
 
 
-def _smaller(size: int, cap: int | None) -> int:
-    """The tighter of a size and a cap; None is no cap."""
-    return size if cap is None else min(size, cap)
-
-
-def _answers(
-    tree: Tree, budget: MemoryBudget, caps: Mapping[Device, int | None], *, returning: bool = False
-) -> Iterator[Filling]:
+def _answers(tree: Tree, budget: MemoryBudget, caps: Caps, *, returning: bool = False) -> Iterator[Filling]:
     """Sound answers, first with room kept for streaming, then without."""
     for streaming in dict.fromkeys([frozenset({budget.main, "cpu"}), frozenset({budget.main}), frozenset[Device]()]):
         filling = _filled(tree, caps, budget.main, streaming & set(budget.caps), returning=returning)
@@ -222,17 +214,15 @@ def _answers(
             yield filling
 
 
-def _filled(
-    tree: Tree, caps: Mapping[Device, int | None], main: Device, streaming: frozenset[Device], *, returning: bool
-) -> Filling:
+def _filled(tree: Tree, caps: Caps, main: Device, streaming: frozenset[Device], *, returning: bool) -> Filling:
     """A filling whose main device has room for what stays there of the parts that are streamed."""
-    reserve, cap = 0, caps.get(main)
+    reserve, cap = 0, caps.get(main, 0)
     while True:
-        room = caps if cap is None else {**caps, main: cap - reserve}
+        room = {**caps, main: cap - reserve} if cap else caps
         filling = fill(tree, room, streaming, returning=returning)
         streamed = (part for part, device in filling.devices.items() if not is_computing(device, main))
         staying = sum(map(tree.staying, streamed))
-        if cap is None or staying <= reserve or staying > cap:
+        if not cap or staying <= reserve or staying > cap:
             return filling
         reserve = staying
 
@@ -245,8 +235,8 @@ def _evened(tree: Tree, budget: MemoryBudget, mode: str) -> Filling | None:
     limited = budget.gpus[:1] if mode == "balanced_low_0" else budget.gpus
 
     def filled(share: int) -> Filling:
-        caps: dict[Device, int | None] = {gpu: budget.caps[gpu] for gpu in budget.gpus}
-        return fill(tree, caps | {gpu: _smaller(share, budget.caps[gpu]) for gpu in limited}, frozenset())
+        caps: dict[Device, float] = {gpu: budget.caps[gpu] for gpu in budget.gpus}
+        return fill(tree, caps | {gpu: min(share, budget.caps[gpu]) for gpu in limited}, frozenset())
 
     share = nearest(tree.load(""), -1, lambda share: not filled(share).left)
     return None if share is None else filled(share)

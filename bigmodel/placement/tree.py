@@ -181,10 +181,7 @@ def _summed(sizes: Mapping[str, int]) -> dict[str, int]:
 
 
 def _bytes_by_storage(
-    architecture: Architecture,
-    dtype: str | None,
-    special_dtypes: Mapping[str, str],
-    tensor_bytes: Mapping[str, int],
+    architecture: Architecture, dtype: str | None, special_dtypes: Mapping[str, str], tensor_bytes: Mapping[str, int]
 ) -> dict[str, int]:
     """Storage name → bytes as loaded. `tensor_bytes` are true sizes and overrule what the dtype would say."""
     nbytes = {

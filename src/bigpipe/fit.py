@@ -44,15 +44,15 @@ def totals(needs: Mapping[Key, Need]) -> dict[Key, int]:
     return {key: need.total for key, need in needs.items()}
 
 
-def fits(needed: int, room: int | None) -> bool:
+def fits(needed: int, room: float | None) -> bool:
     """Is there room for what is needed? None is room without a limit."""
     return room is None or needed <= room
 
 
-def lacking(needs: Mapping[Key, int], rooms: Mapping[Key, int | None]) -> dict[Key, int]:
+def lacking(needs: Mapping[Key, int], rooms: Mapping[Key, float | None]) -> dict[Key, int]:
     """Return how much each of those lacks that do not fit; what has no entry in `rooms` has no room."""
     found = {key: (needed, rooms.get(key, 0)) for key, needed in needs.items()}
-    return {key: needed - (room or 0) for key, (needed, room) in found.items() if not fits(needed, room)}
+    return {key: needed - int(room or 0) for key, (needed, room) in found.items() if not fits(needed, room)}
 
 
 def nearest(holding: int, failing: int, holds: Callable[[int], bool], *, step: int = 1) -> int | None:
