@@ -118,9 +118,8 @@ class Activations:
     """Bytes of one forward over a whole prompt."""
 
     bytes: int
-    phase: str
-    """Which part of the model they belong to at the peak."""
     formula: str
+    """After the part of the model that they belong to at the peak."""
     known: bool
 
 
@@ -142,7 +141,7 @@ def prefill(
     if image is not None:
         side, patch = image
         if not patch or not shape.heads:  # a convolutional net: its first, largest feature maps
-            return Activations(batch_size * side * side * 64 * itemsize, "first convolution", "64·b·side²·bytes", False)
+            return Activations(batch_size * side * side * 64 * itemsize, "first convolution: 64·b·side²·bytes", False)
         length = (side // patch) ** 2 + 1
     phases: dict[str, tuple[int, str]] = {
         "feed-forward": _feed_forward(shape, batch_size, length, itemsize),
@@ -152,7 +151,7 @@ def prefill(
     }
     phase = max(phases, key=lambda name: phases[name][0])
     size, formula = phases[phase]
-    return Activations(size, phase, formula, shape.known and not shape.state)
+    return Activations(size, f"{phase}: {formula}", shape.known and not shape.state)
 
 
 UNGATED = {"gelu_new": (5, 2), "bloom_gelu": (5, 8)}

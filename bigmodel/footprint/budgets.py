@@ -216,7 +216,7 @@ class Budget:
         )  # fmt: skip
         unpacked, words = self.unpacked
         size = found.bytes + self.cache.prefill_extra + unpacked
-        formula = f"{found.phase}: {found.formula}"
+        formula = found.formula
         formula += " + keys beyond the window until the first step" if self.cache.prefill_extra else ""
         formula += f" + {words}" if unpacked else ""
         if not found.known or self.architecture.outlined or not self.cache.exact:

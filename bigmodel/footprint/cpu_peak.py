@@ -68,20 +68,18 @@ def beside_weights(
     image: tuple[int, int] | None = None,
     all_logits: bool = False,
     output_length: int | None = None,
-    cache_itemsize: int | None = None,
+    cache_itemsize: int,
 ) -> CpuPeak:
     """The cache, the largest phase and what kernels keep. See `activations.prefill` for the arguments.
 
-    output_length: tokens that an encoder-decoder makes while it generates; None: as many as it reads. cache_itemsize:
-    bytes per cached element, where they are not those of the activations.
+    output_length: tokens that an encoder-decoder makes while it generates; None: as many as it reads.
     """
-    kept = itemsize if cache_itemsize is None else cache_itemsize
     config = text_config(architecture.config)
     found = prefill(shape, batch_size, length, itemsize, image=image, all_logits=all_logits)
-    cache = cache_of(architecture, batch_size, length, kept)
+    cache = cache_of(architecture, batch_size, length, cache_itemsize)
     attention = _attention(config, shape, batch_size, length, itemsize)
     masks = batch_size * length**2 * itemsize if shape.scores and len(set(config.get("layer_types") or ())) > 1 else 0
-    formula, size = f"{found.phase}: {found.formula}", found.bytes
+    formula, size = found.formula, found.bytes
     if attention > size:
         formula, size = "attention: scores written out", attention
     size += masks  # one for each kind of layer
@@ -89,7 +87,7 @@ def beside_weights(
         size += batch_size * 3 * image[0] ** 2 * itemsize
     if config.get("is_encoder_decoder") and not all_logits:
         # The encoder is done before the first key is cached
-        cache = cache_of(architecture, batch_size, length, kept, output_length)
+        cache = cache_of(architecture, batch_size, length, cache_itemsize, output_length)
         encoder = prefill(shape, batch_size, length, itemsize, headless=True)
         size = max(size if attention == size else 0, encoder.bytes, cache.bytes)
         formula, held = "the encoder's largest phase, or the cache", 0

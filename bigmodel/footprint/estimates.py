@@ -76,8 +76,8 @@ class Estimate:
         }
         for found in self.budgets:
             told = data["dtypes"][found.dtype]
-            for name, ground in grounds(found).items():
-                told["terms"][name] |= ground.as_json()
+            for name, (inputs, source) in grounds(found).items():
+                told["terms"][name] |= {"inputs": dict(inputs), "source": source}
             if self.head == "none":
                 told["accelerate"] = as_accelerate(found)
         if self.memory is not None:

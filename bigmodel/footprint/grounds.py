@@ -6,8 +6,6 @@ Also the same model in the three figures that `accelerate estimate-memory` shows
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any
 
 from bigpipe.bigmodel.architecture import Architecture
 from bigpipe.bigmodel.formats import has_double_quant, width
@@ -50,17 +48,8 @@ WIDTHS: Mapping[str, tuple[str, ...]] = {
 }
 
 
-@dataclass(frozen=True, slots=True)
-class Ground:
-    inputs: Inputs
-    source: str
-
-    def as_json(self) -> dict[str, Any]:
-        return {"inputs": dict(self.inputs), "source": self.source}
-
-
-def grounds(found: Budget) -> dict[str, Ground]:
-    """By the names of a budget's terms."""
+def grounds(found: Budget) -> dict[str, tuple[Inputs, str]]:
+    """(numbers that went in, source) by the names of a budget's terms."""
     architecture, workload = found.architecture, found.workload
     tokens: dict[str, int | str] = {"batch size": workload.batch_size, "sequence length": workload.sequence_length}
     computed = tokens | _numbers(architecture, WIDTHS) | {"bytes per element": found.itemsize}
@@ -85,7 +74,7 @@ def grounds(found: Budget) -> dict[str, Ground]:
         "training.lora": trained | adapters,
     }
     sources = {**SOURCES, **dict.fromkeys(("weights", "buffers", "stored"), _source(architecture))}
-    return {name: Ground(inputs[name], sources[name]) for name in found.terms()}
+    return {name: (inputs[name], sources[name]) for name in found.terms()}
 
 
 def _source(architecture: Architecture) -> str:

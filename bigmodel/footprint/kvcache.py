@@ -28,8 +28,6 @@ class Cache:
 
     bytes: int
     """Once `length` tokens have been seen."""
-    per_token: int
-    """What one more token of every sequence adds, beyond all windows."""
     prefill_extra: int
     """Held besides until the first decoding step: a window is a view into the whole prompt's keys."""
     exact: bool
@@ -38,7 +36,7 @@ class Cache:
     """For people: `MLA, 61 layers`."""
 
 
-NOTHING = Cache(0, 0, 0, True, "none")
+NOTHING = Cache(0, 0, True, "none")
 
 
 def text_config(config: Config) -> Config:
@@ -60,17 +58,16 @@ def cache_of(
         return NOTHING
     if architecture.cache is None:
         return kv_cache(architecture.config, batch_size, length, itemsize, output_length)
-    total = extra = growing = 0
+    total = extra = 0
     for tensor in architecture.cache:
         width = batch_size * tensor.count * (tensor.itemsize or itemsize)
         kept = length if tensor.window is None else min(length, tensor.window)
         elements = tensor.elements + int(kept * tensor.per_token)
         total += width * elements
         extra += width * max(int(length * tensor.viewed_per_token) - elements, 0)
-        growing += int(width * tensor.per_token) if kept == length else 0
     text = text_config(architecture.config)
     exact = all(tensor.per_token.is_integer() for tensor in architecture.cache)
-    return Cache(total, growing, extra, exact, _describe(text, layer_kinds(text)))
+    return Cache(total, extra, exact, _describe(text, layer_kinds(text)))
 
 
 def kv_cache(config: Config, batch_size: int, length: int, itemsize: int, output_length: int | None = None) -> Cache:
@@ -84,7 +81,7 @@ def kv_cache(config: Config, batch_size: int, length: int, itemsize: int, output
         return _encoder_decoder(text, batch_size, length, itemsize, length if output_length is None else output_length)
     kinds = layer_kinds(text)
     per_token = token_elements(text) * itemsize * batch_size
-    total = extra = growing = 0
+    total = extra = 0
     state = _state_bytes(text, itemsize)
     for kind in kinds:
         if kind in LINEAR:
@@ -94,9 +91,8 @@ def kv_cache(config: Config, batch_size: int, length: int, itemsize: int, output
         kept = min(length, _window(text, kind, length))
         total += kept * per_token
         extra += (length - kept) * per_token
-        growing += per_token if kept == length else 0
     known = all(kind in ATTENTION or kind in NO_CACHE or (kind in LINEAR and state is not None) for kind in kinds)
-    return Cache(total, growing, extra, known and bool(kinds), _describe(text, kinds))
+    return Cache(total, extra, known and bool(kinds), _describe(text, kinds))
 
 
 def _describe(text: Config, kinds: list[str]) -> str:
@@ -220,7 +216,6 @@ def _encoder_decoder(text: Config, batch_size: int, length: int, itemsize: int, 
     width = 2 * itemsize * batch_size
     return Cache(
         bytes=width * (sum(kept) * groups * size + layers * seen * crossed),
-        per_token=width * groups * size * sum(tokens == answer for tokens in kept),
         prefill_extra=0,
         exact=layers > 0,
         kind=f"{layers} × self and cross attention",

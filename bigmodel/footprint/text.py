@@ -103,17 +103,15 @@ def _bar(found: Budget, scale: int, columns: int, train: str | None) -> str:
 def explanation(found: Budget) -> list[str]:
     """Each term with its interval, its formula, the numbers that went in, and where it comes from."""
     lines = ["", f"{found.dtype}: how each term comes about"]
-    given = grounds(found)
-    for name, term in found.terms().items():
-        inputs = (
-            f"{label} {f'{value:,}' if isinstance(value, int) else value}"
-            for label, value in given[name].inputs.items()
-        )
+    for (name, term), (inputs, source) in zip(found.terms().items(), grounds(found).values(), strict=True):
+        told = [
+            f"{label} {value:,}" if isinstance(value, int) else f"{label} {value}" for label, value in inputs.items()
+        ]
         lines += [
             f"  {name.replace('_', ' ')}: {format_size(term.bytes)}, {_interval(term)}",
             f"    formula  {term.formula}",
-            f"    inputs   {', '.join(inputs)}",
-            f"    source   {given[name].source}",
+            f"    inputs   {', '.join(told)}",
+            f"    source   {source}",
         ]
     return lines
 

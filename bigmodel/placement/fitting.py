@@ -37,11 +37,11 @@ def too_small(
 ) -> Misfit:
     """Names the entry of `max_memory` whose raise adds the fewest bytes (one, or all GPUs' alike), and one to add."""
     room = "" if budget.room == math.inf else f"; there is room for {format_size(int(budget.room))}"
-    layer = max(map(tree.size, tree.layers([""])))
-    cause = f"the model's weights and buffers take {format_size(tree.size(''))}, its largest layer {format_size(layer)}"
+    layer = max(tree.size[layer] for layer in tree.layers([""]))
+    cause = f"the model's weights and buffers take {format_size(tree.size[''])}, its largest layer {format_size(layer)}"
     if request.max_memory is None:
         return Misfit(f"{cause}{room} beside what generating takes", "quantize first, or give more devices")
-    change = _smallest_raise(tree.size(""), budget, request.max_memory, works)
+    change = _smallest_raise(tree.size[""], budget, request.max_memory, works)
     added = [d for d in ("cpu", "disk") if d not in budget.memory and works(budget.given({d: math.inf}))][:1]
     words = ([as_fields(change)] if change else []) + [f"add {device} to max_memory" for device in added]
     return Misfit(cause + room, Cure(change, ", or ".join(words) or "raise max_memory"))

@@ -6,7 +6,7 @@ device is taken. A device that streams what was offloaded keeps room for the lar
 
 from __future__ import annotations
 
-from collections import deque
+from collections import Counter, deque
 from dataclasses import dataclass, field
 
 from .devices import Caps, Device, is_computing, main_of
@@ -18,12 +18,10 @@ class Filling:
     """Where parts went. `left` is what no device had room for."""
 
     devices: dict[str, Device] = field(default_factory=dict)
-    used: dict[Device, int] = field(default_factory=dict)
-    reserved: dict[Device, int] = field(default_factory=dict)
+    used: Counter[Device] = field(default_factory=Counter)
+    """Bytes."""
+    reserved: Counter[Device] = field(default_factory=Counter)
     left: list[str] = field(default_factory=list)
-
-    def on(self, device: Device) -> int:
-        return self.used.get(device, 0)
 
 
 def fill(tree: Tree, caps: Caps, streaming: frozenset[Device], *, returning: bool = False) -> Filling:
@@ -61,13 +59,13 @@ class _Run:
 
     def _room(self, device: Device) -> float:
         """Bytes left on the device for parts."""
-        reserve = max(self.largest, self.filling.reserved.get(device, 0)) if device in self.streaming else 0
-        return self.caps[device] - reserve - self.filling.on(device)
+        reserve = max(self.largest, self.filling.reserved[device]) if device in self.streaming else 0
+        return self.caps[device] - reserve - self.filling.used[device]
 
     def _load(self, device: Device, *parts: str) -> int:
         """Bytes that the device must hold for the parts: where they compute, their keys and values too."""
-        size = self.tree.union_size(parts) if len(parts) > 1 else self.tree.size(parts[0])
-        return size + sum(map(self.tree.cached, parts)) if is_computing(device, self.main) else size
+        size = self.tree.union_size(parts) if len(parts) > 1 else self.tree.size[parts[0]]
+        return size + sum(self.tree.cached[part] for part in parts) if is_computing(device, self.main) else size
 
     def _put(self, part: str, device: Device) -> bool:
         """Puts the part and all that is tied to it on the device, if they fit together."""
@@ -75,7 +73,7 @@ class _Run:
         size = self._load(device, part, *tied)
         if size > self._room(device):
             return False
-        self.filling.used[device] = self.filling.on(device) + size
+        self.filling.used[device] += size
         for name in (part, *tied):
             self.filling.devices[name] = device
         for name in tied:
@@ -115,7 +113,7 @@ class _Run:
             return
         device = self.order[self.position]
         if device in self.streaming:
-            held = self.filling.reserved.get(device, 0)
+            held = self.filling.reserved[device]
             self.filling.reserved[device] = max(held, self.largest, self._largest_layer(part))
         self.position += 1
         self.queue.appendleft(part)
@@ -129,8 +127,8 @@ class _Run:
 
     def _largest_layers(self) -> tuple[int, list[str]]:
         layers = list(self.tree.layers(self.queue))
-        largest = max(map(self.tree.size, layers), default=0)
-        return largest, [layer for layer in layers if self.tree.size(layer) == largest]
+        largest = max((self.tree.size[layer] for layer in layers), default=0)
+        return largest, [layer for layer in layers if self.tree.size[layer] == largest]
 
     def _largest_layer(self, part: str) -> int:
-        return max(map(self.tree.size, self.tree.layers([part])), default=0)
+        return max((self.tree.size[layer] for layer in self.tree.layers([part])), default=0)

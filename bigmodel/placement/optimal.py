@@ -125,7 +125,7 @@ def units_of(tree: Tree) -> list[Unit]:
         shared = sum(tree.nbytes.get(storage, 0) for storage in storages if users[storage] > 1)
         own = sum(tree.nbytes.get(storage, 0) for storage in storages if users[storage] == 1)
         if own or shared:
-            units.append(Unit(layer, own, shared, tree.is_table(layer), tree.cached(layer), tree.staying(layer)))
+            units.append(Unit(layer, own, shared, tree.is_table(layer), tree.cached[layer], tree.staying[layer]))
     return units
 
 

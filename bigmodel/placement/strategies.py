@@ -136,9 +136,9 @@ def _best(tree: Tree, budget: MemoryBudget, mode: str) -> Filling | None:
     """The best answer; where the first GPU is too small to stream layers through it, the best without it."""
     for skipped in range(len(budget.gpus) + 1):
         reduced = budget.without(budget.gpus[:skipped])
-        if reduced.room < tree.size(""):
+        if reduced.room < tree.size[""]:
             return None
-        if tree.cached("") > reduced.room_to_compute:
+        if tree.cached[""] > reduced.room_to_compute:
             continue
         best = _cheapest(tree, reduced, mode)
         if best is not None and not best.left:
@@ -150,8 +150,8 @@ def _cheapest(tree: Tree, budget: MemoryBudget, mode: str) -> Filling | None:
     """Of the sound answers, the first of those that leave the fewest bytes to the disk, then to the CPU."""
 
     def cost(filling: Filling) -> tuple[int, int, int]:
-        off_gpus = filling.on("cpu") if budget.gpus else 0
-        return tree.union_size(filling.left), filling.on("disk"), off_gpus
+        off_gpus = filling.used["cpu"] if budget.gpus else 0
+        return tree.union_size(filling.left), filling.used["disk"], off_gpus
 
     caps = budget.caps if mode == "sequential" else _balanced_caps(tree, budget, low_zero=mode == "balanced_low_0")
     shared = list(_answers(tree, budget, caps))
@@ -159,10 +159,10 @@ def _cheapest(tree: Tree, budget: MemoryBudget, mode: str) -> Filling | None:
     best = min(answers, key=cost, default=None)
     if best is None or any(cost(best)):
         # A device that had no room for the part at hand may have room for a later one.
-        idle = best is None or any(not best.on(device) for device in budget.caps if device != "disk")
+        idle = best is None or any(not best.used[device] for device in budget.caps if device != "disk")
         again = _answers(tree, budget, budget.caps, returning=True) if idle else ()
         return min([*answers, *again], key=cost, default=None)
-    idle = any(not best.on(gpu) for gpu in budget.gpus)
+    idle = any(not best.used[gpu] for gpu in budget.gpus)
     if best not in shared or (idle and mode in ("auto", "balanced")):
         return _evened(tree, budget, mode) or best
     return best
@@ -189,12 +189,12 @@ def _balanced_caps(tree: Tree, budget: MemoryBudget, *, low_zero: bool = False) 
 def _margin(tree: Tree) -> int:
     """1.25 × the larger of: the largest kind of unsplit block, the mean of the modules without children."""
     blocks: dict[str, int] = {}
-    for part in tree.sizes:
+    for part in tree.size:
         module = tree.architecture.by_name.get(part) if part else None
         if module is not None and module.class_name in tree.no_split:
             blocks.setdefault(module.class_name, tree.load(part))
-    tensors = set(_leaves(list(tree.sizes)))
-    final = _leaves([part for part in tree.sizes if part not in tensors])
+    tensors = set(_leaves(list(tree.size)))
+    final = _leaves([part for part in tree.size if part not in tensors])
     mean = sum(map(tree.load, final)) // max(len(final), 1)
     return int(1.25 * max(max(blocks.values(), default=0), mean))
 
@@ -221,7 +221,7 @@ def _filled(tree: Tree, caps: Caps, main: Device, streaming: frozenset[Device], 
         room = {**caps, main: cap - reserve} if cap else caps
         filling = fill(tree, room, streaming, returning=returning)
         streamed = (part for part, device in filling.devices.items() if not is_computing(device, main))
-        staying = sum(map(tree.staying, streamed))
+        staying = sum(tree.staying[part] for part in streamed)
         if not cap or staying <= reserve or staying > cap:
             return filling
         reserve = staying
@@ -249,7 +249,8 @@ def _simplified(tree: Tree, devices: Mapping[str, Device]) -> dict[str, Device]:
         if part in devices:
             yield part, devices[part]
             return
-        pieces = [found for piece in tree.split(part) for found in visit(piece)] if tree.is_module(part) else []
+        inside = tree.split(part) if part in tree.architecture.by_name else ()
+        pieces = [found for piece in inside for found in visit(piece)]
         places = {device for _, device in pieces}
         yield from [(part, places.pop())] if len(places) == 1 else pieces
 

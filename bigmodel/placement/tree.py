@@ -58,42 +58,32 @@ class Tree:
         return {part: tuple(names) for part, names in under.items()}
 
     @cached_property
-    def sizes(self) -> Mapping[str, int]:
-        """Part → bytes; "" is the whole model. Only parts that hold tensors."""
-        sizes: dict[str, int] = {}
+    def size(self) -> Mapping[str, int]:
+        """Part → bytes; "" is the whole model."""
+        sizes: Counter[str] = Counter()
         met: set[str] = set()
         for tensor in self.tensors:
             storage = self.storage(tensor)
             size = 0 if storage in met else self.nbytes.get(storage, 0)
             met.add(storage)
             for part in prefixes(tensor):
-                sizes[part] = sizes.get(part, 0) + size
+                sizes[part] += size
         return sizes
 
-    def size(self, part: str) -> int:
-        return self.sizes.get(part, 0)
-
-    def cached(self, part: str) -> int:
-        """Bytes of keys and values that lie where the part computes."""
-        return self._cached.get(part, 0)
-
-    def load(self, part: str) -> int:
-        """Bytes of a part with its keys and values."""
-        return self.size(part) + self.cached(part)
-
-    def staying(self, part: str) -> int:
-        """Bytes that lie where the part computes even if it is streamed: its cache, and buffers no checkpoint holds."""
-        return self._staying.get(part, 0)
-
     @cached_property
-    def _cached(self) -> Mapping[str, int]:
+    def cached(self) -> Mapping[str, int]:
+        """Part → bytes of keys and values that lie where the part computes."""
         return _summed(self.cache or {})
 
     @cached_property
-    def _staying(self) -> Mapping[str, int]:
-        if self.cache is None:
-            return {}
-        return _summed(Counter(self.cache) + Counter({tensor: self.nbytes[tensor] for tensor in self.made}))
+    def staying(self) -> Mapping[str, int]:
+        """Part → bytes that lie where it computes even if streamed: its cache, and buffers that no checkpoint holds."""
+        made = {} if self.cache is None else {tensor: self.nbytes[tensor] for tensor in self.made}
+        return _summed(Counter(self.cache or {}) + Counter(made))
+
+    def load(self, part: str) -> int:
+        """Bytes of a part with its keys and values."""
+        return self.size[part] + self.cached[part]
 
     @cached_property
     def made(self) -> tuple[str, ...]:
@@ -110,9 +100,6 @@ class Tree:
         """Bytes of several parts together."""
         storages = frozenset().union(*(self.storages(part) for part in parts))
         return sum(self.nbytes.get(storage, 0) for storage in storages)
-
-    def is_module(self, part: str) -> bool:
-        return part in self.architecture.by_name
 
     def is_table(self, part: str) -> bool:
         """A plain embedding: its rows are looked up, so it need not be streamed to be used."""
@@ -171,7 +158,7 @@ def prefixes(name: str) -> Iterator[str]:
         yield ".".join(parts[:count])
 
 
-def _summed(sizes: Mapping[str, int]) -> dict[str, int]:
+def _summed(sizes: Mapping[str, int]) -> Counter[str]:
     """Part → the sizes of the tensors in it."""
     sums: Counter[str] = Counter()
     for tensor, size in sizes.items():

@@ -106,7 +106,7 @@ def random_case(seed: int) -> Case:
     with torch.device("meta"):
         model = LanguageModel(words, hidden, [Block(hidden, size, buffer, scalar) for size in sizes], tied)
     architecture = report(model, copy.deepcopy(model).to(torch.bfloat16), Request(library="custom", config={}))
-    total = Tree(architecture).size("")
+    total = Tree(architecture).size[""]
     gpus = pick.randint(0, 4)
     memory: dict[int | str, int] = {gpu: int(total * pick.uniform(0.05, 1)) for gpu in range(gpus)}
     if gpus and pick.random() < 0.1:
@@ -190,7 +190,7 @@ def test_no_cap_is_exceeded_and_everything_has_a_device(seed: int) -> None:
         held = case.tree.union_size([tensor for tensor, where in devices.items() if where == device])
         assert held == size
         assert size + placement.streaming.get(device, 0) <= case.max_memory[device]
-    assert sum(placement.weights.values()) == case.tree.size("")
+    assert sum(placement.weights.values()) == case.tree.size[""]
 
 
 def test_tied_weights_stay_together() -> None:
