@@ -13,7 +13,7 @@ from typing import Any
 from bigpipe.bigmodel.formats import WORTHWHILE, has_double_quant, width
 from bigpipe.fit import Cure, fits, nearest
 
-from .budgets import Budget, Workload
+from .budgets import Budget
 
 LIGHTER: dict[str, tuple[str, ...]] = {"adamw": ("adamw_8bit", "lora"), "adamw_8bit": ("lora",), "sgd": ("lora",)}
 """Optimizer → those that do its job in less memory, the nearest first."""
@@ -41,10 +41,6 @@ class Question:
     """The optimizer of a training step; None: inference."""
     memory: int
 
-    @property
-    def workload(self) -> Workload:
-        return self.budget.workload
-
     def answer(self) -> Verdict:
         if self.holds({}):
             return Verdict(True)
@@ -58,7 +54,7 @@ class Question:
         """Bytes with the change; None where the dtype cannot be trained so."""
         work = {name: value for name, value in change.items() if name not in ("dtypes", "train")}
         dtype = change.get("dtypes", self.budget.dtype)
-        found = replace(self.budget, dtype=dtype, workload=replace(self.workload, **work))
+        found = replace(self.budget, dtype=dtype, workload=replace(self.budget.workload, **work))
         return found.needed(change.get("train", self.train))
 
     def holds(self, change: Options) -> bool:
@@ -67,13 +63,13 @@ class Question:
 
     def _shrunk(self, change: Options, name: str) -> Options | None:
         """With the largest smaller value of a number that fits."""
-        asked = change.get(name, getattr(self.workload, name))
+        asked = change.get(name, getattr(self.budget.workload, name))
         found = nearest(1, asked, lambda value: self.holds({**change, name: value})) if asked > 1 else None
         return None if found is None else {**change, name: found}
 
     def _attempts(self) -> Iterator[tuple[Options, str | None]]:
         """(change, the number to make as small as needed), what changes least first."""
-        kept = self.workload.gradient_checkpointing or not self.train
+        kept = self.budget.workload.gradient_checkpointing or not self.train
         saving: Options = {} if kept else {"gradient_checkpointing": True}
         if saving:
             yield saving, None
@@ -85,7 +81,7 @@ class Question:
         for base in bases:
             yield base, None
             yield base, "batch_size"
-        fewest = {} if self.workload.batch_size == 1 else {"batch_size": 1}
+        fewest = {} if self.budget.workload.batch_size == 1 else {"batch_size": 1}
         for base in bases:
             yield {**base, **fewest}, "sequence_length"
 
@@ -104,5 +100,5 @@ class Question:
             other: Options = {} if name == self.budget.dtype else {"dtypes": name}
             if other:
                 yield other
-            if has_double_quant(name) and not self.workload.double_quant:
+            if has_double_quant(name) and not self.budget.workload.double_quant:
                 yield {**other, "double_quant": True}

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 from bigpipe.errors import DoesNotFit, UsageError
@@ -81,7 +82,7 @@ def find_misfits(
 ) -> tuple[Misfit, ...]:
     """Return what the machine lacks for the placement; None: the model is not known yet, and nothing can be tried."""
     if missing := _missing_gpus(request, placement, machine):
-        return (_missing(request, placement, machine, missing, attempt),)
+        return (_missing(request, machine, missing, attempt),)
     rooms = memory_of(machine, share=1)
     over = lacking(totals(placement.needs), rooms) if placement else {}
     if placement is None or attempt is None or not over:
@@ -91,83 +92,73 @@ def find_misfits(
     others = f"; {len(over) - 1} more lack room" if len(over) > 1 else ""
     cause = f"needs {format_size(need.total)} on {named(device)}{gpu}, which has {format_size(int(rooms[device]))}"
     tokens = f"{request.batch_size} × {request.sequence_length} tokens"
-    cure = _cure(request, placement, machine, list(over), attempt)
+    cure = Trial(machine, attempt).cure(request, placement, over)
     return (Misfit(f"{cause}: {need} at {tokens}{others}", cure),)
 
 
-def _cure(
-    request: PlacementRequest, placement: Placement, machine: Machine, over: list[Device], attempt: Attempt
-) -> Cure | str:
-    """A smaller batch, else less of the weights on what is too full, else shorter sequences."""
-    if cure := smaller_work(request, machine, attempt, ("batch_size",)):
-        return cure
-    caps = _lowered(request, placement.needs, machine, over)
-    disk = {"max_memory.disk": size_text(sum(placement.weights.values()))}
-    for change in (caps, {**caps, **disk}):
-        if caps and _holds(request.changed(change), machine, attempt):
-            return Cure(change, f"{as_fields(change)}; other devices take the rest")
-    shorter = smaller_work(request, machine, attempt, ("sequence_length",))
-    return shorter or "quantize first, give more devices, or plan for another --machine"
+@dataclass(frozen=True, slots=True)
+class Trial:
+    """What else would fit a machine: each change is tried with a placement of its own."""
 
+    machine: Machine
+    attempt: Attempt
 
-def smaller_work(
-    request: PlacementRequest,
-    machine: Machine,
-    attempt: Attempt,
-    options: Sequence[str] = ("batch_size", "sequence_length"),
-) -> Cure | None:
-    """The largest batch that fits, or the longest sequences that do."""
-    for option in options:
+    def holds(self, request: PlacementRequest) -> bool:
+        try:
+            placement = self.attempt(request)
+        except (DoesNotFit, UsageError):
+            return False
+        return not lacking(totals(placement.needs), memory_of(self.machine, share=1))
 
-        def holds(value: int, option: str = option) -> bool:
-            return _holds(request.changed({option: value}), machine, attempt)
+    def smaller_work(self, request: PlacementRequest, *options: str) -> Cure | None:
+        """The largest batch that fits, or the longest sequences that do."""
+        for option in options or ("batch_size", "sequence_length"):
 
-        asked = getattr(request, option)
-        if asked > 1 and (found := nearest(1, asked, holds, step=max(1, asked >> 6))):
-            return Cure({option: found})
-    return None
+            def holds(value: int, option: str = option) -> bool:
+                return self.holds(request.changed({option: value}))
 
+            asked = getattr(request, option)
+            if asked > 1 and (found := nearest(1, asked, holds, step=max(1, asked >> 6))):
+                return Cure({option: found})
+        return None
 
-def _holds(request: PlacementRequest, machine: Machine, attempt: Attempt) -> bool:
-    try:
-        placement = attempt(request)
-    except (DoesNotFit, UsageError):
-        return False
-    return not lacking(totals(placement.needs), memory_of(machine, share=1))
+    def cure(self, request: PlacementRequest, placement: Placement, over: Collection[Device]) -> Cure | str:
+        """A smaller batch, else less of the weights on what is too full, else shorter sequences."""
+        if cure := self.smaller_work(request, "batch_size"):
+            return cure
+        caps = self._lowered(request, placement.needs, over)
+        disk = {"max_memory.disk": size_text(sum(placement.weights.values()))}
+        for change in (caps, {**caps, **disk}):
+            if caps and self.holds(request.changed(change)):
+                return Cure(change, f"{as_fields(change)}; other devices take the rest")
+        shorter = self.smaller_work(request, "sequence_length")
+        return shorter or "quantize first, give more devices, or plan for another --machine"
 
-
-def _lowered(
-    request: PlacementRequest, needs: Mapping[Device, Need], machine: Machine, over: list[Device]
-) -> dict[str, str]:
-    """Entries of `max_memory` whose devices then hold no more than they have; {} for a map somebody wrote."""
-    rooms = memory_of(machine)
-    caps: dict[str, str] = {}
-    for key in request.max_memory or {} if request.mode else ():
-        full = [device for device in devices_of(key) if device in over]
-        sizes = [int(rooms[d]) - needs[d].total + needs[d].weights + needs[d].streaming for d in full]
-        if sizes:
-            caps[f"max_memory.{key}"] = size_text(max(0, min(sizes)), up=False)
-    return caps
+    def _lowered(
+        self, request: PlacementRequest, needs: Mapping[Device, Need], over: Collection[Device]
+    ) -> dict[str, str]:
+        """Entries of `max_memory` whose devices then hold no more than they have; {} for a map somebody wrote."""
+        rooms = memory_of(self.machine)
+        caps: dict[str, str] = {}
+        for key in request.max_memory or {} if request.mode else ():
+            full = [device for device in devices_of(key) if device in over]
+            sizes = [int(rooms[d]) - needs[d].total + needs[d].weights + needs[d].streaming for d in full]
+            if sizes:
+                caps[f"max_memory.{key}"] = size_text(max(0, min(sizes)), up=False)
+        return caps
 
 
 def _missing_gpus(request: PlacementRequest, placement: Placement | None, machine: Machine) -> list[int]:
     """The GPUs that are used or given memory, and are not there."""
-    asked: list[Device] = [
-        device for key, size in (request.max_memory or {}).items() if size for device in devices_of(key)
-    ]
+    keys = [key for key, size in (request.max_memory or {}).items() if size]
     if isinstance(request.device_map, Mapping):
-        asked += [device for written in request.device_map.values() for device in devices_of(written)]
+        keys += request.device_map.values()
+    asked = [device for key in keys for device in devices_of(key)]
     used = placement.device_map.values() if placement else ()
     return sorted({d for d in (*asked, *used) if isinstance(d, int)} - {gpu.index for gpu in machine.gpus})
 
 
-def _missing(
-    request: PlacementRequest,
-    placement: Placement | None,
-    machine: Machine,
-    missing: list[int],
-    attempt: Attempt | None,
-) -> Misfit:
+def _missing(request: PlacementRequest, machine: Machine, missing: list[int], attempt: Attempt | None) -> Misfit:
     count = len(machine.gpus)
     has = f"{machine.name} has {counted(count, 'GPU') if count else 'no GPU'}"
     numbers = ", ".join(map(str, missing))

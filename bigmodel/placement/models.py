@@ -17,7 +17,7 @@ from bigpipe.machine import Machine, detect
 from bigpipe.trust import Trust
 
 from .devices import is_computing, main_of
-from .fitting import smaller_work
+from .fitting import Trial
 from .headroom import headroom_of
 from .placement import FLOATS, Placement, PlacementRequest
 from .speeds import Speeds, speeds_of
@@ -87,38 +87,28 @@ def place_model(
         speeds = speeds_of(machine, memo)
 
     def attempt(request: PlacementRequest) -> Placement:
-        return _placed(model, architecture, request, machine, speeds)
+        dtype = request.dtype or stored_dtype(model)
+        placement = place_architecture(
+            architecture,
+            replace(request, dtype=dtype),
+            tensor_bytes=stored_bytes(model, architecture, plain=request.dtype is None, skip=request.special_dtypes),
+            headroom=headroom_of(architecture, dtype, request.batch_size, request.sequence_length, format_of(model)),
+            machine=machine,
+            speeds=speeds,
+        )
+        refused = uncomputable(model)
+        return replace(
+            placement,
+            dtype=request.dtype,
+            streamed_bytes_per_token=_streamed(architecture, placement, dtype, stored_bytes(model, architecture)),
+            explanation=(*placement.explanation, f"{refused.cause}.") if refused else placement.explanation,
+        )
 
     try:
         return attempt(request)
     except DoesNotFit as error:
-        cure = smaller_work(request, machine, attempt) if request.max_memory is None else None
+        cure = Trial(machine, attempt).smaller_work(request) if request.max_memory is None else None
         raise (Misfit(error.cause, cure) if cure else Misfit.of(error)).error() from None
-
-
-def _placed(
-    model: ModelDescription,
-    architecture: Architecture,
-    request: PlacementRequest,
-    machine: Machine,
-    speeds: Speeds | None,
-) -> Placement:
-    dtype = request.dtype or stored_dtype(model)
-    special = request.special_dtypes
-    placement = place_architecture(
-        architecture,
-        replace(request, dtype=dtype),
-        tensor_bytes=stored_bytes(model, architecture, plain=request.dtype is None, skip=special),
-        headroom=headroom_of(architecture, dtype, request.batch_size, request.sequence_length, format_of(model)),
-        machine=machine,
-        speeds=speeds,
-    )
-    return replace(
-        placement,
-        dtype=request.dtype,
-        streamed_bytes_per_token=_streamed(architecture, placement, dtype, stored_bytes(model, architecture)),
-        explanation=(*placement.explanation, *([f"{refused.cause}."] if (refused := uncomputable(model)) else [])),
-    )
 
 
 def _streamed(architecture: Architecture, placement: Placement, dtype: str, stored: Mapping[str, int]) -> int:
