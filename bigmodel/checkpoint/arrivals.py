@@ -9,6 +9,7 @@ known only once the file is there.
 from __future__ import annotations
 
 import json
+import os
 import threading
 import time
 from collections.abc import Callable, Iterable, Mapping
@@ -20,7 +21,7 @@ from bigpipe.passing import OpenInlet
 
 from .bytesource import ByteSource, FileSource
 from .contents import read_contents
-from .files import file_format_of
+from .files import WeightFiles, file_format_of, find_weight_files, is_index
 from .tensors import FETCH_AGAIN, Contents, TensorInfo, Tensors, invalid
 
 PATIENCE = 30.0
@@ -65,6 +66,15 @@ def announced_contents(inlet: OpenInlet, file: Path) -> Contents:
     told = json.loads(head)
     tensors = {name: TensorInfo(name, dtype, tuple(shape), file, -1) for name, dtype, shape in told["tensors"]}
     return Contents(tensors, told["tied"])
+
+
+def arriving_files(inlet: OpenInlet) -> WeightFiles:
+    """Return the files to come, with their index where it is there; who makes its own may write it last."""
+    names = inlet.heads.keys()
+    if any(is_index(name) for name in os.listdir(inlet.folder)):
+        return find_weight_files(inlet.folder, names)
+    files = tuple(inlet.folder / name for name in sorted(names))
+    return WeightFiles(file_format_of(files[0]), files)
 
 
 def open_arrived(inlet: OpenInlet, file: Path) -> FileSource:

@@ -17,21 +17,10 @@ from typing import Any, Self
 from bigpipe.errors import UsageError
 from bigpipe.passing import Inlet, OpenInlet
 
-from .arrivals import announced_contents, arrived_contents, open_arrived
+from .arrivals import announced_contents, arrived_contents, arriving_files, open_arrived
 from .bytesource import FileSource, compact_chunks
 from .contents import check_weight_map, join_contents, read_contents
-from .files import (
-    MAX_CONFIG,
-    FileFormat,
-    WeightFiles,
-    file_format_of,
-    find_weight_files,
-    is_hub_blob,
-    is_index,
-    is_object,
-    read_json,
-    side_files,
-)
+from .files import MAX_CONFIG, FileFormat, WeightFiles, find_weight_files, is_hub_blob, is_object, read_json, side_files
 from .tensors import Contents, TensorInfo, Tensors, tensor_nbytes
 
 CHUNK = 4 * 2**20
@@ -48,15 +37,12 @@ class Checkpoint:
     files: tuple[Path, ...]
     """Weight files, sorted by name."""
     tensors: Mapping[str, TensorInfo]
-    """By name, in the order of their bytes. Each stored tensor once: aliases are in `tied`."""
+    """As in `Contents`, and so are `tied` and `metadata`."""
     tied: Mapping[str, str]
-    """Alias → the stored name it shares its bytes with. Only torch files can hold these."""
     config: dict[str, Any] | None
-    """config.json."""
     extras: tuple[Path, ...]
     """Side files to carry along, somewhere under `path`: configs, tokenizer, licence, code."""
     metadata: dict[str, str]
-    """`__metadata__` of the safetensors files, merged."""
     inlet: OpenInlet | None = None
     """Where its files come from, if they are still being made."""
     _places: dict[Path, Mapping[str, TensorInfo]] = field(default_factory=dict, compare=False)
@@ -157,19 +143,10 @@ def open_checkpoint(source: str | Path | Inlet) -> Checkpoint:
     exactly what it says it is.
     """
     if isinstance(source, OpenInlet):
-        opened = _assemble(source.folder, _arriving_files(source), partial(announced_contents, source))
+        opened = _assemble(source.folder, arriving_files(source), partial(announced_contents, source))
         return replace(opened, inlet=source)
     path = source.folder if isinstance(source, Inlet) else Path(source)
     return _assemble(path, find_weight_files(path), _contents_here)
-
-
-def _arriving_files(inlet: OpenInlet) -> WeightFiles:
-    """With their index, where it is there already; a producer that makes its own may write it last."""
-    names = inlet.heads.keys()
-    if any(is_index(name) for name in os.listdir(inlet.folder)):
-        return find_weight_files(inlet.folder, names)
-    files = tuple(inlet.folder / name for name in sorted(names))
-    return WeightFiles(file_format_of(files[0]), files)
 
 
 def _contents_here(file: Path) -> Contents:

@@ -83,7 +83,7 @@ class HubSource:
         return repository, [file for file in repository.files if file.path in chosen]
 
     def chosen(self) -> list[HubFile]:
-        """Return the files to take. Raise as `describe` and `select`."""
+        """Return the files to take. Raise as `describe` and `Choice.among`."""
         return self._described()[1]
 
     def expect(self) -> Expected:
@@ -172,8 +172,7 @@ class DirectorySource:
 
         for name in bringing.side:
             bringing.arrived(name, *copy_file(self.folder / name, out / name, progress=report))
-        if bringing.passing:
-            bringing.announce(lambda: directory_heads(self.folder, bringing.passing))
+        bringing.announce(lambda: directory_heads(self.folder, bringing.passing))
         for name in bringing.passing:
             watch.outlet.begin(name)
             bringing.arrived(name, *copy_file(self.folder / name, out / name, progress=report))

@@ -60,6 +60,13 @@ def test_shapes_and_ties_of_a_remote_file_take_three_short_ranges(tmp_path):
     assert sum(length for _, length in source.reads) < 100_000 < source.size / 50
 
 
+def test_tensors_without_elements_share_nothing(tmp_path):
+    empty = torch.zeros(0, 3)
+    torch.save({"a": empty, "b": empty}, tmp_path / "model.bin")
+    checkpoint = open_checkpoint(tmp_path / "model.bin")
+    assert (list(checkpoint.tensors), checkpoint.tied) == (["a", "b"], {})
+
+
 def test_a_directory_longer_than_the_first_read_is_read_whole(tmp_path):
     state = {f"{number:04d}{'x' * 100}": torch.zeros(1) for number in range(1200)}
     torch.save(state, tmp_path / "model.bin")
