@@ -82,6 +82,18 @@ def test_other_bytes_than_announced_are_refused(tmp_path: Path, source: Path) ->
         open_checkpoint(inlet).read("layer.0.weight")
 
 
+def test_a_torch_file_of_the_same_size_with_other_tensors_is_refused(tmp_path: Path) -> None:
+    outlet, inlet = ends(tmp_path)
+    for name in ("one", "two"):
+        (tmp_path / name).mkdir()
+        save_file({name: np.zeros(3, np.float32)}, tmp_path / name / "model.safetensors")
+        save_checkpoint(tmp_path / name, tmp_path / f"{name}.bin", format="bin")
+    outlet.announce(directory_heads(tmp_path / "one.bin", ["pytorch_model.bin"]))
+    deliver(outlet, tmp_path / "two.bin", "pytorch_model.bin")
+    with pytest.raises(InvalidCheckpoint, match="another header than was announced"):
+        open_checkpoint(inlet).read("one")
+
+
 def test_a_file_is_taken_once_all_that_is_made_of_it_is_written(tmp_path: Path, source: Path) -> None:
     """Resharded to files that hold three tensors: the second source file is needed by both."""
     outlet, inlet = ends(tmp_path)
