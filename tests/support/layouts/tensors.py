@@ -34,6 +34,14 @@ def tied_by_the_config_and_stored_apart(folder: Path) -> None:
 
 
 @layout("equal")
+def tied_to_what_is_stored_under_another_name(folder: Path) -> None:
+    """MADLAD's T5: no `shared`, an embedding of the decoder, and a head of its own."""
+    make_checkpoint(folder, "t5", tie_word_embeddings=False)
+    write(folder, renamed(take(folder), {"shared.weight": "decoder.embed_tokens.weight"}))
+    change_config(folder, tie_word_embeddings=None)
+
+
+@layout("equal")
 def tied_and_only_the_head_is_stored(folder: Path) -> None:
     make_checkpoint(folder, "qwen2")
     tensors = weights(folder)
@@ -61,6 +69,15 @@ def float8_without_scales(folder: Path) -> None:
 @layout("equal")
 def no_metadata(folder: Path) -> None:
     save_file(llama(folder), folder / "model.safetensors")
+
+
+@layout("equal", falls_short="null instead of metadata is refused")
+def metadata_that_is_null(folder: Path) -> None:
+    llama(folder)
+    data = (folder / "model.safetensors").read_bytes()
+    length = int.from_bytes(data[:8], "little")
+    header = data[8 : 8 + length].replace(b'{"format":"pt"}', b"null           ")
+    (folder / "model.safetensors").write_bytes(data[:8] + header + data[8 + length :])
 
 
 @layout("equal")
@@ -105,6 +122,13 @@ def position_ids(folder: Path) -> None:
     make_checkpoint(folder, "bert")
     ids = {"bert.embeddings.position_ids": torch.arange(128).expand(1, -1).contiguous()}
     write(folder, {**weights(folder), **ids})
+
+
+@layout("equal")
+def layers_that_predict_more_tokens(folder: Path) -> None:
+    """Published beside the model, and left out by its class on purpose."""
+    family("qwen3_next")(folder)
+    write(folder, {**take(folder), "mtp.fc.weight": torch.ones(64, 128), "mtp.norm.weight": torch.ones(64)})
 
 
 @layout("equal")
@@ -258,6 +282,7 @@ def buffered() -> type[Any]:
             self.norm = torch.nn.BatchNorm1d(3)
             self.nothing = torch.nn.Parameter(torch.empty(0, 5))
             self.scale = torch.nn.Parameter(torch.tensor(2.0))
+            self.gamma = torch.nn.Parameter(torch.ones(3))  # of no layer norm
             kinds = (torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.int8, torch.int64, torch.bool)
             for kind in kinds:
                 self.register_buffer(f"of_{str(kind).removeprefix('torch.')}", torch.tensor([0, 1, 2, 3]).to(kind))
