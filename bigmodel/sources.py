@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from bigpipe.trust import Trust
 
@@ -23,3 +24,5 @@ class Sources:
     """The Hub is not asked; what lies in its cache is used."""
     environment: Mapping[str, str] | None = None
     """What the Hub's address, cache and token are read from, over the process's own environment."""
+    known: Mapping[str, Any] = field(default_factory=dict)
+    """What a Hub said before, as `hub.answers` gives it: believed only where the Hub cannot be asked."""

@@ -75,7 +75,8 @@ def _open(
     """A session that knows what the lock file beside the manifest pins."""
     path = lock_path(Path(manifest).absolute())
     if path.exists() and (lock := lock_file.read_lock(path)):  # without one nothing is imported for it
-        options |= {"lock": lock.path, "locked_pins": {name: item.pins for name, item in lock.inputs.items()}}
+        pins = {name: item.pins for name, item in lock.inputs.items()}
+        options |= {"lock": lock.path, "locked_pins": pins, "locked_answers": lock_file.read_answers(path)}
     return open_session(manifest, nodes, params=_written(params), **options)
 
 

@@ -105,10 +105,14 @@ def pin(params: DownloadParams, context: CheckContext) -> Pinned | None:
     """The commit that a branch or tag means now. Nothing is imported where there is none to ask for."""
     if params.repo is None:
         return None
-    known, ask = re.fullmatch(r"[0-9a-f]{40}", params.revision), late("bigpipe.plugins.library:pin_revision")
-    found: Pinned = Pinned({}, "") if known else ask(params.repo, params.revision, context)
-    commit = found.values.get("revision", params.revision)
-    return replace(found, files=lambda: late("bigpipe.plugins.downloading:listing")(params, context, commit))
+    exact, ask = re.fullmatch(r"[0-9a-f]{40}", params.revision), late("bigpipe.plugins.library:pin_revision")
+    found: Pinned = Pinned({}, "") if exact else ask(params.repo, params.revision, context)
+    commit, answers = found.values.get("revision", params.revision), late("bigpipe.plugins.library:answers_of")
+    return replace(
+        found,
+        files=lambda: late("bigpipe.plugins.downloading:listing")(params, context, commit),
+        known=lambda: answers(context, params.repo, commit, params.library_name, "layout"),
+    )
 
 
 def facts(params: DownloadParams, machine: Machine) -> Mapping[str, Json]:

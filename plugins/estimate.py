@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, create_model, field_validator, model_validator
@@ -116,10 +117,12 @@ EstimateMetrics: type[Metrics] = create_model("EstimateMetrics", __base__=Metric
 
 def pin(params: EstimateParams, context: CheckContext) -> Pinned | None:
     """The commit that a branch or tag means now. Nothing is imported where there is none to ask for."""
-    if params.repo is None or re.fullmatch(r"[0-9a-f]{40}", params.revision):
+    if params.repo is None:
         return None
-    found: Pinned = late("bigpipe.plugins.library:pin_revision")(params.repo, params.revision, context)
-    return found
+    exact, ask = re.fullmatch(r"[0-9a-f]{40}", params.revision), late("bigpipe.plugins.library:pin_revision")
+    found: Pinned = Pinned({}, "") if exact else ask(params.repo, params.revision, context)
+    commit, answers = found.values.get("revision", params.revision), late("bigpipe.plugins.library:answers_of")
+    return replace(found, known=lambda: answers(context, params.repo, commit, params.library_name, "sizes"))
 
 
 def result_line(metrics: Mapping[str, Any]) -> str:

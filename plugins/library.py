@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from bigpipe.bigmodel.sources import Sources
-from bigpipe.orchestrator.stage import CheckContext, ForecastContext, Pinned, StageContext
+from bigpipe.errors import NotAuthorised, Transient, UsageError
+from bigpipe.orchestrator.stage import CheckContext, ForecastContext, Json, Pinned, StageContext
 
 if TYPE_CHECKING:
     import torch
 
+    from bigpipe.bigmodel.hub import Need
     from bigpipe.bigmodel.placement import Placement
 
 PLACEMENT = "placement.json"
@@ -31,6 +34,7 @@ def sources_of(context: CheckContext | ForecastContext | StageContext) -> Source
         memo=context.memo,
         offline=context.offline,
         environment=context.environment,
+        known=context.known if isinstance(context, CheckContext) else {},
     )
 
 
@@ -40,6 +44,16 @@ def pin_revision(repo: str, revision: str, context: CheckContext) -> Pinned:
 
     hub = Hub.of(sources_of(context))
     return Pinned({"revision": resolve_commit(repo, revision, hub=hub)}, f"{hub.endpoint}, just now")
+
+
+def answers_of(context: CheckContext, repo: str, commit: str, library: str | None, need: Need) -> Mapping[str, Json]:
+    """What a lock keeps of a repository, see `hub.answers`; nothing where it cannot be asked, or holds no model."""
+    from bigpipe.bigmodel.hub import Hub, answers
+
+    try:
+        return answers(repo, commit, hub=Hub.of(sources_of(context)), library=library, need=need)
+    except (Transient, NotAuthorised, UsageError):
+        return {}
 
 
 def read_placement(artifact: Path) -> Placement:

@@ -45,7 +45,8 @@ def forecast(params: SaveParams, context: ForecastContext) -> Forecast:
     if not isinstance(target, Directory) or size is None:
         return Forecast(download_bytes=0, summary=f"to {params.to}")
     here = next(place for place in target.path.parents if place.exists())
-    same_disk = context.memo.exists() and context.memo.stat().st_dev == here.stat().st_dev
+    store = next(place for place in (context.memo, *context.memo.parents) if place.exists())
+    same_disk = store.stat().st_dev == here.stat().st_dev
     return Forecast(
         download_bytes=0,
         write_bytes=size if same_disk else 0,

@@ -9,7 +9,7 @@ from bigpipe.faces import face
 if TYPE_CHECKING:
     from .bringing import Brought, DirectorySource, Expected, HubSource, Source, Watch
     from .errors import LOGIN, hub_errors
-    from .remote import describe_pipeline, describe_repository
+    from .remote import Need, answers, describe_pipeline, describe_repository
     from .repository import (
         COMMIT,
         Hub,

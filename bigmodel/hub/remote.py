@@ -36,10 +36,10 @@ from bigpipe.bigmodel.checkpoint import (
     read_contents,
     tensor_nbytes,
 )
-from bigpipe.errors import UsageError
+from bigpipe.errors import Offline, UsageError
 
 from .heads import GUESS, READERS, reading
-from .repository import Hub, HubFile, Repository, describe
+from .repository import Hub, HubFile, Repository, as_listing, describe, question
 from .selection import Choice, Library, check_index, detect
 
 Need = Literal["sizes", "layout"]
@@ -79,14 +79,30 @@ def describe_repository(
     """Return what a repository holds at `revision`.
     Raise Offline, NotAuthorised, GatedRepository, UsageError (no such model, no weights and no config), Transient, and
     InvalidCheckpoint, naming the file and byte, where a header or index is not what it should be."""
-    answers: list[int] = []
-    repository = describe(repo, revision, hub=replace(hub, meter=answers.append))
-    facts = "model", ANSWER_VERSION, repository.repo, repository.commit, need
+    fetched: list[int] = []
+    repository = describe(repo, revision, hub=replace(hub, meter=fetched.append))
+    facts = _facts(repository, need)
     found = _from_json(hub.recall(*facts), repository)
     if found is None:
-        found = _read(repository, library, need)
-        hub.remember(_as_json(found), *facts)
-    return replace(found, fetched_bytes=sum(answers))
+        try:
+            found = _read(repository, library, need)
+            hub.remember(_as_json(found), *facts)
+        except Offline:
+            if (found := _from_json(hub.told(*facts), repository)) is None:
+                raise
+    return replace(found, fetched_bytes=sum(fetched))
+
+
+def answers(repo: str, commit: str, *, hub: Hub, library: str | None = None, need: Need = "layout") -> dict[str, Any]:
+    """Return question → answer, for `Hub.known`: a commit's listing, its config, and the names, dtypes and shapes of
+    its tensors. Raise as `describe_repository`."""
+    found = describe_repository(repo, commit, hub=hub, library=library, need=need)
+    listing = question("listing", repo, commit)
+    return {listing: as_listing(found.repository), question(*_facts(found.repository, need)): _as_json(found)}
+
+
+def _facts(repository: Repository, need: Need) -> tuple[object, ...]:
+    return "model", ANSWER_VERSION, repository.repo, repository.commit, need
 
 
 def _read(repository: Repository, library: str | None, need: Need) -> RemoteModel:
@@ -228,6 +244,8 @@ def _as_json(model: RemoteModel) -> dict[str, Any]:
 def _from_json(data: Any, repository: Repository) -> RemoteModel | None:
     try:
         tensors = {name: (dtype, tuple(shape)) for name, dtype, shape in data["tensors"]}
+        for dtype, shape in tensors.values():
+            tensor_nbytes(dtype, shape)
         known = None if data["source"] == "config" else tensors
         described = ModelDescription(tensors=known, **{name: data[name] for name in DESCRIBED})
         return RemoteModel(repository, described, **{name: data[name] for name in FOUND})

@@ -32,6 +32,7 @@ MAX_ANSWER = 128 * 2**20
 DTYPE = re.compile(r"[A-Z][A-Z0-9_]{0,19}")
 """As safetensors writes them."""
 COMMIT = re.compile(r"[0-9a-f]{40}")
+DIGEST = re.compile(r"[0-9a-f]{40}([0-9a-f]{24})?")
 NO_RANGE = "a proxy in between may drop the Range header; try again, or without it"
 CURE_OFFLINE = "run once with a network (without --offline and HF_HUB_OFFLINE); what it brings stays in the Hub cache"
 
@@ -50,6 +51,8 @@ class Hub:
     """Where listings of commits and digests of cached files are kept, if anywhere."""
     timeout: float = 10.0
     """Seconds for one metadata request."""
+    known: Mapping[str, Any] = field(default_factory=dict, repr=False, compare=False)
+    """Question → what a Hub answered before: believed only where this one cannot be asked."""
     meter: Callable[[int], None] | None = field(default=None, repr=False, compare=False)
     """Told the size of every answer to a metadata or range request."""
 
@@ -69,7 +72,8 @@ class Hub:
 
     @classmethod
     def of(cls, sources: Sources) -> Hub:
-        return replace(cls.from_environment(sources.environment, offline=sources.offline), memo=sources.memo)
+        found = cls.from_environment(sources.environment, offline=sources.offline)
+        return replace(found, memo=sources.memo, known=sources.known)
 
     def folder(self, repo: str) -> Path:
         """Return the cache's directory of one model repository; it need not exist."""
@@ -79,6 +83,10 @@ class Hub:
         """Return what was kept under these facts; None where nothing was."""
         return None if self.memo is None else recall(self._answer(self.memo, facts))
 
+    def told(self, *facts: object) -> Any:
+        """Return what is `known` under these facts; None where nothing is."""
+        return self.known.get(question(*facts))
+
     def remember(self, answer: Any, *facts: object) -> None:
         """Keep the JSON `answer` under these facts, if answers are kept anywhere."""
         if self.memo is not None:
@@ -86,6 +94,11 @@ class Hub:
 
     def _answer(self, memo: Path, facts: tuple[object, ...]) -> Path:
         return memo / "hub" / f"{hashlib.sha256(json.dumps([self.endpoint, *facts]).encode()).hexdigest()}.json"
+
+
+def question(*facts: object) -> str:
+    """Return what an answer is `known` by: the same for every endpoint, since a commit names its content."""
+    return json.dumps(facts)
 
 
 @dataclass(frozen=True, slots=True)
@@ -145,20 +158,27 @@ def resolve_commit(repo: str, revision: str, *, hub: Hub) -> str:
 def describe(repo: str, revision: str = "main", *, hub: Hub) -> Repository:
     """Return the repository's files at `revision`, with sizes and digests: one request, none for a commit seen before.
 
-    A commit's listing never changes, so it is kept under `hub.memo` for ever; offline it may also come from the Hub
-    cache. Raise Offline, NotAuthorised, UsageError (no such repository or revision), Transient, and InvalidCheckpoint
-    where a file name would lead out of the repository.
+    A commit's listing never changes, so it is kept under `hub.memo` for ever; offline it may also be `hub.known` or
+    come from the Hub cache. Raise Offline, NotAuthorised, UsageError (no such repository or revision), Transient, and
+    InvalidCheckpoint where a file name would lead out of the repository.
     """
     if COMMIT.fullmatch(revision) and (known := _remembered(hub, repo, revision)):
         return known
+    try:
+        return _ask(hub, repo, revision)
+    except Offline:
+        if (told := _told(hub, repo, revision)) is None:
+            raise
+        return told
+
+
+def _ask(hub: Hub, repo: str, revision: str) -> Repository:
     if hub.offline:
         raise _offline(hub, repo, revision)
     path = f"/api/models/{quote(repo)}/revision/{quote(revision, safe='')}"
     data = _get_json(hub, path, repo, revision, {"blobs": "true"})
-    described = _parse(hub, repo, data)
-    for file in described.files:
-        check_name(repo, file.path)
-    hub.remember(data, "listing", repo, described.commit)
+    described = _parse(hub, repo, data, revision if COMMIT.fullmatch(revision) else "")
+    hub.remember(as_listing(described), "listing", repo, described.commit)
     return described
 
 
@@ -213,8 +233,14 @@ def cached_commit(hub: Hub, repo: str, revision: str) -> str | None:
 
 def _remembered(hub: Hub, repo: str, commit: str) -> Repository | None:
     with suppress(Transient):  # nothing, or a damaged memory
-        return _parse(hub, repo, hub.recall("listing", repo, commit))
-    return _cached_repository(hub, repo, commit) if hub.offline else None
+        return _parse(hub, repo, hub.recall("listing", repo, commit), commit)
+    return (_told(hub, repo, commit) or _cached_repository(hub, repo, commit)) if hub.offline else None
+
+
+def _told(hub: Hub, repo: str, commit: str) -> Repository | None:
+    with suppress(Transient):  # nothing, or what no Hub says
+        return _parse(hub, repo, hub.told("listing", repo, commit), commit)
+    return None
 
 
 def _cached_repository(hub: Hub, repo: str, commit: str) -> Repository | None:
@@ -287,11 +313,15 @@ def _revisions(hub: Hub, repo: str) -> list[str]:
     return [ref["name"] for kind in ("branches", "tags") for ref in data[kind]]
 
 
-def _parse(hub: Hub, repo: str, data: Any) -> Repository:
-    """The Hub's model info."""
+def _parse(hub: Hub, repo: str, data: Any, wanted: str = "") -> Repository:
+    """The Hub's model info. wanted: the commit, where one was asked for."""
     try:
+        if not COMMIT.fullmatch(data["sha"]) or wanted not in ("", data["sha"]):
+            raise TypeError(f"sha is {data['sha'][:80]!r}{f', asked for {wanted}' if wanted else ''}")
         files, elements = tuple(_parse_file(item) for item in data["siblings"]), _parse_counts(data.get("safetensors"))
         library = data.get("library_name")
+        for file in files:
+            check_name(repo, file.path)
         return Repository(hub=hub, repo=repo, commit=data["sha"], files=files, library=library, elements=elements)
     except (AttributeError, KeyError, TypeError) as error:
         cause = f"{hub.endpoint} describes {repo} without what a Hub tells ({type(error).__name__}: {error})"
@@ -300,7 +330,22 @@ def _parse(hub: Hub, repo: str, data: Any) -> Repository:
 
 def _parse_file(item: Mapping[str, Any]) -> HubFile:
     lfs = item.get("lfs")
-    return HubFile(item["rfilename"], (lfs or item)["size"], item["blobId"], lfs["sha256"] if lfs else None)
+    file = HubFile(item["rfilename"], (lfs or item)["size"], item["blobId"], lfs["sha256"] if lfs else None)
+    if type(file.size) is not int or file.size < 0 or not DIGEST.fullmatch(file.etag):
+        raise TypeError(f"{file.path} has the size {str(file.size)[:80]} and the digest {file.etag[:80]!r}")
+    return file
+
+
+def as_listing(repository: Repository) -> dict[str, Any]:
+    """Return what a plan reads of the Hub's model info, and nothing else that a server may have put there."""
+    told = {"sha": repository.commit, "siblings": [_as_sibling(file) for file in repository.files]}
+    told |= {"library_name": repository.library} if repository.library else {}
+    return told | ({"safetensors": {"parameters": repository.elements}} if repository.elements is not None else {})
+
+
+def _as_sibling(file: HubFile) -> dict[str, Any]:
+    sibling = {"rfilename": file.path, "size": file.size, "blobId": file.blob_id}
+    return sibling | ({"lfs": {"sha256": file.sha256, "size": file.size}} if file.sha256 else {})
 
 
 def _parse_counts(told: Any) -> dict[str, int] | None:

@@ -17,7 +17,7 @@ from typing import Any, Self, TypeVar
 from bigpipe.passing import Inlet, OpenInlet, OpenOutlet, Outlet
 
 from .events import LogLine, Progress, Reporter
-from .types import Forecast, Launch, Lineage, Machine, Trust
+from .types import Forecast, Json, Launch, Lineage, Machine, Trust
 
 T = TypeVar("T")
 
@@ -82,6 +82,8 @@ class CheckContext(Context):
 
     inputs: Mapping[str, tuple[Forecast, ...]] = field(default_factory=dict)
     """Per port, the forecasts of what is wired to it; an absent optional port is not in the map."""
+    known: Mapping[str, Json] = field(default_factory=dict)
+    """What `Pinned.known` gave when the recipe was locked: for where the source cannot be asked."""
 
     def input(self, port: str) -> Forecast | None:
         """Return the forecast of the single node wired to `port`, or None."""

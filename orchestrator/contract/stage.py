@@ -112,6 +112,8 @@ class Pinned:
     source: str
     files: Callable[[], Mapping[str, PinnedFile]] = dict
     """What the source says it will give, as far as it says. Asked only where a lock is written or checked."""
+    known: Callable[[], Mapping[str, Json]] = dict
+    """What a plan asks of the source besides, question → answer. Asked only where a lock is written."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -26,6 +26,8 @@ from bigpipe.orchestrator.planning import ABSENT, Difference, Session, changed, 
 from bigpipe.orchestrator.recipe import Node
 from bigpipe.orchestrator.store import KeyRecord
 
+from .answers import read_answers, write_answers
+
 HEADER = """\
 # Written by `bigpipe lock` and by successful runs; commit it beside the manifest.
 # `bigpipe run --locked` refuses other inputs; `bigpipe lock --check` compares without running.
@@ -116,9 +118,14 @@ def locked_digests(path: Path) -> set[str]:
 
 
 def write_lock(session: Session) -> Path:
-    """Write the lock beside the manifest. Return its path."""
+    """Write the lock beside the manifest, and beside that what the sources say. Return the lock's path."""
     path = lock_path(session.recipe.path)
-    write(path, current(session))
+    before, now = read_lock(path), current(session)
+    said, unmoved = read_answers(path), _unmoved(session, before.inputs if before else {}, now.inputs)
+    answers = {node.name: session.pinned(node).known() for node in session.nodes}
+    kept = {name: said[name] for name in unmoved if name in said}
+    write_answers(path, {**kept, **{name: found for name, found in answers.items() if found}})
+    write(path, now)
     return path
 
 

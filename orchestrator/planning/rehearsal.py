@@ -131,6 +131,7 @@ class Rehearsal:
             inputs=inputs,
             artifact=session.store.artifact_path(digest) if digest else None,
             pins=session.known_pins(node).values,
+            known=session.locked_answers.get(node.name, {}),
         )
         state.processes = context.launch.num_processes
         try:

@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 from bigpipe.errors import BigpipeError, Offline
 from bigpipe.files import make_directory, write_file
 from bigpipe.machine import detect
-from bigpipe.orchestrator.contract import CheckContext, LogLine, Machine, Pinned, Reporter, Surroundings
+from bigpipe.orchestrator.contract import CheckContext, Json, LogLine, Machine, Pinned, Reporter, Surroundings
 from bigpipe.orchestrator.launch import visible_secrets
 from bigpipe.orchestrator.recipe import Node, Recipe, load_recipe
 from bigpipe.orchestrator.store import KeyRecord, StatMemo, Store, default_root
@@ -43,6 +43,8 @@ class Session:
     """The recipe's lock file, where there is one."""
     locked_pins: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
     """Node → what its floating values were when it was locked: the source of pins when the network is not."""
+    locked_answers: Mapping[str, Mapping[str, Json]] = field(default_factory=dict, repr=False)
+    """Node → what its source said when it was locked, for where that cannot be asked."""
     given_machine: Machine | None = None
     side_by_side: bool = True
     """May several nodes run at a time, and take each other's files as they are made?"""
@@ -100,7 +102,7 @@ class Session:
         return self._surroundings[node.name]
 
     def check_context(self, node: Node) -> CheckContext:
-        return CheckContext(surroundings=self.surroundings(node))
+        return CheckContext(surroundings=self.surroundings(node), known=self.locked_answers.get(node.name, {}))
 
     def room(self, jobs: int) -> dict[str, int]:
         """Return what all running nodes together may hold here, see `schedule.States`."""
