@@ -14,6 +14,9 @@ from support.hub_state import files_of
 from support.models import make_checkpoint
 from support.workshop import Workshop
 
+from bigpipe.errors import UsageError
+from bigpipe.orchestrator.lock import read_answers
+
 RECIPE = """\
 version: 1
 name: locked
@@ -166,9 +169,15 @@ def test_a_listing_that_no_hub_gives_is_not_believed(hub: LoopbackHub, locked: W
     b"<<<<<<< HEAD", gzip.compress(b'{"download": {}}')[:-9], gzip.compress(b"[]"), gzip.compress(b'{"download": 1}'),
     gzip.compress(b'{"download": }'), gzip.compress(bytes(257 * 2**20), 1),
 ], ids=["conflict", "cut", "list", "number", "no JSON", "bomb"])  # fmt: skip
-def test_a_file_that_is_damaged_is_named(locked: Workshop, content: bytes) -> None:
-    (locked.folder / ANSWERS).write_bytes(content)
+def test_a_file_that_is_damaged_is_named(tmp_path: Path, content: bytes) -> None:
+    (tmp_path / ANSWERS).write_bytes(content)
+    with pytest.raises(UsageError, match=f"{ANSWERS} is not what `bigpipe lock` wrote") as refused:
+        read_answers(tmp_path / "recipe.yaml.lock")
+    assert "bigpipe lock recipe.yaml" in refused.value.cure
+
+
+def test_a_plan_stops_at_a_damaged_file(locked: Workshop) -> None:
+    (locked.folder / ANSWERS).write_bytes(b"<<<<<<< HEAD")
     done = locked.command("plan", "recipe.yaml", "--offline")
     assert done.returncode == 2
-    assert f"{ANSWERS} is not what `bigpipe lock` wrote" in done.stderr
-    assert "bigpipe lock recipe.yaml" in done.stderr
+    assert ANSWERS in done.stderr
