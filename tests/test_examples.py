@@ -65,7 +65,6 @@ def nodes(folder: Path, recipe: str) -> dict[str, Any]:
     return found
 
 
-@pytest.mark.xfail(strict=True, reason="the config beside a weight file is left behind")
 def test_the_readme(tmp_path):
     """Beside what it names; a Hub on loopback answers for the repository."""
     shutil.copytree(ROOT / "manifests", tmp_path / "manifests")

@@ -89,6 +89,8 @@ class _HeaderText:
             sizes = [int(size) for size in shape.split(",")] if shape else []
             return self._keep(name, (dtype, sizes, int(begin), int(end)), at, usual.end())
         name, at = self._name(at)
+        if name == "__metadata__" and self.text.startswith("null", at):
+            return self._skip(at + len("null"))  # none, as safetensors reads it
         value, after = self._value(name, at)
         if name != "__metadata__":
             return self._keep(name, self._entry(name, value, at), at, after)

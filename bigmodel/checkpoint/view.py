@@ -49,6 +49,11 @@ class Checkpoint:
     """Of the torch files that have come."""
 
     @property
+    def folder(self) -> Path:
+        """The directory of its side files."""
+        return self.path if self.path.is_dir() else self.path.parent
+
+    @property
     def nbytes(self) -> int:
         return sum(tensor.nbytes for tensor in self.tensors.values())
 
@@ -158,15 +163,18 @@ def _assemble(path: Path, weights: WeightFiles, read: Callable[[Path], Contents]
     contents = join_contents({file: read(file) for file in weights.files})
     if weights.index is not None:
         check_weight_map(weights.index, weights.weight_map, contents)
-    config, whole = path / "config.json", path.is_dir()
+    folder = path if path.is_dir() else path.parent
+    config = folder / "config.json"
+    # A weight file by itself is no model, unless what says so lies beside it
+    whole = path.is_dir() or config.exists() or (folder / ARCHITECTURE_FILE).exists()
     return Checkpoint(
         path=path,
         format=weights.format,
         files=weights.files,
         tensors=contents.tensors,
         tied=contents.tied,
-        config=read_json(config, path, MAX_CONFIG) if whole and config.exists() else None,
-        extras=side_files(path) if whole else (),
+        config=read_json(config, folder, MAX_CONFIG) if config.exists() else None,
+        extras=side_files(folder) if whole else (),
         metadata=contents.metadata,
     )
 
@@ -225,13 +233,13 @@ def describe_if_single(path: Path) -> ModelDescription | None:
 
 def describe_opened(checkpoint: Checkpoint) -> ModelDescription:
     """As `describe_checkpoint`, of a checkpoint that is open."""
-    file = checkpoint.path / ARCHITECTURE_FILE
-    custom = read_json(file, checkpoint.path, MAX_CONFIG) if file in checkpoint.extras else None
+    file = checkpoint.folder / ARCHITECTURE_FILE
+    custom = read_json(file, checkpoint.folder, MAX_CONFIG) if file in checkpoint.extras else None
     return ModelDescription(
         config=checkpoint.config,
         tensors={name: (tensor.dtype, tensor.shape) for name, tensor in checkpoint.tensors.items()},
         format=checkpoint.format,
         tied=checkpoint.tied,
-        path=checkpoint.path,
+        path=checkpoint.folder,
         custom=custom,
     )

@@ -115,7 +115,7 @@ def load(
     if placement.no_split_module_classes is not None:
         model._no_split_modules = list(placement.no_split_module_classes)  # type: ignore[assignment]
     _fill(model, checkpoint, described, homes, wanted, memory.cast)
-    _read_generation_config(model, checkpoint.path)
+    _read_generation_config(model, checkpoint.folder)
     return model.eval().requires_grad_(False)
 
 
@@ -130,7 +130,7 @@ def loaded(model: torch.nn.Module) -> Loaded:
 def _build(checkpoint: Checkpoint, dtype: torch.dtype, sources: Sources) -> torch.nn.Module:
     """The class that the checkpoint's config or `bigpipe_architecture.json` names, with parameters on meta. Buffers are
     made by the class itself, so the ones no checkpoint holds (rotary frequencies, masks) are right."""
-    request = read_request(checkpoint.path if checkpoint.path.is_dir() else checkpoint.path.parent, sources=sources)
+    request = read_request(checkpoint.folder, sources=sources)
     model = with_empty_parameters(request, dtype)
     if not request.custom_class:
         return model
@@ -139,7 +139,8 @@ def _build(checkpoint: Checkpoint, dtype: torch.dtype, sources: Sources) -> torc
 
 
 def _emptied(model: torch.nn.Module, dtype: torch.dtype) -> torch.nn.Module:
-    """The model with parameters on meta, and what is floating made `dtype`, as by `.to`."""
+    """The model with parameters on meta, and what is floating made `dtype`; but buffers of which the class says another
+    dtype than its parameters have stay as they are."""
     import torch
 
     stored = model.state_dict()
@@ -148,6 +149,7 @@ def _emptied(model: torch.nn.Module, dtype: torch.dtype) -> torch.nn.Module:
             f"buffers without values that no checkpoint holds: {first_few(lost)}",
             "build the model with accelerate's init_empty_weights(include_buffers=False), or on the CPU",
         )
+    common = {torch.get_default_dtype(), *(parameter.dtype for parameter in model.parameters())}
     emptied: dict[object, torch.nn.Parameter] = {}
     for module in model.modules():
         for name, parameter in module._parameters.items():
@@ -158,7 +160,7 @@ def _emptied(model: torch.nn.Module, dtype: torch.dtype) -> torch.nn.Module:
                 )
                 module._parameters[name] = emptied.setdefault(storage_of(parameter), empty)
         for name, buffer in module._buffers.items():
-            if buffer is not None and buffer.is_floating_point():
+            if buffer is not None and buffer.is_floating_point() and buffer.dtype in common:
                 module._buffers[name] = buffer.to(dtype)
     return model
 
@@ -267,13 +269,28 @@ def _slots(
             name = prefix + attribute
             if empty is None or name not in matches.plain or (attribute == "weight" and path in matches.packed):
                 continue
-            recipe, stored = matches.plain[name], matches.plain[name].sources[0]
-            if recipe.fuse is None and tuple(empty.shape) != tuple(stored.shape):
-                shapes = f"{stored.name} has shape {list(stored.shape)}, and {name} takes {list(empty.shape)}"
-                cure = "check that config.json is the one that was saved with these weights"
-                raise InvalidCheckpoint(f"{stored.file}: {shapes}", cure)
+            recipe = matches.plain[name]
+            _check_shape(name, empty, recipe)
             wanted = _special_dtype(name, empty, kept, special_dtypes)
             yield name, Slot(module, attribute, {attribute: recipe}, wanted)
+
+
+def _check_shape(name: str, empty: torch.Tensor, recipe: TensorRecipe) -> None:
+    first, more, wanted = recipe.sources[0], len(recipe.sources) - 1, list(empty.shape)
+    try:
+        made = list(recipe.read(_outline, empty.dtype).shape)
+        problem = f"has shape {made}, and {name} takes {wanted}" if made != wanted else ""
+    except Exception as error:  # the rules are the class's own, and torch may refuse what they are given
+        problem = f"cannot be put together to {name}: {str(error).strip().partition(chr(10))[0]}"
+    if problem:
+        cause = f"{first.file}: {first.name} {f'with {more} more ' if more else ''}{problem}"
+        raise InvalidCheckpoint(cause, "check that config.json is the one that was saved with these weights")
+
+
+def _outline(stored: TensorInfo) -> torch.Tensor:
+    import torch
+
+    return torch.empty(stored.shape, device="meta")
 
 
 def _special_dtype(

@@ -129,8 +129,7 @@ def convert(
 
 def refuse_in_place(checkpoint: Checkpoint, out: Path) -> None:
     """Raise UsageError where `out` is the directory of the checkpoint, by whatever name."""
-    directory = checkpoint.path if checkpoint.path.is_dir() else checkpoint.path.parent
-    if os.path.realpath(directory) == os.path.realpath(out):
+    if os.path.realpath(checkpoint.folder) == os.path.realpath(out):
         cure = "write to another directory; a checkpoint is never changed in place"
         raise UsageError(f"{out}: is where the source is", cure)
 
@@ -143,7 +142,7 @@ def carry_side_files(
     that is still being made is copied, as its folder does not last."""
     written = {}
     for extra in checkpoint.extras:
-        name = extra.relative_to(checkpoint.path)
+        name = extra.relative_to(checkpoint.folder)
         make_directory((out / name).parent)
         if config is not None and name == Path("config.json"):
             continue

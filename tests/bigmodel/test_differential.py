@@ -137,17 +137,7 @@ def test_what_is_stored_is_read_byte_for_byte(tmp_path: Path, name: str) -> None
         assert same(wanted[tensor].contiguous().reshape(-1).view(torch.uint8), given[: wanted[tensor].nbytes]), tensor
 
 
-@pytest.mark.xfail(strict=True, reason="the config beside a weight file is left behind")
-def test_a_weight_file_takes_along_the_config_beside_it(tmp_path: Path) -> None:
-    layout = LAYOUTS["variant_by_its_file"]
-    layout.make(tmp_path / "here")
-    bigpipe.save_checkpoint(tmp_path / "here" / layout.below, tmp_path / "anew", format="bin")
-    assert_equal(by_transformers(LAYOUTS["one_file"], tmp_path / "anew"), by_transformers(layout, tmp_path / "here"))
-
-
-@pytest.mark.parametrize(
-    "name", [name for name in with_verdict("equal", whole=True) if "by_its_file" not in name.values[0]]
-)
+@pytest.mark.parametrize("name", with_verdict("equal", whole=True))
 def test_what_is_written_anew_reads_the_same(tmp_path: Path, name: str) -> None:
     """In the other format and in shards, `save_checkpoint` gives a folder that transformers reads as the first."""
     layout = LAYOUTS[name]
