@@ -7,8 +7,8 @@ import os
 
 
 def main() -> None:
-    """Start-up makes objects by the hundred thousand, a large recipe by the million, and no garbage: the collector looks
-    less often from here on. Nor are the metadata of all distributions read for plugins of pydantic."""
+    """Start-up makes objects by the hundred thousand, a large recipe by the million, and no garbage: the collector
+    looks less often from here on. Nor are the metadata of all distributions read for plugins of pydantic."""
     gc.set_threshold(1_000_000)
     os.environ.setdefault("PYDANTIC_DISABLE_PLUGINS", "__all__")
     from .cli import main as run_command

@@ -1,6 +1,6 @@
 """Files that pass from whoever makes them to those that use them, one by one, as they are finished.
 
-    Outlet, OpenOutlet    the end of the producer, in its process: with nobody who waits for its files, and with somebody
+    Outlet, OpenOutlet    the end of the producer, in its process: with nobody who waits for its files, with somebody
     Inlet, OpenInlet      the end of a consumer, in its process: with all files there, and with files that still come
     Handover              the folder between them, and the engine's hand in it
 
@@ -29,6 +29,7 @@ import time
 from collections.abc import Collection, Iterable, Mapping
 from functools import cached_property
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from .errors import StageFailed
@@ -211,7 +212,7 @@ class Inlet:
 
     arriving = False
     """Do files still come?"""
-    heads: Heads = {}
+    heads: Heads = MappingProxyType({})
     """Of those that do."""
 
     def __init__(self, folder: Path) -> None:

@@ -86,7 +86,7 @@ def forecast_stage(
     base: Path | None = None,
     environment: Mapping[str, str] = {},
 ) -> Forecast:
-    """Return what a stage forecasts. inputs: port → the forecast of what is wired to it; the rest as for `run_stage`."""
+    """Return what a stage forecasts. inputs: port → forecast of what is wired to it; the rest as for `run_stage`."""
     wired = {port: (forecast,) for port, forecast in _wired(stage, inputs)}
     context = ForecastContext(surroundings=_surroundings(folder, base, 1, environment), inputs=wired)
     return stage.forecast(stage.params.model_validate(dict(params)), context)
