@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 import warnings
@@ -11,16 +12,18 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from support.hub import LoopbackHub
 from support.hub_state import files_of
 from support.real import transformers_quietly
-from support.vocabularies import PUBLISHED, TEXTS
+from support.vocabularies import BROKEN, PUBLISHED, TEXTS
 from support.workshop import environment
 
 import bigpipe
 from bigpipe.bigmodel.sources import Sources
 from bigpipe.bigmodel.tasks import Row, TaskOptions, find_task
 from bigpipe.bigmodel.tasks.tokenizing import encode, load_tokenizer
+from bigpipe.errors import UsageError
 
 SOURCES = Sources(trust_remote_code=True)
 QUICK = {
@@ -82,8 +85,6 @@ def stage(kind: str, model: str | None = None, **params: str) -> dict[str, Any]:
 
 
 def original(folder: Path) -> Any:
-    import transformers
-
     return transformers.AutoTokenizer.from_pretrained(folder, trust_remote_code=True)
 
 
@@ -125,8 +126,6 @@ def test_the_model_answers_as_the_original(folder: Path, name: str) -> None:
 
 def reference(folder: Path, text: str, task: str) -> dict[str, Any]:
     """What transformers alone makes of it."""
-    import transformers
-
     config = json.loads((folder / "config.json").read_bytes())
     model = getattr(transformers, config["architectures"][0]).from_pretrained(folder)
     tokenizer = original(folder)
@@ -139,3 +138,23 @@ def reference(folder: Path, text: str, task: str) -> dict[str, Any]:
         made = model.generate(**inputs, max_new_tokens=6, pad_token_id=tokenizer.pad_token_id or 0)[0]
     given = 0 if model.config.is_encoder_decoder else inputs["input_ids"].shape[1]
     return {"text": tokenizer.decode(made[given:], skip_special_tokens=True)}
+
+
+FOREIGN = "what transformers happens upon is no placed error"
+FOREIGN_ERRORS = (
+    "without anything", "settings that are a list", "a class that is a number", "a token that is a number",
+    "tekken without a pattern", "a vocabulary that is a list",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("name", [
+    pytest.param(name, marks=pytest.mark.xfail(strict=True, reason=FOREIGN) if name in FOREIGN_ERRORS else ())
+    for name in BROKEN
+])  # fmt: skip
+def test_a_tokenizer_that_is_broken_is_named(tmp_path: Path, name: str) -> None:
+    (tmp_path / "config.json").write_text('{"model_type": "gpt2"}')
+    BROKEN[name](tmp_path)
+    with pytest.raises(Exception):  # noqa: B017, PT011 transformers raises what it happens upon
+        transformers.AutoTokenizer.from_pretrained(tmp_path)
+    with pytest.raises(UsageError, match=re.escape(str(tmp_path))):
+        load_tokenizer(tmp_path, Sources())

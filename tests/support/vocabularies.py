@@ -300,3 +300,46 @@ PUBLISHED: dict[str, Published] = {
     "several chat templates": Published(write=_with_template(_several_templates), body="llama"),
     "code of its own": Published(write=_own_code),
 }  # fmt: skip
+
+
+def _changed_text(change: Callable[[str], str]) -> Callable[[Path], None]:
+    def write(folder: Path) -> None:
+        tiny_tokenizer().save_pretrained(folder)
+        file = folder / "tokenizer.json"
+        file.write_text(change(file.read_text(encoding="utf-8")), encoding="utf-8")
+
+    return write
+
+
+def _changed_settings(**changes: Any) -> Callable[[Path], None]:
+    def write(folder: Path) -> None:
+        tiny_tokenizer().save_pretrained(folder)
+        _settings(folder, **{**json.loads((folder / "tokenizer_config.json").read_bytes()), **changes})
+
+    return write
+
+
+def _one_file(name: str, content: bytes) -> Callable[[Path], None]:
+    return lambda folder: void((folder / name).write_bytes(content))
+
+
+def void(_: object) -> None:
+    pass
+
+
+POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n"
+BROKEN: dict[str, Callable[[Path], None]] = {
+    "cut short": _changed_text(lambda text: text[:-50]),
+    "without anything": _changed_text(lambda text: "{}"),
+    "a pointer of git-lfs": _changed_text(lambda text: POINTER),
+    "settings that are a list": _one_file("tokenizer_config.json", b"[]"),
+    "a class that is a number": _changed_settings(tokenizer_class=3),
+    "a token that is a number": _changed_settings(pad_token=5),
+    "a side that is none": _changed_settings(padding_side="middle"),
+    "tekken without a pattern": _one_file("tekken.json", b'{"config": {}, "vocab": []}'),
+    "a vocabulary that is a list": lambda folder: void((_byte_level()(folder), _json(folder, "vocab.json", [1]))),
+    "merges that are missing": lambda folder: void((_byte_level()(folder), (folder / "merges.txt").unlink())),
+    "a library that is missing": _settings_alone(tokenizer_class="FSMTTokenizer", langs=["en", "de"]),
+    "code that nobody trusts": _own_code,
+}
+"""What transformers refuses as well, with whatever it happens upon."""
