@@ -9,20 +9,20 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
-from bigpipe.bigmodel.architecture import describe_architecture
 from bigpipe.bigmodel.checkpoint import ModelDescription, describe_checkpoint
 from bigpipe.bigmodel.formats import computable
 from bigpipe.bigmodel.placement import Placement, PlacementRequest, find_misfits, place_model
-from bigpipe.errors import DoesNotFit, UsageError
+from bigpipe.errors import DoesNotFit, UsageError, first_few
 from bigpipe.files import write_file
 from bigpipe.fit import Misfit
 from bigpipe.orchestrator.stage import Forecast, ForecastContext, StageContext, StageResult
 from bigpipe.sizes import format_size
 
 from .dispatch import DispatchMetrics, DispatchParams
-from .library import PLACEMENT, load_placed, read_placement, sources_of
+from .library import PLACEMENT, agreed, load_placed, read_placement, sources_of
 
 PICTURE = "placement.txt"
 PROCESS = 600 * 2**20
@@ -67,10 +67,13 @@ def _request(params: DispatchParams) -> PlacementRequest:
 
 def _placing(model: ModelDescription, ctx: ForecastContext | StageContext) -> Callable[[PlacementRequest], Placement]:
     """Raise UsageError where the class that will be loaded is not known, or its code may not run."""
-    sources = sources_of(ctx)
-    source = model.path if model.path is not None and sources.trust_remote_code else dict(model.config or {})
-    architecture = describe_architecture(source, custom=model.custom, sources=sources)
-    return lambda request: place_model(model, architecture, request, ctx.machine, memo=ctx.memo)
+    agreement = agreed(model, sources_of(ctx))
+
+    def attempt(request: PlacementRequest) -> Placement:
+        placed = place_model(model, agreement.architecture, request, ctx.machine, memo=ctx.memo)
+        return replace(placed, explanation=(*placed.explanation, *agreement.notes))
+
+    return attempt
 
 
 def _predicted(placement: Placement) -> dict[str, int]:
@@ -119,6 +122,8 @@ def _verify(
     seconds = time.monotonic() - started
     state = loaded(model)
     measured = {str(home): size for home, size in state.held.items()}
+    if state.unused:
+        ctx.log(f"stored, and used by nothing in the model: {first_few(state.unused)}")
     if params.verify == "forward" and (reason := forward_once(model)):
         ctx.log(f"no forward was run: {reason}")
     for device in dict.fromkeys([*metrics.predicted, *measured]):

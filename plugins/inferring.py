@@ -18,7 +18,7 @@ from bigpipe.orchestrator.stage import CheckContext, Forecast, ForecastContext, 
 from bigpipe.sizes import counted
 
 from .distributed_infer import InferMetrics, InferParams
-from .library import load_placed, read_placement, sources_of
+from .library import agreed, load_placed, read_placement, sources_of
 
 if TYPE_CHECKING:
     import torch
@@ -35,10 +35,22 @@ def check(params: InferParams, ctx: CheckContext) -> None:
     model = ctx.described("model", ModelDescription)
     if model is not None:
         computable(model)
+        _check_weights(model, ctx)
     if params.task not in TASKS:
         ctx.trust.require_module(params.task, f"task {params.task}")
         return
     find_task(params.task, sources_of(ctx)).check(params.generation, rows, model)
+
+
+def _check_weights(model: ModelDescription, ctx: CheckContext) -> None:
+    """Raise InvalidCheckpoint where config and weights do not belong together."""
+    if model.tensors is None or (model.config is None and model.custom is None):
+        return
+    try:
+        agreed(model, sources_of(ctx))
+    except UsageError:
+        if not (ctx.trust.remote_code and (model.config or {}).get("auto_map")):  # its code comes with the download
+            raise
 
 
 def forecast(params: InferParams, ctx: ForecastContext) -> Forecast:

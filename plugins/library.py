@@ -8,6 +8,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from bigpipe.bigmodel.architecture import describe_architecture
+from bigpipe.bigmodel.formats import agree
 from bigpipe.bigmodel.sources import Sources
 from bigpipe.errors import NotAuthorised, Transient, UsageError
 from bigpipe.orchestrator.stage import CheckContext, ForecastContext, Json, Pinned, StageContext
@@ -15,6 +17,8 @@ from bigpipe.orchestrator.stage import CheckContext, ForecastContext, Json, Pinn
 if TYPE_CHECKING:
     import torch
 
+    from bigpipe.bigmodel.checkpoint import ModelDescription
+    from bigpipe.bigmodel.formats import Agreement
     from bigpipe.bigmodel.hub import Need
     from bigpipe.bigmodel.placement import Placement
 
@@ -54,6 +58,13 @@ def answers_of(context: CheckContext, repo: str, commit: str, library: str | Non
         return answers(repo, commit, hub=Hub.of(sources_of(context)), library=library, need=need)
     except (Transient, NotAuthorised, UsageError):
         return {}
+
+
+def agreed(model: ModelDescription, sources: Sources) -> Agreement:
+    """How a checkpoint fits the class that will be loaded. Raise InvalidCheckpoint where it does not, and UsageError
+    where that class is not known, or its code may not run."""
+    source = model.path if model.path is not None and sources.trust_remote_code else dict(model.config or {})
+    return agree(model, describe_architecture(source, custom=model.custom, sources=sources), sources.memo)
 
 
 def read_placement(artifact: Path) -> Placement:

@@ -51,7 +51,7 @@ def forecast(params: QuantizeParams, context: ForecastContext) -> Forecast:
         metrics=metrics,
         output=output or quantized,
         summary=f"{params.scheme}, {counted(len(outlined.quantized), 'module')}, +{format_transfer(after)}",
-        details=() if low == high else (f"weights: {low:,} to {high:,} bytes (bound: {HELD})",),
+        details=(*outlined.notes, *(() if low == high else (f"weights: {low:,} to {high:,} bytes (bound: {HELD})",))),
     )
 
 
@@ -82,6 +82,8 @@ def run(params: QuantizeParams, context: StageContext) -> StageResult:
         linked=True,
         progress=lambda done, total: context.progress(done, total, "B", "weights"),
     )
+    for note in result.notes:
+        context.log(note)
     left = ", ".join(result.skipped) or "none"
     context.log(f"{len(result.quantized)} modules are {params.scheme} now; linear modules left as they were: {left}")
     metrics = QuantizeMetrics(

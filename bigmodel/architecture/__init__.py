@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from bigpipe.faces import face
 
 if TYPE_CHECKING:
-    from .asking import Request, ask_names, describe_architecture, read_request, request_key
+    from .asking import Matching, Request, ask_matching, ask_names, describe_architecture, read_request, request_key
     from .instantiation import storage_of, tied_groups, with_empty_parameters
     from .outlining import BUFFERS, outline
     from .snapshot import known_architecture, missing_snapshot

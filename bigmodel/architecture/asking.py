@@ -15,7 +15,7 @@ import os
 import re
 import sys
 import tempfile
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -31,7 +31,7 @@ from bigpipe.versions import package_version
 from .snapshot import known_architecture
 from .structure import Architecture, Head
 
-ANSWER_VERSION = 5
+ANSWER_VERSION = 6
 """Part of every key; raised when an answer's shape or meaning changes."""
 CHILD_SECONDS = 600
 """Real models take under five seconds; a config that asks for a billion layers is stopped."""
@@ -84,8 +84,28 @@ def ask_names(config: Mapping[str, Any], stored: Iterable[str], memo: Path | Non
     `layers.0.attention.q_proj` now). transformers knows the rules, which need its classes. Names that become none, or
     one that is changed on the way, are not in it. Errors as of `describe_architecture`.
     """
-    names: dict[str, str] = _answer(replace(read_request(config), stored=tuple(sorted(stored))), memo)["names"]
-    return names
+    found = ask_matching(config, stored, memo)
+    told = {name: sources for name, sources in found.made.items() if name not in found.changed or len(sources) > 1}
+    return {source: name for name, sources in told.items() for source in sources}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Matching:
+    """Which stored tensors make which parameters of a class, as transformers would load them."""
+
+    made: Mapping[str, Sequence[str]]
+    """Parameter or buffer → the stored names that it is made from."""
+    changed: Sequence[str]
+    """Those that are not one stored tensor as it is: put together, cut or turned on the way."""
+    unused: Sequence[str]
+    """Stored names that make nothing, and that the class does not say it ignores."""
+    missing: Sequence[str]
+    """Parameters that nothing is stored for, and that the class does not say may be missing."""
+
+
+def ask_matching(config: Mapping[str, Any], stored: Iterable[str], memo: Path | None = None) -> Matching:
+    """Return what stored tensors are to the class that `config` names. Errors as of `describe_architecture`."""
+    return Matching(**_answer(replace(read_request(config), stored=tuple(sorted(stored))), memo))
 
 
 def read_request(

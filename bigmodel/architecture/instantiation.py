@@ -55,7 +55,7 @@ def main(question: str, answer: str) -> None:
 
 def _answer(request: Request) -> dict[str, Any]:
     try:
-        return {"names": _names(request)} if request.stored else describe(request).as_json()
+        return _matching(request) if request.stored else describe(request).as_json()
     except BigpipeError as error:
         return {"error": type(error).__name__, "cause": error.cause, "cure": error.cure}
     except ImportError as error:
@@ -66,15 +66,25 @@ def _answer(request: Request) -> dict[str, Any]:
         return {"error": "InvalidCheckpoint", "cause": cause, "cure": "check config.json against the model's class"}
 
 
-def _names(request: Request) -> dict[str, str]:
+def _matching(request: Request) -> dict[str, Any]:
+    """The fields of a `Matching`."""
     import torch
 
-    from bigpipe.bigmodel.checkpoint import TensorInfo, match
+    from bigpipe.bigmodel.checkpoint import TensorInfo, exempt, match
 
+    model = _on_meta(request, torch.float32)
     tensors = {name: TensorInfo(name, "float32", (), Path(), 0) for name in request.stored}
-    matches = match(_on_meta(request, torch.float32), tensors, dict[str, None]())
-    recipes = {name: recipe for name, recipe in matches.plain.items() if recipe.fuse is None or len(recipe.sources) > 1}
-    return {source.name: name for name, recipe in recipes.items() for source in recipe.sources}
+    matches = match(model, tensors, dict[str, None]())
+    made = set(matches.plain)
+    for names in tied_groups(model):
+        made.update(names if made.intersection(names) else ())
+    parameters, spared = [name for name, _ in model.named_parameters(remove_duplicate=False)], exempt(model, "missing")
+    return {
+        "made": {name: [source.name for source in recipe.sources] for name, recipe in matches.plain.items()},
+        "changed": [name for name, recipe in matches.plain.items() if recipe.fuse],
+        "unused": matches.unused,
+        "missing": [name for name in parameters if name not in made and not spared.search(name)],
+    }
 
 
 def describe(request: Request, *, with_cache: bool = True) -> Architecture:

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     )
     from .headers import encode_header, layout_key, read_header
     from .mapped import MappedFiles
-    from .naming import Matches, TensorRecipe, match
+    from .naming import Matches, TensorRecipe, exempt, match
     from .tensors import (
         CASTABLE,
         FETCH_AGAIN,

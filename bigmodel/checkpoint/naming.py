@@ -8,10 +8,11 @@ loads here the same way. A packed weight is renamed as the weight that it was.
 from __future__ import annotations
 
 import copy
+import re
 from collections.abc import Callable, Container, Mapping
 from dataclasses import dataclass, field
 from functools import partial
-from typing import TYPE_CHECKING, Any, Generic, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, Literal, TypeVar
 
 from .tensors import TensorInfo
 
@@ -41,6 +42,8 @@ class Matches(Generic[T]):
     """Parameter or buffer name → recipe."""
     packed: dict[str, T] = field(default_factory=dict)
     """Module name → its packed weight."""
+    unused: list[str] = field(default_factory=list)
+    """Stored names of what makes nothing of the model, and that its class does not say it ignores."""
 
 
 def match(model: torch.nn.Module, tensors: Mapping[str, TensorInfo], packed: Mapping[str, T]) -> Matches[T]:
@@ -52,9 +55,24 @@ def match(model: torch.nn.Module, tensors: Mapping[str, TensorInfo], packed: Map
     return rename(model, tensors, packed)
 
 
+def exempt(model: torch.nn.Module, what: Literal["missing", "unexpected"]) -> re.Pattern[str]:
+    """Return what finds the names that may be missing from a checkpoint, or be unexpected in it, as the model's class
+    says; with the buffers that transformers once stored."""
+    found = list(getattr(model, f"_keys_to_ignore_on_load_{what}", None) or ())
+    if what == "unexpected":
+        buffers = [name for name, _ in model.named_buffers()]
+        once = {"rotary_emb.inv_freq": r"rotary_emb\.inv_freq", "position_ids": r"(^|\.)position_ids$"}
+        found += [pattern for end, pattern in once.items() if any(name.endswith(end) for name in buffers)]
+    return re.compile("|".join(f"({pattern})" for pattern in found) or "(?!)")
+
+
 def _same_names(model: torch.nn.Module, tensors: Mapping[str, TensorInfo], packed: Mapping[str, T]) -> Matches[T]:
-    known = set(model.state_dict())
-    return Matches({name: TensorRecipe((tensor,)) for name, tensor in tensors.items() if name in known}, dict(packed))
+    known, modules = set(model.state_dict()), {name for name, _ in model.named_modules()}
+    return Matches(
+        {name: TensorRecipe((tensor,)) for name, tensor in tensors.items() if name in known},
+        dict(packed),
+        [name for name in tensors if name not in known] + [name for name in packed if name not in modules],
+    )
 
 
 def _transformers_names(model: Any, tensors: Mapping[str, TensorInfo], packed: Mapping[str, T]) -> Matches[T]:
@@ -66,7 +84,7 @@ def _transformers_names(model: Any, tensors: Mapping[str, TensorInfo], packed: M
     renamings = [rule for rule in rules if isinstance(rule, WeightRenaming)]
     converters = [rule for rule in rules if isinstance(rule, WeightConverter)]
     by_pattern = {pattern: converter for converter in converters for pattern in converter.source_patterns}
-    known, prefix = model.state_dict(), model.base_model_prefix
+    known, prefix, ignored = model.state_dict(), model.base_model_prefix, exempt(model, "unexpected")
     matches: Matches[T] = Matches()
     fusions: dict[str, _Fusion] = {}
     weights = {f"{module}.weight": weight for module, weight in packed.items()}
@@ -81,6 +99,8 @@ def _transformers_names(model: Any, tensors: Mapping[str, TensorInfo], packed: M
         elif renamed in known:
             fusion = fusions.setdefault(renamed, _Fusion(model, by_pattern[pattern], renamed))
             fusion.inputs.append((name, pattern, tensors[name]))
+        elif not (ignored.search(name) or ignored.search(renamed)):
+            matches.unused.append(name)
     for fusion in fusions.values():
         matches.plain.update(fusion.recipes(known))
     return matches

@@ -30,10 +30,11 @@ from bigpipe.bigmodel.checkpoint import (
     TensorInfo,
     TensorRecipe,
     describe_opened,
+    exempt,
     match,
     open_checkpoint,
 )
-from bigpipe.bigmodel.formats import PackedWeight, computable, format_of, replace_linears, set_apart
+from bigpipe.bigmodel.formats import PackedWeight, computable, format_of, refuse_strangers, replace_linears, set_apart
 from bigpipe.bigmodel.placement import Device, Placement
 from bigpipe.bigmodel.sources import Sources
 from bigpipe.errors import InvalidCheckpoint, UsageError, first_few
@@ -59,6 +60,8 @@ class Loaded:
     """Bytes of weights and buffers by home. On disk: stored bytes; elsewhere: bytes in memory."""
     streamed: int = 0
     """Stored bytes that a forward over one token moves from RAM or disk to where it computes; 0 if all is there."""
+    unused: tuple[str, ...] = ()
+    """Stored tensors that belong to nothing in the model."""
 
 
 def load(
@@ -184,11 +187,19 @@ def _fill(
 ) -> None:
     aliases = {alias: checkpoint.tensors[kept] for alias, kept in checkpoint.tied.items()}
     matches = match(model, *set_apart({**checkpoint.tensors, **aliases}, format_of(described)))
+    refuse_strangers(
+        f"{checkpoint.path}: ",
+        matches.unused,
+        checkpoint.tensors.keys() - matches.unused,
+        {name for name, _ in model.named_modules()},
+        type(model).__name__,
+        described.config or {},
+    )
     _share_recipes(model, matches, checkpoint)
     _check_complete(model, matches, checkpoint)
     homes.check_covers(dict.fromkeys([*(name for name, _ in model.named_parameters()), *matches.plain]))
     replace_linears(model, matches.packed, described.quantization)
-    state = Loaded(homes)
+    state = Loaded(homes, unused=tuple(matches.unused))
     slots = dict(_slots(model, matches, dtype, homes.placement.special_dtypes))
     streamed = _settle(slots, state, budget)
     _settle_buffers(model, matches, state)
@@ -224,7 +235,7 @@ def _equal(one: TensorRecipe, other: TensorRecipe, checkpoint: Checkpoint) -> bo
 
 
 def _check_complete(model: torch.nn.Module, matches: Packed, checkpoint: Checkpoint) -> None:
-    ignored = re.compile("|".join(getattr(model, "_keys_to_ignore_on_load_missing", None) or ["(?!)"]))
+    ignored = exempt(model, "missing")
     missing = [
         name
         for name, _ in model.named_parameters(remove_duplicate=False)
@@ -276,12 +287,15 @@ def _slots(
 
 
 def _check_shape(name: str, empty: torch.Tensor, recipe: TensorRecipe) -> None:
+    """Raise InvalidCheckpoint where the stored tensors do not make what is to be filled."""
     first, more, wanted = recipe.sources[0], len(recipe.sources) - 1, list(empty.shape)
     try:
         made = list(recipe.read(_outline, empty.dtype).shape)
         problem = f"has shape {made}, and {name} takes {wanted}" if made != wanted else ""
     except Exception as error:  # the rules are the class's own, and torch may refuse what they are given
         problem = f"cannot be put together to {name}: {str(error).strip().partition(chr(10))[0]}"
+    if empty.is_floating_point() and "float" not in first.dtype and name.rpartition(".")[2] in ("weight", "bias"):
+        problem = f"is stored as {first.dtype}, and {name} holds floats"
     if problem:
         cause = f"{first.file}: {first.name} {f'with {more} more ' if more else ''}{problem}"
         raise InvalidCheckpoint(cause, "check that config.json is the one that was saved with these weights")

@@ -26,7 +26,7 @@ from bigpipe.bigmodel.checkpoint import (
     find_weight_files,
     read_json,
 )
-from bigpipe.bigmodel.formats import PLAIN, format_of
+from bigpipe.bigmodel.formats import PLAIN, Agreement, agree, format_of
 from bigpipe.bigmodel.hub import COMMIT, Hub, Repository, cached_commit, describe_pipeline, describe_repository
 from bigpipe.bigmodel.sources import Sources
 from bigpipe.errors import InvalidCheckpoint, NoWeights, Offline, UsageError, first_few
@@ -172,7 +172,12 @@ def architecture_of(sighting: Sighting, head: Head, sources: Sources) -> tuple[A
         note = f"{error.cause}; so sizes are from stored tensors alone, without buffers and with guessed blocks"
         return outline(description.tensors, description.config, description.tied), (note,)
     slow = missing_snapshot((description.config or {}).get("model_type"))
-    return built, (*_differences(built, description, head), *filter(None, [slow]))
+    try:
+        agreement = agree(description, built, ask=False) if head == "auto" else Agreement(built)
+    except InvalidCheckpoint as error:
+        return built, (f"{error.cause}; sizes are those of the config", *filter(None, [slow]))
+    built = agreement.architecture
+    return built, (*agreement.notes, *_differences(built, description, head), *filter(None, [slow]))
 
 
 def _built(sighting: Sighting, head: Head, sources: Sources) -> Architecture:

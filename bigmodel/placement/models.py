@@ -9,7 +9,7 @@ from pathlib import Path
 from bigpipe.bigmodel.architecture import BUFFERS, Architecture, TensorSpec
 from bigpipe.bigmodel.checkpoint import CASTABLE, ModelDescription, tensor_nbytes
 from bigpipe.bigmodel.footprint import architecture_of, look
-from bigpipe.bigmodel.formats import format_of, set_apart, uncomputable
+from bigpipe.bigmodel.formats import agree, format_of, set_apart, uncomputable
 from bigpipe.bigmodel.sources import Sources
 from bigpipe.errors import DoesNotFit
 from bigpipe.fit import Misfit
@@ -67,7 +67,7 @@ def place(
         environment=environment,
     )  # fmt: skip
     sighting = look(model, revision, sources)
-    architecture, _ = architecture_of(sighting, "auto", sources)
+    architecture = agree(sighting.description, architecture_of(sighting, "auto", sources)[0], memo).architecture
     return place_model(
         sighting.description, architecture, request, machine or detect(Path.cwd()), memo=memo, speeds=speeds
     )

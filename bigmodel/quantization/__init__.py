@@ -44,6 +44,8 @@ class QuantizedCheckpoint:
     """Modules, by name."""
     skipped: tuple[str, ...]
     """Linear modules that were left as they are."""
+    notes: tuple[str, ...] = ()
+    """What was odd about the input, in words."""
 
 
 def quantize_checkpoint(
@@ -125,4 +127,5 @@ def quantize_described(
         source_bytes=checkpoint.nbytes,
         quantized=outlined.quantized,
         skipped=outlined.skipped,
+        notes=outlined.notes,
     )

@@ -14,6 +14,7 @@ from bigpipe.bigmodel.checkpoint import ModelDescription, Tensors, tensor_nbytes
 from bigpipe.bigmodel.formats import (
     PLAIN,
     Packing,
+    agree,
     converted_modules,
     default_skips,
     format_of,
@@ -129,6 +130,8 @@ class Outline:
     """Modules, by their names in the model."""
     skipped: tuple[str, ...]
     """Linear modules that are not converted."""
+    notes: tuple[str, ...] = ()
+    """What is odd about the checkpoint, in words."""
 
     @property
     def nbytes(self) -> int:
@@ -256,14 +259,15 @@ def understand(
             "the checkpoint has no config that names its class, so nobody knows which weights are linear layers'",
             "bring its config.json, or describe its class under `architecture`",
         )
-    config = described.config or {}
+    config, told = described.config or {}, architecture is not None
     if architecture is None:
         architecture = describe_architecture(config, custom=described.custom, sources=sources)
+    notes = agree(described, architecture, sources.memo, ask=not told).notes
     plain = described.custom is None and described.config is not None and architecture.library == "transformers"
     names = partial(ask_names, config, memo=sources.memo) if plain else None
     outlined = outline(described.tensors or {}, described.tied, architecture, settings, names)
     quantization = {"quantization_config": settings.as_config(architecture)}
-    return outlined, replace(
+    return replace(outlined, notes=notes), replace(
         described,
         config=None if described.config is None else config_with_dtype(config, settings.dtype) | quantization,
         custom=None if described.custom is None else {**described.custom, **quantization},

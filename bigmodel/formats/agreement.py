@@ -1,0 +1,236 @@
+"""Do a config and the stored tensors belong together? Told from headers, by the rules of transformers' loader.
+
+    agree(described, architecture) -> Agreement     what is left over; or InvalidCheckpoint
+
+Shapes and dtypes must be those of the class, and all that it computes with must be stored. What is stored and belongs
+to nothing is named, where the rest is whole without it: another head, another tower, layers for predicting several
+tokens. It is refused where what it belongs to is there: a bias, an adapter, a norm that the class would leave out, or
+layers beyond those that the config has.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections import Counter
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from bigpipe.bigmodel.architecture import BUFFERS, Architecture, Matching, ask_matching
+from bigpipe.errors import InvalidCheckpoint, first_few
+
+from .matrices import matrix_shape
+from .packed import PackedWeight, set_apart
+from .recognition import format_of
+
+if TYPE_CHECKING:
+    from bigpipe.bigmodel.architecture import TensorSpec
+    from bigpipe.bigmodel.checkpoint import ModelDescription
+
+    Stored = Mapping[str, tuple[str, tuple[int, ...]]]
+
+CURE = "check that config.json belongs to these weights"
+HARMLESS = re.compile(r"\.([kvq]_scale|kv_scale|(input|output|activation)_scale(_inv)?|(input|output)_zero_point)$")
+"""Scales of activations and of caches, which are computed with as they are here."""
+FURTHER = ("num_nextn_predict_layers", "mtp_num_hidden_layers", "num_mtp_layers")
+"""Fields of a config that tell of layers behind the last one: they predict further tokens, and nothing here does."""
+
+
+@dataclass(frozen=True, slots=True)
+class Agreement:
+    """Of a checkpoint that fits its config."""
+
+    architecture: Architecture
+    """Without the ties of tensors that are stored one by one: they may differ, and transformers then unties them."""
+    unused: tuple[str, ...] = ()
+    """Stored tensors that belong to nothing."""
+    untied: tuple[str, ...] = ()
+    """Names that would share another's tensor, and are stored beside it."""
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """Return what a user should know, in words."""
+        words = [f"stored, and used by nothing in {self.architecture.class_name}: {first_few(self.unused)}"]
+        stored = f"{first_few(self.untied)}: stored beside what the config ties it to, and counted by itself"
+        return (*(words if self.unused else ()), *([stored] if self.untied else ()))
+
+
+def agree(
+    described: ModelDescription, architecture: Architecture, memo: Path | None = None, *, ask: bool = True
+) -> Agreement:
+    """Return how a checkpoint, whose tensors are known, fits the class of its config. memo: of answers about classes.
+    ask: may the class be built, where names do not tell? Otherwise what is missing or left over there is not known.
+
+    Raise InvalidCheckpoint, naming tensors, shapes and the field of the config, where it does not.
+    """
+    if described.tensors is None or architecture.outlined or not (found := format_of(described)).computes:
+        return Agreement(architecture)
+    plain, packed = set_apart(described.tensors, found)
+    specs = {tensor.name: tensor for module in architecture.modules for tensor in module.tensors}
+    names = [*plain, *described.tied, *(f"{module}.weight" for module in packed)]
+    matching = _told(names, architecture, specs)
+    if (matching.missing or matching.unused) and architecture.library != "custom":
+        asked = _asked(names, described, architecture, memo) if ask else None
+        matching = asked or replace(matching, missing=(), unused=())
+    where = f"{described.path}: " if described.path else ""
+    alias = {name: plain[kept] for name, kept in described.tied.items() if kept in plain}
+    _check_shapes(where, {**plain, **alias}, matching, architecture, specs)
+    _check_packed(where, packed, architecture)
+    if matching.missing:
+        raise InvalidCheckpoint(
+            f"{where}no weights are stored for {first_few(matching.missing)} of {architecture.class_name}",
+            "check that `architectures` in config.json names the class that was saved; its weights would be random",
+        )
+    used = [source for sources in matching.made.values() for source in sources]
+    refuse_strangers(where, matching.unused, used, architecture.by_name, architecture.class_name, architecture.config)
+    return _untied(architecture, matching, described.tied)
+
+
+def refuse_strangers(
+    where: str,
+    unused: Collection[str],
+    used: Iterable[str],
+    modules: Collection[str],
+    class_name: str,
+    config: Mapping[str, Any],
+) -> None:
+    """Raise InvalidCheckpoint for stored tensors that a class leaves out, although what they belong to is there.
+    unused: names of what makes nothing of it; used: of the others; modules: names of the class's."""
+    prefixes = {name.partition(".")[0] for name in used} if unused else set()
+    parents = {module.rpartition(".")[0] for module in modules if module}
+
+    def is_strange(name: str) -> bool:
+        """Does it lie in a block or a leaf that is there, or in a block beyond the last?"""
+        path, beyond = _deepest(name, modules, prefixes)
+        if not path:
+            return False
+        further = any(key in found for found in _configs(config) for key in FURTHER if found.get(key))
+        last = beyond.isdecimal() and f"{path}.0" in modules and not further
+        return path not in parents or any(part.isdecimal() for part in path.split(".")) or last
+
+    if strange := [name for name in unused if not HARMLESS.search(name) and is_strange(name)]:
+        raise InvalidCheckpoint(
+            f"{where}{first_few(strange)} belongs to nothing in {class_name}, and the model is not whole without it",
+            "check that config.json names the class, the options (biases, norms) and the number of layers that these"
+            " weights were saved with; adapters are merged first",
+        )
+
+
+def _deepest(name: str, modules: Collection[str], prefixes: Collection[str]) -> tuple[str, str]:
+    """(the innermost module that a stored name lies in, the next part of its path); "" is the root. The name may lack
+    the base model's prefix, or have it where the class does not; prefixes: of stored names that are used."""
+    first, _, rest = name.partition(".")
+    bodies = [module for module in modules if module and "." not in module and f"{module}.{first}" in modules]
+    found = ("", "")
+    for spelling in (name, *(f"{body}.{name}" for body in bodies), *([rest] if first in prefixes else [])):
+        path, beyond = spelling.rpartition(".")[0], ""
+        while path and path not in modules:
+            path, _, beyond = path.rpartition(".")
+        found = max(found, (path, beyond), key=lambda each: len(each[0]))
+    return found
+
+
+def _configs(config: Mapping[str, Any]) -> Iterable[Mapping[str, Any]]:
+    yield config
+    for value in config.values():
+        if isinstance(value, Mapping):
+            yield from _configs(value)
+
+
+def _told(names: Collection[str], architecture: Architecture, specs: Mapping[str, TensorSpec]) -> Matching:
+    """What the names alone tell."""
+    made: dict[str, list[str]] = {}
+    unused: list[str] = []
+    for name in names:
+        own = next((own for own in architecture.spellings(name) if own in specs), None)
+        if own is not None:
+            made.setdefault(own, [name])
+        elif not BUFFERS.search(name):
+            unused.append(name)
+    tied = {name for group in architecture.tied if made.keys() & group for name in group}
+    missing = [name for name, spec in specs.items() if not spec.buffer and name not in made and name not in tied]
+    return Matching(made=made, changed=(), unused=unused, missing=missing)
+
+
+def _asked(
+    names: Collection[str], described: ModelDescription, architecture: Architecture, memo: Path | None
+) -> Matching | None:
+    """What the class says; None where it is not one of transformers that a config names."""
+    if architecture.library != "transformers" or described.config is None or "auto_map" in described.config:
+        return None
+    return ask_matching(described.config, names, memo)
+
+
+def _check_shapes(
+    where: str, stored: Stored, matching: Matching, architecture: Architecture, specs: Mapping[str, TensorSpec]
+) -> None:
+    used = Counter(source for sources in matching.made.values() for source in sources)
+    for name, sources in matching.made.items():
+        parts = [stored[source] for source in sources if source in stored]
+        if name not in specs or len(parts) != len(sources) or not specs[name].persistent:
+            continue
+        spec, (dtype, shape) = specs[name], parts[0]
+        if name in matching.changed and used[sources[0]] == 1:
+            count = sum(math.prod(shape) for _, shape in parts)
+            if count != spec.elements:
+                raise InvalidCheckpoint(
+                    f"{where}{sources[0]} and what makes {name} with it hold {count:,} elements, and"
+                    f" {architecture.class_name} has {spec.elements:,} there, {list(spec.shape)}",
+                    CURE,
+                )
+        elif name not in matching.changed and shape != spec.shape:
+            raise InvalidCheckpoint(
+                f"{where}{sources[0]} is {list(shape)}, and {name} of {architecture.class_name} is {list(spec.shape)}"
+                f"{_field(shape, spec.shape, architecture.config)}",
+                CURE,
+            )
+        if spec.floating and not spec.buffer and "float" not in dtype:
+            raise InvalidCheckpoint(
+                f"{where}{sources[0]} is stored as {dtype}, and {name} of {architecture.class_name} holds floats",
+                "start from weights in float32, float16 or bfloat16, or bring the quantization_config of these",
+            )
+
+
+def _field(stored: tuple[int, ...], wanted: tuple[int, ...], config: Mapping[str, Any]) -> str:
+    """The fields of a config that a size comes from which differs, in words."""
+    sizes = {there for here, there in zip(stored, wanted, strict=False) if here != there}
+    numbers = ((name, value) for part in _configs(config) for name, value in part.items() if type(value) is int)
+    fields = [f"{name} {value}" for name, value in numbers if value in sizes and not name.endswith("_token_id")]
+    return f" ({first_few(fields, 3)} in its config)" if fields else ""
+
+
+def _check_packed(
+    where: str, packed: Mapping[str, PackedWeight[tuple[str, tuple[int, ...]]]], architecture: Architecture
+) -> None:
+    for name, weight in packed.items():
+        own = next((own for own in architecture.spellings(name) if own in architecture.by_name), None)
+        module = architecture.by_name.get(own or "")
+        if module is None or not module.linear:
+            continue
+        wanted = {part.suffix: part.shape for part in weight.packing.stored(matrix_shape(module), "float16")}
+        if "weight" in weight.parts and (shape := weight.parts["weight"][1]) != wanted["weight"]:
+            rows, columns = matrix_shape(module)
+            raise InvalidCheckpoint(
+                f"{where}{name}.weight is {list(shape)}, and {own} of {architecture.class_name}, {rows} × {columns},"
+                f" would be {list(wanted['weight'])}{_field((), (rows, columns), architecture.config)}",
+                CURE,
+            )
+
+
+def _untied(architecture: Architecture, matching: Matching, shared: Mapping[str, str]) -> Agreement:
+    """shared: alias → stored name, of tensors that a file holds once."""
+    apart = {
+        name
+        for kept, *aliases in architecture.tied
+        for name in aliases
+        if name in matching.made
+        and kept in matching.made
+        and not shared.keys() & {*matching.made[name], *matching.made[kept]}
+    }
+    if not apart:
+        return Agreement(architecture, tuple(matching.unused))
+    groups = (tuple(name for name in group if name not in apart) for group in architecture.tied)
+    tied = tuple(group for group in groups if len(group) > 1)
+    return Agreement(replace(architecture, tied=tied), tuple(matching.unused), tuple(sorted(apart)))
