@@ -32,8 +32,11 @@ if TYPE_CHECKING:
     Stored = Mapping[str, tuple[str, tuple[int, ...]]]
 
 CURE = "check that config.json belongs to these weights"
-HARMLESS = re.compile(r"\.([kvq]_scale|kv_scale|(input|output|activation)_scale(_inv)?|(input|output)_zero_point)$")
-"""Scales of activations and of caches, which are computed with as they are here."""
+HARMLESS = re.compile(
+    rf"\.([kvq]_scale|kv_scale|(input|output|activation)_scale(_inv)?|(input|output)_zero_point|(cos|sin)_cached)$"
+    rf"|{BUFFERS.pattern}"
+)
+"""Scales of activations and of caches, which are computed with as they are here; buffers that a class makes itself."""
 FURTHER = ("num_nextn_predict_layers", "mtp_num_hidden_layers", "num_mtp_layers")
 """Fields of a config that tell of layers behind the last one: they predict further tokens, and nothing here does."""
 
@@ -147,7 +150,7 @@ def _told(names: Collection[str], architecture: Architecture, specs: Mapping[str
         own = next((own for own in architecture.spellings(name) if own in specs), None)
         if own is not None:
             made.setdefault(own, [name])
-        elif not BUFFERS.search(name):
+        elif not HARMLESS.search(name):
             unused.append(name)
     tied = {name for group in architecture.tied if made.keys() & group for name in group}
     missing = [name for name, spec in specs.items() if not spec.buffer and name not in made and name not in tied]
