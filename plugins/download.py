@@ -17,6 +17,7 @@ from bigpipe.orchestrator.stage import (
     CheckContext,
     Code,
     FileOrLiteral,
+    ForecastContext,
     Json,
     Machine,
     Metrics,
@@ -115,6 +116,13 @@ def pin(params: DownloadParams, context: CheckContext) -> Pinned | None:
     )
 
 
+def reads(params: DownloadParams, context: ForecastContext) -> list[str]:
+    if params.repo is None:
+        return []
+    found: list[str] = late("bigpipe.plugins.library:hub_reads")(params.repo, params.revision, context)
+    return found
+
+
 def facts(params: DownloadParams, machine: Machine) -> Mapping[str, Json]:
     """Which tensors a made-up model has is decided by the library that defines its class."""
     if params.synthetic is None or params.architecture is not None:
@@ -134,7 +142,7 @@ STAGE = Stage(
     output="checkpoint",
     run=late("bigpipe.plugins.downloading:run"),
     forecast=late("bigpipe.plugins.downloading:forecast"),
-    planning=Planning(check=late("bigpipe.plugins.downloading:check"), pin=pin, facts=facts),
+    planning=Planning(check=late("bigpipe.plugins.downloading:check"), pin=pin, reads=reads, facts=facts),
     passing=Passing(streams=True),
     secrets=("HF_TOKEN",),
     title="Bring a model here: from the Hub at a commit, from a directory, or made up in the shape of a config",

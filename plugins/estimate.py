@@ -14,7 +14,19 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, create_model, field_validator, model_validator
 
 from bigpipe.bigmodel.formats import DTYPES, dtypes, require_dtype
-from bigpipe.orchestrator.stage import CheckContext, Metrics, OneOf, Params, Pinned, Planning, Port, Stage, Tree, late
+from bigpipe.orchestrator.stage import (
+    CheckContext,
+    ForecastContext,
+    Metrics,
+    OneOf,
+    Params,
+    Pinned,
+    Planning,
+    Port,
+    Stage,
+    Tree,
+    late,
+)
 from bigpipe.sizes import format_size
 
 Dtype = Annotated[str, OneOf(dtypes, require_dtype)]
@@ -125,6 +137,13 @@ def pin(params: EstimateParams, context: CheckContext) -> Pinned | None:
     return replace(found, known=lambda: answers(context, params.repo, commit, params.library_name, "sizes"))
 
 
+def reads(params: EstimateParams, context: ForecastContext) -> list[str]:
+    if params.repo is None:
+        return []
+    found: list[str] = late("bigpipe.plugins.library:hub_reads")(params.repo, params.revision, context)
+    return found
+
+
 def result_line(metrics: Mapping[str, Any]) -> str:
     """`float16 24.8 GiB, int8 12.4 GiB to infer, 2 more dtypes`, in the order of `EstimateMetrics`."""
     budgets = {**metrics, **metrics.get("formats", {}), "formats": None}
@@ -143,7 +162,7 @@ STAGE = Stage(
     output="report",
     run=late("bigpipe.plugins.estimating:run"),
     forecast=late("bigpipe.plugins.estimating:forecast"),
-    planning=Planning(check=late("bigpipe.plugins.estimating:check"), pin=pin),
+    planning=Planning(check=late("bigpipe.plugins.estimating:check"), pin=pin, reads=reads),
     runs_in="inline",
     packages=("transformers",),
     secrets=("HF_TOKEN",),

@@ -67,6 +67,14 @@ def agreed(model: ModelDescription, sources: Sources) -> Agreement:
     return agree(model, describe_architecture(source, custom=model.custom, sources=sources), sources.memo)
 
 
+def hub_reads(repo: str, revision: str, context: ForecastContext) -> list[str]:
+    """What is read of a repository at a revision: the Hub's own, and the Hub cache, where its files stay."""
+    from bigpipe.bigmodel.hub import COMMIT, Hub, addresses
+
+    commit = context.pins.get("revision") or (revision if COMMIT.fullmatch(revision) else None)
+    return [str(Hub.of(sources_of(context)).cache.absolute()), *addresses(repo, revision, commit)]
+
+
 def read_placement(artifact: Path) -> Placement:
     from bigpipe.bigmodel.placement import Placement
 

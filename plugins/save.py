@@ -42,7 +42,11 @@ STAGE = Stage(
     output="report",
     run=late("bigpipe.plugins.saving:run"),
     forecast=late("bigpipe.plugins.saving:forecast"),
-    planning=Planning(check=late("bigpipe.plugins.saving:check"), present=late("bigpipe.plugins.saving:present")),
+    planning=Planning(
+        check=late("bigpipe.plugins.saving:check"),
+        present=late("bigpipe.plugins.saving:present"),
+        writes=late("bigpipe.plugins.saving:writes"),
+    ),
     secrets=("HF_TOKEN",),
     reproducible=False,
     needs_input=True,

@@ -36,6 +36,10 @@ def check(params: SaveParams, context: CheckContext) -> None:
     check_destination(_destination(params, context), base=context.base, overwrite=params.overwrite)
 
 
+def writes(params: SaveParams, context: ForecastContext) -> dict[str, list[str]]:
+    return {"to": _destination(params, context).names()}
+
+
 def forecast(params: SaveParams, context: ForecastContext) -> Forecast:
     from bigpipe.bigmodel.checkpoint import ModelDescription  # not for `present`, which every run asks
 

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
         COMMIT,
         Hub,
         Repository,
+        addresses,
         cached_commit,
         check_access,
         describe,

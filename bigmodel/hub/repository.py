@@ -149,6 +149,12 @@ class Repository:
         return file.may_be(self.blob(file)) or file.may_be(self.snapshot / file.path)
 
 
+def addresses(repo: str, revision: str, commit: str | None) -> list[str]:
+    """Return what a repository at a revision, which means `commit`, is called where two are compared. The Hub takes
+    names in any case, and a renamed repository by its old name: its commits are the same."""
+    return [f"hf://{repo.lower()}@{revision}", *([f"hf-commit:{commit}"] if commit else [])]
+
+
 def resolve_commit(repo: str, revision: str, *, hub: Hub) -> str:
     """Return the 40 hex digits that `revision` (branch, tag, `refs/pr/N`, short or full commit) means now.
     A full commit is given back without a request; anything else is one request. Raise as `describe`."""

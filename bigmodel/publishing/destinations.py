@@ -80,6 +80,8 @@ class Receipt:
 class Destination(Protocol):
     keeps_versions: ClassVar[bool] = False
     """Can what is replaced be had again?"""
+    at_once: ClassVar[bool] = True
+    """Does what is new appear as a whole, or not at all?"""
 
     @property
     def url(self) -> str:
@@ -89,6 +91,10 @@ class Destination(Protocol):
     def name(self) -> str:
         """For whoever loads it; of a directory without where it lies, which is nobody else's business."""
         return self.url
+
+    def names(self) -> list[str]:
+        """Return everything by which others may mean it too: its absolute path, or addresses."""
+        return [self.url]
 
     def check(self) -> None:
         """Raise now what would keep `finish` from working: no rights, no token, a file in the way."""
@@ -210,6 +216,7 @@ class FileSystem(Destination):
     address: str
     system: Any
     root: str
+    at_once: ClassVar[bool] = False
 
     @property
     def url(self) -> str:

@@ -52,8 +52,14 @@ class Provenance:
     def json(self, files: Mapping[str, Stored]) -> str:
         """Return the contents of `provenance.json`. files: everything that lies beside it."""
         listed = {name: {"sha256": file.sha256, "size": file.size} for name, file in files.items()}
-        content = {"schema": SCHEMA, "bigpipe": version(), **asdict(self), "files": listed}
-        return json.dumps(content, indent=2) + "\n"
+        return self._text(files=listed)
+
+    def unfinished(self) -> str:
+        """Return what stands in its place while the files are being written one by one."""
+        return self._text(unfinished=True)
+
+    def _text(self, **more: Any) -> str:
+        return json.dumps({"schema": SCHEMA, "bigpipe": version(), **asdict(self), **more}, indent=2) + "\n"
 
 
 def version() -> str:

@@ -10,14 +10,14 @@ is_present           is everything there still?
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from bigpipe.bigmodel.sources import Sources
 from bigpipe.errors import BigpipeError, InvalidCheckpoint, StageFailed, Transient, UsageError
-from bigpipe.files import write_file
+from bigpipe.files import lies_in, real_folders, write_file
 from bigpipe.sizes import counted
 
 from .destinations import Destination, Directory, FileSystem, Receipt, Stored
@@ -46,32 +46,41 @@ def open_destination(
 
 
 def _open_url(to: str) -> Destination:
-    """`file://` is a directory like any other."""
+    """`file://` is a directory like any other, and must not look like anything else (`simplecache::file://`)."""
     from fsspec.core import url_to_fs
 
     try:
         system, root = url_to_fs(to)
     except (ImportError, ValueError) as error:
         cause = f"{to} cannot be opened: {error}"
-        raise UsageError(cause, "install the fsspec package for it, or use another") from error
-    if "file" in ((system.protocol,) if isinstance(system.protocol, str) else system.protocol):
-        return Directory(Path(root))
+        raise UsageError(cause, "install the fsspec package for it, or use another", field="to") from error
+    if _is_local(system):
+        return Directory(Path(root).resolve())
+    if _is_local(getattr(system, "fs", None)):
+        cause = f"{to} is a directory of this machine behind another file system"
+        raise UsageError(cause, "write its path", field="to")
     return FileSystem(to.rstrip("/"), system, root)
+
+
+def _is_local(system: Any) -> bool:
+    protocol = getattr(system, "protocol", ())
+    return "file" in ((protocol,) if isinstance(protocol, str) else protocol)
 
 
 def check_destination(target: Destination, *, base: Path | None = None, overwrite: bool = False) -> None:
     """Raise, before anything is computed, what would keep `target` from being written. base: the recipe's directory. A
     destination is replaced as a whole, so it must not hold that, or somebody's home."""
     if isinstance(target, Directory):
-        kept = [Path.home(), *([base.resolve()] if base else [])]
-        if any(target.path == place or target.path in place.parents for place in kept):
+        kept = [Path.home(), *([base] if base else [])]
+        if any(lies_in(place, target.path) for place in kept):
             raise UsageError(
                 f"to: {target.path} would be replaced as a whole, and it holds the recipe or your home directory",
                 "name a directory of its own, such as dist/model",
+                field="to",
             )
         if (target.path / ".git").exists():
             cause = f"to: {target.path} is a git repository, and would be replaced as a whole"
-            raise UsageError(cause, "name a directory in it")
+            raise UsageError(cause, "name a directory in it", field="to")
     target.check()
     if not overwrite:
         require_replaceable(target)
@@ -86,15 +95,21 @@ def require_replaceable(target: Destination, maker: tuple[str, str] | None = Non
     provenance = _provenance(target, there)
     if provenance is None:
         raise UsageError(
-            f"to: {target.url} is there already, with {counted(len(there), 'file')} that bigpipe did not write", CURE
+            f"to: {target.url} is there already, with {counted(len(there), 'file')} that bigpipe did not write",
+            CURE,
+            field="to",
         )
     by = (str(provenance.get("recipe")), str(provenance.get("node")))
     if maker is not None and by != maker:
-        raise UsageError(f"to: {target.url} was written by node {by[1]} of recipe {by[0]!r}", CURE)
+        raise UsageError(f"to: {target.url} was written by node {by[1]} of recipe {by[0]!r}", CURE, field="to")
+    if provenance.get("unfinished"):  # what its files were before had been found replaceable
+        return
     written: Mapping[str, Any] = provenance.get("files") or {}
     names = [name for name in there if name != PROVENANCE]
     if changed := [name for name in names if not _as_written(target, name, there[name], written)]:
-        raise UsageError(f"to: {target.url} was changed since it was saved: {', '.join(sorted(changed)[:4])}", CURE)
+        raise UsageError(
+            f"to: {target.url} was changed since it was saved: {', '.join(sorted(changed)[:4])}", CURE, field="to"
+        )
 
 
 def _provenance(target: Destination, there: Mapping[str, Stored]) -> dict[str, Any] | None:
@@ -125,6 +140,11 @@ class Contents:
     results: Path | None = None
     reports: Mapping[str, Path] = field(default_factory=dict)
     """By name. One lies directly in `reports/`, several in a folder each."""
+
+    @property
+    def folders(self) -> tuple[Path, ...]:
+        given = (self.model, self.results, *self.reports.values())
+        return tuple(folder for folder in given if folder is not None)
 
     def files(self) -> dict[str, Path]:
         """Return name at the destination → the file whose bytes go there."""
@@ -158,9 +178,10 @@ def publish(
     Raise UsageError where something is there that may not be replaced, StageFailed where it reads back differently,
     and the errors of the destination.
     """
+    files = contents.files()
+    _refuse_own(contents, files.values(), target)
     if not overwrite:
         require_replaceable(target, provenance.maker)
-    files = contents.files()
     if contents.model is not None:
         from .card import card_of
 
@@ -174,6 +195,9 @@ def publish(
         progress(min(done, total), total)
 
     with target.replacing(scratch) as new:
+        if not target.at_once:  # a transfer that is killed must not look as if somebody else had been there
+            write_file(scratch / PROVENANCE, provenance.unfinished(), durable=False)
+            target.put(new, PROVENANCE, scratch / PROVENANCE, lambda size: None)
         stored = {name: target.put(new, name, path, report) for name, path in sorted(files.items())}
         # Last: it holds the digests of the others, and tells that they are all there
         write_file(scratch / PROVENANCE, provenance.json(stored), durable=False)
@@ -181,6 +205,16 @@ def publish(
         if contents.model is not None and isinstance(target, Directory):  # elsewhere the digests of all files must do
             inspect(contents.model, new)
         return target.finish(new, stored)
+
+
+def _refuse_own(contents: Contents, files: Collection[Path], target: Destination) -> None:
+    """Raise UsageError where replacing the target would remove, or change, what is to be published."""
+    if not isinstance(target, Directory):
+        return
+    inside = any(lies_in(target.path, folder) for folder in contents.folders)
+    if inside or any(lies_in(place, target.path) for place in {*contents.folders, *real_folders(files)}):
+        cause = f"to: {target.path} is, holds, or lies in a directory of what is to be saved"
+        raise UsageError(cause, "choose a directory outside of it", field="to")
 
 
 def inspect(model: Path, written: Path) -> None:

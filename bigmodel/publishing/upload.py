@@ -11,8 +11,19 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar
 
-from bigpipe.bigmodel.hub import COMMIT, LOGIN, Hub, check_access, describe, hub_errors, read_range, whoami
-from bigpipe.errors import NotAuthorised, Offline, StageFailed, UsageError
+from bigpipe.bigmodel.hub import (
+    COMMIT,
+    LOGIN,
+    Hub,
+    addresses,
+    check_access,
+    describe,
+    hub_errors,
+    read_range,
+    resolve_commit,
+    whoami,
+)
+from bigpipe.errors import BigpipeError, NotAuthorised, Offline, StageFailed, UsageError
 from bigpipe.files import CHUNK, link, make_directory
 
 from .destinations import Destination, Receipt, Report, Stored
@@ -38,6 +49,14 @@ class HubRepository(Destination):
     @property
     def name(self) -> str:
         return self.repo
+
+    def names(self) -> list[str]:
+        """As `addresses` calls it, and by the commit that its branch means now: a repository may have been renamed."""
+        try:
+            commit = resolve_commit(self.repo, self.revision, hub=self.hub)
+        except BigpipeError:  # not there yet, or it cannot be asked now
+            commit = None
+        return addresses(self.repo, self.revision, commit)
 
     def check(self) -> None:
         if self.repo.count("/") != 1 or not all(self.repo.split("/")):

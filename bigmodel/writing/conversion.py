@@ -26,7 +26,7 @@ from bigpipe.bigmodel.checkpoint import (
 )
 from bigpipe.bigmodel.formats import castable
 from bigpipe.errors import UsageError
-from bigpipe.files import copy_file, link, make_directory, write_file
+from bigpipe.files import copy_file, lies_in, link, make_directory, real_folders, write_file
 from bigpipe.machine import cores
 from bigpipe.passing import NOBODY, Outlet
 
@@ -128,10 +128,13 @@ def convert(
 
 
 def refuse_in_place(checkpoint: Checkpoint, out: Path) -> None:
-    """Raise UsageError where `out` is the directory of the checkpoint, by whatever name."""
-    if os.path.realpath(checkpoint.folder) == os.path.realpath(out):
+    """Raise UsageError where `out` is the directory of the checkpoint, lies in it, or holds a file that it is made of,
+    by whatever names."""
+    inside = checkpoint.path.is_dir() and lies_in(out, checkpoint.path)
+    homes = real_folders([*checkpoint.files, *checkpoint.extras])
+    if inside or any(lies_in(place, out) and lies_in(out, place) for place in homes):
         cure = "write to another directory; a checkpoint is never changed in place"
-        raise UsageError(f"{out}: is where the source is", cure)
+        raise UsageError(f"{out}: is where the source is, or lies in it", cure)
 
 
 def carry_side_files(

@@ -152,6 +152,12 @@ class Planning(Generic[P]):
     """Makes floating params exact, for the key; raises Offline where the answer is out of reach."""
     present: Callable[[P, Path, CheckContext], bool] | None = None
     """Is the outside effect that this artifact records still there? A hit needs True."""
+    reads: Callable[[P, ForecastContext], Sequence[str]] | None = None
+    """What `run` reads outside the store besides the fields that are content, and everything it is called: absolute
+    paths of directories, or addresses of the kind's own making. Nothing is asked for it."""
+    writes: Callable[[P, ForecastContext], Mapping[str, Sequence[str]]] | None = None
+    """Where `run` puts something outside the store, replacing what is there: the field that says so → everything that
+    the place is called, as in `reads`. A plan refuses what another node writes, or the recipe reads."""
     facts: Callable[[P, Machine], Mapping[str, Json]] | None = None
     """What the result depends on besides params: device names and total memory, where a param leaves them open."""
 

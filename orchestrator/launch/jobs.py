@@ -133,6 +133,8 @@ class Failure(BaseModel):
     """A name of `errors.BY_NAME`."""
     cause: str
     cure: str = ""
+    field: str = ""
+    """Of the stage, that is wrong."""
     expected: bool = True
     """False: an exception that nobody raised as an error for the user; its traceback is in the log."""
 
@@ -141,13 +143,15 @@ class Failure(BaseModel):
         for known in type(error).__mro__:
             if isinstance(error, BigpipeError) and BY_NAME.get(known.__name__) is known:
                 cause = f"{error.place}: {error.cause}" if error.place else error.cause
-                return cls(type=known.__name__, cause=cause, cure=error.cure)
+                return cls(type=known.__name__, cause=cause, cure=error.cure, field=error.field)
         return _out_of_room(error) or cls(type="StageFailed", cause=_describe(error), expected=False)
 
     def error(self, node: str, log: Path) -> BigpipeError:
         """The same class again. Unexpected ones name the node and the log with the traceback."""
         if self.expected:
-            return BY_NAME.get(self.type, StageFailed)(self.cause, self.cure)
+            error = BY_NAME.get(self.type, StageFailed)(self.cause, self.cure)
+            error.field = self.field
+            return error
         return StageFailed(f"{node}: {self.cause}", f"this is a bug in the stage; the traceback is in {log}")
 
 

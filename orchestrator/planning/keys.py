@@ -19,7 +19,7 @@ from dataclasses import dataclass, field
 from functools import cache, cached_property
 from pathlib import Path
 from types import UnionType
-from typing import Annotated, Any, Literal, NamedTuple, Union, get_args, get_origin
+from typing import Annotated, Any, Literal, NamedTuple, Protocol, Union, get_args, get_origin
 
 from pydantic import BaseModel
 from pydantic_core import to_jsonable_python
@@ -171,10 +171,33 @@ def content_params(params: Params, base: Path, memo: StatMemo) -> dict[str, Json
     return _Walk(base, memo).model(params, "")
 
 
+def content_paths(params: Params, base: Path) -> tuple[list[Path], list[Path]]:
+    """Return the directories that the params name as trees, and all files that are their content, those of trees too.
+    Raise UsageError as `content_params`."""
+    naming = _Naming(base, _Noted([]))
+    naming.model(params, "")
+    return naming.trees, naming.memo.paths
+
+
+class Digests(Protocol):
+    def sha256(self, path: str | Path) -> str: ...
+
+
+@dataclass(frozen=True, slots=True)
+class _Noted(Digests):
+    """Notes down which files are asked for, and reads none."""
+
+    paths: list[Path]
+
+    def sha256(self, path: str | Path) -> str:
+        self.paths.append(Path(path))
+        return ""
+
+
 @dataclass(frozen=True, slots=True)
 class _Walk:
     base: Path
-    memo: StatMemo
+    memo: Digests
 
     def model(self, value: BaseModel, where: str) -> dict[str, Json]:
         prefix = f"{where}." if where else ""
@@ -221,7 +244,8 @@ class _Walk:
         if path.is_file():
             return f"sha256:{self.memo.sha256(path)}{path.suffix.lower()}"
         if path.is_dir():
-            raise UsageError(f"{where}: {value} is a directory, not a file", f"name a file in it, or write {value}/*")
+            cure = f"name a file in it, or write {value}/*"
+            raise UsageError(f"{where}: {value} is a directory, not a file", cure, field=where)
         names = glob.glob(value, root_dir=self.base, recursive=True) if glob.has_magic(value) else []
         found = sorted(name for name in names if (self.base / name).is_file())
         if not found:
@@ -241,11 +265,21 @@ class _Walk:
         digest, top = source_digest(value, self.base, self.memo), top_level(value)
         if digest is None:
             cure = f"put {top}.py or {top}/ into {self.base}, or install it beside bigpipe"
-            raise UsageError(f"{where}: there is no Python source of a module {top!r}", cure)
+            raise UsageError(f"{where}: there is no Python source of a module {top!r}", cure, field=where)
         return f"{value}@{digest}"
 
     def _wrong(self, where: str, cause: str) -> UsageError:
-        return UsageError(f"{where}: {cause}", f"relative paths start at {self.base}")
+        return UsageError(f"{where}: {cause}", f"relative paths start at {self.base}", field=where)
+
+
+@dataclass(frozen=True, slots=True)
+class _Naming(_Walk):
+    memo: _Noted
+    trees: list[Path] = field(default_factory=list)
+
+    def tree(self, value: str, where: str) -> str:
+        self.trees.append(self.base / value)
+        return _Walk.tree(self, value, where)
 
 
 class _Arm(NamedTuple):
@@ -308,7 +342,7 @@ def _raise(error: OSError) -> None:
     raise error
 
 
-def source_digest(reference: str, base: Path | None, memo: StatMemo) -> str | None:
+def source_digest(reference: str, base: Path | None, memo: Digests) -> str | None:
     """Return `sha256:…` over all Python files of the top-level package of `module:name`; None where there are none.
     base: the directory in which it is looked for first. Nothing is imported."""
     sources = source_files(top_level(reference), base)

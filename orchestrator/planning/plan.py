@@ -19,6 +19,7 @@ from bigpipe.orchestrator.recipe import Node
 from bigpipe.sizes import format_size
 
 from .decision import Action, Decision, GateVerdict
+from .effects import refuse_clash
 from .fit import find_misfits
 from .rehearsal import Rehearsal
 from .schedule import NOTHING_FORESEEN, NodeState, judge_gates
@@ -92,10 +93,13 @@ def make_plan(session: Session, *, preflight: bool = True) -> Plan:
 def _planned(rehearsal: Rehearsal, state: NodeState, preflight: bool) -> PlannedNode:
     session, node = rehearsal.session, state.node
     decision, check, refusal = rehearsal.decisions[node.name], node.kind.planning.check, None
-    if preflight and check is not None and decision.action.works:
+    if preflight and decision.action.works:
         try:
-            session.ask(node, check, rehearsal.contexts[node.name])
+            refuse_clash(session, node)
+            if check is not None:
+                session.ask(node, check, rehearsal.contexts[node.name])
         except BigpipeError as error:
+            error.place = error.place or node.places.of(error.field)
             refusal = error
     return PlannedNode(
         node=node,

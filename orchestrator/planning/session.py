@@ -116,7 +116,7 @@ class Session:
         try:
             return function(node.params, *arguments)
         except BigpipeError as error:
-            error.place = error.place or node.places.get("")
+            error.place = error.place or node.places.of(error.field)
             raise
         except Exception as error:
             from bigpipe.orchestrator.launch import Failure
@@ -175,7 +175,7 @@ class Session:
                     pins=self.pinned(node).values,
                 )  # fmt: skip
             except BigpipeError as error:
-                error.place = error.place or node.places.get("with") or node.places.get("")
+                error.place = error.place or node.places.of(error.field)
                 raise
         return self._identities[node.name]
 

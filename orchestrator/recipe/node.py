@@ -31,6 +31,12 @@ class Places(UserDict[str, Place]):
             self._enter(table, "params" if key == "with" else str(key), item)
         return table
 
+    def of(self, field: str) -> Place | None:
+        """Return where a field of `with:` stands, or the nearest thing around it that was written."""
+        parts = ["params", *field.split(".")] if field else []
+        names = (".".join(parts[:length]) for length in range(len(parts), 1, -1))
+        return next((self[name] for name in names if name in self), self.get(""))
+
     def _enter(self, table: dict[str, Place], name: str, item: Item) -> None:
         table[name] = self._document.place(item)
         if isinstance(item.value, dict):

@@ -267,6 +267,8 @@ def _finish(run: Run, state: NodeState, future: Future[KeyRecord | None]) -> Non
         record = future.result()
     except BigpipeError as error:
         state.error = error
+        if error.field:
+            error.place = error.place or state.node.places.of(error.field)
         _end(run, state, Status.FAILED, error.cause)
         return
     if record is None:  # it followed in vain: as if nothing had been

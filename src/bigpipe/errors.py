@@ -74,11 +74,13 @@ class BigpipeError(Exception):
 
     exit_code: ClassVar[int] = 1
 
-    def __init__(self, cause: str, cure: str = "", *, place: Place | None = None) -> None:
+    def __init__(self, cause: str, cure: str = "", *, place: Place | None = None, field: str = "") -> None:
+        """field: the argument, or field of a stage, that is wrong (`max_memory.cuda:0`); its place can be found by it."""
         super().__init__(cause, cure)
         self.cause = cause
         self.cure = cure
         self.place = place
+        self.field = field
 
     def __str__(self) -> str:
         where = f"{self.place}: " if self.place else ""

@@ -17,7 +17,7 @@ import fcntl
 import hashlib
 import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager, suppress
 from itertools import count
 from pathlib import Path
@@ -80,6 +80,29 @@ def explained(path: Path, needed: int = 0, *, owner: str = "", free: str = "", o
 def existing(path: Path) -> Path:
     """Return the path, made absolute, or the nearest directory above it that is there."""
     return next(place for place in (path.absolute(), *path.absolute().parents) if place.exists())
+
+
+def lies_in(path: Path, folder: Path) -> bool:
+    """Return whether `path` is the directory `folder` or leads into it, by whatever names and links: two names mean one
+    directory where the system says so. Neither need be there."""
+    real = Path(os.path.realpath(folder))
+    here = Path(os.path.realpath(path))
+    return any(place == real or _is_same(place, real) for place in (here, *here.parents))
+
+
+def _is_same(place: Path, other: Path) -> bool:
+    try:
+        return os.path.samestat(place.stat(), other.stat())
+    except OSError:
+        return False
+
+
+def real_folders(files: Collection[Path]) -> set[Path]:
+    """Return the directories that hold these files, and those that hold what they lead to where they are links."""
+    found = {path.parent for path in files}
+    return {Path(os.path.realpath(place)) for place in found} | {
+        Path(os.path.realpath(path)).parent for path in files if path.is_symlink()
+    }
 
 
 def free_space(path: Path) -> int:

@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from bigpipe.bigmodel.architecture import Architecture, read_request
 from bigpipe.bigmodel.architecture.instantiation import describe
 from bigpipe.bigmodel.checkpoint import open_checkpoint
 from bigpipe.bigmodel.quantization import QuantizedCheckpoint, Settings, outline, quantize_checkpoint, torch_threads
-from bigpipe.bigmodel.writing import SyntheticModel
+from bigpipe.bigmodel.writing import SyntheticModel, save_checkpoint
 from bigpipe.errors import InvalidCheckpoint, UsageError
 
 _WIDTHS = {"hidden_size": 64, "intermediate_size": 128}
@@ -265,10 +266,32 @@ def test_a_checkpoint_is_never_quantized_in_place(tmp_path: Path) -> None:
     source = source_checkpoint(tmp_path, "llama", max_shard_size="150KB")
     (tmp_path / "link").symlink_to(source)
     before = {file.name: file.read_bytes() for file in source.iterdir()}
-    for out in (source, tmp_path / "link"):
-        with pytest.raises(UsageError, match="is where the source is"):
-            quantize(source, out, scheme="int8")
+    for out in (
+        source,
+        tmp_path / "link",
+        tmp_path / "x" / ".." / source.name,
+        source / "int8",
+        tmp_path / "link" / "a",
+    ):
+        for write in (partial(quantize, scheme="int8"), save_checkpoint):
+            with pytest.raises(UsageError, match="is where the source is"):
+                write(source, out)
     assert {file.name: file.read_bytes() for file in source.iterdir()} == before
+
+
+def test_files_that_a_checkpoint_links_to_are_never_replaced(tmp_path: Path) -> None:
+    source = source_checkpoint(tmp_path, "llama")
+    blobs = tmp_path / "models--a--b" / "blobs"
+    blobs.mkdir(parents=True)
+    weights = min(source.glob("*.safetensors"))
+    weights.rename(blobs / (40 * "a"))
+    weights.symlink_to(blobs / (40 * "a"))
+    before = weights.read_bytes()
+    for write in (partial(quantize, scheme="int8"), save_checkpoint):
+        with pytest.raises(UsageError, match="is where the source is"):
+            write(source, blobs)
+    assert weights.read_bytes() == before
+    quantize(source, blobs / "int8", scheme="int8")  # beside them is in nobody's way
 
 
 def test_weights_of_another_model_are_refused(tmp_path: Path) -> None:

@@ -260,7 +260,7 @@ def test_refusals_name_the_cure(tmp_path):
     with pytest.raises(UsageError, match="is where the source is"):
         save_checkpoint(tmp_path, tmp_path)
     with pytest.raises(UsageError, match="cannot be cast to"):
-        save_checkpoint(tmp_path, tmp_path / "out", dtype="int8")
+        save_checkpoint(tmp_path, tmp_path.with_name("out"), dtype="int8")
     torch.save({"z": torch.zeros(2, dtype=torch.complex128)}, tmp_path / "z.pt")
     with pytest.raises(UsageError, match="safetensors has no complex128"):
         save_checkpoint(tmp_path / "z.pt", tmp_path / "out")

@@ -20,8 +20,9 @@ from support.models import make_checkpoint
 from support.workshop import Workshop, statuses
 
 from bigpipe.bigmodel.checkpoint import open_checkpoint
-from bigpipe.bigmodel.publishing import Directory, Provenance, Step
+from bigpipe.bigmodel.publishing import Contents, Directory, Provenance, Step, open_destination, publish
 from bigpipe.bigmodel.publishing.card import card_of, front_matter
+from bigpipe.bigmodel.publishing.destinations import FileSystem
 from bigpipe.bigmodel.publishing.publication import inspect
 from bigpipe.bigmodel.writing import save_checkpoint
 from bigpipe.errors import InvalidCheckpoint, NotAuthorised, Offline, StageFailed, UsageError
@@ -421,6 +422,158 @@ def test_a_run_leaves_the_destination_as_the_recipe_makes_it(workshop: Workshop,
         (folder / "config.json").write_text("{}")
         assert statuses(workshop.run())["save"] == "succeeded"
         assert (folder / "config.json").read_bytes() == first["config.json"]
+
+
+BLOB = f"models--a--b/blobs/{40 * 'a'}"
+RECIPE_OVER = """\
+version: 1
+name: over
+trust: {{modules: [own]}}
+stages:
+  download: {{uses: download, with: {{path: model}}}}
+  generate:
+    uses: distributed-infer
+    inputs: download
+    with: {{task: "own:run", prompts: prompts/*.txt}}
+  save: {{uses: save, inputs: download, with: {{to: '{to}', overwrite: true}}}}
+"""
+
+
+@pytest.mark.parametrize(
+    "to",
+    [
+        "model", "x/../model", "link", "link/new", "model/new", "all", "models--a--b", "prompts", "code", "real",
+        "store", "store/artifacts/new", "{folder}/model", "file://{folder}/model", "file://{folder}/link",
+    ],
+)  # fmt: skip
+def test_a_destination_is_nothing_that_the_recipe_stands_on(workshop: Workshop, to: str) -> None:
+    """Its sources, their directories and the files they link to, its own file, code, and the store: by any name."""
+    folder = workshop.folder
+    for name in ("x", "all", "models--a--b/blobs", "prompts", "code", "real"):
+        (folder / name).mkdir(parents=True)
+    make_checkpoint(folder / "all" / "model")
+    (folder / "model").symlink_to(folder / "all" / "model")
+    (folder / "link").symlink_to("all/model")
+    weights = folder / "model" / "model.safetensors"
+    weights.rename(folder / BLOB)
+    weights.symlink_to(folder / BLOB)
+    (folder / "prompts" / "one.txt").write_text("one")
+    (folder / "code" / "own.py").write_text("def run(model, rows): ...")
+    (folder / "own.py").symlink_to("code/own.py")
+    before = tree(folder)
+    (folder / "real" / "recipe.yaml").write_text(RECIPE_OVER.format(to=to.format(folder=folder)))
+    workshop.manifest.symlink_to("real/recipe.yaml")
+    plan = workshop.command("plan", "recipe.yaml")
+    assert plan.returncode == 2, plan.stderr
+    assert "recipe.yaml:10:" in plan.stderr
+    assert "save would write to" in plan.stderr
+    assert workshop.command("run", "recipe.yaml").returncode == 2
+    assert before.items() <= tree(folder).items()
+
+
+TWICE = """\
+version: 1
+name: twice
+stages:
+  download: {{uses: download, with: {{path: model}}}}
+  estimate: {{uses: estimate, inputs: download, with: {{dtypes: [float16]}}}}
+  shard: {{uses: shard, inputs: download, matrix: {{size: [1GB, 2GB]}}, with: {{max_shard_size: "${{matrix.size}}"}}}}
+  save: {{uses: save, inputs: shard, with: {{to: '{to}', overwrite: true}}}}
+  other: {{uses: save, inputs: {{reports: [estimate]}}, {when}, with: {{to: dist/report}}}}
+"""
+
+
+def test_two_nodes_do_not_write_to_one_place(workshop: Workshop) -> None:
+    make_checkpoint(workshop.folder / "model")
+    for to, stage in (("dist/model", "save@size=2GB"), ("dist/report/${matrix.size}", "other"), ("dist/x/..", "save")):
+        workshop.manifest.write_text(TWICE.format(to=to, when="needs: []"))
+        plan = workshop.command("plan", "recipe.yaml")
+        assert plan.returncode == 2
+        assert f"is, holds or lies in what {stage}" in plan.stderr
+    workshop.manifest.write_text(TWICE.format(to="dist/${matrix.size}", when="needs: []"))
+    assert workshop.command("plan", "recipe.yaml").returncode == 0
+
+
+def test_of_two_nodes_that_depend_on_conditions_one_writes(workshop: Workshop) -> None:
+    make_checkpoint(workshop.folder / "model")
+    text = """\
+version: 1
+name: either
+stages:
+  download: {uses: download, with: {path: model}}
+  small: {uses: save, inputs: download, when: "${stages.download.metrics.bytes} < 1GB", with: {to: dist}}
+  large: {uses: save, inputs: download, when: "${stages.download.metrics.bytes} >= 1GB", with: {to: dist}}
+"""
+    workshop.manifest.write_text(text)
+    assert workshop.command("plan", "recipe.yaml").returncode == 0
+
+
+def test_a_transfer_file_by_file_that_broke_off_is_repeated(tmp_path: Path) -> None:
+    """It replaced what it may replace, and what is left of that is nobody else's work."""
+    from fsspec.implementations.memory import MemoryFileSystem
+
+    class Breaking(MemoryFileSystem):
+        left = 3
+        cachable = False
+
+        def open(self, path: str, mode: str = "rb", **options: Any) -> Any:
+            self.left -= mode == "wb"
+            if self.left < 0:
+                raise ConnectionError("the service hung up")
+            return super().open(path, mode, **options)
+
+    root = f"/{uuid.uuid4().hex}/model"
+    given = params(f"memory:/{root}")
+    save(tmp_path, given)
+    model = artifact(tmp_path / "store", {**MODEL, "config.json": b'{"model_type": "gpt"}'})
+    provenance = Provenance(recipe="tiny-int8", node="test")
+    with pytest.raises(StageFailed, match="the service hung up"):
+        publish(Contents(model=model), FileSystem(given.to, Breaking(), root), provenance, scratch=tmp_path)
+    assert not present(tmp_path, given)
+    check(tmp_path, given)
+    save(tmp_path, given)
+    assert present(tmp_path, given)
+    with pytest.raises(UsageError, match="written by node test of recipe 'tiny-int8'"):
+        save(tmp_path, given, node="another")
+
+
+def test_a_repository_is_not_written_over_what_is_downloaded_of_it(
+    server: LoopbackHub, environment: dict[str, str], workshop: Workshop
+) -> None:
+    checkpoint = make_checkpoint(workshop.folder / "model")
+    commit = server.create("ada/model", {path.name: path.read_bytes() for path in checkpoint.iterdir()})
+    server.create("ada/renamed", {})
+    text = """\
+version: 1
+name: onto
+stages:
+  download: {{uses: download, with: {{repo: ada/model, revision: {source}}}}}
+  save: {{uses: save, inputs: download, with: {{to: 'hf://{to}', revision: {revision}, overwrite: true}}}}
+"""
+    for source, to, revision, code in (
+        ("main", "ada/model", "main", 2), ("main", "Ada/Model", "main", 2), (commit, "ada/model", "main", 2),
+        ("main", "ada/model", "int8", 0), ("main", "ada/other", "main", 0),
+    ):  # fmt: skip
+        workshop.manifest.write_text(text.format(source=source, to=to, revision=revision))
+        plan = workshop.command("plan", "recipe.yaml", **environment)
+        assert plan.returncode == code, (to, plan.stderr)
+        assert ("recipe.yaml:5:" in plan.stderr and "what download reads" in plan.stderr) == (code == 2)
+
+
+def test_what_is_published_is_not_replaced_by_itself(tmp_path: Path) -> None:
+    model = make_checkpoint(tmp_path / "all" / "model")
+    (tmp_path / "link").symlink_to(model)
+    before = tree(tmp_path)
+    for place in (model, tmp_path / "link", tmp_path / "all", model / "new"):
+        with pytest.raises(UsageError, match="of what is to be saved"):
+            publish(Contents(model=model), open_destination(str(place)), Provenance(), scratch=tmp_path, overwrite=True)
+    assert tree(tmp_path) == before
+
+
+def test_a_directory_behind_another_file_system_is_refused(tmp_path: Path) -> None:
+    for to in (f"simplecache::file://{tmp_path}/dist", f"dir::file://{tmp_path}/dist"):
+        with pytest.raises(UsageError, match="behind another file system"):
+            check(tmp_path, params(to))
 
 
 def test_a_forecast_knows_where_and_how_much(tmp_path: Path) -> None:

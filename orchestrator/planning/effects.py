@@ -1,0 +1,87 @@
+"""What nodes write outside the store must be nobody's source: not the recipe's, not another node's, not the store."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from itertools import chain
+from pathlib import Path
+
+from bigpipe.errors import UsageError
+from bigpipe.files import lies_in, real_folders
+from bigpipe.orchestrator.contract import ForecastContext
+from bigpipe.orchestrator.recipe import Node
+
+from .keys import content_paths
+from .session import Session
+
+CURE = "choose a destination that nothing else uses, such as dist/model"
+
+
+@dataclass(frozen=True, slots=True)
+class Kept:
+    """What a destination must not replace."""
+
+    what: str
+    place: str
+    """An absolute path, or an address."""
+    whole: bool = True
+    """Nor may a destination lie in it."""
+
+    def clashes(self, destination: str) -> bool:
+        return _lies_in(self.place, destination) or (self.whole and _lies_in(destination, self.place))
+
+
+def _lies_in(one: str, other: str) -> bool:
+    if os.path.isabs(one) and os.path.isabs(other):
+        return lies_in(Path(one), Path(other))
+    return one == other or one.startswith(other.rstrip("/") + "/")
+
+
+def refuse_clash(session: Session, node: Node) -> None:
+    """Raise UsageError where `node` would write over, or into, what must stay."""
+    written = _written(session, node)
+    for kept in _kept(session, node) if written else ():
+        for field, names in written.items():
+            if any(map(kept.clashes, names)):
+                cause = f"{node.name} would write to {names[0]}, which is, holds or lies in {kept.what}"
+                raise UsageError(cause, CURE, field=field)
+
+
+def _written(session: Session, node: Node) -> Mapping[str, Sequence[str]]:
+    writes = node.kind.planning.writes
+    return session.ask(node, writes, _context(session, node)) if writes else {}
+
+
+def _context(session: Session, node: Node) -> ForecastContext:
+    return ForecastContext(surroundings=session.surroundings(node), pins=session.known_pins(node).values)
+
+
+def _kept(session: Session, writer: Node) -> Iterator[Kept]:
+    yield Kept("the store", str(session.store.root))
+    yield from _files("the recipe", [session.recipe.path])
+    for node in session.recipe.nodes.values():
+        yield from _read(session, node)
+    for node in session.nodes:
+        if node is not writer and node.when is None and writer.when is None:
+            names = chain.from_iterable(_written(session, node).values())
+            yield from (Kept(f"what {node.name} writes", name) for name in names)
+
+
+def _read(session: Session, node: Node) -> Iterator[Kept]:
+    """What a node takes from outside the store."""
+    what, reads = f"what {node.name} reads", node.kind.planning.reads
+    with suppress(UsageError):  # of a node that is not selected, something may be missing
+        trees, files = content_paths(node.params, session.base)
+        yield from (Kept(what, str(tree)) for tree in trees)
+        yield from _files(what, files)
+    if node.launch.config_file is not None:
+        yield from _files(what, [session.base / node.launch.config_file])
+    if reads is not None:
+        yield from (Kept(what, place) for place in session.ask(node, reads, _context(session, node)))
+
+
+def _files(what: str, files: list[Path]) -> Iterator[Kept]:
+    yield from (Kept(what, str(place), whole=False) for place in sorted(real_folders(files)))
