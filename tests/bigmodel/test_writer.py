@@ -136,8 +136,9 @@ def test_tensors_larger_than_a_piece_and_planned_in_any_order_are_hashed_right(t
 
 
 def test_whose_layout_the_tensors_have_is_kept(tmp_path):
-    save_file({"w": torch.zeros(2, 2)}, tmp_path / "model.safetensors", {"format": "mlx", "other": "x"})
-    save_checkpoint(tmp_path, tmp_path / "out")
+    (tmp_path / "model").mkdir()
+    save_file({"w": torch.zeros(2, 2)}, tmp_path / "model" / "model.safetensors", {"format": "mlx", "other": "x"})
+    save_checkpoint(tmp_path / "model", tmp_path / "out")
     assert open_checkpoint(tmp_path / "out").metadata == {"format": "mlx"}
 
 
