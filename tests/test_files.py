@@ -25,6 +25,7 @@ from bigpipe.files import (
     explained,
     give_name,
     is_partial,
+    lies_in,
     link,
     make_directory,
     partial_name,
@@ -333,3 +334,26 @@ def test_each_way_to_write_is_seen(tmp_path, source):
 def test_reading_is_not_writing(tmp_path, source):
     (tmp_path / "module.py").write_text(source)
     assert writes(tmp_path / "module.py") == set()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="of Linux")
+def test_a_directory_is_the_same_by_whatever_name(tmp_path: Path) -> None:
+    """A directory that is mounted a second time has two names that no link tells to be one."""
+    for name in ("model/deep", "twin"):
+        (tmp_path / name).mkdir(parents=True)
+    (tmp_path / "link").symlink_to("model")
+    code = (
+        "from bigpipe.files import lies_in; from pathlib import Path; print(lies_in(Path('twin/new'), Path('model')))"
+    )
+    told = subprocess.run(
+        ["unshare", "--mount", "sh", "-c", f'mount --bind model twin && "{sys.executable}" -c "{code}"'],
+        cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[1] / "src")},
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    model = tmp_path / "model"
+    assert [lies_in(tmp_path / way, model) for way in ("link/deep/new", "twin/../model", "mod", "twin", "..")] == [
+        True, True, False, False, False,
+    ]  # fmt: skip
+    if told.returncode:
+        pytest.skip("nothing may be mounted here")
+    assert told.stdout == "True\n"

@@ -126,7 +126,7 @@ def write_quantized(
     """Write a file per group and their index into `out`; return them with their exact plans. parts: where finished
     files are kept for later runs, if anywhere."""
     names = [file_name("safetensors", number, len(groups)) for number in range(len(groups))]
-    prepare(out, "safetensors", set(names))
+    prepare(out, set(names))
     finished = Finished(out, parts and parts / FOLDER, shelved=True)
     with WeightEncoder(checkpoint, settings, min(WORKERS, cores())) as encoder, RangeReader(checkpoint) as reader:
 

@@ -24,7 +24,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from types import MappingProxyType
 
-from bigpipe.bigmodel.checkpoint import FileFormat, Uses
+from bigpipe.bigmodel.checkpoint import Uses
 from bigpipe.errors import Interrupted
 from bigpipe.files import PARTIAL, explained, is_partial, make_directory, require_space, write_file
 from bigpipe.passing import NOBODY, OpenInlet, Outlet
@@ -99,7 +99,7 @@ def write_checkpoint(
     `produce` is called once per tensor, file by file in the order of their bytes; with several `workers`, so many files
     are written side by side, and it is called from as many threads. With a `journal` (a directory outside `out`), files
     that an earlier attempt finished are verified and kept, if it was for the same plan and `fingerprint` (of a file's
-    name: whatever else its bytes depend on). Weight files of the same naming scheme that are not in the plans are
+    name: whatever else its bytes depend on). Weight files of these naming schemes that are not in the plans are
     removed. sources: file name → the files that it is made of.
 
     Raise DoesNotFit where the disk is too small, before anything is written if that can be known.
@@ -114,7 +114,7 @@ def write_checkpoint(
             lambda: (file, produce), frozenset(sources.get(name, ())),
         )  # fmt: skip
 
-    prepare(out, plans[0].format, set(containers))
+    prepare(out, set(containers))
     traffic.outlet.announce({name: (file.announced, file.size) for name, file in containers.items()})
     files = write_files([output(plan) for plan in plans], Finished(out, journal), workers=workers, traffic=traffic)
     index = write_index(out, plans)
@@ -145,11 +145,13 @@ def write_index(out: Path, plans: Sequence[ShardPlan]) -> Files:
         return {name: write_file(out / name, encode_index(plans))}
 
 
-def prepare(out: Path, format: FileFormat, planned: set[str]) -> None:
-    """Make the directory; remove unfinished files, and the weight files and index of a save that had others."""
+def prepare(out: Path, planned: set[str]) -> None:
+    """Make the directory; remove unfinished files, and the weight files and index of a save that had others, in either
+    format: a loader would take those first."""
     make_directory(out)
-    prefix, suffix = map(re.escape, NAMES[format].split("{}"))
-    pattern = re.compile(rf"{prefix}(-\d{{5}}-of-\d{{5}})?{suffix}(\.index\.json)?({re.escape(PARTIAL)})?")
+    schemes = [map(re.escape, scheme.split("{}")) for scheme in NAMES.values()]
+    names = "|".join(rf"{prefix}(-\d{{5}}-of-\d{{5}})?{suffix}" for prefix, suffix in schemes)
+    pattern = re.compile(rf"({names})(\.index\.json)?({re.escape(PARTIAL)})?")
     for name in os.listdir(out):
         if is_partial(name) or (pattern.fullmatch(name) and name not in planned):
             (out / name).unlink()

@@ -65,9 +65,15 @@ def _kept(session: Session, writer: Node) -> Iterator[Kept]:
     for node in session.recipe.nodes.values():
         yield from _read(session, node)
     for node in session.nodes:
-        if node is not writer and node.when is None and writer.when is None:
+        if node is not writer and not (_conditional(session, node) and _conditional(session, writer)):
             names = chain.from_iterable(_written(session, node).values())
             yield from (Kept(f"what {node.name} writes", name) for name in names)
+
+
+def _conditional(session: Session, node: Node) -> bool:
+    """May it be skipped? Of two that may, one is perhaps meant to run where the other does not."""
+    above = session.recipe.ancestors(node.name)
+    return any(session.recipe.nodes[name].when is not None for name in (node.name, *above))
 
 
 def _read(session: Session, node: Node) -> Iterator[Kept]:

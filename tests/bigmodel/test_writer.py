@@ -143,10 +143,17 @@ def test_whose_layout_the_tensors_have_is_kept(tmp_path):
 
 
 def test_a_save_replaces_the_files_of_an_earlier_one(tmp_path):
+    def weights():
+        return [path.name for path in sorted((tmp_path / "out").glob("*model*"))]
+
     make_checkpoint(tmp_path / "source", "opt")
     save_checkpoint(tmp_path / "source", tmp_path / "out", max_shard_size="10KB")
     save_checkpoint(tmp_path / "source", tmp_path / "out")
-    assert [path.name for path in (tmp_path / "out").glob("model*")] == ["model.safetensors"]
+    assert weights() == ["model.safetensors"]
+    for size in ("5GB", "10KB"):  # a loader would take the old safetensors before the new `.bin`
+        save_checkpoint(tmp_path / "source", tmp_path / "out", max_shard_size=size)
+        save_checkpoint(tmp_path / "source", tmp_path / "out", format="bin")
+        assert weights() == ["pytorch_model.bin"]
 
 
 def test_a_save_removes_what_a_killed_one_left_unfinished(tmp_path):

@@ -494,18 +494,22 @@ def test_two_nodes_do_not_write_to_one_place(workshop: Workshop) -> None:
     assert workshop.command("plan", "recipe.yaml").returncode == 0
 
 
-def test_of_two_nodes_that_depend_on_conditions_one_writes(workshop: Workshop) -> None:
-    make_checkpoint(workshop.folder / "model")
-    text = """\
+EITHER = """\
 version: 1
 name: either
 stages:
-  download: {uses: download, with: {path: model}}
-  small: {uses: save, inputs: download, when: "${stages.download.metrics.bytes} < 1GB", with: {to: dist}}
-  large: {uses: save, inputs: download, when: "${stages.download.metrics.bytes} >= 1GB", with: {to: dist}}
+  download: {{uses: download, with: {{path: model}}}}
+  half: {{uses: shard, inputs: download, when: "${{stages.download.metrics.bytes}} < 1GB", with: {{dtype: float16}}}}
+  small: {{uses: save, inputs: half, with: {{to: dist}}}}
+  large: {{uses: save, inputs: download, {when} with: {{to: dist}}}}
 """
-    workshop.manifest.write_text(text)
-    assert workshop.command("plan", "recipe.yaml").returncode == 0
+
+
+def test_of_two_nodes_that_depend_on_conditions_one_writes(workshop: Workshop) -> None:
+    make_checkpoint(workshop.folder / "model")
+    for when, code in (('when: "${stages.download.metrics.bytes} >= 1GB",', 0), ("", 2)):
+        workshop.manifest.write_text(EITHER.format(when=when))
+        assert workshop.command("plan", "recipe.yaml").returncode == code
 
 
 def test_a_transfer_file_by_file_that_broke_off_is_repeated(tmp_path: Path) -> None:
