@@ -75,7 +75,7 @@ class BigpipeError(Exception):
     exit_code: ClassVar[int] = 1
 
     def __init__(self, cause: str, cure: str = "", *, place: Place | None = None, field: str = "") -> None:
-        """field: the argument, or field of a stage, that is wrong (`max_memory.cuda:0`); its place can be found by it."""
+        """field: the argument, or field of a stage, that is wrong (`max_memory.cuda:0`): its place is found by it."""
         super().__init__(cause, cure)
         self.cause = cause
         self.cure = cure
