@@ -9,12 +9,11 @@ from bigpipe.faces import face
 if TYPE_CHECKING:
     from .arrivals import Uses, encode_torch_head, read_head
     from .bytesource import ByteSource, FileSource
+    from .choosing import WeightSet, choose_weights, is_index, is_module, no_weights, variants
     from .contents import check_weight_map, join_contents, read_contents
     from .files import (
-        BIN_SUFFIXES,
         MAX_CONFIG,
         MAX_INDEX,
-        NOT_A_MODEL,
         FileFormat,
         file_format_of,
         find_weight_files,

@@ -20,8 +20,9 @@ from bigpipe.errors import InvalidCheckpoint, StageFailed
 from bigpipe.passing import OpenInlet
 
 from .bytesource import ByteSource, FileSource
+from .choosing import is_index
 from .contents import read_contents
-from .files import WeightFiles, file_format_of, find_weight_files, is_index
+from .files import WeightFiles, file_format_of, find_weight_files
 from .tensors import FETCH_AGAIN, Contents, TensorInfo, Tensors, invalid
 
 PATIENCE = 30.0

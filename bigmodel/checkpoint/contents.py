@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from .bytesource import ByteSource
-from .files import file_format_of
+from .files import POINTER_SIZE, file_format_of, refuse_pointer
 from .headers import read_header
 from .tensors import Contents, invalid
 
@@ -14,6 +14,8 @@ from .tensors import Contents, invalid
 def read_contents(source: ByteSource, file: Path, *, placed: bool = True) -> Contents:
     """Return what a weight file holds; `file` is what the tensors will name as theirs. Raise InvalidCheckpoint.
     Not placed: where the tensors of a torch file lie is not looked up (see `read_torch_file`)."""
+    if source.size < POINTER_SIZE:
+        refuse_pointer(source.read(0, source.size), file)
     if file_format_of(file) == "safetensors":
         return read_header(source, file)
     from .pickles import read_torch_file

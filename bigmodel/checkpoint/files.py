@@ -11,25 +11,25 @@ import json
 import os
 import re
 import stat
-from collections.abc import Collection, Iterator
+from collections.abc import Collection
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from bigpipe.errors import InvalidCheckpoint, NoWeights
+from bigpipe.errors import InvalidCheckpoint
 
+from .choosing import BIN_SUFFIXES, choose_weights, is_index, is_module, no_weights
 from .tensors import FETCH_AGAIN, invalid
 
 FileFormat = Literal["safetensors", "bin"]
 
-BIN_SUFFIXES = (".bin", ".pt", ".pth")
 WEIGHT_SUFFIXES = frozenset({
     ".safetensors", *BIN_SUFFIXES, ".ckpt", ".h5", ".msgpack", ".onnx", ".onnx_data", ".gguf", ".ot", ".npz", ".tflite",
     ".pb",
 })  # fmt: skip
-NOT_A_MODEL = re.compile(r"(training_args|optimizer|scheduler|scaler|rng_state|random_states)")
-"""Trainers leave these beside a model; they are torch files, but no weights."""
 UNFINISHED = (".part", ".partial", ".incomplete", ".lock")
+POINTER_SIZE = 1024
+"""Bytes. A pointer of git-lfs is smaller."""
 MAX_INDEX = 16 * 2**20
 MAX_CONFIG = 10_000_000
 
@@ -49,10 +49,14 @@ def find_weight_files(path: Path, coming: Collection[str] = ()) -> WeightFiles:
     In a directory safetensors comes before `.bin`, and the usual names before others.
     coming: names of weight files that count as if they were there already."""
     if path.is_dir():
-        here = {name for name in os.listdir(path) if not (path / name).is_dir()}
-        file = next((path / name for name in _candidates(sorted(here.union(coming)), path)), None)
-        if file is None:
-            raise _no_weights(path, here)
+        here = {name for name in os.listdir(path) if not (path / name).is_dir()}.union(coming)
+        chosen = choose_weights(here, path)
+        if chosen is None:
+            nested = (file.relative_to(path).as_posix() for file in path.glob("*/*"))
+            raise no_weights(path, {*here, *nested})
+        if chosen.index is None:
+            return _read_files(tuple(path / name for name in chosen.files), path, coming)
+        file = path / chosen.index
     elif path.exists():
         file = path
     else:
@@ -61,36 +65,14 @@ def find_weight_files(path: Path, coming: Collection[str] = ()) -> WeightFiles:
         if not is_index(file.name) and "weight_map" not in read_json(file, file.parent, MAX_INDEX):
             raise InvalidCheckpoint(f"{file}: is no index of weight files", "give its directory, or a weight file")
         return _read_index(file, file.parent, coming)
-    if file.name not in coming:
-        check_file(file, file.parent)
-    return WeightFiles(file_format_of(file), (file,))
+    return _read_files((file,), file.parent, coming)
 
 
-def _no_weights(directory: Path, names: Collection[str]) -> NoWeights:
-    if gguf := sorted(name for name in names if name.endswith(".gguf")):
-        cure = "give the model that they were made of, with .safetensors or torch .bin files"
-        return NoWeights(f"{directory}: its weights are GGUF ({', '.join(gguf)}), which is not read here", cure)
-    nested = sorted({path.parent.name for path in directory.glob("*/*.safetensors")})
-    there = f"it has weights in {', '.join(nested)}; open one of these" if nested else ""
-    return NoWeights(f"{directory}: no weights were found", there or "name one with .safetensors or torch .bin files")
-
-
-def _candidates(names: list[str], directory: Path) -> Iterator[str]:
-    usual = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
-    yield from (name for name in usual if name in names)
-    indexes = [name for name in names if is_index(name)]
-    safe = [name for name in names if name.endswith(".safetensors")]
-    torch_files = [name for name in names if name.endswith(BIN_SUFFIXES) and not NOT_A_MODEL.match(name)]
-    for found in (indexes, safe, torch_files):
-        if len(found) > 1:
-            cause = f"{directory}: which of {', '.join(found[:8])} is the model?"
-            raise InvalidCheckpoint(cause, "name the one file or index")
-        yield from found
-
-
-def is_index(name: str) -> bool:
-    """Return whether a file of this name is an index of weight files."""
-    return name == "index.json" or name.endswith(".index.json")
+def _read_files(files: tuple[Path, ...], directory: Path, coming: Collection[str]) -> WeightFiles:
+    for file in files:
+        if file.name not in coming:
+            check_file(file, directory)
+    return WeightFiles(file_format_of(files[0]), files)
 
 
 def file_format_of(file: Path) -> FileFormat:
@@ -105,7 +87,7 @@ def file_format_of(file: Path) -> FileFormat:
 
 def _read_index(index: Path, directory: Path, coming: Collection[str]) -> WeightFiles:
     """An index in transformers' form `{"weight_map": {tensor: file}}` or accelerate's bare `{tensor: file}`."""
-    content = read_json(index, directory, MAX_INDEX)
+    content = read_json(index, directory, MAX_INDEX, unique=True)
     weight_map = content.get("weight_map", content)
     if not isinstance(weight_map, dict) or not weight_map:
         raise invalid(index, "has no weight_map", FETCH_AGAIN)
@@ -125,23 +107,33 @@ def _read_index(index: Path, directory: Path, coming: Collection[str]) -> Weight
     return WeightFiles(formats.pop(), files, weight_map, index)
 
 
-def read_json(file: Path, directory: Path, limit: int) -> dict[str, Any]:
-    """Return a JSON object from a file of the checkpoint, of at most `limit` bytes. Raise InvalidCheckpoint."""
+def read_json(file: Path, directory: Path, limit: int, *, unique: bool = False) -> dict[str, Any]:
+    """Return a JSON object from a file of the checkpoint, of at most `limit` bytes. Raise as `parse_object`."""
     check_file(file, directory)
     if file.stat().st_size > limit:
         raise invalid(file, f"is larger than {limit} bytes", FETCH_AGAIN)
-    return parse_object(file.read_bytes(), file)
+    return parse_object(file.read_bytes(), file, unique=unique)
 
 
-def parse_object(text: bytes, file: Path | str) -> dict[str, Any]:
-    """Return a JSON object. Raise InvalidCheckpoint, naming `file`; also where a key stands twice."""
+def parse_object(text: bytes, file: Path | str, *, unique: bool = False) -> dict[str, Any]:
+    """Return a JSON object; of a key that stands twice the last, as everybody reads a config.
+    unique: of an index, where it would be two places of one tensor. Raise InvalidCheckpoint, naming `file`."""
+    refuse_pointer(text[:POINTER_SIZE], file)
     try:
-        content = json.loads(text, object_pairs_hook=unique_keys)
+        content = json.loads(text, object_pairs_hook=unique_keys if unique else None)
     except (ValueError, RecursionError) as error:
         raise invalid(file, f"is not JSON: {str(error)[:200]}", FETCH_AGAIN) from None
     if not isinstance(content, dict):
         raise invalid(file, "is not a JSON object", FETCH_AGAIN)
     return content
+
+
+def refuse_pointer(beginning: bytes, file: Path | str) -> None:
+    """Raise InvalidCheckpoint where a file is what git-lfs leaves in place of one that it did not fetch.
+    Format: https://github.com/git-lfs/git-lfs/blob/main/docs/spec.md"""
+    if beginning.startswith(b"version https://git-lfs.github.com/spec/"):
+        cause = "is a pointer of git-lfs: the repository was cloned without its large files"
+        raise invalid(file, cause, "run `git lfs pull` in the repository, or download the model")
 
 
 def unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -190,6 +182,8 @@ def side_files(directory: Path) -> tuple[Path, ...]:
     for folder, folders, names in os.walk(directory):
         folders[:] = sorted(name for name in folders if not name.startswith("."))
         weights = {name for name in names if Path(name).suffix in WEIGHT_SUFFIXES}
+        if Path(folder).parent == directory and is_module(Path(folder).name, os.listdir(directory)):
+            weights = set()  # those of a part of this model
         if weights and Path(folder) != directory:
             folders.clear()
             continue  # another model, or this one in another format

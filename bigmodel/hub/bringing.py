@@ -10,7 +10,7 @@ from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from bigpipe.bigmodel.checkpoint import ModelDescription, describe_checkpoint, describe_if_single
+from bigpipe.bigmodel.checkpoint import ModelDescription, describe_checkpoint, describe_if_single, is_index, no_weights
 from bigpipe.errors import BigpipeError, NotAuthorised, Transient, UsageError
 from bigpipe.files import copy_file, free_space, link, make_directory
 from bigpipe.fit import Misfit
@@ -71,14 +71,27 @@ class HubSource:
     revision: str
     choice: Choice
     hub: Hub
+    subfolder: str | None = None
+    """Which is taken as if it were the root."""
 
     def check(self) -> None:
-        """Raise as `check_access` where the login may not read it; offline nothing is asked."""
+        """Raise as `check_access` where the login may not read it, which is not asked offline; and as `bring` before
+        anything is fetched."""
         if not self.hub.offline:
             check_access(self.repo, hub=self.hub)
+        self._require_weights()
+
+    def _require_weights(self) -> None:
+        """Who names the files says what is wanted."""
+        repository, files = self._described()
+        names = [file.path for file in files]
+        if not self.choice.include and not any(self.choice.weights(names, repository.library).values()):
+            raise no_weights(repository.repo, [file.path for file in repository.files])
 
     def _described(self) -> tuple[Repository, list[HubFile]]:
         repository = describe(self.repo, self.revision, hub=self.hub)
+        if self.subfolder:
+            repository = repository.below(self.subfolder)
         chosen = set(self.choice.among([file.path for file in repository.files], repository.library))
         return repository, [file for file in repository.files if file.path in chosen]
 
@@ -103,14 +116,22 @@ class HubSource:
         if self.choice.include or self.choice.exclude:
             return None  # what these leave is described once it is here
         try:
-            return describe_repository(self.repo, commit, hub=self.hub, library=self.choice.library).description
+            return describe_repository(
+                self.repo,
+                commit,
+                hub=self.hub,
+                library=self.choice.library,
+                variant=self.choice.variant,
+                subfolder=self.subfolder,
+            ).description
         except (Transient, NotAuthorised, UsageError):
             return None
 
     def bring(self, out: Path, watch: Watch, skip: Collection[str] = ()) -> Brought:
         """Fetch files into the Hub cache and link them in `out`, but those that `skip` names.
-        Raise as `chosen` and `fetch`, DoesNotFit, and InvalidCheckpoint where an index names a file that is not among
-        them."""
+        Raise as `chosen` and `fetch`, DoesNotFit, NoWeights, and InvalidCheckpoint where an index names a file that is
+        not among them."""
+        self._require_weights()
         repository, files = self._described()
         chosen = {file.path: file for file in files if file.path not in skip}
         watch.log(f"{repository.repo} at {repository.commit}: {counted(len(chosen), 'file')}")
@@ -206,7 +227,7 @@ class _Bringing:
 
     def done(self, commit: str | None = None, fetched_bytes: int = 0) -> Brought:
         for name in self.names:
-            if name.endswith(".index.json"):
+            if is_index(name):
                 check_index(self.names, name, json.loads((self.out / name).read_bytes()))
         return Brought({name: self._files[name] for name in self.names}, commit, fetched_bytes)
 

@@ -8,12 +8,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from bigpipe.bigmodel.checkpoint import (
-    BIN_SUFFIXES,
     FETCH_AGAIN,
-    NOT_A_MODEL,
     ByteSource,
     FileSource,
-    file_format_of,
+    choose_weights,
     find_weight_files,
     invalid,
     read_head,
@@ -31,10 +29,12 @@ MAX_RANGE = 128 * 2**20
 
 
 def may_pass(names: Iterable[str]) -> list[str]:
-    """Return the weight files at the root, where they all have one format."""
-    root = sorted(name for name in names if "/" not in name)
-    found = [name for name in root if name.endswith((".safetensors", *BIN_SUFFIXES)) and not NOT_A_MODEL.match(name)]
-    return found if len({file_format_of(Path(name)) for name in found}) == 1 else []
+    """Return the weight files at the root, where nobody has to choose among them."""
+    try:
+        found = choose_weights([name for name in names if "/" not in name], "the files")
+    except InvalidCheckpoint:
+        return []
+    return sorted(found.files) if found is not None else []
 
 
 def are_the_model(weights: Sequence[str], folder: Path) -> bool:
@@ -72,7 +72,7 @@ def repository_heads(repository: Repository, files: Sequence[HubFile]) -> dict[s
 def reading(repository: Repository, file: HubFile, guess: int = 0) -> Iterator[tuple[ByteSource, Path]]:
     """A file of a repository, from the Hub cache where it is whole there, else by ranges; and its name for errors.
     guess: how many bytes to fetch at once where the file's header may be short; of safetensors files only."""
-    cached = repository.snapshot / file.path
+    cached = repository.cached(file)
     if file.may_be(cached):
         with FileSource(cached) as source:
             yield source, cached
@@ -92,8 +92,8 @@ class RangeSource:
 
     @property
     def name(self) -> str:
-        repository = self.repository
-        return f"{repository.hub.endpoint}/{repository.repo}/resolve/{repository.commit[:12]}/{self.file.path}"
+        repository, path = self.repository, self.repository.address(self.file)
+        return f"{repository.hub.endpoint}/{repository.repo}/resolve/{repository.commit[:12]}/{path}"
 
     @property
     def size(self) -> int:
@@ -114,7 +114,8 @@ class RangeSource:
 
     def _fetch(self, offset: int, length: int) -> bytes:
         repository = self.repository
-        content = read_range(repository.repo, repository.commit, self.file.path, offset, length, hub=repository.hub)
+        path = repository.address(self.file)
+        content = read_range(repository.repo, repository.commit, path, offset, length, hub=repository.hub)
         if len(content) != length:
             raise invalid(self.name, f"gave {len(content)} bytes where {length} were asked", FETCH_AGAIN, offset=offset)
         return content

@@ -13,7 +13,7 @@ import math
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any, Literal, cast
 
 from bigpipe.bigmodel.architecture import known_architecture
@@ -28,9 +28,11 @@ from bigpipe.bigmodel.checkpoint import (
     FileSource,
     ModelDescription,
     Tensors,
+    WeightSet,
     check_weight_map,
     file_format_of,
     invalid,
+    is_index,
     join_contents,
     parse_object,
     read_contents,
@@ -40,7 +42,7 @@ from bigpipe.errors import Offline, UsageError
 
 from .heads import GUESS, READERS, reading
 from .repository import Hub, HubFile, Repository, as_listing, describe, question
-from .selection import Choice, Library, check_index, detect
+from .selection import Choice, Library, check_index, detect, weight_files
 
 Need = Literal["sizes", "layout"]
 """sizes: names, dtypes and shapes, in any order. layout: in the order of their bytes, as a shard plan needs them."""
@@ -49,7 +51,7 @@ COUNTED = ("model.safetensors", "model.safetensors.index.json")
 """What the Hub counts: one of these at the root of a repository. It knows nothing of `.bin` or of components."""
 ENTRY = 150
 """Bytes that a tensor takes in a header besides its name, at most: dtype, a shape of three, two offsets."""
-ANSWER_VERSION = 1
+ANSWER_VERSION = 2
 Origin = Literal["headers", "index", "config"]
 
 
@@ -74,18 +76,28 @@ class RemoteModel:
 
 
 def describe_repository(
-    repo: str, revision: str = "main", *, hub: Hub, library: str | None = None, need: Need = "layout"
+    repo: str,
+    revision: str = "main",
+    *,
+    hub: Hub,
+    library: str | None = None,
+    need: Need = "layout",
+    variant: str | None = None,
+    subfolder: str | None = None,
 ) -> RemoteModel:
-    """Return what a repository holds at `revision`.
+    """Return what a repository holds at `revision`, in the weights of a variant and below a folder if so said.
     Raise Offline, NotAuthorised, GatedRepository, UsageError (no such model, no weights and no config), Transient, and
     InvalidCheckpoint, naming the file and byte, where a header or index is not what it should be."""
     fetched: list[int] = []
     repository = describe(repo, revision, hub=replace(hub, meter=fetched.append))
-    facts = _facts(repository, need)
+    asked = {"library": library, "variant": variant, "subfolder": subfolder}
+    facts = _facts(repository, need, asked)
+    if subfolder:
+        repository = repository.below(subfolder)
     found = _from_json(hub.recall(*facts), repository)
     if found is None:
         try:
-            found = _read(repository, library, need)
+            found = _read(repository, Choice(library=cast(Library | None, library), variant=variant), need)
             hub.remember(_as_json(found), *facts)
         except Offline:
             if (found := _from_json(hub.told(*facts), repository)) is None:
@@ -93,24 +105,25 @@ def describe_repository(
     return replace(found, fetched_bytes=sum(fetched))
 
 
-def answers(repo: str, commit: str, *, hub: Hub, library: str | None = None, need: Need = "layout") -> dict[str, Any]:
+def answers(repo: str, commit: str, *, hub: Hub, need: Need = "layout", **asked: str | None) -> dict[str, Any]:
     """Return question → answer, for `Hub.known`: a commit's listing, its config, and the names, dtypes and shapes of
-    its tensors. Raise as `describe_repository`."""
-    found = describe_repository(repo, commit, hub=hub, library=library, need=need)
+    its tensors. asked: library, variant and subfolder. Raise as `describe_repository`."""
+    found, repository = describe_repository(repo, commit, hub=hub, need=need, **asked), describe(repo, commit, hub=hub)
     listing = question("listing", repo, commit)
-    return {listing: as_listing(found.repository), question(*_facts(found.repository, need)): _as_json(found)}
+    return {listing: as_listing(repository), question(*_facts(repository, need, asked)): _as_json(found)}
 
 
-def _facts(repository: Repository, need: Need) -> tuple[object, ...]:
-    return "model", ANSWER_VERSION, repository.repo, repository.commit, need
+def _facts(repository: Repository, need: Need, asked: Mapping[str, str | None]) -> tuple[object, ...]:
+    told = {name: value for name, value in asked.items() if value}
+    return "model", ANSWER_VERSION, repository.repo, repository.commit, need, *([told] if told else [])
 
 
-def _read(repository: Repository, library: str | None, need: Need) -> RemoteModel:
+def _read(repository: Repository, choice: Choice, need: Need) -> RemoteModel:
     names = [file.path for file in repository.files]
     config = _json(repository, "config.json")
-    library = library or detect(names, config, repository.library)
+    library = choice.library or detect(names, config, repository.library)
     components = _components(repository) if library == "diffusers" else {}
-    weights = _weights(names, library)
+    weights = _weights(names, replace(choice, library=library))
     if not weights and config is None and not components:
         cause = f"{repository.repo} holds neither weights in safetensors or .bin nor a config.json"
         raise UsageError(cause, f"it holds {', '.join(names[:8]) or 'nothing'}; is it a model?")
@@ -128,7 +141,7 @@ def _json(repository: Repository, name: str, limit: int = MAX_CONFIG) -> dict[st
     if file.size > limit:
         raise invalid(name, f"has {file.size} bytes, more than {limit}", FETCH_AGAIN)
     with reading(repository, file) as (source, _):
-        return parse_object(source.read(0, file.size), f"{repository.repo}/{name}")
+        return parse_object(source.read(0, file.size), f"{repository.repo}/{name}", unique=is_index(name))
 
 
 def _components(repository: Repository) -> dict[str, Any]:
@@ -140,38 +153,32 @@ def _components(repository: Repository) -> dict[str, Any]:
     return {"model_index": index, "components": {name: config for name, config in found.items() if config is not None}}
 
 
-def _weights(names: list[str], library: str) -> list[str]:
-    try:
-        chosen = Choice(library=cast(Library, library)).among(names)
-    except UsageError:
-        return []
-    return [name for name in chosen if name.endswith((".safetensors", ".bin"))]
+def _weights(names: list[str], choice: Choice) -> dict[str, WeightSet]:
+    """Folder → weights: of a pipeline those of its parts, of other models those at the root."""
+    sets = choice.weights(names)
+    wanted = sets if choice.library == "diffusers" else {"": sets.get("")}
+    return {folder: found for folder, found in wanted.items() if found is not None}
 
 
 def _tensors(
-    repository: Repository, weights: list[str], config: Mapping[str, Any] | None, need: Need
+    repository: Repository, weights: Mapping[str, WeightSet], config: Mapping[str, Any] | None, need: Need
 ) -> tuple[Tensors | None, dict[str, str], Origin]:
     if not weights:
         return None, {}, "config"
-    name = _index_of(weights, [file.path for file in repository.files])
-    index = _json(repository, name, MAX_INDEX) if name else None
-    if index is not None:
-        check_index([file.path for file in repository.files], name or "", index)
-        tensors = _tensors_of_index(index, config) if need == "sizes" and weights[0].endswith(".safetensors") else None
+    files, weight_map = weight_files(weights, indexes=False), {}
+    if "" in weights and (name := weights[""].index) is not None:
+        index = _json(repository, name, MAX_INDEX)
+        check_index([file.path for file in repository.files], name, index)
+        weight_map = (index or {})["weight_map"]
+        files = sorted(set(weight_map.values()))
+        tensors = (
+            _tensors_of_index(index or {}, config) if need == "sizes" and _format(weights) == "safetensors" else None
+        )
         if tensors is not None and _difference(repository, tensors, config) is None:
             return tensors, {}, "index"
-    weight_map = index["weight_map"] if index else {}
-    contents = _headers(repository, [file for file in repository.files if file.path in weights], weight_map)
+    contents = _headers(repository, [file for file in repository.files if file.path in files], weight_map)
     check_weight_map(f"{repository.repo}'s index", weight_map, contents)
     return contents.outline, contents.tied, "headers"
-
-
-def _index_of(weights: list[str], names: list[str]) -> str | None:
-    """The index of a model in several files at the root of the repository."""
-    if len(weights) < 2 or any("/" in name for name in weights):
-        return None
-    stem, ending = weights[0].split("-")[0], f"{PurePosixPath(weights[0]).suffix}.index.json"
-    return next((name for name in names if "/" not in name and name.startswith(stem) and name.endswith(ending)), None)
 
 
 def _headers(repository: Repository, weights: Sequence[HubFile], weight_map: Mapping[str, str]) -> Contents:
@@ -197,8 +204,8 @@ def describe_pipeline(path: Path) -> ModelDescription:
     """Return the tensors of a pipeline's directory, named as `describe_repository` names them; none without weights."""
     names = [file.relative_to(path).as_posix() for file in (*path.glob("*"), *path.glob("*/*")) if file.is_file()]
     found = {}
-    weights = _weights(names, "diffusers")
-    for name in weights:
+    weights = _weights(names, Choice(library="diffusers"))
+    for name in weight_files(weights, indexes=False):
         with FileSource(path / name) as source:
             found[Path(name)] = read_contents(source, path / name, placed=False)
     contents = join_contents(found, _component)
@@ -206,8 +213,8 @@ def describe_pipeline(path: Path) -> ModelDescription:
     return ModelDescription(config={}, tensors=tensors, format=form, tied=contents.tied, path=path)
 
 
-def _format(weights: list[str]) -> FileFormat | None:
-    return file_format_of(Path(weights[0])) if weights else None
+def _format(weights: Mapping[str, WeightSet]) -> FileFormat | None:
+    return next((file_format_of(Path(found.files[0])) for found in weights.values() if found.files), None)
 
 
 def _tensors_of_index(index: Mapping[str, Any], config: Mapping[str, Any] | None) -> Tensors | None:

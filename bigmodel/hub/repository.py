@@ -21,7 +21,7 @@ from urllib.parse import quote
 
 from bigpipe.bigmodel.memo import recall, remember
 from bigpipe.bigmodel.sources import Sources
-from bigpipe.errors import InvalidCheckpoint, NotAuthorised, Offline, Transient
+from bigpipe.errors import InvalidCheckpoint, NotAuthorised, Offline, Transient, UsageError, first_few
 
 from .errors import LOGIN, hub_errors
 
@@ -131,6 +131,27 @@ class Repository:
     library: str | None = None
     elements: Mapping[str, int] | None = None
     """Safetensors dtype → elements, as the Hub counts them; None where it does not."""
+    subfolder: str = ""
+    """What the paths of the files start from; the repository's root, unless it is said otherwise."""
+
+    def below(self, subfolder: str) -> Repository:
+        """Return it with the files of one folder alone, as if that were the root. Raise UsageError where it is none."""
+        prefix = f"{subfolder}/"
+        found = [file for file in self.files if file.path.startswith(prefix)]
+        if not found:
+            folders = sorted({file.path.rpartition("/")[0] for file in self.files} - {""})
+            cause = f"{self.repo} has no folder {subfolder!r}"
+            raise UsageError(cause, f"it has {first_few(folders) or 'none'}")
+        files = tuple(replace(file, path=file.path.removeprefix(prefix)) for file in found)
+        return replace(self, files=files, subfolder=subfolder, elements=None)
+
+    def address(self, file: HubFile) -> str:
+        """Return the path of a file from the repository's root."""
+        return f"{self.subfolder}/{file.path}" if self.subfolder else file.path
+
+    def cached(self, file: HubFile) -> Path:
+        """Return where the cache's snapshot of this commit has a file; it need not be there."""
+        return self.snapshot / self.address(file)
 
     def file(self, path: str) -> HubFile | None:
         return next((file for file in self.files if file.path == path), None)
@@ -146,7 +167,7 @@ class Repository:
 
     def is_cached(self, file: HubFile) -> bool:
         """Return whether the cache has a file of this name, or these bytes, and size."""
-        return file.may_be(self.blob(file)) or file.may_be(self.snapshot / file.path)
+        return file.may_be(self.blob(file)) or file.may_be(self.cached(file))
 
 
 def addresses(repo: str, revision: str, commit: str | None) -> list[str]:

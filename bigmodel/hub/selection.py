@@ -6,37 +6,41 @@ double or triple the bytes. The rules follow what transformers, diffusers and ti
 
 from __future__ import annotations
 
-import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import PurePosixPath as Name
 from typing import Any, Literal
 
-from bigpipe.bigmodel.checkpoint import NOT_A_MODEL
+from bigpipe.bigmodel.checkpoint import WeightSet, choose_weights, is_index, is_module, variants
 from bigpipe.errors import InvalidCheckpoint, UsageError, first_few
 
 Library = Literal["transformers", "diffusers", "timm"]
 
-SIDE_SUFFIXES = (".json", ".txt", ".model", ".jinja", ".py", ".tiktoken", ".spm", ".vocab")
-SIDE_NAMES = ("README.md", "LICENSE*", "NOTICE*")
-VARIANT = re.compile(r".+\.(fp16|bf16|fp32|non_ema|ema)(-\d+-of-\d+)?")
-SHARD = re.compile(r"(?P<stem>.+)-\d{5}-of-\d{5}")
+SIDE_SUFFIXES = (
+    ".json", ".txt", ".model", ".jinja", ".py", ".tiktoken", ".spm", ".vocab", ".bpe", ".codes", ".tokenizer",
+)  # fmt: skip
+SIDE_NAMES = ("README.md", "LICENSE*", "NOTICE*", "COPYING*", "USE_POLICY*", "tokenizer.model.*")
+TEMPLATES = "additional_chat_templates"
+"""Where transformers keeps chat templates besides the first."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Choice:
     """Which files of a model to take.
     include: globs over whole relative paths (`*` crosses `/`, as on the Hub); given, they replace the rules here.
-    exclude: globs taken away in either case. library: whose rules; left out, as `detect` finds."""
+    exclude: globs taken away in either case. library: whose rules; left out, as `detect` finds.
+    variant: of the weights, as `fp16` in `model.fp16.safetensors`; of a pipeline's parts, where they have it."""
 
     include: Sequence[str] = ()
     exclude: Sequence[str] = ()
     library: Library | None = None
+    variant: str | None = None
 
     def among(self, names: Iterable[str], hint: str | None = None) -> list[str]:
         """Return the names to take, sorted. hint: the library that the Hub's metadata names.
-        Raise UsageError where a glob of `include` matches nothing, or nothing is left."""
+        Raise UsageError where a glob of `include` matches nothing, nothing is left, or no weights are of the variant;
+        InvalidCheckpoint where there are several models, or not all shards of one."""
         names = sorted(names)
         for glob in self.include:
             if not any(fnmatchcase(name, glob) for name in names):
@@ -44,11 +48,38 @@ class Choice:
                 raise UsageError(cause, f"there are {first_few(names)}")
         wanted = [name for name in names if _matches(name, self.include)]
         if not self.include:
-            wanted = _needed(names, self.library or detect(names, hint=hint))
+            sets = self.weights(names, hint)
+            wanted = sorted({*_side_files(names, set(sets)), *weight_files(sets)})
         left = [name for name in wanted if not _matches(name, self.exclude)]
         if not left:
             raise UsageError("no file is left to take", f"there are {first_few(names)}; see include and exclude")
         return left
+
+    def weights(self, names: Iterable[str], hint: str | None = None) -> dict[str, WeightSet | None]:
+        """Return folder → its weights, for each folder that the library reads: `` is the root. Raise as `among`."""
+        names = list(names)
+        below = _folders(names, self.library or detect(names, hint=hint))
+        found = {folder: choose_weights(beside, folder or "this model") for folder, beside in below.items()}
+        if self.variant is None:
+            return found
+        wanted = {
+            folder: choose_weights(beside, folder or "this model", self.variant) for folder, beside in below.items()
+        }
+        if not any(wanted.values()):
+            there = first_few(variants(Name(name).name for name in names))
+            raise UsageError(f"variant: there are no weights of {self.variant!r}", f"there are {there or 'none'}")
+        return {folder: wanted[folder] or weights for folder, weights in found.items()}
+
+
+def weight_files(sets: Mapping[str, WeightSet | None], *, indexes: bool = True) -> list[str]:
+    """Return the relative paths of the weights in folders, and of their indexes."""
+    chosen = [(folder, found) for folder, found in sets.items() if found is not None]
+    named = [(folder, (*found.files, found.index if indexes else None)) for folder, found in chosen]
+    return [_join(folder, name) for folder, names in named for name in names if name]
+
+
+def _join(folder: str, name: str) -> str:
+    return f"{folder}/{name}" if folder else name
 
 
 def _matches(name: str, globs: Sequence[str]) -> bool:
@@ -78,49 +109,27 @@ def check_index(names: Iterable[str], index_name: str, index: Any) -> None:
         raise InvalidCheckpoint(f"{index_name} names {first_few(missing)}, which is not there", cure)
 
 
-def _needed(names: list[str], library: Library) -> list[str]:
-    """Root files only, for diffusers also the folders of its components."""
-    folders: dict[Name, list[Name]] = {}
-    for name in map(Name, names):
-        if library == "diffusers" or len(name.parts) == 1:
-            folders.setdefault(name.parent, []).append(name)
-    chosen: list[Name] = []
-    for beside in folders.values():
-        weights = _weights(beside)
-        chosen += weights
-        chosen += [name for name in beside if _is_side_file(name) and not _indexes_others(name, weights)]
-    return sorted(map(str, chosen))
+def _folders(names: list[str], library: Library) -> dict[str, list[str]]:
+    """Folder → the names in it, of those whose weights are read: the root; of a pipeline those below it; of
+    sentence-transformers also those of its modules."""
+    folders: dict[str, list[str]] = {}
+    for name in names:
+        folder, _, file = name.rpartition("/")
+        if library == "diffusers":
+            wanted = folder.count("/") == 0 and folder != ""  # single files of whole pipelines lie in the root
+        else:
+            wanted = folder == "" or is_module(folder, names)
+        if wanted:
+            folders.setdefault(folder, []).append(file)
+    return folders
+
+
+def _side_files(names: list[str], folders: Collection[str]) -> list[str]:
+    """Configs, tokenizer, licence and code in the folders whose weights are read, the root, and chat templates."""
+    found = [Name(name) for name in names if not is_index(name)]
+    wanted = {*folders, "", TEMPLATES}
+    return [str(name) for name in found if str(name.parent).removeprefix(".") in wanted and _is_side_file(name)]
 
 
 def _is_side_file(name: Name) -> bool:
     return not name.name.startswith(".") and (name.name.endswith(SIDE_SUFFIXES) or _matches(name.name, SIDE_NAMES))
-
-
-def _indexes_others(name: Name, weights: list[Name]) -> bool:
-    """Is this the index of weights that were not chosen?"""
-    if not name.name.endswith(".index.json"):
-        return False
-    indexed = Name(name.name.removesuffix(".index.json"))
-    return not any((_stem(w), w.suffix) == (indexed.stem, indexed.suffix) for w in weights if SHARD.fullmatch(w.stem))
-
-
-def _stem(name: Name) -> str:
-    """`model-00001-of-00003.safetensors` → `model`."""
-    shard = SHARD.fullmatch(name.stem)
-    return shard["stem"] if shard else name.stem
-
-
-def _weights(beside: list[Name]) -> list[Name]:
-    """One set of weights among the files of one folder: safetensors before .bin, the plain name before variants."""
-    for suffix in (".safetensors", ".bin"):
-        files = [name for name in beside if name.suffix == suffix and not NOT_A_MODEL.match(name.name)]
-        files = [name for name in files if not VARIANT.fullmatch(name.stem)] or files
-        for stem in ("model", "pytorch_model", "diffusion_pytorch_model"):
-            named = [name for name in files if _stem(name) == stem]
-            if named:
-                return [name for name in named if not SHARD.fullmatch(name.stem)] or named
-        # Mistral's own format lies beside the one that transformers reads, and is the same weights again.
-        files = [name for name in files if not _stem(name).startswith("consolidated")] or files
-        if files:
-            return files
-    return []

@@ -174,7 +174,7 @@ class _Errands:
         with hub_errors(self.hub.endpoint, self.repository.repo, self.repository.commit, file.path):
             found = hf_hub_download(
                 self.repository.repo,
-                file.path,
+                self.repository.address(file),
                 revision=self.repository.commit,
                 cache_dir=self.hub.cache,
                 endpoint=self.hub.endpoint,

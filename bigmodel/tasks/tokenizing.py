@@ -15,7 +15,11 @@ from .rows import Row
 if TYPE_CHECKING:
     import torch
 
-TOKENIZER_FILES = ("tokenizer*", "vocab*", "merges.txt", "*.model", "*.tiktoken", "tekken.json")
+TOKENIZER_FILES = (
+    "tokenizer*", "*vocab*", "merges.txt", "*.model", "*.tiktoken", "*.spm", "*.tokenizer", "*.codes", "tekken.json",
+    "byte_maps.json", "dict.txt", "emoji.json",
+)  # fmt: skip
+"""One of the files that any tokenizer of transformers names, and no other does."""
 WEIGHT_FILES = ("*.safetensors", "*.bin")
 OWN_FUNCTION = "use the task `module:function` with a function of yours, called (model, rows, **generation)"
 DOWNLOAD = "download it with the model (`include`), or use the task `module:function`"

@@ -147,7 +147,8 @@ def test_only_what_would_be_opened_is_passed_on(
 
 
 def test_files_of_other_formats_are_not_passed_on() -> None:
-    assert may_pass(["model.safetensors", "pytorch_model.bin", "config.json"]) == []
+    assert may_pass(["model.safetensors", "pytorch_model.bin", "config.json"]) == ["model.safetensors"]
+    assert may_pass(["one.safetensors", "other.safetensors", "config.json"]) == []
     assert may_pass(["pytorch_model.bin", "training_args.bin", "optimizer.pt"]) == ["pytorch_model.bin"]
     assert may_pass(["weights.pth", "README.md"]) == ["weights.pth"]
     assert may_pass(["unet/model.safetensors", "model_index.json"]) == []

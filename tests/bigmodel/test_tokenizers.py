@@ -33,23 +33,10 @@ QUICK = {
 """Those that are tried whenever tests run."""
 
 
-LEFT_BEHIND = "a file that transformers names for its class is left behind"
-NOT_SEEN = "byte_maps.json is not seen to be a tokenizer"
-FALLS_SHORT = {
-    "files": dict.fromkeys(("prophetnet", "phobert", "bertweet", "several chat templates"), LEFT_BEHIND),
-    "tokens": {**dict.fromkeys(("prophetnet", "phobert", "bertweet"), LEFT_BEHIND), "myt5": NOT_SEEN},
-    "messages": {"several chat templates": LEFT_BEHIND},
-}
-
-
-def names(aspect: str, part: str = "") -> list[Any]:
-    """Those with `part` in their names, as parameters of a test of one aspect."""
-    found = []
-    for name in (name for name in PUBLISHED if part in name):
-        short = FALLS_SHORT[aspect].get(name)
-        marks = [pytest.mark.xfail(strict=True, reason=short)] if short else []
-        found.append(pytest.param(name, marks=marks if name in QUICK else [*marks, pytest.mark.slow]))
-    return found
+def names(part: str = "") -> list[Any]:
+    """Those with `part` in their names, as parameters of a test."""
+    found = [name for name in PUBLISHED if part in name]
+    return [pytest.param(name, marks=[] if name in QUICK else [pytest.mark.slow]) for name in found]
 
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*byte_maps.json:ResourceWarning")  # MyT5's own class leaves it open
@@ -88,14 +75,14 @@ def original(folder: Path) -> Any:
     return transformers.AutoTokenizer.from_pretrained(folder, trust_remote_code=True)
 
 
-@pytest.mark.parametrize("name", names("files"))
+@pytest.mark.parametrize("name", names())
 def test_every_file_arrives_as_it_was(folder: Path, name: str) -> None:
     published, saved = folder / "published" / name, folder / "saved" / name
     for file in (path for path in published.rglob("*") if path.is_file() and path.suffix != ".safetensors"):
         assert (saved / file.relative_to(published)).read_bytes() == file.read_bytes()
 
 
-@pytest.mark.parametrize("name", names("tokens"))
+@pytest.mark.parametrize("name", names())
 def test_texts_become_the_same_tokens(folder: Path, name: str) -> None:
     wanted, found = original(folder / "published" / name), load_tokenizer(folder / "saved" / name, SOURCES)
     assert type(found).__name__ == type(wanted).__name__
@@ -105,7 +92,7 @@ def test_texts_become_the_same_tokens(folder: Path, name: str) -> None:
         assert len(set(tokens)) > 1
 
 
-@pytest.mark.parametrize("name", names("messages", "chat"))
+@pytest.mark.parametrize("name", names("chat"))
 def test_messages_become_the_same_tokens(folder: Path, name: str) -> None:
     wanted, found = original(folder / "published" / name), load_tokenizer(folder / "saved" / name, SOURCES)
     tokens = encode(found, Row(0, CHAT, {}))
@@ -114,7 +101,7 @@ def test_messages_become_the_same_tokens(folder: Path, name: str) -> None:
     assert found.chat_template == wanted.chat_template
 
 
-@pytest.mark.parametrize("name", names("tokens"))
+@pytest.mark.parametrize("name", names())
 def test_the_model_answers_as_the_original(folder: Path, name: str) -> None:
     """Text where it can be continued, else features."""
     saved, row = folder / "saved" / name, Row(0, TEXTS[0], {})

@@ -32,11 +32,7 @@ def one_shard_of_one_and_an_index(folder: Path) -> None:
     index(folder, shards(folder, llama(folder), 1))
 
 
-@layout(
-    "bigpipe reads",
-    because="the names of the shards say their order and that none is missing",
-    falls_short="shards without an index are not put together",
-)
+@layout("bigpipe reads", because="the names of the shards say their order and that none is missing")
 def shards_without_an_index(folder: Path) -> Any:
     shards(folder, llama(folder))
     return tiny_model("llama")
@@ -134,7 +130,7 @@ def variant_by_its_file(folder: Path) -> None:
     variant_beside_the_plain_one(folder)
 
 
-@layout("equal", asked={"variant": "fp16"}, falls_short="the index of a variant is not read")
+@layout("equal", asked={"variant": "fp16"})
 def variant_in_shards(folder: Path) -> None:
     make_checkpoint(folder, "llama", dtype="float16", max_shard_size="20KB")
     tiny_model("llama", dtype="float16").save_pretrained(folder, variant="fp16", max_shard_size="20KB")

@@ -230,7 +230,7 @@ def torch_dtype_of_earlier_configs(folder: Path) -> None:
     change_config(folder, dtype=None, torch_dtype="float16", transformers_version="4.20.0")
 
 
-@layout("equal", falls_short="a key that stands twice is refused")
+@layout("equal")
 def config_with_a_key_twice(folder: Path) -> None:
     """The later one counts, as json reads it."""
     llama(folder)
