@@ -147,7 +147,8 @@ def _told(names: Collection[str], architecture: Architecture, specs: Mapping[str
     made: dict[str, list[str]] = {}
     unused: list[str] = []
     for name in names:
-        own = next((own for own in architecture.spellings(name) if own in specs), None)
+        *own_prefix, _ = architecture.spellings(name)  # whether a prefix may be taken off, the class knows
+        own = next((own for own in own_prefix if own in specs), None)
         if own is not None:
             made.setdefault(own, [name])
         elif not HARMLESS.search(name):

@@ -6,6 +6,7 @@ did; what bigpipe reads alone is held against the model that was saved.
 
 from __future__ import annotations
 
+import re
 import warnings
 from pathlib import Path
 from typing import Any
@@ -115,6 +116,26 @@ def test_bigpipe_refuses(tmp_path: Path, name: str) -> None:
         by_bigpipe(layout, tmp_path)
     assert layout.because
     assert str(tmp_path) in refused.value.cause
+
+
+PLAN = """\
+version: 1
+name: plan
+stages:
+  download: {uses: download, with: {path: checkpoint}}
+  dispatch: {uses: dispatch, inputs: download, with: {device_map: auto, max_memory: {cpu: 1GB}}}
+"""
+
+
+@pytest.mark.parametrize("name", [*with_verdict("both refuse"), *with_verdict("bigpipe refuses")])
+def test_what_is_refused_is_refused_by_the_plan(tmp_path: Path, name: str) -> None:
+    (tmp_path / "checkpoint").mkdir()
+    LAYOUTS[name].make(tmp_path / "checkpoint")
+    (tmp_path / "recipe.yaml").write_text(PLAN)
+    with pytest.raises(BigpipeError) as refused:
+        raise bigpipe.plan(tmp_path / "recipe.yaml", store=tmp_path / "store").errors()[0]
+    assert re.search(r"recipe\.yaml:[45]:3: ", str(refused.value))
+    assert refused.value.cure
 
 
 @pytest.mark.parametrize("name", with_verdict("bigpipe reads"))
