@@ -22,7 +22,7 @@ from bigpipe.orchestrator.stage import Forecast, ForecastContext, StageContext, 
 from bigpipe.sizes import format_size
 
 from .dispatch import DispatchMetrics, DispatchParams
-from .library import PLACEMENT, agreed, load_placed, read_placement, sources_of
+from .library import PLACEMENT, agreed, load_placed, read_placement, require_class, sources_of
 
 PICTURE = "placement.txt"
 PROCESS = 600 * 2**20
@@ -34,6 +34,8 @@ def forecast(params: DispatchParams, ctx: ForecastContext) -> Forecast:
         return _described(read_placement(ctx.artifact))
     model = ctx.described("model", ModelDescription)
     request = _request(params)
+    if model is not None:
+        require_class(model)
     if model is None or (model.config is None and model.custom is None):
         return Forecast(
             download_bytes=0,

@@ -18,7 +18,7 @@ from bigpipe.orchestrator.stage import CheckContext, Forecast, ForecastContext, 
 from bigpipe.sizes import counted
 
 from .distributed_infer import InferMetrics, InferParams
-from .library import agreed, load_placed, read_placement, sources_of
+from .library import agreed, load_placed, read_placement, require_class, sources_of
 
 if TYPE_CHECKING:
     import torch
@@ -34,6 +34,7 @@ def check(params: InferParams, ctx: CheckContext) -> None:
     rows = read_prompts(params.prompts, params.column, ctx.base)
     model = ctx.described("model", ModelDescription)
     if model is not None:
+        require_class(model)
         computable(model)
         _check_weights(model, ctx)
     if params.task not in TASKS:

@@ -60,6 +60,14 @@ def answers_of(context: CheckContext, repo: str, commit: str, library: str | Non
         return {}
 
 
+def require_class(model: ModelDescription) -> None:
+    """Raise UsageError where the weights are known, and nothing says of which class they are."""
+    if model.tensors is not None and model.config is None and model.custom is None:
+        where = f"{model.path} has" if model.path else "the model comes with"
+        cure = "bring its config.json along, or name a class of your own: `architecture` of download"
+        raise UsageError(f"{where} no config.json, so nobody knows the class of its weights", cure)
+
+
 def agreed(model: ModelDescription, sources: Sources) -> Agreement:
     """How a checkpoint fits the class that will be loaded. Raise InvalidCheckpoint where it does not, and UsageError
     where that class is not known, or its code may not run."""
