@@ -405,7 +405,9 @@ def test_a_search_that_was_cut_short_claims_no_more_than_it_proved(sizes: list[i
     tree = Tree(architecture_of([Layer(size) for size in sizes]))
     budget = MemoryBudget({0: gpu, "cpu": cpu, "disk": 10**6})
     best, found = solve(tree, budget, SPEEDS), solve(tree, budget, SPEEDS, limit=1)
-    assert best is not None
+    if best is None:  # the unit that is streamed leaves no room for one that stays
+        assert found is None
+        return
     assert best.least == best.seconds
     if found is not None:
         assert found.least <= best.seconds + 1e-9 <= found.seconds + 2e-9
