@@ -27,7 +27,9 @@ def listing(params: DownloadParams, context: CheckContext, commit: str) -> dict[
         chosen = _source(params, context, {"revision": commit}).chosen()
     except (Transient, NotAuthorised):
         return {}
-    files = {file.path: PinnedFile(file.size, file.sha256, None if file.sha256 else file.blob_id) for file in chosen}
+    files = {
+        file.path: PinnedFile(file.size, file.sha256, None if file.sha256 else file.blob_id or None) for file in chosen
+    }
     own = _own(params).items()
     return files | {name: PinnedFile(len(content), hashlib.sha256(content).hexdigest()) for name, content in own}
 
@@ -39,7 +41,8 @@ def check(params: DownloadParams, context: CheckContext) -> None:
         context.trust.require_module(reference, f"architecture.class {reference}")
     if params.synthetic is None:
         with suppress(Transient):  # the forecast tells what is not known, and the run may go on from the Hub cache
-            _source(params, context, {}).check()
+            pins = context.pins if isinstance(context, ForecastContext) else {}
+            _source(params, context, pins).check()
 
 
 def _source(params: DownloadParams, context: CheckContext | StageContext, pins: Mapping[str, str]) -> Source:

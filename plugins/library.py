@@ -47,7 +47,8 @@ def pin_revision(repo: str, revision: str, context: CheckContext) -> Pinned:
     from bigpipe.bigmodel.hub import Hub, resolve_commit
 
     hub = Hub.of(sources_of(context))
-    return Pinned({"revision": resolve_commit(repo, revision, hub=hub)}, f"{hub.endpoint}, just now")
+    asked = f"the Hub cache {hub.cache}" if hub.offline else f"{hub.endpoint}, just now"
+    return Pinned({"revision": resolve_commit(repo, revision, hub=hub)}, asked)
 
 
 def answers_of(context: CheckContext, repo: str, commit: str, library: str | None, need: Need) -> Mapping[str, Json]:

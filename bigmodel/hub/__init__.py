@@ -8,10 +8,10 @@ from bigpipe.faces import face
 
 if TYPE_CHECKING:
     from .bringing import Brought, DirectorySource, Expected, HubSource, Source, Watch
+    from .connection import COMMIT, guard_answers
     from .errors import LOGIN, hub_errors
     from .remote import Need, answers, describe_pipeline, describe_repository
     from .repository import (
-        COMMIT,
         Hub,
         Repository,
         addresses,

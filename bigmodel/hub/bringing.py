@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from bigpipe.bigmodel.checkpoint import ModelDescription, describe_checkpoint, describe_if_single, is_index, no_weights
-from bigpipe.errors import BigpipeError, NotAuthorised, Transient, UsageError
+from bigpipe.errors import BigpipeError, NotAuthorised, Offline, Transient, UsageError
 from bigpipe.files import copy_file, free_space, link, make_directory
 from bigpipe.fit import Misfit
 from bigpipe.passing import NOBODY, Heads, Outlet
@@ -19,7 +19,7 @@ from bigpipe.sizes import counted, format_transfer
 
 from .heads import are_the_model, directory_heads, may_pass, repository_heads
 from .remote import describe_repository
-from .repository import Hub, HubFile, Repository, check_access, describe
+from .repository import CURE_OFFLINE, Hub, HubFile, Repository, check_access, describe
 from .selection import Choice, check_index, detect
 from .snapshot import Fetched, Report, fetch, missing_bytes
 
@@ -86,6 +86,8 @@ class HubSource:
         repository, files = self._described()
         names = [file.path for file in files]
         if not self.choice.include and not any(self.choice.weights(names, repository.library).values()):
+            if self.hub.offline:
+                raise Offline(f"there are no weights of {self.repo} in the Hub cache {self.hub.cache}", CURE_OFFLINE)
             raise no_weights(repository.repo, [file.path for file in repository.files])
 
     def _described(self) -> tuple[Repository, list[HubFile]]:

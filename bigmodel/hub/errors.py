@@ -189,7 +189,7 @@ def _of_transport(error: BaseException, asked: _Asked) -> BigpipeError | None:
         return Offline(cause, "check the network, the proxy and HF_ENDPOINT; --offline goes on with what is cached")
     if names & {"UnsupportedProtocol", "InvalidURL"}:
         return UsageError(f"HF_ENDPOINT is not an address: {asked.endpoint}", "write it as https://huggingface.co")
-    if "TransportError" in names:
+    if names & {"TransportError", "DecodingError"}:
         told = f"{type(error).__name__}: {text}"
         cause = f"the connection to {asked.endpoint} broke while {asked.what} was read ({told})"
         return Transient(cause, f"run again; {WHOLE_STAY}")
@@ -207,7 +207,7 @@ def _of_answer(error: BaseException, asked: _Asked) -> BigpipeError | None:
     if "LocalEntryNotFoundError" in names and error.__cause__ is None:
         cause = f"{asked.what} is not whole in the Hub cache, and asking the Hub is switched off"
         return Offline(cause, "run once with a network; what it brings stays in the Hub cache")
-    if isinstance(error, OSError | JSONDecodeError | UnicodeDecodeError):
+    if isinstance(error, OSError | JSONDecodeError | UnicodeDecodeError | RecursionError):
         told = f"{type(error).__name__}: {(str(error).strip() or '-').splitlines()[0]}"
         cause = f"{asked.endpoint} did not answer as a Hub does when asked for {asked.what} ({told})"
         cure = "a login page or proxy may be in between: check the network and HF_ENDPOINT, and run again"

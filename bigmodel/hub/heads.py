@@ -18,10 +18,8 @@ from bigpipe.bigmodel.checkpoint import (
 )
 from bigpipe.errors import InvalidCheckpoint
 
-from .repository import HubFile, Repository, read_range
+from .repository import READERS, HubFile, Repository, read_range
 
-READERS = 8
-"""Headers read at a time."""
 GUESS = 64 * 2**10
 """Bytes fetched at once where a safetensors header may be short."""
 MAX_RANGE = 128 * 2**20

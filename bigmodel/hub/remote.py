@@ -40,8 +40,8 @@ from bigpipe.bigmodel.checkpoint import (
 )
 from bigpipe.errors import Offline, UsageError
 
-from .heads import GUESS, READERS, reading
-from .repository import Hub, HubFile, Repository, as_listing, describe, question
+from .heads import GUESS, reading
+from .repository import READERS, Hub, HubFile, Repository, as_listing, describe, question
 from .selection import Choice, Library, check_index, detect, weight_files
 
 Need = Literal["sizes", "layout"]

@@ -11,29 +11,27 @@ import hashlib
 import json
 import os
 import re
-import time
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import Any
 from urllib.parse import quote
 
 from bigpipe.bigmodel.memo import recall, remember
 from bigpipe.bigmodel.sources import Sources
-from bigpipe.errors import InvalidCheckpoint, NotAuthorised, Offline, Transient, UsageError, first_few
+from bigpipe.errors import InvalidCheckpoint, NotAuthorised, Offline, StageFailed, Transient, UsageError, first_few
 
+from .connection import COMMIT, MAX_ANSWER, NO_RANGE, NOT_A_HUB, guard_answers, request
 from .errors import LOGIN, hub_errors
 
-PATIENCE = 5.0
-"""The longest `Retry-After` that a metadata request waits for, in seconds."""
-MAX_ANSWER = 128 * 2**20
-"""Bytes of one answer. A listing takes some 300 per file."""
 DTYPE = re.compile(r"[A-Z][A-Z0-9_]{0,19}")
 """As safetensors writes them."""
-COMMIT = re.compile(r"[0-9a-f]{40}")
+DRIVE = re.compile(r"[A-Za-z]:[/\\]")
 DIGEST = re.compile(r"[0-9a-f]{40}([0-9a-f]{24})?")
-NO_RANGE = "a proxy in between may drop the Range header; try again, or without it"
+READERS = 8
+"""Files that are asked about at a time."""
 CURE_OFFLINE = "run once with a network (without --offline and HF_HUB_OFFLINE); what it brings stays in the Hub cache"
 
 
@@ -201,12 +199,38 @@ def describe(repo: str, revision: str = "main", *, hub: Hub) -> Repository:
 
 def _ask(hub: Hub, repo: str, revision: str) -> Repository:
     if hub.offline:
-        raise _offline(hub, repo, revision)
+        commit = cached_commit(hub, repo, revision)
+        if commit is None or (known := _remembered(hub, repo, commit)) is None:
+            raise _offline(hub, repo, revision)
+        return known
     path = f"/api/models/{quote(repo)}/revision/{quote(revision, safe='')}"
     data = _get_json(hub, path, repo, revision, {"blobs": "true"})
-    described = _parse(hub, repo, data, revision if COMMIT.fullmatch(revision) else "")
+    described = _sized(_parse(hub, repo, data, revision if COMMIT.fullmatch(revision) else ""))
     hub.remember(as_listing(described), "listing", repo, described.commit)
     return described
+
+
+def _sized(repository: Repository) -> Repository:
+    """Ask for the size and digest of each file where the listing tells no sizes, as those of some mirrors do."""
+    from concurrent.futures import ThreadPoolExecutor
+
+    if all(file.size >= 0 for file in repository.files):
+        return repository
+    with ThreadPoolExecutor(READERS, "size") as pool:
+        return replace(repository, files=tuple(pool.map(partial(_asked_for, repository), repository.files)))
+
+
+def _asked_for(repository: Repository, file: HubFile) -> HubFile:
+    from huggingface_hub import get_hf_file_metadata
+
+    hub, address = repository.hub, f"/{quote(repository.repo)}/resolve/{repository.commit}/{quote(file.path)}"
+    with hub_errors(hub.endpoint, repository.repo, repository.commit, file.path):
+        guard_answers()
+        told = get_hf_file_metadata(f"{hub.endpoint}{address}", token=hub.token, timeout=hub.timeout)
+    if told.size is None:
+        raise Transient(f"{hub.endpoint} does not tell how large {file.path} of {repository.repo} is", NOT_A_HUB)
+    digest = told.etag if told.etag and DIGEST.fullmatch(told.etag) else ""
+    return HubFile(file.path, told.size, digest if len(digest) == 40 else "", digest if len(digest) == 64 else None)
 
 
 def check_access(repo: str, *, hub: Hub, write: bool = False) -> None:
@@ -214,7 +238,12 @@ def check_access(repo: str, *, hub: Hub, write: bool = False) -> None:
     Raise GatedRepository, NotAuthorised, UsageError (no such repository), Offline, Transient."""
     if hub.offline:
         raise _offline(hub, repo, None)
-    _get_json(hub, f"/api/models/{quote(repo)}/auth-check{'/write' if write else ''}", repo, None, {})
+    try:
+        _get_json(hub, f"/api/models/{quote(repo)}/auth-check{'/write' if write else ''}", repo, None, {})
+    except (UsageError, StageFailed):
+        if write:
+            raise
+        describe(repo, hub=hub)  # a mirror may not know this question, and tell of the repository nonetheless
 
 
 def whoami(hub: Hub) -> list[str]:
@@ -243,8 +272,8 @@ def read_range(repo: str, commit: str, path: str, start: int, size: int, *, hub:
 def check_name(repo: str, name: str) -> None:
     """Refuse a file name that is not a plain relative path: nothing may be written outside, or beside its listing."""
     parts = PurePosixPath(name).parts
-    plain = name == "/".join(parts) and not name.startswith("/") and ".." not in parts
-    if not plain or "\\" in name or ":" in parts[0] or any(ord(letter) < 32 for letter in name):
+    plain = name and name == "/".join(parts) and not name.startswith("/") and ".." not in parts
+    if not plain or "\\" in name or DRIVE.match(name) or any(ord(letter) < 32 for letter in name):
         cause = f"{repo} lists a file named {name!r}, which could lead out of the repository"
         raise InvalidCheckpoint(cause, "do not use this repository; report it to the Hub")
 
@@ -271,18 +300,20 @@ def _told(hub: Hub, repo: str, commit: str) -> Repository | None:
 
 
 def _cached_repository(hub: Hub, repo: str, commit: str) -> Repository | None:
-    """The listing of a snapshot that lies in the Hub cache, from the blobs' names, which are their digests.
-    Files that were never downloaded are not in it. None where there is no snapshot, or one without links."""
+    """The listing of a snapshot that lies in the Hub cache, with the names of blobs, which are their digests: a copy
+    that holds files in place of links tells none. Files that were never downloaded are not in it. None where there is
+    no snapshot."""
     found = Repository(hub=hub, repo=repo, commit=commit, files=())
     paths = [path for path in sorted(found.snapshot.rglob("*")) if path.is_file()]
-    if not paths or not all(path.is_symlink() for path in paths):
-        return None
-    return replace(found, files=tuple(_cached_file(path, found.snapshot) for path in paths))
+    return replace(found, files=tuple(_cached_file(path, found.snapshot) for path in paths)) if paths else None
 
 
 def _cached_file(path: Path, snapshot: Path) -> HubFile:
-    name, size, etag = path.relative_to(snapshot).as_posix(), path.stat().st_size, Path(os.readlink(path)).name
-    return HubFile(name, size, "", etag) if len(etag) == 64 else HubFile(name, size, etag)
+    name, size = path.relative_to(snapshot).as_posix(), path.stat().st_size
+    digest = Path(os.readlink(path)).name if path.is_symlink() else ""
+    if not DIGEST.fullmatch(digest):
+        return HubFile(name, size, "")
+    return HubFile(name, size, "", digest) if len(digest) == 64 else HubFile(name, size, digest)
 
 
 def _offline(hub: Hub, repo: str, revision: str | None) -> Offline:
@@ -300,39 +331,19 @@ def _get_json(hub: Hub, path: str, repo: str, revision: str | None, query: Mappi
 def _request(
     hub: Hub, path: str, query: Mapping[str, str], headers: Mapping[str, str] | None = None, limit: int = MAX_ANSWER
 ) -> tuple[int, bytes]:
-    """Status and content of one GET, or of a second one where the first met a limit or a server out of order.
-    At most `limit` bytes are read: a server that ignores a Range header would send the whole file."""
-    from huggingface_hub.utils import build_hf_headers, get_session, hf_raise_for_status
-
-    sent = {**build_hf_headers(token=hub.token, library_name="bigpipe"), **(headers or {})}
-    options = {"params": dict(query), "headers": sent, "timeout": hub.timeout}
-    for last in (False, True):
-        with get_session().stream("GET", f"{hub.endpoint}{path}", **options) as response:
-            wait = _retry_after(response.headers.get("Retry-After"))
-            if last or wait > PATIENCE or response.status_code not in (429, 500, 502, 503, 504):
-                hf_raise_for_status(response)
-                content = _read(response, limit, hub)
-                break
-        time.sleep(wait)
+    """Status and content of one GET."""
+    response = request(
+        f"{hub.endpoint}{path}",
+        token=hub.token,
+        timeout=hub.timeout,
+        query=query,
+        headers=headers or {},
+        limit=limit,
+    )
+    content: bytes = response.extensions["content"]
     if hub.meter is not None:
         hub.meter(len(content) + sum(len(hop.content) for hop in response.history))
     return response.status_code, content
-
-
-def _read(response: Any, limit: int, hub: Hub) -> bytes:
-    content = bytearray()
-    for chunk in response.iter_bytes():
-        content += chunk
-        if len(content) > limit:
-            raise Transient(f"{hub.endpoint} answered with more than the {limit} bytes that were asked for", NO_RANGE)
-    return bytes(content)
-
-
-def _retry_after(value: str | None) -> float:
-    """Seconds; half a second where the header is missing, an endless wait where it is a date."""
-    if value is None:
-        return 0.5
-    return float(value) if value.isdecimal() else float("inf")
 
 
 def _revisions(hub: Hub, repo: str) -> list[str]:
@@ -343,6 +354,8 @@ def _revisions(hub: Hub, repo: str) -> list[str]:
 def _parse(hub: Hub, repo: str, data: Any, wanted: str = "") -> Repository:
     """The Hub's model info. wanted: the commit, where one was asked for."""
     try:
+        if not isinstance(data["sha"], str):
+            raise TypeError(f"sha is {data['sha']!r}")
         if not COMMIT.fullmatch(data["sha"]) or wanted not in ("", data["sha"]):
             raise TypeError(f"sha is {data['sha'][:80]!r}{f', asked for {wanted}' if wanted else ''}")
         files, elements = tuple(_parse_file(item) for item in data["siblings"]), _parse_counts(data.get("safetensors"))
@@ -352,13 +365,15 @@ def _parse(hub: Hub, repo: str, data: Any, wanted: str = "") -> Repository:
         return Repository(hub=hub, repo=repo, commit=data["sha"], files=files, library=library, elements=elements)
     except (AttributeError, KeyError, TypeError) as error:
         cause = f"{hub.endpoint} describes {repo} without what a Hub tells ({type(error).__name__}: {error})"
-        raise Transient(cause, "check HF_ENDPOINT: a mirror must speak the Hub's API") from error
+        raise Transient(cause, NOT_A_HUB) from error
 
 
 def _parse_file(item: Mapping[str, Any]) -> HubFile:
-    lfs = item.get("lfs")
-    file = HubFile(item["rfilename"], (lfs or item)["size"], item["blobId"], lfs["sha256"] if lfs else None)
-    if type(file.size) is not int or file.size < 0 or not DIGEST.fullmatch(file.etag):
+    """A mirror may tell no size (-1 here) and no digest; what it tells must be one."""
+    lfs = item.get("lfs") or {}
+    size, sha256, blob_id = lfs.get("size", item.get("size")), lfs.get("sha256"), item.get("blobId") or ""
+    file = HubFile(item["rfilename"], -1 if size is None else size, blob_id, sha256)
+    if type(file.size) is not int or file.size < -1 or (file.etag and not DIGEST.fullmatch(file.etag)):
         raise TypeError(f"{file.path} has the size {str(file.size)[:80]} and the digest {file.etag[:80]!r}")
     return file
 

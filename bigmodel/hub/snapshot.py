@@ -21,6 +21,7 @@ from typing import Any
 from bigpipe.errors import InvalidCheckpoint, Transient
 from bigpipe.files import sync_file
 
+from .connection import guard_answers
 from .errors import hub_errors
 from .repository import HubFile, Repository
 
@@ -170,6 +171,7 @@ class _Errands:
     def _download(self, file: HubFile, again: bool) -> Path:
         from huggingface_hub import constants, hf_hub_download
 
+        guard_answers()
         constants.DOWNLOAD_CHUNK_SIZE = min(constants.DOWNLOAD_CHUNK_SIZE, PIECE)
         with hub_errors(self.hub.endpoint, self.repository.repo, self.repository.commit, file.path):
             found = hf_hub_download(
@@ -185,10 +187,17 @@ class _Errands:
                 tqdm_class=_bar(self.downloaded, self.stop),
             )
         path = Path(os.path.realpath(found))
-        if not path.is_relative_to(self.hub.cache.resolve()) or not path.is_file():
+        if not self._is_of_the_cache(Path(found), path) or not path.is_file():
             cause = f"{found} leads to {path}, outside of the Hub cache {self.hub.cache}"
             raise InvalidCheckpoint(cause, "somebody has changed the cache: delete that link and run again")
         return path
+
+    def _is_of_the_cache(self, found: Path, real: Path) -> bool:
+        """The cache, a repository in it, or its blobs may be links of the user's to another disk."""
+        folder = self.hub.folder(self.repository.repo)
+        places = [place.resolve() for place in (self.hub.cache, folder, folder / "blobs", folder / "snapshots")]
+        blob = Path(os.path.normpath(found.parent / os.readlink(found))) if found.is_symlink() else found
+        return any(real.is_relative_to(place) for place in places) or blob.parent == folder / "blobs"
 
     def _digests(self, path: Path, file: HubFile) -> dict[str, Any]:
         """sha256 and size of a cached file, and git's sha1 where the Hub tells no other; read once, then remembered."""
