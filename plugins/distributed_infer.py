@@ -5,9 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, Field
+from pydantic import AfterValidator, Field, ValidationError, model_validator
+from pydantic_core import InitErrorDetails, PydanticCustomError
 
-from bigpipe.bigmodel.tasks import BuiltIn, require_known
+from bigpipe.bigmodel.sources import Sources
+from bigpipe.bigmodel.tasks import BuiltIn, find_task, require_known
 from bigpipe.errors import UsageError
 from bigpipe.machine import Machine
 from bigpipe.orchestrator.stage import Code, FileOrLiteral, Json, Metrics, Params, Planning, Port, Ranks, Stage, late
@@ -26,16 +28,16 @@ class InferParams(Params):
     """What is done, or `module:name`: a function, called (model, rows, **generation) and giving a dict per row, or a
     `Task`."""
     prompts: Annotated[str | list[str | list[dict[str, Any]] | dict[str, Any]], FileOrLiteral]
-    """A JSONL or text file, a glob of them, or a list of texts or chats."""
+    """A file (`.jsonl .ndjson .json .csv .tsv .parquet .txt`), a glob of them, or a list of texts or chats."""
     column: str = "prompt"
-    """The field of each JSON object that holds the prompt."""
+    """The field of each JSON object, or the column of a table, that holds the prompt."""
     batch_size: int = Field(1, ge=1)
     """Prompts that are computed together. The same ones, whatever the number of ranks."""
     max_new_tokens: int = Field(32, ge=1)
     """The longest continuation."""
     generation: dict[str, Any] = Field(default_factory=dict)
     """Arguments of `generate`, of the function, or `pooling: mean | last | first` of feature-extraction."""
-    seed: int = Field(0, ge=0)
+    seed: int = Field(0, ge=0, lt=2**63)
     """Of record i: seed + i."""
     dtype: Literal["float32", "float16", "bfloat16"] | None = None
     """What to compute in. null: as stored; on a CPU float32, where all weights fit half of its RAM as that."""
@@ -45,6 +47,24 @@ class InferParams(Params):
     """Every rank computes as many batches: the last one is repeated, and dropped at the merge."""
     max_errors: int = Field(0, ge=0)
     """How many prompts may fail; their results hold the error. One more fails the stage."""
+
+    @model_validator(mode="after")
+    def _arguments_are_known(self) -> InferParams:
+        return self if ":" in self.task else _with_known_arguments(self)
+
+
+def _with_known_arguments(params: InferParams) -> InferParams:
+    """Each argument of a built-in task is refused where it stands."""
+    problems: list[InitErrorDetails] = []
+    for name, value in params.generation.items():
+        try:
+            find_task(params.task, Sources()).check_arguments({name: value})
+        except UsageError as error:
+            refusal = PydanticCustomError("value_error", "{error}", {"error": f"{error.cause}; {error.cure}"})
+            problems.append({"type": refusal, "loc": ("generation", name), "input": value})
+    if problems:
+        raise ValidationError.from_exception_data("InferParams", problems)
+    return params
 
 
 class InferMetrics(Metrics):
@@ -71,7 +91,7 @@ def facts(params: InferParams, machine: Machine) -> Mapping[str, Json]:
 
 STAGE = Stage(
     kind="distributed-infer",
-    version=1,
+    version=2,
     params=InferParams,
     metrics=InferMetrics,
     inputs={"model": Port("checkpoint"), "placement": Port("placement", optional=True)},

@@ -14,6 +14,7 @@ from bigpipe.bigmodel.placement import Placement
 from bigpipe.bigmodel.tasks import TASKS, Answerer, TaskOptions, find_task, read_prompts
 from bigpipe.errors import UsageError
 from bigpipe.fit import Cure, Misfit, fits
+from bigpipe.modules import missing_name
 from bigpipe.orchestrator.stage import CheckContext, Forecast, ForecastContext, StageContext, StageResult
 from bigpipe.sizes import counted
 
@@ -39,8 +40,11 @@ def check(params: InferParams, ctx: CheckContext) -> None:
         _check_weights(model, ctx)
     if params.task not in TASKS:
         ctx.trust.require_module(params.task, f"task {params.task}")
+        if wrong := missing_name(params.task, ctx.base):
+            raise UsageError(f"task {params.task}: {wrong}", "correct the name, or the module")
         return
-    find_task(params.task, sources_of(ctx)).check(params.generation, rows, model)
+    sources = sources_of(ctx)
+    find_task(params.task, sources).check(params.generation, rows, model, sources)
 
 
 def _check_weights(model: ModelDescription, ctx: CheckContext) -> None:
@@ -106,7 +110,8 @@ def _misfits(each: int, ctx: ForecastContext) -> tuple[Misfit, ...]:
 def prepare(params: InferParams, ctx: StageContext) -> None:
     """Checks what only a worker may import, and shares out what no earlier attempt has finished."""
     rows = read_prompts(params.prompts, params.column, ctx.base)
-    find_task(params.task, sources_of(ctx)).check(params.generation, rows, describe_checkpoint(ctx.input("model")))
+    sources = sources_of(ctx)
+    find_task(params.task, sources).check(params.generation, rows, describe_checkpoint(ctx.input("model")), sources)
     plan = plan_work(
         ctx.scratch, rows, batch_size=params.batch_size, ranks=ctx.launch.num_processes, pad=params.apply_padding
     )

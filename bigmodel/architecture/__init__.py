@@ -11,10 +11,20 @@ from typing import TYPE_CHECKING
 from bigpipe.faces import face
 
 if TYPE_CHECKING:
-    from .asking import Matching, Request, ask_matching, ask_names, describe_architecture, read_request, request_key
+    from .asking import (
+        Matching,
+        Request,
+        ask_child,
+        ask_matching,
+        ask_names,
+        describe_architecture,
+        read_request,
+        request_key,
+    )
     from .instantiation import storage_of, tied_groups, with_empty_parameters
     from .outlining import BUFFERS, outline
     from .snapshot import known_architecture, missing_snapshot
     from .structure import ATTENTION, Architecture, CachedTensor, Head, ModuleSpec, TensorSpec, kept_in_float32
+    from .texts import position_limit, text_config
 
 __getattr__, __all__ = face(__name__)

@@ -184,7 +184,7 @@ def _answer(request: Request, memo: Path | None) -> dict[str, Any]:
     file = memo and memo / "architectures" / f"{request_key(request)}.json"
     if file and (said := recall(file)):
         return dict(said)
-    answer = _ask(request)
+    answer = ask_child("bigpipe.bigmodel.architecture.instantiation", json.dumps(asdict(request), default=str))
     if "error" in answer:
         raise BY_NAME.get(answer["error"], UsageError)(answer["cause"], answer["cure"])
     if file:
@@ -226,15 +226,15 @@ def _source_digest(request: Request) -> str | None:
     return digest.hexdigest()
 
 
-def _ask(request: Request) -> dict[str, Any]:
-    """What `instantiation` answers. It goes by files: what the model's code prints must not reach our output."""
+def ask_child(module: str, question: str) -> dict[str, Any]:
+    """Return what `python -m module QUESTION ANSWER`, two JSON files, answers. It goes by files: what foreign code
+    prints must not reach our output. Raise InvalidCheckpoint where it gives no answer."""
     import subprocess
 
     with tempfile.TemporaryDirectory(prefix="bigpipe-") as name:
-        question, answer = Path(name) / "question.json", Path(name) / "answer.json"
-        write_file(question, json.dumps(asdict(request), default=str), durable=False)
-        module = "bigpipe.bigmodel.architecture.instantiation"
-        command = [sys.executable, "-P", "-m", module, str(question), str(answer)]
+        asked, answer = Path(name) / "question.json", Path(name) / "answer.json"
+        write_file(asked, question, durable=False)
+        command = [sys.executable, "-P", "-m", module, str(asked), str(answer)]
         try:
             child = subprocess.run(
                 command, env=_child_environment(), stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL,

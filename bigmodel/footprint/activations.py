@@ -12,10 +12,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from bigpipe.bigmodel.architecture import ATTENTION, Architecture
+from bigpipe.bigmodel.architecture import ATTENTION, Architecture, text_config
 from bigpipe.bigmodel.memo import kept
-
-from .kvcache import text_config
 
 WRITTEN_OUT: Mapping[str, Mapping[int, tuple[int, int]]] = {
     "": {2: (10, 4), 4: (8, 4)},

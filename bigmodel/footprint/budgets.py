@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from typing import Any, Literal
 
-from bigpipe.bigmodel.architecture import Architecture
+from bigpipe.bigmodel.architecture import Architecture, position_limit, text_config
 from bigpipe.bigmodel.formats import converted_modules, matrix_shape
 from bigpipe.bigmodel.memo import kept
 from bigpipe.errors import UsageError
@@ -15,7 +15,7 @@ from bigpipe.errors import UsageError
 from . import activations
 from .activations import Shape
 from .cpu_peak import beside_weights
-from .kvcache import Cache, cache_of, text_config
+from .kvcache import Cache, cache_of
 from .weights import Weights, compute_bytes, weigh
 
 Basis = Literal["exact", "calibrated", "bound"]
@@ -301,12 +301,8 @@ def kv_bytes(dtype: str) -> int:
 
 def capped_length(architecture: Architecture, length: int) -> int:
     """The tokens of a sequence, at most what the model's positions allow."""
-    text = text_config(architecture.config)
-    if text.get("relative_attention_num_buckets") and "d_kv" in text:
-        return length  # T5's distances know no last position, whatever its config says
-    limits = [text.get(name) for name in ("max_position_embeddings", "n_positions", "max_target_positions")]
-    known = [limit for limit in limits if isinstance(limit, int) and limit > 0]
-    return min([length, *known])
+    limit = position_limit(architecture.config)
+    return length if limit is None else min(length, limit)
 
 
 def _image(architecture: Architecture) -> tuple[int, int] | None:

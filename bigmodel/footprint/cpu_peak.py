@@ -15,10 +15,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from bigpipe.bigmodel.architecture import Architecture
+from bigpipe.bigmodel.architecture import Architecture, text_config
 
 from .activations import Shape, prefill
-from .kvcache import cache_of, text_config
+from .kvcache import cache_of
 
 MIB = 2**20
 LAST_LOGITS_SCRATCH = 13 * MIB

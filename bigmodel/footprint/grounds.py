@@ -7,11 +7,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from bigpipe.bigmodel.architecture import Architecture
+from bigpipe.bigmodel.architecture import Architecture, text_config
 from bigpipe.bigmodel.formats import has_double_quant, width
 
 from .budgets import OPTIMIZERS, Budget
-from .kvcache import text_config
 
 Inputs = Mapping[str, int | str]
 

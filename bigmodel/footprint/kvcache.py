@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from bigpipe.bigmodel.architecture import Architecture
+from bigpipe.bigmodel.architecture import Architecture, text_config
 
 Config = Mapping[str, Any]
 
@@ -37,17 +37,6 @@ class Cache:
 
 
 NOTHING = Cache(0, 0, True, "none")
-
-
-def text_config(config: Config) -> Config:
-    """The part of a nested config that generates text: transformers' `get_text_config(decoder=True)`."""
-    for name in (
-        "decoder", "decoder_config", "generator", "text_config", "llm_config", "language_config", "thinker_config",
-    ):  # fmt: skip
-        nested = config.get(name)
-        if isinstance(nested, Mapping) and nested:
-            return text_config(nested)
-    return config
 
 
 def cache_of(

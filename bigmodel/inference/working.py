@@ -72,7 +72,7 @@ def answer_batch(answerer: Answerer, rows: Sequence[Row], log: Callable[[str], N
     try:
         answers = answerer(rows)
         for answer in answers:
-            json.dumps(answer.payload, allow_nan=False)
+            json.dumps(answer.payload, allow_nan=False, ensure_ascii=False).encode()
         return answers
     except BigpipeError:
         raise
@@ -85,7 +85,8 @@ def answer_batch(answerer: Answerer, rows: Sequence[Row], log: Callable[[str], N
         if len(rows) > 1:
             return [answer for row in rows for answer in answer_batch(answerer, [row], log)]
         log(f"prompt {rows[0].index}: " + "".join(traceback.format_exception(error)))
-        return [Answer({"error": f"{type(error).__name__}: {error}"})]
+        said = f"{type(error).__name__}: {error}".encode("utf-8", "backslashreplace").decode()
+        return [Answer({"error": said})]
 
 
 def _peaks() -> dict[str, int]:

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from itertools import accumulate, pairwise
 
-from bigpipe.bigmodel.architecture import Architecture
+from bigpipe.bigmodel.architecture import Architecture, text_config
 from bigpipe.bigmodel.footprint import (
     Budget,
     Workload,
@@ -14,7 +14,6 @@ from bigpipe.bigmodel.footprint import (
     compute_bytes,
     kv_cache,
     layer_kinds,
-    text_config,
 )
 from bigpipe.bigmodel.formats import PLAIN, Format
 

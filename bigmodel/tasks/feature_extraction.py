@@ -6,16 +6,19 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from bigpipe.bigmodel.architecture import text_config
 from bigpipe.bigmodel.execution import loaded
 from bigpipe.bigmodel.sources import Sources
 from bigpipe.errors import UsageError
 
 from .rows import Row
 from .task import Answer, Answerer, Task, TaskOptions
-from .tokenizing import encode, load_tokenizer, pad, require_tokenizer
+from .tokenizing import OWN_FUNCTION, check_length, encode, known_architecture, load_tokenizer, pad, require_tokenizer
 
 if TYPE_CHECKING:
     import torch
+
+    from bigpipe.bigmodel.checkpoint import ModelDescription
 
 POOLINGS: Mapping[str, Callable[[torch.Tensor], torch.Tensor]] = {
     "mean": lambda states: states.mean(0),
@@ -42,6 +45,7 @@ def _bind(model: Any, path: Path, options: TaskOptions, sources: Sources) -> Ans
         import torch
 
         encoded = [encode(tokenizer, row) for row in rows]
+        check_length(model, max(map(len, encoded)))
         inputs = pad(tokenizer, encoded, "right", loaded(model).homes.main)
         with torch.inference_mode():
             hidden = body(**inputs).last_hidden_state.float().cpu()
@@ -53,4 +57,11 @@ def _bind(model: Any, path: Path, options: TaskOptions, sources: Sources) -> Ans
     return answer
 
 
-TASK = Task(name="feature-extraction", bind=_bind, check_arguments=_check_arguments, check_model=require_tokenizer)
+def _check_model(model: ModelDescription, arguments: Mapping[str, Any], sources: Sources) -> None:
+    require_tokenizer(model)
+    architecture = known_architecture(model, sources)
+    if architecture is not None and not text_config(architecture.config).get("vocab_size"):
+        raise UsageError(f"{architecture.class_name} reads no text", OWN_FUNCTION)
+
+
+TASK = Task(name="feature-extraction", bind=_bind, check_arguments=_check_arguments, check_model=_check_model)

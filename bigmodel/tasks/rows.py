@@ -1,16 +1,18 @@
-"""Prompts as rows, from a list, from JSONL or text files, or from a glob of them."""
+"""Prompts as rows, from a list, from a file, or from a glob of them."""
 
 from __future__ import annotations
 
 import glob
 import hashlib
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from bigpipe.errors import UsageError
+
+from .promptfiles import read_file
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,11 +31,10 @@ class Row:
 
 
 def read_prompts(prompts: str | Sequence[Any], column: str, base: Path) -> list[Row]:
-    """Return the rows of a list, or of the files that a path or glob (relative to `base`) names, in their order.
-    `.jsonl` and `.json` files hold an object per line; of other files each line that is not blank is a prompt. Raise
-    UsageError naming file and line."""
+    """Return the rows of a list, or of the files that a path or glob (relative to `base`) names, in their order, each
+    read as its ending says. Raise UsageError naming file and line."""
     if isinstance(prompts, str):
-        given = [found for path in _files(prompts, base) for found in _lines(path, column)]
+        given = [found for path in _files(prompts, base) for found in read_file(path, column)]
     else:
         objects = [prompt if isinstance(prompt, dict) else {column: prompt} for prompt in prompts]
         given = [(f"prompts[{number}]", data) for number, data in enumerate(objects)]
@@ -50,21 +51,6 @@ def _files(pattern: str, base: Path) -> list[Path]:
     raise UsageError(f"prompts: there is no file {pattern}", f"relative paths start at {base}")
 
 
-def _lines(path: Path, column: str) -> Iterator[tuple[str, Any]]:
-    """(place, object) of each line that is not blank."""
-    try:
-        lines = path.read_text(encoding="utf-8").split("\n")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UsageError(f"prompts: {path} cannot be read: {error}", "give a UTF-8 text or JSONL file") from error
-    for number, line in enumerate(lines, 1):
-        try:
-            if line.strip():
-                is_json = path.suffix in (".jsonl", ".json")
-                yield f"{path}:{number}", json.loads(line) if is_json else {column: line.rstrip("\r")}
-        except ValueError as error:
-            raise UsageError(f"{path}:{number}: not JSON: {error}", "write one object per line") from error
-
-
 def _row(index: int, data: Any, column: str, where: str) -> Row:
     if not isinstance(data, dict):
         raise UsageError(f"{where}: a prompt is an object with {column!r}, or a text", "write one object per line")
@@ -73,4 +59,19 @@ def _row(index: int, data: Any, column: str, where: str) -> Row:
         raise UsageError(f"{where}: there is no {column!r}, only {names}", "set `column` to the one with the prompt")
     if not isinstance(data[column], str | list):
         raise UsageError(f"{where}: {column!r} is neither a text nor a list of messages", "write it as one of these")
+    for name, value in data.items():
+        if wrong := _unwritable({name: value}):
+            raise UsageError(f"{where}: {name!r} {wrong}", "mend it, or leave it out")
     return Row(index, data[column], data)
+
+
+def _unwritable(data: dict[str, Any]) -> str | None:
+    """Why it cannot be written as JSON in UTF-8, as a record is."""
+    try:
+        json.dumps(data, ensure_ascii=False).encode()
+    except UnicodeEncodeError as error:
+        half = error.object[error.start]
+        return f"holds half of a surrogate pair, {half!a}, which is no text"
+    except (TypeError, ValueError, RecursionError) as error:
+        return f"is no JSON value: {error}"
+    return None

@@ -50,18 +50,25 @@ class Task:
 
     bind: (model that `load` made, its checkpoint's directory, options, sources) → the function that answers batches.
       Raises UsageError where the model cannot do it. Only here may torch be imported.
-    check_arguments, check_model: raise UsageError for `TaskOptions.arguments` it does not take and for a model it
-      cannot run, as far as config and side files tell.
+    check_arguments: raises UsageError for `TaskOptions.arguments` it does not take; asked of each argument alone too.
+    check_model: (model, arguments, sources); raises UsageError for a model it cannot run, and for arguments that do not
+      go with it, as far as config and side files tell.
     columns: fields that each row must have besides its prompt.
     """
 
     name: str
     bind: Callable[[Any, Path, TaskOptions, Sources], Answerer]
     check_arguments: Callable[[Mapping[str, Any]], None] = lambda arguments: None
-    check_model: Callable[[ModelDescription], None] = lambda model: None
+    check_model: Callable[[ModelDescription, Mapping[str, Any], Sources], None] = lambda model, arguments, sources: None
     columns: tuple[str, ...] = ()
 
-    def check(self, arguments: Mapping[str, Any], rows: Sequence[Row], model: ModelDescription | None) -> None:
+    def check(
+        self,
+        arguments: Mapping[str, Any],
+        rows: Sequence[Row],
+        model: ModelDescription | None,
+        sources: Sources = Sources(),
+    ) -> None:
         """Raise UsageError for what is known to be wrong before there is a model in memory."""
         self.check_arguments(arguments)
         for row in rows:
@@ -69,11 +76,12 @@ class Task:
                 cause = f"task {self.name} needs {missing[0]!r}, which prompt {row.index} does not have"
                 raise UsageError(cause, f"give every prompt the fields {', '.join(self.columns)}")
         if model is not None:
-            self.check_model(model)
+            self.check_model(model, arguments, sources)
 
 
 def function_task(name: str, function: Callable[..., Any]) -> Task:
-    """Return the task that calls (model, rows, **arguments), each row a dict with `prompt`, `index` and `seed`."""
+    """Return the task that calls (model, rows, **arguments). Each row is a dict of its own fields as they are, and of
+    those among `prompt`, `index` and `seed` that it does not have itself."""
 
     def bind(model: Any, path: Path, options: TaskOptions, sources: Sources) -> Answerer:
         parameters = inspect.signature(function).parameters.values()
@@ -88,7 +96,7 @@ def _call(function: partial[Any], model: Any, seed: int, rows: Sequence[Row]) ->
     import torch
 
     torch.manual_seed(seed + rows[0].index)
-    given = [{**row.data, "prompt": row.prompt, "index": row.index, "seed": seed + row.index} for row in rows]
+    given = [{"prompt": row.prompt, "index": row.index, "seed": seed + row.index, **row.data} for row in rows]
     made = function(model, given)
     if not isinstance(made, list) or len(made) != len(rows) or not all(isinstance(entry, dict) for entry in made):
         raise TypeError(f"{function.func.__name__} must give a list of {len(rows)} dicts, one per row")

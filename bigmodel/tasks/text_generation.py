@@ -1,81 +1,139 @@
-"""text-generation: `{"text": …}`, the continuation of each prompt without the prompt."""
+"""text-generation: `{"text": …}`, the continuation of each prompt without the prompt; where several are asked for, all
+of them under `texts` besides."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from itertools import takewhile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from bigpipe.bigmodel.checkpoint import MAX_CONFIG, read_json
 from bigpipe.bigmodel.execution import loaded
 from bigpipe.bigmodel.sources import Sources
 from bigpipe.errors import UsageError
 
+from .arguments import GENERATION_CONFIG, as_floats, check_names, check_values
 from .rows import Row
 from .task import Answer, Answerer, Task, TaskOptions
-from .tokenizing import OWN_FUNCTION, encode, load_tokenizer, pad, require_tokenizer
+from .tokenizing import (
+    OWN_FUNCTION,
+    check_length,
+    encode,
+    has_weights,
+    known_architecture,
+    load_tokenizer,
+    pad,
+    require_tokenizer,
+)
 
 if TYPE_CHECKING:
     import torch
 
+    from bigpipe.bigmodel.checkpoint import ModelDescription
 
-def _check_arguments(arguments: Mapping[str, Any]) -> None:
-    if taken := {"max_new_tokens", "seed"} & arguments.keys():
-        raise UsageError(f"generation sets {', '.join(sorted(taken))}", "set it as a field of the stage")
+SEED_STEP = 0x9E3779B97F4A7C15
+"""Between the seeds of a row's texts: far from the seeds of other rows."""
+
+
+def _check_model(model: ModelDescription, arguments: Mapping[str, Any], sources: Sources) -> None:
+    require_tokenizer(model)
+    architecture = known_architecture(model, sources)
+    if architecture is not None and not (architecture.generates and architecture.output_embedding):
+        cause = f"{architecture.class_name} generates no text"
+        raise UsageError(cause, "take a model that does, the task feature-extraction, or `module:function`")
+    if architecture is not None and architecture.config.get("num_mel_bins"):
+        raise UsageError(f"{architecture.class_name} hears, and reads no prompts", OWN_FUNCTION)
+    check_values(arguments, _own_arguments(model), sources.memo)
+
+
+def _own_arguments(model: ModelDescription) -> Mapping[str, Any] | None:
+    """What the model's own file says; None where it is not here yet."""
+    if model.path is not None and (model.path / GENERATION_CONFIG).is_file():
+        return read_json(model.path / GENERATION_CONFIG, model.path, MAX_CONFIG)
+    return {} if has_weights(model) else None
 
 
 def _bind(model: Any, path: Path, options: TaskOptions, sources: Sources) -> Answerer:
     if not hasattr(model, "generate") or not hasattr(model, "generation_config"):
         raise UsageError(f"{type(model).__name__} has no `generate` of transformers'", OWN_FUNCTION)
     tokenizer, goes_on = load_tokenizer(path, sources), not model.config.is_encoder_decoder
+    given = as_floats(options.arguments)
+    asked = {"max_new_tokens": options.max_new_tokens, "pad_token_id": tokenizer.pad_token_id, **given}
+    if isinstance(watermark := asked.get("watermarking_config"), dict):
+        from transformers import WatermarkingConfig
+
+        asked["watermarking_config"] = WatermarkingConfig.from_dict(watermark)
+    settled = {**model.generation_config.to_dict(), **asked}
+    if settled.get("stop_strings"):
+        asked["tokenizer"] = tokenizer
+    cut, alone = _cutter(settled, tokenizer), _one_by_one(settled)
 
     def answer(rows: Sequence[Row]) -> list[Answer]:
         import torch
 
+        if alone and len(rows) > 1:
+            return [answer([row])[0] for row in rows]
         encoded = [encode(tokenizer, row) for row in rows]
         if goes_on:
-            _check_length(model, max(map(len, encoded)), options.max_new_tokens)
+            check_length(model, max(map(len, encoded)), options.max_new_tokens)
         # A decoder goes on where the prompt ends, so that is where all rows must meet.
         inputs = pad(tokenizer, encoded, "left" if goes_on else "right", loaded(model).homes.main)
         seeds = [options.seed + row.index for row in rows]
         with torch.inference_mode(), draw_alone(model, seeds):
             torch.manual_seed(seeds[0])
-            own = {"max_new_tokens": options.max_new_tokens, "pad_token_id": tokenizer.pad_token_id}
-            made = model.generate(**inputs, **own, **options.arguments)
-        made = made[:, inputs["input_ids"].shape[1] :] if goes_on else made
-        if len(made) != len(rows):
-            raise UsageError(f"generation gave {len(made)} texts for {len(rows)} prompts", "ask for one per prompt")
-        given = 0 if goes_on else 1  # an encoder-decoder's first token
-        return [
-            Answer({"text": tokenizer.decode(tokens, skip_special_tokens=True)}, _count(model, tokens[given:]))
-            for tokens in made.tolist()
-        ]
+            made = model.generate(**inputs, **asked)
+        made = getattr(made, "sequences", made)  # of a model whose own file asks for more than tokens
+        start = inputs["input_ids"].shape[1] if goes_on else 1  # an encoder-decoder's first token is given
+        found = [cut(tokens, start) for tokens in made.tolist()]
+        each = len(found) // len(rows)
+        return [_answer(tokenizer, found[first : first + each]) for first in range(0, len(found), each)]
 
     return answer
 
 
-TASK = Task(name="text-generation", bind=_bind, check_arguments=_check_arguments, check_model=require_tokenizer)
+def _one_by_one(settings: Mapping[str, Any]) -> bool:
+    """Does transformers draw for the whole batch, or take no batch?"""
+    draws_beams = settings.get("do_sample") and (settings.get("num_beams") or 1) > 1
+    return bool(draws_beams or settings.get("prompt_lookup_num_tokens"))
 
 
-def _count(model: Any, tokens: list[int]) -> int:
-    """Tokens up to the first that ends a text, with it; what follows is padding."""
-    ends = model.generation_config.eos_token_id
-    ends = set(ends if isinstance(ends, list) else [ends])
-    return next((place for place, token in enumerate(tokens, 1) if token in ends), len(tokens))
+def _answer(tokenizer: Any, found: list[list[int]]) -> Answer:
+    texts = [tokenizer.decode(tokens, skip_special_tokens=True) for tokens in found]
+    several = {"texts": texts} if len(texts) > 1 else {}
+    return Answer({"text": texts[0], **several}, sum(map(len, found)))
 
 
-def _check_length(model: Any, tokens: int, new: int) -> None:
-    """Beyond its positions a model fails, on a GPU for good, or goes on with nonsense."""
-    config = model.config.get_text_config()
-    limit = getattr(config, "max_position_embeddings", None) or getattr(config, "n_positions", None)
-    if isinstance(limit, int) and tokens + new > limit:
-        cause = f"{tokens} tokens and {new} new ones are more than the model's {limit} positions"
-        raise ValueError(f"{cause}: shorten the prompt or max_new_tokens")
+def _cutter(settings: Mapping[str, Any], tokenizer: Any) -> Callable[[list[int], int], list[int]]:
+    """Return what takes all tokens of a row and where those made begin, and gives the latter up to the end of the text,
+    with what ended it. What follows is padding, which need be no token that decoding leaves out."""
+    import torch
+    from transformers import StopStringCriteria
+
+    ends, padding, stops = settings.get("eos_token_id"), settings.get("pad_token_id"), settings.get("stop_strings")
+    last = frozenset(ends if isinstance(ends, list) else [ends])
+    stopped = StopStringCriteria(tokenizer, stops) if stops else None
+
+    def cut(tokens: list[int], start: int) -> list[int]:
+        made = tokens[start:]
+        end = next((place for place, token in enumerate(made, 1) if token in last), len(made))
+        if stopped and end == len(made):
+            padded = len(list(takewhile(lambda token: token == padding, reversed(made))))
+            for stop in range(max(len(made) - padded, 1), len(made)):
+                if stopped(torch.tensor([tokens[: start + stop]]), None)[0]:
+                    return made[:stop]
+        return made[:end]
+
+    return cut
+
+
+TASK = Task(name="text-generation", bind=_bind, check_arguments=check_names, check_model=_check_model)
 
 
 @contextmanager
 def draw_alone(model: Any, seeds: Sequence[int]) -> Iterator[None]:
-    """Inside, `model.generate` draws each row's tokens from a generator of its own. After all processors that
+    """Inside, `model.generate` draws the tokens of each text from a generator of its own. After all processors that
     transformers puts in order, the token is chosen by the Gumbel-max rule (Maddison et al. 2014, arXiv 1411.0030),
     which draws exactly from the softmax of the scores. Beams are drawn by transformers."""
     ordinary = getattr(model, "_get_logits_processor", None)
@@ -86,8 +144,8 @@ def draw_alone(model: Any, seeds: Sequence[int]) -> Iterator[None]:
     def processors(*arguments: Any, **named: Any) -> Any:
         found = ordinary(*arguments, **named)
         config = named.get("generation_config") or arguments[0]
-        if config.do_sample and (config.num_beams or 1) == 1 and (config.num_return_sequences or 1) == 1:
-            found.append(_row_sampler(seeds))
+        if config.do_sample and (config.num_beams or 1) == 1:
+            found.append(_row_sampler(seeds, config.num_return_sequences or 1))
         return found
 
     model._get_logits_processor = processors
@@ -97,13 +155,14 @@ def draw_alone(model: Any, seeds: Sequence[int]) -> Iterator[None]:
         del model._get_logits_processor
 
 
-def _row_sampler(seeds: Sequence[int]) -> Callable[[torch.Tensor, torch.Tensor], torch.Tensor]:
+def _row_sampler(seeds: Sequence[int], texts: int) -> Callable[[torch.Tensor, torch.Tensor], torch.Tensor]:
     import torch
 
-    generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+    own = [(seed + text * SEED_STEP) % 2**63 for seed in seeds for text in range(texts)]
+    generators = [torch.Generator().manual_seed(seed) for seed in own]
 
     def choose(tokens: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
-        """[rows, vocabulary] → the same, with all but the token drawn at −∞."""
+        """[rows · texts, vocabulary] → the same, with all but the token drawn at −∞."""
         uniform = torch.stack([torch.rand(scores.shape[1], generator=each, dtype=torch.float64) for each in generators])
         noise = -torch.log(-torch.log(uniform.clamp_min(torch.finfo(torch.float64).tiny)))
         chosen = (scores.double() + noise.to(scores.device)).argmax(-1, keepdim=True)

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from bigpipe.bigmodel.architecture import Architecture, describe_architecture, position_limit, read_request
 from bigpipe.bigmodel.checkpoint import ModelDescription
 from bigpipe.bigmodel.sources import Sources
 from bigpipe.errors import UsageError
@@ -31,8 +32,30 @@ def require_tokenizer(model: ModelDescription) -> None:
     if model.custom is not None:
         name = model.custom.get("class")
         raise UsageError(f"the task needs a model of transformers; this one is of the class {name}", OWN_FUNCTION)
-    if model.path is not None and _holds(model.path, WEIGHT_FILES) and not _holds(model.path, TOKENIZER_FILES):
+    if model.path is not None and has_weights(model) and not _holds(model.path, TOKENIZER_FILES):
         raise UsageError(f"the task needs a tokenizer, and {model.path} has none", DOWNLOAD)
+
+
+def known_architecture(model: ModelDescription, sources: Sources) -> Architecture | None:
+    """Return what the model consists of; None where its config, or code of its own that is trusted, is not here yet.
+    Raise UsageError for a model that is none of transformers', and as `describe_architecture` does."""
+    if not model.config:
+        return None
+    library = read_request(model.config).library
+    if library != "transformers":
+        raise UsageError(f"the task needs a model of transformers; this one is of {library}", OWN_FUNCTION)
+    source = model.path if model.path is not None and sources.trust_remote_code else model.config
+    try:
+        return describe_architecture(source, sources=sources)
+    except UsageError:
+        if sources.trust.remote_code and "auto_map" in model.config:
+            return None
+        raise
+
+
+def has_weights(model: ModelDescription) -> bool:
+    """Return whether its directory is a whole checkpoint: what is not in it is nowhere."""
+    return model.path is not None and _holds(model.path, WEIGHT_FILES)
 
 
 def _holds(directory: Path, patterns: Sequence[str]) -> bool:
@@ -48,7 +71,7 @@ def load_tokenizer(path: Path, sources: Sources) -> Any:
             raise OSError("there are no files of one")
         trusted = sources.trust_remote_code
         tokenizer = AutoTokenizer.from_pretrained(str(path), local_files_only=True, trust_remote_code=trusted)
-    except (OSError, ValueError, ImportError) as error:
+    except Exception as error:  # a foreign file may make foreign code raise anything
         first = str(error).strip().partition("\n")[0]
         raise UsageError(f"{path} has no tokenizer that can be used: {first}", DOWNLOAD) from error
     if tokenizer.pad_token is None:  # padding is masked: any token serves
@@ -69,5 +92,15 @@ def encode(tokenizer: Any, row: Row) -> list[int]:
 
 def pad(tokenizer: Any, encoded: list[list[int]], side: str, device: torch.device) -> dict[str, torch.Tensor]:
     """Return `input_ids` and `attention_mask`, [rows, longest] int64 on `device`, padded on the `side` named."""
-    padded = tokenizer.pad({"input_ids": encoded}, padding_side=side, return_tensors="pt")
+    mask: Any = {"return_attention_mask": True}  # some tokenizers' files leave it out
+    padded = tokenizer.pad({"input_ids": encoded}, padding_side=side, return_tensors="pt", **mask)
     return {name: padded[name].to(device) for name in ("input_ids", "attention_mask")}
+
+
+def check_length(model: Any, tokens: int, new: int = 0) -> None:
+    """Raise ValueError for a text beyond the positions of a model: it fails, on a GPU for good, or goes on with
+    nonsense."""
+    limit = position_limit(model.config.to_dict())
+    if limit is not None and tokens + new > limit:
+        ones, cure = (f" and {new} new ones", " or max_new_tokens") if new else ("", "")
+        raise ValueError(f"{tokens} tokens{ones} are more than the model's {limit} positions: shorten the prompt{cure}")

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import ast
 import sys
+from collections.abc import Iterator
 from functools import reduce
 from importlib import import_module, invalidate_caches
 from importlib.machinery import PathFinder
@@ -40,6 +42,35 @@ def source_files(top: str, base: Path | None) -> list[tuple[str, Path]]:
         else:
             found.append((place.name, place))
     return sorted(found)
+
+
+def missing_name(reference: str, base: Path | None) -> str | None:
+    """Return why importing `module:name` must fail, by the source alone; None where it need not. Where in its directory
+    or package a module lies, and what it names, is looked up as `import_attribute` does; nothing is imported."""
+    module, _, name = reference.partition(":")
+    top, *below = module.split(".")
+    files = {relative.removesuffix(".py").removesuffix("/__init__"): file for relative, file in source_files(top, base)}
+    file = files.get("/".join(below) or "__init__") or files.get(top if not below else "")
+    if file is None:
+        return f"there is no module {module}" if files else None
+    try:
+        body = ast.parse(file.read_bytes(), str(file))
+    except SyntaxError as error:
+        return f"{file}:{error.lineno}: {error.msg}"
+    names = set(_bound(body))
+    known = names & {"*", "__getattr__", name.partition(".")[0]}
+    return None if known else f"{file} has nothing that is named {name.partition('.')[0]}"
+
+
+def _bound(tree: ast.AST) -> Iterator[str]:
+    """All names that are given a meaning anywhere in it."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
+            yield node.name
+        elif isinstance(node, ast.alias):
+            yield node.asname or node.name.partition(".")[0]
+        elif isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
+            yield node.id
 
 
 def import_attribute(reference: str, base: Path | None = None) -> Any:

@@ -166,7 +166,7 @@ def test_a_function_of_ones_own(tmp_path: Path) -> None:
         ("text-generatoin", {}, "did you mean 'text-generation'"),
         ("text", {}, "is not known"),
         ("os:system", {}, "module os is not trusted"),
-        ("text-generation", {"max_new_tokens": 3}, "generation sets max_new_tokens"),
+        ("text-generation", {"max_new_tokens": 3}, "set max_new_tokens as a field of the stage"),
         ("feature-extraction", {"pooling": "sum"}, "pooling 'sum' is not known"),
         ("feature-extraction", {"top_k": 3}, "no option 'top_k'"),
     ],

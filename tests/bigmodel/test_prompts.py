@@ -1,11 +1,17 @@
 from __future__ import annotations
 
+import csv
+import json
 from pathlib import Path
 
 import pytest
 
-from bigpipe.bigmodel.tasks import read_prompts
+from bigpipe.bigmodel.inference.working import answer_batch
+from bigpipe.bigmodel.tasks import Answer, Row, read_prompts
+from bigpipe.bigmodel.tasks.promptfiles import READERS
 from bigpipe.errors import UsageError
+
+BOM = b"\xef\xbb\xbf"
 
 
 def texts(*arguments: object) -> list[object]:
@@ -32,25 +38,120 @@ def test_rows_know_their_input(tmp_path: Path) -> None:
     assert one.digest == again.digest != two.digest
 
 
+TWO = {
+    "a.jsonl": b'{"prompt": "one, \xc3\xa9", "n": 1}\n{"prompt": "two\\nlines", "n": 2}\n',
+    "a.ndjson": b'{"prompt": "one, \xc3\xa9", "n": 1}\r\n\r\n{"prompt": "two\\nlines", "n": 2}',
+    "lines.json": b'{"prompt": "one, \xc3\xa9", "n": 1}\n{"prompt": "two\\nlines", "n": 2}\n',
+    "list.json": b'[{"prompt": "one, \xc3\xa9", "n": 1},\n {"prompt": "two\\nlines", "n": 2}]',
+    "texts.json": b'["one, \xc3\xa9", "two\\nlines"]',
+    "a.csv": b'n,prompt\r\n1,"one, \xc3\xa9"\r\n2,"two\nlines"\r\n',
+    "a.tsv": b'n\tprompt\n1\tone, \xc3\xa9\n2\t"two\nlines"\n',
+}
+
+
+@pytest.mark.parametrize("mark", [b"", BOM])
+@pytest.mark.parametrize("name", TWO)
+def test_each_ending_in_any_case_with_and_without_a_mark(tmp_path: Path, name: str, mark: bytes) -> None:
+    for written in (name, name.upper()):
+        (tmp_path / written).write_bytes(mark + TWO[name])
+        assert texts(written, "prompt", tmp_path) == ["one, é", "two\nlines"]
+
+
+def test_a_mark_is_no_part_of_a_line_of_text(tmp_path: Path) -> None:
+    (tmp_path / "A.TXT").write_bytes(BOM + b"one\r\ntwo\rthree\n")
+    assert texts("A.TXT", "prompt", tmp_path) == ["one", "two", "three"]
+
+
+def test_one_object_over_many_lines(tmp_path: Path) -> None:
+    (tmp_path / "one.json").write_text(json.dumps({"prompt": "alone", "n": [1, 2]}, indent=2))
+    assert texts("one.json", "prompt", tmp_path) == ["alone"]
+
+
+def test_a_cell_longer_than_csv_allows_by_itself(tmp_path: Path) -> None:
+    before = csv.field_size_limit()
+    (tmp_path / "long.csv").write_text("prompt\n" + "x" * 200_000 + "\n")
+    assert texts("long.csv", "prompt", tmp_path) == ["x" * 200_000]
+    assert csv.field_size_limit() == before
+
+
+def test_parquet(tmp_path: Path) -> None:
+    pyarrow = pytest.importorskip("pyarrow")
+    from pyarrow import parquet
+
+    table = pyarrow.table({"prompt": ["one", "two"], "n": [1, None]})
+    parquet.write_table(table, tmp_path / "a.Parquet")
+    rows = read_prompts("a.Parquet", "prompt", tmp_path)
+    assert [row.data for row in rows] == [{"prompt": "one", "n": 1}, {"prompt": "two", "n": None}]
+    parquet.write_table(pyarrow.table({"prompt": ["one"], "raw": [b"\x00"]}), tmp_path / "bytes.parquet")
+    with pytest.raises(UsageError, match=r"bytes\.parquet\[0\]: 'raw' is no JSON value"):
+        read_prompts("bytes.parquet", "prompt", tmp_path)
+
+
+def test_what_is_no_parquet_is_refused_with_or_without_pyarrow(tmp_path: Path) -> None:
+    (tmp_path / "a.parquet").write_bytes(b"PAR1 and nothing more")
+    with pytest.raises(UsageError, match=r"a\.parquet (needs pyarrow|cannot be read)"):
+        read_prompts("a.parquet", "prompt", tmp_path)
+
+
+@pytest.mark.parametrize("name", ["prompts", "a.jsonlines", "a.md", "a.jsonl.gz", "a.xlsx", "a.yaml", ".jsonl"])
+def test_an_ending_that_says_nothing_is_an_error(tmp_path: Path, name: str) -> None:
+    (tmp_path / name).write_text('{"prompt": "a"}\n')
+    with pytest.raises(UsageError, match="no file of prompts does") as raised:
+        read_prompts(name, "prompt", tmp_path)
+    assert name in raised.value.cause
+    assert all(ending in raised.value.cure for ending in READERS)
+
+
 @pytest.mark.parametrize(
-    ("content", "column", "cause"),
+    ("name", "content", "cause"),
     [
-        ('{"prompt": "a"}\n{"prompt": ', "prompt", r"p\.jsonl:2: not JSON"),
-        ('{"text": "a"}', "prompt", r"p\.jsonl:1: there is no 'prompt', only 'text'"),
-        ('["a"]', "prompt", r"p\.jsonl:1: a prompt is an object with 'prompt'"),
-        ('{"prompt": 5}', "prompt", r"p\.jsonl:1: 'prompt' is neither a text nor a list"),
-        ("\n\n", "prompt", "there is no prompt"),
+        ("p.jsonl", '{"prompt": "a"}\n{"prompt": ', r"p\.jsonl:2: not JSON"),
+        ("p.jsonl", '{"text": "a"}', r"p\.jsonl:1: there is no 'prompt', only 'text'"),
+        ("p.jsonl", '["a"]', r"p\.jsonl:1: a prompt is an object with 'prompt'"),
+        ("p.jsonl", '{"prompt": 5}', r"p\.jsonl:1: 'prompt' is neither a text nor a list"),
+        ("p.jsonl", "\n\n", "there is no prompt"),
+        ("p.jsonl", '{"prompt": "a"}\n{"prompt": "b \\ud83d c"}', r"p\.jsonl:2: 'prompt' holds half .* '\\ud83d'"),
+        ("p.jsonl", '{"prompt": "a", "x": {"\\udc00": 1}}', r"p\.jsonl:1: 'x' holds half"),
+        ("p.jsonl", "[" * 100_000, r"p\.jsonl:1: not JSON"),
+        ("p.json", '[{"prompt": "a"}, 5]', r"p\.json\[1\]: a prompt is an object"),
+        ("p.json", '[{"prompt": "a"}', r"p\.json: not JSON"),
+        ("p.json", '{"prompt": "a"}\n{"prompt"', r"p\.json:2: not JSON"),
+        ("p.csv", "id;prompt\n1;a\n", r"p\.csv:2: there is no 'prompt', only 'id;prompt'"),
+        ("p.csv", "id,prompt\n1,a, b\n", r"p\.csv:2: 3 cells under 2 names"),
+        ("p.csv", "prompt,prompt\na,b\n", r"p\.csv:1: two columns are named 'prompt'"),
+        ("p.csv", 'prompt\n"a" b\n', r"p\.csv:2: no row of a table"),
+        ("p.csv", 'prompt\n"a\n', r"p\.csv:2: no row of a table"),
+        ("p.csv", "prompt\n", "there is no prompt"),
+        ("p.csv", "", "there is no prompt"),
+        ("p.tsv", "id,prompt\n1,a\n", r"p\.tsv:2: there is no 'prompt', only 'id,prompt'"),
     ],
 )
-def test_says_which_line_is_wrong(tmp_path: Path, content: str, column: str, cause: str) -> None:
-    (tmp_path / "p.jsonl").write_text(content)
+def test_says_which_line_is_wrong(tmp_path: Path, name: str, content: str, cause: str) -> None:
+    (tmp_path / name).write_text(content)
     with pytest.raises(UsageError, match=cause):
-        read_prompts("p.jsonl", column, tmp_path)
+        read_prompts(name, "prompt", tmp_path)
 
 
-def test_missing_and_unreadable_files(tmp_path: Path) -> None:
+def test_half_a_pair_in_a_list_of_the_manifest(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match=r"prompts\[1\]: 'prompt' holds half"):
+        read_prompts(["a", "b\ud83d"], "prompt", tmp_path)
+
+
+@pytest.mark.parametrize("content", [b"caf\xe9", "caf\u00e9".encode("utf-16")])
+def test_missing_and_unreadable_files(tmp_path: Path, content: bytes) -> None:
     with pytest.raises(UsageError, match=r"there is no file nowhere\.jsonl"):
         read_prompts("nowhere.jsonl", "prompt", tmp_path)
-    (tmp_path / "latin.txt").write_bytes(b"caf\xe9")
+    (tmp_path / "latin.txt").write_bytes(content)
     with pytest.raises(UsageError, match=r"latin\.txt cannot be read"):
         read_prompts("latin.txt", "prompt", tmp_path)
+
+
+@pytest.mark.parametrize("payload", [{"text": "half \ud83d"}, {"text": float("nan")}, {"text": b"bytes"}])
+def test_an_answer_that_cannot_be_written_fails_its_row_alone(payload: dict[str, object]) -> None:
+    def answer(rows: object) -> list[Answer]:
+        return [Answer(payload if row.index == 1 else {"text": "good"}) for row in rows]  # type: ignore[attr-defined]
+
+    rows = [Row(index, "p", {"prompt": "p"}) for index in range(3)]
+    said = answer_batch(answer, rows, lambda text: None)  # type: ignore[arg-type]
+    assert [list(each.payload) for each in said] == [["text"], ["error"], ["text"]]
+    json.dumps(said[1].payload, ensure_ascii=False).encode()

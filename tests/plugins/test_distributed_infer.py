@@ -255,9 +255,81 @@ def test_checks_prompts_task_and_tokenizer_before_anything_runs(tmp_path: Path, 
         inferring.check(params(), checking(tmp_path, inputs={"model": (bare,)}))
     with pytest.raises(ValidationError, match="did you mean 'text-generation'"):
         params(task="text-generatoin")
-    for wrong in ({"batch_size": 0}, {"split": "queue"}, {"max_tokens": 5}):
+    for wrong in ({"batch_size": 0}, {"split": "queue"}, {"max_tokens": 5}, {"seed": 2**63}):
         with pytest.raises(ValidationError):
             params(**wrong)
+
+
+@pytest.mark.parametrize(
+    ("source", "cause"),
+    [
+        ("def length(model, rows): ...", r"mytasks\.py has nothing that is named lengths"),
+        ("def lengths(model, rows:", r"mytasks\.py:1: "),
+        ("from elsewhere import *", None),
+        ("import lengths", None),
+        ("if 1:\n    lengths = print", None),
+        ("def __getattr__(name): ...", None),
+    ],
+)
+def test_a_function_that_is_not_there_is_missed_before_anything_runs(
+    tmp_path: Path, source: str, cause: str | None
+) -> None:
+    (tmp_path / "mytasks.py").write_text(source)
+    ctx = checking(tmp_path, trust=Trust(modules=("mytasks",)))
+    if cause is None:
+        inferring.check(params(task="mytasks:lengths"), ctx)
+        return
+    with pytest.raises(UsageError, match=cause):
+        inferring.check(params(task="mytasks:lengths"), ctx)
+
+
+def test_a_module_of_a_package_that_is_not_there(tmp_path: Path) -> None:
+    (tmp_path / "mypackage").mkdir()
+    (tmp_path / "mypackage/__init__.py").write_text("")
+    (tmp_path / "mypackage/there.py").write_text("class Tasks: ...")
+    ctx = checking(tmp_path, trust=Trust(modules=("mypackage",)))
+    inferring.check(params(task="mypackage.there:Tasks.one"), ctx)
+    with pytest.raises(UsageError, match=r"there is no module mypackage\.gone"):
+        inferring.check(params(task="mypackage.gone:one"), ctx)
+
+
+WRONG_ARGUMENTS = """version: 1
+name: wrong
+stages:
+  download: {uses: download, with: {path: MODEL}}
+  generate:
+    uses: distributed-infer
+    inputs: download
+    with:
+      task: text-generation
+      prompts: [a]
+      generation:
+        num_beans: 4
+        penalty_alpha: 0.5
+        temperature: hot
+    launch:
+      machine_rank: 1
+"""
+
+
+def test_arguments_are_refused_where_they_stand(workshop: Workshop, model: Path) -> None:
+    workshop.manifest.write_text(WRONG_ARGUMENTS.replace("MODEL", str(model)))
+    said = workshop.command("validate", str(workshop.manifest))
+    assert said.returncode == 2
+    for place in (
+        "recipe.yaml:12:20: error",
+        "did you mean 'num_beams'",
+        "recipe.yaml:13:24: error",
+        "penalty_alpha is not taken",
+        "recipe.yaml:16:",
+    ):
+        assert place in said.stdout + said.stderr
+    assert "machine_rank 1 is not one of 1 machines" in said.stdout + said.stderr
+    right = WRONG_ARGUMENTS.replace("        num_beans: 4\n        penalty_alpha: 0.5\n", "").partition("    launch")[0]
+    with pytest.raises(UsageError, match='generation.temperature takes float, and "hot" is given') as raised:
+        workshop.run(right.replace("MODEL", str(model)))
+    assert raised.value.place is not None
+    assert raised.value.place.line == 5
 
 
 def test_forecasts_shares_memory_and_gpus(tmp_path: Path, model: Path) -> None:

@@ -1,0 +1,54 @@
+"""What a config says of the part that reads and writes text, and of how long a text may be."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+Config = Mapping[str, Any]
+POSITIONS = ("max_position_embeddings", "n_positions", "max_target_positions")
+OFFSET = frozenset({"roberta", "xlm-roberta", "xlm-roberta-xl", "camembert", "roberta-prelayernorm", "data2vec-text",
+                    "longformer", "mpnet", "ibert", "esm"})  # fmt: skip
+"""Model types that number positions from behind the padding token's, so that the table has so many less for tokens."""
+
+
+def text_config(config: Config) -> Config:
+    """The part of a nested config that generates text: transformers' `get_text_config(decoder=True)`."""
+    for name in (
+        "decoder", "decoder_config", "generator", "text_config", "llm_config", "language_config", "thinker_config",
+    ):  # fmt: skip
+        nested = config.get(name)
+        if isinstance(nested, Mapping) and nested:
+            return text_config(nested)
+    return config
+
+
+def position_limit(config: Config) -> int | None:
+    """Return the most tokens that a complete config's positions are made for; None where there is no last one.
+
+    Rotary positions that are scaled reach `factor` times as far as they did before: transformers computes them so for
+    YaRN, linear, dynamic, longrope and llama3 (modeling_rope_utils.py), whatever max_position_embeddings says. Where
+    layers differ, the least far reaching ones count.
+    """
+    text = text_config(config)
+    if text.get("relative_attention_num_buckets") and "d_kv" in text:
+        return None  # T5's distances know no last position, whatever its config says
+    known: list[int] = [text[name] for name in POSITIONS if type(text.get(name)) is int and text[name] > 0]
+    if not known:
+        return None
+    limit = min(known)
+    if text.get("model_type") in OFFSET and type(padding := text.get("pad_token_id")) is int:
+        return int(limit - padding - 1)
+    scaling = text.get("rope_parameters") or text.get("rope_scaling")
+    return _scaled(limit, scaling) if isinstance(scaling, Mapping) else limit
+
+
+def _scaled(limit: int, scaling: Config) -> int:
+    layers = [layer for layer in scaling.values() if isinstance(layer, Mapping)]
+    if layers:
+        return min(_scaled(limit, layer) for layer in layers)
+    kind, factor = scaling.get("rope_type", scaling.get("type", "default")), scaling.get("factor")
+    if kind == "default" or not isinstance(factor, int | float):
+        return limit
+    before = scaling.get("original_max_position_embeddings")
+    return max(limit, int(factor * (before if isinstance(before, int) else limit)))

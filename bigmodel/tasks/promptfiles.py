@@ -1,0 +1,116 @@
+"""Files of prompts, each read as its ending says: lines of JSON, JSON, tables, Parquet, and lines of text."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import re
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from bigpipe.errors import UsageError
+
+Found = Iterator[tuple[str, Any]]
+"""(place, JSON value) of each prompt."""
+LONGEST_CELL = 2**31 - 1
+"""Characters; csv's own limit is 131,072, which a prompt may well have."""
+
+
+def read_file(path: Path, column: str) -> Found:
+    """Yield each prompt of a file and where it stands, in their order: objects, or texts under `column`. The ending
+    tells how to read it, in any case. Raise UsageError for an ending that is none of `READERS`, and for what is not as
+    the ending says."""
+    reader = READERS.get(path.suffix.lower())
+    if reader is None:
+        cause = f"prompts: {path} ends with {path.suffix!r}" if path.suffix else f"prompts: {path} has no ending"
+        raise UsageError(f"{cause}, and no file of prompts does", f"name it after what it holds: {', '.join(READERS)}")
+    for place, value in reader(path):
+        yield place, {column: value} if isinstance(value, str) else value
+
+
+def _text(path: Path) -> str:
+    """What the file holds, without a byte-order mark."""
+    try:
+        return path.read_bytes().decode("utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UsageError(f"prompts: {path} cannot be read: {error}", "give a file in UTF-8") from error
+
+
+def _lines(path: Path) -> Iterator[tuple[str, str]]:
+    """(place, line) of each line that is not blank. Other marks that Unicode ends lines with are a prompt's own."""
+    for number, line in enumerate(re.split(r"\r\n|\r|\n", _text(path)), 1):
+        if line.strip():
+            yield f"{path}:{number}", line
+
+
+def _parse(text: str, place: str) -> Any:
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise UsageError(f"{place}: not JSON: {error}", "write one object per line") from error
+
+
+def _json_lines(path: Path) -> Found:
+    for place, line in _lines(path):
+        yield place, _parse(line, place)
+
+
+def _json(path: Path) -> Found:
+    """A list of prompts; one object; or objects line by line, which many tools name so."""
+    text = _text(path)
+    if text.lstrip()[:1] == "[":
+        for index, value in enumerate(_parse(text, str(path))):
+            yield f"{path}[{index}]", value
+        return
+    try:
+        yield f"{path}", json.loads(text)
+    except (ValueError, RecursionError):
+        yield from _json_lines(path)
+
+
+def _table(path: Path, delimiter: str) -> Found:
+    """Rows of a table whose first row names the columns (RFC 4180)."""
+    limit = csv.field_size_limit(LONGEST_CELL)
+    try:
+        reader = csv.reader(io.StringIO(_text(path), newline=""), delimiter=delimiter, strict=True)
+        rows = [(f"{path}:{reader.line_num}", cells) for cells in reader if cells]
+    except csv.Error as error:
+        cause = f"{path}:{reader.line_num}: no row of a table: {error}"
+        raise UsageError(cause, 'put cells with quotes into quotes, and double those inside: "a ""b"""') from error
+    finally:
+        csv.field_size_limit(limit)
+    head = rows[0][1] if rows else []
+    if doubled := [name for name in head if head.count(name) > 1]:
+        raise UsageError(f"{path}:1: two columns are named {doubled[0]!r}", "rename one")
+    for place, cells in rows[1:]:
+        if len(cells) != len(head):
+            raise UsageError(f"{place}: {len(cells)} cells under {len(head)} names of columns", "put texts into quotes")
+        yield place, dict(zip(head, cells, strict=True))
+
+
+def _parquet(path: Path) -> Found:
+    try:
+        import pyarrow.parquet as parquet
+    except ImportError as error:
+        cure = "pip install 'bigpipe-ml[parquet]', or write the prompts as lines of JSON"
+        raise UsageError(f"prompts: {path} needs pyarrow, which is not installed", cure) from error
+    try:
+        rows = parquet.read_table(path).to_pylist()
+    except Exception as error:
+        raise UsageError(f"prompts: {path} cannot be read: {error}", "give a Parquet file") from error
+    for index, row in enumerate(rows):
+        yield f"{path}[{index}]", row
+
+
+READERS: Mapping[str, Callable[[Path], Found]] = {
+    ".jsonl": _json_lines,
+    ".ndjson": _json_lines,
+    ".json": _json,
+    ".csv": partial(_table, delimiter=","),
+    ".tsv": partial(_table, delimiter="\t"),
+    ".parquet": _parquet,
+    ".txt": _lines,
+}

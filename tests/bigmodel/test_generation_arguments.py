@@ -1,0 +1,267 @@
+"""Every argument of transformers' GenerationConfig does what it says, or is refused by name before there is a model."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from support.models import make_checkpoint
+from transformers import AutoTokenizer, GenerationConfig
+
+from bigpipe.bigmodel.checkpoint import ModelDescription, describe_checkpoint
+from bigpipe.bigmodel.execution import load
+from bigpipe.bigmodel.sources import Sources
+from bigpipe.bigmodel.tasks import Answer, Row, TaskOptions, find_task
+from bigpipe.bigmodel.tasks.arguments import FIELDS, REFUSED, as_floats, known_arguments, wrong_value
+from bigpipe.errors import UsageError
+
+QUICKSTART = Path(__file__).parents[2] / "models/quickstart"
+TEXTS = ["Create a new", "Return a", "The"]
+TASK = find_task("text-generation", Sources())
+SAMPLE = {"do_sample": True}
+BEAMS = {"num_beams": 2}
+VALUES: Mapping[str, Mapping[str, Any]] = {
+    "min_length": {"min_length": 6}, "min_new_tokens": {"min_new_tokens": 3}, "max_time": {"max_time": 60.0},
+    "early_stopping": {**BEAMS, "early_stopping": True}, "stop_strings": {"stop_strings": ["e", "zz"]},
+    "do_sample": SAMPLE, "num_beams": BEAMS, "use_cache": {"use_cache": False},
+    "cache_implementation": {"cache_implementation": "static"}, "cache_config": {"cache_config": {}},
+    "max_cache_len": {"cache_implementation": "static", "max_cache_len": 64},
+    "temperature": {**SAMPLE, "temperature": 2}, "top_k": {**SAMPLE, "top_k": 3}, "top_p": {**SAMPLE, "top_p": 0.5},
+    "min_p": {**SAMPLE, "min_p": 0.1}, "top_h": {**SAMPLE, "top_h": 0.4}, "typical_p": {**SAMPLE, "typical_p": 0.5},
+    "epsilon_cutoff": {**SAMPLE, "epsilon_cutoff": 0.001}, "eta_cutoff": {**SAMPLE, "eta_cutoff": 0.001},
+    "repetition_penalty": {"repetition_penalty": 2}, "encoder_repetition_penalty": {"encoder_repetition_penalty": 1.5},
+    "length_penalty": {**BEAMS, "length_penalty": 2}, "no_repeat_ngram_size": {"no_repeat_ngram_size": 2},
+    "bad_words_ids": {"bad_words_ids": [[40], [41, 42]]}, "renormalize_logits": {"renormalize_logits": True},
+    "forced_bos_token_id": {"forced_bos_token_id": 7}, "forced_eos_token_id": {"forced_eos_token_id": 2},
+    "remove_invalid_values": {"remove_invalid_values": True},
+    "exponential_decay_length_penalty": {"exponential_decay_length_penalty": [2, 1.5]},
+    "suppress_tokens": {"suppress_tokens": [40]}, "begin_suppress_tokens": {"begin_suppress_tokens": [40]},
+    "sequence_bias": {"sequence_bias": [[[40], 2.0]]}, "guidance_scale": {"guidance_scale": 2},
+    "watermarking_config": {"watermarking_config": {"bias": 2.5}},
+    "num_return_sequences": {**SAMPLE, "num_return_sequences": 2}, "pad_token_id": {"pad_token_id": 9},
+    "bos_token_id": {"bos_token_id": 1}, "eos_token_id": {"eos_token_id": [2, 40]},
+    "encoder_no_repeat_ngram_size": {"encoder_no_repeat_ngram_size": 2},
+    "decoder_start_token_id": {"decoder_start_token_id": 1},
+    "prompt_lookup_num_tokens": {"prompt_lookup_num_tokens": 2},
+    "max_matching_ngram_size": {"prompt_lookup_num_tokens": 2, "max_matching_ngram_size": 2},
+    "disable_compile": {"disable_compile": True}, "prefill_chunk_size": {"prefill_chunk_size": 4},
+}  # fmt: skip
+
+
+@pytest.fixture
+def path() -> Path:
+    return QUICKSTART
+
+
+@pytest.fixture(scope="module")
+def model() -> Any:
+    return load(QUICKSTART)
+
+
+def rows(texts: list[str] = TEXTS) -> list[Row]:
+    return [Row(index, text, {"prompt": text}) for index, text in enumerate(texts)]
+
+
+def generate(model: Any, path: Path, arguments: Mapping[str, Any], new: int = 8, seed: int = 0) -> list[Answer]:
+    options = TaskOptions(arguments=arguments, max_new_tokens=new, seed=seed)
+    return TASK.bind(model, path, options, Sources())(rows())
+
+
+def tokenizer() -> Any:
+    return AutoTokenizer.from_pretrained(str(QUICKSTART))
+
+
+def plain(model: Any, text: str) -> list[int]:
+    """The tokens that transformers makes of one prompt."""
+    tokens = torch.tensor([tokenizer()(text)["input_ids"]])
+    made = model.generate(tokens, attention_mask=torch.ones_like(tokens), max_new_tokens=8, pad_token_id=1)
+    return list(made[0, tokens.shape[1] :].tolist())
+
+
+def test_every_argument_is_known_and_either_tried_here_or_refused() -> None:
+    refused = {name for names in REFUSED.values() for name in names} | FIELDS.keys()
+    own = {name for name in vars(GenerationConfig()) if not name.startswith("_")} - {"transformers_version"}
+    assert known_arguments() == own
+    assert VALUES.keys() | (refused & own) == own
+    assert not VALUES.keys() & refused
+
+
+@pytest.mark.parametrize("name", VALUES)
+def test_what_is_taken_gives_a_text_per_prompt(model: Any, path: Path, name: str) -> None:
+    TASK.check_arguments(VALUES[name])
+    assert wrong_value(as_floats(VALUES[name]), {}) is None
+    answers = generate(model, path, VALUES[name])
+    assert len(answers) == len(TEXTS)
+    assert all(isinstance(answer.payload["text"], str) and answer.tokens for answer in answers)
+
+
+@pytest.mark.parametrize("name", sorted({name for names in REFUSED.values() for name in names} | FIELDS.keys()))
+def test_what_is_not_taken_is_named(name: str) -> None:
+    with pytest.raises(UsageError, match=name):
+        TASK.check_arguments({name: 1})
+
+
+@pytest.mark.parametrize(
+    ("name", "cure"),
+    [
+        ("max_token", "max_new_tokens|max_time"),
+        ("temprature", "did you mean 'temperature'"),
+        ("num_beans", "did you mean 'num_beams'"),
+        ("max_seq_length", "GenerationConfig|did you mean"),
+        ("token_type_ids", "GenerationConfig|did you mean"),
+        ("input_ids", "GenerationConfig|did you mean"),
+    ],
+)
+def test_what_is_misspelt_is_told_what_was_meant(name: str, cure: str) -> None:
+    with pytest.raises(UsageError, match=f"no argument '{name}'") as raised:
+        TASK.check_arguments({name: 1})
+    assert raised.match(cure)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "own", "cause"),
+    [
+        ({"do_sample": True, "temperature": 0.0}, {}, "strictly positive float"),
+        ({"do_sample": True, "temperature": "hot"}, {}, 'temperature takes float, and "hot" is given'),
+        ({"do_sample": "yes"}, {}, "do_sample takes bool"),
+        ({"num_beams": True}, {}, "num_beams takes int"),
+        ({"temperature": 0.7}, {}, "do_sample"),
+        ({"top_p": 0.5, "do_sample": False}, {"do_sample": True}, "do_sample"),
+        ({"num_return_sequences": 3}, {}, "Greedy methods"),
+        ({"num_beams": 2, "num_return_sequences": 3}, {}, "smaller or equal to `num_beams`"),
+        ({"do_sample": True, "top_p": 5.0}, {}, "top_p"),
+        ({"length_penalty": 2.0}, {}, "num_beams"),
+        ({"cache_implementation": "magic"}, {}, "cache_implementation"),
+        ({}, {"num_return_sequences": 2}, "generation_config.json: Greedy methods"),
+    ],
+)
+def test_values_that_transformers_would_refuse_or_not_heed(
+    arguments: dict[str, Any], own: dict[str, Any], cause: str
+) -> None:
+    assert cause in str(wrong_value(arguments, own))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "own"),
+    [
+        ({"temperature": 0.7}, {"do_sample": True}),
+        ({"temperature": 0.7}, None),
+        ({}, {"temperature": 0.6, "top_p": 0.9}),
+        ({"do_sample": False}, {"do_sample": True, "temperature": 0.6}),
+        ({"do_sample": True, "top_k": 0}, {}),
+        ({"do_sample": True, "typical_p": 1.0, "no_repeat_ngram_size": 0}, {}),
+    ],
+)
+def test_values_that_go_with_the_models_own(arguments: dict[str, Any], own: dict[str, Any] | None) -> None:
+    assert wrong_value(arguments, own) is None
+
+
+def test_values_are_asked_of_a_child_once(path: Path, tmp_path: Path) -> None:
+    described, sources = describe_checkpoint(path), Sources(memo=tmp_path)
+    for _ in range(2):
+        with pytest.raises(UsageError, match="strictly positive float"):
+            TASK.check({"do_sample": True, "temperature": 0.0}, rows(), described, sources)
+    kept = list((tmp_path / "generation").iterdir())
+    assert len(kept) == 1
+    kept[0].write_text('{"wrong": null}')
+    TASK.check({"do_sample": True, "temperature": 0.0}, rows(), described, sources)
+
+
+def test_several_texts_of_a_prompt_depend_on_the_prompt_alone(model: Any, path: Path) -> None:
+    several = {"do_sample": True, "temperature": 3, "num_return_sequences": 3}
+    together = generate(model, path, several, seed=4)
+    assert all(answer.payload["text"] == answer.payload["texts"][0] for answer in together)
+    assert all(len(set(answer.payload["texts"])) == 3 and answer.tokens > 8 for answer in together)
+    one = TASK.bind(model, path, TaskOptions(arguments=several, max_new_tokens=8, seed=4), Sources())
+    assert [one([row])[0] for row in rows()] == together
+    first = generate(model, path, {"do_sample": True, "temperature": 3}, seed=4)
+    assert [answer.payload["text"] for answer in first] == [answer.payload["text"] for answer in together]
+    assert all("texts" not in answer.payload for answer in first)
+
+
+def test_beams_that_are_drawn_depend_on_the_prompt_alone(model: Any, path: Path) -> None:
+    drawn = {"do_sample": True, "num_beams": 2, "num_return_sequences": 2}
+    task = TASK.bind(model, path, TaskOptions(arguments=drawn, max_new_tokens=8, seed=3), Sources())
+    assert task(rows()) == [task([row])[0] for row in rows()]
+
+
+@pytest.mark.parametrize("where", ["argument", "file"])
+def test_a_stop_string_ends_each_text_whatever_pads_it(tmp_path: Path, where: str) -> None:
+    path = Path(shutil.copytree(QUICKSTART, tmp_path / "model"))
+    whole = {text: plain(load(path), text) for text in TEXTS}
+    stop = tokenizer().decode(whole["Return a"][1:2])
+    own = {} if where == "argument" else {"stop_strings": [stop]}
+    (path / "generation_config.json").write_text(json.dumps({"eos_token_id": 2, **own}))
+    arguments = {"pad_token_id": 50, **({} if own else {"stop_strings": [stop]})}  # 50 is a letter
+    for text, answer in zip(TEXTS, generate(load(path), path, arguments), strict=True):
+        made = [tokenizer().decode(whole[text][:length], skip_special_tokens=True) for length in range(1, 9)]
+        wanted = next((sofar for sofar in made if stop in sofar), made[-1])
+        assert answer.payload["text"] == wanted
+
+
+def test_an_end_of_ones_own_is_heeded(model: Any, path: Path) -> None:
+    second = plain(model, "Return a")[1]
+    answer = generate(model, path, {"eos_token_id": second, "pad_token_id": 50})[1]
+    assert answer.payload["text"] == tokenizer().decode(plain(model, "Return a")[:2])
+    assert answer.tokens == 2
+
+
+def test_a_tokenizer_that_names_no_mask(tmp_path: Path) -> None:
+    path = Path(shutil.copytree(QUICKSTART, tmp_path / "model"))
+    wanted = generate(load(path), path, {})
+    settings = json.loads((path / "tokenizer_config.json").read_bytes())
+    (path / "tokenizer_config.json").write_text(json.dumps({**settings, "model_input_names": ["input_ids"]}))
+    assert generate(load(path), path, {}) == wanted
+
+
+@pytest.mark.parametrize(
+    ("architecture", "task", "cause"),
+    [
+        ("bert", "text-generation", "generates no text"),
+        ("t5", "text-generation", None),
+        ("opt", "text-generation", None),
+        ("opt", "feature-extraction", None),
+        ("bert", "feature-extraction", None),
+    ],
+)
+def test_a_task_that_the_model_cannot_do(tmp_path: Path, architecture: str, task: str, cause: str | None) -> None:
+    described = describe_checkpoint(make_checkpoint(tmp_path, architecture))
+    found = find_task(task, Sources())
+    if cause is None:
+        found.check({}, rows(), described, Sources(memo=tmp_path / "memo"))
+        return
+    with pytest.raises(UsageError, match=cause):
+        found.check({}, rows(), described, Sources(memo=tmp_path / "memo"))
+
+
+@pytest.mark.parametrize(
+    ("config", "cause"),
+    [
+        ({"architectures": ["OPTModel"]}, "OPTModel generates no text"),
+        ({"_class_name": "UNet2DConditionModel"}, "one is of diffusers"),
+        ({"architecture": "resnet18", "num_classes": 10}, "one is of timm"),
+    ],
+)
+def test_configs_of_models_that_generate_nothing(
+    config: dict[str, Any], cause: str, path: Path, tmp_path: Path
+) -> None:
+    whole = {**json.loads((path / "config.json").read_bytes()), **config} if "architectures" in config else config
+    with pytest.raises(UsageError, match=cause):
+        TASK.check({}, rows(), ModelDescription(config=whole), Sources(memo=tmp_path))
+
+
+def test_whats_in_the_row_reaches_a_function_as_it_is(tmp_path: Path, model: Any, path: Path) -> None:
+    (tmp_path / "echo_rows.py").write_text("def go(model, rows):\n    return [{'got': row} for row in rows]\n")
+    from bigpipe.trust import Trust
+
+    task = find_task("echo_rows:go", Sources(trust=Trust(("echo_rows",)), base=tmp_path))
+    own = {"question": "q", "prompt": "p", "seed": "mine", "index": None}
+    given = [Row(0, "q", own), Row(1, "a", {"question": "a"})]
+    first, second = task.bind(model, path, TaskOptions(seed=5), Sources())(given)
+    assert first.payload["got"] == own
+    assert second.payload["got"] == {"question": "a", "prompt": "a", "index": 1, "seed": 6}
