@@ -17,6 +17,7 @@ from .contract import (
     ContentField as ContentField,
     File as File,
     FileOrLiteral as FileOrLiteral,
+    Folder as Folder,
     Forecast as Forecast,
     ForecastContext as ForecastContext,
     Gpu as Gpu,

@@ -17,6 +17,7 @@ from bigpipe.orchestrator.stage import (
     CheckContext,
     Code,
     FileOrLiteral,
+    Folder,
     ForecastContext,
     Json,
     Machine,
@@ -27,7 +28,6 @@ from bigpipe.orchestrator.stage import (
     Planning,
     Size,
     Stage,
-    Tree,
     late,
 )
 
@@ -59,8 +59,8 @@ class DownloadParams(Params):
     """A repository on the Hub, `owner/name`. Exactly one of `repo`, `path` and `synthetic` is given."""
     revision: str = "main"
     """A branch, a tag or a commit; what moves is pinned to its commit."""
-    path: Tree | None = None
-    """A local directory; it enters the key by content."""
+    path: Folder | None = None
+    """A local directory; it enters the key by content. Links to other folders are not followed."""
     synthetic: Synthetic | None = None
     """Made-up weights in the shape of a config, written in constant memory."""
     include: tuple[str, ...] = ()

@@ -16,6 +16,7 @@ from pydantic import Field, create_model, field_validator, model_validator
 from bigpipe.bigmodel.formats import DTYPES, dtypes, require_dtype
 from bigpipe.orchestrator.stage import (
     CheckContext,
+    Folder,
     ForecastContext,
     Metrics,
     OneOf,
@@ -24,7 +25,6 @@ from bigpipe.orchestrator.stage import (
     Planning,
     Port,
     Stage,
-    Tree,
     late,
 )
 from bigpipe.sizes import format_size
@@ -42,7 +42,7 @@ class EstimateParams(Params):
     """A Hub repository, `owner/name`; left out where the port `model` is wired or `path` is given."""
     revision: str = "main"
     """A branch, a tag or a commit of `repo`."""
-    path: Tree | None = None
+    path: Folder | None = None
     """A checkpoint directory, or one with a `config.json` only."""
     library_name: LIBRARIES | None = None
     """Found from the files, unless given."""

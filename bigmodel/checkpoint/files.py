@@ -1,8 +1,8 @@
 """Which files of a directory make a checkpoint, and which may be opened at all.
 
 File names come from a repository somebody else wrote: an index may name `../secret`, a link may lead anywhere, a file
-may be a FIFO. Only regular files are opened, and links only where they lead into the checkpoint itself, the store's
-objects, or a Hub cache's blobs (that is how both keep their files).
+may be a FIFO. Only regular files are opened, and links only where they lead into the checkpoint itself, or to what the
+store, a Hub cache, DVC or git-annex keeps by its digest (that is how all of them leave links).
 """
 
 from __future__ import annotations
@@ -150,13 +150,34 @@ def check_file(file: Path, directory: Path) -> None:
         target = Path(os.path.realpath(file, strict=True))
         mode = target.stat().st_mode
     except OSError as error:
+        real = os.path.realpath(file)
+        if cure := next((cure for place, cure in NOT_FETCHED.items() if place in real), ""):
+            raise invalid(file, f"is a link to {real}, which is not there", cure) from None
         raise invalid(file, f"cannot be opened: {error.strerror}", "fetch the file again") from None
     if not stat.S_ISREG(mode):
         raise invalid(file, "is not a regular file", "do not use this checkpoint")
     root = Path(os.path.realpath(directory))
-    if not (target.is_relative_to(root) or _is_store(root) or is_object(target) or is_hub_blob(target)):
+    if not (target.is_relative_to(root) or _is_store(root) or _is_kept_by_digest(target)):
         cure = "copy the file into the checkpoint, or do not use this checkpoint"
         raise invalid(file, f"is a link to {target}, outside the checkpoint", cure)
+
+
+NOT_FETCHED = dict.fromkeys(("/files/md5/", "/.dvc/"), "run `dvc pull`") | {"/annex/objects/": "run `git annex get .`"}
+"""Where a link leads that its program left for a file that is not here → how it comes."""
+
+
+def _is_kept_by_digest(target: Path) -> bool:
+    """Whose name is what its bytes are, in a place where only a program puts files: nobody keeps a key of theirs so,
+    and nobody who does not know the bytes can name them."""
+    return is_object(target) or is_hub_blob(target) or _is_versioned(target)
+
+
+def _is_versioned(target: Path) -> bool:
+    # DVC: <cache>/files/md5/4d/7a…, before 3.0 .dvc/cache/4d/7a…; git-annex: .git/annex/objects/…/KEY/KEY
+    path = target.as_posix()
+    in_dvc = re.search(r"(/files/md5|/\.dvc/cache)/[0-9a-f]{2}/[0-9a-f]{16,}$", path)
+    in_annex = re.search(r"/annex/objects/([^/]+/){1,2}([A-Z0-9_]+(-[sSmC][0-9]+)*--[^/]+)/\2$", path)
+    return in_dvc is not None or in_annex is not None
 
 
 def is_hub_blob(target: Path) -> bool:

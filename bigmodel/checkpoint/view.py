@@ -14,7 +14,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Self
 
-from bigpipe.errors import UsageError
+from bigpipe.errors import NoWeights, UsageError
 from bigpipe.passing import Inlet, OpenInlet
 
 from .arrivals import announced_contents, arrived_contents, arriving_files, open_arrived
@@ -227,7 +227,7 @@ def describe_if_single(path: Path) -> ModelDescription | None:
     """As `describe_checkpoint`; None for what has no single checkpoint, such as a diffusers pipeline."""
     try:
         return describe_checkpoint(path)
-    except UsageError:
+    except (UsageError, NoWeights):
         return None
 
 

@@ -10,7 +10,14 @@ from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from bigpipe.bigmodel.checkpoint import ModelDescription, describe_checkpoint, describe_if_single, is_index, no_weights
+from bigpipe.bigmodel.checkpoint import (
+    ModelDescription,
+    check_file,
+    describe_checkpoint,
+    describe_if_single,
+    is_index,
+    no_weights,
+)
 from bigpipe.errors import BigpipeError, NotAuthorised, Offline, Transient, UsageError
 from bigpipe.files import copy_file, free_space, link, make_directory
 from bigpipe.fit import Misfit
@@ -165,12 +172,15 @@ class DirectorySource:
     choice: Choice
 
     def chosen(self) -> list[HubFile]:
-        """Return the files to take, sorted, without digests. Raise UsageError where there is no such directory."""
+        """Return the files to take, sorted, without digests. Raise UsageError where there is no such directory,
+        InvalidCheckpoint where one is a link that leads elsewhere."""
         if not self.folder.is_dir():
             cause = f"path: there is no directory {self.folder}"
             raise UsageError(cause, "relative paths start at the manifest's directory")
         paths = [path.relative_to(self.folder) for path in sorted(self.folder.rglob("*")) if path.is_file()]
         names = self.choice.among([path.as_posix() for path in paths])
+        for name in names:
+            check_file(self.folder / name, self.folder)
         return [HubFile(name, (self.folder / name).stat().st_size, "") for name in names]
 
     def check(self) -> None:

@@ -202,7 +202,9 @@ def _component(file: Path) -> str:
 
 def describe_pipeline(path: Path) -> ModelDescription:
     """Return the tensors of a pipeline's directory, named as `describe_repository` names them; none without weights."""
-    names = [file.relative_to(path).as_posix() for file in (*path.glob("*"), *path.glob("*/*")) if file.is_file()]
+    folders = [path, *(folder for folder in path.iterdir() if folder.is_dir() and not folder.is_symlink())]
+    files = [file for folder in folders for file in folder.iterdir() if file.is_file()]
+    names = [file.relative_to(path).as_posix() for file in files]
     found = {}
     weights = _weights(names, Choice(library="diffusers"))
     for name in weight_files(weights, indexes=False):

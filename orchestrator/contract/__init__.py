@@ -20,6 +20,7 @@ from .stage import (
     ContentField,
     File,
     FileOrLiteral,
+    Folder,
     Metrics,
     OneOf,
     Params,

@@ -49,15 +49,17 @@ class ContentField:
     """Marks a params field that enters the key by what it points to, never by the path itself.
 
     file: a path or a glob relative to the manifest; the digest of the bytes of each. Values that are not a string
-    (a list of prompts, an inline map) are taken as they are. tree: a directory. code: `module:name`; the digest of
-    the module's source (of all `.py` files of its top-level package).
+    (a list of prompts, an inline map) are taken as they are. tree: a directory, with what links in it lead to.
+    folder: a directory without the folders that links in it lead to, for who does not look into them either. code:
+    `module:name`; the digest of the module's source (of all `.py` files of its top-level package).
     """
 
-    kind: Literal["file", "tree", "code"]
+    kind: Literal["file", "tree", "folder", "code"]
 
 
 File = Annotated[str, ContentField("file")]
 Tree = Annotated[str, ContentField("tree")]
+Folder = Annotated[str, ContentField("folder")]
 Code = Annotated[str, ContentField("code")]
 FileOrLiteral = ContentField("file")
 """For unions: `Annotated[str | list[str], FileOrLiteral]`."""

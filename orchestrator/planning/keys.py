@@ -16,7 +16,7 @@ import os
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cache, cached_property
+from functools import cache, cached_property, partial
 from pathlib import Path
 from types import UnionType
 from typing import Annotated, Any, Literal, NamedTuple, Protocol, Union, get_args, get_origin
@@ -163,6 +163,7 @@ def content_params(params: Params, base: Path, memo: StatMemo) -> dict[str, Json
     Fields typed as content become strings:
       file: `sha256:…` and the file's suffix (which says how it is read); of a glob, one digest over all in path order.
       tree: `sha256:…` of the sorted (relative path, sha256) of its files, but for `.git`, `.cache` and `__pycache__`.
+      folder: as a tree, but links to folders are not followed.
       code: `module:name@sha256:…`, over all Python files of its top-level package (nothing is imported).
     A value of such a field that is not a string, or stands in the type as a literal, is taken as it is.
 
@@ -233,7 +234,12 @@ class _Walk:
         marker = next((arm.content for arm in arms if arm.content), None)
         if marker is None or any(get_origin(arm.type) is Literal and value in get_args(arm.type) for arm in arms):
             return value if type(value) is str else str(to_jsonable_python(value))
-        readers: Mapping[str, Callable[[str, str], str]] = {"file": self.file, "tree": self.tree, "code": self.code}
+        readers: Mapping[str, Callable[[str, str], str]] = {
+            "file": self.file,
+            "tree": self.tree,
+            "folder": partial(self.tree, links=False),
+            "code": self.code,
+        }
         try:
             return readers[marker.kind](value, where)
         except OSError as error:
@@ -252,12 +258,12 @@ class _Walk:
             raise self._wrong(where, f"there is no file {value}")
         return digest_of("files", [[Path(name).suffix.lower(), self.memo.sha256(self.base / name)] for name in found])
 
-    def tree(self, value: str, where: str) -> str:
+    def tree(self, value: str, where: str, *, links: bool = True) -> str:
         path = self.base / value
         if not path.is_dir():
             cause = "is a file, not a directory" if path.exists() else "is not there"
             raise self._wrong(where, f"the directory {value} {cause}")
-        return digest_of("tree", [[name, self.memo.sha256(os.path.join(path, name))] for name in _files(path)])
+        return digest_of("tree", [[name, self.memo.sha256(os.path.join(path, name))] for name in _files(path, links)])
 
     def code(self, value: str, where: str) -> str:
         if not _CODE.fullmatch(value):
@@ -277,7 +283,7 @@ class _Naming(_Walk):
     memo: _Noted
     trees: list[Path] = field(default_factory=list)
 
-    def tree(self, value: str, where: str) -> str:
+    def tree(self, value: str, where: str, *, links: bool = True) -> str:
         self.trees.append(self.base / value)
         return _Walk.tree(self, value, where)
 
@@ -325,11 +331,12 @@ def _key(key: Any) -> str:
     return key if type(key) is str else str(to_jsonable_python({key: None}).popitem()[0])
 
 
-def _files(folder: Path) -> list[str]:
-    """The relative paths of all files below a directory, sorted; links are followed, a second way in is not taken."""
+def _files(folder: Path, links: bool) -> list[str]:
+    """The relative paths of all files below a directory, sorted. links: to folders are followed; a second way in is not
+    taken."""
     found: list[str] = []
     seen, top = set(), os.fspath(folder)
-    for place, folders, names in os.walk(top, onerror=_raise, followlinks=True):
+    for place, folders, names in os.walk(top, onerror=_raise, followlinks=links):
         seen.add(os.path.realpath(place))
         own = [name for name in folders if name not in NO_CONTENT]
         folders[:] = sorted(name for name in own if os.path.realpath(os.path.join(place, name)) not in seen)

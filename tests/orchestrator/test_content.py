@@ -10,7 +10,7 @@ from pydantic import BaseModel, Field
 
 from bigpipe.errors import UsageError
 from bigpipe.orchestrator.planning.keys import content_params
-from bigpipe.orchestrator.stage import Code, ContentField, File, FileOrLiteral, Params, Size, Tree
+from bigpipe.orchestrator.stage import Code, ContentField, File, FileOrLiteral, Folder, Params, Size, Tree
 from bigpipe.orchestrator.store.hashing import StatMemo, canonical, hash_file
 
 
@@ -33,6 +33,7 @@ class Everything(Params):
     mode: Literal["auto"] | File = "auto"
     maybe: File | None = None
     tree: Tree | None = None
+    folder: Folder | None = None
     task: Code = "text-generation"
     max_memory: dict[int | str, Size] = Field(default_factory=dict)
     scheme: Scheme = Scheme.INT8
@@ -125,6 +126,21 @@ def test_a_tree_enters_by_the_names_and_bytes_of_its_files(base, memo, tmp_path)
     assert content(base, memo, tree="renamed")["tree"] == before
     (tmp_path / "sub" / "w").rename(tmp_path / "sub" / "v")
     assert content(base, memo, tree="renamed")["tree"] != before
+
+
+def test_a_folder_enters_without_the_folders_that_links_lead_to(base, memo, tmp_path):
+    (base / "model").mkdir()
+    (base / "model" / "config.json").write_text("{}")
+    before = content(base, memo, folder="model", tree="model")
+    assert before["folder"] == before["tree"]
+    (tmp_path / "runs").mkdir()
+    with (tmp_path / "runs" / "data.bin").open("wb") as file:
+        file.truncate(2**40)
+    (base / "model" / "runs").symlink_to(tmp_path / "runs")
+    assert content(base, memo, folder="model")["folder"] == before["folder"]
+    (tmp_path / "notes").write_text("1")
+    (base / "model" / "notes").symlink_to(tmp_path / "notes")
+    assert content(base, memo, folder="model")["folder"] != before["folder"]
 
 
 def test_code_enters_by_its_name_and_all_python_files_of_its_package(base, memo):
