@@ -67,6 +67,10 @@ class DownloadParams(Params):
     """Globs of the files to take; none: one weight format, configs and tokenizer."""
     exclude: tuple[str, ...] = ()
     """Globs of files to leave out."""
+    subfolder: str | None = None
+    """The folder of the repository or directory that holds the model; it becomes the root."""
+    variant: str | None = None
+    """Of the weights, as `fp16` in `model.fp16.safetensors`; parts of a pipeline without it are taken plain."""
     library_name: Literal["transformers", "diffusers", "timm"] | None = None
     """Found from the files, unless given."""
     architecture: CustomClass | None = None
@@ -79,6 +83,13 @@ class DownloadParams(Params):
             raise ValueError(f"{repo!r} is not the name of a repository; write it as owner/name")
         return repo
 
+    @field_validator("subfolder")
+    @classmethod
+    def _below(cls, subfolder: str | None) -> str | None:
+        if subfolder is not None and not {"", ".", ".."}.isdisjoint(subfolder.rstrip("/").split("/")):
+            raise ValueError(f"{subfolder!r} is not the path of a folder in it; write it as text_model or a/b")
+        return subfolder and subfolder.rstrip("/")
+
     @model_validator(mode="after")
     def _one_source(self) -> DownloadParams:
         given = [name for name in ("repo", "path", "synthetic") if getattr(self, name) is not None]
@@ -87,9 +98,15 @@ class DownloadParams(Params):
             raise ValueError(f"exactly one of repo, path and synthetic says where the model comes from; found {found}")
         if given != ["repo"] and "revision" in self.model_fields_set:
             raise ValueError(f"revision belongs to a repo; {given[0]} has none")
-        if given == ["synthetic"] and (self.include or self.exclude):
-            raise ValueError("include and exclude choose among files; synthetic makes all it needs")
+        if given == ["synthetic"] and (self.include or self.exclude or self.subfolder or self.variant):
+            raise ValueError("include, exclude, subfolder and variant choose among files; synthetic makes all it needs")
+        if self.variant is not None and self.include:
+            raise ValueError("include names the files to take, variant chooses among all; give one of them")
         return self
+
+    def chosen(self) -> dict[str, str | None]:
+        """Which model of a repository it is."""
+        return {"library": self.library_name, "variant": self.variant, "subfolder": self.subfolder}
 
 
 class DownloadMetrics(Metrics):
@@ -112,7 +129,7 @@ def pin(params: DownloadParams, context: CheckContext) -> Pinned | None:
     return replace(
         found,
         files=lambda: late("bigpipe.plugins.downloading:listing")(params, context, commit),
-        known=lambda: answers(context, params.repo, commit, params.library_name, "layout"),
+        known=lambda: answers(context, params.repo, commit, "layout", **params.chosen()),
     )
 
 
@@ -135,7 +152,7 @@ def facts(params: DownloadParams, machine: Machine) -> Mapping[str, Json]:
 
 STAGE = Stage(
     kind="download",
-    version=1,
+    version=2,
     params=DownloadParams,
     metrics=DownloadMetrics,
     inputs={},

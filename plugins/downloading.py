@@ -46,11 +46,11 @@ def check(params: DownloadParams, context: CheckContext) -> None:
 
 
 def _source(params: DownloadParams, context: CheckContext | StageContext, pins: Mapping[str, str]) -> Source:
-    choice = Choice(include=params.include, exclude=params.exclude, library=params.library_name)
+    choice = Choice(include=params.include, exclude=params.exclude, library=params.library_name, variant=params.variant)
     if params.path is not None:
-        return DirectorySource(context.base / params.path, choice)
+        return DirectorySource(context.base / params.path, choice, params.subfolder)
     revision, hub = pins.get("revision", params.revision), Hub.of(sources_of(context))
-    return HubSource(params.repo or "", revision, choice, hub)
+    return HubSource(params.repo or "", revision, choice, hub, params.subfolder)
 
 
 def _custom(params: DownloadParams) -> dict[str, Any] | None:

@@ -51,12 +51,12 @@ def pin_revision(repo: str, revision: str, context: CheckContext) -> Pinned:
     return Pinned({"revision": resolve_commit(repo, revision, hub=hub)}, asked)
 
 
-def answers_of(context: CheckContext, repo: str, commit: str, library: str | None, need: Need) -> Mapping[str, Json]:
-    """What a lock keeps of a repository, see `hub.answers`; nothing where it cannot be asked, or holds no model."""
+def answers_of(context: CheckContext, repo: str, commit: str, need: Need, **chosen: str | None) -> Mapping[str, Json]:
+    """What a lock keeps of a model, see `hub.answers`; nothing where it cannot be asked, or holds no model."""
     from bigpipe.bigmodel.hub import Hub, answers
 
     try:
-        return answers(repo, commit, hub=Hub.of(sources_of(context)), library=library, need=need)
+        return answers(repo, commit, hub=Hub.of(sources_of(context)), need=need, **chosen)
     except (Transient, NotAuthorised, UsageError):
         return {}
 

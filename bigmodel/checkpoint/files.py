@@ -44,16 +44,18 @@ class WeightFiles:
     index: Path | None = None
 
 
-def find_weight_files(path: Path, coming: Collection[str] = ()) -> WeightFiles:
+def find_weight_files(path: Path, coming: Collection[str] = (), *, among: Collection[str] | None = None) -> WeightFiles:
     """Return the weight files of a directory, of an index file, or the one file itself. Raise InvalidCheckpoint.
     In a directory safetensors comes before `.bin`, and the usual names before others.
-    coming: names of weight files that count as if they were there already."""
+    coming: names of weight files that count as if they were there already. among: the names of those that count of what
+    is there; None: all."""
     if path.is_dir():
-        here = {name for name in os.listdir(path) if not (path / name).is_dir()}.union(coming)
+        names = os.listdir(path) if among is None else [name for name in among if "/" not in name]
+        here = {name for name in names if not (path / name).is_dir()}.union(coming)
         chosen = choose_weights(here, path)
         if chosen is None:
             nested = (file.relative_to(path).as_posix() for file in path.glob("*/*"))
-            raise no_weights(path, {*here, *nested})
+            raise no_weights(path, {*os.listdir(path), *nested})
         if chosen.index is None:
             return _read_files(tuple(path / name for name in chosen.files), path, coming)
         file = path / chosen.index

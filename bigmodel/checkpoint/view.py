@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import itertools
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -218,15 +218,17 @@ class ModelDescription:
         return sum(tensor_nbytes(dtype, shape) for dtype, shape in self.tensors.values())
 
 
-def describe_checkpoint(path: str | Path) -> ModelDescription:
-    """Describe a checkpoint directory from its headers. Raise InvalidCheckpoint as `open_checkpoint` does."""
-    return describe_opened(open_checkpoint(path))
+def describe_checkpoint(path: str | Path, *, among: Collection[str] | None = None) -> ModelDescription:
+    """Describe a checkpoint directory from its headers. Raise InvalidCheckpoint as `open_checkpoint` does.
+    among: the files that count, by relative path; None: all."""
+    path = Path(path)
+    return describe_opened(_assemble(path, find_weight_files(path, among=among), _contents_here))
 
 
-def describe_if_single(path: Path) -> ModelDescription | None:
+def describe_if_single(path: Path, *, among: Collection[str] | None = None) -> ModelDescription | None:
     """As `describe_checkpoint`; None for what has no single checkpoint, such as a diffusers pipeline."""
     try:
-        return describe_checkpoint(path)
+        return describe_checkpoint(path, among=among)
     except (UsageError, NoWeights):
         return None
 

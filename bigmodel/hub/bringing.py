@@ -18,7 +18,7 @@ from bigpipe.bigmodel.checkpoint import (
     is_index,
     no_weights,
 )
-from bigpipe.errors import BigpipeError, NotAuthorised, Offline, Transient, UsageError
+from bigpipe.errors import BigpipeError, NotAuthorised, Offline, Transient, UsageError, first_few
 from bigpipe.files import copy_file, free_space, link, make_directory
 from bigpipe.fit import Misfit
 from bigpipe.passing import NOBODY, Heads, Outlet
@@ -168,30 +168,50 @@ class HubSource:
 class DirectorySource:
     """A directory, whose files may change where they are."""
 
-    folder: Path
+    directory: Path
     choice: Choice
+    subfolder: str | None = None
+    """Which is taken as if it were the root."""
+
+    @property
+    def folder(self) -> Path:
+        return self.directory / (self.subfolder or "")
 
     def chosen(self) -> list[HubFile]:
-        """Return the files to take, sorted, without digests. Raise UsageError where there is no such directory,
-        InvalidCheckpoint where one is a link that leads elsewhere."""
-        if not self.folder.is_dir():
-            cause = f"path: there is no directory {self.folder}"
+        """Return the files to take, sorted, without digests. Links to folders are not followed.
+        Raise UsageError where there is no such directory, InvalidCheckpoint where a file is a link that leads
+        elsewhere."""
+        if not self.directory.is_dir():
+            cause = f"path: there is no directory {self.directory}"
             raise UsageError(cause, "relative paths start at the manifest's directory")
+        self._require_subfolder()
         paths = [path.relative_to(self.folder) for path in sorted(self.folder.rglob("*")) if path.is_file()]
         names = self.choice.among([path.as_posix() for path in paths])
         for name in names:
             check_file(self.folder / name, self.folder)
         return [HubFile(name, (self.folder / name).stat().st_size, "") for name in names]
 
+    def _require_subfolder(self) -> None:
+        place = self.directory
+        for part in Path(self.subfolder or "").parts:
+            place /= part
+            if not place.is_dir() or place.is_symlink():
+                what = "a link" if place.is_symlink() else "no folder"
+                folders = sorted(path.name for path in place.parent.iterdir() if path.is_dir())
+                there = f"{place.parent} has {first_few(folders) or 'none'}"
+                cure = "give what it leads to as path" if place.is_symlink() else there
+                raise UsageError(f"subfolder: {place} is {what}", cure)
+
     def check(self) -> None:
         """Raise InvalidCheckpoint unless it holds a pipeline, or weights whose headers are right."""
-        if detect(file.path for file in self.chosen()) != "diffusers":
-            describe_checkpoint(self.folder)
+        names = [file.path for file in self.chosen()]
+        if detect(names) != "diffusers":
+            describe_checkpoint(self.folder, among=names)
 
     def expect(self) -> Expected:
         """Return what comes. Raise as `chosen`, and InvalidCheckpoint for wrong headers."""
         sizes = {file.path: file.size for file in self.chosen()}
-        return Expected(sizes=sizes, description=describe_if_single(self.folder))
+        return Expected(sizes=sizes, description=describe_if_single(self.folder, among=sizes))
 
     def bring(self, out: Path, watch: Watch, skip: Collection[str] = ()) -> Brought:
         """Copy files into `out`. Otherwise as `HubSource.bring`."""

@@ -158,9 +158,9 @@ def type_text(annotation: Any) -> str:
             if isinstance(mark, OneOf):
                 return " \\| ".join(mark.names())
             if isinstance(mark, ContentField):
-                return {"file": "file", "tree": "directory", "folder": "directory", "code": "module:name"}[
-                    mark.kind
-                ] + (" \\| list" if "list" in str(args[0]) or "tuple" in str(args[0]) else "")
+                words = {"file": "file", "tree": "directory", "folder": "directory", "code": "module:name"}
+                several = " \\| list" if "list" in str(args[0]) or "tuple" in str(args[0]) else ""
+                return words[mark.kind] + several
         return "size" if any(_is_size(mark) for mark in args[1:]) else type_text(args[0])
     if origin in (Union, types.UnionType):
         return " \\| ".join(dict.fromkeys(type_text(arg) for arg in args if arg is not type(None)))
