@@ -6,6 +6,7 @@ from dataclasses import replace
 from typing import Any
 
 from bigpipe.bigmodel.checkpoint import ModelDescription, describe_checkpoint, open_checkpoint
+from bigpipe.bigmodel.formats import decoding_memory
 from bigpipe.bigmodel.quantization import Settings, quantize_described, refuse_quantized, understand
 from bigpipe.orchestrator.stage import CheckContext, Forecast, ForecastContext, Machine, StageContext, StageResult
 from bigpipe.sizes import counted, format_transfer
@@ -18,6 +19,8 @@ RAM = 192 * 2**20
 GPU_RAM = 3 * 2**30
 """More where a GPU encodes: torch with CUDA's libraries."""
 HELD = "the state of each matrix holds a number of the data"
+WORKERS = 4
+"""Threads that decode and encode, at most."""
 RATE = 350 * 10**6
 """Bytes of input per second where nothing better is known: two cores, an ordinary disk."""
 
@@ -42,11 +45,12 @@ def forecast(params: QuantizeParams, context: ForecastContext) -> Forecast:
     low, high = outlined.interval(settings)
     if low == high:
         metrics |= {"bytes": after, "ratio": before / after}
+    held = WORKERS * decoding_memory(described) + outlined.largest_transposed
     output = describe_checkpoint(context.artifact) if context.artifact else None
     return Forecast(
         download_bytes=0,
         write_bytes=after,
-        ram=RAM + outlined.largest_transposed + (GPU_RAM if context.machine.gpus else 0),
+        ram=RAM + held + (GPU_RAM if context.machine.gpus else 0),
         seconds=before / RATE,
         metrics=metrics,
         output=output or quantized,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from bigpipe.bigmodel.checkpoint import ModelDescription, describe_checkpoint, open_checkpoint, tensor_nbytes
+from bigpipe.bigmodel.formats import decoded, decoding_memory
 from bigpipe.bigmodel.writing import WORKERS, Conversion, ShardPlan, convert, planned_bytes
 from bigpipe.orchestrator.stage import CheckContext, Forecast, ForecastContext, StageContext, StageResult
 from bigpipe.sizes import counted, format_transfer
@@ -31,9 +32,9 @@ def forecast(params: ShardParams, context: ForecastContext) -> Forecast:
     return Forecast(
         download_bytes=0,
         write_bytes=sum(sizes),
-        ram=RAM,
+        ram=RAM + (WORKERS * decoding_memory(described) if params.dtype else 0),
         file_bytes=max(sizes),
-        works_on=_works_on(plans, described, context.machine.cpus),
+        works_on=_works_on(plans, decoded(described) if params.dtype else described, context.machine.cpus),
         seconds=sum(sizes) / RATE,
         metrics={"shards": len(plans), "bytes": sum(sizes)},
         output=describe_checkpoint(context.artifact) if context.artifact else output,

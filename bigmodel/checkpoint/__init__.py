@@ -26,10 +26,13 @@ if TYPE_CHECKING:
     from .naming import Matches, TensorRecipe, exempt, match
     from .tensors import (
         CASTABLE,
+        DECODED,
         FETCH_AGAIN,
         SAFETENSORS_NAMES,
         STORAGE_CLASSES,
         Contents,
+        Decoder,
+        Made,
         TensorInfo,
         Tensors,
         find_aliases,

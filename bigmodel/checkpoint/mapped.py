@@ -12,14 +12,14 @@ import errno
 import math
 import mmap
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from bigpipe.errors import StageFailed
 
-from .tensors import TensorInfo
+from .tensors import DECODED, TensorInfo
 
 if TYPE_CHECKING:
     import torch
@@ -62,6 +62,8 @@ class MappedFiles:
         dtype = getattr(torch, tensor.dtype)
         if not tensor.nbytes:
             return torch.empty(tensor.shape, dtype=dtype)
+        if tensor.made is not None:
+            return self._decoded(tensor, dtype)
         start, length = _span(tensor)
         mapped = self._map(tensor)
         if start + length > mapped.size:
@@ -73,10 +75,25 @@ class MappedFiles:
             return flat.view(dtype).as_strided(tensor.shape, tensor.view.strides)
         return flat.view(dtype).reshape(tensor.shape)
 
+    def _decoded(self, tensor: TensorInfo, dtype: torch.dtype) -> torch.Tensor:
+        import torch
+
+        assert tensor.made is not None  # noqa: S101
+        decoder, filled = tensor.made.decoder, 0
+        stored = [self.window(part).contiguous().reshape(-1).view(torch.uint8) for part in tensor.made.parts]
+        whole = torch.empty(tensor.nbytes, dtype=torch.uint8)
+        for start, stop in tensor.runs(DECODED):
+            ranges = zip(stored, decoder.ranges(start, stop), strict=True)
+            parts = [part[first : first + size].numpy().data for part, (first, size) in ranges]
+            made = torch.frombuffer(decoder.decode(start, stop, parts), dtype=torch.uint8)
+            whole[filled : filled + made.numel()] = made
+            filled += made.numel()
+        return whole.view(dtype).reshape(tensor.shape)
+
     def populate(self, tensors: Sequence[TensorInfo], rows: Iterable[int] | None = None) -> None:
         """Read the tensors' pages in, or those of some of their rows, without holding Python's lock.
         Raise StageFailed where the disk fails."""
-        for tensor in tensors:
+        for tensor in _stored(tensors):
             start, length = _span(tensor)
             spans = [(start, length)]
             if rows is not None and tensor.view is None:
@@ -93,7 +110,7 @@ class MappedFiles:
 
     def drop(self, tensors: Sequence[TensorInfo]) -> None:
         """Take the tensors' pages out of this process; the next look reads them again."""
-        for tensor in tensors:
+        for tensor in _stored(tensors):
             self._advise(tensor, *_span(tensor), DROP)
 
     def _advise(self, tensor: TensorInfo, start: int, length: int, advice: int) -> int:
@@ -103,6 +120,10 @@ class MappedFiles:
         first, mapped = start // mmap.PAGESIZE * mmap.PAGESIZE, self._map(tensor)
         failed = _libc().madvise(mapped.address + first, start + length - first, advice)
         return ctypes.get_errno() if failed else 0
+
+
+def _stored(tensors: Iterable[TensorInfo]) -> Iterator[TensorInfo]:
+    return (part for tensor in tensors for part in tensor.stored)
 
 
 def _unreadable(tensor: TensorInfo, reason: str) -> StageFailed:

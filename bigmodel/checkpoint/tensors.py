@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Protocol
 
 from bigpipe.errors import InvalidCheckpoint
 
@@ -63,6 +64,30 @@ class View:
     """In elements."""
 
 
+DECODED = 2**20
+"""Bytes decoded at a time: float32 beside them takes several times as much."""
+
+
+class Decoder(Protocol):
+    """How rows of a tensor come of the bytes of stored ones; equal to others of its kind and settings."""
+
+    def ranges(self, start: int, stop: int) -> Sequence[tuple[int, int]]:
+        """Return (first byte, bytes) of each stored tensor that the entries start:stop of the outermost dimension
+        are made from."""
+
+    def decode(self, start: int, stop: int, parts: Sequence[memoryview]) -> memoryview:
+        """Return the bytes of those entries, in memory of its own. parts: the bytes of `ranges`."""
+
+
+@dataclass(frozen=True, slots=True)
+class Made:
+    """A tensor that is not stored as it is: codes, and what they are multiplied with."""
+
+    parts: tuple[TensorInfo, ...]
+    """Stored; the codes first."""
+    decoder: Decoder
+
+
 @dataclass(frozen=True, slots=True)
 class TensorInfo:
     """One stored tensor: contiguous, row-major, little-endian bytes at `file[offset:offset + nbytes]`.
@@ -76,10 +101,27 @@ class TensorInfo:
     file: Path
     offset: int
     view: View | None = None
+    made: Made | None = None
+    """What it is decoded from; it is then nowhere itself, and `offset` is -1."""
 
     @property
     def nbytes(self) -> int:
         return tensor_nbytes(self.dtype, self.shape)
+
+    @property
+    def stored(self) -> tuple[TensorInfo, ...]:
+        """What is stored of it: itself, or what it is decoded from."""
+        return (self,) if self.made is None else self.made.parts
+
+    @property
+    def files(self) -> frozenset[Path]:
+        return frozenset(part.file for part in self.stored)
+
+    def runs(self, size: int) -> Iterator[tuple[int, int]]:
+        """Give (start, stop) of its outermost dimension, of at most `size` bytes each but at least one entry."""
+        entries = self.shape[0] if self.nbytes else 0
+        step = max(1, size * entries // max(1, self.nbytes))
+        yield from ((start, min(start + step, entries)) for start in range(0, entries, step))
 
 
 Tensors = Mapping[str, tuple[str, tuple[int, ...]]]

@@ -21,7 +21,7 @@ from .arrivals import announced_contents, arrived_contents, arriving_files, open
 from .bytesource import FileSource, compact_chunks
 from .contents import check_weight_map, join_contents, read_contents
 from .files import MAX_CONFIG, FileFormat, WeightFiles, find_weight_files, is_hub_blob, is_object, read_json, side_files
-from .tensors import Contents, TensorInfo, Tensors, tensor_nbytes
+from .tensors import DECODED, Contents, TensorInfo, Tensors, tensor_nbytes
 
 CHUNK = 4 * 2**20
 """Bytes moved at a time: large enough for the disk, small enough to stay in the cache of a CPU on its way through."""
@@ -64,12 +64,14 @@ class Checkpoint:
     def placed(self, name: str) -> TensorInfo:
         """Return a stored tensor with the place of its bytes, which nobody knows before a torch file has come.
         Wait for it then. Raise InvalidCheckpoint where another file came than was announced."""
-        tensor = self.tensors[name]
-        if self.inlet is None or self.format == "safetensors":
+        return self._place(self.tensors[name])
+
+    def _place(self, tensor: TensorInfo) -> TensorInfo:
+        if tensor.made is not None or self.inlet is None or self.format == "safetensors":
             return tensor
         if tensor.file not in self._places:
             self._places[tensor.file] = arrived_contents(self.inlet, tensor.file).tensors
-        return self._places[tensor.file][name]
+        return self._places[tensor.file][tensor.name]
 
     def identity(self, file: Path) -> list[object]:
         """Return what tells the bytes of one of its files from others.
@@ -93,13 +95,19 @@ class Checkpoint:
     def chunks(self, name: str, size: int = CHUNK) -> Iterator[memoryview]:
         """Give the contiguous bytes of one tensor, at most `size` at a time, each valid until the next is taken."""
         name = self.tied.get(name, name)
-        with self.open(self.tensors[name].file) as source:
+        with OpenFiles(self) as files:
             buffer = memoryview(bytearray(min(size, self.tensors[name].nbytes)))
-            yield from self.pieces(name, source, size, itertools.repeat(buffer))
+            yield from self.pieces(name, files, size, itertools.repeat(buffer))
 
-    def pieces(self, name: str, source: FileSource, size: int, buffers: Iterator[memoryview]) -> Iterator[memoryview]:
-        """Give a stored tensor's contiguous bytes from its open file, at most `size` at a time, in these buffers."""
+    def pieces(self, name: str, files: OpenFiles, size: int, buffers: Iterator[memoryview]) -> Iterator[memoryview]:
+        """Give a tensor's contiguous bytes from its open files, at most `size` at a time, in these buffers."""
         tensor = self.placed(name)
+        if tensor.made is not None:
+            for start, stop in tensor.runs(min(size, DECODED)):
+                made = self.rows(tensor, files, start, stop)
+                yield from (made[first : first + size] for first in range(0, len(made), size))
+            return
+        source = files.source(tensor.file)
         if tensor.view is not None:
             yield from compact_chunks(source, tensor, size)
             return
@@ -107,6 +115,20 @@ class Checkpoint:
             piece = next(buffers)[: min(size, tensor.nbytes - start)]
             source.read_into(piece, tensor.offset + start)
             yield piece
+
+    def rows(self, tensor: TensorInfo, files: OpenFiles, start: int, stop: int) -> memoryview:
+        """Return the bytes of the entries start:stop of the outermost dimension of a tensor that is decoded."""
+        assert tensor.made is not None  # noqa: S101
+        parts = []
+        for stored, (first, size) in zip(tensor.made.parts, tensor.made.decoder.ranges(start, stop), strict=True):
+            part = self._place(stored)
+            source = files.source(part.file)
+            if part.view is None:
+                parts.append(memoryview(source.read(part.offset + first, size)))
+            else:
+                whole = b"".join(bytes(chunk) for chunk in compact_chunks(source, part, CHUNK))
+                parts.append(memoryview(whole)[first : first + size])
+        return tensor.made.decoder.decode(start, stop, parts)
 
 
 class OpenFiles:

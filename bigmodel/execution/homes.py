@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from bigpipe.bigmodel.checkpoint import CASTABLE, ModelDescription, tensor_nbytes
-from bigpipe.bigmodel.formats import PLAIN, format_of, set_apart
+from bigpipe.bigmodel.formats import PLAIN, decoded, format_of, set_apart
 from bigpipe.bigmodel.placement import Device, Placement, one_device, stored_dtype
 from bigpipe.errors import DoesNotFit, UsageError, first_few
 
@@ -104,6 +104,7 @@ def loading_dtype(model: ModelDescription, placement: Placement, memory: HostMem
     """
     if asked := dtype or placement.dtype:
         return asked
+    model = decoded(model)
     tensors = (model.tensors or {}).values()
     wide = sum(tensor_nbytes("float32", shape) for stored, shape in tensors if "float" in stored)
     on_cpu = set(placement.device_map.values()) == {"cpu"} and format_of(model) is PLAIN
@@ -112,7 +113,10 @@ def loading_dtype(model: ModelDescription, placement: Placement, memory: HostMem
 
 def cast_bytes(model: ModelDescription, dtype: str) -> int:
     """Return the bytes of the weights that loading as `dtype` casts; others are windows into their files on a CPU."""
-    plain, _ = set_apart(model.tensors or {}, format_of(model))
+    plain, stored = decoded(model), model.tensors or {}
+    single, _ = set_apart(plain.tensors or {}, format_of(plain))
     return sum(
-        tensor_nbytes(dtype, shape) for stored, shape in plain.values() if stored in CASTABLE and stored != dtype
+        tensor_nbytes(dtype, shape)
+        for name, (own, shape) in single.items()
+        if own in CASTABLE and (own != dtype or stored.get(name) != (own, shape))
     )

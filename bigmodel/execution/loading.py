@@ -34,7 +34,15 @@ from bigpipe.bigmodel.checkpoint import (
     match,
     open_checkpoint,
 )
-from bigpipe.bigmodel.formats import PackedWeight, computable, format_of, refuse_strangers, replace_linears, set_apart
+from bigpipe.bigmodel.formats import (
+    PackedWeight,
+    computable,
+    decode,
+    format_of,
+    refuse_strangers,
+    replace_linears,
+    set_apart,
+)
 from bigpipe.bigmodel.placement import Device, Placement
 from bigpipe.bigmodel.sources import Sources
 from bigpipe.errors import InvalidCheckpoint, UsageError, first_few
@@ -98,8 +106,9 @@ def load(
     import psutil
 
     checkpoint = open_checkpoint(path)
+    computable(describe_opened(checkpoint))
+    checkpoint = decode(checkpoint)
     described = describe_opened(checkpoint)
-    computable(described)
     asked: dict[str, Any] = {
         "dtype": None if dtype is None else str(dtype).removeprefix("torch."),
         "special_dtypes": special_dtypes,

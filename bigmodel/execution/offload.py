@@ -64,11 +64,16 @@ class Slot:
     def fused(self) -> bool:
         return any(recipe.fuse for recipe in self.recipes.values())
 
+    @property
+    def decoded(self) -> bool:
+        return any(source.made for source in self.sources)
+
     def windowed(self, device: torch.device) -> bool:
         """Return whether the files themselves can serve as the memory."""
         import torch
 
-        as_stored = self.packing or (not self.fused and getattr(torch, self.sources[0].dtype) == self.dtype)
+        plain = not self.fused and not self.decoded
+        as_stored = self.packing or (plain and getattr(torch, self.sources[0].dtype) == self.dtype)
         return device.type == "cpu" and bool(as_stored)
 
     def scratch(self, device: torch.device) -> Sequence[int]:
@@ -159,7 +164,7 @@ class WeightGroup:
         self.nbytes = sum(source.nbytes for source in self.sources)
         module, slot = self.module, self.slots[0]
         plain = type(module) is torch.nn.Embedding and module.max_norm is None and slot.module is module
-        self.table = slot if plain and not slot.packing and not slot.fused else None
+        self.table = slot if plain and not slot.packing and not slot.fused and not slot.decoded else None
 
     def moved(self, rows: int = 1) -> int:
         """Return the stored bytes that a forward moves, `rows` of them where it is a table. None, where it computes in

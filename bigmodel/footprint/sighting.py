@@ -26,10 +26,11 @@ from bigpipe.bigmodel.checkpoint import (
     find_weight_files,
     read_json,
 )
-from bigpipe.bigmodel.formats import PLAIN, Agreement, agree, format_of
+from bigpipe.bigmodel.formats import PLAIN, Agreement, agree, decoded, format_of, plain_dtype
 from bigpipe.bigmodel.hub import COMMIT, Hub, Repository, cached_commit, describe_pipeline, describe_repository
 from bigpipe.bigmodel.sources import Sources
 from bigpipe.errors import InvalidCheckpoint, NoWeights, Offline, UsageError, first_few
+from bigpipe.sizes import format_size
 
 REPOSITORY = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
 
@@ -159,7 +160,7 @@ def architecture_of(sighting: Sighting, head: Head, sources: Sources) -> tuple[A
 
     From the class, or, where that is unknown or may not run, from the names of the stored tensors.
     """
-    description = sighting.description
+    description = decoded(sighting.description)
     try:
         built = _built(sighting, head, sources)
     except UsageError as error:
@@ -177,7 +178,17 @@ def architecture_of(sighting: Sighting, head: Head, sources: Sources) -> tuple[A
     except InvalidCheckpoint as error:
         return built, (f"{error.cause}; sizes are those of the config", *filter(None, [slow]))
     built = agreement.architecture
-    return built, (*agreement.notes, *_differences(built, description, head), *filter(None, [slow]))
+    notes = *_decoded(sighting.description), *agreement.notes, *_differences(built, description, head)
+    return built, (*notes, *filter(None, [slow]))
+
+
+def _decoded(stored: ModelDescription) -> tuple[str, ...]:
+    """What a checkpoint becomes where it is run, in words; nothing where that is what is stored."""
+    plain = decoded(stored)
+    if plain is stored or stored.nbytes is None or plain.nbytes is None:
+        return ()
+    sizes = f"{format_size(stored.nbytes)} are stored, and {format_size(plain.nbytes)} of {plain_dtype(stored)} are run"
+    return (f"{format_of(stored).title}: {sizes}",)
 
 
 def _built(sighting: Sighting, head: Head, sources: Sources) -> Architecture:

@@ -23,6 +23,7 @@ from bigpipe.errors import InvalidCheckpoint, first_few
 
 from .matrices import matrix_shape
 from .packed import PackedWeight, set_apart
+from .plain import decoded
 from .recognition import format_of
 
 if TYPE_CHECKING:
@@ -68,6 +69,7 @@ def agree(
 
     Raise InvalidCheckpoint, naming tensors, shapes and the field of the config, where it does not.
     """
+    described = decoded(described)
     if described.tensors is None or architecture.outlined or not (found := format_of(described)).computes:
         return Agreement(architecture)
     plain, packed = set_apart(described.tensors, found)

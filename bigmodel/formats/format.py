@@ -11,6 +11,8 @@ if TYPE_CHECKING:
     import torch
     from numpy.typing import NDArray
 
+    from bigpipe.bigmodel.checkpoint import Decoder
+
     Codes = NDArray[Any]
     Scales = NDArray[numpy.float32]
 
@@ -121,6 +123,27 @@ class Packing(Protocol):
         """Forget what was derived from the weight. A placeholder takes the weight's place afterwards."""
 
 
+@dataclass(frozen=True, slots=True)
+class Decoded:
+    """A plain tensor that stored ones make."""
+
+    parts: tuple[str, ...]
+    """Their names, the codes first."""
+    dtype: str
+    shape: tuple[int, ...]
+    decoder: Decoder
+
+
+class Decoding(Protocol):
+    """How a checkpoint with scales beside its codes is read as a plain one. Equal to others of the same settings."""
+
+    def made(self, stored: Tensors, dtype: str) -> Mapping[str, Decoded]:
+        """Return plain tensors of `dtype` by name. Raise InvalidCheckpoint where codes and scales do not fit."""
+
+    def dropped(self, name: str) -> bool:
+        """Return whether a stored tensor that makes no plain one is of no use to a plain checkpoint."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Format:
     name: str
@@ -135,6 +158,8 @@ class Format:
     """None: nothing is packed, or nothing here can pack or unpack it."""
     computes: bool = True
     """Can a model be run from it?"""
+    decoding: Decoding | None = None
+    """How its tensors become plain ones, exactly, whatever is done with them; None: they do not."""
 
 
 PLAIN = Format(name="plain", title="plain numbers")

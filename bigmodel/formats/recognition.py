@@ -8,12 +8,14 @@ modules give their tensors.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from bigpipe.bigmodel.checkpoint import CASTABLE
 from bigpipe.errors import UsageError
 
 from .bitsandbytes import scheme_of
+from .decoding import decoding_of
 from .format import PLAIN, Format, Tensors
 from .registry import BUILT_IN, named, offered
 
@@ -70,6 +72,8 @@ def recognise(quantization: Mapping[str, Any] | None, tensors: Tensors | None) -
     foreign = next((found for found in FOREIGN if _same(found.method, method)), None)
     if method in BUILT_IN or (foreign is None and method in offered()):
         return named(method)
+    if foreign is not None and (decoding := decoding_of(quantization, tensors or {})):
+        return replace(foreign, decoding=decoding)
     return foreign or Format(name=method, title=method, method=method, computes=False)
 
 
@@ -81,7 +85,7 @@ def format_of(described: ModelDescription) -> Format:
 def uncomputable(described: ModelDescription) -> UsageError | None:
     """Return why no model can be run from a checkpoint: its format is only known by name. None where one can."""
     found = format_of(described)
-    if found.computes:
+    if found.computes or found.decoding:
         return None
     return UsageError(
         f"{_place(described)}its weights are {found.title} ({found.method}), which cannot be computed with here",
@@ -98,7 +102,7 @@ def computable(described: ModelDescription) -> None:
 def castable(described: ModelDescription, dtype: str) -> None:
     """Raise UsageError for a checkpoint whose scales must keep their dtype."""
     found = format_of(described)
-    if found is not PLAIN:
+    if found is not PLAIN and found.decoding is None:
         raise UsageError(
             f"{_place(described)}dtype {dtype} would change the scales of quantized weights ({found.title})",
             "leave dtype out, or let quantize come after shard",

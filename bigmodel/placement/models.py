@@ -9,7 +9,7 @@ from pathlib import Path
 from bigpipe.bigmodel.architecture import BUFFERS, Architecture, TensorSpec
 from bigpipe.bigmodel.checkpoint import CASTABLE, ModelDescription, tensor_nbytes
 from bigpipe.bigmodel.footprint import architecture_of, look
-from bigpipe.bigmodel.formats import agree, format_of, set_apart, uncomputable
+from bigpipe.bigmodel.formats import agree, decoded, format_of, set_apart, uncomputable
 from bigpipe.bigmodel.sources import Sources
 from bigpipe.errors import DoesNotFit
 from bigpipe.fit import Misfit
@@ -83,6 +83,7 @@ def place_model(
     speeds: Speeds | None = None,
 ) -> Placement:
     """Return the placement of a model that has been looked at. Raises UsageError and DoesNotFit, as `place` does."""
+    refused, model = uncomputable(model), decoded(model)
     if request.device_map == "optimal" and speeds is None and memo is not None:
         speeds = speeds_of(machine, memo)
 
@@ -96,7 +97,6 @@ def place_model(
             machine=machine,
             speeds=speeds,
         )
-        refused = uncomputable(model)
         return replace(
             placement,
             dtype=request.dtype,

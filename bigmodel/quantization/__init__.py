@@ -15,6 +15,7 @@ from typing import Any
 
 from bigpipe.bigmodel.architecture import Architecture
 from bigpipe.bigmodel.checkpoint import ARCHITECTURE_FILE, Checkpoint, describe_opened, open_checkpoint
+from bigpipe.bigmodel.formats import decode
 from bigpipe.bigmodel.sources import Sources
 from bigpipe.bigmodel.writing import ReportProgress, carry_side_files, encode_config, refuse_in_place
 from bigpipe.files import write_file
@@ -113,6 +114,7 @@ def quantize_described(
     from .stream import split, write_quantized  # brings numpy, which a plan does not need
 
     refuse_in_place(checkpoint, out)
+    stored, checkpoint = checkpoint.nbytes, decode(checkpoint)
     outlined, quantized = understand(describe_opened(checkpoint), settings, architecture=architecture, sources=sources)
     groups = split(outlined, checkpoint, max_shard_size)
     written, plans = write_quantized(checkpoint, groups, out, settings, parts, progress)
@@ -124,7 +126,7 @@ def quantize_described(
         files=written,
         shards=len(plans),
         bytes=sum(plan.nbytes for plan in plans),
-        source_bytes=checkpoint.nbytes,
+        source_bytes=stored,
         quantized=outlined.quantized,
         skipped=outlined.skipped,
         notes=outlined.notes,

@@ -81,7 +81,10 @@ class WeightEncoder:
         """The weight in runs of whole rows where rows have scales or lie apart, of whole blocks elsewhere."""
         rows, columns = weight.shape
         whole = self._whole(weight)
-        step = TASK if whole is None and not weight.packing.by_rows else _rows_per_task(columns) * columns
+        decoded = self.checkpoint.tensors[weight.source].made is not None
+        step = (
+            TASK if whole is None and not weight.packing.by_rows and not decoded else _rows_per_task(columns) * columns
+        )
         for start in range(0, rows * columns, step):
             stop = min(start + step, rows * columns)
             read = self._reader(weight, whole, start, stop)
@@ -120,6 +123,9 @@ class WeightEncoder:
             rows = whole[start // columns : stop // columns]
             return lambda: np.ascontiguousarray(rows).reshape(-1)
         tensor = self.checkpoint.placed(weight.source)
+        if tensor.made is not None:
+            first, last = start // weight.shape[1], stop // weight.shape[1]
+            return lambda: np.frombuffer(self.checkpoint.rows(tensor, self._files, first, last), BITS[tensor.dtype])
         source, width = self._files.source(tensor.file), BITS[tensor.dtype].itemsize
         return lambda: self._read(source, tensor.offset + start * width, stop - start, BITS[tensor.dtype])
 

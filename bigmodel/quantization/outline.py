@@ -16,6 +16,7 @@ from bigpipe.bigmodel.formats import (
     Packing,
     agree,
     converted_modules,
+    decoded,
     default_skips,
     format_of,
     matrix_shape,
@@ -254,6 +255,7 @@ def understand(
     architecture: what the model is; None: asked of `describe_architecture`, which takes `sources`. The tensors of
     `described` must be known. Raise UsageError and InvalidCheckpoint."""
     refuse_quantized(described)
+    described = decoded(described)
     if described.config is None and described.custom is None and architecture is None:
         raise UsageError(
             "the checkpoint has no config that names its class, so nobody knows which weights are linear layers'",
@@ -280,6 +282,6 @@ def understand(
 def refuse_quantized(described: ModelDescription) -> None:
     """Raise UsageError for a checkpoint that is quantized already: its codes are no numbers to be rounded again."""
     found = format_of(described)
-    if found is not PLAIN:
+    if found is not PLAIN and found.decoding is None:
         cause = f"the checkpoint is quantized already ({found.title})"
         raise UsageError(cause, "leave this step out, or start from the weights before they were quantized")

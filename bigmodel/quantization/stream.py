@@ -144,7 +144,7 @@ def write_quantized(
                 nbytes=stored_bytes(group),
                 key=partial(_key, checkpoint, source, group, settings),
                 content=partial(content, group),
-                sources=frozenset([source]),
+                sources=frozenset().union(*(checkpoint.tensors[part.source].files for part in group)),
             )
             for name, (source, group) in zip(names, groups, strict=True)
         ]
@@ -159,7 +159,10 @@ def _key(checkpoint: Checkpoint, source: Path, group: Sequence[Converted | Kept]
         facts["threads"] = settings.threads
     outputs = [[(tensor.name, tensor.dtype, tensor.shape) for tensor in part.outputs] for part in group]
     tensors = [[part.source, part.dtype, made] for part, made in zip(group, outputs, strict=True)]
-    return key_of(checkpoint.identity(source), facts, tensors)
+    decoded = [tensor for part in group if (tensor := checkpoint.tensors[part.source]).made]
+    beside = sorted({file for tensor in decoded for file in tensor.files} - {source})
+    ways = [repr(tensor.made.decoder) for tensor in decoded if tensor.made]
+    return key_of(checkpoint.identity(source), facts, tensors, *map(checkpoint.identity, beside), *ways)
 
 
 def _plan_of(path: Path) -> ShardPlan:

@@ -24,7 +24,7 @@ from bigpipe.bigmodel.checkpoint import (
     describe_opened,
     itemsize,
 )
-from bigpipe.bigmodel.formats import castable
+from bigpipe.bigmodel.formats import castable, decode, decoded
 from bigpipe.errors import UsageError
 from bigpipe.files import copy_file, lies_in, link, make_directory, real_folders, write_file
 from bigpipe.machine import cores
@@ -72,6 +72,7 @@ class Conversion:
         """Return the files that `source` becomes, whose tensors are known, and the checkpoint they make.
         Raise UsageError for what cannot be cast or written."""
         if self.dtype is not None:
+            source = decoded(source)
             castable(source, self.dtype)
         plans, config = self.plans(source.tensors or {}, source.tied), source.config
         if self.dtype is not None and config is not None:
@@ -104,13 +105,17 @@ def convert(
     A cast changes the config too. Aliases of tied weights are dropped in safetensors and kept as shared storages in
     `.bin`. linked: the other files become links. `journal` as in `write_checkpoint`, `outlet` as in `Traffic`."""
     refuse_in_place(checkpoint, out)
+    if conversion.dtype is not None:
+        checkpoint = decode(checkpoint)
     plans, converted = conversion.of(describe_opened(checkpoint))
     config = converted.config if conversion.dtype else None
     carried = carry_side_files(checkpoint, out, config=config, linked=linked)
-    sources = {plan.file: {checkpoint.tensors[tensor.name].file for tensor in plan.tensors} for plan in plans}
+    parts = {plan.file: [checkpoint.tensors[tensor.name] for tensor in plan.tensors] for plan in plans}
+    sources = {file: {source for tensor in tensors for source in tensor.files} for file, tensors in parts.items()}
 
     def fingerprint(file: str) -> str:
-        return repr(sorted((source.name, checkpoint.identity(source)) for source in sources[file]))
+        decoders = [repr(tensor.made.decoder) for tensor in parts[file] if tensor.made]
+        return repr(sorted((source.name, checkpoint.identity(source)) for source in sources[file])) + "".join(decoders)
 
     with RangeReader(checkpoint) as reader:
         saved = write_checkpoint(
@@ -228,13 +233,12 @@ class RangeReader:
     def produce(self, planned: PlannedTensor) -> Iterator[memoryview]:
         """Give the contiguous bytes of the tensor of this name, as the planned dtype."""
         own, tensor = self._own, self.checkpoint.tensors[planned.name]
-        source = own.files.source(tensor.file)
         if not is_cast(tensor.dtype, planned.dtype):
-            yield from self.checkpoint.pieces(tensor.name, source, CHUNK, own.buffers)
+            yield from self.checkpoint.pieces(tensor.name, own.files, CHUNK, own.buffers)
             return
         widths = itemsize(tensor.dtype), itemsize(planned.dtype)
         size = CHUNK // max(widths) * widths[0]
-        for piece in self.checkpoint.pieces(tensor.name, source, size, itertools.repeat(own.stored)):
+        for piece in self.checkpoint.pieces(tensor.name, own.files, size, itertools.repeat(own.stored)):
             yield cast(piece, tensor.dtype, planned.dtype, next(own.buffers))
 
     def close(self, file: Path) -> None:

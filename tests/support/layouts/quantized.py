@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file
 
 from .families import family
 from .layout import LAYOUTS, Layout, Tensors, Verdict, change_config, layout, llama, take, write
@@ -72,6 +73,15 @@ def _fp8_tensor(module: str, weight: torch.Tensor) -> Tensors:
     }
 
 
+def _fp8_inverse(module: str, weight: torch.Tensor) -> Tensors:
+    """One scale per tensor, as Mistral stores it."""
+    stored = _fp8_tensor(module, weight)
+    return {
+        f"{module}.weight": stored[f"{module}.weight"],
+        f"{module}.weight_scale_inv": stored[f"{module}.weight_scale"][0],
+    }
+
+
 def _gptq(module: str, weight: torch.Tensor) -> Tensors:
     """Of 4 bits: eight to an int32, down the inputs."""
     rows, columns = weight.shape
@@ -98,22 +108,34 @@ _FLOAT8 = {
     "ignore": ["lm_head"], "config_groups": {"group_0": {"targets": ["Linear"], "weights": {
         "num_bits": 8, "type": "float", "strategy": "tensor", "symmetric": True, "dynamic": False}}},
 }  # fmt: skip
-NOT_DECODED = "weights with scales are not decoded"
 WITH_SCALES: dict[str, tuple[Verdict, Mapping[str, Any], Callable[[str, torch.Tensor], Tensors]]] = {
     "fp8 with a scale per block": ("equal", {"quant_method": "fp8", "weight_block_size": [128, 128]}, _fp8_blocks),
-    "compressed-tensors float8": ("both refuse", _FLOAT8, _fp8_tensor),
+    "fp8 with a scale per tensor": ("equal", {"quant_method": "fp8", "weight_block_size": None}, _fp8_inverse),
     "gptq": ("both refuse", {"quant_method": "gptq", "bits": 4, "group_size": 64}, _gptq),
     "awq": ("both refuse", {"quant_method": "awq", "bits": 4, "group_size": 64, "zero_point": True}, _awq),
 }
+
+
+@layout("bigpipe reads", because="transformers asks for compressed-tensors to be installed")
+def compressed_tensors_float8(folder: Path) -> Any:
+    """The model that is returned holds what the formula gives."""
+    import transformers
+
+    _with_scales(_FLOAT8, _fp8_tensor)(folder)
+    saved = transformers.LlamaForCausalLM(transformers.AutoConfig.from_pretrained(folder, quantization_config=None))
+    stored = load_file(folder / "model.safetensors")
+    scales = {name.removesuffix("_scale"): stored.pop(name) for name in list(stored) if name.endswith("_scale")}
+    saved.load_state_dict({n: t.to(torch.bfloat16) * scales[n] if n in scales else t for n, t in stored.items()})
+    return saved
+
+
 LAYOUTS |= {
-    name: Layout(
-        make=_with_scales(method, change), verdict=verdict, dtype=None, falls_short=NOT_DECODED * (verdict == "equal")
-    )
+    name: Layout(make=_with_scales(method, change), verdict=verdict, dtype="bfloat16")
     for name, (verdict, method, change) in WITH_SCALES.items()
 }
 
 
-@layout("equal", dtype=None, falls_short=NOT_DECODED)
+@layout("equal", dtype="bfloat16")
 def mxfp4(folder: Path) -> None:
     """Experts in blocks of 32 values of 4 bits with one exponent, as gpt-oss was published."""
     family("gpt_oss", dtype=torch.bfloat16)(folder)

@@ -1,0 +1,195 @@
+"""Formats with scales beside their codes that are decoded exactly, a run of rows at a time, as if they were plain.
+
+    decoding_of(quantization_config, tensors) -> Decoding | None
+
+fp8 with a scale per tensor, row or block, as DeepSeek, Qwen and Mistral store it; 8-bit floats and integers of
+compressed-tensors 0.20 (`float-quantized`, `int-quantized`, `naive-quantized`); MXFP4 as gpt-oss was published.
+Held against transformers 5.23 (`integrations/finegrained_fp8.py`, `mxfp4.py`) and compressed-tensors.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from bigpipe.bigmodel.checkpoint import itemsize
+from bigpipe.errors import InvalidCheckpoint
+
+from .format import Decoded, Decoding
+
+if TYPE_CHECKING:
+    from .format import Tensors
+
+FLOAT8 = ("float8_e4m3fn", "float8_e5m2", "float8_e4m3fnuz", "float8_e5m2fnuz")
+OF_WEIGHTS = ("_scale_inv", "_scale")
+"""What the name of a weight's scales adds to that of the weight."""
+BESIDE = re.compile(
+    r"[._](weight_scale(_inv)?|weight_zero_point|weight_shape|[kvq]_scale|kv_scale|[kvq]_zero_point"
+    r"|(input|output|activation)_(scale(_inv)?|zero_point|global_scale))$"
+)
+"""Names of what belongs to packed weights and to activations, which are computed with as they are here."""
+COMPRESSED = ("float-quantized", "int-quantized", "naive-quantized")
+"""Formats of compressed-tensors whose codes are one number each."""
+
+
+@dataclass(frozen=True, slots=True)
+class Scaled:
+    """Numbers of 8 bits, less a zero point, times a scale; one of these per block."""
+
+    codes: str
+    scales: str
+    zeros: str | None
+    """Their dtypes; None: no zero points."""
+    dtype: str
+    """Of the plain numbers."""
+    shape: tuple[int, ...]
+    grid: tuple[int, ...]
+    """How many blocks there are along each dimension."""
+    blocks: tuple[int, ...]
+    """Their sizes."""
+
+    def ranges(self, start: int, stop: int) -> Sequence[tuple[int, int]]:
+        width, wide = math.prod(self.shape[1:]), math.prod(self.grid[1:])
+        first, last = start // self.blocks[0], (stop - 1) // self.blocks[0] + 1
+        sizes = [itemsize(dtype) * wide for dtype in (self.scales, self.zeros) if dtype]
+        return (start * width, (stop - start) * width), *((first * size, (last - first) * size) for size in sizes)
+
+    def decode(self, start: int, stop: int, parts: Sequence[memoryview]) -> memoryview:
+        from .encoders.scaled import multiply, numbers, rounded
+
+        grid = (-1, *self.grid[1:])
+        scales = numbers(parts[1], self.scales).reshape(grid)
+        zeros = numbers(parts[2], self.zeros).reshape(grid) if self.zeros else None
+        first = (start % self.blocks[0], *(0 for _ in self.shape[1:]))
+        shape = (stop - start, *self.shape[1:])
+        values = multiply(parts[0], self.codes, shape, scales, zeros, first, self.blocks)
+        return rounded(values, self.scales, self.dtype)
+
+
+@dataclass(frozen=True, slots=True)
+class Blocks:
+    """MXFP4: blocks of 32 numbers of 4 bits with one exponent; matrices that the class holds the other way round."""
+
+    dtype: str
+    shape: tuple[int, int, int]
+    """(matrices, columns, rows)."""
+
+    def ranges(self, start: int, stop: int) -> Sequence[tuple[int, int]]:
+        elements = math.prod(self.shape[1:])
+        return [(start * size, (stop - start) * size) for size in (elements // 2, elements // 32)]
+
+    def decode(self, start: int, stop: int, parts: Sequence[memoryview]) -> memoryview:
+        from .encoders.scaled import turned_blocks
+
+        return turned_blocks(parts[0], parts[1], (stop - start, *self.shape[1:]), self.dtype)
+
+
+@dataclass(frozen=True, slots=True)
+class WithScales(Decoding):
+    """Codes called as the weight is, scales as the weight with a word behind it."""
+
+    codes: tuple[str, ...]
+    """dtypes."""
+    block: tuple[int, int] | None = None
+    """(rows, columns) that share a scale, where neither one row nor the whole does; rows None: a row."""
+
+    def made(self, stored: Tensors, dtype: str) -> Mapping[str, Decoded]:
+        found = {}
+        for name, (codes, shape) in stored.items():
+            scale = next((name + end for end in OF_WEIGHTS if name + end in stored), None)
+            if codes not in self.codes or self.dropped(name):
+                continue
+            if scale is None:
+                cause = f"{name} is stored as {codes}, and no scale of it is ({', '.join(OF_WEIGHTS)})"
+                raise InvalidCheckpoint(cause, "fetch all files again: its codes are no numbers without it")
+            zero = f"{name}_zero_point" if f"{name}_zero_point" in stored else None
+            grid, blocks = self._grid(name, shape, stored[scale][1])
+            zeros = stored[zero][0] if zero else None
+            decoder = Scaled(codes, _scales_dtype(stored[scale][0]), zeros, dtype, shape or (1,), grid, blocks)
+            found[name] = Decoded((name, scale, *([zero] if zero else [])), dtype, shape, decoder)
+        return found
+
+    def _grid(
+        self, name: str, shape: tuple[int, ...], scales: tuple[int, ...]
+    ) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """(blocks along each dimension, their sizes), told by the shape of the scales."""
+        if math.prod(scales) == 1:
+            return (1,) * len(shape), shape
+        grid = (*scales, *(1 for _ in shape[len(scales) :]))
+        sizes = (*(1 for _ in shape[:-2]), *(self.block or ()))
+        if self.block and len(sizes) == len(shape) == len(grid):
+            told = tuple(-(-size // block) for size, block in zip(shape, sizes, strict=True))
+            if told == grid:
+                return grid, sizes
+        if len(grid) == len(shape) and all(size % count == 0 for size, count in zip(shape, grid, strict=True)):
+            return grid, tuple(size // count for size, count in zip(shape, grid, strict=True))
+        cause = f"{name} is {list(shape)}, and its scales are {list(scales)}"
+        blocks = f" in blocks of {list(self.block)}" if self.block else ""
+        raise InvalidCheckpoint(cause + blocks, "check that config.json belongs to these weights")
+
+    def dropped(self, name: str) -> bool:
+        return BESIDE.search(name) is not None
+
+
+@dataclass(frozen=True, slots=True)
+class Microscaling(Decoding):
+    """`…_blocks` (experts, rows, blocks, 16) and `…_scales` (experts, rows, blocks) of experts."""
+
+    def made(self, stored: Tensors, dtype: str) -> Mapping[str, Decoded]:
+        found = {}
+        for name, (codes, shape) in stored.items():
+            if not name.endswith("_blocks"):
+                continue
+            plain = name.removesuffix("_blocks")
+            scales = stored.get(f"{plain}_scales", ("nothing", ()))
+            if (codes, scales) != ("uint8", ("uint8", shape[:-1])) or len(shape) != 4 or shape[-1] != 16:
+                cause = f"{name} is {codes} {list(shape)}, and {plain}_scales {scales[0]} {list(scales[1])}"
+                raise InvalidCheckpoint(cause, "fetch the files again; MXFP4 has 16 bytes and an exponent per block")
+            experts, rows, blocks, _ = shape
+            turned = (experts, 32 * blocks, rows)
+            found[plain] = Decoded((name, f"{plain}_scales"), dtype, turned, Blocks(dtype, turned))
+        return found
+
+    def dropped(self, name: str) -> bool:
+        return False
+
+
+def decoding_of(quantization: Mapping[str, Any], tensors: Tensors) -> Decoding | None:
+    """Return how a checkpoint with this `quantization_config` is decoded; None where nothing here can."""
+    method = str(quantization.get("quant_method", "")).replace("_", "-")
+    if method == "mxfp4":
+        return Microscaling()
+    if method == "fp8":
+        packed = any(tensors.get(name.removesuffix("_scale_inv"), ("",))[0] in ("int8", "uint8") for name in tensors)
+        return None if packed else WithScales(FLOAT8, _pair(quantization.get("weight_block_size")))
+    return _compressed(quantization) if method == "compressed-tensors" else None
+
+
+def _compressed(quantization: Mapping[str, Any]) -> Decoding | None:
+    groups = [group for group in (quantization.get("config_groups") or {}).values() if isinstance(group, Mapping)]
+    weights = [group["weights"] for group in groups if isinstance(group.get("weights"), Mapping)]
+    formats = {quantization.get("format"), *(group.get("format") for group in groups)} - {None, "mixed-precision"}
+    sparse = (quantization.get("sparsity_config") or {}).get("format", "dense") != "dense"
+    if not weights or not formats.issubset(COMPRESSED) or sparse or quantization.get("transform_config"):
+        return None
+    unordered = all(found.get("actorder") in (None, False, "static", "weight") for found in weights)
+    if not unordered or any(found.get("num_bits") != 8 for found in weights):
+        return None
+    blocks = {_pair(found.get("block_structure")) for found in weights} - {None}
+    return WithScales((*FLOAT8, "int8"), blocks.pop() if len(blocks) == 1 else None)
+
+
+def _pair(value: Any) -> tuple[int, int] | None:
+    """(rows, columns) of a block, given as a list or as 128x128."""
+    sizes = value.split("x") if isinstance(value, str) else value
+    if not isinstance(sizes, Sequence) or len(sizes) != 2:
+        return None
+    return int(sizes[0]), int(sizes[1])
+
+
+def _scales_dtype(stored: str) -> str:
+    """Bytes beside 8-bit floats are exponents (MXFP8)."""
+    return "float8_e8m0fnu" if stored == "uint8" else stored
