@@ -135,8 +135,8 @@ def late(target: str) -> Callable[..., Any]:
         function: Callable[..., Any] = getattr(import_module(module), name)
         return function
 
-    def call(*arguments: Any) -> Any:
-        return found()(*arguments)
+    def call(*arguments: Any, **options: Any) -> Any:
+        return found()(*arguments, **options)
 
     return call
 
