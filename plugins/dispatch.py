@@ -53,6 +53,8 @@ class DispatchMetrics(Metrics):
     """What building and filling the model took, without imports."""
     streamed_bytes_per_token: int = 0
     """Stored bytes that one token moves from RAM or disk to where it computes."""
+    sequence_length: int
+    """Tokens that room is kept for: those asked for, at most what the model's positions allow."""
 
 
 def facts(params: DispatchParams, machine: Machine) -> Mapping[str, Json]:
@@ -68,7 +70,7 @@ def warms(params: DispatchParams) -> tuple[str, ...]:
 
 STAGE = Stage(
     kind="dispatch",
-    version=3,
+    version=4,
     params=DispatchParams,
     metrics=DispatchMetrics,
     inputs={"model": Port("checkpoint")},

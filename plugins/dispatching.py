@@ -13,7 +13,8 @@ from dataclasses import replace
 from typing import Any
 
 from bigpipe.bigmodel.checkpoint import ModelDescription, describe_checkpoint
-from bigpipe.bigmodel.formats import computable
+from bigpipe.bigmodel.footprint import capped_length
+from bigpipe.bigmodel.formats import Agreement, computable
 from bigpipe.bigmodel.placement import Placement, PlacementRequest, find_misfits, place_model
 from bigpipe.errors import DoesNotFit, UsageError, first_few
 from bigpipe.files import write_file
@@ -45,7 +46,8 @@ def forecast(params: DispatchParams, ctx: ForecastContext) -> Forecast:
     computable(model)
     unknown = () if model.tensors is not None else ("the model's stored sizes: taken from its config",)
     try:
-        attempt = _placing(model, ctx)
+        agreement = agreed(model, sources_of(ctx))
+        attempt = _placing(model, agreement, ctx)
         placement = attempt(request)
     except DoesNotFit as error:
         return Forecast(download_bytes=0, misfits=(Misfit.of(error),), unknown=unknown)
@@ -55,6 +57,7 @@ def forecast(params: DispatchParams, ctx: ForecastContext) -> Forecast:
         return Forecast(download_bytes=0, unknown=(f"the placement, until the trusted code is here: {error.cause}",))
     return _described(
         placement,
+        sequence_length=capped_length(agreement.architecture, params.sequence_length),
         write_bytes=4096 + 64 * len(placement.device_map),
         ram=None if params.verify == "none" else PROCESS + 2 * max(placement.streaming.values(), default=0),
         vram={device: need.total for device, need in placement.needs.items() if isinstance(device, int)},
@@ -67,10 +70,9 @@ def _request(params: DispatchParams) -> PlacementRequest:
     return PlacementRequest(**params.model_dump(exclude={"verify"}))
 
 
-def _placing(model: ModelDescription, ctx: ForecastContext | StageContext) -> Callable[[PlacementRequest], Placement]:
-    """Raise UsageError where the class that will be loaded is not known, or its code may not run."""
-    agreement = agreed(model, sources_of(ctx))
-
+def _placing(
+    model: ModelDescription, agreement: Agreement, ctx: ForecastContext | StageContext
+) -> Callable[[PlacementRequest], Placement]:
     def attempt(request: PlacementRequest) -> Placement:
         placed = place_model(model, agreement.architecture, request, ctx.machine, memo=ctx.memo)
         return replace(placed, explanation=(*placed.explanation, *agreement.notes))
@@ -82,13 +84,17 @@ def _predicted(placement: Placement) -> dict[str, int]:
     return {str(device): need.weights for device, need in placement.needs.items() if need.weights}
 
 
-def _described(placement: Placement, *, write_bytes: int = 0, **known: Any) -> Forecast:
+def _described(
+    placement: Placement, *, write_bytes: int = 0, sequence_length: int | None = None, **known: Any
+) -> Forecast:
+    """sequence_length: None where the record of the run tells it."""
     predicted = _predicted(placement)
+    metrics = {"predicted": predicted, "streamed_bytes_per_token": placement.streamed_bytes_per_token}
     labels = {device: f"cuda:{device}" if device.isdecimal() else device for device in predicted}
     return Forecast(
         download_bytes=0,
         write_bytes=write_bytes,
-        metrics={"predicted": predicted, "streamed_bytes_per_token": placement.streamed_bytes_per_token},
+        metrics=metrics | ({"sequence_length": sequence_length} if sequence_length else {}),
         output=placement,
         details=(*placement.picture().splitlines(), *placement.explanation),
         summary=", ".join(f"{labels[device]} {format_size(size)}" for device, size in predicted.items()),
@@ -97,9 +103,13 @@ def _described(placement: Placement, *, write_bytes: int = 0, **known: Any) -> F
 
 
 def run(params: DispatchParams, ctx: StageContext) -> StageResult:
-    placement = _placing(describe_checkpoint(ctx.input("model")), ctx)(_request(params))
+    model = describe_checkpoint(ctx.input("model"))
+    agreement = agreed(model, sources_of(ctx))
+    placement = _placing(model, agreement, ctx)(_request(params))
     metrics = DispatchMetrics(
-        predicted=_predicted(placement), streamed_bytes_per_token=placement.streamed_bytes_per_token
+        predicted=_predicted(placement),
+        streamed_bytes_per_token=placement.streamed_bytes_per_token,
+        sequence_length=capped_length(agreement.architecture, params.sequence_length),
     )
     if params.verify != "none":
         metrics = _verify(params, ctx, placement, metrics)

@@ -122,6 +122,10 @@ class DtypeMetrics(Metrics):
 
 
 _FIELDS: dict[str, Any] = dict.fromkeys(DTYPES, (DtypeMetrics | None, None))
+_FIELDS["sequence_length"] = (
+    int,
+    Field(description="Tokens: those asked for, at most what the model's positions allow."),
+)
 _FIELDS["formats"] = dict[str, DtypeMetrics], Field({}, description="Of formats that are not built in, by name.")
 EstimateMetrics: type[Metrics] = create_model("EstimateMetrics", __base__=Metrics, **_FIELDS)
 """By dtype; null where it was not asked for."""
@@ -146,8 +150,9 @@ def reads(params: EstimateParams, context: ForecastContext) -> list[str]:
 
 def result_line(metrics: Mapping[str, Any]) -> str:
     """`float16 24.8 GiB, int8 12.4 GiB to infer, 2 more dtypes`, in the order of `EstimateMetrics`."""
-    budgets = {**metrics, **metrics.get("formats", {}), "formats": None}
-    sizes = [f"{dtype} {format_size(found['inference'])}" for dtype, found in budgets.items() if found]
+    budgets = {**metrics, **metrics.get("formats", {})}
+    known = {dtype: found for dtype, found in budgets.items() if isinstance(found, Mapping) and "inference" in found}
+    sizes = [f"{dtype} {format_size(found['inference'])}" for dtype, found in known.items()]
     more = len(sizes) - SHOWN
     text = f"{', '.join(sizes[:SHOWN])} to infer"
     return f"{text}, {more} more dtype{'s' if more > 1 else ''}" if more > 0 else text
@@ -155,7 +160,7 @@ def result_line(metrics: Mapping[str, Any]) -> str:
 
 STAGE = Stage(
     kind="estimate",
-    version=2,
+    version=3,
     params=EstimateParams,
     metrics=EstimateMetrics,
     inputs={"model": Port("checkpoint", optional=True)},

@@ -64,12 +64,14 @@ def forecast(params: EstimateParams, context: ForecastContext) -> Forecast:
     if made.architecture.outlined and context.trust.remote_code:
         return Forecast(ram=RAM, unknown=("sizes: its trusted code is asked once it is here",))
     sizes = ", ".join(f"{found.dtype} {format_size(found.inference)}" for found in made.budgets)
+    length, asked = made.workload.sequence_length, params.sequence_length
     return Forecast(
         download_bytes=0,
         write_bytes=REPORT_BYTES,
         ram=RAM,
         metrics=_metrics(made).model_dump(mode="json"),
-        summary=f"{sizes} at {made.workload.batch_size} × {made.workload.sequence_length} tokens",
+        summary=f"{sizes} at {made.workload.batch_size} × {length} tokens" + (f" of {asked}" if asked > length else ""),
+        details=made.notes,
     )
 
 
@@ -101,7 +103,7 @@ def _metrics(made: Estimate) -> Metrics:
         for dtype, values in made.metrics().items()
     }
     own = {dtype: found.pop(dtype) for dtype in DTYPES if dtype in found}
-    return EstimateMetrics.model_validate({**own, "formats": found})
+    return EstimateMetrics.model_validate({**own, "formats": found, "sequence_length": made.workload.sequence_length})
 
 
 def run(params: EstimateParams, context: StageContext) -> StageResult:

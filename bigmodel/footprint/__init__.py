@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from bigpipe.faces import face
 
 if TYPE_CHECKING:
-    from .budgets import Budget, Workload, capped_length
+    from .budgets import Budget, Workload, capped_length, cut_length
     from .estimates import Estimate, estimate, estimate_sighting, report
     from .kvcache import kv_cache, layer_kinds
     from .sighting import Sighting, architecture_of, look

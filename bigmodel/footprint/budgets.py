@@ -305,6 +305,12 @@ def capped_length(architecture: Architecture, length: int) -> int:
     return length if limit is None else min(length, limit)
 
 
+def cut_length(architecture: Architecture, length: int) -> str | None:
+    """Return a sentence where the model takes fewer tokens than are asked for."""
+    kept = capped_length(architecture, length)
+    return None if kept == length else f"{length} tokens are asked for, and the model takes {kept}: counted with these"
+
+
 def _image(architecture: Architecture) -> tuple[int, int] | None:
     """(pixels per side, patch) of a model that sees only."""
     config = architecture.config

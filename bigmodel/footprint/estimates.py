@@ -23,7 +23,7 @@ from bigpipe.fit import as_options
 from bigpipe.sizes import format_size, format_transfer, size_of
 from bigpipe.trust import Trust
 
-from .budgets import OPTIMIZERS, Budget, Workload, capped_length
+from .budgets import OPTIMIZERS, Budget, Workload, capped_length, cut_length
 from .changes import Question, Verdict
 from .grounds import as_accelerate, grounds
 from .sighting import Sighting, architecture_of, look
@@ -165,11 +165,6 @@ def compare(estimates: Sequence[Estimate], *, width: int | None = None) -> str:
     ]
     lines = [f"{len(estimates)} models; {first.tokens}", *table(rows, width)]
     lines += [f"note: {estimate.model}: {note}" for estimate in estimates for note in estimate.notes]
-    lines += [
-        f"note: {estimate.model} takes {estimate.workload.sequence_length} tokens at the most"
-        for estimate in estimates
-        if estimate.workload.sequence_length != first.workload.sequence_length
-    ]
     return "\n".join([*lines, *pictures(drawn, scale, width, first.train)])
 
 
@@ -253,8 +248,8 @@ def estimate_sighting(
     for dtype in wanted:
         packing(dtype)  # an unknown one is refused before anything is asked
     architecture, notes = architecture_of(sighting, head, sources)
-    length = capped_length(architecture, workload.sequence_length)
-    capped = replace(workload, sequence_length=length)
+    cut = cut_length(architecture, workload.sequence_length)
+    capped = replace(workload, sequence_length=capped_length(architecture, workload.sequence_length))
     return Estimate(
         model=sighting.name,
         revision=sighting.revision,
@@ -265,7 +260,7 @@ def estimate_sighting(
         architecture=architecture,
         checkpoint=_checkpoint(sighting.description, pipeline=bool(sighting.components)),
         budgets=tuple(Budget(architecture, dtype, capped) for dtype in wanted),
-        notes=(*sighting.notes, *notes),
+        notes=(*sighting.notes, *notes, *filter(None, [cut])),
     )
 
 

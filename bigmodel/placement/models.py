@@ -8,7 +8,7 @@ from pathlib import Path
 
 from bigpipe.bigmodel.architecture import BUFFERS, Architecture, TensorSpec
 from bigpipe.bigmodel.checkpoint import CASTABLE, ModelDescription, tensor_nbytes
-from bigpipe.bigmodel.footprint import architecture_of, look
+from bigpipe.bigmodel.footprint import architecture_of, cut_length, look
 from bigpipe.bigmodel.formats import agree, decoded, format_of, set_apart, uncomputable
 from bigpipe.bigmodel.sources import Sources
 from bigpipe.errors import DoesNotFit
@@ -97,11 +97,12 @@ def place_model(
             machine=machine,
             speeds=speeds,
         )
+        notes = [refused and refused.cause, cut_length(architecture, request.sequence_length)]
         return replace(
             placement,
             dtype=request.dtype,
             streamed_bytes_per_token=_streamed(architecture, placement, dtype, stored_bytes(model, architecture)),
-            explanation=(*placement.explanation, f"{refused.cause}.") if refused else placement.explanation,
+            explanation=(*placement.explanation, *(f"{note}." for note in notes if note)),
         )
 
     try:
