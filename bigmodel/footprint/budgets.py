@@ -306,9 +306,9 @@ def capped_length(architecture: Architecture, length: int) -> int:
 
 
 def cut_length(architecture: Architecture, length: int) -> str | None:
-    """Return a sentence where the model takes fewer tokens than are asked for."""
+    """Return a sentence where the model takes fewer tokens than that."""
     kept = capped_length(architecture, length)
-    return None if kept == length else f"{length} tokens are asked for, and the model takes {kept}: counted with these"
+    return None if kept == length else f"{length} tokens are more than the model takes: counted with {kept}"
 
 
 def _image(architecture: Architecture) -> tuple[int, int] | None:

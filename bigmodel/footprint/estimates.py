@@ -163,7 +163,8 @@ def compare(estimates: Sequence[Estimate], *, width: int | None = None) -> str:
         (f"{dtype:{widest}s}  {estimate.model}", estimate[dtype], shown["total"])
         for (dtype, estimate), shown in zip(pairs, rows, strict=True)
     ]
-    lines = [f"{len(estimates)} models; {first.tokens}", *table(rows, width)]
+    longest = max(estimates, key=lambda found: found.workload.sequence_length)
+    lines = [f"{len(estimates)} models; {longest.tokens}", *table(rows, width)]
     lines += [f"note: {estimate.model}: {note}" for estimate in estimates for note in estimate.notes]
     return "\n".join([*lines, *pictures(drawn, scale, width, first.train)])
 

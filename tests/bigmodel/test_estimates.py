@@ -256,11 +256,11 @@ def test_several_models_in_one_table(opt_13b: Path, tmp_path: Path) -> None:
         estimate(path, dtypes=["nf4"], memory="80GiB", sequence_length=4096) for path in (opt_13b, tmp_path / "llama")
     ]
     lines = compare(made).splitlines()
-    assert lines[0].startswith("2 models")
+    assert lines[0] == "2 models; 1 × 4096 tokens"
     assert [line.split()[0] for line in lines[2:4]] == ["nf4", "nf4"]
     assert lines[2].endswith("fits 80.0 GiB")
     assert lines[3].endswith("no; nothing that was tried would")
-    assert "takes 4096 tokens at the most" in lines[4]
+    assert "4096 tokens are more than the model takes: counted with 2048" in lines[4]
     assert lines[5].count("█") < lines[6].count("█")
     assert lines[6].split("▏")[0].endswith("×")
     assert all(len(line) <= 160 for line in compare(made, width=160).splitlines()[1:4])
@@ -349,7 +349,7 @@ class TestDirectory:
     @pytest.mark.parametrize("format", ["safetensors", "bin"])
     def test_headers_and_class_agree(self, tmp_path: Path, format: Any) -> None:
         folder = make_checkpoint(tmp_path / "opt", "opt", format=format, max_shard_size="50KB")
-        made = estimate(folder, dtypes=["float32"], memo=tmp_path / "memo")
+        made = estimate(folder, dtypes=["float32"], sequence_length=128, memo=tmp_path / "memo")
         assert (made.source, made.notes) == ("headers", ())
         assert made.checkpoint is not None
         assert made.checkpoint["bytes"] == made["float32"].counts.stored

@@ -117,12 +117,12 @@ def test_a_text_too_long_for_features_is_an_error(tmp_path: Path) -> None:
 
 def test_a_length_that_is_cut_is_said(tmp_path: Path) -> None:
     path = make_checkpoint(tmp_path, "opt", max_position_embeddings=32)
-    said = "4096 tokens are asked for, and the model takes 32: counted with these"
+    said = "4096 tokens are more than the model takes: counted with 32"
     cut, whole = bigpipe.estimate(path, sequence_length=4096), bigpipe.estimate(path, sequence_length=32)
     assert said in cut.notes
     assert said in cut.render()
     assert cut.as_json()["sequence_length"] == 32
-    assert "tokens are asked for" not in whole.render()
+    assert "more than the model takes" not in whole.render()
     placed = bigpipe.place(path, sequence_length=4096, max_memory={"cpu": "1GiB"})
     assert f"{said}." in placed.explanation
-    assert not any("asked for" in line for line in bigpipe.place(path, sequence_length=32).explanation)
+    assert not any("more than the model" in line for line in bigpipe.place(path, sequence_length=32).explanation)

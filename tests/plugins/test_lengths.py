@@ -29,7 +29,7 @@ stages:
 
 def test_plan_result_and_gates_see_what_is_left_of_a_length(workshop: Workshop, tmp_path: Path) -> None:
     model = make_checkpoint(tmp_path / "model", "opt", max_position_embeddings=64)
-    said = "4096 tokens are asked for, and the model takes 64"
+    said = "4096 tokens are more than the model takes: counted with 64"
     workshop.manifest.write_text(RECIPE.format(model=model, length=4096))
     planned = workshop.command("plan", str(workshop.manifest), "--explain")
     assert planned.returncode == 0
