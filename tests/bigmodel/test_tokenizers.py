@@ -127,17 +127,7 @@ def reference(folder: Path, text: str, task: str) -> dict[str, Any]:
     return {"text": tokenizer.decode(made[given:], skip_special_tokens=True)}
 
 
-FOREIGN = "what transformers happens upon is no placed error"
-FOREIGN_ERRORS = (
-    "without anything", "settings that are a list", "a class that is a number", "a token that is a number",
-    "tekken without a pattern", "a vocabulary that is a list",
-)  # fmt: skip
-
-
-@pytest.mark.parametrize("name", [
-    pytest.param(name, marks=pytest.mark.xfail(strict=True, reason=FOREIGN) if name in FOREIGN_ERRORS else ())
-    for name in BROKEN
-])  # fmt: skip
+@pytest.mark.parametrize("name", BROKEN)
 def test_a_tokenizer_that_is_broken_is_named(tmp_path: Path, name: str) -> None:
     (tmp_path / "config.json").write_text('{"model_type": "gpt2"}')
     BROKEN[name](tmp_path)
