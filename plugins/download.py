@@ -129,7 +129,7 @@ def pin(params: DownloadParams, context: CheckContext) -> Pinned | None:
     return replace(
         found,
         files=lambda: late("bigpipe.plugins.downloading:listing")(params, context, commit),
-        known=lambda: answers(context, params.repo, commit, "layout", **params.chosen()),
+        known=lambda: answers(context, params.repo, commit, "layout", params.chosen()),
     )
 
 

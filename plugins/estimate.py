@@ -138,7 +138,9 @@ def pin(params: EstimateParams, context: CheckContext) -> Pinned | None:
     exact, ask = re.fullmatch(r"[0-9a-f]{40}", params.revision), late("bigpipe.plugins.library:pin_revision")
     found: Pinned = Pinned({}, "") if exact else ask(params.repo, params.revision, context)
     commit, answers = found.values.get("revision", params.revision), late("bigpipe.plugins.library:answers_of")
-    return replace(found, known=lambda: answers(context, params.repo, commit, "sizes", library=params.library_name))
+    return replace(
+        found, known=lambda: answers(context, params.repo, commit, "sizes", {"library": params.library_name})
+    )
 
 
 def reads(params: EstimateParams, context: ForecastContext) -> list[str]:
