@@ -51,7 +51,9 @@ def pin_revision(repo: str, revision: str, context: CheckContext) -> Pinned:
     return Pinned({"revision": resolve_commit(repo, revision, hub=hub)}, asked)
 
 
-def answers_of(context: CheckContext, repo: str, commit: str, need: Need, **chosen: str | None) -> Mapping[str, Json]:
+def answers_of(
+    context: CheckContext, repo: str, commit: str, need: Need, chosen: Mapping[str, str | None]
+) -> Mapping[str, Json]:
     """What a lock keeps of a model, see `hub.answers`; nothing where it cannot be asked, or holds no model."""
     from bigpipe.bigmodel.hub import Hub, answers
 
