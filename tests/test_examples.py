@@ -195,7 +195,7 @@ def estimate_memory(model: Path, out: Path) -> None:
     found = code(row, MODEL=model)
     total, (largest, _) = calculate_maximum_sizes(empty(model))
     assert found["float32"].weights.bytes == total
-    assert found["float32"].largest_layer == largest
+    assert found.metrics()["float32"]["largest_layer"] == largest
     command = re.findall(r"`([^`]+)`", ROWS[row][1])[1].replace("MODEL", str(model))
     assert str(model) in run(out, "-m", *command.split()).stdout
 
