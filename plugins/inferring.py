@@ -12,9 +12,9 @@ from bigpipe.bigmodel.formats import computable
 from bigpipe.bigmodel.inference import RESULTS, assign, chunked, compute_share, merge_results, plan_work
 from bigpipe.bigmodel.placement import Placement
 from bigpipe.bigmodel.tasks import TASKS, Answerer, TaskOptions, find_task, read_prompts
-from bigpipe.errors import UsageError
+from bigpipe.errors import StageFailed, UsageError
 from bigpipe.fit import Cure, Misfit, fits
-from bigpipe.modules import missing_name
+from bigpipe.modules import foreign, missing_name
 from bigpipe.orchestrator.stage import CheckContext, Forecast, ForecastContext, StageContext, StageResult
 from bigpipe.sizes import counted
 
@@ -125,7 +125,9 @@ def run(params: InferParams, ctx: StageContext) -> StageResult:
     def bind() -> Answerer:
         options = TaskOptions(arguments=params.generation, max_new_tokens=params.max_new_tokens, seed=params.seed)
         sources = sources_of(ctx)
-        return find_task(params.task, sources).bind(_load(params, ctx), ctx.input("model"), options, sources)
+        task, model = find_task(params.task, sources), _load(params, ctx)
+        with foreign(f"task {params.task} cannot be used", "mend it, or see the log", StageFailed):
+            return task.bind(model, ctx.input("model"), options, sources)
 
     compute_share(
         ctx.scratch, ctx.rank, ctx.world_size, bind, max_errors=params.max_errors,

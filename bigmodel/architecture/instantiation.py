@@ -19,9 +19,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from bigpipe.errors import BigpipeError, UsageError
+from bigpipe.errors import BigpipeError, InvalidCheckpoint, UsageError
 from bigpipe.files import write_file
-from bigpipe.modules import import_attribute
+from bigpipe.modules import foreign, import_attribute
 
 from .asking import Request
 from .caching import observe
@@ -55,15 +55,27 @@ def main(question: str, answer: str) -> None:
 
 def _answer(request: Request) -> dict[str, Any]:
     try:
-        return _matching(request) if request.stored else describe(request).as_json()
+        with _building(request):
+            return _matching(request) if request.stored else describe(request).as_json()
     except BigpipeError as error:
         return {"error": type(error).__name__, "cause": error.cause, "cure": error.cure}
-    except ImportError as error:
-        cure = f"install what it needs, for example: pip install {error.name or 'the library'}"
-        return {"error": "UsageError", "cause": f"building the model needs a library: {error}", "cure": cure}
-    except Exception as error:  # a foreign config or class may raise anything; the answer must name it
-        cause = f"the model's class cannot be built from its config: {type(error).__name__}: {error}"
-        return {"error": "InvalidCheckpoint", "cause": cause, "cure": "check config.json against the model's class"}
+    except MemoryError:
+        cause = f"the model's class takes more than {MEMORY_LIMIT >> 30} GiB to be built, without its weights"
+        return {"error": "InvalidCheckpoint", "cause": cause, "cure": "check the sizes in its config"}
+
+
+@contextlib.contextmanager
+def _building(request: Request) -> Iterator[None]:
+    """Inside, a class is built: a foreign config or class may raise anything, and the error must name it."""
+    what, where = "the model's class cannot be built from its config", "config.json against the model's class"
+    try:
+        with foreign(what, f"check {'`architecture`' if request.custom_class else where}", InvalidCheckpoint):
+            yield
+    except InvalidCheckpoint as error:
+        if isinstance(error.__cause__, ImportError):
+            cure = f"install what it needs, for example: pip install {error.__cause__.name or 'the library'}"
+            raise UsageError(f"building the model needs a library: {error.__cause__}", cure) from error
+        raise
 
 
 def _matching(request: Request) -> dict[str, Any]:
@@ -101,7 +113,7 @@ def with_empty_parameters(request: Request, dtype: torch.dtype) -> torch.nn.Modu
     from accelerate import init_empty_weights
     from transformers.modeling_utils import local_torch_dtype
 
-    with local_torch_dtype(dtype), init_empty_weights(include_buffers=False):
+    with _building(request), local_torch_dtype(dtype), init_empty_weights(include_buffers=False):
         return _instantiate(request)
 
 

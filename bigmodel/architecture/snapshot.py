@@ -30,6 +30,16 @@ FOLDER = Path(__file__).parent / "snapshots"
 MOST_LAYERS = 4096
 """More would fill this process's memory."""
 
+TOKENS = frozenset({"bos_token_id", "eos_token_id", "pad_token_id"})
+NULLABLE = frozenset({"sliding_window"})
+"""Fields with a default that may be null all the same."""
+NAMED = dict.fromkeys(("dtype", "torch_dtype"), frozenset({"float64", "float32", "float16", "bfloat16", "auto"}))
+ROPE_NUMBERS = {
+    "default": (),
+    "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
+}
+"""How positions are rotated → the numbers it needs."""
+
 Family = Mapping[str, Any]
 Fields = Mapping[str, Any]
 
@@ -45,7 +55,7 @@ def _known(config: str, head: Head) -> Architecture | None:
     data = json.loads(config)
     try:
         return expand(families()[data["model_type"]], data, head)
-    except (KeyError, TypeError, ValueError, ZeroDivisionError):
+    except (AttributeError, KeyError, TypeError, ValueError, ZeroDivisionError):
         return None  # a field is missing or odd: the class knows its defaults and its errors
 
 
@@ -108,6 +118,7 @@ def _complete(family: Family, config: Mapping[str, Any]) -> dict[str, Any]:
     for name, other in family["spellings"].items():
         if fields.get(name) is None:
             fields[name] = fields.get(other)
+    _check_types(family["constants"], config)
     seen = {**fields, "rope_type": rope_type(config)}
     for name, values in family["accepted"].items():
         if seen.get(name) not in values:
@@ -124,12 +135,36 @@ def _complete(family: Family, config: Mapping[str, Any]) -> dict[str, Any]:
     return {**fields, **family["forced"]}
 
 
+def _check_types(constants: Fields, config: Fields) -> None:
+    """Raise ValueError for a value that is not of its field's type: what comes of it, the class knows."""
+    for name, value in config.items():
+        default = constants.get(name, value)
+        if name in TOKENS:
+            tokens = value if isinstance(value, list) and name == "eos_token_id" else [value]
+            right = all(token is None or (type(token) is int and token < config["vocab_size"]) for token in tokens)
+        elif name in NAMED:
+            right = value is None or value in NAMED[name]
+        else:
+            right = type(value) is type(default) or (value is None and name in NULLABLE)
+        if not right or (name in ("id2label", "label2id") and not isinstance(value, dict)):
+            raise ValueError(f"{name} is {value!r}")
+    width = config.get("hidden_size") or config.get("n_embd")
+    if width and width % (config.get("num_attention_heads") or config.get("n_head") or 1):
+        raise ValueError(f"{width} is not a multiple of the heads")
+
+
 def rope_type(config: Mapping[str, Any]) -> str:
-    """Return how positions are rotated. Raise ValueError where layers differ in it, or only a part is rotated."""
+    """Return how positions are rotated. Raise ValueError where layers differ in it, only a part is rotated, or a number
+    is missing."""
     scaling = config.get("rope_parameters") or config.get("rope_scaling") or {}
-    if "partial_rotary_factor" in scaling or any(isinstance(value, dict) for value in scaling.values()):
+    kind = str(scaling.get("rope_type", scaling.get("type", "default")))
+    numbers = {name: value for name, value in scaling.items() if name not in ("rope_type", "type")}
+    numbers["rope_theta"] = scaling.get("rope_theta", config.get("rope_theta", 1.0))
+    if "partial_rotary_factor" in scaling or not all(type(number) in (int, float) for number in numbers.values()):
         raise ValueError("rotation that differs from the plain one")
-    return str(scaling.get("rope_type", scaling.get("type", "default")))
+    if missing := [name for name in ROPE_NUMBERS.get(kind, ("factor",)) if name not in numbers]:
+        raise ValueError(f"{kind} has no {missing[0]}")
+    return kind
 
 
 def evaluate(formula: Mapping[str, Any], fields: Fields) -> int:

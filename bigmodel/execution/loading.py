@@ -46,6 +46,7 @@ from bigpipe.bigmodel.formats import (
 from bigpipe.bigmodel.placement import Device, Placement
 from bigpipe.bigmodel.sources import Sources
 from bigpipe.errors import InvalidCheckpoint, UsageError, first_few
+from bigpipe.modules import foreign
 from bigpipe.trust import Trust
 
 from .homes import DeviceMap, Homes, HostMemory, as_placement, host_memory, loading_dtype
@@ -375,7 +376,9 @@ def _settle_buffers(model: torch.nn.Module, matches: Packed, state: Loaded) -> N
 
 
 def _read_generation_config(model: Any, path: Path) -> None:
-    if (path / "generation_config.json").is_file() and hasattr(model, "generation_config"):
+    file = path / "generation_config.json"
+    if file.is_file() and hasattr(model, "generation_config"):
         from transformers import GenerationConfig
 
-        model.generation_config = GenerationConfig.from_pretrained(str(path), local_files_only=True)
+        with foreign(f"{file} cannot be used", "mend it, or leave it out", InvalidCheckpoint):
+            model.generation_config = GenerationConfig.from_pretrained(str(path), local_files_only=True)

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Literal
 
 from bigpipe.errors import UsageError
-from bigpipe.modules import import_attribute
+from bigpipe.modules import foreign, import_attribute
 
 if TYPE_CHECKING:
     from bigpipe.bigmodel.sources import Sources
@@ -43,13 +43,22 @@ def find_task(name: str, sources: Sources) -> Task:
         return task
     sources.trust.require_module(name, f"task {name}")
     try:
-        found = import_attribute(name, sources.base)
-    except ImportError as error:
-        raise UsageError(f"task {name}: {error}", f"put the module into {sources.base}, or install it") from error
-    except AttributeError:
+        with foreign(f"task {name} cannot be imported", "mend the module"):
+            found = import_attribute(name, sources.base)
+    except UsageError as error:
+        if isinstance(error.__cause__, ImportError):
+            cure = f"put the module into {sources.base}, or install it"
+            raise UsageError(f"task {name}: {error.__cause__}", cure) from error
+        if not _lacks(error.__cause__, name):
+            raise
         found = None
     if isinstance(found, Task):
         return found
     if not callable(found):
         raise UsageError(f"task {name}: the module has no function or Task of that name", "check its name")
     return function_task(name, found)
+
+
+def _lacks(error: BaseException | None, name: str) -> bool:
+    """Is it the module itself that has no such name?"""
+    return isinstance(error, AttributeError) and error.name in name.partition(":")[2].split(".")

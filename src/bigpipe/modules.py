@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import ast
+import errno
+import os
 import sys
+import traceback
 from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import reduce
 from importlib import import_module, invalidate_caches
 from importlib.machinery import PathFinder
@@ -12,6 +16,9 @@ from importlib.util import find_spec, module_from_spec
 from pathlib import Path
 from typing import Any
 
+from bigpipe.errors import BigpipeError, UsageError
+
+RAN_OUT = (errno.ENOMEM, errno.ENOSPC, errno.EDQUOT)
 Stamps = frozenset[tuple[str, int, int]]
 
 _imported: dict[str, Stamps] = {}
@@ -42,6 +49,32 @@ def source_files(top: str, base: Path | None) -> list[tuple[str, Path]]:
         else:
             found.append((place.name, place))
     return sorted(found)
+
+
+@contextmanager
+def foreign(what: str, cure: str, kind: type[BigpipeError] = UsageError) -> Iterator[None]:
+    """Inside, code runs that is not bigpipe's, over what a user wrote: whatever it raises becomes an error of that
+    kind, which says `what`, the exception, and the line that raised it. Memory or disk that ran out stays so."""
+    try:
+        yield
+    except (BigpipeError, MemoryError):
+        raise
+    except Exception as error:
+        ran_out = getattr(error, "errno", None) in RAN_OUT or "allocate memory" in str(error)
+        if ran_out or type(error).__name__ == "OutOfMemoryError":  # torch's
+            raise
+        said = " ".join(str(error).split())
+        cause = f"{what}: {type(error).__name__}: {said[:500]}" if said else f"{what}: {type(error).__name__}"
+        raise kind(f"{cause} ({_raised_at(error)})", cure) from error
+
+
+def _raised_at(error: BaseException) -> str:
+    """`file:line` of the innermost call outside the standard library and what is installed, or of the innermost."""
+    frames = traceback.extract_tb(error.__traceback__)
+    theirs = (str(Path(__file__).parent), str(Path(os.__file__).parent), "<")
+    own = [each for each in frames if not each.filename.startswith(theirs) and "site-packages" not in each.filename]
+    last = (own or frames)[-1]
+    return f"{last.filename}:{last.lineno}"
 
 
 def missing_name(reference: str, base: Path | None) -> str | None:
