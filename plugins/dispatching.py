@@ -23,7 +23,7 @@ from bigpipe.orchestrator.stage import Forecast, ForecastContext, StageContext, 
 from bigpipe.sizes import format_size
 
 from .dispatch import DispatchMetrics, DispatchParams
-from .library import PLACEMENT, agreed, load_placed, read_placement, require_class, sources_of
+from .library import PLACEMENT, agreed, load_placed, read_placement, require_class, single_model, sources_of
 
 PICTURE = "placement.txt"
 PROCESS = 600 * 2**20
@@ -33,7 +33,7 @@ PROCESS = 600 * 2**20
 def forecast(params: DispatchParams, ctx: ForecastContext) -> Forecast:
     if ctx.artifact is not None:
         return _described(read_placement(ctx.artifact))
-    model = ctx.described("model", ModelDescription)
+    model = single_model(ctx)
     request = _request(params)
     if model is not None:
         require_class(model)

@@ -9,7 +9,7 @@ from dataclasses import replace
 from typing import Any
 
 from bigpipe.bigmodel.architecture import describe_architecture
-from bigpipe.bigmodel.checkpoint import ARCHITECTURE_FILE, describe_if_single
+from bigpipe.bigmodel.checkpoint import ARCHITECTURE_FILE, ModelDescription, describe_if_single
 from bigpipe.bigmodel.hub import Brought, Choice, DirectorySource, Hub, HubSource, Source, Watch
 from bigpipe.bigmodel.writing import SyntheticModel, Traffic, encode_config, planned_bytes, read_shape
 from bigpipe.errors import NotAuthorised, Transient
@@ -18,7 +18,10 @@ from bigpipe.orchestrator.stage import CheckContext, Forecast, ForecastContext, 
 from bigpipe.sizes import counted, format_transfer
 
 from .download import DownloadMetrics, DownloadParams
-from .library import sources_of
+from .library import Pipeline, sources_of
+
+PIPELINE = "model_index.json"
+"""In the root of a folder of several models."""
 
 
 def listing(params: DownloadParams, context: CheckContext, commit: str) -> dict[str, PinnedFile]:
@@ -70,7 +73,7 @@ def forecast(params: DownloadParams, context: ForecastContext) -> Forecast:
     except (Transient, NotAuthorised) as error:
         found = Forecast(unknown=(f"size of {params.repo}: {error.cause}",), summary="size not known")
     described = (describe_if_single(context.artifact) if context.artifact else None) or found.output
-    if described is not None and params.architecture is not None:
+    if isinstance(described, ModelDescription) and params.architecture is not None:
         described = replace(described, custom=_custom(params))
     return replace(found, output=described)
 
@@ -89,7 +92,7 @@ def _forecast_source(params: DownloadParams, context: ForecastContext) -> Foreca
         file_bytes=expected.largest_passing if copied else 0,
         fetches_to=expected.cache,
         metrics={**metrics, "fetched_bytes": 0} if copied else metrics,
-        output=expected.description,
+        output=Pipeline() if expected.description is None and PIPELINE in sizes else expected.description,
         misfits=expected.misfits,
         summary=f"{format_transfer(total)} copied from {params.path}" if copied else remote,
     )

@@ -19,7 +19,7 @@ from bigpipe.orchestrator.stage import CheckContext, Forecast, ForecastContext, 
 from bigpipe.sizes import counted
 
 from .distributed_infer import InferMetrics, InferParams
-from .library import agreed, load_placed, read_placement, require_class, sources_of
+from .library import agreed, load_placed, read_placement, require_class, single_model, sources_of
 
 if TYPE_CHECKING:
     import torch
@@ -32,8 +32,12 @@ RANK_BASE = 500 * 2**20
 
 def check(params: InferParams, ctx: CheckContext) -> None:
     """Prompts, task and trust, before anything is downloaded. A module of the user's is imported by workers alone."""
-    rows = read_prompts(params.prompts, params.column, ctx.base)
-    model = ctx.described("model", ModelDescription)
+    try:
+        rows = read_prompts(params.prompts, params.column, ctx.base)
+    except UsageError as error:
+        error.field = "prompts"
+        raise
+    model = single_model(ctx)
     if model is not None:
         require_class(model)
         computable(model)
@@ -41,7 +45,7 @@ def check(params: InferParams, ctx: CheckContext) -> None:
     if params.task not in TASKS:
         ctx.trust.require_module(params.task, f"task {params.task}")
         if wrong := missing_name(params.task, ctx.base):
-            raise UsageError(f"task {params.task}: {wrong}", "correct the name, or the module")
+            raise UsageError(f"task {params.task}: {wrong}", "correct the name, or the module", field="task")
         return
     sources = sources_of(ctx)
     find_task(params.task, sources).check(params.generation, rows, model, sources)
@@ -78,7 +82,7 @@ def forecast(params: InferParams, ctx: ForecastContext) -> Forecast:
 
 def _ram(params: InferParams, ctx: ForecastContext, placement: Placement | None) -> int | None:
     """Of all ranks here. Weights that are windows into their files are page cache, and not counted."""
-    model, local = ctx.described("model", ModelDescription), ctx.launch.local_processes
+    model, local = single_model(ctx), ctx.launch.local_processes
     if model is None or model.tensors is None:
         return None
     if ctx.machine.gpus:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -61,6 +61,21 @@ def answers_of(
         return answers(repo, commit, hub=Hub.of(sources_of(context)), need=need, **chosen)
     except (Transient, NotAuthorised, UsageError):
         return {}
+
+
+@dataclass(frozen=True, slots=True)
+class Pipeline:
+    """What a download foresees of several models in one folder, as diffusers puts them together."""
+
+
+def single_model(context: CheckContext | ForecastContext) -> ModelDescription | None:
+    """What is known of the model on port `model`. Raise UsageError for a pipeline of several."""
+    from bigpipe.bigmodel.checkpoint import ModelDescription
+
+    if context.described("model", Pipeline) is not None:
+        cause = "the model is a pipeline of diffusers: several models, of which none is the one"
+        raise UsageError(cause, "download one of them: its folder as `path`, or `subfolder`")
+    return context.described("model", ModelDescription)
 
 
 def require_class(model: ModelDescription) -> None:

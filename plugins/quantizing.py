@@ -5,13 +5,13 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
-from bigpipe.bigmodel.checkpoint import ModelDescription, describe_checkpoint, open_checkpoint
+from bigpipe.bigmodel.checkpoint import describe_checkpoint, open_checkpoint
 from bigpipe.bigmodel.formats import decoding_memory
 from bigpipe.bigmodel.quantization import Settings, quantize_described, refuse_quantized, understand
 from bigpipe.orchestrator.stage import CheckContext, Forecast, ForecastContext, Machine, StageContext, StageResult
 from bigpipe.sizes import counted, format_transfer
 
-from .library import sources_of
+from .library import single_model, sources_of
 from .quantize import QuantizeMetrics, QuantizeParams
 
 RAM = 192 * 2**20
@@ -27,13 +27,13 @@ RATE = 350 * 10**6
 
 def check(params: QuantizeParams, context: CheckContext) -> None:
     """Refuses before the download what is quantized already."""
-    if described := context.described("model", ModelDescription):
+    if described := single_model(context):
         refuse_quantized(described)
 
 
 def forecast(params: QuantizeParams, context: ForecastContext) -> Forecast:
     """Exact sizes, from the input's headers and its class; under double quantization to a few bytes per weight."""
-    described = context.described("model", ModelDescription)
+    described = single_model(context)
     if described is None or described.tensors is None:
         return Forecast(ram=RAM, unknown=("size after quantization: the tensors of the input are not known yet",))
     if described.config is None and described.custom is None:

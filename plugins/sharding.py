@@ -8,6 +8,7 @@ from bigpipe.bigmodel.writing import WORKERS, Conversion, ShardPlan, convert, pl
 from bigpipe.orchestrator.stage import CheckContext, Forecast, ForecastContext, StageContext, StageResult
 from bigpipe.sizes import counted, format_transfer
 
+from .library import single_model
 from .shard import ShardMetrics, ShardParams
 
 RAM = 200 * 2**20
@@ -18,13 +19,13 @@ RATE = 600 * 10**6
 
 def check(params: ShardParams, context: CheckContext) -> None:
     """Refuses what could only fail after the download: a cast of quantized weights, a dtype the format lacks."""
-    if described := context.described("model", ModelDescription):
+    if described := single_model(context):
         _conversion(params).of(described)
 
 
 def forecast(params: ShardParams, context: ForecastContext) -> Forecast:
     """Exact numbers of files and bytes, from the headers of the input."""
-    described = context.described("model", ModelDescription)
+    described = single_model(context)
     if described is None or described.tensors is None:
         return Forecast(ram=RAM, unknown=("number of shards: the tensors of the input are not known yet",))
     plans, output = _conversion(params).of(described)

@@ -117,7 +117,8 @@ def check_values(arguments: Mapping[str, Any], own: Mapping[str, Any] | None, me
         if file:
             remember(file, answer)
     if answer["wrong"]:
-        raise UsageError(answer["wrong"], "transformers documents what it takes under GenerationConfig")
+        cure = "transformers documents what it takes under GenerationConfig"
+        raise UsageError(answer["wrong"], cure, field="generation")
 
 
 def wrong_value(arguments: Mapping[str, Any], own: Mapping[str, Any] | None) -> str | None:

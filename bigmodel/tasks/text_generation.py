@@ -42,7 +42,8 @@ def _check_model(model: ModelDescription, arguments: Mapping[str, Any], sources:
     architecture = known_architecture(model, sources)
     if architecture is not None and not (architecture.generates and architecture.output_embedding):
         cause = f"{architecture.class_name} generates no text"
-        raise UsageError(cause, "take a model that does, the task feature-extraction, or `module:function`")
+        cure = "take a model that does, the task feature-extraction, or `module:function`"
+        raise UsageError(cause, cure, field="task")
     if architecture is not None and architecture.config.get("num_mel_bins"):
         raise UsageError(f"{architecture.class_name} hears, and reads no prompts", OWN_FUNCTION)
     check_values(arguments, _own_arguments(model), sources.memo)

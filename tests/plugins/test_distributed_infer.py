@@ -329,7 +329,56 @@ def test_arguments_are_refused_where_they_stand(workshop: Workshop, model: Path)
     with pytest.raises(UsageError, match=r'generation\.temperature takes float, and "hot" is given') as raised:
         workshop.run(right.replace("MODEL", str(model)))
     assert raised.value.place is not None
-    assert raised.value.place.line == 5
+    assert raised.value.place.line == 12
+
+
+PIPELINE = """version: 1
+name: pipeline
+stages:
+  download: {uses: download, with: {path: pipe}}
+  STAGE
+"""
+
+
+@pytest.mark.parametrize(
+    "stage",
+    [
+        "shard: {uses: shard, inputs: download, with: {max_shard_size: 1MB}}",
+        "quantize: {uses: quantize, inputs: download, with: {scheme: int8}}",
+        "dispatch: {uses: dispatch, inputs: download}",
+        "generate: {uses: distributed-infer, inputs: download, with: {task: text-generation, prompts: [a]}}",
+    ],
+)
+def test_a_pipeline_is_no_model(workshop: Workshop, model: Path, stage: str) -> None:
+    folder = workshop.folder / "pipe"
+    (folder / "unet").mkdir(parents=True)
+    (folder / "model_index.json").write_text('{"_class_name": "Pipe", "unet": ["diffusers", "UNet2DModel"]}')
+    (folder / "unet/config.json").write_text('{"_class_name": "UNet2DModel"}')
+    (folder / "unet/diffusion_pytorch_model.safetensors").write_bytes((model / "model.safetensors").read_bytes())
+    workshop.manifest.write_text(PIPELINE.replace("STAGE", stage))
+    planned = workshop.command("plan", str(workshop.manifest))
+    assert planned.returncode == 2
+    assert "recipe.yaml:5:3: the model is a pipeline of diffusers" in planned.stderr
+
+
+@pytest.mark.parametrize(
+    ("more", "line", "cause"),
+    [
+        ("task: text-generation\n      prompts: gone.jsonl", 9, "there is no file gone.jsonl"),
+        ("task: text-generation\n      prompts: odd.xyz", 9, "ends with '.xyz'"),
+        ("task: mytasks:gone\n      prompts: [a]", 8, "nothing that is named gone"),
+    ],
+)
+def test_what_is_wrong_is_told_at_its_field(workshop: Workshop, model: Path, more: str, line: int, cause: str) -> None:
+    (workshop.folder / "mytasks.py").write_text("")
+    (workshop.folder / "odd.xyz").write_text("a")
+    head = "version: 1\nname: fields\ntrust: {modules: [mytasks]}\nstages:\n"
+    stage = f"  g:\n    uses: distributed-infer\n    with:\n      {more}\n    inputs: d\n"
+    workshop.manifest.write_text(f"{head}{stage}  d: {{uses: download, with: {{path: '{model}'}}}}\n")
+    planned = workshop.command("plan", str(workshop.manifest))
+    assert planned.returncode == 2
+    assert f"recipe.yaml:{line}:" in planned.stderr
+    assert cause in planned.stderr
 
 
 def test_forecasts_shares_memory_and_gpus(tmp_path: Path, model: Path) -> None:
