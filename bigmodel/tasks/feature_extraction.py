@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from bigpipe.bigmodel.architecture import text_config
-from bigpipe.bigmodel.execution import loaded
 from bigpipe.bigmodel.sources import Sources
 from bigpipe.errors import UsageError
 
@@ -38,7 +37,7 @@ def _check_arguments(arguments: Mapping[str, Any]) -> None:
 def _bind(model: Any, path: Path, options: TaskOptions, sources: Sources) -> Answerer:
     if not hasattr(model, "base_model"):
         raise UsageError(f"{type(model).__name__} is no model of transformers'", "use the task `module:function`")
-    tokenizer, pool = load_tokenizer(path, sources), POOLINGS[options.arguments.get("pooling", "mean")]
+    tokenizer, pool = load_tokenizer(path, sources, model), POOLINGS[options.arguments.get("pooling", "mean")]
     body = model.get_encoder() if model.config.is_encoder_decoder else model.base_model
 
     def answer(rows: Sequence[Row]) -> list[Answer]:
@@ -46,7 +45,7 @@ def _bind(model: Any, path: Path, options: TaskOptions, sources: Sources) -> Ans
 
         encoded = [encode(tokenizer, row) for row in rows]
         check_length(model, max(map(len, encoded)))
-        inputs = pad(tokenizer, encoded, "right", loaded(model).homes.main)
+        inputs = pad(model, tokenizer, encoded, "right")
         with torch.inference_mode():
             hidden = body(**inputs).last_hidden_state.float().cpu()
         return [

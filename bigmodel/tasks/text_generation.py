@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from bigpipe.bigmodel.checkpoint import MAX_CONFIG, read_json
-from bigpipe.bigmodel.execution import loaded
 from bigpipe.bigmodel.sources import Sources
 from bigpipe.errors import UsageError
 
@@ -59,7 +58,7 @@ def _own_arguments(model: ModelDescription) -> Mapping[str, Any] | None:
 def _bind(model: Any, path: Path, options: TaskOptions, sources: Sources) -> Answerer:
     if not hasattr(model, "generate") or not hasattr(model, "generation_config"):
         raise UsageError(f"{type(model).__name__} has no `generate` of transformers'", OWN_FUNCTION)
-    tokenizer, goes_on = load_tokenizer(path, sources), not model.config.is_encoder_decoder
+    tokenizer, goes_on = load_tokenizer(path, sources, model), not model.config.is_encoder_decoder
     given = as_floats(options.arguments)
     asked = {"max_new_tokens": options.max_new_tokens, "pad_token_id": tokenizer.pad_token_id, **given}
     if isinstance(watermark := asked.get("watermarking_config"), dict):
@@ -80,7 +79,7 @@ def _bind(model: Any, path: Path, options: TaskOptions, sources: Sources) -> Ans
         if goes_on:
             check_length(model, max(map(len, encoded)), options.max_new_tokens)
         # A decoder goes on where the prompt ends, so that is where all rows must meet.
-        inputs = pad(tokenizer, encoded, "left" if goes_on else "right", loaded(model).homes.main)
+        inputs = pad(model, tokenizer, encoded, "left" if goes_on else "right")
         seeds = [options.seed + row.index for row in rows]
         with torch.inference_mode(), draw_alone(model, seeds):
             torch.manual_seed(seeds[0])

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from bigpipe.bigmodel.architecture import Architecture, describe_architecture, position_limit, read_request
 from bigpipe.bigmodel.checkpoint import ModelDescription
+from bigpipe.bigmodel.execution import loaded
 from bigpipe.bigmodel.sources import Sources
 from bigpipe.errors import UsageError
 
@@ -62,8 +63,9 @@ def _holds(directory: Path, patterns: Sequence[str]) -> bool:
     return any(True for pattern in patterns for _ in directory.glob(pattern))
 
 
-def load_tokenizer(path: Path, sources: Sources) -> Any:
-    """Return the tokenizer of the checkpoint directory, able to pad. Raise UsageError where there is none."""
+def load_tokenizer(path: Path, sources: Sources, model: Any = None) -> Any:
+    """Return the tokenizer of the checkpoint directory, able to pad for the model. Raise UsageError where there is
+    none."""
     from transformers import AutoTokenizer
 
     try:
@@ -74,7 +76,9 @@ def load_tokenizer(path: Path, sources: Sources) -> Any:
     except Exception as error:  # a foreign file may make foreign code raise anything
         first = str(error).strip().partition("\n")[0]
         raise UsageError(f"{path} has no tokenizer that can be used: {first}", DOWNLOAD) from error
-    if tokenizer.pad_token is None:  # padding is masked: any token serves
+    limit = None if model is None else _embedded(model)
+    if tokenizer.pad_token is None or (limit is not None and tokenizer.pad_token_id >= limit):
+        # Padding is masked: any token serves
         tokenizer.pad_token = tokenizer.eos_token or tokenizer.unk_token or tokenizer.convert_ids_to_tokens(0)
     return tokenizer
 
@@ -90,11 +94,25 @@ def encode(tokenizer: Any, row: Row) -> list[int]:
     return tokens
 
 
-def pad(tokenizer: Any, encoded: list[list[int]], side: str, device: torch.device) -> dict[str, torch.Tensor]:
-    """Return `input_ids` and `attention_mask`, [rows, longest] int64 on `device`, padded on the `side` named."""
+def _embedded(model: Any) -> int | None:
+    """How many tokens the model has an embedding of; None where that is no table of its vocabulary."""
+    import torch
+
+    table, size = model.get_input_embeddings(), getattr(model.config.get_text_config(), "vocab_size", None)
+    is_table = isinstance(table, torch.nn.Embedding) and isinstance(size, int) and table.num_embeddings >= size
+    return table.num_embeddings if is_table else None
+
+
+def pad(model: Any, tokenizer: Any, encoded: list[list[int]], side: str) -> dict[str, torch.Tensor]:
+    """Return `input_ids` and `attention_mask`, [rows, longest] int64, where the model takes them, padded on the `side`
+    named. Raise ValueError for a token of which the model has no embedding: it fails, on a GPU for good."""
+    last, limit = max(token for tokens in encoded for token in tokens), _embedded(model)
+    if limit is not None and last >= limit:
+        text = tokenizer.convert_ids_to_tokens(last)
+        raise ValueError(f"the tokenizer makes {text!r} token {last}, and the model has embeddings of {limit} tokens")
     mask: Any = {"return_attention_mask": True}  # some tokenizers' files leave it out
     padded = tokenizer.pad({"input_ids": encoded}, padding_side=side, return_tensors="pt", **mask)
-    return {name: padded[name].to(device) for name in ("input_ids", "attention_mask")}
+    return {name: padded[name].to(loaded(model).homes.main) for name in ("input_ids", "attention_mask")}
 
 
 def check_length(model: Any, tokens: int, new: int = 0) -> None:

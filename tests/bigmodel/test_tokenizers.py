@@ -15,6 +15,7 @@ import torch
 import transformers
 from support.hub import LoopbackHub
 from support.hub_state import files_of
+from support.models import make_checkpoint
 from support.real import transformers_quietly
 from support.vocabularies import BROKEN, PUBLISHED, TEXTS
 from support.workshop import environment
@@ -135,3 +136,29 @@ def test_a_tokenizer_that_is_broken_is_named(tmp_path: Path, name: str) -> None:
         transformers.AutoTokenizer.from_pretrained(tmp_path)
     with pytest.raises(UsageError, match=re.escape(str(tmp_path))):
         load_tokenizer(tmp_path, Sources())
+
+
+def answers(folder: Path, *texts: str) -> list[Any]:
+    """What the model continues them with, as one batch."""
+    bound = find_task("text-generation", SOURCES).bind(
+        bigpipe.load(folder), folder, TaskOptions(max_new_tokens=4), SOURCES
+    )
+    return [answer.payload["text"] for answer in bound([Row(number, text, {}) for number, text in enumerate(texts)])]
+
+
+def test_a_token_without_an_embedding_is_named(tmp_path: Path) -> None:
+    """The tokenizer was given tokens, and the model no rows for them."""
+    make_checkpoint(tmp_path, "gpt2", vocab_size=100)
+    assert len(answers(tmp_path, "!", "$%")) == 2
+    with pytest.raises(ValueError, match="makes 'Ġ' token 224, and the model has embeddings of 100 tokens"):
+        answers(tmp_path, "! !")
+
+
+def test_a_token_for_padding_needs_no_embedding(tmp_path: Path) -> None:
+    make_checkpoint(tmp_path, "gpt2", vocab_size=260)
+    texts = ["hello", "hello world"]
+    wanted = [answers(tmp_path, text)[0] for text in texts]
+    settings = json.loads((tmp_path / "tokenizer_config.json").read_bytes())
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({**settings, "pad_token": "[PAD]"}))
+    assert original(tmp_path).pad_token_id == 260
+    assert answers(tmp_path, *texts) == wanted
