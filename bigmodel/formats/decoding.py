@@ -13,9 +13,10 @@ import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import TYPE_CHECKING, Any
 
-from bigpipe.bigmodel.checkpoint import itemsize
+from bigpipe.bigmodel.checkpoint import CASTABLE, itemsize
 from bigpipe.errors import InvalidCheckpoint
 
 from .format import Decoded, Decoding
@@ -24,6 +25,8 @@ if TYPE_CHECKING:
     from .format import Tensors
 
 FLOAT8 = ("float8_e4m3fn", "float8_e5m2", "float8_e4m3fnuz", "float8_e5m2fnuz")
+SCALES = frozenset({*CASTABLE, *FLOAT8, "float8_e8m0fnu", "int8"})
+"""dtypes that scales and zero points are read from."""
 OF_WEIGHTS = ("_scale_inv", "_scale")
 """What the name of a weight's scales adds to that of the weight."""
 BESIDE = re.compile(
@@ -94,7 +97,7 @@ class WithScales(Decoding):
     codes: tuple[str, ...]
     """dtypes."""
     block: tuple[int, int] | None = None
-    """(rows, columns) that share a scale, where neither one row nor the whole does; rows None: a row."""
+    """(rows, columns) that share a scale, where neither a row nor the whole does."""
 
     def made(self, stored: Tensors, dtype: str) -> Mapping[str, Decoded]:
         found = {}
@@ -105,33 +108,38 @@ class WithScales(Decoding):
             if scale is None:
                 cause = f"{name} is stored as {codes}, and no scale of it is ({', '.join(OF_WEIGHTS)})"
                 raise InvalidCheckpoint(cause, "fetch all files again: its codes are no numbers without it")
-            zero = f"{name}_zero_point" if f"{name}_zero_point" in stored else None
-            grid, blocks = self._grid(name, shape, stored[scale][1])
-            zeros = stored[zero][0] if zero else None
-            decoder = Scaled(codes, _scales_dtype(stored[scale][0]), zeros, dtype, shape or (1,), grid, blocks)
-            found[name] = Decoded((name, scale, *([zero] if zero else [])), dtype, shape, decoder)
+            parts = [scale, *(end for end in [f"{name}_zero_point"] if end in stored)]
+            dtypes, shapes = [_scales_dtype(stored[part][0]) for part in parts], {stored[part][1] for part in parts}
+            grid, blocks = _grid(shape, shapes.pop(), self.block)
+            if not grid or shapes or not SCALES.issuperset(dtypes):
+                told = ", ".join(f"{part} {stored[part][0]} {list(stored[part][1])}" for part in parts)
+                cause = f"{name} is {list(shape)}, and its scales are {told}"
+                cause += f" in blocks of {list(self.block)}" if self.block else ""
+                raise InvalidCheckpoint(cause, "check that config.json belongs to these weights")
+            decoder = Scaled(codes, dtypes[0], dtypes[1] if dtypes[1:] else None, dtype, shape, grid, blocks)
+            found[name] = Decoded((name, *parts), dtype, shape, decoder)
         return found
-
-    def _grid(
-        self, name: str, shape: tuple[int, ...], scales: tuple[int, ...]
-    ) -> tuple[tuple[int, ...], tuple[int, ...]]:
-        """(blocks along each dimension, their sizes), told by the shape of the scales."""
-        if math.prod(scales) == 1:
-            return (1,) * len(shape), shape
-        grid = (*scales, *(1 for _ in shape[len(scales) :]))
-        sizes = (*(1 for _ in shape[:-2]), *(self.block or ()))
-        if self.block and len(sizes) == len(shape) == len(grid):
-            told = tuple(-(-size // block) for size, block in zip(shape, sizes, strict=True))
-            if told == grid:
-                return grid, sizes
-        if len(grid) == len(shape) and all(size % count == 0 for size, count in zip(shape, grid, strict=True)):
-            return grid, tuple(size // count for size, count in zip(shape, grid, strict=True))
-        cause = f"{name} is {list(shape)}, and its scales are {list(scales)}"
-        blocks = f" in blocks of {list(self.block)}" if self.block else ""
-        raise InvalidCheckpoint(cause + blocks, "check that config.json belongs to these weights")
 
     def dropped(self, name: str) -> bool:
         return BESIDE.search(name) is not None
+
+
+@cache
+def _grid(
+    shape: tuple[int, ...], scales: tuple[int, ...], block: tuple[int, int] | None
+) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Return (blocks along each dimension, their sizes), told by the shape of the scales; nothing where it tells none.
+    block: (rows, columns) that share a scale, where the config says so."""
+    if math.prod(scales) == 1:
+        return (1,) * len(shape), shape
+    grid = (*scales, *(1 for _ in shape[len(scales) :]))
+    sizes = (*(1 for _ in shape[:-2]), *(block or ()))
+    if len(grid) != len(shape) or 0 in grid:
+        return (), ()
+    if block and tuple(-(-size // each) for size, each in zip(shape, sizes, strict=True)) == grid:
+        return grid, sizes
+    whole = all(size % count == 0 for size, count in zip(shape, grid, strict=True))
+    return (grid, tuple(size // count for size, count in zip(shape, grid, strict=True))) if whole else ((), ())
 
 
 @dataclass(frozen=True, slots=True)
@@ -169,11 +177,11 @@ def decoding_of(quantization: Mapping[str, Any], tensors: Tensors) -> Decoding |
 
 
 def _compressed(quantization: Mapping[str, Any]) -> Decoding | None:
-    groups = [group for group in (quantization.get("config_groups") or {}).values() if isinstance(group, Mapping)]
+    groups = [group for group in _mapping(quantization.get("config_groups")).values() if isinstance(group, Mapping)]
     weights = [group["weights"] for group in groups if isinstance(group.get("weights"), Mapping)]
-    formats = {quantization.get("format"), *(group.get("format") for group in groups)} - {None, "mixed-precision"}
-    sparse = (quantization.get("sparsity_config") or {}).get("format", "dense") != "dense"
-    if not weights or not formats.issubset(COMPRESSED) or sparse or quantization.get("transform_config"):
+    formats = {str(found["format"]) for found in (quantization, *groups) if found.get("format")} - {"mixed-precision"}
+    sparse = _mapping(quantization.get("sparsity_config")).get("format", "dense") != "dense"
+    if not weights or not formats or not formats.issubset(COMPRESSED) or sparse or quantization.get("transform_config"):
         return None
     unordered = all(found.get("actorder") in (None, False, "static", "weight") for found in weights)
     if not unordered or any(found.get("num_bits") != 8 for found in weights):
@@ -184,10 +192,12 @@ def _compressed(quantization: Mapping[str, Any]) -> Decoding | None:
 
 def _pair(value: Any) -> tuple[int, int] | None:
     """(rows, columns) of a block, given as a list or as 128x128."""
-    sizes = value.split("x") if isinstance(value, str) else value
-    if not isinstance(sizes, Sequence) or len(sizes) != 2:
-        return None
-    return int(sizes[0]), int(sizes[1])
+    sizes = [int(size) for size in re.findall(r"\d{1,9}", value if isinstance(value, str) else repr(value))]
+    return (sizes[0], sizes[1]) if len(sizes) == 2 and all(sizes) else None
+
+
+def _mapping(value: Any) -> Mapping[str, Any]:
+    return value if isinstance(value, Mapping) else {}
 
 
 def _scales_dtype(stored: str) -> str:

@@ -8,7 +8,6 @@ dtype would.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from functools import cache
 from typing import Any
@@ -27,6 +26,8 @@ FLOATS = {
 specification; arXiv 2206.02915 for those without negative zero, whose code is their NaN)."""
 FP4 = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.0, -0.5, -1, -1.5, -2, -3, -4, -6], np.float32)
 """e2m1 (OCP Microscaling Formats)."""
+FP4_PAIRS = np.stack([np.tile(FP4, 16), np.repeat(FP4, 16)], axis=-1)
+"""The two numbers of each byte, the lower half first."""
 ROWS = 256
 """Of a block matrix, turned at a time."""
 
@@ -78,7 +79,7 @@ def multiply(
 ) -> Float32:
     """Return codes of `shape`, less their zero points, times their scales. scales, zeros: one per block, those of the
     blocks that the codes lie in; first: where in its block the first code lies, by dimension."""
-    values = table(codes_dtype)[np.frombuffer(codes, np.uint8)].reshape(shape)
+    values = np.take(table(codes_dtype), np.frombuffer(codes, np.uint8)).reshape(shape)
     with np.errstate(over="ignore", under="ignore", invalid="ignore"):
         if zeros is not None:
             values -= spread(zeros, shape, first, blocks)
@@ -88,9 +89,9 @@ def multiply(
 
 def spread(grid: Float32, shape: Sequence[int], first: Sequence[int], blocks: Sequence[int]) -> Float32:
     """Return one entry per block as one per element; what is the same along a whole dimension is left to numpy."""
-    for axis, (size, start, block) in enumerate(zip(shape, first, blocks, strict=True)):
+    for axis in reversed(range(len(shape))):  # whole rows are copied last, which is fastest
         if grid.shape[axis] > 1:
-            grid = np.take(grid, (np.arange(size) + start) // block, axis)
+            grid = np.take(grid, (np.arange(shape[axis]) + first[axis]) // blocks[axis], axis)
     return grid
 
 
@@ -107,19 +108,14 @@ def turned_blocks(codes: memoryview, exponents: memoryview, shape: tuple[int, in
     lower half of each byte first, times 2 to the exponent of the block less 127."""
     count, columns, rows = shape
     blocks = np.frombuffer(codes, np.uint8).reshape(count, rows, columns // 32, 16)
-    powers = np.frombuffer(exponents, np.uint8).reshape(count, rows, columns // 32).astype(np.int32) - 127
+    powers = np.take(table("float8_e8m0fnu"), np.frombuffer(exponents, np.uint8)).reshape(count, rows, -1, 1)
     made: NDArray[Any] = np.empty(shape, BITS[dtype])
     for matrix in range(count):
         for start in range(0, rows, ROWS):
             part = blocks[matrix, start : start + ROWS]
-            values = np.stack([FP4[part & 15], FP4[part >> 4]], axis=-1).reshape(*part.shape[:2], 32)
-            with np.errstate(over="ignore", under="ignore"):
-                values = np.ldexp(values, powers[matrix, start : start + ROWS, :, None])
+            values = np.take(FP4_PAIRS, part, 0).reshape(*part.shape[:2], 32)
+            with np.errstate(over="ignore", under="ignore", invalid="ignore"):
+                values *= powers[matrix, start : start + ROWS]
             bits = np.frombuffer(rounded(values, "bfloat16", dtype), BITS[dtype])
             made[matrix, :, start : start + ROWS] = bits.reshape(-1, columns).T
     return memoryview(made.reshape(-1).view(np.uint8).data)
-
-
-def entries(shape: Sequence[int]) -> int:
-    """Return the elements of one entry of the outermost dimension."""
-    return math.prod(shape[1:])
