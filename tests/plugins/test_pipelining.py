@@ -19,6 +19,7 @@ import torch
 import yaml
 from support.hub import LoopbackHub
 from support.hub_state import files_of
+from support.layouts import LAYOUTS
 from support.workshop import Workshop, environment, statuses
 
 from bigpipe.bigmodel.architecture import describe_architecture
@@ -252,3 +253,28 @@ def test_killed_anywhere_it_goes_on_to_the_same_bytes(workshop: Workshop, tmp_pa
     assert set(statuses(result).values()) <= {"cached", "succeeded"}
     assert facts(workshop.run(jobs=1, store=tmp_path / "other")) == facts(result)
     assert workshop.command("verify").returncode == 0
+
+
+PACKED = """\
+version: 1
+name: chain
+stages:
+  download: {uses: download, with: {path: fp8}}
+  shard: {uses: shard, inputs: download, with: {max_shard_size: 20KB}, cache: false}
+  plain: {uses: shard, inputs: shard, with: {max_shard_size: 50KB, dtype: bfloat16}}
+  quantize: {uses: quantize, inputs: shard, with: {scheme: nf4, dtype: bfloat16}}
+"""
+
+
+def test_codes_and_scales_that_come_in_other_files_are_decoded_as_they_come(workshop: Workshop, tmp_path: Path) -> None:
+    (workshop.folder / "fp8").mkdir()
+    LAYOUTS["fp8 with a scale per block"].make(workshop.folder / "fp8")
+    workshop.manifest.write_text(PACKED)
+    planned = workshop.json("plan", "recipe.yaml")["nodes"]
+    together = workshop.run()
+    assert set(statuses(together).values()) == {"succeeded"}
+    assert "as they are made" in together.nodes["quantize"].reason + together.nodes["plain"].reason
+    for node in ("plain", "quantize"):
+        assert planned[node]["forecast"]["metrics"]["bytes"] == together.nodes[node].metrics["bytes"]
+    apart = workshop.run(jobs=1, store=tmp_path / "other")
+    assert facts(together) == facts(apart)
