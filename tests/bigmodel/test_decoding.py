@@ -21,6 +21,7 @@ from support.models import make_checkpoint
 
 import bigpipe
 from bigpipe.bigmodel.checkpoint import DECODED, describe_checkpoint, open_checkpoint
+from bigpipe.bigmodel.execution import HostMemory
 from bigpipe.bigmodel.footprint import estimate
 from bigpipe.bigmodel.formats import decode, decoded, format_of
 from bigpipe.bigmodel.formats.encoders.scaled import table
@@ -371,17 +372,40 @@ def test_files_that_still_come_are_waited_for(models: tuple[Path, Path], tmp_pat
     assert outlet.handover.names("taken/reader") == set(weights)
 
 
-def test_other_scales_make_another_file(tmp_path: Path) -> None:
-    """What an earlier attempt finished is kept only where the same comes out."""
-    square = {"w.weight": codes((256, 256), FP8), "w.weight_scale_inv": scales(2, 2, dtype=torch.float32)}
+@pytest.mark.parametrize("change", ["scales", "blocks"])
+def test_other_scales_or_blocks_make_another_file(tmp_path: Path, change: str) -> None:
+    """What an earlier attempt finished is kept only where the same comes out. Codes stay where they are."""
+    square = {"w.weight": codes((300, 300), FP8), "w.weight_scale_inv": scales(3, 3, dtype=torch.float32)}
     folder = write(tmp_path / "model", square, BLOCK, files=2)
-    conversion, journal = Conversion(max_shard_size=10**9, dtype="bfloat16"), tmp_path / "journal"
-    convert(open_checkpoint(folder), tmp_path / "out", conversion, journal=journal)
-    first = (tmp_path / "out" / "model.safetensors").read_bytes()
-    square["w.weight_scale_inv"] *= 2
-    write(folder, square, BLOCK, files=2)
-    convert(open_checkpoint(folder), tmp_path / "out", conversion, journal=journal)
-    assert (tmp_path / "out" / "model.safetensors").read_bytes() != first
+    conversion, journal, out = (
+        Conversion(max_shard_size=10**9, dtype="bfloat16"),
+        tmp_path / "journal",
+        tmp_path / "out",
+    )
+    convert(open_checkpoint(folder), out, conversion, journal=journal)
+    first = (out / "model.safetensors").read_bytes()
+    if change == "scales":
+        save_file({"w.weight_scale_inv": 2 * square["w.weight_scale_inv"]}, folder / "model-00002-of-00002.safetensors")
+    else:
+        change_config(folder, quantization_config={**BLOCK, "weight_block_size": [100, 100]})
+    convert(open_checkpoint(folder), out, conversion, journal=journal)
+    assert (out / "model.safetensors").read_bytes() != first
+
+
+def test_a_product_is_rounded_in_the_dtype_of_its_scales(tmp_path: Path) -> None:
+    method, tensors, formula = CASES["compressed, one scale"]
+    for dtype in ("float16", "float32"):
+        plain = decode(open_checkpoint(write(tmp_path / dtype, tensors, method, dtype=dtype)))
+        assert same(plain.read("w.weight"), formula(tensors).to(getattr(torch, dtype)))
+
+
+def test_decoded_weights_stay_in_memory_only_where_it_has_room(models: tuple[Path, Path]) -> None:
+    places = {}
+    for room in (0, 2**30):
+        model = bigpipe.load(models[0], {"": "cpu"}, dtype="bfloat16", memory=HostMemory(cast=room, widen=0))
+        places[room] = model.get_parameter("model.layers.0.mlp.up_proj.weight").device.type
+        assert model.get_parameter("model.norm.weight").device.type == "cpu"
+    assert places == {0: "meta", 2**30: "cpu"}
 
 
 def test_decoding_holds_a_run_of_rows_and_not_the_tensor(tmp_path: Path) -> None:
