@@ -49,7 +49,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequ
     """`published/NAME` of each that is tried, and `saved/NAME`: brought from a Hub, sharded and saved by a recipe."""
     folder = tmp_path_factory.mktemp("tokenizers")
     transformers_quietly()
-    params = [item.callspec.params["name"] for item in request.session.items if item.path == request.path]
+    tried = [item.callspec for item in request.session.items if item.path == request.path and hasattr(item, "callspec")]
+    params = [item.params["name"] for item in tried]
     stages: dict[str, Any] = {}
     with LoopbackHub() as hub:
         for number, name in enumerate(name for name in dict.fromkeys(params) if name in PUBLISHED):
