@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from bigpipe.errors import GateFailed, ManifestError, Stale, UsageError
+from bigpipe.errors import GateFailed, ManifestError, Problem, Stale, UsageError
 from bigpipe.files import make_directory, write_file
 
 from . import lock as lock_file
@@ -16,6 +16,7 @@ from .planning import (
     Action,
     Plan,
     Session,
+    content_paths,
     difference_json,
     differences,
     exact,
@@ -24,7 +25,7 @@ from .planning import (
     open_session,
     with_parameters,
 )
-from .recipe import Recipe, load_recipe
+from .recipe import Fault, Recipe, load_recipe
 from .running import RunResult, run_plan
 
 
@@ -187,14 +188,27 @@ def load_manifest(path: str | Path, *, params: Mapping[str, Any] | None = None) 
 
 
 def validate(manifests: Sequence[Path], params: Mapping[str, Any] | None = None) -> dict[Path, ManifestError]:
-    """Return the problems of each manifest that has some. UsageError for a file that is not there."""
+    """Return the problems of each manifest that has some, files and modules that are not there among them.
+    UsageError for a manifest that is not there."""
     errors: dict[Path, ManifestError] = {}
     for path in manifests:
         try:
-            load_recipe(path, _written(params))
+            recipe = load_recipe(path, _written(params))
+            if missing := set(_missing(recipe, path.absolute().parent)):  # once for all variants of a stage
+                raise ManifestError(list(missing))
         except ManifestError as error:
             errors[path] = error
     return errors
+
+
+def _missing(recipe: Recipe, base: Path) -> Iterator[Problem]:
+    """What the params name beside the manifest, and is not there; a checkpoint may come later."""
+    for node in recipe.nodes.values():
+        try:
+            content_paths(node.params, base)
+        except UsageError as error:
+            place = node.places.of(error.field) or node.places[""]
+            yield Problem(Fault.NOT_THERE, place, error.cause, error.cure)
 
 
 def initialise(file: Path, model: str) -> list[Path]:

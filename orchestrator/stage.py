@@ -12,6 +12,7 @@ from bigpipe.errors import (
 from bigpipe.sizes import format_size as format_size
 
 from .contract import (
+    Bytes as Bytes,
     CheckContext as CheckContext,
     Code as Code,
     ContentField as ContentField,

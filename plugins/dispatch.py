@@ -7,7 +7,19 @@ from typing import Annotated, Literal
 
 from pydantic import AfterValidator, Field
 
-from bigpipe.orchestrator.stage import Json, Machine, Metrics, Params, Planning, Port, Size, Stage, UsageError, late
+from bigpipe.orchestrator.stage import (
+    Bytes,
+    Json,
+    Machine,
+    Metrics,
+    Params,
+    Planning,
+    Port,
+    Size,
+    Stage,
+    UsageError,
+    late,
+)
 
 
 def _known(device: int | str) -> int | str:
@@ -45,13 +57,13 @@ class DispatchParams(Params):
 
 
 class DispatchMetrics(Metrics):
-    predicted: dict[str, int]
+    predicted: dict[str, Bytes]
     """Bytes of weights and buffers by device: a GPU's number, cpu, disk."""
-    measured: dict[str, int] = Field(default_factory=dict)
+    measured: dict[str, Bytes] = Field(default_factory=dict)
     """The same of the loaded model; empty with `verify: none`."""
     load_seconds: float = 0.0
     """What building and filling the model took, without imports."""
-    streamed_bytes_per_token: int = 0
+    streamed_bytes_per_token: Bytes = 0
     """Stored bytes that one token moves from RAM or disk to where it computes."""
     sequence_length: int
     """Tokens that room is kept for: those asked for, at most what the model's positions allow."""

@@ -23,7 +23,7 @@ from bigpipe.orchestrator.stage import Forecast, ForecastContext, StageContext, 
 from bigpipe.sizes import format_size
 
 from .dispatch import DispatchMetrics, DispatchParams
-from .library import PLACEMENT, agreed, load_placed, read_placement, require_class, single_model, sources_of
+from .library import PLACEMENT, about, agreed, load_placed, read_placement, require_class, single_model, sources_of
 
 PICTURE = "placement.txt"
 PROCESS = 600 * 2**20
@@ -43,7 +43,8 @@ def forecast(params: DispatchParams, ctx: ForecastContext) -> Forecast:
             unknown=("the placement: the model's headers are not known yet",),
             misfits=find_misfits(request, None, ctx.machine),
         )
-    computable(model)
+    with about("inputs.model"):
+        computable(model)
     unknown = () if model.tensors is not None else ("the model's stored sizes: taken from its config",)
     try:
         agreement = agreed(model, sources_of(ctx))

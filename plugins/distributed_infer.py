@@ -12,7 +12,19 @@ from bigpipe.bigmodel.sources import Sources
 from bigpipe.bigmodel.tasks import BuiltIn, find_task, require_known
 from bigpipe.errors import UsageError
 from bigpipe.machine import Machine
-from bigpipe.orchestrator.stage import Code, FileOrLiteral, Json, Metrics, Params, Planning, Port, Ranks, Stage, late
+from bigpipe.orchestrator.stage import (
+    Bytes,
+    Code,
+    FileOrLiteral,
+    Json,
+    Metrics,
+    Params,
+    Planning,
+    Port,
+    Ranks,
+    Stage,
+    late,
+)
 
 
 def _known(task: str) -> str:
@@ -78,7 +90,7 @@ class InferMetrics(Metrics):
     """Of all ranks together, while the slowest was computing."""
     idle: float = 0.0
     """Share of the ranks' time spent waiting for the slowest."""
-    peak: dict[str, int] = Field(default_factory=dict)
+    peak: dict[str, Bytes] = Field(default_factory=dict)
     """Bytes by device: a GPU's number, or `cpu` for the resident memory of the largest rank."""
 
 

@@ -14,6 +14,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, field_validator, model_validator
 
 from bigpipe.orchestrator.stage import (
+    Bytes,
     CheckContext,
     Code,
     FileOrLiteral,
@@ -48,8 +49,6 @@ class CustomClass(Params):
     """`module:Class`, importable from the manifest's directory; the module must be listed under `trust.modules`."""
     config: dict[str, Any] = Field(default_factory=dict)
     """Updates the class's `get_default_config()`, where it has one; else its keyword arguments."""
-    tokenizer: str | None = None
-    """Where its tokenizer is found: a repository or a directory, for the task that runs it."""
     no_split_module_classes: list[str] | None = None
     """Classes whose modules stay on one device, such as blocks with a residual connection."""
 
@@ -110,10 +109,10 @@ class DownloadParams(Params):
 
 
 class DownloadMetrics(Metrics):
-    bytes: int
+    bytes: Bytes
     """Of all files."""
     files: int
-    fetched_bytes: int
+    fetched_bytes: Bytes
     """Over the network, this time."""
     commit: str | None = None
     """What the revision was; of repositories only."""

@@ -18,7 +18,7 @@ from bigpipe.orchestrator.stage import CheckContext, Forecast, ForecastContext, 
 from bigpipe.sizes import counted, format_transfer
 
 from .download import DownloadMetrics, DownloadParams
-from .library import Pipeline, sources_of
+from .library import Pipeline, about, sources_of
 
 PIPELINE = "model_index.json"
 """In the root of a folder of several models."""
@@ -41,7 +41,8 @@ def check(params: DownloadParams, context: CheckContext) -> None:
     """Trust, token, gate, and whether a directory is a checkpoint: what would fail later fails now."""
     if params.architecture is not None:
         reference = params.architecture.class_
-        context.trust.require_module(reference, f"architecture.class {reference}")
+        with about("architecture.class"):
+            context.trust.require_module(reference, f"architecture.class {reference}")
     if params.synthetic is None:
         with suppress(Transient):  # the forecast tells what is not known, and the run may go on from the Hub cache
             pins = context.pins if isinstance(context, ForecastContext) else {}

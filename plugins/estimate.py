@@ -15,6 +15,7 @@ from pydantic import Field, create_model, field_validator, model_validator
 
 from bigpipe.bigmodel.formats import DTYPES, dtypes, require_dtype
 from bigpipe.orchestrator.stage import (
+    Bytes,
     CheckContext,
     Folder,
     ForecastContext,
@@ -84,40 +85,40 @@ class EstimateParams(Params):
 class Training(Metrics):
     """Peak bytes of a training step by optimizer; null where the dtype cannot be trained so."""
 
-    adamw: int | None
-    adamw_8bit: int | None
-    sgd: int | None
-    lora: int | None
+    adamw: Bytes | None
+    adamw_8bit: Bytes | None
+    sgd: Bytes | None
+    lora: Bytes | None
 
 
 class DtypeMetrics(Metrics):
     """Bytes, but for `parameters`."""
 
     parameters: int
-    total: int
+    total: Bytes
     """Every float tensor at the width the dtype's name promises, and integer buffers: accelerate's Total Size."""
-    largest_layer: int
+    largest_layer: Bytes
     """accelerate's Largest Layer."""
-    weights: int
+    weights: Bytes
     """Parameters and buffers as the loaded model holds them."""
-    stored: int
+    stored: Bytes
     """The tensors of a checkpoint written in this dtype, without headers."""
-    buffers: int
+    buffers: Bytes
     """Of `weights`, what is no parameter."""
-    kv_cache: int
+    kv_cache: Bytes
     """Keys and values of the whole batch at the whole length."""
-    activations: int
+    activations: Bytes
     """At the peak of one forward pass."""
-    runtime: int
+    runtime: Bytes
     """What the device's own libraries hold: a bound."""
-    inference: int
+    inference: Bytes
     """weights + kv_cache + activations + runtime."""
-    inference_high: int
+    inference_high: Bytes
     """The same at the upper end of what is not exact."""
-    quantizing: int | None
+    quantizing: Bytes | None
     """Besides, while a 16-bit checkpoint is quantized as it loads; null where nothing is."""
     training: Training
-    training_high: int | None
+    training_high: Bytes | None
     """Of the step that `train` asks for, at the upper end, with `runtime`; null without one."""
 
 

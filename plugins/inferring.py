@@ -19,7 +19,7 @@ from bigpipe.orchestrator.stage import CheckContext, Forecast, ForecastContext, 
 from bigpipe.sizes import counted
 
 from .distributed_infer import InferMetrics, InferParams
-from .library import agreed, load_placed, read_placement, require_class, single_model, sources_of
+from .library import about, agreed, load_placed, read_placement, require_class, single_model, sources_of
 
 if TYPE_CHECKING:
     import torch
@@ -32,20 +32,19 @@ RANK_BASE = 500 * 2**20
 
 def check(params: InferParams, ctx: CheckContext) -> None:
     """Prompts, task and trust, before anything is downloaded. A module of the user's is imported by workers alone."""
-    try:
+    with about("prompts"):
         rows = read_prompts(params.prompts, params.column, ctx.base)
-    except UsageError as error:
-        error.field = "prompts"
-        raise
     model = single_model(ctx)
     if model is not None:
-        require_class(model)
-        computable(model)
+        with about("inputs.model"):
+            require_class(model)
+            computable(model)
         _check_weights(model, ctx)
     if params.task not in TASKS:
-        ctx.trust.require_module(params.task, f"task {params.task}")
-        if wrong := missing_name(params.task, ctx.base):
-            raise UsageError(f"task {params.task}: {wrong}", "correct the name, or the module", field="task")
+        with about("task"):
+            ctx.trust.require_module(params.task, f"task {params.task}")
+            if wrong := missing_name(params.task, ctx.base):
+                raise UsageError(f"task {params.task}: {wrong}", "correct the name, or the module")
         return
     sources = sources_of(ctx)
     find_task(params.task, sources).check(params.generation, rows, model, sources)

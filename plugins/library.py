@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -11,7 +12,7 @@ from typing import TYPE_CHECKING
 from bigpipe.bigmodel.architecture import describe_architecture
 from bigpipe.bigmodel.formats import agree
 from bigpipe.bigmodel.sources import Sources
-from bigpipe.errors import NotAuthorised, Transient, UsageError
+from bigpipe.errors import BigpipeError, NotAuthorised, Transient, UsageError
 from bigpipe.orchestrator.stage import CheckContext, ForecastContext, Json, Pinned, StageContext
 
 if TYPE_CHECKING:
@@ -24,6 +25,16 @@ if TYPE_CHECKING:
 
 PLACEMENT = "placement.json"
 """What `dispatch` writes and `distributed-infer` reads."""
+
+
+@contextmanager
+def about(field: str) -> Iterator[None]:
+    """Let errors that name no field of the stage, or part of it (`inputs.model`), be about this one."""
+    try:
+        yield
+    except BigpipeError as error:
+        error.field = error.field or field
+        raise
 
 
 def sources_of(context: CheckContext | ForecastContext | StageContext) -> Sources:

@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BeforeValidator, ConfigDict, model_validator
 
 from bigpipe.bigmodel.formats import BUILT_IN, PASTED, names, packing_of, read_pasted, require_known, version_of
-from bigpipe.orchestrator.stage import Machine, Metrics, OneOf, Params, Passing, Planning, Port, Stage, late
+from bigpipe.orchestrator.stage import Bytes, Machine, Metrics, OneOf, Params, Passing, Planning, Port, Stage, late
 
 OPTIONS = ("llm_int8_threshold", "bnb_4bit_use_double_quant", "bnb_4bit_compute_dtype", "bnb_4bit_quant_type")
 """Fields that some formats have no use for."""
@@ -60,7 +60,7 @@ class QuantizeParams(Params):
 
 
 class QuantizeMetrics(Metrics):
-    bytes: int
+    bytes: Bytes
     """Of all tensors, without file headers, as `estimate` counts weights."""
     ratio: float
     """Bytes before by bytes after."""

@@ -11,7 +11,7 @@ from bigpipe.bigmodel.quantization import Settings, quantize_described, refuse_q
 from bigpipe.orchestrator.stage import CheckContext, Forecast, ForecastContext, Machine, StageContext, StageResult
 from bigpipe.sizes import counted, format_transfer
 
-from .library import single_model, sources_of
+from .library import about, single_model, sources_of
 from .quantize import QuantizeMetrics, QuantizeParams
 
 RAM = 192 * 2**20
@@ -28,7 +28,8 @@ RATE = 350 * 10**6
 def check(params: QuantizeParams, context: CheckContext) -> None:
     """Refuses before the download what is quantized already."""
     if described := single_model(context):
-        refuse_quantized(described)
+        with about("inputs.model"):
+            refuse_quantized(described)
 
 
 def forecast(params: QuantizeParams, context: ForecastContext) -> Forecast:
@@ -38,6 +39,8 @@ def forecast(params: QuantizeParams, context: ForecastContext) -> Forecast:
         return Forecast(ram=RAM, unknown=("size after quantization: the tensors of the input are not known yet",))
     if described.config is None and described.custom is None:
         return Forecast(ram=RAM, unknown=("size after quantization: the input has no config that names its class",))
+    with about("inputs.model"):
+        refuse_quantized(described)
     settings = _settings(params, context.machine)
     outlined, quantized = understand(described, settings, sources=sources_of(context))
     before, after = described.nbytes or 0, outlined.nbytes
@@ -46,6 +49,7 @@ def forecast(params: QuantizeParams, context: ForecastContext) -> Forecast:
     if low == high:
         metrics |= {"bytes": after, "ratio": before / after}
     held = WORKERS * decoding_memory(described) + outlined.largest_transposed
+    bound = () if low == high else (f"weights: {low:,} to {high:,} bytes (bound: {HELD})",)
     output = describe_checkpoint(context.artifact) if context.artifact else None
     return Forecast(
         download_bytes=0,
@@ -55,7 +59,7 @@ def forecast(params: QuantizeParams, context: ForecastContext) -> Forecast:
         metrics=metrics,
         output=output or quantized,
         summary=f"{params.scheme}, {counted(len(outlined.quantized), 'module')}, +{format_transfer(after)}",
-        details=(*outlined.notes, *(() if low == high else (f"weights: {low:,} to {high:,} bytes (bound: {HELD})",))),
+        details=(*outlined.notes, outlined.remains, *bound),
     )
 
 

@@ -6,7 +6,7 @@ from typing import Any
 
 from pydantic import Field
 
-from bigpipe.orchestrator.stage import Metrics, Params, Planning, Port, Stage, late
+from bigpipe.orchestrator.stage import Bytes, Metrics, Params, Planning, Port, Stage, late
 
 
 class SaveParams(Params):
@@ -24,7 +24,7 @@ class SaveParams(Params):
 
 class SaveMetrics(Metrics):
     url: str
-    bytes: int
+    bytes: Bytes
     files: int
     commit: str | None = None
 

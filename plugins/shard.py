@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Literal
 
-from bigpipe.orchestrator.stage import Metrics, Params, Passing, Planning, Port, Size, Stage, late
+from bigpipe.orchestrator.stage import Bytes, Metrics, Params, Passing, Planning, Port, Size, Stage, late
 
 
 class ShardParams(Params):
@@ -18,7 +18,7 @@ class ShardParams(Params):
 
 class ShardMetrics(Metrics):
     shards: int
-    bytes: int
+    bytes: Bytes
     """Of the weight files, headers included."""
 
 

@@ -87,6 +87,7 @@ def test_a_wheel_holds_every_module(tmp_path):
         "fit.py",
         "modules.py",
         "machine.py",
+        "names.py",
         "passing.py",
         "sizes.py",
         "testing.py",

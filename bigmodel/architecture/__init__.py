@@ -21,7 +21,7 @@ if TYPE_CHECKING:
         read_request,
         request_key,
     )
-    from .instantiation import storage_of, tied_groups, with_empty_parameters
+    from .instantiation import describe_module, require_module, storage_of, tied_groups, with_empty_parameters
     from .outlining import BUFFERS, outline
     from .snapshot import known_architecture, missing_snapshot
     from .structure import ATTENTION, Architecture, CachedTensor, Head, ModuleSpec, TensorSpec, kept_in_float32

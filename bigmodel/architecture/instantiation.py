@@ -14,6 +14,7 @@ import os
 import resource
 import sys
 import warnings
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -22,6 +23,7 @@ from typing import TYPE_CHECKING, Any
 from bigpipe.errors import BigpipeError, InvalidCheckpoint, UsageError
 from bigpipe.files import write_file
 from bigpipe.modules import foreign, import_attribute
+from bigpipe.names import refuse_unknown
 
 from .asking import Request
 from .caching import observe
@@ -104,7 +106,7 @@ def describe(request: Request, *, with_cache: bool = True) -> Architecture:
     import torch
 
     model, other = _on_meta(request, torch.float32), _on_meta(request, torch.bfloat16)
-    found = report(model, other, request)
+    found = report(model, _dtypes(other), request)
     return replace(found, cache=observe(other)) if found.generates and with_cache else found
 
 
@@ -297,11 +299,41 @@ def _custom(request: Request) -> Any:
     return model
 
 
-def report(model: torch.nn.Module, other: torch.nn.Module, request: Request) -> Architecture:
-    """Return what `model` consists of. other: the same model built in another default dtype."""
-    following = {name: tensor.dtype for name, tensor in _named_tensors(other).items()}
+def require_module(model: object) -> None:
+    """Raise UsageError for what is no torch module: a class, most often."""
+    import torch
+
+    if not isinstance(model, torch.nn.Module):
+        what = f"the class {model.__name__}" if isinstance(model, type) else f"{type(model).__name__}"
+        cure = "give a torch module, which may be empty (built under accelerate's init_empty_weights()), or a path"
+        raise UsageError(f"{what} is no model", cure)
+
+
+def describe_module(model: torch.nn.Module) -> Architecture:
+    """Return what a module consists of, wherever its tensors lie. Its floats follow the dtype that is asked for, but
+    those that are in another one than most of its elements. Raise UsageError for what is none."""
+    require_module(model)
+    sizes: Counter[torch.dtype] = Counter()
+    for tensor in _named_tensors(model).values():
+        sizes[tensor.dtype] += tensor.numel() if tensor.is_floating_point() else 0
+    common = next((dtype for dtype, _ in sizes.most_common(1)), None)
+    following = {name: None for name, dtype in _dtypes(model).items() if dtype == common}
+    config: Any = getattr(model, "config", None)
+    written = json.loads(config.to_json_string()) if hasattr(config, "to_json_string") else {}
+    return report(model, following, Request(library="transformers" if written else "custom", config=written))
+
+
+def _dtypes(model: torch.nn.Module) -> dict[str, torch.dtype]:
+    return {name: tensor.dtype for name, tensor in _named_tensors(model).items()}
+
+
+def report(model: torch.nn.Module, following: Mapping[str, torch.dtype | None], request: Request) -> Architecture:
+    """Return what `model` consists of. following: the dtypes of tensors where it is built in another default dtype."""
     unsaved = frozenset(getattr(model, "_keys_to_ignore_on_save", None) or ())
     no_split = request.no_split or getattr(model, "_no_split_modules", None) or ()
+    classes = {type(module).__name__ for module in model.modules()}
+    cure = "name classes of its modules, such as those of its blocks"
+    refuse_unknown("architecture.no_split_module_classes", request.no_split, classes, "classes", cure)
     return Architecture(
         class_name=type(model).__name__,
         modules=tuple(_module(name, module, following, unsaved) for name, module in model.named_modules()),
@@ -318,7 +350,7 @@ def report(model: torch.nn.Module, other: torch.nn.Module, request: Request) -> 
 
 
 def _module(
-    name: str, module: torch.nn.Module, following: Mapping[str, torch.dtype], unsaved: frozenset[str]
+    name: str, module: torch.nn.Module, following: Mapping[str, torch.dtype | None], unsaved: frozenset[str]
 ) -> ModuleSpec:
     from torch import nn
     from transformers.pytorch_utils import Conv1D

@@ -56,8 +56,9 @@ def outline(
 
 
 def _modules(name: str, tree: Mapping[str, Any], own: Mapping[str, Sequence[TensorSpec]]) -> Iterator[ModuleSpec]:
-    """Parents before children."""
-    children = {f"{name}.{part}" if name else part: below for part, below in tree.items()}
+    """Parents before children, numbered ones by their numbers: safetensors keep names in the order of letters."""
+    parts = sorted(tree, key=lambda part: (not part.isdecimal(), int(part) if part.isdecimal() else 0))
+    children = {f"{name}.{part}" if name else part: tree[part] for part in parts}
     tensors = tuple(own.get(name, ()))
     matrix = any(t.name.endswith(".weight") and len(t.shape) == 2 and t.floating for t in tensors)
     linear = matrix and not children and not EMBEDDING.search(name)

@@ -35,6 +35,7 @@ if TYPE_CHECKING:
         Made,
         TensorInfo,
         Tensors,
+        dtype_name,
         find_aliases,
         invalid,
         itemsize,

@@ -49,6 +49,11 @@ def itemsize(dtype: str) -> int:
     return int(DTYPES[dtype])
 
 
+def dtype_name(dtype: object) -> str:
+    """Return the name of a dtype that may have been given as torch's own: `float16` of `torch.float16`."""
+    return str(dtype).removeprefix("torch.")
+
+
 def tensor_nbytes(dtype: str, shape: Sequence[int]) -> int:
     """Return the bytes of a contiguous tensor; `shape` is torch's, () a scalar."""
     return math.prod(shape) * itemsize(dtype)

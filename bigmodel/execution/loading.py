@@ -21,7 +21,16 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from bigpipe.bigmodel.architecture import kept_in_float32, read_request, storage_of, tied_groups, with_empty_parameters
+from bigpipe.bigmodel.architecture import (
+    describe_architecture,
+    describe_module,
+    kept_in_float32,
+    read_request,
+    require_module,
+    storage_of,
+    tied_groups,
+    with_empty_parameters,
+)
 from bigpipe.bigmodel.checkpoint import (
     Checkpoint,
     MappedFiles,
@@ -30,6 +39,7 @@ from bigpipe.bigmodel.checkpoint import (
     TensorInfo,
     TensorRecipe,
     describe_opened,
+    dtype_name,
     exempt,
     match,
     open_checkpoint,
@@ -43,10 +53,12 @@ from bigpipe.bigmodel.formats import (
     replace_linears,
     set_apart,
 )
-from bigpipe.bigmodel.placement import Device, Placement
+from bigpipe.bigmodel.placement import Device, Placement, PlacementRequest, place_model, prefixes, stored_dtype
 from bigpipe.bigmodel.sources import Sources
 from bigpipe.errors import InvalidCheckpoint, UsageError, first_few
+from bigpipe.machine import detect
 from bigpipe.modules import foreign
+from bigpipe.names import as_names, refuse_unknown
 from bigpipe.trust import Trust
 
 from .homes import DeviceMap, Homes, HostMemory, as_placement, host_memory, loading_dtype
@@ -75,12 +87,13 @@ class Loaded:
 
 def load(
     path: str | Path,
-    placement: Placement | DeviceMap | None = None,
+    placement: Placement | DeviceMap | str | None = None,
     *,
     model: torch.nn.Module | None = None,
+    architecture: Mapping[str, Any] | None = None,
     dtype: str | torch.dtype | None = None,
-    special_dtypes: Mapping[str, str] | None = None,
-    no_split_module_classes: Sequence[str] | None = None,
+    special_dtypes: Mapping[str, str | torch.dtype] | None = None,
+    no_split_module_classes: str | Sequence[str] | None = None,
     memory: HostMemory | None = None,
     first_gpu: int = 0,
     trust: Trust | Sequence[str] = (),
@@ -90,10 +103,12 @@ def load(
     """Return the checkpoint at `path` as a model in evaluation mode, ready for forward and `generate`.
 
     placement: a `Placement` or a device map {prefix: GPU number | "cpu" | "disk"}; left out, all goes to the CPU.
-      Where a GPU is named, what lives in RAM or on disk computes on the first of them.
-    model: an empty model of a class that the checkpoint does not name itself.
-    dtype: what floating weights are cast to; left out, the placement's or `loading_dtype`'s choice. Quantized weights
-      stay as they are.
+      Where a GPU is named, what lives in RAM or on disk computes on the first of them. A mode (`auto`) is that of
+      `place`, with its defaults.
+    model: an empty model of a class that the checkpoint does not name itself. architecture: such a class, as in a
+      manifest: {"class": "module:Class", "config": {…}}.
+    dtype: what floating weights are cast to; `auto` is as stored; left out, the placement's or `loading_dtype`'s
+      choice. Quantized weights stay as they are.
     special_dtypes: parameter name → dtype, where another one is wanted; left out, the placement's.
     no_split_module_classes: blocks that are streamed as a whole; left out, the placement's, else the model's own.
     memory: RAM that the model may fill; left out, what `host_memory` allows of this machine's.
@@ -106,30 +121,51 @@ def load(
     """
     import psutil
 
+    if model is not None:
+        require_module(model)
     checkpoint = open_checkpoint(path)
     computable(describe_opened(checkpoint))
     checkpoint = decode(checkpoint)
     described = describe_opened(checkpoint)
+    if architecture is not None:
+        described = replace(described, custom={**(described.custom or {}), **architecture})
+    sources = Sources(trust=Trust.of(trust), trust_remote_code=trust_remote_code, base=base)
+    special = {name: dtype_name(wanted) for name, wanted in (special_dtypes or {}).items()}
     asked: dict[str, Any] = {
-        "dtype": None if dtype is None else str(dtype).removeprefix("torch."),
-        "special_dtypes": special_dtypes,
-        "no_split_module_classes": no_split_module_classes,
+        "dtype": stored_dtype(described) if dtype == "auto" else None if dtype is None else dtype_name(dtype),
+        "special_dtypes": None if special_dtypes is None else special,
+        "no_split_module_classes": None if no_split_module_classes is None else as_names(no_split_module_classes),
     }
     given = {name: value for name, value in asked.items() if value is not None}
+    if isinstance(placement, str):
+        placement = _placed(checkpoint, described, model, PlacementRequest(device_map=placement, **given), sources)
     placement = replace(as_placement(placement), **given)
     homes, there = Homes(placement, first_gpu), psutil.virtual_memory()
     memory = memory or host_memory(placement, there.total, there.available)
     wanted = _floating(loading_dtype(described, placement, memory))
-    if model is None:
-        sources = Sources(trust=Trust.of(trust), trust_remote_code=trust_remote_code, base=base)
-        model = _build(checkpoint, wanted, sources)
-    else:
-        model = _emptied(model, wanted)
+    model = _emptied(model, wanted) if model is not None else _build(checkpoint.folder, described, wanted, sources)
+    _refuse_unknown(model, placement)
     if placement.no_split_module_classes is not None:
         model._no_split_modules = list(placement.no_split_module_classes)  # type: ignore[assignment]
     _fill(model, checkpoint, described, homes, wanted, memory.cast)
     _read_generation_config(model, checkpoint.folder)
     return model.eval().requires_grad_(False)
+
+
+def _refuse_unknown(model: torch.nn.Module, placement: Placement) -> None:
+    """Raise UsageError for names of the placement, or of a map, that mean nothing the model has."""
+    modules = dict(model.named_modules(remove_duplicate=False))
+    tensors = {
+        **dict(model.named_parameters(remove_duplicate=False)), **dict(model.named_buffers(remove_duplicate=False)),
+    }  # fmt: skip
+    parts = {part for name in (*modules, *tensors) for part in prefixes(name)}
+    floats = {name for name, tensor in tensors.items() if tensor.is_floating_point()}
+    classes = {type(module).__name__ for module in modules.values()}
+    refuse_unknown("placement", placement.device_map, parts, "parts", "a key is a module or tensor of it, or a prefix")
+    refuse_unknown("special_dtypes", placement.special_dtypes, floats, "tensors of floats", "name them in full")
+    refuse_unknown(
+        "no_split_module_classes", placement.no_split_module_classes or (), classes, "classes", "name those of blocks"
+    )
 
 
 def loaded(model: torch.nn.Module) -> Loaded:
@@ -140,10 +176,25 @@ def loaded(model: torch.nn.Module) -> Loaded:
     return found
 
 
-def _build(checkpoint: Checkpoint, dtype: torch.dtype, sources: Sources) -> torch.nn.Module:
+def _placed(
+    checkpoint: Checkpoint,
+    described: ModelDescription,
+    model: torch.nn.Module | None,
+    request: PlacementRequest,
+    sources: Sources,
+) -> Placement:
+    """As `place` does it, on this machine."""
+    if model is not None:
+        architecture = describe_module(model)
+    else:
+        architecture = describe_architecture(checkpoint.folder, custom=described.custom, sources=sources)
+    return place_model(described, architecture, request, detect(Path.cwd()))
+
+
+def _build(folder: Path, described: ModelDescription, dtype: torch.dtype, sources: Sources) -> torch.nn.Module:
     """The class that the checkpoint's config or `bigpipe_architecture.json` names, with parameters on meta. Buffers are
     made by the class itself, so the ones no checkpoint holds (rotary frequencies, masks) are right."""
-    request = read_request(checkpoint.folder, sources=sources)
+    request = read_request(folder, custom=described.custom, sources=sources)
     model = with_empty_parameters(request, dtype)
     if not request.custom_class:
         return model

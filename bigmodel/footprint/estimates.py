@@ -12,10 +12,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from shutil import get_terminal_size
-from typing import Any, TextIO
+from typing import TYPE_CHECKING, Any, TextIO
 
 from bigpipe.bigmodel.architecture import Architecture, Head
-from bigpipe.bigmodel.checkpoint import ModelDescription, tensor_nbytes
+from bigpipe.bigmodel.checkpoint import ModelDescription, dtype_name, tensor_nbytes
 from bigpipe.bigmodel.formats import format_of, packing
 from bigpipe.bigmodel.sources import Sources
 from bigpipe.errors import UsageError
@@ -28,6 +28,9 @@ from .changes import Question, Verdict
 from .grounds import as_accelerate, grounds
 from .sighting import Sighting, architecture_of, look
 from .text import TRAINING, Row, accelerate_row, explanation, pictures, row, table
+
+if TYPE_CHECKING:
+    import torch
 
 SCHEMA = "bigpipe.estimate/1"
 DTYPES = ("float32", "float16", "int8", "int4")
@@ -181,9 +184,10 @@ def _compared(estimate: Estimate, dtype: str) -> Row:
 
 
 def estimate(
-    model: str | Path,
+    model: str | Path | torch.nn.Module,
     *,
-    dtypes: str | Sequence[str] | None = None,
+    architecture: Mapping[str, Any] | None = None,
+    dtypes: str | torch.dtype | Sequence[str | torch.dtype] | None = None,
     head: Head = "auto",
     batch_size: int = 1,
     sequence_length: int = 2048,
@@ -191,7 +195,7 @@ def estimate(
     revision: str = "main",
     memory: int | str | None = None,
     double_quant: bool = False,
-    kv_dtype: str | None = None,
+    kv_dtype: str | torch.dtype | None = None,
     lora_rank: int = 8,
     lora_targets: Sequence[str] = (),
     gradient_checkpointing: bool = False,
@@ -203,8 +207,10 @@ def estimate(
     offline: bool = False,
     environment: Mapping[str, str] | None = None,
 ) -> Estimate:
-    """An estimate for a repository (`owner/name` or its address), a checkpoint directory, or a bare `config.json`.
+    """An estimate for a repository (`owner/name` or its address), a checkpoint directory, a bare `config.json`, or a
+    torch module, whose parameters may be empty.
 
+    architecture: a custom class, as in a manifest: {"class": "module:Class", "config": {…}}.
     dtypes: of `float32 float16 bfloat16 float8 int8 int4 nf4 fp4`; int4 is accelerate's word for any 4-bit format.
     head: auto is the class the config names; none is the bare model, which is what accelerate counts.
     sequence_length: capped at what the model's positions allow.
@@ -221,7 +227,8 @@ def estimate(
     """
     workload = Workload(
         batch_size=batch_size, sequence_length=sequence_length, double_quant=double_quant, lora_rank=lora_rank,
-        lora_targets=tuple(lora_targets), gradient_checkpointing=gradient_checkpointing, kv_dtype=kv_dtype,
+        lora_targets=tuple(lora_targets), gradient_checkpointing=gradient_checkpointing,
+        kv_dtype=None if kv_dtype is None else dtype_name(kv_dtype),
     )  # fmt: skip
     if train is not None and train not in OPTIMIZERS:
         raise UsageError(f"optimizer {train!r} is not known to estimate", f"use {', '.join(OPTIMIZERS)}")
@@ -230,8 +237,9 @@ def estimate(
         trust=Trust.of(trust), trust_remote_code=trust_remote_code, base=base, memo=memo, offline=offline,
         environment=environment,
     )  # fmt: skip
-    sighting = look(model, revision, sources, library_name)
-    wanted = (dtypes,) if isinstance(dtypes, str) else dtypes
+    sighting = look(model, revision, sources, library_name, architecture)
+    given = (dtypes,) if isinstance(dtypes, str) or not isinstance(dtypes, Sequence) else dtypes
+    wanted = None if dtypes is None else [dtype_name(dtype) for dtype in given]
     made = estimate_sighting(sighting, dtypes=wanted, head=head, workload=workload, sources=sources)
     return replace(made, memory=limit, train=train)
 

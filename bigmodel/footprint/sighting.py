@@ -7,7 +7,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 from urllib.parse import unquote, urlsplit
 
 from bigpipe.bigmodel.architecture import (
@@ -32,6 +32,9 @@ from bigpipe.bigmodel.sources import Sources
 from bigpipe.errors import InvalidCheckpoint, NoWeights, Offline, UsageError, first_few
 from bigpipe.sizes import format_size
 
+if TYPE_CHECKING:
+    import torch
+
 REPOSITORY = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
 
 
@@ -49,10 +52,38 @@ class Sighting:
     components: Mapping[str, Any] = field(default_factory=dict)
     """Of a diffusers pipeline."""
     notes: tuple[str, ...] = ()
+    architecture: Architecture | None = None
+    """Where that was seen itself."""
 
 
-def look(model: str | Path, revision: str, sources: Sources, library: str | None = None) -> Sighting:
-    """Raises UsageError where `model` is nothing; the errors of `describe_checkpoint` and `describe_repository`."""
+def look(
+    model: str | Path | torch.nn.Module,
+    revision: str,
+    sources: Sources,
+    library: str | None = None,
+    own: Mapping[str, Any] | None = None,
+) -> Sighting:
+    """Look at a model where it lies, or at a module. own: the description of its class, as in a manifest.
+    Raises UsageError where `model` is nothing; the errors of `describe_checkpoint` and `describe_repository`."""
+    if not isinstance(model, str | Path):
+        return _look_at_module(model)
+    found = _look(model, revision, sources, library)
+    return found if own is None else replace(found, description=replace(found.description, custom=dict(own)))
+
+
+def _look_at_module(model: torch.nn.Module) -> Sighting:
+    """Its parameters may have no values yet."""
+    from bigpipe.bigmodel.architecture import describe_module
+
+    seen = describe_module(model)
+    tensors = {tensor.name: (tensor.dtype, tensor.shape) for tensor in seen.tensors() if tensor.persistent}
+    described = ModelDescription(
+        config=dict(seen.config) or None, tensors=tensors, format=None, tied={}, path=None, custom=None
+    )
+    return Sighting(name=type(model).__name__, description=described, architecture=seen)
+
+
+def _look(model: str | Path, revision: str, sources: Sources, library: str | None) -> Sighting:
     path = Path(model)
     if path.exists():
         return _look_locally(path, library)
@@ -160,6 +191,8 @@ def architecture_of(sighting: Sighting, head: Head, sources: Sources) -> tuple[A
 
     From the class, or, where that is unknown or may not run, from the names of the stored tensors.
     """
+    if sighting.architecture is not None:
+        return sighting.architecture, ()
     description = decoded(sighting.description)
     try:
         built = _built(sighting, head, sources)

@@ -22,6 +22,6 @@ if TYPE_CHECKING:
     from .placement import Placement, PlacementRequest
     from .speeds import Speeds
     from .strategies import place_architecture
-    from .tree import INDIVISIBLE
+    from .tree import INDIVISIBLE, prefixes
 
 __getattr__, __all__ = face(__name__)

@@ -48,12 +48,13 @@ def read_max_memory(max_memory: Mapping[int | str, int | str]) -> dict[Device, f
 
 
 def devices_of(key: int | str) -> list[Device]:
-    """The devices that a key of `max_memory` names. Raises UsageError."""
-    if key in ("cpu", "disk"):
-        return ["cpu"] if key == "cpu" else ["disk"]
-    match = _RANGE.fullmatch(str(key).strip())
+    """The devices that a key of `max_memory` names, torch's names and devices too. Raises UsageError."""
+    text = str(key).strip()
+    if text in ("cpu", "disk"):
+        return ["cpu"] if text == "cpu" else ["disk"]
+    match = _RANGE.fullmatch("0" if text == "cuda" else text.removeprefix("cuda:"))
     if match is None:
-        raise UsageError(f"{key!r} is not a device", "name a GPU (0), a range of GPUs (1-7), cpu or disk")
+        raise UsageError(f"{text!r} is not a device", "name a GPU (0, cuda:0), a range of GPUs (1-7), cpu or disk")
     first, last = int(match[1]), int(match[2] or match[1])
     if not first <= last < _MOST_GPUS:
         raise UsageError(f"{key!r} is not a range of GPUs", "give the lower number first: 1-7")
@@ -61,9 +62,8 @@ def devices_of(key: int | str) -> list[Device]:
 
 
 def one_device(key: int | str) -> Device:
-    """Return the device that an entry of a device map names; torch's `cuda` and `cuda:0` are understood too."""
-    text = str(key).removeprefix("cuda:")
-    found = devices_of(0 if text == "cuda" else text)
+    """Return the device that an entry of a device map names."""
+    found = devices_of(key)
     if len(found) != 1:
         raise UsageError(f"{key!r} is more than one device", "give one GPU, cpu or disk")
     return found[0]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from itertools import accumulate, pairwise
+from itertools import accumulate, islice, pairwise
 
 from bigpipe.bigmodel.architecture import Architecture, text_config
 from bigpipe.bigmodel.footprint import (
@@ -74,7 +74,7 @@ def _shares(architecture: Architecture, batch_size: int, length: int, itemsize: 
             sizes = {kind: kv_cache(config, batch_size, length, itemsize).bytes for kind, config in alone.items()}
             if any(sizes.values()):
                 return {anchors[block]: sizes[kind] for block, kind in zip(blocks, kinds, strict=True)}
-    return dict.fromkeys(anchors.values(), 1) or {next(architecture.tensors()).name: 1}
+    return dict.fromkeys(anchors.values(), 1) or {tensor.name: 1 for tensor in islice(architecture.tensors(), 1)}
 
 
 def _anchors(architecture: Architecture) -> dict[str, str]:

@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from bigpipe.bigmodel.architecture import BUFFERS, Architecture, TensorSpec
-from bigpipe.bigmodel.checkpoint import CASTABLE, ModelDescription, tensor_nbytes
+from bigpipe.bigmodel.checkpoint import CASTABLE, ModelDescription, dtype_name, tensor_nbytes
 from bigpipe.bigmodel.footprint import architecture_of, cut_length, look
 from bigpipe.bigmodel.formats import agree, decoded, format_of, set_apart, uncomputable
 from bigpipe.bigmodel.sources import Sources
@@ -24,15 +25,19 @@ from .speeds import Speeds, speeds_of
 from .strategies import place_architecture
 from .tree import INDIVISIBLE
 
+if TYPE_CHECKING:
+    import torch
+
 
 def place(
-    model: str | Path,
+    model: str | Path | torch.nn.Module,
     *,
+    architecture: Mapping[str, Any] | None = None,
     device_map: str | Mapping[str, int | str] = "auto",
     max_memory: Mapping[int | str, int | str] | None = None,
-    no_split_module_classes: Sequence[str] | None = None,
-    dtype: str | None = None,
-    special_dtypes: Mapping[str, str] | None = None,
+    no_split_module_classes: str | Sequence[str] | None = None,
+    dtype: str | torch.dtype | None = None,
+    special_dtypes: Mapping[str, str | torch.dtype] | None = None,
     batch_size: int = 1,
     sequence_length: int = 2048,
     machine: Machine | None = None,
@@ -47,7 +52,9 @@ def place(
 ) -> Placement:
     """Return where each part of a model goes, at the size it is stored or loaded in. `load` takes the answer.
 
-    model: a checkpoint directory, a `config.json`, a repository (`owner/name`) or its address.
+    model: a checkpoint directory, a `config.json`, a repository (`owner/name`) or its address; or a torch module, whose
+      parameters may be empty.
+    architecture: a custom class, as in a manifest: {"class": "module:Class", "config": {…}}.
     device_map, max_memory, no_split_module_classes, dtype, special_dtypes, batch_size, sequence_length: those of
       `PlacementRequest`. Quantized weights count at their quantized size.
     machine: whose devices they are; None: this one's. speeds: what `optimal` weighs by; None: as measured on this
@@ -59,18 +66,20 @@ def place(
     smallest change that fits, InvalidCheckpoint, Offline, NotAuthorised, GatedRepository, Transient.
     """
     request = PlacementRequest(
-        device_map=device_map, max_memory=max_memory, no_split_module_classes=no_split_module_classes, dtype=dtype,
-        special_dtypes=special_dtypes or {}, batch_size=batch_size, sequence_length=sequence_length,
+        device_map=device_map, max_memory=max_memory, no_split_module_classes=no_split_module_classes,
+        dtype=None if dtype is None else dtype_name(dtype),
+        special_dtypes={name: dtype_name(wanted) for name, wanted in (special_dtypes or {}).items()},
+        batch_size=batch_size, sequence_length=sequence_length,
     )  # fmt: skip
     sources = Sources(
         trust=Trust.of(trust), trust_remote_code=trust_remote_code, base=base, memo=memo, offline=offline,
         environment=environment,
     )  # fmt: skip
-    sighting = look(model, revision, sources)
-    architecture = agree(sighting.description, architecture_of(sighting, "auto", sources)[0], memo).architecture
-    return place_model(
-        sighting.description, architecture, request, machine or detect(Path.cwd()), memo=memo, speeds=speeds
-    )
+    sighting = look(model, revision, sources, own=architecture)
+    built, _ = architecture_of(sighting, "auto", sources)
+    if sighting.architecture is None:
+        built = agree(sighting.description, built, memo).architecture
+    return place_model(sighting.description, built, request, machine or detect(Path.cwd()), memo=memo, speeds=speeds)
 
 
 def place_model(

@@ -6,8 +6,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any
 
+from bigpipe.bigmodel.checkpoint import dtype_name
 from bigpipe.errors import UsageError
 from bigpipe.fit import Need
+from bigpipe.names import as_names
 from bigpipe.sizes import format_size
 
 from .devices import Device, devices_of
@@ -29,10 +31,10 @@ class PlacementRequest:
     max_memory: Mapping[int | str, int | str] | None = None
     """Bytes of weights and buffers per device; devices not in it are not used. None: what the machine has, less what
     generating takes, and the disk."""
-    no_split_module_classes: Sequence[str] | None = None
+    no_split_module_classes: str | Sequence[str] | None = None
     """Blocks that stay on one device; None: the model's own."""
     dtype: str | None = None
-    """What floats are loaded as; None: as stored."""
+    """What floats are loaded as, torch's own too; None, or auto: as stored."""
     special_dtypes: Mapping[str, str] = field(default_factory=dict)
     """Tensor name → dtype."""
     batch_size: int = 1
@@ -40,6 +42,11 @@ class PlacementRequest:
     """Of the generation that room is kept for."""
 
     def __post_init__(self) -> None:
+        if self.no_split_module_classes is not None:
+            object.__setattr__(self, "no_split_module_classes", as_names(self.no_split_module_classes))
+        object.__setattr__(self, "dtype", None if self.dtype in (None, "auto") else dtype_name(self.dtype))
+        special = {name: dtype_name(dtype) for name, dtype in self.special_dtypes.items()}
+        object.__setattr__(self, "special_dtypes", special)
         for name in (self.dtype, *self.special_dtypes.values()):
             if name is not None and name not in FLOATS:
                 raise UsageError(f"dtype {name!r} is not one that weights are loaded as", f"use {', '.join(FLOATS)}")

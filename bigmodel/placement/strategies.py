@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import math
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -11,6 +10,7 @@ from bigpipe.bigmodel.architecture import Architecture
 from bigpipe.errors import DoesNotFit, UsageError, first_few
 from bigpipe.fit import Need, lacking, nearest, totals
 from bigpipe.machine import Machine, detect
+from bigpipe.names import refuse_unknown
 from bigpipe.sizes import format_size
 
 from .budget import Homes, MemoryBudget, homes_of, memory_of, needs_of, weights_of
@@ -42,6 +42,7 @@ def place_architecture(
 
     Raises UsageError for a wrong map or device, DoesNotFit with the smallest change that fits.
     """
+    _refuse_unknown(architecture, request)
     budget = _budget(request, headroom, machine)
     tree = Tree(
         architecture, no_split=request.no_split_module_classes, dtype=request.dtype,
@@ -74,6 +75,16 @@ def place_architecture(
     )
 
 
+def _refuse_unknown(architecture: Architecture, request: PlacementRequest) -> None:
+    if request.no_split_module_classes is not None:
+        classes = {module.class_name for module in architecture.modules}
+        cure = "name classes of its modules, such as those of its blocks"
+        refuse_unknown("no_split_module_classes", request.no_split_module_classes, classes, "classes", cure)
+    floats = {tensor.name for module in architecture.modules for tensor in module.tensors if tensor.floating}
+    cure = "name its parameters in full, such as lm_head.weight"
+    refuse_unknown("special_dtypes", request.special_dtypes, floats, "tensors of floats", cure)
+
+
 def _budget(request: PlacementRequest, headroom: Headroom | None, machine: Machine | None) -> MemoryBudget:
     if request.max_memory is not None:
         return MemoryBudget(read_max_memory(request.max_memory))
@@ -104,12 +115,9 @@ def _checked(tree: Tree, device_map: Mapping[str, int | str]) -> dict[str, Devic
     devices = {name: one_device(device) for name, device in device_map.items()}
     known = {part for tensor in tree.tensors for part in prefixes(tensor)}
     known.update(module.name for module in tree.architecture.modules)
-    unknown = [name for name in devices if name not in known]
-    if unknown:
-        raise UsageError(
-            "device_map names parts that the model does not have: " + first_few([_suggest(n, known) for n in unknown]),
-            "a key is a module or tensor of the model, or a prefix of one up to a dot",
-        )
+    refuse_unknown(
+        "device_map", devices, known, "parts", "a key is a module or tensor of the model, or a prefix of one"
+    )
     missing = _uncovered(tree, devices)
     if missing:
         raise UsageError(
@@ -125,11 +133,6 @@ def _uncovered(tree: Tree, devices: Mapping[str, Device]) -> list[str]:
     touched = {part for name in devices for part in prefixes(name)}
     tops = [next((part for part in prefixes(tensor) if part not in touched), tensor) for tensor in bare]
     return list(dict.fromkeys(tops))
-
-
-def _suggest(name: str, known: set[str]) -> str:
-    close = difflib.get_close_matches(name, known, n=1)
-    return f"{name} (did you mean {close[0]}?)" if close else name
 
 
 def _best(tree: Tree, budget: MemoryBudget, mode: str) -> Filling | None:

@@ -8,12 +8,12 @@ the files.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from bigpipe.bigmodel.architecture import Architecture
+from bigpipe.bigmodel.architecture import Architecture, describe_module
 from bigpipe.bigmodel.checkpoint import ARCHITECTURE_FILE, Checkpoint, describe_opened, open_checkpoint
 from bigpipe.bigmodel.formats import decode
 from bigpipe.bigmodel.sources import Sources
@@ -23,6 +23,9 @@ from bigpipe.sizes import size_of
 from bigpipe.trust import Trust
 
 from .outline import Outline, Settings, outline, refuse_quantized, torch_threads, understand
+
+if TYPE_CHECKING:
+    import torch
 
 __all__ = [
     "Outline", "QuantizedCheckpoint", "Settings", "outline", "quantize_checkpoint", "quantize_described",
@@ -55,7 +58,8 @@ def quantize_checkpoint(
     *,
     scheme: str,
     max_shard_size: int | str = "5GB",
-    architecture: Architecture | None = None,
+    model: torch.nn.Module | None = None,
+    architecture: Architecture | Mapping[str, Any] | None = None,
     parts: Path | None = None,
     device: str | None = None,
     trust: Trust | Sequence[str] = (),
@@ -71,8 +75,11 @@ def quantize_checkpoint(
       `keep_in_fp32_modules`, and `dtype`. The weights of linear modules are converted, but for `skip_modules` (None:
       the output head and whatever is tied); everything else becomes `dtype` (float16), or float32 where
       `keep_in_fp32_modules` or the model's class says so.
-    architecture: what the model is; None asks its class, in a child process. parts: a directory where finished files
-      are kept for later runs. device: a torch device that encodes, such as "cuda"; the bytes are the same.
+    model: a module of the checkpoint's class, whose parameters may be empty, where the checkpoint does not name it.
+    architecture: the same said otherwise: a custom class, as in a manifest ({"class": "module:Class", "config": {…}}),
+      or what the model is; None asks the class that the checkpoint names, in a child process.
+    parts: a directory where finished files are kept for later runs. device: a torch device that encodes, such as
+      "cuda:0"; the bytes are the same.
     trust: modules that the model's own class may come from, looked for in `base` first. memo: a directory where answers
       about classes are kept.
 
@@ -89,7 +96,7 @@ def quantize_checkpoint(
         checkpoint,
         Path(out),
         settings,
-        architecture=architecture,
+        architecture=architecture if model is None else describe_module(model),
         sources=Sources(trust=Trust.of(trust), base=base, memo=memo),
         max_shard_size=size_of("max_shard_size", max_shard_size),
         parts=parts,
@@ -102,7 +109,7 @@ def quantize_described(
     out: Path,
     settings: Settings,
     *,
-    architecture: Architecture | None = None,
+    architecture: Architecture | Mapping[str, Any] | None = None,
     sources: Sources = Sources(),
     max_shard_size: int = 5 * 10**9,
     parts: Path | None = None,
@@ -115,7 +122,10 @@ def quantize_described(
 
     refuse_in_place(checkpoint, out)
     stored, checkpoint = checkpoint.nbytes, decode(checkpoint)
-    outlined, quantized = understand(describe_opened(checkpoint), settings, architecture=architecture, sources=sources)
+    described = describe_opened(checkpoint)
+    if isinstance(architecture, Mapping):
+        described, architecture = replace(described, custom={**(described.custom or {}), **architecture}), None
+    outlined, quantized = understand(described, settings, architecture=architecture, sources=sources)
     groups = split(outlined, checkpoint, max_shard_size)
     written, plans = write_quantized(checkpoint, groups, out, settings, parts, progress)
     # Side files; the config, transformers' own or a custom class's description, says how the weights are stored
@@ -129,5 +139,5 @@ def quantize_described(
         source_bytes=stored,
         quantized=outlined.quantized,
         skipped=outlined.skipped,
-        notes=outlined.notes,
+        notes=(*outlined.notes, outlined.remains),
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
@@ -10,7 +11,7 @@ from functools import partial
 from typing import Any
 
 from bigpipe.bigmodel.architecture import Architecture, ModuleSpec, ask_names, describe_architecture
-from bigpipe.bigmodel.checkpoint import ModelDescription, Tensors, tensor_nbytes
+from bigpipe.bigmodel.checkpoint import ModelDescription, Tensors, dtype_name, tensor_nbytes
 from bigpipe.bigmodel.formats import (
     PLAIN,
     Packing,
@@ -28,6 +29,8 @@ from bigpipe.bigmodel.sources import Sources
 from bigpipe.bigmodel.writing import PlannedTensor, config_with_dtype, is_cast
 from bigpipe.errors import InvalidCheckpoint, UsageError, first_few
 from bigpipe.machine import cores
+from bigpipe.names import as_names, refuse_unknown
+from bigpipe.sizes import format_transfer
 
 DTYPES = ("float16", "bfloat16", "float32")
 
@@ -55,7 +58,11 @@ class Settings:
     """What `scheme` does to a matrix, with those of the fields above that it takes."""
 
     def __post_init__(self) -> None:
+        for name in ("skip_modules", "keep_in_fp32_modules"):
+            if (names := getattr(self, name)) is not None:
+                object.__setattr__(self, name, as_names(names))
         for name in ("dtype", "bnb_4bit_compute_dtype"):
+            object.__setattr__(self, name, dtype_name(getattr(self, name)))
             if (value := getattr(self, name)) not in DTYPES:
                 raise UsageError(f"{name} {value!r} is not possible", f"choose one of {', '.join(DTYPES)}")
         given = {each.name: getattr(self, each.name) for each in fields(self) if each.init}
@@ -135,6 +142,16 @@ class Outline:
     """What is odd about the checkpoint, in words."""
 
     @property
+    def remains(self) -> str:
+        """What is not quantized, in words, the largest first: blocks of experts that are one tensor, embeddings."""
+        sizes: Counter[str] = Counter()
+        for part in self.parts:
+            if isinstance(part, Kept):
+                sizes[re.sub(r"\.\d+(?=\.)", ".*", part.source)] += stored_bytes([part])
+        told = [f"{name} {format_transfer(size)}" for name, size in sizes.most_common()]
+        return f"not quantized: {format_transfer(sizes.total())} of {format_transfer(self.nbytes)}: {first_few(told)}"
+
+    @property
     def nbytes(self) -> int:
         """Of all output tensors, without file headers; right within `interval`."""
         return stored_bytes(self.parts)
@@ -164,6 +181,7 @@ def outline(
     Raise UsageError for modules that cannot be converted as asked, InvalidCheckpoint where weights and model do not
     belong together.
     """
+    _refuse_unknown(architecture, settings)
     modules = converted_modules(architecture, skip_modules=settings.skip_modules, keep=settings.keep_in_fp32_modules)
     _refuse_tied(architecture, modules)
     weights = {weight_of(module).name: module for module in modules}
@@ -185,6 +203,34 @@ def outline(
     quantized = dict.fromkeys(module.name for module in modules)
     left = [each.name for each in architecture.modules if each.linear and each.name not in quantized]
     return Outline(tuple(parts), tuple(quantized), tuple(left))
+
+
+def _refuse_unknown(architecture: Architecture, settings: Settings) -> None:
+    """Raise UsageError for entries that leave nothing alone: a module that is none, or one of which only what lies in
+    it would count, as transformers reads names."""
+    linear = [module.name for module in architecture.modules if module.linear]
+    filled = [module.name for module in architecture.modules if module.tensors]
+    _refuse_idle("skip_modules", settings.skip_modules or (), linear, architecture)
+    _refuse_idle("keep_in_fp32_modules", settings.keep_in_fp32_modules, filled, architecture)
+
+
+def _refuse_idle(field: str, entries: Sequence[str], counted: Sequence[str], architecture: Architecture) -> None:
+    """counted: the modules that an entry is about."""
+    names = [module.name for module in architecture.modules]
+    refuse_unknown(
+        field, entries, {*names, *(name.rpartition(".")[2] for name in names)}, "modules",
+        "name modules as the model does, or by the ends of their names, such as lm_head",
+        meant=lambda entry: any(map(name_matcher([entry]), names)),
+    )  # fmt: skip
+    for entry in entries:
+        matches = name_matcher([entry])
+        around = [name for name in names if matches(name) and any(each.startswith(f"{name}.") for each in counted)]
+        if around and not any(map(matches, counted)):
+            raise UsageError(
+                f"{field}: {entry} names {first_few(around, 2)}, and none of the modules that lie in it",
+                f"write .*{entry} to mean all of these",
+                field=f"{field}.{entry}",
+            )
 
 
 def _model_names(

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Literal
 
 from bigpipe.errors import UsageError
 from bigpipe.modules import foreign, import_attribute
+from bigpipe.names import did_you_mean
 
 if TYPE_CHECKING:
     from bigpipe.bigmodel.sources import Sources
@@ -25,10 +26,7 @@ def require_known(name: str) -> None:
     """Raise UsageError where `name` is neither a task of `TASKS` nor of the form `module:name`."""
     if name in TASKS or ":" in name:
         return
-    from difflib import get_close_matches
-
-    close = get_close_matches(name, TASKS, n=1)
-    cure = f"did you mean {close[0]!r}?" if close else f"use {', '.join(TASKS)}, or module:function"
+    cure = did_you_mean(name, TASKS) or f"use {', '.join(TASKS)}, or module:function"
     raise UsageError(f"task {name!r} is not known", cure)
 
 

@@ -6,7 +6,15 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from bigpipe.bigmodel.checkpoint import CASTABLE, CHUNK, Checkpoint, FileFormat, find_aliases, open_checkpoint
+from bigpipe.bigmodel.checkpoint import (
+    CASTABLE,
+    CHUNK,
+    Checkpoint,
+    FileFormat,
+    dtype_name,
+    find_aliases,
+    open_checkpoint,
+)
 from bigpipe.errors import UsageError
 from bigpipe.sizes import size_of
 
@@ -23,7 +31,7 @@ def save_checkpoint(
     out: str | Path,
     *,
     max_shard_size: int | str = "5GB",
-    dtype: str | None = None,
+    dtype: str | torch.dtype | None = None,
     format: FileFormat = "safetensors",
     progress: ReportProgress | None = None,
 ) -> SavedCheckpoint:
@@ -34,7 +42,8 @@ def save_checkpoint(
     storage one is stored in safetensors, all in `.bin`. Raise InvalidCheckpoint, DoesNotFit, and UsageError, for
     tensors without data too.
     """
-    conversion = Conversion(max_shard_size=size_of("max_shard_size", max_shard_size), dtype=dtype, format=format)
+    size, wanted = size_of("max_shard_size", max_shard_size), None if dtype is None else dtype_name(dtype)
+    conversion = Conversion(max_shard_size=size, dtype=wanted, format=format)
     if not isinstance(source, str | Path | Checkpoint):
         return _save_module(source, Path(out), conversion, progress)
     checkpoint = source if isinstance(source, Checkpoint) else open_checkpoint(source)
@@ -46,7 +55,7 @@ def _save_module(
 ) -> SavedCheckpoint:
     """Tensors are copied one at a time, and only if they are not contiguous, not on the CPU, or cast."""
     tensors, tied = _unique(source if isinstance(source, Mapping) else source.state_dict())
-    described = {name: (_dtype(tensor), tuple(tensor.shape)) for name, tensor in tensors.items()}
+    described = {name: (dtype_name(tensor.dtype), tuple(tensor.shape)) for name, tensor in tensors.items()}
     saved = write_checkpoint(
         out,
         conversion.plans(described, tied),
@@ -88,13 +97,9 @@ def _pieces(tensor: torch.Tensor, planned: PlannedTensor) -> Iterator[memoryview
             yield content[start : start + CHUNK]
 
 
-def _dtype(tensor: torch.Tensor) -> str:
-    return str(tensor.dtype).removeprefix("torch.")
-
-
 def _save_config(model: Any, config: Any, dtype: str | None, out: Path) -> None:
     config.architectures = [type(model).__name__]
-    stored = dtype if dtype in CASTABLE else _dtype(next(model.parameters()))
+    stored = dtype if dtype in CASTABLE else dtype_name(next(model.parameters()).dtype)
     config.dtype = stored
     config.save_pretrained(out)
     if getattr(model, "generation_config", None) is not None and model.can_generate():

@@ -16,6 +16,8 @@ from .events import (
     event_from_json,
 )
 from .stage import (
+    BYTES,
+    Bytes,
     Code,
     ContentField,
     File,
@@ -34,6 +36,8 @@ from .stage import (
     Stage,
     StageResult,
     Tree,
+    as_written,
     late,
+    read_size,
 )
 from .types import Count, Forecast, Gpu, Json, Launch, Lineage, Machine, Misfit, Status, Text, Trust

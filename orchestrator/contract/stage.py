@@ -14,12 +14,12 @@ from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Generic, Literal, TypeVar
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, WithJsonSchema
+from pydantic import BaseModel, BeforeValidator, ConfigDict, ValidationInfo, WithJsonSchema
 from pydantic_core import CoreSchema, PydanticKnownError
 from pydantic_core.core_schema import no_info_after_validator_function
 
 from bigpipe.errors import UsageError
-from bigpipe.sizes import parse_size
+from bigpipe.sizes import parse_size, refuse_bare
 
 from .contexts import CheckContext, ForecastContext, StageContext
 from .types import Forecast, Json, Machine
@@ -40,8 +40,25 @@ class Metrics(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", defer_build=True)
 
 
-Size = Annotated[int, BeforeValidator(parse_size), WithJsonSchema({"type": ["integer", "string"]})]
-"""Bytes; `10GiB` and `10GB` are understood."""
+def as_written(value: Json) -> frozenset[str]:
+    """Return the context in which params are validated as somebody wrote them, not as the engine passes them on: the
+    scalars of what was written, which tell it from defaults."""
+    if isinstance(value, Mapping):
+        return frozenset().union(*map(as_written, value.values()))
+    return frozenset().union(*map(as_written, value)) if isinstance(value, list) else frozenset([str(value)])
+
+
+def read_size(value: int | str, info: ValidationInfo) -> int:
+    if str(value) in (info.context or ()):
+        refuse_bare(value)
+    return parse_size(value)
+
+
+Size = Annotated[int, BeforeValidator(read_size), WithJsonSchema({"type": ["integer", "string"]})]
+"""Bytes; `10GiB` and `10GB` are understood, and in a manifest a small number needs a unit."""
+BYTES = "bytes"
+Bytes = Annotated[int, BYTES]
+"""A metric in bytes: conditions compare it with sizes."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,7 +8,7 @@ if TYPE_CHECKING:
     from . import schedule
     from .decision import Action, decide, difference_json
     from .doctor import doctor_text, examine
-    from .keys import ABSENT, Difference, changed, differences, shown
+    from .keys import ABSENT, Difference, changed, content_paths, differences, shown
     from .plan import Plan, PlannedNode, machine_line, make_plan
     from .schedule import GOOD, SETTLED, Do, NodeState, States, may_follow, passes_on, step
     from .session import Session, exact, lock_path, node_folder, open_session

@@ -174,7 +174,7 @@ def content_params(params: Params, base: Path, memo: StatMemo) -> dict[str, Json
 
 def content_paths(params: Params, base: Path) -> tuple[list[Path], list[Path]]:
     """Return the directories that the params name as trees, and all files that are their content, those of trees too.
-    Raise UsageError as `content_params`."""
+    Raise UsageError as `content_params`, but not for a tree: it may still have to be made."""
     naming = _Naming(base, _Noted([]))
     naming.model(params, "")
     return naming.trees, naming.memo.paths
@@ -285,7 +285,7 @@ class _Naming(_Walk):
 
     def tree(self, value: str, where: str, *, links: bool = True) -> str:
         self.trees.append(self.base / value)
-        return _Walk.tree(self, value, where)
+        return _Walk.tree(self, value, where) if self.trees[-1].is_dir() else ""
 
 
 class _Arm(NamedTuple):

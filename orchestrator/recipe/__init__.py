@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     from .initial import initial_manifest
     from .manifest import ResourcesSpec
     from .node import Node
+    from .problems import Fault
     from .registry import PROBES, is_built_in, load_stage, named_stage, stage_kinds
     from .schema import described_schema, field_descriptions, manifest_schema
     from .validation import models_in

@@ -18,10 +18,11 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal, NoReturn, TypeAlias
 
 from bigpipe.errors import Place
+from bigpipe.names import did_you_mean
 from bigpipe.orchestrator.contract import Json
-from bigpipe.sizes import UNITS, format_size, parse_size
+from bigpipe.sizes import BARE, UNITS, format_size, parse_size
 
-from .problems import Fault, Problems, did_you_mean
+from .problems import Fault, Problems
 
 MAX_LENGTH = 500
 MAX_DEPTH = 20
@@ -30,6 +31,8 @@ UNKNOWN: Any = object()
 """What a lookup returns for a metric that is not known yet."""
 
 Unit = Literal["", "size", "time"]
+Measure: TypeAlias = Literal["size", "time", "number", "fraction"] | None
+"""What is measured: bytes; seconds; a number without a unit; one with decimals, which may be seconds; None: unknown."""
 Lookup: TypeAlias = Callable[[str | None, str], Json]
 
 _SECONDS = {"ms": 0.001, "s": 1, "min": 60, "h": 3600}
@@ -123,6 +126,20 @@ class Condition:
         other = self.right.text if isinstance(self.right, Number) else other
         return Comparison(_COMPARISONS[self.sign](left, right), one, other)
 
+    def odd_units(self, measure: Callable[[str | None, str], Measure]) -> tuple[str, str] | None:
+        """Return cause and cure where what is compared can never be meant: bytes with what is no size, or with a number
+        too small to be bytes. measure: of a metric of a node."""
+        sides = [(side, _measured(side, measure)) for side in (self.left, self.right)]
+        measures = {found for _, found in sides}
+        bare = next((s for s, _ in sides if isinstance(s, Number) and not s.unit and 0 < s.value < BARE), None)
+        texts = [_written(side) for side, _ in sides]
+        if "size" in measures and measures & {"time", "fraction"}:
+            other = next(_written(side) for side, found in sides if found != "size")
+            return f"{texts[0]} and {texts[1]} cannot be compared: {other} is no size", "compare it with its own kind"
+        if "size" in measures and bare is not None:
+            return f"{bare.text} has no unit", f"write {bare.text}GB or {bare.text}GiB, or {bare.text}B if it is bytes"
+        return None
+
     def bind(self, nodes: Mapping[str, str | None]) -> Condition:
         """Return the same condition with the stages it names replaced by nodes; None is the node itself."""
         if all(node is None or nodes.get(node, node) == node for node, _ in self.references):
@@ -165,6 +182,24 @@ def _value(expression: Expression, lookup: Lookup) -> int | float:
         zero = isinstance(error, ZeroDivisionError)
         raise _NotANumber("a division by zero" if zero else "a number out of range") from None
     return result
+
+
+def _measured(expression: Expression, measure: Callable[[str | None, str], Measure]) -> Measure:
+    if isinstance(expression, Number):
+        return expression.unit or "number"
+    if isinstance(expression, Metric):
+        return measure(expression.node, expression.path)
+    left, right = _measured(expression.left, measure), _measured(expression.right, measure)
+    plain: tuple[Measure, ...] = ("number", "fraction")
+    if left in plain and right in plain:
+        return max(left, right, key=plain.index)
+    if expression.sign in "*/" and right in plain:
+        return left
+    if expression.sign == "*" and left in plain:
+        return right
+    if expression.sign == "/" and left == right:
+        return "fraction" if left else None
+    return left if expression.sign in "+-" and left == right else None
 
 
 def _leaves(*expressions: Expression) -> Iterator[Number | Metric]:

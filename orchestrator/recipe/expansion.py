@@ -5,20 +5,22 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
+from functools import partial
 from itertools import product
 from math import prod
 from typing import NamedTuple
 
 from bigpipe.errors import ManifestError
+from bigpipe.names import did_you_mean, listed
 from bigpipe.orchestrator.contract import Json, Params
 from bigpipe.orchestrator.launch import executor
 
-from .conditions import Condition, parse_condition
+from .conditions import Condition, Measure, parse_condition
 from .interpolation import Scope, contains_reference, interpolate
 from .manifest import NodeSettings, refused_variable
 from .node import Node, Places
-from .problems import Fault, Problems, did_you_mean, listed
-from .validation import Target, validate, wrong_metric
+from .problems import Fault, Problems
+from .validation import Target, measure_of, validate, wrong_metric
 from .wiring import Axes, StageReference, Wired, read_picks
 from .yamlsource import Document, Key
 
@@ -212,7 +214,14 @@ class Expansion:
         fine = True
         for node, metric in sorted(condition.references, key=str):
             fine = self._check_metric(stage, node, metric, path) and fine
+        if fine and (odd := condition.odd_units(partial(self._measure, stage))):
+            self.problems.add(Fault.BAD_UNIT, path, *odd)
+            return None
         return condition if fine else None
+
+    def _measure(self, stage: Wired, node: str | None, metric: str) -> Measure:
+        kind = self.stages[stage.name if node is None else node.partition("@")[0]].kind
+        return measure_of(kind.metrics, metric) if kind is not None else None
 
     def _check_metric(self, stage: Wired, node: str | None, metric: str, path: tuple[Key, ...]) -> bool:
         if node is None and "when" in path[2:3]:

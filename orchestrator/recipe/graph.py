@@ -23,6 +23,7 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 from bigpipe.errors import UsageError
+from bigpipe.names import did_you_mean
 from bigpipe.orchestrator.contract import Json, Stage, Trust
 from bigpipe.orchestrator.launch import executor
 
@@ -30,7 +31,7 @@ from .expansion import Expansion
 from .interpolation import WELL_KNOWN_SECRETS, Scope, interpolate, read_argument
 from .manifest import ManifestSpec, Structure, named, read_manifest, split_stage
 from .node import Node
-from .problems import Fault, Problems, did_you_mean
+from .problems import Fault, Problems
 from .registry import Offer, load_stage, locate
 from .validation import Target, validate
 from .wiring import Wired, Wiring

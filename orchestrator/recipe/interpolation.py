@@ -16,9 +16,10 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from bigpipe.errors import ManifestError
+from bigpipe.names import did_you_mean
 from bigpipe.orchestrator.contract import Json
 
-from .problems import Fault, Problems, did_you_mean
+from .problems import Fault, Problems
 from .yamlsource import Key, read_value
 
 WELL_KNOWN_SECRETS = frozenset({"HF_TOKEN", "HUGGING_FACE_HUB_TOKEN"})

@@ -8,9 +8,10 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, WithJsonSchema
 
+from bigpipe.names import did_you_mean
 from bigpipe.orchestrator.contract import Count, Json, Launch, Size, Text, Trust
 
-from .problems import Fault, Problems, did_you_mean
+from .problems import Fault, Problems
 from .validation import Target, validate
 from .yamlsource import Document, Key, to_python
 

@@ -32,10 +32,12 @@ class Places(UserDict[str, Place]):
         return table
 
     def of(self, field: str) -> Place | None:
-        """Return where a field of `with:` stands, or the nearest thing around it that was written."""
-        parts = ["params", *field.split(".")] if field else []
-        names = (".".join(parts[:length]) for length in range(len(parts), 1, -1))
-        return next((self[name] for name in names if name in self), self.get(""))
+        """Return where a field of `with:`, or a part of the stage (`inputs.model`), stands, or the nearest thing around
+        it that was written."""
+        parts = field.split(".") if field else []
+        names = [".".join(parts[:length]) for length in range(len(parts), 0, -1)]
+        written = (name for name in (*(f"params.{name}" for name in names), *names) if name in self)
+        return self.get(next(written, ""))
 
     def _enter(self, table: dict[str, Place], name: str, item: Item) -> None:
         table[name] = self._document.place(item)

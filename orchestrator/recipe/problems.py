@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable
 from enum import StrEnum
 from typing import NoReturn
 
@@ -35,6 +35,7 @@ class Fault(StrEnum):
     UNKNOWN_KIND = "BP108"
     BROKEN_KIND = "BP109"
     UNTRUSTED_KIND = "BP110"
+    NOT_THERE = "BP111"
 
     UNKNOWN_REFERENCE = "BP201"
     BAD_REFERENCE = "BP202"
@@ -104,31 +105,3 @@ class Problems:
     def raise_if_any(self) -> None:
         if self._found:
             raise self.error()
-
-
-def listed(words: Iterable[str], joint: str = "and") -> str:
-    """Return `a, b and c`."""
-    *most, last = list(words) or [""]
-    return f"{', '.join(most)} {joint} {last}" if most else last
-
-
-def closest(word: str, known: Sequence[str]) -> str | None:
-    """Return the known word that `word` is probably a slip for."""
-    folded = {name.lower().replace("_", "-"): name for name in known}
-    same = folded.get(word.lower().replace("_", "-"))
-    if same is not None:
-        return same
-    from difflib import get_close_matches
-
-    # Comparing is quadratic in the length of words and linear in their number; both are the manifest's to choose.
-    return next(iter(get_close_matches(word[:100], known[:500], n=1, cutoff=0.6)), None)
-
-
-def did_you_mean(word: str, known: Iterable[str], *, otherwise: str = "") -> str:
-    """Return `did you mean 'x'?` where something known is close to `word`; else the known words, if they are few.
-    `otherwise` introduces that list: `it takes` gives `it takes a, b and c`."""
-    known = list(known)
-    close = closest(word, known)
-    if close is not None:
-        return f"did you mean {close!r}?"
-    return f"{otherwise} {listed(known)}" if otherwise and 0 < len(known) <= 20 else ""

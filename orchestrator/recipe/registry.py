@@ -13,10 +13,9 @@ from typing import Any, NamedTuple
 
 from bigpipe.errors import UsageError
 from bigpipe.modules import import_attribute, top_level
+from bigpipe.names import did_you_mean
 from bigpipe.orchestrator.contract import Stage
 from bigpipe.trust import Trust
-
-from .problems import did_you_mean
 
 GROUP = "bigpipe.stages"
 

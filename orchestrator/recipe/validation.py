@@ -9,10 +9,12 @@ from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin
 
 from pydantic import BaseModel, RootModel, ValidationError
 
-from bigpipe.orchestrator.contract import Json
+from bigpipe.names import closest, did_you_mean, listed
+from bigpipe.orchestrator.contract import BYTES, Json, as_written
 
+from .conditions import Measure
 from .interpolation import contains_reference
-from .problems import Fault, Problems, closest, did_you_mean, listed
+from .problems import Fault, Problems
 from .yamlsource import Document, Key, child_of
 
 _EXPECTED = {
@@ -49,7 +51,7 @@ def validate(model: type[M], value: Json, target: Target, problems: Problems, *,
     """Return the model, or None after every error was added to `problems`. salvage: after errors, the model without the
     entries that have some, so that the rest can be checked too."""
     try:
-        return model.model_validate(value)
+        return model.model_validate(value, context=as_written(value))
     except ValidationError as error:
         details = error.errors(include_url=False)
     for finding in _causes(_merged([_finding(detail, target) for detail in details]), model):
@@ -274,6 +276,24 @@ def wrong_metric(metrics: Any, path: str) -> tuple[str, str] | None:
     return cause, did_you_mean("", inner, otherwise="there are")
 
 
+def measure_of(metrics: Any, path: str) -> Measure:
+    """Return what the metric at `path` measures; None where that is not known."""
+    annotation = metrics
+    for part in path.split("."):
+        annotation = _below(annotation, part)
+    if _is_marked(annotation, BYTES):
+        return "size"
+    plain = [branch for branch in _branches(annotation) if branch is not type(None)]
+    return "fraction" if plain == [float] else None
+
+
+def _is_marked(annotation: Any, mark: str) -> bool:
+    if get_origin(annotation) is Annotated and mark in get_args(annotation)[1:]:
+        return True
+    within = (Annotated, Union, UnionType)
+    return get_origin(annotation) in within and any(_is_marked(arm, mark) for arm in get_args(annotation))
+
+
 def _below(annotation: Any, part: str) -> Any:
     found = (_part_of(branch, part) for branch in _branches(annotation))
     return next((inner for inner in found if inner is not None), None)
@@ -289,7 +309,8 @@ def _part_of(branch: Any, part: str) -> Any:
     if not _is(branch, BaseModel):
         return None
     if part in branch.model_fields:
-        return branch.model_fields[part].annotation
+        field = branch.model_fields[part]
+        return Annotated[field.annotation, *field.metadata] if field.metadata else field.annotation
     return Any if branch.model_config.get("extra") == "allow" else None
 
 

@@ -13,10 +13,11 @@ from graphlib import CycleError, TopologicalSorter
 from itertools import chain, pairwise
 from typing import TYPE_CHECKING, Any
 
+from bigpipe.names import did_you_mean, listed
 from bigpipe.orchestrator.contract import Json, Port, Stage
 
 from .manifest import Structure, check_name
-from .problems import Fault, Problems, did_you_mean, listed
+from .problems import Fault, Problems
 from .yamlsource import Document, Key
 
 if TYPE_CHECKING:

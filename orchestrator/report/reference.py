@@ -10,7 +10,7 @@ from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
-from bigpipe.orchestrator.contract import ContentField, Json, OneOf, Stage
+from bigpipe.orchestrator.contract import ContentField, Json, OneOf, Stage, read_size
 from bigpipe.orchestrator.recipe import (
     described_schema,
     field_descriptions,
@@ -19,7 +19,7 @@ from bigpipe.orchestrator.recipe import (
     named_stage,
     stage_kinds,
 )
-from bigpipe.sizes import exact_size, parse_size
+from bigpipe.sizes import exact_size
 
 from .rendering import columns
 
@@ -143,7 +143,7 @@ def _annotation(field: FieldInfo) -> Any:
 
 
 def _is_size(mark: object) -> bool:
-    return getattr(mark, "func", None) is parse_size
+    return getattr(mark, "func", None) is read_size
 
 
 def _nested(annotation: Any) -> type[BaseModel] | None:

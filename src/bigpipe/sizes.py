@@ -39,12 +39,25 @@ def parse_size(value: int | str) -> int:
     return int(int(whole + fraction) * UNITS[unit.lower()] // 10 ** len(fraction))
 
 
+BARE = 10**6
+"""Fewer bytes than this are not written without a unit: whoever writes `5` means gigabytes."""
+
+
+def refuse_bare(value: int | str) -> None:
+    """Raise ValueError, with cause and cure, for a number without a unit that nobody means as bytes."""
+    text = str(value).strip()
+    if text.isdecimal() and 0 < int(text) < BARE:
+        raise ValueError(f"{text} has no unit; write {text}GB or {text}GiB, or {text}B if it is bytes")
+
+
 def size_of(name: str, value: int | str) -> int:
-    """`parse_size` of an argument of this name. Raises UsageError."""
+    """`parse_size` of an argument of this name; a number is bytes, a text has its unit. Raises UsageError."""
     try:
+        if isinstance(value, str):
+            refuse_bare(value)
         return parse_size(value)
     except ValueError as error:
-        raise UsageError(f"{name}: {error}") from None
+        raise UsageError(f"{name}: {error}", field=name) from None
 
 
 def format_size(size: float) -> str:

@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 from hypothesis import given, strategies as st
 
+from bigpipe.names import did_you_mean, listed
 from bigpipe.orchestrator.contract import Launch
 from bigpipe.orchestrator.recipe.manifest import parse_duration, refused_variable
-from bigpipe.orchestrator.recipe.problems import did_you_mean, listed
 
 
 @pytest.mark.parametrize(

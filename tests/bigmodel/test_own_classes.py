@@ -1,0 +1,194 @@
+"""From Python: classes of the user's own, modules with or without weights, torch's dtypes and names of devices."""
+
+from __future__ import annotations
+
+import json
+import sys
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from support.models import make_checkpoint, tiny_model
+
+import bigpipe
+from bigpipe.bigmodel.placement import devices_of
+from bigpipe.errors import DoesNotFit, UsageError
+
+NET = """
+import torch
+
+class Block(torch.nn.Module):
+    def __init__(self, width):
+        super().__init__()
+        self.one = torch.nn.Linear(width, 128)
+        self.two = torch.nn.Linear(128, width)
+
+    def forward(self, x):
+        return x + self.two(torch.relu(self.one(x)))
+
+class Net(torch.nn.Module):
+    def __init__(self, width=64, blocks=12):
+        super().__init__()
+        self.embed = torch.nn.Embedding(32, width)
+        self.blocks = torch.nn.ModuleList(Block(width) for _ in range(blocks))
+        self.head = torch.nn.Linear(width, 32)
+
+    def forward(self, ids):
+        x = self.embed(ids)
+        for block in self.blocks:
+            x = block(x)
+        return self.head(x)
+"""
+OWN = {"class": "ownnet:Net", "config": {"width": 64}}
+
+
+@pytest.fixture
+def own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[Path, Any]:
+    """A folder of weights without a config, and their class."""
+    (tmp_path / "ownnet.py").write_text(NET)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "ownnet", raising=False)
+    import ownnet
+
+    torch.manual_seed(0)
+    bigpipe.save_checkpoint(ownnet.Net(), tmp_path / "bare")
+    return tmp_path, ownnet.Net
+
+
+def empty(net: Any) -> torch.nn.Module:
+    with torch.device("meta"):
+        found: torch.nn.Module = net()
+    return found
+
+
+def test_a_class_of_ones_own_is_quantized_as_a_module_or_by_name(own: tuple[Path, Any]) -> None:
+    folder, net = own
+    ways: dict[str, dict[str, Any]] = {
+        "empty": {"model": empty(net)}, "full": {"model": net()},
+        "named": {"architecture": OWN, "trust": ["ownnet"], "base": folder},
+    }  # fmt: skip
+    written = {}
+    for name, given in ways.items():
+        result = bigpipe.quantize_checkpoint(folder / "bare", folder / name, scheme="int8", **given)
+        assert (len(result.quantized), result.skipped) == (25, ())
+        written[name] = (folder / name / "model.safetensors").read_bytes()
+    assert len(set(written.values())) == 1
+    told = json.loads((folder / "named" / "bigpipe_architecture.json").read_text())
+    assert told.items() >= OWN.items()
+    model = bigpipe.load(folder / "named", trust=["ownnet"], base=folder)
+    assert model(torch.arange(4)).isfinite().all()
+    with pytest.raises(UsageError, match="not trusted"):
+        bigpipe.quantize_checkpoint(folder / "bare", folder / "out", scheme="int8", architecture=OWN)
+
+
+def test_it_is_estimated_placed_and_loaded(own: tuple[Path, Any]) -> None:
+    folder, net = own
+    asked: dict[str, Any] = {"architecture": OWN, "trust": ["ownnet"], "base": folder}
+    ids, whole = torch.arange(4), bigpipe.load(folder / "bare", model=net())
+    assert torch.equal(bigpipe.load(folder / "bare", **asked)(ids), whole(ids))
+    size = sum(tensor.nbytes for tensor in whole.state_dict().values())
+    limits: dict[int | str, int | str] = {"cpu": size // 2, "disk": "1GiB"}
+    by_name = bigpipe.place(folder / "bare", max_memory=limits, no_split_module_classes="Block", **asked)
+    for module in (empty(net), net(), net().half()):
+        placed = bigpipe.place(module, max_memory=limits, no_split_module_classes="Block", dtype=torch.float32)
+        assert placed.device_map == by_name.device_map
+    held = [f"blocks.{number}" for number in range(12) if by_name.device_of(f"blocks.{number}.one.weight") == "cpu"]
+    assert 0 < len(held) < 12
+    assert held == [f"blocks.{number}" for number in range(len(held))]
+    assert torch.equal(bigpipe.load(folder / "bare", by_name, model=empty(net))(ids), whole(ids))
+    known = bigpipe.estimate(folder / "bare", dtypes=torch.float32, **asked)
+    assert [budget.weights.bytes for budget in known.budgets] == [size]
+    for module in (empty(net), net()):
+        assert bigpipe.estimate(module, dtypes=[torch.float32]).metrics() == known.metrics()
+
+
+def test_a_module_counts_at_the_dtype_it_has() -> None:
+    model = tiny_model("llama").to(torch.bfloat16)
+    size = sum(tensor.nbytes for tensor in {id(t): t for t in model.state_dict().values()}.values())
+    placed = bigpipe.place(model, max_memory={"cpu": "1GiB"})
+    assert 0 <= placed.weights["cpu"] - size < 1000  # and buffers that it makes itself
+    wide = bigpipe.place(
+        model, max_memory={"cpu": "1GiB"}, dtype="float32", special_dtypes={"lm_head.weight": torch.half}
+    )
+    assert wide.special_dtypes == {"lm_head.weight": "float16"}
+    assert size < wide.weights["cpu"] < 2 * size + 1000
+
+
+@pytest.mark.parametrize("dtype", ["float16", torch.float16])
+def test_dtypes_are_torchs_or_their_names(tmp_path: Path, dtype: Any) -> None:
+    source = make_checkpoint(tmp_path / "llama", "llama")
+    bigpipe.save_checkpoint(source, tmp_path / "cast", dtype=dtype)
+    assert json.loads((tmp_path / "cast" / "config.json").read_text())["dtype"] == "float16"
+    bigpipe.quantize_checkpoint(source, tmp_path / "int8", scheme="nf4", dtype=dtype, bnb_4bit_compute_dtype=dtype)
+    assert bigpipe.place(source, dtype=dtype, max_memory={"cpu": "1GiB"}).dtype == "float16"
+    assert next(bigpipe.load(source, dtype=dtype).parameters()).dtype == torch.float16
+    assert bigpipe.estimate(source, dtypes=[dtype], kv_dtype=dtype).budgets[0].dtype == "float16"
+
+
+def test_auto_is_as_stored_and_a_mode(tmp_path: Path) -> None:
+    source = make_checkpoint(tmp_path / "llama", "llama")
+    bigpipe.save_checkpoint(source, tmp_path / "half", dtype="float16")
+    model = bigpipe.load(tmp_path / "half", "auto", dtype="auto")
+    assert next(model.parameters()).dtype == torch.float16
+    assert model(torch.arange(4)[None]).logits.isfinite().all()
+    assert bigpipe.place(source, dtype="auto", max_memory={"cpu": "1GiB"}).dtype is None
+    with pytest.raises(UsageError, match="is not a mode"):
+        bigpipe.load(source, "atuo")
+
+
+def test_devices_have_torchs_names_too() -> None:
+    assert [devices_of(key) for key in ("cuda", "cuda:3", 3, "2-4", "cpu")] == [[0], [3], [3], [2, 3, 4], ["cpu"]]
+    assert devices_of(torch.device("cuda", 1)) == [1]  # type: ignore[arg-type]
+    model = tiny_model("llama")
+    by_torch, by_number = (
+        bigpipe.place(model, max_memory={name: "1GiB"}, sequence_length=64) for name in ("cuda:0", 0)
+    )
+    assert by_torch == by_number
+    with pytest.raises(UsageError, match="gives device 0 twice"):
+        bigpipe.place(model, max_memory={"cuda:0": "1GiB", 0: "1GiB"})
+    with pytest.raises(UsageError, match="'cuda:x' is not a device"):
+        bigpipe.place(model, max_memory={"cuda:x": "1GiB"})
+
+
+def test_numbered_blocks_are_placed_in_the_order_of_numbers(tmp_path: Path) -> None:
+    weights = {f"h.{number}.attn.weight": torch.zeros(64, 64) for number in range(14)} | {
+        "wte.weight": torch.zeros(32, 64)
+    }
+    save_file(weights, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    placed = bigpipe.place(tmp_path, device_map="sequential", max_memory={"cpu": 120_000, "disk": "1GiB"})
+    first = [number for number in range(14) if placed.device_of(f"h.{number}.attn.weight") == "cpu"]
+    assert 2 < len(first) < 14
+    assert first == list(range(len(first)))
+
+
+def test_what_is_no_model_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="int is no model"):
+        bigpipe.place(3)  # type: ignore[arg-type]
+    given: Any = torch.nn.Linear
+    for call in (bigpipe.place, bigpipe.estimate, partial(bigpipe.load, tmp_path, model=given)):
+        with pytest.raises(UsageError, match="the class Linear is no model"):
+            call() if isinstance(call, partial) else call(given)
+
+
+def test_the_order_of_devices_does_not_matter_and_one_of_them_has_room() -> None:
+    model = tiny_model("llama")
+    caps: dict[int | str, int | str] = {0: 100_000, 1: 100_000, "cpu": "1GiB", "disk": "1GiB"}
+    ordered, turned = (bigpipe.place(model, max_memory=given) for given in (caps, dict(reversed(list(caps.items())))))
+    assert ordered.device_map == turned.device_map
+    with pytest.raises(DoesNotFit, match="no device with room"):
+        bigpipe.place(model, max_memory={"disk": 0})
+
+
+def test_parameters_of_the_root_are_placed_one_by_one() -> None:
+    class Rooted(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a = torch.nn.Parameter(torch.zeros(300, 300))
+            self.b = torch.nn.Parameter(torch.zeros(300, 300))
+            self.layer = torch.nn.Linear(300, 300)
+
+    placed = bigpipe.place(Rooted(), device_map="sequential", max_memory={"cpu": 800_000, "disk": "1GiB"})
+    assert [placed.device_of(name) for name in ("a", "b", "layer.weight")] == ["cpu", "cpu", "disk"]
