@@ -62,7 +62,7 @@ GOOD = """
         cache: false
         env: {OMP_NUM_THREADS: 4}
       place:
-        {uses: place, inputs: quantize, with: {device_map: {"": 0, a: cpu}, max_memory: {0: 3, 1-7: 46GiB, cpu: 1GB}}}
+        {uses: place, inputs: quantize, with: {device_map: {"": 0, a: cpu}, max_memory: {0: 3B, 1-7: 46GiB, cpu: 1GB}}}
       place2: {uses: place, inputs: quantize, with: {device_map: auto, max_memory: "${params.size}"}}
       infer:
         {uses: infer, inputs: {model: quantize, placement: place}, with: {prompts: [a]}, launch: {num_processes: 2}}
