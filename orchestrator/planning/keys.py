@@ -285,7 +285,7 @@ class _Naming(_Walk):
 
     def tree(self, value: str, where: str, *, links: bool = True) -> str:
         self.trees.append(self.base / value)
-        return _Walk.tree(self, value, where) if self.trees[-1].is_dir() else ""
+        return _Walk.tree(self, value, where, links=links) if self.trees[-1].is_dir() else ""
 
 
 class _Arm(NamedTuple):
