@@ -15,6 +15,7 @@ if TYPE_CHECKING:
         MAX_CONFIG,
         MAX_INDEX,
         FileFormat,
+        check_fetched,
         check_file,
         file_format_of,
         find_weight_files,

@@ -138,6 +138,12 @@ def refuse_pointer(beginning: bytes, file: Path | str) -> None:
         raise invalid(file, cause, "run `git lfs pull` in the repository, or download the model")
 
 
+def check_fetched(file: Path) -> None:
+    """Raise as `refuse_pointer`, by what the file holds."""
+    if file.stat().st_size < POINTER_SIZE:
+        refuse_pointer(file.read_bytes(), file)
+
+
 def unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     """Return the pairs of a JSON object. Raise ValueError where a key stands twice."""
     content = dict(pairs)

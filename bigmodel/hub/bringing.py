@@ -12,6 +12,7 @@ from pathlib import Path
 
 from bigpipe.bigmodel.checkpoint import (
     ModelDescription,
+    check_fetched,
     check_file,
     describe_checkpoint,
     describe_if_single,
@@ -27,7 +28,7 @@ from bigpipe.sizes import counted, format_transfer
 from .heads import are_the_model, directory_heads, may_pass, repository_heads
 from .remote import describe_repository
 from .repository import CURE_OFFLINE, Hub, HubFile, Repository, check_access, describe
-from .selection import Choice, check_index, detect
+from .selection import Choice, check_index, detect, weight_files
 from .snapshot import Fetched, Report, fetch, missing_bytes
 
 
@@ -102,7 +103,17 @@ class HubSource:
         if self.subfolder:
             repository = repository.below(self.subfolder)
         chosen = set(self.choice.among([file.path for file in repository.files], repository.library))
-        return repository, [file for file in repository.files if file.path in chosen]
+        files = [file for file in repository.files if file.path in chosen]
+        return repository, self._those_here(repository, files) if self.hub.offline else files
+
+    def _those_here(self, repository: Repository, files: list[HubFile]) -> list[HubFile]:
+        """Offline a model that is in the cache is enough: who filled it may have left the licence out, and a commit's
+        listing knows of it. Where its weights are not there, all that is missing is told."""
+        names = [file.path for file in files]
+        here = [file for file in files if file.may_be(repository.cached(file))]
+        weights = weight_files(self.choice.weights(names, repository.library))
+        needed = {*weights, "config.json"}.intersection(names)
+        return here if weights and needed <= {file.path for file in here} else files
 
     def chosen(self) -> list[HubFile]:
         """Return the files to take. Raise as `describe` and `Choice.among`."""
@@ -189,6 +200,7 @@ class DirectorySource:
         names = self.choice.among([path.as_posix() for path in paths])
         for name in names:
             check_file(self.folder / name, self.folder)
+            check_fetched(self.folder / name)
         return [HubFile(name, (self.folder / name).stat().st_size, "") for name in names]
 
     def _require_subfolder(self) -> None:

@@ -99,6 +99,24 @@ def test_what_lies_in_the_cache_is_enough(filled: Hub, tmp_path: Path, change: s
         assert (sha256, size) == (hash_file(tmp_path / "out" / name), expected.sizes[name])
 
 
+def test_a_cache_that_was_filled_without_the_licence_is_enough(server: LoopbackHub, hub: Hub, tmp_path: Path) -> None:
+    """The listing of an earlier plan knows all files, `from_pretrained` brought those that it reads."""
+    from huggingface_hub import hf_hub_download
+
+    server.create("org/model", {**FILES, "LICENSE": b"MIT"})
+    asked = replace(hub, memo=tmp_path / "memo")
+    expected = HubSource("org/model", "main", Choice(), asked).expect()
+    assert set(expected.sizes) == {"LICENSE", "config.json", "model.safetensors"}
+    hf_hub_download("org/model", "config.json", cache_dir=hub.cache, endpoint=hub.endpoint)
+    away = HubSource("org/model", "main", Choice(), replace(asked, offline=True))
+    with pytest.raises(Offline, match="not whole in the Hub cache"):
+        away.bring(tmp_path / "none", Watch())
+    hf_hub_download("org/model", "model.safetensors", cache_dir=hub.cache, endpoint=hub.endpoint)
+    assert set(away.bring(tmp_path / "out", Watch()).files) == set(away.expect().sizes) == {
+        "config.json", "model.safetensors",
+    }  # fmt: skip
+
+
 def test_a_cache_that_holds_no_weights_is_told_of(filled: Hub) -> None:
     for weights in filled.cache.rglob("model.safetensors"):
         weights.unlink()

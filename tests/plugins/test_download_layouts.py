@@ -207,7 +207,7 @@ def test_excluded_weights_are_not_planned_with(bring: Any, tmp_path: Path, sourc
         assert_planned(planned, out)
 
 
-@pytest.mark.parametrize("file", ["model.safetensors", "pytorch_model.bin", "config.json"])
+@pytest.mark.parametrize("file", ["model.safetensors", "pytorch_model.bin", "config.json", "tokenizer.json"])
 def test_pointers_of_git_lfs(bring: Any, tmp_path: Path, file: str) -> None:
     make_checkpoint(tmp_path / "model", "llama", format="bin" if file.endswith(".bin") else "safetensors")
     tiny_tokenizer().save_pretrained(tmp_path / "model")
