@@ -99,8 +99,15 @@ def test_a_variant_lies_beside_the_plain_one() -> None:
         (["a.safetensors", "b.safetensors"], "which of a.safetensors, b.safetensors is the model"),
         (["model.fp16.safetensors", "model.bf16.safetensors"], "which of"),
         ([*shards("m", 2), *shards("m", 3)], "which of"),
+        (
+            [
+                *shards("model.fp16"), *shards("model.bf16"), "model.safetensors.index.fp16.json",
+                "model.safetensors.index.bf16.json",
+            ],
+            "which of",
+        ),
     ],
-)
+)  # fmt: skip
 def test_where_nobody_can_choose_it_is_refused(names: list[str], said: str) -> None:
     with pytest.raises(InvalidCheckpoint, match=f"it: {said}"):
         choose_weights(names, "it")

@@ -160,6 +160,7 @@ def test_what_is_no_model_is_refused_before_anything_is_fetched(
     (tmp_path / "model/model.safetensors").rename(tmp_path / "model" / file)
     with pytest.raises(NoWeights, match=said):
         bring(source, tmp_path / "model")
+    assert not list(tmp_path.glob("run-*"))
     assert not [request for request in server.requests("/resolve/", "GET") if "config.json" not in request.path]
 
 
