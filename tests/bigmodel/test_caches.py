@@ -87,6 +87,8 @@ def test_what_lies_in_the_cache_is_enough(filled: Hub, tmp_path: Path, change: s
         filled.cache.symlink_to(tmp_path / "disk")
     else:
         CHANGES[change](filled.cache, tmp_path / "disk")
+    if revision == "commit":
+        shutil.rmtree(filled.folder("org/model") / "refs")
     source = HubSource("org/model", commit if revision == "commit" else revision, Choice(), filled)
     assert resolve_commit("org/model", source.revision, hub=filled) == commit
     source.check()
