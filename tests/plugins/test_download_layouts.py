@@ -92,6 +92,13 @@ def test_a_variant_and_a_subfolder(
     assert {tensor.dtype for tensor in open_checkpoint(tmp_path / "anew").tensors.values()} == {dtype}
 
 
+def test_two_choices_of_one_commit_are_remembered_apart(bring: Any, tmp_path: Path) -> None:
+    folder = variants(tmp_path / "model")
+    for given in ({}, {"variant": "fp16"}, {"subfolder": "text_model", "variant": "bf16"}, {}):
+        _, planned, out = bring("repo", folder, **given)
+        assert_planned(planned, out)
+
+
 @pytest.mark.parametrize("source", SOURCES)
 @pytest.mark.parametrize(
     ("given", "said", "cure"),
