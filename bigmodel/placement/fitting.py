@@ -74,7 +74,7 @@ def size_text(size: int, *, up: bool = True) -> str:
     """Rounded to a tenth of the unit, as it may be written into `max_memory`."""
     unit, name = (2**30, "GiB") if size >= 2**30 else (2**20, "MiB") if size >= 2**20 else (1, "")
     tenths = math.ceil(size / unit * 10) if up else size * 10 // unit
-    return f"{tenths / 10:.1f}{name}" if name else str(size)
+    return f"{tenths / 10:.1f}{name}" if name else f"{size}B" if size else "0"
 
 
 def find_misfits(

@@ -76,9 +76,9 @@ def _format(size: float, base: int, units: tuple[str, ...]) -> str:
 
 
 def exact_size(size: int) -> str:
-    """The shortest text that `parse_size` reads back as these bytes: `48GiB`, `5GB`, `1025`."""
+    """The shortest text with a unit that `parse_size` reads back as these bytes: `48GiB`, `5GB`, `1025B`."""
     if size:
-        for unit in ("TiB", "GiB", "MiB", "TB", "GB", "MB", "KiB", "kB"):
+        for unit in ("TiB", "GiB", "MiB", "TB", "GB", "MB", "KiB", "kB", "B"):
             if size % UNITS[unit.lower()] == 0:
                 return f"{size // UNITS[unit.lower()]}{unit}"
     return str(size)

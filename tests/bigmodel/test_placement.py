@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import json
 import logging
 import random
@@ -20,8 +19,7 @@ from hypothesis import given, settings, strategies as st
 from support.placing import place_architecture
 from torch import nn
 
-from bigpipe.bigmodel.architecture import Architecture, ModuleSpec, Request, TensorSpec
-from bigpipe.bigmodel.architecture.instantiation import report
+from bigpipe.bigmodel.architecture import Architecture, ModuleSpec, TensorSpec, describe_module
 from bigpipe.bigmodel.placement import Placement
 from bigpipe.bigmodel.placement.budget import MemoryBudget, needs_of
 from bigpipe.bigmodel.placement.devices import read_max_memory
@@ -105,7 +103,7 @@ def random_case(seed: int) -> Case:
     sizes = [inner * pick.choice([1, 1, 1, 1, 2]) for _ in range(pick.randint(1, 8))]
     with torch.device("meta"):
         model = LanguageModel(words, hidden, [Block(hidden, size, buffer, scalar) for size in sizes], tied)
-    architecture = report(model, copy.deepcopy(model).to(torch.bfloat16), Request(library="custom", config={}))
+    architecture = describe_module(model)
     total = Tree(architecture).size[""]
     gpus = pick.randint(0, 4)
     memory: dict[int | str, int] = {gpu: int(total * pick.uniform(0.05, 1)) for gpu in range(gpus)}
@@ -265,7 +263,7 @@ def test_the_smallest_raise_that_fits_is_named_and_fits() -> None:
     memory: dict[int | str, int | str] = {0: 5000, "cpu": 4000}
     with pytest.raises(DoesNotFit) as error:
         place_architecture(stack(4), max_memory=memory)
-    found = re.match(r"set max_memory\.(\w+) to (\d+), or add disk to max_memory$", error.value.cure)
+    found = re.match(r"set max_memory\.(\w+) to (\d+)B, or add disk to max_memory$", error.value.cure)
     assert found
     device, needed = (0 if found[1] == "0" else found[1]), int(found[2])
     assert place_architecture(stack(4), max_memory={**memory, device: needed}).weights
