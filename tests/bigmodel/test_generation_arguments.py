@@ -179,6 +179,8 @@ def test_several_texts_of_a_prompt_depend_on_the_prompt_alone(model: Any, path: 
     assert all(len(set(answer.payload["texts"])) == 3 and answer.tokens > 8 for answer in together)
     one = TASK.bind(model, path, TaskOptions(arguments=several, max_new_tokens=8, seed=4), Sources())
     assert [one([row])[0] for row in rows()] == together
+    alike = one(rows(["The"] * 3))
+    assert len({text for answer in alike for text in answer.payload["texts"]}) == 9
     first = generate(model, path, {"do_sample": True, "temperature": 3}, seed=4)
     assert [answer.payload["text"] for answer in first] == [answer.payload["text"] for answer in together]
     assert all("texts" not in answer.payload for answer in first)
