@@ -48,8 +48,8 @@ class InferParams(Params):
     max_new_tokens: int = Field(32, ge=1)
     """The longest continuation."""
     generation: dict[str, Any] = Field(default_factory=dict)
-    """Arguments of `generate` (with `num_return_sequences`, results have `texts` besides), of the function, or `pooling:
-    mean | last | first` of feature-extraction."""
+    """Arguments of `generate` (`num_return_sequences` gives `texts` too), of the function, or `pooling: mean | last |
+    first` of feature-extraction."""
     seed: int = Field(0, ge=0, lt=2**63)
     """Of record i: seed + i."""
     dtype: Literal["float32", "float16", "bfloat16"] | None = None

@@ -19,7 +19,6 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from bigpipe.bigmodel.architecture import ask_child
 from bigpipe.bigmodel.memo import recall, remember
 from bigpipe.errors import UsageError
 from bigpipe.files import write_file
@@ -106,6 +105,8 @@ def check_values(arguments: Mapping[str, Any], own: Mapping[str, Any] | None, me
     """Raise UsageError where transformers does not take a value, or one has no effect beside the others. own: what the
     model's generation_config.json says, which holds where an argument is left out; None: not known. The answer is kept
     in `memo`."""
+    from bigpipe.bigmodel.architecture import ask_child
+
     if not arguments and not own:
         return
     question = json.dumps({"arguments": as_floats(arguments), "own": own}, sort_keys=True, default=str)

@@ -9,7 +9,6 @@ from itertools import takewhile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from bigpipe.bigmodel.checkpoint import MAX_CONFIG, read_json
 from bigpipe.bigmodel.sources import Sources
 from bigpipe.errors import UsageError
 
@@ -50,6 +49,8 @@ def _check_model(model: ModelDescription, arguments: Mapping[str, Any], sources:
 
 def _own_arguments(model: ModelDescription) -> Mapping[str, Any] | None:
     """What the model's own file says; None where it is not here yet."""
+    from bigpipe.bigmodel.checkpoint import MAX_CONFIG, read_json
+
     if model.path is not None and (model.path / GENERATION_CONFIG).is_file():
         return read_json(model.path / GENERATION_CONFIG, model.path, MAX_CONFIG)
     return {} if has_weights(model) else None

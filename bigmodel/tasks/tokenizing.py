@@ -6,9 +6,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from bigpipe.bigmodel.architecture import Architecture, describe_architecture, position_limit, read_request
-from bigpipe.bigmodel.checkpoint import ModelDescription
-from bigpipe.bigmodel.execution import loaded
 from bigpipe.bigmodel.sources import Sources
 from bigpipe.errors import UsageError
 
@@ -16,6 +13,9 @@ from .rows import Row
 
 if TYPE_CHECKING:
     import torch
+
+    from bigpipe.bigmodel.architecture import Architecture
+    from bigpipe.bigmodel.checkpoint import ModelDescription
 
 TOKENIZER_FILES = (
     "tokenizer*", "*vocab*", "merges.txt", "*.model", "*.tiktoken", "*.spm", "*.tokenizer", "*.codes", "tekken.json",
@@ -40,6 +40,8 @@ def require_tokenizer(model: ModelDescription) -> None:
 def known_architecture(model: ModelDescription, sources: Sources) -> Architecture | None:
     """Return what the model consists of; None where its config, or code of its own that is trusted, is not here yet.
     Raise UsageError for a model that is none of transformers', and as `describe_architecture` does."""
+    from bigpipe.bigmodel.architecture import describe_architecture, read_request
+
     if not model.config:
         return None
     library = read_request(model.config).library
@@ -106,6 +108,8 @@ def _embedded(model: Any) -> int | None:
 def pad(model: Any, tokenizer: Any, encoded: list[list[int]], side: str) -> dict[str, torch.Tensor]:
     """Return `input_ids` and `attention_mask`, [rows, longest] int64, where the model takes them, padded on the `side`
     named. Raise ValueError for a token of which the model has no embedding: it fails, on a GPU for good."""
+    from bigpipe.bigmodel.execution import loaded
+
     last, limit = max(token for tokens in encoded for token in tokens), _embedded(model)
     if limit is not None and last >= limit:
         text = tokenizer.convert_ids_to_tokens(last)
@@ -118,6 +122,8 @@ def pad(model: Any, tokenizer: Any, encoded: list[list[int]], side: str) -> dict
 def check_length(model: Any, tokens: int, new: int = 0) -> None:
     """Raise ValueError for a text beyond the positions of a model: it fails, on a GPU for good, or goes on with
     nonsense."""
+    from bigpipe.bigmodel.architecture import position_limit
+
     limit = position_limit(model.config.to_dict())
     if limit is not None and tokens + new > limit:
         ones, cure = (f" and {new} new ones", " or max_new_tokens") if new else ("", "")
