@@ -27,15 +27,11 @@ QUICK = {
 """The families that are read whenever tests run."""
 
 
-def with_verdict(verdict: str, *, whole: bool = False) -> list[Any]:
-    """The names of layouts as parameters of a test. whole: without those that fall short."""
-    found = []
-    for name, layout in LAYOUTS.items():
-        if layout.verdict == verdict and not (whole and layout.falls_short):
-            marks = [pytest.mark.xfail(strict=True, reason=layout.falls_short)] if layout.falls_short else []
-            marks += [pytest.mark.slow] if name in FAMILIES and name not in QUICK else []
-            found.append(pytest.param(name, marks=marks))
-    return found
+def with_verdict(verdict: str) -> list[Any]:
+    """The names of layouts as parameters of a test."""
+    found = [name for name, layout in LAYOUTS.items() if layout.verdict == verdict]
+    slow = FAMILIES.keys() - QUICK
+    return [pytest.param(name, marks=[pytest.mark.slow] if name in slow else []) for name in found]
 
 
 def by_transformers(layout: Layout, folder: Path) -> Any:
@@ -147,7 +143,7 @@ def test_bigpipe_reads(tmp_path: Path, name: str) -> None:
     assert_equal(by_bigpipe(layout, tmp_path), saved)
 
 
-@pytest.mark.parametrize("name", with_verdict("equal", whole=True))
+@pytest.mark.parametrize("name", with_verdict("equal"))
 def test_what_is_stored_is_read_byte_for_byte(tmp_path: Path, name: str) -> None:
     layout = LAYOUTS[name]
     layout.make(tmp_path)
@@ -158,7 +154,7 @@ def test_what_is_stored_is_read_byte_for_byte(tmp_path: Path, name: str) -> None
         assert same(wanted[tensor].contiguous().reshape(-1).view(torch.uint8), given[: wanted[tensor].nbytes]), tensor
 
 
-@pytest.mark.parametrize("name", with_verdict("equal", whole=True))
+@pytest.mark.parametrize("name", with_verdict("equal"))
 def test_what_is_written_anew_reads_the_same(tmp_path: Path, name: str) -> None:
     """In the other format and in shards, `save_checkpoint` gives a folder that transformers reads as the first."""
     layout = LAYOUTS[name]

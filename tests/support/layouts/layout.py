@@ -42,8 +42,6 @@ class Layout:
     """A class that transformers does not have."""
     dtype: str | None = "float32"
     """What is asked of both. None: each its own choice."""
-    falls_short: str = ""
-    """What is not right yet."""
 
 
 LAYOUTS: dict[str, Layout] = {}
