@@ -129,6 +129,10 @@ class LoopbackHub:
         return [entry for entry in list(self.log) if match in entry.path and method in (None, entry.method)]
 
     def bytes_sent(self, match: str = "") -> int:
+        """Bytes of the answers, all counted: a client may have the last one before the thread that sent it goes on."""
+        end = time.monotonic() + 5
+        while not all(entry.done for entry in self.requests(match)) and time.monotonic() < end:
+            time.sleep(0.01)
         return sum(entry.sent for entry in self.requests(match))
 
 
@@ -229,6 +233,8 @@ class _Handler(BaseHTTPRequestHandler):
             self.wfile.flush()
         except (BrokenPipeError, ConnectionResetError):
             self.close_connection = True
+        finally:
+            self.entry.done = True
 
     def _spoilt(self, answer: Answer) -> Iterator[bytes]:
         kind = self.fault.kind if self.fault and answer.status in (200, 206) else None

@@ -30,6 +30,7 @@ class Request:
     status: int = 0
     sent: int = 0
     received: int = 0
+    done: bool = False
 
 
 @dataclass(slots=True)
