@@ -95,7 +95,13 @@ def test_a_hub_that_counts_otherwise_is_told_of_and_not_believed(
     told = {"parameters": {"BF16": 7, "F8_E4M3": 1_000}, "total": 1_007}
     server.create(MODEL, llama(tmp_path, "bfloat16"), told_counts=told)
     made = [
-        estimate(MODEL, dtypes=["bfloat16"], environment=server.environment(tmp_path / "home"), memo=tmp_path / "memo")
+        estimate(
+            MODEL,
+            dtypes=["bfloat16"],
+            sequence_length=128,
+            environment=server.environment(tmp_path / "home"),
+            memo=tmp_path / "memo",
+        )
         for _ in range(2)
     ]
     held = sum(tensor.elements for tensor in made[0].architecture.tensors() if tensor.persistent)

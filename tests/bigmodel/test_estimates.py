@@ -297,7 +297,13 @@ class TestRepository:
         return estimate(model, environment=server.environment(tmp_path / "home"), **options)
 
     def test_an_address_does_as_well(self, server: LoopbackHub, tmp_path: Path) -> None:
-        create(server, tmp_path, {**OPT_13B, "hidden_size": 64, "word_embed_proj_dim": 64}, "float16", 10**7)
+        create(
+            server,
+            tmp_path,
+            {**OPT_13B, "hidden_size": 64, "num_attention_heads": 4, "word_embed_proj_dim": 64},
+            "float16",
+            10**7,
+        )
         made = self.ask(server, tmp_path, f"{server.url}/org/model/tree/main", dtypes=["float16"])
         assert made.model == "org/model"
         assert made.revision == server.repositories["org/model"].branches["main"]
@@ -337,7 +343,13 @@ class TestRepository:
         assert made["float32"].weights.bytes == 4 * 6 * 6
 
     def test_nothing_is_fetched_twice(self, server: LoopbackHub, tmp_path: Path) -> None:
-        create(server, tmp_path, {**OPT_13B, "hidden_size": 64, "word_embed_proj_dim": 64}, "float16", 10**7)
+        create(
+            server,
+            tmp_path,
+            {**OPT_13B, "hidden_size": 64, "num_attention_heads": 4, "word_embed_proj_dim": 64},
+            "float16",
+            10**7,
+        )
         commit = server.repositories["org/model"].branches["main"]
         options: dict[str, Any] = {"memo": tmp_path / "memo", "revision": commit, "dtypes": ["int8"]}
         first = self.ask(server, tmp_path, "org/model", **options)
@@ -356,7 +368,9 @@ class TestDirectory:
         assert made.checkpoint["format"] == format
 
     def test_a_checkpoint_that_lacks_something_is_told_of(self, tmp_path: Path) -> None:
-        (tmp_path / "config.json").write_text(json.dumps({**OPT_13B, "hidden_size": 64, "word_embed_proj_dim": 64}))
+        (tmp_path / "config.json").write_text(
+            json.dumps({**OPT_13B, "hidden_size": 64, "num_attention_heads": 4, "word_embed_proj_dim": 64})
+        )
         shell(tmp_path / "model.safetensors", [("model.decoder.embed_tokens.weight", "float16", (50272, 64))])
         (note,) = estimate(tmp_path).notes
         assert "not in the checkpoint: model.decoder.embed_positions.weight" in note
