@@ -247,7 +247,8 @@ print(sorted(name for name in sys.modules if name.startswith("bigpipe.plugins.")
 
 
 def test_a_recipe_is_read_without_what_its_names_stand_for() -> None:
-    """Formats and tasks are names → `module:NAME`: to check one, or to ask what a key depends on, imports no more."""
+    """Formats and tasks are names → `module:NAME`: to check one, or to ask what a key depends on, imports no more.
+    A task that is given arguments knows which it takes, and is read for that."""
     code = """
 import sys
 from pathlib import Path
@@ -264,6 +265,7 @@ print(*sorted(name.removeprefix("bigpipe.bigmodel.") for name in sys.modules if 
         [sys.executable, "-c", code], capture_output=True, text=True, check=False, env=environment, cwd=root
     )
     assert done.stdout.split() == [
-        "formats", "formats.bitsandbytes", "formats.registry", "formats.widths",
-        "placement", "placement.devices", "tasks", "tasks.registry",
+        "formats", "formats.bitsandbytes", "formats.registry", "formats.widths", "memo", "placement",
+        "placement.devices", "sources", "tasks", "tasks.arguments", "tasks.promptfiles", "tasks.registry",
+        "tasks.rows", "tasks.task", "tasks.text_generation", "tasks.tokenizing",
     ], done.stderr  # fmt: skip
