@@ -118,6 +118,8 @@ class MappedFiles:
         if not length:
             return 0
         first, mapped = start // mmap.PAGESIZE * mmap.PAGESIZE, self._map(tensor)
+        if start + length > mapped.size:  # of a file that was cut: what lies behind its map is other memory
+            return errno.EFAULT
         failed = _libc().madvise(mapped.address + first, start + length - first, advice)
         return ctypes.get_errno() if failed else 0
 

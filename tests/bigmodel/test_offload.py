@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import subprocess
@@ -14,6 +15,8 @@ from safetensors.torch import load_file, save_file
 from support.models import forward, make_checkpoint, sample_inputs, tiny_model
 from transformers import LlamaForCausalLM
 
+from bigpipe.bigmodel.checkpoint import MappedFiles, open_checkpoint
+from bigpipe.bigmodel.checkpoint.mapped import DROP
 from bigpipe.bigmodel.execution import HostMemory, forward_once, load, loaded
 from bigpipe.errors import StageFailed
 
@@ -213,3 +216,15 @@ def test_memory_stays_far_below_the_models_size(tmp_path: Path) -> None:
         assert result["disk"]["logits"] == result["cpu"]["logits"]
         assert result["disk"]["grown"] < share * size < result["cpu"]["grown"]
     assert sorted(path.name for path in tmp_path.iterdir()) == sorted(shares)
+
+
+def test_nothing_behind_a_cut_file_is_dropped(tmp_path: Path) -> None:
+    """What lies there is somebody else's memory, and would be lost."""
+    make_checkpoint(tmp_path, "llama", hidden_size=256)
+    checkpoint = open_checkpoint(tmp_path)
+    last = max(checkpoint.tensors.values(), key=lambda tensor: tensor.offset)
+    os.truncate(tmp_path / "model.safetensors", 600_000)
+    files = MappedFiles()
+    assert files._advise(last, last.offset, last.nbytes, DROP) == errno.EFAULT
+    with pytest.raises(StageFailed, match="cannot be read"):
+        files.populate([last])
