@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 from bigpipe.bigmodel.architecture import BUFFERS, Architecture, Matching, ask_matching
 from bigpipe.errors import InvalidCheckpoint, first_few
 
+from .decoding import OF_ACTIVATIONS
 from .matrices import matrix_shape
 from .packed import PackedWeight, set_apart
 from .plain import decoded
@@ -33,11 +34,8 @@ if TYPE_CHECKING:
     Stored = Mapping[str, tuple[str, tuple[int, ...]]]
 
 CURE = "check that config.json belongs to these weights"
-HARMLESS = re.compile(
-    rf"\.([kvq]_scale|kv_scale|(input|output|activation)_scale(_inv)?|(input|output)_zero_point|(cos|sin)_cached)$"
-    rf"|{BUFFERS.pattern}"
-)
-"""Scales of activations and of caches, which are computed with as they are here; buffers that a class makes itself."""
+HARMLESS = re.compile(rf"\.({OF_ACTIVATIONS}|(cos|sin)_cached)$|{BUFFERS.pattern}")
+"""Scales of activations and of caches, and buffers that a class makes itself."""
 FURTHER = ("num_nextn_predict_layers", "mtp_num_hidden_layers", "num_mtp_layers")
 """Fields of a config that tell of layers behind the last one: they predict further tokens, and nothing here does."""
 

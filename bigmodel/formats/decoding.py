@@ -29,11 +29,10 @@ SCALES = frozenset({*CASTABLE, *FLOAT8, "float8_e8m0fnu", "int8"})
 """dtypes that scales and zero points are read from."""
 OF_WEIGHTS = ("_scale_inv", "_scale")
 """What the name of a weight's scales adds to that of the weight."""
-BESIDE = re.compile(
-    r"[._](weight_scale(_inv)?|weight_zero_point|weight_shape|[kvq]_scale|kv_scale|[kvq]_zero_point"
-    r"|(input|output|activation)_(scale(_inv)?|zero_point|global_scale))$"
-)
-"""Names of what belongs to packed weights and to activations, which are computed with as they are here."""
+OF_ACTIVATIONS = r"([kvq]|kv)_(scale|zero_point)|(input|output|activation)_(scale(_inv)?|zero_point|global_scale)"
+"""Names of scales of activations and of caches, which are computed with as they are here."""
+BESIDE = re.compile(rf"[._](weight_scale(_inv)?|weight_zero_point|weight_shape|{OF_ACTIVATIONS})$")
+"""Names of what belongs to packed weights and to activations."""
 COMPRESSED = ("float-quantized", "int-quantized", "naive-quantized")
 """Formats of compressed-tensors whose codes are one number each."""
 

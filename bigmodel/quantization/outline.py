@@ -143,13 +143,18 @@ class Outline:
 
     @property
     def remains(self) -> str:
-        """What is not quantized, in words, the largest first: blocks of experts that are one tensor, embeddings."""
+        """What is not quantized, in words, and its matrices, the largest first: experts in one tensor, embeddings."""
         sizes: Counter[str] = Counter()
+        matrices = set()
         for part in self.parts:
             if isinstance(part, Kept):
-                sizes[re.sub(r"\.\d+(?=\.)", ".*", part.source)] += stored_bytes([part])
-        told = [f"{name} {format_transfer(size)}" for name, size in sizes.most_common()]
-        return f"not quantized: {format_transfer(sizes.total())} of {format_transfer(self.nbytes)}: {first_few(told)}"
+                name = re.sub(r"\.\d+(?=\.)", ".*", part.source)
+                sizes[name] += stored_bytes([part])
+                if len(part.outputs[0].shape) > 1:
+                    matrices.add(name)
+        told = [f"{name} {format_transfer(size)}" for name, size in sizes.most_common() if name in matrices]
+        whole = f"not quantized: {format_transfer(sizes.total())} of {format_transfer(self.nbytes)}"
+        return f"{whole}: {first_few(told)}" if told else whole
 
     @property
     def nbytes(self) -> int:
