@@ -53,9 +53,9 @@ def planned(folder: Path, nodes: int) -> dict[str, list[str]]:
     with, so that planning them is the engine's own cost."""
     download = "  d: {uses: download, with: {repo: owner/model}}"
     sizes = range(1, nodes)
-    written = [f"  s{size}: {{uses: shard, inputs: d, with: {{max_shard_size: {size}}}}}" for size in sizes]
+    written = [f"  s{size}: {{uses: shard, inputs: d, with: {{max_shard_size: {size}MB}}}}" for size in sizes]
     axis = f"matrix: {{size: {list(sizes)}}}"
-    matrix = f'  s: {{uses: shard, inputs: d, {axis}, with: {{max_shard_size: "${{matrix.size}}"}}}}'
+    matrix = f'  s: {{uses: shard, inputs: d, {axis}, with: {{max_shard_size: "${{matrix.size}}MB"}}}}'
     commands = {}
     for shape, stages in {"written out": written, "a matrix": [matrix]}.items():
         manifest = folder / f"{shape.replace(' ', '-')}.yaml"

@@ -36,7 +36,7 @@ from .stage import (
     Stage,
     StageResult,
     Tree,
-    as_written,
+    Written,
     late,
     read_size,
 )

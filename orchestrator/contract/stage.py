@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cache
+from functools import cache, cached_property
 from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Generic, Literal, TypeVar
@@ -40,12 +40,27 @@ class Metrics(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", defer_build=True)
 
 
-def as_written(value: Json) -> frozenset[str]:
-    """Return the context in which params are validated as somebody wrote them, not as the engine passes them on: the
-    scalars of what was written, which tell it from defaults."""
-    if isinstance(value, Mapping):
-        return frozenset().union(*map(as_written, value.values()))
-    return frozenset().union(*map(as_written, value)) if isinstance(value, list) else frozenset([str(value)])
+class Written:
+    """The context in which params are validated as somebody wrote them, not as the engine passes them on: the scalars
+    of what was written, which tell it from defaults. They are gathered when a field first asks."""
+
+    def __init__(self, value: Json) -> None:
+        self.value = value
+
+    def __contains__(self, text: str) -> bool:
+        return text in self._scalars
+
+    @cached_property
+    def _scalars(self) -> set[str]:
+        found, waiting = set(), [self.value]
+        for value in waiting:
+            if isinstance(value, Mapping):
+                waiting += value.values()
+            elif isinstance(value, list):
+                waiting += value
+            else:
+                found.add(str(value))
+        return found
 
 
 def read_size(value: int | str, info: ValidationInfo) -> int:

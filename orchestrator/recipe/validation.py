@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin
 from pydantic import BaseModel, RootModel, ValidationError
 
 from bigpipe.names import closest, did_you_mean, listed
-from bigpipe.orchestrator.contract import BYTES, Json, as_written
+from bigpipe.orchestrator.contract import BYTES, Json, Written
 
 from .conditions import Measure
 from .interpolation import contains_reference
@@ -51,7 +51,7 @@ def validate(model: type[M], value: Json, target: Target, problems: Problems, *,
     """Return the model, or None after every error was added to `problems`. salvage: after errors, the model without the
     entries that have some, so that the rest can be checked too."""
     try:
-        return model.model_validate(value, context=as_written(value))
+        return model.model_validate(value, context=Written(value))
     except ValidationError as error:
         details = error.errors(include_url=False)
     for finding in _causes(_merged([_finding(detail, target) for detail in details]), model):
