@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: quickstart test check format bench slow fault reference snapshot clean
+.PHONY: quickstart test check format bench slow fault attack reference snapshot clean
 
 quickstart: $(VENV)/.ready  ## run the main job on the model that ships with the repository
 	$(BIN)/bigpipe run manifests/quickstart.yaml
@@ -14,8 +14,11 @@ test: $(VENV)/.ready-dev  ## the fast test suite
 slow: $(VENV)/.ready-dev  ## tests that take minutes
 	$(BIN)/python -m pytest -q -m slow --timeout 3600
 
-fault: $(VENV)/.ready-dev  ## tests that kill processes and break disks on purpose
-	$(BIN)/python -m pytest -q -m fault --timeout 3600
+fault: $(VENV)/.ready-dev  ## kills, broken disks and lost power at full numbers; BIGPIPE_SEED repeats a run
+	$(BIN)/python -m pytest -q -m fault --timeout 7200
+
+attack: $(VENV)/.ready-dev  ## hostile servers, files and arguments at full numbers; BIGPIPE_SEED repeats a run
+	$(BIN)/python -m pytest -q -m attack --timeout 7200
 
 check: $(VENV)/.ready-dev  ## formatting, lint, types, layers, layout
 	$(BIN)/ruff format --check .

@@ -2,8 +2,24 @@
 
 from __future__ import annotations
 
+import os
+import random
+
 import pytest
 from support.workshop import Workshop, environment
+
+SEED = os.environ.setdefault("BIGPIPE_SEED", str(random.SystemRandom().randrange(2**32)))
+"""Of everything random in one run of the tests, in all its processes."""
+
+
+def pytest_terminal_summary(terminalreporter) -> None:
+    terminalreporter.write_line(f"BIGPIPE_SEED={SEED}")
+
+
+@pytest.fixture
+def seed(request) -> int:
+    """Another number for each test, the same again under the same BIGPIPE_SEED."""
+    return random.Random(f"{SEED} {request.node.nodeid}").randrange(2**32)  # noqa: S311
 
 
 @pytest.fixture
