@@ -1,0 +1,1 @@
+"""What somebody made to hurt: files, manifests, arguments, prompts, servers."""
