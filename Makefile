@@ -18,11 +18,8 @@ fault: $(VENV)/.ready-dev  ## kills, broken disks and lost power at full numbers
 	$(BIN)/python -m pytest -q -m fault --timeout 7200
 
 attack: $(VENV)/.ready-dev  ## hostile servers, files and arguments at full numbers; BIGPIPE_SEED repeats a run
+	-$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[fuzz]'  # else the fuzzing is skipped
 	$(BIN)/python -m pytest -q -m attack --timeout 7200
-
-attack: $(VENV)/.ready-dev  ## what somebody made to hurt, at full numbers; BIGPIPE_FUZZ_SECONDS=60 fuzzes for less than 600 s each
-	-$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[fuzz]'
-	$(BIN)/python -m pytest -q -m attack --timeout 3600
 
 check: $(VENV)/.ready-dev  ## formatting, lint, types, layers, layout
 	$(BIN)/ruff format --check .
