@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, Concatenate, ParamSpec, TypeVar
 
 from bigpipe.files import make_directory, write_file
+from bigpipe.redaction import redact_json
 
 
 def remember(path: Path, answer: Any) -> None:
@@ -16,7 +17,7 @@ def remember(path: Path, answer: Any) -> None:
     try:
         make_directory(path.parent, durable=False)
         # json.dump would encode in Python, ten times slower
-        write_file(path, json.dumps(answer), durable=False, mode=0o600)
+        write_file(path, json.dumps(redact_json(answer)), durable=False, mode=0o600)
     except OSError:
         return
 

@@ -22,7 +22,7 @@ class Sources:
     """A directory for answers: what is known of a commit is not fetched again, and a class is built once."""
     offline: bool = False
     """The Hub is not asked; what lies in its cache is used."""
-    environment: Mapping[str, str] | None = None
+    environment: Mapping[str, str] | None = field(default=None, repr=False)
     """What the Hub's address, cache and token are read from, over the process's own environment."""
     known: Mapping[str, Any] = field(default_factory=dict)
     """What a Hub said before, as `hub.answers` gives it: believed only where the Hub cannot be asked."""

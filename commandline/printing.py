@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -19,11 +18,16 @@ def show(as_json: bool, data: Callable[[], Any], text: Callable[[], str]) -> Non
     if as_json:
         show_json(data())
     else:
-        click.echo(text())
+        say(text())
 
 
-def show_json(data: Any) -> None:
-    click.echo(json.dumps(data, indent=2, ensure_ascii=False))
+def say(text: str, *, err: bool = False) -> None:
+    """Print a text, whoever wrote it: all that commands print goes through here or `show_json`."""
+    click.echo(report.clean(text), err=err)
+
+
+def show_json(data: Any, indent: int | None = 2) -> None:
+    click.echo(report.json_text(data, indent))
 
 
 def fail(error: BigpipeError) -> NoReturn:
@@ -35,6 +39,6 @@ def fail(error: BigpipeError) -> NoReturn:
 def fail_all(errors: Sequence[BigpipeError]) -> None:
     """Print all of them; the first decides the exit code. None: go on."""
     for error in errors[1:]:
-        click.echo(str(error), err=True)
+        say(str(error), err=True)
     if errors:
         fail(errors[0])

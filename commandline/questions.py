@@ -13,7 +13,7 @@ from bigpipe.errors import UsageError
 from bigpipe.orchestrator import recipe, report
 
 from .options import JSON, OFFLINE, STORE, ManyDtypes
-from .printing import show, show_json
+from .printing import say, show, show_json
 
 
 @click.command(cls=ManyDtypes)
@@ -70,7 +70,7 @@ def init(file: Path, model: str) -> None:
     from bigpipe.orchestrator.commands import initialise
 
     for written in initialise(file, model):
-        click.echo(f"wrote {written}")
+        say(f"wrote {written}")
 
 
 @click.command()
@@ -95,7 +95,7 @@ def kinds(kind: str | None, markdown: bool, as_json: bool) -> None:
     if markdown or kind or as_json:
         show(as_json, lambda: report.kinds_json(kind), lambda: report.kinds_markdown(kind))
     else:
-        click.echo(report.kinds_overview())
+        say(report.kinds_overview())
 
 
 @click.command()

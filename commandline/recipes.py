@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from contextlib import closing
 from pathlib import Path
@@ -15,7 +14,7 @@ from bigpipe.errors import ManifestError
 from bigpipe.orchestrator import report
 
 from .options import JOBS, JSON, MANIFEST, OFFLINE, PARAMS, STORE
-from .printing import fail, fail_all, show, show_json
+from .printing import fail, fail_all, say, show, show_json
 
 
 @click.command()
@@ -38,9 +37,9 @@ def run(manifest: Path, nodes: tuple[str, ...], events: Path | None, as_json: bo
     with closing(report.choose_reporter(sys.stderr, events=events)) as reporter:
         result = bigpipe.run(manifest, nodes, reporter=reporter, check=False, **options)
     if as_json:
-        click.echo(json.dumps(result.as_json(), ensure_ascii=False))
+        show_json(result.as_json(), indent=None)
     else:
-        click.echo(report.results_text(result))
+        say(report.results_text(result))
     fail_all(result.errors)
 
 
@@ -87,7 +86,7 @@ def validate(manifests: tuple[Path, ...], params: dict[str, str], as_json: bool)
     if as_json:
         show_json({str(path): [str(problem) for problem in found.problems] for path, found in errors.items()})
     for path in (path for path in manifests if path not in errors):
-        click.echo(f"{path}: ok", err=as_json)
+        say(f"{path}: ok", err=as_json)
     if errors:
         fail(ManifestError([problem for found in errors.values() for problem in found.problems]))
 
@@ -139,7 +138,7 @@ def graph(manifest: Path, params: dict[str, str], form: str) -> None:
 
     Example: bigpipe graph manifests/matrix_int8_nf4.yaml --format mermaid
     """
-    click.echo(report.graph_text(bigpipe.load_manifest(manifest, params=params), form))
+    say(report.graph_text(bigpipe.load_manifest(manifest, params=params), form))
 
 
 @click.command()
@@ -154,7 +153,7 @@ def lock(manifest: Path, **options: Any) -> None:
     """
     from bigpipe.orchestrator import commands
 
-    click.echo(commands.lock(manifest, **options))
+    say(str(commands.lock(manifest, **options)))
 
 
 COMMANDS = (run, plan, validate, status, why, graph, lock)

@@ -9,7 +9,7 @@ import click
 from bigpipe.orchestrator import report
 
 from .options import JSON, STORE
-from .printing import fail, show
+from .printing import fail, say, show
 
 
 def _print(answer: report.Inspection, as_json: bool) -> None:
@@ -51,7 +51,7 @@ def log(run: str, node: str | None, store: Path | None) -> None:
     Example: bigpipe log last generate
     """
     for line in report.log_lines(run, node, store):
-        click.echo(line)
+        say(line)
 
 
 @click.command()

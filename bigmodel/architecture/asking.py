@@ -23,9 +23,11 @@ from typing import Any
 from bigpipe.bigmodel.checkpoint import ARCHITECTURE_FILE, MAX_CONFIG, read_json
 from bigpipe.bigmodel.memo import recall, remember
 from bigpipe.bigmodel.sources import Sources
+from bigpipe.environment import inherited
 from bigpipe.errors import BY_NAME, InvalidCheckpoint, UsageError
 from bigpipe.files import write_file
 from bigpipe.modules import source_files, top_level
+from bigpipe.redaction import plain
 from bigpipe.versions import package_version
 
 from .snapshot import known_architecture
@@ -244,7 +246,7 @@ def ask_child(module: str, question: str) -> dict[str, Any]:
             cause = f"the model's class was not built within {CHILD_SECONDS} s"
             raise InvalidCheckpoint(cause, "check the sizes in its config") from error
         if child.returncode != 0 or not answer.is_file():
-            tail = child.stderr.decode(errors="replace").strip().splitlines()[-5:]
+            tail = plain(child.stderr.decode(errors="replace")).strip().splitlines()[-5:]
             raise InvalidCheckpoint(
                 f"building the model's class failed (exit {child.returncode}): " + " | ".join(tail),
                 "check its config, and that torch and transformers import: python -c 'import transformers'",
@@ -255,8 +257,7 @@ def ask_child(module: str, question: str) -> dict[str, Any]:
 
 def _child_environment() -> dict[str, str]:
     package = Path(__file__).parents[3]
-    secret = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "HUGGINGFACEHUB_API_TOKEN")
-    environment = {name: value for name, value in os.environ.items() if name not in secret}
+    environment = inherited(os.environ)
     return {
         **environment,
         "PYTHONPATH": os.pathsep.join(filter(None, [str(package), environment.get("PYTHONPATH", "")])),

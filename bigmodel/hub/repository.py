@@ -22,6 +22,7 @@ from urllib.parse import quote
 from bigpipe.bigmodel.memo import recall, remember
 from bigpipe.bigmodel.sources import Sources
 from bigpipe.errors import InvalidCheckpoint, NotAuthorised, Offline, StageFailed, Transient, UsageError, first_few
+from bigpipe.redaction import conceal_environment
 
 from .connection import COMMIT, MAX_ANSWER, NO_RANGE, NOT_A_HUB, guard_answers, request
 from .errors import LOGIN, hub_errors
@@ -60,6 +61,7 @@ class Hub:
         env = {**os.environ, **(environment or {})}
         home = env.get("HF_HOME") or f"{env.get('XDG_CACHE_HOME') or '~/.cache'}/huggingface"
         cache = env.get("HF_HUB_CACHE") or env.get("HUGGINGFACE_HUB_CACHE") or f"{home}/hub"
+        conceal_environment(env)
         asked = [(env.get(name) or "").upper() for name in ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE")]
         return cls(
             endpoint=(env.get("HF_ENDPOINT") or "https://huggingface.co").rstrip("/"),

@@ -22,6 +22,7 @@ from typing import Any
 from bigpipe.bigmodel.tasks import Row
 from bigpipe.errors import StageFailed
 from bigpipe.files import LogFile, make_directory, sync_directory, write_file
+from bigpipe.redaction import redact_json
 
 PLAN, RESULTS = "workplan.json", "results.jsonl"
 LOG, PEAKS = "records.jsonl", "peaks.json"
@@ -93,7 +94,7 @@ def check_errors(failed: Sequence[Record], allowed: int) -> None:
 
 
 def _encode(record: Record) -> bytes:
-    body = _text(asdict(record))
+    body = _text(redact_json(asdict(record)))
     return f'{body[:-1]},"crc":"{zlib.crc32(body.encode()):08x}"}}\n'.encode()
 
 
@@ -182,7 +183,7 @@ def merge_results(folder: Path, out: Path, *, max_errors: int = 0) -> tuple[dict
 
 def _line(row: Row, record: Record) -> str:
     own = {"index": row.index, "prompt": row.prompt}
-    return json.dumps({**own, **record.payload, **own}, ensure_ascii=False, allow_nan=False) + "\n"
+    return json.dumps(redact_json({**own, **record.payload, **own}), ensure_ascii=False, allow_nan=False) + "\n"
 
 
 def _times(folder: Path, ranks: int, tokens: int) -> dict[str, float]:

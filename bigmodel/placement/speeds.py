@@ -20,6 +20,7 @@ from functools import partial
 from pathlib import Path
 
 from bigpipe.bigmodel.memo import recall, remember
+from bigpipe.environment import inherited
 from bigpipe.files import FileWriter, forget_cached, partial_name
 from bigpipe.machine import Machine
 from bigpipe.sizes import format_transfer
@@ -139,8 +140,9 @@ def _ask_gpus() -> dict[str, float]:
     package = Path(__file__).parents[3]
     with suppress(OSError, ValueError, subprocess.SubprocessError):
         path = os.pathsep.join(filter(None, [str(package), os.environ.get("PYTHONPATH", "")]))
+        environment = {**inherited(os.environ), "PYTHONPATH": path}
         child = subprocess.run(
-            [sys.executable, "-P", "-m", __name__], env={**os.environ, "PYTHONPATH": path}, capture_output=True,
+            [sys.executable, "-P", "-m", __name__], env=environment, capture_output=True,
             stdin=subprocess.DEVNULL, timeout=CHILD_SECONDS, check=True,
         )  # fmt: skip
         answer = json.loads(child.stdout.splitlines()[-1])

@@ -11,6 +11,7 @@ import yaml
 
 from bigpipe.bigmodel.checkpoint import ARCHITECTURE_FILE
 from bigpipe.bigmodel.formats import named, packing_of
+from bigpipe.redaction import redact
 from bigpipe.sizes import format_size
 
 from .provenance import Provenance, Step, version
@@ -72,7 +73,7 @@ def card_of(model: Path, provenance: Provenance, name: str, extra: Mapping[str, 
     base, scheme = provenance.param("download", "repo"), provenance.param("quantize", "scheme")
     download, metadata = provenance.last("download"), {**_metadata(model, provenance, base, scheme), **extra}
     known = {key: value for key, value in metadata.items() if value is not None}
-    return template.render(
+    text = template.render(
         metadata=yaml.safe_dump(known, sort_keys=False, allow_unicode=True),
         title=name.rstrip("/").rpartition("/")[2],
         base=base,
@@ -87,6 +88,7 @@ def card_of(model: Path, provenance: Provenance, name: str, extra: Mapping[str, 
         recipe=provenance.text.rstrip("\n"),
         fence="`" * max(3, longest + 1),
     )
+    return redact(text)
 
 
 def _metadata(model: Path, provenance: Provenance, base: Any, scheme: Any) -> dict[str, Any]:

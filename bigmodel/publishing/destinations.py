@@ -33,6 +33,7 @@ from bigpipe.files import (
     require_space,
     sync_directory,
 )
+from bigpipe.redaction import redact
 
 RECEIPT = "receipt.json"
 RECEIPT_SCHEMA = "bigpipe.receipt/1"
@@ -63,7 +64,7 @@ class Receipt:
 
     def text(self) -> str:
         files = {name: asdict(file) for name, file in sorted(self.files.items())}
-        content = {"schema": RECEIPT_SCHEMA, "url": self.url, "commit": self.commit, "files": files}
+        content = {"schema": RECEIPT_SCHEMA, "url": redact(self.url), "commit": self.commit, "files": files}
         return json.dumps(content, indent=2) + "\n"
 
     @classmethod

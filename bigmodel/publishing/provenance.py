@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from bigpipe.redaction import redact_json
 from bigpipe.versions import package_version
 
 from .destinations import Stored
@@ -59,7 +60,8 @@ class Provenance:
         return self._text(unfinished=True)
 
     def _text(self, **more: Any) -> str:
-        return json.dumps({"schema": SCHEMA, "bigpipe": version(), **asdict(self), **more}, indent=2) + "\n"
+        told = {"schema": SCHEMA, "bigpipe": version(), **asdict(self), **more}
+        return json.dumps(redact_json(told), indent=2) + "\n"
 
 
 def version() -> str:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
-from typing import Any, ClassVar, Protocol
+from dataclasses import dataclass, fields, replace
+from typing import Any, ClassVar, Protocol, Self
+
+from bigpipe.redaction import redact_json
 
 
 @dataclass(frozen=True, slots=True)
@@ -14,6 +16,10 @@ class Event:
 
     def as_json(self) -> dict[str, Any]:
         return {"event": self.name, **{item.name: getattr(self, item.name) for item in fields(self)}}
+
+    def redacted(self) -> Self:
+        """Return the event, all that is concealed masked in its texts."""
+        return replace(self, **{item.name: redact_json(getattr(self, item.name)) for item in fields(self)})
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,13 +108,15 @@ class Reporter(Protocol):
 
 
 class OneAtATime:
-    """Events come from several threads; reporters see them one at a time, the run's own record first."""
+    """Events come from several threads; reporters see them one at a time, the run's own record first.
+    No secret is in what they see."""
 
     def __init__(self, *reporters: Reporter) -> None:
         self._reporters = reporters
         self._lock = threading.Lock()
 
     def report(self, event: Event) -> None:
+        event = event.redacted()
         with self._lock:
             for reporter in self._reporters:
                 reporter.report(event)

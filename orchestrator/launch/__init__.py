@@ -6,7 +6,7 @@ from bigpipe.faces import face
 
 if TYPE_CHECKING:
     from .acceleration import effective_launch
-    from .environment import Redactor, visible_secrets, worker_environment
+    from .environment import visible_secrets, worker_environment
     from .executors import Executor, executor, run_alone
     from .jobs import AttemptFolder, Failure, Job, JobFile, Outcome
     from .processes import MEMORY, WarmWorker, worker_command

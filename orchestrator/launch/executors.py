@@ -67,7 +67,7 @@ def run_inline(job: Job) -> Outcome:
             result = job.stage.run(job.params, StageContext.of(job, reporter=supervisor))
         outcome = Outcome.of(result, job.stage)
     except Exception as error:
-        supervisor.log.write(supervisor.redactor.text(traceback.format_exc()))
+        supervisor.log.write(traceback.format_exc())
         raise supervisor.error(Failure.of(error)) from error
     return outcome.model_copy(update={"peak_rss": own_peak()})
 

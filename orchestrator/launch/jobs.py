@@ -27,8 +27,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from bigpipe.errors import BY_NAME, BigpipeError, StageFailed
 from bigpipe.files import NO_SPACE, write_file
 from bigpipe.orchestrator.contract import Assignment, Event, Params, Stage, StageResult
-
-from .environment import Redactor
+from bigpipe.redaction import redact_json
 
 if TYPE_CHECKING:
     from .processes import WarmWorker
@@ -176,10 +175,11 @@ class Outcome(BaseModel):
         """From what a stage returned; StageFailed where that is not what the contract asks for."""
         if not isinstance(result, StageResult) or not isinstance(result.metrics, BaseModel):
             raise StageFailed(f"kind {stage.kind} returned {result!r}", "a stage returns StageResult(metrics, files)")
-        return cls(metrics=result.metrics.model_dump(mode="json"), files=dict(result.files))
+        return cls(metrics=redact_json(result.metrics.model_dump(mode="json")), files=dict(result.files))
 
-    def write(self, path: Path, redactor: Redactor) -> None:
-        write_file(path, json.dumps(redactor.value(self.model_dump(mode="json"))), durable=False)
+    def write(self, path: Path) -> None:
+        """Write it, all that is concealed masked."""
+        write_file(path, json.dumps(redact_json(self.model_dump(mode="json"))), durable=False)
 
     @classmethod
     def read(cls, path: Path) -> Outcome | None:

@@ -10,7 +10,6 @@ import codecs
 import json
 import os
 import queue
-import re
 import selectors
 import threading
 import time
@@ -21,8 +20,7 @@ from pathlib import Path
 
 from bigpipe.files import LogFile
 from bigpipe.orchestrator.contract import Event, Progress, event_from_json
-
-from .environment import Redactor
+from bigpipe.redaction import plain, printable, redact, unfinished
 
 PROGRESS_SECONDS = 0.1
 """At most one Progress per task in this time; the first and the last always pass."""
@@ -31,18 +29,14 @@ LONGEST_LINE = 64 * 1024
 PENDING_SECONDS = 30.0
 """A progress bar is redrawn in place and may never end its line: its state is logged this often."""
 LAST_LINES = 20
-_CONTROL = re.compile(
-    r"\x1b\[[0-9;?]*[ -/]*[@-~]|\x1b\][^\x07\x1b]*(?:\x07|\x1b\\)|\x1b[@-Z\\-_]|[\x00-\x08\x0b-\x1f\x7f]"
-)
 
 
 class EventWriter:
     """A Reporter for workers. Safe for threads. What it writes is redacted."""
 
-    def __init__(self, path: Path, redactor: Redactor) -> None:
+    def __init__(self, path: Path) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         self._log: LogFile | None = LogFile(path)
-        self._redactor = redactor
         self._lock = threading.Lock()
         self._shown: dict[str, float] = {}
         self._held: dict[str, Progress] = {}
@@ -69,7 +63,7 @@ class EventWriter:
 
     def _write(self, event: Event) -> None:
         if self._log is not None:
-            self._log.append(json.dumps(self._redactor.event(event).as_json(), default=str).encode() + b"\n")
+            self._log.append(json.dumps(event.redacted().as_json(), default=str).encode() + b"\n")
 
 
 class EventTail:
@@ -99,8 +93,7 @@ class LineSplitter:
     """Bytes in, lines out. Of a line redrawn by carriage returns only its last state counts; terminal control
     sequences are dropped, and secrets masked."""
 
-    def __init__(self, redactor: Redactor) -> None:
-        self._redactor = redactor
+    def __init__(self) -> None:
         self._decode = codecs.getincrementaldecoder("utf-8")("replace").decode
         self._open = ""
 
@@ -112,23 +105,24 @@ class LineSplitter:
             # Keep what may still be overwritten, and a final \r, which may belong to a \r\n.
             self._open = self._open[self._open.rstrip("\r").rfind("\r") + 1 :]
         if len(self._open) > LONGEST_LINE:
-            # A secret may lie across the cut: mask first, and hold back as much as one could still need.
-            masked = self._redactor.text(self._open)
-            cut = len(masked) - self._redactor.longest
-            lines.append(self._clean(masked[:cut]))
+            # A secret may lie across the cut: mask first, and hold back what may be the beginning of one.
+            masked = redact(plain(self._open))
+            cut = len(masked) - unfinished(masked)
+            lines.append(masked[:cut])
             self._open = masked[cut:]
         if final and self._open.strip():
-            lines.append(self.pending())
+            lines.append(self._clean(self._open))
             self._open = ""
         return [line for line in lines if line.strip()]
 
     def pending(self) -> str:
-        """The state of the line that has not ended."""
-        return self._clean(self._open)
+        """The state of the line that has not ended, but for what may be the beginning of a secret."""
+        state = self._clean(self._open)
+        return state[: len(state) - unfinished(state)].rstrip()
 
     def _clean(self, line: str) -> str:
         states = [state for state in line.rstrip("\r").split("\r") if state.strip()]
-        return _CONTROL.sub("", self._redactor.text(states[-1])).rstrip() if states else ""
+        return redact(plain(states[-1])).rstrip() if states else ""
 
 
 class Log:
@@ -140,7 +134,8 @@ class Log:
         self._lock = threading.Lock()
 
     def write(self, *lines: str, rank: int | None = None) -> None:
-        texts = lines if rank is None else [f"[rank {rank}] {line}" for line in lines]
+        head = "" if rank is None else f"[rank {rank}] "
+        texts = [head + printable(redact(line)) for line in lines]
         with self._lock:
             self.last.extend(texts)
             with LogFile(self.path) as log:
@@ -151,12 +146,12 @@ class OutputReader:
     """One thread that reads all pipes of the running workers. Lines go to the log at once and wait for the thread that
     reports to `take` them; only so many wait, so that a flood slows its writer down rather than filling memory."""
 
-    def __init__(self, log: Log, redactor: Redactor, pipes: Mapping[int, int | None]) -> None:
+    def __init__(self, log: Log, pipes: Mapping[int, int | None]) -> None:
         """Begin to read. pipes: descriptor, which is closed at its end → rank."""
         self._lines: queue.Queue[tuple[int | None, str]] = queue.Queue(maxsize=10_000)
         self._log = log
         self._selector = selectors.DefaultSelector()
-        self._splitters = {descriptor: (LineSplitter(redactor), rank) for descriptor, rank in pipes.items()}
+        self._splitters = {descriptor: (LineSplitter(), rank) for descriptor, rank in pipes.items()}
         for descriptor in pipes:
             os.set_blocking(descriptor, False)
             self._selector.register(descriptor, selectors.EVENT_READ)

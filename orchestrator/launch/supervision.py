@@ -17,10 +17,11 @@ from collections.abc import Callable, Iterable, Mapping
 
 from bigpipe.errors import BigpipeError, Interrupted, StageFailed
 from bigpipe.orchestrator.contract import Event, LogLine
+from bigpipe.redaction import conceal_environment
 from bigpipe.sizes import format_size
 
 from . import processes
-from .environment import Redactor, worker_environment
+from .environment import worker_environment
 from .jobs import Failure, Job, JobFile, Mode, Outcome
 from .lifeline import ORPHANED
 from .output import EventTail, Log, OutputReader
@@ -53,7 +54,7 @@ class Supervisor:
         self.log = Log(job.folder.log)
         self.memory: dict[int, int] = {}
         """Largest resident size of each worker's process so far, in bytes, as far as the kernel told."""
-        self.redactor = Redactor.of(job.secrets, job.environment, job.parent_environment)
+        conceal_environment({**job.parent_environment, **job.environment}, job.secrets)
         self._deadline = float("inf") if job.timeout is None else time.monotonic() + job.timeout
         self._tail = EventTail(job.folder.events)
         self._kills = out_of_memory_kills()
@@ -73,7 +74,7 @@ class Supervisor:
         assert child.stdout is not None  # noqa: S101 (always a pipe)
         with child.stdout:
             own = os.dup(child.stdout.fileno())
-        reader = OutputReader(self.log, self.redactor, {own: None, **{pipes[rank]: rank for rank in pipes}})
+        reader = OutputReader(self.log, {own: None, **{pipes[rank]: rank for rank in pipes}})
         try:
             self._watch(child, reader, look)
         finally:
@@ -96,8 +97,7 @@ class Supervisor:
         self.say(event)
 
     def say(self, event: Event) -> None:
-        """Pass an event on, redacted; lines also go to the log."""
-        event = self.redactor.event(event)
+        """Pass an event on; lines also go to the log."""
         if isinstance(event, LogLine):
             self.log.write(event.line, rank=event.rank if self.job.launch.num_processes > 1 else None)
         self.job.report(event)
@@ -113,8 +113,8 @@ class Supervisor:
         return found.model_copy(update={"peak_rss": max([found.peak_rss, *self.memory.values()])})
 
     def error(self, failure: Failure) -> BigpipeError:
-        """Return the error that a worker ended with, its texts masked."""
-        return self.redactor.error(failure.error(self.job.node, self.log.path))
+        """Return the error that a worker ended with."""
+        return failure.error(self.job.node, self.log.path)
 
     def crash(self, who: str, code: int, rank: int | None = None) -> StageFailed:
         """Return the error for a process that ended without saying why."""
@@ -123,7 +123,7 @@ class Supervisor:
             hint = f"{self._who_kills(self.peak(rank))}; {hint}"
         if code == -signal.SIGBUS:
             hint = f"a file that it had mapped was cut short, or its disk failed; {hint}"
-        return StageFailed(f"{self.job.node}: {who} {_how_it_ended(code)}", self.redactor.text(hint))
+        return StageFailed(f"{self.job.node}: {who} {_how_it_ended(code)}", hint)
 
     def workers(self) -> list[Worker]:
         return list(processes.signed_in(self.job.folder.processes))

@@ -32,7 +32,6 @@ from .lifeline import ORPHANED, PARENT_VARIABLE, hold_work_folder, sign_in, stan
 if TYPE_CHECKING:
     from bigpipe.orchestrator.contract import Reporter, Stage, StageResult
 
-    from .environment import Redactor
     from .jobs import AttemptFolder, JobFile, Mode, Outcome
 
 
@@ -69,21 +68,22 @@ def warm_up(modules: list[str]) -> None:
 
 def work(path: Path, mode: Mode, rank: int, machine_rank: list[str]) -> int:
     """Do what this mode asks for and write what came of it; return the exit status. Of ranks, each tells for itself."""
-    from .environment import Redactor
+    from bigpipe.redaction import conceal_environment, redact
+
     from .jobs import AttemptFolder, Failure, JobFile, Outcome
     from .processes import own_peak
 
     file, folder = JobFile.read(path, os.environ), AttemptFolder(path.parent)
-    redactor = Redactor.of(file.secrets, os.environ, os.environ)
+    conceal_environment(os.environ, file.secrets)
     try:
         if mode == "launch":
             _launch(folder, machine_rank)
             return 0
-        outcome = _call_stage(file, folder, mode, rank, redactor)
+        outcome = _call_stage(file, folder, mode, rank)
     except BaseException as error:
-        traceback.print_exc()  # into the log
+        sys.stderr.write(redact(traceback.format_exc()))  # into the log
         outcome = Outcome(failure=Failure.of(error), codes=_exit_codes(error))
-    outcome.model_copy(update={"peak_rss": own_peak()}).write(folder.outcome(mode, rank), redactor)
+    outcome.model_copy(update={"peak_rss": own_peak()}).write(folder.outcome(mode, rank))
     return 1 if outcome.failure else 0
 
 
@@ -113,7 +113,7 @@ def _exit_codes(error: BaseException) -> dict[int, int]:
     return {int(rank): int(failure.exitcode) for rank, failure in failures.items()}
 
 
-def _call_stage(file: JobFile, folder: AttemptFolder, mode: Mode, rank: int, redactor: Redactor) -> Outcome:
+def _call_stage(file: JobFile, folder: AttemptFolder, mode: Mode, rank: int) -> Outcome:
     from bigpipe.modules import import_attribute
     from bigpipe.orchestrator.contract import StageContext
 
@@ -123,7 +123,7 @@ def _call_stage(file: JobFile, folder: AttemptFolder, mode: Mode, rank: int, red
     job, rank_dir = file.assignment, None
     if mode == "rank":
         _redirect_output(folder.output_pipe(rank))
-    with closing(EventWriter(folder.events / f"{mode}-{rank}.jsonl", redactor)) as events:
+    with closing(EventWriter(folder.events / f"{mode}-{rank}.jsonl")) as events:
         if mode == "rank":
             _join_ranks(file, folder, rank, events)
             rank_dir = job.scratch / f"rank-{rank}"

@@ -25,6 +25,7 @@ from bigpipe.orchestrator.contract import Json, PinnedFile
 from bigpipe.orchestrator.planning import ABSENT, Difference, Session, changed, lock_path
 from bigpipe.orchestrator.recipe import Node
 from bigpipe.orchestrator.store import KeyRecord
+from bigpipe.redaction import redact_json
 
 from .answers import read_answers, write_answers
 
@@ -98,7 +99,7 @@ def write(path: Path, lock: LockFile) -> None:
     """Write the lock if it says anything new. Sorted, so that a diff shows what changed. Raise BigpipeError."""
     import yaml
 
-    data = lock.model_dump(mode="json", exclude_defaults=True) | {"version": lock.version}
+    data = redact_json(lock.model_dump(mode="json", exclude_defaults=True)) | {"version": lock.version}
     for name, item in lock.inputs.items():
         data["inputs"][name] |= {"params": item.params}  # params in full, nulls included: they are what was chosen
     dumper = getattr(yaml, "CSafeDumper", yaml.SafeDumper)

@@ -26,9 +26,10 @@ from bigpipe.errors import UsageError
 from bigpipe.names import did_you_mean
 from bigpipe.orchestrator.contract import Json, Stage, Trust
 from bigpipe.orchestrator.launch import executor
+from bigpipe.redaction import conceal_environment
 
 from .expansion import Expansion
-from .interpolation import WELL_KNOWN_SECRETS, Scope, interpolate, read_argument
+from .interpolation import WELL_KNOWN_SECRETS, Scope, check_password, interpolate, read_argument
 from .manifest import ManifestSpec, Structure, named, read_manifest, split_stage
 from .node import Node
 from .problems import Fault, Problems
@@ -139,7 +140,7 @@ def _read(path: Path) -> bytes:
 class _Loading:
     document: Document
     arguments: Mapping[str, str]
-    environment: Mapping[str, str]
+    environment: Mapping[str, str] = field(repr=False)
     known: Mapping[str, Stage[Any]] | None
     base: Path
     problems: Problems
@@ -151,6 +152,7 @@ class _Loading:
             raise self.problems.error()
         kinds = self._kinds(named(manifest.stages), manifest.trust.value())
         self.secrets = self.secrets.union(manifest.secrets, *(kind.stage.secrets for kind in kinds.values()))
+        conceal_environment(self.environment, self.secrets)
         scope = self._params(named(manifest.params))
         stages = self._stages(manifest, kinds, scope)
         Wiring(self.document, stages, self.problems).resolve()
@@ -206,6 +208,8 @@ class _Loading:
             value = self._argument(name, default) if given else interpolate(default, scope, self.problems, path)
             if value is not None:
                 values[name] = value
+                if given:
+                    check_password(value, self.problems, path)
             elif not given:
                 cause, cure = f"the parameter {name!r} has no default", f"give it one, or pass -p {name}=…"
                 self.problems.add(Fault.PARAMETER_REQUIRED, path, cause, cure, key=True)

@@ -18,6 +18,7 @@ from typing import Any
 from bigpipe.errors import ManifestError
 from bigpipe.names import did_you_mean
 from bigpipe.orchestrator.contract import Json
+from bigpipe.redaction import has_password, redact
 
 from .problems import Fault, Problems
 from .yamlsource import Key, read_value
@@ -41,7 +42,7 @@ class Scope:
     """None: not readable here."""
     open_matrix: bool = False
     """The axes are not known because of an earlier problem: any name is let through."""
-    environment: Mapping[str, str] = field(default_factory=dict)
+    environment: Mapping[str, str] = field(default_factory=dict, repr=False)
     secrets: frozenset[str] = WELL_KNOWN_SECRETS
     stages: bool = False
     """`${stages…}` is left in the text, for a condition to read."""
@@ -79,10 +80,10 @@ def interpolate(value: Json, scope: Scope, problems: Problems, path: tuple[Key, 
     """Return `value` with every reference replaced, at any depth; keys are left alone. A reference that cannot be
     resolved is a problem, and left standing. path: where `value` stands."""
     if isinstance(value, str):
-        if "${" not in value:
-            return value
         try:
-            return _interpolate_text(value, scope)
+            found = _interpolate_text(value, scope) if "${" in value else value
+            check_password(found, problems, path)
+            return found
         except _Unresolved as error:
             code, reference, cause, cure = error.args
             problems.add(code, path, cause, cure, part=reference)
@@ -97,6 +98,14 @@ def interpolate(value: Json, scope: Scope, problems: Problems, path: tuple[Key, 
     if isinstance(value, list):
         return [interpolate(child, scope, problems, (*path, index)) for index, child in enumerate(value)]
     return value
+
+
+def check_password(value: Json, problems: Problems, path: tuple[Key, ...]) -> None:
+    """Note a problem where the value is an address with a password: it would be in keys, records and cards."""
+    if isinstance(value, str) and "://" in value and " " not in value and has_password(value):
+        cause = f"the address {redact(value)} has a password or token in it, which would be recorded"
+        cure = "leave it out; a stage finds it in its environment, where its `secrets: [NAME]` lists the variable"
+        problems.add(Fault.PASSWORD, path, cause, cure)
 
 
 def _interpolate_text(text: str, scope: Scope) -> Json:

@@ -63,6 +63,7 @@ class Fault(StrEnum):
 
     REFUSED_VARIABLE = "BP501"
     UNDECLARED_SECRET = "BP502"  # noqa: S105
+    PASSWORD = "BP503"  # noqa: S105
 
 
 MAX_PROBLEMS = 200

@@ -5,8 +5,9 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from datetime import UTC, datetime
 from pathlib import Path
@@ -16,6 +17,7 @@ from bigpipe.errors import BigpipeError, ManifestError, Place
 from bigpipe.files import LogFile
 from bigpipe.orchestrator.contract import (
     Event,
+    Json,
     LogLine,
     NodeFinished,
     NodeRetried,
@@ -24,7 +26,7 @@ from bigpipe.orchestrator.contract import (
     RunFinished,
     RunStarted,
 )
-from bigpipe.orchestrator.launch import Redactor
+from bigpipe.redaction import printable, printable_json, redact, redact_json
 from bigpipe.sizes import format_size
 
 from .progress import ProgressMeter, elapsed
@@ -36,7 +38,23 @@ LINE_SHARE = 0.1
 LINE_SECONDS = 30.0
 """A plain line whenever progress has gone this share further, or this long after the last."""
 COLOURS = {"succeeded": "green", "cached": "dim", "failed": "red", "skipped": "yellow"}
+COMMAND = re.compile(r"^\s*:(?=:)|##(?=\[)", re.MULTILINE)
+"""What GitHub's runner obeys where it stands in a job's output
+(https://docs.github.com/en/actions/reference/workflows-and-actions/workflow-commands)."""
 MARKS = {"succeeded": "✓", "cached": "·", "failed": "✗", "skipped": "-"}
+
+
+def clean(text: str) -> str:
+    """Return a text as it may be shown: no secret is in it, nothing of it moves the terminal, and no line is a command
+    to GitHub's runner."""
+    text = printable(redact(text))
+    return COMMAND.sub(r"\g<0> ", text) if os.environ.get("GITHUB_ACTIONS") == "true" else text
+
+
+def json_text(value: Json, indent: int | None = None) -> str:
+    """Return JSON as it may be shown: no secret is in it, and nothing that moves a terminal."""
+    text = json.dumps(redact_json(value), indent=indent, ensure_ascii=False, default=str)
+    return printable_json(text)
 
 
 class PlainReporter:
@@ -101,7 +119,7 @@ class PlainReporter:
 
     def print(self, line: str, colour: str | None = None) -> None:
         """Write one line; a plain stream has no colours."""
-        self._stream.write(line + "\n")
+        self._stream.write(f"{clean(line)}\n")
         self._stream.flush()
 
 
@@ -129,7 +147,7 @@ class RichReporter(PlainReporter):
             return
         self._bars = self._bars or self._make_bars()
         self._bars.start()
-        task = self._bars.add_task(self.label(event.node), total=None, text=event.reason)
+        task = self._bars.add_task(self.label(event.node), total=None, text=clean(event.reason))
         self._running[event.node] = (task, ProgressMeter())
 
     def advance(self, event: Progress) -> None:
@@ -138,7 +156,7 @@ class RichReporter(PlainReporter):
         task, meter = self._running[event.node]
         reading = meter.update(event)
         total = None if reading.share is None else 1.0
-        self._bars.update(task, total=total, completed=reading.share, text=reading.text())
+        self._bars.update(task, total=total, completed=reading.share, text=clean(reading.text()))
 
     def finish(self, event: NodeFinished, mark: str, text: str) -> None:
         task = self._running.pop(event.node, None)
@@ -150,7 +168,7 @@ class RichReporter(PlainReporter):
         if self._bars is None:
             super().print(line)
         else:
-            self._bars.console.print(line, style=colour, markup=False, highlight=False, soft_wrap=True)
+            self._bars.console.print(clean(line), style=colour, markup=False, highlight=False, soft_wrap=True)
 
     def _make_bars(self) -> Bars:
         from rich.console import Console
@@ -189,22 +207,19 @@ class JsonlReporter:
 
     def report(self, event: Event) -> None:
         now = datetime.now(UTC).isoformat(timespec="milliseconds")
-        line = json.dumps({"time": now, **event.as_json()}, default=str, ensure_ascii=False)
-        self._file.append(line.encode() + b"\n")
+        self._file.append(json_text({"time": now, **event.as_json()}).encode() + b"\n")
 
     def close(self) -> None:
         self._file.close()
 
 
 class Tee:
-    """Passes every event on to all, with the given secrets masked. A run goes on when nobody reads what it says."""
+    """Passes every event on to all. A run goes on when nobody reads what it says."""
 
-    def __init__(self, *reporters: PlainReporter | JsonlReporter, secrets: Iterable[str] = ()) -> None:
+    def __init__(self, *reporters: PlainReporter | JsonlReporter) -> None:
         self._reporters = list(reporters)
-        self._redactor = Redactor(secrets)
 
     def report(self, event: Event) -> None:
-        event = self._redactor.event(event)
         for reporter in tuple(self._reporters):
             try:
                 reporter.report(event)
@@ -217,18 +232,12 @@ class Tee:
                 reporter.close()
 
 
-def choose_reporter(
-    stream: TextIO,
-    *,
-    events: Path | None = None,
-    environment: Mapping[str, str] = os.environ,
-    secrets: Iterable[str] = (),
-) -> Tee:
+def choose_reporter(stream: TextIO, *, events: Path | None = None, environment: Mapping[str, str] = os.environ) -> Tee:
     """Return bars where `stream` is a terminal that can draw them, else plain lines; with `events`, also a file."""
     reporter = PlainReporter(stream)
     if stream.isatty() and environment.get("TERM", "") not in ("dumb", "unknown"):
         reporter = RichReporter(stream, environment=environment)
-    return Tee(reporter, *([JsonlReporter(events)] if events is not None else []), secrets=secrets)
+    return Tee(reporter, *([JsonlReporter(events)] if events is not None else []))
 
 
 def error_text(error: BigpipeError, environment: Mapping[str, str]) -> str:
@@ -239,6 +248,7 @@ def error_text(error: BigpipeError, environment: Mapping[str, str]) -> str:
     else:
         lines = [f"error: {error}"]
         places = [(error.place, f"{error.cause}\n{error.cure}".rstrip())] if error.place else []
+    lines = [clean(line) for line in lines]
     if environment.get("GITHUB_ACTIONS") == "true":
         lines += [annotation(place, message) for place, message in places]
     return "\n".join(lines)

@@ -34,6 +34,7 @@ from bigpipe.orchestrator.contract import (
 from bigpipe.orchestrator.planning import Difference, NodeState, Session, changed, node_folder
 from bigpipe.orchestrator.recipe import Recipe
 from bigpipe.orchestrator.store import KeyRecord, explained, make_directory
+from bigpipe.redaction import redact_json
 
 LAST = "last"
 """Names the newest run wherever an id is asked for."""
@@ -193,7 +194,7 @@ class RunRecorder:
 
     def _save(self, *, durable: bool = False) -> None:
         make_directory(self._folder, durable=durable)
-        data = self.record.model_dump_json(indent=1).encode()
+        data = json.dumps(redact_json(self.record.model_dump(mode="json")), indent=1)
         write_file(self._folder / "run.json", data, durable=durable)
         self._saved = time.monotonic()
 

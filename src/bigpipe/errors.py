@@ -23,6 +23,8 @@ from dataclasses import dataclass
 from types import MappingProxyType
 from typing import ClassVar
 
+from .redaction import printable, redact
+
 
 def first_few(names: Sequence[str], shown: int = 6) -> str:
     """Return `a, b and 3 more`: an error names some of what is wrong."""
@@ -69,11 +71,6 @@ class Problem:
         return f"{head}\n{number}{self.place.text}\n{underline}"
 
 
-def printable(text: str) -> str:
-    """Return a text that moves nothing on a terminal: what a server, a template or a file's name holds may be in it."""
-    return "".join(sign if sign in "\n\t" or sign.isprintable() else repr(sign)[1:-1] for sign in text)
-
-
 class BigpipeError(Exception):
     """Base of all errors that are not bugs. Printed as `cause` and `cure`, never with a traceback."""
 
@@ -81,7 +78,7 @@ class BigpipeError(Exception):
 
     def __init__(self, cause: str, cure: str = "", *, place: Place | None = None, field: str = "") -> None:
         """field: the argument, or field of a stage, that is wrong (`max_memory.cuda:0`): its place is found by it."""
-        cause, cure = printable(cause), printable(cure)
+        cause, cure = printable(redact(cause)), printable(redact(cure))
         super().__init__(cause, cure)
         self.cause = cause
         self.cure = cure

@@ -7,15 +7,14 @@ from pathlib import Path
 import pytest
 from hypothesis import given, strategies as st
 
-from bigpipe.orchestrator.launch.environment import Redactor, stored_hub_token
 from bigpipe.orchestrator.launch.output import LONGEST_LINE, LineSplitter, Log, OutputReader
+from bigpipe.redaction import Redactor, conceal, redact, redact_json, stored_hub_token
 
-NOTHING = Redactor([])
 SECRET = "s3cr3t/with+signs=="
 
 
-def split(*chunks: bytes, redactor: Redactor = NOTHING) -> list[str]:
-    splitter = LineSplitter(redactor)
+def split(*chunks: bytes) -> list[str]:
+    splitter = LineSplitter()
     lines = [line for chunk in chunks for line in splitter.feed(chunk)]
     return lines + splitter.feed(b"", final=True)
 
@@ -46,7 +45,24 @@ def test_a_line_without_an_end_is_cut() -> None:
 def test_a_secret_is_masked_wherever_the_cuts_fall(before: int, size: int) -> None:
     data = b"x" * before + SECRET.encode() + b"y" * 200
     chunks = [data[start : start + size] for start in range(0, len(data), size)]
-    assert SECRET not in "".join(split(*chunks, redactor=Redactor([SECRET])))
+    conceal([SECRET])
+    assert SECRET not in "".join(split(*chunks))
+
+
+def test_what_may_be_the_beginning_of_a_secret_is_not_logged_before_its_end() -> None:
+    conceal([SECRET])
+    splitter = LineSplitter()
+    for end in range(1, len(SECRET)):
+        assert splitter.feed(b"\rkey " + SECRET[:end].encode()) == []
+        assert splitter.pending() == "key"
+    splitter.feed(SECRET[-1:].encode())
+    assert splitter.pending() == "key ***"
+
+
+def test_a_secret_with_colours_in_it_is_masked() -> None:
+    conceal([SECRET])
+    half = len(SECRET) // 2
+    assert split(f"key \x1b[1m{SECRET[:half]}\x1b[0m{SECRET[half:]}\n".encode()) == ["key ***"]
 
 
 @given(st.text(min_size=4).filter(lambda text: len(text.strip()) >= 4 and "*" not in text), st.text(), st.text())
@@ -55,12 +71,12 @@ def test_redacted_text_never_holds_the_secret(secret: str, before: str, after: s
 
 
 def test_other_spellings_of_a_secret_are_masked_too() -> None:
-    redactor = Redactor([SECRET, "first line\nsecond line", "two\twords", "", "ab"])
-    assert redactor.text("https://u:s3cr3t%2Fwith%2Bsigns%3D%3D@host") == "https://u:***@host"
-    assert redactor.text("second line") == "***"
-    assert redactor.text(r'{"x": "two\twords"}') == '{"x": "***"}'
-    assert redactor.text("ab") == "ab"
-    assert redactor.value({"k": [SECRET, 1, None, {"n": SECRET}]}) == {"k": ["***", 1, None, {"n": "***"}]}
+    conceal([SECRET, "first line\nsecond line", "two\twords", "", "ab"])
+    assert redact("https://u:s3cr3t%2Fwith%2Bsigns%3D%3D@host") == "https://u:***@host"
+    assert redact("second line") == "***"
+    assert redact(r'{"x": "two\twords"}') == '{"x": "***"}'
+    assert redact("ab") == "ab"
+    assert redact_json({"k": [SECRET, 1, None, {"n": SECRET}]}) == {"k": ["***", 1, None, {"n": "***"}]}
 
 
 def test_the_stored_hub_token_is_found(tmp_path: Path) -> None:
@@ -77,7 +93,7 @@ def test_pipes_are_read_to_their_end_and_a_flood_loses_nothing_in_the_log(tmp_pa
     log = Log(tmp_path / "log.txt")
     ours, theirs = os.pipe()
     other, rank = os.pipe()
-    reader = OutputReader(log, NOTHING, {ours: None, other: 1})
+    reader = OutputReader(log, {ours: None, other: 1})
     os.write(rank, b"from a rank")
     taken: list[tuple[int | None, str]] = []
     flood = b"".join(b"line %d\n" % number for number in range(30_000))

@@ -25,6 +25,7 @@ from bigpipe.orchestrator.contract.events import (
 from bigpipe.orchestrator.report import progress, reporters
 from bigpipe.orchestrator.report.progress import ProgressMeter
 from bigpipe.orchestrator.report.reporters import RichReporter
+from bigpipe.redaction import conceal
 
 GB = 10**9
 
@@ -164,7 +165,8 @@ def test_no_color_is_obeyed() -> None:
 def test_the_stream_decides_and_events_go_to_a_file(tmp_path: Path) -> None:
     path = tmp_path / "new" / "events.jsonl"
     stream = io.StringIO()
-    with closing(reporters.choose_reporter(stream, events=path, secrets=["hunter22"])) as reporter:
+    conceal(["hunter22"])
+    with closing(reporters.choose_reporter(stream, events=path)) as reporter:
         for event in [*STORY, LogLine("n", "the password is hunter22")]:
             reporter.report(event)
     assert "\x1b" not in stream.getvalue()

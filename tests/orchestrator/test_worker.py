@@ -19,9 +19,9 @@ from bigpipe.errors import Interrupted, NotAuthorised, Place, UsageError
 from bigpipe.orchestrator.contract.contexts import Assignment
 from bigpipe.orchestrator.contract.events import LogLine, Progress
 from bigpipe.orchestrator.launch import lifeline, processes
-from bigpipe.orchestrator.launch.environment import Redactor
 from bigpipe.orchestrator.launch.jobs import Failure, JobFile, Outcome
 from bigpipe.orchestrator.launch.output import EventTail, EventWriter
+from bigpipe.redaction import conceal
 
 PATH = os.pathsep.join([str(TESTS), os.environ.get("PYTHONPATH", "")])
 ENVIRONMENT = {**os.environ, "PYTHONPATH": PATH}
@@ -147,7 +147,8 @@ def test_who_does_not_heed_sigterm_is_killed() -> None:
 
 
 def test_events_cross_the_border_in_order_and_progress_is_thinned(tmp_path: Path) -> None:
-    writer = EventWriter(tmp_path / "events" / "run-0.jsonl", Redactor(["hunter22"]))
+    writer = EventWriter(tmp_path / "events" / "run-0.jsonl")
+    conceal(["hunter22"])
     tail = EventTail(tmp_path / "events")
     assert list(tail.new()) == []
     writer.report(LogLine("n", "with hunter22"))
@@ -173,7 +174,7 @@ def test_errors_keep_their_class_over_the_border(tmp_path: Path) -> None:
         """A third party's."""
 
     for error in (OwnError("no", "log in"), UsageError("odd", place=Place("f.yaml", 3, 4))):
-        Outcome(failure=Failure.of(error)).write(tmp_path / "outcome.json", Redactor([]))
+        Outcome(failure=Failure.of(error)).write(tmp_path / "outcome.json")
         read = Outcome.read(tmp_path / "outcome.json")
         assert read is not None
         assert read.failure is not None

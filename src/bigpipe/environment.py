@@ -1,0 +1,34 @@
+"""What child processes inherit of the environment: an allow-list, without tokens. What one needs besides, it is given."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from .redaction import has_password, without_passwords
+
+EXACT = frozenset({
+    "PATH", "HOME", "USER", "LOGNAME", "LANG", "LANGUAGE", "TZ", "TMPDIR", "TEMP", "TMP", "VIRTUAL_ENV", "CONDA_PREFIX",
+    "LD_LIBRARY_PATH", "DYLD_LIBRARY_PATH", "DYLD_FALLBACK_LIBRARY_PATH", "CC", "CXX",
+    "PYTHONPATH", "PYTHONHASHSEED", "PYTHONDONTWRITEBYTECODE", "PYTHONPYCACHEPREFIX", "PYTHONUTF8",
+    "HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY", "NO_PROXY", "http_proxy", "https_proxy", "all_proxy", "no_proxy",
+    "REQUESTS_CA_BUNDLE", "CURL_CA_BUNDLE", "TRACEPARENT", "TRACESTATE", "CUBLAS_WORKSPACE_CONFIG", "GLIBC_TUNABLES",
+})  # fmt: skip
+PREFIXES = (
+    "LC_", "XDG_", "HF_", "HUGGINGFACE_", "TRANSFORMERS_", "SAFETENSORS_", "TOKENIZERS_", "CUDA_", "NVIDIA_", "NCCL_",
+    "GLOO_", "OMP_", "MKL_", "OPENBLAS_", "KMP_", "SSL_CERT_", "TORCH_", "TORCHINDUCTOR_", "PYTORCH_", "BNB_",
+    "TRITON_", "ROCM_", "HIP_", "ROCR_",
+)  # fmt: skip
+
+
+def inherited(parent: Mapping[str, str], *, passwords: bool = False) -> dict[str, str]:
+    """Return the variables that a child may see. passwords: also those in addresses, such as a proxy's."""
+    allowed = {name: value for name, value in parent.items() if _allowed(name)}
+    if passwords:
+        return allowed
+    return {name: without_passwords(value) if has_password(value) else value for name, value in allowed.items()}
+
+
+def _allowed(name: str) -> bool:
+    if name.startswith(("HF_", "HUGGINGFACE_", "HUGGING_FACE_")) and name != "HF_TOKEN_PATH" and "TOKEN" in name:
+        return name == "HF_HUB_DISABLE_IMPLICIT_TOKEN"
+    return name in EXACT or name.startswith(PREFIXES)

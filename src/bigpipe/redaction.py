@@ -1,0 +1,174 @@
+"""What is neither shown nor written: values of secrets, passwords in addresses, and signs that move a terminal.
+
+    conceal(values)     from now on these are masked in all that this process says or records
+    redact(text)        the text with them, and passwords in addresses, masked
+    printable(text)     the text with signs that move a terminal spelled out
+
+Errors are redacted as they are made, events and records as they are passed on, what is printed as it is printed.
+"""
+
+from __future__ import annotations
+
+import base64
+import json
+import os
+import re
+import shlex
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+from urllib.parse import quote, quote_plus, unquote
+
+HUB_TOKENS = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "HUGGINGFACE_HUB_TOKEN", "HUGGINGFACE_TOKEN", "HF_API_TOKEN")
+"""HF_TOKEN and the names it has had."""
+MASK = "***"
+SHORTEST = 4
+"""Values shorter than this are left alone: masking every `a` would spoil the text and give the value away."""
+SHORTEST_ENCODED = 8
+"""Bytes of a value that is looked for in base64 too."""
+_MARKUP = str.maketrans({"&": "&amp;", "<": "&lt;", ">": "&gt;", '"': "&quot;", "'": "&#x27;"})
+_ADDRESSES = re.compile(
+    r"(?<=://)(?P<user>[^/\s:@'\"]*):[^/\s'\"]*@"  # https://name:password@host
+    r"|(?:(?<=http://)|(?<=https://))[^/\s:@'\"]+@"  # https://token@host, but not abfs://container@account
+    r"|(?P<name>[?&](?:X-Amz-(?:Signature|Credential|Security-Token)|Signature|Policy|sig|token|access_token)=)[^&\s'\"]+"
+    r"|(?P<header>\bAuthorization['\"]?[:=]\s*['\"]?(?:Bearer|Basic)\s+)[^\s'\"]+",
+    re.IGNORECASE,
+)
+_MOVING = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
+"""Control characters of both sets but newline and tab, what turns the direction of writing, halves of a pair."""
+_SEQUENCE = re.compile(
+    "\x1b\\[[0-9;:<=>?]*[ -/]*[@-~]|\x9b[0-9;:<=>?]*[ -/]*[@-~]"  # CSI: colours, the cursor
+    "|(?:\x1b[\\]PX^_]|[\x9d\x90\x98\x9e\x9f])[^\x07\x1b\x9c]*(?:\x07|\x1b\\\\|\x9c)?"  # OSC, DCS…: titles, clipboard
+    "|\x1b[ -/]*[0-~]"
+)
+
+
+class Redactor:
+    """Replaces values by `***`, also as JSON, Python, a URL, HTML, a shell or base64 spell them, and each line of a
+    value that has several."""
+
+    def __init__(self, values: Iterable[str]) -> None:
+        self.values = frozenset(values)
+        forms = {form for value in self.values for form in _spelled(value) if len(form) >= SHORTEST}
+        self._forms = sorted(forms, key=len, reverse=True)
+        self._pattern = re.compile("|".join(map(re.escape, self._forms))) if forms else None
+
+    def text(self, text: str) -> str:
+        return self._pattern.sub(MASK, text) if self._pattern else text
+
+    def begun(self, text: str) -> int:
+        """Return how many characters at the end of `text` may be the beginning of a value that goes on."""
+        longest = min(len(self._forms[0]) - 1 if self._forms else 0, len(text))
+        ends = (text[-length:] for length in range(longest, 0, -1))
+        return next((len(end) for end in ends if any(form.startswith(end) for form in self._forms)), 0)
+
+
+def _spelled(value: str) -> Iterator[str]:
+    for part in {value, value.strip(), *value.splitlines()}:
+        for once in _escaped(part):
+            yield from (once, *_quoted(once))
+        data = part.encode("utf-8", "surrogateescape")
+        if len(data) >= SHORTEST_ENCODED:
+            for offset in range(3):  # it may begin at any byte of three
+                inner = base64.b64encode(bytes(offset) + data).decode().rstrip("=")
+                inner = inner[(0, 2, 3)[offset] : -1 if (offset + len(data)) % 3 else None]
+                yield from (inner, inner.translate({ord("+"): "-", ord("/"): "_"}))
+
+
+def _escaped(part: str) -> set[str]:
+    in_address = {
+        quote(part, safe="", errors="replace"),
+        quote(part, errors="replace"),
+        quote_plus(part, errors="replace"),
+    }
+    small = {re.sub("%[0-9A-F]{2}", lambda code: code[0].lower(), form) for form in in_address}
+    return {part, part.translate(_MARKUP), shlex.quote(part).strip("'"), *in_address, *small, *_quoted(part)}
+
+
+def _quoted(part: str) -> set[str]:
+    return {json.dumps(part)[1:-1], json.dumps(part, ensure_ascii=False)[1:-1], repr(part)[1:-1]}
+
+
+_known = Redactor(())
+
+
+def conceal(values: Iterable[str]) -> None:
+    """Mask these values from now on in all that this process shows or writes. What was a secret stays one."""
+    global _known
+    if more := {value for value in values if value} - _known.values:
+        _known = Redactor(_known.values | more)
+
+
+def conceal_environment(environment: Mapping[str, str], names: Iterable[str] = ()) -> None:
+    """Conceal these variables and what is a secret in any environment: the Hub's tokens, also the one that
+    `hf auth login` left on disk, and passwords in addresses, such as those of proxies."""
+    conceal(environment[name] for name in (*names, *HUB_TOKENS) if name in environment)
+    conceal(filter(None, [stored_hub_token(environment)]))
+    for value in environment.values():
+        if "://" in value and (found := re.search(r"://([^/\s:@]*):([^/\s]*)@", value)):
+            name, password = map(unquote, found.groups())
+            conceal([found[2], password, f"{name}:{password}"])  # the last is what a header has in base64
+
+
+def stored_hub_token(environment: Mapping[str, str]) -> str | None:
+    """Return the token that `hf auth login` left on disk. None where there is none."""
+    cache = environment.get("XDG_CACHE_HOME") or os.path.join(environment.get("HOME", ""), ".cache")
+    home = environment.get("HF_HOME") or os.path.join(cache, "huggingface")
+    path = Path(environment.get("HF_TOKEN_PATH") or os.path.join(home, "token")).expanduser()
+    try:
+        return path.read_text(encoding="utf-8").strip() or None
+    except (OSError, UnicodeDecodeError):
+        return None
+
+
+def without_passwords(address: str) -> str:
+    """Return the address without the name and password in it."""
+    return re.sub(r"(?<=://)[^/\s]*@", "", address)
+
+
+def redact(text: str) -> str:
+    """Return the text with all that is concealed masked, and with it passwords and signatures in addresses."""
+    text = _known.text(text)
+    return _ADDRESSES.sub(_masked, text) if "://" in text or "uthoriz" in text or "&" in text else text
+
+
+def _masked(found: re.Match[str]) -> str:
+    if found["name"] or found["header"]:
+        return f"{found['name'] or found['header']}{MASK}"
+    return f"{found['user']}:{MASK}@" if found["user"] is not None else f"{MASK}@"
+
+
+def redact_json(value: Any) -> Any:
+    """Return the same JSON value, every string in it redacted, keys included."""
+    if isinstance(value, str):
+        return redact(value)
+    if isinstance(value, Mapping):
+        return {redact(key) if isinstance(key, str) else key: redact_json(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [redact_json(item) for item in value]
+    return value
+
+
+def unfinished(text: str) -> int:
+    """Return how many characters at the end of `text` may be the beginning of what is concealed."""
+    return _known.begun(text)
+
+
+def has_password(text: str) -> bool:
+    """Does an address in the text hold a password, or a token in its place?"""
+    return any(not found["header"] for found in _ADDRESSES.finditer(text))
+
+
+def printable(text: str) -> str:
+    """Return a text that moves nothing on a terminal: what a server, a model or a file's name holds may be in it."""
+    return _MOVING.sub(lambda sign: repr(sign[0])[1:-1], text)
+
+
+def printable_json(text: str) -> str:
+    """Return the same JSON, what would move a terminal escaped as JSON does."""
+    return _MOVING.sub(lambda sign: f"\\u{ord(sign[0]):04x}", text)
+
+
+def plain(text: str) -> str:
+    """Return a text that was meant for a terminal without its colours and movements."""
+    return _MOVING.sub("", _SEQUENCE.sub("", text))
