@@ -11,13 +11,15 @@ from __future__ import annotations
 import errno
 import os
 import sys
+import threading
+import traceback
 from contextlib import suppress
 from typing import Any
 
 import click
 
 from bigpipe.commandline import questions, recipes, stored
-from bigpipe.commandline.printing import fail
+from bigpipe.commandline.printing import fail, say
 from bigpipe.errors import BigpipeError
 
 
@@ -40,6 +42,7 @@ for one in (*recipes.COMMANDS, *questions.COMMANDS, *stored.COMMANDS):
 
 def main() -> None:
     """Entry point. Leaves at once: taking the interpreter apart lasts as long as all the work of a cached run."""
+    threading.excepthook = lambda died: show_bug(died.exc_value) if died.exc_value else None
     status: Any = 0
     try:
         command()
@@ -70,6 +73,15 @@ def command() -> None:
         sys.exit(0)
     except OSError as error:
         if error.errno != errno.ENOSPC:
-            raise
-        click.echo("error: the disk is full\n  make room; what was finished is kept", err=True)
+            show_bug(error)
+        else:
+            say("error: the disk is full\n  make room; what was finished is kept", err=True)
         sys.exit(1)
+    except Exception as error:
+        show_bug(error)
+        sys.exit(1)
+
+
+def show_bug(error: BaseException) -> None:
+    """Print the traceback, without what may not be shown."""
+    say("".join(traceback.format_exception(error)), err=True)

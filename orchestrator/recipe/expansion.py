@@ -16,7 +16,7 @@ from bigpipe.orchestrator.contract import Json, Params
 from bigpipe.orchestrator.launch import executor
 
 from .conditions import Condition, Measure, parse_condition
-from .interpolation import Scope, contains_reference, interpolate
+from .interpolation import Scope, check_passwords, contains_reference, interpolate
 from .manifest import NodeSettings, refused_variable
 from .node import Node, Places
 from .problems import Fault, Problems
@@ -105,6 +105,7 @@ class Expansion:
                 )
                 for key, value in values.items()
             }
+        check_passwords(values, self.problems, stage.path)
         unresolved = stage.broken or bool(self.scope.open_params) or len(self.problems) > before
         target = Target(self.document, stage.path, stage.name, unresolved)
         settings = validate(NodeSettings, values, target, self.problems)

@@ -29,7 +29,7 @@ from bigpipe.orchestrator.launch import executor
 from bigpipe.redaction import conceal_environment
 
 from .expansion import Expansion
-from .interpolation import WELL_KNOWN_SECRETS, Scope, check_password, interpolate, read_argument
+from .interpolation import WELL_KNOWN_SECRETS, Scope, check_passwords, interpolate, read_argument
 from .manifest import ManifestSpec, Structure, named, read_manifest, split_stage
 from .node import Node
 from .problems import Fault, Problems
@@ -208,8 +208,7 @@ class _Loading:
             value = self._argument(name, default) if given else interpolate(default, scope, self.problems, path)
             if value is not None:
                 values[name] = value
-                if given:
-                    check_password(value, self.problems, path)
+                check_passwords(value, self.problems, path)
             elif not given:
                 cause, cure = f"the parameter {name!r} has no default", f"give it one, or pass -p {name}=…"
                 self.problems.add(Fault.PARAMETER_REQUIRED, path, cause, cure, key=True)

@@ -80,10 +80,10 @@ def interpolate(value: Json, scope: Scope, problems: Problems, path: tuple[Key, 
     """Return `value` with every reference replaced, at any depth; keys are left alone. A reference that cannot be
     resolved is a problem, and left standing. path: where `value` stands."""
     if isinstance(value, str):
+        if "${" not in value:
+            return value
         try:
-            found = _interpolate_text(value, scope) if "${" in value else value
-            check_password(found, problems, path)
-            return found
+            return _interpolate_text(value, scope)
         except _Unresolved as error:
             code, reference, cause, cure = error.args
             problems.add(code, path, cause, cure, part=reference)
@@ -100,9 +100,12 @@ def interpolate(value: Json, scope: Scope, problems: Problems, path: tuple[Key, 
     return value
 
 
-def check_password(value: Json, problems: Problems, path: tuple[Key, ...]) -> None:
-    """Note a problem where the value is an address with a password: it would be in keys, records and cards."""
-    if isinstance(value, str) and "://" in value and " " not in value and has_password(value):
+def check_passwords(value: Json, problems: Problems, path: tuple[Key, ...]) -> None:
+    """Note a problem for every address with a password, at any depth: it would be in keys, records and cards."""
+    if isinstance(value, dict | list):
+        for key, child in value.items() if isinstance(value, dict) else enumerate(value):
+            check_passwords(child, problems, (*path, key))
+    elif isinstance(value, str) and "://" in value and " " not in value and has_password(value):
         cause = f"the address {redact(value)} has a password or token in it, which would be recorded"
         cure = "leave it out; a stage finds it in its environment, where its `secrets: [NAME]` lists the variable"
         problems.add(Fault.PASSWORD, path, cause, cure)

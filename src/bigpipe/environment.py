@@ -1,4 +1,4 @@
-"""What child processes inherit of the environment: an allow-list, without tokens. What one needs besides, it is given."""
+"""What child processes inherit of the environment: an allow-list, without tokens."""
 
 from __future__ import annotations
 
