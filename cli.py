@@ -8,17 +8,15 @@ main → command → cli, a click group over
 
 from __future__ import annotations
 
-import errno
 import os
 import sys
 import threading
 import traceback
-from contextlib import suppress
 from typing import Any
 
 import click
 
-from bigpipe.commandline import questions, recipes, stored
+from bigpipe.commandline import questions, recipes, stored, streams
 from bigpipe.commandline.printing import fail, say
 from bigpipe.errors import BigpipeError
 
@@ -43,14 +41,17 @@ for one in (*recipes.COMMANDS, *questions.COMMANDS, *stored.COMMANDS):
 def main() -> None:
     """Entry point. Leaves at once: taking the interpreter apart lasts as long as all the work of a cached run."""
     threading.excepthook = lambda died: show_bug(died.exc_value) if died.exc_value else None
+    streams.listen()
     status: Any = 0
     try:
         command()
     except SystemExit as leaving:
         status = leaving.code or 0
-    for stream in (sys.stdout, sys.stderr):
-        with suppress(OSError, ValueError):
-            stream.flush()
+    except KeyboardInterrupt:
+        status = 130
+    if (error := streams.lost()) is not None:
+        say(f"error: {error}", err=True)
+        status = status or error.exit_code
     os._exit(status)
 
 
@@ -68,16 +69,11 @@ def command() -> None:
     except (click.Abort, KeyboardInterrupt):
         click.echo("interrupted", err=True)
         sys.exit(130)
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(0)
-    except OSError as error:
-        if error.errno != errno.ENOSPC:
-            show_bug(error)
-        else:
-            say("error: the disk is full\n  make room; what was finished is kept", err=True)
-        sys.exit(1)
     except Exception as error:
+        from bigpipe.orchestrator.launch import ran_out
+
+        if (told := ran_out(error)) is not None:
+            fail(told)
         show_bug(error)
         sys.exit(1)
 

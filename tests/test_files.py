@@ -207,8 +207,8 @@ class TestErrors:
     @pytest.mark.parametrize(
         ("number", "kind", "cause", "cure"),
         [
-            (errno.ENOSPC, DoesNotFit, "the disk is full: ", "free space there, or work on another disk"),
-            (errno.EDQUOT, DoesNotFit, "the disk is full: ", "free space there, or work on another disk"),
+            (errno.ENOSPC, StageFailed, "the disk is full: ", "free space there, or work on another disk"),
+            (errno.EDQUOT, StageFailed, "the disk is full: ", "free space there, or work on another disk"),
             (errno.EROFS, UsageError, "a file may not be used: ", "make it readable and writable for you"),
             (errno.EACCES, UsageError, "a file may not be used: ", "make it readable and writable for you"),
             (errno.EIO, StageFailed, "a file cannot be read or written: ", "check the disk"),
@@ -270,7 +270,7 @@ OF_OS = {"os.write", "os.replace", "os.link", "os.posix_fallocate", "os.copy_fil
 OF_OTHERS = {"shutil.copy", "shutil.copy2", "shutil.copyfile", "shutil.copytree", "shutil.move", "tempfile.mkstemp"}
 FLAGS = {"O_WRONLY", "O_RDWR", "O_CREAT", "O_TRUNC", "O_APPEND"}
 ELSEWHERE = {
-    "cli.py: os.open": "the null device, in place of a closed pipe",
+    "commandline/streams.py: os.open": "the null device, in place of a closed stream",
     "orchestrator/launch/worker.py: os.open": "a pipe that the command made",
     "orchestrator/launch/ranks.py: os.open": "pipes",
     "orchestrator/launch/lifeline.py: write_text": "a setting of the kernel, in /proc",

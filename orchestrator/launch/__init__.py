@@ -8,7 +8,7 @@ if TYPE_CHECKING:
     from .acceleration import effective_launch
     from .environment import visible_secrets, worker_environment
     from .executors import Executor, executor, run_alone
-    from .jobs import AttemptFolder, Failure, Job, JobFile, Outcome
+    from .jobs import AttemptFolder, Failure, Job, JobFile, Outcome, ran_out
     from .processes import MEMORY, WarmWorker, worker_command
 
 __getattr__, __all__ = face(__name__)

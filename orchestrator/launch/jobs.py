@@ -24,14 +24,18 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from bigpipe.errors import BY_NAME, BigpipeError, StageFailed
-from bigpipe.files import NO_SPACE, write_file
+from bigpipe.errors import BY_NAME, BigpipeError, DoesNotFit, StageFailed
+from bigpipe.files import LIMITS, NO_SPACE, explain, write_file
 from bigpipe.orchestrator.contract import Assignment, Event, Params, Stage, StageResult
 from bigpipe.redaction import redact_json
 
 if TYPE_CHECKING:
     from .processes import WarmWorker
 
+DISK = (errno.EIO, errno.EROFS, *NO_SPACE, *LIMITS)
+"""What the system says of a disk that is full or broken, and of its own limits."""
+NO_THREADS = "can't start new thread"
+"""In the RuntimeError of Python's threading (Modules/_threadmodule.c)."""
 ALLOCATOR_FAILED = "DefaultCPUAllocator: can't allocate memory"
 """In the RuntimeError of torch's allocator for the CPU (c10/core/impl/alloc_cpu.cpp), whose class tells nothing."""
 Mode = Literal["run", "prepare", "launch", "rank", "finish"]
@@ -139,11 +143,12 @@ class Failure(BaseModel):
 
     @classmethod
     def of(cls, error: BaseException) -> Failure:
-        for known in type(error).__mro__:
-            if isinstance(error, BigpipeError) and BY_NAME.get(known.__name__) is known:
-                cause = f"{error.place}: {error.cause}" if error.place else error.cause
-                return cls(type=known.__name__, cause=cause, cure=error.cure, field=error.field)
-        return _out_of_room(error) or cls(type="StageFailed", cause=_describe(error), expected=False)
+        told = error if isinstance(error, BigpipeError) else ran_out(error)
+        for known in type(told).__mro__:
+            if told is not None and BY_NAME.get(known.__name__) is known:
+                cause = f"{told.place}: {told.cause}" if told.place else told.cause
+                return cls(type=known.__name__, cause=cause, cure=told.cure, field=told.field)
+        return cls(type="StageFailed", cause=_describe(error), expected=False)
 
     def error(self, node: str, log: Path) -> BigpipeError:
         """The same class again. Unexpected ones name the node and the log with the traceback."""
@@ -194,19 +199,18 @@ def _describe(error: BaseException) -> str:
     return f"{type(error).__name__}: {text}" if text else type(error).__name__
 
 
-def _out_of_room(error: BaseException) -> Failure | None:
-    """Memory and disk that ran out are no bugs of the stage."""
+def ran_out(error: BaseException) -> BigpipeError | None:
+    """Return the error for the user where memory, the disk or a limit of the system ran out: that is nobody's bug."""
     code = error.errno if isinstance(error, OSError) else None
     torch_failed = isinstance(error, RuntimeError) and ALLOCATOR_FAILED in str(error)
     if isinstance(error, MemoryError) or code == errno.ENOMEM or torch_failed:
-        cause, cure = f"memory ran out: {_describe(error)}", "use a smaller batch"
-    elif type(error).__name__ == "OutOfMemoryError":  # torch's, which must not be imported for this
-        cause = f"GPU memory ran out: {error}"
+        return DoesNotFit(f"memory ran out: {_describe(error)}", "use a smaller batch")
+    if type(error).__name__ == "OutOfMemoryError":  # torch's, which must not be imported for this
         cure = "use a smaller batch, or give max_memory a lower cap so that more is kept off the GPU"
-    elif isinstance(error, OSError) and code in NO_SPACE:
-        where = f" at {error.filename}" if error.filename else ""
-        cause = f"no space left{where}: {error.strerror}"
-        cure = "free some (`bigpipe gc` drops what no manifest names), or put the store elsewhere with --store"
-    else:
-        return None
-    return Failure(type="DoesNotFit", cause=cause, cure=cure)
+        return DoesNotFit(f"GPU memory ran out: {error}", cure)
+    if isinstance(error, OSError) and code in DISK:
+        free = "free some (`bigpipe gc` drops what no manifest names)"
+        return explain(error, Path(), free=free, other="put the store elsewhere with --store")
+    if isinstance(error, RuntimeError) and NO_THREADS in str(error):
+        return StageFailed("no further thread may start", f"{LIMITS[errno.EAGAIN]}, or use fewer `--jobs`")
+    return None

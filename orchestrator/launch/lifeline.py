@@ -27,6 +27,8 @@ PROCESSES = Path("/proc")
 """Linux's own account of its processes; it is not there on other systems."""
 ORPHANED = 113
 """Exit status of a worker whose parent was gone before it could start."""
+UNTOLD = 114
+"""Exit status of a worker that could not write into its attempt's folder: a full disk, for example."""
 
 
 def tie_to_parent() -> None:
@@ -93,7 +95,7 @@ def start_mark(process: int) -> str | None:
     if (PROCESSES / "self" / "stat").exists():
         try:
             text = (PROCESSES / str(process) / "stat").read_text(encoding="utf-8", errors="replace")
-        except OSError:
+        except (FileNotFoundError, ProcessLookupError):
             return None
         state, *rest = text.rpartition(")")[2].split()
         threads, start_time = int(rest[16]), rest[18]  # fields 20 and 22 of proc_pid_stat(5)

@@ -11,6 +11,7 @@ import json
 import os
 import queue
 import selectors
+import sys
 import threading
 import time
 from collections import deque
@@ -18,7 +19,8 @@ from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from pathlib import Path
 
-from bigpipe.files import LogFile
+from bigpipe.errors import BigpipeError
+from bigpipe.files import LogFile, explain
 from bigpipe.orchestrator.contract import Event, Progress, event_from_json
 from bigpipe.redaction import plain, printable, redact, unfinished
 
@@ -32,7 +34,8 @@ LAST_LINES = 20
 
 
 class EventWriter:
-    """A Reporter for workers. Safe for threads. What it writes is redacted."""
+    """A Reporter for workers. Safe for threads. What it writes is redacted. Events that cannot be written are lost, and
+    the first time says so on stderr: the work matters more."""
 
     def __init__(self, path: Path) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -40,6 +43,7 @@ class EventWriter:
         self._lock = threading.Lock()
         self._shown: dict[str, float] = {}
         self._held: dict[str, Progress] = {}
+        self._lost = False
 
     def report(self, event: Event) -> None:
         with self._lock:
@@ -58,12 +62,19 @@ class EventWriter:
             if self._log is not None:
                 for event in self._held.values():
                     self._write(event)
-                self._log.close()
+                with suppress(OSError):
+                    self._log.close()
                 self._log = None
 
     def _write(self, event: Event) -> None:
-        if self._log is not None:
+        if self._log is None:
+            return
+        try:
             self._log.append(json.dumps(event.redacted().as_json(), default=str).encode() + b"\n")
+        except OSError as error:
+            if not self._lost:
+                sys.stderr.write(f"events are lost: {explain(error, Path()).cause}\n")
+            self._lost = True
 
 
 class EventTail:
@@ -126,11 +137,15 @@ class LineSplitter:
 
 
 class Log:
-    """The log file of an attempt, opened at its first line, and its last lines for error messages."""
+    """The log file of an attempt, opened at its first line, and its last lines for error messages. Lines that cannot be
+    written are lost: the work that told them goes on."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
         self.last: deque[str] = deque(maxlen=LAST_LINES)
+        self.fault: BigpipeError | None = None
+        """Why lines were lost, until somebody takes it to tell it."""
+        self._lost = 0
         self._lock = threading.Lock()
 
     def write(self, *lines: str, rank: int | None = None) -> None:
@@ -138,13 +153,21 @@ class Log:
         texts = [head + printable(redact(line)) for line in lines]
         with self._lock:
             self.last.extend(texts)
-            with LogFile(self.path) as log:
-                log.append("".join(text + "\n" for text in texts).encode())
+            missing = [f"({self._lost} lines could not be written here)"] if self._lost else []
+            try:
+                with LogFile(self.path) as log:
+                    log.append("".join(text + "\n" for text in (*missing, *texts)).encode())
+                self._lost = 0
+            except OSError as error:
+                if not self._lost:
+                    self.fault = explain(error, self.path)
+                self._lost += len(texts)
 
 
 class OutputReader:
     """One thread that reads all pipes of the running workers. Lines go to the log at once and wait for the thread that
-    reports to `take` them; only so many wait, so that a flood slows its writer down rather than filling memory."""
+    reports to `take` them; only so many wait, so that a flood slows its writer down rather than filling memory. Should
+    the thread die, `take` raises what it died of: nobody empties the pipes any more."""
 
     def __init__(self, log: Log, pipes: Mapping[int, int | None]) -> None:
         """Begin to read. pipes: descriptor, which is closed at its end → rank."""
@@ -157,21 +180,33 @@ class OutputReader:
             self._selector.register(descriptor, selectors.EVENT_READ)
         self._logged: dict[int, tuple[float, str]] = {}
         self._stop = threading.Event()
-        self._thread = threading.Thread(target=self._read, name="output", daemon=True)
+        self._died: BaseException | None = None
+        self._thread = threading.Thread(target=self._run, name="output", daemon=True)
         self._thread.start()
 
     def take(self) -> list[tuple[int | None, str]]:
         """The (rank, line) that came since the last call."""
+        if self._died is not None:
+            raise self._died
+        return self._waiting()
+
+    def _waiting(self) -> list[tuple[int | None, str]]:
         return [self._lines.get_nowait() for _ in range(self._lines.qsize())]
 
     def finish(self) -> list[tuple[int | None, str]]:
         """Take what is left in the pipes, then close them; a process that escaped and holds one is not waited for."""
         self._stop.set()
-        lines = self.take()
+        lines = self._waiting()
         while self._thread.is_alive():
             self._thread.join(0.01)
-            lines += self.take()
-        return lines + self.take()
+            lines += self._waiting()
+        return lines + self._waiting()
+
+    def _run(self) -> None:
+        try:
+            self._read()
+        except BaseException as error:
+            self._died = error
 
     def _read(self) -> None:
         while self._splitters:

@@ -23,7 +23,7 @@ from bigpipe.sizes import format_size
 from . import processes
 from .environment import worker_environment
 from .jobs import Failure, Job, JobFile, Mode, Outcome
-from .lifeline import ORPHANED
+from .lifeline import ORPHANED, UNTOLD
 from .output import EventTail, Log, OutputReader
 from .processes import Worker, out_of_memory_kills, peak_resident
 
@@ -70,16 +70,14 @@ class Supervisor:
         child = self.job.warm.take(self.job.folder.job, self.environment) if self.job.warm and mode == "run" else None
         if child is None:
             child = processes.start(self.job.folder.job, mode, environment=self.environment, directory=self.job.base)
-        first = Worker.of(child)
-        assert child.stdout is not None  # noqa: S101 (always a pipe)
-        with child.stdout:
-            own = os.dup(child.stdout.fileno())
-        reader = OutputReader(self.log, {own: None, **{pipes[rank]: rank for rank in pipes}})
+        first, reader = Worker.of(child), None
         try:
+            reader = self._read(child, pipes)
             self._watch(child, reader, look)
         finally:
             self._end(child, first)
-            self._relay(reader.finish())
+            if reader is not None:
+                self._relay(reader.finish())
         return child.returncode
 
     def check(self) -> None:
@@ -132,6 +130,12 @@ class Supervisor:
         """Return the largest resident size of a rank, or of the workers that are none, in bytes."""
         return max((self.memory.get(worker.pid, 0) for worker in self.workers() if worker.rank == rank), default=0)
 
+    def _read(self, child: subprocess.Popen[bytes], pipes: Mapping[int, int]) -> OutputReader:
+        assert child.stdout is not None  # noqa: S101 (always a pipe)
+        with child.stdout:
+            own = os.dup(child.stdout.fileno())
+        return OutputReader(self.log, {own: None, **{pipes[rank]: rank for rank in pipes}})
+
     def _watch(self, child: subprocess.Popen[bytes], reader: OutputReader, look: Callable[[], None]) -> None:
         pause = FIRST_PAUSE
         while child.poll() is None:
@@ -150,6 +154,10 @@ class Supervisor:
             self.say(event)
         for rank, line in lines:
             self.job.report(LogLine(self.job.node, line, True, rank or 0))
+        fault, self.log.fault = self.log.fault, None
+        if fault is not None:
+            line = f"its log is not written, and lines are lost: {fault.cause}; {fault.cure}"
+            self.job.report(LogLine(self.job.node, line))
 
     def _end(self, child: subprocess.Popen[bytes], first: Worker) -> None:
         left = processes.end([first, *self.workers()], reap=child.poll)
@@ -174,6 +182,8 @@ class Supervisor:
 def _how_it_ended(code: int) -> str:
     if code == ORPHANED:
         return "gave up: its parent had ended, or another run holds its work folder"
+    if code == UNTOLD:
+        return "could not write what came of it"
     if code >= 0:
         return f"ended with exit status {code} and no result"
     try:

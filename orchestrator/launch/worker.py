@@ -9,7 +9,7 @@
 With `--warm` it imports modules and waits until it is told on its input that the job file is there; see
 `WarmWorker`.
 
-The first statements of `main` tie the process to its parent and its work folder, before anything heavy is imported.
+The first statements of `begin` tie the process to its parent and its work folder, before anything heavy is imported.
 A worker ends by `os._exit` once its result is written: libraries that crash in their own teardown change nothing.
 
 On further machines (`num_machines` over 1) a person or a scheduler starts mode `launch` with that machine's rank on the
@@ -27,7 +27,7 @@ from contextlib import closing, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
-from .lifeline import ORPHANED, PARENT_VARIABLE, hold_work_folder, sign_in, stand_in_for_parent, tie_to_parent
+from .lifeline import ORPHANED, PARENT_VARIABLE, UNTOLD, hold_work_folder, sign_in, stand_in_for_parent, tie_to_parent
 
 if TYPE_CHECKING:
     from bigpipe.orchestrator.contract import Reporter, Stage, StageResult
@@ -37,19 +37,33 @@ if TYPE_CHECKING:
 
 def main(arguments: list[str]) -> None:
     """Never returns."""
+    path, mode, more = Path(arguments[0]), cast("Mode", arguments[1]), arguments[2:]
+    try:
+        status = begin(path, mode, more)
+    except Exception as error:
+        from .jobs import ran_out
+
+        if (told := ran_out(error)) is None:
+            raise
+        sys.stderr.write(f"{told}\n")
+        status = UNTOLD
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)
+
+
+def begin(path: Path, mode: Mode, more: list[str]) -> int:
+    """Sign in, wait for the word where it is told to, and work; return the exit status. Raise OSError where nothing can
+    be written to or read from the attempt's folder."""
     tie_to_parent()
     stand_in_for_parent()
-    path, mode, more = Path(arguments[0]), cast("Mode", arguments[1]), arguments[2:]
     rank = int(os.environ.get("RANK", "0")) if mode == "rank" else None  # torchrun's; a single one is started without
     sign_in(path.parent / "processes", rank)
     if mode != "launch":
         if more:
             warm_up(more[1:])
         hold_work_folder(Path(json.loads(path.read_bytes())["assignment"]["out"]).parent)
-    status = work(path, mode, rank or 0, more)
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(status)
+    return work(path, mode, rank or 0, more)
 
 
 def warm_up(modules: list[str]) -> None:

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
 from bigpipe.errors import BigpipeError, ManifestError, Place
-from bigpipe.files import LogFile
+from bigpipe.files import LogFile, explain, explained, make_directory
 from bigpipe.orchestrator.contract import (
     Event,
     Json,
@@ -202,8 +202,9 @@ class JsonlReporter:
     """Appends every event as one JSON line with its time (ISO 8601, UTC)."""
 
     def __init__(self, path: Path) -> None:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        self._file = LogFile(path)
+        with explained(path, other="name another file with --events"):
+            make_directory(path.parent, durable=False)
+            self._file = LogFile(path)
 
     def report(self, event: Event) -> None:
         now = datetime.now(UTC).isoformat(timespec="milliseconds")
@@ -214,22 +215,40 @@ class JsonlReporter:
 
 
 class Tee:
-    """Passes every event on to all. A run goes on when nobody reads what it says."""
+    """Passes every event on, to people and perhaps to a file. A run goes on when nobody reads what it says, or when it
+    cannot be written: events that are missing in the file are announced once."""
 
-    def __init__(self, *reporters: PlainReporter | JsonlReporter) -> None:
-        self._reporters = list(reporters)
+    def __init__(self, talk: PlainReporter, record: JsonlReporter | None = None) -> None:
+        self._talk: PlainReporter | None = talk
+        self._record = record
+        self._missing = False
 
     def report(self, event: Event) -> None:
-        for reporter in tuple(self._reporters):
+        self._tell(lambda talk: talk.report(event))
+        if self._record is not None:
             try:
-                reporter.report(event)
-            except BrokenPipeError:
-                self._reporters.remove(reporter)
+                self._record.report(event)
+            except OSError as error:
+                self._warn(error)
+
+    def _tell(self, say: Callable[[PlainReporter], None]) -> None:
+        if self._talk is not None:
+            try:
+                say(self._talk)
+            except OSError:
+                self._talk = None
+
+    def _warn(self, error: OSError) -> None:
+        fault = explain(error, Path())
+        if not self._missing:
+            self._tell(lambda talk: talk.print(f"events are lost: {fault.cause}; {fault.cure}", "yellow"))
+        self._missing = True
 
     def close(self) -> None:
-        for reporter in self._reporters:
-            with suppress(BrokenPipeError):
-                reporter.close()
+        self._tell(lambda talk: talk.close())
+        if self._record is not None:
+            with suppress(OSError):
+                self._record.close()
 
 
 def choose_reporter(stream: TextIO, *, events: Path | None = None, environment: Mapping[str, str] = os.environ) -> Tee:
@@ -237,7 +256,7 @@ def choose_reporter(stream: TextIO, *, events: Path | None = None, environment: 
     reporter = PlainReporter(stream)
     if stream.isatty() and environment.get("TERM", "") not in ("dumb", "unknown"):
         reporter = RichReporter(stream, environment=environment)
-    return Tee(reporter, *([JsonlReporter(events)] if events is not None else []))
+    return Tee(reporter, JsonlReporter(events) if events is not None else None)
 
 
 def error_text(error: BigpipeError, environment: Mapping[str, str]) -> str:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import os
+import threading
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
@@ -20,7 +21,7 @@ from typing import Any
 from pydantic import BaseModel, Field, ValidationError
 
 from bigpipe.errors import BigpipeError, Interrupted, UsageError
-from bigpipe.files import LogFile, write_file
+from bigpipe.files import LogFile, is_held, write_file
 from bigpipe.orchestrator.contract import (
     Event,
     Json,
@@ -36,10 +37,13 @@ from bigpipe.orchestrator.recipe import Recipe
 from bigpipe.orchestrator.store import KeyRecord, explained, make_directory
 from bigpipe.redaction import redact_json
 
+EVENTS = "events.jsonl"
 LAST = "last"
 """Names the newest run wherever an id is asked for."""
 SAVE_SECONDS = 1.0
-"""Nodes that end quickly one after the other share one writing of the record."""
+"""What happened is on record after this long. Nodes that end quickly one after the other share one writing."""
+DEAD = "dead"
+"""The status of a run that was killed, and of the nodes that it was at: nobody was left to write it."""
 
 
 def new_run_id(now: datetime | None = None) -> str:
@@ -72,7 +76,7 @@ class RunRecord(BaseModel):
     """The recipe's name."""
     params: dict[str, Any] = Field(default_factory=dict)
     status: str = "running"
-    """running (also of a run that was killed), succeeded, failed, interrupted."""
+    """running, succeeded, failed, interrupted; dead, which is not on the disk: there such a run is running."""
     started: str
     """ISO 8601 in UTC."""
     seconds: float = 0.0
@@ -135,13 +139,16 @@ class RunResult:
 
 
 class RunRecorder:
-    """A Reporter that writes the record of one run."""
+    """A Reporter that writes the record of one run. Safe for threads."""
 
     def __init__(self, folder: Path, run: str, recipe: Recipe) -> None:
         self._folder = folder
         self._events: LogFile | None = None
         self._saved = float("-inf")
+        self._news = False
+        """Is the record behind?"""
         self._worked = False
+        self._lock = threading.Lock()
         self.record = RunRecord(
             run=run,
             manifest=str(recipe.path),
@@ -153,8 +160,7 @@ class RunRecorder:
         )
 
     def report(self, event: Event) -> None:
-        """Takes one event. Not safe for threads: whoever has several serialises them."""
-        with explained(self._folder):
+        with self._lock, explained(self._folder):
             self._log(event)
             match event:
                 case RunStarted():
@@ -167,12 +173,22 @@ class RunRecorder:
                     self.record.nodes[event.node] = NodeRun(**{**facts, "seconds": round(event.seconds, 3)})
                 case _:
                     return
-            if time.monotonic() - self._saved > SAVE_SECONDS:
-                self._save()
+            self._news = True
+        self.flush()
+
+    def flush(self) -> None:
+        """Write what has waited for `SAVE_SECONDS`."""
+        if time.monotonic() - self._saved > SAVE_SECONDS:
+            with self._lock, explained(self._folder):
+                if self._events is not None:
+                    self._events.append(b"")
+                if self._news:
+                    self._save()
+                self._saved = time.monotonic()
 
     def finish(self, status: str, nodes: dict[str, NodeRun], seconds: float) -> None:
         """Completes the record of a run that is over."""
-        with explained(self._folder):
+        with self._lock, explained(self._folder):
             self.record.status, self.record.nodes, self.record.seconds = status, nodes, round(seconds, 3)
             self._save(durable=self._worked)
             self.close()
@@ -186,7 +202,8 @@ class RunRecorder:
     def _log(self, event: Event) -> None:
         if self._events is None:
             make_directory(self._folder, durable=False)
-            self._events = LogFile(self._folder / "events.jsonl")
+            self._events = LogFile(self._folder / EVENTS)
+            self._events.hold()  # before there is a record that says that it runs
         stamp = datetime.now(UTC).isoformat(timespec="milliseconds")
         line = {"time": stamp, **event.as_json()}
         now = (not isinstance(event, Progress | LogLine) and self._worked) or isinstance(event, RunFinished)
@@ -196,7 +213,7 @@ class RunRecorder:
         make_directory(self._folder, durable=durable)
         data = json.dumps(redact_json(self.record.model_dump(mode="json")), indent=1)
         write_file(self._folder / "run.json", data, durable=durable)
-        self._saved = time.monotonic()
+        self._news = False
 
 
 def load_run(runs: Path, run: str = LAST) -> RunRecord:
@@ -214,8 +231,14 @@ def load_run(runs: Path, run: str = LAST) -> RunRecord:
 
 def _read(folder: Path) -> RunRecord:
     path = folder / "run.json"
+    alive = is_held(folder / EVENTS)  # before its last word is read
     try:
-        return RunRecord.model_validate_json(path.read_bytes())
+        record = RunRecord.model_validate_json(path.read_bytes())
+        if not alive:
+            all_of_it: list[RunRecord | NodeRun] = [record, *record.nodes.values()]
+            for one in all_of_it:
+                one.status = DEAD if one.status == "running" else one.status
+        return record
     except (OSError, ValidationError) as error:
         cause = f"the record of run {folder.name} is damaged: {path}"
         raise UsageError(cause, "its logs may still be readable") from error

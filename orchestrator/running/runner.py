@@ -61,6 +61,7 @@ if TYPE_CHECKING:
     from .warming import Warming
 
 
+STOPS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 LOOK = 0.1
 """Seconds between two looks at what running nodes have announced."""
 
@@ -70,6 +71,7 @@ class Run:
     session: Session
     plan: Plan
     id: str
+    recorder: RunRecorder
     reporter: Reporter
     states: States
     streams: Streams
@@ -94,7 +96,7 @@ def run_plan(
     session: Session, plan: Plan, reporter: Reporter, *, jobs: int | None = None, keep_going: bool = False
 ) -> RunResult:
     """Run what the plan says, deciding each node again with true digests.
-    A node that fails is in the result, not raised. SIGINT and SIGTERM stop the children and leave everything
+    A node that fails is in the result, not raised. SIGINT, SIGTERM and SIGHUP stop the children and leave everything
     resumable."""
     started = time.monotonic()
     run_id = new_run_id()
@@ -112,16 +114,17 @@ def run_plan(
         session=session,
         plan=plan,
         id=run_id,
+        recorder=recorder,
         reporter=OneAtATime(reporter, recorder),
         states=states,
         streams=Streams(session, states),
         pool=ThreadPoolExecutor(max_workers=jobs + len(plan.nodes), thread_name_prefix="node"),
     )
-    with closing(recorder):
+    with closing(recorder), _caught_once(run.interrupt):
         run.reporter.report(RunStarted(run_id, str(session.recipe.path), tuple(plan.nodes)))
-        with _caught_once(run.interrupt), run.pool:
+        with run.pool:
             _loop(run)
-        return _finish_run(run, recorder, time.monotonic() - started)
+        return _finish_run(run, time.monotonic() - started)
 
 
 def _loop(run: Run) -> None:
@@ -150,6 +153,7 @@ def _wait(run: Run) -> None:
     run.streams.answer()
     if run.warming is not None and not run.states.stopped:
         run.warming.begin()
+    run.recorder.flush()
     done, _ = wait(run.working, timeout=LOOK, return_when=FIRST_COMPLETED)
     for future in done:
         _finish(run, run.working.pop(future), future)
@@ -236,11 +240,17 @@ def _start(run: Run, state: NodeState, follows: str) -> None:
 
 
 def _timed(state: NodeState, attempt: Attempt) -> KeyRecord | None:
+    from bigpipe.orchestrator.launch import ran_out
+
     from .execution import execute
 
     started = time.monotonic()
     try:
         return execute(attempt)
+    except Exception as error:
+        if (told := ran_out(error)) is None:
+            raise
+        raise told from error
     finally:
         if attempt.warm is not None:
             attempt.warm.end()  # unless it was taken
@@ -307,7 +317,7 @@ def _report(run: Run, state: NodeState) -> None:
     )
 
 
-def _finish_run(run: Run, recorder: RunRecorder, seconds: float) -> RunResult:
+def _finish_run(run: Run, seconds: float) -> RunResult:
     states = run.states.nodes
     for state in states.values():
         if state.status is Status.PENDING:
@@ -324,7 +334,7 @@ def _finish_run(run: Run, recorder: RunRecorder, seconds: float) -> RunResult:
     result = RunResult(
         run=run.id, status=status, nodes=states, session=run.session, seconds=seconds, errors=tuple(errors)
     )
-    recorder.finish(status, result.ran(), seconds)
+    run.recorder.finish(status, result.ran(), seconds)
     _remember(run, {name: state.key for name, state in states.items() if state.key and state.status in GOOD})
     return result
 
@@ -337,8 +347,8 @@ def _remember(run: Run, keys: Mapping[str, str]) -> None:
 
 @contextmanager
 def _caught_once(told: Callable[[int], None]) -> Iterator[None]:
-    """The first SIGINT or SIGTERM calls `told` with its number; the second is not held back.
-    Where this is not the main thread, which alone may catch signals, nothing is caught."""
+    """The first SIGINT, SIGTERM or SIGHUP calls `told` with its number; the second is not held back. What is ignored
+    (`nohup`) stays so. Where this is not the main thread, which alone may catch signals, nothing is caught."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -348,7 +358,8 @@ def _caught_once(told: Callable[[int], None]) -> Iterator[None]:
         for caught, previous in before.items():
             signal.signal(caught, previous)
 
-    before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
+    heard = [number for number in STOPS if signal.getsignal(number) is not signal.SIG_IGN]
+    before = {number: signal.signal(number, stop) for number in heard}
     try:
         yield
     finally:

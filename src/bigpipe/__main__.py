@@ -13,9 +13,12 @@ def main() -> None:
     gc.set_threshold(1_000_000)
     resource.setrlimit(resource.RLIMIT_CORE, (0, resource.getrlimit(resource.RLIMIT_CORE)[1]))  # it would hold secrets
     os.environ.setdefault("PYDANTIC_DISABLE_PLUGINS", "__all__")
-    from .cli import main as run_command
+    try:
+        from .cli import main as run_command
 
-    run_command()
+        run_command()
+    except KeyboardInterrupt:  # before the command could answer it
+        os._exit(130)
 
 
 if __name__ == "__main__":

@@ -5,9 +5,10 @@
     copy_file        a file as it is, sharing its blocks where the file system can
     LogFile          a file that grows at its end
     link, give_name  a symlink, a second name
+    exchange         a directory in the place of another
 
 The order is always: write beside the target, fsync the file, rename, fsync the directory. Everything raises OSError as
-the system gives it, but for `FileWriter`; `explained` makes an error with a cure of it.
+the system gives it, with the file's name, but for `FileWriter`; `explained` makes an error with a cure of it.
 """
 
 from __future__ import annotations
@@ -32,6 +33,13 @@ NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
 NO_PERMISSION = (errno.EACCES, errno.EPERM, errno.EROFS)
 NOT_SUPPORTED = (errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS)
 NO_LOCKS = (errno.ENOLCK, *NOT_SUPPORTED)
+LIMITS = {
+    errno.EFBIG: "allow larger files (`ulimit -f`, or another file system)",
+    errno.EMFILE: "allow more open files (`ulimit -n`)",
+    errno.ENFILE: "close other programs: the whole system has too many files open",
+    errno.EAGAIN: "allow more processes and threads (`ulimit -u`)",
+}
+"""What to change where one of the system's limits was met."""
 CHUNK = 1 << 22
 WRITE = 256 * 1024
 """Bytes per call. Larger ones make Linux look for pages of megabytes, which a virtual machine has often given back to
@@ -53,10 +61,13 @@ def explain(
     where = Path(os.fsdecode(error.filename)) if error.filename else path
     other = other or "work on another disk"
     if error.errno in NO_SPACE:
-        need = f", {format_transfer(needed)} needed" if needed else ""
         disk = f"the disk of {owner}" if owner else "the disk"
+        if not _has_inodes(path):
+            cause = f"{disk} has no inodes left for further files: {where}"
+            return StageFailed(cause, f"{free or 'remove files there'}, or {other}")
+        need = f", {format_transfer(needed)} needed" if needed else ""
         cause = f"{disk} is full: {where}: {format_transfer(free_space(path))} free{need}"
-        return DoesNotFit(cause, f"{free or 'free space there'}, or {other}")
+        return StageFailed(cause, f"{free or 'free space there'}, or {other}")
     if error.errno in NO_PERMISSION:
         return UsageError(
             f"{owner or 'a file'} may not be used: {where}: {error.strerror}",
@@ -64,8 +75,24 @@ def explain(
         )
     return StageFailed(
         f"{owner or 'a file'} cannot be read or written: {where}: {error.strerror or error}",
-        f"check the disk (`dmesg`), or {other}",
+        f"{LIMITS.get(error.errno or 0, 'check the disk (`dmesg`)')}, or {other}",
     )
+
+
+def _has_inodes(path: Path) -> bool:
+    """May the file system of `path` hold one more file? Many have no bound, and say that they have none at all."""
+    facts = os.statvfs(existing(path))
+    return facts.f_favail > 0 or facts.f_files == 0
+
+
+@contextmanager
+def _named(path: Path) -> Iterator[None]:
+    """Raise every OSError within with a file's name: what fails on a descriptor has none."""
+    try:
+        yield
+    except OSError as error:
+        error.filename = error.filename or os.fspath(path)
+        raise
 
 
 @contextmanager
@@ -179,6 +206,22 @@ def move(source: Path, target: Path, *, durable: bool = False) -> None:
         sync_directory(target.parent)
 
 
+def exchange(one: Path, other: Path) -> bool:
+    """Let two directories swap their names in one step. False where the system or the file system cannot."""
+    import ctypes
+
+    at_working_directory, both_ways = -100, 2  # AT_FDCWD of <fcntl.h>, RENAME_EXCHANGE of <linux/fs.h>
+    rename = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)  # glibc 2.28 and musl 1.2.6 have it
+    if sys.platform != "linux" or rename is None:
+        return False
+    if rename(at_working_directory, os.fsencode(one), at_working_directory, os.fsencode(other), both_ways) == 0:
+        return True
+    number = ctypes.get_errno()
+    if number in NOT_SUPPORTED:
+        return False
+    raise OSError(number, os.strerror(number), os.fspath(one), None, os.fspath(other))
+
+
 def partial_name(path: Path) -> Path:
     """Return a name beside `path` that no other writer uses."""
     return path.with_name(f".{path.name}.{os.getpid()}.{next(_serial)}{PARTIAL}")
@@ -197,12 +240,13 @@ def write_file(path: Path, content: bytes | str, *, durable: bool = True, mode: 
     # not O_EXCL: a process of this number may have been killed here before
     descriptor = os.open(beside, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW | os.O_CLOEXEC, mode)
     try:
-        try:
-            write_all(descriptor, data)
-            if durable:
-                sync(descriptor)
-        finally:
-            os.close(descriptor)
+        with _named(path):
+            try:
+                write_all(descriptor, data)
+                if durable:
+                    sync(descriptor)
+            finally:
+                os.close(descriptor)
         move(beside, path, durable=durable)
     except BaseException:
         with suppress(OSError):
@@ -256,8 +300,14 @@ class LogFile:
     """A file that grows at its end. Each `append` is one write, so that several processes may share it."""
 
     def __init__(self, path: Path, *, mode: int = 0o666) -> None:
+        self._path = path
         self._file = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, mode)
         self._waiting = bytearray()
+
+    def hold(self) -> None:
+        """Lock the file until it is closed, where the file system has locks, so that `is_held` tells of it."""
+        with suppress(OSError):
+            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
 
     def append(self, data: bytes, *, durable: bool = False, later: bool = False) -> None:
         """Write at the end. Durable: it is on the disk on return. Later: with what is appended next."""
@@ -265,13 +315,15 @@ class LogFile:
         if later and len(self._waiting) < LATER:
             return
         data, self._waiting = bytes(self._waiting), bytearray()
-        write_all(self._file, data)
-        if durable:
-            sync(self._file)
+        with _named(self._path):
+            write_all(self._file, data)
+            if durable:
+                sync(self._file)
 
     def cut(self, size: int) -> None:
         """Drop everything after the first `size` bytes."""
-        os.ftruncate(self._file, size)
+        with _named(self._path):
+            os.ftruncate(self._file, size)
 
     def close(self) -> None:
         try:
@@ -284,6 +336,25 @@ class LogFile:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+
+def is_held(path: Path) -> bool:
+    """Return whether a process lives that holds this log; True where the file system cannot tell."""
+    try:
+        with path.open("rb") as file, path.open("rb") as other:
+            if not _locks(file.fileno(), fcntl.LOCK_SH):
+                return True
+            return _locks(other.fileno(), fcntl.LOCK_EX)  # granted beside the first one: locks mean nothing here
+    except OSError as error:
+        return not isinstance(error, FileNotFoundError)
+
+
+def _locks(descriptor: int, operation: int) -> bool:
+    try:
+        fcntl.flock(descriptor, operation | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
 
 
 class FileWriter:

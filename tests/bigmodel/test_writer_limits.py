@@ -105,7 +105,7 @@ import json, sys
 from pathlib import Path
 from bigpipe.bigmodel.writing import PlannedTensor, plan_shards
 from bigpipe.bigmodel.writing import write_checkpoint
-from bigpipe.errors import DoesNotFit
+from bigpipe.errors import DoesNotFit, StageFailed
 disk, early = Path(sys.argv[1]), sys.argv[2] == "early"
 plans = plan_shards([PlannedTensor(f"t{n}", "uint8", (3_000_000,)) for n in range(3)], 3_000_000)
 def fill():
@@ -119,7 +119,7 @@ def produce(tensor):
 if early: fill()
 try:
     write_checkpoint(disk / "out", plans, produce, journal=disk / "journal")
-except DoesNotFit as error:
+except (DoesNotFit, StageFailed) as error:
     left = sorted(path.name for path in (disk / "out").iterdir())
     print(json.dumps({"cause": error.cause, "cure": error.cure, "left": left}))
 """

@@ -89,7 +89,7 @@ def test_it_can_be_read_while_the_run_goes_on_and_after_it_was_killed(tmp_path):
 
     assert in_child(killed) == -signal.SIGKILL
     record = load_run(tmp_path)
-    assert record.status == "running"
+    assert record.status == "dead"
     assert (record.nodes["shard"].status, record.nodes["shard"].seconds) == ("succeeded", 1.235)
     assert record.nodes["save"].status == "pending"
 

@@ -57,7 +57,7 @@ def on_small_disk(tmp_path, code, options="size=1m"):
 FULL = """
 import json, os
 from support.stores import contents, fill, publish, record
-from bigpipe.errors import DoesNotFit
+from bigpipe.errors import StageFailed
 from bigpipe.orchestrator.lock.lockfile import locked_digests
 from bigpipe.orchestrator.store.store import Store
 
@@ -79,7 +79,7 @@ for free in range(0, 25):
             failed = None
             try:
                 store.publish(record("a"), work.out)
-            except DoesNotFit as error:
+            except StageFailed as error:
                 failed = [error.cause, error.cure]
         (disk / "ballast").unlink()
         assert (failed is None) == (store.find(record("a").key) is not None)
@@ -244,7 +244,7 @@ def test_a_fault_at_every_system_call_of_a_publishing(tmp_path, fault):
             root = tmp_path / f"{call}-{turn}"
             done = python(MAKE, *strace("-o", "/dev/null", "-e", f"inject={call}:{fault}:when={turn}"), ROOT=str(root))
             if "publishing" in done.stdout and done.returncode not in (0, 137, -9):
-                assert "DoesNotFit" in done.stderr or "StageFailed" in done.stderr or "UsageError" in done.stderr, (
+                assert "StageFailed" in done.stderr or "UsageError" in done.stderr, (
                     call,
                     turn,
                     done.stderr,
