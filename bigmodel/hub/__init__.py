@@ -8,8 +8,9 @@ from bigpipe.faces import face
 
 if TYPE_CHECKING:
     from .bringing import Brought, DirectorySource, Expected, HubSource, Source, Watch
-    from .connection import COMMIT, guard_answers
+    from .connection import guard_answers, uploading
     from .errors import LOGIN, hub_errors
+    from .exchange import exchanging
     from .remote import Need, answers, describe_pipeline, describe_repository
     from .repository import (
         Hub,
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
         resolve_commit,
         whoami,
     )
+    from .responses import COMMIT, NOT_A_HUB
     from .selection import Choice
     from .snapshot import fetch
 

@@ -1,62 +1,135 @@
-"""One answer of a Hub: asked for with a budget of seconds and bytes, its headers checked before a library acts on them.
+"""The client of `huggingface_hub`, guarded: every answer is checked, and every exchange has a budget.
 
-`huggingface_hub` names files of its cache after what a server says (`ETag`, `X-Repo-Commit`), so that a server could
-write where it likes. Every client that it makes in this process refuses such answers.
+    guard_answers(endpoint)            once, before the client is used
+    request(address, …)                one metadata request
+    with downloading(…): …             around what the client does by itself
+
+Tokens are sent to the Hub that they are for, and nowhere else.
 """
 
 from __future__ import annotations
 
-import re
+import sys
 import threading
 import time
 from collections.abc import Callable, Mapping
 from typing import Any
+from urllib.parse import urlsplit
 
 from bigpipe.errors import Transient
+
+from .exchange import Exchange, charge_sockets, current, exchanging
+from .responses import BUSY, ELSEWHERE, asked_pause, check_answer
 
 PATIENCE = 5.0
 """The longest `Retry-After` that a metadata request waits for, in seconds."""
 SLOWEST = 50_000
 """Bytes a second. An answer that comes at less is waited for twice as long as one that does not come at all."""
-MAX_ANSWER = 128 * 2**20
+SLOWEST_FILE = 10_000
+"""Bytes a second, of one file in either direction."""
+MAX_ANSWER = 32 * 2**20
 """Bytes of one answer. A listing takes some 300 per file."""
-COMMIT = re.compile(r"[0-9a-f]{40}")
-PLAIN = re.compile(r"(?:W/)?\"?(?!\.)[\w.+=-]{1,128}\"?", re.ASCII)
-"""An ETag that is a file's name, whatever a mirror makes them of."""
-NO_RANGE = "a proxy in between may drop the Range header; try again, or without it"
-NOT_A_HUB = "check HF_ENDPOINT: a mirror must speak the Hub's API"
+STEPS, PAUSES = 6, 30
+"""Patience with files, and the pauses that may be asked for, in the client's own time limits (HF_HUB_DOWNLOAD_TIMEOUT,
+10 s). The Hub counts requests over five minutes."""
+OFFICIAL = ("https://huggingface.co", "https://hf.co")
 
 _guarding = threading.Lock()
 _guarded: list[Callable[[], Any]] = []
+_endpoints: set[tuple[str, str, int]] = set()
 
 
-def guard_answers() -> None:
-    """See that every client of `huggingface_hub` in this process checks the headers that it is answered."""
+def guard_answers(endpoint: str) -> None:
+    """See that every client of `huggingface_hub` in this process checks what it is answered, by this Hub or another."""
+    from huggingface_hub import constants
     from huggingface_hub.utils import _http
 
     with _guarding:
+        _endpoints.update(map(_origin, (endpoint, constants.ENDPOINT, *OFFICIAL)))
         if _guarded:
             return
         make = getattr(_http, "_GLOBAL_CLIENT_FACTORY", _http.default_client_factory)
 
         def guarded() -> Any:
             client = make()
-            hooks = dict(client.event_hooks)
-            client.event_hooks = {**hooks, "response": [*hooks.get("response", []), _check_headers]}
+            hooks = client.event_hooks
+            client.event_hooks = {
+                "request": [*hooks.get("request", []), _check_request],
+                "response": [*hooks.get("response", []), _check_response],
+            }
+            client.headers["Accept-Encoding"] = "gzip"
+            charge_sockets(client, _unknown)
             return client
 
         _http.set_client_factory(guarded)
         _guarded.append(guarded)
 
 
-def _check_headers(response: Any) -> None:
-    commit = response.headers.get("X-Repo-Commit")
-    named = [response.headers.get(name) for name in ("ETag", "X-Linked-Etag") if response.request.method == "HEAD"]
-    wrong = [] if commit is None or COMMIT.fullmatch(commit) else [commit]
-    wrong += [name for name in named if name is not None and not PLAIN.fullmatch(name)]
-    if wrong:
-        cause = f"{response.request.url.host} names a file or commit {wrong[0][:80]!r}, which no Hub does"
-        raise Transient(cause, NOT_A_HUB)
+def _origin(address: str) -> tuple[str, str, int]:
+    try:
+        url = urlsplit(address)
+        return url.scheme, url.hostname or "", url.port or (80 if url.scheme == "http" else 443)
+    except ValueError:
+        return "", "", 0
+
+
+def _ours(address: str) -> bool:
+    return _origin(address) in _endpoints
+
+
+def _secure() -> bool:
+    return all(scheme != "http" for scheme, _, _ in _endpoints)
+
+
+def _check_request(request: Any) -> None:
+    if _secure() and request.url.scheme == "http":
+        raise Transient(f"requests are sent away from TLS, to {request.url.host}", ELSEWHERE)
+    if not _ours(str(request.url)):
+        request.headers.pop("Authorization", None)
+
+
+def _check_response(response: Any) -> None:
+    check_answer(response, current() or _unknown(), secure=_secure(), ours=_ours)
+
+
+def _unknown() -> Exchange:
+    """Of a request that belongs to no exchange: what the client asks in threads of its own while it uploads."""
+    step = _step()
+    return Exchange(patience=2 * STEPS * step, slowest=SLOWEST_FILE, limit=MAX_ANSWER, pause=PAUSES * step)
+
+
+def _step() -> float:
+    constants = sys.modules["huggingface_hub.constants"]
+    return float(constants.HF_HUB_DOWNLOAD_TIMEOUT)
+
+
+def downloading(name: str, size: int, *, commit: str, digest: str) -> Exchange:
+    """Return the exchange of one file, of which the listing tells size and digest ("" where it does not)."""
+    step = _step()
+    return Exchange(
+        patience=STEPS * step,
+        slowest=SLOWEST_FILE,
+        limit=size,
+        pause=PAUSES * step,
+        asked_for=name,
+        commit=commit,
+        digest=digest,
+        size=size,
+    )
+
+
+def asking(timeout: float, limit: int = MAX_ANSWER, **known: Any) -> Exchange:
+    """Return the exchange of one metadata request, each step of which may take `timeout` seconds. known: fields of an
+    `Exchange` for messages, and of the file that is asked about."""
+    anyhow = float("inf")  # how long it waits is decided in `request`
+    return Exchange(patience=2 * timeout, slowest=SLOWEST, limit=limit, pause=anyhow, **known)
+
+
+def uploading(name: str) -> Exchange:
+    """Return the exchange of what the client asks in this thread while it uploads."""
+    exchange = _unknown()
+    exchange.asked_for = name
+    return exchange
 
 
 def request(
@@ -69,39 +142,29 @@ def request(
     limit: int = MAX_ANSWER,
     method: str = "GET",
 ) -> Any:
-    """Return the response to one request, or to a second one where the first met a limit or a server out of order, with
-    what was read as its `extensions["content"]`. timeout: seconds for each of its steps. At most `limit` bytes are
-    read: a server that ignores a Range header would send the whole file.
+    """Return the response to one request, or to a second one where the first met a limit or a server out of order; it
+    has been read. timeout: seconds for each of its steps. At most `limit` bytes are read: a server that ignores a Range
+    header would send the whole file.
     Raise Transient where there are more, or they come too slowly; and the errors of `huggingface_hub`."""
     from huggingface_hub.utils import build_hf_headers, get_session, hf_raise_for_status
 
-    guard_answers()
+    guard_answers(address)
     sent = {**build_hf_headers(token=token, library_name="bigpipe"), **headers}
-    for last in (False, True):
-        with get_session().stream(method, address, params=dict(query), headers=sent, timeout=timeout) as response:
-            wait = _retry_after(response.headers.get("Retry-After"))
-            if last or wait > PATIENCE or response.status_code not in (429, 500, 502, 503, 504):
-                hf_raise_for_status(response)
-                response.extensions["content"] = _read(response, limit, 2 * timeout)
-                return response
-        time.sleep(wait)
+    with exchanging(asking(timeout, limit)):
+        for last in (False, True):
+            with get_session().stream(method, address, params=dict(query), headers=sent, timeout=timeout) as response:
+                wait = _pause(response.headers)
+                if last or wait > PATIENCE or response.status_code not in BUSY:
+                    hf_raise_for_status(response)
+                    response.read()
+                    return response
+            time.sleep(wait)
     return None
 
 
-def _read(response: Any, limit: int, seconds: float) -> bytes:
-    content, begun, host = bytearray(), time.monotonic(), response.request.url.host
-    for chunk in response.iter_bytes():
-        content += chunk
-        if len(content) > limit:
-            raise Transient(f"{host} answered with more than the {limit} bytes that were asked for", NO_RANGE)
-        if time.monotonic() - begun > seconds + len(content) / SLOWEST:
-            cause = f"{host} sends its answer too slowly: {len(content)} bytes in {time.monotonic() - begun:.0f} s"
-            raise Transient(cause, "run again later, or over another network")
-    return bytes(content)
-
-
-def _retry_after(value: str | None) -> float:
+def _pause(headers: Any) -> float:
     """Seconds; half a second where the header is missing, an endless wait where it is a date."""
-    if value is None:
+    told = headers.get("Retry-After")
+    if told is None and "RateLimit" not in headers:
         return 0.5
-    return float(value) if value.isdecimal() else float("inf")
+    return asked_pause(headers) if (told or "0").isdigit() else float("inf")

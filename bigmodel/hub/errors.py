@@ -19,6 +19,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from json import JSONDecodeError
+from traceback import walk_tb
 
 from bigpipe.errors import (
     BigpipeError,
@@ -32,10 +33,13 @@ from bigpipe.errors import (
     first_few,
 )
 
+from .responses import asked_pause, shown
+
 LOGIN = "run `hf auth login`, or set HF_TOKEN (in a manifest: under `secrets`)"
 
 
 WHOLE_STAY = "files that are whole stay in the Hub cache"
+CLIENT = {"huggingface_hub", "httpx", "httpx2", "httpcore", "httpcore2", "h11", "json"}
 TOLD_IN_WORDS = {"ProxyError": "407 "}
 """Class → how its text begins where a proxy wants a password: httpx (httpcore) keeps that status nowhere else."""
 
@@ -80,7 +84,7 @@ def hub_errors(
 def _translate(error: BaseException, asked: _Asked) -> BigpipeError | None:
     """None for what no rule knows. The innermost link that a rule knows decides: wrappers hide the cause."""
     links = list(_chain(error))[::-1]
-    for rule in (_of_response, _of_disk, _of_transport, _of_answer):
+    for rule in (_of_response, _of_disk, _of_transport, _of_answer, _of_client):
         for link in links:
             if (found := rule(link, asked)) is not None:
                 return found
@@ -117,14 +121,14 @@ def _of_response(error: BaseException, asked: _Asked) -> BigpipeError | None:
     if status == 407:
         return _no_passage(asked)
     if status == 429:
-        after = response.headers.get("Retry-After")
-        wait = f"wait {after} s" if after else "wait a few minutes"
+        after = asked_pause(response.headers)
+        wait = f"wait {after:.0f} s" if after else "wait a few minutes"
         return Transient(f"the Hub takes no more requests from here for now (429), asked for {asked.what}",
                          f"{wait} and run again; with a token the limit is higher: {LOGIN}")  # fmt: skip
     if status == 408 or status >= 500:
         cause = f"{asked.endpoint} is out of order ({status}), asked for {asked.what}"
         return Transient(cause, f"run again later; {WHOLE_STAY}")
-    message = message or str(error).strip().splitlines()[-1]
+    message = shown(message or str(error).strip().splitlines()[-1])
     return StageFailed(f"{asked.endpoint} refused the request for {asked.what} ({status}): {message}",
                        "the request may be wrong for this Hub; check HF_ENDPOINT")  # fmt: skip
 
@@ -158,7 +162,7 @@ def _no_passage(asked: _Asked) -> NotAuthorised:
 
 def _revisions(asked: _Asked) -> str:
     try:
-        known = list(asked.refs())
+        known = list(asked.refs())[:1000]
     except Exception:  # the listing is a courtesy: without it the message is still right
         known = []
     from difflib import get_close_matches
@@ -208,8 +212,21 @@ def _of_answer(error: BaseException, asked: _Asked) -> BigpipeError | None:
         cause = f"{asked.what} is not whole in the Hub cache, and asking the Hub is switched off"
         return Offline(cause, "run once with a network; what it brings stays in the Hub cache")
     if isinstance(error, OSError | JSONDecodeError | UnicodeDecodeError | RecursionError):
-        told = f"{type(error).__name__}: {(str(error).strip() or '-').splitlines()[0]}"
-        cause = f"{asked.endpoint} did not answer as a Hub does when asked for {asked.what} ({told})"
-        cure = "a login page or proxy may be in between: check the network and HF_ENDPOINT, and run again"
-        return Transient(cause, cure)
+        return _no_answer_of_a_hub(error, asked)
     return None
+
+
+def _no_answer_of_a_hub(error: BaseException, asked: _Asked) -> Transient:
+    told = f"{type(error).__name__}: {shown(str(error)) or '-'}"
+    cause = f"{asked.endpoint} did not answer as a Hub does when asked for {asked.what} ({told})"
+    cure = "a login page or proxy may be in between: check the network and HF_ENDPOINT, and run again"
+    return Transient(cause, cure)
+
+
+def _of_client(error: BaseException, asked: _Asked) -> BigpipeError | None:
+    """Whatever else was raised by the client's own code, or while JSON was read: an answer that it cannot take."""
+    if error.__traceback__ is None:
+        return None
+    *_, (frame, _) = walk_tb(error.__traceback__)
+    room = str(frame.f_globals.get("__name__", "")).partition(".")[0]
+    return _no_answer_of_a_hub(error, asked) if isinstance(error, Exception) and room in CLIENT else None

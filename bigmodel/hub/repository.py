@@ -11,7 +11,7 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -24,15 +24,23 @@ from bigpipe.bigmodel.sources import Sources
 from bigpipe.errors import InvalidCheckpoint, NotAuthorised, Offline, StageFailed, Transient, UsageError, first_few
 from bigpipe.redaction import conceal_environment
 
-from .connection import COMMIT, MAX_ANSWER, NO_RANGE, NOT_A_HUB, guard_answers, request
+from .connection import MAX_ANSWER, asking, guard_answers, request
 from .errors import LOGIN, hub_errors
+from .exchange import exchanging
+from .responses import COMMIT, DIGEST, NO_RANGE, NOT_A_HUB, shown
 
 DTYPE = re.compile(r"[A-Z][A-Z0-9_]{0,19}")
 """As safetensors writes them."""
+LIBRARY = re.compile(r"[\w.+-]{1,64}", re.ASCII)
 DRIVE = re.compile(r"[A-Za-z]:[/\\]")
-DIGEST = re.compile(r"[0-9a-f]{40}([0-9a-f]{24})?")
 READERS = 8
 """Files that are asked about at a time."""
+MOST_ASKED = 2000
+"""Files whose size is asked for one by one."""
+MOST_BYTES = 2**50
+LONGEST_NAME, LONGEST_PART = 1000, 255
+"""Bytes. Of the latter ext4, XFS, APFS and NTFS take no more."""
+UNUSABLE = "do not use this repository; report it to the Hub"
 CURE_OFFLINE = "run once with a network (without --offline and HF_HUB_OFFLINE); what it brings stays in the Hub cache"
 
 
@@ -218,6 +226,8 @@ def _sized(repository: Repository) -> Repository:
 
     if all(file.size >= 0 for file in repository.files):
         return repository
+    if (many := len(repository.files)) > MOST_ASKED:
+        raise Transient(f"{repository.hub.endpoint} tells no sizes of {many} files of {repository.repo}", NOT_A_HUB)
     with ThreadPoolExecutor(READERS, "size") as pool:
         return replace(repository, files=tuple(pool.map(partial(_asked_for, repository), repository.files)))
 
@@ -226,10 +236,13 @@ def _asked_for(repository: Repository, file: HubFile) -> HubFile:
     from huggingface_hub import get_hf_file_metadata
 
     hub, address = repository.hub, f"/{quote(repository.repo)}/resolve/{repository.commit}/{quote(file.path)}"
-    with hub_errors(hub.endpoint, repository.repo, repository.commit, file.path):
-        guard_answers()
+    with (
+        hub_errors(hub.endpoint, repository.repo, repository.commit, file.path),
+        exchanging(asking(hub.timeout, asked_for=file.path, commit=repository.commit, digest=file.etag)),
+    ):
+        guard_answers(hub.endpoint)
         told = get_hf_file_metadata(f"{hub.endpoint}{address}", token=hub.token, timeout=hub.timeout)
-    if told.size is None:
+    if told.size is None or told.size > MOST_BYTES:
         raise Transient(f"{hub.endpoint} does not tell how large {file.path} of {repository.repo} is", NOT_A_HUB)
     digest = told.etag if told.etag and DIGEST.fullmatch(told.etag) else ""
     return HubFile(file.path, told.size, digest if len(digest) == 40 else "", digest if len(digest) == 64 else None)
@@ -254,7 +267,13 @@ def whoami(hub: Hub) -> list[str]:
         data = _get_json(hub, "/api/whoami-v2", "whoami", None, {})
     except NotAuthorised as error:
         raise NotAuthorised(f"{hub.endpoint} knows no user for this login, or there is none (401)", LOGIN) from error
-    return [data["name"], *[organisation["name"] for organisation in data.get("orgs", [])]]
+    try:
+        names = [data["name"], *[organisation["name"] for organisation in data.get("orgs", [])]]
+        if not all(isinstance(name, str) and name.isprintable() for name in names):
+            raise TypeError(f"names are {names!r}")
+    except (AttributeError, KeyError, TypeError) as error:
+        raise Transient(f"{hub.endpoint} does not tell who this login is ({_why(error)})", NOT_A_HUB) from error
+    return names
 
 
 def read_range(repo: str, commit: str, path: str, start: int, size: int, *, hub: Hub) -> bytes:
@@ -272,12 +291,28 @@ def read_range(repo: str, commit: str, path: str, start: int, size: int, *, hub:
 
 
 def check_name(repo: str, name: str) -> None:
-    """Refuse a file name that is not a plain relative path: nothing may be written outside, or beside its listing."""
+    """Refuse a file name that is not a plain relative path: nothing may be written outside, beside its listing, or to a
+    terminal."""
     parts = PurePosixPath(name).parts
     plain = name and name == "/".join(parts) and not name.startswith("/") and ".." not in parts
-    if not plain or "\\" in name or DRIVE.match(name) or any(ord(letter) < 32 for letter in name):
-        cause = f"{repo} lists a file named {name!r}, which could lead out of the repository"
-        raise InvalidCheckpoint(cause, "do not use this repository; report it to the Hub")
+    if not plain or "\\" in name or DRIVE.match(name) or not name.isprintable():
+        cause = f"{repo} lists a file named {name[:200]!r}, which could lead out of the repository"
+        raise InvalidCheckpoint(cause, UNUSABLE)
+    if len(name.encode()) > LONGEST_NAME or any(len(part.encode()) > LONGEST_PART for part in parts):
+        raise InvalidCheckpoint(f"{repo} lists a file named {name[:80]}…, which no disk takes", UNUSABLE)
+
+
+def _check_names(repo: str, names: Sequence[str]) -> None:
+    """One file a name, and no name below another one's."""
+    taken: set[str] = set()
+    for name in names:
+        check_name(repo, name)
+        if name in taken:
+            raise InvalidCheckpoint(f"{repo} lists {name} twice", UNUSABLE)
+        taken.add(name)
+    for name in names:
+        if below := taken.intersection(map(str, PurePosixPath(name).parents)):
+            raise InvalidCheckpoint(f"{repo} lists {name} below the file {below.pop()}", UNUSABLE)
 
 
 def cached_commit(hub: Hub, repo: str, revision: str) -> str | None:
@@ -342,7 +377,7 @@ def _request(
         headers=headers or {},
         limit=limit,
     )
-    content: bytes = response.extensions["content"]
+    content: bytes = response.content
     if hub.meter is not None:
         hub.meter(len(content) + sum(len(hop.content) for hop in response.history))
     return response.status_code, content
@@ -350,7 +385,8 @@ def _request(
 
 def _revisions(hub: Hub, repo: str) -> list[str]:
     data = json.loads(_request(hub, f"/api/models/{quote(repo)}/refs", {})[1])
-    return [ref["name"] for kind in ("branches", "tags") for ref in data[kind]]
+    names = [ref["name"] for kind in ("branches", "tags") for ref in data[kind]]
+    return [shown(name) for name in names if isinstance(name, str)]
 
 
 def _parse(hub: Hub, repo: str, data: Any, wanted: str = "") -> Repository:
@@ -361,22 +397,31 @@ def _parse(hub: Hub, repo: str, data: Any, wanted: str = "") -> Repository:
         if not COMMIT.fullmatch(data["sha"]) or wanted not in ("", data["sha"]):
             raise TypeError(f"sha is {data['sha'][:80]!r}{f', asked for {wanted}' if wanted else ''}")
         files, elements = tuple(_parse_file(item) for item in data["siblings"]), _parse_counts(data.get("safetensors"))
-        library = data.get("library_name")
-        for file in files:
-            check_name(repo, file.path)
+        told = data.get("library_name")
+        library = told if isinstance(told, str) and LIBRARY.fullmatch(told) else None
+        _check_names(repo, [file.path for file in files])
         return Repository(hub=hub, repo=repo, commit=data["sha"], files=files, library=library, elements=elements)
     except (AttributeError, KeyError, TypeError) as error:
-        cause = f"{hub.endpoint} describes {repo} without what a Hub tells ({type(error).__name__}: {error})"
-        raise Transient(cause, NOT_A_HUB) from error
+        raise Transient(
+            f"{hub.endpoint} describes {repo} without what a Hub tells ({_why(error)})", NOT_A_HUB
+        ) from error
+
+
+def _why(error: Exception) -> str:
+    return shown(f"{type(error).__name__}: {error}")
 
 
 def _parse_file(item: Mapping[str, Any]) -> HubFile:
-    """A mirror may tell no size (-1 here) and no digest; what it tells must be one."""
+    """A mirror may tell no size (-1 here) and no digest; what it tells must be one. The size beside that of an LFS
+    object is the same, or of the pointer that git keeps in its place."""
     lfs = item.get("lfs") or {}
     size, sha256, blob_id = lfs.get("size", item.get("size")), lfs.get("sha256"), item.get("blobId") or ""
     file = HubFile(item["rfilename"], -1 if size is None else size, blob_id, sha256)
-    if type(file.size) is not int or file.size < -1 or (file.etag and not DIGEST.fullmatch(file.etag)):
-        raise TypeError(f"{file.path} has the size {str(file.size)[:80]} and the digest {file.etag[:80]!r}")
+    fine = type(file.size) is int and -1 <= file.size <= MOST_BYTES
+    if not fine or (file.etag and not DIGEST.fullmatch(file.etag)) or (sha256 and len(sha256) != 64):
+        raise TypeError(f"{file.path!r} has the size {str(file.size)[:80]} and the digest {file.etag[:80]!r}")
+    if lfs and item.get("size") not in (None, file.size, lfs.get("pointerSize")):
+        raise TypeError(f"{file.path!r} has the sizes {str(item['size'])[:80]} and {file.size}")
     return file
 
 
@@ -397,5 +442,7 @@ def _parse_counts(told: Any) -> dict[str, int] | None:
     counts = told.get("parameters") if isinstance(told, Mapping) else None
     if not isinstance(counts, Mapping):
         return None
-    plain = all(DTYPE.fullmatch(name) and type(count) is int and count >= 0 for name, count in counts.items())
+    plain = all(
+        DTYPE.fullmatch(name) and type(count) is int and 0 <= count <= MOST_BYTES for name, count in counts.items()
+    )
     return dict(counts) if plain else None

@@ -21,8 +21,9 @@ from typing import Any
 from bigpipe.errors import InvalidCheckpoint, Transient
 from bigpipe.files import sync_file
 
-from .connection import guard_answers
+from .connection import downloading, guard_answers
 from .errors import hub_errors
+from .exchange import exchanging
 from .repository import HubFile, Repository
 
 WORKERS = 8
@@ -171,13 +172,17 @@ class _Errands:
     def _download(self, file: HubFile, again: bool) -> Path:
         from huggingface_hub import constants, hf_hub_download
 
-        guard_answers()
+        guard_answers(self.hub.endpoint)
         constants.DOWNLOAD_CHUNK_SIZE = min(constants.DOWNLOAD_CHUNK_SIZE, PIECE)
-        with hub_errors(self.hub.endpoint, self.repository.repo, self.repository.commit, file.path):
+        commit, name = self.repository.commit, self.repository.address(file)
+        with (
+            hub_errors(self.hub.endpoint, self.repository.repo, commit, name),
+            exchanging(downloading(name, file.size, commit=commit, digest=file.etag)),
+        ):
             found = hf_hub_download(
                 self.repository.repo,
-                self.repository.address(file),
-                revision=self.repository.commit,
+                name,
+                revision=commit,
                 cache_dir=self.hub.cache,
                 endpoint=self.hub.endpoint,
                 token=self.hub.token,

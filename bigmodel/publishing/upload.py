@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import glob
 import hashlib
-import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -14,20 +12,26 @@ from typing import Any, ClassVar
 from bigpipe.bigmodel.hub import (
     COMMIT,
     LOGIN,
+    NOT_A_HUB,
     Hub,
     addresses,
     check_access,
     describe,
+    exchanging,
+    guard_answers,
     hub_errors,
     read_range,
     resolve_commit,
+    uploading,
     whoami,
 )
-from bigpipe.errors import BigpipeError, NotAuthorised, Offline, StageFailed, UsageError
+from bigpipe.errors import BigpipeError, NotAuthorised, Offline, StageFailed, Transient, UsageError
 from bigpipe.files import CHUNK, link, make_directory
 
 from .destinations import Destination, Receipt, Report, Stored
 
+MOST_REGULAR = 64 * 2**20
+"""Bytes. The Hub takes 10 MB outside LFS."""
 GIT_ATTRIBUTES = ".gitattributes"
 """The Hub writes it itself."""
 
@@ -123,19 +127,31 @@ class HubRepository(Destination):
         return Receipt(self.url, files, commit)
 
     def _upload(self, staging: Path, stored: Mapping[str, Stored]) -> str:
-        from huggingface_hub import HfApi
+        """One commit. (The client's `upload_folder` makes several of a large folder, one after the other.)"""
+        from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
 
+        guard_answers(self.hub.endpoint)
         api: Any = HfApi(endpoint=self.hub.endpoint, token=self.hub.token, library_name="bigpipe")
-        with hub_errors(self.hub.endpoint, self.repo, self.revision):
+        with hub_errors(self.hub.endpoint, self.repo, self.revision), exchanging(uploading(self.repo)):
             api.create_repo(self.repo, private=self.private, exist_ok=True)
             if self.revision != "main":
                 api.create_branch(self.repo, branch=self.revision, exist_ok=True)
-            stale = [glob.escape(name) for name in self.listing() or {} if name not in stored]
-            sent = api.upload_folder(
-                repo_id=self.repo,
-                folder_path=os.fspath(staging),
-                revision=self.revision,
-                commit_message="Save with bigpipe",
-                delete_patterns=stale or None,
+            added = [CommitOperationAdd(name, staging / name) for name in sorted(stored)]
+            stale = [
+                CommitOperationDelete(name, is_folder=False) for name in self.listing() or {} if name not in stored
+            ]
+            api.preupload_lfs_files(self.repo, added, revision=self.revision, free_memory=False)
+            self._check_modes(added, stored)
+            sent = api.create_commit(
+                self.repo, [*stale, *added], revision=self.revision, commit_message="Save with bigpipe"
             )
+        if not isinstance(sent.oid, str) or not COMMIT.fullmatch(sent.oid):
+            raise Transient(f"{self.url} took the files, and names no commit: {str(sent.oid)[:80]!r}", NOT_A_HUB)
         return str(sent.oid)
+
+    def _check_modes(self, added: Iterable[Any], stored: Mapping[str, Stored]) -> None:
+        """What a Hub wants within the commit itself is encoded in memory."""
+        for addition in added:
+            name, mode = addition.path_in_repo, getattr(addition, "_upload_mode", None)
+            if mode == "regular" and stored[name].size > MOST_REGULAR:
+                raise Transient(f"{self.url} takes {name} of {stored[name].size} bytes not by LFS", NOT_A_HUB)
