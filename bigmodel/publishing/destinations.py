@@ -4,8 +4,9 @@
         stored = {"model.safetensors": destination.put(new, "model.safetensors", path, report)}
         receipt = destination.finish(new, stored)     only now is it there under its name
 
-A directory appears as a whole or not at all. Object stores and the Hub have no such step; their last file, or their
-commit, is what makes the rest count.
+Killed at whatever point, a transfer leaves the old version or the new one. A directory is exchanged in one step, and so
+is a commit of the Hub. Behind a URL the new version is written beside the old one, counts once a last file says that it
+is whole, and is copied over; a transfer that is killed meanwhile is completed by the next.
 """
 
 from __future__ import annotations
@@ -21,11 +22,13 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar, Protocol
 
-from bigpipe.errors import StageFailed, UsageError
+from bigpipe.errors import BigpipeError, StageFailed, UsageError
 from bigpipe.files import (
     CHUNK,
     copy_file,
+    exchange,
     existing,
+    explained,
     forget_cached,
     hash_file,
     make_directory,
@@ -37,6 +40,10 @@ from bigpipe.redaction import redact
 
 RECEIPT = "receipt.json"
 RECEIPT_SCHEMA = "bigpipe.receipt/1"
+BESIDE = ".bigpipe-"
+"""How the names of what is being transferred begin."""
+WHOLE = "whole.json"
+"""Behind a URL: lists the files of a version that is complete, and is to take its place."""
 Report = Callable[[int], None]
 """Called with the number of bytes done since the last call."""
 
@@ -81,8 +88,6 @@ class Receipt:
 class Destination(Protocol):
     keeps_versions: ClassVar[bool] = False
     """Can what is replaced be had again?"""
-    at_once: ClassVar[bool] = True
-    """Does what is new appear as a whole, or not at all?"""
 
     @property
     def url(self) -> str:
@@ -103,6 +108,10 @@ class Destination(Protocol):
 
     def listing(self) -> Mapping[str, Stored] | None:
         """Return what is there by relative name; None where nothing is."""
+
+    def is_broken_off(self) -> bool:
+        """Was a transfer killed while it replaced what is there? That was allowed, and the next one completes it."""
+        return False
 
     def read(self, name: str) -> bytes:
         """Return a small file, whole. Raise OSError."""
@@ -161,6 +170,7 @@ class Directory(Destination):
     @contextmanager
     def replacing(self, scratch: Path) -> Iterator[Path]:
         make_directory(self.path.parent)
+        self._restore()
         self._clean()
         new = self._beside()
         new.mkdir()
@@ -174,7 +184,17 @@ class Directory(Destination):
 
     @property
     def _prefix(self) -> str:
-        return f".{self.path.name}.bigpipe-"
+        return f".{self.path.name}{BESIDE}"
+
+    @property
+    def _old(self) -> Path:
+        """What is replaced, while nothing has the name: where two directories cannot be exchanged."""
+        return self.path.with_name(f"{self._prefix}old")
+
+    def _restore(self) -> None:
+        """Give what a killed transfer had put aside its name back."""
+        if self._old.exists() and not self.path.exists():
+            move(self._old, self.path, durable=True)
 
     def _beside(self) -> Path:
         """A name that no other transfer takes."""
@@ -196,28 +216,33 @@ class Directory(Destination):
         return Stored(*copy_file(source, new / name, progress=report))
 
     def finish(self, new: Path, stored: Mapping[str, Stored]) -> Receipt:
-        for name, file in stored.items():
-            forget_cached(new / name)
-            _compare(f"{self.url}/{name}", file.sha256, hash_file(new / name))
-        for folder in (new, *[path for path in new.rglob("*") if path.is_dir()]):
-            sync_directory(folder)
-        old = self._beside()
-        # A crash between the two renames leaves both versions beside the name; the next transfer writes it anew.
-        if self.path.exists():
-            move(self.path, old)
-        move(new, self.path, durable=True)
-        shutil.rmtree(old, ignore_errors=True)
+        with explained(self.path):
+            for name, file in stored.items():
+                forget_cached(new / name)
+                _compare(f"{self.url}/{name}", file.sha256, hash_file(new / name))
+            for folder in (new, *[path for path in new.rglob("*") if path.is_dir()]):
+                sync_directory(folder)
+            self._swap(new)
         return _receipt(self, stored)
+
+    def _swap(self, new: Path) -> None:
+        """Give the new version the name; the old one, if it is left, lies where that was, or beside."""
+        if not self.path.exists():
+            return move(new, self.path, durable=True)
+        if exchange(new, self.path):
+            return sync_directory(self.path.parent)
+        move(self.path, self._old)
+        move(new, self.path, durable=True)
+        shutil.rmtree(self._old, ignore_errors=True)
 
 
 @dataclass(frozen=True, slots=True)
 class FileSystem(Destination):
-    """Anything fsspec opens: s3://, gs://, memory://… The files are in place one by one, in the order they were put."""
+    """Anything fsspec opens: s3://, gs://, memory://… A new version lies in a folder of its own until it is whole."""
 
     address: str
     system: Any
     root: str
-    at_once: ClassVar[bool] = False
 
     @property
     def url(self) -> str:
@@ -232,7 +257,14 @@ class FileSystem(Destination):
                 return None
             prefix = self.root.rstrip("/") + "/"
             files = {path.removeprefix(prefix): info for path, info in found.items() if path.startswith(prefix)}
-            return {name: Stored("", int(info["size"]), self._mark(info)) for name, info in files.items()} or None
+            return {
+                name: Stored("", int(info["size"]), self._mark(info))
+                for name, info in files.items()
+                if not name.startswith(BESIDE)
+            } or None
+
+    def is_broken_off(self) -> bool:
+        return any(self._whole(folder) for folder in self._left())
 
     def read(self, name: str) -> bytes:
         with self._errors(StageFailed):
@@ -243,7 +275,21 @@ class FileSystem(Destination):
         with self._errors(StageFailed), self.system.open(self._path(name), "rb") as file:
             return hashlib.file_digest(file, "sha256").hexdigest()
 
+    @contextmanager
+    def replacing(self, scratch: Path) -> Iterator[Path]:
+        for left in self._left():
+            self._complete(left)
+        new = scratch / (BESIDE + os.urandom(8).hex())
+        try:
+            yield new
+        except BaseException:
+            with suppress(BigpipeError):
+                if not self._whole(new.name):
+                    self._remove(new.name)
+            raise
+
     def put(self, new: Path, name: str, source: Path, report: Report) -> Stored:
+        name = f"{new.name}/{name}"
         path = self._path(name)
         digest, size = hashlib.sha256(), 0
         with self._errors(StageFailed), source.open("rb") as reading:
@@ -258,10 +304,60 @@ class FileSystem(Destination):
         return Stored(digest.hexdigest(), size)
 
     def finish(self, new: Path, stored: Mapping[str, Stored]) -> Receipt:
-        if stale := [self._path(name) for name in self.listing() or {} if name not in stored]:
-            with self._errors(StageFailed):
-                self.system.rm(stale)
+        with self._errors(StageFailed):
+            self.system.pipe_file(self._path(f"{new.name}/{WHOLE}"), json.dumps(list(stored)).encode())
+        self._complete(new.name)
+        seen = self.listing() or {}
+        for name, file in stored.items():
+            if name not in seen or seen[name].size != file.size:
+                cause = f"{self.url}/{name} was not copied as it was written"
+                raise StageFailed(cause, "run again, or choose another destination")
         return _receipt(self, stored)
+
+    def _left(self) -> list[str]:
+        """The folders of transfers that are not over."""
+        with self._errors(StageFailed):
+            self.system.invalidate_cache()
+            try:
+                names = [path.rstrip("/").rpartition("/")[2] for path in self.system.ls(self.root, detail=False)]
+            except FileNotFoundError:
+                return []
+        return [name for name in names if name.startswith(BESIDE)]
+
+    def _whole(self, folder: str) -> list[str]:
+        """The names of the files in a transfer's folder, once they are all there; else none."""
+        with self._errors(StageFailed):
+            try:
+                names: list[str] = json.loads(self.system.cat_file(self._path(f"{folder}/{WHOLE}")))
+            except (FileNotFoundError, ValueError):
+                return []
+        return names
+
+    def _complete(self, folder: str) -> None:
+        """Let a version that is whole take its place, the last of its files last; then remove the transfer's folder."""
+        if names := self._whole(folder):
+            for name in names:
+                self._copy(f"{folder}/{name}", name)
+            stale = [self._path(name) for name in self.listing() or {} if name not in names]
+            with self._errors(StageFailed):
+                if stale:
+                    self.system.rm(stale)
+                self.system.rm_file(self._path(f"{folder}/{WHOLE}"))
+        self._remove(folder)
+
+    def _copy(self, name: str, to: str) -> None:
+        source, target = self._path(name), self._path(to)
+        with self._errors(StageFailed):
+            self.system.makedirs(target.rpartition("/")[0], exist_ok=True)
+            try:
+                self.system.cp_file(source, target)
+            except NotImplementedError:  # through this machine
+                with self.system.open(source, "rb") as reading, self.system.open(target, "wb") as writing:
+                    shutil.copyfileobj(reading, writing, CHUNK)
+
+    def _remove(self, folder: str) -> None:
+        with self._errors(StageFailed), suppress(FileNotFoundError):
+            self.system.rm(self._path(folder), recursive=True)
 
     @contextmanager
     def _errors(self, kind: type[UsageError | StageFailed]) -> Iterator[None]:

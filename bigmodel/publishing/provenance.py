@@ -53,14 +53,7 @@ class Provenance:
     def json(self, files: Mapping[str, Stored]) -> str:
         """Return the contents of `provenance.json`. files: everything that lies beside it."""
         listed = {name: {"sha256": file.sha256, "size": file.size} for name, file in files.items()}
-        return self._text(files=listed)
-
-    def unfinished(self) -> str:
-        """Return what stands in its place while the files are being written one by one."""
-        return self._text(unfinished=True)
-
-    def _text(self, **more: Any) -> str:
-        told = {"schema": SCHEMA, "bigpipe": version(), **asdict(self), **more}
+        told = {"schema": SCHEMA, "bigpipe": version(), **asdict(self), "files": listed}
         return json.dumps(redact_json(told), indent=2) + "\n"
 
 

@@ -90,7 +90,7 @@ def require_replaceable(target: Destination, maker: tuple[str, str] | None = Non
     """Raise UsageError where `target` holds what bigpipe did not write, another maker wrote, or somebody changed.
     maker: recipe and node; None: not known yet."""
     there = target.listing()
-    if not there:
+    if not there or target.is_broken_off():
         return
     provenance = _provenance(target, there)
     if provenance is None:
@@ -102,8 +102,6 @@ def require_replaceable(target: Destination, maker: tuple[str, str] | None = Non
     by = (str(provenance.get("recipe")), str(provenance.get("node")))
     if maker is not None and by != maker:
         raise UsageError(f"to: {target.url} was written by node {by[1]} of recipe {by[0]!r}", CURE, field="to")
-    if provenance.get("unfinished"):  # what its files were before had been found replaceable
-        return
     written: Mapping[str, Any] = provenance.get("files") or {}
     names = [name for name in there if name != PROVENANCE]
     if changed := [name for name in names if not _as_written(target, name, there[name], written)]:
@@ -195,9 +193,6 @@ def publish(
         progress(min(done, total), total)
 
     with target.replacing(scratch) as new:
-        if not target.at_once:  # a transfer that is killed must not look as if somebody else had been there
-            write_file(scratch / PROVENANCE, provenance.unfinished(), durable=False)
-            target.put(new, PROVENANCE, scratch / PROVENANCE, lambda size: None)
         stored = {name: target.put(new, name, path, report) for name, path in sorted(files.items())}
         # Last: it holds the digests of the others, and tells that they are all there
         write_file(scratch / PROVENANCE, provenance.json(stored), durable=False)

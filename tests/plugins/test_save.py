@@ -512,8 +512,9 @@ def test_of_two_nodes_that_depend_on_conditions_one_writes(workshop: Workshop) -
         assert workshop.command("plan", "recipe.yaml").returncode == code
 
 
-def test_a_transfer_file_by_file_that_broke_off_is_repeated(tmp_path: Path) -> None:
-    """It replaced what it may replace, and what is left of that is nobody else's work."""
+@pytest.mark.parametrize("breaks", ["open", "cp_file"])
+def test_a_transfer_file_by_file_that_broke_off_is_repeated(tmp_path: Path, breaks: str) -> None:
+    """While it writes, the old version stays; while that is replaced, what is there is nobody else's work."""
     from fsspec.implementations.memory import MemoryFileSystem
 
     class Breaking(MemoryFileSystem):
@@ -521,10 +522,17 @@ def test_a_transfer_file_by_file_that_broke_off_is_repeated(tmp_path: Path) -> N
         cachable = False
 
         def open(self, path: str, mode: str = "rb", **options: Any) -> Any:
-            self.left -= mode == "wb"
+            self._use("open", mode == "wb")
+            return super().open(path, mode, **options)
+
+        def cp_file(self, path: str, to: str, **options: Any) -> None:
+            self._use("cp_file")
+            super().cp_file(path, to, **options)
+
+        def _use(self, name: str, counts: bool = True) -> None:
+            self.left -= counts and name == breaks
             if self.left < 0:
                 raise ConnectionError("the service hung up")
-            return super().open(path, mode, **options)
 
     root = f"/{uuid.uuid4().hex}/model"
     given = params(f"memory:/{root}")
@@ -533,7 +541,7 @@ def test_a_transfer_file_by_file_that_broke_off_is_repeated(tmp_path: Path) -> N
     provenance = Provenance(recipe="tiny-int8", node="test")
     with pytest.raises(StageFailed, match="the service hung up"):
         publish(Contents(model=model), FileSystem(given.to, Breaking(), root), provenance, scratch=tmp_path)
-    assert not present(tmp_path, given)
+    assert present(tmp_path, given) == (breaks == "open")
     check(tmp_path, given)
     save(tmp_path, given)
     assert present(tmp_path, given)

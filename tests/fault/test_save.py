@@ -1,0 +1,146 @@
+"""`save` killed, or failing, at every system call: its destination holds the old version or the new one, whole."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from support.injecting import DURABLE, count, each, inject, warm
+
+from bigpipe.bigmodel.publishing import Contents, Destination, Directory, Provenance, publish
+from bigpipe.bigmodel.publishing.destinations import FileSystem
+
+CALLS = (*DURABLE, "statx", "newfstatat", "getdents64", "sendfile")
+PROVENANCE = Provenance(recipe="kept", node="save")
+
+
+def model(folder: Path, letter: str) -> Path:
+    """Several files, one in a folder of its own; the versions share some names, and each has a file of its own."""
+    (folder / "sub").mkdir(parents=True)
+    files = {"config.json": "{}", "sub/part": letter * 9000, f"only-{letter}": letter, "weights.bin": letter * 70_000}
+    for name, text in files.items():
+        (folder / name).write_text(text)
+    return folder
+
+
+def local(place: Path) -> Destination:
+    return Directory(place / "model")
+
+
+def remote(place: Path) -> Destination:
+    """A file system that only fsspec knows, where nothing but single files can be replaced at once."""
+    from fsspec.implementations.dirfs import DirFileSystem
+    from fsspec.implementations.local import LocalFileSystem
+
+    (place / "far").mkdir(exist_ok=True)
+    system = DirFileSystem(str(place / "far"), LocalFileSystem(), skip_instance_cache=True)
+    return FileSystem("far://model", system, "m")
+
+
+def save(target: Destination, source: Path, scratch: Path) -> None:
+    publish(Contents(model=source), target, PROVENANCE, scratch=scratch)
+
+
+def versions(place: Path) -> list[str]:
+    """Every whole version that lies anywhere in the destination's folder."""
+    found = []
+    for path in place.rglob("weights.bin"):
+        folder, letter = path.parent, path.read_text()[:1]
+        whole = {"config.json": 2, "sub/part": 9000, f"only-{letter}": 1, "weights.bin": 70_000}
+        right = all((folder / name).is_file() and (folder / name).stat().st_size == n for name, n in whole.items())
+        if right and set((folder / "sub/part").read_text()) == {letter} == set(path.read_text()):
+            found.append(letter)
+    return found
+
+
+def named(target: Destination) -> str:
+    """The one whole version under the destination's own name."""
+    listed = {name for name in target.listing() or {} if name not in ("README.md", "provenance.json")}
+    letter = target.read("weights.bin")[:1].decode()
+    assert listed == {"config.json", "sub/part", f"only-{letter}", "weights.bin"}
+    assert {target.read("sub/part"), target.read("weights.bin")} == {letter.encode() * 9000, letter.encode() * 70_000}
+    files = json.loads(target.read("provenance.json"))["files"]
+    assert all(target.digest(name) == files[name]["sha256"] for name in listed)
+    return letter
+
+
+@pytest.fixture
+def tmp_path(in_memory: Path) -> Path:
+    return in_memory
+
+
+@pytest.fixture
+def two(tmp_path: Path) -> tuple[Path, Path]:
+    (tmp_path / "scratch").mkdir()
+    return model(tmp_path / "old", "a"), model(tmp_path / "new", "b")
+
+
+def prepared(tmp_path: Path, where: Callable[[Path], Destination], old: Path, number: int) -> Path:
+    place = tmp_path / f"place-{number}"
+    place.mkdir()
+    save(where(place), old, tmp_path / "scratch")
+    return place
+
+
+WHERE = pytest.mark.parametrize("where", [local, remote])
+
+
+def sweep(
+    tmp_path: Path, two: tuple[Path, Path], where: Callable[[Path], Destination], fault: str, turns: dict[str, int],
+    also: tuple[str, ...] = (),
+) -> int:  # fmt: skip
+    """A fault at each turn; then a second run that fails at once; then one that does not."""
+    old, new = two
+    scratch = tmp_path / "scratch"
+    tried = 0
+    for number, (call, turn) in enumerate(each(turns), 1):
+        place = prepared(tmp_path, where, old, number)
+        ended = inject(lambda p=place: save(where(p), new, scratch), f"{call}:{fault}:when={turn}", *also)
+        told = f"{call} {turn}: {ended.code}: {ended.output[-300:]}"
+        tried += 1
+        assert versions(place), told
+        if ended.code == 1:
+            assert "StageFailed" in ended.output or "UsageError" in ended.output or "OSError" in ended.output, told
+        # The disk is full from the first byte on.
+        failing = inject(lambda p=place: save(where(p), new, scratch), "pwrite64,write,sendfile:error=ENOSPC:when=2+")
+        assert versions(place), f"{told}, then {failing.output[-300:]}"
+        save(where(place), new, scratch)
+        assert named(where(place)) == "b", told
+        assert not list(place.glob(".*bigpipe*")) + list(place.glob("*/*/.bigpipe*")), told
+        shutil.rmtree(place)
+    return tried
+
+
+def turns_of(tmp_path: Path, two: tuple[Path, Path], where: Callable[[Path], Destination]) -> dict[str, int]:
+    warm()
+    place = prepared(tmp_path, where, two[0], 0)
+    save(where(prepared(tmp_path, where, two[0], -1)), two[1], tmp_path / "scratch")  # everything is imported
+    return dict(count(lambda: save(where(place), two[1], tmp_path / "scratch"), CALLS))
+
+
+@WHERE
+def test_a_kill_around_the_swap_leaves_a_whole_version(tmp_path, two, where) -> None:
+    around = {"rename", "renameat2", "unlink", "mkdir"}
+    turns = {call: most for call, most in turns_of(tmp_path, two, where).items() if call in around}
+    assert sweep(tmp_path, two, where, "signal=SIGKILL", turns) >= 10
+
+
+def test_a_kill_leaves_a_whole_version_where_directories_cannot_be_exchanged(tmp_path, two) -> None:
+    """As on NFS: the old version is put aside first, and put back where the new one does not come."""
+    turns = {call: most for call, most in turns_of(tmp_path, two, local).items() if call == "rename"}
+    turns["rename"] += 2
+    refused = "renameat2:error=EINVAL"
+    assert sweep(tmp_path, two, local, "signal=SIGKILL", turns, (refused,)) >= 3
+
+
+@pytest.mark.fault
+@pytest.mark.timeout(7200)
+@WHERE
+@pytest.mark.parametrize("fault", ["signal=SIGKILL", "error=ENOSPC", "error=EIO"])
+def test_a_fault_at_every_system_call_leaves_a_whole_version(tmp_path, two, where, fault) -> None:
+    tried = sweep(tmp_path, two, where, fault, turns_of(tmp_path, two, where))
+    print(f"{tried} turns of {where.__name__} with {fault}")  # noqa: T201
+    assert tried > 80
