@@ -1,14 +1,13 @@
-"""Answers that are kept: on disk, each in a file of its own that is either whole or not there; or with a value."""
+"""Answers that are kept: on disk, each in a sealed file of its own, counted only as it was written; or with a value."""
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from functools import wraps
 from pathlib import Path
 from typing import Any, Concatenate, ParamSpec, TypeVar
 
-from bigpipe.files import make_directory, write_file
+from bigpipe.files import Damaged, make_directory, read_sealed, write_sealed
 from bigpipe.redaction import redact_json
 
 
@@ -16,8 +15,7 @@ def remember(path: Path, answer: Any) -> None:
     """Write the JSON `answer` in one step. A memo that cannot be written costs time later, so it is no error."""
     try:
         make_directory(path.parent, durable=False)
-        # json.dump would encode in Python, ten times slower
-        write_file(path, json.dumps(redact_json(answer)), durable=False, mode=0o600)
+        write_sealed(path, [path.name, redact_json(answer)], durable=False)
     except OSError:
         return
 
@@ -25,9 +23,10 @@ def remember(path: Path, answer: Any) -> None:
 def recall(path: Path) -> Any:
     """What was remembered under `path`, or None."""
     try:
-        return json.loads(path.read_bytes())
-    except (OSError, ValueError):
+        name, answer = read_sealed(path)
+    except (OSError, Damaged, ValueError, TypeError):
         return None
+    return answer if name == path.name else None
 
 
 Owner = TypeVar("Owner")

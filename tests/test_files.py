@@ -106,8 +106,9 @@ class TestLargeFiles:
         with FileWriter(tmp_path / "file", 6) as writer:
             writer.write(b"def", 3)
             writer.write(b"abc", 0)
-            assert names(tmp_path) == ["file.part"]
-            assert (tmp_path / "file.part").read_bytes() == b"abcdef"
+            (partial,) = tmp_path.iterdir()
+            assert is_partial(partial.name)
+            assert partial.read_bytes() == b"abcdef"
             writer.settle()
         assert (tmp_path / "file").read_bytes() == b"abcdef"
         assert names(tmp_path) == ["file"]
@@ -117,12 +118,14 @@ class TestLargeFiles:
             writer.write("no bytes", 0)
         assert names(tmp_path) == []
 
-    def test_what_a_killed_writer_left_is_written_over(self, tmp_path):
-        (tmp_path / "file.part").write_bytes(b"more than comes now")
-        with FileWriter(tmp_path / "file") as writer:
-            writer.write(b"abc", 0)
-            writer.settle()
+    def test_writers_of_one_file_do_not_meet(self, tmp_path):
+        with FileWriter(tmp_path / "file") as one, FileWriter(tmp_path / "file") as other:
+            one.write(b"abc", 0)
+            other.write(b"longer", 0)
+            other.settle()
+            one.settle()
         assert (tmp_path / "file").read_bytes() == b"abc"
+        assert names(tmp_path) == ["file"]
 
     def test_a_name_that_cannot_be_had_is_an_error_with_a_cure(self, tmp_path):
         (tmp_path / "file").mkdir()

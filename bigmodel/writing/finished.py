@@ -8,15 +8,24 @@ import os
 from pathlib import Path
 from typing import Any
 
-from bigpipe.files import PARTIAL, explained, hash_file, link, make_directory, write_file
+from bigpipe.files import (
+    Damaged,
+    explained,
+    hash_file,
+    link,
+    make_directory,
+    partial_name,
+    read_sealed,
+    write_sealed,
+)
 
 
 class Finished:
     """Notes of finished files, each under a key: a digest of everything the bytes of the file depend on.
 
-    A note holds the sha256 of its file, and counts only as long as the bytes have it. Without a folder for the notes
-    nothing is remembered. shelved: the files are kept beside their notes for further runs, and the output holds links
-    to them; a store may have taken one in and left a link to its own copy, which is named by its sha256.
+    A note is sealed and holds the sha256 of its file, and counts only as long as the bytes have it. Without a folder
+    for the notes nothing is remembered. shelved: the files are kept beside their notes for further runs, and the output
+    holds links to them; a store may have taken one in and left a link to its own copy, which is named by its sha256.
     """
 
     def __init__(self, out: Path, notes: Path | None, *, shelved: bool = False) -> None:
@@ -39,29 +48,29 @@ class Finished:
         return expected, file.stat().st_size
 
     def _expected(self, name: str, key: str) -> str | None:
-        file = self._file(name, key)
-        if file.is_symlink():
-            return Path(os.path.realpath(file)).name if self.shelved else None
         if self.notes is None:
             return None
         try:
-            return str(json.loads((self.notes / f"{key}.json").read_bytes())["sha256"])
-        except (OSError, ValueError, KeyError, TypeError):
+            noted, sha256 = read_sealed(self.notes / f"{key}.json")
+        except (OSError, Damaged, ValueError, TypeError):
             return None
-
-    def place(self, name: str, key: str) -> tuple[Path, Path | None]:
-        """Return where to write the file, and under which name until it is whole: after a crash the same again."""
         file = self._file(name, key)
-        if not self.shelved:
-            return file, None
-        mark = hashlib.sha256(os.fsencode(os.path.abspath(self.out / name))).hexdigest()[:12]
-        return file, file.with_name(f"{key}.{mark}{PARTIAL}")  # nobody else's: others may be making the same file
+        # In the output nobody leaves links to what is not shelved; on the shelf they lead to objects of these bytes.
+        strange = file.is_symlink() and not (self.shelved and Path(os.path.realpath(file)).name == sha256)
+        return str(sha256) if noted == key and not strange else None
+
+    def place(self, name: str, key: str) -> tuple[Path, Path]:
+        """Return where to write the file, and the name it has until it is whole: in the output, where whoever writes
+        there next removes what was left, if that is on the same disk."""
+        file = self._file(name, key)
+        same_disk = self.out.stat().st_dev == file.parent.stat().st_dev
+        return file, partial_name((self.out / name) if same_disk else file)
 
     def note(self, key: str, sha256: str) -> None:
         """Say durably what the file of this key will be; it may take its name only then."""
         if self.notes is not None:
             with explained(self.notes):
-                write_file(self.notes / f"{key}.json", json.dumps({"sha256": sha256}))
+                write_sealed(self.notes / f"{key}.json", [key, sha256])
 
     def show(self, name: str, key: str) -> None:
         """Let a finished file be in `out`."""

@@ -60,7 +60,7 @@ class ShardWriter:
     Once it is complete, `file.settle` is all that is left to do, in whatever thread. Leaving the context with an error
     removes what was written."""
 
-    def __init__(self, path: Path, container: Container, lanes: Lanes, partial: Path | None = None) -> None:
+    def __init__(self, path: Path, container: Container, lanes: Lanes, partial: Path) -> None:
         self.container = container
         self.file = FileWriter(path, container.size, partial)
         self._lanes = lanes

@@ -26,7 +26,7 @@ from types import MappingProxyType
 
 from bigpipe.bigmodel.checkpoint import Uses
 from bigpipe.errors import Interrupted
-from bigpipe.files import PARTIAL, explained, is_partial, make_directory, require_space, write_file
+from bigpipe.files import explained, is_partial, make_directory, require_space, write_file
 from bigpipe.passing import NOBODY, OpenInlet, Outlet
 
 from .containers import METADATA, Container, container
@@ -151,7 +151,7 @@ def prepare(out: Path, planned: set[str]) -> None:
     make_directory(out)
     schemes = [map(re.escape, scheme.split("{}")) for scheme in NAMES.values()]
     names = "|".join(rf"{prefix}(-\d{{5}}-of-\d{{5}})?{suffix}" for prefix, suffix in schemes)
-    pattern = re.compile(rf"({names})(\.index\.json)?({re.escape(PARTIAL)})?")
+    pattern = re.compile(rf"({names})(\.index\.json)?")
     for name in os.listdir(out):
         if is_partial(name) or (pattern.fullmatch(name) and name not in planned):
             (out / name).unlink()

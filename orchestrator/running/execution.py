@@ -1,13 +1,15 @@
 """One node's work: lock its key, run it with retries, publish what it made.
 
-A follower works on files of a producer that still runs: under a provisional key, until that one is recorded.
+A follower works on files of a producer that still runs: under a provisional key, until that one is recorded. Whoever
+works under the true key of a node that may follow holds the provisional one too, so that no run does what another does.
 """
 
 from __future__ import annotations
 
 import random
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -61,16 +63,28 @@ def execute(attempt: Attempt) -> KeyRecord | None:
     Raises the stage's own BigpipeError, StageFailed for crashes, Interrupted when cancelled."""
     if attempt.follows is not None:
         return _follow(attempt, attempt.follows)
-    session = attempt.session
-    with session.store.lock(attempt.key, cancelled=attempt.cancelled, waiting=attempt.waiting) as work:
+    with _work(attempt) as work:
         if (made := _made_meanwhile(attempt)) is not None:
+            work.done()
             return made
-        if attempt.node.kind.passing.follows:
-            session.store.resume_work(provisional_key(session, attempt.node), work)
         outcome = _with_retries(attempt, work)
         record = _publish(attempt, outcome, work)
         work.done()
         return record
+
+
+@contextmanager
+def _work(attempt: Attempt) -> Iterator[Work]:
+    """Hold what only one may do at a time: always the provisional key first, then the true one."""
+    store, provisional = attempt.session.store, None
+    with ExitStack() as held:
+        if attempt.node.kind.passing.follows:
+            provisional = provisional_key(attempt.session, attempt.node)
+            held.enter_context(store.hold(provisional, cancelled=attempt.cancelled, waiting=attempt.waiting))
+        work = held.enter_context(store.lock(attempt.key, cancelled=attempt.cancelled, waiting=attempt.waiting))
+        if provisional is not None:
+            store.resume_work(provisional, work)
+        yield work
 
 
 def _made_meanwhile(attempt: Attempt) -> KeyRecord | None:
@@ -84,24 +98,37 @@ def _follow(attempt: Attempt, stream: Stream) -> KeyRecord | None:
     store = attempt.session.store
     try:
         with store.lock(attempt.key, cancelled=attempt.cancelled, waiting=attempt.waiting) as work:
+            # While this run waited for the lock, another may have done the work under the true key.
+            if stream.published is not None and (made := _made_already(_true(attempt, stream.published))) is not None:
+                stream.confirmed()
+                work.done()
+                return made
             outcome = _with_retries(attempt, work)
             source = stream.confirmed()
             if source.digest is None or not stream.gave(source):
                 return None
-            inputs = {**attempt.inputs, attempt.node.kind.passing.follows: (source.digest,)}
-            key = attempt.session.identity(attempt.node).key(inputs)
-            return _settle(replace(attempt, key=key, inputs=inputs), outcome, work)
+            return _settle(_true(attempt, source), outcome, work)
     except Interrupted:
         if stream.settled.is_set() and stream.record is None:
             return None
         raise
 
 
+def _true(attempt: Attempt, source: KeyRecord) -> Attempt:
+    """A follower's attempt under its true key, now that its producer has a record."""
+    inputs = {**attempt.inputs, attempt.node.kind.passing.follows: (source.digest or "",)}
+    return replace(attempt, key=attempt.session.identity(attempt.node).key(inputs), inputs=inputs)
+
+
+def _made_already(attempt: Attempt) -> KeyRecord | None:
+    return None if attempt.node.name in attempt.session.forced else _made_meanwhile(attempt)
+
+
 def _settle(attempt: Attempt, outcome: Outcome, work: Work) -> KeyRecord:
     """Publish a follower's work under its true key, unless that is known already."""
     store = attempt.session.store
     with store.lock(attempt.key, cancelled=attempt.cancelled, waiting=attempt.waiting) as final:
-        record = None if attempt.node.name in attempt.session.forced else _made_meanwhile(attempt)
+        record = _made_already(attempt)
         if record is not None:
             _lead(attempt.stream, attempt.session, record)
         else:
@@ -125,11 +152,14 @@ def _publish(attempt: Attempt, outcome: Outcome, work: Work) -> KeyRecord:
     for name in stream.handover.contents.keys() - stream.handover.gone():
         stream.handover.keep(name, work.out / name)
     stream.forgone = True
-    return store.publish_forgone(record, files)
+    stream.published = store.publish_forgone(record, files)
+    return stream.published
 
 
 def _lead(stream: Stream | None, session: Session, record: KeyRecord) -> None:
     """Followers find from now on in the artifact what was in the work folder."""
+    if stream is not None:
+        stream.published = record
     if stream is not None and stream.handover.announced and record.digest is not None:
         for name in stream.handover.contents.keys() & record.files.keys():
             stream.handover.lead(name, session.store.artifact_path(record.digest) / name)

@@ -21,7 +21,7 @@ from typing import Any
 from pydantic import BaseModel, Field, ValidationError
 
 from bigpipe.errors import BigpipeError, Interrupted, UsageError
-from bigpipe.files import LogFile, is_held, write_file
+from bigpipe.files import Damaged, LogFile, is_held, read_sealed, write_sealed
 from bigpipe.orchestrator.contract import (
     Event,
     Json,
@@ -211,8 +211,7 @@ class RunRecorder:
 
     def _save(self, *, durable: bool = False) -> None:
         make_directory(self._folder, durable=durable)
-        data = json.dumps(redact_json(self.record.model_dump(mode="json")), indent=1)
-        write_file(self._folder / "run.json", data, durable=durable)
+        write_sealed(self._folder / "run.json", redact_json(self.record.model_dump(mode="json")), durable=durable)
         self._news = False
 
 
@@ -233,15 +232,16 @@ def _read(folder: Path) -> RunRecord:
     path = folder / "run.json"
     alive = is_held(folder / EVENTS)  # before its last word is read
     try:
-        record = RunRecord.model_validate_json(path.read_bytes())
+        record = RunRecord.model_validate(read_sealed(path))
         if not alive:
             all_of_it: list[RunRecord | NodeRun] = [record, *record.nodes.values()]
             for one in all_of_it:
                 one.status = DEAD if one.status == "running" else one.status
         return record
-    except (OSError, ValidationError) as error:
+    except (OSError, Damaged, ValidationError) as error:
         cause = f"the record of run {folder.name} is damaged: {path}"
-        raise UsageError(cause, "its logs may still be readable") from error
+        cure = "`bigpipe verify --repair` sets it aside; its logs may still be readable"
+        raise UsageError(cause, cure) from error
 
 
 def run_ids(runs: Path) -> list[str]:

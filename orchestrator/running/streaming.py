@@ -32,6 +32,8 @@ class Stream:
     producer: Node
     cancelled: threading.Event = field(default_factory=threading.Event)
     """Ends the followers: the producer failed, or the run was interrupted."""
+    published: KeyRecord | None = None
+    """Of the producer, as soon as it is there; its gates are not judged yet."""
     settled: threading.Event = field(default_factory=threading.Event)
     record: KeyRecord | None = None
     """Of the producer, once it has one and its gates hold."""

@@ -12,11 +12,11 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from bigpipe.files import move, sync_directory
+from bigpipe.files import Damaged, is_partial, move, sync_directory
 from bigpipe.orchestrator.contract import Json
 
 from .hashing import Fingerprint, digest_of, fingerprint, hash_and_facts
-from .layout import PRIVATE, Damaged, Layout, make_directory, sealed_digests, write_sealed
+from .layout import PRIVATE, Layout, make_directory, sealed_digests, write_sealed
 
 STILL = 946_684_800 * 10**9
 """The mtime (ns) every object gets: the year 2000. Whoever writes to an object changes it, whatever the clock says and
@@ -143,9 +143,11 @@ def files_below(folder: Path) -> Iterator[tuple[str, os.DirEntry[str]]]:
 
 def tree_is_whole(layout: Layout, artifact: Artifact) -> bool:
     """Return whether the tree holds exactly the links it must, and nothing else."""
-    found = 0
+    found, tree = 0, layout.tree(artifact.digest)
     try:
-        for name, item in files_below(layout.tree(artifact.digest)):
+        if not stat.S_ISDIR(os.lstat(tree).st_mode):  # a link to a tree would lead elsewhere
+            return False
+        for name, item in files_below(tree):
             entry = artifact.files.get(name)
             if entry is None or not item.is_symlink() or os.readlink(item.path) != link_target(name, entry):
                 return False
@@ -200,6 +202,13 @@ def remove_tree(path: Path) -> None:
         for name in (*names, *folders):
             _remove(os.path.join(place, name))
     _remove(path)
+
+
+def remove_partials(folder: Path) -> None:
+    """Remove what writers that were killed left below a folder where nobody writes now."""
+    for _, item in files_below(folder):
+        if is_partial(item.name):
+            _remove(item.path)
 
 
 def _remove(path: str | Path) -> None:

@@ -111,9 +111,12 @@ class _Collection:
     def _leftovers(self, working: set[str]) -> None:
         layout = self.layout
         self._free_others("work", layout.work, working)
-        for path in _files(layout.parts):
-            # A part whose bytes are an artifact's costs nothing; one that is only kept for later edits does.
-            if not path.is_symlink() or not path.exists():
+        parts = [*_files(layout.parts)]
+        # A part whose bytes are an artifact's costs nothing, nor what is noted beside it under the same name; one that
+        # is only kept for later edits does.
+        kept = {path.with_suffix("") for path in parts if path.is_symlink() and path.exists()}
+        for path in parts:
+            if path.with_suffix("") not in kept or is_partial(path.name):
                 self._free("part", path)
         self._free_others("run", layout.runs, names_in(layout.runs)[-RUNS:])
         self._free_others("quarantine", layout.quarantine, ())

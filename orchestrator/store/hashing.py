@@ -17,7 +17,7 @@ from contextlib import suppress
 from functools import cached_property
 from pathlib import Path
 
-from bigpipe.files import LogFile, write_file
+from bigpipe.files import Damaged, LogFile, read_regular, write_file
 from bigpipe.orchestrator.contract import Json
 
 from .layout import make_directory
@@ -96,6 +96,7 @@ class StatMemo:
         """announce: called with a large file and its size before it is read."""
         self._log = folder / "files.jsonl"
         self._announce = announce
+        self._usable = True
 
     def sha256(self, path: str | Path) -> str:
         """Return the hex sha256 of a regular file, read only where `stat` says it may have changed. Raise OSError."""
@@ -117,8 +118,8 @@ class StatMemo:
     @cached_property
     def _known(self) -> dict[str, tuple[Fingerprint, str]]:
         known: dict[str, tuple[Fingerprint, str]] = {}
-        with suppress(OSError):
-            lines = self._log.read_bytes().split(b"\n")
+        try:
+            lines = read_regular(self._log).split(b"\n")
             parts = (line.partition(b" ") for line in lines)
             whole = b",".join(body for check, _, body in parts if check == _checksum(body))
             for name, size, mtime, inode, ctime, digest in json.loads(b"[" + whole + b"]"):
@@ -126,10 +127,16 @@ class StatMemo:
             if len(lines) > self.COMPACT_FROM and len(lines) > 2 * len(known):
                 # What another process appends meanwhile is lost, and hashed again.
                 write_file(self._log, b"".join(_line(*entry) for entry in known.items()), durable=False)
+        except Damaged:  # a FIFO, say, which would be waited for
+            self._usable = False
+        except OSError:
+            pass
         return known
 
     def _remember(self, name: str, facts: Fingerprint, digest: str) -> None:
         self._known[name] = facts, digest
+        if not self._usable:
+            return
         with suppress(OSError):  # a store that cannot be written costs another hashing, no more
             make_directory(self._log.parent)
             with LogFile(self._log, mode=0o600) as log:

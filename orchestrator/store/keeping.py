@@ -15,7 +15,7 @@ from pathlib import Path
 
 from .artifacts import all_artifacts, all_records, let_go, load_artifact
 from .hashing import digest_of
-from .layout import Damaged, Layout, explained, read_sealed, record_path, sealed_digests, write_sealed
+from .layout import Layout, explained, record_path, sealed_digests, write_sealed
 from .locks import Presence, StoreLock
 
 HISTORY = 8
@@ -119,10 +119,8 @@ def keep_again(layout: Layout, digest: str, key: str) -> None:
 
 
 def _released_by(layout: Layout, digest: str) -> set[str]:
-    try:
-        return set(read_sealed(record_path(layout.released, digest)))
-    except (FileNotFoundError, Damaged):
-        return set()
+    found: set[str] | None = layout.load(record_path(layout.released, digest), set)
+    return found or set()
 
 
 def sweep(layout: Layout, presence: Presence) -> int:

@@ -18,8 +18,7 @@ A record is one line of JSON in an envelope that holds the sha256 of that line, 
 
 from __future__ import annotations
 
-import hashlib
-import json
+import errno
 import os
 from collections.abc import Callable, Mapping
 from contextlib import suppress
@@ -28,17 +27,18 @@ from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
 from bigpipe import files
+from bigpipe.files import Damaged, read_sealed
 
 if TYPE_CHECKING:
     from bigpipe.orchestrator.contract import Json
 
 T = TypeVar("T")
 PRIVATE = 0o700
-_HEAD, _MIDDLE, _TAIL = b'{"sha256": "', b'", "record":\n', b"\n}\n"
 explained = partial(
     files.explained,
     owner="the store",
     free="free space (`bigpipe gc` drops what no manifest names)",
+    mend="let `bigpipe verify --repair` set aside what is not as the store made it",
     other="choose another store with --store DIR or BIGPIPE_HOME",
 )
 """Turns every OSError within into an error with a cure."""
@@ -73,39 +73,10 @@ def is_hex(text: str) -> bool:
     return len(text) == 64 and not text.strip("0123456789abcdef")
 
 
-class Damaged(Exception):
-    """The bytes of a file are not those that were written."""
-
-
-def seal(value: Json) -> bytes:
-    """Return a JSON document that holds `value` on a line of its own and the sha256 of that line."""
-    body = json.dumps(value, separators=(",", ":")).encode()
-    return _HEAD + hashlib.sha256(body).hexdigest().encode() + _MIDDLE + body + _TAIL
-
-
-def unseal(data: bytes) -> Json:
-    """Return the inverse of `seal`. Raise Damaged where any byte has changed."""
-    start = len(_HEAD) + 64
-    body = data[start + len(_MIDDLE) : -len(_TAIL)]
-    expected = _HEAD + hashlib.sha256(body).hexdigest().encode() + _MIDDLE
-    if data[: start + len(_MIDDLE)] != expected or data[-len(_TAIL) :] != _TAIL:
-        raise Damaged
-    return json.loads(body)
-
-
 def write_sealed(path: Path, value: Json) -> None:
     """Write a record durably, in a directory that is made where it is missing."""
     make_directory(path.parent)
-    files.write_file(path, seal(value), mode=0o600)
-
-
-def read_sealed(path: Path) -> Json:
-    """Return the value sealed in a file. Raise Damaged, or OSError (a missing file and an I/O error among them)."""
-    try:
-        with path.open("rb", buffering=0) as file:
-            return unseal(file.read())
-    except IsADirectoryError:
-        raise Damaged from None
+    files.write_sealed(path, value)
 
 
 def names_in(folder: Path) -> list[str]:
@@ -144,6 +115,16 @@ class Layout:
         self.tmp = root / "tmp"
         self.locks = root / "locks"
         self.quarantine = root / "quarantine"
+        self.folders = (
+            root, self.quarantine, self.objects, self.artifacts, self.keys, self.partials, self.roots, self.released,
+            self.runs, self.work, self.parts, self.memo, self.tmp, self.locks,
+        )  # fmt: skip
+
+    def check(self) -> None:
+        """Raise NotADirectoryError where something else stands in place of a folder: before work is done in vain."""
+        for folder in self.folders:
+            if not folder.is_dir() and os.path.lexists(folder):
+                raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(folder))
 
     def object(self, sha256: str) -> Path:
         return self.objects / sha256
@@ -178,7 +159,13 @@ class Layout:
         return None
 
     def set_aside(self, path: Path) -> None:
-        """Move a damaged file or tree to quarantine, where `gc` frees it. Another process may have done it first."""
-        make_directory(self.quarantine)
-        with suppress(FileNotFoundError):
-            files.move(path, self.quarantine / f"{path.name}.{os.getpid()}-{os.urandom(4).hex()}")
+        """Move a damaged file or tree to quarantine, where `gc` frees it; nothing where nothing is: another process may
+        have done it first."""
+        mark = os.urandom(8).hex()
+        if path == self.quarantine:
+            path = self.root / f"{path.name}.{mark}"
+            files.move(self.quarantine, path)
+        if os.path.lexists(path):
+            make_directory(self.quarantine)
+            with suppress(FileNotFoundError):
+                files.move(path, self.quarantine / f"{path.name}.{mark}")

@@ -27,6 +27,8 @@ POLL = 0.05
 """Seconds between two tries. `flock` cannot wait and listen for a cancellation at once."""
 SIGN = 120
 """Characters of a lock file's content."""
+WORK_LOCK = "lock"
+"""In a work folder; workers hold it shared, so that nobody works there while one of them lives."""
 
 
 class StoreLock:

@@ -2,7 +2,8 @@
 
 collect           what each file of `out` is, its sha256 (read, unless known), fsynced
 journal           work/KEY/publish.json: from here on, the next run can finish what this one began
-adopt             each file → objects/, read-only, a link left in its place; fsync of objects/
+adopt             each file → objects/, read-only, a link left in its place; fsync of objects/. An object that is
+                  there already is read first, as is everything that a journal of a run that died names
 place_tree        artifacts/HEX/, links; fsync of each directory, rename, fsync
 save_artifact     artifacts/HEX.json
 save_record       keys/HEX.json: now, and only now, it exists
@@ -20,12 +21,22 @@ from pathlib import Path
 from typing import Literal, NamedTuple
 
 from bigpipe.errors import StageFailed, first_few
-from bigpipe.files import copy_file, give_name, is_partial, link, move, sync_directory, sync_file
+from bigpipe.files import Damaged, copy_file, give_name, link, move, read_sealed, sync_directory, sync_file
 
-from .artifacts import STILL, Artifact, Entry, KeyRecord, files_below, place_tree, save_artifact, save_record
+from .artifacts import (
+    STILL,
+    Artifact,
+    Entry,
+    KeyRecord,
+    files_below,
+    place_tree,
+    remove_partials,
+    save_artifact,
+    save_record,
+)
 from .hashing import Fingerprint, StatMemo, fingerprint, hash_file
 from .keeping import keep_again
-from .layout import Damaged, Layout, explained, is_hex, make_directory, read_sealed, write_sealed
+from .layout import Layout, explained, is_hex, make_directory, write_sealed
 from .locks import StoreLock
 
 Known = Mapping[str, tuple[str, int]]
@@ -81,17 +92,18 @@ class Publisher:
 
     def resume(self, working: Path) -> None:
         """Finish what a run that died had begun to publish from this work folder, if it had. A journal that does not
-        hold (a disk that lost what it had synced) is dropped together with what it is about."""
+        hold (a disk that lost what it had synced, bytes that changed since) is dropped with what it is about."""
         with explained(working), suppress(FileNotFoundError, Damaged):
-            self._place(*_journal(working))
+            self._place(*_journal(working), unread=True)
 
-    def _place(self, record: KeyRecord, sources: Mapping[str, Origin]) -> None:
+    def _place(self, record: KeyRecord, sources: Mapping[str, Origin], *, unread: bool = False) -> None:
         """Idempotent: files that an earlier attempt has moved are found in objects. Nobody may take objects away
-        between finding one there and recording that it is used, so `drop` and `gc` exclude this by the same lock."""
+        between finding one there and recording that it is used, so `drop` and `gc` exclude this by the same lock.
+        unread: this process has not read the bytes itself."""
         layout = self.layout
         make_directory(layout.objects)
         with StoreLock(layout.locks / "objects", shared=True):
-            entries = {name: self._settle(source) for name, source in sources.items()}
+            entries = {name: self._settle(source, unread) for name, source in sources.items()}
             sync_directory(layout.objects)
             artifact = Artifact(record.digest or "", record.artifact_type or "", entries)
             make_directory(layout.artifacts)
@@ -100,15 +112,18 @@ class Publisher:
             save_artifact(layout, artifact)
             save_record(layout, record)
 
-    def _settle(self, source: Origin) -> Entry:
+    def _settle(self, source: Origin, unread: bool) -> Entry:
         if source.how == "reference":
             return Entry(source.sha256, source.facts, source.path)
         target = self.layout.object(source.sha256)
         if source.how == "adopt":
             self._adopt(Path(source.path), target, source)
         facts = _regular(target, source.size)
-        # Where somebody wrote to it, or a power loss took its mtime, the bytes decide.
-        if facts is None or (facts.st_mtime_ns != STILL and hash_file(target) != source.sha256):
+        if facts is None:
+            raise Damaged
+        # Also where somebody wrote to it, or a power loss took its mtime, the bytes decide.
+        if (unread or facts.st_mtime_ns != STILL) and hash_file(target) != source.sha256:
+            self.layout.set_aside(target)
             raise Damaged
         return Entry(source.sha256, fingerprint(facts))
 
@@ -121,8 +136,8 @@ class Publisher:
             return  # a link already: moved by the attempt whose journal this is, or a part of an earlier artifact
         if facts.st_size != source.size:
             raise Damaged
-        there = _regular(target, source.size)
-        if there is None or there.st_mtime_ns != STILL:  # written to since: replaced by the good bytes at hand
+        if _regular(target, source.size) is None or hash_file(target) != source.sha256:
+            self.layout.set_aside(target)
             self._move(path, target, facts)
         # Whoever reads it under its old name finds it there at any moment, until the work folder goes.
         if os.stat(path.parent).st_dev == os.stat(target).st_dev:
@@ -171,12 +186,8 @@ class Collector:
 
     def collect(self) -> dict[str, Origin]:
         """Return relative path → origin, sorted. Empty directories are not part of it. Raise StageFailed, OSError."""
-        names = []
-        for name, item in files_below(self.out):
-            if is_partial(item.name):  # of an attempt that was killed while it wrote
-                os.unlink(item.path)
-            else:
-                names.append(name)
+        remove_partials(self.out)  # of an attempt that was killed while it wrote
+        names = [name for name, _ in files_below(self.out)]
         if missing := sorted(self.known.keys() - names):
             raise StageFailed(f"the stage reported files it did not write: {first_few(missing)}", "a fault of its kind")
         return {name: self._source(name) for name in sorted(names)}
@@ -215,7 +226,7 @@ class Collector:
 
     def _sha256(self, name: str, real: str, facts: os.stat_result, how: str) -> str:
         if how == "object":
-            return os.path.basename(real)
+            return self._object(name, Path(real))
         if name in self.known:
             sha256, size = self.known[name]
             if not is_hex(sha256) or size != facts.st_size:
@@ -225,6 +236,13 @@ class Collector:
                 )
             return sha256
         return self.memo.sha256(real) if how == "reference" else hash_file(Path(real))
+
+    def _object(self, name: str, path: Path) -> str:
+        """What is linked to is read, unless the stage has read it. What has rotted is not there for the next run."""
+        if self.known.get(name, ("", 0))[0] != path.name and hash_file(path) != path.name:
+            self.layout.set_aside(path)
+            raise StageFailed(f"{name} in the output is a link to an object that has changed: {path}", "run again")
+        return path.name
 
 
 def _is_below(path: str, folder: Path) -> bool:

@@ -35,6 +35,7 @@ from .artifacts import (
     load_artifact,
     load_record,
     place_tree,
+    remove_partials,
     remove_tree,
     save_artifact,
     save_record,
@@ -42,15 +43,12 @@ from .artifacts import (
 )
 from .keeping import named_roots, release, remember, sweep
 from .layout import Layout, explained, hex_of, is_hex, make_directory, names_in
-from .locks import Presence, StoreLock, if_free
+from .locks import WORK_LOCK, Presence, StoreLock, if_free
 from .publish import JOURNAL, Known, Publisher
 
 if TYPE_CHECKING:
     from .garbage import GcReport, LockedDigests
     from .verify import VerifyReport
-
-WORK_LOCK = "lock"
-"""In a work folder; workers hold it shared, so that nobody works there while one of them lives."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -137,6 +135,8 @@ class Store:
     def enter(self) -> None:
         """Say that this process is going to read what it found: from now on nobody else frees it. Whoever wants to run
         anything calls it before it looks for hits; `lock` and `publish` imply it. Also tidies up after dead runs."""
+        with explained(self.root):
+            self.layout.check()
         self._presence.enter()
         if not self._tidied.is_set():
             self._tidied.set()
@@ -192,20 +192,28 @@ class Store:
     def resume_work(self, key: str, work: Work) -> None:
         """Go on with what was done under another key, where nothing has been done under this one. Both are held."""
         folder = self.layout.working(key)
-        if not folder.is_dir() or any(os.scandir(work.out)):
+        if not self._presence.locks_work or not folder.is_dir() or any(os.scandir(work.out)):
             return
-        with explained(folder), if_free(self.layout.working_lock(key)) as free:
-            if not free:
+        with explained(folder), if_free(folder / WORK_LOCK) as abandoned:
+            if not abandoned:
                 return
-            with if_free(folder / WORK_LOCK) as abandoned:
-                if not abandoned:
-                    return
-                self._resume(folder)
-                for name in ("out", "scratch"):
-                    if (folder / name).is_dir():  # a crash may have come between the two
-                        remove_tree(work.folder / name)
-                        move(folder / name, work.folder / name)
-                remove_tree(folder)
+            self._resume(folder)
+            for name in ("out", "scratch"):
+                if (folder / name).is_dir():  # a crash may have come between the two
+                    remove_tree(work.folder / name)
+                    move(folder / name, work.folder / name)
+            remove_tree(folder)
+
+    @contextmanager
+    def hold(
+        self, key: str, *, cancelled: threading.Event | None = None, waiting: Callable[[str], None] | None = None
+    ) -> Iterator[None]:
+        """Keep others from a key, without folders to work in. Waits as `lock` does, but for no workers."""
+        self.enter()
+        lock = StoreLock(self.layout.working_lock(key))
+        lock.acquire(cancelled, waiting)
+        with lock:
+            yield
 
     @contextmanager
     def lock(
@@ -216,10 +224,7 @@ class Store:
         Waits for another run that holds it, then for workers that outlived such a run; `waiting` hears who that is.
         Frees itself when this process dies. Raise Interrupted when `cancelled` is set meanwhile.
         """
-        self.enter()
-        lock = StoreLock(self.layout.working_lock(key))
-        lock.acquire(cancelled, waiting)
-        with lock:
+        with self.hold(key, cancelled=cancelled, waiting=waiting):
             folder = self._work_folder(key)
             with explained(folder):
                 make_directory(folder)
@@ -231,6 +236,7 @@ class Store:
                 work = Work(folder)
                 make_directory(work.out, durable=False)
                 make_directory(work.scratch)  # syncs the folder, and with it what was made in there before
+                remove_partials(work.out)
             yield work
 
     def _work_folder(self, key: str) -> Path:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import os
 import stat
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
+
+from bigpipe.files import Damaged, read_sealed
 
 from .artifacts import (
     Absence,
@@ -15,6 +18,7 @@ from .artifacts import (
     artifact_digest,
     dropped_artifact,
     examine,
+    files_below,
     let_go,
     load_artifact,
     load_record,
@@ -23,9 +27,13 @@ from .artifacts import (
     tree_is_whole,
 )
 from .hashing import hash_file
-from .layout import Damaged, Layout, is_hex, names_in, read_sealed, record_path, sealed_digests
+from .layout import Layout, is_hex, names_in, record_path, sealed_digests
+from .locks import WORK_LOCK
+from .publish import JOURNAL
 
-Problem = Absence | Literal["error", "writable"]
+Shape = Literal["folder", "directory", "file"]
+"""folder: a directory, or a link to one."""
+Problem = Absence | Literal["error", "writable", "unreadable"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,7 +42,8 @@ class Finding:
 
     path: Path
     problem: Problem
-    """error: it could not be read, so nobody knows. writable: an object that somebody could change."""
+    """error: it could not be read, so nobody knows. writable: an object that somebody could change. unreadable: its
+    owner, whom it is to serve, is not allowed to."""
     detail: str = ""
     repaired: bool = False
     """Set aside, so that the next run makes it again; or put right on the spot."""
@@ -55,10 +64,11 @@ class VerifyReport:
 
 @dataclass
 class Verification:
-    """Hashes every object and every referenced file, and checks every tree and record.
+    """Hashes every object and every referenced file, and checks every tree and record, and that nothing else stands in
+    place of a folder or file of the store.
 
     `repair` moves what is damaged to quarantine, rebuilds trees, and takes artifacts whose bytes are gone for absent,
-    so that the next run makes them again. What cannot be read is reported and left alone.
+    so that the next run makes them again. What the disk cannot read is reported and left alone.
     """
 
     layout: Layout
@@ -70,8 +80,12 @@ class Verification:
 
     def verify(self) -> VerifyReport:
         layout = self.layout
+        for path, shape in self._shapes():
+            self._shape(path, shape)
         folders = (layout.keys, layout.artifacts, layout.roots, layout.released)
         keys, digests, _, _ = [self._readable(folder) for folder in folders]
+        for path in self._loose_records():
+            self._sealed(path)
         artifacts = [item for digest in digests if (item := self._load(digest))]
         for artifact in artifacts:
             self._artifact(artifact)
@@ -82,19 +96,76 @@ class Verification:
     def _found(self, path: Path, problem: Problem, detail: str = "", *, repaired: bool = False) -> None:
         self.findings.append(Finding(path, problem, detail, repaired and self.repair))
 
+    def _shapes(self) -> Iterator[tuple[Path, Shape]]:
+        """Yield what must be a directory or a file where it is there at all: what holds others before those."""
+        layout = self.layout
+        yield from ((folder, "folder") for folder in layout.folders)  # each may be a link to another disk
+        for folder in (layout.partials, layout.locks):
+            yield from ((folder / name, "file") for name in names_in(folder))
+        for name in names_in(layout.tmp):
+            yield layout.tmp / name, "file" if name.endswith(".lock") else "directory"
+        yield from ((layout.runs / name, "directory") for name in names_in(layout.runs))
+        for work in (layout.work / name for name in names_in(layout.work)):
+            yield work, "directory"
+            yield from ((work / name, "directory") for name in ("out", "scratch"))
+            yield from ((work / name, "file") for name in (JOURNAL, WORK_LOCK))
+        for folder in (layout.memo, layout.parts):
+            yield from self._below(folder)
+
+    def _below(self, folder: Path) -> Iterator[tuple[Path, Shape]]:
+        """A file as soon as it is none of what it may be: parts may be links into objects."""
+        for name in names_in(folder):
+            path = folder / name
+            if path.is_dir() and not path.is_symlink():
+                yield path, "directory"
+                yield from self._below(path)
+            elif not (path.is_symlink() and folder.is_relative_to(self.layout.parts)):
+                yield path, "file"
+
+    def _shape(self, path: Path, shape: Shape) -> bool:
+        """Return whether the right kind of thing is there, readable now."""
+        try:
+            mode = (path.stat() if shape == "folder" and path.exists() else path.lstat()).st_mode
+        except (FileNotFoundError, NotADirectoryError):
+            return False
+        except OSError as error:
+            self._found(path, "error", str(error))
+            return False
+        if not (stat.S_ISREG(mode) if shape == "file" else stat.S_ISDIR(mode)):
+            self._mismatch(path, "damaged", f"no {'file' if shape == 'file' else 'directory'}")
+            return False
+        wanted = 0o400 if shape == "file" else 0o700
+        if mode & wanted == wanted or os.access(path, wanted >> 6):
+            return True
+        self._found(path, "unreadable", f"a {shape}", repaired=True)
+        if self.repair:
+            path.chmod(stat.S_IMODE(mode) | wanted)
+        return self.repair
+
+    def _loose_records(self) -> Iterator[Path]:
+        """Yield the records that are no other's: of runs, remembered answers, and notes of parts."""
+        layout = self.layout
+        yield from (path for path in (layout.runs / name / "run.json" for name in names_in(layout.runs)))
+        for folder in (layout.memo, layout.parts):
+            names = (name for name, _ in files_below(folder)) if folder.is_dir() else ()
+            yield from (folder / name for name in sorted(names) if name.endswith(".json"))
+
     def _readable(self, folder: Path) -> list[str]:
         """Return the digests of the records that are as they were sealed."""
-        found = []
-        for digest in sealed_digests(folder):
-            path = record_path(folder, digest)
-            try:
-                read_sealed(path)
-                found.append(digest)
-            except Damaged:
-                self._mismatch(path, "damaged", "a record")
-            except OSError as error:
-                self._found(path, "error", str(error))
-        return found
+        return [digest for digest in sealed_digests(folder) if self._sealed(record_path(folder, digest))]
+
+    def _sealed(self, path: Path) -> bool:
+        if not self._shape(path, "file"):
+            return False
+        try:
+            read_sealed(path)
+        except Damaged:
+            self._mismatch(path, "damaged", "a record")
+            return False
+        except OSError as error:
+            self._found(path, "error", str(error))
+            return False
+        return True
 
     def _load(self, digest: str) -> Artifact | None:
         """Return an artifact whose bytes should be there."""
@@ -157,14 +228,17 @@ class Verification:
             facts = path.lstat()
         except OSError:
             return
-        if stat.S_ISREG(facts.st_mode) and facts.st_mode & 0o222:
+        writable = bool(facts.st_mode & 0o222)
+        if stat.S_ISREG(facts.st_mode) and (writable or not facts.st_mode & 0o400):
             path.chmod(0o444)
-            self._found(path, "writable", "an object", repaired=True)
+            self._found(path, "writable" if writable else "unreadable", "an object", repaired=True)
 
     def _unnamed_objects(self) -> None:
         """Objects that no artifact holds: what a crash left, and what `gc` would free. A stage's parts may use them."""
         there = {self.layout.objects / name for name in names_in(self.layout.objects)}
         for path in sorted(there - self.examined.keys()):
+            if not self._shape(path, "file"):
+                continue
             try:
                 self.bytes += path.lstat().st_size
                 if not is_hex(path.name) or hash_file(path) != path.name:

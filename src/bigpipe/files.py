@@ -1,6 +1,7 @@
 """The one place that writes, renames and syncs files.
 
     write_file       a small file, replaced as a whole
+    write_sealed     a record with its own sha256, read by `read_sealed`
     FileWriter       a large one, at any position, that has its name only once it is complete
     copy_file        a file as it is, sharing its blocks where the file system can
     LogFile          a file that grows at its end
@@ -16,13 +17,14 @@ from __future__ import annotations
 import errno
 import fcntl
 import hashlib
+import json
 import os
+import stat
 import sys
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager, suppress
-from itertools import count
 from pathlib import Path
-from typing import Self
+from typing import Any, Self
 
 from .errors import BigpipeError, DoesNotFit, StageFailed, UsageError
 from .sizes import format_transfer
@@ -50,16 +52,17 @@ LATER = 1 << 16
 FICLONE = 0x40049409
 """linux/fs.h: let a file share its blocks with another until one of them is written to."""
 Bytes = bytes | bytearray | memoryview
-_serial = count()
 
 
 def explain(
-    error: OSError, path: Path, needed: int = 0, *, owner: str = "", free: str = "", other: str = ""
+    error: OSError, path: Path, needed: int = 0, *, owner: str = "", free: str = "", mend: str = "", other: str = ""
 ) -> BigpipeError:
     """Return what the system said about `path`, or the file it names, as an error with a cure. needed: bytes. owner:
-    whose file it is, such as "the store"; free, other: how to make room there, and how to use another place."""
+    whose file it is, such as "the store"; free, mend, other: how to make room there, how to put right what is in its
+    place, and how to use another one."""
     where = Path(os.fsdecode(error.filename)) if error.filename else path
     other = other or "work on another disk"
+    instead = f"{mend}, or {other}" if mend else f"or {other}"
     if error.errno in NO_SPACE:
         disk = f"the disk of {owner}" if owner else "the disk"
         if not _has_inodes(path):
@@ -71,11 +74,11 @@ def explain(
     if error.errno in NO_PERMISSION:
         return UsageError(
             f"{owner or 'a file'} may not be used: {where}: {error.strerror}",
-            f"make it readable and writable for you, or {other}",
+            f"make it readable and writable for you, {instead}",
         )
     return StageFailed(
         f"{owner or 'a file'} cannot be read or written: {where}: {error.strerror or error}",
-        f"{LIMITS.get(error.errno or 0, 'check the disk (`dmesg`)')}, or {other}",
+        f"{LIMITS.get(error.errno or 0, 'check the disk (`dmesg`)')}, {instead}",
     )
 
 
@@ -96,12 +99,12 @@ def _named(path: Path) -> Iterator[None]:
 
 
 @contextmanager
-def explained(path: Path, needed: int = 0, *, owner: str = "", free: str = "", other: str = "") -> Iterator[None]:
-    """Raise every OSError within as `explain` says it."""
+def explained(path: Path, needed: int = 0, **whose: str) -> Iterator[None]:
+    """Raise every OSError within as `explain` says it. whose: its `owner`, `free`, `mend` and `other`."""
     try:
         yield
     except OSError as error:
-        raise explain(error, path, needed, owner=owner, free=free, other=other) from error
+        raise explain(error, path, needed, **whose) from error
 
 
 def existing(path: Path) -> Path:
@@ -223,8 +226,9 @@ def exchange(one: Path, other: Path) -> bool:
 
 
 def partial_name(path: Path) -> Path:
-    """Return a name beside `path` that no other writer uses."""
-    return path.with_name(f".{path.name}.{os.getpid()}.{next(_serial)}{PARTIAL}")
+    """Return a name beside `path` that no other writer uses: not in a container or on a host of the same disk, where
+    the same process number means another process."""
+    return path.with_name(f".{path.name[:40]}.{os.urandom(8).hex()}{PARTIAL}")
 
 
 def is_partial(name: str) -> bool:
@@ -237,8 +241,7 @@ def write_file(path: Path, content: bytes | str, *, durable: bool = True, mode: 
     new bytes, never a part. Not durable: after a power loss, neither may be there."""
     data = content.encode() if isinstance(content, str) else content
     beside = partial_name(path)
-    # not O_EXCL: a process of this number may have been killed here before
-    descriptor = os.open(beside, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW | os.O_CLOEXEC, mode)
+    descriptor = os.open(beside, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, mode)
     try:
         with _named(path):
             try:
@@ -255,6 +258,60 @@ def write_file(path: Path, content: bytes | str, *, durable: bool = True, mode: 
     return hashlib.sha256(data).hexdigest(), len(data)
 
 
+class Damaged(Exception):
+    """The bytes of a file are not those that were written, or something else has its name."""
+
+
+_HEAD, _MIDDLE, _TAIL = b'{"sha256": "', b'", "record":\n', b"\n}\n"
+
+
+def seal(value: Any) -> bytes:
+    """Return a JSON document that holds `value` on a line of its own and the sha256 of that line."""
+    body = json.dumps(value, separators=(",", ":")).encode()
+    return _HEAD + hashlib.sha256(body).hexdigest().encode() + _MIDDLE + body + _TAIL
+
+
+def unseal(data: bytes) -> Any:
+    """Return the inverse of `seal`. Raise Damaged where any byte has changed."""
+    start = len(_HEAD) + 64
+    body = data[start + len(_MIDDLE) : -len(_TAIL)]
+    expected = _HEAD + hashlib.sha256(body).hexdigest().encode() + _MIDDLE
+    if data[: start + len(_MIDDLE)] != expected or data[-len(_TAIL) :] != _TAIL:
+        raise Damaged
+    return json.loads(body)
+
+
+def write_sealed(path: Path, value: Any, *, durable: bool = True) -> None:
+    """Write a record that only its owner may read, as `write_file` does."""
+    write_file(path, seal(value), durable=durable, mode=0o600)
+
+
+def read_sealed(path: Path) -> Any:
+    """Return the value sealed in a file. Raise Damaged, or OSError (a missing file and an I/O error among them)."""
+    return unseal(read_regular(path))
+
+
+def read_regular(path: Path) -> bytes:
+    """Return the bytes of a regular file. Raise Damaged where a link, a directory, a socket or a FIFO (which would be
+    waited for) has its name, else OSError."""
+    try:
+        descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+    except OSError as error:
+        if error.errno in (errno.ELOOP, errno.ENXIO):
+            raise Damaged from error
+        raise
+    try:
+        facts = os.fstat(descriptor)
+        if not stat.S_ISREG(facts.st_mode):
+            raise Damaged
+        content = bytearray()
+        while piece := os.read(descriptor, facts.st_size + 1):
+            content += piece
+        return bytes(content)
+    finally:
+        os.close(descriptor)
+
+
 def write_all(descriptor: int, data: Bytes) -> None:
     view = memoryview(data)
     while view:
@@ -264,7 +321,6 @@ def write_all(descriptor: int, data: Bytes) -> None:
 def link(target: Path | str, path: Path) -> None:
     """Make `path` a symlink to `target`; what was there is replaced at once."""
     beside = partial_name(path)
-    beside.unlink(missing_ok=True)
     beside.symlink_to(target)
     beside.rename(path)
 
@@ -276,7 +332,6 @@ def give_name(source: Path, path: Path, beside: Path | None = None) -> None:
     file system that it has first.
     """
     beside = beside or partial_name(path)
-    beside.unlink(missing_ok=True)
     try:
         os.link(source, beside)
     except OSError:
@@ -360,17 +415,17 @@ def _locks(descriptor: int, operation: int) -> bool:
 class FileWriter:
     """A file that is written at any position, from any thread, and has its name only once it is complete.
 
-    Until then it is beside it with `PARTIAL` added: one writer at a time, and a killed one's is written over. Raises
-    what `explain` gives. Leaving the context with an error removes what was written.
+    Until then it has a name of this writer's own, as `partial_name` gives it; a killed writer leaves that behind.
+    Raises what `explain` gives. Leaving the context with an error removes what was written.
     """
 
     def __init__(self, path: Path, size: int = 0, partial: Path | None = None) -> None:
         """size: bytes that are set aside, where the file system can. partial: another name until it is complete."""
         self.path = path
         self.size = size
-        self._partial = partial or path.with_name(path.name + PARTIAL)
+        self._partial = partial or partial_name(path)
         with explained(path, size):
-            self._file = os.open(self._partial, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o666)
+            self._file = os.open(self._partial, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
         try:
             self._set_aside()
         except BaseException:

@@ -33,7 +33,7 @@ from types import MappingProxyType
 from typing import Any
 
 from .errors import StageFailed
-from .files import PARTIAL, copy_file, give_name, is_partial, link, make_directory, write_file
+from .files import copy_file, give_name, is_partial, link, make_directory, write_file
 
 PAUSE = 0.01
 """Seconds between two looks at the folder."""
@@ -151,7 +151,7 @@ class OpenOutlet(Outlet):
                 raise StageFailed("the stage announced other files than in its attempt before", "run again")
             return
         for path in self.out.rglob("*"):
-            if path.is_file() and path.name not in heads and not path.name.endswith(PARTIAL):
+            if path.is_file() and path.name not in heads and not is_partial(path.name):
                 name = str(path.relative_to(self.out))
                 self._arrive(name, *copy_file(path, self.handover.files / name, durable=False))
         make_directory(self.handover.folder / "heads", durable=False)

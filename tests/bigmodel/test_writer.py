@@ -159,7 +159,7 @@ def test_a_save_replaces_the_files_of_an_earlier_one(tmp_path):
 def test_a_save_removes_what_a_killed_one_left_unfinished(tmp_path):
     make_checkpoint(tmp_path / "source", "opt")
     (tmp_path / "out").mkdir()
-    left = [partial_name(tmp_path / "out" / "config.json"), tmp_path / "out" / "model-00002-of-00007.safetensors.part"]
+    left = [partial_name(tmp_path / "out" / "config.json"), tmp_path / "out" / "model-00002-of-00007.safetensors"]
     for path in left:
         path.write_bytes(b"torn")
     save_checkpoint(tmp_path / "source", tmp_path / "out")

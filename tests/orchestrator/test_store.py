@@ -138,7 +138,7 @@ class TestPublishing:
         config = store.artifact_path(first.digest) / "config.json"
         with open(config, "r+b") as file:  # a stage that writes through a link (root may)
             file.write(b"[]")
-        with pytest.raises(StageFailed, match="vanished or changed"):
+        with pytest.raises(StageFailed, match="an object that has changed"):
             publish(store, "quantize", {"config.json": config})
         assert store.find(record("quantize").key) is None
 
@@ -364,7 +364,7 @@ def test_finding_and_trusting_open_two_records_and_no_object(store):
 
 
 def test_a_record_of_a_later_version_is_a_miss_and_stays(store):
-    from bigpipe.orchestrator.store.layout import seal
+    from bigpipe.files import seal
 
     done = publish(store, "a", {"x": b"1"})
     path = store.root / "keys" / f"{done.key[7:]}.json"
