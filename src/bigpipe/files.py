@@ -396,12 +396,16 @@ class LogFile:
 def is_held(path: Path) -> bool:
     """Return whether a process lives that holds this log; True where the file system cannot tell."""
     try:
-        with path.open("rb") as file, path.open("rb") as other:
+        with open(path, "rb", opener=_at_once) as file, open(path, "rb", opener=_at_once) as other:
             if not _locks(file.fileno(), fcntl.LOCK_SH):
                 return True
             return _locks(other.fileno(), fcntl.LOCK_EX)  # granted beside the first one: locks mean nothing here
     except OSError as error:
         return not isinstance(error, FileNotFoundError)
+
+
+def _at_once(path: str, flags: int) -> int:
+    return os.open(path, flags | os.O_NONBLOCK)  # a FIFO would be waited for
 
 
 def _locks(descriptor: int, operation: int) -> bool:

@@ -1,0 +1,150 @@
+"""Something else in place of a file or folder of the store: the run takes it for lost, or names the cure that works."""
+
+from __future__ import annotations
+
+import os
+import random
+import shutil
+import stat
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from support.forking import TOLD, forked
+from support.stores import in_memory
+
+import bigpipe
+from bigpipe.orchestrator.report.inspection import list_store, show_run, verify_store
+from bigpipe.orchestrator.store.store import Store
+
+ROOT = Path(__file__).parents[2]
+RECIPE = """\
+version: 1
+name: strange
+stages:
+  download: {uses: download, with: {path: model}}
+  quantize: {uses: quantize, inputs: download, with: {scheme: int8}}
+  dispatch: {uses: dispatch, inputs: quantize, with: {max_memory: {cpu: 1GiB}, sequence_length: 16}}
+"""
+HARMS = ("directory", "fifo", "dangling link", "link to itself", "file", "unreadable", "garbage", "elsewhere")
+NOBODY = 65534
+"""A user who is not root, whom permissions bind."""
+
+
+@pytest.fixture(scope="module")
+def ran(tmp_path_factory) -> Iterator[Path]:
+    """A folder with a recipe and the store of its run, for everybody to use."""
+    with in_memory(tmp_path_factory.mktemp("strange")) as place:
+        place.chmod(0o755)
+        shutil.copytree(ROOT / "models" / "quickstart", place / "before" / "model")
+        (place / "before" / "recipe.yaml").write_text(RECIPE)
+        the_run(place / "before")
+        yield place / "before"
+
+
+def run(folder: Path, user: int = 0):
+    return forked(lambda: the_run(folder), user=user)
+
+
+def the_run(folder: Path) -> None:
+    os.environ["HOME"] = str(folder)
+    done = bigpipe.run(folder / "recipe.yaml", store=folder / "store", check=True)
+    tensors = sorted(done.path("quantize").glob("*.safetensors"))
+    right = (folder / "right").read_bytes() if (folder / "right").exists() else None
+    told = b"".join(path.read_bytes() for path in tensors) + (done.path("dispatch") / "placement.json").read_bytes()
+    if right is None:
+        (folder / "right").write_bytes(told)
+    assert right in (None, told)
+    assert (done.path("download") / "config.json").read_bytes() == (folder / "model" / "config.json").read_bytes()
+
+
+def places(store: Path) -> Iterator[Path]:
+    """Everything in a store, and itself."""
+    yield store
+    for place, folders, names in os.walk(store):
+        yield from (Path(place) / name for name in sorted((*folders, *names)))
+
+
+def harm(path: Path, how: str) -> None:
+    if how == "unreadable":
+        path.chmod(0)
+        return
+    aside = path.with_name(f"{path.name}.aside")
+    path.rename(aside)
+    match how:
+        case "directory":
+            path.mkdir()
+            (path / "inside").write_bytes(b"")
+        case "fifo":
+            os.mkfifo(path)
+        case "dangling link":
+            path.symlink_to("nowhere")
+        case "link to itself":
+            path.symlink_to(path.name)
+        case "elsewhere":
+            path.symlink_to("/etc/hostname")
+        case "file":
+            path.write_bytes(b"")
+        case "garbage":
+            path.write_bytes(b'{"sha256": "' + bytes(range(256)))
+    shutil.rmtree(aside) if aside.is_dir() and not aside.is_symlink() else aside.unlink()
+
+
+def look_back(folder: Path) -> None:
+    list_store(store=folder / "store")
+    show_run("last", store=folder / "store")
+
+
+def repair(folder: Path) -> None:
+    verify_store(True, store=folder / "store")
+
+
+def mended(folder: Path, user: int) -> None:
+    """See the module. A reader of runs must not wait for ever either."""
+    assert forked(lambda: look_back(folder), user=user).in_order
+    first = run(folder, user)
+    assert first.code in (0, TOLD), first
+    if first.code:
+        assert "bigpipe verify --repair" in first.said, first
+    done = forked(lambda: repair(folder), user=user)
+    assert done.code in (0, TOLD), done
+    again = run(folder, user)
+    assert again.code == 0, (first, done, again)
+    left = forked(lambda: clean(folder), user=user)
+    assert left.code == 0, (first, left)
+
+
+def clean(folder: Path) -> None:
+    with Store(folder / "store") as store:
+        assert store.verify().findings == ()
+
+
+@pytest.mark.parametrize("number", [8, pytest.param(0, marks=[pytest.mark.fault, pytest.mark.timeout(3600)])])
+def test_something_else_in_place_of_anything(ran, seed, number):
+    """number: so many places, each with one of the harms; 0: every place with every harm."""
+    dice = random.Random(seed)  # noqa: S311
+    names = [path.relative_to(ran) for path in places(ran / "store")]
+    cases = [(name, how) for name in names for how in HARMS if how != "unreadable" or os.geteuid() == 0]
+    wrong = []
+    for name, how in dice.sample(cases, number) if number else cases:
+        folder = ran.with_name("now")
+        shutil.copytree(ran, folder, symlinks=True)
+        user = NOBODY if how == "unreadable" else 0
+        if user:
+            give(folder, user)
+        if how != "unreadable" or not (folder / name).is_symlink():
+            harm(folder / name, how)
+        try:
+            mended(folder, user)
+        except AssertionError as error:
+            wrong.append(f"{how} at {name}: {error}")
+        for path in (folder, *folder.rglob("*")):
+            if path.is_dir() and not path.is_symlink():
+                path.chmod(stat.S_IRWXU)
+        shutil.rmtree(folder)
+    assert not wrong, "\n".join(wrong)
+
+
+def give(folder: Path, user: int) -> None:
+    for path in (folder, *folder.rglob("*")):
+        os.chown(path, user, user, follow_symlinks=False)
