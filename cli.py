@@ -12,12 +12,14 @@ import os
 import sys
 import threading
 import traceback
+from collections.abc import Callable
+from functools import wraps
 from typing import Any
 
 import click
 
 from bigpipe.commandline import questions, recipes, stored, streams
-from bigpipe.commandline.printing import fail, say
+from bigpipe.commandline.printing import fail, others_apart, say
 from bigpipe.errors import BigpipeError
 
 
@@ -34,7 +36,19 @@ def cli() -> None:
     """Recipes in git that download, size, shard, quantize, place and run models larger than memory."""
 
 
+def apart(callback: Callable[..., None]) -> Callable[..., None]:
+    """Return the function of a command, kept apart from what others print while it works."""
+
+    @wraps(callback)
+    def run(*arguments: Any, **options: Any) -> None:
+        with others_apart():
+            callback(*arguments, **options)
+
+    return run
+
+
 for one in (*recipes.COMMANDS, *questions.COMMANDS, *stored.COMMANDS):
+    one.callback = apart(one.callback) if one.callback else None
     cli.add_command(one)
 
 

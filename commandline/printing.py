@@ -1,16 +1,82 @@
-"""What commands print: data on stdout, talk and errors on stderr."""
+"""What commands print: data on stdout, talk and errors on stderr. What others print meanwhile, such as a kind that runs
+in this process, is no data: it goes to stderr, cleaned as all that is shown."""
 
 from __future__ import annotations
 
+import io
 import os
 import sys
-from collections.abc import Callable, Sequence
-from typing import Any, NoReturn
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, NoReturn, TextIO
 
 import click
 
 from bigpipe.errors import BigpipeError, Interrupted
 from bigpipe.orchestrator import report
+from bigpipe.redaction import plain
+
+
+class Others(io.TextIOBase):
+    """Stands in for `sys.stdout` and `sys.stderr` while a command works."""
+
+    def __init__(self, screen: TextIO) -> None:
+        self._screen, self._open, self._lock = screen, "", threading.Lock()
+
+    def write(self, text: str) -> int:
+        with self._lock:
+            *lines, self._open = (self._open + text).split("\n")
+            self._show(lines)
+        return len(text)
+
+    def end(self) -> None:
+        """Show the line that has not ended."""
+        with self._lock:
+            self._show([self._open] if self._open else [])
+            self._open = ""
+
+    def _show(self, lines: Sequence[str]) -> None:
+        for line in lines:
+            self._screen.write(report.clean(plain(line.rstrip("\r").rpartition("\r")[2])) + "\n")
+        self._screen.flush()
+
+    def isatty(self) -> bool:
+        return self._screen.isatty()
+
+    def fileno(self) -> int:
+        return self._screen.fileno()
+
+    @property
+    def encoding(self) -> str:  # type: ignore[override]
+        return self._screen.encoding
+
+
+_streams: list[tuple[TextIO, TextIO]] = []
+"""The command's own stdout and stderr, while others have stand-ins."""
+
+
+@contextmanager
+def others_apart() -> Iterator[None]:
+    """Within, what anybody prints but the command itself goes to stderr, cleaned."""
+    own = sys.stdout, sys.stderr
+    others = Others(sys.stderr)
+    _streams.append(own)
+    sys.stdout = sys.stderr = others
+    try:
+        yield
+    finally:
+        sys.stdout, sys.stderr = own
+        _streams.pop()
+        others.end()
+
+
+def own_stdout() -> TextIO:
+    return _streams[-1][0] if _streams else sys.stdout
+
+
+def own_stderr() -> TextIO:
+    return _streams[-1][1] if _streams else sys.stderr
 
 
 def show(as_json: bool, data: Callable[[], Any], text: Callable[[], str]) -> None:
@@ -23,16 +89,16 @@ def show(as_json: bool, data: Callable[[], Any], text: Callable[[], str]) -> Non
 
 def say(text: str, *, err: bool = False) -> None:
     """Print a text, whoever wrote it: all that commands print goes through here or `show_json`."""
-    click.echo(report.clean(text), err=err)
+    click.echo(report.clean(text), file=own_stderr() if err else own_stdout())
 
 
 def show_json(data: Any, indent: int | None = 2) -> None:
-    click.echo(report.json_text(data, indent))
+    click.echo(report.json_text(data, indent), file=own_stdout())
 
 
 def fail(error: BigpipeError) -> NoReturn:
     """Print cause, place and cure, also as an annotation where GitHub reads it, and exit."""
-    click.echo(report.error_text(error, os.environ), err=True)
+    click.echo(report.error_text(error, os.environ), file=own_stderr())
     sys.exit(error.status if isinstance(error, Interrupted) else error.exit_code)
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +12,7 @@ from bigpipe.errors import UsageError
 from bigpipe.orchestrator import recipe, report
 
 from .options import JSON, OFFLINE, STORE, ManyDtypes
-from .printing import say, show, show_json
+from .printing import own_stdout, say, show, show_json
 
 
 @click.command(cls=ManyDtypes)
@@ -55,7 +54,7 @@ def estimate(
     show(
         as_json,
         lambda: found if len(found) > 1 else found[0],
-        lambda: footprint.report(answers, compared=compare, explain=explain, stream=sys.stdout),
+        lambda: footprint.report(answers, compared=compare, explain=explain, stream=own_stdout()),
     )
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from contextlib import closing
 from pathlib import Path
 from typing import Any
@@ -14,7 +13,7 @@ from bigpipe.errors import ManifestError
 from bigpipe.orchestrator import report
 
 from .options import JOBS, JSON, MANIFEST, OFFLINE, PARAMS, STORE
-from .printing import fail, fail_all, say, show, show_json
+from .printing import fail, fail_all, own_stderr, say, show, show_json
 
 
 @click.command()
@@ -34,7 +33,7 @@ def run(manifest: Path, nodes: tuple[str, ...], events: Path | None, as_json: bo
 
     Example: bigpipe run manifests/quickstart.yaml -p scheme=nf4
     """
-    with closing(report.choose_reporter(sys.stderr, events=events)) as reporter:
+    with closing(report.choose_reporter(own_stderr(), events=events)) as reporter:
         result = bigpipe.run(manifest, nodes, reporter=reporter, check=False, **options)
     if as_json:
         show_json(result.as_json(), indent=None)
@@ -65,7 +64,7 @@ def plan(
     from bigpipe.machine import read_machine
 
     there = read_machine(machine) if machine else None
-    with closing(report.choose_reporter(sys.stderr)) as reporter:
+    with closing(report.choose_reporter(own_stderr())) as reporter:
         planned = bigpipe.plan(manifest, nodes, machine=there, reporter=reporter, **options)
     show(as_json, lambda: report.plan_json(planned), lambda: report.plan_text(planned, explain=explain))
     fail_all(planned.errors())

@@ -18,6 +18,7 @@ from bigpipe.orchestrator.contract import CheckContext, Json, LogLine, Machine, 
 from bigpipe.orchestrator.launch import visible_secrets
 from bigpipe.orchestrator.recipe import Node, Recipe, load_recipe
 from bigpipe.orchestrator.store import KeyRecord, StatMemo, Store, default_root
+from bigpipe.redaction import printable, redact
 from bigpipe.sizes import format_transfer
 
 from .keys import Identity, identity
@@ -123,7 +124,7 @@ class Session:
 
             log = node_folder(self.store.runs / "plan", node.name) / "log.txt"
             make_directory(log.parent)
-            write_file(log, traceback.format_exc(), durable=False)
+            write_file(log, printable(redact(traceback.format_exc())), durable=False)
             failed = Failure.of(error).error(f"{node.name} ({node.kind.kind})", log)
             failed.place = node.places.get("")
             raise failed from error
