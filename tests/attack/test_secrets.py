@@ -155,7 +155,8 @@ def test_a_secret_in_a_row_that_failed_reaches_neither_results_nor_card(leaky: L
     leaky.recipe({
         "model": f"{{uses: download, with: {{path: '{QUICKSTART}'}}}}",
         "infer": "{uses: distributed-infer, inputs: model, "
-                 "with: {task: 'leaking:go', prompts: [a, b, c], max_errors: 2}, launch: {num_processes: 2}, secrets: [S3_KEY, HF_TOKEN]}",
+                 "with: {task: 'leaking:go', prompts: [a, b, c], max_errors: 2}, "
+                 "launch: {num_processes: 2}, secrets: [S3_KEY, HF_TOKEN]}",
         "save": "{uses: save, inputs: {model: model, results: infer}, with: {to: out}}",
     })  # fmt: skip
     assert leaky.command("run", "recipe.yaml", "--json").returncode == 0
