@@ -23,6 +23,8 @@ from .printing import own_stdout, say, show, show_json
 @click.option("--batch-size", type=click.IntRange(min=1), default=1, show_default=True)
 @click.option("--sequence-length", type=click.IntRange(min=1), default=2048, show_default=True)
 @click.option("--revision", default="main", show_default=True)
+@click.option("--subfolder", metavar="PATH", help="The folder of the repository or directory that holds the model.")
+@click.option("--variant", metavar="NAME", help="Of the weights: fp16 for model.fp16.safetensors.")
 @click.option("--memory", help="Say whether it fits, and the smallest change that does: 24GiB.")
 @click.option("--double-quant", is_flag=True, help="nf4 and fp4 with double quantization.")
 @click.option("--kv-dtype", metavar="DTYPE", help="Of cached keys and values: float8; else what the model computes in.")

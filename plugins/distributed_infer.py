@@ -104,7 +104,7 @@ def facts(params: InferParams, machine: Machine) -> Mapping[str, Json]:
 
 STAGE = Stage(
     kind="distributed-infer",
-    version=2,
+    version=3,
     params=InferParams,
     metrics=InferMetrics,
     inputs={"model": Port("checkpoint"), "placement": Port("placement", optional=True)},

@@ -103,9 +103,9 @@ class DownloadParams(Params):
             raise ValueError("include names the files to take, variant chooses among all; give one of them")
         return self
 
-    def chosen(self) -> dict[str, str | None]:
-        """Which model of a repository it is."""
-        return {"library": self.library_name, "variant": self.variant, "subfolder": self.subfolder}
+    def choice(self) -> dict[str, Any]:
+        """Which files of a repository are the model."""
+        return {"include": self.include, "exclude": self.exclude, "library": self.library_name, "variant": self.variant}
 
 
 class DownloadMetrics(Metrics):
@@ -128,7 +128,7 @@ def pin(params: DownloadParams, context: CheckContext) -> Pinned | None:
     return replace(
         found,
         files=lambda: late("bigpipe.plugins.downloading:listing")(params, context, commit),
-        known=lambda: answers(context, params.repo, commit, "layout", params.chosen()),
+        known=lambda: answers(context, params.repo, commit, "layout", params.choice(), params.subfolder),
     )
 
 

@@ -50,7 +50,7 @@ def check(params: DownloadParams, context: CheckContext) -> None:
 
 
 def _source(params: DownloadParams, context: CheckContext | StageContext, pins: Mapping[str, str]) -> Source:
-    choice = Choice(include=params.include, exclude=params.exclude, library=params.library_name, variant=params.variant)
+    choice = Choice(**params.choice())
     if params.path is not None:
         return DirectorySource(context.base / params.path, choice, params.subfolder)
     revision, hub = pins.get("revision", params.revision), Hub.of(sources_of(context))

@@ -45,6 +45,10 @@ class EstimateParams(Params):
     """A branch, a tag or a commit of `repo`."""
     path: Folder | None = None
     """A checkpoint directory, or one with a `config.json` only."""
+    subfolder: str | None = None
+    """The folder of the repository or directory that holds the model."""
+    variant: str | None = None
+    """Of the weights, as `fp16` in `model.fp16.safetensors`."""
     library_name: LIBRARIES | None = None
     """Found from the files, unless given."""
     dtypes: tuple[Dtype, ...] = Field(default=("float32", "float16", "int8", "int4"), min_length=1)
@@ -79,7 +83,13 @@ class EstimateParams(Params):
             raise ValueError("repo and path are both given; keep the one that says where the model is")
         if self.repo is None and "revision" in self.model_fields_set:
             raise ValueError("revision belongs to a repo, and none is given")
+        if self.repo is None and self.path is None and (self.subfolder or self.variant):
+            raise ValueError("subfolder and variant choose in a repo or a path, and none is given")
         return self
+
+    def choice(self) -> dict[str, str | None]:
+        """Which files of a repository are the model."""
+        return {"library": self.library_name, "variant": self.variant}
 
 
 class Training(Metrics):
@@ -140,7 +150,7 @@ def pin(params: EstimateParams, context: CheckContext) -> Pinned | None:
     found: Pinned = Pinned({}, "") if exact else ask(params.repo, params.revision, context)
     commit, answers = found.values.get("revision", params.revision), late("bigpipe.plugins.library:answers_of")
     return replace(
-        found, known=lambda: answers(context, params.repo, commit, "sizes", {"library": params.library_name})
+        found, known=lambda: answers(context, params.repo, commit, "sizes", params.choice(), params.subfolder)
     )
 
 
@@ -163,7 +173,7 @@ def result_line(metrics: Mapping[str, Any]) -> str:
 
 STAGE = Stage(
     kind="estimate",
-    version=3,
+    version=4,
     params=EstimateParams,
     metrics=EstimateMetrics,
     inputs={"model": Port("checkpoint", optional=True)},

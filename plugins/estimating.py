@@ -86,9 +86,10 @@ def _forecast_sighting(params: EstimateParams, context: ForecastContext) -> Sigh
 
 
 def _look(params: EstimateParams, base: Path, pins: Mapping[str, str], sources: Sources) -> Sighting:
-    if params.path is not None:
-        return replace(look(base / params.path, "main", sources, params.library_name), name=params.path)
-    return look(params.repo or "", pins.get("revision", params.revision), sources, params.library_name)
+    model = params.repo or "" if params.path is None else base / params.path
+    revision = "main" if params.repo is None else pins.get("revision", params.revision)
+    found = look(model, revision, sources, params.library_name, variant=params.variant, subfolder=params.subfolder)
+    return found if params.path is None else replace(found, name=params.path)
 
 
 def _estimate(params: EstimateParams, sighting: Sighting, sources: Sources) -> Estimate:

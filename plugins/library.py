@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from bigpipe.bigmodel.architecture import describe_architecture
 from bigpipe.bigmodel.formats import agree
@@ -63,13 +63,14 @@ def pin_revision(repo: str, revision: str, context: CheckContext) -> Pinned:
 
 
 def answers_of(
-    context: CheckContext, repo: str, commit: str, need: Need, chosen: Mapping[str, str | None]
+    context: CheckContext, repo: str, commit: str, need: Need, choice: Mapping[str, Any], subfolder: str | None
 ) -> Mapping[str, Json]:
     """What a lock keeps of a model, see `hub.answers`; nothing where it cannot be asked, or holds no model."""
-    from bigpipe.bigmodel.hub import Hub, answers
+    from bigpipe.bigmodel.hub import Choice, Hub, answers
 
     try:
-        return answers(repo, commit, hub=Hub.of(sources_of(context)), need=need, **chosen)
+        hub = Hub.of(sources_of(context))
+        return answers(repo, commit, hub=hub, need=need, choice=Choice(**choice), subfolder=subfolder)
     except (Transient, NotAuthorised, UsageError):
         return {}
 

@@ -12,6 +12,7 @@ from bigpipe.faces import face
 
 if TYPE_CHECKING:
     from .asking import (
+        LIBRARIES,
         Matching,
         Request,
         ask_child,

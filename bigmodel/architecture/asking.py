@@ -27,6 +27,7 @@ from bigpipe.environment import inherited
 from bigpipe.errors import BY_NAME, InvalidCheckpoint, UsageError
 from bigpipe.files import write_file
 from bigpipe.modules import source_files, top_level
+from bigpipe.names import listed
 from bigpipe.redaction import plain
 from bigpipe.versions import package_version
 
@@ -35,6 +36,7 @@ from .structure import Architecture, Head
 
 ANSWER_VERSION = 6
 """Part of every key; raised when an answer's shape or meaning changes."""
+LIBRARIES = ("transformers", "diffusers", "timm")
 CHILD_SECONDS = 600
 """Real models take under five seconds; a config that asks for a billion layers is stopped."""
 STORAGE_KEYS = frozenset({"quantization_config", "dtype", "torch_dtype"})
@@ -136,8 +138,8 @@ def read_request(
         return _custom_request(custom, sources)
     config = dict(source) if isinstance(source, Mapping) else _read_config(Path(source))
     library = library_name or _library_of(config)
-    if library not in ("transformers", "diffusers", "timm"):
-        raise UsageError(f"library {library!r} is not known", "use transformers, diffusers or timm")
+    if library not in LIBRARIES:
+        raise UsageError(f"library {library!r} is not known", f"use {listed(LIBRARIES, 'or')}")
     code = directory.resolve() if directory is not None and sources.trust_remote_code else None
     return Request(library=library, config=config, head=head, code=code)
 

@@ -9,13 +9,13 @@ from typing import TYPE_CHECKING
 
 from bigpipe.bigmodel.checkpoint import CASTABLE, ModelDescription, tensor_nbytes
 from bigpipe.bigmodel.formats import PLAIN, decoded, format_of, set_apart
-from bigpipe.bigmodel.placement import Device, Placement, one_device, stored_dtype
+from bigpipe.bigmodel.placement import Device, Placement, as_map, one_device, stored_dtype
 from bigpipe.errors import DoesNotFit, UsageError, first_few
 
 if TYPE_CHECKING:
     import torch
 
-DeviceMap = Mapping[str, int | str]
+DeviceMap = Mapping[str, "int | str | torch.device"]
 """Module or parameter name → home. The longest name that leads to a weight decides; "" is the rest."""
 FREE_SHARE = 0.6
 """Of the memory available, what all processes here may fill with weights cast to another dtype."""
@@ -63,17 +63,15 @@ class Homes:
             raise UsageError(cause, 'add an entry for each, or "": cpu for all the rest')
 
 
-def as_placement(placement: Placement | DeviceMap | None) -> Placement:
+def as_placement(placement: Placement | DeviceMap | str | int | torch.device | None) -> Placement:
     """Return the placement that a device map means; without one, everything in RAM. Raise UsageError for a device that
     has no such name, or a mode in place of a map."""
     if isinstance(placement, Placement):
         return placement
-    if isinstance(placement, str):
-        raise UsageError(
-            f"placement {placement!r} is neither a Placement nor a map",
-            f"pass bigpipe.place(…, device_map={placement!r}) for a mode, or a map such as {{'': 'disk'}}",
-        )
-    written = {"": "cpu"} if placement is None else placement
+    written = as_map("cpu" if placement is None else placement)
+    if isinstance(written, str):
+        cure = f"pass bigpipe.place(…, device_map={written!r}) for a mode, or a map such as {{'': 'disk'}}"
+        raise UsageError(f"placement {written!r} is neither a Placement nor a map", cure)
     device_map = {name: one_device(home) for name, home in written.items()}
     return Placement(device_map=device_map, weights={}, max_memory={}, strategy="custom")
 
@@ -108,7 +106,8 @@ def loading_dtype(model: ModelDescription, placement: Placement, memory: HostMem
     tensors = (model.tensors or {}).values()
     wide = sum(tensor_nbytes("float32", shape) for stored, shape in tensors if "float" in stored)
     on_cpu = set(placement.device_map.values()) == {"cpu"} and format_of(model) is PLAIN
-    return "float32" if on_cpu and wide <= memory.widen else stored_dtype(model)
+    stored = stored_dtype(model)
+    return "float32" if on_cpu and wide <= memory.widen and stored != "float64" else stored
 
 
 def cast_bytes(model: ModelDescription, dtype: str) -> int:

@@ -53,7 +53,7 @@ from bigpipe.bigmodel.formats import (
     replace_linears,
     set_apart,
 )
-from bigpipe.bigmodel.placement import Device, Placement, PlacementRequest, place_model, prefixes, stored_dtype
+from bigpipe.bigmodel.placement import Device, Placement, PlacementRequest, as_map, place_model, prefixes, stored_dtype
 from bigpipe.bigmodel.sources import Sources
 from bigpipe.errors import InvalidCheckpoint, UsageError, first_few
 from bigpipe.machine import detect
@@ -87,7 +87,7 @@ class Loaded:
 
 def load(
     path: str | Path,
-    placement: Placement | DeviceMap | str | None = None,
+    placement: Placement | DeviceMap | str | int | torch.device | None = None,
     *,
     model: torch.nn.Module | None = None,
     architecture: Mapping[str, Any] | None = None,
@@ -103,8 +103,8 @@ def load(
     """Return the checkpoint at `path` as a model in evaluation mode, ready for forward and `generate`.
 
     placement: a `Placement` or a device map {prefix: GPU number | "cpu" | "disk"}; left out, all goes to the CPU.
-      Where a GPU is named, what lives in RAM or on disk computes on the first of them. A mode (`auto`) is that of
-      `place`, with its defaults.
+      Where a GPU is named, what lives in RAM or on disk computes on the first of them. A device alone (`cuda:0`) holds
+      all; a mode (`auto`) is that of `place`, with its defaults.
     model: an empty model of a class that the checkpoint does not name itself. architecture: such a class, as in a
       manifest: {"class": "module:Class", "config": {…}}.
     dtype: what floating weights are cast to; `auto` is as stored; left out, the placement's or `loading_dtype`'s
@@ -137,7 +137,7 @@ def load(
         "no_split_module_classes": None if no_split_module_classes is None else as_names(no_split_module_classes),
     }
     given = {name: value for name, value in asked.items() if value is not None}
-    if isinstance(placement, str):
+    if isinstance(placement, str) and isinstance(as_map(placement), str):
         placement = _placed(checkpoint, described, model, PlacementRequest(device_map=placement, **given), sources)
     placement = replace(as_placement(placement), **given)
     homes, there = Homes(placement, first_gpu), psutil.virtual_memory()

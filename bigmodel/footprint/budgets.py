@@ -60,6 +60,11 @@ class Workload:
     output_length: int | None = None
     """Tokens that an encoder-decoder makes; None: as many as it reads."""
 
+    def __post_init__(self) -> None:
+        for name in ("batch_size", "sequence_length", "lora_rank"):
+            if (value := getattr(self, name)) < 1:
+                raise UsageError(f"{name} is {value}", "it must be at least 1", field=name)
+
 
 @dataclass(frozen=True, slots=True)
 class Term:

@@ -15,11 +15,12 @@ from shutil import get_terminal_size
 from typing import TYPE_CHECKING, Any, TextIO
 
 from bigpipe.bigmodel.architecture import Architecture, Head
-from bigpipe.bigmodel.checkpoint import ModelDescription, dtype_name, tensor_nbytes
-from bigpipe.bigmodel.formats import format_of, packing
+from bigpipe.bigmodel.checkpoint import ModelDescription, tensor_nbytes
+from bigpipe.bigmodel.formats import asked, format_of, has_double_quant, packing
 from bigpipe.bigmodel.sources import Sources
 from bigpipe.errors import UsageError
 from bigpipe.fit import as_options
+from bigpipe.names import as_names, listed
 from bigpipe.sizes import format_size, format_transfer, size_of
 from bigpipe.trust import Trust
 
@@ -130,7 +131,8 @@ class Estimate:
         elements = ", ".join(f"{count:,} {dtype}" for dtype, count in self.checkpoint["dtypes"].items())
         components = self.checkpoint.get("components", {}).items()
         parts = "; " + ", ".join(f"{name} {format_size(size)}" for name, size in components) if components else ""
-        return [f"stored: {format_size(self.checkpoint['bytes'])} of {form}{quantized} ({elements}){parts}"]
+        kind = f" of {form}" if form else ""
+        return [f"stored: {format_size(self.checkpoint['bytes'])}{kind}{quantized} ({elements}){parts}"]
 
     def _said(self, budget: Budget) -> str:
         """Whether this dtype fits into the memory, and what would."""
@@ -193,11 +195,13 @@ def estimate(
     sequence_length: int = 2048,
     library_name: str | None = None,
     revision: str = "main",
+    subfolder: str | None = None,
+    variant: str | None = None,
     memory: int | str | None = None,
     double_quant: bool = False,
     kv_dtype: str | torch.dtype | None = None,
     lora_rank: int = 8,
-    lora_targets: Sequence[str] = (),
+    lora_targets: str | Sequence[str] = (),
     gradient_checkpointing: bool = False,
     train: str | None = None,
     trust: Trust | Sequence[str] = (),
@@ -214,6 +218,7 @@ def estimate(
     dtypes: of `float32 float16 bfloat16 float8 int8 int4 nf4 fp4`; int4 is accelerate's word for any 4-bit format.
     head: auto is the class the config names; none is the bare model, which is what accelerate counts.
     sequence_length: capped at what the model's positions allow.
+    subfolder, variant: which model of a repository or directory, as in `from_pretrained`.
     memory: bytes or `24GiB`; the estimate then says whether each dtype fits, and the smallest change that does.
     kv_dtype: of cached keys and values, `float32 float16 bfloat16 float8 int8`; None: what the model computes in.
     lora_targets: the ends of the names of the linear modules that get adapters (`q_proj`); all but the head if empty.
@@ -227,8 +232,8 @@ def estimate(
     """
     workload = Workload(
         batch_size=batch_size, sequence_length=sequence_length, double_quant=double_quant, lora_rank=lora_rank,
-        lora_targets=tuple(lora_targets), gradient_checkpointing=gradient_checkpointing,
-        kv_dtype=None if kv_dtype is None else dtype_name(kv_dtype),
+        lora_targets=as_names(lora_targets), gradient_checkpointing=gradient_checkpointing,
+        kv_dtype=None if kv_dtype is None else asked(kv_dtype),
     )  # fmt: skip
     if train is not None and train not in OPTIMIZERS:
         raise UsageError(f"optimizer {train!r} is not known to estimate", f"use {', '.join(OPTIMIZERS)}")
@@ -237,9 +242,9 @@ def estimate(
         trust=Trust.of(trust), trust_remote_code=trust_remote_code, base=base, memo=memo, offline=offline,
         environment=environment,
     )  # fmt: skip
-    sighting = look(model, revision, sources, library_name, architecture)
+    sighting = look(model, revision, sources, library_name, architecture, variant=variant, subfolder=subfolder)
     given = (dtypes,) if isinstance(dtypes, str) or not isinstance(dtypes, Sequence) else dtypes
-    wanted = None if dtypes is None else [dtype_name(dtype) for dtype in given]
+    wanted = None if dtypes is None else [asked(dtype) for dtype in given]
     made = estimate_sighting(sighting, dtypes=wanted, head=head, workload=workload, sources=sources)
     return replace(made, memory=limit, train=train)
 
@@ -256,6 +261,9 @@ def estimate_sighting(
     wanted = tuple(dict.fromkeys(dtypes or DTYPES))
     for dtype in wanted:
         packing(dtype)  # an unknown one is refused before anything is asked
+    if workload.double_quant and not any(map(has_double_quant, wanted)):
+        cause = f"double quantization has no meaning for {listed(wanted)}"
+        raise UsageError(cause, "add nf4 to dtypes, or leave it out", field="double_quant")
     architecture, notes = architecture_of(sighting, head, sources)
     cut = cut_length(architecture, workload.sequence_length)
     capped = replace(workload, sequence_length=capped_length(architecture, workload.sequence_length))

@@ -7,10 +7,11 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, cast
 from urllib.parse import unquote, urlsplit
 
 from bigpipe.bigmodel.architecture import (
+    LIBRARIES,
     Architecture,
     Head,
     describe_architecture,
@@ -24,12 +25,24 @@ from bigpipe.bigmodel.checkpoint import (
     ModelDescription,
     describe_checkpoint,
     find_weight_files,
+    is_index,
     read_json,
 )
 from bigpipe.bigmodel.formats import PLAIN, Agreement, agree, decoded, format_of, plain_dtype
-from bigpipe.bigmodel.hub import COMMIT, Hub, Repository, cached_commit, describe_pipeline, describe_repository
+from bigpipe.bigmodel.hub import (
+    COMMIT,
+    Choice,
+    DirectorySource,
+    Hub,
+    Library,
+    Repository,
+    cached_commit,
+    describe_pipeline,
+    describe_repository,
+)
 from bigpipe.bigmodel.sources import Sources
 from bigpipe.errors import InvalidCheckpoint, NoWeights, Offline, UsageError, first_few
+from bigpipe.names import listed
 from bigpipe.sizes import format_size
 
 if TYPE_CHECKING:
@@ -62,12 +75,21 @@ def look(
     sources: Sources,
     library: str | None = None,
     own: Mapping[str, Any] | None = None,
+    *,
+    variant: str | None = None,
+    subfolder: str | None = None,
 ) -> Sighting:
-    """Look at a model where it lies, or at a module. own: the description of its class, as in a manifest.
+    """Look at a model where it lies, or at a module. own: the description of its class, as in a manifest. variant,
+    subfolder: which model of a repository or directory.
     Raises UsageError where `model` is nothing; the errors of `describe_checkpoint` and `describe_repository`."""
+    if library not in (None, *LIBRARIES):
+        raise UsageError(f"library {library!r} is not known", f"use {listed(LIBRARIES, 'or')}", field="library_name")
     if not isinstance(model, str | Path):
+        asked = {"revision": revision != "main", "variant": variant, "subfolder": subfolder}
+        for name in (name for name, given in asked.items() if given):
+            raise UsageError(f"{name} belongs to a path or repository, and a module is given", "leave it out")
         return _look_at_module(model)
-    found = _look(model, revision, sources, library)
+    found = _look(model, revision, sources, Choice(library=cast(Library | None, library), variant=variant), subfolder)
     return found if own is None else replace(found, description=replace(found.description, custom=dict(own)))
 
 
@@ -83,39 +105,45 @@ def _look_at_module(model: torch.nn.Module) -> Sighting:
     return Sighting(name=type(model).__name__, description=described, architecture=seen)
 
 
-def _look(model: str | Path, revision: str, sources: Sources, library: str | None) -> Sighting:
+def _look(model: str | Path, revision: str, sources: Sources, choice: Choice, subfolder: str | None) -> Sighting:
     path = Path(model)
     if path.exists():
-        return _look_locally(path, library)
-    repo, revision = _parse(str(model), revision)
-    hub = Hub.of(sources)
+        if revision != "main":
+            raise UsageError(f"revision belongs to a repository, and {path} is a path", "leave it out")
+        return _look_locally(path, choice, subfolder)
+    repo, revision, below = _parse(str(model), revision)
+    hub, subfolder = Hub.of(sources), subfolder or below
     try:
-        return _look_remotely(repo, revision, hub, sources, library)
+        return _look_remotely(repo, revision, hub, sources, choice, subfolder)
     except Offline:
         commit = cached_commit(hub, repo, revision)
         snapshot = hub.folder(repo) / "snapshots" / (commit or revision)
         if not snapshot.is_dir():
             raise
-        return replace(_look_locally(snapshot, library), name=repo, revision=snapshot.name)
+        return replace(_look_locally(snapshot, choice, subfolder), name=repo, revision=snapshot.name)
 
 
-def _parse(model: str, revision: str) -> tuple[str, str]:
-    """`owner/name` and revision of a repository or of its address: https://huggingface.co/owner/name/tree/main."""
+def _parse(model: str, revision: str) -> tuple[str, str, str | None]:
+    """`owner/name`, revision and folder of a repository or of an address in it:
+    https://huggingface.co/owner/name/tree/main/text_encoder."""
+    folder: list[str] = []
     if model.startswith(("http://", "https://")):
         parts = unquote(urlsplit(model).path).strip("/").split("/")
         if len(parts) > 3 and parts[2] in ("tree", "blob", "resolve"):
-            revision = parts[3]
+            revision, folder = parts[3], parts[4:] if parts[2] == "tree" else parts[4:-1]
         model = "/".join(parts[:2])
     if not REPOSITORY.fullmatch(model):
         raise UsageError(
             f"{model!r} is neither a path that exists nor the name of a repository",
             "give a directory, a config.json, owner/name, or a repository's address",
         )
-    return model, revision
+    return model, revision, "/".join(folder) or None
 
 
-def _look_remotely(repo: str, revision: str, hub: Hub, sources: Sources, library: str | None) -> Sighting:
-    found = describe_repository(repo, revision, hub=hub, library=library, need="sizes")
+def _look_remotely(
+    repo: str, revision: str, hub: Hub, sources: Sources, choice: Choice, subfolder: str | None
+) -> Sighting:
+    found = describe_repository(repo, revision, hub=hub, choice=choice, subfolder=subfolder, need="sizes")
     description = found.description
     if sources.trust_remote_code and (description.config or {}).get("auto_map"):
         description = replace(description, path=_fetch_code(found.repository, revision))
@@ -125,7 +153,7 @@ def _look_remotely(repo: str, revision: str, hub: Hub, sources: Sources, library
         description=description,
         source="config" if found.source == "config" else "headers",
         fetched_bytes=found.fetched_bytes,
-        library=library or found.library,
+        library=choice.library or found.library,
         components=found.components,
         notes=(found.difference,) if found.difference else (),
     )
@@ -145,7 +173,14 @@ def _fetch_code(repository: Repository, revision: str) -> Path:
     return repository.snapshot
 
 
-def _look_locally(path: Path, library: str | None) -> Sighting:
+def _look_locally(path: Path, choice: Choice, subfolder: str | None = None) -> Sighting:
+    source, library = DirectorySource(path, choice, subfolder), choice.library
+    if subfolder:
+        source.require_subfolder()
+        path = source.folder
+    if choice.variant:
+        among = [file.path for file in source.chosen()]
+        return Sighting(name=str(path), description=describe_checkpoint(path, among=among), library=library)
     directory = path if path.is_dir() else path.parent
     missing = _missing_weights(path)
     if missing is None:
@@ -174,7 +209,8 @@ def _look_locally(path: Path, library: str | None) -> Sighting:
 def _missing_weights(path: Path) -> NoWeights | None:
     """None: there are some."""
     if path.is_file():
-        return NoWeights(f"{path}: is no weight file") if path.suffix == ".json" else None
+        bare = path.suffix == ".json" and not is_index(path.name)
+        return NoWeights(f"{path}: is no weight file") if bare else None
     try:
         find_weight_files(path)
     except NoWeights as error:

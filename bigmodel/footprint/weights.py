@@ -20,7 +20,7 @@ from bigpipe.bigmodel.memo import kept
 
 def compute_bytes(dtype: str) -> int:
     """Bytes per activation and cached key. 8-bit floats are stored so, but computed with in 16 bits."""
-    return 4 if dtype == "float32" else 2
+    return {"float64": 8, "float32": 4}.get(dtype, 2)
 
 
 @dataclass(frozen=True, slots=True)

@@ -21,6 +21,6 @@ if TYPE_CHECKING:
     from .plain import decode, decoded, decoding_memory, plain_dtype
     from .recognition import castable, computable, format_of, recognise, uncomputable
     from .registry import BUILT_IN, named, names, packing_of, require_known, version_of
-    from .widths import DTYPES, PLAIN_DTYPES, WORTHWHILE, dtypes, has_double_quant, packing, require_dtype, width
+    from .widths import DTYPES, PLAIN_DTYPES, WORTHWHILE, asked, dtypes, has_double_quant, packing, require_dtype, width
 
 __getattr__, __all__ = face(__name__)

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from .format import Packing
 
 PLAIN_DTYPES: Mapping[str, str] = {
-    "float32": "float32", "float16": "float16", "bfloat16": "bfloat16", "float8": "float8_e4m3fn",
+    "float64": "float64", "float32": "float32", "float16": "float16", "bfloat16": "bfloat16", "float8": "float8_e4m3fn",
 }  # fmt: skip
 """Dtypes of an estimate in which nothing is packed → torch's names."""
 PACKED: Mapping[str, str] = {"int8": "int8", "int4": "nf4"} | {name: name for name in BUILT_IN}
@@ -32,6 +32,12 @@ def require_dtype(name: str) -> None:
     """Raise UsageError for a name that is neither a dtype nor a format."""
     if name not in DTYPES and name not in names():
         raise UsageError(f"dtype {name!r} is not known to estimate", f"use one of {', '.join(dtypes())}")
+
+
+def asked(dtype: object) -> str:
+    """Return the name that an estimate has for a dtype, which may have been given as torch's own, in 8 bits too."""
+    name = str(dtype).removeprefix("torch.")
+    return "float8" if name.startswith("float8_") else name
 
 
 def packing(dtype: str, *, double_quant: bool = False) -> Packing | None:

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
         whoami,
     )
     from .responses import COMMIT, NOT_A_HUB
-    from .selection import Choice
+    from .selection import ANY, Choice, Library
     from .snapshot import fetch
 
 __getattr__, __all__ = face(__name__)

@@ -133,17 +133,9 @@ class HubSource:
         )
 
     def _description(self, commit: str) -> ModelDescription | None:
-        if self.choice.include or self.choice.exclude:
-            return None  # what these leave is described once it is here
         try:
-            return describe_repository(
-                self.repo,
-                commit,
-                hub=self.hub,
-                library=self.choice.library,
-                variant=self.choice.variant,
-                subfolder=self.subfolder,
-            ).description
+            found = describe_repository(self.repo, commit, hub=self.hub, choice=self.choice, subfolder=self.subfolder)
+            return found.description
         except (Transient, NotAuthorised, UsageError):
             return None
 
@@ -195,7 +187,7 @@ class DirectorySource:
         if not self.directory.is_dir():
             cause = f"path: there is no directory {self.directory}"
             raise UsageError(cause, "relative paths start at the manifest's directory")
-        self._require_subfolder()
+        self.require_subfolder()
         paths = [path.relative_to(self.folder) for path in sorted(self.folder.rglob("*")) if path.is_file()]
         names = self.choice.among([path.as_posix() for path in paths])
         for name in names:
@@ -203,11 +195,12 @@ class DirectorySource:
             check_fetched(self.folder / name)
         return [HubFile(name, (self.folder / name).stat().st_size, "") for name in names]
 
-    def _require_subfolder(self) -> None:
+    def require_subfolder(self) -> None:
+        """Raise UsageError where the folder is not there, or a link."""
         place = self.directory
         for part in Path(self.subfolder or "").parts:
             place /= part
-            if not place.is_dir() or place.is_symlink():
+            if part in ("..", "/") or not place.is_dir() or place.is_symlink():
                 what = "a link" if place.is_symlink() else "no folder"
                 folders = sorted(path.name for path in place.parent.iterdir() if path.is_dir())
                 there = f"{place.parent} has {first_few(folders) or 'none'}"

@@ -12,9 +12,9 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, Literal
 
 from bigpipe.bigmodel.architecture import known_architecture
 from bigpipe.bigmodel.checkpoint import (
@@ -42,7 +42,7 @@ from bigpipe.errors import Offline, UsageError
 
 from .heads import GUESS, reading
 from .repository import READERS, Hub, HubFile, Repository, as_listing, describe, question
-from .selection import Choice, Library, check_index, detect, weight_files
+from .selection import ANY, Choice, check_index, detect, weight_files
 
 Need = Literal["sizes", "layout"]
 """sizes: names, dtypes and shapes, in any order. layout: in the order of their bytes, as a shard plan needs them."""
@@ -80,24 +80,26 @@ def describe_repository(
     revision: str = "main",
     *,
     hub: Hub,
-    library: str | None = None,
     need: Need = "layout",
-    variant: str | None = None,
+    choice: Choice = ANY,
     subfolder: str | None = None,
 ) -> RemoteModel:
-    """Return what a repository holds at `revision`, in the weights of a variant and below a folder if so said.
+    """Return what a repository holds at `revision`, among the files of a choice and below a folder if so said.
     Raise Offline, NotAuthorised, GatedRepository, UsageError (no such model, no weights and no config), Transient, and
     InvalidCheckpoint, naming the file and byte, where a header or index is not what it should be."""
     fetched: list[int] = []
     repository = describe(repo, revision, hub=replace(hub, meter=fetched.append))
-    asked = {"library": library, "variant": variant, "subfolder": subfolder}
-    facts = _facts(repository, need, asked)
+    facts = _facts(repository, need, {**asdict(choice), "subfolder": subfolder})
     if subfolder:
         repository = repository.below(subfolder)
+    if choice.include or choice.exclude:
+        taken = set(choice.among([file.path for file in repository.files], repository.library))
+        files = tuple(file for file in repository.files if file.path in taken)
+        repository = replace(repository, files=files, elements=None)  # the Hub counts all of them
     found = _from_json(hub.recall(*facts), repository)
     if found is None:
         try:
-            found = _read(repository, Choice(library=cast(Library | None, library), variant=variant), need)
+            found = _read(repository, Choice(library=choice.library, variant=choice.variant), need)
             hub.remember(_as_json(found), *facts)
         except Offline:
             if (found := _from_json(hub.told(*facts), repository)) is None:
@@ -105,15 +107,24 @@ def describe_repository(
     return replace(found, fetched_bytes=sum(fetched))
 
 
-def answers(repo: str, commit: str, *, hub: Hub, need: Need = "layout", **asked: str | None) -> dict[str, Any]:
+def answers(
+    repo: str,
+    commit: str,
+    *,
+    hub: Hub,
+    need: Need = "layout",
+    choice: Choice = ANY,
+    subfolder: str | None = None,
+) -> dict[str, Any]:
     """Return question → answer, for `Hub.known`: a commit's listing, its config, and the names, dtypes and shapes of
-    its tensors. asked: library, variant and subfolder. Raise as `describe_repository`."""
-    found, repository = describe_repository(repo, commit, hub=hub, need=need, **asked), describe(repo, commit, hub=hub)
-    listing = question("listing", repo, commit)
-    return {listing: as_listing(repository), question(*_facts(repository, need, asked)): _as_json(found)}
+    its tensors. Raise as `describe_repository`."""
+    found = describe_repository(repo, commit, hub=hub, need=need, choice=choice, subfolder=subfolder)
+    repository, listing = describe(repo, commit, hub=hub), question("listing", repo, commit)
+    asked = question(*_facts(repository, need, {**asdict(choice), "subfolder": subfolder}))
+    return {listing: as_listing(repository), asked: _as_json(found)}
 
 
-def _facts(repository: Repository, need: Need, asked: Mapping[str, str | None]) -> tuple[object, ...]:
+def _facts(repository: Repository, need: Need, asked: Mapping[str, object]) -> tuple[object, ...]:
     told = {name: value for name, value in asked.items() if value}
     return "model", ANSWER_VERSION, repository.repo, repository.commit, need, *([told] if told else [])
 

@@ -71,6 +71,10 @@ class Choice:
         return {folder: wanted[folder] or weights for folder, weights in found.items()}
 
 
+ANY = Choice()
+"""What the library itself would take."""
+
+
 def weight_files(sets: Mapping[str, WeightSet | None], *, indexes: bool = True) -> list[str]:
     """Return the relative paths of the weights in folders, and of their indexes."""
     chosen = [(folder, found) for folder, found in sets.items() if found is not None]

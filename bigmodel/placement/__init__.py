@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from .devices import Device, devices_of, one_device
     from .fitting import find_misfits
     from .models import place, place_model, stored_dtype
-    from .placement import Placement, PlacementRequest
+    from .placement import Placement, PlacementRequest, as_map
     from .speeds import Speeds
     from .strategies import place_architecture
     from .tree import INDIVISIBLE, prefixes

@@ -37,6 +37,8 @@ def read_max_memory(max_memory: Mapping[int | str, int | str]) -> dict[Device, f
 
     Keys: GPU numbers, ranges of them ("1-7"), cpu, disk. Values: bytes or sizes ("10GiB"). Raises UsageError.
     """
+    if not isinstance(max_memory, Mapping):
+        raise UsageError(f"max_memory is {max_memory!r}", "give sizes by device: {0: 22GiB, cpu: 48GiB}")
     caps: dict[Device, float] = {}
     for key, value in max_memory.items():
         size = size_of(f"max_memory of {key}", value)

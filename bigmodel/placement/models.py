@@ -20,7 +20,7 @@ from bigpipe.trust import Trust
 from .devices import is_computing, main_of
 from .fitting import Trial
 from .headroom import headroom_of
-from .placement import FLOATS, Placement, PlacementRequest
+from .placement import FLOATS, Placement, PlacementRequest, as_map
 from .speeds import Speeds, speeds_of
 from .strategies import place_architecture
 from .tree import INDIVISIBLE
@@ -33,7 +33,7 @@ def place(
     model: str | Path | torch.nn.Module,
     *,
     architecture: Mapping[str, Any] | None = None,
-    device_map: str | Mapping[str, int | str] = "auto",
+    device_map: str | int | torch.device | Mapping[str, int | str | torch.device] = "auto",
     max_memory: Mapping[int | str, int | str] | None = None,
     no_split_module_classes: str | Sequence[str] | None = None,
     dtype: str | torch.dtype | None = None,
@@ -43,6 +43,8 @@ def place(
     machine: Machine | None = None,
     speeds: Speeds | None = None,
     revision: str = "main",
+    subfolder: str | None = None,
+    variant: str | None = None,
     trust: Trust | Sequence[str] = (),
     trust_remote_code: bool = False,
     base: Path | None = None,
@@ -57,6 +59,7 @@ def place(
     architecture: a custom class, as in a manifest: {"class": "module:Class", "config": {…}}.
     device_map, max_memory, no_split_module_classes, dtype, special_dtypes, batch_size, sequence_length: those of
       `PlacementRequest`. Quantized weights count at their quantized size.
+    subfolder, variant: which model of a repository or directory, as in `from_pretrained`.
     machine: whose devices they are; None: this one's. speeds: what `optimal` weighs by; None: as measured on this
       machine and kept in `memo`, or ordinary ones.
     trust: modules that a custom class may come from, looked for in `base` first; trust_remote_code: may the
@@ -66,7 +69,7 @@ def place(
     smallest change that fits, InvalidCheckpoint, Offline, NotAuthorised, GatedRepository, Transient.
     """
     request = PlacementRequest(
-        device_map=device_map, max_memory=max_memory, no_split_module_classes=no_split_module_classes,
+        device_map=as_map(device_map), max_memory=max_memory, no_split_module_classes=no_split_module_classes,
         dtype=None if dtype is None else dtype_name(dtype),
         special_dtypes={name: dtype_name(wanted) for name, wanted in (special_dtypes or {}).items()},
         batch_size=batch_size, sequence_length=sequence_length,
@@ -75,7 +78,7 @@ def place(
         trust=Trust.of(trust), trust_remote_code=trust_remote_code, base=base, memo=memo, offline=offline,
         environment=environment,
     )  # fmt: skip
-    sighting = look(model, revision, sources, own=architecture)
+    sighting = look(model, revision, sources, own=architecture, variant=variant, subfolder=subfolder)
     built, _ = architecture_of(sighting, "auto", sources)
     if sighting.architecture is None:
         built = agree(sighting.description, built, memo).architecture

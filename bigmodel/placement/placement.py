@@ -12,7 +12,7 @@ from bigpipe.fit import Need
 from bigpipe.names import as_names
 from bigpipe.sizes import format_size
 
-from .devices import Device, devices_of
+from .devices import Device, devices_of, one_device
 
 SCHEMA = "bigpipe.placement/2"
 BY_DEVICE = ("weights", "max_memory", "needs")
@@ -21,13 +21,32 @@ FLOATS = ("float32", "float16", "bfloat16", "float64")
 MODES = ("auto", "balanced", "balanced_low_0", "sequential", "optimal")
 
 
+def as_map(device_map: object) -> Any:
+    """Return a mode or a map as it is, and for a device alone (`cpu`, 0, `cuda:0`, torch's own) the map that puts
+    everything there. Raise UsageError for what is none of them."""
+    if isinstance(device_map, Mapping) or device_map in MODES:
+        return device_map
+    try:
+        return {"": one_device(str(device_map))}
+    except UsageError:
+        cause = f"device_map {device_map!r} is neither a mode, nor a device, nor a map"
+        raise UsageError(cause, f"use one of {', '.join(MODES)}, cpu, disk, a GPU, or a map") from None
+
+
+def _require_floats(*dtypes: str | None) -> None:
+    """Raise UsageError for a dtype that floating weights would not survive."""
+    for name in dtypes:
+        if name is not None and name not in FLOATS:
+            raise UsageError(f"dtype {name!r} is not one that weights are loaded as", f"use {', '.join(FLOATS)}")
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PlacementRequest:
     """Raises UsageError for a mode or a dtype that there is not."""
 
     device_map: str | Mapping[str, int | str] = "auto"
     """auto (the same as balanced), balanced, balanced_low_0, sequential as in accelerate; optimal: the fewest predicted
-    seconds per token; or name prefix → device, the longest prefix decides."""
+    seconds per token; or name prefix → device, the longest prefix decides; or one device for all."""
     max_memory: Mapping[int | str, int | str] | None = None
     """Bytes of weights and buffers per device; devices not in it are not used. None: what the machine has, less what
     generating takes, and the disk."""
@@ -47,12 +66,8 @@ class PlacementRequest:
         object.__setattr__(self, "dtype", None if self.dtype in (None, "auto") else dtype_name(self.dtype))
         special = {name: dtype_name(dtype) for name, dtype in self.special_dtypes.items()}
         object.__setattr__(self, "special_dtypes", special)
-        for name in (self.dtype, *self.special_dtypes.values()):
-            if name is not None and name not in FLOATS:
-                raise UsageError(f"dtype {name!r} is not one that weights are loaded as", f"use {', '.join(FLOATS)}")
-        if isinstance(self.device_map, str) and self.device_map not in MODES:
-            modes = ", ".join(MODES)
-            raise UsageError(f"device_map {self.device_map!r} is not a mode", f"use one of {modes}, or a map")
+        _require_floats(self.dtype, *self.special_dtypes.values())
+        object.__setattr__(self, "device_map", as_map(self.device_map))
 
     @property
     def mode(self) -> str | None:
@@ -94,6 +109,9 @@ class Placement:
     """Predicted, where the strategy weighs time: decoding one row, all weights read once."""
     explanation: tuple[str, ...] = ()
     """Sentences for people: what was decided and why."""
+
+    def __post_init__(self) -> None:
+        _require_floats(self.dtype, *self.special_dtypes.values())
 
     @property
     def streaming(self) -> dict[Device, int]:

@@ -135,7 +135,7 @@ def test_auto_is_as_stored_and_a_mode(tmp_path: Path) -> None:
     assert next(model.parameters()).dtype == torch.float16
     assert model(torch.arange(4)[None]).logits.isfinite().all()
     assert bigpipe.place(source, dtype="auto", max_memory={"cpu": "1GiB"}).dtype is None
-    with pytest.raises(UsageError, match="is not a mode"):
+    with pytest.raises(UsageError, match="is neither a mode, nor a device"):
         bigpipe.load(source, "atuo")
 
 

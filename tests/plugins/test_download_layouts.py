@@ -99,6 +99,27 @@ def test_two_choices_of_one_commit_are_remembered_apart(bring: Any, tmp_path: Pa
         assert_planned(planned, out)
 
 
+GLOBS: list[dict[str, Any]] = [
+    {"include": ["config.json", "model.bf16.safetensors"]},
+    {"exclude": ["tokenizer*"]},
+    {"include": ["config.json", "model*"], "exclude": ["*fp16*", "*bf16*"]},
+]
+
+
+@pytest.mark.parametrize("source", SOURCES)
+@pytest.mark.parametrize("globs", GLOBS, ids=str)
+def test_what_globs_leave_is_described_by_the_plan(bring: Any, tmp_path: Path, source: str, globs: Any) -> None:
+    _, planned, out = bring(source, variants(tmp_path / "model"), **globs)
+    assert_planned(planned, out)
+
+
+def test_a_shard_that_a_glob_leaves_out_is_missed_by_the_plan(bring: Any, tmp_path: Path) -> None:
+    folder = make_checkpoint(tmp_path / "model", "llama", max_shard_size="20KB")
+    for source in SOURCES:
+        with pytest.raises(InvalidCheckpoint, match=r"model-00002-of-\d+.safetensors, which is not there"):
+            bring(source, folder, exclude=["model-00002*"])
+
+
 @pytest.mark.parametrize("source", SOURCES)
 @pytest.mark.parametrize(
     ("given", "said", "cure"),

@@ -1,0 +1,133 @@
+"""Arguments of the Python functions: what means something is used, whatever it was given as; the rest is refused."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from support.models import make_checkpoint, tiny_model
+
+import bigpipe
+from bigpipe.errors import DoesNotFit, UsageError
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_checkpoint(tmp_path_factory.mktemp("models") / "llama", "llama")
+
+
+@pytest.mark.parametrize("function", [bigpipe.estimate, bigpipe.place])
+@pytest.mark.parametrize("given", [{"batch_size": 0}, {"sequence_length": 0}, {"sequence_length": -1}])
+def test_no_sequence_is_no_work(function: Any, given: dict[str, Any], model: Path) -> None:
+    with pytest.raises(UsageError, match=r"is (0|-1)") as error:
+        function(model, **given)
+    assert error.value.field in given
+
+
+@pytest.mark.parametrize(
+    ("given", "told"),
+    [
+        ({"library_name": "jax"}, "library 'jax'"),
+        ({"revision": "v2"}, "revision belongs to a repository"),
+        ({"dtypes": ["int8"], "double_quant": True}, "no meaning for int8"),
+        ({"lora_rank": 0}, "lora_rank is 0"),
+    ],
+)
+def test_what_an_estimate_has_no_use_for_is_refused(given: dict[str, Any], told: str, model: Path) -> None:
+    with pytest.raises(UsageError, match=told):
+        bigpipe.estimate(model, **given)
+
+
+@pytest.mark.parametrize("given", [{"revision": "v2"}, {"variant": "fp16"}, {"subfolder": "text"}])
+@pytest.mark.parametrize("function", [bigpipe.estimate, bigpipe.place])
+def test_a_module_has_no_revision_and_lies_in_no_folder(function: Any, given: dict[str, Any]) -> None:
+    with pytest.raises(UsageError, match="belongs to a path or repository"):
+        function(tiny_model("llama"), **given)
+
+
+def test_an_estimate_takes_names_alone_and_dtypes_as_torch_has_them(model: Path) -> None:
+    one = bigpipe.estimate(model, lora_targets="q_proj", dtypes=torch.float8_e4m3fn, kv_dtype=torch.float8_e4m3fn)
+    same = bigpipe.estimate(model, lora_targets=["q_proj"], dtypes=["float8"], kv_dtype="float8")
+    assert one.as_json() == same.as_json()
+
+
+def test_an_estimate_of_an_index_is_that_of_its_directory(model: Path, tmp_path: Path) -> None:
+    bigpipe.save_checkpoint(model, tmp_path, max_shard_size="20KB")
+    whole = bigpipe.estimate(tmp_path)
+    assert bigpipe.estimate(tmp_path / "model.safetensors.index.json").metrics() == whole.metrics()
+
+
+def test_an_estimate_of_a_module_says_nothing_of_files() -> None:
+    assert "None" not in bigpipe.estimate(tiny_model("llama")).render()
+
+
+def test_a_model_in_a_subfolder_and_a_variant_of_it(model: Path, tmp_path: Path) -> None:
+    shutil.copytree(model, tmp_path / "text")
+    tiny_model("llama", dtype="float16").save_pretrained(tmp_path / "text", variant="fp16")
+    plain = bigpipe.estimate(tmp_path, subfolder="text").checkpoint
+    half = bigpipe.estimate(tmp_path, subfolder="text", variant="fp16").checkpoint
+    assert plain is not None
+    assert half is not None
+    assert (plain["dtypes"].keys(), half["dtypes"].keys()) == ({"float32"}, {"float16"})
+    placed = bigpipe.place(tmp_path, subfolder="text", variant="fp16", max_memory={"cpu": "1GiB"})
+    assert placed.weights == bigpipe.place(model, dtype="float16", max_memory={"cpu": "1GiB"}).weights
+    with pytest.raises(UsageError, match="txt is no folder"):
+        bigpipe.estimate(tmp_path, subfolder="txt")
+    with pytest.raises(UsageError, match="is no folder"):
+        bigpipe.estimate(tmp_path, subfolder="..")
+    with pytest.raises(UsageError, match="no weights of 'fp61'"):
+        bigpipe.place(tmp_path, subfolder="text", variant="fp61")
+
+
+@pytest.mark.parametrize("device", ["cpu", torch.device("cpu"), "disk"])
+def test_a_device_alone_holds_all(device: Any, model: Path) -> None:
+    ids = torch.arange(8)[None]
+    loaded = bigpipe.load(model, device)
+    assert set(loaded.hf_device_map.values()) == {str(device)}  # type: ignore[union-attr, operator]
+    assert torch.equal(loaded(ids).logits, bigpipe.load(model)(ids).logits)
+    assert bigpipe.place(model, device_map=device).device_map == {"": str(device)}
+
+
+@pytest.mark.parametrize("device", ["cuda:0", 0, torch.device("cuda", 0)])
+def test_a_gpu_alone_is_looked_for(device: Any, model: Path) -> None:
+    assert bigpipe.place(model, device_map=device).device_map == {"": 0}
+    if not torch.cuda.is_available():
+        with pytest.raises(DoesNotFit, match="GPU 0, and this machine has none"):
+            bigpipe.load(model, device)
+
+
+@pytest.mark.parametrize("device_map", ["fastest", None, "mps", 1.5])
+def test_what_is_no_map_is_called_that(device_map: Any, model: Path) -> None:
+    with pytest.raises(UsageError, match="neither a mode, nor a device, nor a map"):
+        bigpipe.place(model, device_map=device_map)
+
+
+def test_caps_without_devices_are_called_that(model: Path) -> None:
+    with pytest.raises(UsageError, match="max_memory is '1GiB'"):
+        bigpipe.place(model, max_memory="1GiB")  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("given", [{"special_dtypes": {"lm_head.weight": torch.int8}}, {"dtype": "float8_e4m3fn"}])
+def test_weights_are_not_cut_to_what_they_would_not_survive(given: dict[str, Any], model: Path) -> None:
+    with pytest.raises(UsageError, match="not one that weights are loaded as"):
+        bigpipe.load(model, **given)
+
+
+def test_float64_stays_what_it_is(tmp_path: Path) -> None:
+    """As in transformers; it is narrowed where somebody asks for that."""
+    from transformers import AutoModelForCausalLM
+
+    folder = make_checkpoint(tmp_path / "wide", "llama", dtype="float64")
+    ids, theirs = torch.arange(8)[None], AutoModelForCausalLM.from_pretrained(folder)
+    placed = bigpipe.place(folder, max_memory={"cpu": "1GiB"})
+    loaded = bigpipe.load(folder, placed)
+    assert theirs.dtype == loaded.lm_head.weight.dtype == torch.float64
+    assert torch.equal(loaded(ids).logits, theirs(ids).logits)
+    assert placed.weights == {
+        "cpu": sum(p.nbytes for p in loaded.parameters()) + sum(b.nbytes for b in loaded.buffers())
+    }
+    assert bigpipe.load(folder, dtype="float32").lm_head.weight.dtype == torch.float32
+    assert bigpipe.estimate(folder, dtypes=["float64"])["float64"].counts.loaded == placed.weights["cpu"]
