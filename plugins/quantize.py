@@ -7,11 +7,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, ConfigDict, model_validator
 
-from bigpipe.bigmodel.formats import BUILT_IN, PASTED, names, packing_of, read_pasted, require_known, version_of
+from bigpipe.bigmodel.formats import BUILT_IN, PASTED, names, packing_of, read_options, require_known, version_of
 from bigpipe.orchestrator.stage import Bytes, Machine, Metrics, OneOf, Params, Passing, Planning, Port, Stage, late
-
-OPTIONS = ("llm_int8_threshold", "bnb_4bit_use_double_quant", "bnb_4bit_compute_dtype", "bnb_4bit_quant_type")
-"""Fields that some formats have no use for."""
 
 
 def _without_torch(value: Any) -> Any:
@@ -48,15 +45,7 @@ class QuantizeParams(Params):
     @classmethod
     def _read_pasted(cls, values: Any) -> Any:
         """`scheme` from BitsAndBytesConfig's flags, and no field that the scheme has no use for."""
-        if not isinstance(values, Mapping):
-            return values
-        fields = read_pasted(values)
-        scheme = fields.get("scheme")
-        if isinstance(scheme, str) and scheme in BUILT_IN:
-            given = [name for name in OPTIONS if name in fields]
-            if odd := [name for name in given if name not in packing_of(scheme).takes]:
-                raise ValueError(f"{', '.join(odd)} has no meaning for scheme {scheme}; remove it")
-        return fields
+        return read_options(values) if isinstance(values, Mapping) else values
 
 
 class QuantizeMetrics(Metrics):

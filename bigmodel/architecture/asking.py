@@ -39,7 +39,8 @@ ANSWER_VERSION = 6
 LIBRARIES = ("transformers", "diffusers", "timm")
 CHILD_SECONDS = 600
 """Real models take under five seconds; a config that asks for a billion layers is stopped."""
-STORAGE_KEYS = frozenset({"quantization_config", "dtype", "torch_dtype"})
+DTYPE_KEYS = frozenset({"dtype", "torch_dtype"})
+STORAGE_KEYS = DTYPE_KEYS | {"quantization_config"}
 """Of a config: how its weights are stored. `instantiation` leaves out the first and says the dtype itself."""
 
 Source = Path | str | Mapping[str, Any]
@@ -136,12 +137,20 @@ def read_request(
         custom = _read(directory / ARCHITECTURE_FILE)
     if custom is not None:
         return _custom_request(custom, sources)
-    config = dict(source) if isinstance(source, Mapping) else _read_config(Path(source))
+    config = _with_plain_dtypes(source if isinstance(source, Mapping) else _read_config(Path(source)))
     library = library_name or _library_of(config)
     if library not in LIBRARIES:
         raise UsageError(f"library {library!r} is not known", f"use {listed(LIBRARIES, 'or')}")
     code = directory.resolve() if directory is not None and sources.trust_remote_code else None
     return Request(library=library, config=config, head=head, code=code)
+
+
+def _with_plain_dtypes(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Dtypes as torch's classes take them: `torch.float16` is float16, and `auto` says nothing."""
+    plain = {name: _with_plain_dtypes(value) if isinstance(value, Mapping) else value for name, value in config.items()}
+    named = {name: value.removeprefix("torch.") for name, value in plain.items() if isinstance(value, str)}
+    dtypes = {name: value for name, value in named.items() if name in DTYPE_KEYS}
+    return {name: dtypes.get(name, value) for name, value in plain.items() if dtypes.get(name) != "auto"}
 
 
 def _custom_request(custom: Mapping[str, Any], sources: Sources) -> Request:

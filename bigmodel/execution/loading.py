@@ -271,6 +271,7 @@ def _fill(
         follow_devices(model, homes)
     model.hf_device_map = dict(homes.placement.device_map)  # type: ignore[assignment]
     model._bigpipe_loaded = state  # type: ignore[assignment]
+    model._bigpipe_source = checkpoint.path  # type: ignore[assignment]
 
 
 def _share_recipes(model: torch.nn.Module, matches: Packed, checkpoint: Checkpoint) -> None:

@@ -14,13 +14,13 @@ from bigpipe.faces import face
 
 if TYPE_CHECKING:
     from .agreement import Agreement, agree, refuse_strangers
-    from .bitsandbytes import PASTED, read_pasted
+    from .bitsandbytes import PASTED
     from .format import PLAIN, Decoding, Encoder, Format, MeasuringEncoder, Packing, StoredTensor, Tensors
     from .matrices import converted_modules, default_skips, matrix_shape, name_matcher, weight_of
     from .packed import PackedWeight, replace_linears, set_apart
     from .plain import decode, decoded, decoding_memory, plain_dtype
     from .recognition import castable, computable, format_of, recognise, uncomputable
-    from .registry import BUILT_IN, named, names, packing_of, require_known, version_of
+    from .registry import BUILT_IN, named, names, packing_of, read_options, require_known, version_of
     from .widths import DTYPES, PLAIN_DTYPES, WORTHWHILE, asked, dtypes, has_double_quant, packing, require_dtype, width
 
 __getattr__, __all__ = face(__name__)

@@ -26,6 +26,8 @@ BUILT_IN: Mapping[str, str] = {
     "fp4": "bigpipe.bigmodel.formats.four_bit:FP4",
 }
 """Name → `module:NAME` of the format."""
+OPTIONS = ("llm_int8_threshold", "bnb_4bit_use_double_quant", "bnb_4bit_compute_dtype", "bnb_4bit_quant_type")
+"""What some formats have no use for."""
 
 
 @cache
@@ -65,6 +67,20 @@ def version_of(name: str) -> str | None:
     """Return the distribution and version that offer a format; None for those that are built in."""
     found = None if name in BUILT_IN else offered()[name].dist
     return f"{found.name} {found.version}" if found else None
+
+
+def read_options(fields: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what somebody asks of a quantization with BitsAndBytesConfig's own spellings turned into ours. Raise
+    ValueError where they contradict each other, and for an option that a built-in scheme has no use for."""
+    from .bitsandbytes import read_pasted
+
+    read = read_pasted(fields)
+    scheme = read.get("scheme")
+    if isinstance(scheme, str) and scheme in BUILT_IN:
+        given = [name for name in OPTIONS if name in read]
+        if odd := [name for name in given if name not in packing_of(scheme).takes]:
+            raise ValueError(f"{', '.join(odd)} has no meaning for scheme {scheme}; remove it")
+    return read
 
 
 def packing_of(name: str, **options: Any) -> Packing:

@@ -17,7 +17,7 @@ from bigpipe.bigmodel.architecture import Architecture, describe_module
 from bigpipe.bigmodel.checkpoint import ARCHITECTURE_FILE, Checkpoint, describe_opened, open_checkpoint
 from bigpipe.bigmodel.formats import decode
 from bigpipe.bigmodel.sources import Sources
-from bigpipe.bigmodel.writing import ReportProgress, carry_side_files, encode_config, refuse_in_place
+from bigpipe.bigmodel.writing import ReportProgress, carry_side_files, encode_config, refuse_in_place, require_size
 from bigpipe.files import write_file
 from bigpipe.sizes import size_of
 from bigpipe.trust import Trust
@@ -56,7 +56,7 @@ def quantize_checkpoint(
     source: str | Path | Checkpoint,
     out: str | Path,
     *,
-    scheme: str,
+    scheme: str | None = None,
     max_shard_size: int | str = "5GB",
     model: torch.nn.Module | None = None,
     architecture: Architecture | Mapping[str, Any] | None = None,
@@ -72,9 +72,9 @@ def quantize_checkpoint(
 
     scheme: a format, such as int8, nf4 or fp4. options: BitsAndBytesConfig's, as `Settings` has them:
       `llm_int8_threshold`, `bnb_4bit_use_double_quant`, `bnb_4bit_compute_dtype`, `skip_modules`,
-      `keep_in_fp32_modules`, and `dtype`. The weights of linear modules are converted, but for `skip_modules` (None:
-      the output head and whatever is tied); everything else becomes `dtype` (float16), or float32 where
-      `keep_in_fp32_modules` or the model's class says so.
+      `keep_in_fp32_modules`, and `dtype`; or as people paste them (`load_in_4bit=True`, without a scheme). The weights
+      of linear modules are converted, but for `skip_modules` (None: the output head and whatever is tied); everything
+      else becomes `dtype` (float16), or float32 where `keep_in_fp32_modules` or the model's class says so.
     model: a module of the checkpoint's class, whose parameters may be empty, where the checkpoint does not name it.
     architecture: the same said otherwise: a custom class, as in a manifest ({"class": "module:Class", "config": {…}}),
       or what the model is; None asks the class that the checkpoint names, in a child process.
@@ -86,7 +86,7 @@ def quantize_checkpoint(
     Raise UsageError (settings, or an input that is quantized already), InvalidCheckpoint, DoesNotFit, and StageFailed
     for a device that rounds differently from the CPU.
     """
-    settings = Settings(scheme=scheme, threads=torch_threads(), device=device, **options)
+    settings = Settings.read({**options, **({} if scheme is None else {"scheme": scheme})}, device)
     if device is not None:
         from .encoding import check_device
 
@@ -121,6 +121,7 @@ def quantize_described(
     from .stream import split, write_quantized  # brings numpy, which a plan does not need
 
     refuse_in_place(checkpoint, out)
+    require_size(max_shard_size)
     stored, checkpoint = checkpoint.nbytes, decode(checkpoint)
     described = describe_opened(checkpoint)
     if isinstance(architecture, Mapping):

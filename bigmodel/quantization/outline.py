@@ -23,13 +23,14 @@ from bigpipe.bigmodel.formats import (
     matrix_shape,
     name_matcher,
     packing_of,
+    read_options,
     weight_of,
 )
 from bigpipe.bigmodel.sources import Sources
 from bigpipe.bigmodel.writing import PlannedTensor, config_with_dtype, is_cast
 from bigpipe.errors import InvalidCheckpoint, UsageError, first_few
 from bigpipe.machine import cores
-from bigpipe.names import as_names, refuse_unknown
+from bigpipe.names import as_names, did_you_mean, refuse_unknown
 from bigpipe.sizes import format_transfer
 
 DTYPES = ("float16", "bfloat16", "float32")
@@ -65,8 +66,30 @@ class Settings:
             object.__setattr__(self, name, dtype_name(getattr(self, name)))
             if (value := getattr(self, name)) not in DTYPES:
                 raise UsageError(f"{name} {value!r} is not possible", f"choose one of {', '.join(DTYPES)}")
+        if isinstance(self.llm_int8_threshold, bool) or not isinstance(self.llm_int8_threshold, int | float):
+            raise UsageError(f"llm_int8_threshold is {self.llm_int8_threshold!r}", "give a number, such as 6.0")
+        if not isinstance(self.bnb_4bit_use_double_quant, bool):
+            raise UsageError(f"bnb_4bit_use_double_quant is {self.bnb_4bit_use_double_quant!r}", "give True or False")
         given = {each.name: getattr(self, each.name) for each in fields(self) if each.init}
         object.__setattr__(self, "packing", packing_of(self.scheme, **given))
+
+    @classmethod
+    def read(cls, options: Mapping[str, Any], device: str | None = None) -> Settings:
+        """Return what somebody asks for, in BitsAndBytesConfig's own spellings too, with the threads that torch would
+        take. Raise UsageError for an option that there is not, or that the scheme has no use for."""
+        defaults = {each.name: each.default for each in fields(cls) if each.init}
+        known = sorted(defaults.keys() - {"threads", "device"})
+        try:  # what is left at its default asks for nothing
+            told = {name: v for name, v in options.items() if dtype_name(v) != str(defaults.get(name, defaults))}
+            asked = read_options(told)
+        except ValueError as error:
+            raise UsageError(str(error), "see `bigpipe kinds quantize`") from None
+        for name in (name for name in asked if name not in known):
+            guess = did_you_mean(name, known, otherwise="it takes")
+            raise UsageError(f"quantize_checkpoint has no option {name!r}", guess)
+        if "scheme" not in asked:
+            raise UsageError("no scheme is given", "choose a format, such as scheme='int8'")
+        return cls(threads=torch_threads(), device=device, **asked)
 
     def as_config(self, architecture: Architecture) -> dict[str, Any]:
         """Return the `quantization_config` as transformers 5.23 saves it."""

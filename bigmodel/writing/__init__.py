@@ -25,7 +25,7 @@ if TYPE_CHECKING:
         refuse_in_place,
     )
     from .finished import Finished, key_of
-    from .plans import PlannedTensor, ShardPlan, file_name, plan_shards
+    from .plans import PlannedTensor, ShardPlan, file_name, plan_shards, require_size
     from .saving import save_checkpoint
     from .synthetic import SyntheticModel, read_shape
     from .writer import (

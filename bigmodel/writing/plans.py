@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from bigpipe.bigmodel.checkpoint import FileFormat, tensor_nbytes
+from bigpipe.errors import UsageError
 
 NAMES: Mapping[FileFormat, str] = {"safetensors": "model{}.safetensors", "bin": "pytorch_model{}.bin"}
 
@@ -42,6 +43,12 @@ class ShardPlan:
         return "bin" if self.file.endswith(".bin") else "safetensors"
 
 
+def require_size(max_shard_size: int) -> None:
+    """Raise UsageError for files that could hold nothing."""
+    if max_shard_size < 1:
+        raise UsageError(f"max_shard_size is {max_shard_size}", "give a size, such as 5GB", field="max_shard_size")
+
+
 def plan_shards(
     tensors: Sequence[PlannedTensor],
     max_shard_size: int,
@@ -52,8 +59,9 @@ def plan_shards(
 
     Greedy, as huggingface_hub.split_torch_state_dict_into_shards: a tensor larger than the limit gets a file of its own
     at once, others fill the current file. `tied` (alias → name) matters to torch files, which keep the aliases; in
-    safetensors they are dropped.
+    safetensors they are dropped. Raise UsageError for a limit that leaves no room.
     """
+    require_size(max_shard_size)
     shards: list[list[PlannedTensor]] = []
     current: list[PlannedTensor] = []
     filled = 0

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from bigpipe.bigmodel.architecture import require_module
 from bigpipe.bigmodel.checkpoint import (
     CASTABLE,
     CHUNK,
@@ -18,7 +19,7 @@ from bigpipe.bigmodel.checkpoint import (
 from bigpipe.errors import UsageError
 from bigpipe.sizes import size_of
 
-from .conversion import Conversion, convert
+from .conversion import Conversion, convert, refuse_in_place
 from .plans import PlannedTensor
 from .writer import ReportProgress, SavedCheckpoint, Traffic, write_checkpoint
 
@@ -54,6 +55,10 @@ def _save_module(
     source: torch.nn.Module | Mapping[str, Any], out: Path, conversion: Conversion, progress: ReportProgress | None
 ) -> SavedCheckpoint:
     """Tensors are copied one at a time, and only if they are not contiguous, not on the CPU, or cast."""
+    if not isinstance(source, Mapping):
+        require_module(source)
+    if (origin := getattr(source, "_bigpipe_source", None)) is not None:
+        refuse_in_place(open_checkpoint(origin), out)
     tensors, tied = _unique(source if isinstance(source, Mapping) else source.state_dict())
     described = {name: (dtype_name(tensor.dtype), tuple(tensor.shape)) for name, tensor in tensors.items()}
     saved = write_checkpoint(

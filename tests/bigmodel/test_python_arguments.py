@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -131,3 +132,70 @@ def test_float64_stays_what_it_is(tmp_path: Path) -> None:
     }
     assert bigpipe.load(folder, dtype="float32").lm_head.weight.dtype == torch.float32
     assert bigpipe.estimate(folder, dtypes=["float64"])["float64"].counts.loaded == placed.weights["cpu"]
+
+
+def test_options_of_a_quantization_are_those_of_its_stage(model: Path, tmp_path: Path) -> None:
+    def files(name: str, **options: Any) -> Any:
+        return bigpipe.quantize_checkpoint(model, tmp_path / name, **options).files
+
+    assert files("8", load_in_8bit=True, llm_int8_skip_modules=["lm_head"]) == files(
+        "int8", scheme="int8", skip_modules="lm_head"
+    )
+    pasted = files("4", load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.bfloat16)
+    assert pasted == files("nf4", scheme="nf4", bnb_4bit_compute_dtype="bfloat16")
+
+
+@pytest.mark.parametrize(
+    ("options", "told"),
+    [
+        ({"scheme": "int8", "bnb_4bit_use_double_quant": True}, "no meaning for scheme int8"),
+        ({"scheme": "nf4", "llm_int8_threshold": 5.0}, "no meaning for scheme nf4"),
+        ({"scheme": "int8", "load_in_4bit": True}, "contradicts load_in_4bit"),
+        ({"scheme": "int8", "skip_module": ["lm_head"]}, "did you mean 'skip_modules'"),
+        ({"scheme": "int8", "threads": 3}, "no option 'threads'"),
+        ({"scheme": "int8", "skip_module": None}, "no option 'skip_module'"),
+        ({"scheme": "int8", "llm_int8_threshold": None}, "llm_int8_threshold is None"),
+        ({"scheme": "nf4", "bnb_4bit_use_double_quant": "no"}, "bnb_4bit_use_double_quant is 'no'"),
+        ({"scheme": "int8", "max_shard_size": 0}, "max_shard_size is 0"),
+        ({}, "no scheme"),
+    ],
+)
+def test_an_option_without_effect_is_refused(options: dict[str, Any], told: str, model: Path, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match=told):
+        bigpipe.quantize_checkpoint(model, tmp_path / "out", **options)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_loaded_model_is_not_saved_over_what_it_was_loaded_from(model: Path, tmp_path: Path) -> None:
+    source = shutil.copytree(model, tmp_path / "source")
+    before = {file.name: file.read_bytes() for file in source.iterdir()}
+    loaded = bigpipe.load(source, dtype="float16")
+    (tmp_path / "link").symlink_to(source)
+    for out in (source, tmp_path / "link", source / "below"):
+        with pytest.raises(UsageError, match="is where the source is"):
+            bigpipe.save_checkpoint(loaded, out)
+    assert {file.name: file.read_bytes() for file in source.iterdir()} == before
+    bigpipe.save_checkpoint(loaded, tmp_path / "half")
+    assert bigpipe.load(tmp_path / "half", dtype="auto").lm_head.weight.dtype == torch.float16
+
+
+@pytest.mark.parametrize("source", [None, 5, torch.nn.Linear])
+def test_what_is_no_model_is_not_saved(source: Any, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="is no model"):
+        bigpipe.save_checkpoint(source, tmp_path)
+
+
+@pytest.mark.parametrize("dtype", ["torch.float16", "auto"])
+def test_a_config_may_name_its_dtype_as_torch_does(dtype: str, tmp_path: Path) -> None:
+    folder = make_checkpoint(tmp_path / "half", "llama", dtype="float16")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "dtype": dtype}))
+    assert bigpipe.load(folder, dtype="auto").lm_head.weight.dtype == torch.float16
+    assert (
+        bigpipe.place(folder, max_memory={"cpu": "1GiB"}).weights
+        == bigpipe.place(
+            make_checkpoint(tmp_path / "same", "llama", dtype="float16"), max_memory={"cpu": "1GiB"}
+        ).weights
+    )
+    assert bigpipe.quantize_checkpoint(folder, tmp_path / "int8", scheme="int8").quantized
+    assert not [note for note in bigpipe.estimate(folder).notes if "dtype" in note]
