@@ -3,7 +3,7 @@
 main → command → cli, a click group over
   commandline.recipes      run plan validate status why graph lock
   commandline.questions    estimate init schema kinds doctor
-  commandline.stored       ls show log diff gc verify
+  commandline.stored       ls show log diff get gc verify
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ from typing import Any
 import click
 
 from bigpipe.commandline import questions, recipes, stored, streams
-from bigpipe.commandline.printing import fail, others_apart, say
-from bigpipe.errors import BigpipeError
+from bigpipe.commandline.printing import fail, others_apart, say, show_refusal
+from bigpipe.errors import BigpipeError, UsageError
 
 
 class InOrder(click.Group):
@@ -36,19 +36,27 @@ def cli() -> None:
     """Recipes in git that download, size, shard, quantize, place and run models larger than memory."""
 
 
-def apart(callback: Callable[..., None]) -> Callable[..., None]:
-    """Return the function of a command, kept apart from what others print while it works."""
+def apart(command: click.Command) -> Callable[..., None]:
+    """Return the function of a command, kept apart from what others print while it works; with `--json` it says in JSON
+    too why there is no answer."""
+    callback, name = command.callback, command.name
+    assert callback is not None and name is not None  # noqa: S101, PT018  every command has both
 
     @wraps(callback)
     def run(*arguments: Any, **options: Any) -> None:
         with others_apart():
-            callback(*arguments, **options)
+            try:
+                callback(*arguments, **options)
+            except (Exception, KeyboardInterrupt) as error:
+                if options.get("as_json"):
+                    show_refusal(name, error, options)
+                raise
 
     return run
 
 
 for one in (*recipes.COMMANDS, *questions.COMMANDS, *stored.COMMANDS):
-    one.callback = apart(one.callback) if one.callback else None
+    one.callback = apart(one)
     cli.add_command(one)
 
 
@@ -78,6 +86,8 @@ def command() -> None:
     except click.exceptions.Exit as error:
         sys.exit(error.exit_code)
     except click.ClickException as error:
+        if "--json" in sys.argv:
+            show_refusal("", UsageError(error.format_message(), "see --help"), {})
         error.show()
         sys.exit(2)
     except (click.Abort, KeyboardInterrupt):

@@ -7,13 +7,13 @@ import io
 import os
 import sys
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, NoReturn, TextIO
 
 import click
 
-from bigpipe.errors import BigpipeError, Interrupted
+from bigpipe.errors import BigpipeError
 from bigpipe.orchestrator import report
 from bigpipe.redaction import plain
 
@@ -79,12 +79,14 @@ def own_stderr() -> TextIO:
     return _streams[-1][1] if _streams else sys.stderr
 
 
-def show(as_json: bool, data: Callable[[], Any], text: Callable[[], str]) -> None:
-    """Print the answer of a command: for programs, or for people."""
+def show(as_json: bool, data: Callable[[], Any], text: Callable[[], str], errors: Sequence[BigpipeError] = ()) -> None:
+    """Print the answer of a command: for programs, one JSON object with the errors in it, or for people. Errors are
+    also printed, and the first is the exit code."""
     if as_json:
-        show_json(data())
+        show_json(report.answered(data(), errors))
     else:
         say(text())
+    fail_all(errors)
 
 
 def say(text: str, *, err: bool = False) -> None:
@@ -96,10 +98,18 @@ def show_json(data: Any, indent: int | None = 2) -> None:
     click.echo(report.json_text(data, indent), file=own_stdout())
 
 
+def show_refusal(command: str, error: BaseException, options: Mapping[str, Any]) -> None:
+    """Print why a command has no answer, for programs. options: what it was given."""
+    from bigpipe.orchestrator.launch import ran_out
+
+    told = ran_out(error) or error if isinstance(error, Exception) else error
+    show_json(report.refused(command, told, options), indent=None if command == "run" else 2)
+
+
 def fail(error: BigpipeError) -> NoReturn:
     """Print cause, place and cure, also as an annotation where GitHub reads it, and exit."""
     click.echo(report.error_text(error, os.environ), file=own_stderr())
-    sys.exit(error.status if isinstance(error, Interrupted) else error.exit_code)
+    sys.exit(error.status)
 
 
 def fail_all(errors: Sequence[BigpipeError]) -> None:

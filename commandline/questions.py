@@ -52,11 +52,11 @@ def estimate(
         raise UsageError("--compare needs two models or more", f"bigpipe estimate {models[0]} OTHER --compare")
     options |= {name: " ".join(options[name]).replace(",", " ").split() for name in ("dtypes", "lora_targets")}
     answers = [bigpipe.estimate(model, memo=memo_directory(store), **options) for model in models]
-    found = [answer.as_json() for answer in answers]
     show(
         as_json,
-        lambda: found if len(found) > 1 else found[0],
+        lambda: footprint.report_json(answers),
         lambda: footprint.report(answers, compared=compare, explain=explain, stream=own_stdout()),
+        footprint.misfits(answers),
     )
 
 
@@ -107,10 +107,10 @@ def doctor(as_json: bool, store: Path | None) -> None:
 
     Example: bigpipe doctor --json > this-machine.json
     """
-    from bigpipe.orchestrator.planning import doctor_text, examine
+    from bigpipe.orchestrator.planning import doctor_text, examine, unsound
 
     found = examine(store)
-    show(as_json, lambda: found, lambda: doctor_text(found))
+    show(as_json, lambda: found, lambda: doctor_text(found), unsound(found))
 
 
 COMMANDS = (estimate, init, schema, kinds, doctor)

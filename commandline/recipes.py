@@ -13,7 +13,7 @@ from bigpipe.errors import ManifestError
 from bigpipe.orchestrator import report
 
 from .options import JOBS, JSON, MANIFEST, OFFLINE, PARAMS, STORE
-from .printing import fail, fail_all, own_stderr, say, show, show_json
+from .printing import fail_all, own_stderr, say, show, show_json
 
 
 @click.command()
@@ -66,8 +66,12 @@ def plan(
     there = read_machine(machine) if machine else None
     with closing(report.choose_reporter(own_stderr())) as reporter:
         planned = bigpipe.plan(manifest, nodes, machine=there, reporter=reporter, **options)
-    show(as_json, lambda: report.plan_json(planned), lambda: report.plan_text(planned, explain=explain))
-    fail_all(planned.errors())
+    show(
+        as_json,
+        lambda: report.plan_json(planned),
+        lambda: report.plan_text(planned, explain=explain),
+        planned.errors(),
+    )
 
 
 @click.command()
@@ -82,12 +86,10 @@ def validate(manifests: tuple[Path, ...], params: dict[str, str], as_json: bool)
     from bigpipe.orchestrator import commands
 
     errors = commands.validate(manifests, params)
-    if as_json:
-        show_json({str(path): [str(problem) for problem in found.problems] for path, found in errors.items()})
-    for path in (path for path in manifests if path not in errors):
-        say(f"{path}: ok", err=as_json)
-    if errors:
-        fail(ManifestError([problem for found in errors.values() for problem in found.problems]))
+    wrong = [ManifestError([problem for found in errors.values() for problem in found.problems])] if errors else []
+    data = {str(path): {"valid": path not in errors} for path in manifests}
+    fine = "\n".join(f"{path}: ok" for path in manifests if path not in errors)
+    show(as_json, lambda: {"schema": "bigpipe.validate/1", "manifests": data}, lambda: fine, wrong)
 
 
 @click.command()
@@ -105,10 +107,14 @@ def status(manifest: Path, exit_code: bool, as_json: bool, **options: Any) -> No
 
     planned = bigpipe.plan(manifest, preflight=False, **options)
     rows = [(name, str(node.action), node.decision.reason) for name, node in planned.nodes.items()]
-    data = {name: {"action": action, "reason": reason} for name, action, reason in rows}
-    show(as_json, lambda: data, lambda: report.columns(rows))
-    if exit_code and (stale := commands.stale(planned)):
-        fail(stale)
+    nodes = {name: {"action": action, "reason": reason} for name, action, reason in rows}
+    stale = commands.stale(planned) if exit_code else None
+    show(
+        as_json,
+        lambda: {"schema": "bigpipe.status/1", "nodes": nodes},
+        lambda: report.columns(rows),
+        [stale] if stale else [],
+    )
 
 
 @click.command()
@@ -125,34 +131,38 @@ def why(manifest: Path, node: str, as_json: bool, **options: Any) -> None:
     from bigpipe.orchestrator import commands
 
     answers = commands.why(manifest, node, **options)
-    show(as_json, lambda: answers, lambda: report.why_text(answers))
+    show(as_json, lambda: {"schema": "bigpipe.why/1", "nodes": answers}, lambda: report.why_text(answers))
 
 
 @click.command()
 @MANIFEST
 @PARAMS
 @click.option("--format", "form", type=click.Choice(["text", "mermaid", "dot"]), default="text", show_default=True)
-def graph(manifest: Path, params: dict[str, str], form: str) -> None:
+@JSON
+def graph(manifest: Path, params: dict[str, str], form: str, as_json: bool) -> None:
     """Draw the nodes after matrix expansion, and what they stand on.
 
     Example: bigpipe graph manifests/matrix_int8_nf4.yaml --format mermaid
     """
-    say(report.graph_text(bigpipe.load_manifest(manifest, params=params), form))
+    recipe = bigpipe.load_manifest(manifest, params=params)
+    show(as_json, lambda: report.graph_json(recipe), lambda: report.graph_text(recipe, form))
 
 
 @click.command()
 @MANIFEST
 @PARAMS
 @click.option("--check", is_flag=True, help="Only say whether the lock file still holds; exit 10 where not.")
+@JSON
 @STORE
-def lock(manifest: Path, **options: Any) -> None:
+def lock(manifest: Path, as_json: bool, **options: Any) -> None:
     """Write MANIFEST.lock: commits, sizes and digests of all inputs, for review and for `run --locked`.
 
     Example: bigpipe lock manifests/opt13b_int8.yaml
     """
     from bigpipe.orchestrator import commands
 
-    say(str(commands.lock(manifest, **options)))
+    file = str(commands.lock(manifest, **options))
+    show(as_json, lambda: {"schema": "bigpipe.lock/1", "lock": file}, lambda: file)
 
 
 COMMANDS = (run, plan, validate, status, why, graph, lock)

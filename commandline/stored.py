@@ -9,13 +9,11 @@ import click
 from bigpipe.orchestrator import report
 
 from .options import JSON, STORE
-from .printing import fail, say, show
+from .printing import say, show
 
 
 def _print(answer: report.Inspection, as_json: bool) -> None:
-    show(as_json, lambda: answer.data, lambda: answer.text)
-    if answer.error:
-        fail(answer.error)
+    show(as_json, lambda: answer.data, lambda: answer.text, [answer.error] if answer.error else [])
 
 
 @click.command("ls")
@@ -68,6 +66,20 @@ def diff(run: str, other: str, as_json: bool, store: Path | None) -> None:
 
 
 @click.command()
+@click.argument("node")
+@click.argument("directory", type=click.Path(path_type=Path))
+@click.option("--run", default="last", show_default=True, help="An id of a run, or the start of one.")
+@JSON
+@STORE
+def get(node: str, directory: Path, run: str, as_json: bool, store: Path | None) -> None:
+    """Copy what NODE gave in a run to DIRECTORY, as real files that need the store no more.
+
+    Example: bigpipe get quantize dist/model
+    """
+    _print(report.get_artifact(node, directory, run=run, store=store), as_json)
+
+
+@click.command()
 @click.option("--dry-run", is_flag=True, help="Only say what would go.")
 @JSON
 @STORE
@@ -91,4 +103,4 @@ def verify(repair: bool, as_json: bool, store: Path | None) -> None:
     _print(report.verify_store(repair, store=store), as_json)
 
 
-COMMANDS = (list_artifacts, show_record, log, diff, gc, verify)
+COMMANDS = (list_artifacts, show_record, log, diff, get, gc, verify)

@@ -31,7 +31,7 @@ class SaveMetrics(Metrics):
 
 STAGE = Stage(
     kind="save",
-    version=1,
+    version=2,
     params=SaveParams,
     metrics=SaveMetrics,
     inputs={

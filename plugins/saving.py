@@ -76,7 +76,14 @@ def run(params: SaveParams, context: StageContext) -> StageResult:
     receipt = publish(
         _contents(context),
         _destination(params, context),
-        Provenance(recipe=context.recipe_name, node=context.node, text=context.recipe, steps=steps),
+        Provenance(
+            recipe=context.recipe_name,
+            node=context.node,
+            text=context.recipe,
+            steps=steps,
+            params=context.recipe_params,
+            git=context.git,
+        ),
         scratch=context.scratch,
         card=params.card,
         overwrite=params.overwrite,

@@ -34,7 +34,7 @@ def greeting(workshop):
 def test_help_of_every_command_has_an_example(workshop):
     listing = workshop.command("--help").stdout
     commands = [line.split()[0] for line in listing.split("Commands:")[1].splitlines() if line.strip()]
-    assert len(commands) == 18
+    assert len(commands) == 19
     for command in ("run", "plan", "verify"):
         assert "Example: bigpipe" in workshop.command(command, "--help").stdout
 
@@ -62,7 +62,7 @@ def test_status_exit_code(greeting):
     assert greeting.command("status", "recipe.yaml", "--exit-code").returncode == 10
     greeting.command("run", "recipe.yaml")
     assert greeting.command("status", "recipe.yaml", "--exit-code").returncode == 0
-    assert greeting.json("status", "recipe.yaml")["b"] == {"action": "cached", "reason": ""}
+    assert greeting.json("status", "recipe.yaml")["nodes"]["b"] == {"action": "cached", "reason": ""}
 
 
 def test_plan_as_json(greeting):
@@ -189,7 +189,7 @@ def test_a_run_goes_on_when_nobody_reads_what_it_says(greeting):
     os.close(writing)
     os.close(reading)
     assert process.wait(60) == 0
-    assert {item["action"] for item in greeting.json("status", "recipe.yaml").values()} == {"cached"}
+    assert {item["action"] for item in greeting.json("status", "recipe.yaml")["nodes"].values()} == {"cached"}
 
 
 def test_a_reporter_that_breaks_ends_the_run_and_what_runs(workshop):
@@ -207,4 +207,4 @@ def test_a_reporter_that_breaks_ends_the_run_and_what_runs(workshop):
             "  a: {uses: sleep, with: {seconds: 60}}\n  b: {uses: sleep, with: {seconds: 60}}\n",
             reporter=Broken(),
         )
-    assert {item["action"] for item in workshop.json("status", "recipe.yaml").values()} == {"run"}
+    assert {item["action"] for item in workshop.json("status", "recipe.yaml")["nodes"].values()} == {"run"}

@@ -53,4 +53,4 @@ def test_models_side_by_side_and_explained(workshop):
     assert workshop.command("estimate", MODEL, "--compare").returncode == 2
     text = workshop.command("estimate", MODEL, "--explain", "--lora-targets", "q_proj,v_proj").stdout
     assert "targets q_proj, v_proj" in text
-    assert len(workshop.json("estimate", MODEL, MODEL, "--compare")) == 2
+    assert len(workshop.json("estimate", MODEL, MODEL, "--compare")["estimates"]) == 2

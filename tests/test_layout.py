@@ -86,6 +86,7 @@ def test_a_wheel_holds_every_module(tmp_path):
         "faces.py",
         "files.py",
         "fit.py",
+        "git.py",
         "modules.py",
         "machine.py",
         "redaction.py",

@@ -18,7 +18,7 @@ from bigpipe.bigmodel.architecture import Architecture, Head
 from bigpipe.bigmodel.checkpoint import ModelDescription, tensor_nbytes
 from bigpipe.bigmodel.formats import asked, format_of, has_double_quant, packing
 from bigpipe.bigmodel.sources import Sources
-from bigpipe.errors import UsageError
+from bigpipe.errors import DoesNotFit, UsageError
 from bigpipe.fit import as_options
 from bigpipe.names import as_names, listed
 from bigpipe.sizes import format_size, format_transfer, size_of
@@ -62,6 +62,16 @@ class Estimate:
     def verdict(self, dtype: str, memory: int) -> Verdict:
         """Does it fit into `memory` bytes, and if not, what is the least that must change?"""
         return Question(self[dtype], self.train, memory).answer()
+
+    def misfit(self, memory: int) -> DoesNotFit | None:
+        """Return why no dtype fits, with the smallest change that does; None where one fits."""
+        verdicts = [self.verdict(found.dtype, memory) for found in self.budgets]
+        if any(verdict.fits for verdict in verdicts):
+            return None
+        cure = next((verdict.cure for verdict in reversed(verdicts) if verdict.cure is not None), None)
+        names = ", ".join(found.dtype for found in self.budgets)
+        change = as_options(cure.change) if cure else "spread it over devices (`dispatch`)"
+        return DoesNotFit(f"{self.model} does not fit into {format_size(memory)} in {names}", change)
 
     def as_json(self) -> dict[str, Any]:
         data: dict[str, Any] = {
@@ -147,6 +157,17 @@ class Estimate:
             change = as_options(found.cure.change)
             return f"{device}: no ({most}). Smallest change that fits: {change} ({format_size(found.bytes or 0)})"
         return f"{device}: no ({most}), and no smaller batch, length or dtype does; spread it over devices (`dispatch`)"
+
+
+def report_json(estimates: Sequence[Estimate]) -> dict[str, Any]:
+    """Return `bigpipe.estimate/1`, or where there are several, `bigpipe.estimates/1` with all of them."""
+    found = [each.as_json() for each in estimates]
+    return found[0] if len(found) == 1 else {"schema": "bigpipe.estimates/1", "estimates": found}
+
+
+def misfits(estimates: Sequence[Estimate]) -> list[DoesNotFit]:
+    """Return an error for every model that fits its `memory` in none of its dtypes."""
+    return [error for each in estimates if each.memory is not None and (error := each.misfit(each.memory)) is not None]
 
 
 def report(estimates: Sequence[Estimate], *, compared: bool, explain: bool, stream: TextIO) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -47,9 +48,15 @@ Made from {% if base %}[{{ base }}](https://huggingface.co/{{ base }})
 {% endfor %}{% endif %}
 ## Recipe
 
-Made by bigpipe {{ version }} from the recipe `{{ recipe_name }}`. `provenance.json` has every step with its parameters
-and digests.
-
+Made by bigpipe {{ version }} from the recipe `{{ recipe_name }}`
+{%- if git %} at git commit `{{ git.commit }}`{{ ", with changes that are not in it" if git.dirty }}{% endif %}.
+`provenance.json` has every step with its parameters and digests.
+{% if used %}
+| parameter | value |
+|---|---|
+{% for name, value in used -%}
+| {{ name }} | {{ value }} |
+{% endfor %}{% endif %}
 {{ fence }}yaml
 {{ recipe }}
 {{ fence }}
@@ -82,13 +89,21 @@ def card_of(model: Path, provenance: Provenance, name: str, extra: Mapping[str, 
         scheme=scheme,
         method=scheme and named(scheme).method,
         loading=LOADING.format(where=name) if _by_transformers(model) else "",
-        measured=[[text.replace("|", "\\|") for text in row] for step in provenance.steps for row in _measured(step)],
+        measured=[[_cell(text) for text in row] for step in provenance.steps for row in _measured(step)],
         version=version(),
+        git=provenance.git,
+        used=[(name, _cell(value)) for name, value in provenance.used().items()],
         recipe_name=provenance.recipe,
         recipe=provenance.text.rstrip("\n"),
         fence="`" * max(3, longest + 1),
     )
     return redact(text)
+
+
+def _cell(value: Any) -> str:
+    """A value in a row of a Markdown table."""
+    text = value if isinstance(value, str) else json.dumps(value, default=str, ensure_ascii=False)
+    return " ".join(text.replace("|", "\\|").split())
 
 
 def _metadata(model: Path, provenance: Provenance, base: Any, scheme: Any) -> dict[str, Any]:

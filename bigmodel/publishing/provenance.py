@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from bigpipe.redaction import redact_json
@@ -35,12 +35,21 @@ class Provenance:
     """The step of it that publishes."""
     text: str = ""
     """The recipe itself."""
+    params: Mapping[str, Any] = field(default_factory=dict)
+    """Its parameters as they were used."""
+    git: Mapping[str, Any] | None = None
+    """`commit` and `dirty` of the checkout that it lay in."""
     steps: tuple[Step, ...] = ()
 
     @property
     def maker(self) -> tuple[str, str]:
         """Who may replace what was published: the same step of the same recipe."""
         return self.recipe, self.node
+
+    def used(self) -> dict[str, Any]:
+        """Return the recipe's parameters, and the seed of each step that has one as `NODE.seed`."""
+        seeds = {f"{step.node}.seed": step.params["seed"] for step in self.steps if "seed" in step.params}
+        return {**self.params, **seeds}
 
     def last(self, kind: str) -> Step | None:
         return next((step for step in reversed(self.steps) if step.kind == kind), None)

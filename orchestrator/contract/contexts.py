@@ -123,6 +123,10 @@ class Assignment(Context):
     recipe: str = ""
     """The manifest's text, for provenance."""
     recipe_name: str = ""
+    recipe_params: Mapping[str, Any] = field(default_factory=dict)
+    """The recipe's parameters as they were used, `-p` included."""
+    git: Mapping[str, Any] | None = None
+    """`commit` and `dirty` of the checkout that the recipe lies in, if it lies in one."""
     pins: Mapping[str, str] = field(default_factory=dict)
     passes_on: Path | None = None
     """The folder through which its files reach, one by one, those that wait for them."""

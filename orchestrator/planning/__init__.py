@@ -6,8 +6,8 @@ from bigpipe.faces import face
 
 if TYPE_CHECKING:
     from . import schedule
-    from .decision import Action, decide, difference_json
-    from .doctor import doctor_text, examine
+    from .decision import Action, GateVerdict, decide, difference_json
+    from .doctor import doctor_text, examine, unsound
     from .keys import ABSENT, Difference, changed, content_paths, differences, shown
     from .plan import Plan, PlannedNode, machine_line, make_plan
     from .schedule import GOOD, SETTLED, Do, NodeState, States, may_follow, passes_on, step

@@ -61,13 +61,20 @@ class GateVerdict:
     def failed(self) -> bool:
         return self.verdict is not None and not self.verdict.passed
 
+    def as_json(self) -> dict[str, Json]:
+        """`passed` and `value` are None where it is not decided."""
+        found = self.verdict
+        return {"text": self.gate.text, "value": found and found.value, "passed": found and found.passed}
+
     def error(self, node: Node) -> GateFailed:
         measured = self.verdict.left if self.verdict else "unknown"
-        return GateFailed(
+        error = GateFailed(
             f"{node.name}: gate {self.gate.text}: {measured}",
             self.cure or "change the recipe so that the gate holds, or the gate",
             place=self.gate.place,
         )
+        error.node = node.name
+        return error
 
 
 def decide(session: Session, node: Node, inputs: Inputs | None, awaited: Sequence[str] = ()) -> Decision:

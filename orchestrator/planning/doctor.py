@@ -11,7 +11,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from bigpipe.errors import BigpipeError
+from bigpipe.errors import BigpipeError, StageFailed, UsageError
 from bigpipe.files import existing
 from bigpipe.machine import DOCTOR_FORMAT, detect
 from bigpipe.modules import import_attribute
@@ -32,7 +32,8 @@ PROBED_RANKS = 2
 def examine(store: Path | None = None, *, environment: Mapping[str, str] | None = None) -> dict[str, Json]:
     """`bigpipe.doctor/1`; `plan --machine` reads it back. Takes some ten seconds: it really starts what it checks."""
     root = store or default_root()
-    machine, writable = detect(root), os.access(existing(root), os.W_OK | os.X_OK)
+    machine, there = detect(root), existing(root)
+    writable = there.is_dir() and os.access(there, os.W_OK | os.X_OK)
     return {
         "schema": DOCTOR_FORMAT,
         "machine": asdict(machine),
@@ -42,6 +43,21 @@ def examine(store: Path | None = None, *, environment: Mapping[str, str] | None 
         "store": {"path": str(root), "free": machine.disk_free, "writable": writable},
         "checks": {name: _probe(name, machine, environment) for name in PROBES},
     }
+
+
+def unsound(found: Mapping[str, Json]) -> list[BigpipeError]:
+    """Return an error for each thing that does not work here."""
+    store = found["store"]
+    errors: list[BigpipeError] = []
+    if not store["writable"]:
+        cure = "make it writable for you, or set --store or BIGPIPE_HOME"
+        errors.append(UsageError(f"the store cannot be written: {store['path']}", cure))
+    errors += [
+        StageFailed(f"{name} does not work here: {check['detail']}", "repair it, or do without the kinds that use it")
+        for name, check in found["checks"].items()
+        if not check["ok"]
+    ]
+    return errors
 
 
 def doctor_text(found: Mapping[str, Json]) -> str:

@@ -69,10 +69,10 @@ class Plan:
     def errors(self) -> list[BigpipeError]:
         """Why a run would be refused now, the most fundamental first."""
         found: list[BigpipeError] = [node.refusal for node in self.nodes.values() if node.refusal]
-        found += [
-            DoesNotFit(f"{name}: {misfit.cause}", str(misfit.cure), place=self.nodes[name].node.places.get(""))
-            for name, misfit in self.misfits
-        ]
+        for name, misfit in self.misfits:
+            place = self.nodes[name].node.places.get("")
+            found.append(DoesNotFit(f"{name}: {misfit.cause}", str(misfit.cure), place=place))
+            found[-1].node = name
         return found + [gate.error(each.node) for each in self.nodes.values() for gate in each.gates if gate.failed]
 
 
@@ -100,7 +100,7 @@ def _planned(rehearsal: Rehearsal, state: NodeState, preflight: bool) -> Planned
                 session.ask(node, check, rehearsal.contexts[node.name])
         except BigpipeError as error:
             error.place = error.place or node.places.of(error.field)
-            refusal = error
+            refusal, error.node = error, node.name
     return PlannedNode(
         node=node,
         decision=decision,

@@ -13,6 +13,7 @@ from typing import Any, TypeVar
 
 from bigpipe.errors import BigpipeError, Offline
 from bigpipe.files import make_directory, write_file
+from bigpipe.git import Checkout
 from bigpipe.machine import detect
 from bigpipe.orchestrator.contract import CheckContext, Json, LogLine, Machine, Pinned, Reporter, Surroundings
 from bigpipe.orchestrator.launch import visible_secrets
@@ -56,6 +57,11 @@ class Session:
     reporter: Reporter | None = None
     """Hears of what takes long before the run begins."""
     _identifying: str = ""
+
+    @cached_property
+    def checkout(self) -> Checkout:
+        """What git says of the manifest."""
+        return Checkout(self.recipe.path)
 
     @cached_property
     def base(self) -> Path:

@@ -95,6 +95,8 @@ class Comparison:
     passed: bool
     left: str
     right: str
+    value: int | float | None = None
+    """The left one, as a number."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,7 +126,7 @@ class Condition:
             one, other = f"{left:,}", f"{right:,}"
         one = self.left.text if isinstance(self.left, Number) else one
         other = self.right.text if isinstance(self.right, Number) else other
-        return Comparison(_COMPARISONS[self.sign](left, right), one, other)
+        return Comparison(_COMPARISONS[self.sign](left, right), one, other, left)
 
     def odd_units(self, measure: Callable[[str | None, str], Measure]) -> tuple[str, str] | None:
         """Return cause and cure where what is compared can never be meant: bytes with what is no size, or with a number

@@ -5,9 +5,19 @@ from typing import TYPE_CHECKING
 from bigpipe.faces import face
 
 if TYPE_CHECKING:
-    from .inspection import Inspection, collect_garbage, diff_runs, list_store, log_lines, show_run, verify_store
+    from .inspection import (
+        Inspection,
+        collect_garbage,
+        diff_runs,
+        get_artifact,
+        list_store,
+        log_lines,
+        show_run,
+        verify_store,
+    )
+    from .outcomes import answered, as_bigpipe_error, refused
     from .reference import kinds_json, kinds_markdown, kinds_overview
-    from .rendering import columns, graph_text, plan_json, plan_text, results_text, why_text
+    from .rendering import columns, graph_json, graph_text, plan_json, plan_text, results_text, why_text
     from .reporters import choose_reporter, clean, error_text, json_text
 
 __getattr__, __all__ = face(__name__)

@@ -7,7 +7,8 @@ from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from bigpipe.errors import BigpipeError, StageFailed
+from bigpipe.errors import BigpipeError, StageFailed, UsageError
+from bigpipe.names import did_you_mean
 from bigpipe.orchestrator.contract import Json
 from bigpipe.orchestrator.lock import locked_digests
 from bigpipe.orchestrator.planning import Difference, differences
@@ -59,6 +60,7 @@ def list_store(*, store: str | Path | None = None) -> Inspection:
         columns(run_rows) if runs else "no runs on record",
     ]
     data = {
+        "schema": "bigpipe.ls/1",
         "store": str(opened.root),
         "artifacts": [_listed(opened, artifact, record) for artifact, record in entries],
         "runs": [{"run": r.run, "status": r.status, "seconds": r.seconds, "recipe": r.recipe} for r in runs],
@@ -90,7 +92,8 @@ def show_run(run: str, *, store: str | Path | None = None) -> Inspection:
         (name, n.status, n.seconds, n.peak_rss, n.error.partition("\n")[0] or metrics_line(n.metrics) or n.reason)
         for name, n in record.nodes.items()
     ]
-    return Inspection(record.model_dump(mode="json"), "\n".join([*head, "", nodes_table(rows)]))
+    text = "\n".join([*head, "", nodes_table(rows)])
+    return Inspection({"schema": "bigpipe.record/1", **record.model_dump(mode="json")}, text)
 
 
 def log_lines(run: str, node: str | None, store: str | Path | None = None) -> Iterator[str]:
@@ -111,7 +114,9 @@ def diff_runs(run: str, other: str, *, store: str | Path | None = None) -> Inspe
         lines += [f"{name}:", *(f"  {change}" for change in changes)] if name else map(str, changes)
     data = {name: [asdict(change) for change in changes] for name, changes in found.items()}
     text = "\n".join(lines) or f"runs {one.run} and {two.run} are the same"
-    return Inspection({"runs": [one.run, two.run], "changes": data.pop("", []), "nodes": data}, text)
+    return Inspection(
+        {"schema": "bigpipe.diff/1", "runs": [one.run, two.run], "changes": data.pop("", []), "nodes": data}, text
+    )
 
 
 def _causes(store: Store, one: RunRecord, two: RunRecord) -> Mapping[str, list[Difference]]:
@@ -125,6 +130,34 @@ def _causes(store: Store, one: RunRecord, two: RunRecord) -> Mapping[str, list[D
     return causes
 
 
+def get_artifact(node: str, directory: Path, *, run: str = records.LAST, store: str | Path | None = None) -> Inspection:
+    """Copy what a node gave in a run to a directory, as real files."""
+    with open_store(store) as opened:
+        record = records.load_run(opened.runs, run)
+        name = _meant(record, node)
+        digest = record.nodes[name].digest
+        if digest is None:
+            cause = f"{name} gave nothing in run {record.run}: it is {record.nodes[name].status}"
+            raise UsageError(cause, "name another run with --run; `bigpipe ls` lists them")
+        sizes = opened.take_out(digest, directory)
+    size = format_transfer(sum(sizes.values()))
+    text = f"{directory}: {counted(len(sizes), 'file')}, {size} of {name}, run {record.run}"
+    place = str(directory.absolute())
+    found = {"run": record.run, "node": name, "digest": digest, "path": place, "files": sizes}
+    return Inspection({"schema": "bigpipe.get/1", **found}, text)
+
+
+def _meant(record: RunRecord, node: str) -> str:
+    """The node of a run that is called so, or the only variant of that stage."""
+    found = [node] if node in record.nodes else [name for name in record.nodes if name.partition("@")[0] == node]
+    if not found:
+        cure = did_you_mean(node, record.nodes, otherwise="it has")
+        raise UsageError(f"run {record.run} has no node {node!r}", cure)
+    if len(found) > 1:
+        raise UsageError(f"run {record.run} has {len(found)} variants of {node}", f"name one: {', '.join(found)}")
+    return found[0]
+
+
 def collect_garbage(dry_run: bool, *, store: str | Path | None = None) -> Inspection:
     with open_store(store) as opened:
         report = opened.gc(locked_digests, dry_run=dry_run)
@@ -134,7 +167,7 @@ def collect_garbage(dry_run: bool, *, store: str | Path | None = None) -> Inspec
     what = ", ".join(counted(count, NOUNS.get(kind, kind)) for kind, count in counts.items()) or "nothing"
     lines.append(f"{verb} {format_transfer(report.freed_bytes)}: {what}")
     lines.append(f"kept {counted(report.kept_artifacts, 'artifact')}, {format_transfer(report.kept_bytes)}")
-    return Inspection({**asdict(report), "freed_bytes": report.freed_bytes}, "\n".join(lines))
+    return Inspection({"schema": "bigpipe.gc/1", **asdict(report), "freed_bytes": report.freed_bytes}, "\n".join(lines))
 
 
 def verify_store(repair: bool, *, store: str | Path | None = None) -> Inspection:
@@ -145,7 +178,8 @@ def verify_store(repair: bool, *, store: str | Path | None = None) -> Inspection
     for finding in report.findings:
         detail = f" ({finding.detail})" if finding.detail else ""
         lines.append(f"{finding.problem}: {finding.path}{detail}{', repaired' if finding.repaired else ''}")
-    data = {**asdict(report), "findings": [{**asdict(f), "path": str(f.path)} for f in report.findings]}
+    findings = [{**asdict(finding), "path": str(finding.path)} for finding in report.findings]
+    data = {"schema": "bigpipe.verify/1", **asdict(report), "findings": findings}
     left = [finding for finding in report.findings if not finding.repaired]
     cure = "bigpipe verify --repair sets them aside, and they are made again"
     error = StageFailed(f"the store has {len(left)} findings", cure) if left else None

@@ -48,7 +48,8 @@ def kinds_markdown(kind: str | None = None) -> str:
 
 def kinds_json(kind: str | None = None) -> dict[str, Json]:
     """Return all kinds, or one, as they are printed by `kinds --json`. Raise UsageError for an unknown kind."""
-    return {name: _kind_json(stage) for name, stage in _stages(kind).items()}
+    kinds = {name: _kind_json(stage) for name, stage in _stages(kind).items()}
+    return {"schema": "bigpipe.kinds/1", "kinds": kinds}
 
 
 def _stages(kind: str | None) -> dict[str, Stage[Any]]:

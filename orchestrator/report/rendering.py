@@ -124,7 +124,7 @@ def _planned_json(planned: PlannedNode) -> dict[str, Json]:
         "key": planned.decision.key,
         "pins": dict(planned.pinned.values),
         "changes": [difference_json(change, planned.node) for change in planned.decision.changes],
-        "gates": [{"gate": g.gate.text, "passed": g.verdict.passed if g.verdict else None} for g in planned.gates],
+        "gates": [gate.as_json() for gate in planned.gates],
         "problem": refusal.cause if refusal else None,
         "forecast": foreseen,
     }
@@ -196,6 +196,16 @@ def metrics_line(metrics: Mapping[str, Json], limit: int = 72) -> str:
         shown = format_transfer(value) if "bytes" in key else f"{value:.4g}" if isinstance(value, float) else str(value)
         parts.append(f"{key} {shown}")
     return _shortened(", ".join(parts), limit)
+
+
+def graph_json(recipe: Recipe) -> dict[str, Json]:
+    """Return `bigpipe.graph/1`."""
+    nodes = {
+        name: {"kind": node.kind.kind, "inputs": {port: list(wired) for port, wired in node.inputs.items()},
+               "needs": list(node.needs)}
+        for name, node in recipe.nodes.items()
+    }  # fmt: skip
+    return {"schema": "bigpipe.graph/1", "manifest": str(recipe.path), "nodes": nodes}
 
 
 def graph_text(recipe: Recipe, form: str = "text") -> str:

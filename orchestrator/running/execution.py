@@ -201,6 +201,8 @@ def _job(attempt: Attempt, work: Work, number: int) -> Job:
         lineage=attempt.lineage,
         recipe=session.recipe.text,
         recipe_name=session.recipe.name,
+        recipe_params=session.recipe.params,
+        git=session.checkout.state,
         pins=session.pinned(node).values,
         passes_on=attempt.stream.handover.folder if attempt.stream else None,
         arriving=arriving,

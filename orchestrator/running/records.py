@@ -11,17 +11,18 @@ import json
 import os
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 from pydantic import BaseModel, Field, ValidationError
 
-from bigpipe.errors import BigpipeError, Interrupted, UsageError
+from bigpipe.errors import BigpipeError, UsageError
 from bigpipe.files import Damaged, LogFile, is_held, read_sealed, write_sealed
+from bigpipe.git import Checkout
 from bigpipe.orchestrator.contract import (
     Event,
     Json,
@@ -32,7 +33,7 @@ from bigpipe.orchestrator.contract import (
     RunFinished,
     RunStarted,
 )
-from bigpipe.orchestrator.planning import Difference, NodeState, Session, changed, node_folder
+from bigpipe.orchestrator.planning import Difference, GateVerdict, NodeState, Session, changed, node_folder
 from bigpipe.orchestrator.recipe import Recipe
 from bigpipe.orchestrator.store import KeyRecord, explained, make_directory
 from bigpipe.redaction import redact_json
@@ -63,6 +64,8 @@ class NodeRun(BaseModel):
     seconds: float = 0.0
     peak_rss: int | None = None
     metrics: dict[str, Any] = Field(default_factory=dict)
+    gates: list[dict[str, Any]] = Field(default_factory=list)
+    """`text`, `value` and whether it `passed`; the last two are None where that was not decided."""
     reason: str = ""
     error: str = ""
 
@@ -75,6 +78,8 @@ class RunRecord(BaseModel):
     recipe: str
     """The recipe's name."""
     params: dict[str, Any] = Field(default_factory=dict)
+    git: dict[str, Any] | None = None
+    """`commit` and `dirty` of the checkout that the manifest lies in, if it lies in one."""
     status: str = "running"
     """running, succeeded, failed, interrupted; dead, which is not on the disk: there such a run is running."""
     started: str
@@ -97,13 +102,11 @@ class RunResult:
     session: Session
     seconds: float
     errors: tuple[BigpipeError, ...] = ()
+    gates: Mapping[str, tuple[GateVerdict, ...]] = field(default_factory=dict)
 
     @property
     def exit_code(self) -> int:
-        if not self.errors:
-            return 0
-        first = self.errors[0]
-        return first.status if isinstance(first, Interrupted) else first.exit_code
+        return self.errors[0].status if self.errors else 0
 
     @property
     def records(self) -> dict[str, KeyRecord]:
@@ -128,21 +131,44 @@ class RunResult:
             seconds=round(state.seconds, 3),
             peak_rss=record.peak_rss if record else None,
             metrics=json.loads(json.dumps(dict(record.metrics), default=str)) if record else {},
+            gates=[gate.as_json() for gate in self.gates.get(state.name, ())],
             reason=state.reason,
             error=str(state.error) if state.error else "",
         )
 
     def as_json(self) -> dict[str, Json]:
         """`bigpipe.run/1`."""
-        nodes = {name: node.model_dump(exclude={"error"}) for name, node in self.ran().items()}
-        return {"schema": "bigpipe.run/1", "run": self.run, "status": self.status, "nodes": nodes}
+        return run_json(
+            self.session.recipe.path, self.session.recipe.params, self.errors, run=self.run, status=self.status,
+            git=self.session.checkout.state, seconds=round(self.seconds, 3),
+            nodes={name: node.model_dump() for name, node in self.ran().items()},
+        )  # fmt: skip
+
+
+def run_json(
+    manifest: Path, params: Mapping[str, Json], errors: Sequence[BigpipeError], **found: Json
+) -> dict[str, Json]:
+    """Return `bigpipe.run/1`, by default that of a run which was refused before it began."""
+    return {
+        "schema": "bigpipe.run/1",
+        "run": None,
+        "status": "refused",
+        "exit_code": errors[0].status if errors else 0,
+        "manifest": str(manifest.absolute()),
+        "params": json.loads(json.dumps(dict(params), default=str)),
+        "git": None,
+        "seconds": 0.0,
+        "errors": [each for error in errors for each in error.as_json()],
+        "nodes": {},
+        **found,
+    }
 
 
 class RunRecorder:
     """A Reporter that writes the record of one run. Safe for threads."""
 
-    def __init__(self, folder: Path, run: str, recipe: Recipe) -> None:
-        self._folder = folder
+    def __init__(self, folder: Path, run: str, recipe: Recipe, checkout: Checkout | None = None) -> None:
+        self._folder, self._checkout = folder, checkout
         self._events: LogFile | None = None
         self._saved = float("-inf")
         self._news = False
@@ -210,6 +236,8 @@ class RunRecorder:
         self._events.append(json.dumps(line, default=str).encode() + b"\n", later=not now)
 
     def _save(self, *, durable: bool = False) -> None:
+        if self._checkout is not None:
+            self.record.git = self._checkout.state
         make_directory(self._folder, durable=durable)
         write_sealed(self._folder / "run.json", redact_json(self.record.model_dump(mode="json")), durable=durable)
         self._news = False

@@ -100,7 +100,7 @@ def run_plan(
     resumable."""
     started = time.monotonic()
     run_id = new_run_id()
-    recorder = RunRecorder(session.store.runs / run_id, run_id, session.recipe)
+    recorder = RunRecorder(session.store.runs / run_id, run_id, session.recipe, session.checkout)
     jobs = jobs or max(2, session.machine.cpus) if plan.to_run else 1
     states = States(
         nodes={
@@ -324,6 +324,9 @@ def _finish_run(run: Run, seconds: float) -> RunResult:
             schedule.end(run.states, state, Status.SKIPPED, "the run stopped before its turn")
             _report(run, state)
     # Failures in topological order, gates last: what they cost in exit codes
+    for state in states.values():
+        if state.error is not None:
+            state.error.node = state.name
     errors = sorted(filter(None, (state.error for state in states.values())), key=lambda e: isinstance(e, GateFailed))
     status = "failed" if errors else "succeeded"
     if run.cancelled.is_set():
@@ -332,8 +335,9 @@ def _finish_run(run: Run, seconds: float) -> RunResult:
         status = "interrupted"
     run.reporter.report(RunFinished(run.id, status, seconds))
     result = RunResult(
-        run=run.id, status=status, nodes=states, session=run.session, seconds=seconds, errors=tuple(errors)
-    )
+        run=run.id, status=status, nodes=states, session=run.session, seconds=seconds, errors=tuple(errors),
+        gates={name: schedule.judge_gates(run.states, state) for name, state in states.items() if state.node.gates},
+    )  # fmt: skip
     run.recorder.finish(status, result.ran(), seconds)
     _remember(run, {name: state.key for name, state in states.items() if state.key and state.status in GOOD})
     return result

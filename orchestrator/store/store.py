@@ -272,6 +272,13 @@ class Store:
 
         return collect_garbage(self.layout, self._presence, locked, dry_run=dry_run)
 
+    def take_out(self, digest: str, directory: Path) -> dict[str, int]:
+        """Copy an artifact to a directory as real files; see `takeout`. Return relative path → bytes."""
+        from .takeout import take_out
+
+        self.enter()
+        return take_out(self.layout, digest, directory)
+
     def verify(self, *, repair: bool = False) -> VerifyReport:
         """Read every byte. `repair` sets aside what is damaged, so that the next run makes it again."""
         from .verify import Verification

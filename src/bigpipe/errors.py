@@ -71,6 +71,11 @@ class Problem:
         return f"{head}\n{number}{self.place.text}\n{underline}"
 
 
+def _fields(code: str, cause: str, cure: str, place: Place | None, node: str) -> dict[str, object]:
+    where = {name: getattr(place, name, None) for name in ("file", "line", "column")}
+    return {"code": code, "cause": cause, "cure": cure, **where, "node": node or None}
+
+
 class BigpipeError(Exception):
     """Base of all errors that are not bugs. Printed as `cause` and `cure`, never with a traceback."""
 
@@ -84,6 +89,17 @@ class BigpipeError(Exception):
         self.cure = cure
         self.place = place
         self.field = field
+        self.node = ""
+        """Of the recipe, where it is about one."""
+
+    @property
+    def status(self) -> int:
+        """The exit code of a command that ends with it."""
+        return self.exit_code
+
+    def as_json(self) -> list[dict[str, object]]:
+        """Return what programs read of it: one object for each thing that is wrong."""
+        return [_fields(type(self).__name__, self.cause, self.cure, self.place, self.node)]
 
     def __str__(self) -> str:
         where = f"{self.place}: " if self.place else ""
@@ -100,6 +116,9 @@ class ManifestError(UsageError):
     def __init__(self, problems: Sequence[Problem]) -> None:
         self.problems = tuple(sorted(problems, key=lambda p: (p.place.file, p.place.line, p.place.column)))
         super().__init__("\n".join(str(problem) for problem in self.problems))
+
+    def as_json(self) -> list[dict[str, object]]:
+        return [_fields(each.code, each.cause, each.cure, each.place, "") for each in self.problems]
 
 
 class GateFailed(BigpipeError):

@@ -158,7 +158,7 @@ def test_a_kind_in_a_trusted_module_beside_the_manifest_and_its_edits(workshop: 
     assert (note(one), statuses(one)) == ("first", {"note": "succeeded"})
     assert statuses(workshop.run()) == {"note": "cached"}
     write_package(workshop.folder, name, "the second", runs_in)
-    reason = workshop.json("why", "recipe.yaml", "note")["note"]["reason"]
+    reason = workshop.json("why", "recipe.yaml", "note")["nodes"]["note"]["reason"]
     assert reason.startswith("code ")
     assert " → " in reason
     two = workshop.run()
@@ -218,7 +218,7 @@ def test_what_stands_under_the_fields_of_such_a_kind_reaches_reference_and_schem
     page = workshop.command("kinds", "notes_shown:STAGE").stdout
     assert "How wide the note is." in page
     assert "Of the note." in page
-    shown = workshop.json("kinds", "notes_shown:STAGE")["notes_shown:STAGE"]
+    shown = workshop.json("kinds", "notes_shown:STAGE")["kinds"]["notes_shown:STAGE"]
     assert shown["params"]["properties"]["width"]["description"] == "How wide the note is."
     assert shown["metrics"]["properties"]["length"]["description"] == "Of the note."
     schema = json.loads(workshop.command("schema", "notes_shown:STAGE").stdout)

@@ -1,0 +1,62 @@
+"""Which commit a file belongs to, as git says it: for records of what a recipe was."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+from collections.abc import Sequence
+from contextlib import suppress
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from .environment import inherited
+
+SECONDS = 5.0
+"""How long git may take, in a checkout with very many files; then nothing is said."""
+
+
+class Checkout:
+    """The checkout that a file lies in. git starts at once and is waited for when its answer is wanted."""
+
+    def __init__(self, file: Path) -> None:
+        self._asked: list[subprocess.Popen[bytes]] = []
+        if any((folder / ".git").exists() for folder in file.absolute().parents):
+            with suppress(OSError):  # there is no git
+                self._asked = [
+                    _ask(file, ["status", "--porcelain=v2", "--branch", "--untracked-files=no"]),
+                    _ask(file, ["ls-files", "--error-unmatch", "--", file.name]),
+                ]
+
+    @cached_property
+    def state(self) -> dict[str, Any] | None:
+        """`commit`, 40 or 64 hexadecimal digits, and `dirty`: is the file not in it, or anything else changed since?
+        None outside a checkout, and where git does not say."""
+        answers = [_answer(asked) for asked in self._asked]
+        if not answers or answers[0] is None:
+            return None
+        lines = answers[0].decode(errors="replace").splitlines()
+        commit = next((line.split()[-1] for line in lines if line.startswith("# branch.oid ")), "(initial)")
+        if commit == "(initial)":
+            return None
+        changed = any(not line.startswith("#") for line in lines)
+        return {"commit": commit, "dirty": changed or answers[1] is None}
+
+
+def _ask(file: Path, question: Sequence[str]) -> subprocess.Popen[bytes]:
+    """Nothing that the checkout configures is run for it."""
+    return subprocess.Popen(
+        ["git", "-c", "core.fsmonitor=false", "-c", "core.hooksPath=/dev/null", *question],
+        cwd=file.absolute().parent, env={**inherited(os.environ), "GIT_OPTIONAL_LOCKS": "0"},
+        stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
+    )  # fmt: skip
+
+
+def _answer(asked: subprocess.Popen[bytes]) -> bytes | None:
+    try:
+        out, _ = asked.communicate(timeout=SECONDS)
+    except subprocess.TimeoutExpired:
+        asked.kill()
+        asked.communicate()
+        return None
+    return out if asked.returncode == 0 else None
