@@ -364,7 +364,7 @@ class FileSystem(Destination):
         """Every file system raises classes of its own library; none of them is a bug of ours."""
         try:
             yield
-        except (UsageError, StageFailed, FileNotFoundError):
+        except (UsageError, StageFailed):
             raise
         except Exception as error:
             cause = f"{self.url}: {type(error).__name__}: {error}"

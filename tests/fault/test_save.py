@@ -2,18 +2,27 @@
 
 from __future__ import annotations
 
+import contextlib
+import itertools
 import json
+import os
 import shutil
+import signal
+import time
 from collections.abc import Callable
+from hashlib import sha256
 from pathlib import Path
 
 import pytest
+from support.hub import LoopbackHub
 from support.injecting import DURABLE, count, each, inject, warm
 
+from bigpipe.bigmodel.hub import Hub
 from bigpipe.bigmodel.publishing import Contents, Destination, Directory, Provenance, publish
 from bigpipe.bigmodel.publishing.destinations import FileSystem
+from bigpipe.bigmodel.publishing.upload import HubRepository
 
-CALLS = (*DURABLE, "statx", "newfstatat", "getdents64", "sendfile")
+CALLS = (*DURABLE, "getdents64", "sendfile")
 PROVENANCE = Provenance(recipe="kept", node="save")
 
 
@@ -63,7 +72,7 @@ def named(target: Destination) -> str:
     assert listed == {"config.json", "sub/part", f"only-{letter}", "weights.bin"}
     assert {target.read("sub/part"), target.read("weights.bin")} == {letter.encode() * 9000, letter.encode() * 70_000}
     files = json.loads(target.read("provenance.json"))["files"]
-    assert all(target.digest(name) == files[name]["sha256"] for name in listed)
+    assert all(sha256(target.read(name)).hexdigest() == files[name]["sha256"] for name in listed)
     return letter
 
 
@@ -144,3 +153,70 @@ def test_a_fault_at_every_system_call_leaves_a_whole_version(tmp_path, two, wher
     tried = sweep(tmp_path, two, where, fault, turns_of(tmp_path, two, where))
     print(f"{tried} turns of {where.__name__} with {fault}")  # noqa: T201
     assert tried > 80
+
+
+class Watched(LoopbackHub):
+    """Kills its client at a request, before it has done what that asks for, or after."""
+
+    victim = 0
+    left = -1
+
+    def take_fault(self, method: str, path: str):
+        self.left -= 1
+        if self.left == 0:
+            os.kill(self.victim, signal.SIGKILL)
+            time.sleep(0.05)
+        return super().take_fault(method, path)
+
+
+def save_to_hub(hub: Watched, source: Path, folder: Path) -> HubRepository:
+    asked = Hub(hub.url, folder / "cache", "secret-token")
+    target = HubRepository("ada/kept", asked)
+    scratch = folder / "scratch"
+    shutil.rmtree(scratch / "upload", ignore_errors=True)
+    publish(Contents(model=source), target, PROVENANCE, scratch=scratch)
+    return target
+
+
+@pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning")  # the client's own, in its LFS upload
+@pytest.mark.parametrize("every", [5, pytest.param(1, marks=[pytest.mark.fault, pytest.mark.timeout(3600)])])
+def test_a_kill_at_every_request_leaves_one_commit_or_the_other(tmp_path, two, monkeypatch, every) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_DISABLE_XET", True)
+    old, new = two
+    with Watched() as hub:
+        hub.users["secret-token"] = "ada"
+        weights = sha256((new / "weights.bin").read_bytes()).hexdigest()
+        seen = []
+        for turn in itertools.count(1, every):
+            target = save_to_hub(hub, old, tmp_path)
+            assert named(target) == "a"
+            hub.objects.pop(weights, None)  # so that it is sent again
+            code = killed(hub, turn, lambda: save_to_hub(hub, new, tmp_path))
+            seen.append(named(target))
+            save_to_hub(hub, new, tmp_path)
+            assert named(target) == "b", turn
+            if code == 0:
+                break
+            assert code == -signal.SIGKILL
+        assert seen[0] == "a"
+        assert seen[-1] == "b"
+        assert len(seen) > 10 / every
+
+
+def killed(hub: Watched, turn: int, work: Callable[[], object]) -> int:
+    ready, go = os.pipe()
+    warm()
+    hub.victim = os.fork()
+    if hub.victim == 0:
+        os.close(go)
+        os.read(ready, 1)
+        with contextlib.suppress(BaseException):
+            work()
+            os._exit(0)
+        os._exit(1)
+    os.close(ready)
+    hub.left = turn
+    os.close(go)
+    code = os.waitstatus_to_exitcode(os.waitpid(hub.victim, 0)[1])
+    hub.left = -1
+    return code

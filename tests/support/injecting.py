@@ -70,11 +70,16 @@ def traced(work: Callable[[], object], *options: str) -> Ended:
     strace = needs_strace()
     with tempfile.TemporaryDirectory() as folder:
         log, output = Path(folder, "calls"), Path(folder, "output")
-        ready, go = os.pipe()
+        ready, there = os.pipe()
+        told, go = os.pipe()
+        warm()
         child = os.fork()
         if child == 0:
             os.close(go)
-            _work(work, ready, output)
+            _work(work, there, told, output)
+        os.close(told)
+        os.close(there)
+        os.read(ready, 1)
         os.close(ready)
         tracer = subprocess.Popen([strace, "-f", "-qq", "-o", log, *options, "-p", str(child)], stderr=subprocess.PIPE)
         try:
@@ -88,7 +93,7 @@ def traced(work: Callable[[], object], *options: str) -> Ended:
         return Ended(code, output.read_text(errors="replace"), tuple(log.read_text(errors="replace").splitlines()))
 
 
-def _work(work: Callable[[], object], ready: int, output: Path) -> None:
+def _work(work: Callable[[], object], there: int, told: int, output: Path) -> None:
     """In the fork; never returns."""
     code = 1
     try:
@@ -96,7 +101,8 @@ def _work(work: Callable[[], object], ready: int, output: Path) -> None:
         descriptor = os.open(output, os.O_WRONLY | os.O_CREAT, 0o600)
         os.dup2(descriptor, 1)
         os.dup2(descriptor, 2)
-        os.read(ready, 1)  # until the tracer is there
+        os.write(there, b".")
+        os.read(told, 1)  # until the tracer is there
         work()
         code = 0
     except BaseException:
