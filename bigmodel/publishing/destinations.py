@@ -28,7 +28,6 @@ from bigpipe.files import (
     copy_file,
     exchange,
     existing,
-    explained,
     forget_cached,
     hash_file,
     make_directory,
@@ -216,13 +215,12 @@ class Directory(Destination):
         return Stored(*copy_file(source, new / name, progress=report))
 
     def finish(self, new: Path, stored: Mapping[str, Stored]) -> Receipt:
-        with explained(self.path):
-            for name, file in stored.items():
-                forget_cached(new / name)
-                _compare(f"{self.url}/{name}", file.sha256, hash_file(new / name))
-            for folder in (new, *[path for path in new.rglob("*") if path.is_dir()]):
-                sync_directory(folder)
-            self._swap(new)
+        for name, file in stored.items():
+            forget_cached(new / name)
+            _compare(f"{self.url}/{name}", file.sha256, hash_file(new / name))
+        for folder in (new, *[path for path in new.rglob("*") if path.is_dir()]):
+            sync_directory(folder)
+        self._swap(new)
         return _receipt(self, stored)
 
     def _swap(self, new: Path) -> None:

@@ -17,7 +17,7 @@ from typing import Any
 
 from bigpipe.bigmodel.sources import Sources
 from bigpipe.errors import BigpipeError, InvalidCheckpoint, StageFailed, Transient, UsageError
-from bigpipe.files import lies_in, real_folders, write_file
+from bigpipe.files import explained, lies_in, real_folders, write_file
 from bigpipe.sizes import counted
 
 from .destinations import Destination, Directory, FileSystem, Receipt, Stored
@@ -176,15 +176,27 @@ def publish(
     Raise UsageError where something is there that may not be replaced, StageFailed where it reads back differently,
     and the errors of the destination.
     """
-    files = contents.files()
-    _refuse_own(contents, files.values(), target)
-    if not overwrite:
-        require_replaceable(target, provenance.maker)
-    if contents.model is not None:
-        from .card import card_of
+    with explained(scratch, other="choose another destination"):
+        files = contents.files()
+        _refuse_own(contents, files.values(), target)
+        if not overwrite:
+            require_replaceable(target, provenance.maker)
+        if contents.model is not None:
+            from .card import card_of
 
-        files[CARD] = scratch / CARD
-        write_file(files[CARD], card_of(contents.model, provenance, target.name, card or {}), durable=False)
+            files[CARD] = scratch / CARD
+            write_file(files[CARD], card_of(contents.model, provenance, target.name, card or {}), durable=False)
+        return _transfer(files, contents.model, target, provenance, scratch, progress)
+
+
+def _transfer(
+    files: Mapping[str, Path],
+    model: Path | None,
+    target: Destination,
+    provenance: Provenance,
+    scratch: Path,
+    progress: Callable[[int, int], None],
+) -> Receipt:
     total, done = sum(path.stat().st_size for path in files.values()), 0
 
     def report(size: int) -> None:
@@ -197,8 +209,8 @@ def publish(
         # Last: it holds the digests of the others, and tells that they are all there
         write_file(scratch / PROVENANCE, provenance.json(stored), durable=False)
         stored[PROVENANCE] = target.put(new, PROVENANCE, scratch / PROVENANCE, report)
-        if contents.model is not None and isinstance(target, Directory):  # elsewhere the digests of all files must do
-            inspect(contents.model, new)
+        if model is not None and isinstance(target, Directory):  # elsewhere the digests of all files must do
+            inspect(model, new)
         return target.finish(new, stored)
 
 

@@ -14,15 +14,16 @@ from hashlib import sha256
 from pathlib import Path
 
 import pytest
+from support.forking import Ending, forked, turns
 from support.hub import LoopbackHub
-from support.injecting import DURABLE, count, each, inject, warm
 
 from bigpipe.bigmodel.hub import Hub
 from bigpipe.bigmodel.publishing import Contents, Destination, Directory, Provenance, publish
 from bigpipe.bigmodel.publishing.destinations import FileSystem
 from bigpipe.bigmodel.publishing.upload import HubRepository
 
-CALLS = (*DURABLE, "getdents64", "sendfile")
+CALLS = ("fsync", "rename", "renameat2", "symlink", "link", "unlink", "rmdir", "mkdir", "write", "pwrite64",
+         "fallocate", "openat", "close", "flock", "getdents64", "sendfile")  # fmt: skip
 PROVENANCE = Provenance(recipe="kept", node="save")
 
 
@@ -98,51 +99,45 @@ WHERE = pytest.mark.parametrize("where", [local, remote])
 
 
 def sweep(
-    tmp_path: Path, two: tuple[Path, Path], where: Callable[[Path], Destination], fault: str, turns: dict[str, int],
-    also: tuple[str, ...] = (),
+    tmp_path: Path, two: tuple[Path, Path], where: Callable[[Path], Destination], fault: str, calls: tuple[str, ...],
+    *also: str,
 ) -> int:  # fmt: skip
-    """A fault at each turn; then a second run that fails at once; then one that does not."""
+    """A fault at each turn of each call; then a second run that fails at once; then one that does not."""
     old, new = two
-    scratch = tmp_path / "scratch"
-    tried = 0
-    for number, (call, turn) in enumerate(each(turns), 1):
-        place = prepared(tmp_path, where, old, number)
-        ended = inject(lambda p=place: save(where(p), new, scratch), f"{call}:{fault}:when={turn}", *also)
-        told = f"{call} {turn}: {ended.code}: {ended.output[-300:]}"
-        tried += 1
-        assert versions(place), told
-        if ended.code == 1:
-            assert "StageFailed" in ended.output or "UsageError" in ended.output or "OSError" in ended.output, told
-        # The disk is full from the first byte on.
-        failing = inject(lambda p=place: save(where(p), new, scratch), "pwrite64,write,sendfile:error=ENOSPC:when=2+")
-        assert versions(place), f"{told}, then {failing.output[-300:]}"
-        save(where(place), new, scratch)
-        assert named(where(place)) == "b", told
-        assert not list(place.glob(".*bigpipe*")) + list(place.glob("*/*/.bigpipe*")), told
-        shutil.rmtree(place)
+    scratch, tried = tmp_path / "scratch", 0
+
+    def saving(place: Path, *faults: str) -> Ending:
+        watch = [part for one in faults for part in ("-e", f"inject={one}")]
+        return forked(lambda: save(where(place), new, scratch), watch=["-o", os.devnull, *watch])
+
+    save(where(prepared(tmp_path, where, old, -1)), new, scratch)  # everything is imported
+    place = prepared(tmp_path, where, old, 0)
+    counted = turns(lambda: save(where(place), new, scratch), calls, tmp_path / "calls")
+    for call, most in counted.items():
+        for turn in range(1, most + 1 + 2 * bool(also)):
+            tried += 1
+            place = prepared(tmp_path, where, old, tried)
+            ended = saving(place, f"{call}:{fault}:when={turn}", *also)
+            told = f"{call} {turn}: {ended}"
+            assert ended.in_order, told
+            assert versions(place), told
+            failing = saving(place, "pwrite64,write,sendfile:error=ENOSPC:when=2+")  # the disk is full
+            assert versions(place), f"{told}, then {failing}"
+            save(where(place), new, scratch)
+            assert named(where(place)) == "b", told
+            assert not list(place.glob(".*bigpipe*")) + list(place.glob("*/*/.bigpipe*")), told
+            shutil.rmtree(place)
     return tried
-
-
-def turns_of(tmp_path: Path, two: tuple[Path, Path], where: Callable[[Path], Destination]) -> dict[str, int]:
-    warm()
-    place = prepared(tmp_path, where, two[0], 0)
-    save(where(prepared(tmp_path, where, two[0], -1)), two[1], tmp_path / "scratch")  # everything is imported
-    return dict(count(lambda: save(where(place), two[1], tmp_path / "scratch"), CALLS))
 
 
 @WHERE
 def test_a_kill_around_the_swap_leaves_a_whole_version(tmp_path, two, where) -> None:
-    around = {"rename", "renameat2", "unlink", "mkdir"}
-    turns = {call: most for call, most in turns_of(tmp_path, two, where).items() if call in around}
-    assert sweep(tmp_path, two, where, "signal=SIGKILL", turns) >= 10
+    assert sweep(tmp_path, two, where, "signal=SIGKILL", ("rename", "renameat2", "unlink", "sendfile")) >= 7
 
 
 def test_a_kill_leaves_a_whole_version_where_directories_cannot_be_exchanged(tmp_path, two) -> None:
     """As on NFS: the old version is put aside first, and put back where the new one does not come."""
-    turns = {call: most for call, most in turns_of(tmp_path, two, local).items() if call == "rename"}
-    turns["rename"] += 2
-    refused = "renameat2:error=EINVAL"
-    assert sweep(tmp_path, two, local, "signal=SIGKILL", turns, (refused,)) >= 3
+    assert sweep(tmp_path, two, local, "signal=SIGKILL", ("rename",), "renameat2:error=EINVAL") >= 3
 
 
 @pytest.mark.fault
@@ -150,7 +145,7 @@ def test_a_kill_leaves_a_whole_version_where_directories_cannot_be_exchanged(tmp
 @WHERE
 @pytest.mark.parametrize("fault", ["signal=SIGKILL", "error=ENOSPC", "error=EIO"])
 def test_a_fault_at_every_system_call_leaves_a_whole_version(tmp_path, two, where, fault) -> None:
-    tried = sweep(tmp_path, two, where, fault, turns_of(tmp_path, two, where))
+    tried = sweep(tmp_path, two, where, fault, CALLS)
     print(f"{tried} turns of {where.__name__} with {fault}")  # noqa: T201
     assert tried > 80
 
@@ -205,7 +200,6 @@ def test_a_kill_at_every_request_leaves_one_commit_or_the_other(tmp_path, two, m
 
 def killed(hub: Watched, turn: int, work: Callable[[], object]) -> int:
     ready, go = os.pipe()
-    warm()
     hub.victim = os.fork()
     if hub.victim == 0:
         os.close(go)
