@@ -22,7 +22,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar, Protocol
 
-from bigpipe.errors import BigpipeError, StageFailed, UsageError
+from bigpipe.errors import BigpipeError, StageFailed, UsageError, first_few
 from bigpipe.files import (
     CHUNK,
     copy_file,
@@ -42,7 +42,7 @@ RECEIPT_SCHEMA = "bigpipe.receipt/1"
 BESIDE = ".bigpipe-"
 """How the names of what is being transferred begin."""
 WHOLE = "whole.json"
-"""Behind a URL: lists the files of a version that is complete, and is to take its place."""
+"""Behind a URL: the files and sizes of a version that is complete, and is to take its place."""
 Report = Callable[[int], None]
 """Called with the number of bytes done since the last call."""
 
@@ -303,13 +303,9 @@ class FileSystem(Destination):
 
     def finish(self, new: Path, stored: Mapping[str, Stored]) -> Receipt:
         with self._errors(StageFailed):
-            self.system.pipe_file(self._path(f"{new.name}/{WHOLE}"), json.dumps(list(stored)).encode())
+            sizes = {name: file.size for name, file in stored.items()}
+            self.system.pipe_file(self._path(f"{new.name}/{WHOLE}"), json.dumps(sizes).encode())
         self._complete(new.name)
-        seen = self.listing() or {}
-        for name, file in stored.items():
-            if name not in seen or seen[name].size != file.size:
-                cause = f"{self.url}/{name} was not copied as it was written"
-                raise StageFailed(cause, "run again, or choose another destination")
         return _receipt(self, stored)
 
     def _left(self) -> list[str]:
@@ -322,24 +318,28 @@ class FileSystem(Destination):
                 return []
         return [name for name in names if name.startswith(BESIDE)]
 
-    def _whole(self, folder: str) -> list[str]:
-        """The names of the files in a transfer's folder, once they are all there; else none."""
+    def _whole(self, folder: str) -> dict[str, int]:
+        """Name → size of the files in a transfer's folder, once they are all there; else none."""
         with self._errors(StageFailed):
             try:
-                names: list[str] = json.loads(self.system.cat_file(self._path(f"{folder}/{WHOLE}")))
+                sizes: dict[str, int] = json.loads(self.system.cat_file(self._path(f"{folder}/{WHOLE}")))
             except (FileNotFoundError, ValueError):
-                return []
-        return names
+                return {}
+        return sizes
 
     def _complete(self, folder: str) -> None:
         """Let a version that is whole take its place, the last of its files last; then remove the transfer's folder."""
-        if names := self._whole(folder):
-            for name in names:
+        if sizes := self._whole(folder):
+            for name in sizes:
                 self._copy(f"{folder}/{name}", name)
-            stale = [self._path(name) for name in self.listing() or {} if name not in names]
+            stale = [self._path(name) for name in self.listing() or {} if name not in sizes]
             with self._errors(StageFailed):
                 if stale:
                     self.system.rm(stale)
+                there = {name: file.size for name, file in (self.listing() or {}).items()}
+                if wrong := [name for name in there | sizes if there.get(name) != sizes.get(name)]:
+                    cause = f"{self.url} does not hold what was copied there: {first_few(wrong)}"
+                    raise StageFailed(cause, "run again, or choose another destination")
                 self.system.rm_file(self._path(f"{folder}/{WHOLE}"))
         self._remove(folder)
 
