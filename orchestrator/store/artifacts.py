@@ -197,11 +197,21 @@ def let_go(layout: Layout, artifact: Artifact) -> None:
 
 def remove_tree(path: Path) -> None:
     """Remove a file or a directory with all it holds; what links lead to stays. Gone already is fine."""
-    inside = os.walk(path, topdown=False) if path.is_dir() and not path.is_symlink() else ()
-    for place, folders, names in inside:
-        for name in (*names, *folders):
-            _remove(os.path.join(place, name))
+    if path.is_dir() and not path.is_symlink():
+        for place, folders, names in walk(path):
+            for name in (*names, *folders):
+                _remove(os.path.join(place, name))
     _remove(path)
+
+
+def walk(folder: Path) -> Iterator[tuple[str, list[str], list[str]]]:
+    """Yield what `os.walk` does, what lies deepest first. Raise OSError where a directory cannot be read."""
+
+    def tell(error: OSError) -> None:
+        if not isinstance(error, FileNotFoundError):
+            raise error
+
+    return os.walk(folder, topdown=False, onerror=tell)
 
 
 def remove_partials(folder: Path) -> None:

@@ -125,7 +125,8 @@ def _released_by(layout: Layout, digest: str) -> set[str]:
 
 def sweep(layout: Layout, presence: Presence) -> int:
     """Free what was released and nobody needs. Return the bytes freed."""
-    digests = sealed_digests(layout.released)
+    with explained(layout.released):
+        digests = sealed_digests(layout.released)
     if not digests:
         return 0
     presence.enter()

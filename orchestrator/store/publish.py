@@ -33,6 +33,7 @@ from .artifacts import (
     remove_partials,
     save_artifact,
     save_record,
+    walk,
 )
 from .hashing import Fingerprint, StatMemo, fingerprint, hash_file
 from .keeping import keep_again
@@ -78,9 +79,9 @@ class Publisher:
             record = record.holding({name: (source.sha256, source.size) for name, source in sources.items()})
             if out.parent.parent == self.layout.work and is_hex(out.parent.name):
                 # A key's folder, where the next run looks for it. The names in `out` must be there before.
-                for place, _, _ in os.walk(out):
+                for place, _, _ in walk(out):
                     sync_directory(Path(place))
-                write_sealed(out.parent / JOURNAL, {"record": record.as_json(), "sources": dict(sources)})
+                self._write_journal(out.parent, record, sources)
             try:
                 with explained(self.layout.root, needed=PAGE * (len(sources) + 8)):
                     self._place(record, sources)
@@ -94,7 +95,26 @@ class Publisher:
         """Finish what a run that died had begun to publish from this work folder, if it had. A journal that does not
         hold (a disk that lost what it had synced, bytes that changed since) is dropped with what it is about."""
         with explained(working), suppress(FileNotFoundError, Damaged):
-            self._place(*_journal(working), unread=True)
+            self._place(*self._read_journal(working), unread=True)
+
+    def _write_journal(self, working: Path, record: KeyRecord, sources: Mapping[str, Origin]) -> None:
+        """Of what lies in the store the path within is noted: a copy of it goes on with files of its own."""
+        real = os.path.realpath(self.layout.root)
+        noted = {
+            name: source if source.how == "reference" else source._replace(path=os.path.relpath(source.path, real))
+            for name, source in sources.items()
+        }
+        write_sealed(working / JOURNAL, {"record": record.as_json(), "sources": noted})
+
+    def _read_journal(self, working: Path) -> tuple[KeyRecord, dict[str, Origin]]:
+        data, real = read_sealed(working / JOURNAL), os.path.realpath(self.layout.root)
+        try:
+            return KeyRecord.model_validate(data["record"]), {
+                name: Origin(sha256, size, how, os.path.join(real, path), tuple(facts))
+                for name, (sha256, size, how, path, facts) in data["sources"].items()
+            }
+        except (ValueError, TypeError, KeyError) as error:
+            raise Damaged from error
 
     def _place(self, record: KeyRecord, sources: Mapping[str, Origin], *, unread: bool = False) -> None:
         """Idempotent: files that an earlier attempt has moved are found in objects. Nobody may take objects away
@@ -247,12 +267,3 @@ class Collector:
 
 def _is_below(path: str, folder: Path) -> bool:
     return path.startswith(os.path.realpath(folder).rstrip("/") + "/")
-
-
-def _journal(working: Path) -> tuple[KeyRecord, dict[str, Origin]]:
-    data = read_sealed(working / JOURNAL)
-    try:
-        record = KeyRecord.model_validate(data["record"])
-        return record, {name: Origin._make((*item, tuple(facts))) for name, (*item, facts) in data["sources"].items()}
-    except (ValueError, TypeError, KeyError) as error:
-        raise Damaged from error

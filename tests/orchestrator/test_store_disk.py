@@ -1,22 +1,16 @@
-"""Disks that are full, read-only or broken: a clear error, nothing lost, nothing poisoned.
+"""Disks that are full or read-only: a clear error, nothing lost, nothing poisoned.
 
-A small tmpfs in a mount namespace of its own; system calls that strace makes fail or kill at each of their turns.
+A small tmpfs in a mount namespace of its own.
 """
 
 import json
 import os
-import shutil
 import subprocess
 import sys
-from collections import Counter
 from pathlib import Path
 
 import pytest
-from support.stores import contents, publish, record
 
-from bigpipe.orchestrator.store.store import Store
-
-FILES = {"config.json": b"{}", "w/1.bin": b"1" * 9000, "w/2.bin": b"2" * 9000}
 TESTS = Path(__file__).parents[1]
 
 
@@ -165,178 +159,3 @@ def test_a_read_only_store_can_be_read_and_says_what_it_cannot(tmp_path):
         assert cause.startswith("the store may not be used: ")
         assert "Read-only file system" in cause
         assert "--store DIR" in cure
-
-
-MAKE = """
-import os
-from pathlib import Path
-from support.stores import fill, record
-from bigpipe.orchestrator.lock.lockfile import locked_digests
-from bigpipe.orchestrator.store.store import Store
-
-root = Path(os.environ["ROOT"])
-FILES = {"config.json": b"{}", "w/1.bin": b"1" * 9000, "w/2.bin": b"2" * 9000}
-with Store(root) as store, store.lock(record("a").key) as work:
-    if not (work.scratch / "finished").exists():
-        fill(work.out, FILES)
-        (work.scratch / "finished").touch()
-    os.write(1, b"publishing")
-    if store.find(record("a").key) is None:
-        store.publish(record("a"), work.out)
-    work.done()
-"""
-CALLS = [
-    "fsync",
-    "rename",
-    "symlink",
-    "chmod",
-    "utimensat",
-    "unlink",
-    "rmdir",
-    "mkdir",
-    "write",
-    "pwrite64",
-    "close",
-    "flock",
-]
-
-
-def strace(*options):
-    found = shutil.which("strace")
-    if found is None:
-        pytest.skip("strace is not installed")
-    return [found, "-f", "-qq", *options]
-
-
-def turns(tmp_path):
-    """How often each system call is made by a publishing, Python's own start included."""
-    log = tmp_path / "trace"
-    done = python(MAKE, *strace("-o", str(log), "-e", f"trace={','.join(CALLS)}"), ROOT=str(tmp_path / "counted"))
-    if done.returncode:
-        pytest.skip(f"strace does not work here: {done.stderr[-200:]}")
-    return Counter(line.split(maxsplit=1)[1].partition("(")[0] for line in log.read_text().splitlines())
-
-
-def survives(root):
-    """Nothing half done is found; made again, it is right."""
-    with Store(root) as store:
-        found = store.find(record("a").key)
-        if found is not None:
-            assert store.intact(found)
-            assert contents(store, found) == FILES
-        assert store.verify().clean
-    again = python(MAKE, ROOT=str(root))
-    assert again.returncode == 0, again.stderr
-    with Store(root) as store:
-        found = store.find(record("a").key)
-        assert store.intact(found)
-        assert contents(store, found) == FILES
-        assert store.verify().clean
-
-
-@pytest.mark.fault
-@pytest.mark.timeout(3600)
-@pytest.mark.parametrize("fault", ["error=EIO", "error=ENOSPC", "signal=SIGKILL"])
-def test_a_fault_at_every_system_call_of_a_publishing(tmp_path, fault):
-    for call, count in turns(tmp_path).items():
-        # `close` is called by the hundred while Python starts; what follows "publishing" are the last of them.
-        for turn in range(max(1, count - 120), count + 1):
-            root = tmp_path / f"{call}-{turn}"
-            done = python(MAKE, *strace("-o", "/dev/null", "-e", f"inject={call}:{fault}:when={turn}"), ROOT=str(root))
-            if "publishing" in done.stdout and done.returncode not in (0, 137, -9):
-                assert "StageFailed" in done.stderr or "UsageError" in done.stderr, (
-                    call,
-                    turn,
-                    done.stderr,
-                )
-            survives(root)
-            shutil.rmtree(root)
-
-
-READ = """
-import os, sys
-from pathlib import Path
-from support.stores import record
-from bigpipe.errors import StageFailed
-from bigpipe.orchestrator.lock.lockfile import locked_digests
-from bigpipe.orchestrator.store.store import Store
-
-store = Store(Path(os.environ["ROOT"]))
-try:
-    found = store.find(record("a").key)
-    print("whole" if found is not None and store.intact(found) else "miss")
-except StageFailed as error:
-    print(error)
-"""
-
-
-@pytest.mark.parametrize("what", ["object", "record", "facts", "reference"])
-def test_an_io_error_is_an_error_and_not_a_mismatch(tmp_path, what):
-    (tmp_path / "blob").write_bytes(b"hub")
-    with Store(tmp_path / "store") as store:
-        done = publish(store, "a", {"x": b"made", "blob": tmp_path / "blob"})
-    path = {
-        "object": store.root / "objects" / done.files["x"]["sha256"],
-        "record": store.root / "keys" / f"{done.key[7:]}.json",
-        "facts": store.root / "artifacts" / f"{done.digest[7:]}.json",
-        "reference": tmp_path / "blob",
-    }[what]
-    path.chmod(0o440)  # to be read again
-    inject = ["-P", str(path), "-e", "trace=read,readv", "-e", "inject=read,readv:error=EIO"]
-    said = python(READ, *strace("-o", "/dev/null", *inject), ROOT=str(store.root))
-    if said.returncode:
-        pytest.skip(f"strace does not work here: {said.stderr[-200:]}")
-    assert "Input/output error" in said.stdout
-    assert path.exists()
-    assert not (store.root / "quarantine").exists()
-    assert python(READ, ROOT=str(store.root)).stdout == "whole\n"
-
-
-LOSE_POWER = """
-import os, subprocess
-from support.stores import contents, publish
-from bigpipe.orchestrator.lock.lockfile import locked_digests
-from bigpipe.orchestrator.store.store import Store
-
-def run(*command):
-    subprocess.run(command, check=True, capture_output=True)
-
-image, mounted, copy, after = (disk / name for name in ("image", "mounted", "copy", "after"))
-mounted.mkdir()
-after.mkdir()
-with open(image, "wb") as file:
-    file.truncate(64 * 2**20)
-run("mkfs.ext4", "-q", str(image))
-run("mount", "-o", "loop,commit=600", str(image), str(mounted))
-told = []
-try:
-    for number in range(6):
-        files = {"config.json": b"{}", "w/1.bin": bytes([number]) * 9000, "w/2.bin": os.urandom(300_000)}
-        with Store(mounted / "store") as store:
-            done = publish(store, str(number), files)
-        run("cp", "--sparse=always", str(image), str(copy))  # what the disk has; the rest is in memory, and lost
-        run("mount", "-o", "loop", str(copy), str(after))
-        try:
-            with Store(after / "store") as store:
-                found = store.find(done.key)
-                told.append(found == done and store.intact(found) and contents(store, found) == files
-                            and store.verify().clean)
-        finally:
-            run("umount", str(after))
-finally:
-    run("umount", str(mounted))
-import json
-print(json.dumps(told))
-"""
-
-
-@pytest.mark.fault
-def test_power_lost_right_after_publishing_keeps_what_is_recorded(tmp_path):
-    """An ext4 that writes nothing by itself for ten minutes: only what was synced survives."""
-    if os.geteuid() != 0 or shutil.which("mkfs.ext4") is None:
-        pytest.skip("needs root and mkfs.ext4")
-    done = python(f"from pathlib import Path\ndisk = Path({str(tmp_path)!r})\n{LOSE_POWER}")
-    if "CalledProcessError" in done.stderr and "mount" in done.stderr:
-        pytest.skip(f"no loop device: {done.stderr[-200:]}")
-    assert done.returncode == 0, done.stderr
-    assert json.loads(done.stdout) == [True] * 6

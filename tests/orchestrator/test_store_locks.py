@@ -3,12 +3,11 @@
 import os
 import signal
 import threading
-import time
 
 import pytest
 from support.stores import contents, fill, in_child, in_memory, killed_at, publish, record
 
-from bigpipe.errors import Interrupted, UsageError
+from bigpipe.errors import Interrupted
 from bigpipe.orchestrator.store.locks import StoreLock
 from bigpipe.orchestrator.store.store import Store
 
@@ -68,23 +67,6 @@ class TestLocks:
             with pytest.raises(Interrupted), store.lock(record("a").key, cancelled=cancelled):
                 pass
 
-    @pytest.mark.parametrize("times", [5, pytest.param(50, marks=pytest.mark.fault)])
-    def test_a_dead_holder_is_taken_over(self, store, times):
-        for _ in range(times):
-            ready, start = os.pipe()
-            holder = os.fork()
-            if holder == 0:
-                with Store(store.root).lock(record("a").key):
-                    os.write(start, b"x")
-                    time.sleep(60)
-            os.read(ready, 1)
-            os.close(ready)
-            os.close(start)
-            threading.Timer(0.1, os.kill, (holder, signal.SIGKILL)).start()
-            with store.lock(record("a").key):
-                pass
-            assert os.waitpid(holder, 0)[1] == signal.SIGKILL  # not the end of its sleep
-
     def test_workers_that_outlived_their_run_are_waited_for(self, store):
         with store.lock(record("a").key) as work:
             orphan = StoreLock(work.folder / "lock", shared=True)
@@ -97,73 +79,6 @@ class TestLocks:
             assert worker.try_acquire()  # one's own workers may start
             worker.release()
         assert heard == ["processes that an earlier run left behind"]
-
-    @pytest.mark.parametrize("rounds", [2, pytest.param(50, marks=pytest.mark.fault)])
-    def test_eight_processes_do_the_work_once(self, store, tmp_path, rounds):
-        bodies = tmp_path / "bodies"
-
-        def run(name):
-            with Store(store.root) as mine, mine.lock(record(name).key) as work:
-                found = mine.find(record(name).key)
-                if found is None or not mine.intact(found):
-                    with bodies.open("a") as file:
-                        file.write(f"{name} ")
-                    time.sleep(0.05)
-                    fill(work.out, {"a": b"made once"})
-                    found = mine.publish(record(name), work.out)
-                    work.done()
-                assert contents(mine, found) == {"a": b"made once"}
-
-        names = [str(number) for number in range(rounds)]
-        for name in names:
-            race(8, lambda name=name: run(name))
-        assert bodies.read_text().split() == names
-
-    def test_without_working_locks_the_work_is_done_twice_but_never_mixed(self, store, monkeypatch):
-        """Some network file systems accept every lock and keep none."""
-        monkeypatch.setattr("fcntl.flock", lambda descriptor, operation: None)
-
-        def run():
-            with Store(store.root) as mine, mine.lock(record("a").key) as work:
-                assert list(work.out.iterdir()) == []
-                for _ in range(20):
-                    with (work.out / "a").open("ab") as file:
-                        file.write(b"0123456789")
-                    time.sleep(0.002)
-                mine.publish(record("a"), work.out)
-                work.done()
-
-        for _ in range(3):
-            race(8, run)
-            monkeypatch.undo()
-            assert contents(store, store.find(record("a").key)) == {"a": b"0123456789" * 20}
-            assert store.verify().clean
-            monkeypatch.setattr("fcntl.flock", lambda descriptor, operation: None)
-
-    def test_a_file_system_without_locks_is_named(self, store, monkeypatch):
-        def flock(descriptor, operation):
-            raise OSError(37, "No locks available")
-
-        monkeypatch.setattr("fcntl.flock", flock)
-        with pytest.raises(UsageError, match="has no locks") as error, Store(store.root).lock(record("a").key):
-            pass
-        assert "--store" in error.value.cure
-
-
-def race(number, action):
-    """Runs `action` in so many processes at once; all must succeed."""
-    processes = []
-    for _ in range(number):
-        process = os.fork()
-        if process == 0:
-            status = 70
-            try:
-                action()
-                status = 0
-            finally:
-                os._exit(status)
-        processes.append(process)
-    assert [os.waitstatus_to_exitcode(os.waitpid(process, 0)[1]) for process in processes] == [0] * number
 
 
 FILES = {"config.json": b"{}", "w/1.bin": b"1" * 5000, "w/2.bin": b"2" * 5000, "same": b"{}"}

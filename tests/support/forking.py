@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -68,12 +69,19 @@ def _be_the_fork(action: Callable[[], object], said: int, *, stopped: bool, user
         action()
         status = 0
     except BigpipeError as error:
-        os.write(said, f"{type(error).__name__}: {error.cause}; {error.cure}".encode())
         status = TOLD
+        _say(said, f"{type(error).__name__}: {error.cause}; {error.cure}")
     except BaseException:
-        os.write(said, traceback.format_exc().encode())
+        _say(said, traceback.format_exc())
     finally:
         os._exit(status)
+
+
+def _say(said: int, text: str) -> None:
+    for _ in range(2):  # the first writing may be the one that is broken
+        with contextlib.suppress(OSError):
+            os.write(said, text.encode())
+            return
 
 
 def _attached(process: int, options: Sequence[str]) -> subprocess.Popen[bytes]:
@@ -112,20 +120,28 @@ def strace() -> str:
     return found
 
 
-def turns(action: Callable[[], object], calls: Sequence[str], log: Path) -> Counter[str]:
-    """How often the action makes each of these system calls; of several threads, the most of one."""
+def turns(action: Callable[[], object], calls: Sequence[str], log: Path) -> dict[tuple[str, int], bool]:
+    """Each of these system calls that the action makes and its turn, from 1, as strace counts them: by thread. With
+    whether a call that fails can be shown: strace does not make it at all, and a lock whose file stays open stays held,
+    while Linux closes the file whatever it says."""
     ending = forked(action, watch=["-o", str(log), "-e", f"trace={','.join(calls)}", "-e", "signal=none"])
     assert ending.code == 0, ending.said
-    by_thread = Counter(tuple(line.replace("(", " ").split(maxsplit=2)[:2]) for line in log.read_text().splitlines())
-    found: Counter[str] = Counter()
-    for (_, call), count in by_thread.items():
-        if call in calls:
-            found[call] = max(found[call], count)
+    counts, locked, found = Counter[tuple[str, str]](), set[str](), dict[tuple[str, int], bool]()
+    for thread, call, first in re.findall(r"^(\d+) +(\w+)\(([^,)]*)", log.read_text(), re.MULTILINE):
+        counts[thread, call] += 1
+        point = call, counts[thread, call]
+        found[point] = found.get(point, True) and not (call == "close" and first in locked)
+        if call == "flock":
+            locked.add(first)
+        elif call == "close":
+            locked.discard(first)
     return found
 
 
-def together(number: int, action: Callable[[int], object], *, seconds: float = 120.0) -> list[Ending]:
-    """Run `action` in so many forks at once, each with its number; return how they ended."""
+def together(
+    number: int, action: Callable[[int], object], *, seconds: float = 120.0, watch: Sequence[str] = ()
+) -> list[Ending]:
+    """Run `action` in so many forks at once, each with its number; return how they ended. watch: as of `forked`."""
     deadline = time.monotonic() + seconds
     with ExitStack() as held:
         forks = []
@@ -133,11 +149,14 @@ def together(number: int, action: Callable[[int], object], *, seconds: float = 1
             said = held.enter_context(TemporaryFile())
             process = os.fork()
             if process == 0:
-                _be_the_fork(partial(action, which), said.fileno(), stopped=False, user=0)
+                _be_the_fork(partial(action, which), said.fileno(), stopped=bool(watch), user=0)
             forks.append((process, said))
+        tracers = [_attached(process, watch) for process, _ in forks if watch]
         endings = []
         for process, said in forks:
             code = _ended(process, deadline)
             said.seek(0)
             endings.append(Ending(code, said.read().decode(errors="replace")))
+        for tracer in tracers:
+            tracer.wait(timeout=20)
     return endings
