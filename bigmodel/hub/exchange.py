@@ -19,8 +19,10 @@ from bigpipe.sizes import format_transfer
 
 MOST_ANSWERS = 1000
 """Redirects, repetitions and resumed parts of one exchange."""
-OVERHEAD = 4 * 2**20
-"""Bytes of headers and chunk sizes, besides those of the bodies."""
+OVERHEAD = 2**20
+"""Bytes of an exchange that belong to no body."""
+HEADERS = 2**17
+"""Bytes of those of one answer: h11 takes no more."""
 PIECE = 1 << 16
 """Bytes that are written at once."""
 LATER = "run again later, or over another network"
@@ -50,6 +52,8 @@ class Exchange:
     received: int = field(init=False, default=0)
     sent: int = field(init=False, default=0)
     """Bytes."""
+    delivered: int = field(init=False, default=0)
+    """Bytes of bodies, as they come; chunk sizes and preliminary answers are none."""
     answers: int = field(init=False, default=0)
 
     def __post_init__(self) -> None:
@@ -68,7 +72,9 @@ class Exchange:
         if self.left <= 0:
             got = f"{format_transfer(self.received)} in more than {self.patience:g} s of waiting"
             raise Transient(f"{host} sends its answer too slowly{self.for_what}: {got}", LATER)
-        if self.received > 4 * self.limit + OVERHEAD:
+        if self.received > 2 * self.delivered + self.answers * HEADERS + OVERHEAD:
+            raise Transient(f"{host} sends {self.received} bytes{self.for_what}, and hardly an answer in them", LATER)
+        if self.delivered > 4 * self.limit + OVERHEAD:
             cause = f"{host} answered{self.for_what} with more than four times the {self.limit} bytes that may come"
             raise Transient(cause, LATER)
 

@@ -100,6 +100,8 @@ class RangeSource:
     def read(self, offset: int, length: int) -> bytes:
         if offset < 0 or offset + length > self.size:
             raise invalid(self.name, f"ends at byte {self.size}, but {offset + length} bytes are needed", FETCH_AGAIN)
+        if not length:
+            return b""
         begins = (start for start, piece in self._kept.items() if start <= offset <= start + len(piece))
         start = next(begins, offset)
         end = start + len(self._kept.get(start, b""))

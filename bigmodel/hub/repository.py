@@ -32,7 +32,7 @@ from .responses import COMMIT, DIGEST, NO_RANGE, NOT_A_HUB, shown
 DTYPE = re.compile(r"[A-Z][A-Z0-9_]{0,19}")
 """As safetensors writes them."""
 LIBRARY = re.compile(r"[\w.+-]{1,64}", re.ASCII)
-DRIVE = re.compile(r"[A-Za-z]:[/\\]")
+DRIVE = re.compile(r"[A-Za-z]:")
 READERS = 8
 """Files that are asked about at a time."""
 MOST_ASKED = 2000

@@ -31,6 +31,8 @@ EXHAUSTED = re.compile(r";\s*r\s*=\s*0+\s*;\s*t\s*=\s*([0-9]{1,15})", re.ASCII)
 """In the header `RateLimit`: nothing remains, for so many seconds."""
 BUSY = (408, 429, 500, 502, 503, 504)
 PACKED = ("gzip", "x-gzip", "deflate")
+TOLD = {"x-hf-warning", "x-error-message", "x-request-id", "x-amzn-trace-id", "x-amz-cf-id"}
+"""Headers that the client shows, by name."""
 NOT_A_HUB = "check HF_ENDPOINT: a mirror must speak the Hub's API"
 ELSEWHERE = "check HF_ENDPOINT and the proxy"
 NO_RANGE = "a proxy in between may drop the Range header; try again, or without it"
@@ -50,15 +52,15 @@ def check_answer(response: Any, exchange: Exchange, *, secure: bool, ours: Calla
     _check_piece(response, host)
     _check_pause(response, exchange, host)
     for name, text in list(response.headers.items()):
-        if not text.isprintable():
-            response.headers[name] = shown(text)
+        if name in TOLD or not text.isprintable():
+            response.headers[name] = shown(text).encode("ascii", "replace").decode()
     _drop_odd_xet(response, ours)
     if response.request.method == "HEAD":
         return
     if response.status_code >= 400:
         _say_plainly(response, host)
     else:
-        _bound(response, host, exchange.limit if response.status_code < 300 else MAX_ERROR)
+        _bound(response, host, exchange)
 
 
 def _check_names(response: Any, exchange: Exchange, host: str) -> None:
@@ -144,9 +146,12 @@ def _drop_odd_xet(response: Any, ours: Callable[[str], bool]) -> None:
         del response.headers["X-Xet-Hash"]
 
 
-def _bound(response: Any, host: str, limit: int) -> None:
+def _bound(response: Any, host: str, exchange: Exchange) -> None:
     """Let the body be unpacked and counted here, not in httpx, which unpacks what is packed several times over."""
-    stream, pieces = response.stream, _pieces(response, host)
+    limit = exchange.limit if response.status_code < 300 else MAX_ERROR
+    stream = response.stream
+    response.stream = _body(stream)(_delivered(stream, exchange), stream.close)
+    pieces = _pieces(response, host)
 
     def counted() -> Iterator[bytes]:
         size = 0
@@ -157,6 +162,12 @@ def _bound(response: Any, host: str, limit: int) -> None:
             yield piece
 
     response.stream = _body(stream)(counted(), stream.close)
+
+
+def _delivered(stream: Iterable[bytes], exchange: Exchange) -> Iterator[bytes]:
+    for piece in stream:
+        exchange.delivered += len(piece)
+        yield piece
 
 
 def _pieces(response: Any, host: str) -> Iterable[bytes]:

@@ -1,0 +1,133 @@
+"""A Hub that lies ends in a documented error, or in the right bytes: in bounded seconds and bytes, and nowhere else."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import random
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from support.enemy import TOKEN, Enemy
+from support.under_attack import Victims
+
+from attack.hub_answers import FILES, Case, cases
+
+CASES = cases()
+CODES = {"UsageError": 2, "DoesNotFit": 4, "NotAuthorised": 5, "GatedRepository": 5, "StageFailed": 6, "NoWeights": 6,
+         "InvalidCheckpoint": 6, "Transient": 75, "Offline": 75}  # fmt: skip
+"""The errors that may come of a server, as docs/reference/errors.md lists them, and their exit codes."""
+SECONDS = 20
+SLEPT = 120
+"""Seconds of pauses that the client may make, in time limits twenty times shorter than those it has by itself."""
+BYTES = 200 << 20
+MEMORY = 1200 << 20
+SHORT = 40
+
+
+def tree(folder: Path) -> dict[str, str]:
+    found = sorted(folder.rglob("*"))
+    return {path.relative_to(folder).as_posix(): _digest(path) for path in found if not path.is_dir()}
+
+
+def _digest(path: Path) -> str:
+    return os.readlink(path) if path.is_symlink() else hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+class Scene:
+    """A user's folder that nobody touches, and an enemy."""
+
+    def __init__(self, root: Path, enemy: Enemy, victims: Victims) -> None:
+        self.root, self.enemy, self.victims = root, enemy, victims
+        self.canary = root / "canary"
+        self.canary.mkdir(exist_ok=True)
+        for name in (".bashrc", ".ssh/authorized_keys", "blobs"):
+            (self.canary / name).parent.mkdir(exist_ok=True)
+            (self.canary / name).write_text("# the user's own\n")
+        self.before = tree(self.canary)
+        self.number = 0
+
+    def play(self, case: Case) -> list[str]:
+        """Return what is wrong with the end of it."""
+        self.number += 1
+        home = self.root / str(self.number)
+        home.mkdir()
+        self.enemy.reset()
+        self.enemy.files = {**FILES, **case.files}
+        self.enemy.change, self.enemy.listing = case.change, case.listing
+        revision = case.revision or (self.enemy.commit if case.pinned else "main")
+        asked = {"url": self.enemy.url, "home": str(home), "revision": revision, "include": case.include}
+        outcome = self.victims.ask({"act": "fetch", "token": TOKEN, **asked})
+        return [*self._faults(case, outcome, home), *self._spoilt(home)]
+
+    def _faults(self, case: Case, outcome: dict[str, Any], home: Path) -> Iterator[str]:
+        if outcome.get("ok"):
+            wanted = {name: hashlib.sha256(data).hexdigest() for name, data in self.enemy.files.items()}
+            got = {name: _digest((home / "out" / name).resolve()) for name in tree(home / "out")}
+            if got != wanted:
+                yield f"other files: {got.keys() ^ wanted.keys() or 'other bytes'}"
+            if case.refused:
+                yield "it was believed"
+        elif CODES.get(outcome["error"]) != outcome["exit_code"]:
+            yield f"{outcome['error']}: {outcome['cause'][-1500:]}"
+        elif case.refused is False:
+            yield f"refused: {outcome['cause']}"
+        elif not outcome["cause"] or not outcome["cure"]:
+            yield f"no cause or no cure: {outcome['cause']!r} {outcome['cure']!r}"
+        text = outcome.get("cause", "") + outcome.get("cure", "") + outcome.get("said", "")
+        if any(not sign.isprintable() and sign != "\n" for sign in text):
+            yield f"signs that move a terminal: {text!r}"
+        if len(text) > 20_000:
+            yield f"says {len(text)} characters"
+        if TOKEN in text:
+            yield "says the token"
+        for limit, what in ((SECONDS, "seconds"), (SLEPT, "slept"), (MEMORY, "rss")):
+            if outcome.get(what, 0) > limit:
+                yield f"{what}: {outcome[what]:.0f}"
+        if self.enemy.sent > BYTES:
+            yield f"took {self.enemy.sent} bytes"
+
+    def _spoilt(self, home: Path) -> Iterator[str]:
+        if tree(self.canary) != self.before:
+            yield "the canary is dead"
+        if strangers := {path.name for path in home.iterdir()} - {"cache", "memo", "out", "said"}:
+            yield f"files beside the cache: {strangers}"
+        if strangers := {path.name for path in self.root.iterdir() if not path.name.isdigit()} - {"canary", "victims"}:
+            yield f"files elsewhere: {strangers}"
+        if odd := [path.name for path in home.rglob("*") if not path.name.isprintable()]:
+            yield f"names that move a terminal: {odd}"
+        for path in (home / "memo").rglob("*"):
+            if path.is_file() and b"\x1b" in path.read_bytes():
+                yield f"an escape sequence is remembered in {path}"
+        for asked in self.enemy.log:
+            if "authorization" in asked.headers and not asked.headers["host"].startswith("127.0.0.1"):
+                yield f"the token went to {asked.headers['host']}{asked.path}"
+
+
+@pytest.fixture(scope="module")
+def scene(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Scene]:
+    root = tmp_path_factory.mktemp("enemy")
+    with Enemy(FILES) as enemy, Victims(root / "victims") as victims:
+        yield Scene(root, enemy, victims)
+
+
+def fallen(scene: Scene, chosen: list[Case]) -> dict[str, list[str]]:
+    return {case.name: faults for case in chosen if (faults := scene.play(case))}
+
+
+def test_the_enemy_is_a_hub_where_it_does_not_lie(scene: Scene) -> None:
+    assert scene.play(Case("honest", refused=False)) == []
+    assert scene.play(Case("honest, pinned", pinned=True, refused=False)) == []
+
+
+def test_some_lies(scene: Scene, seed: int) -> None:
+    assert fallen(scene, random.Random(seed).sample(CASES, SHORT)) == {}  # noqa: S311
+
+
+@pytest.mark.attack
+@pytest.mark.timeout(3600)
+def test_every_lie(scene: Scene) -> None:
+    assert len(CASES) >= 200
+    assert fallen(scene, CASES) == {}
