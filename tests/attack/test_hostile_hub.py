@@ -24,7 +24,7 @@ SLEPT = 120
 """Seconds of pauses that the client may make, in time limits twenty times shorter than those it has by itself."""
 BYTES = 200 << 20
 MEMORY = 1200 << 20
-SHORT = 40
+SHORT = 30
 
 
 def tree(folder: Path) -> dict[str, str]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import random
 import time
 from collections.abc import Callable
@@ -16,7 +15,7 @@ from support.hub import LoopbackHub
 from bigpipe.bigmodel.hub import Hub, Repository, describe, fetch
 from bigpipe.errors import Transient
 
-ROUNDS = int(os.environ.get("BIGPIPE_FAULT_ROUNDS", "30"))
+ROUNDS = 30
 ATTEMPTS = 6
 FAULTS: dict[str, dict[str, Any]] = {
     "429": {"kind": "status", "status": 429, "headers": {"Retry-After": "0"}},
@@ -67,21 +66,23 @@ def _impatience(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("time.sleep", lambda seconds: sleep(min(seconds, 0.05)))
 
 
+def rounds(count: int, seed: int, faults: dict[str, dict[str, Any]], root: Path, *, moves: bool = False) -> None:
+    chance = random.Random(seed)  # noqa: S311
+    for number in range(count):
+        a_round(chance.randrange(2**32), faults, root / str(number), moves=moves)
+
+
 @pytest.mark.fault
 @pytest.mark.parametrize("fault", [*FAULTS, "moves"])
-def test_one_fault_at_a_time(fault: str, tmp_path: Path) -> None:
-    for seed in range(ROUNDS):
-        given = {} if fault == "moves" else {fault: FAULTS[fault]}
-        a_round(seed, given, tmp_path / str(seed), moves=fault == "moves")
+def test_one_fault_at_a_time(fault: str, seed: int, tmp_path: Path) -> None:
+    rounds(ROUNDS, seed, {} if fault == "moves" else {fault: FAULTS[fault]}, tmp_path, moves=fault == "moves")
 
 
 @pytest.mark.fault
-def test_faults_together(tmp_path: Path) -> None:
-    for seed in range(ROUNDS):
-        a_round(1000 + seed, FAULTS, tmp_path / str(seed), moves=seed % 2 == 0)
+@pytest.mark.parametrize("moves", [False, True])
+def test_faults_together(moves: bool, seed: int, tmp_path: Path) -> None:
+    rounds(ROUNDS, seed, FAULTS, tmp_path, moves=moves)
 
 
-def test_a_few_of_them(tmp_path: Path) -> None:
-    quick = {name: FAULTS[name] for name in ("5xx", "cut", "garbage", "html")}
-    for seed in range(4):
-        a_round(seed, quick, tmp_path / str(seed), moves=True)
+def test_a_few_of_them(seed: int, tmp_path: Path) -> None:
+    rounds(4, seed, {name: FAULTS[name] for name in ("5xx", "cut", "garbage", "html")}, tmp_path, moves=True)
