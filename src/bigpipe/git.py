@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import os
-import subprocess
 from collections.abc import Sequence
 from contextlib import suppress
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from .environment import inherited
+
+if TYPE_CHECKING:
+    import subprocess
 
 SECONDS = 5.0
 """How long git may take, in a checkout with very many files; then nothing is said."""
@@ -45,6 +47,8 @@ class Checkout:
 
 def _ask(file: Path, question: Sequence[str]) -> subprocess.Popen[bytes]:
     """Nothing that the checkout configures is run for it."""
+    import subprocess
+
     return subprocess.Popen(
         ["git", "-c", "core.fsmonitor=false", "-c", "core.hooksPath=/dev/null", *question],
         cwd=file.absolute().parent, env={**inherited(os.environ), "GIT_OPTIONAL_LOCKS": "0"},
@@ -53,6 +57,8 @@ def _ask(file: Path, question: Sequence[str]) -> subprocess.Popen[bytes]:
 
 
 def _answer(asked: subprocess.Popen[bytes]) -> bytes | None:
+    import subprocess
+
     try:
         out, _ = asked.communicate(timeout=SECONDS)
     except subprocess.TimeoutExpired:

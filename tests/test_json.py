@@ -1,0 +1,213 @@
+"""Every `--json` is one JSON object in every outcome, as docs/reference/json.md says."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from support.workshop import environment
+
+from bigpipe import errors
+
+PAGE = (Path(__file__).parents[1] / "docs" / "reference" / "json.md").read_text(encoding="utf-8")
+DOCUMENTED = {
+    schema: set(re.findall(r"`(\w+)`", fields))
+    for schema, fields in re.findall(r"^\| `(bigpipe\.\w+/\d)` \| [^|]+ \| (.*?) ?\|$", PAGE, re.MULTILINE)
+}
+EVERYWHERE = {"schema", "exit_code", "errors"}
+FIELDS = {"code", "cause", "cure", "file", "line", "column", "node"}
+MODEL = str(Path(__file__).parents[1] / "models" / "quickstart")
+HEAD = "version: 1\nname: told\nparams: {text: hello}\nstages:\n"
+GOOD = HEAD + '  a: {uses: write, with: {text: "${params.text}"}}\n  b: {uses: join, inputs: {first: a}}\n'
+
+
+def answer(workshop, *arguments: str, code: int, **environ: str):
+    """The one object that a command prints, as its page says."""
+    done = workshop.command(*arguments, "--json", **environ)
+    assert done.returncode == code, done.stderr
+    return checked(done.stdout, code)
+
+
+def checked(text: str, code: int):
+    told = json.loads(text)
+    assert told["exit_code"] == code
+    assert bool(told["errors"]) == bool(code)
+    assert all(error.keys() == FIELDS for error in told["errors"])
+    assert all(error["cause"] and "Traceback" not in error["cause"] for error in told["errors"])
+    own = DOCUMENTED[told["schema"]]
+    assert own == told.keys() - EVERYWHERE or told["schema"] == "bigpipe.estimate/1"
+    return told
+
+
+def test_the_table_of_exit_codes_is_that_of_the_errors() -> None:
+    rows = re.findall(r"^\| ([\d, ]+) \| ([^|]*) \|", PAGE, re.MULTILINE)
+    table = {name: codes for codes, names in rows for name in re.findall(r"`(\w+)`", names)}
+    own = {
+        error.__name__: error
+        for error in vars(errors).values()
+        if isinstance(error, type) and issubclass(error, errors.BigpipeError)
+    }
+    assert table.keys() == own.keys()
+    for name, error in own.items():
+        assert str(error.exit_code) in table[name].split(", "), name
+
+
+def test_every_command_that_takes_json_has_its_schema(workshop) -> None:
+    from bigpipe.cli import cli
+
+    with_json = {name for name, one in cli.commands.items() if any(option.name == "as_json" for option in one.params)}
+    documented = set(re.findall(r"^\| `bigpipe\.\w+/\d` \| `(\w+)`", PAGE, re.MULTILINE))
+    assert with_json == documented
+    assert cli.commands.keys() - with_json == {"init", "schema", "log"}
+
+
+def test_answers_of_a_run_and_of_what_looks_back(workshop) -> None:
+    workshop.manifest.write_text(GOOD)
+    run = answer(workshop, "run", "recipe.yaml", "-p", "text=bye", code=0)
+    assert run["status"] == "succeeded"
+    assert run["params"] == {"text": "bye"}
+    assert run["git"] is None
+    node = {"status", "key", "digest", "path", "seconds", "peak_rss", "metrics", "gates", "reason", "error"}
+    assert run["nodes"]["a"].keys() == node
+    answer(workshop, "run", "recipe.yaml", code=0)
+    for command in (
+        "plan recipe.yaml", "validate recipe.yaml", "status recipe.yaml", "why recipe.yaml a", "graph recipe.yaml",
+        "lock recipe.yaml", "lock recipe.yaml --check", "kinds", "kinds write", "ls", "show", f"diff {run['run']} last",
+        "get a taken", "gc --dry-run", "verify", f"estimate {MODEL}", f"estimate {MODEL} {MODEL} --compare",
+        f"estimate {MODEL} --memory 64GiB",
+    ):  # fmt: skip
+        answer(workshop, *command.split(), code=0)
+    taken = {path.name: path.read_text() for path in (workshop.folder / "taken").iterdir()}
+    there = Path(json.loads(workshop.command("run", "recipe.yaml", "--json").stdout)["nodes"]["a"]["path"])
+    assert taken == {path.name: path.read_text() for path in there.iterdir()}
+    assert not any(path.is_symlink() for path in (workshop.folder / "taken").iterdir())
+
+
+REFUSED = {
+    "no manifest": (2, "run nowhere.yaml", "", None),
+    "manifest error": (2, "run recipe.yaml", HEAD + "  a: {uses: write, wiht: {}}\n", (5, 20)),
+    "wrong argument": (2, "run recipe.yaml -p texd=1", GOOD, (3, 1)),
+    "unknown node": (2, "run recipe.yaml c", GOOD, None),
+    "unknown run": (2, "show 1999", GOOD, None),
+    "wrong option": (2, "run recipe.yaml --odd", GOOD, None),
+    "unknown kind": (2, "kinds nothing", "", None),
+    "manifests": (2, "validate recipe.yaml", HEAD + "  a: {uses: wriet}\n", (5, 13)),
+    "misfit": (4, "run recipe.yaml", HEAD + "  a: {uses: write, with: {misfit: true}}\n", (5, 3)),
+    "planned misfit": (4, "plan recipe.yaml", HEAD + "  a: {uses: write, with: {misfit: true}}\n", (5, 3)),
+    "no dtype fits": (4, f"estimate {MODEL} --memory 1MiB", "", None),
+    "stale": (10, "status recipe.yaml --exit-code", GOOD, None),
+    "no Hub": (75, "estimate org/model", "", None),
+    "taken twice": (2, "get a .", GOOD, None),
+}
+
+
+@pytest.mark.parametrize("outcome", REFUSED)
+def test_why_there_is_no_answer_is_an_answer(workshop, outcome: str) -> None:
+    code, command, recipe, place = REFUSED[outcome]
+    if recipe:
+        workshop.manifest.write_text(recipe)
+    told = answer(workshop, *command.split(), code=code, HF_ENDPOINT="http://127.0.0.1:9", NO_PROXY="127.0.0.1")
+    if command.startswith("run recipe") and outcome != "wrong option":
+        assert told["schema"] == "bigpipe.run/1"
+        assert (told["run"], told["status"], told["nodes"]) == (None, "refused", {})
+    if place is not None:
+        assert (told["errors"][0]["line"], told["errors"][0]["column"]) == place
+        assert told["errors"][0]["file"] == "recipe.yaml"
+
+
+FAILING = {
+    "gate in the run": (3, "  a: {uses: write, with: {source: recipe.yaml}, gates: ['characters > 10000']}\n"),
+    "stage": (6, "  a: {uses: flaky, with: {fatal: true}}\n"),
+    "bug of a stage": (6, "  a: {uses: flaky, with: {bug: true}}\n"),
+    "transient": (75, "  a: {uses: flaky, with: {times: 9}}\n"),
+}
+
+
+@pytest.mark.parametrize("outcome", FAILING)
+def test_a_run_that_fails_says_where(workshop, outcome: str) -> None:
+    code, stages = FAILING[outcome]
+    workshop.manifest.write_text(HEAD + stages + "  b: {uses: join, inputs: {first: a}}\n")
+    told = answer(workshop, "run", "recipe.yaml", code=code)
+    assert told["status"] == "failed"
+    assert told["errors"][0]["node"] == "a"
+    assert told["nodes"]["a"]["status"] == "failed"
+    assert told["nodes"]["a"]["error"]
+    assert told["nodes"]["b"]["status"] == "skipped"
+    if code == 3:
+        (gate,) = told["nodes"]["a"]["gates"]
+        assert gate == {
+            "text": "characters > 10000",
+            "value": told["nodes"]["a"]["metrics"]["characters"],
+            "passed": False,
+        }
+        assert told["errors"][0]["line"] == 5
+
+
+def test_an_interrupted_run_is_an_answer(workshop) -> None:
+    workshop.manifest.write_text(HEAD + "  a: {uses: sleep, with: {seconds: 60}}\n")
+    process = subprocess.Popen(
+        [sys.executable, "-m", "bigpipe", "run", "recipe.yaml", "--json", "--events", "events"],
+        cwd=workshop.folder, env=environment(workshop.folder), stdout=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    events = workshop.folder / "events"
+    while not events.exists() or "node_started" not in events.read_text():
+        time.sleep(0.05)
+    process.send_signal(signal.SIGTERM)
+    out, _ = process.communicate(timeout=60)
+    assert process.returncode == 143
+    told = checked(out, 143)
+    assert told["status"] == "interrupted"
+
+
+def test_what_is_damaged_is_an_answer(workshop) -> None:
+    workshop.manifest.write_text(GOOD)
+    run = answer(workshop, "run", "recipe.yaml", code=0)
+    path = (Path(run["nodes"]["a"]["path"]) / "text").resolve()
+    path.chmod(0o600)
+    path.write_text("other")
+    assert answer(workshop, "get", "a", "taken", code=6)["errors"][0]["code"] == "StageFailed"
+    assert not (workshop.folder / "taken").exists()
+    assert answer(workshop, "verify", code=6)["findings"]
+
+
+@pytest.mark.parametrize("broken", ["store", "bitsandbytes"])
+def test_doctor_says_no(workshop, broken: str) -> None:
+    (workshop.folder / "file").touch()
+    package = workshop.folder / "broken" / "bitsandbytes"
+    package.mkdir(parents=True)
+    (package / "__init__.py").write_text("raise ImportError('cannot be loaded here')\n")
+    path = {"PYTHONPATH": os.pathsep.join([str(package.parent), environment(workshop.folder)["PYTHONPATH"]])}
+    where = {"BIGPIPE_HOME": str(workshop.folder / "file" / "store")}
+    told = answer(workshop, "doctor", code=2 if broken == "store" else 6, **(where if broken == "store" else path))
+    assert broken in told["errors"][0]["cause"]
+
+
+def test_the_commit_is_told(workshop) -> None:
+    """In the answer, the record; `dirty` while the manifest is not in it."""
+
+    def git(*words: str) -> None:
+        own = ["-c", "user.name=n", "-c", "user.email=e@example.org", "-c", "commit.gpgsign=false"]
+        subprocess.run(["git", *own, *words], cwd=workshop.folder, check=True, capture_output=True)
+
+    workshop.manifest.write_text(GOOD)
+    (workshop.folder / ".gitignore").write_text("store/\n")
+    git("init", "-q")
+    assert answer(workshop, "run", "recipe.yaml", code=0)["git"] is None
+    git("add", ".gitignore")
+    git("commit", "-qm", "one")
+    assert answer(workshop, "run", "recipe.yaml", code=0)["git"]["dirty"]
+    git("add", "recipe.yaml")
+    git("commit", "-qm", "two")
+    told = answer(workshop, "run", "recipe.yaml", code=0)["git"]
+    head = subprocess.run(["git", "rev-parse", "HEAD"], cwd=workshop.folder, capture_output=True, text=True, check=True)
+    assert told == {"commit": head.stdout.strip(), "dirty": False}
+    assert answer(workshop, "show", code=0)["git"] == told
+    workshop.manifest.write_text(GOOD + "x-more: 1\n")
+    assert answer(workshop, "run", "recipe.yaml", code=0)["git"]["dirty"]
