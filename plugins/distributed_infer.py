@@ -46,7 +46,7 @@ class InferParams(Params):
     batch_size: int = Field(1, ge=1)
     """Prompts that are computed together. The same ones, whatever the number of ranks."""
     max_new_tokens: int = Field(32, ge=1)
-    """The longest continuation."""
+    """The longest continuation; of text-generation, and of a function that takes it."""
     generation: dict[str, Any] = Field(default_factory=dict)
     """Arguments of `generate` (`num_return_sequences` gives `texts` too), of the function, or `pooling: mean | last |
     first` of feature-extraction."""
@@ -75,6 +75,10 @@ def _with_known_arguments(params: InferParams) -> InferParams:
         except UsageError as error:
             refusal = PydanticCustomError("value_error", "{error}", {"error": f"{error.cause}; {error.cure}"})
             problems.append({"type": refusal, "loc": ("generation", name), "input": value})
+    default = InferParams.model_fields["max_new_tokens"].default
+    if not find_task(params.task, Sources()).makes_tokens and params.max_new_tokens != default:
+        refusal = PydanticCustomError("value_error", f"{params.task} makes no tokens; leave it out")
+        problems.append({"type": refusal, "loc": ("max_new_tokens",), "input": params.max_new_tokens})
     if problems:
         raise ValidationError.from_exception_data("InferParams", problems)
     return params

@@ -47,7 +47,7 @@ def check(params: InferParams, ctx: CheckContext) -> None:
                 raise UsageError(f"task {params.task}: {wrong}", "correct the name, or the module")
         return
     sources = sources_of(ctx)
-    find_task(params.task, sources).check(params.generation, rows, model, sources)
+    find_task(params.task, sources).check(params.generation, rows, model, sources, params.max_new_tokens)
 
 
 def _check_weights(model: ModelDescription, ctx: CheckContext) -> None:
@@ -114,7 +114,8 @@ def prepare(params: InferParams, ctx: StageContext) -> None:
     """Checks what only a worker may import, and shares out what no earlier attempt has finished."""
     rows = read_prompts(params.prompts, params.column, ctx.base)
     sources = sources_of(ctx)
-    find_task(params.task, sources).check(params.generation, rows, describe_checkpoint(ctx.input("model")), sources)
+    model = describe_checkpoint(ctx.input("model"))
+    find_task(params.task, sources).check(params.generation, rows, model, sources, params.max_new_tokens)
     plan = plan_work(
         ctx.scratch, rows, batch_size=params.batch_size, ranks=ctx.launch.num_processes, pad=params.apply_padding
     )

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
-from pydantic import Field
+from pydantic import Field, field_validator, model_validator
 
+from bigpipe.names import listed
 from bigpipe.orchestrator.stage import Bytes, Metrics, Params, Planning, Port, Stage, late
 
 
@@ -20,6 +22,22 @@ class SaveParams(Params):
     """Replace whatever is there. Not needed for what the same recipe wrote and nobody has changed since."""
     card: dict[str, Any] = Field(default_factory=dict)
     """Metadata of the model card: `license`, `language`, `tags`…"""
+
+    @field_validator("to")
+    @classmethod
+    def _names_a_repository(cls, to: str) -> str:
+        if to.startswith("hf://") and not re.fullmatch(r"hf://[\w.-]+/[\w.-]+/?", to):
+            raise ValueError(f"{to} does not name a repository; write it as hf://owner/name")
+        return to
+
+    @model_validator(mode="after")
+    def _belongs_to_the_hub(self) -> SaveParams:
+        idle = [
+            name for name in ("private", "revision") if getattr(self, name) != type(self).model_fields[name].default
+        ]
+        if idle and not self.to.startswith("hf://"):
+            raise ValueError(f"{listed(idle)} of a Hub repository, and {self.to} is none; leave it out")
+        return self
 
 
 class SaveMetrics(Metrics):

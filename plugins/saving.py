@@ -16,7 +16,7 @@ from bigpipe.fit import Misfit
 from bigpipe.orchestrator.stage import CheckContext, Forecast, ForecastContext, StageContext, StageResult
 from bigpipe.sizes import counted, format_transfer
 
-from .library import sources_of
+from .library import about, sources_of
 from .save import SaveMetrics, SaveParams
 
 if TYPE_CHECKING:
@@ -33,7 +33,8 @@ def check(params: SaveParams, context: CheckContext) -> None:
 
     if not any(context.inputs.values()):
         raise UsageError("save has nothing to save", "wire at least one of its ports: model, results, reports")
-    check_destination(_destination(params, context), base=context.base, overwrite=params.overwrite)
+    with about("to"):
+        check_destination(_destination(params, context), base=context.base, overwrite=params.overwrite)
 
 
 def writes(params: SaveParams, context: ForecastContext) -> dict[str, list[str]]:

@@ -44,7 +44,7 @@ def read_max_memory(max_memory: Mapping[int | str, int | str]) -> dict[Device, f
         size = size_of(f"max_memory of {key}", value)
         for device in devices_of(key):
             if device in caps:
-                raise UsageError(f"max_memory gives device {device} twice", "give each device once")
+                raise UsageError(f"max_memory gives device {device} twice", "give each once", field=f"max_memory.{key}")
             caps[device] = size
     return caps
 

@@ -19,6 +19,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from bigpipe.bigmodel.architecture import text_config
 from bigpipe.bigmodel.memo import recall, remember
 from bigpipe.errors import UsageError
 from bigpipe.files import write_file
@@ -62,6 +63,13 @@ PROCESSORS = {
     "sequence_bias": "SequenceBiasLogitsProcessor",
 }  # fmt: skip
 """Argument → what transformers makes of its value, and what refuses bad ones."""
+TOKENS = frozenset({
+    "bos_token_id", "eos_token_id", "pad_token_id", "decoder_start_token_id", "forced_bos_token_id",
+    "forced_eos_token_id", "suppress_tokens", "begin_suppress_tokens",
+})  # fmt: skip
+"""Arguments that are tokens."""
+COUNTS = frozenset({"num_beams", "num_return_sequences"})
+"""Arguments that multiply the work."""
 TYPES: Mapping[str, tuple[type, ...]] = {"int": (int,), "float": (int, float), "bool": (bool,), "str": (str,)}
 """As transformers documents an argument → what may be given."""
 FRACTIONS = frozenset({
@@ -101,15 +109,21 @@ def as_floats(arguments: Mapping[str, Any]) -> dict[str, Any]:
     return {name: float(v) if name in FRACTIONS and type(v) is int else v for name, v in arguments.items()}
 
 
-def check_values(arguments: Mapping[str, Any], own: Mapping[str, Any] | None, memo: Path | None) -> None:
+def check_values(
+    arguments: Mapping[str, Any],
+    own: Mapping[str, Any] | None,
+    memo: Path | None,
+    config: Mapping[str, Any] | None = None,
+) -> None:
     """Raise UsageError where transformers does not take a value, or one has no effect beside the others. own: what the
-    model's generation_config.json says, which holds where an argument is left out; None: not known. The answer is kept
-    in `memo`."""
+    model's generation_config.json says, which holds where an argument is left out; None: not known. config: the
+    model's, complete; None: not known. The answer is kept in `memo`."""
     from bigpipe.bigmodel.architecture import ask_child
 
     if not arguments and not own:
         return
-    question = json.dumps({"arguments": as_floats(arguments), "own": own}, sort_keys=True, default=str)
+    model = {"vocabulary": _vocabulary(config), "encodes": bool(config.get("is_encoder_decoder"))} if config else None
+    question = json.dumps({"arguments": as_floats(arguments), "own": own, "model": model}, sort_keys=True, default=str)
     key = hashlib.sha256(f"{package_version('transformers')} {question}".encode()).hexdigest()
     file = memo / "generation" / f"{key}.json" if memo else None
     answer = file and recall(file)
@@ -122,8 +136,17 @@ def check_values(arguments: Mapping[str, Any], own: Mapping[str, Any] | None, me
         raise UsageError(answer["wrong"], cure, field="generation")
 
 
-def wrong_value(arguments: Mapping[str, Any], own: Mapping[str, Any] | None) -> str | None:
-    """Return why transformers would not generate with these, or would not heed one; None where it would."""
+def _vocabulary(config: Mapping[str, Any]) -> int:
+    """How many tokens a model of this config makes; 0 where it does not say."""
+    sizes = [value for name, value in text_config(config).items() if name.endswith("vocab_size")]
+    return max([size for size in sizes if type(size) is int], default=0)
+
+
+def wrong_value(
+    arguments: Mapping[str, Any], own: Mapping[str, Any] | None, model: Mapping[str, Any] | None = None
+) -> str | None:
+    """Return why transformers would not generate with these, or would not heed one; None where it would.
+    model: `vocabulary`, and whether it `encodes` a prompt before it makes tokens; None: not known."""
     from transformers import GenerationConfig
 
     documented = dict(re.findall(r"^ +(\w+) ?\(`(\w+)`[,)]", GenerationConfig.__doc__ or "", re.MULTILINE))
@@ -146,7 +169,81 @@ def wrong_value(arguments: Mapping[str, Any], own: Mapping[str, Any] | None) -> 
         _try_processors(arguments, GenerationConfig._get_default_generation_params())
     except Exception as error:
         return f"generation: {_said(error)}"
+    settled = {**(own or {}), **arguments}
+    return _wrong_text(settled) or (_wrong_token(arguments, model) or _tried(arguments, own or {}, model))
+
+
+def _wrong_text(arguments: Mapping[str, Any]) -> str | None:
+    stops = arguments.get("stop_strings")
+    texts = [stops] if isinstance(stops, str) else stops
+    if stops is None or (isinstance(texts, list) and texts and all(isinstance(t, str) and t for t in texts)):
+        return None
+    return (
+        f"generation.stop_strings takes a text or a list of them, none of them empty, and {json.dumps(stops)} is given"
+    )
+
+
+def _wrong_token(arguments: Mapping[str, Any], model: Mapping[str, Any] | None) -> str | None:
+    """A token that the model never makes ends nothing and suppresses nothing."""
+    size = model["vocabulary"] if model else 0
+    for name, value in arguments.items():
+        tokens = value if isinstance(value, list) else [value]
+        if name not in TOKENS or value is None or not size:
+            continue
+        least = -1 if name == "eos_token_id" else 0  # -1: nothing ends a text but its length
+        if odd := [token for token in tokens if type(token) is not int or not least <= token < size]:
+            return f"generation.{name}: {odd[0]!r} is none of the model's {size} tokens"
     return None
+
+
+def _tried(arguments: Mapping[str, Any], own: Mapping[str, Any], model: Mapping[str, Any] | None) -> str | None:
+    """Let a tiny model of as many tokens generate with these, and return what transformers says against it."""
+    if not arguments or not model or not model["vocabulary"]:
+        return None
+    tiny = _tiny_model(**model)
+
+    def said(given: Mapping[str, Any]) -> str | None:
+        try:
+            _generate(tiny, given, own)
+        except Exception as error:  # foreign code may raise anything
+            return f"{type(error).__name__}: {_said(error)}"
+        return None
+
+    whole = said(arguments)
+    if whole is None:
+        return None
+    alone = (name for name, value in arguments.items() if said({name: value}) == whole)
+    name = next(alone, None)
+    return f"generation.{name}: {whole}" if name else f"generation: {whole}"
+
+
+def _tiny_model(vocabulary: int, encodes: bool) -> Any:
+    import transformers
+
+    if encodes:
+        sizes = {"d_model": 2, "d_kv": 2, "d_ff": 2, "num_layers": 1, "num_heads": 1, "decoder_start_token_id": 0}
+        return transformers.T5ForConditionalGeneration(transformers.T5Config(vocab_size=vocabulary, **sizes)).eval()
+    sizes = {"n_embd": 2, "n_layer": 1, "n_head": 1, "n_positions": 64}
+    tokens: dict[str, Any] = {"bos_token_id": None, "eos_token_id": None}
+    return transformers.GPT2LMHeadModel(transformers.GPT2Config(vocab_size=vocabulary, **sizes, **tokens)).eval()
+
+
+def _generate(model: Any, arguments: Mapping[str, Any], own: Mapping[str, Any]) -> None:
+    """Two tokens. What a tokenizer is needed for, or a device, is left out, and what takes time is cut."""
+    import torch
+    from transformers import GenerationConfig, WatermarkingConfig
+
+    given = {name: min(v, 4) if name in COUNTS and type(v) is int else v for name, v in arguments.items()}
+    if isinstance(watermark := given.get("watermarking_config"), dict):
+        given["watermarking_config"] = WatermarkingConfig.from_dict(watermark)
+    if str(given.get("cache_implementation", "")).startswith("offloaded"):
+        del given["cache_implementation"]
+    given.pop("stop_strings", None)
+    kept = {name: value for name, value in own.items() if name not in ("stop_strings", "max_length", "max_new_tokens")}
+    model.generation_config = GenerationConfig(**{"decoder_start_token_id": 0, **kept})
+    ids = torch.zeros((1, 1), dtype=torch.int64)
+    with torch.inference_mode():
+        model.generate(**{"input_ids": ids, "attention_mask": ids + 1, "max_new_tokens": 2, "pad_token_id": 0, **given})
 
 
 def _try_processors(arguments: Mapping[str, Any], defaults: Mapping[str, Any]) -> None:

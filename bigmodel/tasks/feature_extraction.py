@@ -12,7 +12,16 @@ from bigpipe.errors import UsageError
 
 from .rows import Row
 from .task import Answer, Answerer, Task, TaskOptions
-from .tokenizing import OWN_FUNCTION, check_length, encode, known_architecture, load_tokenizer, pad, require_tokenizer
+from .tokenizing import (
+    OWN_FUNCTION,
+    check_length,
+    encode,
+    known_architecture,
+    load_tokenizer,
+    pad,
+    require_template,
+    require_tokenizer,
+)
 
 if TYPE_CHECKING:
     import torch
@@ -63,4 +72,7 @@ def _check_model(model: ModelDescription, arguments: Mapping[str, Any], sources:
         raise UsageError(f"{architecture.class_name} reads no text", OWN_FUNCTION)
 
 
-TASK = Task(name="feature-extraction", bind=_bind, check_arguments=_check_arguments, check_model=_check_model)
+TASK = Task(
+    name="feature-extraction", bind=_bind, check_arguments=_check_arguments, check_model=_check_model,
+    check_rows=require_template,
+)  # fmt: skip

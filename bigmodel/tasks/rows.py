@@ -57,12 +57,19 @@ def _row(index: int, data: Any, column: str, where: str) -> Row:
     if column not in data:
         names = ", ".join(map(repr, data)) or "nothing"
         raise UsageError(f"{where}: there is no {column!r}, only {names}", "set `column` to the one with the prompt")
-    if not isinstance(data[column], str | list):
-        raise UsageError(f"{where}: {column!r} is neither a text nor a list of messages", "write it as one of these")
+    if not isinstance(data[column], str) and not _is_chat(data[column]):
+        cure = "write a message as {role: user, content: …}"
+        raise UsageError(f"{where}: {column!r} is neither a text nor a list of messages", cure)
     for name, value in data.items():
         if wrong := _unwritable({name: value}):
             raise UsageError(f"{where}: {name!r} {wrong}", "mend it, or leave it out")
     return Row(index, data[column], data)
+
+
+def _is_chat(prompt: Any) -> bool:
+    """Messages have a role; what they say may be called otherwise by a template (`content`, `tool_calls`)."""
+    messages = prompt if isinstance(prompt, list) else []
+    return bool(messages) and all(isinstance(each, dict) and len(each) > 1 and "role" in each for each in messages)
 
 
 def _unwritable(data: dict[str, Any]) -> str | None:

@@ -13,6 +13,7 @@ from bigpipe.bigmodel.sources import Sources
 from bigpipe.errors import UsageError
 
 from .rows import Row
+from .tokenizing import known_architecture
 
 if TYPE_CHECKING:
     from bigpipe.bigmodel.checkpoint import ModelDescription
@@ -53,6 +54,8 @@ class Task:
     check_arguments: raises UsageError for `TaskOptions.arguments` it does not take; asked of each argument alone too.
     check_model: (model, arguments, sources); raises UsageError for a model it cannot run, and for arguments that do not
       go with it, as far as config and side files tell.
+    check_rows: (rows, model); raises UsageError for rows that the model cannot take, as far as its side files tell.
+    makes_tokens: does it make tokens, `TaskOptions.max_new_tokens` of them at the most?
     columns: fields that each row must have besides its prompt.
     """
 
@@ -60,6 +63,8 @@ class Task:
     bind: Callable[[Any, Path, TaskOptions, Sources], Answerer]
     check_arguments: Callable[[Mapping[str, Any]], None] = lambda arguments: None
     check_model: Callable[[ModelDescription, Mapping[str, Any], Sources], None] = lambda model, arguments, sources: None
+    check_rows: Callable[[Sequence[Row], ModelDescription], None] = lambda rows, model: None
+    makes_tokens: bool = False
     columns: tuple[str, ...] = ()
 
     def check(
@@ -68,6 +73,7 @@ class Task:
         rows: Sequence[Row],
         model: ModelDescription | None,
         sources: Sources = Sources(),
+        max_new_tokens: int = 0,
     ) -> None:
         """Raise UsageError for what is known to be wrong before there is a model in memory."""
         self.check_arguments(arguments)
@@ -76,7 +82,21 @@ class Task:
                 cause = f"task {self.name} needs {missing[0]!r}, which prompt {row.index} does not have"
                 raise UsageError(cause, f"give every prompt the fields {', '.join(self.columns)}")
         if model is not None:
+            self.check_rows(rows, model)
             self.check_model(model, arguments, sources)
+            if self.makes_tokens:
+                _check_new_tokens(model, max_new_tokens, sources)
+
+
+def _check_new_tokens(model: ModelDescription, new: int, sources: Sources) -> None:
+    """Raise UsageError for more new tokens than positions, one of which the shortest text has taken."""
+    from bigpipe.bigmodel.architecture import position_limit
+
+    architecture = known_architecture(model, sources)
+    limit = position_limit(architecture.config) if architecture else None
+    if limit is not None and new >= limit:
+        cause = f"max_new_tokens is {new}, and the model has {limit} positions for a prompt and what follows"
+        raise UsageError(cause, f"give at most {limit - 1}, less the tokens of the prompt", field="max_new_tokens")
 
 
 def function_task(name: str, function: Callable[..., Any]) -> Task:

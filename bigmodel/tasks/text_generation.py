@@ -23,6 +23,7 @@ from .tokenizing import (
     known_architecture,
     load_tokenizer,
     pad,
+    require_template,
     require_tokenizer,
 )
 
@@ -44,7 +45,8 @@ def _check_model(model: ModelDescription, arguments: Mapping[str, Any], sources:
         raise UsageError(cause, cure, field="task")
     if architecture is not None and architecture.config.get("num_mel_bins"):
         raise UsageError(f"{architecture.class_name} hears, and reads no prompts", OWN_FUNCTION)
-    check_values(arguments, _own_arguments(model), sources.memo)
+    config = architecture.config if architecture else None
+    check_values(arguments, _own_arguments(model), sources.memo, config)
 
 
 def _own_arguments(model: ModelDescription) -> Mapping[str, Any] | None:
@@ -77,8 +79,12 @@ def _bind(model: Any, path: Path, options: TaskOptions, sources: Sources) -> Ans
         if alone and len(rows) > 1:
             return [answer([row])[0] for row in rows]
         encoded = [encode(tokenizer, row) for row in rows]
+        longest = max(map(len, encoded))
         if goes_on:
-            check_length(model, max(map(len, encoded)), options.max_new_tokens)
+            check_length(model, longest, options.max_new_tokens)
+        else:  # what is read and what is made have positions of their own
+            check_length(model, longest)
+            check_length(model, 1, options.max_new_tokens)
         # A decoder goes on where the prompt ends, so that is where all rows must meet.
         inputs = pad(model, tokenizer, encoded, "left" if goes_on else "right")
         seeds = [options.seed + row.index for row in rows]
@@ -129,7 +135,10 @@ def _cutter(settings: Mapping[str, Any], tokenizer: Any) -> Callable[[list[int],
     return cut
 
 
-TASK = Task(name="text-generation", bind=_bind, check_arguments=check_names, check_model=_check_model)
+TASK = Task(
+    name="text-generation", bind=_bind, check_arguments=check_names, check_model=_check_model,
+    check_rows=require_template, makes_tokens=True,
+)  # fmt: skip
 
 
 @contextmanager

@@ -37,6 +37,24 @@ def require_tokenizer(model: ModelDescription) -> None:
         raise UsageError(f"the task needs a tokenizer, and {model.path} has none", DOWNLOAD)
 
 
+def require_template(rows: Sequence[Row], model: ModelDescription) -> None:
+    """Raise UsageError where a row is a chat, and the model's directory has no template that makes a text of it."""
+    chat = next((row for row in rows if not isinstance(row.prompt, str)), None)
+    if chat is None or model.path is None or not has_weights(model) or _has_template(model.path):
+        return
+    cause = f"prompt {chat.index} is a chat, and the tokenizer in {model.path} has no chat template"
+    raise UsageError(cause, "write prompts as texts, or add chat_template.jinja to the model", field="prompts")
+
+
+def _has_template(path: Path) -> bool:
+    from bigpipe.bigmodel.checkpoint import MAX_CONFIG, read_json
+
+    if _holds(path, ("chat_template.*",)) or any((path / "additional_chat_templates").glob("*.jinja")):
+        return True
+    files = [path / name for name in ("tokenizer_config.json", "processor_config.json") if (path / name).is_file()]
+    return any(read_json(file, path, MAX_CONFIG).get("chat_template") for file in files)
+
+
 def known_architecture(model: ModelDescription, sources: Sources) -> Architecture | None:
     """Return what the model consists of; None where its config, or code of its own that is trusted, is not here yet.
     Raise UsageError for a model that is none of transformers', and as `describe_architecture` does."""

@@ -11,6 +11,7 @@ import pytest
 import torch
 from support.models import make_checkpoint, tiny_tokenizer
 
+from bigpipe.bigmodel.checkpoint import describe_checkpoint
 from bigpipe.bigmodel.execution import load
 from bigpipe.bigmodel.sources import Sources
 from bigpipe.bigmodel.tasks import Answerer, Row, TaskOptions, find_task
@@ -112,6 +113,37 @@ def test_prompts_beyond_the_models_positions(tmp_path: Path) -> None:
         task(rows(["y" * 26]))
     with pytest.raises(ValueError, match="empty"):
         task(rows([""]))
+
+
+def test_what_is_read_and_what_is_made_have_positions_of_their_own(tmp_path: Path) -> None:
+    path = make_checkpoint(tmp_path, "bart", max_position_embeddings=32)
+    model = load(path)
+    assert bind("text-generation", model, path, max_new_tokens=31)(rows(["y" * 28]))
+    with pytest.raises(ValueError, match="more than the model's 32 positions"):
+        bind("text-generation", model, path, max_new_tokens=8)(rows(["y" * 40]))
+    with pytest.raises(ValueError, match="1 tokens and 32 new ones"):
+        bind("text-generation", model, path, max_new_tokens=32)(rows(["y"]))
+
+
+def test_more_new_tokens_than_positions_are_refused_before_there_is_a_model(tmp_path: Path) -> None:
+    task, described = find_task("text-generation", Sources()), describe_checkpoint(make_checkpoint(tmp_path / "opt"))
+    task.check({}, rows(), described, Sources(), 127)
+    with pytest.raises(UsageError, match="max_new_tokens is 128, and the model has 128 positions") as error:
+        task.check({}, rows(), described, Sources(), 128)
+    assert error.value.field == "max_new_tokens"
+    task.check({}, rows(), describe_checkpoint(make_checkpoint(tmp_path / "t5", "t5")), Sources(), 10_000)
+
+
+@pytest.mark.parametrize("name", ["text-generation", "feature-extraction"])
+def test_a_chat_needs_a_template(tmp_path: Path, name: str) -> None:
+    path = make_checkpoint(tmp_path)
+    task, described = find_task(name, Sources()), describe_checkpoint(path)
+    chat = rows(["text", [{"role": "user", "content": "hi"}]])
+    with pytest.raises(UsageError, match="prompt 1 is a chat") as error:
+        task.check({}, chat, described)
+    assert error.value.field == "prompts"
+    (path / "chat_template.jinja").write_text("{{ messages[0].content }}")
+    task.check({}, chat, described)
 
 
 @pytest.mark.parametrize("pooling", ["mean", "last", "first"])

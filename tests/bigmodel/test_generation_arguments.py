@@ -21,6 +21,8 @@ from bigpipe.bigmodel.tasks.arguments import FIELDS, REFUSED, as_floats, known_a
 from bigpipe.errors import UsageError
 
 QUICKSTART = Path(__file__).parents[2] / "models/quickstart"
+VOCABULARY = 3072
+"""Of the model that ships with the project, whose tokens these are."""
 TEXTS = ["Create a new", "Return a", "The"]
 TASK = find_task("text-generation", Sources())
 SAMPLE = {"do_sample": True}
@@ -94,7 +96,8 @@ def test_every_argument_is_known_and_either_tried_here_or_refused() -> None:
 @pytest.mark.parametrize("name", VALUES)
 def test_what_is_taken_gives_a_text_per_prompt(model: Any, path: Path, name: str) -> None:
     TASK.check_arguments(VALUES[name])
-    assert wrong_value(as_floats(VALUES[name]), {}) is None
+    for encodes in (False, True):
+        assert wrong_value(as_floats(VALUES[name]), {}, {"vocabulary": VOCABULARY, "encodes": encodes}) is None
     answers = generate(model, path, VALUES[name])
     assert len(answers) == len(TEXTS)
     assert all(isinstance(answer.payload["text"], str) and answer.tokens for answer in answers)
@@ -144,6 +147,32 @@ def test_values_that_transformers_would_refuse_or_not_heed(
     arguments: dict[str, Any], own: dict[str, Any], cause: str
 ) -> None:
     assert cause in str(wrong_value(arguments, own))
+
+
+@pytest.mark.parametrize("encodes", [False, True])
+@pytest.mark.parametrize(
+    ("arguments", "name"),
+    [
+        ({"num_beams": 0}, "num_beams"),
+        ({"num_beams": 2, "bad_words_ids": [3]}, "bad_words_ids"),
+        ({"bad_words_ids": [[VOCABULARY]]}, "bad_words_ids"),
+        ({"exponential_decay_length_penalty": 5}, "exponential_decay_length_penalty"),
+        ({"stop_strings": 5}, "stop_strings"),
+        ({"stop_strings": []}, "stop_strings"),
+        ({"stop_strings": [".", ""]}, "stop_strings"),
+        ({"eos_token_id": "</s>"}, "eos_token_id"),
+        ({"eos_token_id": [2, VOCABULARY]}, "eos_token_id"),
+        ({"suppress_tokens": [-1]}, "suppress_tokens"),
+        ({"pad_token_id": VOCABULARY}, "pad_token_id"),
+    ],
+)
+def test_values_that_generating_would_stumble_over(arguments: dict[str, Any], name: str, encodes: bool) -> None:
+    said = wrong_value(as_floats(arguments), {}, {"vocabulary": VOCABULARY, "encodes": encodes})
+    assert str(said).startswith(f"generation.{name}")
+
+
+def test_a_text_that_nothing_ends_but_its_length() -> None:
+    assert wrong_value({"eos_token_id": -1}, {}, {"vocabulary": VOCABULARY, "encodes": False}) is None
 
 
 @pytest.mark.parametrize(

@@ -367,6 +367,9 @@ def test_a_pipeline_is_no_model(workshop: Workshop, model: Path, stage: str) -> 
         ("task: text-generation\n      prompts: gone.jsonl", 9, "there is no file gone.jsonl"),
         ("task: text-generation\n      prompts: odd.xyz", 9, "ends with '.xyz'"),
         ("task: mytasks:gone\n      prompts: [a]", 8, "nothing that is named gone"),
+        ("task: feature-extraction\n      prompts: [a]\n      max_new_tokens: 5", 10, "makes no tokens"),
+        ("task: text-generation\n      prompts: [a]\n      max_new_tokens: 500", 10, "the model has 128 positions"),
+        ("task: text-generation\n      prompts: [[{role: user, content: hi}]]", 9, "has no chat template"),
     ],
 )
 def test_what_is_wrong_is_told_at_its_field(workshop: Workshop, model: Path, more: str, line: int, cause: str) -> None:

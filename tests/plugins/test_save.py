@@ -14,6 +14,7 @@ from typing import Any
 import huggingface_hub
 import pytest
 import yaml
+from pydantic import ValidationError
 from support.contexts import Lineage, check_context, forecast_context, inputs, stage_context
 from support.hub import LoopbackHub
 from support.models import make_checkpoint
@@ -313,6 +314,19 @@ def test_an_fsspec_url(tmp_path: Path) -> None:
     assert present(tmp_path, given)
 
 
+@pytest.mark.parametrize(
+    ("to", "given", "told"),
+    [
+        ("hf://ada", {}, "write it as hf://owner/name"),
+        ("dist/model", {"revision": "v2"}, "revision of a Hub repository"),
+        ("s3://bucket/model", {"private": False}, "private of a Hub repository"),
+    ],
+)
+def test_what_the_hub_alone_has_is_refused_elsewhere(to: str, given: dict[str, Any], told: str) -> None:
+    with pytest.raises(ValidationError, match=told):
+        params(to, **given)
+
+
 def test_a_url_nobody_can_open_is_found_by_the_plan(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="nosuchprotocol"):
         check(tmp_path, params("nosuchprotocol://bucket/model"))
@@ -385,8 +399,6 @@ def test_the_plan_asks_whether_the_token_may_write(
         check(tmp_path, params("hf://ada/model"), {**environment, "HF_TOKEN": ""})
     with pytest.raises(Offline):
         check(tmp_path, params("hf://ada/model"), environment, offline=True)
-    with pytest.raises(UsageError, match="hf://owner/name"):
-        check(tmp_path, params("hf://ada"), environment)
     server.create("ada/theirs", {"model.bin": b"by hand"})
     with pytest.raises(UsageError, match="bigpipe did not write"):
         check(tmp_path, params("hf://ada/theirs"), environment)
