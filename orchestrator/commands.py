@@ -27,6 +27,7 @@ from .planning import (
 )
 from .recipe import Fault, Recipe, load_recipe
 from .running import RunResult, run_plan
+from .store import explained
 
 
 def run(
@@ -54,7 +55,7 @@ def run(
         manifest, nodes, params=params, store=store, force=force, offline=offline, locked=locked,
         reporter=reporter,
     )  # fmt: skip
-    with session.store:
+    with session.store, explained(session.store.root):
         session.side_by_side = jobs != 1 and session.store.keeps_others_out
         if locked:
             lock_file.enforce(session)

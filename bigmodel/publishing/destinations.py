@@ -380,6 +380,9 @@ class FileSystem(Destination):
 
 def _receipt(target: Destination, stored: Mapping[str, Stored]) -> Receipt:
     seen = target.listing() or {}
+    if missing := sorted(stored.keys() - seen.keys()):
+        cause = f"{target.url} does not list what was written there: {first_few(missing)}"
+        raise StageFailed(cause, "run again, or choose another destination")
     return Receipt(target.url, {name: replace(file, mark=seen[name].mark) for name, file in stored.items()})
 
 

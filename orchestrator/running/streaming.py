@@ -13,6 +13,7 @@ thrown away and the node takes its turn as if nothing had been.
 from __future__ import annotations
 
 import threading
+from contextlib import suppress
 from dataclasses import dataclass, field
 
 from bigpipe.errors import Interrupted
@@ -116,7 +117,8 @@ class Streams:
 
     def _close(self, name: str) -> None:
         if (stream := self._open.pop(name, None)) is not None:
-            remove_tree(stream.handover.folder)
+            with suppress(OSError):  # who comes next removes what is left
+                remove_tree(stream.handover.folder)
 
 
 def provisional_key(session: Session, node: Node, known: dict[str, str] | None = None) -> str:

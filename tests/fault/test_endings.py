@@ -98,6 +98,7 @@ class TestFilesThatCannotBeWritten:
         assert "lines could not be written here)" in log
         assert log.endswith("last\n")
 
+    @pytest.mark.fault
     def test_a_workers_events_cost_themselves(self, noisy):
         done = noisy.command("run", "recipe.yaml", "-p", "full=events")
         assert done.returncode == 0, done.stderr
@@ -141,9 +142,9 @@ class TestReadersThatGoAway:
 
     @pytest.mark.parametrize(("least", "code"), [(0, 0), (1000, 3)])
     @pytest.mark.parametrize("redirection", [
-        "2>&1 | head -1", ">&- 2>&- <&-",
+        "2>&1 | head -1",
         *(pytest.param(more, marks=pytest.mark.fault)
-          for more in ("| head -1", "2>&1 | true", "2>&-", ">&-", "2>/dev/full")),
+          for more in (">&- 2>&- <&-", "| head -1", "2>&1 | true", "2>&-", ">&-", "2>/dev/full")),
     ])  # fmt: skip
     def test_of_standard_streams(self, noisy, redirection, least, code):
         noisy.manifest.write_text(RECIPE.format(full="", least=least))
@@ -153,6 +154,7 @@ class TestReadersThatGoAway:
         assert done.returncode == code, done.stderr
         assert cached(noisy) == {"cached"}
 
+    @pytest.mark.fault
     def test_output_that_somebody_wants_and_does_not_get_is_an_error_after_the_work(self, noisy):
         with open("/dev/full", "w") as full:
             process = start(noisy, "run", "recipe.yaml", stdout=full)
@@ -161,6 +163,7 @@ class TestReadersThatGoAway:
         assert "error: the disk is full: /dev/full: " in said
         assert cached(noisy) == {"cached"}
 
+    @pytest.mark.fault
     def test_of_a_terminal_that_is_closed(self, workshop):
         workshop.manifest.write_text(SLOW.replace("60", "1.5"))
         with terminal() as (master, slave):
@@ -189,7 +192,14 @@ def in_foreground(slave: int):
 
 
 class TestSignals:
-    @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)])
+    @pytest.mark.parametrize(
+        ("number", "code"),
+        [
+            (signal.SIGINT, 130),
+            pytest.param(signal.SIGTERM, 143, marks=pytest.mark.fault),
+            pytest.param(signal.SIGHUP, 129, marks=pytest.mark.fault),
+        ],
+    )
     def test_each_leaves_a_run_that_can_go_on(self, workshop, number, code):
         workshop.manifest.write_text(SLOW)
         process = start(workshop, "run", "recipe.yaml")
@@ -212,6 +222,7 @@ class TestSignals:
         assert left_of(workshop.folder / "store") == []
         assert workshop.json("show", "last")["status"] == "interrupted"
 
+    @pytest.mark.fault
     def test_nohup_is_heeded(self, workshop):
         workshop.manifest.write_text(SLOW.replace("60", "1.5"))
         process = start(workshop, "run", "recipe.yaml", preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_IGN))
@@ -277,6 +288,7 @@ class TestDeadRuns:
         assert [run["status"] for run in workshop.json("ls")["runs"]] == ["dead"]
         assert "running" not in workshop.command("ls").stdout + workshop.command("show").stdout
 
+    @pytest.mark.fault
     def test_what_happened_is_on_record_a_second_later(self, workshop):
         workshop.manifest.write_text(SLOW)
         process = start(workshop, "run", "recipe.yaml")

@@ -212,5 +212,6 @@ def killed(hub: Watched, turn: int, work: Callable[[], object]) -> int:
     hub.left = turn
     os.close(go)
     code = os.waitstatus_to_exitcode(os.waitpid(hub.victim, 0)[1])
+    time.sleep(0.2)  # the request that it was killed at is served all the same
     hub.left = -1
     return code

@@ -2,24 +2,16 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
-import os
-import random
-import signal
-import subprocess
-import sys
-import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import psutil
 import pytest
 from pydantic import ValidationError
 from support.contexts import check_context, forecast_context, stage_context
 from support.inferring import start
-from support.launching import MACHINE, TESTS
+from support.launching import MACHINE
 from support.models import make_checkpoint
 from support.workshop import Workshop
 
@@ -469,71 +461,3 @@ def test_two_launched_ranks_give_what_one_gives(tmp_path: Path, model: Path) -> 
     assert two.files["results.jsonl"][1] == len(written)
     assert sorted(event.rank for event in events if isinstance(event, RankHello)) == [0, 1]
     assert {event.rank: event.total for event in events if isinstance(event, Progress)} == {0: 3, 1: 2}
-
-
-SLOW = """
-import time
-def answer(model, rows, **options):
-    time.sleep(0.05)
-    return [{"length": len(row["prompt"]), "seed": row["seed"]} for row in rows]
-"""
-KILLS = int(os.environ.get("BIGPIPE_TEST_KILLS", "12"))
-
-
-@pytest.mark.fault
-@pytest.mark.timeout(3600)
-def test_kills_lose_and_repeat_nothing(tmp_path: Path, model: Path) -> None:
-    """A rank, the launcher or the command is killed at a random moment, and taken up at another world size."""
-    draw = random.Random(7)  # noqa: S311
-    (tmp_path / "mytasks.py").write_text(SLOW)
-    prompts = [f"prompt {number}" for number in range(1000)]
-    fields = tmp_path / "fields.json"
-    fields.write_text(json.dumps({"task": "mytasks:answer", "prompts": prompts, "batch_size": 4}))
-    kills = ranks_killed = 0
-    for _ in range(10 * KILLS):
-        ranks = draw.randint(1, 4)
-        command = [sys.executable, "-m", "support.inferring", str(tmp_path), str(model), str(ranks), str(fields)]
-        environment = {**os.environ, "PYTHONPATH": f"{TESTS.parent / 'src'}:{TESTS}"}
-        with subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL) as process:
-            processes = _await_progress(process, ranks)
-            if processes and kills < KILLS:
-                time.sleep(draw.uniform(0, 1.5))
-                _kill(draw.choice([process.pid, *processes]))
-                kills, ranks_killed = kills + 1, ranks_killed + ranks
-            assert process.stdout is not None
-            process.stdout.read()
-            status = process.wait(timeout=60)
-        assert _gone(processes), "a process outlived its command by 10 s"
-        if status == 0:
-            break
-    assert kills == KILLS
-    lines = [json.loads(line) for line in (tmp_path / "work" / "out" / "results.jsonl").read_text().splitlines()]
-    assert lines == [{"index": i, "prompt": p, "length": len(p), "seed": i} for i, p in enumerate(prompts)]
-    written = [
-        record for log in (tmp_path / "work" / "scratch").glob("rank-*/records.jsonl") for record in read_log(log)
-    ]
-    assert len(written) <= 1000 + 4 * ranks_killed
-
-
-def _await_progress(process: subprocess.Popen[bytes], ranks: int) -> list[int]:
-    """Its worker processes, once each rank has come up and one has finished something; empty where it ended before."""
-    assert process.stdout is not None
-    hellos = 0
-    for line in process.stdout:
-        event = json.loads(line)
-        hellos += event["event"] == "rank_hello"
-        if event["event"] == "progress" and event["done"] and hellos == ranks:
-            return [child.pid for child in psutil.Process(process.pid).children(recursive=True)]
-    return []
-
-
-def _gone(processes: list[int]) -> bool:
-    deadline = time.monotonic() + 10
-    while any(psutil.pid_exists(process) for process in processes) and time.monotonic() < deadline:
-        time.sleep(0.1)
-    return not any(psutil.pid_exists(process) for process in processes)
-
-
-def _kill(process: int) -> None:
-    with contextlib.suppress(ProcessLookupError):
-        os.kill(process, signal.SIGKILL)

@@ -21,7 +21,8 @@ def start(workshop: Workshop, *arguments: str, **more: Any) -> subprocess.Popen[
     """Start the command in the workshop's folder, in a session of its own."""
     given = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE, **more}
     around = {**environment(workshop.folder), **given.pop("environ", {})}
-    return subprocess.Popen([*BIGPIPE, *arguments], cwd=workshop.folder, env=around, start_new_session=True, **given)
+    command = [*given.pop("command", BIGPIPE), *arguments]
+    return subprocess.Popen(command, cwd=workshop.folder, env=around, start_new_session=True, **given)
 
 
 def left_of(store: Path, seconds: float = 10.0) -> list[int]:
