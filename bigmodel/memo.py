@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from functools import wraps
 from pathlib import Path
 from typing import Any, Concatenate, ParamSpec, TypeVar
 
 from bigpipe.files import Damaged, make_directory, read_sealed, write_sealed
-from bigpipe.redaction import redact_json
+from bigpipe.redaction import redact
 
 
 def remember(path: Path, answer: Any) -> None:
     """Write the JSON `answer` in one step. A memo that cannot be written costs time later, so it is no error."""
     try:
         make_directory(path.parent, durable=False)
-        write_sealed(path, [path.name, redact_json(answer)], durable=False)
+        text = json.dumps(answer)
+        clean = redact(text)  # one search of the text: an answer may have a hundred thousand names
+        write_sealed(path, [path.name, answer if clean == text else json.loads(clean)], durable=False)
     except OSError:
         return
 

@@ -15,7 +15,7 @@ from pathlib import Path
 from bigpipe.errors import UsageError
 from bigpipe.files import write_file
 from bigpipe.orchestrator.contract import Json
-from bigpipe.redaction import redact_json
+from bigpipe.redaction import redact
 
 LIMIT = 256 * 2**20
 """Bytes of answers, unpacked: those of a model with 400,000 tensors take a tenth."""
@@ -69,4 +69,4 @@ def write_answers(lock: Path, answers: Answers) -> None:
 
 
 def _text(answers: Answers) -> bytes:
-    return json.dumps(redact_json(answers), sort_keys=True, separators=(",", ":")).encode()
+    return redact(json.dumps(answers, sort_keys=True, separators=(",", ":"))).encode()

@@ -27,13 +27,17 @@ SHORTEST = 4
 SHORTEST_ENCODED = 8
 """Bytes of a value that is looked for in base64 too."""
 _MARKUP = str.maketrans({"&": "&amp;", "<": "&lt;", ">": "&gt;", '"': "&quot;", "'": "&#x27;"})
-_ADDRESSES = re.compile(
-    r"(?<=://)(?P<user>[^/\s:@'\"]*):[^/\s'\"]*@"  # https://name:password@host
-    r"|(?:(?<=http://)|(?<=https://))[^/\s:@'\"]+@"  # https://token@host, but not abfs://container@account
-    r"|(?P<name>[?&](?:X-Amz-(?:Signature|Credential|Security-Token)|Signature|Policy|sig|token|access_token)=)[^&\s'\"]+"
-    r"|(?P<header>\bAuthorization['\"]?[:=]\s*['\"]?(?:Bearer|Basic)\s+)[^\s'\"]+",
+_ADDRESS = re.compile(
+    r"://(?:(?P<user>[^/\s:@'\"]*):[^/\s'\"]*@"  # https://name:password@host
+    r"|(?:(?<=http://)|(?<=https://))[^/\s:@'\"]+@)",  # https://token@host, but not abfs://container@account
     re.IGNORECASE,
 )
+_SIGNATURE = re.compile(
+    r"(?P<name>[?&](?:X-Amz-(?:Signature|Credential|Security-Token)|Signature|Policy|sig|token|access_token)=)"
+    r"[^&\s'\"]+",
+    re.IGNORECASE,
+)
+_HEADER = re.compile(r"(?P<name>\bAuthorization['\"]?[:=]\s*['\"]?(?:Bearer|Basic)\s+)[^\s'\"]+", re.IGNORECASE)
 _MOVING = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
 """Control characters of both sets but newline and tab, what turns the direction of writing, halves of a pair."""
 _SEQUENCE = re.compile(
@@ -129,13 +133,13 @@ def without_passwords(address: str) -> str:
 def redact(text: str) -> str:
     """Return the text with all that is concealed masked, and with it passwords and signatures in addresses."""
     text = _known.text(text)
-    return _ADDRESSES.sub(_masked, text) if "://" in text or "uthoriz" in text or "&" in text else text
+    if "://" in text:
+        text = _SIGNATURE.sub(rf"\g<name>{MASK}", _ADDRESS.sub(_without_password, text))
+    return _HEADER.sub(rf"\g<name>{MASK}", text) if "uthoriz" in text or "UTHORIZ" in text else text
 
 
-def _masked(found: re.Match[str]) -> str:
-    if found["name"] or found["header"]:
-        return f"{found['name'] or found['header']}{MASK}"
-    return f"{found['user']}:{MASK}@" if found["user"] is not None else f"{MASK}@"
+def _without_password(found: re.Match[str]) -> str:
+    return f"://{found['user']}:{MASK}@" if found["user"] is not None else f"://{MASK}@"
 
 
 def redact_json(value: Any) -> Any:
@@ -156,7 +160,7 @@ def unfinished(text: str) -> int:
 
 def has_password(text: str) -> bool:
     """Does an address in the text hold a password, or a token in its place?"""
-    return any(not found["header"] for found in _ADDRESSES.finditer(text))
+    return "://" in text and bool(_ADDRESS.search(text) or _SIGNATURE.search(text))
 
 
 def printable(text: str) -> str:

@@ -278,6 +278,53 @@ def test_what_is_printed_in_python_shows_no_environment(leaky: Leaky) -> None:
     assert "notecanary99" not in done.stdout
 
 
+RAISE = """
+import bigpipe
+for file in ("recipe.yaml", "check.yaml"):
+    try:
+        bigpipe.run(file)
+    except bigpipe.BigpipeError as error:
+        print(error, repr(error), error.cause, error.cure, error.args)
+    else:
+        raise SystemExit("nothing was raised")
+"""
+
+
+def test_what_is_raised_in_python_holds_no_secret(leaky: Leaky) -> None:
+    for how, name in (("check", "check.yaml"), ("exception", "recipe.yaml")):
+        leaky.recipe({"a": f"{{uses: 'leaking:STAGE', with: {{how: {how}}}, secrets: [S3_KEY, HF_TOKEN]}}"})
+        leaky.shop.manifest.rename(leaky.shop.folder / name)
+    environment = {**os.environ, **leaky.environment, "PYTHONPATH": str(Path(leaking.__file__).parents[2] / "src")}
+    done = subprocess.run(
+        [sys.executable, "-c", RAISE], cwd=leaky.shop.folder, env=environment, capture_output=True, text=True,
+        check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("***") > 2
+    assert found_in(done.stdout.encode()) == []
+
+
+def test_no_value_shows_an_environment() -> None:
+    """Every dataclass of the package that holds one keeps it out of its `repr`."""
+    import dataclasses
+    import importlib
+    import pkgutil
+
+    import bigpipe
+
+    checked = 0
+    for module in pkgutil.walk_packages(bigpipe.__path__, "bigpipe."):
+        if module.name.endswith("__main__") or ".launch.worker" in module.name:
+            continue
+        for value in vars(importlib.import_module(module.name)).values():
+            if isinstance(value, type) and dataclasses.is_dataclass(value):
+                for item in dataclasses.fields(value):
+                    if item.name.strip("_") in ("environment", "parent_environment", "token"):
+                        checked += 1
+                        assert not item.repr, f"{value.__name__}.{item.name}"
+    assert checked > 5
+
+
 HOSTILE = "\x1b[31mred\x1b]0;title\x07\x9b2J\u202egnp.exe\x00\x08\r\x1b[1A"
 
 

@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import shutil
+import subprocess
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
@@ -154,6 +155,45 @@ def test_the_card_names_base_model_licence_recipe_and_measurements(tmp_path: Pat
     assert "| generate | tokens_per_second | 7.25 |" in card
     assert "| estimate |" not in card
     assert "AutoModelForCausalLM.from_pretrained" in card
+
+
+PARAMETERS = """\
+version: 1
+name: told
+params: {to: one, notes: {a: "x|y"}}
+stages:
+  download: {uses: download, with: {synthetic: {config: {model_type: gpt2, n_layer: 1, n_head: 2, n_embd: 8}, seed: 7}}}
+  save: {uses: save, inputs: download, with: {to: "${params.to}"}}
+"""
+
+
+def test_card_and_provenance_hold_the_parameters_that_were_used_and_the_commit(workshop: Workshop) -> None:
+    def git(*words: str) -> str:
+        own = ["-c", "user.name=n", "-c", "user.email=e@example.org", "-c", "commit.gpgsign=false"]
+        done = subprocess.run(["git", *own, *words], cwd=workshop.folder, check=True, capture_output=True, text=True)
+        return done.stdout.strip()
+
+    workshop.manifest.write_text(PARAMETERS)
+    git("init", "-q")
+    git("add", "recipe.yaml")
+    git("commit", "-qm", "one")
+    assert workshop.command("run", "recipe.yaml", "-p", "to=two").returncode == 0
+    card = (workshop.folder / "two" / "README.md").read_text()
+    assert "| to | two |" in card
+    assert '| notes | {"a": "x\\|y"} |' in card
+    assert f"at git commit `{git('rev-parse', 'HEAD')}`.\n" in card
+    provenance = json.loads((workshop.folder / "two" / "provenance.json").read_text())
+    assert provenance["params"] == {"to": "two", "notes": {"a": "x|y"}}
+    assert provenance["git"] == {"commit": git("rev-parse", "HEAD"), "dirty": False}
+    workshop.manifest.write_text(PARAMETERS + "# changed\n")
+    assert workshop.command("run", "recipe.yaml", "-p", "to=three").returncode == 0
+    assert "`, with changes that are not in it." in (workshop.folder / "three" / "README.md").read_text()
+
+
+def test_the_card_names_the_seeds_of_steps(tmp_path: Path) -> None:
+    step = Step("generate", "distributed-infer", "key", None, {"task": "text-generation", "seed": 5}, {})
+    card = card_of(tmp_path, Provenance(recipe="r", text="version: 1", steps=(step,)), "name", {})
+    assert "| generate.seed | 5 |" in card
 
 
 def test_reports_of_several_nodes_lie_in_folders_of_their_names(tmp_path: Path) -> None:

@@ -51,6 +51,8 @@ def spelled(value: str) -> Iterator[str]:
     """A value as other programs write it."""
     yield from (value, value.strip(), quote(value), quote(value, safe=""), quote_plus(value), html.escape(value))
     yield from (json.dumps(value), json.dumps(json.dumps(value)), repr(value), shlex.quote(value), repr({"k": value}))
+    once, ascii_less = json.dumps(value)[1:-1], json.dumps(value, ensure_ascii=False)[1:-1]
+    yield from (once, ascii_less, repr(value)[1:-1], json.dumps(once)[1:-1], repr(once)[1:-1])
     for before in ("", "x", "xy"):
         data = (before + value + "z").encode()
         yield base64.b64encode(data).decode()
