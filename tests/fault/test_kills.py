@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+from hashlib import sha256
 from pathlib import Path
 
 import pytest
@@ -156,12 +157,16 @@ def test_kills_at_random_moments(quickstart, seed, manifest, kills):
 
 
 def digests(folder: Path, manifest: str) -> dict[str, str | None]:
-    return {name: node["digest"] for name, node in ended(folder, manifest).items()}
+    """What the nodes of an undisturbed run give, and the weights that were saved; what `save` notes tells the time."""
+    found = {name: node["digest"] for name, node in ended(folder, manifest).items() if name != "save"}
+    weights = sorted(folder.glob("**/dist/**/*.safetensors"))
+    return {**found, "saved": sha256(b"".join(path.read_bytes() for path in weights)).hexdigest()}
 
 
 def begin_anew(folder: Path) -> None:
     shutil.rmtree(folder / "store")
-    shutil.rmtree(folder / "dist", ignore_errors=True)
+    for saved in folder.glob("**/dist"):
+        shutil.rmtree(saved)
 
 
 def is_made(line: dict) -> bool:
