@@ -123,7 +123,7 @@ class Layout:
     def check(self) -> None:
         """Raise NotADirectoryError where something else stands in place of a folder: before work is done in vain."""
         for folder in self.folders:
-            if not folder.is_dir() and os.path.lexists(folder):
+            if os.path.lexists(folder) and not folder.is_dir():  # in this order: others may be making it
                 raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(folder))
 
     def object(self, sha256: str) -> Path:

@@ -4,8 +4,10 @@ import hashlib
 import os
 
 import pytest
-from support.stores import contents, objects, publish
+from support.forking import forked
+from support.stores import contents, in_memory, objects, publish
 
+from bigpipe.orchestrator.store.artifacts import walk
 from bigpipe.orchestrator.store.store import Store
 
 
@@ -17,6 +19,16 @@ def store(tmp_path):
 
 def sha256(data):
     return hashlib.sha256(data).hexdigest()
+
+
+def test_a_directory_that_cannot_be_read_is_not_taken_for_an_empty_one(tmp_path):
+    """Its files would neither be synced nor removed."""
+    with in_memory(tmp_path) as place:
+        place.chmod(0o755)
+        (place / "inside").mkdir(mode=0)
+        ending = forked(lambda: list(walk(place)), user=65534)
+        (place / "inside").chmod(0o700)
+    assert "PermissionError" in ending.said
 
 
 class TestTrust:

@@ -61,7 +61,7 @@ def _be_the_fork(action: Callable[[], object], said: int, *, stopped: bool, user
         os.setsid()
         os.dup2(said, 1)
         os.dup2(said, 2)
-        if user:
+        if user and os.geteuid() == 0:
             os.setgid(user)
             os.setuid(user)
         if stopped:
