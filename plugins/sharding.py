@@ -2,8 +2,14 @@
 
 from __future__ import annotations
 
-from bigpipe.bigmodel.checkpoint import ModelDescription, describe_checkpoint, open_checkpoint, tensor_nbytes
-from bigpipe.bigmodel.formats import decoded, decoding_memory
+from bigpipe.bigmodel.checkpoint import (
+    ModelDescription,
+    describe_checkpoint,
+    describe_opened,
+    open_checkpoint,
+    tensor_nbytes,
+)
+from bigpipe.bigmodel.formats import decoded, decoding_memory, left_out
 from bigpipe.bigmodel.writing import WORKERS, Conversion, ShardPlan, convert, planned_bytes
 from bigpipe.orchestrator.stage import CheckContext, Forecast, ForecastContext, StageContext, StageResult
 from bigpipe.sizes import counted, format_transfer
@@ -40,6 +46,7 @@ def forecast(params: ShardParams, context: ForecastContext) -> Forecast:
         metrics={"shards": len(plans), "bytes": sum(sizes)},
         output=describe_checkpoint(context.artifact) if context.artifact else output,
         summary=f"{counted(len(plans), 'shard')}, +{format_transfer(sum(sizes))}",
+        details=left_out(described) if params.dtype else (),
     )
 
 
@@ -57,6 +64,8 @@ def _works_on(plans: list[ShardPlan], source: ModelDescription, cpus: int) -> in
 def run(params: ShardParams, context: StageContext) -> StageResult:
     """Writes the weights anew and refers to the input's side files; whole shards of an earlier attempt are kept."""
     checkpoint = open_checkpoint(context.open("model"))
+    for note in left_out(describe_opened(checkpoint)) if params.dtype else ():
+        context.log(note)
     saved = convert(
         checkpoint,
         context.out,

@@ -242,8 +242,6 @@ def _timm(request: Request) -> Any:
     options = dict(config.get("model_args") or {})
     if isinstance(config.get("num_classes"), int):
         options.setdefault("num_classes", config["num_classes"])
-    if request.head == "none":
-        options["num_classes"] = 0
     return timm.create_model(config["architecture"], pretrained=False, **options)
 
 

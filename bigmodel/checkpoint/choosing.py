@@ -19,6 +19,7 @@ NOT_A_MODEL = re.compile(r"\.|training_args|optimizer|scheduler|scaler|rng_state
 Hidden ones are what systems leave beside every file."""
 ADAPTER = re.compile(r"adapter|pytorch_lora_weights")
 """What peft, mlx and diffusers call the weights that are added to those of a model."""
+ADAPTER_CONFIG = "adapter_config.json"
 CONSOLIDATED = "consolidated"
 """How Mistral's and Meta's own programs name the weights that they read, whose tensors have other names."""
 OTHERS = (".gguf", ".h5", ".msgpack", ".onnx", ".ot", ".ckpt", ".tflite", ".npz", ".pb", ".nemo", ".mlmodel", ".distcp")
@@ -134,6 +135,17 @@ def _name(match: re.Match[str], number: int = 0, count: int = 0) -> _Name:
     if match["variant"] and variant and stem not in _STEMS and not _VARIANT.fullmatch(variant):
         stem, variant = f"{stem}.{variant}", None
     return _Name(match.string, stem, match["suffix"], variant, number, count)
+
+
+def refuse_adapter(names: Collection[str], where: object) -> None:
+    """Raise InvalidCheckpoint where the files of a folder are a whole model and an adapter beside it: transformers adds
+    the one to the other where peft is installed, and reads the model alone where it is not."""
+    if ADAPTER_CONFIG not in names or not any(map(_weight_name, sorted(names))):
+        return
+    raise InvalidCheckpoint(
+        f"{where}: holds a model and an adapter ({ADAPTER_CONFIG}); with peft transformers reads both, else the one",
+        "leave the adapter out if the model is meant (a download: `exclude: adapter*`), or merge it into the model",
+    )
 
 
 def is_index(name: str) -> bool:

@@ -18,7 +18,7 @@ from typing import Any, Literal
 
 from bigpipe.errors import InvalidCheckpoint
 
-from .choosing import BIN_SUFFIXES, choose_weights, is_index, is_module, no_weights
+from .choosing import BIN_SUFFIXES, choose_weights, is_index, is_module, no_weights, refuse_adapter
 from .tensors import FETCH_AGAIN, invalid
 
 FileFormat = Literal["safetensors", "bin"]
@@ -56,6 +56,7 @@ def find_weight_files(path: Path, coming: Collection[str] = (), *, among: Collec
         if chosen is None:
             nested = (file.relative_to(path).as_posix() for file in path.glob("*/*"))
             raise no_weights(path, {*os.listdir(path), *nested})
+        refuse_adapter(here, path)
         if chosen.index is None:
             return _read_files(tuple(path / name for name in chosen.files), path, coming)
         file = path / chosen.index

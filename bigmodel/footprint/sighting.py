@@ -28,7 +28,7 @@ from bigpipe.bigmodel.checkpoint import (
     is_index,
     read_json,
 )
-from bigpipe.bigmodel.formats import PLAIN, Agreement, agree, decoded, format_of, plain_dtype
+from bigpipe.bigmodel.formats import PLAIN, Agreement, agree, decoded, format_of, left_out, plain_dtype
 from bigpipe.bigmodel.hub import (
     COMMIT,
     Choice,
@@ -257,7 +257,7 @@ def _decoded(stored: ModelDescription) -> tuple[str, ...]:
     if plain is stored or stored.nbytes is None or plain.nbytes is None:
         return ()
     sizes = f"{format_size(stored.nbytes)} are stored, and {format_size(plain.nbytes)} of {plain_dtype(stored)} are run"
-    return (f"{format_of(stored).title}: {sizes}",)
+    return (f"{format_of(stored).title}: {sizes}", *left_out(stored))
 
 
 def _built(sighting: Sighting, head: Head, sources: Sources) -> Architecture:

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from .format import PLAIN, Decoding, Encoder, Format, MeasuringEncoder, Packing, StoredTensor, Tensors
     from .matrices import converted_modules, default_skips, matrix_shape, name_matcher, weight_of
     from .packed import PackedWeight, replace_linears, set_apart
-    from .plain import decode, decoded, decoding_memory, plain_dtype
+    from .plain import decode, decoded, decoding_memory, left_out, plain_dtype
     from .recognition import castable, computable, format_of, recognise, uncomputable
     from .registry import BUILT_IN, named, names, packing_of, read_options, require_known, version_of
     from .widths import DTYPES, PLAIN_DTYPES, WORTHWHILE, asked, dtypes, has_double_quant, packing, require_dtype, width

@@ -24,7 +24,7 @@ from bigpipe.errors import InvalidCheckpoint, first_few
 from .decoding import OF_ACTIVATIONS
 from .matrices import matrix_shape
 from .packed import PackedWeight, set_apart
-from .plain import decoded
+from .plain import decoded, left_out
 from .recognition import format_of
 
 if TYPE_CHECKING:
@@ -50,13 +50,15 @@ class Agreement:
     """Stored tensors that belong to nothing."""
     untied: tuple[str, ...] = ()
     """Names that would share another's tensor, and are stored beside it."""
+    left: tuple[str, ...] = ()
+    """What decoding its weights leaves out, in words."""
 
     @property
     def notes(self) -> tuple[str, ...]:
         """Return what a user should know, in words."""
         words = [f"stored, and used by nothing in {self.architecture.class_name}: {first_few(self.unused)}"]
         stored = f"{first_few(self.untied)}: stored beside what the config ties it to, and counted by itself"
-        return (*(words if self.unused else ()), *([stored] if self.untied else ()))
+        return (*self.left, *(words if self.unused else ()), *([stored] if self.untied else ()))
 
 
 def agree(
@@ -67,9 +69,9 @@ def agree(
 
     Raise InvalidCheckpoint, naming tensors, shapes and the field of the config, where it does not.
     """
-    described = decoded(described)
+    left, described = left_out(described), decoded(described)
     if described.tensors is None or architecture.outlined or not (found := format_of(described)).computes:
-        return Agreement(architecture)
+        return Agreement(architecture, left=left)
     plain, packed = set_apart(described.tensors, found)
     specs = {tensor.name: tensor for module in architecture.modules for tensor in module.tensors}
     names = [*plain, *described.tied, *(f"{module}.weight" for module in packed)]
@@ -88,7 +90,7 @@ def agree(
         )
     used = [source for sources in matching.made.values() for source in sources]
     refuse_strangers(where, matching.unused, used, architecture.by_name, architecture.class_name, architecture.config)
-    return _untied(architecture, matching, described.tied)
+    return replace(_untied(architecture, matching, described.tied), left=left)
 
 
 def refuse_strangers(

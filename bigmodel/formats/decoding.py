@@ -31,6 +31,7 @@ OF_WEIGHTS = ("_scale_inv", "_scale")
 """What the name of a weight's scales adds to that of the weight."""
 OF_ACTIVATIONS = r"([kvq]|kv)_(scale|zero_point)|(input|output|activation)_(scale(_inv)?|zero_point|global_scale)"
 """Names of scales of activations and of caches, which are computed with as they are here."""
+ACTIVATIONS = re.compile(rf"[._]({OF_ACTIVATIONS})$")
 BESIDE = re.compile(rf"[._](weight_scale(_inv)?|weight_zero_point|weight_shape|{OF_ACTIVATIONS})$")
 """Names of what belongs to packed weights and to activations."""
 COMPRESSED = ("float-quantized", "int-quantized", "naive-quantized")

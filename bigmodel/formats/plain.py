@@ -11,7 +11,9 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from bigpipe.bigmodel.checkpoint import CASTABLE, DECODED, Made, TensorInfo, describe_opened, tensor_nbytes
+from bigpipe.errors import first_few
 
+from .decoding import ACTIVATIONS
 from .recognition import format_of
 
 if TYPE_CHECKING:
@@ -53,6 +55,14 @@ def decode(checkpoint: Checkpoint) -> Checkpoint:
         tensors={name: opened(name, made) for name, made in plain.items()},
         config=_without_quantization(checkpoint.config or {}, dtype),
     )
+
+
+def left_out(described: ModelDescription) -> tuple[str, ...]:
+    """Return what a user should know of decoding a checkpoint, in words; nothing where nothing is lost by it."""
+    names = described.tensors if format_of(described).decoding else {}
+    scales = [name for name in names or {} if ACTIVATIONS.search(name)]
+    words = f"scales that activations and caches were rounded by, and are not here: {first_few(scales)}"
+    return (words,) if scales else ()
 
 
 def decoding_memory(described: ModelDescription) -> int:

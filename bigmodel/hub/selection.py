@@ -12,7 +12,7 @@ from fnmatch import fnmatchcase
 from pathlib import PurePosixPath as Name
 from typing import Any, Literal
 
-from bigpipe.bigmodel.checkpoint import WeightSet, choose_weights, is_index, is_module, variants
+from bigpipe.bigmodel.checkpoint import WeightSet, choose_weights, is_index, is_module, refuse_adapter, variants
 from bigpipe.errors import InvalidCheckpoint, UsageError, first_few
 
 Library = Literal["transformers", "diffusers", "timm"]
@@ -53,6 +53,7 @@ class Choice:
         left = [name for name in wanted if not _matches(name, self.exclude)]
         if not left:
             raise UsageError("no file is left to take", f"there are {first_few(names)}; see include and exclude")
+        refuse_adapter([name for name in left if "/" not in name], "the model's folder")
         return left
 
     def weights(self, names: Iterable[str], hint: str | None = None) -> dict[str, WeightSet | None]:

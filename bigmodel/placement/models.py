@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from bigpipe.bigmodel.architecture import BUFFERS, Architecture, TensorSpec
 from bigpipe.bigmodel.checkpoint import CASTABLE, ModelDescription, dtype_name, tensor_nbytes
 from bigpipe.bigmodel.footprint import architecture_of, cut_length, look
-from bigpipe.bigmodel.formats import agree, decoded, format_of, set_apart, uncomputable
+from bigpipe.bigmodel.formats import Agreement, agree, decoded, format_of, set_apart, uncomputable
 from bigpipe.bigmodel.sources import Sources
 from bigpipe.errors import DoesNotFit
 from bigpipe.fit import Misfit
@@ -80,9 +80,11 @@ def place(
     )  # fmt: skip
     sighting = look(model, revision, sources, own=architecture, variant=variant, subfolder=subfolder)
     built, _ = architecture_of(sighting, "auto", sources)
-    if sighting.architecture is None:
-        built = agree(sighting.description, built, memo).architecture
-    return place_model(sighting.description, built, request, machine or detect(Path.cwd()), memo=memo, speeds=speeds)
+    agreement = Agreement(built) if sighting.architecture else agree(sighting.description, built, memo)
+    placed = place_model(
+        sighting.description, agreement.architecture, request, machine or detect(Path.cwd()), memo=memo, speeds=speeds
+    )
+    return replace(placed, explanation=(*placed.explanation, *agreement.notes))
 
 
 def place_model(

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from bigpipe.bigmodel.architecture import Architecture, describe_module
 from bigpipe.bigmodel.checkpoint import ARCHITECTURE_FILE, Checkpoint, describe_opened, open_checkpoint
-from bigpipe.bigmodel.formats import decode
+from bigpipe.bigmodel.formats import decode, left_out
 from bigpipe.bigmodel.sources import Sources
 from bigpipe.bigmodel.writing import ReportProgress, carry_side_files, encode_config, refuse_in_place, require_size
 from bigpipe.files import write_file
@@ -122,7 +122,7 @@ def quantize_described(
 
     refuse_in_place(checkpoint, out)
     require_size(max_shard_size)
-    stored, checkpoint = checkpoint.nbytes, decode(checkpoint)
+    stored, left, checkpoint = checkpoint.nbytes, left_out(describe_opened(checkpoint)), decode(checkpoint)
     described = describe_opened(checkpoint)
     if isinstance(architecture, Mapping):
         described, architecture = replace(described, custom={**(described.custom or {}), **architecture}), None
@@ -140,5 +140,5 @@ def quantize_described(
         source_bytes=stored,
         quantized=outlined.quantized,
         skipped=outlined.skipped,
-        notes=(*outlined.notes, outlined.remains),
+        notes=(*left, *outlined.notes, outlined.remains),
     )

@@ -20,6 +20,7 @@ from bigpipe.bigmodel.formats import (
     decoded,
     default_skips,
     format_of,
+    left_out,
     matrix_shape,
     name_matcher,
     packing_of,
@@ -329,7 +330,7 @@ def understand(
     architecture: what the model is; None: asked of `describe_architecture`, which takes `sources`. The tensors of
     `described` must be known. Raise UsageError and InvalidCheckpoint."""
     refuse_quantized(described)
-    described = decoded(described)
+    left, described = left_out(described), decoded(described)
     if described.config is None and described.custom is None and architecture is None:
         raise UsageError(
             "the checkpoint has no config that names its class, so nobody knows which weights are linear layers'",
@@ -338,7 +339,7 @@ def understand(
     config, told = described.config or {}, architecture is not None
     if architecture is None:
         architecture = describe_architecture(config, custom=described.custom, sources=sources)
-    notes = agree(described, architecture, sources.memo, ask=not told).notes
+    notes = (*left, *agree(described, architecture, sources.memo, ask=not told).notes)
     plain = described.custom is None and described.config is not None and architecture.library == "transformers"
     names = partial(ask_names, config, memo=sources.memo) if plain else None
     outlined = outline(described.tensors or {}, described.tied, architecture, settings, names)

@@ -150,12 +150,15 @@ class Condition:
 
 
 def metric(metrics: Mapping[str, Json], path: str) -> Json:
-    """The value at a dotted path, UNKNOWN where there is none. Keys may themselves hold dots."""
+    """The value at a dotted path, UNKNOWN where there is none, and None below what is null: there never is one. Keys
+    may themselves hold dots."""
     if path in metrics:
         return metrics[path]
     for cut in range(len(path) - 1, 0, -1):
         if path[cut] == "." and isinstance(inner := metrics.get(path[:cut]), Mapping):
             return metric(inner, path[cut + 1 :])
+        if path[cut] == "." and path[:cut] in metrics and metrics[path[:cut]] is None:
+            return None
     return UNKNOWN
 
 

@@ -4,6 +4,7 @@ decoding and to compressed-tensors; in runs of rows, from several files, by what
 from __future__ import annotations
 
 import json
+import shutil
 import threading
 import time
 import tracemalloc
@@ -334,6 +335,26 @@ def test_a_shard_that_decodes_is_foreseen_to_the_byte(models: tuple[Path, Path],
     given, wanted = open_checkpoint(tmp_path / "out"), open_checkpoint(plain)
     assert {name: given.read(name) for name in given.tensors} == {n: wanted.read(n) for n in wanted.tensors}
     assert describe_checkpoint(tmp_path / "out").tensors == told.output.tensors
+
+
+def test_scales_of_activations_are_not_left_out_without_a_word(models: tuple[Path, Path], tmp_path: Path) -> None:
+    folder = shutil.copytree(models[0], tmp_path / "static")
+    save_file({"model.layers.0.mlp.up_proj.input_scale": torch.ones(1)}, folder / "more.safetensors")
+    index = json.loads((folder / "model.safetensors.index.json").read_bytes())
+    index["weight_map"]["model.layers.0.mlp.up_proj.input_scale"] = "more.safetensors"
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    params = shard.STAGE.params.model_validate({"dtype": "bfloat16"})
+    wired = {"model": (Forecast(output=describe_checkpoint(folder)),)}
+    told = {
+        "estimate": estimate(folder, dtypes=["bfloat16"]).notes,
+        "place": bigpipe.place(folder, device_map={"": "cpu"}).explanation,
+        "quantize": quantize_checkpoint(folder, tmp_path / "int8", scheme="int8").notes,
+        "shard": shard.STAGE.forecast(params, forecast_context(tmp_path, inputs=wired)).details,
+    }
+    for name, words in told.items():
+        assert [word for word in words if "up_proj.input_scale" in word and "activations" in word], name
+    kept = shard.STAGE.params.model_validate({})
+    assert not shard.STAGE.forecast(kept, forecast_context(tmp_path, inputs=wired)).details
 
 
 @pytest.mark.parametrize("does", ["casts", "quantizes"])

@@ -10,7 +10,7 @@ import pytest
 from support.architectures import ALL
 from support.real import build, describe_here, held_bytes, stored_bytes
 
-from bigpipe.bigmodel.architecture import Architecture
+from bigpipe.bigmodel.architecture import Architecture, Head
 from bigpipe.bigmodel.footprint.weights import weigh
 from bigpipe.bigmodel.formats import DTYPES, converted_modules
 from bigpipe.bigmodel.quantization import quantize_checkpoint
@@ -112,10 +112,12 @@ def test_the_head_and_tied_embeddings_are_not_converted(published: dict[str, Arc
     assert not any("wo" in module.name for module in converted_modules(published["t5"]))
 
 
-def test_resnet50_of_timm() -> None:
+@pytest.mark.parametrize("head", ["auto", "none"])
+def test_resnet50_of_timm(head: Head) -> None:
+    """accelerate builds timm's models with their classifier, so that is its figure."""
     pytest.importorskip("timm", exc_type=Exception)
     config = {"architecture": "resnet50", "num_classes": 1000, "pretrained_cfg": {"tag": "a1_in1k"}}
-    weights = weigh(describe_here(config), "float32")
+    weights = weigh(describe_here(config, head), "float32")
     assert (weights.parameters, weights.total, weights.largest_layer) == (25_557_032, 102_441_032, 9_437_184)
 
 

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings, strategies as st
 
 from bigpipe.errors import ManifestError, Place
-from bigpipe.orchestrator.recipe.conditions import UNKNOWN, Condition, parse_condition
+from bigpipe.orchestrator.recipe.conditions import UNKNOWN, Condition, metric, parse_condition
 
 GIB = 2**30
 
@@ -54,6 +54,21 @@ def decide(text: str, **metrics: Any) -> tuple[bool, str, str] | None:
 )
 def test_verdicts(text: str, metrics: dict[str, Any], verdict: tuple[bool, str, str] | None) -> None:
     assert decide(text, **metrics) == verdict
+
+
+@pytest.mark.parametrize(
+    ("path", "value"),
+    [
+        ("int8.total", 5),
+        ("float16.total", None),
+        ("float16.training.sgd", None),
+        ("float32.total", UNKNOWN),
+        ("int8.other", UNKNOWN),
+        ("a.b", 7),
+    ],
+)
+def test_below_null_there_is_nothing_and_what_is_not_told_is_unknown(path: str, value: Any) -> None:
+    assert metric({"int8": {"total": 5}, "float16": None, "a.b": 7}, path) is value
 
 
 def test_metrics_of_other_nodes() -> None:

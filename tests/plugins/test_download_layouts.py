@@ -15,6 +15,7 @@ from support.hub import LoopbackHub
 from support.hub_state import files_of
 from support.models import make_checkpoint, tiny_model, tiny_tokenizer
 
+import bigpipe
 from bigpipe.bigmodel.checkpoint import ModelDescription, open_checkpoint
 from bigpipe.bigmodel.writing import save_checkpoint
 from bigpipe.errors import BigpipeError, InvalidCheckpoint, NoWeights, UsageError
@@ -97,6 +98,23 @@ def test_two_choices_of_one_commit_are_remembered_apart(bring: Any, tmp_path: Pa
     for given in ({}, {"variant": "fp16"}, {"subfolder": "text_model", "variant": "bf16"}, {}):
         _, planned, out = bring("repo", folder, **given)
         assert_planned(planned, out)
+
+
+@pytest.mark.parametrize("source", SOURCES)
+def test_a_model_with_an_adapter_beside_it_is_one_of_two(bring: Any, tmp_path: Path, source: str) -> None:
+    folder = make_checkpoint(tmp_path / "model", "llama")
+    (folder / "adapter_config.json").write_text('{"peft_type": "LORA", "base_model_name_or_path": "org/base"}')
+    shutil.copy(folder / "model.safetensors", folder / "adapter_model.safetensors")
+    for given in ({}, {"include": ["*.json", "model.safetensors"]}):
+        with pytest.raises(InvalidCheckpoint, match="a model and an adapter"):
+            bring(source, folder, **given)
+    for read in (open_checkpoint, bigpipe.load, bigpipe.place):
+        with pytest.raises(InvalidCheckpoint, match="a model and an adapter"):
+            read(folder)
+    there, planned, out = bring(source, folder, exclude=["adapter*"])
+    assert_planned(planned, out)
+    assert not [name for name in there if "adapter" in name]
+    assert open_checkpoint(folder / "model.safetensors").tensors
 
 
 GLOBS: list[dict[str, Any]] = [
