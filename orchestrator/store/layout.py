@@ -158,14 +158,18 @@ class Layout:
                 self.set_aside(path)
         return None
 
-    def set_aside(self, path: Path) -> None:
+    def set_aside(self, path: Path, *, replaced: bool = False) -> None:
         """Move a damaged file or tree to quarantine, where `gc` frees it; nothing where nothing is: another process may
-        have done it first."""
+        have done it first. replaced: a file only has another name there, until something takes its own."""
         mark = os.urandom(8).hex()
         if path == self.quarantine:
             path = self.root / f"{path.name}.{mark}"
             files.move(self.quarantine, path)
         if os.path.lexists(path):
             make_directory(self.quarantine)
+            aside = self.quarantine / f"{path.name}.{mark}"
             with suppress(FileNotFoundError):
-                files.move(path, self.quarantine / f"{path.name}.{mark}")
+                if replaced:
+                    files.give_name(path, aside)
+                else:
+                    files.move(path, aside)

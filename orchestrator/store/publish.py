@@ -156,14 +156,27 @@ class Publisher:
             return  # a link already: moved by the attempt whose journal this is, or a part of an earlier artifact
         if facts.st_size != source.size:
             raise Damaged
-        if _regular(target, source.size) is None or hash_file(target) != source.sha256:
-            self.layout.set_aside(target)
+        if not self._is_there(target, source.sha256):
             self._move(path, target, facts)
         # Whoever reads it under its old name finds it there at any moment, until the work folder goes.
         if os.stat(path.parent).st_dev == os.stat(target).st_dev:
             link(os.path.relpath(os.path.realpath(target), os.path.realpath(path.parent)), path)
         else:
             path.unlink()
+
+    def _is_there(self, target: Path, sha256: str) -> bool:
+        """Whether the object has its bytes. A file with others stays until it is replaced: where locks mean nothing
+        somebody else may just have put the right one there."""
+        try:
+            if not stat.S_ISREG(os.lstat(target).st_mode):
+                self.layout.set_aside(target)
+                return False
+            right = hash_file(target) == sha256
+        except FileNotFoundError:
+            return False
+        if not right:
+            self.layout.set_aside(target, replaced=True)
+        return right
 
     def _move(self, path: Path, target: Path, facts: os.stat_result) -> None:
         # Where another name shares the inode, making that read-only, or trusting that nobody writes to it, is not ours.
