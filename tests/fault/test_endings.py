@@ -117,7 +117,7 @@ class TestFilesThatCannotBeWritten:
 
     def test_a_reader_of_output_that_dies_ends_the_attempt(self, tmp_path):
         """A name that no file can have is none of the faults that cost lines only."""
-        job = make_job(tmp_path, params={"do": "talk", "seconds": 60})
+        job = make_job(tmp_path, params={"do": "flood"})
         job.folder.log = Path("no\0such")
         began = time.monotonic()
         with pytest.raises(ValueError, match="null"):

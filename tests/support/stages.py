@@ -81,6 +81,12 @@ def _die(params: Action, context: StageContext) -> None:
     os.kill(os.getpid(), signal.Signals[params.text or "SIGKILL"])
 
 
+def _flood(params: Action, context: StageContext) -> None:
+    """More than a pipe holds."""
+    for _ in range(3000):
+        sys.stdout.write("x" * 100 + "\n")
+
+
 def _choke(params: Action, context: StageContext) -> None:
     """Nothing more can be written."""
     import resource
@@ -136,7 +142,7 @@ def _barrier(params: Action, context: StageContext) -> None:
 
 ACTIONS = {
     "succeed": _succeed, "talk": _talk, "fail": _fail_expected, "transient": _fail_transient, "crash": _fail_unexpected,
-    "memory": _run_out_of_memory, "die": _die, "vanish": _vanish, "desert": _desert, "choke": _choke, "sleep": _sleep,
+    "memory": _run_out_of_memory, "die": _die, "vanish": _vanish, "desert": _desert, "choke": _choke, "flood": _flood, "sleep": _sleep,
     "ignore": _ignore_sigterm, "child": _leave_a_child, "swell": _swell, "torch": _import_torch, "barrier": _barrier,
 }  # fmt: skip
 
