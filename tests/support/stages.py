@@ -142,8 +142,9 @@ def _barrier(params: Action, context: StageContext) -> None:
 
 ACTIONS = {
     "succeed": _succeed, "talk": _talk, "fail": _fail_expected, "transient": _fail_transient, "crash": _fail_unexpected,
-    "memory": _run_out_of_memory, "die": _die, "vanish": _vanish, "desert": _desert, "choke": _choke, "flood": _flood, "sleep": _sleep,
-    "ignore": _ignore_sigterm, "child": _leave_a_child, "swell": _swell, "torch": _import_torch, "barrier": _barrier,
+    "memory": _run_out_of_memory, "die": _die, "vanish": _vanish, "desert": _desert, "choke": _choke, "flood": _flood,
+    "sleep": _sleep, "ignore": _ignore_sigterm, "child": _leave_a_child, "swell": _swell, "torch": _import_torch,
+    "barrier": _barrier,
 }  # fmt: skip
 
 
