@@ -19,7 +19,7 @@ from urllib.parse import urlsplit
 from bigpipe.errors import Transient
 
 from .exchange import Exchange, charge_sockets, current, exchanging
-from .responses import BUSY, ELSEWHERE, asked_pause, check_answer
+from .responses import BUSY, ELSEWHERE, asked_pause, check_answer, is_address
 
 PATIENCE = 5.0
 """The longest `Retry-After` that a metadata request waits for, in seconds."""
@@ -82,10 +82,12 @@ def _secure() -> bool:
 
 
 def _check_request(request: Any) -> None:
-    if _secure() and request.url.scheme == "http":
-        raise Transient(f"requests are sent away from TLS, to {request.url.host}", ELSEWHERE)
-    if not _ours(str(request.url)):
-        request.headers.pop("Authorization", None)
+    address = str(request.url)
+    if _ours(address):
+        return
+    if not is_address(address) or (_secure() and request.url.scheme == "http"):
+        raise Transient(f"a Hub sends requests to {address[:80]!r}, which is no safe place", ELSEWHERE)
+    request.headers.pop("Authorization", None)
 
 
 def _check_response(response: Any) -> None:

@@ -33,7 +33,7 @@ from bigpipe.errors import (
     first_few,
 )
 
-from .responses import asked_pause, shown
+from .responses import asked_pause, is_address, shown
 
 LOGIN = "run `hf auth login`, or set HF_TOKEN (in a manifest: under `secrets`)"
 
@@ -191,6 +191,8 @@ def _of_transport(error: BaseException, asked: _Asked) -> BigpipeError | None:
         reason = "HF_HUB_OFFLINE is set" if "OfflineModeIsEnabled" in names else text or type(error).__name__
         cause = f"the Hub at {asked.endpoint} cannot be reached ({reason}), asked for {asked.what}"
         return Offline(cause, "check the network, the proxy and HF_ENDPOINT; --offline goes on with what is cached")
+    if names & {"UnsupportedProtocol", "InvalidURL"} and is_address(asked.endpoint):
+        return _no_answer_of_a_hub(error, asked)
     if names & {"UnsupportedProtocol", "InvalidURL"}:
         return UsageError(f"HF_ENDPOINT is not an address: {asked.endpoint}", "write it as https://huggingface.co")
     if names & {"TransportError", "DecodingError"}:

@@ -19,10 +19,10 @@ from bigpipe.sizes import format_transfer
 
 MOST_ANSWERS = 1000
 """Redirects, repetitions and resumed parts of one exchange."""
-OVERHEAD = 2**20
+OVERHEAD = 2**19
 """Bytes of an exchange that belong to no body."""
-HEADERS = 2**17
-"""Bytes of those of one answer: h11 takes no more."""
+HEADERS = 2**14
+"""Bytes of those of one answer."""
 PIECE = 1 << 16
 """Bytes that are written at once."""
 LATER = "run again later, or over another network"

@@ -100,14 +100,22 @@ def _check_place(response: Any, host: str, secure: bool) -> None:
         return
     place = response.headers["Location"]
     try:
-        url = urlsplit(urljoin(str(response.request.url), place))
-        fine = url.scheme in ("http", "https") and url.hostname and url.port != 0 and url.username is None
+        address = urljoin(str(response.request.url), place)
     except ValueError:
-        fine = False
-    if not fine or not place.isprintable():
+        address = ""
+    if not is_address(address) or not place.isprintable():
         raise Transient(f"{host} sends requests to {place[:80]!r}, which is no place on the web", ELSEWHERE)
-    if secure and url.scheme != "https":
+    if secure and urlsplit(address).scheme != "https":
         raise Transient(f"{host} sends requests away from TLS, to {place[:80]!r}", ELSEWHERE)
+
+
+def is_address(text: str) -> bool:
+    """Return whether this is a place on the web, without a login in it."""
+    try:
+        url = urlsplit(text)
+        return url.scheme in ("http", "https") and bool(url.hostname) and url.port != 0 and url.username is None
+    except ValueError:
+        return False
 
 
 def _check_piece(response: Any, host: str) -> None:

@@ -19,7 +19,7 @@ import shutil
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import asdict, dataclass, replace
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any, ClassVar, Protocol
 
 from bigpipe.errors import BigpipeError, StageFailed, UsageError, first_few
@@ -37,6 +37,8 @@ from bigpipe.files import (
 )
 from bigpipe.redaction import redact
 
+LONGEST_READ, LONGEST_MARK = 10_000_000, 500
+"""Bytes of a small file, and characters of a mark."""
 RECEIPT = "receipt.json"
 RECEIPT_SCHEMA = "bigpipe.receipt/1"
 BESIDE = ".bigpipe-"
@@ -265,13 +267,20 @@ class FileSystem(Destination):
         return any(self._whole(folder) for folder in self._left())
 
     def read(self, name: str) -> bytes:
-        with self._errors(StageFailed):
-            content: bytes = self.system.cat_file(self._path(name))
-        return content
-
-    def digest(self, name: str) -> str:
         with self._errors(StageFailed), self.system.open(self._path(name), "rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
+            content = bytearray()
+            while len(content) <= LONGEST_READ and (piece := file.read(CHUNK)):
+                content += piece
+            return bytes(content)
+
+    def digest(self, name: str, longest: int | None = None) -> str:
+        """longest: bytes that are read at most, before one more."""
+        digest, size = hashlib.sha256(), 0
+        with self._errors(StageFailed), self.system.open(self._path(name), "rb") as file:
+            while (longest is None or size <= longest) and (piece := file.read(CHUNK)):
+                digest.update(piece)
+                size += len(piece)
+        return digest.hexdigest()
 
     @contextmanager
     def replacing(self, scratch: Path) -> Iterator[Path]:
@@ -298,7 +307,7 @@ class FileSystem(Destination):
                     size += len(chunk)
                     writing.write(chunk)
                     report(len(chunk))
-        _compare(f"{self.url}/{name}", digest.hexdigest(), self.digest(name))
+        _compare(f"{self.url}/{name}", digest.hexdigest(), self.digest(name, size))
         return Stored(digest.hexdigest(), size)
 
     def finish(self, new: Path, stored: Mapping[str, Stored]) -> Receipt:
@@ -322,10 +331,12 @@ class FileSystem(Destination):
         """Name → size of the files in a transfer's folder, once they are all there; else none."""
         with self._errors(StageFailed):
             try:
-                sizes: dict[str, int] = json.loads(self.system.cat_file(self._path(f"{folder}/{WHOLE}")))
-            except (FileNotFoundError, ValueError):
+                sizes = json.loads(self.system.cat_file(self._path(f"{folder}/{WHOLE}"), 0, LONGEST_READ))
+            except (FileNotFoundError, ValueError, RecursionError):
                 return {}
-        return sizes
+            told = sizes if isinstance(sizes, dict) else {}
+            return told if all(_is_file(*item) for item in told.items()) else {}
+        return {}
 
     def _complete(self, folder: str) -> None:
         """Let a version that is whole take its place, the last of its files last; then remove the transfer's folder."""
@@ -375,7 +386,13 @@ class FileSystem(Destination):
     def _mark(info: Mapping[str, Any]) -> str:
         """Whatever the file system tells that changes with the content."""
         names = ("ETag", "etag", "md5Hash", "content_settings", "LastModified", "mtime", "updated", "created")
-        return next((f"{name}={info[name]}" for name in names if info.get(name)), "")
+        return next((f"{name}={info[name]}"[:LONGEST_MARK] for name in names if info.get(name)), "")
+
+
+def _is_file(name: str, size: object) -> bool:
+    """Could this be a file of a version, by its name, and be written by us?"""
+    parts = PurePosixPath(name).parts
+    return name == "/".join(parts) and ".." not in parts and not name.startswith(("/", BESIDE)) and type(size) is int
 
 
 def _receipt(target: Destination, stored: Mapping[str, Stored]) -> Receipt:

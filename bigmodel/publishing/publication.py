@@ -102,7 +102,8 @@ def require_replaceable(target: Destination, maker: tuple[str, str] | None = Non
     by = (str(provenance.get("recipe")), str(provenance.get("node")))
     if maker is not None and by != maker:
         raise UsageError(f"to: {target.url} was written by node {by[1]} of recipe {by[0]!r}", CURE, field="to")
-    written: Mapping[str, Any] = provenance.get("files") or {}
+    told = provenance.get("files")
+    written: Mapping[str, Any] = told if isinstance(told, dict) else {}
     names = [name for name in there if name != PROVENANCE]
     if changed := [name for name in names if not _as_written(target, name, there[name], written)]:
         raise UsageError(
@@ -116,7 +117,7 @@ def _provenance(target: Destination, there: Mapping[str, Stored]) -> dict[str, A
         return None
     try:
         found = json.loads(target.read(PROVENANCE))
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return None
     return found if isinstance(found, dict) and found.get("schema") == SCHEMA else None
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 import random
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +14,10 @@ from support.enemy import TOKEN, Enemy
 from support.under_attack import Victims
 
 from attack.hub_answers import FILES, Case, cases
+from attack.hub_uploads import uploads
 
-CASES = cases()
+CASES, UPLOADS = cases(), uploads()
+SENT = {**FILES, "README.md": b"# saved\n", "more.bin": bytes(70_000)}
 CODES = {"UsageError": 2, "DoesNotFit": 4, "NotAuthorised": 5, "GatedRepository": 5, "StageFailed": 6, "NoWeights": 6,
          "InvalidCheckpoint": 6, "Transient": 75, "Offline": 75}  # fmt: skip
 """The errors that may come of a server, as docs/reference/errors.md lists them, and their exit codes."""
@@ -24,7 +26,7 @@ SLEPT = 120
 """Seconds of pauses that the client may make, in time limits twenty times shorter than those it has by itself."""
 BYTES = 200 << 20
 MEMORY = 1200 << 20
-SHORT = 30
+SHORT = 20
 
 
 def tree(folder: Path) -> dict[str, str]:
@@ -48,23 +50,41 @@ class Scene:
             (self.canary / name).write_text("# the user's own\n")
         self.before = tree(self.canary)
         self.number = 0
+        self.source = root / "0"
+        for name, data in SENT.items():
+            self.source.mkdir(exist_ok=True)
+            (self.source / name).write_bytes(data)
 
-    def play(self, case: Case) -> list[str]:
-        """Return what is wrong with the end of it."""
+    def _home(self) -> Path:
         self.number += 1
         home = self.root / str(self.number)
         home.mkdir()
         self.enemy.reset()
+        return home
+
+    def play_upload(self, case: Case) -> list[str]:
+        """Return what is wrong with the end of it, where a model is sent."""
+        home = self._home()
+        self.enemy.files, self.enemy.change = {"config.json": b"{}", "stale.bin": b"old"}, case.change
+        asked = {"url": self.enemy.url, "home": str(home), "source": str(self.source), "token": TOKEN}
+        outcome = self.victims.ask({"act": "upload", **asked})
+        there = outcome.get("ok") and self.enemy.present != SENT
+        lost = ["something else is there"] if there else []
+        return [*lost, *self._faults(case, outcome, home, {}), *self._spoilt(home)]
+
+    def play(self, case: Case) -> list[str]:
+        """Return what is wrong with the end of it, where a model is fetched."""
+        home = self._home()
         self.enemy.files = {**FILES, **case.files}
         self.enemy.change, self.enemy.listing = case.change, case.listing
         revision = case.revision or (self.enemy.commit if case.pinned else "main")
         asked = {"url": self.enemy.url, "home": str(home), "revision": revision, "include": case.include}
         outcome = self.victims.ask({"act": "fetch", "token": TOKEN, **asked})
-        return [*self._faults(case, outcome, home), *self._spoilt(home)]
+        return [*self._faults(case, outcome, home, self.enemy.files), *self._spoilt(home)]
 
-    def _faults(self, case: Case, outcome: dict[str, Any], home: Path) -> Iterator[str]:
+    def _faults(self, case: Case, outcome: dict[str, Any], home: Path, right: dict[str, bytes]) -> Iterator[str]:
         if outcome.get("ok"):
-            wanted = {name: hashlib.sha256(data).hexdigest() for name, data in self.enemy.files.items()}
+            wanted = {name: hashlib.sha256(data).hexdigest() for name, data in right.items()}
             got = {name: _digest((home / "out" / name).resolve()) for name in tree(home / "out")}
             if got != wanted:
                 yield f"other files: {got.keys() ^ wanted.keys() or 'other bytes'}"
@@ -92,7 +112,14 @@ class Scene:
     def _spoilt(self, home: Path) -> Iterator[str]:
         if tree(self.canary) != self.before:
             yield "the canary is dead"
-        if strangers := {path.name for path in home.iterdir()} - {"cache", "memo", "out", "said"}:
+        if strangers := {path.name for path in home.iterdir()} - {
+            "cache",
+            "memo",
+            "out",
+            "said",
+            "scratch",
+            "receipt.json",
+        }:
             yield f"files beside the cache: {strangers}"
         if strangers := {path.name for path in self.root.iterdir() if not path.name.isdigit()} - {"canary", "victims"}:
             yield f"files elsewhere: {strangers}"
@@ -113,21 +140,31 @@ def scene(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Scene]:
         yield Scene(root, enemy, victims)
 
 
-def fallen(scene: Scene, chosen: list[Case]) -> dict[str, list[str]]:
-    return {case.name: faults for case in chosen if (faults := scene.play(case))}
+def fallen(play: Callable[[Case], list[str]], chosen: list[Case]) -> dict[str, list[str]]:
+    return {case.name: faults for case in chosen if (faults := play(case))}
 
 
 def test_the_enemy_is_a_hub_where_it_does_not_lie(scene: Scene) -> None:
     assert scene.play(Case("honest", refused=False)) == []
     assert scene.play(Case("honest, pinned", pinned=True, refused=False)) == []
+    assert scene.play_upload(Case("honest", refused=False)) == []
 
 
 def test_some_lies(scene: Scene, seed: int) -> None:
-    assert fallen(scene, random.Random(seed).sample(CASES, SHORT)) == {}  # noqa: S311
+    chance = random.Random(seed)  # noqa: S311
+    assert fallen(scene.play, chance.sample(CASES, SHORT)) == {}
+    assert fallen(scene.play_upload, chance.sample(UPLOADS, SHORT)) == {}
 
 
 @pytest.mark.attack
 @pytest.mark.timeout(3600)
 def test_every_lie(scene: Scene) -> None:
     assert len(CASES) >= 200
-    assert fallen(scene, CASES) == {}
+    assert fallen(scene.play, CASES) == {}
+
+
+@pytest.mark.attack
+@pytest.mark.timeout(3600)
+def test_every_lie_while_a_model_is_sent(scene: Scene) -> None:
+    assert len(UPLOADS) >= 200
+    assert fallen(scene.play_upload, UPLOADS) == {}
