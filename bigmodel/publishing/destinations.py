@@ -336,7 +336,6 @@ class FileSystem(Destination):
                 return {}
             told = sizes if isinstance(sizes, dict) else {}
             return told if all(_is_file(*item) for item in told.items()) else {}
-        return {}
 
     def _complete(self, folder: str) -> None:
         """Let a version that is whole take its place, the last of its files last; then remove the transfer's folder."""
