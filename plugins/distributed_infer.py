@@ -45,6 +45,9 @@ class InferParams(Params):
     """The field of each JSON object, or the column of a table, that holds the prompt."""
     batch_size: int = Field(1, ge=1)
     """Prompts that are computed together. The same ones, whatever the number of ranks."""
+    micro_batches: int | None = Field(None, ge=1)
+    """Batches that go through streamed layers together, so that one reading of the weights serves them all. null: as
+    many as hide the reading, where their keys and values fit. Results are the same."""
     max_new_tokens: int = Field(32, ge=1)
     """The longest continuation; of text-generation, and of a function that takes it."""
     generation: dict[str, Any] = Field(default_factory=dict)
@@ -91,6 +94,8 @@ class InferMetrics(Metrics):
     """Prompts whose result is an error."""
     tokens: int = 0
     """Made; for feature-extraction, read."""
+    micro_batches: int = 1
+    """Batches of a rank that were under way together."""
     tokens_per_second: float = 0.0
     """Of all ranks together, while the slowest was computing."""
     idle: float = 0.0

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import math
 import os
+from contextlib import suppress
 from dataclasses import replace
+from functools import partial
 from typing import TYPE_CHECKING
 
 from bigpipe.bigmodel.checkpoint import ModelDescription, describe_checkpoint
-from bigpipe.bigmodel.execution import as_placement, cast_bytes, host_memory, loading_dtype
+from bigpipe.bigmodel.execution import as_placement, cast_bytes, host_memory, loaded, loading_dtype
+from bigpipe.bigmodel.footprint import Workload
 from bigpipe.bigmodel.formats import computable
-from bigpipe.bigmodel.inference import RESULTS, assign, chunked, compute_share, merge_results, plan_work
-from bigpipe.bigmodel.placement import Placement
-from bigpipe.bigmodel.tasks import TASKS, Answerer, TaskOptions, find_task, read_prompts
+from bigpipe.bigmodel.inference import RESULTS, Bound, assign, chunked, compute_share, merge_results, plan_work
+from bigpipe.bigmodel.placement import Placement, batches_together, stored_dtype
+from bigpipe.bigmodel.sources import Sources
+from bigpipe.bigmodel.tasks import TASKS, Row, TaskOptions, find_task, read_prompts
 from bigpipe.errors import StageFailed, UsageError
 from bigpipe.fit import Cure, Misfit, fits
 from bigpipe.modules import foreign, missing_name
@@ -72,7 +77,12 @@ def forecast(params: InferParams, ctx: ForecastContext) -> Forecast:
     work = f"{counted(len(rows), 'prompt')} in {counted(len(batches), 'batch', 'es')} over {counted(ranks, 'rank')}"
     placement, placed = ctx.described("placement", Placement), ctx.input("placement")
     ram, told = _ram(params, ctx, placement), {"prompts": len(rows)}
-    known = Forecast(download_bytes=0, ram=ram, metrics=told, summary=work + spread)
+    details: list[str] = []
+    with suppress(UsageError):  # said where it is checked, or once the trusted code is here
+        count, why = _together(params, single_model(ctx), placement, rows, ctx)
+        told["micro_batches"] = count
+        details = [f"{counted(count, 'batch', 'es')} at once through the streamed layers: {why}"] if count > 1 else []
+    known = Forecast(download_bytes=0, ram=ram, metrics=told, summary=work + spread, details=tuple(details))
     if placed is not None and placed.misfits:  # said where it is placed
         return known
     each = placement.gpus if placement else int(bool(ctx.machine.gpus))
@@ -100,6 +110,37 @@ def _vram(placement: Placement | None, local: int) -> dict[int, int]:
     return {rank * placement.gpus + gpu: size for rank in range(local) for gpu, size in needs.items()}
 
 
+def _together(
+    params: InferParams,
+    model: ModelDescription | None,
+    placement: Placement | None,
+    rows: list[Row],
+    ctx: ForecastContext | StageContext,
+) -> tuple[int, str]:
+    """Batches of a rank that go through streamed layers together, and why so many."""
+    share = math.ceil(len(chunked(rows, params.batch_size)) / ctx.launch.num_processes)
+    if params.micro_batches is not None:
+        return min(params.micro_batches, share), "as asked"
+    if placement is None or model is None or model.tensors is None or not _side_by_side(params.task):
+        return 1, ""
+    texts = max(params.generation.get("num_beams") or 1, params.generation.get("num_return_sequences") or 1)
+    longest = max(row.nbytes for row in rows) + params.max_new_tokens
+    count, why = batches_together(
+        placement,
+        agreed(model, sources_of(ctx)).architecture,
+        Workload(batch_size=params.batch_size * texts, sequence_length=longest),
+        params.dtype or placement.dtype or stored_dtype(model),
+        ctx.machine,
+        processes=ctx.launch.local_processes,
+        memo=ctx.memo,
+    )
+    return min(count, share), why
+
+
+def _side_by_side(task: str) -> bool:
+    return task in TASKS and find_task(task, Sources()).side_by_side
+
+
 def _misfits(each: int, ctx: ForecastContext) -> tuple[Misfit, ...]:
     """each: GPUs of a rank."""
     local, there = ctx.launch.local_processes, len(ctx.machine.gpus)
@@ -113,25 +154,28 @@ def _misfits(each: int, ctx: ForecastContext) -> tuple[Misfit, ...]:
 def prepare(params: InferParams, ctx: StageContext) -> None:
     """Checks what only a worker may import, and shares out what no earlier attempt has finished."""
     rows = read_prompts(params.prompts, params.column, ctx.base)
-    sources = sources_of(ctx)
-    model = describe_checkpoint(ctx.input("model"))
+    sources, model = sources_of(ctx), describe_checkpoint(ctx.input("model"))
     find_task(params.task, sources).check(params.generation, rows, model, sources, params.max_new_tokens)
+    placement = read_placement(ctx.input("placement")) if "placement" in ctx.inputs else None
+    together, _ = _together(params, model, placement, rows, ctx)
     plan = plan_work(
-        ctx.scratch, rows, batch_size=params.batch_size, ranks=ctx.launch.num_processes, pad=params.apply_padding
-    )
+        ctx.scratch, rows, batch_size=params.batch_size, ranks=ctx.launch.num_processes, pad=params.apply_padding,
+        together=together,
+    )  # fmt: skip
     if plan.finished:
         ctx.log(f"{plan.finished} of {len(plan.chunks)} batches were finished before")
 
 
 def run(params: InferParams, ctx: StageContext) -> StageResult:
-    """One rank: its chunks, in their order."""
+    """One rank: its chunks, in their order, several at once where layers are streamed."""
 
-    def bind() -> Answerer:
+    def bind() -> Bound:
         options = TaskOptions(arguments=params.generation, max_new_tokens=params.max_new_tokens, seed=params.seed)
         sources = sources_of(ctx)
         task, model = find_task(params.task, sources), _load(params, ctx)
         with foreign(f"task {params.task} cannot be used", "mend it, or see the log", StageFailed):
-            return task.bind(model, ctx.input("model"), options, sources)
+            answer = task.bind(model, ctx.input("model"), options, sources)
+        return Bound(answer, partial(loaded(model).stream.together, model))
 
     compute_share(
         ctx.scratch, ctx.rank, ctx.world_size, bind, max_errors=params.max_errors,

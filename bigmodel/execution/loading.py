@@ -266,12 +266,22 @@ def _fill(
     _settle_buffers(model, matches, state)
     groups = cut_into_groups(model, streamed, homes)
     state.stream.add(groups)
+    if groups:
+        _tell_device(model, homes.main)
     state.streamed = sum(group.moved() for group in groups)
     if homes.main.type != "cpu":
         follow_devices(model, homes)
     model.hf_device_map = dict(homes.placement.device_map)  # type: ignore[assignment]
     model._bigpipe_loaded = state  # type: ignore[assignment]
     model._bigpipe_source = checkpoint.path  # type: ignore[assignment]
+
+
+def _tell_device(model: torch.nn.Module, device: torch.device) -> None:
+    """`model.device` is where its inputs belong. transformers takes its first parameter's, which may be away."""
+    own = type(model)
+    if hasattr(own, "device"):
+        names = {"__module__": own.__module__, "__qualname__": own.__qualname__, "__doc__": own.__doc__}
+        model.__class__ = type(own.__name__, (own,), {**names, "device": property(lambda self: device)})
 
 
 def _share_recipes(model: torch.nn.Module, matches: Packed, checkpoint: Checkpoint) -> None:

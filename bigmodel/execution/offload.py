@@ -25,6 +25,8 @@ from bigpipe.bigmodel.formats import Packing
 from bigpipe.bigmodel.placement import INDIVISIBLE
 
 from .homes import Homes
+from .kept import KeptStates
+from .lanes import Item, Lanes
 
 if TYPE_CHECKING:
     import torch
@@ -175,12 +177,15 @@ class WeightGroup:
 
 
 class WeightStream:
-    """Fills and empties groups of weights around their forwards. For one forward at a time."""
+    """Fills and empties groups of weights around their forwards: of one thread, or of the lanes of `together`."""
 
     def __init__(self) -> None:
         self.files = MappedFiles()
         self.bytes_read = 0
         """Stored bytes that went through since the model was loaded."""
+        self._lanes: Lanes[WeightGroup] = Lanes(self._bring, self._drop, lambda group: self._order[group])
+        self._order: dict[WeightGroup, int] = {}
+        """The order of modules: the first guess of the order in which they run."""
         self._successor: dict[WeightGroup, WeightGroup] = {}
         self._last: WeightGroup | None = None
         self._ahead: WeightGroup | None = None
@@ -190,15 +195,28 @@ class WeightStream:
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="bigpipe-read-ahead")
 
     def add(self, groups: Sequence[WeightGroup]) -> None:
-        """Hook the groups in. Their order is the first guess of the order in which they run."""
+        """Hook the groups in."""
         whole = [group for group in groups if group.table is None]
+        self._order.update(zip(whole, range(len(whole)), strict=True))
         self._successor.update(zip(whole, [*whole[1:], *whole[:1]], strict=True))
         for group in groups:
             before, after = (self._enter, self._leave) if group.table is None else (self._look_up, self._looked_up)
             group.module.register_forward_pre_hook(partial(before, group), prepend=True)
             group.module.register_forward_hook(partial(after, group), always_call=True)
 
+    def together(self, model: torch.nn.Module, work: Callable[[Item], None], items: Iterable[Item], count: int) -> None:
+        """Do the work of each item, up to `count` of them side by side, each with forwards of the model: its groups are
+        filled once for all. Each item finds the model's modules as they are now, and gives what it gives alone."""
+        streamed = {(slot.module, slot.attribute) for group in self._order for slot in group.slots}
+        self._lanes.run(work, items, count, KeptStates(model, streamed).suspend)
+
     def _enter(self, group: WeightGroup, module: torch.nn.Module, arguments: Any) -> None:
+        self._lanes.enter(group)
+
+    def _leave(self, group: WeightGroup, module: torch.nn.Module, arguments: Any, output: Any) -> None:
+        self._lanes.leave(group)
+
+    def _bring(self, group: WeightGroup) -> None:
         import torch
 
         ahead, self._ahead = self._ahead, None
@@ -207,8 +225,13 @@ class WeightStream:
                 self._staged[ahead][1].exception()  # until its thread is done with the buffer
                 self._release(ahead)
             self._start(group)
+        try:
+            staged = self._staged[group][1].result()
+        except BaseException:
+            self._release(group)
+            raise
         with torch.inference_mode(False):  # weights outlive the forward they were read for
-            for slot, tensors in zip(group.slots, self._staged[group][1].result(), strict=True):
+            for slot, tensors in zip(group.slots, staged, strict=True):
                 slot.attach(tensors)
         self.bytes_read += group.moved()
         if self._last is not None:
@@ -218,11 +241,10 @@ class WeightStream:
             self._ahead = upcoming
             self._start(upcoming)
 
-    def _leave(self, group: WeightGroup, module: torch.nn.Module, arguments: Any, output: Any) -> None:
-        if group in self._staged and group is not self._ahead:  # else it was never entered, or left within itself
-            for slot in group.slots:
-                slot.detach()
-            self._release(group)
+    def _drop(self, group: WeightGroup) -> None:
+        for slot in group.slots:
+            slot.detach()
+        self._release(group)
 
     def _start(self, group: WeightGroup) -> None:
         free = self._free[group.device]

@@ -9,8 +9,9 @@ the same batches form, and the same bits come out, on any number of ranks.
 """
 
 from .workfolder import RESULTS, Record, WorkPlan, assign, chunked, merge_results, plan_work, read_log
-from .working import compute_share
+from .working import Bound, compute_share
 
 __all__ = [
-    "RESULTS", "Record", "WorkPlan", "assign", "chunked", "compute_share", "merge_results", "plan_work", "read_log",
+    "RESULTS", "Bound", "Record", "WorkPlan", "assign", "chunked", "compute_share", "merge_results", "plan_work",
+    "read_log",
 ]  # fmt: skip

@@ -119,6 +119,8 @@ class WorkPlan:
     batch_size: int
     shares: list[list[int]]
     """Per rank, its chunks in their order."""
+    together: int = 1
+    """How many chunks of a rank may be under way at once."""
 
     @cached_property
     def chunks(self) -> list[list[Row]]:
@@ -132,16 +134,18 @@ class WorkPlan:
     @classmethod
     def read(cls, folder: Path) -> WorkPlan:
         data = json.loads((folder / PLAN).read_bytes())
-        return cls([Row(**row) for row in data["rows"]], data["batch_size"], data["shares"])
+        return cls(**{**data, "rows": [Row(**row) for row in data["rows"]]})
 
 
-def plan_work(folder: Path, rows: list[Row], *, batch_size: int, ranks: int, pad: bool = False) -> WorkPlan:
+def plan_work(
+    folder: Path, rows: list[Row], *, batch_size: int, ranks: int, pad: bool = False, together: int = 1
+) -> WorkPlan:
     """Share out what nobody has finished in `folder` among `ranks`; return the plan, which is saved there too. pad:
-    every rank gets as many chunks; see `assign`."""
+    every rank gets as many chunks; see `assign`. together: chunks of a rank that may be under way at once."""
     good = {index for index, record in gather(rows, folder).items() if not record.failed}
     chunks = chunked(rows, batch_size)
     missing = [number for number, chunk in enumerate(chunks) if not good.issuperset(row.index for row in chunk)]
-    plan = WorkPlan(rows, batch_size, assign(missing, ranks, pad=pad))
+    plan = WorkPlan(rows, batch_size, assign(missing, ranks, pad=pad), together)
     write_file(folder / PLAN, json.dumps(asdict(plan)))
     return plan
 
@@ -164,7 +168,8 @@ def assign(chunks: Sequence[int], ranks: int, *, pad: bool = False) -> list[list
 def merge_results(folder: Path, out: Path, *, max_errors: int = 0) -> tuple[dict[str, Any], tuple[str, int]]:
     """Write `out/results.jsonl`: one line per row of the plan in `folder`, in their order.
 
-    Return what came of it, and the file's (hex sha256, size): `prompts`, `errors`, `tokens`; `tokens_per_second` of all
+    Return what came of it, and the file's (hex sha256, size): `prompts`, `errors`, `tokens`; `micro_batches`, chunks
+    under way at once; `tokens_per_second` of all
     ranks together, while the slowest was computing; `idle`, the share of their time spent waiting for the slowest;
     `peak`, bytes by device, of the rank that took most. Raise StageFailed where a row has no record, or more than
     `max_errors` rows failed.
@@ -178,7 +183,12 @@ def merge_results(folder: Path, out: Path, *, max_errors: int = 0) -> tuple[dict
     written = write_file(out / RESULTS, "".join(_line(row, found[row.index]) for row in plan.rows))
     tokens = sum(record.tokens for record in found.values())
     counts = {"prompts": len(found), "errors": len(failed), "tokens": tokens}
-    return {**counts, **_times(folder, len(plan.shares), tokens), "peak": _peak(folder)}, written
+    return {
+        **counts,
+        "micro_batches": plan.together,
+        **_times(folder, len(plan.shares), tokens),
+        "peak": _peak(folder),
+    }, written
 
 
 def _line(row: Row, record: Record) -> str:

@@ -6,6 +6,7 @@ import json
 import time
 import traceback
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from bigpipe.bigmodel.tasks import Answer, Answerer, Row
@@ -14,12 +15,28 @@ from bigpipe.files import write_file
 
 from .workfolder import LOG, PEAKS, Record, WorkPlan, append, check_errors, open_log
 
+Work = Callable[[int], None]
+
+
+def one_by_one(work: Work, chunks: Sequence[int], together: int) -> None:
+    for chunk in chunks:
+        work(chunk)
+
+
+@dataclass(frozen=True, slots=True)
+class Bound:
+    """A task on a loaded model."""
+
+    answer: Answerer
+    each: Callable[[Work, Sequence[int], int], None] = one_by_one
+    """Does the work of each chunk. So many may be under way, while one computes."""
+
 
 def compute_share(
     folder: Path,
     rank: int,
     world_size: int,
-    bind: Callable[[], Answerer],
+    bind: Callable[[], Bound],
     *,
     max_errors: int = 0,
     progress: Callable[[int, int], None] = lambda done, total: None,
@@ -41,26 +58,33 @@ def compute_share(
         return
     done, total = 0, sum(len(plan.chunks[chunk]) for chunk in chunks)
     progress(done, total)  # before the model loads, so that the sum over ranks is known from the start
-    answerer = bind()
+    bound = bind()
     failed: list[Record] = []
     own = folder / f"rank-{rank}"
     with open_log(own / LOG) as records_log:
-        for chunk in chunks:
-            records = _compute(answerer, plan.chunks[chunk], log)
+        ended = time.monotonic()
+
+        def compute(chunk: int) -> None:
+            nonlocal done, ended
+            batch, started = plan.chunks[chunk], time.monotonic()
+            answers = answer_batch(bound.answer, batch, log)
+            seconds, ended = time.monotonic() - max(started, ended), time.monotonic()
+            records = _records(batch, answers, seconds)
             append(records_log, records)
             write_file(own / PEAKS, json.dumps(_peaks()), durable=False)
-            failed += [record for record in records if record.failed]
+            failed.extend(record for record in records if record.failed)
             check_errors(failed, max_errors)
             done += len(records)
             progress(done, total)
 
+        bound.each(compute, chunks, plan.together)
 
-def _compute(answerer: Answerer, batch: Sequence[Row], log: Callable[[str], None]) -> list[Record]:
-    started = time.monotonic()
-    answers = answer_batch(answerer, batch, log)
-    seconds = (time.monotonic() - started) / len(batch)
+
+def _records(batch: Sequence[Row], answers: Sequence[Answer], seconds: float) -> list[Record]:
+    """seconds: those of the batch, which its rows share; where several are under way, those since the last was done."""
+    share = round(seconds / len(batch), 6)
     return [
-        Record(row.index, row.digest, answer.payload, answer.tokens, round(seconds, 6))
+        Record(row.index, row.digest, answer.payload, answer.tokens, share)
         for row, answer in zip(batch, answers, strict=True)
     ]
 

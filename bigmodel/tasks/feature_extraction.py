@@ -74,5 +74,5 @@ def _check_model(model: ModelDescription, arguments: Mapping[str, Any], sources:
 
 TASK = Task(
     name="feature-extraction", bind=_bind, check_arguments=_check_arguments, check_model=_check_model,
-    check_rows=require_template,
+    check_rows=require_template, side_by_side=True,
 )  # fmt: skip

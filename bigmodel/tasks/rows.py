@@ -29,6 +29,12 @@ class Row:
         text = json.dumps(self.data, sort_keys=True, ensure_ascii=False, separators=(",", ":"))
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 
+    @property
+    def nbytes(self) -> int:
+        """Return the bytes of its prompt in UTF-8, of a chat as JSON: more tokens it rarely has."""
+        text = self.prompt if isinstance(self.prompt, str) else json.dumps(self.prompt, ensure_ascii=False)
+        return len(text.encode())
+
 
 def read_prompts(prompts: str | Sequence[Any], column: str, base: Path) -> list[Row]:
     """Return the rows of a list, or of the files that a path or glob (relative to `base`) names, in their order, each

@@ -57,6 +57,8 @@ class Task:
     check_rows: (rows, model); raises UsageError for rows that the model cannot take, as far as its side files tell.
     makes_tokens: does it make tokens, `TaskOptions.max_new_tokens` of them at the most?
     columns: fields that each row must have besides its prompt.
+    side_by_side: may another batch begin, in another thread, while one waits in a forward of the model? Only one of
+      them runs at a time, and torch's generators are its own.
     """
 
     name: str
@@ -66,6 +68,7 @@ class Task:
     check_rows: Callable[[Sequence[Row], ModelDescription], None] = lambda rows, model: None
     makes_tokens: bool = False
     columns: tuple[str, ...] = ()
+    side_by_side: bool = False
 
     def check(
         self,

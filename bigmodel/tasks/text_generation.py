@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from contextvars import ContextVar
 from itertools import takewhile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -34,6 +35,8 @@ if TYPE_CHECKING:
 
 SEED_STEP = 0x9E3779B97F4A7C15
 """Between the seeds of a row's texts: far from the seeds of other rows."""
+_seeds: ContextVar[Sequence[int]] = ContextVar("seeds", default=())
+"""Of the rows of the batch that this thread generates."""
 
 
 def _check_model(model: ModelDescription, arguments: Mapping[str, Any], sources: Sources) -> None:
@@ -72,6 +75,7 @@ def _bind(model: Any, path: Path, options: TaskOptions, sources: Sources) -> Ans
     if settled.get("stop_strings"):
         asked["tokenizer"] = tokenizer
     cut, alone = _cutter(settled, tokenizer), _one_by_one(settled)
+    draw_alone(model)
 
     def answer(rows: Sequence[Row]) -> list[Answer]:
         import torch
@@ -88,7 +92,7 @@ def _bind(model: Any, path: Path, options: TaskOptions, sources: Sources) -> Ans
         # A decoder goes on where the prompt ends, so that is where all rows must meet.
         inputs = pad(model, tokenizer, encoded, "left" if goes_on else "right")
         seeds = [options.seed + row.index for row in rows]
-        with torch.inference_mode(), draw_alone(model, seeds):
+        with torch.inference_mode(), drawing(seeds):
             torch.manual_seed(seeds[0])
             made = model.generate(**inputs, **asked)
         made = getattr(made, "sequences", made)  # of a model whose own file asks for more than tokens
@@ -137,32 +141,37 @@ def _cutter(settings: Mapping[str, Any], tokenizer: Any) -> Callable[[list[int],
 
 TASK = Task(
     name="text-generation", bind=_bind, check_arguments=check_names, check_model=_check_model,
-    check_rows=require_template, makes_tokens=True,
+    check_rows=require_template, makes_tokens=True, side_by_side=True,
 )  # fmt: skip
 
 
-@contextmanager
-def draw_alone(model: Any, seeds: Sequence[int]) -> Iterator[None]:
-    """Inside, `model.generate` draws the tokens of each text from a generator of its own. After all processors that
-    transformers puts in order, the token is chosen by the Gumbel-max rule (Maddison et al. 2014, arXiv 1411.0030),
-    which draws exactly from the softmax of the scores. Beams are drawn by transformers."""
+def draw_alone(model: Any) -> None:
+    """From here on `model.generate` draws the tokens of each text from a generator of its own, inside `drawing`. After
+    all processors that transformers puts in order, the token is chosen by the Gumbel-max rule (Maddison et al. 2014,
+    arXiv 1411.0030), which draws exactly from the softmax of the scores. Beams are drawn by transformers, and so is all
+    else with a transformers that is built otherwise."""
     ordinary = getattr(model, "_get_logits_processor", None)
-    if ordinary is None:  # a transformers that is built otherwise: draws then depend on the batch
-        yield
+    if ordinary is None:
         return
 
     def processors(*arguments: Any, **named: Any) -> Any:
-        found = ordinary(*arguments, **named)
+        found, seeds = ordinary(*arguments, **named), _seeds.get()
         config = named.get("generation_config") or arguments[0]
-        if config.do_sample and (config.num_beams or 1) == 1:
+        if seeds and config.do_sample and (config.num_beams or 1) == 1:
             found.append(_row_sampler(seeds, config.num_return_sequences or 1))
         return found
 
     model._get_logits_processor = processors
+
+
+@contextmanager
+def drawing(seeds: Sequence[int]) -> Iterator[None]:
+    """Inside, and in this thread alone, a row's texts are drawn by its seed."""
+    before = _seeds.set(seeds)
     try:
         yield
     finally:
-        del model._get_logits_processor
+        _seeds.reset(before)
 
 
 def _row_sampler(seeds: Sequence[int], texts: int) -> Callable[[torch.Tensor, torch.Tensor], torch.Tensor]:

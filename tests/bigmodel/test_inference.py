@@ -8,14 +8,14 @@ from pathlib import Path
 
 import pytest
 
-from bigpipe.bigmodel.inference import RESULTS, WorkPlan, compute_share, merge_results, plan_work
-from bigpipe.bigmodel.tasks import Answer, Answerer, Row, read_prompts
+from bigpipe.bigmodel.inference import RESULTS, Bound, WorkPlan, compute_share, merge_results, plan_work
+from bigpipe.bigmodel.tasks import Answer, Row, read_prompts
 from bigpipe.errors import StageFailed
 
 ROWS = read_prompts([f"row {number}" for number in range(7)], "prompt", Path())
 
 
-def counting(calls: list[int], fails: Callable[[int], bool] = lambda index: False) -> Callable[[], Answerer]:
+def counting(calls: list[int], fails: Callable[[int], bool] = lambda index: False) -> Callable[[], Bound]:
     """Bind an answerer that notes which rows it computes, and fails on some of them."""
 
     def answer(rows: Sequence[Row]) -> list[Answer]:
@@ -24,7 +24,7 @@ def counting(calls: list[int], fails: Callable[[int], bool] = lambda index: Fals
         calls.extend(row.index for row in rows)
         return [Answer({"length": len(row.prompt)}, 1) for row in rows]
 
-    return lambda: answer
+    return lambda: Bound(answer)
 
 
 def lines(out: Path) -> list[dict[str, object]]:
@@ -87,6 +87,6 @@ def test_an_answer_that_is_no_json_is_an_error_of_its_row(tmp_path: Path) -> Non
     def answer(rows: Sequence[Row]) -> list[Answer]:
         return [Answer({"score": float("nan") if row.index else 1.0}) for row in rows]
 
-    compute_share(tmp_path, 0, 1, lambda: answer, max_errors=1)
+    compute_share(tmp_path, 0, 1, lambda: Bound(answer), max_errors=1)
     merge_results(tmp_path, tmp_path, max_errors=1)
     assert "Out of range float" in str(lines(tmp_path)[1]["error"])

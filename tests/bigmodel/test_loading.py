@@ -244,3 +244,16 @@ def test_a_device_map_must_cover_everything_and_name_real_devices(tmp_path: Path
     if not torch.cuda.is_available():
         with pytest.raises(DoesNotFit, match="names GPU 1, and this machine has none"):
             load(tmp_path, {"": "cpu", "model.layers.0": 1})
+
+
+def test_the_device_of_a_streamed_model_is_where_its_inputs_belong(tmp_path: Path) -> None:
+    make_checkpoint(tmp_path, "llama")
+    model = load(tmp_path, {"": "disk"})
+    assert all(parameter.is_meta for parameter in model.parameters())
+    assert model.device == torch.device("cpu")
+    assert type(model).__name__ == "LlamaForCausalLM"
+    tokens = torch.tensor([[5, 6, 7]]).to(model.device)
+    assert torch.equal(
+        model.generate(tokens, max_new_tokens=3, prompt_lookup_num_tokens=2),
+        load(tmp_path).generate(tokens, max_new_tokens=3, prompt_lookup_num_tokens=2),
+    )

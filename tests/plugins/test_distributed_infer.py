@@ -17,7 +17,7 @@ from support.workshop import Workshop
 
 from bigpipe.bigmodel.checkpoint import describe_checkpoint
 from bigpipe.bigmodel.inference import assign, read_log
-from bigpipe.bigmodel.placement import Placement
+from bigpipe.bigmodel.placement import Placement, place
 from bigpipe.errors import StageFailed, UsageError
 from bigpipe.orchestrator.contract.events import Progress, RankHello
 from bigpipe.orchestrator.stage import CheckContext, Forecast, Gpu, Launch, StageContext, Trust
@@ -217,6 +217,64 @@ def test_runs_through_a_placement(tmp_path: Path, model: Path) -> None:
     assert results(placed) == results(plain)
 
 
+def streaming(folder: Path, model: Path, **max_memory: int) -> Path:
+    """The folder of a placement by which layers are streamed."""
+    placement = place(
+        model, device_map={"": "disk", "model.decoder.embed_tokens": "cpu"}, max_memory=max_memory or None
+    )
+    assert placement.streamed_bytes_per_token
+    (folder / "placement.json").write_text(json.dumps(placement.as_json()))
+    return folder
+
+
+@pytest.mark.parametrize("arguments", [{}, {"do_sample": True}, {"num_beams": 2}], ids=str)
+def test_batches_that_go_through_streamed_layers_together_give_the_same_bytes(
+    tmp_path: Path, model: Path, arguments: dict[str, Any]
+) -> None:
+    written = []
+    for count in (1, 3, None):
+        ctx = context(tmp_path / str(count), model)
+        ctx = replace(ctx, inputs={**ctx.inputs, "placement": (streaming(tmp_path, model),)})
+        metrics = infer(params(generation=arguments, micro_batches=count), ctx)
+        assert metrics.micro_batches == (count or 5)
+        assert 0 < metrics.tokens_per_second < 1e6
+        written.append((ctx.out / "results.jsonl").read_bytes())
+    assert len(set(written)) == 1
+
+
+def test_a_batch_that_fails_beside_others_ends_the_stage_and_what_was_finished_stays(
+    tmp_path: Path, model: Path
+) -> None:
+    ctx = context(tmp_path, model)
+    ctx = replace(ctx, inputs={**ctx.inputs, "placement": (streaming(tmp_path, model),)})
+    good = ["good", "fine", "so", "well"]
+    with pytest.raises(StageFailed, match="prompt 4: ValueError: the prompt is empty"):
+        infer(params(prompts=[*good, "", *good], micro_batches=4), ctx)
+    before = len(rank_shares(ctx)[0])
+    metrics = infer(params(prompts=[*good, "", *good], micro_batches=4, max_errors=1), ctx)
+    assert (metrics.prompts, metrics.errors) == (9, 1)
+    assert len(rank_shares(ctx)[0]) == 9 + before - sum(index != 4 for index in rank_shares(ctx)[0][:before])
+
+
+def test_a_plan_says_how_many_batches_go_together_and_why(tmp_path: Path, model: Path) -> None:
+    placement = place(model, device_map={"": "disk", "model.decoder.embed_tokens": "cpu"})
+    inputs = {"model": (Forecast(output=describe_checkpoint(model)),), "placement": (Forecast(output=placement),)}
+    ctx = forecast_context(tmp_path, inputs=inputs, machine=MACHINE)
+    found = STAGE.forecast(params(), ctx)
+    assert found.metrics == {"prompts": 5, "micro_batches": 5}
+    assert found.details[0].startswith("5 batches at once through the streamed layers: more would not be faster")
+    need = placement.needs["cpu"].total
+    small = replace(MACHINE, memory=int((need + 4 * 10_000) / 0.8))
+    some = STAGE.forecast(params(prompts=["a" * 50] * 5), ctx.within(machine=small))
+    assert some.metrics["micro_batches"] in (2, 3, 4)
+    assert "must fit" in some.details[0]
+    assert STAGE.forecast(params(micro_batches=2), ctx).details == (
+        "2 batches at once through the streamed layers: as asked",
+    )
+    whole = {**inputs, "placement": (Forecast(output=place(model, device_map={"": "cpu"})),)}
+    assert STAGE.forecast(params(), replace(ctx, inputs=whole)).details == ()
+
+
 def custom_task(folder: Path) -> None:
     (folder / "mytasks.py").write_text("def lengths(model, rows, **o): return [{'length': len(r['q'])} for r in rows]")
     (folder / "questions.jsonl").write_text("".join(json.dumps({"q": text, "n": 1}) + "\n" for text in PROMPTS))
@@ -308,14 +366,14 @@ def test_arguments_are_refused_where_they_stand(workshop: Workshop, model: Path)
     workshop.manifest.write_text(WRONG_ARGUMENTS.replace("MODEL", str(model)))
     said = workshop.command("validate", str(workshop.manifest))
     assert said.returncode == 2
-    for place in (
+    for words in (
         "recipe.yaml:12:20: error",
         "did you mean 'num_beams'",
         "recipe.yaml:13:24: error",
         "penalty_alpha is not taken",
         "recipe.yaml:16:",
     ):
-        assert place in said.stdout + said.stderr
+        assert words in said.stdout + said.stderr
     assert "machine_rank 1 is not one of 1 machines" in said.stdout + said.stderr
     right = WRONG_ARGUMENTS.replace("        num_beans: 4\n        penalty_alpha: 0.5\n", "").partition("    launch")[0]
     with pytest.raises(UsageError, match=r'generation\.temperature takes float, and "hot" is given') as raised:
@@ -381,7 +439,7 @@ def test_forecasts_shares_memory_and_gpus(tmp_path: Path, model: Path) -> None:
     ctx = forecast_context(tmp_path, inputs=inputs, machine=MACHINE, launch=Launch(num_processes=2))
     found = STAGE.forecast(params(batch_size=2), ctx)
     assert found.summary == "5 prompts in 3 batches over 2 ranks (4 + 1)"
-    assert found.metrics == {"prompts": 5}
+    assert found.metrics == {"prompts": 5, "micro_batches": 1}
     assert found.ram is not None
     assert found.ram > 2 * 2 * (model / "model.safetensors").stat().st_size
     gpu = replace(MACHINE, gpus=(Gpu(0, "L4", 24 * 2**30, 20 * 2**30),))

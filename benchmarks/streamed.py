@@ -1,0 +1,185 @@
+"""Generate for a set of prompts with a model whose layers are mostly on disk: bigpipe against accelerate.
+
+    python benchmarks/streamed.py [--size 1.3B] [--dtype bfloat16] [--prompts 64] [--batch 8] [--tokens 16]
+        [--resident 0.25] [--rounds 1] [--arms "accelerate,one by one,together"] [--folder DIR]
+
+A quarter of the layers stays in RAM, the rest is on disk; both arms hold the same layers, and accelerate gets its
+offload folder. Every arm is a process of its own. Set-up is from the checkpoint to a model that can run; accelerate's
+writes the offloaded weights. Generating starts with the page cache emptied of the model's files. `one by one` takes a
+batch after the other, `together` all of them through each layer. Outputs must be equal.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import resource
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+from machine import alternate, facts, median
+from reshard import SHAPES, forget, make_source
+
+
+def device_map(layers: int, resident: float) -> dict[str, str]:
+    kept = round(layers * resident)
+    blocks = {f"model.decoder.layers.{layer}": "cpu" if layer < kept else "disk" for layer in range(layers)}
+    outside = ("embed_tokens", "embed_positions", "final_layer_norm")
+    return {**{f"model.decoder.{name}": "cpu" for name in outside}, "lm_head": "cpu", **blocks}
+
+
+def prompts(count: int, vocabulary: int, length: int = 24) -> Any:
+    import torch
+
+    return torch.randint(5, vocabulary, (count, length), generator=torch.Generator().manual_seed(0))
+
+
+def child(arm: str, source: Path, folder: Path, options: argparse.Namespace) -> dict[str, Any]:
+    import torch
+
+    torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
+    import accelerate
+    import transformers
+
+    dtype, layers = getattr(torch, options.dtype), SHAPES[options.size][2]
+    placed = device_map(layers, options.resident)
+    started = time.perf_counter()
+    if arm == "accelerate":
+        config = transformers.AutoConfig.from_pretrained(source)
+        with accelerate.init_empty_weights():
+            model = transformers.AutoModelForCausalLM.from_config(config, dtype=dtype)
+        model.tie_weights()
+        model = accelerate.load_checkpoint_and_dispatch(
+            model, str(source), device_map=placed, offload_folder=str(folder / "offload"), dtype=dtype
+        ).eval()
+        each = None
+    else:
+        from bigpipe.bigmodel.execution import load, loaded
+
+        model = load(source, placed, dtype=options.dtype)
+        each = loaded(model).stream
+    ready = time.perf_counter()
+    for path in (source, folder / "offload"):
+        if path.exists():
+            forget(path)
+    tokens = prompts(options.prompts, model.config.vocab_size)
+    batches = tokens.split(options.batch)
+    found: dict[int, Any] = {}
+
+    def work(number: int) -> None:
+        with torch.inference_mode():
+            found[number] = model.generate(
+                batches[number], attention_mask=torch.ones_like(batches[number]), max_new_tokens=options.tokens,
+                min_new_tokens=options.tokens, do_sample=False,
+            )  # fmt: skip
+
+    generating = time.perf_counter()
+    together = len(batches) if arm == "together" else 1
+    if each is None:
+        for number in range(len(batches)):
+            work(number)
+    else:
+        each.together(model, work, range(len(batches)), together)
+    ended = time.perf_counter()
+    made = torch.cat([found[number] for number in range(len(batches))])
+    return {
+        "setup": ready - started,
+        "seconds": ended - generating,
+        "tokens_per_second": tokens.shape[0] * options.tokens / (ended - generating),
+        "peak_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
+        "read": each.bytes_read if each else None,
+        "digest": hash(tuple(made.flatten().tolist())),
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--size", default="1.3B", choices=SHAPES)
+    parser.add_argument("--dtype", default="bfloat16")
+    parser.add_argument("--prompts", type=int, default=64)
+    parser.add_argument("--batch", type=int, default=8)
+    parser.add_argument("--tokens", type=int, default=16)
+    parser.add_argument("--resident", type=float, default=0.25)
+    parser.add_argument("--rounds", type=int, default=1)
+    parser.add_argument("--arms", default="accelerate,one by one,together")
+    parser.add_argument("--folder", type=Path)
+    parser.add_argument("--child", nargs=3, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.child:
+        arm, source, folder = options.child
+        print(json.dumps(child(arm, Path(source), Path(folder), options)))
+        return
+    with tempfile.TemporaryDirectory(dir=options.folder) as name:
+        source = Path(name) / "source"
+        code = (
+            "import sys; from pathlib import Path; from streamed import write; write(Path(sys.argv[1]), *sys.argv[2:])"
+        )
+        subprocess.run(
+            [sys.executable, "-c", code, source, options.size, options.dtype],
+            check=True,
+            cwd=Path(__file__).parent,
+            stderr=subprocess.DEVNULL,
+        )
+
+        def run(arm: str) -> dict[str, Any]:
+            with tempfile.TemporaryDirectory(dir=options.folder) as folder:
+                command = [sys.executable, *sys.argv, "--child", arm, str(source), folder]
+                environment = {**os.environ, "OMP_NUM_THREADS": str(os.cpu_count()), "PYTHONHASHSEED": "0"}
+                done = subprocess.run(
+                    command, check=True, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, env=environment
+                )
+                return dict(json.loads(done.stdout.splitlines()[-1]))
+
+        arms = {arm: (lambda arm=arm: run(arm)) for arm in options.arms.split(",")}
+        results = alternate(arms, options.rounds)
+        report(results, options)
+
+
+def write(folder: Path, size: str, dtype: str) -> None:
+    """A checkpoint of OPT's shape, stored in the dtype it is computed in."""
+    make_source(folder, size, "safetensors")
+    if dtype != "float16":
+        from bigpipe.bigmodel.writing import save_checkpoint
+
+        target = folder.with_name("cast")
+        save_checkpoint(folder, target, dtype=dtype)
+        for file in folder.iterdir():
+            file.unlink()
+        folder.rmdir()
+        target.rename(folder)
+
+
+def report(results: dict[str, list[dict[str, Any]]], options: argparse.Namespace) -> None:
+    digests = {run["digest"] for runs in results.values() for run in runs}
+    arms = {
+        arm: {key: median([run[key] for run in runs]) for key in ("setup", "seconds", "tokens_per_second", "peak_mib")}
+        | {"read_gb": round(runs[0]["read"] / 1e9, 2) if runs[0]["read"] else None}
+        for arm, runs in results.items()
+    }
+    best = arms.get("together") or arms["one by one"]
+    ratios = {
+        f"ratio of tokens/s to {arm}": round(best["tokens_per_second"] / row["tokens_per_second"], 2)
+        for arm, row in arms.items()
+    }
+    print(
+        json.dumps(
+            {
+                "benchmark": "streamed",
+                "equal outputs": len(digests) == 1,
+                "arms": arms,
+                **ratios,
+                "options": {k: v for k, v in vars(options).items() if k not in ("child", "folder")},
+                "machine": facts(),
+            },
+            indent=2,
+        )
+    )
+
+
+if __name__ == "__main__":
+    main()

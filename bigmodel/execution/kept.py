@@ -1,0 +1,77 @@
+"""What a batch leaves behind between two forwards beside what it passes to them, kept apart from what others leave.
+
+Some models keep states in their own modules (RecurrentGemma its recurrent states, Qwen2-VL its rope deltas, dynamic
+rotary embeddings the frequencies of the longest text so far), and torch draws from generators that are everybody's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection
+from operator import is_
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import torch
+
+Resume = Callable[[], None]
+"""Puts back what was suspended."""
+ABSENT = object()
+
+
+class KeptStates:
+    """Attributes and buffers of a model's own modules, as they are now and as forwards replace them. What is changed in
+    place is not seen. Modules of torch itself keep nothing."""
+
+    def __init__(self, model: torch.nn.Module, streamed: Collection[tuple[torch.nn.Module, str]]) -> None:
+        """streamed: module and attribute of buffers that come and go by themselves; those beside them count as such."""
+        own = [module for module in model.modules() if not type(module).__module__.startswith("torch.nn.")]
+        self._first: list[tuple[dict[str, Any], dict[str, Any]]] = []
+        for module in own:
+            self._first.append((module.__dict__, dict(module.__dict__)))
+            if not any((module, name) in streamed for name in module._buffers):
+                self._first.append((module._buffers, dict(module._buffers)))
+
+    def suspend(self) -> Resume:
+        """Make all as it was at first, and return what makes it as it is now."""
+        changed = [change for place, first in self._first for change in _changes(place, first)]
+        for place, name, first, _ in changed:
+            _put(place, name, first)
+        drawn = _random_state()
+
+        def resume() -> None:
+            for place, name, _, now in changed:
+                _put(place, name, now)
+            _draw_from(*drawn)
+
+        return resume
+
+
+def _changes(place: dict[str, Any], first: dict[str, Any]) -> list[tuple[dict[str, Any], str, Any, Any]]:
+    """Place, name, first value, value now."""
+    if len(place) == len(first) and all(map(is_, place.values(), first.values())):
+        return []
+    pairs = ((name, first.get(name, ABSENT), place.get(name, ABSENT)) for name in {**first, **place})
+    return [(place, name, before, now) for name, before, now in pairs if before is not now]
+
+
+def _put(place: dict[str, Any], name: str, value: Any) -> None:
+    if value is ABSENT:
+        place.pop(name, None)
+    else:
+        place[name] = value
+
+
+def _random_state() -> tuple[torch.Tensor, list[torch.Tensor]]:
+    """Of torch's generators that draw where none is named: the CPU's, those of GPUs."""
+    import torch
+
+    gpus = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []  # type: ignore[no-untyped-call]
+    return torch.get_rng_state(), gpus
+
+
+def _draw_from(cpu: torch.Tensor, gpus: list[torch.Tensor]) -> None:
+    import torch
+
+    torch.set_rng_state(cpu)
+    if gpus:
+        torch.cuda.set_rng_state_all(gpus)

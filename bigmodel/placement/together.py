@@ -1,0 +1,71 @@
+"""How many batches go through streamed layers together, so that one reading of the weights serves them all.
+
+A decoding step of n batches lasts
+
+    t(n) = max(bytes streamed / bandwidth, n · bytes of weights / memory bandwidth)
+
+since each batch reads every weight from memory once, and the stream goes on beside it. Up to n* where both are equal a
+batch more costs nothing; beyond it nothing is gained. Every batch has keys and values of its own, which must fit.
+"""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+from bigpipe.bigmodel.architecture import Architecture, text_config
+from bigpipe.bigmodel.footprint import Workload, cache_of, capped_length, compute_bytes
+from bigpipe.machine import Machine
+from bigpipe.sizes import format_size
+
+from .budget import memory_of
+from .devices import is_computing, main_of
+from .placement import Placement
+from .speeds import Speeds, speeds_of
+
+BEYOND = 1.25
+"""Times n*: what is measured in a fraction of a second is not exact, and a few batches too many cost little."""
+HELD = 4
+"""Tensors as large as its hidden states that a batch holds between layers: these, what is added to them, mask and
+positions."""
+
+
+def batches_together(
+    placement: Placement,
+    architecture: Architecture,
+    workload: Workload,
+    dtype: str,
+    machine: Machine,
+    *,
+    processes: int = 1,
+    memo: Path | None = None,
+) -> tuple[int, str]:
+    """Return how many batches should go through the layers of a placement together, and why, in words.
+
+    workload: of one batch; beams count as its rows. dtype: what is computed in. processes: that share the machine,
+    each with a model of its own. memo: where the speeds of this machine are kept; None: those of an ordinary one.
+    """
+    if not placement.streamed_bytes_per_token:
+        return 1, "nothing is streamed"
+    useful = _useful(placement, (memo and speeds_of(machine, memo)) or Speeds())
+    size = _size(architecture, workload, dtype)
+    main = main_of(placement.device_map.values())
+    room = memory_of(machine)[main] / (processes if main == "cpu" else 1) - placement.needs[main].total
+    most = 1 + max(0, int(room // size))
+    if most < useful:
+        return most, f"{useful} would hide the streaming, and {format_size(size)} of each must fit"
+    return useful, f"more would not be faster; {format_size(size)} each"
+
+
+def _useful(placement: Placement, speeds: Speeds) -> int:
+    main = main_of(placement.device_map.values())
+    streamed = {home: size for home, size in placement.weights.items() if not is_computing(home, main)}
+    moving = sum(size / (speeds.disk if home == "disk" else speeds.link) for home, size in streamed.items())
+    return max(1, math.ceil(BEYOND * moving / speeds.resident(main, sum(placement.weights.values()))))
+
+
+def _size(architecture: Architecture, workload: Workload, dtype: str) -> int:
+    """Bytes that a batch holds while it waits."""
+    length, width = capped_length(architecture, workload.sequence_length), compute_bytes(dtype)
+    states = workload.batch_size * length * int(text_config(architecture.config).get("hidden_size") or 0) * width
+    return cache_of(architecture, workload.batch_size, length, width).bytes + HELD * states

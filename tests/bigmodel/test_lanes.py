@@ -1,0 +1,163 @@
+"""Batches that go through streamed layers together give what each gives alone, and every layer is read once for all."""
+
+from __future__ import annotations
+
+import errno
+from pathlib import Path
+
+import pytest
+from support.models import CAUSAL, make_checkpoint
+
+from bigpipe.bigmodel.execution import load, loaded
+from bigpipe.bigmodel.execution.lanes import Lanes
+from bigpipe.bigmodel.sources import Sources
+from bigpipe.bigmodel.tasks import Row, TaskOptions, find_task
+
+
+class Library:
+    """Books that are fetched and put back, with who read what and when."""
+
+    def __init__(self, broken: tuple[int, ...] = ()) -> None:
+        self.broken = broken
+        self.events: list[str] = []
+        self.lanes: Lanes[int] = Lanes(self.fetch, lambda book: self.events.append(f"-{book}"), lambda book: book)
+
+    def fetch(self, book: int) -> None:
+        if book in self.broken:
+            raise OSError(errno.EIO, "Input/output error")
+        self.events.append(f"+{book}")
+
+    def read(self, reader: str, books: list[int]) -> None:
+        for book in books:
+            self.lanes.enter(book)
+            self.events.append(f"{reader}{book}")
+            self.lanes.leave(book)
+
+    def run(self, shelves: dict[str, list[int]], count: int) -> list[str]:
+        self.lanes.run(lambda reader: self.read(reader, shelves[reader]), shelves, count, lambda: lambda: None)
+        return self.events
+
+
+@pytest.mark.timeout(30)
+class TestOrder:
+    def test_what_all_need_is_fetched_once(self) -> None:
+        events = Library().run({"a": [0, 1], "b": [0, 1], "c": [0, 1]}, 3)
+        assert events == ["+0", "a0", "b0", "c0", "-0", "+1", "a1", "b1", "c1", "-1"]
+
+    def test_those_that_are_apart_meet_again(self) -> None:
+        events = Library().run({"a": [0, 1, 2, 3], "b": [2, 3], "c": [1, 3]}, 3)
+        assert [event for event in events if event[0] == "+"] == ["+0", "+1", "+2", "+3"]
+
+    def test_one_that_is_done_takes_the_next(self) -> None:
+        events = Library().run({"a": [0], "b": [0, 1, 0, 1], "c": [0, 1]}, 2)
+        assert events.index("c0") < events.index("b1")
+        assert events.count("+0") + events.count("+1") == 4
+
+    def test_without_others_one_goes_its_way(self) -> None:
+        library = Library()
+        library.read("a", [1, 0, 1])
+        assert library.events == ["+1", "a1", "-1", "+0", "a0", "-0", "+1", "a1", "-1"]
+
+    def test_within_each_other_and_twice(self) -> None:
+        library = Library()
+
+        def work(reader: str) -> None:
+            for book in (0, 1, 1):
+                library.lanes.enter(book)
+            library.events.append(reader)
+            for book in (1, 1, 0):
+                library.lanes.leave(book)
+
+        library.lanes.run(work, "ab", 2, lambda: lambda: None)
+        assert library.events == ["+0", "+1", "a", "b", "-1", "-0"]
+
+    def test_an_error_ends_all_and_leaves_nothing_fetched(self) -> None:
+        library = Library()
+
+        def work(reader: str) -> None:
+            library.read(reader, [0])
+            library.lanes.enter(1)
+            if reader == "b":
+                raise ValueError(reader)
+            library.lanes.enter(2)
+            library.events.append("never")
+
+        with pytest.raises(ValueError, match="b"):
+            library.lanes.run(work, "abcd", 3, lambda: lambda: None)
+        assert "never" not in library.events
+        assert sorted(event for event in library.events if event[0] == "+") == ["+0", "+1"]
+        assert sorted(event for event in library.events if event[0] == "-") == ["-0", "-1"]
+        assert Library.read(library, "z", [5]) is None  # and goes on
+
+    def test_what_cannot_be_fetched_is_an_error_of_each_that_waits(self) -> None:
+        library, caught = Library(broken=(1,)), []
+
+        def work(reader: str) -> None:
+            try:
+                library.read(reader, [0, 1])
+            except OSError:
+                caught.append(reader)
+            library.read(reader, [2])
+
+        library.lanes.run(work, "abc", 3, lambda: lambda: None)
+        assert caught == ["a", "b", "c"]
+        assert library.events[-5:] == ["+2", "a2", "b2", "c2", "-2"]
+
+
+def rows(count: int) -> list[Row]:
+    texts = [f"{'word ' * (1 + 3 * number % 7)}{number}" for number in range(count)]
+    return [Row(number, text, {"prompt": text}) for number, text in enumerate(texts)]
+
+
+def answers(path: Path, device_map: dict[str, str], together: int, **arguments: object) -> tuple[list[object], int]:
+    """What a task says to six batches of two, so many together, and the bytes that were read."""
+    name, options = ("feature-extraction", {}) if arguments.pop("features", False) else ("text-generation", arguments)
+    model = load(path, device_map, dtype="float32")
+    task = find_task(name, Sources()).bind(model, path, TaskOptions(arguments=options, max_new_tokens=5), Sources())
+    batches = [rows(12)[first : first + 2] for first in range(0, 12, 2)]
+    found: dict[int, object] = {}
+
+    def work(number: int) -> None:
+        found[number] = [answer.payload for answer in task(batches[number])]
+
+    stream = loaded(model).stream
+    stream.together(model, work, range(6), together)
+    assert all(parameter.is_meta for name, parameter in model.named_parameters() if device_map.get("") == "disk")
+    return [found[number] for number in range(6)], stream.bytes_read
+
+
+@pytest.mark.parametrize("architecture", [*CAUSAL, "t5", "bart"])
+def test_generations_are_the_same_bits(tmp_path: Path, architecture: str) -> None:
+    make_checkpoint(tmp_path, architecture)
+    wanted, _ = answers(tmp_path, {"": "cpu"}, 1)
+    alone, read = answers(tmp_path, {"": "disk"}, 1)
+    together, shared = answers(tmp_path, {"": "disk"}, 6)
+    assert wanted == alone == together
+    assert shared < read / 4
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        {"do_sample": True, "top_k": 40},
+        {"do_sample": True, "num_return_sequences": 3},
+        {"num_beams": 3},
+        {"num_beams": 2, "do_sample": True},
+        {"prompt_lookup_num_tokens": 3},
+        {"features": True},
+    ],
+    ids=str,
+)
+def test_drawing_beams_and_vectors_are_the_same(tmp_path: Path, arguments: dict[str, object]) -> None:
+    make_checkpoint(tmp_path, "llama")
+    wanted, _ = answers(tmp_path, {"": "cpu"}, 1, **arguments)
+    for together in (2, 4, 6):
+        assert answers(tmp_path, {"": "disk"}, together, **arguments)[0] == wanted
+
+
+def test_features_read_the_model_once(tmp_path: Path) -> None:
+    make_checkpoint(tmp_path, "bert")
+    once = answers(tmp_path, {"": "disk"}, 1, features=True)
+    together = answers(tmp_path, {"": "disk"}, 6, features=True)
+    assert together[0] == once[0]
+    assert together[1] < once[1] / 5
