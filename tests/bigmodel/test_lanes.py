@@ -6,7 +6,8 @@ import errno
 from pathlib import Path
 
 import pytest
-from support.models import CAUSAL, make_checkpoint
+import torch
+from support.models import CAUSAL, make_checkpoint, save_model
 
 from bigpipe.bigmodel.execution import load, loaded
 from bigpipe.bigmodel.execution.lanes import Lanes
@@ -109,8 +110,10 @@ def rows(count: int) -> list[Row]:
     return [Row(number, text, {"prompt": text}) for number, text in enumerate(texts)]
 
 
-def answers(path: Path, device_map: dict[str, str], together: int, **arguments: object) -> tuple[list[object], int]:
-    """What a task says to six batches of two, so many together, and the bytes that were read."""
+def answers(
+    path: Path, device_map: dict[str, str], together: int, only: int | None = None, **arguments: object
+) -> tuple[list[object], int]:
+    """What a task says to six batches of two, so many together, or to one of them, and the bytes that were read."""
     name, options = ("feature-extraction", {}) if arguments.pop("features", False) else ("text-generation", arguments)
     model = load(path, device_map, dtype="float32")
     task = find_task(name, Sources()).bind(model, path, TaskOptions(arguments=options, max_new_tokens=5), Sources())
@@ -121,9 +124,10 @@ def answers(path: Path, device_map: dict[str, str], together: int, **arguments: 
         found[number] = [answer.payload for answer in task(batches[number])]
 
     stream = loaded(model).stream
-    stream.together(model, work, range(6), together)
+    chosen = range(6) if only is None else [only]
+    stream.together(model, work, chosen, together)
     assert all(parameter.is_meta for name, parameter in model.named_parameters() if device_map.get("") == "disk")
-    return [found[number] for number in range(6)], stream.bytes_read
+    return [found[number] for number in chosen], stream.bytes_read
 
 
 @pytest.mark.parametrize("architecture", [*CAUSAL, "t5", "bart"])
@@ -134,6 +138,43 @@ def test_generations_are_the_same_bits(tmp_path: Path, architecture: str) -> Non
     together, shared = answers(tmp_path, {"": "disk"}, 6)
     assert wanted == alone == together
     assert shared < read / 4
+
+
+COMMON = {
+    "vocab_size": 264, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "hidden_size": 32,
+    "num_hidden_layers": 3, "num_attention_heads": 4, "intermediate_size": 64,
+}  # fmt: skip
+KEEPING: dict[str, tuple[str, dict[str, object]]] = {
+    "its recurrent states": ("RecurrentGemma", {
+        "num_key_value_heads": 1, "lru_width": 32, "attention_window_size": 16,
+        "block_types": ["recurrent", "recurrent", "attention"],
+    }),
+    "the frequencies of its longest text": ("Llama", {
+        "max_position_embeddings": 16, "rope_parameters": {"rope_type": "dynamic", "factor": 4.0, "rope_theta": 1e4},
+    }),
+    "states outside": ("Mamba", {"state_size": 8}),
+    "compressed keys": ("DeepseekV2", {
+        "num_key_value_heads": 4, "q_lora_rank": 16, "kv_lora_rank": 16, "qk_rope_head_dim": 8, "qk_nope_head_dim": 8,
+        "v_head_dim": 8, "n_routed_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16,
+        "first_k_dense_replace": 1, "n_group": 1, "topk_group": 1,
+    }),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kept", KEEPING)
+def test_what_a_model_keeps_is_kept_apart(tmp_path: Path, kept: str) -> None:
+    import transformers
+
+    name, fields = KEEPING[kept]
+    torch.manual_seed(0)
+    config = getattr(transformers, f"{name}Config")(**{**COMMON, **fields})
+    model = getattr(transformers, f"{name}ForCausalLM")(config)
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.2)
+    save_model(model.eval(), tmp_path)
+    single = [answers(tmp_path, {"": "disk"}, 1, only=number)[0][0] for number in range(6)]
+    assert answers(tmp_path, {"": "cpu"}, 1)[0] == single
+    assert answers(tmp_path, {"": "disk"}, 4)[0] == single
 
 
 @pytest.mark.parametrize(
