@@ -8,12 +8,15 @@ main → command → cli, a click group over
 
 from __future__ import annotations
 
+import io
 import os
+import signal
 import sys
 import threading
 import traceback
 from collections.abc import Callable
 from functools import wraps
+from types import FrameType
 from typing import Any
 
 import click
@@ -21,6 +24,7 @@ import click
 from bigpipe.commandline import questions, recipes, stored, streams
 from bigpipe.commandline.printing import fail, others_apart, say, show_refusal
 from bigpipe.errors import BigpipeError, UsageError
+from bigpipe.orchestrator import report
 
 
 class InOrder(click.Group):
@@ -64,17 +68,26 @@ def main() -> None:
     """Entry point. Leaves at once: taking the interpreter apart lasts as long as all the work of a cached run."""
     threading.excepthook = lambda died: show_bug(died.exc_value) if died.exc_value else None
     streams.listen()
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        if signal.getsignal(number) == signal.SIG_DFL:
+            signal.signal(number, end)
     status: Any = 0
     try:
         command()
     except SystemExit as leaving:
         status = leaving.code or 0
-    except KeyboardInterrupt:
-        status = 130
+    except KeyboardInterrupt as interrupted:
+        status = report.as_bigpipe_error(interrupted).status
     if (error := streams.lost()) is not None:
         say(f"error: {error}", err=True)
         status = status or error.exit_code
     os._exit(status)
+
+
+def end(number: int, frame: FrameType | None) -> None:
+    """End as by Ctrl-C, at once where it comes again. A run has its own way, and hears it first."""
+    signal.signal(number, signal.SIG_DFL)
+    raise KeyboardInterrupt(number)
 
 
 def command() -> None:
@@ -88,11 +101,12 @@ def command() -> None:
     except click.ClickException as error:
         if "--json" in sys.argv:
             show_refusal("", UsageError(error.format_message(), "see --help"), {})
-        error.show()
+        shown = io.StringIO()
+        error.show(shown)
+        say(shown.getvalue().rstrip(), err=True)
         sys.exit(2)
-    except (click.Abort, KeyboardInterrupt):
-        click.echo("interrupted", err=True)
-        sys.exit(130)
+    except (click.Abort, KeyboardInterrupt) as error:
+        fail(report.as_bigpipe_error(error.__cause__ or error))
     except Exception as error:
         from bigpipe.orchestrator.launch import ran_out
 

@@ -12,6 +12,7 @@ import time
 from pathlib import Path
 
 import pytest
+from support.hub import LoopbackHub
 from support.workshop import environment
 
 from bigpipe import errors
@@ -164,6 +165,48 @@ def test_an_interrupted_run_is_an_answer(workshop) -> None:
     assert process.returncode == 143
     told = checked(out, 143)
     assert told["status"] == "interrupted"
+
+
+SLOW = """
+import pathlib, time
+from bigpipe.orchestrator.stage import Forecast, Metrics, Params, Planning, Stage
+class Nothing(Params): pass
+class None_(Metrics): pass
+def check(params, context):
+    pathlib.Path("checking").touch()
+    time.sleep(60)
+STAGE = Stage(kind="slow", version=1, params=Nothing, metrics=None_, inputs={}, output="report", run=check,
+              forecast=lambda params, context: Forecast(), planning=Planning(check=check))
+"""
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)])
+def test_a_run_that_is_interrupted_before_it_began_is_an_answer(workshop, number: int, code: int) -> None:
+    (workshop.folder / "slow.py").write_text(SLOW)
+    workshop.manifest.write_text(
+        "version: 1\ntrust: {modules: [slow]}\nparams: {text: hello}\nstages:\n  a: {uses: 'slow:STAGE'}\n"
+    )
+    process = subprocess.Popen(
+        [sys.executable, "-m", "bigpipe", "run", "recipe.yaml", "--json"], cwd=workshop.folder,
+        env=environment(workshop.folder), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    while not (workshop.folder / "checking").exists():
+        assert process.poll() is None
+        time.sleep(0.05)
+    process.send_signal(number)
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == code
+    assert "Traceback" not in err
+    assert checked(out, code)["status"] == "refused"
+
+
+def test_a_token_that_is_not_taken_is_an_answer(workshop, tmp_path) -> None:
+    with LoopbackHub() as hub:
+        hub.create("org/model", {"config.json": b"{}"}, private=True)
+        workshop.manifest.write_text(HEAD + "  a: {uses: download, with: {repo: org/model}}\n")
+        told = answer(workshop, "run", "recipe.yaml", code=5, **hub.environment(tmp_path / "hf"))
+    assert told["errors"][0]["code"] == "NotAuthorised"
+    assert (told["errors"][0]["line"], told["errors"][0]["node"]) == (5, "a")
 
 
 def test_what_is_damaged_is_an_answer(workshop) -> None:

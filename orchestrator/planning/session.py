@@ -123,7 +123,7 @@ class Session:
         try:
             return function(node.params, *arguments)
         except BigpipeError as error:
-            error.place = error.place or node.places.of(error.field)
+            error.place, error.node = error.place or node.places.of(error.field), node.name
             raise
         except Exception as error:
             from bigpipe.orchestrator.launch import Failure
@@ -132,7 +132,7 @@ class Session:
             make_directory(log.parent)
             write_file(log, printable(redact(traceback.format_exc())), durable=False)
             failed = Failure.of(error).error(f"{node.name} ({node.kind.kind})", log)
-            failed.place = node.places.get("")
+            failed.place, failed.node = node.places.get(""), node.name
             raise failed from error
 
     def pinned(self, node: Node) -> Pinned:
@@ -182,7 +182,7 @@ class Session:
                     pins=self.pinned(node).values,
                 )  # fmt: skip
             except BigpipeError as error:
-                error.place = error.place or node.places.of(error.field)
+                error.place, error.node = error.place or node.places.of(error.field), node.name
                 raise
         return self._identities[node.name]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import traceback
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -30,5 +31,6 @@ def refused(command: str, error: BaseException, options: Mapping[str, Any]) -> d
 def as_bigpipe_error(error: BaseException) -> BigpipeError:
     """Return an interruption, or a bug, whose exit code is 1, as an error of the tree."""
     if isinstance(error, KeyboardInterrupt):
-        return Interrupted("interrupted", "the same command goes on from there")
+        number = next(iter(error.args), signal.SIGINT)
+        return Interrupted("interrupted", "the same command goes on from there", signal=number)
     return BigpipeError("".join(traceback.format_exception_only(error)).strip(), "this is a bug in bigpipe")

@@ -19,6 +19,9 @@ PREFIXES = (
     "TRITON_", "ROCM_", "HIP_", "ROCR_",
 )  # fmt: skip
 
+KEPT_OUT = frozenset({"CUDA_INJECTION32_PATH", "CUDA_INJECTION64_PATH", "TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD"})
+"""In spite of their prefix: they load other code, or let a file of weights do so."""
+
 
 def inherited(parent: Mapping[str, str], *, passwords: bool = False) -> dict[str, str]:
     """Return the variables that a child may see. passwords: also those in addresses, such as a proxy's."""
@@ -31,4 +34,4 @@ def inherited(parent: Mapping[str, str], *, passwords: bool = False) -> dict[str
 def _allowed(name: str) -> bool:
     if name.startswith(("HF_", "HUGGINGFACE_", "HUGGING_FACE_")) and name != "HF_TOKEN_PATH" and "TOKEN" in name:
         return name == "HF_HUB_DISABLE_IMPLICIT_TOKEN"
-    return name in EXACT or name.startswith(PREFIXES)
+    return name in EXACT or (name.startswith(PREFIXES) and name not in KEPT_OUT)

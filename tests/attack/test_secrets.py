@@ -6,6 +6,7 @@ import base64
 import json
 import os
 import re
+import resource
 import shutil
 import subprocess
 import sys
@@ -157,9 +158,13 @@ def test_a_secret_in_a_row_that_failed_reaches_neither_results_nor_card(leaky: L
         "infer": "{uses: distributed-infer, inputs: model, "
                  "with: {task: 'leaking:go', prompts: [a, b, c], max_errors: 2}, "
                  "launch: {num_processes: 2}, secrets: [S3_KEY, HF_TOKEN]}",
+        "strict": "{uses: distributed-infer, inputs: model, "
+                  "with: {task: 'leaking:go', prompts: [a, b]}, secrets: [S3_KEY, HF_TOKEN]}",
         "save": "{uses: save, inputs: {model: model, results: infer}, with: {to: out}}",
     })  # fmt: skip
-    assert leaky.command("run", "recipe.yaml", "--json").returncode == 0
+    run = json.loads(leaky.command("run", "recipe.yaml", "--json", "--keep-going").stdout)
+    assert (run["nodes"]["strict"]["status"], run["nodes"]["save"]["status"]) == ("failed", "succeeded")
+    assert list(leaky.folder.glob("work/store/work/*/scratch/rank-0/records.jsonl"))
     assert "***" in (leaky.shop.folder / "out" / "results" / "results.jsonl").read_text()
     leaky.search()
 
@@ -217,8 +222,17 @@ def test_children_that_need_no_secret_find_none(leaky: Leaky) -> None:
         "blind": "{uses: 'leaking:STAGE', with: {how: look}}",
         "sees": "{uses: 'leaking:STAGE', with: {how: look}, secrets: [S3_KEY], env: {OWN: declared}}",
     })  # fmt: skip
-    loaders = {"LD_PRELOAD": "", "PYTHONSTARTUP": "/x.py", "ACCELERATE_USE_CPU": "true", "AWS_SECRET_ACCESS_KEY": "aws"}
-    run = json.loads(leaky.command("run", "recipe.yaml", "--json", **loaders).stdout)
+    loaders = {
+        "LD_PRELOAD": "", "LD_AUDIT": "", "PYTHONSTARTUP": "/x.py", "PYTHONINSPECT": "", "PYTHONUSERBASE": "/x",
+        "PYTHONWARNINGS": "", "CUDA_INJECTION64_PATH": "/x.so", "TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD": "1",
+        "ACCELERATE_USE_CPU": "true", "AWS_SECRET_ACCESS_KEY": "aws", "GIT_SSH_COMMAND": "x", "BASH_ENV": "/x",
+    }  # fmt: skip
+    soft, hard = resource.getrlimit(resource.RLIMIT_CORE)
+    resource.setrlimit(resource.RLIMIT_CORE, (hard, hard))
+    try:
+        run = json.loads(leaky.command("run", "recipe.yaml", "--json", **loaders).stdout)
+    finally:
+        resource.setrlimit(resource.RLIMIT_CORE, (soft, hard))
     around = {name: (Path(node["path"]) / "around").read_text() for name, node in run["nodes"].items()}
     assert found_in(around["blind"].encode()) == []
     assert set(found_in(around["sees"].encode())) == {SECRET}
@@ -360,12 +374,8 @@ print(HOSTILE)
         for name in ("STAGE", "INLINE")
         for how in ("", "fail")
     })  # fmt: skip
-    for command in (
-        ["plan", "recipe.yaml"], ["plan", "recipe.yaml", "--json"], ["run", "recipe.yaml"],
-        ["run", "recipe.yaml", "--json"], ["show"], ["show", "--json"], ["log", "last"], ["status", "recipe.yaml"],
-        ["kinds", "leaking:STAGE"],
-    ):  # fmt: skip
-        done = leaky.command(*command, GITHUB_ACTIONS="true")
+    for command in ("plan recipe.yaml", "run recipe.yaml", "run recipe.yaml --json", "show", "log last"):
+        done = leaky.command(*command.split(), GITHUB_ACTIONS="true")
         assert not re.search(r"^\s*::(?!error file=)", done.stdout + done.stderr, re.MULTILINE)
         assert "##[" not in done.stdout
         if "--json" in command:
@@ -373,3 +383,16 @@ print(HOSTILE)
     logs = list(leaky.folder.glob("work/store/runs/*/nodes/*/*/log.txt"))
     assert len(logs) >= 4
     assert not any(MOVING.search(log.read_text()) for log in logs)
+
+
+@pytest.mark.attack
+def test_nothing_in_a_config_or_an_argument_moves_the_terminal(leaky: Leaky) -> None:
+    leaky.recipe({"a": "{uses: 'leaking:STAGE', with: {how: none}}"})
+    (leaky.shop.folder / "model").mkdir()
+    config = {"model_type": HOSTILE, "architectures": [HOSTILE], "n_layer": HOSTILE}
+    for fields in (config, {**config, "model_type": "gpt2"}, {**config, "model_type": "gpt2", "n_layer": 1}):
+        (leaky.shop.folder / "model" / "config.json").write_text(json.dumps(fields))
+        leaky.command("estimate", "model")
+        json.loads(leaky.command("estimate", "model", "--json").stdout)
+    leaky.command("run", HOSTILE.replace("\x00", ""), "--json")
+    leaky.command("run", "recipe.yaml", "--" + HOSTILE.replace("\x00", ""))
