@@ -50,7 +50,7 @@ def forked(action: Callable[[], object], *, seconds: float = 60.0, watch: Sequen
         tracer = _attached(process, watch) if watch else None
         code = _ended(process, time.monotonic() + seconds)
         if tracer is not None:
-            tracer.wait(timeout=20)
+            tracer.communicate(timeout=20)
         said.seek(0)
         return Ending(code, said.read().decode(errors="replace"))
 
@@ -86,13 +86,15 @@ def _say(said: int, text: str) -> None:
 
 def _attached(process: int, options: Sequence[str]) -> subprocess.Popen[bytes]:
     os.waitpid(process, os.WUNTRACED)
-    tracer = subprocess.Popen([strace(), "-f", "-qq", *options, "-p", str(process)], stderr=subprocess.DEVNULL)
+    tracer = subprocess.Popen([strace(), "-f", "-qq", *options, "-p", str(process)], stderr=subprocess.PIPE)
     deadline = time.monotonic() + 20
     while "TracerPid:\t0" in Path(f"/proc/{process}/status").read_text():
         if tracer.poll() is not None or time.monotonic() > deadline:
             os.kill(process, signal.SIGKILL)
             os.waitpid(process, 0)
-            pytest.skip("needs strace that may attach to a process (ptrace)")
+            heard = tracer.communicate()[1].decode()
+            assert "invalid" not in heard, heard
+            pytest.skip(f"needs strace that may attach to a process (ptrace): {heard.strip()[-200:]}")
         time.sleep(0.001)
     os.kill(process, signal.SIGCONT)
     return tracer
