@@ -105,6 +105,11 @@ def _step() -> float:
     return float(constants.HF_HUB_DOWNLOAD_TIMEOUT)
 
 
+def longest_silence() -> float:
+    """Return the seconds after which a file of which nothing comes is given up, whoever brings it."""
+    return (2 * STEPS + PAUSES) * _step()
+
+
 def downloading(name: str, size: int, *, commit: str, digest: str) -> Exchange:
     """Return the exchange of one file, of which the listing tells size and digest ("" where it does not)."""
     step = _step()

@@ -11,8 +11,9 @@ from __future__ import annotations
 import hashlib
 import os
 import threading
-from collections.abc import Callable, Iterable, Sequence
-from concurrent.futures import ThreadPoolExecutor, as_completed
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,11 +22,13 @@ from typing import Any
 from bigpipe.errors import InvalidCheckpoint, Transient
 from bigpipe.files import sync_file
 
-from .connection import downloading, guard_answers
+from .connection import downloading, guard_answers, longest_silence
 from .errors import hub_errors
 from .exchange import exchanging
 from .repository import HubFile, Repository
 
+LOOK = 2.0
+"""Seconds between looks at whether anything comes."""
 WORKERS = 8
 WORKERS_IN_ORDER = 2
 """Files that come at a time. One more may be verified meanwhile."""
@@ -81,7 +84,7 @@ def fetch(
         names = {pool.submit(errands.bring, file): file.path for file in ordered}
         settles = []
         try:
-            for future in as_completed(names):
+            for future in errands.finished(names):
                 found = fetched[names[future]] = future.result()
                 # While others still come: what is recorded as verified is there after a power cut too.
                 settles.append(settling.submit(sync_file, found.path))
@@ -118,12 +121,28 @@ class _Count:
     total: int
     report: Report
     done: int = 0
+    moved: float = 0.0
+    """When the last bytes came, of `time.monotonic`."""
+    coming: int = 0
+    """Files that are being transferred."""
     lock: threading.Lock = field(default_factory=threading.Lock)
 
     def add(self, size: int) -> None:
         with self.lock:
             self.done += size
+            self.moved = time.monotonic()
             self.report(self.done, max(self.total, self.done), self.task)
+
+    def transfers(self, change: int) -> None:
+        """One more, or one fewer."""
+        with self.lock:
+            self.coming += change
+            self.moved = time.monotonic()
+
+    @property
+    def silence(self) -> float:
+        """Seconds without a byte of what is being transferred. (Waiting for another process's transfer is none.)"""
+        return time.monotonic() - self.moved if self.coming else 0.0
 
 
 class _Errands:
@@ -139,6 +158,16 @@ class _Errands:
     def _known(self, file: HubFile) -> bool:
         path = self.repository.blob(file)
         return path.is_file() and _recalled(self.hub.recall("blob", str(path)), path.stat()) is not None
+
+    def finished(self, futures: Iterable[Future[Fetched]]) -> Iterator[Future[Fetched]]:
+        """Each as it ends. Raise Transient where nothing comes any more: Xet waits by rules of its own."""
+        waiting = set(futures)
+        while waiting:
+            done, waiting = wait(waiting, timeout=LOOK, return_when=FIRST_COMPLETED)
+            yield from done
+            if (silence := self.downloaded.silence) > longest_silence():
+                cause = f"nothing came of {self.repository.repo} for {silence:.0f} s"
+                raise Transient(cause, "run again later, or without Xet: HF_HUB_DISABLE_XET=1")
 
     def bring(self, file: HubFile) -> Fetched:
         """Fetch and verify; where that fails, once more: what lay in the cache may have rotted, or was garbled."""
@@ -244,11 +273,19 @@ def _bar(count: _Count, stop: threading.Event) -> Any:
 
         def __init__(self, *_: Any, total: int | None = None, **settings: Any) -> None:
             self.total = total
+            self._open = True
+            count.transfers(1)
 
         def __enter__(self) -> Bar:
             return self
 
-        def __exit__(self, *_: object) -> None: ...
+        def __exit__(self, *_: object) -> None:
+            self.close()
+
+        def close(self) -> None:
+            if self._open:
+                self._open = False
+                count.transfers(-1)
 
         def update(self, size: float | None = 1) -> None:
             if stop.is_set():
@@ -256,10 +293,13 @@ def _bar(count: _Count, stop: threading.Event) -> Any:
             self.n += int(size or 0)
             count.add(int(size or 0))
 
+        def update_transfer(self, size: float | None = 1) -> None:
+            count.add(0)
+
         def _ignore(self, *_: object, **settings: object) -> None: ...
 
-        update_transfer = set_postfix_str = set_transfer_postfix_str = _ignore
-        set_description = set_description_str = refresh = close = _ignore
+        set_postfix_str = set_transfer_postfix_str = _ignore
+        set_description = set_description_str = refresh = _ignore
 
     return Bar
 

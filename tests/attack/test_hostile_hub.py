@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from support.enemy import TOKEN, Enemy
+from support.enemy import TOKEN, Asked, Change, Enemy, Said, Script, drip, silence
 from support.under_attack import Victims
 
-from attack.hub_answers import FILES, Case, cases
+from attack.hub_answers import FILES, WEIGHTS, Case, cases
 from attack.hub_uploads import uploads
 
 CASES, UPLOADS = cases(), uploads()
@@ -41,8 +41,8 @@ def _digest(path: Path) -> str:
 class Scene:
     """A user's folder that nobody touches, and an enemy."""
 
-    def __init__(self, root: Path, enemy: Enemy, victims: Victims) -> None:
-        self.root, self.enemy, self.victims = root, enemy, victims
+    def __init__(self, root: Path, enemy: Enemy, victims: Victims, seconds: float = SECONDS) -> None:
+        self.root, self.enemy, self.victims, self.seconds = root, enemy, victims, seconds
         self.canary = root / "canary"
         self.canary.mkdir(exist_ok=True)
         for name in (".bashrc", ".ssh/authorized_keys", "blobs"):
@@ -103,7 +103,7 @@ class Scene:
             yield f"says {len(text)} characters"
         if TOKEN in text:
             yield "says the token"
-        for limit, what in ((SECONDS, "seconds"), (SLEPT, "slept"), (MEMORY, "rss")):
+        for limit, what in ((self.seconds, "seconds"), (SLEPT, "slept"), (MEMORY, "rss")):
             if outcome.get(what, 0) > limit:
                 yield f"{what}: {outcome[what]:.0f}"
         if self.enemy.sent > BYTES:
@@ -140,6 +140,33 @@ def scene(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Scene]:
         yield Scene(root, enemy, victims)
 
 
+def xet_at(way: str, storage: str | None = None, answer: Callable[[], Said | Script] = lambda: Said(404)) -> Change:
+    """The weights are said to lie in Xet. way: where its token is given; storage: where that says the bytes are."""
+
+    def change(asked: Asked, said: Said) -> Said | Script:
+        if asked.kind == "head" and asked.name == WEIGHTS:
+            return said.having(X_Xet_Hash="a" * 64, X_Xet_Refresh_Route=way)
+        if asked.path == "/xet" and storage is not None:
+            return Said().having(X_Xet_Cas_Url=storage, X_Xet_Access_Token="t", X_Xet_Token_Expiration="99999999999")
+        return answer() if asked.path.startswith("/cas/") else said
+
+    return change
+
+
+def xet_cases(url: str) -> list[Case]:
+    way, storage = f"{url}/xet", f"{url}/cas"
+    ways = ("http://localhost:1/xet", "file:///etc/passwd", "javascript:x", "//localhost/xet", "")
+    cases = [Case(f"Xet by way of {there!r}", xet_at(there), refused=False) for there in ways]
+    places = (None, "http://127.0.0.1:1", "file:///etc", "no address", "")
+    cases += [Case(f"Xet at {place!r}", xet_at(way, place), refused=True) for place in places]
+    answers = (Said(404), Said(403), Said(200, (), b"<html>"), Said(200, (), b"[" * 50_000), Said(204))
+    cases += [
+        Case(f"Xet says {said.status}", xet_at(way, storage, lambda said=said: said), refused=True) for said in answers
+    ]
+    drips: tuple[Callable[[], Script], ...] = (silence, lambda: drip(b" " * 900, 0.1, first=b"HTTP/1.1 200 OK\r\n\r\n"))
+    return cases + [Case(f"Xet is slow, {n}", xet_at(way, storage, slow), refused=True) for n, slow in enumerate(drips)]
+
+
 def fallen(play: Callable[[Case], list[str]], chosen: list[Case]) -> dict[str, list[str]]:
     return {case.name: faults for case in chosen if (faults := play(case))}
 
@@ -168,3 +195,11 @@ def test_every_lie(scene: Scene) -> None:
 def test_every_lie_while_a_model_is_sent(scene: Scene) -> None:
     assert len(UPLOADS) >= 200
     assert fallen(scene.play_upload, UPLOADS) == {}
+
+
+@pytest.mark.attack
+@pytest.mark.timeout(3600)
+def test_every_lie_about_xet(tmp_path: Path) -> None:
+    with Enemy(FILES) as enemy, Victims(tmp_path / "victims", HF_HUB_DISABLE_XET="0") as victims:
+        scene = Scene(tmp_path, enemy, victims, seconds=50)
+        assert fallen(scene.play, xet_cases(enemy.url)) == {}
