@@ -111,7 +111,7 @@ def test_runs_of_one_recipe_at_once_run_each_body_once(workshop, seed, recipe, p
             assert [path for path in opened.layout.work.iterdir() if any((path / "out").iterdir())] == []
 
 
-SLOW_SIP = STREAMS.replace("{first: pour}", "{first: pour}, with: {pace: 0.4}")
+SLOW_SIP = STREAMS.replace("{first: pour}", "{first: pour}, with: {pace: 1.0}")
 
 
 def begin(workshop: Workshop, **options: object) -> int:
@@ -140,7 +140,7 @@ def test_the_true_key_waits_for_the_provisional_one(workshop):
 def test_the_provisional_key_waits_for_the_true_one(workshop):
     """A follower that waited for a run with the true key looks whether the work is done. The producer of this one is
     patient: it waits 20 seconds for its follower, who is to be late."""
-    workshop.manifest.write_text(SLOW_SIP.replace("0.4", "8.0"))
+    workshop.manifest.write_text(SLOW_SIP.replace("1.0", "8.0"))
     bigpipe.run(workshop.manifest, nodes=["pour"])
     first = begin(workshop)
     wait_for(workshop, 2)

@@ -14,6 +14,8 @@ from support.forking import TOLD, forked
 from support.stores import in_memory
 
 import bigpipe
+from bigpipe.errors import BigpipeError
+from bigpipe.files import read_sealed, write_sealed
 from bigpipe.orchestrator.report.inspection import list_store, show_run, verify_store
 from bigpipe.orchestrator.store.store import Store
 
@@ -148,3 +150,34 @@ def test_something_else_in_place_of_anything(ran, seed, number):
 def give(folder: Path, user: int) -> None:
     for path in (folder, *folder.rglob("*")):
         os.chown(path, user, user, follow_symlinks=False)
+
+
+@pytest.mark.parametrize("how", [how for how in HARMS if how != "unreadable"])
+def test_a_record_that_is_none_is_read_at_once(tmp_path, how):
+    """Nobody waits for a FIFO, and no link is followed: a record is a file."""
+    path = tmp_path / "record.json"
+    write_sealed(path, {"value": 1})
+    harm(path, how)
+    ending = forked(lambda: read_sealed(path), seconds=5)
+    assert ending.code is not None
+    assert "Damaged" in ending.said
+
+
+@pytest.mark.parametrize("name", ["objects", "keys", "memo", "quarantine", "work"])
+@pytest.mark.parametrize("how", ["file", "fifo", "dangling link"])
+def test_a_folder_that_is_none_is_named_before_work_is_done(workshop, name, how):
+    """And after `verify --repair` it is one again."""
+    workshop.run("version: 1\nname: folders\nstages:\n  write: {uses: write}\n")
+    folder = workshop.folder / "store" / name
+    folder.mkdir(exist_ok=True)
+    harm(folder, how)
+    with pytest.raises(BigpipeError) as told:
+        workshop.run(force=["write"], check=True)
+    assert str(folder) in told.value.cause
+    assert "bigpipe verify --repair" in told.value.cure
+    assert workshop.ran == []
+    assert forked(lambda: repair(workshop.folder)).code in (0, TOLD)
+    assert workshop.run(force=["write"]).status == "succeeded"
+    assert workshop.ran == ["write"]
+    with Store(workshop.folder / "store") as store:
+        assert store.verify().clean
