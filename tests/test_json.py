@@ -85,6 +85,7 @@ def test_answers_of_a_run_and_of_what_looks_back(workshop) -> None:
         f"estimate {MODEL} --memory 64GiB",
     ):  # fmt: skip
         answer(workshop, *command.split(), code=0)
+    assert "is there already" in answer(workshop, "get", "a", "taken", code=2)["errors"][0]["cause"]
     taken = {path.name: path.read_text() for path in (workshop.folder / "taken").iterdir()}
     there = Path(json.loads(workshop.command("run", "recipe.yaml", "--json").stdout)["nodes"]["a"]["path"])
     assert taken == {path.name: path.read_text() for path in there.iterdir()}
@@ -105,7 +106,7 @@ REFUSED = {
     "no dtype fits": (4, f"estimate {MODEL} --memory 1MiB", "", None),
     "stale": (10, "status recipe.yaml --exit-code", GOOD, None),
     "no Hub": (75, "estimate org/model", "", None),
-    "taken twice": (2, "get a .", GOOD, None),
+    "nothing to get": (2, "get a .", GOOD, None),
 }
 
 
