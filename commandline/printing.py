@@ -15,7 +15,10 @@ import click
 
 from bigpipe.errors import BigpipeError
 from bigpipe.orchestrator import report
-from bigpipe.redaction import plain
+from bigpipe.redaction import plain, unfinished
+
+LONGEST_LINE = 64 * 1024
+"""Characters after which a line of others is shown, ended or not."""
 
 
 class Others(io.TextIOBase):
@@ -27,6 +30,11 @@ class Others(io.TextIOBase):
     def write(self, text: str) -> int:
         with self._lock:
             *lines, self._open = (self._open + text).split("\n")
+            if "\r" in self._open[:-1]:  # a bar that is drawn over and over: its last state counts
+                self._open = self._open[self._open.rstrip("\r").rfind("\r") + 1 :]
+            if len(self._open) > LONGEST_LINE:
+                cut = len(self._open) - unfinished(self._open)
+                lines, self._open = [*lines, self._open[:cut]], self._open[cut:]
             self._show(lines)
         return len(text)
 
@@ -40,9 +48,6 @@ class Others(io.TextIOBase):
         for line in lines:
             self._screen.write(report.clean(plain(line.rstrip("\r").rpartition("\r")[2])) + "\n")
         self._screen.flush()
-
-    def isatty(self) -> bool:
-        return self._screen.isatty()
 
     def fileno(self) -> int:
         return self._screen.fileno()
