@@ -134,7 +134,7 @@ class _Count:
             self.report(self.done, max(self.total, self.done), self.task)
 
     def transfers(self, change: int) -> None:
-        """One more, or one fewer."""
+        """One more, one fewer, or none: something came."""
         with self.lock:
             self.coming += change
             self.moved = time.monotonic()
@@ -294,7 +294,7 @@ def _bar(count: _Count, stop: threading.Event) -> Any:
             count.add(int(size or 0))
 
         def update_transfer(self, size: float | None = 1) -> None:
-            count.add(0)
+            count.transfers(0)
 
         def _ignore(self, *_: object, **settings: object) -> None: ...
 
