@@ -16,6 +16,7 @@ import threading
 import traceback
 from collections.abc import Callable
 from functools import wraps
+from pathlib import Path
 from types import FrameType
 from typing import Any
 
@@ -24,6 +25,7 @@ import click
 from bigpipe.commandline import questions, recipes, stored, streams
 from bigpipe.commandline.printing import fail, others_apart, say, show_refusal
 from bigpipe.errors import BigpipeError, UsageError
+from bigpipe.names import is_text
 from bigpipe.orchestrator import report
 
 
@@ -93,6 +95,9 @@ def end(number: int, frame: FrameType | None) -> None:
 def command() -> None:
     """Every BigpipeError becomes its message and exit code; only bugs show a traceback."""
     try:
+        for argument in sys.argv[1:]:
+            if not is_text(argument):
+                raise UsageError(f"{argument!a} is no UTF-8", "write it in UTF-8, or rename the file")
         cli.main(standalone_mode=False)
     except BigpipeError as error:
         fail(error)
@@ -110,10 +115,19 @@ def command() -> None:
     except Exception as error:
         from bigpipe.orchestrator.launch import ran_out
 
-        if (told := ran_out(error)) is not None:
+        if (told := ran_out(error) or _named(error)) is not None:
             fail(told)
         show_bug(error)
         sys.exit(1)
+
+
+def _named(error: Exception) -> BigpipeError | None:
+    """A file that cannot be what it was named for is no bug: the name came from outside."""
+    from bigpipe.files import explain
+
+    if not isinstance(error, OSError) or not error.filename or isinstance(error, FileNotFoundError):
+        return None
+    return explain(error, Path())
 
 
 def show_bug(error: BaseException) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -76,7 +77,7 @@ def _open(
 ) -> Session:
     """A session that knows what the lock file beside the manifest pins."""
     path = lock_path(Path(manifest).absolute())
-    if path.exists() and (lock := lock_file.read_lock(path)):  # without one nothing is imported for it
+    if os.path.exists(path) and (lock := lock_file.read_lock(path)):  # without one nothing is imported for it
         pins = {name: item.pins for name, item in lock.inputs.items()}
         options |= {"lock": lock.path, "locked_pins": pins, "locked_answers": lock_file.read_answers(path)}
     return open_session(manifest, nodes, params=_written(params), **options)
@@ -216,10 +217,13 @@ def initialise(file: Path, model: str) -> list[Path]:
     """Write a first recipe for `model`, and the JSON schema its first line names. Never overwrites a recipe."""
     from .recipe import initial_manifest, manifest_schema
 
-    if file.exists():
+    if os.path.lexists(file):
         raise UsageError(f"{file} exists", "give another name; `bigpipe init` never overwrites a recipe")
     schema = file.parent / "bigpipe.schema.json"
-    make_directory(file.parent)
-    write_file(schema, json.dumps(manifest_schema(), indent=2) + "\n")
-    write_file(file, initial_manifest(model, file.stem, schema.name))
+    try:
+        make_directory(file.parent)
+        write_file(schema, json.dumps(manifest_schema(), indent=2) + "\n")
+        write_file(file, initial_manifest(model, file.stem, schema.name))
+    except OSError as error:
+        raise UsageError(f"{file} cannot be written: {error.strerror}", "give another place, or make room") from error
     return [file, schema]

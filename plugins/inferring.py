@@ -170,7 +170,9 @@ def run(params: InferParams, ctx: StageContext) -> StageResult:
     """One rank: its chunks, in their order, several at once where layers are streamed."""
 
     def bind() -> Bound:
-        options = TaskOptions(arguments=params.generation, max_new_tokens=params.max_new_tokens, seed=params.seed)
+        options = TaskOptions(
+            arguments=params.generation, max_new_tokens=params.max_new_tokens, seed=params.seed, bounded=ctx.bounded
+        )
         sources = sources_of(ctx)
         task, model = find_task(params.task, sources), _load(params, ctx)
         with foreign(f"task {params.task} cannot be used", "mend it, or see the log", StageFailed):

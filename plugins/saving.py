@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from bigpipe.bigmodel.publishing import RECEIPT, Destination, Directory, Receipt, is_present, open_destination
 from bigpipe.errors import StageFailed, UsageError
-from bigpipe.files import free_space, write_file
+from bigpipe.files import existing, free_space, write_file
 from bigpipe.fit import Misfit
 from bigpipe.orchestrator.stage import CheckContext, Forecast, ForecastContext, StageContext, StageResult
 from bigpipe.sizes import counted, format_transfer
@@ -49,8 +49,7 @@ def forecast(params: SaveParams, context: ForecastContext) -> Forecast:
     target = None if "://" in params.to else _destination(params, context)
     if not isinstance(target, Directory) or size is None:
         return Forecast(download_bytes=0, summary=f"to {params.to}")
-    here = next(place for place in target.path.parents if place.exists())
-    store = next(place for place in (context.memo, *context.memo.parents) if place.exists())
+    here, store = existing(target.path.parent), existing(context.memo)
     same_disk = store.stat().st_dev == here.stat().st_dev
     return Forecast(
         download_bytes=0,

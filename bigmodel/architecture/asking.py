@@ -16,7 +16,8 @@ import re
 import sys
 import tempfile
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from contextlib import suppress
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,10 +26,10 @@ from bigpipe.bigmodel.memo import recall, remember
 from bigpipe.bigmodel.sources import Sources
 from bigpipe.environment import inherited
 from bigpipe.errors import BY_NAME, InvalidCheckpoint, UsageError
-from bigpipe.files import write_file
+from bigpipe.files import read_file, write_file
 from bigpipe.modules import source_files, top_level
 from bigpipe.names import listed
-from bigpipe.redaction import plain
+from bigpipe.trust import Limits
 from bigpipe.versions import package_version
 
 from .snapshot import known_architecture
@@ -37,8 +38,11 @@ from .structure import Architecture, Head
 ANSWER_VERSION = 6
 """Part of every key; raised when an answer's shape or meaning changes."""
 LIBRARIES = ("transformers", "diffusers", "timm")
-CHILD_SECONDS = 600
-"""Real models take under five seconds; a config that asks for a billion layers is stopped."""
+COUNTS = re.compile(r"(^|_)(n_)?(layers?|experts|labels|classes|blocks|depths?)$")
+"""Of a config: how many modules, or names, its class makes."""
+OUT_OF_MEMORY = re.compile(r"MemoryError|bad_alloc|allocate memory|memory allocation of")
+LARGEST = 512 * 2**20
+"""Bytes of an answer: 200,000 modules take a fifth."""
 DTYPE_KEYS = frozenset({"dtype", "torch_dtype"})
 STORAGE_KEYS = DTYPE_KEYS | {"quantization_config"}
 """Of a config: how its weights are stored. `instantiation` leaves out the first and says the dtype itself."""
@@ -60,6 +64,7 @@ class Request:
     base: Path | None = None
     code: Path | None = None
     """The directory whose own Python files may run."""
+    limits: Limits = field(default_factory=Limits)
     stored: tuple[str, ...] = ()
     """Names of stored tensors: not the architecture is asked for, but what its class calls these."""
 
@@ -138,11 +143,23 @@ def read_request(
     if custom is not None:
         return _custom_request(custom, sources)
     config = _with_plain_dtypes(source if isinstance(source, Mapping) else _read_config(Path(source)))
+    refuse_counts(config, sources.trust.limits)
     library = library_name or _library_of(config)
     if library not in LIBRARIES:
         raise UsageError(f"library {library!r} is not known", f"use {listed(LIBRARIES, 'or')}")
     code = directory.resolve() if directory is not None and sources.trust_remote_code else None
-    return Request(library=library, config=config, head=head, code=code)
+    return Request(library=library, config=config, head=head, code=code, limits=sources.trust.limits)
+
+
+def refuse_counts(config: Mapping[str, Any], limits: Limits) -> None:
+    """Raise InvalidCheckpoint for a config, or one inside it, that asks for more layers than any model has."""
+    for name, value in config.items():
+        counts = value if isinstance(value, list) else [value]
+        if COUNTS.search(name) and any(isinstance(count, int) and count > limits.modules for count in counts):
+            raise limits.exceeded("modules", f"the config says {name}: {str(value)[:80]}")
+        for inner in counts:
+            if isinstance(inner, Mapping):
+                refuse_counts(inner, limits)
 
 
 def _with_plain_dtypes(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -165,6 +182,7 @@ def _custom_request(custom: Mapping[str, Any], sources: Sources) -> Request:
         custom_class=reference,
         no_split=tuple(custom.get("no_split_module_classes") or ()),
         base=sources.base.resolve() if sources.base else None,
+        limits=sources.trust.limits,
     )
 
 
@@ -197,7 +215,8 @@ def _answer(request: Request, memo: Path | None) -> dict[str, Any]:
     file = memo and memo / "architectures" / f"{request_key(request)}.json"
     if file and (said := recall(file)):
         return dict(said)
-    answer = ask_child("bigpipe.bigmodel.architecture.instantiation", json.dumps(asdict(request), default=str))
+    asked, what = json.dumps(asdict(request), default=str), "building the model's class"
+    answer = ask_child("bigpipe.bigmodel.architecture.instantiation", asked, what, request.limits)
     if "error" in answer:
         raise BY_NAME.get(answer["error"], UsageError)(answer["cause"], answer["cure"])
     if file:
@@ -213,7 +232,7 @@ def request_key(request: Request) -> str:
     left_out = STORAGE_KEYS if request.library == "transformers" and request.code is None else ()
     config = {name: value for name, value in request.config.items() if name not in left_out}
     facts = {
-        **asdict(replace(request, config=config, base=None, code=None)),
+        **asdict(replace(request, config=config, base=None, code=None, limits=Limits())),
         "answer": ANSWER_VERSION,
         "source": _source_digest(request),
         "versions": {name: package_version(name) for name in packages},
@@ -239,31 +258,48 @@ def _source_digest(request: Request) -> str | None:
     return digest.hexdigest()
 
 
-def ask_child(module: str, question: str) -> dict[str, Any]:
+def ask_child(module: str, question: str, what: str, limits: Limits) -> dict[str, Any]:
     """Return what `python -m module QUESTION ANSWER`, two JSON files, answers. It goes by files: what foreign code
-    prints must not reach our output. Raise InvalidCheckpoint where it gives no answer."""
+    prints must not reach our output. what: the work it does, for errors. Raise InvalidCheckpoint where it gives no
+    answer, or takes more than the limits allow."""
     import subprocess
 
     with tempfile.TemporaryDirectory(prefix="bigpipe-") as name:
         asked, answer = Path(name) / "question.json", Path(name) / "answer.json"
         write_file(asked, question, durable=False)
         command = [sys.executable, "-P", "-m", module, str(asked), str(answer)]
+        child = subprocess.Popen(
+            command, env=_child_environment(), stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+        )  # fmt: skip
+        with child:
+            try:
+                _limit_memory(child.pid, limits.memory)
+                said = child.communicate(timeout=limits.seconds)[1].decode(errors="replace").strip()
+            except subprocess.TimeoutExpired as error:
+                raise limits.exceeded("seconds", f"{what} takes more than {limits.seconds:g} s") from error
+            finally:
+                child.kill()
+        if child.returncode != 0 and OUT_OF_MEMORY.search(said):
+            raise limits.exceeded("memory", f"{what} takes more than {limits.memory >> 20} MiB")
         try:
-            child = subprocess.run(
-                command, env=_child_environment(), stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL,
-                stderr=subprocess.PIPE, timeout=CHILD_SECONDS, check=False,
-            )  # fmt: skip
-        except subprocess.TimeoutExpired as error:
-            cause = f"the model's class was not built within {CHILD_SECONDS} s"
-            raise InvalidCheckpoint(cause, "check the sizes in its config") from error
-        if child.returncode != 0 or not answer.is_file():
-            tail = plain(child.stderr.decode(errors="replace")).strip().splitlines()[-5:]
+            answered: dict[str, Any] = json.loads(read_file(answer, LARGEST))
+        except (OSError, ValueError) as error:
+            tail = " | ".join(said.splitlines()[-5:])
             raise InvalidCheckpoint(
-                f"building the model's class failed (exit {child.returncode}): " + " | ".join(tail),
+                f"{what} failed (exit {child.returncode}): {tail}",
                 "check its config, and that torch and transformers import: python -c 'import transformers'",
-            )
-        said: dict[str, Any] = json.loads(answer.read_bytes())
-    return said
+            ) from error
+    return answered
+
+
+def _limit_memory(process: int, size: int) -> None:
+    """Of all that a process may write to, in bytes; what it only reads from files counts nothing."""
+    import resource
+
+    if hasattr(resource, "prlimit"):  # not on macOS
+        with suppress(ProcessLookupError):
+            resource.prlimit(process, resource.RLIMIT_DATA, (size, size))
 
 
 def _child_environment() -> dict[str, str]:

@@ -11,7 +11,6 @@ import contextlib
 import gc
 import json
 import os
-import resource
 import sys
 import warnings
 from collections import Counter
@@ -24,6 +23,7 @@ from bigpipe.errors import BigpipeError, InvalidCheckpoint, UsageError
 from bigpipe.files import write_file
 from bigpipe.modules import foreign, import_attribute
 from bigpipe.names import refuse_unknown
+from bigpipe.trust import Limits
 
 from .asking import Request
 from .caching import observe
@@ -43,15 +43,13 @@ HEADS = (
     "AutoModelForMaskedLM", "AutoModelForCTC", "AutoModelForImageClassification",
 )  # fmt: skip
 """Where a config names no class: what its type most likely generates or predicts, else the bare model."""
-MEMORY_LIMIT = 16 * 2**30
-"""Bytes. Modules on the meta device take kilobytes each; only a hostile config asks for this much."""
 
 
 def main(question: str, answer: str) -> None:
     warnings.simplefilter("ignore")
-    resource.setrlimit(resource.RLIMIT_DATA, (MEMORY_LIMIT, MEMORY_LIMIT))
     asked = json.loads(Path(question).read_bytes())
-    request = Request(**{**asked, **{name: Path(asked[name]) for name in ("base", "code") if asked[name]}})
+    places = {name: Path(asked[name]) for name in ("base", "code") if asked[name]}
+    request = Request(**{**asked, **places, "limits": Limits(**asked["limits"])})
     write_file(Path(answer), json.dumps(_answer(request)), durable=False)
 
 
@@ -61,9 +59,6 @@ def _answer(request: Request) -> dict[str, Any]:
             return _matching(request) if request.stored else describe(request).as_json()
     except BigpipeError as error:
         return {"error": type(error).__name__, "cause": error.cause, "cure": error.cure}
-    except MemoryError:
-        cause = f"the model's class takes more than {MEMORY_LIMIT >> 30} GiB to be built, without its weights"
-        return {"error": "InvalidCheckpoint", "cause": cause, "cure": "check the sizes in its config"}
 
 
 @contextlib.contextmanager
@@ -105,7 +100,10 @@ def describe(request: Request, *, with_cache: bool = True) -> Architecture:
     """Return what the model that is asked for consists of and, if it generates, caches. Its class runs here."""
     import torch
 
-    model, other = _on_meta(request, torch.float32), _on_meta(request, torch.bfloat16)
+    model = _on_meta(request, torch.float32)
+    if (count := sum(1 for _ in model.modules())) > request.limits.modules:
+        raise request.limits.exceeded("modules", f"the model's class has {count} modules")
+    other = _on_meta(request, torch.bfloat16)
     found = report(model, _dtypes(other), request)
     return replace(found, cache=observe(other)) if found.generates and with_cache else found
 

@@ -73,7 +73,7 @@ class Hub:
         asked = [(env.get(name) or "").upper() for name in ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE")]
         return cls(
             endpoint=(env.get("HF_ENDPOINT") or "https://huggingface.co").rstrip("/"),
-            cache=Path(os.path.expandvars(cache)).expanduser(),
+            cache=Path(os.path.expanduser(os.path.expandvars(cache))),
             token=env.get("HF_TOKEN") or env.get("HUGGING_FACE_HUB_TOKEN") or None,
             offline=offline or not {"1", "ON", "YES", "TRUE"}.isdisjoint(asked),
         )

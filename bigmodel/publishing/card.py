@@ -10,8 +10,10 @@ from typing import Any
 
 import yaml
 
+from bigpipe import plainyaml
 from bigpipe.bigmodel.checkpoint import ARCHITECTURE_FILE
 from bigpipe.bigmodel.formats import named, packing_of
+from bigpipe.files import read_file
 from bigpipe.redaction import redact
 from bigpipe.sizes import format_size
 
@@ -19,6 +21,7 @@ from .provenance import Provenance, Step, version
 
 FRONT_MATTER = re.compile(r"\A---\s*\n(.*?)\n---\s*(\n|\Z)", re.DOTALL)
 
+LARGEST_README = 2**20
 UNTOLD = frozenset({"files", "fetched_bytes"})
 """Metrics that say nothing about the model."""
 TASKS = re.compile(r"[a-z]+(-[a-z]+)+")
@@ -108,11 +111,11 @@ def _cell(value: Any) -> str:
 
 def _metadata(model: Path, provenance: Provenance, base: Any, scheme: Any) -> dict[str, Any]:
     """In the Hub's terms, https://huggingface.co/docs/hub/model-cards#model-card-metadata; None: not known."""
-    task, readme = provenance.param("distributed-infer", "task"), model / "README.md"
+    task = provenance.param("distributed-infer", "task")
     return {
         "base_model": base,
         "base_model_relation": "quantized" if base and scheme else None,
-        "license": front_matter(readme.read_text(errors="replace")).get("license") if readme.is_file() else None,
+        "license": _license(model / "README.md"),
         "library_name": "transformers" if _by_transformers(model) else None,
         "pipeline_tag": task if TASKS.fullmatch(str(task)) else None,
         "tags": ["bigpipe", *([f"{packing_of(scheme).bits}-bit", named(scheme).method] if scheme else [])],
@@ -144,11 +147,18 @@ def _readable(name: str, value: float) -> str:
     return f"{value:,}" if isinstance(value, int) else f"{value:.4g}"
 
 
+def _license(readme: Path) -> Any:
+    try:
+        return front_matter(read_file(readme, LARGEST_README).decode(errors="replace")).get("license")
+    except OSError:
+        return None
+
+
 def front_matter(text: str) -> dict[str, Any]:
     """The metadata of a README.md; empty where there is none, or it is damaged."""
     match = FRONT_MATTER.match(text)
     try:
-        found = yaml.safe_load(match[1]) if match else None
-    except yaml.YAMLError:
+        found = plainyaml.load(match[1]) if match else None
+    except plainyaml.NotPlain:
         return {}
     return found if isinstance(found, dict) else {}

@@ -173,7 +173,7 @@ class Directory(Destination):
         make_directory(self.path.parent)
         self._restore()
         self._clean()
-        new = self._beside()
+        new = self.beside()
         new.mkdir()
         lock = os.open(new, os.O_RDONLY | os.O_DIRECTORY)
         try:
@@ -197,7 +197,7 @@ class Directory(Destination):
         if self._old.exists() and not self.path.exists():
             move(self._old, self.path, durable=True)
 
-    def _beside(self) -> Path:
+    def beside(self) -> Path:
         """A name that no other transfer takes."""
         return self.path.with_name(self._prefix + os.urandom(8).hex())
 

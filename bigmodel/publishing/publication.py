@@ -10,6 +10,7 @@ is_present           is everything there still?
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -42,7 +43,21 @@ def open_destination(
         return HubRepository(to.removeprefix("hf://").strip("/"), Hub.of(sources), revision, private)
     if "://" in to:
         return _open_url(to)
-    return Directory(((sources.base or Path.cwd()) / Path(to).expanduser()).resolve())
+    return _directory(os.path.join(sources.base or Path.cwd(), os.path.expanduser(to)))
+
+
+def _directory(path: str) -> Directory:
+    """Raise UsageError where nothing of that name can be, or be written beside."""
+    found = Directory(Path(os.path.realpath(path)))
+    if not found.path.name:
+        raise UsageError(f"to: {path} has nothing beside it", "name a directory of its own", field="to")
+    try:
+        os.lstat(found.beside())
+    except FileNotFoundError:
+        return found
+    except OSError as error:
+        raise UsageError(f"to: {path[:200]} cannot be: {error.strerror}", "give another name", field="to") from error
+    return found
 
 
 def _open_url(to: str) -> Destination:
@@ -51,11 +66,11 @@ def _open_url(to: str) -> Destination:
 
     try:
         system, root = url_to_fs(to)
-    except (ImportError, ValueError) as error:
-        cause = f"{to} cannot be opened: {error}"
+    except Exception as error:  # foreign code, which may look for files
+        cause = f"{to} cannot be opened: {type(error).__name__}: {error}"
         raise UsageError(cause, "install the fsspec package for it, or use another", field="to") from error
     if _is_local(system):
-        return Directory(Path(root).resolve())
+        return _directory(root)
     if _is_local(getattr(system, "fs", None)):
         cause = f"{to} is a directory of this machine behind another file system"
         raise UsageError(cause, "write its path", field="to")

@@ -21,8 +21,10 @@ from typing import Any
 
 from bigpipe.bigmodel.architecture import text_config
 from bigpipe.bigmodel.memo import recall, remember
+from bigpipe.bigmodel.sources import Sources
 from bigpipe.errors import UsageError
 from bigpipe.files import write_file
+from bigpipe.trust import Limits
 from bigpipe.versions import package_version
 
 from .tokenizing import OWN_FUNCTION
@@ -55,6 +57,7 @@ REFUSED: Mapping[str, tuple[str, ...]] = {
     "it changes the prompt": ("token_healing",),
 }  # fmt: skip
 """Why → the arguments that are not taken."""
+SEQUENCES = ("num_beams", "num_return_sequences")
 PROCESSORS = {
     "temperature": "TemperatureLogitsWarper", "top_k": "TopKLogitsWarper", "top_p": "TopPLogitsWarper",
     "min_p": "MinPLogitsWarper", "top_h": "TopHLogitsWarper", "typical_p": "TypicalLogitsWarper",
@@ -112,23 +115,26 @@ def as_floats(arguments: Mapping[str, Any]) -> dict[str, Any]:
 def check_values(
     arguments: Mapping[str, Any],
     own: Mapping[str, Any] | None,
-    memo: Path | None,
+    sources: Sources,
     config: Mapping[str, Any] | None = None,
 ) -> None:
     """Raise UsageError where transformers does not take a value, or one has no effect beside the others. own: what the
     model's generation_config.json says, which holds where an argument is left out; None: not known. config: the
-    model's, complete; None: not known. The answer is kept in `memo`."""
+    model's, complete; None: not known. The answer is kept in the memo. Raise
+    InvalidCheckpoint where more sequences are made of a prompt than the limits allow."""
     from bigpipe.bigmodel.architecture import ask_child
 
     if not arguments and not own:
         return
+    refuse_sequences({**(own or {}), **arguments}, sources.trust.limits)
+    memo = sources.memo
     model = {"vocabulary": _vocabulary(config), "encodes": bool(config.get("is_encoder_decoder"))} if config else None
     question = json.dumps({"arguments": as_floats(arguments), "own": own, "model": model}, sort_keys=True, default=str)
     key = hashlib.sha256(f"{package_version('transformers')} {question}".encode()).hexdigest()
     file = memo / "generation" / f"{key}.json" if memo else None
     answer = file and recall(file)
     if not answer:
-        answer = ask_child(__name__, question)
+        answer = ask_child(__name__, question, "checking the arguments of `generate`", sources.trust.limits)
         if file:
             remember(file, answer)
     if answer["wrong"]:
@@ -140,6 +146,14 @@ def _vocabulary(config: Mapping[str, Any]) -> int:
     """How many tokens a model of this config makes; 0 where it does not say."""
     sizes = [value for name, value in text_config(config).items() if name.endswith("vocab_size")]
     return max([size for size in sizes if type(size) is int], default=0)
+
+
+def refuse_sequences(settings: Mapping[str, Any], limits: Limits) -> None:
+    """Raise InvalidCheckpoint where they ask for more beams or texts of one prompt than the limits allow."""
+    for name in SEQUENCES:
+        count = settings.get(name)
+        if isinstance(count, int | float) and count > limits.sequences:
+            raise limits.exceeded("sequences", f"generation: {name} is {str(count)[:80]}")
 
 
 def wrong_value(

@@ -46,13 +46,14 @@ def _check_arguments(arguments: Mapping[str, Any]) -> None:
 def _bind(model: Any, path: Path, options: TaskOptions, sources: Sources) -> Answerer:
     if not hasattr(model, "base_model"):
         raise UsageError(f"{type(model).__name__} is no model of transformers'", "use the task `module:function`")
-    tokenizer, pool = load_tokenizer(path, sources, model), POOLINGS[options.arguments.get("pooling", "mean")]
+    tokenizer = load_tokenizer(path, sources, options.bounded, model)
+    pool = POOLINGS[options.arguments.get("pooling", "mean")]
     body = model.get_encoder() if model.config.is_encoder_decoder else model.base_model
 
     def answer(rows: Sequence[Row]) -> list[Answer]:
         import torch
 
-        encoded = [encode(tokenizer, row) for row in rows]
+        encoded = encode(tokenizer, rows, options.bounded)
         check_length(model, max(map(len, encoded)))
         inputs = pad(model, tokenizer, encoded, "right")
         with torch.inference_mode():

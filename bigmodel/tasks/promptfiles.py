@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import os
 import re
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
@@ -12,14 +13,23 @@ from pathlib import Path
 from typing import Any
 
 from bigpipe.errors import UsageError
+from bigpipe.files import read_file
+from bigpipe.sizes import format_size
 
 Found = Iterator[tuple[str, Any]]
 """(place, JSON value) of each prompt."""
+LARGEST = 2**30
+"""Bytes of a file of prompts, unpacked."""
+AT_A_TIME = 16
+"""The part of a file that is unpacked at a time, at most."""
+ROW = 100
+"""Bytes of a row besides what it holds, as Python keeps it: at least."""
+SPLIT = "split it into several files, which a glob takes together"
 LONGEST_CELL = 2**31 - 1
 """Characters; csv's own limit is 131,072, which a prompt may well have."""
 
 
-def read_file(path: Path, column: str) -> Found:
+def read_rows(path: Path, column: str) -> Found:
     """Yield each prompt of a file and where it stands, in their order: objects, or texts under `column`. The ending
     tells how to read it, in any case. Raise UsageError for an ending that is none of `READERS`, and for what is not as
     the ending says."""
@@ -34,7 +44,7 @@ def read_file(path: Path, column: str) -> Found:
 def _text(path: Path) -> str:
     """What the file holds, without a byte-order mark."""
     try:
-        return path.read_bytes().decode("utf-8-sig")
+        return read_file(path, LARGEST).decode("utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         raise UsageError(f"prompts: {path} cannot be read: {error}", "give a file in UTF-8") from error
 
@@ -98,11 +108,32 @@ def _parquet(path: Path) -> Found:
         cure = "pip install 'bigpipe-ml[parquet]', or write the prompts as lines of JSON"
         raise UsageError(f"prompts: {path} needs pyarrow, which is not installed", cure) from error
     try:
-        rows = parquet.read_table(path).to_pylist()
+        with open(os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK), "rb") as file:
+            rows = _rows_of_parquet(path, parquet.ParquetFile(file))
+    except UsageError:
+        raise
     except Exception as error:
         raise UsageError(f"prompts: {path} cannot be read: {error}", "give a Parquet file") from error
     for index, row in enumerate(rows):
         yield f"{path}[{index}]", row
+
+
+def _rows_of_parquet(path: Path, table: Any, limit: int = LARGEST) -> list[Any]:
+    """All rows. A page of a few bytes may stand for any number of equal values: they are unpacked few by few."""
+    groups = [table.metadata.row_group(group) for group in range(table.metadata.num_row_groups)]
+    packed = [group.column(column).total_uncompressed_size for group in groups for column in range(group.num_columns)]
+    widest, left = max([1, *packed]), limit - sum(packed)
+    rows: list[Any] = []
+    if left >= 0:
+        for batch in table.iter_batches(batch_size=min(1024, max(1, limit // AT_A_TIME // widest))):
+            unpacked = batch.to_pylist()
+            left -= len(repr(unpacked)) + ROW * len(unpacked)
+            if left < 0:
+                break
+            rows += unpacked
+    if left < 0:
+        raise UsageError(f"prompts: {path} unpacks to more than {format_size(limit)}", SPLIT)
+    return rows
 
 
 READERS: Mapping[str, Callable[[Path], Found]] = {

@@ -5,6 +5,7 @@ from __future__ import annotations
 import glob
 import hashlib
 import json
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,7 +13,7 @@ from typing import Any
 
 from bigpipe.errors import UsageError
 
-from .promptfiles import read_file
+from .promptfiles import read_rows
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,7 +41,7 @@ def read_prompts(prompts: str | Sequence[Any], column: str, base: Path) -> list[
     """Return the rows of a list, or of the files that a path or glob (relative to `base`) names, in their order, each
     read as its ending says. Raise UsageError naming file and line."""
     if isinstance(prompts, str):
-        given = [found for path in _files(prompts, base) for found in read_file(path, column)]
+        given = [found for path in _files(prompts, base) for found in read_rows(path, column)]
     else:
         objects = [prompt if isinstance(prompt, dict) else {column: prompt} for prompt in prompts]
         given = [(f"prompts[{number}]", data) for number, data in enumerate(objects)]
@@ -51,10 +52,10 @@ def read_prompts(prompts: str | Sequence[Any], column: str, base: Path) -> list[
 
 def _files(pattern: str, base: Path) -> list[Path]:
     whole = base / pattern
-    named = [whole] if whole.is_file() else sorted(map(Path, glob.glob(str(whole), recursive=True)))
+    named = [whole] if os.path.isfile(whole) else sorted(map(Path, glob.glob(str(whole), recursive=True)))
     if files := [path for path in named if path.is_file()]:
         return files
-    raise UsageError(f"prompts: there is no file {pattern}", f"relative paths start at {base}")
+    raise UsageError(f"prompts: there is no file {pattern[:200]}", f"relative paths start at {base}")
 
 
 def _row(index: int, data: Any, column: str, where: str) -> Row:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -43,6 +44,8 @@ class TaskOptions:
     max_new_tokens: int = 32
     seed: int = 0
     """Of row i: seed + i."""
+    bounded: Callable[[str], AbstractContextManager[None]] = lambda what: nullcontext()
+    """Around what the model's tokenizer and chat template do, which may be endless. what: the subject of an error."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -49,7 +49,7 @@ def _check_model(model: ModelDescription, arguments: Mapping[str, Any], sources:
     if architecture is not None and architecture.config.get("num_mel_bins"):
         raise UsageError(f"{architecture.class_name} hears, and reads no prompts", OWN_FUNCTION)
     config = architecture.config if architecture else None
-    check_values(arguments, _own_arguments(model), sources.memo, config)
+    check_values(arguments, _own_arguments(model), sources, config)
 
 
 def _own_arguments(model: ModelDescription) -> Mapping[str, Any] | None:
@@ -64,7 +64,7 @@ def _own_arguments(model: ModelDescription) -> Mapping[str, Any] | None:
 def _bind(model: Any, path: Path, options: TaskOptions, sources: Sources) -> Answerer:
     if not hasattr(model, "generate") or not hasattr(model, "generation_config"):
         raise UsageError(f"{type(model).__name__} has no `generate` of transformers'", OWN_FUNCTION)
-    tokenizer, goes_on = load_tokenizer(path, sources, model), not model.config.is_encoder_decoder
+    tokenizer, goes_on = load_tokenizer(path, sources, options.bounded, model), not model.config.is_encoder_decoder
     given = as_floats(options.arguments)
     asked = {"max_new_tokens": options.max_new_tokens, "pad_token_id": tokenizer.pad_token_id, **given}
     if isinstance(watermark := asked.get("watermarking_config"), dict):
@@ -82,7 +82,7 @@ def _bind(model: Any, path: Path, options: TaskOptions, sources: Sources) -> Ans
 
         if alone and len(rows) > 1:
             return [answer([row])[0] for row in rows]
-        encoded = [encode(tokenizer, row) for row in rows]
+        encoded = encode(tokenizer, rows, options.bounded)
         longest = max(map(len, encoded))
         if goes_on:
             check_length(model, longest, options.max_new_tokens)
@@ -97,9 +97,10 @@ def _bind(model: Any, path: Path, options: TaskOptions, sources: Sources) -> Ans
             made = model.generate(**inputs, **asked)
         made = getattr(made, "sequences", made)  # of a model whose own file asks for more than tokens
         start = inputs["input_ids"].shape[1] if goes_on else 1  # an encoder-decoder's first token is given
-        found = [cut(tokens, start) for tokens in made.tolist()]
-        each = len(found) // len(rows)
-        return [_answer(tokenizer, found[first : first + each]) for first in range(0, len(found), each)]
+        with options.bounded("the tokenizer of the model"):
+            found = [cut(tokens, start) for tokens in made.tolist()]
+            each = len(found) // len(rows)
+            return [_answer(tokenizer, found[first : first + each]) for first in range(0, len(found), each)]
 
     return answer
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +18,8 @@ if TYPE_CHECKING:
     from bigpipe.bigmodel.architecture import Architecture
     from bigpipe.bigmodel.checkpoint import ModelDescription
 
+Bounded = Callable[[str], AbstractContextManager[None]]
+"""Around what a model's tokenizer and chat template do; see `TaskOptions`."""
 TOKENIZER_FILES = (
     "tokenizer*", "*vocab*", "merges.txt", "*.model", "*.tiktoken", "*.spm", "*.tokenizer", "*.codes", "tekken.json",
     "byte_maps.json", "dict.txt", "emoji.json",
@@ -83,7 +86,7 @@ def _holds(directory: Path, patterns: Sequence[str]) -> bool:
     return any(True for pattern in patterns for _ in directory.glob(pattern))
 
 
-def load_tokenizer(path: Path, sources: Sources, model: Any = None) -> Any:
+def load_tokenizer(path: Path, sources: Sources, bounded: Bounded, model: Any = None) -> Any:
     """Return the tokenizer of the checkpoint directory, able to pad for the model. Raise UsageError where there is
     none."""
     from transformers import AutoTokenizer
@@ -92,7 +95,8 @@ def load_tokenizer(path: Path, sources: Sources, model: Any = None) -> Any:
         if not _holds(path, TOKENIZER_FILES):  # transformers would make an empty one
             raise OSError("there are no files of one")
         trusted = sources.trust_remote_code
-        tokenizer = AutoTokenizer.from_pretrained(str(path), local_files_only=True, trust_remote_code=trusted)
+        with bounded(f"loading the tokenizer of {path}"):
+            tokenizer = AutoTokenizer.from_pretrained(str(path), local_files_only=True, trust_remote_code=trusted)
     except Exception as error:  # a foreign file may make foreign code raise anything
         first = str(error).strip().partition("\n")[0]
         raise UsageError(f"{path} has no tokenizer that can be used: {first}", DOWNLOAD) from error
@@ -103,9 +107,14 @@ def load_tokenizer(path: Path, sources: Sources, model: Any = None) -> Any:
     return tokenizer
 
 
-def encode(tokenizer: Any, row: Row) -> list[int]:
-    """Return the token ids of the prompt. Raise ValueError where it is empty. A list of messages goes through the
+def encode(tokenizer: Any, rows: Sequence[Row], bounded: Bounded) -> list[list[int]]:
+    """Return the token ids of each prompt. Raise ValueError where one is empty. A list of messages goes through the
     model's chat template, which transformers runs in a sandbox."""
+    with bounded("the tokenizer, or the chat template, of the model"):
+        return [_encode(tokenizer, row) for row in rows]
+
+
+def _encode(tokenizer: Any, row: Row) -> list[int]:
     chat = not isinstance(row.prompt, str)
     text = tokenizer.apply_chat_template(row.prompt, tokenize=False, add_generation_prompt=True) if chat else row.prompt
     tokens: list[int] = tokenizer(text, add_special_tokens=not chat)["input_ids"]

@@ -9,17 +9,21 @@ Context             the surroundings, and their parts by name
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field, fields, replace
+from itertools import count
 from pathlib import Path
 from typing import Any, Self, TypeVar
 
 from bigpipe.passing import Inlet, OpenInlet, OpenOutlet, Outlet
 
-from .events import LogLine, Progress, Reporter
+from .events import Bounded, LogLine, Progress, Reporter
 from .types import Forecast, Json, Launch, Lineage, Machine, Trust
 
 T = TypeVar("T")
+_number = count()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -161,6 +165,18 @@ class StageContext(Assignment):
         """Return where the files of the single artifact on `port` come from: all there, or one by one as they are made.
         The latter only on the port that the kind `follows`. Raise KeyError where the port is not wired."""
         return OpenInlet(self.arriving[port], self.node) if port in self.arriving else Inlet(self.input(port))
+
+    @contextmanager
+    def bounded(self, what: str) -> Iterator[None]:
+        """Inside, a model's own files are at work. The attempt ends where they take more than the manifest's limits.
+        what: the subject of the sentence that then says so."""
+        limits, process = self.trust.limits, os.getpid()
+        begun = Bounded(self.node, what, process, next(_number), limits.seconds, limits.memory, self.rank)
+        self.reporter.report(begun)
+        try:
+            yield
+        finally:
+            self.reporter.report(replace(begun, seconds=0, memory=0))
 
     def progress(self, done: int, total: int | None, unit: str = "B", task: str = "") -> None:
         self.reporter.report(Progress(self.node, done, total, unit, task, self.rank))

@@ -72,6 +72,22 @@ class RankHello(Event):
 
 
 @dataclass(frozen=True, slots=True)
+class Bounded(Event):
+    """A worker begins what a model's own files may make endless; or, with `seconds` 0, has come to its end. Between
+    these it may take that many `seconds`, and `memory` bytes more than it has."""
+
+    name: ClassVar[str] = "bounded"
+    node: str
+    what: str
+    pid: int
+    number: int
+    """Of this work in its process."""
+    seconds: float = 0
+    memory: int = 0
+    rank: int = 0
+
+
+@dataclass(frozen=True, slots=True)
 class NodeRetried(Event):
     name: ClassVar[str] = "node_retried"
     node: str
@@ -122,7 +138,7 @@ class OneAtATime:
                 reporter.report(event)
 
 
-_ALL = (RunStarted, NodeStarted, Progress, LogLine, RankHello, NodeRetried, NodeFinished, RunFinished)
+_ALL = (RunStarted, NodeStarted, Progress, LogLine, RankHello, Bounded, NodeRetried, NodeFinished, RunFinished)
 EVENTS: dict[str, type[Event]] = {event.name: event for event in _ALL}
 
 

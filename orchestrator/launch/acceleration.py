@@ -14,14 +14,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
 from pydantic import ValidationError
 
+from bigpipe import plainyaml
 from bigpipe.errors import UsageError
+from bigpipe.files import read_file
 from bigpipe.orchestrator.contract import Launch, Machine
 
 TAKEN = tuple(name for name in Launch.model_fields if name != "config_file")
 """The keys that a manifest and a configuration file share."""
+LARGEST = 2**20
+"""Bytes of a configuration file."""
 REPLACED = (None, "NO", "MULTI_CPU", "MULTI_GPU")
 """Values of `distributed_type` that we set ourselves; others (FSDP, DEEPSPEED, MULTI_XPU …) are kept."""
 IMPOSSIBLE = ("XLA", "TPU")
@@ -85,8 +88,8 @@ def _read(launch: Launch, base: Path) -> dict[str, Any]:
         return {}
     path = base / launch.config_file
     try:
-        data = yaml.safe_load(path.read_bytes())
-    except (OSError, yaml.YAMLError) as error:
+        data = plainyaml.load(read_file(path, LARGEST))
+    except (OSError, plainyaml.NotPlain) as error:
         raise UsageError(
             f"launch.config_file {path}: {error}", "write one with `accelerate config --config_file`"
         ) from error

@@ -125,6 +125,11 @@ def peak_resident(process: int) -> int:
     return _told_by_kernel(f"{process}/status", "VmHWM:") * 1024
 
 
+def resident(process: int) -> int:
+    """Return the resident size of a process, in bytes; 0 where the kernel does not tell."""
+    return _told_by_kernel(f"{process}/status", "VmRSS:") * 1024
+
+
 def own_peak() -> int:
     """Return the largest resident size of this process so far, in bytes."""
     if peak := peak_resident(os.getpid()):

@@ -21,6 +21,7 @@ from bigpipe.redaction import conceal_environment
 from bigpipe.sizes import format_size
 
 from . import processes
+from .bounds import Bounds
 from .environment import worker_environment
 from .jobs import Failure, Job, JobFile, Mode, Outcome
 from .lifeline import ORPHANED, UNTOLD
@@ -57,6 +58,7 @@ class Supervisor:
         conceal_environment({**job.parent_environment, **job.environment}, job.secrets)
         self._deadline = float("inf") if job.timeout is None else time.monotonic() + job.timeout
         self._tail = EventTail(job.folder.events)
+        self._bounds = Bounds(job.trust.limits)
         self._kills = out_of_memory_kills()
         self._looked = 0.0
 
@@ -146,12 +148,14 @@ class Supervisor:
                     self.memory[process] = max(self.memory.get(process, 0), peak_resident(process))
                 look()
             self.check()
+            self._bounds.check()
             self.job.cancelled.wait(pause)
             pause = min(pause * 1.1, LONGEST_PAUSE)
 
     def _relay(self, lines: Iterable[tuple[int | None, str]]) -> None:
         for event in self._tail.new():
-            self.say(event)
+            if not self._bounds.take(event):
+                self.say(event)
         for rank, line in lines:
             self.job.report(LogLine(self.job.node, line, True, rank or 0))
         fault, self.log.fault = self.log.fault, None

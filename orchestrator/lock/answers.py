@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from bigpipe.errors import UsageError
-from bigpipe.files import write_file
+from bigpipe.files import read_file, write_file
 from bigpipe.orchestrator.contract import Json
 from bigpipe.redaction import redact
 
@@ -31,7 +31,7 @@ def read_answers(lock: Path) -> Answers:
     """Return node → question → answer; none where there is no such file. Raise UsageError where it is not one."""
     path = answers_path(lock)
     try:
-        text = _unpacked(path.read_bytes())
+        text = _unpacked(read_file(path, LIMIT))
         answers = json.loads(text) if len(text) <= LIMIT else None
     except FileNotFoundError:
         return {}

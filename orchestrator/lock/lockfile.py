@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
@@ -19,8 +20,9 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from bigpipe import plainyaml
 from bigpipe.errors import StageFailed, Stale, UsageError
-from bigpipe.files import write_file
+from bigpipe.files import read_file, write_file
 from bigpipe.orchestrator.contract import Json, PinnedFile
 from bigpipe.orchestrator.planning import ABSENT, Difference, Session, changed, lock_path
 from bigpipe.orchestrator.recipe import Node
@@ -33,6 +35,8 @@ HEADER = """\
 # Written by `bigpipe lock` and by successful runs; commit it beside the manifest.
 # `bigpipe run --locked` refuses other inputs; `bigpipe lock --check` compares without running.
 """
+LARGEST = 256 * 2**20
+"""Bytes of a lock file: that of 10,000 nodes with 100 files each takes half."""
 REVIEWED_LIMIT = 256 * 2**10
 """Bytes of a file that are still worth reviewing."""
 
@@ -77,18 +81,16 @@ class LockFile(_Locked):
 
 def read_lock(path: Path) -> LockFile | None:
     """Return the lock file, None where there is none. Raise UsageError where it is not one (a merge conflict, say)."""
-    if not path.exists():
+    if not os.path.exists(path):
         return None
-    import yaml
-
     again = f"write it again: bigpipe lock {path.name.removesuffix('.lock')}"
     try:
-        data = yaml.load(path.read_bytes(), Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader))  # noqa: S506
+        data = plainyaml.load(read_file(path, LARGEST))
         return LockFile.model_validate(data).model_copy(update={"path": path})
     except OSError as error:
         raise UsageError(f"the lock file {path} cannot be read: {error.strerror}", again) from error
-    except yaml.YAMLError as error:
-        raise UsageError(f"the lock file {path} is not YAML: {error}", again) from error
+    except plainyaml.NotPlain as error:
+        raise UsageError(f"the lock file {path} is not YAML as it is written: {error}", again) from error
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(str(part) for part in first["loc"])

@@ -206,9 +206,11 @@ def open_session(
     path = Path(manifest)
     # Places are named as the path was given; the rest of the engine must not depend on the current directory.
     recipe = replace(load_recipe(path, params), path=path.absolute())
+    found = Store(Path(store) if store else default_root())
+    found.refuse_foreign()
     return Session(
         recipe=recipe,
-        store=Store(Path(store) if store else default_root()),
+        store=found,
         selected=recipe.select(nodes) if nodes else frozenset(recipe.nodes),
         forced=exact(recipe, force),
         arguments=params,
@@ -230,4 +232,4 @@ def node_folder(run_folder: Path, node: str) -> Path:
 
 def lock_path(manifest: Path) -> Path:
     """Return where the lock file of a manifest lies: beside it."""
-    return manifest.with_name(manifest.name + ".lock")
+    return Path(f"{manifest}.lock")

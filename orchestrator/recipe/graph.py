@@ -23,6 +23,7 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 from bigpipe.errors import UsageError
+from bigpipe.files import read_file
 from bigpipe.names import did_you_mean
 from bigpipe.orchestrator.contract import Json, Stage, Trust
 from bigpipe.orchestrator.launch import executor
@@ -40,6 +41,9 @@ from .yamlsource import Document, Key, read_document
 
 if TYPE_CHECKING:
     import networkx as nx
+
+LARGEST = 64 * 2**20
+"""Bytes of a file that is looked at; a manifest holds fewer, which is said at its place."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -127,7 +131,7 @@ def load_recipe(
 
 def _read(path: Path) -> bytes:
     try:
-        return path.read_bytes()
+        return read_file(path, LARGEST)
     except FileNotFoundError:
         near = sorted(other.name for other in path.parent.glob("*.y*ml"))
         cure = did_you_mean(path.name, near, otherwise="there are") or "`bigpipe init FILE --model REPO` writes one"

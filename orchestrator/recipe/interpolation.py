@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from bigpipe.errors import ManifestError
-from bigpipe.names import did_you_mean
+from bigpipe.names import did_you_mean, is_text
 from bigpipe.orchestrator.contract import Json
 from bigpipe.redaction import has_password, redact
 
@@ -191,6 +191,9 @@ def _from_environment(reference: str, body: str, scope: Scope) -> str:
         cure = f"list it under the stage's `secrets: [{name}]`, which hands it to that process only"
         raise _Unresolved(Fault.SECRET_REFERENCE, reference, f"{name} is a secret and is never written out", cure)
     value = scope.environment.get(name, "")
+    if not is_text(value):
+        cause = f"the environment variable {name} holds bytes that are no UTF-8"
+        raise _Unresolved(Fault.ENVIRONMENT_UNSET, reference, cause, f"export {name}=… as UTF-8")
     if value or (operator is None and name in scope.environment):
         return value
     if operator == "-":
@@ -204,6 +207,8 @@ def _from_environment(reference: str, body: str, scope: Scope) -> str:
 def read_argument(text: str, default: Json) -> Json:
     """Return `value` of `-p name=value`, read as the type of the parameter's default. After a null default a list or
     map is read as such and anything else is text. Raise ValueError with the cause."""
+    if not is_text(text):
+        raise ValueError(f"{text!a} holds NUL, or bytes that are no UTF-8")
     if isinstance(default, str):
         return text
     for kind, expected, phrase in _ARGUMENTS:

@@ -10,6 +10,7 @@ from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Fie
 
 from bigpipe.names import did_you_mean
 from bigpipe.orchestrator.contract import Count, Json, Launch, Size, Text, Trust
+from bigpipe.trust import Limits
 
 from .problems import Fault, Problems
 from .validation import Target, validate
@@ -67,10 +68,20 @@ PinnedRepository = Annotated[
 Duration = Annotated[
     float, BeforeValidator(parse_duration), WithJsonSchema({"type": ["number", "string"], "examples": ["30m", "1h30m"]})
 ]
+LIMITS = Limits()
 
 
 class Spec(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", defer_build=True)
+
+
+class LimitsSpec(Spec):
+    """What a model's own config, tokenizer and chat template may take."""
+
+    seconds: Duration = LIMITS.seconds
+    memory: Size = LIMITS.memory
+    modules: Count = Field(default=LIMITS.modules, ge=1)
+    sequences: Count = Field(default=LIMITS.sequences, ge=1)
 
 
 class TrustSpec(Spec):
@@ -79,8 +90,13 @@ class TrustSpec(Spec):
         (), description="Pinned repositories (owner/name@commit) that may run their own code."
     )
 
+    limits: LimitsSpec = Field(
+        default=LimitsSpec.model_construct(),
+        description="What a model's own config, tokenizer and chat template may take.",
+    )
+
     def value(self) -> Trust:
-        return Trust(self.modules, self.remote_code)
+        return Trust(self.modules, self.remote_code, Limits(**dict(self.limits)))
 
 
 class ResourcesSpec(Spec):

@@ -50,6 +50,7 @@ def collect_garbage(layout: Layout, presence: Presence, locked: LockedDigests, *
     """Free all that no existing manifest or lock names. Raise Transient while another process uses the store,
     UsageError where a lock file cannot be read."""
     with explained(layout.root):
+        layout.refuse_foreign()
         if dry_run:
             return _Collection(layout, locked, dry_run=True).collect()
         # Nothing new is written before bytes are freed: `gc` is what people call when the disk is full.

@@ -27,6 +27,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
 from bigpipe import files
+from bigpipe.errors import UsageError, first_few
 from bigpipe.files import Damaged, read_sealed
 
 if TYPE_CHECKING:
@@ -50,7 +51,7 @@ def default_root(environment: Mapping[str, str] | None = None) -> Path:
     """Return `$BIGPIPE_HOME`, else `bigpipe` in the XDG cache directory."""
     environment = os.environ if environment is None else environment
     if home := environment.get("BIGPIPE_HOME"):
-        return Path(home).expanduser().absolute()
+        return Path(os.path.abspath(os.path.expanduser(home)))
     cache = environment.get("XDG_CACHE_HOME", "")
     return (Path(cache) if os.path.isabs(cache) else Path.home() / ".cache") / "bigpipe"
 
@@ -125,6 +126,14 @@ class Layout:
         for folder in self.folders:
             if os.path.lexists(folder) and not folder.is_dir():  # in this order: others may be making it
                 raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(folder))
+
+    def refuse_foreign(self) -> None:
+        """Raise UsageError where the directory is somebody else's: a store removes what it does not know."""
+        ours = {path.name for path in vars(self).values() if isinstance(path, Path) and path.parent == self.root}
+        others = [name for name in names_in(self.root) if name not in ours and name[0] != "." and name != "lost+found"]
+        if others and not (self.keys.is_dir() and self.locks.is_dir()):
+            cause = f"{self.root} is no store: it holds {first_few(others, 3)}"
+            raise UsageError(cause, "name a directory that is empty, or not there yet: --store DIR or BIGPIPE_HOME")
 
     def object(self, sha256: str) -> Path:
         return self.objects / sha256

@@ -10,6 +10,7 @@ from __future__ import annotations
 import errno
 import fcntl
 import os
+import re
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -121,6 +122,10 @@ def _is_at(descriptor: int, path: Path) -> bool:
         return False
 
 
+MEMBER = re.compile(r"[0-9]+-[0-9a-f]{8}")
+"""What a process is called in `tmp/`."""
+
+
 @contextmanager
 def if_free(path: Path) -> Iterator[bool]:
     """Yield whether the lock was free; it is then held within."""
@@ -161,6 +166,7 @@ class Presence:
     def _enter(self) -> Path:
         tmp = self._layout.tmp
         with explained(tmp):
+            self._layout.refuse_foreign()
             make_directory(tmp, durable=False)
             make_directory(self._layout.locks, durable=False)
             with StoreLock(self._layout.locks / "gc", shared=True):
@@ -202,6 +208,8 @@ def _others(layout: Layout, own: str) -> bool:
     """Is any process present besides the one named `own`? Removes what dead ones left."""
     alive = False
     for name in {item.partition(".")[0] for item in os.listdir(layout.tmp)} - {own}:
+        if not MEMBER.fullmatch(name):
+            continue
         path = layout.tmp / f"{name}.lock"
         with if_free(path) as dead:
             if dead:

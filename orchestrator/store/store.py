@@ -84,6 +84,11 @@ class Store:
         self._tidied = threading.Event()
         self._close = weakref.finalize(self, self._presence.leave)
 
+    def refuse_foreign(self) -> None:
+        """Raise UsageError where the directory is somebody else's, or none."""
+        with explained(self.root):
+            self.layout.refuse_foreign()
+
     def on_disk_of(self, place: Path) -> bool:
         """Return whether the bytes there and the store's lie on one file system. Neither need exist yet."""
         return existing(place).stat().st_dev == existing(self.root).stat().st_dev
@@ -283,6 +288,7 @@ class Store:
         """Read every byte. `repair` sets aside what is damaged, so that the next run makes it again."""
         from .verify import Verification
 
+        self.refuse_foreign()
         with suppress(BigpipeError):  # a store on a read-only file system can be verified too
             self.enter()
         with explained(self.root):

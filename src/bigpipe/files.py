@@ -33,6 +33,7 @@ PARTIAL = ".part"
 """Suffix of a file that is not complete."""
 NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
 NO_PERMISSION = (errno.EACCES, errno.EPERM, errno.EROFS)
+MISNAMED = (errno.ENAMETOOLONG, errno.ENOTDIR, errno.EISDIR, errno.ELOOP, errno.ENXIO)
 NOT_SUPPORTED = (errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS)
 NO_LOCKS = (errno.ENOLCK, *NOT_SUPPORTED)
 LIMITS = {
@@ -76,6 +77,10 @@ def explain(
             f"{owner or 'a file'} may not be used: {where}: {error.strerror}",
             f"make it readable and writable for you, {instead}",
         )
+    if error.errno in MISNAMED:
+        return UsageError(
+            f"{owner or 'a file'} cannot be where it is named: {where}: {error.strerror}", f"name another, or {other}"
+        )
     return StageFailed(
         f"{owner or 'a file'} cannot be read or written: {where}: {error.strerror or error}",
         f"{LIMITS.get(error.errno or 0, 'check the disk (`dmesg`)')}, {instead}",
@@ -109,7 +114,7 @@ def explained(path: Path, needed: int = 0, **whose: str) -> Iterator[None]:
 
 def existing(path: Path) -> Path:
     """Return the path, made absolute, or the nearest directory above it that is there."""
-    return next(place for place in (path.absolute(), *path.absolute().parents) if place.exists())
+    return next(place for place in (path.absolute(), *path.absolute().parents) if os.path.exists(place))
 
 
 def lies_in(path: Path, folder: Path) -> bool:
@@ -172,6 +177,24 @@ def sync_directory(path: Path) -> None:
         # Some file systems cannot sync directories and say so; there is nothing better to do on them.
         if error.errno not in NOT_SUPPORTED:
             raise
+
+
+def read_file(path: Path, limit: int) -> bytes:
+    """Return what a file that somebody named holds. Raise OSError, also for what is no regular file (a device or a pipe
+    would never end) and for one of more than `limit` bytes."""
+    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+    with open(descriptor, "rb", buffering=0) as file:
+        facts = os.fstat(descriptor)
+        if stat.S_ISDIR(facts.st_mode):
+            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), os.fspath(path))
+        if not stat.S_ISREG(facts.st_mode):
+            raise OSError(errno.EINVAL, "it is no regular file", os.fspath(path))
+        content = bytearray()
+        while len(content) <= limit and (more := file.read(min(CHUNK, limit + 1 - len(content)))):
+            content += more
+        if len(content) > limit:
+            raise OSError(errno.EFBIG, f"it holds more than {format_transfer(limit)}", os.fspath(path))
+    return bytes(content)
 
 
 def sync_file(path: Path) -> None:

@@ -13,9 +13,11 @@ from pathlib import Path
 from typing import Any
 
 from .errors import UsageError
-from .files import free_space
+from .files import free_space, read_file
 
 DOCTOR_FORMAT = "bigpipe.doctor/1"
+LARGEST = 2**20
+"""Bytes of a description."""
 MAKE_ONE = "make one there with `bigpipe doctor --json > FILE`"
 CGROUPS = Path("/sys/fs/cgroup")
 
@@ -81,8 +83,8 @@ def machine_from_json(data: Any) -> Machine:
 def read_machine(path: Path) -> Machine:
     """The machine that a file written by `bigpipe doctor --json` describes. Raises UsageError."""
     try:
-        return machine_from_json(json.loads(path.read_bytes()))
-    except (OSError, ValueError, UsageError) as error:
+        return machine_from_json(json.loads(read_file(path, LARGEST)))
+    except (OSError, ValueError, RecursionError, UsageError) as error:
         cause = error.cause if isinstance(error, UsageError) else error
         raise UsageError(f"{path}: {cause}", MAKE_ONE) from error
 

@@ -7,6 +7,12 @@ from collections.abc import Callable, Collection, Iterable, Sequence
 from .errors import UsageError, first_few
 
 
+def is_text(text: str) -> bool:
+    """Return whether it can be written down: bytes that are no UTF-8 reach Python as halves of characters, and no file
+    name holds NUL."""
+    return "\0" not in text and not any("\ud800" <= sign <= "\udfff" for sign in text)
+
+
 def listed(words: Iterable[str], joint: str = "and") -> str:
     """Return `a, b and c`."""
     *most, last = list(words) or [""]

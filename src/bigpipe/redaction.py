@@ -118,7 +118,7 @@ def stored_hub_token(environment: Mapping[str, str]) -> str | None:
     """Return the token that `hf auth login` left on disk. None where there is none."""
     cache = environment.get("XDG_CACHE_HOME") or os.path.join(environment.get("HOME", ""), ".cache")
     home = environment.get("HF_HOME") or os.path.join(cache, "huggingface")
-    path = Path(environment.get("HF_TOKEN_PATH") or os.path.join(home, "token")).expanduser()
+    path = Path(os.path.expanduser(environment.get("HF_TOKEN_PATH") or os.path.join(home, "token")))
     try:
         return path.read_text(encoding="utf-8").strip() or None
     except (OSError, UnicodeDecodeError):

@@ -1,4 +1,5 @@
-"""What may run besides bigpipe's own code. Nothing, unless the caller or the manifest says so."""
+"""What may run besides bigpipe's own code: nothing, unless the caller or the manifest says so. And how much a model's
+own files may take, which are not trusted either."""
 
 from __future__ import annotations
 
@@ -7,7 +8,29 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from .errors import UsageError
+from .errors import InvalidCheckpoint, UsageError
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """What the config, the tokenizer and the chat template of a model may take before anything is computed with them.
+    Known models take a tenth of it at most."""
+
+    seconds: float = 120
+    """For building the model's class once; for loading its tokenizer once; for the prompts of one batch."""
+    memory: int = 4 * 2**30
+    """Bytes, for each of these."""
+    modules: int = 200_000
+    """Of a model's class; layers, experts and labels that a config asks for."""
+    sequences: int = 64
+    """Beams, or texts, that are made of one prompt at a time."""
+
+    def exceeded(self, name: str, cause: str) -> InvalidCheckpoint:
+        """Return the error for one of these that was met. cause: what would take more."""
+        value = getattr(self, name)
+        more = f"{2 * value >> 20}MiB" if name == "memory" else f"{2 * value:g}" if name == "seconds" else 2 * value
+        cure = f"do not use the model, or raise the limit for it: `trust: {{limits: {{{name}: {more}}}}}`"
+        return InvalidCheckpoint(cause, cure)
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,6 +48,9 @@ class Trust:
         if isinstance(given, Trust):
             return given
         return cls((given,) if isinstance(given, str) else tuple(given))
+
+    limits: Limits = Limits()
+    """Of what a model's files may take."""
 
     def allows_module(self, reference: str) -> bool:
         """Return whether the module of `module:name` is trusted."""

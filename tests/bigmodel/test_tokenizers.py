@@ -86,18 +86,24 @@ def test_every_file_arrives_as_it_was(folder: Path, name: str) -> None:
 
 @pytest.mark.parametrize("name", names())
 def test_texts_become_the_same_tokens(folder: Path, name: str) -> None:
-    wanted, found = original(folder / "published" / name), load_tokenizer(folder / "saved" / name, SOURCES)
+    wanted, found = (
+        original(folder / "published" / name),
+        load_tokenizer(folder / "saved" / name, SOURCES, TaskOptions().bounded),
+    )
     assert type(found).__name__ == type(wanted).__name__
     for text in TEXTS:
-        tokens = encode(found, Row(0, text, {}))
+        tokens = encode(found, [Row(0, text, {})], TaskOptions().bounded)[0]
         assert tokens == wanted(text)["input_ids"]
         assert len(set(tokens)) > 1
 
 
 @pytest.mark.parametrize("name", names("chat"))
 def test_messages_become_the_same_tokens(folder: Path, name: str) -> None:
-    wanted, found = original(folder / "published" / name), load_tokenizer(folder / "saved" / name, SOURCES)
-    tokens = encode(found, Row(0, CHAT, {}))
+    wanted, found = (
+        original(folder / "published" / name),
+        load_tokenizer(folder / "saved" / name, SOURCES, TaskOptions().bounded),
+    )
+    tokens = encode(found, [Row(0, CHAT, {})], TaskOptions().bounded)[0]
     assert tokens == wanted.apply_chat_template(CHAT, add_generation_prompt=True)["input_ids"]
     assert wanted.decode(tokens) == "<user>hello world<a>"
     assert found.chat_template == wanted.chat_template
@@ -136,7 +142,7 @@ def test_a_tokenizer_that_is_broken_is_named(tmp_path: Path, name: str) -> None:
     with pytest.raises(Exception):  # noqa: B017, PT011 transformers raises what it happens upon
         transformers.AutoTokenizer.from_pretrained(tmp_path)
     with pytest.raises(UsageError, match=re.escape(str(tmp_path))):
-        load_tokenizer(tmp_path, Sources())
+        load_tokenizer(tmp_path, Sources(), TaskOptions().bounded)
 
 
 def answers(folder: Path, *texts: str) -> list[Any]:

@@ -1,6 +1,6 @@
 """Damages files on purpose, the same way for the same number, and opens them in a process that is watched.
 
-    python -m support.mutations FILE START END FIRST COUNT
+    python -m attack.mutations FILE START END FIRST COUNT
 
 prints one JSON line per mutant: `{"mutant", "error"}` or `{"mutant", "tensors": {name: [dtype, shape, sha256]}}`. The
 process may not take more than `MEMORY` bytes beyond what it starts with, and importing, executing or spawning anything
@@ -57,8 +57,8 @@ def main(file: Path, start: int, end: int, first: int, count: int) -> None:
 
     original = file.read_bytes()
     target = file.with_name(f"mutant{file.suffix}")
-    _limit_memory()
-    watch = _Watch()
+    limit_memory()
+    watch = Watch()
     for number in range(first, first + count):
         target.write_bytes(mutant(original, start, end, number))
         answer: dict[str, Any] = {"mutant": number}
@@ -82,7 +82,7 @@ def main(file: Path, start: int, end: int, first: int, count: int) -> None:
         sys.stdout.write(json.dumps(answer) + "\n")
 
 
-class _Watch:
+class Watch:
     """Ends the process when something is done that reading a file never needs."""
 
     def __init__(self) -> None:
@@ -96,7 +96,7 @@ class _Watch:
             raise SystemExit(f"{event} {arguments[:1]}")
 
 
-def _limit_memory() -> None:
+def limit_memory() -> None:
     pages = int(Path("/proc/self/statm").read_text().split()[0])
     limit = pages * resource.getpagesize() + MEMORY
     resource.setrlimit(resource.RLIMIT_AS, (limit, limit))

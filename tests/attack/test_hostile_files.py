@@ -17,8 +17,8 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from support.mutations import mutant
 
+from attack.mutations import mutant
 from bigpipe.bigmodel.checkpoint import open_checkpoint
 from bigpipe.errors import InvalidCheckpoint
 
@@ -320,7 +320,7 @@ def originals(folder: Path) -> dict[str, tuple[Path, int, int]]:
 
 
 def watch_mutants(file: Path, start: int, end: int, count: int, first: int = 0) -> list[dict]:
-    command = [sys.executable, "-m", "support.mutations", str(file), *map(str, (start, end, first, count))]
+    command = [sys.executable, "-m", "attack.mutations", str(file), *map(str, (start, end, first, count))]
     path = os.pathsep.join([str(Path(__file__).parent.parent), os.environ.get("PYTHONPATH", "")])
     child = subprocess.run(command, env={**os.environ, "PYTHONPATH": path}, capture_output=True, text=True, timeout=280)
     assert child.returncode == 0, child.stderr[-3000:]

@@ -1,0 +1,39 @@
+"""Limits of what a model's own files set going in a worker: its tokenizer, its chat template.
+
+They are watched from outside: nothing in a process stops a loop in C, a regular expression or a product of large
+numbers, whoever holds the interpreter's lock.
+"""
+
+from __future__ import annotations
+
+import time
+
+from bigpipe.orchestrator.contract import Bounded, Event
+from bigpipe.trust import Limits
+
+from .processes import resident
+
+
+class Bounds:
+    def __init__(self, limits: Limits) -> None:
+        self._limits = limits
+        self._open: dict[tuple[int, int], tuple[Bounded, float, int]] = {}
+        """Process and number → what it does, since when (of the monotonic clock), and its resident bytes then."""
+
+    def take(self, event: Event) -> bool:
+        """Return whether this event is about a limit; it is then noted."""
+        if not isinstance(event, Bounded):
+            return False
+        if event.seconds:
+            self._open[event.pid, event.number] = event, time.monotonic(), resident(event.pid)
+        else:
+            self._open.pop((event.pid, event.number), None)
+        return True
+
+    def check(self) -> None:
+        """Raise InvalidCheckpoint where a worker takes more than it may."""
+        for (process, _), (event, since, before) in self._open.items():
+            if time.monotonic() - since > event.seconds:
+                raise self._limits.exceeded("seconds", f"{event.what} takes more than {event.seconds:g} s")
+            if resident(process) - before > event.memory:
+                raise self._limits.exceeded("memory", f"{event.what} takes more than {event.memory >> 20} MiB")
