@@ -92,7 +92,7 @@ class TestTrust:
         assert store.intact(again)
         assert contents(store, again) == {"x": b"bytes", "y": b"other"}
 
-    @pytest.mark.parametrize("harm", ["extra", "missing", "elsewhere", "file", "gone", "all"])
+    @pytest.mark.parametrize("harm", ["extra", "missing", "elsewhere", "file", "gone", "all", "link"])
     def test_a_damaged_tree_is_rebuilt(self, store, tmp_path, harm):
         files = {"x": b"bytes", "sub/y": b"other"}
         done = publish(store, "a", files)
@@ -102,8 +102,10 @@ class TestTrust:
         elif harm == "gone":
             (tree / "sub" / "y").unlink()
             (tree / "sub").rmdir()
-        elif harm == "all":
+        elif harm in ("all", "link"):
             tree.rename(tmp_path / "tree")
+            if harm == "link":
+                tree.symlink_to(tmp_path / "tree")
         else:
             (tree / "x").unlink()
         if harm == "elsewhere":
