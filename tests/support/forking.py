@@ -160,5 +160,5 @@ def together(
             said.seek(0)
             endings.append(Ending(code, said.read().decode(errors="replace")))
         for tracer in tracers:
-            tracer.wait(timeout=20)
+            tracer.communicate(timeout=20)
     return endings
