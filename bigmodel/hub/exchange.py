@@ -17,8 +17,8 @@ from typing import Any
 from bigpipe.errors import Transient
 from bigpipe.sizes import format_transfer
 
-MOST_ANSWERS = 1000
-"""Redirects, repetitions and resumed parts of one exchange."""
+MOST_ANSWERS = 200
+"""Redirects and repetitions of one exchange; and one more a MiB, for files that are sent or resumed in parts."""
 OVERHEAD = 2**19
 """Bytes of an exchange that belong to no body."""
 HEADERS = 2**14
@@ -79,9 +79,9 @@ class Exchange:
             raise Transient(cause, LATER)
 
     def answered(self, host: str) -> None:
-        """Raise Transient where that was one too many: a large file is sent in thousands of parts."""
+        """Raise Transient where that was one too many."""
         self.answers += 1
-        if self.answers > MOST_ANSWERS + self.sent // 2**20:
+        if self.answers > MOST_ANSWERS + (self.sent + self.received) // 2**20:
             raise Transient(f"{host} answered {self.answers} times{self.for_what}, and it never ended", LATER)
 
     def wait(self, seconds: float, host: str, status: int) -> None:

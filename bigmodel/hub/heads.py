@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -16,7 +17,7 @@ from bigpipe.bigmodel.checkpoint import (
     invalid,
     read_head,
 )
-from bigpipe.errors import InvalidCheckpoint
+from bigpipe.errors import InvalidCheckpoint, Transient
 
 from .repository import READERS, HubFile, Repository, read_range
 
@@ -76,6 +77,14 @@ def reading(repository: Repository, file: HubFile, guess: int = 0) -> Iterator[t
             yield source, cached
     else:
         yield RangeSource(repository, file, guess if file.path.endswith(".safetensors") else 0), Path(file.path)
+
+
+def check_content(repository: Repository, file: HubFile, content: bytes) -> None:
+    """Raise Transient where a whole file that came is not what the listing promises: what is learnt of it is kept."""
+    git = hashlib.sha1(b"blob %d\0" % len(content) + content, usedforsecurity=False).hexdigest()
+    if file.etag and file.etag not in (hashlib.sha256(content).hexdigest(), git):
+        cause = f"{file.path} of {repository.repo} came with other bytes than its digest {file.etag} promises"
+        raise Transient(cause, "something in between changes them; run again, or over another network")
 
 
 @dataclass(slots=True)

@@ -40,7 +40,7 @@ from bigpipe.bigmodel.checkpoint import (
 )
 from bigpipe.errors import Offline, UsageError
 
-from .heads import GUESS, reading
+from .heads import GUESS, RangeSource, check_content, reading
 from .repository import READERS, Hub, HubFile, Repository, as_listing, describe, question
 from .selection import ANY, Choice, check_index, detect, weight_files
 
@@ -152,7 +152,10 @@ def _json(repository: Repository, name: str, limit: int = MAX_CONFIG) -> dict[st
     if file.size > limit:
         raise invalid(name, f"has {file.size} bytes, more than {limit}", FETCH_AGAIN)
     with reading(repository, file) as (source, _):
-        return parse_object(source.read(0, file.size), f"{repository.repo}/{name}", unique=is_index(name))
+        content = source.read(0, file.size)
+        if isinstance(source, RangeSource):
+            check_content(repository, file, content)
+        return parse_object(content, f"{repository.repo}/{name}", unique=is_index(name))
 
 
 def _components(repository: Repository) -> dict[str, Any]:

@@ -100,6 +100,7 @@ def places() -> Iterator[Case]:
         yield Case(
             f"verify: at {what}", changed("batch", lambda said, place=place: _verified_at(said, place)), refused=True
         )
+    yield Case("verify: on another host", changed("batch", _verified_elsewhere), refused=False)
     for actions in ({}, [], "x", 5, {"upload": {}}, {"upload": 5}, {"upload": {"href": 5}}, {"upload": {"href": None}}):
         yield Case(f"actions: {actions!r}", changed("batch", each("objects", actions=actions)))
     for header in (
@@ -134,6 +135,14 @@ def places() -> Iterator[Case]:
 def _verified_at(said: Any, place: str) -> Any:
     for one in said["objects"]:
         one["actions"]["verify"] = {"href": place}
+    return said
+
+
+def _verified_elsewhere(said: Any) -> Any:
+    """Where the bytes go, which is another origin than the Hub's."""
+    for one in said["objects"]:
+        origin = one["actions"]["upload"]["href"].partition("/put/")[0]
+        one["actions"]["verify"] = {"href": f"{origin}/verify"}
     return said
 
 

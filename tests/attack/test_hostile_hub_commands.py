@@ -40,7 +40,7 @@ def enemy() -> Iterator[Enemy]:
 
 def command(home: Path, url: str, *arguments: str) -> tuple[int | None, str]:
     """Exit code, None where it does not end; and all that it said."""
-    kept = {name: os.environ[name] for name in ("PATH", "LANG") if name in os.environ}
+    kept = {name: os.environ[name] for name in ("PATH", "LANG", "PYTHONPATH") if name in os.environ}
     settings = {"HF_ENDPOINT": url, "HF_HOME": str(home / "hf"), "HOME": str(home / "user"), "HF_TOKEN": TOKEN}
     client = {"HF_HUB_DISABLE_XET": "1", "HF_HUB_DISABLE_TELEMETRY": "1", "HF_HUB_DOWNLOAD_TIMEOUT": "1"}
     process = subprocess.Popen(

@@ -95,6 +95,16 @@ def test_a_redirect_to_tls_is_verified(
     assert secure.log
 
 
+def test_a_redirect_away_from_tls_is_refused(
+    server: LoopbackHub, secure: LoopbackHub, certificate: Path, tmp_path: Path
+) -> None:
+    secure.cdn = server.url
+    done = estimate(secure, tmp_path, SSL_CERT_FILE=str(certificate))
+    assert done.returncode == 75, done.stderr
+    assert "away from TLS" in done.stderr
+    assert not server.log
+
+
 RECIPE = """\
 version: 1
 name: fetching

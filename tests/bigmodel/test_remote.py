@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from support.enemy import Enemy
 from support.hub import LoopbackHub
 from support.hub_state import files_of
 from support.models import make_checkpoint
@@ -21,7 +22,7 @@ from support.shells import sharded, shell
 
 from bigpipe.bigmodel.architecture import known_architecture
 from bigpipe.bigmodel.checkpoint import describe_checkpoint
-from bigpipe.bigmodel.hub import Hub
+from bigpipe.bigmodel.hub import Hub, describe
 from bigpipe.bigmodel.hub.remote import RemoteModel, describe_repository
 from bigpipe.errors import GatedRepository, InvalidCheckpoint, NotAuthorised, Offline, Transient, UsageError
 
@@ -333,3 +334,24 @@ class TestHostile:
         server.fail("cut", "/cdn/", times=9)
         with pytest.raises(Transient):
             look(hub)
+
+
+def test_a_config_that_is_not_what_the_listing_promises(tmp_path: Path) -> None:
+    files = {"config.json": b'{"model_type": "llama", "hidden_size": 8}', "README.md": b"# m"}
+    with Enemy(files) as enemy:
+        hub = Hub(endpoint=enemy.url, cache=tmp_path / "cache", memo=tmp_path / "memo")
+        enemy.change = lambda asked, said: (
+            replace(said, body=said.body.replace(b"8", b"9")) if asked.kind == "get" else said
+        )
+        with pytest.raises(Transient, match="other bytes than its digest"):
+            describe_repository("org/model", enemy.commit, hub=hub)
+        enemy.reset()
+        told = describe_repository("org/model", enemy.commit, hub=hub).description.config
+    assert told == json.loads(files["config.json"])
+
+
+@pytest.mark.parametrize("told", ["\x1b[2J", ["timm"], {}, 5, "a" * 1000])
+def test_an_odd_library_is_none(told: object, tmp_path: Path) -> None:
+    with Enemy({"config.json": b"{}"}) as enemy:
+        enemy.listing = lambda listing: {**listing, "library_name": told}
+        assert describe("org/model", hub=Hub(endpoint=enemy.url, cache=tmp_path)).library is None

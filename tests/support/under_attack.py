@@ -53,7 +53,7 @@ class Victims:
             os.killpg(self._process.pid, signal.SIGKILL)
         self._process.communicate()
 
-    def ask(self, job: dict[str, Any], seconds: float = 60) -> dict[str, Any]:
+    def ask(self, job: dict[str, Any], seconds: float = 120) -> dict[str, Any]:
         """Return what came of it: `ok`, or `error`, `cause`, `cure`, `exit_code`; `seconds`, `slept`, `rss` in bytes,
         and `said`, all that was printed. An outcome `hangs` after so many seconds."""
         assert self._process.stdin is not None
