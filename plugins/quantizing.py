@@ -11,7 +11,7 @@ from bigpipe.bigmodel.quantization import Settings, quantize_described, refuse_q
 from bigpipe.orchestrator.stage import CheckContext, Forecast, ForecastContext, Machine, StageContext, StageResult
 from bigpipe.sizes import counted, format_transfer
 
-from .library import about, single_model, sources_of
+from .library import about, require_class, single_model, sources_of
 from .quantize import QuantizeMetrics, QuantizeParams
 
 RAM = 192 * 2**20
@@ -26,9 +26,10 @@ RATE = 350 * 10**6
 
 
 def check(params: QuantizeParams, context: CheckContext) -> None:
-    """Refuses before the download what is quantized already."""
+    """Refuses before the download what is quantized already, and weights of which nobody knows the class."""
     if described := single_model(context):
         with about("inputs.model"):
+            require_class(described)
             refuse_quantized(described)
 
 

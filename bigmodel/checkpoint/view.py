@@ -220,6 +220,8 @@ class ModelDescription:
     """Where side files (config, tokenizer, custom class) can be read, if anywhere yet."""
     custom: Mapping[str, Any] | None = None
     """Contents of `bigpipe_architecture.json`."""
+    names: frozenset[str] | None = None
+    """Relative paths of all files that come with it; None: not known, or those in `path`."""
 
     @property
     def quantization(self) -> Mapping[str, Any] | None:
@@ -244,7 +246,13 @@ def describe_checkpoint(path: str | Path, *, among: Collection[str] | None = Non
     """Describe a checkpoint directory from its headers. Raise InvalidCheckpoint as `open_checkpoint` does.
     among: the files that count, by relative path; None: all."""
     path = Path(path)
-    return describe_opened(_assemble(path, find_weight_files(path, among=among), _contents_here))
+    found = describe_opened(_assemble(path, find_weight_files(path, among=among), _contents_here))
+    if among is None:
+        return found
+    config, custom = "config.json" in among, ARCHITECTURE_FILE in among
+    return replace(
+        found, config=found.config if config else None, custom=found.custom if custom else None, names=frozenset(among)
+    )
 
 
 def describe_if_single(path: Path, *, among: Collection[str] | None = None) -> ModelDescription | None:

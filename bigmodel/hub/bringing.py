@@ -6,8 +6,8 @@ Where somebody waits for them (see `bigpipe.passing`), weight files are announce
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Collection, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Iterable, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from bigpipe.bigmodel.checkpoint import (
@@ -125,17 +125,17 @@ class HubSource:
         missing = missing_bytes(repository, files)
         return Expected(
             sizes={file.path: file.size for file in files},
-            description=self._description(repository.commit),
+            description=self._description(repository.commit, [file.path for file in files]),
             commit=repository.commit,
             missing=missing,
             cache=self.hub.cache,
             misfits=_misfits(missing, self.hub),
         )
 
-    def _description(self, commit: str) -> ModelDescription | None:
+    def _description(self, commit: str, names: Iterable[str]) -> ModelDescription | None:
         try:
             found = describe_repository(self.repo, commit, hub=self.hub, choice=self.choice, subfolder=self.subfolder)
-            return found.description
+            return replace(found.description, names=frozenset(names))
         except (Transient, NotAuthorised, UsageError):
             return None
 
@@ -205,7 +205,7 @@ class DirectorySource:
                 folders = sorted(path.name for path in place.parent.iterdir() if path.is_dir())
                 there = f"{place.parent} has {first_few(folders) or 'none'}"
                 cure = "give what it leads to as path" if place.is_symlink() else there
-                raise UsageError(f"subfolder: {place} is {what}", cure)
+                raise UsageError(f"subfolder: {place} is {what}", cure, field="subfolder")
 
     def check(self) -> None:
         """Raise InvalidCheckpoint unless it holds a pipeline, or weights whose headers are right."""

@@ -45,7 +45,7 @@ class Choice:
         for glob in self.include:
             if not any(fnmatchcase(name, glob) for name in names):
                 cause = f"include: {glob!r} matches none of {len(names)} files"
-                raise UsageError(cause, f"there are {first_few(names)}")
+                raise UsageError(cause, f"there are {first_few(names)}", field="include")
         wanted = [name for name in names if _matches(name, self.include)]
         if not self.include:
             sets = self.weights(names, hint)
@@ -68,7 +68,8 @@ class Choice:
         }
         if not any(wanted.values()):
             there = first_few(variants(Name(name).name for name in names))
-            raise UsageError(f"variant: there are no weights of {self.variant!r}", f"there are {there or 'none'}")
+            cause = f"variant: there are no weights of {self.variant!r}"
+            raise UsageError(cause, f"there are {there or 'none'}", field="variant")
         return {folder: wanted[folder] or weights for folder, weights in found.items()}
 
 

@@ -12,6 +12,7 @@ import hashlib
 import json
 import re
 import sys
+import warnings
 from collections.abc import Mapping
 from difflib import get_close_matches
 from functools import cache
@@ -254,9 +255,9 @@ def _generate(model: Any, arguments: Mapping[str, Any], own: Mapping[str, Any]) 
         del given["cache_implementation"]
     given.pop("stop_strings", None)
     kept = {name: value for name, value in own.items() if name not in ("stop_strings", "max_length", "max_new_tokens")}
-    model.generation_config = GenerationConfig(**{"decoder_start_token_id": 0, **kept})
+    model.generation_config = GenerationConfig(**{"decoder_start_token_id": 0, "eos_token_id": 0, **kept})
     ids = torch.zeros((1, 1), dtype=torch.int64)
-    with torch.inference_mode():
+    with torch.inference_mode(), warnings.catch_warnings(action="ignore"):  # of lengths that two tokens do not reach
         model.generate(**{"input_ids": ids, "attention_mask": ids + 1, "max_new_tokens": 2, "pad_token_id": 0, **given})
 
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import os
+from collections.abc import Callable, Collection, Sequence
 from contextlib import AbstractContextManager
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -31,31 +33,34 @@ DOWNLOAD = "download it with the model (`include`), or use the task `module:func
 
 
 def require_tokenizer(model: ModelDescription) -> None:
-    """Raise UsageError for a model of a class of its own, and for a directory with weights and without a tokenizer.
-    Before a download a directory may hold the config alone: that says nothing."""
+    """Raise UsageError for a model of a class of its own, and for one that comes without a tokenizer."""
     if model.custom is not None:
         name = model.custom.get("class")
         raise UsageError(f"the task needs a model of transformers; this one is of the class {name}", OWN_FUNCTION)
-    if model.path is not None and has_weights(model) and not _holds(model.path, TOKENIZER_FILES):
-        raise UsageError(f"the task needs a tokenizer, and {model.path} has none", DOWNLOAD)
+    names = _names(model)
+    if names is not None and not _any(names, TOKENIZER_FILES):
+        raise UsageError(f"the task needs a tokenizer, and {model.path or 'the model'} has none", DOWNLOAD)
 
 
 def require_template(rows: Sequence[Row], model: ModelDescription) -> None:
     """Raise UsageError where a row is a chat, and the model's directory has no template that makes a text of it."""
     chat = next((row for row in rows if not isinstance(row.prompt, str)), None)
-    if chat is None or model.path is None or not has_weights(model) or _has_template(model.path):
+    if chat is None or _has_template(model):
         return
-    cause = f"prompt {chat.index} is a chat, and the tokenizer in {model.path} has no chat template"
+    cause = f"prompt {chat.index} is a chat, and the model's tokenizer has no chat template"
     raise UsageError(cause, "write prompts as texts, or add chat_template.jinja to the model", field="prompts")
 
 
-def _has_template(path: Path) -> bool:
+def _has_template(model: ModelDescription) -> bool:
+    """Also where a file that may hold one is not here yet."""
     from bigpipe.bigmodel.checkpoint import MAX_CONFIG, read_json
 
-    if _holds(path, ("chat_template.*",)) or any((path / "additional_chat_templates").glob("*.jinja")):
+    names = _names(model)
+    if names is None or _any(names, ("chat_template.*", "additional_chat_templates*")):
         return True
-    files = [path / name for name in ("tokenizer_config.json", "processor_config.json") if (path / name).is_file()]
-    return any(read_json(file, path, MAX_CONFIG).get("chat_template") for file in files)
+    settings = [name for name in ("tokenizer_config.json", "processor_config.json") if name in names]
+    path = model.path
+    return any(path is None or read_json(path / name, path, MAX_CONFIG).get("chat_template") for name in settings)
 
 
 def known_architecture(model: ModelDescription, sources: Sources) -> Architecture | None:
@@ -84,6 +89,17 @@ def has_weights(model: ModelDescription) -> bool:
 
 def _holds(directory: Path, patterns: Sequence[str]) -> bool:
     return any(True for pattern in patterns for _ in directory.glob(pattern))
+
+
+def _names(model: ModelDescription) -> Collection[str] | None:
+    """Of all files that the model has. None: not known; before a download a directory may hold the config alone."""
+    if model.names is not None:
+        return model.names
+    return os.listdir(model.path) if model.path is not None and has_weights(model) else None
+
+
+def _any(names: Collection[str], patterns: Sequence[str]) -> bool:
+    return any(fnmatchcase(name, pattern) for name in names for pattern in patterns)
 
 
 def load_tokenizer(path: Path, sources: Sources, bounded: Bounded, model: Any = None) -> Any:

@@ -16,10 +16,14 @@ from support.hub_state import files_of
 from support.models import make_checkpoint, tiny_model, tiny_tokenizer
 
 import bigpipe
-from bigpipe.bigmodel.checkpoint import ModelDescription, open_checkpoint
+from bigpipe.bigmodel.checkpoint import ModelDescription, describe_checkpoint, open_checkpoint
+from bigpipe.bigmodel.sources import Sources
+from bigpipe.bigmodel.tasks import Row, find_task
 from bigpipe.bigmodel.writing import save_checkpoint
 from bigpipe.errors import BigpipeError, InvalidCheckpoint, NoWeights, UsageError
+from bigpipe.orchestrator.stage import Forecast
 from bigpipe.plugins.download import STAGE, DownloadParams
+from bigpipe.plugins.quantize import STAGE as QUANTIZE
 
 SOURCES = ["repo", "path"]
 
@@ -129,6 +133,28 @@ GLOBS: list[dict[str, Any]] = [
 def test_what_globs_leave_is_described_by_the_plan(bring: Any, tmp_path: Path, source: str, globs: Any) -> None:
     _, planned, out = bring(source, variants(tmp_path / "model"), **globs)
     assert_planned(planned, out)
+
+
+@pytest.mark.parametrize("source", SOURCES)
+def test_what_does_not_come_along_is_missed_by_the_plan(bring: Any, tmp_path: Path, source: str) -> None:
+    folder, generate = make_checkpoint(tmp_path / "model", "llama"), find_task("text-generation", Sources())
+    texts = [Row(0, "a", {"prompt": "a"})]
+    chats = [Row(0, [{"role": "user", "content": "a"}], {})]
+    _, planned, _ = bring(source, folder)
+    generate.check({}, texts, planned)
+    _, planned, out = bring(source, folder, exclude=["tokenizer*"])
+    for described in (planned, describe_checkpoint(out)):
+        with pytest.raises(UsageError, match="needs a tokenizer"):
+            generate.check({}, texts, described)
+    _, planned, _ = bring(source, folder, exclude=["tokenizer_config.json"])
+    with pytest.raises(UsageError, match="has no chat template"):
+        generate.check({}, chats, planned)
+    _, planned, _ = bring(source, folder, include=["*.safetensors"])
+    wired = {"model": (Forecast(output=planned),)}
+    context = forecast_context(tmp_path, inputs=wired)
+    assert QUANTIZE.planning.check is not None
+    with pytest.raises(UsageError, match=r"no config\.json, so nobody knows the class"):
+        QUANTIZE.planning.check(QUANTIZE.params.model_validate({"scheme": "int8"}), context)
 
 
 def test_a_shard_that_a_glob_leaves_out_is_missed_by_the_plan(bring: Any, tmp_path: Path) -> None:
