@@ -123,6 +123,7 @@ def sweep(
         told = f"{call} {turn}: {ended}"
         assert ended.in_order, told
         assert versions(place), told
+        assert where is remote or also or named(where(place)), told  # its name is never without one
         failing = saving(place, "pwrite64,write,sendfile:error=ENOSPC:when=2+")  # the disk is full
         assert versions(place), f"{told}, then {failing}"
         save(where(place), new, scratch)
