@@ -208,9 +208,12 @@ def ran_out(error: BaseException) -> BigpipeError | None:
     if type(error).__name__ == "OutOfMemoryError":  # torch's, which must not be imported for this
         cure = "use a smaller batch, or give max_memory a lower cap so that more is kept off the GPU"
         return DoesNotFit(f"GPU memory ran out: {error}", cure)
+    if isinstance(error, OSError) and code in LIMITS and error.filename is None:
+        return StageFailed(f"a limit of the system was met: {error.strerror}", LIMITS[code])
     if isinstance(error, OSError) and code in DISK:
         free = "free some (`bigpipe gc` drops what no manifest names)"
         return explain(error, Path(), free=free, other="put the store elsewhere with --store")
     if isinstance(error, RuntimeError) and NO_THREADS in str(error):
-        return StageFailed("no further thread may start", f"{LIMITS[errno.EAGAIN]}, or use fewer `--jobs`")
+        cure = f"{LIMITS[errno.EAGAIN]}, or more memory (`ulimit -v`), or use fewer `--jobs`"
+        return StageFailed("no further thread may start", cure)
     return None
