@@ -33,7 +33,7 @@ def top_level(reference: str) -> str:
 def _locations(top: str, base: Path | None) -> tuple[Path, ...]:
     try:
         spec = PathFinder.find_spec(top, [str(base), *sys.path] if base else sys.path) or find_spec(top)
-    except ValueError:  # `__main__`, or no name
+    except (ValueError, ImportError):  # `__main__`, or no name
         return ()
     if spec is None:
         return ()

@@ -1,0 +1,73 @@
+"""Names that nobody meant, of files, destinations, modules and parameters: mistakes of the user's, at once."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+from bigpipe.bigmodel.publishing import open_destination
+from bigpipe.bigmodel.sources import Sources
+from bigpipe.errors import ManifestError, UsageError
+from bigpipe.files import read_file
+from bigpipe.modules import source_files
+from bigpipe.orchestrator.recipe.graph import load_recipe
+
+NO_TEXT = os.fsdecode(b"a\xff")
+
+
+@pytest.mark.parametrize(
+    "to",
+    [
+        "/",
+        "//",
+        "/../..",
+        "a" * 250,
+        "a" * 5000,
+        "a/" * 3000,
+        "file:///",
+        "zip://a::file:///etc/x",
+        "x://y",
+        "tar://::",
+        "://",
+    ],
+)
+def test_what_cannot_be_a_destination_is_refused(tmp_path, to):
+    with pytest.raises(UsageError) as caught:
+        open_destination(to, Sources(base=tmp_path))
+    assert caught.value.field == "to"
+    assert len(caught.value.cause) < 6000
+
+
+def test_a_destination_of_a_user_that_is_none_is_a_folder(tmp_path):
+    found = open_destination("~nobody-here/x", Sources(base=tmp_path))
+    assert found.url == str(tmp_path / "~nobody-here/x")
+
+
+@pytest.mark.parametrize("name", ["", "..", "builtins", "sys", "no_such_module_anywhere"])
+def test_a_module_without_source_has_no_files(tmp_path, name):
+    assert source_files(name, tmp_path) == []
+
+
+def test_a_file_is_read_up_to_its_limit(tmp_path):
+    file = tmp_path / "a"
+    file.write_bytes(b"12345")
+    assert read_file(file, 5) == b"12345"
+    with pytest.raises(OSError, match="it holds more than 4 B"):
+        read_file(file, 4)
+    with pytest.raises(OSError, match="it is no regular file"):
+        read_file(Path("/dev/zero"), 4)
+    with pytest.raises(IsADirectoryError):
+        read_file(tmp_path, 4)
+
+
+def test_parameters_and_variables_that_are_no_text_are_problems(tmp_path):
+    path = tmp_path / "m.yaml"
+    path.write_text(
+        "version: 1\nparams: {b: model}\nstages: {d: {uses: download, with: {path: '${params.b}${env.X}'}}}\n"
+    )
+    for params, environment in (({"b": NO_TEXT}, {"X": "1"}), ({"b": "a\0"}, {"X": "1"}), ({}, {"X": NO_TEXT})):
+        with pytest.raises(ManifestError, match="no UTF-8") as caught:
+            load_recipe(path, params, environment=environment)
+        str(caught.value).encode()

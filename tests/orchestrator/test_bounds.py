@@ -1,0 +1,50 @@
+"""What a model's files set going is watched from outside, and named where it takes more than it may."""
+
+from __future__ import annotations
+
+import os
+import time
+
+import pytest
+
+from bigpipe.errors import InvalidCheckpoint
+from bigpipe.orchestrator.contract import Bounded, LogLine
+from bigpipe.orchestrator.launch.bounds import Bounds
+from bigpipe.trust import Limits
+
+
+def begun(number: int = 0, **limits: float) -> Bounded:
+    return Bounded("n", "the tokenizer", os.getpid(), number, **{"seconds": 60, "memory": 2**40, **limits})
+
+
+def test_other_events_are_no_business_of_it():
+    assert not Bounds(Limits()).take(LogLine("n", "x"))
+
+
+def test_too_many_seconds():
+    bounds = Bounds(Limits(seconds=0.01))
+    assert bounds.take(begun(seconds=0.01))
+    time.sleep(0.02)
+    with pytest.raises(InvalidCheckpoint, match=r"the tokenizer takes more than 0\.01 s") as caught:
+        bounds.check()
+    assert "trust: {limits: {seconds: 0.02}}" in caught.value.cure
+
+
+def test_too_many_bytes():
+    bounds = Bounds(Limits(memory=2**20))
+    bounds.take(begun(memory=2**20))
+    bounds.check()
+    taken = b"x" * 2**26
+    with pytest.raises(InvalidCheckpoint, match="the tokenizer takes more than 1 MiB") as caught:
+        bounds.check()
+    assert len(taken) == 2**26
+    assert "trust: {limits: {memory: 2MiB}}" in caught.value.cure
+
+
+def test_what_has_come_to_its_end_is_free():
+    bounds = Bounds(Limits())
+    bounds.take(begun(1, seconds=0.001))
+    bounds.take(begun(2))
+    bounds.take(Bounded("n", "the tokenizer", os.getpid(), 1))
+    time.sleep(0.01)
+    bounds.check()
