@@ -73,6 +73,8 @@ def test_the_limits_of_a_class_name_themselves():
             described(limits, layer_norm_elementwise_affine=False)
     with pytest.raises(InvalidCheckpoint, match="the config says num_hidden_layers"):
         described(Limits(modules=1))
+    with pytest.raises(InvalidCheckpoint, match=r"the model's class has \d+ modules"):
+        described(Limits(modules=10), layer_norm_elementwise_affine=False)
 
 
 @pytest.mark.parametrize("own", [True, False])

@@ -23,7 +23,7 @@ ROOMS = (
     "orchestrator.running",
 )  # fmt: skip
 """What is watched."""
-SLOWEST = 20
+SLOWEST = 60
 """Seconds that one input may take."""
 
 
