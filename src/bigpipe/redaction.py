@@ -111,7 +111,8 @@ def conceal_environment(environment: Mapping[str, str], names: Iterable[str] = (
     for value in environment.values():
         if "://" in value and (found := re.search(r"://([^/\s:@]*):([^/\s]*)@", value)):
             name, password = map(unquote, found.groups())
-            conceal([found[2], password, f"{name}:{password}"])  # the last is what a header has in base64
+            # The last is what a header has in base64. A short one is masked where it stands in an address alone.
+            conceal(each for each in (found[2], password, f"{name}:{password}") if len(each) >= SHORTEST_ENCODED)
 
 
 def stored_hub_token(environment: Mapping[str, str]) -> str | None:

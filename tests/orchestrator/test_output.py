@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, strategies as st
 
 from bigpipe.orchestrator.launch.output import LONGEST_LINE, LineSplitter, Log, OutputReader
-from bigpipe.redaction import Redactor, conceal, redact, redact_json, stored_hub_token
+from bigpipe.redaction import Redactor, conceal, conceal_environment, redact, redact_json, stored_hub_token
 
 SECRET = "s3cr3t/with+signs=="
 
@@ -77,6 +77,14 @@ def test_other_spellings_of_a_secret_are_masked_too() -> None:
     assert redact(r'{"x": "two\twords"}') == '{"x": "***"}'
     assert redact("ab") == "ab"
     assert redact_json({"k": [SECRET, 1, None, {"n": SECRET}]}) == {"k": ["***", 1, None, {"n": "***"}]}
+
+
+def test_passwords_of_addresses_are_concealed_unless_they_are_words_like_any_other() -> None:
+    conceal_environment({"HTTP_PROXY": "http://me:home@host", "ALL_PROXY": "http://me:l0ng%2Fpassword@host"})
+    assert redact("/home/me with l0ng/password") == "/home/me with ***"
+    assert redact("by http://me:home@host, http://token@host and abfs://container@account") == (
+        "by http://me:***@host, http://***@host and abfs://container@account"
+    )
 
 
 def test_the_stored_hub_token_is_found(tmp_path: Path) -> None:
