@@ -19,6 +19,7 @@ from support.hub import LoopbackHub
 from support.workshop import Workshop
 
 from bigpipe.redaction import redact
+from bigpipe.trust import Limits
 
 SECRET = 'k"ana/ri+ü\\9f31c7&x'
 """Each program spells it differently."""
@@ -253,7 +254,7 @@ def test_a_child_that_builds_a_class_finds_no_secret(tmp_path: Path, monkeypatch
     own = {"S3_KEY": SECRET, "HF_TOKEN": TOKEN, "HTTPS_PROXY": f"http://me:{PROXY}@host", "LD_AUDIT": ""}
     for name, value in own.items():
         monkeypatch.setenv(name, value)
-    seen = ask_child("telltale", "{}")["seen"]
+    seen = ask_child("telltale", "{}", "telling", Limits())["seen"]
     assert found_in(json.dumps(seen).encode()) == []
     assert seen["HTTPS_PROXY"] == "http://host"
     assert "LD_AUDIT" not in seen
