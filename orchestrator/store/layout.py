@@ -18,7 +18,6 @@ A record is one line of JSON in an envelope that holds the sha256 of that line, 
 
 from __future__ import annotations
 
-import errno
 import os
 from collections.abc import Callable, Mapping
 from contextlib import suppress
@@ -27,7 +26,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
 from bigpipe import files
-from bigpipe.errors import UsageError, first_few
+from bigpipe.errors import StageFailed, UsageError, first_few
 from bigpipe.files import Damaged, read_sealed
 
 if TYPE_CHECKING:
@@ -122,10 +121,15 @@ class Layout:
         )  # fmt: skip
 
     def check(self) -> None:
-        """Raise NotADirectoryError where something else stands in place of a folder: before work is done in vain."""
-        for folder in self.folders:
+        """Raise StageFailed where something else stands in place of a folder, before work is done in vain; UsageError
+        where it stands in place of the store."""
+        if os.path.lexists(self.root) and not self.root.is_dir():
+            cure = "remove what is there, or choose another store with --store DIR or BIGPIPE_HOME"
+            raise UsageError(f"the store is no directory: {self.root}", cure)
+        for folder in self.folders[1:]:
             if os.path.lexists(folder) and not folder.is_dir():  # in this order: others may be making it
-                raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(folder))
+                cure = "let `bigpipe verify --repair` set it aside"
+                raise StageFailed(f"what should be a folder of the store is none: {folder}", cure)
 
     def refuse_foreign(self) -> None:
         """Raise UsageError where the directory is somebody else's: a store removes what it does not know."""

@@ -31,8 +31,10 @@ from .layout import Layout, is_hex, names_in, record_path, sealed_digests
 from .locks import WORK_LOCK
 from .publish import JOURNAL
 
-Shape = Literal["folder", "directory", "file"]
-"""folder: a directory, or a link to one."""
+Shape = Literal["folder", "directory", "file", "lock"]
+"""folder: a directory, or a link to one. lock: a file that is opened to be written to."""
+_WANTED = {"folder": 0o700, "directory": 0o700, "file": 0o400, "lock": 0o600}
+"""What the owner must be allowed."""
 Problem = Absence | Literal["error", "writable", "unreadable"]
 
 
@@ -100,15 +102,16 @@ class Verification:
         """Yield what must be a directory or a file where it is there at all: what holds others before those."""
         layout = self.layout
         yield from ((folder, "folder") for folder in layout.folders)  # each may be a link to another disk
-        for folder in (layout.partials, layout.locks):
-            yield from ((folder / name, "file") for name in names_in(folder))
+        yield from ((layout.partials / name, "file") for name in names_in(layout.partials))
+        yield from ((layout.locks / name, "lock") for name in names_in(layout.locks))
         for name in names_in(layout.tmp):
-            yield layout.tmp / name, "file" if name.endswith(".lock") else "directory"
+            yield layout.tmp / name, "lock" if name.endswith(".lock") else "directory"
         yield from ((layout.runs / name, "directory") for name in names_in(layout.runs))
         for work in (layout.work / name for name in names_in(layout.work)):
             yield work, "directory"
             yield from ((work / name, "directory") for name in ("out", "scratch"))
-            yield from ((work / name, "file") for name in (JOURNAL, WORK_LOCK))
+            yield work / JOURNAL, "file"
+            yield work / WORK_LOCK, "lock"
         for folder in (layout.memo, layout.parts):
             yield from self._below(folder)
 
@@ -131,10 +134,10 @@ class Verification:
         except OSError as error:
             self._found(path, "error", str(error))
             return False
-        if not (stat.S_ISREG(mode) if shape == "file" else stat.S_ISDIR(mode)):
-            self._mismatch(path, "damaged", f"no {'file' if shape == 'file' else 'directory'}")
+        wanted = _WANTED[shape]
+        if not (stat.S_ISDIR(mode) if wanted == 0o700 else stat.S_ISREG(mode)):
+            self._mismatch(path, "damaged", f"no {'directory' if wanted == 0o700 else 'file'}")
             return False
-        wanted = 0o400 if shape == "file" else 0o700
         if mode & wanted == wanted or os.access(path, wanted >> 6):
             return True
         self._found(path, "unreadable", f"a {shape}", repaired=True)
@@ -184,12 +187,19 @@ class Verification:
             if self.repair and "error" not in states.values():
                 let_go(self.layout, artifact)
             return
+        self._open_tree(self.layout.tree(artifact.digest))
         if not tree_is_whole(self.layout, artifact):
             self._found(self.layout.tree(artifact.digest), "damaged", "the tree of links", repaired=True)
             if self.repair:
                 place_tree(self.layout, artifact, self.temporary())
         if self.repair and entries != dict(artifact.files):
             save_artifact(self.layout, replace(artifact, files=entries))
+
+    def _open_tree(self, tree: Path) -> None:
+        """What stands in place of a folder is seen, and mended, with the rest of the tree."""
+        if tree.is_dir() and not tree.is_symlink() and self._shape(tree, "directory"):
+            for name in names_in(tree):
+                self._open_tree(tree / name)
 
     def _file(self, entry: Entry) -> Entry | str:
         """Each file is read once, however many artifacts hold it."""

@@ -10,11 +10,11 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from support.forking import TOLD, forked
-from support.stores import in_memory
+from support.forking import TOLD, Ending, forked
+from support.stores import contents, fill, in_memory, publish, record
 
 import bigpipe
-from bigpipe.errors import BigpipeError
+from bigpipe.errors import BigpipeError, UsageError
 from bigpipe.files import read_sealed, write_sealed
 from bigpipe.orchestrator.report.inspection import list_store, show_run, verify_store
 from bigpipe.orchestrator.store.store import Store
@@ -61,8 +61,7 @@ def the_run(folder: Path) -> None:
 
 
 def places(store: Path) -> Iterator[Path]:
-    """Everything in a store, and itself."""
-    yield store
+    """Everything in a store."""
     for place, folders, names in os.walk(store):
         yield from (Path(place) / name for name in sorted((*folders, *names)))
 
@@ -152,6 +151,15 @@ def give(folder: Path, user: int) -> None:
         os.chown(path, user, user, follow_symlinks=False)
 
 
+@pytest.mark.parametrize("how", ["file", "dangling link"])
+def test_a_store_that_is_none_is_named(workshop, how):
+    (workshop.folder / "store").mkdir()
+    harm(workshop.folder / "store", how)
+    with pytest.raises(UsageError, match=r"the store (is no directory|cannot be where)") as told:
+        workshop.run("version: 1\nname: none\nstages:\n  write: {uses: write}\n", check=True)
+    assert "--store DIR" in told.value.cure
+
+
 @pytest.mark.parametrize("how", [how for how in HARMS if how != "unreadable"])
 def test_a_record_that_is_none_is_read_at_once(tmp_path, how):
     """Nobody waits for a FIFO, and no link is followed: a record is a file."""
@@ -183,3 +191,28 @@ def test_a_folder_that_is_none_is_named_before_work_is_done(workshop, name, how)
     assert workshop.ran == ["write"]
     with Store(workshop.folder / "store") as store:
         assert store.verify().clean
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="needs root, to be somebody whom permissions bind")
+@pytest.mark.parametrize(
+    "name", ["artifacts/*", "artifacts/*.json", "keys/*", "objects/*", "locks/gc", "memo", "runs/*"]
+)
+def test_what_its_owner_may_not_read_is_opened_again(tmp_path, name):
+    with in_memory(tmp_path) as place:
+        place.chmod(0o755)
+        with Store(place / "store") as store:
+            publish(store, "a", {"x": b"made", "w/y": b"this too"})
+            fill(store.root, {"memo/files.jsonl": b"", "runs/20260101-000000-aaaaaa/events.jsonl": b""})
+        give(place / "store", NOBODY)
+        for path in (place / "store").glob(name):
+            path.chmod(0)
+
+        def look() -> None:
+            with Store(place / "store") as again:
+                assert again.verify(repair=True).findings
+                assert again.verify().findings == ()
+                done = again.find(record("a").key)
+                assert again.intact(done)
+                assert contents(again, done) == {"x": b"made", "w/y": b"this too"}
+
+        assert forked(look, user=NOBODY) == Ending(0, "")
