@@ -40,6 +40,7 @@ ANSWER_VERSION = 6
 LIBRARIES = ("transformers", "diffusers", "timm")
 COUNTS = re.compile(r"(^|_)(n_)?(layers?|experts|labels|classes|blocks|depths?)$")
 """Of a config: how many modules, or names, its class makes."""
+LARGEST_NUMBER = 2**63
 OUT_OF_MEMORY = re.compile(r"MemoryError|bad_alloc|allocate memory|memory allocation of")
 LARGEST = 512 * 2**20
 """Bytes of an answer: 200,000 modules take a fifth."""
@@ -152,11 +153,15 @@ def read_request(
 
 
 def refuse_counts(config: Mapping[str, Any], limits: Limits) -> None:
-    """Raise InvalidCheckpoint for a config, or one inside it, that asks for more layers than any model has."""
+    """Raise InvalidCheckpoint for a config, or one inside it, that asks for more layers than any model has, or whose
+    numbers are none that torch takes."""
     for name, value in config.items():
         counts = value if isinstance(value, list) else [value]
         if COUNTS.search(name) and any(isinstance(count, int) and count > limits.modules for count in counts):
             raise limits.exceeded("modules", f"the config says {name}: {str(value)[:80]}")
+        if any(isinstance(count, int) and abs(count) > LARGEST_NUMBER for count in counts):
+            cure = "check it against where it came from: no tensor has such a size"
+            raise InvalidCheckpoint(f"the config says {name}: {str(value)[:80]}", cure)
         for inner in counts:
             if isinstance(inner, Mapping):
                 refuse_counts(inner, limits)

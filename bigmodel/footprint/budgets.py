@@ -41,6 +41,8 @@ MARGINS = {"adamw": 0.2, "adamw_8bit": 0.2, "sgd": 0.3}
 KV_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2, "float8": 1, "int8": 1}
 """Per element of a cache. The scales of a quantized one are not counted."""
 TRAINED = ("float32", "float16", "bfloat16")
+LARGEST = 2**40
+"""Of what a user says: what is reckoned with it is a number that a float holds."""
 OPTIMIZERS = ("adamw", "adamw_8bit", "sgd", "lora")
 
 
@@ -62,8 +64,9 @@ class Workload:
 
     def __post_init__(self) -> None:
         for name in ("batch_size", "sequence_length", "lora_rank"):
-            if (value := getattr(self, name)) < 1:
-                raise UsageError(f"{name} is {value}", "it must be at least 1", field=name)
+            value = getattr(self, name)
+            if not 1 <= value <= LARGEST:
+                raise UsageError(f"{name} is {str(value)[:60]}", f"it must be 1 to {LARGEST:,}", field=name)
 
 
 @dataclass(frozen=True, slots=True)

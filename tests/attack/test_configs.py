@@ -12,9 +12,10 @@ from support.launching import Launched, make_job
 
 from attack.templates import STAGE
 from bigpipe.bigmodel.architecture import describe_architecture
+from bigpipe.bigmodel.footprint.budgets import Workload
 from bigpipe.bigmodel.sources import Sources
 from bigpipe.bigmodel.tasks.arguments import check_values
-from bigpipe.errors import BigpipeError, InvalidCheckpoint
+from bigpipe.errors import BigpipeError, InvalidCheckpoint, UsageError
 from bigpipe.trust import Limits, Trust
 
 QUICKSTART = Path(__file__).parents[2] / "models/quickstart"
@@ -28,7 +29,7 @@ COUNTED = {
 }  # fmt: skip
 BUILT = {
     "num_hidden_layers": 150_000, "vocab_size": 10**18, "hidden_size": 2**62, "max_position_embeddings": 10**15,
-    "ffn_dim": 10**30, "num_attention_heads": 0, "word_embed_proj_dim": -1, "pad_token_id": 10**12,
+    "ffn_dim": 10**18, "num_attention_heads": 0, "word_embed_proj_dim": -1, "pad_token_id": 10**12,
     "init_std": "x" * 1000,
     "activation_function": "os.system", "torch_dtype": "os", "architectures": ["os"], "model_type": "__main__",
     "id2label": {str(n): "x" for n in range(1000)}, "layerdrop": float("inf"), "dropout": -1, "num_labels": -5,
@@ -49,6 +50,20 @@ def test_more_layers_than_any_model_has_are_refused_before_a_class_is_built(name
         described(**{name: COUNTED[name]})
     assert "trust: {limits: {modules: 400000}}" in caught.value.cure
     assert time.monotonic() - started < 5
+
+
+@pytest.mark.parametrize(
+    "name", ["vocab_size", "hidden_size", "ffn_dim", "max_position_embeddings", "word_embed_proj_dim"]
+)
+def test_a_number_that_torch_does_not_take_is_refused_before_anything_is_reckoned_with_it(name):
+    with pytest.raises(InvalidCheckpoint, match=f"the config says {name}: 9999"):
+        described(**{name: int("9" * 400)})
+
+
+@pytest.mark.parametrize("name", ["batch_size", "sequence_length", "lora_rank"])
+def test_a_number_of_the_user_is_one_that_can_be_reckoned_with(name):
+    with pytest.raises(UsageError, match=f"{name} is 9999"):
+        Workload(**{name: int("9" * 400)})
 
 
 @pytest.mark.attack
