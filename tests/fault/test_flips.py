@@ -80,6 +80,27 @@ def test_an_object_that_rotted_is_replaced_by_whoever_publishes_its_bytes(place,
         assert contents(store, found) == FILES
 
 
+def test_an_object_that_is_replaced_is_there_all_the_time(place, seed):
+    """Who publishes the same bytes beside it, where locks mean nothing, is to find it."""
+    dice = random.Random(seed)  # noqa: S311
+    store = Store(place / "store")
+    publish(store, "a", {"x": b"bytes"})
+    (path,) = objects(store)
+
+    def act(which: int) -> None:
+        if which:
+            while not (place / "done").exists():
+                os.lstat(path)
+        else:
+            for number in range(100):
+                flip(path, dice)
+                publish(store, str(number), {"x": b"bytes"})
+            (place / "done").touch()
+
+    assert [ending.said for ending in together(2, act)] == ["", ""]
+    assert len(list((store.root / "quarantine").iterdir())) == 100
+
+
 def test_a_link_to_an_object_that_rotted_is_not_passed_on(place):
     store = Store(place / "store")
     first = publish(store, "a", FILES)

@@ -214,5 +214,6 @@ def test_what_its_owner_may_not_read_is_opened_again(tmp_path, name):
                 done = again.find(record("a").key)
                 assert again.intact(done)
                 assert contents(again, done) == {"x": b"made", "w/y": b"this too"}
+                publish(again, "b", {"z": b"and more"})
 
         assert forked(look, user=NOBODY) == Ending(0, "")

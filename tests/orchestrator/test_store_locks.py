@@ -3,11 +3,13 @@
 import os
 import signal
 import threading
+from pathlib import Path
 
 import pytest
 from support.stores import contents, fill, in_child, in_memory, killed_at, publish, record
 
 from bigpipe.errors import Interrupted
+from bigpipe.files import partial_name
 from bigpipe.orchestrator.store.locks import StoreLock
 from bigpipe.orchestrator.store.store import Store
 
@@ -39,6 +41,12 @@ class TestLocks:
             work.done()
         with store.lock(record("a").key) as work:
             assert list(work.out.iterdir()) == list(work.scratch.iterdir()) == []
+
+    def test_what_a_killed_writer_left_goes_before_the_work_goes_on(self, store):
+        with store.lock(record("a").key) as work:
+            fill(work.out, {"w/shard-1": b"finished", partial_name(Path("w/shard-2")).as_posix(): b"torn"})
+        with store.lock(record("a").key) as work:
+            assert [path.name for path in (work.out / "w").iterdir()] == ["shard-1"]
 
     def test_two_threads_exclude_each_other_and_two_keys_do_not(self, store):
         entered, leave = threading.Event(), threading.Event()
