@@ -15,6 +15,7 @@ from transformers import AutoTokenizer, GenerationConfig
 
 from bigpipe.bigmodel.checkpoint import ModelDescription, describe_checkpoint
 from bigpipe.bigmodel.execution import load
+from bigpipe.bigmodel.memo import remember
 from bigpipe.bigmodel.sources import Sources
 from bigpipe.bigmodel.tasks import Answer, Row, TaskOptions, find_task
 from bigpipe.bigmodel.tasks.arguments import FIELDS, REFUSED, as_floats, known_arguments, wrong_value
@@ -198,7 +199,7 @@ def test_values_are_asked_of_a_child_once(path: Path, tmp_path: Path) -> None:
             TASK.check({"do_sample": True, "temperature": 0.0}, rows(), described, sources)
     kept = list((tmp_path / "generation").iterdir())
     assert len(kept) == 1
-    kept[0].write_text('{"wrong": null}')
+    remember(kept[0], {"wrong": None})
     TASK.check({"do_sample": True, "temperature": 0.0}, rows(), described, sources)
 
 
