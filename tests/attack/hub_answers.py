@@ -10,7 +10,7 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
-from support.enemy import REPO, Asked, Change, Said, Script, drip, endless, honest, sibling, silence
+from support.enemy import CANARY, REPO, Asked, Change, Said, Script, drip, endless, honest, sibling, silence
 
 HEAD = json.dumps({"a": {"dtype": "F32", "shape": [2, 2], "data_offsets": [0, 16]}}).encode()
 FILES = {
@@ -22,6 +22,7 @@ FILES = {
 WEIGHTS = "model.safetensors"
 DIGIT = "٣"
 """Of another script, and a digit for Python."""
+INVALID = "InvalidCheckpoint"
 SHOUT = "\x1b[2J\x1b]0;title\x07"
 LONG = "9" * 5000
 
@@ -39,6 +40,8 @@ class Case:
     include: tuple[str, ...] = ()
     refused: bool | None = None
     """True: it must end in an error. False: in the right bytes. None: in either."""
+    ends: str = ""
+    """Which error, where that matters."""
 
 
 def at(kind: str, answer: Callable[[Said], Said | Script], name: str = "") -> Change:
@@ -289,7 +292,9 @@ def listings() -> Iterator[Case]:
     yield Case("commit: another than the pinned one", listing=told(sha="b" * 40), pinned=True, refused=True)
     for name, value in BAD_NAMES.items():
         extra = {"rfilename": value, "size": 5, "blobId": "0" * 40}
-        yield Case(f"name: {name}", listing=more(extra), include=("*",), refused=True)
+        yield Case(
+            f"name: {name}", listing=more(extra), include=("*",), refused=True, ends=INVALID * isinstance(value, str)
+        )
     for name, value in ODD_NAMES.items():
         yield Case(f"odd name: {name}", files={value: name.encode()}, include=("*",), refused=False)
     extra = sibling("config.json", b"other")
@@ -297,7 +302,12 @@ def listings() -> Iterator[Case]:
     yield Case("name: twice, with other bytes", listing=more(extra), refused=True)
     yield Case("name: below a file", listing=more({**extra, "rfilename": "config.json/x"}), refused=True)
     for name, value in SIZES.items():
-        yield Case(f"size: {name}", listing=of_file("config.json", size=value), refused=True)
+        yield Case(
+            f"size: {name}",
+            listing=of_file("config.json", size=value),
+            refused=True,
+            ends="Transient" * (name == "huge"),
+        )
     yield Case("size: none", listing=of_file("config.json", size=...), refused=False)
     yield Case(
         "sizes: none", listing=lambda told: of_file(WEIGHTS, size=..., lfs=...)(of_file("config.json", size=None)(told))
@@ -309,6 +319,10 @@ def listings() -> Iterator[Case]:
     yield Case("digest: none", listing=of_file("config.json", blobId=...), refused=False)
     for name, value in LFS.items():
         yield Case(f"LFS: {name}", listing=of_file(WEIGHTS, lfs=value), refused=None if name == "empty" else True)
+    yield Case("LFS: two sizes", listing=of_file(WEIGHTS, size=5), refused=True)
+    many = [{"rfilename": f"{number}.json"} for number in range(5000)]
+    sized = at("head", lambda said: Said(200, (("ETag", '"x"'),), b"{}"))
+    yield Case("sizes: none of many", sized, listing=told(siblings=many), refused=True)
     yield Case("LFS: none", listing=of_file(WEIGHTS, lfs=...), refused=True)
     yield Case(
         "LFS: of a small file", listing=of_file("config.json", lfs={"sha256": "d" * 64, "size": 41}), refused=True
@@ -424,8 +438,8 @@ STATUSES = (
 )
 BUSY = (408, 429, 500, 502, 503, 504)
 TAGS = {
-    "a path": '"../../../canary/.bashrc"',
-    "an absolute path": "/canary/.bashrc",
+    "a path": f'"{"../" * 30}{CANARY}/.bashrc"',
+    "an absolute path": f"/{CANARY}/.bashrc",
     "a dot": '"."',
     "dots": '".."',
     "empty": '""',
@@ -612,7 +626,7 @@ def headers() -> Iterator[Case]:
             yield Case(f"X-Repo-Commit: {what}", at("head", answer), refused=True)
     yield Case("X-Repo-Commit: another", at("head", lambda said: said.having(X_Repo_Commit="b" * 40)), refused=True)
     yield Case("X-Repo-Commit: none", at("head", lambda said: said.having(X_Repo_Commit=None)), refused=True)
-    missing = (("X-Error-Code", "EntryNotFound"), ("X-Repo-Commit", "../" * 9 + "canary"))
+    missing = (("X-Error-Code", "EntryNotFound"), ("X-Repo-Commit", "../" * 30 + CANARY))
     yield Case("a missing file of a commit that is a path", at("head", lambda said: Said(404, missing)), refused=True)
     for what, text in {"escapes": SHOUT, "a topic": f"a; {SHOUT}", "much": "a" * 60_000, "not ASCII": "ä\x85"}.items():
         answer = lambda said, text=text: said.having(X_HF_Warning=text, Content_Disposition=f"filename={text[:50]}")  # noqa: E731
@@ -672,6 +686,7 @@ def errors() -> Iterator[Case]:
                     f"{kind}: {status} with {what}",
                     at(kind, lambda said, status=status, body=body: Said(status, (), body)),
                     refused=True,
+                    ends="NotAuthorised" if (kind, status) == ("info", 403) else "",
                 )
     for code in CODES:
         for status in (401, 403, 404):

@@ -173,8 +173,11 @@ def test_files_without_end(model: Path) -> None:
 @pytest.mark.parametrize("name", ["provenance.json", f"{BESIDE}1/{WHOLE}"])
 def test_a_record_of_somebody_else_lies_there(name: str, what: str, model: Path) -> None:
     system = Liar({})
-    for path, data in {f"/m/{name}": JSONS[what], "/m/config.json": b"{}", "/x": b"somebody else's"}.items():
+    evil = {f"/m/{BESIDE}1/../../x": b"evil", f"/m/{BESIDE}1//x": b"evil"}
+    kept = {f"/m/{name}": JSONS[what], "/m/config.json": b"{}", "/x": b"somebody else's"}
+    for path, data in {**kept, **evil}.items():
         system.pipe_file(path, data)
     check(attempt(system, model))
+    assert [path for path in system.store if ".." in path or "//" in path] in ([], [*evil])
     assert system.store["/x"].getvalue() == b"somebody else's"
     assert json.loads(system.store["/m/config.json"].getvalue()) == {}

@@ -22,6 +22,7 @@ from urllib.parse import unquote, urlsplit
 from .hub_state import LFS_SUFFIXES, git_blob_id, lfs_pointer
 
 REPO = "org/model"
+CANARY = "CANARY"
 TOKEN = "hf_" + "c4n4ry" * 5
 MOST = 1 << 30
 """Bytes that are sent to one client at most, whoever listens."""
@@ -90,6 +91,8 @@ class Enemy:
     change: Change = honest
     listing: Callable[[dict[str, Any]], Any] = lambda listing: listing
     """Changes what is told of the repository."""
+    canary: str = "nowhere"
+    """A folder that a lie would write to, from the root: what is said of CANARY in a header is said of it."""
     log: list[Asked] = field(default_factory=list)
     sent: int = 0
     _socket: socket.socket = field(init=False)
@@ -147,7 +150,8 @@ class Enemy:
                 answer = self.change(asked, self._answer(asked))
                 if not isinstance(answer, Said):
                     return self._play(answer, connection)
-                self._send(connection, bytes(answer) + (b"" if asked.method == "HEAD" else answer.body))
+                head = bytes(answer).replace(CANARY.encode(), self.canary.encode())
+                self._send(connection, head + (b"" if asked.method == "HEAD" else answer.body))
                 if answer.length is None:
                     return None
         return None

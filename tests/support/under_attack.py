@@ -23,7 +23,7 @@ from typing import Any
 
 LIMIT = 0.5
 """Seconds: of one step of the client, in downloads."""
-METADATA_LIMIT = 0.3
+METADATA_LIMIT = 1.0
 MEMORY = 3 << 30
 TESTS = Path(__file__).parent.parent
 
