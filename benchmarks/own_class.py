@@ -1,6 +1,6 @@
 """A class of one's own, built whole or built empty before its checkpoint is loaded: what memory that takes.
 
-    python benchmarks/own_class.py [--layers 48] [--width 1600] [--folder DIR] [--json FILE]
+    python benchmarks/own_class.py [--layers 48] [--width 1600] [--folder DIR]
 
 The class is a GPT, by default of gpt2-xl's sizes: 6.2 GB in float32, and as much on the disk. Each way has a process of
 its own, which imports the libraries, builds the class, gives it to `bigpipe.load` and runs one forward. Peaks are those
@@ -23,7 +23,8 @@ from typing import Any
 
 from machine import facts
 
-WAYS = {"whole": "GPT(config)", "empty": "init_empty_weights(): GPT(config)"}
+WAYS = ("whole", "empty")
+"""As `GPT(config)` builds it, and as that does under `init_empty_weights()`."""
 
 
 def gpt(layers: int, width: int) -> Any:
@@ -90,7 +91,7 @@ def measure(way: str, folder: Path, layers: int, width: int) -> dict[str, Any]:
     seconds = time.monotonic() - started
     done.set()
     watcher.join()
-    return {"way": way, "anonymous": peak - before, "resident": memory("VmHWM"), "seconds": round(seconds, 2)}
+    return {"anonymous": peak - before, "resident": memory("VmHWM"), "seconds": round(seconds, 2)}
 
 
 def make(folder: Path, layers: int, width: int) -> int:
@@ -104,7 +105,6 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=48)
     parser.add_argument("--width", type=int, default=1600)
     parser.add_argument("--folder", type=Path, default=None)
-    parser.add_argument("--json", type=Path, default=None)
     parser.add_argument("--child", choices=["make", *WAYS], default=None, help=argparse.SUPPRESS)
     given = parser.parse_args()
     if given.child:
@@ -117,13 +117,9 @@ def main() -> None:
         def ask(what: str) -> Any:
             return json.loads(subprocess.run([*child, "--child", what], check=True, capture_output=True).stdout)
 
-        size, rows = ask("make"), [ask(way) for way in WAYS]
-    print(f"{size / 1e9:.1f} GB of weights")
-    for row in rows:
-        peak = f"{row['anonymous'] / 1e9:5.1f} GB anonymous, {row['resident'] / 1e9:5.1f} GB resident"
-        print(f"{row['way']:6s} {peak}, {row['seconds']} s   {WAYS[row['way']]}")
-    if given.json:
-        given.json.write_text(json.dumps({"machine": facts(), "weights": size, "rows": rows}, indent=2) + "\n")
+        size, arms = ask("make"), {way: ask(way) for way in WAYS}
+    ratio = round(arms["whole"]["anonymous"] / arms["empty"]["anonymous"], 1)
+    print(json.dumps({"machine": facts(), "weights": size, "arms": arms, "ratio anonymous": ratio}, indent=2))
 
 
 if __name__ == "__main__":
