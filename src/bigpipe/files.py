@@ -66,11 +66,11 @@ def explain(
     instead = f"{mend}, or {other}" if mend else f"or {other}"
     if error.errno in NO_SPACE:
         disk = f"the disk of {owner}" if owner else "the disk"
-        if not _has_inodes(path):
+        if not _has_inodes(where):
             cause = f"{disk} has no inodes left for further files: {where}"
             return StageFailed(cause, f"{free or 'remove files there'}, or {other}")
         need = f", {format_transfer(needed)} needed" if needed else ""
-        cause = f"{disk} is full: {where}: {format_transfer(free_space(path))} free{need}"
+        cause = f"{disk} is full: {where}: {format_transfer(free_space(where))} free{need}"
         return StageFailed(cause, f"{free or 'free space there'}, or {other}")
     if error.errno in NO_PERMISSION:
         return UsageError(
