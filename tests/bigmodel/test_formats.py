@@ -116,7 +116,7 @@ def test_floats_that_are_called_so_are_no_scales() -> None:
 
 def test_names_of_formats_are_all_that_is_offered() -> None:
     assert list(BUILT_IN) == ["int8", "nf4", "fp4"]
-    assert DTYPES == ("float32", "float16", "bfloat16", "float8", "int8", "int4", "nf4", "fp4")
+    assert DTYPES == ("float64", "float32", "float16", "bfloat16", "float8", "int8", "int4", "nf4", "fp4")
     assert packing("int4") == packing("nf4")
     with pytest.raises(UsageError, match="'nf5' is not known"):
         named("nf5")

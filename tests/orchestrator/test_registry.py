@@ -265,7 +265,7 @@ print(*sorted(name.removeprefix("bigpipe.bigmodel.") for name in sys.modules if 
         [sys.executable, "-c", code], capture_output=True, text=True, check=False, env=environment, cwd=root
     )
     assert done.stdout.split() == [
-        "formats", "formats.bitsandbytes", "formats.registry", "formats.widths", "memo", "placement",
-        "placement.devices", "sources", "tasks", "tasks.arguments", "tasks.promptfiles", "tasks.registry",
-        "tasks.rows", "tasks.task", "tasks.text_generation", "tasks.tokenizing",
+        "architecture", "architecture.texts", "formats", "formats.bitsandbytes", "formats.registry", "formats.widths",
+        "memo", "placement", "placement.devices", "sources", "tasks", "tasks.arguments", "tasks.promptfiles",
+        "tasks.registry", "tasks.rows", "tasks.task", "tasks.text_generation", "tasks.tokenizing",
     ], done.stderr  # fmt: skip
