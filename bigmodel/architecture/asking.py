@@ -157,7 +157,7 @@ def refuse_counts(config: Mapping[str, Any], limits: Limits) -> None:
     numbers are none that torch takes."""
     for name, value in config.items():
         counts = value if isinstance(value, list) else [value]
-        if COUNTS.search(name) and any(isinstance(count, int) and count > limits.modules for count in counts):
+        if COUNTS.search(str(name)) and any(isinstance(count, int) and count > limits.modules for count in counts):
             raise limits.exceeded("modules", f"the config says {name}: {str(value)[:80]}")
         if any(isinstance(count, int) and abs(count) > LARGEST_NUMBER for count in counts):
             cure = "check it against where it came from: no tensor has such a size"

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import json
 import os
 from dataclasses import replace
 from pathlib import Path
 
+from bigpipe.bigmodel.memo import recall, remember
 from bigpipe.bigmodel.placement import Speeds
 from bigpipe.bigmodel.placement.speeds import measure, speeds_of
 from bigpipe.machine import Machine
@@ -30,27 +30,28 @@ def test_measured_once_and_remembered(tmp_path: Path) -> None:
     assert 1e6 < first.disk < 1e12
     [file] = (tmp_path / "speeds").iterdir()
     assert not [left for left in tmp_path.iterdir() if left.is_file()]
-    known = json.loads(file.read_text())
-    file.write_text(json.dumps({**known, "speeds": {**known["speeds"], "ram": 123.0}}))
+    known = recall(file)
+    remember(file, {**known, "speeds": {**known["speeds"], "ram": 123.0}})
     assert speeds_here(tmp_path).ram == 123.0
 
 
 def test_another_gpu_is_measured_anew(tmp_path: Path) -> None:
     speeds_here(tmp_path)
     [file] = (tmp_path / "speeds").iterdir()
-    file.write_text(file.read_text().replace('"key": [1, []]', '"key": [1, ["a GPU that is gone"]]'))
-    speeds_here(tmp_path)
-    assert '"key": [1, []]' in file.read_text()
+    known = recall(file)
+    remember(file, {"key": [1, ["a GPU that is gone"]], "speeds": {**known["speeds"], "ram": 123.0}})
+    assert speeds_here(tmp_path).ram != 123.0
+    assert recall(file)["key"] == [1, []]
 
 
 def test_a_damaged_memory_is_measured_anew(tmp_path: Path) -> None:
     (tmp_path / "speeds").mkdir()
     speeds_here(tmp_path)
     [file] = (tmp_path / "speeds").iterdir()
-    for content in ("{", json.dumps({"key": [1, []], "speeds": {"warp": 9}})):
-        file.write_text(content)
+    for harm in (lambda: file.write_text("{"), lambda: remember(file, {"key": [1, []], "speeds": {"warp": 9}})):
+        harm()
         assert speeds_here(tmp_path).ram > 1e8
-        assert json.loads(file.read_text())["speeds"].keys() == {"gpu", "link", "ram", "disk", "hop"}
+        assert recall(file)["speeds"].keys() == {"gpu", "link", "ram", "disk", "hop"}
 
 
 def test_what_cannot_be_measured_keeps_its_default(tmp_path: Path) -> None:
