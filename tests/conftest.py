@@ -4,12 +4,17 @@ from __future__ import annotations
 
 import os
 import random
+import signal
 
 import pytest
 from support.workshop import Workshop, environment
 
 SEED = os.environ.setdefault("BIGPIPE_SEED", str(random.SystemRandom().randrange(2**32)))
 """Of everything random in one run of the tests, in all its processes."""
+
+for number in (signal.SIGINT, signal.SIGHUP):  # in the background, or under nohup, children would be deaf to them too
+    if signal.getsignal(number) is signal.SIG_IGN:
+        signal.signal(number, lambda number, frame: None)
 
 
 def pytest_terminal_summary(terminalreporter) -> None:
