@@ -129,7 +129,8 @@ class TestLargeFiles:
 
     def test_a_name_that_cannot_be_had_is_an_error_with_a_cure(self, tmp_path):
         (tmp_path / "file").mkdir()
-        with pytest.raises(StageFailed, match="cannot be read or written"), FileWriter(tmp_path / "file") as writer:
+        cause = f"cannot be where it is named: {tmp_path / 'file'}: Is a directory"
+        with pytest.raises(UsageError, match=cause), FileWriter(tmp_path / "file") as writer:
             writer.settle()
         assert names(tmp_path) == ["file"]
 

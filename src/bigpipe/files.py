@@ -61,7 +61,8 @@ def explain(
     """Return what the system said about `path`, or the file it names, as an error with a cure. needed: bytes. owner:
     whose file it is, such as "the store"; free, mend, other: how to make room there, how to put right what is in its
     place, and how to use another one."""
-    where = Path(os.fsdecode(error.filename)) if error.filename else path
+    named = error.filename2 or error.filename  # of two, the one that was to be
+    where = Path(os.fsdecode(named)) if named else path
     other = other or "work on another disk"
     instead = f"{mend}, or {other}" if mend else f"or {other}"
     if error.errno in NO_SPACE:
