@@ -9,6 +9,8 @@ import signal
 import pytest
 from support.workshop import Workshop, environment
 
+from bigpipe import redaction
+
 SEED = os.environ.setdefault("BIGPIPE_SEED", str(random.SystemRandom().randrange(2**32)))
 """Of everything random in one run of the tests, in all its processes."""
 
@@ -19,6 +21,14 @@ for number in (signal.SIGINT, signal.SIGHUP):  # in the background, or under noh
 
 def pytest_terminal_summary(terminalreporter) -> None:
     terminalreporter.write_line(f"BIGPIPE_SEED={SEED}")
+
+
+@pytest.fixture(autouse=True)
+def _nothing_stays_concealed():
+    """What one test calls a secret may be any word in the next; a process that is not a test's has one command."""
+    known = redaction._known
+    yield
+    redaction._known = known
 
 
 @pytest.fixture
