@@ -14,7 +14,7 @@ from bigpipe.bigmodel.execution import as_placement, cast_bytes, host_memory, lo
 from bigpipe.bigmodel.footprint import Workload
 from bigpipe.bigmodel.formats import computable
 from bigpipe.bigmodel.inference import RESULTS, Bound, assign, chunked, compute_share, merge_results, plan_work
-from bigpipe.bigmodel.placement import Placement, batches_together, stored_dtype
+from bigpipe.bigmodel.placement import Placement, Together, batches_together, stored_dtype
 from bigpipe.bigmodel.sources import Sources
 from bigpipe.bigmodel.tasks import TASKS, Row, TaskOptions, find_task, read_prompts
 from bigpipe.errors import StageFailed, UsageError
@@ -76,20 +76,25 @@ def forecast(params: InferParams, ctx: ForecastContext) -> Forecast:
     spread = f" ({' + '.join(map(str, counts))})" if 1 < ranks <= 8 else ""
     work = f"{counted(len(rows), 'prompt')} in {counted(len(batches), 'batch', 'es')} over {counted(ranks, 'rank')}"
     placement, placed = ctx.described("placement", Placement), ctx.input("placement")
-    ram, told = _ram(params, ctx, placement), {"prompts": len(rows)}
-    details: list[str] = []
+    told, together = {"prompts": len(rows)}, Together()
     with suppress(UsageError):  # said where it is checked, or once the trusted code is here
-        count, why = _together(params, single_model(ctx), placement, rows, ctx)
-        told["micro_batches"] = count
-        details = [f"{counted(count, 'batch', 'es')} at once through the streamed layers: {why}"] if count > 1 else []
-    known = Forecast(download_bytes=0, ram=ram, metrics=told, summary=work + spread, details=tuple(details))
+        together = _together(params, single_model(ctx), placement, rows, ctx)
+        told["micro_batches"] = together.count
+    said = f"{counted(together.count, 'batch', 'es')} at once through the streamed layers: {together.why}"
+    known = Forecast(
+        download_bytes=0,
+        ram=_ram(params, ctx, placement, together),
+        metrics=told,
+        summary=work + spread,
+        details=(said,) if together.count > 1 else (),
+    )
     if placed is not None and placed.misfits:  # said where it is placed
         return known
     each = placement.gpus if placement else int(bool(ctx.machine.gpus))
-    return replace(known, vram=_vram(placement, ctx.launch.local_processes), misfits=_misfits(each, ctx))
+    return replace(known, vram=_vram(placement, ctx.launch.local_processes, together), misfits=_misfits(each, ctx))
 
 
-def _ram(params: InferParams, ctx: ForecastContext, placement: Placement | None) -> int | None:
+def _ram(params: InferParams, ctx: ForecastContext, placement: Placement | None, together: Together) -> int | None:
     """Of all ranks here. Weights that are windows into their files are page cache, and not counted."""
     model, local = single_model(ctx), ctx.launch.local_processes
     if model is None or model.tensors is None:
@@ -99,14 +104,16 @@ def _ram(params: InferParams, ctx: ForecastContext, placement: Placement | None)
     placement = placement or as_placement(None)
     memory = host_memory(placement, ctx.machine.memory, ctx.machine.memory_available, local)
     cast = cast_bytes(model, loading_dtype(model, placement, memory, params.dtype))
-    return (RANK_BASE + min(cast, memory.cast)) * local
+    return (RANK_BASE + min(cast, memory.cast) + together.more) * local
 
 
-def _vram(placement: Placement | None, local: int) -> dict[int, int]:
+def _vram(placement: Placement | None, local: int, together: Together) -> dict[int, int]:
     """Per GPU of the ranks here: its weights and what generating takes besides."""
     if placement is None:
         return {}
     needs = {device: need.total for device, need in placement.needs.items() if isinstance(device, int)}
+    if needs:
+        needs[min(needs)] += together.more
     return {rank * placement.gpus + gpu: size for rank in range(local) for gpu, size in needs.items()}
 
 
@@ -116,25 +123,26 @@ def _together(
     placement: Placement | None,
     rows: list[Row],
     ctx: ForecastContext | StageContext,
-) -> tuple[int, str]:
-    """Batches of a rank that go through streamed layers together, and why so many."""
-    share = math.ceil(len(chunked(rows, params.batch_size)) / ctx.launch.num_processes)
-    if params.micro_batches is not None:
-        return min(params.micro_batches, share), "as asked"
-    if placement is None or model is None or model.tensors is None or not _side_by_side(params.task):
-        return 1, ""
+) -> Together:
+    """Batches of a rank that go through streamed layers together. A function of the user's only where they ask."""
+    if placement is None or not placement.streamed_bytes_per_token or model is None or model.tensors is None:
+        return Together()
+    if params.micro_batches is None and not _side_by_side(params.task):
+        return Together()
     texts = max(params.generation.get("num_beams") or 1, params.generation.get("num_return_sequences") or 1)
     longest = max(row.nbytes for row in rows) + params.max_new_tokens
-    count, why = batches_together(
+    found = batches_together(
         placement,
         agreed(model, sources_of(ctx)).architecture,
         Workload(batch_size=params.batch_size * texts, sequence_length=longest),
         params.dtype or placement.dtype or stored_dtype(model),
         ctx.machine,
+        asked=params.micro_batches,
         processes=ctx.launch.local_processes,
         memo=ctx.memo,
     )
-    return min(count, share), why
+    share = math.ceil(len(chunked(rows, params.batch_size)) / ctx.launch.num_processes)
+    return replace(found, count=min(found.count, share))
 
 
 def _side_by_side(task: str) -> bool:
@@ -157,10 +165,10 @@ def prepare(params: InferParams, ctx: StageContext) -> None:
     sources, model = sources_of(ctx), describe_checkpoint(ctx.input("model"))
     find_task(params.task, sources).check(params.generation, rows, model, sources, params.max_new_tokens)
     placement = read_placement(ctx.input("placement")) if "placement" in ctx.inputs else None
-    together, _ = _together(params, model, placement, rows, ctx)
+    together = _together(params, model, placement, rows, ctx)
     plan = plan_work(
         ctx.scratch, rows, batch_size=params.batch_size, ranks=ctx.launch.num_processes, pad=params.apply_padding,
-        together=together,
+        together=together.count,
     )  # fmt: skip
     if plan.finished:
         ctx.log(f"{plan.finished} of {len(plan.chunks)} batches were finished before")

@@ -118,8 +118,8 @@ class Lanes(Generic[Need]):
         return lane
 
     def _wait(self, lane: Lane[Need], need: Need) -> None:
-        self._waiting.setdefault(need, []).append(lane)
         resume = self._suspend()
+        self._waiting.setdefault(need, []).append(lane)
         self._pass_on()
         lane.turn.acquire()
         resume()

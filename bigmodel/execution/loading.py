@@ -279,7 +279,7 @@ def _fill(
 def _tell_device(model: torch.nn.Module, device: torch.device) -> None:
     """`model.device` is where its inputs belong. transformers takes its first parameter's, which may be away."""
     own = type(model)
-    if hasattr(own, "device"):
+    if isinstance(getattr(own, "device", None), property):
         names = {"__module__": own.__module__, "__qualname__": own.__qualname__, "__doc__": own.__doc__}
         model.__class__ = type(own.__name__, (own,), {**names, "device": property(lambda self: device)})
 

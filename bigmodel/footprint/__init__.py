@@ -9,7 +9,7 @@ from bigpipe.faces import face
 if TYPE_CHECKING:
     from .budgets import Budget, Workload, capped_length, cut_length
     from .estimates import Estimate, estimate, estimate_sighting, misfits, report, report_json
-    from .kvcache import cache_of, kv_cache, layer_kinds
+    from .kvcache import kv_cache, layer_kinds
     from .sighting import Sighting, architecture_of, look
     from .weights import compute_bytes
 

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from .placement import Placement, PlacementRequest, as_map
     from .speeds import Speeds
     from .strategies import place_architecture
-    from .together import batches_together
+    from .together import Together, batches_together
     from .tree import INDIVISIBLE, prefixes
 
 __getattr__, __all__ = face(__name__)

@@ -11,10 +11,11 @@ batch more costs nothing; beyond it nothing is gained. Every batch has keys and 
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 from pathlib import Path
 
-from bigpipe.bigmodel.architecture import Architecture, text_config
-from bigpipe.bigmodel.footprint import Workload, cache_of, capped_length, compute_bytes
+from bigpipe.bigmodel.architecture import Architecture
+from bigpipe.bigmodel.footprint import Budget, Workload
 from bigpipe.machine import Machine
 from bigpipe.sizes import format_size
 
@@ -30,6 +31,21 @@ HELD = 4
 positions."""
 
 
+@dataclass(frozen=True, slots=True)
+class Together:
+    """Batches that go through streamed layers together."""
+
+    count: int = 1
+    size: int = 0
+    """Bytes that each holds where the layers compute, while it waits."""
+    why: str = ""
+
+    @property
+    def more(self) -> int:
+        """Bytes beside those of a single batch."""
+        return (self.count - 1) * self.size
+
+
 def batches_together(
     placement: Placement,
     architecture: Architecture,
@@ -37,24 +53,26 @@ def batches_together(
     dtype: str,
     machine: Machine,
     *,
+    asked: int | None = None,
     processes: int = 1,
     memo: Path | None = None,
-) -> tuple[int, str]:
-    """Return how many batches should go through the layers of a placement together, and why, in words.
+) -> Together:
+    """Return how many batches should go through the streamed layers of a placement together.
 
-    workload: of one batch; beams count as its rows. dtype: what is computed in. processes: that share the machine,
-    each with a model of its own. memo: where the speeds of this machine are kept; None: those of an ordinary one.
+    workload: of one batch; beams count as its rows. dtype: what is computed in. asked: so many, whatever would be best.
+    processes: that share the machine, each with a model of its own. memo: where the speeds of this machine are kept;
+    None: those of an ordinary one.
     """
-    if not placement.streamed_bytes_per_token:
-        return 1, "nothing is streamed"
+    size = _size(Budget(architecture, dtype, workload))
+    if asked is not None:
+        return Together(asked, size, f"as asked; {format_size(size)} each")
     useful = _useful(placement, (memo and speeds_of(machine, memo)) or Speeds())
-    size = _size(architecture, workload, dtype)
     main = main_of(placement.device_map.values())
     room = memory_of(machine)[main] / (processes if main == "cpu" else 1) - placement.needs[main].total
-    most = 1 + max(0, int(room // size))
+    most = 1 + max(0, int(room // max(size, 1)))
     if most < useful:
-        return most, f"{useful} would hide the streaming, and {format_size(size)} of each must fit"
-    return useful, f"more would not be faster; {format_size(size)} each"
+        return Together(most, size, f"{useful} would hide the streaming, and {format_size(size)} of each must fit")
+    return Together(useful, size, f"more would not be faster; {format_size(size)} each")
 
 
 def _useful(placement: Placement, speeds: Speeds) -> int:
@@ -64,8 +82,7 @@ def _useful(placement: Placement, speeds: Speeds) -> int:
     return max(1, math.ceil(BEYOND * moving / speeds.resident(main, sum(placement.weights.values()))))
 
 
-def _size(architecture: Architecture, workload: Workload, dtype: str) -> int:
+def _size(budget: Budget) -> int:
     """Bytes that a batch holds while it waits."""
-    length, width = capped_length(architecture, workload.sequence_length), compute_bytes(dtype)
-    states = workload.batch_size * length * int(text_config(architecture.config).get("hidden_size") or 0) * width
-    return cache_of(architecture, workload.batch_size, length, width).bytes + HELD * states
+    states = budget.workload.batch_size * budget.length * budget.shape.hidden * budget.itemsize
+    return budget.cache.bytes + HELD * states

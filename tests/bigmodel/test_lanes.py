@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -103,6 +104,18 @@ class TestOrder:
         library.lanes.run(work, "abc", 3, lambda: lambda: None)
         assert caught == ["a", "b", "c"]
         assert library.events[-5:] == ["+2", "a2", "b2", "c2", "-2"]
+
+    def test_what_cannot_be_suspended_ends_all(self) -> None:
+        library, times = Library(), iter(range(10))
+
+        def suspend() -> Callable[[], None]:
+            if next(times) == 1:
+                raise MemoryError
+            return lambda: None
+
+        with pytest.raises(MemoryError):
+            library.lanes.run(lambda reader: library.read(reader, [0, 1]), "abc", 3, suspend)
+        library.read("z", [5])
 
 
 def rows(count: int) -> list[Row]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ from pydantic import ValidationError
 from support.contexts import check_context, forecast_context, stage_context
 from support.inferring import start
 from support.launching import MACHINE
-from support.models import make_checkpoint
+from support.models import make_checkpoint, save_model
 from support.workshop import Workshop
 
 from bigpipe.bigmodel.checkpoint import describe_checkpoint
@@ -269,11 +270,33 @@ def test_a_plan_says_how_many_batches_go_together_and_why(tmp_path: Path, model:
     some = STAGE.forecast(params(prompts=["a" * 50] * 5), ctx.within(machine=small))
     assert some.metrics["micro_batches"] in (2, 3, 4)
     assert "must fit" in some.details[0]
-    assert STAGE.forecast(params(micro_batches=2), ctx).details == (
-        "2 batches at once through the streamed layers: as asked",
+    alone, asked = (STAGE.forecast(params(micro_batches=count), ctx) for count in (1, 4))
+    assert asked.details[0].startswith("4 batches at once through the streamed layers: as asked")
+    assert alone.ram is not None
+    assert asked.ram is not None
+    one = asked.ram - alone.ram
+    assert one > 3 * 2 * 2 * 32 * 2 * (5 + len("Hello, my name is"))  # keys and values, layers, width, bytes, tokens
+    whole = replace(ctx, inputs={**inputs, "placement": (Forecast(output=place(model, device_map={"": "cpu"})),)})
+    for count in (None, 3):
+        found = STAGE.forecast(params(micro_batches=count), whole)
+        assert (found.details, found.metrics["micro_batches"]) == ((), 1)
+
+
+@pytest.mark.parametrize(("name", "width"), [("DistilBert", "dim"), ("GPT2", "n_embd"), ("T5", "d_model")])
+def test_a_batch_has_a_size_whatever_its_width_is_called(tmp_path: Path, name: str, width: str) -> None:
+    import transformers
+
+    few = {"DistilBert": {"n_layers": 2, "n_heads": 4, "hidden_dim": 64}, "GPT2": {"n_layer": 2, "n_head": 4}}
+    config = getattr(transformers, f"{name}Config")(
+        vocab_size=264, bos_token_id=1, eos_token_id=2, **{width: 32}, **few.get(name, {"num_layers": 2})
     )
-    whole = {**inputs, "placement": (Forecast(output=place(model, device_map={"": "cpu"})),)}
-    assert STAGE.forecast(params(), replace(ctx, inputs=whole)).details == ()
+    folder = save_model(getattr(transformers, f"{name}Model")(config), tmp_path)
+    placement = place(folder, device_map={"": "disk"})
+    inputs = {"model": (Forecast(output=describe_checkpoint(folder)),), "placement": (Forecast(output=placement),)}
+    ctx = forecast_context(tmp_path, inputs=inputs, machine=MACHINE)
+    found = STAGE.forecast(InferParams(task="feature-extraction", prompts=PROMPTS), ctx)
+    assert found.metrics["micro_batches"] == 5
+    assert re.search(r"[1-9][\d.]* KiB each", found.details[0])
 
 
 def custom_task(folder: Path) -> None:
