@@ -64,8 +64,9 @@ class Sides:
 
     def environment(self, side: str) -> dict[str, str]:
         return {
-            **os.environ,
+            **{name: value for name, value in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"},
             "PYTHONPATH": str(self.checkouts[side] / "src"),
+            "PYTHONPYCACHEPREFIX": str(self.place(side) / "bytecode"),
             "BIGPIPE_HOME": str(self.place(side) / "store"),
             "OMP_NUM_THREADS": str(os.cpu_count()),
         }

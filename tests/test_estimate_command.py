@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from pathlib import Path
+
+import pytest
 
 MODEL = str(Path(__file__).parents[1] / "models/quickstart")
 
@@ -13,6 +17,16 @@ def test_dtypes_may_be_listed_as_accelerate_takes_them(workshop):
         assert found["schema"] == "bigpipe.estimate/1"
         assert found["source"] == "headers"
         assert list(found["dtypes"]) == ["float16", "int8"]
+
+
+@pytest.mark.parametrize("more", [[], ["--json"]])
+def test_the_command_loads_neither_torch_nor_pydantic(more):
+    code = (
+        "import sys; from bigpipe.cli import cli; "
+        f"cli(['estimate', {MODEL!r}, *{more!r}], standalone_mode=False); "
+        "sys.exit(bool({'torch', 'transformers', 'pydantic', 'numpy'} & set(sys.modules)))"
+    )
+    assert subprocess.run([sys.executable, "-c", code], check=False, capture_output=True).returncode == 0
 
 
 def test_the_verdict_names_the_smallest_change(workshop):

@@ -5,12 +5,12 @@ from __future__ import annotations
 import signal
 import traceback
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from bigpipe.errors import BigpipeError, Interrupted
-from bigpipe.git import Checkout
-from bigpipe.orchestrator.contract import Json
-from bigpipe.orchestrator.running import run_json
+
+if TYPE_CHECKING:
+    from bigpipe.orchestrator.contract import Json
 
 
 def answered(data: Mapping[str, Json], errors: Sequence[BigpipeError] = ()) -> dict[str, Json]:
@@ -23,6 +23,9 @@ def refused(command: str, error: BaseException, options: Mapping[str, Any]) -> d
     """Return what `command`, given `options`, answers where it ended with an error before it had an answer."""
     known = error if isinstance(error, BigpipeError) else as_bigpipe_error(error)
     if command == "run" and "manifest" in options:
+        from bigpipe.git import Checkout
+        from bigpipe.orchestrator.running import run_json  # a quarter of a second that an answer does not need
+
         git = Checkout(options["manifest"]).state
         return run_json(options["manifest"], options.get("params") or {}, [known], git=git)
     return answered({"schema": "bigpipe.error/1"}, [known])

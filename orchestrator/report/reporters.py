@@ -3,9 +3,7 @@ close what they opened; use them in a `closing`."""
 
 from __future__ import annotations
 
-import json
 import os
-import re
 import time
 from collections.abc import Callable, Mapping
 from contextlib import suppress
@@ -13,11 +11,9 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
-from bigpipe.errors import BigpipeError, ManifestError, Place
 from bigpipe.files import LogFile, explain, explained, make_directory
 from bigpipe.orchestrator.contract import (
     Event,
-    Json,
     LogLine,
     NodeFinished,
     NodeRetried,
@@ -26,10 +22,10 @@ from bigpipe.orchestrator.contract import (
     RunFinished,
     RunStarted,
 )
-from bigpipe.redaction import printable, printable_json, redact, redact_json
 from bigpipe.sizes import format_size
 
 from .progress import ProgressMeter, elapsed
+from .shown import clean, json_text
 
 if TYPE_CHECKING:
     from rich.progress import Progress as Bars, TaskID
@@ -38,23 +34,7 @@ LINE_SHARE = 0.1
 LINE_SECONDS = 30.0
 """A plain line whenever progress has gone this share further, or this long after the last."""
 COLOURS = {"succeeded": "green", "cached": "dim", "failed": "red", "skipped": "yellow"}
-COMMAND = re.compile(r"^\s*:(?=:)|##(?=\[)", re.MULTILINE)
-"""What GitHub's runner obeys where it stands in a job's output
-(https://docs.github.com/en/actions/reference/workflows-and-actions/workflow-commands)."""
 MARKS = {"succeeded": "✓", "cached": "·", "failed": "✗", "skipped": "-"}
-
-
-def clean(text: str) -> str:
-    """Return a text as it may be shown: no secret is in it, nothing of it moves the terminal, and no line is a command
-    to GitHub's runner."""
-    text = printable(redact(text))
-    return COMMAND.sub(r"\g<0> ", text) if os.environ.get("GITHUB_ACTIONS") == "true" else text
-
-
-def json_text(value: Json, indent: int | None = None) -> str:
-    """Return JSON as it may be shown: no secret is in it, and nothing that moves a terminal."""
-    text = json.dumps(redact_json(value), indent=indent, ensure_ascii=False, default=str)
-    return printable_json(text)
 
 
 class PlainReporter:
@@ -257,27 +237,3 @@ def choose_reporter(stream: TextIO, *, events: Path | None = None, environment: 
     if stream.isatty() and environment.get("TERM", "") not in ("dumb", "unknown"):
         reporter = RichReporter(stream, environment=environment)
     return Tee(reporter, JsonlReporter(events) if events is not None else None)
-
-
-def error_text(error: BigpipeError, environment: Mapping[str, str]) -> str:
-    """Return an error as a command prints it; under GITHUB_ACTIONS each placed one is an annotation of its line too."""
-    if isinstance(error, ManifestError):
-        lines = [str(error)]
-        places = [(problem.place, f"{problem.cause}; {problem.cure}".rstrip("; ")) for problem in error.problems]
-    else:
-        lines = [f"error: {error}"]
-        places = [(error.place, f"{error.cause}\n{error.cure}".rstrip())] if error.place else []
-    lines = [clean(line) for line in lines]
-    if environment.get("GITHUB_ACTIONS") == "true":
-        lines += [annotation(place, message) for place, message in places]
-    return "\n".join(lines)
-
-
-def annotation(place: Place, message: str) -> str:
-    """Return GitHub's workflow command for an error at a place, newlines and separators escaped as it undoes them."""
-    file = _escape(place.file).replace(":", "%3A").replace(",", "%2C")
-    return f"::error file={file},line={place.line},col={place.column}::{_escape(message)}"
-
-
-def _escape(text: str) -> str:
-    return text.replace("%", "%25").replace("\r", "%0D").replace("\n", "%0A")

@@ -22,7 +22,7 @@ from bigpipe.orchestrator.contract.events import (
     RunStarted,
     event_from_json,
 )
-from bigpipe.orchestrator.report import progress, reporters
+from bigpipe.orchestrator.report import progress, reporters, shown
 from bigpipe.orchestrator.report.progress import ProgressMeter
 from bigpipe.orchestrator.report.reporters import RichReporter
 from bigpipe.redaction import conceal
@@ -201,10 +201,10 @@ assert "rich" not in sys.modules
 def test_errors_are_annotated_for_github() -> None:
     place = Place("a,b.yaml", 3, 7, "text", 2)
     error = ManifestError([Problem("BP103", place, "unknown field 'x': 50%", "did you mean 'y'?")])
-    assert reporters.error_text(error, {}).startswith("a,b.yaml:3:7: error[BP103]")
-    annotated = reporters.error_text(error, {"GITHUB_ACTIONS": "true"}).splitlines()[-1]
+    assert shown.error_text(error, {}).startswith("a,b.yaml:3:7: error[BP103]")
+    annotated = shown.error_text(error, {"GITHUB_ACTIONS": "true"}).splitlines()[-1]
     assert annotated == "::error file=a%2Cb.yaml,line=3,col=7::unknown field 'x': 50%25; did you mean 'y'?"
     plain = DoesNotFit("20 GiB do not fit", "use less")
-    assert reporters.error_text(plain, {"GITHUB_ACTIONS": "true"}) == "error: 20 GiB do not fit\n  use less"
+    assert shown.error_text(plain, {"GITHUB_ACTIONS": "true"}) == "error: 20 GiB do not fit\n  use less"
     placed = DoesNotFit("no", "use less", place=place)
-    assert reporters.error_text(placed, {"GITHUB_ACTIONS": "true"}).endswith("col=7::no%0Ause less")
+    assert shown.error_text(placed, {"GITHUB_ACTIONS": "true"}).endswith("col=7::no%0Ause less")

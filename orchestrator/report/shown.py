@@ -1,0 +1,56 @@
+"""Texts, JSON and errors as they may be shown."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
+
+from bigpipe.errors import BigpipeError, ManifestError, Place
+from bigpipe.redaction import printable, printable_json, redact, redact_json
+
+if TYPE_CHECKING:
+    from bigpipe.orchestrator.contract import Json  # what answers a question needs no kinds
+
+COMMAND = re.compile(r"^\s*:(?=:)|##(?=\[)", re.MULTILINE)
+"""What GitHub's runner obeys where it stands in a job's output
+(https://docs.github.com/en/actions/reference/workflows-and-actions/workflow-commands)."""
+
+
+def clean(text: str) -> str:
+    """Return a text as it may be shown: no secret is in it, nothing of it moves the terminal, and no line is a command
+    to GitHub's runner."""
+    text = printable(redact(text))
+    return COMMAND.sub(r"\g<0> ", text) if os.environ.get("GITHUB_ACTIONS") == "true" else text
+
+
+def json_text(value: Json, indent: int | None = None) -> str:
+    """Return JSON as it may be shown: no secret is in it, and nothing that moves a terminal."""
+    text = json.dumps(redact_json(value), indent=indent, ensure_ascii=False, default=str)
+    return printable_json(text)
+
+
+def error_text(error: BigpipeError, environment: Mapping[str, str]) -> str:
+    """Return an error as a command prints it; under GITHUB_ACTIONS each placed one is an annotation of its line too."""
+    if isinstance(error, ManifestError):
+        lines = [str(error)]
+        places = [(problem.place, f"{problem.cause}; {problem.cure}".rstrip("; ")) for problem in error.problems]
+    else:
+        lines = [f"error: {error}"]
+        places = [(error.place, f"{error.cause}\n{error.cure}".rstrip())] if error.place else []
+    lines = [clean(line) for line in lines]
+    if environment.get("GITHUB_ACTIONS") == "true":
+        lines += [annotation(place, message) for place, message in places]
+    return "\n".join(lines)
+
+
+def annotation(place: Place, message: str) -> str:
+    """Return GitHub's workflow command for an error at a place, newlines and separators escaped as it undoes them."""
+    file = _escape(place.file).replace(":", "%3A").replace(",", "%2C")
+    return f"::error file={file},line={place.line},col={place.column}::{_escape(message)}"
+
+
+def _escape(text: str) -> str:
+    return text.replace("%", "%25").replace("\r", "%0D").replace("\n", "%0A")
