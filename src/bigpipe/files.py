@@ -80,7 +80,8 @@ def explain(
         )
     if error.errno in MISNAMED:
         return UsageError(
-            f"{owner or 'a file'} cannot be where it is named: {where}: {error.strerror}", f"name another, or {other}"
+            f"{owner or 'a file'} cannot be where it is named: {where}: {error.strerror}",
+            f"{mend or 'name another'}, or {other}",
         )
     return StageFailed(
         f"{owner or 'a file'} cannot be read or written: {where}: {error.strerror or error}",

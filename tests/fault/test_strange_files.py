@@ -126,8 +126,18 @@ def test_something_else_in_place_of_anything(ran, seed, number):
     dice = random.Random(seed)  # noqa: S311
     names = [path.relative_to(ran) for path in places(ran / "store")]
     cases = [(name, how) for name in names for how in HARMS if how != "unreadable" or os.geteuid() == 0]
+    assert wrongs(ran, dice.sample(cases, number) if number else cases) == []
+
+
+@pytest.mark.parametrize("how", ["directory", "link to itself"])
+def test_something_else_in_place_of_a_lock(ran, how):
+    """What has no content to be damaged."""
+    assert wrongs(ran, [(Path("store/locks") / name, how) for name in ("gc", "roots")]) == []
+
+
+def wrongs(ran: Path, cases: list[tuple[Path, str]]) -> list[str]:
     wrong = []
-    for name, how in dice.sample(cases, number) if number else cases:
+    for name, how in cases:
         folder = ran.with_name("now")
         shutil.copytree(ran, folder, symlinks=True)
         user = NOBODY if how == "unreadable" else 0
@@ -143,7 +153,7 @@ def test_something_else_in_place_of_anything(ran, seed, number):
             if path.is_dir() and not path.is_symlink():
                 path.chmod(stat.S_IRWXU)
         shutil.rmtree(folder)
-    assert not wrong, "\n".join(wrong)
+    return wrong
 
 
 def give(folder: Path, user: int) -> None:
