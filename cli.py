@@ -70,8 +70,8 @@ def main() -> None:
     """Entry point. Leaves at once: taking the interpreter apart lasts as long as all the work of a cached run."""
     threading.excepthook = lambda died: show_bug(died.exc_value) if died.exc_value else None
     streams.listen()
-    for number in (signal.SIGTERM, signal.SIGHUP):
-        if signal.getsignal(number) == signal.SIG_DFL:
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        if signal.getsignal(number) in (signal.SIG_DFL, signal.default_int_handler):
             signal.signal(number, end)
     status: Any = 0
     try:
@@ -87,7 +87,7 @@ def main() -> None:
 
 
 def end(number: int, frame: FrameType | None) -> None:
-    """End as by Ctrl-C, at once where it comes again. A run has its own way, and hears it first."""
+    """End in order, and at once where it comes again. A run has its own way, and hears it first."""
     signal.signal(number, signal.SIG_DFL)
     raise KeyboardInterrupt(number)
 
