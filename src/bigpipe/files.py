@@ -24,6 +24,7 @@ import sys
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from select import POLLOUT, poll
 from typing import Any, Self
 
 from .errors import BigpipeError, DoesNotFit, StageFailed, UsageError
@@ -41,8 +42,11 @@ LIMITS = {
     errno.EMFILE: "allow more open files (`ulimit -n`)",
     errno.ENFILE: "close other programs: the whole system has too many files open",
     errno.EAGAIN: "allow more processes and threads (`ulimit -u`)",
+    errno.ENOBUFS: "start its reader first, and let it keep up",
 }
-"""What to change where one of the system's limits was met."""
+"""What to change where one of the system's limits was met, or a FIFO has no reader."""
+PATIENCE = 5.0
+"""Seconds for the reader of a FIFO to catch up."""
 CHUNK = 1 << 22
 WRITE = 256 * 1024
 """Bytes per call. Larger ones make Linux look for pages of megabytes, which a virtual machine has often given back to
@@ -377,11 +381,16 @@ def open_lock(path: Path, *, mode: int = 0o666) -> int:
 
 
 class LogFile:
-    """A file that grows at its end. Each `append` is one write, so that several processes may share it."""
+    """A file that grows at its end. Each `append` is one write, so that several processes may share it. Of a FIFO, the
+    reader must be there, and keep up: it is waited for once."""
 
     def __init__(self, path: Path, *, mode: int = 0o666) -> None:
         self._path = path
-        self._file = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, mode)
+        try:
+            self._file = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC | os.O_NONBLOCK, mode)
+        except OSError as error:
+            raise (_unread(path) if error.errno == errno.ENXIO else error) from None
+        self._patience = PATIENCE
         self._waiting = bytearray()
 
     def hold(self) -> None:
@@ -396,9 +405,21 @@ class LogFile:
             return
         data, self._waiting = bytes(self._waiting), bytearray()
         with _named(self._path):
-            write_all(self._file, data)
+            self._write(memoryview(data))
             if durable:
                 sync(self._file)
+
+    def _write(self, data: memoryview) -> None:
+        while data:
+            try:
+                data = data[os.write(self._file, data) :]
+                self._patience = PATIENCE
+            except BlockingIOError:
+                room = poll()
+                room.register(self._file, POLLOUT)
+                if not room.poll(self._patience * 1000):
+                    self._patience = 0
+                    raise _unread(self._path) from None
 
     def cut(self, size: int) -> None:
         """Drop everything after the first `size` bytes."""
@@ -416,6 +437,10 @@ class LogFile:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+
+def _unread(path: Path) -> OSError:
+    return OSError(errno.ENOBUFS, "nobody reads it", os.fspath(path))
 
 
 def is_held(path: Path) -> bool:

@@ -20,6 +20,7 @@ from support.launching import Launched, make_job, wait_for
 from support.workshop import environment
 
 from bigpipe.errors import StageFailed
+from bigpipe.files import PATIENCE, LogFile
 from bigpipe.orchestrator.launch.output import Log, OutputReader
 from bigpipe.orchestrator.launch.processes import signed_in
 
@@ -114,6 +115,32 @@ class TestFilesThatCannotBeWritten:
         assert done.returncode == 2
         assert "name another file with --events" in done.stderr
         assert not (noisy.folder / "store" / "runs").exists()
+
+    def test_a_fifo_for_events_needs_a_reader(self, noisy):
+        """Else it is an error at once. One that stops reading costs the events that it does not take."""
+        os.mkfifo(noisy.folder / "events")
+        done = noisy.command("run", "recipe.yaml", "--events", "events")
+        assert done.returncode == 6
+        assert "events: nobody reads it\n  start its reader first" in done.stderr
+        with open(noisy.folder / "read", "wb") as read, subprocess.Popen(["cat", noisy.folder / "events"], stdout=read):
+            done = noisy.command("run", "recipe.yaml", "--events", "events")
+        assert done.returncode == 0, done.stderr
+        lines = (noisy.folder / "read").read_text().splitlines()
+        assert json.loads(lines[-1])["event"] == "run_finished"
+
+    def test_a_reader_of_events_that_stops_costs_what_it_does_not_take(self, tmp_path):
+        os.mkfifo(tmp_path / "events")
+        with open(os.open(tmp_path / "events", os.O_RDONLY | os.O_NONBLOCK), "rb") as reader:
+            with LogFile(tmp_path / "events") as log:
+                with pytest.raises(OSError, match="nobody reads it"):
+                    log.append(b"x" * 2**20)
+                began = time.monotonic()
+                with pytest.raises(OSError, match="nobody reads it"):
+                    log.append(b"y")
+                assert time.monotonic() - began < PATIENCE
+                assert b"y" not in reader.read()
+                log.append(b"z")
+            assert reader.read() == b"z"
 
     def test_a_reader_of_output_that_dies_ends_the_attempt(self, tmp_path):
         """A name that no file can have is none of the faults that cost lines only."""

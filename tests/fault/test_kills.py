@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import random
 import shutil
 import signal
@@ -14,6 +13,7 @@ from hashlib import sha256
 from pathlib import Path
 
 import pytest
+from support.commanding import left_of
 from support.workshop import environment
 
 from bigpipe.orchestrator.store.store import Store
@@ -43,27 +43,6 @@ def quickstart(tmp_path) -> Path:
         shutil.copytree(ROOT / name, tmp_path / name)
     (tmp_path / "manifests" / "without-ranks.yaml").write_text(WITHOUT_RANKS)
     return tmp_path
-
-
-def processes_of(store: Path) -> list[int]:
-    """Live processes that were told of this store, and are not this one."""
-    found = []
-    for entry in Path("/proc").glob("[0-9]*"):
-        try:
-            told = f"{store}".encode() in (entry / "cmdline").read_bytes() + (entry / "environ").read_bytes()
-            state = (entry / "stat").read_text().rpartition(")")[2].split()[0]
-        except OSError:
-            continue
-        if told and state != "Z" and int(entry.name) != os.getpid():
-            found.append(int(entry.name))
-    return found
-
-
-def nobody_is_left(store: Path) -> None:
-    deadline = time.monotonic() + 10
-    while (left := processes_of(store)) and time.monotonic() < deadline:
-        time.sleep(0.05)
-    assert left == []
 
 
 def started(events: Path, node: str) -> bool:
@@ -103,7 +82,7 @@ def test_kill_in_every_node(quickstart):
         time.sleep(0.05 * number)  # not always at the very beginning of the node
         process.send_signal(signal.SIGKILL)
         process.wait()
-        nobody_is_left(quickstart / "store")
+        assert left_of(quickstart / "store") == []
         with Store(quickstart / "store") as store:
             assert store.verify().clean, node
     nodes = ended(quickstart, QUICKSTART)
@@ -140,7 +119,7 @@ def test_kills_at_random_moments(quickstart, seed, manifest, kills):
             process.send_signal(signal.SIGKILL)
             done += 1
         assert process.wait() in (0, -signal.SIGKILL)
-        nobody_is_left(quickstart / "store")
+        assert left_of(quickstart / "store") == []
         again = {line["node"] for line in told(events) if line["event"] == "node_started"}
         assert not again & finished, done
         finished |= {line["node"] for line in told(events) if line["event"] == "node_finished" and is_made(line)}
