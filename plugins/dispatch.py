@@ -82,7 +82,7 @@ def warms(params: DispatchParams) -> tuple[str, ...]:
 
 STAGE = Stage(
     kind="dispatch",
-    version=4,
+    version=5,
     params=DispatchParams,
     metrics=DispatchMetrics,
     inputs={"model": Port("checkpoint")},

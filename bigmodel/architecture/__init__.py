@@ -22,6 +22,7 @@ if TYPE_CHECKING:
         read_request,
         request_key,
     )
+    from .experts import CHOSEN, expert_tensors, experts_per_token, lists_experts, stacked_experts, visited_share
     from .instantiation import describe_module, require_module, storage_of, tied_groups, with_empty_parameters
     from .outlining import BUFFERS, outline
     from .snapshot import known_architecture, missing_snapshot

@@ -30,10 +30,21 @@ class TensorRecipe:
     sources: tuple[TensorInfo, ...]
     fuse: Callable[[Window, torch.dtype], torch.Tensor] | None = None
     """None: the one source is the tensor, whatever its dtype."""
+    stacked: tuple[tuple[TensorInfo, ...], ...] = ()
+    """Of a fused one, by entry of its outermost dimension: the sources whose elements lie in it one after the other.
+    Empty where it is made in another way."""
 
     def read(self, window: Window, dtype: torch.dtype) -> torch.Tensor:
         """Return the tensor on the CPU: fused ones in `dtype` and new memory, others as stored and without a copy."""
         return self.fuse(window, dtype) if self.fuse else window(self.sources[0])
+
+    def entry(self, index: int) -> tuple[TensorInfo, ...]:
+        """Return the stored tensors whose elements, one after the other, are this entry of the outermost dimension;
+        nothing where an entry cannot be made without the others."""
+        if self.fuse is None:
+            made = self.sources[0].made
+            return () if made and any(part.view for part in made.parts) else (self.sources[0].entry(index),)
+        return self.stacked[index] if self.stacked else ()
 
 
 @dataclass(slots=True)
@@ -121,7 +132,23 @@ class _Fusion:
         patterns = self.converter.target_patterns
         siblings = [self.target.replace(patterns[0], pattern, 1) for pattern in patterns]
         targets = [name for name in siblings if name in known] if len(patterns) > 1 else [self.target]
-        return {name: TensorRecipe(sources, partial(self._read, name)) for name in targets}
+        return {name: TensorRecipe(sources, partial(self._read, name), self._stacked()) for name in targets}
+
+    def _stacked(self) -> tuple[tuple[TensorInfo, ...], ...]:
+        """A list of matrices becomes one tensor, of several lists the matrices of one number lie below each other."""
+        from transformers.core_model_loading import Concatenate, MergeModulelist
+
+        steps = [(type(step), getattr(step, "dim", None)) for step in self.converter.operations]
+        if steps not in ([(MergeModulelist, 0)], [(MergeModulelist, 0), (Concatenate, 1)]):
+            return ()
+        if len(self.converter.target_patterns) > 1:
+            return ()
+        lists = [
+            [tensor for _, pattern, tensor in self.inputs if pattern == wanted]
+            for wanted in self.converter.source_patterns
+        ]
+        lists = [found for found in lists if found]
+        return tuple(zip(*lists, strict=True)) if len({len(found) for found in lists}) == 1 else ()
 
     def _read(self, name: str, window: Window, dtype: torch.dtype) -> torch.Tensor:
         converter = copy.deepcopy(self.converter)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Hashable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Protocol
 
@@ -94,6 +94,20 @@ class Made:
 
 
 @dataclass(frozen=True, slots=True)
+class OneEntry:
+    """Decodes one entry of the outermost dimension from the bytes that it alone is made from."""
+
+    whole: Decoder
+    index: int
+
+    def ranges(self, start: int, stop: int) -> Sequence[tuple[int, int]]:
+        return [(0, size) for _, size in self.whole.ranges(self.index, self.index + 1)]
+
+    def decode(self, start: int, stop: int, parts: Sequence[memoryview]) -> memoryview:
+        return self.whole.decode(self.index, self.index + 1, parts)
+
+
+@dataclass(frozen=True, slots=True)
 class TensorInfo:
     """One stored tensor: contiguous, row-major, little-endian bytes at `file[offset:offset + nbytes]`.
     A `.bin` file may also hold a tensor as a strided view; it then has a `view`, and `offset` is -1 so that nobody
@@ -121,6 +135,21 @@ class TensorInfo:
     @property
     def files(self) -> frozenset[Path]:
         return frozenset(part.file for part in self.stored)
+
+    def entry(self, index: int) -> TensorInfo:
+        """Return one entry of the outermost dimension, as a tensor with one such entry."""
+        item, one = itemsize(self.dtype), (1, *self.shape[1:])
+        if self.made is not None:
+            ranges = self.made.decoder.ranges(index, index + 1)
+            parts = [
+                TensorInfo(part.name, "uint8", (size,), part.file, part.offset + first)
+                for part, (first, size) in zip(self.made.parts, ranges, strict=True)
+            ]
+            return replace(self, shape=one, made=Made(tuple(parts), OneEntry(self.made.decoder, index)))
+        if self.view is not None:
+            first = self.view.offset + index * self.view.strides[0] * item
+            return replace(self, shape=one, view=replace(self.view, offset=first))
+        return replace(self, shape=one, offset=self.offset + index * tensor_nbytes(self.dtype, self.shape[1:]))
 
     def runs(self, size: int) -> Iterator[tuple[int, int]]:
         """Give (start, stop) of its outermost dimension, of at most `size` bytes each but at least one entry."""

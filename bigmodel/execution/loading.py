@@ -61,8 +61,10 @@ from bigpipe.modules import foreign
 from bigpipe.names import as_names, refuse_unknown
 from bigpipe.trust import Trust
 
+from .experts import moved_by_a_token
 from .homes import DeviceMap, Homes, HostMemory, as_placement, host_memory, loading_dtype
-from .offload import Slot, WeightStream, cut_into_groups, follow_devices
+from .offload import WeightStream, cut_into_groups, follow_devices
+from .slots import Slot
 
 if TYPE_CHECKING:
     import torch
@@ -268,7 +270,7 @@ def _fill(
     state.stream.add(groups)
     if groups:
         _tell_device(model, homes.main)
-    state.streamed = sum(group.moved() for group in groups)
+    state.streamed = moved_by_a_token(model, groups)
     if homes.main.type != "cpu":
         follow_devices(model, homes)
     model.hf_device_map = dict(homes.placement.device_map)  # type: ignore[assignment]

@@ -16,103 +16,24 @@ import math
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING, Any, cast
 
-from bigpipe.bigmodel.checkpoint import MappedFiles, TensorInfo, TensorRecipe
-from bigpipe.bigmodel.formats import Packing
+from bigpipe.bigmodel.architecture import lists_experts, stacked_experts
+from bigpipe.bigmodel.checkpoint import MappedFiles
 from bigpipe.bigmodel.placement import INDIVISIBLE
 
+from .experts import ExpertWeights, chosen_experts
 from .homes import Homes
 from .kept import KeptStates
 from .lanes import Item, Lanes
+from .slots import Slot, Staged, WeightGroup
 
 if TYPE_CHECKING:
     import torch
 
-Staged = Mapping[str, "torch.Tensor"]
-"""The tensors of a slot, by suffix."""
 ALIGNMENT = 64
 """Bytes; what vector instructions and GPU copies like."""
-
-
-@dataclass(slots=True)
-class Slot:
-    """A parameter, a stored buffer, or the packed weight of a module: its place, and what fills it. Its methods are
-    called in the order stage, attach, detach; `stage` may run in another thread."""
-
-    module: torch.nn.Module
-    attribute: str
-    recipes: Mapping[str, TensorRecipe]
-    """By suffix: the parts of a packed weight, each as stored; else the one tensor."""
-    dtype: torch.dtype
-    """What the one tensor is cast to."""
-    packing: Packing | None = None
-    placeholder: torch.Tensor = field(init=False)
-    """What stands there while it is empty, on meta."""
-    sources: Sequence[TensorInfo] = field(init=False)
-    """The stored bytes it is made from."""
-    content: object = field(init=False)
-    """Equal where one tensor can stand in both."""
-
-    def __post_init__(self) -> None:
-        there: torch.Tensor = getattr(self.module, self.attribute)
-        self.placeholder = there if self.packing or there.device.type == "meta" else there.to("meta")
-        self.sources = [source for recipe in self.recipes.values() for source in recipe.sources]
-        self.content = id(self) if self.packing else (tuple(self.sources), self.dtype)
-
-    @property
-    def fused(self) -> bool:
-        return any(recipe.fuse for recipe in self.recipes.values())
-
-    @property
-    def decoded(self) -> bool:
-        return any(source.made for source in self.sources)
-
-    def windowed(self, device: torch.device) -> bool:
-        """Return whether the files themselves can serve as the memory."""
-        import torch
-
-        plain = not self.fused and not self.decoded
-        as_stored = self.packing or (plain and getattr(torch, self.sources[0].dtype) == self.dtype)
-        return device.type == "cpu" and bool(as_stored)
-
-    def scratch(self, device: torch.device) -> Sequence[int]:
-        """Return the bytes of each piece of memory that `stage` takes; none where the files serve as memory."""
-        if self.windowed(device):
-            return ()
-        one = math.prod(self.placeholder.shape) * self.dtype.itemsize
-        return [source.nbytes for source in self.sources] if self.packing else [one]
-
-    def read(self, files: MappedFiles) -> Staged:
-        """Return the tensors on the CPU, as stored."""
-        return {name: recipe.read(files.window, self.dtype) for name, recipe in self.recipes.items()}
-
-    def stage(self, files: MappedFiles, device: torch.device, take: Callable[..., torch.Tensor]) -> Staged:
-        """Return the tensors on `device`, as they are attached. take: (shape, dtype=…) → memory there."""
-        tensors = self.read(files)
-        if self.windowed(device):
-            return tensors
-        dtypes = {name: tensor.dtype if self.packing else self.dtype for name, tensor in tensors.items()}
-        return {name: take(tensor.shape, dtype=dtypes[name]).copy_(tensor) for name, tensor in tensors.items()}
-
-    def attach(self, staged: Staged) -> None:
-        import torch
-
-        if self.packing:
-            self.packing.attach(self.module, staged)
-            return
-        (tensor,) = staged.values()
-        if self.attribute in self.module._buffers:
-            self.module._buffers[self.attribute] = tensor
-        else:
-            self.module._parameters[self.attribute] = torch.nn.Parameter(tensor, requires_grad=False)
-
-    def detach(self) -> None:
-        setattr(self.module, self.attribute, self.placeholder)
-        if self.packing:
-            self.packing.detach(self.module)
 
 
 class Arena:
@@ -143,39 +64,6 @@ def _aligned(nbytes: int) -> int:
     return -(-nbytes // ALIGNMENT) * ALIGNMENT
 
 
-@dataclass(eq=False, slots=True)
-class WeightGroup:
-    """Weights that come and go together, with the forward of `module`."""
-
-    module: torch.nn.Module
-    slots: tuple[Slot, ...]
-    device: torch.device
-    """Where it computes."""
-    evict: bool
-    """Drop the file's pages after use: the weights are placed on disk, not in RAM."""
-    sources: list[TensorInfo] = field(init=False)
-    nbytes: int = field(init=False)
-    """Stored bytes."""
-    table: Slot | None = field(init=False)
-    """The weight of a plain embedding, of which a forward reads only the rows it is asked for."""
-
-    def __post_init__(self) -> None:
-        import torch
-
-        self.sources = [source for slot in self.slots for source in slot.sources]
-        self.nbytes = sum(source.nbytes for source in self.sources)
-        module, slot = self.module, self.slots[0]
-        plain = type(module) is torch.nn.Embedding and module.max_norm is None and slot.module is module
-        self.table = slot if plain and not slot.packing and not slot.fused and not slot.decoded else None
-
-    def moved(self, rows: int = 1) -> int:
-        """Return the stored bytes that a forward moves, `rows` of them where it is a table. None, where it computes in
-        RAM from RAM and is only cast."""
-        if not self.evict and self.device.type == "cpu":
-            return 0
-        return self.nbytes if self.table is None else rows * self.nbytes // len(self.table.placeholder)
-
-
 class WeightStream:
     """Fills and empties groups of weights around their forwards: of one thread, or of the lanes of `together`."""
 
@@ -193,37 +81,63 @@ class WeightStream:
         """Tensors made or being made, attached or not yet, and the memory they lie in."""
         self._free: dict[torch.device, list[Arena]] = defaultdict(list)
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="bigpipe-read-ahead")
+        self.experts = ExpertWeights(self.files)
+        self._wanted: dict[WeightGroup, set[int]] = defaultdict(set)
+        """Experts that lanes are waiting for."""
 
     def add(self, groups: Sequence[WeightGroup]) -> None:
         """Hook the groups in."""
         whole = [group for group in groups if group.table is None]
         self._order.update(zip(whole, range(len(whole)), strict=True))
-        self._successor.update(zip(whole, [*whole[1:], *whole[:1]], strict=True))
+        always = [group for group in whole if not group.experts and not group.among]
+        self._successor.update(zip(always, [*always[1:], *always[:1]], strict=True))
         for group in groups:
             before, after = (self._enter, self._leave) if group.table is None else (self._look_up, self._looked_up)
-            group.module.register_forward_pre_hook(partial(before, group), prepend=True)
+            if group.experts:
+                group.module.register_forward_pre_hook(partial(self._choose, group), prepend=True, with_kwargs=True)
+            else:
+                group.module.register_forward_pre_hook(partial(before, group), prepend=True)
             group.module.register_forward_hook(partial(after, group), always_call=True)
 
     def together(self, model: torch.nn.Module, work: Callable[[Item], None], items: Iterable[Item], count: int) -> None:
         """Do the work of each item, up to `count` of them side by side, each with forwards of the model: its groups are
         filled once for all. Each item finds the model's modules as they are now, and gives what it gives alone."""
         streamed = {(slot.module, slot.attribute) for group in self._order for slot in group.slots}
-        self._lanes.run(work, items, count, KeptStates(model, streamed).suspend)
+        try:
+            self._lanes.run(work, items, count, KeptStates(model, streamed).suspend)
+        finally:
+            self._wanted.clear()
 
     def _enter(self, group: WeightGroup, module: torch.nn.Module, arguments: Any) -> None:
         self._lanes.enter(group)
 
+    def _choose(self, group: WeightGroup, module: torch.nn.Module, arguments: Any, named: Any) -> None:
+        """What all lanes that wait here chose is brought at once; who comes while it is here brings what it lacks."""
+        given = (*arguments, *named.values())
+        wanted = self._wanted[group]
+        wanted |= chosen_experts(type(module).__name__, group.experts, given)
+        self._lanes.enter(group)
+        self._bring_experts(group)
+
     def _leave(self, group: WeightGroup, module: torch.nn.Module, arguments: Any, output: Any) -> None:
         self._lanes.leave(group)
+
+    def _bring_experts(self, group: WeightGroup) -> None:
+        read = self.experts.bring(group, self._wanted.pop(group, ()))
+        self.bytes_read += read if group.moved() else 0
 
     def _bring(self, group: WeightGroup) -> None:
         import torch
 
-        ahead, self._ahead = self._ahead, None
-        if ahead is not group:
-            if ahead is not None:
-                self._staged[ahead][1].exception()  # until its thread is done with the buffer
-                self._release(ahead)
+        if group.experts:
+            try:
+                return self._bring_experts(group)
+            except BaseException:
+                self.experts.drop(group)
+                raise
+        if not group.among:
+            self._take_guess(group)
+        if group not in self._staged:
             self._start(group)
         try:
             staged = self._staged[group][1].result()
@@ -234,6 +148,18 @@ class WeightStream:
             for slot, tensors in zip(group.slots, staged, strict=True):
                 slot.attach(tensors)
         self.bytes_read += group.moved()
+        if not group.among:
+            self._guess_next(group)
+
+    def _take_guess(self, group: WeightGroup) -> None:
+        """What was read ahead is this group, or is let go."""
+        ahead, self._ahead = self._ahead, None
+        if ahead is not None and ahead is not group:
+            self._staged[ahead][1].exception()  # until its thread is done with the buffer
+            self._release(ahead)
+
+    def _guess_next(self, group: WeightGroup) -> None:
+        """Read ahead what came after this group the last time."""
         if self._last is not None:
             self._successor[self._last] = group
         self._last, upcoming = group, self._successor[group]
@@ -242,6 +168,8 @@ class WeightStream:
             self._start(upcoming)
 
     def _drop(self, group: WeightGroup) -> None:
+        if group.experts:
+            return self.experts.drop(group)
         for slot in group.slots:
             slot.detach()
         self._release(group)
@@ -286,28 +214,60 @@ class WeightStream:
 
 def cut_into_groups(model: torch.nn.Module, slots: Mapping[str, Slot], homes: Homes) -> list[WeightGroup]:
     """Group the slots that are streamed by the block they belong to. A block of one of the model's no-split classes is
-    one group. Elsewhere each module is one, with its direct weights alone. A block whose weights live in several places
-    is cut further. slots: by parameter name."""
+    one group, but for the experts in it. Elsewhere each module is one, with its direct weights alone. A block whose
+    weights live in several places is cut further. slots: by parameter name."""
     whole = INDIVISIBLE.union(getattr(model, "_no_split_modules", None) or ())
     places = {name: (homes.execution(name), homes.placement.device_of(name) == "disk") for name in slots}
     by_module: dict[torch.nn.Module, list[str]] = defaultdict(list)
     for name, slot in slots.items():
         by_module[slot.module].append(name)
 
-    def cut(module: torch.nn.Module) -> Iterator[tuple[torch.nn.Module, list[str]]]:
-        within = [name for found in module.modules() for name in by_module.get(found, ())]
-        if type(module).__name__ in whole and len({places[name] for name in within}) == 1:
-            yield module, within
+    def alike(names: Sequence[str]) -> bool:
+        return len({places[name] for name in names}) == 1
+
+    def under(module: torch.nn.Module) -> list[str]:
+        return [name for found in module.modules() for name in by_module.get(found, ())]
+
+    stacked = {module: _held_in_one(module, [slots[name] for name in names]) for module, names in by_module.items()}
+    stacked = {module: count for module, count in stacked.items() if count and alike(by_module[module])}
+    listed = {module: count for module, count in _listed_experts(model) if alike(under(module))}
+    taken = {name for module in (*stacked, *listed) for name in under(module)}
+
+    def cut(module: torch.nn.Module, inside: bool = False) -> Iterator[tuple[torch.nn.Module, list[str]]]:
+        if module in stacked or module in listed:
+            yield module, under(module)
             return
-        if own := by_module.get(module):
+        within = [] if inside else [name for name in under(module) if name not in taken]
+        if type(module).__name__ in whole and within and alike(within):
+            yield module, within
+            inside = True
+        elif not inside and (own := by_module.get(module)):
             yield module, own
         for child in module.children():
-            yield from cut(child)
+            yield from cut(child, inside)
 
     return [
-        WeightGroup(module, tuple(slots[name] for name in names), *places[names[0]])
+        WeightGroup(
+            module, tuple(slots[name] for name in names), *places[names[0]],
+            experts=stacked.get(module, 0), among=listed.get(module, 0),
+        )
         for module, names in dict(cut(model)).items()
-    ]
+    ]  # fmt: skip
+
+
+def _held_in_one(module: torch.nn.Module, slots: Sequence[Slot]) -> int:
+    """How many experts the module holds in one, if each can be brought without the others; else 0."""
+    shapes = [tuple(slot.placeholder.shape) for slot in slots]
+    count = stacked_experts(type(module).__name__, shapes)
+    return count if all(slot.entry(0) for slot in slots) else 0
+
+
+def _listed_experts(model: torch.nn.Module) -> Iterator[tuple[torch.nn.Module, int]]:
+    """Experts that are modules of their own, and how many there are beside each other."""
+    for name, module in model.named_modules():
+        children = [child for child in module.children() if any(True for _ in child.parameters())]
+        if not module._parameters and len(children) > 1 and lists_experts(name, type(module).__name__):
+            yield from ((child, len(children)) for child in children)
 
 
 def follow_devices(model: torch.nn.Module, homes: Homes) -> None:

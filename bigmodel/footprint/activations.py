@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from bigpipe.bigmodel.architecture import ATTENTION, Architecture, text_config
+from bigpipe.bigmodel.architecture import ATTENTION, Architecture, experts_per_token, text_config
 from bigpipe.bigmodel.memo import kept
 
 WRITTEN_OUT: Mapping[str, Mapping[int, tuple[int, int]]] = {
@@ -72,7 +72,7 @@ def shape_of(architecture: Architecture) -> Shape:
     names = {module.name.rpartition(".")[2] for module in architecture.modules}
     hidden = _number(config, "hidden_size", "d_model", "n_embd", "dim", "embed_dim")
     heads = _number(config, "num_attention_heads", "n_head", "num_heads", "encoder_attention_heads", "n_heads")
-    experts = _number(config, "num_experts_per_tok", "top_k_experts", "moe_topk") if _is_mixture(config) else 0
+    experts = experts_per_token(config) if _is_mixture(config) else 0
     inner = _number(config, "intermediate_size", "ffn_dim", "n_inner", "d_ff", "encoder_ffn_dim", "hidden_dim")
     if experts:
         inner = _number(config, "moe_intermediate_size", "expert_ffn_hidden_size") or inner

@@ -7,7 +7,14 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from bigpipe.bigmodel.architecture import BUFFERS, Architecture, TensorSpec
+from bigpipe.bigmodel.architecture import (
+    BUFFERS,
+    Architecture,
+    TensorSpec,
+    expert_tensors,
+    experts_per_token,
+    visited_share,
+)
 from bigpipe.bigmodel.checkpoint import CASTABLE, ModelDescription, dtype_name, tensor_nbytes
 from bigpipe.bigmodel.footprint import architecture_of, cut_length, look
 from bigpipe.bigmodel.formats import Agreement, agree, decoded, format_of, set_apart, uncomputable
@@ -111,11 +118,15 @@ def place_model(
             machine=machine,
             speeds=speeds,
         )
-        notes = [refused and refused.cause, cut_length(architecture, request.sequence_length)]
+        notes = [
+            refused and refused.cause,
+            cut_length(architecture, request.sequence_length),
+            _told_of_experts(architecture, placement),
+        ]
         return replace(
             placement,
             dtype=request.dtype,
-            streamed_bytes_per_token=_streamed(architecture, placement, dtype, stored_bytes(model, architecture)),
+            streamed_bytes_per_token=streamed_bytes(architecture, placement, dtype, stored_bytes(model, architecture)),
             explanation=(*placement.explanation, *(f"{note}." for note in notes if note)),
         )
 
@@ -126,11 +137,16 @@ def place_model(
         raise (Misfit(error.cause, cure) if cure else Misfit.of(error)).error() from None
 
 
-def _streamed(architecture: Architecture, placement: Placement, dtype: str, stored: Mapping[str, int]) -> int:
-    """Stored bytes: of tied weights at each use, of an embedding one row unless it is part of a block."""
+def streamed_bytes(
+    architecture: Architecture, placement: Placement, dtype: str, stored: Mapping[str, int], tokens: int = 1
+) -> int:
+    """Return the stored bytes that a forward over so many tokens is expected to move to where they are used: of tied
+    weights at each use, of an embedding a row for each token unless it is part of a block, and of the experts of a
+    layer those that the tokens choose by even chances (`visited_share`)."""
     main, classes = main_of(placement.device_map.values()), placement.no_split_module_classes
     whole = INDIVISIBLE | frozenset(architecture.no_split if classes is None else classes)
     blocks = tuple(f"{module.name}." for module in architecture.modules if module.class_name in whole)
+    experts, chosen = expert_tensors(architecture), experts_per_token(architecture.config)
     total = 0
     for module in architecture.modules:
         table = module.class_name == "Embedding" and not module.name.startswith(blocks)
@@ -139,8 +155,27 @@ def _streamed(architecture: Architecture, placement: Placement, dtype: str, stor
                 continue
             known = stored.get(architecture.aliases.get(tensor.name, tensor.name))
             size = known or tensor_nbytes(architecture.dtype_of(tensor, dtype), tensor.shape)
-            total += size // tensor.shape[0] if table else size
+            if table:
+                size = min(size, tokens * size // tensor.shape[0])
+            elif count := experts.get(tensor.name):
+                size = int(size * visited_share(count, chosen, tokens))
+            total += size
     return total
+
+
+def _told_of_experts(architecture: Architecture, placement: Placement) -> str | None:
+    """Where experts are streamed, which of them are."""
+    main, experts = main_of(placement.device_map.values()), expert_tensors(architecture)
+    counts = {count for name, count in experts.items() if not is_computing(placement.device_of(name), main)}
+    if not counts:
+        return None
+    chosen = experts_per_token(architecture.config)
+    said = f"of {', '.join(map(str, sorted(counts)))} experts a token moves {chosen}"
+    return (
+        said.capitalize()
+        if chosen
+        else "All experts of a layer are moved: the config does not say how many a token chooses"
+    )
 
 
 def stored_dtype(model: ModelDescription) -> str:
