@@ -3,7 +3,9 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: quickstart test check format bench slow fault attack reference snapshot clean
+ON_GPU = PYTHONPATH=build/gpu timeout --signal INT $(1) $(or $(GPU_PYTHON),$(BIN)/python)
+
+.PHONY: quickstart test check format bench slow fault attack gpu reference snapshot clean
 
 quickstart: $(VENV)/.ready  ## run the main job on the model that ships with the repository
 	$(BIN)/bigpipe run manifests/quickstart.yaml
@@ -20,6 +22,13 @@ fault: $(VENV)/.ready-dev  ## kills, broken disks and lost power at full numbers
 attack: $(VENV)/.ready-dev  ## hostile servers, files and arguments at full numbers; BIGPIPE_SEED repeats a run
 	-$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[fuzz]'  # else the fuzzing is skipped
 	$(BIN)/python -m pytest -q -m attack --timeout 7200
+
+gpu: $(if $(GPU_PYTHON),,$(VENV)/.ready-dev)  ## tests and benchmarks on one NVIDIA GPU, in 8 minutes; see CONTRIBUTING.md
+	rm -rf build/gpu
+	$(or $(GPU_PYTHON),$(BIN)/python) -m pip install --quiet --no-deps --no-build-isolation --target build/gpu .
+	$(if $(WHEELS),$(GPU_PYTHON) -m pip install --quiet --no-index --no-deps --upgrade --target build/gpu $(WHEELS)/*.whl)
+	$(call ON_GPU,200) -m pytest -q -m gpu -W default --timeout 100 -n 4; tests=$$?; \
+	$(call ON_GPU,260) benchmarks/gpu.py --out build/gpu.json $(BENCH) || exit 1; exit $$tests
 
 check: $(VENV)/.ready-dev  ## formatting, lint, types, layers, layout
 	$(BIN)/ruff format --check .

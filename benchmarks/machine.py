@@ -57,10 +57,10 @@ def whole_process(command: Sequence[str], **options: Any) -> tuple[float, int]:
     return seconds, usage.ru_maxrss * 1024
 
 
-def alternate(arms: dict[str, Callable[[], Any]], rounds: int) -> dict[str, list[Any]]:
-    """A B, B A, A B, …; one warm-up round first, not counted."""
+def alternate(arms: dict[str, Callable[[], Any]], rounds: int, warm_up: bool = True) -> dict[str, list[Any]]:
+    """A B, B A, A B, …; with a round first that is not counted."""
     results: dict[str, list[Any]] = {name: [] for name in arms}
-    for number in range(rounds + 1):
+    for number in range(0 if warm_up else 1, rounds + 1):
         order = list(arms.items())
         for name, arm in order if number % 2 == 0 else reversed(order):
             answer = arm()

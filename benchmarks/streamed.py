@@ -1,9 +1,11 @@
 """Generate for a set of prompts with a model whose layers are mostly on disk: bigpipe against accelerate.
 
     python benchmarks/streamed.py [--size 1.3B] [--dtype bfloat16] [--prompts 64] [--batch 8] [--tokens 16]
-        [--resident 0.25] [--rounds 1] [--arms "accelerate,one by one,together"] [--folder DIR]
+        [--resident 0.25] [--home cpu] [--away disk] [--rounds 1] [--arms "accelerate,one by one,together"]
+        [--folder DIR]
 
-A quarter of the layers stays in RAM, the rest is on disk; both arms hold the same layers, and accelerate gets its
+A quarter of the layers stays in RAM, the rest is on disk; with `--home 0` they stay on the first GPU, which computes,
+and the rest is in RAM (`--away cpu`) or on disk. Both arms hold the same layers, and accelerate gets its
 offload folder. Every arm is a process of its own. Set-up is from the checkpoint to a model that can run; accelerate's
 writes the offloaded weights. Generating starts with the page cache emptied of the model's files. `one by one` takes a
 batch after the other, `together` all of them through each layer. Outputs must be equal.
@@ -25,12 +27,14 @@ from typing import Any
 from machine import alternate, facts, median
 from reshard import SHAPES, forget, make_source
 
+FIGURES = ("setup", "seconds", "tokens_per_second", "peak_mib", "gpu_peak_mib")
 
-def device_map(layers: int, resident: float) -> dict[str, str]:
+
+def device_map(layers: int, resident: float, home: int | str = "cpu", away: str = "disk") -> dict[str, int | str]:
     kept = round(layers * resident)
-    blocks = {f"model.decoder.layers.{layer}": "cpu" if layer < kept else "disk" for layer in range(layers)}
+    blocks = {f"model.decoder.layers.{layer}": home if layer < kept else away for layer in range(layers)}
     outside = ("embed_tokens", "embed_positions", "final_layer_norm")
-    return {**{f"model.decoder.{name}": "cpu" for name in outside}, "lm_head": "cpu", **blocks}
+    return {**{f"model.decoder.{name}": home for name in outside}, "lm_head": home, **blocks}
 
 
 def prompts(count: int, vocabulary: int, length: int = 24) -> Any:
@@ -47,7 +51,10 @@ def child(arm: str, source: Path, folder: Path, options: argparse.Namespace) -> 
     import transformers
 
     dtype, layers = getattr(torch, options.dtype), SHAPES[options.size][2]
-    placed = device_map(layers, options.resident)
+    home = int(options.home) if options.home.isdecimal() else options.home
+    placed = device_map(layers, options.resident, home, options.away)
+    device = torch.device("cuda", home) if isinstance(home, int) else torch.device(home)
+    torch.zeros(1, device=device)  # its start is no set-up of a model
     started = time.perf_counter()
     if arm == "accelerate":
         config = transformers.AutoConfig.from_pretrained(source)
@@ -67,7 +74,7 @@ def child(arm: str, source: Path, folder: Path, options: argparse.Namespace) -> 
     for path in (source, folder / "offload"):
         if path.exists():
             forget(path)
-    tokens = prompts(options.prompts, model.config.vocab_size)
+    tokens = prompts(options.prompts, model.config.vocab_size).to(device)
     batches = tokens.split(options.batch)
     found: dict[int, Any] = {}
 
@@ -91,6 +98,7 @@ def child(arm: str, source: Path, folder: Path, options: argparse.Namespace) -> 
         "setup": ready - started,
         "seconds": ended - generating,
         "tokens_per_second": tokens.shape[0] * options.tokens / (ended - generating),
+        "gpu_peak_mib": torch.cuda.max_memory_allocated() / 2**20 if device.type == "cuda" else 0,
         "peak_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
         "read": each.bytes_read if each else None,
         "digest": hash(tuple(made.flatten().tolist())),
@@ -105,6 +113,10 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--tokens", type=int, default=16)
     parser.add_argument("--resident", type=float, default=0.25)
+    parser.add_argument(
+        "--home", default="cpu", help="what computes, and holds the resident layers: cpu, or a GPU's number"
+    )
+    parser.add_argument("--away", choices=("cpu", "disk"), default="disk")
     parser.add_argument("--rounds", type=int, default=1)
     parser.add_argument("--arms", default="accelerate,one by one,together")
     parser.add_argument("--folder", type=Path)
@@ -136,7 +148,7 @@ def main() -> None:
                 return dict(json.loads(done.stdout.splitlines()[-1]))
 
         arms = {arm: (lambda arm=arm: run(arm)) for arm in options.arms.split(",")}
-        results = alternate(arms, options.rounds)
+        results = alternate(arms, options.rounds, warm_up=False)  # every arm is a new process, and its files are cold
         report(results, options)
 
 
@@ -157,7 +169,7 @@ def write(folder: Path, size: str, dtype: str) -> None:
 def report(results: dict[str, list[dict[str, Any]]], options: argparse.Namespace) -> None:
     digests = {run["digest"] for runs in results.values() for run in runs}
     arms = {
-        arm: {key: median([run[key] for run in runs]) for key in ("setup", "seconds", "tokens_per_second", "peak_mib")}
+        arm: {key: median([run[key] for run in runs]) for key in FIGURES}
         | {"read_gb": round(runs[0]["read"] / 1e9, 2) if runs[0]["read"] else None}
         for arm, runs in results.items()
     }
