@@ -82,7 +82,7 @@ def warms(params: DispatchParams) -> tuple[str, ...]:
 
 STAGE = Stage(
     kind="dispatch",
-    version=5,
+    version=6,
     params=DispatchParams,
     metrics=DispatchMetrics,
     inputs={"model": Port("checkpoint")},

@@ -60,7 +60,7 @@ def forecast(params: DispatchParams, ctx: ForecastContext) -> Forecast:
         placement,
         sequence_length=capped_length(agreement.architecture, params.sequence_length),
         write_bytes=4096 + 64 * len(placement.device_map),
-        ram=None if params.verify == "none" else PROCESS + 2 * max(placement.streaming.values(), default=0),
+        ram=None if params.verify == "none" else PROCESS + _passing(placement),
         vram={device: need.total for device, need in placement.needs.items() if isinstance(device, int)},
         unknown=unknown,
         misfits=find_misfits(request, placement, ctx.machine, attempt),
@@ -79,6 +79,12 @@ def _placing(
         return replace(placed, explanation=(*placed.explanation, *agreement.notes))
 
     return attempt
+
+
+def _passing(placement: Placement) -> int:
+    """Bytes of RAM that one forward fills with what does not stay there."""
+    on_cpu = placement.gpus == 0
+    return 2 * max(placement.streaming.values(), default=0) + (placement.kept_experts if on_cpu else 0)
 
 
 def _predicted(placement: Placement) -> dict[str, int]:

@@ -104,7 +104,7 @@ def _ram(params: InferParams, ctx: ForecastContext, placement: Placement | None,
     placement = placement or as_placement(None)
     memory = host_memory(placement, ctx.machine.memory, ctx.machine.memory_available, local)
     cast = cast_bytes(model, loading_dtype(model, placement, memory, params.dtype))
-    return (RANK_BASE + min(cast, memory.cast) + together.more) * local
+    return (RANK_BASE + min(cast, memory.cast) + memory.experts + together.more) * local
 
 
 def _vram(placement: Placement | None, local: int, together: Together) -> dict[int, int]:

@@ -46,14 +46,14 @@ def visited_share(experts: int, chosen: int, tokens: int = 1) -> float:
     return 1.0 if not chosen else 1 - (1 - min(1.0, chosen / experts)) ** tokens
 
 
-def expert_tensors(architecture: Architecture) -> dict[str, int]:
-    """Return tensor name → how many experts of its layer it belongs to, or is one of."""
+def expert_tensors(architecture: Architecture, *, listed: bool = True) -> dict[str, int]:
+    """Return tensor name → how many experts of its layer it belongs to, or is one of. listed: those held apart too."""
     found: dict[str, int] = {}
     for module in architecture.modules:
         parameters = [tensor for tensor in module.tensors if not tensor.buffer]
         if count := stacked_experts(module.class_name, [tensor.shape for tensor in parameters]):
             found |= dict.fromkeys((tensor.name for tensor in parameters), count)
-        elif not parameters and lists_experts(module.name, module.class_name):
+        elif listed and not parameters and lists_experts(module.name, module.class_name):
             found |= _of_the_list(architecture, module)
     return found
 

@@ -19,7 +19,7 @@ from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
-from bigpipe.bigmodel.architecture import CHOSEN, experts_per_token
+from bigpipe.bigmodel.architecture import CHOSEN, experts_per_token, visited_share
 from bigpipe.bigmodel.checkpoint import MappedFiles
 
 from .slots import Slot, WeightGroup
@@ -38,7 +38,7 @@ class MostUsed(Generic[Key]):
     """What stays in memory: of all that is used, what is used most often, as much as there is room for."""
 
     def __init__(self, room: int) -> None:
-        self.free = room
+        self.room = self.free = room
         """Bytes."""
         self._uses: Counter[Key] = Counter()
         self._sizes: dict[Key, int] = {}
@@ -101,6 +101,10 @@ class ExpertWeights:
         self.most_used: MostUsed[tuple[WeightGroup, int]] = MostUsed(0)
         self._kept: dict[tuple[WeightGroup, int], Sequence[torch.Tensor]] = {}
         self._threads = ThreadPoolExecutor(READERS, thread_name_prefix="bigpipe-experts")
+
+    def keep(self, room: int) -> None:
+        """Let so many bytes of experts stay between passes."""
+        self.most_used = MostUsed(room)
 
     def bring(self, group: WeightGroup, wanted: Iterable[int]) -> int:
         """Attach the group with at least these experts filled. Return the stored bytes of those that were brought and
@@ -218,9 +222,22 @@ def chosen_experts(class_name: str, count: int, arguments: Iterable[object]) -> 
     return set(range(count))
 
 
-def moved_by_a_token(model: Any, groups: Iterable[WeightGroup]) -> int:
-    """Return the stored bytes that a forward over one token is expected to move."""
+def moved_by_a_token(model: Any, groups: Iterable[WeightGroup], experts: ExpertWeights) -> int:
+    """Return the stored bytes that a forward over one token is expected to move, once what stays is there."""
     config: Any = getattr(model, "config", None)
     text = config.get_text_config(decoder=True) if hasattr(config, "get_text_config") else None
     chosen = experts_per_token({name: getattr(text, name, None) for name in CHOSEN})
-    return sum(group.expected(chosen) for group in groups)
+    always, among, size = 0, Counter[int](), 0
+    for group in groups:
+        if count := group.experts or group.among:
+            among[count] += group.moved()
+            size += _nbytes(group) if group.experts else 0
+        else:
+            always += group.moved()
+    kept = min(1.0, experts.most_used.room / max(size, 1))
+    return always + int((1 - kept) * sum(n * visited_share(count, chosen) for count, n in among.items()))
+
+
+def _nbytes(group: WeightGroup) -> int:
+    """Of all experts, where they compute."""
+    return sum(math.prod(slot.placeholder.shape) * slot.dtype.itemsize for slot in group.slots)

@@ -84,12 +84,16 @@ class HostMemory:
     """With weights cast to another dtype than they are stored in; what is over is cast anew at each use."""
     widen: int
     """With a model as float32, where nobody asks for a dtype."""
+    experts: int = 0
+    """With experts that stay because they are used most often, where the CPU computes."""
 
 
 def host_memory(placement: Placement, total: int, available: int, processes: int = 1) -> HostMemory:
     """Return what each of `processes` may fill on a machine with `total` and `available` bytes of RAM."""
-    cap = placement.max_memory.get("cpu") or total
-    return HostMemory(cast=min(int(available * FREE_SHARE / processes), cap), widen=min(int(total * TOTAL_SHARE), cap))
+    cap, free = placement.max_memory.get("cpu") or total, int(available * FREE_SHARE / processes)
+    return HostMemory(
+        cast=min(free, cap), widen=min(int(total * TOTAL_SHARE), cap), experts=min(free, placement.kept_experts)
+    )
 
 
 def loading_dtype(model: ModelDescription, placement: Placement, memory: HostMemory, dtype: str | None = None) -> str:

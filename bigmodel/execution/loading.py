@@ -149,7 +149,7 @@ def load(
     _refuse_unknown(model, placement)
     if placement.no_split_module_classes is not None:
         model._no_split_modules = list(placement.no_split_module_classes)  # type: ignore[assignment]
-    _fill(model, checkpoint, described, homes, wanted, memory.cast)
+    _fill(model, checkpoint, described, homes, wanted, memory)
     _read_generation_config(model, checkpoint.folder)
     return model.eval().requires_grad_(False)
 
@@ -246,7 +246,7 @@ def _fill(
     described: ModelDescription,
     homes: Homes,
     dtype: torch.dtype,
-    budget: int,
+    memory: HostMemory,
 ) -> None:
     aliases = {alias: checkpoint.tensors[kept] for alias, kept in checkpoint.tied.items()}
     matches = match(model, *set_apart({**checkpoint.tensors, **aliases}, format_of(described)))
@@ -264,13 +264,14 @@ def _fill(
     replace_linears(model, matches.packed, described.quantization)
     state = Loaded(homes, unused=tuple(matches.unused))
     slots = dict(_slots(model, matches, dtype, homes.placement.special_dtypes))
-    streamed = _settle(slots, state, budget)
+    streamed = _settle(slots, state, memory.cast)
     _settle_buffers(model, matches, state)
     groups = cut_into_groups(model, streamed, homes)
     state.stream.add(groups)
+    state.stream.experts.keep(homes.placement.kept_experts if homes.main.type != "cpu" else memory.experts)
     if groups:
         _tell_device(model, homes.main)
-    state.streamed = moved_by_a_token(model, groups)
+    state.streamed = moved_by_a_token(model, groups, state.stream.experts)
     if homes.main.type != "cpu":
         follow_devices(model, homes)
     model.hf_device_map = dict(homes.placement.device_map)  # type: ignore[assignment]

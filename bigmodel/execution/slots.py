@@ -7,7 +7,6 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from bigpipe.bigmodel.architecture import visited_share
 from bigpipe.bigmodel.checkpoint import MappedFiles, TensorInfo, TensorRecipe
 from bigpipe.bigmodel.formats import Packing
 
@@ -136,9 +135,3 @@ class WeightGroup:
         if not self.evict and self.device.type == "cpu":
             return 0
         return self.nbytes if self.table is None else rows * self.nbytes // len(self.table.placeholder)
-
-    def expected(self, chosen: int) -> int:
-        """Return the stored bytes that a forward over one token is expected to move. chosen: experts per token."""
-        if among := self.experts or self.among:
-            return int(self.moved() * visited_share(among, chosen))
-        return self.moved()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,9 +11,6 @@ from bigpipe.bigmodel.architecture import (
     BUFFERS,
     Architecture,
     TensorSpec,
-    expert_tensors,
-    experts_per_token,
-    visited_share,
 )
 from bigpipe.bigmodel.checkpoint import CASTABLE, ModelDescription, dtype_name, tensor_nbytes
 from bigpipe.bigmodel.footprint import architecture_of, cut_length, look
@@ -22,15 +19,15 @@ from bigpipe.bigmodel.sources import Sources
 from bigpipe.errors import DoesNotFit
 from bigpipe.fit import Misfit
 from bigpipe.machine import Machine, detect
+from bigpipe.sizes import format_size
 from bigpipe.trust import Trust
 
-from .devices import is_computing, main_of
 from .fitting import Trial
 from .headroom import headroom_of
 from .placement import FLOATS, Placement, PlacementRequest, as_map
 from .speeds import Speeds, speeds_of
 from .strategies import place_architecture
-from .tree import INDIVISIBLE
+from .streaming import Streamed, room_for_experts, streamed
 
 if TYPE_CHECKING:
     import torch
@@ -121,14 +118,10 @@ def place_model(
         notes = [
             refused and refused.cause,
             cut_length(architecture, request.sequence_length),
-            _told_of_experts(architecture, placement),
         ]
-        return replace(
-            placement,
-            dtype=request.dtype,
-            streamed_bytes_per_token=streamed_bytes(architecture, placement, dtype, stored_bytes(model, architecture)),
-            explanation=(*placement.explanation, *(f"{note}." for note in notes if note)),
-        )
+        explanation = (*placement.explanation, *(f"{note}." for note in notes if note))
+        told = _with_streaming(replace(placement, explanation=explanation), architecture, model, dtype)
+        return replace(told, dtype=request.dtype)
 
     try:
         return attempt(request)
@@ -137,45 +130,27 @@ def place_model(
         raise (Misfit(error.cause, cure) if cure else Misfit.of(error)).error() from None
 
 
-def streamed_bytes(
-    architecture: Architecture, placement: Placement, dtype: str, stored: Mapping[str, int], tokens: int = 1
-) -> int:
-    """Return the stored bytes that a forward over so many tokens is expected to move to where they are used: of tied
-    weights at each use, of an embedding a row for each token unless it is part of a block, and of the experts of a
-    layer those that the tokens choose by even chances (`visited_share`)."""
-    main, classes = main_of(placement.device_map.values()), placement.no_split_module_classes
-    whole = INDIVISIBLE | frozenset(architecture.no_split if classes is None else classes)
-    blocks = tuple(f"{module.name}." for module in architecture.modules if module.class_name in whole)
-    experts, chosen = expert_tensors(architecture), experts_per_token(architecture.config)
-    total = 0
-    for module in architecture.modules:
-        table = module.class_name == "Embedding" and not module.name.startswith(blocks)
-        for tensor in module.tensors:
-            if not tensor.persistent or is_computing(placement.device_of(tensor.name), main):
-                continue
-            known = stored.get(architecture.aliases.get(tensor.name, tensor.name))
-            size = known or tensor_nbytes(architecture.dtype_of(tensor, dtype), tensor.shape)
-            if table:
-                size = min(size, tokens * size // tensor.shape[0])
-            elif count := experts.get(tensor.name):
-                size = int(size * visited_share(count, chosen, tokens))
-            total += size
-    return total
-
-
-def _told_of_experts(architecture: Architecture, placement: Placement) -> str | None:
-    """Where experts are streamed, which of them are."""
-    main, experts = main_of(placement.device_map.values()), expert_tensors(architecture)
-    counts = {count for name, count in experts.items() if not is_computing(placement.device_of(name), main)}
-    if not counts:
-        return None
-    chosen = experts_per_token(architecture.config)
-    said = f"of {', '.join(map(str, sorted(counts)))} experts a token moves {chosen}"
-    return (
-        said.capitalize()
-        if chosen
-        else "All experts of a layer are moved: the config does not say how many a token chooses"
+def _with_streaming(placement: Placement, architecture: Architecture, model: ModelDescription, dtype: str) -> Placement:
+    """Tells what a token moves, and which experts stay. dtype: what is computed in."""
+    moved = streamed(architecture, placement, stored_dtype(model), stored_bytes(model, architecture))
+    kept, total = room_for_experts(architecture, placement, dtype)
+    return replace(
+        placement,
+        streamed_bytes_per_token=moved.by(1, kept / max(total, 1)),
+        kept_experts=kept,
+        explanation=(*placement.explanation, *_told_of_experts(moved, kept)),
     )
+
+
+def _told_of_experts(moved: Streamed, kept: int) -> Iterator[str]:
+    for count in moved.experts:
+        yield (
+            f"Of {count} experts a token moves {moved.chosen}."
+            if moved.chosen
+            else f"All {count} experts of a layer are moved: the config does not say how many a token chooses."
+        )
+    if kept:
+        yield f"{format_size(kept)} of the experts used most often stay in memory."
 
 
 def stored_dtype(model: ModelDescription) -> str:

@@ -14,7 +14,7 @@ from bigpipe.sizes import format_size
 
 from .devices import Device, devices_of, one_device
 
-SCHEMA = "bigpipe.placement/2"
+SCHEMA = "bigpipe.placement/3"
 BY_DEVICE = ("weights", "max_memory", "needs")
 PICTURE_WIDTH = 40
 FLOATS = ("float32", "float16", "bfloat16", "float64")
@@ -105,6 +105,8 @@ class Placement:
     they are used), keys and values of the layers that compute there, activations, runtime, streaming buffer."""
     streamed_bytes_per_token: int = 0
     """Stored bytes that one token moves from RAM or disk to where it computes."""
+    kept_experts: int = 0
+    """Bytes of streamed experts that stay where they compute, those used most often: the room that is left there."""
     seconds_per_token: float | None = None
     """Predicted, where the strategy weighs time: decoding one row, all weights read once."""
     explanation: tuple[str, ...] = ()

@@ -2,16 +2,18 @@
 
 A decoding step of n batches lasts
 
-    t(n) = max(bytes streamed / bandwidth, n · bytes of weights / memory bandwidth)
+    t(n) = max(bytes streamed(n) / bandwidth, n · bytes of weights / memory bandwidth)
 
-since each batch reads every weight from memory once, and the stream goes on beside it. Up to n* where both are equal a
-batch more costs nothing; beyond it nothing is gained. Every batch has keys and values of its own, which must fit.
+since each batch reads every weight from memory once, and the stream goes on beside it. Of a mixture of experts a batch
+reads those that its tokens choose, and more batches stream more of them. Up to n* where both are equal a batch more
+costs nothing, or less than another pass; beyond it nothing is gained. Every batch has keys and values of its own, which
+must fit.
 """
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from bigpipe.bigmodel.architecture import Architecture
@@ -23,6 +25,7 @@ from .budget import memory_of
 from .devices import is_computing, main_of
 from .placement import Placement
 from .speeds import Speeds, speeds_of
+from .streaming import streamed
 
 BEYOND = 1.25
 """Times n*: what is measured in a fraction of a second is not exact, and a few batches too many cost little."""
@@ -66,7 +69,8 @@ def batches_together(
     size = _size(Budget(architecture, dtype, workload))
     if asked is not None:
         return Together(asked, size, f"as asked; {format_size(size)} each")
-    useful = _useful(placement, (memo and speeds_of(machine, memo)) or Speeds())
+    speeds = (memo and speeds_of(machine, memo)) or Speeds()
+    useful = _useful(placement, architecture, workload.batch_size, dtype, speeds)
     main = main_of(placement.device_map.values())
     room = memory_of(machine)[main] / (processes if main == "cpu" else 1) - placement.needs[main].total
     most = 1 + max(0, int(room // max(size, 1)))
@@ -75,11 +79,16 @@ def batches_together(
     return Together(useful, size, f"more would not be faster; {format_size(size)} each")
 
 
-def _useful(placement: Placement, speeds: Speeds) -> int:
+def _useful(placement: Placement, architecture: Architecture, rows: int, dtype: str, speeds: Speeds) -> int:
+    """n*, and some more. rows: of a batch, each of which decodes a token in a step."""
     main = main_of(placement.device_map.values())
-    streamed = {home: size for home, size in placement.weights.items() if not is_computing(home, main)}
-    moving = sum(size / (speeds.disk if home == "disk" else speeds.link) for home, size in streamed.items())
-    return max(1, math.ceil(BEYOND * moving / speeds.resident(main, sum(placement.weights.values()))))
+    away = {home: size for home, size in placement.weights.items() if not is_computing(home, main)}
+    moved = streamed(architecture, placement, dtype, {})
+    read = streamed(architecture, replace(placement, device_map={"": "disk"}), dtype, {})
+    moving = BEYOND * sum(size / (speeds.disk if home == "disk" else speeds.link) for home, size in away.items())
+    computing = speeds.resident(main, sum(placement.weights.values())) * read.share(rows)
+    most = max(1, math.ceil(moving / computing))
+    return next((n for n in range(1, most) if n * computing >= moving * moved.share(n * rows)), most)
 
 
 def _size(budget: Budget) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from support.architectures import DECODERS
 from support.models import save_model
 
 from bigpipe.bigmodel.execution import load, loaded
+from bigpipe.bigmodel.execution.experts import MostUsed, chosen_experts
 from bigpipe.bigmodel.placement import place
 from bigpipe.bigmodel.sources import Sources
 from bigpipe.bigmodel.tasks import Row, TaskOptions, find_task
@@ -124,3 +126,126 @@ def test_bytes_of_a_pass_follow_the_formula(tmp_path: Path, name: str) -> None:
     assert placement.streamed_bytes_per_token == loaded(model).streamed
     assert placement.streamed_bytes_per_token == pytest.approx(dense + experts * chosen / count + table, rel=1e-3)
     assert f"Of {count} experts a token moves {chosen}." in placement.explanation
+
+
+def test_exactly_what_was_chosen_is_read(tmp_path: Path) -> None:
+    path = mixture(tmp_path, "qwen3_moe")
+    model = load(path, {"": "disk"}, dtype="float32")
+    stream, chosen = loaded(model).stream, []
+    for module in model.modules():
+        if type(module).__name__ == "Qwen3MoeExperts":
+            module.register_forward_pre_hook(lambda _, arguments: chosen.append(set(arguments[1].flatten().tolist())))
+    sizes = {key: tensor.nbytes for key, tensor in load_file(path / "model.safetensors").items()}
+    table = sizes.pop("model.embed_tokens.weight") // model.config.vocab_size
+    expert = sum(size for key, size in sizes.items() if ".layers.0.mlp.experts.3." in key)
+    dense = sum(size for key, size in sizes.items() if ".experts." not in key)
+    with torch.inference_mode():
+        model(torch.arange(20, 25)[None])
+    assert stream.bytes_read == dense + 5 * table + expert * sum(map(len, chosen))
+    assert 0 < sum(map(len, chosen)) < 16
+
+
+LISTS = {
+    "NllbMoe": {
+        "d_model": 32, "encoder_layers": 2, "decoder_layers": 2, "encoder_attention_heads": 4, "encoder_ffn_dim": 48,
+        "decoder_attention_heads": 4, "decoder_ffn_dim": 48, "num_experts": 6, "encoder_sparse_step": 2,
+        "decoder_sparse_step": 2, "vocab_size": 264, "max_position_embeddings": 64, "expert_capacity": 16,
+    },
+    "SwitchTransformers": {
+        "d_model": 32, "d_kv": 8, "d_ff": 48, "num_layers": 2, "num_decoder_layers": 2, "num_sparse_encoder_layers": 1,
+        "num_sparse_decoder_layers": 1, "num_heads": 4, "num_experts": 6, "vocab_size": 264,
+        "decoder_start_token_id": 0,
+    },
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", LISTS)
+def test_experts_that_are_modules_are_read_as_they_are_called(tmp_path: Path, name: str) -> None:
+    import transformers
+
+    config = getattr(transformers, f"{name}Config")(**LISTS[name])
+    torch.manual_seed(0)
+    made = getattr(transformers, f"{name}ForConditionalGeneration")(config)
+    for parameter in made.parameters():
+        torch.nn.init.normal_(parameter, std=0.2)
+    save_model(made.eval(), tmp_path)
+    held, streamed = load(tmp_path, dtype="float32"), load(tmp_path, {"": "disk"}, dtype="float32")
+    stream = loaded(streamed).stream
+    tokens = torch.tensor([[7, 9, 11]])
+    found = []
+
+    def work(number: int) -> None:
+        batch = tokens + number
+        found.append((batch, streamed(batch, decoder_input_ids=batch).logits))
+
+    with torch.inference_mode():
+        stream.together(streamed, work, range(3), 3)
+        assert all(torch.equal(held(batch, decoder_input_ids=batch).logits, logits) for batch, logits in found)
+    everything = sum(tensor.nbytes for tensor in load_file(tmp_path / "model.safetensors").values())
+    assert stream.bytes_read < 0.9 * everything
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    return mixture(tmp_path, "mixtral")
+
+
+class TestStaying:
+    @staticmethod
+    def passes(path: Path, placement: Any, count: int) -> tuple[list[torch.Tensor], list[int]]:
+        """Logits and bytes read of as many forwards over the same tokens."""
+        model = load(path, placement, dtype="float32")
+        stream, logits, read = loaded(model).stream, [], [0]
+        for _ in range(count):
+            with torch.inference_mode():
+                logits.append(model(torch.arange(20, 24)[None]).logits)
+            read.append(stream.bytes_read)
+        return logits, [after - before for before, after in pairwise(read)]
+
+    def test_what_has_room_is_read_once(self, path: Path) -> None:
+        roomy = place(path, device_map={"": "disk"}, max_memory={"cpu": "1GiB", "disk": "1GiB"}, dtype="float32")
+        bare = place(path, device_map={"": "disk"}, dtype="float32")
+        experts = sum(t.nbytes for name, t in load_file(path / "model.safetensors").items() if ".experts." in name)
+        assert (roomy.kept_experts, bare.kept_experts) == (experts, 0)
+        assert bare.streamed_bytes_per_token - roomy.streamed_bytes_per_token == experts // 4
+        logits, read = self.passes(path, roomy, 3)
+        wanted, again = self.passes(path, bare, 2)
+        assert all(torch.equal(found, wanted[0]) for found in logits)
+        assert read[0] == again[0] == again[1]
+        assert read[1] == read[2] < again[1] / 2
+
+    def test_no_more_stays_than_there_is_room_for(self, path: Path) -> None:
+        bare = place(path, device_map={"": "disk"}, dtype="float32")
+        one = 4 * 3 * 64 * 96
+        cap = bare.needs["cpu"].total + 3 * one
+        placement = place(path, device_map={"": "disk"}, max_memory={"cpu": cap, "disk": "1GiB"}, dtype="float32")
+        assert placement.kept_experts == 3 * one
+        model = load(path, placement, dtype="float32")
+        wanted = load(path, dtype="float32")
+        experts = loaded(model).stream.experts
+        for first in range(3, 200, 16):
+            tokens = torch.arange(first, first + 5)[None]
+            with torch.inference_mode():
+                assert torch.equal(model(tokens).logits, wanted(tokens).logits)
+            held = sum(tensor.untyped_storage().nbytes() for kept in experts._kept.values() for tensor in kept)
+            assert 0 < held <= 3 * one
+
+    def test_it_is_what_is_used_most(self) -> None:
+        used: MostUsed[str] = MostUsed(20)
+        assert used.use("a", 10) == used.use("b", 10) == (True, [])
+        assert used.use("c", 10) == (False, [])
+        assert used.use("b", 10) == (True, [])
+        assert used.use("c", 10) == (True, ["a"])
+        assert used.use("a", 10) == (False, [])
+        assert ("a" in used, "b" in used, "c" in used) == (False, True, True)
+
+
+def test_how_a_forward_tells_what_it_uses() -> None:
+    states, chosen = torch.ones(2, 8), torch.tensor([[1, 3], [3, 4]])
+    assert chosen_experts("Experts", 4, [states, chosen, states]) == {1, 3}
+    assert chosen_experts("Experts", 4, [states, [2, 0, 1, 0]]) == {0, 2}
+    assert chosen_experts("Experts", 4, [states]) == {0, 1, 2, 3}
+    by_expert = torch.zeros(4, 2, 8)
+    by_expert[2, 1, 5] = -1e-9
+    assert chosen_experts("Llama4TextExperts", 4, [by_expert.view(8, 8)]) == {2}
+    assert chosen_experts("Experts", 4, [by_expert.view(8, 8)]) == {0, 1, 2, 3}
