@@ -65,6 +65,28 @@ def diff(run: str, other: str, as_json: bool, store: Path | None) -> None:
     _print(report.diff_runs(run, other, store=store), as_json)
 
 
+@click.command("report")
+@click.argument("runs", nargs=-1)
+@click.option(
+    "-o",
+    "--out",
+    type=click.Path(path_type=Path),
+    default=Path("report.html"),
+    show_default=True,
+    help="The file: HTML or, where its name ends in .md, Markdown.",
+)
+@JSON
+@STORE
+def write_report(runs: tuple[str, ...], out: Path, as_json: bool, store: Path | None) -> None:
+    """Write what RUNS did (ids, starts of ids, or `last`, which is the default) as one page.
+
+    The page needs no network. Several runs are shown side by side, with what differs between them.
+
+    Example: bigpipe report last -o report.html
+    """
+    _print(report.write_report(runs, out, store=store), as_json)
+
+
 @click.command()
 @click.argument("node")
 @click.argument("directory", type=click.Path(path_type=Path))
@@ -103,4 +125,4 @@ def verify(repair: bool, as_json: bool, store: Path | None) -> None:
     _print(report.verify_store(repair, store=store), as_json)
 
 
-COMMANDS = (list_artifacts, show_record, log, diff, get, gc, verify)
+COMMANDS = (list_artifacts, show_record, log, diff, write_report, get, gc, verify)

@@ -75,13 +75,16 @@ def test_answers_of_a_run_and_of_what_looks_back(workshop) -> None:
     assert run["status"] == "succeeded"
     assert run["params"] == {"text": "bye"}
     assert run["git"] is None
-    node = {"status", "key", "digest", "path", "seconds", "peak_rss", "metrics", "gates", "reason", "error"}
+    node = {
+        "status", "kind", "after", "key", "digest", "path", "seconds", "peak_rss", "metrics", "gates", "foreseen",
+        "reason", "error",
+    }  # fmt: skip
     assert run["nodes"]["a"].keys() == node
     answer(workshop, "run", "recipe.yaml", code=0)
     for command in (
         "plan recipe.yaml", "validate recipe.yaml", "status recipe.yaml", "why recipe.yaml a", "graph recipe.yaml",
         "lock recipe.yaml", "lock recipe.yaml --check", "kinds", "kinds write", "ls", "show", f"diff {run['run']} last",
-        "get a taken", "gc --dry-run", "verify", f"estimate {MODEL}", f"estimate {MODEL} {MODEL} --compare",
+        "get a taken", "report", "gc --dry-run", "verify", f"estimate {MODEL}", f"estimate {MODEL} {MODEL} --compare",
         f"estimate {MODEL} --memory 64GiB",
     ):  # fmt: skip
         answer(workshop, *command.split(), code=0)

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from bigpipe.errors import UsageError
-from bigpipe.modules import import_attribute, top_level
+from bigpipe.modules import import_attribute, is_reference, top_level
 from bigpipe.names import did_you_mean
 from bigpipe.orchestrator.contract import Stage
 from bigpipe.trust import Trust
@@ -66,6 +66,8 @@ def locate(uses: str, trust: Trust) -> str:
 
     Raise UsageError where nobody offers such a kind, or the module of a `module:attribute` is not trusted."""
     if ":" in uses:
+        if not is_reference(uses):
+            raise UsageError(f"{uses!r} is not module:name of a stage kind", "write for example my_kinds:STAGE")
         trust.require_module(uses, f"the stage kind {uses}")
         return uses
     if uses in BUILT_IN:

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
         verify_store,
     )
     from .outcomes import answered, as_bigpipe_error, refused
+    from .page import report_runs, write_report
     from .reference import kinds_json, kinds_markdown, kinds_overview
     from .rendering import columns, graph_json, graph_text, plan_json, plan_text, results_text, why_text
     from .reporters import choose_reporter

@@ -34,7 +34,7 @@ from bigpipe.orchestrator.contract import (
     RunStarted,
 )
 from bigpipe.orchestrator.planning import Difference, GateVerdict, NodeState, Session, changed, node_folder
-from bigpipe.orchestrator.recipe import Recipe
+from bigpipe.orchestrator.recipe import Node, Recipe
 from bigpipe.orchestrator.store import KeyRecord, explained, make_directory
 from bigpipe.redaction import redact_json
 
@@ -54,10 +54,16 @@ def new_run_id(now: datetime | None = None) -> str:
     return f"{now:%Y%m%d-%H%M%S}-{now.microsecond // 1000:03x}{os.urandom(3).hex()}"
 
 
+FORESEEN = ("seconds", "ram", "download_bytes", "write_bytes")
+
+
 class NodeRun(BaseModel):
     """One node in a run. Seconds, bytes."""
 
     status: str = "pending"
+    kind: str = ""
+    after: list[str] = Field(default_factory=list)
+    """The nodes that it takes something from, or waits for."""
     key: str | None = None
     digest: str | None = None
     path: str | None = None
@@ -66,6 +72,8 @@ class NodeRun(BaseModel):
     metrics: dict[str, Any] = Field(default_factory=dict)
     gates: list[dict[str, Any]] = Field(default_factory=list)
     """`text`, `value` and whether it `passed`; the last two are None where that was not decided."""
+    foreseen: dict[str, Any] = Field(default_factory=dict)
+    """What the plan said, where it said it: `seconds`; bytes of `ram`, `download_bytes` and `write_bytes`."""
     reason: str = ""
     error: str = ""
 
@@ -123,8 +131,10 @@ class RunResult:
 
     def _ran(self, state: NodeState) -> NodeRun:
         record, path = state.record, self.path(state.name)
+        foreseen = {name: getattr(state.forecast, name) for name in FORESEEN}
         return NodeRun(
             status=str(state.status),
+            **place_of(state.node),
             key=state.key,
             digest=state.digest,
             path=str(path) if path else None,
@@ -132,6 +142,7 @@ class RunResult:
             peak_rss=record.peak_rss if record else None,
             metrics=json.loads(json.dumps(dict(record.metrics), default=str)) if record else {},
             gates=[gate.as_json() for gate in self.gates.get(state.name, ())],
+            foreseen={name: value for name, value in foreseen.items() if value},
             reason=state.reason,
             error=str(state.error) if state.error else "",
         )
@@ -164,11 +175,17 @@ def run_json(
     }
 
 
+def place_of(node: Node) -> dict[str, Json]:
+    """Return the fields of a NodeRun that the recipe alone tells."""
+    return {"kind": node.kind.kind, "after": list(node.predecessors)}
+
+
 class RunRecorder:
     """A Reporter that writes the record of one run. Safe for threads."""
 
     def __init__(self, folder: Path, run: str, recipe: Recipe, checkout: Checkout | None = None) -> None:
         self._folder, self._checkout = folder, checkout
+        self._nodes = recipe.nodes
         self._events: LogFile | None = None
         self._saved = float("-inf")
         self._news = False
@@ -190,17 +207,22 @@ class RunRecorder:
             self._log(event)
             match event:
                 case RunStarted():
-                    self.record.nodes = {name: NodeRun() for name in event.nodes}
+                    self.record.nodes = {name: self._node(name) for name in event.nodes}
                 case NodeStarted():
                     self._worked = True
-                    self.record.nodes[event.node] = NodeRun(status="running", reason=event.reason)
+                    self.record.nodes[event.node] = self._node(event.node, status="running", reason=event.reason)
                 case NodeFinished():
                     facts = json.loads(json.dumps(event.as_json(), default=str))
-                    self.record.nodes[event.node] = NodeRun(**{**facts, "seconds": round(event.seconds, 3)})
+                    self.record.nodes[event.node] = self._node(
+                        event.node, **{**facts, "seconds": round(event.seconds, 3)}
+                    )
                 case _:
                     return
             self._news = True
         self.flush()
+
+    def _node(self, name: str, /, **found: Json) -> NodeRun:
+        return NodeRun(**{**found, **place_of(self._nodes[name])})
 
     def flush(self) -> None:
         """Write what has waited for `SAVE_SECONDS`."""
@@ -284,6 +306,26 @@ def list_runs(runs: Path) -> list[RunRecord]:
         with suppress(UsageError):
             records.append(_read(runs / name))
     return records
+
+
+def node_times(runs: Path, run: str) -> dict[str, tuple[float, float]]:
+    """Return node → when it started and when it ended, in seconds after the run began; of attempts, the first and the
+    last. A node that has not ended, ends with what happened last."""
+    began: dict[str, float] = {}
+    ended: dict[str, float] = {}
+    first, last = None, 0.0
+    with suppress(OSError), (runs / run / EVENTS).open(encoding="utf-8") as lines:
+        for line in lines:
+            event = json.loads(line) if line.endswith("}\n") else {}
+            if "time" in event:
+                now = datetime.fromisoformat(event["time"]).timestamp()
+                first = now if first is None else first
+                last = now - first
+                if event["event"] == "node_started":
+                    began.setdefault(event["node"], last)
+                elif event["event"] == "node_finished":
+                    ended[event["node"]] = last
+    return {name: (start, ended.get(name, last)) for name, start in began.items()}
 
 
 def log_files(runs: Path, run: str, node: str | None = None) -> Iterator[tuple[str, int, Path]]:

@@ -12,7 +12,6 @@ import fcntl
 import os
 import re
 import threading
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from itertools import count
@@ -88,9 +87,7 @@ class StoreLock:
             if not told and waiting is not None:
                 waiting(holder or self.holder())
             told = True
-            if cancelled is None:
-                time.sleep(POLL)
-            elif cancelled.wait(POLL):
+            if (cancelled or threading.Event()).wait(POLL):
                 raise Interrupted("stopped while waiting for another run", "run the same command again")
 
     def holder(self) -> str:

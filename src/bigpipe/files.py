@@ -217,6 +217,8 @@ def _sync_at(path: Path, flags: int) -> None:
 
 def make_directory(path: Path, *, durable: bool = True, mode: int = 0o777) -> None:
     """Create a directory and its parents where they are missing, and sync what they were created in."""
+    if path.is_dir():
+        return
     try:
         path.mkdir(mode=mode)
     except FileExistsError:

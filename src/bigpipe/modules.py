@@ -109,12 +109,20 @@ def _bound(tree: ast.AST) -> Iterator[str]:
             yield node.id
 
 
+def is_reference(text: str) -> bool:
+    """Return whether it has the form `module:name`, either of which may have dots."""
+    module, colon, name = text.partition(":")
+    return bool(colon) and all(part.isidentifier() for part in (*module.split("."), *name.split(".")))
+
+
 def import_attribute(reference: str, base: Path | None = None) -> Any:
     """Return what `module:name` names; the module is the one in the directory `base`, if it is there, else installed.
 
     Source that changed since it was imported here, or lies elsewhere now, is imported anew. Modules beside it in `base`
     can be imported too, after all that is installed. Raise ImportError or AttributeError.
     """
+    if not is_reference(reference):
+        raise ImportError(f"{reference!r} is not module:name")
     module, _, name = reference.partition(":")
     top = top_level(reference)
     if top == __package__:  # what runs here does not change

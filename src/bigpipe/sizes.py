@@ -11,6 +11,9 @@ UNITS = {
     "kb": 10**3, "mb": 10**6, "gb": 10**9, "tb": 10**12,
     "kib": 2**10, "mib": 2**20, "gib": 2**30, "tib": 2**40,
 }  # fmt: skip
+MOST = 2**63 - 1
+"""Bytes; what files and memory can have at the most."""
+DIGITS = 40
 _SIZE = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*")
 
 
@@ -27,16 +30,24 @@ def parse_size(value: int | str) -> int:
     if isinstance(value, int):
         if value < 0:
             raise ValueError(f"a size cannot be negative: {value}")
-        return value
+        return _within_reason(value)
     match = _SIZE.fullmatch(value)
     if match is None or match[2].lower() not in UNITS:
         raise ValueError(f"{value!r} is not a size; write bytes or a number with a unit, such as 10GiB or 10GB")
     number, unit = match.groups()
     if len(unit) > 1 and unit.endswith("b"):
         raise ValueError(f"{value!r} means bits; write {number}{unit[:-1]}B for bytes")
+    if len(number) > DIGITS:
+        raise ValueError(f"a size of {len(number)} digits is more than there is; write fewer")
     whole, _, fraction = number.partition(".")
     # Integer arithmetic: 0.1 has no exact binary fraction, and sizes are compared to the byte.
-    return int(int(whole + fraction) * UNITS[unit.lower()] // 10 ** len(fraction))
+    return _within_reason(int(whole + fraction) * UNITS[unit.lower()] // 10 ** len(fraction))
+
+
+def _within_reason(nbytes: int) -> int:
+    if nbytes > MOST:
+        raise ValueError(f"a size of more than {MOST:,} bytes is more than there is; write a smaller one")
+    return nbytes
 
 
 BARE = 10**6

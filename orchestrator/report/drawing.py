@@ -1,0 +1,136 @@
+"""Drawings of runs as SVG: the graph with what became of each node, budgets as bars, time as a timeline.
+
+They take their colours from classes that the page defines, so that they follow its theme, and say in a title what they
+show; every number in them also stands in a table.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from graphlib import TopologicalSorter
+from html import escape
+from itertools import pairwise
+from statistics import fmean
+
+BOX, GAP = (168, 44), (44, 18)
+"""Width and height of a node, and what lies between two."""
+ROW, LABEL, WIDTH = 22, 190, 900
+"""Of bars: the height of one, the width of its name, and the width of all, in pixels."""
+CHARACTERS = 24
+"""Of a name, in a box."""
+
+
+@dataclass(frozen=True, slots=True)
+class Drawn:
+    """A node of a graph. after: names of nodes; mark: a sign beside the name, so that colour alone tells nothing."""
+
+    name: str
+    under: str
+    status: str
+    mark: str
+    after: Sequence[str] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Bar:
+    """A span of a row: where it begins and ends, in the row's unit, and which of the classes draws it."""
+
+    start: float
+    end: float
+    drawn: str
+    title: str
+
+
+def graph(nodes: Sequence[Drawn]) -> str:
+    """Return the nodes from left to right, each in a column behind the last it waits for. A line that passes a column
+    has a place of its own there."""
+    routes, columns = _laid_out({node.name: node.after for node in nodes})
+    width = len(columns) * (BOX[0] + GAP[0])
+    height = max(map(len, columns), default=0) * (BOX[1] + GAP[1])
+    spots = {
+        place: (x * (BOX[0] + GAP[0]) + GAP[0] // 2, y * (BOX[1] + GAP[1]) + GAP[1] // 2)
+        for x, column in enumerate(columns)
+        for y, place in enumerate(column)
+    }
+    edges = [_edge([spots[place] for place in route]) for route in routes]
+    return _svg(
+        width, height, "The nodes of the run and what became of them", [*edges, *(_box(n, spots) for n in nodes)]
+    )
+
+
+Stop = str | tuple[str, str, int]
+"""A node, or where the line from one to another passes a column."""
+
+
+def _laid_out(after: Mapping[str, Sequence[str]]) -> tuple[list[list[Stop]], list[list[Stop]]]:
+    """Return the stops of each line, and those of each column from top to bottom. Within a column, those that come from
+    high up stand high."""
+    depth: dict[str, int] = {}
+    for name in TopologicalSorter(after).static_order():
+        if name in after:
+            depth[name] = 1 + max((depth[before] for before in after[name] if before in depth), default=-1)
+    columns: list[list[Stop]] = [[] for _ in range(1 + max(depth.values(), default=-1))]
+    routes, behind = [], defaultdict(list)
+    for name in sorted(after, key=lambda name: depth[name]):
+        columns[depth[name]].append(name)
+        for before in (before for before in after[name] if before in depth):
+            passed = range(depth[before] + 1, depth[name])
+            route: list[Stop] = [before, *((before, name, number) for number in passed), name]
+            routes.append(route)
+            for number, stop in zip(passed, route[1:], strict=False):
+                columns[number].append(stop)
+            for one, other in pairwise(route):
+                behind[other].append(one)
+    height: dict[Stop, float] = {}
+    for column in columns:
+        column.sort(key=lambda stop: fmean([height[before] for before in behind[stop]] or [0]))
+        height.update((stop, place) for place, stop in enumerate(column))
+    return routes, columns
+
+
+def _edge(spots: Sequence[tuple[int, int]]) -> str:
+    path = ""
+    for (x, y), (right, below) in pairwise((x, y + BOX[1] // 2) for x, y in spots):
+        middle = right - GAP[0] // 2
+        path += f"{'L' if path else 'M'}{x + BOX[0]} {y}C{middle} {y} {middle} {below} {right} {below}"
+    return f'<path class="edge" d="{path}"/>'
+
+
+def _box(node: Drawn, spots: Mapping[Stop, tuple[int, int]]) -> str:
+    x, y = spots[node.name]
+    return (
+        f"<g><title>{escape(f'{node.name}: {node.status}')}</title>"
+        f'<rect class="node {escape(node.status)}" x="{x}" y="{y}" width="{BOX[0]}" height="{BOX[1]}" rx="6"/>'
+        f'<text x="{x + 10}" y="{y + 19}">{escape(node.mark)} {escape(_cut(node.name))}</text>'
+        f'<text class="under" x="{x + 10}" y="{y + 35}">{escape(node.under)}</text></g>'
+    )
+
+
+def bars(title: str, rows: Iterable[tuple[str, Sequence[Bar]]], most: float) -> str:
+    """Return rows of spans on a common scale from 0 to `most`. Spans of a row lie one over the other, in a row of half
+    its height each where there are several."""
+    scale, drawn, top = (WIDTH - LABEL) / (most or 1), [], 0
+    for name, spans in rows:
+        drawn.append(f'<text x="{LABEL - 8}" y="{top + 15}" class="name">{escape(_cut(name))}</text>')
+        height = (ROW - 6) / max(1, len(spans))
+        for number, span in enumerate(spans):
+            x, width = LABEL + span.start * scale, max(1.5, (span.end - span.start) * scale)
+            drawn.append(
+                f'<rect class="{escape(span.drawn)}" x="{x:.1f}" y="{top + 3 + number * height:.1f}" '
+                f'width="{width:.1f}" height="{height - 1:.1f}"><title>{escape(span.title)}</title></rect>'
+            )
+        top += ROW
+    return _svg(WIDTH, top, title, drawn)
+
+
+def _svg(width: int, height: int, title: str, drawn: Iterable[str]) -> str:
+    return (
+        f'<svg viewBox="0 0 {width} {height}" width="{width}" role="img" aria-label="{escape(title)}" '
+        f'xmlns="http://www.w3.org/2000/svg"><title>{escape(title)}</title>{"".join(drawn)}</svg>'
+    )
+
+
+def _cut(text: str) -> str:
+    return text if len(text) <= CHARACTERS else text[: CHARACTERS - 1] + "…"

@@ -1,0 +1,322 @@
+"""What runs did as one page: HTML that needs no network and no script, or Markdown for a review.
+
+    report_runs(["last"])                 one run: graph, nodes, budgets, gates, texts, time, parameters, versions
+    report_runs(["20260103", "last"])     several, and what differs between them
+
+The tables come first; a drawing says nothing that a table does not.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import islice, pairwise
+from pathlib import Path
+from typing import Literal
+
+from bigpipe.errors import UsageError
+from bigpipe.files import explained, make_directory, write_file
+from bigpipe.orchestrator.contract import Json
+from bigpipe.orchestrator.running import NodeRun, RunRecord, records
+from bigpipe.orchestrator.store import KeyRecord, Store
+from bigpipe.redaction import printable
+from bigpipe.sizes import format_size, format_transfer
+
+from .drawing import Bar, Drawn, bars, graph
+from .inspection import Inspection, diff_runs, open_store
+from .rendering import metrics_line
+from .shown import clean
+
+Form = Literal["html", "markdown"]
+ENDINGS: Mapping[str, Form] = {".html": "html", ".md": "markdown"}
+MARKS = {"succeeded": "✓", "cached": "✓", "failed": "✗", "skipped": "–", "running": "…", "dead": "✗", "pending": "·"}
+TEXTS, LONGEST = 20, 400
+"""Rows of results, and characters of each text."""
+FEW_NODES = 200
+"""More are not drawn: nobody could read it."""
+TEMPLATE = Path(__file__).with_name("page.html")
+
+
+@dataclass(frozen=True, slots=True)
+class Table:
+    """heads: of the columns. numbers: the columns from this one on are numbers, and stand to the right."""
+
+    title: str
+    heads: Sequence[str]
+    rows: Sequence[Sequence[str]]
+    numbers: int = 99
+    drawing: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Told:
+    """One run, as the page tells it."""
+
+    record: RunRecord
+    tables: list[Table]
+    graph: str = ""
+    errors: Mapping[str, str] = field(default_factory=dict)
+
+
+def report_runs(
+    runs: Sequence[str] = (records.LAST,),
+    *,
+    form: Form = "html",
+    store: str | Path | None = None,
+) -> str:
+    """Return a report on runs (ids, starts of ids, or `last`): an HTML page, or Markdown with its graph for Mermaid.
+    Raise UsageError for a run that is not on record."""
+    if form not in ("html", "markdown"):
+        raise UsageError(f"{form!r} is no form of a report", "use html or markdown")
+    opened = open_store(store)
+    found = [records.load_run(opened.runs, run) for run in dict.fromkeys(runs)]
+    told = [_told(opened, record) for record in found]
+    compared = _compared(found, store) if len(found) > 1 else []
+    return _html(told, compared) if form == "html" else _markdown(told, compared)
+
+
+def write_report(runs: Sequence[str], out: Path, *, store: str | Path | None = None) -> Inspection:
+    """Write a report to a file, HTML or Markdown by the ending of its name. Raise UsageError for another ending."""
+    if out.suffix not in ENDINGS or (out.exists() and not out.is_file()):
+        raise UsageError(f"{out} is no file for a report", f"name one with -o that ends in {' or '.join(ENDINGS)}")
+    text = report_runs(runs or (records.LAST,), form=ENDINGS[out.suffix], store=store)
+    with explained(out, other="name another file with -o"):
+        make_directory(out.parent, durable=False)
+        write_file(out, text)
+    size = len(text.encode())
+    data = {"schema": "bigpipe.report/1", "path": str(out.absolute()), "bytes": size}
+    return Inspection(data, f"{out}: {format_transfer(size)}")
+
+
+def _told(store: Store, record: RunRecord) -> Told:
+    kept = {name: found for name, node in record.nodes.items() if node.key and (found := store.find(node.key))}
+    tables = [
+        _nodes(record, kept),
+        _gates(record),
+        _memory(record),
+        *_devices(record),
+        *_figures(record),
+        _texts(store, kept),
+        _timeline(store, record),
+        Table("Parameters", ("parameter", "value"), [(name, _shown(value)) for name, value in record.params.items()]),
+        _origin(record, kept),
+    ]
+    errors = {name: node.error for name, node in record.nodes.items() if node.error}
+    drawn = graph([_drawn(name, node) for name, node in record.nodes.items()]) if len(record.nodes) <= FEW_NODES else ""
+    return Told(record, [table for table in tables if table.rows], drawn, errors)
+
+
+def _drawn(name: str, node: NodeRun) -> Drawn:
+    became = f", {node.seconds:.1f} s" if node.status == "succeeded" else f": {node.status}"
+    return Drawn(name, f"{node.kind or 'node'}{became}", node.status, MARKS.get(node.status, ""), node.after)
+
+
+def _nodes(record: RunRecord, kept: Mapping[str, KeyRecord]) -> Table:
+    rows = []
+    for name, node in record.nodes.items():
+        ran = node.status == "succeeded"
+        result = node.error.partition("\n")[0] or metrics_line(node.metrics) or node.reason
+        peak = format_size(node.peak_rss) if ran and node.peak_rss else ""
+        kind = node.kind or (kept[name].kind if name in kept else "")
+        rows.append(
+            (name, kind, f"{MARKS.get(node.status, '')} {node.status}", result, f"{node.seconds:.1f}" * ran, peak)
+        )
+    return Table("Nodes", ("node", "kind", "status", "result", "seconds", "peak RAM"), rows, 4)
+
+
+def _gates(record: RunRecord) -> Table:
+    verdicts = {True: "✓ holds", False: "✗ fails", None: "not decided"}
+    rows = [
+        (name, str(gate["text"]), _figure(gate.get("value")), verdicts[gate.get("passed")])
+        for name, node in record.nodes.items()
+        for gate in node.gates
+    ]
+    return Table("Gates", ("node", "gate", "value", "verdict"), rows)
+
+
+def _memory(record: RunRecord) -> Table:
+    """Of nodes that ran: what the plan said, and what was measured."""
+    found = [
+        (name, int(node.foreseen.get("ram") or 0), node.peak_rss or 0)
+        for name, node in record.nodes.items()
+        if node.status == "succeeded" and node.peak_rss
+    ]
+    return _pairs("Memory of the nodes", "node", found)
+
+
+def _devices(record: RunRecord) -> Iterator[Table]:
+    """What a kind predicted for each device and measured there, under the names `predicted` and `measured`."""
+    for name, node in record.nodes.items():
+        told, held = node.metrics.get("predicted"), node.metrics.get("measured")
+        if isinstance(told, dict) and isinstance(held, dict):
+            devices = dict.fromkeys([*told, *held])
+            yield _pairs(
+                f"What {name} placed", "device", [(d, int(told.get(d, 0)), int(held.get(d, 0))) for d in devices]
+            )
+
+
+def _pairs(title: str, what: str, found: Sequence[tuple[str, int, int]]) -> Table:
+    rows = [(name, format_size(told) if told else "", format_size(held) if held else "") for name, told, held in found]
+    spans = [
+        (name, [Bar(0, told, "predicted", f"{name}: {format_size(told)} predicted"),
+                Bar(0, held, "measured", f"{name}: {format_size(held)} measured")])
+        for name, told, held in found
+    ]  # fmt: skip
+    most = max((size for _, told, held in found for size in (told, held)), default=0)
+    drawing = bars(f"{title}: predicted above, measured below", spans, most) if found else ""
+    return Table(title, (what, "predicted", "measured"), rows, 1, drawing)
+
+
+def _figures(record: RunRecord) -> Iterator[Table]:
+    """Metrics that are tables themselves: rows of figures with the same columns, such as an estimate by dtype."""
+    for name, node in record.nodes.items():
+        rows = {key: value for key, value in node.metrics.items() if isinstance(value, dict) and _numbers(value)}
+        heads = [head for head in dict.fromkeys(head for row in rows.values() for head in _numbers(row))]
+        if len(rows) > 1 and len(heads) > 1 and not {"predicted", "measured"} & rows.keys():
+            cells = [(key, *(_bytes(head, row.get(head)) for head in heads)) for key, row in rows.items()]
+            yield Table(f"What {name} found", ("", *(head.replace("_", " ") for head in heads)), cells, 1)
+
+
+def _figure(value: Json) -> str:
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    return (f"{value:,}" if isinstance(value, int) else f"{value:.4g}") if number else _shown(value)
+
+
+def _numbers(row: Mapping[str, Json]) -> list[str]:
+    return [name for name, value in row.items() if isinstance(value, int | float) and not isinstance(value, bool)]
+
+
+def _bytes(head: str, value: Json) -> str:
+    if not isinstance(value, int | float):
+        return ""
+    return (
+        format_size(int(value)) if isinstance(value, int) and value > 2**16 and head != "parameters" else f"{value:,}"
+    )
+
+
+def _texts(store: Store, kept: Mapping[str, KeyRecord]) -> Table:
+    """The first results of all nodes that gave some, side by side: a row per prompt."""
+    found: dict[str, dict[str, str]] = {}
+    for name, record in kept.items():
+        if record.artifact_type == "results" and record.digest:
+            found[name] = dict(_results(store.artifact_path(record.digest) / "results.jsonl"))
+    prompts = dict.fromkeys(prompt for texts in found.values() for prompt in texts)
+    rows = [(prompt, *(texts.get(prompt, "") for texts in found.values())) for prompt in islice(prompts, TEXTS)]
+    return Table("Results", ("prompt", *found), rows)
+
+
+def _results(path: Path) -> Iterator[tuple[str, str]]:
+    if not path.is_file():
+        return
+    with path.open(encoding="utf-8") as lines:
+        for line in islice(lines, TEXTS):
+            row = json.loads(line)
+            yield _short(_shown(row.get("prompt"))), _short(_shown(row.get("text", row.get("error", row))))
+
+
+def _timeline(store: Store, record: RunRecord) -> Table:
+    times = records.node_times(store.runs, record.run)
+    spans = [
+        (name, [Bar(start, end, record.nodes[name].status, f"{name}: from {start:.1f} to {end:.1f} s")])
+        for name, (start, end) in times.items()
+        if name in record.nodes
+    ]
+    rows = [(name, f"{start:.1f}", f"{end:.1f}") for name, (start, end) in times.items()]
+    most = max((end for _, end in times.values()), default=0)
+    return Table("Time", ("node", "began at s", "ended at s"), rows, 1, bars("When each node ran", spans, most))
+
+
+def _origin(record: RunRecord, kept: Mapping[str, KeyRecord]) -> Table:
+    git = record.git or {}
+    commit = f"{git['commit']}{' with changes' if git.get('dirty') else ''}" if git.get("commit") else ""
+    tools = {name: version for found in kept.values() for name, version in found.tools.items()}
+    pins = {f"{name}: {pin}": value for name, found in kept.items() for pin, value in found.pins.items()}
+    rows = [("run", record.run), ("manifest", record.manifest), ("git commit", commit), *pins.items(), *tools.items()]
+    return Table("Where it comes from", ("", ""), [(name, str(value)) for name, value in rows if value])
+
+
+def _compared(found: Sequence[RunRecord], store: str | Path | None) -> list[Table]:
+    """All runs beside each other; and what differs between each one and the next."""
+    names = dict.fromkeys(name for record in found for name in record.nodes)
+    rows = [
+        ("status", *(record.status for record in found)),
+        ("seconds", *(f"{record.seconds:.1f}" for record in found)),
+    ]
+    for name in names:
+        nodes = [record.nodes.get(name) for record in found]
+        rows.append(
+            (name, *(f"{node.status}: {metrics_line(node.metrics)}".strip(": ") if node else "" for node in nodes))
+        )
+    tables = [Table("Runs side by side", ("", *(record.run for record in found)), rows)]
+    for one, two in pairwise(found):
+        data = diff_runs(one.run, two.run, store=store).data
+        changes = [("run", change) for change in data["changes"]]
+        changes += [(name, change) for name, each in data["nodes"].items() for change in each]
+        cells = [(name, str(c["path"]), _short(_shown(c["old"])), _short(_shown(c["new"]))) for name, c in changes]
+        tables.append(Table(f"From {one.run} to {two.run}", ("node", "what", "before", "after"), cells))
+    return [table for table in tables if table.rows]
+
+
+def _shown(value: Json) -> str:
+    if value is None:
+        return ""
+    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)
+
+
+def _short(text: str) -> str:
+    return text if len(text) <= LONGEST else text[: LONGEST - 1] + "…"
+
+
+def _html(told: Sequence[Told], compared: Sequence[Table]) -> str:
+    from jinja2 import Environment
+
+    environment = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True, finalize=_as_shown)
+    template = environment.from_string(TEMPLATE.read_text(encoding="utf-8"))
+    return template.render(runs=told, compared=compared, marks=MARKS)
+
+
+def _as_shown(value: Json) -> Json:
+    """No secret, and nothing that is not to be seen."""
+    return clean(value) if type(value) is str else value
+
+
+def _markdown(told: Sequence[Told], compared: Sequence[Table]) -> str:
+    lines: list[str] = []
+    for table in compared:
+        lines += _markdown_table(table)
+    for each in told:
+        record = each.record
+        lines += [f"## {_cell(record.recipe)}: {record.status} in {record.seconds:.1f} s", ""]
+        lines += [f"Run `{record.run}`, started {record.started}", "", *_mermaid(record), ""]
+        for name, error in each.errors.items():
+            lines += [f"**{_cell(name)}** failed:", "", *(f"    {line}" for line in error.splitlines()), ""]
+        for table in each.tables:
+            lines += _markdown_table(table)
+    return clean("\n".join(lines))
+
+
+def _mermaid(record: RunRecord) -> Iterable[str]:
+    if len(record.nodes) > FEW_NODES:
+        return []
+    numbers = {name: f"n{number}" for number, name in enumerate(record.nodes)}
+    boxes = [
+        f'    {numbers[name]}["{MARKS.get(node.status, "")} {_cell(name)}"]'.replace("@", "#64;")
+        for name, node in record.nodes.items()
+    ]
+    edges = [
+        f"    {numbers[a]} --> {numbers[b]}" for b, node in record.nodes.items() for a in node.after if a in numbers
+    ]
+    return ["```mermaid", "graph LR", *boxes, *edges, "```"]
+
+
+def _markdown_table(table: Table) -> list[str]:
+    rule = ["---" if number < table.numbers else "---:" for number in range(len(table.heads))]
+    rows = [table.heads, rule, *table.rows]
+    return [f"### {_cell(table.title)}", "", *(f"| {' | '.join(map(_cell, row))} |" for row in rows), ""]
+
+
+def _cell(text: str) -> str:
+    """A text of others as it stands in a cell: no line ends, no markup."""
+    flat = " ".join(printable(text).split())
+    return "".join(f"\\{sign}" if sign in "\\`*_[]<>|#" else sign for sign in flat) if flat.strip("-:") else flat

@@ -1,0 +1,202 @@
+"""`bigpipe report`: one file that says what runs did, whatever they were."""
+
+from __future__ import annotations
+
+import json
+from html.parser import HTMLParser
+
+import pytest
+
+from bigpipe.errors import UsageError
+from bigpipe.orchestrator.report import report_runs
+from bigpipe.orchestrator.report.drawing import Drawn, graph
+from bigpipe.orchestrator.running import records
+
+RECIPE = """\
+version: 1
+name: told
+params: {text: "<b>bold</b> | *x* `y`"}
+stages:
+  first: {uses: write, with: {text: "${params.text}"}}
+  second: {uses: join, inputs: {first: first}, gates: ["characters > 2"]}
+  third: {uses: join, inputs: {first: second, second: first}}
+"""
+
+
+class Page(HTMLParser):
+    """What a page is made of: its elements, its attributes, and its words."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.elements: list[str] = []
+        self.attributes: list[tuple[str, str]] = []
+        self.words: list[str] = []
+        self.feed(text)
+        assert self.open == [], "an element is not closed"
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.elements.append(tag)
+        self.attributes += [(name, value or "") for name, value in attrs]
+        if tag != "meta":
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.elements.append(tag)
+        self.attributes += [(name, value or "") for name, value in attrs]
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        self.words.append(data)
+
+
+def page_of(workshop, *runs: str) -> Page:
+    return Page(report_runs(runs or ("last",), store=workshop.folder / "store"))
+
+
+def test_a_page_needs_nothing_and_runs_nothing(workshop):
+    workshop.run(RECIPE)
+    page = page_of(workshop)
+    assert not {"script", "link", "img", "iframe", "b"} & set(page.elements)
+    addresses = [value for _, value in page.attributes if "://" in value and "www.w3.org" not in value]
+    assert addresses == []
+    assert ("content", "default-src 'none'; style-src 'unsafe-inline'") in page.attributes
+    assert not [name for name, _ in page.attributes if name.startswith("on")]
+    assert any("<b>bold</b>" in text for text in page.words)
+
+
+def test_it_says_what_the_run_did(workshop):
+    workshop.run(RECIPE)
+    text = " ".join(page_of(workshop).words)
+    for told in (
+        "told",
+        "succeeded",
+        "first",
+        "write",
+        "characters > 2",
+        "✓ holds",
+        "Memory of the nodes",
+        "bigpipe-ml",
+    ):
+        assert told in text
+    svg = graph(
+        [Drawn("a", "k", "cached", "✓"), Drawn("b", "k", "failed", "✗", ["a"]), Drawn("c", "k", "x", "", ["a", "b"])]
+    )
+    assert svg.count('class="edge"') == 3
+    assert svg.count("<rect") == 3
+
+
+def test_columns_of_a_graph_in_any_order():
+    """A line that passes a column goes around the nodes in it."""
+    svg = graph([Drawn("c", "", "", "", ["a", "b"]), Drawn("b", "", "", "", ["a"]), Drawn("a", "", "", "")])
+    boxes = {name: svg.split(f"<title>{name}: ")[1].split(' x="')[1].split('"')[0] for name in "abc"}
+    assert int(boxes["a"]) < int(boxes["b"]) < int(boxes["c"])
+    longest = max(svg.split('<path class="edge" d="')[1:], key=lambda path: path.split('"')[0].count("C"))
+    assert longest.split('"')[0].count("C") == 2
+
+
+def test_a_run_that_failed_says_why(workshop):
+    assert workshop.run(RECIPE.replace("> 2", "> 2000")).status == "failed"
+    page = page_of(workshop)
+    assert ("class", "error") in page.attributes
+    text = " ".join(page.words)
+    assert "✗ fails" in text
+    assert "– skipped" in text
+
+
+SAY = """
+import json
+from bigpipe.orchestrator.stage import Forecast, Metrics, Params, Stage, StageResult
+
+class SayParams(Params):
+    word: str
+
+def run(params, context):
+    (context.out / "results.jsonl").write_text(json.dumps({"prompt": "hello", "text": params.word}) + "\\n")
+    return StageResult(Metrics())
+
+SAY = Stage(kind="say", version=1, params=SayParams, metrics=Metrics, inputs={}, output="results", run=run,
+            forecast=lambda params, context: Forecast())
+"""
+VARIANTS = """\
+version: 1
+name: two
+trust: {modules: [say]}
+stages:
+  say: {uses: "say:SAY", matrix: {word: [one, two]}, with: {word: "${matrix.word}"}}
+"""
+
+
+def test_results_of_variants_stand_side_by_side(workshop):
+    (workshop.folder / "say.py").write_text(SAY)
+    workshop.run(VARIANTS, check=True)
+    markdown = report_runs(store=workshop.folder / "store", form="markdown")
+    assert "| prompt | say@word=one | say@word=two |" in markdown
+    assert "| hello | one | two |" in markdown
+
+
+def test_runs_are_compared(workshop):
+    one = workshop.run(RECIPE)
+    two = workshop.run(RECIPE.replace("<b>bold</b> | *x* `y`", "longer text"))
+    text = " ".join(page_of(workshop, one.run, two.run).words)
+    assert "2 runs" in text
+    assert f"From {one.run} to {two.run}" in text
+    assert "metrics.characters" in text
+
+
+def test_markdown_keeps_texts_of_others_in_their_cells(workshop):
+    workshop.run(RECIPE)
+    markdown = report_runs(store=workshop.folder / "store", form="markdown")
+    assert r"| text | \<b\>bold\</b\> \| \*x\* \`y\` |" in markdown
+    assert "    n0 --> n1" in markdown
+
+
+def test_times_are_those_of_the_events(workshop):
+    done = workshop.run(RECIPE)
+    times = records.node_times(workshop.folder / "store" / "runs", done.run)
+    assert list(times) == ["first", "second", "third"]
+    assert all(0 <= start <= end <= done.seconds + 1 for start, end in times.values())
+    assert times["second"][0] >= times["first"][0]
+
+
+def test_fifty_nodes_are_less_than_200_kilobytes(workshop):
+    numbers = list(range(49))
+    workshop.run(
+        f"version: 1\nname: many\nstages:\n  a: {{uses: write}}\n"
+        f"  b: {{uses: join, matrix: {{n: {numbers}}}, inputs: {{first: a}}, needs: []}}\n"
+    )
+    text = report_runs(store=workshop.folder / "store")
+    assert text.count('class="node') == 50
+    assert len(text.encode()) < 200_000
+
+
+def test_the_command_writes_what_the_ending_says(workshop):
+    workshop.run(RECIPE)
+    told = workshop.json("report", "-o", "out/run.md")
+    assert told["schema"] == "bigpipe.report/1"
+    assert (workshop.folder / "out/run.md").read_text().startswith("## told: succeeded")
+    assert told["bytes"] == (workshop.folder / "out/run.md").stat().st_size
+    assert workshop.command("report").returncode == 0
+    assert (workshop.folder / "report.html").read_text().startswith("<!doctype html>")
+    assert workshop.command("report", "nosuch").returncode == 2
+    for other in ("recipe.yaml", "/dev/full", "folder.html"):
+        (workshop.folder / "folder.html").mkdir(exist_ok=True)
+        done = workshop.command("report", "-o", other)
+        assert done.returncode == 2
+        assert "name one with -o that ends in .html or .md" in done.stderr
+    assert workshop.manifest.read_text() == RECIPE
+
+
+def test_a_form_that_is_none_is_refused(workshop):
+    with pytest.raises(UsageError, match="'pdf' is no form"):
+        report_runs(form="pdf", store=workshop.folder / "store")
+
+
+def test_a_secret_is_in_no_page(workshop, monkeypatch):
+    monkeypatch.setenv("HF_TOKEN", "hf_SecretThatNobodySees")
+    workshop.run(RECIPE)
+    folder = next((workshop.folder / "store" / "runs").iterdir())
+    assert "hf_SecretThatNobodySees" not in (folder / "run.json").read_text()
+    assert "hf_SecretThatNobodySees" not in json.dumps(page_of(workshop).words)
