@@ -137,7 +137,9 @@ def why(manifest: Path, node: str, as_json: bool, **options: Any) -> None:
 @click.command()
 @MANIFEST
 @PARAMS
-@click.option("--format", "form", type=click.Choice(["text", "mermaid", "dot"]), default="text", show_default=True)
+@click.option(
+    "--format", "form", type=click.Choice(["text", "mermaid", "dot", "svg"]), default="text", show_default=True
+)
 @JSON
 def graph(manifest: Path, params: dict[str, str], form: str, as_json: bool) -> None:
     """Draw the nodes after matrix expansion, and what they stand on.

@@ -20,6 +20,22 @@ ROW, LABEL, WIDTH = 22, 190, 900
 """Of bars: the height of one, the width of its name, and the width of all, in pixels."""
 CHARACTERS = 24
 """Of a name, in a box."""
+STYLE = """\
+:root { color-scheme: light dark; --ink: #1b1f24; --paper: #fff; --quiet: #57606a; --line: #d0d7de; --good: #1a7f37;
+  --bad: #b3261e; --still: #57606a; --told: #8250df; --held: #0969da; --soft: #f6f8fa; }
+@media (prefers-color-scheme: dark) { :root { --ink: #e6edf3; --paper: #0d1117; --quiet: #9aa4af; --line: #3d444d;
+  --good: #3fb950; --bad: #ff7b72; --still: #9aa4af; --told: #bc8cff; --held: #58a6ff; --soft: #161b22; } }
+svg { font: 13px system-ui, sans-serif; }
+svg text { fill: var(--ink); }
+svg text.under { fill: var(--quiet); font-size: 11px; } svg text.name { text-anchor: end; }
+svg .edge { fill: none; stroke: var(--quiet); stroke-width: 1.3; }
+svg rect { fill: var(--still); } svg rect.node { fill: var(--soft); stroke: var(--still); stroke-width: 1.5; }
+svg rect.succeeded, svg rect.cached { fill: var(--good); } svg rect.failed, svg rect.dead { fill: var(--bad); }
+svg rect.node.succeeded, svg rect.node.cached { fill: var(--soft); stroke: var(--good); }
+svg rect.node.failed, svg rect.node.dead { fill: var(--soft); stroke: var(--bad); }
+svg rect.predicted { fill: var(--told); } svg rect.measured { fill: var(--held); }
+"""
+"""Colours in light and dark, by what a node came to; of a page, and of a drawing that stands alone."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,9 +43,9 @@ class Drawn:
     """A node of a graph. after: names of nodes; mark: a sign beside the name, so that colour alone tells nothing."""
 
     name: str
-    under: str
-    status: str
-    mark: str
+    under: str = ""
+    status: str = ""
+    mark: str = ""
     after: Sequence[str] = ()
 
 
@@ -43,9 +59,9 @@ class Bar:
     title: str
 
 
-def graph(nodes: Sequence[Drawn]) -> str:
+def graph(nodes: Sequence[Drawn], style: str = "") -> str:
     """Return the nodes from left to right, each in a column behind the last it waits for. A line that passes a column
-    has a place of its own there."""
+    has a place of its own there. style: for a drawing that no page gives its colours."""
     routes, columns = _laid_out({node.name: node.after for node in nodes})
     width = len(columns) * (BOX[0] + GAP[0])
     height = max(map(len, columns), default=0) * (BOX[1] + GAP[1])
@@ -55,9 +71,7 @@ def graph(nodes: Sequence[Drawn]) -> str:
         for y, place in enumerate(column)
     }
     edges = [_edge([spots[place] for place in route]) for route in routes]
-    return _svg(
-        width, height, "The nodes of the run and what became of them", [*edges, *(_box(n, spots) for n in nodes)]
-    )
+    return _svg(width, height, "The nodes and what they wait for", [*edges, *(_box(n, spots) for n in nodes)])
 
 
 Stop = str | tuple[str, str, int]
@@ -103,7 +117,7 @@ def _box(node: Drawn, spots: Mapping[Stop, tuple[int, int]]) -> str:
     return (
         f"<g><title>{escape(f'{node.name}: {node.status}')}</title>"
         f'<rect class="node {escape(node.status)}" x="{x}" y="{y}" width="{BOX[0]}" height="{BOX[1]}" rx="6"/>'
-        f'<text x="{x + 10}" y="{y + 19}">{escape(node.mark)} {escape(_cut(node.name))}</text>'
+        f'<text x="{x + 10}" y="{y + 19}">{escape(f"{node.mark} {_cut(node.name)}".strip())}</text>'
         f'<text class="under" x="{x + 10}" y="{y + 35}">{escape(node.under)}</text></g>'
     )
 

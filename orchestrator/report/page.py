@@ -23,7 +23,7 @@ from bigpipe.orchestrator.store import KeyRecord, Store
 from bigpipe.redaction import printable
 from bigpipe.sizes import format_size, format_transfer
 
-from .drawing import Bar, Drawn, bars, graph
+from .drawing import STYLE, Bar, Drawn, bars, graph
 from .inspection import Inspection, diff_runs, open_store
 from .rendering import metrics_line
 from .shown import clean
@@ -273,7 +273,7 @@ def _html(told: Sequence[Told], compared: Sequence[Table]) -> str:
 
     environment = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True, finalize=_as_shown)
     template = environment.from_string(TEMPLATE.read_text(encoding="utf-8"))
-    return template.render(runs=told, compared=compared, marks=MARKS)
+    return template.render(runs=told, compared=compared, style=STYLE)
 
 
 def _as_shown(value: Json) -> Json:

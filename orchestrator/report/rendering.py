@@ -14,6 +14,8 @@ from bigpipe.orchestrator.contract import Json
 from bigpipe.orchestrator.planning import Action, Plan, PlannedNode, difference_json, machine_line, shown
 from bigpipe.sizes import format_size, format_transfer
 
+from .drawing import STYLE, Drawn, graph
+
 if TYPE_CHECKING:
     from bigpipe.orchestrator.recipe import Recipe
     from bigpipe.orchestrator.running import RunResult
@@ -209,12 +211,16 @@ def graph_json(recipe: Recipe) -> dict[str, Json]:
 
 
 def graph_text(recipe: Recipe, form: str = "text") -> str:
-    """Return the graph as indented text, mermaid or dot."""
+    """Return the graph as text, or in a language that draws it: mermaid, dot, svg."""
     edges = list(recipe.graph.edges)
     if form == "mermaid":
         ids = {name: f"n{index}" for index, name in enumerate(recipe.nodes)}
         lines = [f'    {ids[name]}["{name}"]' for name in recipe.nodes]
         return "\n".join(["graph TD", *lines, *(f"    {ids[a]} --> {ids[b]}" for a, b in edges)])
+    if form == "svg":
+        return graph(
+            [Drawn(name, node.kind.kind, after=node.predecessors) for name, node in recipe.nodes.items()], STYLE
+        )
     if form == "dot":
         lines = [f'    "{name}" [label="{name}\\n{node.kind.kind}"];' for name, node in recipe.nodes.items()]
         return "\n".join(["digraph recipe {", *lines, *(f'    "{a}" -> "{b}";' for a, b in edges), "}"])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from html.parser import HTMLParser
+from xml.etree import ElementTree
 
 import pytest
 
@@ -90,7 +91,7 @@ def test_it_says_what_the_run_did(workshop):
 
 def test_columns_of_a_graph_in_any_order():
     """A line that passes a column goes around the nodes in it."""
-    svg = graph([Drawn("c", "", "", "", ["a", "b"]), Drawn("b", "", "", "", ["a"]), Drawn("a", "", "", "")])
+    svg = graph([Drawn("c", after=["a", "b"]), Drawn("b", after=["a"]), Drawn("a")])
     boxes = {name: svg.split(f"<title>{name}: ")[1].split(' x="')[1].split('"')[0] for name in "abc"}
     assert int(boxes["a"]) < int(boxes["b"]) < int(boxes["c"])
     longest = max(svg.split('<path class="edge" d="')[1:], key=lambda path: path.split('"')[0].count("C"))
@@ -200,3 +201,18 @@ def test_a_secret_is_in_no_page(workshop, monkeypatch):
     folder = next((workshop.folder / "store" / "runs").iterdir())
     assert "hf_SecretThatNobodySees" not in (folder / "run.json").read_text()
     assert "hf_SecretThatNobodySees" not in json.dumps(page_of(workshop).words)
+
+
+def test_a_graph_is_drawn_before_anything_ran(workshop):
+    workshop.manifest.write_text(RECIPE)
+    svg = workshop.command("graph", "recipe.yaml", "--format", "svg").stdout
+    root = ElementTree.fromstring(svg)  # noqa: S314  our own
+    assert root.tag == "{http://www.w3.org/2000/svg}svg"
+    assert {text.text for text in root.iter("{http://www.w3.org/2000/svg}text")} == {
+        "first",
+        "second",
+        "third",
+        "write",
+        "join",
+    }
+    assert len(list(root.iter("{http://www.w3.org/2000/svg}path"))) == 3
