@@ -6,6 +6,7 @@ Where somebody waits for them (see `bigpipe.passing`), weight files are announce
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -200,11 +201,12 @@ class DirectorySource:
         place = self.directory
         for part in Path(self.subfolder or "").parts:
             place /= part
-            if part in ("..", "/") or not place.is_dir() or place.is_symlink():
-                what = "a link" if place.is_symlink() else "no folder"
+            leads_on = os.path.islink(place)
+            if part in ("..", "/") or not os.path.isdir(place) or leads_on:  # `Path` raises where a name is too long
+                what = "a link" if leads_on else "no folder"
                 folders = sorted(path.name for path in place.parent.iterdir() if path.is_dir())
                 there = f"{place.parent} has {first_few(folders) or 'none'}"
-                cure = "give what it leads to as path" if place.is_symlink() else there
+                cure = "give what it leads to as path" if leads_on else there
                 raise UsageError(f"subfolder: {place} is {what}", cure, field="subfolder")
 
     def check(self) -> None:

@@ -52,13 +52,16 @@ Count = Annotated[int, BeforeValidator(_not_bool)]
 """A whole number; also as text, which is what `${env.N:-2}` gives."""
 
 
+MOST_RANKS = 2**16
+
+
 class Launch(BaseModel):
     """How ranks are started; the names are accelerate's. Keys written here override those of `config_file`."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", defer_build=True)
 
-    num_processes: Count = Field(default=1, ge=1, description="Ranks over all machines.")
-    num_machines: Count = Field(default=1, ge=1)
+    num_processes: Count = Field(default=1, ge=1, le=MOST_RANKS, description="Ranks over all machines.")
+    num_machines: Count = Field(default=1, ge=1, le=MOST_RANKS)
     machine_rank: Count = Field(default=0, ge=0)
     main_process_ip: Text | None = None
     main_process_port: Count | None = Field(default=None, ge=1, le=65535)

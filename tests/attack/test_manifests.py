@@ -101,3 +101,18 @@ def test_what_can_be_loaded_of_a_kind_can_be_planned_or_is_refused(commands, kin
 @pytest.mark.attack
 def test_what_else_can_be_loaded_can_be_planned_or_is_refused(commands):
     assert faults(commands, check_loading(commands.folder, [*texts(), *fields()])) == []
+
+
+@pytest.mark.parametrize(
+    ("stage", "said"),
+    [
+        (f"download, with: {{path: model, subfolder: {'a' * 5000}}}", "is no folder"),
+        ("distributed-infer, launch: {num_processes: 9223372036854775808}", "it must be at most 65536"),
+        ("distributed-infer, launch: {num_machines: 65537}", "it must be at most 65536"),
+    ],
+)
+def test_what_was_a_bug_or_had_no_end(commands, stage, said):
+    (commands.folder / "r.yaml").write_text(f"version: 1\nstages:\n  s: {{uses: {stage}}}\n")
+    ended = commands.call("plan", "r.yaml", "--offline")
+    assert (ended.crash, ended.code) == ("", 2)
+    assert said in ended.said
