@@ -11,6 +11,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
+from bigpipe.errors import UsageError
 from bigpipe.files import LogFile, explain, explained, make_directory
 from bigpipe.orchestrator.contract import (
     Event,
@@ -182,7 +183,10 @@ class JsonlReporter:
     """Appends every event as one JSON line with its time (ISO 8601, UTC)."""
 
     def __init__(self, path: Path) -> None:
-        with explained(path, other="name another file with --events"):
+        other = "name another file with --events"
+        if os.path.isdir(path):
+            raise UsageError(f"{path} is a directory", other)
+        with explained(path, other=other):
             make_directory(path.parent, durable=False)
             self._file = LogFile(path)
 

@@ -119,6 +119,7 @@ def test_each_of_them_ends_with_a_documented_exit_code_and_a_cure(commands, name
         (("run", "r.yaml", "-p", os.fsdecode(b"b=\xff")), "is no UTF-8"),
         (("init", "/proc/x/r.yaml", "--model", "a/b"), "/proc/x/r.yaml cannot be written"),
         (("show", "--store", "a" * 5000), "File name too long"),
+        (("run", "r.yaml", "--events", "../.."), "../.. is a directory"),
         (("kinds", "--", ":"), "':' is not module:name of a stage kind"),
         (("kinds", "--", "..:x"), "'..:x' is not module:name"),
         (("estimate", "model", "--memory", "9" * 400), "a size of 400 digits is more than there is"),
