@@ -46,6 +46,9 @@ class DispatchParams(Params):
     """Blocks that stay on one device; null: the model's own."""
     dtype: Literal["float32", "float16", "bfloat16"] | None = None
     """What weights are loaded as; null: as stored."""
+    compute_dtype: Literal["auto", "stored", "float32", "float16", "bfloat16"] = "auto"
+    """What a CPU computes in, with weights cast at each use. `auto`: where layers are streamed from plain halves,
+    float32 if this CPU, measured once, is that much faster with batches of batch_size; else as loaded."""
     special_dtypes: dict[str, Literal["float32", "float16", "bfloat16"]] = Field(default_factory=dict)
     """Parameter name → dtype."""
     batch_size: int = Field(1, ge=1)
@@ -61,6 +64,8 @@ class DispatchMetrics(Metrics):
     """Bytes of weights and buffers by device: a GPU's number, cpu, disk."""
     measured: dict[str, Bytes] = Field(default_factory=dict)
     """The same of the loaded model; empty with `verify: none`."""
+    compute_dtype: str = ""
+    """What is computed in: of `auto`, what was chosen."""
     load_seconds: float = 0.0
     """What building and filling the model took, without imports."""
     streamed_bytes_per_token: Bytes = 0
@@ -82,7 +87,7 @@ def warms(params: DispatchParams) -> tuple[str, ...]:
 
 STAGE = Stage(
     kind="dispatch",
-    version=6,
+    version=7,
     params=DispatchParams,
     metrics=DispatchMetrics,
     inputs={"model": Port("checkpoint")},

@@ -23,7 +23,17 @@ from bigpipe.orchestrator.stage import Forecast, ForecastContext, StageContext, 
 from bigpipe.sizes import format_size
 
 from .dispatch import DispatchMetrics, DispatchParams
-from .library import PLACEMENT, about, agreed, load_placed, read_placement, require_class, single_model, sources_of
+from .library import (
+    PLACEMENT,
+    about,
+    agreed,
+    computed_in,
+    load_placed,
+    read_placement,
+    require_class,
+    single_model,
+    sources_of,
+)
 
 PICTURE = "placement.txt"
 PROCESS = 600 * 2**20
@@ -58,6 +68,7 @@ def forecast(params: DispatchParams, ctx: ForecastContext) -> Forecast:
         return Forecast(download_bytes=0, unknown=(f"the placement, until the trusted code is here: {error.cause}",))
     return _described(
         placement,
+        compute_dtype=computed_in(model, placement, ctx.machine),
         sequence_length=capped_length(agreement.architecture, params.sequence_length),
         write_bytes=4096 + 64 * len(placement.device_map),
         ram=None if params.verify == "none" else PROCESS + _passing(placement),
@@ -92,11 +103,17 @@ def _predicted(placement: Placement) -> dict[str, int]:
 
 
 def _described(
-    placement: Placement, *, write_bytes: int = 0, sequence_length: int | None = None, **known: Any
+    placement: Placement,
+    *,
+    write_bytes: int = 0,
+    compute_dtype: str | None = None,
+    sequence_length: int | None = None,
+    **known: Any,
 ) -> Forecast:
-    """sequence_length: None where the record of the run tells it."""
+    """compute_dtype, sequence_length: None where the record of the run tells it."""
     predicted = _predicted(placement)
     metrics = {"predicted": predicted, "streamed_bytes_per_token": placement.streamed_bytes_per_token}
+    metrics |= {"compute_dtype": compute_dtype} if compute_dtype else {}
     labels = {device: f"cuda:{device}" if device.isdecimal() else device for device in predicted}
     return Forecast(
         download_bytes=0,
@@ -115,12 +132,13 @@ def run(params: DispatchParams, ctx: StageContext) -> StageResult:
     placement = _placing(model, agreement, ctx)(_request(params))
     metrics = DispatchMetrics(
         predicted=_predicted(placement),
+        compute_dtype=computed_in(model, placement, ctx.machine),
         streamed_bytes_per_token=placement.streamed_bytes_per_token,
         sequence_length=capped_length(agreement.architecture, params.sequence_length),
     )
     if params.verify != "none":
         metrics = _verify(params, ctx, placement, metrics)
-    told = metrics.model_dump(exclude={"load_seconds"})
+    told = metrics.model_dump(exclude={"load_seconds", "compute_dtype"})
     picture = [placement.picture(), "", *placement.explanation, ""]
     texts = {PLACEMENT: json.dumps({**placement.as_json(), **told}, indent=2) + "\n", PICTURE: "\n".join(picture)}
     return StageResult(metrics, {name: write_file(ctx.out / name, text) for name, text in texts.items()})

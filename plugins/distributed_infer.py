@@ -56,7 +56,8 @@ class InferParams(Params):
     seed: int = Field(0, ge=0, lt=2**63)
     """Of record i: seed + i."""
     dtype: Literal["float32", "float16", "bfloat16"] | None = None
-    """What to compute in. null: as stored; on a CPU float32, where all weights fit half of its RAM as that."""
+    """What to compute in. null: as the placement says, else as stored; on a CPU that holds all weights float32, where
+    they fit half of its RAM as that."""
     split: Literal["static"] = "static"
     """How ranks get batches: contiguous shares, as accelerate's `split_between_processes` gives them."""
     apply_padding: bool = False
@@ -94,6 +95,8 @@ class InferMetrics(Metrics):
     """Prompts whose result is an error."""
     tokens: int = 0
     """Made; for feature-extraction, read."""
+    compute_dtype: str = ""
+    """What was computed in."""
     micro_batches: int = 1
     """Batches of a rank that were under way together."""
     tokens_per_second: float = 0.0

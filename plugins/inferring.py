@@ -14,17 +14,18 @@ from bigpipe.bigmodel.execution import as_placement, cast_bytes, host_memory, lo
 from bigpipe.bigmodel.footprint import Workload
 from bigpipe.bigmodel.formats import computable
 from bigpipe.bigmodel.inference import RESULTS, Bound, assign, chunked, compute_share, merge_results, plan_work
-from bigpipe.bigmodel.placement import Placement, Together, batches_together, stored_dtype
+from bigpipe.bigmodel.placement import Placement, Together, batches_together
 from bigpipe.bigmodel.sources import Sources
 from bigpipe.bigmodel.tasks import TASKS, Row, TaskOptions, find_task, read_prompts
 from bigpipe.errors import StageFailed, UsageError
 from bigpipe.fit import Cure, Misfit, fits
+from bigpipe.machine import Machine
 from bigpipe.modules import foreign, missing_name
 from bigpipe.orchestrator.stage import CheckContext, Forecast, ForecastContext, StageContext, StageResult
 from bigpipe.sizes import counted
 
 from .distributed_infer import InferMetrics, InferParams
-from .library import about, agreed, load_placed, read_placement, require_class, single_model, sources_of
+from .library import about, agreed, computed_in, load_placed, read_placement, require_class, single_model, sources_of
 
 if TYPE_CHECKING:
     import torch
@@ -76,10 +77,13 @@ def forecast(params: InferParams, ctx: ForecastContext) -> Forecast:
     spread = f" ({' + '.join(map(str, counts))})" if 1 < ranks <= 8 else ""
     work = f"{counted(len(rows), 'prompt')} in {counted(len(batches), 'batch', 'es')} over {counted(ranks, 'rank')}"
     placement, placed = ctx.described("placement", Placement), ctx.input("placement")
-    told, together = {"prompts": len(rows)}, Together()
+    told: dict[str, int | str] = {"prompts": len(rows)}
+    together, model = Together(), single_model(ctx)
     with suppress(UsageError):  # said where it is checked, or once the trusted code is here
-        together = _together(params, single_model(ctx), placement, rows, ctx)
+        together = _together(params, model, placement, rows, ctx)
         told["micro_batches"] = together.count
+        if model is not None and model.tensors is not None and (placement or placed is None):
+            told["compute_dtype"] = computed_in(model, placement or _alone(ctx.machine), ctx.machine, params.dtype)
     said = f"{counted(together.count, 'batch', 'es')} at once through the streamed layers: {together.why}"
     known = Forecast(
         download_bytes=0,
@@ -102,9 +106,12 @@ def _ram(params: InferParams, ctx: ForecastContext, placement: Placement | None,
     if ctx.machine.gpus:
         return (RANK_BASE + CUDA_BASE) * local
     placement = placement or as_placement(None)
+    if params.dtype:
+        placement = replace(placement, compute_dtype=None)
     memory = host_memory(placement, ctx.machine.memory, ctx.machine.memory_available, local)
     cast = cast_bytes(model, loading_dtype(model, placement, memory, params.dtype))
-    return (RANK_BASE + min(cast, memory.cast) + memory.experts + together.more) * local
+    ring = max(placement.streaming.values(), default=0) if placement.compute_dtype else 0
+    return (RANK_BASE + min(cast, memory.cast) + ring + memory.experts + together.more) * local
 
 
 def _vram(placement: Placement | None, local: int, together: Together) -> dict[int, int]:
@@ -135,7 +142,7 @@ def _together(
         placement,
         agreed(model, sources_of(ctx)).architecture,
         Workload(batch_size=params.batch_size * texts, sequence_length=longest),
-        params.dtype or placement.dtype or stored_dtype(model),
+        computed_in(model, placement, ctx.machine, params.dtype),
         ctx.machine,
         asked=params.micro_batches,
         processes=ctx.launch.local_processes,
@@ -164,8 +171,7 @@ def prepare(params: InferParams, ctx: StageContext) -> None:
     rows = read_prompts(params.prompts, params.column, ctx.base)
     sources, model = sources_of(ctx), describe_checkpoint(ctx.input("model"))
     find_task(params.task, sources).check(params.generation, rows, model, sources, params.max_new_tokens)
-    placement = read_placement(ctx.input("placement")) if "placement" in ctx.inputs else None
-    together = _together(params, model, placement, rows, ctx)
+    together = _together(params, model, _placement(ctx), rows, ctx)
     plan = plan_work(
         ctx.scratch, rows, batch_size=params.batch_size, ranks=ctx.launch.num_processes, pad=params.apply_padding,
         together=together.count,
@@ -195,11 +201,19 @@ def run(params: InferParams, ctx: StageContext) -> StageResult:
     return StageResult(InferMetrics())
 
 
+def _alone(machine: Machine) -> Placement:
+    """Where nobody placed it: all of it on the first GPU, else in RAM."""
+    return as_placement({"": 0 if machine.gpus else "cpu"})
+
+
+def _placement(ctx: StageContext) -> Placement | None:
+    return read_placement(ctx.input("placement")) if "placement" in ctx.inputs else None
+
+
 def _load(params: InferParams, ctx: StageContext) -> torch.nn.Module:
     import torch
 
-    placed = read_placement(ctx.input("placement")) if "placement" in ctx.inputs else None
-    placement = placed or as_placement({"": 0 if torch.cuda.is_available() else "cpu"})
+    placement = _placement(ctx) or as_placement({"": 0 if torch.cuda.is_available() else "cpu"})
     rank, ranks = os.environ.get("LOCAL_RANK", ctx.rank), os.environ.get("LOCAL_WORLD_SIZE", ctx.world_size)
     return load_placed(placement, ctx, dtype=params.dtype, rank=int(rank), ranks=int(ranks))
 
@@ -207,4 +221,6 @@ def _load(params: InferParams, ctx: StageContext) -> torch.nn.Module:
 def finish(params: InferParams, ctx: StageContext) -> StageResult:
     """Merges by index: every row once, or the stage fails."""
     summary, written = merge_results(ctx.scratch, ctx.out, max_errors=params.max_errors)
-    return StageResult(InferMetrics(**summary), {RESULTS: written})
+    model, placement = describe_checkpoint(ctx.input("model")), _placement(ctx) or _alone(ctx.machine)
+    computed = computed_in(model, placement, ctx.machine, params.dtype)
+    return StageResult(InferMetrics(**summary, compute_dtype=computed), {RESULTS: written})

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from bigpipe.bigmodel.formats import Agreement
     from bigpipe.bigmodel.hub import Need
     from bigpipe.bigmodel.placement import Placement
+    from bigpipe.machine import Machine
 
 PLACEMENT = "placement.json"
 """What `dispatch` writes and `distributed-infer` reads."""
@@ -120,6 +121,13 @@ def read_placement(artifact: Path) -> Placement:
     return Placement.from_json(json.loads((artifact / PLACEMENT).read_bytes()))
 
 
+def computed_in(model: ModelDescription, placement: Placement, machine: Machine, dtype: str | None = None) -> str:
+    """Return the dtype that a placed model computes in. dtype: the one asked for; it wins."""
+    from bigpipe.bigmodel.execution import host_memory, loading_dtype
+
+    return loading_dtype(model, placement, host_memory(placement, machine.memory, machine.memory_available), dtype)
+
+
 def load_placed(
     placement: Placement,
     context: StageContext,
@@ -135,6 +143,8 @@ def load_placed(
 
     from bigpipe.bigmodel.execution import host_memory, load
 
+    if dtype is not None:
+        placement = replace(placement, compute_dtype=None)
     memory = host_memory(placement, context.machine.memory, psutil.virtual_memory().available, ranks)
     return load(
         context.input("model"),

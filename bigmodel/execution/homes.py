@@ -89,22 +89,25 @@ class HostMemory:
 
 
 def host_memory(placement: Placement, total: int, available: int, processes: int = 1) -> HostMemory:
-    """Return what each of `processes` may fill on a machine with `total` and `available` bytes of RAM."""
+    """Return what each of `processes` may fill on a machine with `total` and `available` bytes of RAM. A placement that
+    says what to compute in counts weights as stored, and none is held as anything else."""
     cap, free = placement.max_memory.get("cpu") or total, int(available * FREE_SHARE / processes)
     return HostMemory(
-        cast=min(free, cap), widen=min(int(total * TOTAL_SHARE), cap), experts=min(free, placement.kept_experts)
+        cast=0 if placement.compute_dtype else min(free, cap),
+        widen=min(int(total * TOTAL_SHARE), cap),
+        experts=min(free, placement.kept_experts),
     )
 
 
 def loading_dtype(model: ModelDescription, placement: Placement, memory: HostMemory, dtype: str | None = None) -> str:
-    """Return the dtype that floating weights are loaded as: `dtype`, the placement's, or where nobody asks for one as
+    """Return the dtype that floating weights compute in: `dtype`, the placement's, or where nobody asks for one as
     stored, or float32 where the CPU computes and holds all weights as that.
 
     CPUs without half-precision instructions multiply float32 several times faster. Weights that are streamed from disk
     are used as they come: a cast at each use costs more than it gains. Around packed weights everything stays as
     stored, as it does in transformers. What is free at the moment does not count: equal hardware gives equal results.
     """
-    if asked := dtype or placement.dtype:
+    if asked := dtype or placement.compute_dtype or placement.dtype:
         return asked
     model = decoded(model)
     tensors = (model.tensors or {}).values()

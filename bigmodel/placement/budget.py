@@ -34,10 +34,11 @@ class MemoryBudget:
     def caps(self) -> Caps:
         """What is left for weights, buffers and cache, in the order of preference: GPUs by number, CPU, disk."""
         taken = self.headroom or Headroom()
+        on_host = taken.activations + taken.casting
         gpus = sorted(device for device in self.memory if isinstance(device, int))
         caps: dict[Device, float] = {gpu: self.memory[gpu] - taken.activations - taken.runtime for gpu in gpus}
         runs_on_cpu = not any(cap > 0 for cap in caps.values())
-        caps["cpu"] = self.memory.get("cpu", 0) - (taken.activations if runs_on_cpu else 0)
+        caps["cpu"] = self.memory.get("cpu", 0) - (on_host if runs_on_cpu else 0)
         caps["disk"] = self.memory.get("disk", 0)
         return {device: cap for device, cap in caps.items() if cap > 0}
 
@@ -107,6 +108,8 @@ def needs_of(tree: Tree, homes: Homes, headroom: Headroom | None) -> dict[Device
                 weights[homes[tensor]] -= tree.nbytes[tensor]
                 weights[main] += tree.nbytes[tensor]
     streaming = _largest_streamed(tree, homes, main)
+    if headroom is not None:
+        streaming += headroom.casting
     found: dict[Device, Need] = {}
     for device in {**weights, **cache, **({main: 0} if streaming else {})}:
         computing = headroom is not None and is_computing(device, main)

@@ -30,6 +30,8 @@ class Headroom:
     """On each device that computes."""
     runtime: int = 0
     """On each GPU in use."""
+    casting: int = 0
+    """Of the ring that weights are cast into for each use, where the CPU computes."""
 
 
 def headroom_of(

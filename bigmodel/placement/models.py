@@ -14,7 +14,7 @@ from bigpipe.bigmodel.architecture import (
 )
 from bigpipe.bigmodel.checkpoint import CASTABLE, ModelDescription, dtype_name, tensor_nbytes
 from bigpipe.bigmodel.footprint import architecture_of, cut_length, look
-from bigpipe.bigmodel.formats import Agreement, agree, decoded, format_of, set_apart, uncomputable
+from bigpipe.bigmodel.formats import PLAIN, Agreement, agree, decoded, format_of, set_apart, uncomputable
 from bigpipe.bigmodel.sources import Sources
 from bigpipe.errors import DoesNotFit
 from bigpipe.fit import Misfit
@@ -22,9 +22,11 @@ from bigpipe.machine import Machine, detect
 from bigpipe.sizes import format_size
 from bigpipe.trust import Trust
 
+from .computing import cast_ring, choose_dtype
 from .fitting import Trial
 from .headroom import headroom_of
 from .placement import FLOATS, Placement, PlacementRequest, as_map
+from .products import products_of
 from .speeds import Speeds, speeds_of
 from .strategies import place_architecture
 from .streaming import Streamed, room_for_experts, streamed
@@ -41,6 +43,7 @@ def place(
     max_memory: Mapping[int | str, int | str] | None = None,
     no_split_module_classes: str | Sequence[str] | None = None,
     dtype: str | torch.dtype | None = None,
+    compute_dtype: str | torch.dtype = "auto",
     special_dtypes: Mapping[str, str | torch.dtype] | None = None,
     batch_size: int = 1,
     sequence_length: int = 2048,
@@ -61,8 +64,8 @@ def place(
     model: a checkpoint directory, a `config.json`, a repository (`owner/name`) or its address; or a torch module, whose
       parameters may be empty.
     architecture: a custom class, as in a manifest: {"class": "module:Class", "config": {…}}.
-    device_map, max_memory, no_split_module_classes, dtype, special_dtypes, batch_size, sequence_length: those of
-      `PlacementRequest`. Quantized weights count at their quantized size.
+    device_map, max_memory, no_split_module_classes, dtype, compute_dtype, special_dtypes, batch_size, sequence_length:
+      those of `PlacementRequest`. Quantized weights count at their quantized size.
     subfolder, variant: which model of a repository or directory, as in `from_pretrained`.
     machine: whose devices they are; None: this one's. speeds: what `optimal` weighs by; None: as measured on this
       machine and kept in `memo`, or ordinary ones.
@@ -75,6 +78,7 @@ def place(
     request = PlacementRequest(
         device_map=as_map(device_map), max_memory=max_memory, no_split_module_classes=no_split_module_classes,
         dtype=None if dtype is None else dtype_name(dtype),
+        compute_dtype=dtype_name(compute_dtype),
         special_dtypes={name: dtype_name(wanted) for name, wanted in (special_dtypes or {}).items()},
         batch_size=batch_size, sequence_length=sequence_length,
     )  # fmt: skip
@@ -105,22 +109,35 @@ def place_model(
     if request.device_map == "optimal" and speeds is None and memo is not None:
         speeds = speeds_of(machine, memo)
 
-    def attempt(request: PlacementRequest) -> Placement:
+    def placed(request: PlacementRequest, computed: str | None = None) -> Placement:
         dtype = request.dtype or stored_dtype(model)
-        placement = place_architecture(
+        taken = headroom_of(
+            architecture, computed or dtype, request.batch_size, request.sequence_length, format_of(model)
+        )
+        found = place_architecture(
             architecture,
             replace(request, dtype=dtype),
             tensor_bytes=stored_bytes(model, architecture, plain=request.dtype is None, skip=request.special_dtypes),
-            headroom=headroom_of(architecture, dtype, request.batch_size, request.sequence_length, format_of(model)),
+            headroom=replace(taken, casting=cast_ring(architecture, request, computed)) if computed else taken,
             machine=machine,
             speeds=speeds,
         )
+        return replace(found, compute_dtype=computed)
+
+    def attempt(request: PlacementRequest) -> Placement:
+        dtype, placement = request.dtype or stored_dtype(model), placed(request)
+        computed, why = choose_dtype(
+            request, placement, dtype, format_of(model) is PLAIN, lambda: products_of(machine, memo) if memo else None
+        )
+        if computed != dtype:
+            placement = placed(request, computed)
         notes = [
             refused and refused.cause,
+            why and f"Computed in {computed}: {why}",
             cut_length(architecture, request.sequence_length),
         ]
         explanation = (*placement.explanation, *(f"{note}." for note in notes if note))
-        told = _with_streaming(replace(placement, explanation=explanation), architecture, model, dtype)
+        told = _with_streaming(replace(placement, explanation=explanation), architecture, model, computed)
         return replace(told, dtype=request.dtype)
 
     try:

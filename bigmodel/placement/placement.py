@@ -18,6 +18,7 @@ SCHEMA = "bigpipe.placement/3"
 BY_DEVICE = ("weights", "max_memory", "needs")
 PICTURE_WIDTH = 40
 FLOATS = ("float32", "float16", "bfloat16", "float64")
+COMPUTED = ("auto", "stored", *FLOATS)
 MODES = ("auto", "balanced", "balanced_low_0", "sequential", "optimal")
 
 
@@ -54,6 +55,9 @@ class PlacementRequest:
     """Blocks that stay on one device; None: the model's own."""
     dtype: str | None = None
     """What floats are loaded as, torch's own too; None, or auto: as stored."""
+    compute_dtype: str = "auto"
+    """What a CPU computes in where it need not be what is loaded, and weights are cast at each use: `stored`, a dtype,
+    or `auto`: where weights are streamed, float32 instead of a half that the CPU multiplies much more slowly."""
     special_dtypes: Mapping[str, str] = field(default_factory=dict)
     """Tensor name → dtype."""
     batch_size: int = 1
@@ -67,6 +71,9 @@ class PlacementRequest:
         special = {name: dtype_name(dtype) for name, dtype in self.special_dtypes.items()}
         object.__setattr__(self, "special_dtypes", special)
         _require_floats(self.dtype, *self.special_dtypes.values())
+        if self.compute_dtype not in COMPUTED:
+            cause = f"compute_dtype {self.compute_dtype!r} is not one that weights are cast to"
+            raise UsageError(cause, f"use {', '.join(COMPUTED)}")
         object.__setattr__(self, "device_map", as_map(self.device_map))
 
     @property
@@ -90,6 +97,8 @@ class Placement:
     strategy: str
     dtype: str | None = None
     """What floating tensors are loaded as; None: as stored."""
+    compute_dtype: str | None = None
+    """What they are cast to at each use, on a CPU; None: they are computed in as they are loaded."""
     device_map: dict[str, Device]
     """Module or tensor name → device; the longest prefix of a name decides, "" is the rest. Covers everything."""
     weights: dict[Device, int]
@@ -113,7 +122,7 @@ class Placement:
     """Sentences for people: what was decided and why."""
 
     def __post_init__(self) -> None:
-        _require_floats(self.dtype, *self.special_dtypes.values())
+        _require_floats(self.dtype, self.compute_dtype, *self.special_dtypes.values())
 
     @property
     def streaming(self) -> dict[Device, int]:

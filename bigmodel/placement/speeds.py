@@ -18,6 +18,7 @@ from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from bigpipe.bigmodel.memo import recall, remember
 from bigpipe.environment import inherited
@@ -137,16 +138,25 @@ def disk_speed(folder: Path) -> float:
 
 def _ask_gpus() -> dict[str, float]:
     """Of `gpu`, `link` and `hop` what a child with torch can measure; nothing where it fails."""
+    with suppress(TypeError, ValueError):
+        answer = ask_child(__name__)
+        return {name: float(answer[name]) for name in ("gpu", "link", "hop") if name in answer}
+    return {}
+
+
+def ask_child(module: str) -> dict[str, Any]:
+    """Return the JSON object that running a module of ours prints, in a process that may import torch; an empty one
+    where it fails."""
     package = Path(__file__).parents[3]
-    with suppress(OSError, ValueError, subprocess.SubprocessError):
+    with suppress(OSError, ValueError, IndexError, subprocess.SubprocessError):
         path = os.pathsep.join(filter(None, [str(package), os.environ.get("PYTHONPATH", "")]))
         environment = {**inherited(os.environ), "PYTHONPATH": path}
         child = subprocess.run(
-            [sys.executable, "-P", "-m", __name__], env=environment, capture_output=True,
+            [sys.executable, "-P", "-m", module], env=environment, capture_output=True,
             stdin=subprocess.DEVNULL, timeout=CHILD_SECONDS, check=True,
         )  # fmt: skip
         answer = json.loads(child.stdout.splitlines()[-1])
-        return {name: float(answer[name]) for name in ("gpu", "link", "hop") if name in answer}
+        return answer if isinstance(answer, dict) else {}
     return {}
 
 

@@ -135,10 +135,24 @@ def test_gives_what_was_forecast(
     assert planned.metrics["predicted"] == metrics.predicted
     assert planned.metrics["streamed_bytes_per_token"] == metrics.streamed_bytes_per_token
     assert metrics.measured == metrics.predicted
+    assert planned.metrics["compute_dtype"] == metrics.compute_dtype
     placement = read_placement(tmp_path / "out")
     assert placement.device_map == planned.output.device_map == content["device_map"]
     assert content["measured"] == metrics.measured
     assert placement.dtype == fields.get("dtype")
+
+
+@pytest.mark.parametrize(("asked", "computed"), [("float32", "float32"), ("stored", "float16")])
+def test_what_is_computed_in_is_told_and_weights_are_held_as_stored(
+    tmp_path: Path, memo: Path, models: dict[str, Path], asked: str, computed: str
+) -> None:
+    fields = {"device_map": {"": "cpu", "model.layers.1": "disk"}, "compute_dtype": asked}
+    planned = forecast(models["llama"], memo, **fields)
+    metrics, _ = run(tmp_path / "out", models["llama"], memo, **fields)
+    assert planned.metrics["compute_dtype"] == metrics.compute_dtype == computed
+    assert metrics.measured == metrics.predicted
+    assert read_placement(tmp_path / "out").compute_dtype == (None if asked == "stored" else asked)
+    assert ("Computed in float32: as asked." in planned.details) == (asked == "float32")
 
 
 @pytest.mark.parametrize("home", ["cpu", "disk"])

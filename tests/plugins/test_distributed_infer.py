@@ -229,6 +229,20 @@ def streaming(folder: Path, model: Path, **max_memory: int) -> Path:
     return folder
 
 
+def test_computes_in_what_the_placement_says_unless_a_dtype_is_asked_for(tmp_path: Path, model: Path) -> None:
+    written = {}
+    for dtype, computed in ((None, "bfloat16"), ("float32", "bfloat16"), ("bfloat16", None), ("float32", None)):
+        placement = place(model, device_map={"": "disk"}, compute_dtype=computed or "stored")
+        (tmp_path / "placement.json").write_text(json.dumps(placement.as_json()))
+        ctx = context(tmp_path / f"{dtype}-{computed}", model)
+        ctx = replace(ctx, inputs={**ctx.inputs, "placement": (tmp_path,)})
+        metrics = infer(InferParams(task="feature-extraction", prompts=["Once upon"], dtype=dtype), ctx)
+        assert metrics.compute_dtype == (dtype or computed)
+        written[dtype, computed] = (ctx.out / "results.jsonl").read_bytes()
+    assert written[None, "bfloat16"] == written["bfloat16", None] != written["float32", None]
+    assert written["float32", "bfloat16"] == written["float32", None]
+
+
 @pytest.mark.parametrize("arguments", [{}, {"do_sample": True}, {"num_beams": 2}], ids=str)
 def test_batches_that_go_through_streamed_layers_together_give_the_same_bytes(
     tmp_path: Path, model: Path, arguments: dict[str, Any]
@@ -263,7 +277,7 @@ def test_a_plan_says_how_many_batches_go_together_and_why(tmp_path: Path, model:
     inputs = {"model": (Forecast(output=describe_checkpoint(model)),), "placement": (Forecast(output=placement),)}
     ctx = forecast_context(tmp_path, inputs=inputs, machine=MACHINE)
     found = STAGE.forecast(params(), ctx)
-    assert found.metrics == {"prompts": 5, "micro_batches": 5}
+    assert found.metrics == {"prompts": 5, "micro_batches": 5, "compute_dtype": "float16"}
     assert found.details[0].startswith("5 batches at once through the streamed layers: more would not be faster")
     need = placement.needs["cpu"].total
     small = replace(MACHINE, memory=int((need + 4 * 10_000) / 0.8))
@@ -463,7 +477,7 @@ def test_forecasts_shares_memory_and_gpus(tmp_path: Path, model: Path) -> None:
     ctx = forecast_context(tmp_path, inputs=inputs, machine=MACHINE, launch=Launch(num_processes=2))
     found = STAGE.forecast(params(batch_size=2), ctx)
     assert found.summary == "5 prompts in 3 batches over 2 ranks (4 + 1)"
-    assert found.metrics == {"prompts": 5, "micro_batches": 1}
+    assert found.metrics == {"prompts": 5, "micro_batches": 1, "compute_dtype": "float32"}
     assert found.ram is not None
     assert found.ram > 2 * 2 * (model / "model.safetensors").stat().st_size
     gpu = replace(MACHINE, gpus=(Gpu(0, "L4", 24 * 2**30, 20 * 2**30),))
