@@ -1,14 +1,16 @@
 """Generate for a set of prompts with a model whose layers are mostly on disk: bigpipe against accelerate.
 
     python benchmarks/streamed.py [--size 1.3B] [--dtype bfloat16] [--prompts 64] [--batch 8] [--tokens 16]
-        [--resident 0.25] [--home cpu] [--away disk] [--rounds 1] [--arms "accelerate,one by one,together"]
-        [--folder DIR]
+        [--resident 0.25] [--compute auto] [--home cpu] [--away disk] [--rounds 1]
+        [--arms "accelerate,one by one,together"] [--folder DIR]
 
 A quarter of the layers stays in RAM, the rest is on disk; with `--home 0` they stay on the first GPU, which computes,
 and the rest is in RAM (`--away cpu`) or on disk. Both arms hold the same layers, and accelerate gets its
 offload folder. Every arm is a process of its own. Set-up is from the checkpoint to a model that can run; accelerate's
 writes the offloaded weights. Generating starts with the page cache emptied of the model's files. `one by one` takes a
-batch after the other, `together` all of them through each layer. Outputs must be equal.
+batch after the other, `together` all of them through each layer. Outputs must be equal, unless ours computes in float32
+because this CPU multiplies that much faster (`--compute stored` forbids it). Beside each arm of ours stands the most
+that this machine allows, what bounds it, and the share of it that was reached.
 """
 
 from __future__ import annotations
@@ -27,6 +29,8 @@ from typing import Any
 from machine import alternate, facts, median
 from reshard import SHAPES, forget, make_source
 
+PROMPT = 24
+"""Tokens."""
 FIGURES = ("setup", "seconds", "tokens_per_second", "peak_mib", "gpu_peak_mib")
 
 
@@ -37,7 +41,7 @@ def device_map(layers: int, resident: float, home: int | str = "cpu", away: str 
     return {**{f"model.decoder.{name}": home for name in outside}, "lm_head": home, **blocks}
 
 
-def prompts(count: int, vocabulary: int, length: int = 24) -> Any:
+def prompts(count: int, vocabulary: int, length: int = PROMPT) -> Any:
     import torch
 
     return torch.randint(5, vocabulary, (count, length), generator=torch.Generator().manual_seed(0))
@@ -67,8 +71,9 @@ def child(arm: str, source: Path, folder: Path, options: argparse.Namespace) -> 
         each = None
     else:
         from bigpipe.bigmodel.execution import load, loaded
+        from bigpipe.bigmodel.placement import Placement
 
-        model = load(source, placed, dtype=options.dtype)
+        model = load(source, Placement.from_json(json.loads((source.parent / "plan.json").read_text())["placement"]))
         each = loaded(model).stream
     ready = time.perf_counter()
     for path in (source, folder / "offload"):
@@ -105,6 +110,29 @@ def child(arm: str, source: Path, folder: Path, options: argparse.Namespace) -> 
     }
 
 
+def plan(source: Path, options: argparse.Namespace) -> dict[str, Any]:
+    """The placement of our arms, and how fast this machine can be with it."""
+    from bigpipe.bigmodel.architecture import describe_architecture
+    from bigpipe.bigmodel.checkpoint import describe_checkpoint
+    from bigpipe.bigmodel.placement import Work, limit_here, place
+    from bigpipe.machine import detect
+
+    home = int(options.home) if options.home.isdecimal() else options.home
+    placed = device_map(SHAPES[options.size][2], options.resident, home, options.away)
+    memo, machine = source.parent / "memo", detect(source.parent)
+    placement = place(source, device_map=placed, compute_dtype=options.compute, batch_size=options.batch, memo=memo)
+    computed, batches = placement.compute_dtype or options.dtype, -(-options.prompts // options.batch)
+    read, made = options.prompts * PROMPT, options.prompts * options.tokens
+    limits = {}
+    for arm, together in (("one by one", 1), ("together", batches)):
+        work = Work(rows=options.prompts, read=read, made=made, batch_size=options.batch, together=together)
+        model = describe_checkpoint(source)
+        found = limit_here(placement, describe_architecture(source), model, computed, work, machine, memo)
+        if found is not None:
+            limits[arm] = {"limit": found.tokens_per_second, "bound_by": found.bound_by, "why": found.describe()}
+    return {"placement": placement.as_json(), "limits": limits, "computed in": computed}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--size", default="1.3B", choices=SHAPES)
@@ -113,6 +141,7 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--tokens", type=int, default=16)
     parser.add_argument("--resident", type=float, default=0.25)
+    parser.add_argument("--compute", default="auto", help="auto, stored, or a dtype: what a CPU computes in")
     parser.add_argument(
         "--home", default="cpu", help="what computes, and holds the resident layers: cpu, or a GPU's number"
     )
@@ -124,6 +153,9 @@ def main() -> None:
     options = parser.parse_args()
     if options.child:
         arm, source, folder = options.child
+        if arm == "plan":
+            (Path(folder) / "plan.json").write_text(json.dumps(plan(Path(source), options)))
+            return
         print(json.dumps(child(arm, Path(source), Path(folder), options)))
         return
     with tempfile.TemporaryDirectory(dir=options.folder) as name:
@@ -138,18 +170,23 @@ def main() -> None:
             stderr=subprocess.DEVNULL,
         )
 
+        def begin(arm: str, folder: str) -> subprocess.CompletedProcess[bytes]:
+            command = [sys.executable, *sys.argv, "--child", arm, str(source), folder]
+            environment = {**os.environ, "OMP_NUM_THREADS": str(os.cpu_count()), "PYTHONHASHSEED": "0"}
+            return subprocess.run(
+                command, check=True, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, env=environment
+            )
+
+        begin("plan", name)
+        planned = json.loads((Path(name) / "plan.json").read_text())
+
         def run(arm: str) -> dict[str, Any]:
             with tempfile.TemporaryDirectory(dir=options.folder) as folder:
-                command = [sys.executable, *sys.argv, "--child", arm, str(source), folder]
-                environment = {**os.environ, "OMP_NUM_THREADS": str(os.cpu_count()), "PYTHONHASHSEED": "0"}
-                done = subprocess.run(
-                    command, check=True, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, env=environment
-                )
-                return dict(json.loads(done.stdout.splitlines()[-1]))
+                return dict(json.loads(begin(arm, folder).stdout.splitlines()[-1]))
 
         arms = {arm: (lambda arm=arm: run(arm)) for arm in options.arms.split(",")}
         results = alternate(arms, options.rounds, warm_up=False)  # every arm is a new process, and its files are cold
-        report(results, options)
+        report(results, planned, options)
 
 
 def write(folder: Path, size: str, dtype: str) -> None:
@@ -166,13 +203,16 @@ def write(folder: Path, size: str, dtype: str) -> None:
         target.rename(folder)
 
 
-def report(results: dict[str, list[dict[str, Any]]], options: argparse.Namespace) -> None:
+def report(results: dict[str, list[dict[str, Any]]], planned: dict[str, Any], options: argparse.Namespace) -> None:
     digests = {run["digest"] for runs in results.values() for run in runs}
     arms = {
         arm: {key: median([run[key] for run in runs]) for key in FIGURES}
         | {"read_gb": round(runs[0]["read"] / 1e9, 2) if runs[0]["read"] else None}
         for arm, runs in results.items()
     }
+    for arm, limit in planned["limits"].items():
+        if arm in arms:
+            arms[arm] |= {**limit, "share": round(arms[arm]["tokens_per_second"] / limit["limit"], 3)}
     best = arms.get("together") or arms["one by one"]
     ratios = {
         f"ratio of tokens/s to {arm}": round(best["tokens_per_second"] / row["tokens_per_second"], 2)
@@ -182,6 +222,7 @@ def report(results: dict[str, list[dict[str, Any]]], options: argparse.Namespace
         json.dumps(
             {
                 "benchmark": "streamed",
+                "computed in": planned["computed in"],
                 "equal outputs": len(digests) == 1,
                 "arms": arms,
                 **ratios,

@@ -72,6 +72,10 @@ class DispatchMetrics(Metrics):
     """Stored bytes that one token moves from RAM or disk to where it computes."""
     sequence_length: int
     """Tokens that room is kept for: those asked for, at most what the model's positions allow."""
+    bound_by: str = ""
+    """Where layers are streamed: what bounds decoding batch_size texts, `bandwidth`, `compute` or `memory`."""
+    limit_tokens_per_second: float | None = None
+    """Where layers are streamed: what such steps give at the most, at the measured speeds of this machine."""
 
 
 def facts(params: DispatchParams, machine: Machine) -> Mapping[str, Json]:

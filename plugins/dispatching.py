@@ -15,7 +15,7 @@ from typing import Any
 from bigpipe.bigmodel.checkpoint import ModelDescription, describe_checkpoint
 from bigpipe.bigmodel.footprint import capped_length
 from bigpipe.bigmodel.formats import Agreement, computable
-from bigpipe.bigmodel.placement import Placement, PlacementRequest, find_misfits, place_model
+from bigpipe.bigmodel.placement import Placement, PlacementRequest, Work, find_misfits, limit_here, place_model
 from bigpipe.errors import DoesNotFit, UsageError, first_few
 from bigpipe.files import write_file
 from bigpipe.fit import Misfit
@@ -33,9 +33,12 @@ from .library import (
     require_class,
     single_model,
     sources_of,
+    told_limit,
 )
 
 PICTURE = "placement.txt"
+MEASURED = {"load_seconds", "compute_dtype", "bound_by", "limit_tokens_per_second"}
+"""Metrics that are no part of the placement."""
 PROCESS = 600 * 2**20
 """Bytes of a process that has imported torch, transformers and bitsandbytes, and holds no model."""
 
@@ -136,9 +139,17 @@ def run(params: DispatchParams, ctx: StageContext) -> StageResult:
         streamed_bytes_per_token=placement.streamed_bytes_per_token,
         sequence_length=capped_length(agreement.architecture, params.sequence_length),
     )
+    work = Work(rows=params.batch_size, made=params.batch_size, batch_size=params.batch_size)
+    if placement.streamed_bytes_per_token and (
+        limit := limit_here(
+            placement, agreement.architecture, model, metrics.compute_dtype, work, ctx.machine, ctx.memo
+        )
+    ):
+        ctx.log(f"a decoding step: {limit.describe()}", detail=True)
+        metrics = metrics.model_copy(update=told_limit(limit))
     if params.verify != "none":
         metrics = _verify(params, ctx, placement, metrics)
-    told = metrics.model_dump(exclude={"load_seconds", "compute_dtype"})
+    told = metrics.model_dump(exclude=MEASURED)
     picture = [placement.picture(), "", *placement.explanation, ""]
     texts = {PLACEMENT: json.dumps({**placement.as_json(), **told}, indent=2) + "\n", PICTURE: "\n".join(picture)}
     return StageResult(metrics, {name: write_file(ctx.out / name, text) for name, text in texts.items()})

@@ -95,14 +95,22 @@ class InferMetrics(Metrics):
     """Prompts whose result is an error."""
     tokens: int = 0
     """Made; for feature-extraction, read."""
-    compute_dtype: str = ""
-    """What was computed in."""
     micro_batches: int = 1
     """Batches of a rank that were under way together."""
     tokens_per_second: float = 0.0
     """Of all ranks together, while the slowest was computing."""
     idle: float = 0.0
     """Share of the ranks' time spent waiting for the slowest."""
+    prompt_tokens: int = 0
+    """Read, as far as the task tells."""
+    compute_dtype: str = ""
+    """What was computed in."""
+    bound_by: str = ""
+    """Where layers are streamed: what bounds the speed, `bandwidth`, `compute` or `memory`."""
+    limit_tokens_per_second: float | None = None
+    """Where layers are streamed: the most that this machine's bandwidths and products allow, all ranks together."""
+    share_of_limit: float | None = None
+    """Reached. More than 1 where files came from the page cache."""
     peak: dict[str, Bytes] = Field(default_factory=dict)
     """Bytes by device: a GPU's number, or `cpu` for the resident memory of the largest rank."""
 
@@ -116,7 +124,7 @@ def facts(params: InferParams, machine: Machine) -> Mapping[str, Json]:
 
 STAGE = Stage(
     kind="distributed-infer",
-    version=3,
+    version=4,
     params=InferParams,
     metrics=InferMetrics,
     inputs={"model": Port("checkpoint"), "placement": Port("placement", optional=True)},

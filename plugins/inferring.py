@@ -14,7 +14,7 @@ from bigpipe.bigmodel.execution import as_placement, cast_bytes, host_memory, lo
 from bigpipe.bigmodel.footprint import Workload
 from bigpipe.bigmodel.formats import computable
 from bigpipe.bigmodel.inference import RESULTS, Bound, assign, chunked, compute_share, merge_results, plan_work
-from bigpipe.bigmodel.placement import Placement, Together, batches_together
+from bigpipe.bigmodel.placement import Placement, Together, Work, batches_together, limit_here
 from bigpipe.bigmodel.sources import Sources
 from bigpipe.bigmodel.tasks import TASKS, Row, TaskOptions, find_task, read_prompts
 from bigpipe.errors import StageFailed, UsageError
@@ -25,7 +25,17 @@ from bigpipe.orchestrator.stage import CheckContext, Forecast, ForecastContext, 
 from bigpipe.sizes import counted
 
 from .distributed_infer import InferMetrics, InferParams
-from .library import about, agreed, computed_in, load_placed, read_placement, require_class, single_model, sources_of
+from .library import (
+    about,
+    agreed,
+    computed_in,
+    load_placed,
+    read_placement,
+    require_class,
+    single_model,
+    sources_of,
+    told_limit,
+)
 
 if TYPE_CHECKING:
     import torch
@@ -222,5 +232,27 @@ def finish(params: InferParams, ctx: StageContext) -> StageResult:
     """Merges by index: every row once, or the stage fails."""
     summary, written = merge_results(ctx.scratch, ctx.out, max_errors=params.max_errors)
     model, placement = describe_checkpoint(ctx.input("model")), _placement(ctx) or _alone(ctx.machine)
-    computed = computed_in(model, placement, ctx.machine, params.dtype)
-    return StageResult(InferMetrics(**summary, compute_dtype=computed), {RESULTS: written})
+    metrics = InferMetrics(**summary, compute_dtype=computed_in(model, placement, ctx.machine, params.dtype))
+    return StageResult(_with_limit(params, metrics, model, placement, ctx), {RESULTS: written})
+
+
+def _with_limit(
+    params: InferParams, metrics: InferMetrics, model: ModelDescription, placement: Placement, ctx: StageContext
+) -> InferMetrics:
+    """Where layers are streamed and the task tells what it read."""
+    if not placement.streamed_bytes_per_token or not metrics.prompt_tokens:
+        return metrics
+    work = Work(
+        rows=metrics.prompts,
+        read=metrics.prompt_tokens,
+        made=metrics.tokens if params.task in TASKS and find_task(params.task, Sources()).makes_tokens else 0,
+        batch_size=params.batch_size,
+        together=metrics.micro_batches,
+    )
+    architecture = agreed(model, sources_of(ctx)).architecture
+    limit = limit_here(placement, architecture, model, metrics.compute_dtype, work, ctx.machine, ctx.memo)
+    if limit is None:
+        return metrics
+    share = metrics.tokens_per_second / limit.tokens_per_second
+    ctx.log(f"{metrics.tokens_per_second:.3g} tokens/s are {share:.0%} of the limit: {limit.describe()}")
+    return metrics.model_copy(update={**told_limit(limit), "share_of_limit": round(share, 4)})

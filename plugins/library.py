@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from bigpipe.bigmodel.checkpoint import ModelDescription
     from bigpipe.bigmodel.formats import Agreement
     from bigpipe.bigmodel.hub import Need
-    from bigpipe.bigmodel.placement import Placement
+    from bigpipe.bigmodel.placement import Limit, Placement
     from bigpipe.machine import Machine
 
 PLACEMENT = "placement.json"
@@ -126,6 +126,11 @@ def computed_in(model: ModelDescription, placement: Placement, machine: Machine,
     from bigpipe.bigmodel.execution import host_memory, loading_dtype
 
     return loading_dtype(model, placement, host_memory(placement, machine.memory, machine.memory_available), dtype)
+
+
+def told_limit(limit: Limit) -> dict[str, Any]:
+    """The metrics that say it."""
+    return {"bound_by": limit.bound_by, "limit_tokens_per_second": round(limit.tokens_per_second, 3)}
 
 
 def load_placed(

@@ -142,8 +142,7 @@ def load(
     if isinstance(placement, str) and isinstance(as_map(placement), str):
         placement = _placed(checkpoint, described, model, PlacementRequest(device_map=placement, **given), sources)
     placement = replace(as_placement(placement), **given)
-    if "dtype" in given:
-        placement = replace(placement, compute_dtype=None)
+    placement = replace(placement, compute_dtype=None) if "dtype" in given else placement
     homes, there = Homes(placement, first_gpu), psutil.virtual_memory()
     memory = memory or host_memory(placement, there.total, there.available)
     wanted = _floating(loading_dtype(described, placement, memory))

@@ -4,7 +4,7 @@ Each rank appends to a log of its own: a line per record with a checksum, made d
 takes the union of all logs; lines that a crash tore are not there. So a crash loses nothing that was finished, and
 nothing counts twice.
 
-    {"index": 7, "digest": "9f86d081884c7d65", "payload": {"text": "…"}, "tokens": 9, "seconds": 0.4, "crc": "89ab…"}
+    {"index": 7, "digest": "9f86d081884c7d65", "payload": {"text": "…"}, "tokens": 9, …, "crc": "89ab…"}
 """
 
 from __future__ import annotations
@@ -38,6 +38,8 @@ class Record:
     tokens: int = 0
     seconds: float = 0.0
     """Its share of the time its chunk took."""
+    read: int = 0
+    """Tokens of its prompt."""
 
     @property
     def failed(self) -> bool:
@@ -168,11 +170,10 @@ def assign(chunks: Sequence[int], ranks: int, *, pad: bool = False) -> list[list
 def merge_results(folder: Path, out: Path, *, max_errors: int = 0) -> tuple[dict[str, Any], tuple[str, int]]:
     """Write `out/results.jsonl`: one line per row of the plan in `folder`, in their order.
 
-    Return what came of it, and the file's (hex sha256, size): `prompts`, `errors`, `tokens`; `micro_batches`, chunks
-    under way at once; `tokens_per_second` of all
-    ranks together, while the slowest was computing; `idle`, the share of their time spent waiting for the slowest;
-    `peak`, bytes by device, of the rank that took most. Raise StageFailed where a row has no record, or more than
-    `max_errors` rows failed.
+    Return what came of it, and the file's (hex sha256, size): `prompts`, `errors`, `tokens`, `prompt_tokens`;
+    `micro_batches`, chunks under way at once; `tokens_per_second` of all ranks together, while the slowest was
+    computing; `idle`, the share of their time spent waiting for the slowest; `peak`, bytes by device, of the rank that
+    took most. Raise StageFailed where a row has no record, or more than `max_errors` rows failed.
     """
     plan = WorkPlan.read(folder)
     found = gather(plan.rows, folder)
@@ -183,6 +184,7 @@ def merge_results(folder: Path, out: Path, *, max_errors: int = 0) -> tuple[dict
     written = write_file(out / RESULTS, "".join(_line(row, found[row.index]) for row in plan.rows))
     tokens = sum(record.tokens for record in found.values())
     counts = {"prompts": len(found), "errors": len(failed), "tokens": tokens}
+    counts["prompt_tokens"] = sum(record.read for record in found.values())
     return {
         **counts,
         "micro_batches": plan.together,

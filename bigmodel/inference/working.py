@@ -84,7 +84,7 @@ def _records(batch: Sequence[Row], answers: Sequence[Answer], seconds: float) ->
     """seconds: those of the batch, which its rows share; where several are under way, those since the last was done."""
     share = round(seconds / len(batch), 6)
     return [
-        Record(row.index, row.digest, answer.payload, answer.tokens, share)
+        Record(row.index, row.digest, answer.payload, answer.tokens, share, answer.read)
         for row, answer in zip(batch, answers, strict=True)
     ]
 

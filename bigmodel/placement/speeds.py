@@ -57,10 +57,12 @@ class Speeds:
 
     def streamed(self, home: object, runner: object, nbytes: int) -> float:
         """Seconds to compute with weights that pass from `home` (cpu or disk) through `runner`."""
+        return max(nbytes / self.path(home, runner), self.resident(runner, nbytes))
+
+    def path(self, home: object, runner: object) -> float:
+        """Bytes per second from `home` (cpu or disk) to `runner`."""
         path = self.disk if home == "disk" else self.link
-        if runner != "cpu":
-            path = min(path, self.link)
-        return max(nbytes / path, self.resident(runner, nbytes))
+        return path if runner == "cpu" else min(path, self.link)
 
     def describe(self) -> str:
         named = {"GPU memory": self.gpu, "link": self.link, "RAM": self.ram, "disk": self.disk}

@@ -59,7 +59,7 @@ def _bind(model: Any, path: Path, options: TaskOptions, sources: Sources) -> Ans
         with torch.inference_mode():
             hidden = body(**inputs).last_hidden_state.float().cpu()
         return [
-            Answer({"features": pool(states[: len(tokens)]).tolist()}, len(tokens))
+            Answer({"features": pool(states[: len(tokens)]).tolist()}, len(tokens), len(tokens))
             for states, tokens in zip(hidden, encoded, strict=True)
         ]
 

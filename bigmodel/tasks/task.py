@@ -28,6 +28,8 @@ class Answer:
     """A JSON object. It becomes the row's line of results, after its index and prompt."""
     tokens: int = 0
     """Tokens made, or read where none are made."""
+    read: int = 0
+    """Tokens of the prompt, as far as the task tells."""
 
 
 Answerer = Callable[[Sequence[Row]], list[Answer]]

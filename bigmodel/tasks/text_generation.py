@@ -100,7 +100,8 @@ def _bind(model: Any, path: Path, options: TaskOptions, sources: Sources) -> Ans
         with options.bounded("the tokenizer of the model"):
             found = [cut(tokens, start) for tokens in made.tolist()]
             each = len(found) // len(rows)
-            return [_answer(tokenizer, found[first : first + each]) for first in range(0, len(found), each)]
+            texts = [found[first : first + each] for first in range(0, len(found), each)]
+            return [_answer(tokenizer, *row) for row in zip(texts, map(len, encoded), strict=True)]
 
     return answer
 
@@ -111,10 +112,10 @@ def _one_by_one(settings: Mapping[str, Any]) -> bool:
     return bool(draws_beams or settings.get("prompt_lookup_num_tokens"))
 
 
-def _answer(tokenizer: Any, found: list[list[int]]) -> Answer:
+def _answer(tokenizer: Any, found: list[list[int]], read: int) -> Answer:
     texts = [tokenizer.decode(tokens, skip_special_tokens=True) for tokens in found]
     several = {"texts": texts} if len(texts) > 1 else {}
-    return Answer({"text": texts[0], **several}, sum(map(len, found)))
+    return Answer({"text": texts[0], **several}, sum(map(len, found)), read)
 
 
 def _cutter(settings: Mapping[str, Any], tokenizer: Any) -> Callable[[list[int], int], list[int]]:

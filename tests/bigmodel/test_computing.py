@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -10,39 +9,14 @@ from typing import Any
 
 import pytest
 import torch
+from support.measured import GOOD_HALVES, HERE, KEY, NO_HALVES, knowing, rates
 from support.models import forward, make_checkpoint, sample_inputs, tiny_model
 
 from bigpipe.bigmodel.execution import load, loaded
 from bigpipe.bigmodel.memo import recall, remember
 from bigpipe.bigmodel.placement import Placement, place
-from bigpipe.bigmodel.placement.products import (
-    ANSWER_VERSION,
-    DTYPES,
-    ROWS,
-    Products,
-    computing_dtype,
-    measure,
-    products_of,
-)
+from bigpipe.bigmodel.placement.products import DTYPES, Products, computing_dtype, measure, products_of
 from bigpipe.errors import UsageError
-from bigpipe.machine import Machine
-from bigpipe.versions import package_version
-
-HERE = Machine(os.uname().nodename, cpus=2, memory=2**34, memory_available=2**34, disk_free=2**34)
-NO_HALVES = {"float32": (10, 40, 80), "bfloat16": (5, 8, 9), "float16": (16, 20, 22)}
-"""GFLOP/s with 1, 8 and 64 rows of a CPU that multiplies halves slowly."""
-GOOD_HALVES = {"float32": (10, 40, 80), "bfloat16": (20, 100, 180), "float16": (20, 90, 170)}
-
-
-def rates(figures: Mapping[str, tuple[int, ...]]) -> dict[str, dict[int, float]]:
-    return {dtype: dict(zip(ROWS, (1e9 * each for each in found), strict=True)) for dtype, found in figures.items()}
-
-
-def knowing(memo: Path, figures: Mapping[str, tuple[int, ...]]) -> Path:
-    """A memo in which these are the rates of this machine."""
-    key = [ANSWER_VERSION, package_version("torch"), list(ROWS)]
-    remember(memo / "speeds" / f"{HERE.name}-products.json", {"key": key, "rates": rates(figures)})
-    return memo
 
 
 @pytest.mark.parametrize(
@@ -83,7 +57,7 @@ def test_measured_once_and_remembered(tmp_path: Path) -> None:
     again = products_of(HERE, tmp_path)
     assert again is not None
     assert again.rate("float32", 9) == 123.0
-    remember(file, {**known, "key": [ANSWER_VERSION, "another torch", list(ROWS)]})
+    remember(file, {**known, "key": [KEY[0], "another torch", *KEY[2:]]})
     anew = products_of(HERE, tmp_path)
     assert anew is not None
     assert anew.rate("float32", 9) != 123.0

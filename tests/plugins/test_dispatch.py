@@ -14,11 +14,13 @@ import pytest
 from pydantic import ValidationError
 from support.contexts import forecast_context, stage_context
 from support.launching import MACHINE
+from support.measured import HERE, NO_HALVES, knowing
 from support.models import make_checkpoint
 from support.tinygpt import GPT
 
 from bigpipe.bigmodel.architecture import describe_architecture
 from bigpipe.bigmodel.checkpoint import describe_checkpoint
+from bigpipe.bigmodel.placement import Speeds
 from bigpipe.bigmodel.sources import Sources
 from bigpipe.errors import StageFailed, UsageError
 from bigpipe.orchestrator.contract.events import LogLine
@@ -94,11 +96,11 @@ def forecast(model: Path, memo: Path, machine: Machine = MACHINE, **fields: Any)
     return STAGE.forecast(DispatchParams(**fields), ctx)
 
 
-def context(out: Path, model: Path, memo: Path) -> StageContext:
+def context(out: Path, model: Path, memo: Path, machine: Machine = MACHINE) -> StageContext:
     out.mkdir(exist_ok=True)
     return stage_context(
         out, node="dispatch", inputs={"model": (model,)}, out=out, scratch=out, parts=out, memo=memo, base=TESTS,
-        machine=MACHINE, trust=Trust(modules=("support",)), reporter=Reports(),
+        machine=machine, trust=Trust(modules=("support",)), reporter=Reports(),
     )  # fmt: skip
 
 
@@ -140,6 +142,24 @@ def test_gives_what_was_forecast(
     assert placement.device_map == planned.output.device_map == content["device_map"]
     assert content["measured"] == metrics.measured
     assert placement.dtype == fields.get("dtype")
+
+
+def test_says_what_bounds_a_step_where_layers_are_streamed(tmp_path: Path) -> None:
+    model = make_checkpoint(tmp_path / "model", "opt", dtype="float16")
+    memo = knowing(tmp_path / "memo", NO_HALVES, Speeds(disk=1e5, ram=1e12))
+    ctx = context(tmp_path / "out", model, memo, HERE)
+    fields: dict[str, Any] = {"device_map": {"": "cpu", "model.decoder.layers.1": "disk"}, "verify": "none"}
+    metrics = STAGE.run(DispatchParams(batch_size=8, **fields), ctx).metrics  # type: ignore[union-attr]
+    assert isinstance(metrics, DispatchMetrics)
+    assert (metrics.compute_dtype, metrics.bound_by) == ("float32", "bandwidth")
+    step = metrics.streamed_bytes_per_token / 1e5
+    assert metrics.limit_tokens_per_second == pytest.approx(8 / step, rel=0.01)
+    written = json.loads((tmp_path / "out" / "placement.json").read_bytes())
+    assert not written.keys() & {"bound_by", "limit_tokens_per_second"}  # measured, and the placement is in keys
+    assert written["compute_dtype"] == "float32"
+    whole = STAGE.run(DispatchParams(device_map={"": "cpu"}, verify="none"), ctx).metrics  # type: ignore[union-attr]
+    assert isinstance(whole, DispatchMetrics)
+    assert whole.bound_by == ""
 
 
 @pytest.mark.parametrize(("asked", "computed"), [("float32", "float32"), ("stored", "float16")])

@@ -13,17 +13,19 @@ from pydantic import ValidationError
 from support.contexts import check_context, forecast_context, stage_context
 from support.inferring import start
 from support.launching import MACHINE
+from support.measured import GOOD_HALVES, HERE, knowing
 from support.models import make_checkpoint, save_model
 from support.workshop import Workshop
 
 from bigpipe.bigmodel.checkpoint import describe_checkpoint
 from bigpipe.bigmodel.inference import assign, read_log
-from bigpipe.bigmodel.placement import Placement, place
+from bigpipe.bigmodel.placement import Placement, Speeds, place
 from bigpipe.errors import StageFailed, UsageError
 from bigpipe.orchestrator.contract.events import Progress, RankHello
 from bigpipe.orchestrator.stage import CheckContext, Forecast, Gpu, Launch, StageContext, Trust
 from bigpipe.plugins import inferring
 from bigpipe.plugins.distributed_infer import STAGE, InferMetrics, InferParams
+from bigpipe.plugins.library import read_placement
 
 PROMPTS = ["Hello, my name is", "The", "Once upon a time", "a b c", "Why?"]
 
@@ -227,6 +229,22 @@ def streaming(folder: Path, model: Path, **max_memory: int) -> Path:
     assert placement.streamed_bytes_per_token
     (folder / "placement.json").write_text(json.dumps(placement.as_json()))
     return folder
+
+
+@pytest.mark.parametrize("task", ["text-generation", "feature-extraction"])
+def test_says_what_bounds_it_and_what_share_was_reached(tmp_path: Path, model: Path, task: str) -> None:
+    makes, figures = task == "text-generation", Speeds(disk=1e5, ram=1e12)
+    ctx = context(tmp_path, model, machine=HERE, memo=knowing(tmp_path, GOOD_HALVES, figures))
+    ctx = replace(ctx, inputs={**ctx.inputs, "placement": (streaming(tmp_path, model),)})
+    metrics = infer(InferParams(task=task, prompts=PROMPTS, max_new_tokens=5 if makes else 32, micro_batches=2), ctx)
+    assert metrics.prompt_tokens > 5
+    assert metrics.bound_by == "bandwidth"
+    streamed = read_placement(tmp_path).streamed_bytes_per_token
+    passes = 3 * (metrics.tokens / 5 if makes else 1)
+    assert metrics.limit_tokens_per_second == pytest.approx(metrics.tokens / (passes * streamed / 1e5), rel=0.01)
+    assert metrics.limit_tokens_per_second
+    reached = metrics.tokens_per_second / metrics.limit_tokens_per_second
+    assert metrics.share_of_limit == pytest.approx(reached, rel=0.01)
 
 
 def test_computes_in_what_the_placement_says_unless_a_dtype_is_asked_for(tmp_path: Path, model: Path) -> None:

@@ -1,0 +1,144 @@
+"""The least time that work with a placed model takes on this machine, and what bounds it.
+
+    t ≥ max(bytes moved / bandwidth, 2 · active weights · tokens / FLOP/s, bytes of weights read / memory bandwidth)
+
+since reading ahead, multiplying and fetching from memory go on beside each other. A pass over the streamed weights
+serves all batches that are together; every batch fetches each weight from memory. Attention is left out, and beams
+count once: what is given is a bound, and nothing is faster but a disk whose files are still in the page cache.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from bigpipe.bigmodel.architecture import Architecture, text_config
+from bigpipe.bigmodel.checkpoint import ModelDescription, itemsize
+from bigpipe.machine import Machine
+
+from .devices import is_computing, main_of
+from .models import stored_bytes, stored_dtype
+from .placement import Placement
+from .products import ROWS, Products, products_of
+from .speeds import Speeds, speeds_of
+from .streaming import streamed
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Work:
+    """Texts that are read and made."""
+
+    rows: int
+    read: int = 0
+    """Tokens of all rows; 0: their prompts were read before."""
+    made: int = 0
+    """Tokens of all rows; 0: they are only read."""
+    batch_size: int = 1
+    together: int = 1
+    """Batches that one pass over the streamed weights serves."""
+
+    @property
+    def batches(self) -> int:
+        return math.ceil(self.rows / self.batch_size)
+
+    @property
+    def steps(self) -> float:
+        """Forwards of a batch: one reads the prompts and makes a token, the others make one each."""
+        return max(1.0, self.made / self.rows)
+
+
+@dataclass(frozen=True, slots=True)
+class Limit:
+    """What bounds a piece of work: the largest of three times, in seconds."""
+
+    work: Work
+    bandwidth: float
+    """Moving streamed weights to where they compute."""
+    compute: float
+    """Multiplying."""
+    memory: float
+    """Reading weights from the memory they compute in."""
+
+    @property
+    def seconds(self) -> float:
+        return max(self.bandwidth, self.compute, self.memory)
+
+    @property
+    def bound_by(self) -> str:
+        """Return which of the three it is, by name."""
+        times = {"bandwidth": self.bandwidth, "compute": self.compute, "memory": self.memory}
+        return max(times, key=lambda name: times[name])
+
+    @property
+    def tokens_per_second(self) -> float:
+        """Return how many tokens are made, or read where none are made, at the most."""
+        return (self.work.made or self.work.read) / self.seconds
+
+    def describe(self) -> str:
+        times = {"moving": self.bandwidth, "multiplying": self.compute, "memory": self.memory}
+        said = ", ".join(f"{name} {seconds:.3g} s" for name, seconds in times.items())
+        return f"at most {self.tokens_per_second:.3g} tokens/s, bound by {self.bound_by} ({said})"
+
+
+def limit_here(
+    placement: Placement, architecture: Architecture, model: ModelDescription, dtype: str, work: Work,
+    machine: Machine, memo: Path,
+) -> Limit | None:  # fmt: skip
+    """Return the limit at the speeds of this machine, measured once and kept in `memo`; None for another machine.
+
+    dtype: what is computed in. Where a GPU computes, how fast it multiplies is not known, and does not bound."""
+    speeds = speeds_of(machine, memo)
+    if speeds is None:
+        return None
+    products = products_of(machine, memo) if main_of(placement.device_map.values()) == "cpu" else None
+    stored = stored_bytes(model, architecture)
+    return limit_of(placement, architecture, stored, stored_dtype(model), dtype, work, speeds, products, machine.cpus)
+
+
+def limit_of(
+    placement: Placement, architecture: Architecture, stored: Mapping[str, int], stored_as: str, dtype: str,
+    work: Work, speeds: Speeds, products: Products | None, cores: int,
+) -> Limit:  # fmt: skip
+    """Return the limit at given speeds. stored: bytes by the model's own names; stored_as: dtype of those without;
+    dtype: what is computed in."""
+    everywhere = replace(placement, device_map={"": "disk"})
+    moved, whole = (streamed(architecture, where, stored_as, stored) for where in (placement, everywhere))
+    main, batch = main_of(placement.device_map.values()), work.batch_size
+    away = {home: size for home, size in placement.weights.items() if not is_computing(home, main)}
+    pace = sum(size / speeds.path(home, main) for home, size in away.items()) / max(sum(away.values()), 1)
+    passes, rows = math.ceil(work.batches / work.together), batch * work.together
+    first = max(rows, rows * work.read // work.rows)
+    bytes_moved = passes * (moved.by(first) + (work.steps - 1) * moved.by(rows))
+    fetched = work.batches * work.steps * (whole.by(batch) - batch * whole.row)
+    return Limit(
+        work,
+        bandwidth=bytes_moved * pace,
+        compute=_multiplying(architecture, everywhere, dtype, work, products) / cores if products else 0.0,
+        memory=speeds.resident(main, int(fetched)),
+    )
+
+
+def _multiplying(
+    architecture: Architecture, everywhere: Placement, dtype: str, work: Work, products: Products
+) -> float:
+    """Seconds of one core: 2·n·k·m for a product with a weight. Of a prompt the last token alone meets the head."""
+    if dtype not in products.rates:
+        return 0.0
+    found = streamed(architecture, everywhere, dtype, {})
+    token = found.always + sum(size * (found.chosen or count) / count for count, size in found.experts.items())
+    head = _head(architecture)
+    body, ends = token / itemsize(dtype) - head, max(work.made, work.rows)
+    alone = ends - (work.rows if work.read else 0)
+    reading = body * work.read / products.rate(dtype, max(ROWS))
+    return 2 * (reading + (body * alone + head * ends) / products.rate(dtype, work.batch_size))
+
+
+def _head(architecture: Architecture) -> int:
+    """Weights that only the last token of a prompt meets: of the product that makes logits."""
+    vocabulary = text_config(architecture.config).get("vocab_size")
+    shapes = (
+        tensor.shape for module in architecture.modules if module.class_name == "Linear" for tensor in module.tensors
+    )
+    return sum(math.prod(shape) for shape in shapes if len(shape) == 2 and shape[0] == vocabulary)
