@@ -52,7 +52,7 @@ class MappedFiles:
 
     def _map(self, tensor: TensorInfo) -> _Map:
         if tensor.file not in self._maps:
-            self._maps[tensor.file] = _Map(tensor.file)
+            self._maps.setdefault(tensor.file, _Map(tensor.file))  # of several threads one maps it
         return self._maps[tensor.file]
 
     def window(self, tensor: TensorInfo) -> torch.Tensor:

@@ -129,6 +129,12 @@ class ExpertWeights:
         if any(slot.scratch(group.device) for slot in group.slots):
             self._free[_layout(group)].append(shelf.tensors)
 
+    def abandon(self, group: WeightGroup) -> None:
+        """Detach a group that could not be brought; what may still be written to its memory harms nobody."""
+        self._shelves.pop(group, None)
+        for slot in group.slots:
+            slot.detach()
+
     def _open(self, group: WeightGroup) -> Shelf:
         import torch
 

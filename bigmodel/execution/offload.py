@@ -133,7 +133,7 @@ class WeightStream:
             try:
                 return self._bring_experts(group)
             except BaseException:
-                self.experts.drop(group)
+                self.experts.abandon(group)
                 raise
         if not group.among:
             self._take_guess(group)

@@ -21,7 +21,7 @@ from support.layouts.layout import change_config
 from support.models import make_checkpoint
 
 import bigpipe
-from bigpipe.bigmodel.checkpoint import DECODED, describe_checkpoint, open_checkpoint
+from bigpipe.bigmodel.checkpoint import DECODED, MappedFiles, describe_checkpoint, open_checkpoint
 from bigpipe.bigmodel.execution import HostMemory
 from bigpipe.bigmodel.footprint import estimate
 from bigpipe.bigmodel.formats import decode, decoded, format_of
@@ -206,6 +206,17 @@ def test_mxfp4_is_as_transformers_decodes_it(tmp_path: Path) -> None:
     plain = decode(open_checkpoint(folder))
     assert plain.tensors["experts.w"].shape == (3, 96, 320)
     assert same(plain.read("experts.w"), convert_moe_packed_tensors(*tensors.values()))
+
+
+def test_an_expert_of_mxfp4_is_decoded_from_its_own_bytes(tmp_path: Path) -> None:
+    tensors = blocks(3, 320, 96)
+    folder = write(tmp_path / "model", tensors, {"quant_method": "mxfp4"}, files=2)
+    plain, files = decode(open_checkpoint(folder)), MappedFiles()
+    whole = plain.tensors["experts.w"]
+    for number in range(3):
+        entry = whole.entry(number)
+        assert torch.equal(files.window(entry), files.window(whole)[number : number + 1])
+        assert 3 * sum(part.nbytes for part in entry.stored) == sum(part.nbytes for part in whole.stored)
 
 
 REFUSED = {

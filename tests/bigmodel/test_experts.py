@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from itertools import pairwise
 from pathlib import Path
@@ -13,11 +14,13 @@ from safetensors.torch import load_file
 from support.architectures import DECODERS
 from support.models import save_model
 
+from bigpipe.bigmodel.checkpoint import MappedFiles, open_checkpoint
 from bigpipe.bigmodel.execution import load, loaded
 from bigpipe.bigmodel.execution.experts import MostUsed, chosen_experts
 from bigpipe.bigmodel.placement import place
 from bigpipe.bigmodel.sources import Sources
 from bigpipe.bigmodel.tasks import Row, TaskOptions, find_task
+from bigpipe.errors import StageFailed
 
 _MOE = DECODERS["mixtral"]
 _LLAMA4 = {"intermediate_size_mlp": 96, "interleave_moe_layer_step": 1, "head_dim": 16, "num_experts_per_tok": 1}
@@ -30,7 +33,7 @@ MIXTURES: dict[str, dict[str, Any]] = {
 }
 
 
-def mixture(folder: Path, name: str, **changes: Any) -> Path:
+def mixture(folder: Path, name: str, max_shard_size: str = "5GB", **changes: Any) -> Path:
     """A tiny model of 8 experts in each layer, of which 2 answer a token; bytes are tokens."""
     import transformers
 
@@ -42,7 +45,7 @@ def mixture(folder: Path, name: str, **changes: Any) -> Path:
     model = transformers.AutoModelForCausalLM.from_config(transformers.AutoConfig.for_model(kind, **fields))
     for parameter in model.parameters():
         torch.nn.init.normal_(parameter, std=0.2)
-    return save_model(model.eval(), folder)
+    return save_model(model.eval(), folder, max_shard_size=max_shard_size)
 
 
 def on_disk(path: Path) -> dict[str, str]:
@@ -249,3 +252,55 @@ def test_how_a_forward_tells_what_it_uses() -> None:
     by_expert[2, 1, 5] = -1e-9
     assert chosen_experts("Llama4TextExperts", 4, [by_expert.view(8, 8)]) == {2}
     assert chosen_experts("Experts", 4, [by_expert.view(8, 8)]) == {0, 1, 2, 3}
+
+
+@pytest.mark.parametrize("together", [1, 3])
+@pytest.mark.parametrize("mapped", [False, True], ids=["before it is mapped", "under its map"])
+def test_a_cut_expert_is_an_error_with_its_bytes_and_nothing_hangs(tmp_path: Path, together: int, mapped: bool) -> None:
+    path = mixture(tmp_path, "mixtral", max_shard_size="20KB")
+    file = open_checkpoint(path).tensors["model.layers.1.block_sparse_moe.experts.5.w1.weight"].file
+    content, tokens = file.read_bytes(), torch.arange(3, 260).reshape(1, -1)[:, :100]
+    model = load(path, {"": "disk"}, dtype="float32")
+    found: dict[int, torch.Tensor] = {}
+
+    def work(number: int) -> None:
+        with torch.inference_mode():
+            found[number] = model(tokens + number).logits
+
+    stream = loaded(model).stream
+    if mapped:
+        stream.together(model, work, range(3), together)
+    os.truncate(file, len(content) // 2)
+    with pytest.raises(StageFailed, match=r"safetensors: bytes \d+–\d+ \(model\..*experts\.\d\.w\d.* cannot be read"):
+        stream.together(model, work, range(3), together)
+    assert all(parameter.is_meta for parameter in model.parameters())
+    if not mapped:
+        return
+    file.write_bytes(content)
+    stream.together(model, work, range(3), together)
+    held = load(path, dtype="float32")
+    with torch.inference_mode():
+        assert all(torch.equal(found[number], held(tokens + number).logits) for number in range(3))
+
+
+def test_an_entry_of_a_view_in_a_torch_file_is_found(tmp_path: Path) -> None:
+    stored = torch.arange(60.0).reshape(3, 4, 5)
+    torch.save({"turned": stored.transpose(0, 2), "plain": stored}, tmp_path / "pytorch_model.bin")
+    tensors, files = open_checkpoint(tmp_path / "pytorch_model.bin").tensors, MappedFiles()
+    assert tensors["turned"].view is not None
+    for number in range(3):
+        assert torch.equal(files.window(tensors["plain"].entry(number)), stored[number : number + 1])
+        assert torch.equal(files.window(tensors["turned"].entry(number)), stored.transpose(0, 2)[number : number + 1])
+
+
+def test_who_comes_while_experts_are_here_finds_those_it_lacks(path: Path) -> None:
+    model, held = load(path, {"": "disk"}, dtype="float32"), load(path, dtype="float32")
+    stream = loaded(model).stream
+    module = model.model.layers[0].mlp.experts
+    group = next(group for group in stream._order if group.module is module)
+    for expert in (1, 5):
+        stream._choose(group, module, (torch.ones(1, 64), torch.tensor([[expert]])), {})
+    for expert in (1, 5):
+        assert torch.equal(module.down_proj[expert], held.model.layers[0].mlp.experts.down_proj[expert])
+        stream._leave(group, module, (), None)
+    assert module.down_proj.is_meta
