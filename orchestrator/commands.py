@@ -10,6 +10,8 @@ from typing import Any
 
 from bigpipe.errors import GateFailed, ManifestError, Problem, Stale, UsageError
 from bigpipe.files import make_directory, write_file
+from bigpipe.machine import MACHINE
+from bigpipe.names import Given, as_names, checked
 
 from . import lock as lock_file
 from .contract import Json, Machine, OneAtATime, Reporter
@@ -30,7 +32,10 @@ from .recipe import Fault, Recipe, load_recipe
 from .running import RunResult, run_plan
 from .store import explained
 
+REPORTER = Given((Reporter,), "an object with `report(event)`")
 
+
+@checked(reporter=REPORTER)
 def run(
     manifest: str | Path,
     nodes: Sequence[str] = (),
@@ -80,7 +85,8 @@ def _open(
     if os.path.exists(path) and (lock := lock_file.read_lock(path)):  # without one nothing is imported for it
         pins = {name: item.pins for name, item in lock.inputs.items()}
         options |= {"lock": lock.path, "locked_pins": pins, "locked_answers": lock_file.read_answers(path)}
-    return open_session(manifest, nodes, params=_written(params), **options)
+    names = {"force": as_names(options["force"])} if "force" in options else {}
+    return open_session(manifest, as_names(nodes), params=_written(params), **{**options, **names})
 
 
 def refuse(plan: Plan, *, keep_going: bool = False) -> None:
@@ -98,6 +104,7 @@ def _survivable(plan: Plan, error: GateFailed) -> bool:
     )
 
 
+@checked(machine=MACHINE, reporter=REPORTER)
 def plan(
     manifest: str | Path,
     nodes: Sequence[str] = (),
@@ -184,6 +191,7 @@ def lock(
     return lock_file.check_lock(session) if check else lock_file.write_lock(session)
 
 
+@checked()
 def load_manifest(path: str | Path, *, params: Mapping[str, Any] | None = None) -> Recipe:
     """Return a manifest, checked and expanded into its graph of nodes. Raise ManifestError with all problems."""
     return load_recipe(Path(path).absolute(), _written(params))

@@ -44,12 +44,12 @@ class DispatchParams(Params):
     """Bytes of weights and buffers per device: `0: 22GiB`, `1-7: 46GiB`, `cpu: 48GiB`, `disk: 200GiB`."""
     no_split_module_classes: list[str] | None = None
     """Blocks that stay on one device; null: the model's own."""
-    dtype: Literal["float32", "float16", "bfloat16"] | None = None
+    dtype: Literal["float64", "float32", "float16", "bfloat16"] | None = None
     """What weights are loaded as; null: as stored."""
     compute_dtype: Literal["auto", "stored", "float32", "float16", "bfloat16"] = "auto"
     """What a CPU computes in, with weights cast at each use. `auto`: where layers are streamed from plain halves,
     float32 if this CPU, measured once, is that much faster with batches of batch_size; else as loaded."""
-    special_dtypes: dict[str, Literal["float32", "float16", "bfloat16"]] = Field(default_factory=dict)
+    special_dtypes: dict[str, Literal["float64", "float32", "float16", "bfloat16"]] = Field(default_factory=dict)
     """Parameter name → dtype."""
     batch_size: int = Field(1, ge=1)
     """Of the generation that room is kept for."""
@@ -91,7 +91,7 @@ def warms(params: DispatchParams) -> tuple[str, ...]:
 
 STAGE = Stage(
     kind="dispatch",
-    version=7,
+    version=8,
     params=DispatchParams,
     metrics=DispatchMetrics,
     inputs={"model": Port("checkpoint")},

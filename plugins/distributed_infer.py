@@ -55,7 +55,7 @@ class InferParams(Params):
     first` of feature-extraction."""
     seed: int = Field(0, ge=0, lt=2**63)
     """Of record i: seed + i."""
-    dtype: Literal["float32", "float16", "bfloat16"] | None = None
+    dtype: Literal["float64", "float32", "float16", "bfloat16"] | None = None
     """What to compute in. null: as the placement says, else as stored; on a CPU that holds all weights float32, where
     they fit half of its RAM as that."""
     split: Literal["static"] = "static"
@@ -79,10 +79,14 @@ def _with_known_arguments(params: InferParams) -> InferParams:
         except UsageError as error:
             refusal = PydanticCustomError("value_error", "{error}", {"error": f"{error.cause}; {error.cure}"})
             problems.append({"type": refusal, "loc": ("generation", name), "input": value})
-    default = InferParams.model_fields["max_new_tokens"].default
-    if not find_task(params.task, Sources()).makes_tokens and params.max_new_tokens != default:
-        refusal = PydanticCustomError("value_error", f"{params.task} makes no tokens; leave it out")
-        problems.append({"type": refusal, "loc": ("max_new_tokens",), "input": params.max_new_tokens})
+    idle = {"max_new_tokens": f"{params.task} makes no tokens; leave it out"}
+    if find_task(params.task, Sources()).makes_tokens:
+        del idle["max_new_tokens"]
+    if not isinstance(params.prompts, str) and not any(isinstance(prompt, dict) for prompt in params.prompts):
+        idle["column"] = "it names a field of objects, and these prompts are texts or chats; leave it out"
+    for name in (name for name in idle if name in params.model_fields_set):
+        refusal = PydanticCustomError("value_error", "{error}", {"error": idle[name]})
+        problems.append({"type": refusal, "loc": (name,), "input": getattr(params, name)})
     if problems:
         raise ValidationError.from_exception_data("InferParams", problems)
     return params

@@ -36,7 +36,7 @@ from bigpipe.orchestrator.stage import (
 class Synthetic(Params):
     config: Annotated[str | dict[str, Any], FileOrLiteral]
     """A `config.json`, or what would stand in it."""
-    dtype: Literal["float32", "float16", "bfloat16"] = "float16"
+    dtype: Literal["float64", "float32", "float16", "bfloat16"] = "float16"
     seed: int = 0
     """Of the weights; the same seed gives the same bytes."""
     format: Literal["safetensors", "bin"] = "safetensors"
@@ -97,6 +97,10 @@ class DownloadParams(Params):
             raise ValueError(f"exactly one of repo, path and synthetic says where the model comes from; found {found}")
         if given != ["repo"] and "revision" in self.model_fields_set:
             raise ValueError(f"revision belongs to a repo; {given[0]} has none")
+        if given == ["synthetic"] and self.architecture is not None and self.library_name is not None:
+            raise ValueError(
+                "library_name says whose class a config names, and architecture names one; give one of them"
+            )
         if given == ["synthetic"] and (self.include or self.exclude or self.subfolder or self.variant):
             raise ValueError("include, exclude, subfolder and variant choose among files; synthetic makes all it needs")
         if self.variant is not None and self.include:
@@ -151,7 +155,7 @@ def facts(params: DownloadParams, machine: Machine) -> Mapping[str, Json]:
 
 STAGE = Stage(
     kind="download",
-    version=2,
+    version=3,
     params=DownloadParams,
     metrics=DownloadMetrics,
     inputs={},

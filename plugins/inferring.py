@@ -16,11 +16,11 @@ from bigpipe.bigmodel.formats import computable
 from bigpipe.bigmodel.inference import RESULTS, Bound, assign, chunked, compute_share, merge_results, plan_work
 from bigpipe.bigmodel.placement import Placement, Together, Work, batches_together, limit_here
 from bigpipe.bigmodel.sources import Sources
-from bigpipe.bigmodel.tasks import TASKS, Row, TaskOptions, find_task, read_prompts
+from bigpipe.bigmodel.tasks import TASKS, Row, TaskOptions, find_task, read_prompts, refuse_arguments
 from bigpipe.errors import StageFailed, UsageError
 from bigpipe.fit import Cure, Misfit, fits
 from bigpipe.machine import Machine
-from bigpipe.modules import foreign, missing_name
+from bigpipe.modules import foreign, keywords_of, missing_name
 from bigpipe.orchestrator.stage import CheckContext, Forecast, ForecastContext, StageContext, StageResult
 from bigpipe.sizes import counted
 
@@ -50,6 +50,9 @@ def check(params: InferParams, ctx: CheckContext) -> None:
     """Prompts, task and trust, before anything is downloaded. A module of the user's is imported by workers alone."""
     with about("prompts"):
         rows = read_prompts(params.prompts, params.column, ctx.base)
+    if params.micro_batches is not None and "placement" not in ctx.inputs:
+        cause = "micro_batches go together through streamed layers, and without a placement none is streamed"
+        raise UsageError(cause, "wire inputs: placement to a dispatch, or leave it out", field="micro_batches")
     model = single_model(ctx)
     if model is not None:
         with about("inputs.model"):
@@ -61,9 +64,15 @@ def check(params: InferParams, ctx: CheckContext) -> None:
             ctx.trust.require_module(params.task, f"task {params.task}")
             if wrong := missing_name(params.task, ctx.base):
                 raise UsageError(f"task {params.task}: {wrong}", "correct the name, or the module")
+        refuse_arguments(params.task, keywords_of(params.task, ctx.base), _given(params))
         return
     sources = sources_of(ctx)
     find_task(params.task, sources).check(params.generation, rows, model, sources, params.max_new_tokens)
+
+
+def _given(params: InferParams) -> tuple[str, ...]:
+    """The arguments that somebody wrote for the task."""
+    return (*(("max_new_tokens",) if "max_new_tokens" in params.model_fields_set else ()), *params.generation)
 
 
 def _check_weights(model: ModelDescription, ctx: CheckContext) -> None:
@@ -180,7 +189,10 @@ def prepare(params: InferParams, ctx: StageContext) -> None:
     """Checks what only a worker may import, and shares out what no earlier attempt has finished."""
     rows = read_prompts(params.prompts, params.column, ctx.base)
     sources, model = sources_of(ctx), describe_checkpoint(ctx.input("model"))
-    find_task(params.task, sources).check(params.generation, rows, model, sources, params.max_new_tokens)
+    task = find_task(params.task, sources)
+    if not (task.makes_tokens or task.heeds_length):
+        refuse_arguments(params.task, (), {"max_new_tokens"}.intersection(_given(params)))
+    task.check(params.generation, rows, model, sources, params.max_new_tokens)
     together = _together(params, model, _placement(ctx), rows, ctx)
     plan = plan_work(
         ctx.scratch, rows, batch_size=params.batch_size, ranks=ctx.launch.num_processes, pad=params.apply_padding,

@@ -6,8 +6,9 @@ from dataclasses import replace
 from typing import Any
 
 from bigpipe.bigmodel.checkpoint import describe_checkpoint, open_checkpoint
-from bigpipe.bigmodel.formats import decoding_memory
+from bigpipe.bigmodel.formats import decoding_memory, idle_options
 from bigpipe.bigmodel.quantization import Settings, quantize_described, refuse_quantized, understand
+from bigpipe.errors import UsageError
 from bigpipe.orchestrator.stage import CheckContext, Forecast, ForecastContext, Machine, StageContext, StageResult
 from bigpipe.sizes import counted, format_transfer
 
@@ -26,7 +27,10 @@ RATE = 350 * 10**6
 
 
 def check(params: QuantizeParams, context: CheckContext) -> None:
-    """Refuses before the download what is quantized already, and weights of which nobody knows the class."""
+    """Refuses before the download what is quantized already, weights of which nobody knows the class, and options that
+    a format of another distribution has no use for."""
+    for name in idle_options(params.scheme, params.model_fields_set):
+        raise UsageError(f"{name} has no meaning for scheme {params.scheme}", "remove it", field=name)
     if described := single_model(context):
         with about("inputs.model"):
             require_class(described)

@@ -10,6 +10,11 @@ from pydantic import Field, field_validator, model_validator
 from bigpipe.names import listed
 from bigpipe.orchestrator.stage import Bytes, Metrics, Params, Planning, Port, Stage, late
 
+GONE = ("memory",)
+"""File systems of fsspec that end with the process that fills them."""
+READ_ONLY = ("http", "https", "data", "github", "gist", "git", "reference", "zip", "tar", "libarchive")
+"""File systems of fsspec that nothing here can write through."""
+
 
 class SaveParams(Params):
     to: str
@@ -28,6 +33,19 @@ class SaveParams(Params):
     def _names_a_repository(cls, to: str) -> str:
         if to.startswith("hf://") and not re.fullmatch(r"hf://[\w.-]+/[\w.-]+/?", to):
             raise ValueError(f"{to} does not name a repository; write it as hf://owner/name")
+        return to
+
+    @field_validator("to")
+    @classmethod
+    def _outlasts_the_run(cls, to: str) -> str:
+        schemes = [part.partition("://")[0] for part in to.split("::")] if "://" in to else []
+        for scheme in schemes:
+            if scheme in GONE:
+                raise ValueError(f"{to} is gone once the run is over; name a directory, a bucket or a repository")
+            if scheme in READ_ONLY:
+                raise ValueError(
+                    f"{to} cannot be written: {scheme} only reads; name a directory, a bucket, a repository"
+                )
         return to
 
     @model_validator(mode="after")

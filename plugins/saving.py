@@ -33,6 +33,9 @@ def check(params: SaveParams, context: CheckContext) -> None:
 
     if not any(context.inputs.values()):
         raise UsageError("save has nothing to save", "wire at least one of its ports: model, results, reports")
+    if params.card and not context.inputs.get("model"):
+        cure = "wire inputs: model, or leave it out"
+        raise UsageError("card is the metadata of a model card, and no model is saved", cure, field="card")
     with about("to"):
         check_destination(_destination(params, context), base=context.base, overwrite=params.overwrite)
 

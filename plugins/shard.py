@@ -10,7 +10,7 @@ from bigpipe.orchestrator.stage import Bytes, Metrics, Params, Passing, Planning
 class ShardParams(Params):
     max_shard_size: Size = 5_000_000_000
     """No file grows beyond it, unless one tensor alone does."""
-    dtype: Literal["float32", "float16", "bfloat16"] | None = None
+    dtype: Literal["float64", "float32", "float16", "bfloat16"] | None = None
     """What floating-point tensors become; left out, they stay as they are. Integers and booleans always do."""
     format: Literal["safetensors", "bin"] = "safetensors"
     """bin: what torch.save writes, for tools that read nothing else."""
@@ -24,7 +24,7 @@ class ShardMetrics(Metrics):
 
 STAGE = Stage(
     kind="shard",
-    version=2,
+    version=3,
     params=ShardParams,
     metrics=ShardMetrics,
     inputs={"model": Port("checkpoint")},

@@ -71,6 +71,18 @@ def test_its_sizes_are_those_that_are_written(nodes: dict[str, Any]) -> None:
     assert dispatched["streamed_bytes_per_token"] > 0, "a layer lies on the disk"
 
 
+def test_options_of_other_formats_are_refused_by_the_plan(site: Path) -> None:
+    text = (site / "recipes/own.yaml").read_text()
+    (site / "recipes/odd.yaml").write_text(
+        text.replace("scheme: int8-tensor", "scheme: int8-tensor, llm_int8_threshold: 5.0")
+    )
+    done = command(
+        "-m", "bigpipe", "plan", "odd.yaml", "--store", str(site / "other"), path=(site,), cwd=site / "recipes"
+    )
+    assert done.returncode == 2, done.stdout
+    assert re.search(r"odd.yaml:\d+:\d+: llm_int8_threshold has no meaning for scheme int8-tensor", done.stderr)
+
+
 def test_it_answers_and_is_saved_with_its_name(nodes: dict[str, Any], site: Path) -> None:
     assert nodes["generate"]["metrics"]["prompts"] == 1
     assert nodes["generate"]["metrics"]["errors"] == 0

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, Self
 
 from bigpipe.errors import NoWeights, UsageError
+from bigpipe.names import PATH, Given, checked
 from bigpipe.passing import Inlet, OpenInlet
 
 from .arrivals import announced_contents, arrived_contents, arriving_files, open_arrived
@@ -161,6 +162,7 @@ class OpenFiles:
             self.close(file)
 
 
+@checked(source=Given((*PATH.kinds, Inlet), PATH.words))
 def open_checkpoint(source: str | Path | Inlet) -> Checkpoint:
     """Open a checkpoint directory, a single weight file or an index file; or what comes through an inlet.
 

@@ -58,7 +58,7 @@ from bigpipe.bigmodel.sources import Sources
 from bigpipe.errors import InvalidCheckpoint, UsageError, first_few
 from bigpipe.machine import detect
 from bigpipe.modules import foreign
-from bigpipe.names import as_names, refuse_unknown
+from bigpipe.names import Given, as_names, checked, refuse_unknown
 from bigpipe.trust import Trust
 
 from .experts import moved_by_a_token
@@ -87,6 +87,7 @@ class Loaded:
     """Stored tensors that belong to nothing in the model."""
 
 
+@checked(memory=Given((HostMemory,), "a HostMemory of bigpipe.bigmodel.execution, or leave it out"))
 def load(
     path: str | Path,
     placement: Placement | DeviceMap | str | int | torch.device | None = None,
@@ -125,9 +126,8 @@ def load(
 
     if model is not None:
         require_module(model)
-    checkpoint = open_checkpoint(path)
-    computable(describe_opened(checkpoint))
-    checkpoint = decode(checkpoint)
+    computable(describe_opened(stored := open_checkpoint(path)))
+    checkpoint = decode(stored)
     described = describe_opened(checkpoint)
     if architecture is not None:
         described = replace(described, custom={**(described.custom or {}), **architecture})

@@ -65,8 +65,8 @@ class Workload:
     def __post_init__(self) -> None:
         for name in ("batch_size", "sequence_length", "lora_rank"):
             value = getattr(self, name)
-            if not 1 <= value <= LARGEST:
-                raise UsageError(f"{name} is {str(value)[:60]}", f"it must be 1 to {LARGEST:,}", field=name)
+            if type(value) is not int or not 1 <= value <= LARGEST:
+                raise UsageError(f"{name} is {value!r:.60}", f"it must be 1 to {LARGEST:,}", field=name)
 
 
 @dataclass(frozen=True, slots=True)

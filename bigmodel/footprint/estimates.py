@@ -20,7 +20,7 @@ from bigpipe.bigmodel.formats import asked, format_of, has_double_quant, packing
 from bigpipe.bigmodel.sources import Sources
 from bigpipe.errors import DoesNotFit, UsageError
 from bigpipe.fit import as_options
-from bigpipe.names import as_names, listed
+from bigpipe.names import as_names, checked, listed
 from bigpipe.sizes import format_size, format_transfer, size_of
 from bigpipe.trust import Trust
 
@@ -206,6 +206,7 @@ def _compared(estimate: Estimate, dtype: str) -> Row:
     return {"dtype": dtype, "model": estimate.model, "parameters": f"{budget.counts.parameters:,}", **shown}
 
 
+@checked()
 def estimate(
     model: str | Path | torch.nn.Module,
     *,

@@ -89,7 +89,8 @@ def look(
         for name in (name for name, given in asked.items() if given):
             raise UsageError(f"{name} belongs to a path or repository, and a module is given", "leave it out")
         return _look_at_module(model)
-    found = _look(model, revision, sources, Choice(library=cast(Library | None, library), variant=variant), subfolder)
+    choice, below = Choice(library=cast(Library | None, library), variant=variant), subfolder and subfolder.rstrip("/")
+    found = _look(model, revision, sources, choice, below)
     return found if own is None else replace(found, description=replace(found.description, custom=dict(own)))
 
 

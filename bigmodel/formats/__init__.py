@@ -18,9 +18,9 @@ if TYPE_CHECKING:
     from .format import PLAIN, Decoding, Encoder, Format, MeasuringEncoder, Packing, StoredTensor, Tensors
     from .matrices import converted_modules, default_skips, matrix_shape, name_matcher, weight_of
     from .packed import PackedWeight, replace_linears, set_apart
-    from .plain import decode, decoded, decoding_memory, left_out, plain_dtype
-    from .recognition import castable, computable, format_of, recognise, uncomputable
-    from .registry import BUILT_IN, named, names, packing_of, read_options, require_known, version_of
+    from .plain import decode, decoded, decoding_memory, left_out, plain_dtype, without_quantization
+    from .recognition import EIGHT_BITS, castable, computable, format_of, recognise, uncomputable
+    from .registry import BUILT_IN, idle_options, named, names, packing_of, read_options, require_known, version_of
     from .widths import DTYPES, PLAIN_DTYPES, WORTHWHILE, asked, dtypes, has_double_quant, packing, require_dtype, width
 
 __getattr__, __all__ = face(__name__)

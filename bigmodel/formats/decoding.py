@@ -165,6 +165,51 @@ class Microscaling(Decoding):
         return False
 
 
+@dataclass(frozen=True, slots=True)
+class Numbers:
+    """8-bit floats that stand for nothing but themselves."""
+
+    codes: str
+    dtype: str
+    """Of the plain numbers, which hold each of the codes' exactly."""
+    width: int
+    """Elements of an entry of the outermost dimension."""
+
+    def ranges(self, start: int, stop: int) -> Sequence[tuple[int, int]]:
+        return [(start * self.width, (stop - start) * self.width)]
+
+    def decode(self, start: int, stop: int, parts: Sequence[memoryview]) -> memoryview:
+        from .encoders.scaled import numbers, rounded
+
+        return rounded(numbers(parts[0], self.codes), self.dtype, self.dtype)
+
+
+@dataclass(frozen=True, slots=True)
+class WithoutScales(Decoding):
+    """8-bit floats of which nothing says that they are codes: no config, and no scale beside them."""
+
+    def made(self, stored: Tensors, dtype: str) -> Mapping[str, Decoded]:
+        narrow = [name for name in stored if are_floats(*stored[name])]
+        places = {*narrow, *(name.rpartition(".")[0] for name in narrow)}
+        scales = (name for name in stored if "scale" in name.rpartition(".")[2].lower())
+        if scale := next((name for name in scales if name.rpartition(".")[0] in places), None):
+            cause = f"{scale} lies beside 8-bit floats, and nothing says how these are scaled"
+            raise InvalidCheckpoint(cause, "bring the quantization_config of these weights, or weights in 16 bits")
+        shapes = ((name, *stored[name]) for name in narrow)
+        return {
+            name: Decoded((name,), dtype, shape, Numbers(codes, dtype, math.prod(shape[1:])))
+            for name, codes, shape in shapes
+        }
+
+    def dropped(self, name: str) -> bool:
+        return False
+
+
+def are_floats(dtype: str, shape: Sequence[int]) -> bool:
+    """Are these several 8-bit floats?"""
+    return dtype in FLOAT8 and bool(shape)
+
+
 def decoding_of(quantization: Mapping[str, Any], tensors: Tensors) -> Decoding | None:
     """Return how a checkpoint with this `quantization_config` is decoded; None where nothing here can."""
     method = str(quantization.get("quant_method", "")).replace("_", "-")

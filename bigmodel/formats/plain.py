@@ -14,7 +14,7 @@ from bigpipe.bigmodel.checkpoint import CASTABLE, DECODED, Made, TensorInfo, des
 from bigpipe.errors import first_few
 
 from .decoding import ACTIVATIONS
-from .recognition import format_of
+from .recognition import EIGHT_BITS, format_of
 
 if TYPE_CHECKING:
     from bigpipe.bigmodel.checkpoint import Checkpoint, ModelDescription
@@ -33,7 +33,7 @@ def decoded(described: ModelDescription) -> ModelDescription:
         return described
     dtype, kept = plain_dtype(described), described.tensors
     tensors = kept and {name: (made.dtype, made.shape) if made else kept[name] for name, made in plain.items()}
-    return replace(described, tensors=tensors, config=_without_quantization(described.config or {}, dtype))
+    return replace(described, tensors=tensors, config=_plain_config(described.config or {}, dtype))
 
 
 def decode(checkpoint: Checkpoint) -> Checkpoint:
@@ -53,16 +53,17 @@ def decode(checkpoint: Checkpoint) -> Checkpoint:
     return replace(
         checkpoint,
         tensors={name: opened(name, made) for name, made in plain.items()},
-        config=_without_quantization(checkpoint.config or {}, dtype),
+        config=_plain_config(checkpoint.config or {}, dtype),
     )
 
 
 def left_out(described: ModelDescription) -> tuple[str, ...]:
     """Return what a user should know of decoding a checkpoint, in words; nothing where nothing is lost by it."""
-    names = described.tensors if format_of(described).decoding else {}
-    scales = [name for name in names or {} if ACTIVATIONS.search(name)]
+    found, names = format_of(described), described.tensors or {}
+    scales = [name for name in names if ACTIVATIONS.search(name)] if found.decoding else []
     words = f"scales that activations and caches were rounded by, and are not here: {first_few(scales)}"
-    return (words,) if scales else ()
+    plain = f"{found.title}: they are taken as the numbers they are"
+    return (*([words] if scales else ()), *([plain] if found is EIGHT_BITS else ()))
 
 
 def decoding_memory(described: ModelDescription) -> int:
@@ -103,10 +104,16 @@ def _dropped(name: str, parts: Collection[str], decoding: Decoding) -> bool:
     return name in parts or decoding.dropped(name)
 
 
-def _without_quantization(config: Mapping[str, Any], dtype: str) -> dict[str, Any]:
+def _plain_config(config: Mapping[str, Any], dtype: str) -> dict[str, Any]:
     """The config of a checkpoint that is stored plain, with the dtype that its decoded weights have."""
+    kept = without_quantization(config)
+    return kept if kept.get("dtype") or kept.get("torch_dtype") else {**kept, "dtype": dtype}
+
+
+def without_quantization(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a config that says nothing of packed weights."""
     kept = {key: value for key, value in config.items() if key not in QUANTIZATION}
     text = kept.get("text_config")
     if isinstance(text, Mapping):
         kept["text_config"] = {key: value for key, value in text.items() if key not in QUANTIZATION}
-    return kept if kept.get("dtype") or kept.get("torch_dtype") else {**kept, "dtype": dtype}
+    return kept

@@ -12,10 +12,10 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from bigpipe.bigmodel.checkpoint import CASTABLE
-from bigpipe.errors import UsageError
+from bigpipe.errors import InvalidCheckpoint, UsageError
 
 from .bitsandbytes import scheme_of
-from .decoding import decoding_of
+from .decoding import WithoutScales, are_floats, decoding_of
 from .format import PLAIN, Format, Tensors
 from .registry import BUILT_IN, named, offered
 
@@ -57,6 +57,11 @@ FOREIGN = tuple(
     )
 )
 
+EIGHT_BITS = Format(name="float8-plain", title="8-bit floats without scales", decoding=WithoutScales())
+"""Plain numbers that nothing computes with as they are."""
+PLAIN_DTYPES = CASTABLE | {"int64", "bool"}
+"""What no format packs weights in."""
+
 
 def recognise(quantization: Mapping[str, Any] | None, tensors: Tensors | None) -> Format:
     """Return the format of a checkpoint: as its `quantization_config` says, else as its tensors tell.
@@ -78,8 +83,18 @@ def recognise(quantization: Mapping[str, Any] | None, tensors: Tensors | None) -
 
 
 def format_of(described: ModelDescription) -> Format:
-    """Return the format of a checkpoint that was described."""
-    return recognise(described.quantization, described.tensors)
+    """Return the format of a checkpoint that was described. Raise InvalidCheckpoint where its config says that weights
+    are packed, and none is."""
+    found, stored = recognise(described.quantization, described.tensors), described.tensors
+    dtypes = {dtype for dtype, _ in (stored or {}).values()}
+    if described.quantization and found.tensors and dtypes and dtypes <= PLAIN_DTYPES:
+        told = ", ".join(sorted(dtypes & CASTABLE))
+        raise InvalidCheckpoint(
+            f"{_place(described)}quantization_config says that weights are {found.title}, and all that is stored is"
+            f" plain: {told}",
+            "take quantization_config out of config.json if these weights are meant, or bring those that it belongs to",
+        )
+    return found
 
 
 def uncomputable(described: ModelDescription) -> UsageError | None:
@@ -127,4 +142,4 @@ def _shown(tensors: Tensors) -> Format:
         codes, *beside = known.tensors or ("\0",)
         if any(e.endswith(codes) for e in packed) and all(any(e.endswith(b) for e in endings) for b in beside):
             return known
-    return PLAIN
+    return EIGHT_BITS if any(are_floats(*stored) for stored in tensors.values()) else PLAIN

@@ -7,7 +7,7 @@ more than the rest of a start.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import replace
 from functools import cache
 from typing import TYPE_CHECKING, Any
@@ -76,11 +76,14 @@ def read_options(fields: Mapping[str, Any]) -> dict[str, Any]:
 
     read = read_pasted(fields)
     scheme = read.get("scheme")
-    if isinstance(scheme, str) and scheme in BUILT_IN:
-        given = [name for name in OPTIONS if name in read]
-        if odd := [name for name in given if name not in packing_of(scheme).takes]:
-            raise ValueError(f"{', '.join(odd)} has no meaning for scheme {scheme}; remove it")
+    if isinstance(scheme, str) and scheme in BUILT_IN and (odd := idle_options(scheme, read)):
+        raise ValueError(f"{', '.join(odd)} has no meaning for scheme {scheme}; remove it")
     return read
+
+
+def idle_options(scheme: str, given: Collection[str]) -> list[str]:
+    """Return those of `OPTIONS` among the given that a format has no use for. It is imported."""
+    return [name for name in OPTIONS if name in given and name not in packing_of(scheme).takes]
 
 
 def packing_of(name: str, **options: Any) -> Packing:

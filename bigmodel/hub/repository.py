@@ -149,7 +149,7 @@ class Repository:
         if not found:
             folders = sorted({file.path.rpartition("/")[0] for file in self.files} - {""})
             cause = f"{self.repo} has no folder {subfolder!r}"
-            raise UsageError(cause, f"it has {first_few(folders) or 'none'}")
+            raise UsageError(cause, f"it has {first_few(folders) or 'none'}", field="subfolder")
         files = tuple(replace(file, path=file.path.removeprefix(prefix)) for file in found)
         return replace(self, files=files, subfolder=subfolder, elements=None)
 

@@ -162,10 +162,11 @@ def _missing(request: PlacementRequest, machine: Machine, missing: list[int], at
     count = len(machine.gpus)
     has = f"{machine.name} has {counted(count, 'GPU') if count else 'no GPU'}"
     numbers = ", ".join(map(str, missing))
-    if isinstance(request.device_map, Mapping):
-        mapped = [name or '""' for name, device in request.device_map.items() if devices_of(device)[0] in missing]
-        there = f"a GPU below {count}, " if count else ""
-        return Misfit(f"device_map names GPU {numbers}; {has}", f"map {', '.join(mapped)} to {there}cpu or disk")
+    written = request.device_map if isinstance(request.device_map, Mapping) else {}
+    if mapped := [name for name, device in written.items() if devices_of(device)[0] in missing]:
+        there, names = f"a GPU below {count}, " if count else "", ", ".join(name or '""' for name in mapped)
+        cure = f"map {names} to {there}cpu or disk"
+        return Misfit(f"device_map names GPU {numbers}; {has}", cure, f"device_map.{mapped[0]}")
     cause = f"max_memory names GPU {numbers}; {has}"
     change: dict[str, Any] = {
         f"max_memory.{key}": 0 for key in request.max_memory or {} if set(devices_of(key)) & set(missing)

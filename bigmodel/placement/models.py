@@ -18,7 +18,8 @@ from bigpipe.bigmodel.formats import PLAIN, Agreement, agree, decoded, format_of
 from bigpipe.bigmodel.sources import Sources
 from bigpipe.errors import DoesNotFit
 from bigpipe.fit import Misfit
-from bigpipe.machine import Machine, detect
+from bigpipe.machine import MACHINE, Machine, detect
+from bigpipe.names import Given, checked
 from bigpipe.sizes import format_size
 from bigpipe.trust import Trust
 
@@ -35,6 +36,7 @@ if TYPE_CHECKING:
     import torch
 
 
+@checked(machine=MACHINE, speeds=Given((Speeds,), "Speeds"))
 def place(
     model: str | Path | torch.nn.Module,
     *,

@@ -100,7 +100,8 @@ def _devices(
     if isinstance(request.device_map, Mapping):
         return _checked(tree, request.device_map), None
     if not budget.caps:
-        raise DoesNotFit("max_memory leaves no device with room", "give one more than 0 bytes, such as cpu: 8GiB")
+        cure = "give one more than 0 bytes, such as cpu: 8GiB"
+        raise DoesNotFit("max_memory leaves no device with room", cure, field="max_memory")
     if request.device_map == "optimal":
         solution = solve(tree, budget, speeds)
         if solution is not None:

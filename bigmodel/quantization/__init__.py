@@ -19,6 +19,7 @@ from bigpipe.bigmodel.formats import decode, left_out
 from bigpipe.bigmodel.sources import Sources
 from bigpipe.bigmodel.writing import ReportProgress, carry_side_files, encode_config, refuse_in_place, require_size
 from bigpipe.files import write_file
+from bigpipe.names import PATH, Given, checked
 from bigpipe.sizes import size_of
 from bigpipe.trust import Trust
 
@@ -31,6 +32,9 @@ __all__ = [
     "Outline", "QuantizedCheckpoint", "Settings", "outline", "quantize_checkpoint", "quantize_described",
     "refuse_quantized", "torch_threads", "understand",
 ]  # fmt: skip
+
+
+SOURCE = Given((*PATH.kinds, Checkpoint), "a path, or what open_checkpoint returned")
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,6 +56,7 @@ class QuantizedCheckpoint:
     """What was odd about the input, in words."""
 
 
+@checked(architecture=Given((Architecture, Mapping), "a dict or an Architecture"), source=SOURCE)
 def quantize_checkpoint(
     source: str | Path | Checkpoint,
     out: str | Path,

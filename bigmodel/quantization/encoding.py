@@ -185,7 +185,7 @@ def check_device(device: str, settings: Settings) -> None:
     cure = "leave device out to encode on the CPU"
     try:
         torch.empty(1, device=device)
-    except (RuntimeError, AssertionError) as error:  # CPU builds of torch assert
+    except (RuntimeError, AssertionError, TypeError) as error:  # CPU builds of torch assert
         first = str(error).partition("\n")[0]
         raise UsageError(f"device {device!r} cannot be used: {first}", cure) from None
     if _encoded(device, settings) != _encoded(None, settings):

@@ -20,6 +20,7 @@ from bigpipe.bigmodel.formats import (
     decoded,
     default_skips,
     format_of,
+    idle_options,
     left_out,
     matrix_shape,
     name_matcher,
@@ -90,6 +91,8 @@ class Settings:
             raise UsageError(f"quantize_checkpoint has no option {name!r}", guess)
         if "scheme" not in asked:
             raise UsageError("no scheme is given", "choose a format, such as scheme='int8'")
+        for name in idle_options(asked["scheme"], asked):
+            raise UsageError(f"{name} has no meaning for scheme {asked['scheme']}", "remove it", field=name)
         return cls(threads=torch_threads(), device=device, **asked)
 
     def as_config(self, architecture: Architecture) -> dict[str, Any]:
@@ -212,6 +215,8 @@ def outline(
     """
     _refuse_unknown(architecture, settings)
     modules = converted_modules(architecture, skip_modules=settings.skip_modules, keep=settings.keep_in_fp32_modules)
+    if not modules:
+        raise _nothing_left(architecture, settings)
     _refuse_tied(architecture, modules)
     weights = {weight_of(module).name: module for module in modules}
     names = _model_names(architecture, stored, tied, weights, ask_names)
@@ -232,6 +237,17 @@ def outline(
     quantized = dict.fromkeys(module.name for module in modules)
     left = [each.name for each in architecture.modules if each.linear and each.name not in quantized]
     return Outline(tuple(parts), tuple(quantized), tuple(left))
+
+
+def _nothing_left(architecture: Architecture, settings: Settings) -> UsageError:
+    linear = [module.name for module in architecture.modules if module.linear]
+    if not linear:
+        cause = f"{architecture.class_name} has no linear modules, and nothing else is quantized"
+        return UsageError(cause, "leave this step out", field="scheme")
+    fields = [name for name in ("skip_modules", "keep_in_fp32_modules") if getattr(settings, name)]
+    told = f"{' and '.join(fields) or 'the default of skip_modules'} name all of the {len(linear)} linear modules"
+    cure = f"name fewer, such as {linear[-1]} alone, or leave this step out"
+    return UsageError(f"nothing is left to quantize: {told}", cure, field=(*fields, "scheme")[0])
 
 
 def _refuse_unknown(architecture: Architecture, settings: Settings) -> None:

@@ -11,6 +11,6 @@ from bigpipe.faces import face
 if TYPE_CHECKING:
     from .registry import TASKS, BuiltIn, find_task, require_known
     from .rows import Row, read_prompts
-    from .task import Answer, Answerer, Task, TaskOptions
+    from .task import Answer, Answerer, Task, TaskOptions, refuse_arguments
 
 __getattr__, __all__ = face(__name__)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from bigpipe.bigmodel.sources import Sources
 from bigpipe.errors import UsageError
+from bigpipe.names import did_you_mean
 
 from .rows import Row
 from .tokenizing import known_architecture
@@ -61,6 +62,7 @@ class Task:
       go with it, as far as config and side files tell.
     check_rows: (rows, model); raises UsageError for rows that the model cannot take, as far as its side files tell.
     makes_tokens: does it make tokens, `TaskOptions.max_new_tokens` of them at the most?
+    heeds_length: does it heed `TaskOptions.max_new_tokens` though nobody knows whether it makes tokens?
     columns: fields that each row must have besides its prompt.
     side_by_side: may another batch begin, in another thread, while one waits in a forward of the model? Only one of
       them runs at a time, and torch's generators are its own.
@@ -72,6 +74,7 @@ class Task:
     check_model: Callable[[ModelDescription, Mapping[str, Any], Sources], None] = lambda model, arguments, sources: None
     check_rows: Callable[[Sequence[Row], ModelDescription], None] = lambda rows, model: None
     makes_tokens: bool = False
+    heeds_length: bool = False
     columns: tuple[str, ...] = ()
     side_by_side: bool = False
 
@@ -111,13 +114,35 @@ def function_task(name: str, function: Callable[..., Any]) -> Task:
     """Return the task that calls (model, rows, **arguments). Each row is a dict of its own fields as they are, and of
     those among `prompt`, `index` and `seed` that it does not have itself."""
 
+    taken = _keywords(function)
+    heeds = taken is None or "max_new_tokens" in taken
+
     def bind(model: Any, path: Path, options: TaskOptions, sources: Sources) -> Answerer:
-        parameters = inspect.signature(function).parameters.values()
-        takes = any(each.kind is each.VAR_KEYWORD or each.name == "max_new_tokens" for each in parameters)
-        length = {"max_new_tokens": options.max_new_tokens} if takes else {}
+        length = {"max_new_tokens": options.max_new_tokens} if heeds else {}
         return partial(_call, partial(function, **{**length, **options.arguments}), model, options.seed)
 
-    return Task(name=name, bind=bind)
+    return Task(name=name, bind=bind, check_arguments=partial(refuse_arguments, name, taken), heeds_length=heeds)
+
+
+def _keywords(function: Callable[..., Any]) -> frozenset[str] | None:
+    """What may be handed to it by keyword; None where it takes any, or nobody can tell."""
+    try:
+        parameters = inspect.signature(function).parameters.values()
+    except (TypeError, ValueError):
+        return None
+    if any(each.kind is each.VAR_KEYWORD for each in parameters):
+        return None
+    return frozenset(each.name for each in parameters if each.kind in (each.POSITIONAL_OR_KEYWORD, each.KEYWORD_ONLY))
+
+
+def refuse_arguments(name: str, taken: Collection[str] | None, arguments: Iterable[str]) -> None:
+    """Raise UsageError for the first argument that the function of a task does not take. taken: the names of those that
+    it does; None: any."""
+    for argument in arguments if taken is not None else ():
+        if argument not in (taken or ()):
+            field = argument if argument == "max_new_tokens" else f"generation.{argument}"
+            cure = did_you_mean(argument, taken or ()) or "leave it out, or let the function take it"
+            raise UsageError(f"task {name}: the function takes no {argument!r}", cure, field=field)
 
 
 def _call(function: partial[Any], model: Any, seed: int, rows: Sequence[Row]) -> list[Answer]:

@@ -24,7 +24,7 @@ from bigpipe.bigmodel.checkpoint import (
     describe_opened,
     itemsize,
 )
-from bigpipe.bigmodel.formats import castable, decode, decoded
+from bigpipe.bigmodel.formats import castable, decode, decoded, format_of
 from bigpipe.errors import UsageError
 from bigpipe.files import copy_file, lies_in, link, make_directory, real_folders, write_file
 from bigpipe.machine import cores
@@ -70,7 +70,8 @@ class Conversion:
 
     def of(self, source: ModelDescription) -> tuple[list[ShardPlan], ModelDescription]:
         """Return the files that `source` becomes, whose tensors are known, and the checkpoint they make.
-        Raise UsageError for what cannot be cast or written."""
+        Raise UsageError for what cannot be cast or written, InvalidCheckpoint for a config of other weights."""
+        format_of(source)
         if self.dtype is not None:
             source = decoded(source)
             castable(source, self.dtype)

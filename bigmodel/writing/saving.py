@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,16 +18,19 @@ from bigpipe.bigmodel.checkpoint import (
     open_checkpoint,
 )
 from bigpipe.errors import UsageError
+from bigpipe.files import hash_file
+from bigpipe.names import checked
 from bigpipe.sizes import size_of
 
 from .conversion import Conversion, convert, refuse_in_place
 from .plans import PlannedTensor
-from .writer import ReportProgress, SavedCheckpoint, Traffic, write_checkpoint
+from .writer import Files, ReportProgress, SavedCheckpoint, Traffic, write_checkpoint
 
 if TYPE_CHECKING:
     import torch
 
 
+@checked()
 def save_checkpoint(
     source: str | Path | Checkpoint | torch.nn.Module | Mapping[str, Any],
     out: str | Path,
@@ -69,7 +73,7 @@ def _save_module(
     )
     config = getattr(source, "config", None)
     if hasattr(config, "save_pretrained"):
-        _save_config(source, config, conversion.dtype, out)
+        saved = replace(saved, files=saved.files | _save_config(source, config, conversion.dtype, out))
     return saved
 
 
@@ -102,10 +106,13 @@ def _pieces(tensor: torch.Tensor, planned: PlannedTensor) -> Iterator[memoryview
             yield content[start : start + CHUNK]
 
 
-def _save_config(model: Any, config: Any, dtype: str | None, out: Path) -> None:
+def _save_config(model: Any, config: Any, dtype: str | None, out: Path) -> Files:
     config.architectures = [type(model).__name__]
     stored = dtype if dtype in CASTABLE else dtype_name(next(model.parameters()).dtype)
     config.dtype = stored
     config.save_pretrained(out)
+    written = [out / "config.json"]
     if getattr(model, "generation_config", None) is not None and model.can_generate():
         model.generation_config.save_pretrained(out)
+        written.append(out / "generation_config.json")
+    return {file.name: (hash_file(file), file.stat().st_size) for file in written}

@@ -19,6 +19,7 @@ from typing import Any
 
 from bigpipe.bigmodel.architecture import Architecture
 from bigpipe.bigmodel.checkpoint import CASTABLE, CHUNK, MAX_CONFIG, FileFormat, ModelDescription, itemsize, read_json
+from bigpipe.bigmodel.formats import without_quantization
 from bigpipe.errors import UsageError
 from bigpipe.files import make_directory, write_file
 from bigpipe.sizes import size_of
@@ -63,7 +64,8 @@ class SyntheticModel:
         dtype, architecture = self.dtype, self.architecture
         if dtype not in CASTABLE:
             raise UsageError(f"synthetic weights cannot be {dtype}", f"choose one of {', '.join(sorted(CASTABLE))}")
-        config = {"architectures": [architecture.class_name], **self.given, "dtype": dtype}
+        given = without_quantization(self.given)  # what is made up is plain
+        config = {"architectures": [architecture.class_name], **given, "dtype": dtype}
         kept = [tensor for tensor in architecture.tensors() if tensor.persistent]
         return ModelDescription(
             config=json.loads(encode_config(config)),  # as whoever reads the file will see it: keys are strings

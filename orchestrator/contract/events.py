@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
-from typing import Any, ClassVar, Protocol, Self
+from typing import Any, ClassVar, Protocol, Self, runtime_checkable
 
 from bigpipe.redaction import redact_json
 
@@ -117,6 +117,7 @@ class RunFinished(Event):
     seconds: float
 
 
+@runtime_checkable
 class Reporter(Protocol):
     """Whoever wants to know: a terminal, a file, a test."""
 

@@ -70,7 +70,7 @@ class Plan:
         """Why a run would be refused now, the most fundamental first."""
         found: list[BigpipeError] = [node.refusal for node in self.nodes.values() if node.refusal]
         for name, misfit in self.misfits:
-            place = self.nodes[name].node.places.get("")
+            place = self.nodes[name].node.places.of(misfit.about)
             found.append(DoesNotFit(f"{name}: {misfit.cause}", str(misfit.cure), place=place))
             found[-1].node = name
         return found + [gate.error(each.node) for each in self.nodes.values() for gate in each.gates if gate.failed]

@@ -9,7 +9,7 @@ from functools import partial
 from typing import Any
 
 from bigpipe.errors import BigpipeError
-from bigpipe.fit import Cure, Misfit, as_parameters, flow
+from bigpipe.fit import Cure, as_parameters, flow
 from bigpipe.orchestrator.recipe import Node
 
 from .decision import GateVerdict
@@ -33,7 +33,7 @@ def with_parameters(plan: Plan) -> Plan:
     for (name, misfit), change in zip(plan.misfits, changes, strict=True):
         found = next((each for each in (change, together) if each and _accepted(plan, each)), None) if change else None
         cure = Cure(misfit.change, f"{as_parameters(found)} fits ({misfit.cure})") if found else misfit.cure
-        misfits.append((name, Misfit(misfit.cause, cure)))
+        misfits.append((name, replace(misfit, cure=cure)))
     return replace(plan, misfits=tuple(misfits))
 
 

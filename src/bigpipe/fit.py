@@ -88,19 +88,26 @@ class Misfit:
 
     cause: str
     cure: Cure | str = ""
+    field: str = ""
+    """What of the stage it is about, where that is not the first thing to change: `device_map`."""
+
+    @property
+    def about(self) -> str:
+        """Return the field, or part of the stage, that it is about; "" where it is about the whole."""
+        return self.field or next(iter(self.change), "")
 
     @property
     def change(self) -> Mapping[str, Any]:
         return self.cure.change if isinstance(self.cure, Cure) else {}
 
     def error(self) -> DoesNotFit:
-        error = DoesNotFit(self.cause, str(self.cure))
+        error = DoesNotFit(self.cause, str(self.cure), field=self.about)
         error.change = self.change
         return error
 
     @classmethod
     def of(cls, error: DoesNotFit) -> Misfit:
-        return cls(error.cause, Cure(error.change, error.cure))
+        return cls(error.cause, Cure(error.change, error.cure), error.field)
 
 
 def as_fields(change: Mapping[str, Any]) -> str:

@@ -14,6 +14,7 @@ from typing import Any
 
 from .errors import UsageError
 from .files import free_space, read_file
+from .names import Given
 
 DOCTOR_FORMAT = "bigpipe.doctor/1"
 LARGEST = 2**20
@@ -42,6 +43,11 @@ class Machine:
     disk_free: int
     """On the file system of the store."""
     gpus: tuple[Gpu, ...] = ()
+
+
+MACHINE = Given(
+    (Machine,), "a Machine, such as bigpipe.machine.read_machine(FILE) of a file by `bigpipe doctor --json`"
+)
 
 
 def detect(store_root: Path) -> Machine:

@@ -84,11 +84,9 @@ def missing_name(reference: str, base: Path | None) -> str | None:
     """Return why importing `module:name` must fail, by the source alone; None where it need not. Where in its directory
     or package a module lies, and what it names, is looked up as `import_attribute` does; nothing is imported."""
     module, _, name = reference.partition(":")
-    top, *below = module.split(".")
-    files = {relative.removesuffix(".py").removesuffix("/__init__"): file for relative, file in source_files(top, base)}
-    file = files.get("/".join(below) or "__init__") or files.get(top if not below else "")
+    file = _file_of(reference, base)
     if file is None:
-        return f"there is no module {module}" if files else None
+        return f"there is no module {module}" if source_files(top_level(reference), base) else None
     try:
         body = ast.parse(file.read_bytes(), str(file))
     except SyntaxError as error:
@@ -96,6 +94,25 @@ def missing_name(reference: str, base: Path | None) -> str | None:
     names = set(_bound(body))
     known = names & {"*", "__getattr__", name.partition(".")[0]}
     return None if known else f"{file} has nothing that is named {name.partition('.')[0]}"
+
+
+def keywords_of(reference: str, base: Path | None) -> frozenset[str] | None:
+    """Return the names of what may be handed to the function `module:name` by keyword, by the source alone; None where
+    that does not tell: another object than a plain function, or one that takes any. Nothing is imported."""
+    file, name = _file_of(reference, base), reference.partition(":")[2]
+    if file is None:
+        return None
+    found = [node for node in ast.parse(file.read_bytes()).body if getattr(node, "name", "") == name]
+    if len(found) != 1 or not isinstance(found[0], ast.FunctionDef) or found[0].decorator_list or found[0].args.kwarg:
+        return None
+    return frozenset(each.arg for each in (*found[0].args.args, *found[0].args.kwonlyargs))
+
+
+def _file_of(reference: str, base: Path | None) -> Path | None:
+    """Where the source of the module of `module:name` lies."""
+    top, *below = reference.partition(":")[0].split(".")
+    files = {relative.removesuffix(".py").removesuffix("/__init__"): file for relative, file in source_files(top, base)}
+    return files.get("/".join(below) or "__init__") or files.get(top if not below else "")
 
 
 def _bound(tree: ast.AST) -> Iterator[str]:

@@ -1,10 +1,52 @@
-"""Names that somebody wrote, against those that there are: what is probably meant, and an error where nothing is."""
+"""Names that somebody wrote, against those that there are: what is probably meant, and an error where nothing is. And
+what public functions are given under the names of their arguments."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Sequence
+import inspect
+import os
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from functools import wraps
+from pathlib import Path
+from typing import NamedTuple, ParamSpec, TypeVar
 
 from .errors import UsageError, first_few
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+class Given(NamedTuple):
+    """What an argument may be."""
+
+    kinds: tuple[type, ...]
+    words: str
+    """The same for people: `a path`."""
+
+
+PATH = Given((str, os.PathLike), "a path, as text or pathlib.Path")
+FLAG = Given((bool,), "True or False")
+TEXT = Given((str,), "a text")
+TEXTS = Given((str, list, tuple, set, frozenset), "names, as a list of texts")
+TABLE = Given((Mapping,), "a dict")
+CALLED = Given((Callable,), "a function")  # type: ignore[arg-type]  # as isinstance takes it
+ARGUMENTS: Mapping[str, Given] = {
+    **dict.fromkeys(("manifest", "path", "out", "store", "base", "memo", "parts"), PATH),
+    **dict.fromkeys(
+        ("locked", "offline", "keep_going", "check", "preflight", "trust_remote_code", "double_quant",
+         "gradient_checkpointing"),
+        FLAG,
+    ),
+    **dict.fromkeys(("revision", "subfolder", "variant", "library_name", "head", "train", "scheme", "format"), TEXT),
+    **dict.fromkeys(("nodes", "force", "lora_targets", "no_split_module_classes"), TEXTS),
+    **dict.fromkeys(("params", "architecture", "max_memory", "special_dtypes", "environment"), TABLE),
+    "progress": CALLED,
+    "jobs": Given((int,), "how many stages run side by side"),
+    "first_gpu": Given((int,), "the number of a GPU"),
+}  # fmt: skip
+"""By the name of an argument, which means the same in all public functions."""
+FOLDERS = ("base", "memo", "parts")
+"""Arguments that are handed on as paths."""
 
 
 def is_text(text: str) -> bool:
@@ -70,3 +112,32 @@ def refuse_unknown(
 def _with_guess(name: str, known: Collection[str]) -> str:
     close = closest(name, list(known), len(known))
     return f"{name} (did you mean {close}?)" if close else name
+
+
+def checked(**own: Given) -> Callable[[Callable[P, R]], Callable[P, R]]:
+    """Return what makes a public function refuse arguments of types that mean nothing: a UsageError that names argument
+    and cure. own: what arguments of its own may be, besides `ARGUMENTS`. The default of an argument is always taken."""
+
+    def checking(function: Callable[P, R]) -> Callable[P, R]:
+        signature, known = inspect.signature(function), {**ARGUMENTS, **own}
+
+        @wraps(function)
+        def call(*args: P.args, **kwargs: P.kwargs) -> R:
+            bound = signature.bind(*args, **kwargs)
+            for name, value in bound.arguments.items():
+                if name in known and value is not signature.parameters[name].default:
+                    _require(name, value, known[name])
+                    if name in FOLDERS:
+                        bound.arguments[name] = Path(value)
+            return function(*bound.args, **bound.kwargs)
+
+        return call
+
+    return checking
+
+
+def _require(name: str, value: object, wanted: Given) -> None:
+    odd = isinstance(value, bool) and bool not in wanted.kinds
+    entries = value if wanted is TEXTS and isinstance(value, Collection) else ()
+    if odd or not isinstance(value, wanted.kinds) or not all(isinstance(entry, str) for entry in entries):
+        raise UsageError(f"{name} is {value!r:.80}", f"give {wanted.words}", field=name)

@@ -47,6 +47,8 @@ class Trust:
         """A trust as it is, or one in the named modules."""
         if isinstance(given, Trust):
             return given
+        if not isinstance(given, str | Sequence) or not all(isinstance(module, str) for module in given):
+            raise UsageError(f"trust is {given!r:.80}", 'give names of modules, such as ["mingpt"]', field="trust")
         return cls((given,) if isinstance(given, str) else tuple(given))
 
     limits: Limits = Limits()

@@ -32,7 +32,7 @@ from bigpipe.bigmodel.writing import Conversion, convert
 from bigpipe.errors import BigpipeError, InvalidCheckpoint, UsageError
 from bigpipe.orchestrator.stage import Forecast
 from bigpipe.passing import OpenInlet, OpenOutlet
-from bigpipe.plugins import shard
+from bigpipe.plugins import dispatch, distributed_infer, estimate as estimate_kind, quantize, shard
 
 Tensors = dict[str, torch.Tensor]
 FP8, INT8 = torch.float8_e4m3fn, torch.int8
@@ -460,3 +460,76 @@ def test_a_config_without_a_dtype_gets_one(tmp_path: Path) -> None:
     described = decoded(describe_checkpoint(folder))
     assert described.config is not None
     assert (described.config["dtype"], (described.tensors or {})["w.weight"][0]) == ("float16", "float16")
+
+
+FLOATS = [torch.float8_e4m3fn, torch.float8_e5m2, torch.float8_e4m3fnuz, torch.float8_e5m2fnuz]
+
+
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+def test_floats_of_8_bits_without_scales_are_the_numbers_they_are(tmp_path: Path, dtype: torch.dtype) -> None:
+    every = torch.arange(256, dtype=torch.uint8).repeat(5000).view(5000, 256).view(dtype)
+    tensors = {"w.weight": every, "w.bias": torch.ones(5000).to(dtype), "norm.weight": torch.ones(5)}
+    for wanted in (torch.float64, torch.float32, torch.float16, torch.bfloat16):
+        out = tmp_path / str(wanted)
+        folder = write(tmp_path / "model", tensors, {}, files=2, dtype=str(wanted).removeprefix("torch."))
+        made = decode(open_checkpoint(folder))
+        assert made.tensors["norm.weight"].dtype == "float32", "what is stored as it is stays so"
+        bigpipe.save_checkpoint(folder, out, dtype=wanted)
+        torch.testing.assert_close(
+            load_file(out / "model.safetensors"), {name: t.to(wanted) for name, t in tensors.items()},
+            rtol=0, atol=0, equal_nan=True,
+        )  # fmt: skip
+
+
+def test_a_model_of_8_bit_floats_is_loaded_placed_and_quantized_as_they_are(tmp_path: Path) -> None:
+    from transformers import AutoModelForCausalLM
+
+    folder, plain = (make_checkpoint(tmp_path / name, "llama") for name in ("packed", "plain"))
+    narrow = {n: t.to(FP8) if t.dim() > 1 else t for n, t in load_file(folder / "model.safetensors").items()}
+    save_file(narrow, folder / "model.safetensors", {"format": "pt"})
+    save_file({n: t.float() for n, t in narrow.items()}, plain / "model.safetensors", {"format": "pt"})
+    ids = torch.arange(8)[None]
+    with torch.inference_mode():
+        given = bigpipe.load(folder)(ids).logits
+        assert torch.equal(given, AutoModelForCausalLM.from_pretrained(folder)(ids).logits)
+    assert bigpipe.place(folder, device_map="cpu").weights == bigpipe.place(plain, device_map="cpu").weights
+    for model in (folder, plain):
+        quantize_checkpoint(model, tmp_path / f"{model.name}-int8", scheme="int8")
+    made, wanted = (load_file(tmp_path / f"{model.name}-int8" / "model.safetensors") for model in (folder, plain))
+    assert all(torch.equal(made[name], wanted[name]) for name in wanted)
+    assert any("8-bit floats without scales" in note for note in bigpipe.estimate(folder).notes)
+
+
+@pytest.mark.parametrize("name", ["scale_weight", "weight.scale", "weight_scales", "input_scale"])
+def test_floats_of_8_bits_beside_what_may_be_their_scales_are_refused(tmp_path: Path, name: str) -> None:
+    beside = {"w.weight": codes((8, 8), FP8), f"w.{name}": torch.ones(1)}
+    described = describe_checkpoint(write(tmp_path / "model", beside, {}))
+    with pytest.raises(BigpipeError, match="scale"):
+        Conversion(max_shard_size=10**9, dtype="float16").of(described)
+
+
+METHODS: list[dict[str, Any]] = [
+    {"load_in_8bit": True}, {"quant_method": "bitsandbytes", "load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}, BLOCK,
+    {"quant_method": "mxfp4"}, compressed("int", "channel"), {"quant_method": "gptq", "bits": 4},
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("method", METHODS, ids=str)
+def test_a_config_of_packed_weights_over_plain_ones_is_refused_by_all_that_read_them(
+    tmp_path: Path, method: dict[str, Any]
+) -> None:
+    folder = make_checkpoint(tmp_path / "model", "llama")
+    change_config(folder, quantization_config=method)
+    described = describe_checkpoint(folder)
+    wired = {"model": (Forecast(output=described),)}
+    more: dict[str, dict[str, Any]] = {
+        "estimate": {}, "shard": {}, "quantize": {"scheme": "int8"}, "dispatch": {},
+        "distributed-infer": {"task": "text-generation", "prompts": ["hi"]},
+    }  # fmt: skip
+    for stage in (s.STAGE for s in (estimate_kind, shard, quantize, dispatch, distributed_infer)):
+        params = stage.params.model_validate(more[stage.kind])
+        with pytest.raises(InvalidCheckpoint, match=r"quantization_config says .* plain: float32"):
+            (stage.planning.check or stage.forecast)(params, forecast_context(tmp_path, inputs=wired))
+    for read in (bigpipe.load, bigpipe.estimate, bigpipe.place):
+        with pytest.raises(InvalidCheckpoint, match="take quantization_config out of"):
+            read(folder)  # type: ignore[operator]

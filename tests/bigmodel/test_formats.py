@@ -17,6 +17,7 @@ from bigpipe.bigmodel.checkpoint import ModelDescription, describe_checkpoint
 from bigpipe.bigmodel.formats import (
     BUILT_IN,
     DTYPES,
+    EIGHT_BITS,
     PLAIN,
     WORTHWHILE,
     castable,
@@ -111,7 +112,7 @@ def test_floats_that_are_called_so_are_no_scales() -> None:
     names = ("scales", "g_idx", "qweight", "weight_scale", "weight_scale_inv", "absmax", "codes", "codebooks")
     found = {f"layers.0.{name}": ("float32", (4,)) for name in names} | {"layers.0.weight": ("float16", (4, 4))}
     assert recognise(None, found) is PLAIN
-    assert recognise(None, {"weight": ("float8_e4m3fn", (4, 4))}) is PLAIN, "fp8 by itself is numbers"
+    assert recognise(None, {"weight": ("float8_e4m3fn", (4, 4))}) is EIGHT_BITS, "fp8 by itself is numbers"
 
 
 def test_names_of_formats_are_all_that_is_offered() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
 from pathlib import Path
@@ -199,3 +200,80 @@ def test_a_config_may_name_its_dtype_as_torch_does(dtype: str, tmp_path: Path) -
     )
     assert bigpipe.quantize_checkpoint(folder, tmp_path / "int8", scheme="int8").quantized
     assert not [note for note in bigpipe.estimate(folder).notes if "dtype" in note]
+
+
+ODD: list[tuple[str, dict[str, Any]]] = [
+    ("place", {"machine": "x.json"}), ("place", {"speeds": 3}), ("place", {"max_memory": [1]}), ("place", {"trust": 1}),
+    ("place", {"no_split_module_classes": 5}), ("place", {"special_dtypes": "float16"}), ("place", {"batch_size": "4"}),
+    ("place", {"revision": 2}), ("place", {"environment": "A=b"}), ("place", {"architecture": "module:Class"}),
+    ("estimate", {"batch_size": 1.5}), ("estimate", {"sequence_length": "2k"}), ("estimate", {"lora_targets": 7}),
+    ("estimate", {"memory": [1]}), ("estimate", {"double_quant": "yes"}), ("estimate", {"subfolder": 1}),
+    ("estimate", {"base": 3}), ("estimate", {"trust": [b"a"]}), ("estimate", {"offline": "no"}),
+    ("load", {"memory": 10}), ("load", {"first_gpu": "0"}), ("load", {"trust_remote_code": 1}),
+    ("load", {"special_dtypes": ["lm_head.weight"]}), ("load", {"architecture": 1}), ("load", {"base": b"x"}),
+    ("save_checkpoint", {"progress": 1}), ("save_checkpoint", {"max_shard_size": None}),
+    ("quantize_checkpoint", {"scheme": 8}), ("quantize_checkpoint", {"parts": 1}),
+    ("quantize_checkpoint", {"trust": 2}), ("quantize_checkpoint", {"device": [1]}),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("name", "given"), ODD, ids=str)
+def test_an_argument_of_a_type_that_means_nothing_is_named(
+    name: str, given: dict[str, Any], model: Path, tmp_path: Path
+) -> None:
+    places = [model] if name in ("place", "estimate", "load") else [model, tmp_path / "out"]
+    more = {"scheme": "int8"} if name == "quantize_checkpoint" else {}
+    with pytest.raises(UsageError, match=next(iter(given))) as error:
+        getattr(bigpipe, name)(*places, **{**more, **given})
+    assert error.value.cure or "; write" in error.value.cause
+
+
+@pytest.mark.parametrize("name", ["open_checkpoint", "load", "estimate", "place", "load_manifest", "plan", "run"])
+@pytest.mark.parametrize("odd", [None, 5, b"model", ["model"]], ids=str)
+def test_what_is_no_path_is_called_that(name: str, odd: Any) -> None:
+    with pytest.raises(UsageError, match=r"is (None|5|b'model'|\['model'\])|neither|module") as error:
+        getattr(bigpipe, name)(odd)
+    assert error.value.cure
+
+
+@pytest.mark.parametrize("given", [{"params": "a=1"}, {"store": 1}, {"nodes": 1}, {"nodes": [1]}, {"offline": "no"},
+                                   {"jobs": "2"}, {"reporter": print}], ids=str)  # fmt: skip
+@pytest.mark.parametrize("name", ["plan", "run"])
+def test_a_recipe_is_run_with_arguments_that_mean_something(name: str, given: dict[str, Any], tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match=f"{next(iter(given))} is ") as error:
+        getattr(bigpipe, name)(tmp_path / "recipe.yaml", **given)
+    assert error.value.cure
+
+
+def test_a_machine_is_no_file(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match=r"machine is 'x\.json'\n  give a Machine, such as .*read_machine"):
+        bigpipe.plan(tmp_path / "recipe.yaml", machine="x.json")  # type: ignore[arg-type]
+
+
+def test_folders_may_be_texts(model: Path, tmp_path: Path) -> None:
+    told = bigpipe.estimate(str(model), base=str(tmp_path), memo=str(tmp_path / "memo"))  # type: ignore[arg-type]
+    assert told.metrics() == bigpipe.estimate(model).metrics()
+
+
+def test_what_is_written_beside_the_weights_is_told(tmp_path: Path) -> None:
+    saved = bigpipe.save_checkpoint(tiny_model("llama"), tmp_path)
+    assert {"model.safetensors", "config.json", "generation_config.json"} == saved.files.keys()
+    for name, (digest, size) in saved.files.items():
+        content = (tmp_path / name).read_bytes()
+        assert (digest, size) == (hashlib.sha256(content).hexdigest(), len(content))
+
+
+@pytest.mark.parametrize(
+    ("given", "told", "field"),
+    [
+        ({"skip_modules": [".*"]}, "skip_modules name all of the 15 linear modules", "skip_modules"),
+        ({"keep_in_fp32_modules": [".*"]}, "keep_in_fp32_modules name all", "keep_in_fp32_modules"),
+    ],
+)
+def test_a_quantization_that_leaves_everything_is_none(
+    given: dict[str, Any], told: str, field: str, model: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(UsageError, match=told) as error:
+        bigpipe.quantize_checkpoint(model, tmp_path / "out", scheme="int8", **given)
+    assert error.value.field == field
+    assert not (tmp_path / "out").exists()

@@ -6,6 +6,7 @@ from support.models import forward, tiny_config
 
 from bigpipe.bigmodel.architecture import describe_architecture
 from bigpipe.bigmodel.checkpoint import open_checkpoint
+from bigpipe.bigmodel.formats import PLAIN, format_of
 from bigpipe.bigmodel.writing import PlannedTensor, container
 from bigpipe.bigmodel.writing.synthetic import RandomTensors, SyntheticModel
 from bigpipe.errors import UsageError
@@ -45,6 +46,14 @@ def test_weights_depend_on_name_dtype_and_seed_alone(tmp_path, opt):
     assert all(a.read(name) == c.read(name) for name in a.tensors)
     assert not any(c.read(name) == d.read(name) for name in names)
     assert len({a.read(name) for name in names}) == len(names)
+
+
+def test_what_is_made_up_is_plain_whatever_its_config_came_with(opt):
+    config, architecture = opt
+    packed = {**config, "quantization_config": {"quant_method": "fp8", "weight_block_size": [128, 128]}}
+    model = SyntheticModel(packed, architecture)
+    assert "quantization_config" not in (model.description.config or {})
+    assert format_of(model.description) is PLAIN
 
 
 def test_the_description_is_what_gets_written(tmp_path, opt):

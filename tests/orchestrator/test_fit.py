@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 import bigpipe
+from bigpipe.errors import BigpipeError
 from bigpipe.fit import Misfit
 from bigpipe.machine import Gpu, Machine
 from bigpipe.orchestrator.planning.fit import asked_misfits, foreseen_misfits
@@ -162,3 +164,39 @@ def test_the_disk_is_cured_by_what_was_tried(workshop: Any, free: int, cure: lis
     """What a stage's `resources.disk` asks for counts, whatever its kind foresees."""
     workshop.manifest.write_text(DISK)
     assert cures(workshop, replace(BARE, disk_free=free)) == cure
+
+
+MODEL = Path(__file__).parents[2] / "models/quickstart"
+PLACED = """\
+version: 1
+name: places
+stages:
+  download: {uses: download, with: {path: MODEL}}
+  dispatch:
+    uses: dispatch
+    inputs: download
+    with:
+      FIELD
+"""
+MISFITS = {
+    "max_memory: {0: 1GiB, cpu: 1GiB}": "max_memory names GPU 0",
+    "max_memory: {cpu: 2kB}": "the model's weights and buffers take",
+    "max_memory: {cpu: 0, disk: 0}": "leaves no device with room",
+    'device_map: {model: cpu, "": 3}': "device_map names GPU 3",
+    '{device_map: {"": cpu}, max_memory: {cpu: 2kB}}': "device_map puts",
+    '{device_map: {"": cpu}, max_memory: {0: 2GB, cpu: 2GB}}': "max_memory names GPU 0",
+}
+
+
+@pytest.mark.parametrize("field", MISFITS)
+def test_what_does_not_fit_points_at_the_field_that_says_so(field: str, tmp_path: Path) -> None:
+    (tmp_path / "recipe.yaml").write_text(PLACED.replace("MODEL", str(MODEL)).replace("FIELD", field))
+    try:
+        errors = bigpipe.plan(tmp_path / "recipe.yaml", machine=BARE, store=tmp_path / "store").errors()
+    except BigpipeError as error:
+        errors = [error]
+    assert MISFITS[field] in errors[0].cause
+    place = errors[0].place
+    assert place is not None
+    assert place.line == 9, place
+    assert place.column > 7, "the value, not the stage"

@@ -349,6 +349,58 @@ def checking(folder: Path, **changes: Any) -> CheckContext:
     return check_context(folder, base=folder, machine=MACHINE, memo=folder, **changes)
 
 
+@pytest.mark.parametrize("prompts", [["a", "b"], [[{"role": "user", "content": "a"}]]])
+def test_a_column_of_prompts_without_fields_is_refused(prompts: list[Any]) -> None:
+    with pytest.raises(ValidationError, match="names a field of objects") as error:
+        params(prompts=prompts, column="text")
+    assert error.value.errors()[0]["loc"] == ("column",)
+    assert params(prompts=[{"text": "a"}, "b"], column="text").column == "text"
+    assert params(prompts="prompts.jsonl", column="text").column == "text"
+    assert params(task="mytasks:lengths", prompts=["a"], column="q").column == "q", "a function sees the field"
+
+
+def test_what_makes_no_tokens_takes_no_length_be_it_the_default() -> None:
+    with pytest.raises(ValidationError, match="makes no tokens"):
+        params(task="feature-extraction", max_new_tokens=32)
+    with pytest.raises(ValidationError, match="takes `pooling` alone"):
+        InferParams(task="feature-extraction", prompts=["a"], generation={"num_beams": 2})
+
+
+FUNCTIONS = {
+    "def f(model, rows): return [{} for _ in rows]": ("max_new_tokens", "temperature"),
+    "def f(model, rows, *, temperature=1.0): return [{} for _ in rows]": ("max_new_tokens",),
+    "def f(model, rows, max_new_tokens=3): return [{} for _ in rows]": ("temperature",),
+    "def f(model, rows, **more): return [{} for _ in rows]": (),
+}
+
+
+@pytest.mark.parametrize("source", FUNCTIONS)
+def test_a_function_is_given_what_it_takes(tmp_path: Path, model: Path, source: str) -> None:
+    given = {"max_new_tokens": {"max_new_tokens": 4}, "temperature": {"generation": {"temperature": 0.5}}}
+    (tmp_path / "mytasks.py").write_text(source)
+    trust = Trust(modules=("mytasks",))
+    for name, fields in given.items():
+        parameters = InferParams.model_validate({"task": "mytasks:f", "prompts": ["a"], **fields})
+        ctx = context(tmp_path / name, model, base=tmp_path, trust=trust)
+        for check in (
+            lambda: inferring.check(parameters, checking(tmp_path, trust=trust)),  # noqa: B023
+            lambda: inferring.prepare(parameters, ctx),  # noqa: B023
+        ):
+            if name not in FUNCTIONS[source]:
+                check()
+                continue
+            with pytest.raises(UsageError, match=f"the function takes no '{name}'") as error:
+                check()
+            assert error.value.field in (name, f"generation.{name}")
+    inferring.check(InferParams(task="mytasks:f", prompts=["a"]), checking(tmp_path, trust=trust))
+
+
+def test_batches_together_need_a_placement_that_streams(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="without a placement none is streamed") as error:
+        inferring.check(params(micro_batches=2), checking(tmp_path))
+    assert error.value.field == "micro_batches"
+
+
 def test_checks_prompts_task_and_tokenizer_before_anything_runs(tmp_path: Path, model: Path) -> None:
     with pytest.raises(UsageError, match="no file nowhere"):
         inferring.check(params(prompts="nowhere.jsonl"), checking(tmp_path))

@@ -14,6 +14,7 @@ from support.contexts import check_context, forecast_context, stage_context
 from support.hub import LoopbackHub
 from support.hub_state import files_of
 from support.models import make_checkpoint, tiny_model, tiny_tokenizer
+from support.workshop import Workshop
 
 import bigpipe
 from bigpipe.bigmodel.checkpoint import ModelDescription, describe_checkpoint, open_checkpoint
@@ -23,6 +24,7 @@ from bigpipe.bigmodel.writing import save_checkpoint
 from bigpipe.errors import BigpipeError, InvalidCheckpoint, NoWeights, UsageError
 from bigpipe.orchestrator.stage import Forecast
 from bigpipe.plugins.download import STAGE, DownloadParams
+from bigpipe.plugins.estimate import STAGE as ESTIMATE, EstimateParams
 from bigpipe.plugins.quantize import STAGE as QUANTIZE
 
 SOURCES = ["repo", "path"]
@@ -95,6 +97,43 @@ def test_a_variant_and_a_subfolder(
     assert (index in there) == (variant == "fp16")
     save_checkpoint(out, tmp_path / "anew")
     assert {tensor.dtype for tensor in open_checkpoint(tmp_path / "anew").tensors.values()} == {dtype}
+
+
+@pytest.mark.parametrize(("subfolder", "variant"), [("text_model", "fp16"), (None, "bf16"), ("text_model/", None)])
+def test_an_estimate_of_a_repository_takes_a_variant_and_a_subfolder(
+    server: LoopbackHub, workshop: Workshop, subfolder: str | None, variant: str | None
+) -> None:
+    folder, environment = variants(workshop.folder / "model"), server.environment(workshop.folder / "hf")
+    server.create("org/model", files_of(folder))
+    choice = {name: value for name, value in (("subfolder", subfolder), ("variant", variant)) if value}
+    wanted = bigpipe.estimate(folder, dtypes=["float16"], **choice)  # type: ignore[arg-type]
+    told = bigpipe.estimate("org/model", dtypes=["float16"], environment=environment, **choice)  # type: ignore[arg-type]
+    assert told.metrics() == wanted.metrics()
+    assert told.checkpoint is not None
+    assert wanted.checkpoint is not None
+    assert told.checkpoint["bytes"] == wanted.checkpoint["bytes"]
+    assert server.bytes_sent(".safetensors") < 150_000, "of weights only headers"
+    params = EstimateParams.model_validate({"repo": "org/model", "dtypes": ["float16"], **choice})
+    context = forecast_context(workshop.folder, environment=environment)
+    foreseen = ESTIMATE.forecast(params, context).metrics["float16"]
+    assert foreseen["stored"] == wanted.metrics()["float16"]["stored"]
+    options = [part for name, value in choice.items() for part in (f"--{name}", value)]
+    done = workshop.command("estimate", "org/model", "--dtypes", "float16", *options, "--json", **environment)
+    assert json.loads(done.stdout)["checkpoint"] == told.checkpoint, done.stderr
+
+
+@pytest.mark.parametrize(
+    ("choice", "told"), [({"subfolder": "txt"}, "text_model"), ({"variant": "fp61"}, "bf16, fp16")]
+)
+def test_an_estimate_of_a_repository_says_which_there_are(
+    server: LoopbackHub, tmp_path: Path, choice: dict[str, str], told: str
+) -> None:
+    server.create("org/model", files_of(variants(tmp_path / "model")))
+    context = forecast_context(tmp_path, environment=server.environment(tmp_path / "hf"))
+    with pytest.raises(UsageError) as error:
+        ESTIMATE.forecast(EstimateParams.model_validate({"repo": "org/model", **choice}), context)
+    assert told in error.value.cure
+    assert error.value.field == next(iter(choice))
 
 
 def test_two_choices_of_one_commit_are_remembered_apart(bring: Any, tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ import subprocess
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import huggingface_hub
 import pytest
@@ -331,10 +331,35 @@ def test_a_file_url_is_a_directory(tmp_path: Path) -> None:
     assert (tmp_path / "elsewhere" / "model.safetensors").read_bytes() == MODEL["model.safetensors"]
 
 
+@pytest.mark.parametrize(
+    ("to", "told"),
+    [
+        ("memory://a/model", "is gone once the run is over"),
+        ("simplecache::memory://a/model", "is gone once the run is over"),
+        ("https://example.org/model", "https only reads"),
+        ("zip://model::file:///srv/model.zip", "zip only reads"),
+    ],
+)
+def test_what_is_saved_where_nothing_stays_is_refused_by_validate(to: str, told: str) -> None:
+    with pytest.raises(ValidationError, match=told):
+        SaveParams(to=to)
+
+
 def test_an_fsspec_url(tmp_path: Path) -> None:
     import fsspec
+    from fsspec.implementations.memory import MemoryFileSystem
 
-    url = f"memory://{uuid.uuid4().hex}/model"
+    class Bucket(MemoryFileSystem):  # type: ignore[misc]
+        protocol = "bucket"
+        store: ClassVar[dict[str, Any]] = {}
+        pseudo_dirs: ClassVar[list[str]] = [""]
+
+        @classmethod
+        def _strip_protocol(cls, path: str) -> str:
+            return str(MemoryFileSystem._strip_protocol(path.replace("bucket://", "memory://")))
+
+    fsspec.register_implementation("bucket", Bucket, clobber=True)
+    url = f"bucket://{uuid.uuid4().hex}/model"
     given = params(url)
     check(tmp_path, given)
     found = metrics(save(tmp_path, given))

@@ -14,6 +14,7 @@ from support.launching import make_job
 from support.models import forward, make_checkpoint, tiny_model
 
 from bigpipe.bigmodel.checkpoint import describe_checkpoint
+from bigpipe.bigmodel.quantization import quantize_checkpoint
 from bigpipe.errors import UsageError
 from bigpipe.orchestrator.launch.executors import executor
 from bigpipe.orchestrator.launch.jobs import Outcome
@@ -87,9 +88,7 @@ def test_the_worker_never_imports_torch(tmp_path):
 
 
 def test_casting_quantized_weights_is_refused_before_anything_runs(tmp_path):
-    source = make_checkpoint(tmp_path / "source", "opt")
-    config = json.loads((source / "config.json").read_text())
-    (source / "config.json").write_text(json.dumps({**config, "quantization_config": {"load_in_4bit": True}}))
+    quantize_checkpoint(make_checkpoint(tmp_path / "plain", "opt"), source := tmp_path / "source", scheme="nf4")
     inputs = {"model": (Forecast(output=describe_checkpoint(source)),)}
     context = check_context(tmp_path, inputs=inputs)
     with pytest.raises(UsageError, match="let quantize come after shard"):
