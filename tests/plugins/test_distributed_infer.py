@@ -236,7 +236,8 @@ def test_says_what_bounds_it_and_what_share_was_reached(tmp_path: Path, model: P
     makes, figures = task == "text-generation", Speeds(disk=1e5, ram=1e12)
     ctx = context(tmp_path, model, machine=HERE, memo=knowing(tmp_path, GOOD_HALVES, figures))
     ctx = replace(ctx, inputs={**ctx.inputs, "placement": (streaming(tmp_path, model),)})
-    metrics = infer(InferParams(task=task, prompts=PROMPTS, max_new_tokens=5 if makes else 32, micro_batches=2), ctx)
+    made = {"max_new_tokens": 5} if makes else {}
+    metrics = infer(InferParams(task=task, prompts=PROMPTS, micro_batches=2, **made), ctx)
     assert metrics.prompt_tokens > 5
     assert metrics.bound_by == "bandwidth"
     streamed = read_placement(tmp_path).streamed_bytes_per_token

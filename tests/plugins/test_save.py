@@ -12,9 +12,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, ClassVar
 
+import fsspec
 import huggingface_hub
 import pytest
 import yaml
+from fsspec.implementations.memory import MemoryFileSystem
 from pydantic import ValidationError
 from support.contexts import Lineage, check_context, forecast_context, inputs, stage_context
 from support.hub import LoopbackHub
@@ -345,9 +347,9 @@ def test_what_is_saved_where_nothing_stays_is_refused_by_validate(to: str, told:
         SaveParams(to=to)
 
 
-def test_an_fsspec_url(tmp_path: Path) -> None:
-    import fsspec
-    from fsspec.implementations.memory import MemoryFileSystem
+@pytest.fixture
+def bucket() -> type[MemoryFileSystem]:
+    """What fsspec opens as `bucket://`, in place of a service that keeps what is sent."""
 
     class Bucket(MemoryFileSystem):  # type: ignore[misc]
         protocol = "bucket"
@@ -359,6 +361,10 @@ def test_an_fsspec_url(tmp_path: Path) -> None:
             return str(MemoryFileSystem._strip_protocol(path.replace("bucket://", "memory://")))
 
     fsspec.register_implementation("bucket", Bucket, clobber=True)
+    return Bucket
+
+
+def test_an_fsspec_url(tmp_path: Path, bucket: type[MemoryFileSystem]) -> None:
     url = f"bucket://{uuid.uuid4().hex}/model"
     given = params(url)
     check(tmp_path, given)
@@ -590,11 +596,12 @@ def test_of_two_nodes_that_depend_on_conditions_one_writes(workshop: Workshop) -
 
 
 @pytest.mark.parametrize("breaks", ["open", "cp_file"])
-def test_a_transfer_file_by_file_that_broke_off_is_repeated(tmp_path: Path, breaks: str) -> None:
+def test_a_transfer_file_by_file_that_broke_off_is_repeated(
+    tmp_path: Path, bucket: type[MemoryFileSystem], breaks: str
+) -> None:
     """While it writes, the old version stays; while that is replaced, what is there is nobody else's work."""
-    from fsspec.implementations.memory import MemoryFileSystem
 
-    class Breaking(MemoryFileSystem):
+    class Breaking(bucket):  # type: ignore[valid-type, misc]
         left = 3
         cachable = False
 
@@ -612,7 +619,7 @@ def test_a_transfer_file_by_file_that_broke_off_is_repeated(tmp_path: Path, brea
                 raise ConnectionError("the service hung up")
 
     root = f"/{uuid.uuid4().hex}/model"
-    given = params(f"memory:/{root}")
+    given = params(f"bucket:/{root}")
     save(tmp_path, given)
     model = artifact(tmp_path / "store", {**MODEL, "config.json": b'{"model_type": "gpt"}'})
     provenance = Provenance(recipe="tiny-int8", node="test")
