@@ -3,9 +3,11 @@
 import json
 import os
 import signal
+from collections import defaultdict
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from support.stores import in_child
@@ -24,6 +26,8 @@ from bigpipe.orchestrator.running.records import (
     node_folder,
 )
 
+NODE = SimpleNamespace(kind=SimpleNamespace(kind="write"), predecessors=())
+
 
 @dataclass
 class Recipe:
@@ -31,6 +35,11 @@ class Recipe:
     name: str = "one"
     text: str = "version: 1\n"
     params: dict[str, object] = field(default_factory=lambda: {"gpu": "22GiB"})
+    nodes: dict[str, object] = field(
+        default_factory=lambda: defaultdict(
+            lambda: SimpleNamespace(kind=SimpleNamespace(kind="write"), predecessors=())
+        )
+    )
 
 
 def finished(node, status="succeeded", **changes):

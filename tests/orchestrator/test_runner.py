@@ -261,8 +261,8 @@ def test_the_result_is_one_json_line(workshop):
     data = json.loads(done.stdout.splitlines()[-1])
     assert data["schema"] == "bigpipe.run/1"
     assert data["status"] == "succeeded"
-    told = {"status", "key", "digest", "path", "seconds", "peak_rss", "metrics", "reason", "gates", "error"}
-    assert set(data["nodes"]["d"]) == told
+    told = {"status", "kind", "after", "key", "digest", "path", "seconds", "peak_rss", "metrics", "gates", "foreseen"}
+    assert set(data["nodes"]["d"]) == {*told, "reason", "error"}
     assert (Path(data["nodes"]["d"]["path"]) / "text").read_text() == "hello world"
 
 
