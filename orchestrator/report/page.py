@@ -25,7 +25,7 @@ from bigpipe.sizes import format_size, format_transfer
 
 from .drawing import STYLE, Bar, Drawn, bars, graph
 from .inspection import Inspection, diff_runs, open_store
-from .rendering import metrics_line
+from .rendering import first_results, metrics_line
 from .shown import clean
 
 Form = Literal["html", "markdown"]
@@ -200,19 +200,11 @@ def _texts(store: Store, kept: Mapping[str, KeyRecord]) -> Table:
     found: dict[str, dict[str, str]] = {}
     for name, record in kept.items():
         if record.artifact_type == "results" and record.digest:
-            found[name] = dict(_results(store.artifact_path(record.digest) / "results.jsonl"))
+            results = first_results(store.artifact_path(record.digest) / "results.jsonl", TEXTS)
+            found[name] = {_short(prompt): _short(text) for prompt, text in results}
     prompts = dict.fromkeys(prompt for texts in found.values() for prompt in texts)
     rows = [(prompt, *(texts.get(prompt, "") for texts in found.values())) for prompt in islice(prompts, TEXTS)]
     return Table("Results", ("prompt", *found), rows)
-
-
-def _results(path: Path) -> Iterator[tuple[str, str]]:
-    if not path.is_file():
-        return
-    with path.open(encoding="utf-8") as lines:
-        for line in islice(lines, TEXTS):
-            row = json.loads(line)
-            yield _short(_shown(row.get("prompt"))), _short(_shown(row.get("text", row.get("error", row))))
 
 
 def _timeline(store: Store, record: RunRecord) -> Table:

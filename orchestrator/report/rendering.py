@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict
 from itertools import islice
 from pathlib import Path
@@ -169,20 +170,31 @@ def results_text(result: RunResult, limit: int = 5) -> str:
     parts = []
     for name, state in result.nodes.items():
         path = result.path(name) if state.node.kind.output == "results" else None
-        if path is not None and (file := path / "results.jsonl").is_file() and (lines := _result_lines(file, limit)):
-            parts.append("\n".join([f"{name}:", *lines]))
+        rows = list(first_results(path / "results.jsonl", limit)) if path is not None else []
+        if rows:
+            parts.append("\n".join([f"{name}:", *(f"  {_flat(prompt)} → {_flat(text)}" for prompt, text in rows)]))
     return "\n\n".join([*parts, result_table(result)])
 
 
-def _result_lines(path: Path, limit: int) -> list[str]:
-    """`prompt → text`, one line each, of a results file."""
-    with path.open(encoding="utf-8") as lines:
-        rows = [json.loads(line) for line in islice(lines, limit)]
-    return [f"  {_flat(row.get('prompt'))} → {_flat(row.get('text', row.get('error', row)))}" for row in rows]
+def first_results(path: Path, limit: int) -> Iterator[tuple[str, str]]:
+    """Yield prompt and text of the first lines of a results file. A row without a text says its error, or itself; a
+    line that is no row is all text."""
+    with suppress(OSError), path.open(encoding="utf-8", errors="replace") as lines:
+        for line in islice(lines, limit):
+            try:
+                row = json.loads(line)
+            except ValueError:
+                row = line
+            found = row if isinstance(row, dict) else {"text": row}
+            yield _text(found.get("prompt", "")), _text(found.get("text", found.get("error", found)))
 
 
-def _flat(value: Json, limit: int = 100) -> str:
-    return _shortened(" ".join((value if isinstance(value, str) else json.dumps(value)).split()), limit)
+def _text(value: Json) -> str:
+    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)
+
+
+def _flat(text: str, limit: int = 100) -> str:
+    return _shortened(" ".join(text.split()), limit)
 
 
 def _shortened(text: str, limit: int) -> str:

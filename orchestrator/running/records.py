@@ -314,9 +314,11 @@ def node_times(runs: Path, run: str) -> dict[str, tuple[float, float]]:
     began: dict[str, float] = {}
     ended: dict[str, float] = {}
     first, last = None, 0.0
-    with suppress(OSError), (runs / run / EVENTS).open(encoding="utf-8") as lines:
+    with suppress(OSError), (runs / run / EVENTS).open(encoding="utf-8", errors="replace") as lines:
         for line in lines:
-            event = json.loads(line) if line.endswith("}\n") else {}
+            event = {}
+            with suppress(ValueError):  # a line that lost power tore
+                event = json.loads(line)
             if "time" in event:
                 now = datetime.fromisoformat(event["time"]).timestamp()
                 first = now if first is None else first

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import json
 from html.parser import HTMLParser
 from xml.etree import ElementTree
 
 import pytest
 
+from bigpipe import redaction
 from bigpipe.errors import UsageError
-from bigpipe.orchestrator.report import report_runs
+from bigpipe.orchestrator.report import report_runs, results_text
 from bigpipe.orchestrator.report.drawing import Drawn, graph
 from bigpipe.orchestrator.running import records
 
@@ -195,12 +195,29 @@ def test_a_form_that_is_none_is_refused(workshop):
         report_runs(form="pdf", store=workshop.folder / "store")
 
 
-def test_a_secret_is_in_no_page(workshop, monkeypatch):
-    monkeypatch.setenv("HF_TOKEN", "hf_SecretThatNobodySees")
-    workshop.run(RECIPE)
-    folder = next((workshop.folder / "store" / "runs").iterdir())
-    assert "hf_SecretThatNobodySees" not in (folder / "run.json").read_text()
-    assert "hf_SecretThatNobodySees" not in json.dumps(page_of(workshop).words)
+@pytest.mark.parametrize("form", ["html", "markdown"])
+def test_a_secret_is_in_no_page(workshop, form):
+    """Not even where the record of a run that did not know of it holds it."""
+    workshop.run(RECIPE.replace("<b>bold</b> | *x* `y`", "canary-of-a-run"))
+    assert "canary" in report_runs(store=workshop.folder / "store", form=form)
+    redaction.conceal(["canary-of-a-run"])
+    assert "canary" not in report_runs(store=workshop.folder / "store", form=form)
+
+
+def test_results_that_are_no_rows_are_shown_as_they_are(workshop):
+    (workshop.folder / "say.py").write_text(
+        SAY.replace('json.dumps({"prompt": "hello", "text": params.word})', '"[1] {"')
+    )
+    done = workshop.run(VARIANTS, check=True)
+    assert "[1] {" in results_text(done)
+    assert "[1] {" in " ".join(page_of(workshop).words)
+
+
+def test_a_line_of_events_that_was_torn_costs_itself(workshop):
+    done = workshop.run(RECIPE)
+    events = workshop.folder / "store" / "runs" / done.run / "events.jsonl"
+    events.write_bytes(b'{"time": \xff}\n' + events.read_bytes())
+    assert len(records.node_times(workshop.folder / "store" / "runs", done.run)) == 3
 
 
 def test_a_graph_is_drawn_before_anything_ran(workshop):
