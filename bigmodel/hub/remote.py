@@ -2,9 +2,9 @@
 
 What is fetched, in this order, and no more than is needed: the commit's listing, `config.json`, the index, and the
 header of every weight file by HTTP range, several at a time. Where the config is of a family in the snapshot
-(`known_architecture`) and the index agrees with it in every name and in the sum of bytes, the index tells all there is
-to know of sizes, and no header is read. A commit never changes, so what was learnt of it is kept under `memo`. Files
-that lie in the Hub cache already are read there.
+(`known_architecture`), the index agrees with it in every name and in the sum of bytes, and the Hub counts the same
+elements by dtype, there is no more to know of sizes, and no header is read. A commit never changes, so what was learnt
+of it is kept under `memo`. Files that lie in the Hub cache already are read there.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ COUNTED = ("model.safetensors", "model.safetensors.index.json")
 """What the Hub counts: one of these at the root of a repository. It knows nothing of `.bin` or of components."""
 ENTRY = 150
 """Bytes that a tensor takes in a header besides its name, at most: dtype, a shape of three, two offsets."""
-ANSWER_VERSION = 2
+ANSWER_VERSION = 3
 Origin = Literal["headers", "index", "config"]
 
 
@@ -95,7 +95,9 @@ def describe_repository(
     if choice.include or choice.exclude:
         taken = set(choice.among([file.path for file in repository.files], repository.library))
         files = tuple(file for file in repository.files if file.path in taken)
-        repository = replace(repository, files=files, elements=None)  # the Hub counts all of them
+        repository = replace(repository, files=files)
+    if choice.include or choice.exclude or choice.variant:
+        repository = replace(repository, elements=None)  # the Hub counts the plain weights, and all of them
     found = _from_json(hub.recall(*facts), repository)
     if found is None:
         try:
@@ -188,7 +190,7 @@ def _tensors(
         tensors = (
             _tensors_of_index(index or {}, config) if need == "sizes" and _format(weights) == "safetensors" else None
         )
-        if tensors is not None and _difference(repository, tensors, config) is None:
+        if tensors is not None and _counts(repository) == _elements(tensors):  # else nobody has seen the dtypes
             return tensors, {}, "index"
     contents = _headers(repository, [file for file in repository.files if file.path in files], weight_map)
     check_weight_map(f"{repository.repo}'s index", weight_map, contents)
@@ -280,18 +282,26 @@ def _difference(repository: Repository, tensors: Tensors | None, config: Mapping
     """What the Hub counts otherwise than `tensors`, in words.
     None where they agree, where the Hub gives no counts, and where it counts something else: packed formats by the
     values that are packed in them."""
-    counted = repository.elements
-    packed = bool((config or {}).get("quantization_config"))
-    if not counted or not tensors or packed or all(repository.file(name) is None for name in COUNTED):
+    counted, packed = _counts(repository), bool((config or {}).get("quantization_config"))
+    if not counted or not tensors or packed or counted == (found := _elements(tensors)):
         return None
+    return f"the Hub counts {_words(counted)}, and the files hold {_words(found)}; the files are believed"
+
+
+def _counts(repository: Repository) -> dict[str, int]:
+    """Safetensors dtype → elements of the plain weights at the root, as the Hub counts them. Empty: it does not."""
+    if all(repository.file(name) is None for name in COUNTED):
+        return {}
+    return {name: count for name, count in (repository.elements or {}).items() if count}
+
+
+def _elements(tensors: Tensors) -> dict[str, int]:
+    """Safetensors dtype → elements."""
     found: dict[str, int] = {}
     for dtype, shape in tensors.values():
         name = SAFETENSORS_NAMES.get(dtype, dtype)
         found[name] = found.get(name, 0) + math.prod(shape)
-    stated = {name: count for name, count in counted.items() if count}
-    if stated == {name: count for name, count in found.items() if count}:
-        return None
-    return f"the Hub counts {_words(stated)}, and the files hold {_words(found)}; the files are believed"
+    return {name: count for name, count in found.items() if count}
 
 
 def _words(counts: Mapping[str, int]) -> str:

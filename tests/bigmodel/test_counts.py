@@ -18,7 +18,7 @@ from support.shells import sharded, shell
 
 from bigpipe.bigmodel.architecture import known_architecture
 from bigpipe.bigmodel.footprint import estimate
-from bigpipe.bigmodel.hub import Hub
+from bigpipe.bigmodel.hub import Choice, Hub
 from bigpipe.bigmodel.hub.remote import RemoteModel, describe_repository
 
 LLAMA: dict[str, Any] = {
@@ -56,6 +56,10 @@ def llama(folder: Path, dtype: str) -> dict[str, bytes | Path]:
     return {"config.json": json.dumps(LLAMA).encode(), **sharded(folder, tensors, 60_000)}
 
 
+def dtypes(found: RemoteModel) -> set[str]:
+    return {dtype for dtype, _ in (found.description.tensors or {}).values()}
+
+
 def test_counts_of_the_same_files_agree(server: LoopbackHub, look: Any, tmp_path: Path) -> None:
     server.create(MODEL, {"model.safetensors": shell(tmp_path / "model.safetensors", SOME)})
     found = look()
@@ -81,6 +85,33 @@ def test_they_find_the_dtype_that_index_and_config_both_have_wrong(
     assert found.source == "headers"
     assert {dtype for dtype, _ in found.description.tensors.values()} == {"float16"}
     assert found.difference is None
+
+
+@pytest.mark.parametrize("told", [{}, {"parameters": {}}], ids=str)
+def test_where_nothing_is_counted_the_headers_tell_the_dtype(
+    server: LoopbackHub, look: Any, tmp_path: Path, told: dict[str, Any]
+) -> None:
+    """As behind a mirror: names and sums of bytes are the same in both formats of 16 bits."""
+    server.create(MODEL, llama(tmp_path, "float16"), told_counts=told)
+    found = look(need="sizes")
+    assert (found.source, dtypes(found)) == ("headers", {"float16"})
+
+
+def test_a_variant_in_shards_has_its_own_dtype(server: LoopbackHub, look: Any, tmp_path: Path) -> None:
+    """The config and what the Hub counts are those of the plain weights beside it, of as many bytes."""
+    for name in ("plain", "half"):
+        (tmp_path / name).mkdir()
+    half = llama(tmp_path / "half", "float16")
+    renamed = {name: name.replace(".safetensors", ".fp16.safetensors") for name in half}
+    index = json.loads(Path(str(half.pop("model.safetensors.index.json"))).read_text())
+    index["weight_map"] = {tensor: renamed[file] for tensor, file in index["weight_map"].items()}
+    variant = {renamed[name]: content for name, content in half.items() if name != "config.json"}
+    variant["model.safetensors.index.fp16.json"] = json.dumps(index).encode()
+    server.create(MODEL, {**llama(tmp_path / "plain", "bfloat16"), **variant})
+    assert dtypes(look(need="sizes")) == {"bfloat16"}
+    for need in ("sizes", "layout"):
+        found = look(need=need, choice=Choice(variant="fp16"))
+        assert (dtypes(found), found.difference) == ({"float16"}, None)
 
 
 def test_an_index_that_they_confirm_suffices(server: LoopbackHub, look: Any, tmp_path: Path) -> None:
