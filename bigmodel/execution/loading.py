@@ -2,7 +2,7 @@
 
     load
       open_checkpoint        names → byte ranges, validated
-      _build                 the class, empty; buffers true
+      build_empty            the class, empty; buffers true
       set_apart, match       which bytes make which parameter
       replace_linears        modules of their format where weights are packed
       _settle                what stays: windows into the file, or copies on its device
@@ -25,11 +25,8 @@ from bigpipe.bigmodel.architecture import (
     describe_architecture,
     describe_module,
     kept_in_float32,
-    read_request,
     require_module,
-    storage_of,
     tied_groups,
-    with_empty_parameters,
 )
 from bigpipe.bigmodel.checkpoint import (
     Checkpoint,
@@ -61,6 +58,7 @@ from bigpipe.modules import foreign
 from bigpipe.names import Given, as_names, checked, refuse_unknown
 from bigpipe.trust import Trust
 
+from .empty import build_empty, emptied
 from .experts import moved_by_a_token
 from .homes import DeviceMap, Homes, HostMemory, as_placement, host_memory, loading_dtype
 from .offload import WeightStream, cut_into_groups, follow_devices
@@ -103,7 +101,9 @@ def load(
     base: Path | None = None,
     trust_remote_code: bool = False,
 ) -> torch.nn.Module:
-    """Return the checkpoint at `path` as a model in evaluation mode, ready for forward and `generate`.
+    """Return the checkpoint at `path` as a model in evaluation mode, ready for forward and `generate`. As after
+    `from_pretrained`, its parameters take gradients where the class says so: a forward outside
+    `torch.inference_mode()` or `no_grad` keeps what a backward would need.
 
     placement: a `Placement` or a device map {prefix: GPU number | "cpu" | "disk"}; left out, all goes to the CPU.
       Where a GPU is named, what lives in RAM or on disk computes on the first of them. A device alone (`cuda:0`) holds
@@ -146,13 +146,13 @@ def load(
     homes, there = Homes(placement, first_gpu), psutil.virtual_memory()
     memory = memory or host_memory(placement, there.total, there.available)
     wanted = _floating(loading_dtype(described, placement, memory))
-    model = _emptied(model, wanted) if model is not None else _build(checkpoint.folder, described, wanted, sources)
+    model = emptied(model, wanted) if model is not None else build_empty(checkpoint.folder, described, wanted, sources)
     _refuse_unknown(model, placement)
     if placement.no_split_module_classes is not None:
         model._no_split_modules = list(placement.no_split_module_classes)  # type: ignore[assignment]
     _fill(model, checkpoint, described, homes, wanted, memory)
     _read_generation_config(model, checkpoint.folder)
-    return model.eval().requires_grad_(False)
+    return model.eval()
 
 
 def _refuse_unknown(model: torch.nn.Module, placement: Placement) -> None:
@@ -192,44 +192,6 @@ def _placed(
     else:
         architecture = describe_architecture(checkpoint.folder, custom=described.custom, sources=sources)
     return place_model(described, architecture, request, detect(Path.cwd()))
-
-
-def _build(folder: Path, described: ModelDescription, dtype: torch.dtype, sources: Sources) -> torch.nn.Module:
-    """The class that the checkpoint's config or `bigpipe_architecture.json` names, with parameters on meta. Buffers are
-    made by the class itself, so the ones no checkpoint holds (rotary frequencies, masks) are right."""
-    request = read_request(folder, custom=described.custom, sources=sources)
-    model = with_empty_parameters(request, dtype)
-    if not request.custom_class:
-        return model
-    model._no_split_modules = list(request.no_split)  # type: ignore[assignment]
-    return _emptied(model, dtype)
-
-
-def _emptied(model: torch.nn.Module, dtype: torch.dtype) -> torch.nn.Module:
-    """The model with parameters on meta, and what is floating made `dtype`; but buffers of which the class says another
-    dtype than its parameters have stay as they are."""
-    import torch
-
-    stored = model.state_dict()
-    if lost := [name for name, buffer in model.named_buffers() if buffer.is_meta and name not in stored]:
-        raise UsageError(
-            f"buffers without values that no checkpoint holds: {first_few(lost)}",
-            "build the model with accelerate's init_empty_weights(include_buffers=False), or on the CPU",
-        )
-    common = {torch.get_default_dtype(), *(parameter.dtype for parameter in model.parameters())}
-    emptied: dict[object, torch.nn.Parameter] = {}
-    for module in model.modules():
-        for name, parameter in module._parameters.items():
-            if parameter is not None:
-                wanted = dtype if parameter.is_floating_point() else parameter.dtype
-                empty = torch.nn.Parameter(
-                    torch.empty(parameter.shape, dtype=wanted, device="meta"), requires_grad=False
-                )
-                module._parameters[name] = emptied.setdefault(storage_of(parameter), empty)
-        for name, buffer in module._buffers.items():
-            if buffer is not None and buffer.is_floating_point() and buffer.dtype in common:
-                module._buffers[name] = buffer.to(dtype)
-    return model
 
 
 def _floating(name: str) -> torch.dtype:

@@ -30,7 +30,8 @@ class Slot:
     """What the one tensor is cast to."""
     packing: Packing | None = None
     placeholder: torch.Tensor = field(init=False)
-    """What stands there while it is empty, on meta."""
+    """What stands there while it is empty, on meta. What fills it is a parameter with or without gradients, as this is:
+    torch multiplies by those without in another way, which for some inputs copies the weight once for each sequence."""
     sources: Sequence[TensorInfo] = field(init=False)
     """The stored bytes it is made from."""
     content: object = field(init=False)
@@ -92,7 +93,7 @@ class Slot:
         if self.attribute in self.module._buffers:
             self.module._buffers[self.attribute] = tensor
         else:
-            self.module._parameters[self.attribute] = torch.nn.Parameter(tensor, requires_grad=False)
+            self.module._parameters[self.attribute] = torch.nn.Parameter(tensor, self.placeholder.requires_grad)
 
     def detach(self) -> None:
         setattr(self.module, self.attribute, self.placeholder)
