@@ -71,7 +71,7 @@ def forecast(params: DispatchParams, ctx: ForecastContext) -> Forecast:
         return Forecast(download_bytes=0, unknown=(f"the placement, until the trusted code is here: {error.cause}",))
     return _described(
         placement,
-        compute_dtype=computed_in(model, placement, ctx.machine),
+        compute_dtype=computed_in(model, placement, ctx),
         sequence_length=capped_length(agreement.architecture, params.sequence_length),
         write_bytes=4096 + 64 * len(placement.device_map),
         ram=None if params.verify == "none" else PROCESS + _passing(placement),
@@ -135,7 +135,7 @@ def run(params: DispatchParams, ctx: StageContext) -> StageResult:
     placement = _placing(model, agreement, ctx)(_request(params))
     metrics = DispatchMetrics(
         predicted=_predicted(placement),
-        compute_dtype=computed_in(model, placement, ctx.machine),
+        compute_dtype=computed_in(model, placement, ctx),
         streamed_bytes_per_token=placement.streamed_bytes_per_token,
         sequence_length=capped_length(agreement.architecture, params.sequence_length),
     )

@@ -57,7 +57,7 @@ class InferParams(Params):
     """Of record i: seed + i."""
     dtype: Literal["float64", "float32", "float16", "bfloat16"] | None = None
     """What to compute in. null: as the placement says, else as stored; on a CPU that holds all weights float32, where
-    they fit half of its RAM as that."""
+    they fit half of its RAM as that and it multiplies much faster in it, measured once for models beyond 256 MiB."""
     split: Literal["static"] = "static"
     """How ranks get batches: contiguous shares, as accelerate's `split_between_processes` gives them."""
     apply_padding: bool = False
@@ -128,7 +128,7 @@ def facts(params: InferParams, machine: Machine) -> Mapping[str, Json]:
 
 STAGE = Stage(
     kind="distributed-infer",
-    version=4,
+    version=5,
     params=InferParams,
     metrics=InferMetrics,
     inputs={"model": Port("checkpoint"), "placement": Port("placement", optional=True)},

@@ -10,7 +10,7 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from bigpipe.bigmodel.checkpoint import ModelDescription, describe_checkpoint
-from bigpipe.bigmodel.execution import as_placement, cast_bytes, host_memory, loaded, loading_dtype
+from bigpipe.bigmodel.execution import as_placement, cast_bytes, loaded, loading_dtype
 from bigpipe.bigmodel.footprint import Workload
 from bigpipe.bigmodel.formats import computable
 from bigpipe.bigmodel.inference import RESULTS, Bound, assign, chunked, compute_share, merge_results, plan_work
@@ -30,6 +30,7 @@ from .library import (
     agreed,
     computed_in,
     load_placed,
+    memory_here,
     read_placement,
     require_class,
     single_model,
@@ -102,7 +103,7 @@ def forecast(params: InferParams, ctx: ForecastContext) -> Forecast:
         together = _together(params, model, placement, rows, ctx)
         told["micro_batches"] = together.count
         if model is not None and model.tensors is not None and (placement or placed is None):
-            told["compute_dtype"] = computed_in(model, placement or _alone(ctx.machine), ctx.machine, params.dtype)
+            told["compute_dtype"] = computed_in(model, placement or _alone(ctx.machine), ctx, params.dtype)
     said = f"{counted(together.count, 'batch', 'es')} at once through the streamed layers: {together.why}"
     known = Forecast(
         download_bytes=0,
@@ -127,7 +128,7 @@ def _ram(params: InferParams, ctx: ForecastContext, placement: Placement | None,
     placement = placement or as_placement(None)
     if params.dtype:
         placement = replace(placement, compute_dtype=None)
-    memory = host_memory(placement, ctx.machine.memory, ctx.machine.memory_available, local)
+    memory = memory_here(placement, ctx, local)
     cast = cast_bytes(model, loading_dtype(model, placement, memory, params.dtype))
     ring = max(placement.streaming.values(), default=0) if placement.compute_dtype else 0
     return (RANK_BASE + min(cast, memory.cast) + ring + memory.experts + together.more) * local
@@ -161,7 +162,7 @@ def _together(
         placement,
         agreed(model, sources_of(ctx)).architecture,
         Workload(batch_size=params.batch_size * texts, sequence_length=longest),
-        computed_in(model, placement, ctx.machine, params.dtype),
+        computed_in(model, placement, ctx, params.dtype),
         ctx.machine,
         asked=params.micro_batches,
         processes=ctx.launch.local_processes,
@@ -244,7 +245,7 @@ def finish(params: InferParams, ctx: StageContext) -> StageResult:
     """Merges by index: every row once, or the stage fails."""
     summary, written = merge_results(ctx.scratch, ctx.out, max_errors=params.max_errors)
     model, placement = describe_checkpoint(ctx.input("model")), _placement(ctx) or _alone(ctx.machine)
-    metrics = InferMetrics(**summary, compute_dtype=computed_in(model, placement, ctx.machine, params.dtype))
+    metrics = InferMetrics(**summary, compute_dtype=computed_in(model, placement, ctx, params.dtype))
     return StageResult(_with_limit(params, metrics, model, placement, ctx), {RESULTS: written})
 
 

@@ -17,10 +17,10 @@ if TYPE_CHECKING:
     import torch
 
     from bigpipe.bigmodel.checkpoint import ModelDescription
+    from bigpipe.bigmodel.execution import HostMemory
     from bigpipe.bigmodel.formats import Agreement
     from bigpipe.bigmodel.hub import Need
     from bigpipe.bigmodel.placement import Limit, Placement
-    from bigpipe.machine import Machine
 
 PLACEMENT = "placement.json"
 """What `dispatch` writes and `distributed-infer` reads."""
@@ -121,11 +121,29 @@ def read_placement(artifact: Path) -> Placement:
     return Placement.from_json(json.loads((artifact / PLACEMENT).read_bytes()))
 
 
-def computed_in(model: ModelDescription, placement: Placement, machine: Machine, dtype: str | None = None) -> str:
-    """Return the dtype that a placed model computes in. dtype: the one asked for; it wins."""
-    from bigpipe.bigmodel.execution import host_memory, loading_dtype
+def memory_here(
+    placement: Placement, context: ForecastContext | StageContext, processes: int = 1, available: int | None = None
+) -> HostMemory:
+    """Return what each of `processes` of a stage may take of its machine. available: bytes of RAM, where they are known
+    better than from when the machine was looked at."""
+    from bigpipe.bigmodel.execution import host_memory
+    from bigpipe.bigmodel.placement import products_of
 
-    return loading_dtype(model, placement, host_memory(placement, machine.memory, machine.memory_available), dtype)
+    machine, memo = context.machine, context.memo
+    available = machine.memory_available if available is None else available
+    return host_memory(placement, machine.memory, available, processes, lambda: products_of(machine, memo))
+
+
+def computed_in(
+    model: ModelDescription,
+    placement: Placement,
+    context: ForecastContext | StageContext,
+    dtype: str | None = None,
+) -> str:
+    """Return the dtype that a placed model computes in. dtype: the one asked for; it wins."""
+    from bigpipe.bigmodel.execution import loading_dtype
+
+    return loading_dtype(model, placement, memory_here(placement, context), dtype)
 
 
 def told_limit(limit: Limit) -> dict[str, Any]:
@@ -146,11 +164,11 @@ def load_placed(
     than it is stored in. rank, ranks: of those on this machine, which share its memory and own as many GPUs each."""
     import psutil
 
-    from bigpipe.bigmodel.execution import host_memory, load
+    from bigpipe.bigmodel.execution import load
 
     if dtype is not None:
         placement = replace(placement, compute_dtype=None)
-    memory = host_memory(placement, context.machine.memory, psutil.virtual_memory().available, ranks)
+    memory = memory_here(placement, context, ranks, psutil.virtual_memory().available)
     return load(
         context.input("model"),
         placement,

@@ -2,14 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from bigpipe.bigmodel.checkpoint import CASTABLE, ModelDescription, tensor_nbytes
 from bigpipe.bigmodel.formats import PLAIN, decoded, format_of, set_apart
-from bigpipe.bigmodel.placement import Device, Placement, as_map, one_device, stored_dtype
+from bigpipe.bigmodel.placement import (
+    HALVES,
+    Device,
+    Placement,
+    Products,
+    as_map,
+    computing_dtype,
+    one_device,
+    products_here,
+    stored_dtype,
+)
 from bigpipe.errors import DoesNotFit, UsageError, first_few
 
 if TYPE_CHECKING:
@@ -21,6 +31,10 @@ FREE_SHARE = 0.6
 """Of the memory available, what all processes here may fill with weights cast to another dtype."""
 TOTAL_SHARE = 0.5
 """Of all memory, what a model may take as float32 for a CPU to compute with it as that."""
+SMALL = 2**28
+"""Bytes as float32 of a model that is computed as that without asking whether it is faster: asking costs more."""
+Measured = Callable[[], Products | None]
+"""How fast the cores multiply; None where nobody can tell."""
 
 
 class Homes:
@@ -83,12 +97,16 @@ class HostMemory:
     cast: int
     """With weights cast to another dtype than they are stored in; what is over is cast anew at each use."""
     widen: int
-    """With a model as float32, where nobody asks for a dtype."""
+    """With a model as float32, where nobody asks for a dtype and the CPU computes faster in that."""
     experts: int = 0
     """With experts that stay because they are used most often, where the CPU computes."""
+    products: Measured = products_here
+    """Asked where there is a choice."""
 
 
-def host_memory(placement: Placement, total: int, available: int, processes: int = 1) -> HostMemory:
+def host_memory(
+    placement: Placement, total: int, available: int, processes: int = 1, products: Measured = products_here
+) -> HostMemory:
     """Return what each of `processes` may fill on a machine with `total` and `available` bytes of RAM. A placement that
     says what to compute in counts weights as stored, and none is held as anything else."""
     cap, free = placement.max_memory.get("cpu") or total, int(available * FREE_SHARE / processes)
@@ -96,16 +114,16 @@ def host_memory(placement: Placement, total: int, available: int, processes: int
         cast=0 if placement.compute_dtype else min(free, cap),
         widen=min(int(total * TOTAL_SHARE), cap),
         experts=min(free, placement.kept_experts),
+        products=products,
     )
 
 
 def loading_dtype(model: ModelDescription, placement: Placement, memory: HostMemory, dtype: str | None = None) -> str:
     """Return the dtype that floating weights compute in: `dtype`, the placement's, or where nobody asks for one as
-    stored, or float32 where the CPU computes and holds all weights as that.
+    stored, or float32 where a CPU that holds all weights as that multiplies faster, or nobody can tell.
 
-    CPUs without half-precision instructions multiply float32 several times faster. Weights that are streamed from disk
-    are used as they come: a cast at each use costs more than it gains. Around packed weights everything stays as
-    stored, as it does in transformers. What is free at the moment does not count: equal hardware gives equal results.
+    For weights that are streamed the placement says it. Around packed weights everything stays as stored, as it does in
+    transformers. What is free at the moment does not count: equal hardware gives equal results.
     """
     if asked := dtype or placement.compute_dtype or placement.dtype:
         return asked
@@ -114,7 +132,10 @@ def loading_dtype(model: ModelDescription, placement: Placement, memory: HostMem
     wide = sum(tensor_nbytes("float32", shape) for stored, shape in tensors if "float" in stored)
     on_cpu = set(placement.device_map.values()) == {"cpu"} and format_of(model) is PLAIN
     stored = stored_dtype(model)
-    return "float32" if on_cpu and wide <= memory.widen and stored != "float64" else stored
+    if not on_cpu or stored not in HALVES or wide > memory.widen:
+        return stored
+    measured = memory.products() if wide > SMALL else None
+    return computing_dtype(stored, 1, measured)[0] if measured else "float32"
 
 
 def cast_bytes(model: ModelDescription, dtype: str) -> int:

@@ -13,6 +13,7 @@ import time
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 from bigpipe.bigmodel.memo import recall, remember
@@ -77,10 +78,17 @@ def products_of(machine: Machine, memo: Path) -> Products | None:
     return None
 
 
+@cache
+def products_here() -> Products:
+    """Return the rates of this machine, measured once in this process, which may import torch."""
+    return Products(measure())
+
+
 def measure() -> dict[str, dict[int, float]]:
     """In a process that may import torch: the rates, in about half a second."""
     import torch
 
+    threads = torch.get_num_threads()
     torch.set_num_threads(1)
     generator = torch.Generator().manual_seed(0)
     found: dict[str, dict[int, float]] = {}
@@ -90,6 +98,7 @@ def measure() -> dict[str, dict[int, float]]:
             dtype = getattr(torch, name)
             weights, states = matrix.to(dtype), torch.randn(max(ROWS), WIDTH, generator=generator).to(dtype)
             found[name] = {rows: 2 * rows * WIDTH**2 / _seconds(weights, states[:rows]) for rows in ROWS}
+    torch.set_num_threads(threads)
     return found
 
 

@@ -6,9 +6,12 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
+import torch
 
 from bigpipe.bigmodel.checkpoint import ModelDescription
 from bigpipe.bigmodel.execution import HostMemory, as_placement, cast_bytes, host_memory, loading_dtype
+from bigpipe.bigmodel.execution.homes import SMALL
+from bigpipe.bigmodel.placement import Products, products_here
 
 MODEL = ModelDescription(
     config={}, format="safetensors", tied={}, path=None, custom=None,
@@ -63,6 +66,39 @@ def test_the_dtype_that_weights_are_loaded_as(
 ) -> None:
     placement = replace(as_placement(device_map), dtype=of_placement)
     assert loading_dtype(model, placement, memory, asked) == expected
+
+
+@pytest.mark.parametrize(
+    ("stored", "wide", "half", "expected"),
+    [
+        ("bfloat16", 40e9, 90e9, "bfloat16"),
+        ("bfloat16", 90e9, 80e9, "bfloat16"),
+        ("bfloat16", 90e9, 20e9, "float32"),
+        ("float16", 40e9, 1e9, "float32"),
+        ("float16", None, None, "float32"),
+        ("float64", 90e9, 1e9, "float64"),
+    ],
+)
+def test_of_a_large_model_the_faster_dtype(stored: str, wide: float | None, half: float | None, expected: str) -> None:
+    model = replace(MODEL, tensors={"a.weight": (stored, (SMALL // 4 + 1,))})
+    rates = wide and half and Products({"float32": {1: wide}, "bfloat16": {1: half}, "float16": {1: half}})
+    memory = HostMemory(cast=0, widen=2**40, products=lambda: rates or None)
+    assert loading_dtype(model, as_placement(None), memory) == expected
+
+
+def test_of_a_small_one_nothing_is_measured() -> None:
+    def refused() -> None:
+        raise AssertionError
+
+    model = replace(MODEL, tensors={"a.weight": ("float16", (SMALL // 4,))})
+    memory = HostMemory(cast=0, widen=2**40, products=refused)
+    assert loading_dtype(model, as_placement(None), memory) == "float32"
+
+
+def test_measuring_leaves_the_threads_as_they_are() -> None:
+    threads = torch.get_num_threads()
+    assert set(products_here().rates) == {"float32", "bfloat16", "float16"}
+    assert torch.get_num_threads() == threads
 
 
 @pytest.mark.parametrize(
