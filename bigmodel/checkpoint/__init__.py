@@ -23,7 +23,7 @@ if TYPE_CHECKING:
         read_json,
     )
     from .headers import encode_header, layout_key, read_header
-    from .mapped import MappedFiles
+    from .mapped import MappedFiles, overflows
     from .naming import Matches, TensorRecipe, exempt, match
     from .tensors import (
         CASTABLE,
@@ -36,10 +36,12 @@ if TYPE_CHECKING:
         Made,
         TensorInfo,
         Tensors,
+        beyond,
         dtype_name,
         find_aliases,
         invalid,
         itemsize,
+        reaches,
         tensor_nbytes,
     )
     from .view import (

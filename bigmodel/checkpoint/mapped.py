@@ -85,7 +85,7 @@ class MappedFiles:
         for start, stop in tensor.runs(DECODED):
             ranges = zip(stored, decoder.ranges(start, stop), strict=True)
             parts = [part[first : first + size].numpy().data for part, (first, size) in ranges]
-            made = torch.frombuffer(decoder.decode(start, stop, parts), dtype=torch.uint8)
+            made = torch.frombuffer(tensor.decode(start, stop, parts), dtype=torch.uint8)
             whole[filled : filled + made.numel()] = made
             filled += made.numel()
         return whole.view(dtype).reshape(tensor.shape)
@@ -122,6 +122,14 @@ class MappedFiles:
             return errno.EFAULT
         failed = _libc().madvise(mapped.address + first, start + length - first, advice)
         return ctypes.get_errno() if failed else 0
+
+
+def overflows(made: torch.Tensor, stored: Iterable[torch.Tensor]) -> bool:
+    """Return whether a number became infinite in what was cast from stored tensors, which are looked at only where
+    something is infinite."""
+    if not made.numel() or not any(bound.isinf() for bound in made.aminmax()):
+        return False
+    return int(made.isinf().sum()) > sum(int(tensor.isinf().sum()) for tensor in stored)
 
 
 def _stored(tensors: Iterable[TensorInfo]) -> Iterator[TensorInfo]:

@@ -33,6 +33,9 @@ DTYPES: Mapping[str, float] = {
 CASTABLE = frozenset({"float32", "float16", "bfloat16", "float64"})
 """What a change of dtype changes. Integers, booleans and quantized formats keep theirs."""
 
+EXPONENT: Mapping[str, int] = {"float16": 5, "bfloat16": 8, "float32": 8, "float64": 11}
+"""dtype → bits of its exponent, which tell how far it reaches."""
+
 STORAGE_DTYPES: Mapping[str, str] = {
     "DoubleStorage": "float64", "FloatStorage": "float32", "HalfStorage": "float16", "BFloat16Storage": "bfloat16",
     "LongStorage": "int64", "IntStorage": "int32", "ShortStorage": "int16", "CharStorage": "int8",
@@ -81,7 +84,8 @@ class Decoder(Protocol):
         are made from."""
 
     def decode(self, start: int, stop: int, parts: Sequence[memoryview]) -> memoryview:
-        """Return the bytes of those entries, in memory of its own. parts: the bytes of `ranges`."""
+        """Return the bytes of those entries, in memory of its own. parts: the bytes of `ranges`.
+        Raise OverflowError where a finite number would become infinite."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -126,6 +130,14 @@ class TensorInfo:
     @property
     def nbytes(self) -> int:
         return tensor_nbytes(self.dtype, self.shape)
+
+    def decode(self, start: int, stop: int, parts: Sequence[memoryview]) -> memoryview:
+        """As `Decoder.decode`, of a tensor that is made. Raise InvalidCheckpoint for what its dtype has no room for."""
+        assert self.made is not None  # noqa: S101
+        try:
+            return self.made.decoder.decode(start, stop, parts)
+        except OverflowError:
+            raise beyond(self.name, self.dtype, self.made.parts[0].file) from None
 
     @property
     def stored(self) -> tuple[TensorInfo, ...]:
@@ -195,6 +207,21 @@ def invalid(
     if offset is not None:
         where += f" at byte {offset}"
     return InvalidCheckpoint(f"{where}: {cause}", cure)
+
+
+ROOMY = "take bfloat16, which reaches as far as float32, or leave it in the dtype that it has"
+
+
+def reaches(dtype: str, stored: str) -> bool:
+    """Return whether every finite number of `stored` stays finite in `dtype`; but for half a step at the very end of
+    float32, which bfloat16 does not have."""
+    return EXPONENT.get(dtype, 0) >= EXPONENT.get(stored, 0)
+
+
+def beyond(tensor: str, dtype: str, file: Path | str, cure: str = ROOMY) -> InvalidCheckpoint:
+    """Return the error for a tensor with numbers that would become infinite in `dtype`."""
+    cause = f"holds numbers beyond the largest of {dtype}, which would become infinite"
+    return invalid(file, cause, cure, tensor=tensor)
 
 
 FETCH_AGAIN = "the file is damaged or was made by hand; fetch it again or save the model anew"

@@ -129,7 +129,7 @@ class Checkpoint:
             else:
                 whole = b"".join(bytes(chunk) for chunk in compact_chunks(source, part, CHUNK))
                 parts.append(memoryview(whole)[first : first + size])
-        return tensor.made.decoder.decode(start, stop, parts)
+        return tensor.decode(start, stop, parts)
 
 
 class OpenFiles:

@@ -171,6 +171,7 @@ class ExpertWeights:
                     tensor[expert].copy_(kept[place])
                 elif not slot.windowed(group.device):
                     _lay(tensor[expert], map(self._files.window, sources[place]))
+                    slot.check([tensor[expert]], map(self._files.window, sources[place]))
                     self._files.drop(sources[place])
         return 0 if kept is not None else sum(source.nbytes for found in sources for source in found)
 

@@ -209,7 +209,11 @@ class WeightStream:
         table.detach()
         if group.evict:
             self.files.drop(group.sources)
-        return None if output is None else output.to(group.device, table.dtype)
+        if output is None:
+            return None
+        moved = output.to(group.device, table.dtype)
+        table.check([moved], [output])
+        return moved
 
 
 def cut_into_groups(model: torch.nn.Module, slots: Mapping[str, Slot], homes: Homes) -> list[WeightGroup]:

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from bigpipe.bigmodel.checkpoint import MappedFiles, TensorInfo, TensorRecipe
+from bigpipe.bigmodel.checkpoint import MappedFiles, TensorInfo, TensorRecipe, beyond, dtype_name, overflows, reaches
 from bigpipe.bigmodel.formats import Packing
 
 if TYPE_CHECKING:
@@ -36,12 +36,16 @@ class Slot:
     """The stored bytes it is made from."""
     content: object = field(init=False)
     """Equal where one tensor can stand in both."""
+    fits: bool = field(init=False)
+    """Is it known that its dtype has room for all that is stored? It is looked at once."""
 
     def __post_init__(self) -> None:
         there: torch.Tensor = getattr(self.module, self.attribute)
         self.placeholder = there if self.packing or there.device.type == "meta" else there.to("meta")
         self.sources = [source for recipe in self.recipes.values() for source in recipe.sources]
         self.content = id(self) if self.packing else (tuple(self.sources), self.dtype)
+        roomy = all(reaches(dtype_name(self.dtype), source.dtype) for source in self.sources)
+        self.fits = bool(self.packing) or roomy or self.attribute in self.module._buffers
 
     @property
     def fused(self) -> bool:
@@ -76,12 +80,23 @@ class Slot:
         return {name: recipe.read(files.window, self.dtype) for name, recipe in self.recipes.items()}
 
     def stage(self, files: MappedFiles, device: torch.device, take: Callable[..., torch.Tensor]) -> Staged:
-        """Return the tensors on `device`, as they are attached. take: (shape, dtype=…) → memory there."""
+        """Return the tensors on `device`, as they are attached. take: (shape, dtype=…) → memory there.
+        Raise InvalidCheckpoint for what is cast and has no room in its dtype."""
         tensors = self.read(files)
         if self.windowed(device):
             return tensors
         dtypes = {name: tensor.dtype if self.packing else self.dtype for name, tensor in tensors.items()}
-        return {name: take(tensor.shape, dtype=dtypes[name]).copy_(tensor) for name, tensor in tensors.items()}
+        staged = {name: take(tensor.shape, dtype=dtypes[name]).copy_(tensor) for name, tensor in tensors.items()}
+        if not self.fits:
+            self.check(staged.values(), map(files.window, self.sources))
+            self.fits = True
+        return staged
+
+    def check(self, made: Iterable[torch.Tensor], stored: Iterable[torch.Tensor]) -> None:
+        """Raise InvalidCheckpoint where a number that is stored became infinite in what was made of it. stored: looked
+        at only where something is infinite."""
+        if not self.fits and any(overflows(tensor, stored) for tensor in made):
+            raise beyond(self.sources[0].name, dtype_name(self.dtype), self.sources[0].file)
 
     def attach(self, staged: Staged) -> None:
         import torch

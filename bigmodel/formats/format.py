@@ -106,6 +106,11 @@ class Packing(Protocol):
     def encoder(self, dtype: str, size: int, device: str | None = None) -> Encoder:
         """Return an encoder of up to `size` numbers of `dtype`; device: a torch device, or None for numpy."""
 
+    @property
+    def computes_in(self) -> str | None:
+        """Return the dtype that codes are unpacked to where they are computed with; None: any that the model has."""
+        return None
+
     def measure(self, absmax: Scales, threads: int) -> Any:
         """Return what is to be known of a weight from its largest magnitudes; threads: as many as torch would use."""
         return None

@@ -48,6 +48,10 @@ class FourBit(Packing):
         return "weight", *(f"weight.{name}" for name in tables), STATE + self.quant_type
 
     @property
+    def computes_in(self) -> str:
+        return self.bnb_4bit_compute_dtype
+
+    @property
     def measures(self) -> bool:
         return self.bnb_4bit_use_double_quant
 

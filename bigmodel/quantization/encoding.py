@@ -21,11 +21,12 @@ from typing import Any, Self, cast
 import numpy as np
 from numpy.typing import NDArray
 
-from bigpipe.bigmodel.checkpoint import Checkpoint, FileSource, OpenFiles
+from bigpipe.bigmodel.checkpoint import FETCH_AGAIN, Checkpoint, FileSource, OpenFiles, beyond, invalid
 from bigpipe.bigmodel.formats import Encoder, MeasuringEncoder
 from bigpipe.bigmodel.formats.encoders import BLOCK
-from bigpipe.bigmodel.formats.encoders.floats import BITS, Bits, convert, widen_any
-from bigpipe.errors import BigpipeError, StageFailed, UsageError
+from bigpipe.bigmodel.formats.encoders.floats import BITS, LARGEST, Bits, all_finite, convert, widen_any
+from bigpipe.errors import BigpipeError, InvalidCheckpoint, StageFailed, UsageError
+from bigpipe.names import listed
 
 from .outline import Converted, Settings
 
@@ -97,14 +98,31 @@ class WeightEncoder:
         made = np.concatenate([part.reshape(-1).view(np.uint8) for part, _ in encoded])
         return Piece(made, np.concatenate([scales for _, scales in encoded]), last)
 
-    def _encode(self, bits: Bits, weight: Converted, codes: bool) -> tuple[NDArray[Any], NDArray[np.float32]]:
-        """From the dtype that everything is cast to, through the one that the packing goes through; perhaps as rows."""
-        bits = convert(convert(bits, weight.stored_dtype, weight.dtype), weight.dtype, weight.encoded_dtype)
+    def _encode(self, stored: Bits, weight: Converted, codes: bool) -> tuple[NDArray[Any], NDArray[np.float32]]:
+        """From the dtype that everything is cast to, through the one that the packing goes through; perhaps as rows.
+        Raise InvalidCheckpoint where a largest magnitude is NaN or infinite: nothing could be read from the codes."""
+        bits = convert(convert(stored, weight.stored_dtype, weight.dtype), weight.dtype, weight.encoded_dtype)
         bits = bits.reshape(-1, weight.shape[1]) if weight.packing.by_rows else bits
         encoder = self._encoder(weight)
         if codes:
-            return encoder.encode(bits, weight.measured)
-        return np.empty(0, np.uint8), cast(MeasuringEncoder, encoder).absmax(bits)
+            made, scales = encoder.encode(bits, weight.measured)
+        else:
+            made, scales = np.empty(0, np.uint8), cast(MeasuringEncoder, encoder).absmax(bits)
+        if not (scales <= LARGEST[weight.packing.computes_in or weight.encoded_dtype]).all():
+            raise self._unscaled(weight, stored)
+        return made, scales
+
+    def _unscaled(self, weight: Converted, stored: Bits) -> InvalidCheckpoint:
+        """The error for a weight whose largest magnitude is no number, or none that it can be computed with."""
+        file = self.checkpoint.tensors[weight.source].stored[0].file
+        if not all_finite(stored, weight.stored_dtype):
+            cause = "holds NaN or infinity, of which no scale can be made"
+            cure = f"{FETCH_AGAIN}; if it was trained so, take a save from before it went wrong"
+            return invalid(file, cause, cure, tensor=weight.source)
+        asked = {"dtype": weight.dtype, "bnb_4bit_compute_dtype": weight.packing.computes_in}
+        narrow = [name for name, dtype in asked.items() if dtype == "float16" and not weight.packing.through]
+        cure = f"take bfloat16 for {listed(narrow)}" if narrow else "take nf4 or fp4 in bfloat16, or skip this module"
+        return beyond(weight.source, "float16", file, cure)
 
     def _encoder(self, weight: Converted) -> Encoder:
         """This thread's own, for numbers of this dtype; a row may be wider than a chunk."""

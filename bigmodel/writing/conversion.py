@@ -12,6 +12,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, Self
 
+from bigpipe.bigmodel.architecture import BUFFERS
 from bigpipe.bigmodel.checkpoint import (
     CASTABLE,
     CHUNK,
@@ -21,6 +22,7 @@ from bigpipe.bigmodel.checkpoint import (
     ModelDescription,
     OpenFiles,
     Tensors,
+    beyond,
     describe_opened,
     itemsize,
 )
@@ -189,18 +191,22 @@ def is_cast(stored: str, wanted: str | None) -> bool:
     return wanted is not None and stored != wanted and stored in CASTABLE
 
 
-def cast(source: memoryview, stored: str, wanted: str, target: memoryview) -> memoryview:
+def cast(source: memoryview, stored: str, wanted: str, target: memoryview, *, bounded: bool = False) -> memoryview:
     """Convert the elements in `source` into `target`; return the part of `target` that was filled.
     Rounds to nearest even as torch's `.to()` does, through float32 where torch does too (float64 → half formats), bit
-    for bit but for the payload of NaNs, where torch's own loops differ among each other. Overflow gives infinity."""
+    for bit but for the payload of NaNs, where torch's own loops differ among each other. Overflow gives infinity; where
+    it is bounded, raise OverflowError instead."""
     import numpy
 
-    from bigpipe.bigmodel.formats.encoders.floats import BITS, convert
+    from bigpipe.bigmodel.formats.encoders.floats import BITS, convert, overflows
 
     filled = target[: len(source) // itemsize(stored) * itemsize(wanted)]
     bits, result = numpy.frombuffer(source, BITS[stored]), numpy.frombuffer(filled, BITS[wanted])
     for start in range(0, bits.size, BLOCK):
-        result[start : start + BLOCK] = convert(bits[start : start + BLOCK], stored, wanted)
+        block = bits[start : start + BLOCK]
+        result[start : start + BLOCK] = made = convert(block, stored, wanted)
+        if bounded and overflows(block, stored, made, wanted):
+            raise OverflowError(wanted)
     return filled
 
 
@@ -232,15 +238,19 @@ class RangeReader:
         self._own = _Own(checkpoint, self._opened)
 
     def produce(self, planned: PlannedTensor) -> Iterator[memoryview]:
-        """Give the contiguous bytes of the tensor of this name, as the planned dtype."""
+        """Give the contiguous bytes of the tensor of this name, as the planned dtype. Raise InvalidCheckpoint for a
+        number that would become infinite, but in a mask or table that a class makes itself."""
         own, tensor = self._own, self.checkpoint.tensors[planned.name]
         if not is_cast(tensor.dtype, planned.dtype):
             yield from self.checkpoint.pieces(tensor.name, own.files, CHUNK, own.buffers)
             return
         widths = itemsize(tensor.dtype), itemsize(planned.dtype)
-        size = CHUNK // max(widths) * widths[0]
+        size, bounded = CHUNK // max(widths) * widths[0], not BUFFERS.search(tensor.name)
         for piece in self.checkpoint.pieces(tensor.name, own.files, size, itertools.repeat(own.stored)):
-            yield cast(piece, tensor.dtype, planned.dtype, next(own.buffers))
+            try:
+                yield cast(piece, tensor.dtype, planned.dtype, next(own.buffers), bounded=bounded)
+            except OverflowError:
+                raise beyond(tensor.name, planned.dtype, tensor.file) from None
 
     def close(self, file: Path) -> None:
         """Let go of a file that nobody reads any more; from any thread."""

@@ -7,15 +7,18 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from bigpipe.bigmodel.architecture import require_module
+from bigpipe.bigmodel.architecture import BUFFERS, require_module
 from bigpipe.bigmodel.checkpoint import (
     CASTABLE,
     CHUNK,
     Checkpoint,
     FileFormat,
+    beyond,
     dtype_name,
     find_aliases,
     open_checkpoint,
+    overflows,
+    reaches,
 )
 from bigpipe.errors import UsageError
 from bigpipe.files import hash_file
@@ -98,6 +101,9 @@ def _pieces(tensor: torch.Tensor, planned: PlannedTensor) -> Iterator[memoryview
     import torch
 
     whole = tensor.detach().to("cpu", getattr(torch, planned.dtype)).resolve_conj().resolve_neg().contiguous()
+    roomy = reaches(planned.dtype, dtype_name(tensor.dtype)) or BUFFERS.search(planned.name)
+    if not roomy and overflows(whole, [tensor]):
+        raise beyond(planned.name, planned.dtype, "the model")
     if whole.numel():
         # as_strided: the one element of a view may keep a stride that `view` does not take.
         flat = whole.as_strided((whole.numel(),), (1,)).view(torch.uint8)

@@ -11,6 +11,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from bigpipe.bigmodel.checkpoint import reaches
+
 Bits = NDArray[Any]
 """uint16 or uint32: the stored bits of a float array."""
 Float32 = NDArray[np.float32]
@@ -26,10 +28,15 @@ BITS: dict[str, np.dtype[Any]] = {
 _SIGN_EXPONENT_MANTISSA = np.int32(0x8FFFE000 - 2**32)
 _HALF_TO_SINGLE = np.float32(2.0**112)  # exponent biases: 127 - 15
 _HALF_INFINITY = np.uint16(0x7C00)
+INFINITY = {"float16": 0x7C00, "bfloat16": 0x7F80, "float32": 0x7F800000, "float64": 0x7FF << 52}
+"""The bits of infinity; those of a NaN are greater, those of finite numbers less."""
+LARGEST = {"float16": 65504.0, "bfloat16": 3.3895313892515355e38, "float32": 3.4028234663852886e38}
+"""The largest finite number."""
 _LARGEST: dict[str, Any] = {
     "float16": np.uint16(0x7FFF),
     "bfloat16": np.uint16(0x7FFF),
     "float32": np.uint32(0x7FFFFFFF),
+    "float64": np.uint64(0x7FFFFFFFFFFFFFFF),
 }
 
 
@@ -92,3 +99,16 @@ def convert(bits: Bits, source: str, target: str) -> Bits:
         if source == "float64":
             return narrow(bits.view(np.float64).astype(np.float32), target)
         return narrow(widen_any(bits, source, np.empty(bits.shape, np.float32)), target)
+
+
+def all_finite(bits: Bits, dtype: str) -> bool:
+    """Return whether none of the numbers is infinite or NaN."""
+    return bool((bits & _LARGEST[dtype]).max(initial=0) < INFINITY[dtype])
+
+
+def overflows(bits: Bits, source: str, made: Bits, target: str) -> bool:
+    """Return whether a finite number of `source` became infinite as `target`, in the same place."""
+    if reaches(target, source) or all_finite(made, target):
+        return False
+    lost = (made & _LARGEST[target]) == INFINITY[target]
+    return bool((lost & ((bits & _LARGEST[source]) < INFINITY[source])).any())

@@ -19,7 +19,6 @@ from .floats import BITS, Bits, magnitudes, widen, widen_any
 CHUNK = 1 << 18
 """Numbers encoded at a time: the buffers of one chunk stay in a core's own cache."""
 _SMALLEST = np.float32(1e-38)
-_INFINITY = {"float16": 0x7C00, "bfloat16": 0x7F80, "float32": 0x7F800000}
 
 
 class FourBitEncoder:

@@ -2,7 +2,8 @@
 
 Gives bit for bit what bitsandbytes 0.50.2 gives on the CPU (`Int8Params._quantize` and int8_vectorwise_quant in
 `bitsandbytes/backends/default/ops.py`). bitsandbytes goes through fp16 whatever the weight was: a bf16 or fp32 number
-beyond 65,504 becomes infinite, its row's scale with it, and the row zeros. We do the same. (Which NaN the scale of a
+beyond 65,504 becomes infinite, its row's scale with it, and the row zeros. We do the same, and whoever writes a
+checkpoint refuses such a scale. (Which NaN the scale of a
 row with a NaN is, torch leaves to chance; so do we.)
 """
 

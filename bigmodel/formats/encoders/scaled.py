@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from .floats import BITS, Float32, convert, narrow, widen_any
+from .floats import BITS, Float32, convert, narrow, overflows, widen_any
 
 Bytes = NDArray[np.uint8]
 FLOATS = {
@@ -96,10 +96,14 @@ def spread(grid: Float32, shape: Sequence[int], first: Sequence[int], blocks: Se
 
 
 def rounded(values: Float32, through: str, dtype: str) -> memoryview:
-    """Return the bytes of float32 numbers, rounded to one dtype and then to another."""
+    """Return the bytes of float32 numbers, rounded to one dtype and then to another. Raise OverflowError where one that
+    is finite would become infinite."""
     between = through if through in ("float16", "bfloat16") else "float32"
     with np.errstate(over="ignore", under="ignore", invalid="ignore"):
-        bits = convert(narrow(np.ascontiguousarray(values).reshape(-1), between), between, dtype)
+        flat = np.ascontiguousarray(values).reshape(-1)
+        bits = convert(narrow(flat, between), between, dtype)
+    if overflows(flat.view(np.uint32), "float32", bits, dtype):
+        raise OverflowError(dtype)
     return memoryview(bits.view(np.uint8).data)
 
 
