@@ -140,7 +140,10 @@ def check_values(
             remember(file, answer)
     if answer["wrong"]:
         cure = "transformers documents what it takes under GenerationConfig"
-        raise UsageError(answer["wrong"], cure, field="generation")
+        mend = "mend the model's file, or say otherwise under `generation`"
+        raise UsageError(
+            answer["wrong"], mend if answer["wrong"].startswith(GENERATION_CONFIG) else cure, field="generation"
+        )
 
 
 def _vocabulary(config: Mapping[str, Any]) -> int:
@@ -213,7 +216,7 @@ def _wrong_token(arguments: Mapping[str, Any], model: Mapping[str, Any] | None) 
 
 def _tried(arguments: Mapping[str, Any], own: Mapping[str, Any], model: Mapping[str, Any] | None) -> str | None:
     """Let a tiny model of as many tokens generate with these, and return what transformers says against it."""
-    if not arguments or not model or not model["vocabulary"]:
+    if not model or not model["vocabulary"]:
         return None
     tiny = _tiny_model(**model)
 
@@ -227,6 +230,8 @@ def _tried(arguments: Mapping[str, Any], own: Mapping[str, Any], model: Mapping[
     whole = said(arguments)
     if whole is None:
         return None
+    if own and said({}) == whole:
+        return f"{GENERATION_CONFIG}: {whole}"
     alone = (name for name, value in arguments.items() if said({name: value}) == whole)
     name = next(alone, None)
     return f"generation.{name}: {whole}" if name else f"generation: {whole}"
@@ -254,7 +259,9 @@ def _generate(model: Any, arguments: Mapping[str, Any], own: Mapping[str, Any]) 
     if str(given.get("cache_implementation", "")).startswith("offloaded"):
         del given["cache_implementation"]
     given.pop("stop_strings", None)
-    kept = {name: value for name, value in own.items() if name not in ("stop_strings", "max_length", "max_new_tokens")}
+    left = ["stop_strings", "max_length", "max_new_tokens"]
+    left += ["cache_implementation"] if str(own.get("cache_implementation", "")).startswith("offloaded") else []
+    kept = {name: min(v, 4) if name in COUNTS and type(v) is int else v for name, v in own.items() if name not in left}
     model.generation_config = GenerationConfig(**{"decoder_start_token_id": 0, "eos_token_id": 0, **kept})
     ids = torch.zeros((1, 1), dtype=torch.int64)
     with torch.inference_mode(), warnings.catch_warnings(action="ignore"):  # of lengths that two tokens do not reach

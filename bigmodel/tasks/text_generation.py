@@ -109,7 +109,8 @@ def _bind(model: Any, path: Path, options: TaskOptions, sources: Sources) -> Ans
 def _one_by_one(settings: Mapping[str, Any]) -> bool:
     """Does transformers draw for the whole batch, or take no batch?"""
     draws_beams = settings.get("do_sample") and (settings.get("num_beams") or 1) > 1
-    return bool(draws_beams or settings.get("prompt_lookup_num_tokens"))
+    guesses = settings.get("prompt_lookup_num_tokens") or settings.get("assistant_early_exit")
+    return bool(draws_beams or guesses)
 
 
 def _answer(tokenizer: Any, found: list[list[int]], read: int) -> Answer:

@@ -298,3 +298,61 @@ def test_whats_in_the_row_reaches_a_function_as_it_is(tmp_path: Path, model: Any
     first, second = task.bind(model, path, TaskOptions(seed=5), Sources())(given)
     assert first.payload["got"] == own
     assert second.payload["got"] == {"question": "a", "prompt": "a", "index": 1, "seed": 6}
+
+
+UNUSABLE: list[tuple[dict[str, Any], str]] = [
+    ({"do_sample": True, "temperature": 0.0}, "strictly positive float"),
+    ({"eos_token_id": "2"}, "invalid data type 'str'"),
+    ({"cache_implementation": "quantized"}, "quanto"),
+    ({"penalty_alpha": 0.6, "top_k": 4}, "Contrastive Search"),
+    ({"num_beam_groups": 2, "num_beams": 4, "diversity_penalty": 0.5}, "Group Beam Search"),
+    ({"force_words_ids": [[5]]}, "Constrained Beam Search"),
+    ({"dola_layers": "high"}, "Dola Generation"),
+    ({"token_healing": True}, "token healing"),
+]
+
+
+def with_own(folder: Path, own: Mapping[str, Any]) -> ModelDescription:
+    make_checkpoint(folder, "llama")
+    (folder / "generation_config.json").write_text(json.dumps(own))
+    return describe_checkpoint(folder)
+
+
+@pytest.mark.parametrize(("own", "said"), UNUSABLE, ids=str)
+def test_what_the_models_own_file_asks_for_is_tried_too(tmp_path: Path, own: dict[str, Any], said: str) -> None:
+    described = with_own(tmp_path / "model", own)
+    with pytest.raises(UsageError, match=rf"generation_config\.json: .*{said}") as error:
+        TASK.check({}, rows(), described, Sources(), 8)
+    assert "mend the model's file" in error.value.cure
+
+
+def test_an_argument_mends_what_the_models_own_file_has_wrong(tmp_path: Path) -> None:
+    described = with_own(tmp_path / "model", {"do_sample": True, "temperature": 0.0})
+    TASK.check({"temperature": 0.5}, rows(), described, Sources(), 8)
+    with pytest.raises(UsageError, match=r"generation_config\.json: .*strictly positive"):
+        TASK.check({"min_length": 1}, rows(), described, Sources(), 8)
+
+
+PUBLISHED: list[tuple[int, bool, dict[str, Any]]] = [
+    (128256, False, {"do_sample": True, "eos_token_id": [128001, 128008], "temperature": 0.6, "max_length": 4096}),
+    (256000, False, {"cache_implementation": "hybrid", "eos_token_id": [1, 107], "pad_token_id": 0}),
+    (50264, True, {"decoder_start_token_id": 2, "early_stopping": True, "forced_bos_token_id": 0, "num_beams": 4,
+                   "forced_eos_token_id": 2, "min_length": 56, "max_length": 142, "no_repeat_ngram_size": 3}),
+    (58101, True, {"bad_words_ids": [[58100]], "num_beams": 6, "renormalize_logits": True, "pad_token_id": 58100}),
+    (151936, False, {"chat_format": "chatml", "max_window_size": 6144, "do_sample": True, "top_k": 0, "top_p": 0.8}),
+    (264, False, {"output_scores": True, "return_dict_in_generate": True, "penalty_alpha": None}),
+    (264, False, {"cache_implementation": "offloaded_static", "pad_token_id": -1}),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("vocabulary", "encodes", "own"), PUBLISHED, ids=str)
+def test_what_models_are_published_with_is_taken(vocabulary: int, encodes: bool, own: dict[str, Any]) -> None:
+    assert wrong_value({}, own, {"vocabulary": vocabulary, "encodes": encodes}) is None
+
+
+def test_a_model_that_guesses_with_its_first_layers_takes_one_text_at_a_time(tmp_path: Path) -> None:
+    """transformers refuses a batch of more; what is made is what the whole model makes."""
+    with_own(tmp_path / "plain", {"eos_token_id": 2})
+    with_own(tmp_path / "guessing", {"eos_token_id": 2, "assistant_early_exit": 1})
+    plain, guessing = (generate(load(tmp_path / name), tmp_path / name, {}) for name in ("plain", "guessing"))
+    assert [answer.payload for answer in guessing] == [answer.payload for answer in plain]
