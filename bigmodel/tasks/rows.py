@@ -45,6 +45,8 @@ def read_prompts(prompts: str | Sequence[Any], column: str, base: Path) -> list[
     else:
         objects = [prompt if isinstance(prompt, dict) else {column: prompt} for prompt in prompts]
         given = [(f"prompts[{number}]", data) for number, data in enumerate(objects)]
+        for where, data in given:
+            _refuse_keys(data, where)
     if not given:
         raise UsageError(f"there is no prompt in {prompts!r}", "give one at least")
     return [_row(index, data, column, where) for index, (where, data) in enumerate(given)]
@@ -71,6 +73,15 @@ def _row(index: int, data: Any, column: str, where: str) -> Row:
         if wrong := _unwritable({name: value}):
             raise UsageError(f"{where}: {name!r} {wrong}", "mend it, or leave it out")
     return Row(index, data[column], data)
+
+
+def _refuse_keys(value: Any, where: str) -> None:
+    """Raise UsageError for a key that is no text, at any depth: on its way to a worker it would become one."""
+    pairs = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    for name, inner in pairs:
+        if isinstance(value, dict) and not isinstance(name, str):
+            raise UsageError(f"{where}: {name!r} is a key, and no text", f"put it in quotes: {str(name)!r}")
+        _refuse_keys(inner, where)
 
 
 def _is_chat(prompt: Any) -> bool:

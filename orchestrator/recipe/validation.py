@@ -179,7 +179,8 @@ def _inside(target: Target, path: tuple[Key, ...]) -> str:
 
 def _explain(finding: _Finding, document: Document, path: tuple[Key, ...]) -> tuple[Fault, str, str]:
     item, covered = document.find(path)
-    shown = (item.source if covered == len(path) and not finding.of_key else "") or _shown(finding.input)
+    source = str(finding.input) if finding.of_key else item.source if covered == len(path) else ""
+    shown = (source if not finding.of_key else "") or _shown(finding.input)
     if finding.kind == "value_error":
         cause, _, cure = str(finding.context.get("error", finding.message)).partition("; ")
         return Fault.BAD_VALUE, cause, cure
@@ -196,7 +197,7 @@ def _explain(finding: _Finding, document: Document, path: tuple[Key, ...]) -> tu
         cure = did_you_mean(finding.input, choices) or f"it takes {listed(phrases, 'or')}"
         return Fault.NOT_A_CHOICE, f"{shown} is not one of its values", cure
     cause = f"{shown} where {listed(phrases, 'or')} is expected"
-    return Fault.WRONG_TYPE, cause, _retyped(finding.input, phrases, item.source if covered == len(path) else "")
+    return Fault.WRONG_TYPE, cause, _retyped(finding.input, phrases, source)
 
 
 def _retyped(value: Json, phrases: Sequence[str], source: str) -> str:

@@ -23,6 +23,14 @@ def test_a_list_of_texts_chats_and_objects(tmp_path: Path) -> None:
     assert texts(["a", chat, {"prompt": "b", "topic": 3}], "prompt", tmp_path) == ["a", chat, "b"]
 
 
+@pytest.mark.parametrize("odd", [{5: 1}, {"a": {5: 1}}, {"a": [{"b": 1}, {None: 1}]}], ids=str)
+def test_a_key_that_is_no_text_would_become_one(odd: dict[object, object], tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match=r"prompts\[1\]: (5|None) is a key, and no text"):
+        read_prompts(["a", {"prompt": "b", **odd}], "prompt", tmp_path)  # type: ignore[dict-item]
+    (tmp_path / "a.jsonl").write_text('{"prompt": "a", "x": {"5": 1}}')
+    assert read_prompts("a.jsonl", "prompt", tmp_path)[0].data["x"] == {"5": 1}
+
+
 def test_files_by_name_and_by_glob_in_order(tmp_path: Path) -> None:
     (tmp_path / "2.jsonl").write_text('{"question": "c"}\n\n{"question": "d"}\n')
     (tmp_path / "1.jsonl").write_text('{"question": "a", "extra": 1}\n{"question": "b"}')
