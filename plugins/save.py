@@ -7,13 +7,16 @@ from typing import Any
 
 from pydantic import Field, field_validator, model_validator
 
-from bigpipe.names import listed
+from bigpipe.names import begins_address, listed
 from bigpipe.orchestrator.stage import Bytes, Metrics, Params, Planning, Port, Stage, late
 
 GONE = ("memory",)
 """File systems of fsspec that end with the process that fills them."""
 READ_ONLY = ("http", "https", "data", "github", "gist", "git", "reference", "zip", "tar", "libarchive")
 """File systems of fsspec that nothing here can write through."""
+
+
+SCHEMES = r"(hf|s3|gs|gcs|az|abfs|https?|file):"
 
 
 class SaveParams(Params):
@@ -46,6 +49,16 @@ class SaveParams(Params):
                 raise ValueError(
                     f"{to} cannot be written: {scheme} only reads; name a directory, a bucket, a repository"
                 )
+        return to
+
+    @field_validator("to")
+    @classmethod
+    def _is_spelled_out(cls, to: str) -> str:
+        if "://" not in to and (any(map(begins_address, to.split("/"))) or re.match(SCHEMES, to)):
+            scheme, _, rest = to.partition(":")
+            raise ValueError(f"{to} is neither a path nor an address; write {scheme}://{rest.lstrip('/')}, or a path")
+        if re.match(r"(file|local)://(?!/)", to):
+            raise ValueError(f"{to} is no absolute path; write a path alone, which begins at the manifest")
         return to
 
     @model_validator(mode="after")

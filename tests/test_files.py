@@ -361,3 +361,15 @@ def test_a_directory_is_the_same_by_whatever_name(tmp_path: Path) -> None:
     if told.returncode:
         pytest.skip("nothing may be mounted here")
     assert told.stdout == "True\n"
+
+
+@pytest.mark.parametrize("address", ["s3://bucket/model", "hf://org/model", "https://example.org/x", "gs:/a"])
+def test_an_address_is_no_directory_of_this_machine(tmp_path: Path, address: str) -> None:
+    """`Path("s3://a/b")` is `s3:/a/b`, which could be made like any other."""
+    with pytest.raises(UsageError, match=r"begins an address, and a directory of this machine is meant") as error:
+        make_directory(tmp_path / address)
+    assert "`save`" in error.value.cure
+    assert not list(tmp_path.iterdir())
+    (tmp_path / "gs:").mkdir()
+    make_directory(tmp_path / "gs:/a")  # somebody has called a directory so
+    make_directory(tmp_path / "12:30")

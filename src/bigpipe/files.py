@@ -28,6 +28,7 @@ from select import POLLOUT, poll
 from typing import Any, Self
 
 from .errors import BigpipeError, DoesNotFit, StageFailed, UsageError
+from .names import begins_address
 from .sizes import format_transfer
 
 PARTIAL = ".part"
@@ -216,9 +217,13 @@ def _sync_at(path: Path, flags: int) -> None:
 
 
 def make_directory(path: Path, *, durable: bool = True, mode: int = 0o777) -> None:
-    """Create a directory and its parents where they are missing, and sync what they were created in."""
+    """Create a directory and its parents where they are missing, and sync what they were created in.
+    Raise UsageError for `s3:` and the like: as a path, an address would be one of this machine's directories."""
     if path.is_dir():
         return
+    if begins_address(path.name):
+        cause = f"{path.name}// begins an address, and a directory of this machine is meant"
+        raise UsageError(cause, "give a path; the stage `save` writes to a bucket, or to the Hub")
     try:
         path.mkdir(mode=mode)
     except FileExistsError:

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import inspect
 import os
+import re
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from functools import wraps
 from pathlib import Path
@@ -53,6 +54,11 @@ def is_text(text: str) -> bool:
     """Return whether it can be written down: bytes that are no UTF-8 reach Python as halves of characters, and no file
     name holds NUL."""
     return "\0" not in text and not any("\ud800" <= sign <= "\udfff" for sign in text)
+
+
+def begins_address(part: str) -> bool:
+    """Return whether the first part of a path is what an address begins with, such as `s3:` or `hf:`."""
+    return re.fullmatch(r"[A-Za-z][A-Za-z0-9+.-]+:", part) is not None
 
 
 def listed(words: Iterable[str], joint: str = "and") -> str:

@@ -340,11 +340,21 @@ def test_a_file_url_is_a_directory(tmp_path: Path) -> None:
         ("simplecache::memory://a/model", "is gone once the run is over"),
         ("https://example.org/model", "https only reads"),
         ("zip://model::file:///srv/model.zip", "zip only reads"),
+        ("hf:/org/model", "neither a path nor an address; write hf://org/model"),
+        ("hf:org/model", "write hf://org/model"),
+        ("s3:/bucket/model", "write s3://bucket/model"),
+        ("dist/gs:/bucket", "neither a path nor an address"),
+        ("file://dist/model", "no absolute path; write a path alone"),
     ],
 )
 def test_what_is_saved_where_nothing_stays_is_refused_by_validate(to: str, told: str) -> None:
     with pytest.raises(ValidationError, match=told):
         SaveParams(to=to)
+
+
+@pytest.mark.parametrize("to", ["dist/12:30/model", "a:b", "file:///srv/model", "hf://org/model", "bucket://a/b:/c"])
+def test_a_colon_elsewhere_is_part_of_a_name(to: str) -> None:
+    assert SaveParams(to=to).to == to
 
 
 @pytest.fixture
