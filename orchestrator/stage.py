@@ -14,6 +14,7 @@ from bigpipe.sizes import format_size as format_size
 from .contract import (
     Bytes as Bytes,
     CheckContext as CheckContext,
+    Choices as Choices,
     Code as Code,
     ContentField as ContentField,
     File as File,

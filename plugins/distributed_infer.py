@@ -14,6 +14,7 @@ from bigpipe.errors import UsageError
 from bigpipe.machine import Machine
 from bigpipe.orchestrator.stage import (
     Bytes,
+    Choices,
     Code,
     FileOrLiteral,
     Json,
@@ -51,8 +52,7 @@ class InferParams(Params):
     max_new_tokens: int = Field(32, ge=1)
     """The longest continuation; of text-generation, and of a function that takes it."""
     generation: dict[str, Any] = Field(default_factory=dict)
-    """Arguments of `generate` (`num_return_sequences` gives `texts` too), of the function, or `pooling: mean | last |
-    first` of feature-extraction."""
+    """Arguments of the task, listed below by its name; those of a function are its own."""
     seed: int = Field(0, ge=0, lt=2**63)
     """Of record i: seed + i."""
     dtype: Literal["float64", "float32", "float16", "bfloat16"] | None = None
@@ -75,7 +75,7 @@ def _with_known_arguments(params: InferParams) -> InferParams:
     problems: list[InitErrorDetails] = []
     for name, value in params.generation.items():
         try:
-            find_task(params.task, Sources()).check_arguments({name: value})
+            find_task(params.task, Sources()).require_arguments({name: value})
         except UsageError as error:
             refusal = PydanticCustomError("value_error", "{error}", {"error": f"{error.cause}; {error.cure}"})
             problems.append({"type": refusal, "loc": ("generation", name), "input": value})
@@ -98,7 +98,7 @@ class InferMetrics(Metrics):
     errors: int = 0
     """Prompts whose result is an error."""
     tokens: int = 0
-    """Made; for feature-extraction, read."""
+    """Made; read, where the task makes none."""
     micro_batches: int = 1
     """Batches of a rank that were under way together."""
     tokens_per_second: float = 0.0
@@ -128,7 +128,7 @@ def facts(params: InferParams, machine: Machine) -> Mapping[str, Json]:
 
 STAGE = Stage(
     kind="distributed-infer",
-    version=5,
+    version=6,
     params=InferParams,
     metrics=InferMetrics,
     inputs={"model": Port("checkpoint"), "placement": Port("placement", optional=True)},
@@ -138,6 +138,7 @@ STAGE = Stage(
     runs_in="ranks",
     ranks=Ranks(prepare=late("bigpipe.plugins.inferring:prepare"), finish=late("bigpipe.plugins.inferring:finish")),
     planning=Planning(check=late("bigpipe.plugins.inferring:check"), facts=facts),
+    choices=Choices(field="task", decides="generation", models=late("bigpipe.bigmodel.tasks:task_arguments")),
     packages=("torch", "transformers", "tokenizers", "bitsandbytes"),
     reproducible=False,
     title="Runs a model over prompts on one or more ranks and gathers one result per prompt.",

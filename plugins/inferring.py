@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from bigpipe.bigmodel.checkpoint import ModelDescription, describe_checkpoint
 from bigpipe.bigmodel.execution import as_placement, cast_bytes, loaded, loading_dtype
-from bigpipe.bigmodel.footprint import Workload
+from bigpipe.bigmodel.footprint import Budget, Workload
 from bigpipe.bigmodel.formats import computable
 from bigpipe.bigmodel.inference import RESULTS, Bound, assign, chunked, compute_share, merge_results, plan_work
 from bigpipe.bigmodel.placement import Placement, Together, Work, batches_together, limit_here
@@ -98,16 +98,17 @@ def forecast(params: InferParams, ctx: ForecastContext) -> Forecast:
     work = f"{counted(len(rows), 'prompt')} in {counted(len(batches), 'batch', 'es')} over {counted(ranks, 'rank')}"
     placement, placed = ctx.described("placement", Placement), ctx.input("placement")
     told: dict[str, int | str] = {"prompts": len(rows)}
-    together, model = Together(), single_model(ctx)
+    together, model, at_work = Together(), single_model(ctx), 0
     with suppress(UsageError):  # said where it is checked, or once the trusted code is here
         together = _together(params, model, placement, rows, ctx)
+        at_work = _at_work(params, model, placement, rows, ctx)
         told["micro_batches"] = together.count
         if model is not None and model.tensors is not None and (placement or placed is None):
             told["compute_dtype"] = computed_in(model, placement or _alone(ctx.machine), ctx, params.dtype)
     said = f"{counted(together.count, 'batch', 'es')} at once through the streamed layers: {together.why}"
     known = Forecast(
         download_bytes=0,
-        ram=_ram(params, ctx, placement, together),
+        ram=_ram(params, ctx, placement, together.more + at_work),
         metrics=told,
         summary=work + spread,
         details=(said,) if together.count > 1 else (),
@@ -118,8 +119,9 @@ def forecast(params: InferParams, ctx: ForecastContext) -> Forecast:
     return replace(known, vram=_vram(placement, ctx.launch.local_processes, together), misfits=_misfits(each, ctx))
 
 
-def _ram(params: InferParams, ctx: ForecastContext, placement: Placement | None, together: Together) -> int | None:
-    """Of all ranks here. Weights that are windows into their files are page cache, and not counted."""
+def _ram(params: InferParams, ctx: ForecastContext, placement: Placement | None, beside: int) -> int | None:
+    """Of all ranks here. beside: what the batches of a rank take besides the weights, on a CPU. Weights that are
+    windows into their files are page cache, and not counted."""
     model, local = single_model(ctx), ctx.launch.local_processes
     if model is None or model.tensors is None:
         return None
@@ -131,7 +133,30 @@ def _ram(params: InferParams, ctx: ForecastContext, placement: Placement | None,
     memory = memory_here(placement, ctx, local)
     cast = cast_bytes(model, loading_dtype(model, placement, memory, params.dtype))
     ring = max(placement.streaming.values(), default=0) if placement.compute_dtype else 0
-    return (RANK_BASE + min(cast, memory.cast) + ring + memory.experts + together.more) * local
+    return (RANK_BASE + min(cast, memory.cast) + ring + memory.experts + beside) * local
+
+
+def _at_work(
+    params: InferParams, model: ModelDescription | None, placement: Placement | None, rows: list[Row],
+    ctx: ForecastContext,
+) -> int:  # fmt: skip
+    """What a forward of the largest batch takes besides the weights, on a CPU; 0: of a function nobody knows."""
+    if model is None or model.tensors is None or params.task not in TASKS:
+        return 0
+    dtype = computed_in(model, placement or _alone(ctx.machine), ctx, params.dtype)
+    found = Budget(agreed(model, sources_of(ctx)).architecture, dtype, _workload(params, rows))
+    return found.cpu.bytes - found.counts.loaded
+
+
+def _workload(params: InferParams, rows: list[Row]) -> Workload:
+    """Of the largest batch: a token rarely has less than a byte. Beams and several texts count as rows."""
+    texts = max(params.generation.get("num_beams") or 1, params.generation.get("num_return_sequences") or 1)
+    task = find_task(params.task, Sources()) if params.task in TASKS else None
+    new, longest = params.max_new_tokens, max(row.nbytes for row in rows)
+    if task is not None and not task.makes_tokens:
+        longest = max(task.length_of(row, params.generation) for row in rows)
+        return Workload(batch_size=params.batch_size, sequence_length=max(1, longest), all_logits=True)
+    return Workload(batch_size=params.batch_size * texts, sequence_length=longest + new, output_length=new)
 
 
 def _vram(placement: Placement | None, local: int, together: Together) -> dict[int, int]:
@@ -156,12 +181,10 @@ def _together(
         return Together()
     if params.micro_batches is None and not _side_by_side(params.task):
         return Together()
-    texts = max(params.generation.get("num_beams") or 1, params.generation.get("num_return_sequences") or 1)
-    longest = max(row.nbytes for row in rows) + params.max_new_tokens
     found = batches_together(
         placement,
         agreed(model, sources_of(ctx)).architecture,
-        Workload(batch_size=params.batch_size * texts, sequence_length=longest),
+        _workload(params, rows),
         computed_in(model, placement, ctx, params.dtype),
         ctx.machine,
         asked=params.micro_batches,

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING
 from bigpipe.faces import face
 
 if TYPE_CHECKING:
-    from .registry import TASKS, BuiltIn, find_task, require_known
+    from .registry import TASKS, BuiltIn, find_task, require_known, task_arguments
     from .rows import Row, read_prompts
-    from .task import Answer, Answerer, Task, TaskOptions, refuse_arguments
+    from .task import Answer, Answerer, Arguments, Task, TaskOptions, refuse_arguments
 
 __getattr__, __all__ = face(__name__)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, get_args
 
 from bigpipe.errors import UsageError
 from bigpipe.modules import foreign, import_attribute
@@ -12,13 +12,10 @@ from bigpipe.names import did_you_mean
 if TYPE_CHECKING:
     from bigpipe.bigmodel.sources import Sources
 
-    from .task import Task
+    from .task import Arguments, Task
 
-BuiltIn = Literal["text-generation", "feature-extraction"]
-TASKS: Mapping[str, str] = {
-    "text-generation": "bigpipe.bigmodel.tasks.text_generation:TASK",
-    "feature-extraction": "bigpipe.bigmodel.tasks.feature_extraction:TASK",
-}
+BuiltIn = Literal["text-generation", "feature-extraction", "text-classification", "token-classification", "fill-mask"]
+TASKS: Mapping[str, str] = {name: f"bigpipe.bigmodel.tasks.{name.replace('-', '_')}:TASK" for name in get_args(BuiltIn)}
 """Name → `module:NAME` of the task."""
 
 
@@ -28,6 +25,14 @@ def require_known(name: str) -> None:
         return
     cure = did_you_mean(name, TASKS) or f"use {', '.join(TASKS)}, or module:function"
     raise UsageError(f"task {name!r} is not known", cure)
+
+
+def task_arguments() -> Mapping[str, type[Arguments]]:
+    """Return what each built-in task takes, by its name."""
+    from bigpipe.bigmodel.sources import Sources
+
+    found = {name: find_task(name, Sources()).arguments for name in TASKS}
+    return {name: model for name, model in found.items() if model is not None}
 
 
 def find_task(name: str, sources: Sources) -> Task:

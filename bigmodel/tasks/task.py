@@ -8,14 +8,16 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, ValidationError
 
 from bigpipe.bigmodel.sources import Sources
 from bigpipe.errors import UsageError
-from bigpipe.names import did_you_mean
+from bigpipe.names import did_you_mean, listed
 
 from .rows import Row
-from .tokenizing import known_architecture
+from .tokenizing import OWN_FUNCTION, known_architecture
 
 if TYPE_CHECKING:
     from bigpipe.bigmodel.checkpoint import ModelDescription
@@ -38,12 +40,18 @@ Answerer = Callable[[Sequence[Row]], list[Answer]]
 and what is drawn at random depends on `seed` + index of the row alone."""
 
 
+class Arguments(BaseModel):
+    """What a task takes under `generation:`. Every field has a default; the text under it is its documentation."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False, defer_build=True)
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TaskOptions:
     """How a task is to be done."""
 
     arguments: Mapping[str, Any] = field(default_factory=dict)
-    """The task's own: of `generate`, of a function, `pooling` of feature-extraction."""
+    """The task's own: the fields of its `arguments`, of `generate`, of a function."""
     max_new_tokens: int = 32
     seed: int = 0
     """Of row i: seed + i."""
@@ -57,25 +65,34 @@ class Task:
 
     bind: (model that `load` made, its checkpoint's directory, options, sources) → the function that answers batches.
       Raises UsageError where the model cannot do it. Only here may torch be imported.
+    arguments: the model of `TaskOptions.arguments`, which are checked by it; None: any, as `check_arguments` says.
     check_arguments: raises UsageError for `TaskOptions.arguments` it does not take; asked of each argument alone too.
+    classes: how the name of a model's class ends that can do it; none: any class.
     check_model: (model, arguments, sources); raises UsageError for a model it cannot run, and for arguments that do not
       go with it, as far as config and side files tell.
     check_rows: (rows, model); raises UsageError for rows that the model cannot take, as far as its side files tell.
     makes_tokens: does it make tokens, `TaskOptions.max_new_tokens` of them at the most?
     heeds_length: does it heed `TaskOptions.max_new_tokens` though nobody knows whether it makes tokens?
     columns: fields that each row must have besides its prompt.
+    named_columns: those of the `arguments` that name such a field, where they are given, and what it holds: one text,
+      or one or several of them (`texts`).
+    length_of: (row, arguments) → the most tokens that a row may have; what a plan's memory is reckoned with.
     side_by_side: may another batch begin, in another thread, while one waits in a forward of the model? Only one of
       them runs at a time, and torch's generators are its own.
     """
 
     name: str
     bind: Callable[[Any, Path, TaskOptions, Sources], Answerer]
+    arguments: type[Arguments] | None = None
     check_arguments: Callable[[Mapping[str, Any]], None] = lambda arguments: None
     check_model: Callable[[ModelDescription, Mapping[str, Any], Sources], None] = lambda model, arguments, sources: None
     check_rows: Callable[[Sequence[Row], ModelDescription], None] = lambda rows, model: None
+    classes: tuple[str, ...] = ()
     makes_tokens: bool = False
     heeds_length: bool = False
     columns: tuple[str, ...] = ()
+    named_columns: Mapping[str, Literal["text", "texts"]] = field(default_factory=dict)
+    length_of: Callable[[Row, Mapping[str, Any]], int] = lambda row, arguments: row.nbytes
     side_by_side: bool = False
 
     def check(
@@ -87,16 +104,62 @@ class Task:
         max_new_tokens: int = 0,
     ) -> None:
         """Raise UsageError for what is known to be wrong before there is a model in memory."""
-        self.check_arguments(arguments)
-        for row in rows:
-            if missing := [column for column in self.columns if column not in row.data]:
-                cause = f"task {self.name} needs {missing[0]!r}, which prompt {row.index} does not have"
-                raise UsageError(cause, f"give every prompt the fields {', '.join(self.columns)}")
+        self.require_arguments(arguments)
+        self._require_columns(arguments, rows)
         if model is not None:
+            self._require_class(model, sources)
             self.check_rows(rows, model)
             self.check_model(model, arguments, sources)
             if self.makes_tokens:
                 _check_new_tokens(model, max_new_tokens, sources)
+
+    def require_arguments(self, arguments: Mapping[str, Any]) -> None:
+        """Raise UsageError for arguments it does not take."""
+        if self.arguments is not None:
+            settle(self.name, self.arguments, arguments)
+        self.check_arguments(arguments)
+
+    def _require_columns(self, arguments: Mapping[str, Any], rows: Sequence[Row]) -> None:
+        settled = self.arguments.model_validate(arguments) if self.arguments else None
+        named = {getattr(settled, name): (name, holds) for name, holds in self.named_columns.items()}
+        for row in rows:
+            for column in (*self.columns, *filter(None, named)):
+                if column not in row.data:
+                    cause = f"task {self.name} needs {column!r}, which prompt {row.index} does not have"
+                    raise UsageError(cause, f"give every prompt the field {column}", field="prompts")
+            for column, (name, holds) in named.items():
+                if column is not None and not _holds_text(row.data[column], several=holds == "texts"):
+                    cause = f"prompt {row.index}: {column!r} holds no text, as {name} of {self.name} needs it"
+                    cure = "write a text" + (", or a list of them" if holds == "texts" else "")
+                    raise UsageError(cause, cure, field="prompts")
+
+    def _require_class(self, model: ModelDescription, sources: Sources) -> None:
+        architecture = known_architecture(model, sources) if self.classes else None
+        if architecture is not None and not architecture.class_name.endswith(self.classes):
+            cause = f"{architecture.class_name} does no {self.name}"
+            wanted = listed((f"…{ending}" for ending in self.classes), "or")
+            raise UsageError(cause, f"take a model of a class {wanted}; or {OWN_FUNCTION}", field="task")
+
+
+def settle(task: str, model: type[Arguments], arguments: Mapping[str, Any]) -> None:
+    """Raise UsageError for the first of the `arguments` of a task that its `model` does not take."""
+    try:
+        model.model_validate(arguments)
+    except ValidationError as error:
+        first = error.errors()[0]
+        name = str(first["loc"][0]) if first["loc"] else ""
+        if first["type"] == "extra_forbidden":
+            cure = did_you_mean(name, model.model_fields, otherwise="it takes") or "it takes none"
+            raise UsageError(f"{task} takes no argument {name!r}", cure, field=f"generation.{name}") from error
+        cause = f"{name} of {task}: {first['msg'][:1].lower()}{first['msg'][1:]}, and {first['input']!r:.60} is given"
+        cure = "`bigpipe kinds distributed-infer` lists what it takes"
+        raise UsageError(cause, cure, field=f"generation.{name}") from error
+
+
+def _holds_text(value: Any, *, several: bool) -> bool:
+    if isinstance(value, list):
+        return several and bool(value) and all(isinstance(each, str) and each for each in value)
+    return isinstance(value, str) and bool(value)
 
 
 def _check_new_tokens(model: ModelDescription, new: int, sources: Sources) -> None:

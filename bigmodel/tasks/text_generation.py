@@ -10,12 +10,14 @@ from itertools import takewhile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from pydantic import ConfigDict
+
 from bigpipe.bigmodel.sources import Sources
 from bigpipe.errors import UsageError
 
 from .arguments import GENERATION_CONFIG, as_floats, check_names, check_values
 from .rows import Row
-from .task import Answer, Answerer, Task, TaskOptions
+from .task import Answer, Answerer, Arguments, Task, TaskOptions
 from .tokenizing import (
     OWN_FUNCTION,
     check_length,
@@ -23,6 +25,7 @@ from .tokenizing import (
     has_weights,
     known_architecture,
     load_tokenizer,
+    longest,
     pad,
     require_template,
     require_tokenizer,
@@ -37,6 +40,13 @@ SEED_STEP = 0x9E3779B97F4A7C15
 """Between the seeds of a row's texts: far from the seeds of other rows."""
 _seeds: ContextVar[Sequence[int]] = ContextVar("seeds", default=())
 """Of the rows of the batch that this thread generates."""
+
+
+class Generation(Arguments):
+    """Arguments of transformers' `generate`, as GenerationConfig documents them: `do_sample`, `temperature`, `top_p`,
+    `num_beams`, `stop_strings` … `num_return_sequences` gives `texts` too."""
+
+    model_config = ConfigDict(extra="allow")
 
 
 def _check_model(model: ModelDescription, arguments: Mapping[str, Any], sources: Sources) -> None:
@@ -83,11 +93,11 @@ def _bind(model: Any, path: Path, options: TaskOptions, sources: Sources) -> Ans
         if alone and len(rows) > 1:
             return [answer([row])[0] for row in rows]
         encoded = encode(tokenizer, rows, options.bounded)
-        longest = max(map(len, encoded))
+        read = longest(encoded)
         if goes_on:
-            check_length(model, longest, options.max_new_tokens)
+            check_length(model, read, options.max_new_tokens)
         else:  # what is read and what is made have positions of their own
-            check_length(model, longest)
+            check_length(model, read)
             check_length(model, 1, options.max_new_tokens)
         # A decoder goes on where the prompt ends, so that is where all rows must meet.
         inputs = pad(model, tokenizer, encoded, "left" if goes_on else "right")
@@ -101,7 +111,10 @@ def _bind(model: Any, path: Path, options: TaskOptions, sources: Sources) -> Ans
             found = [cut(tokens, start) for tokens in made.tolist()]
             each = len(found) // len(rows)
             texts = [found[first : first + each] for first in range(0, len(found), each)]
-            return [_answer(tokenizer, *row) for row in zip(texts, map(len, encoded), strict=True)]
+            return [
+                _answer(tokenizer, *row)
+                for row in zip(texts, (len(each["input_ids"]) for each in encoded), strict=True)
+            ]
 
     return answer
 
@@ -143,7 +156,7 @@ def _cutter(settings: Mapping[str, Any], tokenizer: Any) -> Callable[[list[int],
 
 
 TASK = Task(
-    name="text-generation", bind=_bind, check_arguments=check_names, check_model=_check_model,
+    name="text-generation", bind=_bind, arguments=Generation, check_arguments=check_names, check_model=_check_model,
     check_rows=require_template, makes_tokens=True, side_by_side=True,
 )  # fmt: skip
 

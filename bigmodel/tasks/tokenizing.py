@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import AbstractContextManager
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from bigpipe.bigmodel.architecture import text_config
 from bigpipe.bigmodel.sources import Sources
 from bigpipe.errors import UsageError
 
@@ -20,6 +21,10 @@ if TYPE_CHECKING:
     from bigpipe.bigmodel.architecture import Architecture
     from bigpipe.bigmodel.checkpoint import ModelDescription
 
+Encoded = Mapping[str, Sequence[int]]
+"""A text as a tokenizer gives it: `input_ids` and, by the tokenizer, `token_type_ids` and others, of one length."""
+MODEL_INPUTS = ("input_ids", "token_type_ids")
+"""What of it a model reads, besides the mask that comes with padding."""
 Bounded = Callable[[str], AbstractContextManager[None]]
 """Around what a model's tokenizer and chat template do; see `TaskOptions`."""
 TOKENIZER_FILES = (
@@ -49,6 +54,23 @@ def require_template(rows: Sequence[Row], model: ModelDescription) -> None:
         return
     cause = f"prompt {chat.index} is a chat, and the model's tokenizer has no chat template"
     raise UsageError(cause, "write prompts as texts, or add chat_template.jinja to the model", field="prompts")
+
+
+def refuse_chats(rows: Sequence[Row], model: ModelDescription) -> None:
+    """Raise UsageError where a row is a chat, which a task cannot read."""
+    chat = next((row for row in rows if not isinstance(row.prompt, str)), None)
+    if chat is not None:
+        raise UsageError(
+            f"prompt {chat.index} is a chat, and the task reads texts", "write it as one text", field="prompts"
+        )
+
+
+def check_text_model(model: ModelDescription, arguments: Mapping[str, Any], sources: Sources) -> None:
+    """Raise UsageError for a model that reads no text, or has no tokenizer."""
+    require_tokenizer(model)
+    architecture = known_architecture(model, sources)
+    if architecture is not None and not text_config(architecture.config).get("vocab_size"):
+        raise UsageError(f"{architecture.class_name} reads no text", OWN_FUNCTION)
 
 
 def _has_template(model: ModelDescription) -> bool:
@@ -123,20 +145,32 @@ def load_tokenizer(path: Path, sources: Sources, bounded: Bounded, model: Any = 
     return tokenizer
 
 
-def encode(tokenizer: Any, rows: Sequence[Row], bounded: Bounded) -> list[list[int]]:
-    """Return the token ids of each prompt. Raise ValueError where one is empty. A list of messages goes through the
+def encode(tokenizer: Any, rows: Sequence[Row], bounded: Bounded) -> list[Encoded]:
+    """Return the `input_ids` of each prompt. Raise ValueError where one is empty. A list of messages goes through the
     model's chat template, which transformers runs in a sandbox."""
     with bounded("the tokenizer, or the chat template, of the model"):
         return [_encode(tokenizer, row) for row in rows]
 
 
-def _encode(tokenizer: Any, row: Row) -> list[int]:
+def _encode(tokenizer: Any, row: Row) -> Encoded:
     chat = not isinstance(row.prompt, str)
     text = tokenizer.apply_chat_template(row.prompt, tokenize=False, add_generation_prompt=True) if chat else row.prompt
     tokens: list[int] = tokenizer(text, add_special_tokens=not chat)["input_ids"]
     if not tokens:
         raise ValueError("the prompt is empty")
-    return tokens
+    return {"input_ids": tokens}
+
+
+def encode_texts(
+    tokenizer: Any, texts: Sequence[str | tuple[str, str]], bounded: Bounded, **asked: Any
+) -> list[Encoded]:
+    """Return each text, or pair of texts, as the model of an encoder reads it, with its special tokens. asked: what the
+    tokenizer is to give besides. Raise ValueError where one is empty."""
+    pairs = [(text,) if isinstance(text, str) else text for text in texts]
+    if not all(text for pair in pairs for text in pair):
+        raise ValueError("the text is empty")
+    with bounded("the tokenizer of the model"):
+        return [tokenizer(*pair, **asked) for pair in pairs]
 
 
 def _embedded(model: Any) -> int | None:
@@ -148,18 +182,25 @@ def _embedded(model: Any) -> int | None:
     return table.num_embeddings if is_table else None
 
 
-def pad(model: Any, tokenizer: Any, encoded: list[list[int]], side: str) -> dict[str, torch.Tensor]:
-    """Return `input_ids` and `attention_mask`, [rows, longest] int64, where the model takes them, padded on the `side`
-    named. Raise ValueError for a token of which the model has no embedding: it fails, on a GPU for good."""
+def pad(model: Any, tokenizer: Any, encoded: Sequence[Encoded], side: str) -> dict[str, torch.Tensor]:
+    """Return those of `MODEL_INPUTS` that are there, and `attention_mask`, [rows, longest] int64, where the model takes
+    them, padded on the `side` named. Raise ValueError for a token of which the model has no embedding: it fails, on a
+    GPU for good."""
     from bigpipe.bigmodel.execution import loaded
 
-    last, limit = max(token for tokens in encoded for token in tokens), _embedded(model)
+    last, limit = max(token for each in encoded for token in each["input_ids"]), _embedded(model)
     if limit is not None and last >= limit:
         text = tokenizer.convert_ids_to_tokens(last)
         raise ValueError(f"the tokenizer makes {text!r} token {last}, and the model has embeddings of {limit} tokens")
+    read = [{name: each[name] for name in MODEL_INPUTS if name in each} for each in encoded]
     mask: Any = {"return_attention_mask": True}  # some tokenizers' files leave it out
-    padded = tokenizer.pad({"input_ids": encoded}, padding_side=side, return_tensors="pt", **mask)
-    return {name: padded[name].to(loaded(model).homes.main) for name in ("input_ids", "attention_mask")}
+    padded = tokenizer.pad(read, padding_side=side, return_tensors="pt", **mask)
+    return {name: padded[name].to(loaded(model).homes.main) for name in (*read[0], "attention_mask")}
+
+
+def longest(encoded: Sequence[Encoded]) -> int:
+    """Return the tokens of the longest text."""
+    return max(len(each["input_ids"]) for each in encoded)
 
 
 def check_length(model: Any, tokens: int, new: int = 0) -> None:

@@ -19,6 +19,7 @@ from .events import (
 from .stage import (
     BYTES,
     Bytes,
+    Choices,
     Code,
     ContentField,
     File,

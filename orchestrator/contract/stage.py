@@ -218,6 +218,16 @@ class Passing:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Choices:
+    """One field of the params says what another one, a map, holds."""
+
+    field: str
+    decides: str
+    models: Callable[[], Mapping[str, type[BaseModel]]]
+    """Value of `field` → what the map then holds, as far as it is known. Asked only where it is listed."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Stage(Generic[P]):
     """One stage kind."""
 
@@ -239,6 +249,8 @@ class Stage(Generic[P]):
     planning: Planning[P] = field(default_factory=Planning)
     ranks: Ranks[P] = field(default_factory=Ranks)
     passing: Passing = field(default_factory=Passing)
+    choices: Choices | None = None
+    """For the reference and the schema; the params check what stands there."""
     warms: Callable[[P], Sequence[str]] | None = None
     """Modules that `run` will import: its worker may start, import them and wait while what the node needs is still
     being made. Importing them must do nothing else."""

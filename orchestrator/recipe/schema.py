@@ -16,7 +16,7 @@ from typing import Any
 
 from pydantic import BaseModel
 
-from bigpipe.orchestrator.contract import Stage
+from bigpipe.orchestrator.contract import Choices, Stage
 from bigpipe.orchestrator.launch import executor
 
 from .manifest import NAME, ManifestSpec, NodeSettings, Structure
@@ -89,7 +89,7 @@ def _stage_schema(kinds: Mapping[str, Stage[Any]], definitions: dict[str, Schema
 
 def _kind_schema(name: str, kind: Stage[Any], definitions: dict[str, Schema]) -> Schema:
     params = _model_schema(kind.params, name, definitions)
-    definitions[name] = params
+    definitions[name] = {**params, **_choices_schema(name, kind.choices, definitions)} if kind.choices else params
     # Not `anyOf`: an editor then names the wrong field rather than "no choice fits".
     fields: Schema = {"if": {"type": "string"}, "then": REFERENCE, "else": {"$ref": f"#/definitions/{name}"}}
     properties: dict[str, Schema | bool] = {"with": fields}
@@ -102,6 +102,15 @@ def _kind_schema(name: str, kind: Stage[Any], definitions: dict[str, Schema]) ->
         if needed
     ]
     return {"properties": properties, **({"required": required} if required else {})}
+
+
+def _choices_schema(kind: str, choices: Choices, definitions: dict[str, Schema]) -> Schema:
+    cases = []
+    for name, model in choices.models().items():
+        held = _open(_model_schema(model, f"{kind}.{name}", definitions))
+        case: Schema = {"required": [choices.field], "properties": {choices.field: {"const": name}}}
+        cases.append({"if": case, "then": {"properties": {choices.decides: held}}})
+    return {"allOf": cases}
 
 
 def _needed(kind: Stage[Any]) -> list[str]:

@@ -10,7 +10,7 @@ from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
-from bigpipe.orchestrator.contract import ContentField, Json, OneOf, Stage, read_size
+from bigpipe.orchestrator.contract import Choices, ContentField, Json, OneOf, Stage, read_size
 from bigpipe.orchestrator.recipe import (
     described_schema,
     field_descriptions,
@@ -73,8 +73,22 @@ def _kind_markdown(stage: Stage[Any]) -> str:
     lines += [f"Ports: {ports}. Gives: {gives}. Runs as: {stage.runs_in}.", ""]
     lines += [f"Secrets it may see: {', '.join(stage.secrets)}.", ""] if stage.secrets else []
     lines += ["| field | type | default | |", "|---|---|---|---|", *_field_rows(stage.params, "")]
+    lines += _choices_markdown(stage.choices) if stage.choices else []
     lines += ["", "| metric | type | |", "|---|---|---|", *_metric_rows(stage.metrics, "")]
     return "\n".join(lines) + "\n"
+
+
+def _choices_markdown(choices: Choices) -> list[str]:
+    rows = []
+    for name, model in choices.models().items():
+        open_to = model.model_config.get("extra") == "allow"
+        fields = _field_rows(model, "") or [f"| {'any' if open_to else 'none'} | | | {_cell(_summary(model))} |"]
+        rows += [f"| `{name}` {field}" for field in fields]
+    return ["", f"| `{choices.field}` | `{choices.decides}` | type | default | |", "|---|---|---|---|---|", *rows]
+
+
+def _summary(model: type[BaseModel]) -> str:
+    return " ".join((vars(model).get("__doc__") or "").split())
 
 
 def _field_rows(model: type[BaseModel], prefix: str) -> list[str]:
@@ -118,8 +132,14 @@ def _kind_json(stage: Stage[Any]) -> dict[str, Json]:
         "output": stage.output,
         "runs_in": stage.runs_in,
         "params": described_schema(stage.params),
+        "choices": _choices_json(stage.choices) if stage.choices else None,
         "metrics": described_schema(stage.metrics),
     }
+
+
+def _choices_json(choices: Choices) -> dict[str, Json]:
+    models = {name: described_schema(model) for name, model in choices.models().items()}
+    return {"field": choices.field, "decides": choices.decides, "models": models}
 
 
 def _default(field: FieldInfo) -> str:
@@ -130,6 +150,8 @@ def _default(field: FieldInfo) -> str:
         return "{}"
     if isinstance(value, int) and any(_is_size(mark) for mark in field.metadata):
         return exact_size(value)
+    if isinstance(value, list):
+        return "[" + ", ".join(map(str, value)) + "]"
     return {"None": "null", "True": "true", "False": "false", "()": "[]"}.get(str(value), _cell(str(value)))
 
 

@@ -199,8 +199,8 @@ def test_a_function_of_ones_own(tmp_path: Path) -> None:
         ("text", {}, "is not known"),
         ("os:system", {}, "module os is not trusted"),
         ("text-generation", {"max_new_tokens": 3}, "set max_new_tokens as a field of the stage"),
-        ("feature-extraction", {"pooling": "sum"}, "pooling 'sum' is not known"),
-        ("feature-extraction", {"top_k": 3}, "no option 'top_k'"),
+        ("feature-extraction", {"pooling": "sum"}, "'first', and 'sum' is given"),
+        ("feature-extraction", {"top_k": 3}, "no argument 'top_k'"),
     ],
 )
 def test_refuses_what_cannot_work_before_there_is_a_model(task: str, options: dict[str, Any], cause: str) -> None:

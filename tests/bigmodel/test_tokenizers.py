@@ -92,7 +92,7 @@ def test_texts_become_the_same_tokens(folder: Path, name: str) -> None:
     )
     assert type(found).__name__ == type(wanted).__name__
     for text in TEXTS:
-        tokens = encode(found, [Row(0, text, {})], TaskOptions().bounded)[0]
+        tokens = encode(found, [Row(0, text, {})], TaskOptions().bounded)[0]["input_ids"]
         assert tokens == wanted(text)["input_ids"]
         assert len(set(tokens)) > 1
 
@@ -103,7 +103,7 @@ def test_messages_become_the_same_tokens(folder: Path, name: str) -> None:
         original(folder / "published" / name),
         load_tokenizer(folder / "saved" / name, SOURCES, TaskOptions().bounded),
     )
-    tokens = encode(found, [Row(0, CHAT, {})], TaskOptions().bounded)[0]
+    tokens = encode(found, [Row(0, CHAT, {})], TaskOptions().bounded)[0]["input_ids"]
     assert tokens == wanted.apply_chat_template(CHAT, add_generation_prompt=True)["input_ids"]
     assert wanted.decode(tokens) == "<user>hello world<a>"
     assert found.chat_template == wanted.chat_template

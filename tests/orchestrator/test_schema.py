@@ -157,6 +157,19 @@ def test_the_first_manifest_is_valid(installed: Any, tmp_path: Path, model: str)
 
 
 @pytest.mark.parametrize(
+    ("task", "arguments"),
+    [
+        ("text-generation", {"temperature": 0.5}), ("text-classification", {"top_k": None}), ("m:f", {"own": 1}),
+        ("fill-mask", {"top_k": 3}), ("fill-mask", "${params.x}"),
+    ],
+)  # fmt: skip
+def test_what_a_task_takes_is_not_underlined(installed: Any, task: str, arguments: Any) -> None:
+    manifest = data(initial_manifest("a/b", "first"))
+    manifest["stages"]["generate"]["with"] = {"task": task, "prompts": ["a"], "generation": arguments}
+    assert [error.message for error in installed.iter_errors(manifest)] == []
+
+
+@pytest.mark.parametrize(
     ("changed", "found"),
     [
         ({"quantize": {"scheme": "int4"}}, "$.stages.quantize.with.scheme"),
@@ -166,6 +179,14 @@ def test_the_first_manifest_is_valid(installed: Any, tmp_path: Path, model: str)
         ({"generate": {"task": "text-generation"}}, "$.stages.generate.with: 'prompts' is a required property"),
         ({"estimate": {"batch_size": "many"}}, "$.stages.estimate.with.batch_size"),
         ({"save": {"too": "x"}}, "$.stages.save.with"),
+        (
+            {"generate": {"task": "text-classification", "prompts": ["a"], "generation": {"topk": 3}}},
+            "$.stages.generate.with.generation",
+        ),
+        (
+            {"generate": {"task": "fill-mask", "prompts": ["a"], "generation": {"top_k": 0}}},
+            "$.stages.generate.with.generation",
+        ),
         ({"quantize": {"load_in_4bit": "maybe"}}, "$.stages.quantize.with.load_in_4bit"),
     ],
     ids=str,

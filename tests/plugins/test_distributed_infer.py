@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 from pydantic import ValidationError
-from support.contexts import check_context, forecast_context, stage_context
-from support.inferring import start
+from support.contexts import check_context, forecast_context
+from support.inferring import Reports, as_rank, context, infer, results, start, streaming
 from support.launching import MACHINE
 from support.measured import GOOD_HALVES, HERE, knowing
 from support.models import make_checkpoint, save_model
@@ -24,14 +24,10 @@ from bigpipe.errors import StageFailed, UsageError
 from bigpipe.orchestrator.contract.events import Progress, RankHello
 from bigpipe.orchestrator.stage import CheckContext, Forecast, Gpu, Launch, StageContext, Trust
 from bigpipe.plugins import inferring
-from bigpipe.plugins.distributed_infer import STAGE, InferMetrics, InferParams
+from bigpipe.plugins.distributed_infer import STAGE, InferParams
 from bigpipe.plugins.library import read_placement
 
 PROMPTS = ["Hello, my name is", "The", "Once upon a time", "a b c", "Why?"]
-
-
-class Reports(list[Any]):
-    report = list.append
 
 
 @pytest.fixture(scope="module")
@@ -41,35 +37,6 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def params(**fields: Any) -> InferParams:
     return InferParams(**{"task": "text-generation", "prompts": PROMPTS, "max_new_tokens": 5, **fields})
-
-
-def context(folder: Path, model: Path, ranks: int = 1, **changes: Any) -> StageContext:
-    fields: dict[str, Any] = {
-        "node": "generate", "inputs": {"model": (model,)}, "out": folder / "out", "scratch": folder / "scratch",
-        "parts": folder / "parts", "memo": folder / "memo", "base": folder, "machine": MACHINE,
-        "launch": Launch(num_processes=ranks), "world_size": ranks, "reporter": Reports(),
-    }  # fmt: skip
-    return stage_context(folder, **{**fields, **changes})
-
-
-def as_rank(ctx: StageContext, rank: int) -> StageContext:
-    folder = ctx.scratch / f"rank-{rank}"
-    folder.mkdir(exist_ok=True)
-    return replace(ctx, rank=rank, rank_dir=folder)
-
-
-def infer(parameters: InferParams, ctx: StageContext) -> InferMetrics:
-    """All that the launcher does, in this process."""
-    inferring.prepare(parameters, ctx)
-    for rank in range(ctx.world_size):
-        inferring.run(parameters, as_rank(ctx, rank))
-    metrics = inferring.finish(parameters, ctx).metrics
-    assert isinstance(metrics, InferMetrics)
-    return metrics
-
-
-def results(ctx: StageContext) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (ctx.out / "results.jsonl").read_text().splitlines()]
 
 
 @pytest.mark.parametrize("batch_size", [1, 2, 5])
@@ -221,16 +188,6 @@ def test_runs_through_a_placement(tmp_path: Path, model: Path) -> None:
     assert results(placed) == results(plain)
 
 
-def streaming(folder: Path, model: Path, **max_memory: int) -> Path:
-    """The folder of a placement by which layers are streamed."""
-    placement = place(
-        model, device_map={"": "disk", "model.decoder.embed_tokens": "cpu"}, max_memory=max_memory or None
-    )
-    assert placement.streamed_bytes_per_token
-    (folder / "placement.json").write_text(json.dumps(placement.as_json()))
-    return folder
-
-
 @pytest.mark.parametrize("task", ["text-generation", "feature-extraction"])
 def test_says_what_bounds_it_and_what_share_was_reached(tmp_path: Path, model: Path, task: str) -> None:
     makes, figures = task == "text-generation", Speeds(disk=1e5, ram=1e12)
@@ -363,7 +320,7 @@ def test_a_column_of_prompts_without_fields_is_refused(prompts: list[Any]) -> No
 def test_what_makes_no_tokens_takes_no_length_be_it_the_default() -> None:
     with pytest.raises(ValidationError, match="makes no tokens"):
         params(task="feature-extraction", max_new_tokens=32)
-    with pytest.raises(ValidationError, match="takes `pooling` alone"):
+    with pytest.raises(ValidationError, match="no argument 'num_beams'; it takes pooling"):
         InferParams(task="feature-extraction", prompts=["a"], generation={"num_beams": 2})
 
 
@@ -541,6 +498,18 @@ def test_what_is_wrong_is_told_at_its_field(workshop: Workshop, model: Path, mor
     assert planned.returncode == 2
     assert f"recipe.yaml:{line}:" in planned.stderr
     assert cause in planned.stderr
+
+
+@pytest.mark.parametrize("task", ["text-generation", "feature-extraction"])
+def test_a_larger_batch_and_longer_prompts_need_more_memory(tmp_path: Path, model: Path, task: str) -> None:
+    inputs = {"model": (Forecast(output=describe_checkpoint(model)),)}
+    ctx = forecast_context(tmp_path, inputs=inputs, machine=MACHINE)
+    found = []
+    for batch_size, length in ((1, 10), (8, 10), (8, 90), (8, 9000), (8, 90_000)):
+        asked = InferParams(task=task, prompts=["x" * length, "y"], batch_size=batch_size)
+        found.append(STAGE.forecast(asked, ctx).ram)
+    assert None not in found
+    assert found[0] < found[1] < found[2] < found[3] == found[4], "a model of 128 positions takes no more"
 
 
 def test_forecasts_shares_memory_and_gpus(tmp_path: Path, model: Path) -> None:

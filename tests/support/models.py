@@ -94,6 +94,52 @@ def tiny_tokenizer() -> Any:
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, **SPECIAL)
 
 
+WORDS = ("the", "cat", "sat", "on", "a", "mat", "hello", "world", "paris", "is", "in", "france")
+
+
+def word_tokenizer() -> Any:
+    """A tokenizer of word pieces as BERT's: words of `WORDS`, else letters; it has a mask, and tells pairs apart."""
+    from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
+    from transformers import PreTrainedTokenizerFast
+
+    special = {"pad_token": "[PAD]", "unk_token": "[UNK]", "cls_token": "[CLS]", "sep_token": "[SEP]"}
+    special["mask_token"] = "[MASK]"
+    letters = "abcdefghijklmnopqrstuvwxyz0123456789.,!?'-"
+    tokens = [
+        *special.values(),
+        *WORDS,
+        *(f"{mark}{letter}" for mark in ("", "##") for letter in letters if letter != "a" or mark),
+    ]
+    vocabulary = {token: number for number, token in enumerate(tokens)}
+    made = Tokenizer(models.WordPiece(vocabulary, unk_token="[UNK]"))
+    made.normalizer, made.pre_tokenizer = normalizers.BertNormalizer(), pre_tokenizers.BertPreTokenizer()
+    made.decoder = decoders.WordPiece()
+    made.post_processor = processors.TemplateProcessing(
+        single="[CLS] $A [SEP]", pair="[CLS] $A [SEP] $B:1 [SEP]:1", special_tokens=[("[CLS]", 2), ("[SEP]", 3)]
+    )
+    names = ["input_ids", "token_type_ids", "attention_mask"]
+    return PreTrainedTokenizerFast(tokenizer_object=made, model_input_names=names, **special)
+
+
+def make_with_head(out: Path, architecture: str, head: str, *, tokenizer: Any = None, **changes: Any) -> Path:
+    """A saved tiny model of the class that ends with `head` (`ForSequenceClassification`), and a tokenizer: left out,
+    `word_tokenizer`."""
+    import torch
+    import transformers
+
+    prefix = _CAUSAL[architecture][0] if architecture in _CAUSAL else _OTHERS[architecture][0]
+    config = tiny_config(architecture, **changes)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = getattr(transformers, f"{prefix}{head}")(config)
+        for name, parameter in model.named_parameters():
+            norm = parameter.ndim == 1 and name.endswith("weight")
+            torch.nn.init.normal_(parameter, mean=float(norm), std=0.05 if parameter.ndim == 1 else 0.3)
+    save_model(model.eval(), out, tokenizer=False)
+    (tokenizer or word_tokenizer()).save_pretrained(out)
+    return out
+
+
 def save_model(
     model: Any,
     out: Path,

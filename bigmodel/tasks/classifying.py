@@ -1,0 +1,50 @@
+"""What tasks share that read texts in one forward: encoded, padded, and what the model says of each."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any, Literal
+
+from .tokenizing import Bounded, Encoded, check_length, encode_texts, longest, pad
+
+if TYPE_CHECKING:
+    import torch
+
+Activation = Literal["sigmoid", "softmax", "none"]
+
+
+def read_texts(
+    model: Any, tokenizer: Any, texts: Sequence[str | tuple[str, str]], bounded: Bounded, **asked: Any
+) -> list[tuple[Encoded, torch.Tensor]]:
+    """Return each text as tokens and its `logits`, float32 on the CPU, those of padding too. asked: what the tokenizer
+    is to give besides. Raise ValueError for an empty text, and one that is longer than the model's positions."""
+    import torch
+
+    encoded = encode_texts(tokenizer, texts, bounded, **asked)
+    check_length(model, longest(encoded))
+    with torch.inference_mode():
+        logits = model(**pad(model, tokenizer, encoded, "right")).logits.float().cpu()
+    return list(zip(encoded, logits, strict=True))
+
+
+def scores_of(config: Any, logits: torch.Tensor, activation: Activation | None) -> torch.Tensor:
+    """[labels] → [labels]. activation: None: what the config's `problem_type` and number of labels mean, as in
+    transformers' pipelines."""
+    import torch
+
+    if activation is None:
+        problem = getattr(config, "problem_type", None)
+        several = problem == "multi_label_classification" or config.num_labels == 1
+        activation = "none" if problem == "regression" else "sigmoid" if several else "softmax"
+    if activation == "none":
+        return logits
+    return torch.sigmoid(logits) if activation == "sigmoid" else logits.softmax(-1)
+
+
+def labelled(config: Any, logits: torch.Tensor, activation: Activation | None, top_k: int | None) -> Mapping[str, Any]:
+    """Return `label` and `score` of the likeliest label and, unless `top_k` is 1, `labels`: so many of them, all where
+    it is None, the likeliest first."""
+    scores = scores_of(config, logits, activation)
+    found = [{"label": config.id2label[index], "score": score} for index, score in enumerate(scores.tolist())]
+    found.sort(key=lambda each: each["score"], reverse=True)
+    return found[0] if top_k == 1 else {**found[0], "labels": found[:top_k]}

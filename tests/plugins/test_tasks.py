@@ -1,0 +1,97 @@
+"""Tasks in the stage: the same bytes over ranks, the layers in memory or streamed together, and what a plan refuses."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from support.inferring import context, infer, results, start, streaming
+from support.models import make_with_head
+from support.workshop import Workshop
+
+from bigpipe.plugins.distributed_infer import InferParams
+
+TEXTS = ["hello world", "the cat sat", "paris is in france.", "on a mat", "is a cat a mat?"]
+TASKS: dict[str, tuple[str, str, dict[str, Any]]] = {
+    "text-classification": ("bert", "ForSequenceClassification", {"num_labels": 3}),
+    "token-classification": ("bert", "ForTokenClassification", {"num_labels": 3}),
+    "fill-mask": ("bert", "ForMaskedLM", {}),
+}
+
+
+def prompts(task: str) -> list[str]:
+    return [f"{text} [MASK]" for text in TEXTS] if task == "fill-mask" else TEXTS
+
+
+@pytest.fixture(scope="module", params=TASKS)
+def task(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
+@pytest.fixture(scope="module")
+def model(task: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    architecture, head, changes = TASKS[task]
+    return make_with_head(tmp_path_factory.mktemp("model"), architecture, head, **changes)
+
+
+def test_two_ranks_and_streamed_layers_give_what_one_rank_gives(tmp_path: Path, task: str, model: Path) -> None:
+    asked = InferParams(task=task, prompts=prompts(task), batch_size=2, dtype="float32")
+    one, two, disk = (context(tmp_path / name, model, 1 + (name == "two")) for name in ("one", "two", "disk"))
+    assert infer(asked, one).errors == 0
+    assert infer(asked, two).prompts == len(TEXTS)
+    placed = streaming(tmp_path, model, "bert.embeddings.word_embeddings")
+    metrics = infer(asked, replace(disk, inputs={**disk.inputs, "placement": (placed,)}))
+    assert metrics.micro_batches == 3
+    assert metrics.tokens == metrics.prompt_tokens > 0
+    assert results(one) == results(two) == results(disk)
+    assert all(set(line) > {"index", "prompt"} for line in results(one))
+
+
+def test_two_launched_ranks_classify(tmp_path: Path) -> None:
+    model = make_with_head(tmp_path / "model", "bert", "ForSequenceClassification", num_labels=3)
+    one = context(tmp_path / "one", model)
+    infer(InferParams(task="text-classification", prompts=TEXTS), one)
+    two = start(tmp_path / "two", model, 2, task="text-classification", prompts=TEXTS)
+    lines = (tmp_path / "two/work/out/results.jsonl").read_text().splitlines()
+    for found, wanted in zip(map(json.loads, lines), results(one), strict=True):  # another number of threads
+        assert found == {**wanted, "score": pytest.approx(wanted["score"], abs=1e-6)}
+    assert two.metrics["prompts"] == len(TEXTS)
+
+
+RECIPE = """version: 1
+name: tasks
+stages:
+  download: {uses: download, with: {path: model}}
+  classify:
+    uses: distributed-infer
+    inputs: download
+    with:
+      task: TASK
+      prompts: PROMPTS
+      generation: ARGUMENTS
+"""
+
+
+@pytest.mark.parametrize(
+    ("task", "prompts", "arguments", "place", "cause"),
+    [
+        ("fill-mask", "[a]", "{}", "9:13", "BertForSequenceClassification does no fill-mask"),
+        ("text-classification", "[a]", "{topk: 2}", "11:26", "did you mean 'top_k'?"),
+        ("text-classification", "[a]", "{top_k: 0}", "11:27", "greater than or equal to 1, and 0 is given"),
+        ("text-classification", "[a]", "{pair: b}", "10:16", "needs 'b', which prompt 0 does not have"),
+        ("text-classification", "[[{role: user, content: a}]]", "{}", "10:16", "prompt 0 is a chat"),
+    ],
+)
+def test_a_plan_refuses_it_at_its_place(
+    workshop: Workshop, task: str, prompts: str, arguments: str, place: str, cause: str
+) -> None:
+    make_with_head(workshop.folder / "model", "bert", "ForSequenceClassification", num_labels=3)
+    text = RECIPE.replace("TASK", task).replace("PROMPTS", prompts).replace("ARGUMENTS", arguments)
+    workshop.manifest.write_text(text)
+    said = workshop.command("plan", str(workshop.manifest))
+    assert said.returncode == 2
+    assert f"recipe.yaml:{place}:" in said.stderr
+    assert cause in said.stderr
