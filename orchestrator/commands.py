@@ -127,8 +127,16 @@ def plan(
 
 
 def _written(params: Mapping[str, Any] | None) -> dict[str, str]:
-    """Parameters as a command line would write them: strings as they are, everything else as YAML flow."""
-    return {name: value if isinstance(value, str) else json.dumps(value) for name, value in (params or {}).items()}
+    """Parameters as a command line would write them: strings as they are, everything else as YAML flow.
+    Raise UsageError for what YAML does not hold."""
+
+    def text(name: object, value: object) -> str:
+        try:
+            return value if isinstance(value, str) else json.dumps(value, allow_nan=False)
+        except (TypeError, ValueError) as error:
+            raise UsageError(f"params: {name} is {value!r:.80}", "give texts, numbers, lists and dicts") from error
+
+    return {str(name): text(name, value) for name, value in (params or {}).items()}
 
 
 def stale(plan_: Plan) -> Stale | None:

@@ -38,6 +38,8 @@ UNSAFE_KEYS = frozenset({
     "_experts_implementation", "_experts_implementation_internal", "custom_pipelines", "use_kernels",
 })  # fmt: skip
 """Left out of every config, nested ones too: they fetch or run code, or change what the plain class is made of."""
+COMPILED = "_orig_mod"
+"""Where torch.compile keeps the module that it compiles."""
 HEADS = (
     "AutoModelForImageTextToText", "AutoModelForSpeechSeq2Seq", "AutoModelForSeq2SeqLM", "AutoModelForCausalLM",
     "AutoModelForMaskedLM", "AutoModelForCTC", "AutoModelForImageClassification",
@@ -295,20 +297,28 @@ def _custom(request: Request) -> Any:
     return model
 
 
-def require_module(model: object) -> None:
-    """Raise UsageError for what is no torch module: a class, most often."""
+def require_module(model: object) -> torch.nn.Module:
+    """Return a torch module without what torch.compile, DataParallel or DistributedDataParallel put around it.
+    Raise UsageError for what is none, a class most often, and for one whose parameters have no shape yet."""
     import torch
 
     if not isinstance(model, torch.nn.Module):
         what = f"the class {model.__name__}" if isinstance(model, type) else f"{type(model).__name__}"
         cure = "give a torch module, which may be empty (built under accelerate's init_empty_weights()), or a path"
         raise UsageError(f"{what} is no model", cure)
+    if any(map(torch.nn.parameter.is_lazy, [*model.parameters(), *model.buffers()])):
+        cause = f"{type(model).__name__} has parameters that have no shape before it has seen an input"
+        raise UsageError(cause, "run it once, and then give it")
+    compiled, parallel = hasattr(model, COMPILED), torch.nn.DataParallel | torch.nn.parallel.DistributedDataParallel
+    if compiled or isinstance(model, parallel):
+        return require_module(getattr(model, COMPILED if compiled else "module"))
+    return model
 
 
 def describe_module(model: torch.nn.Module) -> Architecture:
     """Return what a module consists of, wherever its tensors lie. Its floats follow the dtype that is asked for, but
     those that are in another one than most of its elements. Raise UsageError for what is none."""
-    require_module(model)
+    model = require_module(model)
     sizes: Counter[torch.dtype] = Counter()
     for tensor in _named_tensors(model).values():
         sizes[tensor.dtype] += tensor.numel() if tensor.is_floating_point() else 0

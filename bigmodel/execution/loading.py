@@ -44,6 +44,7 @@ from bigpipe.bigmodel.checkpoint import (
 from bigpipe.bigmodel.formats import (
     PackedWeight,
     computable,
+    cure_of_missing,
     decode,
     format_of,
     refuse_strangers,
@@ -125,7 +126,9 @@ def load(
     import psutil
 
     if model is not None:
-        require_module(model)
+        model = require_module(model)
+    if first_gpu < 0:
+        raise UsageError(f"first_gpu is {first_gpu}", "give the number of a GPU, 0 or more", field="first_gpu")
     computable(describe_opened(stored := open_checkpoint(path)))
     checkpoint = decode(stored)
     described = describe_opened(checkpoint)
@@ -282,7 +285,7 @@ def _check_complete(model: torch.nn.Module, matches: Packed, checkpoint: Checkpo
     if bad := [name for name in missing if not ignored.search(name)]:
         raise InvalidCheckpoint(
             f"{checkpoint.path} holds no weights for {first_few(bad)} of {type(model).__name__}",
-            "check that `architectures` in config.json names the class that was saved; its weights would be random",
+            cure_of_missing(checkpoint.tensors),
         )
     _initialise(model, missing)
 

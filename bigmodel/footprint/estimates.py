@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from shutil import get_terminal_size
-from typing import TYPE_CHECKING, Any, TextIO
+from typing import TYPE_CHECKING, Any, TextIO, get_args
 
 from bigpipe.bigmodel.architecture import Architecture, Head
 from bigpipe.bigmodel.checkpoint import ModelDescription, tensor_nbytes
@@ -259,6 +259,8 @@ def estimate(
     )  # fmt: skip
     if train is not None and train not in OPTIMIZERS:
         raise UsageError(f"optimizer {train!r} is not known to estimate", f"use {', '.join(OPTIMIZERS)}")
+    if head not in get_args(Head):
+        raise UsageError(f"head is {head!r}", f"use {listed(get_args(Head), 'or')}", field="head")
     limit = None if memory is None else size_of("memory", memory)
     sources = Sources(
         trust=Trust.of(trust), trust_remote_code=trust_remote_code, base=base, memo=memo, offline=offline,

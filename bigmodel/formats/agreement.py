@@ -18,7 +18,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from bigpipe.bigmodel.architecture import BUFFERS, Architecture, Matching, ask_matching
+from bigpipe.bigmodel.architecture import BUFFERS, COMPILED, Architecture, Matching, ask_matching
 from bigpipe.errors import InvalidCheckpoint, first_few
 
 from .decoding import OF_ACTIVATIONS
@@ -33,6 +33,8 @@ if TYPE_CHECKING:
 
     Stored = Mapping[str, tuple[str, tuple[int, ...]]]
 
+WRAPPERS = {f"{COMPILED}.": "torch.compile", "module.": "DataParallel or DistributedDataParallel"}
+"""What the names of weights begin with → what was around the model that they were saved from."""
 CURE = "check that config.json belongs to these weights"
 HARMLESS = re.compile(rf"\.({OF_ACTIVATIONS}|(cos|sin)_cached)$|{BUFFERS.pattern}")
 """Scales of activations and of caches, and buffers that a class makes itself."""
@@ -86,11 +88,19 @@ def agree(
     if matching.missing:
         raise InvalidCheckpoint(
             f"{where}no weights are stored for {first_few(matching.missing)} of {architecture.class_name}",
-            "check that `architectures` in config.json names the class that was saved; its weights would be random",
+            cure_of_missing(names),
         )
     used = [source for sources in matching.made.values() for source in sources]
     refuse_strangers(where, matching.unused, used, architecture.by_name, architecture.class_name, architecture.config)
     return replace(_untied(architecture, matching, described.tied), left=left)
+
+
+def cure_of_missing(stored: Collection[str]) -> str:
+    """Return what to do about weights that are missing. stored: the names that there are."""
+    for prefix, wrapper in WRAPPERS.items():
+        if stored and all(name.startswith(prefix) for name in stored):
+            return f"the names begin with {prefix!r}, which {wrapper} put there: save the model inside of it"
+    return "check that `architectures` in config.json names the class that was saved; its weights would be random"
 
 
 def refuse_strangers(

@@ -25,7 +25,11 @@ MODES = ("auto", "balanced", "balanced_low_0", "sequential", "optimal")
 def as_map(device_map: object) -> Any:
     """Return a mode or a map as it is, and for a device alone (`cpu`, 0, `cuda:0`, torch's own) the map that puts
     everything there. Raise UsageError for what is none of them."""
-    if isinstance(device_map, Mapping) or device_map in MODES:
+    if isinstance(device_map, Mapping):
+        for odd in (key for key in device_map if not isinstance(key, str)):
+            raise UsageError(f"device_map has the key {odd!r}", "keys are names of modules or tensors, as texts")
+        return device_map
+    if device_map in MODES:
         return device_map
     try:
         return {"": one_device(str(device_map))}

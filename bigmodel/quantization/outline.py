@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import re
 from collections import Counter
@@ -68,7 +69,8 @@ class Settings:
             object.__setattr__(self, name, dtype_name(getattr(self, name)))
             if (value := getattr(self, name)) not in DTYPES:
                 raise UsageError(f"{name} {value!r} is not possible", f"choose one of {', '.join(DTYPES)}")
-        if isinstance(self.llm_int8_threshold, bool) or not isinstance(self.llm_int8_threshold, int | float):
+        odd = isinstance(self.llm_int8_threshold, bool) or not isinstance(self.llm_int8_threshold, int | float)
+        if odd or not math.isfinite(self.llm_int8_threshold):
             raise UsageError(f"llm_int8_threshold is {self.llm_int8_threshold!r}", "give a number, such as 6.0")
         if not isinstance(self.bnb_4bit_use_double_quant, bool):
             raise UsageError(f"bnb_4bit_use_double_quant is {self.bnb_4bit_use_double_quant!r}", "give True or False")

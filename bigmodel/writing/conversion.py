@@ -30,6 +30,7 @@ from bigpipe.bigmodel.formats import castable, decode, decoded, format_of
 from bigpipe.errors import UsageError
 from bigpipe.files import copy_file, lies_in, link, make_directory, real_folders, write_file
 from bigpipe.machine import cores
+from bigpipe.names import is_text
 from bigpipe.passing import NOBODY, Outlet
 
 from .containers import container
@@ -60,6 +61,8 @@ class Conversion:
             raise UsageError(f"dtype {self.dtype} cannot be cast to", f"choose one of {', '.join(sorted(CASTABLE))}")
         if self.format not in NAMES:
             raise UsageError(f"format {self.format!r} is not known", f"choose one of {', '.join(NAMES)}")
+        for name in (name for name in (*tensors, *tied) if not _may_be_called(name)):
+            raise UsageError(f"no tensor can be called {name!r}", "give it a name that is a text")
         planned = [
             PlannedTensor(name, self.dtype if self.dtype and is_cast(stored, self.dtype) else stored, shape)
             for name, (stored, shape) in tensors.items()
@@ -87,6 +90,11 @@ class Conversion:
             format=self.format,
             tied=source.tied if self.format == "bin" else {},
         )
+
+
+def _may_be_called(name: object) -> bool:
+    """Can a file keep a tensor of this name? safetensors keeps one for its metadata."""
+    return isinstance(name, str) and is_text(name) and name != "__metadata__"
 
 
 def planned_bytes(plans: Iterable[ShardPlan]) -> int:

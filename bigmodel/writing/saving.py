@@ -7,7 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from bigpipe.bigmodel.architecture import BUFFERS, require_module
+from bigpipe.bigmodel.architecture import BUFFERS, COMPILED, require_module
 from bigpipe.bigmodel.checkpoint import (
     CASTABLE,
     CHUNK,
@@ -63,10 +63,10 @@ def _save_module(
 ) -> SavedCheckpoint:
     """Tensors are copied one at a time, and only if they are not contiguous, not on the CPU, or cast."""
     if not isinstance(source, Mapping):
-        require_module(source)
+        source = require_module(source)
     if (origin := getattr(source, "_bigpipe_source", None)) is not None:
         refuse_in_place(open_checkpoint(origin), out)
-    tensors, tied = _unique(source if isinstance(source, Mapping) else source.state_dict())
+    tensors, tied = _unique(source if isinstance(source, Mapping) else _state(source))
     described = {name: (dtype_name(tensor.dtype), tuple(tensor.shape)) for name, tensor in tensors.items()}
     saved = write_checkpoint(
         out,
@@ -78,6 +78,11 @@ def _save_module(
     if hasattr(config, "save_pretrained"):
         saved = replace(saved, files=saved.files | _save_config(source, config, conversion.dtype, out))
     return saved
+
+
+def _state(model: torch.nn.Module) -> dict[str, Any]:
+    """Its tensors, named as if no part of it were compiled."""
+    return {name.replace(f"{COMPILED}.", ""): tensor for name, tensor in model.state_dict().items()}
 
 
 def _unique(state: Mapping[str, Any]) -> tuple[dict[str, torch.Tensor], dict[str, str]]:

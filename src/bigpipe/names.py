@@ -39,7 +39,8 @@ ARGUMENTS: Mapping[str, Given] = {
         FLAG,
     ),
     **dict.fromkeys(("revision", "subfolder", "variant", "library_name", "head", "train", "scheme", "format"), TEXT),
-    **dict.fromkeys(("nodes", "force", "lora_targets", "no_split_module_classes"), TEXTS),
+    **dict.fromkeys(("nodes", "force", "lora_targets", "no_split_module_classes", "skip_modules",
+                     "keep_in_fp32_modules", "llm_int8_skip_modules"), TEXTS),
     **dict.fromkeys(("params", "architecture", "max_memory", "special_dtypes", "environment"), TABLE),
     "progress": CALLED,
     "jobs": Given((int,), "how many stages run side by side"),
@@ -126,12 +127,14 @@ def checked(**own: Given) -> Callable[[Callable[P, R]], Callable[P, R]]:
 
     def checking(function: Callable[P, R]) -> Callable[P, R]:
         signature, known = inspect.signature(function), {**ARGUMENTS, **own}
+        defaults = {name: parameter.default for name, parameter in signature.parameters.items()}
+        options = next((p.name for p in signature.parameters.values() if p.kind is p.VAR_KEYWORD), "")
 
         @wraps(function)
         def call(*args: P.args, **kwargs: P.kwargs) -> R:
             bound = signature.bind(*args, **kwargs)
-            for name, value in bound.arguments.items():
-                if name in known and value is not signature.parameters[name].default:
+            for name, value in {**bound.arguments, **bound.arguments.get(options, {})}.items():
+                if name in known and value is not defaults.get(name):
                     _require(name, value, known[name])
                     if name in FOLDERS:
                         bound.arguments[name] = Path(value)

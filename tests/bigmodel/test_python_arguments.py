@@ -10,10 +10,11 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from support.models import make_checkpoint, tiny_model
 
 import bigpipe
-from bigpipe.errors import DoesNotFit, UsageError
+from bigpipe.errors import DoesNotFit, InvalidCheckpoint, UsageError
 
 
 @pytest.fixture(scope="module")
@@ -214,6 +215,12 @@ ODD: list[tuple[str, dict[str, Any]]] = [
     ("save_checkpoint", {"progress": 1}), ("save_checkpoint", {"max_shard_size": None}),
     ("quantize_checkpoint", {"scheme": 8}), ("quantize_checkpoint", {"parts": 1}),
     ("quantize_checkpoint", {"trust": 2}), ("quantize_checkpoint", {"device": [1]}),
+    ("quantize_checkpoint", {"skip_modules": 5}), ("quantize_checkpoint", {"skip_modules": [5]}),
+    ("quantize_checkpoint", {"keep_in_fp32_modules": {"lm_head": 1.5}}),
+    ("quantize_checkpoint", {"llm_int8_threshold": float("nan")}),
+    ("quantize_checkpoint", {"llm_int8_threshold": float("inf")}),
+    ("estimate", {"head": "lm"}), ("load", {"first_gpu": -1}), ("place", {"device_map": {5: "cpu"}}),
+    ("place", {"device_map": {"": "cpu", None: "disk"}}),
 ]  # fmt: skip
 
 
@@ -277,3 +284,83 @@ def test_a_quantization_that_leaves_everything_is_none(
         bigpipe.quantize_checkpoint(model, tmp_path / "out", scheme="int8", **given)
     assert error.value.field == field
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("name", ["plan", "run", "load_manifest"])
+@pytest.mark.parametrize(
+    "odd", [object(), b"a", {1, 2}, float("nan"), torch.ones(1)], ids=lambda odd: type(odd).__name__
+)
+def test_a_parameter_is_what_yaml_holds(name: str, odd: Any, tmp_path: Path) -> None:
+    (tmp_path / "r.yaml").write_text(
+        "version: 1\nname: r\nparams: {a: 1}\nstages: {d: {uses: download, with: {path: m}}}\n"
+    )
+    with pytest.raises(UsageError, match="params: a is") as error:
+        getattr(bigpipe, name)(tmp_path / "r.yaml", params={"a": odd})
+    assert error.value.cure
+
+
+def test_a_key_of_a_map_is_a_text(model: Path) -> None:
+    with pytest.raises(UsageError, match="device_map has the key 5"):
+        bigpipe.load(model, {5: "cpu"})  # type: ignore[dict-item]
+
+
+def wrapped(how: str) -> torch.nn.Module:
+    """A tiny model as trainers hand it over."""
+    plain: torch.nn.Module = tiny_model("llama")
+    if how == "a part compiled":
+        plain.model.layers[0] = torch.compile(plain.model.layers[0])  # type: ignore[index, union-attr, assignment]
+        return plain
+    around = {"compiled": [torch.compile], "parallel": [torch.nn.DataParallel]}
+    for wrap in around.get(how, [torch.compile, torch.nn.DataParallel]):
+        plain = wrap(plain)  # type: ignore[assignment, operator]
+    return plain
+
+
+COMPILING = pytest.mark.filterwarnings("ignore:.*script_method.*:DeprecationWarning")  # of torch's own import
+
+
+@COMPILING
+@pytest.mark.parametrize("how", ["compiled", "parallel", "both", "a part compiled"])
+def test_a_model_is_saved_without_what_is_around_it(how: str, tmp_path: Path) -> None:
+    plain = bigpipe.save_checkpoint(tiny_model("llama"), tmp_path / "plain")
+    saved = bigpipe.save_checkpoint(wrapped(how), tmp_path / "saved")
+    assert saved.files == plain.files
+    ids = torch.arange(8)[None]
+    assert torch.equal(bigpipe.load(tmp_path / "saved")(ids).logits, tiny_model("llama")(ids).logits)
+
+
+@COMPILING
+@pytest.mark.parametrize("how", ["compiled", "parallel", "both"])
+def test_a_module_counts_without_what_is_around_it(how: str, model: Path) -> None:
+    plain, room = tiny_model("llama"), {"cpu": "100KB", "disk": "1GB"}
+    assert bigpipe.estimate(wrapped(how)).metrics() == bigpipe.estimate(plain).metrics()
+    assert bigpipe.place(wrapped(how), max_memory=room).device_map == bigpipe.place(plain, max_memory=room).device_map
+    loaded, ids = bigpipe.load(model, model=wrapped(how)), torch.arange(8)[None]
+    assert torch.equal(loaded(ids).logits, bigpipe.load(model)(ids).logits)
+
+
+@pytest.mark.parametrize("prefix", ["_orig_mod.", "module."])
+def test_names_of_what_was_around_a_model_are_called_that(prefix: str, model: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(model, tmp_path / "model")
+    tensors = {f"{prefix}{name}": tensor for name, tensor in tiny_model("llama").state_dict().items()}
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    for function in (bigpipe.load, lambda path: bigpipe.place(path, max_memory={"cpu": "1GiB"})):
+        with pytest.raises(InvalidCheckpoint, match="no weights") as error:
+            function(folder)
+        assert f"the names begin with '{prefix}'" in error.value.cure
+
+
+def test_a_module_that_has_no_shape_yet_is_called_that(tmp_path: Path) -> None:
+    lazy = torch.nn.Sequential(torch.nn.LazyLinear(3))
+    for function in (bigpipe.place, bigpipe.estimate, lambda module: bigpipe.save_checkpoint(module, tmp_path)):
+        with pytest.raises(UsageError, match="have no shape before it has seen an input"):
+            function(lazy)
+    lazy(torch.ones(1, 2))
+    assert bigpipe.place(lazy, max_memory={"cpu": "1MB"}).device_map == {"": "cpu"}
+
+
+@pytest.mark.parametrize("name", ["__metadata__", "half \ud83d", 5, "a\0b"])
+@pytest.mark.parametrize("format", ["safetensors", "bin"])
+def test_a_name_that_no_file_keeps_is_refused(name: Any, format: Any, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="no tensor can be called"):
+        bigpipe.save_checkpoint({"a": torch.ones(1), name: torch.ones(2)}, tmp_path / "out", format=format)
