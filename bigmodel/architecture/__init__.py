@@ -23,17 +23,11 @@ if TYPE_CHECKING:
         request_key,
     )
     from .experts import CHOSEN, expert_tensors, experts_per_token, lists_experts, stacked_experts, visited_share
-    from .instantiation import (
-        COMPILED,
-        describe_module,
-        require_module,
-        storage_of,
-        tied_groups,
-        with_empty_parameters,
-    )
+    from .instantiation import describe_module, storage_of, tied_groups, with_empty_parameters
     from .outlining import BUFFERS, outline
     from .snapshot import known_architecture, missing_snapshot
     from .structure import ATTENTION, Architecture, CachedTensor, Head, ModuleSpec, TensorSpec, kept_in_float32
     from .texts import position_limit, text_config
+    from .wrapping import COMPILED, require_module
 
 __getattr__, __all__ = face(__name__)

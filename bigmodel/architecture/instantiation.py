@@ -28,6 +28,7 @@ from bigpipe.trust import Limits
 from .asking import Request
 from .caching import observe
 from .structure import ATTENTION, Architecture, ModuleSpec, TensorSpec
+from .wrapping import require_module
 
 if TYPE_CHECKING:
     import torch
@@ -38,8 +39,6 @@ UNSAFE_KEYS = frozenset({
     "_experts_implementation", "_experts_implementation_internal", "custom_pipelines", "use_kernels",
 })  # fmt: skip
 """Left out of every config, nested ones too: they fetch or run code, or change what the plain class is made of."""
-COMPILED = "_orig_mod"
-"""Where torch.compile keeps the module that it compiles."""
 HEADS = (
     "AutoModelForImageTextToText", "AutoModelForSpeechSeq2Seq", "AutoModelForSeq2SeqLM", "AutoModelForCausalLM",
     "AutoModelForMaskedLM", "AutoModelForCTC", "AutoModelForImageClassification",
@@ -294,24 +293,6 @@ def _custom(request: Request) -> Any:
         model = model_class(**request.config)
     if not isinstance(model, torch.nn.Module):
         raise UsageError(f"{request.custom_class} gives no torch.nn.Module", "check `architecture.class`")
-    return model
-
-
-def require_module(model: object) -> torch.nn.Module:
-    """Return a torch module without what torch.compile, DataParallel or DistributedDataParallel put around it.
-    Raise UsageError for what is none, a class most often, and for one whose parameters have no shape yet."""
-    import torch
-
-    if not isinstance(model, torch.nn.Module):
-        what = f"the class {model.__name__}" if isinstance(model, type) else f"{type(model).__name__}"
-        cure = "give a torch module, which may be empty (built under accelerate's init_empty_weights()), or a path"
-        raise UsageError(f"{what} is no model", cure)
-    if any(map(torch.nn.parameter.is_lazy, [*model.parameters(), *model.buffers()])):
-        cause = f"{type(model).__name__} has parameters that have no shape before it has seen an input"
-        raise UsageError(cause, "run it once, and then give it")
-    compiled, parallel = hasattr(model, COMPILED), torch.nn.DataParallel | torch.nn.parallel.DistributedDataParallel
-    if compiled or isinstance(model, parallel):
-        return require_module(getattr(model, COMPILED if compiled else "module"))
     return model
 
 
