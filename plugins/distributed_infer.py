@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, Field, ValidationError, model_validator
 from pydantic_core import InitErrorDetails, PydanticCustomError
 
 from bigpipe.bigmodel.sources import Sources
-from bigpipe.bigmodel.tasks import BuiltIn, find_task, require_known
+from bigpipe.bigmodel.tasks import BuiltIn, find_task, require_known, template_parts
 from bigpipe.errors import UsageError
 from bigpipe.machine import Machine
 from bigpipe.orchestrator.stage import (
@@ -36,6 +36,14 @@ def _known(task: str) -> str:
     return task
 
 
+def _template(text: str | None) -> str | None:
+    try:
+        template_parts(text or "{field}")
+    except UsageError as error:
+        raise ValueError(f"{error.cause.removeprefix('template: ')}; {error.cure}") from error
+    return text
+
+
 class InferParams(Params):
     task: Annotated[BuiltIn | Code, AfterValidator(_known)]
     """What is done, or `module:name`: a function, called (model, rows, **generation) and giving a dict per row, or a
@@ -44,6 +52,8 @@ class InferParams(Params):
     """A file (`.jsonl .ndjson .json .csv .tsv .parquet .txt`), a glob of them, or a list of texts or chats."""
     column: str = "prompt"
     """The field of each JSON object, or the column of a table, that holds the prompt."""
+    template: Annotated[str | None, AfterValidator(_template)] = None
+    """The prompt, made of a row's fields: `"Classify: {text}"`. null: the prompt is `column`."""
     batch_size: int = Field(1, ge=1)
     """Prompts that are computed together. The same ones, whatever the number of ranks."""
     micro_batches: int | None = Field(None, ge=1)
@@ -66,30 +76,36 @@ class InferParams(Params):
     """How many prompts may fail; their results hold the error. One more fails the stage."""
 
     @model_validator(mode="after")
-    def _arguments_are_known(self) -> InferParams:
-        return self if ":" in self.task else _with_known_arguments(self)
+    def _fields_have_effect(self) -> InferParams:
+        if problems := [*_unknown_arguments(self), *_idle(self)]:
+            raise ValidationError.from_exception_data("InferParams", problems)
+        return self
 
 
-def _with_known_arguments(params: InferParams) -> InferParams:
+def _unknown_arguments(params: InferParams) -> Iterator[InitErrorDetails]:
     """Each argument of a built-in task is refused where it stands."""
-    problems: list[InitErrorDetails] = []
-    for name, value in params.generation.items():
+    for name, value in params.generation.items() if ":" not in params.task else ():
         try:
             find_task(params.task, Sources()).require_arguments({name: value})
         except UsageError as error:
-            refusal = PydanticCustomError("value_error", "{error}", {"error": f"{error.cause}; {error.cure}"})
-            problems.append({"type": refusal, "loc": ("generation", name), "input": value})
-    idle = {"max_new_tokens": f"{params.task} makes no tokens; leave it out"}
-    if find_task(params.task, Sources()).makes_tokens:
-        del idle["max_new_tokens"]
-    if not isinstance(params.prompts, str) and not any(isinstance(prompt, dict) for prompt in params.prompts):
+            yield _refusal(("generation", name), f"{error.cause}; {error.cure}", value)
+
+
+def _idle(params: InferParams) -> Iterator[InitErrorDetails]:
+    """Fields that somebody wrote and nothing heeds."""
+    idle, own = {}, ":" in params.task
+    if not own and not find_task(params.task, Sources()).makes_tokens:
+        idle["max_new_tokens"] = f"{params.task} makes no tokens; leave it out"
+    if params.template is not None:
+        idle["column"] = "the template names the fields that make the prompt; leave one of them out"
+    elif not own and isinstance(params.prompts, list) and not any(isinstance(each, dict) for each in params.prompts):
         idle["column"] = "it names a field of objects, and these prompts are texts or chats; leave it out"
     for name in (name for name in idle if name in params.model_fields_set):
-        refusal = PydanticCustomError("value_error", "{error}", {"error": idle[name]})
-        problems.append({"type": refusal, "loc": (name,), "input": getattr(params, name)})
-    if problems:
-        raise ValidationError.from_exception_data("InferParams", problems)
-    return params
+        yield _refusal((name,), idle[name], getattr(params, name))
+
+
+def _refusal(loc: tuple[str, ...], why: str, value: Any) -> InitErrorDetails:
+    return {"type": PydanticCustomError("value_error", "{error}", {"error": why}), "loc": loc, "input": value}
 
 
 class InferMetrics(Metrics):

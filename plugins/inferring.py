@@ -7,6 +7,7 @@ import os
 from contextlib import suppress
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from bigpipe.bigmodel.checkpoint import ModelDescription, describe_checkpoint
@@ -50,7 +51,7 @@ RANK_BASE = 500 * 2**20
 def check(params: InferParams, ctx: CheckContext) -> None:
     """Prompts, task and trust, before anything is downloaded. A module of the user's is imported by workers alone."""
     with about("prompts"):
-        rows = read_prompts(params.prompts, params.column, ctx.base)
+        rows = _rows(params, ctx.base)
     if params.micro_batches is not None and "placement" not in ctx.inputs:
         cause = "micro_batches go together through streamed layers, and without a placement none is streamed"
         raise UsageError(cause, "wire inputs: placement to a dispatch, or leave it out", field="micro_batches")
@@ -71,6 +72,10 @@ def check(params: InferParams, ctx: CheckContext) -> None:
     find_task(params.task, sources).check(params.generation, rows, model, sources, params.max_new_tokens)
 
 
+def _rows(params: InferParams, base: Path) -> list[Row]:
+    return read_prompts(params.prompts, params.column, base, params.template)
+
+
 def _given(params: InferParams) -> tuple[str, ...]:
     """The arguments that somebody wrote for the task."""
     return (*(("max_new_tokens",) if "max_new_tokens" in params.model_fields_set else ()), *params.generation)
@@ -89,7 +94,7 @@ def _check_weights(model: ModelDescription, ctx: CheckContext) -> None:
 
 def forecast(params: InferParams, ctx: ForecastContext) -> Forecast:
     try:
-        rows = read_prompts(params.prompts, params.column, ctx.base)
+        rows = _rows(params, ctx.base)
     except UsageError as error:
         return Forecast(unknown=(error.cause,))
     ranks, batches = ctx.launch.num_processes, chunked(rows, params.batch_size)
@@ -154,8 +159,8 @@ def _workload(params: InferParams, rows: list[Row]) -> Workload:
     task = find_task(params.task, Sources()) if params.task in TASKS else None
     new, longest = params.max_new_tokens, max(row.nbytes for row in rows)
     if task is not None and not task.makes_tokens:
-        longest = max(task.length_of(row, params.generation) for row in rows)
-        return Workload(batch_size=params.batch_size, sequence_length=max(1, longest), all_logits=True)
+        longest = task.longest(params.generation, rows)
+        return Workload(batch_size=params.batch_size, sequence_length=longest, all_logits=True)
     return Workload(batch_size=params.batch_size * texts, sequence_length=longest + new, output_length=new)
 
 
@@ -211,7 +216,7 @@ def _misfits(each: int, ctx: ForecastContext) -> tuple[Misfit, ...]:
 
 def prepare(params: InferParams, ctx: StageContext) -> None:
     """Checks what only a worker may import, and shares out what no earlier attempt has finished."""
-    rows = read_prompts(params.prompts, params.column, ctx.base)
+    rows = _rows(params, ctx.base)
     sources, model = sources_of(ctx), describe_checkpoint(ctx.input("model"))
     task = find_task(params.task, sources)
     if not (task.makes_tokens or task.heeds_length):

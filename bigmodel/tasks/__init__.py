@@ -10,7 +10,7 @@ from bigpipe.faces import face
 
 if TYPE_CHECKING:
     from .registry import TASKS, BuiltIn, find_task, require_known, task_arguments
-    from .rows import Row, read_prompts
+    from .rows import Row, read_prompts, template_parts
     from .task import Answer, Answerer, Arguments, Task, TaskOptions, refuse_arguments
 
 __getattr__, __all__ = face(__name__)

@@ -14,7 +14,10 @@ if TYPE_CHECKING:
 
     from .task import Arguments, Task
 
-BuiltIn = Literal["text-generation", "feature-extraction", "text-classification", "token-classification", "fill-mask"]
+BuiltIn = Literal[
+    "text-generation", "text2text-generation", "scoring", "feature-extraction", "text-classification",
+    "token-classification", "fill-mask",
+]  # fmt: skip
 TASKS: Mapping[str, str] = {name: f"bigpipe.bigmodel.tasks.{name.replace('-', '_')}:TASK" for name in get_args(BuiltIn)}
 """Name → `module:NAME` of the task."""
 

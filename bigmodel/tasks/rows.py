@@ -9,6 +9,7 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from string import Formatter
 from typing import Any
 
 from bigpipe.errors import UsageError
@@ -37,9 +38,10 @@ class Row:
         return len(text.encode())
 
 
-def read_prompts(prompts: str | Sequence[Any], column: str, base: Path) -> list[Row]:
+def read_prompts(prompts: str | Sequence[Any], column: str, base: Path, template: str | None = None) -> list[Row]:
     """Return the rows of a list, or of the files that a path or glob (relative to `base`) names, in their order, each
-    read as its ending says. Raise UsageError naming file and line."""
+    read as its ending says. template: makes the prompt of a row's fields, in place of its `column`. Raise UsageError
+    naming file and line."""
     if isinstance(prompts, str):
         given = [found for path in _files(prompts, base) for found in read_rows(path, column)]
     else:
@@ -49,7 +51,45 @@ def read_prompts(prompts: str | Sequence[Any], column: str, base: Path) -> list[
             _refuse_keys(data, where)
     if not given:
         raise UsageError(f"there is no prompt in {prompts!r}", "give one at least")
-    return [_row(index, data, column, where) for index, (where, data) in enumerate(given)]
+    if template is None:
+        return [_row(index, data, column, where) for index, (where, data) in enumerate(given)]
+    parts = template_parts(template)
+    return [_filled(index, data, parts, where) for index, (where, data) in enumerate(given)]
+
+
+def template_parts(template: str) -> list[tuple[str, str | None]]:
+    """Return the pieces of `Classify: {text}`: a text, and the name of the field that follows it, if one does; braces
+    that are meant are doubled. Raise UsageError for a template that is no such text, or names no field."""
+    cure = 'write fields in braces, "Classify: {text}", and braces that are meant twice: {{'
+    try:
+        parts = list(Formatter().parse(template))
+    except ValueError as error:
+        raise UsageError(f"template: {error}", cure) from error
+    for _, name, form, conversion in parts:
+        if name is not None and (not name or form or conversion):
+            raise UsageError(f"template: {{{name}}} is more than the name of a field", cure)
+    if not any(name for _, name, _, _ in parts):
+        raise UsageError("template: it names no field, so that all prompts would be the same", cure)
+    return [(text, name) for text, name, _, _ in parts]
+
+
+def _filled(index: int, data: Any, parts: Sequence[tuple[str, str | None]], where: str) -> Row:
+    if not isinstance(data, dict):
+        raise UsageError(f"{where}: a template needs an object with fields", "write one object per line")
+    made = ""
+    for text, name in parts:
+        if name is not None and name not in data:
+            raise UsageError(f"{where}: there is no {name!r}, only {_names(data)}", "the template names it")
+        value = "" if name is None else data[name]
+        if not isinstance(value, str | int | float):
+            raise UsageError(f"{where}: {name!r} is neither a text nor a number", "a template takes no other")
+        made += f"{text}{value}"
+    _require_writable(data, where)
+    return Row(index, made, data)
+
+
+def _names(data: dict[str, Any]) -> str:
+    return ", ".join(map(repr, data)) or "nothing"
 
 
 def _files(pattern: str, base: Path) -> list[Path]:
@@ -64,15 +104,20 @@ def _row(index: int, data: Any, column: str, where: str) -> Row:
     if not isinstance(data, dict):
         raise UsageError(f"{where}: a prompt is an object with {column!r}, or a text", "write one object per line")
     if column not in data:
-        names = ", ".join(map(repr, data)) or "nothing"
-        raise UsageError(f"{where}: there is no {column!r}, only {names}", "set `column` to the one with the prompt")
+        raise UsageError(
+            f"{where}: there is no {column!r}, only {_names(data)}", "set `column` to the one with the prompt"
+        )
     if not isinstance(data[column], str) and not _is_chat(data[column]):
         cure = "write a message as {role: user, content: …}"
         raise UsageError(f"{where}: {column!r} is neither a text nor a list of messages", cure)
+    _require_writable(data, where)
+    return Row(index, data[column], data)
+
+
+def _require_writable(data: dict[str, Any], where: str) -> None:
     for name, value in data.items():
         if wrong := _unwritable({name: value}):
             raise UsageError(f"{where}: {name!r} {wrong}", "mend it, or leave it out")
-    return Row(index, data[column], data)
 
 
 def _refuse_keys(value: Any, where: str) -> None:

@@ -105,7 +105,7 @@ class Task:
     ) -> None:
         """Raise UsageError for what is known to be wrong before there is a model in memory."""
         self.require_arguments(arguments)
-        self._require_columns(arguments, rows)
+        self.require_columns(arguments, rows)
         if model is not None:
             self._require_class(model, sources)
             self.check_rows(rows, model)
@@ -119,7 +119,13 @@ class Task:
             settle(self.name, self.arguments, arguments)
         self.check_arguments(arguments)
 
-    def _require_columns(self, arguments: Mapping[str, Any], rows: Sequence[Row]) -> None:
+    def longest(self, arguments: Mapping[str, Any], rows: Sequence[Row]) -> int:
+        """Return the most tokens that one of the rows may have. Raise UsageError as `require_columns`."""
+        self.require_columns(arguments, rows)
+        return max(1, *(self.length_of(row, arguments) for row in rows))
+
+    def require_columns(self, arguments: Mapping[str, Any], rows: Sequence[Row]) -> None:
+        """Raise UsageError for a row without the fields that the task needs."""
         settled = self.arguments.model_validate(arguments) if self.arguments else None
         named = {getattr(settled, name): (name, holds) for name, holds in self.named_columns.items()}
         for row in rows:

@@ -153,12 +153,18 @@ def encode(tokenizer: Any, rows: Sequence[Row], bounded: Bounded) -> list[Encode
 
 
 def _encode(tokenizer: Any, row: Row) -> Encoded:
-    chat = not isinstance(row.prompt, str)
-    text = tokenizer.apply_chat_template(row.prompt, tokenize=False, add_generation_prompt=True) if chat else row.prompt
-    tokens: list[int] = tokenizer(text, add_special_tokens=not chat)["input_ids"]
+    text, special = text_of(tokenizer, row)
+    tokens: list[int] = tokenizer(text, add_special_tokens=special)["input_ids"]
     if not tokens:
         raise ValueError("the prompt is empty")
     return {"input_ids": tokens}
+
+
+def text_of(tokenizer: Any, row: Row) -> tuple[str, bool]:
+    """Return a prompt as text, and whether special tokens are still to be added: a chat template writes them itself."""
+    if isinstance(row.prompt, str):
+        return row.prompt, True
+    return str(tokenizer.apply_chat_template(row.prompt, tokenize=False, add_generation_prompt=True)), False
 
 
 def encode_texts(

@@ -166,3 +166,50 @@ def test_an_answer_that_cannot_be_written_fails_its_row_alone(payload: dict[str,
     said = answer_batch(answer, rows, lambda text: None)  # type: ignore[arg-type]
     assert [list(each.payload) for each in said] == [["text"], ["error"], ["text"]]
     json.dumps(said[1].payload, ensure_ascii=False).encode()
+
+
+def test_a_template_makes_prompts_of_fields(tmp_path: Path) -> None:
+    (tmp_path / "a.csv").write_text('text,n\n"a, b",3\nc,4\n')
+    rows = read_prompts("a.csv", "prompt", tmp_path, "Say {{it}} {n} times: {text}")
+    assert [row.prompt for row in rows] == ["Say {it} 3 times: a, b", "Say {it} 4 times: c"]
+    assert rows[0].data == {"text": "a, b", "n": "3"}
+    rows = read_prompts(["x", {"prompt": 1.5}], "prompt", tmp_path, "<{prompt}>")
+    assert [row.prompt for row in rows] == ["<x>", "<1.5>"]
+
+
+@pytest.mark.parametrize(
+    ("template", "cause"),
+    [
+        ("no field", "names no field"),
+        ("{}", "more than the name of a field"),
+        ("{text!r}", "more than the name"),
+        ("{text:>10}", "more than the name"),
+        ("{text", "expected '}'"),
+        ("text}", "Single '}'"),
+    ],
+)
+def test_a_template_that_is_none(tmp_path: Path, template: str, cause: str) -> None:
+    with pytest.raises(UsageError, match=cause):
+        read_prompts([{"text": "a"}], "prompt", tmp_path, template)
+
+
+@pytest.mark.parametrize(
+    ("line", "cause"),
+    [
+        ('{"other": 1}', "there is no 'text', only 'other'"),
+        ('{"text": ["a"]}', "'text' is neither a text nor a number"),
+        ('{"text": null}', "'text' is neither a text nor a number"),
+        ("3", "a template needs an object with fields"),
+        ('{"text": "a", "more": "\\ud83d"}', "'more' holds half of a surrogate pair"),
+    ],
+)
+def test_a_row_that_a_template_cannot_use_is_placed(tmp_path: Path, line: str, cause: str) -> None:
+    (tmp_path / "a.jsonl").write_text('{"text": "good"}\n' * 730 + line + "\n")
+    with pytest.raises(UsageError, match=cause) as error:
+        read_prompts("a.jsonl", "prompt", tmp_path, "Classify: {text}")
+    assert f"{tmp_path}/a.jsonl:731: " in error.value.cause
+
+
+def test_a_template_reaches_no_attribute(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match=r"there is no 'text.__class__', only 'text'"):
+        read_prompts([{"text": "a"}], "prompt", tmp_path, "{text.__class__}")

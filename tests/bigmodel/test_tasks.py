@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from support.models import make_with_head, tiny_tokenizer
+from support.models import make_checkpoint, make_with_head, tiny_tokenizer
 
 from bigpipe.bigmodel.checkpoint import describe_checkpoint
 from bigpipe.bigmodel.execution import load
@@ -154,6 +154,119 @@ def test_masks_are_filled_as_by_transformers(tmp_path: Path, architecture: str, 
     for text, each in zip(MASKED, found, strict=True):
         wanted = fill(text, top_k=3)
         assert_alike(each["fills"], wanted if text.count("[MASK]") > 1 else [wanted])
+
+
+def plain_scores(path: Path, prompt: str, continuation: str) -> dict[str, Any]:
+    """One text, one forward, one token after the other."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(path), AutoTokenizer.from_pretrained(path)
+    start, whole = len(tokenizer(prompt)["input_ids"]), tokenizer(prompt + continuation)["input_ids"]
+    with torch.no_grad():
+        likely = model(torch.tensor([whole])).logits[0].log_softmax(-1)
+    each = [likely[place - 1, whole[place]].item() for place in range(start, len(whole))]
+    greedy = all(int(likely[place - 1].argmax()) == whole[place] for place in range(start, len(whole)))
+    return {"logprob": sum(each), "token_logprobs": each, "tokens": len(each), "greedy": greedy}
+
+
+CONTINUATIONS = [" world", [" cat", " mat and more", "."], " in france", ["a"]]
+
+
+@pytest.mark.parametrize("home", HOMES)
+@pytest.mark.parametrize("architecture", ["opt", "llama", "gpt2", "bloom"])
+def test_continuations_are_scored_as_a_plain_loop_does(tmp_path: Path, architecture: str, home: str) -> None:
+    path = make_checkpoint(tmp_path, architecture)
+    given = rows(["hello", "the cat sat on a", "paris is", "x"], then=CONTINUATIONS)
+    answers = bind("scoring", path, home, continuation="then")(given)
+    for row, answer in zip(given, answers, strict=True):
+        texts = row.data["then"] if isinstance(row.data["then"], list) else [row.data["then"]]
+        assert_alike(answer.payload["scores"], [plain_scores(path, row.prompt, text) for text in texts])
+        assert answer.tokens == sum(len(text) for text in texts)
+        assert answer.read == sum(len(row.prompt) + len(text) for text in texts)
+    assert_alike(
+        [bind("scoring", path, home, continuation="then")([row])[0].payload for row in given],
+        [answer.payload for answer in answers],
+    )
+
+
+def test_what_a_model_says_itself_is_greedy(tmp_path: Path) -> None:
+    path = make_checkpoint(tmp_path, "llama")
+    generate = find_task("text-generation", Sources()).bind(load(path), path, TaskOptions(max_new_tokens=1), Sources())
+    prompts = [f"prompt {number}" for number in range(20)]
+    said = [answer.payload["text"] for answer in generate(rows(prompts))]
+    told = [(prompt, text) for prompt, text in zip(prompts, said, strict=True) if text.isascii() and text.isprintable()]
+    told = [(prompt, text) for prompt, text in told if text]
+    given = rows([prompt for prompt, _ in told], continuation=[[text, "~" if text != "~" else "!"] for _, text in told])
+    scored = [[score["greedy"] for score in answer.payload["scores"]] for answer in bind("scoring", path)(given)]
+    assert scored == [[True, False]] * len(told) != []
+
+
+def test_a_chat_is_scored_after_its_template(tmp_path: Path) -> None:
+    path = make_checkpoint(tmp_path, "llama")
+    template = "{% for m in messages %}[{{ m.role }}] {{ m.content }}\n{% endfor %}[assistant] "
+    settings = json.loads((path / "tokenizer_config.json").read_bytes())
+    (path / "tokenizer_config.json").write_text(json.dumps({**settings, "chat_template": template}))
+    score = bind("scoring", path)
+    chat, text = [{"role": "user", "content": "hi"}], "[user] hi\n[assistant] "
+    assert score(rows([chat], continuation=["yes"])) == score(rows([text], continuation=["yes"]))
+
+
+def test_continuations_that_cannot_be_scored(tmp_path: Path) -> None:
+    path = make_checkpoint(tmp_path, "opt", max_position_embeddings=32)
+    given = rows(["hello", "", "a"], continuation=["x", "y", "z" * 40])
+    found = [answer.payload for answer in answer_batch(bind("scoring", path), given, str)]
+    assert "scores" in found[0]
+    assert [each["error"] for each in found[1:]] == [
+        "ValueError: the prompt is empty: nothing stands before the first token that would be scored",
+        "ValueError: 41 tokens are more than the model's 32 positions: shorten the prompt",
+    ]
+    for wrong in ([], "", ["a", 3], None):
+        with pytest.raises(UsageError, match="prompt 0: 'continuation' holds no text"):
+            find_task("scoring", Sources()).check({}, rows(["a"], continuation=[wrong]), None)
+    with pytest.raises(UsageError, match="needs 'continuation', which prompt 0 does not have"):
+        find_task("scoring", Sources()).check({}, rows(["a"]), None)
+
+
+@pytest.mark.parametrize("home", HOMES)
+@pytest.mark.parametrize("architecture", ["t5", "bart"])
+@pytest.mark.parametrize("arguments", [{}, {"num_beams": 2, "num_return_sequences": 2}], ids=str)
+def test_an_encoder_decoder_answers_a_text_as_transformers_generates(
+    tmp_path: Path, architecture: str, home: str, arguments: dict[str, Any]
+) -> None:
+    import torch
+    from transformers import AutoModelForSeq2SeqLM
+
+    path, tokenizer = make_checkpoint(tmp_path, architecture), tiny_tokenizer()
+    options = TaskOptions(arguments=arguments, max_new_tokens=6)
+    task = find_task("text2text-generation", Sources()).bind(load(path, {"": home}), path, options, Sources())
+    model, wanted = AutoModelForSeq2SeqLM.from_pretrained(path), []
+    for text in SENTENCES:
+        tokens = torch.tensor([tokenizer(text)["input_ids"]])
+        made = model.generate(tokens, attention_mask=torch.ones_like(tokens), max_new_tokens=6, **arguments)
+        wanted.append([tokenizer.decode(each, skip_special_tokens=True) for each in made])
+    found = [answer.payload for answer in task(rows(SENTENCES))]
+    assert [each.get("texts", [each["text"]]) for each in found] == wanted
+
+
+def test_tasks_that_make_or_score_text_refuse_the_other_kind_of_model(tmp_path: Path) -> None:
+    causal, both = (
+        describe_checkpoint(make_checkpoint(tmp_path / "opt")),
+        describe_checkpoint(make_checkpoint(tmp_path / "t5", "t5")),
+    )
+    masked = describe_checkpoint(make_checkpoint(tmp_path / "bert", "bert"))
+    given = rows(["a"], continuation=["b"])
+    for name, model, cause in (
+        ("text2text-generation", causal, "OPTForCausalLM does no text2text-generation: it goes on with its prompt"),
+        ("text2text-generation", masked, "BertForMaskedLM generates no text"),
+        ("scoring", both, "T5ForConditionalGeneration does no scoring: it reads a prompt apart"),
+        ("scoring", masked, "BertForMaskedLM does no scoring: it makes no text"),
+    ):
+        with pytest.raises(UsageError, match=cause) as error:
+            find_task(name, Sources()).check({}, given, model)
+        assert error.value.field == "task"
+    find_task("text2text-generation", Sources()).check({"num_beams": 2}, given, both)
+    find_task("scoring", Sources()).check({}, given, causal)
 
 
 def test_what_a_row_does_wrong_is_its_own_error(tmp_path: Path) -> None:

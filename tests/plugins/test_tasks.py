@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from pydantic import ValidationError
 from support.inferring import context, infer, results, start, streaming
 from support.models import make_with_head
 from support.workshop import Workshop
@@ -19,10 +20,15 @@ TASKS: dict[str, tuple[str, str, dict[str, Any]]] = {
     "text-classification": ("bert", "ForSequenceClassification", {"num_labels": 3}),
     "token-classification": ("bert", "ForTokenClassification", {"num_labels": 3}),
     "fill-mask": ("bert", "ForMaskedLM", {}),
+    "text2text-generation": ("t5", "ForConditionalGeneration", {}),
+    "scoring": ("llama", "ForCausalLM", {}),
 }
+STAYS = {"bert": "bert.embeddings.word_embeddings", "t5": "shared", "llama": "model.embed_tokens"}
 
 
-def prompts(task: str) -> list[str]:
+def prompts(task: str) -> list[Any]:
+    if task == "scoring":
+        return [{"prompt": text, "continuation": ["a cat", "paris"]} for text in TEXTS]
     return [f"{text} [MASK]" for text in TEXTS] if task == "fill-mask" else TEXTS
 
 
@@ -42,12 +48,32 @@ def test_two_ranks_and_streamed_layers_give_what_one_rank_gives(tmp_path: Path, 
     one, two, disk = (context(tmp_path / name, model, 1 + (name == "two")) for name in ("one", "two", "disk"))
     assert infer(asked, one).errors == 0
     assert infer(asked, two).prompts == len(TEXTS)
-    placed = streaming(tmp_path, model, "bert.embeddings.word_embeddings")
+    placed = streaming(tmp_path, model, STAYS[TASKS[task][0]])
     metrics = infer(asked, replace(disk, inputs={**disk.inputs, "placement": (placed,)}))
     assert metrics.micro_batches == 3
-    assert metrics.tokens == metrics.prompt_tokens > 0
+    assert min(metrics.tokens, metrics.prompt_tokens) > 0
     assert results(one) == results(two) == results(disk)
     assert all(set(line) > {"index", "prompt"} for line in results(one))
+
+
+def test_a_template_makes_prompts_of_columns_and_results_hold_them(tmp_path: Path) -> None:
+    model = make_with_head(tmp_path / "model", "bert", "ForSequenceClassification", num_labels=3)
+    (tmp_path / "rows.csv").write_text("name,place\nthe cat,a mat\nhello,world\n")
+    ctx, plain = context(tmp_path / "one", model, base=tmp_path), context(tmp_path / "two", model)
+    asked: dict[str, Any] = {"task": "text-classification", "dtype": "float32"}
+    infer(InferParams(prompts="rows.csv", template="{name} is on {place}.", **asked), ctx)
+    infer(InferParams(prompts=["the cat is on a mat.", "hello is on world."], **asked), plain)
+    assert results(ctx) == results(plain)
+
+
+def test_a_template_and_a_column_at_once() -> None:
+    for task in ("fill-mask", "own:task"):
+        with pytest.raises(ValidationError, match="the template names the fields") as error:
+            InferParams(task=task, prompts="a.csv", template="{a}", column="a")
+        assert error.value.errors()[0]["loc"] == ("column",)
+    with pytest.raises(ValidationError, match="names no field") as error:
+        InferParams(task="fill-mask", prompts="a.csv", template="a")
+    assert error.value.errors()[0]["loc"] == ("template",)
 
 
 def test_two_launched_ranks_classify(tmp_path: Path) -> None:
@@ -81,6 +107,8 @@ stages:
         ("fill-mask", "[a]", "{}", "9:13", "BertForSequenceClassification does no fill-mask"),
         ("text-classification", "[a]", "{topk: 2}", "11:26", "did you mean 'top_k'?"),
         ("text-classification", "[a]", "{top_k: 0}", "11:27", "greater than or equal to 1, and 0 is given"),
+        ("scoring", "[{prompt: a, continuation: b}]", "{}", "9:13", "BertForSequenceClassification does no scoring"),
+        ("scoring", "[a]", "{}", "10:16", "task scoring needs 'continuation', which prompt 0 does not have"),
         ("text-classification", "[a]", "{pair: b}", "10:16", "needs 'b', which prompt 0 does not have"),
         ("text-classification", "[[{role: user, content: a}]]", "{}", "10:16", "prompt 0 is a chat"),
     ],

@@ -1,0 +1,129 @@
+"""scoring: `{"scores": […]}`, how likely a model finds the continuations of each prompt that its row gives."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from bigpipe.bigmodel.sources import Sources
+from bigpipe.errors import UsageError
+
+from .rows import Row
+from .task import Answer, Answerer, Arguments, Task, TaskOptions
+from .tokenizing import (
+    OWN_FUNCTION,
+    Bounded,
+    check_length,
+    check_text_model,
+    known_architecture,
+    load_tokenizer,
+    longest,
+    pad,
+    require_template,
+    text_of,
+)
+
+if TYPE_CHECKING:
+    import torch
+
+    from bigpipe.bigmodel.checkpoint import ModelDescription
+
+
+Case = tuple[list[int], int]
+"""The tokens of a prompt and what follows, and how many of them are the prompt's."""
+
+
+class Scoring(Arguments):
+    continuation: str = "continuation"
+    """The field of a row with what is scored after its prompt: a text, or a list of texts."""
+
+
+def _bind(model: Any, path: Path, options: TaskOptions, sources: Sources) -> Answerer:
+    tokenizer = load_tokenizer(path, sources, options.bounded, model)
+    column = Scoring.model_validate(options.arguments).continuation
+
+    def answer(rows: Sequence[Row]) -> list[Answer]:
+        each = [_cases(tokenizer, row, column, options.bounded) for row in rows]
+        cases = [case for found in each for case in found]
+        # As many at a time as there are rows, so that several continuations of a row take no more memory
+        parts = [cases[start : start + len(rows)] for start in range(0, len(cases), len(rows))]
+        scores = iter([score for part in parts for score in _score(model, tokenizer, part)])
+        return [_answer(found, [next(scores) for _ in found]) for found in each]
+
+    return answer
+
+
+def _continuations(row: Row, column: str) -> list[str]:
+    given = row.data[column]
+    return [given] if isinstance(given, str) else given
+
+
+def _cases(tokenizer: Any, row: Row, column: str, bounded: Bounded) -> list[Case]:
+    """The prompt with each of its continuations. Both are read as
+    one text, whose tokens need not end where the prompt does: those beyond the prompt's own number are scored, as by
+    EleutherAI's lm-evaluation-harness."""
+    with bounded("the tokenizer, or the chat template, of the model"):
+        text, special = text_of(tokenizer, row)
+        start = len(tokenizer(text, add_special_tokens=special)["input_ids"])
+        wholes = [
+            tokenizer(text + more, add_special_tokens=special)["input_ids"] for more in _continuations(row, column)
+        ]
+    if not start:
+        raise ValueError("the prompt is empty: nothing stands before the first token that would be scored")
+    if short := next((whole for whole in wholes if len(whole) <= start), None):
+        raise ValueError(
+            f"a continuation adds no token to the {start} of its prompt: {tokenizer.decode(short)[-80:]!r}"
+        )
+    return [(whole, start) for whole in wholes]
+
+
+def _score(model: Any, tokenizer: Any, cases: Sequence[Case]) -> list[dict[str, Any]]:
+    import torch
+
+    encoded = [{"input_ids": whole} for whole, _ in cases]
+    check_length(model, longest(encoded))
+    with torch.inference_mode():
+        logits = model(**pad(model, tokenizer, encoded, "right")).logits
+    return [_of_one(row, whole, start) for row, (whole, start) in zip(logits, cases, strict=True)]
+
+
+def _of_one(logits: torch.Tensor, whole: Sequence[int], start: int) -> dict[str, Any]:
+    """logits: [tokens, vocabulary]. The one at a place is of the token that follows."""
+    import torch
+
+    likely = logits[start - 1 : len(whole) - 1].float().log_softmax(-1).cpu()
+    wanted = torch.tensor(whole[start:])
+    each = likely.gather(-1, wanted[:, None])[:, 0].double()
+    return {
+        "logprob": each.sum().item(),
+        "token_logprobs": each.tolist(),
+        "tokens": len(wanted),
+        "greedy": bool((likely.argmax(-1) == wanted).all()),
+    }
+
+
+def _answer(cases: Sequence[Case], scores: list[dict[str, Any]]) -> Answer:
+    read = sum(len(whole) for whole, _ in cases)
+    return Answer({"scores": scores}, sum(score["tokens"] for score in scores), read)
+
+
+def _length_of(row: Row, arguments: Mapping[str, Any]) -> int:
+    column = Scoring.model_validate(arguments).continuation
+    return row.nbytes + max(len(text.encode()) for text in _continuations(row, column))
+
+
+def _check_model(model: ModelDescription, arguments: Mapping[str, Any], sources: Sources) -> None:
+    architecture = known_architecture(model, sources)
+    if architecture is not None and not (architecture.generates and architecture.output_embedding):
+        raise UsageError(f"{architecture.class_name} does no scoring: it makes no text", OWN_FUNCTION, field="task")
+    if architecture is not None and architecture.config.get("is_encoder_decoder"):
+        cause = f"{architecture.class_name} does no scoring: it reads a prompt apart from what follows"
+        raise UsageError(cause, "take a model that goes on with its prompt", field="task")
+    check_text_model(model, arguments, sources)
+
+
+TASK = Task(
+    name="scoring", bind=_bind, arguments=Scoring, check_model=_check_model, check_rows=require_template,
+    named_columns={"continuation": "texts"}, length_of=_length_of, side_by_side=True,
+)  # fmt: skip
