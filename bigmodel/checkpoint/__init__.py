@@ -21,6 +21,7 @@ if TYPE_CHECKING:
         find_weight_files,
         parse_object,
         read_json,
+        read_json_list,
     )
     from .headers import encode_header, layout_key, read_header
     from .mapped import MappedFiles, overflows

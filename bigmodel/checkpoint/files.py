@@ -112,23 +112,39 @@ def _read_index(index: Path, directory: Path, coming: Collection[str]) -> Weight
 
 def read_json(file: Path, directory: Path, limit: int, *, unique: bool = False) -> dict[str, Any]:
     """Return a JSON object from a file of the checkpoint, of at most `limit` bytes. Raise as `parse_object`."""
+    return parse_object(_read(file, directory, limit), file, unique=unique)
+
+
+def read_json_list(file: Path, directory: Path, limit: int) -> list[Any]:
+    """Return a JSON list from a file of the checkpoint, of at most `limit` bytes. Raise as `parse_object`."""
+    content = _parse(_read(file, directory, limit), file)
+    if not isinstance(content, list):
+        raise invalid(file, "is not a JSON list", FETCH_AGAIN)
+    return content
+
+
+def _read(file: Path, directory: Path, limit: int) -> bytes:
     check_file(file, directory)
     if file.stat().st_size > limit:
         raise invalid(file, f"is larger than {limit} bytes", FETCH_AGAIN)
-    return parse_object(file.read_bytes(), file, unique=unique)
+    return file.read_bytes()
 
 
 def parse_object(text: bytes, file: Path | str, *, unique: bool = False) -> dict[str, Any]:
     """Return a JSON object; of a key that stands twice the last, as everybody reads a config.
     unique: of an index, where it would be two places of one tensor. Raise InvalidCheckpoint, naming `file`."""
-    refuse_pointer(text[:POINTER_SIZE], file)
-    try:
-        content = json.loads(text, object_pairs_hook=unique_keys if unique else None)
-    except (ValueError, RecursionError) as error:
-        raise invalid(file, f"is not JSON: {str(error)[:200]}", FETCH_AGAIN) from None
+    content = _parse(text, file, unique)
     if not isinstance(content, dict):
         raise invalid(file, "is not a JSON object", FETCH_AGAIN)
     return content
+
+
+def _parse(text: bytes, file: Path | str, unique: bool = False) -> Any:
+    refuse_pointer(text[:POINTER_SIZE], file)
+    try:
+        return json.loads(text, object_pairs_hook=unique_keys if unique else None)
+    except (ValueError, RecursionError) as error:
+        raise invalid(file, f"is not JSON: {str(error)[:200]}", FETCH_AGAIN) from None
 
 
 def refuse_pointer(beginning: bytes, file: Path | str) -> None:

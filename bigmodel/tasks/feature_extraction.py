@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
+from bigpipe.bigmodel.architecture import position_limit
 from bigpipe.bigmodel.sources import Sources
 from bigpipe.errors import UsageError
 
+from .pooling import LENGTHS, Mode, Pooling, pooling_of
 from .rows import Row
 from .task import Answer, Answerer, Arguments, Task, TaskOptions
 from .tokenizing import (
@@ -22,46 +25,73 @@ from .tokenizing import (
 )
 
 if TYPE_CHECKING:
-    import torch
+    from bigpipe.bigmodel.checkpoint import ModelDescription
 
-POOLINGS: Mapping[str, Callable[[torch.Tensor], torch.Tensor]] = {
-    "mean": lambda states: states.mean(0),
-    "last": lambda states: states[-1],
-    "first": lambda states: states[0],
-}
-"""Of a prompt's token vectors, [tokens, width] → [width]."""
+
+UNLIMITED = 10**9
+"""Tokens: a tokenizer whose files name no limit says 10³⁰."""
 
 
 class FeatureExtraction(Arguments):
-    pooling: Literal["mean", "last", "first"] = "mean"
-    """Of a prompt's token vectors: their mean, the last one as for decoders, or the first one as for BERT's [CLS]."""
+    pooling: Mode | None = None
+    """How the vectors of a text's tokens become one: `last` as for decoders, `first` as for BERT's [CLS]. null: as a
+    model of sentence-transformers says in its own files, else their mean."""
+    normalize: bool | None = None
+    """Make vectors of length 1. null: as the model's own files say, else not."""
+    truncate: bool = False
+    """Cut texts that are longer than the model takes, as sentence-transformers does; else they are errors."""
 
 
 def _bind(model: Any, path: Path, options: TaskOptions, sources: Sources) -> Answerer:
     if not hasattr(model, "base_model"):
         raise UsageError(f"{type(model).__name__} is no model of transformers'", "use the task `module:function`")
     tokenizer = load_tokenizer(path, sources, options.bounded, model)
-    pool = POOLINGS[FeatureExtraction.model_validate(options.arguments).pooling]
+    asked = FeatureExtraction.model_validate(options.arguments)
+    pooling, limit = _pooling(path, asked), None
+    if asked.truncate:
+        known = (pooling.max_length, position_limit(model.config.to_dict()), tokenizer.model_max_length)
+        limit = min((most for most in known if most is not None and most < UNLIMITED), default=None)
     body = model.get_encoder() if model.config.is_encoder_decoder else model.base_model
 
     def answer(rows: Sequence[Row]) -> list[Answer]:
         import torch
 
-        encoded = encode(tokenizer, rows, options.bounded)
+        named = [_prefixed(row, pooling.prefix) for row in rows]
+        encoded = encode(tokenizer, named, options.bounded, limit)
+        if pooling.max_length is not None and longest(encoded) > pooling.max_length:
+            cause = f"{longest(encoded)} tokens are more than the {pooling.max_length} of its {LENGTHS}"
+            raise ValueError(f"{cause}: shorten the text, or set truncate")
         check_length(model, longest(encoded))
         inputs = pad(model, tokenizer, encoded, "right")
         with torch.inference_mode():
             hidden = body(**inputs).last_hidden_state.float().cpu()
         lengths = [len(each["input_ids"]) for each in encoded]
         return [
-            Answer({"features": pool(states[:length]).tolist()}, length, length)
+            Answer({"features": pooling.vector(states[:length]).tolist()}, length, length)
             for states, length in zip(hidden, lengths, strict=True)
         ]
 
     return answer
 
 
+def _pooling(path: Path, asked: FeatureExtraction) -> Pooling:
+    """What is asked for, over what the model's files say."""
+    own = pooling_of(path)
+    modes = own.modes if asked.pooling is None else (asked.pooling,)
+    return replace(own, modes=modes, normalize=own.normalize if asked.normalize is None else asked.normalize)
+
+
+def _prefixed(row: Row, prefix: str) -> Row:
+    return replace(row, prompt=prefix + row.prompt) if isinstance(row.prompt, str) else row
+
+
+def _check_model(model: ModelDescription, arguments: Mapping[str, Any], sources: Sources) -> None:
+    check_text_model(model, arguments, sources)
+    if model.path is not None:
+        pooling_of(model.path)
+
+
 TASK = Task(
-    name="feature-extraction", bind=_bind, arguments=FeatureExtraction, check_model=check_text_model,
+    name="feature-extraction", bind=_bind, arguments=FeatureExtraction, check_model=_check_model,
     check_rows=require_template, side_by_side=True,
 )  # fmt: skip

@@ -145,16 +145,17 @@ def load_tokenizer(path: Path, sources: Sources, bounded: Bounded, model: Any = 
     return tokenizer
 
 
-def encode(tokenizer: Any, rows: Sequence[Row], bounded: Bounded) -> list[Encoded]:
-    """Return the `input_ids` of each prompt. Raise ValueError where one is empty. A list of messages goes through the
-    model's chat template, which transformers runs in a sandbox."""
+def encode(tokenizer: Any, rows: Sequence[Row], bounded: Bounded, most: int | None = None) -> list[Encoded]:
+    """Return the `input_ids` of each prompt, at `most` so many. Raise ValueError where one is empty. A list of messages
+    goes through the model's chat template, which transformers runs in a sandbox."""
     with bounded("the tokenizer, or the chat template, of the model"):
-        return [_encode(tokenizer, row) for row in rows]
+        return [_encode(tokenizer, row, most) for row in rows]
 
 
-def _encode(tokenizer: Any, row: Row) -> Encoded:
+def _encode(tokenizer: Any, row: Row, most: int | None) -> Encoded:
     text, special = text_of(tokenizer, row)
-    tokens: list[int] = tokenizer(text, add_special_tokens=special)["input_ids"]
+    cut = {} if most is None else {"truncation": True, "max_length": most}
+    tokens: list[int] = tokenizer(text, add_special_tokens=special, **cut)["input_ids"]
     if not tokens:
         raise ValueError("the prompt is empty")
     return {"input_ids": tokens}
