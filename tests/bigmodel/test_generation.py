@@ -199,7 +199,7 @@ def test_a_function_of_ones_own(tmp_path: Path) -> None:
         ("text", {}, "is not known"),
         ("os:system", {}, "module os is not trusted"),
         ("text-generation", {"max_new_tokens": 3}, "set max_new_tokens as a field of the stage"),
-        ("feature-extraction", {"pooling": "sum"}, "'first', and 'sum' is given"),
+        ("feature-extraction", {"pooling": "sum"}, "'weighted_mean', and 'sum' is given"),
         ("feature-extraction", {"top_k": 3}, "no argument 'top_k'"),
     ],
 )
