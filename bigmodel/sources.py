@@ -12,6 +12,8 @@ from bigpipe.trust import Trust
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Sources:
+    """What may be read and run to find a model, and where answers are kept."""
+
     trust: Trust = Trust()
     """Modules that a model's own class, or a function, may come from."""
     trust_remote_code: bool = False

@@ -14,7 +14,6 @@ import json
 import os
 import re
 import sys
-import tempfile
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
@@ -268,6 +267,7 @@ def ask_child(module: str, question: str, what: str, limits: Limits) -> dict[str
     prints must not reach our output. what: the work it does, for errors. Raise InvalidCheckpoint where it gives no
     answer, or takes more than the limits allow."""
     import subprocess
+    import tempfile
 
     with tempfile.TemporaryDirectory(prefix="bigpipe-") as name:
         asked, answer = Path(name) / "question.json", Path(name) / "answer.json"

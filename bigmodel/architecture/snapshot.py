@@ -178,7 +178,7 @@ def evaluate(formula: Mapping[str, Any], fields: Fields) -> int:
 
 
 def _holds(condition: Mapping[str, Any], fields: Fields) -> bool:
-    return all(fields.get(name) in values for name, values in condition.items())
+    return not condition or all(fields.get(name) in values for name, values in condition.items())
 
 
 def _modules(node: Mapping[str, Any], name: str, fields: Fields) -> Iterator[ModuleSpec]:

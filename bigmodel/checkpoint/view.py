@@ -207,9 +207,10 @@ ARCHITECTURE_FILE = "bigpipe_architecture.json"
 """Names the Python class of a model that has no transformers config; travels inside the artifact."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True)
 class ModelDescription:
-    """What is known of a checkpoint without its weights: what one stage's forecast tells the next."""
+    """What is known of a checkpoint without its weights: what one stage's forecast tells the next. Answers of functions
+    are kept with it (`memo.kept`)."""
 
     config: Mapping[str, Any] | None
     tensors: Tensors | None = None

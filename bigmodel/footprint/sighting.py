@@ -32,7 +32,6 @@ from bigpipe.bigmodel.formats import PLAIN, Agreement, agree, decoded, format_of
 from bigpipe.bigmodel.hub import (
     COMMIT,
     Choice,
-    DirectorySource,
     Hub,
     Library,
     Repository,
@@ -175,6 +174,8 @@ def _fetch_code(repository: Repository, revision: str) -> Path:
 
 
 def _look_locally(path: Path, choice: Choice, subfolder: str | None = None) -> Sighting:
+    from bigpipe.bigmodel.hub import DirectorySource
+
     source, library = DirectorySource(path, choice, subfolder), choice.library
     if subfolder:
         source.require_subfolder()

@@ -5,7 +5,6 @@ Checked against bitsandbytes 0.50 and transformers 5.23.
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -87,6 +86,8 @@ def module(
     linear: torch.nn.Module, rows: int, columns: int, make: Callable[..., torch.nn.Module], **options: Any
 ) -> torch.nn.Module:
     """Return bitsandbytes' own empty module in the place of `linear`, its bias included."""
+    import logging
+
     import torch
 
     # It says so at every call that activations are cast, which is what int8 means.

@@ -12,6 +12,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from bigpipe.bigmodel.checkpoint import CASTABLE
+from bigpipe.bigmodel.memo import kept
 from bigpipe.errors import InvalidCheckpoint, UsageError
 
 from .bitsandbytes import scheme_of
@@ -82,6 +83,7 @@ def recognise(quantization: Mapping[str, Any] | None, tensors: Tensors | None) -
     return foreign or Format(name=method, title=method, method=method, computes=False)
 
 
+@kept
 def format_of(described: ModelDescription) -> Format:
     """Return the format of a checkpoint that was described. Raise InvalidCheckpoint where its config says that weights
     are packed, and none is."""

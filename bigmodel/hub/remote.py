@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -198,6 +197,8 @@ def _tensors(
 
 
 def _headers(repository: Repository, weights: Sequence[HubFile], weight_map: Mapping[str, str]) -> Contents:
+    from concurrent.futures import ThreadPoolExecutor
+
     guesses: dict[str, int] = {}
     for name, file in weight_map.items():
         guesses[file] = guesses.get(file, 64) + len(name) + ENTRY

@@ -222,10 +222,10 @@ def _ask(hub: Hub, repo: str, revision: str) -> Repository:
 
 def _sized(repository: Repository) -> Repository:
     """Ask for the size and digest of each file where the listing tells no sizes, as those of some mirrors do."""
-    from concurrent.futures import ThreadPoolExecutor
-
     if all(file.size >= 0 for file in repository.files):
         return repository
+    from concurrent.futures import ThreadPoolExecutor
+
     if (many := len(repository.files)) > MOST_ASKED:
         raise Transient(f"{repository.hub.endpoint} tells no sizes of {many} files of {repository.repo}", NOT_A_HUB)
     with ThreadPoolExecutor(READERS, "size") as pool:

@@ -13,8 +13,9 @@ from typing import TYPE_CHECKING
 from bigpipe.faces import face
 
 if TYPE_CHECKING:
-    from .destinations import RECEIPT, Destination, Directory, Receipt
+    from .addresses import open_destination
+    from .destinations import RECEIPT, Destination, Directory, Receipt, is_present
     from .provenance import Provenance, Step
-    from .publication import Contents, check_destination, is_present, open_destination, publish
+    from .publication import Contents, check_destination, publish
 
 __getattr__, __all__ = face(__name__)

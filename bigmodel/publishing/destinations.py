@@ -22,7 +22,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path, PurePosixPath
 from typing import Any, ClassVar, Protocol
 
-from bigpipe.errors import BigpipeError, StageFailed, UsageError, first_few
+from bigpipe.errors import BigpipeError, StageFailed, Transient, UsageError, first_few
 from bigpipe.files import (
     CHUNK,
     copy_file,
@@ -62,6 +62,8 @@ class Stored:
 
 @dataclass(frozen=True, slots=True)
 class Receipt:
+    """What was written to a destination, file by file."""
+
     url: str
     files: Mapping[str, Stored]
     commit: str | None = None
@@ -408,3 +410,21 @@ def _compare(what: str, written: str, read: str) -> None:
             f"{what} reads back as sha256 {read[:12]}…, but {written[:12]}… was written",
             "the disk or the service changes what it stores; try again, or choose another destination",
         )
+
+
+def is_present(target: Destination, receipt: Receipt) -> bool:
+    """Return whether everything is there as it was written; where the destination cannot be asked now, it is believed.
+    A file is read only where a look tells a difference."""
+
+    def same(name: str, stored: Stored, now: Stored | None) -> bool:
+        if now is None or now.size != stored.size:
+            return False
+        return bool(stored.mark and now.mark == stored.mark) or target.digest(name) == stored.sha256
+
+    try:
+        there = target.listing() or {}
+        return all(same(name, stored, there.get(name)) for name, stored in receipt.files.items())
+    except Transient:
+        return True
+    except (BigpipeError, OSError):
+        return False

@@ -1,85 +1,29 @@
 """Publishes a model: its files, a card, results, reports and provenance, all or nothing where the destination can.
 
-open_destination     from an address as people write it
 check_destination    may it be written, and may what is there be replaced? Only what the same step of the same
                      recipe wrote and nobody has changed since
 publish              writes it, and gives a receipt
-is_present           is everything there still?
 """
 
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from bigpipe.bigmodel.sources import Sources
-from bigpipe.errors import BigpipeError, InvalidCheckpoint, StageFailed, Transient, UsageError
+from bigpipe.errors import InvalidCheckpoint, StageFailed, UsageError
 from bigpipe.files import explained, lies_in, real_folders, write_file
 from bigpipe.sizes import counted
 
-from .destinations import Destination, Directory, FileSystem, Receipt, Stored
+from .destinations import Destination, Directory, Receipt, Stored
 from .provenance import PROVENANCE, SCHEMA, Provenance
 
 CARD = "README.md"
 SMALL = 10_000_000
 """Bytes of a file that may be read during a plan."""
 CURE = "choose another destination, or write overwrite: true to replace it as a whole"
-
-
-def open_destination(
-    to: str, sources: Sources = Sources(), *, revision: str = "main", private: bool = True
-) -> Destination:
-    """Return where `to` leads: a path (from `sources.base`), an fsspec URL, or `hf://owner/name` at `revision`.
-    private: of a repository that is made. Raise UsageError for an address that no file system here knows."""
-    if to.startswith("hf://"):
-        from bigpipe.bigmodel.hub import Hub
-
-        from .upload import HubRepository
-
-        return HubRepository(to.removeprefix("hf://").strip("/"), Hub.of(sources), revision, private)
-    if "://" in to:
-        return _open_url(to)
-    return _directory(os.path.join(sources.base or Path.cwd(), os.path.expanduser(to)))
-
-
-def _directory(path: str) -> Directory:
-    """Raise UsageError where nothing of that name can be, or be written beside."""
-    found = Directory(Path(os.path.realpath(path)))
-    if not found.path.name:
-        raise UsageError(f"to: {path} has nothing beside it", "name a directory of its own", field="to")
-    try:
-        os.lstat(found.beside())
-    except FileNotFoundError:
-        return found
-    except OSError as error:
-        raise UsageError(f"to: {path[:200]} cannot be: {error.strerror}", "give another name", field="to") from error
-    return found
-
-
-def _open_url(to: str) -> Destination:
-    """`file://` is a directory like any other, and must not look like anything else (`simplecache::file://`)."""
-    from fsspec.core import url_to_fs
-
-    try:
-        system, root = url_to_fs(to)
-    except Exception as error:  # foreign code, which may look for files
-        cause = f"{to} cannot be opened: {type(error).__name__}: {error}"
-        raise UsageError(cause, "install the fsspec package for it, or use another", field="to") from error
-    if _is_local(system):
-        return _directory(root)
-    if _is_local(getattr(system, "fs", None)):
-        cause = f"{to} is a directory of this machine behind another file system"
-        raise UsageError(cause, "write its path", field="to")
-    return FileSystem(to.rstrip("/"), system, root)
-
-
-def _is_local(system: Any) -> bool:
-    protocol = getattr(system, "protocol", ())
-    return "file" in ((protocol,) if isinstance(protocol, str) else protocol)
 
 
 def check_destination(target: Destination, *, base: Path | None = None, overwrite: bool = False) -> None:
@@ -259,21 +203,3 @@ def _tensors(directory: Path) -> dict[str, Any]:
 
     opened = open_checkpoint(directory)
     return {**{name: (tensor.dtype, tensor.shape) for name, tensor in opened.tensors.items()}, **opened.tied}
-
-
-def is_present(target: Destination, receipt: Receipt) -> bool:
-    """Return whether everything is there as it was written; where the destination cannot be asked now, it is believed.
-    A file is read only where a look tells a difference."""
-
-    def same(name: str, stored: Stored, now: Stored | None) -> bool:
-        if now is None or now.size != stored.size:
-            return False
-        return bool(stored.mark and now.mark == stored.mark) or target.digest(name) == stored.sha256
-
-    try:
-        there = target.listing() or {}
-        return all(same(name, stored, there.get(name)) for name, stored in receipt.files.items())
-    except Transient:
-        return True
-    except (BigpipeError, OSError):
-        return False

@@ -14,7 +14,6 @@ import re
 import sys
 import warnings
 from collections.abc import Mapping
-from difflib import get_close_matches
 from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
@@ -25,6 +24,7 @@ from bigpipe.bigmodel.memo import recall, remember
 from bigpipe.bigmodel.sources import Sources
 from bigpipe.errors import UsageError
 from bigpipe.files import write_file
+from bigpipe.names import did_you_mean
 from bigpipe.trust import Limits
 from bigpipe.versions import package_version
 
@@ -103,8 +103,8 @@ def check_names(arguments: Mapping[str, Any]) -> None:
         if name in reasons:
             raise UsageError(f"{name} is not taken: {reasons[name]}", OWN_FUNCTION)
         if known_arguments() and name not in known_arguments():
-            close = get_close_matches(name, known_arguments() - reasons.keys() - FIELDS.keys(), n=1)
-            cure = f"did you mean {close[0]!r}?" if close else "its arguments are those of GenerationConfig"
+            close = did_you_mean(name, sorted(known_arguments() - reasons.keys() - FIELDS.keys()))
+            cure = close or "its arguments are those of GenerationConfig"
             raise UsageError(f"`generate` has no argument {name!r}", cure)
 
 

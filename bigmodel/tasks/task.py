@@ -16,11 +16,12 @@ from bigpipe.bigmodel.sources import Sources
 from bigpipe.errors import UsageError
 from bigpipe.names import did_you_mean, listed
 
-from .rows import Row
 from .tokenizing import OWN_FUNCTION, known_architecture
 
 if TYPE_CHECKING:
     from bigpipe.bigmodel.checkpoint import ModelDescription
+
+    from .rows import Row
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,7 +36,7 @@ class Answer:
     """Tokens of the prompt, as far as the task tells."""
 
 
-Answerer = Callable[[Sequence[Row]], list[Answer]]
+Answerer = Callable[[Sequence["Row"]], list[Answer]]
 """A task bound to a model: the rows of a batch → one answer per row, in their order. Equal batches give equal answers,
 and what is drawn at random depends on `seed` + index of the row alone."""
 

@@ -16,7 +16,6 @@ from bigpipe.bigmodel.sources import Sources
 from bigpipe.errors import UsageError
 
 from .arguments import GENERATION_CONFIG, as_floats, check_names, check_values
-from .rows import Row
 from .task import Answer, Answerer, Arguments, Task, TaskOptions
 from .tokenizing import (
     OWN_FUNCTION,
@@ -35,6 +34,8 @@ if TYPE_CHECKING:
     import torch
 
     from bigpipe.bigmodel.checkpoint import ModelDescription
+
+    from .rows import Row
 
 SEED_STEP = 0x9E3779B97F4A7C15
 """Between the seeds of a row's texts: far from the seeds of other rows."""

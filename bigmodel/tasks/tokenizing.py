@@ -13,13 +13,13 @@ from bigpipe.bigmodel.architecture import text_config
 from bigpipe.bigmodel.sources import Sources
 from bigpipe.errors import UsageError
 
-from .rows import Row
-
 if TYPE_CHECKING:
     import torch
 
     from bigpipe.bigmodel.architecture import Architecture
     from bigpipe.bigmodel.checkpoint import ModelDescription
+
+    from .rows import Row
 
 Encoded = Mapping[str, Sequence[int]]
 """A text as a tokenizer gives it: `input_ids` and, by the tokenizer, `token_type_ids` and others, of one length."""

@@ -45,6 +45,8 @@ class Surroundings:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Context:
+    """What all contexts share: the surroundings, and their parts by name."""
+
     surroundings: Surroundings
 
     @property

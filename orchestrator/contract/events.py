@@ -12,6 +12,8 @@ from bigpipe.redaction import redact_json
 
 @dataclass(frozen=True, slots=True)
 class Event:
+    """Something that happened in a run."""
+
     name: ClassVar[str] = "event"
 
     def as_json(self) -> dict[str, Any]:
@@ -19,11 +21,15 @@ class Event:
 
     def redacted(self) -> Self:
         """Return the event, all that is concealed masked in its texts."""
-        return replace(self, **{item.name: redact_json(getattr(self, item.name)) for item in fields(self)})
+        told = {item.name: getattr(self, item.name) for item in fields(self)}
+        masked = {name: shown for name, value in told.items() if (shown := redact_json(value)) != value}
+        return replace(self, **masked) if masked else self
 
 
 @dataclass(frozen=True, slots=True)
 class RunStarted(Event):
+    """A run begins, with these nodes."""
+
     name: ClassVar[str] = "run_started"
     run: str
     manifest: str
@@ -32,6 +38,8 @@ class RunStarted(Event):
 
 @dataclass(frozen=True, slots=True)
 class NodeStarted(Event):
+    """A node's work begins."""
+
     name: ClassVar[str] = "node_started"
     node: str
     reason: str
@@ -64,6 +72,8 @@ class LogLine(Event):
 
 @dataclass(frozen=True, slots=True)
 class RankHello(Event):
+    """A rank has come up."""
+
     name: ClassVar[str] = "rank_hello"
     node: str
     rank: int
@@ -89,6 +99,8 @@ class Bounded(Event):
 
 @dataclass(frozen=True, slots=True)
 class NodeRetried(Event):
+    """An attempt failed in a way that may pass, and another begins after `wait_seconds`."""
+
     name: ClassVar[str] = "node_retried"
     node: str
     attempt: int
@@ -98,6 +110,8 @@ class NodeRetried(Event):
 
 @dataclass(frozen=True, slots=True)
 class NodeFinished(Event):
+    """A node has come to its end, or was in the store."""
+
     name: ClassVar[str] = "node_finished"
     node: str
     status: str
@@ -111,6 +125,8 @@ class NodeFinished(Event):
 
 @dataclass(frozen=True, slots=True)
 class RunFinished(Event):
+    """A run is over."""
+
     name: ClassVar[str] = "run_finished"
     run: str
     status: str

@@ -37,6 +37,8 @@ _barred: ContextVar[bool] = ContextVar("_barred", default=False)
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Executor:
+    """One way to run an attempt."""
+
     run: Callable[[Job], Outcome]
     """Does the attempt, and leaves no process of it behind when it returns or raises."""
     takes_launch: bool = False

@@ -36,6 +36,8 @@ Inputs: TypeAlias = Mapping[str, Sequence[str]]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Decision:
+    """What to do about a node on these inputs, and why."""
+
     action: Action
     reason: str
     inputs: Inputs | None = None
@@ -51,6 +53,8 @@ class Decision:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GateVerdict:
+    """A gate, and what it came to."""
+
     gate: Condition
     verdict: Comparison | None
     """None: not known before the node has run."""

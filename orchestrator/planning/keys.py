@@ -197,6 +197,8 @@ class _Noted(Digests):
 
 @dataclass(frozen=True, slots=True)
 class _Walk:
+    """Goes through params; what is marked as content becomes its digest."""
+
     base: Path
     memo: Digests
 
@@ -280,6 +282,8 @@ class _Walk:
 
 @dataclass(frozen=True, slots=True)
 class _Naming(_Walk):
+    """The same, and notes the directories it comes by."""
+
     memo: _Noted
     trees: list[Path] = field(default_factory=list)
 

@@ -19,7 +19,6 @@ from bigpipe.orchestrator.recipe import Node
 from bigpipe.sizes import format_size
 
 from .decision import Action, Decision, GateVerdict
-from .effects import refuse_clash
 from .fit import find_misfits
 from .rehearsal import Rehearsal
 from .schedule import NOTHING_FORESEEN, NodeState, judge_gates
@@ -28,6 +27,8 @@ from .session import NOTHING_PINNED, Session
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PlannedNode:
+    """What a run would do with a node now."""
+
     node: Node
     decision: Decision
     forecast: Forecast | None = None
@@ -45,6 +46,8 @@ class PlannedNode:
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
+    """What a run would do now, what it costs, and what does not fit."""
+
     session: Session
     nodes: Mapping[str, PlannedNode]
     misfits: tuple[tuple[str, Misfit], ...] = ()
@@ -94,6 +97,8 @@ def _planned(rehearsal: Rehearsal, state: NodeState, preflight: bool) -> Planned
     session, node = rehearsal.session, state.node
     decision, check, refusal = rehearsal.decisions[node.name], node.kind.planning.check, None
     if preflight and decision.action.works:
+        from .effects import refuse_clash  # of what runs alone
+
         try:
             refuse_clash(session, node)
             if check is not None:

@@ -66,6 +66,8 @@ _HINTS = (
 
 @dataclass(frozen=True, slots=True)
 class Number:
+    """A number with its unit, as it was written."""
+
     value: int | float
     unit: Unit
     text: str
@@ -73,6 +75,8 @@ class Number:
 
 @dataclass(frozen=True, slots=True)
 class Metric:
+    """A metric of a node."""
+
     node: str | None
     """None: the node that has the condition."""
     path: str
@@ -80,6 +84,8 @@ class Metric:
 
 @dataclass(frozen=True, slots=True)
 class Operation:
+    """Two expressions, joined by `+ - *` or `/`."""
+
     sign: str
     left: Expression
     right: Expression
@@ -101,6 +107,8 @@ class Comparison:
 
 @dataclass(frozen=True, slots=True)
 class Condition:
+    """A comparison of two expressions: a `when`, or a gate."""
+
     text: str
     place: Place
     left: Expression

@@ -48,6 +48,8 @@ LARGEST = 64 * 2**20
 
 @dataclass(frozen=True, kw_only=True)
 class Recipe:
+    """A manifest, checked and expanded into its graph of nodes."""
+
     path: Path
     name: str
     text: str = field(repr=False)
@@ -142,6 +144,8 @@ def _read(path: Path) -> bytes:
 
 @dataclass(slots=True)
 class _Loading:
+    """One reading of a document with given parameters."""
+
     document: Document
     arguments: Mapping[str, str]
     environment: Mapping[str, str] = field(repr=False)

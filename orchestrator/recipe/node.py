@@ -51,6 +51,8 @@ class Places(UserDict[str, Place]):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Node:
+    """One use of a stage kind: a stage of the manifest, or one variant of it."""
+
     name: str
     """`quantize@scheme=nf4`; several axes as `x@a=1,b=2`, in the order the manifest declares them."""
     stage: str

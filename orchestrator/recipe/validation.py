@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from types import UnionType
 from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin
 
-from pydantic import BaseModel, RootModel, ValidationError
+from pydantic import BaseModel, ValidationError
 
 from bigpipe.names import closest, did_you_mean, listed
 from bigpipe.orchestrator.contract import BYTES, Json, Written
@@ -305,10 +305,10 @@ def _part_of(branch: Any, part: str) -> Any:
         return Any
     if _is(branch, Mapping):
         return get_args(branch)[1] if get_args(branch) else Any
-    if _is(branch, RootModel):
-        return _below(branch.model_fields["root"].annotation, part)
     if not _is(branch, BaseModel):
         return None
+    if branch.__pydantic_root_model__:
+        return _below(branch.model_fields["root"].annotation, part)
     if part in branch.model_fields:
         field = branch.model_fields[part]
         return Annotated[field.annotation, *field.metadata] if field.metadata else field.annotation

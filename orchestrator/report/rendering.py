@@ -15,8 +15,6 @@ from bigpipe.orchestrator.contract import Json
 from bigpipe.orchestrator.planning import Action, Plan, PlannedNode, difference_json, machine_line, shown
 from bigpipe.sizes import format_size, format_transfer
 
-from .drawing import STYLE, Drawn, graph
-
 if TYPE_CHECKING:
     from bigpipe.orchestrator.recipe import Recipe
     from bigpipe.orchestrator.running import RunResult
@@ -230,6 +228,8 @@ def graph_text(recipe: Recipe, form: str = "text") -> str:
         lines = [f'    {ids[name]}["{name}"]' for name in recipe.nodes]
         return "\n".join(["graph TD", *lines, *(f"    {ids[a]} --> {ids[b]}" for a, b in edges)])
     if form == "svg":
+        from .drawing import STYLE, Drawn, graph
+
         return graph(
             [Drawn(name, node.kind.kind, after=node.predecessors) for name, node in recipe.nodes.items()], STYLE
         )

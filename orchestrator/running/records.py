@@ -140,7 +140,7 @@ class RunResult:
             path=str(path) if path else None,
             seconds=round(state.seconds, 3),
             peak_rss=record.peak_rss if record else None,
-            metrics=json.loads(json.dumps(dict(record.metrics), default=str)) if record else {},
+            metrics=dict(record.metrics) if record else {},
             gates=[gate.as_json() for gate in self.gates.get(state.name, ())],
             foreseen={name: value for name, value in foreseen.items() if value},
             reason=state.reason,
@@ -187,9 +187,11 @@ class RunRecorder:
         self._folder, self._checkout = folder, checkout
         self._nodes = recipe.nodes
         self._events: LogFile | None = None
-        self._saved = float("-inf")
-        self._news = False
-        """Is the record behind?"""
+        self._saved = time.monotonic()
+        self._behind = False
+        """Does what is on disk lack something?"""
+        self._news: dict[str, NodeStarted | NodeFinished] = {}
+        """The last event of each node that the record does not tell yet."""
         self._worked = False
         self._lock = threading.Lock()
         self.record = RunRecord(
@@ -209,16 +211,14 @@ class RunRecorder:
                 case RunStarted():
                     self.record.nodes = {name: self._node(name) for name in event.nodes}
                 case NodeStarted():
-                    self._worked = True
-                    self.record.nodes[event.node] = self._node(event.node, status="running", reason=event.reason)
+                    self._news[event.node] = event
+                    if not self._worked:
+                        self._worked, self._saved = True, float("-inf")  # work that begins is on record at once
                 case NodeFinished():
-                    facts = json.loads(json.dumps(event.as_json(), default=str))
-                    self.record.nodes[event.node] = self._node(
-                        event.node, **{**facts, "seconds": round(event.seconds, 3)}
-                    )
+                    self._news[event.node] = event
                 case _:
                     return
-            self._news = True
+            self._behind = True
         self.flush()
 
     def _node(self, name: str, /, **found: Json) -> NodeRun:
@@ -230,9 +230,22 @@ class RunRecorder:
             with self._lock, explained(self._folder):
                 if self._events is not None:
                     self._events.append(b"")
-                if self._news:
+                if self._behind:
+                    self._take_in()
                     self._save()
                 self._saved = time.monotonic()
+
+    def _take_in(self) -> None:
+        """Let the record tell the news."""
+        for name, event in self._news.items():
+            match event:
+                case NodeStarted():
+                    run = self._node(name, status="running", reason=event.reason)
+                case NodeFinished():
+                    facts = json.loads(json.dumps(event.as_json(), default=str))
+                    run = self._node(name, **{**facts, "seconds": round(event.seconds, 3)})
+            self.record.nodes[name] = run
+        self._news.clear()
 
     def finish(self, status: str, nodes: dict[str, NodeRun], seconds: float) -> None:
         """Completes the record of a run that is over."""
@@ -262,7 +275,7 @@ class RunRecorder:
             self.record.git = self._checkout.state
         make_directory(self._folder, durable=durable)
         write_sealed(self._folder / "run.json", redact_json(self.record.model_dump(mode="json")), durable=durable)
-        self._news = False
+        self._behind = False
 
 
 def load_run(runs: Path, run: str = LAST) -> RunRecord:

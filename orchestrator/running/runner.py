@@ -18,7 +18,6 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
-from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -57,6 +56,8 @@ from .records import RunRecorder, RunResult, new_run_id
 from .streaming import Streams, provisional_key
 
 if TYPE_CHECKING:
+    from concurrent.futures import Future, ThreadPoolExecutor
+
     from .execution import Attempt
     from .warming import Warming
 
@@ -68,6 +69,8 @@ LOOK = 0.1
 
 @dataclass(slots=True)
 class Run:
+    """One run while it goes on."""
+
     session: Session
     plan: Plan
     id: str
@@ -75,10 +78,11 @@ class Run:
     reporter: Reporter
     states: States
     streams: Streams
-    pool: ThreadPoolExecutor
     cancelled: threading.Event = field(default_factory=threading.Event)
     signal: int = 0
     working: dict[Future[KeyRecord | None], NodeState] = field(default_factory=dict)
+    pool: ThreadPoolExecutor | None = None
+    """Where nodes work, once one does."""
     warming: Warming | None = None
 
     def interrupt(self, number: int) -> None:
@@ -118,12 +122,10 @@ def run_plan(
         reporter=OneAtATime(reporter, recorder),
         states=states,
         streams=Streams(session, states),
-        pool=ThreadPoolExecutor(max_workers=jobs + len(plan.nodes), thread_name_prefix="node"),
     )
     with closing(recorder), _caught_once(run.interrupt):
         run.reporter.report(RunStarted(run_id, str(session.recipe.path), tuple(plan.nodes)))
-        with run.pool:
-            _loop(run)
+        _loop(run)
         return _finish_run(run, time.monotonic() - started)
 
 
@@ -138,6 +140,8 @@ def _loop(run: Run) -> None:
         run.streams.cancel()  # nobody waits for files of a run that is over
         if run.warming is not None:
             run.warming.close()
+        if run.pool is not None:
+            run.pool.shutdown()
 
 
 def _advance(run: Run) -> bool:
@@ -150,6 +154,8 @@ def _advance(run: Run) -> bool:
 
 
 def _wait(run: Run) -> None:
+    from concurrent.futures import FIRST_COMPLETED, wait
+
     run.streams.answer()
     if run.warming is not None and not run.states.stopped:
         run.warming.begin()
@@ -206,10 +212,14 @@ def _look(run: Run, state: NodeState) -> None:
 
 
 def _start(run: Run, state: NodeState, follows: str) -> None:
-    from .execution import Attempt  # what launches workers is not imported where nothing runs
+    from concurrent.futures import ThreadPoolExecutor  # what launches workers is not imported where nothing runs
+
+    from .execution import Attempt
     from .warming import Warming
 
     session, node, jobs = run.session, state.node, run.states.room["jobs"]
+    if run.pool is None:
+        run.pool = ThreadPoolExecutor(max_workers=jobs + len(run.plan.nodes), thread_name_prefix="node")
     if run.warming is None and jobs > 1:
         run.warming = Warming(session, run.plan, run.states, run.folder)
     if follows:

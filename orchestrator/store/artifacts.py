@@ -42,6 +42,8 @@ class Entry:
 
 @dataclass(frozen=True, slots=True)
 class Artifact:
+    """A directory tree by content."""
+
     digest: str
     type: str
     files: Mapping[str, Entry]

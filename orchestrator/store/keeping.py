@@ -24,6 +24,8 @@ HISTORY = 8
 
 @dataclass(frozen=True, kw_only=True)
 class Root:
+    """What a manifest has run: its nodes' keys, which `gc` keeps."""
+
     manifest: str
     """Absolute path."""
     lock: str | None

@@ -27,20 +27,19 @@ SHORTEST = 4
 SHORTEST_ENCODED = 8
 """Bytes of a value that is looked for in base64 too."""
 _MARKUP = str.maketrans({"&": "&amp;", "<": "&lt;", ">": "&gt;", '"': "&quot;", "'": "&#x27;"})
-_ADDRESS = re.compile(
-    r"://(?:(?P<user>[^/\s:@'\"]*):[^/\s'\"]*@"  # https://name:password@host
-    r"|(?:(?<=http://)|(?<=https://))[^/\s:@'\"]+@)",  # https://token@host, but not abfs://container@account
-    re.IGNORECASE,
+# As text: `re` compiles a pattern when it is first searched for, and keeps it.
+_ADDRESS = (
+    r"(?i)://(?:(?P<user>[^/\s:@'\"]*):[^/\s'\"]*@"  # https://name:password@host
+    r"|(?:(?<=http://)|(?<=https://))[^/\s:@'\"]+@)"  # https://token@host, but not abfs://container@account
 )
-_SIGNATURE = re.compile(
-    r"(?P<name>[?&](?:X-Amz-(?:Signature|Credential|Security-Token)|Signature|Policy|sig|token|access_token)=)"
-    r"[^&\s'\"]+",
-    re.IGNORECASE,
+_SIGNATURE = (
+    r"(?i)(?P<name>[?&](?:X-Amz-(?:Signature|Credential|Security-Token)|Signature|Policy|sig|token|access_token)=)"
+    r"[^&\s'\"]+"
 )
-_HEADER = re.compile(r"(?P<name>\bAuthorization['\"]?[:=]\s*['\"]?(?:Bearer|Basic)\s+)[^\s'\"]+", re.IGNORECASE)
+_HEADER = r"(?i)(?P<name>\bAuthorization['\"]?[:=]\s*['\"]?(?:Bearer|Basic)\s+)[^\s'\"]+"
 _MOVING = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
 """Control characters of both sets but newline and tab, what turns the direction of writing, halves of a pair."""
-_SEQUENCE = re.compile(
+_SEQUENCE = (
     "\x1b\\[[0-9;:<=>?]*[ -/]*[@-~]|\x9b[0-9;:<=>?]*[ -/]*[@-~]"  # CSI: colours, the cursor
     "|(?:\x1b[\\]PX^_]|[\x9d\x90\x98\x9e\x9f])[^\x07\x1b\x9c]*(?:\x07|\x1b\\\\|\x9c)?"  # OSC, DCS…: titles, clipboard
     "|\x1b[ -/]*[0-~]"
@@ -135,8 +134,8 @@ def redact(text: str) -> str:
     """Return the text with all that is concealed masked, and with it passwords and signatures in addresses."""
     text = _known.text(text)
     if "://" in text:
-        text = _SIGNATURE.sub(rf"\g<name>{MASK}", _ADDRESS.sub(_without_password, text))
-    return _HEADER.sub(rf"\g<name>{MASK}", text) if "uthoriz" in text or "UTHORIZ" in text else text
+        text = re.sub(_SIGNATURE, rf"\g<name>{MASK}", re.sub(_ADDRESS, _without_password, text))
+    return re.sub(_HEADER, rf"\g<name>{MASK}", text) if "uthoriz" in text or "UTHORIZ" in text else text
 
 
 def _without_password(found: re.Match[str]) -> str:
@@ -147,9 +146,11 @@ def redact_json(value: Any) -> Any:
     """Return the same JSON value, every string in it redacted, keys included."""
     if isinstance(value, str):
         return redact(value)
+    if value is None or isinstance(value, (int, float)):  # before Mapping, to which a look is dear
+        return value
     if isinstance(value, Mapping):
         return {redact(key) if isinstance(key, str) else key: redact_json(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
+    if isinstance(value, (list, tuple)):
         return [redact_json(item) for item in value]
     return value
 
@@ -161,7 +162,7 @@ def unfinished(text: str) -> int:
 
 def has_password(text: str) -> bool:
     """Does an address in the text hold a password, or a token in its place?"""
-    return "://" in text and bool(_ADDRESS.search(text) or _SIGNATURE.search(text))
+    return "://" in text and bool(re.search(_ADDRESS, text) or re.search(_SIGNATURE, text))
 
 
 def printable(text: str) -> str:
@@ -176,4 +177,4 @@ def printable_json(text: str) -> str:
 
 def plain(text: str) -> str:
     """Return a text that was meant for a terminal without its colours and movements."""
-    return _MOVING.sub("", _SEQUENCE.sub("", text))
+    return _MOVING.sub("", re.sub(_SEQUENCE, "", text))

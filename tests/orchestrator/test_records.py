@@ -124,12 +124,27 @@ def test_nodes_that_end_at_once_share_one_writing(tmp_path):
     recorder = RunRecorder(tmp_path / "r", "r", Recipe())
     names = tuple(f"n{number}" for number in range(300))
     recorder.report(RunStarted("r", "m", names))
-    inode = (tmp_path / "r" / "run.json").stat().st_ino
     for name in names:
         recorder.report(finished(name, "cached"))
-    assert (tmp_path / "r" / "run.json").stat().st_ino == inode
+    assert not (tmp_path / "r" / "run.json").exists()
     recorder.finish("succeeded", ran(**{name: {"status": "cached"} for name in names}), 0.1)
     assert {node.status for node in load_run(tmp_path).nodes.values()} == {"cached"}
+
+
+def test_work_that_begins_is_on_record_at_once(tmp_path):
+    recorder = RunRecorder(tmp_path / "r", "r", Recipe())
+    recorder.report(RunStarted("r", "m", ("a", "b", "c")))
+    recorder.report(finished("a", "cached"))
+    recorder.report(NodeStarted("b", "first run"))
+    assert [node.status for node in load_run(tmp_path).nodes.values()] == ["cached", "running", "pending"]
+
+
+def test_a_run_that_only_looks_is_on_record_after_a_second(tmp_path):
+    recorder = RunRecorder(tmp_path / "r", "r", Recipe())
+    recorder.report(RunStarted("r", "m", ("a", "b")))
+    recorder._saved -= 1.1  # a second later
+    recorder.flush()
+    assert [node.status for node in load_run(tmp_path).nodes.values()] == ["pending", "pending"]
 
 
 class TestFinding:

@@ -266,6 +266,6 @@ print(*sorted(name.removeprefix("bigpipe.bigmodel.") for name in sys.modules if 
     )
     assert done.stdout.split() == [
         "architecture", "architecture.texts", "formats", "formats.bitsandbytes", "formats.registry", "formats.widths",
-        "memo", "placement", "placement.devices", "sources", "tasks", "tasks.arguments", "tasks.promptfiles",
-        "tasks.registry", "tasks.rows", "tasks.task", "tasks.text_generation", "tasks.tokenizing",
+        "memo", "placement", "placement.devices", "sources", "tasks", "tasks.arguments", "tasks.registry", "tasks.task",
+        "tasks.text_generation", "tasks.tokenizing",
     ], done.stderr  # fmt: skip
