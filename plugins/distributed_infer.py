@@ -9,7 +9,7 @@ from pydantic import AfterValidator, Field, ValidationError, model_validator
 from pydantic_core import InitErrorDetails, PydanticCustomError
 
 from bigpipe.bigmodel.sources import Sources
-from bigpipe.bigmodel.tasks import BuiltIn, find_task, require_known, template_parts
+from bigpipe.bigmodel.tasks import BuiltIn, find_task, require_known
 from bigpipe.errors import UsageError
 from bigpipe.machine import Machine
 from bigpipe.orchestrator.stage import (
@@ -37,8 +37,12 @@ def _known(task: str) -> str:
 
 
 def _template(text: str | None) -> str | None:
+    if text is None:
+        return None
+    from bigpipe.bigmodel.tasks import template_parts
+
     try:
-        template_parts(text or "{field}")
+        template_parts(text)
     except UsageError as error:
         raise ValueError(f"{error.cause.removeprefix('template: ')}; {error.cure}") from error
     return text
