@@ -2,8 +2,8 @@
 
 main → command → cli, a click group over
   commandline.recipes      run plan validate status why graph lock
-  commandline.questions    estimate init schema kinds doctor
-  commandline.stored       ls show log diff get gc verify
+  commandline.questions    estimate init schema kinds doctor completion
+  commandline.stored       ls ps show log diff report get gc verify
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from typing import Any
 import click
 
 from bigpipe.commandline import questions, recipes, stored, streams
+from bigpipe.commandline.completing import VARIABLE
 from bigpipe.commandline.printing import fail, others_apart, say, show_refusal
 from bigpipe.errors import BigpipeError, UsageError
 from bigpipe.names import is_text
@@ -98,7 +99,7 @@ def command() -> None:
         for argument in sys.argv[1:]:
             if not is_text(argument):
                 raise UsageError(f"{argument!a} is no UTF-8", "write it in UTF-8, or rename the file")
-        cli.main(standalone_mode=False)
+        cli.main(standalone_mode=False, complete_var=VARIABLE)
     except BigpipeError as error:
         fail(error)
     except click.exceptions.Exit as error:

@@ -8,6 +8,8 @@ import click
 
 from bigpipe.errors import UsageError
 
+from .completing import PARAMETERS
+
 
 def pairs(context: click.Context, option: click.Parameter, written: tuple[str, ...]) -> dict[str, str]:
     """Return the values of `-p NAME=VALUE` options by name. Raise UsageError."""
@@ -25,7 +27,14 @@ STORE = click.option(
     "--store", type=click.Path(path_type=Path), help="The store; else $BIGPIPE_HOME, else the XDG cache."
 )
 PARAMS = click.option(
-    "-p", "--param", "params", multiple=True, callback=pairs, metavar="NAME=VALUE", help="Set a recipe's parameter."
+    "-p",
+    "--param",
+    "params",
+    multiple=True,
+    callback=pairs,
+    metavar="NAME=VALUE",
+    shell_complete=PARAMETERS,
+    help="Set a recipe's parameter.",
 )
 JSON = click.option("--json", "as_json", is_flag=True, help="Print JSON on stdout.")
 JOBS = click.option("--jobs", type=click.IntRange(min=1), help="Nodes side by side at the most.")

@@ -17,6 +17,8 @@ from bigpipe.errors import BigpipeError
 from bigpipe.orchestrator import report
 from bigpipe.redaction import plain, unfinished
 
+CLEAR = "\x1b[H\x1b[2J"
+"""What empties a terminal and starts at its top."""
 LONGEST_LINE = 64 * 1024
 """Characters after which a line of others is shown, ended or not."""
 
@@ -97,6 +99,14 @@ def show(as_json: bool, data: Callable[[], Any], text: Callable[[], str], errors
 def say(text: str, *, err: bool = False) -> None:
     """Print a text, whoever wrote it: all that commands print goes through here or `show_json`."""
     click.echo(report.clean(text), file=own_stderr() if err else own_stdout())
+
+
+def redraw(text: str) -> None:
+    """Print a text in place of all that stands on the screen; where there is none, below what was printed before."""
+    screen = own_stdout()
+    if screen.isatty():
+        screen.write(CLEAR)
+    say(text)
 
 
 def show_json(data: Any, indent: int | None = 2) -> None:

@@ -11,12 +11,13 @@ import bigpipe
 from bigpipe.errors import UsageError
 from bigpipe.orchestrator import recipe, report
 
+from .completing import KINDS, MODELS, SHELLS, script
 from .options import JSON, OFFLINE, STORE, ManyDtypes
 from .printing import own_stdout, say, show, show_json
 
 
 @click.command(cls=ManyDtypes)
-@click.argument("models", nargs=-1, required=True, metavar="MODEL...")
+@click.argument("models", nargs=-1, required=True, metavar="MODEL...", shell_complete=MODELS)
 @click.option("--dtypes", multiple=True, metavar="DTYPE...")
 @click.option("--library-name", "--library_name", type=click.Choice(["transformers", "timm", "diffusers"]))
 @click.option("--head", type=click.Choice(["auto", "none"]), default="auto", show_default=True)
@@ -62,7 +63,7 @@ def estimate(
 
 @click.command()
 @click.argument("file", type=click.Path(path_type=Path))
-@click.option("--model", required=True, metavar="REPO", help="A Hub repository.")
+@click.option("--model", required=True, metavar="REPO", shell_complete=MODELS, help="A Hub repository.")
 def init(file: Path, model: str) -> None:
     """Write a first recipe for a model, and the JSON schema that makes an editor complete and check it.
 
@@ -85,7 +86,7 @@ def schema(kinds: tuple[str, ...]) -> None:
 
 
 @click.command()
-@click.argument("kind", required=False)
+@click.argument("kind", required=False, shell_complete=KINDS)
 @click.option("--markdown", is_flag=True, help="The whole reference as Markdown.")
 @JSON
 def kinds(kind: str | None, markdown: bool, as_json: bool) -> None:
@@ -113,4 +114,17 @@ def doctor(as_json: bool, store: Path | None) -> None:
     show(as_json, lambda: found, lambda: doctor_text(found), unsound(found))
 
 
-COMMANDS = (estimate, init, schema, kinds, doctor)
+@click.command()
+@click.argument("shell", type=click.Choice(SHELLS))
+def completion(shell: str) -> None:
+    """Print what makes a shell complete commands, options, nodes, parameters, runs, kinds and models.
+
+    Read it where the shell starts: `eval "$(bigpipe completion bash)"` in ~/.bashrc, or the same with zsh in ~/.zshrc;
+    `bigpipe completion fish > ~/.config/fish/completions/bigpipe.fish`.
+
+    Example: bigpipe completion bash
+    """
+    say(script(shell))
+
+
+COMMANDS = (estimate, init, schema, kinds, doctor, completion)

@@ -12,15 +12,18 @@ import bigpipe
 from bigpipe.errors import ManifestError
 from bigpipe.orchestrator import report
 
+from .completing import NODES
 from .options import JOBS, JSON, MANIFEST, OFFLINE, PARAMS, STORE
 from .printing import fail_all, own_stderr, say, show, show_json
 
 
 @click.command()
 @MANIFEST
-@click.argument("nodes", nargs=-1)
+@click.argument("nodes", nargs=-1, shell_complete=NODES)
 @PARAMS
-@click.option("--force", multiple=True, metavar="NODE", help="Run this node whatever the store holds.")
+@click.option(
+    "--force", multiple=True, metavar="NODE", shell_complete=NODES, help="Run this node whatever the store holds."
+)
 @click.option("--locked", is_flag=True, help="Refuse inputs that differ from the lock file.")
 @OFFLINE
 @JOBS
@@ -44,7 +47,7 @@ def run(manifest: Path, nodes: tuple[str, ...], events: Path | None, as_json: bo
 
 @click.command()
 @MANIFEST
-@click.argument("nodes", nargs=-1)
+@click.argument("nodes", nargs=-1, shell_complete=NODES)
 @PARAMS
 @click.option("--explain", is_flag=True, help="Add keys, every change and every forecast metric.")
 @click.option(
@@ -119,7 +122,7 @@ def status(manifest: Path, exit_code: bool, as_json: bool, **options: Any) -> No
 
 @click.command()
 @MANIFEST
-@click.argument("node")
+@click.argument("node", shell_complete=NODES)
 @PARAMS
 @JSON
 @STORE

@@ -6,10 +6,12 @@ from pathlib import Path
 
 import click
 
+from bigpipe.errors import UsageError
 from bigpipe.orchestrator import report
 
+from .completing import RAN, RUNS
 from .options import JSON, STORE
-from .printing import say, show
+from .printing import redraw, say, show
 
 
 def _print(answer: report.Inspection, as_json: bool) -> None:
@@ -28,33 +30,53 @@ def list_artifacts(as_json: bool, store: Path | None) -> None:
 
 
 @click.command("show")
-@click.argument("run", required=False, default="last")
+@click.argument("run", required=False, default="last", shell_complete=RUNS)
+@click.option("--watch", is_flag=True, help="Again and again, until the run is over.")
 @JSON
 @STORE
-def show_record(run: str, as_json: bool, store: Path | None) -> None:
+def show_record(run: str, watch: bool, as_json: bool, store: Path | None) -> None:
     """Show the record of RUN (an id, the start of one, or `last`).
 
-    Example: bigpipe show last
+    Example: bigpipe show last --watch
     """
-    _print(report.show_run(run, store=store), as_json)
+    if watch and as_json:
+        raise UsageError("--watch draws for people, and --json answers once", "leave one out")
+    if not watch:
+        _print(report.show_run(run, store=store), as_json)
+        return
+    for found in report.follow_run(run, store=store):
+        redraw(found.text)
+
+
+@click.command("ps")
+@JSON
+@STORE
+def list_running(as_json: bool, store: Path | None) -> None:
+    """List the runs that go on, where each stands, and its process.
+
+    Example: bigpipe ps
+    """
+    _print(report.running(store=store), as_json)
 
 
 @click.command()
-@click.argument("run")
-@click.argument("node", required=False)
+@click.argument("run", shell_complete=RUNS)
+@click.argument("node", required=False, shell_complete=RAN)
+@click.option("-f", "--follow", is_flag=True, help="Go on with what is written, until the run is over.")
 @STORE
-def log(run: str, node: str | None, store: Path | None) -> None:
+def log(run: str, node: str | None, follow: bool, store: Path | None) -> None:
     """Print what the nodes of RUN (an id, the start of one, or `last`) wrote.
 
-    Example: bigpipe log last generate
+    Example: bigpipe log last generate --follow
     """
-    for line in report.log_lines(run, node, store):
+    lines = report.follow_log(run, node, store=store) if follow else report.log_lines(run, node, store)
+    for line in lines:
         say(line)
 
 
 @click.command()
-@click.argument("run")
-@click.argument("other")
+@click.argument("run", shell_complete=RUNS)
+@click.argument("other", shell_complete=RUNS)
 @JSON
 @STORE
 def diff(run: str, other: str, as_json: bool, store: Path | None) -> None:
@@ -66,7 +88,7 @@ def diff(run: str, other: str, as_json: bool, store: Path | None) -> None:
 
 
 @click.command("report")
-@click.argument("runs", nargs=-1)
+@click.argument("runs", nargs=-1, shell_complete=RUNS)
 @click.option(
     "-o",
     "--out",
@@ -88,9 +110,11 @@ def write_report(runs: tuple[str, ...], out: Path, as_json: bool, store: Path | 
 
 
 @click.command()
-@click.argument("node")
+@click.argument("node", shell_complete=RAN)
 @click.argument("directory", type=click.Path(path_type=Path))
-@click.option("--run", default="last", show_default=True, help="An id of a run, or the start of one.")
+@click.option(
+    "--run", default="last", show_default=True, shell_complete=RUNS, help="An id of a run, or the start of one."
+)
 @JSON
 @STORE
 def get(node: str, directory: Path, run: str, as_json: bool, store: Path | None) -> None:
@@ -125,4 +149,4 @@ def verify(repair: bool, as_json: bool, store: Path | None) -> None:
     _print(report.verify_store(repair, store=store), as_json)
 
 
-COMMANDS = (list_artifacts, show_record, log, diff, write_report, get, gc, verify)
+COMMANDS = (list_artifacts, list_running, show_record, log, diff, write_report, get, gc, verify)

@@ -66,7 +66,7 @@ def test_every_command_that_takes_json_has_its_schema(workshop) -> None:
     with_json = {name for name, one in cli.commands.items() if any(option.name == "as_json" for option in one.params)}
     documented = set(re.findall(r"^\| `bigpipe\.\w+/\d` \| `(\w+)`", PAGE, re.MULTILINE))
     assert with_json == documented
-    assert cli.commands.keys() - with_json == {"init", "schema", "log"}
+    assert cli.commands.keys() - with_json == {"init", "schema", "log", "completion"}
 
 
 def test_answers_of_a_run_and_of_what_looks_back(workshop) -> None:
@@ -83,8 +83,9 @@ def test_answers_of_a_run_and_of_what_looks_back(workshop) -> None:
     answer(workshop, "run", "recipe.yaml", code=0)
     for command in (
         "plan recipe.yaml", "validate recipe.yaml", "status recipe.yaml", "why recipe.yaml a", "graph recipe.yaml",
-        "lock recipe.yaml", "lock recipe.yaml --check", "kinds", "kinds write", "ls", "show", f"diff {run['run']} last",
-        "get a taken", "report", "gc --dry-run", "verify", f"estimate {MODEL}", f"estimate {MODEL} {MODEL} --compare",
+        "lock recipe.yaml", "lock recipe.yaml --check", "kinds", "kinds write", "ls", "ps", "show",
+        f"diff {run['run']} last", "get a taken",
+        "report", "gc --dry-run", "verify", f"estimate {MODEL}", f"estimate {MODEL} {MODEL} --compare",
         f"estimate {MODEL} --memory 64GiB",
     ):  # fmt: skip
         answer(workshop, *command.split(), code=0)

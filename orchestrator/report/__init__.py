@@ -21,5 +21,6 @@ if TYPE_CHECKING:
     from .rendering import columns, graph_json, graph_text, plan_json, plan_text, results_text, why_text
     from .reporters import choose_reporter
     from .shown import clean, error_text, json_text
+    from .watching import follow_log, follow_run, run_ids, running
 
 __getattr__, __all__ = face(__name__)

@@ -99,10 +99,15 @@ def show_run(run: str, *, store: str | Path | None = None) -> Inspection:
 def log_lines(run: str, node: str | None, store: str | Path | None = None) -> Iterator[str]:
     """Return what the nodes of a run printed, each attempt under its own heading."""
     for name, attempt, path in records.log_files(open_store(store).runs, run, node):
-        yield f"── {name}" + (f", attempt {attempt}" if attempt > 1 else "")
+        yield heading(name, attempt)
         with path.open(encoding="utf-8", errors="replace") as lines:
             for line in lines:
                 yield line.rstrip("\n")
+
+
+def heading(node: str, attempt: int) -> str:
+    """Return the line above what an attempt printed."""
+    return f"── {node}" + (f", attempt {attempt}" if attempt > 1 else "")
 
 
 def diff_runs(run: str, other: str, *, store: str | Path | None = None) -> Inspection:

@@ -1,0 +1,102 @@
+"""What a shell offers where a recipe, a run, a kind or a model may be named. What cannot be read offers nothing."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterable
+from contextlib import suppress
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from bigpipe.errors import BigpipeError
+
+if TYPE_CHECKING:
+    from click.shell_completion import CompletionItem
+
+    from bigpipe.orchestrator.recipe import Recipe
+
+SHELLS = ("bash", "zsh", "fish")
+PROGRAM, VARIABLE = "bigpipe", "_BIGPIPE_COMPLETE"
+"""What a shell calls, and how click, which then answers with what may come next, knows that it is a shell."""
+Offer = Callable[[click.Context, click.Parameter, str], "list[CompletionItem]"]
+
+
+def script(shell: str) -> str:
+    """Return what makes a shell complete the command: one of `SHELLS`, in its own language."""
+    from click.shell_completion import get_completion_class
+
+    kind = get_completion_class(shell)
+    assert kind is not None  # noqa: S101  one of SHELLS
+    return kind(click.Command(PROGRAM), {}, PROGRAM, VARIABLE).source()
+
+
+def offering(names: Callable[[dict[str, Any]], Iterable[str]], *, files: bool = False) -> Offer:
+    """Return what click asks: those of the names that begin as what is written. names: of what is given so far. files:
+    where none does, a file or directory may be meant."""
+
+    def offer(context: click.Context, parameter: click.Parameter, written: str) -> list[CompletionItem]:
+        from click.shell_completion import CompletionItem
+
+        found: list[str] = []
+        with suppress(BigpipeError, OSError, ValueError):
+            found.extend(names(context.params))
+        given = context.params.get(parameter.name or "")
+        taken = given if isinstance(given, tuple) else ()
+        fitting = [name for name in dict.fromkeys(found) if name.startswith(written) and name not in taken]
+        return [CompletionItem(name) for name in fitting] or ([CompletionItem(written, type="file")] if files else [])
+
+    return offer
+
+
+def _recipe(given: dict[str, Any]) -> Recipe | None:
+    """The recipe of a command. While the value of an option is open, click has not come to the manifest."""
+    import bigpipe
+
+    words = [word for word in os.environ.get("COMP_WORDS", "").split() if word.endswith((".yaml", ".yml"))]
+    manifest = given.get("manifest") or next(iter(words), None)
+    return bigpipe.load_manifest(manifest) if manifest else None
+
+
+def _nodes(given: dict[str, Any]) -> Iterable[str]:
+    """Nodes, and the stages that stand for all their variants."""
+    recipe = _recipe(given)
+    for name in recipe.nodes if recipe else ():
+        yield name.partition("@")[0]
+        yield name
+
+
+def _parameters(given: dict[str, Any]) -> Iterable[str]:
+    recipe = _recipe(given)
+    return [f"{name}=" for name in recipe.params] if recipe else []
+
+
+def _runs(given: dict[str, Any]) -> Iterable[str]:
+    from bigpipe.orchestrator import report
+
+    return ["last", *reversed(report.run_ids(given.get("store")))]
+
+
+def _ran(given: dict[str, Any]) -> Iterable[str]:
+    """Nodes of a run."""
+    from bigpipe.orchestrator import report
+
+    return list(report.show_run(given.get("run") or "last", store=given.get("store")).data["nodes"])
+
+
+def _kinds(given: dict[str, Any]) -> Iterable[str]:
+    from bigpipe.orchestrator.recipe import stage_kinds
+
+    return stage_kinds()
+
+
+def _models(given: dict[str, Any]) -> Iterable[str]:
+    """Those in the Hub cache."""
+    from bigpipe.bigmodel.hub import Hub
+
+    folders = Hub.from_environment().cache.glob("models--*")
+    return sorted(folder.name.removeprefix("models--").replace("--", "/") for folder in folders)
+
+
+NODES, PARAMETERS, RUNS, RAN, KINDS = map(offering, (_nodes, _parameters, _runs, _ran, _kinds))
+MODELS = offering(_models, files=True)

@@ -1,0 +1,194 @@
+"""`ps`, `log --follow`, `show --watch`: a run that goes on, seen from another process; and what shells complete."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+from support.commanding import start
+from support.workshop import Workshop, environment
+
+KIND = '''
+import time
+from bigpipe.orchestrator.stage import Forecast, Metrics, Params, Stage, StageResult
+
+class SlowParams(Params):
+    """Say a word, tell how far it is, and say the next one when there is a file of that name beside the recipe."""
+    words: tuple[str, ...] = ()
+
+def slow(params, context):
+    for number, word in enumerate(params.words):
+        while not (context.base / word).exists():
+            time.sleep(0.01)
+        context.log(word)
+        context.progress(number + 1, len(params.words), "words", "saying")
+    (context.out / "text").write_text(" ".join(params.words))
+    return StageResult(Metrics())
+
+SLOW = Stage(kind="slow", version=1, params=SlowParams, metrics=Metrics, inputs={}, output="text", run=slow,
+             forecast=lambda params, context: Forecast())
+'''
+RECIPE = """
+version: 1
+name: slowly
+params: {mood: calm, muck: none}
+trust: {modules: [slowkind]}
+stages:
+  first: {uses: "slowkind:SLOW", with: {words: [one]}}
+  talk: {uses: "slowkind:SLOW", with: {words: [hello, again, goodbye]}, needs: [first]}
+"""
+
+
+@contextmanager
+def running(workshop: Workshop) -> Iterator[subprocess.Popen[bytes]]:
+    (workshop.folder / "slowkind.py").write_text(KIND)
+    workshop.manifest.write_text(RECIPE)
+    process = start(workshop, "run", "recipe.yaml", stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    try:
+        yield process
+    finally:
+        process.kill()
+        process.wait()
+
+
+def until(workshop: Workshop, *arguments: str, has: str) -> str:
+    """The answer of a command, asked until it says something."""
+    deadline = time.monotonic() + 60
+    while has not in (answer := workshop.command(*arguments)).stdout and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert has in answer.stdout, answer
+    return answer.stdout
+
+
+def say(workshop: Workshop, *words: str) -> None:
+    for word in words:
+        (workshop.folder / word).touch()
+
+
+def test_a_run_is_listed_while_it_goes_on(workshop: Workshop) -> None:
+    assert workshop.command("ps").stdout == "nothing is running\n"
+    with running(workshop) as process:
+        say(workshop, "one", "hello")
+        text = until(workshop, "ps", has="33 % 1/3 words")
+        assert "1/2" in text
+        assert "talk saying 33 %" in text
+        (told,) = workshop.json("ps")["runs"]
+        assert told["process"] == process.pid
+        assert (told["recipe"], told["nodes"], told["done"]) == ("slowly", 2, 1)
+        assert told["at"] == {"talk": "saying 33 % 1/3 words"}
+        say(workshop, "again", "goodbye")
+        assert process.wait(60) == 0
+    assert workshop.json("ps")["runs"] == []
+
+
+def test_a_run_that_was_killed_is_none_that_goes_on(workshop: Workshop) -> None:
+    with running(workshop) as process:
+        until(workshop, "ps", has="first")
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+    assert workshop.json("ps")["runs"] == []
+    assert workshop.json("show", "last")["status"] == "dead"
+
+
+def test_a_log_is_followed_to_its_end(workshop: Workshop) -> None:
+    with running(workshop) as process:
+        until(workshop, "ps", has="first")
+        with start(workshop, "log", "last", "--follow") as log, start(workshop, "log", "last", "talk", "-f") as talk:
+            assert log.stdout is not None
+            assert talk.stdout is not None
+            say(workshop, "one")
+            assert [log.stdout.readline() for _ in range(2)] == ["── first\n".encode(), b"one\n"]
+            say(workshop, "hello")
+            assert [log.stdout.readline() for _ in range(2)] == ["── talk\n".encode(), b"hello\n"]
+            say(workshop, "again", "goodbye")
+            assert log.stdout.read().split() == [b"again", b"goodbye"]
+            assert talk.stdout.read().decode().split() == ["──", "talk", "hello", "again", "goodbye"]
+            assert (process.wait(60), log.wait(60), talk.wait(60)) == (0, 0, 0)
+    assert workshop.command("log", "last", "-f").stdout == workshop.command("log", "last").stdout
+
+
+def test_a_followed_log_ends_with_a_run_that_was_killed(workshop: Workshop) -> None:
+    with running(workshop) as process:
+        say(workshop, "one", "hello")
+        until(workshop, "ps", has="1/3 words")
+        with start(workshop, "log", "last", "talk", "--follow") as log:
+            assert log.stdout is not None
+            assert log.stdout.readline() == "── talk\n".encode()
+            process.kill()
+            assert log.stdout.read() == b"hello\n"
+            assert log.wait(60) == 0
+
+
+def test_a_record_is_shown_whenever_it_says_something_else(workshop: Workshop) -> None:
+    with running(workshop) as process:
+        until(workshop, "ps", has="first")
+        with start(workshop, "show", "last", "--watch") as shown:
+            say(workshop, "one", "hello", "again", "goodbye")
+            assert shown.stdout is not None
+            text = shown.stdout.read().decode()
+            assert (process.wait(60), shown.wait(60)) == (0, 0)
+    assert text.count("run 2") >= 2
+    assert text.endswith(workshop.command("show", "last").stdout)
+    assert "\x1b" not in text
+    assert workshop.command("show", "last", "--watch", "--json").returncode == 2
+
+
+def completed(workshop: Workshop, line: str) -> list[str]:
+    """What bash offers for the last word of a line, by the script that the command prints."""
+    script = workshop.command("completion", "bash").stdout
+    words = line.split(" ")
+    ask = f'COMP_WORDS=("$@"); COMP_CWORD={len(words) - 1}; _bigpipe_completion bigpipe; echo "${{COMPREPLY[@]}}"'
+    folder = workshop.folder / "bin"
+    folder.mkdir(exist_ok=True)
+    (folder / "bigpipe").write_text('#!/bin/sh\nexec python -m bigpipe "$@"\n')
+    (folder / "bigpipe").chmod(0o755)
+    around = {**environment(workshop.folder), "PATH": f"{folder}:{Path(sys.executable).parent}:{os.environ['PATH']}"}
+    command = ["bash", "-c", f"{script}\n{ask}", "bash", *words]
+    found = subprocess.run(command, cwd=workshop.folder, env=around, capture_output=True, text=True, check=True)
+    return found.stdout.split()
+
+
+@pytest.mark.parametrize(
+    ("line", "expected"),
+    [
+        ("bigpipe re", ["report"]),
+        ("bigpipe run recipe.yaml t", ["talk"]),
+        ("bigpipe run recipe.yaml talk ", ["first"]),
+        ("bigpipe why recipe.yaml f", ["first"]),
+        ("bigpipe run recipe.yaml -p m", ["mood=", "muck="]),
+        ("bigpipe run recipe.yaml --force ta", ["talk"]),
+        ("bigpipe kinds qu", ["quantize"]),
+        ("bigpipe show l", ["last"]),
+        ("bigpipe estimate own", ["owner/some-model"]),
+        ("bigpipe run nowhere.yaml t", []),
+        ("bigpipe get t", []),
+    ],
+)
+def test_a_shell_completes(workshop: Workshop, monkeypatch: pytest.MonkeyPatch, line: str, expected: list[str]) -> None:
+    (workshop.folder / "slowkind.py").write_text(KIND)
+    workshop.manifest.write_text(RECIPE)
+    cache = workshop.folder / "hub" / "models--owner--some-model"
+    cache.mkdir(parents=True)
+    monkeypatch.setenv("HF_HUB_CACHE", str(cache.parent))
+    assert completed(workshop, line) == expected
+
+
+def test_runs_and_their_nodes_are_completed(workshop: Workshop) -> None:
+    (workshop.folder / "slowkind.py").write_text(KIND)
+    say(workshop, "one", "hello", "again", "goodbye")
+    result = workshop.run(RECIPE)
+    assert completed(workshop, f"bigpipe diff {result.run[:12]}") == [result.run]
+    assert completed(workshop, "bigpipe get t") == ["talk"]
+
+
+@pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
+def test_there_is_a_script_for_each_shell(workshop: Workshop, shell: str) -> None:
+    found = workshop.command("completion", shell)
+    assert f"_BIGPIPE_COMPLETE={shell}_complete" in found.stdout
