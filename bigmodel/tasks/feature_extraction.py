@@ -64,7 +64,8 @@ def _bind(model: Any, path: Path, options: TaskOptions, sources: Sources) -> Ans
         check_length(model, longest(encoded))
         inputs = pad(model, tokenizer, encoded, "right")
         with torch.inference_mode():
-            hidden = body(**inputs).last_hidden_state.float().cpu()
+            states = body(**inputs).last_hidden_state
+            hidden = states.to("cpu", torch.promote_types(states.dtype, torch.float32))
         lengths = [len(each["input_ids"]) for each in encoded]
         return [
             Answer({"features": pooling.vector(states[:length]).tolist()}, length, length)
