@@ -168,6 +168,8 @@ def _transformers(request: Request) -> Any:
         return _remote_code(request)
     named = _named_class(request.config)
     config = _config_class(request.config, named).from_dict(_clean(request.config))
+    if request.head == "auto":
+        _refuse_another(named, config)
     model_class = AutoModel if request.head == "none" else named or _likely_class(config)
     build = model_class.from_config if model_class.__name__.startswith("Auto") else model_class._from_config
     return build(config, dtype=torch.get_default_dtype())
@@ -191,6 +193,18 @@ def _named_class(raw: Mapping[str, Any]) -> Any:
 
     found = [getattr(transformers, str(name), None) for name in raw.get("architectures") or ()]
     return next((c for c in found if isinstance(c, type) and issubclass(c, transformers.PreTrainedModel)), None)
+
+
+def _refuse_another(named: Any, config: Any) -> None:
+    """Raise InvalidCheckpoint where the named class is of another type of model: transformers takes the type's own."""
+    from transformers.models.auto import modeling_auto
+
+    tables = (names for table, names in vars(modeling_auto).items() if table.endswith("_MAPPING_NAMES"))
+    of_type = str([names.get(config.model_type) for names in tables])
+    wanted: Any = getattr(named, "config_class", None) or object
+    if not isinstance(config, wanted) and repr(named.__name__) not in of_type:
+        cause = f"config.json says model_type {config.model_type!r}, and architectures names {named.__name__}"
+        raise InvalidCheckpoint(cause, f"make them agree; that class is one of model_type {wanted.model_type!r}")
 
 
 def _config_class(raw: Mapping[str, Any], named: Any) -> Any:

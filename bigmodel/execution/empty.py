@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from bigpipe.bigmodel.architecture import read_request, storage_of, with_empty_parameters
 from bigpipe.bigmodel.checkpoint import ModelDescription
 from bigpipe.bigmodel.sources import Sources
-from bigpipe.errors import UsageError, first_few
+from bigpipe.errors import InvalidCheckpoint, UsageError, first_few
 
 if TYPE_CHECKING:
     import torch
@@ -18,7 +18,10 @@ def build_empty(folder: Path, described: ModelDescription, dtype: torch.dtype, s
     """The class that the checkpoint's config or `bigpipe_architecture.json` names, with parameters on meta. Buffers are
     made by the class itself, so the ones no checkpoint holds (rotary frequencies, masks) are right."""
     request = read_request(folder, custom=described.custom, sources=sources)
-    model = with_empty_parameters(request, dtype)
+    try:
+        model = with_empty_parameters(request, dtype)
+    except (UsageError, InvalidCheckpoint) as error:
+        raise type(error)(f"{folder}: {error.cause}", error.cure) from error
     if not request.custom_class:
         return model
     model._no_split_modules = list(request.no_split)  # type: ignore[assignment]

@@ -88,6 +88,10 @@ def format_of(described: ModelDescription) -> Format:
     """Return the format of a checkpoint that was described. Raise InvalidCheckpoint where its config says that weights
     are packed, and none is."""
     found, stored = recognise(described.quantization, described.tensors), described.tensors
+    said = (described.config or {}).get("quantization_config")
+    if said and not isinstance(said, Mapping):
+        cause = f"{_place(described)}quantization_config is {said!r:.80}, and says nothing of how weights are packed"
+        raise InvalidCheckpoint(cause, "take it out of config.json, or write what transformers saves there")
     dtypes = {dtype for dtype, _ in (stored or {}).values()}
     if described.quantization and found.tensors and dtypes and dtypes <= PLAIN_DTYPES:
         told = ", ".join(sorted(dtypes & CASTABLE))

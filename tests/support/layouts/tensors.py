@@ -256,6 +256,25 @@ def config_of_a_type_nobody_knows(folder: Path) -> None:
     change_config(folder, model_type="llamma", architectures=["LlammaForCausalLM"])
 
 
+@layout("bigpipe refuses", because="transformers goes by the type, and the weights fit both classes")
+def config_of_another_type_than_its_class(folder: Path) -> None:
+    llama(folder)
+    change_config(folder, model_type="gemma")
+
+
+@layout("equal")
+def config_whose_class_another_type_shares(folder: Path) -> None:
+    """transformers' own tables give InternLM 3 the class of Llama."""
+    llama(folder)
+    change_config(folder, model_type="internlm3")
+
+
+@layout("both refuse")
+def quantization_that_is_a_text(folder: Path) -> None:
+    llama(folder)
+    change_config(folder, quantization_config="int8")
+
+
 @layout("equal")
 def config_with_nan(folder: Path) -> None:
     llama(folder)
