@@ -5,10 +5,23 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
+from bigpipe.errors import InvalidCheckpoint
+
 from .bytesource import ByteSource
 from .files import POINTER_SIZE, file_format_of, refuse_pointer
 from .headers import read_header
 from .tensors import Contents, invalid
+
+ANSWER = "fetch the file again: what came in its place may say why"
+BEGINNINGS: Mapping[bytes, tuple[str, str]] = {
+    b"<": ("HTML or XML, as a server answers, and no weights", ANSWER),
+    b'{"': ("JSON, as a server answers, and no weights", ANSWER),
+    b"GGUF": ("a GGUF file, by another name", "give the model that it was made of"),
+    b"PK\3\4": ("a zip file, as torch.save writes it, by another name", "let its name end in .bin"),
+}
+"""How a file begins → what it is, and what helps."""
+LONGEST = 9
+"""Bytes that tell."""
 
 
 def read_contents(source: ByteSource, file: Path, *, placed: bool = True) -> Contents:
@@ -16,11 +29,25 @@ def read_contents(source: ByteSource, file: Path, *, placed: bool = True) -> Con
     Not placed: where the tensors of a torch file lie is not looked up (see `read_torch_file`)."""
     if source.size < POINTER_SIZE:
         refuse_pointer(source.read(0, source.size), file)
-    if file_format_of(file) == "safetensors":
-        return read_header(source, file)
-    from .pickles import read_torch_file
+    try:
+        if file_format_of(file) == "safetensors":
+            return read_header(source, file)
+        from .pickles import read_torch_file
 
-    return read_torch_file(source, file, placed=placed)
+        return read_torch_file(source, file, placed=placed)
+    except InvalidCheckpoint:
+        _refuse_another(source, file)
+        raise
+
+
+def _refuse_another(source: ByteSource, file: Path) -> None:
+    """Raise InvalidCheckpoint where a file that is not what its name says shows what it is."""
+    beginning = source.read(0, min(source.size, LONGEST))
+    for start, (told, cure) in BEGINNINGS.items():
+        if beginning.startswith(start) and not (start == b"PK\3\4" and file.suffix != ".safetensors"):
+            raise invalid(file, f"is {told}", cure)
+    if beginning[8:9] == b"{" and file.suffix != ".safetensors":
+        raise invalid(file, "is a safetensors file, by another name", "let its name end in .safetensors")
 
 
 def join_contents(found: Mapping[Path, Contents], prefix: Callable[[Path], str] = lambda file: "") -> Contents:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from bigpipe.bigmodel.architecture import text_config
 from bigpipe.bigmodel.sources import Sources
 from bigpipe.errors import UsageError
+from bigpipe.modules import foreign
 
 if TYPE_CHECKING:
     import torch
@@ -142,6 +143,9 @@ def load_tokenizer(path: Path, sources: Sources, bounded: Bounded, model: Any = 
     if tokenizer.pad_token is None or (limit is not None and tokenizer.pad_token_id >= limit):
         # Padding is masked: any token serves
         tokenizer.pad_token = tokenizer.eos_token or tokenizer.unk_token or tokenizer.convert_ids_to_tokens(0)
+    broken = foreign(f"{path} has a tokenizer that cannot be used", "mend its tokenizer_config.json")
+    with broken, bounded(f"trying the tokenizer of {path}"):
+        tokenizer.pad({"input_ids": [tokenizer("a")["input_ids"]]})
     return tokenizer
 
 

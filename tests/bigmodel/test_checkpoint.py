@@ -1,10 +1,14 @@
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
+from safetensors.torch import save_file
 from support.models import ARCHITECTURES, forward, make_checkpoint, tiny_model
 
 from bigpipe.bigmodel.checkpoint import describe_checkpoint, open_checkpoint
+from bigpipe.errors import InvalidCheckpoint
 
 
 def raw(tensor: torch.Tensor) -> bytes:
@@ -43,3 +47,33 @@ def test_a_description_tells_shapes_and_bytes(tmp_path):
     assert description.tensors["model.decoder.embed_tokens.weight"] == ("bfloat16", (264, 32))
     assert description.config["model_type"] == "opt"
     assert description.custom is None
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "told", "cure"),
+    [
+        ("model.safetensors", b"<!DOCTYPE html><html>sign in</html>", "is HTML or XML", "fetch the file again"),
+        ("model.safetensors", b"<?xml version='1.0'?><Error>AccessDenied</Error>", "is HTML or XML", "fetch"),
+        ("pytorch_model.bin", b"<html>404 Not Found</html>" * 9, "is HTML or XML", "fetch the file again"),
+        ("model.safetensors", b'{"error": "Repository not found"}', "is JSON", "fetch the file again"),
+        ("model.safetensors", b"GGUF" + bytes(100), "is a GGUF file", "the model that it was made of"),
+    ],
+)
+def test_what_came_in_place_of_weights_is_called_that(
+    tmp_path: Path, name: str, content: bytes, told: str, cure: str
+) -> None:
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(InvalidCheckpoint, match=f"{name}: {told}") as error:
+        open_checkpoint(tmp_path)
+    assert cure in error.value.cure
+
+
+def test_weights_by_the_name_of_the_other_format(tmp_path: Path) -> None:
+    torch.save({"a": torch.ones(3)}, tmp_path / "model.safetensors")
+    with pytest.raises(InvalidCheckpoint, match=r"is a zip file, as torch\.save writes it") as error:
+        open_checkpoint(tmp_path)
+    assert ".bin" in error.value.cure
+    save_file({"a": torch.ones(3)}, tmp_path / "pytorch_model.bin")
+    with pytest.raises(InvalidCheckpoint, match="is a safetensors file, by another name") as error:
+        open_checkpoint(tmp_path / "pytorch_model.bin")
+    assert ".safetensors" in error.value.cure

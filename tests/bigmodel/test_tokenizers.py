@@ -145,6 +145,18 @@ def test_a_tokenizer_that_is_broken_is_named(tmp_path: Path, name: str) -> None:
         load_tokenizer(tmp_path, Sources(), TaskOptions().bounded)
 
 
+def test_settings_that_no_text_survives_are_told_once(tmp_path: Path) -> None:
+    """transformers loads such tokenizers, and fails at each text."""
+    folder = make_checkpoint(tmp_path / "model", "llama")
+    file = folder / "tokenizer_config.json"
+    settings = json.loads(file.read_text())
+    for odd in ({"model_max_length": "x"}, {"model_input_names": []}):
+        file.write_text(json.dumps({**settings, **odd}))
+        with pytest.raises(UsageError, match=rf"{re.escape(str(folder))} has a tokenizer that cannot be used") as error:
+            load_tokenizer(folder, Sources(), TaskOptions().bounded)
+        assert "tokenizer_config.json" in error.value.cure
+
+
 def answers(folder: Path, *texts: str) -> list[Any]:
     """What the model continues them with, as one batch."""
     bound = find_task("text-generation", SOURCES).bind(
