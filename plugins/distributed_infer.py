@@ -16,7 +16,7 @@ from bigpipe.orchestrator.stage import (
     Bytes,
     Choices,
     Code,
-    FileOrLiteral,
+    ContentField,
     Json,
     Metrics,
     Params,
@@ -52,8 +52,9 @@ class InferParams(Params):
     task: Annotated[BuiltIn | Code, AfterValidator(_known)]
     """What is done, or `module:name`: a function, called (model, rows, **generation) and giving a dict per row, or a
     `Task`."""
-    prompts: Annotated[str | list[str | list[dict[str, Any]] | dict[str, Any]], FileOrLiteral]
-    """A file (`.jsonl .ndjson .json .csv .tsv .parquet .txt`), a glob of them, or a list of texts or chats."""
+    prompts: Annotated[str | list[str | list[dict[str, Any]] | dict[str, Any]], ContentField("file", names=True)]
+    """A file (`.jsonl .ndjson .json .csv .tsv .parquet .txt`), a glob of them, or a list of texts or chats. Pictures
+    and sounds are files, each of them a row: `pictures/*.png`."""
     column: str = "prompt"
     """The field of each JSON object, or the column of a table, that holds the prompt."""
     template: Annotated[str | None, AfterValidator(_template)] = None
@@ -148,7 +149,7 @@ def facts(params: InferParams, machine: Machine) -> Mapping[str, Json]:
 
 STAGE = Stage(
     kind="distributed-infer",
-    version=6,
+    version=7,
     params=InferParams,
     metrics=InferMetrics,
     inputs={"model": Port("checkpoint"), "placement": Port("placement", optional=True)},

@@ -6,24 +6,34 @@ import glob
 import hashlib
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from string import Formatter
-from typing import Any
+from typing import Any, Literal
 
 from bigpipe.errors import UsageError
 
 from .promptfiles import read_rows
 
+Reads = Literal["text", "picture", "sound"]
+"""What the rows of a task are."""
+MEDIA: Mapping[str, Reads] = {
+    **dict.fromkeys((".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff"), "picture"),
+    **dict.fromkeys((".wav", ".flac", ".ogg"), "sound"),
+}
+"""Ending → what a file of that name is, as a row."""
+
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """One prompt. `data` is its JSON object; its `column` holds a text or a list of chat messages."""
+    """One prompt. `data` is its JSON object; its `column` holds a text or a list of chat messages; of a picture or a
+    sound the path, from the recipe's directory where it lies below that."""
 
     index: int
     prompt: Any
     data: dict[str, Any]
+    reads: Reads = "text"
 
     @property
     def digest(self) -> str:
@@ -42,19 +52,33 @@ def read_prompts(prompts: str | Sequence[Any], column: str, base: Path, template
     """Return the rows of a list, or of the files that a path or glob (relative to `base`) names, in their order, each
     read as its ending says. template: makes the prompt of a row's fields, in place of its `column`. Raise UsageError
     naming file and line."""
+    files = _files(prompts, base) if isinstance(prompts, str) else []
+    if any(path.suffix.lower() in MEDIA for path in files):
+        if template is not None:
+            cause = "a picture or a sound has no fields that a template could name"
+            raise UsageError(cause, "leave the template out", field="template")
+        return [_of_file(index, path, column, base) for index, path in enumerate(files)]
     if isinstance(prompts, str):
-        given = [found for path in _files(prompts, base) for found in read_rows(path, column)]
+        given = [found for path in files for found in read_rows(path, column)]
     else:
         objects = [prompt if isinstance(prompt, dict) else {column: prompt} for prompt in prompts]
         given = [(f"prompts[{number}]", data) for number, data in enumerate(objects)]
-        for where, data in given:
-            _refuse_keys(data, where)
     if not given:
         raise UsageError(f"there is no prompt in {prompts!r}", "give one at least")
     if template is None:
         return [_row(index, data, column, where) for index, (where, data) in enumerate(given)]
     parts = template_parts(template)
     return [_filled(index, data, parts, where) for index, (where, data) in enumerate(given)]
+
+
+def _of_file(index: int, path: Path, column: str, base: Path) -> Row:
+    """A picture or a sound, which is a row by itself."""
+    reads = MEDIA.get(path.suffix.lower())
+    if reads is None:
+        raise UsageError(f"prompts: {path} is no picture or sound, as others beside it are", "name those alone")
+    name = (path.relative_to(base) if path.is_relative_to(base) else path).as_posix()
+    _require_writable({column: name}, f"prompts: {str(path)!a}")
+    return Row(index, name, {column: name}, reads)
 
 
 def template_parts(template: str) -> list[tuple[str, str | None]]:

@@ -21,7 +21,15 @@ from .tokenizing import OWN_FUNCTION, known_architecture
 if TYPE_CHECKING:
     from bigpipe.bigmodel.checkpoint import ModelDescription
 
-    from .rows import Row
+    from .rows import Reads, Row
+
+
+WRITTEN: Mapping[Reads, str] = {
+    "text": "name files of texts, or write a list of them",
+    "picture": "name the files, each of which is a row: pictures/*.png",
+    "sound": "name the files, each of which is a row: sounds/*.wav",
+}
+"""What a task reads → how its prompts are written."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,6 +76,7 @@ class Task:
       Raises UsageError where the model cannot do it. Only here may torch be imported.
     arguments: the model of `TaskOptions.arguments`, which are checked by it; None: any, as `check_arguments` says.
     check_arguments: raises UsageError for `TaskOptions.arguments` it does not take; asked of each argument alone too.
+    reads: what its rows are; None: anything.
     classes: how the name of a model's class ends that can do it; none: any class.
     check_model: (model, arguments, sources); raises UsageError for a model it cannot run, and for arguments that do not
       go with it, as far as config and side files tell.
@@ -88,6 +97,7 @@ class Task:
     check_arguments: Callable[[Mapping[str, Any]], None] = lambda arguments: None
     check_model: Callable[[ModelDescription, Mapping[str, Any], Sources], None] = lambda model, arguments, sources: None
     check_rows: Callable[[Sequence[Row], ModelDescription], None] = lambda rows, model: None
+    reads: Reads | None = "text"
     classes: tuple[str, ...] = ()
     makes_tokens: bool = False
     heeds_length: bool = False
@@ -126,7 +136,10 @@ class Task:
         return max(1, *(self.length_of(row, arguments) for row in rows))
 
     def require_columns(self, arguments: Mapping[str, Any], rows: Sequence[Row]) -> None:
-        """Raise UsageError for a row without the fields that the task needs."""
+        """Raise UsageError for a row that is not what the task reads, or is without the fields that it needs."""
+        if odd := next((row for row in rows if self.reads not in (None, row.reads)), None):
+            cause = f"task {self.name} reads {self.reads}s, and prompt {odd.index} is a {odd.reads}"
+            raise UsageError(cause, WRITTEN[self.reads or "text"], field="prompts")
         settled = self.arguments.model_validate(arguments) if self.arguments else None
         named = {getattr(settled, name): (name, holds) for name, holds in self.named_columns.items()}
         for row in rows:
@@ -191,7 +204,8 @@ def function_task(name: str, function: Callable[..., Any]) -> Task:
         length = {"max_new_tokens": options.max_new_tokens} if heeds else {}
         return partial(_call, partial(function, **{**length, **options.arguments}), model, options.seed)
 
-    return Task(name=name, bind=bind, check_arguments=partial(refuse_arguments, name, taken), heeds_length=heeds)
+    checked = partial(refuse_arguments, name, taken)
+    return Task(name=name, bind=bind, check_arguments=checked, heeds_length=heeds, reads=None)
 
 
 def _keywords(function: Callable[..., Any]) -> frozenset[str] | None:

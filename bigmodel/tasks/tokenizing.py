@@ -43,7 +43,7 @@ def require_tokenizer(model: ModelDescription) -> None:
     if model.custom is not None:
         name = model.custom.get("class")
         raise UsageError(f"the task needs a model of transformers; this one is of the class {name}", OWN_FUNCTION)
-    names = _names(model)
+    names = names_of(model)
     if names is not None and not _any(names, TOKENIZER_FILES):
         raise UsageError(f"the task needs a tokenizer, and {model.path or 'the model'} has none", DOWNLOAD)
 
@@ -78,7 +78,7 @@ def _has_template(model: ModelDescription) -> bool:
     """Also where a file that may hold one is not here yet."""
     from bigpipe.bigmodel.checkpoint import MAX_CONFIG, read_json
 
-    names = _names(model)
+    names = names_of(model)
     if names is None or _any(names, ("chat_template.*", "additional_chat_templates*")):
         return True
     settings = [name for name in ("tokenizer_config.json", "processor_config.json") if name in names]
@@ -114,7 +114,7 @@ def _holds(directory: Path, patterns: Sequence[str]) -> bool:
     return any(True for pattern in patterns for _ in directory.glob(pattern))
 
 
-def _names(model: ModelDescription) -> Collection[str] | None:
+def names_of(model: ModelDescription) -> Collection[str] | None:
     """Of all files that the model has. None: not known; before a download a directory may hold the config alone."""
     if model.names is not None:
         return model.names

@@ -87,6 +87,8 @@ class ContentField:
     """
 
     kind: Literal["file", "tree", "folder", "code"]
+    names: bool = False
+    """The names of a glob's files enter too, since results tell them."""
 
 
 File = Annotated[str, ContentField("file")]

@@ -161,7 +161,8 @@ def content_params(params: Params, base: Path, memo: StatMemo) -> dict[str, Json
     """Return the params in full as canonical JSON values: sizes as ints, keys of maps as strings, sets sorted.
 
     Fields typed as content become strings:
-      file: `sha256:…` and the file's suffix (which says how it is read); of a glob, one digest over all in path order.
+      file: `sha256:…` and the file's suffix (which says how it is read); of a glob, one digest over all in path order,
+        with their names where the field asks for them.
       tree: `sha256:…` of the sorted (relative path, sha256) of its files, but for `.git`, `.cache` and `__pycache__`.
       folder: as a tree, but links to folders are not followed.
       code: `module:name@sha256:…`, over all Python files of its top-level package (nothing is imported).
@@ -237,7 +238,7 @@ class _Walk:
         if marker is None or any(get_origin(arm.type) is Literal and value in get_args(arm.type) for arm in arms):
             return value if type(value) is str else str(to_jsonable_python(value))
         readers: Mapping[str, Callable[[str, str], str]] = {
-            "file": self.file,
+            "file": partial(self.file, names=marker.names),
             "tree": self.tree,
             "folder": partial(self.tree, links=False),
             "code": self.code,
@@ -247,18 +248,20 @@ class _Walk:
         except OSError as error:
             raise self._wrong(where, f"{value} cannot be read: {error.strerror or error}") from error
 
-    def file(self, value: str, where: str) -> str:
+    def file(self, value: str, where: str, *, names: bool = False) -> str:
         path = self.base / value
         if path.is_file():
             return f"sha256:{self.memo.sha256(path)}{path.suffix.lower()}"
         if path.is_dir():
             cure = f"name a file in it, or write {value}/*"
             raise UsageError(f"{where}: {value} is a directory, not a file", cure, field=where)
-        names = glob.glob(value, root_dir=self.base, recursive=True) if glob.has_magic(value) else []
-        found = sorted(name for name in names if (self.base / name).is_file())
+        matching = glob.glob(value, root_dir=self.base, recursive=True) if glob.has_magic(value) else []
+        found = sorted(name for name in matching if (self.base / name).is_file())
         if not found:
             raise self._wrong(where, f"there is no file {value}")
-        return digest_of("files", [[Path(name).suffix.lower(), self.memo.sha256(self.base / name)] for name in found])
+        told = [Path(name).as_posix() if names else Path(name).suffix.lower() for name in found]
+        digests = [self.memo.sha256(self.base / name) for name in found]
+        return digest_of("files", [list(pair) for pair in zip(told, digests, strict=True)])
 
     def tree(self, value: str, where: str, *, links: bool = True) -> str:
         path = self.base / value

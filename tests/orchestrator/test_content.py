@@ -39,6 +39,7 @@ class Everything(Params):
     scheme: Scheme = Scheme.INT8
     skip: frozenset[str] = frozenset()
     plain: str = "prompts.txt"
+    pictures: Annotated[str | None, ContentField("file", names=True)] = None
     class_: Code = Field(default="builtin", alias="class")
 
 
@@ -68,6 +69,16 @@ def test_values_that_are_no_paths_enter_as_they_are(base, memo):
     assert found["maybe"] is None
     assert set(found) == {*Everything.model_fields, "class"} - {"class_"}  # as people write it
     canonical(found)
+
+
+def test_names_of_a_globs_files_enter_where_results_tell_them(base, memo):
+    (base / "a.png").write_bytes(b"a")
+    before = content(base, memo, pictures="*.png", prompts="*.png")
+    (base / "a.png").rename(base / "b.png")
+    after = content(base, memo, pictures="*.png", prompts="*.png")
+    assert after["prompts"] == before["prompts"]
+    assert after["pictures"] != before["pictures"]
+    assert content(base, memo, pictures="b.png")["pictures"] == f"sha256:{hash_file(base / 'b.png')}.png"
 
 
 def test_a_file_enters_by_its_bytes_and_its_suffix(base, memo):

@@ -9,11 +9,16 @@ from typing import Any
 
 import pytest
 from pydantic import ValidationError
+from support.contexts import forecast_context
 from support.inferring import context, infer, results, start, streaming
+from support.launching import MACHINE
+from support.media import make_vit, write_picture
 from support.models import make_with_head
 from support.workshop import Workshop
 
-from bigpipe.plugins.distributed_infer import InferParams
+from bigpipe.bigmodel.checkpoint import describe_checkpoint
+from bigpipe.orchestrator.stage import Forecast
+from bigpipe.plugins.distributed_infer import STAGE, InferParams
 
 TEXTS = ["hello world", "the cat sat", "paris is in france.", "on a mat", "is a cat a mat?"]
 TASKS: dict[str, tuple[str, str, dict[str, Any]]] = {
@@ -54,6 +59,38 @@ def test_two_ranks_and_streamed_layers_give_what_one_rank_gives(tmp_path: Path, 
     assert min(metrics.tokens, metrics.prompt_tokens) > 0
     assert results(one) == results(two) == results(disk)
     assert all(set(line) > {"index", "prompt"} for line in results(one))
+
+
+def test_pictures_are_rows_of_two_ranks_and_of_streamed_layers(tmp_path: Path) -> None:
+    pytest.importorskip("PIL")
+    model = make_vit(tmp_path / "model", num_hidden_layers=3)
+    for number in range(5):
+        write_picture(tmp_path / f"pictures/{number}.png", number)
+    asked = InferParams(task="image-classification", prompts="pictures/*.png", batch_size=2, dtype="float32")
+    one, two, disk = (
+        context(tmp_path / name, model, 1 + (name == "two"), base=tmp_path) for name in ("one", "two", "disk")
+    )
+    assert infer(asked, one).prompts == infer(asked, two).prompts == 5
+    placed = streaming(tmp_path, model, "vit.embeddings")
+    infer(asked, replace(disk, inputs={**disk.inputs, "placement": (placed,)}))
+    assert results(one) == results(two) == results(disk)
+    assert [line["prompt"] for line in results(one)] == [f"pictures/{number}.png" for number in range(5)]
+    assert all(set(line) == {"index", "prompt", "label", "score"} for line in results(one))
+
+
+def test_more_pictures_at_once_need_more_memory(tmp_path: Path) -> None:
+    pytest.importorskip("PIL")
+    write_picture(tmp_path / "a.png")
+    found = []
+    for side, batch_size in ((32, 1), (32, 64), (256, 64)):
+        model = make_vit(tmp_path / str(side), image_size=side)
+        ctx = forecast_context(
+            tmp_path, inputs={"model": (Forecast(output=describe_checkpoint(model)),)}, machine=MACHINE
+        )
+        asked = InferParams(task="image-classification", prompts="a.png", batch_size=batch_size)
+        found.append(STAGE.forecast(asked, ctx.within(base=tmp_path)).ram)
+    assert None not in found
+    assert found[0] < found[1] < found[2]
 
 
 def test_a_template_makes_prompts_of_columns_and_results_hold_them(tmp_path: Path) -> None:

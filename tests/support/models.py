@@ -123,7 +123,7 @@ def word_tokenizer() -> Any:
 
 def make_with_head(out: Path, architecture: str, head: str, *, tokenizer: Any = None, **changes: Any) -> Path:
     """A saved tiny model of the class that ends with `head` (`ForSequenceClassification`), and a tokenizer: left out,
-    `word_tokenizer`."""
+    `word_tokenizer`; False: none."""
     import torch
     import transformers
 
@@ -136,7 +136,8 @@ def make_with_head(out: Path, architecture: str, head: str, *, tokenizer: Any = 
             norm = parameter.ndim == 1 and name.endswith("weight")
             torch.nn.init.normal_(parameter, mean=float(norm), std=0.05 if parameter.ndim == 1 else 0.3)
     save_model(model.eval(), out, tokenizer=False)
-    (tokenizer or word_tokenizer()).save_pretrained(out)
+    if tokenizer is not False:
+        (tokenizer or word_tokenizer()).save_pretrained(out)
     return out
 
 
