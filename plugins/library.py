@@ -83,10 +83,12 @@ def single_model(context: CheckContext | ForecastContext) -> ModelDescription | 
     """What is known of the model on port `model`. Raise UsageError for a pipeline of several."""
     from bigpipe.bigmodel.checkpoint import ModelDescription
 
-    if context.described("model", Pipeline) is not None:
+    wired = context.input("model")
+    described = wired.output if wired else None
+    if isinstance(described, Pipeline):
         cause = "the model is a pipeline of diffusers: several models, of which none is the one"
         raise UsageError(cause, "download one of them: its folder as `path`, or `subfolder`")
-    return context.described("model", ModelDescription)
+    return described if isinstance(described, ModelDescription) else None
 
 
 def require_class(model: ModelDescription) -> None:

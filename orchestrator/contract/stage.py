@@ -19,7 +19,7 @@ from pydantic_core import CoreSchema, PydanticKnownError
 from pydantic_core.core_schema import no_info_after_validator_function
 
 from bigpipe.errors import UsageError
-from bigpipe.sizes import parse_size, refuse_bare
+from bigpipe.sizes import is_bare, parse_size, refuse_bare
 
 from .contexts import CheckContext, ForecastContext, StageContext
 from .types import Forecast, Json, Machine
@@ -64,7 +64,7 @@ class Written:
 
 
 def read_size(value: int | str, info: ValidationInfo) -> int:
-    if str(value) in (info.context or ()):
+    if is_bare(value) and str(value) in (info.context or ()):
         refuse_bare(value)
     return parse_size(value)
 

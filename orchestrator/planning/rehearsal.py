@@ -111,8 +111,11 @@ class Rehearsal:
         while waiting:
             each = waiting.pop()
             if each.forecast is NOTHING_FORESEEN:
-                unforeseen = [one for one in each.producers if one.forecast is NOTHING_FORESEEN]
-                missing = [one for one in unforeseen if one.status is not Status.SKIPPED]
+                missing = [
+                    one
+                    for one in each.producers
+                    if one.forecast is NOTHING_FORESEEN and one.status is not Status.SKIPPED
+                ]
                 if missing:
                     waiting += [each, *missing]
                 else:

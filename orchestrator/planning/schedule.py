@@ -99,10 +99,10 @@ class NodeState:
     predecessors: list[NodeState] = field(default_factory=list)
     consumers: list[NodeState] = field(default_factory=list)
     """Those that take its artifact."""
+    name: str = field(init=False)
 
-    @property
-    def name(self) -> str:
-        return self.node.name
+    def __post_init__(self) -> None:
+        self.name = self.node.name
 
     @property
     def key(self) -> str | None:
@@ -176,7 +176,7 @@ def step(states: States, state: NodeState) -> Step:
 
 
 def _pending(states: States, state: NodeState) -> Step:
-    unsettled = next((each for each in state.predecessors if each.status not in SETTLED), None)
+    unsettled = _unsettled(state)
     if unsettled is None:
         if reason := _blocked(states, state):
             return Step(Do.SKIP, reason)
@@ -194,6 +194,13 @@ def _pending(states: States, state: NodeState) -> Step:
     if lacking := _lacking(states, state, follows):
         return Step(Do.WAIT, lacking)
     return Step(Do.START, follows)
+
+
+def _unsettled(state: NodeState) -> NodeState | None:
+    for each in state.predecessors:
+        if each.status not in SETTLED:
+            return each
+    return None
 
 
 def _good(states: States, state: NodeState) -> Step:

@@ -102,9 +102,10 @@ def interpolate(value: Json, scope: Scope, problems: Problems, path: tuple[Key, 
 
 def check_passwords(value: Json, problems: Problems, path: tuple[Key, ...]) -> None:
     """Note a problem for every address with a password, at any depth: it would be in keys, records and cards."""
-    if isinstance(value, dict | list):
+    if isinstance(value, (dict, list)):
         for key, child in value.items() if isinstance(value, dict) else enumerate(value):
-            check_passwords(child, problems, (*path, key))
+            if not isinstance(child, str) or "://" in child:
+                check_passwords(child, problems, (*path, key))
     elif isinstance(value, str) and "://" in value and " " not in value and has_password(value):
         cause = f"the address {redact(value)} has a password or token in it, which would be recorded"
         cure = "leave it out; a stage finds it in its environment, where its `secrets: [NAME]` lists the variable"

@@ -116,13 +116,17 @@ class Wiring:
         return result
 
     def _known(self, sources: Iterable[StageReference]) -> tuple[StageReference, ...]:
-        written = [source for source in sources if "${" not in source.text]  # others were reported when interpolated
-        for source in written:
-            if source.stage not in self.stages:
+        known = []
+        for source in sources:
+            if "${" in source.text:
+                continue  # it was reported when it was interpolated
+            if source.stage in self.stages:
+                known.append(source)
+            else:
                 cure = did_you_mean(source.stage, self.stages, otherwise="there are")
                 cause = f"no stage {source.stage!r}"
                 self.problems.add(Fault.UNKNOWN_STAGE, source.path, cause, cure, part=source.stage)
-        return tuple(source for source in written if source.stage in self.stages)
+        return tuple(known)
 
     def _check_ports(self, stage: Wired) -> None:
         if stage.kind is None:

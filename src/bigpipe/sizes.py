@@ -54,10 +54,16 @@ BARE = 10**6
 """Fewer bytes than this are not written without a unit: whoever writes `5` means gigabytes."""
 
 
+def is_bare(value: int | str) -> bool:
+    """Return whether it is a number without a unit that nobody means as bytes."""
+    text = str(value).strip()
+    return text.isdecimal() and 0 < int(text) < BARE
+
+
 def refuse_bare(value: int | str) -> None:
     """Raise ValueError, with cause and cure, for a number without a unit that nobody means as bytes."""
-    text = str(value).strip()
-    if text.isdecimal() and 0 < int(text) < BARE:
+    if is_bare(value):
+        text = str(value).strip()
         raise ValueError(f"{text} has no unit; write {text}GB or {text}GiB, or {text}B if it is bytes")
 
 
@@ -82,7 +88,9 @@ def format_transfer(size: float) -> str:
 
 
 def _format(size: float, base: int, units: tuple[str, ...]) -> str:
-    power = next((index for index in range(len(units)) if abs(size) < base ** (index + 1)), len(units) - 1)
+    power = 0
+    while power < len(units) - 1 and abs(size) >= base ** (power + 1):
+        power += 1
     return f"{size / base**power:.{min(power, 1)}f} {units[power]}"
 
 
