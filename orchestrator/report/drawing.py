@@ -71,7 +71,7 @@ def graph(nodes: Sequence[Drawn], style: str = "") -> str:
         for y, place in enumerate(column)
     }
     edges = [_edge([spots[place] for place in route]) for route in routes]
-    return _svg(width, height, "The nodes and what they wait for", [*edges, *(_box(n, spots) for n in nodes)])
+    return _svg(width, height, "The nodes and what they wait for", [*edges, *(_box(n, spots) for n in nodes)], style)
 
 
 Stop = str | tuple[str, str, int]
@@ -139,10 +139,11 @@ def bars(title: str, rows: Iterable[tuple[str, Sequence[Bar]]], most: float) -> 
     return _svg(WIDTH, top, title, drawn)
 
 
-def _svg(width: int, height: int, title: str, drawn: Iterable[str]) -> str:
+def _svg(width: int, height: int, title: str, drawn: Iterable[str], style: str = "") -> str:
+    colours = f"<style>{style}</style>" if style else ""
     return (
         f'<svg viewBox="0 0 {width} {height}" width="{width}" role="img" aria-label="{escape(title)}" '
-        f'xmlns="http://www.w3.org/2000/svg"><title>{escape(title)}</title>{"".join(drawn)}</svg>'
+        f'xmlns="http://www.w3.org/2000/svg"><title>{escape(title)}</title>{colours}{"".join(drawn)}</svg>'
     )
 
 

@@ -233,3 +233,11 @@ def test_a_graph_is_drawn_before_anything_ran(workshop):
         "join",
     }
     assert len(list(root.iter("{http://www.w3.org/2000/svg}path"))) == 3
+
+
+def test_a_drawing_that_stands_alone_brings_its_colours(workshop):
+    workshop.manifest.write_text(RECIPE)
+    root = ElementTree.fromstring(workshop.command("graph", "recipe.yaml", "--format", "svg").stdout)  # noqa: S314
+    (style,) = root.iter("{http://www.w3.org/2000/svg}style")
+    assert "svg .edge { fill: none;" in (style.text or "")
+    assert "<style>" not in graph([Drawn("a")])
