@@ -31,8 +31,9 @@ UNKNOWN: Any = object()
 """What a lookup returns for a metric that is not known yet."""
 
 Unit = Literal["", "size", "time"]
-Measure: TypeAlias = Literal["size", "time", "number", "fraction"] | None
-"""What is measured: bytes; seconds; a number without a unit; one with decimals, which may be seconds; None: unknown."""
+Measure: TypeAlias = Literal["size", "time", "number", "count", "fraction"] | None
+"""What is measured: bytes; seconds; a number that is written without a unit; how many there are of something; a metric
+with decimals, which may be seconds; None: unknown."""
 Lookup: TypeAlias = Callable[[str | None, str], Json]
 
 _SECONDS = {"ms": 0.001, "s": 1, "min": 60, "h": 3600}
@@ -143,7 +144,7 @@ class Condition:
         measures = {found for _, found in sides}
         bare = next((s for s, _ in sides if isinstance(s, Number) and not s.unit and 0 < s.value < BARE), None)
         texts = [_written(side) for side, _ in sides]
-        if "size" in measures and measures & {"time", "fraction"}:
+        if "size" in measures and measures & {"time", "count", "fraction"}:
             other = next(_written(side) for side, found in sides if found != "size")
             return f"{texts[0]} and {texts[1]} cannot be compared: {other} is no size", "compare it with its own kind"
         if "size" in measures and bare is not None:
@@ -203,7 +204,7 @@ def _measured(expression: Expression, measure: Callable[[str | None, str], Measu
     if isinstance(expression, Metric):
         return measure(expression.node, expression.path)
     left, right = _measured(expression.left, measure), _measured(expression.right, measure)
-    plain: tuple[Measure, ...] = ("number", "fraction")
+    plain: tuple[Measure, ...] = ("number", "count", "fraction")
     if left in plain and right in plain:
         return max(left, right, key=plain.index)
     if expression.sign in "*/" and right in plain:

@@ -285,7 +285,19 @@ def measure_of(metrics: Any, path: str) -> Measure:
     if _is_marked(annotation, BYTES):
         return "size"
     plain = [branch for branch in _branches(annotation) if branch is not type(None)]
+    if plain == [int] and _marks_sizes(metrics):
+        return "count"
     return "fraction" if plain == [float] else None
+
+
+def _marks_sizes(annotation: Any, above: frozenset[Any] = frozenset()) -> bool:
+    """Return whether something in it says that it is bytes: then a whole number that does not is none.
+    above: models that it lies in, which may be inside of themselves."""
+    models = models_in(annotation) - above
+    fields = [_part_of(model, name) for model in models for name in model.model_fields]
+    inner = [argument for branch in _branches(annotation) for argument in get_args(branch)]
+    within = above | models
+    return _is_marked(annotation, BYTES) or any(_marks_sizes(each, within) for each in (*fields, *inner))
 
 
 def _is_marked(annotation: Any, mark: str) -> bool:

@@ -9,6 +9,8 @@ import pytest
 
 from bigpipe.errors import UsageError
 from bigpipe.orchestrator.commands import validate
+from bigpipe.orchestrator.recipe.validation import measure_of
+from bigpipe.orchestrator.stage import Bytes, Metrics
 from bigpipe.sizes import size_of
 
 RECIPE = """\
@@ -49,6 +51,9 @@ def problems(folder: Path, text: str) -> list[str]:
         ("cpu: 48GiB", "cpu: 48000", "11:30", "max_memory.cpu: 48000 has no unit"),
         ("ratio > 1.5", "ratio > 20GiB", "7:", "ratio and 20GiB cannot be compared: ratio is no size"),
         ("ratio > 1.5", "bytes < 20", "7:", "20 has no unit"),
+        ("ratio > 1.5", "quantized < 20GiB", "7:", "quantized and 20GiB cannot be compared: quantized is no size"),
+        ("ratio > 1.5", "bytes < 2 * quantized", "7:", "2 * quantized is no size"),
+        ("ratio > 1.5", "${stages.download.metrics.files} < bytes", "7:", "is no size"),
         ("ratio > 1.5", "bytes < 30min", "7:", "30min is no size"),
         ("ratio > 1.5", "bytes < 0.5 * ratio", "7:", "0.5 * ratio is no size"),
         ("ratio > 1.5", "bytes / 2GB < 10GB", "7:", "bytes / 2GB is no size"),
@@ -70,7 +75,9 @@ def test_a_measure_that_nobody_means_is_refused(tmp_path: Path, right: str, wron
         ("max_shard_size: 5GB", "max_shard_size: 5000000000"), ("max_shard_size: 5GB", "max_shard_size: 500B"),
         ("cpu: 48GiB", "cpu: 0"), ("ratio > 1.5", "bytes <= 0.5 * ${stages.download.metrics.bytes}"),
         ("ratio > 1.5", "${stages.download.metrics.bytes} / bytes > 1.5"), ("ratio > 1.5", "bytes < 20B"),
-        ("ratio > 1.5", "bytes > 0"), ("ratio > 1.5", "quantized > 2"), ("ratio > 1.5", "bytes + 1GB < 20GB"),
+        ("ratio > 1.5", "bytes > 0"), ("ratio > 1.5", "quantized > 2"), ("ratio > 1.5", "bytes / quantized < 1GB"),
+        ("ratio > 1.5", "quantized + skipped > 2"), ("ratio > 1.5", "quantized / skipped > 0.5"),
+        ("ratio > 1.5", "bytes > 5000000000"), ("ratio > 1.5", "bytes + 1GB < 20GB"),
         ("load_seconds < 30s", "load_seconds < 30"), ("load_seconds < 30s", "predicted.cpu <= 12GiB"),
         ("load_seconds < 30s", "predicted.cpu < 0.9 * 48GiB"),
     ],
@@ -105,3 +112,36 @@ def test_what_is_named_and_not_there_is_found(tmp_path: Path, right: str, wrong:
 
 def test_a_checkpoint_may_still_come(tmp_path: Path) -> None:
     assert problems(tmp_path, RECIPE.replace("repo: owner/name", "path: model")) == []
+
+
+class Unmarked(Metrics):
+    size: int
+    many: int
+
+
+class Tree(Metrics):
+    """Inside of itself."""
+
+    parts: list[Tree]
+    many: int
+
+
+class Marked(Metrics):
+    size: Bytes
+    by_device: dict[str, Bytes]
+    many: int
+    perhaps: int | None
+
+
+class Outer(Metrics):
+    inner: Marked
+    many: int
+
+
+def test_a_kind_that_marks_its_sizes_counts_with_the_rest() -> None:
+    """One that marks none may mean bytes by any whole number."""
+    assert [measure_of(Unmarked, name) for name in ("size", "many")] == [None, None]
+    assert measure_of(Tree, "many") is None
+    told = {name: measure_of(Marked, name) for name in ("size", "by_device.cpu", "many", "perhaps")}
+    assert told == {"size": "size", "by_device.cpu": "size", "many": "count", "perhaps": "count"}
+    assert [measure_of(Outer, name) for name in ("inner.size", "many")] == ["size", "count"]
