@@ -96,6 +96,7 @@ def end(number: int, frame: FrameType | None) -> None:
 def command() -> None:
     """Every BigpipeError becomes its message and exit code; only bugs show a traceback."""
     try:
+        require_directory()
         for argument in sys.argv[1:]:
             if not is_text(argument):
                 raise UsageError(f"{argument!a} is no UTF-8", "write it in UTF-8, or rename the file")
@@ -120,6 +121,15 @@ def command() -> None:
             fail(told)
         show_bug(error)
         sys.exit(1)
+
+
+def require_directory() -> None:
+    """Raise UsageError where the directory that paths start from is gone."""
+    try:
+        os.getcwd()
+    except OSError as error:
+        cause = f"the working directory cannot be used: {error.strerror}"
+        raise UsageError(cause, "change to a directory that is there") from error
 
 
 def _named(error: Exception) -> BigpipeError | None:

@@ -50,8 +50,8 @@ class Stream(io.FileIO):
 
 
 def listen() -> None:
-    """Put streams in place that never raise. A descriptor that is closed leads nowhere from now on: else a file would
-    get its number, and what is printed."""
+    """Put streams in place that never raise, not for a sign that their encoding lacks either. A descriptor that is
+    closed leads nowhere from now on: else a file would get its number, and what is printed."""
     for number in range(3):
         try:
             os.fstat(number)
@@ -61,10 +61,10 @@ def listen() -> None:
 
 
 def _text(descriptor: int, before: TextIO | None) -> io.TextIOWrapper:
-    encoding, errors = (before.encoding, before.errors) if before is not None else (None, "replace")
     stream: Any = Stream(descriptor)
     lines = descriptor == 2 or stream.isatty()
-    return io.TextIOWrapper(io.BufferedWriter(stream), encoding, errors, line_buffering=lines)
+    encoding = before.encoding if before is not None else None
+    return io.TextIOWrapper(io.BufferedWriter(stream), encoding, "backslashreplace", line_buffering=lines)
 
 
 def lost() -> BigpipeError | None:

@@ -21,7 +21,7 @@ from typing import Any
 
 from bigpipe.bigmodel.tasks import Row
 from bigpipe.errors import StageFailed
-from bigpipe.files import LogFile, make_directory, sync_directory, write_file
+from bigpipe.files import LogFile, make_directory, parse_json, sync_directory, write_file
 from bigpipe.redaction import redact_json
 
 PLAN, RESULTS = "workplan.json", "results.jsonl"
@@ -102,7 +102,7 @@ def _encode(record: Record) -> bytes:
 
 def _decode(line: bytes) -> Record | None:
     try:
-        fields = json.loads(line)
+        fields = parse_json(line)
         found = fields.pop("crc")
         return Record(**fields) if found == f"{zlib.crc32(_text(fields).encode()):08x}" else None
     except (ValueError, KeyError, TypeError, AttributeError):

@@ -20,7 +20,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from bigpipe.errors import BigpipeError
-from bigpipe.files import LogFile, explain
+from bigpipe.files import LogFile, explain, parse_json
 from bigpipe.orchestrator.contract import Event, Progress, event_from_json
 from bigpipe.redaction import plain, printable, redact, unfinished
 
@@ -97,7 +97,7 @@ class EventTail:
             for line in whole.splitlines():
                 # A stage's own Event class or a line torn by a killed worker is not worth failing a stage for.
                 with suppress(ValueError, KeyError, TypeError):
-                    yield event_from_json(json.loads(line))
+                    yield event_from_json(parse_json(line))
 
 
 class LineSplitter:

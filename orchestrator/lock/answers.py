@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from bigpipe.errors import UsageError
-from bigpipe.files import read_file, write_file
+from bigpipe.files import parse_json, read_file, write_file
 from bigpipe.orchestrator.contract import Json
 from bigpipe.redaction import redact
 
@@ -32,7 +32,7 @@ def read_answers(lock: Path) -> Answers:
     path = answers_path(lock)
     try:
         text = _unpacked(read_file(path, LIMIT))
-        answers = json.loads(text) if len(text) <= LIMIT else None
+        answers = parse_json(text) if len(text) <= LIMIT else None
     except FileNotFoundError:
         return {}
     except (OSError, ValueError, zlib.error) as error:

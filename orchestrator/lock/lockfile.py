@@ -22,7 +22,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from bigpipe import plainyaml
 from bigpipe.errors import StageFailed, Stale, UsageError
-from bigpipe.files import read_file, write_file
+from bigpipe.files import parse_json, read_file, write_file
 from bigpipe.orchestrator.contract import Json, PinnedFile
 from bigpipe.orchestrator.planning import ABSENT, Difference, Session, changed, lock_path
 from bigpipe.orchestrator.recipe import Node
@@ -313,7 +313,6 @@ def locked_output(record: KeyRecord, tree: Path | None, reviewed: Sequence[str] 
     review: dict[str, Json] = {}
     for name, path in {name: tree / name for name in reviewed}.items() if tree else ():
         with suppress(OSError, ValueError):
-            if path.stat().st_size <= REVIEWED_LIMIT:
-                review[name] = json.loads(path.read_text("utf-8"))
+            review[name] = parse_json(read_file(path, REVIEWED_LIMIT))
     identity = {name: record.identity.get(name, {}) for name in ("packages", "facts")}
     return LockedOutput(digest=record.digest, key=record.key, tools=record.tools, review=review, **identity)

@@ -18,6 +18,8 @@ BOX, GAP = (168, 44), (44, 18)
 """Width and height of a node, and what lies between two."""
 ROW, LABEL, WIDTH = 22, 190, 900
 """Of bars: the height of one, the width of its name, and the width of all, in pixels."""
+MOST_PASSED = 20_000
+"""Columns that all lines together pass. Where they pass more, nobody can follow them, and each goes straight."""
 CHARACTERS = 24
 """Of a name, in a box."""
 STYLE = """\
@@ -85,12 +87,13 @@ def _laid_out(after: Mapping[str, Sequence[str]]) -> tuple[list[list[Stop]], lis
     for name in TopologicalSorter(after).static_order():
         if name in after:
             depth[name] = 1 + max((depth[before] for before in after[name] if before in depth), default=-1)
+    spans = sum(depth[name] - depth[before] for name in after for before in after[name] if before in depth)
     columns: list[list[Stop]] = [[] for _ in range(1 + max(depth.values(), default=-1))]
     routes, behind = [], defaultdict(list)
     for name in sorted(after, key=lambda name: depth[name]):
         columns[depth[name]].append(name)
         for before in (before for before in after[name] if before in depth):
-            passed = range(depth[before] + 1, depth[name])
+            passed = range(depth[before] + 1, depth[name] if spans <= MOST_PASSED else 0)
             route: list[Stop] = [before, *((before, name, number) for number in passed), name]
             routes.append(route)
             for number, stop in zip(passed, route[1:], strict=False):

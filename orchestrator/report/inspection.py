@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
@@ -14,6 +15,7 @@ from bigpipe.orchestrator.lock import locked_digests
 from bigpipe.orchestrator.planning import Difference, differences
 from bigpipe.orchestrator.running import RunRecord, records
 from bigpipe.orchestrator.store import Artifact, KeyRecord, Store, default_root
+from bigpipe.redaction import conceal_environment
 from bigpipe.sizes import counted, format_size, format_transfer
 
 from .rendering import columns, metrics_line, nodes_table
@@ -32,6 +34,7 @@ class Inspection:
 
 
 def open_store(store: str | Path | None) -> Store:
+    conceal_environment(os.environ)  # what is looked back on may be of a run that did not know of it
     return Store(Path(store) if store else default_root())
 
 
@@ -100,9 +103,9 @@ def log_lines(run: str, node: str | None, store: str | Path | None = None) -> It
     """Return what the nodes of a run printed, each attempt under its own heading."""
     for name, attempt, path in records.log_files(open_store(store).runs, run, node):
         yield heading(name, attempt)
-        with path.open(encoding="utf-8", errors="replace") as lines:
+        with records.reading(path) as lines:
             for line in lines:
-                yield line.rstrip("\n")
+                yield line.decode("utf-8", "replace").rstrip("\r\n")
 
 
 def heading(node: str, attempt: int) -> str:

@@ -21,11 +21,11 @@ from bigpipe.orchestrator.contract import Json
 from bigpipe.orchestrator.running import NodeRun, RunRecord, records
 from bigpipe.orchestrator.store import KeyRecord, Store
 from bigpipe.redaction import printable
-from bigpipe.sizes import format_size, format_transfer
+from bigpipe.sizes import MOST, format_size, format_transfer
 
 from .drawing import STYLE, Bar, Drawn, bars, graph
 from .inspection import Inspection, diff_runs, open_store
-from .rendering import first_results, metrics_line
+from .rendering import first_results, mermaid_text, metrics_line
 from .shown import clean
 
 Form = Literal["html", "markdown"]
@@ -148,12 +148,16 @@ def _memory(record: RunRecord) -> Table:
 def _devices(record: RunRecord) -> Iterator[Table]:
     """What a kind predicted for each device and measured there, under the names `predicted` and `measured`."""
     for name, node in record.nodes.items():
-        told, held = node.metrics.get("predicted"), node.metrics.get("measured")
-        if isinstance(told, dict) and isinstance(held, dict):
+        told, held = (_counts(node.metrics.get(side)) for side in ("predicted", "measured"))
+        if told and held:
             devices = dict.fromkeys([*told, *held])
-            yield _pairs(
-                f"What {name} placed", "device", [(d, int(told.get(d, 0)), int(held.get(d, 0))) for d in devices]
-            )
+            yield _pairs(f"What {name} placed", "device", [(d, told.get(d, 0), held.get(d, 0)) for d in devices])
+
+
+def _counts(value: Json) -> Mapping[str, int]:
+    """Bytes by name; what holds anything else was not meant by `predicted` and `measured`."""
+    found = value if isinstance(value, dict) else {}
+    return found if all(type(count) is int and 0 <= count <= MOST for count in found.values()) else {}
 
 
 def _pairs(title: str, what: str, found: Sequence[tuple[str, int, int]]) -> Table:
@@ -293,7 +297,7 @@ def _mermaid(record: RunRecord) -> Iterable[str]:
         return []
     numbers = {name: f"n{number}" for number, name in enumerate(record.nodes)}
     boxes = [
-        f'    {numbers[name]}["{MARKS.get(node.status, "")} {_cell(name)}"]'.replace("@", "#64;")
+        f'    {numbers[name]}["{MARKS.get(node.status, "")} {mermaid_text(_cell(name))}"]'.replace("@", "#64;")
         for name, node in record.nodes.items()
     ]
     edges = [

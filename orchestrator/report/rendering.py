@@ -11,6 +11,7 @@ from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from bigpipe.files import Damaged, open_regular, parse_json
 from bigpipe.orchestrator.contract import Json
 from bigpipe.orchestrator.planning import Action, Plan, PlannedNode, difference_json, machine_line, shown
 from bigpipe.sizes import format_size, format_transfer
@@ -177,12 +178,12 @@ def results_text(result: RunResult, limit: int = 5) -> str:
 def first_results(path: Path, limit: int) -> Iterator[tuple[str, str]]:
     """Yield prompt and text of the first lines of a results file. A row without a text says its error, or itself; a
     line that is no row is all text."""
-    with suppress(OSError), path.open(encoding="utf-8", errors="replace") as lines:
+    with suppress(OSError, Damaged), open_regular(path, links=True) as lines:
         for line in islice(lines, limit):
             try:
-                row = json.loads(line)
+                row = parse_json(line)
             except ValueError:
-                row = line
+                row = line.decode("utf-8", "replace")
             found = row if isinstance(row, dict) else {"text": row}
             yield _text(found.get("prompt", "")), _text(found.get("text", found.get("error", found)))
 
@@ -220,12 +221,18 @@ def graph_json(recipe: Recipe) -> dict[str, Json]:
     return {"schema": "bigpipe.graph/1", "manifest": str(recipe.path), "nodes": nodes}
 
 
+def mermaid_text(text: str) -> str:
+    """Return a text as it stands between quotes in Mermaid
+    (https://mermaid.js.org/syntax/flowchart.html#entity-codes-to-escape-characters)."""
+    return text.replace('"', "#quot;")
+
+
 def graph_text(recipe: Recipe, form: str = "text") -> str:
     """Return the graph as text, or in a language that draws it: mermaid, dot, svg."""
     edges = list(recipe.graph.edges)
     if form == "mermaid":
         ids = {name: f"n{index}" for index, name in enumerate(recipe.nodes)}
-        lines = [f'    {ids[name]}["{name}"]' for name in recipe.nodes]
+        lines = [f'    {ids[name]}["{mermaid_text(name)}"]' for name in recipe.nodes]
         return "\n".join(["graph TD", *lines, *(f"    {ids[a]} --> {ids[b]}" for a, b in edges)])
     if form == "svg":
         from .drawing import STYLE, Drawn, graph
@@ -234,8 +241,9 @@ def graph_text(recipe: Recipe, form: str = "text") -> str:
             [Drawn(name, node.kind.kind, after=node.predecessors) for name, node in recipe.nodes.items()], STYLE
         )
     if form == "dot":
-        lines = [f'    "{name}" [label="{name}\\n{node.kind.kind}"];' for name, node in recipe.nodes.items()]
-        return "\n".join(["digraph recipe {", *lines, *(f'    "{a}" -> "{b}";' for a, b in edges), "}"])
+        ids = {name: name.replace("\\", r"\\").replace('"', r"\"") for name in recipe.nodes}
+        lines = [f'    "{ids[name]}" [label="{ids[name]}\\n{node.kind.kind}"];' for name, node in recipe.nodes.items()]
+        return "\n".join(["digraph recipe {", *lines, *(f'    "{ids[a]}" -> "{ids[b]}";' for a, b in edges), "}"])
     rows = []
     for name, node in recipe.nodes.items():
         wires = [f"{port}: {', '.join(names)}" for port, names in node.inputs.items()]

@@ -11,8 +11,8 @@ import json
 import os
 import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
@@ -21,7 +21,7 @@ from typing import Any
 from pydantic import BaseModel, Field, ValidationError
 
 from bigpipe.errors import BigpipeError, UsageError
-from bigpipe.files import Damaged, LogFile, is_held, read_sealed, write_sealed
+from bigpipe.files import Damaged, LogFile, is_held, open_regular, parse_json, read_sealed, write_sealed
 from bigpipe.git import Checkout
 from bigpipe.orchestrator.contract import (
     Event,
@@ -327,20 +327,34 @@ def node_times(runs: Path, run: str) -> dict[str, tuple[float, float]]:
     began: dict[str, float] = {}
     ended: dict[str, float] = {}
     first, last = None, 0.0
-    with suppress(OSError), (runs / run / EVENTS).open(encoding="utf-8", errors="replace") as lines:
-        for line in lines:
-            event = {}
-            with suppress(ValueError):  # a line that lost power tore
-                event = json.loads(line)
-            if "time" in event:
-                now = datetime.fromisoformat(event["time"]).timestamp()
-                first = now if first is None else first
-                last = now - first
-                if event["event"] == "node_started":
-                    began.setdefault(event["node"], last)
-                elif event["event"] == "node_finished":
-                    ended[event["node"]] = last
+    with suppress(OSError, Damaged), open_regular(runs / run / EVENTS) as lines:
+        for now, event, node in filter(None, map(_timed, lines)):
+            first = now if first is None else first
+            last = now - first
+            if event == "node_started":
+                began.setdefault(node, last)
+            elif event == "node_finished":
+                ended[node] = last
     return {name: (start, ended.get(name, last)) for name, start in began.items()}
+
+
+def _timed(line: bytes) -> tuple[float, str, str] | None:
+    """Time, event and node of a line of the log. None for one that lost power tore, or that is none."""
+    try:
+        event = parse_json(line)
+        return datetime.fromisoformat(event["time"]).timestamp(), event["event"], str(event.get("node"))
+    except (ValueError, KeyError, TypeError, AttributeError, OverflowError):
+        return None
+
+
+@contextmanager
+def reading(log: Path) -> Iterator[Iterable[bytes]]:
+    """Give the lines of a node's log. Raise UsageError for what is no log."""
+    try:
+        with open_regular(log) as lines:
+            yield lines
+    except (OSError, Damaged) as error:
+        raise UsageError(f"{log} is no log that can be read", "remove it: nothing depends on it") from error
 
 
 def log_files(runs: Path, run: str, node: str | None = None) -> Iterator[tuple[str, int, Path]]:
@@ -350,7 +364,7 @@ def log_files(runs: Path, run: str, node: str | None = None) -> Iterator[tuple[s
         raise UsageError(f"run {record.run} has no node {node}", f"it has {', '.join(record.nodes)}")
     for name in [node] if node is not None else record.nodes:
         folder = node_folder(runs / record.run, name)
-        attempts = {int(path.parent.name): path for path in folder.glob("[0-9]*/log.txt")}
+        attempts = {int(log.parent.name): log for log in folder.glob("*/log.txt") if log.parent.name.isdecimal()}
         for attempt in sorted(attempts):
             yield name, attempt, attempts[attempt]
 

@@ -17,6 +17,7 @@ from __future__ import annotations
 import errno
 import fcntl
 import hashlib
+import io
 import json
 import os
 import stat
@@ -314,7 +315,18 @@ def unseal(data: bytes) -> Any:
     expected = _HEAD + hashlib.sha256(body).hexdigest().encode() + _MIDDLE
     if data[: start + len(_MIDDLE)] != expected or data[-len(_TAIL) :] != _TAIL:
         raise Damaged
-    return json.loads(body)
+    try:
+        return parse_json(body)
+    except ValueError as error:
+        raise Damaged from error
+
+
+def parse_json(text: str | bytes) -> Any:
+    """Return what a JSON document holds, whoever wrote it. Raise ValueError for one that is none, or too deep."""
+    try:
+        return json.loads(text)
+    except RecursionError as error:
+        raise ValueError("it is nested too deeply") from error
 
 
 def write_sealed(path: Path, value: Any, *, durable: bool = True) -> None:
@@ -328,24 +340,25 @@ def read_sealed(path: Path) -> Any:
 
 
 def read_regular(path: Path) -> bytes:
-    """Return the bytes of a regular file. Raise Damaged where a link, a directory, a socket or a FIFO (which would be
-    waited for) has its name, else OSError."""
+    """Return the bytes of a regular file. Raise Damaged where something else has its name, else OSError."""
+    with open_regular(path) as file:
+        return file.read()
+
+
+def open_regular(path: Path, *, links: bool = False) -> io.BufferedReader:
+    """Open a regular file for reading. Raise Damaged where a link, a directory, a socket or a FIFO (which would be
+    waited for) has its name, else OSError. links: take what a link leads to."""
     try:
-        descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+        follow = 0 if links else os.O_NOFOLLOW
+        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC | follow)
     except OSError as error:
         if error.errno in (errno.ELOOP, errno.ENXIO):
             raise Damaged from error
         raise
-    try:
-        facts = os.fstat(descriptor)
-        if not stat.S_ISREG(facts.st_mode):
-            raise Damaged
-        content = bytearray()
-        while piece := os.read(descriptor, facts.st_size + 1):
-            content += piece
-        return bytes(content)
-    finally:
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
         os.close(descriptor)
+        raise Damaged
+    return open(descriptor, "rb")
 
 
 def write_all(descriptor: int, data: Bytes) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 
 from .errors import UsageError
@@ -13,6 +14,8 @@ UNITS = {
 }  # fmt: skip
 MOST = 2**63 - 1
 """Bytes; what files and memory can have at the most."""
+TOO_MUCH = 2**1000
+"""Counts that a float has no room for; nobody has as much, but what others count may say so."""
 DIGITS = 40
 _SIZE = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*")
 
@@ -88,6 +91,7 @@ def format_transfer(size: float) -> str:
 
 
 def _format(size: float, base: int, units: tuple[str, ...]) -> str:
+    size = size if abs(size) < TOO_MUCH else math.inf if size > 0 else -math.inf
     power = 0
     while power < len(units) - 1 and abs(size) >= base ** (power + 1):
         power += 1

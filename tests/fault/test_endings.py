@@ -10,6 +10,7 @@ import random
 import shlex
 import signal
 import subprocess
+import sys
 import termios
 import time
 from pathlib import Path
@@ -331,3 +332,21 @@ def test_a_worker_that_cannot_write_what_came_of_it_says_so(tmp_path):
         Launched(make_job(tmp_path, params={"do": "choke"})).run()
     assert f"{tmp_path / 'attempt' / 'outcome-run.json'}: File too large" in caught.value.cure
     assert "allow larger files (`ulimit -f`" in caught.value.cure
+
+
+def test_a_terminal_that_has_few_signs_is_shown_the_others_spelled_out(workshop):
+    workshop.manifest.write_text("version: 1\nname: few\nstages:\n  a: {uses: write, with: {text: 'größe → 1'}}\n")
+    run = workshop.command("run", "recipe.yaml", PYTHONIOENCODING="ascii")
+    assert run.returncode == 0, run.stderr
+    assert "Traceback" not in run.stderr
+    assert "\\u2713 succeeded" in run.stderr
+
+
+def test_a_working_directory_that_is_gone_is_named(workshop):
+    workshop.manifest.write_text("version: 1\nname: gone\nstages:\n  a: {uses: write, with: {text: x}}\n")
+    (workshop.folder / "gone").mkdir()
+    script = f"cd gone && rmdir ../gone && exec {sys.executable} -m bigpipe plan ../recipe.yaml"
+    environ = environment(workshop.folder)
+    told = subprocess.run(["sh", "-c", script], cwd=workshop.folder, env=environ, capture_output=True, text=True)
+    assert told.returncode == 2, told
+    assert "the working directory cannot be used" in told.stderr
