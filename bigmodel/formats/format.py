@@ -118,6 +118,10 @@ class Packing(Protocol):
     def beside(self, shape: Shape, dtype: str, scales: Scales, measured: Any, threads: int) -> dict[str, bytes]:
         """Return the contents of all stored tensors but the codes, by suffix."""
 
+    def wrong(self, config: Mapping[str, Any]) -> str | None:
+        """Return what no module can be made from in a `quantization_config`, in words; None: there is nothing."""
+        return None
+
     def module(self, linear: torch.nn.Module, shapes: Shapes, config: Mapping[str, Any]) -> torch.nn.Module:
         """Return the empty module that takes the place of `linear`; shapes: of the stored tensors, by suffix."""
 

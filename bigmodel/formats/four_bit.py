@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
     from .format import Scales
 
+COMPUTES = frozenset({"float16", "half", "bfloat16", "float32", "float", "float64", "double"})
 STATE = "weight.quant_state.bitsandbytes__"
 TYPICAL_OFFSET = 0.12345678901234568
 """Stands in for the mean absmax of a weight that was not read yet: as text it has 17 to 20 characters mostly."""
@@ -106,12 +107,17 @@ class FourBit(Packing):
             "weight.nested_quant_map": dynamic_code().tobytes(),
         }
 
+    def wrong(self, config: Mapping[str, Any]) -> str | None:
+        compute = config.get("bnb_4bit_compute_dtype")
+        fits = compute is None or (isinstance(compute, str) and compute.removeprefix("torch.") in COMPUTES)
+        return None if fits else f"bnb_4bit_compute_dtype is {compute!r:.80}, and no dtype to compute in"
+
     def module(self, linear: torch.nn.Module, shapes: Shapes, config: Mapping[str, Any]) -> torch.nn.Module:
         import torch
         from bitsandbytes.nn import Linear4bit
 
         rows, columns = _features(linear)
-        compute = str(config.get("bnb_4bit_compute_dtype", "float32")).removeprefix("torch.")
+        compute = str(config.get("bnb_4bit_compute_dtype") or "float32").removeprefix("torch.")
         made = bitsandbytes.module(
             linear, rows, columns, Linear4bit, compute_dtype=getattr(torch, compute),
             compress_statistics="weight.nested_absmax" in shapes, quant_type=self.quant_type,

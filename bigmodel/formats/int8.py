@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -54,6 +55,11 @@ class Int8(Packing):
 
     def beside(self, shape: Shape, dtype: str, scales: Scales, measured: Any, threads: int) -> dict[str, bytes]:
         return {"SCB": scales.tobytes(), "weight_format": b"\0"}
+
+    def wrong(self, config: Mapping[str, Any]) -> str | None:
+        found = config.get("llm_int8_threshold", 0.0)
+        fits = isinstance(found, int | float) and not isinstance(found, bool) and math.isfinite(found)
+        return None if fits else f"llm_int8_threshold is {found!r:.80}, and no number"
 
     def module(self, linear: torch.nn.Module, shapes: Shapes, config: Mapping[str, Any]) -> torch.nn.Module:
         from bitsandbytes.nn import Linear8bitLt

@@ -92,6 +92,8 @@ def format_of(described: ModelDescription) -> Format:
     if said and not isinstance(said, Mapping):
         cause = f"{_place(described)}quantization_config is {said!r:.80}, and says nothing of how weights are packed"
         raise InvalidCheckpoint(cause, "take it out of config.json, or write what transformers saves there")
+    if found.packing and (odd := found.packing.wrong(described.quantization or {})):
+        raise InvalidCheckpoint(f"{_place(described)}quantization_config: {odd}", "mend it in config.json")
     dtypes = {dtype for dtype, _ in (stored or {}).values()}
     if described.quantization and found.tensors and dtypes and dtypes <= PLAIN_DTYPES:
         told = ", ".join(sorted(dtypes & CASTABLE))

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from support.contexts import check_context, forecast_context
 from support.models import make_checkpoint
 from support.shells import shell
@@ -29,7 +30,7 @@ from bigpipe.bigmodel.formats import (
     recognise,
 )
 from bigpipe.bigmodel.formats.recognition import FOREIGN
-from bigpipe.errors import UsageError
+from bigpipe.errors import InvalidCheckpoint, UsageError
 from bigpipe.orchestrator.stage import Forecast
 from bigpipe.plugins.dispatch import STAGE as DISPATCH, DispatchParams
 from bigpipe.plugins.distributed_infer import STAGE as INFER, InferParams
@@ -204,3 +205,33 @@ def test_plain_weights_are_refused_nothing(tmp_path: Path) -> None:
     described = describe_checkpoint(make_checkpoint(tmp_path / "llama", "llama"))
     computable(described)
     castable(described, "float32")
+
+
+ODD_SETTINGS: list[tuple[str, str, Any]] = [
+    *(("nf4", "bnb_4bit_compute_dtype", odd) for odd in (5, "float15", "int8", [1], {"a": 1}, True)),
+    *(("int8", "llm_int8_threshold", odd) for odd in ("6.0", [6.0], None, True, float("nan"))),
+]
+
+
+@pytest.mark.parametrize(("scheme", "name", "odd"), ODD_SETTINGS, ids=str)
+def test_settings_that_no_module_is_made_from_are_told_from_the_config(
+    tmp_path: Path, scheme: str, name: str, odd: Any
+) -> None:
+    bigpipe.quantize_checkpoint(make_checkpoint(tmp_path / "model", "llama"), tmp_path / "out", scheme=scheme)
+    config = json.loads((tmp_path / "out/config.json").read_text())
+    config["quantization_config"][name] = odd
+    (tmp_path / "out/config.json").write_text(json.dumps(config))
+    for read in (bigpipe.load, bigpipe.estimate, lambda path: bigpipe.place(path, max_memory={"cpu": "1GiB"})):
+        with pytest.raises(InvalidCheckpoint, match=f"{tmp_path / 'out'}: quantization_config: {name} is"):
+            read(tmp_path / "out")
+
+
+@pytest.mark.parametrize("dtype", ["torch.float16", "half", None, "bfloat16"])
+def test_a_compute_dtype_may_be_written_as_torch_does(tmp_path: Path, dtype: str | None) -> None:
+    bigpipe.quantize_checkpoint(make_checkpoint(tmp_path / "model", "llama"), tmp_path / "out", scheme="nf4")
+    config = json.loads((tmp_path / "out/config.json").read_text())
+    config["quantization_config"]["bnb_4bit_compute_dtype"] = dtype
+    (tmp_path / "out/config.json").write_text(json.dumps(config))
+    wanted = {"torch.float16": torch.float16, "half": torch.float16, None: torch.float32, "bfloat16": torch.bfloat16}
+    loaded: Any = bigpipe.load(tmp_path / "out")
+    assert loaded.model.layers[0].mlp.up_proj.compute_dtype == wanted[dtype]
