@@ -38,7 +38,7 @@ ROOMS = {
     " yamlsource",
     "orchestrator.report": "progress rendering reporters shown",
     "orchestrator.running": "records runner streaming",
-    "orchestrator.store": "artifacts hashing keeping layout locks publish store",
+    "orchestrator.store": "artifacts hashing keeping layout locks store",
     "bigmodel": "formats publishing sources",
     "bigmodel.formats": "registry widths",
     "bigmodel.publishing": "addresses destinations",

@@ -97,6 +97,10 @@ def record_path(folder: Path, digest: str) -> Path:
     return folder / f"{hex_of(digest)}.json"
 
 
+JOURNAL = "publish.json"
+"""In a work folder: what the publishing that began there still has to do."""
+
+
 class Layout:
     """The paths of a store. Creates nothing."""
 

@@ -37,13 +37,12 @@ from .artifacts import (
 )
 from .hashing import Fingerprint, StatMemo, fingerprint, hash_file
 from .keeping import keep_again
-from .layout import Layout, explained, is_hex, make_directory, write_sealed
+from .layout import JOURNAL, Layout, explained, is_hex, make_directory, write_sealed
 from .locks import StoreLock
 
 Known = Mapping[str, tuple[str, int]]
 """Relative path → (sha256 in hex, size) of files whose bytes a stage has hashed itself."""
 How = Literal["adopt", "object", "reference"]
-JOURNAL = "publish.json"
 PAGE = 4096
 """Bytes that a link or a record takes at least: files themselves are only moved."""
 

@@ -42,12 +42,12 @@ from .artifacts import (
     tree_is_whole,
 )
 from .keeping import named_roots, release, remember, sweep
-from .layout import Layout, explained, hex_of, is_hex, make_directory, names_in
+from .layout import JOURNAL, Layout, explained, hex_of, is_hex, make_directory, names_in
 from .locks import WORK_LOCK, Presence, StoreLock, if_free
-from .publish import JOURNAL, Known, Publisher
 
 if TYPE_CHECKING:
     from .garbage import GcReport, LockedDigests
+    from .publish import Known, Publisher
     from .verify import VerifyReport
 
 
@@ -80,9 +80,14 @@ class Store:
         self.layout = Layout(self.root)
         self.memo, self.parts, self.runs = self.layout.memo, self.layout.parts, self.layout.runs
         self._presence = Presence(self.layout)
-        self._publisher = Publisher(self.layout, self._presence.temporary)
         self._tidied = threading.Event()
         self._close = weakref.finalize(self, self._presence.leave)
+
+    @property
+    def _publisher(self) -> Publisher:
+        from .publish import Publisher  # of what has run
+
+        return Publisher(self.layout, self._presence.temporary)
 
     def refuse_foreign(self) -> None:
         """Raise UsageError where the directory is somebody else's, or none."""

@@ -27,9 +27,8 @@ from .artifacts import (
     tree_is_whole,
 )
 from .hashing import hash_file
-from .layout import Layout, is_hex, names_in, record_path, sealed_digests
+from .layout import JOURNAL, Layout, is_hex, names_in, record_path, sealed_digests
 from .locks import WORK_LOCK
-from .publish import JOURNAL
 
 Shape = Literal["folder", "directory", "file", "lock"]
 """folder: a directory, or a link to one. lock: a file that is opened to be written to."""
