@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 from hypothesis import given, strategies as st
 
+from bigpipe.orchestrator.contract import Event, NodeFinished, OneAtATime
 from bigpipe.orchestrator.launch.output import LONGEST_LINE, LineSplitter, Log, OutputReader
 from bigpipe.redaction import Redactor, conceal, conceal_environment, redact, redact_json, stored_hub_token
 
@@ -117,3 +118,16 @@ def test_pipes_are_read_to_their_end_and_a_flood_loses_nothing_in_the_log(tmp_pa
     lines = (tmp_path / "log.txt").read_text().splitlines()
     assert "[rank 1] from a rank" in lines
     assert [line for line in lines if line.startswith("line")] == [f"line {number}" for number in range(30_000)]
+
+
+def test_reporters_see_no_secret_in_any_field_of_an_event() -> None:
+    seen: list[Event] = []
+
+    class Seeing:
+        def report(self, event: Event) -> None:
+            seen.append(event)
+
+    conceal(["s3cr3t-value"])
+    told = NodeFinished("n", "failed", 1.0, 2, {"s3cr3t-value": ["of s3cr3t-value"]}, error="no s3cr3t-value")
+    OneAtATime(Seeing()).report(told)
+    assert seen == [NodeFinished("n", "failed", 1.0, 2, {"***": ["of ***"]}, error="no ***")]
