@@ -99,8 +99,10 @@ def _unknown_arguments(params: InferParams) -> Iterator[InitErrorDetails]:
 def _idle(params: InferParams) -> Iterator[InitErrorDetails]:
     """Fields that somebody wrote and nothing heeds."""
     idle, own = {}, ":" in params.task
-    if not own and not find_task(params.task, Sources()).makes_tokens:
-        idle["max_new_tokens"] = f"{params.task} makes no tokens; leave it out"
+    task = None if own else find_task(params.task, Sources())
+    if task is not None and (task.own_length or not task.makes_tokens):
+        makes = "as many tokens as it needs" if task.own_length else "no tokens"
+        idle["max_new_tokens"] = f"{params.task} makes {makes}; leave it out"
     if params.template is not None:
         idle["column"] = "the template names the fields that make the prompt; leave one of them out"
     elif not own and isinstance(params.prompts, list) and not any(isinstance(each, dict) for each in params.prompts):

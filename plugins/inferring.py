@@ -44,6 +44,8 @@ if TYPE_CHECKING:
 
 CUDA_BASE = 3 * 2**30
 """Bytes of CUDA's libraries and pinned buffers in a rank that has GPUs: a bound."""
+LONGEST = 2**16
+"""Tokens of a task that makes as many as it needs: cut to the model's positions."""
 RANK_BASE = 500 * 2**20
 """Bytes of a rank that has imported torch and transformers and holds no model."""
 
@@ -157,10 +159,10 @@ def _workload(params: InferParams, rows: list[Row]) -> Workload:
     """Of the largest batch: a token rarely has less than a byte. Beams and several texts count as rows."""
     texts = max(params.generation.get("num_beams") or 1, params.generation.get("num_return_sequences") or 1)
     task = find_task(params.task, Sources()) if params.task in TASKS else None
-    new, longest = params.max_new_tokens, max(row.nbytes for row in rows)
+    longest = task.longest(params.generation, rows) if task else max(row.nbytes for row in rows)
     if task is not None and not task.makes_tokens:
-        longest = task.longest(params.generation, rows)
         return Workload(batch_size=params.batch_size, sequence_length=longest, all_logits=True)
+    new = LONGEST if task is not None and task.own_length else params.max_new_tokens
     return Workload(batch_size=params.batch_size * texts, sequence_length=longest + new, output_length=new)
 
 

@@ -88,7 +88,8 @@ def beside_weights(
     if config.get("is_encoder_decoder") and not all_logits:
         # The encoder is done before the first key is cached
         cache = cache_of(architecture, batch_size, length, cache_itemsize, output_length)
-        encoder = prefill(shape, batch_size, length, itemsize, headless=True)
+        heard = config.get("max_source_positions") if config.get("num_mel_bins") else None
+        encoder = prefill(shape, batch_size, heard or length, itemsize, headless=True)
         size = max(size if attention == size else 0, encoder.bytes, cache.bytes)
         formula, held = "the encoder's largest phase, or the cache", 0
     else:

@@ -82,6 +82,7 @@ class Task:
       go with it, as far as config and side files tell.
     check_rows: (rows, model); raises UsageError for rows that the model cannot take, as far as its side files tell.
     makes_tokens: does it make tokens, `TaskOptions.max_new_tokens` of them at the most?
+    own_length: does it make as many tokens as it needs, whatever that number is?
     heeds_length: does it heed `TaskOptions.max_new_tokens` though nobody knows whether it makes tokens?
     columns: fields that each row must have besides its prompt.
     named_columns: those of the `arguments` that name such a field, where they are given, and what it holds: one text,
@@ -100,6 +101,7 @@ class Task:
     reads: Reads | None = "text"
     classes: tuple[str, ...] = ()
     makes_tokens: bool = False
+    own_length: bool = False
     heeds_length: bool = False
     columns: tuple[str, ...] = ()
     named_columns: Mapping[str, Literal["text", "texts"]] = field(default_factory=dict)
@@ -121,7 +123,7 @@ class Task:
             self._require_class(model, sources)
             self.check_rows(rows, model)
             self.check_model(model, arguments, sources)
-            if self.makes_tokens:
+            if self.makes_tokens and not self.own_length:
                 _check_new_tokens(model, max_new_tokens, sources)
 
     def require_arguments(self, arguments: Mapping[str, Any]) -> None:

@@ -12,7 +12,7 @@ from pydantic import ValidationError
 from support.contexts import forecast_context
 from support.inferring import context, infer, results, start, streaming
 from support.launching import MACHINE
-from support.media import make_vit, write_picture
+from support.media import make_vit, make_whisper, tones, write_picture, write_wav
 from support.models import make_with_head
 from support.workshop import Workshop
 
@@ -76,6 +76,32 @@ def test_pictures_are_rows_of_two_ranks_and_of_streamed_layers(tmp_path: Path) -
     assert results(one) == results(two) == results(disk)
     assert [line["prompt"] for line in results(one)] == [f"pictures/{number}.png" for number in range(5)]
     assert all(set(line) == {"index", "prompt", "label", "score"} for line in results(one))
+
+
+def test_sounds_are_rows_of_two_ranks_and_of_streamed_layers(tmp_path: Path) -> None:
+    model = make_whisper(tmp_path / "model")
+    for number, seconds in enumerate((1.0, 33.0, 2.0)):
+        write_wav(tmp_path / f"sounds/{number}.wav", tones(seconds, 8000, number), 8000)
+    fields: dict[str, Any] = {"prompts": "sounds/*.wav", "batch_size": 2, "dtype": "float32"}
+    asked = InferParams(task="automatic-speech-recognition", generation={"language": "en"}, **fields)
+    one, two, disk = (
+        context(tmp_path / name, model, 1 + (name == "two"), base=tmp_path) for name in ("one", "two", "disk")
+    )
+    assert infer(asked, one).prompts == infer(asked, two).prompts == 3
+    placed = streaming(tmp_path, model, "model.decoder.embed_tokens")
+    infer(asked, replace(disk, inputs={**disk.inputs, "placement": (placed,)}))
+    assert results(one) == results(two) == results(disk)
+    assert [line["prompt"] for line in results(one)] == [f"sounds/{number}.wav" for number in range(3)]
+    with pytest.raises(ValidationError, match="makes as many tokens as it needs") as error:
+        InferParams(task="automatic-speech-recognition", prompts="sounds/*.wav", max_new_tokens=5)
+    assert error.value.errors()[0]["loc"] == ("max_new_tokens",)
+    inputs = {"model": (Forecast(output=describe_checkpoint(model)),)}
+    ctx = forecast_context(tmp_path, inputs=inputs, machine=MACHINE).within(base=tmp_path)
+    single, many = (STAGE.forecast(asked.model_copy(update={"batch_size": each}), ctx).ram for each in (1, 64))
+    assert single is not None
+    assert many is not None
+    frames, width = 1500, 32
+    assert many - single > 63 * frames * width * 4, "what the encoder makes of 30 seconds, for each sound"
 
 
 def test_more_pictures_at_once_need_more_memory(tmp_path: Path) -> None:

@@ -47,3 +47,55 @@ def make_vit(folder: Path, **changes: Any) -> Path:
     path = make_with_head(folder, "vit", "ForImageClassification", tokenizer=False, num_labels=4, **changes)
     ViTImageProcessorPil(size={"height": 32, "width": 32}).save_pretrained(path)
     return path
+
+
+TOLD = ("endoftext", "startoftranscript", "en", "de", "translate", "transcribe", "startofprev", "notimestamps")
+"""Whisper's special tokens, between `<|` and `|>`."""
+
+
+def make_whisper(folder: Path) -> Path:
+    """A tiny Whisper of two languages, which makes 40 tokens at the most, with its tokenizer and processor."""
+    import torch
+    from tokenizers import ByteLevelBPETokenizer
+    from transformers import (
+        AddedToken,
+        GenerationConfig,
+        WhisperConfig,
+        WhisperFeatureExtractor,
+        WhisperForConditionalGeneration,
+        WhisperTokenizer,
+    )
+
+    folder.mkdir(parents=True, exist_ok=True)
+    trained = ByteLevelBPETokenizer()
+    trained.train_from_iterator(["hello world the cat sat"] * 3, vocab_size=270)
+    trained.save_model(str(folder))
+    files = {"vocab": str(folder / "vocab.json"), "merges": str(folder / "merges.txt")}
+    tokenizer = WhisperTokenizer(*files.values(), unk_token="<|endoftext|>", eos_token="<|endoftext|>")
+    tokenizer.add_tokens([AddedToken(f"<|{name}|>", special=True) for name in TOLD])
+    tokenizer.add_tokens([f"<|{step * 0.02:.2f}|>" for step in range(1501)])
+    tokenizer.save_pretrained(folder)
+    ids = {name: tokenizer.convert_tokens_to_ids(f"<|{name}|>") for name in TOLD}
+    end, start = ids["endoftext"], ids["startoftranscript"]
+    few: dict[str, Any] = {"d_model": 32, "encoder_layers": 2, "decoder_layers": 2, "encoder_ffn_dim": 64}
+    few |= {"decoder_ffn_dim": 64, "encoder_attention_heads": 4, "decoder_attention_heads": 4, "num_mel_bins": 80}
+    ends = {"pad_token_id": end, "bos_token_id": end, "eos_token_id": end, "decoder_start_token_id": start}
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(3)
+        config = WhisperConfig(
+            vocab_size=len(tokenizer), suppress_tokens=None, begin_suppress_tokens=None, **few, **ends
+        )
+        model = WhisperForConditionalGeneration(config).eval()
+        for name, parameter in model.named_parameters():
+            norm = parameter.ndim == 1 and name.endswith("weight")
+            torch.nn.init.normal_(parameter, mean=float(norm), std=0.05 if parameter.ndim == 1 else 0.4)
+        with torch.no_grad():  # so that it comes to an end
+            model.model.decoder.layer_norm.bias.copy_(model.model.decoder.embed_tokens.weight[end])
+    model.generation_config = GenerationConfig(
+        is_multilingual=True, lang_to_id={"<|en|>": ids["en"], "<|de|>": ids["de"]}, max_length=40,
+        task_to_id={name: ids[name] for name in ("transcribe", "translate")}, max_initial_timestamp_index=50,
+        no_timestamps_token_id=ids["notimestamps"], return_timestamps=False, **ends,
+    )  # fmt: skip
+    model.save_pretrained(folder)
+    WhisperFeatureExtractor(feature_size=80).save_pretrained(folder)
+    return folder

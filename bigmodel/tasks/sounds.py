@@ -1,0 +1,83 @@
+"""Files of sound as samples: read without ffmpeg, one channel, at the rate that a model hears."""
+
+from __future__ import annotations
+
+import math
+import wave
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from bigpipe.bigmodel.sources import Sources
+
+from .processing import file_of, reading
+from .rows import Row
+
+if TYPE_CHECKING:
+    import numpy
+    from numpy.typing import NDArray
+
+LOWPASS_WIDTH, ROLLOFF = 6, 0.99
+"""Zero crossings of the sinc on each side, and the part of the lower rate's band that is kept, as in torchaudio."""
+MOST = 2**26
+"""Elements of the filters, which two rates with no common factor would make as large as their product."""
+
+
+def read_sound(row: Row, sources: Sources, rate: int) -> NDArray[numpy.float32]:
+    """Return a row's sound, [samples] between -1 and 1, at `rate` Hz; of several channels their mean. Raise ValueError
+    for a file that cannot be read, or holds nothing."""
+    with reading(row):
+        samples, found = _read(file_of(row, sources))
+        if not len(samples):
+            raise ValueError("it holds no samples")
+        return resample(samples, found, rate)
+
+
+def _read(path: Path) -> tuple[NDArray[numpy.float32], int]:
+    """soundfile reads many formats; Python's own `wave` reads whole numbers in .wav alone."""
+    if find_spec("soundfile") is None:
+        return _read_wav(path)
+    import soundfile
+
+    samples, rate = soundfile.read(str(path), dtype="float32", always_2d=True)
+    return samples.mean(1), rate
+
+
+def _read_wav(path: Path) -> tuple[NDArray[numpy.float32], int]:
+    import numpy
+
+    with wave.open(str(path), "rb") as file:
+        width, channels, rate = file.getsampwidth(), file.getnchannels(), file.getframerate()
+        stored = numpy.frombuffer(file.readframes(file.getnframes()), numpy.uint8).reshape(-1, width)
+    if width == 1:  # 8 bits have no sign, all others have
+        whole = (stored[:, 0].astype(numpy.int32) - 128) << 24
+    else:
+        wide = numpy.zeros((len(stored), 4), numpy.uint8)
+        wide[:, 4 - width :] = stored
+        whole = wide.view("<i4")[:, 0]
+    samples = (whole / 2.0**31).astype(numpy.float32)
+    return samples.reshape(-1, channels).mean(1), rate
+
+
+def resample(samples: NDArray[numpy.float32], rate: int, wanted: int) -> NDArray[numpy.float32]:
+    """Return [samples] at another rate, by a sinc under a squared cosine (Smith, Digital Audio Resampling; the same as
+    torchaudio.functional.resample with its defaults). Raise ValueError for rates whose filters would be too large."""
+    import torch
+
+    if rate == wanted:
+        return samples
+    common = math.gcd(rate, wanted)
+    old, new = rate // common, wanted // common
+    band = min(old, new) * ROLLOFF
+    width = math.ceil(LOWPASS_WIDTH * old / band)
+    if new * (2 * width + old) > MOST:
+        raise ValueError(f"{rate} Hz are not resampled to {wanted}: convert it to a usual rate")
+    places = torch.arange(-width, width + old, dtype=torch.float64) / old
+    times = ((places[None] - torch.arange(new, dtype=torch.float64)[:, None] / new) * band).clamp(
+        -LOWPASS_WIDTH, LOWPASS_WIDTH
+    )
+    filters = torch.sinc(times) * torch.cos(times * math.pi / LOWPASS_WIDTH / 2) ** 2 * band / old
+    padded = torch.nn.functional.pad(torch.from_numpy(samples), (width, width + old))
+    made = torch.nn.functional.conv1d(padded[None, None], filters.float()[:, None], stride=old)
+    found: NDArray[numpy.float32] = made[0].T.reshape(-1)[: math.ceil(new * len(samples) / old)].numpy()
+    return found

@@ -1,0 +1,132 @@
+"""Sounds: read without ffmpeg, resampled, and heard by a tiny Whisper as by transformers' pipeline."""
+
+from __future__ import annotations
+
+import json
+import math
+import struct
+import wave
+from pathlib import Path
+from typing import Any
+
+import numpy
+import pytest
+from support.media import make_vit, make_whisper, tones, write_wav
+
+from bigpipe.bigmodel.checkpoint import describe_checkpoint
+from bigpipe.bigmodel.execution import load
+from bigpipe.bigmodel.inference.working import answer_batch
+from bigpipe.bigmodel.sources import Sources
+from bigpipe.bigmodel.tasks import Answerer, Row, TaskOptions, find_task, read_prompts
+from bigpipe.bigmodel.tasks.sounds import _read_wav, read_sound, resample
+from bigpipe.errors import UsageError
+
+NAME = "automatic-speech-recognition"
+
+
+@pytest.fixture(scope="module")
+def whisper(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_whisper(tmp_path_factory.mktemp("whisper"))
+
+
+def bind(path: Path, base: Path, home: str = "cpu", **arguments: Any) -> Answerer:
+    sources = Sources(base=base)
+    return find_task(NAME, sources).bind(load(path, {"": home}), path, TaskOptions(arguments=arguments), sources)
+
+
+@pytest.fixture
+def sounds(tmp_path: Path) -> list[Row]:
+    for name, seconds in (("a", 3.0), ("b", 40.0), ("c", 6.0)):
+        write_wav(tmp_path / f"sounds/{name}.wav", tones(seconds, 16_000, len(name) + int(seconds)))
+    return read_prompts("sounds/*.wav", "prompt", tmp_path)
+
+
+@pytest.mark.parametrize("home", ["cpu", "disk"])
+@pytest.mark.parametrize("timed", [False, True])
+def test_sounds_are_heard_as_by_transformers(
+    tmp_path: Path, whisper: Path, sounds: list[Row], home: str, timed: bool
+) -> None:
+    import transformers
+
+    pipeline = transformers.pipeline(NAME, model=str(whisper), device=-1)
+    options = {"num_beams": 1, "language": "en", "task": "transcribe"}
+    samples = [read_sound(row, Sources(base=tmp_path), 16_000) for row in sounds]
+    heard = [
+        pipeline(each.copy(), chunk_length_s=30, return_timestamps=timed, generate_kwargs=options) for each in samples
+    ]
+    wanted = json.loads(json.dumps(heard))
+    task = bind(whisper, tmp_path, home, language="en", task="transcribe", return_timestamps=timed)
+    assert [answer.payload for answer in task(sounds)] == wanted
+    assert task(sounds[1:2])[0].payload == wanted[1], "a sound of two chunks alone"
+    assert len({each["text"] for each in wanted}) > 1
+
+
+def test_a_wav_file_is_read_in_every_width(tmp_path: Path) -> None:
+    wanted = numpy.array(tones(0.1, 8000), dtype=numpy.float32)
+    stored = {
+        1: lambda value: struct.pack("B", round(value * 127) + 128),
+        2: lambda value: struct.pack("<h", round(value * 32767)),
+        3: lambda value: struct.pack("<i", round(value * (2**23 - 1)))[:3],
+        4: lambda value: struct.pack("<i", round(value * (2**31 - 1))),
+    }
+    for width, packed in stored.items():
+        with wave.open(str(tmp_path / "a.wav"), "wb") as file:
+            file.setparams((2, width, 8000, 0, "NONE", ""))
+            file.writeframes(b"".join(packed(float(value)) + packed(0.0) for value in wanted))
+        samples, rate = _read_wav(tmp_path / "a.wav")
+        assert rate == 8000
+        numpy.testing.assert_allclose(samples, wanted / 2, atol=2.0 ** (1 - 8 * width) + 1e-6)
+
+
+@pytest.mark.parametrize(("rate", "wanted"), [(44_100, 16_000), (8000, 16_000), (48_000, 16_000), (22_050, 16_000)])
+def test_a_resampled_tone_is_the_same_tone(rate: int, wanted: int) -> None:
+    tone = [numpy.sin(2 * math.pi * 440 * numpy.arange(each) / each).astype(numpy.float32) for each in (rate, wanted)]
+    found = resample(tone[0], rate, wanted)
+    assert found.shape == (wanted,)
+    inside = slice(200, wanted - 200)
+    numpy.testing.assert_allclose(found[inside], tone[1][inside], atol=5e-3)
+    high = numpy.sin(2 * math.pi * 0.47 * rate * numpy.arange(rate) / rate).astype(numpy.float32)
+    if rate > wanted:
+        assert abs(resample(high, rate, wanted)[inside]).max() < 0.02, "what the new rate cannot hold is gone"
+
+
+def test_a_sound_at_another_rate_and_of_two_channels_is_heard(tmp_path: Path) -> None:
+    write_wav(tmp_path / "a.wav", tones(1, 16_000), 16_000)
+    write_wav(tmp_path / "b.wav", tones(1, 48_000), 48_000, channels=2)
+    first, second = (read_sound(row, Sources(base=tmp_path), 16_000) for row in read_prompts("*.wav", "p", tmp_path))
+    assert len(first) == len(second) == 16_000
+    numpy.testing.assert_allclose(first[200:-200], second[200:-200], atol=0.02)
+
+
+def test_a_flac_file_is_read_by_soundfile(tmp_path: Path) -> None:
+    soundfile = pytest.importorskip("soundfile")
+    wanted = numpy.array(tones(0.1, 16_000), dtype=numpy.float32)
+    soundfile.write(str(tmp_path / "a.flac"), wanted, 16_000)
+    (row,) = read_prompts("a.flac", "p", tmp_path)
+    numpy.testing.assert_allclose(read_sound(row, Sources(base=tmp_path), 16_000), wanted, atol=1e-4)
+
+
+def test_a_sound_that_cannot_be_heard_is_an_error_of_its_row(tmp_path: Path, whisper: Path, sounds: list[Row]) -> None:
+    (tmp_path / "sounds/b.wav").write_bytes(b"no sound")
+    write_wav(tmp_path / "sounds/c.wav", [])
+    write_wav(tmp_path / "sounds/d.wav", [0.0] * 100, 44_101)
+    given = read_prompts("sounds/*.wav", "prompt", tmp_path)
+    found = [answer.payload for answer in answer_batch(bind(whisper, tmp_path, language="en"), given, str)]
+    assert "text" in found[0]
+    assert found[1]["error"].startswith("ValueError: sounds/b.wav is no sound that can be read: ")
+    assert found[2]["error"] == "ValueError: sounds/c.wav is no sound that can be read: it holds no samples"
+    assert "44101 Hz are not resampled to 16000" in found[3]["error"]
+
+
+def test_a_model_that_does_not_hear_is_refused_before_it_is_loaded(
+    tmp_path: Path, sounds: list[Row], whisper: Path
+) -> None:
+    task = find_task(NAME, Sources())
+    task.check({"language": "en"}, sounds, describe_checkpoint(whisper))
+    with pytest.raises(UsageError, match="takes no argument 'langauge'"):
+        task.check({"langauge": "en"}, sounds, None)
+    with pytest.raises(UsageError, match="reads sounds, and prompt 0 is a text"):
+        task.check({}, [Row(0, "a", {})], None)
+    pytest.importorskip("PIL")
+    with pytest.raises(UsageError, match=f"ViTForImageClassification does no {NAME}"):
+        task.check({}, sounds, describe_checkpoint(make_vit(tmp_path / "vit")))
