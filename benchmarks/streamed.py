@@ -53,6 +53,7 @@ def child(arm: str, source: Path, folder: Path, options: argparse.Namespace) -> 
     torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
     import accelerate
     import transformers
+    from transformers.models.opt import modeling_opt  # noqa: F401  what both arms import is no set-up of either
 
     dtype, layers = getattr(torch, options.dtype), SHAPES[options.size][2]
     home = int(options.home) if options.home.isdecimal() else options.home
