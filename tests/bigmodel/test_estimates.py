@@ -278,7 +278,9 @@ class TestRepository:
         }
         content = json.dumps(index).encode()
         files = {"config.json": json.dumps(LLAMA_405B).encode(), "model.safetensors.index.json": content}
-        server.create("org/llama-405b", {**files, **dict.fromkeys(shards, b"weights that nobody reads")})
+        counted = {"parameters": {"BF16": 405_853_388_800}, "total": 405_853_388_800}
+        weights = dict.fromkeys(shards, b"weights that nobody reads")
+        server.create("org/llama-405b", {**files, **weights}, told_counts=counted)
         made = self.ask(server, tmp_path, "org/llama-405b", dtypes=["bfloat16", "nf4"])
         assert made["bfloat16"].counts.stored == 811_706_777_600
         assert made.source == "headers"
