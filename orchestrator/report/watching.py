@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import time
 from collections import defaultdict
 from collections.abc import Iterator
@@ -10,6 +9,7 @@ from contextlib import suppress
 from datetime import UTC, datetime
 from pathlib import Path
 
+from bigpipe.files import Damaged, open_regular, parse_json
 from bigpipe.orchestrator.contract import Json, Progress
 from bigpipe.orchestrator.running import RunRecord, records
 
@@ -71,7 +71,7 @@ def _progress(events: Path) -> dict[str, str]:
     meters: dict[str, ProgressMeter] = defaultdict(ProgressMeter)
     found: dict[str, str] = {}
     for event in _last_events(events):
-        with suppress(TypeError, KeyError):  # an event of another version
+        with suppress(TypeError, KeyError, ValueError, OverflowError):  # an event of another version
             if event["event"] == Progress.name:
                 own = {name: value for name, value in event.items() if name not in ("event", "time")}
                 found[event["node"]] = meters[event["node"]].update(Progress(**own)).text()
@@ -79,13 +79,13 @@ def _progress(events: Path) -> dict[str, str]:
 
 
 def _last_events(events: Path) -> Iterator[dict[str, Json]]:
-    with suppress(OSError), events.open("rb") as file:
+    with suppress(OSError, Damaged), open_regular(events) as file:
         start = max(0, file.seek(0, 2) - TAIL)
         file.seek(start)
         lines = file.read().split(b"\n")
         for line in lines[1:] if start else lines:
             with suppress(ValueError):  # the last one may be under way
-                event = json.loads(line)
+                event = parse_json(line)
                 if isinstance(event, dict):
                     yield event
 
@@ -125,7 +125,7 @@ def follow_log(run: str, node: str | None = None, *, store: str | Path | None = 
 
 def _further(path: Path, start: int, *, whole: bool) -> tuple[list[str], int]:
     """The lines after the first `start` bytes, and how many bytes that makes. whole: without one that has not ended."""
-    with path.open("rb") as file:
+    with records.reading(path) as file:
         file.seek(start)
         text = file.read()
     text = text[: text.rfind(b"\n") + 1] if whole else text

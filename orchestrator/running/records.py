@@ -11,10 +11,11 @@ import json
 import os
 import threading
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
+from io import BufferedReader
 from pathlib import Path
 from typing import Any
 
@@ -348,11 +349,11 @@ def _timed(line: bytes) -> tuple[float, str, str] | None:
 
 
 @contextmanager
-def reading(log: Path) -> Iterator[Iterable[bytes]]:
-    """Give the lines of a node's log. Raise UsageError for what is no log."""
+def reading(log: Path) -> Iterator[BufferedReader]:
+    """Give a node's log, open. Raise UsageError for what is no log."""
     try:
-        with open_regular(log) as lines:
-            yield lines
+        with open_regular(log) as file:
+            yield file
     except (OSError, Damaged) as error:
         raise UsageError(f"{log} is no log that can be read", "remove it: nothing depends on it") from error
 

@@ -13,8 +13,8 @@ from support.forking import forked
 from support.workshop import Workshop
 
 from bigpipe.errors import UsageError
-from bigpipe.files import read_sealed, write_sealed
-from bigpipe.orchestrator.report import graph_text, log_lines, report_runs
+from bigpipe.files import LogFile, read_sealed, write_sealed
+from bigpipe.orchestrator.report import follow_log, graph_text, log_lines, report_runs, running
 from bigpipe.orchestrator.report.drawing import Drawn, graph
 from bigpipe.orchestrator.running import records
 
@@ -98,6 +98,27 @@ def test_a_log_of_events_that_holds_anything(workshop: Workshop, content: bytes)
     assert "second" in report_runs(store=workshop.folder / "store")
 
 
+PROGRESS = (
+    '{"event": "progress", "node": []}', '{"event": []}', '{"event": "progress", "node": "second", "done": "x"}',
+    '{"event": "progress", "node": "second", "done": 1e999, "total": 1e999, "unit": "B"}',
+    '{"event": "progress", "node": "second", "done": -1, "total": 1%s, "unit": "B"}' % ("0" * 400),
+    '{"event": "progress", "node": "second", "done": null, "total": [], "unit": {}}',
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("content", [*EVENTS.values(), *(line.encode() for line in PROGRESS)])
+def test_a_run_that_goes_on_is_told_whatever_its_log_holds(workshop: Workshop, content: bytes) -> None:
+    done = workshop.run(RECIPE, check=True)
+    folder = workshop.folder / "store" / "runs" / done.run
+    record = read_sealed(folder / "run.json")
+    record["status"] = record["nodes"]["second"]["status"] = "running"
+    write_sealed(folder / "run.json", record)
+    (folder / records.EVENTS).write_bytes(content + b"\n")
+    with LogFile(folder / records.EVENTS) as log:
+        log.hold()
+        assert done.run in running(store=workshop.folder / "store").text
+
+
 @pytest.mark.parametrize("row", ROWS.values(), ids=ROWS)
 def test_results_of_any_kind_are_shown(workshop: Workshop, row: bytes) -> None:
     """Also by the command that made them, whose exit code they do not change."""
@@ -139,6 +160,8 @@ def test_what_stands_in_the_place_of_a_log_is_not_waited_for(
     assert forked(lambda: report_runs(store=workshop.folder / "store"), seconds=20).code == 0
     looked = forked(lambda: list(log_lines("last", None, workshop.folder / "store")), seconds=20)
     assert looked.in_order, looked
+    assert forked(lambda: list(follow_log("last", store=workshop.folder / "store")), seconds=20).in_order
+    assert forked(lambda: running(store=workshop.folder / "store"), seconds=20).in_order
     if name != records.EVENTS:
         with pytest.raises(UsageError, match="no log that can be read"):
             list(log_lines("last", "first", workshop.folder / "store"))
