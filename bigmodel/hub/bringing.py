@@ -20,9 +20,10 @@ from bigpipe.bigmodel.checkpoint import (
     is_index,
     no_weights,
 )
-from bigpipe.errors import BigpipeError, NotAuthorised, Offline, Transient, UsageError, first_few
+from bigpipe.errors import BigpipeError, InvalidCheckpoint, NotAuthorised, Offline, Transient, UsageError, first_few
 from bigpipe.files import copy_file, free_space, link, make_directory
 from bigpipe.fit import Misfit
+from bigpipe.names import is_text
 from bigpipe.passing import NOBODY, Heads, Outlet
 from bigpipe.sizes import counted, format_transfer
 
@@ -184,13 +185,15 @@ class DirectorySource:
     def chosen(self) -> list[HubFile]:
         """Return the files to take, sorted, without digests. Links to folders are not followed.
         Raise UsageError where there is no such directory, InvalidCheckpoint where a file is a link that leads
-        elsewhere."""
+        elsewhere, or has a name that is no UTF-8."""
         if not self.directory.is_dir():
             cause = f"path: there is no directory {self.directory}"
             raise UsageError(cause, "relative paths start at the manifest's directory")
         self.require_subfolder()
         paths = [path.relative_to(self.folder) for path in sorted(self.folder.rglob("*")) if path.is_file()]
         names = self.choice.among([path.as_posix() for path in paths])
+        if bad := next((name for name in names if not is_text(name)), None):
+            raise InvalidCheckpoint(f"{self.folder} has a file named {bad!a}, which is no UTF-8", "rename it")
         for name in names:
             check_file(self.folder / name, self.folder)
             check_fetched(self.folder / name)

@@ -33,6 +33,9 @@ def _directory(path: str) -> Directory:
     found = Directory(Path(os.path.realpath(path)))
     if not found.path.name:
         raise UsageError(f"to: {path} has nothing beside it", "name a directory of its own", field="to")
+    if os.path.ismount(found.path):
+        cause = f"to: {path} is where another file system begins, and cannot be exchanged for a new version"
+        raise UsageError(cause, "name a directory in it", field="to")
     try:
         os.lstat(found.beside())
     except FileNotFoundError:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,7 @@ from bigpipe.files import read_file
 from bigpipe.modules import source_files
 from bigpipe.orchestrator.recipe.graph import load_recipe
 
+QUICKSTART = Path(__file__).parents[2] / "models" / "quickstart"
 NO_TEXT = os.fsdecode(b"a\xff")
 
 
@@ -29,6 +31,7 @@ NO_TEXT = os.fsdecode(b"a\xff")
         "file:///",
         "zip://a::file:///etc/x",
         "tar://::",
+        "/dev/shm",
     ],
 )
 def test_what_cannot_be_a_destination_is_refused(tmp_path, to):
@@ -69,3 +72,16 @@ def test_parameters_and_variables_that_are_no_text_are_problems(tmp_path):
         with pytest.raises(ManifestError, match="no UTF-8") as caught:
             load_recipe(path, params, environment=environment)
         str(caught.value).encode()
+
+
+def test_a_name_in_a_model_folder_that_is_no_text_is_named(workshop) -> None:
+    """Not called a fault of the kind."""
+    model = workshop.folder / "model"
+    shutil.copytree(QUICKSTART, model)
+    with open(os.fsencode(model) + b"/\xff.json", "wb") as file:
+        file.write(b"{}")
+    workshop.manifest.write_text("version: 1\nname: n\nstages:\n  d: {uses: download, with: {path: model}}\n")
+    told = workshop.command("run", "recipe.yaml")
+    assert told.returncode == 6, told.stderr
+    assert r"'\udcff.json', which is no UTF-8" in told.stderr
+    assert "fault of its kind" not in told.stderr
