@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from bigpipe.bigmodel.architecture import BUFFERS, COMPILED, Architecture, Matching, ask_matching
+from bigpipe.bigmodel.checkpoint import tensor_nbytes
 from bigpipe.errors import InvalidCheckpoint, first_few
 
 from .decoding import OF_ACTIVATIONS
@@ -30,6 +31,8 @@ from .recognition import format_of
 if TYPE_CHECKING:
     from bigpipe.bigmodel.architecture import TensorSpec
     from bigpipe.bigmodel.checkpoint import ModelDescription
+
+    from .format import StoredTensor
 
     Stored = Mapping[str, tuple[str, tuple[int, ...]]]
 
@@ -225,14 +228,20 @@ def _check_packed(
         module = architecture.by_name.get(own or "")
         if module is None or not module.linear:
             continue
-        wanted = {part.suffix: part.shape for part in weight.packing.stored(matrix_shape(module), "float16")}
-        if "weight" in weight.parts and (shape := weight.parts["weight"][1]) != wanted["weight"]:
-            rows, columns = matrix_shape(module)
+        parts = {part.suffix: part for part in weight.packing.stored(matrix_shape(module), "float16")}
+        if "weight" in weight.parts and not _holds_codes(*weight.parts["weight"], wanted := parts["weight"]):
+            (rows, columns), shape = matrix_shape(module), weight.parts["weight"][1]
             raise InvalidCheckpoint(
                 f"{where}{name}.weight is {list(shape)}, and {own} of {architecture.class_name}, {rows} × {columns},"
-                f" would be {list(wanted['weight'])}{_field((), (rows, columns), architecture.config)}",
+                f" would be {list(wanted.shape)}{_field((), (rows, columns), architecture.config)}",
                 CURE,
             )
+
+
+def _holds_codes(dtype: str, shape: tuple[int, ...], wanted: StoredTensor) -> bool:
+    """A column of bytes may be stored as one of wider numbers (`bnb_4bit_quant_storage`): what counts are its bytes."""
+    as_column = wanted.shape[1:] == shape[1:] == (1,) and tensor_nbytes(dtype, shape) == wanted.nbytes
+    return shape == wanted.shape or as_column
 
 
 def _untied(architecture: Architecture, matching: Matching, shared: Mapping[str, str]) -> Agreement:

@@ -235,3 +235,34 @@ def test_a_compute_dtype_may_be_written_as_torch_does(tmp_path: Path, dtype: str
     wanted = {"torch.float16": torch.float16, "half": torch.float16, None: torch.float32, "bfloat16": torch.bfloat16}
     loaded: Any = bigpipe.load(tmp_path / "out")
     assert loaded.model.layers[0].mlp.up_proj.compute_dtype == wanted[dtype]
+
+
+@pytest.mark.parametrize("storage", ["bfloat16", "float32"])
+@pytest.mark.parametrize("scheme", ["nf4", "fp4"])
+def test_codes_may_be_stored_as_wider_numbers(tmp_path: Path, storage: str, scheme: str) -> None:
+    """`bnb_4bit_quant_storage`, which FSDP needs: 405B models are published so. As transformers writes and reads it."""
+    import transformers
+
+    sizes = {"hidden_size": 64, "intermediate_size": 128}  # bitsandbytes takes whole tiles alone
+    plain = make_checkpoint(tmp_path / "model", "llama", dtype="bfloat16", **sizes)
+    told: dict[str, Any] = {"load_in_4bit": True, "bnb_4bit_quant_type": scheme}
+    for name, dtype in (("bytes", "uint8"), ("wide", storage)):
+        asked = transformers.BitsAndBytesConfig(**told, bnb_4bit_quant_storage=getattr(torch, dtype))
+        model = transformers.AutoModelForCausalLM.from_pretrained(plain, quantization_config=asked)
+        model.save_pretrained(tmp_path / name)
+    ids = torch.arange(8)[None]
+    with torch.inference_mode():
+        logits = [bigpipe.load(tmp_path / name)(ids).logits for name in ("bytes", "wide")]
+        theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "wide")(ids).logits
+        streamed = bigpipe.load(tmp_path / "wide", {"": "disk"})(ids).logits
+    assert torch.equal(logits[0], logits[1])
+    assert torch.equal(logits[1], theirs)
+    assert torch.equal(streamed, theirs)
+    room = {"cpu": "1GiB"}
+    assert bigpipe.place(tmp_path / "wide", max_memory=room).weights == (
+        bigpipe.place(tmp_path / "bytes", max_memory=room).weights
+    )
+    config = json.loads((tmp_path / "wide/config.json").read_text())
+    (tmp_path / "wide/config.json").write_text(json.dumps({**config, "intermediate_size": 96}))
+    with pytest.raises(InvalidCheckpoint, match="would be"):
+        bigpipe.place(tmp_path / "wide", max_memory=room)
