@@ -76,16 +76,15 @@ ROWS: dict[str, bytes] = {
 }
 
 
-@pytest.mark.parametrize("form", ["html", "markdown"])
 @pytest.mark.parametrize("found", METRICS.values(), ids=METRICS)
-def test_metrics_of_any_kind_are_shown(workshop: Workshop, found: dict[str, Any], form: Any) -> None:
+def test_metrics_of_any_kind_are_shown(workshop: Workshop, found: dict[str, Any]) -> None:
     done = workshop.run(RECIPE, check=True)
     path = workshop.folder / "store" / "runs" / done.run / "run.json"
     record = read_sealed(path)
     record["nodes"]["second"]["metrics"] = found
     write_sealed(path, record)
-    text = report_runs(store=workshop.folder / "store", form=form)
-    assert not re.search(r"(?<!\\)<(script|img)", text)
+    texts = report_runs(store=workshop.folder / "store"), report_runs(store=workshop.folder / "store", form="markdown")
+    assert not any(re.search(r"(?<!\\)<(script|img)", text) for text in texts)
     assert workshop.command("show").returncode == 0
 
 
