@@ -63,6 +63,8 @@ def read_prompts(prompts: str | Sequence[Any], column: str, base: Path, template
     else:
         objects = [prompt if isinstance(prompt, dict) else {column: prompt} for prompt in prompts]
         given = [(f"prompts[{number}]", data) for number, data in enumerate(objects)]
+        for where, data in given:
+            _refuse_keys(data, where)
     if not given:
         raise UsageError(f"there is no prompt in {prompts!r}", "give one at least")
     if template is None:
