@@ -131,7 +131,9 @@ def test_a_task_of_your_own(tmp_path):
     code = blocks(page)[1]
     name = re.match(r"# (\w+\.py)\n", code)
     assert name is not None
-    (tmp_path / name[1]).write_text(f"{code}\n\ndef score(model, prompt, passage):\n    return len(prompt + passage)\n")
+    code = code.replace("ForSequenceClassification", "ForCausalLM")  # the class of the model that ships
+    score = "def score(model, prompt, passage, asked):\n    return len(prompt + passage) * asked.temperature\n"
+    (tmp_path / name[1]).write_text(f"{code}\n\n{score}")
     (tmp_path / "models").symlink_to(ROOT / "models")
     recipe = """\
 version: 1
@@ -147,7 +149,7 @@ stages:
     rank = nodes(tmp_path, recipe.replace("GENERATION", "{}"))["rank"]
     assert json.loads((Path(rank["path"]) / "results.jsonl").read_text())["score"] == 9
     (tmp_path / "recipe.yaml").write_text(recipe.replace("GENERATION", "{top_k: 3}"))
-    with pytest.raises(AssertionError, match="rerank takes `temperature` alone"):
+    with pytest.raises(AssertionError, match="rerank takes no argument 'top_k'"):
         run(tmp_path, "-m", "bigpipe", "run", "recipe.yaml")
 
 
