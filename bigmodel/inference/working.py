@@ -90,11 +90,13 @@ def _records(batch: Sequence[Row], answers: Sequence[Answer], seconds: float) ->
 
 
 def answer_batch(answerer: Answerer, rows: Sequence[Row], log: Callable[[str], None]) -> list[Answer]:
-    """Return the answers of a batch. Where one row breaks it, each is tried alone, and the broken one says why."""
+    """Return the answers of a batch. Where one row breaks it, each is tried alone, and the broken one says why.
+    Nothing is kept for a backward, unless the answerer asks torch for gradients itself."""
     import torch
 
     try:
-        answers = answerer(rows)
+        with torch.no_grad():
+            answers = answerer(rows)
         for answer in answers:
             json.dumps(answer.payload, allow_nan=False, ensure_ascii=False).encode()
         return answers

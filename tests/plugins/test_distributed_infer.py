@@ -303,6 +303,26 @@ def test_a_function_of_ones_own_over_a_file(tmp_path: Path, model: Path) -> None
     assert results(ctx) == wanted
 
 
+RECORDS_NOTHING = """
+import torch
+
+def last(model, rows, max_new_tokens):
+    tokens = torch.tensor([[5, 6, 7]])
+    return [{"logit": float(model(tokens).logits[0, -1].numpy()[3])} for _ in rows]
+"""
+
+
+@pytest.mark.parametrize("together", [None, 2])
+def test_a_function_need_not_say_that_nothing_is_trained(tmp_path: Path, model: Path, together: int | None) -> None:
+    (tmp_path / "mytasks.py").write_text(RECORDS_NOTHING)
+    ctx = context(tmp_path, model, trust=Trust(modules=("mytasks",)))
+    if together is not None:
+        ctx = replace(ctx, inputs={**ctx.inputs, "placement": (streaming(tmp_path, model),)})
+    parameters = params(task="mytasks:last", prompts=["a", "b", "c"], batch_size=1, micro_batches=together)
+    assert infer(parameters, ctx).errors == 0
+    assert len({row["logit"] for row in results(ctx)}) == 1
+
+
 def checking(folder: Path, **changes: Any) -> CheckContext:
     return check_context(folder, base=folder, machine=MACHINE, memo=folder, **changes)
 
