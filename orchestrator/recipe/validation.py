@@ -157,7 +157,7 @@ def _expected(finding: _Finding) -> str:
 
 def _report(finding: _Finding, model: type[BaseModel], target: Target, problems: Problems) -> None:
     document, path = target.document, target.path + finding.path
-    name = ".".join(str(part) for part in finding.path)
+    name = ".".join(str(part) or '""' for part in finding.path)
     if finding.kind == "extra_forbidden":
         known = fields_at(model, finding.path[:-1])
         cure = did_you_mean(str(path[-1]), known, otherwise="it takes")

@@ -35,6 +35,8 @@ LINE_SHARE = 0.1
 LINE_SECONDS = 30.0
 """A plain line whenever progress has gone this share further, or this long after the last."""
 COLOURS = {"succeeded": "green", "cached": "dim", "failed": "red", "skipped": "yellow"}
+BEGINNING = b'{"time": '
+"""Of a file of events."""
 MARKS = {"succeeded": "✓", "cached": "·", "failed": "✗", "skipped": "-"}
 
 
@@ -188,7 +190,10 @@ class JsonlReporter:
             raise UsageError(f"{path} is a directory", other)
         with explained(path, other=other):
             make_directory(path.parent, durable=False)
+            torn = _ends_within_an_event(path, other)
             self._file = LogFile(path)
+            if torn:
+                self._file.append(b"\n")
 
     def report(self, event: Event) -> None:
         now = datetime.now(UTC).isoformat(timespec="milliseconds")
@@ -196,6 +201,17 @@ class JsonlReporter:
 
     def close(self) -> None:
         self._file.close()
+
+
+def _ends_within_an_event(path: Path, other: str) -> bool:
+    """Return whether what wrote there before was cut short. Raise UsageError for a file of something else."""
+    if not path.is_file() or not (size := path.stat().st_size):
+        return False
+    with path.open("rb") as file:
+        if not BEGINNING.startswith(file.read(len(BEGINNING))[:size]):
+            raise UsageError(f"{path} holds something else than events, which would be appended to it", other)
+        file.seek(-1, os.SEEK_END)
+        return file.read() != b"\n"
 
 
 class Tee:

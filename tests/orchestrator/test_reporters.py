@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from support.launching import wait_for
 
-from bigpipe.errors import DoesNotFit, ManifestError, Place, Problem
+from bigpipe.errors import DoesNotFit, ManifestError, Place, Problem, UsageError
 from bigpipe.orchestrator.contract.events import (
     Event,
     LogLine,
@@ -180,6 +180,22 @@ def test_the_stream_decides_and_events_go_to_a_file(tmp_path: Path) -> None:
     with closing(reporters.choose_reporter(dumb, environment={"TERM": "dumb"})) as reporter:
         reporter.report(NodeStarted("n", ""))
     assert dumb.getvalue() == "n: started\n"
+
+
+def test_events_go_after_events_alone(tmp_path: Path) -> None:
+    path = tmp_path / "events.jsonl"
+    path.write_bytes(b'{"time": "2026-01-01T00:00:00+00:00", "event": "node_sta')
+    for _ in range(2):
+        with closing(reporters.choose_reporter(io.StringIO(), events=path)) as reporter:
+            reporter.report(STORY[0])
+    torn, *rows = path.read_text().splitlines()
+    assert torn.endswith("node_sta")
+    assert [json.loads(row)["event"] for row in rows] == [STORY[0].name] * 2
+    for name, content in {"recipe.yaml": b"version: 1\n", "short": b"x", "model.safetensors": bytes(80)}.items():
+        (tmp_path / name).write_bytes(content)
+        with pytest.raises(UsageError, match="something else than events"):
+            reporters.choose_reporter(io.StringIO(), events=tmp_path / name)
+        assert (tmp_path / name).read_bytes() == content
 
 
 def test_a_cached_run_never_imports_rich() -> None:
