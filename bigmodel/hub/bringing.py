@@ -21,7 +21,7 @@ from bigpipe.bigmodel.checkpoint import (
     no_weights,
 )
 from bigpipe.errors import BigpipeError, InvalidCheckpoint, NotAuthorised, Offline, Transient, UsageError, first_few
-from bigpipe.files import copy_file, free_space, link, make_directory
+from bigpipe.files import copy_file, free_space, link, make_folders
 from bigpipe.fit import Misfit
 from bigpipe.names import is_text
 from bigpipe.passing import NOBODY, Heads, Outlet
@@ -154,7 +154,7 @@ class HubSource:
         bringing = _Bringing(out, watch, chosen)
 
         def arrived(name: str, file: Fetched) -> None:
-            make_directory((out / name).parent)
+            make_folders((out / name).parent)
             link(file.path, out / name)
             bringing.arrived(name, file.sha256, file.size)
 

@@ -26,7 +26,7 @@ from bigpipe.bigmodel.hub import (
     whoami,
 )
 from bigpipe.errors import BigpipeError, NotAuthorised, Offline, StageFailed, Transient, UsageError
-from bigpipe.files import CHUNK, link, make_directory
+from bigpipe.files import CHUNK, link, make_directory, make_folders
 
 from .destinations import Destination, Receipt, Report, Stored
 
@@ -100,7 +100,7 @@ class HubRepository(Destination):
 
     def put(self, new: Path, name: str, source: Path, report: Report) -> Stored:
         """Linked, not copied: the client reads through the link and sends the bytes."""
-        make_directory((new / name).parent, durable=False)
+        make_folders((new / name).parent, durable=False)
         link(source.resolve(), new / name)
         size = source.stat().st_size
         sha256, git = hashlib.sha256(), hashlib.sha1(b"blob %d\0" % size, usedforsecurity=False)

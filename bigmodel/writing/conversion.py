@@ -28,7 +28,7 @@ from bigpipe.bigmodel.checkpoint import (
 )
 from bigpipe.bigmodel.formats import castable, decode, decoded, format_of
 from bigpipe.errors import UsageError
-from bigpipe.files import copy_file, lies_in, link, make_directory, real_folders, write_file
+from bigpipe.files import copy_file, lies_in, link, make_folders, real_folders, write_file
 from bigpipe.machine import cores
 from bigpipe.names import is_text
 from bigpipe.passing import NOBODY, Outlet
@@ -162,7 +162,7 @@ def carry_side_files(
     written = {}
     for extra in checkpoint.extras:
         name = extra.relative_to(checkpoint.folder)
-        make_directory((out / name).parent)
+        make_folders((out / name).parent)
         if config is not None and name == Path("config.json"):
             continue
         if linked and checkpoint.inlet is None:

@@ -218,13 +218,18 @@ def _sync_at(path: Path, flags: int) -> None:
 
 
 def make_directory(path: Path, *, durable: bool = True, mode: int = 0o777) -> None:
-    """Create a directory and its parents where they are missing, and sync what they were created in.
+    """Create a directory that somebody named, and its parents where they are missing; sync what they were created in.
     Raise UsageError for `s3:` and the like: as a path, an address would be one of this machine's directories."""
+    if odd := [each.name for each in (path, *path.parents) if begins_address(each.name) and not each.is_dir()]:
+        cause = f"{odd[-1]}// begins an address, and a directory of this machine is meant"
+        raise UsageError(cause, "give a path; the stage `save` writes to a bucket, or to the Hub")
+    make_folders(path, durable=durable, mode=mode)
+
+
+def make_folders(path: Path, *, durable: bool = True, mode: int = 0o777) -> None:
+    """Create a directory as `make_directory` does, whatever its name: files of a model have any."""
     if path.is_dir():
         return
-    if begins_address(path.name):
-        cause = f"{path.name}// begins an address, and a directory of this machine is meant"
-        raise UsageError(cause, "give a path; the stage `save` writes to a bucket, or to the Hub")
     try:
         path.mkdir(mode=mode)
     except FileExistsError:
@@ -232,7 +237,7 @@ def make_directory(path: Path, *, durable: bool = True, mode: int = 0o777) -> No
             raise
         return
     except FileNotFoundError:
-        make_directory(path.parent, durable=durable, mode=mode)
+        make_folders(path.parent, durable=durable, mode=mode)
         with suppress(FileExistsError):
             path.mkdir(mode=mode)
     if durable:
@@ -575,7 +580,7 @@ def copy_file(
     progress: called with the number of bytes done since the last call. Raise StageFailed where the source changed
     meanwhile, OSError where it cannot be read, and what `explain` gives.
     """
-    make_directory(target.parent, durable=durable)
+    make_folders(target.parent, durable=durable)
     with source.open("rb") as reading, FileWriter(target) as writing:
         before = os.fstat(reading.fileno())
         shared = writing.share(reading.fileno())

@@ -33,7 +33,7 @@ from types import MappingProxyType
 from typing import Any
 
 from .errors import StageFailed
-from .files import copy_file, give_name, is_partial, link, make_directory, write_file
+from .files import copy_file, give_name, is_partial, link, make_directory, make_folders, write_file
 
 PAUSE = 0.01
 """Seconds between two looks at the folder."""
@@ -92,7 +92,7 @@ class Handover:
     def tell(self, name: str, content: object = None) -> None:
         """Readers of this file see all of it or nothing."""
         path = self.folder / name
-        make_directory(path.parent, durable=False)
+        make_folders(path.parent, durable=False)
         write_file(path, json.dumps(content), durable=False)
 
     def read(self, name: str) -> Any:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from attack.hub_answers import ODD_NAMES
 from bigpipe.bigmodel.publishing import open_destination
 from bigpipe.bigmodel.sources import Sources
 from bigpipe.errors import ManifestError, UsageError
@@ -85,3 +86,29 @@ def test_a_name_in_a_model_folder_that_is_no_text_is_named(workshop) -> None:
     assert told.returncode == 6, told.stderr
     assert r"'\udcff.json', which is no UTF-8" in told.stderr
     assert "fault of its kind" not in told.stderr
+
+
+ODDLY_NAMED = """\
+version: 1
+name: odd
+stages:
+  download: {uses: download, with: {path: model, include: ["*"]}}
+  shard: {uses: shard, inputs: download, with: {max_shard_size: 1MB}}
+  save: {uses: save, inputs: shard, with: {to: saved}}
+"""
+
+
+def test_files_of_a_model_may_have_any_name_from_the_download_to_the_copy(workshop) -> None:
+    model, got = workshop.folder / "model", workshop.folder / "got"
+    shutil.copytree(QUICKSTART, model)
+    for name in ODD_NAMES.values():
+        (model / name).parent.mkdir(parents=True, exist_ok=True)
+        (model / name).write_bytes(name.encode())
+    workshop.manifest.write_text(ODDLY_NAMED)
+    told = workshop.command("run", "recipe.yaml")
+    assert told.returncode == 0, told.stderr
+    assert workshop.command("get", "download", "got").returncode == 0
+    carried = [name for name in ODD_NAMES.values() if name[0] != "." and not name.endswith((".lock", ".incomplete"))]
+    for folder, names in ((got, ODD_NAMES.values()), (workshop.folder / "saved", carried)):
+        for name in names:
+            assert (folder / name).read_bytes() == name.encode(), name
