@@ -3,7 +3,7 @@
 main → command → cli, a click group over
   commandline.recipes      run plan validate status why graph lock
   commandline.questions    estimate init schema kinds doctor completion
-  commandline.stored       ls ps show log diff report get gc verify
+  commandline.stored       ls ps show log diff report get rm gc verify
 """
 
 from __future__ import annotations

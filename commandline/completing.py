@@ -84,6 +84,10 @@ def _ran(given: dict[str, Any]) -> Iterable[str]:
     return list(report.show_run(given.get("run") or "last", store=given.get("store")).data["nodes"])
 
 
+def _removable(given: dict[str, Any]) -> Iterable[str]:
+    return [*_ran(given), *_runs(given)]
+
+
 def _kinds(given: dict[str, Any]) -> Iterable[str]:
     from bigpipe.orchestrator.recipe import stage_kinds
 
@@ -99,4 +103,5 @@ def _models(given: dict[str, Any]) -> Iterable[str]:
 
 
 NODES, PARAMETERS, RUNS, RAN, KINDS = map(offering, (_nodes, _parameters, _runs, _ran, _kinds))
+REMOVABLE = offering(_removable)
 MODELS = offering(_models, files=True)

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import re
+from datetime import timedelta
 from pathlib import Path
+from types import MappingProxyType
 
 import click
 
@@ -22,6 +25,19 @@ def pairs(context: click.Context, option: click.Parameter, written: tuple[str, .
     return found
 
 
+AGE_UNITS = MappingProxyType({"m": "minutes", "h": "hours", "d": "days", "w": "weeks"})
+
+
+def age(context: click.Context, option: click.Parameter, written: str | None) -> timedelta | None:
+    """Return how long ago `12h`, `30d` or `2w` is. Raise UsageError."""
+    if written is None:
+        return None
+    match = re.fullmatch(r"([0-9]{1,4})([mhdw])", written)
+    if match is None:
+        raise UsageError(f"{written!r} is no age", "write for example 12h, 30d or 2w")
+    return timedelta(**{AGE_UNITS[match[2]]: int(match[1])})
+
+
 MANIFEST = click.argument("manifest", type=click.Path(path_type=Path))
 STORE = click.option(
     "--store", type=click.Path(path_type=Path), help="The store; else $BIGPIPE_HOME, else the XDG cache."
@@ -38,6 +54,8 @@ PARAMS = click.option(
 )
 JSON = click.option("--json", "as_json", is_flag=True, help="Print JSON on stdout.")
 JOBS = click.option("--jobs", type=click.IntRange(min=1), help="Nodes side by side at the most.")
+YES = click.option("-y", "--yes", is_flag=True, help="Do not ask.")
+DRY_RUN = click.option("--dry-run", is_flag=True, help="Only say what would go.")
 OFFLINE = click.option("--offline", is_flag=True, help="Never use the network.")
 
 

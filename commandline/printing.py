@@ -101,6 +101,13 @@ def say(text: str, *, err: bool = False) -> None:
     click.echo(report.clean(text), file=own_stderr() if err else own_stdout())
 
 
+def confirmed(question: str) -> bool:
+    """Return whether whoever sits at the terminal says yes."""
+    click.echo(f"{report.clean(question)} [y/N] ", nl=False, file=own_stderr())
+    own_stderr().flush()
+    return sys.stdin.readline().strip().lower() in ("y", "yes")
+
+
 def redraw(text: str) -> None:
     """Print a text in place of all that stands on the screen; where there is none, below what was printed before."""
     screen = own_stdout()

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import sys
+from collections.abc import Callable
+from datetime import timedelta
 from pathlib import Path
 
 import click
 
 from bigpipe.errors import UsageError
 from bigpipe.orchestrator import report
+from bigpipe.sizes import format_transfer
 
-from .completing import RAN, RUNS
-from .options import JSON, STORE
-from .printing import redraw, say, show
+from .completing import RAN, REMOVABLE, RUNS
+from .options import DRY_RUN, JSON, STORE, YES, age
+from .printing import confirmed, redraw, say, show
 
 
 def _print(answer: report.Inspection, as_json: bool) -> None:
@@ -125,16 +129,63 @@ def get(node: str, directory: Path, run: str, as_json: bool, store: Path | None)
     _print(report.get_artifact(node, directory, run=run, store=store), as_json)
 
 
-@click.command()
-@click.option("--dry-run", is_flag=True, help="Only say what would go.")
+def _free(work: Callable[[bool], report.Inspection], yes: bool, dry_run: bool, as_json: bool) -> None:
+    """Ask before anything goes: `work`, which is told whether to only look, says what."""
+    if not (yes or dry_run):
+        foreseen = work(True)
+        size = format_transfer(foreseen.data["freed_bytes"])
+        if as_json or not sys.stdin.isatty():
+            cure = "see it with --dry-run, and go on with --yes"
+            raise UsageError(f"{size} would be freed, and there is nobody to ask", cure)
+        say(foreseen.text)
+        if foreseen.data["freed"] and not confirmed(f"Free {size}?"):
+            say("nothing was removed")
+            return
+    _print(work(dry_run), as_json)
+
+
+@click.command("rm")
+@click.argument("targets", nargs=-1, required=True, metavar="RUN|ARTIFACT|NODE...", shell_complete=REMOVABLE)
+@click.option("--run", default="last", show_default=True, shell_complete=RUNS, help="The run whose NODEs are meant.")
+@YES
+@DRY_RUN
 @JSON
 @STORE
-def gc(dry_run: bool, as_json: bool, store: Path | None) -> None:
-    """Delete artifacts that no existing manifest or lock file names.
+def remove(targets: tuple[str, ...], run: str, yes: bool, dry_run: bool, as_json: bool, store: Path | None) -> None:
+    """Remove records and logs of RUNs, or ARTIFACTs: by the digits that `ls` prints, or as what NODEs gave in a run.
 
-    Example: bigpipe gc --dry-run
+    What is removed is made again when a run needs it. Nothing that a run which goes on may use is removed.
+
+    Example: bigpipe rm quantize@scheme=nf4 --dry-run
     """
-    _print(report.collect_garbage(dry_run, store=store), as_json)
+    _free(lambda look: report.remove(targets, look, run=run, store=store), yes, dry_run, as_json)
+
+
+@click.command()
+@click.option(
+    "--older-than",
+    callback=age,
+    metavar="AGE",
+    help="Only what was made longer ago: 12h, 30d, 2w; 0d: all that can go.",
+)
+@click.option(
+    "--keep-runs", type=click.IntRange(min=0), metavar="N", help="How many runs stay on record; else the latest 200."
+)
+@YES
+@DRY_RUN
+@JSON
+@STORE
+def gc(
+    older_than: timedelta | None, keep_runs: int | None, yes: bool, dry_run: bool, as_json: bool, store: Path | None
+) -> None:
+    """Free what no existing manifest or lock file names any more, after asking.
+
+    Of a manifest in a checkout of git that is not where it was, and of other -p values than the last ones, what ran in
+    the last 30 days stays, or in the AGE that is given.
+
+    Example: bigpipe gc --older-than 30d --dry-run
+    """
+    _free(lambda look: report.collect_garbage(look, older_than, keep_runs, store=store), yes, dry_run, as_json)
 
 
 @click.command()
@@ -149,4 +200,4 @@ def verify(repair: bool, as_json: bool, store: Path | None) -> None:
     _print(report.verify_store(repair, store=store), as_json)
 
 
-COMMANDS = (list_artifacts, list_running, show_record, log, diff, write_report, get, gc, verify)
+COMMANDS = (list_artifacts, list_running, show_record, log, diff, write_report, get, remove, gc, verify)

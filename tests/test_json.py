@@ -85,7 +85,8 @@ def test_answers_of_a_run_and_of_what_looks_back(workshop) -> None:
         "plan recipe.yaml", "validate recipe.yaml", "status recipe.yaml", "why recipe.yaml a", "graph recipe.yaml",
         "lock recipe.yaml", "lock recipe.yaml --check", "kinds", "kinds write", "ls", "ps", "show",
         f"diff {run['run']} last", "get a taken",
-        "report", "gc --dry-run", "verify", f"estimate {MODEL}", f"estimate {MODEL} {MODEL} --compare",
+        "report", "gc --dry-run", "rm last --dry-run", "verify",
+        f"estimate {MODEL}", f"estimate {MODEL} {MODEL} --compare",
         f"estimate {MODEL} --memory 64GiB",
     ):  # fmt: skip
         answer(workshop, *command.split(), code=0)
@@ -110,6 +111,8 @@ REFUSED = {
     "no dtype fits": (4, f"estimate {MODEL} --memory 1MiB", "", None),
     "stale": (10, "status recipe.yaml --exit-code", GOOD, None),
     "no Hub": (75, "estimate org/model", "", None),
+    "nobody to ask": (2, "gc", GOOD, None),
+    "nothing to remove": (2, "rm a --yes", GOOD, None),
     "nothing to get": (2, "get a .", GOOD, None),
 }
 

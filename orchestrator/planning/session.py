@@ -18,7 +18,7 @@ from bigpipe.machine import detect
 from bigpipe.orchestrator.contract import CheckContext, Json, LogLine, Machine, Pinned, Reporter, Surroundings
 from bigpipe.orchestrator.launch import visible_secrets
 from bigpipe.orchestrator.recipe import Node, Recipe, load_recipe
-from bigpipe.orchestrator.store import KeyRecord, StatMemo, Store, default_root
+from bigpipe.orchestrator.store import KeyRecord, StatMemo, Store, default_root, digest_of
 from bigpipe.redaction import printable, redact
 from bigpipe.sizes import format_transfer
 
@@ -62,6 +62,11 @@ class Session:
     def checkout(self) -> Checkout:
         """What git says of the manifest."""
         return Checkout(self.recipe.path)
+
+    @property
+    def variant(self) -> str:
+        """Return what names the `-p` values: none, or a digest, since they may be secret."""
+        return digest_of("variant", dict(self.arguments)) if self.arguments else ""
 
     @cached_property
     def base(self) -> Path:

@@ -5,9 +5,9 @@ from typing import TYPE_CHECKING
 from bigpipe.faces import face
 
 if TYPE_CHECKING:
+    from .freeing import collect_garbage, remove
     from .inspection import (
         Inspection,
-        collect_garbage,
         diff_runs,
         get_artifact,
         list_store,

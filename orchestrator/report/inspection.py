@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -11,7 +10,6 @@ from pathlib import Path
 from bigpipe.errors import BigpipeError, StageFailed, UsageError
 from bigpipe.names import did_you_mean
 from bigpipe.orchestrator.contract import Json
-from bigpipe.orchestrator.lock import locked_digests
 from bigpipe.orchestrator.planning import Difference, differences
 from bigpipe.orchestrator.running import RunRecord, records
 from bigpipe.orchestrator.store import Artifact, KeyRecord, Store, default_root
@@ -19,9 +17,6 @@ from bigpipe.redaction import conceal_environment
 from bigpipe.sizes import counted, format_size, format_transfer
 
 from .rendering import columns, metrics_line, nodes_table
-
-NOUNS = {"work": "work folder", "temporary": "temporary file", "quarantine": "quarantined file"}
-"""What garbage is called where its kind is no noun that can be counted."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -142,7 +137,7 @@ def get_artifact(node: str, directory: Path, *, run: str = records.LAST, store: 
     """Copy what a node gave in a run to a directory, as real files."""
     with open_store(store) as opened:
         record = records.load_run(opened.runs, run)
-        name = _meant(record, node)
+        (name,) = meant(record, node)
         digest = record.nodes[name].digest
         if digest is None:
             cause = f"{name} gave nothing in run {record.run}: it is {record.nodes[name].status}"
@@ -155,27 +150,15 @@ def get_artifact(node: str, directory: Path, *, run: str = records.LAST, store: 
     return Inspection({"schema": "bigpipe.get/1", **found}, text)
 
 
-def _meant(record: RunRecord, node: str) -> str:
-    """The node of a run that is called so, or the only variant of that stage."""
+def meant(record: RunRecord, node: str, *, several: bool = False) -> list[str]:
+    """Return the node of a run that is called so, or the only variant of that stage; if `several`, all of them."""
     found = [node] if node in record.nodes else [name for name in record.nodes if name.partition("@")[0] == node]
     if not found:
         cure = did_you_mean(node, record.nodes, otherwise="it has")
         raise UsageError(f"run {record.run} has no node {node!r}", cure)
-    if len(found) > 1:
+    if len(found) > 1 and not several:
         raise UsageError(f"run {record.run} has {len(found)} variants of {node}", f"name one: {', '.join(found)}")
-    return found[0]
-
-
-def collect_garbage(dry_run: bool, *, store: str | Path | None = None) -> Inspection:
-    with open_store(store) as opened:
-        report = opened.gc(locked_digests, dry_run=dry_run)
-    verb = "would free" if dry_run else "freed"
-    counts = Counter(item.kind for item in report.freed)
-    lines = [f"{item.kind} {item.name}  {format_transfer(item.bytes)}" for item in report.freed if item.bytes]
-    what = ", ".join(counted(count, NOUNS.get(kind, kind)) for kind, count in counts.items()) or "nothing"
-    lines.append(f"{verb} {format_transfer(report.freed_bytes)}: {what}")
-    lines.append(f"kept {counted(report.kept_artifacts, 'artifact')}, {format_transfer(report.kept_bytes)}")
-    return Inspection({"schema": "bigpipe.gc/1", **asdict(report), "freed_bytes": report.freed_bytes}, "\n".join(lines))
+    return found
 
 
 def verify_store(repair: bool, *, store: str | Path | None = None) -> Inspection:

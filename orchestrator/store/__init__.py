@@ -6,6 +6,7 @@ from bigpipe.faces import face
 
 if TYPE_CHECKING:
     from .artifacts import Artifact, KeyRecord, remove_tree
+    from .garbage import RUNS, Freed, GcReport, Keeping
     from .hashing import StatMemo, canonical, digest_of
     from .layout import default_root, explained, make_directory, memo_directory
     from .store import Store, Work

@@ -1,17 +1,23 @@
 """What a store must keep, and what it need not.
 
-For every manifest and lock file ever run it remembers the keys that the nodes had last. Bytes that nobody wants kept
-(`cache: false`) are released once the last consumer of a node's artifact has published; its digest, its metrics and the
-sizes of its files stay recorded.
+For every manifest and lock file ever run it remembers the keys that the nodes had last, with each set of `-p` values,
+and which file of which repository the manifest is: a checkout may move, or have another branch checked out. Bytes that
+nobody wants kept (`cache: false`) are released once the last consumer of a node's artifact has published; its digest,
+its metrics and the sizes of its files stay recorded.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
+from typing import Any
+
+from bigpipe.errors import BigpipeError
+from bigpipe.git import origin_of
 
 from .artifacts import all_artifacts, all_records, let_go, load_artifact
 from .hashing import digest_of
@@ -20,6 +26,10 @@ from .locks import Presence, StoreLock
 
 HISTORY = 8
 """Keys that are remembered per node."""
+VARIANTS = 256
+"""Sets of `-p` values that are remembered per manifest."""
+FRESH = timedelta(days=1)
+"""How far the time of the last use may lie behind: a run that finds everything there writes nothing."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,6 +48,18 @@ class Root:
     """Node → its latest keys, the last one included, oldest first. `gc` may have freed all but the last."""
     begun: Mapping[str, str] = field(default_factory=dict)
     """Node → key that it has begun to work on and has no record of yet."""
+    variants: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    """Per set of `-p` values, those used last at the end: the `keys` that the nodes had with them, and when they were
+    `used`, as far as `FRESH`."""
+    remote: str = ""
+    inside: str = ""
+    top: str = ""
+    """Its `git.Origin`, where it lay in a checkout."""
+
+    @property
+    def used(self) -> str:
+        """When it ran last, ISO 8601 in UTC; empty where that is not known."""
+        return max((str(variant["used"]) for variant in self.variants.values()), default="")
 
     @property
     def exists(self) -> bool:
@@ -69,30 +91,68 @@ def named_roots(layout: Layout, manifest: Path, name: str) -> list[Root]:
     return [*named, own] if own else named
 
 
-def remember(layout: Layout, manifest: Path, lock: Path | None, name: str, nodes: Mapping[str, str]) -> None:
-    """Merge nodes → keys into the root of a manifest. A key without a record counts as begun."""
+def remember(
+    layout: Layout, manifest: Path, lock: Path | None, name: str, nodes: Mapping[str, str], variant: str = ""
+) -> None:
+    """Merge nodes → keys into the root of a manifest. A key without a record counts as begun. variant: names the `-p`
+    values that the nodes have these keys with."""
     path = root_path(layout, manifest)
     beside = None if lock is None else os.path.abspath(lock)
     new = Root(manifest=os.path.abspath(manifest), lock=beside, name=name, nodes=nodes)
     with explained(path):
         old = load_root(layout, path)
-        known = old is not None and (old.name, old.lock, old.begun) == (name, new.lock, {})
-        if old is not None and known and nodes.items() <= old.nodes.items():
-            return  # a run that finds everything cached writes nothing
-        with StoreLock(layout.locks / "roots"):
-            write_sealed(path, asdict(_merged(layout, load_root(layout, path), new)))
+        same = old is not None and (old.name, old.lock, old.begun) == (name, new.lock, {})
+        if old is not None and same and nodes.items() <= old.nodes.items():
+            if is_young(_used(old, variant), FRESH):
+                return  # a run that finds everything cached writes nothing
+            unneeded: tuple[type[Exception], ...] = (OSError, BigpipeError)  # nothing but the time: not worth failing
+        else:
+            unneeded = ()
+        with suppress(*unneeded), StoreLock(layout.locks / "roots"):
+            write_sealed(path, asdict(_merged(layout, load_root(layout, path), new, variant)))
 
 
-def _merged(layout: Layout, old: Root | None, new: Root) -> Root:
+def _used(root: Root, variant: str) -> str:
+    return str(root.variants.get(variant, {}).get("used", ""))
+
+
+def is_young(used: str, age: timedelta) -> bool:
+    """Return whether a time (ISO 8601) lies less than `age` back. What has no time is old."""
+    return bool(used) and datetime.fromisoformat(used) + age > datetime.now(UTC)
+
+
+def living(roots: Sequence[Root]) -> list[Root]:
+    """Return the roots whose manifest or lock is there: where it was, or, of the last root of a repository's file, in
+    another checkout of it that is known."""
+    here = [root for root in roots if root.exists]
+    latest = {(root.remote, root.inside): root for root in sorted(roots, key=lambda root: (root in here, root.serial))}
+    moved = [
+        root
+        for root in latest.values()
+        if root not in here
+        and any(
+            root.remote == other.remote and os.path.exists(Path(other.top, root.inside)) for other in roots if root.top
+        )
+    ]
+    return here + moved
+
+
+def _merged(layout: Layout, old: Root | None, new: Root, variant: str) -> Root:
     old = old or replace(new, nodes={})
     done = {node: key for node, key in new.nodes.items() if layout.key(key).exists()}
     history = {node: [known for known in old.history.get(node, []) if known != key] for node, key in done.items()}
+    others = {name: used for name, used in old.variants.items() if name != variant}
+    keys = {**old.variants.get(variant, {}).get("keys", {}), **done}
+    own = {"used": datetime.now(UTC).isoformat(timespec="seconds"), "keys": keys}
+    origin = origin_of(Path(new.manifest))
     return replace(
         new,
         serial=1 + max((root.serial for root in all_roots(layout)), default=0),
         nodes={**old.nodes, **done},
         history={**old.history, **{node: [*history[node], key][-HISTORY:] for node, key in done.items()}},
         begun={node: key for node, key in {**old.begun, **new.nodes}.items() if node not in done},
+        variants=dict([*others.items(), (variant, own)][-VARIANTS:]),
+        **(asdict(origin) if origin else {}),
     )
 
 

@@ -15,7 +15,7 @@ from __future__ import annotations
 import os
 import threading
 import weakref
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -46,7 +46,7 @@ from .layout import JOURNAL, Layout, explained, hex_of, is_hex, make_directory, 
 from .locks import WORK_LOCK, Presence, StoreLock, if_free
 
 if TYPE_CHECKING:
-    from .garbage import GcReport, LockedDigests
+    from .garbage import Freed, GcReport, Keeping, LockedDigests
     from .publish import Known, Publisher
     from .verify import VerifyReport
 
@@ -261,10 +261,12 @@ class Store:
         recorded. What another artifact holds stays; while another process uses the store all stays, for it to free."""
         return release(self.layout, self._presence, digest, key)
 
-    def remember(self, recipe_path: Path, lock_path: Path | None, name: str, node_keys: Mapping[str, str]) -> None:
+    def remember(
+        self, recipe_path: Path, lock_path: Path | None, name: str, node_keys: Mapping[str, str], variant: str = ""
+    ) -> None:
         """Keep these keys from `gc`, with what is known, as long as the manifest or its lock file exists. A key may be
-        given before it has a record: its unfinished work is then kept."""
-        remember(self.layout, recipe_path, lock_path, name, node_keys)
+        given before it has a record: its unfinished work is then kept. variant: names the `-p` values of these keys."""
+        remember(self.layout, recipe_path, lock_path, name, node_keys, variant)
 
     def last_keys(self, manifest: Path, name: str) -> dict[str, str]:
         """Return node → the key of its last record under this manifest path, else the latest manifest of this name."""
@@ -276,11 +278,23 @@ class Store:
         keys = roots[-1].history.get(node, []) if roots else []
         return [record for key in keys if (record := self.find(key)) is not None]
 
-    def gc(self, locked: LockedDigests, *, dry_run: bool = False) -> GcReport:
+    def gc(self, locked: LockedDigests, keeping: Keeping | None = None, *, dry_run: bool = False) -> GcReport:
         """Free all that no existing manifest or lock file names. Raise Transient while another run uses the store."""
-        from .garbage import collect_garbage
+        from .garbage import Keeping, collect_garbage
 
-        return collect_garbage(self.layout, self._presence, locked, dry_run=dry_run)
+        return collect_garbage(self.layout, self._presence, locked, keeping or Keeping(), dry_run=dry_run)
+
+    def remove(self, digests: Collection[str], *, dry_run: bool = False) -> GcReport:
+        """Free these artifacts, and forget the computations that gave them. Raise Transient as `gc` does."""
+        from .garbage import remove_artifacts
+
+        return remove_artifacts(self.layout, self._presence, digests, dry_run=dry_run)
+
+    def remove_runs(self, runs: Sequence[str], *, dry_run: bool = False) -> tuple[Freed, ...]:
+        """Free what these runs, which are over, left behind: their records and logs."""
+        from .garbage import remove_runs
+
+        return remove_runs(self.layout, runs, dry_run=dry_run)
 
     def take_out(self, digest: str, directory: Path) -> dict[str, int]:
         """Copy an artifact to a directory as real files; see `takeout`. Return relative path → bytes."""

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Sequence
 from contextlib import suppress
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -43,6 +45,49 @@ class Checkout:
             return None
         changed = any(not line.startswith("#") for line in lines)
         return {"commit": commit, "dirty": changed or answers[1] is None}
+
+
+@dataclass(frozen=True, slots=True)
+class Origin:
+    """What a file is in whichever checkout it lies: the same in a second one, and in one that moved."""
+
+    remote: str
+    """`github.com/owner/name`, of any protocol and without a password; where there is none, the checkout's folder."""
+    inside: str
+    """The path of the file from the top of the checkout."""
+    top: str
+    """The checkout's folder."""
+
+
+def origin_of(file: Path) -> Origin | None:
+    """Return which file of which repository this is; None outside a checkout, and where git does not say."""
+    if not any((folder / ".git").exists() for folder in file.absolute().parents):
+        return None
+    try:
+        asked = [_ask(file, ["rev-parse", "--show-toplevel"]), _ask(file, ["config", "--get-regexp", _URLS])]
+    except OSError:  # there is no git
+        return None
+    top, urls = map(_answer, asked)
+    if not top:
+        return None
+    folder = os.fsdecode(top).rstrip("\n")
+    named = dict(line.split(" ", 1) for line in os.fsdecode(urls or b"").splitlines() if " " in line)
+    url = named.get("remote.origin.url") or next(iter(named.values()), folder)
+    inside = os.path.relpath(os.path.realpath(file.absolute().parent), os.path.realpath(folder))
+    return Origin(_address(url), os.path.normpath(os.path.join(inside, file.name)), folder)
+
+
+_URLS = r"^remote\..*\.url$"
+
+
+def _address(url: str) -> str:
+    """`https://user:token@github.com/owner/name.git` and `git@github.com:owner/name` are `github.com/owner/name`."""
+    _, separator, rest = url.partition("://")
+    if not separator and not re.match(r"[^/]+:", url):
+        return os.path.normpath(url)  # a folder
+    rest = rest if separator else url.replace(":", "/", 1)
+    host, _, path = re.split(r"[?#]", rest, maxsplit=1)[0].partition("/")
+    return f"{host.rpartition('@')[2]}/{path.rstrip('/')}".removesuffix(".git")
 
 
 def _ask(file: Path, question: Sequence[str]) -> subprocess.Popen[bytes]:

@@ -105,7 +105,7 @@ class Soak:
             assert process.returncode == 0, said
 
     def look_after(self) -> None:
-        collected = self.workshop.command("gc")
+        collected = self.workshop.command("gc", "--older-than", "0d", "--yes")
         assert collected.returncode == 0, collected.stderr
         verified = self.workshop.command("verify")
         assert verified.returncode == 0, verified.stdout + verified.stderr

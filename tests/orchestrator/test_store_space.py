@@ -2,7 +2,10 @@
 
 import os
 import signal
+import subprocess
 import time
+from dataclasses import asdict
+from datetime import UTC, datetime, timedelta
 
 import pytest
 from support.stores import contents, fill, in_child, in_memory, killed_at, objects, publish, record
@@ -10,7 +13,9 @@ from support.stores import contents, fill, in_child, in_memory, killed_at, objec
 from bigpipe.errors import Transient, UsageError
 from bigpipe.orchestrator.lock import lockfile
 from bigpipe.orchestrator.lock.lockfile import locked_digests
-from bigpipe.orchestrator.store.garbage import RUNS
+from bigpipe.orchestrator.store.garbage import RUNS, Keeping
+from bigpipe.orchestrator.store.keeping import all_roots, root_path
+from bigpipe.orchestrator.store.layout import write_sealed
 from bigpipe.orchestrator.store.store import Store
 
 
@@ -269,6 +274,188 @@ class TestGarbage:
                     assert names(store) == sorted(file["sha256"] for file in kept.files.values()), step
                     assert store.verify().clean, step
             assert step > 15
+
+
+def git(place, *words):
+    own = ["-c", "user.name=n", "-c", "user.email=e@example.org", "-c", "commit.gpgsign=false"]
+    return subprocess.run(["git", *own, *words], cwd=place, check=True, capture_output=True, text=True).stdout
+
+
+def checkout(place, *names, remote="https://name:secret-word@example.org/team/recipes.git"):
+    """A checkout with recipes in it, all committed."""
+    for name in names:
+        (place / name).parent.mkdir(parents=True, exist_ok=True)
+        (place / name).write_text("version: 1\n")
+    git(place, "init", "-q", "-b", "main")
+    if remote:
+        git(place, "remote", "add", "origin", remote)
+    git(place, "add", ".")
+    git(place, "commit", "-qm", "recipes")
+    return place
+
+
+def aged(store, days):
+    """Let all that the roots of a store tell have happened some days earlier."""
+    for root in all_roots(store.layout):
+        early = (datetime.now(UTC) - timedelta(days=days)).isoformat()
+        variants = {name: {**used, "used": early} for name, used in root.variants.items()}
+        write_sealed(root_path(store.layout, root.manifest), {**asdict(root), "variants": variants})
+
+
+NOW = Keeping(age=timedelta())
+
+
+class TestWhatIsNamedElsewhere:
+    @pytest.mark.parametrize("remote", ["https://name:secret-word@example.org/team/recipes.git", None])
+    def test_a_recipe_of_another_branch_or_a_moved_checkout_keeps_what_it_ran_for_a_while(
+        self, store, tmp_path, remote
+    ):
+        place = checkout(tmp_path / "one", "m/r.yaml", remote=remote)
+        done = publish(store, "a", {"a": b"a"})
+        store.remember(place / "m" / "r.yaml", None, "r", {"a": done.key})
+        git(place, "checkout", "-qb", "other")
+        git(place, "rm", "-q", "m/r.yaml")
+        store.gc(locked_digests)
+        assert store.intact(store.find(done.key))
+        place.rename(tmp_path / "two")
+        aged(store, 29)
+        store.gc(locked_digests)
+        assert store.intact(store.find(done.key))
+        aged(store, 32)
+        store.gc(locked_digests)
+        assert store.find(done.key) is None
+
+    def test_a_moved_checkout_is_known_by_another_recipe_that_ran_there(self, store, tmp_path):
+        place = checkout(tmp_path / "one", "m/r.yaml", "other.yaml")
+        done, other = publish(store, "a", {"a": b"a"}), publish(store, "b", {"b": b"b"})
+        store.remember(place / "m" / "r.yaml", None, "r", {"a": done.key})
+        place.rename(tmp_path / "two")
+        git(tmp_path / "two", "remote", "set-url", "origin", "git@example.org:team/recipes")
+        store.remember(tmp_path / "two" / "other.yaml", None, "other", {"b": other.key})
+        store.gc(locked_digests, NOW)
+        assert store.intact(store.find(done.key))
+        (tmp_path / "two" / "m" / "r.yaml").unlink()
+        store.gc(locked_digests, NOW)
+        assert store.find(done.key) is None
+
+    def test_of_many_checkouts_that_are_gone_the_last_counts(self, store, tmp_path):
+        keys = []
+        for name in ("one", "two"):
+            place = checkout(tmp_path / name, "r.yaml", "other.yaml")
+            keys.append(publish(store, name, {"a": name.encode()}).key)
+            store.remember(place / "r.yaml", None, "r", {"a": keys[-1]})
+            place.rename(tmp_path / "away" if name == "two" else tmp_path / "gone")
+        other = publish(store, "b", {"b": b"b"})
+        store.remember(tmp_path / "away" / "other.yaml", None, "other", {"b": other.key})
+        store.gc(locked_digests, NOW)
+        assert [store.find(key) is not None for key in keys] == [False, True]
+
+    def test_no_password_of_a_remote_is_written(self, store, tmp_path):
+        place = checkout(tmp_path / "one", "r.yaml")
+        store.remember(place / "r.yaml", None, "r", {"a": publish(store, "a", {"a": b"a"}).key})
+        assert "secret-word" not in "".join(path.read_text() for path in store.layout.roots.iterdir())
+        assert all_roots(store.layout)[0].remote == "example.org/team/recipes"
+
+
+class TestAge:
+    def test_other_parameters_stay_for_a_while_and_what_was_before_an_edit_goes(self, store, tmp_path):
+        (tmp_path / "r.yaml").touch()
+        edited, other, last = (publish(store, name, {"a": name.encode()}) for name in ("edited", "other", "last"))
+        for done, variant in ((edited, "x"), (other, "x"), (last, "y")):
+            store.remember(tmp_path / "r.yaml", None, "r", {"a": done.key}, variant)
+        store.gc(locked_digests)
+        assert [store.find(done.key) is not None for done in (edited, other, last)] == [False, True, True]
+        aged(store, 32)
+        store.gc(locked_digests)
+        assert [store.find(done.key) is not None for done in (other, last)] == [False, True]
+
+    def test_used_again_is_young_again(self, store, tmp_path):
+        (tmp_path / "r.yaml").touch()
+        one, two = publish(store, "one", {"a": b"1"}), publish(store, "two", {"a": b"2"})
+        store.remember(tmp_path / "r.yaml", None, "r", {"a": two.key}, "y")
+        store.remember(tmp_path / "r.yaml", None, "r", {"a": one.key}, "x")
+        aged(store, 32)
+        store.remember(tmp_path / "r.yaml", None, "r", {"a": one.key}, "x")
+        store.remember(tmp_path / "r.yaml", None, "r", {"a": two.key}, "y")
+        store.gc(locked_digests)
+        assert store.find(one.key) is not None
+
+    def test_what_is_younger_than_somebody_says_stays(self, store):
+        young = publish(store, "young", {"a": b"1"}, created=datetime.now(UTC).isoformat(timespec="seconds"))
+        old = publish(store, "old", {"a": b"2"})
+        fill(store.runs, {"20260101-000000-000000/run.json": b"{}"})
+        with store.lock(record("work").key) as work:
+            fill(work.out, {"shard": b"12345"})
+        week = Keeping(age=timedelta(days=7), runs=0)
+        assert {item.kind for item in store.gc(locked_digests, week).freed}.isdisjoint({"run", "work"})
+        assert store.intact(store.find(young.key))
+        assert store.find(old.key) is None
+        assert {item.kind for item in store.gc(locked_digests, Keeping(age=timedelta(), runs=0)).freed} >= {
+            "run",
+            "work",
+        }
+        assert store.find(young.key) is None
+
+    def test_it_says_which_node_and_when(self, store):
+        publish(store, "quantize@scheme=int8", {"a": b"12345"})
+        freed = store.gc(locked_digests, dry_run=True).freed
+        told = {
+            item.kind: (item.node, item.created[:10], item.bytes)
+            for item in freed
+            if item.kind in ("object", "artifact")
+        }
+        assert told["object"] == ("quantize@scheme=int8", "2026-01-02", 5)
+        assert told["artifact"][:2] == ("quantize@scheme=int8", "2026-01-02")
+
+
+class TestRemoving:
+    def test_an_artifact_goes_with_what_recorded_it_and_what_others_hold_stays(self, store, tmp_path):
+        gone, twin = (
+            publish(store, "gone", {"a": b"mine", "c": b"both"}),
+            publish(store, "twin", {"a": b"mine", "c": b"both"}),
+        )
+        kept = publish(store, "kept", {"b": b"other", "c": b"both"})
+        loose = publish(store, "nobody's", {"d": b"not named"})
+        foreseen = store.remove([gone.digest], dry_run=True)
+        assert store.intact(gone)
+        freed = store.remove([gone.digest]).freed
+        assert freed == foreseen.freed
+        assert sum(item.bytes for item in freed if item.kind == "object") == 4
+        assert [store.find(done.key) for done in (gone, twin)] == [None, None]
+        assert not store.with_partial(gone.partial)
+        assert store.with_partial(kept.partial)
+        assert [store.intact(done) for done in (kept, loose)] == [True, True]
+        assert store.verify().clean
+        assert store.intact(publish(store, "gone", {"a": b"mine", "c": b"both"}))
+
+    def test_nothing_goes_while_another_process_uses_the_store(self, store):
+        done = publish(store, "a", {"a": b"a"})
+        other = living(store.root)
+        try:
+            with pytest.raises(Transient, match="another run"):
+                store.remove([done.digest])
+            assert store.intact(done)
+        finally:
+            kill(other)
+
+    def test_killed_midway_it_leaves_a_whole_store(self, tmp_path):
+        with in_memory(tmp_path) as place:
+            died, step = True, 0
+            while died:
+                step += 1
+                root = place / f"store-{step}"
+                with Store(root) as store:
+                    kept = publish(store, "kept", {"a": b"kept", "c": b"shared"})
+                    gone = publish(store, "gone", {"b": b"gone", "c": b"shared"})
+                died = killed_at(step, lambda root=root, digest=gone.digest: Store(root).remove([digest]) and None)
+                with Store(root) as store:
+                    assert store.intact(store.find(kept.key)), step
+                    found = store.find(gone.key)
+                    assert found is None or not store.intact(found) or contents(store, found), step
+                    store.remove([gone.digest])
+                    assert names(store) == sorted(file["sha256"] for file in kept.files.values()), step
+                    assert store.verify().clean, step
+            assert step > 5
 
 
 class TestVerify:
