@@ -1,4 +1,4 @@
-"""`download`: a model from the Hub, from a directory, or made up in the shape of a config.
+"""`download`: a model or an adapter from the Hub, from a directory, or made up in the shape of a config.
 
 From the Hub nothing is copied: the artifact refers to the blobs where the Hub cache keeps them, each verified once. A
 directory is copied, because it may change; synthetic weights are streamed to disk in constant memory.
@@ -160,10 +160,11 @@ STAGE = Stage(
     metrics=DownloadMetrics,
     inputs={},
     output="checkpoint",
+    outputs=("adapter",),
     run=late("bigpipe.plugins.downloading:run"),
     forecast=late("bigpipe.plugins.downloading:forecast"),
     planning=Planning(check=late("bigpipe.plugins.downloading:check"), pin=pin, reads=reads, facts=facts),
     passing=Passing(streams=True),
     secrets=("HF_TOKEN",),
-    title="Bring a model here: from the Hub at a commit, from a directory, or made up in the shape of a config",
+    title="Bring a model or an adapter here: from the Hub, from a directory, or made up in the shape of a config",
 )

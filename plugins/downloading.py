@@ -6,10 +6,18 @@ import hashlib
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 from bigpipe.bigmodel.architecture import describe_architecture
-from bigpipe.bigmodel.checkpoint import ARCHITECTURE_FILE, ModelDescription, describe_if_single
+from bigpipe.bigmodel.checkpoint import (
+    ARCHITECTURE_FILE,
+    AdapterDescription,
+    ModelDescription,
+    adapter_weights,
+    describe_adapter,
+    describe_if_single,
+)
 from bigpipe.bigmodel.hub import Brought, Choice, DirectorySource, Hub, HubSource, Source, Watch
 from bigpipe.bigmodel.writing import SyntheticModel, Traffic, encode_config, planned_bytes, read_shape
 from bigpipe.errors import NotAuthorised, Transient
@@ -73,10 +81,16 @@ def forecast(params: DownloadParams, context: ForecastContext) -> Forecast:
         found = _forecast_synthetic(params, context) if params.synthetic else _forecast_source(params, context)
     except (Transient, NotAuthorised) as error:
         found = Forecast(unknown=(f"size of {params.repo}: {error.cause}",), summary="size not known")
-    described = (describe_if_single(context.artifact) if context.artifact else None) or found.output
+    described = (_describe(context.artifact) if context.artifact else None) or found.output
     if isinstance(described, ModelDescription) and params.architecture is not None:
         described = replace(described, custom=_custom(params))
     return replace(found, output=described)
+
+
+def _describe(artifact: Path) -> ModelDescription | AdapterDescription | None:
+    if adapter_weights([path.name for path in artifact.iterdir()]):
+        return describe_adapter(artifact)
+    return describe_if_single(artifact)
 
 
 def _forecast_source(params: DownloadParams, context: ForecastContext) -> Forecast:
@@ -136,4 +150,4 @@ def run(params: DownloadParams, context: StageContext) -> StageResult:
     files = {**brought.files, **own}
     size, commit = sum(size for _, size in files.values()), brought.commit
     metrics = DownloadMetrics(bytes=size, files=len(files), fetched_bytes=brought.fetched_bytes, commit=commit)
-    return StageResult(metrics, files)
+    return StageResult(metrics, files, type="adapter" if adapter_weights(files) else "")

@@ -16,7 +16,7 @@ from bigpipe.orchestrator.stage import CheckContext, ForecastContext, Json, Pinn
 if TYPE_CHECKING:
     import torch
 
-    from bigpipe.bigmodel.checkpoint import ModelDescription
+    from bigpipe.bigmodel.checkpoint import AdapterDescription, ModelDescription
     from bigpipe.bigmodel.execution import HostMemory
     from bigpipe.bigmodel.formats import Agreement
     from bigpipe.bigmodel.hub import Need
@@ -81,14 +81,31 @@ class Pipeline:
 
 def single_model(context: CheckContext | ForecastContext) -> ModelDescription | None:
     """What is known of the model on port `model`. Raise UsageError for a pipeline of several."""
-    from bigpipe.bigmodel.checkpoint import ModelDescription
+    from bigpipe.bigmodel.checkpoint import AdapterDescription, ModelDescription
 
     wired = context.input("model")
     described = wired.output if wired else None
+    if isinstance(described, AdapterDescription):
+        cause = f"{described.where} holds an adapter, which is not a model by itself"
+        raise UsageError(cause, "wire it to a port `adapter`, and the model it belongs to here", field="inputs.model")
     if isinstance(described, Pipeline):
         cause = "the model is a pipeline of diffusers: several models, of which none is the one"
         raise UsageError(cause, "download one of them: its folder as `path`, or `subfolder`")
     return described if isinstance(described, ModelDescription) else None
+
+
+def wired_adapters(context: CheckContext | ForecastContext) -> list[AdapterDescription]:
+    """What is known of the adapters on port `adapter`. Raise UsageError where something else is wired there."""
+    from bigpipe.bigmodel.checkpoint import AdapterDescription
+
+    found = []
+    for wired in context.inputs.get("adapter", ()):
+        if isinstance(wired.output, AdapterDescription):
+            found.append(wired.output)
+        elif wired.output is not None:
+            cause = "what is wired to the port `adapter` holds a model, and no adapter_config.json"
+            raise UsageError(cause, "wire a download of peft's own files, or a finetune", field="inputs.adapter")
+    return found
 
 
 def require_class(model: ModelDescription) -> None:

@@ -21,8 +21,8 @@ ROOMS = ("commandline", "orchestrator", "bigmodel", "plugins")
 HEAVY = ("torch", "transformers", "accelerate", "bitsandbytes")
 EXPORTS = [
     "BigpipeError", "Checkpoint", "Estimate", "ManifestError", "Placement", "Plan", "Recipe", "RunResult", "Stage",
-    "estimate", "load", "load_manifest", "open_checkpoint", "place", "plan", "quantize_checkpoint", "run",
-    "save_checkpoint",
+    "estimate", "load", "load_manifest", "merge_adapter", "open_checkpoint", "place", "plan", "quantize_checkpoint",
+    "run", "save_checkpoint",
 ]  # fmt: skip
 
 

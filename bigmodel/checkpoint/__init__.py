@@ -7,9 +7,27 @@ from typing import TYPE_CHECKING
 from bigpipe.faces import face
 
 if TYPE_CHECKING:
+    from .adapters import (
+        ADAPTER_WEIGHTS,
+        Adapter,
+        AdapterDescription,
+        adapter_weights,
+        describe_adapter,
+        open_adapter,
+        require_tensors,
+    )
     from .arrivals import Uses, encode_torch_head, read_head
     from .bytesource import ByteSource, FileSource
-    from .choosing import WeightSet, choose_weights, is_index, is_module, no_weights, refuse_adapter, variants
+    from .choosing import (
+        ADAPTER_CONFIG,
+        WeightSet,
+        choose_weights,
+        is_index,
+        is_module,
+        no_weights,
+        refuse_adapter,
+        variants,
+    )
     from .contents import check_weight_map, join_contents, read_contents
     from .files import (
         MAX_CONFIG,

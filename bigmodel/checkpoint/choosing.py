@@ -144,7 +144,8 @@ def refuse_adapter(names: Collection[str], where: object) -> None:
         return
     raise InvalidCheckpoint(
         f"{where}: holds a model and an adapter ({ADAPTER_CONFIG}); with peft transformers reads both, else the one",
-        "leave the adapter out if the model is meant (a download: `exclude: adapter*`), or merge it into the model",
+        "leave the adapter out if the model is meant (a download: `exclude: adapter*`), or merge it into the model;"
+        " take it alone if the adapter is meant (`include: adapter*`)",
     )
 
 
@@ -177,7 +178,7 @@ def _told(names: list[str]) -> Iterator[tuple[str, str]]:
     suffixes = (".safetensors", *BIN_SUFFIXES)
     if adapters := [name for name in root if ADAPTER.match(name) and name.endswith(suffixes)]:
         cause = f"holds an adapter ({first_few(adapters)}), which is not a model by itself"
-        yield cause, "merge it into the model that it was trained for (peft's `merge_and_unload`), and give that"
+        yield cause, "merge it into the model that it was trained for (the stage kind `merge`), and give that"
     if gguf := [name for name in root if name.endswith(".gguf")]:
         cause = f"its weights are GGUF ({first_few(gguf)}), which is not read here"
         yield cause, "give the model that they were made of, with .safetensors or torch .bin files"

@@ -80,10 +80,7 @@ def agree(
     plain, packed = set_apart(described.tensors, found)
     specs = {tensor.name: tensor for module in architecture.modules for tensor in module.tensors}
     names = [*plain, *described.tied, *(f"{module}.weight" for module in packed)]
-    matching = _told(names, architecture, specs)
-    if (matching.missing or matching.unused) and architecture.library != "custom":
-        asked = _asked(names, described, architecture, memo) if ask else None
-        matching = asked or replace(matching, missing=(), unused=())
+    matching = match_stored(described, architecture, memo, ask=ask)
     where = f"{described.path}: " if described.path else ""
     alias = {name: plain[kept] for name, kept in described.tied.items() if kept in plain}
     _check_shapes(where, {**plain, **alias}, matching, architecture, specs)
@@ -171,6 +168,21 @@ def _told(names: Collection[str], architecture: Architecture, specs: Mapping[str
     tied = {name for group in architecture.tied if made.keys() & group for name in group}
     missing = [name for name, spec in specs.items() if not spec.buffer and name not in made and name not in tied]
     return Matching(made=made, changed=(), unused=unused, missing=missing)
+
+
+def match_stored(
+    described: ModelDescription, architecture: Architecture, memo: Path | None = None, *, ask: bool = True
+) -> Matching:
+    """Return which stored tensors, by the names that they have once they are decoded, make which parameters; a packed
+    weight counts as its module's `weight`. The tensors must be known; memo and ask as for `agree`."""
+    plain, packed = set_apart(described.tensors or {}, format_of(described))
+    specs = {tensor.name: tensor for module in architecture.modules for tensor in module.tensors}
+    names = [*plain, *described.tied, *(f"{module}.weight" for module in packed)]
+    matching = _told(names, architecture, specs)
+    if (matching.missing or matching.unused) and architecture.library != "custom":
+        asked = _asked(names, described, architecture, memo) if ask else None
+        matching = asked or replace(matching, missing=(), unused=())
+    return matching
 
 
 def _asked(

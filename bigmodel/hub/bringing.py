@@ -7,14 +7,17 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from bigpipe.bigmodel.checkpoint import (
+    AdapterDescription,
     ModelDescription,
+    adapter_weights,
     check_fetched,
     check_file,
+    describe_adapter,
     describe_checkpoint,
     describe_if_single,
     is_index,
@@ -28,9 +31,9 @@ from bigpipe.passing import NOBODY, Heads, Outlet
 from bigpipe.sizes import counted, format_transfer
 
 from .heads import are_the_model, directory_heads, may_pass, repository_heads
-from .remote import describe_repository
+from .remote import describe_remote_adapter, describe_repository
 from .repository import CURE_OFFLINE, Hub, HubFile, Repository, check_access, describe
-from .selection import Choice, check_index, detect, weight_files
+from .selection import Choice, adapter_files, check_index, detect, weight_files
 from .snapshot import Fetched, Report, fetch, missing_bytes
 
 
@@ -40,7 +43,7 @@ class Expected:
 
     sizes: Mapping[str, int]
     """Of all files, by relative path."""
-    description: ModelDescription | None
+    description: ModelDescription | AdapterDescription | None
     """None for what has no single checkpoint to describe, or cannot be known yet."""
     commit: str | None = None
     missing: int = 0
@@ -95,7 +98,9 @@ class HubSource:
         """Who names the files says what is wanted."""
         repository, files = self._described()
         names = [file.path for file in files]
-        if not self.choice.include and not any(self.choice.weights(names, repository.library).values()):
+        if self.choice.include or adapter_files(names):
+            return
+        if not any(self.choice.weights(names, repository.library).values()):
             if self.hub.offline:
                 raise Offline(f"there are no weights of {self.repo} in the Hub cache {self.hub.cache}", CURE_OFFLINE)
             raise no_weights(repository.repo, [file.path for file in repository.files])
@@ -113,7 +118,8 @@ class HubSource:
         listing knows of it. Where its weights are not there, all that is missing is told."""
         names = [file.path for file in files]
         here = [file for file in files if file.may_be(repository.cached(file))]
-        weights = weight_files(self.choice.weights(names, repository.library))
+        adapter = adapter_files(names)
+        weights = adapter or weight_files(self.choice.weights(names, repository.library))
         needed = {*weights, "config.json"}.intersection(names)
         return here if weights and needed <= {file.path for file in here} else files
 
@@ -127,15 +133,18 @@ class HubSource:
         missing = missing_bytes(repository, files)
         return Expected(
             sizes={file.path: file.size for file in files},
-            description=self._description(repository.commit, [file.path for file in files]),
+            description=self._description(repository, [file.path for file in files]),
             commit=repository.commit,
             missing=missing,
             cache=self.hub.cache,
             misfits=_misfits(missing, self.hub),
         )
 
-    def _description(self, commit: str, names: Iterable[str]) -> ModelDescription | None:
+    def _description(self, repository: Repository, names: list[str]) -> ModelDescription | AdapterDescription | None:
         try:
+            if adapter_weights(names):
+                return describe_remote_adapter(repository, names)
+            commit = repository.commit
             found = describe_repository(self.repo, commit, hub=self.hub, choice=self.choice, subfolder=self.subfolder)
             return replace(found.description, names=frozenset(names))
         except (Transient, NotAuthorised, UsageError):
@@ -215,12 +224,16 @@ class DirectorySource:
     def check(self) -> None:
         """Raise InvalidCheckpoint unless it holds a pipeline, or weights whose headers are right."""
         names = [file.path for file in self.chosen()]
-        if detect(names) != "diffusers":
+        if adapter_weights(names):
+            describe_adapter(self.folder)
+        elif detect(names) != "diffusers":
             describe_checkpoint(self.folder, among=names)
 
     def expect(self) -> Expected:
         """Return what comes. Raise as `chosen`, and InvalidCheckpoint for wrong headers."""
         sizes = {file.path: file.size for file in self.chosen()}
+        if adapter_weights(sizes):
+            return Expected(sizes=sizes, description=describe_adapter(self.folder))
         return Expected(sizes=sizes, description=describe_if_single(self.folder, among=sizes))
 
     def bring(self, out: Path, watch: Watch, skip: Collection[str] = ()) -> Brought:

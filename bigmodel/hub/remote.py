@@ -10,24 +10,27 @@ of it is kept under `memo`. Files that lie in the Hub cache already are read the
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
 from bigpipe.bigmodel.architecture import known_architecture
 from bigpipe.bigmodel.checkpoint import (
+    ADAPTER_CONFIG,
     ARCHITECTURE_FILE,
     FETCH_AGAIN,
     MAX_CONFIG,
     MAX_INDEX,
     SAFETENSORS_NAMES,
+    AdapterDescription,
     Contents,
     FileFormat,
     FileSource,
     ModelDescription,
     Tensors,
     WeightSet,
+    adapter_weights,
     check_weight_map,
     file_format_of,
     invalid,
@@ -106,6 +109,21 @@ def describe_repository(
             if (found := _from_json(hub.told(*facts), repository)) is None:
                 raise
     return replace(found, fetched_bytes=sum(fetched))
+
+
+def describe_remote_adapter(repository: Repository, names: Collection[str]) -> AdapterDescription:
+    """Return what an adapter's config and the header of its weights say. names: the files that count, an adapter's
+    among them. Raise as `describe_repository`."""
+    facts = "adapter", ANSWER_VERSION, repository.repo, repository.commit, repository.subfolder, sorted(names)
+    answer = repository.hub.recall(*facts)
+    if not isinstance(answer, dict):
+        file = adapter_weights(names)
+        outline = _headers(repository, [each for each in repository.files if each.path == file], {}).outline
+        tensors = [[name, dtype, shape] for name, (dtype, shape) in outline.items()]
+        answer = {"config": _json(repository, ADAPTER_CONFIG) or {}, "tensors": tensors}
+        repository.hub.remember(answer, *facts)
+    outlined = {name: (dtype, tuple(shape)) for name, dtype, shape in answer["tensors"]}
+    return AdapterDescription(config=answer["config"], tensors=outlined, where=repository.repo)
 
 
 def answers(

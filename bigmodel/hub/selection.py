@@ -12,7 +12,16 @@ from fnmatch import fnmatchcase
 from pathlib import PurePosixPath as Name
 from typing import Any, Literal
 
-from bigpipe.bigmodel.checkpoint import WeightSet, choose_weights, is_index, is_module, refuse_adapter, variants
+from bigpipe.bigmodel.checkpoint import (
+    ADAPTER_CONFIG,
+    WeightSet,
+    adapter_weights,
+    choose_weights,
+    is_index,
+    is_module,
+    refuse_adapter,
+    variants,
+)
 from bigpipe.errors import InvalidCheckpoint, UsageError, first_few
 
 Library = Literal["transformers", "diffusers", "timm"]
@@ -48,13 +57,16 @@ class Choice:
                 raise UsageError(cause, f"there are {first_few(names)}", field="include")
         wanted = [name for name in names if _matches(name, self.include)]
         if not self.include:
-            sets = self.weights(names, hint)
-            wanted = sorted({*_side_files(names, set(sets)), *weight_files(sets)})
+            wanted = adapter_files(names) or self._model_files(names, hint)
         left = [name for name in wanted if not _matches(name, self.exclude)]
         if not left:
             raise UsageError("no file is left to take", f"there are {first_few(names)}; see include and exclude")
         refuse_adapter([name for name in left if "/" not in name], "the model's folder")
         return left
+
+    def _model_files(self, names: list[str], hint: str | None) -> list[str]:
+        sets = self.weights(names, hint)
+        return sorted({*_side_files(names, set(sets)), *weight_files(sets)})
 
     def weights(self, names: Iterable[str], hint: str | None = None) -> dict[str, WeightSet | None]:
         """Return folder → its weights, for each folder that the library reads: `` is the root. Raise as `among`."""
@@ -82,6 +94,15 @@ def weight_files(sets: Mapping[str, WeightSet | None], *, indexes: bool = True) 
     chosen = [(folder, found) for folder, found in sets.items() if found is not None]
     named = [(folder, (*found.files, found.index if indexes else None)) for folder, found in chosen]
     return [_join(folder, name) for folder, names in named for name in names if name]
+
+
+def adapter_files(names: Iterable[str]) -> list[str]:
+    """Return the files of an adapter at the root, sorted; none where what is there is no adapter of peft's, or a model
+    too."""
+    root = [name for name in names if "/" not in name]
+    weights = adapter_weights(root)
+    beside = [name for name in root if _matches(name, SIDE_NAMES)]
+    return sorted([ADAPTER_CONFIG, weights, *beside]) if weights is not None else []
 
 
 def _join(folder: str, name: str) -> str:

@@ -111,15 +111,17 @@ def convert(
     progress: ReportProgress | None = None,
     journal: Path | None = None,
     outlet: Outlet = NOBODY,
+    restated: bool = False,
 ) -> SavedCheckpoint:
     """Write a checkpoint's weights anew into `out`, with its config, tokenizer and other files.
-    A cast changes the config too. Aliases of tied weights are dropped in safetensors and kept as shared storages in
-    `.bin`. linked: the other files become links. `journal` as in `write_checkpoint`, `outlet` as in `Traffic`."""
+    A cast changes the config too; restated: it is written in any case, as the checkpoint has it and not its file.
+    Aliases of tied weights are dropped in safetensors and kept as shared storages in `.bin`. linked: the other files
+    become links. `journal` as in `write_checkpoint`, `outlet` as in `Traffic`."""
     refuse_in_place(checkpoint, out)
     if conversion.dtype is not None:
         checkpoint = decode(checkpoint)
     plans, converted = conversion.of(describe_opened(checkpoint))
-    config = converted.config if conversion.dtype else None
+    config = converted.config if conversion.dtype or restated else None
     carried = carry_side_files(checkpoint, out, config=config, linked=linked)
     parts = {plan.file: [checkpoint.tensors[tensor.name] for tensor in plan.tensors] for plan in plans}
     sources = {file: {source for tensor in tensors for source in tensor.files} for file, tensors in parts.items()}

@@ -158,6 +158,8 @@ class StageResult:
 
     metrics: Metrics
     files: Mapping[str, tuple[str, int]] = field(default_factory=dict)
+    type: str = ""
+    """Of the artifact, where the kind may give several; left out, its `output`."""
 
 
 def late(target: str) -> Callable[..., Any]:
@@ -242,6 +244,9 @@ class Stage(Generic[P]):
     inputs: Mapping[str, Port]
     output: str | None
     """The type of the artifact; None: there is none."""
+    outputs: tuple[str, ...] = ()
+    """Types that it may have instead, by what is found when it runs, which `StageResult.type` then says; a port that
+    takes one of them may be wired, and whoever stands behind it checks what comes."""
     run: Callable[[P, StageContext], StageResult]
     """Does the work of one attempt; of one rank, where the kind runs in ranks."""
     forecast: Callable[[P, ForecastContext], Forecast]
@@ -270,3 +275,7 @@ class Stage(Generic[P]):
     """One sentence for `bigpipe kinds` and the reference."""
     result_line: Callable[[Mapping[str, Json]], str] | None = None
     """Recorded metrics in a few words, for the table at the end of a run; None: its scalar metrics."""
+
+    def may_give(self, artifact: str) -> bool:
+        """Return whether its artifact may be of this type."""
+        return artifact == self.output or artifact in self.outputs

@@ -166,6 +166,8 @@ class Outcome(BaseModel):
 
     metrics: dict[str, Any] = {}
     files: dict[str, tuple[str, int]] = {}
+    type: str = ""
+    """Of the artifact, where that is not the kind's usual one."""
     peak_rss: int = 0
     """Largest resident memory; of ranks, the sum of each one's largest."""
     seconds: float = 0.0
@@ -180,7 +182,10 @@ class Outcome(BaseModel):
         """From what a stage returned; StageFailed where that is not what the contract asks for."""
         if not isinstance(result, StageResult) or not isinstance(result.metrics, BaseModel):
             raise StageFailed(f"kind {stage.kind} returned {result!r}", "a stage returns StageResult(metrics, files)")
-        return cls(metrics=redact_json(result.metrics.model_dump(mode="json")), files=dict(result.files))
+        if result.type and not stage.may_give(result.type):
+            raise StageFailed(f"kind {stage.kind} gave a {result.type!r}", "its `output` or `outputs` must name that")
+        metrics = redact_json(result.metrics.model_dump(mode="json"))
+        return cls(metrics=metrics, files=dict(result.files), type=result.type)
 
     def write(self, path: Path) -> None:
         """Write it, all that is concealed masked."""

@@ -151,7 +151,7 @@ class Wiring:
                 self.problems.add(Fault.MISSING_PORT, path, cause, cure, key=True)
 
     def _candidates(self, stage: Wired, port: Port) -> str:
-        fitting = [other.name for other in self.stages.values() if other.kind and other.kind.output == port.type]
+        fitting = [other.name for other in self.stages.values() if other.kind and other.kind.may_give(port.type)]
         fitting = [name for name in fitting if name != stage.name]
         return f"; {listed(fitting, 'or')} would fit" if 0 < len(fitting) <= 5 else ""
 
@@ -170,7 +170,7 @@ class Wiring:
             cure = f"write `{name}: {source.text}`, or pick a variant: `{source.stage}@axis=value`"
             self.problems.add(Fault.NOT_MANY, source.path[:-1], cause, cure)
         producer = self.stages[source.stage].kind
-        if producer is None or producer.output == port.type:
+        if producer is None or producer.may_give(port.type):
             return
         gives = f"a {producer.output}" if producer.output else "no artifact"
         named = source.stage if source.stage == producer.kind else f"{source.stage} ({producer.kind})"

@@ -34,7 +34,7 @@ def kinds_overview() -> str:
     stages = _stages(None)
     return columns(
         [
-            (kind, ports_text(stage) or "no input", f"→ {stage.output or 'nothing'}", summary(stage))
+            (kind, ports_text(stage) or "no input", f"→ {gives_text(stage)}", summary(stage))
             for kind, stage in stages.items()
         ]
     )
@@ -67,8 +67,12 @@ def ports_text(stage: Stage[Any]) -> str:
     )
 
 
+def gives_text(stage: Stage[Any]) -> str:
+    return " or ".join([stage.output or "nothing", *stage.outputs])
+
+
 def _kind_markdown(stage: Stage[Any]) -> str:
-    ports, gives = ports_text(stage) or "none", stage.output or "nothing"
+    ports, gives = ports_text(stage) or "none", gives_text(stage)
     lines = [f"## {stage.kind}", "", summary(stage), ""]
     lines += [f"Ports: {ports}. Gives: {gives}. Runs as: {stage.runs_in}.", ""]
     lines += [f"Secrets it may see: {', '.join(stage.secrets)}.", ""] if stage.secrets else []
@@ -130,6 +134,7 @@ def _kind_json(stage: Stage[Any]) -> dict[str, Json]:
         "title": summary(stage),
         "inputs": {n: {"type": p.type, "optional": p.optional, "many": p.many} for n, p in stage.inputs.items()},
         "output": stage.output,
+        "outputs": list(stage.outputs),
         "runs_in": stage.runs_in,
         "params": described_schema(stage.params),
         "choices": _choices_json(stage.choices) if stage.choices else None,

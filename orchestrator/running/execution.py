@@ -231,7 +231,7 @@ def _record(attempt: Attempt, outcome: Outcome) -> KeyRecord:
         kind=node.kind.kind,
         node=node.name,
         manifest=str(session.recipe.path),
-        artifact_type=node.kind.output or "",
+        artifact_type=outcome.type or node.kind.output or "",
         metrics=outcome.metrics,
         pins=dict(pinned.values),
         pin_source=pinned.source,

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 from .faces import face
 
 if TYPE_CHECKING:
+    from .bigmodel.adapters import merge_adapter
     from .bigmodel.checkpoint import Checkpoint, open_checkpoint
     from .bigmodel.execution import load
     from .bigmodel.footprint import Estimate, estimate

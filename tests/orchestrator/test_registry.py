@@ -48,8 +48,8 @@ def site(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def test_the_built_in_kinds_come_first() -> None:
-    assert list(stage_kinds())[:7] == [
-        "download", "estimate", "shard", "quantize", "dispatch", "distributed-infer", "save",
+    assert list(stage_kinds())[:8] == [
+        "download", "estimate", "shard", "quantize", "dispatch", "distributed-infer", "merge", "save",
     ]  # fmt: skip
     assert all(target.startswith("bigpipe.plugins.") for target in BUILT_IN.values())
 

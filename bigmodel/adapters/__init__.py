@@ -1,0 +1,20 @@
+"""Adapters: what peft's LoRA files say of a model's weights, and the merge of both into one checkpoint.
+
+    merge_adapter("llama", "llama-lora", "llama-tuned")
+
+`method` reads the config and refuses by name what is not done here, `changes` finds the stored tensor of each change,
+`arithmetic` computes rows of the changed tensors as peft does, and `merging` hands them to the one loop that writes.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from bigpipe.faces import face
+
+if TYPE_CHECKING:
+    from .changes import Bound, bind
+    from .merging import Merge, MergedCheckpoint, changed_checkpoint, merge_adapter, merge_opened, merging_memory
+    from .method import Combination, Lora, read_lora
+
+__getattr__, __all__ = face(__name__)

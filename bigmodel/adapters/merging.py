@@ -1,0 +1,221 @@
+"""Merges adapters into a model's checkpoint, rows at a time: what is changed is decoded as it is read.
+
+merge_adapter
+  bind                   which stored tensor each tensor of an adapter changes
+  changed_checkpoint     the checkpoint with those tensors made by `arithmetic.Changed`
+  writing.convert        files, digests, resuming: as of any other checkpoint
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from bigpipe.bigmodel.architecture import Architecture, describe_architecture
+from bigpipe.bigmodel.checkpoint import (
+    DECODED,
+    Adapter,
+    AdapterDescription,
+    Checkpoint,
+    Made,
+    ModelDescription,
+    TensorInfo,
+    describe_opened,
+    open_adapter,
+    open_checkpoint,
+    tensor_nbytes,
+)
+from bigpipe.bigmodel.formats import PLAIN, decode, decoded, format_of
+from bigpipe.bigmodel.sources import Sources
+from bigpipe.bigmodel.writing import Conversion, Files, ReportProgress, ShardPlan, convert, is_cast
+from bigpipe.errors import UsageError
+from bigpipe.names import PATH, Given, checked
+from bigpipe.sizes import size_of
+from bigpipe.trust import Trust
+
+from .arithmetic import Changed
+from .changes import Bound, bind, combined
+from .method import Combination, require_weights
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Merge:
+    """How adapters are merged."""
+
+    max_shard_size: int
+    """Bytes of a file, unless one tensor alone has more."""
+    dtype: str | None = None
+    """Of floating-point tensors, which are cast to it before anything is added; None: as they are."""
+    weights: tuple[float, ...] | None = None
+    """One for each of several adapters; None: 1 for each."""
+    combination: Combination = "cat"
+
+    @property
+    def conversion(self) -> Conversion:
+        return Conversion(max_shard_size=self.max_shard_size, dtype=self.dtype)
+
+    def changes(
+        self, described: ModelDescription, adapters: Sequence[AdapterDescription], sources: Sources = Sources()
+    ) -> list[Bound]:
+        """Return what adapters change in a model whose tensors are known. Raise as `bind` and `combined`."""
+        if not adapters:
+            raise UsageError("no adapter is given", "give one, as peft saved it", field="inputs.adapter")
+        weights = require_weights(self.weights, len(adapters), self.combination)
+        _require_plain(described)
+        architecture = _architecture(described, sources)
+        bounds = [bind(adapter, described, architecture, sources.memo) for adapter in adapters]
+        return bounds[0] if len(adapters) == 1 and self.weights is None else combined(bounds, weights, self.combination)
+
+    def of(self, described: ModelDescription, bounds: Iterable[Bound]) -> tuple[list[ShardPlan], ModelDescription]:
+        """Return the files of the merged checkpoint, and what it is. Raise as `Conversion.of`."""
+        plain = decoded(described)
+        stored = dict(plain.tensors or {})
+        apart = {bound.target: stored[bound.stored] for bound in bounds if bound.apart}
+        tied = {alias: kept for alias, kept in plain.tied.items() if alias not in apart}
+        config = _untied(plain.config) if apart and plain.config else plain.config
+        return self.conversion.of(replace(plain, tensors={**stored, **apart}, tied=tied, config=config))
+
+
+def _require_plain(described: ModelDescription) -> None:
+    found = format_of(described)
+    if found is not PLAIN and found.decoding is None:
+        cause = f"the checkpoint is quantized ({found.title})"
+        raise UsageError(cause, "merge into the weights before they were quantized", field="inputs.model")
+
+
+def _architecture(described: ModelDescription, sources: Sources) -> Architecture:
+    source = (
+        described.path if described.path is not None and sources.trust_remote_code else dict(described.config or {})
+    )
+    return describe_architecture(source, custom=described.custom, sources=sources)
+
+
+def _untied(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The config of a model whose head is stored beside the embedding, as peft's merge leaves it."""
+    text = config.get("text_config")
+    part = {"text_config": _untied(text)} if isinstance(text, Mapping) and "tie_word_embeddings" in text else {}
+    return {**config, **part, "tie_word_embeddings": False}
+
+
+@dataclass(frozen=True, slots=True)
+class MergedCheckpoint:
+    """What was written."""
+
+    files: Files
+    """Relative path → (hex sha256, size). Files that were linked, not written, are not among them."""
+    shards: int
+    bytes: int
+    """Of the weight files, headers included."""
+    merged: int
+    """Stored tensors that an adapter changed."""
+
+
+ADAPTERS = Given((*PATH.kinds, Adapter, list, tuple), "a folder of peft's files, or a list of such folders")
+
+
+@checked(source=Given((*PATH.kinds, Checkpoint), "a path, or what open_checkpoint returned"), adapter=ADAPTERS)
+def merge_adapter(
+    source: str | Path | Checkpoint,
+    adapter: str | Path | Sequence[str | Path],
+    out: str | Path,
+    *,
+    weights: Sequence[float] | None = None,
+    combination: Combination = "cat",
+    dtype: str | None = None,
+    max_shard_size: int | str = "5GB",
+    trust: Trust | Sequence[str] = (),
+    base: Path | None = None,
+    memo: Path | None = None,
+    progress: ReportProgress | None = None,
+) -> MergedCheckpoint:
+    """Merge a LoRA adapter into a checkpoint and write the model into the directory `out`: the bytes of peft's
+    `merge_and_unload`, without holding the model.
+
+    source: the model that it was trained on. adapter: a folder with `adapter_config.json` and
+      `adapter_model.safetensors` (or `.bin`); several with `weights`, one for each, and a `combination` as peft's
+      `add_weighted_adapter` names it (`cat`: the sum of what each would add; `linear`: the product of sums).
+    dtype: what the model is cast to before anything is added; None: as stored.
+    trust, base: of modules with the model's own class. memo: a directory where answers about classes are kept.
+
+    Raise UsageError (an adapter for another model, or of a method that is not done here), InvalidCheckpoint (an adapter
+    that holds NaN, sums that have no room in the dtype, damaged files) and DoesNotFit.
+    """
+    given = [adapter] if isinstance(adapter, str | Path) else list(adapter)
+    size = size_of("max_shard_size", max_shard_size)
+    weighed = None if weights is None else tuple(weights)
+    return merge_opened(
+        source if isinstance(source, Checkpoint) else open_checkpoint(source),
+        [open_adapter(each) for each in given],
+        Path(out),
+        Merge(max_shard_size=size, dtype=dtype, weights=weighed, combination=combination),
+        sources=Sources(trust=Trust.of(trust), base=base, memo=memo),
+        progress=progress,
+    )
+
+
+def merge_opened(
+    checkpoint: Checkpoint,
+    adapters: Sequence[Adapter],
+    out: Path,
+    merge: Merge,
+    *,
+    sources: Sources = Sources(),
+    linked: bool = False,
+    progress: ReportProgress | None = None,
+    journal: Path | None = None,
+) -> MergedCheckpoint:
+    """`merge_adapter` of what is open; linked and journal as `convert` takes them."""
+    described = describe_opened(checkpoint)
+    bounds = merge.changes(described, [adapter.described for adapter in adapters], sources)
+    changed = changed_checkpoint(decode(checkpoint), adapters, bounds, merge.dtype)
+    saved = convert(
+        changed, out, merge.conversion, linked=linked, progress=progress, journal=journal,
+        restated=changed.config != checkpoint.config,
+    )  # fmt: skip
+    return MergedCheckpoint(saved.files, saved.shards, saved.bytes, len({bound.name for bound in bounds}))
+
+
+def changed_checkpoint(
+    checkpoint: Checkpoint, adapters: Sequence[Adapter], bounds: Iterable[Bound], dtype: str | None = None
+) -> Checkpoint:
+    """Return a checkpoint whose changed tensors are made as they are read. dtype: what they are cast to first."""
+    grouped: dict[tuple[str, str], list[Bound]] = {}
+    for bound in bounds:
+        grouped.setdefault((bound.name, bound.stored), []).append(bound)
+    tensors = dict(checkpoint.tensors)
+    for (name, stored), changes in grouped.items():
+        tensors[name] = _changed(name, checkpoint.tensors[stored], changes, adapters, dtype)
+    apart = {bound.target for changes in grouped.values() for bound in changes if bound.apart}
+    return replace(
+        checkpoint,
+        tensors=tensors,
+        tied={alias: kept for alias, kept in checkpoint.tied.items() if alias not in apart},
+        config=_untied(checkpoint.config) if apart and checkpoint.config else checkpoint.config,
+    )
+
+
+def _changed(
+    name: str, tensor: TensorInfo, bounds: Sequence[Bound], adapters: Sequence[Adapter], dtype: str | None
+) -> TensorInfo:
+    wanted = dtype if dtype is not None and is_cast(tensor.dtype, dtype) else tensor.dtype
+    decoder = Changed(
+        name, tensor.shape, tensor.dtype, wanted, tensor.made.decoder if tensor.made else None, len(tensor.stored),
+        tuple(bound.change for bound in bounds),
+    )  # fmt: skip
+    taken = [adapters[number].tensors[part] for bound in bounds for number, part in bound.parts]
+    made = Made((*tensor.stored, *taken), decoder)
+    return TensorInfo(name, wanted, tensor.shape, tensor.stored[0].file, -1, made=made)
+
+
+def merging_memory(described: ModelDescription, bounds: Iterable[Bound]) -> int:
+    """Return the bytes that one run of changed rows takes at the most, what is read and the result included."""
+    tensors, most = decoded(described).tensors or {}, 0
+    for bound in bounds:
+        dtype, shape = tensors[bound.stored]
+        row = tensor_nbytes("float32", shape[1:])
+        rows = shape[0] if bound.change.whole else max(1, DECODED // max(1, tensor_nbytes(dtype, shape[1:])))
+        parts = sum(size for _, size in bound.change.ranges(0, min(rows, shape[0])))
+        most = max(most, 4 * row * min(rows, shape[0]) + 3 * parts)
+    return most

@@ -1,0 +1,75 @@
+"""How `merge` does it: what is changed is computed as it is read, by the loop that writes every other checkpoint."""
+
+from __future__ import annotations
+
+from bigpipe.bigmodel.adapters import Bound, Merge, merge_opened, merging_memory
+from bigpipe.bigmodel.checkpoint import ModelDescription, describe_checkpoint, open_adapter, open_checkpoint
+from bigpipe.bigmodel.writing import WORKERS, planned_bytes
+from bigpipe.orchestrator.stage import CheckContext, Forecast, ForecastContext, StageContext, StageResult
+from bigpipe.sizes import counted, format_transfer
+
+from .library import about, require_class, single_model, sources_of, wired_adapters
+from .merge import MergeMetrics, MergeParams
+
+RAM = 400 * 2**20
+"""Peak of the worker process besides what it holds of one run of rows: interpreter, torch, buffers for the files."""
+RATE = 300 * 10**6
+"""Bytes per second where nothing better is known: one core's sha256 and a product of narrow matrices per row."""
+
+
+def check(params: MergeParams, context: CheckContext) -> None:
+    """Refuses before the download an adapter for another model, and a method that is not done here."""
+    _changes(params, context)
+
+
+def _changes(params: MergeParams, context: CheckContext) -> tuple[ModelDescription, list[Bound]] | None:
+    """The model and what changes in it; None where one of them is not known yet."""
+    described, adapters = single_model(context), wired_adapters(context)
+    if described is None or described.tensors is None or len(adapters) < len(context.inputs.get("adapter", ())):
+        return None
+    with about("inputs.model"):
+        require_class(described)
+    with about("inputs.adapter"):
+        return described, _merge(params).changes(described, adapters, sources_of(context))
+
+
+def _merge(params: MergeParams) -> Merge:
+    return Merge(**params.model_dump())
+
+
+def forecast(params: MergeParams, context: ForecastContext) -> Forecast:
+    """Exact numbers of tensors and bytes, from the headers of both."""
+    found = _changes(params, context)
+    if found is None:
+        return Forecast(
+            ram=RAM, unknown=("size after merging: the tensors of the model or the adapter are not known yet",)
+        )
+    described, bounds = found
+    plans, output = _merge(params).of(described, bounds)
+    size, merged = planned_bytes(plans), len({bound.name for bound in bounds})
+    trained = {adapter.base_model for adapter in wired_adapters(context)} - {None}
+    return Forecast(
+        download_bytes=0,
+        write_bytes=size,
+        ram=RAM + min(WORKERS, context.machine.cpus) * merging_memory(described, bounds),
+        seconds=size / RATE,
+        metrics={"merged": merged, "bytes": size},
+        output=describe_checkpoint(context.artifact) if context.artifact else output,
+        summary=f"{counted(merged, 'tensor')} changed, +{format_transfer(size)}",
+        details=tuple(f"the adapter was trained on {name}" for name in sorted(map(str, trained))),
+    )
+
+
+def run(params: MergeParams, context: StageContext) -> StageResult:
+    """Writes the weights anew and refers to the model's side files; whole files of an earlier attempt are kept."""
+    saved = merge_opened(
+        open_checkpoint(context.input("model")),
+        [open_adapter(path) for path in context.inputs["adapter"]],
+        context.out,
+        _merge(params),
+        sources=sources_of(context),
+        linked=True,
+        progress=lambda done, total: context.progress(done, total, "B", "weights"),
+        journal=context.scratch / "finished",
+    )
+    return StageResult(MergeMetrics(merged=saved.merged, bytes=saved.bytes), saved.files)

@@ -1,0 +1,121 @@
+"""`merge` in recipes: an adapter from a directory or a Hub, planned to the byte, merged, cached, refused early."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from support.adapters import loaded, merged_by_peft, tuned
+from support.hub import LoopbackHub
+from support.hub_state import files_of
+from support.models import make_checkpoint
+from support.workshop import Workshop, statuses
+
+pytest.importorskip("peft")
+pytestmark = pytest.mark.filterwarnings("ignore")
+
+FILE = "lora/adapter_model.safetensors"
+RECIPE = """\
+version: 1
+name: tuned
+stages:
+  base: {uses: download, with: {path: base}}
+  lora: {uses: download, with: LORA}
+  merge:
+    uses: merge
+    inputs: {model: base, adapter: lora}
+    with: {max_shard_size: 60KB}
+"""
+
+
+@pytest.fixture
+def shop(workshop: Workshop, monkeypatch: pytest.MonkeyPatch) -> Workshop:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    base = make_checkpoint(workshop.folder / "base", "llama", dtype="bfloat16")
+    tuned(base, workshop.folder / "lora", r=4, target_modules=["q_proj", "down_proj"])
+    workshop.manifest.write_text(RECIPE.replace("LORA", "{path: lora}"))
+    return workshop
+
+
+@pytest.fixture
+def server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[LoopbackHub]:
+    with LoopbackHub() as hub:
+        yield hub
+
+
+def assert_planned(plan: dict[str, Any], result: Any) -> None:
+    planned, node = plan["nodes"]["merge"], result.nodes["merge"]
+    assert planned["forecast"]["metrics"] == node.record.metrics, "known before it runs"
+
+
+def test_a_merge_is_planned_to_the_byte_and_equals_peft(shop: Workshop) -> None:
+    plan = shop.json("plan", "recipe.yaml")
+    result = shop.run()
+    assert statuses(result) == {"base": "succeeded", "lora": "succeeded", "merge": "succeeded"}
+    assert_planned(plan, result)
+    assert result.nodes["merge"].record.metrics["merged"] == 4
+    made = loaded(result.path("merge")).state_dict()
+    wanted = merged_by_peft(shop.folder / "base", shop.folder / "lora").state_dict()
+    assert all(torch.equal(made[name], tensor) for name, tensor in wanted.items())
+    assert result.nodes["lora"].record.artifact_type == "adapter"
+    assert result.nodes["base"].record.artifact_type == "checkpoint"
+    assert sorted(file.name for file in result.path("lora").iterdir()) == [
+        "README.md", "adapter_config.json", "adapter_model.safetensors",
+    ]  # fmt: skip
+    assert set(statuses(shop.run()).values()) == {"cached"}
+    tuned(shop.folder / "base", shop.folder / "lora", seed=9, r=4, target_modules=["q_proj", "down_proj"])
+    assert statuses(shop.run()) == {"base": "cached", "lora": "succeeded", "merge": "succeeded"}
+
+
+def test_an_adapter_comes_from_a_hub(shop: Workshop, server: LoopbackHub, tmp_path: Path) -> None:
+    """Before anything is fetched its config and the header of its weights are known."""
+    tuned(shop.folder / "base", shop.folder / "lora", r=256, target_modules=["q_proj", "down_proj"])
+    files = {**files_of(shop.folder / "lora"), "tokenizer.json": b"{}", "optimizer.pt": b"x"}
+    server.create("org/lora", files)
+    environment = server.environment(tmp_path / "hf")
+    shop.manifest.write_text(RECIPE.replace("LORA", "{repo: org/lora}"))
+    done = shop.command("plan", "recipe.yaml", "--json", **environment)
+    assert json.loads(done.stdout)["nodes"]["merge"]["forecast"]["metrics"]["merged"] == 4, done.stderr
+    assert server.bytes_sent("adapter_model.safetensors") < 70_000 < (shop.folder / FILE).stat().st_size
+    done = shop.command("run", "recipe.yaml", "--json", **environment)
+    assert done.returncode == 0, done.stderr
+    there = json.loads(done.stdout)["nodes"]["lora"]["path"]
+    assert sorted(file.name for file in Path(there).iterdir()) == [
+        "README.md", "adapter_config.json", "adapter_model.safetensors",
+    ]  # fmt: skip
+
+
+def test_an_adapter_for_another_model_is_refused_by_the_plan(shop: Workshop) -> None:
+    other = make_checkpoint(shop.folder / "other", "llama", hidden_size=48)
+    tuned(other, shop.folder / "lora", r=4, target_modules=["q_proj"])
+    done = shop.command("plan", "recipe.yaml")
+    assert done.returncode == 2
+    assert "recipe.yaml:8:" in done.stderr, "the place of the port"
+    assert "was made for another model" in done.stderr
+    assert "[4, 48]" in done.stderr
+
+
+@pytest.mark.parametrize(("wrong", "said"), [("model: lora, adapter: lora", "is not a model by itself"),
+                                             ("model: base, adapter: base", "no adapter_config.json")])  # fmt: skip
+def test_one_in_place_of_the_other_is_refused_by_the_plan(shop: Workshop, wrong: str, said: str) -> None:
+    shop.manifest.write_text(shop.manifest.read_text().replace("model: base, adapter: lora", wrong))
+    done = shop.command("plan", "recipe.yaml")
+    assert (done.returncode, said in done.stderr) == (2, True), done.stderr
+    assert "recipe.yaml:8:" in done.stderr
+
+
+def test_several_adapters_are_weighed(shop: Workshop) -> None:
+    tuned(shop.folder / "base", shop.folder / "second", seed=3, r=2, target_modules=["q_proj"])
+    text = shop.manifest.read_text().replace("  merge:", "  second: {uses: download, with: {path: second}}\n  merge:")
+    text = text.replace("adapter: lora}", "adapter: [lora, second]}").replace("60KB", "60KB, weights: [1, 0.5]")
+    plan = shop.json("plan", "recipe.yaml") if shop.manifest.write_text(text) else {}
+    result = shop.run()
+    assert_planned(plan, result)
+    assert result.nodes["merge"].record.metrics["merged"] == 4
+    shop.manifest.write_text(text.replace("[1, 0.5]", "[1]"))
+    done = shop.command("plan", "recipe.yaml")
+    assert (done.returncode, "for 2 adapters" in done.stderr) == (2, True), done.stderr
