@@ -98,10 +98,7 @@ def refuse(plan: Plan, *, keep_going: bool = False) -> None:
 
 
 def _survivable(plan: Plan, error: GateFailed) -> bool:
-    return any(
-        planned.node.on_fail == "continue" and any(gate.gate.place == error.place for gate in planned.gates)
-        for planned in plan.nodes.values()
-    )
+    return error.node in plan.nodes and plan.nodes[error.node].node.on_fail == "continue"
 
 
 @checked(machine=MACHINE, reporter=REPORTER)
@@ -174,6 +171,7 @@ def explain(session: Session, planned: Plan, name: str) -> dict[str, Json]:
             for other in session.recipe.ancestors(name)
             if planned.nodes[other].action in (Action.RUN, Action.MAYBE)
         },
+        "tried": [dict(row) for row in item.tried],
         "last": {"run": last.run, "created": last.created, "seconds": last.seconds} if last else None,
     }
 

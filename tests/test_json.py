@@ -77,7 +77,7 @@ def test_answers_of_a_run_and_of_what_looks_back(workshop) -> None:
     assert run["git"] is None
     node = {
         "status", "kind", "after", "key", "digest", "path", "seconds", "peak_rss", "metrics", "gates", "foreseen",
-        "reason", "error",
+        "reason", "verdict", "tried", "error",
     }  # fmt: skip
     assert run["nodes"]["a"].keys() == node
     answer(workshop, "run", "recipe.yaml", code=0)

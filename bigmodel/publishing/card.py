@@ -48,6 +48,13 @@ Made from {% if base %}[{{ base }}](https://huggingface.co/{{ base }})
 |---|---|---|
 {% for node, metric, value in measured -%}
 | {{ node }} | {{ metric }} | {{ value }} |
+{% endfor %}{% endif %}{% if left %}
+## Tried and left
+
+| node | why |
+|---|---|
+{% for node, why in left -%}
+| {{ node }} | {{ why }} |
 {% endfor %}{% endif %}
 ## Recipe
 
@@ -93,6 +100,7 @@ def card_of(model: Path, provenance: Provenance, name: str, extra: Mapping[str, 
         method=scheme and named(scheme).method,
         loading=LOADING.format(where=name) if _by_transformers(model) else "",
         measured=[[_cell(text) for text in row] for step in provenance.steps for row in _measured(step)],
+        left=[(_cell(step.node), _cell(step.left)) for step in provenance.steps if step.left],
         version=version(),
         git=provenance.git,
         used=[(name, _cell(value)) for name, value in provenance.used().items()],

@@ -25,6 +25,8 @@ class Step:
     digest: str | None
     params: Mapping[str, Any]
     metrics: Mapping[str, Any]
+    left: str = ""
+    """The gates that do not hold, of a step whose variant was left for another: it led to nothing."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -52,7 +54,7 @@ class Provenance:
         return {**self.params, **seeds}
 
     def last(self, kind: str) -> Step | None:
-        return next((step for step in reversed(self.steps) if step.kind == kind), None)
+        return next((step for step in reversed(self.steps) if step.kind == kind and not step.left), None)
 
     def param(self, kind: str, name: str) -> Any:
         """Return what the last step of this kind was given; None where there is none."""

@@ -121,6 +121,8 @@ class NodeFinished(Event):
     digest: str | None = None
     reason: str = ""
     error: str = ""
+    verdict: str = ""
+    """What its gates came to where they do not all hold and that is no failure; which variant it takes."""
 
 
 @dataclass(frozen=True, slots=True)

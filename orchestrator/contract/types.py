@@ -39,6 +39,8 @@ class Lineage:
     digest: str | None
     params: Mapping[str, Json]
     metrics: Mapping[str, Json]
+    left: str = ""
+    """The gates that do not hold, of one whose variant was left for another."""
 
 
 def _not_bool(value: Json) -> Json:

@@ -5,13 +5,14 @@ from typing import TYPE_CHECKING
 from bigpipe.faces import face
 
 if TYPE_CHECKING:
-    from . import schedule
+    from . import fallback, schedule
     from .decision import Action, GateVerdict, decide, difference_json
     from .doctor import doctor_text, examine, unsound
     from .keys import ABSENT, Difference, changed, content_paths, differences, shown
     from .plan import Plan, PlannedNode, machine_line, make_plan
-    from .schedule import GOOD, SETTLED, Do, NodeState, States, may_follow, passes_on, step
+    from .schedule import Do, Step, may_follow, passes_on, step
     from .session import Session, exact, lock_path, node_folder, open_session
+    from .states import GOOD, SETTLED, NodeState, States, judge_gates
     from .suggestion import with_parameters
 
 __getattr__, __all__ = face(__name__)

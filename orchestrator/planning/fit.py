@@ -18,8 +18,8 @@ from bigpipe.orchestrator.recipe import ResourcesSpec
 from bigpipe.sizes import exact_size, format_size, format_transfer
 
 from .rehearsal import Rehearsal
-from .schedule import NodeState
 from .session import Session
+from .states import NodeState
 
 MOST_HALVINGS = 8
 """Values that are tried to find the largest number that passes."""

@@ -18,11 +18,12 @@ from bigpipe.orchestrator.contract import Forecast, Machine, Misfit, Pinned
 from bigpipe.orchestrator.recipe import Node
 from bigpipe.sizes import format_size
 
+from . import fallback
 from .decision import Action, Decision, GateVerdict
 from .fit import find_misfits
 from .rehearsal import Rehearsal
-from .schedule import NOTHING_FORESEEN, NodeState, judge_gates
 from .session import NOTHING_PINNED, Session
+from .states import NOTHING_FORESEEN, NodeState, judge_gates
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -36,7 +37,11 @@ class PlannedNode:
     processes: int = 1
     gates: tuple[GateVerdict, ...] = ()
     refusal: BigpipeError | None = None
-    """What its preflight found."""
+    """What its preflight found, or that no variant passes."""
+    forgiven: bool = False
+    """A gate that does not hold is no failure of the run."""
+    tried: tuple[Mapping[str, str], ...] = ()
+    """What is known of the variants, of a node that takes the first that passes; see `fallback.tried`."""
     pinned: Pinned = NOTHING_PINNED
 
     @property
@@ -76,7 +81,12 @@ class Plan:
             place = self.nodes[name].node.places.of(misfit.about)
             found.append(DoesNotFit(f"{name}: {misfit.cause}", str(misfit.cure), place=place))
             found[-1].node = name
-        return found + [gate.error(each.node) for each in self.nodes.values() for gate in each.gates if gate.failed]
+        return found + [
+            gate.error(each.node)
+            for each in self.nodes.values()
+            for gate in each.gates
+            if gate.failed and not each.forgiven
+        ]
 
 
 def make_plan(session: Session, *, preflight: bool = True) -> Plan:
@@ -95,7 +105,7 @@ def make_plan(session: Session, *, preflight: bool = True) -> Plan:
 
 def _planned(rehearsal: Rehearsal, state: NodeState, preflight: bool) -> PlannedNode:
     session, node = rehearsal.session, state.node
-    decision, check, refusal = rehearsal.decisions[node.name], node.kind.planning.check, None
+    decision, check, refusal = rehearsal.decisions[node.name], node.kind.planning.check, state.error
     if preflight and decision.action.works:
         from .effects import refuse_clash  # of what runs alone
 
@@ -113,6 +123,8 @@ def _planned(rehearsal: Rehearsal, state: NodeState, preflight: bool) -> Planned
         processes=state.processes,
         gates=judge_gates(rehearsal.states, state) if node.gates else (),
         refusal=refusal,
+        forgiven=fallback.forgiven(state),
+        tried=tuple(fallback.tried(rehearsal.states, state)),
         pinned=session.known_pins(node),
     )
 

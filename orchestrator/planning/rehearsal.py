@@ -5,20 +5,44 @@ One node after the other, but for those that take a running producer's files as 
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 
 from bigpipe.errors import Offline
 from bigpipe.orchestrator.contract import Forecast, ForecastContext, Status
+from bigpipe.orchestrator.recipe import Choice
 
-from . import schedule
+from . import fallback, schedule
 from .decision import Action, Decision, decide
-from .schedule import GOOD, NOTHING_FORESEEN, SETTLED, Do, NodeState, States, step
+from .schedule import Do, Step, step
 from .session import Session
+from .states import GOOD, NOTHING_FORESEEN, SETTLED, NodeState, States
 
 COMPARABLE_WITHIN = 3
 """The factor within which a recorded run counts as comparable: seconds then go in proportion to what is written. Beyond
 it the start of a process weighs otherwise."""
+
+
+def most(forecasts: Sequence[Forecast]) -> Forecast:
+    """Return the forecast of which each cost is the largest of them, and each metric known where all agree. The rest is
+    the first's."""
+    costs = ("download_bytes", "write_bytes", "file_bytes", "works_on", "ram", "seconds")
+    known = {name: [value for each in forecasts if (value := getattr(each, name)) is not None] for name in costs}
+    gpus = sorted({index for each in forecasts for index in each.vram})
+    first = forecasts[0]
+    same = {
+        name: value
+        for name, value in first.metrics.items()
+        if all(each.metrics.get(name) == value for each in forecasts)
+    }
+    return replace(
+        first,
+        **{name: max(values) for name, values in known.items() if values},
+        vram={index: max(each.vram.get(index, 0) for each in forecasts) for index in gpus},
+        metrics=same,
+        unknown=tuple(dict.fromkeys(text for each in forecasts for text in each.unknown)),
+        misfits=tuple(dict.fromkeys(misfit for each in forecasts for misfit in each.misfits)),
+    )
 
 
 class Rehearsal:
@@ -45,7 +69,8 @@ class Rehearsal:
             self.decisions[state.name] = self._came_to(state)
 
     def _bring(self, state: NodeState) -> None:
-        """Let the node take its steps, and before them those of producers that it demands, until it has ended."""
+        """Let the node take its steps, and before them those of producers that it demands and of nodes that decide
+        whether it has its turn, until it has ended."""
         waiting = [state]
         while waiting:
             state = waiting[-1]
@@ -59,14 +84,24 @@ class Rehearsal:
                 case Do.START:
                     self._work(state)
                 case Do.CACHED:
-                    schedule.end(self.states, state, Status.CACHED, "")
+                    self._end(state, Status.CACHED, next_step)
                 case Do.SKIP:
-                    schedule.end(self.states, state, Status.SKIPPED, next_step.why)
+                    self._end(state, Status.SKIPPED, next_step)
+                case Do.TAKE:
+                    schedule.take(self.states, state, next_step.why)
+                case Do.FAIL:
+                    state.error = fallback.none_passes(self.states, state)
+                    schedule.end(self.states, state, Status.SKIPPED, state.error.cause)
                 case Do.DEMAND:
                     schedule.demand(self.states, state, next_step.producers)
                     waiting += [self.states[name] for name in next_step.producers]
+                case Do.WAIT if (awaited := self.states.nodes.get(next_step.why)) and awaited not in waiting:
+                    waiting.append(awaited)
                 case _:
                     waiting.pop()
+
+    def _end(self, state: NodeState, status: Status, told: Step) -> None:
+        schedule.end(self.states, state, status, told.why, left=told.why if told.gate else "")
 
     def _look(self, state: NodeState) -> None:
         node, inputs = state.node, schedule.input_digests(state)
@@ -77,9 +112,17 @@ class Rehearsal:
         when = node.when if decision.action is Action.RUN else None
         if when is not None and when.evaluate(schedule.lookup(self.states, state)) is None:
             decision = replace(decision, action=Action.MAYBE, reason=f"when {when.text} holds; {decision.reason}")
+        if decision.action.works and (condition := self._condition(state)):
+            decision = replace(decision, action=Action.MAYBE, reason=f"{condition}; {decision.reason}")
         schedule.decided(self.states, state, decision)
         if not state.hit:
             self._foresee(state)
+
+    def _condition(self, state: NodeState) -> str:
+        """Under which condition the node runs: its own, or that of what it takes, unless it takes another then."""
+        above = () if state.node.first else state.predecessors
+        found = (fallback.conditional(self.states, each) for each in (state, *above))
+        return next(filter(None, found), "")
 
     def _work(self, state: NodeState) -> None:
         """It starts, and with it all that can take its files, and theirs; then they are done."""
@@ -97,8 +140,8 @@ class Rehearsal:
         if self.states.held["disk"] > self.peak:
             self.peak, self.where = self.states.held["disk"], together[-1].name
         for each in together:
-            each.bytes_here = True
-            schedule.end(self.states, each, Status.SUCCEEDED, "")
+            each.bytes_here = each.done = True
+            self._end(each, Status.SUCCEEDED, step(self.states, each))
             for producer in each.producers:
                 if not producer.node.cache and step(self.states, producer).do is Do.DROP:
                     schedule.drop(self.states, producer)
@@ -123,9 +166,21 @@ class Rehearsal:
         state.metrics = state.forecast.metrics
 
     def _forecast(self, state: NodeState) -> Forecast:
+        """What it costs; where it may take one of several variants, the most that one of them does."""
+        if len(choices := self._may_take(state)) < 2:
+            return self._forecast_of(state, state.inputs)
+        nodes = self.states.nodes
+        each = [{port: [nodes[name] for name in names] for port, names in one.inputs.items()} for one in choices]
+        return most([self._forecast_of(state, inputs) for inputs in reversed(each)][::-1])
+
+    def _may_take(self, state: NodeState) -> list[Choice]:
+        first = state.node.first
+        return [choice for choice, _ in fallback.candidates(self.states, first)] if first and state.awaits else []
+
+    def _forecast_of(self, state: NodeState, wires: Mapping[str, Sequence[NodeState]]) -> Forecast:
         session, node, record = self.session, state.node, state.record
         inputs: dict[str, tuple[Forecast, ...]] = {}
-        for port, wired in state.inputs.items():
+        for port, wired in wires.items():
             if forecasts := [one.forecast for one in wired if one.forecast is not NOTHING_FORESEEN]:
                 inputs[port] = tuple(forecasts)
         digest = record.digest if record and state.bytes_here else None
@@ -169,7 +224,9 @@ class Rehearsal:
         them."""
         decision = state.decision
         if decision is None or state.status not in GOOD:
-            return Decision(action=Action.SKIPPED, reason=state.reason)
+            return Decision(action=Action.SKIPPED, reason=f"left: {state.left}" if state.left else state.reason)
+        if told := fallback.told(self.states, state):
+            decision = replace(decision, reason="; ".join(filter(None, [decision.reason, told])))
         if state.status is Status.CACHED or decision.action is not Action.CACHED:
             return decision
         needing = {each.name: self.decisions[each.name].action for each in state.consumers}

@@ -4,8 +4,9 @@ A plan drives it with what is foreseen (`rehearsal`), a run with what really cam
 the store, the clock, the machine or another process; every rule has its row in `test_schedule`.
 
 step(states, state)
-    pending    skip it; look it up; take it from the cache; send for dropped bytes; start it, beside a producer whose
-               files it takes or when there is room; or let it wait
+    pending    let it wait until earlier variants are left (`fallback`), or take one; skip it; look it up; take it from
+               the cache; send for dropped bytes; start it, beside a producer whose files it takes or when there is
+               room; or let it wait
     running    once its work is done: it succeeded, or a gate fails it
     ended      look it up again where an input came out different; drop bytes that nobody needs any more
 """
@@ -13,23 +14,21 @@ step(states, state)
 from __future__ import annotations
 
 import math
-from collections import Counter
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Sequence
+from dataclasses import replace
 from enum import StrEnum
+from itertools import chain
 from typing import NamedTuple
 
-from bigpipe.errors import BigpipeError
-from bigpipe.orchestrator.contract import Forecast, Json, Status
+from bigpipe.orchestrator.contract import Status
 from bigpipe.orchestrator.launch import executor
-from bigpipe.orchestrator.recipe import UNKNOWN, Lookup, Node, metric
 from bigpipe.orchestrator.store import KeyRecord
 from bigpipe.passing import AHEAD
 
+from . import fallback
 from .decision import Action, Decision, GateVerdict, Inputs
-
-GOOD = frozenset({Status.CACHED, Status.SUCCEEDED})
-SETTLED = GOOD | {Status.FAILED, Status.SKIPPED}
+from .fallback import Verdict
+from .states import GOOD, SETTLED, NodeState, States, judge_gates, lookup
 
 
 class Do(StrEnum):
@@ -42,8 +41,10 @@ class Do(StrEnum):
     """Send producers whose bytes were dropped back to work."""
     START = "start"
     SUCCEED = "succeed"
+    TAKE = "take"
+    """Let it take this variant of the axis along which it takes the first that passes."""
     FAIL = "fail"
-    """A gate does not hold."""
+    """A gate does not hold, or no variant passes."""
     DROP = "drop"
     """Let the bytes go."""
     STOP = "stop"
@@ -53,118 +54,11 @@ class Do(StrEnum):
 class Step(NamedTuple):
     do: Do
     why: str = ""
-    """Why it is skipped, what it waits for, or the producer whose files it takes as they are made."""
+    """Why it is skipped, what it waits for, the producer whose files it takes as they are made, or the variant."""
     producers: tuple[str, ...] = ()
     """Whose bytes it demands."""
     gate: GateVerdict | None = None
-    """The one that does not hold."""
-
-
-NOTHING_FORESEEN = Forecast()
-
-
-@dataclass(slots=True, eq=False)
-class NodeState:
-    """What is known of a node."""
-
-    node: Node
-    forecast: Forecast = NOTHING_FORESEEN
-    processes: int = 1
-    """How many it starts; each holds a CPU, unless its `resources` say otherwise."""
-    status: Status = Status.PENDING
-    reason: str = ""
-    decision: Decision | None = None
-    record: KeyRecord | None = None
-    """Of what it gave."""
-    metrics: Mapping[str, Json] = field(default_factory=dict)
-    """Recorded or foreseen."""
-    bytes_here: bool = True
-    demanded_by: str = ""
-    """The consumer that needs dropped bytes again."""
-    following: str = ""
-    """The running producer whose files it takes as they are made."""
-    passing: bool = False
-    """It runs, and its files can be taken as they are made."""
-    done: bool = False
-    """Its work is done; its gates are not judged yet."""
-    disk: int = 0
-    """Bytes it has in the store, or is about to write there, by the forecast."""
-    share: Mapping[str, int] = field(default_factory=dict)
-    """What it holds besides while it runs."""
-    seconds: float = 0.0
-    error: BigpipeError | None = None
-    inputs: dict[str, list[NodeState]] = field(default_factory=dict)
-    """Port → what is wired there."""
-    producers: list[NodeState] = field(default_factory=list)
-    predecessors: list[NodeState] = field(default_factory=list)
-    consumers: list[NodeState] = field(default_factory=list)
-    """Those that take its artifact."""
-    name: str = field(init=False)
-
-    def __post_init__(self) -> None:
-        self.name = self.node.name
-
-    @property
-    def key(self) -> str | None:
-        return self.record.key if self.record else self.decision.key if self.decision else None
-
-    @property
-    def digest(self) -> str | None:
-        return self.record.digest if self.record else None
-
-    @property
-    def writes(self) -> int:
-        """Bytes it adds to the store."""
-        asked = self.node.resources.disk
-        return asked if asked is not None else self.forecast.write_bytes or 0
-
-    @property
-    def fetches(self) -> int:
-        """Bytes it adds to the disk of the store in a cache of somebody else's, where they stay."""
-        return (self.forecast.download_bytes or 0) if self.forecast.fetches_to else 0
-
-    @property
-    def hit(self) -> bool:
-        """Is what the store has of it all that is needed?"""
-        if self.decision is None or self.decision.action is not Action.CACHED:
-            return False
-        return self.decision.bytes_here or not self.demanded_by
-
-
-@dataclass(slots=True, kw_only=True)
-class States:
-    """All nodes of a run, in topological order, what those that run hold together, and the rules of the run."""
-
-    nodes: Mapping[str, NodeState]
-    room: Mapping[str, int]
-    """The most that all running nodes together may hold: jobs, CPUs, RAM and disk in bytes, and who holds GPUs. Two
-    nodes that place themselves would both start at GPU 0, so one at a time does."""
-    side_by_side: bool = True
-    """May consumers take a producer's files as they are made?"""
-    keep_going: bool = False
-    foreseen: bool = False
-    """What is not known yet is left open: it will be known when the run gets there."""
-    held: Counter[str] = field(default_factory=Counter)
-    running: set[str] = field(default_factory=set)
-    stopped: bool = False
-    """No new node starts: interrupted, or a node failed that does not let the others go on."""
-    of_key: dict[str, list[NodeState]] = field(default_factory=dict)
-    """Key → those that have had it; while they do they share their bytes."""
-
-    def __post_init__(self) -> None:
-        for state in self.nodes.values():
-            state.inputs = {port: [self.nodes[name] for name in names] for port, names in state.node.inputs.items()}
-            state.producers = [self.nodes[name] for name in state.node.producers]
-            state.predecessors = [self.nodes[name] for name in state.node.predecessors]
-            for producer in state.producers:
-                producer.consumers.append(state)
-
-    def __getitem__(self, name: str) -> NodeState:
-        return self.nodes[name]
-
-    def hold_disk(self, state: NodeState, size: int) -> None:
-        self.held["disk"] += size - state.disk
-        state.disk = size
+    """The one that does not hold: with CACHED, SUCCEED and SKIP, one whose node is left."""
 
 
 def step(states: States, state: NodeState) -> Step:
@@ -176,6 +70,8 @@ def step(states: States, state: NodeState) -> Step:
 
 
 def _pending(states: States, state: NodeState) -> Step:
+    if (chosen := _held_back(states, state) or _chooses(states, state)) is not None:
+        return chosen
     unsettled = _unsettled(state)
     if unsettled is None:
         if reason := _blocked(states, state):
@@ -189,11 +85,46 @@ def _pending(states: States, state: NodeState) -> Step:
         return Step(Do.WAIT, follows) if follows else _judged(states, state, Do.CACHED)
     if dropped := tuple(each.name for each in state.producers if each.status in GOOD and not each.bytes_here):
         return Step(Do.DEMAND, producers=dropped)
+    if foregone := _foregone(states, state):
+        return foregone
     if states.stopped:
         return Step(Do.STOP)
     if lacking := _lacking(states, state, follows):
         return Step(Do.WAIT, lacking)
     return Step(Do.START, follows)
+
+
+def _held_back(states: States, state: NodeState) -> Step | None:
+    """Variants after the first are not run while an earlier one may be taken."""
+    found = fallback.turn(states, state)
+    if found is None:
+        return None
+    status, why = found
+    return Step(Do.WAIT if status is Status.PENDING else Do.SKIP, why)
+
+
+def _chooses(states: States, state: NodeState) -> Step | None:
+    """What a node does that takes the first variant that passes, until it has taken that one."""
+    if (first := state.node.first) is None:
+        return None
+    choice, last = list(fallback.walk(states, first))[-1]
+    if last is Verdict.AWAITED:
+        return Step(Do.WAIT, choice.judge)
+    if last is Verdict.FAILED:
+        return Step(Do.SKIP, f"{fallback.broken_above(states[choice.judge])} failed")
+    found = fallback.candidates(states, first)
+    if not found:
+        judged = any(states[each.judge].left for each in first.choices)
+        return Step(Do.FAIL) if judged else Step(Do.SKIP, f"{choice.judge} is skipped")
+    return None if state.choice is found[0][0] else Step(Do.TAKE, found[0][0].value)
+
+
+def _foregone(states: States, state: NodeState) -> Step | None:
+    """A variant that cannot pass, by what is forecast, is left without being run."""
+    if not fallback.forgiven(state) or _minds_nothing(state) or state.demanded_by:
+        return None
+    bad = [gate for gate in judge_gates(states, state, state.forecast.metrics) if gate.failed]
+    return Step(Do.SKIP, fallback.left_text(bad), gate=bad[0]) if bad else None
 
 
 def _unsettled(state: NodeState) -> NodeState | None:
@@ -204,14 +135,19 @@ def _unsettled(state: NodeState) -> NodeState | None:
 
 
 def _good(states: States, state: NodeState) -> Step:
-    if not _up_to_date(state):
+    if not _up_to_date(states, state):
         return Step(Do.LOOK)
     if _keeps(state) or not state.bytes_here:
         return Step(Do.WAIT)
     sharing = _sharing(states, state)
     consumers = (each for one in sharing for each in reversed(one.consumers))
     # One that failed will want its producers' bytes again.
-    taken = all(each.status is Status.SKIPPED or (each.status in GOOD and _up_to_date(each)) for each in consumers)
+    taken = all(
+        each.status is Status.SKIPPED
+        or (each.status in GOOD and _up_to_date(states, each))
+        or not any(fallback.still_takes(states, each, one) for one in sharing if each in one.consumers)
+        for each in consumers
+    )
     return Step(Do.DROP if taken and not any(map(_keeps, sharing)) else Do.WAIT)
 
 
@@ -226,8 +162,11 @@ def _sharing(states: States, state: NodeState) -> list[NodeState]:
     return [state, *(each for each in states.of_key.get(key, ()) if each is not state and each.key == key)]
 
 
-def _up_to_date(state: NodeState) -> bool:
+def _up_to_date(states: States, state: NodeState) -> bool:
     """Does what an ended node gave stand on what its producers have given? True while one of them is at work again."""
+    found = fallback.candidates(states, state.node.first) if state.node.first else []
+    if found and found[0][0] is not state.choice:
+        return False
     if not all(each.status in GOOD or each.status is Status.SKIPPED for each in state.producers):
         return True
     return state.decision is None or state.decision.inputs == input_digests(state)
@@ -239,8 +178,8 @@ def _blocked(states: States, state: NodeState) -> str:
     for each in bad:
         if each.status is Status.FAILED:
             return f"{each.name} failed"
-    if bad and (missing := _missing_producer(states, state)):
-        return f"{missing} is skipped"
+    if missing := _missing_producer(states, state) if bad or any(each.left for each in state.predecessors) else "":
+        return missing
     when = state.node.when
     if when is None:
         return ""
@@ -250,14 +189,19 @@ def _blocked(states: States, state: NodeState) -> str:
     return "" if verdict.passed else f"when {when.text}: {verdict.left}"
 
 
-def _missing_producer(states: States, state: NodeState) -> str | None:
-    """The skipped node this one cannot do without: on a port that is not optional, or in `needs`."""
+def _missing_producer(states: States, state: NodeState) -> str:
+    """The node that is not there and that this one cannot do without: one that was skipped, on a port that is not
+    optional, or in `needs`; one that was left, but where it is gathered with others."""
     for port, wired in state.inputs.items():
         gone = [each.name for each in wired if each.status is Status.SKIPPED]
         spec = state.node.kind.inputs[port]
         if gone and not spec.optional and (not spec.many or len(gone) == len(wired)):
-            return gone[0]
-    return next((name for name in state.node.needs if states[name].status is Status.SKIPPED), None)
+            return f"{gone[0]} is skipped"
+        if not spec.many and (left := next((each for each in wired if each.left), None)):
+            return f"{left.name} is left: {left.left}"
+    needed = [states[name] for name in state.needs]
+    skipped = (f"{each.name} is skipped" for each in needed if each.status is Status.SKIPPED)
+    return next(chain(skipped, (f"{each.name} is left: {each.left}" for each in needed if each.left)), "")
 
 
 def may_follow(states: States, state: NodeState, producer: NodeState) -> bool:
@@ -270,6 +214,7 @@ def may_follow(states: States, state: NodeState, producer: NodeState) -> bool:
         and executor(kind.runs_in).waits
         and node.when is None
         and node.timeout is None
+        and fallback.turn(states, state) is None
         and node.inputs.get(kind.passing.follows) == (producer.name,)
         and state.status is Status.PENDING
         and all(other.status in GOOD and other.bytes_here for other in state.predecessors if other is not producer)
@@ -297,30 +242,26 @@ def _share(state: NodeState, follows: str) -> dict[str, int]:
 
 
 def _judged(states: States, state: NodeState, otherwise: Do) -> Step:
-    """A run fails where a gate cannot be decided; what is only foreseen goes on, whatever its gates."""
-    gates = () if states.foreseen else judge_gates(states, state)
-    bad = next((gate for gate in gates if gate.failed or gate.verdict is None), None)
-    return Step(Do.FAIL, gate=bad) if bad else Step(otherwise)
+    """A run fails where a gate cannot be decided; what is only foreseen goes on, whatever its gates. Where that is
+    forgiven, the node is left, or nobody minds."""
+    bad = [gate for gate in judge_gates(states, state) if gate.failed or (gate.verdict is None and not states.foreseen)]
+    if not bad:
+        return Step(otherwise)
+    if not fallback.forgiven(state):
+        return Step(otherwise) if states.foreseen else Step(Do.FAIL, gate=bad[0])
+    text = fallback.left_text(bad)
+    return Step(otherwise, text, gate=None if _minds_nothing(state) else bad[0])
 
 
-def judge_gates(states: States, state: NodeState) -> tuple[GateVerdict, ...]:
-    look = lookup(states, state)
-    return tuple(GateVerdict(gate=gate, verdict=gate.evaluate(look)) for gate in state.node.gates)
-
-
-def lookup(states: States, own: NodeState) -> Lookup:
-    """Metrics of the nodes, UNKNOWN where a node has none yet."""
-
-    def look(name: str | None, path: str) -> Json:
-        state = states.nodes.get(name) if name else own
-        return metric(state.metrics, path) if state else UNKNOWN
-
-    return look
+def _minds_nothing(state: NodeState) -> bool:
+    return state.node.on_fail == "warn" and not state.judges
 
 
 def input_digests(state: NodeState) -> Inputs | None:
     """Per port, the digests of what is wired there, skipped producers left out; None while one is not known.
     Of a producer that runs it is what it gave before under its key, should it give that again."""
+    if state.awaits:
+        return None
     found: dict[str, list[str]] = {}
     for port, wired in state.inputs.items():
         for each in wired:
@@ -332,8 +273,10 @@ def input_digests(state: NodeState) -> Inputs | None:
 
 
 def awaited(state: NodeState) -> list[str]:
-    """The producers whose digests are not known."""
-    return [each.name for each in state.producers if each.status is not Status.SKIPPED and _digest(each) is None]
+    """The producers whose digests are not known, and the nodes that decide which variant it takes."""
+    return state.awaits + [
+        each.name for each in state.producers if each.status is not Status.SKIPPED and _digest(each) is None
+    ]
 
 
 def _digest(state: NodeState) -> str | None:
@@ -365,6 +308,17 @@ def _has_key(states: States, state: NodeState) -> None:
         known.append(state)
 
 
+def take(states: States, state: NodeState, value: str) -> None:
+    """It takes this variant of the axis; as far as is known."""
+    first = state.node.first
+    assert first is not None  # noqa: S101  no other node is told to take one
+    state.choice = next(choice for choice in first.choices if choice.value == value)
+    state.awaits = [each.judge for each, found in fallback.candidates(states, first) if found is Verdict.OPEN]
+    asked = [name for name, _ in state.node.when.references if name is not None] if state.node.when else []
+    own = [*chain.from_iterable(state.choice.inputs.values()), *state.choice.needs]
+    states.wire(state, state.choice.inputs, state.choice.needs, list(dict.fromkeys([*own, *sorted(asked)])))
+
+
 def demand(states: States, by: NodeState, producers: Sequence[str]) -> None:
     for name in producers:
         state = states[name]
@@ -389,14 +343,18 @@ def start(states: States, state: NodeState, follows: str = "") -> None:
         states.hold_disk(producer, min(producer.disk, _between(producer)))
 
 
-def end(states: States, state: NodeState, status: Status, reason: str) -> None:
-    """It has come to `status`; PENDING where it followed a producer in vain."""
+def end(states: States, state: NodeState, status: Status, reason: str, left: str = "") -> None:
+    """It has come to `status`; PENDING where it followed a producer in vain. left: the gates that do not hold, where
+    that is no failure."""
+    state.left = left
+    if left and status is Status.SKIPPED:
+        state.metrics = state.forecast.metrics
     if state.status is Status.RUNNING:
         states.running.discard(state.name)
         for what, size in state.share.items():
             states.held[what] -= size
     state.status, state.reason, state.following, state.passing = status, reason, "", False
-    if status is Status.FAILED and state.node.on_fail == "stop" and not states.keep_going:
+    if status is Status.FAILED and state.node.on_fail != "continue" and not states.keep_going:
         states.stopped = True
     if status in GOOD:
         state.demanded_by = ""

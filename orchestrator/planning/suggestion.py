@@ -77,7 +77,7 @@ def _parameter(node: Node, option: str) -> str | None:
 
 
 def _with_gate_cures(plan: Plan) -> Plan:
-    if not any(gate.failed for node in plan.nodes.values() for gate in node.gates):
+    if not any(gate.failed and not node.forgiven for node in plan.nodes.values() for gate in node.gates):
         return plan
     nodes = {
         name: replace(node, gates=tuple(_with_cure(plan, node, gate) if gate.failed else gate for gate in node.gates))

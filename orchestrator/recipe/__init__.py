@@ -9,7 +9,7 @@ if TYPE_CHECKING:
     from .graph import Recipe, load_recipe
     from .initial import initial_manifest
     from .manifest import ResourcesSpec
-    from .node import Node
+    from .node import Choice, First, Node
     from .problems import Fault
     from .registry import PROBES, is_built_in, load_stage, named_stage, stage_kinds
     from .schema import described_schema, field_descriptions, manifest_schema

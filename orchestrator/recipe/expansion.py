@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from functools import partial
-from itertools import product
+from itertools import chain, product
 from math import prod
 from typing import NamedTuple
 
@@ -18,7 +18,7 @@ from bigpipe.orchestrator.launch import executor
 from .conditions import Condition, Measure, parse_condition
 from .interpolation import Scope, check_passwords, contains_reference, interpolate
 from .manifest import NodeSettings, refused_variable
-from .node import Node, Places
+from .node import Choice, First, Node, Places
 from .problems import Fault, Problems
 from .validation import Target, measure_of, validate, wrong_metric
 from .wiring import Axes, StageReference, Wired, read_picks
@@ -40,6 +40,10 @@ def variants(axes: Axes) -> Iterable[dict[str, str]]:
     names = list(axes)
     for values in product(*axes.values()):
         yield dict(zip(names, values, strict=True))
+
+
+def _joined(groups: Iterable[tuple[str, ...]]) -> tuple[str, ...]:
+    return tuple(dict.fromkeys(chain.from_iterable(groups)))
 
 
 class Reading(NamedTuple):
@@ -71,7 +75,7 @@ class Expansion:
             cure = "shorten or drop an axis, or split the recipe"
             self.problems.fail(Fault.TOO_MANY_NODES, ("stages", largest, "matrix"), cause, cure, key=True)
         edges = sum(
-            sizes[stage.name] * (sizes[source.stage] if source.gathers else 1)
+            sizes[stage.name] * (sizes[source.stage] if source.gathers else max(1, len(stage.tried)))
             for stage in self.stages.values()
             for source in stage.sources()
         )
@@ -131,6 +135,8 @@ class Expansion:
     ) -> Node:
         assert stage.kind is not None  # noqa: S101  it has params
         settings, params, when, gates = reading
+        first = self._first(stage, texts)
+        ways = [(choice.inputs, choice.needs) for choice in first.choices] if first else [self._wires(stage, texts)]
         return Node(
             name=node_name(stage.name, texts),
             stage=stage.name,
@@ -138,8 +144,9 @@ class Expansion:
             location=stage.location,
             params=params,
             variant=variant,
-            inputs={port: self._targets(sources, texts) for port, sources in stage.inputs.items()},
-            needs=self._targets(stage.needs, texts),
+            inputs={port: _joined(inputs[port] for inputs, _ in ways) for port in stage.inputs},
+            needs=_joined(needs for _, needs in ways),
+            first=first,
             when=self._bound(stage, when, texts) if when else None,
             gates=tuple(bound for gate in gates if (bound := self._bound(stage, gate, texts)) is not None),
             launch=settings.launch,
@@ -152,6 +159,30 @@ class Expansion:
             secrets=tuple(dict.fromkeys([*stage.kind.secrets, *stage.structure.secrets])),
             places=places,
         )
+
+    def _first(self, stage: Wired, texts: Mapping[str, str]) -> First | None:
+        if stage.first is None or stage.structure.first is None:
+            return None
+        axis, judge = stage.structure.first.axis, stage.first
+        tried = [{**texts, axis: value} for value in stage.tried]
+        choices = tuple(self._choice(stage, judge, each[axis], each) for each in tried)
+        return First(axis=axis, of=judge.stage, choices=choices)
+
+    def _choice(self, stage: Wired, judge: StageReference, value: str, texts: Mapping[str, str]) -> Choice:
+        inputs, needs = self._wires(stage, texts)
+        sources = chain(*stage.inputs.values(), stage.needs)
+        return Choice(
+            value=value,
+            judge=self._variant(judge.stage, judge.picks, texts),
+            inputs=inputs,
+            needs=needs,
+            own=self._targets(tuple(source for source in sources if not source.gathers), texts),
+        )
+
+    def _wires(self, stage: Wired, texts: Mapping[str, str]) -> tuple[dict[str, tuple[str, ...]], tuple[str, ...]]:
+        """What a node takes, and what it needs, with these values of the axes."""
+        inputs = {port: self._targets(sources, texts) for port, sources in stage.inputs.items()}
+        return inputs, self._targets(stage.needs, texts)
 
     def _targets(self, sources: tuple[StageReference, ...], texts: Mapping[str, str]) -> tuple[str, ...]:
         result: dict[str, None] = {}

@@ -109,6 +109,23 @@ class ResourcesSpec(Spec):
     disk: Size | None = None
 
 
+def _one_axis(value: Json) -> Json:
+    if isinstance(value, list):
+        raise ValueError(
+            "several axes are not tried at once; name one, and let a stage after it take the first of another"
+        )
+    return value
+
+
+class FirstSpec(Spec):
+    """Along which axis a stage takes one variant of its inputs, and whose gates decide which."""
+
+    axis: Annotated[Text, BeforeValidator(_one_axis)] = Field(
+        description="The axis whose values are tried, in their order."
+    )
+    of: Text = Field(description="The stage on that axis whose gates decide: the first variant that passes is taken.")
+
+
 class Structure(Spec):
     """The part of a stage that shapes the graph. It cannot depend on the matrix."""
 
@@ -121,7 +138,13 @@ class Structure(Spec):
     matrix: dict[str, list[str | bool | int | float]] = Field(
         default_factory=dict, description="Axes: one node for each combination of their values."
     )
+    first: FirstSpec | None = Field(
+        default=None, description="Take one variant of an axis: the first that passes; those after it are not run."
+    )
     secrets: list[Text] = Field(default_factory=list, description="Declared secrets that this stage may see.")
+
+
+OnFail = Literal["stop", "continue", "skip", "warn"]
 
 
 class NodeSettings(Spec):
@@ -134,7 +157,11 @@ class NodeSettings(Spec):
     retries: Count = Field(default=0, ge=0, le=100, description="Further attempts after a transient failure.")
     timeout: Duration | None = Field(default=None, description="30m, 1h30m, or seconds.")
     gates: list[Text] = Field(default_factory=list, description="Comparisons over the stage's metrics that must hold.")
-    on_fail: Literal["stop", "continue"] = Field("stop", description="What a failure does to the other branches.")
+    on_fail: OnFail = Field(
+        "stop",
+        description="stop, continue: what a failure does to the other branches. skip, warn: a gate that does not hold "
+        "is no failure; what depends on the stage is skipped, or goes on.",
+    )
     cache: bool = Field(default=True, description="false: drop the bytes once the last consumer has them.")
     env: dict[str, str | Count] = Field(default_factory=dict, description="Environment variables of the stage.")
 

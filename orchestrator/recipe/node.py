@@ -6,13 +6,13 @@ from collections import UserDict
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any, Literal
+from typing import Any
 
 from bigpipe.errors import Place
 from bigpipe.orchestrator.contract import Json, Launch, Params, Stage
 
 from .conditions import Condition
-from .manifest import ResourcesSpec
+from .manifest import OnFail, ResourcesSpec
 from .yamlsource import Document, Item, Key
 
 
@@ -50,6 +50,30 @@ class Places(UserDict[str, Place]):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Choice:
+    """One value of the axis along which a node takes the first variant that passes, and what it then takes."""
+
+    value: str
+    judge: str
+    """The node whose gates decide."""
+    inputs: Mapping[str, tuple[str, ...]]
+    needs: tuple[str, ...] = ()
+    own: tuple[str, ...]
+    """What it takes and needs, without what is gathered over all values."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class First:
+    """A node takes one variant of an axis: the first that passes its gates."""
+
+    axis: str
+    of: str
+    """The stage whose gates decide."""
+    choices: tuple[Choice, ...]
+    """In the order in which they are tried."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Node:
     """One use of a stage kind: a stage of the manifest, or one variant of it."""
 
@@ -64,7 +88,8 @@ class Node:
     """Validated; paths as written, relative to the manifest."""
     variant: Mapping[str, Json]
     inputs: Mapping[str, tuple[str, ...]]
-    """Port → node names."""
+    """Port → node names; where it takes the `first` variant that passes, those of all."""
+    first: First | None = None
     needs: tuple[str, ...] = ()
     when: Condition | None = None
     gates: tuple[Condition, ...] = ()
@@ -73,7 +98,7 @@ class Node:
     retries: int = 0
     timeout: float | None = None
     """Seconds."""
-    on_fail: Literal["stop", "continue"] = "stop"
+    on_fail: OnFail = "stop"
     cache: bool = True
     env: Mapping[str, str] = field(default_factory=dict)
     secrets: tuple[str, ...] = ()
@@ -83,10 +108,11 @@ class Node:
     producers: tuple[str, ...] = field(init=False)
     """The nodes whose artifacts it takes."""
     predecessors: tuple[str, ...] = field(init=False)
-    """The nodes that must have ended before this one starts: inputs, needs, and those that `when` asks."""
+    """The nodes that must have ended before this one starts: inputs, needs, and those that `when` and `first` ask."""
 
     def __post_init__(self) -> None:
         producers = dict.fromkeys(name for names in self.inputs.values() for name in names)
         asked = sorted(node for node, _ in self.when.references if node is not None) if self.when else ()
+        judges = [choice.judge for choice in self.first.choices] if self.first else []
         object.__setattr__(self, "producers", tuple(producers))
-        object.__setattr__(self, "predecessors", tuple(dict.fromkeys([*producers, *self.needs, *asked])))
+        object.__setattr__(self, "predecessors", tuple(dict.fromkeys([*producers, *self.needs, *asked, *judges])))

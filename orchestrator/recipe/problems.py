@@ -55,6 +55,7 @@ class Fault(StrEnum):
     NO_VARIANT = "BP308"
     TOO_MANY_NODES = "BP309"
     NO_RANKS = "BP310"
+    BAD_FIRST = "BP311"
 
     CONDITION_SYNTAX = "BP401"
     UNKNOWN_METRIC = "BP402"

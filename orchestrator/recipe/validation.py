@@ -81,10 +81,12 @@ def _salvaged(model: type[M], value: Mapping[Key, Json], wrong: set[tuple[Key, .
             kept[name] = {key: child for key, child in entry.items() if key not in parts}
         elif not parts and (name,) not in wrong:
             kept[name] = entry
-    try:
-        return model.model_validate(kept)
-    except ValidationError:
-        return None
+    for rest in (kept, {name: entry for name, entry in kept.items() if (name,) not in {where[:1] for where in wrong}}):
+        try:
+            return model.model_validate(rest)
+        except ValidationError:  # an entry lacks a part that it needs
+            continue
+    return None
 
 
 @dataclass(slots=True)

@@ -67,6 +67,10 @@ class Wired:
     inputs: dict[str, tuple[StageReference, ...]] = field(default_factory=dict)
     needs: tuple[StageReference, ...] = ()
     when: tuple[StageReference, ...] = ()
+    first: StageReference | None = None
+    """The stage whose gates decide which variant it takes."""
+    tried: dict[str, Json] = field(default_factory=dict)
+    """Text → value of the axis along which it takes the `first` that passes."""
     axes: Axes = field(default_factory=dict)
     broken: bool = False
     """Some axes may be missing because of a reported problem."""
@@ -76,7 +80,7 @@ class Wired:
         return ("stages", self.name)
 
     def sources(self) -> Iterator[StageReference]:
-        yield from chain(*self.inputs.values(), self.needs, self.when)
+        yield from chain(*self.inputs.values(), self.needs, self.when, (self.first,) if self.first else ())
 
 
 class Wiring:
@@ -96,6 +100,10 @@ class Wiring:
                 StageReference(name, (*stage.path, "when"), "when")
                 for name in dict.fromkeys(_STAGE_METRIC.findall(stage.condition))
             )
+            if (first := stage.structure.first) is not None:
+                stage.first = next(
+                    iter(self._known([StageReference(first.of, (*stage.path, "first", "of"), "first")])), None
+                )
             self._check_ports(stage)
         axis_order = dict.fromkeys(axis for stage in self.stages.values() for axis in stage.structure.matrix)
         for name in self._order():
@@ -233,7 +241,56 @@ class Wiring:
             self._join(stage, axes, inherited, source.path)
         own = {axis: self._axis(stage, axis, values) for axis, values in stage.structure.matrix.items()}
         self._join(stage, axes, own, (*stage.path, "matrix"))
+        if stage.first is not None and stage.structure.first is not None:
+            stage.tried = axes.pop(stage.structure.first.axis, {})
+            if not stage.broken:
+                self._check_first(stage, stage.first, stage.structure.first.axis)
         stage.axes = {axis: axes[axis] for axis in order if axis in axes}
+
+    def _check_first(self, stage: Wired, judge: StageReference, axis: str) -> None:
+        """What `first` says must make sense; the first thing that does not is reported."""
+        path, of = (*stage.path, "first"), self.stages[judge.stage]
+        varied = [source for source in stage.sources() if axis in self.stages[source.stage].axes]
+        on = [each for each in varied if not each.gathers and each.label != "when" and axis not in each.picks]
+        taken = [source for source in on if source is not judge]
+        near = dict.fromkeys(axis for source in stage.sources() for axis in self.stages[source.stage].axes)
+        inner = next((name for each in on if (name := self._first_above(each.stage, axis))), "")
+        if axis in stage.structure.matrix:
+            cause = f"{stage.name} has the axis {axis!r} in its own matrix, and takes one variant of it"
+            self._bad_first(stage, (*path, "axis"), cause, "take the axis out of its matrix, or remove `first`")
+        elif not varied:
+            cure = (
+                did_you_mean(axis, near, otherwise="there are") or "give a stage that it takes something from a matrix"
+            )
+            self._bad_first(stage, (*path, "axis"), f"nothing that {stage.name} takes has an axis {axis!r}", cure)
+        elif judge not in on:
+            fitting = [name for name, each in self.stages.items() if axis in each.axes and each.settings.get("gates")]
+            cure = f"{listed(fitting, 'or')} would fit" if fitting else f"name a stage that has gates for each {axis}"
+            self._bad_first(stage, judge.path, f"{judge.text} has no variants over {axis!r}", cure)
+        elif not of.settings.get("gates"):
+            cause, cure = f"{judge.stage} has no gates: its first variant always passes", f"give {judge.stage} `gates`"
+            self._bad_first(stage, judge.path, cause, cure)
+        elif not taken:
+            cause = f"{stage.name} takes nothing that has variants over {axis!r}"
+            self._bad_first(stage, (*path, "axis"), cause, "wire a stage on that axis to it, or remove `first`")
+        elif inner:
+            cause = f"{inner} takes the first variant of an axis itself, for each {axis}"
+            cure = f"let {inner} come before the axis {axis!r}, or give it a recipe of its own"
+            self._bad_first(stage, path, cause, cure)
+
+    def _bad_first(self, stage: Wired, path: tuple[Key, ...], cause: str, cure: str) -> None:
+        stage.broken = True
+        self.problems.add(Fault.BAD_FIRST, path, cause, cure)
+
+    def _first_above(self, name: str, axis: str) -> str:
+        """A stage on the axis, this one or one that it stands on, that has a `first` itself; "" where none does."""
+        waiting = [name]
+        for each in waiting:
+            stage = self.stages[each]
+            if stage.first is not None and axis in stage.axes:
+                return each
+            waiting += [source.stage for source in stage.sources() if source.stage not in waiting]
+        return ""
 
     def _join(self, stage: Wired, axes: Axes, more: Axes, path: tuple[Key, ...]) -> None:
         for axis, values in more.items():

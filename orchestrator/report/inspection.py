@@ -16,7 +16,7 @@ from bigpipe.orchestrator.store import Artifact, KeyRecord, Store, default_root
 from bigpipe.redaction import conceal_environment
 from bigpipe.sizes import counted, format_size, format_transfer
 
-from .rendering import columns, metrics_line, nodes_table
+from .rendering import columns, metrics_line, nodes_table, outcome_line
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,12 +86,14 @@ def show_run(run: str, *, store: str | Path | None = None) -> Inspection:
         f"{record.manifest} ({record.recipe})",
         *(f"  {name} = {value}" for name, value in record.params.items()),
     ]
-    rows = [
-        (name, n.status, n.seconds, n.peak_rss, n.error.partition("\n")[0] or metrics_line(n.metrics) or n.reason)
-        for name, n in record.nodes.items()
-    ]
+    rows = [(name, n.status, n.seconds, n.peak_rss, told(n)) for name, n in record.nodes.items()]
     text = "\n".join([*head, "", nodes_table(rows)])
     return Inspection({"schema": "bigpipe.record/1", **record.model_dump(mode="json")}, text)
+
+
+def told(node: records.NodeRun) -> str:
+    """Return in one line what came of a node: its error, or its gates and metrics, or why it did not run."""
+    return node.error.partition("\n")[0] or outcome_line(metrics_line(node.metrics) or node.reason, node.verdict)
 
 
 def log_lines(run: str, node: str | None, store: str | Path | None = None) -> Iterator[str]:

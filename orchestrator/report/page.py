@@ -24,7 +24,7 @@ from bigpipe.redaction import printable
 from bigpipe.sizes import MOST, format_size, format_transfer
 
 from .drawing import STYLE, Bar, Drawn, bars, graph
-from .inspection import Inspection, diff_runs, open_store
+from .inspection import Inspection, diff_runs, open_store, told
 from .rendering import first_results, mermaid_text, metrics_line
 from .shown import clean
 
@@ -94,6 +94,7 @@ def _told(store: Store, record: RunRecord) -> Told:
     tables = [
         _nodes(record, kept),
         _gates(record),
+        *_tried(record),
         _memory(record),
         *_devices(record),
         *_figures(record),
@@ -116,7 +117,7 @@ def _nodes(record: RunRecord, kept: Mapping[str, KeyRecord]) -> Table:
     rows = []
     for name, node in record.nodes.items():
         ran = node.status == "succeeded"
-        result = node.error.partition("\n")[0] or metrics_line(node.metrics) or node.reason
+        result = told(node)
         peak = format_size(node.peak_rss) if ran and node.peak_rss else ""
         kind = node.kind or (kept[name].kind if name in kept else "")
         rows.append(
@@ -126,13 +127,21 @@ def _nodes(record: RunRecord, kept: Mapping[str, KeyRecord]) -> Table:
 
 
 def _gates(record: RunRecord) -> Table:
-    verdicts = {True: "✓ holds", False: "✗ fails", None: "not decided"}
+    words = {True: "✓ holds", False: "✗ fails", None: "not decided"}
     rows = [
-        (name, str(gate["text"]), _figure(gate.get("value")), verdicts[gate.get("passed")])
+        (name, str(gate["text"]), _figure(gate.get("value")), words[gate.get("passed")])
         for name, node in record.nodes.items()
         for gate in node.gates
     ]
     return Table("Gates", ("node", "gate", "value", "verdict"), rows)
+
+
+def _tried(record: RunRecord) -> Iterator[Table]:
+    """Of nodes that take the first variant that passes: what became of each."""
+    for name, node in record.nodes.items():
+        columns = ("value", "judge", "came_to", "why")
+        rows = [tuple(str(row.get(column, "")) for column in columns) for row in node.tried]
+        yield Table(f"What {name} takes", ("variant", "judged by", "came to", "why"), rows)
 
 
 def _memory(record: RunRecord) -> Table:

@@ -17,7 +17,7 @@ from bigpipe.orchestrator.planning import Action, Plan, PlannedNode, difference_
 from bigpipe.sizes import format_size, format_transfer
 
 if TYPE_CHECKING:
-    from bigpipe.orchestrator.recipe import Recipe
+    from bigpipe.orchestrator.recipe import Node, Recipe
     from bigpipe.orchestrator.running import RunResult
 
 
@@ -76,9 +76,11 @@ def node_line(planned: PlannedNode, follows: str = "") -> str:
 
 
 def gate_lines(planned: PlannedNode) -> list[str]:
+    fails = " does not hold" if planned.forgiven else " FAILS"
     return [
-        f"gate {gate.gate.text}: {gate.verdict.left if gate.verdict else 'decided by the run'}{' FAILS' * gate.failed}"
+        f"gate {gate.gate.text}: {gate.verdict.left if gate.verdict else 'decided by the run'}{fails * gate.failed}"
         for gate in planned.gates
+        if gate.verdict or planned.action is not Action.SKIPPED
     ]
 
 
@@ -127,6 +129,7 @@ def _planned_json(planned: PlannedNode) -> dict[str, Json]:
         "pins": dict(planned.pinned.values),
         "changes": [difference_json(change, planned.node) for change in planned.decision.changes],
         "gates": [gate.as_json() for gate in planned.gates],
+        "tried": [dict(row) for row in planned.tried],
         "problem": refusal.cause if refusal else None,
         "forecast": foreseen,
     }
@@ -140,9 +143,14 @@ def why_text(answers: Mapping[str, Mapping[str, Json]]) -> str:
         for change in answer["changes"]:
             place = f"   ({change['place'].rpartition('/')[2]})" if change["place"] else ""
             lines.append(f"  {change['path']} {shown(change['old'])} → {shown(change['new'])}{place}")
+        lines += [_tried_line(row) for row in answer["tried"]]
         lines += [f"  {other}: {reason}" for other, reason in answer["because_of"].items()]
         blocks.append("\n".join(lines))
     return "\n".join(blocks)
+
+
+def _tried_line(row: Mapping[str, Json]) -> str:
+    return f"  {row['value']}: {row['came_to']} ({row['judge']}{': ' + row['why'] if row['why'] else ''})"
 
 
 def nodes_table(nodes: Iterable[tuple[str, str, float, int | None, str]]) -> str:
@@ -159,9 +167,14 @@ def result_table(result: RunResult) -> str:
     rows = []
     for name, state in result.nodes.items():
         record, in_words = state.record, state.node.kind.result_line or metrics_line
-        text = in_words(record.metrics) if record else state.reason
+        text = outcome_line(in_words(record.metrics) if record else state.reason, state.verdict)
         rows.append((name, str(state.status), state.seconds, record.peak_rss if record else 0, text))
     return nodes_table(rows)
+
+
+def outcome_line(result: str, verdict: str) -> str:
+    """Return what came of a node in one line: of its gates first."""
+    return "; ".join(filter(None, [verdict, result if result not in verdict else ""]))
 
 
 def results_text(result: RunResult, limit: int = 5) -> str:
@@ -215,10 +228,25 @@ def graph_json(recipe: Recipe) -> dict[str, Json]:
     """Return `bigpipe.graph/1`."""
     nodes = {
         name: {"kind": node.kind.kind, "inputs": {port: list(wired) for port, wired in node.inputs.items()},
-               "needs": list(node.needs)}
+               "needs": list(node.needs), "first": _first_json(node)}
         for name, node in recipe.nodes.items()
     }  # fmt: skip
     return {"schema": "bigpipe.graph/1", "manifest": str(recipe.path), "nodes": nodes}
+
+
+def _first_json(node: Node) -> Json:
+    first = node.first
+    return {"axis": first.axis, "of": first.of, "values": [each.value for each in first.choices]} if first else None
+
+
+def edge_labels(recipe: Recipe) -> dict[tuple[str, str], str]:
+    """Return `scheme: nf4` of each edge from a variant that may be taken to the node that takes the first."""
+    found: dict[tuple[str, str], list[str]] = {}
+    for node in recipe.nodes.values():
+        for choice in node.first.choices if node.first else ():
+            for name in {*choice.own, choice.judge}:
+                found.setdefault((name, node.name), []).append(f"{node.first and node.first.axis}: {choice.value}")
+    return {edge: texts[0] for edge, texts in found.items() if len(texts) == 1}
 
 
 def mermaid_text(text: str) -> str:
@@ -227,13 +255,20 @@ def mermaid_text(text: str) -> str:
     return text.replace('"', "#quot;")
 
 
+def _escaped(text: str) -> str:
+    """A text as it stands between quotes in dot."""
+    return text.replace("\\", r"\\").replace('"', r"\"")
+
+
 def graph_text(recipe: Recipe, form: str = "text") -> str:
     """Return the graph as text, or in a language that draws it: mermaid, dot, svg."""
-    edges = list(recipe.graph.edges)
+    edges, labels = list(recipe.graph.edges), edge_labels(recipe)
     if form == "mermaid":
         ids = {name: f"n{index}" for index, name in enumerate(recipe.nodes)}
         lines = [f'    {ids[name]}["{mermaid_text(name)}"]' for name in recipe.nodes]
-        return "\n".join(["graph TD", *lines, *(f"    {ids[a]} --> {ids[b]}" for a, b in edges)])
+        arrows = {edge: f'-. "{mermaid_text(text)}" .->' for edge, text in labels.items()}
+        drawn = (f"    {ids[a]} {arrows.get((a, b), '-->')} {ids[b]}" for a, b in edges)
+        return "\n".join(["graph TD", *lines, *drawn])
     if form == "svg":
         from .drawing import STYLE, Drawn, graph
 
@@ -241,12 +276,15 @@ def graph_text(recipe: Recipe, form: str = "text") -> str:
             [Drawn(name, node.kind.kind, after=node.predecessors) for name, node in recipe.nodes.items()], STYLE
         )
     if form == "dot":
-        ids = {name: name.replace("\\", r"\\").replace('"', r"\"") for name in recipe.nodes}
+        ids = {name: _escaped(name) for name in recipe.nodes}
         lines = [f'    "{ids[name]}" [label="{ids[name]}\\n{node.kind.kind}"];' for name, node in recipe.nodes.items()]
-        return "\n".join(["digraph recipe {", *lines, *(f'    "{ids[a]}" -> "{ids[b]}";' for a, b in edges), "}"])
+        told = {edge: f' [style=dashed, label="{_escaped(text)}"]' for edge, text in labels.items()}
+        drawn = (f'    "{ids[a]}" -> "{ids[b]}"{told.get((a, b), "")};' for a, b in edges)
+        return "\n".join(["digraph recipe {", *lines, *drawn, "}"])
     rows = []
     for name, node in recipe.nodes.items():
         wires = [f"{port}: {', '.join(names)}" for port, names in node.inputs.items()]
         wires += [f"needs: {', '.join(node.needs)}"] if node.needs else []
+        wires += [f"the first {node.first.axis} that passes {node.first.of}"] if node.first else []
         rows.append((name, node.kind.kind, "; ".join(wires)))
     return columns(rows)

@@ -177,8 +177,9 @@ def finished_text(event: NodeFinished) -> str:
     if event.status == "failed" and event.error:
         text += f": {event.error}"
     elif event.status == "skipped" and event.reason:
-        text += f" ({event.reason})"
-    return text
+        text += f" ({event.verdict or event.reason})"
+        return text
+    return f"{text}; {event.verdict}" if event.verdict else text
 
 
 class JsonlReporter:

@@ -76,6 +76,12 @@ class NodeRun(BaseModel):
     foreseen: dict[str, Any] = Field(default_factory=dict)
     """What the plan said, where it said it: `seconds`; bytes of `ram`, `download_bytes` and `write_bytes`."""
     reason: str = ""
+    verdict: str = ""
+    """What its gates came to where they do not all hold and that is no failure; which variant it takes, and why others
+    were left."""
+    tried: list[dict[str, str]] = Field(default_factory=list)
+    """Of a node that takes the first variant that passes: `value`, the node that is its `judge`, what it `came_to`
+    (`taken`, `left`, `failed` or `not run`) and `why`."""
     error: str = ""
 
 
@@ -112,6 +118,8 @@ class RunResult:
     seconds: float
     errors: tuple[BigpipeError, ...] = ()
     gates: Mapping[str, tuple[GateVerdict, ...]] = field(default_factory=dict)
+    tried: Mapping[str, list[dict[str, str]]] = field(default_factory=dict)
+    """Of nodes that take the first variant that passes: what became of each; see `NodeRun.tried`."""
 
     @property
     def exit_code(self) -> int:
@@ -145,6 +153,8 @@ class RunResult:
             gates=[gate.as_json() for gate in self.gates.get(state.name, ())],
             foreseen={name: value for name, value in foreseen.items() if value},
             reason=state.reason,
+            verdict=state.verdict,
+            tried=self.tried.get(state.name, []),
             error=str(state.error) if state.error else "",
         )
 

@@ -44,7 +44,10 @@ from bigpipe.orchestrator.planning import (
     Plan,
     Session,
     States,
+    Step,
     decide,
+    fallback,
+    judge_gates,
     node_folder,
     schedule,
     step,
@@ -175,18 +178,21 @@ def _take(run: Run, state: NodeState) -> bool:
         case Do.LOOK:
             _look(run, state)
         case Do.SKIP:
-            _end(run, state, Status.SKIPPED, next_step.why)
+            _end(run, state, Status.SKIPPED, next_step.why, next_step)
         case Do.CACHED:
-            _end(run, state, Status.CACHED, state.reason)
+            _end(run, state, Status.CACHED, state.reason, next_step)
+        case Do.TAKE:
+            schedule.take(run.states, state, next_step.why)
         case Do.DEMAND:
             schedule.demand(run.states, state, next_step.producers)
         case Do.START:
             _start(run, state, next_step.why)
         case Do.SUCCEED:
-            _end(run, state, Status.SUCCEEDED, state.reason)
-        case Do.FAIL if next_step.gate is not None:
-            state.error = next_step.gate.error(state.node)
-            _end(run, state, Status.FAILED, state.reason)
+            _end(run, state, Status.SUCCEEDED, state.reason, next_step)
+        case Do.FAIL:
+            gate, none = next_step.gate, fallback.none_passes
+            state.error = gate.error(state.node) if gate is not None else none(run.states, state)
+            _end(run, state, Status.FAILED, state.reason or state.error.cause)
         case Do.DROP:
             if state.digest is not None and state.key is not None:
                 run.session.store.drop(state.digest, state.key)
@@ -268,6 +274,8 @@ def _timed(state: NodeState, attempt: Attempt) -> KeyRecord | None:
 
 
 def _lineage(run: Run, node: Node) -> tuple[Lineage, ...]:
+    states = map(run.states.__getitem__, run.session.recipe.ancestors(node.name))
+    known = ((state, fallback.leads_on(run.states, state)) for state in states)
     return tuple(
         Lineage(
             node=state.node.name,
@@ -276,8 +284,10 @@ def _lineage(run: Run, node: Node) -> tuple[Lineage, ...]:
             digest=state.digest,
             params=state.node.params.model_dump(mode="json", by_alias=True),
             metrics=state.record.metrics if state.record else {},
+            left=left,
         )
-        for state in map(run.states.__getitem__, run.session.recipe.ancestors(node.name))
+        for state, left in known
+        if left is not None
     )
 
 
@@ -302,8 +312,12 @@ def _finish(run: Run, state: NodeState, future: Future[KeyRecord | None]) -> Non
     _take(run, state)
 
 
-def _end(run: Run, state: NodeState, status: Status, reason: str) -> None:
-    schedule.end(run.states, state, status, reason)
+def _end(run: Run, state: NodeState, status: Status, reason: str, told: Step | None = None) -> None:
+    """told: what the schedule says of its gates."""
+    schedule.end(run.states, state, status, reason, left=told.why if told and told.gate else "")
+    if status is not Status.FAILED:
+        spoken = told.why if told and status in GOOD else ""
+        state.verdict = fallback.told(run.states, state) or spoken
     _report(run, state)
     run.streams.ended(state)
     for each in (*state.producers, *state.consumers):
@@ -323,6 +337,7 @@ def _report(run: Run, state: NodeState) -> None:
             digest=state.digest,
             reason=state.reason,
             error=str(state.error) if state.error else "",
+            verdict=state.verdict,
         )
     )
 
@@ -346,7 +361,8 @@ def _finish_run(run: Run, seconds: float) -> RunResult:
     run.reporter.report(RunFinished(run.id, status, seconds))
     result = RunResult(
         run=run.id, status=status, nodes=states, session=run.session, seconds=seconds, errors=tuple(errors),
-        gates={name: schedule.judge_gates(run.states, state) for name, state in states.items() if state.node.gates},
+        gates={name: judge_gates(run.states, state) for name, state in states.items() if state.node.gates},
+        tried={name: fallback.tried(run.states, state) for name, state in states.items() if state.node.first},
     )  # fmt: skip
     run.recorder.finish(status, result.ran(), seconds)
     _remember(run, {name: state.key for name, state in states.items() if state.key and state.status in GOOD})

@@ -12,6 +12,7 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 SCHEDULE, REHEARSAL = "orchestrator/planning/schedule.py", "orchestrator/planning/rehearsal.py"
+STATES, FALLBACK = "orchestrator/planning/states.py", "orchestrator/planning/fallback.py"
 EXECUTION = "orchestrator/running/execution.py"
 RULES, FORESEEN, REFUSED = (f"tests/orchestrator/test_{name}.py" for name in ("schedule", "rehearsal", "execution"))
 SCHEDULE_MUTANTS = [
@@ -27,29 +28,26 @@ SCHEDULE_MUTANTS = [
     ("a follower counts as a job", '"jobs": 0 if follows else 1', '"jobs": 1'),
     ("what ended still holds its share", "states.held[what] -= size", "pass"),
     # Dropped bytes
-    ("bytes go after the first consumer", "taken = all(each", "taken = any(each"),
+    ("bytes go after the first consumer", "taken = all(", "taken = any("),
     ("kept bytes go", "return state.node.cache or not state.consumers", "return not state.consumers"),
     ("bytes go though a consumer failed",
-     "all(each.status is Status.SKIPPED or", "all(each.status in (Status.SKIPPED, Status.FAILED) or"),
+     "        each.status is Status.SKIPPED\n        or (each",
+     "        each.status in (Status.SKIPPED, Status.FAILED)\n        or (each"),
     ("bytes that nobody takes go", "return state.node.cache or not state.consumers", "return state.node.cache"),
     ("dropped bytes are not demanded", "if each.status in GOOD and not each.bytes_here)", "if False)"),
-    ("a hit needs its bytes",
-     "return self.decision.bytes_here or not self.demanded_by", "return self.decision.bytes_here"),
-    ("demanded bytes are a hit without being there",
-     "return self.decision.bytes_here or not self.demanded_by", "return True"),
-    ("what stands on other bytes stays", "    if not _up_to_date(state):\n        return Step(Do.LOOK)\n", ""),
+    ("what stands on other bytes stays", "    if not _up_to_date(states, state):\n        return Step(Do.LOOK)\n", ""),
     ("bytes that another node keeps go",
      "if taken and not any(map(_keeps, sharing))", "if taken"),
     ("bytes go after the consumers of one of those that share them",
      "for one in sharing for", "for one in [state] for"),
     ("shared bytes are counted twice",
      "    if not any(each.disk for each in _sharing(states, state)[1:]):\n", "    if True:\n"),
-    ("the disk that is asked for is not read", "asked = self.node.resources.disk", "asked = None"),
     # Gates, `when` and what is skipped
-    ("a gate that cannot be decided passes", "if gate.failed or gate.verdict is None", "if gate.failed"),
-    ("a gate that does not hold passes", "if gate.failed or gate.verdict is None", "if gate.verdict is None"),
+    ("a gate that cannot be decided passes",
+     "if gate.failed or (gate.verdict is None and not states.foreseen)", "if gate.failed"),
+    ("a gate that does not hold passes", "if gate.failed or (gate.verdict is None and", "if (gate.verdict is None and"),
     ("gates are not judged on cached nodes", "_judged(states, state, Do.CACHED)", "Step(Do.CACHED)"),
-    ("a plan stops at its gates", "() if states.foreseen else judge_gates", "judge_gates"),
+    ("a plan stops at its gates", "Step(otherwise) if states.foreseen else Step(Do.FAIL", "Step(Do.FAIL"),
     ("`when` that is not known holds", 'return "" if states.foreseen else', 'return "" if True else'),
     ("`when` that is not known skips in a plan", 'return "" if states.foreseen else', 'return "" if False else'),
     ("`when` is not asked", 'if when is None:\n        return ""', 'if True:\n        return ""'),
@@ -57,11 +55,28 @@ SCHEDULE_MUTANTS = [
     ("an optional port is required", "gone and not spec.optional and", "gone and"),
     ("a `many` port needs all", "(not spec.many or len(gone) == len(wired))", "True"),
     ("`needs` of what is skipped is overlooked",
-     "return next((name for name in state.node.needs if states[name].status is Status.SKIPPED), None)", "return None"),
+     "for each in needed if each.status is Status.SKIPPED)", "for each in needed if False)"),
+    ("a left producer is taken", "        if not spec.many and (left :=", "        if False and (left :="),
+    ("a left producer is not gathered", "        if not spec.many and (left :=", "        if (left :="),
+    ("`needs` of what is left is overlooked", "for each in needed if each.left)", "for each in needed if False)"),
+    ("a gate that is forgiven fails the run", "    if not fallback.forgiven(state):\n", "    if True:\n"),
+    ("a warning leaves the node", "gate=None if _minds_nothing(state) else bad[0]", "gate=bad[0]"),
+    # The first variant that passes
+    ("variants are not held back", "_held_back(states, state) or _chooses", "_chooses"),
+    ("what none passes for is skipped", "return Step(Do.FAIL) if judged else", "return"),
+    ("what nothing was judged for fails", "return Step(Do.FAIL) if judged else", "return Step(Do.FAIL) if True else"),
+    ("a broken variant is overlooked by who takes one", "    if last is Verdict.FAILED:\n", "    if False:\n"),
+    ("who takes one waits for no judge", "    if last is Verdict.AWAITED:\n", "    if False:\n"),
+    ("a choice stays whatever its judge says",
+     "    if found and found[0][0] is not state.choice:\n        return False\n", ""),
+    ("a variant that cannot pass runs", "    if foregone := _foregone(states, state):\n        return foregone\n", ""),
+    ("bytes of what is left stay",
+     "        or not any(fallback.still_takes(states, each, one) for one in sharing if each in one.consumers)\n", ""),
+    ("a plan knows inputs that are not decided", "    if state.awaits:\n        return None\n", ""),
     # Ending
-    ("a failure stops nothing", 'state.node.on_fail == "stop"', 'state.node.on_fail == "?"'),
+    ("a failure stops nothing", 'state.node.on_fail != "continue"', "False"),
     ("on_fail: continue stops",
-     ' and state.node.on_fail == "stop"', ""),
+     ' and state.node.on_fail != "continue"', ""),
     ("--keep-going does not", " and not states.keep_going:", ":"),
     ("an interruption stops nothing", "    if states.stopped:\n        return Step(Do.STOP)\n", ""),
     # Following
@@ -86,8 +101,32 @@ SCHEDULE_MUTANTS = [
     ("all of what passes lies there",
      "min(producer.disk, _between(producer))", "producer.disk"),
 ]  # fmt: skip
+STATES_MUTANTS = [
+    ("a hit needs its bytes",
+     "return self.decision.bytes_here or not self.demanded_by", "return self.decision.bytes_here"),
+    ("demanded bytes are a hit without being there",
+     "return self.decision.bytes_here or not self.demanded_by", "return True"),
+    ("the disk that is asked for is not read", "asked = self.node.resources.disk", "asked = None"),
+    ("what no judge stands on runs at once", "name not in below", "False"),
+    ("what a judge stands on waits for it", "name not in below", "True"),
+    ("nobody judges", "judges = True", "judges = False"),
+]  # fmt: skip
+FALLBACK_MUTANTS = [
+    ("nothing is left", "    if judge.status in GOOD and not judge.left:\n", "    if judge.status in GOOD:\n"),
+    ("a plan takes what is not decided for passed", "return Verdict.OPEN if undecided else", "return"),
+    ("a crash of a judge is a verdict", "    if judge.status is Status.FAILED or (", "    if ("),
+    ("a crash below a judge is a verdict", "and broken_above(judge))", "and False)"),
+    ("a skipped judge is waited for", "if judge.left or judge.status is Status.SKIPPED else", "if judge.left else"),
+    ("all variants go on", "        if found is Verdict.PASSED:\n            return Status.SKIPPED, f",
+     "        if found is Verdict.PASSED:\n            return None\n            return Status.SKIPPED, f"),
+    ("what is left goes on", "            return Status.SKIPPED, f\"{first.axis} {choice.value} is left",
+     "            return None\n            return Status.SKIPPED, f\"{first.axis} {choice.value} is left"),
+    ("a judge's gates fail the run", "return state.judges or state", "return state"),
+]  # fmt: skip
 MUTANTS = [
     *((name, SCHEDULE, rule, broken, RULES) for name, rule, broken in SCHEDULE_MUTANTS),
+    *((name, STATES, rule, broken, RULES) for name, rule, broken in STATES_MUTANTS),
+    *((name, FALLBACK, rule, broken, RULES) for name, rule, broken in FALLBACK_MUTANTS),
     (
         "a maybe demands for certain",
         REHEARSAL,

@@ -57,6 +57,8 @@ class Row:
     same_key: Mapping[str, str] = field(default_factory=dict)
     """Node → the one whose key it has."""
     interrupted: bool = False
+    of: str = ""
+    """Whose step it is; by default that of the last node."""
 
 
 def record(name: str, score: float = 1.0, digest: str = "") -> KeyRecord:
@@ -72,7 +74,8 @@ class Scene:
     new · must (looked up: to run) · refused (the same, though there is a record) · hit · dropped hit · cached · dropped
     · succeeded · again (succeeded with other bytes than before) · skipped · failed · running · done (its gates are not
     judged) · passing (it runs, and its files can be taken) · repassing (the same, and there is a record of its key)
-    · follows (the node before it)
+    · follows (the node before it) · left (its gates do not hold, which is forgiven) · open (foreseen, its gates are not
+    decided)
     """
 
     def __init__(self, row: Row, folder: Path) -> None:
@@ -100,13 +103,15 @@ class Scene:
             if words not in ("must", "refused"):
                 schedule.start(self.states, state, before if words == "follows" else "")
                 state.passing = words in ("passing", "repassing")
-            if words in ("done", "succeeded", "again"):
+            if words in ("done", "succeeded", "again", "left", "open"):
                 inputs = {port: list(digests) for port, digests in (state.decision.inputs or {}).items()}
                 other = {"digest": "other"} if words == "again" else {}
                 gave = known.model_copy(update={"inputs": inputs, **other})
                 schedule.done(self.states, state, gave)
-            if words in ("succeeded", "again"):
-                schedule.end(self.states, state, Status.SUCCEEDED, "")
+            if words in ("succeeded", "again", "left", "open"):
+                schedule.end(self.states, state, Status.SUCCEEDED, "", left="a gate" if words == "left" else "")
+            if words == "open":
+                state.metrics = {}
 
     def _look(self, state: NodeState, action: Action, known: KeyRecord | None, **more: Any) -> None:
         inputs = schedule.input_digests(state)
@@ -140,6 +145,15 @@ def when(condition: str) -> str:
     return A + f'  b: {{uses: make, when: "${{stages.a.metrics.score}} {condition}"}}\n'
 
 
+TRY = """\
+  a: {uses: make, matrix: {s: [x, y, z]}}
+  j: {uses: use, inputs: {first: a}, gates: ["score > 0"]}
+  c: {uses: use, inputs: {first: a}, first: {axis: s, of: j}}
+"""
+TRY_AFTER = (
+    TRY.replace("inputs: {first: a}, first", "inputs: {first: w}, first") + "  w: {uses: use, inputs: {first: a}}\n"
+)
+X_LEFT, X_PASSES = {"a@s=x": "cached", "j@s=x": "left"}, {"a@s=x": "cached", "j@s=x": "cached"}
 WAIT, LOOK, START, STOP = Step(Do.WAIT), Step(Do.LOOK), Step(Do.START), Step(Do.STOP)
 FOLLOW = Step(Do.START, "a")
 DEMAND = Step(Do.DEMAND, producers=("a",))
@@ -191,6 +205,39 @@ ROWS = [
     # Gates
     Row("a gate that holds", gated("score > 0"), {"a": "done"}, Step(Do.SUCCEED)),
     Row("gates are judged on cached nodes too", gated("score > 0"), {"a": "hit"}, Step(Do.CACHED)),
+    Row("after a producer that was left", AB, {"a": "left"}, skip("a is left: a gate")),
+    Row("also on an optional port", ABC, {"a": "cached", "b": "left"}, skip("b is left: a gate")),
+    Row("after a left one in `needs`", NEEDS, {"a": "left"}, skip("a is left: a gate")),
+    Row("not where it is gathered with others", GATHER, {"a": "left", "b": "cached"}, LOOK),
+    # The first variant that passes
+    Row("the first variant has its turn", TRY, {}, LOOK, of="a@s=x"),
+    Row("the second waits while the first may pass", TRY, {"a@s=x": "running"}, wait("j@s=x"), of="a@s=y"),
+    Row("also while that is judged", TRY, {"a@s=x": "cached", "j@s=x": "done"}, wait("j@s=x"), of="a@s=y"),
+    Row("it has its turn once the first is left", TRY, X_LEFT, LOOK, of="a@s=y"),
+    Row("the third waits for the second", TRY, X_LEFT, wait("j@s=y"), of="a@s=z"),
+    Row("what comes after one that is taken is not run", TRY, X_PASSES, skip("s x is taken"), of="a@s=y"),
+    Row("nor what would judge it", TRY, X_PASSES, skip("s x is taken"), of="j@s=z"),
+    Row("a judge that broke is no verdict", TRY, {"a@s=x": "cached", "j@s=x": "failed"}, skip("j@s=x failed"),
+        of="a@s=y"),
+    Row("nor is one that could not run for it", TRY, {"a@s=x": "failed", "j@s=x": "skipped"}, skip("a@s=x failed"),
+        of="a@s=y"),
+    Row("one that was skipped is left", TRY, {"a@s=x": "skipped", "j@s=x": "skipped"}, LOOK, of="a@s=y"),
+    Row("in a plan the next may run where nothing is decided", TRY, {"a@s=x": "cached", "j@s=x": "open"}, LOOK,
+        facts={"foreseen": True}, of="a@s=y"),
+    Row("what no judge stands on waits until its variant is taken", TRY_AFTER, {"a@s=x": "cached", "j@s=x": "running"},
+        wait("j@s=x"), of="w@s=x"),
+    Row("then it runs", TRY_AFTER, X_PASSES, LOOK, of="w@s=x"),
+    Row("and not if the variant is left", TRY_AFTER, X_LEFT, skip("s x is left: a gate"), of="w@s=x"),
+    Row("in a plan it may", TRY_AFTER, {"a@s=x": "cached", "j@s=x": "open"}, LOOK, facts={"foreseen": True},
+        of="w@s=x"),
+    Row("who takes the first waits for the first judge", TRY, {"a@s=x": "cached"}, wait("j@s=x")),
+    Row("then for the next", TRY, X_LEFT, wait("j@s=y")),
+    Row("it takes the one that passes", TRY, {**X_LEFT, "a@s=y": "cached", "j@s=y": "cached"}, Step(Do.TAKE, "y")),
+    Row("not the next after one that broke", TRY, {"a@s=x": "cached", "j@s=x": "failed"}, skip("j@s=x failed")),
+    Row("it fails where none passes", TRY, {f"{node}@s={value}": "left" for node in "aj" for value in "xyz"},
+        Step(Do.FAIL)),
+    Row("it is skipped where none could be judged", TRY,
+        {f"{node}@s={value}": "skipped" for node in "aj" for value in "xyz"}, skip("j@s=z is skipped")),
     # Room
     Row("jobs", PAIR, {"a": "running", "b": "must"}, wait("jobs"), room={"jobs": 1}),
     Row("room for both", two("{ram: 50B, cpus: 2}"), {"a": "running", "b": "must"}, START),
@@ -247,7 +294,7 @@ ROWS = [
 @pytest.mark.parametrize("row", ROWS, ids=lambda row: row.rule)
 def test_rule(row: Row, tmp_path: Path) -> None:
     scene = Scene(row, tmp_path)
-    assert step(scene.states, scene.states[list(scene.nodes)[-1]]) == row.expected
+    assert step(scene.states, scene.states[row.of or list(scene.nodes)[-1]]) == row.expected
 
 
 def scene(folder: Path, stages: str, given: Mapping[str, str], **more: Any) -> Scene:
@@ -269,6 +316,106 @@ def test_a_gate_fails_the_run_and_is_left_to_it_by_a_plan(gate: str, words: str,
     assert failed.do is Do.FAIL
     assert "a: gate score > 5" in str(failed.gate.error(run.nodes["a"]))
     assert next_of(plan, "a") is good
+
+
+@pytest.mark.parametrize(("words", "good"), [("done", Do.SUCCEED), ("hit", Do.CACHED)])
+@pytest.mark.parametrize(("on_fail", "left"), [("skip", True), ("warn", False)])
+def test_a_gate_that_does_not_hold_can_be_no_failure(
+    on_fail: str, left: bool, words: str, good: Do, tmp_path: Path
+) -> None:
+    stages = gated("score > 5").replace("make,", f"make, on_fail: {on_fail},")
+    for foreseen in (False, True):
+        now = scene(tmp_path, stages, {"a": words}, facts={"foreseen": foreseen})
+        told = step(now.states, now.states["a"])
+        assert (told.do, told.why, told.gate is not None) == (good, "gate score > 5: 1", left)
+
+
+def test_a_broken_stage_stops_the_run_whatever_its_gates_may(tmp_path: Path) -> None:
+    for on_fail in ("skip", "warn"):
+        now = scene(tmp_path, PAIR.replace("make", f"make, on_fail: {on_fail}", 1), {"a": "failed", "b": "must"})
+        assert next_of(now, "b") is Do.STOP
+
+
+@pytest.mark.parametrize(("words", "good"), [("done", Do.SUCCEED), ("hit", Do.CACHED)])
+def test_a_judge_whose_gates_do_not_hold_is_left(words: str, good: Do, tmp_path: Path) -> None:
+    now = scene(tmp_path, TRY.replace("score > 0", "score > 5"), {"a@s=x": "cached", "j@s=x": words})
+    told = step(now.states, now.states["j@s=x"])
+    assert (told.do, told.why) == (good, "gate score > 5: 1")
+    assert told.gate is not None
+
+
+def test_a_judge_of_nobody_in_the_run_is_as_any_other(tmp_path: Path) -> None:
+    """`run j`: its gates fail the run, and all its variants run."""
+    now = scene(tmp_path, TRY.replace("score > 0", "score > 5"), {})
+    nodes = {name: state for name, state in now.states.nodes.items() if name != "c"}
+    alone = States(nodes={name: NodeState(state.node) for name, state in nodes.items()}, room=ROOM)
+    assert step(alone, alone["a@s=y"]) == LOOK
+    now.states = alone
+    now._tell("a@s=x", "cached", "", record("a@s=x"))
+    now._tell("j@s=x", "done", "", record("j@s=x"))
+    assert step(alone, alone["j@s=x"]).do is Do.FAIL
+
+
+@pytest.mark.parametrize("on_fail", ["stop", "continue", "skip", "warn"])
+def test_a_variant_that_cannot_pass_by_what_is_forecast_is_not_run(on_fail: str, tmp_path: Path) -> None:
+    stages = TRY.replace("gates: [", f"on_fail: {on_fail}, gates: [").replace("score > 0", "score > 5")
+    now = scene(tmp_path, stages, {"a@s=x": "cached", "j@s=x": "must"})
+    assert next_of(now, "j@s=x") is Do.START
+    now.states["j@s=x"].forecast = Forecast(metrics={"score": 5})
+    told = step(now.states, now.states["j@s=x"])
+    assert (told.do, told.why) == (Do.SKIP, "gate score > 5: 5")
+    assert told.gate is not None
+    schedule.end(now.states, now.states["j@s=x"], Status.SKIPPED, "", left=told.why)
+    assert next_of(now, "a@s=y") is Do.LOOK
+
+
+def test_what_is_taken_is_all_that_counts(tmp_path: Path) -> None:
+    given = {**X_LEFT, "a@s=y": "cached", "j@s=y": "cached", "a@s=z": "skipped", "j@s=z": "skipped"}
+    now = scene(tmp_path, TRY, given)
+    schedule.take(now.states, now.states["c"], "y")
+    assert schedule.input_digests(now.states["c"]) == {"first": ["sha256:a@s=y"]}
+    assert next_of(now, "c") is Do.LOOK
+
+
+def test_a_plan_does_not_know_inputs_that_are_not_decided(tmp_path: Path) -> None:
+    given = {"a@s=x": "cached", "j@s=x": "open", "a@s=y": "cached", "j@s=y": "cached"}
+    now = scene(tmp_path, TRY, given, facts={"foreseen": True})
+    assert step(now.states, now.states["c"]) == Step(Do.TAKE, "x")
+    schedule.take(now.states, now.states["c"], "x")
+    assert schedule.input_digests(now.states["c"]) is None
+    assert schedule.awaited(now.states["c"]) == ["j@s=x"]
+
+
+def test_another_variant_is_taken_where_the_judge_comes_to_another_verdict(tmp_path: Path) -> None:
+    """Dropped bytes that were made again came out different, and what judges them ran again."""
+    given = {**X_PASSES, "a@s=y": "cached", "j@s=y": "cached"}
+    now = scene(tmp_path, TRY, given)
+    consumer = now.states["c"]
+    schedule.take(now.states, consumer, "x")
+    now._look(consumer, Action.CACHED, record("c"))
+    schedule.end(now.states, consumer, Status.CACHED, "")
+    assert step(now.states, consumer) == WAIT
+    now.states["j@s=x"].left = "a gate"
+    assert step(now.states, consumer) == LOOK
+    now._look(consumer, Action.CACHED, record("c"))
+    assert step(now.states, consumer) == Step(Do.TAKE, "y")
+
+
+@pytest.mark.parametrize(
+    ("x", "dropped"), [("left", True), ("running", False), ("cached", False)], ids=["left", "not judged", "taken"]
+)
+def test_bytes_of_a_variant_go_once_it_is_left(x: str, dropped: bool, tmp_path: Path) -> None:
+    """Who might have taken it takes another now, or waits for that."""
+    stages = TRY.replace("matrix", "cache: false, matrix")
+    assert (next_of(scene(tmp_path, stages, {"a@s=x": "succeeded", "j@s=x": x}), "a@s=x") is Do.DROP) == dropped
+
+
+def test_who_takes_the_first_follows_nobody(tmp_path: Path) -> None:
+    stages = TRY_AFTER.replace("c: {uses: use", "c: {uses: sip").replace("w: {uses: use", "w: {uses: sip")
+    given = {**X_PASSES, "a@s=y": "skipped", "j@s=y": "skipped", "a@s=z": "skipped", "j@s=z": "skipped"}
+    now = scene(tmp_path, stages, {**given, "w@s=x": "passing", "w@s=y": "skipped", "w@s=z": "skipped"})
+    schedule.take(now.states, now.states["c"], "x")
+    assert step(now.states, now.states["c"]) == wait("w@s=x")
 
 
 THREE = A_DROPS + "  b: {uses: use, inputs: {first: a}}\n  c: {uses: use, inputs: {first: a}}\n"
