@@ -60,7 +60,10 @@ class InferParams(Params):
     template: Annotated[str | None, AfterValidator(_template)] = None
     """The prompt, made of a row's fields: `"Classify: {text}"`. null: the prompt is `column`."""
     batch_size: int = Field(1, ge=1)
-    """Prompts that are computed together. The same ones, whatever the number of ranks."""
+    """Prompts that are computed together, at most: those of like length, the same ones whatever the number of ranks."""
+    batch_tokens: int | None = Field(None, ge=1)
+    """Prompt tokens of a batch at most, padded to its longest; a prompt that is longer is computed alone. A token is
+    reckoned as a byte. null: `batch_size` alone bounds a batch."""
     micro_batches: int | None = Field(None, ge=1)
     """Batches that go through streamed layers together, so that one reading of the weights serves them all. null: as
     many as hide the reading, where their keys and values fit. Results are the same."""
@@ -73,10 +76,11 @@ class InferParams(Params):
     dtype: Literal["float64", "float32", "float16", "bfloat16"] | None = None
     """What to compute in. null: as the placement says, else as stored; on a CPU that holds all weights float32, where
     they fit half of its RAM as that and it multiplies much faster in it, measured once for models beyond 256 MiB."""
-    split: Literal["static"] = "static"
-    """How ranks get batches: contiguous shares, as accelerate's `split_between_processes` gives them."""
+    split: Literal["queue", "static"] = "queue"
+    """How ranks get batches. queue: each takes the next when it has done one, the longest first. static: contiguous
+    shares, as accelerate's `split_between_processes` gives them. Results are the same."""
     apply_padding: bool = False
-    """Every rank computes as many batches: the last one is repeated, and dropped at the merge."""
+    """With `split: static`: every rank computes as many batches; the last one is repeated, and dropped at the merge."""
     max_errors: int = Field(0, ge=0)
     """How many prompts may fail; their results hold the error. One more fails the stage."""
 
@@ -107,6 +111,10 @@ def _idle(params: InferParams) -> Iterator[InitErrorDetails]:
         idle["column"] = "the template names the fields that make the prompt; leave one of them out"
     elif not own and isinstance(params.prompts, list) and not any(isinstance(each, dict) for each in params.prompts):
         idle["column"] = "it names a field of objects, and these prompts are texts or chats; leave it out"
+    if params.split == "queue" and params.apply_padding:
+        idle["apply_padding"] = (
+            "ranks take from one queue, and have no shares to pad; say split: static, or leave it out"
+        )
     for name in (name for name in idle if name in params.model_fields_set):
         yield _refusal((name,), idle[name], getattr(params, name))
 
@@ -151,7 +159,7 @@ def facts(params: InferParams, machine: Machine) -> Mapping[str, Json]:
 
 STAGE = Stage(
     kind="distributed-infer",
-    version=7,
+    version=8,
     params=InferParams,
     metrics=InferMetrics,
     inputs={"model": Port("checkpoint"), "placement": Port("placement", optional=True)},

@@ -17,7 +17,7 @@ from bigpipe.bigmodel.formats import computable
 from bigpipe.bigmodel.inference import RESULTS, Bound, assign, chunked, compute_share, merge_results, plan_work
 from bigpipe.bigmodel.placement import Placement, Together, Work, batches_together, limit_here
 from bigpipe.bigmodel.sources import Sources
-from bigpipe.bigmodel.tasks import TASKS, Row, TaskOptions, find_task, read_prompts, refuse_arguments
+from bigpipe.bigmodel.tasks import TASKS, Row, Task, TaskOptions, find_task, read_prompts, refuse_arguments
 from bigpipe.errors import StageFailed, UsageError
 from bigpipe.fit import Cure, Misfit, fits
 from bigpipe.machine import Machine
@@ -99,9 +99,9 @@ def forecast(params: InferParams, ctx: ForecastContext) -> Forecast:
         rows = _rows(params, ctx.base)
     except UsageError as error:
         return Forecast(unknown=(error.cause,))
-    ranks, batches = ctx.launch.num_processes, chunked(rows, params.batch_size)
+    ranks, batches = ctx.launch.num_processes, _batches(params, _lengths(params, rows))
     counts = [sum(len(batches[batch]) for batch in share) for share in assign(range(len(batches)), ranks)]
-    spread = f" ({' + '.join(map(str, counts))})" if 1 < ranks <= 8 else ""
+    spread = f" ({' + '.join(map(str, counts))})" if params.split == "static" and 1 < ranks <= 8 else ""
     work = f"{counted(len(rows), 'prompt')} in {counted(len(batches), 'batch', 'es')} over {counted(ranks, 'rank')}"
     placement, placed = ctx.described("placement", Placement), ctx.input("placement")
     told: dict[str, int | str] = {"prompts": len(rows)}
@@ -159,11 +159,27 @@ def _workload(params: InferParams, rows: list[Row]) -> Workload:
     """Of the largest batch: a token rarely has less than a byte. Beams and several texts count as rows."""
     texts = max(params.generation.get("num_beams") or 1, params.generation.get("num_return_sequences") or 1)
     task = find_task(params.task, Sources()) if params.task in TASKS else None
-    longest = task.longest(params.generation, rows) if task else max(row.nbytes for row in rows)
-    if task is not None and not task.makes_tokens:
-        return Workload(batch_size=params.batch_size, sequence_length=longest, all_logits=True)
+    lengths = _lengths(params, rows)
     new = LONGEST if task is not None and task.own_length else params.max_new_tokens
-    return Workload(batch_size=params.batch_size * texts, sequence_length=longest + new, output_length=new)
+    if task is not None and not task.makes_tokens:
+        new = 0
+    shapes = [(len(batch), max(lengths[row] for row in batch) + new) for batch in _batches(params, lengths)]
+    count, length = max(shapes, key=math.prod)
+    if not new:
+        return Workload(batch_size=count, sequence_length=length, all_logits=True)
+    return Workload(batch_size=count * texts, sequence_length=length, output_length=new)
+
+
+def _lengths(params: InferParams, rows: list[Row], task: Task | None = None) -> list[int]:
+    """The most tokens of each row. task: one of the user's own, where it may be imported."""
+    if task is None and params.task not in TASKS:
+        return [max(1, row.nbytes) for row in rows]
+    return (task or find_task(params.task, Sources())).lengths(params.generation, rows)
+
+
+def _batches(params: InferParams, lengths: list[int]) -> list[list[int]]:
+    """The rows of each."""
+    return chunked(lengths, params.batch_size, params.batch_tokens)
 
 
 def _vram(placement: Placement | None, local: int, together: Together) -> dict[int, int]:
@@ -198,7 +214,7 @@ def _together(
         processes=ctx.launch.local_processes,
         memo=ctx.memo,
     )
-    share = math.ceil(len(chunked(rows, params.batch_size)) / ctx.launch.num_processes)
+    share = math.ceil(len(_batches(params, _lengths(params, rows))) / ctx.launch.num_processes)
     return replace(found, count=min(found.count, share))
 
 
@@ -226,15 +242,15 @@ def prepare(params: InferParams, ctx: StageContext) -> None:
     task.check(params.generation, rows, model, sources, params.max_new_tokens)
     together = _together(params, model, _placement(ctx), rows, ctx)
     plan = plan_work(
-        ctx.scratch, rows, batch_size=params.batch_size, ranks=ctx.launch.num_processes, pad=params.apply_padding,
-        together=together.count,
+        ctx.scratch, rows, _lengths(params, rows, task), ranks=ctx.launch.num_processes, batch_size=params.batch_size,
+        batch_tokens=params.batch_tokens, split=params.split, pad=params.apply_padding, together=together.count,
     )  # fmt: skip
     if plan.finished:
         ctx.log(f"{plan.finished} of {len(plan.chunks)} batches were finished before")
 
 
 def run(params: InferParams, ctx: StageContext) -> StageResult:
-    """One rank: its chunks, in their order, several at once where layers are streamed."""
+    """One rank: chunk after chunk of its queue, several at once where layers are streamed."""
 
     def bind() -> Bound:
         options = TaskOptions(

@@ -301,7 +301,7 @@ def in_ranks(model: Path, out: Path) -> None:
     split, padding, launch = (
         ROWS[row] for row in ROWS if "split_between" in row or "padding" in row or "launch" in row
     )
-    assert split == ["`distributed-infer`", ""]
+    assert split == ["`distributed-infer`; as it, `split: static`", "`bigpipe.split_between_processes(prompts)`"]
     (out / "count.py").write_text(
         "def tokens(model, rows):\n    return [{'length': len(row['prompt'])} for row in rows]\n"
     )

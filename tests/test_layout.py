@@ -22,7 +22,7 @@ HEAVY = ("torch", "transformers", "accelerate", "bitsandbytes")
 EXPORTS = [
     "BigpipeError", "Checkpoint", "Estimate", "ManifestError", "Placement", "Plan", "Recipe", "RunResult", "Stage",
     "estimate", "load", "load_manifest", "merge_adapter", "open_checkpoint", "place", "plan", "quantize_checkpoint",
-    "run", "save_checkpoint",
+    "run", "save_checkpoint", "split_between_processes",
 ]  # fmt: skip
 
 

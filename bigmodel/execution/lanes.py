@@ -12,7 +12,7 @@ and another one goes on. Once all wait, what comes first in order is brought, an
 from __future__ import annotations
 
 from collections import Counter, deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from threading import Semaphore, Thread, local
 from typing import Generic, TypeVar
@@ -62,21 +62,20 @@ class Lanes(Generic[Need]):
         self._suspend: Suspend = _nothing_to_suspend
 
     def run(self, work: Callable[[Item], None], items: Iterable[Item], count: int, suspend: Suspend) -> None:
-        """Do the work of each item, in at most `count` lanes, which take the items in their order. After the first
-        error, which is raised, no lane goes on.
+        """Do the work of each item, in at most `count` lanes, each of which takes the next item when it has done one.
+        After the first error, which is raised, no lane goes on.
 
         suspend: called where a lane waits or an item is done; what it gives is called when that lane goes on.
         """
-        queue = deque(items)
-        if min(count, len(queue)) < 2:
-            for item in queue:
+        if count < 2:
+            for item in items:
                 work(item)
                 suspend()
             return
-        self._suspend, self._over = suspend, Semaphore(0)
-        self._ready.extend(Lane() for _ in range(min(count, len(queue))))
+        self._suspend, self._over, left = suspend, Semaphore(0), iter(items)
+        self._ready.extend(Lane() for _ in range(count))
         for lane in self._ready:
-            Thread(target=self._live, args=(lane, work, queue), name="bigpipe-lane", daemon=True).start()
+            Thread(target=self._live, args=(lane, work, left), name="bigpipe-lane", daemon=True).start()
         try:
             self._pass_on()
             self._over.acquire()
@@ -129,12 +128,16 @@ class Lanes(Generic[Need]):
         if self._errors:
             raise _Ended
 
-    def _live(self, lane: Lane[Need], work: Callable[[Item], None], queue: deque[Item]) -> None:
+    def _live(self, lane: Lane[Need], work: Callable[[Item], None], left: Iterator[Item]) -> None:
         lane.turn.acquire()
         self._own.lane = lane
         try:
-            while queue and not self._errors:
-                work(queue.popleft())
+            while not self._errors:
+                try:
+                    item = next(left)
+                except StopIteration:
+                    break
+                work(item)
                 self._suspend()
         except _Ended:
             pass

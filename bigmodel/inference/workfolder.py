@@ -14,8 +14,6 @@ import zlib
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
-from functools import cached_property
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +21,8 @@ from bigpipe.bigmodel.tasks import Row
 from bigpipe.errors import StageFailed
 from bigpipe.files import LogFile, make_directory, parse_json, sync_directory, write_file
 from bigpipe.redaction import redact_json
+
+from .sharing import Queue, Split, chunked, share_out
 
 PLAN, RESULTS = "workplan.json", "results.jsonl"
 LOG, PEAKS = "records.jsonl", "peaks.json"
@@ -115,23 +115,31 @@ def _text(fields: dict[str, Any]) -> str:
 
 @dataclass(frozen=True)
 class WorkPlan:
-    """Rows in chunks, and the shares of ranks in the chunks that were unfinished when it was made."""
+    """Rows in chunks, and the queues of those chunks that were unfinished when it was made."""
 
     rows: list[Row]
-    batch_size: int
-    shares: list[list[int]]
-    """Per rank, its chunks in their order."""
+    chunks: list[list[int]]
+    """The rows of each."""
+    queues: list[list[int]]
+    """One that all ranks take chunks from, or one for each rank."""
+    ranks: int
     together: int = 1
     """How many chunks of a rank may be under way at once."""
-
-    @cached_property
-    def chunks(self) -> list[list[Row]]:
-        return chunked(self.rows, self.batch_size)
 
     @property
     def finished(self) -> int:
         """Chunks that were finished before it was made."""
-        return len(self.chunks) - len({chunk for share in self.shares for chunk in share})
+        return len(self.chunks) - len({chunk for queue in self.queues for chunk in queue})
+
+    def batch(self, chunk: int) -> list[Row]:
+        return [self.rows[row] for row in self.chunks[chunk]]
+
+    def queue(self, folder: Path, rank: int) -> Queue:
+        """Return what a rank takes its chunks from, as far as the ranks in `folder` have come."""
+        number = rank % len(self.queues)
+        chunks, takers = self.queues[number], self.ranks // len(self.queues)
+        sizes = (len(self.chunks[chunk]) for chunk in chunks)
+        return Queue(_queue_file(folder, number), chunks, sizes, takers, rank // len(self.queues))
 
     @classmethod
     def read(cls, folder: Path) -> WorkPlan:
@@ -139,32 +147,32 @@ class WorkPlan:
         return cls(**{**data, "rows": [Row(**row) for row in data["rows"]]})
 
 
+def _queue_file(folder: Path, number: int) -> Path:
+    return folder / f"queue-{number}"
+
+
 def plan_work(
-    folder: Path, rows: list[Row], *, batch_size: int, ranks: int, pad: bool = False, together: int = 1
-) -> WorkPlan:
-    """Share out what nobody has finished in `folder` among `ranks`; return the plan, which is saved there too. pad:
-    every rank gets as many chunks; see `assign`. together: chunks of a rank that may be under way at once."""
+    folder: Path, rows: list[Row], lengths: Sequence[int], *, ranks: int, batch_size: int = 1,
+    batch_tokens: int | None = None, split: Split = "queue", pad: bool = False, together: int = 1,
+) -> WorkPlan:  # fmt: skip
+    """Share out what nobody has finished in `folder`; return the plan, which is saved there too.
+
+    lengths: of each row, about, in tokens. batch_size, batch_tokens: see `chunked`. split: one queue for all
+    `ranks`, or one for each, padded where asked; see `share_out`. together: chunks of a rank that may be under way at
+    once.
+    """
     good = {index for index, record in gather(rows, folder).items() if not record.failed}
-    chunks = chunked(rows, batch_size)
-    missing = [number for number, chunk in enumerate(chunks) if not good.issuperset(row.index for row in chunk)]
-    plan = WorkPlan(rows, batch_size, assign(missing, ranks, pad=pad), together)
+    chunks = chunked(lengths, batch_size, batch_tokens)
+    missing = [number for number, chunk in enumerate(chunks) if not good.issuperset(rows[row].index for row in chunk)]
+
+    def cost(chunk: int) -> int:
+        return len(chunks[chunk]) * max(lengths[row] for row in chunks[chunk])
+
+    plan = WorkPlan(rows, chunks, share_out(missing, cost, ranks, split, pad=pad), ranks, together)
+    for number in range(len(plan.queues)):
+        _queue_file(folder, number).unlink(missing_ok=True)
     write_file(folder / PLAN, json.dumps(asdict(plan)))
     return plan
-
-
-def chunked(rows: list[Row], batch_size: int) -> list[list[Row]]:
-    """Return the chunks, whatever the ranks: `batch_size` rows each, in their order."""
-    return [rows[start : start + batch_size] for start in range(0, len(rows), batch_size)]
-
-
-def assign(chunks: Sequence[int], ranks: int, *, pad: bool = False) -> list[list[int]]:
-    """Return each rank's contiguous share, as accelerate's `split_between_processes` gives them. pad: the last chunk is
-    repeated until all ranks have as many."""
-    each, extra = divmod(len(chunks), ranks)
-    ends = [rank * each + min(rank, extra) for rank in range(ranks + 1)]
-    shares = [list(chunks[start:end]) for start, end in pairwise(ends)]
-    longest = max(map(len, shares)) if pad else 0
-    return [[*share, *list(chunks[-1:]) * (longest - len(share))] for share in shares]
 
 
 def merge_results(folder: Path, out: Path, *, max_errors: int = 0) -> tuple[dict[str, Any], tuple[str, int]]:
@@ -188,7 +196,7 @@ def merge_results(folder: Path, out: Path, *, max_errors: int = 0) -> tuple[dict
     return {
         **counts,
         "micro_batches": plan.together,
-        **_times(folder, len(plan.shares), tokens),
+        **_times(folder, plan.ranks, tokens),
         "peak": _peak(folder),
     }, written
 

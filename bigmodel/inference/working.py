@@ -1,11 +1,11 @@
-"""What one rank does: its share of the chunks, each answer written down before the next chunk begins."""
+"""What one rank does: chunk after chunk of its queue, each answer written down before the next chunk begins."""
 
 from __future__ import annotations
 
 import json
 import time
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,7 +18,7 @@ from .workfolder import LOG, PEAKS, Record, WorkPlan, append, check_errors, open
 Work = Callable[[int], None]
 
 
-def one_by_one(work: Work, chunks: Sequence[int], together: int) -> None:
+def one_by_one(work: Work, chunks: Iterable[int], together: int) -> None:
     for chunk in chunks:
         work(chunk)
 
@@ -28,8 +28,8 @@ class Bound:
     """A task on a loaded model."""
 
     answer: Answerer
-    each: Callable[[Work, Sequence[int], int], None] = one_by_one
-    """Does the work of each chunk. So many may be under way, while one computes."""
+    each: Callable[[Work, Iterable[int], int], None] = one_by_one
+    """Does the work of each chunk, asked for as it begins. So many may be under way, while one computes."""
 
 
 def compute_share(
@@ -44,20 +44,20 @@ def compute_share(
 ) -> None:
     """Answer the rows of one rank as the plan in `folder` says, and write only to `folder/rank-N`.
 
-    bind: loads the model; called where the rank has something to do. progress: called with the rows done and the rows
-    of this rank, first before `bind`. log: gets the traceback of a row that failed.
+    bind: loads the model; called where there is something to do. progress: called with the rows done and the rows that
+    this rank can expect, first before `bind`; over all ranks they come to all that is to do. log: gets the traceback of
+    a row that failed.
     Raise StageFailed where more than `max_errors` rows fail or the plan was made for another `world_size`, DoesNotFit
     where a batch is larger than memory, and every BigpipeError of the task.
     """
     plan = WorkPlan.read(folder)
-    if len(plan.shares) != world_size:
-        cause = f"the work was divided for {len(plan.shares)} ranks, and {world_size} came up"
+    if plan.ranks != world_size:
+        cause = f"the work was divided for {plan.ranks} ranks, and {world_size} came up"
         raise StageFailed(cause, "run it again; `launch.num_processes` says how many there should be")
-    chunks = plan.shares[rank]
-    if not chunks:
+    queue, done = plan.queue(folder, rank), 0
+    if not queue:
         return
-    done, total = 0, sum(len(plan.chunks[chunk]) for chunk in chunks)
-    progress(done, total)  # before the model loads, so that the sum over ranks is known from the start
+    progress(done, queue.expected)  # before the model loads, so that the sum over ranks is known from the start
     bound = bind()
     failed: list[Record] = []
     own = folder / f"rank-{rank}"
@@ -66,7 +66,7 @@ def compute_share(
 
         def compute(chunk: int) -> None:
             nonlocal done, ended
-            batch, started = plan.chunks[chunk], time.monotonic()
+            batch, started = plan.batch(chunk), time.monotonic()
             answers = answer_batch(bound.answer, batch, log)
             seconds, ended = time.monotonic() - max(started, ended), time.monotonic()
             records = _records(batch, answers, seconds)
@@ -75,9 +75,10 @@ def compute_share(
             failed.extend(record for record in records if record.failed)
             check_errors(failed, max_errors)
             done += len(records)
-            progress(done, total)
+            progress(done, queue.expected)
 
-        bound.each(compute, chunks, plan.together)
+        bound.each(compute, queue, plan.together)
+        progress(done, queue.expected)  # others may have taken what it expected
 
 
 def _records(batch: Sequence[Row], answers: Sequence[Answer], seconds: float) -> list[Record]:

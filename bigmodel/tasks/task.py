@@ -87,7 +87,8 @@ class Task:
     columns: fields that each row must have besides its prompt.
     named_columns: those of the `arguments` that name such a field, where they are given, and what it holds: one text,
       or one or several of them (`texts`).
-    length_of: (row, arguments) → the most tokens that a row may have; what a plan's memory is reckoned with.
+    length_of: (row, arguments) → the most tokens that a row may have; what a plan's memory, and its batches,
+      are reckoned with.
     side_by_side: may another batch begin, in another thread, while one waits in a forward of the model? Only one of
       them runs at a time, and torch's generators are its own.
     """
@@ -132,10 +133,10 @@ class Task:
             settle(self.name, self.arguments, arguments)
         self.check_arguments(arguments)
 
-    def longest(self, arguments: Mapping[str, Any], rows: Sequence[Row]) -> int:
-        """Return the most tokens that one of the rows may have. Raise UsageError as `require_columns`."""
+    def lengths(self, arguments: Mapping[str, Any], rows: Sequence[Row]) -> list[int]:
+        """Return the most tokens that each row may have, one at least. Raise UsageError as `require_columns`."""
         self.require_columns(arguments, rows)
-        return max(1, *(self.length_of(row, arguments) for row in rows))
+        return [max(1, self.length_of(row, arguments)) for row in rows]
 
     def require_columns(self, arguments: Mapping[str, Any], rows: Sequence[Row]) -> None:
         """Raise UsageError for a row that is not what the task reads, or is without the fields that it needs."""

@@ -151,7 +151,8 @@ class StageContext(Assignment):
     rank: int = 0
     world_size: int = 1
     rank_dir: Path | None = None
-    """The only folder a rank may write to; `scratch/rank-N`, kept over crashes."""
+    """The folder of a rank alone, `scratch/rank-N`, kept over crashes; in `scratch` it writes only what all ranks
+    may write at once."""
     outlet: Outlet = field(default_factory=Outlet)
     """Where a kind that `streams` tells of each finished file, whether or not anybody waits for it."""
     reporter: Reporter

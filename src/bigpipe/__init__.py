@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from .bigmodel.checkpoint import Checkpoint, open_checkpoint
     from .bigmodel.execution import load
     from .bigmodel.footprint import Estimate, estimate
+    from .bigmodel.inference import split_between_processes
     from .bigmodel.placement import Placement, place
     from .bigmodel.quantization import quantize_checkpoint
     from .bigmodel.writing import save_checkpoint

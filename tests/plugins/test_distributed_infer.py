@@ -42,9 +42,9 @@ def params(**fields: Any) -> InferParams:
 @pytest.mark.parametrize("batch_size", [1, 2, 5])
 def test_any_number_of_ranks_gives_the_same_bytes(tmp_path: Path, model: Path, batch_size: int) -> None:
     written = []
-    for ranks in (1, 2, 4):
+    for ranks, split in ((1, "queue"), (2, "static"), (4, "static")):
         ctx = context(tmp_path / str(ranks), model, ranks)
-        metrics = infer(params(batch_size=batch_size), ctx)
+        metrics = infer(params(batch_size=batch_size, split=split), ctx)
         assert (metrics.prompts, metrics.errors, metrics.tokens) == (5, 0, 25)
         assert metrics.peak["cpu"] > 0
         assert 0 <= metrics.idle < 1
@@ -61,19 +61,19 @@ def rank_shares(ctx: StageContext) -> list[list[int]]:
 
 def test_every_rank_says_what_it_has_to_do_before_it_begins(tmp_path: Path, model: Path) -> None:
     ctx = context(tmp_path, model, 2)
-    infer(params(batch_size=2), ctx)
+    infer(params(batch_size=2, split="static"), ctx)
     assert isinstance(ctx.reporter, Reports)
     told = [event for event in ctx.reporter if isinstance(event, Progress)]
     counts = {rank: [(event.done, event.total) for event in told if event.rank == rank] for rank in (0, 1)}
-    assert counts == {0: [(0, 4), (2, 4), (4, 4)], 1: [(0, 1), (1, 1)]}
+    assert counts == {0: [(0, 3), (2, 3), (3, 3), (3, 3)], 1: [(0, 2), (2, 2), (2, 2)]}
     assert {(event.unit, event.task) for event in told} == {("prompts", "inferring")}
 
 
 def test_uneven_counts_and_padding(tmp_path: Path, model: Path) -> None:
     uneven, padded = context(tmp_path / "uneven", model, 2), context(tmp_path / "padded", model, 2)
-    infer(params(), uneven)
+    infer(params(split="static"), uneven)
     assert rank_shares(uneven) == [[0, 1, 2], [3, 4]]
-    metrics = infer(params(apply_padding=True), padded)
+    metrics = infer(params(split="static", apply_padding=True), padded)
     assert rank_shares(padded) == [[0, 1, 2], [3, 4, 4]]
     assert metrics.tokens == 25
     assert results(padded) == results(uneven)
@@ -133,11 +133,11 @@ def test_what_was_finished_is_not_done_again(tmp_path: Path, model: Path, ranks_
     broken = context(tmp_path / "broken", model, 2, trust=Trust(modules=("stopping",)))
     (broken.base / "stopping.py").write_text(STOPPING)
     (broken.base / "limit").write_text("1")
-    stopping = params(task="stopping:TASK", batch_size=2)
+    stopping = params(task="stopping:TASK", batch_size=2, split="static")
     with pytest.raises(KeyboardInterrupt):
         infer(stopping, broken)
     (broken.base / "limit").unlink()
-    assert rank_shares(broken) == [[0, 1]]
+    assert rank_shares(broken) == [[0, 2]]  # the longest two
     log = broken.scratch / "rank-0" / "records.jsonl"
     log.write_bytes(log.read_bytes() + log.read_bytes()[:40])
     again = replace(broken.within(launch=Launch(num_processes=ranks_after)), world_size=ranks_after)
@@ -148,7 +148,7 @@ def test_what_was_finished_is_not_done_again(tmp_path: Path, model: Path, ranks_
 
 def test_a_batch_with_a_torn_row_is_done_again_and_counts_once(tmp_path: Path, model: Path) -> None:
     ctx = context(tmp_path, model, 2)
-    infer(params(batch_size=2), ctx)
+    infer(params(batch_size=2, split="static"), ctx)
     wanted = (ctx.out / "results.jsonl").read_bytes()
     log = ctx.scratch / "rank-1" / "records.jsonl"
     lines = (ctx.scratch / "rank-0" / "records.jsonl").read_bytes().splitlines(keepends=True)
@@ -391,7 +391,7 @@ def test_checks_prompts_task_and_tokenizer_before_anything_runs(tmp_path: Path, 
         inferring.check(params(), checking(tmp_path, inputs={"model": (bare,)}))
     with pytest.raises(ValidationError, match="did you mean 'text-generation'"):
         params(task="text-generatoin")
-    for wrong in ({"batch_size": 0}, {"split": "queue"}, {"max_tokens": 5}, {"seed": 2**63}):
+    for wrong in ({"batch_size": 0}, {"batch_tokens": 0}, {"split": "even"}, {"max_tokens": 5}, {"seed": 2**63}):
         with pytest.raises(ValidationError):
             params(**wrong)
 
@@ -535,8 +535,9 @@ def test_a_larger_batch_and_longer_prompts_need_more_memory(tmp_path: Path, mode
 def test_forecasts_shares_memory_and_gpus(tmp_path: Path, model: Path) -> None:
     inputs = {"model": (Forecast(output=describe_checkpoint(model)),)}
     ctx = forecast_context(tmp_path, inputs=inputs, machine=MACHINE, launch=Launch(num_processes=2))
-    found = STAGE.forecast(params(batch_size=2), ctx)
-    assert found.summary == "5 prompts in 3 batches over 2 ranks (4 + 1)"
+    assert STAGE.forecast(params(batch_size=2), ctx).summary == "5 prompts in 3 batches over 2 ranks"
+    found = STAGE.forecast(params(batch_size=2, split="static"), ctx)
+    assert found.summary == "5 prompts in 3 batches over 2 ranks (3 + 2)"
     assert found.metrics == {"prompts": 5, "micro_batches": 1, "compute_dtype": "float32"}
     assert found.ram is not None
     assert found.ram > 2 * 2 * (model / "model.safetensors").stat().st_size
@@ -616,4 +617,6 @@ def test_two_launched_ranks_give_what_one_gives(tmp_path: Path, model: Path) -> 
     assert two.metrics["tokens"] == 25
     assert two.files["results.jsonl"][1] == len(written)
     assert sorted(event.rank for event in events if isinstance(event, RankHello)) == [0, 1]
-    assert {event.rank: event.total for event in events if isinstance(event, Progress)} == {0: 3, 1: 2}
+    last = {event.rank: (event.done, event.total) for event in events if isinstance(event, Progress)}
+    assert sum(done for done, _ in last.values()) == 5
+    assert all(done == total for done, total in last.values())
