@@ -16,6 +16,7 @@ import click
 from bigpipe.errors import BigpipeError
 from bigpipe.orchestrator import report
 from bigpipe.redaction import plain, unfinished
+from bigpipe.tables import Screen, coloured
 
 CLEAR = "\x1b[H\x1b[2J"
 """What empties a terminal and starts at its top."""
@@ -86,6 +87,11 @@ def own_stderr() -> TextIO:
     return _streams[-1][1] if _streams else sys.stderr
 
 
+def screen(*, err: bool = False) -> Screen:
+    """Return what the command prints on: how wide it is, and whether it has colours."""
+    return Screen.of(own_stderr() if err else own_stdout())
+
+
 def show(as_json: bool, data: Callable[[], Any], text: Callable[[], str], errors: Sequence[BigpipeError] = ()) -> None:
     """Print the answer of a command: for programs, one JSON object with the errors in it, or for people. Errors are
     also printed, and the first is the exit code."""
@@ -98,7 +104,7 @@ def show(as_json: bool, data: Callable[[], Any], text: Callable[[], str], errors
 
 def say(text: str, *, err: bool = False) -> None:
     """Print a text, whoever wrote it: all that commands print goes through here or `show_json`."""
-    click.echo(report.clean(text), file=own_stderr() if err else own_stdout())
+    click.echo(coloured(report.clean(text)), file=own_stderr() if err else own_stdout(), color=True)
 
 
 def confirmed(question: str) -> bool:
@@ -130,7 +136,7 @@ def show_refusal(command: str, error: BaseException, options: Mapping[str, Any])
 
 def fail(error: BigpipeError) -> NoReturn:
     """Print cause, place and cure, also as an annotation where GitHub reads it, and exit."""
-    click.echo(report.error_text(error, os.environ), file=own_stderr())
+    click.echo(coloured(report.error_text(error, os.environ, screen(err=True))), file=own_stderr(), color=True)
     sys.exit(error.status)
 
 

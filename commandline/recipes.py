@@ -11,10 +11,11 @@ import click
 import bigpipe
 from bigpipe.errors import ManifestError
 from bigpipe.orchestrator import report
+from bigpipe.tables import columns
 
 from .completing import NODES
 from .options import JOBS, JSON, MANIFEST, OFFLINE, PARAMS, STORE
-from .printing import fail_all, own_stderr, say, show, show_json
+from .printing import fail_all, own_stderr, say, screen, show, show_json
 
 
 @click.command()
@@ -41,7 +42,7 @@ def run(manifest: Path, nodes: tuple[str, ...], events: Path | None, as_json: bo
     if as_json:
         show_json(result.as_json(), indent=None)
     else:
-        say(report.results_text(result))
+        say(report.results_text(result, screen=screen()))
     fail_all(result.errors)
 
 
@@ -65,6 +66,7 @@ def plan(
     Example: bigpipe plan manifests/opt13b_int8.yaml --machine gpu-box.json
     """
     from bigpipe.machine import read_machine
+    from bigpipe.orchestrator.planning import plan_text
 
     there = read_machine(machine) if machine else None
     with closing(report.choose_reporter(own_stderr())) as reporter:
@@ -72,7 +74,7 @@ def plan(
     show(
         as_json,
         lambda: report.plan_json(planned),
-        lambda: report.plan_text(planned, explain=explain),
+        lambda: plan_text(planned, explain=explain, screen=screen()),
         planned.errors(),
     )
 
@@ -115,7 +117,7 @@ def status(manifest: Path, exit_code: bool, as_json: bool, **options: Any) -> No
     show(
         as_json,
         lambda: {"schema": "bigpipe.status/1", "nodes": nodes},
-        lambda: report.columns(rows),
+        lambda: columns(rows, screen()),
         [stale] if stale else [],
     )
 

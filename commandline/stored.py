@@ -15,7 +15,7 @@ from bigpipe.sizes import format_transfer
 
 from .completing import RAN, REMOVABLE, RUNS
 from .options import DRY_RUN, JSON, STORE, YES, age
-from .printing import confirmed, redraw, say, show
+from .printing import confirmed, redraw, say, screen, show
 
 
 def _print(answer: report.Inspection, as_json: bool) -> None:
@@ -30,7 +30,7 @@ def list_artifacts(as_json: bool, store: Path | None) -> None:
 
     Example: bigpipe ls
     """
-    _print(report.list_store(store=store), as_json)
+    _print(report.list_store(store=store, screen=screen()), as_json)
 
 
 @click.command("show")
@@ -46,9 +46,9 @@ def show_record(run: str, watch: bool, as_json: bool, store: Path | None) -> Non
     if watch and as_json:
         raise UsageError("--watch draws for people, and --json answers once", "leave one out")
     if not watch:
-        _print(report.show_run(run, store=store), as_json)
+        _print(report.show_run(run, store=store, screen=screen()), as_json)
         return
-    for found in report.follow_run(run, store=store):
+    for found in report.follow_run(run, store=store, screen=screen()):
         redraw(found.text)
 
 
@@ -60,7 +60,7 @@ def list_running(as_json: bool, store: Path | None) -> None:
 
     Example: bigpipe ps
     """
-    _print(report.running(store=store), as_json)
+    _print(report.running(store=store, screen=screen()), as_json)
 
 
 @click.command()
@@ -158,7 +158,7 @@ def remove(targets: tuple[str, ...], run: str, yes: bool, dry_run: bool, as_json
 
     Example: bigpipe rm quantize@scheme=nf4 --dry-run
     """
-    _free(lambda look: report.remove(targets, look, run=run, store=store), yes, dry_run, as_json)
+    _free(lambda look: report.remove(targets, look, run=run, store=store, screen=screen()), yes, dry_run, as_json)
 
 
 @click.command()
@@ -185,7 +185,12 @@ def gc(
 
     Example: bigpipe gc --older-than 30d --dry-run
     """
-    _free(lambda look: report.collect_garbage(look, older_than, keep_runs, store=store), yes, dry_run, as_json)
+    _free(
+        lambda look: report.collect_garbage(look, older_than, keep_runs, store=store, screen=screen()),
+        yes,
+        dry_run,
+        as_json,
+    )
 
 
 @click.command()

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Collection, Iterator, Mapping, Sequence
+import sys
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import closing
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +15,10 @@ from bigpipe.errors import GateFailed, ManifestError, Problem, Stale, UsageError
 from bigpipe.files import make_directory, write_file
 from bigpipe.machine import MACHINE
 from bigpipe.names import Given, as_names, checked
+from bigpipe.redaction import conceal_environment
 
 from . import lock as lock_file
-from .contract import Json, Machine, OneAtATime, Reporter
+from .contract import Event, Json, Machine, OneAtATime, Reporter
 from .planning import (
     Action,
     Plan,
@@ -29,13 +33,14 @@ from .planning import (
     with_parameters,
 )
 from .recipe import Fault, Recipe, load_recipe
-from .running import RunResult, run_plan
-from .store import explained
+from .running import RunRecord, RunResult, records, run_plan
+from .store import Store, default_root, explained
 
 REPORTER = Given((Reporter,), "an object with `report(event)`")
+PROGRESS = Given((bool, Callable), "True, or a function that takes an event")  # type: ignore[arg-type]  # as isinstance
 
 
-@checked(reporter=REPORTER)
+@checked(reporter=REPORTER, progress=PROGRESS)
 def run(
     manifest: str | Path,
     nodes: Sequence[str] = (),
@@ -48,19 +53,33 @@ def run(
     jobs: int | None = None,
     keep_going: bool = False,
     reporter: Reporter | None = None,
+    progress: bool | Callable[[Event], None] = False,
     check: bool = True,
 ) -> RunResult:
     """Run a recipe; nodes already in the store are not run again.
 
     nodes: stage or node names; only they and their ancestors run. force: run these whatever the store holds.
+    progress: True: bars on a terminal, else lines, on standard error, as the command has them; or what is called with
+      each event. reporter: the same as an object with `report(event)`.
     check: raise the first error (GateFailed, StageFailed, …); otherwise errors are in the result.
     Raises, before anything runs, ManifestError, UsageError, DoesNotFit, NotAuthorised and GateFailed for what can be
     known by then.
     """
-    session = _open(
-        manifest, nodes, params=params, store=store, force=force, offline=offline, locked=locked,
-        reporter=reporter,
-    )  # fmt: skip
+    with closing(Following.of(progress, reporter)) as following:
+        result = _run(
+            manifest, nodes, jobs=jobs, keep_going=keep_going, params=params, store=store, force=force,
+            offline=offline, locked=locked, reporter=following.reporter,
+        )  # fmt: skip
+    if check and result.errors:
+        raise result.errors[0]
+    return result
+
+
+def _run(
+    manifest: str | Path, nodes: Sequence[str], *, jobs: int | None, keep_going: bool, locked: bool, **options: Any
+) -> RunResult:
+    session = _open(manifest, nodes, locked=locked, **options)
+    reporter = session.reporter
     with session.store, explained(session.store.root):
         session.side_by_side = jobs != 1 and session.store.keeps_others_out
         if locked:
@@ -72,9 +91,45 @@ def run(
             lock_file.enforce_outputs(session, result.records)
         if session.lock and result.status == "succeeded":
             lock_file.record_outputs(session, result.records)
-    if check and result.errors:
-        raise result.errors[0]
     return result
+
+
+@dataclass(frozen=True, slots=True)
+class Following:
+    """Who hears of a run that somebody calls from Python."""
+
+    reporter: Reporter | None
+    close: Callable[[], None]
+
+    @classmethod
+    def of(cls, progress: bool | Callable[[Event], None], reporter: Reporter | None) -> Following:
+        """Raise UsageError for both at once."""
+        if progress is False:
+            return cls(reporter, lambda: None)
+        if reporter is not None:
+            raise UsageError("progress and reporter hear the same", "give one of them")
+        if progress is True:
+            from .report import choose_reporter
+
+            chosen = choose_reporter(sys.stderr)
+            return cls(chosen, chosen.close)
+        return cls(_Calling(progress), lambda: None)
+
+
+@dataclass(frozen=True, slots=True)
+class _Calling:
+    function: Callable[[Event], None]
+
+    def report(self, event: Event) -> None:
+        self.function(event)
+
+
+@checked()
+def runs(*, store: str | Path | None = None) -> list[RunRecord]:
+    """Return the records of all runs over a store, oldest first, but for those that cannot be read:
+    `runs()[-1].nodes["quantize"].metrics`."""
+    conceal_environment(os.environ)  # what is looked back on may be of a run that did not know of it
+    return records.list_runs(Store(Path(store) if store else default_root()).runs)
 
 
 def _open(

@@ -26,18 +26,18 @@ command()
 print(*sys.modules)
 """
 ROOMS = {
-    "": "cli commandline environment errors faces files fit git machine modules names passing redaction sizes trust"
-    " versions",
+    "": "cli commandline environment errors faces files fit git machine modules names passing redaction sizes tables"
+    " trust versions",
     "commandline": "completing options printing questions recipes stored streams",
     "plugins": "download estimate library save saving shard",
     "orchestrator": "commands contract launch lock planning recipe report running stage store",
     "orchestrator.contract": "contexts events stage types",
     "orchestrator.launch": "environment executors lifeline",
-    "orchestrator.planning": "decision fit keys plan rehearsal schedule session suggestion",
+    "orchestrator.planning": "decision fallback fit keys plan rehearsal schedule session states suggestion",
     "orchestrator.recipe": "conditions expansion graph interpolation manifest node problems registry validation wiring"
     " yamlsource",
     "orchestrator.report": "progress rendering reporters shown",
-    "orchestrator.running": "records runner streaming",
+    "orchestrator.running": "records result runner streaming",
     "orchestrator.store": "artifacts hashing keeping layout locks store",
     "bigmodel": "formats publishing sources",
     "bigmodel.formats": "registry widths",

@@ -17,6 +17,7 @@ from typing import Any, Self
 from bigpipe.errors import NoWeights, UsageError
 from bigpipe.names import PATH, Given, checked
 from bigpipe.passing import Inlet, OpenInlet
+from bigpipe.sizes import counted, format_size
 
 from .arrivals import announced_contents, arrived_contents, arriving_files, open_arrived
 from .bytesource import FileSource, compact_chunks
@@ -28,7 +29,7 @@ CHUNK = 4 * 2**20
 """Bytes moved at a time: large enough for the disk, small enough to stay in the cache of a CPU on its way through."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, repr=False)
 class Checkpoint:
     """A validated checkpoint. Its files are read when tensors are, never mapped."""
 
@@ -48,6 +49,12 @@ class Checkpoint:
     """Where its files come from, if they are still being made."""
     _places: dict[Path, Mapping[str, TensorInfo]] = field(default_factory=dict, compare=False)
     """Of the torch files that have come."""
+
+    def __repr__(self) -> str:
+        what = (
+            f"{counted(len(self.tensors), 'tensor')} in {counted(len(self.files), 'file')}, {format_size(self.nbytes)}"
+        )
+        return f"<Checkpoint {self.path}: {self.format}, {what}>"
 
     @property
     def folder(self) -> Path:

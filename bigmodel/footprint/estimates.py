@@ -22,6 +22,7 @@ from bigpipe.errors import DoesNotFit, UsageError
 from bigpipe.fit import as_options
 from bigpipe.names import as_names, checked, listed
 from bigpipe.sizes import format_size, format_transfer, size_of
+from bigpipe.tables import html_table
 from bigpipe.trust import Trust
 
 from .budgets import OPTIMIZERS, Budget, Workload, capped_length, cut_length
@@ -37,8 +38,10 @@ SCHEMA = "bigpipe.estimate/1"
 DTYPES = ("float32", "float16", "int8", "int4")
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True, kw_only=True, repr=False)
 class Estimate:
+    """What a model needs in memory, one `Budget` per dtype, in bytes."""
+
     model: str
     revision: str | None
     source: str
@@ -55,6 +58,15 @@ class Estimate:
     memory: int | None = None
     train: str | None = None
     """The optimizer of a training step, where `memory` is to hold one."""
+
+    def __repr__(self) -> str:
+        sizes = ", ".join(f"{found.dtype} {format_size(found.inference)}" for found in self.budgets)
+        return f"<Estimate of {self.model}, {self.tokens}: {sizes}>"
+
+    def _repr_html_(self) -> str:
+        rows = [row(found, self.train) for found in self.budgets]
+        notes = "\n".join([*self._stored(), *(f"note: {note}" for note in self.notes)])
+        return html_table(self._headline(), [*rows[0]], [[*each.values()] for each in rows], notes)
 
     def __getitem__(self, dtype: str) -> Budget:
         return next(found for found in self.budgets if found.dtype == dtype)

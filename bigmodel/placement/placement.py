@@ -11,6 +11,7 @@ from bigpipe.errors import UsageError
 from bigpipe.fit import Need
 from bigpipe.names import as_names
 from bigpipe.sizes import format_size
+from bigpipe.tables import html_table
 
 from .devices import Device, devices_of, one_device
 
@@ -94,9 +95,9 @@ class PlacementRequest:
         return replace(self, **values)
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True, kw_only=True, repr=False)
 class Placement:
-    """Its fields are those of its JSON, in this order."""
+    """Which device holds each part of a model, and what each must hold. Its fields are those of its JSON, in order."""
 
     strategy: str
     dtype: str | None = None
@@ -127,6 +128,17 @@ class Placement:
 
     def __post_init__(self) -> None:
         _require_floats(self.dtype, self.compute_dtype, *self.special_dtypes.values())
+
+    def __repr__(self) -> str:
+        sizes = ", ".join(f"{_label(device)} {format_size(size)}" for device, size in self.weights.items())
+        return f"<Placement {self.strategy}: {sizes}>"
+
+    def _repr_html_(self) -> str:
+        rows = [
+            (_label(device), format_size(size), _cap(self.max_memory.get(device)), self._parts(device))
+            for device, size in self.weights.items()
+        ]
+        return html_table(repr(self), ("device", "weights", "cap", "parts"), rows, "\n".join(self.explanation))
 
     @property
     def streaming(self) -> dict[Device, int]:
@@ -175,8 +187,17 @@ class Placement:
         bar += "+" * min(_columns(kept, scale), PICTURE_WIDTH - len(bar))
         of = "" if cap is None else f" of {format_size(cap)}"
         head = f"{_label(device):>6} |{bar:.<{PICTURE_WIDTH}}| {format_size(used)}{of}"
-        parts = _shorten([name or "(all of it)" for name, where in self.device_map.items() if where == device])
-        return [head, *([f"       {', '.join(parts)}"] if parts else [])]
+        parts = self._parts(device)
+        return [head, *([f"       {parts}"] if parts else [])]
+
+    def _parts(self, device: Device) -> str:
+        return ", ".join(
+            _shorten([name or "(all of it)" for name, where in self.device_map.items() if where == device])
+        )
+
+
+def _cap(size: int | None) -> str:
+    return "" if size is None else format_size(size)
 
 
 def _label(device: Device) -> str:

@@ -231,7 +231,7 @@ class Choices:
     """Value of `field` → what the map then holds, as far as it is known. Asked only where it is listed."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True, kw_only=True, repr=False)
 class Stage(Generic[P]):
     """One stage kind."""
 
@@ -279,3 +279,6 @@ class Stage(Generic[P]):
     def may_give(self, artifact: str) -> bool:
         """Return whether its artifact may be of this type."""
         return artifact == self.output or artifact in self.outputs
+
+    def __repr__(self) -> str:
+        return f"<Stage {self.kind}, version {self.version}: {', '.join(self.inputs) or 'nothing'} → {self.output}>"

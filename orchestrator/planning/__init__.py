@@ -9,7 +9,7 @@ if TYPE_CHECKING:
     from .decision import Action, GateVerdict, decide, difference_json
     from .doctor import doctor_text, examine, unsound
     from .keys import ABSENT, Difference, changed, content_paths, differences, shown
-    from .plan import Plan, PlannedNode, machine_line, make_plan
+    from .plan import Plan, PlannedNode, make_plan, plan_text
     from .schedule import Do, Step, may_follow, passes_on, step
     from .session import Session, exact, lock_path, node_folder, open_session
     from .states import GOOD, SETTLED, NodeState, States, judge_gates

@@ -9,6 +9,7 @@ make_plan(session)
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -16,7 +17,8 @@ from functools import cached_property
 from bigpipe.errors import BigpipeError, DoesNotFit
 from bigpipe.orchestrator.contract import Forecast, Machine, Misfit, Pinned
 from bigpipe.orchestrator.recipe import Node
-from bigpipe.sizes import format_size
+from bigpipe.sizes import counted, format_size, format_transfer
+from bigpipe.tables import PLAIN, Screen, columns, html_table
 
 from . import fallback
 from .decision import Action, Decision, GateVerdict
@@ -49,7 +51,7 @@ class PlannedNode:
         return self.decision.action
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, repr=False)
 class Plan:
     """What a run would do now, what it costs, and what does not fit."""
 
@@ -73,6 +75,19 @@ class Plan:
     @property
     def write_bytes(self) -> int:
         return sum(p.forecast.write_bytes or 0 for p in self.to_run if p.forecast)
+
+    def render(self, *, width: int | None = None, explain: bool = False) -> str:
+        """Return what `bigpipe plan` prints. width: of lines, in characters; None: without end. explain: keys, every
+        change and every forecast metric too."""
+        return plan_text(self, explain=explain, screen=Screen(width))
+
+    def __repr__(self) -> str:
+        misfits = f"; {counted(len(self.misfits), 'misfit')}" if self.misfits else ""
+        return f"<Plan of {self.session.recipe.name}: {totals(self)}{misfits}>"
+
+    def _repr_html_(self) -> str:
+        errors = "\n".join(map(str, self.errors()))
+        return html_table(repr(self), ("node", "action", "why"), plan_rows(self), errors)
 
     def errors(self) -> list[BigpipeError]:
         """Why a run would be refused now, the most fundamental first."""
@@ -127,6 +142,77 @@ def _planned(rehearsal: Rehearsal, state: NodeState, preflight: bool) -> Planned
         tried=tuple(fallback.tried(rehearsal.states, state)),
         pinned=session.known_pins(node),
     )
+
+
+def plan_rows(plan: Plan) -> list[tuple[str, str, str]]:
+    """Return per node its name, what a run would do with it, and why."""
+    return [(name, str(node.action), node_line(node, plan.followed.get(name, ""))) for name, node in plan.nodes.items()]
+
+
+def plan_text(plan: Plan, *, explain: bool = False, screen: Screen = PLAIN) -> str:
+    """Return what `bigpipe plan` prints: a row per node, the totals, what is not known, the machine."""
+    lines = [columns(plan_rows(plan), screen), "", *(_explanations(plan) if explain else ()), totals(plan)]
+    for name, planned in plan.nodes.items():
+        if planned.forecast and planned.forecast.unknown:
+            lines += [f"not known: {name}: {fact}" for fact in planned.forecast.unknown]
+        if planned.pinned.source:
+            pins = ", ".join(f"{field} = {value[:12]}" for field, value in planned.pinned.values.items())
+            lines.append(f"{name}: {pins} from {planned.pinned.source}")
+    lines.append(f"machine: {machine_line(plan.session.machine)}" if plan.to_run else "nothing to do")
+    return "\n".join(lines)
+
+
+def totals(plan: Plan) -> str:
+    counts = Counter(node.action for node in plan.nodes.values())
+    text = ", ".join(f"{counts[action]} {action}" for action in Action if counts[action])
+    if plan.to_run:
+        text += f"; {format_transfer(plan.download_bytes)} down, {format_transfer(plan.write_bytes)} written"
+        if plan.peak_disk and plan.peak_disk != plan.write_bytes:
+            text += f", at most {format_transfer(plan.peak_disk)} of disk at a time"
+        seconds = [p.forecast.seconds for p in plan.to_run if p.forecast]
+        if seconds and all(value is not None for value in seconds):
+            text += f", about {sum(value or 0 for value in seconds):.0f} s"
+    return text
+
+
+def node_line(planned: PlannedNode, follows: str = "") -> str:
+    """Return one line: the reason, what it costs, whose files it takes as they are made, its gates."""
+    if planned.action in (Action.CACHED, Action.SKIPPED):
+        return "; ".join(filter(None, [planned.decision.reason, *gate_lines(planned)]))
+    parts = [planned.decision.reason]
+    if forecast := planned.forecast:
+        costs = [
+            f"{format_transfer(forecast.download_bytes)} down" if forecast.download_bytes else "",
+            f"{format_transfer(forecast.write_bytes)} written" if forecast.write_bytes and not forecast.summary else "",
+            f"{format_size(forecast.ram)} RAM" if forecast.ram else "",
+            *(f"{format_size(size)} on GPU {index}" for index, size in forecast.vram.items()),
+        ]
+        parts += [forecast.summary, ", ".join(filter(None, costs))]
+    if follows:
+        parts.append(f"beside {follows}, file by file")
+    return "; ".join(filter(None, [*parts, *gate_lines(planned)]))
+
+
+def gate_lines(planned: PlannedNode) -> list[str]:
+    fails = " does not hold" if planned.forgiven else " FAILS"
+    return [
+        f"gate {gate.gate.text}: {gate.verdict.left if gate.verdict else 'decided by the run'}{fails * gate.failed}"
+        for gate in planned.gates
+        if gate.verdict or planned.action is not Action.SKIPPED
+    ]
+
+
+def _explanations(plan: Plan) -> list[str]:
+    lines = []
+    for name, planned in plan.nodes.items():
+        lines.append(f"{name}: key {planned.decision.key or 'not known yet'}")
+        for change in planned.decision.changes:
+            place = planned.node.places.get(change.path)
+            lines.append(f"    {change.path} {change.old} → {change.new}" + (f"   ({place})" if place else ""))
+        if planned.forecast:
+            lines += [f"    {key} = {value}" for key, value in sorted(planned.forecast.metrics.items())]
+            lines += [f"    {line}" for line in planned.forecast.details]
+    return [*lines, ""]
 
 
 def machine_line(machine: Machine) -> str:

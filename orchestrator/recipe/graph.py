@@ -28,6 +28,7 @@ from bigpipe.names import did_you_mean
 from bigpipe.orchestrator.contract import Json, Stage, Trust
 from bigpipe.orchestrator.launch import executor
 from bigpipe.redaction import conceal_environment
+from bigpipe.tables import html_table
 
 from .expansion import Expansion
 from .interpolation import WELL_KNOWN_SECRETS, Scope, check_passwords, interpolate, read_argument
@@ -46,7 +47,7 @@ LARGEST = 64 * 2**20
 """Bytes of a file that is looked at; a manifest holds fewer, which is said at its place."""
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, repr=False)
 class Recipe:
     """A manifest, checked and expanded into its graph of nodes."""
 
@@ -59,6 +60,13 @@ class Recipe:
     params: Mapping[str, Json]
     with_arguments: Callable[[Mapping[str, str]], Recipe] = field(repr=False, compare=False)
     """The recipe with other `-p`, from the document as it was read. Raises ManifestError."""
+
+    def __repr__(self) -> str:
+        return f"<Recipe {self.name}: {', '.join(self.nodes)}>"
+
+    def _repr_html_(self) -> str:
+        rows = [(name, node.kind.kind, ", ".join(node.predecessors)) for name, node in self.nodes.items()]
+        return html_table(str(self.path), ("node", "kind", "after"), rows)
 
     @cached_property
     def graph(self) -> nx.DiGraph[str]:

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from .outcomes import answered, as_bigpipe_error, refused
     from .page import report_runs, write_report
     from .reference import kinds_json, kinds_markdown, kinds_overview
-    from .rendering import columns, graph_json, graph_text, plan_json, plan_text, results_text, why_text
+    from .rendering import graph_json, graph_text, plan_json, results_text, why_text
     from .reporters import choose_reporter
     from .shown import clean, error_text, json_text
     from .watching import follow_log, follow_run, run_ids, running

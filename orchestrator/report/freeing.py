@@ -16,9 +16,9 @@ from bigpipe.orchestrator.lock import locked_digests
 from bigpipe.orchestrator.running import records
 from bigpipe.orchestrator.store import RUNS, Freed, GcReport, Keeping, Store
 from bigpipe.sizes import counted, format_transfer
+from bigpipe.tables import PLAIN, Screen, columns
 
-from .inspection import Inspection, meant, open_store
-from .rendering import columns
+from .inspection import Inspection, open_store
 
 NOUNS = {"work": "work folder", "temporary": "temporary file", "quarantine": "quarantined file"}
 """What garbage is called where its kind is no noun that can be counted."""
@@ -32,6 +32,7 @@ def collect_garbage(
     keep_runs: int | None = None,
     *,
     store: str | Path | None = None,
+    screen: Screen = PLAIN,
 ) -> Inspection:
     """Free what no existing manifest or lock file names. older_than: and was made longer ago than this."""
     with open_store(store) as opened:
@@ -39,11 +40,16 @@ def collect_garbage(
         report = opened.gc(locked_digests, keeping, dry_run=dry_run)
     kept = f"kept {counted(report.kept_artifacts, 'artifact')}, {format_transfer(report.kept_bytes)}"
     data = {"kept_artifacts": report.kept_artifacts, "kept_bytes": report.kept_bytes}
-    return _told("bigpipe.gc/1", report.freed, dry_run, data, kept)
+    return _told("bigpipe.gc/1", report.freed, dry_run, data, kept, screen)
 
 
 def remove(
-    targets: Sequence[str], dry_run: bool, *, run: str = records.LAST, store: str | Path | None = None
+    targets: Sequence[str],
+    dry_run: bool,
+    *,
+    run: str = records.LAST,
+    store: str | Path | None = None,
+    screen: Screen = PLAIN,
 ) -> Inspection:
     """Free what runs left behind (their records and logs), and artifacts: as `ls` names them, or as nodes of a run.
 
@@ -57,7 +63,7 @@ def remove(
                 raise Transient(f"run {name} goes on", "end it first, or wait until it is over")
         report = opened.remove(digests, dry_run=dry_run) if digests else GcReport(dry_run, (), 0, 0)
         freed = (*report.freed, *opened.remove_runs(runs, dry_run=dry_run))
-    return _told("bigpipe.rm/1", freed, dry_run, {}, "")
+    return _told("bigpipe.rm/1", freed, dry_run, {}, "", screen)
 
 
 def _meant(store: Store, targets: Sequence[str], run: str) -> tuple[list[str], set[str]]:
@@ -81,7 +87,7 @@ def _given(store: Store, node: str, run: str) -> list[str]:
     """The digests of what a node, or all variants of a stage, gave in a run."""
     try:
         record = records.load_run(store.runs, run)
-        names = meant(record, node, several=True)
+        names = records.meant(record.run, record.nodes, node, several=True)
     except UsageError as error:
         cause = f"{node} is no run and no artifact of the store, and no node: {error.cause}"
         raise UsageError(cause, error.cure) from error
@@ -93,17 +99,19 @@ def _given(store: Store, node: str, run: str) -> list[str]:
     return found
 
 
-def _told(schema: str, freed: Sequence[Freed], dry_run: bool, data: dict[str, Json], last: str) -> Inspection:
+def _told(
+    schema: str, freed: Sequence[Freed], dry_run: bool, data: dict[str, Json], last: str, screen: Screen
+) -> Inspection:
     total = sum(item.bytes for item in freed)
     counts = Counter(item.kind for item in freed)
     what = ", ".join(counted(count, NOUNS.get(kind, kind)) for kind, count in counts.items()) or "nothing"
-    lines = [_by_node(freed), f"{'would free' if dry_run else 'freed'} {format_transfer(total)}: {what}", last]
+    lines = [_by_node(freed, screen), f"{'would free' if dry_run else 'freed'} {format_transfer(total)}: {what}", last]
     listed = [{name: value if value != "" else None for name, value in asdict(item).items()} for item in freed]
     answer = {"schema": schema, "dry_run": dry_run, "freed": listed, "freed_bytes": total, **data}
     return Inspection(answer, "\n".join(line for line in lines if line))
 
 
-def _by_node(freed: Sequence[Freed]) -> str:
+def _by_node(freed: Sequence[Freed], screen: Screen) -> str:
     """What goes, per computation; the rest, where it has bytes, by what it is."""
     sizes: dict[tuple[str, str, str], int] = defaultdict(int)
     for item in freed:
@@ -112,7 +120,7 @@ def _by_node(freed: Sequence[Freed]) -> str:
     for kind, size in _others(freed).items():
         sizes[f"({NOUNS.get(kind, kind)}s)", "", ""] += size
     rows = [(*named, format_transfer(size)) for named, size in sizes.items()]
-    return columns([("node", "made", "recipe", "size"), *rows]) if rows else ""
+    return columns([("node", "made", "recipe", "size"), *rows], screen) if rows else ""
 
 
 def _others(freed: Sequence[Freed]) -> dict[str, int]:

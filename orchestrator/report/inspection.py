@@ -8,15 +8,15 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from bigpipe.errors import BigpipeError, StageFailed, UsageError
-from bigpipe.names import did_you_mean
 from bigpipe.orchestrator.contract import Json
 from bigpipe.orchestrator.planning import Difference, differences
 from bigpipe.orchestrator.running import RunRecord, records
 from bigpipe.orchestrator.store import Artifact, KeyRecord, Store, default_root
 from bigpipe.redaction import conceal_environment
 from bigpipe.sizes import counted, format_size, format_transfer
+from bigpipe.tables import PLAIN, Screen, columns
 
-from .rendering import columns, metrics_line, nodes_table, outcome_line
+from .rendering import metrics_line, nodes_table, outcome_line
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,7 +33,7 @@ def open_store(store: str | Path | None) -> Store:
     return Store(Path(store) if store else default_root())
 
 
-def list_store(*, store: str | Path | None = None) -> Inspection:
+def list_store(*, store: str | Path | None = None, screen: Screen = PLAIN) -> Inspection:
     opened = open_store(store)
     entries, runs = opened.ls(), records.list_runs(opened.runs)
     rows = [("artifact", "type", "size", "files", "node", "made", "")]
@@ -54,8 +54,8 @@ def list_store(*, store: str | Path | None = None) -> Inspection:
     held = sum(item.bytes - item.referenced_bytes for item, _ in entries if not item.dropped)
     parts = [
         f"{opened.root}: {counted(len(entries), 'artifact')}, {format_transfer(held)}",
-        columns(rows) if entries else "",
-        columns(run_rows) if runs else "no runs on record",
+        columns(rows, screen) if entries else "",
+        columns(run_rows, screen) if runs else "no runs on record",
     ]
     data = {
         "schema": "bigpipe.ls/1",
@@ -79,7 +79,7 @@ def _listed(store: Store, artifact: Artifact, record: KeyRecord) -> dict[str, Js
     }
 
 
-def show_run(run: str, *, store: str | Path | None = None) -> Inspection:
+def show_run(run: str, *, store: str | Path | None = None, screen: Screen = PLAIN) -> Inspection:
     record = records.load_run(open_store(store).runs, run)
     head = [
         f"run {record.run}: {record.status} in {record.seconds:.1f} s, started {record.started}",
@@ -87,7 +87,7 @@ def show_run(run: str, *, store: str | Path | None = None) -> Inspection:
         *(f"  {name} = {value}" for name, value in record.params.items()),
     ]
     rows = [(name, n.status, n.seconds, n.peak_rss, told(n)) for name, n in record.nodes.items()]
-    text = "\n".join([*head, "", nodes_table(rows)])
+    text = "\n".join([*head, "", nodes_table(rows, screen)])
     return Inspection({"schema": "bigpipe.record/1", **record.model_dump(mode="json")}, text)
 
 
@@ -139,7 +139,7 @@ def get_artifact(node: str, directory: Path, *, run: str = records.LAST, store: 
     """Copy what a node gave in a run to a directory, as real files."""
     with open_store(store) as opened:
         record = records.load_run(opened.runs, run)
-        (name,) = meant(record, node)
+        (name,) = records.meant(record.run, record.nodes, node)
         digest = record.nodes[name].digest
         if digest is None:
             cause = f"{name} gave nothing in run {record.run}: it is {record.nodes[name].status}"
@@ -150,17 +150,6 @@ def get_artifact(node: str, directory: Path, *, run: str = records.LAST, store: 
     place = str(directory.absolute())
     found = {"run": record.run, "node": name, "digest": digest, "path": place, "files": sizes}
     return Inspection({"schema": "bigpipe.get/1", **found}, text)
-
-
-def meant(record: RunRecord, node: str, *, several: bool = False) -> list[str]:
-    """Return the node of a run that is called so, or the only variant of that stage; if `several`, all of them."""
-    found = [node] if node in record.nodes else [name for name in record.nodes if name.partition("@")[0] == node]
-    if not found:
-        cure = did_you_mean(node, record.nodes, otherwise="it has")
-        raise UsageError(f"run {record.run} has no node {node!r}", cure)
-    if len(found) > 1 and not several:
-        raise UsageError(f"run {record.run} has {len(found)} variants of {node}", f"name one: {', '.join(found)}")
-    return found
 
 
 def verify_store(repair: bool, *, store: str | Path | None = None) -> Inspection:

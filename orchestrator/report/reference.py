@@ -20,8 +20,7 @@ from bigpipe.orchestrator.recipe import (
     stage_kinds,
 )
 from bigpipe.sizes import exact_size
-
-from .rendering import columns
+from bigpipe.tables import columns
 
 HEAD = """# The stage kinds
 

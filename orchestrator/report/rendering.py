@@ -1,10 +1,9 @@
-"""Plans, reasons, graphs and results as text for people."""
+"""Reasons, graphs and results as text for people; plans for programs."""
 
 from __future__ import annotations
 
 import json
-from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import asdict
 from itertools import islice
@@ -13,88 +12,13 @@ from typing import TYPE_CHECKING
 
 from bigpipe.files import Damaged, open_regular, parse_json
 from bigpipe.orchestrator.contract import Json
-from bigpipe.orchestrator.planning import Action, Plan, PlannedNode, difference_json, machine_line, shown
+from bigpipe.orchestrator.planning import Plan, PlannedNode, difference_json, shown
 from bigpipe.sizes import format_size, format_transfer
+from bigpipe.tables import PLAIN, Screen, columns
 
 if TYPE_CHECKING:
     from bigpipe.orchestrator.recipe import Node, Recipe
     from bigpipe.orchestrator.running import RunResult
-
-
-def columns(rows: Sequence[tuple[str, ...]]) -> str:
-    """Return rows as left-aligned columns; the last one is not padded."""
-    if not rows:
-        return ""
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]) - 1)]
-    return "\n".join(
-        "".join(cell.ljust(width + 2) for cell, width in zip(row, widths, strict=False)) + row[-1] for row in rows
-    )
-
-
-def plan_text(plan: Plan, *, explain: bool = False) -> str:
-    rows = [(name, str(node.action), node_line(node, plan.followed.get(name, ""))) for name, node in plan.nodes.items()]
-    lines = [columns(rows), "", *(_explanations(plan) if explain else ()), totals(plan)]
-    for name, planned in plan.nodes.items():
-        if planned.forecast and planned.forecast.unknown:
-            lines += [f"not known: {name}: {fact}" for fact in planned.forecast.unknown]
-        if planned.pinned.source:
-            pins = ", ".join(f"{field} = {value[:12]}" for field, value in planned.pinned.values.items())
-            lines.append(f"{name}: {pins} from {planned.pinned.source}")
-    lines.append(f"machine: {machine_line(plan.session.machine)}" if plan.to_run else "nothing to do")
-    return "\n".join(lines)
-
-
-def totals(plan: Plan) -> str:
-    counts = Counter(node.action for node in plan.nodes.values())
-    text = ", ".join(f"{counts[action]} {action}" for action in Action if counts[action])
-    if plan.to_run:
-        text += f"; {format_transfer(plan.download_bytes)} down, {format_transfer(plan.write_bytes)} written"
-        if plan.peak_disk and plan.peak_disk != plan.write_bytes:
-            text += f", at most {format_transfer(plan.peak_disk)} of disk at a time"
-        seconds = [p.forecast.seconds for p in plan.to_run if p.forecast]
-        if seconds and all(value is not None for value in seconds):
-            text += f", about {sum(value or 0 for value in seconds):.0f} s"
-    return text
-
-
-def node_line(planned: PlannedNode, follows: str = "") -> str:
-    """Return one line: the reason, what it costs, whose files it takes as they are made, its gates."""
-    if planned.action in (Action.CACHED, Action.SKIPPED):
-        return "; ".join(filter(None, [planned.decision.reason, *gate_lines(planned)]))
-    parts = [planned.decision.reason]
-    if forecast := planned.forecast:
-        costs = [
-            f"{format_transfer(forecast.download_bytes)} down" if forecast.download_bytes else "",
-            f"{format_transfer(forecast.write_bytes)} written" if forecast.write_bytes and not forecast.summary else "",
-            f"{format_size(forecast.ram)} RAM" if forecast.ram else "",
-            *(f"{format_size(size)} on GPU {index}" for index, size in forecast.vram.items()),
-        ]
-        parts += [forecast.summary, ", ".join(filter(None, costs))]
-    if follows:
-        parts.append(f"beside {follows}, file by file")
-    return "; ".join(filter(None, [*parts, *gate_lines(planned)]))
-
-
-def gate_lines(planned: PlannedNode) -> list[str]:
-    fails = " does not hold" if planned.forgiven else " FAILS"
-    return [
-        f"gate {gate.gate.text}: {gate.verdict.left if gate.verdict else 'decided by the run'}{fails * gate.failed}"
-        for gate in planned.gates
-        if gate.verdict or planned.action is not Action.SKIPPED
-    ]
-
-
-def _explanations(plan: Plan) -> list[str]:
-    lines = []
-    for name, planned in plan.nodes.items():
-        lines.append(f"{name}: key {planned.decision.key or 'not known yet'}")
-        for change in planned.decision.changes:
-            place = planned.node.places.get(change.path)
-            lines.append(f"    {change.path} {change.old} → {change.new}" + (f"   ({place})" if place else ""))
-        if planned.forecast:
-            lines += [f"    {key} = {value}" for key, value in sorted(planned.forecast.metrics.items())]
-            lines += [f"    {line}" for line in planned.forecast.details]
-    return [*lines, ""]
 
 
 def plan_json(plan: Plan) -> dict[str, Json]:
@@ -153,23 +77,23 @@ def _tried_line(row: Mapping[str, Json]) -> str:
     return f"  {row['value']}: {row['came_to']} ({row['judge']}{': ' + row['why'] if row['why'] else ''})"
 
 
-def nodes_table(nodes: Iterable[tuple[str, str, float, int | None, str]]) -> str:
+def nodes_table(nodes: Iterable[tuple[str, str, float, int | None, str]], screen: Screen = PLAIN) -> str:
     """Return the table of a run. nodes: name, status, seconds, peak memory in bytes if known, what came out."""
     rows = [("node", "status", "seconds", "peak RAM", "result")]
     for name, status, seconds, peak, result in nodes:
         ran = status == "succeeded"
         rows.append((name, status, f"{seconds:.1f}" * ran, format_size(peak) if ran and peak else "", result))
-    return columns(rows)
+    return columns(rows, screen)
 
 
-def result_table(result: RunResult) -> str:
+def result_table(result: RunResult, screen: Screen = PLAIN) -> str:
     """Return the table at the end of a run."""
     rows = []
     for name, state in result.nodes.items():
         record, in_words = state.record, state.node.kind.result_line or metrics_line
         text = outcome_line(in_words(record.metrics) if record else state.reason, state.verdict)
         rows.append((name, str(state.status), state.seconds, record.peak_rss if record else 0, text))
-    return nodes_table(rows)
+    return nodes_table(rows, screen)
 
 
 def outcome_line(result: str, verdict: str) -> str:
@@ -177,7 +101,7 @@ def outcome_line(result: str, verdict: str) -> str:
     return "; ".join(filter(None, [verdict, result if result not in verdict else ""]))
 
 
-def results_text(result: RunResult, limit: int = 5) -> str:
+def results_text(result: RunResult, limit: int = 5, *, screen: Screen = PLAIN) -> str:
     """Return what a run made, for the eye: the first lines of every `results` artifact, then the table of nodes."""
     parts = []
     for name, state in result.nodes.items():
@@ -185,7 +109,7 @@ def results_text(result: RunResult, limit: int = 5) -> str:
         rows = list(first_results(path / "results.jsonl", limit)) if path is not None else []
         if rows:
             parts.append("\n".join([f"{name}:", *(f"  {_flat(prompt)} → {_flat(text)}" for prompt, text in rows)]))
-    return "\n\n".join([*parts, result_table(result)])
+    return "\n\n".join([*parts, result_table(result, screen)])
 
 
 def first_results(path: Path, limit: int) -> Iterator[tuple[str, str]]:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from bigpipe.errors import BigpipeError, ManifestError, Place
 from bigpipe.redaction import printable, printable_json, redact, redact_json
+from bigpipe.tables import PLAIN, Screen
 
 if TYPE_CHECKING:
     from bigpipe.orchestrator.contract import Json  # what answers a question needs no kinds
@@ -32,15 +33,25 @@ def json_text(value: Json, indent: int | None = None) -> str:
     return printable_json(text)
 
 
-def error_text(error: BigpipeError, environment: Mapping[str, str]) -> str:
+_HEAD = re.compile(r"^(.*?)(error(?:\[\w+\])?:)", re.DOTALL)
+_CARETS = re.compile(r"^( *\| *)(\^+)$", re.MULTILINE)
+
+
+def _painted(text: str, screen: Screen) -> str:
+    """An error with its first word and its carets in red, its place in bold."""
+    text = _HEAD.sub(lambda found: screen.paint(found[1], "bold") + screen.paint(found[2], "red"), text, count=1)
+    return _CARETS.sub(lambda found: found[1] + screen.paint(found[2], "red"), text)
+
+
+def error_text(error: BigpipeError, environment: Mapping[str, str], screen: Screen = PLAIN) -> str:
     """Return an error as a command prints it; under GITHUB_ACTIONS each placed one is an annotation of its line too."""
     if isinstance(error, ManifestError):
-        lines = [str(error)]
+        lines = [str(problem) for problem in error.problems]
         places = [(problem.place, f"{problem.cause}; {problem.cure}".rstrip("; ")) for problem in error.problems]
     else:
         lines = [f"error: {error}"]
         places = [(error.place, f"{error.cause}\n{error.cure}".rstrip())] if error.place else []
-    lines = [clean(line) for line in lines]
+    lines = [_painted(clean(line), screen) for line in lines]
     if environment.get("GITHUB_ACTIONS") == "true":
         lines += [annotation(place, message) for place, message in places]
     return "\n".join(lines)

@@ -12,10 +12,10 @@ from pathlib import Path
 from bigpipe.files import Damaged, open_regular, parse_json
 from bigpipe.orchestrator.contract import Json, Progress
 from bigpipe.orchestrator.running import RunRecord, records
+from bigpipe.tables import PLAIN, Screen, columns
 
 from .inspection import Inspection, heading, open_store, show_run
 from .progress import ProgressMeter, duration
-from .rendering import columns
 
 RUNNING = "running"
 LOOK_SECONDS = 0.3
@@ -30,7 +30,7 @@ def run_ids(store: str | Path | None = None) -> list[str]:
     return records.run_ids(open_store(store).runs)
 
 
-def running(*, store: str | Path | None = None) -> Inspection:
+def running(*, store: str | Path | None = None, screen: Screen = PLAIN) -> Inspection:
     """Return the runs that go on over a store, oldest first."""
     runs = open_store(store).runs
     found = [record for record in records.list_runs(runs) if record.status == RUNNING]
@@ -41,7 +41,7 @@ def running(*, store: str | Path | None = None) -> Inspection:
          each["recipe"], ", ".join(f"{node} {text}".rstrip() for node, text in each["at"].items()))
         for each in told
     ]  # fmt: skip
-    text = columns(rows) if told else "nothing is running"
+    text = columns(rows, screen) if told else "nothing is running"
     return Inspection({"schema": "bigpipe.ps/1", "runs": told}, text)
 
 
@@ -90,12 +90,12 @@ def _last_events(events: Path) -> Iterator[dict[str, Json]]:
                     yield event
 
 
-def follow_run(run: str, *, store: str | Path | None = None) -> Iterator[Inspection]:
+def follow_run(run: str, *, store: str | Path | None = None, screen: Screen = PLAIN) -> Iterator[Inspection]:
     """Give the record of a run again and again, until it is over: whenever it says something else."""
     run = records.load_run(open_store(store).runs, run).run
     before = None
     while True:
-        found = show_run(run, store=store)
+        found = show_run(run, store=store, screen=screen)
         if found.text != before:
             yield found
         before = found.text

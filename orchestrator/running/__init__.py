@@ -6,7 +6,8 @@ from bigpipe.faces import face
 
 if TYPE_CHECKING:
     from . import records
-    from .records import NodeRun, RunRecord, RunResult, run_json
+    from .records import NodeRun, RunRecord
+    from .result import RunResult, run_json
     from .runner import run_plan
 
 __getattr__, __all__ = face(__name__)

@@ -1,4 +1,4 @@
-"""What happened in a run: its result, and its record in `<store>/runs/<id>/`.
+"""What happened in a run: its record in `<store>/runs/<id>/`.
 
 run.json                  the record: what ran, what it was, how it ended; replaced at once as nodes end
 events.jsonl              every event
@@ -11,9 +11,9 @@ import json
 import os
 import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from io import BufferedReader
 from pathlib import Path
@@ -21,9 +21,10 @@ from typing import Any
 
 from pydantic import BaseModel, Field, ValidationError
 
-from bigpipe.errors import BigpipeError, UsageError
+from bigpipe.errors import UsageError
 from bigpipe.files import Damaged, LogFile, is_held, open_regular, parse_json, read_sealed, write_sealed
 from bigpipe.git import Checkout
+from bigpipe.names import did_you_mean
 from bigpipe.orchestrator.contract import (
     Event,
     Json,
@@ -34,10 +35,12 @@ from bigpipe.orchestrator.contract import (
     RunFinished,
     RunStarted,
 )
-from bigpipe.orchestrator.planning import Difference, GateVerdict, NodeState, Session, changed, node_folder
+from bigpipe.orchestrator.planning import Difference, changed, node_folder
 from bigpipe.orchestrator.recipe import Node, Recipe
-from bigpipe.orchestrator.store import KeyRecord, explained, make_directory
+from bigpipe.orchestrator.store import explained, make_directory
 from bigpipe.redaction import redact_json
+from bigpipe.sizes import format_size
+from bigpipe.tables import html_table
 
 EVENTS = "events.jsonl"
 LAST = "last"
@@ -53,9 +56,6 @@ def new_run_id(now: datetime | None = None) -> str:
     Sorts by time as far as the clock can be trusted, and is unique without it."""
     now = now or datetime.now(UTC)
     return f"{now:%Y%m%d-%H%M%S}-{now.microsecond // 1000:03x}{os.urandom(3).hex()}"
-
-
-FORESEEN = ("seconds", "ram", "download_bytes", "write_bytes")
 
 
 class NodeRun(BaseModel):
@@ -105,85 +105,42 @@ class RunRecord(BaseModel):
     text: str = ""
     """The manifest as it was."""
 
+    def __repr__(self) -> str:
+        return told("Run", self.run, self.status, self.seconds, self.nodes)
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class RunResult:
-    """What a run did. `nodes` has one NodeState per selected node."""
+    __str__ = __repr__
 
-    run: str
-    status: str
-    """succeeded, failed or interrupted."""
-    nodes: Mapping[str, NodeState]
-    session: Session
-    seconds: float
-    errors: tuple[BigpipeError, ...] = ()
-    gates: Mapping[str, tuple[GateVerdict, ...]] = field(default_factory=dict)
-    tried: Mapping[str, list[dict[str, str]]] = field(default_factory=dict)
-    """Of nodes that take the first variant that passes: what became of each; see `NodeRun.tried`."""
-
-    @property
-    def exit_code(self) -> int:
-        return self.errors[0].status if self.errors else 0
-
-    @property
-    def records(self) -> dict[str, KeyRecord]:
-        """Node → the record of what it gave, of those that have one."""
-        return {name: state.record for name, state in self.nodes.items() if state.record is not None}
-
-    def path(self, node: str) -> Path | None:
-        """The artifact's directory, readable as it is; None where there is none or its bytes were dropped."""
-        state = self.nodes[node]
-        return self.session.store.artifact_path(state.digest) if state.digest and state.bytes_here else None
-
-    def ran(self) -> dict[str, NodeRun]:
-        return {name: self._ran(state) for name, state in self.nodes.items()}
-
-    def _ran(self, state: NodeState) -> NodeRun:
-        record, path = state.record, self.path(state.name)
-        foreseen = {name: getattr(state.forecast, name) for name in FORESEEN}
-        return NodeRun(
-            status=str(state.status),
-            **place_of(state.node),
-            key=state.key,
-            digest=state.digest,
-            path=str(path) if path else None,
-            seconds=round(state.seconds, 3),
-            peak_rss=record.peak_rss if record else None,
-            metrics=dict(record.metrics) if record else {},
-            gates=[gate.as_json() for gate in self.gates.get(state.name, ())],
-            foreseen={name: value for name, value in foreseen.items() if value},
-            reason=state.reason,
-            verdict=state.verdict,
-            tried=self.tried.get(state.name, []),
-            error=str(state.error) if state.error else "",
-        )
-
-    def as_json(self) -> dict[str, Json]:
-        """`bigpipe.run/1`."""
-        return run_json(
-            self.session.recipe.path, self.session.recipe.params, self.errors, run=self.run, status=self.status,
-            git=self.session.checkout.state, seconds=round(self.seconds, 3),
-            nodes={name: node.model_dump() for name, node in self.ran().items()},
-        )  # fmt: skip
+    def _repr_html_(self) -> str:
+        return table(repr(self), self.nodes)
 
 
-def run_json(
-    manifest: Path, params: Mapping[str, Json], errors: Sequence[BigpipeError], **found: Json
-) -> dict[str, Json]:
-    """Return `bigpipe.run/1`, by default that of a run which was refused before it began."""
-    return {
-        "schema": "bigpipe.run/1",
-        "run": None,
-        "status": "refused",
-        "exit_code": errors[0].status if errors else 0,
-        "manifest": str(manifest.absolute()),
-        "params": json.loads(json.dumps(dict(params), default=str)),
-        "git": None,
-        "seconds": 0.0,
-        "errors": [each for error in errors for each in error.as_json()],
-        "nodes": {},
-        **found,
-    }
+def told(name: str, run: str, status: str, seconds: float, nodes: Mapping[str, NodeRun]) -> str:
+    counts = ", ".join(f"{count} {status}" for status, count in Counter(node.status for node in nodes.values()).items())
+    return f"<{name} {run} {status} in {seconds:.1f} s: {counts or 'no nodes'}>"
+
+
+def table(caption: str, nodes: Mapping[str, NodeRun], errors: str = "") -> str:
+    rows = [
+        (name, node.status, f"{node.seconds:.1f}" if node.seconds else "",
+         format_size(node.peak_rss) if node.peak_rss else "", node.error.partition("\n")[0] or _figures(node.metrics))
+        for name, node in nodes.items()
+    ]  # fmt: skip
+    return html_table(caption, ("node", "status", "seconds", "peak RAM", "result"), rows, errors)
+
+
+def _figures(metrics: Mapping[str, Json]) -> str:
+    return ", ".join(f"{name} {value}" for name, value in metrics.items() if isinstance(value, int | float | str))
+
+
+def meant(run: str, nodes: Collection[str], node: str, *, several: bool = False) -> list[str]:
+    """Return the node of a run that is called so, or the only variant of that stage; if `several`, all of them. Raise
+    UsageError."""
+    found = [node] if node in nodes else [name for name in nodes if name.partition("@")[0] == node]
+    if not found:
+        raise UsageError(f"run {run} has no node {node!r}", did_you_mean(str(node), nodes, otherwise="it has"))
+    if len(found) > 1 and not several:
+        raise UsageError(f"run {run} has {len(found)} variants of {node}", f"name one: {', '.join(found)}")
+    return found
 
 
 def place_of(node: Node) -> dict[str, Json]:

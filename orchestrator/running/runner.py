@@ -55,7 +55,8 @@ from bigpipe.orchestrator.planning import (
 from bigpipe.orchestrator.recipe import Node
 from bigpipe.orchestrator.store import KeyRecord
 
-from .records import RunRecorder, RunResult, new_run_id
+from .records import RunRecorder, new_run_id
+from .result import RunResult
 from .streaming import Streams, provisional_key
 
 if TYPE_CHECKING:

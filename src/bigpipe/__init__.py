@@ -2,7 +2,7 @@
 
     >>> import bigpipe
     >>> result = bigpipe.run("manifests/quickstart.yaml", params={"scheme": "nf4"})
-    >>> result.path("generate")
+    >>> result["generate"].metrics["tokens_per_second"], result.path("generate")
 
 `import bigpipe` costs nothing heavy: each name is imported on first use.
 """
@@ -12,20 +12,21 @@ from typing import TYPE_CHECKING
 from .faces import face
 
 if TYPE_CHECKING:
-    from .bigmodel.adapters import merge_adapter
-    from .bigmodel.checkpoint import Checkpoint, open_checkpoint
-    from .bigmodel.execution import load
-    from .bigmodel.footprint import Estimate, estimate
-    from .bigmodel.inference import split_between_processes
-    from .bigmodel.placement import Placement, place
-    from .bigmodel.quantization import quantize_checkpoint
-    from .bigmodel.writing import save_checkpoint
-    from .errors import BigpipeError, ManifestError
-    from .orchestrator.commands import load_manifest, plan, run
-    from .orchestrator.planning import Plan
-    from .orchestrator.recipe import Recipe
-    from .orchestrator.running import RunResult
-    from .orchestrator.stage import Stage
+    from .bigmodel.adapters import merge_adapter as merge_adapter
+    from .bigmodel.checkpoint import Checkpoint as Checkpoint, open_checkpoint as open_checkpoint
+    from .bigmodel.execution import load as load
+    from .bigmodel.footprint import Estimate as Estimate, estimate as estimate
+    from .bigmodel.inference import split_between_processes as split_between_processes
+    from .bigmodel.placement import Placement as Placement, place as place
+    from .bigmodel.quantization import quantize_checkpoint as quantize_checkpoint
+    from .bigmodel.writing import save_checkpoint as save_checkpoint
+    from .errors import BigpipeError as BigpipeError, ManifestError as ManifestError
+    from .orchestrator.commands import load_manifest as load_manifest, plan as plan, run as run, runs as runs
+    from .orchestrator.planning import Plan as Plan
+    from .orchestrator.recipe import Recipe as Recipe
+    from .orchestrator.running import RunRecord as RunRecord, RunResult as RunResult
+    from .orchestrator.stage import Stage as Stage
+    from .versions import __version__ as __version__
 
 __getattr__, __all__ = face(__name__)
 

@@ -1,0 +1,108 @@
+"""What a run did, as a value: for Python, for notebooks, and as `run --json` prints it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from bigpipe.errors import BigpipeError
+from bigpipe.orchestrator.contract import Json
+from bigpipe.orchestrator.planning import GateVerdict, NodeState, Session
+from bigpipe.orchestrator.store import KeyRecord
+
+from .records import NodeRun, meant, place_of, table, told
+
+FORESEEN = ("seconds", "ram", "download_bytes", "write_bytes")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, repr=False)
+class RunResult:
+    """What a run did. `nodes` has one NodeState per selected node."""
+
+    run: str
+    status: str
+    """succeeded, failed or interrupted."""
+    nodes: Mapping[str, NodeState]
+    session: Session
+    seconds: float
+    errors: tuple[BigpipeError, ...] = ()
+    gates: Mapping[str, tuple[GateVerdict, ...]] = field(default_factory=dict)
+    tried: Mapping[str, list[dict[str, str]]] = field(default_factory=dict)
+    """Of nodes that take the first variant that passes: what became of each; see `NodeRun.tried`."""
+
+    def __getitem__(self, node: str) -> NodeRun:
+        """Return what a node did, or the only variant of a stage: `result["quantize"].metrics["ratio"]`. Raise
+        UsageError for any other name."""
+        return self.ran()[meant(self.run, self.nodes, node)[0]]
+
+    def __repr__(self) -> str:
+        return told("RunResult", self.run, self.status, self.seconds, self.ran())
+
+    def _repr_html_(self) -> str:
+        return table(repr(self), self.ran(), "\n".join(map(str, self.errors)))
+
+    @property
+    def exit_code(self) -> int:
+        return self.errors[0].status if self.errors else 0
+
+    @property
+    def records(self) -> dict[str, KeyRecord]:
+        """Node → the record of what it gave, of those that have one."""
+        return {name: state.record for name, state in self.nodes.items() if state.record is not None}
+
+    def path(self, node: str) -> Path | None:
+        """The artifact's directory, readable as it is; None where there is none or its bytes were dropped."""
+        state = self.nodes[node]
+        return self.session.store.artifact_path(state.digest) if state.digest and state.bytes_here else None
+
+    def ran(self) -> dict[str, NodeRun]:
+        return {name: self._ran(state) for name, state in self.nodes.items()}
+
+    def _ran(self, state: NodeState) -> NodeRun:
+        record, path = state.record, self.path(state.name)
+        foreseen = {name: getattr(state.forecast, name) for name in FORESEEN}
+        return NodeRun(
+            status=str(state.status),
+            **place_of(state.node),
+            key=state.key,
+            digest=state.digest,
+            path=str(path) if path else None,
+            seconds=round(state.seconds, 3),
+            peak_rss=record.peak_rss if record else None,
+            metrics=dict(record.metrics) if record else {},
+            gates=[gate.as_json() for gate in self.gates.get(state.name, ())],
+            foreseen={name: value for name, value in foreseen.items() if value},
+            reason=state.reason,
+            verdict=state.verdict,
+            tried=self.tried.get(state.name, []),
+            error=str(state.error) if state.error else "",
+        )
+
+    def as_json(self) -> dict[str, Json]:
+        """`bigpipe.run/1`."""
+        return run_json(
+            self.session.recipe.path, self.session.recipe.params, self.errors, run=self.run, status=self.status,
+            git=self.session.checkout.state, seconds=round(self.seconds, 3),
+            nodes={name: node.model_dump() for name, node in self.ran().items()},
+        )  # fmt: skip
+
+
+def run_json(
+    manifest: Path, params: Mapping[str, Json], errors: Sequence[BigpipeError], **found: Json
+) -> dict[str, Json]:
+    """Return `bigpipe.run/1`, by default that of a run which was refused before it began."""
+    return {
+        "schema": "bigpipe.run/1",
+        "run": None,
+        "status": "refused",
+        "exit_code": errors[0].status if errors else 0,
+        "manifest": str(manifest.absolute()),
+        "params": json.loads(json.dumps(dict(params), default=str)),
+        "git": None,
+        "seconds": 0.0,
+        "errors": [each for error in errors for each in error.as_json()],
+        "nodes": {},
+        **found,
+    }
