@@ -206,15 +206,18 @@ def _state(shape: Shape, tokens: int, itemsize: int) -> tuple[int, str]:
     return size, "b·s·inner·(12·state+26)"
 
 
-def training(shape: Shape, batch_size: int, length: int, *, mixed: bool, checkpointing: bool = False) -> int:
+def activations_kept(
+    shape: Shape, batch_size: int, length: int, *, mixed: bool, checkpointing: bool = False, headless: bool = False
+) -> int:
     """Bytes kept for the backward pass: s·b·h·(34 + 5·a·s/h) per layer (arXiv 2205.05198, eq. 2), 16-bit.
 
     Attention that is not written out drops the second term. Gradient checkpointing keeps one input per layer, and one
     layer whole. In float32 everything is twice as large. A head's logits and their float32 copy come on top.
+    headless: of an encoder, which has none.
     """
     layer = length * batch_size * shape.hidden * 34
     if shape.scores:
         layer += 5 * shape.heads * length * length * batch_size
     whole = layer + 2 * length * batch_size * shape.hidden * shape.layers if checkpointing else layer * shape.layers
-    logits = batch_size * length * shape.vocabulary * (2 + 4)
+    logits = 0 if headless else batch_size * length * shape.vocabulary * (2 + 4)
     return (whole + logits) * (1 if mixed else 2)

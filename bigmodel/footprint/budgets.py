@@ -278,7 +278,7 @@ class Budget:
         """By optimizer; None where the dtype cannot be trained so."""
         weights, workload, count = self.counts, self.workload, self.counts.parameters
         mixed = weights.dtype != "float32"
-        kept = activations.training(
+        kept = activations.activations_kept(
             self.shape, workload.batch_size, self.length, mixed=mixed, checkpointing=workload.gradient_checkpointing
         )
         lora = self.adapters

@@ -48,7 +48,8 @@ class NodeStarted(Event):
 
 @dataclass(frozen=True, slots=True)
 class Progress(Event):
-    """`done` of `total` (None: unknown) `unit`s; unit `B` is bytes. `task` says what is being counted."""
+    """`done` of `total` (None: unknown) `unit`s; unit `B` is bytes. `task` says what is being counted, `note` what else
+    there is to say of it now: a loss."""
 
     name: ClassVar[str] = "progress"
     node: str
@@ -57,6 +58,7 @@ class Progress(Event):
     unit: str = "B"
     task: str = ""
     rank: int = 0
+    note: str = ""
 
 
 @dataclass(frozen=True, slots=True)

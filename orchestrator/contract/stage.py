@@ -198,6 +198,9 @@ class Planning(Generic[P]):
     the place is called, as in `reads`. A plan refuses what another node writes, or the recipe reads."""
     facts: Callable[[P, Machine], Mapping[str, Json]] | None = None
     """What the result depends on besides params: device names and total memory, where a param leaves them open."""
+    leads_to: Callable[[P, Path], Sequence[Path]] | None = None
+    """Files that the content of the params names, sounds of rows, by the manifest's directory: their content enters the
+    key too. Raises UsageError for one that is not there."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -208,6 +211,8 @@ class Ranks(Generic[P]):
     """Runs once before the launch, in a process of its own, and fixes the work plan under `scratch`."""
     finish: Callable[[P, StageContext], StageResult] | None = None
     """Runs once after all ranks ended, merges `scratch/rank-*` into `out` and gives the result."""
+    counted: bool = False
+    """The result depends on how many ranks there are: their number enters the key."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

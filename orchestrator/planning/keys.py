@@ -2,7 +2,8 @@
 
 key = sha256 of the kind, its version and (unless it is built in) its source, the params in full (floating values
 pinned), `env`, the versions of the packages the kind names, its facts about the machine, and the digests of its inputs
-per port. Not in it: launch, resources, retries, timeout, gates, on_fail, needs, cache, when, secrets.
+per port. Not in it: launch (but for the number of ranks, where the kind says that its result depends on it), resources,
+retries, timeout, gates, on_fail, needs, cache, when, secrets.
 
 A field of the params that is marked `ContentField` enters by content: a renamed or moved file, or another checkout of
 the same repository, gives the same key; a changed byte gives another one.
@@ -88,10 +89,18 @@ def shown(value: Json) -> str:
 
 
 def identity(
-    node: Node, *, base: Path, memo: StatMemo, machine: Machine, trust: Trust, pins: Mapping[str, str] | None = None
+    node: Node,
+    *,
+    base: Path,
+    memo: StatMemo,
+    machine: Machine,
+    trust: Trust,
+    pins: Mapping[str, str] | None = None,
+    ranks: int | None = None,
 ) -> Identity:
     """Return the identity of a node on this machine.
     base: the manifest's directory. trust: what the manifest trusts. pins: what the kind's `pin` gave.
+    ranks: how many will run, where it is not what the node's own `launch` says.
     Raise UsageError where a file the params name is not there."""
     kind, facts, location = node.kind, node.kind.planning.facts, node.location
     params = content_params(node.params, base, memo)
@@ -104,8 +113,18 @@ def identity(
         params=params,
         env=dict(node.env),
         packages={name: package_version(name) for name in kind.packages},
-        facts=dict(facts(node.params, machine)) if facts else {},
+        facts={**(facts(node.params, machine) if facts else {}), **_facts_of(node, base, memo, ranks)},
     )
+
+
+def _facts_of(node: Node, base: Path, memo: StatMemo, ranks: int | None) -> dict[str, Json]:
+    """What the contract itself asks a kind for: files that its content leads to, and the number of ranks."""
+    found: dict[str, Json] = {}
+    if node.kind.planning.leads_to is not None and (paths := node.kind.planning.leads_to(node.params, base)):
+        found["files"] = digest_of("files", [memo.sha256(path) for path in paths])
+    if node.kind.ranks.counted:
+        found["ranks"] = node.launch.num_processes if ranks is None else ranks
+    return found
 
 
 def _pin(params: dict[str, Json], path: str, value: str) -> None:

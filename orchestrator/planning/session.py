@@ -177,6 +177,10 @@ class Session:
         key = self._last_keys.get(name)
         return self.store.find(key) if key else None
 
+    def _ranks(self, node: Node) -> int | None:
+        """How many ranks will run, where that matters to the result."""
+        return self.surroundings(node).launch.num_processes if node.kind.ranks.counted else None
+
     def identity(self, node: Node) -> Identity:
         """Return what the node computes, apart from its inputs. Raise UsageError with the place of a missing file."""
         if node.name not in self._identities:
@@ -184,7 +188,7 @@ class Session:
             try:
                 self._identities[node.name] = identity(
                     node, base=self.base, memo=self.memo, machine=self.machine, trust=self.recipe.trust,
-                    pins=self.pinned(node).values,
+                    pins=self.pinned(node).values, ranks=self._ranks(node),
                 )  # fmt: skip
             except BigpipeError as error:
                 error.place, error.node = error.place or node.places.of(error.field), node.name

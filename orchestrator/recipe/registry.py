@@ -19,7 +19,7 @@ from bigpipe.trust import Trust
 
 GROUP = "bigpipe.stages"
 
-_KINDS = ("download", "estimate", "shard", "quantize", "dispatch", "distributed-infer", "merge", "save")
+_KINDS = ("download", "estimate", "shard", "quantize", "dispatch", "distributed-infer", "finetune", "merge", "save")
 BUILT_IN: Mapping[str, str] = {kind: f"bigpipe.plugins.{kind.replace('-', '_')}:STAGE" for kind in _KINDS}
 
 PROBES: Mapping[str, str] = {

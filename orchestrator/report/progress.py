@@ -24,6 +24,7 @@ class Reading:
     unit: str
     rate: float | None
     """Units a second; None while it is too early to tell."""
+    note: str = ""
 
     @property
     def share(self) -> float | None:
@@ -46,6 +47,8 @@ class Reading:
             parts.append(f"{quantity(self.rate, self.unit)}/s")
         if self.eta is not None:
             parts.append(f"eta {duration(self.eta)}")
+        if self.note:
+            parts.append(self.note)
         return " ".join(parts)
 
 
@@ -67,7 +70,7 @@ class ProgressMeter:
         done = sum(rank.done for rank in self._ranks.values())
         totals = [rank.total for rank in self._ranks.values()]
         total = None if None in totals else sum(number for number in totals if number is not None)
-        return Reading(event.task, done, total, event.unit, self._rate(done))
+        return Reading(event.task, done, total, event.unit, self._rate(done), event.note)
 
     def _rate(self, done: int) -> float | None:
         now = self.clock()

@@ -1,0 +1,138 @@
+"""peft's adapter on a loaded model, and its files: the same bytes for the same adapter, whoever writes them where."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from bigpipe.errors import InvalidCheckpoint, UsageError, first_few
+from bigpipe.files import make_directory, write_file
+
+from .examples import TASKS
+from .settings import Training
+
+if TYPE_CHECKING:
+    import torch
+
+CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+
+
+def require_peft() -> None:
+    """Raise UsageError where peft is not installed."""
+    if find_spec("peft") is None:
+        raise UsageError("finetune needs peft, which is not installed", "pip install 'bigpipe-ml[peft]'")
+
+
+def attach(model: Any, training: Training, scheme: str | None, adapter: Path | None = None) -> Any:
+    """Return the model with an adapter that is trained, and all else frozen; random numbers come from torch's own.
+
+    scheme: of its packed weights. adapter: one to go on from. Raise UsageError and InvalidCheckpoint for one that is
+    not LoRA, or was made for another model.
+    """
+    import peft
+
+    if scheme is not None:  # by which peft chooses its own module, as transformers sets it
+        setattr(model, "is_loaded_in_8bit" if scheme == "int8" else "is_loaded_in_4bit", True)
+    _keep_less(model, training)
+    if adapter is not None:
+        return _continued(model, adapter)
+    asked = training.lora
+    config = peft.LoraConfig(
+        r=asked.r,
+        lora_alpha=asked.lora_alpha,
+        lora_dropout=asked.lora_dropout,
+        target_modules=list(asked.target_modules) if isinstance(asked.target_modules, tuple) else asked.target_modules,
+        task_type=TASKS[training.task].peft_type,
+    )
+    return peft.get_peft_model(model, config)
+
+
+def _keep_less(model: Any, training: Training) -> None:
+    """Gradient checkpointing: a layer's activations are computed again rather than kept."""
+    if not training.gradient_checkpointing or not getattr(model, "supports_gradient_checkpointing", False):
+        return
+    if hasattr(model, "activation_checkpointing_enable"):  # its name since transformers 5.23
+        model.activation_checkpointing_enable({"use_reentrant": False})
+    else:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+
+
+def _continued(model: Any, adapter: Path) -> Any:
+    import peft
+    from safetensors import safe_open
+
+    config = read_config(adapter)
+    file = adapter / WEIGHTS
+    made = peft.get_peft_model(model, config)
+    with safe_open(file, "pt") as stored:
+        there = {name: tuple(stored.get_slice(name).get_shape()) for name in stored.keys()}  # noqa: SIM118
+    wanted = {name: tuple(value.shape) for name, value in adapter_tensors(made).items()}
+    if differing := sorted(there.items() ^ wanted.items()):
+        names = list(dict.fromkeys(name for name, _ in differing))
+        cause = f"{file} was made for another model: {len(names)} of its tensors differ, {first_few(names)}"
+        raise InvalidCheckpoint(cause, "wire the model it was trained on")
+    load_tensors(made, peft.utils.load_peft_weights(str(adapter), device="cpu"))
+    return made
+
+
+def read_config(adapter: Path) -> Any:
+    """Return the LoraConfig of an adapter's folder. Raise InvalidCheckpoint for one that is damaged or another kind."""
+    import peft
+
+    file = adapter / CONFIG
+    try:
+        config = peft.LoraConfig.from_pretrained(str(adapter), local_files_only=True)
+    except Exception as error:
+        first = str(error).partition("\n")[0]
+        raise InvalidCheckpoint(f"{file} cannot be used: {first}", "give an adapter that peft saved") from error
+    kind = getattr(config.peft_type, "value", config.peft_type)
+    if kind != "LORA":
+        raise UsageError(f"{file} is of {kind}, and finetune goes on with LORA", "train it with peft itself")
+    config.inference_mode = False
+    return config
+
+
+def adapter_tensors(model: Any) -> dict[str, torch.Tensor]:
+    """Return the adapter's tensors by the names that peft stores them under."""
+    import peft
+
+    found: dict[str, torch.Tensor] = peft.get_peft_model_state_dict(model, save_embedding_layers=False)
+    return found
+
+
+def load_tensors(model: Any, tensors: Mapping[str, torch.Tensor]) -> None:
+    """Give an attached adapter these values."""
+    import peft
+
+    peft.set_peft_model_state_dict(model, dict(tensors))
+
+
+def trained(model: Any) -> Iterator[tuple[str, torch.nn.Parameter]]:
+    """Yield name and parameter of everything that is trained."""
+    return ((name, each) for name, each in model.named_parameters() if each.requires_grad)
+
+
+def write_adapter(model: Any, out: Path, base_model: str | None, revision: str | None) -> dict[str, tuple[str, int]]:
+    """Write peft's two files, and return their (hex sha256, size). base_model: the repository that the model came from,
+    and its commit; no path of this machine enters."""
+    from safetensors.torch import save
+
+    make_directory(out)
+    tensors = {name: value.detach().cpu().contiguous() for name, value in adapter_tensors(model).items()}
+    return {
+        WEIGHTS: write_file(out / WEIGHTS, save(tensors, metadata={"format": "pt"})),
+        CONFIG: write_file(out / CONFIG, _config_text(model, base_model, revision)),
+    }
+
+
+def _config_text(model: Any, base_model: str | None, revision: str | None) -> str:
+    """As peft writes it, but for its order of sets, which differs from process to process."""
+    config = model.peft_config["default"].to_dict()
+    base = model.get_base_model()
+    config |= {"inference_mode": True, "base_model_name_or_path": base_model, "revision": revision}
+    if config.get("task_type") is None:
+        config["auto_mapping"] = {"base_model_class": type(base).__name__, "parent_library": type(base).__module__}
+    return json.dumps(config, indent=2, sort_keys=True, default=sorted)

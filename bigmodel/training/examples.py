@@ -1,0 +1,244 @@
+"""Rows as what a model learns from: tokens to predict and, by the task, what it is given to predict them from."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from bigpipe.bigmodel.checkpoint import ModelDescription
+from bigpipe.bigmodel.sources import Sources
+from bigpipe.bigmodel.tasks import (
+    Bounded,
+    Row,
+    known_architecture,
+    load_processor,
+    load_tokenizer,
+    read_prompts,
+    read_sound,
+    require_library,
+    require_processor,
+    require_template,
+    require_tokenizer,
+)
+from bigpipe.errors import StageFailed, UsageError
+
+from .settings import TaskName
+
+if TYPE_CHECKING:
+    import torch
+
+    from bigpipe.bigmodel.architecture import Architecture
+
+IGNORED = -100
+"""A label that no loss counts, in transformers."""
+SPEECH_CLASSES = ("WhisperForConditionalGeneration",)
+
+
+@dataclass(frozen=True, slots=True)
+class LearningTask:
+    """One way of learning."""
+
+    peft_type: str | None
+    """peft's `task_type`; None: its plain wrapper, as a model that reads no `input_ids` needs it."""
+    fits: Callable[[Architecture], bool]
+    takes: str
+    """The models that it is for, in words."""
+    input_column: str = ""
+    """What a row's input is called, where nobody says it."""
+
+
+def _decodes(architecture: Architecture) -> bool:
+    return architecture.generates and not architecture.config.get("is_encoder_decoder")
+
+
+def _translates(architecture: Architecture) -> bool:
+    encodes = bool(architecture.config.get("is_encoder_decoder")) and architecture.generates
+    return encodes and architecture.class_name not in SPEECH_CLASSES
+
+
+def _hears(architecture: Architecture) -> bool:
+    return architecture.class_name in SPEECH_CLASSES
+
+
+TASKS: Mapping[TaskName, LearningTask] = {
+    "causal-lm": LearningTask("CAUSAL_LM", _decodes, "models that continue a text, such as OPT or Llama"),
+    "seq2seq-lm": LearningTask("SEQ_2_SEQ_LM", _translates, "encoder-decoders of text, such as T5", "input"),
+    "speech-seq2seq": LearningTask(None, _hears, "Whisper", "audio"),
+}
+
+
+def input_column_of(task: TaskName, asked: str | None) -> str:
+    """Return the field of a row that holds what the model is given; "" where the task knows none."""
+    return asked or TASKS[task].input_column
+
+
+def read_data(data: str | Sequence[Any], column: str, input_column: str, base: Path, field: str = "data") -> list[Row]:
+    """Return the rows of a list, or of the files that a path or glob names; `prompt` is what is learnt. Raise
+    UsageError naming file and line, also for a row without its input."""
+    try:
+        rows = read_prompts(data, column, base)
+    except UsageError as error:
+        raise UsageError(error.cause.replace("prompts", field), error.cure, field=field) from error
+    for row in rows:
+        if row.reads != "text":
+            raise UsageError(f"{field}: a {row.reads} says no text to learn", NEEDS_TEXT, field=field)
+        if input_column and not isinstance(row.data.get(input_column), str):
+            there = ", ".join(map(repr, row.data))
+            cause = f"{field}: row {row.index} has no text {input_column!r}, only {there}"
+            raise UsageError(cause, "set `input_column` to the one that the model is given", field=field)
+    return rows
+
+
+NEEDS_TEXT = "write rows that name the sound and its text: {audio: sounds/1.wav, text: …}"
+
+
+def sounds_of(rows: Sequence[Row], input_column: str, base: Path) -> list[Path]:
+    """Return the files of sound that rows name. Raise UsageError for one that is not there."""
+    paths = [base / row.data[input_column] for row in rows]
+    for row, path in zip(rows, paths, strict=True):
+        if not path.is_file():
+            cause = f"row {row.index}: there is no file {row.data[input_column][:200]}"
+            raise UsageError(cause, f"relative paths start at {base}", field="data")
+    return paths
+
+
+def check_rows(rows: Sequence[Row], batch_size: int, accumulation: int, ranks: int) -> None:
+    """Raise UsageError where one change of the adapter takes more rows than there are."""
+    needed = batch_size * accumulation * ranks
+    if len(rows) < needed:
+        parts = f"batch_size {batch_size} × gradient_accumulation_steps {accumulation} × {ranks} rank(s)"
+        raise UsageError(f"{len(rows)} rows are too few: a step takes {needed}, {parts}", "lower them", field="data")
+
+
+def check_model(task: TaskName, model: ModelDescription, rows: Sequence[Row], sources: Sources) -> Architecture | None:
+    """Return what the model consists of, as far as that is known. Raise UsageError for a model that the task is not
+    for, and for one without a tokenizer or what else the rows need."""
+    require_tokenizer(model)
+    if task == "speech-seq2seq":
+        require_processor(model)
+    architecture = known_architecture(model, sources)
+    if architecture is not None and not TASKS[task].fits(architecture):
+        fitting = [name for name, other in TASKS.items() if other.fits(architecture)]
+        cure = f"use task: {fitting[0]}" if fitting else "no task of finetune is for this model"
+        raise UsageError(f"{task} is for {TASKS[task].takes}; this is {architecture.class_name}", cure, field="task")
+    if task == "causal-lm":
+        require_template(rows, model)
+    return architecture
+
+
+@dataclass(frozen=True, slots=True)
+class Example:
+    labels: Sequence[int]
+    """Tokens to predict."""
+    given: Any = None
+    """Tokens that an encoder reads, or the row of a sound. None: what is predicted is read too."""
+
+    def learnt(self, task: TaskName) -> int:
+        """Return how many tokens of it are predicted: of a continued text all but the first."""
+        return len(self.labels) - (task == "causal-lm")
+
+
+@dataclass(frozen=True, slots=True)
+class Examples:
+    """Rows, ready to be put together to batches."""
+
+    task: TaskName
+    all: Sequence[Example]
+    cut: int
+    """Rows that were longer than allowed."""
+    collate: Callable[[Sequence[Example]], dict[str, torch.Tensor]]
+
+    def learnt(self, indices: Sequence[int]) -> int:
+        """Return the tokens that these rows teach."""
+        return sum(self.all[index].learnt(self.task) for index in indices)
+
+    def batch(self, indices: Sequence[int]) -> dict[str, torch.Tensor]:
+        """Return what the model's forward takes, on the CPU; `labels` [rows, longest] int64, padded with `IGNORED`."""
+        return self.collate([self.all[index] for index in indices])
+
+
+@dataclass(frozen=True, slots=True)
+class Reading:
+    """What makes examples of rows: a model's own files."""
+
+    task: TaskName
+    tokenizer: Any
+    processor: Any
+    """Of sounds; None for text."""
+    sources: Sources
+    bounded: Bounded
+    start: int | None
+    """The token that a decoder begins with, which its labels leave out."""
+
+    def examples(self, rows: Sequence[Row], input_column: str, max_length: int) -> Examples:
+        """Return the rows as tokens, at most `max_length` each. Raise StageFailed for one that teaches nothing."""
+        cut = 0
+        made = []
+        with self.bounded("the tokenizer, or the chat template, of the model"):
+            for row in rows:
+                labels, shortened = self._encode(self._text(row), max_length, target=self.task == "seq2seq-lm")
+                if self.start is not None and labels[:1] == [self.start]:
+                    labels = labels[1:]
+                given, also = self._given(row, input_column, max_length)
+                example = Example(labels, given)
+                if example.learnt(self.task) < 1:
+                    raise StageFailed(f"row {row.index} holds nothing to learn", "its text makes too few tokens")
+                made.append(example)
+                cut += shortened or also
+        return Examples(self.task, made, cut, self._collate)
+
+    def _text(self, row: Row) -> tuple[str, bool]:
+        if isinstance(row.prompt, str):
+            return row.prompt, True
+        return str(self.tokenizer.apply_chat_template(row.prompt, tokenize=False)), False
+
+    def _given(self, row: Row, column: str, max_length: int) -> tuple[Any, bool]:
+        if not column:
+            return None, False
+        if self.processor is not None:
+            return Row(row.index, row.data[column], {}, "sound"), False
+        return self._encode((row.data[column], True), max_length)
+
+    def _encode(self, text: tuple[str, bool], most: int, *, target: bool = False) -> tuple[list[int], bool]:
+        """The tokens of a text, and whether it was cut."""
+        named = {"text_target" if target else "text": text[0], "add_special_tokens": text[1], "verbose": False}
+        whole: list[int] = self.tokenizer(**named)["input_ids"]
+        if len(whole) <= most:
+            return whole, False
+        return self.tokenizer(**named, truncation=True, max_length=most)["input_ids"], True
+
+    def _collate(self, examples: Sequence[Example]) -> dict[str, torch.Tensor]:
+        labels = _padded([example.labels for example in examples], IGNORED)
+        if self.processor is not None:
+            heard = [read_sound(each.given, self.sources, self.processor.sampling_rate) for each in examples]
+            rate = self.processor.sampling_rate
+            features = self.processor(heard, sampling_rate=rate, return_tensors="pt")
+            return {"input_features": features["input_features"], "labels": labels}
+        read = [example.labels if example.given is None else example.given for example in examples]
+        padded = _padded(read, self.tokenizer.pad_token_id)
+        mask = _padded([[1] * len(tokens) for tokens in read], 0)
+        return {"input_ids": padded, "attention_mask": mask, "labels": labels}
+
+
+def _padded(rows: Sequence[Sequence[int]], value: int) -> torch.Tensor:
+    import torch
+
+    longest = max(map(len, rows))
+    return torch.tensor([[*row, *[value] * (longest - len(row))] for row in rows])
+
+
+def reading(task: TaskName, model: Any, path: Path, sources: Sources, bounded: Bounded) -> Reading:
+    """Return what makes examples for a loaded model, from the files beside it. Raise UsageError where one lacks."""
+    tokenizer = load_tokenizer(path, sources, bounded, model)
+    hears = task == "speech-seq2seq"
+    processor = load_processor("AutoFeatureExtractor", path, sources, bounded) if hears else None
+    start = getattr(model.config, "decoder_start_token_id", None) if hears else None
+    return Reading(task, tokenizer, processor, sources, bounded, start)
+
+
+def require_sound_reader(paths: Sequence[Path]) -> None:
+    """Raise UsageError where sounds are in other files than .wav, and nothing reads those."""
+    if any(path.suffix.lower() != ".wav" for path in paths):
+        require_library("soundfile", "sound in other files than .wav")

@@ -1,0 +1,87 @@
+"""Memory that a fine-tuning takes, before it starts: from headers and the architecture alone."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from bigpipe.bigmodel.architecture import Architecture, text_config
+from bigpipe.bigmodel.checkpoint import ModelDescription, tensor_nbytes
+from bigpipe.bigmodel.execution import cast_bytes
+from bigpipe.bigmodel.footprint import Budget, Workload, activations_kept, capped_length
+from bigpipe.bigmodel.formats import PLAIN, format_of
+from bigpipe.sizes import format_size
+
+from .settings import Training
+from .targets import adapted_parameters
+
+PER_PARAMETER = 16
+"""Of an adapter, in float32: itself, its gradient, and Adam's two moments."""
+
+
+@dataclass(frozen=True, slots=True)
+class TrainingMemory:
+    """Bytes that one rank holds besides its libraries."""
+
+    windows: int
+    """Frozen weights that are windows into their files, of a CPU: shared by all ranks of a machine."""
+    weights: int
+    """Frozen weights of its own: cast, or on a GPU."""
+    adapter: int
+    activations: int
+
+    @property
+    def own(self) -> int:
+        return self.weights + self.adapter + self.activations
+
+    def told(self) -> str:
+        frozen = format_size(self.windows + self.weights)
+        adapter, kept = format_size(self.adapter), format_size(self.activations)
+        return f"{frozen} frozen weights, {adapter} adapter with gradients and Adam's moments, {kept} activations"
+
+
+def training_memory(
+    model: ModelDescription,
+    architecture: Architecture,
+    targets: Mapping[str, Sequence[int]],
+    training: Training,
+    dtype: str,
+    longest: int,
+    *,
+    gpu: bool,
+) -> TrainingMemory:
+    """Return what a step takes. targets: modules with adapters and their (outputs, inputs). dtype: computed in.
+    longest: tokens of the longest row; more than `max_length`, or the model's positions, are cut."""
+    stored = sum(tensor_nbytes(own, shape) for own, shape in (model.tensors or {}).values())
+    cast = cast_bytes(model, dtype)
+    packed = stored - _cast_from(model, dtype)
+    length = capped_length(architecture, min(training.max_length, max(longest, 1)))
+    scheme = format_of(model)
+    work = Workload(batch_size=training.batch_size, sequence_length=length, all_logits=True)
+    budget = Budget(architecture, dtype if scheme is PLAIN else scheme.name, work)
+    heard = text_config(architecture.config).get("max_source_positions") if training.task == "speech-seq2seq" else None
+    kept = activations_kept(
+        budget.shape, training.batch_size, length, mixed=dtype != "float32",
+        checkpointing=training.gradient_checkpointing,
+    )  # fmt: skip
+    if heard:
+        kept += activations_kept(
+            budget.shape, training.batch_size, heard, mixed=dtype != "float32",
+            checkpointing=training.gradient_checkpointing, headless=True,
+        )  # fmt: skip
+    return TrainingMemory(
+        windows=0 if gpu else packed,
+        weights=cast + (packed if gpu else 0),
+        adapter=PER_PARAMETER * adapted_parameters(targets, training.lora.r),
+        activations=kept + budget.unpacked[0],
+    )
+
+
+def _cast_from(model: ModelDescription, dtype: str) -> int:
+    """Stored bytes of the weights that `cast_bytes` counts."""
+    from bigpipe.bigmodel.checkpoint import CASTABLE
+    from bigpipe.bigmodel.formats import set_apart
+
+    single, _ = set_apart(model.tensors or {}, format_of(model))
+    cast = [(own, shape) for own, shape in single.values() if own in CASTABLE and own != dtype]
+    return sum(tensor_nbytes(own, shape) for own, shape in cast)

@@ -1,0 +1,64 @@
+"""What is asked of a fine-tuning, as plain values."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from typing import Literal
+
+from bigpipe.errors import UsageError
+
+TaskName = Literal["causal-lm", "seq2seq-lm", "speech-seq2seq"]
+
+
+@dataclass(frozen=True, slots=True)
+class Lora:
+    """peft's LoraConfig, as far as it is offered."""
+
+    r: int = 8
+    lora_alpha: int = 16
+    lora_dropout: float = 0.05
+    target_modules: tuple[str, ...] | str | None = None
+    """Ends of the names of modules, or one regular expression over whole names; None: peft's own default."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Training:
+    """How it is trained. Ranks are counted in: each of them takes `batch_size` rows at a time."""
+
+    task: TaskName = "causal-lm"
+    lora: Lora = field(default_factory=Lora)
+    max_steps: int | None = None
+    num_train_epochs: int | None = None
+    learning_rate: float = 2e-4
+    batch_size: int = 1
+    gradient_accumulation_steps: int = 1
+    gradient_checkpointing: bool = True
+    max_length: int = 512
+    seed: int = 0
+    save_steps: int = 10
+
+    def __post_init__(self) -> None:
+        if (self.max_steps is None) == (self.num_train_epochs is None):
+            raise UsageError(LENGTH, "write one of them", field="max_steps")
+        if not (math.isfinite(self.learning_rate) and self.learning_rate > 0):
+            raise UsageError(f"learning_rate is {self.learning_rate}", "it must be more than 0", field="learning_rate")
+        for name in ("max_steps", "num_train_epochs", *COUNTS):
+            value = getattr(self, name)
+            if value is not None and (type(value) is not int or value < 1):
+                raise UsageError(f"{name} is {value!r:.60}", "it must be 1 or more", field=name)
+
+    def steps(self, rows: int, ranks: int) -> int:
+        """Return how many times the adapter is changed."""
+        if self.max_steps is not None:
+            return self.max_steps
+        assert self.num_train_epochs is not None  # noqa: S101 (one of them is given)
+        return self.num_train_epochs * self.steps_of_an_epoch(rows, ranks)
+
+    def steps_of_an_epoch(self, rows: int, ranks: int) -> int:
+        batches = math.ceil(math.ceil(rows / ranks) / self.batch_size)
+        return math.ceil(batches / self.gradient_accumulation_steps)
+
+
+COUNTS = ("batch_size", "gradient_accumulation_steps", "max_length", "save_steps")
+LENGTH = "either max_steps or num_train_epochs says how long to train"

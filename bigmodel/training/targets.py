@@ -1,0 +1,82 @@
+"""Which modules get adapters, told from a model's modules alone: as peft chooses them, without torch."""
+
+from __future__ import annotations
+
+import ast
+import re
+from collections.abc import Mapping, Sequence
+from functools import cache
+from importlib.util import find_spec
+from pathlib import Path
+
+from bigpipe.bigmodel.architecture import Architecture
+from bigpipe.bigmodel.formats import matrix_shape
+from bigpipe.errors import UsageError
+from bigpipe.names import did_you_mean
+
+DEFAULTS = "TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING"
+ALL_LINEAR = "all-linear"
+"""peft's name for every linear module but the output head."""
+Targets = tuple[str, ...] | str | None
+
+
+@cache
+def default_targets() -> Mapping[str, list[str] | str]:
+    """Return peft's own choice by `model_type`, read from its source: importing it imports torch. Empty where peft is
+    not installed, or keeps it elsewhere."""
+    found = find_spec("peft")
+    source = Path(found.origin).parent / "utils" / "constants.py" if found and found.origin else None
+    if source is None or not source.is_file():
+        return {}
+    for statement in ast.parse(source.read_bytes()).body:
+        if isinstance(statement, ast.Assign) and getattr(statement.targets[0], "id", "") == DEFAULTS:
+            return dict(ast.literal_eval(statement.value))
+    return {}
+
+
+def find_targets(architecture: Architecture, asked: Targets) -> dict[str, tuple[int, int]]:
+    """Return the modules that get adapters: name → (outputs, inputs) of its matrix.
+
+    asked: ends of names, or a regular expression over whole names; None is peft's default for the architecture.
+    Raise UsageError for a name that fits no linear module, with those that come near, and where peft has no
+    default.
+    """
+    matrices = _matrices(architecture)
+    kind = str(architecture.config.get("model_type"))
+    wanted = asked if asked is not None else default_targets().get(kind)
+    ends = sorted({name.rpartition(".")[2] for name in matrices})
+    if wanted == ALL_LINEAR:
+        return {name: shape for name, shape in matrices.items() if name != architecture.output_embedding}
+    if wanted is None:
+        raise UsageError(f"peft has no target_modules of its own for {kind}", f"name some of {', '.join(ends)}")
+    if isinstance(wanted, str):
+        found = {name: shape for name, shape in matrices.items() if _matches(wanted, name)}
+        if found:
+            return found
+        raise UsageError(f"target_modules {wanted!r} matches no module of the model", f"there are {', '.join(ends)}")
+    for end in wanted:
+        if not any(_ends(name, end) for name in matrices):
+            cure = did_you_mean(end, ends) or f"there are {', '.join(ends)}"
+            raise UsageError(f"target_modules: the model has no linear module {end!r}", cure)
+    return {name: shape for name, shape in matrices.items() if any(_ends(name, end) for end in wanted)}
+
+
+def _matches(pattern: str, name: str) -> bool:
+    try:
+        return re.fullmatch(pattern, name) is not None
+    except re.error as error:
+        raise UsageError(f"target_modules {pattern!r} is no regular expression: {error}", "mend it") from error
+
+
+def _ends(name: str, end: str) -> bool:
+    return name == end or name.endswith(f".{end}")
+
+
+def _matrices(architecture: Architecture) -> dict[str, tuple[int, int]]:
+    """Linear modules: name → (outputs, inputs)."""
+    return {module.name: matrix_shape(module) for module in architecture.modules if module.linear and module.name}
+
+
+def adapted_parameters(targets: Mapping[str, Sequence[int]], rank: int) -> int:
+    """Return Σ r · (inputs + outputs), the parameters of the adapters of these modules."""
+    return sum(rank * (outputs + inputs) for outputs, inputs in targets.values())

@@ -1,0 +1,200 @@
+"""How `finetune` does it: the library's training, one process per rank."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from bigpipe.bigmodel.checkpoint import ModelDescription, describe_checkpoint
+from bigpipe.bigmodel.sources import Sources
+from bigpipe.bigmodel.tasks import Row
+from bigpipe.bigmodel.training import (
+    Lora,
+    TrainedAdapter,
+    Training,
+    TrainingMemory,
+    Work,
+    adapted_parameters,
+    check_model,
+    check_rows,
+    computing_dtype,
+    find_targets,
+    finish_ranks,
+    input_column_of,
+    read_data,
+    require_peft,
+    require_sound_reader,
+    sounds_of,
+    train_rank,
+    training_memory,
+)
+from bigpipe.errors import UsageError
+from bigpipe.orchestrator.stage import CheckContext, Forecast, ForecastContext, StageContext, StageResult
+from bigpipe.sizes import counted
+
+from .finetune import FinetuneMetrics, FinetuneParams, Losses
+from .library import about, agreed, require_class, single_model, sources_of
+
+RANK_BASE = 620 * 2**20
+"""Bytes of a rank that has imported torch, transformers and peft and holds no model."""
+CUDA_BASE = 3 * 2**30
+"""Bytes of CUDA's libraries in a rank that has a GPU: a bound."""
+POINTS = 200
+"""Of the curve that is recorded."""
+
+
+def check(params: FinetuneParams, ctx: CheckContext) -> None:
+    """Rows, model, modules and adapter, before anything is downloaded."""
+    require_peft()
+    rows, others = _rows(params, ctx.base)
+    check_rows(rows, params.batch_size, params.gradient_accumulation_steps, ctx.launch.num_processes)
+    if params.task == "speech-seq2seq":
+        require_sound_reader(sounds_of([*rows, *others], _input(params), ctx.base))
+    if "adapter" in ctx.inputs and "lora" in params.model_fields_set:
+        cause = "lora says the shape of a new adapter, and the one that is wired has its own"
+        raise UsageError(cause, "leave it out", field="lora")
+    model = single_model(ctx)
+    if model is not None:
+        with about("inputs.model"):
+            require_class(model)
+            _check_model(params, model, rows, sources_of(ctx), continues="adapter" in ctx.inputs)
+
+
+def _check_model(
+    params: FinetuneParams, model: ModelDescription, rows: Sequence[Row], sources: Sources, *, continues: bool = False
+) -> None:
+    architecture = check_model(params.task, model, rows, sources)
+    if architecture is not None and not continues:
+        with about("lora.target_modules"):
+            find_targets(architecture, _training(params).lora.target_modules)
+    if model.tensors is not None and architecture is not None:
+        agreed(model, sources)
+
+
+def _rows(params: FinetuneParams, base: Path) -> tuple[list[Row], list[Row]]:
+    given = _input(params)
+    rows = read_data(params.data, params.column, given, base)
+    others = params.eval_data
+    return rows, [] if others is None else read_data(others, params.column, given, base, "eval_data")
+
+
+def _input(params: FinetuneParams) -> str:
+    return input_column_of(params.task, params.input_column)
+
+
+def _training(params: FinetuneParams) -> Training:
+    fields = params.model_dump(include=set(Training.__dataclass_fields__) - {"lora"})
+    lora = params.lora.model_dump()
+    targets = lora.pop("target_modules")
+    return Training(
+        **fields, lora=Lora(**lora, target_modules=tuple(targets) if isinstance(targets, list) else targets)
+    )
+
+
+def leads_to(params: FinetuneParams, base: Path) -> Sequence[Path]:
+    """The sounds that rows name: they are as much the data as the rows are."""
+    if params.task != "speech-seq2seq":
+        return ()
+    rows, others = _rows(params, base)
+    return sounds_of([*rows, *others], _input(params), base)
+
+
+def forecast(params: FinetuneParams, ctx: ForecastContext) -> Forecast:
+    """Steps, parameters of the adapter and its bytes are known; memory as far as headers are."""
+    try:
+        rows, _ = _rows(params, ctx.base)
+    except UsageError as error:
+        return Forecast(unknown=(error.cause,))
+    ranks, training, model = ctx.launch.num_processes, _training(params), single_model(ctx)
+    steps = training.steps(len(rows), ranks)
+    known: dict[str, Any] = {"steps": steps}
+    work = f"{counted(steps, 'step')} over {counted(len(rows), 'row')}, {counted(ranks, 'rank')}"
+    if model is None or model.tensors is None or model.config is None or "adapter" in ctx.inputs:
+        return Forecast(
+            download_bytes=0, metrics=known, summary=work, unknown=("memory: the adapter's base is not known",)
+        )
+    architecture, gpu = agreed(model, sources_of(ctx)).architecture, bool(ctx.machine.gpus)
+    targets = find_targets(architecture, training.lora.target_modules)
+    count = adapted_parameters(targets, training.lora.r)
+    dtype = computing_dtype(model, gpu, params.dtype)
+    longest = max(row.nbytes for row in rows)
+    memory = training_memory(model, architecture, targets, training, dtype, longest, gpu=gpu)
+    local = ctx.launch.local_processes
+    return Forecast(
+        download_bytes=0,
+        write_bytes=4 * count,
+        ram=(RANK_BASE + CUDA_BASE) * local if gpu else _ram(memory, local),
+        vram={rank: memory.own for rank in range(local)} if gpu else {},
+        metrics=known | {"trainable_parameters": count},
+        summary=f"{work}; {count:,} parameters on {counted(len(targets), 'module')}",
+        details=(f"each rank: {memory.told()}",),
+    )
+
+
+def _ram(memory: TrainingMemory, ranks: int) -> int:
+    """Weights that are windows count, though they are page cache: every step reads all of them."""
+    return memory.windows + (RANK_BASE + memory.own) * ranks
+
+
+def prepare(params: FinetuneParams, ctx: StageContext) -> None:
+    """Checks again what is known now that the model is here."""
+    rows, _ = _rows(params, ctx.base)
+    model = describe_checkpoint(ctx.input("model"))
+    _check_model(params, model, rows, sources_of(ctx), continues="adapter" in ctx.inputs)
+
+
+def run(params: FinetuneParams, ctx: StageContext) -> StageResult:
+    """One rank."""
+    rows, others = _rows(params, ctx.base)
+    origin = _origin(ctx)
+    work = Work(
+        model=ctx.input("model"),
+        training=_training(params),
+        rows=rows,
+        eval_rows=others,
+        input_column=_input(params),
+        adapter=ctx.input("adapter") if "adapter" in ctx.inputs else None,
+        dtype=params.dtype,
+        base_model=origin.get("repo"),
+        revision=origin.get("commit"),
+        sources=sources_of(ctx),
+        bounded=ctx.bounded,
+    )
+
+    def tell(done: int, total: int, words: str) -> None:
+        if ctx.rank == 0:  # all ranks are at the same step
+            ctx.progress(done, total, "steps", "training", words)
+
+    train_rank(
+        work, ctx.scratch, rank=ctx.rank, ranks=ctx.world_size, local_rank=int(os.environ.get("LOCAL_RANK", ctx.rank)),
+        progress=tell, log=ctx.log,
+    )  # fmt: skip
+    return StageResult(FinetuneMetrics())
+
+
+def _origin(ctx: StageContext) -> Mapping[str, Any]:
+    """The repository of the model that came by the nearest download, and its commit."""
+    downloads = [node for node in ctx.lineage if node.kind == "download" and node.params.get("repo")]
+    return {"repo": downloads[-1].params["repo"], "commit": downloads[-1].metrics.get("commit")} if downloads else {}
+
+
+def finish(params: FinetuneParams, ctx: StageContext) -> StageResult:
+    """What all ranks measured, and the adapter that rank 0 wrote."""
+    made = finish_ranks(ctx.scratch, ctx.out, ctx.launch.num_processes)
+    return StageResult(metrics_of(made), made.files)
+
+
+def metrics_of(made: TrainedAdapter) -> FinetuneMetrics:
+    losses = list(enumerate(made.losses, 1))
+    every = max(1, -(-len(losses) // POINTS))
+    curve = [[step, loss] for step, loss in (*losses[:-1:every], losses[-1])]
+    return FinetuneMetrics(
+        loss=Losses(first=made.losses[0], last=made.losses[-1], curve=curve),
+        eval_loss=made.eval_loss,
+        steps=made.steps,
+        trainable_parameters=made.trainable_parameters,
+        tokens_per_second=made.tokens_per_second,
+        peak=made.peak,
+    )

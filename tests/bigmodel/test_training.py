@@ -1,0 +1,217 @@
+"""Low-rank adapters are trained as a plain peft script trains them, on any format, and told beforehand."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from support.media import make_whisper, tones, write_wav
+from support.models import make_checkpoint
+
+from bigpipe.bigmodel.quantization import quantize_checkpoint
+from bigpipe.bigmodel.training import finetune
+from bigpipe.bigmodel.training.order import Order
+from bigpipe.errors import InvalidCheckpoint, StageFailed, UsageError
+
+pytest.importorskip("peft")
+from support.plainly import train_plainly
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:.*gradient_checkpointing.* is deprecated:FutureWarning"),  # peft asks for it
+    pytest.mark.filterwarnings("ignore:Failed to load CPU gemm_4bit_forward"),
+]
+ROWS = [
+    "the cat sat on the mat", "hello world", "paris is in france", "a cat is in paris, and so is a mat",
+    "the world is a mat on which cats sit", "hello, cat!", "on and on",
+]  # fmt: skip
+FAST: dict[str, Any] = {"learning_rate": 1e-2, "batch_size": 2, "max_steps": 6}
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """Threads that share a core with other tests wait for each other at every tiny product."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    folder = tmp_path_factory.mktemp("models")
+    plain = make_checkpoint(folder / "opt", "opt", hidden_size=64, ffn_dim=128, word_embed_proj_dim=64)
+    made = {"plain": plain}
+    for scheme in ("int8", "nf4"):
+        made[scheme] = folder / scheme
+        quantize_checkpoint(plain, made[scheme], scheme=scheme)
+    return made
+
+
+@pytest.mark.parametrize(("kind", "dropout"), [("plain", 0.0), ("plain", 0.1), ("int8", 0.1), ("nf4", 0.1)])
+def test_losses_and_adapter_are_those_of_a_plain_script(
+    tmp_path: Path, models: dict[str, Path], kind: str, dropout: float
+) -> None:
+    """Step by step, and bit by bit."""
+    lora = {"r": 4, "lora_alpha": 8, "lora_dropout": dropout}
+    made = finetune(models[kind], ROWS, tmp_path / "ours", seed=3, **FAST, **lora)
+    expected = train_plainly(
+        models[kind], tmp_path / "theirs", ROWS, steps=6, learning_rate=1e-2, batch_size=2, seed=3,
+        quantized=kind != "plain", **lora,
+    )  # fmt: skip
+    assert made.losses == expected
+    ours, theirs = (tmp_path / side / "adapter_model.safetensors" for side in ("ours", "theirs"))
+    assert ours.read_bytes() == theirs.read_bytes()
+    configs = [json.loads((tmp_path / side / "adapter_config.json").read_bytes()) for side in ("ours", "theirs")]
+    for config in configs:
+        config["target_modules"] = sorted(config["target_modules"])
+        config["base_model_name_or_path"] = None
+    assert configs[0] == configs[1]
+
+
+@pytest.mark.parametrize("kind", ["plain", "int8", "nf4"])
+def test_the_loss_falls(tmp_path: Path, models: dict[str, Path], kind: str) -> None:
+    made = finetune(models[kind], ROWS, tmp_path / "out", **{**FAST, "max_steps": 40, "learning_rate": 3e-2})
+    assert sum(made.losses[-7:]) / 7 < sum(made.losses[:7]) / 7 - 0.3
+    assert made.steps == 40
+
+
+def test_what_is_measured(tmp_path: Path, models: dict[str, Path]) -> None:
+    told = []
+    made = finetune(
+        models["plain"], ROWS, tmp_path / "out", num_train_epochs=2, batch_size=3, eval_data=ROWS[:3], r=2,
+        target_modules=["q_proj"], progress=lambda *words: told.append(words),
+    )  # fmt: skip
+    assert made.steps == 6  # 7 rows in 3 batches, twice
+    assert made.trainable_parameters == 2 * 2 * (64 + 64)
+    assert made.eval_loss is not None
+    assert math.isfinite(made.eval_loss)
+    assert made.peak["cpu"] > 0
+    assert made.tokens_per_second > 0
+    assert [(done, total) for done, total, _ in told] == [(step, 6) for step in range(7)]
+    assert told[-1][2].startswith(f"loss {made.losses[-1]:.4g}, ")
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [
+        "adapter_config.json", "adapter_model.safetensors",
+    ]  # fmt: skip
+
+
+def test_random_numbers_of_the_process_go_on_as_if_none_had_been_drawn(tmp_path: Path, models: dict[str, Path]) -> None:
+    torch.manual_seed(5)
+    expected = torch.rand(3)
+    torch.manual_seed(5)
+    finetune(models["plain"], ROWS, tmp_path / "out", max_steps=1)
+    assert torch.equal(torch.rand(3), expected)
+
+
+def test_a_step_over_several_batches_is_one_over_all_their_rows(tmp_path: Path, models: dict[str, Path]) -> None:
+    """Though rows differ in length: tokens count alike."""
+    options: dict[str, Any] = {"max_steps": 3, "lora_dropout": 0.0, "learning_rate": 1e-2}
+    rows = [*ROWS, "one more"]
+    whole = finetune(models["plain"], rows, tmp_path / "whole", batch_size=4, **options)
+    parts = finetune(models["plain"], rows, tmp_path / "parts", batch_size=1, gradient_accumulation_steps=4, **options)
+    assert parts.losses == pytest.approx(whole.losses, rel=1e-5)
+
+
+def test_checkpointing_changes_nothing_but_the_memory(tmp_path: Path, models: dict[str, Path]) -> None:
+    kept = finetune(models["plain"], ROWS, tmp_path / "kept", gradient_checkpointing=False, **FAST)
+    again = finetune(models["plain"], ROWS, tmp_path / "again", gradient_checkpointing=True, **FAST)
+    assert kept.losses == again.losses
+    assert kept.files["adapter_model.safetensors"] == again.files["adapter_model.safetensors"]
+
+
+def test_going_on_from_an_adapter(tmp_path: Path, models: dict[str, Path]) -> None:
+    first = finetune(models["int8"], ROWS, tmp_path / "first", r=4, **FAST)
+    more = finetune(models["int8"], ROWS, tmp_path / "more", adapter=first.path, **FAST)
+    config = json.loads((tmp_path / "more" / "adapter_config.json").read_bytes())
+    assert config["r"] == 4
+    assert sum(more.losses) < sum(first.losses)
+
+
+def test_an_adapter_of_another_model_is_refused(tmp_path: Path, models: dict[str, Path]) -> None:
+    other = make_checkpoint(tmp_path / "llama", "llama")
+    adapter = finetune(other, ROWS, tmp_path / "first", max_steps=1).path
+    with pytest.raises(InvalidCheckpoint, match="was made for another model"):
+        finetune(models["plain"], ROWS, tmp_path / "more", adapter=adapter, max_steps=1)
+
+
+def test_an_encoder_decoder_learns_texts_from_others(tmp_path: Path) -> None:
+    model = make_checkpoint(tmp_path / "t5", "t5")
+    rows = [{"input": text, "text": text.upper()} for text in ROWS]
+    made = finetune(model, rows, tmp_path / "out", task="seq2seq-lm", **{**FAST, "max_steps": 40, "r": 8})
+    assert sum(made.losses[-5:]) < sum(made.losses[:5])
+    assert json.loads((made.path / "adapter_config.json").read_bytes())["task_type"] == "SEQ_2_SEQ_LM"
+
+
+def test_whisper_learns_what_is_said(tmp_path: Path) -> None:
+    pytest.importorskip("soundfile")
+    model = make_whisper(tmp_path / "whisper")
+    rows = []
+    for number, text in enumerate(("hello world", "the cat sat", "hello cat")):
+        write_wav(tmp_path / f"{number}.wav", tones(0.3, 16_000, number))
+        rows.append({"audio": str(tmp_path / f"{number}.wav"), "text": text})
+    made = finetune(
+        model, rows, tmp_path / "out", task="speech-seq2seq", max_steps=12, learning_rate=3e-2,
+        target_modules=["q_proj", "v_proj"],
+    )  # fmt: skip
+    assert sum(made.losses[-3:]) < sum(made.losses[:3])
+    import peft
+    from transformers import WhisperForConditionalGeneration
+
+    again = peft.PeftModel.from_pretrained(WhisperForConditionalGeneration.from_pretrained(model), str(made.path))
+    assert again.peft_config["default"].auto_mapping["base_model_class"] == "WhisperForConditionalGeneration"
+
+
+def test_every_row_is_taken_once_an_epoch_whoever_asks_from_where() -> None:
+    order = Order(rows=10, ranks=2, batch_size=2, accumulation=2, seed=1)
+    steps = list(order.steps(0, 6))
+    assert len(steps) == 6  # 5 rows a rank in 3 batches, of which 2 make a step
+    first = sorted(row for ranks in steps[:2] for batches in ranks for batch in batches for row in batch)
+    assert first == list(range(10))
+    assert steps[:2] != steps[2:4]
+    for begin in range(6):
+        assert list(order.steps(begin, 6)) == steps[begin:]
+
+
+BAD = {
+    "column": ({"column": "body"}, "there is no 'body'"),
+    "rows": ({"batch_size": 8}, "7 rows are too few: a step takes 8"),
+    "task": ({"task": "speech-seq2seq"}, "has no text 'audio'"),
+    "both": ({"num_train_epochs": 1}, "either max_steps or num_train_epochs"),
+    "neither": ({"max_steps": None}, "either max_steps or num_train_epochs"),
+    "rate": ({"learning_rate": 0.0}, "learning_rate is 0.0"),
+    "field": ({"learning_rat": 1e-3}, "finetune takes no 'learning_rat'"),
+    "empty": ({"eval_data": []}, "there is no prompt"),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_what_cannot_be_trained_is_refused_before_anything_is_loaded(
+    tmp_path: Path, models: dict[str, Path], name: str
+) -> None:
+    changes, cause = BAD[name]
+    rows = [{"text": text} for text in ROWS]
+    with pytest.raises(UsageError, match=cause):
+        finetune(models["plain"], rows, tmp_path / "out", **{"max_steps": 1, **changes})
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_model_of_another_task_is_refused(tmp_path: Path) -> None:
+    model = make_checkpoint(tmp_path / "t5", "t5")
+    with pytest.raises(UsageError, match="causal-lm is for models that continue a text") as error:
+        finetune(model, ROWS, tmp_path / "out", max_steps=1)
+    assert error.value.cure == "use task: seq2seq-lm"
+
+
+def test_a_loss_that_is_no_number_ends_it_at_its_step(tmp_path: Path, models: dict[str, Path]) -> None:
+    with pytest.raises(StageFailed, match=r"step \d+: the loss is nan"):
+        finetune(models["plain"], ROWS, tmp_path / "out", max_steps=20, learning_rate=1e30)
+
+
+def test_long_rows_are_cut(tmp_path: Path, models: dict[str, Path]) -> None:
+    short = finetune(models["plain"], [text[:5] for text in ROWS], tmp_path / "short", max_steps=3)
+    cut = finetune(models["plain"], ROWS, tmp_path / "cut", max_steps=3, max_length=5)
+    assert cut.losses == short.losses

@@ -1,0 +1,213 @@
+"""`finetune` over ranks, through kills, in a recipe, and what a plan says of it."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+from pydantic import ValidationError
+from support.contexts import Lineage, check_context, forecast_context
+from support.launching import MACHINE, TESTS, make_job
+from support.media import make_whisper, tones, write_wav
+from support.models import make_checkpoint
+from support.workshop import Workshop, statuses
+
+from bigpipe.bigmodel.checkpoint import describe_checkpoint
+from bigpipe.errors import GateFailed, UsageError
+from bigpipe.orchestrator.contract.events import Event, Progress
+from bigpipe.orchestrator.launch.executors import executor
+from bigpipe.orchestrator.launch.jobs import Outcome
+from bigpipe.orchestrator.stage import Forecast, Launch
+from bigpipe.plugins import finetuning
+from bigpipe.plugins.finetune import STAGE, FinetuneParams, in_words
+
+pytest.importorskip("peft")
+ROWS = ["the cat sat on the mat", "hello world", "paris is in france", "a cat is in paris", "on and on", "a mat!"]
+FIELDS: dict[str, Any] = {"data": ROWS, "max_steps": 6, "learning_rate": 1e-2, "save_steps": 1}
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_checkpoint(tmp_path_factory.mktemp("model"), "opt")
+
+
+def params(**fields: Any) -> FinetuneParams:
+    return FinetuneParams(**{**FIELDS, **fields})
+
+
+def start(folder: Path, model: Path, ranks: int = 1, report: Any = bool, **fields: Any) -> Outcome:
+    """What the command does: a launcher, and so many ranks."""
+    folder.mkdir(exist_ok=True)
+    job = make_job(
+        folder, stage=STAGE, module="bigpipe.plugins.finetune:STAGE", params={**FIELDS, **fields}, timeout=150,
+        report=report, inputs={"model": (model,)}, launch=Launch(num_processes=ranks),
+        lineage=(Lineage("download", "download", "k", "d", {"repo": "owner/name"}, {"commit": "c" * 40}),),
+        parent_environment={
+            **os.environ, "PYTHONPATH": f"{TESTS.parent / 'src'}:{TESTS}", "OMP_NUM_THREADS": "1",
+        },
+    )  # fmt: skip
+    return executor("ranks").start(job)
+
+
+def adapter(folder: Path) -> bytes:
+    return (folder / "work" / "out" / "adapter_model.safetensors").read_bytes()
+
+
+def check(tmp_path: Path, model: Path, ranks: int = 1, **fields: Any) -> None:
+    wired = {"model": (Forecast(output=describe_checkpoint(model)),)}
+    ctx = check_context(tmp_path, inputs=wired, machine=MACHINE, launch=Launch(num_processes=ranks))
+    finetuning.check(params(**fields), ctx)
+
+
+def test_ranks_share_the_rows_of_a_step(tmp_path: Path, model: Path) -> None:
+    """Two ranks with a row each take the rows that one takes with two batches."""
+    events: list[Event] = []
+    plain = make_checkpoint(tmp_path / "llama", "llama")  # which has no dropout of its own
+    lora = {"lora_dropout": 0.0}
+    two = start(tmp_path / "two", plain, ranks=2, report=events.append, num_train_epochs=1, max_steps=None, lora=lora)
+    assert two.metrics["steps"] == 3
+    told = [event for event in events if isinstance(event, Progress) and event.task == "training"]
+    assert (told[-1].done, told[-1].total, told[-1].rank) == (3, 3, 0)
+    assert told[-1].note.startswith("loss ")
+    one = start(tmp_path / "one", plain, max_steps=3, batch_size=2, lora=lora)
+    # The same three steps in another order of rows: not the same numbers, but close to them
+    assert two.metrics["loss"]["curve"][0][1] == pytest.approx(one.metrics["loss"]["curve"][0][1], rel=0.1)
+    config = json.loads((tmp_path / "two" / "work" / "out" / "adapter_config.json").read_bytes())
+    assert (config["base_model_name_or_path"], config["revision"]) == ("owner/name", "c" * 40)
+    assert str(tmp_path) not in json.dumps(config)
+
+
+def test_metrics_and_their_words(tmp_path: Path, model: Path) -> None:
+    made = start(tmp_path, model, eval_data=ROWS[:2])
+    metrics = made.metrics
+    assert metrics["steps"] == 6
+    assert metrics["trainable_parameters"] == 2 * 2 * 8 * (32 + 32)
+    assert metrics["loss"]["curve"] == [[n, loss] for n, (_, loss) in enumerate(metrics["loss"]["curve"], 1)]
+    assert metrics["loss"]["first"] == metrics["loss"]["curve"][0][1]
+    assert metrics["loss"]["last"] == metrics["loss"]["curve"][-1][1]
+    assert metrics["eval_loss"] > 0
+    assert metrics["peak"]["cpu"] > 0
+    assert in_words(metrics).startswith(f"loss {metrics['loss']['first']:.4g} → {metrics['loss']['last']:.4g} in 6 ")
+
+
+RECIPE = """
+version: 1
+name: tune
+params: {{scheme: int8, ranks: 1, bound: 100}}
+stages:
+  download: {{uses: download, with: {{path: {model}}}}}
+  quantize: {{uses: quantize, inputs: download, with: {{scheme: "${{params.scheme}}"}}}}
+  finetune:
+    uses: finetune
+    inputs: quantize
+    with: {{data: rows.jsonl, max_steps: 3, learning_rate: 0.001}}
+    launch: {{num_processes: "${{params.ranks}}"}}
+    gates: ["loss.last <= ${{params.bound}}"]
+"""
+
+
+def test_a_recipe_tunes_a_quantized_model_and_knows_it_again(tmp_path: Path, model: Path) -> None:
+    shop = Workshop(tmp_path)
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in ROWS))
+    options: dict[str, Any] = {"store": tmp_path / "store"}
+    first = shop.run(RECIPE.format(model=model), **options)
+    assert statuses(first) == dict.fromkeys(("download", "quantize", "finetune"), "succeeded")
+    assert sorted(path.name for path in first.path("finetune").iterdir()) == [
+        "adapter_config.json", "adapter_model.safetensors",
+    ]  # fmt: skip
+    again = shop.run(**options)
+    assert statuses(again)["finetune"] == "cached"
+    shop.manifest.write_text(RECIPE.format(model=model).replace("bound: 100", "bound: 0.1"))
+    with pytest.raises(GateFailed, match=r"loss.last <= 0.1"):
+        shop.run(**options)
+    plan = shop.command("plan", "recipe.yaml", "-p", "ranks=2", "-p", "bound=100")
+    assert "facts.ranks 1 → 2" in plan.stdout
+
+
+def test_what_a_plan_says(tmp_path: Path, model: Path) -> None:
+    wired = {"model": (Forecast(output=describe_checkpoint(model)),)}
+    ctx = forecast_context(tmp_path, inputs=wired, machine=MACHINE, launch=Launch(num_processes=2))
+    said = finetuning.forecast(params(), ctx)
+    assert said.metrics == {"steps": 6, "trainable_parameters": 2048}
+    assert said.ram is not None
+    assert said.ram > 2 * finetuning.RANK_BASE
+    assert "6 steps over 6 rows, 2 ranks; 2,048 parameters on 4 modules" in said.summary
+
+
+WRONG = {
+    "column": ({"data": [{"body": "x"}]}, "row|there is no 'text'"),
+    "missing": ({"data": "rows.jsonl"}, "there is no file rows.jsonl"),
+    "rows": ({"batch_size": 4, "gradient_accumulation_steps": 2}, "6 rows are too few: a step takes 8"),
+    "module": ({"lora": {"target_modules": ["q_prj"]}}, "the model has no linear module 'q_prj'"),
+    "pattern": ({"lora": {"target_modules": "no.*"}}, "matches no module"),
+    "task": ({"task": "seq2seq-lm", "input_column": "a", "data": [{"a": "x", "text": "y"}]}, "seq2seq-lm is for"),
+    "sound": ({"task": "speech-seq2seq", "data": [{"audio": "no.wav", "text": "y"}]}, "there is no file no.wav"),
+}
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_a_plan_refuses(tmp_path: Path, model: Path, name: str) -> None:
+    fields, cause = WRONG[name]
+    with pytest.raises(UsageError, match=cause) as error:
+        check(tmp_path, model, **fields)
+    assert error.value.cure
+    if name == "module":
+        assert error.value.field == "lora.target_modules"
+        assert "q_proj" in error.value.cure
+
+
+@pytest.mark.parametrize(
+    ("fields", "cause"),
+    [
+        ({"num_train_epochs": 1}, "either max_steps or num_train_epochs"),
+        ({"max_steps": None}, "either max_steps or num_train_epochs"),
+        ({"learning_rate": 0}, "greater than 0"),
+        ({"learning_rate": -1e-4}, "greater than 0"),
+        ({"input_column": "x"}, "input_column has no meaning"),
+    ],
+)
+def test_fields_are_refused_where_they_are_written(fields: dict[str, Any], cause: str) -> None:
+    with pytest.raises(ValidationError, match=cause):
+        params(**fields)
+
+
+def test_sounds_that_rows_name_enter_the_key(tmp_path: Path) -> None:
+    pytest.importorskip("soundfile")
+    whisper = make_whisper(tmp_path / "whisper")
+    write_wav(tmp_path / "a.wav", tones(0.2, 16_000))
+    shop = Workshop(tmp_path)
+    shop.manifest.write_text(f"""
+version: 1
+name: hear
+stages:
+  download: {{uses: download, with: {{path: {whisper}}}}}
+  finetune:
+    uses: finetune
+    inputs: download
+    with:
+      task: speech-seq2seq
+      data: [{{audio: a.wav, text: hello world}}]
+      max_steps: 2
+      lora: {{target_modules: [q_proj, v_proj]}}
+""")
+    result = shop.run(store=tmp_path / "store")
+    assert statuses(result)["finetune"] == "succeeded", result
+    assert statuses(shop.run(store=tmp_path / "store"))["finetune"] == "cached"
+    write_wav(tmp_path / "a.wav", tones(0.2, 16_000, seed=1))
+    assert statuses(shop.run(store=tmp_path / "store"))["finetune"] == "succeeded"
+
+
+def test_a_state_that_is_not_whole_is_not_believed(tmp_path: Path, model: Path) -> None:
+    whole = start(tmp_path / "whole", model)
+    folder = tmp_path / "broken"
+    start(folder, model)
+    (state,) = (folder / "work" / "scratch" / "rank-0").glob("state-*.safetensors")
+    data = bytearray(state.read_bytes())
+    data[-1] ^= 1
+    state.write_bytes(data)
+    again = start(folder, model)
+    assert adapter(folder) == adapter(tmp_path / "whole")
+    assert again.metrics["loss"] == whole.metrics["loss"]
