@@ -7,8 +7,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from bigpipe.bigmodel.checkpoint import ModelDescription, describe_checkpoint
-from bigpipe.bigmodel.sources import Sources
+from bigpipe.bigmodel.adapters import bind
+from bigpipe.bigmodel.checkpoint import AdapterDescription, ModelDescription, describe_adapter, describe_checkpoint
 from bigpipe.bigmodel.tasks import Row
 from bigpipe.bigmodel.training import (
     Lora,
@@ -16,13 +16,14 @@ from bigpipe.bigmodel.training import (
     Training,
     TrainingMemory,
     Work,
-    adapted_parameters,
     check_model,
     check_rows,
     computing_dtype,
     find_targets,
     finish_ranks,
+    foreseen_adapter,
     input_column_of,
+    parameters_of,
     read_data,
     require_peft,
     require_sound_reader,
@@ -35,7 +36,7 @@ from bigpipe.orchestrator.stage import CheckContext, Forecast, ForecastContext, 
 from bigpipe.sizes import counted
 
 from .finetune import FinetuneMetrics, FinetuneParams, Losses
-from .library import about, agreed, require_class, single_model, sources_of
+from .library import about, agreed, require_class, single_model, sources_of, wired_adapters
 
 RANK_BASE = 620 * 2**20
 """Bytes of a rank that has imported torch, transformers and peft and holds no model."""
@@ -59,18 +60,31 @@ def check(params: FinetuneParams, ctx: CheckContext) -> None:
     if model is not None:
         with about("inputs.model"):
             require_class(model)
-            _check_model(params, model, rows, sources_of(ctx), continues="adapter" in ctx.inputs)
+            architecture = check_model(params.task, model, rows, sources_of(ctx))
+        if architecture is not None and "adapter" not in ctx.inputs:
+            with about("lora.target_modules"):
+                find_targets(architecture, _training(params).lora.target_modules)
+    _foreseen(params, ctx)
 
 
-def _check_model(
-    params: FinetuneParams, model: ModelDescription, rows: Sequence[Row], sources: Sources, *, continues: bool = False
-) -> None:
-    architecture = check_model(params.task, model, rows, sources)
-    if architecture is not None and not continues:
-        with about("lora.target_modules"):
-            find_targets(architecture, _training(params).lora.target_modules)
-    if model.tensors is not None and architecture is not None:
-        agreed(model, sources)
+def _foreseen(params: FinetuneParams, ctx: CheckContext) -> tuple[ModelDescription, AdapterDescription] | None:
+    """The model, and the adapter that will come of it; None where one of them is not known yet. Raise UsageError for an
+    adapter that was made for another model."""
+    model, wired = single_model(ctx), wired_adapters(ctx)
+    if (
+        model is None
+        or model.tensors is None
+        or model.config is None
+        or len(wired) < len(ctx.inputs.get("adapter", ()))
+    ):
+        return None
+    with about("inputs.model"):
+        architecture = agreed(model, sources_of(ctx)).architecture
+    if not wired:
+        return model, foreseen_adapter(architecture, _training(params))
+    with about("inputs.adapter"):
+        bind(wired[0], model, architecture, ctx.memo)
+    return model, wired[0]
 
 
 def _rows(params: FinetuneParams, base: Path) -> tuple[list[Row], list[Row]]:
@@ -107,20 +121,20 @@ def forecast(params: FinetuneParams, ctx: ForecastContext) -> Forecast:
         rows, _ = _rows(params, ctx.base)
     except UsageError as error:
         return Forecast(unknown=(error.cause,))
-    ranks, training, model = ctx.launch.num_processes, _training(params), single_model(ctx)
+    ranks, training = ctx.launch.num_processes, _training(params)
     steps = training.steps(len(rows), ranks)
     known: dict[str, Any] = {"steps": steps}
     work = f"{counted(steps, 'step')} over {counted(len(rows), 'row')}, {counted(ranks, 'rank')}"
-    if model is None or model.tensors is None or model.config is None or "adapter" in ctx.inputs:
-        return Forecast(
-            download_bytes=0, metrics=known, summary=work, unknown=("memory: the adapter's base is not known",)
-        )
+    found = _foreseen(params, ctx)
+    if found is None:
+        unknown = ("memory: the tensors of the model or the adapter are not known yet",)
+        return Forecast(download_bytes=0, metrics=known, summary=work, unknown=unknown)
+    model, adapter = found
     architecture, gpu = agreed(model, sources_of(ctx)).architecture, bool(ctx.machine.gpus)
-    targets = find_targets(architecture, training.lora.target_modules)
-    count = adapted_parameters(targets, training.lora.r)
+    count, adapted = parameters_of(adapter)
     dtype = computing_dtype(model, gpu, params.dtype)
     longest = max(row.nbytes for row in rows)
-    memory = training_memory(model, architecture, targets, training, dtype, longest, gpu=gpu)
+    memory = training_memory(model, architecture, count, training, dtype, longest, gpu=gpu)
     local = ctx.launch.local_processes
     return Forecast(
         download_bytes=0,
@@ -128,7 +142,8 @@ def forecast(params: FinetuneParams, ctx: ForecastContext) -> Forecast:
         ram=(RANK_BASE + CUDA_BASE) * local if gpu else _ram(memory, local),
         vram={rank: memory.own for rank in range(local)} if gpu else {},
         metrics=known | {"trainable_parameters": count},
-        summary=f"{work}; {count:,} parameters on {counted(len(targets), 'module')}",
+        summary=f"{work}; {count:,} parameters on {counted(adapted, 'module')}",
+        output=describe_adapter(ctx.artifact) if ctx.artifact else adapter,
         details=(f"each rank: {memory.told()}",),
     )
 
@@ -141,8 +156,7 @@ def _ram(memory: TrainingMemory, ranks: int) -> int:
 def prepare(params: FinetuneParams, ctx: StageContext) -> None:
     """Checks again what is known now that the model is here."""
     rows, _ = _rows(params, ctx.base)
-    model = describe_checkpoint(ctx.input("model"))
-    _check_model(params, model, rows, sources_of(ctx), continues="adapter" in ctx.inputs)
+    check_model(params.task, describe_checkpoint(ctx.input("model")), rows, sources_of(ctx))
 
 
 def run(params: FinetuneParams, ctx: StageContext) -> StageResult:

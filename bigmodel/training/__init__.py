@@ -17,8 +17,8 @@ if TYPE_CHECKING:
     from .adapting import require_peft
     from .examples import TASKS, check_model, check_rows, input_column_of, read_data, require_sound_reader, sounds_of
     from .finetuning import TrainedAdapter, Work, computing_dtype, finetune, finish_ranks, train_rank
-    from .forecast import TrainingMemory, training_memory
+    from .forecast import TrainingMemory, foreseen_adapter, parameters_of, training_memory
     from .settings import Lora, TaskName, Training
-    from .targets import adapted_parameters, find_targets
+    from .targets import find_targets
 
 __getattr__, __all__ = face(__name__)

@@ -2,21 +2,44 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import math
 from dataclasses import dataclass
 
 from bigpipe.bigmodel.architecture import Architecture, text_config
-from bigpipe.bigmodel.checkpoint import ModelDescription, tensor_nbytes
+from bigpipe.bigmodel.checkpoint import CASTABLE, AdapterDescription, ModelDescription, tensor_nbytes
 from bigpipe.bigmodel.execution import cast_bytes
 from bigpipe.bigmodel.footprint import Budget, Workload, activations_kept, capped_length
-from bigpipe.bigmodel.formats import PLAIN, format_of
+from bigpipe.bigmodel.formats import PLAIN, format_of, set_apart
 from bigpipe.sizes import format_size
 
 from .settings import Training
-from .targets import adapted_parameters
+from .targets import find_targets
 
 PER_PARAMETER = 16
 """Of an adapter, in float32: itself, its gradient, and Adam's two moments."""
+
+
+PREFIX = "base_model.model."
+"""What peft puts before the names of a model's modules."""
+
+
+def foreseen_adapter(architecture: Architecture, training: Training) -> AdapterDescription:
+    """Return what a new adapter will hold. Raise UsageError for modules that the model does not have."""
+    asked = training.lora
+    tensors: dict[str, tuple[str, tuple[int, ...]]] = {}
+    for name, (outputs, inputs) in find_targets(architecture, asked.target_modules).items():
+        tensors[f"{PREFIX}{name}.lora_A.weight"] = ("float32", (asked.r, inputs))
+        tensors[f"{PREFIX}{name}.lora_B.weight"] = ("float32", (outputs, asked.r))
+    ends = sorted({name.rsplit(".", 3)[-3] for name in tensors})
+    config = {"peft_type": "LORA", "r": asked.r, "lora_alpha": asked.lora_alpha, "target_modules": ends}
+    return AdapterDescription(config=config, tensors=tensors, where="the adapter that is trained")
+
+
+def parameters_of(adapter: AdapterDescription) -> tuple[int, int]:
+    """Return how many numbers an adapter holds, and for how many modules."""
+    tensors = adapter.tensors or {}
+    count = sum(math.prod(shape) for _, shape in tensors.values())
+    return count, sum(name.endswith(".lora_A.weight") for name in tensors)
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,15 +66,16 @@ class TrainingMemory:
 def training_memory(
     model: ModelDescription,
     architecture: Architecture,
-    targets: Mapping[str, Sequence[int]],
+    parameters: int,
     training: Training,
     dtype: str,
     longest: int,
     *,
     gpu: bool,
 ) -> TrainingMemory:
-    """Return what a step takes. targets: modules with adapters and their (outputs, inputs). dtype: computed in.
-    longest: tokens of the longest row; more than `max_length`, or the model's positions, are cut."""
+    """Return what a step takes. parameters: of the adapter. dtype: computed in. longest: tokens of the longest row;
+    what is more than `max_length`, or the model's positions, is cut.
+    """
     stored = sum(tensor_nbytes(own, shape) for own, shape in (model.tensors or {}).values())
     cast = cast_bytes(model, dtype)
     packed = stored - _cast_from(model, dtype)
@@ -72,16 +96,13 @@ def training_memory(
     return TrainingMemory(
         windows=0 if gpu else packed,
         weights=cast + (packed if gpu else 0),
-        adapter=PER_PARAMETER * adapted_parameters(targets, training.lora.r),
+        adapter=PER_PARAMETER * parameters,
         activations=kept + budget.unpacked[0],
     )
 
 
 def _cast_from(model: ModelDescription, dtype: str) -> int:
     """Stored bytes of the weights that `cast_bytes` counts."""
-    from bigpipe.bigmodel.checkpoint import CASTABLE
-    from bigpipe.bigmodel.formats import set_apart
-
     single, _ = set_apart(model.tensors or {}, format_of(model))
     cast = [(own, shape) for own, shape in single.values() if own in CASTABLE and own != dtype]
     return sum(tensor_nbytes(own, shape) for own, shape in cast)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ast
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
@@ -75,8 +75,3 @@ def _ends(name: str, end: str) -> bool:
 def _matrices(architecture: Architecture) -> dict[str, tuple[int, int]]:
     """Linear modules: name → (outputs, inputs)."""
     return {module.name: matrix_shape(module) for module in architecture.modules if module.linear and module.name}
-
-
-def adapted_parameters(targets: Mapping[str, Sequence[int]], rank: int) -> int:
-    """Return Σ r · (inputs + outputs), the parameters of the adapters of these modules."""
-    return sum(rank * (outputs + inputs) for outputs, inputs in targets.values())
