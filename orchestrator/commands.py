@@ -276,7 +276,7 @@ def _missing(recipe: Recipe, base: Path) -> Iterator[Problem]:
     """What the params name beside the manifest, and is not there; a checkpoint may come later."""
     for node in recipe.nodes.values():
         try:
-            content_paths(node.params, base)
+            content_paths(node.params, base, inside=False)
         except UsageError as error:
             place = node.places.of(error.field) or node.places[""]
             yield Problem(Fault.NOT_THERE, place, error.cause, error.cure)

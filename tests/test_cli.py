@@ -118,6 +118,26 @@ def test_annotations_for_github(workshop):
     assert "::error file=recipe.yaml,line=4,col=" in done.stderr
 
 
+LOOKED_INTO = """\
+import sys
+sys.addaudithook(lambda event, given: event == "os.scandir" and print(given[0]))
+from bigpipe.orchestrator.commands import validate
+from pathlib import Path
+assert not validate([Path("recipe.yaml")])
+"""
+
+
+def test_validate_looks_into_no_directory_that_a_recipe_names(workshop):
+    """It may be a home, or a disk: walking through it would take minutes."""
+    workshop.manifest.write_text("version: 1\nname: x\nstages:\n  a: {uses: download, with: {path: ..}}\n")
+    done = subprocess.run(
+        [sys.executable, "-c", LOOKED_INTO],
+        cwd=workshop.folder, env=environment(workshop.folder), capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    assert str(workshop.folder.parent) not in done.stdout.splitlines()
+    assert str(workshop.folder / "..") not in done.stdout.splitlines()
+
+
 def test_graph_formats(greeting):
     assert "first: a" in greeting.command("graph", "recipe.yaml").stdout
     assert 'n0["a"]' in greeting.command("graph", "recipe.yaml", "--format", "mermaid").stdout

@@ -192,10 +192,11 @@ def content_params(params: Params, base: Path, memo: StatMemo) -> dict[str, Json
     return _Walk(base, memo).model(params, "")
 
 
-def content_paths(params: Params, base: Path) -> tuple[list[Path], list[Path]]:
-    """Return the directories that the params name as trees, and all files that are their content, those of trees too.
+def content_paths(params: Params, base: Path, *, inside: bool = True) -> tuple[list[Path], list[Path]]:
+    """Return the directories that the params name as trees, and all files that are their content.
+    inside: those of trees too, for which each is walked through.
     Raise UsageError as `content_params`, but not for a tree: it may still have to be made."""
-    naming = _Naming(base, _Noted([]))
+    naming = _Naming(base, _Noted([]), inside)
     naming.model(params, "")
     return naming.trees, naming.memo.paths
 
@@ -307,11 +308,12 @@ class _Naming(_Walk):
     """The same, and notes the directories it comes by."""
 
     memo: _Noted
+    inside: bool
     trees: list[Path] = field(default_factory=list)
 
     def tree(self, value: str, where: str, *, links: bool = True) -> str:
         self.trees.append(self.base / value)
-        return _Walk.tree(self, value, where, links=links) if self.trees[-1].is_dir() else ""
+        return _Walk.tree(self, value, where, links=links) if self.inside and self.trees[-1].is_dir() else ""
 
 
 class _Arm(NamedTuple):

@@ -20,7 +20,6 @@ from bigpipe.orchestrator.launch import visible_secrets
 from bigpipe.orchestrator.recipe import Node, Recipe, load_recipe
 from bigpipe.orchestrator.store import KeyRecord, StatMemo, Store, default_root, digest_of
 from bigpipe.redaction import printable, redact
-from bigpipe.sizes import format_transfer
 
 from .keys import Identity, identity
 
@@ -80,10 +79,9 @@ class Session:
     def memo(self) -> StatMemo:
         return StatMemo(self.store.memo, self._announce)
 
-    def _announce(self, path: Path, size: int) -> None:
+    def _announce(self, what: str) -> None:
         if self.reporter is not None:
-            line = f"reading {path.name}, {format_transfer(size)}, to know whether it changed"
-            self.reporter.report(LogLine(self._identifying, line))
+            self.reporter.report(LogLine(self._identifying, f"reading {what}, to know what it holds"))
 
     @cached_property
     def nodes(self) -> list[Node]:

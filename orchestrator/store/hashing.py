@@ -19,6 +19,7 @@ from pathlib import Path
 
 from bigpipe.files import Damaged, LogFile, read_regular, write_file
 from bigpipe.orchestrator.contract import Json
+from bigpipe.sizes import format_transfer
 
 from .layout import make_directory
 
@@ -92,10 +93,14 @@ class StatMemo:
     LARGE = 2**30
     """Bytes from which reading a file takes so long that it is announced."""
 
-    def __init__(self, folder: Path, announce: Callable[[Path, int], None] | None = None) -> None:
-        """announce: called with a large file and its size before it is read."""
+    SILENT = 5.0
+    """Seconds of reading small files after which that is announced."""
+
+    def __init__(self, folder: Path, announce: Callable[[str], None] | None = None) -> None:
+        """announce: called with what is about to be read, where that takes long."""
         self._log = folder / "files.jsonl"
         self._announce = announce
+        self._unsaid = 0.0
         self._usable = True
 
     def sha256(self, path: str | Path) -> str:
@@ -107,13 +112,21 @@ class StatMemo:
             return known[1]
         if not stat.S_ISREG(facts.st_mode):
             raise OSError(f"{path} is not a regular file")
-        if self._announce is not None and facts.st_size >= self.LARGE:
-            self._announce(Path(path), facts.st_size)
+        if facts.st_size >= self.LARGE:
+            self._say(f"{os.path.basename(name)}, {format_transfer(facts.st_size)}")
+        elif self._unsaid >= self.SILENT:
+            self._say(f"the files in {os.path.dirname(name)}")
         started = time.time_ns()
         digest, before, after = hash_and_facts(path)
+        self._unsaid += (time.time_ns() - started) / 1e9
         if fingerprint(before) == fingerprint(after) and _settled(before, started):
             self._remember(name, fingerprint(after), digest)
         return digest
+
+    def _say(self, what: str) -> None:
+        self._unsaid = 0.0
+        if self._announce is not None:
+            self._announce(what)
 
     @cached_property
     def _known(self) -> dict[str, tuple[Fingerprint, str]]:

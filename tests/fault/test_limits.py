@@ -8,6 +8,7 @@ import os
 import re
 import resource
 import shutil
+import signal
 import subprocess
 import sys
 
@@ -170,6 +171,11 @@ def starts_under(workshop: Workshop, limits: dict[int, int]) -> bool:
     return done.returncode == 0
 
 
+def aborted(code: int, said: str) -> bool:
+    """Where the address space ends inside of pydantic's core, that ends the process at once: nobody can catch it."""
+    return code == -signal.SIGABRT and re.search(r"memory allocation of \d+ bytes failed", said) is not None
+
+
 MIB = 2**20
 LIMITS = {
     "-v": (resource.RLIMIT_AS, [n * MIB for n in (50, 800)], [n * MIB for n in range(40, 800, 10)]),
@@ -188,7 +194,7 @@ def test_a_limit_of_the_system_ends_a_run_in_order(several, option, whole):
             continue
         code, said = ended_under(several, {which: most})
         codes.append(code)
-        assert code in (0, 2, 4, 6, 75), (most, code, said)
+        assert code in (0, 2, 4, 6, 75) or aborted(code, said), (most, code, said)
         assert "Traceback" not in said, (most, said)
         assert left_of(several.folder / "store") == []
         assert several.run().exit_code == 0

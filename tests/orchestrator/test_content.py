@@ -239,6 +239,17 @@ class TestMemo:
         assert len(log.read_bytes().splitlines()) == 1
         assert StatMemo(tmp_path / "memo").sha256(tmp_path / "f") == digest
 
+    def test_many_small_files_are_announced_once_they_take_long(self, tmp_path):
+        class Talkative(StatMemo):
+            SILENT = 0.001
+
+        said: list[str] = []
+        memo = Talkative(tmp_path / "memo", said.append)
+        for number in range(20):
+            memo.sha256(self.settled(tmp_path / f"f{number}", bytes(2_000_000)))
+        assert 1 <= len(said) < 20
+        assert set(said) == {f"the files in {tmp_path}"}
+
     def test_a_store_that_cannot_be_written_costs_time_only(self, tmp_path):
         (tmp_path / "file").write_bytes(b"")
         memo = StatMemo(tmp_path / "file" / "memo")

@@ -277,7 +277,7 @@ def test_a_large_file_is_announced_before_it_is_read(workshop):
         recipe += f"  {name}: {{uses: write, with: {{source: {name}}}}}\n"
     workshop.manifest.write_text(recipe)
     bigpipe.plan(workshop.manifest, reporter=reporter)
-    assert lines == [("large", "reading large, 1.1 GB, to know whether it changed")]
+    assert lines == [("large", "reading large, 1.1 GB, to know what it holds")]
 
 
 def test_bytes_of_one_key_stay_where_one_of_two_nodes_keeps_them(workshop):
