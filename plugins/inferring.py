@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import math
-import os
 from contextlib import suppress
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from bigpipe.bigmodel.checkpoint import ModelDescription, describe_checkpoint
-from bigpipe.bigmodel.execution import as_placement, cast_bytes, loaded, loading_dtype
+from bigpipe.bigmodel.execution import as_placement, loaded
 from bigpipe.bigmodel.footprint import Budget, Workload
 from bigpipe.bigmodel.formats import computable
 from bigpipe.bigmodel.inference import RESULTS, Bound, assign, chunked, compute_share, merge_results, plan_work
@@ -19,35 +17,25 @@ from bigpipe.bigmodel.placement import Placement, Together, Work, batches_togeth
 from bigpipe.bigmodel.sources import Sources
 from bigpipe.bigmodel.tasks import TASKS, Row, Task, TaskOptions, find_task, read_prompts, refuse_arguments
 from bigpipe.errors import StageFailed, UsageError
-from bigpipe.fit import Cure, Misfit, fits
-from bigpipe.machine import Machine
 from bigpipe.modules import foreign, keywords_of, missing_name
 from bigpipe.orchestrator.stage import CheckContext, Forecast, ForecastContext, StageContext, StageResult
 from bigpipe.sizes import counted
 
 from .distributed_infer import InferMetrics, InferParams
-from .library import (
-    about,
-    agreed,
-    computed_in,
-    load_placed,
-    memory_here,
-    read_placement,
-    require_class,
-    single_model,
-    sources_of,
-    told_limit,
+from .library import about, agreed, computed_in, require_class, single_model, sources_of, told_limit
+from .ranked import (
+    CUDA_BASE,
+    RANK_BASE,
+    alone,
+    check_weights,
+    held_in_ram,
+    load_on_rank,
+    misfits_of_gpus,
+    placement_of,
 )
 
-if TYPE_CHECKING:
-    import torch
-
-CUDA_BASE = 3 * 2**30
-"""Bytes of CUDA's libraries and pinned buffers in a rank that has GPUs: a bound."""
 LONGEST = 2**16
 """Tokens of a task that makes as many as it needs: cut to the model's positions."""
-RANK_BASE = 500 * 2**20
-"""Bytes of a rank that has imported torch and transformers and holds no model."""
 
 
 def check(params: InferParams, ctx: CheckContext) -> None:
@@ -62,7 +50,7 @@ def check(params: InferParams, ctx: CheckContext) -> None:
         with about("inputs.model"):
             require_class(model)
             computable(model)
-        _check_weights(model, ctx)
+        check_weights(model, ctx)
     if params.task not in TASKS:
         with about("task"):
             ctx.trust.require_module(params.task, f"task {params.task}")
@@ -83,17 +71,6 @@ def _given(params: InferParams) -> tuple[str, ...]:
     return (*(("max_new_tokens",) if "max_new_tokens" in params.model_fields_set else ()), *params.generation)
 
 
-def _check_weights(model: ModelDescription, ctx: CheckContext) -> None:
-    """Raise InvalidCheckpoint where config and weights do not belong together."""
-    if model.tensors is None or (model.config is None and model.custom is None):
-        return
-    try:
-        agreed(model, sources_of(ctx))
-    except UsageError:
-        if not (ctx.trust.remote_code and (model.config or {}).get("auto_map")):  # its code comes with the download
-            raise
-
-
 def forecast(params: InferParams, ctx: ForecastContext) -> Forecast:
     try:
         rows = _rows(params, ctx.base)
@@ -111,7 +88,7 @@ def forecast(params: InferParams, ctx: ForecastContext) -> Forecast:
         at_work = _at_work(params, model, placement, rows, ctx)
         told["micro_batches"] = together.count
         if model is not None and model.tensors is not None and (placement or placed is None):
-            told["compute_dtype"] = computed_in(model, placement or _alone(ctx.machine), ctx, params.dtype)
+            told["compute_dtype"] = computed_in(model, placement or alone(ctx.machine), ctx, params.dtype)
     said = f"{counted(together.count, 'batch', 'es')} at once through the streamed layers: {together.why}"
     known = Forecast(
         download_bytes=0,
@@ -123,24 +100,19 @@ def forecast(params: InferParams, ctx: ForecastContext) -> Forecast:
     if placed is not None and placed.misfits:  # said where it is placed
         return known
     each = placement.gpus if placement else int(bool(ctx.machine.gpus))
-    return replace(known, vram=_vram(placement, ctx.launch.local_processes, together), misfits=_misfits(each, ctx))
+    return replace(
+        known, vram=_vram(placement, ctx.launch.local_processes, together), misfits=misfits_of_gpus(each, ctx)
+    )
 
 
 def _ram(params: InferParams, ctx: ForecastContext, placement: Placement | None, beside: int) -> int | None:
-    """Of all ranks here. beside: what the batches of a rank take besides the weights, on a CPU. Weights that are
-    windows into their files are page cache, and not counted."""
+    """Of all ranks here. beside: what the batches of a rank take besides the weights, on a CPU."""
     model, local = single_model(ctx), ctx.launch.local_processes
     if model is None or model.tensors is None:
         return None
     if ctx.machine.gpus:
         return (RANK_BASE + CUDA_BASE) * local
-    placement = placement or as_placement(None)
-    if params.dtype:
-        placement = replace(placement, compute_dtype=None)
-    memory = memory_here(placement, ctx, local)
-    cast = cast_bytes(model, loading_dtype(model, placement, memory, params.dtype))
-    ring = max(placement.streaming.values(), default=0) if placement.compute_dtype else 0
-    return (RANK_BASE + min(cast, memory.cast) + ring + memory.experts + beside) * local
+    return (RANK_BASE + held_in_ram(model, placement or as_placement(None), params.dtype, ctx) + beside) * local
 
 
 def _at_work(
@@ -150,7 +122,7 @@ def _at_work(
     """What a forward of the largest batch takes besides the weights, on a CPU; 0: of a function nobody knows."""
     if model is None or model.tensors is None or params.task not in TASKS:
         return 0
-    dtype = computed_in(model, placement or _alone(ctx.machine), ctx, params.dtype)
+    dtype = computed_in(model, placement or alone(ctx.machine), ctx, params.dtype)
     found = Budget(agreed(model, sources_of(ctx)).architecture, dtype, _workload(params, rows))
     return found.cpu.bytes - found.counts.loaded
 
@@ -222,16 +194,6 @@ def _side_by_side(task: str) -> bool:
     return task in TASKS and find_task(task, Sources()).side_by_side
 
 
-def _misfits(each: int, ctx: ForecastContext) -> tuple[Misfit, ...]:
-    """each: GPUs of a rank."""
-    local, there = ctx.launch.local_processes, len(ctx.machine.gpus)
-    if fits(each * local, there):
-        return ()
-    cause = f"{local} ranks with {each} GPU(s) each need {each * local}, and there are {there}"
-    ranks = there // each * ctx.launch.num_machines
-    return (Misfit(cause, Cure({"launch.num_processes": ranks}) if ranks else "place the model on cpu and disk"),)
-
-
 def prepare(params: InferParams, ctx: StageContext) -> None:
     """Checks what only a worker may import, and shares out what no earlier attempt has finished."""
     rows = _rows(params, ctx.base)
@@ -240,7 +202,7 @@ def prepare(params: InferParams, ctx: StageContext) -> None:
     if not (task.makes_tokens or task.heeds_length):
         refuse_arguments(params.task, (), {"max_new_tokens"}.intersection(_given(params)))
     task.check(params.generation, rows, model, sources, params.max_new_tokens)
-    together = _together(params, model, _placement(ctx), rows, ctx)
+    together = _together(params, model, placement_of(ctx), rows, ctx)
     plan = plan_work(
         ctx.scratch, rows, _lengths(params, rows, task), ranks=ctx.launch.num_processes, batch_size=params.batch_size,
         batch_tokens=params.batch_tokens, split=params.split, pad=params.apply_padding, together=together.count,
@@ -257,7 +219,7 @@ def run(params: InferParams, ctx: StageContext) -> StageResult:
             arguments=params.generation, max_new_tokens=params.max_new_tokens, seed=params.seed, bounded=ctx.bounded
         )
         sources = sources_of(ctx)
-        task, model = find_task(params.task, sources), _load(params, ctx)
+        task, model = find_task(params.task, sources), load_on_rank(ctx, params.dtype, placement_of(ctx))
         with foreign(f"task {params.task} cannot be used", "mend it, or see the log", StageFailed):
             answer = task.bind(model, ctx.input("model"), options, sources)
         return Bound(answer, partial(loaded(model).stream.together, model))
@@ -270,27 +232,10 @@ def run(params: InferParams, ctx: StageContext) -> StageResult:
     return StageResult(InferMetrics())
 
 
-def _alone(machine: Machine) -> Placement:
-    """Where nobody placed it: all of it on the first GPU, else in RAM."""
-    return as_placement({"": 0 if machine.gpus else "cpu"})
-
-
-def _placement(ctx: StageContext) -> Placement | None:
-    return read_placement(ctx.input("placement")) if "placement" in ctx.inputs else None
-
-
-def _load(params: InferParams, ctx: StageContext) -> torch.nn.Module:
-    import torch
-
-    placement = _placement(ctx) or as_placement({"": 0 if torch.cuda.is_available() else "cpu"})
-    rank, ranks = os.environ.get("LOCAL_RANK", ctx.rank), os.environ.get("LOCAL_WORLD_SIZE", ctx.world_size)
-    return load_placed(placement, ctx, dtype=params.dtype, rank=int(rank), ranks=int(ranks))
-
-
 def finish(params: InferParams, ctx: StageContext) -> StageResult:
     """Merges by index: every row once, or the stage fails."""
     summary, written = merge_results(ctx.scratch, ctx.out, max_errors=params.max_errors)
-    model, placement = describe_checkpoint(ctx.input("model")), _placement(ctx) or _alone(ctx.machine)
+    model, placement = describe_checkpoint(ctx.input("model")), placement_of(ctx) or alone(ctx.machine)
     metrics = InferMetrics(**summary, compute_dtype=computed_in(model, placement, ctx, params.dtype))
     return StageResult(_with_limit(params, metrics, model, placement, ctx), {RESULTS: written})
 

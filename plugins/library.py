@@ -79,15 +79,15 @@ class Pipeline:
     """What a download foresees of several models in one folder, as diffusers puts them together."""
 
 
-def single_model(context: CheckContext | ForecastContext) -> ModelDescription | None:
-    """What is known of the model on port `model`. Raise UsageError for a pipeline of several."""
+def single_model(context: CheckContext | ForecastContext, port: str = "model") -> ModelDescription | None:
+    """What is known of the model on a port. Raise UsageError for a pipeline of several."""
     from bigpipe.bigmodel.checkpoint import AdapterDescription, ModelDescription
 
-    wired = context.input("model")
+    wired = context.input(port)
     described = wired.output if wired else None
     if isinstance(described, AdapterDescription):
         cause = f"{described.where} holds an adapter, which is not a model by itself"
-        raise UsageError(cause, "wire it to a port `adapter`, and the model it belongs to here", field="inputs.model")
+        raise UsageError(cause, "wire it to a port `adapter`, and the model it belongs to here", field=f"inputs.{port}")
     if isinstance(described, Pipeline):
         cause = "the model is a pipeline of diffusers: several models, of which none is the one"
         raise UsageError(cause, "download one of them: its folder as `path`, or `subfolder`")
@@ -178,8 +178,9 @@ def load_placed(
     as_stored: bool = False,
     rank: int = 0,
     ranks: int = 1,
+    port: str = "model",
 ) -> torch.nn.Module:
-    """The model on port `model`, placed. dtype: wins over the placement's. as_stored: nothing is held in another dtype
+    """The model on a port, placed. dtype: wins over the placement's. as_stored: nothing is held in another dtype
     than it is stored in. rank, ranks: of those on this machine, which share its memory and own as many GPUs each."""
     import psutil
 
@@ -189,7 +190,7 @@ def load_placed(
         placement = replace(placement, compute_dtype=None)
     memory = memory_here(placement, context, ranks, psutil.virtual_memory().available)
     return load(
-        context.input("model"),
+        context.input(port),
         placement,
         dtype=dtype,
         memory=replace(memory, cast=0) if as_stored else memory,

@@ -20,9 +20,10 @@ ROOT = Path(__file__).parents[1]
 ROOMS = ("commandline", "orchestrator", "bigmodel", "plugins")
 HEAVY = ("torch", "transformers", "accelerate", "bitsandbytes")
 EXPORTS = [
-    "BigpipeError", "Checkpoint", "Estimate", "ManifestError", "Placement", "Plan", "Recipe", "RunRecord", "RunResult",
-    "Stage", "__version__", "estimate", "load", "load_manifest", "merge_adapter", "open_checkpoint",
-    "place", "plan", "quantize_checkpoint", "run", "runs", "save_checkpoint", "split_between_processes",
+    "BigpipeError", "Checkpoint", "Estimate", "Evaluation", "ManifestError", "Placement", "Plan", "Recipe", "RunRecord",
+    "RunResult", "Stage", "__version__", "estimate", "evaluate", "load", "load_manifest", "merge_adapter",
+    "open_checkpoint", "place", "plan", "quantize_checkpoint", "run", "runs", "save_checkpoint",
+    "split_between_processes",
 ]  # fmt: skip
 
 

@@ -10,10 +10,10 @@ it, so the same batches form, and the same bits come out, on any number of ranks
 
 from .sharing import Split, assign, chunked
 from .splitting import split_between_processes
-from .workfolder import RESULTS, Record, WorkPlan, merge_results, plan_work, read_log
-from .working import Bound, compute_share
+from .workfolder import RESULTS, Record, WorkPlan, gather, merge_results, peak_of, plan_work, read_log
+from .working import Bound, Work, compute_share
 
 __all__ = [
-    "RESULTS", "Bound", "Record", "Split", "WorkPlan", "assign", "chunked", "compute_share", "merge_results",
-    "plan_work", "read_log", "split_between_processes",
+    "RESULTS", "Bound", "Record", "Split", "Work", "WorkPlan", "assign", "chunked", "compute_share", "gather",
+    "merge_results", "peak_of", "plan_work", "read_log", "split_between_processes",
 ]  # fmt: skip

@@ -197,7 +197,7 @@ def merge_results(folder: Path, out: Path, *, max_errors: int = 0) -> tuple[dict
         **counts,
         "micro_batches": plan.together,
         **_times(folder, plan.ranks, tokens),
-        "peak": _peak(folder),
+        "peak": peak_of(folder),
     }, written
 
 
@@ -214,7 +214,8 @@ def _times(folder: Path, ranks: int, tokens: int) -> dict[str, float]:
     return {"tokens_per_second": round(tokens / longest, 3), "idle": round(idle, 4)}
 
 
-def _peak(folder: Path) -> dict[str, int]:
+def peak_of(folder: Path) -> dict[str, int]:
+    """Return bytes by device, of the rank that took most."""
     peak: Counter[str] = Counter()
     for file in folder.glob(f"rank-*/{PEAKS}"):
         peak |= Counter(json.loads(file.read_bytes()))

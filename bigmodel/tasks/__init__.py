@@ -10,10 +10,18 @@ from bigpipe.faces import face
 
 if TYPE_CHECKING:
     from .processing import load_processor, require_library, require_processor
+    from .promptfiles import READERS, read_rows
     from .registry import TASKS, BuiltIn, find_task, require_known, task_arguments
-    from .rows import Row, read_prompts, template_parts
+    from .rows import Row, named_files, read_prompts, template_parts
     from .sounds import read_sound
     from .task import Answer, Answerer, Arguments, Task, TaskOptions, refuse_arguments
-    from .tokenizing import Bounded, known_architecture, load_tokenizer, require_template, require_tokenizer
+    from .tokenizing import (
+        Bounded,
+        known_architecture,
+        load_tokenizer,
+        require_going_on,
+        require_template,
+        require_tokenizer,
+    )
 
 __getattr__, __all__ = face(__name__)

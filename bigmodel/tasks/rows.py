@@ -52,7 +52,7 @@ def read_prompts(prompts: str | Sequence[Any], column: str, base: Path, template
     """Return the rows of a list, or of the files that a path or glob (relative to `base`) names, in their order, each
     read as its ending says. template: makes the prompt of a row's fields, in place of its `column`. Raise UsageError
     naming file and line."""
-    files = _files(prompts, base) if isinstance(prompts, str) else []
+    files = named_files(prompts, base) if isinstance(prompts, str) else []
     if any(path.suffix.lower() in MEDIA for path in files):
         if template is not None:
             cause = "a picture or a sound has no fields that a template could name"
@@ -118,7 +118,8 @@ def _names(data: dict[str, Any]) -> str:
     return ", ".join(map(repr, data)) or "nothing"
 
 
-def _files(pattern: str, base: Path) -> list[Path]:
+def named_files(pattern: str, base: Path) -> list[Path]:
+    """Return the files that a path or glob (relative to `base`) names, in their order. Raise UsageError for none."""
     whole = base / pattern
     named = [whole] if os.path.isfile(whole) else sorted(map(Path, glob.glob(str(whole), recursive=True)))
     if files := [path for path in named if path.is_file()]:

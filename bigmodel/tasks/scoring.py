@@ -7,19 +7,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from bigpipe.bigmodel.sources import Sources
-from bigpipe.errors import UsageError
 
 from .rows import Row
 from .task import Answer, Answerer, Arguments, Task, TaskOptions
 from .tokenizing import (
-    OWN_FUNCTION,
     Bounded,
     check_length,
     check_text_model,
-    known_architecture,
     load_tokenizer,
     longest,
     pad,
+    require_going_on,
     require_template,
     text_of,
 )
@@ -114,12 +112,7 @@ def _length_of(row: Row, arguments: Mapping[str, Any]) -> int:
 
 
 def _check_model(model: ModelDescription, arguments: Mapping[str, Any], sources: Sources) -> None:
-    architecture = known_architecture(model, sources)
-    if architecture is not None and not (architecture.generates and architecture.output_embedding):
-        raise UsageError(f"{architecture.class_name} does no scoring: it makes no text", OWN_FUNCTION, field="task")
-    if architecture is not None and architecture.config.get("is_encoder_decoder"):
-        cause = f"{architecture.class_name} does no scoring: it reads a prompt apart from what follows"
-        raise UsageError(cause, "take a model that goes on with its prompt", field="task")
+    require_going_on(model, sources, "scoring", field="task")
     check_text_model(model, arguments, sources)
 
 

@@ -74,6 +74,18 @@ def check_text_model(model: ModelDescription, arguments: Mapping[str, Any], sour
         raise UsageError(f"{architecture.class_name} reads no text", OWN_FUNCTION)
 
 
+def require_going_on(model: ModelDescription, sources: Sources, what: str, *, field: str = "") -> Architecture | None:
+    """Return what the model consists of; None where that is not known yet. Raise UsageError for a model that does not
+    go on with the text it reads: an encoder, or one that reads a text apart from what follows. what: is asked of it."""
+    architecture = known_architecture(model, sources)
+    if architecture is not None and not (architecture.generates and architecture.output_embedding):
+        raise UsageError(f"{architecture.class_name} does no {what}: it makes no text", OWN_FUNCTION, field=field)
+    if architecture is not None and architecture.config.get("is_encoder_decoder"):
+        cause = f"{architecture.class_name} does no {what}: it reads a prompt apart from what follows"
+        raise UsageError(cause, "take a model that goes on with its prompt", field=field)
+    return architecture
+
+
 def _has_template(model: ModelDescription) -> bool:
     """Also where a file that may hold one is not here yet."""
     from bigpipe.bigmodel.checkpoint import MAX_CONFIG, read_json

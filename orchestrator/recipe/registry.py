@@ -19,7 +19,10 @@ from bigpipe.trust import Trust
 
 GROUP = "bigpipe.stages"
 
-_KINDS = ("download", "estimate", "shard", "quantize", "dispatch", "distributed-infer", "finetune", "merge", "save")
+_KINDS = (
+    "download", "estimate", "shard", "quantize", "dispatch", "distributed-infer", "finetune", "evaluate", "merge",
+    "save",
+)  # fmt: skip
 BUILT_IN: Mapping[str, str] = {kind: f"bigpipe.plugins.{kind.replace('-', '_')}:STAGE" for kind in _KINDS}
 
 PROBES: Mapping[str, str] = {

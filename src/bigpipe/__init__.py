@@ -14,6 +14,7 @@ from .faces import face
 if TYPE_CHECKING:
     from .bigmodel.adapters import merge_adapter as merge_adapter
     from .bigmodel.checkpoint import Checkpoint as Checkpoint, open_checkpoint as open_checkpoint
+    from .bigmodel.evaluation import Evaluation as Evaluation, evaluate as evaluate
     from .bigmodel.execution import load as load
     from .bigmodel.footprint import Estimate as Estimate, estimate as estimate
     from .bigmodel.inference import split_between_processes as split_between_processes

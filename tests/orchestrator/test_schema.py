@@ -124,11 +124,15 @@ def test_docstrings_below_fields_become_descriptions() -> None:
     assert field_descriptions(InferParams) == {}
 
 
-def test_the_first_manifest_uses_every_built_in_kind_once(tmp_path: Path) -> None:
+FIRST = [kind for kind in BUILT_IN if kind not in ("finetune", "evaluate", "merge")]
+"""Those others need a text, or an adapter, which nobody has yet."""
+
+
+def test_the_first_manifest_uses_every_built_in_kind_that_needs_no_file_once(tmp_path: Path) -> None:
     text = initial_manifest("facebook/opt-13b", "opt13b", "../schema/bigpipe.schema.json")
     assert text.splitlines()[0] == "# yaml-language-server: $schema=../schema/bigpipe.schema.json"
     stages = data(text)["stages"]
-    assert [stage["uses"] for stage in stages.values()] == list(BUILT_IN)
+    assert [stage["uses"] for stage in stages.values()] == FIRST
     assert stages["download"]["with"] == {"repo": "facebook/opt-13b", "revision": "main"}
 
 
@@ -153,7 +157,7 @@ def test_the_first_manifest_is_valid(installed: Any, tmp_path: Path, model: str)
     path = tmp_path / "first.yaml"
     path.write_text(initial_manifest(model, "first"), encoding="utf-8")
     assert errors(installed, path.read_text(encoding="utf-8")) == []
-    assert len(load_recipe(path, environment={}).nodes) == len(BUILT_IN)
+    assert len(load_recipe(path, environment={}).nodes) == len(FIRST)
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,218 @@
+"""An evaluation from files to numbers: the steps that a stage takes one by one, and all of them in this process.
+
+prepare     text → tokens → windows, shared out
+Bound       each rank's windows, by `inference.compute_share`
+conclude    the union of all ranks' windows → numbers
+"""
+
+from __future__ import annotations
+
+import json
+from array import array
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING, Any
+
+from bigpipe.bigmodel.architecture import describe_architecture
+from bigpipe.bigmodel.checkpoint import ModelDescription, describe_checkpoint
+from bigpipe.bigmodel.execution import load
+from bigpipe.bigmodel.footprint import Workload
+from bigpipe.bigmodel.formats import default_skips, format_of, set_apart
+from bigpipe.bigmodel.inference import Bound, WorkPlan, compute_share, gather, plan_work
+from bigpipe.bigmodel.placement import Placement
+from bigpipe.bigmodel.sources import Sources
+from bigpipe.errors import StageFailed, UsageError
+from bigpipe.files import make_directory, write_file
+from bigpipe.machine import detect
+from bigpipe.names import PATH, Given, checked
+from bigpipe.trust import Trust
+
+from .layers import LayerLoss, Layers, lose_least
+from .placing import beside
+from .reporting import write_report
+from .summary import Evaluation, summarise
+from .texts import read_texts
+from .windows import check_model, check_pair, check_same_tokens, check_windows, plan_windows, tokenize
+from .working import Pair, bind_windows
+
+if TYPE_CHECKING:
+    import torch
+
+TOKENS, TEXT_BYTES = "tokens.bin", "text.json"
+LEAST = {"sequence_length": 2, "max_tokens": 2, "stride": 1, "batch_size": 1, "seed": 0}
+Bounded = Callable[[str], AbstractContextManager[None]]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Question:
+    """What is asked, but for where it is computed."""
+
+    data: str
+    column: str = "text"
+    sequence_length: int | None = None
+    stride: int | None = None
+    batch_size: int = 1
+    max_tokens: int | None = None
+    seed: int = 0
+    per_layer: bool = False
+    per_layer_bound: float | None = None
+
+    def __post_init__(self) -> None:
+        for name, least in LEAST.items():
+            value = getattr(self, name)
+            if value is not None and (not isinstance(value, int) or value < least):
+                raise UsageError(f"{name} is {value!r:.40}", f"give a whole number from {least} on", field=name)
+
+    def check(self, model: ModelDescription, baseline: ModelDescription | None, sources: Sources) -> tuple[int, int]:
+        """Return tokens of a window, and between the begins of two. Raise UsageError for what is known to be wrong."""
+        architecture = check_model(model, sources)
+        if baseline is not None:
+            check_pair(architecture, check_model(baseline, sources))
+        elif self.per_layer:
+            cure = "wire inputs: baseline to the model it was made from, or leave it out"
+            raise UsageError("per_layer compares modules with a baseline's, and there is none", cure, field="per_layer")
+        return check_windows(model, architecture, self.sequence_length, self.stride)
+
+    def windows(self, model: ModelDescription, sources: Sources) -> tuple[int, int]:
+        """Return tokens of a window, and between the begins of two, of a model that was checked."""
+        return check_windows(model, check_model(model, sources), self.sequence_length, self.stride)
+
+    def workload(self, length: int) -> Workload:
+        """Return that of one batch. length: tokens of a window."""
+        return Workload(batch_size=self.batch_size, sequence_length=length, all_logits=True)
+
+
+def prepare(
+    folder: Path,
+    question: Question,
+    model: Path,
+    baseline: Path | None,
+    base: Path,
+    sources: Sources,
+    *,
+    ranks: int = 1,
+    together: int = 1,
+    bounded: Bounded = lambda what: nullcontext(),
+) -> WorkPlan:
+    """Read the text, cut it into windows and share out those that nobody has finished in `folder`. Raise UsageError for
+    a text that is too short, and for a baseline that reads it as other tokens."""
+    described = [describe_checkpoint(path) for path in (model, baseline) if path is not None]
+    length, stride = question.check(described[0], described[1] if baseline else None, sources)
+    text = read_texts(question.data, question.column, base)
+    tokens = tokenize(model, text, sources, bounded, question.max_tokens)
+    if baseline is not None:
+        check_same_tokens(tokens, tokenize(baseline, text, sources, bounded, question.max_tokens))
+    make_directory(folder)
+    write_file(folder / TOKENS, tokens.ids.tobytes())
+    write_file(folder / TEXT_BYTES, json.dumps({"bytes": tokens.text_bytes}))
+    rows = plan_windows(tokens, length, stride)
+    lengths = [row.data["end"] - row.data["begin"] for row in rows]
+    return plan_work(folder, rows, lengths, batch_size=question.batch_size, ranks=ranks, together=together)
+
+
+def bind(folder: Path, question: Question, model: Any, baseline: Any = None) -> Bound:
+    """Return what answers the windows in `folder`, by one or two models that `load` made."""
+    ids = array("i", (folder / TOKENS).read_bytes())
+    layers = Layers(model, baseline) if question.per_layer else None
+    return bind_windows(Pair(model, baseline, layers), WorkPlan.read(folder), ids, question.seed)
+
+
+def conclude(folder: Path, question: Question, model: ModelDescription, sources: Sources) -> Evaluation:
+    """Return what came of all windows. Raise StageFailed where one has no record."""
+    plan = WorkPlan.read(folder)
+    found = gather(plan.rows, folder)
+    if missing := [row.prompt for row in plan.rows if row.index not in found]:
+        raise StageFailed(f"{len(missing)} windows have no numbers, the first is {missing[0]}", "run it again")
+    windows = [found[row.index].payload for row in plan.rows]
+    layers = _layer_loss(windows, question, model, sources) if question.per_layer else None
+    return summarise(windows, json.loads((folder / TEXT_BYTES).read_bytes())["bytes"], layers)
+
+
+def _layer_loss(
+    windows: Sequence[Mapping[str, Any]], question: Question, model: ModelDescription, sources: Sources
+) -> LayerLoss:
+    losses = [window["layers"] for window in windows if "layers" in window]
+    _, packed = set_apart(model.tensors or {}, format_of(model))
+    skipped = (model.quantization or {}).get("llm_int8_skip_modules")
+    if skipped is None and packed:
+        skipped = default_skips(describe_architecture(dict(model.config or {}), custom=model.custom, sources=sources))
+    return lose_least(losses, question.per_layer_bound, skipped or (), packed)
+
+
+@checked(
+    model=PATH, data=PATH, placement=Given((Placement, Mapping, str, int, type(None)), "a Placement, a map, a mode")
+)
+def evaluate(
+    model: str | Path,
+    data: str | Path,
+    *,
+    baseline: str | Path | None = None,
+    placement: Placement | Mapping[str, Any] | str | int | None = None,
+    column: str = "text",
+    sequence_length: int | None = None,
+    stride: int | None = None,
+    batch_size: int = 1,
+    max_tokens: int | None = None,
+    seed: int = 0,
+    per_layer: bool = False,
+    per_layer_bound: float | None = None,
+    dtype: str | torch.dtype | None = None,
+    out: str | Path | None = None,
+    folder: str | Path | None = None,
+    trust: Trust | Sequence[str] = (),
+    trust_remote_code: bool = False,
+    base: Path | None = None,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> Evaluation:
+    """Return how well the model in a checkpoint's directory foresees a text, and how far it is from a baseline.
+
+    data: a path or glob of texts, or of files of rows whose `column` is joined by blank lines; relative to `base`.
+    baseline: the checkpoint that it is compared with: it reads the same windows, and no logits are kept.
+    placement: as `load` takes it. The baseline goes beside the model, under the same caps.
+    sequence_length: tokens of a window (None: the model's positions); stride: between the begins of two (None: half).
+    batch_size: windows at once. max_tokens: how much of the text is read. seed: of what a model draws at random.
+    per_layer: also what each module loses against the baseline's, on the same inputs; per_layer_bound: see `LayerLoss`.
+    dtype: what both compute in, as `load` takes it. out: a directory for report.json and report.txt.
+    folder: where finished windows are written down, to go on from after a crash. progress: (windows done, of all).
+    trust, trust_remote_code, base: as for `load`.
+
+    Raise UsageError (data, windows or baseline that do not go with the model), InvalidCheckpoint, DoesNotFit, and
+    StageFailed for logits that are no numbers, naming the token.
+    """
+    question = Question(
+        data=str(data), column=column, sequence_length=sequence_length, stride=stride, batch_size=batch_size,
+        max_tokens=max_tokens, seed=seed, per_layer=per_layer, per_layer_bound=per_layer_bound,
+    )  # fmt: skip
+    sources = Sources(trust=Trust.of(trust), trust_remote_code=trust_remote_code, base=base)
+    own, other = Path(model), None if baseline is None else Path(baseline)
+
+    def bound() -> Bound:
+        asked: dict[str, Any] = {
+            "dtype": dtype, "trust": trust, "trust_remote_code": trust_remote_code, "base": base,
+        }  # fmt: skip
+        loaded = load(own, placement, **asked)
+        return bind(work, question, loaded, None if other is None else load(other, where, **asked))
+
+    with nullcontext(str(folder)) if folder is not None else TemporaryDirectory() as named:
+        work = Path(named)
+        prepare(work, question, own, other, base or Path(), sources)
+        described = describe_checkpoint(own)
+        where = placement
+        if other is not None and isinstance(placement, Placement):
+            where = _beside(placement, describe_checkpoint(other), question, described, sources)
+        compute_share(work, 0, 1, bound, progress=progress)
+        found = conclude(work, question, described, sources)
+    if out is not None:
+        write_report(found, {"with": asdict(question)}, Path(out))
+    return found
+
+
+def _beside(
+    placement: Placement, baseline: ModelDescription, question: Question, model: ModelDescription, sources: Sources
+) -> Placement:
+    architecture = describe_architecture(dict(baseline.config or {}), custom=baseline.custom, sources=sources)
+    length, _ = question.windows(model, sources)
+    return beside(placement, baseline, architecture, question.workload(length), detect(Path.cwd()))

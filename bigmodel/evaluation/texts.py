@@ -1,0 +1,65 @@
+"""The text that a model is evaluated on, from files: texts as they stand, or rows with a column."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from bigpipe.bigmodel.tasks import READERS, named_files, read_rows
+from bigpipe.errors import UsageError
+from bigpipe.files import read_file
+
+SEPARATOR = "\n\n"
+"""Between rows and between files, as in transformers' guide to perplexity."""
+LARGEST = 2**30
+"""Bytes of a text file."""
+
+
+def read_texts(data: str, column: str, base: Path) -> str:
+    """Return the texts of the files that a path or glob (relative to `base`) names, in their order, joined by a blank
+    line. Files of rows (`.jsonl .json .csv .tsv .parquet` and so on) give the text under `column` of each row; any
+    other file is a text, taken as it stands. Raise UsageError that names file and row."""
+    with _about_data():
+        files = named_files(data, base)
+        text = SEPARATOR.join(part for path in files for part in _texts_of(path, column))
+    if not text.strip():
+        raise UsageError(f"{data} holds no text", "give a file with some", field="data")
+    return text
+
+
+def _texts_of(path: Path, column: str) -> Iterator[str]:
+    if path.suffix.lower() == ".txt" or path.suffix.lower() not in READERS:
+        yield _whole(path)
+        return
+    for place, row in read_rows(path, column):
+        yield _text_of(row, column, place)
+
+
+def _text_of(row: object, column: str, place: str) -> str:
+    if not isinstance(row, dict):
+        raise UsageError(f"{place}: a row is an object with {column!r}, or a text", "write one object per line")
+    if column not in row:
+        there = ", ".join(map(repr, row)) or "nothing"
+        cure = "set `column` to the one with the text"
+        raise UsageError(f"{place}: there is no {column!r}, only {there}", cure, field="column")
+    text = row[column]
+    if not isinstance(text, str):
+        raise UsageError(f"{place}: {column!r} holds no text", "name a column of texts", field="column")
+    return text
+
+
+def _whole(path: Path) -> str:
+    try:
+        return read_file(path, LARGEST).decode("utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UsageError(f"{path} cannot be read: {error}", "give a file in UTF-8") from error
+
+
+@contextmanager
+def _about_data() -> Iterator[None]:
+    """Readers of rows speak of prompts, which is what most of them read."""
+    try:
+        yield
+    except UsageError as error:
+        raise UsageError(error.cause.removeprefix("prompts: "), error.cure, field=error.field or "data") from error

@@ -1,0 +1,153 @@
+"""Tokens of a text, and the windows that a model reads them through."""
+
+from __future__ import annotations
+
+import hashlib
+from array import array
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from bigpipe.bigmodel.architecture import Architecture, position_limit
+from bigpipe.bigmodel.checkpoint import ModelDescription
+from bigpipe.bigmodel.sources import Sources
+from bigpipe.bigmodel.tasks import Bounded, Row, load_tokenizer, require_going_on, require_tokenizer
+from bigpipe.errors import UsageError
+from bigpipe.modules import foreign
+
+UNLIMITED = 2048
+"""Tokens of a window, where a model's positions have no end and nobody says how many."""
+
+
+@dataclass(frozen=True, slots=True)
+class Window:
+    """Tokens `begin` to `end` of a text, of which those from `scored` on are scored, each given all before it here."""
+
+    begin: int
+    end: int
+    scored: int
+
+    @property
+    def tokens(self) -> int:
+        """Return how many are scored."""
+        return self.end - self.scored
+
+
+def windows_of(tokens: int, length: int, stride: int) -> Iterator[Window]:
+    """Yield the windows over so many tokens, as in transformers' guide "Perplexity of fixed-length models": each begins
+    `stride` after the one before and has at most `length` tokens; every token is scored once, in the first window that
+    holds it. The first token of a window has nothing before it, and is not scored there."""
+    done = 0
+    for begin in range(0, tokens, stride):
+        end = min(begin + length, tokens)
+        window = Window(begin, end, max(done, begin + 1))
+        if window.tokens > 0:
+            yield window
+        if end == tokens:
+            return
+        done = end
+
+
+@dataclass(frozen=True, slots=True)
+class Tokens:
+    """A text as a model reads it."""
+
+    ids: array[int]
+    text_bytes: int
+    """UTF-8 bytes of the tokens that can be scored: all but the first."""
+
+    @property
+    def digest(self) -> str:
+        """Return the hex sha256 of the ids."""
+        return hashlib.sha256(self.ids.tobytes()).hexdigest()
+
+
+def tokenize(path: Path, text: str, sources: Sources, bounded: Bounded, most: int | None = None) -> Tokens:
+    """Return the first `most` tokens (None: all) of a text, by the tokenizer in a checkpoint's directory, with the
+    special tokens that it puts around a text. Raise UsageError for fewer than two: nothing stands before the first."""
+    tokenizer = load_tokenizer(path, sources, bounded)
+    broken = foreign(f"{path} has a tokenizer that cannot be used", "mend it, or take another model")
+    with broken, bounded(f"the tokenizer of {path}"):
+        offsets = bool(tokenizer.is_fast)
+        encoded = tokenizer(text, return_offsets_mapping=offsets, verbose=False)
+        ids = array("i", encoded["input_ids"][:most])
+        if len(ids) > 1:
+            size = _bytes_of(text, encoded["offset_mapping"], len(ids)) if offsets else _decoded(tokenizer, ids)
+    if len(ids) < 2:
+        cause = f"the text has {len(ids)} token{'' if len(ids) == 1 else 's'}, and the first is never scored"
+        raise UsageError(cause, "give a longer text", field="data")
+    return Tokens(ids, size)
+
+
+def _bytes_of(text: str, offsets: Any, count: int) -> int:
+    """Of the tokens after the first. offsets: of each token its characters, equal ones for a special token."""
+    spans = [(begin, end) for begin, end in offsets[1:count] if end > begin]
+    return len(text[spans[0][0] : max(end for _, end in spans)].encode()) if spans else 0
+
+
+def _decoded(tokenizer: Any, ids: array[int]) -> int:
+    return len(tokenizer.decode(list(ids[1:]), skip_special_tokens=True, clean_up_tokenization_spaces=False).encode())
+
+
+def plan_windows(tokens: Tokens, length: int, stride: int) -> list[Row]:
+    """Return the windows over the tokens as rows, which are told apart by what they are and what they read."""
+    found = []
+    for index, window in enumerate(windows_of(len(tokens.ids), length, stride)):
+        read = hashlib.sha256(tokens.ids[window.begin : window.end].tobytes()).hexdigest()[:16]
+        found.append(Row(index, f"tokens {window.begin} to {window.end}", {**asdict(window), "read": read}))
+    return found
+
+
+def window_of(row: Row) -> Window:
+    return Window(row.data["begin"], row.data["end"], row.data["scored"])
+
+
+def check_windows(
+    model: ModelDescription, architecture: Architecture | None, length: int | None, stride: int | None
+) -> tuple[int, int]:
+    """Return tokens of a window and between the begins of two. length: None is what the model has positions for, and
+    where these have no end 2,048. stride: None is half of it. Raise UsageError for more than the model's positions, and
+    for a stride above the length, which would leave tokens out."""
+    limit = position_limit(architecture.config if architecture else model.config or {})
+    if length is not None and limit is not None and length > limit:
+        cause = f"sequence_length is {length}, and the model has {limit} positions"
+        raise UsageError(cause, f"give at most {limit}, or leave it out", field="sequence_length")
+    settled = length or limit or UNLIMITED
+    if stride is not None and stride > settled:
+        cause = f"stride is {stride} and a window has {settled} tokens, so that tokens between two would be left out"
+        raise UsageError(cause, f"give at most {settled}", field="stride")
+    return settled, stride or max(1, settled // 2)
+
+
+def check_model(model: ModelDescription, sources: Sources) -> Architecture | None:
+    """Return what the model consists of; None where that is not known yet. Raise UsageError for a model that does not
+    go on with a text, or has no tokenizer."""
+    require_tokenizer(model)
+    return require_going_on(model, sources, "evaluate")
+
+
+def check_pair(model: Architecture | None, baseline: Architecture | None) -> None:
+    """Raise UsageError for a baseline of another vocabulary."""
+    sizes = [_vocabulary(found) for found in (model, baseline)]
+    if None not in sizes and sizes[0] != sizes[1]:
+        cause = f"the baseline has a vocabulary of {sizes[1]} tokens, and the model one of {sizes[0]}"
+        raise UsageError(cause, "take as baseline the model that this one was made from", field="inputs.baseline")
+
+
+def _vocabulary(architecture: Architecture | None) -> int | None:
+    from bigpipe.bigmodel.architecture import text_config
+
+    size = text_config(architecture.config).get("vocab_size") if architecture else None
+    return size if isinstance(size, int) else None
+
+
+def check_same_tokens(own: Tokens, baseline: Tokens) -> None:
+    """Raise UsageError where two tokenizers read the text differently."""
+    if own.ids != baseline.ids:
+        pairs = zip(own.ids, baseline.ids, strict=False)
+        place = next(
+            (at for at, (one, other) in enumerate(pairs) if one != other), min(len(own.ids), len(baseline.ids))
+        )
+        cause = f"the baseline's tokenizer reads the text differently, from token {place} on"
+        raise UsageError(cause, "take as baseline a model with the same tokenizer", field="inputs.baseline")

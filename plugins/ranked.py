@@ -1,0 +1,77 @@
+"""What kinds share that run models on ranks: where an unplaced model goes, its memory, and how a rank loads it."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+from bigpipe.bigmodel.checkpoint import ModelDescription
+from bigpipe.bigmodel.execution import as_placement, cast_bytes, loading_dtype
+from bigpipe.bigmodel.placement import Placement
+from bigpipe.errors import UsageError
+from bigpipe.fit import Cure, Misfit, fits
+from bigpipe.machine import Machine
+from bigpipe.orchestrator.stage import CheckContext, ForecastContext, StageContext
+
+from .library import agreed, load_placed, memory_here, read_placement, sources_of
+
+if TYPE_CHECKING:
+    import torch
+
+CUDA_BASE = 3 * 2**30
+"""Bytes of CUDA's libraries and pinned buffers in a rank that has GPUs: a bound."""
+RANK_BASE = 500 * 2**20
+"""Bytes of a rank that has imported torch and transformers and holds no model."""
+
+
+def check_weights(model: ModelDescription, ctx: CheckContext) -> None:
+    """Raise InvalidCheckpoint where config and weights do not belong together."""
+    if model.tensors is None or (model.config is None and model.custom is None):
+        return
+    try:
+        agreed(model, sources_of(ctx))
+    except UsageError:
+        if not (ctx.trust.remote_code and (model.config or {}).get("auto_map")):  # its code comes with the download
+            raise
+
+
+def alone(machine: Machine) -> Placement:
+    """Where nobody placed it: all of it on the first GPU, else in RAM."""
+    return as_placement({"": 0 if machine.gpus else "cpu"})
+
+
+def placement_of(ctx: StageContext) -> Placement | None:
+    return read_placement(ctx.input("placement")) if "placement" in ctx.inputs else None
+
+
+def held_in_ram(model: ModelDescription, placement: Placement, dtype: str | None, ctx: ForecastContext) -> int:
+    """Return bytes of RAM that a rank without GPUs fills with a model. Weights that are windows into their files are
+    page cache, and not counted."""
+    if dtype:
+        placement = replace(placement, compute_dtype=None)
+    memory = memory_here(placement, ctx, ctx.launch.local_processes)
+    cast = cast_bytes(model, loading_dtype(model, placement, memory, dtype))
+    ring = max(placement.streaming.values(), default=0) if placement.compute_dtype else 0
+    return min(cast, memory.cast) + ring + memory.experts
+
+
+def misfits_of_gpus(each: int, ctx: ForecastContext) -> tuple[Misfit, ...]:
+    """each: GPUs of a rank."""
+    local, there = ctx.launch.local_processes, len(ctx.machine.gpus)
+    if fits(each * local, there):
+        return ()
+    cause = f"{local} ranks with {each} GPU(s) each need {each * local}, and there are {there}"
+    ranks = there // each * ctx.launch.num_machines
+    return (Misfit(cause, Cure({"launch.num_processes": ranks}) if ranks else "place the model on cpu and disk"),)
+
+
+def load_on_rank(
+    ctx: StageContext, dtype: str | None, placement: Placement | None = None, port: str = "model"
+) -> torch.nn.Module:
+    """Return the model on a port, on the rank's share of the machine. placement: None is the first GPU, else RAM."""
+    import torch
+
+    placement = placement or as_placement({"": 0 if torch.cuda.is_available() else "cpu"})
+    rank, ranks = os.environ.get("LOCAL_RANK", ctx.rank), os.environ.get("LOCAL_WORLD_SIZE", ctx.world_size)
+    return load_placed(placement, ctx, dtype=dtype, rank=int(rank), ranks=int(ranks), port=port)
