@@ -4,6 +4,7 @@ main → command → cli, a click group over
   commandline.recipes      run plan validate status why graph lock
   commandline.questions    estimate init schema kinds doctor completion
   commandline.stored       ls ps show log diff report get rm gc verify
+  commandline.single       quantize shard place generate …: a stage kind about one model
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from typing import Any
 
 import click
 
-from bigpipe.commandline import questions, recipes, stored, streams
+from bigpipe.commandline import questions, recipes, single, stored, streams
 from bigpipe.commandline.completing import VARIABLE
 from bigpipe.commandline.printing import fail, others_apart, say, show_refusal
 from bigpipe.errors import BigpipeError, UsageError
@@ -31,10 +32,14 @@ from bigpipe.orchestrator import report
 
 
 class InOrder(click.Group):
-    """Commands in the order of work, not of the alphabet."""
+    """Commands in the order of work, not of the alphabet; those of a kind where there is that kind."""
 
     def list_commands(self, ctx: click.Context) -> list[str]:
-        return list(self.commands)
+        return [name for name in self.commands if self.get_command(ctx, name)]
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        found = super().get_command(ctx, cmd_name)
+        return None if isinstance(found, single.KindCommand) and not found.offered else found
 
 
 @click.group(cls=InOrder, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
@@ -62,7 +67,7 @@ def apart(command: click.Command) -> Callable[..., None]:
     return run
 
 
-for one in (*recipes.COMMANDS, *questions.COMMANDS, *stored.COMMANDS):
+for one in (*recipes.COMMANDS, *questions.COMMANDS, *single.COMMANDS, *stored.COMMANDS):
     one.callback = apart(one)
     cli.add_command(one)
 

@@ -55,6 +55,7 @@ def run(
     reporter: Reporter | None = None,
     progress: bool | Callable[[Event], None] = False,
     check: bool = True,
+    text: str | None = None,
 ) -> RunResult:
     """Run a recipe; nodes already in the store are not run again.
 
@@ -62,13 +63,14 @@ def run(
     progress: True: bars on a terminal, else lines, on standard error, as the command has them; or what is called with
       each event. reporter: the same as an object with `report(event)`.
     check: raise the first error (GateFailed, StageFailed, …); otherwise errors are in the result.
+    text: the recipe, where no file holds it; `manifest` then says what it is called, and what its paths start from.
     Raises, before anything runs, ManifestError, UsageError, DoesNotFit, NotAuthorised and GateFailed for what can be
     known by then.
     """
     with closing(Following.of(progress, reporter)) as following:
         result = _run(
             manifest, nodes, jobs=jobs, keep_going=keep_going, params=params, store=store, force=force,
-            offline=offline, locked=locked, reporter=following.reporter,
+            offline=offline, locked=locked, reporter=following.reporter, text=text,
         )  # fmt: skip
     if check and result.errors:
         raise result.errors[0]

@@ -202,17 +202,19 @@ def open_session(
     store: str | Path | None = None,
     force: Collection[str] = (),
     offline: bool = False,
+    text: str | None = None,
     **further: Any,
 ) -> Session:
     """Read and check a manifest and open the store. Return the session.
 
     nodes, force: stage or node names; the selected nodes are these and their ancestors (none: everything).
-    params: `-p` values as written, read as the type of each parameter's default. further: fields of the Session.
+    params: `-p` values as written, read as the type of each parameter's default. text: the manifest, where no file
+    holds it. further: fields of the Session.
     Raise ManifestError with every problem at once, UsageError for unknown node names.
     """
     path = Path(manifest)
     # Places are named as the path was given; the rest of the engine must not depend on the current directory.
-    recipe = replace(load_recipe(path, params), path=path.absolute())
+    recipe = replace(load_recipe(path, params, text=text), path=path.absolute())
     found = Store(Path(store) if store else default_root())
     found.refuse_foreign()
     return Session(

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from .problems import Fault
     from .registry import PROBES, is_built_in, load_stage, named_stage, stage_kinds
     from .schema import described_schema, field_descriptions, manifest_schema
+    from .single import Single, fed_ports
     from .validation import models_in
 
 __getattr__, __all__ = face(__name__)

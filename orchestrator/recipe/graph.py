@@ -121,15 +121,17 @@ def load_recipe(
     *,
     environment: Mapping[str, str] | None = None,
     stages: Mapping[str, Stage[Any]] | None = None,
+    text: str | None = None,
 ) -> Recipe:
     """Read and check a manifest. Return its recipe.
 
     params: what `-p name=value` said, values as typed. environment: what `${env.X}` reads; by default the process's.
-    stages: the kinds to know, by name; by default the registered ones.
+    stages: the kinds to know, by name; by default the registered ones. text: the manifest, where no file holds it:
+    `path` then says what it is called, and what paths in it start from.
 
     Raise ManifestError with every problem at once, or UsageError where there is no such file.
     """
-    document = read_document(str(path), _read(path))
+    document = read_document(str(path), _read(path) if text is None else text.encode())
     environment = os.environ if environment is None else environment
 
     def resolve(arguments: Mapping[str, str]) -> Recipe:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 
 from .interpolation import escape
@@ -14,26 +15,58 @@ name: @name@
 params:
   gpu: 22GiB # what one GPU may hold; change it here or with -p gpu=…
 stages:
-  download: {uses: download, with: {@source@}}
+  download:
+    uses: download
+    with:
+      @source@
   estimate:
     uses: estimate
     inputs: download
-    with: {dtypes: [float16, int8], batch_size: 1, sequence_length: 2048}
-    gates: ["int8.inference_high <= ${params.gpu}"] # known from headers: decided before weights are downloaded
-  shard: {uses: shard, inputs: download, with: {max_shard_size: 5GB, dtype: float16}}
-  quantize: {uses: quantize, inputs: shard, with: {scheme: int8}}
+    with:
+      dtypes: [float16, int8]
+      batch_size: 1
+      sequence_length: 2048
+    gates:
+      - int8.inference_high <= ${params.gpu} # known from headers: decided before weights are downloaded
+  shard:
+    uses: shard
+    inputs: download
+    with:
+      max_shard_size: 5GB
+      dtype: float16
+  quantize:
+    uses: quantize
+    inputs: shard
+    with:
+      scheme: int8
   dispatch:
     uses: dispatch
     inputs: quantize
-    with: {device_map: auto} # or cap devices: max_memory: {0: "${params.gpu}", cpu: 48GiB, disk: 200GiB}
+    with:
+      device_map: auto
+      # or cap devices:
+      # max_memory:
+      #   0: ${params.gpu}
+      #   cpu: 48GiB
+      #   disk: 200GiB
   generate:
     uses: distributed-infer
-    inputs: {model: quantize, placement: dispatch}
-    with: {task: text-generation, prompts: ["Hello, my name is"], max_new_tokens: 32}
+    inputs:
+      model: quantize
+      placement: dispatch
+    with:
+      task: text-generation
+      prompts:
+        - Hello, my name is
+      max_new_tokens: 32
   save:
     uses: save
-    inputs: {model: quantize, results: generate, reports: [estimate]}
-    with: {to: @to@}
+    inputs:
+      model: quantize
+      results: generate
+      reports: [estimate]
+    with:
+      to: @to@
 """
 
 
@@ -41,16 +74,28 @@ def initial_manifest(repo: str, name: str, schema: str = "bigpipe.schema.json") 
     """Return a manifest over all built-in kinds for a Hub repository, or for a local checkpoint (`./…`, `/…`, `~…`).
     schema: path or URL of the JSON schema, relative to the manifest."""
     name = re.sub(r"[^\w.-]+", "-", name).strip("-") or "recipe"
-    local = repo.startswith((".", "/", "~"))
-    source = f"path: {_text(repo)}" if local else f"repo: {_text(repo)}, revision: main"
-    values = {"schema": schema.replace("\n", ""), "name": _text(name), "source": source, "to": _text(f"dist/{name}")}
+    key, where = source_of(repo)
+    source = f"{key}: {as_text(where)}" + ("\n      revision: main" if key == "repo" else "")
+    values = {
+        "schema": schema.replace("\n", ""),
+        "name": as_text(name),
+        "source": source,
+        "to": as_text(f"dist/{name}"),
+    }
     text = _TEMPLATE
     for key, value in values.items():
         text = text.replace(f"@{key}@", value)
     return text
 
 
-def _text(value: str) -> str:
+def source_of(model: str) -> tuple[str, str]:
+    """Return what `download` calls it, `repo` or `path`, and its value. A directory that is there, and what is written
+    as a path (`./…`, `/…`, `~…`), is one."""
+    local = model.startswith((".", "/", "~")) or os.path.isdir(model)
+    return ("path", model) if local else ("repo", model)
+
+
+def as_text(value: str) -> str:
     """`value` as a YAML text that means itself: quoted unless it is plainly a word, `${` escaped."""
     plain = value.replace("/", "").replace("-", "").replace("_", "").replace(".", "")
     if plain.isascii() and plain.isalnum() and value[0].isalpha() and value.lower() not in ("null", "true", "false"):

@@ -1,0 +1,125 @@
+"""Commands about one model without a recipe: the options of a kind, the recipe that does the same, the same key."""
+
+from __future__ import annotations
+
+import json
+import re
+import shlex
+import shutil
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner
+from support.models import make_checkpoint
+
+from bigpipe.commandline.single import SINGLES, _fields, single
+from bigpipe.orchestrator.recipe import Single, load_stage, stage_kinds
+
+ROOT = Path(__file__).parents[1]
+PAGE = (ROOT / "docs" / "how-to" / "without-a-recipe.md").read_text(encoding="utf-8")
+
+
+@pytest.fixture
+def placed(workshop):
+    shutil.copytree(ROOT / "models" / "quickstart", workshop.folder / "model")
+    return workshop
+
+
+def test_the_commands_of_the_page_work(placed):
+    commands = re.findall(r"^\$ bigpipe (.*?)$", PAGE, re.MULTILINE)
+    assert len(commands) == 5
+    for line in commands:
+        done = placed.command(*shlex.split(line))
+        assert done.returncode == 0, (line, done.stderr)
+    made = placed.folder
+    assert (
+        json.loads((made / "dist/nf4/config.json").read_text())["quantization_config"]["bnb_4bit_quant_type"] == "nf4"
+    )
+    assert not (made / "dist/nf4/config.json").is_symlink()
+    assert (made / "dist/sharded/model.safetensors.index.json").exists()
+    assert (made / "placement/placement.json").exists()
+
+
+@pytest.mark.parametrize(
+    "line", ["shard ./model --max-shard-size 100kB", "quantize model --scheme int8 --skip-modules lm_head -o dist/x"]
+)
+def test_the_recipe_that_is_printed_has_the_same_keys(placed, line):
+    done = json.loads(placed.command(*line.split(), "--json").stdout)
+    assert done["status"] == "succeeded"
+    placed.manifest.write_text(placed.command(*line.split(), "--print-recipe").stdout)
+    again = json.loads(placed.command("run", "recipe.yaml", "--json").stdout)
+    assert {name: node["status"] for name, node in again["nodes"].items()} == dict.fromkeys(done["nodes"], "cached")
+    assert {name: node["key"] for name, node in again["nodes"].items()} == {
+        name: node["key"] for name, node in done["nodes"].items()
+    }
+
+
+def fields(command: str, *arguments: str):
+    """What these options are as fields of the kind."""
+    made = single(command)
+    context = made.make_context(command, ["model", *arguments])
+    return _fields(command, context.params)
+
+
+@pytest.mark.parametrize(
+    ("command", "arguments", "meant"),
+    [
+        ("shard", "--max-shard-size 2GB", {"max_shard_size": "2GB"}),
+        ("quantize", "--scheme nf4 --bnb-4bit-use-double-quant", {"scheme": "nf4", "bnb_4bit_use_double_quant": True}),
+        ("quantize", "--load-in-8bit --llm_int8_threshold 4", {"load_in_8bit": True, "llm_int8_threshold": 4}),
+        ("quantize", "--skip-modules a --skip-modules 7", {"skip_modules": ["a", "7"]}),
+        ("place", "--max-memory 0=22GiB --max-memory cpu=1GiB", {"max_memory": {"0": "22GiB", "cpu": "1GiB"}}),
+        ("place", "--device-map auto", {"device_map": "auto"}),
+        ("place", "--device-map =cpu --device-map h.0=0", {"device_map": {"": "cpu", "h.0": 0}}),
+        ("generate", "--prompts Hello", {"task": "text-generation", "prompts": ["Hello"]}),
+        ("generate", "--prompts *.none", {"task": "text-generation", "prompts": ["*.none"]}),
+        ("generate", f"--prompts {__file__}", {"task": "text-generation", "prompts": __file__}),
+        ("generate", "--task scoring --prompts a=b", {"task": "scoring", "prompts": ["a=b"]}),
+        ("generate", "--prompts a --generation do_sample=true --generation top_p=0.5",
+         {"task": "text-generation", "prompts": ["a"], "generation": {"do_sample": True, "top_p": 0.5}}),
+    ],
+)  # fmt: skip
+def test_options_are_the_fields_of_the_kind(command, arguments, meant):
+    assert fields(command, *arguments.split()) == meant
+
+
+def test_every_kind_that_is_here_has_its_options():
+    offered = [name for name in SINGLES if single(name).offered]
+    assert {"quantize", "shard", "place", "generate", "merge"} <= {*offered}
+    for name in offered:
+        shown = CliRunner().invoke(single(name), ["--help"]).output
+        for field in load_stage(SINGLES[name][0]).params.model_fields:
+            assert f"--{field.replace('_', '-')}" in shown, (name, field)
+    assert "--adapter" in CliRunner().invoke(single("merge"), ["--help"]).output
+    assert {kind for kind, _ in SINGLES.values()} & {*stage_kinds()} == {SINGLES[name][0] for name in offered}
+
+
+@pytest.mark.parametrize(
+    ("line", "says"),
+    [
+        ("quantize model --scheme int9", "quantize:13:15: error[BP105]: scheme: 'int9' is not one of its values"),
+        ("quantize model", "scheme"),
+        ("shard model --max-shard-size 5", "5 has no unit; write 5GB"),
+        ("place model --device-map a --device-map b", "a b is more than one value"),
+        ("merge model", "Missing option '--adapter'"),
+        ("shard nothing-like-it --dtype float16 --offline", "nothing-like-it"),
+    ],
+)
+def test_what_is_wrong_is_told(placed, line, says):
+    done = placed.command(*line.split())
+    assert done.returncode != 0
+    assert says in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_names_of_others_are_texts_in_the_recipe(tmp_path):
+    from bigpipe.orchestrator.recipe import load_recipe
+
+    make_checkpoint(tmp_path / "${x}: [y]")
+    asked = Single(
+        name="shard", kind="shard", models={"model": str(tmp_path / "${x}: [y]")}, fields={"dtype": "float16"},
+        to="a: b #c",
+    )  # fmt: skip
+    recipe = load_recipe(tmp_path / "recipe", text=asked.manifest())
+    assert recipe.nodes["download"].params.path == str(tmp_path / "${x}: [y]")
+    assert recipe.nodes["save"].params.to == "a: b #c"
