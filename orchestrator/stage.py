@@ -12,6 +12,8 @@ from bigpipe.errors import (
 from bigpipe.sizes import format_size as format_size
 
 from .contract import (
+    ANY as ANY,
+    AnyPath as AnyPath,
     Bytes as Bytes,
     CheckContext as CheckContext,
     Choices as Choices,

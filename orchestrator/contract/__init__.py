@@ -17,7 +17,9 @@ from .events import (
     event_from_json,
 )
 from .stage import (
+    ANY,
     BYTES,
+    AnyPath,
     Bytes,
     Choices,
     Code,

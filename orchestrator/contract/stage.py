@@ -80,13 +80,15 @@ Bytes = Annotated[int, BYTES]
 class ContentField:
     """Marks a params field that enters the key by what it points to, never by the path itself.
 
+    path: a file, a glob, or a directory; its digest as of these, with the path as it is written, which a kind that lays
+    it out somewhere needs.
     file: a path or a glob relative to the manifest; the digest of the bytes of each. Values that are not a string
     (a list of prompts, an inline map) are taken as they are. tree: a directory, with what links in it lead to.
     folder: a directory without the folders that links in it lead to, for who does not look into them either. code:
     `module:name`; the digest of the module's source (of all `.py` files of its top-level package).
     """
 
-    kind: Literal["file", "tree", "folder", "code"]
+    kind: Literal["file", "tree", "folder", "code", "path"]
     names: bool = False
     """The names of a glob's files enter too, since results tell them."""
 
@@ -95,6 +97,7 @@ File = Annotated[str, ContentField("file")]
 Tree = Annotated[str, ContentField("tree")]
 Folder = Annotated[str, ContentField("folder")]
 Code = Annotated[str, ContentField("code")]
+AnyPath = Annotated[str, ContentField("path", names=True)]
 FileOrLiteral = ContentField("file")
 """For unions: `Annotated[str | list[str], FileOrLiteral]`."""
 
@@ -122,11 +125,15 @@ class OneOf:
         return name
 
 
+ANY = "any"
+
+
 @dataclass(frozen=True, slots=True)
 class Port:
     """One input of a kind. `many` takes a list of nodes and gathers all variants of a matrix."""
 
     type: str
+    """Of the artifact; ANY: of any type."""
     optional: bool = False
     many: bool = False
 
@@ -252,6 +259,12 @@ class Stage(Generic[P]):
     outputs: tuple[str, ...] = ()
     """Types that it may have instead, by what is found when it runs, which `StageResult.type` then says; a port that
     takes one of them may be wired, and whoever stands behind it checks what comes."""
+    output_field: str = ""
+    """The field of the params that says which of these types it has."""
+    open_ports: Port | None = None
+    """What ports of any other name are; None: there are no others."""
+    placeholders: tuple[str, ...] = ()
+    """Names before the dot of `${…}` in `with:` that the kind fills in itself, when it runs."""
     run: Callable[[P, StageContext], StageResult]
     """Does the work of one attempt; of one rank, where the kind runs in ranks."""
     forecast: Callable[[P, ForecastContext], Forecast]
@@ -280,6 +293,10 @@ class Stage(Generic[P]):
     """One sentence for `bigpipe kinds` and the reference."""
     result_line: Callable[[Mapping[str, Json]], str] | None = None
     """Recorded metrics in a few words, for the table at the end of a run; None: its scalar metrics."""
+
+    def port(self, name: str) -> Port | None:
+        """Return the port of this name, None where there is none."""
+        return self.inputs.get(name, self.open_ports)
 
     def may_give(self, artifact: str) -> bool:
         """Return whether its artifact may be of this type."""

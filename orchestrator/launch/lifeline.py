@@ -15,10 +15,11 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
-import sys
 import threading
 import time
 from pathlib import Path
+
+from bigpipe.programs import death_with_parent
 
 PARENT_VARIABLE = "BIGPIPE_PARENT"
 """Environment variable with the process id of the parent that a worker must have."""
@@ -34,7 +35,7 @@ UNTOLD = 114
 def tie_to_parent() -> None:
     """Die when the parent dies. Exits at once where it is gone already."""
     expected = int(os.environ.pop(PARENT_VARIABLE, "") or os.getppid())
-    _die_with_parent_by_kernel()
+    death_with_parent()()
     if os.getppid() != expected:
         os._exit(ORPHANED)
     threading.Thread(target=watch_parent, args=(expected,), name="lifeline", daemon=True).start()
@@ -49,15 +50,6 @@ def stand_in_for_parent() -> None:
     resource.setrlimit(resource.RLIMIT_CORE, (0, hard))
     with contextlib.suppress(OSError):  # Linux alone has it
         (PROCESSES / "self" / "oom_score_adj").write_text("500", encoding="ascii")
-
-
-def _die_with_parent_by_kernel() -> None:
-    if sys.platform.startswith("linux"):
-        import ctypes
-
-        set_parent_death_signal = 1  # PR_SET_PDEATHSIG of <linux/prctl.h>
-        with contextlib.suppress(OSError, AttributeError):
-            ctypes.CDLL(None).prctl(set_parent_death_signal, signal.SIGKILL, 0, 0, 0)
 
 
 def watch_parent(expected: int, seconds: float = WATCH_SECONDS) -> None:

@@ -30,10 +30,11 @@ from bigpipe.modules import source_files, top_level
 from bigpipe.orchestrator.contract import ContentField, Json, Machine, Params
 from bigpipe.orchestrator.recipe import Node, is_built_in
 from bigpipe.orchestrator.store import StatMemo, canonical, digest_of
+from bigpipe.programs import NOTES
 from bigpipe.trust import Trust
 from bigpipe.versions import package_version
 
-NO_CONTENT = frozenset({".git", ".cache", "__pycache__"})
+NO_CONTENT = NOTES
 """Directories of a tree that hold what tools noted down, not what the tree is."""
 _CODE = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_][\w.]*")
 ABSENT = "(absent)"
@@ -184,6 +185,7 @@ def content_params(params: Params, base: Path, memo: StatMemo) -> dict[str, Json
         with their names where the field asks for them.
       tree: `sha256:…` of the sorted (relative path, sha256) of its files, but for `.git`, `.cache` and `__pycache__`.
       folder: as a tree, but links to folders are not followed.
+      path: the digest of the path as it is written and what it is as a file or a tree.
       code: `module:name@sha256:…`, over all Python files of its top-level package (nothing is imported).
     A value of such a field that is not a string, or stands in the type as a literal, is taken as it is.
 
@@ -262,6 +264,7 @@ class _Walk:
             "tree": self.tree,
             "folder": partial(self.tree, links=False),
             "code": self.code,
+            "path": self.path,
         }
         try:
             return readers[marker.kind](value, where)
@@ -282,6 +285,10 @@ class _Walk:
         told = [Path(name).as_posix() if names else Path(name).suffix.lower() for name in found]
         digests = [self.memo.sha256(self.base / name) for name in found]
         return digest_of("files", [list(pair) for pair in zip(told, digests, strict=True)])
+
+    def path(self, value: str, where: str) -> str:
+        found = self.tree(value, where) if (self.base / value).is_dir() else self.file(value, where, names=True)
+        return digest_of("path", [os.path.normpath(value), found])
 
     def tree(self, value: str, where: str, *, links: bool = True) -> str:
         path = self.base / value

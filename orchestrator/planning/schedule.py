@@ -194,7 +194,8 @@ def _missing_producer(states: States, state: NodeState) -> str:
     optional, or in `needs`; one that was left, but where it is gathered with others."""
     for port, wired in state.inputs.items():
         gone = [each.name for each in wired if each.status is Status.SKIPPED]
-        spec = state.node.kind.inputs[port]
+        if (spec := state.node.kind.port(port)) is None:
+            continue
         if gone and not spec.optional and (not spec.many or len(gone) == len(wired)):
             return f"{gone[0]} is skipped"
         if not spec.many and (left := next((each for each in wired if each.left), None)):

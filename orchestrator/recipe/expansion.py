@@ -100,13 +100,10 @@ class Expansion:
         values = stage.settings
         if contains_reference(values):
             scope = replace(self.scope, matrix=variant, open_matrix=stage.broken)
+            own = replace(scope, placeholders=stage.kind.placeholders if stage.kind else ())
+            scopes = {"when": replace(scope, stages=True), "gates": replace(scope, stages=True), "with": own}
             values = {
-                key: interpolate(
-                    value,
-                    replace(scope, stages=True) if key in ("when", "gates") else scope,
-                    self.problems,
-                    (*stage.path, key),
-                )
+                key: interpolate(value, scopes.get(key, scope), self.problems, (*stage.path, key))
                 for key, value in values.items()
             }
         check_passwords(values, self.problems, stage.path)

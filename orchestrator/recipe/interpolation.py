@@ -44,6 +44,8 @@ class Scope:
     """The axes are not known because of an earlier problem: any name is let through."""
     environment: Mapping[str, str] = field(default_factory=dict, repr=False)
     secrets: frozenset[str] = WELL_KNOWN_SECRETS
+    placeholders: tuple[str, ...] = ()
+    """References that begin so are left in the text, for the kind to fill in."""
     stages: bool = False
     """`${stages…}` is left in the text, for a condition to read."""
 
@@ -149,6 +151,8 @@ def _as_text(reference: str, value: Json) -> str:
 
 def _resolve(reference: str, scope: Scope) -> Json:
     namespace, dot, name = reference[2:-1].partition(".")
+    if namespace in scope.placeholders:
+        return reference
     if namespace == "env" and dot:
         return _from_environment(reference, name, scope)
     if namespace == "stages" and dot:
@@ -157,7 +161,7 @@ def _resolve(reference: str, scope: Scope) -> Json:
         cure = "metrics exist only after a stage has run; compare them in `when` or `gates`"
         raise _Unresolved(Fault.MISPLACED_REFERENCE, reference, f"{reference} cannot be read here", cure)
     if namespace not in ("params", "matrix") or not dot or not _NAME.fullmatch(name):
-        known = ("params", "matrix", "env", "stages")
+        known = ("params", "matrix", "env", "stages", *scope.placeholders)
         cure = did_you_mean(namespace, [word for word in known if word != namespace])
         cure = cure or "write ${params.x}, ${matrix.x} or ${env.X}, or $${ for the characters themselves"
         raise _Unresolved(Fault.BAD_REFERENCE, reference, f"{reference} is not a reference", cure)

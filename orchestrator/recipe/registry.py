@@ -21,7 +21,7 @@ GROUP = "bigpipe.stages"
 
 _KINDS = (
     "download", "estimate", "shard", "quantize", "dispatch", "distributed-infer", "finetune", "evaluate", "merge",
-    "save",
+    "command", "save",
 )  # fmt: skip
 BUILT_IN: Mapping[str, str] = {kind: f"bigpipe.plugins.{kind.replace('-', '_')}:STAGE" for kind in _KINDS}
 

@@ -16,7 +16,7 @@ from typing import Any
 
 from pydantic import BaseModel
 
-from bigpipe.orchestrator.contract import Choices, Stage
+from bigpipe.orchestrator.contract import Choices, Port, Stage
 from bigpipe.orchestrator.launch import executor
 
 from .manifest import NAME, ManifestSpec, NodeSettings, Structure
@@ -93,7 +93,7 @@ def _kind_schema(name: str, kind: Stage[Any], definitions: dict[str, Schema]) ->
     # Not `anyOf`: an editor then names the wrong field rather than "no choice fits".
     fields: Schema = {"if": {"type": "string"}, "then": REFERENCE, "else": {"$ref": f"#/definitions/{name}"}}
     properties: dict[str, Schema | bool] = {"with": fields}
-    properties["inputs"] = _ports_schema(kind) if kind.inputs else False
+    properties["inputs"] = _ports_schema(kind) if kind.inputs or kind.open_ports else False
     if not executor(kind.runs_in).takes_launch:
         properties["launch"] = False
     required = [
@@ -117,19 +117,28 @@ def _needed(kind: Stage[Any]) -> list[str]:
     return [name for name, port in kind.inputs.items() if not port.optional]
 
 
+def _port_schema(port: Port) -> Schema:
+    if not port.many:
+        return {"type": "string", "description": f"A stage whose artifact is: {port.type}."}
+    return {
+        "anyOf": [{"type": "string"}, {"type": "array", "items": {"type": "string"}}],
+        "description": f"A stage whose artifact is: {port.type}; a list gathers every variant.",
+    }
+
+
 def _ports_schema(kind: Stage[Any]) -> Schema:
     ports: dict[str, Schema] = {}
     for name, port in kind.inputs.items():
-        ports[name] = {"type": "string", "description": f"A stage whose artifact is: {port.type}."}
-        if port.many:
-            ports[name] = {
-                "anyOf": [{"type": "string"}, {"type": "array", "items": {"type": "string"}}],
-                "description": f"A stage whose artifact is: {port.type}; a list gathers every variant.",
-            }
-    whole: Schema = {"type": "object", "additionalProperties": False, "properties": ports, "required": _needed(kind)}
+        ports[name] = _port_schema(port)
+    others: Schema | bool = _port_schema(kind.open_ports) if kind.open_ports else False
+    whole: Schema = {"type": "object", "additionalProperties": others, "properties": ports, "required": _needed(kind)}
     if kind.needs_input:
         whole["minProperties"] = 1
-    short = {"type": "string"} if DEFAULT_PORT in ports and not set(_needed(kind)) - {DEFAULT_PORT} else REFERENCE
+    short = (
+        {"type": "string"}
+        if (DEFAULT_PORT in ports or kind.open_ports) and not set(_needed(kind)) - {DEFAULT_PORT}
+        else REFERENCE
+    )
     return {"anyOf": [short, whole]}
 
 

@@ -14,7 +14,7 @@ from itertools import chain, pairwise
 from typing import TYPE_CHECKING, Any
 
 from bigpipe.names import did_you_mean, listed
-from bigpipe.orchestrator.contract import Json, Port, Stage
+from bigpipe.orchestrator.contract import ANY, Json, Port, Stage
 
 from .manifest import Structure, check_name
 from .problems import Fault, Problems
@@ -141,11 +141,11 @@ class Wiring:
             return
         ports = stage.kind.inputs
         for name, sources in stage.inputs.items():
-            if name not in ports:
+            if (port := stage.kind.port(name)) is None:
                 self._unknown_port(stage, stage.kind, name)
                 continue
             for source in sources:
-                self._check_type(stage, name, ports[name], source)
+                self._check_type(stage, name, port, source)
         path = (*stage.path, "inputs")
         if stage.kind.needs_input and not stage.inputs:
             cause = f"{stage.kind.kind} needs one of its ports {listed(list(ports), 'or')}"
@@ -157,6 +157,13 @@ class Wiring:
                 cause = f"{stage.kind.kind} needs a {port.type} on its port {name!r}"
                 cure = f"add `{short}`{self._candidates(stage, port)}"
                 self.problems.add(Fault.MISSING_PORT, path, cause, cure, key=True)
+
+    def _written_output(self, stage: Wired) -> str:
+        """The type of its artifact where a field says so; "" where none does, or says no type that it can give."""
+        given = stage.settings.get("with")
+        name = stage.kind.output_field if stage.kind else ""
+        written = given.get(name) if name and isinstance(given, dict) else None
+        return written if isinstance(written, str) and stage.kind and stage.kind.may_give(written) else ""
 
     def _candidates(self, stage: Wired, port: Port) -> str:
         fitting = [other.name for other in self.stages.values() if other.kind and other.kind.may_give(port.type)]
@@ -177,10 +184,12 @@ class Wiring:
             cause = f"the port {name!r} of {stage.name} takes one {port.type}, not a list"
             cure = f"write `{name}: {source.text}`, or pick a variant: `{source.stage}@axis=value`"
             self.problems.add(Fault.NOT_MANY, source.path[:-1], cause, cure)
-        producer = self.stages[source.stage].kind
-        if producer is None or producer.may_give(port.type):
+        producer, written = self.stages[source.stage].kind, self._written_output(self.stages[source.stage])
+        if producer is None or (producer.output and port.type == ANY):
             return
-        gives = f"a {producer.output}" if producer.output else "no artifact"
+        if written == port.type if written else producer.may_give(port.type):
+            return
+        gives = f"a {written or producer.output}" if producer.output else "no artifact"
         named = source.stage if source.stage == producer.kind else f"{source.stage} ({producer.kind})"
         cause = f"{named} gives {gives}, but port {name!r} of {stage.name} takes a {port.type}"
         cure = self._candidates(stage, port).removeprefix("; ") or f"wire a stage that gives a {port.type}"

@@ -60,9 +60,10 @@ def summary(stage: Stage[Any]) -> str:
 
 
 def ports_text(stage: Stage[Any]) -> str:
+    others = {"any other name": stage.open_ports} if stage.open_ports else {}
     return ", ".join(
         f"{name}: {port.type}{'[]' if port.many else ''}{'?' if port.optional else ''}"
-        for name, port in stage.inputs.items()
+        for name, port in {**stage.inputs, **others}.items()
     )
 
 
@@ -185,7 +186,10 @@ def type_text(annotation: Any) -> str:
             if isinstance(mark, OneOf):
                 return " \\| ".join(mark.names())
             if isinstance(mark, ContentField):
-                words = {"file": "file", "tree": "directory", "folder": "directory", "code": "module:name"}
+                words = {
+                    "file": "file", "tree": "directory", "folder": "directory", "code": "module:name",
+                    "path": "file, glob or directory",
+                }  # fmt: skip
                 several = " \\| list" if "list" in str(args[0]) or "tuple" in str(args[0]) else ""
                 return words[mark.kind] + several
         return "size" if any(_is_size(mark) for mark in args[1:]) else type_text(args[0])

@@ -103,7 +103,7 @@ def _surroundings(folder: Path, base: Path | None, ranks: int, environment: Mapp
 
 
 def _wired(stage: Stage[Any], inputs: Mapping[str, Any]) -> list[tuple[str, Any]]:
-    unknown = sorted(inputs.keys() - stage.inputs.keys())
+    unknown = sorted(name for name in inputs if stage.port(name) is None)
     missing = [name for name, port in stage.inputs.items() if not port.optional and name not in inputs]
     if unknown or missing:
         wrong = f"has no port {unknown[0]}" if unknown else f"needs its port {missing[0]}"

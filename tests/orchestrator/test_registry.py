@@ -48,9 +48,9 @@ def site(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def test_the_built_in_kinds_come_first() -> None:
-    assert list(stage_kinds())[:10] == [
+    assert list(stage_kinds())[:11] == [
         "download", "estimate", "shard", "quantize", "dispatch", "distributed-infer", "finetune", "evaluate",
-        "merge", "save",
+        "merge", "command", "save",
     ]  # fmt: skip
     assert all(target.startswith("bigpipe.plugins.") for target in BUILT_IN.values())
 

@@ -124,7 +124,7 @@ def test_docstrings_below_fields_become_descriptions() -> None:
     assert field_descriptions(InferParams) == {}
 
 
-FIRST = [kind for kind in BUILT_IN if kind not in ("finetune", "evaluate", "merge")]
+FIRST = [kind for kind in BUILT_IN if kind not in ("finetune", "evaluate", "merge", "command")]
 """Those others need a text, or an adapter, which nobody has yet."""
 
 

@@ -1,0 +1,73 @@
+"""`command`: any tool as a stage, with declared inputs and outputs."""
+
+from __future__ import annotations
+
+import re
+from pathlib import PurePosixPath
+from typing import Annotated, Literal
+
+from pydantic import ConfigDict, Field, field_validator
+
+from bigpipe.orchestrator.stage import ANY, AnyPath, Metrics, Params, Planning, Port, Stage, late
+
+PLACEHOLDER = re.compile(r"\$\{(?:(input)\.([^{}]*)|(out|python))\}")
+"""`${input.PORT}`, `${out}`, `${python}`."""
+
+
+class CommandParams(Params):
+    argv: Annotated[list[str], Field(min_length=1)]
+    """The program and its arguments, one by one; no shell reads them. `${input.PORT}` is the directory of what is wired
+    to that port (a list where several are gathered), `${out}` the directory that becomes the artifact, `${python}` the
+    interpreter that bigpipe runs in."""
+    files: list[AnyPath] = Field(default_factory=list)
+    """Code and data of the recipe's own: files, globs, directories, relative to the manifest. They enter the key by
+    content, and lie in the working directory under the same paths, as copies. What is not listed is not there."""
+    produces: Literal["checkpoint", "report", "results", "directory"]
+    """What `${out}` is in the end. A checkpoint is read as any other, results are rows in `results.jsonl`."""
+    metrics: str | None = None
+    """A JSON file under `${out}`: one object of names and numbers, which gates can read."""
+
+    @field_validator("argv")
+    @classmethod
+    def _can_be_passed(cls, argv: list[str]) -> list[str]:
+        if any("\0" in argument for argument in argv):
+            raise ValueError("an argument cannot hold a character of code 0; write it to a file")
+        rest = "".join(PLACEHOLDER.sub("", argument) for argument in argv)
+        if (unknown := re.search(r"\$\{(?:input|out|python)\b[^}]*\}?", rest)) is not None:
+            raise ValueError(f"{unknown[0]} is not known; write ${{input.PORT}}, ${{out}} or ${{python}}")
+        if PLACEHOLDER.search(argv[0]) and argv[0] != "${python}":
+            raise ValueError(f"{argv[0]} is no program: what stages give is not run; name one of your own")
+        return argv
+
+    @field_validator("metrics")
+    @classmethod
+    def _lies_under_out(cls, metrics: str | None) -> str | None:
+        if metrics is not None and (PurePosixPath(metrics).is_absolute() or ".." in PurePosixPath(metrics).parts):
+            raise ValueError(f"{metrics} does not lie under ${{out}}; write a path relative to it: metrics.json")
+        return metrics
+
+
+class CommandMetrics(Metrics):
+    """What the file of `metrics` holds."""
+
+    model_config = ConfigDict(extra="allow")
+    __pydantic_extra__: dict[str, int | float]
+
+
+STAGE = Stage(
+    kind="command",
+    version=1,
+    params=CommandParams,
+    metrics=CommandMetrics,
+    inputs={},
+    open_ports=Port(ANY, optional=True, many=True),
+    output="directory",
+    outputs=("checkpoint", "report", "results"),
+    output_field="produces",
+    placeholders=("input", "out", "python"),
+    run=late("bigpipe.plugins.commanding:run"),
+    forecast=late("bigpipe.plugins.commanding:forecast"),
+    planning=Planning(check=late("bigpipe.plugins.commanding:check")),
+    reproducible=False,
+    title="Run any tool as a stage: its files in the key, its output an artifact, its numbers for gates",
+)

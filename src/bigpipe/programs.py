@@ -1,0 +1,103 @@
+"""Programs that are started as a tool is: without a shell, tied to who starts them, their output passed on."""
+
+from __future__ import annotations
+
+import contextlib
+import glob
+import os
+import signal
+import sys
+import threading
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import BinaryIO
+
+LAST_LINES = 10
+"""Of what a program printed, for whoever tells of its end."""
+AFTER_ITS_END = 1.0
+"""Seconds in which the rest of the output is read; something that a program left running may hold it open."""
+NOTES = frozenset({".git", ".cache", "__pycache__"})
+"""Directories that hold what tools noted down."""
+_SET_PARENT_DEATH_SIGNAL = 1  # PR_SET_PDEATHSIG of <linux/prctl.h>
+
+
+@dataclass(frozen=True, slots=True)
+class Ended:
+    """status: what it exited with; negative: the signal that ended it. last: the last lines that it printed."""
+
+    status: int
+    last: tuple[str, ...]
+
+
+def death_with_parent() -> Callable[[], None]:
+    """Return a function after which the kernel ends this process once the thread that forked it has ended. Linux alone
+    has it; elsewhere it does nothing. Loads what it needs at once, so that it may be called between fork and exec."""
+    if not sys.platform.startswith("linux"):
+        return lambda: None
+    import ctypes
+
+    with contextlib.suppress(OSError, AttributeError):
+        control = ctypes.CDLL(None).prctl
+        return lambda: control(_SET_PARENT_DEATH_SIGNAL, signal.SIGKILL, 0, 0, 0) and None
+    return lambda: None
+
+
+def run_program(
+    argv: Sequence[str], *, folder: Path, environment: Mapping[str, str], output: BinaryIO | None = None
+) -> Ended:
+    """Run a program in `folder` to its end, in this process's session, and pass on what it prints, both streams.
+    output: where to; by default this process's own. Call it from a thread that lives until then. Raise OSError where it
+    cannot be started."""
+    import subprocess
+
+    parent, tie = os.getpid(), death_with_parent()
+
+    def begin() -> None:
+        tie()
+        if os.getppid() != parent:
+            os._exit(1)
+
+    child = subprocess.Popen(
+        list(argv), cwd=folder, env=dict(environment), stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT, preexec_fn=begin,
+    )  # fmt: skip
+    last: deque[bytes] = deque([b""], maxlen=LAST_LINES + 1)
+    assert child.stdout is not None  # noqa: S101  it is a pipe
+    reader = threading.Thread(target=_pass_on, args=(child.stdout, output or sys.stdout.buffer, last), daemon=True)
+    reader.start()
+    status = child.wait()
+    reader.join(AFTER_ITS_END)
+    lines = [line.decode("utf-8", "replace").rstrip() for line in list(last)]
+    return Ended(status, tuple(line for line in lines if line)[-LAST_LINES:])
+
+
+def _pass_on(source: BinaryIO, target: BinaryIO, last: deque[bytes]) -> None:
+    while data := os.read(source.fileno(), 65536):
+        with contextlib.suppress(OSError):  # whoever read it is gone: that is no reason to stop the program
+            target.write(data)
+            target.flush()
+        first, *more = data.split(b"\n")
+        last[-1] = (last[-1] + first)[-4096:]
+        last.extend(line[-4096:] for line in more)
+
+
+def laid_out(files: Sequence[str], base: Path) -> Iterator[tuple[PurePosixPath, Path]]:
+    """Yield (where it lies in a working directory, where it is) of every file. files: paths, globs and directories,
+    relative to `base`; what tools noted down in a directory is left out."""
+    for name in files:
+        if (base / name).is_dir():
+            for folder, inner, inside in os.walk(base / name, followlinks=True):
+                inner[:] = [each for each in inner if each not in NOTES]
+                there = os.path.relpath(folder, base / name)
+                yield from ((laid_out_at(os.path.join(name, there, each)), Path(folder, each)) for each in inside)
+        else:
+            found = [name] if (base / name).is_file() else sorted(glob.glob(name, root_dir=base, recursive=True))
+            yield from ((laid_out_at(each), base / each) for each in found if (base / each).is_file())
+
+
+def laid_out_at(name: str) -> PurePosixPath:
+    """A path from above the manifest, or from the root, lies under what follows the last `..`, or the root."""
+    parts = [part for part in PurePosixPath(os.path.normpath(name)).parts if part not in ("..", "/")]
+    return PurePosixPath(*parts)

@@ -1,0 +1,320 @@
+"""`command`: any tool as a stage. Real programs, started as their users would."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from contextlib import suppress
+from pathlib import Path
+
+import pytest
+from support.workshop import environment, statuses
+
+import bigpipe
+from bigpipe.errors import ManifestError, StageFailed, Transient, UsageError
+
+COUNT = """\
+import json, os, sys
+from pathlib import Path
+from helper import count
+source, out = map(Path, sys.argv[1:3])
+(out / "metrics.json").write_text(json.dumps({"letters": count(source / "text"), "half": 0.5}))
+print("counted", file=sys.stderr)
+"""
+HELPER = "def count(path):\n    return len(path.read_text())\n"
+RECIPE = """\
+version: 1
+name: tool
+params: {most: 9, text: hello}
+stages:
+  text: {uses: write, with: {text: "${params.text}"}}
+  count:
+    uses: command
+    inputs: {source: text}
+    with:
+      argv: ["${python}", tools/count.py, "${input.source}", "${out}"]
+      files: [tools/*.py]
+      produces: report
+      metrics: metrics.json
+    gates: ["letters <= ${params.most}"]
+"""
+
+
+@pytest.fixture
+def tools(workshop):
+    (workshop.folder / "tools").mkdir()
+    (workshop.folder / "tools/count.py").write_text(COUNT)
+    (workshop.folder / "tools/helper.py").write_text(HELPER)
+    return workshop
+
+
+def test_a_tool_is_a_stage(tools):
+    result = tools.run(RECIPE)
+    assert result.exit_code == 0, result.errors
+    record = result.nodes["count"].record
+    assert record.metrics == {"letters": 5, "half": 0.5}
+    assert record.artifact_type == "report"
+    assert json.loads((result.path("count") / "metrics.json").read_text())["letters"] == 5
+    assert "counted" in tools.command("log", "last", "count").stdout
+    assert statuses(tools.run()) == {"text": "cached", "count": "cached"}
+    assert tools.run(params={"most": "4"}, keep_going=True).exit_code == 3
+
+
+def test_its_code_and_data_are_in_the_key(tools):
+    """By content: another place of the same checkout is the same, a changed byte of what it imports is not."""
+    first = tools.run(RECIPE).nodes["count"].key
+    os.utime(tools.folder / "tools/helper.py", (1, 1))
+    assert tools.run().nodes["count"].key == first
+    (tools.folder / "tools/helper.py").write_text(HELPER + "# edited\n")
+    result = tools.run()
+    assert statuses(result)["count"] == "succeeded"
+    assert "params.files" in result.nodes["count"].reason
+
+
+def test_what_is_not_listed_is_not_there(tools):
+    result = tools.run(RECIPE.replace("tools/*.py", "tools/count.py"))
+    assert result.exit_code == 6
+    assert "No module named 'helper'" in str(result.errors[0])
+
+
+@pytest.mark.parametrize("listed", ["tools", "./tools/", "tools/**"])
+def test_directories_and_globs(tools, listed):
+    (tools.folder / "tools/__pycache__").mkdir()
+    assert tools.run(RECIPE.replace("tools/*.py", listed)).exit_code == 0
+
+
+def recipe(argv: str, more: str = "produces: directory", stage: str = "") -> str:
+    return f"version: 1\nname: one\nstages:\n  it: {{uses: command{stage}, with: {{argv: {argv}, {more}}}}}\n"
+
+
+def test_no_shell_reads_the_arguments(workshop):
+    script = "import sys, pathlib; pathlib.Path(sys.argv[1], 'told').write_text('|'.join(sys.argv[2:]))"
+    result = workshop.run(
+        recipe(f"['${{python}}', -c, \"{script}\", '${{out}}', '$HOME; echo *', '`id`', '$${{out}}']")
+    )
+    told = (result.path("it") / "told").read_text()
+    assert told.startswith("$HOME; echo *|`id`|")
+
+
+def test_its_end_is_told_with_the_last_lines(workshop):
+    script = "import sys; [print('line', n) for n in range(30)]; print('no such layer', file=sys.stderr); sys.exit(4)"
+    error = workshop.run(recipe(f"['${{python}}', -c, \"{script}\"]")).errors[0]
+    assert isinstance(error, StageFailed)
+    assert "recipe.yaml:4:" in str(error)
+    assert "${python} ended with exit status 4:" in error.cause
+    assert "line 29" in error.cause
+    assert "no such layer" in error.cause
+    assert "line 3\n" not in error.cause
+    killed = "import os, signal; os.kill(os.getpid(), signal.SIGSEGV)"
+    error = workshop.run(recipe(f"['${{python}}', -c, \"{killed}\"]")).errors[0]
+    assert "was ended by signal 11 (SIGSEGV) and printed nothing" in error.cause
+
+
+def test_exit_status_75_is_tried_again(workshop):
+    script = "import sys; sys.exit(75)"
+    text = recipe(f"['${{python}}', -c, \"{script}\"]")
+    assert isinstance(workshop.run(text).errors[0], Transient)
+    events = []
+    workshop.run(text.replace("command,", "command, retries: 1,"), reporter=Told(events))
+    assert [each.name for each in events if each.name == "node_retried"] == ["node_retried"]
+
+
+class Told:
+    def __init__(self, events: list) -> None:
+        self.events = events
+
+    def report(self, event) -> None:
+        self.events.append(event)
+
+
+WRITES = "import sys, pathlib; pathlib.Path(sys.argv[1], '{name}').write_text({text!r})"
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "more", "cause"),
+    [
+        ("m.json", '{"a": 1, "b": NaN}', "metrics: m.json", "m.json: b is nan, and no finite number"),
+        ("m.json", '{"a": true}', "metrics: m.json", "m.json: a is True, and no finite number"),
+        ("m.json", '{"a": {"b": 1}}', "metrics: m.json", "m.json: a is {'b': 1}, and no finite number"),
+        ("m.json", '{"a b": 1}', "metrics: m.json", "m.json: gates cannot name 'a b'"),
+        ("m.json", "[1]", "metrics: m.json", "m.json holds no object"),
+        ("m.json", "{", "metrics: m.json", "m.json is no JSON"),
+        ("n.json", "{}", "metrics: m.json", "the file of metrics, ${out}/m.json, cannot be read"),
+        ("x", "x", "produces: checkpoint", "no"),
+        ("model.safetensors", "x", "produces: checkpoint", "model.safetensors"),
+        ("x", "x", "produces: results", "the command wrote no results.jsonl under ${out}"),
+        ("results.jsonl", "{}\n[1]\n", "produces: results", "results.jsonl:2 is no JSON object"),
+    ],
+)
+def test_what_it_made_is_checked(workshop, name, text, more, cause):
+    script = WRITES.format(name=name, text=text)
+    more = more if "produces" in more else f"produces: report, {more}"
+    quoted = json.dumps(script)
+    result = workshop.run(recipe(f"['${{python}}', -c, {quoted}, '${{out}}']", more))
+    assert isinstance(result.errors[0], StageFailed), result.errors
+    assert cause in result.errors[0].cause
+    assert result.exit_code == 6
+
+
+def test_nothing_under_out_is_no_result(workshop):
+    error = workshop.run(recipe("['${python}', -c, pass]")).errors[0]
+    assert "wrote nothing under ${out}" in error.cause
+
+
+@pytest.mark.parametrize(
+    ("argv", "more", "said"),
+    [
+        ("[llama-quantise, x]", "", "there is no program 'llama-quantise' on the PATH"),
+        ("[./run.sh]", "", "./run.sh is not among the files of the command"),
+        ("[./run.sh]", "files: [run.sh]", "./run.sh is no program: it cannot be executed"),
+        ("['${python}', '${input.modle}']", "", "nothing is wired to the port 'modle', which ${input.modle} names"),
+    ],
+)
+def test_what_is_missing_is_found_by_the_plan(workshop, argv, more, said):
+    (workshop.folder / "run.sh").write_text("#!/bin/sh\n")
+    workshop.manifest.write_text(recipe(argv, "produces: directory" + (f", {more}" if more else "")))
+    (error,) = bigpipe.plan(workshop.manifest).errors()
+    assert isinstance(error, UsageError)
+    assert said in error.cause
+    assert error.cure
+    assert error.place.line == 4
+    with pytest.raises(UsageError):
+        workshop.run()
+
+
+@pytest.mark.parametrize(
+    ("argv", "more", "said"),
+    [
+        ("echo hi", "", "a list is expected"),
+        ("[]", "", "it is empty"),
+        ("['${input.model}/run']", "", "what stages give is not run"),
+        ("['${python}', '${input}']", "", "${input} is not known"),
+        ("['${python}', '${outt}']", "", "${outt} is not a reference"),
+        ("[x]", "metrics: ../m.json", "does not lie under ${out}"),
+        ("[x]", "produces: model", "is not one of its values"),
+    ],
+)
+def test_what_cannot_be_meant_is_refused(workshop, argv, more, said):
+    text = recipe(argv, more if "produces" in more else f"produces: directory, {more}".rstrip(", "))
+    with pytest.raises(ManifestError) as caught:
+        workshop.run(text)
+    assert said in str(caught.value)
+
+
+def test_a_file_that_is_not_there_is_placed(workshop):
+    workshop.manifest.write_text(recipe("[sh]", "produces: directory, files: [no.py]"))
+    done = workshop.command("validate", "recipe.yaml")
+    assert done.returncode == 2
+    assert "there is no file no.py" in done.stdout + done.stderr
+
+
+def test_what_it_produces_is_what_may_be_wired(workshop):
+    base = recipe("[sh]", "produces: report")
+    with pytest.raises(ManifestError, match="it \\(command\\) gives a report"):
+        workshop.run(base + "  s: {uses: shard, inputs: it}\n")
+    workshop.manifest.write_text(base.replace("report", "checkpoint") + "  s: {uses: shard, inputs: it}\n")
+    bigpipe.load_manifest(workshop.manifest)
+
+
+def test_gathered_inputs_are_several_arguments(workshop):
+    script = "import sys, pathlib; pathlib.Path(sys.argv[1], 'n').write_text(str(len(sys.argv) - 2))"
+    text = recipe(f"['${{python}}', -c, \"{script}\", '${{out}}', '${{input.all}}']", stage=", inputs: {all: [many]}")
+    text += "  many: {uses: write, matrix: {text: [a, b, c]}, with: {text: '${matrix.text}'}}\n"
+    result = workshop.run(text)
+    assert (result.path("it") / "n").read_text() == "3"
+
+
+def test_it_sees_what_it_is_given_of_the_environment_and_no_more(workshop, monkeypatch):
+    monkeypatch.setenv("MY_KEY", "s3cret-of-mine")
+    monkeypatch.setenv("OTHER_KEY", "s3cret-of-others")
+    monkeypatch.setenv("HF_TOKEN", "hf_tokentokentoken")
+    script = "import os, sys, json, pathlib; pathlib.Path(sys.argv[1], 'e.json').write_text(json.dumps(sorted(os.environ))); print(os.environ['MY_KEY'])"  # noqa: E501
+    stage = ", env: {WORD: hi}, secrets: [MY_KEY]"
+    text = recipe(f"['${{python}}', -c, \"{script}\", '${{out}}']", stage=stage).replace(
+        "name: one", "secrets: [MY_KEY]"
+    )
+    result = workshop.run(text)
+    names = json.loads((result.path("it") / "e.json").read_text())
+    assert {"WORD", "MY_KEY", "PATH"} <= set(names)
+    assert not {"OTHER_KEY", "HF_TOKEN", "PYTHONSAFEPATH", "BIGPIPE_PARENT"} & set(names)
+    log = workshop.command("log", "last", "it").stdout
+    assert "***" in log
+    assert "s3cret-of-mine" not in log
+
+
+SLEEPS = "import subprocess, sys, time; subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(300)']); open(sys.argv[1], 'w').write('x'); time.sleep(300)"  # noqa: E501
+
+
+def marked(mark: str) -> dict[int, str]:
+    """The processes with this in their environment, and their command lines."""
+    found = {}
+    for folder in Path("/proc").glob("[0-9]*"):
+        with suppress(OSError):
+            if mark.encode() in (folder / "environ").read_bytes():
+                found[int(folder.name)] = (folder / "cmdline").read_bytes().decode(errors="replace")
+    return found
+
+
+def alive(mark: str, *, tool_only: bool) -> list[str]:
+    return [line for line in marked(mark).values() if "subprocess" in line or not tool_only]
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
+@pytest.mark.parametrize("end", ["timeout", "interrupt", "kill"])
+def test_it_ends_with_its_children(workshop, end):
+    mark, begun = f"mark-of-{os.getpid()}-{end}", workshop.folder / "begun"
+    timeout = ", timeout: 2s" if end == "timeout" else ""
+    text = recipe(f"['${{python}}', -c, \"{SLEEPS}\", '{begun}']", stage=f", env: {{MARK: {mark}}}{timeout}")
+    workshop.manifest.write_text(text)
+    command = [sys.executable, "-m", "bigpipe", "run", "recipe.yaml"]
+    run = subprocess.Popen(command, cwd=workshop.folder, env=environment(workshop.folder), stderr=subprocess.PIPE)
+    deadline = time.monotonic() + 60
+    while not begun.exists() and time.monotonic() < deadline and run.poll() is None:
+        time.sleep(0.05)
+    if end != "timeout":
+        run.send_signal(signal.SIGINT if end == "interrupt" else signal.SIGKILL)
+    said = run.communicate(timeout=60)[1].decode()
+    assert run.returncode == {"timeout": 6, "interrupt": 130, "kill": -9}[end], said
+    # Of a command that was killed the kernel ends the tool; what the tool started itself is the tool's affair.
+    while (left := alive(mark, tool_only=end == "kill")) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    for pid in marked(mark):
+        os.kill(pid, signal.SIGKILL)
+    assert left == []
+
+
+def test_an_attempt_that_broke_off_leaves_nothing(workshop):
+    script = "import sys, pathlib; out = pathlib.Path(sys.argv[1]); n = len([*out.iterdir()]) + len([*pathlib.Path('.').iterdir()]); (out / str(n)).write_text('x'); pathlib.Path('left').write_text('x'); sys.exit(pathlib.Path(sys.argv[2]).exists())"  # noqa: E501
+    (workshop.folder / "fail").touch()
+    text = recipe(f"['${{python}}', -c, \"{script}\", '${{out}}', {workshop.folder / 'fail'}]")
+    assert workshop.run(text).exit_code == 6
+    (workshop.folder / "fail").unlink()
+    result = workshop.run()
+    assert [path.name for path in result.path("it").iterdir()] == ["0"]
+
+
+def test_a_checkpoint_of_its_is_one_as_any_other(workshop, tmp_path):
+    script = "import sys, shutil; shutil.copytree(sys.argv[1], sys.argv[2], dirs_exist_ok=True)"
+    text = f"""\
+version: 1
+name: convert
+stages:
+  model:
+    uses: download
+    with:
+      synthetic:
+        config: {{model_type: gpt2, architectures: [GPT2LMHeadModel], n_embd: 8, n_layer: 1, n_head: 2, vocab_size: 32, n_positions: 16}}
+  it:
+    uses: command
+    inputs: model
+    with: {{argv: ["${{python}}", -c, "{script}", "${{input.model}}", "${{out}}"], produces: checkpoint}}
+  shard: {{uses: shard, inputs: it, with: {{max_shard_size: 1kB}}}}
+"""  # noqa: E501
+    result = workshop.run(text)
+    assert result.exit_code == 0, result.errors
+    assert result.nodes["it"].record.artifact_type == "checkpoint"
+    assert result.nodes["shard"].record.metrics["shards"] > 1
