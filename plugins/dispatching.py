@@ -12,14 +12,15 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
-from bigpipe.bigmodel.checkpoint import ModelDescription, describe_checkpoint
+from bigpipe.bigmodel.adapters import Attachment, attachment
+from bigpipe.bigmodel.checkpoint import ModelDescription, describe_adapter, describe_checkpoint
 from bigpipe.bigmodel.footprint import capped_length
 from bigpipe.bigmodel.formats import Agreement, computable
 from bigpipe.bigmodel.placement import Placement, PlacementRequest, Work, find_misfits, limit_here, place_model
 from bigpipe.errors import DoesNotFit, UsageError, first_few
 from bigpipe.files import write_file
 from bigpipe.fit import Misfit
-from bigpipe.orchestrator.stage import Forecast, ForecastContext, StageContext, StageResult
+from bigpipe.orchestrator.stage import CheckContext, Forecast, ForecastContext, StageContext, StageResult
 from bigpipe.sizes import format_size
 
 from .dispatch import DispatchMetrics, DispatchParams
@@ -27,6 +28,7 @@ from .library import (
     PLACEMENT,
     about,
     agreed,
+    attached,
     computed_in,
     load_placed,
     read_placement,
@@ -41,6 +43,11 @@ MEASURED = {"load_seconds", "compute_dtype", "bound_by", "limit_tokens_per_secon
 """Metrics that are no part of the placement."""
 PROCESS = 600 * 2**20
 """Bytes of a process that has imported torch, transformers and bitsandbytes, and holds no model."""
+
+
+def check(params: DispatchParams, ctx: CheckContext) -> None:
+    """Refuses an adapter for another model before anything is downloaded."""
+    attached(ctx, single_model(ctx))
 
 
 def forecast(params: DispatchParams, ctx: ForecastContext) -> Forecast:
@@ -61,7 +68,8 @@ def forecast(params: DispatchParams, ctx: ForecastContext) -> Forecast:
     unknown = () if model.tensors is not None else ("the model's stored sizes: taken from its config",)
     try:
         agreement = agreed(model, sources_of(ctx))
-        attempt = _placing(model, agreement, ctx)
+        beside = attached(ctx, model)
+        attempt = _placing(model, agreement, ctx, beside)
         placement = attempt(request)
     except DoesNotFit as error:
         return Forecast(download_bytes=0, misfits=(Misfit.of(error),), unknown=unknown)
@@ -74,7 +82,7 @@ def forecast(params: DispatchParams, ctx: ForecastContext) -> Forecast:
         compute_dtype=computed_in(model, placement, ctx),
         sequence_length=capped_length(agreement.architecture, params.sequence_length),
         write_bytes=4096 + 64 * len(placement.device_map),
-        ram=None if params.verify == "none" else PROCESS + _passing(placement),
+        ram=None if params.verify == "none" else PROCESS + _passing(placement) + _resident(placement, beside),
         vram={device: need.total for device, need in placement.needs.items() if isinstance(device, int)},
         unknown=unknown,
         misfits=find_misfits(request, placement, ctx.machine, attempt),
@@ -86,11 +94,16 @@ def _request(params: DispatchParams) -> PlacementRequest:
 
 
 def _placing(
-    model: ModelDescription, agreement: Agreement, ctx: ForecastContext | StageContext
+    model: ModelDescription,
+    agreement: Agreement,
+    ctx: ForecastContext | StageContext,
+    beside: Attachment | None,
 ) -> Callable[[PlacementRequest], Placement]:
     def attempt(request: PlacementRequest) -> Placement:
-        placed = place_model(model, agreement.architecture, request, ctx.machine, memo=ctx.memo)
-        return replace(placed, explanation=(*placed.explanation, *agreement.notes))
+        held = beside.nbytes if beside else {}
+        placed = place_model(model, agreement.architecture, request, ctx.machine, memo=ctx.memo, beside=held)
+        total = f"adapter: {format_size(sum(held.values()))} beside the weights, where these compute"
+        return replace(placed, explanation=(*placed.explanation, *agreement.notes, *([total] if beside else ())))
 
     return attempt
 
@@ -99,6 +112,11 @@ def _passing(placement: Placement) -> int:
     """Bytes of RAM that one forward fills with what does not stay there."""
     on_cpu = placement.gpus == 0
     return 2 * max(placement.streaming.values(), default=0) + (placement.kept_experts if on_cpu else 0)
+
+
+def _resident(placement: Placement, beside: Attachment | None) -> int:
+    """Bytes of RAM that an adapter fills, where the CPU computes."""
+    return sum(beside.nbytes.values()) if beside and placement.gpus == 0 else 0
 
 
 def _predicted(placement: Placement) -> dict[str, int]:
@@ -132,7 +150,10 @@ def _described(
 def run(params: DispatchParams, ctx: StageContext) -> StageResult:
     model = describe_checkpoint(ctx.input("model"))
     agreement = agreed(model, sources_of(ctx))
-    placement = _placing(model, agreement, ctx)(_request(params))
+    beside = None
+    if "adapter" in ctx.inputs:
+        beside = attachment(describe_adapter(ctx.input("adapter")), model, agreement.architecture, ctx.memo)
+    placement = _placing(model, agreement, ctx, beside)(_request(params))
     metrics = DispatchMetrics(
         predicted=_predicted(placement),
         compute_dtype=computed_in(model, placement, ctx),

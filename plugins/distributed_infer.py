@@ -162,7 +162,11 @@ STAGE = Stage(
     version=8,
     params=InferParams,
     metrics=InferMetrics,
-    inputs={"model": Port("checkpoint"), "placement": Port("placement", optional=True)},
+    inputs={
+        "model": Port("checkpoint"),
+        "placement": Port("placement", optional=True),
+        "adapter": Port("adapter", optional=True),
+    },
     output="results",
     run=late("bigpipe.plugins.inferring:run"),
     forecast=late("bigpipe.plugins.inferring:forecast"),

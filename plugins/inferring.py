@@ -22,7 +22,7 @@ from bigpipe.orchestrator.stage import CheckContext, Forecast, ForecastContext, 
 from bigpipe.sizes import counted
 
 from .distributed_infer import InferMetrics, InferParams
-from .library import about, agreed, computed_in, require_class, single_model, sources_of, told_limit
+from .library import about, agreed, attached, computed_in, require_class, single_model, sources_of, told_limit
 from .ranked import (
     CUDA_BASE,
     RANK_BASE,
@@ -51,6 +51,7 @@ def check(params: InferParams, ctx: CheckContext) -> None:
             require_class(model)
             computable(model)
         check_weights(model, ctx)
+    attached(ctx, model)
     if params.task not in TASKS:
         with about("task"):
             ctx.trust.require_module(params.task, f"task {params.task}")
@@ -82,17 +83,18 @@ def forecast(params: InferParams, ctx: ForecastContext) -> Forecast:
     work = f"{counted(len(rows), 'prompt')} in {counted(len(batches), 'batch', 'es')} over {counted(ranks, 'rank')}"
     placement, placed = ctx.described("placement", Placement), ctx.input("placement")
     told: dict[str, int | str] = {"prompts": len(rows)}
-    together, model, at_work = Together(), single_model(ctx), 0
+    together, model, at_work, held = Together(), single_model(ctx), 0, 0
     with suppress(UsageError):  # said where it is checked, or once the trusted code is here
         together = _together(params, model, placement, rows, ctx)
         at_work = _at_work(params, model, placement, rows, ctx)
+        held = sum(beside.nbytes.values()) if (beside := attached(ctx, model)) else 0
         told["micro_batches"] = together.count
         if model is not None and model.tensors is not None and (placement or placed is None):
             told["compute_dtype"] = computed_in(model, placement or alone(ctx.machine), ctx, params.dtype)
     said = f"{counted(together.count, 'batch', 'es')} at once through the streamed layers: {together.why}"
     known = Forecast(
         download_bytes=0,
-        ram=_ram(params, ctx, placement, together.more + at_work),
+        ram=_ram(params, ctx, placement, together.more + at_work + held),
         metrics=told,
         summary=work + spread,
         details=(said,) if together.count > 1 else (),
@@ -101,7 +103,9 @@ def forecast(params: InferParams, ctx: ForecastContext) -> Forecast:
         return known
     each = placement.gpus if placement else int(bool(ctx.machine.gpus))
     return replace(
-        known, vram=_vram(placement, ctx.launch.local_processes, together), misfits=misfits_of_gpus(each, ctx)
+        known,
+        vram=_vram(placement, ctx.launch.local_processes, together.more + held),
+        misfits=misfits_of_gpus(each, ctx),
     )
 
 
@@ -154,13 +158,13 @@ def _batches(params: InferParams, lengths: list[int]) -> list[list[int]]:
     return chunked(lengths, params.batch_size, params.batch_tokens)
 
 
-def _vram(placement: Placement | None, local: int, together: Together) -> dict[int, int]:
-    """Per GPU of the ranks here: its weights and what generating takes besides."""
+def _vram(placement: Placement | None, local: int, more: int) -> dict[int, int]:
+    """Per GPU of the ranks here: its weights and what generating takes besides. more: on the first of each rank."""
     if placement is None:
         return {}
     needs = {device: need.total for device, need in placement.needs.items() if isinstance(device, int)}
     if needs:
-        needs[min(needs)] += together.more
+        needs[min(needs)] += more
     return {rank * placement.gpus + gpu: size for rank in range(local) for gpu, size in needs.items()}
 
 

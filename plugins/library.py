@@ -16,6 +16,7 @@ from bigpipe.orchestrator.stage import CheckContext, ForecastContext, Json, Pinn
 if TYPE_CHECKING:
     import torch
 
+    from bigpipe.bigmodel.adapters import Attachment
     from bigpipe.bigmodel.checkpoint import AdapterDescription, ModelDescription
     from bigpipe.bigmodel.execution import HostMemory
     from bigpipe.bigmodel.formats import Agreement
@@ -108,6 +109,24 @@ def wired_adapters(context: CheckContext | ForecastContext) -> list[AdapterDescr
     return found
 
 
+def attached(context: CheckContext | ForecastContext, model: ModelDescription | None) -> Attachment | None:
+    """What becomes of the adapter on port `adapter` where the model is loaded; None where there is none, or one of both
+    is not known yet. Raise UsageError and InvalidCheckpoint where they do not belong together."""
+    from bigpipe.bigmodel.adapters import attachment
+
+    with about("inputs.adapter"):
+        found = wired_adapters(context)
+        if not found or model is None or model.tensors is None:
+            return None
+        try:
+            architecture = agreed(model, sources_of(context)).architecture
+        except UsageError:
+            if not (context.trust.remote_code and (model.config or {}).get("auto_map")):
+                raise
+            return None  # its code comes with the download
+        return attachment(found[0], model, architecture, context.memo)
+
+
 def require_class(model: ModelDescription) -> None:
     """Raise UsageError where the weights are known, and nothing says of which class they are."""
     if model.tensors is not None and model.config is None and model.custom is None:
@@ -180,8 +199,9 @@ def load_placed(
     ranks: int = 1,
     port: str = "model",
 ) -> torch.nn.Module:
-    """The model on a port, placed. dtype: wins over the placement's. as_stored: nothing is held in another dtype
-    than it is stored in. rank, ranks: of those on this machine, which share its memory and own as many GPUs each."""
+    """The model on a port, placed; that on port `model` with the adapter on port `adapter`, if one is wired. dtype:
+    wins over the placement's. as_stored: nothing is held in another dtype than it is stored in. rank, ranks: of those
+    on this machine, which share its memory and own as many GPUs each."""
     import psutil
 
     from bigpipe.bigmodel.execution import load
@@ -192,6 +212,7 @@ def load_placed(
     return load(
         context.input(port),
         placement,
+        adapter=context.input("adapter") if port == "model" and "adapter" in context.inputs else None,
         dtype=dtype,
         memory=replace(memory, cast=0) if as_stored else memory,
         first_gpu=rank * placement.gpus,

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 from bigpipe.faces import face
 
 if TYPE_CHECKING:
+    from .attaching import Attachment, attach, attachment
     from .changes import Bound, bind
     from .merging import Merge, MergedCheckpoint, changed_checkpoint, merge_adapter, merge_opened, merging_memory
     from .method import Combination, Lora, read_lora

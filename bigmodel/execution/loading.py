@@ -21,6 +21,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from bigpipe.bigmodel.adapters import attach, attachment, changed_checkpoint
 from bigpipe.bigmodel.architecture import (
     describe_architecture,
     describe_module,
@@ -39,6 +40,7 @@ from bigpipe.bigmodel.checkpoint import (
     dtype_name,
     exempt,
     match,
+    open_adapter,
     open_checkpoint,
 )
 from bigpipe.bigmodel.formats import (
@@ -91,6 +93,7 @@ def load(
     path: str | Path,
     placement: Placement | DeviceMap | str | int | torch.device | None = None,
     *,
+    adapter: str | Path | None = None,
     model: torch.nn.Module | None = None,
     architecture: Mapping[str, Any] | None = None,
     dtype: str | torch.dtype | None = None,
@@ -109,6 +112,8 @@ def load(
     placement: a `Placement` or a device map {prefix: GPU number | "cpu" | "disk"}; left out, all goes to the CPU.
       Where a GPU is named, what lives in RAM or on disk computes on the first of them. A device alone (`cuda:0`) holds
       all; a mode (`auto`) is that of `place`, with its defaults.
+    adapter: a folder of peft's files, for this model: its matrices stand beside the weights, in float32, and whatever
+      it trained otherwise is put into the weights as they are read.
     model: an empty model of a class that the checkpoint does not name itself. architecture: such a class, as in a
       manifest: {"class": "module:Class", "config": {…}}.
     dtype: what floating weights are cast to; `auto` is as stored; left out, the placement's or `loading_dtype`'s
@@ -153,7 +158,15 @@ def load(
     _refuse_unknown(model, placement)
     if placement.no_split_module_classes is not None:
         model._no_split_modules = list(placement.no_split_module_classes)  # type: ignore[assignment]
-    _fill(model, checkpoint, described, homes, wanted, memory)
+    if adapter is None:
+        _fill(model, checkpoint, described, homes, wanted, memory)
+    else:
+        opened, outline = open_adapter(adapter), describe_module(model)
+        found = attachment(opened.described, described, outline)
+        checkpoint = changed_checkpoint(checkpoint, [opened], found.within)
+        _fill(model, checkpoint, described, homes, wanted, memory)
+        for device, size in attach(model, found, opened, dtype_name(wanted), homes.execution).items():
+            loaded(model).held["cpu" if device.type == "cpu" else device.index - homes.first_gpu] += size
     _read_generation_config(model, checkpoint.folder)
     return model.eval()
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import accumulate, islice, pairwise
 
 from bigpipe.bigmodel.architecture import Architecture, text_config
@@ -32,6 +32,11 @@ class Headroom:
     """On each GPU in use."""
     casting: int = 0
     """Of the ring that weights are cast into for each use, where the CPU computes."""
+
+    def with_beside(self, beside: Mapping[str, int]) -> Headroom:
+        """Return it with what an adapter holds where a tensor is used: it stays there, as keys and values do."""
+        both = {name: self.cache.get(name, 0) + beside.get(name, 0) for name in {**self.cache, **beside}}
+        return replace(self, cache=both) if beside else self
 
 
 def headroom_of(

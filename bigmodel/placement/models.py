@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 from bigpipe.bigmodel.architecture import (
@@ -105,8 +106,10 @@ def place_model(
     *,
     memo: Path | None = None,
     speeds: Speeds | None = None,
+    beside: Mapping[str, int] = MappingProxyType({}),
 ) -> Placement:
-    """Return the placement of a model that has been looked at. Raises UsageError and DoesNotFit, as `place` does."""
+    """Return the placement of a model that has been looked at. Raises UsageError and DoesNotFit, as `place` does.
+    beside: tensor → bytes that an adapter holds where it is used."""
     refused, model = uncomputable(model), decoded(model)
     if request.device_map == "optimal" and speeds is None and memo is not None:
         speeds = speeds_of(machine, memo)
@@ -115,7 +118,7 @@ def place_model(
         dtype = request.dtype or stored_dtype(model)
         taken = headroom_of(
             architecture, computed or dtype, request.batch_size, request.sequence_length, format_of(model)
-        )
+        ).with_beside(beside)
         found = place_architecture(
             architecture,
             replace(request, dtype=dtype),

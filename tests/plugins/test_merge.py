@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from support.adapters import loaded, merged_by_peft, tuned
+from support.adapters import loaded, merged_by_peft, tuned, with_adapter
 from support.hub import LoopbackHub
 from support.hub_state import files_of
 from support.models import make_checkpoint
@@ -119,3 +119,59 @@ def test_several_adapters_are_weighed(shop: Workshop) -> None:
     shop.manifest.write_text(text.replace("[1, 0.5]", "[1]"))
     done = shop.command("plan", "recipe.yaml")
     assert (done.returncode, "for 2 adapters" in done.stderr) == (2, True), done.stderr
+
+
+INFER = """\
+version: 1
+stages:
+  base: {uses: download, with: {path: base}}
+  lora: {uses: download, with: {path: lora}}
+  place:
+    uses: dispatch
+    inputs: {model: base, adapter: lora}
+    with: {device_map: {"": disk}}
+  generate:
+    uses: distributed-infer
+    inputs: {model: base, placement: place, adapter: lora}
+    with: {task: text-generation, prompts: ["Hello", "a b c", "Once"], max_new_tokens: 6, dtype: float32}
+"""
+
+
+def test_a_streamed_model_generates_with_its_adapter_what_peft_generates(shop: Workshop) -> None:
+    from transformers import AutoTokenizer
+
+    base = make_checkpoint(shop.folder / "base", "llama")
+    tuned(base, shop.folder / "lora", r=4, target_modules=["q_proj", "down_proj"])
+    shop.manifest.write_text(INFER)
+    plan = shop.json("plan", "recipe.yaml")
+    held = 4 * 4 * 2 * ((32 + 32) + (64 + 32))
+    assert any("adapter: " in line for line in plan["nodes"]["place"]["forecast"]["details"])
+    alone = INFER.replace(", adapter: lora", "")
+    shop.manifest.write_text(alone)
+    without = shop.json("plan", "recipe.yaml")
+    for node in ("place", "generate"):
+        ram = [each["nodes"][node]["forecast"]["ram"] for each in (plan, without)]
+        assert ram[0] - ram[1] == held, "its bytes count"
+    shop.manifest.write_text(INFER)
+    result = shop.run()
+    assert result.status == "succeeded", result.errors
+    lines = (result.path("generate") / "results.jsonl").read_text().splitlines()
+    model, tokenizer = with_adapter(base, shop.folder / "lora"), AutoTokenizer.from_pretrained(base)
+    for line in map(json.loads, lines):
+        inputs = tokenizer(line["prompt"], return_tensors="pt")
+        made = model.generate(**inputs, max_new_tokens=6, do_sample=False)[0, inputs["input_ids"].shape[1] :]
+        assert line["text"].endswith(tokenizer.decode(made, skip_special_tokens=True))
+    tuned(base, shop.folder / "lora", seed=8, r=4, target_modules=["q_proj", "down_proj"])
+    again = {name: node["action"] for name, node in shop.json("plan", "recipe.yaml")["nodes"].items()}
+    assert again["base"] == "cached"
+    assert again["generate"] != "cached", "another adapter is another key"
+
+
+def test_an_adapter_for_another_model_does_not_come_to_inference(shop: Workshop) -> None:
+    wide = make_checkpoint(shop.folder / "other", "llama", hidden_size=48)
+    tuned(wide, shop.folder / "lora", r=4, target_modules=["q_proj"])
+    for wired, place in ((INFER, "recipe.yaml:7:"), (INFER.replace("base, adapter: lora", "base"), "recipe.yaml:11:")):
+        shop.manifest.write_text(wired)
+        done = shop.command("plan", "recipe.yaml")
+        assert (done.returncode, place in done.stderr) == (2, True), done.stderr
+        assert "was made for another model" in done.stderr
