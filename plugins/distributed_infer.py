@@ -171,7 +171,11 @@ STAGE = Stage(
     run=late("bigpipe.plugins.inferring:run"),
     forecast=late("bigpipe.plugins.inferring:forecast"),
     runs_in="ranks",
-    ranks=Ranks(prepare=late("bigpipe.plugins.inferring:prepare"), finish=late("bigpipe.plugins.inferring:finish")),
+    ranks=Ranks(
+        prepare=late("bigpipe.plugins.inferring:prepare"),
+        finish=late("bigpipe.plugins.inferring:finish"),
+        replaced=True,
+    ),
     planning=Planning(check=late("bigpipe.plugins.inferring:check"), facts=facts),
     choices=Choices(field="task", decides="generation", models=late("bigpipe.bigmodel.tasks:task_arguments")),
     packages=("torch", "transformers", "tokenizers", "bitsandbytes"),

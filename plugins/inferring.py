@@ -210,6 +210,7 @@ def prepare(params: InferParams, ctx: StageContext) -> None:
     plan = plan_work(
         ctx.scratch, rows, _lengths(params, rows, task), ranks=ctx.launch.num_processes, batch_size=params.batch_size,
         batch_tokens=params.batch_tokens, split=params.split, pad=params.apply_padding, together=together.count,
+        lost=ctx.lost, max_errors=params.max_errors,
     )  # fmt: skip
     if plan.finished:
         ctx.log(f"{plan.finished} of {len(plan.chunks)} batches were finished before")
@@ -231,7 +232,7 @@ def run(params: InferParams, ctx: StageContext) -> StageResult:
     compute_share(
         ctx.scratch, ctx.rank, ctx.world_size, bind, max_errors=params.max_errors,
         progress=lambda done, total: ctx.progress(done, total, "prompts", "inferring"),
-        log=lambda text: ctx.log(text, detail=True),
+        log=lambda text: ctx.log(text, detail=True), warn=ctx.log,
     )  # fmt: skip
     return StageResult(InferMetrics())
 

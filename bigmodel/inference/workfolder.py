@@ -12,7 +12,7 @@ from __future__ import annotations
 import json
 import zlib
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -22,9 +22,11 @@ from bigpipe.errors import StageFailed
 from bigpipe.files import LogFile, make_directory, parse_json, sync_directory, write_file
 from bigpipe.redaction import redact_json
 
+from .deaths import Deaths, note_deaths
 from .sharing import Queue, Split, chunked, share_out
 
 PLAN, RESULTS = "workplan.json", "results.jsonl"
+SUSPECTS = "suspects"
 LOG, PEAKS = "records.jsonl", "peaks.json"
 """In each rank's folder: its records, and the memory it took at most."""
 
@@ -122,14 +124,13 @@ class WorkPlan:
     """The rows of each."""
     queues: list[list[int]]
     """One that all ranks take chunks from, or one for each rank."""
+    suspects: list[int]
+    """Rows that ranks died of, as it seems: computed after all others, each of them alone."""
+    finished: int
+    """Chunks that were finished before it was made."""
     ranks: int
     together: int = 1
     """How many chunks of a rank may be under way at once."""
-
-    @property
-    def finished(self) -> int:
-        """Chunks that were finished before it was made."""
-        return len(self.chunks) - len({chunk for queue in self.queues for chunk in queue})
 
     def batch(self, chunk: int) -> list[Row]:
         return [self.rows[row] for row in self.chunks[chunk]]
@@ -141,38 +142,62 @@ class WorkPlan:
         sizes = (len(self.chunks[chunk]) for chunk in chunks)
         return Queue(_queue_file(folder, number), chunks, sizes, takers, rank // len(self.queues))
 
+    def suspects_queue(self, folder: Path, rank: int) -> Queue:
+        """Return what all ranks take the suspects from."""
+        return Queue(_queue_file(folder, SUSPECTS), self.suspects, [1] * len(self.suspects), self.ranks, rank)
+
     @classmethod
     def read(cls, folder: Path) -> WorkPlan:
         data = json.loads((folder / PLAN).read_bytes())
         return cls(**{**data, "rows": [Row(**row) for row in data["rows"]]})
 
 
-def _queue_file(folder: Path, number: int) -> Path:
+def _queue_file(folder: Path, number: int | str) -> Path:
     return folder / f"queue-{number}"
 
 
 def plan_work(
     folder: Path, rows: list[Row], lengths: Sequence[int], *, ranks: int, batch_size: int = 1,
     batch_tokens: int | None = None, split: Split = "queue", pad: bool = False, together: int = 1,
+    lost: Mapping[int, str] = {}, max_errors: int = 0,
 ) -> WorkPlan:  # fmt: skip
     """Share out what nobody has finished in `folder`; return the plan, which is saved there too.
 
     lengths: of each row, about, in tokens. batch_size, batch_tokens: see `chunked`. split: one queue for all
     `ranks`, or one for each, padded where asked; see `share_out`. together: chunks of a rank that may be under way at
-    once.
+    once. lost: ranks that died since it was last shared out, and how. A row that was there when two died is computed
+    alone, and one that was there three times fails. Raise StageFailed where more than `max_errors` rows failed so.
     """
-    good = {index for index, record in gather(rows, folder).items() if not record.failed}
     chunks = chunked(lengths, batch_size, batch_tokens)
-    missing = [number for number, chunk in enumerate(chunks) if not good.issuperset(rows[row].index for row in chunk)]
+    found = gather(rows, folder)
+    done = {number for number, row in enumerate(rows) if row.index in found and not found[row.index].failed}
+    deaths = note_deaths(folder, lost, {number for number, row in enumerate(rows) if row.index in found})
+    done |= give_up(folder, rows, deaths, max_errors)
+    missing = [number for number, chunk in enumerate(chunks) if not done.issuperset(chunk)]
+    suspected = {chunk for chunk in missing if not deaths.suspected.isdisjoint(chunks[chunk])}
+    suspects = [row for chunk in sorted(suspected) for row in chunks[chunk] if row not in done]
+    whole = [chunk for chunk in missing if chunk not in suspected]
 
     def cost(chunk: int) -> int:
         return len(chunks[chunk]) * max(lengths[row] for row in chunks[chunk])
 
-    plan = WorkPlan(rows, chunks, share_out(missing, cost, ranks, split, pad=pad), ranks, together)
-    for number in range(len(plan.queues)):
+    queues = share_out(whole, cost, ranks, split, pad=pad)
+    plan = WorkPlan(rows, chunks, queues, suspects, len(chunks) - len(missing), ranks, together)
+    for number in (*range(len(plan.queues)), SUSPECTS):
         _queue_file(folder, number).unlink(missing_ok=True)
     write_file(folder / PLAN, json.dumps(asdict(plan)))
     return plan
+
+
+def give_up(folder: Path, rows: Sequence[Row], deaths: Deaths, max_errors: int) -> set[int]:
+    """Write down the error of each row that too many ranks died of, and return these rows. Raise StageFailed where they
+    are more than `max_errors`."""
+    records = [Record(rows[row].index, rows[row].digest, {"error": why}) for row, why in deaths.given_up.items()]
+    if records:
+        with open_log(folder / "rank-0" / LOG) as log:
+            append(log, records)
+    check_errors(records, max_errors)
+    return set(deaths.given_up)
 
 
 def merge_results(folder: Path, out: Path, *, max_errors: int = 0) -> tuple[dict[str, Any], tuple[str, int]]:

@@ -11,8 +11,10 @@ from pathlib import Path
 
 from bigpipe.bigmodel.tasks import Answer, Answerer, Row
 from bigpipe.errors import BigpipeError, DoesNotFit, StageFailed
-from bigpipe.files import write_file
+from bigpipe.files import LogFile, write_file
+from bigpipe.fit import out_of_memory
 
+from .deaths import BEGUN, begin
 from .workfolder import LOG, PEAKS, Record, WorkPlan, append, check_errors, open_log
 
 Work = Callable[[int], None]
@@ -41,33 +43,39 @@ def compute_share(
     max_errors: int = 0,
     progress: Callable[[int, int], None] = lambda done, total: None,
     log: Callable[[str], None] = lambda text: None,
+    warn: Callable[[str], None] = lambda text: None,
 ) -> None:
     """Answer the rows of one rank as the plan in `folder` says, and write only to `folder/rank-N`.
 
     bind: loads the model; called where there is something to do. progress: called with the rows done and the rows that
     this rank can expect, first before `bind`; over all ranks they come to all that is to do. log: gets the traceback of
-    a row that failed.
+    a row that failed. warn: told where a batch was larger than memory, and was halved.
     Raise StageFailed where more than `max_errors` rows fail or the plan was made for another `world_size`, DoesNotFit
-    where a batch is larger than memory, and every BigpipeError of the task.
+    where one row is larger than memory, and every BigpipeError of the task.
     """
     plan = WorkPlan.read(folder)
     if plan.ranks != world_size:
         cause = f"the work was divided for {plan.ranks} ranks, and {world_size} came up"
         raise StageFailed(cause, "run it again; `launch.num_processes` says how many there should be")
-    queue, done = plan.queue(folder, rank), 0
-    if not queue:
+    queue, suspects, done = plan.queue(folder, rank), plan.suspects_queue(folder, rank), 0
+    if not (queue or suspects):
         return
-    progress(done, queue.expected)  # before the model loads, so that the sum over ranks is known from the start
+
+    def tell() -> None:
+        progress(done, queue.expected + suspects.expected)
+
+    tell()  # before the model loads, so that the sum over ranks is known from the start
     bound = bind()
     failed: list[Record] = []
     own = folder / f"rank-{rank}"
-    with open_log(own / LOG) as records_log:
+    with open_log(own / LOG) as records_log, LogFile(own / BEGUN) as begun_log:
         ended = time.monotonic()
 
-        def compute(chunk: int) -> None:
+        def compute(numbers: Sequence[int]) -> None:
             nonlocal done, ended
-            batch, started = plan.batch(chunk), time.monotonic()
-            answers = answer_batch(bound.answer, batch, log)
+            batch, started = [plan.rows[number] for number in numbers], time.monotonic()
+            begin(begun_log, numbers)
+            answers = answer_batch(bound.answer, batch, log, warn)
             seconds, ended = time.monotonic() - max(started, ended), time.monotonic()
             records = _records(batch, answers, seconds)
             append(records_log, records)
@@ -75,10 +83,11 @@ def compute_share(
             failed.extend(record for record in records if record.failed)
             check_errors(failed, max_errors)
             done += len(records)
-            progress(done, queue.expected)
+            tell()
 
-        bound.each(compute, queue, plan.together)
-        progress(done, queue.expected)  # others may have taken what it expected
+        bound.each(lambda chunk: compute(plan.chunks[chunk]), queue, plan.together)
+        bound.each(lambda row: compute([row]), suspects, 1)
+        tell()  # others may have taken what it expected
 
 
 def _records(batch: Sequence[Row], answers: Sequence[Answer], seconds: float) -> list[Record]:
@@ -90,9 +99,12 @@ def _records(batch: Sequence[Row], answers: Sequence[Answer], seconds: float) ->
     ]
 
 
-def answer_batch(answerer: Answerer, rows: Sequence[Row], log: Callable[[str], None]) -> list[Answer]:
-    """Return the answers of a batch. Where one row breaks it, each is tried alone, and the broken one says why.
-    Nothing is kept for a backward, unless the answerer asks torch for gradients itself."""
+def answer_batch(
+    answerer: Answerer, rows: Sequence[Row], log: Callable[[str], None], warn: Callable[[str], None] = lambda text: None
+) -> list[Answer]:
+    """Return the answers of a batch. Where one row breaks it, each is tried alone, and the broken one says why; where
+    memory runs out, each half. Nothing is kept for a backward, unless the answerer asks torch for gradients itself.
+    warn: told where a batch is halved: other shapes may give other last bits."""
     import torch
 
     try:
@@ -103,17 +115,38 @@ def answer_batch(answerer: Answerer, rows: Sequence[Row], log: Callable[[str], N
         return answers
     except BigpipeError:
         raise
-    except (torch.OutOfMemoryError, MemoryError) as error:
-        raise DoesNotFit(
-            f"a batch of {len(rows)} does not fit: {str(error).partition(chr(10))[0]}",
-            "lower batch_size or max_new_tokens, or place more of the model on cpu or disk",
-        ) from error
     except Exception as error:
-        if len(rows) > 1:
-            return [answer for row in rows for answer in answer_batch(answerer, [row], log)]
-        log(f"prompt {rows[0].index}: " + "".join(traceback.format_exception(error)))
-        said = f"{type(error).__name__}: {error}".encode("utf-8", "backslashreplace").decode()
-        return [Answer({"error": said})]
+        if len(rows) == 1:
+            return [_failed(rows[0], error, log)]
+        parts = _parts(rows, error, warn)
+    # Out here the error, and all tensors that its frames held, are gone.
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+    return [answer for part in parts for answer in answer_batch(answerer, part, log, warn)]
+
+
+def _parts(rows: Sequence[Row], error: Exception, warn: Callable[[str], None]) -> list[Sequence[Row]]:
+    """What is tried of a batch that failed."""
+    if not out_of_memory(error):
+        return [[row] for row in rows]
+    half = (len(rows) + 1) // 2
+    warn(
+        f"memory ran out for a batch of {len(rows)} prompts, the first is {rows[0].index}: computed as {half} and "
+        f"{len(rows) - half}, whose numbers may differ in their last bits from those of the whole"
+    )
+    return [rows[:half], rows[half:]]
+
+
+def _failed(row: Row, error: Exception, log: Callable[[str], None]) -> Answer:
+    """The answer that says why. Raise DoesNotFit where not even one row fits."""
+    if out_of_memory(error):
+        raise DoesNotFit(
+            f"prompt {row.index} does not fit: {str(error).partition(chr(10))[0]}",
+            "shorten it, lower max_new_tokens, or place more of the model on cpu or disk",
+        ) from error
+    log(f"prompt {row.index}: " + "".join(traceback.format_exception(error)))
+    said = f"{type(error).__name__}: {error}".encode("utf-8", "backslashreplace").decode()
+    return Answer({"error": said})
 
 
 def _peaks() -> dict[str, int]:

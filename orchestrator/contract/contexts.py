@@ -153,6 +153,8 @@ class StageContext(Assignment):
     rank_dir: Path | None = None
     """The folder of a rank alone, `scratch/rank-N`, kept over crashes; in `scratch` it writes only what all ranks
     may write at once."""
+    lost: Mapping[int, str] = field(default_factory=dict)
+    """For `prepare`: the ranks that died since this attempt was last prepared, and how: `was ended by SIGSEGV`."""
     outlet: Outlet = field(default_factory=Outlet)
     """Where a kind that `streams` tells of each finished file, whether or not anybody waits for it."""
     reporter: Reporter

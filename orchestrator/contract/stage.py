@@ -220,6 +220,9 @@ class Ranks(Generic[P]):
     """Runs once after all ranks ended, merges `scratch/rank-*` into `out` and gives the result."""
     counted: bool = False
     """The result depends on how many ranks there are: their number enters the key."""
+    replaced: bool = False
+    """Where a rank dies, `prepare` is told of it in `context.lost`, and the ranks are started again with what is
+    unfinished, up to `launch.max_restarts` times. Otherwise its death is the end of the attempt."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -69,6 +69,9 @@ class Launch(BaseModel):
     main_process_port: Count | None = Field(default=None, ge=1, le=65535)
     config_file: Text | None = Field(default=None, description="An accelerate config file, relative to the manifest.")
     mixed_precision: Literal["no", "fp16", "bf16", "fp8"] | None = None
+    max_restarts: Count = Field(
+        default=3, ge=0, description="How often ranks that died are replaced, where a kind goes on after that."
+    )
 
     @model_validator(mode="after")
     def _machines_agree(self) -> Launch:

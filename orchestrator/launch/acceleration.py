@@ -21,7 +21,7 @@ from bigpipe.errors import UsageError
 from bigpipe.files import read_file
 from bigpipe.orchestrator.contract import Launch, Machine
 
-TAKEN = tuple(name for name in Launch.model_fields if name != "config_file")
+TAKEN = tuple(name for name in Launch.model_fields if name not in ("config_file", "max_restarts"))
 """The keys that a manifest and a configuration file share."""
 LARGEST = 2**20
 """Bytes of a configuration file."""

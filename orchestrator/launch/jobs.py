@@ -26,6 +26,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from bigpipe.errors import BY_NAME, BigpipeError, DoesNotFit, StageFailed
 from bigpipe.files import LIMITS, NO_SPACE, explain, write_file
+from bigpipe.fit import OUT_OF_MEMORY, out_of_memory
 from bigpipe.orchestrator.contract import Assignment, Event, Params, Stage, StageResult
 from bigpipe.redaction import redact_json
 
@@ -36,8 +37,6 @@ DISK = (errno.EIO, errno.EROFS, *NO_SPACE, *LIMITS)
 """What the system says of a disk that is full or broken, and of its own limits."""
 NO_THREADS = "can't start new thread"
 """In the RuntimeError of Python's threading (Modules/_threadmodule.c)."""
-ALLOCATOR_FAILED = "DefaultCPUAllocator: can't allocate memory"
-"""In the RuntimeError of torch's allocator for the CPU (c10/core/impl/alloc_cpu.cpp), whose class tells nothing."""
 Mode = Literal["run", "prepare", "launch", "rank", "finish"]
 
 
@@ -51,6 +50,7 @@ class AttemptFolder:
         self.events = path / "events"
         self.processes = path / "processes"
         self.acceleration = path / "accelerate.yaml"
+        self._lost = path / "lost.json"
 
     def outcome(self, mode: Mode, rank: int = 0) -> Path:
         return self.path / (f"rank-{rank}.json" if mode == "rank" else f"outcome-{mode}.json")
@@ -60,7 +60,21 @@ class AttemptFolder:
 
     def clear(self) -> None:
         """Remove what an earlier attempt left here, which must not be taken for the work of a new one."""
-        for pattern in ("outcome-*.json", "rank-*", "events/*", "processes/*/*"):
+        self._remove("outcome-*.json", "rank-*", "lost.json", "events/*", "processes/*/*")
+
+    def replace_ranks(self, lost: Mapping[int, str]) -> None:
+        """Remove what the ranks left here, to start them again. lost: those that died, and how."""
+        self._remove("outcome-*.json", "rank-*", "processes/*/*")
+        write_file(self._lost, json.dumps(lost), durable=False)
+
+    def lost(self) -> dict[int, str]:
+        """Return the ranks that died before they were started again, and how."""
+        if not self._lost.exists():
+            return {}
+        return {int(rank): how for rank, how in json.loads(self._lost.read_bytes()).items()}
+
+    def _remove(self, *patterns: str) -> None:
+        for pattern in patterns:
             for path in self.path.glob(pattern):
                 path.unlink()
 
@@ -207,12 +221,11 @@ def _describe(error: BaseException) -> str:
 def ran_out(error: BaseException) -> BigpipeError | None:
     """Return the error for the user where memory, the disk or a limit of the system ran out: that is nobody's bug."""
     code = error.errno if isinstance(error, OSError) else None
-    torch_failed = isinstance(error, RuntimeError) and ALLOCATOR_FAILED in str(error)
-    if isinstance(error, MemoryError) or code == errno.ENOMEM or torch_failed:
-        return DoesNotFit(f"memory ran out: {_describe(error)}", "use a smaller batch")
-    if type(error).__name__ == "OutOfMemoryError":  # torch's, which must not be imported for this
+    if type(error).__name__ == OUT_OF_MEMORY:
         cure = "use a smaller batch, or give max_memory a lower cap so that more is kept off the GPU"
         return DoesNotFit(f"GPU memory ran out: {error}", cure)
+    if out_of_memory(error):
+        return DoesNotFit(f"memory ran out: {_describe(error)}", "use a smaller batch")
     if isinstance(error, OSError) and code in LIMITS and error.filename is None:
         return StageFailed(f"a limit of the system was met: {error.strerror}", LIMITS[code])
     if isinstance(error, OSError) and code in DISK:

@@ -8,7 +8,7 @@ import signal
 import time
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from itertools import chain
+from itertools import chain, count
 
 import yaml
 
@@ -19,7 +19,7 @@ from bigpipe.orchestrator.contract import LogLine
 from .acceleration import Acceleration, accelerate
 from .jobs import Failure, Job, Outcome
 from .processes import worker_command
-from .supervision import LOOK_SECONDS, Supervisor, supervise
+from .supervision import LOOK_SECONDS, Supervisor, how_it_ended, supervise
 
 LAG_SECONDS = 5.0
 """How long the launcher may take to notice that a rank died. torchrun gives the others 30 s to end; we do not wait."""
@@ -37,12 +37,31 @@ def run(job: Job) -> Outcome:
             f"kind {stage.kind} runs as ranks but has no `finish`", "several ranks need one to merge them"
         )
     supervisor = supervise(job, cpu=acceleration.cpu, defaults=acceleration.environment(job.machine))
-    if stage.ranks.prepare is not None:
-        supervisor.outcome("prepare")
-    results = _Ranks(supervisor, acceleration).run()
+    results = _run_replacing(supervisor, acceleration)
     peak = sum(max(supervisor.peak(rank), result.peak_rss) for rank, result in enumerate(results))
     result = results[0] if stage.ranks.finish is None else supervisor.outcome("finish")
     return result.model_copy(update={"peak_rss": max(peak, result.peak_rss)})
+
+
+def _run_replacing(supervisor: Supervisor, acceleration: Acceleration) -> list[Outcome]:
+    """Prepare and run the ranks; where some died, again, as the kind and `max_restarts` allow. torch brings ranks
+    together once, so that all of them start anew. On further machines a person starts them, and nobody could again."""
+    job, ranks = supervisor.job, supervisor.job.stage.ranks
+    restarts = job.launch.max_restarts if ranks.replaced and job.launch.num_machines == 1 else 0
+    for restart in count(1):
+        if ranks.prepare is not None:
+            supervisor.outcome("prepare")
+        started = _Ranks(supervisor, acceleration)
+        try:
+            return started.run()
+        except StageFailed:
+            lost = started.lost()
+            if not lost or restart > restarts:
+                raise
+        told = " and ".join(f"rank {rank} {how}" for rank, how in lost.items())
+        supervisor.say(LogLine(job.node, f"{told}; the ranks are started again ({restart} of {restarts})"))
+        job.folder.replace_ranks(lost)
+    raise AssertionError  # `count` has no end
 
 
 class _Ranks:
@@ -146,6 +165,16 @@ class _Ranks:
             (crash(f"rank {rank}", number, rank) for rank, number in silent.items()),
         )
         return next(errors, None) or self._launch_error(told.failure, code)
+
+    def lost(self) -> dict[int, str]:
+        """Return the ranks that died on their own, and how; none where one told an error, which it would tell again."""
+        results = self._read(range(self._job.launch.num_processes))
+        if any(result.failure for result in results.values()):
+            return {}
+        told = Outcome.read(self._folder.outcome("launch")) or Outcome()
+        codes = dict.fromkeys(self._dead_since, -signal.SIGKILL) if not told.codes else told.codes
+        died = {rank: code for rank, code in codes.items() if rank not in results and code != -signal.SIGTERM}
+        return {rank: how_it_ended(code) for rank, code in sorted(died.items())}
 
     def _gone(self, failed: Mapping[int, int]) -> list[int]:
         """Ranks here that ended with status 0 where others failed: the launcher names these, also those it ended."""

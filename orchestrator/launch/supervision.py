@@ -123,7 +123,7 @@ class Supervisor:
             hint = f"{self._who_kills(self.peak(rank))}; {hint}"
         if code == -signal.SIGBUS:
             hint = f"a file that it had mapped was cut short, or its disk failed; {hint}"
-        return StageFailed(f"{self.job.node}: {who} {_how_it_ended(code)}", hint)
+        return StageFailed(f"{self.job.node}: {who} {how_it_ended(code)}", hint)
 
     def workers(self) -> list[Worker]:
         return list(processes.signed_in(self.job.folder.processes))
@@ -183,7 +183,8 @@ class Supervisor:
         return "".join(f"\n    {line}" for line in self.log.last)
 
 
-def _how_it_ended(code: int) -> str:
+def how_it_ended(code: int) -> str:
+    """Return what became of a process, by its exit status (negative: the signal that ended it)."""
     if code == ORPHANED:
         return "gave up: its parent had ended, or another run holds its work folder"
     if code == UNTOLD:

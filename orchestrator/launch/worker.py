@@ -143,7 +143,9 @@ def _call_stage(file: JobFile, folder: AttemptFolder, mode: Mode, rank: int) -> 
             rank_dir = job.scratch / f"rank-{rank}"
             rank_dir.mkdir(parents=True, exist_ok=True)
         world_size = job.launch.num_processes
-        context = StageContext.of(job, reporter=events, rank=rank, world_size=world_size, rank_dir=rank_dir)
+        context = StageContext.of(
+            job, reporter=events, rank=rank, world_size=world_size, rank_dir=rank_dir, lost=folder.lost()
+        )
         stage: Stage[Any] = import_attribute(file.module, job.trust.home(file.module, job.base))
         functions = {"prepare": stage.ranks.prepare, "finish": stage.ranks.finish}
         function: Callable[..., StageResult | None] | None = functions.get(mode, stage.run)

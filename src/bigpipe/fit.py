@@ -5,6 +5,7 @@ Placement, estimates and stage kinds hand in numbers; nobody compares, searches 
 
 from __future__ import annotations
 
+import errno
 import shlex
 from collections.abc import Callable, Hashable, Mapping
 from dataclasses import asdict, dataclass
@@ -14,6 +15,10 @@ from .errors import DoesNotFit
 from .sizes import format_size
 
 Key = TypeVar("Key", bound=Hashable)
+OUT_OF_MEMORY = "OutOfMemoryError"
+"""The class of torch's error, which must not be imported to ask."""
+ALLOCATOR_FAILED = "DefaultCPUAllocator: can't allocate memory"
+"""In the RuntimeError of torch's allocator for the CPU (c10/core/impl/alloc_cpu.cpp), whose class tells nothing."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -131,3 +136,12 @@ def flow(value: Any) -> str:
     if isinstance(value, Mapping):
         return "{" + ", ".join(f"{key}: {flow(item)}" for key, item in value.items()) + "}"
     return str(value)
+
+
+def out_of_memory(error: BaseException) -> bool:
+    """Return whether memory ran out, of the machine or of a GPU, as Python, the system or torch says it."""
+    if isinstance(error, MemoryError) or (isinstance(error, OSError) and error.errno == errno.ENOMEM):
+        return True
+    if type(error).__name__ == OUT_OF_MEMORY:
+        return True
+    return isinstance(error, RuntimeError) and ALLOCATOR_FAILED in str(error)

@@ -8,6 +8,7 @@ import os
 import random
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -37,8 +38,8 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.fault
 @pytest.mark.timeout(3 * 3600)
 def test_kills_lose_and_repeat_nothing(tmp_path: Path, model: Path, seed: int) -> None:
-    """A rank, the launcher or the command is killed while it starts or works, and taken up at another world size. Once
-    all records are there, another thousand begins, until there were enough kills."""
+    """A rank, the launcher or the command is killed while it starts or works. Ranks are replaced; what ended is taken
+    up at another world size. Once all records are there, another thousand begins, until there were enough kills."""
     draw = random.Random(seed)  # noqa: S311
     kills = rounds = 0
     while kills < KILLS:
@@ -62,21 +63,29 @@ def test_kills_lose_and_repeat_nothing(tmp_path: Path, model: Path, seed: int) -
     print(f"{kills} kills in {rounds} rounds of {RECORDS} records")  # noqa: T201
 
 
-def _live(folder: Path, model: Path, ranks: int, draw: random.Random | None) -> tuple[bool, bool]:
-    """Start the command and kill somebody; return whether that was done, and whether it ended well."""
+def _live(folder: Path, model: Path, ranks: int, draw: random.Random | None) -> tuple[int, bool]:
+    """Start the command and kill somebody, and again; return how often that was done, and whether it ended well."""
     command = [sys.executable, "-m", "support.inferring", folder, model, str(ranks), folder / "fields.json"]
     environment = {**os.environ, "PYTHONPATH": f"{TESTS.parent / 'src'}:{TESTS}"}
     with subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL) as process:
         assert process.stdout is not None
-        killed = False
+        killed = 0
         if draw is not None:
             if draw.random() < 0.5:  # while it starts
                 time.sleep(draw.uniform(0, 6))
             elif _await_progress(process):
                 time.sleep(draw.uniform(0, 1.5))
             killed = _kill_somebody(process, draw)
-        process.stdout.read()
-        return killed, process.wait(timeout=60) == 0
+        threading.Thread(target=process.stdout.read, daemon=True).start()
+        while draw is not None and not _ended(process, draw.uniform(1, 10)):  # a rank that was killed is replaced
+            killed += _kill_somebody(process, draw)
+        return killed, process.wait(timeout=600) == 0
+
+
+def _ended(process: subprocess.Popen[bytes], seconds: float) -> bool:
+    with contextlib.suppress(subprocess.TimeoutExpired):
+        process.wait(seconds)
+    return process.poll() is not None
 
 
 def _await_progress(process: subprocess.Popen[bytes]) -> bool:
