@@ -47,6 +47,7 @@ bench: $(VENV)/.ready-dev  ## every benchmark, both sides, as tables; BENCH="--s
 reference: $(VENV)/.ready-dev  ## regenerate what is generated: the kinds' reference and the JSON schema
 	$(BIN)/bigpipe kinds --markdown > docs/reference/kinds.md
 	$(BIN)/bigpipe schema > schema/bigpipe.schema.json
+	$(BIN)/bigpipe schema --outputs > schema/outputs.schema.json
 
 snapshot: $(VENV)/.ready-dev  ## what the installed transformers builds of common families, so that sizes need no torch
 	$(BIN)/python models/architectures.py

@@ -64,25 +64,32 @@ def estimate(
 @click.command()
 @click.argument("file", type=click.Path(path_type=Path))
 @click.option("--model", required=True, metavar="REPO", shell_complete=MODELS, help="A Hub repository.")
-def init(file: Path, model: str) -> None:
+@JSON
+def init(file: Path, model: str, as_json: bool) -> None:
     """Write a first recipe for a model, and the JSON schema that makes an editor complete and check it.
 
     Example: bigpipe init opt.yaml --model facebook/opt-125m
     """
     from bigpipe.orchestrator.commands import initialise
 
-    for written in initialise(file, model):
-        say(f"wrote {written}")
+    files = [str(written) for written in initialise(file, model)]
+    show(
+        as_json,
+        lambda: {"schema": "bigpipe.init/1", "files": files},
+        lambda: "\n".join(f"wrote {written}" for written in files),
+    )
 
 
 @click.command()
 @click.argument("kinds", nargs=-1, metavar="MODULE:STAGE...")
-def schema(kinds: tuple[str, ...]) -> None:
+@click.option("--outputs", is_flag=True, help="The schema of what `--json` prints, and of events, instead.")
+@click.option("--json", "as_json", is_flag=True, help="A refusal is JSON too; a schema always is.")
+def schema(kinds: tuple[str, ...], outputs: bool, as_json: bool) -> None:
     """Print the JSON schema of manifests, generated from the registered kinds, and from those of modules of yours.
 
     Example: bigpipe schema > bigpipe.schema.json
     """
-    show_json(recipe.manifest_schema(more=kinds))
+    show_json(report.outputs_schema() if outputs else recipe.manifest_schema(more=kinds))
 
 
 @click.command()
@@ -116,7 +123,8 @@ def doctor(as_json: bool, store: Path | None) -> None:
 
 @click.command()
 @click.argument("shell", type=click.Choice(SHELLS))
-def completion(shell: str) -> None:
+@JSON
+def completion(shell: str, as_json: bool) -> None:
     """Print what makes a shell complete commands, options, nodes, parameters, runs, kinds and models.
 
     Read it where the shell starts: `eval "$(bigpipe completion bash)"` in ~/.bashrc, or the same with zsh in ~/.zshrc;
@@ -124,7 +132,7 @@ def completion(shell: str) -> None:
 
     Example: bigpipe completion bash
     """
-    say(script(shell))
+    show(as_json, lambda: {"schema": "bigpipe.completion/1", "text": script(shell)}, lambda: script(shell))
 
 
 COMMANDS = (estimate, init, schema, kinds, doctor, completion)

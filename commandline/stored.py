@@ -15,7 +15,7 @@ from bigpipe.sizes import format_transfer
 
 from .completing import RAN, REMOVABLE, RUNS
 from .options import DRY_RUN, JSON, STORE, YES, age
-from .printing import confirmed, redraw, say, screen, show
+from .printing import confirmed, redraw, say, screen, show, show_json
 
 
 def _print(answer: report.Inspection, as_json: bool) -> None:
@@ -67,12 +67,18 @@ def list_running(as_json: bool, store: Path | None) -> None:
 @click.argument("run", shell_complete=RUNS)
 @click.argument("node", required=False, shell_complete=RAN)
 @click.option("-f", "--follow", is_flag=True, help="Go on with what is written, until the run is over.")
+@JSON
 @STORE
-def log(run: str, node: str | None, follow: bool, store: Path | None) -> None:
+def log(run: str, node: str | None, follow: bool, as_json: bool, store: Path | None) -> None:
     """Print what the nodes of RUN (an id, the start of one, or `last`) wrote.
 
     Example: bigpipe log last generate --follow
     """
+    if follow and as_json:
+        raise UsageError("--follow prints for people, and --json answers once", "leave one out")
+    if as_json:
+        show_json(report.answered(report.logged(run, node, store=store)))
+        return
     lines = report.follow_log(run, node, store=store) if follow else report.log_lines(run, node, store)
     for line in lines:
         say(line)

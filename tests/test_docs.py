@@ -35,6 +35,8 @@ def test_the_reference_of_the_kinds_is_current():
 
 def test_the_json_schema_is_current():
     assert bigpipe("schema").stdout == (ROOT / "schema/bigpipe.schema.json").read_text(), "make reference"
+    outputs = (ROOT / "schema/outputs.schema.json").read_text()
+    assert bigpipe("schema", "--outputs").stdout == outputs, "make reference"
 
 
 @pytest.mark.parametrize("path", MANIFESTS, ids=lambda path: path.stem)

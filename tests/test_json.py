@@ -11,22 +11,31 @@ import sys
 import time
 from pathlib import Path
 
+import jsonschema
 import pytest
 from support.hub import LoopbackHub
 from support.workshop import environment
 
 from bigpipe import errors
+from bigpipe.orchestrator.report import ANSWERS
 
 PAGE = (Path(__file__).parents[1] / "docs" / "reference" / "json.md").read_text(encoding="utf-8")
 DOCUMENTED = {
     schema: set(re.findall(r"`(\w+)`", fields))
     for schema, fields in re.findall(r"^\| `(bigpipe\.\w+/\d)` \| [^|]+ \| (.*?) ?\|$", PAGE, re.MULTILINE)
 }
+OUTPUTS = json.loads((Path(__file__).parents[1] / "schema" / "outputs.schema.json").read_text(encoding="utf-8"))
 EVERYWHERE = {"schema", "exit_code", "errors"}
 FIELDS = {"code", "cause", "cure", "file", "line", "column", "node"}
 MODEL = str(Path(__file__).parents[1] / "models" / "quickstart")
 HEAD = "version: 1\nname: told\nparams: {text: hello}\nstages:\n"
 GOOD = HEAD + '  a: {uses: write, with: {text: "${params.text}"}}\n  b: {uses: join, inputs: {first: a}}\n'
+
+
+def valid(value, name: str) -> None:
+    """Hold a value against its part of the published schema."""
+    place = f"#/$defs/{name.replace('/', '~1')}"
+    jsonschema.Draft202012Validator({**OUTPUTS, "anyOf": [{"$ref": place}]}).validate(value)
 
 
 def answer(workshop, *arguments: str, code: int, **environ: str):
@@ -42,6 +51,7 @@ def checked(text: str, code: int):
     assert bool(told["errors"]) == bool(code)
     assert all(error.keys() == FIELDS for error in told["errors"])
     assert all(error["cause"] and "Traceback" not in error["cause"] for error in told["errors"])
+    valid(told, told["schema"])
     own = DOCUMENTED[told["schema"]]
     assert own == told.keys() - EVERYWHERE or told["schema"] == "bigpipe.estimate/1"
     return told
@@ -66,8 +76,9 @@ def test_every_command_that_takes_json_has_its_schema(workshop) -> None:
     with_json = {name for name, one in cli.commands.items() if any(option.name == "as_json" for option in one.params)}
     rows = re.findall(r"^\| `bigpipe\.\w+/\d` \| ([^|]+) \|", PAGE, re.MULTILINE)
     documented = {name for names in rows for name in re.findall(r"`(\w+)`", names)}
-    assert with_json == documented
-    assert cli.commands.keys() - with_json == {"init", "schema", "log", "completion"}
+    assert with_json - {"schema"} == documented
+    assert {*DOCUMENTED} == {*OUTPUTS["$defs"]} & {*ANSWERS} == {*ANSWERS}
+    assert cli.commands.keys() - with_json == set()
 
 
 def test_answers_of_a_run_and_of_what_looks_back(workshop) -> None:
@@ -83,6 +94,7 @@ def test_answers_of_a_run_and_of_what_looks_back(workshop) -> None:
     assert run["nodes"]["a"].keys() == node
     answer(workshop, "run", "recipe.yaml", code=0)
     for command in (
+        "log last", "log last a", "init new.yaml --model org/model", "completion fish", "shard model --print-recipe",
         "plan recipe.yaml", "validate recipe.yaml", "status recipe.yaml", "why recipe.yaml a", "graph recipe.yaml",
         "lock recipe.yaml", "lock recipe.yaml --check", "kinds", "kinds write", "ls", "ps", "show",
         f"diff {run['run']} last", "get a taken",
@@ -112,6 +124,9 @@ REFUSED = {
     "no dtype fits": (4, f"estimate {MODEL} --memory 1MiB", "", None),
     "stale": (10, "status recipe.yaml --exit-code", GOOD, None),
     "no Hub": (75, "estimate org/model", "", None),
+    "no module": (2, "schema nowhere:STAGE", "", None),
+    "two readers": (2, "log last --follow", GOOD, None),
+    "nothing to complete": (2, "completion powershell", "", None),
     "nobody to ask": (2, "gc", GOOD, None),
     "nothing to remove": (2, "rm a --yes", GOOD, None),
     "nothing to get": (2, "get a .", GOOD, None),
@@ -130,6 +145,17 @@ def test_why_there_is_no_answer_is_an_answer(workshop, outcome: str) -> None:
     if place is not None:
         assert (told["errors"][0]["line"], told["errors"][0]["column"]) == place
         assert told["errors"][0]["file"] == "recipe.yaml"
+
+
+def test_events_are_as_published(workshop) -> None:
+    workshop.manifest.write_text(GOOD + "  c: {uses: flaky, with: {times: 1}, retries: 2}\n")
+    workshop.command("run", "recipe.yaml", "--events", "events")
+    lines = [json.loads(line) for line in (workshop.folder / "events").read_text().splitlines()]
+    for line in lines:
+        valid(line, "event")
+    assert {line["event"] for line in lines} >= {"run_started", "node_started", "node_finished", "run_finished"}
+    with pytest.raises(jsonschema.ValidationError):
+        valid({**lines[0], "more": 1}, "event")
 
 
 FAILING = {

@@ -2,6 +2,7 @@
 
 from .contexts import Assignment, CheckContext, ForecastContext, StageContext, Surroundings
 from .events import (
+    EVENTS,
     Bounded,
     Event,
     LogLine,

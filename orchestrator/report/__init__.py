@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING
 from bigpipe.faces import face
 
 if TYPE_CHECKING:
+    from .answers import ANSWERS, outputs_schema
     from .freeing import collect_garbage, remove
     from .inspection import (
         Inspection,
@@ -12,6 +13,7 @@ if TYPE_CHECKING:
         get_artifact,
         list_store,
         log_lines,
+        logged,
         show_run,
         verify_store,
     )

@@ -105,6 +105,18 @@ def log_lines(run: str, node: str | None, store: str | Path | None = None) -> It
                 yield line.decode("utf-8", "replace").rstrip("\r\n")
 
 
+def logged(run: str, node: str | None, *, store: str | Path | None = None) -> Json:
+    """Return the same for programs: `bigpipe.log/1`."""
+    lines = []
+    for name, attempt, path in records.log_files(open_store(store).runs, run, node):
+        with records.reading(path) as found:
+            lines += [
+                {"node": name, "attempt": attempt, "line": line.decode("utf-8", "replace").rstrip("\r\n")}
+                for line in found
+            ]
+    return {"schema": "bigpipe.log/1", "lines": lines}
+
+
 def heading(node: str, attempt: int) -> str:
     """Return the line above what an attempt printed."""
     return f"── {node}" + (f", attempt {attempt}" if attempt > 1 else "")
