@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 import tomllib
@@ -12,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from support.media import make_whisper
 
 from bigpipe.orchestrator.stage import Passing, Planning, Ranks, Stage
 
@@ -144,3 +146,51 @@ def test_the_examples_for_those_who_come_from_accelerate_work(tmp_path):
     assert nodes["generate"]["metrics"]["prompts"] == 2
     for file in (tmp_path / "int8").glob("*.safetensors"):
         assert file.read_bytes() == (Path(nodes["quantize"]["path"]) / file.name).read_bytes()
+
+
+@pytest.mark.filterwarnings("ignore:.*gradient_checkpointing.* is deprecated:FutureWarning")
+def test_the_how_to_about_fine_tuning_works_as_it_is_written(tmp_path):
+    pytest.importorskip("peft")
+    page = (ROOT / "docs/how-to/finetune.md").read_text()
+    blocks = dict(re.findall(r"```(python|yaml|json|console)\n(.*?)```", page, re.DOTALL))
+    (tmp_path / "models").symlink_to(ROOT / "models")
+    (tmp_path / "tune.yaml").write_text(blocks["yaml"])
+    (tmp_path / "rows.jsonl").write_text(blocks["json"])
+    home = {"BIGPIPE_HOME": str(tmp_path / "store"), "OMP_NUM_THREADS": "1"}
+    for command in re.findall(r"^\$ bigpipe (.+)$", blocks["console"], re.MULTILINE):
+        done = bigpipe(*command.split(), cwd=tmp_path, env=home)
+        assert done.returncode == 0, (command, done.stderr)
+    assert {path.name for path in (tmp_path / "adapter").iterdir()} == {
+        "adapter_config.json", "adapter_model.safetensors",
+    }  # fmt: skip
+    (tmp_path / "adapter").rename(tmp_path / "from-the-recipe")
+    environment = {**os.environ, "PYTHONPATH": str(ROOT / "src"), **home}
+    done = subprocess.run(
+        [sys.executable, "-c", blocks["python"]], cwd=tmp_path, env=environment, capture_output=True, text=True,
+        check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.endswith(" 12288\n")
+
+
+@pytest.mark.parametrize(
+    ("recipe", "own"),
+    [
+        ("opt6.7b_lora_int8", ("-p", "source={path: ../models/quickstart}", "-p", "batch=1", "-p", "steps=4")),
+        ("whisper_large_v2_lora_int8", ("-p", "source={path: WHISPER}", "-p", "batch=4", "-p", "rank=2")),
+    ],
+)
+def test_the_recipes_that_train_run_at_small_size(recipe, own, tmp_path):
+    pytest.importorskip("peft")
+    pytest.importorskip("soundfile")
+    shutil.copytree(ROOT / "manifests", tmp_path / "manifests")
+    (tmp_path / "models").symlink_to(ROOT / "models")
+    if "whisper" in recipe:
+        make_whisper(tmp_path / "whisper")
+    given = [each.replace("WHISPER", str(tmp_path / "whisper")) for each in own]
+    home = {"BIGPIPE_HOME": str(tmp_path / "store"), "OMP_NUM_THREADS": "1"}
+    done = bigpipe("run", f"manifests/{recipe}.yaml", *given, "--json", cwd=tmp_path, env=home)
+    assert done.returncode == 0, done.stderr
+    node = json.loads(done.stdout.splitlines()[-1])["nodes"]["finetune"]
+    assert node["metrics"]["steps"] == (4 if "opt" in recipe else 6)
+    assert (Path(node["path"]) / "adapter_model.safetensors").is_file()

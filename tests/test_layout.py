@@ -21,8 +21,8 @@ ROOMS = ("commandline", "orchestrator", "bigmodel", "plugins")
 HEAVY = ("torch", "transformers", "accelerate", "bitsandbytes")
 EXPORTS = [
     "BigpipeError", "Checkpoint", "Estimate", "Evaluation", "ManifestError", "Placement", "Plan", "Recipe", "RunRecord",
-    "RunResult", "Stage", "__version__", "estimate", "evaluate", "load", "load_manifest", "merge_adapter",
-    "open_checkpoint", "place", "plan", "quantize_checkpoint", "run", "runs", "save_checkpoint",
+    "RunResult", "Stage", "TrainedAdapter", "__version__", "estimate", "evaluate", "finetune", "load", "load_manifest",
+    "merge_adapter", "open_checkpoint", "place", "plan", "quantize_checkpoint", "run", "runs", "save_checkpoint",
     "split_between_processes",
 ]  # fmt: skip
 

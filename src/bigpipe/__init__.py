@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from .bigmodel.inference import split_between_processes as split_between_processes
     from .bigmodel.placement import Placement as Placement, place as place
     from .bigmodel.quantization import quantize_checkpoint as quantize_checkpoint
+    from .bigmodel.training import TrainedAdapter as TrainedAdapter, finetune as finetune
     from .bigmodel.writing import save_checkpoint as save_checkpoint
     from .errors import BigpipeError as BigpipeError, ManifestError as ManifestError
     from .orchestrator.commands import load_manifest as load_manifest, plan as plan, run as run, runs as runs

@@ -211,3 +211,22 @@ def test_a_state_that_is_not_whole_is_not_believed(tmp_path: Path, model: Path) 
     again = start(folder, model)
     assert adapter(folder) == adapter(tmp_path / "whole")
     assert again.metrics["loss"] == whole.metrics["loss"]
+
+
+@pytest.mark.parametrize("checkpointing", [True, False])
+def test_the_memory_that_a_plan_foresees_is_what_a_rank_takes(tmp_path: Path, checkpointing: bool) -> None:
+    """Within 15 %, where activations and weights are half of it."""
+    wide: dict[str, Any] = {"hidden_size": 512, "ffn_dim": 2048, "num_hidden_layers": 6, "word_embed_proj_dim": 512}
+    model = make_checkpoint(tmp_path / "model", "opt", vocab_size=16000, **wide)
+    fields = {
+        "data": ["a long row " * 30] * 8,
+        "max_steps": 2,
+        "batch_size": 8,
+        "gradient_checkpointing": checkpointing,
+    }
+    wired = {"model": (Forecast(output=describe_checkpoint(model)),)}
+    said = finetuning.forecast(params(**fields), forecast_context(tmp_path, inputs=wired, machine=MACHINE))
+    assert said.ram is not None
+    assert said.ram > 1.5 * finetuning.RANK_BASE
+    taken = start(tmp_path / "run", model, **fields).metrics["peak"]["cpu"]
+    assert taken == pytest.approx(said.ram, rel=0.15)
