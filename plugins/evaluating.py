@@ -8,11 +8,12 @@ from dataclasses import replace
 
 from bigpipe.bigmodel.checkpoint import ModelDescription, describe_checkpoint
 from bigpipe.bigmodel.evaluation import (
+    Known,
     Question,
     at_work,
-    beside,
     bind,
     conclude,
+    place_pair,
     prepare as prepare_windows,
     read_texts,
     together_windows,
@@ -50,7 +51,7 @@ def _question(params: EvaluateParams) -> Question:
 
 def check(params: EvaluateParams, ctx: CheckContext) -> None:
     """Text, windows, and that both models read it alike, as far as configs and side files tell."""
-    read_texts(params.data, params.column, ctx.base)
+    _read(params, ctx)
     models = {port: single_model(ctx, port) for port in PORTS if port in ctx.inputs}
     for port, model in models.items():
         if model is not None:
@@ -65,6 +66,15 @@ def check(params: EvaluateParams, ctx: CheckContext) -> None:
             _question(params).check(model, models.get("baseline"), sources_of(ctx))
 
 
+def _read(params: EvaluateParams, ctx: CheckContext) -> str:
+    try:
+        return read_texts(params.data, params.column, ctx.base)
+    except UsageError as error:
+        if error.field not in params.model_fields_set:  # a default stands nowhere
+            error.field = "data"
+        raise
+
+
 def _refuse_baseline_fields(params: EvaluateParams, ctx: CheckContext) -> None:
     if params.per_layer and "baseline" not in ctx.inputs:
         cause = "per_layer compares modules with a baseline's, and none is wired"
@@ -73,7 +83,7 @@ def _refuse_baseline_fields(params: EvaluateParams, ctx: CheckContext) -> None:
 
 def forecast(params: EvaluateParams, ctx: ForecastContext) -> Forecast:
     try:
-        size = len(read_texts(params.data, params.column, ctx.base).encode())
+        size = len(_read(params, ctx).encode())
     except UsageError as error:
         return Forecast(unknown=(error.cause,))
     most = f", the first {params.max_tokens:,} tokens" if params.max_tokens else ""
@@ -123,15 +133,11 @@ def _sides(
     """Each model with where it goes."""
     if placement is None:
         return [(model, alone(ctx.machine)) for model in models]
-    own, *others = models
-    work = _workload(params, own, ctx)
-    return [
-        (own, placement),
-        *(
-            (other, beside(placement, other, agreed(other, sources_of(ctx)).architecture, work, ctx.machine, ctx.memo))
-            for other in others
-        ),
-    ]
+    known = [Known(model, agreed(model, sources_of(ctx)).architecture) for model in models]
+    if len(known) == 1:
+        return [(models[0], placement)]
+    work = _workload(params, models[0], ctx)
+    return list(zip(models, place_pair(placement, known[0], known[1], work, ctx.machine, ctx.memo), strict=True))
 
 
 def _workload(params: EvaluateParams, model: ModelDescription, ctx: ForecastContext | StageContext) -> Workload:

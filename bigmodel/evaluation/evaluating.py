@@ -20,7 +20,7 @@ from bigpipe.bigmodel.architecture import describe_architecture
 from bigpipe.bigmodel.checkpoint import ModelDescription, describe_checkpoint
 from bigpipe.bigmodel.execution import load
 from bigpipe.bigmodel.footprint import Workload
-from bigpipe.bigmodel.formats import default_skips, format_of, set_apart
+from bigpipe.bigmodel.formats import agree, default_skips, format_of, set_apart
 from bigpipe.bigmodel.inference import Bound, WorkPlan, compute_share, gather, plan_work
 from bigpipe.bigmodel.placement import Placement
 from bigpipe.bigmodel.sources import Sources
@@ -31,7 +31,7 @@ from bigpipe.names import PATH, Given, checked
 from bigpipe.trust import Trust
 
 from .layers import LayerLoss, Layers, lose_least
-from .placing import beside
+from .placing import Known, place_pair
 from .reporting import write_report
 from .summary import Evaluation, summarise
 from .texts import read_texts
@@ -190,29 +190,33 @@ def evaluate(
     own, other = Path(model), None if baseline is None else Path(baseline)
 
     def bound() -> Bound:
+        places = _places(placement, own, other, question, sources)
         asked: dict[str, Any] = {
             "dtype": dtype, "trust": trust, "trust_remote_code": trust_remote_code, "base": base,
         }  # fmt: skip
-        loaded = load(own, placement, **asked)
-        return bind(work, question, loaded, None if other is None else load(other, where, **asked))
+        paths = [path for path in (own, other) if path is not None]
+        return bind(work, question, *(load(path, place, **asked) for path, place in zip(paths, places, strict=False)))
 
     with nullcontext(str(folder)) if folder is not None else TemporaryDirectory() as named:
         work = Path(named)
         prepare(work, question, own, other, base or Path(), sources)
-        described = describe_checkpoint(own)
-        where = placement
-        if other is not None and isinstance(placement, Placement):
-            where = _beside(placement, describe_checkpoint(other), question, described, sources)
         compute_share(work, 0, 1, bound, progress=progress)
-        found = conclude(work, question, described, sources)
+        found = conclude(work, question, describe_checkpoint(own), sources)
     if out is not None:
         write_report(found, {"with": asdict(question)}, Path(out))
     return found
 
 
-def _beside(
-    placement: Placement, baseline: ModelDescription, question: Question, model: ModelDescription, sources: Sources
-) -> Placement:
-    architecture = describe_architecture(dict(baseline.config or {}), custom=baseline.custom, sources=sources)
-    length, _ = question.windows(model, sources)
-    return beside(placement, baseline, architecture, question.workload(length), detect(Path.cwd()))
+def _places(placement: Any, own: Path, other: Path | None, question: Question, sources: Sources) -> tuple[Any, Any]:
+    """Where each of both goes, as `load` takes it."""
+    if other is None or not isinstance(placement, Placement):
+        return placement, placement
+    known = [_look(path, sources) for path in (own, other)]
+    length, _ = question.windows(known[0].model, sources)
+    return place_pair(placement, known[0], known[1], question.workload(length), detect(Path.cwd()))
+
+
+def _look(path: Path, sources: Sources) -> Known:
+    model = describe_checkpoint(path)
+    architecture = describe_architecture(dict(model.config or {}), custom=model.custom, sources=sources)
+    return Known(model, agree(model, architecture, sources.memo).architecture)

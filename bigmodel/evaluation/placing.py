@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from bigpipe.bigmodel.architecture import Architecture, text_config
 from bigpipe.bigmodel.checkpoint import ModelDescription
@@ -15,39 +18,58 @@ from .measures import AT_A_TIME
 
 WAITING = 2**28
 """Bytes of a baseline's logits that wait for the model's, where several batches go through a stream together."""
+ENDLESS = 2**60
 SLICES = 8
 """Tensors, float32, as large as what is worked on at a time: logits of both models, their logarithms and products."""
 
 
-def beside(
-    placement: Placement,
-    baseline: ModelDescription,
-    architecture: Architecture,
-    work: Workload,
-    machine: Machine,
-    memo: Path | None = None,
-) -> Placement:
-    """Return where the baseline of a placed model goes. Each device's cap is for both: the baseline has what the model
-    leaves of it, and what that cannot hold is streamed from the files that exist. Without caps it lies as the model
-    does. Raise DoesNotFit where what is left is too little."""
-    left: dict[int | str, int | str] = {
-        device: cap - _held(placement, device) for device, cap in placement.max_memory.items() if cap
-    }
-    left.pop("disk", None)
-    request = PlacementRequest(
-        device_map="auto" if left else placement.device_map,
-        max_memory={**left, "disk": 2**60} if left else None,
+@dataclass(frozen=True, slots=True)
+class Known:
+    """A model that has been looked at."""
+
+    model: ModelDescription
+    architecture: Architecture
+
+
+def place_pair(
+    placement: Placement, own: Known, baseline: Known, work: Workload, machine: Machine, memo: Path | None = None
+) -> tuple[Placement, Placement]:
+    """Return where a placed model and its baseline go. Each device's cap is for both: the baseline has what the model
+    leaves of it. Where that is too little, as where the model itself fills it, each has half of every cap. What does
+    not fit is streamed from the files that exist. Without caps the baseline lies as the model does. Raise DoesNotFit
+    where halves are too little."""
+    caps = {device: cap for device, cap in placement.max_memory.items() if cap and device != "disk"}
+    kept = PlacementRequest(
+        device_map="auto" if caps else placement.device_map,
         dtype=placement.dtype,
         batch_size=work.batch_size,
         sequence_length=work.sequence_length,
     )
+
+    def placed(known: Known, request: PlacementRequest, memory: Mapping[Any, int]) -> Placement:
+        # What is streamed is read where it lies, so that the disk has no cap
+        within = replace(request, max_memory={**memory, "disk": ENDLESS} if memory else None)
+        return place_model(known.model, known.architecture, within, machine, memo=memo)
+
     try:
-        return place_model(baseline, architecture, request, machine, memo=memo)
+        return placement, placed(
+            baseline, kept, {device: cap - _held(placement, device) for device, cap in caps.items()}
+        )
+    except DoesNotFit:
+        if not caps:
+            raise
+    halves = {device: cap // 2 for device, cap in caps.items()}
+    anew = replace(
+        kept,
+        compute_dtype=placement.compute_dtype or "stored",
+        special_dtypes=placement.special_dtypes,
+        no_split_module_classes=placement.no_split_module_classes,
+    )
+    try:
+        return placed(own, anew, halves), placed(baseline, kept, halves)
     except DoesNotFit as error:
-        cause = f"the baseline does not fit beside the model: {error.cause}"
-        raise DoesNotFit(
-            cause, "give the placement a larger max_memory, which is for both", field="inputs.baseline"
-        ) from error
+        cause = f"a model and its baseline do not fit side by side, each in half of max_memory: {error.cause}"
+        raise DoesNotFit(cause, "give the placement a larger max_memory", field="inputs.baseline") from error
 
 
 def _held(placement: Placement, device: Device) -> int:

@@ -10,16 +10,21 @@ import numpy
 import pytest
 import torch
 from hypothesis import given, strategies as some
+from support.contexts import MACHINE
 from support.models import make_checkpoint, save_model, tiny_model
 from support.plain_perplexity import all_logits, divergences, ids_of, load_plainly, perplexity, windows
 
 import bigpipe
-from bigpipe.bigmodel.evaluation import Divergence, read_texts, windows_of
+from bigpipe.bigmodel.architecture import describe_architecture
+from bigpipe.bigmodel.checkpoint import describe_checkpoint
+from bigpipe.bigmodel.evaluation import Divergence, Known, place_pair, read_texts, windows_of
 from bigpipe.bigmodel.evaluation.layers import lose_least
 from bigpipe.bigmodel.evaluation.measures import measure
 from bigpipe.bigmodel.evaluation.summary import _divergence, _mean_of
+from bigpipe.bigmodel.footprint import Workload
 from bigpipe.bigmodel.placement import place
 from bigpipe.errors import DoesNotFit, StageFailed, UsageError
+from bigpipe.sizes import parse_size
 
 QUICKSTART = Path(__file__).parents[2] / "models/quickstart"
 TEXT = "Return the number of occurrences of the argument. Raise ValueError if it is not present in the list.\n" * 4
@@ -298,13 +303,24 @@ def test_the_token_that_cannot_be_scored_is_said(value: float, what: str) -> Non
         measure(logits, wanted, 10, broken)
 
 
-def test_a_placement_is_for_both_models(model: Path, other: Path, text: Path) -> None:
-    caps = place(model, max_memory={"cpu": "200KiB", "disk": "1GiB"})
-    found = bigpipe.evaluate(model, text, baseline=other, sequence_length=32, placement=caps)
+@pytest.mark.parametrize("cap", ["200KiB", "80KiB"])
+def test_a_cap_is_for_both_models(model: Path, other: Path, text: Path, cap: str) -> None:
+    """Under the larger one the model is in memory and its baseline partly; under the smaller one both are streamed."""
+    placement = place(model, max_memory={"cpu": cap, "disk": "1GiB"})
+    work = Workload(sequence_length=32, all_logits=True)
+    known = [Known(describe_checkpoint(path), describe_architecture(path)) for path in (model, other)]
+    both = place_pair(placement, known[0], known[1], work, MACHINE)
+    held = sum(need.weights + need.streaming for each in both if (need := each.needs["cpu"]))
+    assert held <= parse_size(cap)
+    assert ["disk" in each.device_map.values() for each in both] == [cap == "80KiB", True]
+    found = bigpipe.evaluate(model, text, baseline=other, sequence_length=32, placement=placement)
     assert found == bigpipe.evaluate(model, text, baseline=other, sequence_length=32)
-    tight = place(model, max_memory={"cpu": sum(place(model).weights.values())})
-    with pytest.raises(DoesNotFit, match="the baseline does not fit beside the model"):
-        bigpipe.evaluate(model, text, baseline=other, sequence_length=32, placement=tight)
+
+
+def test_a_cap_too_small_for_two_is_refused(model: Path, other: Path, text: Path) -> None:
+    placement = place(model, max_memory={"cpu": "60KiB", "disk": "1GiB"})
+    with pytest.raises(DoesNotFit, match="do not fit side by side, each in half of max_memory"):
+        bigpipe.evaluate(model, text, baseline=other, sequence_length=32, placement=placement)
 
 
 def test_finished_windows_are_not_computed_again(tmp_path: Path, model: Path, text: Path) -> None:
