@@ -34,6 +34,7 @@ BLOCKS = {
     "docs/how-to/a-format-of-your-own.md": ["test_own_format.py"],
     "docs/how-to/a-stage-kind-of-your-own.md": ["test_docs.py", "test_docs.py"],
     "docs/how-to/coming-from-accelerate.md": ["test_docs.py"],
+    "docs/how-to/merge-and-run-adapters.md": ["test_merging_and_running_adapters"],
 }
 """Where each Python block of a page runs, in order."""
 
@@ -338,3 +339,23 @@ def test_a_row_for_those_who_come_from_accelerate(model, tmp_path, monkeypatch, 
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", category=UserWarning, module="accelerate|torch")
         example(model, tmp_path)
+
+
+ADAPTERS = "docs/how-to/merge-and-run-adapters.md"
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_merging_and_running_adapters(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from support.adapters import tuned
+
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    (tmp_path / "model").symlink_to(QUICKSTART)
+    tuned(tmp_path / "model", tmp_path / "lora", r=4, target_modules="all-linear")
+    merged = nodes(tmp_path, blocks(ADAPTERS, "yaml")[0])["merge"]
+    done = run(tmp_path, "-c", blocks(ADAPTERS)[0])
+    assert done.stdout.split() == [str(merged["metrics"]["merged"]), "1"]
+    wanted = bigpipe.open_checkpoint(merged["path"])
+    made = bigpipe.open_checkpoint(tmp_path / "tuned")
+    assert all(made.read(name) == wanted.read(name) for name in wanted.tensors)
+    generate = nodes(tmp_path, blocks(ADAPTERS, "yaml")[1])["generate"]
+    assert generate["metrics"]["tokens"] == 8
