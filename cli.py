@@ -5,6 +5,7 @@ main → command → cli, a click group over
   commandline.questions    estimate init schema kinds doctor completion
   commandline.stored       ls ps show log diff report get rm gc verify
   commandline.single       quantize shard place generate …: a stage kind about one model
+  commandline.pages        ui
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from typing import Any
 
 import click
 
-from bigpipe.commandline import questions, recipes, single, stored, streams
+from bigpipe.commandline import pages, questions, recipes, single, stored, streams
 from bigpipe.commandline.completing import VARIABLE
 from bigpipe.commandline.printing import fail, others_apart, say, show_refusal
 from bigpipe.errors import BigpipeError, UsageError
@@ -67,7 +68,7 @@ def apart(command: click.Command) -> Callable[..., None]:
     return run
 
 
-for one in (*recipes.COMMANDS, *questions.COMMANDS, *single.COMMANDS, *stored.COMMANDS):
+for one in (*recipes.COMMANDS, *questions.COMMANDS, *single.COMMANDS, *stored.COMMANDS, *pages.COMMANDS):
     one.callback = apart(one)
     cli.add_command(one)
 

@@ -17,7 +17,7 @@ import pytest
 import bigpipe
 
 ROOT = Path(__file__).parents[1]
-ROOMS = ("commandline", "orchestrator", "bigmodel", "plugins")
+ROOMS = ("commandline", "orchestrator", "bigmodel", "plugins", "webpage")
 HEAVY = ("torch", "transformers", "accelerate", "bitsandbytes")
 EXPORTS = [
     "BigpipeError", "Checkpoint", "Estimate", "Evaluation", "ManifestError", "Placement", "Plan", "Recipe", "RunRecord",
@@ -103,6 +103,8 @@ def test_a_wheel_holds_every_module(tmp_path):
     wanted |= {f"bigpipe/{name}" for name in leaves}
     snapshots = (ROOT / "bigmodel" / "architecture" / "snapshots").glob("*.json")
     wanted |= {f"bigpipe/{path.relative_to(ROOT)}" for path in snapshots}
+    shown = [path for folder in ("static", "templates") for path in (ROOT / "webpage" / folder).iterdir()]
+    wanted |= {f"bigpipe/{path.relative_to(ROOT)}" for path in shown}
     assert wanted - held == set()
     assert {name.split("/")[0] for name in held} <= {"bigpipe"} | {n.split("/")[0] for n in held if ".dist-info" in n}
 

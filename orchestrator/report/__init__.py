@@ -6,6 +6,7 @@ from bigpipe.faces import face
 
 if TYPE_CHECKING:
     from .answers import ANSWERS, outputs_schema
+    from .drawing import STYLE, Drawn, graph
     from .freeing import collect_garbage, remove
     from .inspection import (
         Inspection,
@@ -14,15 +15,16 @@ if TYPE_CHECKING:
         list_store,
         log_lines,
         logged,
+        open_store,
         show_run,
         verify_store,
     )
     from .outcomes import answered, as_bigpipe_error, refused
     from .page import report_runs, write_report
     from .reference import kinds_json, kinds_markdown, kinds_overview
-    from .rendering import graph_json, graph_text, plan_json, results_text, why_text
+    from .rendering import graph_json, graph_text, metrics_line, plan_json, results_text, why_text
     from .reporters import choose_reporter
     from .shown import clean, error_text, json_text
-    from .watching import follow_log, follow_run, run_ids, running
+    from .watching import follow_log, follow_run, positions, run_ids, running
 
 __getattr__, __all__ = face(__name__)

@@ -45,6 +45,12 @@ def running(*, store: str | Path | None = None, screen: Screen = PLAIN) -> Inspe
     return Inspection({"schema": "bigpipe.ps/1", "runs": told}, text)
 
 
+def positions(run: str, *, store: str | Path | None = None) -> dict[str, str]:
+    """Return node that runs → how far it is, as far as it has told."""
+    runs = open_store(store).runs
+    return _at(runs, records.load_run(runs, run))
+
+
 def _told(runs: Path, record: RunRecord) -> dict[str, Json]:
     since = datetime.now(UTC) - datetime.fromisoformat(record.started)
     return {

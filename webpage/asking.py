@@ -1,0 +1,139 @@
+"""Children that work for a page: a few at once, a few waiting, each bounded in seconds, memory and what it may say.
+
+    await Children(…).ask(["-m", "bigpipe", "plan", "recipe.yaml", "--json"], b"", "the plan")
+
+A child has a session of its own; when its time is up, or nobody waits for it any more, all of it ends.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import signal
+import sys
+from collections.abc import Awaitable, Callable, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import bigpipe
+from bigpipe.errors import StageFailed, Transient
+from bigpipe.trust import Limits
+
+LONGEST_ANSWER = 32 * 2**20
+"""Bytes."""
+PACKAGE = Path(bigpipe.__file__).parents[1]
+"""Where a child finds bigpipe."""
+
+
+class Busy(Transient):
+    """Too many wait already."""
+
+
+@dataclass(slots=True)
+class Children:
+    """Those of one page. directory: where they work."""
+
+    directory: Path
+    at_once: int = 2
+    waiting: int = 8
+    limits: Limits = field(default_factory=lambda: Limits(seconds=60))
+    asked: int = 0
+    """How many work or wait."""
+    _turn: asyncio.Semaphore | None = None
+
+    async def ask(
+        self, arguments: Sequence[str], question: bytes, what: str, gone: Callable[[], Awaitable[object]] | None = None
+    ) -> dict[str, Any]:
+        """Return the JSON object that `python ARGUMENTS` prints, given a question on standard input. what: for errors.
+        gone: ends when nobody waits for the answer any more. Raise Busy, and StageFailed where there is no answer."""
+        if self.asked >= self.at_once + self.waiting:
+            raise Busy(f"{self.asked} questions wait already", "try again in a moment")
+        self._turn = self._turn or asyncio.Semaphore(self.at_once)
+        self.asked += 1
+        try:
+            async with self._turn:
+                return await self._first(self._answer(arguments, question, what), gone)
+        finally:
+            self.asked -= 1
+
+    async def _first(
+        self, answer: Awaitable[dict[str, Any]], gone: Callable[[], Awaitable[object]] | None
+    ) -> dict[str, Any]:
+        """The answer, or the end where nobody waits for it any more."""
+        working = asyncio.ensure_future(answer)
+        watching = [asyncio.ensure_future(gone())] if gone else []
+        try:
+            await asyncio.wait([working, *watching], return_when=asyncio.FIRST_COMPLETED)
+            if working.done():
+                return working.result()
+            raise Busy("nobody waits for the answer", "")
+        finally:
+            for task in (working, *watching):
+                task.cancel()
+            await asyncio.gather(working, *watching, return_exceptions=True)
+
+    async def _answer(self, arguments: Sequence[str], question: bytes, what: str) -> dict[str, Any]:
+        child = await asyncio.create_subprocess_exec(
+            sys.executable, "-P", *arguments, cwd=self.directory, env=_environment(), start_new_session=True,
+            stdin=asyncio.subprocess.PIPE, stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.DEVNULL,
+        )  # fmt: skip
+        try:
+            _limit_memory(child.pid, self.limits.memory)
+            said = await asyncio.wait_for(_communicate(child, question), self.limits.seconds)
+        except TimeoutError as error:
+            raise StageFailed(
+                f"{what} takes more than {self.limits.seconds:g} s", "ask for something smaller"
+            ) from error
+        finally:
+            with suppress(ProcessLookupError):
+                os.killpg(child.pid, signal.SIGKILL)
+            await _closed(child)
+        try:
+            answer = json.loads(said)
+        except (ValueError, RecursionError):
+            answer = None
+        if not isinstance(answer, dict):
+            cause = f"{what} ended without an answer (exit {child.returncode})"
+            raise StageFailed(cause, f"it may take {self.limits.memory >> 20} MiB; the command itself says more")
+        return answer
+
+
+async def _communicate(child: asyncio.subprocess.Process, question: bytes) -> bytes:
+    assert child.stdin is not None  # noqa: S101  both are pipes
+    assert child.stdout is not None  # noqa: S101
+    with suppress(ConnectionError):
+        child.stdin.write(question)
+        await child.stdin.drain()
+        child.stdin.close()
+    said = bytearray()
+    while len(said) <= LONGEST_ANSWER and (more := await child.stdout.read(2**16)):
+        said += more
+    return bytes(said) if len(said) <= LONGEST_ANSWER else b""
+
+
+async def _closed(child: asyncio.subprocess.Process) -> None:
+    """Let go of a child that was killed, and of what it said last."""
+    await child.wait()
+    assert child.stdout is not None  # noqa: S101
+    with suppress(TimeoutError):
+        async with asyncio.timeout(1):
+            while await child.stdout.read(2**16):
+                pass
+
+
+def _limit_memory(process: int, size: int) -> None:
+    """Of all that it may write to, in bytes; its own children have the same limit."""
+    import resource
+
+    if hasattr(resource, "prlimit"):  # not on macOS
+        with suppress(ProcessLookupError):
+            resource.prlimit(process, resource.RLIMIT_DATA, (size, size))
+
+
+def _environment() -> dict[str, str]:
+    """That of the page, whose user asks: the Hub's token too."""
+    path = os.pathsep.join(filter(None, [str(PACKAGE), os.environ.get("PYTHONPATH", "")]))
+    return {**os.environ, "PYTHONPATH": path}
