@@ -5,13 +5,18 @@ BIN := $(VENV)/bin
 
 ON_GPU = PYTHONPATH=build/gpu timeout --signal INT $(1) $(or $(GPU_PYTHON),$(BIN)/python)
 
-.PHONY: quickstart test check format bench slow fault attack gpu reference snapshot clean
+.PHONY: quickstart test browser check format bench slow fault attack gpu reference snapshot clean
 
 quickstart: $(VENV)/.ready  ## run the main job on the model that ships with the repository
 	$(BIN)/bigpipe run manifests/quickstart.yaml
 
 test: $(VENV)/.ready-dev  ## the fast test suite
 	$(BIN)/python -m pytest -q
+
+browser: $(VENV)/.ready-dev  ## the page in a real browser; skipped where Chromium or axe-core cannot be had
+	-$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[browser]'
+	-command -v chromium chromium-browser google-chrome > /dev/null || { [ "$$(id -u)" = 0 ] && apt-get -qq update && apt-get -qq install --no-install-recommends chromium > /dev/null; }
+	$(BIN)/python -m pytest -q -m browser -rs tests/webpage
 
 slow: $(VENV)/.ready-dev  ## tests that take minutes
 	$(BIN)/python -m pytest -q -m slow --timeout 3600

@@ -16,7 +16,8 @@ from collections.abc import Awaitable, Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from tempfile import TemporaryFile
+from typing import IO, Any
 
 import bigpipe
 from bigpipe.errors import StageFailed, Transient
@@ -76,13 +77,27 @@ class Children:
             await asyncio.gather(working, *watching, return_exceptions=True)
 
     async def _answer(self, arguments: Sequence[str], question: bytes, what: str) -> dict[str, Any]:
+        with TemporaryFile() as asked, TemporaryFile() as said:  # files wait for nobody, as pipes do
+            asked.write(question)
+            asked.seek(0)
+            status = await self._run(arguments, asked, said, what)
+            if said.seek(0, os.SEEK_END) > LONGEST_ANSWER:
+                said.truncate(0)
+            said.seek(0)
+            answer = _object(said.read())
+        if answer is None:
+            cause = f"{what} ended without an answer (exit {status})"
+            raise StageFailed(cause, f"it may take {self.limits.memory >> 20} MiB; the command itself says more")
+        return answer
+
+    async def _run(self, arguments: Sequence[str], asked: IO[bytes], said: IO[bytes], what: str) -> int:
         child = await asyncio.create_subprocess_exec(
             sys.executable, "-P", *arguments, cwd=self.directory, env=_environment(), start_new_session=True,
-            stdin=asyncio.subprocess.PIPE, stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.DEVNULL,
+            stdin=asked, stdout=said, stderr=asyncio.subprocess.DEVNULL,
         )  # fmt: skip
         try:
             _limit_memory(child.pid, self.limits.memory)
-            said = await asyncio.wait_for(_communicate(child, question), self.limits.seconds)
+            return await asyncio.wait_for(child.wait(), self.limits.seconds)
         except TimeoutError as error:
             raise StageFailed(
                 f"{what} takes more than {self.limits.seconds:g} s", "ask for something smaller"
@@ -90,38 +105,15 @@ class Children:
         finally:
             with suppress(ProcessLookupError):
                 os.killpg(child.pid, signal.SIGKILL)
-            await _closed(child)
-        try:
-            answer = json.loads(said)
-        except (ValueError, RecursionError):
-            answer = None
-        if not isinstance(answer, dict):
-            cause = f"{what} ended without an answer (exit {child.returncode})"
-            raise StageFailed(cause, f"it may take {self.limits.memory >> 20} MiB; the command itself says more")
-        return answer
+            await child.wait()
 
 
-async def _communicate(child: asyncio.subprocess.Process, question: bytes) -> bytes:
-    assert child.stdin is not None  # noqa: S101  both are pipes
-    assert child.stdout is not None  # noqa: S101
-    with suppress(ConnectionError):
-        child.stdin.write(question)
-        await child.stdin.drain()
-        child.stdin.close()
-    said = bytearray()
-    while len(said) <= LONGEST_ANSWER and (more := await child.stdout.read(2**16)):
-        said += more
-    return bytes(said) if len(said) <= LONGEST_ANSWER else b""
-
-
-async def _closed(child: asyncio.subprocess.Process) -> None:
-    """Let go of a child that was killed, and of what it said last."""
-    await child.wait()
-    assert child.stdout is not None  # noqa: S101
-    with suppress(TimeoutError):
-        async with asyncio.timeout(1):
-            while await child.stdout.read(2**16):
-                pass
+def _object(said: bytes) -> dict[str, Any] | None:
+    try:
+        answer = json.loads(said)
+    except (ValueError, RecursionError):
+        return None
+    return answer if isinstance(answer, dict) else None
 
 
 def _limit_memory(process: int, size: int) -> None:

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import asyncio
 import importlib.util
+import logging
 import os
 import secrets
+import signal
 import socket
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Coroutine, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from bigpipe.errors import UsageError
 from bigpipe.redaction import conceal_environment
@@ -31,7 +34,7 @@ def serve(
     allow_cancel: bool = False,
     announce: Callable[[str], None] = lambda address: None,
 ) -> None:
-    """Serve the page of a directory until KeyboardInterrupt.
+    """Serve the page of a directory, in the main thread, until it is interrupted: it ends with KeyboardInterrupt.
 
     host: where to listen; None: on loopback, where no token is asked for. port: 0 takes any that is free. also: more
     directories whose models may be looked at. allow_cancel: may the page interrupt runs? announce: is told the address,
@@ -55,7 +58,7 @@ def serve(
     class Server(uvicorn.Server):
         @contextmanager
         def capture_signals(self) -> Iterator[None]:
-            """Signals end this process as they end every command."""
+            """Leave them to `_until_interrupted`, which waits for no request."""
             yield
 
     config = uvicorn.Config(
@@ -64,7 +67,31 @@ def serve(
     )  # fmt: skip
     with _listening(host or LOOPBACK, port) as listener:
         announce(_address(host, listener.getsockname()[1], rules.token))
-        asyncio.run(Server(config).serve(sockets=[listener]))
+        number = asyncio.run(_until_interrupted(Server(config).serve(sockets=[listener])))
+    raise KeyboardInterrupt(number)
+
+
+async def _until_interrupted(serving: Coroutine[Any, Any, None]) -> int:
+    """Serve until a signal comes, and return it; where it comes again, end at once. An exception that a handler raises,
+    as other commands do it, could come up in a request, which would take it for its own."""
+    loop = asyncio.get_running_loop()
+    signalled: asyncio.Future[int] = loop.create_future()
+
+    def end(number: int) -> None:
+        if signalled.done():
+            os._exit(128 + number)
+        logging.getLogger("uvicorn.error").disabled = True  # requests that are cut off are no news
+        signalled.set_result(number)
+
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        if signal.getsignal(number) is not signal.SIG_IGN:
+            loop.add_signal_handler(number, end, number)
+    task = asyncio.ensure_future(serving)
+    waiting: list[asyncio.Future[Any]] = [task, signalled]
+    await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
+    if not signalled.done():
+        await task  # it ends by itself only where it fails
+    return await signalled
 
 
 def _require_libraries() -> None:

@@ -77,7 +77,10 @@ def visiting(workshop: Workshop, *arguments: str, **environ: str) -> Iterator[Vi
         yield Visit(address, process)
     finally:
         process.send_signal(signal.SIGINT)
-        process.communicate(timeout=30)
+        try:
+            process.communicate(timeout=30)
+        finally:
+            process.kill()
 
 
 def until(answer, seconds: float = 60.0):

@@ -78,7 +78,12 @@ def test_it_ends_at_once_with_all_that_works_for_it(tmp_path, number):
             until(lambda: hub.requests("/api/models") or len(left_of(tmp_path / "store", 0)) > 1)
             began = time.monotonic()
             visit.process.send_signal(number)
-            assert visit.process.wait(timeout=20) == 128 + number
+            told = visit.process.communicate(timeout=20)[1].decode()
+            assert visit.process.returncode == 128 + number
+            assert [line for line in told.splitlines() if line] == [
+                "error: interrupted",
+                "  the same command goes on from there",
+            ]
             assert time.monotonic() - began < 10  # a moment, on a machine with nothing else to do
             assert left_of(tmp_path / "store") == []
 
