@@ -80,7 +80,8 @@ async def _until_interrupted(serving: Coroutine[Any, Any, None]) -> int:
     def end(number: int) -> None:
         if signalled.done():
             os._exit(128 + number)
-        logging.getLogger("uvicorn.error").disabled = True  # requests that are cut off are no news
+        for name in ("asyncio", "uvicorn.error"):  # requests and children that are cut off are no news
+            logging.getLogger(name).disabled = True
         signalled.set_result(number)
 
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
