@@ -17,6 +17,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
+from bigpipe.bigmodel.architecture import position_limit
 from bigpipe.bigmodel.checkpoint import describe_checkpoint
 from bigpipe.bigmodel.execution import HostMemory, as_placement, load
 from bigpipe.bigmodel.formats import PLAIN, format_of
@@ -115,7 +116,7 @@ def train_rank(
     gpu = torch.cuda.is_available()
     model = _load(work, local_rank, gpu)
     read = reading(work.training.task, model, work.model, work.sources, work.bounded)
-    length = work.training.max_length
+    length = _length(work.training, model)
     examples = read.examples(work.rows, work.input_column, length)
     others = read.examples(work.eval_rows, work.input_column, length)
     if rank == 0:
@@ -136,6 +137,12 @@ def train_rank(
     write_file(own / MEASURED, json.dumps(measured))
 
 
+def _length(training: Training, model: Any) -> int:
+    """Tokens of a text at most: no more than the model has positions for."""
+    limit = position_limit(model.config.to_dict())
+    return training.max_length if limit is None else min(training.max_length, limit)
+
+
 def _load(work: Work, local_rank: int, gpu: bool) -> Any:
     dtype = computing_dtype(describe_checkpoint(work.model), gpu, work.dtype)
     return load(
@@ -152,7 +159,7 @@ def _load(work: Work, local_rank: int, gpu: bool) -> Any:
 
 def _say_cut(rows: int, length: int, log: Callable[[str], None]) -> None:
     if rows:
-        log(f"{rows} rows were longer than max_length {length} tokens, and were cut")
+        log(f"{rows} rows were longer than {length} tokens, and were cut")
 
 
 def _peaks() -> dict[str, int]:

@@ -211,6 +211,11 @@ def test_a_loss_that_is_no_number_ends_it_at_its_step(tmp_path: Path, models: di
         finetune(models["plain"], ROWS, tmp_path / "out", max_steps=20, learning_rate=1e30)
 
 
+def test_no_row_is_longer_than_the_model_has_positions(tmp_path: Path, models: dict[str, Path]) -> None:
+    made = finetune(models["plain"], ["a long row " * 30] * 2, tmp_path / "out", max_steps=2)  # of 128 positions
+    assert made.steps == 2
+
+
 def test_long_rows_are_cut(tmp_path: Path, models: dict[str, Path]) -> None:
     short = finetune(models["plain"], [text[:5] for text in ROWS], tmp_path / "short", max_steps=3)
     cut = finetune(models["plain"], ROWS, tmp_path / "cut", max_steps=3, max_length=5)
