@@ -97,8 +97,8 @@ def show(as_json: bool, data: Callable[[], Any], text: Callable[[], str], errors
     also printed, and the first is the exit code."""
     if as_json:
         show_json(report.answered(data(), errors))
-    else:
-        say(text())
+    elif told := text():
+        say(told)
     fail_all(errors)
 
 

@@ -56,6 +56,8 @@ _TOKEN = re.compile(
     re.VERBOSE,
 )
 _HINTS = (
+    (r"=<", "write <="),
+    (r"=>", "write >="),
     (r"=", "write == to compare"),
     (r"and\b|or\b|not\b|&|\||!", "write one comparison per condition; a list of gates holds when all of them do"),
     (r"%", "write the fraction: 0.05 for 5 %"),

@@ -65,6 +65,7 @@ def _causes(findings: list[_Finding], model: type[BaseModel]) -> list[_Finding]:
     unknown = [finding.path for finding in findings if finding.kind == "extra_forbidden"]
     misspelt = {(*path[:-1], closest(str(path[-1]), fields_at(model, path[:-1]))) for path in unknown}
     above = {finding.path[:depth] for finding in findings for depth in range(len(finding.path))}
+    above |= {finding.path for finding in findings if finding.kind != "too_short"}
     return [
         finding
         for finding in findings
@@ -125,6 +126,13 @@ def _finding(details: Any, target: Target) -> _Finding:
             union = tuple(path)
     context = details.get("ctx", {})
     return _Finding(details["type"], details["input"], context, details["msg"], tuple(path), union, of_key)
+
+
+_SPELLINGS = {
+    "fp16": "float16", "half": "float16", "bf16": "bfloat16", "fp32": "float32", "float": "float32", "fp64": "float64",
+    "fp8": "float8", "8bit": "int8", "4bit": "nf4",
+}  # fmt: skip
+"""What others call dtypes and formats."""
 
 
 def _merged(findings: Iterable[_Finding]) -> list[_Finding]:
@@ -196,7 +204,8 @@ def _explain(finding: _Finding, document: Document, path: tuple[Key, ...]) -> tu
         return Fault.BAD_VALUE, f"{shown}: {finding.message[:1].lower()}{finding.message[1:]}", ""
     if finding.kind in ("literal_error", "enum") and isinstance(finding.input, str):
         choices = [choice for phrase in phrases for choice in phrase.replace(" or ", ", ").split(", ")]
-        cure = did_you_mean(finding.input, choices) or f"it takes {listed(phrases, 'or')}"
+        meant = _SPELLINGS.get(finding.input.lower(), finding.input)
+        cure = did_you_mean(meant, choices) or f"it takes {listed(phrases, 'or')}"
         return Fault.NOT_A_CHOICE, f"{shown} is not one of its values", cure
     cause = f"{shown} where {listed(phrases, 'or')} is expected"
     return Fault.WRONG_TYPE, cause, _retyped(finding.input, phrases, source)
@@ -207,6 +216,8 @@ def _retyped(value: Json, phrases: Sequence[str], source: str) -> str:
         return f"put it in quotes if it is text: '{source}'"
     if value is None:
         return "fill it in, or remove it"
+    if "a text" in phrases and isinstance(value, list) and len(value) == 1 and isinstance(value[0], str):
+        return f"write {value[0]} without brackets"
     if "a list" in phrases and isinstance(value, str | int | float):
         return f"write [{source or value}]"
     return ""
@@ -270,7 +281,8 @@ def wrong_metric(metrics: Any, path: str) -> tuple[str, str] | None:
         above, done = annotation, f"{done}.{part}" if done else part
         annotation = _below(above, part)
         if annotation is None:
-            return f"no metric {done!r}", did_you_mean(part, _names(above), otherwise="there are")
+            names = [f"{done[: -len(part)]}{name}" for name in _names(above)]
+            return f"no metric {done!r}", did_you_mean(done, names, otherwise="there are")
     never = (str, list, tuple, Mapping, BaseModel, type(None))
     if any(get_origin(branch) is not Literal and not _is(branch, *never) for branch in _branches(annotation)):
         return None

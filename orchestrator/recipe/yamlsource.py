@@ -48,9 +48,13 @@ _CONSTANTS: dict[str, bool | None] = {
 _SYNTAX_CURES = (
     ("mapping values are not allowed", "put a text with ': ' in it into quotes, and check the indentation"),
     ("expected ',' or", "close the bracket, or put a comma between the values"),
+    ("is still open", "close the bracket, or put a comma between the values"),
     ("cannot start any token", "put the text in quotes"),
-    ("could not find expected ':'", "write `key: value`"),
+    ("no ':' after it", "write `key: value`"),
 )
+_SYNTAX_CAUSES = (("could not find expected ':'", "a key stands here with no ':' after it"),)
+"""What is said instead of the parser's own words."""
+_FLOW = "expected ',' or"
 
 Scalar: TypeAlias = "str | int | float | bool | None"
 Key: TypeAlias = "str | int"
@@ -344,12 +348,30 @@ class _Composer:
                     target.keys[key] = part.keys[key]
 
     def _fail(self, error: yaml.MarkedYAMLError) -> NoReturn:
-        mark = error.problem_mark or error.context_mark or _START
-        if error.context_mark and not "".join(self.document.lines[mark.line :]).strip():
-            mark = error.context_mark  # the file ended: show what was left open
+        mark, opened = error.problem_mark or error.context_mark or _START, error.context_mark
+        ended = not "".join(self.document.lines[mark.line :]).strip()
         cause = ", ".join(filter(None, (error.context, error.problem or "this is not YAML")))
-        place = self.document.place_between(mark, mark)
-        self.problems.fail(Fault.SYNTAX, place, cause, _syntax_cure(cause, self.document.line(mark), mark.column))
+        if opened and (ended or self._noticed_late(cause, opened, mark)):
+            if not ended and _FLOW in cause:
+                cause = f"this bracket is still open on line {mark.line + 1}"
+            mark = opened  # show what was left open, not where that was noticed
+        line = self.document.line(mark)
+        cause = next((words for phrase, words in _SYNTAX_CAUSES if phrase in cause), cause)
+        if _indents_with_tabs(line, mark.column):
+            cause = "a tab indents this line"
+        self.problems.fail(
+            Fault.SYNTAX, self.document.place_between(mark, mark), cause, _syntax_cure(cause, line, mark.column)
+        )
+
+    def _noticed_late(self, cause: str, opened: yaml.Mark, mark: yaml.Mark) -> bool:
+        """Was it noticed where what is wrong cannot be: after a key's line, or where a block goes on beside it?"""
+        line = self.document.line(opened)
+        beside = mark.column <= len(line) - len(line.lstrip())
+        return opened.line < mark.line and ("could not find expected ':'" in cause or (_FLOW in cause and beside))
+
+
+def _indents_with_tabs(line: str, column: int) -> bool:
+    return "\t" in line[: column + 1] and not line[:column].strip()
 
 
 def _other_form(name: Key) -> Key:
@@ -360,7 +382,7 @@ def _other_form(name: Key) -> Key:
 
 
 def _syntax_cure(cause: str, line: str, column: int) -> str:
-    if "\t" in line[: column + 1] and not line[:column].strip():
+    if _indents_with_tabs(line, column):
         return "indent with spaces, not tabs"
     if "${" in line and "expected ',' or" in cause:
         return 'inside { } and [ ] write ${…} in quotes: "${…}"'

@@ -91,6 +91,8 @@ def test_references_name_every_metric() -> None:
         ("", "9 BP401 the condition ends where a metric or a number is expected; write it as `METRIC <= 20GiB`"),
         ("peak", "13 BP401 the condition ends where a comparison"),
         ("peak <", "15 BP401 the condition ends where a metric or a number"),
+        ("peak =< 3", "14 BP401 '=' does not belong in a condition; write <="),
+        ("peak => 3", "14 BP401 '=' does not belong in a condition; write >="),
         ("peak = 3", "14 BP401 '=' does not belong in a condition; write == to compare"),
         ("a < 3 < 4", "15 BP401 '<' stands where the end is expected; write one comparison per condition"),
         ("a < 3 and b < 4", "15 BP403 'and' is not a unit; write one comparison per condition; a list of gates"),
