@@ -33,6 +33,7 @@ BLOCKS = {
     "docs/how-to/a-class-of-your-own.md": ["test_a_class_of_your_own", "test_a_task_of_your_own"],
     "docs/how-to/a-format-of-your-own.md": ["test_own_format.py"],
     "docs/how-to/a-stage-kind-of-your-own.md": ["test_docs.py", "test_docs.py"],
+    "docs/how-to/any-tool.md": ["test_any_tool", "test_any_tool"],
     "docs/how-to/coming-from-accelerate.md": ["test_docs.py"],
     "docs/how-to/merge-and-run-adapters.md": ["test_merging_and_running_adapters"],
 }
@@ -359,3 +360,104 @@ def test_merging_and_running_adapters(tmp_path: Path, monkeypatch: pytest.Monkey
     assert all(made.read(name) == wanted.read(name) for name in wanted.tensors)
     generate = nodes(tmp_path, blocks(ADAPTERS, "yaml")[1])["generate"]
     assert generate["metrics"]["tokens"] == 8
+
+
+def commands(page: str) -> list[list[str]]:
+    return [line.split("#")[0].split() for line in re.findall(r"^\$ bigpipe (.+)$", PAGES[page], re.MULTILINE)]
+
+
+def test_the_recipe_that_falls_back(tmp_path):
+    """The commands of its page, one after the other; a Hub on loopback has a small model under the large one's name."""
+    shutil.copytree(ROOT / "manifests", tmp_path / "manifests")
+    with LoopbackHub() as hub:
+        hub.create("facebook/opt-1.3b", files_of(QUICKSTART))
+        said = [
+            run(tmp_path, "-m", "bigpipe", *words, **hub.environment(tmp_path / "hf")).stdout
+            for words in commands("docs/how-to/fall-back.md")
+        ]
+    plan, first, why, wider, narrower = said
+    assert "takes the first scheme that passes: nf4 or int8" in plan
+    assert re.search(r"save .*takes scheme int8; nf4 is left: gate perplexity_ratio <= 1.02: 1.1", first)
+    assert re.search(r"nf4: left \(evaluate@scheme=nf4: gate perplexity_ratio <= 1.02: 1.1", why)
+    assert re.search(r"evaluate@scheme=nf4 +cached", wider)
+    assert re.search(r"save .*takes scheme nf4", wider)
+    assert re.search(r"save +skipped .*no scheme passes", narrower)
+    assert re.search(r"save_float16 +succeeded", narrower)
+    card = (tmp_path / "dist/opt-1.3b-fallback/README.md").read_text()
+    assert "quantized to" not in card
+    assert re.search(r"\| evaluate@scheme=nf4 \| gate perplexity_ratio <= 1.001: 1.1", card)
+    assert re.search(r"\| evaluate@scheme=int8 \| gate perplexity_ratio <= 1.001: 1.005", card)
+
+
+def test_any_tool(tmp_path):
+    """The files and commands of its page, beside the model that ships."""
+    from test_docs import write_files_of
+
+    page = "docs/how-to/any-tool.md"
+    write_files_of(PAGES[page], tmp_path)
+    (tmp_path / "models").symlink_to(ROOT / "models")
+    said = [run(tmp_path, "-m", "bigpipe", *words).stdout for words in commands(page)]
+    assert re.search(r"measure +succeeded .*largest", said[0])
+    assert re.search(r"measure +cached", said[1])
+    saved = load_file(tmp_path / "dist/tool/model.safetensors")
+    assert {tensor.dtype for tensor in saved.values()} == {torch.float32}
+
+
+PUSH = """\
+version: 1
+name: push
+params: {most: 1GB}
+stages:
+  model: {uses: download, with: {path: models/quickstart}}
+  quantize: {uses: quantize, inputs: model, matrix: {scheme: [int8, nf4]}, with: {scheme: "${matrix.scheme}"}}
+  weigh:
+    uses: command
+    inputs: {model: quantize}
+    with:
+      argv: ["${python}", weigh.py, "${input.model}", "${out}"]
+      files: [weigh.py]
+      produces: report
+      metrics: metrics.json
+    gates: ["bytes <= ${params.most}"]
+  save:
+    uses: save
+    inputs: {model: quantize, reports: [weigh]}
+    first: {axis: scheme, of: weigh}
+    with: {to: "hf://ada/small"}
+"""
+WEIGH = """\
+import json, sys
+from pathlib import Path
+source, out = map(Path, sys.argv[1:])
+size = sum(path.stat().st_size for path in source.glob("*.safetensors"))
+(out / "metrics.json").write_text(json.dumps({"bytes": size}))
+"""
+
+
+def test_only_what_passes_is_pushed(tmp_path):
+    """And the card says what was tried before it, and why that was left."""
+    (tmp_path / "models").symlink_to(ROOT / "models")
+    (tmp_path / "weigh.py").write_text(WEIGH)
+    (tmp_path / "recipe.yaml").write_text(PUSH)
+    command = [sys.executable, "-m", "bigpipe", "run", "recipe.yaml", "-p"]
+    with LoopbackHub() as hub:
+        hub.users["secret-token"] = "ada"
+        there = {**environment(tmp_path), **hub.environment(tmp_path / "hf"), "HF_TOKEN": "secret-token"}
+
+        def pushed(most: str) -> int:
+            done = subprocess.run(
+                [*command, f"most={most}"], cwd=tmp_path, env=there, capture_output=True, text=True, check=False
+            )
+            assert done.returncode in (0, 3), done.stderr
+            return done.returncode
+
+        assert pushed("1MB") == 3
+        assert "ada/small" not in hub.repositories
+        assert pushed("1.8MB") == 0
+        repository = hub.repositories["ada/small"]
+        files = repository.commits[repository.branches["main"]]
+    card = bytes(files["README.md"].content).decode()
+    assert "quantized to nf4" in card
+    assert re.search(r"\| weigh@scheme=int8 \| gate bytes <= 1.8MB: 2", card)
+    steps = {step["node"]: step["left"] for step in json.loads(bytes(files["provenance.json"].content))["steps"]}
+    assert steps.keys() == {"model", "quantize@scheme=nf4", "weigh@scheme=int8", "weigh@scheme=nf4"}

@@ -73,7 +73,8 @@ def _kept(session: Session, writer: Node) -> Iterator[Kept]:
 def _conditional(session: Session, node: Node) -> bool:
     """May it be skipped? Of two that may, one is perhaps meant to run where the other does not."""
     above = session.recipe.ancestors(node.name)
-    return any(session.recipe.nodes[name].when is not None for name in (node.name, *above))
+    nodes = [session.recipe.nodes[name] for name in (node.name, *above)]
+    return any(each.when is not None or (each.first is not None and each.on_fail == "skip") for each in nodes)
 
 
 def _read(session: Session, node: Node) -> Iterator[Kept]:

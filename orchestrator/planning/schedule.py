@@ -114,8 +114,10 @@ def _chooses(states: States, state: NodeState) -> Step | None:
         return Step(Do.SKIP, f"{fallback.broken_above(states[choice.judge])} failed")
     found = fallback.candidates(states, first)
     if not found:
-        judged = any(states[each.judge].left for each in first.choices)
-        return Step(Do.FAIL) if judged else Step(Do.SKIP, f"{choice.judge} is skipped")
+        if not any(states[each.judge].left for each in first.choices):
+            return Step(Do.SKIP, f"{choice.judge} is skipped")
+        forgiven = state.node.on_fail in ("skip", "warn")
+        return Step(Do.SKIP, fallback.none_passes(states, state).cause) if forgiven else Step(Do.FAIL)
     return None if state.choice is found[0][0] else Step(Do.TAKE, found[0][0].value)
 
 

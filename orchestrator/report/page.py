@@ -110,6 +110,7 @@ def _told(store: Store, record: RunRecord) -> Told:
 
 def _drawn(name: str, node: NodeRun) -> Drawn:
     became = f", {node.seconds:.1f} s" if node.status == "succeeded" else f": {node.status}"
+    became = ": left" if node.verdict.startswith("left: ") else became
     return Drawn(name, f"{node.kind or 'node'}{became}", node.status, MARKS.get(node.status, ""), node.after)
 
 

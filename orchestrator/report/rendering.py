@@ -179,6 +179,10 @@ def mermaid_text(text: str) -> str:
     return text.replace('"', "#quot;")
 
 
+def _in_short(node: Node) -> str:
+    return node.kind.kind + (f", the first {node.first.axis}" if node.first else "")
+
+
 def _escaped(text: str) -> str:
     """A text as it stands between quotes in dot."""
     return text.replace("\\", r"\\").replace('"', r"\"")
@@ -197,7 +201,7 @@ def graph_text(recipe: Recipe, form: str = "text") -> str:
         from .drawing import STYLE, Drawn, graph
 
         return graph(
-            [Drawn(name, node.kind.kind, after=node.predecessors) for name, node in recipe.nodes.items()], STYLE
+            [Drawn(name, _in_short(node), after=node.predecessors) for name, node in recipe.nodes.items()], STYLE
         )
     if form == "dot":
         ids = {name: _escaped(name) for name in recipe.nodes}

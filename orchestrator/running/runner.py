@@ -316,9 +316,8 @@ def _finish(run: Run, state: NodeState, future: Future[KeyRecord | None]) -> Non
 def _end(run: Run, state: NodeState, status: Status, reason: str, told: Step | None = None) -> None:
     """told: what the schedule says of its gates."""
     schedule.end(run.states, state, status, reason, left=told.why if told and told.gate else "")
-    if status is not Status.FAILED:
-        spoken = told.why if told and status in GOOD else ""
-        state.verdict = fallback.told(run.states, state) or spoken
+    if state.left or status in GOOD:
+        state.verdict = fallback.told(run.states, state) or (told.why if told else "")
     _report(run, state)
     run.streams.ended(state)
     for each in (*state.producers, *state.consumers):

@@ -243,6 +243,7 @@ def test_everything_that_looks_back_tells_it(workshop):
         workshop.command("report", "-o", name)
         page = (workshop.folder / name).read_text()
         assert "What use takes" in page
+        assert "join: left" in page or name == "report.md"
         assert "not run" in page
 
 
@@ -254,6 +255,7 @@ def test_the_graph_tells_it(workshop):
     assert "the first text that passes check" in drawn["text"]
     assert '-. "text: ccc" .->' in drawn["mermaid"]
     assert '"make@text=ccc" -> "use" [style=dashed, label="text: ccc"];' in drawn["dot"]
+    assert "join, the first text" in workshop.command("graph", "recipe.yaml", "--format", "svg").stdout
     first = {"axis": "text", "of": "check", "values": ["dddd", "ccc", "bb"]}
     assert workshop.json("graph", "recipe.yaml")["nodes"]["use"]["first"] == first
 

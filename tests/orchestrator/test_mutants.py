@@ -63,8 +63,11 @@ SCHEDULE_MUTANTS = [
     ("a warning leaves the node", "gate=None if _minds_nothing(state) else bad[0]", "gate=bad[0]"),
     # The first variant that passes
     ("variants are not held back", "_held_back(states, state) or _chooses", "_chooses"),
-    ("what none passes for is skipped", "return Step(Do.FAIL) if judged else", "return"),
-    ("what nothing was judged for fails", "return Step(Do.FAIL) if judged else", "return Step(Do.FAIL) if True else"),
+    ("what none passes for is skipped", "if forgiven else Step(Do.FAIL)", "if True else Step(Do.FAIL)"),
+    ("what none passes for fails where it is to be skipped",
+     "if forgiven else Step(Do.FAIL)", "if False else Step(Do.FAIL)"),
+    ("what nothing was judged for fails",
+     "        if not any(states[each.judge].left for each in first.choices):\n", "        if False:\n"),
     ("a broken variant is overlooked by who takes one", "    if last is Verdict.FAILED:\n", "    if False:\n"),
     ("who takes one waits for no judge", "    if last is Verdict.AWAITED:\n", "    if False:\n"),
     ("a choice stays whatever its judge says",

@@ -236,6 +236,9 @@ ROWS = [
     Row("not the next after one that broke", TRY, {"a@s=x": "cached", "j@s=x": "failed"}, skip("j@s=x failed")),
     Row("it fails where none passes", TRY, {f"{node}@s={value}": "left" for node in "aj" for value in "xyz"},
         Step(Do.FAIL)),
+    Row("with on_fail: skip it is skipped", TRY.replace("c: {uses", "c: {on_fail: skip, uses"),
+        {f"{node}@s={value}": "left" for node in "aj" for value in "xyz"},
+        skip("c: no s passes: x: a gate; y: a gate; z: a gate")),
     Row("it is skipped where none could be judged", TRY,
         {f"{node}@s={value}": "skipped" for node in "aj" for value in "xyz"}, skip("j@s=z is skipped")),
     # Room
