@@ -35,6 +35,7 @@ BLOCKS = {
     "docs/how-to/a-stage-kind-of-your-own.md": ["test_docs.py", "test_docs.py"],
     "docs/how-to/any-tool.md": ["test_any_tool", "test_any_tool"],
     "docs/how-to/coming-from-accelerate.md": ["test_docs.py"],
+    "docs/how-to/over-ranks.md": ["test_shares_of_ranks_in_a_script"],
     "docs/how-to/merge-and-run-adapters.md": ["test_merging_and_running_adapters"],
 }
 """Where each Python block of a page runs, in order."""
@@ -156,6 +157,32 @@ stages:
 
 
 # The rows of the table: what Accelerate does and what stands for it in Python give the same
+
+OVER_RANKS = "docs/how-to/over-ranks.md"
+
+
+def test_shares_of_ranks_in_a_script(tmp_path):
+    """With the configuration file of the page, as its last line starts it."""
+    (tmp_path / "my_config.json").write_text(blocks(OVER_RANKS, "json")[0])
+    (tmp_path / "distributed_inference.py").write_text(blocks(OVER_RANKS)[0])
+    command = re.findall(r"^    accelerate (launch) (.*)$", PAGES[OVER_RANKS], re.MULTILINE)[0]
+    done = run(tmp_path, "-m", "accelerate.commands.launch", *command[1].split(), OMP_NUM_THREADS="1")
+    assert json.loads(done.stdout.splitlines()[-1]) == ["A DOG", "A CAT", "A CHICKEN"]
+
+
+def test_shares_of_ranks_in_a_recipe(tmp_path):
+    (tmp_path / "my_config.json").write_text(blocks(OVER_RANKS, "json")[0])
+    (tmp_path / "models").symlink_to(ROOT / "models")
+    recipe = next(block for block in blocks(OVER_RANKS, "yaml") if block.startswith("version"))
+    found = nodes(tmp_path, recipe)
+    read = {name: (Path(found[name]["path"]) / "results.jsonl").read_bytes() for name in ("two", "three", "padded")}
+    assert [line["prompt"] for line in map(json.loads, read["two"].splitlines())] == ["a dog", "a cat"]
+    assert read["three"] == read["padded"]
+    assert read["three"].startswith(read["two"])
+    plan = run(tmp_path, "-m", "bigpipe", "plan", "recipe.yaml", BIGPIPE_HOME=str(tmp_path / "empty")).stdout
+    assert "2 ranks (1 + 1)" in plan
+    assert "2 ranks (2 + 1)" in plan
+
 
 ACCELERATE = "docs/how-to/coming-from-accelerate.md"
 ROWS = {
