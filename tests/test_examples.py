@@ -37,6 +37,7 @@ BLOCKS = {
     "docs/how-to/coming-from-accelerate.md": ["test_docs.py"],
     "docs/how-to/over-ranks.md": ["test_shares_of_ranks_in_a_script"],
     "docs/how-to/merge-and-run-adapters.md": ["test_merging_and_running_adapters"],
+    "docs/how-to/evaluate.md": ["test_evaluating"],
 }
 """Where each Python block of a page runs, in order."""
 
@@ -488,3 +489,21 @@ def test_only_what_passes_is_pushed(tmp_path):
     assert re.search(r"\| weigh@scheme=int8 \| gate bytes <= 1.8MB: 2", card)
     steps = {step["node"]: step["left"] for step in json.loads(bytes(files["provenance.json"].content))["steps"]}
     assert steps.keys() == {"model", "quantize@scheme=nf4", "weigh@scheme=int8", "weigh@scheme=nf4"}
+
+
+def test_evaluating(tmp_path):
+    """The recipe, the commands and the Python block of the page, and the recipe for those who come from lm-eval."""
+    page = "docs/how-to/evaluate.md"
+    (tmp_path / "models").mkdir()
+    (tmp_path / "models/quickstart").symlink_to(QUICKSTART)
+    text = "Return the number of times that a value occurs in the list. Raise ValueError if it is not there.\n" * 4
+    for name in ("text.txt", "wiki.txt"):
+        (tmp_path / name).write_text(text)
+    (tmp_path / "check.yaml").write_text(blocks(page, "yaml")[0])
+    (tmp_path / "loss.yaml").write_text(blocks("docs/how-to/coming-from-lm-eval.md", "yaml")[0])
+    for line in [*blocks(page, "console")[0].splitlines(), "$ bigpipe run loss.yaml"]:
+        done = run(tmp_path, "-m", "bigpipe", *line.removeprefix("$ bigpipe ").split())
+        assert "Traceback" not in done.stderr
+    assert "perplexity ratio" in (tmp_path / "report/report.txt").read_text()
+    bigpipe.quantize_checkpoint(QUICKSTART, tmp_path / "models/quickstart-nf4", scheme="nf4")
+    assert "±" in run(tmp_path, "-c", blocks(page)[0]).stdout
