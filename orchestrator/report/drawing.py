@@ -16,7 +16,7 @@ from statistics import fmean
 
 BOX, GAP = (168, 44), (44, 18)
 """Width and height of a node, and what lies between two."""
-ROW, LABEL, WIDTH = 22, 190, 900
+ROW, LABEL, WIDTH, CURVE = 22, 190, 900, 160
 """Of bars: the height of one, the width of its name, and the width of all, in pixels."""
 MOST_PASSED = 20_000
 """Columns that all lines together pass. Where they pass more, nobody can follow them, and each goes straight."""
@@ -140,6 +140,14 @@ def bars(title: str, rows: Iterable[tuple[str, Sequence[Bar]]], most: float) -> 
             )
         top += ROW
     return _svg(WIDTH, top, title, drawn)
+
+
+def line(title: str, points: Sequence[tuple[float, float]]) -> str:
+    """Return points, in the order of their x, joined by a line from the left to the right edge, lowest to highest."""
+    (left, right), low, high = (points[0][0], points[-1][0]), min(y for _, y in points), max(y for _, y in points)
+    across, up = WIDTH / ((right - left) or 1), (CURVE - 8) / ((high - low) or 1)
+    path = " ".join(f"{(x - left) * across:.1f},{CURVE - 4 - (y - low) * up:.1f}" for x, y in points)
+    return _svg(WIDTH, CURVE, title, [f'<polyline points="{path}" fill="none" stroke="currentColor"/>'])
 
 
 def _svg(width: int, height: int, title: str, drawn: Iterable[str], style: str = "") -> str:

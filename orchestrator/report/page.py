@@ -23,7 +23,7 @@ from bigpipe.orchestrator.store import KeyRecord, Store
 from bigpipe.redaction import printable
 from bigpipe.sizes import MOST, format_size, format_transfer
 
-from .drawing import STYLE, Bar, Drawn, bars, graph
+from .drawing import STYLE, Bar, Drawn, bars, graph, line
 from .inspection import Inspection, diff_runs, open_store, told
 from .rendering import first_results, mermaid_text, metrics_line
 from .shown import clean
@@ -98,6 +98,7 @@ def _told(store: Store, record: RunRecord) -> Told:
         _memory(record),
         *_devices(record),
         *_figures(record),
+        *_curves(record),
         _texts(store, kept),
         _timeline(store, record),
         Table("Parameters", ("parameter", "value"), [(name, _shown(value)) for name, value in record.params.items()]),
@@ -190,6 +191,29 @@ def _figures(record: RunRecord) -> Iterator[Table]:
         if len(rows) > 1 and len(heads) > 1 and not {"predicted", "measured"} & rows.keys():
             cells = [(key, *(_bytes(head, row.get(head)) for head in heads)) for key, row in rows.items()]
             yield Table(f"What {name} found", ("", *(head.replace("_", " ") for head in heads)), cells, 1)
+
+
+def _curves(record: RunRecord) -> Iterator[Table]:
+    """Metrics with a `curve` of (x, y), such as the loss by step: drawn, and told at a dozen places."""
+    for name, node in record.nodes.items():
+        for metric, value in node.metrics.items():
+            points = _points(value.get("curve")) if isinstance(value, dict) else []
+            if len(points) > 1:
+                some = [*points[: -1 : -(-len(points) // 11)], points[-1]]
+                rows = [(f"{x:g}", f"{y:.4g}") for x, y in some]
+                drawing = line(f"{metric} of {name}", points)
+                yield Table(f"Curve of {metric}: {name}", ("step", metric), rows, 0, drawing)
+
+
+def _points(value: Json) -> list[tuple[float, float]]:
+    """Pairs of finite numbers; nothing where anything else is among them."""
+    pairs = value if isinstance(value, list) else []
+    sound = all(isinstance(each, list) and len(each) == 2 and all(map(_is_drawn, each)) for each in pairs)
+    return [(float(x), float(y)) for x, y in pairs] if sound else []
+
+
+def _is_drawn(value: Json) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and -MOST <= value <= MOST
 
 
 def _figure(value: Json) -> str:

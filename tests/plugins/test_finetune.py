@@ -120,6 +120,10 @@ def test_a_recipe_tunes_a_quantized_model_and_knows_it_again(tmp_path: Path, mod
     ]  # fmt: skip
     again = shop.run(**options)
     assert statuses(again)["finetune"] == "cached"
+    assert shop.command("report", "-o", "page.html").returncode == 0
+    page = (tmp_path / "page.html").read_text()
+    assert "Curve of loss: finetune" in page
+    assert "<polyline" in page
     shop.manifest.write_text(RECIPE.format(model=model).replace("bound: 100", "bound: 0.1"))
     with pytest.raises(GateFailed, match=r"loss.last <= 0.1"):
         shop.run(**options)
