@@ -37,9 +37,11 @@ class Synthetic(Params):
     config: Annotated[str | dict[str, Any], FileOrLiteral]
     """A `config.json`, or what would stand in it."""
     dtype: Literal["float64", "float32", "float16", "bfloat16"] = "float16"
+    """Of the weights."""
     seed: int = 0
     """Of the weights; the same seed gives the same bytes."""
     format: Literal["safetensors", "bin"] = "safetensors"
+    """Of the files."""
     max_shard_size: Size = 5_000_000_000
     """The most bytes of weights in one file."""
 

@@ -34,6 +34,7 @@ class QuantizeParams(Params):
     bnb_4bit_use_double_quant: bool = False
     """Quantizes the scales too (nf4 and fp4 only)."""
     bnb_4bit_compute_dtype: Dtype = "float16"
+    """What 4-bit layers compute in; stored in the config, no weight depends on it."""
     skip_modules: tuple[str, ...] | None = None
     """Modules to leave as they are; left out, the output head and whatever is tied. A list replaces that."""
     keep_in_fp32_modules: tuple[str, ...] = ()

@@ -13,10 +13,13 @@ if TYPE_CHECKING:
 
 METHOD = "bitsandbytes"
 PASTED: Mapping[str, Any] = {
-    "load_in_8bit": {"type": "boolean"},
-    "load_in_4bit": {"type": "boolean"},
-    "bnb_4bit_quant_type": {"enum": ["nf4", "fp4"]},
-    "llm_int8_skip_modules": {"anyOf": [{"type": "array", "items": {"type": "string"}}, {"type": "null"}]},
+    "load_in_8bit": {"type": "boolean", "description": "`scheme: int8`."},
+    "load_in_4bit": {"type": "boolean", "description": "`scheme: nf4`, or what `bnb_4bit_quant_type` says."},
+    "bnb_4bit_quant_type": {"enum": ["nf4", "fp4"], "description": "Of `load_in_4bit`."},
+    "llm_int8_skip_modules": {
+        "anyOf": [{"type": "array", "items": {"type": "string"}}, {"type": "null"}],
+        "description": "`skip_modules`.",
+    },
 }
 """BitsAndBytesConfig's own spellings, which mean the same as `scheme` and `skip_modules`; as JSON schema."""
 

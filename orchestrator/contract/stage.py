@@ -19,7 +19,7 @@ from pydantic_core import CoreSchema, PydanticKnownError
 from pydantic_core.core_schema import no_info_after_validator_function
 
 from bigpipe.errors import UsageError
-from bigpipe.sizes import is_bare, parse_size, refuse_bare
+from bigpipe.sizes import BARE, is_bare, parse_size, refuse_bare
 
 from .contexts import CheckContext, ForecastContext, StageContext
 from .types import Forecast, Json, Machine
@@ -69,7 +69,21 @@ def read_size(value: int | str, info: ValidationInfo) -> int:
     return parse_size(value)
 
 
-Size = Annotated[int, BeforeValidator(read_size), WithJsonSchema({"type": ["integer", "string"]})]
+_WRITTEN = rf"^\s*(\d+(\.\d+)?\s*([KkMmGgTt][Ii]?B|[Bb])|0|[1-9]\d{{{len(str(BARE)) - 1},}})\s*$"
+"""A size as `parse_size` reads one: no unit in bits, and a unit where there are few digits."""
+Size = Annotated[
+    int,
+    BeforeValidator(read_size),
+    WithJsonSchema(
+        {
+            "type": ["integer", "string"],
+            "minimum": 0,
+            "pattern": _WRITTEN,
+            "examples": ["10GiB", "5GB"],
+            "not": {"type": "integer", "exclusiveMinimum": 0, "exclusiveMaximum": BARE},
+        }
+    ),
+]
 """Bytes; `10GiB` and `10GB` are understood, and in a manifest a small number needs a unit."""
 BYTES = "bytes"
 Bytes = Annotated[int, BYTES]

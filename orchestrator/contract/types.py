@@ -63,12 +63,14 @@ class Launch(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", defer_build=True)
 
     num_processes: Count = Field(default=1, ge=1, le=MOST_RANKS, description="Ranks over all machines.")
-    num_machines: Count = Field(default=1, ge=1, le=MOST_RANKS)
-    machine_rank: Count = Field(default=0, ge=0)
-    main_process_ip: Text | None = None
-    main_process_port: Count | None = Field(default=None, ge=1, le=65535)
+    num_machines: Count = Field(default=1, ge=1, le=MOST_RANKS, description="Machines that share the ranks.")
+    machine_rank: Count = Field(default=0, ge=0, description="Which of them this one is, from 0.")
+    main_process_ip: Text | None = Field(default=None, description="The address of machine 0.")
+    main_process_port: Count | None = Field(default=None, ge=1, le=65535, description="A free port there.")
     config_file: Text | None = Field(default=None, description="An accelerate config file, relative to the manifest.")
-    mixed_precision: Literal["no", "fp16", "bf16", "fp8"] | None = None
+    mixed_precision: Literal["no", "fp16", "bf16", "fp8"] | None = Field(
+        default=None, description="What accelerate tells the ranks."
+    )
     max_restarts: Count = Field(
         default=3, ge=0, description="How often ranks that died are replaced, where a kind goes on after that."
     )

@@ -66,7 +66,16 @@ PinnedRepository = Annotated[
     str, _like(_PINNED, "a pinned repository; write owner/name@ and the 40 digits of its commit")
 ]
 Duration = Annotated[
-    float, BeforeValidator(parse_duration), WithJsonSchema({"type": ["number", "string"], "examples": ["30m", "1h30m"]})
+    float,
+    BeforeValidator(parse_duration),
+    WithJsonSchema(
+        {
+            "type": ["number", "string"],
+            "exclusiveMinimum": 0,
+            "pattern": rf"^(?=.*\d){_DURATION}$",
+            "examples": ["30m", "1h30m"],
+        }
+    ),
 ]
 LIMITS = Limits()
 
@@ -79,9 +88,13 @@ class LimitsSpec(Spec):
     """What a model's own config, tokenizer and chat template may take."""
 
     seconds: Duration = LIMITS.seconds
+    """Of work on what a model brings, each time."""
     memory: Size = LIMITS.memory
+    """Bytes beyond what the process has before."""
     modules: Count = Field(default=LIMITS.modules, ge=1)
+    """Of a class that a config names."""
     sequences: Count = Field(default=LIMITS.sequences, ge=1)
+    """That a tokenizer may make of one text."""
 
 
 class TrustSpec(Spec):
@@ -103,10 +116,15 @@ class ResourcesSpec(Spec):
     """What the node holds while it runs; what is left out is derived from the forecast."""
 
     cpus: Count | None = Field(default=None, ge=1)
+    """CPU cores."""
     ram: Size | None = None
+    """Bytes of memory, of all its processes together."""
     gpus: Count | None = Field(default=None, ge=0)
+    """GPUs."""
     gpu_memory: Size | None = None
+    """Bytes on each of them."""
     disk: Size | None = None
+    """Bytes that it writes on the disk of the store."""
 
 
 def _one_axis(value: Json) -> Json:
@@ -152,8 +170,10 @@ class NodeSettings(Spec):
 
     with_: dict[str | int, Any] = Field(default_factory=dict, alias="with", description="The kind's own fields.")
     when: Text | None = Field(default=None, description="Run only if: a comparison over `${stages.NODE.metrics.PATH}`.")
-    launch: Launch = Launch.model_construct()
-    resources: ResourcesSpec = ResourcesSpec.model_construct()
+    launch: Launch = Field(Launch.model_construct(), description="How ranks are started, in accelerate's words.")
+    resources: ResourcesSpec = Field(
+        ResourcesSpec.model_construct(), description="What it holds while it runs; else what is foreseen."
+    )
     retries: Count = Field(default=0, ge=0, le=100, description="Further attempts after a transient failure.")
     timeout: Duration | None = Field(default=None, description="30m, 1h30m, or seconds.")
     gates: list[Text] = Field(default_factory=list, description="Comparisons over the stage's metrics that must hold.")
@@ -173,12 +193,12 @@ SETTINGS = tuple(info.alias or name for name, info in NodeSettings.model_fields.
 class ManifestSpec(Spec):
     version: Literal[1] = Field(description="The manifest format.")
     name: Text | None = Field(None, max_length=100, description="What the recipe is called; else the file's name.")
-    description: str = ""
+    description: str = Field("", description="What the recipe is for, in words.")
     params: dict[str | int, Any] = Field(
         default_factory=dict, description="Values that `-p name=value` replaces; null means required."
     )
     secrets: tuple[str, ...] = Field(default=(), description="Environment variables that stages may list as secrets.")
-    trust: TrustSpec = TrustSpec.model_construct()
+    trust: TrustSpec = Field(TrustSpec.model_construct(), description="What code of others may do.")
     stages: dict[str | int, Any] = Field(min_length=1)
 
 

@@ -31,6 +31,10 @@ REFERENCE: Schema = {"$ref": "#/definitions/reference"}
 REFERENCE_TO_CODE = r"^[A-Za-z_][\w.]*:[A-Za-z_]\w*$"
 
 _ANNOTATIONS = ("description", "default", "examples")
+_BOUNDS = {"ge": "minimum", "gt": "exclusiveMinimum", "le": "maximum", "lt": "exclusiveMaximum"}
+"""What pydantic leaves in its own words where a field may also be null."""
+_NODE: Schema = {"type": "string", "pattern": rf"^{NAME.pattern}(@.+)?$|\$\{{.+\}}"}
+"""A stage, or one of its variants. A schema cannot know which there are."""
 _RESTRICTIONS = ("enum", "const", "pattern", "format")
 
 
@@ -91,7 +95,13 @@ def _kind_schema(name: str, kind: Stage[Any], definitions: dict[str, Schema]) ->
     params = _model_schema(kind.params, name, definitions)
     definitions[name] = {**params, **_choices_schema(name, kind.choices, definitions)} if kind.choices else params
     # Not `anyOf`: an editor then names the wrong field rather than "no choice fits".
-    fields: Schema = {"if": {"type": "string"}, "then": REFERENCE, "else": {"$ref": f"#/definitions/{name}"}}
+    note = f"The fields of {name}."
+    fields: Schema = {
+        "description": note,
+        "if": {"type": "string"},
+        "then": REFERENCE,
+        "else": {"$ref": f"#/definitions/{name}"},
+    }
     properties: dict[str, Schema | bool] = {"with": fields}
     properties["inputs"] = _ports_schema(kind) if kind.inputs or kind.open_ports else False
     if not executor(kind.runs_in).takes_launch:
@@ -109,6 +119,7 @@ def _choices_schema(kind: str, choices: Choices, definitions: dict[str, Schema])
     for name, model in choices.models().items():
         held = _open(_model_schema(model, f"{kind}.{name}", definitions))
         case: Schema = {"required": [choices.field], "properties": {choices.field: {"const": name}}}
+        held = {"description": f"What {name} takes.", **held}
         cases.append({"if": case, "then": {"properties": {choices.decides: held}}})
     return {"allOf": cases}
 
@@ -119,9 +130,9 @@ def _needed(kind: Stage[Any]) -> list[str]:
 
 def _port_schema(port: Port) -> Schema:
     if not port.many:
-        return {"type": "string", "description": f"A stage whose artifact is: {port.type}."}
+        return {**_NODE, "description": f"A stage whose artifact is: {port.type}."}
     return {
-        "anyOf": [{"type": "string"}, {"type": "array", "items": {"type": "string"}}],
+        "anyOf": [_NODE, {"type": "array", "items": _NODE}],
         "description": f"A stage whose artifact is: {port.type}; a list gathers every variant.",
     }
 
@@ -135,11 +146,9 @@ def _ports_schema(kind: Stage[Any]) -> Schema:
     if kind.needs_input:
         whole["minProperties"] = 1
     short = (
-        {"type": "string"}
-        if (DEFAULT_PORT in ports or kind.open_ports) and not set(_needed(kind)) - {DEFAULT_PORT}
-        else REFERENCE
+        _NODE if (DEFAULT_PORT in ports or kind.open_ports) and not set(_needed(kind)) - {DEFAULT_PORT} else REFERENCE
     )
-    return {"anyOf": [short, whole]}
+    return {"anyOf": [short, whole], "description": "The stages that it takes artifacts of, by port."}
 
 
 def _model_schema(
@@ -208,9 +217,9 @@ def _inside(schema: Schema, references: bool = True) -> Schema:
         elif key == "prefixItems":
             result["items"] = [below(child) for child in value]
         elif not _dropped(key, value):
-            result[key] = value
+            result[_BOUNDS.get(key, key)] = value
     if "$ref" in result and len(result) > 1:  # siblings of `$ref` are ignored in draft 7
-        result["anyOf"] = [{"$ref": result.pop("$ref")}]
+        result["allOf"] = [{"$ref": result.pop("$ref")}]
     return result
 
 

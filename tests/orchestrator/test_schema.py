@@ -201,3 +201,51 @@ def test_mistakes_in_the_installed_kinds_are_underlined(installed: Any, changed:
     manifest["stages"][stage]["with"] = fields
     messages = [f"{error.json_path}: {error.message}" for error in installed.iter_errors(manifest)]
     assert any(message.startswith(found) for message in messages), messages
+
+
+def shipped() -> Any:
+    return json.loads((Path(__file__).parents[2] / "schema" / "bigpipe.schema.json").read_text(encoding="utf-8"))
+
+
+def bare(schema: Any, path: str = "") -> list[str]:
+    """Where an editor would show a field without saying what it is."""
+    if isinstance(schema, list):
+        return [found for child in schema for found in bare(child, path)]
+    if not isinstance(schema, dict):
+        return []
+    own = schema.get("properties", {})
+    found = [
+        f"{path}/{name}"
+        for name, field in own.items()
+        if isinstance(field, dict) and not {"description", "const"} & field.keys()
+    ]
+    below = [*own.items(), *((key, child) for key, child in schema.items() if key != "properties")]
+    return found + [each for name, child in below for each in bare(child, f"{path}/{name}")]
+
+
+def test_every_field_says_what_it_is() -> None:
+    assert bare(shipped()) == []
+    assert '"ge"' not in json.dumps(shipped())
+
+
+STAGE = "version: 1\nstages:\n  s: {uses: shard, inputs: d%s, %swith: {max_shard_size: %s}}\n"
+
+
+@pytest.mark.parametrize(
+    ("port", "timeout", "size", "fine"),
+    [
+        *[
+            ("", "", size, True)
+            for size in ("5GB", "30GIB", "1.5 TiB", "10000000", "'1000000'", "12B", '"${params.x}"')
+        ],
+        *[("", "", size, False) for size in ("5Gb", "5", "'5'", "5GiBs", "-1GB", "-1", "'999999'", "GB", "''")],
+        *[("", f"timeout: {time}, ", "5GB", True) for time in ("30m", "1h30m", "90", "1.5h", "10 min")],
+        *[("", f"timeout: {time}, ", "5GB", False) for time in ("30 minutes", "''", "-3", "0", "m")],
+        ("@dtype=float16", "", "5GB", True),
+        (" e", "", "5GB", False),
+        ("/e", "", "5GB", False),
+    ],
+)
+def test_an_editor_knows_sizes_durations_and_names(port: str, timeout: str, size: str, fine: bool) -> None:
+    found = list(jsonschema.Draft7Validator(shipped()).iter_errors(data(STAGE % (port, timeout, size))))
+    assert (found == []) is fine, found
