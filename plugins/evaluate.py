@@ -106,6 +106,7 @@ STAGE = Stage(
     inputs={
         "model": Port("checkpoint"),
         "placement": Port("placement", optional=True),
+        "adapter": Port("adapter", optional=True),
         "baseline": Port("checkpoint", optional=True),
     },
     output="report",

@@ -150,6 +150,7 @@ def evaluate(
     data: str | Path,
     *,
     baseline: str | Path | None = None,
+    adapter: str | Path | None = None,
     placement: Placement | Mapping[str, Any] | str | int | None = None,
     column: str = "text",
     sequence_length: int | None = None,
@@ -171,6 +172,7 @@ def evaluate(
 
     data: a path or glob of texts, or of files of rows whose `column` is joined by blank lines; relative to `base`.
     baseline: the checkpoint that it is compared with: it reads the same windows, and no logits are kept.
+    adapter: peft's own files, which the model runs with, and the baseline does not.
     placement: as `load` takes it. The baseline goes beside the model, under the same caps.
     sequence_length: tokens of a window (None: the model's positions); stride: between the begins of two (None: half).
     batch_size: windows at once. max_tokens: how much of the text is read. seed: of what a model draws at random.
@@ -194,8 +196,8 @@ def evaluate(
         asked: dict[str, Any] = {
             "dtype": dtype, "trust": trust, "trust_remote_code": trust_remote_code, "base": base,
         }  # fmt: skip
-        paths = [path for path in (own, other) if path is not None]
-        return bind(work, question, *(load(path, place, **asked) for path, place in zip(paths, places, strict=False)))
+        against = None if other is None else load(other, places[1], **asked)
+        return bind(work, question, load(own, places[0], adapter=adapter, **asked), against)
 
     with nullcontext(str(folder)) if folder is not None else TemporaryDirectory() as named:
         work = Path(named)

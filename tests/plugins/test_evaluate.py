@@ -12,6 +12,7 @@ import time
 from pathlib import Path
 
 import pytest
+from support.adapters import tuned
 from support.contexts import forecast_context
 from support.inferring import as_rank, context
 from support.launching import MACHINE
@@ -124,6 +125,20 @@ def test_a_gate_between_them_stops_nf4_and_lets_int8_pass(shop: Workshop, model:
     assert statuses(result)["evaluate@scheme=int8"] == "cached"
     assert statuses(result)["evaluate@scheme=nf4"] == "failed"
     assert "kl.mean" in str(result.errors[0])
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_model_with_an_adapter_is_as_good_as_the_merged_model(tmp_path: Path, model: Path) -> None:
+    adapter = tuned(model, tmp_path / "lora", r=4, target_modules="all-linear")
+    bigpipe.merge_adapter(model, adapter, tmp_path / "merged", dtype="float32")
+    asked = EvaluateParams(data="text.txt", sequence_length=32, dtype="float32")
+    ctx = context(tmp_path / "with", model, inputs={"model": (model,), "adapter": (adapter,), "baseline": (model,)})
+    metrics = evaluate(asked, ctx)
+    merged = bigpipe.evaluate(tmp_path / "merged", ctx.base / "text.txt", sequence_length=32, dtype="float32")
+    assert metrics.perplexity == pytest.approx(merged.perplexity.value, rel=1e-4)
+    assert metrics.perplexity != metrics.baseline_perplexity
+    again = bigpipe.evaluate(model, ctx.base / "text.txt", adapter=adapter, sequence_length=32, dtype="float32")
+    assert again.perplexity.value == metrics.perplexity
 
 
 def killed_after(shop: Workshop, records: int) -> None:

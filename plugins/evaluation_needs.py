@@ -1,0 +1,85 @@
+"""What `evaluate` needs: where both models go, side by side, and the memory of them and of a batch."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import replace
+
+from bigpipe.bigmodel.checkpoint import ModelDescription
+from bigpipe.bigmodel.evaluation import Known, Question, at_work, place_pair
+from bigpipe.bigmodel.footprint import Workload
+from bigpipe.bigmodel.placement import Placement
+from bigpipe.errors import DoesNotFit
+from bigpipe.fit import Misfit
+from bigpipe.orchestrator.stage import Forecast, ForecastContext, StageContext
+
+from .evaluate import EvaluateParams
+from .library import agreed, attached, computed_in, single_model, sources_of
+from .ranked import CUDA_BASE, RANK_BASE, alone, held_in_ram, misfits_of_gpus
+
+PORTS = ("model", "baseline")
+
+
+def question(params: EvaluateParams) -> Question:
+    """Return what is asked."""
+    return Question(**params.model_dump(exclude={"dtype"}))
+
+
+def with_memory(params: EvaluateParams, ctx: ForecastContext, known: Forecast) -> Forecast:
+    """What both models take. Nothing where one is not known yet."""
+    models = [single_model(ctx, port) for port in PORTS if port in ctx.inputs]
+    placed = ctx.input("placement")
+    placement = ctx.described("placement", Placement)
+    if any(model is None or model.tensors is None for model in models) or (placed is not None and placement is None):
+        return known
+    each = placement.gpus if placement else int(bool(ctx.machine.gpus))
+    try:
+        sides = sides_of(params, [model for model in models if model is not None], placement, ctx)
+    except DoesNotFit as error:
+        return replace(known, misfits=(Misfit.of(error),))
+    local = ctx.launch.local_processes
+    held = [held_in_ram(model, where, params.dtype, ctx) for model, where in sides]
+    beside = attached(ctx, models[0])
+    held.append(sum(beside.nbytes.values()) if beside else 0)
+    ram = RANK_BASE + (CUDA_BASE if each else sum(held) + _at_work(params, sides, ctx))
+    vram = {rank * each + gpu: size for rank in range(local) for gpu, size in _vram(sides).items()}
+    return replace(known, ram=ram * local, vram=vram, misfits=misfits_of_gpus(each, ctx))
+
+
+def _vram(sides: Sides) -> Counter[int]:
+    """Per GPU of a rank."""
+    found: Counter[int] = Counter()
+    for _, where in sides:
+        found.update({device: need.total for device, need in where.needs.items() if isinstance(device, int)})
+    return found
+
+
+Sides = list[tuple[ModelDescription, Placement]]
+
+
+def sides_of(
+    params: EvaluateParams,
+    models: list[ModelDescription],
+    placement: Placement | None,
+    ctx: ForecastContext | StageContext,
+) -> Sides:
+    """Each model with where it goes."""
+    if placement is None:
+        return [(model, alone(ctx.machine)) for model in models]
+    known = [Known(model, agreed(model, sources_of(ctx)).architecture) for model in models]
+    if len(known) == 1:
+        return [(models[0], placement)]
+    work = workload(params, models[0], ctx)
+    return list(zip(models, place_pair(placement, known[0], known[1], work, ctx.machine, ctx.memo), strict=True))
+
+
+def workload(params: EvaluateParams, model: ModelDescription, ctx: ForecastContext | StageContext) -> Workload:
+    """Return that of a batch of windows."""
+    asked = question(params)
+    return asked.workload(asked.windows(model, sources_of(ctx))[0])
+
+
+def _at_work(params: EvaluateParams, sides: Sides, ctx: ForecastContext | StageContext) -> int:
+    architectures = [agreed(model, sources_of(ctx)).architecture for model, _ in sides]
+    dtypes = [computed_in(model, where, ctx, params.dtype) for model, where in sides]
+    return at_work(list(zip(architectures, dtypes, strict=True)), workload(params, sides[0][0], ctx))
