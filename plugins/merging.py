@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from bigpipe.bigmodel.adapters import Bound, Merge, merge_opened, merging_memory
+from dataclasses import replace
+
+from bigpipe.bigmodel.adapters import Bound, Merge, is_packed, merge_opened, merging_memory
 from bigpipe.bigmodel.checkpoint import ModelDescription, describe_checkpoint, open_adapter, open_checkpoint
 from bigpipe.bigmodel.writing import WORKERS, planned_bytes
 from bigpipe.orchestrator.stage import CheckContext, Forecast, ForecastContext, StageContext, StageResult
@@ -45,19 +47,31 @@ def forecast(params: MergeParams, context: ForecastContext) -> Forecast:
             ram=RAM, unknown=("size after merging: the tensors of the model or the adapter are not known yet",)
         )
     described, bounds = found
-    plans, output = _merge(params).of(described, bounds)
-    size, merged = planned_bytes(plans), len({bound.name for bound in bounds})
+    merged = len({bound.name for bound in bounds})
+    size, metrics, output = _sizes(params, described, bounds)
     trained = {adapter.base_model for adapter in wired_adapters(context)} - {None}
     return Forecast(
         download_bytes=0,
         write_bytes=size,
         ram=RAM + min(WORKERS, context.machine.cpus) * merging_memory(described, bounds),
         seconds=size / RATE,
-        metrics={"merged": merged, "bytes": size},
+        metrics={"merged": merged, **metrics},
         output=describe_checkpoint(context.artifact) if context.artifact else output,
         summary=f"{counted(merged, 'tensor')} changed, +{format_transfer(size)}",
         details=tuple(f"the adapter was trained on {name}" for name in sorted(map(str, trained))),
     )
+
+
+def _sizes(
+    params: MergeParams, described: ModelDescription, bounds: list[Bound]
+) -> tuple[int, dict[str, int], ModelDescription]:
+    """Bytes to be written, the metrics that are known, and what comes of it. What is packed again keeps its size, but
+    for a few bytes of the states that are stored beside it."""
+    if is_packed(described):
+        return described.nbytes or 0, {}, replace(described, format="safetensors", tied={})
+    plans, output = _merge(params).of(described, bounds)
+    size = planned_bytes(plans)
+    return size, {"bytes": size}, output
 
 
 def run(params: MergeParams, context: StageContext) -> StageResult:

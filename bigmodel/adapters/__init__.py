@@ -3,7 +3,8 @@
     merge_adapter("llama", "llama-lora", "llama-tuned")
 
 `method` reads the config and refuses by name what is not done here, `changes` finds the stored tensor of each change,
-`arithmetic` computes rows of the changed tensors as peft does, and `merging` hands them to the one loop that writes.
+`arithmetic` computes rows of the changed tensors as peft does (`unpacking` those of packed ones), `merging` hands them
+to the one loop that writes, and `attaching` lets an adapter stand beside a loaded model.
 """
 
 from __future__ import annotations
@@ -15,7 +16,15 @@ from bigpipe.faces import face
 if TYPE_CHECKING:
     from .attaching import Attachment, attach, attachment
     from .changes import Bound, bind
-    from .merging import Merge, MergedCheckpoint, changed_checkpoint, merge_adapter, merge_opened, merging_memory
+    from .merging import (
+        Merge,
+        MergedCheckpoint,
+        changed_checkpoint,
+        is_packed,
+        merge_adapter,
+        merge_opened,
+        merging_memory,
+    )
     from .method import Combination, Lora, read_lora
 
 __getattr__, __all__ = face(__name__)

@@ -9,7 +9,8 @@ and on embeddings), the whole is computed.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar, Protocol
 
@@ -291,3 +292,17 @@ def as_tensor(content: memoryview, dtype: str, shape: Sequence[int]) -> torch.Te
     import torch
 
     return torch.frombuffer(bytearray(content), dtype=getattr(torch, dtype)).view(shape)
+
+
+@contextmanager
+def one_thread_each() -> Iterator[None]:
+    """Let torch compute in the calling thread alone: rows are narrow, files are written by several threads, and torch's
+    own would wait for each other. No bit of a product depends on how many share its rows."""
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)

@@ -8,7 +8,7 @@ merge_adapter
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -27,7 +27,8 @@ from bigpipe.bigmodel.checkpoint import (
     open_checkpoint,
     tensor_nbytes,
 )
-from bigpipe.bigmodel.formats import PLAIN, decode, decoded, format_of
+from bigpipe.bigmodel.formats import BUILT_IN, PLAIN, decode, decoded, format_of, set_apart
+from bigpipe.bigmodel.quantization import Settings, requantize, torch_threads
 from bigpipe.bigmodel.sources import Sources
 from bigpipe.bigmodel.writing import Conversion, Files, ReportProgress, ShardPlan, convert, is_cast
 from bigpipe.errors import UsageError
@@ -35,9 +36,10 @@ from bigpipe.names import PATH, Given, checked
 from bigpipe.sizes import size_of
 from bigpipe.trust import Trust
 
-from .arithmetic import Changed
+from .arithmetic import Changed, LowRank, one_thread_each
 from .changes import Bound, bind, combined
 from .method import Combination, require_weights
+from .unpacking import unpacked
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -63,10 +65,14 @@ class Merge:
         if not adapters:
             raise UsageError("no adapter is given", "give one, as peft saved it", field="inputs.adapter")
         weights = require_weights(self.weights, len(adapters), self.combination)
-        _require_plain(described)
+        _require_mergeable(described, self.dtype)
         architecture = _architecture(described, sources)
         bounds = [bind(adapter, described, architecture, sources.memo) for adapter in adapters]
-        return bounds[0] if len(adapters) == 1 and self.weights is None else combined(bounds, weights, self.combination)
+        found = (
+            bounds[0] if len(adapters) == 1 and self.weights is None else combined(bounds, weights, self.combination)
+        )
+        _refuse_packed(described, found)
+        return found
 
     def of(self, described: ModelDescription, bounds: Iterable[Bound]) -> tuple[list[ShardPlan], ModelDescription]:
         """Return the files of the merged checkpoint, and what it is. Raise as `Conversion.of`."""
@@ -78,11 +84,31 @@ class Merge:
         return self.conversion.of(replace(plain, tensors={**stored, **apart}, tied=tied, config=config))
 
 
-def _require_plain(described: ModelDescription) -> None:
+def _require_mergeable(described: ModelDescription, dtype: str | None) -> None:
+    """Raise UsageError for weights that are packed in a way that is not unpacked here."""
     found = format_of(described)
-    if found is not PLAIN and found.decoding is None:
+    if found is PLAIN or found.decoding is not None:
+        return
+    if found.name not in BUILT_IN:
         cause = f"the checkpoint is quantized ({found.title})"
         raise UsageError(cause, "merge into the weights before they were quantized", field="inputs.model")
+    if dtype is not None:
+        raise UsageError(f"dtype {dtype}: the checkpoint is quantized ({found.title})", "leave it out", field="dtype")
+
+
+def is_packed(described: ModelDescription) -> bool:
+    """Return whether its matrices are packed, and merged by unpacking them."""
+    return format_of(described).packing is not None
+
+
+def _refuse_packed(described: ModelDescription, bounds: Iterable[Bound]) -> None:
+    """Raise UsageError for changes of packed weights that are not added to them."""
+    tensors = described.tensors or {}
+    for bound in bounds if is_packed(described) else ():
+        dtype, _ = tensors.get(bound.stored, ("", ()))
+        if bound.apart or ("float" not in dtype and not isinstance(bound.change, LowRank)):
+            cause = f"{bound.target}: only pairs of matrices are merged into a quantized model"
+            raise UsageError(cause, "merge into the weights before they were quantized, and quantize then")
 
 
 def _architecture(described: ModelDescription, sources: Sources) -> Architecture:
@@ -169,24 +195,70 @@ def merge_opened(
     """`merge_adapter` of what is open; linked and journal as `convert` takes them."""
     described = describe_opened(checkpoint)
     bounds = merge.changes(described, [adapter.described for adapter in adapters], sources)
+    if is_packed(described):
+        return _merge_packed(checkpoint, adapters, bounds, out, merge, linked, progress, journal)
     changed = changed_checkpoint(decode(checkpoint), adapters, bounds, merge.dtype)
-    saved = convert(
-        changed, out, merge.conversion, linked=linked, progress=progress, journal=journal,
-        restated=changed.config != checkpoint.config,
-    )  # fmt: skip
+    with one_thread_each():
+        saved = convert(
+            changed, out, merge.conversion, linked=linked, progress=progress, journal=journal,
+            restated=changed.config != checkpoint.config,
+        )  # fmt: skip
     return MergedCheckpoint(saved.files, saved.shards, saved.bytes, len({bound.name for bound in bounds}))
 
 
+def _merge_packed(
+    checkpoint: Checkpoint,
+    adapters: Sequence[Adapter],
+    bounds: Sequence[Bound],
+    out: Path,
+    merge: Merge,
+    linked: bool,
+    progress: ReportProgress | None,
+    journal: Path | None,
+) -> MergedCheckpoint:
+    """Unpack what is changed, add, and pack it again, as peft does with bitsandbytes; the codes of all else stay."""
+    described = describe_opened(checkpoint)
+    format, config = format_of(described), described.quantization or {}
+    _, packed = set_apart(checkpoint.tensors, format)
+    weights = {bound.stored: bound.stored.removesuffix(".weight") for bound in bounds}
+    weights = {name: module for name, module in weights.items() if module in packed}
+    tensors = dict(checkpoint.tensors)
+    for name, module in weights.items():
+        for suffix in packed[module].parts:
+            tensors.pop(f"{module}.{suffix}")
+        tensors[name] = unpacked(checkpoint, module, packed[module])
+    changed = changed_checkpoint(replace(checkpoint, tensors=tensors), adapters, bounds, "float32", only=weights)
+    double = any("weight.nested_absmax" in packed[module].parts for module in weights.values())
+    compute = str(config.get("bnb_4bit_compute_dtype") or "float32").removeprefix("torch.")
+    settings = Settings(
+        scheme=format.name, threads=torch_threads(), bnb_4bit_use_double_quant=double, dtype="float32",
+        bnb_4bit_compute_dtype=compute if compute in ("float16", "bfloat16") else "float32",
+    )  # fmt: skip
+    with one_thread_each():
+        saved = requantize(
+            changed, out, settings, weights, max_shard_size=merge.max_shard_size, parts=journal, linked=linked,
+            progress=progress,
+        )  # fmt: skip
+    sizes = (size for name, (_, size) in saved.files.items() if name.endswith(".safetensors"))
+    return MergedCheckpoint(saved.files, saved.shards, sum(sizes), len({bound.name for bound in bounds}))
+
+
 def changed_checkpoint(
-    checkpoint: Checkpoint, adapters: Sequence[Adapter], bounds: Iterable[Bound], dtype: str | None = None
+    checkpoint: Checkpoint,
+    adapters: Sequence[Adapter],
+    bounds: Iterable[Bound],
+    dtype: str | None = None,
+    only: Container[str] | None = None,
 ) -> Checkpoint:
-    """Return a checkpoint whose changed tensors are made as they are read. dtype: what they are cast to first."""
+    """Return a checkpoint whose changed tensors are made as they are read. dtype: what they are cast to first; only:
+    those of these stored names, None: all."""
     grouped: dict[tuple[str, str], list[Bound]] = {}
     for bound in bounds:
         grouped.setdefault((bound.name, bound.stored), []).append(bound)
     tensors = dict(checkpoint.tensors)
     for (name, stored), changes in grouped.items():
-        tensors[name] = _changed(name, checkpoint.tensors[stored], changes, adapters, dtype)
+        wanted = dtype if only is None or stored in only else None
+        tensors[name] = _changed(name, checkpoint.tensors[stored], changes, adapters, wanted)
     apart = {bound.target for changes in grouped.values() for bound in changes if bound.apart}
     return replace(
         checkpoint,
@@ -213,7 +285,9 @@ def merging_memory(described: ModelDescription, bounds: Iterable[Bound]) -> int:
     """Return the bytes that one run of changed rows takes at the most, what is read and the result included."""
     tensors, most = decoded(described).tensors or {}, 0
     for bound in bounds:
-        dtype, shape = tensors[bound.stored]
+        dtype, shape = tensors.get(bound.stored, ("float32", ()))
+        if isinstance(bound.change, LowRank):  # a packed weight has another shape as it is stored
+            shape = bound.change.rows, bound.change.columns
         row = tensor_nbytes("float32", shape[1:])
         rows = shape[0] if bound.change.whole else max(1, DECODED // max(1, tensor_nbytes(dtype, shape[1:])))
         parts = sum(size for _, size in bound.change.ranges(0, min(rows, shape[0])))

@@ -17,20 +17,27 @@ from bigpipe.bigmodel.architecture import Architecture, describe_module
 from bigpipe.bigmodel.checkpoint import ARCHITECTURE_FILE, Checkpoint, describe_opened, open_checkpoint
 from bigpipe.bigmodel.formats import decode, left_out
 from bigpipe.bigmodel.sources import Sources
-from bigpipe.bigmodel.writing import ReportProgress, carry_side_files, encode_config, refuse_in_place, require_size
+from bigpipe.bigmodel.writing import (
+    PlannedTensor,
+    ReportProgress,
+    carry_side_files,
+    encode_config,
+    refuse_in_place,
+    require_size,
+)
 from bigpipe.files import write_file
 from bigpipe.names import PATH, Given, checked
 from bigpipe.sizes import size_of
 from bigpipe.trust import Trust
 
-from .outline import Outline, Settings, outline, refuse_quantized, torch_threads, understand
+from .outline import Converted, Kept, Outline, Settings, outline, refuse_quantized, torch_threads, understand
 
 if TYPE_CHECKING:
     import torch
 
 __all__ = [
     "Outline", "QuantizedCheckpoint", "Settings", "outline", "quantize_checkpoint", "quantize_described",
-    "refuse_quantized", "torch_threads", "understand",
+    "refuse_quantized", "requantize", "torch_threads", "understand",
 ]  # fmt: skip
 
 
@@ -147,3 +154,39 @@ def quantize_described(
         skipped=outlined.skipped,
         notes=(*left, *outlined.notes, outlined.remains),
     )
+
+
+def requantize(
+    checkpoint: Checkpoint,
+    out: Path,
+    settings: Settings,
+    weights: Mapping[str, str],
+    *,
+    max_shard_size: int = 5 * 10**9,
+    parts: Path | None = None,
+    linked: bool = False,
+    progress: ReportProgress | None = None,
+) -> QuantizedCheckpoint:
+    """Write a quantized checkpoint in which some weights are plain numbers again: these are packed, all else stays as
+    it is. weights: stored name → module; their matrices are (out, in), and packed from the dtype that they have."""
+    from .stream import split, write_quantized
+
+    refuse_in_place(checkpoint, out)
+    require_size(max_shard_size)
+
+    def part(name: str) -> Converted | Kept:
+        tensor = checkpoint.tensors[name]
+        if name not in weights:
+            return Kept(name, tensor.dtype, (PlannedTensor(name, tensor.dtype, tensor.shape),))
+        rows, columns = tensor.shape
+        return Converted(name, weights[name], tensor.dtype, tensor.dtype, (rows, columns), False, settings.packing)
+
+    outlined = Outline(tuple(map(part, checkpoint.tensors)), tuple(weights.values()), ())
+    written, plans = write_quantized(
+        checkpoint, split(outlined, checkpoint, max_shard_size), out, settings, parts, progress
+    )
+    written |= carry_side_files(checkpoint, out, linked=linked)
+    return QuantizedCheckpoint(
+        files=written, shards=len(plans), bytes=sum(plan.nbytes for plan in plans), source_bytes=checkpoint.nbytes,
+        quantized=outlined.quantized, skipped=(),
+    )  # fmt: skip

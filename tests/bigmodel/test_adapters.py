@@ -15,6 +15,7 @@ from support.models import make_checkpoint
 
 from bigpipe.bigmodel.adapters import merge_adapter
 from bigpipe.bigmodel.checkpoint import open_adapter, open_checkpoint
+from bigpipe.bigmodel.quantization import quantize_checkpoint
 from bigpipe.errors import BigpipeError, InvalidCheckpoint, UsageError
 
 pytest.importorskip("peft")
@@ -262,3 +263,45 @@ def test_a_merge_goes_on_where_it_was_interrupted(tmp_path: Path) -> None:
     assert changed, "other weights of the adapter make other files"
     assert_same(tmp_path / "out", merged_by_peft(base, adapter))
     assert os.listdir(tmp_path / "notes")
+
+
+@pytest.mark.parametrize(
+    ("scheme", "options"),
+    [
+        ("int8", {}),
+        ("nf4", {"dtype": "bfloat16"}),
+        ("fp4", {}),
+        ("nf4", {"bnb_4bit_use_double_quant": True, "skip_modules": ["lm_head", "v_proj"]}),
+    ],
+    ids=["int8", "nf4", "fp4", "double"],
+)
+def test_merging_into_a_quantized_model_is_what_peft_and_bitsandbytes_make(
+    tmp_path: Path, scheme: str, options: dict[str, Any]
+) -> None:
+    """Codes and scales of what is changed, and all else to the byte."""
+    pytest.importorskip("bitsandbytes")
+    source = make_checkpoint(tmp_path / "base", "llama", dtype="float16", hidden_size=128, intermediate_size=136)
+    quantize_checkpoint(source, tmp_path / "packed", scheme=scheme, **options)
+    adapter = tuned(source, tmp_path / "lora", r=4, target_modules=["q_proj", "v_proj", "down_proj"])
+    found = merge_adapter(tmp_path / "packed", adapter, tmp_path / "out")
+    assert found.merged == 6
+    assert found.bytes == sum(file.stat().st_size for file in (tmp_path / "out").glob("*.safetensors"))
+    wanted = merged_by_peft(tmp_path / "packed", adapter).state_dict()
+    made = loaded(tmp_path / "out").state_dict()
+    skipped = {name for name in wanted if name not in made or not isinstance(wanted[name], torch.Tensor)}
+    assert not [name for name in skipped if isinstance(wanted[name], torch.Tensor)]
+    assert [name for name in wanted.keys() - skipped if not torch.equal(made[name], wanted[name])] == []
+    before, after = open_checkpoint(tmp_path / "packed"), open_checkpoint(tmp_path / "out")
+    assert before.tensors.keys() == after.tensors.keys()
+    left = [name for name in before.tensors if not any(part in name for part in ("q_proj", "v_proj", "down_proj"))]
+    assert [name for name in left if before.read(name) != after.read(name)] == []
+
+
+def test_a_quantized_model_takes_pairs_only(tmp_path: Path) -> None:
+    source = make_checkpoint(tmp_path / "base", "llama", dtype="float16", hidden_size=64)
+    quantize_checkpoint(source, tmp_path / "packed", scheme="int8")
+    adapter = tuned(source, tmp_path / "lora", r=4, target_modules=["q_proj"], use_dora=True)
+    with pytest.raises(UsageError, match="only pairs of matrices"):
+        merge_adapter(tmp_path / "packed", adapter, tmp_path / "out")
+    with pytest.raises(UsageError, match="the checkpoint is quantized"):
+        merge_adapter(tmp_path / "packed", adapter, tmp_path / "out", dtype="float16")

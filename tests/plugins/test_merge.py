@@ -175,3 +175,15 @@ def test_an_adapter_for_another_model_does_not_come_to_inference(shop: Workshop)
         done = shop.command("plan", "recipe.yaml")
         assert (done.returncode, place in done.stderr) == (2, True), done.stderr
         assert "was made for another model" in done.stderr
+
+
+def test_merging_into_a_quantized_model_is_planned(shop: Workshop) -> None:
+    """How many tensors change is known; the bytes are told by the run."""
+    text = shop.manifest.read_text().replace("model: base,", "model: packed,")
+    packed = "  packed: {uses: quantize, inputs: base, with: {scheme: int8}}\n  merge:"
+    plan = shop.json("plan", "recipe.yaml") if shop.manifest.write_text(text.replace("  merge:", packed)) else {}
+    assert plan["nodes"]["merge"]["forecast"]["metrics"] == {"merged": 4}
+    result = shop.run()
+    assert result.status == "succeeded", result.errors
+    files = [file.stat().st_size for file in result.path("merge").glob("*.safetensors")]
+    assert result.nodes["merge"].record.metrics == {"merged": 4, "bytes": sum(files)}
