@@ -17,7 +17,7 @@ from support.workshop import Workshop, statuses
 
 from bigpipe.bigmodel.checkpoint import describe_checkpoint
 from bigpipe.errors import GateFailed, UsageError
-from bigpipe.orchestrator.contract.events import Event, Progress
+from bigpipe.orchestrator.contract.events import Event, LogLine, Progress
 from bigpipe.orchestrator.launch.executors import executor
 from bigpipe.orchestrator.launch.jobs import Outcome
 from bigpipe.orchestrator.stage import Forecast, Launch
@@ -81,7 +81,10 @@ def test_ranks_share_the_rows_of_a_step(tmp_path: Path, model: Path) -> None:
 
 
 def test_metrics_and_their_words(tmp_path: Path, model: Path) -> None:
-    made = start(tmp_path, model, eval_data=ROWS[:2])
+    events: list[Event] = []
+    made = start(tmp_path, model, report=events.append, eval_data=ROWS[:2], max_length=8)
+    said = [event.line for event in events if isinstance(event, LogLine)]
+    assert f"{sum(len(text) > 8 for text in [*ROWS, *ROWS[:2]])} rows were longer than 8 tokens, and were cut" in said
     metrics = made.metrics
     assert metrics["steps"] == 6
     assert metrics["trainable_parameters"] == 2 * 2 * 8 * (32 + 32)
