@@ -1,11 +1,14 @@
 """Generate for prompts of log-normal lengths on several ranks: bigpipe's queue against a plain accelerate script.
 
-    python benchmarks/ranks.py [--prompts 1000] [--ranks 2] [--batch 8] [--tokens 8] [--rounds 1] [--folder DIR]
+    python benchmarks/ranks.py [--prompts 1000] [--ranks 2] [--batch 8] [--most 64] [--tokens 8] [--rounds 1]
+        [--folder DIR]
 
 The plain script splits the prompts with `split_between_processes`, pads batches of a fixed size in the order of the
 prompts, and gathers the texts. Both start through `accelerate launch` with the same threads and the same MKL mode, and
-generate greedily in float32 with the same model and batch size. `makespan` is the time of the slowest rank from its
-first batch to its last, `whole` that of the command, with imports and loading. Texts must be the same.
+generate greedily in float32 with the same model. Ours has as many tokens in a batch, at most, as the plain script may
+have in its longest one, so that both need the same memory, and at most `--most` prompts; `--most 8` sorts and queues
+alone. `makespan` is the time of the slowest rank from its first batch to its last, `whole` that of the command, with
+imports and loading. Texts must be the same.
 """
 
 from __future__ import annotations
@@ -64,7 +67,12 @@ stages:
     uses: distributed-infer
     inputs: download
     with:
-      {{task: text-generation, prompts: prompts.jsonl, batch_size: {batch}, max_new_tokens: {tokens}, dtype: float32}}
+      task: text-generation
+      prompts: prompts.jsonl
+      batch_size: {most}
+      batch_tokens: {budget}
+      max_new_tokens: {tokens}
+      dtype: float32
     launch: {{num_processes: {ranks}}}
 """
 
@@ -134,6 +142,7 @@ def main() -> None:
     parser.add_argument("--prompts", type=int, default=1000)
     parser.add_argument("--ranks", type=int, default=2)
     parser.add_argument("--batch", type=int, default=8)
+    parser.add_argument("--most", type=int, default=64)
     parser.add_argument("--tokens", type=int, default=8)
     parser.add_argument("--rounds", type=int, default=1)
     parser.add_argument("--folder", type=Path)
@@ -149,7 +158,10 @@ def main() -> None:
             "compute_environment: LOCAL_MACHINE\ndistributed_type: MULTI_GPU\nuse_cpu: true\nmixed_precision: 'no'\n"
             f"num_machines: 1\nmachine_rank: 0\nmain_process_port: 0\nnum_processes: {options.ranks}\n"
         )
-        recipe = RECIPE.format(model=folder / "model", batch=options.batch, tokens=options.tokens, ranks=options.ranks)
+        budget = options.batch * max(map(len, prompts))  # a token is reckoned as a byte
+        recipe = RECIPE.format(
+            model=folder / "model", most=options.most, budget=budget, tokens=options.tokens, ranks=options.ranks
+        )
         (folder / "recipe.yaml").write_text(recipe)
         arms = {"plain": lambda: run_plain(folder, options), "queue": lambda: run_queue(folder, options)}
         report(alternate(arms, options.rounds, warm_up=False), options)

@@ -68,6 +68,14 @@ def test_what_a_dead_rank_had_finished_or_others_began_is_not_suspected(tmp_path
     assert not {0, 1, 4, 5} & {row for row, record in gather(ROWS, tmp_path).items() if record.failed}
 
 
+def test_what_a_rank_was_at_when_another_died_is_not_held_against_it_later(tmp_path: Path) -> None:
+    dies(tmp_path, 1, [4, 5])  # ended by the launcher, as rank 0 had died
+    planned(tmp_path, lost=dies(tmp_path, 0, [2, 3]))
+    for _ in range(2):
+        plan = planned(tmp_path, lost=dies(tmp_path, 1, [0, 1]))
+    assert plan.suspects == [0, 1]
+
+
 def gigantic() -> None:
     import torch
 
