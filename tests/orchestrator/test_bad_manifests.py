@@ -110,3 +110,21 @@ def test_mutations_load_or_are_manifest_errors(
     except ManifestError as error:
         shown = str(error)
     assert "Traceback" not in shown
+
+
+@pytest.mark.parametrize(
+    ("fields", "says"),
+    [
+        ("repo: a/b, dtypes: no", ["BP105 dtypes: 'no' is not one of its values"]),
+        ("repo: a/b, dtypes: [fp16]", ["BP105 dtypes.0: 'fp16' is not one of its values; did you mean 'float16'?"]),
+        ("repo: [a/b]", ["BP104 repo: a list where a text is expected; write a/b without brackets"]),
+    ],
+)
+def test_mistakes_in_fields_are_told_once_and_in_the_words_of_the_kind(tmp_path: Path, fields, says) -> None:
+    path = tmp_path / "m.yaml"
+    path.write_text(f"version: 1\nstages:\n  e: {{uses: estimate, with: {{{fields}}}}}\n", encoding="utf-8")
+    with pytest.raises(ManifestError) as caught:
+        load_recipe(path)
+    told = [said(problem).partition(" ")[2] for problem in caught.value.problems]
+    assert len(told) == len(says)
+    assert all(one.startswith(other) for one, other in zip(told, says, strict=True)), told
