@@ -507,3 +507,16 @@ def test_evaluating(tmp_path):
     assert "perplexity ratio" in (tmp_path / "report/report.txt").read_text()
     bigpipe.quantize_checkpoint(QUICKSTART, tmp_path / "models/quickstart-nf4", scheme="nf4")
     assert "±" in run(tmp_path, "-c", blocks(page)[0]).stdout
+
+
+def test_a_plan_counts_the_dearest_variant_for_who_takes_one(tmp_path, monkeypatch):
+    monkeypatch.setenv("BIGPIPE_HOME", str(tmp_path / "store"))
+    (tmp_path / "models").symlink_to(ROOT / "models")
+    (tmp_path / "weigh.py").write_text(WEIGH)
+    recipe = PUSH.replace("[int8, nf4]", "[nf4, int8]").replace("hf://ada/small", "dist/small")
+    (tmp_path / "recipe.yaml").write_text(recipe)
+    plan = bigpipe.plan(tmp_path / "recipe.yaml")
+    sizes = [plan.nodes[f"quantize@scheme={scheme}"].forecast.write_bytes for scheme in ("nf4", "int8")]
+    assert sizes[0] < sizes[1]
+    assert sizes[0] < plan.nodes["save"].forecast.write_bytes
+    assert abs(plan.nodes["save"].forecast.write_bytes - sizes[1]) < 0.01 * sizes[1]
