@@ -20,12 +20,15 @@ from support.models import make_checkpoint, save_model, tiny_model
 from support.workshop import Workshop, environment, statuses
 
 import bigpipe
-from bigpipe.bigmodel.checkpoint import describe_checkpoint
+from bigpipe.bigmodel.checkpoint import describe_adapter, describe_checkpoint
+from bigpipe.bigmodel.execution import loaded
 from bigpipe.bigmodel.inference import WorkPlan
 from bigpipe.bigmodel.placement import place
+from bigpipe.errors import InvalidCheckpoint, UsageError
 from bigpipe.orchestrator.stage import Forecast, StageContext
 from bigpipe.plugins import evaluating
 from bigpipe.plugins.evaluate import STAGE, EvaluateMetrics, EvaluateParams, result_line
+from bigpipe.plugins.ranked import load_on_rank
 
 TEXT = "Return the number of occurrences of the argument. Raise ValueError if it is not present in the list.\n" * 4
 
@@ -85,6 +88,8 @@ def test_streamed_batches_go_through_both_models_together(tmp_path: Path, model:
     streamed = context(tmp_path / "streamed", model, inputs={**inputs, "placement": (tmp_path,)})
     evaluate(asked, streamed)
     assert WorkPlan.read(streamed.scratch).together > 1
+    disk = place(model, device_map={"": "disk"})
+    assert loaded(load_on_rank(streamed, None, disk, "baseline")).streamed > 0
     evaluate(asked, whole)
     found, wanted = (json.loads(report(ctx)) for ctx in (streamed, whole))
     assert found["perplexity"] == pytest.approx(wanted["perplexity"], rel=1e-3)  # float16 against float32
@@ -241,6 +246,19 @@ def test_a_plan_refuses_a_baseline_of_another_vocabulary(shop: Workshop, tmp_pat
     assert done.returncode == 2, done.stdout
     assert "the baseline has a vocabulary of 272 tokens, and the model one of 264" in done.stderr
     assert "recipe.yaml:6:" in done.stderr
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_plan_refuses_an_adapter_of_another_model(tmp_path: Path, model: Path) -> None:
+    adapter = tuned(make_checkpoint(tmp_path / "other", "llama"), tmp_path / "lora", r=4, target_modules=["q_proj"])
+    (tmp_path / "text.txt").write_text(TEXT)
+    wired = {
+        "model": (Forecast(output=describe_checkpoint(model)),),
+        "adapter": (Forecast(output=describe_adapter(adapter)),),
+    }
+    with pytest.raises((UsageError, InvalidCheckpoint)) as error:
+        evaluating.check(EvaluateParams(data="text.txt"), forecast_context(tmp_path, base=tmp_path, inputs=wired))
+    assert error.value.field == "inputs.adapter"
 
 
 def test_a_text_that_is_too_short_is_said_at_its_place_before_a_model_loads(shop: Workshop, model: Path) -> None:
