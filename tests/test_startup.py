@@ -27,7 +27,7 @@ print(*sys.modules)
 """
 ROOMS = {
     "": "cli commandline environment errors faces files fit git machine modules names passing redaction sizes tables"
-    " trust versions",
+    " programs trust versions",
     "commandline": "completing options pages printing questions recipes single stored streams",
     "plugins": "download estimate library save saving shard",
     "orchestrator": "commands contract launch lock planning recipe report running stage store",

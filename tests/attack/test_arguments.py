@@ -37,8 +37,8 @@ PLAIN = {
 }  # fmt: skip
 PARAMETERS = ("b", "n", "f", "t", "l", "m")
 SHORT = 60
-SLOW = frozenset({"run", "doctor"})
-"""Commands that start workers."""
+SLOW = frozenset({"run", "doctor", "ui"})
+"""Commands that start workers, or go on."""
 
 
 @pytest.fixture(scope="module")
@@ -61,7 +61,7 @@ def make_folder(folder: Path) -> None:
 
 
 def calls() -> list[list[str]]:
-    """Of commands that start workers, every fifth."""
+    """Of those that take long, every fifth."""
     found = {name: list(calls_of(name, command)) for name, command in cli.commands.items()}
     return [[name, *call] for name, each in found.items() for call in each[:: 5 if name in SLOW else 1]]
 
