@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -27,20 +28,25 @@ def counting(calls: list[int], fails: Callable[[int], bool] = lambda index: Fals
     return lambda: Bound(answer)
 
 
+def share_out(folder: Path, rows: Sequence[Row] = ROWS, **options: Any) -> WorkPlan:
+    """Rows of one length, in the shares of `split: static`, so that a test knows who does what."""
+    return plan_work(folder, list(rows), [1] * len(rows), **{"split": "static", **options})
+
+
 def lines(out: Path) -> list[dict[str, object]]:
     return [json.loads(line) for line in (out / RESULTS).read_text().splitlines()]
 
 
 def test_one_rank_stops_and_others_take_over(tmp_path: Path) -> None:
-    plan = plan_work(tmp_path, ROWS, batch_size=2, ranks=2)
-    assert plan.shares == [[0, 1], [2, 3]]
+    plan = share_out(tmp_path, batch_size=2, ranks=2)
+    assert plan.queues == [[0, 1], [2, 3]]
     assert plan == WorkPlan.read(tmp_path)
     calls: list[int] = []
     compute_share(tmp_path, 0, 2, counting(calls))
     with pytest.raises(StageFailed, match="3 prompts have no result, the first is 4"):
         merge_results(tmp_path, tmp_path)
-    again = plan_work(tmp_path, ROWS, batch_size=2, ranks=3)
-    assert (again.finished, [len(share) for share in again.shares]) == (2, [1, 1, 0])
+    again = share_out(tmp_path, batch_size=2, ranks=3)
+    assert (again.finished, [len(queue) for queue in again.queues]) == (2, [1, 1, 0])
     for rank in range(3):
         compute_share(tmp_path, rank, 3, counting(calls))
     assert calls == [0, 1, 2, 3, 4, 5, 6]
@@ -51,16 +57,16 @@ def test_one_rank_stops_and_others_take_over(tmp_path: Path) -> None:
 
 
 def test_a_rank_without_work_binds_nothing(tmp_path: Path) -> None:
-    plan_work(tmp_path, ROWS[:1], batch_size=2, ranks=2)
+    share_out(tmp_path, ROWS[:1], batch_size=2, ranks=2)
     compute_share(tmp_path, 1, 2, lambda: pytest.fail("the model was loaded"))
 
 
 def test_rows_that_failed_are_tried_again_and_counted(tmp_path: Path) -> None:
     calls: list[int] = []
-    plan_work(tmp_path, ROWS, batch_size=4, ranks=1)
+    share_out(tmp_path, batch_size=4, ranks=1)
     with pytest.raises(StageFailed, match=r"2 prompt\(s\) failed, and max_errors allows 1; prompt 3"):
         compute_share(tmp_path, 0, 1, counting(calls, lambda index: index in (1, 3)), max_errors=1)
-    assert plan_work(tmp_path, ROWS, batch_size=4, ranks=1).finished == 0
+    assert share_out(tmp_path, batch_size=4, ranks=1).finished == 0
     compute_share(tmp_path, 0, 1, counting(calls, lambda index: index == 3), max_errors=1)
     summary, _ = merge_results(tmp_path, tmp_path, max_errors=1)
     assert summary["errors"] == 1
@@ -71,18 +77,18 @@ def test_rows_that_failed_are_tried_again_and_counted(tmp_path: Path) -> None:
 
 def test_records_of_other_rows_and_of_padding_count_for_nothing(tmp_path: Path) -> None:
     other = read_prompts([f"other {number}" for number in range(7)], "prompt", Path())
-    plan_work(tmp_path, other, batch_size=2, ranks=1)
+    share_out(tmp_path, other, batch_size=2, ranks=1)
     compute_share(tmp_path, 0, 1, counting([]))
-    plan = plan_work(tmp_path, ROWS, batch_size=3, ranks=2, pad=True)
+    plan = share_out(tmp_path, batch_size=3, ranks=2, pad=True)
     assert plan.finished == 0
-    assert plan.shares == [[0, 1], [2, 2]]
+    assert plan.queues == [[0, 1], [2, 2]]
     for rank in range(2):
         compute_share(tmp_path, rank, 2, counting([]))
     assert merge_results(tmp_path, tmp_path)[0]["tokens"] == 7
 
 
 def test_an_answer_that_is_no_json_is_an_error_of_its_row(tmp_path: Path) -> None:
-    plan_work(tmp_path, ROWS[:2], batch_size=2, ranks=1)
+    share_out(tmp_path, ROWS[:2], batch_size=2, ranks=1)
 
     def answer(rows: Sequence[Row]) -> list[Answer]:
         return [Answer({"score": float("nan") if row.index else 1.0}) for row in rows]
