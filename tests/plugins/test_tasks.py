@@ -99,9 +99,10 @@ def test_sounds_are_rows_of_two_ranks_and_of_streamed_layers(tmp_path: Path) -> 
 
 def test_each_sound_needs_what_the_encoder_makes_of_30_seconds(tmp_path: Path) -> None:
     inputs = {"model": (Forecast(output=describe_checkpoint(make_whisper(tmp_path / "model"))),)}
-    write_wav(tmp_path / "a.wav", tones(0.1, 8000), 8000)
+    for number in range(64):
+        write_wav(tmp_path / f"{number}.wav", tones(0.1, 8000), 8000)
     ctx = forecast_context(tmp_path, inputs=inputs, machine=MACHINE).within(base=tmp_path)
-    asked = InferParams(task="automatic-speech-recognition", prompts="a.wav", dtype="float32")
+    asked = InferParams(task="automatic-speech-recognition", prompts="*.wav", dtype="float32")
     single, many = (STAGE.forecast(asked.model_copy(update={"batch_size": each}), ctx).ram for each in (1, 64))
     assert single is not None
     assert many is not None
@@ -110,14 +111,15 @@ def test_each_sound_needs_what_the_encoder_makes_of_30_seconds(tmp_path: Path) -
 
 def test_more_pictures_at_once_need_more_memory(tmp_path: Path) -> None:
     pytest.importorskip("PIL")
-    write_picture(tmp_path / "a.png")
+    for number in range(64):
+        write_picture(tmp_path / f"{number}.png")
     found = []
     for side, batch_size in ((32, 1), (32, 64), (256, 64)):
         model = make_vit(tmp_path / str(side), image_size=side)
         ctx = forecast_context(
             tmp_path, inputs={"model": (Forecast(output=describe_checkpoint(model)),)}, machine=MACHINE
         )
-        asked = InferParams(task="image-classification", prompts="a.png", batch_size=batch_size)
+        asked = InferParams(task="image-classification", prompts="*.png", batch_size=batch_size)
         found.append(STAGE.forecast(asked, ctx.within(base=tmp_path)).ram)
     assert None not in found
     assert found[0] < found[1] < found[2]
