@@ -38,6 +38,7 @@ BLOCKS = {
     "docs/how-to/over-ranks.md": ["test_shares_of_ranks_in_a_script"],
     "docs/how-to/merge-and-run-adapters.md": ["test_merging_and_running_adapters"],
     "docs/how-to/evaluate.md": ["test_evaluating"],
+    "docs/how-to/finetune.md": ["test_docs.py"],
 }
 """Where each Python block of a page runs, in order."""
 

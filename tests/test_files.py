@@ -280,6 +280,9 @@ ELSEWHERE = {
     "orchestrator/launch/lifeline.py: write_text": "a setting of the kernel, in /proc",
     "orchestrator/store/locks.py: os.pwrite": "who holds a lock, in the lock file; nothing depends on it",
     "bigmodel/publishing/destinations.py: open": "fsspec's own files: object stores",
+    "bigmodel/inference/sharing.py: os.open": "a queue of ranks",
+    "bigmodel/inference/sharing.py: os.write": "a byte for each batch that was taken; records say what is finished",
+    "plugins/commanding.py: shutil.copy2": "what a tool works on, with its modes, in the folder of one attempt",
 }
 """What else writes, and what it writes to."""
 
