@@ -71,6 +71,8 @@ def forecast(params: CommandParams, context: ForecastContext) -> Forecast:
 def run(params: CommandParams, context: StageContext) -> StageResult:
     folder = context.scratch / "work"
     for emptied in (folder, context.out):  # what an attempt that broke off left is nothing a tool expects
+        if emptied.is_symlink() or emptied.is_file():  # of an attempt of this run; the store does it for a new run
+            emptied.unlink()
         shutil.rmtree(emptied, ignore_errors=True)
         emptied.mkdir(parents=True)
     for place, source in laid_out(params.files, context.base):
@@ -116,6 +118,9 @@ def _require_success(params: CommandParams, ended: Ended) -> None:
 
 def _check_output(params: CommandParams, out: Path) -> None:
     """Raise StageFailed (InvalidCheckpoint, NoWeights) where that is not what the command is said to produce."""
+    if out.is_symlink() or not out.is_dir():
+        cure = "write into the directory that is passed as ${out}, and leave it where it is"
+        raise StageFailed("the command replaced or removed ${out}", cure, field="argv")
     if not any(out.iterdir()):
         cure = "write the result under ${out}, which is passed as an argument"
         raise StageFailed("the command wrote nothing under ${out}", cure, field="argv")
@@ -141,6 +146,14 @@ def _check_rows(path: Path) -> None:
                 raise StageFailed(f"{RESULTS}:{number} is no JSON object", cure, field="produces")
 
 
+def _is_finite(value: float) -> bool:
+    """Is it a number that a gate can compare? Whole numbers of JSON have no largest."""
+    try:
+        return math.isfinite(value)
+    except OverflowError:
+        return False
+
+
 def read_metrics(path: Path) -> Mapping[str, int | float]:
     """Return what a file of metrics holds: names and finite numbers. Raise StageFailed for anything else."""
     cure = 'write one JSON object of names and numbers: {"perplexity": 12.5}'
@@ -156,6 +169,6 @@ def read_metrics(path: Path) -> Mapping[str, int | float]:
     for name, value in found.items():
         if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", name):
             raise StageFailed(f"{path.name}: gates cannot name {name!r}", "use letters, digits and _", field="metrics")
-        if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+        if isinstance(value, bool) or not isinstance(value, int | float) or not _is_finite(value):
             raise StageFailed(f"{path.name}: {name} is {value!r:.60}, and no finite number", cure, field="metrics")
     return found

@@ -218,11 +218,19 @@ class Collector:
 
     def collect(self) -> dict[str, Origin]:
         """Return relative path → origin, sorted. Empty directories are not part of it. Raise StageFailed, OSError."""
+        self._require_own()
         remove_partials(self.out)  # of an attempt that was killed while it wrote
         names = [name for name, _ in files_below(self.out)]
         if missing := sorted(self.known.keys() - names):
             raise StageFailed(f"the stage reported files it did not write: {first_few(missing)}", "a fault of its kind")
         return {name: self._source(name) for name in sorted(names)}
+
+    def _require_own(self) -> None:
+        """What lies in `out` is moved. Through a link that would be somebody's own files."""
+        if self.out.is_symlink() or not self.out.is_dir():
+            there = "a link" if self.out.is_symlink() else "no directory" if self.out.exists() else "gone"
+            cure = "write into the directory that is given, and leave it where it is"
+            raise StageFailed(f"the stage's output directory is {there}", cure)
 
     def _source(self, name: str) -> Origin:
         path = self.out / name

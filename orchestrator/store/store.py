@@ -244,6 +244,8 @@ class Store:
                 if self._presence.locks_work:
                     self._resume(folder)
                 work = Work(folder)
+                if work.out.is_symlink() or work.out.is_file():  # an attempt replaced it: no later one goes on there
+                    work.out.unlink()
                 make_directory(work.out, durable=False)
                 make_directory(work.scratch)  # syncs the folder, and with it what was made in there before
                 remove_partials(work.out)

@@ -291,6 +291,21 @@ class TestLinks:
                 store.publish(record("a"), work.out)
         assert store.find(record("a").key) is None
 
+    @pytest.mark.parametrize("kind", ["link", "file", "gone"])
+    def test_an_output_directory_that_was_replaced_is_refused_and_what_it_links_to_stays(self, store, tmp_path, kind):
+        theirs = tmp_path / "theirs"
+        fill(theirs, {"file": b"precious"})
+        with store.lock(record("a").key) as work:
+            work.out.rmdir()
+            if kind == "link":
+                work.out.symlink_to(theirs)
+            elif kind == "file":
+                work.out.write_bytes(b"")
+            with pytest.raises(StageFailed, match="output directory is"):
+                store.publish(record("a"), work.out)
+        assert (theirs / "file").read_bytes() == b"precious"
+        assert not (theirs / "file").is_symlink()
+
 
 class TestRemembering:
     def test_the_last_record_is_found_by_manifest_and_else_by_name(self, store, tmp_path):

@@ -138,6 +138,7 @@ WRITES = "import sys, pathlib; pathlib.Path(sys.argv[1], '{name}').write_text({t
     ("name", "text", "more", "cause"),
     [
         ("m.json", '{"a": 1, "b": NaN}', "metrics: m.json", "m.json: b is nan, and no finite number"),
+        ("m.json", '{"a": 1' + "0" * 400 + "}", "metrics: m.json", "and no finite number"),
         ("m.json", '{"a": true}', "metrics: m.json", "m.json: a is True, and no finite number"),
         ("m.json", '{"a": {"b": 1}}', "metrics: m.json", "m.json: a is {'b': 1}, and no finite number"),
         ("m.json", '{"a b": 1}', "metrics: m.json", "m.json: gates cannot name 'a b'"),
@@ -285,6 +286,21 @@ def test_it_ends_with_its_children(workshop, end):
     for pid in marked(mark):
         os.kill(pid, signal.SIGKILL)
     assert left == []
+
+
+@pytest.mark.parametrize("instead", ["os.symlink(sys.argv[2], out)", "open(out, 'w')", "0"])
+def test_out_that_was_replaced_is_refused_and_the_next_attempt_has_its_own(workshop, instead):
+    theirs = workshop.folder / "theirs"
+    theirs.mkdir()
+    (theirs / "file").write_text("precious")
+    script = f"import os, sys; out = sys.argv[1]; os.rmdir(out); {instead} if os.path.exists(sys.argv[2] + '/file') else (os.mkdir(out), open(out + '/x', 'w'))"  # noqa: E501
+    text = recipe(f"['${{python}}', -c, \"{script}\", '${{out}}', {theirs}]")
+    result = workshop.run(text)
+    assert "replaced or removed ${out}" in result.errors[0].cause
+    assert (theirs / "file").read_text() == "precious"
+    assert not (theirs / "file").is_symlink()
+    (theirs / "file").unlink()
+    assert workshop.run().exit_code == 0
 
 
 def test_an_attempt_that_broke_off_leaves_nothing(workshop):
