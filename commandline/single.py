@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import glob
 import json
+import re
 import shlex
 from collections.abc import Iterable, Mapping
 from contextlib import closing
@@ -75,8 +76,10 @@ def _options(command: str) -> Iterable[click.Option]:
         yield _option(name, schema, _types(schema, definitions))
     for port, needed in recipe.fed_ports(stage).items():
         if port != "model":
-            note = f"What is wired to the port `{port}`: a repository or a directory."
-            yield click.Option([f"--{port}", f"wired_{port}"], required=needed, metavar="MODEL", help=note)
+            many = stage.inputs[port].many
+            note = f"What is wired to the port `{port}`: a repository or a directory." + " Again for more." * many
+            names = [f"--{port}", f"wired_{port}"]
+            yield click.Option(names, required=needed, multiple=many, metavar="MODEL", help=note)
     if stage.runs_in == "ranks":
         count = click.IntRange(min=1)
         yield click.Option(["--num-processes"], type=count, help="Ranks that share the work.")
@@ -113,11 +116,21 @@ def _value(given: Any, types: set[str], items: set[str]) -> Any:
     if "object" in types and all("=" in text for text in given):
         pairs = (text.partition("=") for text in given)
         return {key: _scalar(value, {"number"}) for key, _, value in pairs}
-    if "array" in types and not ("string" in types and len(given) == 1 and glob.glob(given[0])):
+    files = [text for text in given if _names_file(text)] if "array" in types and "string" in types else []
+    if files and len(given) > 1:
+        raise UsageError(f"{files[0]} is a file, and there are {len(given)} values", "name several files by one glob")
+    if "array" in types and not files:
         return [_scalar(text, items) for text in given]
     if len(given) > 1:
         raise UsageError(f"{' '.join(given)} is more than one value", "give KEY=VALUE for a map, else the option once")
     return _scalar(given[0], types)
+
+
+def _names_file(text: str) -> bool:
+    """Is it a file, and no text itself? One that is not there, too, where its ending says so: `texts.jsonl`."""
+    from bigpipe.bigmodel.tasks import READERS
+
+    return bool(glob.glob(text)) or (not re.search(r"\s", text) and Path(text).suffix.lower() in READERS)
 
 
 def _scalar(text: str, types: set[str]) -> Any:
@@ -162,7 +175,7 @@ def single(command: str) -> KindCommand:
         ranks = given.get("num_processes")
         asked = recipe.Single(
             name=command, kind=SINGLES[command][0], revision=revision, trust=trust, to=out,
-            models={"model": model, **{port: value for port, value in wired.items() if value is not None}},
+            models={"model": model, **{port: value for port, value in wired.items() if value}},
             fields=_fields(command, given), launch={"num_processes": ranks} if ranks else {},
         )  # fmt: skip
         if print_recipe:

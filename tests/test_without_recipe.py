@@ -9,6 +9,7 @@ import shutil
 from pathlib import Path
 
 import pytest
+import yaml
 from click.testing import CliRunner
 from support.models import make_checkpoint
 
@@ -74,6 +75,10 @@ def fields(command: str, *arguments: str):
         ("generate", "--prompts Hello", {"task": "text-generation", "prompts": ["Hello"]}),
         ("generate", "--prompts *.none", {"task": "text-generation", "prompts": ["*.none"]}),
         ("generate", f"--prompts {__file__}", {"task": "text-generation", "prompts": __file__}),
+        ("generate", "--prompts a.jsonl.", {"task": "text-generation", "prompts": ["a.jsonl."]}),
+        ("finetune", "--data not-there.jsonl --eval-data none.CSV --max-steps 1",
+         {"data": "not-there.jsonl", "eval_data": "none.CSV", "max_steps": 1}),
+        ("finetune", "--data one --data two", {"data": ["one", "two"]}),
         ("generate", "--task scoring --prompts a=b", {"task": "scoring", "prompts": ["a=b"]}),
         ("generate", "--prompts a --generation do_sample=true --generation top_p=0.5",
          {"task": "text-generation", "prompts": ["a"], "generation": {"do_sample": True, "top_p": 0.5}}),
@@ -102,6 +107,8 @@ def test_every_kind_that_is_here_has_its_options():
         ("shard model --max-shard-size 5", "5 has no unit; write 5GB"),
         ("place model --device-map a --device-map b", "a b is more than one value"),
         ("merge model", "Missing option '--adapter'"),
+        ("finetune model --data rows.jsonl --max-steps 1", "there is no file rows.jsonl"),
+        ("finetune model --data a.jsonl --data b.jsonl --max-steps 1", "a.jsonl is a file, and there are 2 values"),
         ("shard nothing-like-it --dtype float16 --offline", "nothing-like-it"),
     ],
 )
@@ -110,6 +117,16 @@ def test_what_is_wrong_is_told(placed, line, says):
     assert done.returncode != 0
     assert says in done.stderr
     assert "Traceback" not in done.stderr
+
+
+def test_several_adapters_are_all_wired(placed):
+    line = "merge model --adapter ./one --adapter ./two --weights 0.5 --weights 0.25 --print-recipe"
+    stages = yaml.safe_load(placed.command(*line.split()).stdout)["stages"]
+    merge = stages["merge"]
+    assert merge["with"]["weights"] == [0.5, 0.25]
+    assert [stages[name]["with"] for name in merge["inputs"]["adapter"]] == [{"path": "./one"}, {"path": "./two"}]
+    alone = yaml.safe_load(placed.command(*line.split()[:4], "--print-recipe").stdout)["stages"]
+    assert alone["merge"]["inputs"] == {"model": "download", "adapter": "adapter"}
 
 
 def test_names_of_others_are_texts_in_the_recipe(tmp_path):

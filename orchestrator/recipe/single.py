@@ -24,8 +24,8 @@ class Single:
     name: str
     """Of the stage."""
     kind: str
-    models: Mapping[str, str]
-    """Port → a repository or a directory."""
+    models: Mapping[str, str | tuple[str, ...]]
+    """Port → a repository or a directory; several where the port gathers them."""
     revision: str | None = None
     """Of what is wired to `model`."""
     fields: Mapping[str, Json] = field(default_factory=dict)
@@ -42,16 +42,27 @@ class Single:
 
     def manifest(self) -> str:
         """Return the manifest."""
-        brought = {port: port if port != "model" else SOURCE for port in self.models}
-        stages: dict[str, Json] = {name: {"uses": SOURCE, "with": self._source(port)} for port, name in brought.items()}
+        stages: dict[str, Json] = {}
+        brought: dict[str, Json] = {}
+        for port, models in self.models.items():
+            given = self._named(port, models)
+            stages |= {name: {"uses": SOURCE, "with": self._source(port, model)} for name, model in given.items()}
+            brought[port] = [*given] if len(given) > 1 else next(iter(given))
         stages[self.name] = {"uses": self.kind, "inputs": brought, "with": self.fields, "launch": self.launch}
         if self.to is not None and self.saved_as is not None:
             stages[DESTINATION] = {"uses": DESTINATION, "inputs": {self.saved_as: self.name}, "with": {"to": self.to}}
         trust = {"trust": {"modules": [*self.trust]}} if self.trust else {}
         return "\n".join(_block({"version": 1, "name": self.name, **trust, "stages": stages})) + "\n"
 
-    def _source(self, port: str) -> dict[str, Json]:
-        found: dict[str, Json] = dict([source_of(self.models[port])])
+    @staticmethod
+    def _named(port: str, models: str | tuple[str, ...]) -> dict[str, str]:
+        """Stage that brings it → a model."""
+        if isinstance(models, str):
+            return {port if port != "model" else SOURCE: models}
+        return {port if len(models) == 1 else f"{port}-{number}": model for number, model in enumerate(models, 1)}
+
+    def _source(self, port: str, model: str) -> dict[str, Json]:
+        found: dict[str, Json] = dict([source_of(model)])
         return {**found, "revision": self.revision} if self.revision and port == "model" and "repo" in found else found
 
 
