@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 from bigpipe.faces import face
 
 if TYPE_CHECKING:
-    from .attaching import Attachment, attach, attachment
+    from .attaching import Attachment, attach, attachment, read_tensors
     from .changes import Bound, bind
     from .merging import (
         Merge,

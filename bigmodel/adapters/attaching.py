@@ -101,6 +101,15 @@ def attach(
     return held
 
 
+def read_tensors(adapter: Adapter) -> dict[str, torch.Tensor]:
+    """Return all tensors of an adapter as they are stored, under their names in the file."""
+    stored = open_checkpoint(adapter.file)
+    return {
+        name: as_tensor(memoryview(stored.read(name)), tensor.dtype, tensor.shape)
+        for name, tensor in adapter.tensors.items()
+    }
+
+
 def _product(module: torch.nn.Module, change: Any, matrices: Sequence[torch.Tensor]) -> Callable[..., torch.Tensor]:
     """What is called after the module's forward. The operations are those of peft's `lora.Linear`, `lora.Embedding`
     and its layers for bitsandbytes, in their order."""

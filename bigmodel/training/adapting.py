@@ -8,6 +8,8 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from bigpipe.bigmodel.adapters import read_tensors
+from bigpipe.bigmodel.checkpoint import open_adapter
 from bigpipe.errors import InvalidCheckpoint, UsageError, first_few
 from bigpipe.files import make_directory, write_file
 
@@ -47,7 +49,19 @@ def attach(model: Any, training: Training, scheme: str | None, adapter: Path | N
         target_modules=list(asked.target_modules) if isinstance(asked.target_modules, tuple) else asked.target_modules,
         task_type=TASKS[training.task].peft_type,
     )
-    return peft.get_peft_model(model, config)
+    return _adapted(model, config)
+
+
+def _adapted(model: Any, config: Any) -> Any:
+    """The model as peft wraps it. Raise UsageError for what peft cannot do with it, in peft's words."""
+    import peft
+
+    try:
+        return peft.get_peft_model(model, config)
+    except (ValueError, NotImplementedError) as error:
+        first = str(error).partition("\n")[0]
+        cure = "name other target_modules: ends of names of linear modules"
+        raise UsageError(f"peft cannot adapt {type(model).__name__}: {first}", cure, field="target_modules") from error
 
 
 def _keep_less(model: Any, training: Training) -> None:
@@ -62,19 +76,22 @@ def _keep_less(model: Any, training: Training) -> None:
 
 def _continued(model: Any, adapter: Path) -> Any:
     import peft
-    from safetensors import safe_open
 
     config = read_config(adapter)
-    file = adapter / WEIGHTS
-    made = peft.get_peft_model(model, config)
-    with safe_open(file, "pt") as stored:
-        there = {name: tuple(stored.get_slice(name).get_shape()) for name in stored.keys()}  # noqa: SIM118
+    opened = open_adapter(adapter)
+    file = opened.file
+    there = {name: tuple(tensor.shape) for name, tensor in opened.tensors.items()}
+    try:
+        made = peft.get_peft_model(model, config)
+    except ValueError as error:
+        cause = f"{file} was made for another model: {str(error).partition(chr(10))[0]:.200}"
+        raise InvalidCheckpoint(cause, "wire the model it was trained on") from error
     wanted = {name: tuple(value.shape) for name, value in adapter_tensors(made).items()}
     if differing := sorted(there.items() ^ wanted.items()):
         names = list(dict.fromkeys(name for name, _ in differing))
         cause = f"{file} was made for another model: {len(names)} of its tensors differ, {first_few(names)}"
         raise InvalidCheckpoint(cause, "wire the model it was trained on")
-    load_tensors(made, peft.utils.load_peft_weights(str(adapter), device="cpu"))
+    load_tensors(made, read_tensors(opened))
     return made
 
 

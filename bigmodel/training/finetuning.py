@@ -26,12 +26,14 @@ from bigpipe.bigmodel.sources import Sources
 from bigpipe.bigmodel.tasks import Row
 from bigpipe.errors import UsageError
 from bigpipe.files import copy_file, make_directory, write_file
+from bigpipe.names import PATH, TEXT, Given, checked
 from bigpipe.trust import Trust
 
 from .adapting import attach, require_peft, trained, write_adapter
 from .examples import check_model, check_rows, input_column_of, read_data, reading, require_sound_reader, sounds_of
 from .settings import Lora, TaskName, Training
 from .stepping import Trainer, seeded
+from .targets import find_targets
 
 if TYPE_CHECKING:
     from bigpipe.bigmodel.checkpoint import ModelDescription
@@ -195,6 +197,11 @@ def finish_ranks(folder: Path, out: Path, ranks: int) -> TrainedAdapter:
     )
 
 
+ROWS = Given((*PATH.kinds, list, tuple, type(None)), "a file or a glob, or a list of rows")
+TARGETS = Given((str, list, tuple, set), "ends of names in a list, or one regular expression")
+
+
+@checked(model=PATH, data=ROWS, eval_data=ROWS, adapter=PATH, column=TEXT, input_column=TEXT, target_modules=TARGETS)
 def finetune(
     model: str | Path,
     data: str | Path | Sequence[Any],
@@ -229,15 +236,17 @@ def finetune(
     the task is not for, InvalidCheckpoint for files that are damaged, StageFailed for a loss that is no number.
     """
     require_peft()
-    targets = tuple(target_modules) if isinstance(target_modules, list | tuple) else target_modules
-    asked = _training(task, Lora(r, lora_alpha, lora_dropout, targets), training)  # type: ignore[arg-type]
+    targets = target_modules if isinstance(target_modules, str | None) else tuple(target_modules)
+    asked = _training(task, Lora(r, lora_alpha, lora_dropout, targets), training)
     base, given = Path(os.curdir).absolute(), input_column_of(task, input_column)
     rows, others = (_rows(source, column, given, base) for source in (data, eval_data))
     path, sources = Path(model), Sources(trust=Trust.of(trust), base=base)
     check_rows(rows, asked.batch_size, asked.gradient_accumulation_steps, ranks=1)
     if task == "speech-seq2seq":
         require_sound_reader(sounds_of([*rows, *others], given, base))
-    check_model(task, describe_checkpoint(path), rows, sources)
+    architecture = check_model(task, describe_checkpoint(path), rows, sources)
+    if architecture is not None and adapter is None:
+        find_targets(architecture, asked.lora.target_modules)
     work = Work(
         model=path, training=asked, rows=rows, eval_rows=others, input_column=given,
         adapter=Path(adapter) if adapter is not None else None, dtype=dtype, sources=sources,

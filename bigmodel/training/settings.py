@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Literal, get_args
 
 from bigpipe.errors import UsageError
 
@@ -20,6 +20,13 @@ class Lora:
     lora_dropout: float = 0.05
     target_modules: tuple[str, ...] | str | None = None
     """Ends of the names of modules, or one regular expression over whole names; None: peft's own default."""
+
+    def __post_init__(self) -> None:
+        for name in ("r", "lora_alpha"):
+            _require_count(name, getattr(self, name))
+        if not (type(self.lora_dropout) in (int, float) and 0 <= self.lora_dropout < 1):
+            cure = "it must be a number from 0 on, below 1"
+            raise UsageError(f"lora_dropout is {self.lora_dropout!r:.60}", cure, field="lora_dropout")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -41,12 +48,16 @@ class Training:
     def __post_init__(self) -> None:
         if (self.max_steps is None) == (self.num_train_epochs is None):
             raise UsageError(LENGTH, "write one of them", field="max_steps")
-        if not (math.isfinite(self.learning_rate) and self.learning_rate > 0):
-            raise UsageError(f"learning_rate is {self.learning_rate}", "it must be more than 0", field="learning_rate")
+        if self.task not in get_args(TaskName):
+            raise UsageError(f"task is {self.task!r:.60}", f"use one of {', '.join(get_args(TaskName))}", field="task")
+        rate = self.learning_rate
+        if not (type(rate) in (int, float) and math.isfinite(rate) and rate > 0):
+            raise UsageError(f"learning_rate is {rate!r:.60}", "it must be more than 0", field="learning_rate")
         for name in ("max_steps", "num_train_epochs", *COUNTS):
-            value = getattr(self, name)
-            if value is not None and (type(value) is not int or value < 1):
-                raise UsageError(f"{name} is {value!r:.60}", "it must be 1 or more", field=name)
+            if getattr(self, name) is not None or name in COUNTS:
+                _require_count(name, getattr(self, name))
+        if type(self.seed) is not int or not 0 <= self.seed < 2**32:
+            raise UsageError(f"seed is {self.seed!r:.60}", "give a whole number from 0 on, below 2³²", field="seed")
 
     def steps(self, rows: int, ranks: int) -> int:
         """Return how many times the adapter is changed."""
@@ -58,6 +69,11 @@ class Training:
     def steps_of_an_epoch(self, rows: int, ranks: int) -> int:
         batches = math.ceil(math.ceil(rows / ranks) / self.batch_size)
         return math.ceil(batches / self.gradient_accumulation_steps)
+
+
+def _require_count(name: str, value: object) -> None:
+    if type(value) is not int or value < 1:
+        raise UsageError(f"{name} is {value!r:.60}", "it must be 1 or more", field=name)
 
 
 COUNTS = ("batch_size", "gradient_accumulation_steps", "max_length", "save_steps")

@@ -53,7 +53,10 @@ def find_targets(architecture: Architecture, asked: Targets) -> dict[str, tuple[
         found = {name: shape for name, shape in matrices.items() if _matches(wanted, name)}
         if found:
             return found
-        raise UsageError(f"target_modules {wanted!r} matches no module of the model", f"there are {', '.join(ends)}")
+        cure = f"a text is a regular expression over whole names; write ends of names as a list, of {', '.join(ends)}"
+        raise UsageError(f"target_modules {wanted!r} matches no module of the model", cure)
+    if not wanted:
+        raise UsageError("target_modules names no module", f"name some of {', '.join(ends)}")
     for end in wanted:
         if not any(_ends(name, end) for name in matrices):
             cure = did_you_mean(end, ends) or f"there are {', '.join(ends)}"

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from support.media import make_whisper, tones, write_wav
 from support.models import make_checkpoint
 
@@ -133,6 +134,25 @@ def test_going_on_from_an_adapter(tmp_path: Path, models: dict[str, Path]) -> No
     assert sum(more.losses) < sum(first.losses)
 
 
+def test_going_on_from_an_adapter_that_was_pickled(tmp_path: Path, models: dict[str, Path]) -> None:
+    first = finetune(models["plain"], ROWS, tmp_path / "first", **FAST).path
+    pickled = tmp_path / "pickled"
+    pickled.mkdir()
+    (pickled / "adapter_config.json").write_bytes((first / "adapter_config.json").read_bytes())
+    torch.save(load_file(first / "adapter_model.safetensors"), pickled / "adapter_model.bin")
+    both = [
+        finetune(models["plain"], ROWS, tmp_path / path.name / "more", adapter=path, **FAST).files
+        for path in (first, pickled)
+    ]
+    assert both[0] == both[1]
+
+
+def test_what_peft_cannot_adapt_is_said_in_its_words(tmp_path: Path) -> None:
+    mixture = make_checkpoint(tmp_path / "mixtral", "mixtral")
+    with pytest.raises(UsageError, match="peft cannot adapt MixtralForCausalLM"):
+        finetune(mixture, ROWS, tmp_path / "out", max_steps=1)
+
+
 def test_an_adapter_of_another_model_is_refused(tmp_path: Path, models: dict[str, Path]) -> None:
     other = make_checkpoint(tmp_path / "llama", "llama")
     adapter = finetune(other, ROWS, tmp_path / "first", max_steps=1).path
@@ -187,6 +207,20 @@ BAD = {
     "rate": ({"learning_rate": 0.0}, "learning_rate is 0.0"),
     "field": ({"learning_rat": 1e-3}, "finetune takes no 'learning_rat'"),
     "empty": ({"eval_data": []}, "there is no prompt"),
+    "rank": ({"r": 0}, "r is 0"),
+    "half a rank": ({"r": 2.5}, "r is 2.5"),
+    "alpha": ({"lora_alpha": -3}, "lora_alpha is -3"),
+    "dropout": ({"lora_dropout": 1.0}, "lora_dropout is 1.0"),
+    "no dropout": ({"lora_dropout": math.nan}, "lora_dropout is nan"),
+    "seed": ({"seed": 2**32}, "seed is 4294967296"),
+    "rate as text": ({"learning_rate": "1e-3"}, "learning_rate is '1e-3'"),
+    "no such task": ({"task": "clm"}, "task is 'clm'"),
+    "no module": ({"target_modules": []}, "names no module"),
+    "another module": ({"target_modules": ["q_proj", "nope"]}, "no linear module 'nope'"),
+    "a name as text": ({"target_modules": "q_proj"}, "matches no module"),
+    "expression": ({"target_modules": "(("}, "is no regular expression"),
+    "adapters": ({"adapter": ["a"]}, r"adapter is \['a'\]"),
+    "flag": ({"gradient_checkpointing": "no"}, "gradient_checkpointing is 'no'"),
 }
 
 
