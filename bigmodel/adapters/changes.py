@@ -156,7 +156,8 @@ class _Binding:
         stored, tied = self._stored(target)
         if not shape:
             raise UsageError(f"{self.adapter.where}: {name} is a single number, which is not merged here", "use peft")
-        apart = tied and target in self.architecture.aliases
+        # What lies under an adapter is the model's own, which peft leaves tied.
+        apart = tied and target in self.architecture.aliases and ".base_layer." not in name
         return Bound(target, stored, Replaced(dtype, math.prod(shape[1:])), ((0, name),), apart)
 
     def _of_module(self, module: ModuleSpec, parts: _OfModule) -> Iterator[Bound]:

@@ -94,6 +94,7 @@ KINDS: dict[str, tuple[str, dict[str, Any]]] = {
     "an embedding": ("llama", {"target_modules": ["embed_tokens", "q_proj"]}),
     "tied embeddings": ("qwen2", {"target_modules": ["embed_tokens", "v_proj"]}),
     "a head that was tied": ("qwen2", {"target_modules": ["q_proj"], "modules_to_save": ["lm_head"]}),
+    "matrices of a head that is tied": ("qwen2", {"target_modules": ["lm_head", "q_proj"]}),
     "some tokens": ("llama", {"target_modules": ["q_proj"], "trainable_token_indices": [3, 200, 7]}),
     "tokens of tied embeddings": ("qwen2", {"target_modules": ["q_proj"], "trainable_token_indices": [1, 5]}),
 }  # fmt: skip
