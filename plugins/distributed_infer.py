@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, Field, ValidationError, model_validator
@@ -11,13 +11,11 @@ from pydantic_core import InitErrorDetails, PydanticCustomError
 from bigpipe.bigmodel.sources import Sources
 from bigpipe.bigmodel.tasks import BuiltIn, find_task, require_known
 from bigpipe.errors import UsageError
-from bigpipe.machine import Machine
 from bigpipe.orchestrator.stage import (
     Bytes,
     Choices,
     Code,
     ContentField,
-    Json,
     Metrics,
     Params,
     Planning,
@@ -26,6 +24,8 @@ from bigpipe.orchestrator.stage import (
     Stage,
     late,
 )
+
+from .library import dtype_facts
 
 
 def _known(task: str) -> str:
@@ -150,13 +150,6 @@ class InferMetrics(Metrics):
     """Bytes by device: a GPU's number, or `cpu` for the resident memory of the largest rank."""
 
 
-def facts(params: InferParams, machine: Machine) -> Mapping[str, Json]:
-    """Where no dtype is given, the kind of device and its memory choose it."""
-    if params.dtype:
-        return {}
-    return {"gpus": sorted({gpu.name for gpu in machine.gpus})} if machine.gpus else {"memory": machine.memory}
-
-
 STAGE = Stage(
     kind="distributed-infer",
     version=8,
@@ -176,7 +169,7 @@ STAGE = Stage(
         finish=late("bigpipe.plugins.inferring:finish"),
         replaced=True,
     ),
-    planning=Planning(check=late("bigpipe.plugins.inferring:check"), facts=facts),
+    planning=Planning(check=late("bigpipe.plugins.inferring:check"), facts=dtype_facts),
     choices=Choices(field="task", decides="generation", models=late("bigpipe.bigmodel.tasks:task_arguments")),
     packages=("torch", "transformers", "tokenizers", "bitsandbytes"),
     reproducible=False,

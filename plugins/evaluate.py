@@ -7,8 +7,9 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
-from bigpipe.machine import Machine
-from bigpipe.orchestrator.stage import Bytes, ContentField, Json, Metrics, Params, Planning, Port, Ranks, Stage, late
+from bigpipe.orchestrator.stage import Bytes, ContentField, Metrics, Params, Planning, Port, Ranks, Stage, late
+
+from .library import dtype_facts
 
 
 class EvaluateParams(Params):
@@ -83,13 +84,6 @@ class EvaluateMetrics(Metrics):
     """Bytes by device: a GPU's number, or `cpu` for the resident memory of the largest rank."""
 
 
-def facts(params: EvaluateParams, machine: Machine) -> Mapping[str, Json]:
-    """Where no dtype is given, the kind of device and its memory choose it."""
-    if params.dtype:
-        return {}
-    return {"gpus": sorted({gpu.name for gpu in machine.gpus})} if machine.gpus else {"memory": machine.memory}
-
-
 def result_line(metrics: Mapping[str, Any]) -> str:
     """`perplexity 37.31 ± 1.1, 1.0120 × the baseline's, KL 0.0123, 5,589 tokens`."""
     told = [f"perplexity {metrics['perplexity']:.4g} ± {metrics['perplexity_stderr']:.1g}"]
@@ -114,7 +108,7 @@ STAGE = Stage(
     forecast=late("bigpipe.plugins.evaluating:forecast"),
     runs_in="ranks",
     ranks=Ranks(prepare=late("bigpipe.plugins.evaluating:prepare"), finish=late("bigpipe.plugins.evaluating:finish")),
-    planning=Planning(check=late("bigpipe.plugins.evaluating:check"), facts=facts),
+    planning=Planning(check=late("bigpipe.plugins.evaluating:check"), facts=dtype_facts),
     packages=("torch", "transformers", "tokenizers", "bitsandbytes"),
     reproducible=False,
     result_line=result_line,

@@ -37,12 +37,11 @@ from bigpipe.sizes import counted
 
 from .finetune import FinetuneMetrics, FinetuneParams, Losses
 from .library import about, agreed, require_class, single_model, sources_of, wired_adapters
+from .ranked import CUDA_BASE
 
 RANK_BASE = 490 * 2**20
 """Bytes of a rank that has imported torch, transformers and peft and holds no model, with what kernels keep: 454 to
 548 MiB were seen (`benchmarks/finetune.py`)."""
-CUDA_BASE = 3 * 2**30
-"""Bytes of CUDA's libraries in a rank that has a GPU: a bound."""
 POINTS = 200
 """Of the curve that is recorded."""
 

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from bigpipe.bigmodel.sources import Sources
 from bigpipe.errors import BigpipeError, NotAuthorised, Transient, UsageError
+from bigpipe.machine import Machine
 from bigpipe.orchestrator.stage import CheckContext, ForecastContext, Json, Pinned, StageContext
 
 if TYPE_CHECKING:
@@ -51,6 +52,14 @@ def sources_of(context: CheckContext | ForecastContext | StageContext) -> Source
         environment=context.environment,
         known=context.known if isinstance(context, CheckContext) else {},
     )
+
+
+def dtype_facts(params: Any, machine: Machine) -> Mapping[str, Json]:
+    """What the key of a stage that computes with `params.dtype` depends on: where none is given, the kind of device and
+    its memory choose it."""
+    if params.dtype:
+        return {}
+    return {"gpus": sorted({gpu.name for gpu in machine.gpus})} if machine.gpus else {"memory": machine.memory}
 
 
 def pin_revision(repo: str, revision: str, context: CheckContext) -> Pinned:

@@ -112,9 +112,7 @@ class _Binding:
     def _refuse_parameters(self, modules: Mapping[str, _OfModule]) -> None:
         if self.lora.parameters:
             cause = f"{self.adapter.where}: target_parameters ({first_few(self.lora.parameters)}) is not merged here"
-            raise UsageError(
-                cause, "merge it with peft (`merge_and_unload`), or run the model with the adapter beside it"
-            )
+            raise UsageError(cause, "merge it with peft (`merge_and_unload`), and bring the model that it saves")
 
     def _refuse_unknown(self, modules: Mapping[str, _OfModule], whole: Mapping[str, object]) -> None:
         known = self._specs
@@ -217,7 +215,9 @@ class _Binding:
         spec = next((tensor for tensor in module.tensors if tensor.name == f"{module.name}.bias"), None)
         if spec is None:
             cause = f"{self.adapter.where}: lora_bias adds to a bias, and {module.name} has none"
-            raise UsageError(cause, "peft does not merge that either: run the model with the adapter beside it")
+            raise UsageError(
+                cause, "peft does not merge that either: run the model by peft, or train without lora_bias"
+            )
         if spec.shape != shape:
             raise self._other(spec.name, spec.shape, f"{name} is {list(shape)}")
         return Bound(spec.name, self._stored(spec.name)[0], Added(dtype, self.lora.scaling(module.name)), ((0, name),))

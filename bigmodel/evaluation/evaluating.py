@@ -8,6 +8,7 @@ conclude    the union of all ranks' windows → numbers
 from __future__ import annotations
 
 import json
+import os
 from array import array
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -96,9 +97,11 @@ def prepare(
     ranks: int = 1,
     together: int = 1,
     bounded: Bounded = lambda what: nullcontext(),
+    asked: str = "",
 ) -> WorkPlan:
-    """Read the text, cut it into windows and share out those that nobody has finished in `folder`. Raise UsageError for
-    a text that is too short, and for a baseline that reads it as other tokens."""
+    """Read the text, cut it into windows and share out those that nobody has finished in `folder`. asked: what numbers
+    depend on besides the tokens, where one folder may see several of it. Raise UsageError for a text that is too short,
+    and for a baseline that reads it as other tokens."""
     described = [describe_checkpoint(path) for path in (model, baseline) if path is not None]
     length, stride = question.check(described[0], described[1] if baseline else None, sources)
     text = read_texts(question.data, question.column, base)
@@ -108,7 +111,7 @@ def prepare(
     make_directory(folder)
     write_file(folder / TOKENS, tokens.ids.tobytes())
     write_file(folder / TEXT_BYTES, json.dumps({"bytes": tokens.text_bytes}))
-    rows = plan_windows(tokens, length, stride)
+    rows = plan_windows(tokens, length, stride, asked)
     lengths = [row.data["end"] - row.data["begin"] for row in rows]
     return plan_work(folder, rows, lengths, batch_size=question.batch_size, ranks=ranks, together=together)
 
@@ -178,7 +181,8 @@ def evaluate(
     batch_size: windows at once. max_tokens: how much of the text is read. seed: of what a model draws at random.
     per_layer: also what each module loses against the baseline's, on the same inputs; per_layer_bound: see `LayerLoss`.
     dtype: what both compute in, as `load` takes it. out: a directory for report.json and report.txt.
-    folder: where finished windows are written down, to go on from after a crash. progress: (windows done, of all).
+    folder: where finished windows are written down, to go on from after a crash; those of other files (by size and time
+      of change), or of another question, are not believed. progress: (windows done, of all).
     trust, trust_remote_code, base: as for `load`.
 
     Raise UsageError (data, windows or baseline that do not go with the model), InvalidCheckpoint, DoesNotFit, and
@@ -201,12 +205,22 @@ def evaluate(
 
     with nullcontext(str(folder)) if folder is not None else TemporaryDirectory() as named:
         work = Path(named)
-        prepare(work, question, own, other, base or Path(), sources)
+        read = [
+            None if path is None else _files_of(path)
+            for path in (own, other, None if adapter is None else Path(adapter))
+        ]
+        prepare(work, question, own, other, base or Path(), sources, asked=repr((question, str(dtype), read)))
         compute_share(work, 0, 1, bound, progress=progress)
         found = conclude(work, question, describe_checkpoint(own), sources)
     if out is not None:
         write_report(found, {"with": asdict(question)}, Path(out))
     return found
+
+
+def _files_of(path: Path) -> list[tuple[str, int, int]]:
+    """Name, bytes and time of change (ns) of each file of a model or an adapter, of what it links to where it does."""
+    files = sorted(each for each in path.rglob("*") if each.is_file()) if path.is_dir() else [path]
+    return [(os.fspath(file), (facts := file.stat()).st_size, facts.st_mtime_ns) for file in files]
 
 
 def _places(placement: Any, own: Path, other: Path | None, question: Question, sources: Sources) -> tuple[Any, Any]:

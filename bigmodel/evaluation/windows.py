@@ -90,11 +90,12 @@ def _decoded(tokenizer: Any, ids: array[int]) -> int:
     return len(tokenizer.decode(list(ids[1:]), skip_special_tokens=True, clean_up_tokenization_spaces=False).encode())
 
 
-def plan_windows(tokens: Tokens, length: int, stride: int) -> list[Row]:
-    """Return the windows over the tokens as rows, which are told apart by what they are and what they read."""
+def plan_windows(tokens: Tokens, length: int, stride: int, asked: str = "") -> list[Row]:
+    """Return the windows over the tokens as rows, which are told apart by what they are, what they read, and `asked`:
+    what else their numbers depend on."""
     found = []
     for index, window in enumerate(windows_of(len(tokens.ids), length, stride)):
-        read = hashlib.sha256(tokens.ids[window.begin : window.end].tobytes()).hexdigest()[:16]
+        read = hashlib.sha256(tokens.ids[window.begin : window.end].tobytes() + asked.encode()).hexdigest()[:16]
         found.append(Row(index, f"tokens {window.begin} to {window.end}", {**asdict(window), "read": read}))
     return found
 

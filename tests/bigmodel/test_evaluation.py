@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from pathlib import Path
+from typing import Any
 
 import numpy
 import pytest
@@ -342,6 +343,20 @@ def test_finished_windows_are_not_computed_again(tmp_path: Path, model: Path, te
     )  # fmt: skip
     assert again[0] == (0, told[0][1] - 5)
     assert found == bigpipe.evaluate(model, text, sequence_length=32)
+
+
+def test_finished_windows_of_another_model_or_question_are_not_believed(
+    tmp_path: Path, model: Path, other: Path, text: Path
+) -> None:
+    first = bigpipe.evaluate(model, text, sequence_length=32, folder=tmp_path / "work")
+    asked: list[dict[str, Any]] = [
+        {"baseline": other}, {"dtype": "bfloat16"}, {"baseline": other, "per_layer": True}, {"model": other},
+    ]  # fmt: skip
+    for fields in asked:
+        fields = {"model": model, "data": text, "sequence_length": 32, **fields}
+        found = bigpipe.evaluate(**fields, folder=tmp_path / "work")
+        assert found == bigpipe.evaluate(**fields)
+        assert found != first
 
 
 def test_a_report_says_all(tmp_path: Path, model: Path, other: Path, text: Path) -> None:
