@@ -141,7 +141,10 @@ class MergedCheckpoint:
 ADAPTERS = Given((*PATH.kinds, Adapter, list, tuple), "a folder of peft's files, or a list of such folders")
 
 
-@checked(source=Given((*PATH.kinds, Checkpoint), "a path, or what open_checkpoint returned"), adapter=ADAPTERS)
+@checked(
+    source=Given((*PATH.kinds, Checkpoint), "a path, or what open_checkpoint returned"), adapter=ADAPTERS,
+    weights=Given((list, tuple), "a number for each adapter, in a list"),
+)  # fmt: skip
 def merge_adapter(
     source: str | Path | Checkpoint,
     adapter: str | Path | Sequence[str | Path],
@@ -169,6 +172,8 @@ def merge_adapter(
     that holds NaN, sums that have no room in the dtype, damaged files) and DoesNotFit.
     """
     given = [adapter] if isinstance(adapter, str | Path) else list(adapter)
+    if odd := [each for each in given if not isinstance(each, str | Path)]:
+        raise UsageError(f"adapter names {odd[0]!r:.60}", f"give {ADAPTERS.words}", field="adapter")
     size = size_of("max_shard_size", max_shard_size)
     weighed = None if weights is None else tuple(weights)
     return merge_opened(

@@ -8,6 +8,7 @@ conclude    the union of all ranks' windows → numbers
 from __future__ import annotations
 
 import json
+import math
 import os
 from array import array
 from collections.abc import Callable, Mapping, Sequence
@@ -26,9 +27,9 @@ from bigpipe.bigmodel.inference import Bound, WorkPlan, compute_share, gather, p
 from bigpipe.bigmodel.placement import Placement
 from bigpipe.bigmodel.sources import Sources
 from bigpipe.errors import StageFailed, UsageError
-from bigpipe.files import make_directory, write_file
+from bigpipe.files import explained, make_directory, write_file
 from bigpipe.machine import detect
-from bigpipe.names import PATH, Given, checked
+from bigpipe.names import FLAG, PATH, TEXT, Given, checked
 from bigpipe.trust import Trust
 
 from .layers import LayerLoss, Layers, lose_least
@@ -64,8 +65,10 @@ class Question:
     def __post_init__(self) -> None:
         for name, least in LEAST.items():
             value = getattr(self, name)
-            if value is not None and (not isinstance(value, int) or value < least):
+            if value is not None and (type(value) is not int or not least <= value < 2**63):
                 raise UsageError(f"{name} is {value!r:.40}", f"give a whole number from {least} on", field=name)
+        if (bound := self.per_layer_bound) is not None and not (type(bound) in (int, float) and 0 <= bound < math.inf):
+            raise UsageError(f"per_layer_bound is {bound!r:.40}", "give a number from 0 on", field="per_layer_bound")
 
     def check(self, model: ModelDescription, baseline: ModelDescription | None, sources: Sources) -> tuple[int, int]:
         """Return tokens of a window, and between the begins of two. Raise UsageError for what is known to be wrong."""
@@ -146,8 +149,9 @@ def _layer_loss(
 
 
 @checked(
-    model=PATH, data=PATH, placement=Given((Placement, Mapping, str, int, type(None)), "a Placement, a map, a mode")
-)
+    model=PATH, data=PATH, baseline=PATH, adapter=PATH, folder=PATH, column=TEXT, per_layer=FLAG,
+    placement=Given((Placement, Mapping, str, int, type(None)), "a Placement, a map, a mode"),
+)  # fmt: skip
 def evaluate(
     model: str | Path,
     data: str | Path,
@@ -195,7 +199,7 @@ def evaluate(
     sources = Sources(trust=Trust.of(trust), trust_remote_code=trust_remote_code, base=base)
     own, other = Path(model), None if baseline is None else Path(baseline)
 
-    def bound() -> Bound:
+    def bound(work: Path) -> Bound:
         places = _places(placement, own, other, question, sources)
         asked: dict[str, Any] = {
             "dtype": dtype, "trust": trust, "trust_remote_code": trust_remote_code, "base": base,
@@ -203,17 +207,17 @@ def evaluate(
         against = None if other is None else load(other, places[1], **asked)
         return bind(work, question, load(own, places[0], adapter=adapter, **asked), against)
 
-    with nullcontext(str(folder)) if folder is not None else TemporaryDirectory() as named:
-        work = Path(named)
-        read = [
-            None if path is None else _files_of(path)
-            for path in (own, other, None if adapter is None else Path(adapter))
-        ]
-        prepare(work, question, own, other, base or Path(), sources, asked=repr((question, str(dtype), read)))
-        compute_share(work, 0, 1, bound, progress=progress)
-        found = conclude(work, question, describe_checkpoint(own), sources)
-    if out is not None:
-        write_report(found, {"with": asdict(question)}, Path(out))
+    work = nullcontext(str(folder)) if folder is not None else TemporaryDirectory()
+    with explained(Path(folder or out or model)), work as named:
+        if out is not None:
+            make_directory(Path(out))
+        place = Path(named)
+        read = [path and _files_of(Path(path)) for path in (model, baseline, adapter)]
+        prepare(place, question, own, other, base or Path(), sources, asked=repr((question, str(dtype), read)))
+        compute_share(place, 0, 1, lambda: bound(place), progress=progress)
+        found = conclude(place, question, describe_checkpoint(own), sources)
+        if out is not None:
+            write_report(found, {"with": asdict(question)}, Path(out))
     return found
 
 

@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 from support.models import make_checkpoint, tiny_model
 
 import bigpipe
-from bigpipe.errors import DoesNotFit, InvalidCheckpoint, UsageError
+from bigpipe.errors import BigpipeError, DoesNotFit, InvalidCheckpoint, UsageError
 
 
 @pytest.fixture(scope="module")
@@ -364,3 +364,30 @@ def test_a_module_that_has_no_shape_yet_is_called_that(tmp_path: Path) -> None:
 def test_a_name_that_no_file_keeps_is_refused(name: Any, format: Any, tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="no tensor can be called"):
         bigpipe.save_checkpoint({"a": torch.ones(1), name: torch.ones(2)}, tmp_path / "out", format=format)
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        {"baseline": 3}, {"adapter": 3}, {"adapter": ["a"]}, {"folder": 3}, {"column": 4}, {"seed": 2**64},
+        {"seed": True}, {"stride": "a"}, {"per_layer_bound": "x"}, {"per_layer_bound": -1},
+        {"per_layer_bound": float("nan")},
+    ],
+)  # fmt: skip
+def test_what_an_evaluation_cannot_mean_is_refused(given: dict[str, Any], model: Path) -> None:
+    with pytest.raises(UsageError) as error:
+        bigpipe.evaluate(model, "texts/*.txt", **given)
+    assert error.value.field in given or error.value.cause.startswith(next(iter(given)))
+
+
+@pytest.mark.parametrize("name", ["out", "folder"])
+def test_an_evaluation_names_the_file_in_the_place_of_a_directory(name: str, tmp_path: Path, model: Path) -> None:
+    (tmp_path / "a").write_text("hello world")
+    with pytest.raises(BigpipeError, match="File exists"):
+        bigpipe.evaluate(model, tmp_path / "a", **{name: tmp_path / "a"})
+
+
+@pytest.mark.parametrize("given", [{"weights": 1.0}, {"adapter": [3]}, {"adapter": 3}])
+def test_what_a_merge_cannot_mean_is_refused(given: dict[str, Any], tmp_path: Path, model: Path) -> None:
+    with pytest.raises(UsageError, match=next(iter(given))):
+        bigpipe.merge_adapter(model, **{"adapter": model, "out": tmp_path / "out", **given})
