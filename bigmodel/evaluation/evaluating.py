@@ -14,6 +14,7 @@ from array import array
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
@@ -36,8 +37,17 @@ from .layers import LayerLoss, Layers, lose_least
 from .placing import Known, place_pair
 from .reporting import write_report
 from .summary import Evaluation, summarise
-from .texts import read_texts
-from .windows import check_model, check_pair, check_same_tokens, check_windows, plan_windows, tokenize
+from .texts import place_in, read_texts
+from .windows import (
+    Tokens,
+    check_model,
+    check_pair,
+    check_same_tokens,
+    check_windows,
+    plan_windows,
+    tokenize,
+    tokens_of,
+)
 from .working import Pair, bind_windows
 
 if TYPE_CHECKING:
@@ -108,9 +118,15 @@ def prepare(
     described = [describe_checkpoint(path) for path in (model, baseline) if path is not None]
     length, stride = question.check(described[0], described[1] if baseline else None, sources)
     text = read_texts(question.data, question.column, base)
-    tokens = tokenize(model, text, sources, bounded, question.max_tokens)
+
+    def read(path: Path, model: ModelDescription) -> Tokens:
+        limit = tokens_of(check_model(model, sources))
+        place = partial(place_in, question.data, question.column, base)
+        return tokenize(path, text, sources, bounded, question.max_tokens, limit=limit, where=place)
+
+    tokens = read(model, described[0])
     if baseline is not None:
-        check_same_tokens(tokens, tokenize(baseline, text, sources, bounded, question.max_tokens))
+        check_same_tokens(tokens, read(baseline, described[1]))
     make_directory(folder)
     write_file(folder / TOKENS, tokens.ids.tobytes())
     write_file(folder / TEXT_BYTES, json.dumps({"bytes": tokens.text_bytes}))

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from bigpipe.bigmodel.tasks import READERS, named_files, read_rows
+from bigpipe.bigmodel.tasks import READERS, Wording, named_files, read_rows
 from bigpipe.errors import UsageError
 from bigpipe.files import read_file
 
@@ -16,24 +16,39 @@ LARGEST = 2**30
 """Bytes of a text file."""
 
 
+DATA = Wording("data", "row")
+
+
 def read_texts(data: str, column: str, base: Path) -> str:
     """Return the texts of the files that a path or glob (relative to `base`) names, in their order, joined by a blank
     line. Files of rows (`.jsonl .json .csv .tsv .parquet` and so on) give the text under `column` of each row; any
     other file is a text, taken as it stands. Raise UsageError that names file and row."""
-    with _about_data():
-        files = named_files(data, base)
-        text = SEPARATOR.join(part for path in files for part in _texts_of(path, column))
+    text = SEPARATOR.join(part for _, part, _ in _parts(data, column, base))
     if not text.strip():
         raise UsageError(f"{data} holds no text", "give a file with some", field="data")
     return text
 
 
-def _texts_of(path: Path, column: str) -> Iterator[str]:
-    if path.suffix.lower() == ".txt" or path.suffix.lower() not in READERS:
-        yield _whole(path)
-        return
-    for place, row in read_rows(path, column):
-        yield _text_of(row, column, place)
+def place_in(data: str, column: str, base: Path, character: int) -> str:
+    """Return where a character of what `read_texts` gives stands: `text.txt:12`, `rows.jsonl:7`."""
+    begin, place = 0, data
+    for place, part, whole in _parts(data, column, base):
+        if character < begin + len(part) + len(SEPARATOR):
+            line = part.count("\n", 0, max(0, character - begin)) + 1
+            return f"{place}:{line}" if whole else place
+        begin += len(part) + len(SEPARATOR)
+    return place
+
+
+def _parts(data: str, column: str, base: Path) -> Iterator[tuple[str, str, bool]]:
+    """(place, text, whether it is a whole file) of each text."""
+    with _about_data():
+        for path in named_files(data, base, DATA):
+            if path.suffix.lower() == ".txt" or path.suffix.lower() not in READERS:
+                yield str(path), _whole(path), True
+            else:
+                rows = read_rows(path, column, DATA)
+                yield from ((place, _text_of(row, column, place), False) for place, row in rows)
 
 
 def _text_of(row: object, column: str, place: str) -> str:
@@ -58,8 +73,8 @@ def _whole(path: Path) -> str:
 
 @contextmanager
 def _about_data() -> Iterator[None]:
-    """Readers of rows speak of prompts, which is what most of them read."""
     try:
         yield
     except UsageError as error:
-        raise UsageError(error.cause.removeprefix("prompts: "), error.cure, field=error.field or "data") from error
+        error.field = error.field or "data"
+        raise

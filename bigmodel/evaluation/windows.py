@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from array import array
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -12,10 +12,21 @@ from typing import Any
 from bigpipe.bigmodel.architecture import Architecture, position_limit
 from bigpipe.bigmodel.checkpoint import ModelDescription
 from bigpipe.bigmodel.sources import Sources
-from bigpipe.bigmodel.tasks import Bounded, Row, load_tokenizer, require_going_on, require_tokenizer
+from bigpipe.bigmodel.tasks import (
+    OTHER_TOKENIZER,
+    Asking,
+    Bounded,
+    Row,
+    beyond,
+    load_tokenizer,
+    require_going_on,
+    require_tokenizer,
+    vocabulary,
+)
 from bigpipe.errors import UsageError
 from bigpipe.modules import foreign
 
+EVALUATE = Asking("evaluation", "take a model of transformers that goes on with a text, such as OPT, GPT-2 or Llama")
 UNLIMITED = 2048
 """Tokens of a window, where a model's positions have no end and nobody says how many."""
 
@@ -63,20 +74,36 @@ class Tokens:
         return hashlib.sha256(self.ids.tobytes()).hexdigest()
 
 
-def tokenize(path: Path, text: str, sources: Sources, bounded: Bounded, most: int | None = None) -> Tokens:
+def tokenize(
+    path: Path,
+    text: str,
+    sources: Sources,
+    bounded: Bounded,
+    most: int | None = None,
+    *,
+    limit: int | None = None,
+    where: Callable[[int], str] = "character {}".format,
+) -> Tokens:
     """Return the first `most` tokens (None: all) of a text, by the tokenizer in a checkpoint's directory, with the
-    special tokens that it puts around a text. Raise UsageError for fewer than two: nothing stands before the first."""
+    special tokens that it puts around a text. limit: tokens of the model's vocabulary; None: nobody knows. where: how
+    errors call the place of a character. Raise UsageError for fewer than two tokens, as nothing stands before the
+    first, and for one that the model does not have."""
     tokenizer = load_tokenizer(path, sources, bounded)
     broken = foreign(f"{path} has a tokenizer that cannot be used", "mend it, or take another model")
     with broken, bounded(f"the tokenizer of {path}"):
         offsets = bool(tokenizer.is_fast)
         encoded = tokenizer(text, return_offsets_mapping=offsets, verbose=False)
         ids = array("i", encoded["input_ids"][:most])
+        cause = beyond(tokenizer, ids, limit)
         if len(ids) > 1:
             size = _bytes_of(text, encoded["offset_mapping"], len(ids)) if offsets else _decoded(tokenizer, ids)
     if len(ids) < 2:
         cause = f"the text has {len(ids)} token{'' if len(ids) == 1 else 's'}, and the first is never scored"
         raise UsageError(cause, "give a longer text", field="data")
+    if cause is not None:
+        first = next(place for place, token in enumerate(ids) if token == max(ids))
+        place = where(encoded["offset_mapping"][first][0]) if offsets else f"token {first} of the text"
+        raise UsageError(f"{place}: {cause}", OTHER_TOKENIZER, field="data")
     return Tokens(ids, size)
 
 
@@ -124,8 +151,14 @@ def check_windows(
 def check_model(model: ModelDescription, sources: Sources) -> Architecture | None:
     """Return what the model consists of; None where that is not known yet. Raise UsageError for a model that does not
     go on with a text, or has no tokenizer."""
-    require_tokenizer(model)
-    return require_going_on(model, sources, "evaluate")
+    require_tokenizer(model, EVALUATE)
+    return require_going_on(model, sources, EVALUATE)
+
+
+def tokens_of(architecture: Architecture | None) -> int | None:
+    """Return how many tokens a model both has embeddings of and predicts; None where nobody knows."""
+    sizes = vocabulary(architecture) if architecture else ()
+    return min((size for size in sizes if size is not None), default=None)
 
 
 def check_pair(model: Architecture | None, baseline: Architecture | None) -> None:

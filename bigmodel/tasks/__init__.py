@@ -10,18 +10,22 @@ from bigpipe.faces import face
 
 if TYPE_CHECKING:
     from .processing import load_processor, require_library, require_processor
-    from .promptfiles import READERS, read_rows
+    from .promptfiles import READERS, Wording, read_rows
     from .registry import TASKS, BuiltIn, find_task, require_known, task_arguments
     from .rows import Row, named_files, read_prompts, template_parts
     from .sounds import read_sound
     from .task import Answer, Answerer, Arguments, Task, TaskOptions, refuse_arguments
     from .tokenizing import (
+        OTHER_TOKENIZER,
+        Asking,
         Bounded,
+        beyond,
         known_architecture,
         load_tokenizer,
         require_going_on,
         require_template,
         require_tokenizer,
+        vocabulary,
     )
 
 __getattr__, __all__ = face(__name__)

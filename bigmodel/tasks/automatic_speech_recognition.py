@@ -14,7 +14,7 @@ from .processing import load_processor, on_device, require_library, require_proc
 from .rows import Row
 from .sounds import read_sound
 from .task import Answer, Answerer, Arguments, Task, TaskOptions
-from .tokenizing import load_tokenizer, require_tokenizer
+from .tokenizing import embedded, load_tokenizer, require_tokenizer
 
 if TYPE_CHECKING:
     from bigpipe.bigmodel.checkpoint import ModelDescription
@@ -39,7 +39,7 @@ class SpeechRecognition(Arguments):
 
 
 def _bind(model: Any, path: Path, options: TaskOptions, sources: Sources) -> Answerer:
-    tokenizer = load_tokenizer(path, sources, options.bounded, model)
+    tokenizer = load_tokenizer(path, sources, options.bounded, embedded(model))
     extractor = load_processor("AutoFeatureExtractor", path, sources, options.bounded)
     asked = SpeechRecognition.model_validate(options.arguments)
     given = {name: value for name in ("language", "task") if (value := getattr(asked, name)) is not None}

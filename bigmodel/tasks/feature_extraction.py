@@ -17,6 +17,7 @@ from .task import Answer, Answerer, Arguments, Task, TaskOptions
 from .tokenizing import (
     check_length,
     check_text_model,
+    embedded,
     encode,
     load_tokenizer,
     longest,
@@ -45,7 +46,7 @@ class FeatureExtraction(Arguments):
 def _bind(model: Any, path: Path, options: TaskOptions, sources: Sources) -> Answerer:
     if not hasattr(model, "base_model"):
         raise UsageError(f"{type(model).__name__} is no model of transformers'", "use the task `module:function`")
-    tokenizer = load_tokenizer(path, sources, options.bounded, model)
+    tokenizer = load_tokenizer(path, sources, options.bounded, embedded(model))
     asked = FeatureExtraction.model_validate(options.arguments)
     pooling, limit = _pooling(path, asked), None
     if asked.truncate:

@@ -14,7 +14,7 @@ from bigpipe.errors import UsageError
 from .classifying import read_texts
 from .rows import Row
 from .task import Answer, Answerer, Arguments, Task, TaskOptions
-from .tokenizing import OWN_FUNCTION, check_text_model, load_tokenizer, refuse_chats
+from .tokenizing import OWN_FUNCTION, check_text_model, embedded, load_tokenizer, refuse_chats
 
 if TYPE_CHECKING:
     import torch
@@ -26,7 +26,7 @@ class FillMask(Arguments):
 
 
 def _bind(model: Any, path: Path, options: TaskOptions, sources: Sources) -> Answerer:
-    tokenizer = load_tokenizer(path, sources, options.bounded, model)
+    tokenizer = load_tokenizer(path, sources, options.bounded, embedded(model))
     asked = FillMask.model_validate(options.arguments)
     if tokenizer.mask_token_id is None:
         raise UsageError(f"{type(tokenizer).__name__} has no mask token", OWN_FUNCTION)

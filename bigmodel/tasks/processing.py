@@ -12,7 +12,7 @@ from bigpipe.bigmodel.sources import Sources
 from bigpipe.errors import UsageError
 
 from .rows import Row
-from .tokenizing import DOWNLOAD, OWN_FUNCTION, Bounded, names_of
+from .tokenizing import DOWNLOAD, TASK, Asking, Bounded, names_of
 
 if TYPE_CHECKING:
     from bigpipe.bigmodel.checkpoint import ModelDescription
@@ -22,14 +22,13 @@ NEEDS = {"PIL": ("pillow", "pictures"), "soundfile": ("soundfile", "sounds")}
 """Module → the distribution that has it, and the extra that installs it."""
 
 
-def require_processor(model: ModelDescription) -> None:
+def require_processor(model: ModelDescription, asking: Asking = TASK) -> None:
     """Raise UsageError for a model of a class of its own, and for one that comes without a processor's file."""
     if model.custom is not None:
-        name = model.custom.get("class")
-        raise UsageError(f"the task needs a model of transformers; this one is of the class {name}", OWN_FUNCTION)
+        raise asking.refuse_other(f"the class {model.custom.get('class')}")
     names = names_of(model)
     if names is not None and not PROCESSOR_FILES.intersection(names):
-        cause = f"the task needs a preprocessor_config.json, and {model.path or 'the model'} has none"
+        cause = f"{asking.what} needs a preprocessor_config.json, and {model.path or 'the model'} has none"
         raise UsageError(cause, DOWNLOAD)
 
 

@@ -8,6 +8,7 @@ import json
 import os
 import re
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -29,29 +30,43 @@ LONGEST_CELL = 2**31 - 1
 """Characters; csv's own limit is 131,072, which a prompt may well have."""
 
 
-def read_rows(path: Path, column: str) -> Found:
+@dataclass(frozen=True, slots=True)
+class Wording:
+    """What errors call rows, so that they speak of what their reader has written."""
+
+    field: str = "prompts"
+    """The argument, or field of a stage, that names them."""
+    row: str = "prompt"
+    """One of them."""
+
+
+PROMPTS = Wording()
+
+
+def read_rows(path: Path, column: str, wording: Wording = PROMPTS) -> Found:
     """Yield each prompt of a file and where it stands, in their order: objects, or texts under `column`. The ending
     tells how to read it, in any case. Raise UsageError for an ending that is none of `READERS`, and for what is not as
     the ending says."""
-    reader = READERS.get(path.suffix.lower())
+    reader, said = READERS.get(path.suffix.lower()), f"{wording.field}: {path}"
     if reader is None:
-        cause = f"prompts: {path} ends with {path.suffix!r}" if path.suffix else f"prompts: {path} has no ending"
-        raise UsageError(f"{cause}, and no file of prompts does", f"name it after what it holds: {', '.join(READERS)}")
-    for place, value in reader(path):
+        cause = f"{said} ends with {path.suffix!r}" if path.suffix else f"{said} has no ending"
+        cure = f"name it after what it holds: {', '.join(READERS)}"
+        raise UsageError(f"{cause}, and no file of {wording.row}s does", cure)
+    for place, value in reader(path, wording):
         yield place, {column: value} if isinstance(value, str) else value
 
 
-def _text(path: Path) -> str:
+def _text(path: Path, wording: Wording) -> str:
     """What the file holds, without a byte-order mark."""
     try:
         return read_file(path, LARGEST).decode("utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
-        raise UsageError(f"prompts: {path} cannot be read: {error}", "give a file in UTF-8") from error
+        raise UsageError(f"{wording.field}: {path} cannot be read: {error}", "give a file in UTF-8") from error
 
 
-def _lines(path: Path) -> Iterator[tuple[str, str]]:
+def _lines(path: Path, wording: Wording) -> Iterator[tuple[str, str]]:
     """(place, line) of each line that is not blank. Other marks that Unicode ends lines with are a prompt's own."""
-    for number, line in enumerate(re.split(r"\r\n|\r|\n", _text(path)), 1):
+    for number, line in enumerate(re.split(r"\r\n|\r|\n", _text(path, wording)), 1):
         if line.strip():
             yield f"{path}:{number}", line
 
@@ -63,14 +78,14 @@ def _parse(text: str, place: str) -> Any:
         raise UsageError(f"{place}: not JSON: {error}", "write one object per line") from error
 
 
-def _json_lines(path: Path) -> Found:
-    for place, line in _lines(path):
+def _json_lines(path: Path, wording: Wording) -> Found:
+    for place, line in _lines(path, wording):
         yield place, _parse(line, place)
 
 
-def _json(path: Path) -> Found:
+def _json(path: Path, wording: Wording) -> Found:
     """A list of prompts; one object; or objects line by line, which many tools name so."""
-    text = _text(path)
+    text = _text(path, wording)
     if text.lstrip()[:1] == "[":
         for index, value in enumerate(_parse(text, str(path))):
             yield f"{path}[{index}]", value
@@ -78,14 +93,14 @@ def _json(path: Path) -> Found:
     try:
         yield f"{path}", json.loads(text)
     except (ValueError, RecursionError):
-        yield from _json_lines(path)
+        yield from _json_lines(path, wording)
 
 
-def _table(path: Path, delimiter: str) -> Found:
+def _table(path: Path, wording: Wording, delimiter: str) -> Found:
     """Rows of a table whose first row names the columns (RFC 4180)."""
     limit = csv.field_size_limit(LONGEST_CELL)
     try:
-        reader = csv.reader(io.StringIO(_text(path), newline=""), delimiter=delimiter, strict=True)
+        reader = csv.reader(io.StringIO(_text(path, wording), newline=""), delimiter=delimiter, strict=True)
         rows = [(f"{path}:{reader.line_num}", cells) for cells in reader if cells]
     except csv.Error as error:
         cause = f"{path}:{reader.line_num}: no row of a table: {error}"
@@ -101,24 +116,24 @@ def _table(path: Path, delimiter: str) -> Found:
         yield place, dict(zip(head, cells, strict=True))
 
 
-def _parquet(path: Path) -> Found:
+def _parquet(path: Path, wording: Wording) -> Found:
     try:
         import pyarrow.parquet as parquet
     except ImportError as error:
-        cure = "pip install 'bigpipe-ml[parquet]', or write the prompts as lines of JSON"
-        raise UsageError(f"prompts: {path} needs pyarrow, which is not installed", cure) from error
+        cure = f"pip install 'bigpipe-ml[parquet]', or write the {wording.row}s as lines of JSON"
+        raise UsageError(f"{wording.field}: {path} needs pyarrow, which is not installed", cure) from error
     try:
         with open(os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK), "rb") as file:
-            rows = _rows_of_parquet(path, parquet.ParquetFile(file))
+            rows = _rows_of_parquet(path, parquet.ParquetFile(file), wording=wording)
     except UsageError:
         raise
     except Exception as error:
-        raise UsageError(f"prompts: {path} cannot be read: {error}", "give a Parquet file") from error
+        raise UsageError(f"{wording.field}: {path} cannot be read: {error}", "give a Parquet file") from error
     for index, row in enumerate(rows):
         yield f"{path}[{index}]", row
 
 
-def _rows_of_parquet(path: Path, table: Any, limit: int = LARGEST) -> list[Any]:
+def _rows_of_parquet(path: Path, table: Any, limit: int = LARGEST, wording: Wording = PROMPTS) -> list[Any]:
     """All rows. A page of a few bytes may stand for any number of equal values: they are unpacked few by few."""
     groups = [table.metadata.row_group(group) for group in range(table.metadata.num_row_groups)]
     packed = [group.column(column).total_uncompressed_size for group in groups for column in range(group.num_columns)]
@@ -132,11 +147,11 @@ def _rows_of_parquet(path: Path, table: Any, limit: int = LARGEST) -> list[Any]:
                 break
             rows += unpacked
     if left < 0:
-        raise UsageError(f"prompts: {path} unpacks to more than {format_size(limit)}", SPLIT)
+        raise UsageError(f"{wording.field}: {path} unpacks to more than {format_size(limit)}", SPLIT)
     return rows
 
 
-READERS: Mapping[str, Callable[[Path], Found]] = {
+READERS: Mapping[str, Callable[[Path, Wording], Found]] = {
     ".jsonl": _json_lines,
     ".ndjson": _json_lines,
     ".json": _json,

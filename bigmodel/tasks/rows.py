@@ -14,7 +14,7 @@ from typing import Any, Literal
 
 from bigpipe.errors import UsageError
 
-from .promptfiles import read_rows
+from .promptfiles import PROMPTS, Wording, read_rows
 
 Reads = Literal["text", "picture", "sound"]
 """What the rows of a task are."""
@@ -34,6 +34,10 @@ class Row:
     prompt: Any
     data: dict[str, Any]
     reads: Reads = "text"
+    place: str = ""
+    """Where it stands: `rows.jsonl:7`, `prompts[6]`."""
+    field: str = ""
+    """The argument, or field of a stage, that it came by: of one that is written there `prompts[6]`."""
 
     @property
     def digest(self) -> str:
@@ -47,40 +51,51 @@ class Row:
         text = self.prompt if isinstance(self.prompt, str) else json.dumps(self.prompt, ensure_ascii=False)
         return len(text.encode())
 
+    def wrong(self, cause: str, cure: str, field: str = "prompts") -> UsageError:
+        """Return the error that says what is wrong with it, and where it stands. field: where nobody knows of it."""
+        return UsageError(f"{self.place or f'row {self.index}'}: {cause}", cure, field=self.field or field)
 
-def read_prompts(prompts: str | Sequence[Any], column: str, base: Path, template: str | None = None) -> list[Row]:
+
+def read_prompts(
+    prompts: str | Sequence[Any], column: str, base: Path, template: str | None = None, wording: Wording = PROMPTS
+) -> list[Row]:
     """Return the rows of a list, or of the files that a path or glob (relative to `base`) names, in their order, each
-    read as its ending says. template: makes the prompt of a row's fields, in place of its `column`. Raise UsageError
-    naming file and line."""
-    files = named_files(prompts, base) if isinstance(prompts, str) else []
+    read as its ending says. template: makes the prompt of a row's fields, in place of its `column`. wording: what rows
+    are called in errors. Raise UsageError naming file and line."""
+    files = named_files(prompts, base, wording) if isinstance(prompts, str) else []
     if any(path.suffix.lower() in MEDIA for path in files):
         if template is not None:
             cause = "a picture or a sound has no fields that a template could name"
             raise UsageError(cause, "leave the template out", field="template")
-        return [_of_file(index, path, column, base) for index, path in enumerate(files)]
+        return [_of_file(index, path, column, base, wording) for index, path in enumerate(files)]
     if isinstance(prompts, str):
-        given = [found for path in files for found in read_rows(path, column)]
+        given = [found for path in files for found in read_rows(path, column, wording)]
     else:
         objects = [prompt if isinstance(prompt, dict) else {column: prompt} for prompt in prompts]
-        given = [(f"prompts[{number}]", data) for number, data in enumerate(objects)]
+        given = [(f"{wording.field}[{number}]", data) for number, data in enumerate(objects)]
         for where, data in given:
             _refuse_keys(data, where)
     if not given:
-        raise UsageError(f"there is no prompt in {prompts!r}", "give one at least")
-    if template is None:
-        return [_row(index, data, column, where) for index, (where, data) in enumerate(given)]
-    parts = template_parts(template)
-    return [_filled(index, data, parts, where) for index, (where, data) in enumerate(given)]
+        cause = f"{wording.field}: there is no {wording.row} in {prompts!r:.200}"
+        raise UsageError(cause, "give one at least", field=wording.field)
+    parts = None if template is None else template_parts(template)
+    made = []
+    for index, (where, data) in enumerate(given):
+        field = wording.field if isinstance(prompts, str) else where
+        prompt = _prompt(data, column, where, wording) if parts is None else _filled(data, parts, where)
+        _require_writable(data, where)
+        made.append(Row(index, prompt, data, place=where, field=field))
+    return made
 
 
-def _of_file(index: int, path: Path, column: str, base: Path) -> Row:
+def _of_file(index: int, path: Path, column: str, base: Path, wording: Wording) -> Row:
     """A picture or a sound, which is a row by itself."""
-    reads = MEDIA.get(path.suffix.lower())
+    reads, told = MEDIA.get(path.suffix.lower()), f"{wording.field}: "
     if reads is None:
-        raise UsageError(f"prompts: {path} is no picture or sound, as others beside it are", "name those alone")
+        raise UsageError(f"{told}{path} is no picture or sound, as others beside it are", "name those alone")
     name = (path.relative_to(base) if path.is_relative_to(base) else path).as_posix()
-    _require_writable({column: name}, f"prompts: {str(path)!a}")
-    return Row(index, name, {column: name}, reads)
+    _require_writable({column: name}, f"{told}{str(path)!a}")
+    return Row(index, name, {column: name}, reads, str(path), wording.field)
 
 
 def template_parts(template: str) -> list[tuple[str, str | None]]:
@@ -99,7 +114,7 @@ def template_parts(template: str) -> list[tuple[str, str | None]]:
     return [(text, name) for text, name, _, _ in parts]
 
 
-def _filled(index: int, data: Any, parts: Sequence[tuple[str, str | None]], where: str) -> Row:
+def _filled(data: Any, parts: Sequence[tuple[str, str | None]], where: str) -> str:
     if not isinstance(data, dict):
         raise UsageError(f"{where}: a template needs an object with fields", "write one object per line")
     made = ""
@@ -110,35 +125,33 @@ def _filled(index: int, data: Any, parts: Sequence[tuple[str, str | None]], wher
         if not isinstance(value, str | int | float):
             raise UsageError(f"{where}: {name!r} is neither a text nor a number", "a template takes no other")
         made += f"{text}{value}"
-    _require_writable(data, where)
-    return Row(index, made, data)
+    return made
 
 
 def _names(data: dict[str, Any]) -> str:
     return ", ".join(map(repr, data)) or "nothing"
 
 
-def named_files(pattern: str, base: Path) -> list[Path]:
+def named_files(pattern: str, base: Path, wording: Wording = PROMPTS) -> list[Path]:
     """Return the files that a path or glob (relative to `base`) names, in their order. Raise UsageError for none."""
     whole = base / pattern
     named = [whole] if os.path.isfile(whole) else sorted(map(Path, glob.glob(str(whole), recursive=True)))
     if files := [path for path in named if path.is_file()]:
         return files
-    raise UsageError(f"prompts: there is no file {pattern[:200]}", f"relative paths start at {base}")
+    raise UsageError(f"{wording.field}: there is no file {pattern[:200]}", f"relative paths start at {base}")
 
 
-def _row(index: int, data: Any, column: str, where: str) -> Row:
+def _prompt(data: Any, column: str, where: str, wording: Wording) -> Any:
     if not isinstance(data, dict):
-        raise UsageError(f"{where}: a prompt is an object with {column!r}, or a text", "write one object per line")
+        cause = f"{where}: a {wording.row} is an object with {column!r}, or a text"
+        raise UsageError(cause, "write one object per line")
     if column not in data:
-        raise UsageError(
-            f"{where}: there is no {column!r}, only {_names(data)}", "set `column` to the one with the prompt"
-        )
+        cause = f"{where}: there is no {column!r}, only {_names(data)}"
+        raise UsageError(cause, "set `column` to one of them", field="column")
     if not isinstance(data[column], str) and not _is_chat(data[column]):
         cure = "write a message as {role: user, content: …}"
         raise UsageError(f"{where}: {column!r} is neither a text nor a list of messages", cure)
-    _require_writable(data, where)
-    return Row(index, data[column], data)
+    return data[column]
 
 
 def _require_writable(data: dict[str, Any], where: str) -> None:

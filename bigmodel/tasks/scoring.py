@@ -11,9 +11,11 @@ from bigpipe.bigmodel.sources import Sources
 from .rows import Row
 from .task import Answer, Answerer, Arguments, Task, TaskOptions
 from .tokenizing import (
+    Asking,
     Bounded,
     check_length,
     check_text_model,
+    embedded,
     load_tokenizer,
     longest,
     pad,
@@ -38,7 +40,7 @@ class Scoring(Arguments):
 
 
 def _bind(model: Any, path: Path, options: TaskOptions, sources: Sources) -> Answerer:
-    tokenizer = load_tokenizer(path, sources, options.bounded, model)
+    tokenizer = load_tokenizer(path, sources, options.bounded, embedded(model))
     column = Scoring.model_validate(options.arguments).continuation
 
     def answer(rows: Sequence[Row]) -> list[Answer]:
@@ -112,7 +114,7 @@ def _length_of(row: Row, arguments: Mapping[str, Any]) -> int:
 
 
 def _check_model(model: ModelDescription, arguments: Mapping[str, Any], sources: Sources) -> None:
-    require_going_on(model, sources, "scoring", field="task")
+    require_going_on(model, sources, Asking("scoring"), field="task")
     check_text_model(model, arguments, sources)
 
 

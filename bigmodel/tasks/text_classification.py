@@ -13,7 +13,7 @@ from bigpipe.bigmodel.sources import Sources
 from .classifying import Activation, labelled, read_texts
 from .rows import Row
 from .task import Answer, Answerer, Arguments, Task, TaskOptions
-from .tokenizing import check_text_model, load_tokenizer, refuse_chats
+from .tokenizing import check_text_model, embedded, load_tokenizer, refuse_chats
 
 
 class TextClassification(Arguments):
@@ -26,7 +26,7 @@ class TextClassification(Arguments):
 
 
 def _bind(model: Any, path: Path, options: TaskOptions, sources: Sources) -> Answerer:
-    tokenizer = load_tokenizer(path, sources, options.bounded, model)
+    tokenizer = load_tokenizer(path, sources, options.bounded, embedded(model))
     asked, config = TextClassification.model_validate(options.arguments), model.config
     # A decoder finds the end of a text by the padding token that its config names
     alone = config.get_text_config().pad_token_id != tokenizer.pad_token_id

@@ -20,6 +20,7 @@ from .task import Answer, Answerer, Arguments, Task, TaskOptions
 from .tokenizing import (
     OWN_FUNCTION,
     check_length,
+    embedded,
     encode,
     has_weights,
     known_architecture,
@@ -75,7 +76,8 @@ def _own_arguments(model: ModelDescription) -> Mapping[str, Any] | None:
 def _bind(model: Any, path: Path, options: TaskOptions, sources: Sources) -> Answerer:
     if not hasattr(model, "generate") or not hasattr(model, "generation_config"):
         raise UsageError(f"{type(model).__name__} has no `generate` of transformers'", OWN_FUNCTION)
-    tokenizer, goes_on = load_tokenizer(path, sources, options.bounded, model), not model.config.is_encoder_decoder
+    tokenizer = load_tokenizer(path, sources, options.bounded, embedded(model))
+    goes_on = not model.config.is_encoder_decoder
     given = as_floats(options.arguments)
     asked = {"max_new_tokens": options.max_new_tokens, "pad_token_id": tokenizer.pad_token_id, **given}
     if isinstance(watermark := asked.get("watermarking_config"), dict):

@@ -14,7 +14,7 @@ from bigpipe.errors import UsageError
 from .classifying import read_texts
 from .rows import Row
 from .task import Answer, Answerer, Arguments, Task, TaskOptions
-from .tokenizing import Encoded, check_text_model, load_tokenizer, refuse_chats
+from .tokenizing import Encoded, check_text_model, embedded, load_tokenizer, refuse_chats
 
 if TYPE_CHECKING:
     import torch
@@ -29,7 +29,7 @@ class TokenClassification(Arguments):
 
 
 def _bind(model: Any, path: Path, options: TaskOptions, sources: Sources) -> Answerer:
-    tokenizer = load_tokenizer(path, sources, options.bounded, model)
+    tokenizer = load_tokenizer(path, sources, options.bounded, embedded(model))
     asked = TokenClassification.model_validate(options.arguments)
     if asked.aggregation_strategy in ("first", "average", "max") and not tokenizer.is_fast:
         cause = f"{type(tokenizer).__name__} does not tell which tokens make up a word"

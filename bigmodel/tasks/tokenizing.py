@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import AbstractContextManager
+from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -35,17 +36,31 @@ TOKENIZER_FILES = (
 """One of the files that any tokenizer of transformers names, and no other does."""
 WEIGHT_FILES = ("*.safetensors", "*.bin")
 OWN_FUNCTION = "use the task `module:function` with a function of yours, called (model, rows, **generation)"
-DOWNLOAD = "download it with the model (`include`), or use the task `module:function`"
+DOWNLOAD = "bring its files along with the model (`include` of download)"
 
 
-def require_tokenizer(model: ModelDescription) -> None:
+@dataclass(frozen=True, slots=True)
+class Asking:
+    """Who asks for a model: errors speak of it, and of what else it would take."""
+
+    what: str = "the task"
+    otherwise: str = OWN_FUNCTION
+
+    def refuse_other(self, kind: str) -> UsageError:
+        """Return the error for a model that is none of transformers'."""
+        return UsageError(f"{self.what} needs a model of transformers; this one is of {kind}", self.otherwise)
+
+
+TASK = Asking()
+
+
+def require_tokenizer(model: ModelDescription, asking: Asking = TASK) -> None:
     """Raise UsageError for a model of a class of its own, and for one that comes without a tokenizer."""
     if model.custom is not None:
-        name = model.custom.get("class")
-        raise UsageError(f"the task needs a model of transformers; this one is of the class {name}", OWN_FUNCTION)
+        raise asking.refuse_other(f"the class {model.custom.get('class')}")
     names = names_of(model)
     if names is not None and not _any(names, TOKENIZER_FILES):
-        raise UsageError(f"the task needs a tokenizer, and {model.path or 'the model'} has none", DOWNLOAD)
+        raise UsageError(f"{asking.what} needs a tokenizer, and {model.path or 'the model'} has none", DOWNLOAD)
 
 
 def require_template(rows: Sequence[Row], model: ModelDescription) -> None:
@@ -53,17 +68,15 @@ def require_template(rows: Sequence[Row], model: ModelDescription) -> None:
     chat = next((row for row in rows if not isinstance(row.prompt, str)), None)
     if chat is None or _has_template(model):
         return
-    cause = f"prompt {chat.index} is a chat, and the model's tokenizer has no chat template"
-    raise UsageError(cause, "write prompts as texts, or add chat_template.jinja to the model", field="prompts")
+    cause = "this is a chat, and the model's tokenizer has no chat template"
+    raise chat.wrong(cause, "write it as a text, or add chat_template.jinja to the model")
 
 
 def refuse_chats(rows: Sequence[Row], model: ModelDescription) -> None:
     """Raise UsageError where a row is a chat, which a task cannot read."""
     chat = next((row for row in rows if not isinstance(row.prompt, str)), None)
     if chat is not None:
-        raise UsageError(
-            f"prompt {chat.index} is a chat, and the task reads texts", "write it as one text", field="prompts"
-        )
+        raise chat.wrong("this is a chat, and the task reads texts", "write it as one text")
 
 
 def check_text_model(model: ModelDescription, arguments: Mapping[str, Any], sources: Sources) -> None:
@@ -74,14 +87,17 @@ def check_text_model(model: ModelDescription, arguments: Mapping[str, Any], sour
         raise UsageError(f"{architecture.class_name} reads no text", OWN_FUNCTION)
 
 
-def require_going_on(model: ModelDescription, sources: Sources, what: str, *, field: str = "") -> Architecture | None:
+def require_going_on(
+    model: ModelDescription, sources: Sources, asking: Asking = TASK, *, field: str = ""
+) -> Architecture | None:
     """Return what the model consists of; None where that is not known yet. Raise UsageError for a model that does not
-    go on with the text it reads: an encoder, or one that reads a text apart from what follows. what: is asked of it."""
-    architecture = known_architecture(model, sources)
+    go on with the text it reads: an encoder, or one that reads a text apart from what follows."""
+    architecture = known_architecture(model, sources, asking)
     if architecture is not None and not (architecture.generates and architecture.output_embedding):
-        raise UsageError(f"{architecture.class_name} does no {what}: it makes no text", OWN_FUNCTION, field=field)
+        cause = f"{architecture.class_name} does no {asking.what}: it makes no text"
+        raise UsageError(cause, asking.otherwise, field=field)
     if architecture is not None and architecture.config.get("is_encoder_decoder"):
-        cause = f"{architecture.class_name} does no {what}: it reads a prompt apart from what follows"
+        cause = f"{architecture.class_name} does no {asking.what}: it reads a prompt apart from what follows"
         raise UsageError(cause, "take a model that goes on with its prompt", field=field)
     return architecture
 
@@ -98,7 +114,7 @@ def _has_template(model: ModelDescription) -> bool:
     return any(path is None or read_json(path / name, path, MAX_CONFIG).get("chat_template") for name in settings)
 
 
-def known_architecture(model: ModelDescription, sources: Sources) -> Architecture | None:
+def known_architecture(model: ModelDescription, sources: Sources, asking: Asking = TASK) -> Architecture | None:
     """Return what the model consists of; None where its config, or code of its own that is trusted, is not here yet.
     Raise UsageError for a model that is none of transformers', and as `describe_architecture` does."""
     from bigpipe.bigmodel.architecture import describe_architecture, read_request
@@ -107,7 +123,7 @@ def known_architecture(model: ModelDescription, sources: Sources) -> Architectur
         return None
     library = read_request(model.config).library
     if library != "transformers":
-        raise UsageError(f"the task needs a model of transformers; this one is of {library}", OWN_FUNCTION)
+        raise asking.refuse_other(library)
     source = model.path if model.path is not None and sources.trust_remote_code else model.config
     try:
         return describe_architecture(source, sources=sources)
@@ -137,9 +153,9 @@ def _any(names: Collection[str], patterns: Sequence[str]) -> bool:
     return any(fnmatchcase(name, pattern) for name in names for pattern in patterns)
 
 
-def load_tokenizer(path: Path, sources: Sources, bounded: Bounded, model: Any = None) -> Any:
-    """Return the tokenizer of the checkpoint directory, able to pad for the model. Raise UsageError where there is
-    none."""
+def load_tokenizer(path: Path, sources: Sources, bounded: Bounded, limit: int | None = None) -> Any:
+    """Return the tokenizer of the checkpoint directory, able to pad for a model with embeddings of `limit` tokens;
+    None: nobody knows of how many. Raise UsageError where there is none."""
     from transformers import AutoTokenizer
 
     try:
@@ -151,7 +167,6 @@ def load_tokenizer(path: Path, sources: Sources, bounded: Bounded, model: Any = 
     except Exception as error:  # a foreign file may make foreign code raise anything
         first = str(error).strip().partition("\n")[0]
         raise UsageError(f"{path} has no tokenizer that can be used: {first}", DOWNLOAD) from error
-    limit = None if model is None else _embedded(model)
     if tokenizer.pad_token is None or (limit is not None and tokenizer.pad_token_id >= limit):
         # Padding is masked: any token serves
         tokenizer.pad_token = tokenizer.eos_token or tokenizer.unk_token or tokenizer.convert_ids_to_tokens(0)
@@ -196,13 +211,42 @@ def encode_texts(
         return [tokenizer(*pair, **asked) for pair in pairs]
 
 
-def _embedded(model: Any) -> int | None:
-    """How many tokens the model has an embedding of; None where that is no table of its vocabulary."""
+def embedded(model: Any) -> int | None:
+    """Return how many tokens a loaded model has embeddings of; None where that is no table of its vocabulary."""
     import torch
 
     table, size = model.get_input_embeddings(), getattr(model.config.get_text_config(), "vocab_size", None)
-    is_table = isinstance(table, torch.nn.Embedding) and isinstance(size, int) and table.num_embeddings >= size
-    return table.num_embeddings if is_table else None
+    return _rows_of((table.num_embeddings, 1), size) if isinstance(table, torch.nn.Embedding) else None
+
+
+def vocabulary(architecture: Architecture) -> tuple[int | None, int | None]:
+    """Return how many tokens a model has embeddings of, and how many it predicts; None where that is no table of its
+    vocabulary."""
+    heads = (architecture.input_embedding, architecture.output_embedding)
+    weights = [f"{head}.weight" for head in heads]
+    shapes = {tensor.name: tensor.shape for module in architecture.modules for tensor in module.tensors}
+    size = text_config(architecture.config).get("vocab_size")
+    read, made = (_rows_of(shapes.get(weight, ()), size) for weight in weights)
+    return read, made
+
+
+def _rows_of(shape: Sequence[int], size: object) -> int | None:
+    """shape: of a table's weight. size: what the config calls the vocabulary's."""
+    return shape[0] if len(shape) == 2 and isinstance(size, int) and shape[0] >= size else None
+
+
+def beyond(tokenizer: Any, tokens: Sequence[int], limit: int | None) -> str | None:
+    """Return why a model of `limit` tokens fails at these, on a GPU for good; None where it does not."""
+    if limit is None or not tokens or (last := max(tokens)) < limit:
+        return None
+    text = tokenizer.convert_ids_to_tokens(int(last))
+    return f"the tokenizer makes {text!r} token {last} of {len(tokenizer)}, and the model has {limit} tokens"
+
+
+OTHER_TOKENIZER = (
+    "take the tokenizer that belongs to the model, or give the model rows for it (`resize_token_embeddings` of"
+    " transformers) and save it with them"
+)
 
 
 def pad(model: Any, tokenizer: Any, encoded: Sequence[Encoded], side: str) -> dict[str, torch.Tensor]:
@@ -211,10 +255,8 @@ def pad(model: Any, tokenizer: Any, encoded: Sequence[Encoded], side: str) -> di
     GPU for good."""
     from bigpipe.bigmodel.execution import loaded
 
-    last, limit = max(token for each in encoded for token in each["input_ids"]), _embedded(model)
-    if limit is not None and last >= limit:
-        text = tokenizer.convert_ids_to_tokens(last)
-        raise ValueError(f"the tokenizer makes {text!r} token {last}, and the model has embeddings of {limit} tokens")
+    if cause := beyond(tokenizer, [token for each in encoded for token in each["input_ids"]], embedded(model)):
+        raise ValueError(f"{cause}: {OTHER_TOKENIZER}")
     read = [{name: each[name] for name in MODEL_INPUTS if name in each} for each in encoded]
     mask: Any = {"return_attention_mask": True}  # some tokenizers' files leave it out
     padded = tokenizer.pad(read, padding_side=side, return_tensors="pt", **mask)

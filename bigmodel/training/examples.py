@@ -10,8 +10,12 @@ from typing import TYPE_CHECKING, Any
 from bigpipe.bigmodel.checkpoint import ModelDescription
 from bigpipe.bigmodel.sources import Sources
 from bigpipe.bigmodel.tasks import (
+    OTHER_TOKENIZER,
+    Asking,
     Bounded,
     Row,
+    Wording,
+    beyond,
     known_architecture,
     load_processor,
     load_tokenizer,
@@ -21,8 +25,9 @@ from bigpipe.bigmodel.tasks import (
     require_processor,
     require_template,
     require_tokenizer,
+    vocabulary,
 )
-from bigpipe.errors import StageFailed, UsageError
+from bigpipe.errors import UsageError
 
 from .settings import TaskName
 
@@ -31,6 +36,7 @@ if TYPE_CHECKING:
 
     from bigpipe.bigmodel.architecture import Architecture
 
+FINETUNE = Asking("fine-tuning", "take a model of transformers that makes texts, such as OPT, Llama, T5 or Whisper")
 IGNORED = -100
 """A label that no loss counts, in transformers."""
 SPEECH_CLASSES = ("WhisperForConditionalGeneration",)
@@ -76,21 +82,34 @@ def input_column_of(task: TaskName, asked: str | None) -> str:
 
 def read_data(data: str | Sequence[Any], column: str, input_column: str, base: Path, field: str = "data") -> list[Row]:
     """Return the rows of a list, or of the files that a path or glob names; `prompt` is what is learnt. Raise
-    UsageError naming file and line, also for a row without its input."""
+    UsageError naming file and line, also for a row without its input, and for one with nothing to learn."""
     try:
-        rows = read_prompts(data, column, base)
+        rows = read_prompts(data, column, base, wording=Wording(field, "row"))
     except UsageError as error:
-        raise UsageError(error.cause.replace("prompts", field), error.cure, field=field) from error
+        error.field = error.field or field
+        raise
     for row in rows:
         if row.reads != "text":
             raise UsageError(f"{field}: a {row.reads} says no text to learn", NEEDS_TEXT, field=field)
         if input_column and not isinstance(row.data.get(input_column), str):
             there = ", ".join(map(repr, row.data))
-            cause = f"{field}: row {row.index} has no text {input_column!r}, only {there}"
-            raise UsageError(cause, "set `input_column` to the one that the model is given", field=field)
+            cure = "set `input_column` to the one that the model is given"
+            raise row.wrong(f"there is no text {input_column!r}, only {there}", cure)
+    _refuse_empty([row for row in rows if not _says(row.prompt)], column)
     return rows
 
 
+def _says(prompt: Any) -> bool:
+    return not isinstance(prompt, str) or bool(prompt.strip())
+
+
+def _refuse_empty(rows: Sequence[Row], column: str) -> None:
+    if rows:
+        more = f", nor in {len(rows) - 1} other rows" if len(rows) > 1 else ""
+        raise rows[0].wrong(f"there is nothing to learn in {column!r}{more}", EMPTY)
+
+
+EMPTY = "leave out the rows that are empty"
 NEEDS_TEXT = "write rows that name the sound and its text: {audio: sounds/1.wav, text: …}"
 
 
@@ -99,8 +118,7 @@ def sounds_of(rows: Sequence[Row], input_column: str, base: Path) -> list[Path]:
     paths = [base / row.data[input_column] for row in rows]
     for row, path in zip(rows, paths, strict=True):
         if not path.is_file():
-            cause = f"row {row.index}: there is no file {row.data[input_column][:200]}"
-            raise UsageError(cause, f"relative paths start at {base}", field="data")
+            raise row.wrong(f"there is no file {row.data[input_column][:200]}", f"relative paths start at {base}")
     return paths
 
 
@@ -115,13 +133,13 @@ def check_rows(rows: Sequence[Row], batch_size: int, accumulation: int, ranks: i
 def check_model(task: TaskName, model: ModelDescription, rows: Sequence[Row], sources: Sources) -> Architecture | None:
     """Return what the model consists of, as far as that is known. Raise UsageError for a model that the task is not
     for, and for one without a tokenizer or what else the rows need."""
-    require_tokenizer(model)
+    require_tokenizer(model, FINETUNE)
     if task == "speech-seq2seq":
-        require_processor(model)
-    architecture = known_architecture(model, sources)
+        require_processor(model, FINETUNE)
+    architecture = known_architecture(model, sources, FINETUNE)
     if architecture is not None and not TASKS[task].fits(architecture):
         fitting = [name for name, other in TASKS.items() if other.fits(architecture)]
-        cure = f"use task: {fitting[0]}" if fitting else "no task of finetune is for this model"
+        cure = f"use task: {fitting[0]}" if fitting else FINETUNE.otherwise
         raise UsageError(f"{task} is for {TASKS[task].takes}; this is {architecture.class_name}", cure, field="task")
     if task == "causal-lm":
         require_template(rows, model)
@@ -171,9 +189,12 @@ class Reading:
     bounded: Bounded
     start: int | None
     """The token that a decoder begins with, which its labels leave out."""
+    limits: tuple[int | None, int | None]
+    """How many tokens the model has embeddings of, and how many it predicts; None: nobody knows."""
 
     def examples(self, rows: Sequence[Row], input_column: str, max_length: int) -> Examples:
-        """Return the rows as tokens, at most `max_length` each. Raise StageFailed for one that teaches nothing."""
+        """Return the rows as tokens, at most `max_length` each. Raise UsageError, naming file and line, for one that
+        teaches nothing, and for a token that the model does not have."""
         cut = 0
         made = []
         with self.bounded("the tokenizer, or the chat template, of the model"):
@@ -182,12 +203,23 @@ class Reading:
                 if self.start is not None and labels[:1] == [self.start]:
                     labels = labels[1:]
                 given, also = self._given(row, input_column, max_length)
-                example = Example(labels, given)
-                if example.learnt(self.task) < 1:
-                    raise StageFailed(f"row {row.index} holds nothing to learn", "its text makes too few tokens")
-                made.append(example)
+                made.append(self._require(Example(labels, given), row, input_column))
                 cut += shortened or also
         return Examples(self.task, made, cut, self._collate)
+
+    def _require(self, example: Example, row: Row, input_column: str) -> Example:
+        """The same. Raise UsageError for one that no model, or not this one, can learn from."""
+        if example.learnt(self.task) < 1:
+            whole = " beside the first, which nothing stands before" if self.task == "causal-lm" else ""
+            raise row.wrong(f"there is nothing to learn: its text makes no token{whole}", EMPTY)
+        read = example.labels if example.given is None else example.given
+        tokens = [] if self.processor is not None else read
+        if self.processor is None and not tokens:
+            raise row.wrong(f"{input_column!r} makes no token: the model would be given nothing", EMPTY)
+        for found, limit in zip((tokens, example.labels), self.limits, strict=True):
+            if cause := beyond(self.tokenizer, found, limit):
+                raise row.wrong(cause, OTHER_TOKENIZER)
+        return example
 
     def _text(self, row: Row) -> tuple[str, bool]:
         if isinstance(row.prompt, str):
@@ -229,13 +261,17 @@ def _padded(rows: Sequence[Sequence[int]], value: int) -> torch.Tensor:
     return torch.tensor([[*row, *[value] * (longest - len(row))] for row in rows])
 
 
-def reading(task: TaskName, model: Any, path: Path, sources: Sources, bounded: Bounded) -> Reading:
-    """Return what makes examples for a loaded model, from the files beside it. Raise UsageError where one lacks."""
-    tokenizer = load_tokenizer(path, sources, bounded, model)
+def reading(
+    task: TaskName, architecture: Architecture | None, path: Path, sources: Sources, bounded: Bounded
+) -> Reading:
+    """Return what makes examples for a model, from the files beside it: nothing of it need be loaded. Raise UsageError
+    where one lacks."""
+    limits = vocabulary(architecture) if architecture else (None, None)
+    tokenizer = load_tokenizer(path, sources, bounded, limits[0])
     hears = task == "speech-seq2seq"
     processor = load_processor("AutoFeatureExtractor", path, sources, bounded) if hears else None
-    start = getattr(model.config, "decoder_start_token_id", None) if hears else None
-    return Reading(task, tokenizer, processor, sources, bounded, start)
+    start = architecture.config.get("decoder_start_token_id") if hears and architecture else None
+    return Reading(task, tokenizer, processor, sources, bounded, start, limits)
 
 
 def require_sound_reader(paths: Sequence[Path]) -> None:

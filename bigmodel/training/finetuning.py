@@ -23,14 +23,23 @@ from bigpipe.bigmodel.execution import HostMemory, as_placement, load
 from bigpipe.bigmodel.formats import PLAIN, format_of
 from bigpipe.bigmodel.placement import HALVES, stored_dtype
 from bigpipe.bigmodel.sources import Sources
-from bigpipe.bigmodel.tasks import Row
+from bigpipe.bigmodel.tasks import Row, known_architecture
 from bigpipe.errors import UsageError
 from bigpipe.files import copy_file, make_directory, write_file
 from bigpipe.names import PATH, TEXT, Given, checked
 from bigpipe.trust import Trust
 
 from .adapting import attach, require_peft, trained, write_adapter
-from .examples import check_model, check_rows, input_column_of, read_data, reading, require_sound_reader, sounds_of
+from .examples import (
+    Examples,
+    check_model,
+    check_rows,
+    input_column_of,
+    read_data,
+    reading,
+    require_sound_reader,
+    sounds_of,
+)
 from .settings import Lora, TaskName, Training
 from .stepping import Trainer, seeded
 from .targets import find_targets
@@ -115,14 +124,10 @@ def train_rank(
     import torch
     from transformers import set_seed
 
-    gpu = torch.cuda.is_available()
-    model = _load(work, local_rank, gpu)
-    read = reading(work.training.task, model, work.model, work.sources, work.bounded)
-    length = _length(work.training, model)
-    examples = read.examples(work.rows, work.input_column, length)
-    others = read.examples(work.eval_rows, work.input_column, length)
+    examples, others, length = _examples(work)
     if rank == 0:
         _say_cut(examples.cut + others.cut, length, log)
+    model = _load(work, local_rank, torch.cuda.is_available())
     set_seed(work.training.seed)  # peft draws the first values, alike on all ranks
     scheme = format_of(describe_checkpoint(work.model))
     adapted = attach(model, work.training, None if scheme is PLAIN else scheme.name, work.adapter)
@@ -139,10 +144,16 @@ def train_rank(
     write_file(own / MEASURED, json.dumps(measured))
 
 
-def _length(training: Training, model: Any) -> int:
-    """Tokens of a text at most: no more than the model has positions for."""
-    limit = position_limit(model.config.to_dict())
-    return training.max_length if limit is None else min(training.max_length, limit)
+def _examples(work: Work) -> tuple[Examples, Examples, int]:
+    """Rows and other rows as examples, and how many tokens a text has at most: no more than the model has positions
+    for. A row that cannot be learnt from is told before anything is loaded."""
+    described = describe_checkpoint(work.model)
+    architecture = known_architecture(described, work.sources)
+    limit = position_limit(architecture.config if architecture else described.config or {})
+    length = work.training.max_length if limit is None else min(work.training.max_length, limit)
+    read = reading(work.training.task, architecture, work.model, work.sources, work.bounded)
+    made, others = (read.examples(rows, work.input_column, length) for rows in (work.rows, work.eval_rows))
+    return made, others, length
 
 
 def _load(work: Work, local_rank: int, gpu: bool) -> Any:
@@ -239,7 +250,8 @@ def finetune(
     targets = target_modules if isinstance(target_modules, str | None) else tuple(target_modules)
     asked = _training(task, Lora(r, lora_alpha, lora_dropout, targets), training)
     base, given = Path(os.curdir).absolute(), input_column_of(task, input_column)
-    rows, others = (_rows(source, column, given, base) for source in (data, eval_data))
+    rows = _rows(data, column, given, base)
+    others = _rows(eval_data, column, given, base, "eval_data")
     path, sources = Path(model), Sources(trust=Trust.of(trust), base=base)
     check_rows(rows, asked.batch_size, asked.gradient_accumulation_steps, ranks=1)
     if task == "speech-seq2seq":
@@ -263,7 +275,7 @@ def _training(task: TaskName, lora: Lora, given: dict[str, Any]) -> Training:
     return Training(task=task, lora=lora, **given)
 
 
-def _rows(source: Any, column: str, input_column: str, base: Path) -> list[Row]:
+def _rows(source: Any, column: str, input_column: str, base: Path, field: str = "data") -> list[Row]:
     if source is None:
         return []
-    return read_data(os.fspath(source) if isinstance(source, Path) else source, column, input_column, base)
+    return read_data(os.fspath(source) if isinstance(source, Path) else source, column, input_column, base, field)

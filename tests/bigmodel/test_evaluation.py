@@ -259,8 +259,28 @@ def test_a_model_that_does_not_go_on_with_a_text_is_refused(
     tmp_path: Path, text: Path, architecture: str, cause: str
 ) -> None:
     path = make_checkpoint(tmp_path, architecture)
-    with pytest.raises(UsageError, match=cause):
+    with pytest.raises(UsageError, match=cause) as error:
         bigpipe.evaluate(path, text)
+    assert "task" not in str(error.value).replace(str(path), "")  # evaluate has none
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "place"),
+    [
+        ("text.txt", "$%&\n$%&\n$% $%\n", "text.txt:3"),
+        ("rows.jsonl", '{"text": "$%&"}\n\n{"text": "$% &"}\n', "rows.jsonl:3"),
+        ("*.txt", "$% &\n", "b.txt:1"),
+    ],
+)
+def test_a_token_that_the_model_does_not_have_is_told_where_it_stands(
+    tmp_path: Path, name: str, content: str, place: str
+) -> None:
+    small = make_checkpoint(tmp_path / "model", "llama", vocab_size=210)
+    (tmp_path / name.replace("*", "b")).write_text(content)
+    (tmp_path / "a.txt").write_text("$%&")
+    with pytest.raises(UsageError, match=f"{place}: the tokenizer makes 'Ġ' token 224 of 260, .* 210 tokens") as error:
+        bigpipe.evaluate(small, name, base=tmp_path)
+    assert "resize_token_embeddings" in error.value.cure
 
 
 def test_a_baseline_of_another_vocabulary_or_tokenizer_is_refused(tmp_path: Path, model: Path, text: Path) -> None:

@@ -139,7 +139,7 @@ def test_a_chat_needs_a_template(tmp_path: Path, name: str) -> None:
     path = make_checkpoint(tmp_path)
     task, described = find_task(name, Sources()), describe_checkpoint(path)
     chat = rows(["text", [{"role": "user", "content": "hi"}]])
-    with pytest.raises(UsageError, match="prompt 1 is a chat") as error:
+    with pytest.raises(UsageError, match="row 1: this is a chat") as error:
         task.check({}, chat, described)
     assert error.value.field == "prompts"
     (path / "chat_template.jinja").write_text("{{ messages[0].content }}")

@@ -339,7 +339,7 @@ def test_a_pair_needs_its_second_text(second: dict[str, Any], cause: str) -> Non
 def test_a_chat_is_no_text(tmp_path: Path, name: str) -> None:
     described = describe_checkpoint(make_with_head(tmp_path, "bert", HEADS[name]))
     chat = rows([[{"role": "user", "content": "hi"}]])
-    with pytest.raises(UsageError, match="prompt 0 is a chat, and the task reads texts"):
+    with pytest.raises(UsageError, match="this is a chat, and the task reads texts"):
         find_task(name, Sources()).check({}, chat, described)
 
 

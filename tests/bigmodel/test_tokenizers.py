@@ -169,7 +169,7 @@ def test_a_token_without_an_embedding_is_named(tmp_path: Path) -> None:
     """The tokenizer was given tokens, and the model no rows for them."""
     make_checkpoint(tmp_path, "gpt2", vocab_size=100)
     assert len(answers(tmp_path, "!", "$%")) == 2
-    with pytest.raises(ValueError, match="makes 'Ġ' token 224, and the model has embeddings of 100 tokens"):
+    with pytest.raises(ValueError, match="makes 'Ġ' token 224 of 260, and the model has 100 tokens"):
         answers(tmp_path, "! !")
 
 

@@ -201,12 +201,12 @@ def test_every_row_is_taken_once_an_epoch_whoever_asks_from_where() -> None:
 BAD = {
     "column": ({"column": "body"}, "there is no 'body'"),
     "rows": ({"batch_size": 8}, "7 rows are too few: a step takes 8"),
-    "task": ({"task": "speech-seq2seq"}, "has no text 'audio'"),
+    "task": ({"task": "speech-seq2seq"}, "there is no text 'audio', only 'text'"),
     "both": ({"num_train_epochs": 1}, "either max_steps or num_train_epochs"),
     "neither": ({"max_steps": None}, "either max_steps or num_train_epochs"),
     "rate": ({"learning_rate": 0.0}, "learning_rate is 0.0"),
     "field": ({"learning_rat": 1e-3}, "finetune takes no 'learning_rat'"),
-    "empty": ({"eval_data": []}, "there is no prompt"),
+    "empty": ({"eval_data": []}, "eval_data: there is no row in"),
     "rank": ({"r": 0}, "r is 0"),
     "half a rank": ({"r": 2.5}, "r is 2.5"),
     "alpha": ({"lora_alpha": -3}, "lora_alpha is -3"),
@@ -233,6 +233,68 @@ def test_what_cannot_be_trained_is_refused_before_anything_is_loaded(
     with pytest.raises(UsageError, match=cause):
         finetune(models["plain"], rows, tmp_path / "out", **{"max_steps": 1, **changes})
     assert not (tmp_path / "out").exists()
+
+
+@pytest.fixture(scope="module")
+def unloadable(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model that every load fails at: what is said of its rows was said before."""
+    path = make_checkpoint(tmp_path_factory.mktemp("models") / "odd", "llama")
+    config = json.loads((path / "config.json").read_text())
+    (path / "config.json").write_text(json.dumps({**config, "intermediate_size": config["intermediate_size"] * 2}))
+    with pytest.raises(InvalidCheckpoint):
+        finetune(path, ROWS, path / "out", max_steps=1)
+    return path
+
+
+FILES = {
+    "rows.jsonl": ('{"text": "a b"}\n\n{"text": ""}\n{"text": " "}\n', "rows.jsonl:3: there is nothing .*1 other rows"),
+    "rows.csv": ('text,n\n"a\nb",1\n,2\n', "rows.csv:4: there is nothing to learn in 'text'"),
+    "rows.json": ('["a b", ""]', r"rows.json\[1\]: there is nothing to learn in 'text'"),
+    "short.txt": ("a b\na\n", "short.txt:2: .* makes no token beside the first"),
+    "prompts.jsonl": ('{"txt": "a"}\n', "prompts.jsonl:1: there is no 'text', only 'txt'"),
+}
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_a_row_that_teaches_nothing_is_told_by_file_and_line_before_anything_is_loaded(
+    tmp_path: Path, unloadable: Path, name: str
+) -> None:
+    content, cause = FILES[name]
+    (tmp_path / name).write_text(content)
+    for fields in ({"data": tmp_path / name}, {"data": ROWS, "eval_data": tmp_path / name}):
+        with pytest.raises(UsageError, match=cause) as error:
+            finetune(unloadable, out=tmp_path / "out", max_steps=1, **fields)
+        assert error.value.field in (list(fields)[-1], "column")
+        assert "prompt" not in str(error.value).replace(str(tmp_path / name), "")
+
+
+def test_a_row_that_is_written_in_a_list_is_told_by_its_number(tmp_path: Path, unloadable: Path) -> None:
+    for rows, place in ((["ab", ""], "data[1]"), (["ab", "cd", {"text": "  "}], "data[2]"), (["ab", "a"], "data[1]")):
+        with pytest.raises(UsageError, match="nothing to learn") as error:
+            finetune(unloadable, rows, tmp_path / "out", max_steps=1)
+        assert error.value.cause.startswith(f"{place}: ")
+        assert error.value.field == place
+
+
+@pytest.mark.parametrize(
+    ("architecture", "rows", "fields"),
+    [
+        ("llama", ["ab!", "$% &"], {}),
+        ("t5", [{"input": "ab", "text": "a"}, {"input": "$% &", "text": "a"}], {"task": "seq2seq-lm"}),
+        ("t5", [{"input": "ab", "text": "a"}, {"input": "a", "text": "$% &"}], {"task": "seq2seq-lm"}),
+    ],
+)
+def test_a_token_that_the_model_does_not_have_is_told_by_its_row_before_anything_is_loaded(
+    tmp_path: Path, architecture: str, rows: list[Any], fields: dict[str, Any]
+) -> None:
+    model = make_checkpoint(tmp_path / "model", architecture, vocab_size=100)
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    for data, place in ((rows, r"data\[1\]"), (tmp_path / "rows.jsonl", "rows.jsonl:2")):
+        with pytest.raises(
+            UsageError, match=f"{place}: the tokenizer makes 'Ġ' token 224 of 260, .* 100 tokens"
+        ) as error:
+            finetune(model, data, tmp_path / "out", max_steps=1, **fields)
+        assert "resize_token_embeddings" in error.value.cure
 
 
 def test_a_model_of_another_task_is_refused(tmp_path: Path) -> None:

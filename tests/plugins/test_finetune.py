@@ -146,6 +146,7 @@ def test_what_a_plan_says(tmp_path: Path, model: Path) -> None:
 
 WRONG = {
     "column": ({"data": [{"body": "x"}]}, "row|there is no 'text'"),
+    "empty": ({"data": [*ROWS, ""]}, r"data\[6\]: there is nothing to learn in 'text'"),
     "missing": ({"data": "rows.jsonl"}, "there is no file rows.jsonl"),
     "rows": ({"batch_size": 4, "gradient_accumulation_steps": 2}, "6 rows are too few: a step takes 8"),
     "module": ({"lora": {"target_modules": ["q_prj"]}}, "the model has no linear module 'q_prj'"),

@@ -179,7 +179,7 @@ stages:
         ("scoring", "[{prompt: a, continuation: b}]", "{}", "9:13", "BertForSequenceClassification does no scoring"),
         ("scoring", "[a]", "{}", "10:16", "task scoring needs 'continuation', which prompt 0 does not have"),
         ("text-classification", "[a]", "{pair: b}", "10:16", "needs 'b', which prompt 0 does not have"),
-        ("text-classification", "[[{role: user, content: a}]]", "{}", "10:16", "prompt 0 is a chat"),
+        ("text-classification", "[[{role: user, content: a}]]", "{}", "10:17", "prompts[0]: this is a chat"),
     ],
 )
 def test_a_plan_refuses_it_at_its_place(
