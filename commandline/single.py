@@ -6,7 +6,7 @@ import glob
 import json
 import re
 import shlex
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import closing
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,6 +15,7 @@ import click
 
 import bigpipe
 from bigpipe.errors import UsageError
+from bigpipe.files import refuse_overlap
 from bigpipe.orchestrator import recipe, report
 
 from .completing import MODELS
@@ -206,6 +207,8 @@ def _run(asked: recipe.Single, as_json: bool, *, store: Path | None, offline: bo
     taken = Path(asked.to) if asked.to is not None and asked.saved_as is None else None
     if taken is not None and taken.exists() and any(taken.iterdir() if taken.is_dir() else (taken,)):
         raise UsageError(f"{taken} is there already", "name a directory that is not there, or an empty one")
+    if taken is not None:
+        refuse_overlap(taken, filter(Path.exists, map(Path, _flat(asked.models.values()))))
     with closing(report.choose_reporter(own_stderr())) as reporter:
         path = Path(f"bigpipe {asked.name}")
         result = bigpipe.run(path, text=asked.manifest(), reporter=reporter, check=False, store=store, offline=offline)
@@ -216,6 +219,11 @@ def _run(asked: recipe.Single, as_json: bool, *, store: Path | None, offline: bo
     else:
         say(report.results_text(result, screen=screen()))
     fail_all(result.errors)
+
+
+def _flat(models: Iterable[str | tuple[str, ...]]) -> Iterator[str]:
+    for each in models:
+        yield from (each,) if isinstance(each, str) else each
 
 
 COMMANDS = tuple(map(single, SINGLES))

@@ -30,8 +30,17 @@ from bigpipe.bigmodel.checkpoint import (
 from bigpipe.bigmodel.formats import BUILT_IN, PLAIN, decode, decoded, format_of, set_apart
 from bigpipe.bigmodel.quantization import Settings, requantize, torch_threads
 from bigpipe.bigmodel.sources import Sources
-from bigpipe.bigmodel.writing import Conversion, Files, ReportProgress, ShardPlan, convert, is_cast
+from bigpipe.bigmodel.writing import (
+    Conversion,
+    Files,
+    ReportProgress,
+    ShardPlan,
+    convert,
+    is_cast,
+    refuse_in_place,
+)
 from bigpipe.errors import UsageError
+from bigpipe.files import refuse_overlap
 from bigpipe.names import PATH, Given, checked
 from bigpipe.sizes import size_of
 from bigpipe.trust import Trust
@@ -198,6 +207,8 @@ def merge_opened(
     journal: Path | None = None,
 ) -> MergedCheckpoint:
     """`merge_adapter` of what is open; linked and journal as `convert` takes them."""
+    refuse_in_place(checkpoint, out)
+    refuse_overlap(out, [path for adapter in adapters for path in (adapter.path, adapter.file)])
     described = describe_opened(checkpoint)
     bounds = merge.changes(described, [adapter.described for adapter in adapters], sources)
     if is_packed(described):

@@ -28,7 +28,7 @@ from bigpipe.bigmodel.inference import Bound, WorkPlan, compute_share, gather, p
 from bigpipe.bigmodel.placement import Placement
 from bigpipe.bigmodel.sources import Sources
 from bigpipe.errors import StageFailed, UsageError
-from bigpipe.files import explained, make_directory, write_file
+from bigpipe.files import explained, make_directory, refuse_overlap, write_file
 from bigpipe.machine import detect
 from bigpipe.names import FLAG, PATH, TEXT, Given, checked
 from bigpipe.trust import Trust
@@ -214,6 +214,10 @@ def evaluate(
     )  # fmt: skip
     sources = Sources(trust=Trust.of(trust), trust_remote_code=trust_remote_code, base=base)
     own, other = Path(model), None if baseline is None else Path(baseline)
+    read = [Path(path) for path in (model, baseline, adapter) if path is not None]
+    for written in (out, folder):
+        if written is not None:  # what is written there has names of its own, beside what is there
+            refuse_overlap(Path(written), read, around=False)
 
     def bound(work: Path) -> Bound:
         places = _places(placement, own, other, question, sources)
@@ -228,8 +232,8 @@ def evaluate(
         if out is not None:
             make_directory(Path(out))
         place = Path(named)
-        read = [path and _files_of(Path(path)) for path in (model, baseline, adapter)]
-        prepare(place, question, own, other, base or Path(), sources, asked=repr((question, str(dtype), read)))
+        files = [path and _files_of(Path(path)) for path in (model, baseline, adapter)]
+        prepare(place, question, own, other, base or Path(), sources, asked=repr((question, str(dtype), files)))
         compute_share(place, 0, 1, lambda: bound(place), progress=progress)
         found = conclude(place, question, describe_checkpoint(own), sources)
         if out is not None:

@@ -25,7 +25,7 @@ from bigpipe.bigmodel.placement import HALVES, stored_dtype
 from bigpipe.bigmodel.sources import Sources
 from bigpipe.bigmodel.tasks import Row, known_architecture
 from bigpipe.errors import UsageError
-from bigpipe.files import copy_file, make_directory, write_file
+from bigpipe.files import copy_file, make_directory, refuse_overlap, write_file
 from bigpipe.names import PATH, TEXT, Given, checked
 from bigpipe.trust import Trust
 
@@ -247,6 +247,7 @@ def finetune(
     the task is not for, InvalidCheckpoint for files that are damaged, StageFailed for a loss that is no number.
     """
     require_peft()
+    refuse_overlap(Path(out), [Path(path) for path in (model, adapter) if path is not None])
     targets = target_modules if isinstance(target_modules, str | None) else tuple(target_modules)
     asked = _training(task, Lora(r, lora_alpha, lora_dropout, targets), training)
     base, given = Path(os.curdir).absolute(), input_column_of(task, input_column)

@@ -28,7 +28,7 @@ from bigpipe.bigmodel.checkpoint import (
 )
 from bigpipe.bigmodel.formats import castable, decode, decoded, format_of
 from bigpipe.errors import UsageError
-from bigpipe.files import copy_file, lies_in, link, make_folders, real_folders, write_file
+from bigpipe.files import copy_file, link, make_folders, refuse_overlap, write_file
 from bigpipe.machine import cores
 from bigpipe.names import is_text
 from bigpipe.passing import NOBODY, Outlet
@@ -146,13 +146,9 @@ def convert(
 
 
 def refuse_in_place(checkpoint: Checkpoint, out: Path) -> None:
-    """Raise UsageError where `out` is the directory of the checkpoint, lies in it, or holds a file that it is made of,
-    by whatever names."""
-    inside = checkpoint.path.is_dir() and lies_in(out, checkpoint.path)
-    homes = real_folders([*checkpoint.files, *checkpoint.extras])
-    if inside or any(lies_in(place, out) and lies_in(out, place) for place in homes):
-        cure = "write to another directory; a checkpoint is never changed in place"
-        raise UsageError(f"{out}: is where the source is, or lies in it", cure)
+    """Raise UsageError where `out` is the directory of the checkpoint, lies in it, holds it, or holds a file that it is
+    made of, by whatever names: a checkpoint is never changed in place."""
+    refuse_overlap(out, [checkpoint.path, *checkpoint.files, *checkpoint.extras])
 
 
 def carry_side_files(

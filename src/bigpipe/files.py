@@ -22,7 +22,7 @@ import json
 import os
 import stat
 import sys
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from select import POLLOUT, poll
@@ -138,6 +138,26 @@ def _is_same(place: Path, other: Path) -> bool:
         return os.path.samestat(place.stat(), other.stat())
     except OSError:
         return False
+
+
+def refuse_overlap(out: Path, read: Iterable[Path], *, around: bool = True) -> None:
+    """Raise UsageError where the directory `out`, which is to be written, is one that is read, lies in it or holds it,
+    or is where its files lead to, by whatever names and links. read: directories and files. around: may `out` not hold
+    them either? A directory that is read as a whole, such as a model's, would have them among its files."""
+    given = list(read)
+    folders = [path for path in given if path.is_dir()]
+    files = [path for path in given if not path.is_dir()]
+    for folder in folders:
+        with explained(folder):
+            files += folder.iterdir()
+    cure = "write to another directory, apart from what is read"
+    for folder in folders:
+        if lies_in(out, folder):
+            raise UsageError(f"{out}: is where the source is, or lies in it: {folder}", cure, field="out")
+        if around and lies_in(folder, out):
+            raise UsageError(f"{out}: holds the source, {folder}", cure, field="out")
+    if any(lies_in(place, out) and lies_in(out, place) for place in real_folders(files)):
+        raise UsageError(f"{out}: is where the source is: its files lie there", cure, field="out")
 
 
 def real_folders(files: Collection[Path]) -> set[Path]:

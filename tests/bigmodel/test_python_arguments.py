@@ -181,6 +181,33 @@ def test_a_loaded_model_is_not_saved_over_what_it_was_loaded_from(model: Path, t
     assert bigpipe.load(tmp_path / "half", dtype="auto").lm_head.weight.dtype == torch.float16
 
 
+@pytest.mark.filterwarnings("ignore:.*gradient_checkpointing.* is deprecated:FutureWarning")  # peft asks for it
+def test_nothing_is_written_where_a_model_or_an_adapter_is_read(model: Path, tmp_path: Path) -> None:
+    pytest.importorskip("peft")
+    base, adapter = shutil.copytree(model, tmp_path / "all" / "base"), tmp_path / "all" / "adapter"
+    (tmp_path / "text.txt").write_text("the cat sat on the mat")
+    bigpipe.finetune(base, ["the cat sat"], adapter, max_steps=1)
+    (tmp_path / "link").symlink_to(adapter)
+    before = {path: path.read_bytes() for path in (tmp_path / "all").rglob("*") if path.is_file()}
+    text = tmp_path / "text.txt"
+    calls: dict[str, Any] = {
+        "merge": lambda out: bigpipe.merge_adapter(base, adapter, out),
+        "finetune": lambda out: bigpipe.finetune(base, ["the cat"], out, adapter=adapter, max_steps=1),
+        "folder": lambda out: bigpipe.evaluate(base, text, adapter=adapter, folder=out),
+        "out": lambda out: bigpipe.evaluate(base, text, adapter=adapter, out=out),
+    }
+    places = [base, base / "new", adapter, adapter / "new", tmp_path / "link", tmp_path / "link" / "new"]
+    for name, call in calls.items():
+        holding = [tmp_path / "all"] if name in ("merge", "finetune") else []  # reports lie beside anything
+        for out in (*places, *holding):
+            with pytest.raises(UsageError, match=r"is where the source is|holds the source") as error:
+                call(out)
+            assert error.value.field == "out"
+            assert str(tmp_path / "all") in error.value.cause
+    assert {path: path.read_bytes() for path in (tmp_path / "all").rglob("*") if path.is_file()} == before
+    bigpipe.merge_adapter(base, adapter, tmp_path / "all" / "merged")
+
+
 @pytest.mark.parametrize("source", [None, 5, torch.nn.Linear])
 def test_what_is_no_model_is_not_saved(source: Any, tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="is no model"):

@@ -276,6 +276,11 @@ def test_a_checkpoint_is_never_quantized_in_place(tmp_path: Path) -> None:
         for write in (partial(quantize, scheme="int8"), save_checkpoint):
             with pytest.raises(UsageError, match="is where the source is"):
                 write(source, out)
+    (tmp_path / "around").symlink_to(tmp_path)
+    for out in (tmp_path, tmp_path / "around"):
+        for write in (partial(quantize, scheme="int8"), save_checkpoint):
+            with pytest.raises(UsageError, match="holds the source"):
+                write(source, out)
     assert {file.name: file.read_bytes() for file in source.iterdir()} == before
 
 
