@@ -13,7 +13,7 @@ from bigpipe.errors import ManifestError
 from bigpipe.orchestrator import report
 from bigpipe.tables import columns
 
-from .completing import NODES
+from .completing import NODES, RUNS
 from .options import JOBS, JSON, MANIFEST, OFFLINE, PARAMS, STORE
 from .printing import fail_all, own_stderr, say, screen, show, show_json
 
@@ -145,14 +145,19 @@ def why(manifest: Path, node: str, as_json: bool, **options: Any) -> None:
 @click.option(
     "--format", "form", type=click.Choice(["text", "mermaid", "dot", "svg"]), default="text", show_default=True
 )
+@click.option("--run", shell_complete=RUNS, help="Say what this run made of the nodes: an id, the start of one, last.")
 @JSON
-def graph(manifest: Path, params: dict[str, str], form: str, as_json: bool) -> None:
+@STORE
+def graph(
+    manifest: Path, params: dict[str, str], form: str, run: str | None, as_json: bool, store: Path | None
+) -> None:
     """Draw the nodes after matrix expansion, and what they stand on.
 
     Example: bigpipe graph manifests/matrix_int8_nf4.yaml --format mermaid
     """
     recipe = bigpipe.load_manifest(manifest, params=params)
-    show(as_json, lambda: report.graph_json(recipe), lambda: report.graph_text(recipe, form))
+    became = report.became_of(recipe, run, store=store) if run else {}
+    show(as_json, lambda: report.graph_json(recipe, became), lambda: report.graph_text(recipe, form, became))
 
 
 @click.command()

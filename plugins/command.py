@@ -64,6 +64,7 @@ STAGE = Stage(
     output="directory",
     outputs=("checkpoint", "report", "results"),
     output_field="produces",
+    metrics_field="metrics",
     placeholders=("input", "out", "python"),
     run=late("bigpipe.plugins.commanding:run"),
     forecast=late("bigpipe.plugins.commanding:forecast"),

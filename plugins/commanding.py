@@ -87,6 +87,8 @@ def run(params: CommandParams, context: StageContext) -> StageResult:
         cure = "name a program that this machine can run"
         raise StageFailed(f"{params.argv[0]} cannot be started: {error.strerror}", cure, field="argv[0]") from error
     _require_success(params, ended)
+    if context.out.is_dir() and not context.out.is_symlink():
+        _lead_links_back(context)
     _check_output(params, context.out)
     metrics = read_metrics(context.out / params.metrics) if params.metrics else {}
     return StageResult(CommandMetrics.model_validate(metrics), type=params.produces)
@@ -101,6 +103,21 @@ def _filled_in(argv: Sequence[str], context: StageContext) -> Iterator[str]:
             yield from map(str, context.inputs.get(whole[2], ()))
         else:
             yield PLACEHOLDER.sub(lambda found: own[found[3]] if found[3] else str(context.input(found[2])), argument)
+
+
+def _lead_links_back(context: StageContext) -> None:
+    """The files of an input may be links, relative to where they lie. A tool that copies them as such, like `cp -r`,
+    means what they lead to."""
+    links = [path for folders in context.inputs.values() for folder in folders for path in _links_below(folder)]
+    meant = {os.readlink(path): os.path.realpath(path) for path in links}
+    for path in _links_below(context.out):
+        if not path.exists() and (target := meant.get(os.readlink(path))) is not None:
+            path.unlink()
+            path.symlink_to(target)
+
+
+def _links_below(folder: Path) -> list[Path]:
+    return [path for path in folder.rglob("*") if path.is_symlink()]
 
 
 def _require_success(params: CommandParams, ended: Ended) -> None:
@@ -121,7 +138,7 @@ def _check_output(params: CommandParams, out: Path) -> None:
     if out.is_symlink() or not out.is_dir():
         cure = "write into the directory that is passed as ${out}, and leave it where it is"
         raise StageFailed("the command replaced or removed ${out}", cure, field="argv")
-    if not any(out.iterdir()):
+    if not any(path.is_symlink() or not path.is_dir() for path in out.rglob("*")):
         cure = "write the result under ${out}, which is passed as an argument"
         raise StageFailed("the command wrote nothing under ${out}", cure, field="argv")
     if params.produces == "checkpoint":

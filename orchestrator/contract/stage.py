@@ -278,6 +278,8 @@ class Stage(Generic[P]):
     takes one of them may be wired, and whoever stands behind it checks what comes."""
     output_field: str = ""
     """The field of the params that says which of these types it has."""
+    metrics_field: str = ""
+    """The field of the params that says where its metrics come from; where it is not written, there are none."""
     open_ports: Port | None = None
     """What ports of any other name are; None: there are no others."""
     placeholders: tuple[str, ...] = ()

@@ -46,6 +46,16 @@ def _joined(groups: Iterable[tuple[str, ...]]) -> tuple[str, ...]:
     return tuple(dict.fromkeys(chain.from_iterable(groups)))
 
 
+def _not_measured(stage: Wired, metric: str) -> tuple[str, str] | None:
+    """Return cause and cure where the stage will have no such metric."""
+    if stage.kind is None:
+        return None
+    source, given = stage.kind.metrics_field, stage.settings.get("with")
+    if source and (not isinstance(given, dict) or given.get(source) is None):
+        return f"no metric {metric!r} without `{source}`", f"say where the metrics come from: with: {{{source}: …}}"
+    return wrong_metric(stage.kind.metrics, metric)
+
+
 class Reading(NamedTuple):
     """What the settings of a stage give, before it is wired to others."""
 
@@ -265,7 +275,7 @@ class Expansion:
                 self.problems.add(Fault.UNKNOWN_STAGE, path, f"no stage {name!r}", cure, part=metric)
             return False
         kind = self.stages[name].kind
-        wrong = wrong_metric(kind.metrics, metric) if kind is not None else None
+        wrong = _not_measured(self.stages[name], metric)
         if kind is None or wrong is None:
             return kind is not None
         cause, cure = wrong

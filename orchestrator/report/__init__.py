@@ -8,6 +8,7 @@ if TYPE_CHECKING:
     from .answers import ANSWERS, outputs_schema
     from .drawing import STYLE, Drawn, graph
     from .freeing import collect_garbage, remove
+    from .graphs import became_of, graph_json, graph_text
     from .inspection import (
         Inspection,
         diff_runs,
@@ -22,7 +23,7 @@ if TYPE_CHECKING:
     from .outcomes import answered, as_bigpipe_error, refused
     from .page import report_runs, write_report
     from .reference import kinds_json, kinds_markdown, kinds_overview
-    from .rendering import graph_json, graph_text, metrics_line, plan_json, results_text, why_text
+    from .rendering import metrics_line, plan_json, results_text, why_text
     from .reporters import choose_reporter
     from .shown import clean, error_text, json_text
     from .watching import follow_log, follow_run, positions, run_ids, running

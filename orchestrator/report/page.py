@@ -18,19 +18,19 @@ from typing import Literal
 from bigpipe.errors import UsageError
 from bigpipe.files import explained, make_directory, write_file
 from bigpipe.orchestrator.contract import Json
-from bigpipe.orchestrator.running import NodeRun, RunRecord, records
+from bigpipe.orchestrator.running import RunRecord, records
 from bigpipe.orchestrator.store import KeyRecord, Store
 from bigpipe.redaction import printable
 from bigpipe.sizes import MOST, format_size, format_transfer
 
-from .drawing import STYLE, Bar, Drawn, bars, graph, line
+from .drawing import STYLE, Bar, bars, graph, line
+from .graphs import MARKS, drawn, mermaid_text
 from .inspection import Inspection, diff_runs, open_store, told
-from .rendering import first_results, mermaid_text, metrics_line
+from .rendering import first_results, metrics_line
 from .shown import clean
 
 Form = Literal["html", "markdown"]
 ENDINGS: Mapping[str, Form] = {".html": "html", ".md": "markdown"}
-MARKS = {"succeeded": "✓", "cached": "✓", "failed": "✗", "skipped": "–", "running": "…", "dead": "✗", "pending": "·"}
 TEXTS, LONGEST = 20, 400
 """Rows of results, and characters of each text."""
 FEW_NODES = 200
@@ -105,14 +105,9 @@ def _told(store: Store, record: RunRecord) -> Told:
         _origin(record, kept),
     ]
     errors = {name: node.error for name, node in record.nodes.items() if node.error}
-    drawn = graph([_drawn(name, node) for name, node in record.nodes.items()]) if len(record.nodes) <= FEW_NODES else ""
-    return Told(record, [table for table in tables if table.rows], drawn, errors)
-
-
-def _drawn(name: str, node: NodeRun) -> Drawn:
-    became = f", {node.seconds:.1f} s" if node.status == "succeeded" else f": {node.status}"
-    became = ": left" if node.verdict.startswith("left: ") else became
-    return Drawn(name, f"{node.kind or 'node'}{became}", node.status, MARKS.get(node.status, ""), node.after)
+    few = len(record.nodes) <= FEW_NODES
+    drawing = graph([drawn(name, node) for name, node in record.nodes.items()]) if few else ""
+    return Told(record, [table for table in tables if table.rows], drawing, errors)
 
 
 def _nodes(record: RunRecord, kept: Mapping[str, KeyRecord]) -> Table:

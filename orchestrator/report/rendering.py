@@ -17,7 +17,6 @@ from bigpipe.sizes import format_size, format_transfer
 from bigpipe.tables import PLAIN, Screen, columns
 
 if TYPE_CHECKING:
-    from bigpipe.orchestrator.recipe import Node, Recipe
     from bigpipe.orchestrator.running import RunResult
 
 
@@ -146,73 +145,3 @@ def metrics_line(metrics: Mapping[str, Json], limit: int = 72) -> str:
         shown = format_transfer(value) if "bytes" in key else f"{value:.4g}" if isinstance(value, float) else str(value)
         parts.append(f"{key} {shown}")
     return _shortened(", ".join(parts), limit)
-
-
-def graph_json(recipe: Recipe) -> dict[str, Json]:
-    """Return `bigpipe.graph/1`."""
-    nodes = {
-        name: {"kind": node.kind.kind, "inputs": {port: list(wired) for port, wired in node.inputs.items()},
-               "needs": list(node.needs), "first": _first_json(node)}
-        for name, node in recipe.nodes.items()
-    }  # fmt: skip
-    return {"schema": "bigpipe.graph/1", "manifest": str(recipe.path), "nodes": nodes}
-
-
-def _first_json(node: Node) -> Json:
-    first = node.first
-    return {"axis": first.axis, "of": first.of, "values": [each.value for each in first.choices]} if first else None
-
-
-def edge_labels(recipe: Recipe) -> dict[tuple[str, str], str]:
-    """Return `scheme: nf4` of each edge from a variant that may be taken to the node that takes the first."""
-    found: dict[tuple[str, str], list[str]] = {}
-    for node in recipe.nodes.values():
-        for choice in node.first.choices if node.first else ():
-            for name in {*choice.own, choice.judge}:
-                found.setdefault((name, node.name), []).append(f"{node.first and node.first.axis}: {choice.value}")
-    return {edge: texts[0] for edge, texts in found.items() if len(texts) == 1}
-
-
-def mermaid_text(text: str) -> str:
-    """Return a text as it stands between quotes in Mermaid
-    (https://mermaid.js.org/syntax/flowchart.html#entity-codes-to-escape-characters)."""
-    return text.replace('"', "#quot;")
-
-
-def _in_short(node: Node) -> str:
-    return node.kind.kind + (f", the first {node.first.axis}" if node.first else "")
-
-
-def _escaped(text: str) -> str:
-    """A text as it stands between quotes in dot."""
-    return text.replace("\\", r"\\").replace('"', r"\"")
-
-
-def graph_text(recipe: Recipe, form: str = "text") -> str:
-    """Return the graph as text, or in a language that draws it: mermaid, dot, svg."""
-    edges, labels = list(recipe.graph.edges), edge_labels(recipe)
-    if form == "mermaid":
-        ids = {name: f"n{index}" for index, name in enumerate(recipe.nodes)}
-        lines = [f'    {ids[name]}["{mermaid_text(name)}"]' for name in recipe.nodes]
-        arrows = {edge: f'-. "{mermaid_text(text)}" .->' for edge, text in labels.items()}
-        drawn = (f"    {ids[a]} {arrows.get((a, b), '-->')} {ids[b]}" for a, b in edges)
-        return "\n".join(["graph TD", *lines, *drawn])
-    if form == "svg":
-        from .drawing import STYLE, Drawn, graph
-
-        return graph(
-            [Drawn(name, _in_short(node), after=node.predecessors) for name, node in recipe.nodes.items()], STYLE
-        )
-    if form == "dot":
-        ids = {name: _escaped(name) for name in recipe.nodes}
-        lines = [f'    "{ids[name]}" [label="{ids[name]}\\n{node.kind.kind}"];' for name, node in recipe.nodes.items()]
-        told = {edge: f' [style=dashed, label="{_escaped(text)}"]' for edge, text in labels.items()}
-        drawn = (f'    "{ids[a]}" -> "{ids[b]}"{told.get((a, b), "")};' for a, b in edges)
-        return "\n".join(["digraph recipe {", *lines, *drawn, "}"])
-    rows = []
-    for name, node in recipe.nodes.items():
-        wires = [f"{port}: {', '.join(names)}" for port, names in node.inputs.items()]
-        wires += [f"needs: {', '.join(node.needs)}"] if node.needs else []
-        wires += [f"the first {node.first.axis} that passes {node.first.of}"] if node.first else []
-        rows.append((name, node.kind.kind, "; ".join(wires)))
-    return columns(rows)

@@ -241,7 +241,8 @@ class Collector:
         except UnicodeEncodeError:
             raise StageFailed(f"a file name in the output is not UTF-8: {name!r}", "give it another name") from None
         except FileNotFoundError:
-            raise StageFailed(f"{name} in the output is a link to nothing: {os.readlink(path)}") from None
+            cure = "copy the file that a link leads to (`cp -L`), or link to it by its absolute path"
+            raise StageFailed(f"{name} in the output is a link to nothing: {os.readlink(path)}", cure) from None
         facts = os.stat(real)
         if not stat.S_ISREG(facts.st_mode):
             what = "a link to a directory; link its files" if stat.S_ISDIR(facts.st_mode) else "no regular file"

@@ -20,6 +20,8 @@ AFTER_ITS_END = 1.0
 """Seconds in which the rest of the output is read; something that a program left running may hold it open."""
 NOTES = frozenset({".git", ".cache", "__pycache__"})
 """Directories that hold what tools noted down."""
+ENDS_THE_GROUP = "import os, signal, sys; sys.stdin.buffer.read(); os.killpg(0, signal.SIGKILL)"
+"""What a program's keeper does: waits until nobody can write to it, then ends the group that both are in."""
 _SET_PARENT_DEATH_SIGNAL = 1  # PR_SET_PDEATHSIG of <linux/prctl.h>
 
 
@@ -48,8 +50,27 @@ def run_program(
     argv: Sequence[str], *, folder: Path, environment: Mapping[str, str], output: BinaryIO | None = None
 ) -> Ended:
     """Run a program in `folder` to its end, in this process's session, and pass on what it prints, both streams.
-    output: where to; by default this process's own. Call it from a thread that lives until then. Raise OSError where it
-    cannot be started."""
+    output: where to; by default this process's own. Call it from a thread that lives until then; if this process is
+    killed before, all of its group is ended, the program and what that started. Raise OSError where it cannot be
+    started."""
+    with _keeper():
+        return _run(argv, folder, environment, output or sys.stdout.buffer)
+
+
+@contextlib.contextmanager
+def _keeper() -> Iterator[None]:
+    """While it is open, another process of this group looks whether this one lives."""
+    import subprocess
+
+    argv = [sys.executable, "-I", "-S", "-c", ENDS_THE_GROUP]
+    with subprocess.Popen(argv, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, cwd="/") as keeper:
+        try:
+            yield
+        finally:
+            keeper.kill()  # before its input ends
+
+
+def _run(argv: Sequence[str], folder: Path, environment: Mapping[str, str], output: BinaryIO) -> Ended:
     import subprocess
 
     parent, tie = os.getpid(), death_with_parent()
@@ -65,7 +86,7 @@ def run_program(
     )  # fmt: skip
     last: deque[bytes] = deque([b""], maxlen=LAST_LINES + 1)
     assert child.stdout is not None  # noqa: S101  it is a pipe
-    reader = threading.Thread(target=_pass_on, args=(child.stdout, output or sys.stdout.buffer, last), daemon=True)
+    reader = threading.Thread(target=_pass_on, args=(child.stdout, output, last), daemon=True)
     reader.start()
     status = child.wait()
     reader.join(AFTER_ITS_END)

@@ -299,3 +299,25 @@ def test_what_a_gate_that_does_not_hold_does(workshop, on_fail, exit_code, b, c)
     again = workshop.run(keep_going=on_fail == "stop")
     assert workshop.ran == ["c"] * (on_fail == "stop" and c == "any" and statuses(result)["c"] == "skipped")
     assert (again.exit_code, again.nodes["a"].verdict) == (exit_code, told.get(on_fail, ""))
+
+
+@pytest.mark.parametrize("form", ["text", "mermaid", "dot", "svg"])
+def test_a_graph_says_what_a_run_made_of_it(workshop, form):
+    run = workshop.run(FALL).run
+    graph = ["graph", "recipe.yaml", "--format", form]
+    before, drawn = (workshop.command(*graph, *more).stdout for more in ((), ("--run", run)))
+    assert "left" not in before
+    told = (": left", "join, ") if form == "svg" else (f"left: {LEFT}", f"takes text ccc; dddd is left: {LEFT}")
+    assert all(said.replace("<", "&lt;") in drawn or said in drawn for said in told), drawn
+
+
+def test_a_graph_of_a_run_in_json(workshop):
+    workshop.run(FALL)
+    nodes = json.loads(workshop.command("graph", "recipe.yaml", "--run", "last", "--json").stdout)["nodes"]
+    assert nodes["check@text=dddd"]["verdict"] == f"left: {LEFT}"
+    assert [row["came_to"] for row in nodes["use"]["tried"]] == ["left", "taken", "not run"]
+    assert nodes["make@text=bb"]["status"] == "skipped"
+    workshop.manifest.write_text("version: 1\nname: x\nstages: {other: {uses: write, with: {text: a}}}\n")
+    refused = workshop.command("graph", "recipe.yaml", "--run", "last")
+    assert refused.returncode == 2
+    assert "knows none of the nodes of" in refused.stderr

@@ -161,9 +161,28 @@ def test_what_it_made_is_checked(workshop, name, text, more, cause):
     assert result.exit_code == 6
 
 
+@pytest.mark.parametrize("copy", ["cp -r $0/. $1", "mkdir -p $1/a/b && cp -r $0/. $1/a/b", "cp -rL $0/. $1"])
+def test_an_input_may_be_copied_as_the_links_it_is(workshop, copy):
+    text = recipe(f"[bash, -c, '{copy}', '${{input.one}}', '${{out}}']", stage=", inputs: {one: one}")
+    text += "  one: {uses: write, with: {text: hello}}\n"
+    result = workshop.run(text)
+    assert result.exit_code == 0, result.errors
+    assert [path.read_text() for path in result.path("it").rglob("text")] == ["hello"]
+
+
 def test_nothing_under_out_is_no_result(workshop):
-    error = workshop.run(recipe("['${python}', -c, pass]")).errors[0]
-    assert "wrote nothing under ${out}" in error.cause
+    for script in ("pass", "import os, sys; os.makedirs(sys.argv[1] + '/only/folders')"):
+        error = workshop.run(recipe(f"['${{python}}', -c, \"{script}\", '${{out}}']")).errors[0]
+        assert "wrote nothing under ${out}" in error.cause
+
+
+def test_a_gate_needs_a_file_of_metrics(workshop):
+    with pytest.raises(ManifestError) as caught:
+        workshop.run(recipe("[x]", "produces: directory", stage=', gates: ["letters <= 3"]'))
+    (problem,) = caught.value.problems
+    assert problem.cause == "no metric 'letters' without `metrics` in command"
+    assert "with: {metrics: …}" in problem.cure
+    assert problem.place.line == 4
 
 
 @pytest.mark.parametrize(
@@ -260,10 +279,6 @@ def marked(mark: str) -> dict[int, str]:
     return found
 
 
-def alive(mark: str, *, tool_only: bool) -> list[str]:
-    return [line for line in marked(mark).values() if "subprocess" in line or not tool_only]
-
-
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
 @pytest.mark.parametrize("end", ["timeout", "interrupt", "kill"])
 def test_it_ends_with_its_children(workshop, end):
@@ -280,8 +295,7 @@ def test_it_ends_with_its_children(workshop, end):
         run.send_signal(signal.SIGINT if end == "interrupt" else signal.SIGKILL)
     said = run.communicate(timeout=60)[1].decode()
     assert run.returncode == {"timeout": 6, "interrupt": 130, "kill": -9}[end], said
-    # Of a command that was killed the kernel ends the tool; what the tool started itself is the tool's affair.
-    while (left := alive(mark, tool_only=end == "kill")) and time.monotonic() < deadline:
+    while (left := list(marked(mark).values())) and time.monotonic() < deadline:
         time.sleep(0.1)
     for pid in marked(mark):
         os.kill(pid, signal.SIGKILL)
