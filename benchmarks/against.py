@@ -2,8 +2,8 @@
 
     python benchmarks/against.py CHECKOUT [--only noop plan …] [--rounds 5] [--size 1.3B] [--folder DIR]
 
-Every row is done by both, as whole processes that alternate, with the same interpreter and libraries: the quickstart
-and 343 stages with nothing to do, the first plan of 10,000 nodes (written out, and as a matrix), the estimate of
+Every row is done by both, as whole processes that alternate, with the same interpreter and libraries: seven stages
+and 343 with nothing to do, the first plan of 10,000 nodes (written out, and as a matrix), the estimate of
 Llama-3.1-405B from a loopback Hub, resharding, int8, double-quantized nf4, and the whole recipe of `recipe.py`.
 Only the command and what `import bigpipe` offers are used, so that any two checkouts can be compared. Files are written
 cold and synced inside the timing. Medians; the ratio is ours to theirs.
@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import Any
 
 from machine import alternate, facts, median, whole_process
-from noop import ROOT, planned, quickstart, wide
+from noop import ROOT, planned, seven, wide
 from recipe import QUANTIZE, RECIPE, SERVER, SHARD
 from reshard import forget
 
@@ -103,7 +103,7 @@ def timed(command: Sequence[str], **options: Any) -> tuple[float, float, int]:
 def noop(sides: Sides, stages: int) -> dict[str, Any]:
     def arm(side: str) -> Callable[[], tuple[float, float, int]]:
         folder = sides.place(side)
-        command = quickstart(folder) if stages == 7 else wide(folder, stages)
+        command = seven(folder) if stages == 7 else wide(folder, stages)
         options = {"cwd": folder, "env": sides.environment(side)}
         subprocess.run(command, check=True, stdout=subprocess.DEVNULL, **options)
         return partial(timed, command, **options)

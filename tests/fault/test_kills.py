@@ -19,7 +19,7 @@ from support.workshop import environment
 from bigpipe.orchestrator.store.store import Store
 
 ROOT = Path(__file__).parents[2]
-NODES = ["download", "estimate", "shard", "quantize", "dispatch", "generate", "save"]
+NODES = ["download", "estimate", "shard", "quantize", "evaluate", "dispatch", "generate", "save"]
 QUICKSTART = "manifests/quickstart.yaml"
 WITHOUT_RANKS = """\
 version: 1
@@ -86,7 +86,7 @@ def test_kill_in_every_node(quickstart):
         with Store(quickstart / "store") as store:
             assert store.verify().clean, node
     nodes = ended(quickstart, QUICKSTART)
-    assert [nodes[name]["status"] for name in NODES[:-2]] == ["cached"] * 5
+    assert [nodes[name]["status"] for name in NODES[:-2]] == ["cached"] * 6
     assert {node["status"] for node in ended(quickstart, QUICKSTART).values()} == {"cached"}
 
 
