@@ -5,13 +5,13 @@ BIN := $(VENV)/bin
 
 ON_GPU = PYTHONPATH=build/gpu timeout --signal INT $(1) $(or $(GPU_PYTHON),$(BIN)/python)
 
-.PHONY: quickstart test browser check format bench slow fault attack gpu reference snapshot clean
+.PHONY: quickstart test browser check types layers format bench slow fault attack gpu reference snapshot clean
 
 quickstart: $(VENV)/.ready  ## run the main job on the model that ships with the repository
 	$(BIN)/bigpipe run manifests/quickstart.yaml
 
-test: $(VENV)/.ready-dev  ## the fast test suite
-	$(BIN)/python -m pytest -q
+test: $(VENV)/.ready-dev  ## the fast test suite, a worker for each core; FILES="tests/test_cli.py" for less, with one
+	$(BIN)/python -m pytest -q $(or $(FILES),-n auto --dist worksteal)
 
 browser: $(VENV)/.ready-dev  ## the page in a real browser; skipped where Chromium or axe-core cannot be had
 	-$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[browser]'
@@ -35,10 +35,14 @@ gpu: $(if $(GPU_PYTHON),,$(VENV)/.ready-dev)  ## tests and benchmarks on one NVI
 	$(call ON_GPU,200) -m pytest -q -m gpu -W default --timeout 100 -n 4; tests=$$?; \
 	$(call ON_GPU,260) benchmarks/gpu.py --out build/gpu.json $(BENCH) || exit 1; exit $$tests
 
-check: $(VENV)/.ready-dev  ## formatting, lint, types, layers, layout
+check: types layers  ## formatting, lint, types, layers, layout; -j 2 does them side by side
+
+types: $(VENV)/.ready-dev
+	MYPYPATH=src $(BIN)/mypy -p bigpipe
+
+layers: $(VENV)/.ready-dev
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
-	MYPYPATH=src $(BIN)/mypy -p bigpipe
 	$(BIN)/lint-imports
 	$(BIN)/python -m pytest -q tests/test_layout.py
 
