@@ -1,15 +1,22 @@
-"""Answers that are kept: on disk, each in a sealed file of its own, counted only as it was written; or with a value."""
+"""Answers that are kept: on disk, each in a sealed file of its own, counted only as it was written; in this process;
+or with a value."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import wraps
 from pathlib import Path
+from threading import Lock
 from typing import Any, Concatenate, ParamSpec, TypeVar
 
 from bigpipe.files import Damaged, make_directory, read_sealed, write_sealed
 from bigpipe.redaction import redact
+
+LARGEST = 16 << 20
+"""Characters of JSON that one process keeps; the oldest answers go first."""
+_said: dict[str, str] = {}
+_saying = Lock()
 
 
 def remember(path: Path, answer: Any) -> None:
@@ -30,6 +37,26 @@ def recall(path: Path) -> Any:
     except (OSError, Damaged, ValueError, TypeError):
         return None
     return answer if name == path.name else None
+
+
+def answered(file: Path | None, key: str, ask: Callable[[], Mapping[str, Any]]) -> dict[str, Any]:
+    """Return the JSON object that is kept in `file`, that this process was told under `key`, or that `ask` gives now;
+    what it raises is not kept. key: a digest of everything the answer depends on."""
+    if file and (found := recall(file)):
+        return dict(found)
+    text = _said.get(key) or _keep(key, json.dumps(ask()))
+    answer: dict[str, Any] = json.loads(text)  # a copy: whoever changes theirs changes nobody else's
+    if file:
+        remember(file, answer)
+    return answer
+
+
+def _keep(key: str, text: str) -> str:
+    with _saying:
+        _said[key] = text
+        while sum(map(len, _said.values())) > LARGEST:
+            del _said[next(iter(_said))]
+    return text
 
 
 Owner = TypeVar("Owner")

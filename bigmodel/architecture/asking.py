@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from bigpipe.bigmodel.checkpoint import ARCHITECTURE_FILE, MAX_CONFIG, read_json
-from bigpipe.bigmodel.memo import recall, remember
+from bigpipe.bigmodel.memo import answered
 from bigpipe.bigmodel.sources import Sources
 from bigpipe.environment import inherited
 from bigpipe.errors import BY_NAME, InvalidCheckpoint, UsageError
@@ -216,16 +216,16 @@ def _read(file: Path) -> dict[str, Any]:
 
 def _answer(request: Request, memo: Path | None) -> dict[str, Any]:
     """What the child process says or has said. Raise the error that it names."""
-    file = memo and memo / "architectures" / f"{request_key(request)}.json"
-    if file and (said := recall(file)):
-        return dict(said)
-    asked, what = json.dumps(asdict(request), default=str), "building the model's class"
-    answer = ask_child("bigpipe.bigmodel.architecture.instantiation", asked, what, request.limits)
-    if "error" in answer:
-        raise BY_NAME.get(answer["error"], UsageError)(answer["cause"], answer["cure"])
-    if file:
-        remember(file, answer)
-    return answer
+    key, what = request_key(request), "building the model's class"
+
+    def ask() -> dict[str, Any]:
+        asked = json.dumps(asdict(request), default=str)
+        answer = ask_child("bigpipe.bigmodel.architecture.instantiation", asked, what, request.limits)
+        if "error" in answer:
+            raise BY_NAME.get(answer["error"], UsageError)(answer["cause"], answer["cure"])
+        return answer
+
+    return answered(memo / "architectures" / f"{key}.json" if memo else None, key, ask)
 
 
 def request_key(request: Request) -> str:

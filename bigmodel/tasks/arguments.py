@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from bigpipe.bigmodel.architecture import text_config
-from bigpipe.bigmodel.memo import recall, remember
+from bigpipe.bigmodel.memo import answered
 from bigpipe.bigmodel.sources import Sources
 from bigpipe.errors import UsageError
 from bigpipe.files import write_file
@@ -121,23 +121,21 @@ def check_values(
 ) -> None:
     """Raise UsageError where transformers does not take a value, or one has no effect beside the others. own: what the
     model's generation_config.json says, which holds where an argument is left out; None: not known. config: the
-    model's, complete; None: not known. The answer is kept in the memo. Raise
+    model's, complete; None: not known. The answer is kept. Raise
     InvalidCheckpoint where more sequences are made of a prompt than the limits allow."""
     from bigpipe.bigmodel.architecture import ask_child
 
     if not arguments and not own:
         return
     refuse_sequences({**(own or {}), **arguments}, sources.trust.limits)
-    memo = sources.memo
     model = {"vocabulary": _vocabulary(config), "encodes": bool(config.get("is_encoder_decoder"))} if config else None
     question = json.dumps({"arguments": as_floats(arguments), "own": own, "model": model}, sort_keys=True, default=str)
     key = hashlib.sha256(f"{package_version('transformers')} {question}".encode()).hexdigest()
-    file = memo / "generation" / f"{key}.json" if memo else None
-    answer = file and recall(file)
-    if not answer:
-        answer = ask_child(__name__, question, "checking the arguments of `generate`", sources.trust.limits)
-        if file:
-            remember(file, answer)
+    answer = answered(
+        sources.memo / "generation" / f"{key}.json" if sources.memo else None,
+        key,
+        lambda: ask_child(__name__, question, "checking the arguments of `generate`", sources.trust.limits),
+    )
     if answer["wrong"]:
         cure = "transformers documents what it takes under GenerationConfig"
         mend = "mend the model's file, or say otherwise under `generation`"
