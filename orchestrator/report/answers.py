@@ -160,10 +160,10 @@ class Wired(Strict):
     inputs: dict[str, list[str]]
     needs: list[str]
     first: dict[str, Any] | None
-    status: str | None = None
+    status: str | None
     """What a run made of it, where one was asked about; `verdict` and `tried` as in its record."""
-    verdict: str | None = None
-    tried: list[dict[str, str]] | None = None
+    verdict: str | None
+    tried: list[dict[str, str]] | None
 
 
 class Graph(Answer):

@@ -53,7 +53,7 @@ def graph_json(recipe: Recipe, became: Mapping[str, NodeRun] = UNKNOWN) -> dict[
 
 
 def _became_json(node: NodeRun | None) -> dict[str, Json]:
-    return {"status": node.status, "verdict": node.verdict, "tried": node.tried} if node else {}
+    return {name: getattr(node, name, None) for name in ("status", "verdict", "tried")}
 
 
 def _first_json(node: Node) -> Json:
