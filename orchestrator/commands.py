@@ -16,6 +16,7 @@ from bigpipe.files import make_directory, write_file
 from bigpipe.machine import MACHINE
 from bigpipe.names import Given, as_names, checked
 from bigpipe.redaction import conceal_environment
+from bigpipe.versions import not_installed
 
 from . import lock as lock_file
 from .contract import Event, Json, Machine, OneAtATime, Reporter
@@ -88,6 +89,7 @@ def _run(
             lock_file.enforce(session)
         planned = with_parameters(make_plan(session))
         refuse(planned, keep_going=keep_going)
+        require_installed(planned)
         result = run_plan(session, planned, reporter or OneAtATime(), jobs=jobs, keep_going=keep_going)
         if locked:
             lock_file.enforce_outputs(session, result.records)
@@ -151,6 +153,15 @@ def refuse(plan: Plan, *, keep_going: bool = False) -> None:
     for error in plan.errors():
         if isinstance(error, GateFailed) and (keep_going or _survivable(plan, error)):
             continue
+        raise error
+
+
+def require_installed(plan: Plan) -> None:
+    """Raise UsageError where a node that may run needs packages that are not installed here."""
+    for name, packages in plan.not_installed.items():
+        node = plan.nodes[name].node
+        error = not_installed(f"{name} ({node.kind.kind})", packages)
+        error.place, error.node = node.places.of("uses"), name
         raise error
 
 

@@ -18,6 +18,7 @@ from bigpipe.errors import NotAuthorised, Transient, UsageError
 from bigpipe.files import write_file
 from bigpipe.orchestrator.stage import CheckContext, Forecast, ForecastContext, Metrics, StageContext, StageResult
 from bigpipe.sizes import format_size
+from bigpipe.versions import require
 
 from .estimate import DtypeMetrics, EstimateMetrics, EstimateParams
 from .library import sources_of
@@ -116,6 +117,8 @@ def run(params: EstimateParams, context: StageContext) -> StageResult:
         sighting = _look(params, context.base, context.pins, sources)
     # What was fetched depends on what was known before; a report must not
     made = replace(_estimate(params, sighting, sources), fetched_bytes=0)
+    if made.architecture.outlined:  # where its class can be had, the same key has other numbers
+        require(f"an estimate of {sighting.name} to keep", "torch", "transformers", "accelerate")
     for line in made.render().splitlines():
         context.log(line)
     report = json.dumps(made.as_json(), indent=2, ensure_ascii=False) + "\n"

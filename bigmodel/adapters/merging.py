@@ -44,6 +44,7 @@ from bigpipe.files import refuse_overlap
 from bigpipe.names import PATH, Given, checked
 from bigpipe.sizes import size_of
 from bigpipe.trust import Trust
+from bigpipe.versions import require
 
 from .arithmetic import Changed, LowRank, one_thread_each
 from .changes import Bound, bind, combined
@@ -180,6 +181,7 @@ def merge_adapter(
     Raise UsageError (an adapter for another model, or of a method that is not done here), InvalidCheckpoint (an adapter
     that holds NaN, sums that have no room in the dtype, damaged files) and DoesNotFit.
     """
+    require("merge_adapter", "torch", "transformers")
     given = [adapter] if isinstance(adapter, str | Path) else list(adapter)
     if odd := [each for each in given if not isinstance(each, str | Path)]:
         raise UsageError(f"adapter names {odd[0]!r:.60}", f"give {ADAPTERS.words}", field="adapter")

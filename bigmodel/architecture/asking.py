@@ -29,7 +29,7 @@ from bigpipe.files import read_file, write_file
 from bigpipe.modules import source_files, top_level
 from bigpipe.names import listed
 from bigpipe.trust import Limits
-from bigpipe.versions import package_version
+from bigpipe.versions import package_version, require
 
 from .snapshot import known_architecture
 from .structure import Architecture, Head
@@ -219,6 +219,7 @@ def _answer(request: Request, memo: Path | None) -> dict[str, Any]:
     key, what = request_key(request), "building the model's class"
 
     def ask() -> dict[str, Any]:
+        require(f"{what} {class_of(request)}", "torch", "transformers", "accelerate")
         asked = json.dumps(asdict(request), default=str)
         answer = ask_child("bigpipe.bigmodel.architecture.instantiation", asked, what, request.limits)
         if "error" in answer:
@@ -226,6 +227,12 @@ def _answer(request: Request, memo: Path | None) -> dict[str, Any]:
         return answer
 
     return answered(memo / "architectures" / f"{key}.json" if memo else None, key, ask)
+
+
+def class_of(request: Request) -> str:
+    """Return what a request asks for, in a word: a class of its own, those that the config names, or its type."""
+    named = request.config.get("architectures")
+    return request.custom_class or ", ".join(map(str, named or ())) or str(request.config.get("model_type") or "")
 
 
 def request_key(request: Request) -> str:

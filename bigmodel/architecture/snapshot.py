@@ -22,7 +22,7 @@ from functools import cache, lru_cache
 from pathlib import Path
 from typing import Any
 
-from bigpipe.versions import package_version
+from bigpipe.versions import planned_version
 
 from .structure import Architecture, Head, ModuleSpec, TensorSpec
 
@@ -61,8 +61,8 @@ def _known(config: str, head: Head) -> Architecture | None:
 
 @cache
 def families() -> Mapping[str, Family]:
-    """Return model type → family of the installed transformers; empty where there is no snapshot of its version."""
-    file = snapshot_file(package_version("transformers") or "")
+    """Return model type → family of the transformers planned with; empty where there is no snapshot of its version."""
+    file = snapshot_file(planned_version("transformers") or "")
     found: dict[str, Family] = json.loads(file.read_bytes())["families"] if file.is_file() else {}
     return found
 
@@ -79,7 +79,7 @@ def missing_snapshot(model_type: object) -> str | None:
         return None
     made = ", ".join(file.stem.removeprefix("transformers-") for file in others)
     return (
-        f"transformers {package_version('transformers')} has no snapshot of common architectures (there are {made}), "
+        f"transformers {planned_version('transformers')} has no snapshot of common architectures (there are {made}), "
         "so a child process builds the class, which takes seconds"
     )
 

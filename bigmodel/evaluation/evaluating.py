@@ -32,6 +32,7 @@ from bigpipe.files import explained, make_directory, refuse_overlap, write_file
 from bigpipe.machine import detect
 from bigpipe.names import FLAG, PATH, TEXT, Given, checked
 from bigpipe.trust import Trust
+from bigpipe.versions import require
 
 from .layers import LayerLoss, Layers, lose_least
 from .placing import Known, place_pair
@@ -208,6 +209,7 @@ def evaluate(
     Raise UsageError (data, windows or baseline that do not go with the model), InvalidCheckpoint, DoesNotFit, and
     StageFailed for logits that are no numbers, naming the token.
     """
+    require("evaluate", "torch", "transformers", "accelerate")
     question = Question(
         data=str(data), column=column, sequence_length=sequence_length, stride=stride, batch_size=batch_size,
         max_tokens=max_tokens, seed=seed, per_layer=per_layer, per_layer_bound=per_layer_bound,

@@ -60,6 +60,7 @@ from bigpipe.machine import detect
 from bigpipe.modules import foreign
 from bigpipe.names import Given, as_names, checked, refuse_unknown
 from bigpipe.trust import Trust
+from bigpipe.versions import require
 
 from .empty import build_empty, emptied
 from .experts import moved_by_a_token
@@ -130,6 +131,7 @@ def load(
     """
     import psutil
 
+    require("load", "torch", "transformers", "accelerate")
     if model is not None:
         model = require_module(model)
     if first_gpu < 0:

@@ -18,7 +18,7 @@ from pathlib import Path
 
 from bigpipe.bigmodel.memo import recall, remember
 from bigpipe.machine import Machine
-from bigpipe.versions import package_version
+from bigpipe.versions import missing, package_version
 
 from .speeds import ask_child
 
@@ -61,8 +61,9 @@ def computing_dtype(stored: str, rows: int, products: Products) -> tuple[str, st
 
 
 def products_of(machine: Machine, memo: Path) -> Products | None:
-    """Return the rates of this machine, measured once and kept in `memo`; of another one nothing is known (None)."""
-    if machine.name != os.uname().nodename:
+    """Return the rates of this machine, measured once and kept in `memo`; of another one, or without torch, nothing is
+    known (None)."""
+    if machine.name != os.uname().nodename or missing(["torch"]):
         return None
     file = memo / "speeds" / f"{machine.name}-products.json"
     known, key = recall(file), [ANSWER_VERSION, package_version("torch"), list(ROWS)]

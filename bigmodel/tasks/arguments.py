@@ -26,7 +26,7 @@ from bigpipe.errors import UsageError
 from bigpipe.files import write_file
 from bigpipe.names import did_you_mean
 from bigpipe.trust import Limits
-from bigpipe.versions import package_version
+from bigpipe.versions import missing, package_version
 
 from .tokenizing import OWN_FUNCTION
 
@@ -121,13 +121,15 @@ def check_values(
 ) -> None:
     """Raise UsageError where transformers does not take a value, or one has no effect beside the others. own: what the
     model's generation_config.json says, which holds where an argument is left out; None: not known. config: the
-    model's, complete; None: not known. The answer is kept. Raise
+    model's, complete; None: not known. The answer is kept; without transformers there is none. Raise
     InvalidCheckpoint where more sequences are made of a prompt than the limits allow."""
     from bigpipe.bigmodel.architecture import ask_child
 
     if not arguments and not own:
         return
     refuse_sequences({**(own or {}), **arguments}, sources.trust.limits)
+    if missing(["transformers"]):
+        return  # then nothing generates here
     model = {"vocabulary": _vocabulary(config), "encodes": bool(config.get("is_encoder_decoder"))} if config else None
     question = json.dumps({"arguments": as_floats(arguments), "own": own, "model": model}, sort_keys=True, default=str)
     key = hashlib.sha256(f"{package_version('transformers')} {question}".encode()).hexdigest()

@@ -28,6 +28,7 @@ from bigpipe.errors import UsageError
 from bigpipe.files import copy_file, make_directory, refuse_overlap, write_file
 from bigpipe.names import PATH, TEXT, Given, checked
 from bigpipe.trust import Trust
+from bigpipe.versions import require
 
 from .adapting import attach, require_peft, trained, write_adapter
 from .examples import (
@@ -246,6 +247,7 @@ def finetune(
     Random numbers of this process go on afterwards as if none had been drawn. Raise UsageError for data or a model that
     the task is not for, InvalidCheckpoint for files that are damaged, StageFailed for a loss that is no number.
     """
+    require("finetune", "torch", "transformers", "accelerate")
     require_peft()
     refuse_overlap(Path(out), [Path(path) for path in (model, adapter) if path is not None])
     targets = target_modules if isinstance(target_modules, str | None) else tuple(target_modules)

@@ -29,6 +29,7 @@ from bigpipe.files import LIMITS, NO_SPACE, explain, write_file
 from bigpipe.fit import OUT_OF_MEMORY, out_of_memory
 from bigpipe.orchestrator.contract import Assignment, Event, Params, Stage, StageResult
 from bigpipe.redaction import redact_json
+from bigpipe.versions import lacks
 
 if TYPE_CHECKING:
     from .processes import WarmWorker
@@ -219,7 +220,8 @@ def _describe(error: BaseException) -> str:
 
 
 def ran_out(error: BaseException) -> BigpipeError | None:
-    """Return the error for the user where memory, the disk or a limit of the system ran out: that is nobody's bug."""
+    """Return the error for the user where memory, the disk or a limit of the system ran out, or what runs models is not
+    installed: that is nobody's bug."""
     code = error.errno if isinstance(error, OSError) else None
     if type(error).__name__ == OUT_OF_MEMORY:
         cure = "use a smaller batch, or give max_memory a lower cap so that more is kept off the GPU"
@@ -234,4 +236,4 @@ def ran_out(error: BaseException) -> BigpipeError | None:
     if isinstance(error, RuntimeError) and NO_THREADS in str(error):
         cure = f"{LIMITS[errno.EAGAIN]}, or more memory (`ulimit -v`), or use fewer `--jobs`"
         return StageFailed("no further thread may start", cure)
-    return None
+    return lacks(error)

@@ -20,7 +20,7 @@ from bigpipe.orchestrator.launch import run_alone
 from bigpipe.orchestrator.recipe import PROBES
 from bigpipe.orchestrator.store import default_root
 from bigpipe.sizes import format_size, format_transfer
-from bigpipe.versions import package_version
+from bigpipe.versions import INSTALL_RUN, RUN, missing, package_version
 
 PACKAGES = (
     "bigpipe-ml", "torch", "transformers", "accelerate", "bitsandbytes", "huggingface_hub", "safetensors", "pydantic",
@@ -52,8 +52,9 @@ def unsound(found: Mapping[str, Json]) -> list[BigpipeError]:
     if not store["writable"]:
         cure = "make it writable for you, or set --store or BIGPIPE_HOME"
         errors.append(UsageError(f"the store cannot be written: {store['path']}", cure))
+    cure = INSTALL_RUN if missing(RUN) else "repair it, or do without the kinds that use it"
     errors += [
-        StageFailed(f"{name} does not work here: {check['detail']}", "repair it, or do without the kinds that use it")
+        StageFailed(f"{name} does not work here: {check['detail']}", cure)
         for name, check in found["checks"].items()
         if not check["ok"]
     ]

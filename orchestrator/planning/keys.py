@@ -19,7 +19,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache, cached_property, partial
 from pathlib import Path
-from types import UnionType
+from types import MappingProxyType, UnionType
 from typing import Annotated, Any, Literal, NamedTuple, Protocol, Union, get_args, get_origin
 
 from pydantic import BaseModel
@@ -32,7 +32,7 @@ from bigpipe.orchestrator.recipe import Node, is_built_in
 from bigpipe.orchestrator.store import StatMemo, canonical, digest_of
 from bigpipe.programs import NOTES
 from bigpipe.trust import Trust
-from bigpipe.versions import package_version
+from bigpipe.versions import package_version, planned_version
 
 NO_CONTENT = NOTES
 """Directories of a tree that hold what tools noted down, not what the tree is."""
@@ -98,10 +98,12 @@ def identity(
     trust: Trust,
     pins: Mapping[str, str] | None = None,
     ranks: int | None = None,
+    recorded: Mapping[str, str] = MappingProxyType({}),
 ) -> Identity:
     """Return the identity of a node on this machine.
     base: the manifest's directory. trust: what the manifest trusts. pins: what the kind's `pin` gave.
-    ranks: how many will run, where it is not what the node's own `launch` says.
+    ranks: how many will run, where it is not what the node's own `launch` says. recorded: versions of packages that it
+    last ran with; they count where a package is not installed here.
     Raise UsageError where a file the params name is not there."""
     kind, facts, location = node.kind, node.kind.planning.facts, node.location
     params = content_params(node.params, base, memo)
@@ -113,7 +115,7 @@ def identity(
         code=None if is_built_in(location) else source_digest(location, trust.home(location, base), memo),
         params=params,
         env=dict(node.env),
-        packages={name: package_version(name) for name in kind.packages},
+        packages={name: package_version(name) or recorded.get(name) or planned_version(name) for name in kind.packages},
         facts={**(facts(node.params, machine) if facts else {}), **_facts_of(node, base, memo, ranks)},
     )
 

@@ -15,10 +15,11 @@ from dataclasses import dataclass, field
 from functools import cached_property
 
 from bigpipe.errors import BigpipeError, DoesNotFit
-from bigpipe.orchestrator.contract import Forecast, Machine, Misfit, Pinned
+from bigpipe.orchestrator.contract import Forecast, Json, Machine, Misfit, Pinned
 from bigpipe.orchestrator.recipe import Node
 from bigpipe.sizes import counted, format_size, format_transfer
 from bigpipe.tables import PLAIN, Screen, columns, html_table
+from bigpipe.versions import INSTALL_RUN, bars
 
 from . import fallback
 from .decision import Action, Decision, GateVerdict
@@ -67,6 +68,12 @@ class Plan:
     @cached_property
     def to_run(self) -> list[PlannedNode]:
         return [node for node in self.nodes.values() if node.action.works]
+
+    @cached_property
+    def not_installed(self) -> dict[str, list[str]]:
+        """Node that may run and cannot run here → the packages that it lacks."""
+        lacking = {each.node.name: bars(each.node.kind.packages) for each in self.to_run}
+        return {name: packages for name, packages in lacking.items() if packages}
 
     @property
     def download_bytes(self) -> int:
@@ -158,8 +165,19 @@ def plan_text(plan: Plan, *, explain: bool = False, screen: Screen = PLAIN) -> s
         if planned.pinned.source:
             pins = ", ".join(f"{field} = {value[:12]}" for field, value in planned.pinned.values.items())
             lines.append(f"{name}: {pins} from {planned.pinned.source}")
+    lines += _not_installed(plan)
     lines.append(f"machine: {machine_line(plan.session.machine)}" if plan.to_run else "nothing to do")
     return "\n".join(lines)
+
+
+def _not_installed(plan: Plan) -> list[str]:
+    counted_with: dict[str, Json] = {}
+    for name, packages in plan.not_installed.items():
+        versions = plan.session.identity(plan.nodes[name].node).packages
+        counted_with |= {package: versions[package] for package in packages}
+    told = ", ".join(f"{package} {version}" for package, version in sorted(counted_with.items()))
+    nodes = ", ".join(plan.not_installed)
+    return [f"not installed here: {told}, counted with for {nodes}; to run: {INSTALL_RUN}"] if told else []
 
 
 def totals(plan: Plan) -> str:

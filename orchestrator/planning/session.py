@@ -20,6 +20,7 @@ from bigpipe.orchestrator.launch import visible_secrets
 from bigpipe.orchestrator.recipe import Node, Recipe, load_recipe
 from bigpipe.orchestrator.store import KeyRecord, StatMemo, Store, default_root, digest_of
 from bigpipe.redaction import printable, redact
+from bigpipe.versions import bars
 
 from .keys import Identity, identity
 
@@ -179,6 +180,13 @@ class Session:
         """How many ranks will run, where that matters to the result."""
         return self.surroundings(node).launch.num_processes if node.kind.ranks.counted else None
 
+    def _recorded(self, node: Node) -> Mapping[str, str]:
+        """The versions of packages that a node last ran with, where it cannot run here and is only looked up."""
+        last = self.last(node.name) if bars(node.kind.packages) else None
+        return {
+            name: version for name, version in (last.identity if last else {}).get("packages", {}).items() if version
+        }
+
     def identity(self, node: Node) -> Identity:
         """Return what the node computes, apart from its inputs. Raise UsageError with the place of a missing file."""
         if node.name not in self._identities:
@@ -186,7 +194,7 @@ class Session:
             try:
                 self._identities[node.name] = identity(
                     node, base=self.base, memo=self.memo, machine=self.machine, trust=self.recipe.trust,
-                    pins=self.pinned(node).values, ranks=self._ranks(node),
+                    pins=self.pinned(node).values, ranks=self._ranks(node), recorded=self._recorded(node),
                 )  # fmt: skip
             except BigpipeError as error:
                 error.place, error.node = error.place or node.places.of(error.field), node.name

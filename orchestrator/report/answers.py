@@ -115,6 +115,8 @@ class Plan(Answer):
     write_bytes: int
     peak_disk_bytes: int
     misfits: list[PlannedMisfit]
+    not_installed: dict[str, list[str]]
+    """Node that may run and cannot run here → the packages that it lacks."""
     nodes: dict[str, Planned]
 
 

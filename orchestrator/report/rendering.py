@@ -31,6 +31,7 @@ def plan_json(plan: Plan) -> dict[str, Json]:
         "write_bytes": plan.write_bytes,
         "peak_disk_bytes": plan.peak_disk,
         "misfits": [{"node": name, "cause": m.cause, "cure": str(m.cure)} for name, m in plan.misfits],
+        "not_installed": plan.not_installed,
         "nodes": {name: _planned_json(node) for name, node in plan.nodes.items()},
     }
 

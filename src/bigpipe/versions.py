@@ -1,9 +1,22 @@
-"""Versions of installed distributions: in keys, in records, and in what is remembered of a class."""
+"""Versions of distributions: in keys, in records, and in what is remembered of a class; and what is missing here.
+
+bigpipe is installed with what runs models (the extra `run`) or without. Without, it validates, plans, sizes and locks
+as if the versions were there that it is tested with.
+"""
 
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 from functools import cache
+from pathlib import Path
+
+from bigpipe.errors import UsageError
+
+RUN = ("accelerate", "bitsandbytes", "tokenizers", "torch", "transformers")
+"""What the extra `run` brings."""
+INSTALL_RUN = "pip install 'bigpipe-ml[run]'"
+TESTED = Path(__file__).with_name("constraints.txt")
 
 
 @cache
@@ -18,6 +31,47 @@ def package_version(name: str) -> str | None:
     # `found.version` parses all of the metadata, the whole README among it
     written = re.search(r"^Version: (\S+)$", found.read_text("METADATA") or "", re.MULTILINE)
     return written[1] if written else found.version
+
+
+@cache
+def planned_version(name: str) -> str | None:
+    """Return the version of a distribution that a plan counts with: what is installed here, else, of what runs models,
+    the one that bigpipe is tested with. None: neither."""
+    return package_version(name) or (_tested().get(name) if name in RUN else None)
+
+
+@cache
+def _tested() -> dict[str, str]:
+    return dict(re.findall(r"^([\w.-]+)==(\S+)$", TESTED.read_text("utf-8"), re.MULTILINE))
+
+
+def missing(names: Iterable[str]) -> list[str]:
+    """Return those of `names` that run models and are not installed here."""
+    return [name for name in names if name in RUN and package_version(name) is None]
+
+
+def bars(packages: Iterable[str]) -> list[str]:
+    """Return which of the packages that a kind names keep it from running here. Kinds that compute name torch; others
+    need what they name for models that no snapshot knows, and then say so themselves."""
+    lacking = missing(packages)
+    return lacking if "torch" in lacking else []
+
+
+def not_installed(what: str, names: Iterable[str]) -> UsageError:
+    """Return the error where `what` needs distributions that are not installed here."""
+    return UsageError(f"{what} needs {', '.join(names)}, not installed here", INSTALL_RUN)
+
+
+def require(what: str, *names: str) -> None:
+    """Raise UsageError where `what` needs some of these, and they are not installed here."""
+    if lacking := missing(names):
+        raise not_installed(what, lacking)
+
+
+def lacks(error: BaseException) -> UsageError | None:
+    """Return the error for the user where an import failed for want of what runs models; None where it did not."""
+    name = (getattr(error, "name", None) or "").partition(".")[0] if isinstance(error, ImportError) else ""
+    return not_installed("this", [name]) if missing([name]) else None
 
 
 def __getattr__(name: str) -> str:
