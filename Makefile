@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 
 ON_GPU = PYTHONPATH=build/gpu timeout --signal INT $(1) $(or $(GPU_PYTHON),$(BIN)/python)
 
-.PHONY: quickstart test browser check types layers format bench slow fault attack gpu reference snapshot clean
+.PHONY: quickstart test browser check types layers docs format bench slow fault attack gpu reference snapshot clean
 
 quickstart: $(VENV)/.ready  ## run the main job on the model that ships with the repository
 	$(BIN)/bigpipe run manifests/quickstart.yaml
@@ -35,7 +35,7 @@ gpu: $(if $(GPU_PYTHON),,$(VENV)/.ready-dev)  ## tests and benchmarks on one NVI
 	$(call ON_GPU,200) -m pytest -q -m gpu -W default --timeout 100 -n 4; tests=$$?; \
 	$(call ON_GPU,260) benchmarks/gpu.py --out build/gpu.json $(BENCH) || exit 1; exit $$tests
 
-check: types layers  ## formatting, lint, types, layers, layout; -j 2 does them side by side
+check: types layers  ## formatting, lint, types, layers, layout, the site of the docs; -j 2 does them side by side
 
 types: $(VENV)/.ready-dev
 	MYPYPATH=src $(BIN)/mypy -p bigpipe
@@ -45,6 +45,11 @@ layers: $(VENV)/.ready-dev
 	$(BIN)/ruff check .
 	$(BIN)/lint-imports
 	$(BIN)/python -m pytest -q tests/test_layout.py
+	@if $(BIN)/python -c 'import material' 2> /dev/null; then NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict; \
+	else echo "docs: NOT BUILT: pip install 'bigpipe-ml[docs]'"; fi
+
+docs: $(VENV)/.ready-dev  ## the site, in build/site
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
 
 format: $(VENV)/.ready-dev
 	$(BIN)/ruff format .
@@ -53,8 +58,8 @@ format: $(VENV)/.ready-dev
 bench: $(VENV)/.ready-dev  ## every benchmark, both sides, as tables; BENCH="--size 7B --only reshard" for less or more
 	$(BIN)/python benchmarks/run.py $(BENCH)
 
-reference: $(VENV)/.ready-dev  ## regenerate what is generated: the kinds' reference and the JSON schema
-	$(BIN)/bigpipe kinds --markdown > docs/reference/kinds.md
+reference: $(VENV)/.ready-dev  ## regenerate what is generated: pages of the reference and the JSON schemas
+	$(BIN)/python docs/generated.py
 	$(BIN)/bigpipe schema > schema/bigpipe.schema.json
 	$(BIN)/bigpipe schema --outputs > schema/outputs.schema.json
 

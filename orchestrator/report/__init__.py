@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     )
     from .outcomes import answered, as_bigpipe_error, refused
     from .page import report_runs, write_report
-    from .reference import kinds_json, kinds_markdown, kinds_overview
+    from .reference import fields_markdown, kinds_json, kinds_markdown, kinds_overview
     from .rendering import metrics_line, plan_json, results_text, why_text
     from .reporters import choose_reporter
     from .shown import clean, error_text, json_text

@@ -76,10 +76,15 @@ def _kind_markdown(stage: Stage[Any]) -> str:
     lines = [f"## {stage.kind}", "", summary(stage), ""]
     lines += [f"Ports: {ports}. Gives: {gives}. Runs as: {stage.runs_in}.", ""]
     lines += [f"Secrets it may see: {', '.join(stage.secrets)}.", ""] if stage.secrets else []
-    lines += ["| field | type | default | |", "|---|---|---|---|", *_field_rows(stage.params, "")]
+    lines += [fields_markdown(stage.params)]
     lines += _choices_markdown(stage.choices) if stage.choices else []
     lines += ["", "| metric | type | |", "|---|---|---|", *_metric_rows(stage.metrics, "")]
     return "\n".join(lines) + "\n"
+
+
+def fields_markdown(model: type[BaseModel]) -> str:
+    """Return a table of a model's fields as they are written in a manifest, those of models inside it among them."""
+    return "\n".join(["| field | type | default | |", "|---|---|---|---|", *_field_rows(model, "")])
 
 
 def _choices_markdown(choices: Choices) -> list[str]:
