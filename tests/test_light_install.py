@@ -114,7 +114,7 @@ def test_what_the_full_install_ran_is_found_by_it(light: Path, place: Path) -> N
     found = answered(light, place, "plan", RECIPE)
     assert {node["key"] for node in ran["nodes"].values()} <= {node["key"] for node in found["nodes"].values()}
     assert found["nodes"]["dispatch"]["action"] == "cached"
-    assert list(found["not_installed"]) == ["generate"]
+    assert list(found["not_installed"]) == ["evaluate", "generate"]
     assert told(light, place, "run", RECIPE, "dispatch").returncode == 0, "nothing has to run"
 
 
@@ -122,16 +122,16 @@ def test_what_computes_says_in_one_line_what_to_install(light: Path, place: Path
     done = told(light, place, "run", RECIPE)
     assert done.returncode == 2
     assert re.fullmatch(
-        rf"error: {RECIPE}:\d+:\d+: dispatch \(dispatch\) needs torch, transformers, accelerate, not installed here\n"
-        rf"  {re.escape(INSTALL)}\n",
+        rf"error: {RECIPE}:\d+:\d+: evaluate \(evaluate\) needs torch, transformers, tokenizers, bitsandbytes, "
+        rf"not installed here\n  {re.escape(INSTALL)}\n",
         done.stderr,
     )
     assert not (place / "store/keys").exists() or not any((place / "store/keys").rglob("*.json")), "nothing ran before"
     refusal = answered(light, place, "run", RECIPE)["errors"][0]
-    assert (refusal["cure"], refusal["node"], refusal["line"]) == (INSTALL, "dispatch", 28)
+    assert (refusal["cure"], refusal["node"], refusal["line"]) == (INSTALL, "evaluate", 28)
     planned = told(light, place, "plan", RECIPE)
     assert "not installed here: accelerate 1.15.0, bitsandbytes" in planned.stdout
-    assert f"counted with for dispatch, generate; to run: {INSTALL}\n" in planned.stdout
+    assert f"counted with for evaluate, dispatch, generate; to run: {INSTALL}\n" in planned.stdout
     doctor = told(light, place, "doctor")
     assert (doctor.returncode, doctor.stderr.count(INSTALL)) == (6, 3)
 
