@@ -19,7 +19,6 @@ from bigpipe.bigmodel.training import (
     check_model,
     check_rows,
     computing_dtype,
-    find_targets,
     finish_ranks,
     foreseen_adapter,
     input_column_of,
@@ -63,7 +62,7 @@ def check(params: FinetuneParams, ctx: CheckContext) -> None:
             architecture = check_model(params.task, model, rows, sources_of(ctx))
         if architecture is not None and "adapter" not in ctx.inputs:
             with about("lora.target_modules"):
-                find_targets(architecture, _training(params).lora.target_modules)
+                foreseen_adapter(model, architecture, _training(params), sources_of(ctx))
     _foreseen(params, ctx)
 
 
@@ -81,7 +80,7 @@ def _foreseen(params: FinetuneParams, ctx: CheckContext) -> tuple[ModelDescripti
     with about("inputs.model"):
         architecture = agreed(model, sources_of(ctx)).architecture
     if not wired:
-        return model, foreseen_adapter(architecture, _training(params))
+        return model, foreseen_adapter(model, architecture, _training(params), sources_of(ctx))
     with about("inputs.adapter"):
         bind(wired[0], model, architecture, ctx.memo)
     return model, wired[0]
@@ -156,7 +155,11 @@ def _ram(memory: TrainingMemory, ranks: int) -> int:
 def prepare(params: FinetuneParams, ctx: StageContext) -> None:
     """Checks again what is known now that the model is here."""
     rows, _ = _rows(params, ctx.base)
-    check_model(params.task, describe_checkpoint(ctx.input("model")), rows, sources_of(ctx))
+    model, sources = describe_checkpoint(ctx.input("model")), sources_of(ctx)
+    architecture = check_model(params.task, model, rows, sources)
+    if architecture is not None and "adapter" not in ctx.inputs:
+        with about("lora.target_modules"):
+            foreseen_adapter(model, architecture, _training(params), sources)
 
 
 def run(params: FinetuneParams, ctx: StageContext) -> StageResult:

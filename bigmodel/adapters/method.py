@@ -152,6 +152,8 @@ def require_weights(weights: Sequence[float] | None, count: int, combination: st
     if len(given) != count:
         cause = f"{listed([str(weight) for weight in given]) or 'no weight'} for {count} adapters"
         raise UsageError(cause, "give one weight for each, in their order", field="weights")
-    for weight in given:
-        _number("weights", "a weight", weight)
+    for number, weight in enumerate(given, 1):
+        if isinstance(weight, bool) or not isinstance(weight, int | float) or not math.isfinite(weight):
+            cause = f"weights: that of adapter {number} is {weight!r:.80}, and no number"
+            raise UsageError(cause, "give a number for each adapter, such as 0.5", field="weights")
     return given

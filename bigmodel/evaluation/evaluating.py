@@ -87,7 +87,7 @@ class Question:
         if baseline is not None:
             check_pair(architecture, check_model(baseline, sources))
         elif self.per_layer:
-            cure = "wire inputs: baseline to the model it was made from, or leave it out"
+            cure = "give the model it was made from as the baseline, or leave it out"
             raise UsageError("per_layer compares modules with a baseline's, and there is none", cure, field="per_layer")
         return check_windows(model, architecture, self.sequence_length, self.stride)
 

@@ -70,6 +70,8 @@ class Packing(Protocol):
     quantizing: ClassVar[tuple[int, int, int]] = (0, 0, 0)
     """Bytes per element of the largest matrix while transformers quantizes a 16-bit checkpoint as it loads: the least,
     as measured, the most."""
+    keeps_inputs: ClassVar[bool] = False
+    """Is the input of each product kept for its gradient, where checkpointing lets go of all else?"""
     by_rows: ClassVar[bool] = False
     """Encoded in whole rows; else in runs of whole blocks of `encoders.BLOCK` numbers."""
     through: ClassVar[str | None] = None
@@ -99,6 +101,13 @@ class Packing(Protocol):
 
         hidden, inner: widths of the model; largest: elements of its largest packed matrix.
         """
+
+    def learning(self, largest: int, itemsize: int) -> int:
+        """Return the bytes that gradients through the largest packed matrix take besides: it is unpacked.
+
+        largest: its elements; itemsize: bytes of a number of what is computed in.
+        """
+        return itemsize * largest
 
     def config(self, skipped: list[str] | None) -> dict[str, Any]:
         """Return the `quantization_config`; skipped: names of modules that were left alone by the user's choice."""

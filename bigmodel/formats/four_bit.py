@@ -66,6 +66,10 @@ class FourBit(Packing):
     def transient(self, tokens: int, hidden: int, inner: int, largest: int) -> tuple[int, str]:
         return 2 * largest, "the largest matrix unpacked"
 
+    def learning(self, largest: int, itemsize: int) -> int:
+        """In 16 bits first (bitsandbytes 0.50, `MatMul4Bit.backward`)."""
+        return 2 * largest + (itemsize * largest if itemsize != 2 else 0)
+
     def config(self, skipped: list[str] | None) -> dict[str, Any]:
         return bitsandbytes.config(
             skipped,

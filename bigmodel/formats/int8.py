@@ -24,6 +24,9 @@ class Int8(Packing):
     bits: ClassVar[int] = 8
     takes: ClassVar[tuple[str, ...]] = ("llm_int8_threshold",)
     quantizing: ClassVar[tuple[int, int, int]] = (2, 4, 5)
+    keeps_inputs: ClassVar[bool] = True
+    """bitsandbytes 0.50 holds them apart from what torch saves for gradients (`MatMul8bitFp`: `ctx.A`; `MatMul8bitLt`:
+    `ctx.tensors`), where checkpointing does not see them."""
     by_rows: ClassVar[bool] = True
     through: ClassVar[str | None] = "float16"
 
@@ -40,6 +43,10 @@ class Int8(Packing):
 
     def transient(self, tokens: int, hidden: int, inner: int, largest: int) -> tuple[int, str]:
         return tokens * (hidden + 4 * inner), "int8 inputs and int32 products"
+
+    def learning(self, largest: int, itemsize: int) -> int:
+        """In what is computed in (bitsandbytes 0.50: `MatMul8bitFp` on a CPU, `MatMul8bitLt.backward` on a GPU)."""
+        return itemsize * largest
 
     def config(self, skipped: list[str] | None) -> dict[str, Any]:
         return bitsandbytes.config(skipped, load_in_8bit=True, llm_int8_threshold=float(self.llm_int8_threshold))

@@ -13,6 +13,7 @@ from string import Formatter
 from typing import Any, Literal
 
 from bigpipe.errors import UsageError
+from bigpipe.files import missing
 
 from .promptfiles import PROMPTS, Wording, read_rows
 
@@ -138,7 +139,8 @@ def named_files(pattern: str, base: Path, wording: Wording = PROMPTS) -> list[Pa
     named = [whole] if os.path.isfile(whole) else sorted(map(Path, glob.glob(str(whole), recursive=True)))
     if files := [path for path in named if path.is_file()]:
         return files
-    raise UsageError(f"{wording.field}: there is no file {pattern[:200]}", f"relative paths start at {base}")
+    cause, cure = missing(pattern, base)
+    raise UsageError(f"{wording.field}: {cause}", cure)
 
 
 def _prompt(data: Any, column: str, where: str, wording: Wording) -> Any:

@@ -3,8 +3,9 @@
     finetune(model, data, out, task="causal-lm", max_steps=100)
 
 `settings` says what is asked for, `targets` which modules get adapters, `examples` makes rows what a model learns from,
-`adapting` puts peft's adapter on a loaded model and writes its files, `order` says which rows a step takes, `stepping`
-is the loop, `saved` what it leaves on the disk, `finetuning` the whole, and `forecast` the memory it takes.
+`adapting` puts peft's adapter on a loaded model and writes its files, `rehearsing` asks peft about one that is not
+loaded, `order` says which rows a step takes, `stepping` is the loop, `saved` what it leaves on the disk, `finetuning`
+the whole, and `forecast` the memory it takes.
 """
 
 from __future__ import annotations
@@ -19,6 +20,5 @@ if TYPE_CHECKING:
     from .finetuning import TrainedAdapter, Work, computing_dtype, finetune, finish_ranks, train_rank
     from .forecast import TrainingMemory, foreseen_adapter, parameters_of, training_memory
     from .settings import Lora, TaskName, Training
-    from .targets import find_targets
 
 __getattr__, __all__ = face(__name__)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator, Mapping
 from importlib.util import find_spec
 from pathlib import Path
@@ -15,11 +16,15 @@ from bigpipe.files import make_directory, write_file
 
 from .examples import TASKS
 from .settings import Training
+from .targets import default_targets
 
 if TYPE_CHECKING:
     import torch
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+
+MODULE = re.compile(r"(\w+)\(\n.*?^\)", re.DOTALL | re.MULTILINE)
+"""A module as torch prints it: its class, and all that it holds."""
 
 
 def require_peft() -> None:
@@ -34,34 +39,43 @@ def attach(model: Any, training: Training, scheme: str | None, adapter: Path | N
     scheme: of its packed weights. adapter: one to go on from. Raise UsageError and InvalidCheckpoint for one that is
     not LoRA, or was made for another model.
     """
-    import peft
-
     if scheme is not None:  # by which peft chooses its own module, as transformers sets it
         setattr(model, "is_loaded_in_8bit" if scheme == "int8" else "is_loaded_in_4bit", True)
     _keep_less(model, training)
     if adapter is not None:
         return _continued(model, adapter)
+    return wrap(model, lora_config(training, model.config.model_type))
+
+
+def lora_config(training: Training, model_type: str) -> Any:
+    """Return peft's config of a new adapter. Its own choice of modules is written out: for classes that hold their
+    experts in one parameter it would take none."""
+    import peft
+
     asked = training.lora
-    config = peft.LoraConfig(
+    targets = default_targets().get(model_type) if asked.target_modules is None else asked.target_modules
+    return peft.LoraConfig(
         r=asked.r,
         lora_alpha=asked.lora_alpha,
         lora_dropout=asked.lora_dropout,
-        target_modules=list(asked.target_modules) if isinstance(asked.target_modules, tuple) else asked.target_modules,
+        target_modules=list(targets) if isinstance(targets, tuple) else targets,
         task_type=TASKS[training.task].peft_type,
     )
-    return _adapted(model, config)
 
 
-def _adapted(model: Any, config: Any) -> Any:
-    """The model as peft wraps it. Raise UsageError for what peft cannot do with it, in peft's words."""
+def wrap(model: Any, config: Any) -> Any:
+    """Return the model as peft wraps it; it may have no weights. Raise UsageError for what peft cannot do with it, in
+    its words."""
     import peft
 
     try:
         return peft.get_peft_model(model, config)
     except (ValueError, NotImplementedError) as error:
-        first = str(error).partition("\n")[0]
-        cure = "name other target_modules: ends of names of linear modules"
-        raise UsageError(f"peft cannot adapt {type(model).__name__}: {first}", cure, field="target_modules") from error
+        first = MODULE.sub(r"\1", str(error)).partition("\n")[0]
+        dropout = "dropout" in first
+        cure = "set it to 0" if dropout else "name other target_modules: ends of names of linear modules"
+        field = f"lora.{'lora_dropout' if dropout else 'target_modules'}"
+        raise UsageError(f"peft cannot adapt {type(model).__name__}: {first}", cure, field=field) from error
 
 
 def _keep_less(model: Any, training: Training) -> None:

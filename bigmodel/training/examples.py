@@ -28,6 +28,7 @@ from bigpipe.bigmodel.tasks import (
     vocabulary,
 )
 from bigpipe.errors import UsageError
+from bigpipe.files import missing
 
 from .settings import TaskName
 
@@ -118,7 +119,7 @@ def sounds_of(rows: Sequence[Row], input_column: str, base: Path) -> list[Path]:
     paths = [base / row.data[input_column] for row in rows]
     for row, path in zip(rows, paths, strict=True):
         if not path.is_file():
-            raise row.wrong(f"there is no file {row.data[input_column][:200]}", f"relative paths start at {base}")
+            raise row.wrong(*missing(row.data[input_column], base))
     return paths
 
 
@@ -127,7 +128,11 @@ def check_rows(rows: Sequence[Row], batch_size: int, accumulation: int, ranks: i
     needed = batch_size * accumulation * ranks
     if len(rows) < needed:
         parts = f"batch_size {batch_size} × gradient_accumulation_steps {accumulation} × {ranks} rank(s)"
-        raise UsageError(f"{len(rows)} rows are too few: a step takes {needed}, {parts}", "lower them", field="data")
+        raise UsageError(
+            f"{len(rows)} rows are too few: a step takes {needed}, {parts}",
+            "lower one of them, or give more rows",
+            field="data",
+        )
 
 
 def check_model(task: TaskName, model: ModelDescription, rows: Sequence[Row], sources: Sources) -> Architecture | None:

@@ -41,9 +41,9 @@ from .examples import (
     require_sound_reader,
     sounds_of,
 )
+from .forecast import foreseen_adapter
 from .settings import Lora, TaskName, Training
 from .stepping import Trainer, seeded
-from .targets import find_targets
 
 if TYPE_CHECKING:
     from bigpipe.bigmodel.checkpoint import ModelDescription
@@ -259,9 +259,10 @@ def finetune(
     check_rows(rows, asked.batch_size, asked.gradient_accumulation_steps, ranks=1)
     if task == "speech-seq2seq":
         require_sound_reader(sounds_of([*rows, *others], given, base))
-    architecture = check_model(task, describe_checkpoint(path), rows, sources)
+    described = describe_checkpoint(path)
+    architecture = check_model(task, described, rows, sources)
     if architecture is not None and adapter is None:
-        find_targets(architecture, asked.lora.target_modules)
+        foreseen_adapter(described, architecture, asked, sources)
     work = Work(
         model=path, training=asked, rows=rows, eval_rows=others, input_column=given,
         adapter=Path(adapter) if adapter is not None else None, dtype=dtype, sources=sources,

@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 from bigpipe.bigmodel.architecture import Architecture, text_config
-from bigpipe.bigmodel.checkpoint import CASTABLE, AdapterDescription, ModelDescription, tensor_nbytes
+from bigpipe.bigmodel.checkpoint import CASTABLE, AdapterDescription, ModelDescription, itemsize, tensor_nbytes
 from bigpipe.bigmodel.execution import cast_bytes
 from bigpipe.bigmodel.footprint import Budget, Workload, activations_kept, capped_length
 from bigpipe.bigmodel.formats import PLAIN, format_of, set_apart
+from bigpipe.bigmodel.sources import Sources
 from bigpipe.sizes import format_size
 
+from .rehearsing import Tensors, rehearse
 from .settings import Training
-from .targets import find_targets
+from .targets import find_targets, unknown_ends
 
 PER_PARAMETER = 16
 """Of an adapter, in float32: itself, its gradient, and Adam's two moments."""
@@ -23,15 +26,24 @@ PREFIX = "base_model.model."
 """What peft puts before the names of a model's modules."""
 
 
-def foreseen_adapter(architecture: Architecture, training: Training) -> AdapterDescription:
-    """Return what a new adapter will hold. Raise UsageError for modules that the model does not have."""
+def foreseen_adapter(
+    model: ModelDescription, architecture: Architecture, training: Training, sources: Sources = Sources()
+) -> AdapterDescription:
+    """Return what a new adapter will hold. Raise UsageError for modules that the model does not have, and for what peft
+    does not adapt. The run asks this too, before it loads anything."""
     asked = training.lora
-    tensors: dict[str, tuple[str, tuple[int, ...]]] = {}
-    for name, (outputs, inputs) in find_targets(architecture, asked.target_modules).items():
-        tensors[f"{PREFIX}{name}.lora_A.weight"] = ("float32", (asked.r, inputs))
-        tensors[f"{PREFIX}{name}.lora_B.weight"] = ("float32", (outputs, asked.r))
-    ends = sorted({name.rsplit(".", 3)[-3] for name in tensors})
-    config = {"peft_type": "LORA", "r": asked.r, "lora_alpha": asked.lora_alpha, "target_modules": ends}
+    found = find_targets(architecture, asked.target_modules)
+    config: dict[str, Any] = {"peft_type": "LORA", "r": asked.r, "lora_alpha": asked.lora_alpha}
+    tensors: Tensors = {}
+    if found is None:
+        source = model.path if model.path is not None and sources.trust_remote_code else dict(model.config or {})
+        tensors, named = rehearse(source, training, unknown_ends(architecture, asked.target_modules), sources)
+        config |= named
+    else:
+        for name, (outputs, inputs) in found.items():
+            tensors[f"{PREFIX}{name}.lora_A.weight"] = ("float32", (asked.r, inputs))
+            tensors[f"{PREFIX}{name}.lora_B.weight"] = ("float32", (outputs, asked.r))
+        config["target_modules"] = sorted({name.rsplit(".", 3)[-3] for name in tensors})
     return AdapterDescription(config=config, tensors=tensors, where="the adapter that is trained")
 
 
@@ -93,11 +105,17 @@ def training_memory(
             budget.shape, training.batch_size, heard, mixed=dtype != "float32",
             checkpointing=training.gradient_checkpointing, headless=True,
         )  # fmt: skip
+    packing, largest, shape = budget.counts.packing, budget.counts.largest_matrix, budget.shape
+    unpacked = packing.learning(largest, itemsize(dtype)) if packing is not None else 0
+    if packing is not None and packing.keeps_inputs and training.gradient_checkpointing:
+        # Of keys, queries and values together; of what they give; of both halves of the feed-forward part
+        widths = 3 * shape.hidden + shape.inner
+        kept += shape.layers * training.batch_size * length * widths * itemsize(dtype)
     return TrainingMemory(
         windows=0 if gpu else packed,
         weights=cast + (packed if gpu else 0),
         adapter=PER_PARAMETER * parameters,
-        activations=kept + budget.unpacked[0],
+        activations=kept + max(budget.unpacked[0], unpacked),
     )
 
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import ast
 import re
-from collections.abc import Mapping
-from functools import cache
+from collections.abc import Callable, Mapping, Sequence
+from functools import cache, partial
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -34,34 +34,66 @@ def default_targets() -> Mapping[str, list[str] | str]:
     return {}
 
 
-def find_targets(architecture: Architecture, asked: Targets) -> dict[str, tuple[int, int]]:
-    """Return the modules that get adapters: name → (outputs, inputs) of its matrix.
+def find_targets(architecture: Architecture, asked: Targets) -> dict[str, tuple[int, int]] | None:
+    """Return the modules that get adapters: name → (outputs, inputs) of its matrix; None where peft's rules reach
+    beyond linear modules, and only peft itself knows (`rehearsing`).
 
     asked: ends of names, or a regular expression over whole names; None is peft's default for the architecture.
     Raise UsageError for a name that fits no linear module, with those that come near, and where peft has no
     default.
     """
-    matrices = _matrices(architecture)
-    kind = str(architecture.config.get("model_type"))
-    wanted = asked if asked is not None else default_targets().get(kind)
-    ends = sorted({name.rpartition(".")[2] for name in matrices})
+    wanted, matrices, ends = _wanted(architecture, asked), _matrices(architecture), linear_ends(architecture)
+    if stacks(architecture):
+        return None
     if wanted == ALL_LINEAR:
         return {name: shape for name, shape in matrices.items() if name != architecture.output_embedding}
-    if wanted is None:
-        raise UsageError(f"peft has no target_modules of its own for {kind}", f"name some of {', '.join(ends)}")
-    if isinstance(wanted, str):
-        found = {name: shape for name, shape in matrices.items() if _matches(wanted, name)}
-        if found:
-            return found
+    fits = _fitting(wanted)
+    if isinstance(wanted, str) and not any(map(fits, matrices)):
         cure = f"a text is a regular expression over whole names; write ends of names as a list, of {', '.join(ends)}"
         raise UsageError(f"target_modules {wanted!r} matches no module of the model", cure)
+    for end in () if isinstance(wanted, str) else unknown_ends(architecture, wanted):
+        cure = did_you_mean(end, ends) or f"there are {', '.join(ends)}"
+        raise UsageError(f"target_modules: the model has no linear module {end!r}", cure)
+    others = (module.name for module in architecture.modules if module.name and not module.linear)
+    return None if any(map(fits, others)) else {name: shape for name, shape in matrices.items() if fits(name)}
+
+
+def linear_ends(architecture: Architecture) -> list[str]:
+    """Return what the names of linear modules end with."""
+    return sorted({name.rpartition(".")[2] for name in _matrices(architecture)})
+
+
+def unknown_ends(architecture: Architecture, asked: Sequence[str] | str | None) -> list[str]:
+    """Return the ends of names that no linear module has."""
+    named = () if asked is None or isinstance(asked, str) else asked
+    return [end for end in named if not any(_ends(name, end) for name in _matrices(architecture))]
+
+
+def stacks(architecture: Architecture) -> bool:
+    """Return whether a class holds more than matrices in one parameter: experts, as mixtures do since transformers 5,
+    or the kernels of convolutions, beside which peft refuses some modules."""
+    tensors = (tensor for module in architecture.modules for tensor in module.tensors)
+    return any(len(tensor.shape) > 2 and not tensor.buffer for tensor in tensors)
+
+
+def _wanted(architecture: Architecture, asked: Targets) -> Sequence[str] | str:
+    kind = str(architecture.config.get("model_type"))
+    wanted = asked if asked is not None else default_targets().get(kind)
+    some = f"name some of {', '.join(linear_ends(architecture))}"
+    if wanted is None:
+        raise UsageError(f"peft has no target_modules of its own for {kind}", some)
     if not wanted:
-        raise UsageError("target_modules names no module", f"name some of {', '.join(ends)}")
-    for end in wanted:
-        if not any(_ends(name, end) for name in matrices):
-            cure = did_you_mean(end, ends) or f"there are {', '.join(ends)}"
-            raise UsageError(f"target_modules: the model has no linear module {end!r}", cure)
-    return {name: shape for name, shape in matrices.items() if any(_ends(name, end) for end in wanted)}
+        raise UsageError("target_modules names no module", some)
+    if isinstance(wanted, str):
+        _matches(wanted, "")
+    return wanted
+
+
+def _fitting(wanted: Sequence[str] | str) -> Callable[[str], bool]:
+    """Whether the name of a module is meant."""
+    if isinstance(wanted, str):
+        return partial(_matches, wanted)
+    return lambda name: any(_ends(name, end) for end in wanted)
 
 
 def _matches(pattern: str, name: str) -> bool:

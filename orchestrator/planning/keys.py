@@ -26,6 +26,7 @@ from pydantic import BaseModel
 from pydantic_core import to_jsonable_python
 
 from bigpipe.errors import UsageError
+from bigpipe.files import missing
 from bigpipe.modules import source_files, top_level
 from bigpipe.orchestrator.contract import ContentField, Json, Machine, Params
 from bigpipe.orchestrator.recipe import Node, is_built_in
@@ -270,6 +271,8 @@ class _Walk:
         }
         try:
             return readers[marker.kind](value, where)
+        except FileNotFoundError as error:
+            raise self._missing(where, os.path.relpath(error.filename or value, self.base)) from error
         except OSError as error:
             raise self._wrong(where, f"{value} cannot be read: {error.strerror or error}") from error
 
@@ -283,7 +286,7 @@ class _Walk:
         matching = glob.glob(value, root_dir=self.base, recursive=True) if glob.has_magic(value) else []
         found = sorted(name for name in matching if (self.base / name).is_file())
         if not found:
-            raise self._wrong(where, f"there is no file {value}")
+            raise self._missing(where, next(iter(matching), value))
         told = [Path(name).as_posix() if names else Path(name).suffix.lower() for name in found]
         digests = [self.memo.sha256(self.base / name) for name in found]
         return digest_of("files", [list(pair) for pair in zip(told, digests, strict=True)])
@@ -307,6 +310,10 @@ class _Walk:
             cure = f"put {top}.py or {top}/ into {self.base}, or install it beside bigpipe"
             raise UsageError(f"{where}: there is no Python source of a module {top!r}", cure, field=where)
         return f"{value}@{digest}"
+
+    def _missing(self, where: str, name: str) -> UsageError:
+        cause, cure = missing(name, self.base)
+        return UsageError(f"{where}: {cause}", cure, field=where)
 
     def _wrong(self, where: str, cause: str) -> UsageError:
         return UsageError(f"{where}: {cause}", f"relative paths start at {self.base}", field=where)

@@ -160,6 +160,14 @@ def refuse_overlap(out: Path, read: Iterable[Path], *, around: bool = True) -> N
         raise UsageError(f"{out}: is where the source is: its files lie there", cure, field="out")
 
 
+def missing(name: str, base: Path) -> tuple[str, str]:
+    """Return why there is no file of this name, relative to `base`, and what to do."""
+    if (base / name).is_symlink() and not (base / name).exists():
+        cause = f"{name[:200]} is a link to {os.readlink(base / name)[:200]}, which is not there"
+        return cause, "mend the link, or leave it out"
+    return f"there is no file {name[:200]}", f"relative paths start at {base}"
+
+
 def real_folders(files: Collection[Path]) -> set[Path]:
     """Return the directories that hold these files, and those that hold what they lead to where they are links."""
     found = {path.parent for path in files}

@@ -232,12 +232,19 @@ def test_half_of_a_pair_is_refused(tmp_path: Path, llama: Path) -> None:
 
 @pytest.mark.parametrize(
     ("options", "said"),
-    [({"weights": [1.0]}, "for 2 adapters"), ({"combination": "ties"}, "'ties'"), ({"weights": [1, "x"]}, "no number")],
+    [
+        ({"weights": [1.0]}, "for 2 adapters"),
+        ({"combination": "ties"}, "'ties'"),
+        ({"weights": [1, "x"]}, "no number"),
+        ({"weights": [1.0, float("nan")]}, "that of adapter 2 is nan"),
+    ],
 )
 def test_weights_are_checked(tmp_path: Path, llama: Path, options: dict, said: str) -> None:
     adapter = tuned(llama, tmp_path / "lora", target_modules=["q_proj"])
-    with pytest.raises(BigpipeError, match=said):
+    with pytest.raises(BigpipeError, match=said) as error:
         merge_adapter(llama, [adapter, adapter], tmp_path / "out", **options)
+    assert error.value.field in options
+    assert "adapter_config.json" not in error.value.cure  # which says nothing about weights
 
 
 def test_a_merge_goes_on_where_it_was_interrupted(tmp_path: Path) -> None:

@@ -14,8 +14,11 @@ from safetensors.torch import load_file
 from support.media import make_whisper, tones, write_wav
 from support.models import make_checkpoint
 
+from bigpipe.bigmodel.architecture import describe_architecture
+from bigpipe.bigmodel.checkpoint import describe_checkpoint
 from bigpipe.bigmodel.quantization import quantize_checkpoint
-from bigpipe.bigmodel.training import finetune
+from bigpipe.bigmodel.sources import Sources
+from bigpipe.bigmodel.training import Lora, Training, finetune, foreseen_adapter, parameters_of, training_memory
 from bigpipe.bigmodel.training.order import Order
 from bigpipe.errors import InvalidCheckpoint, StageFailed, UsageError
 
@@ -24,6 +27,7 @@ from support.plainly import train_plainly
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*gradient_checkpointing.* is deprecated:FutureWarning"),  # peft asks for it
+    pytest.mark.filterwarnings("ignore:The following .*_pattern keys did not match:RuntimeWarning"),  # parameters did
     pytest.mark.filterwarnings("ignore:Failed to load CPU gemm_4bit_forward"),
 ]
 ROWS = [
@@ -110,6 +114,23 @@ def test_random_numbers_of_the_process_go_on_as_if_none_had_been_drawn(tmp_path:
     assert torch.equal(torch.rand(3), expected)
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_what_gradients_through_packed_matrices_take_is_foreseen(models: dict[str, Path], dtype: str) -> None:
+    """The largest matrix unpacked, by way of 16 bits where it has four; of int8 the inputs of all products, too, which
+    bitsandbytes keeps where checkpointing lets go of all else."""
+
+    def activations(kind: str, **how: Any) -> int:
+        model, training = describe_checkpoint(models[kind]), Training(max_steps=1, **how)
+        architecture = describe_architecture(models[kind])
+        return training_memory(model, architecture, 0, training, dtype, 4, gpu=False).activations
+
+    size, matrix, layers = {"float32": 4, "bfloat16": 2}[dtype], 128 * 64, 2
+    for kept, how in ((layers * 4 * (3 * 64 + 128) * size, {}), (0, {"gradient_checkpointing": False})):
+        plain = activations("plain", **how)
+        assert activations("int8", **how) - plain == size * matrix + kept
+        assert activations("nf4", **how) - plain == (6 if size == 4 else 2) * matrix
+
+
 def test_a_step_over_several_batches_is_one_over_all_their_rows(tmp_path: Path) -> None:
     """Though rows differ in length: tokens count alike. OPT's own dropout would draw otherwise for each."""
     options: dict[str, Any] = {"max_steps": 3, "lora_dropout": 0.0, "learning_rate": 1e-2}
@@ -147,10 +168,45 @@ def test_going_on_from_an_adapter_that_was_pickled(tmp_path: Path, models: dict[
     assert both[0] == both[1]
 
 
-def test_what_peft_cannot_adapt_is_said_in_its_words(tmp_path: Path) -> None:
-    mixture = make_checkpoint(tmp_path / "mixtral", "mixtral")
-    with pytest.raises(UsageError, match="peft cannot adapt MixtralForCausalLM"):
-        finetune(mixture, ROWS, tmp_path / "out", max_steps=1)
+MIXTURES: dict[str, tuple[str, dict[str, Any], str]] = {
+    "a part of what is stacked": ("mixtral", {"target_modules": ["w1"]}, "peft cannot adapt Mixtral.*w1 without also"),
+    "experts and dropout": ("mixtral", {"target_modules": "all-linear"}, "peft cannot adapt Mixtral.*dropout"),
+    "a misspelt one": ("mixtral", {"target_modules": ["q_proj", "q_prj"]}, "'q_prj' is the name of nothing"),
+    "a router": ("mixtral", {"target_modules": ["router"]}, "peft cannot adapt Mixtral"),
+    "other modules": ("opt", {"target_modules": r".*layers\.0.*"}, "peft cannot adapt OPT.*is not supported"),
+}
+
+
+@pytest.mark.parametrize("name", MIXTURES)
+def test_what_peft_cannot_adapt_is_said_in_its_words_before_anything_is_loaded(tmp_path: Path, name: str) -> None:
+    architecture, fields, cause = MIXTURES[name]
+    path = make_checkpoint(tmp_path / "model", architecture)
+    config = json.loads((path / "config.json").read_text())
+    (path / "config.json").write_text(json.dumps({**config, "vocab_size": config["vocab_size"] + 1}))  # never loads
+    with pytest.raises(UsageError, match=cause) as error:
+        finetune(path, ROWS, tmp_path / "out", max_steps=1, **fields)
+    assert error.value.cure
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {},
+        {"target_modules": "all-linear", "lora_dropout": 0.0},
+        {"target_modules": ["q_proj", "w1", "w2", "w3"], "lora_dropout": 0.0},
+    ],
+)
+def test_a_mixture_gets_the_adapter_that_was_foreseen(tmp_path: Path, fields: dict[str, Any]) -> None:
+    """Also where a class holds its experts in one parameter, for which peft's own default names nothing."""
+    path = make_checkpoint(tmp_path / "model", "mixtral")
+    lora = Lora(**{name: tuple(value) if isinstance(value, list) else value for name, value in fields.items()})
+    described = describe_checkpoint(path)
+    architecture = describe_architecture(path)
+    foreseen = foreseen_adapter(described, architecture, Training(max_steps=1, lora=lora), Sources())
+    made = finetune(path, ROWS, tmp_path / "out", max_steps=2, **fields)
+    told = {name: tuple(value.shape) for name, value in load_file(made.path / "adapter_model.safetensors").items()}
+    assert {name: shape for name, (_, shape) in (foreseen.tensors or {}).items()} == told
+    assert made.trainable_parameters == parameters_of(foreseen)[0]
 
 
 def test_an_adapter_of_another_model_is_refused(tmp_path: Path, models: dict[str, Path]) -> None:

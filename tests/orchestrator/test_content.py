@@ -193,6 +193,19 @@ def test_what_is_not_there_is_named_with_its_field(base, memo, fields, message):
     assert error.value.cure
 
 
+@pytest.mark.parametrize(
+    ("fields", "name"),
+    [({"prompts": "link"}, "link"), ({"prompts": "lin*"}, "link"), ({"tree": "deep"}, "deep/link")],
+)
+def test_a_link_that_leads_nowhere_is_named_with_what_it_leads_to(base, memo, fields, name):
+    (base / "deep").mkdir(exist_ok=True)
+    for link in (base / "link", base / "deep" / "link"):
+        link.symlink_to("gone.txt")
+    with pytest.raises(UsageError, match=f": {name} is a link to gone.txt, which is not there") as error:
+        content(base, memo, **fields)
+    assert error.value.cure == "mend the link, or leave it out"
+
+
 class TestMemo:
     def settled(self, path, data):
         path.write_bytes(data)

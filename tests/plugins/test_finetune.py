@@ -167,6 +167,22 @@ def test_a_plan_refuses(tmp_path: Path, model: Path, name: str) -> None:
         assert "q_proj" in error.value.cure
 
 
+def test_a_plan_refuses_what_peft_does_not_adapt_and_foresees_what_it_does(tmp_path: Path) -> None:
+    """A class that holds its experts in one parameter: peft is asked, without weights."""
+    mixture = make_checkpoint(tmp_path / "mixtral", "mixtral")
+    for lora, field in (
+        ({"target_modules": ["w1"]}, "lora.target_modules"),
+        ({"target_modules": "all-linear"}, "lora.lora_dropout"),
+    ):
+        with pytest.raises(UsageError, match="peft cannot adapt MixtralForCausalLM") as error:
+            check(tmp_path, mixture, lora=lora)
+        assert error.value.field == field
+    check(tmp_path, mixture)
+    wired = {"model": (Forecast(output=describe_checkpoint(mixture)),)}
+    said = finetuning.forecast(params(), forecast_context(tmp_path, inputs=wired, machine=MACHINE))
+    assert "4 modules" in said.summary
+
+
 @pytest.mark.parametrize(
     ("fields", "cause"),
     [
