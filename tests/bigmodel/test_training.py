@@ -162,7 +162,7 @@ def test_going_on_from_an_adapter_that_was_pickled(tmp_path: Path, models: dict[
     (pickled / "adapter_config.json").write_bytes((first / "adapter_config.json").read_bytes())
     torch.save(load_file(first / "adapter_model.safetensors"), pickled / "adapter_model.bin")
     both = [
-        finetune(models["plain"], ROWS, tmp_path / path.name / "more", adapter=path, **FAST).files
+        finetune(models["plain"], ROWS, tmp_path / f"{path.name}-more", adapter=path, **FAST).files
         for path in (first, pickled)
     ]
     assert both[0] == both[1]
@@ -298,7 +298,7 @@ def unloadable(tmp_path_factory: pytest.TempPathFactory) -> Path:
     config = json.loads((path / "config.json").read_text())
     (path / "config.json").write_text(json.dumps({**config, "intermediate_size": config["intermediate_size"] * 2}))
     with pytest.raises(InvalidCheckpoint):
-        finetune(path, ROWS, path / "out", max_steps=1)
+        finetune(path, ROWS, path.with_name("out"), max_steps=1)
     return path
 
 
