@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from support.asking import answer_here
 from support.contexts import check_context, forecast_context
 from support.layouts.layout import change_config
 from support.models import make_checkpoint
@@ -33,7 +34,7 @@ def checkpoint(folder: Path, change: Change = dict, architecture: str = "llama",
     file = folder / "model.safetensors"
     save_file(change(load_file(file)), file, {"format": "pt"})
     change_config(folder, **fields)
-    return folder
+    return answer_here(folder)
 
 
 def agreed(folder: Path) -> Agreement:

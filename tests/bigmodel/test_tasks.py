@@ -7,7 +7,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from support.models import make_checkpoint, make_with_head, tiny_tokenizer
+from support import models
+from support.asking import answer_here
+from support.models import make_checkpoint, tiny_tokenizer
 
 from bigpipe.bigmodel.checkpoint import describe_checkpoint
 from bigpipe.bigmodel.execution import load
@@ -29,6 +31,10 @@ def rows(texts: list[Any], **fields: list[Any]) -> list[Row]:
         texts
     )
     return [Row(index, text, {"prompt": text, **more[index]}) for index, text in enumerate(texts)]
+
+
+def make_with_head(*arguments: Any, **changes: Any) -> Path:
+    return answer_here(models.make_with_head(*arguments, **changes))
 
 
 def pipeline(name: str, path: Path) -> Any:
