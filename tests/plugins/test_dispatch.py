@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 from pydantic import ValidationError
+from support.asking import answer_here
 from support.contexts import forecast_context, stage_context
 from support.launching import MACHINE
 from support.measured import HERE, NO_HALVES, knowing
@@ -83,7 +84,7 @@ def memo(tmp_path_factory: pytest.TempPathFactory, models: dict[str, Path]) -> P
     memo = tmp_path_factory.mktemp("memo")
     sources = Sources(trust=Trust(("support",)), base=TESTS, memo=memo)
     for path in models.values():
-        model = describe_checkpoint(path)
+        model = describe_checkpoint(answer_here(path, sources))
         describe_architecture(dict(model.config or {}), custom=model.custom, sources=sources)
     return memo
 

@@ -10,12 +10,13 @@ from pathlib import Path
 from bigpipe.bigmodel import memo
 from bigpipe.bigmodel.architecture import instantiation, read_request, request_key
 from bigpipe.bigmodel.checkpoint import describe_checkpoint
+from bigpipe.bigmodel.sources import Sources
 
 
-def answer_here(model: Path) -> Path:
+def answer_here(model: Path, sources: Sources = Sources()) -> Path:
     """Let this process know what a child would say of a model's class, and of the names that are stored for it. What a
     child would refuse it still is asked, and refuses."""
-    request, stored = read_request(model), tuple(sorted(describe_checkpoint(model).tensors or ()))
+    request, stored = read_request(model, sources=sources), tuple(sorted(describe_checkpoint(model).tensors or ()))
     for question in (request, replace(request, stored=stored)):
         with warnings.catch_warnings(action="ignore"):
             answer = instantiation._answer(question)
