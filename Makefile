@@ -2,10 +2,11 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
+PICTURE := 960,1000
 
 ON_GPU = PYTHONPATH=build/gpu timeout --signal INT $(1) $(or $(GPU_PYTHON),$(BIN)/python)
 
-.PHONY: quickstart test browser check types layers docs format bench slow fault attack gpu reference snapshot clean
+.PHONY: quickstart test browser check types layers docs picture format bench slow fault attack gpu reference snapshot clean
 
 quickstart: $(VENV)/.ready  ## run the main job on the model that ships with the repository
 	$(BIN)/bigpipe run manifests/quickstart.yaml
@@ -50,6 +51,14 @@ layers: $(VENV)/.ready-dev
 
 docs: $(VENV)/.ready-dev  ## the site, in build/site
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
+
+picture: $(VENV)/.ready-dev  ## the README's picture of a report, by Chromium
+	BIGPIPE_HOME=build/picture $(BIN)/bigpipe run manifests/quickstart.yaml
+	BIGPIPE_HOME=build/picture $(BIN)/bigpipe report last -o build/report.html
+	chromium $$([ "$$(id -u)" = 0 ] && echo --no-sandbox) --headless --hide-scrollbars --window-size=$(PICTURE) \
+	  --screenshot=docs/report.png build/report.html
+	$(BIN)/python -c 'from PIL import Image; name = "docs/report.png"; \
+	  Image.open(name).convert("RGB").quantize(64).save(name, optimize=True)'  # a third of the bytes
 
 format: $(VENV)/.ready-dev
 	$(BIN)/ruff format .

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from support.light import make_light_environment
+from support.light import make_environment
 from support.models import make_checkpoint
 
 ROOT = Path(__file__).parents[1]
@@ -24,7 +24,7 @@ Run = Callable[..., subprocess.CompletedProcess[str]]
 
 @pytest.fixture(scope="module")
 def light(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_light_environment(tmp_path_factory.mktemp("light"))
+    return make_environment(tmp_path_factory.mktemp("light"))
 
 
 @pytest.fixture

@@ -38,6 +38,12 @@ def test_the_reference_names_every_command_export_answer_and_event() -> None:
     assert set(ANSWERS) | set(EVENTS) <= headings["answers"]
 
 
+def test_every_field_of_an_answer_is_described() -> None:
+    answers = (ROOT / "docs/reference/answers.md").read_text().partition("## Events")[0]
+    assert re.findall(r"^\| `.*\| +\|$", answers, re.MULTILINE) == []
+    assert len(re.findall(r"^\| `", answers, re.MULTILINE)) > 100
+
+
 class Fetched(HTMLParser):
     """What a browser fetches by itself when it opens a page."""
 

@@ -75,8 +75,11 @@ class Difference:
     """One value that differs: its path (`params.scheme`, `inputs.model`, `packages.torch`), before and now."""
 
     path: str
+    """Of the value."""
     old: Json
+    """Before."""
     new: Json
+    """Now."""
 
     def __str__(self) -> str:
         return f"{self.path} {shown(self.old)} → {shown(self.new)}"

@@ -235,7 +235,7 @@ def field_descriptions(model: type[BaseModel]) -> dict[str, str]:
     found: dict[str, str] = {}
     for cls in reversed(model.__mro__):
         if cls is not BaseModel and issubclass(cls, BaseModel):
-            found |= _texts_under_fields(cls)
+            found |= texts_under_fields(cls)
     return {
         info.alias or name: text
         for name, info in model.model_fields.items()
@@ -243,7 +243,8 @@ def field_descriptions(model: type[BaseModel]) -> dict[str, str]:
     }
 
 
-def _texts_under_fields(cls: type) -> dict[str, str]:
+def texts_under_fields(cls: type) -> dict[str, str]:
+    """Return field → the text under it in the source of this class alone."""
     try:
         tree = ast.parse(textwrap.dedent(inspect.getsource(cls)))
     except (OSError, TypeError, SyntaxError):  # a class made at run time has no source

@@ -6,179 +6,16 @@ from __future__ import annotations
 from dataclasses import fields
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, TypeAdapter
+from pydantic import ConfigDict, TypeAdapter
 
-from bigpipe.machine import Machine
+from bigpipe.machine import Gpu, Machine
 from bigpipe.orchestrator.contract import EVENTS, Json
 from bigpipe.orchestrator.planning import Difference
+from bigpipe.orchestrator.recipe import texts_under_fields
 from bigpipe.orchestrator.running import NodeRun
 
-Actions = Literal["run", "cached", "maybe", "skipped"]
-
-
-class Strict(BaseModel):
-    model_config = ConfigDict(
-        extra="forbid", json_schema_serialization_defaults_required=True, use_attribute_docstrings=True
-    )
-
-
-class Told(Strict):
-    """Why an exit code is not 0."""
-
-    code: str
-    """Of errors in manifests, or the name of an error's class."""
-    cause: str
-    cure: str
-    file: str | None
-    line: int | None
-    column: int | None
-    node: str | None
-
-
-class Answer(Strict):
-    """What every object has."""
-
-    exit_code: int
-    errors: list[Told]
-
-
-class Checkout(Strict):
-    commit: str
-    dirty: bool
-
-
-class Run(Answer):
-    """What a run did."""
-
-    run: str | None
-    """None: it was refused before it began."""
-    status: Literal["succeeded", "failed", "interrupted", "refused"]
-    manifest: str
-    params: dict[str, Any]
-    git: Checkout | None
-    seconds: float
-    nodes: dict[str, NodeRun]
-
-
-class Change(Strict):
-    path: str
-    old: Any
-    new: Any
-    place: str | None
-
-
-class Gate(Strict):
-    text: str
-    value: Any
-    passed: bool | None
-
-
-class PlannedMisfit(Strict):
-    node: str
-    cause: str
-    cure: str
-
-
-class Foreseen(Strict):
-    """Bytes and seconds; None: not known."""
-
-    download_bytes: int | None
-    write_bytes: int | None
-    ram: int | None
-    vram: dict[str, int]
-    seconds: float | None
-    metrics: dict[str, Any]
-    unknown: list[str]
-    details: list[str]
-
-
-class Planned(Strict):
-    kind: str
-    action: Actions
-    reason: str
-    key: str | None
-    pins: dict[str, Any]
-    changes: list[Change]
-    gates: list[Gate]
-    tried: list[dict[str, Any]]
-    problem: str | None
-    forecast: Foreseen | None
-
-
-class Plan(Answer):
-    """What a run would do."""
-
-    manifest: str
-    machine: Machine
-    fits: bool
-    download_bytes: int
-    write_bytes: int
-    peak_disk_bytes: int
-    misfits: list[PlannedMisfit]
-    not_installed: dict[str, list[str]]
-    """Node that may run and cannot run here → the packages that it lacks."""
-    nodes: dict[str, Planned]
-
-
-class Validity(Strict):
-    valid: bool
-
-
-class Validated(Answer):
-    manifests: dict[str, Validity]
-
-
-class NodeStatus(Strict):
-    action: Actions
-    reason: str
-
-
-class Status(Answer):
-    nodes: dict[str, NodeStatus]
-
-
-class Last(Strict):
-    run: str
-    created: str
-    seconds: float
-
-
-class Reason(Strict):
-    action: Actions
-    reason: str
-    key: str | None
-    changes: list[Change]
-    tried: list[dict[str, Any]]
-    because_of: dict[str, str]
-    last: Last | None
-
-
-class Why(Answer):
-    nodes: dict[str, Reason]
-
-
-class Wired(Strict):
-    kind: str
-    inputs: dict[str, list[str]]
-    needs: list[str]
-    first: dict[str, Any] | None
-    status: str | None
-    """What a run made of it, where one was asked about; `verdict` and `tried` as in its record."""
-    verdict: str | None
-    tried: list[dict[str, str]] | None
-
-
-class Graph(Answer):
-    manifest: str
-    nodes: dict[str, Wired]
-
-
-class Lock(Answer):
-    lock: str
-
-
-class Written(Answer):
-    files: list[str]
+from .told_of_recipes import Answer, Graph, Lock, Plan, Run, Status, Validated, Why, Written
+from .told_of_stores import Collected, Differences, Held, Log, Page, Record, Removed, RunsThatGoOn, Taken, Verified
 
 
 class Estimate(Answer):
@@ -186,152 +23,53 @@ class Estimate(Answer):
 
     model_config = ConfigDict(extra="allow")
     model: str
+    """As it was asked for."""
     revision: str | None
+    """The commit, of a repository."""
     source: Literal["headers", "config"]
+    """headers: of the weight files; config: of nothing but the config."""
     fetched_bytes: int
+    """What it took to know."""
     dtypes: dict[str, dict[str, Any]]
+    """By dtype, the terms in bytes."""
 
 
 class Estimates(Answer):
+    """Of several models."""
+
     estimates: list[dict[str, Any]]
+    """Each as `bigpipe.estimate/1` has it."""
 
 
 class Kinds(Answer):
+    """The stage kinds."""
+
     kinds: dict[str, dict[str, Any]]
+    """By name: ports, and JSON schemas of params and metrics."""
 
 
 class Doctor(Answer):
+    """What this machine has; `plan --machine` reads it back."""
+
     machine: Machine
+    """CPUs, memory, GPUs, disk."""
     platform: str
+    """System and processor."""
     versions: dict[str, str | None]
+    """By package; None: not installed."""
     hub: dict[str, Any]
+    """Endpoint and cache, whether it is offline, whether there is a token."""
     store: dict[str, Any]
+    """Path, free bytes, whether it can be written."""
     checks: dict[str, dict[str, Any]]
-
-
-class Listed(Strict):
-    digest: str
-    type: str
-    path: str
-    files: int
-    bytes: int
-    referenced_bytes: int
-    present: bool
-    key: str
-    node: str
-    kind: str
-    manifest: str
-    created: str
-
-
-class ListedRun(Strict):
-    run: str
-    status: str
-    seconds: float
-    recipe: str
-
-
-class Held(Answer):
-    store: str
-    artifacts: list[Listed]
-    runs: list[ListedRun]
-
-
-class Running(Strict):
-    run: str
-    process: int
-    started: str
-    seconds: int
-    manifest: str
-    recipe: str
-    nodes: int
-    done: int
-    at: dict[str, str]
-
-
-class RunsThatGoOn(Answer):
-    runs: list[Running]
-
-
-class Record(Answer):
-    run: str
-    manifest: str
-    recipe: str
-    params: dict[str, Any]
-    git: Checkout | None
-    status: Literal["running", "succeeded", "failed", "interrupted", "dead"]
-    started: str
-    seconds: float
-    process: int
-    nodes: dict[str, NodeRun]
-    text: str
-
-
-class LoggedLine(Strict):
-    node: str
-    attempt: int
-    line: str
-
-
-class Log(Answer):
-    lines: list[LoggedLine]
-
-
-class Differences(Answer):
-    runs: list[str] = Field(min_length=2, max_length=2)
-    changes: list[Difference]
-    nodes: dict[str, list[Difference]]
-
-
-class Page(Answer):
-    path: str
-    bytes: int
-
-
-class Taken(Answer):
-    run: str
-    node: str
-    digest: str
-    path: str
-    files: dict[str, int]
-
-
-class FreedThing(Strict):
-    kind: str
-    name: str
-    bytes: int
-    node: str | None
-    created: str | None
-    manifest: str | None
-
-
-class Removed(Answer):
-    dry_run: bool
-    freed: list[FreedThing]
-    freed_bytes: int
-
-
-class Collected(Removed):
-    kept_artifacts: int
-    kept_bytes: int
-
-
-class Found(Strict):
-    path: str
-    problem: str
-    detail: str
-    repaired: bool
-
-
-class Verified(Answer):
-    artifacts: int
-    files: int
-    bytes: int
-    findings: list[Found]
+    """What was tried: whether it works, and what was seen."""
 
 
 class Text(Answer):
+    """A text to be used as it is."""
+
     text: str
+    """A recipe, or a script for a shell."""
 
 
 class Refusal(Answer):
@@ -378,6 +116,8 @@ def outputs_schema() -> dict[str, Json]:
         inner |= tops[name].pop("$defs", {})
         tops[name]["properties"] = {"schema": {"const": name}, **tops[name]["properties"]}
         tops[name]["required"] = ["schema", *tops[name]["required"]]
+    for described in (NodeRun, Machine, Gpu, Difference):
+        _describe(inner[described.__name__]["properties"], described)
     return {
         "$schema": "https://json-schema.org/draft/2020-12/schema",
         "title": "bigpipe --json and --events",
@@ -386,9 +126,16 @@ def outputs_schema() -> dict[str, Json]:
     }
 
 
+def _describe(properties: dict[str, Json], described: type) -> None:
+    """Give fields the texts that stand under them in the class."""
+    for name, text in texts_under_fields(described).items():
+        properties[name].setdefault("description", text)
+
+
 def _event(event: type[Any]) -> dict[str, Json]:
     """A line of a file of events: the fields of the event, what it is and when it was."""
     found = TypeAdapter(event).json_schema(mode="serialization")
+    _describe(found["properties"], event)
     own = {"time": {"type": "string", "format": "date-time"}, "event": {"const": event.name}}
     return {
         "type": "object",

@@ -62,20 +62,29 @@ class NodeRun(BaseModel):
     """One node in a run. Seconds, bytes."""
 
     status: str = "pending"
+    """cached, succeeded, failed or skipped once it is over."""
     kind: str = ""
+    """What it uses."""
     after: list[str] = Field(default_factory=list)
     """The nodes that it takes something from, or waits for."""
     key: str | None = None
+    """Of the computation; None: it never came to it."""
     digest: str | None = None
+    """Of its artifact; None: there is none."""
     path: str | None = None
+    """The artifact's directory, readable as it is."""
     seconds: float = 0.0
+    """How long its work took."""
     peak_rss: int | None = None
+    """The most memory it held; None: not known."""
     metrics: dict[str, Any] = Field(default_factory=dict)
+    """As its kind says."""
     gates: list[dict[str, Any]] = Field(default_factory=list)
     """`text`, `value` and whether it `passed`; the last two are None where that was not decided."""
     foreseen: dict[str, Any] = Field(default_factory=dict)
     """What the plan said, where it said it: `seconds`; bytes of `ram`, `download_bytes` and `write_bytes`."""
     reason: str = ""
+    """Why it ran, or did not."""
     verdict: str = ""
     """What its gates came to where they do not all hold and that is no failure; which variant it takes, and why others
     were left."""
@@ -83,6 +92,7 @@ class NodeRun(BaseModel):
     """Of a node that takes the first variant that passes: `value`, the node that is its `judge`, what it `came_to`
     (`taken`, `left`, `failed` or `not run`) and `why`."""
     error: str = ""
+    """Why it failed."""
 
 
 class RunRecord(BaseModel):

@@ -30,10 +30,13 @@ class Gpu:
     """One GPU, as torch will number it."""
 
     index: int
+    """Its number for torch."""
     name: str
+    """As its driver calls it."""
     memory: int
     """Total bytes."""
     free: int
+    """Bytes that nobody holds."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,12 +44,17 @@ class Machine:
     """The hardware a plan is made for: this machine, or one described by `doctor --json`. Sizes in bytes."""
 
     name: str
+    """Its name in the network."""
     cpus: int
+    """Cores that a process here may use."""
     memory: int
+    """Total RAM."""
     memory_available: int
+    """RAM that can be had now."""
     disk_free: int
     """On the file system of the store."""
     gpus: tuple[Gpu, ...] = ()
+    """In torch's order."""
 
 
 MACHINE = Given(

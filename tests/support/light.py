@@ -1,4 +1,7 @@
-"""An environment as `pip install bigpipe-ml` makes it, without the extra `run`: of links to what is installed here."""
+"""Environments as `pip install bigpipe-ml` makes them, with extras or without: of links to what is installed here.
+
+python tests/support/light.py .venv .    # as `make` makes it in a clone, without pip
+"""
 
 from __future__ import annotations
 
@@ -45,8 +48,9 @@ def _top_level(found: Distribution) -> Iterator[Path]:
     return (Path(str(found.locate_file(name))) for name in sorted(names))
 
 
-def make_light_environment(folder: Path, extras: Iterable[str] = ()) -> Path:
-    """Make one in `folder`, in a second, without pip. Return its `bin`, which holds `python` and `bigpipe`."""
+def make_environment(folder: Path, extras: Iterable[str] = (), source: Path = ROOT) -> Path:
+    """Make one in `folder`, in a second, without pip. source: the checkout whose bigpipe it has. Return its `bin`,
+    which holds `python` and `bigpipe`."""
     subprocess.run([sys.executable, "-m", "venv", "--without-pip", folder], check=True)
     (site,) = folder.glob("lib/python*/site-packages")
     for found in closure(required(extras)).values():
@@ -56,8 +60,14 @@ def make_light_environment(folder: Path, extras: Iterable[str] = ()) -> Path:
     own = Path(str(distribution("bigpipe-ml").locate_file("")))
     for information in own.glob("bigpipe_ml-*.dist-info"):
         (site / information.name).symlink_to(information)
-    (site / "bigpipe.pth").write_text(f"{ROOT / 'src'}\n")
+    (site / "bigpipe.pth").write_text(f"{source / 'src'}\n")
     command = folder / "bin/bigpipe"
     command.write_text(f"#!{folder / 'bin/python'}\nfrom bigpipe.__main__ import main\nmain()\n")
     command.chmod(0o755)
     return command.parent
+
+
+if __name__ == "__main__":
+    environment, checkout = (Path(given).absolute() for given in sys.argv[1:])
+    make_environment(environment, ["run"], checkout)
+    (environment / ".ready").touch()

@@ -1,0 +1,287 @@
+"""What `--json` holds of commands about a recipe, as models; `answers` says which is which."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict
+
+from bigpipe.machine import Machine
+from bigpipe.orchestrator.running import NodeRun
+
+Actions = Literal["run", "cached", "maybe", "skipped"]
+
+
+class Strict(BaseModel):
+    model_config = ConfigDict(
+        extra="forbid", json_schema_serialization_defaults_required=True, use_attribute_docstrings=True
+    )
+
+
+class Told(Strict):
+    """Why an exit code is not 0."""
+
+    code: str
+    """Of errors in manifests, or the name of an error's class."""
+    cause: str
+    """What is wrong."""
+    cure: str
+    """What to do about it."""
+    file: str | None
+    """The manifest that it is about; None: it has no place."""
+    line: int | None
+    """Counted from 1."""
+    column: int | None
+    """Counted from 1, in characters."""
+    node: str | None
+    """The node of the recipe that it is about; None: none."""
+
+
+class Answer(Strict):
+    """What every object has."""
+
+    exit_code: int
+    """What the command exits with."""
+    errors: list[Told]
+    """Why that is not 0; the first decides."""
+
+
+class Checkout(Strict):
+    """What git says of the checkout that the manifest lies in."""
+
+    commit: str
+    """40 digits."""
+    dirty: bool
+    """There were changes that are in no commit."""
+
+
+class Run(Answer):
+    """What a run did."""
+
+    run: str | None
+    """None: it was refused before it began."""
+    status: Literal["succeeded", "failed", "interrupted", "refused"]
+    """refused: before it began."""
+    manifest: str
+    """Its path."""
+    params: dict[str, Any]
+    """The recipe's, as they were used, `-p` included."""
+    git: Checkout | None
+    """None: the manifest lies in no checkout."""
+    seconds: float
+    """From the first node to the last."""
+    nodes: dict[str, NodeRun]
+    """By name, in the order of the graph."""
+
+
+class Change(Strict):
+    """A value that made a key another one."""
+
+    path: str
+    """`params.scheme`, `inputs.model`, `packages.torch`."""
+    old: Any
+    """As the last record has it."""
+    new: Any
+    """As it is now."""
+    place: str | None
+    """`file:line:column` of the value in the manifest; None: it stands in none."""
+
+
+class Gate(Strict):
+    """A gate of a node."""
+
+    text: str
+    """As it is written."""
+    value: Any
+    """What stands at its left; None: not known yet."""
+    passed: bool | None
+    """None: not decided yet."""
+
+
+class PlannedMisfit(Strict):
+    """Something that does not fit."""
+
+    node: str
+    """Whose need it is."""
+    cause: str
+    """What it needs, and what there is."""
+    cure: str
+    """The smallest change under which it fits."""
+
+
+class Foreseen(Strict):
+    """Bytes and seconds; None: not known."""
+
+    download_bytes: int | None
+    """From elsewhere."""
+    write_bytes: int | None
+    """Into the store, or where it saves."""
+    ram: int | None
+    """Of all its processes together."""
+    vram: dict[str, int]
+    """GPU's number → bytes."""
+    seconds: float | None
+    """How long it may take."""
+    metrics: dict[str, Any]
+    """Those of the run that can be known now."""
+    unknown: list[str]
+    """What is not known, and why."""
+    details: list[str]
+    """What `--explain` shows besides."""
+
+
+class Planned(Strict):
+    """What a run would do with a node."""
+
+    kind: str
+    """What it uses."""
+    action: Actions
+    """maybe: known once its inputs are."""
+    reason: str
+    """Why."""
+    key: str | None
+    """Of the computation; None: not known before its inputs are."""
+    pins: dict[str, Any]
+    """Field → what a branch or another floating value means now."""
+    changes: list[Change]
+    """Against its last record under this manifest."""
+    gates: list[Gate]
+    """In their order."""
+    tried: list[dict[str, Any]]
+    """Of a stage with `first`: what is known of each variant."""
+    problem: str | None
+    """What its preflight found; None: nothing."""
+    forecast: Foreseen | None
+    """None: nothing of it has to be known."""
+
+
+class Plan(Answer):
+    """What a run would do."""
+
+    manifest: str
+    """Its path."""
+    machine: Machine
+    """That it is planned for."""
+    fits: bool
+    """Nothing is among the misfits."""
+    download_bytes: int
+    """Of all nodes that run."""
+    write_bytes: int
+    """Of all nodes that run."""
+    peak_disk_bytes: int
+    """The most that the run adds to the disk of the store at any time."""
+    misfits: list[PlannedMisfit]
+    """What does not fit, and the change that does."""
+    not_installed: dict[str, list[str]]
+    """Node that may run and cannot run here → the packages that it lacks."""
+    nodes: dict[str, Planned]
+    """By name, in the order of the graph."""
+
+
+class Validity(Strict):
+    """Whether a manifest is right."""
+
+    valid: bool
+    """Else `errors` say why."""
+
+
+class Validated(Answer):
+    """Which manifests are right."""
+
+    manifests: dict[str, Validity]
+    """By path."""
+
+
+class NodeStatus(Strict):
+    """Whether a node is cached."""
+
+    action: Actions
+    """What a run would do now."""
+    reason: str
+    """Why."""
+
+
+class Status(Answer):
+    """Which nodes are cached."""
+
+    nodes: dict[str, NodeStatus]
+    """By name."""
+
+
+class Last(Strict):
+    """When a node last ran."""
+
+    run: str
+    """That run's id."""
+    created: str
+    """When its artifact was published."""
+    seconds: float
+    """How long it took."""
+
+
+class Reason(Strict):
+    """Why a node would run, or ran last."""
+
+    action: Actions
+    """What a run would do now."""
+    reason: str
+    """In words."""
+    key: str | None
+    """None: not known before its inputs are."""
+    changes: list[Change]
+    """Against its last record."""
+    tried: list[dict[str, Any]]
+    """Of a stage with `first`: what is known of each variant."""
+    because_of: dict[str, str]
+    """Node that it stands on → why that would run."""
+    last: Last | None
+    """None: it never ran under this manifest."""
+
+
+class Why(Answer):
+    """Why nodes would run."""
+
+    nodes: dict[str, Reason]
+    """Those that were asked about."""
+
+
+class Wired(Strict):
+    """A node, and what it stands on."""
+
+    kind: str
+    """What it uses."""
+    inputs: dict[str, list[str]]
+    """Port → the nodes that are wired to it."""
+    needs: list[str]
+    """Nodes that it waits for besides."""
+    first: dict[str, Any] | None
+    """`axis`, `of` and `values` of a stage that takes the first variant that passes."""
+    status: str | None
+    """What a run made of it, where one was asked about; `verdict` and `tried` as in its record."""
+    verdict: str | None
+    """As in that run's record."""
+    tried: list[dict[str, str]] | None
+    """As in that run's record."""
+
+
+class Graph(Answer):
+    """The nodes after matrix expansion."""
+
+    manifest: str
+    """Its path."""
+    nodes: dict[str, Wired]
+    """By name, in topological order."""
+
+
+class Lock(Answer):
+    """The lock file was written, or holds."""
+
+    lock: str
+    """Its path."""
+
+
+class Written(Answer):
+    """What was written."""
+
+    files: list[str]
+    """Their paths."""
