@@ -2,28 +2,22 @@
 
 from __future__ import annotations
 
-import math
 import os
-import re
 import shutil
 import signal
 import sys
-from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path
+from collections.abc import Iterator, Sequence
 
 from bigpipe.errors import StageFailed, Transient, UsageError
-from bigpipe.files import parse_json, read_file
 from bigpipe.names import did_you_mean
 from bigpipe.orchestrator.stage import CheckContext, Forecast, ForecastContext, StageContext, StageResult
 from bigpipe.programs import Ended, laid_out, laid_out_at, run_program
 
 from .command import PLACEHOLDER, CommandMetrics, CommandParams
+from .command_output import check_output, lead_links_back, read_metrics
 
 TRY_AGAIN = 75
 """The exit status that asks for another attempt: EX_TEMPFAIL of sysexits.h."""
-LARGEST_METRICS = 2**20
-LARGEST_ROW = 2**24
-RESULTS = "results.jsonl"
 OWN = frozenset({"PYTHONSAFEPATH", "PYTHONFAULTHANDLER", "PYTHONIOENCODING"})
 """Variables of our workers that a tool does not expect: `python tool.py` is to find the modules beside it."""
 
@@ -88,8 +82,8 @@ def run(params: CommandParams, context: StageContext) -> StageResult:
         raise StageFailed(f"{params.argv[0]} cannot be started: {error.strerror}", cure, field="argv[0]") from error
     _require_success(params, ended)
     if context.out.is_dir() and not context.out.is_symlink():
-        _lead_links_back(context)
-    _check_output(params, context.out)
+        lead_links_back(context)
+    check_output(params, context.out)
     metrics = read_metrics(context.out / params.metrics) if params.metrics else {}
     return StageResult(CommandMetrics.model_validate(metrics), type=params.produces)
 
@@ -105,21 +99,6 @@ def _filled_in(argv: Sequence[str], context: StageContext) -> Iterator[str]:
             yield PLACEHOLDER.sub(lambda found: own[found[3]] if found[3] else str(context.input(found[2])), argument)
 
 
-def _lead_links_back(context: StageContext) -> None:
-    """The files of an input may be links, relative to where they lie. A tool that copies them as such, like `cp -r`,
-    means what they lead to."""
-    links = [path for folders in context.inputs.values() for folder in folders for path in _links_below(folder)]
-    meant = {os.readlink(path): os.path.realpath(path) for path in links}
-    for path in _links_below(context.out):
-        if not path.exists() and (target := meant.get(os.readlink(path))) is not None:
-            path.unlink()
-            path.symlink_to(target)
-
-
-def _links_below(folder: Path) -> list[Path]:
-    return [path for path in folder.rglob("*") if path.is_symlink()]
-
-
 def _require_success(params: CommandParams, ended: Ended) -> None:
     if ended.status == 0:
         return
@@ -131,61 +110,3 @@ def _require_success(params: CommandParams, ended: Ended) -> None:
     if ended.status == TRY_AGAIN:
         raise Transient(cause, "try again, or let the run do so: `retries:`", field="argv")
     raise StageFailed(cause, "the log of the node has all that it printed", field="argv")
-
-
-def _check_output(params: CommandParams, out: Path) -> None:
-    """Raise StageFailed (InvalidCheckpoint, NoWeights) where that is not what the command is said to produce."""
-    if out.is_symlink() or not out.is_dir():
-        cure = "write into the directory that is passed as ${out}, and leave it where it is"
-        raise StageFailed("the command replaced or removed ${out}", cure, field="argv")
-    if not any(path.is_symlink() or not path.is_dir() for path in out.rglob("*")):
-        cure = "write the result under ${out}, which is passed as an argument"
-        raise StageFailed("the command wrote nothing under ${out}", cure, field="argv")
-    if params.produces == "checkpoint":
-        from bigpipe.bigmodel.checkpoint import describe_checkpoint
-
-        describe_checkpoint(out)
-    elif params.produces == "results":
-        _check_rows(out / RESULTS)
-
-
-def _check_rows(path: Path) -> None:
-    cure = "write one JSON object on each line, or set `produces: directory`"
-    if not path.is_file():
-        raise StageFailed(f"the command wrote no {RESULTS} under ${{out}}", cure, field="produces")
-    with path.open("rb") as rows:
-        for number, row in enumerate(iter(lambda: rows.readline(LARGEST_ROW), b""), 1):
-            try:
-                fine = isinstance(parse_json(row), dict)
-            except ValueError:
-                fine = False
-            if not fine:
-                raise StageFailed(f"{RESULTS}:{number} is no JSON object", cure, field="produces")
-
-
-def _is_finite(value: float) -> bool:
-    """Is it a number that a gate can compare? Whole numbers of JSON have no largest."""
-    try:
-        return math.isfinite(value)
-    except OverflowError:
-        return False
-
-
-def read_metrics(path: Path) -> Mapping[str, int | float]:
-    """Return what a file of metrics holds: names and finite numbers. Raise StageFailed for anything else."""
-    cure = 'write one JSON object of names and numbers: {"perplexity": 12.5}'
-    try:
-        found = parse_json(read_file(path, LARGEST_METRICS))
-    except OSError as error:
-        cause = f"the file of metrics, ${{out}}/{path.name}, cannot be read: {error.strerror}"
-        raise StageFailed(cause, cure, field="metrics") from error
-    except ValueError as error:
-        raise StageFailed(f"{path.name} is no JSON: {error}", cure, field="metrics") from error
-    if not isinstance(found, dict):
-        raise StageFailed(f"{path.name} holds no object", cure, field="metrics")
-    for name, value in found.items():
-        if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", name):
-            raise StageFailed(f"{path.name}: gates cannot name {name!r}", "use letters, digits and _", field="metrics")
-        if isinstance(value, bool) or not isinstance(value, int | float) or not _is_finite(value):
-            raise StageFailed(f"{path.name}: {name} is {value!r:.60}, and no finite number", cure, field="metrics")
-    return found

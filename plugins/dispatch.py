@@ -98,7 +98,7 @@ STAGE = Stage(
     output="placement",
     reviewed=("placement.json",),
     run=late("bigpipe.plugins.dispatching:run"),
-    forecast=late("bigpipe.plugins.dispatching:forecast"),
+    forecast=late("bigpipe.plugins.dispatch_needs:forecast"),
     planning=Planning(check=late("bigpipe.plugins.dispatching:check"), facts=facts),
     packages=("torch", "transformers", "accelerate"),
     warms=warms,

@@ -162,7 +162,7 @@ STAGE = Stage(
     },
     output="results",
     run=late("bigpipe.plugins.inferring:run"),
-    forecast=late("bigpipe.plugins.inferring:forecast"),
+    forecast=late("bigpipe.plugins.inference_needs:forecast"),
     runs_in="ranks",
     ranks=Ranks(
         prepare=late("bigpipe.plugins.inferring:prepare"),

@@ -26,7 +26,8 @@ from bigpipe.orchestrator.stage import CheckContext, Forecast, ForecastContext, 
 from bigpipe.sizes import counted, format_transfer
 
 from .download import DownloadMetrics, DownloadParams
-from .library import Pipeline, about, sources_of
+from .library import about, sources_of
+from .wired import Pipeline
 
 PIPELINE = "model_index.json"
 """In the root of a folder of several models."""

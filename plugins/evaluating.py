@@ -21,8 +21,10 @@ from bigpipe.sizes import counted, format_size
 
 from .evaluate import EvaluateMetrics, EvaluateParams
 from .evaluation_needs import PORTS, Sides, question, sides_of, with_memory, workload
-from .library import about, agreed, attached, computed_in, require_class, single_model, sources_of
+from .library import about, sources_of
+from .placed import computed_in
 from .ranked import check_weights, load_on_rank, placement_of
+from .wired import agreed, attached, require_class, single_model
 
 REPORT_BYTES = 64 * 2**10
 

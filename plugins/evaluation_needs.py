@@ -14,8 +14,10 @@ from bigpipe.fit import Misfit
 from bigpipe.orchestrator.stage import Forecast, ForecastContext, StageContext
 
 from .evaluate import EvaluateParams
-from .library import agreed, attached, computed_in, single_model, sources_of
+from .library import sources_of
+from .placed import computed_in
 from .ranked import CUDA_BASE, RANK_BASE, alone, held_in_ram, misfits_of_gpus
+from .wired import agreed, attached, single_model
 
 PORTS = ("model", "baseline")
 

@@ -35,8 +35,9 @@ from bigpipe.orchestrator.stage import CheckContext, Forecast, ForecastContext, 
 from bigpipe.sizes import counted
 
 from .finetune import FinetuneMetrics, FinetuneParams, Losses
-from .library import about, agreed, require_class, single_model, sources_of, wired_adapters
+from .library import about, sources_of
 from .ranked import CUDA_BASE
+from .wired import agreed, require_class, single_model, wired_adapters
 
 RANK_BASE = 490 * 2**20
 """Bytes of a rank that has imported torch, transformers and peft and holds no model, with what kernels keep: 454 to

@@ -10,8 +10,9 @@ from bigpipe.bigmodel.writing import WORKERS, planned_bytes
 from bigpipe.orchestrator.stage import CheckContext, Forecast, ForecastContext, StageContext, StageResult
 from bigpipe.sizes import counted, format_transfer
 
-from .library import about, require_class, single_model, sources_of, wired_adapters
+from .library import about, sources_of
 from .merge import MergeMetrics, MergeParams
+from .wired import require_class, single_model, wired_adapters
 
 RAM = 400 * 2**20
 """Peak of the worker process besides what it holds of one run of rows: interpreter, torch, buffers for the files."""

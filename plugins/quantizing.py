@@ -12,8 +12,9 @@ from bigpipe.errors import UsageError
 from bigpipe.orchestrator.stage import CheckContext, Forecast, ForecastContext, Machine, StageContext, StageResult
 from bigpipe.sizes import counted, format_transfer
 
-from .library import about, require_class, single_model, sources_of
+from .library import about, sources_of
 from .quantize import QuantizeMetrics, QuantizeParams
+from .wired import require_class, single_model
 
 RAM = 192 * 2**20
 """Peak of the worker process besides what it holds of one transposed weight: interpreter, numpy, reused buffers."""

@@ -14,7 +14,9 @@ from bigpipe.fit import Cure, Misfit, fits
 from bigpipe.machine import Machine
 from bigpipe.orchestrator.stage import CheckContext, ForecastContext, StageContext
 
-from .library import agreed, load_placed, memory_here, read_placement, sources_of
+from .library import sources_of
+from .placed import load_placed, memory_here, read_placement
+from .wired import agreed
 
 if TYPE_CHECKING:
     import torch

@@ -14,8 +14,8 @@ from bigpipe.bigmodel.writing import WORKERS, Conversion, ShardPlan, convert, pl
 from bigpipe.orchestrator.stage import CheckContext, Forecast, ForecastContext, StageContext, StageResult
 from bigpipe.sizes import counted, format_transfer
 
-from .library import single_model
 from .shard import ShardMetrics, ShardParams
+from .wired import single_model
 
 RAM = 200 * 2**20
 """Peak of the worker process at any model size: interpreter, numpy where a cast needs it, buffers for four files."""

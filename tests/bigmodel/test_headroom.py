@@ -168,7 +168,7 @@ def test_the_function_gives_what_the_stage_gives(tmp_path: Any, workshop: Any) -
             f"  dispatch: {{uses: dispatch, inputs: download, with: {{{with_}, verify: none}}}}\n",
             store=workshop.folder / "store",
         )
-        from bigpipe.plugins.library import read_placement
+        from bigpipe.plugins.placed import read_placement
 
         placed = bigpipe.place(
             model, device_map=mode, batch_size=3, sequence_length=77, special_dtypes={"lm_head.weight": "float32"},

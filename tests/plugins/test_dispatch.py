@@ -34,7 +34,7 @@ from bigpipe.orchestrator.stage import (
     Trust,
 )
 from bigpipe.plugins.dispatch import STAGE, DispatchMetrics, DispatchParams
-from bigpipe.plugins.library import read_placement
+from bigpipe.plugins.placed import read_placement
 
 TESTS = Path(__file__).parents[1]
 

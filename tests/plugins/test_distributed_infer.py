@@ -25,7 +25,7 @@ from bigpipe.orchestrator.contract.events import Progress, RankHello
 from bigpipe.orchestrator.stage import CheckContext, Forecast, Gpu, Launch, StageContext, Trust
 from bigpipe.plugins import inferring
 from bigpipe.plugins.distributed_infer import STAGE, InferParams
-from bigpipe.plugins.library import read_placement
+from bigpipe.plugins.placed import read_placement
 
 PROMPTS = ["Hello, my name is", "The", "Once upon a time", "a b c", "Why?"]
 

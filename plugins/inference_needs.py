@@ -1,0 +1,158 @@
+"""What `distributed-infer` needs: its batches, how many go together, and the memory of a rank."""
+
+from __future__ import annotations
+
+import math
+from contextlib import suppress
+from dataclasses import replace
+from pathlib import Path
+
+from bigpipe.bigmodel.checkpoint import ModelDescription
+from bigpipe.bigmodel.execution import as_placement
+from bigpipe.bigmodel.footprint import Budget, Workload
+from bigpipe.bigmodel.inference import assign, chunked
+from bigpipe.bigmodel.placement import Placement, Together, batches_together
+from bigpipe.bigmodel.sources import Sources
+from bigpipe.bigmodel.tasks import TASKS, Row, Task, find_task, read_prompts
+from bigpipe.errors import UsageError
+from bigpipe.orchestrator.stage import Forecast, ForecastContext, StageContext
+from bigpipe.sizes import counted
+
+from .distributed_infer import InferParams
+from .library import sources_of
+from .placed import computed_in
+from .ranked import CUDA_BASE, RANK_BASE, alone, held_in_ram, misfits_of_gpus
+from .wired import agreed, attached, single_model
+
+LONGEST = 2**16
+"""Tokens of a task that makes as many as it needs: cut to the model's positions."""
+
+
+def forecast(params: InferParams, ctx: ForecastContext) -> Forecast:
+    try:
+        rows = rows_of(params, ctx.base)
+    except UsageError as error:
+        return Forecast(unknown=(error.cause,))
+    ranks, batches = ctx.launch.num_processes, _batches(params, lengths_of(params, rows))
+    counts = [sum(len(batches[batch]) for batch in share) for share in assign(range(len(batches)), ranks)]
+    spread = f" ({' + '.join(map(str, counts))})" if params.split == "static" and 1 < ranks <= 8 else ""
+    work = f"{counted(len(rows), 'prompt')} in {counted(len(batches), 'batch', 'es')} over {counted(ranks, 'rank')}"
+    placement, placed = ctx.described("placement", Placement), ctx.input("placement")
+    told: dict[str, int | str] = {"prompts": len(rows)}
+    together, model, at_work, held = Together(), single_model(ctx), 0, 0
+    with suppress(UsageError):  # said where it is checked, or once the trusted code is here
+        together = together_of(params, model, placement, rows, ctx)
+        at_work = _at_work(params, model, placement, rows, ctx)
+        held = sum(beside.nbytes.values()) if (beside := attached(ctx, model)) else 0
+        told["micro_batches"] = together.count
+        if model is not None and model.tensors is not None and (placement or placed is None):
+            told["compute_dtype"] = computed_in(model, placement or alone(ctx.machine), ctx, params.dtype)
+    said = f"{counted(together.count, 'batch', 'es')} at once through the streamed layers: {together.why}"
+    known = Forecast(
+        download_bytes=0,
+        ram=_ram(params, ctx, placement, together.more + at_work + held),
+        metrics=told,
+        summary=work + spread,
+        details=(said,) if together.count > 1 else (),
+    )
+    if placed is not None and placed.misfits:  # said where it is placed
+        return known
+    each = placement.gpus if placement else int(bool(ctx.machine.gpus))
+    return replace(
+        known,
+        vram=_vram(placement, ctx.launch.local_processes, together.more + held),
+        misfits=misfits_of_gpus(each, ctx),
+    )
+
+
+def _ram(params: InferParams, ctx: ForecastContext, placement: Placement | None, beside: int) -> int | None:
+    """Of all ranks here. beside: what the batches of a rank take besides the weights, on a CPU."""
+    model, local = single_model(ctx), ctx.launch.local_processes
+    if model is None or model.tensors is None:
+        return None
+    if ctx.machine.gpus:
+        return (RANK_BASE + CUDA_BASE) * local
+    return (RANK_BASE + held_in_ram(model, placement or as_placement(None), params.dtype, ctx) + beside) * local
+
+
+def _at_work(
+    params: InferParams, model: ModelDescription | None, placement: Placement | None, rows: list[Row],
+    ctx: ForecastContext,
+) -> int:  # fmt: skip
+    """What a forward of the largest batch takes besides the weights, on a CPU; 0: of a function nobody knows."""
+    if model is None or model.tensors is None or params.task not in TASKS:
+        return 0
+    dtype = computed_in(model, placement or alone(ctx.machine), ctx, params.dtype)
+    found = Budget(agreed(model, sources_of(ctx)).architecture, dtype, _workload(params, rows))
+    return found.cpu.bytes - found.counts.loaded
+
+
+def _workload(params: InferParams, rows: list[Row]) -> Workload:
+    """Of the largest batch: a token rarely has less than a byte. Beams and several texts count as rows."""
+    texts = max(params.generation.get("num_beams") or 1, params.generation.get("num_return_sequences") or 1)
+    task = find_task(params.task, Sources()) if params.task in TASKS else None
+    lengths = lengths_of(params, rows)
+    new = LONGEST if task is not None and task.own_length else params.max_new_tokens
+    if task is not None and not task.makes_tokens:
+        new = 0
+    shapes = [(len(batch), max(lengths[row] for row in batch) + new) for batch in _batches(params, lengths)]
+    count, length = max(shapes, key=math.prod)
+    if not new:
+        return Workload(batch_size=count, sequence_length=length, all_logits=True)
+    return Workload(batch_size=count * texts, sequence_length=length, output_length=new)
+
+
+def lengths_of(params: InferParams, rows: list[Row], task: Task | None = None) -> list[int]:
+    """The most tokens of each row. task: one of the user's own, where it may be imported."""
+    if task is None and params.task not in TASKS:
+        return [max(1, row.nbytes) for row in rows]
+    return (task or find_task(params.task, Sources())).lengths(params.generation, rows)
+
+
+def _batches(params: InferParams, lengths: list[int]) -> list[list[int]]:
+    """The rows of each."""
+    return chunked(lengths, params.batch_size, params.batch_tokens)
+
+
+def _vram(placement: Placement | None, local: int, more: int) -> dict[int, int]:
+    """Per GPU of the ranks here: its weights and what generating takes besides. more: on the first of each rank."""
+    if placement is None:
+        return {}
+    needs = {device: need.total for device, need in placement.needs.items() if isinstance(device, int)}
+    if needs:
+        needs[min(needs)] += more
+    return {rank * placement.gpus + gpu: size for rank in range(local) for gpu, size in needs.items()}
+
+
+def together_of(
+    params: InferParams,
+    model: ModelDescription | None,
+    placement: Placement | None,
+    rows: list[Row],
+    ctx: ForecastContext | StageContext,
+) -> Together:
+    """Batches of a rank that go through streamed layers together. A function of the user's only where they ask."""
+    if placement is None or not placement.streamed_bytes_per_token or model is None or model.tensors is None:
+        return Together()
+    if params.micro_batches is None and not _side_by_side(params.task):
+        return Together()
+    found = batches_together(
+        placement,
+        agreed(model, sources_of(ctx)).architecture,
+        _workload(params, rows),
+        computed_in(model, placement, ctx, params.dtype),
+        ctx.machine,
+        asked=params.micro_batches,
+        processes=ctx.launch.local_processes,
+        memo=ctx.memo,
+    )
+    share = math.ceil(len(_batches(params, lengths_of(params, rows))) / ctx.launch.num_processes)
+    return replace(found, count=min(found.count, share))
+
+
+def _side_by_side(task: str) -> bool:
+    return task in TASKS and find_task(task, Sources()).side_by_side
+
+
+def rows_of(params: InferParams, base: Path) -> list[Row]:
+    return read_prompts(params.prompts, params.column, base, params.template)

@@ -1,0 +1,87 @@
+"""What is wired to a stage: models and adapters, as far as plans know them, and whether they belong together."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from bigpipe.bigmodel.sources import Sources
+from bigpipe.errors import UsageError
+from bigpipe.orchestrator.stage import CheckContext, ForecastContext
+
+from .library import about, sources_of
+
+if TYPE_CHECKING:
+    from bigpipe.bigmodel.adapters import Attachment
+    from bigpipe.bigmodel.checkpoint import AdapterDescription, ModelDescription
+    from bigpipe.bigmodel.formats import Agreement
+
+
+@dataclass(frozen=True, slots=True)
+class Pipeline:
+    """What a download foresees of several models in one folder, as diffusers puts them together."""
+
+
+def single_model(context: CheckContext | ForecastContext, port: str = "model") -> ModelDescription | None:
+    """What is known of the model on a port. Raise UsageError for a pipeline of several."""
+    from bigpipe.bigmodel.checkpoint import AdapterDescription, ModelDescription
+
+    wired = context.input(port)
+    described = wired.output if wired else None
+    if isinstance(described, AdapterDescription):
+        cause = f"{described.where} holds an adapter, which is not a model by itself"
+        raise UsageError(cause, "wire it to a port `adapter`, and the model it belongs to here", field=f"inputs.{port}")
+    if isinstance(described, Pipeline):
+        cause = "the model is a pipeline of diffusers: several models, of which none is the one"
+        raise UsageError(cause, "download one of them: its folder as `path`, or `subfolder`")
+    return described if isinstance(described, ModelDescription) else None
+
+
+def wired_adapters(context: CheckContext | ForecastContext) -> list[AdapterDescription]:
+    """What is known of the adapters on port `adapter`. Raise UsageError where something else is wired there."""
+    from bigpipe.bigmodel.checkpoint import AdapterDescription
+
+    found = []
+    for wired in context.inputs.get("adapter", ()):
+        if isinstance(wired.output, AdapterDescription):
+            found.append(wired.output)
+        elif wired.output is not None:
+            cause = "what is wired to the port `adapter` holds a model, and no adapter_config.json"
+            raise UsageError(cause, "wire a download of peft's own files, or a finetune", field="inputs.adapter")
+    return found
+
+
+def attached(context: CheckContext | ForecastContext, model: ModelDescription | None) -> Attachment | None:
+    """What becomes of the adapter on port `adapter` where the model is loaded; None where there is none, or one of both
+    is not known yet. Raise UsageError and InvalidCheckpoint where they do not belong together."""
+    from bigpipe.bigmodel.adapters import attachment
+
+    with about("inputs.adapter"):
+        found = wired_adapters(context)
+        if not found or model is None or model.tensors is None:
+            return None
+        try:
+            architecture = agreed(model, sources_of(context)).architecture
+        except UsageError:
+            if not (context.trust.remote_code and (model.config or {}).get("auto_map")):
+                raise
+            return None  # its code comes with the download
+        return attachment(found[0], model, architecture, context.memo)
+
+
+def require_class(model: ModelDescription) -> None:
+    """Raise UsageError where the weights are known, and nothing says of which class they are."""
+    if model.tensors is not None and model.config is None and model.custom is None:
+        where = f"{model.path} has" if model.path else "the model comes with"
+        cure = "bring its config.json along, or name a class of your own: `architecture` of download"
+        raise UsageError(f"{where} no config.json, so nobody knows the class of its weights", cure)
+
+
+def agreed(model: ModelDescription, sources: Sources) -> Agreement:
+    """How a checkpoint fits the class that will be loaded. Raise InvalidCheckpoint where it does not, and UsageError
+    where that class is not known, or its code may not run."""
+    from bigpipe.bigmodel.architecture import describe_architecture
+    from bigpipe.bigmodel.formats import agree
+
+    source = model.path if model.path is not None and sources.trust_remote_code else dict(model.config or {})
+    return agree(model, describe_architecture(source, custom=model.custom, sources=sources), sources.memo)
