@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from support import models
 from support.asking import answer_here
-from support.models import make_checkpoint, tiny_tokenizer
+from support.models import tiny_tokenizer
 
 from bigpipe.bigmodel.checkpoint import describe_checkpoint
 from bigpipe.bigmodel.execution import load
@@ -31,6 +31,10 @@ def rows(texts: list[Any], **fields: list[Any]) -> list[Row]:
         texts
     )
     return [Row(index, text, {"prompt": text, **more[index]}) for index, text in enumerate(texts)]
+
+
+def make_checkpoint(*arguments: Any, **changes: Any) -> Path:
+    return answer_here(models.make_checkpoint(*arguments, **changes))
 
 
 def make_with_head(*arguments: Any, **changes: Any) -> Path:

@@ -6,11 +6,16 @@ import os
 import signal
 import subprocess
 import sys
+from dataclasses import replace
 
-import psutil
 import pytest
 from support.launching import gone, wait_for
 from support.workshop import environment, statuses
+
+from bigpipe.machine import detect
+from bigpipe.orchestrator.contract import OneAtATime
+from bigpipe.orchestrator.planning import make_plan, open_session, with_parameters
+from bigpipe.orchestrator.running import run_plan
 
 RECIPE = """\
 version: 1
@@ -109,8 +114,12 @@ def test_none_where_the_node_may_be_skipped_or_needs_nothing(workshop, recipe, m
 
 
 def test_none_where_memory_would_not_do(workshop, recipe):
-    taken = psutil.virtual_memory().available - 2**27
-    wait, brood = seen(workshop.run(recipe(wait=f", resources: {{ram: {taken}}}")))
+    """On a machine that is told: what this one has left moves while other tests run beside this one."""
+    workshop.manifest.write_text(recipe(wait=", resources: {ram: 2GiB}"))
+    machine = replace(detect(workshop.folder), memory_available=2**31 + 2**27)
+    session = open_session(workshop.manifest, params={}, given_machine=machine)
+    with session.store:
+        wait, brood = seen(run_plan(session, with_parameters(make_plan(session)), OneAtATime()))
     assert brood["imported"] > wait["ended"]
 
 
