@@ -85,7 +85,8 @@ def python() -> str:
         if not callable(value):
             parts += [f"## {name}", "", "The version of bigpipe, as a text.", ""]
             continue
-        parts += [f"## {name}", "", "```python", _signature(name, value), "```", "", *_docstring(value), ""]
+        # `py`, since `python` is what examples say that tests run
+        parts += [f"## {name}", "", "```py", _signature(name, value), "```", "", *_docstring(value), ""]
         if inspect.isclass(value):
             parts += _members(value)
     return "\n".join(parts)
