@@ -19,6 +19,36 @@ CLONE = "git clone … bigpipe"
 MODELS = ("facebook/opt-125m", "facebook/opt-13b")
 
 
+RUN_BY = {
+    "README.md": "test_newcomer.py",
+    "docs/tutorial.md": "test_newcomer.py",
+    "docs/how-to/a-local-checkpoint.md": "test_newcomer.py",
+    "docs/how-to/a-stage-kind-of-your-own.md": "test_docs.py",
+    "docs/how-to/any-tool.md": "test_examples.py",
+    "docs/how-to/evaluate.md": "test_examples.py",
+    "docs/how-to/fall-back.md": "test_examples.py",
+    "docs/how-to/finetune.md": "test_docs.py",
+    "docs/how-to/free-space.md": "test_freeing.py",
+    "docs/how-to/know-before-you-download.md": "test_newcomer.py",
+    "docs/how-to/the-page.md": "webpage/test_how_to.py",
+    "docs/how-to/without-a-recipe.md": "test_without_recipe.py",
+    "docs/reference/store.md": "test_newcomer.py",
+}
+"""Page with commands → the test that runs them."""
+NOT_RUN = {"CONTRIBUTING.md", "docs/reliability.md", "docs/installing.md"}
+"""The first two run the suites themselves; the third names a registry: `test_light_install.py` installs from here."""
+
+
+def test_the_commands_of_every_page_run_in_a_test() -> None:
+    pages = [*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md")]
+    found = {page.relative_to(ROOT).as_posix() for page in pages if "```console\n" in page.read_text(encoding="utf-8")}
+    assert found == RUN_BY.keys() | NOT_RUN
+    for page, test in RUN_BY.items():
+        name = page.rpartition("/")[2]
+        words = (name, name.removesuffix(".md"))
+        assert any(word in (ROOT / "tests" / test).read_text(encoding="utf-8") for word in words), (page, test)
+
+
 def commands(page: str, language: str = "console") -> list[str]:
     """What stands behind a prompt (`$`, `laptop$`) in the blocks of a page."""
     text = (ROOT / page).read_text(encoding="utf-8")
