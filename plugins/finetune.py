@@ -117,7 +117,7 @@ STAGE = Stage(
     inputs={"model": Port("checkpoint"), "adapter": Port("adapter", optional=True)},
     output="adapter",
     run=late("bigpipe.plugins.finetuning:run"),
-    forecast=late("bigpipe.plugins.finetuning:forecast"),
+    forecast=late("bigpipe.plugins.training_needs:forecast"),
     runs_in="ranks",
     ranks=Ranks(
         prepare=late("bigpipe.plugins.finetuning:prepare"),
