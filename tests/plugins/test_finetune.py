@@ -21,7 +21,7 @@ from bigpipe.orchestrator.contract.events import Event, LogLine, Progress
 from bigpipe.orchestrator.launch.executors import executor
 from bigpipe.orchestrator.launch.jobs import Outcome
 from bigpipe.orchestrator.stage import Forecast, Launch
-from bigpipe.plugins import finetuning
+from bigpipe.plugins import finetuning, training_needs
 from bigpipe.plugins.finetune import STAGE, FinetuneParams, in_words
 
 pytest.importorskip("peft")
@@ -137,10 +137,10 @@ def test_a_recipe_tunes_a_quantized_model_and_knows_it_again(tmp_path: Path, mod
 def test_what_a_plan_says(tmp_path: Path, model: Path) -> None:
     wired = {"model": (Forecast(output=describe_checkpoint(model)),)}
     ctx = forecast_context(tmp_path, inputs=wired, machine=MACHINE, launch=Launch(num_processes=2))
-    said = finetuning.forecast(params(), ctx)
+    said = training_needs.forecast(params(), ctx)
     assert said.metrics == {"steps": 6, "trainable_parameters": 2048}
     assert said.ram is not None
-    assert said.ram > 2 * finetuning.RANK_BASE
+    assert said.ram > 2 * training_needs.RANK_BASE
     assert "6 steps over 6 rows, 2 ranks; 2,048 parameters on 4 modules" in said.summary
 
 
@@ -179,7 +179,7 @@ def test_a_plan_refuses_what_peft_does_not_adapt_and_foresees_what_it_does(tmp_p
         assert error.value.field == field
     check(tmp_path, mixture)
     wired = {"model": (Forecast(output=describe_checkpoint(mixture)),)}
-    said = finetuning.forecast(params(), forecast_context(tmp_path, inputs=wired, machine=MACHINE))
+    said = training_needs.forecast(params(), forecast_context(tmp_path, inputs=wired, machine=MACHINE))
     assert "4 modules" in said.summary
 
 
@@ -249,8 +249,8 @@ def test_the_memory_that_a_plan_foresees_is_what_a_rank_takes(tmp_path: Path, ch
         "gradient_checkpointing": checkpointing,
     }
     wired = {"model": (Forecast(output=describe_checkpoint(model)),)}
-    said = finetuning.forecast(params(**fields), forecast_context(tmp_path, inputs=wired, machine=MACHINE))
+    said = training_needs.forecast(params(**fields), forecast_context(tmp_path, inputs=wired, machine=MACHINE))
     assert said.ram is not None
-    assert said.ram > 1.5 * finetuning.RANK_BASE
+    assert said.ram > 1.5 * training_needs.RANK_BASE
     taken = start(tmp_path / "run", model, **fields).metrics["peak"]["cpu"]
     assert taken == pytest.approx(said.ram, rel=0.15)
