@@ -18,6 +18,8 @@ BOX, GAP = (168, 44), (44, 18)
 """Width and height of a node, and what lies between two."""
 ROW, LABEL, WIDTH, CURVE = 22, 190, 900, 160
 """Of bars: the height of one, the width of its name, and the width of all, in pixels."""
+WIDEST = 1400
+"""Pixels of a drawing that may shrink to a page's width and can still be read; a wider one is moved about."""
 MOST_PASSED = 20_000
 """Columns that all lines together pass. Where they pass more, nobody can follow them, and each goes straight."""
 CHARACTERS = 24
@@ -152,8 +154,9 @@ def line(title: str, points: Sequence[tuple[float, float]]) -> str:
 
 def _svg(width: int, height: int, title: str, drawn: Iterable[str], style: str = "") -> str:
     colours = f"<style>{style}</style>" if style else ""
+    wide = ' class="wide"' if width > WIDEST else ""
     return (
-        f'<svg viewBox="0 0 {width} {height}" width="{width}" role="img" aria-label="{escape(title)}" '
+        f'<svg{wide} viewBox="0 0 {width} {height}" width="{width}" role="img" aria-label="{escape(title)}" '
         f'xmlns="http://www.w3.org/2000/svg"><title>{escape(title)}</title>{colours}{"".join(drawn)}</svg>'
     )
 

@@ -275,6 +275,8 @@ class TestSignals:
                 time.sleep(draw.uniform(0, 0.2))
                 process.send_signal(signal.SIGINT)
             said = process.communicate(timeout=60)[1].decode()
+            if said.startswith("Fatal Python error: init_"):  # of the interpreter, before anything of ours is there
+                continue
             codes.append(process.returncode)
             assert process.returncode in (0, 130, -signal.SIGINT), said
             assert "this is a bug" not in said
@@ -284,6 +286,7 @@ class TestSignals:
         assert workshop.command("verify").returncode == 0
         assert {run["status"] for run in workshop.json("ls")["runs"]} <= {"succeeded", "interrupted", "dead"}
         assert 130 in codes
+        assert len(codes) > 0.9 * times
 
 
 MANY = """version: 1
