@@ -162,8 +162,9 @@ def refuse_overlap(out: Path, read: Iterable[Path], *, around: bool = True) -> N
 
 def missing(name: str, base: Path) -> tuple[str, str]:
     """Return why there is no file of this name, relative to `base`, and what to do."""
-    if (base / name).is_symlink() and not (base / name).exists():
-        cause = f"{name[:200]} is a link to {os.readlink(base / name)[:200]}, which is not there"
+    path = base / name
+    if os.path.islink(path) and not os.path.exists(path):  # for any name, as long as it may be
+        cause = f"{name[:200]} is a link to {os.readlink(path)[:200]}, which is not there"
         return cause, "mend the link, or leave it out"
     return f"there is no file {name[:200]}", f"relative paths start at {base}"
 
