@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from bigpipe.bigmodel.architecture import ask_child, read_request, with_empty_parameters
-from bigpipe.bigmodel.memo import recall, remember
+from bigpipe.bigmodel.memo import answered
 from bigpipe.bigmodel.sources import Sources
 from bigpipe.errors import BY_NAME, BigpipeError, UsageError
 from bigpipe.files import write_file
@@ -51,15 +51,15 @@ def rehearse(
     )  # fmt: skip
     versions = [package_version(name) for name in ("torch", "transformers", "peft")]
     key = hashlib.sha256(f"{versions} {asked}".encode()).hexdigest()
+
+    def ask() -> dict[str, Any]:
+        answer = ask_child(__name__, asked, "asking peft which modules it adapts", sources.trust.limits)
+        if "error" in answer:
+            raise BY_NAME.get(answer["error"], UsageError)(answer["cause"], answer["cure"], field=answer["field"])
+        return answer
+
     file = sources.memo / "adapters" / f"{key}.json" if sources.memo else None
-    answer = file and recall(file)
-    if not answer:
-        what = "asking peft which modules it adapts"
-        answer = ask_child(__name__, asked, what, sources.trust.limits)
-        if file and not isinstance(source, Path):  # a directory's code may change
-            remember(file, answer)
-    if "error" in answer:
-        raise BY_NAME.get(answer["error"], UsageError)(answer["cause"], answer["cure"], field=answer["field"])
+    answer = ask() if isinstance(source, Path) else answered(file, key, ask)  # a directory's code may change
     return {name: (dtype, tuple(shape)) for name, (dtype, shape) in answer["tensors"].items()}, answer["config"]
 
 

@@ -50,10 +50,10 @@ def run_program(
     argv: Sequence[str], *, folder: Path, environment: Mapping[str, str], output: BinaryIO | None = None
 ) -> Ended:
     """Run a program in `folder` to its end, in this process's session, and pass on what it prints, both streams.
-    output: where to; by default this process's own. Call it from a thread that lives until then; if this process is
-    killed before, all of its group is ended, the program and what that started. Raise OSError where it cannot be
-    started."""
-    with _keeper():
+    output: where to; by default this process's own. Call it from a thread that lives until then. If this process is
+    killed before, the program ends; so does what that started, where this process leads its group, as workers do. Raise
+    OSError where it cannot be started."""
+    with _keeper() if os.getpgrp() == os.getpid() else contextlib.nullcontext():  # else others are in the group
         return _run(argv, folder, environment, output or sys.stdout.buffer)
 
 

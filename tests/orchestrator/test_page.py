@@ -235,6 +235,12 @@ def test_a_graph_is_drawn_before_anything_ran(workshop):
     assert len(list(root.iter("{http://www.w3.org/2000/svg}path"))) == 3
 
 
+@pytest.mark.parametrize(("columns", "wide"), [(6, False), (7, True)])
+def test_a_drawing_shrinks_to_its_page_as_long_as_it_can_be_read(columns, wide):
+    nodes = [Drawn(f"n{number}", after=[f"n{number - 1}"] if number else []) for number in range(columns)]
+    assert ('class="wide"' in graph(nodes).partition(">")[0]) == wide
+
+
 def test_a_drawing_that_stands_alone_brings_its_colours(workshop):
     workshop.manifest.write_text(RECIPE)
     root = ElementTree.fromstring(workshop.command("graph", "recipe.yaml", "--format", "svg").stdout)  # noqa: S314

@@ -302,6 +302,26 @@ def test_it_ends_with_its_children(workshop, end):
     assert left == []
 
 
+CALLS = """\
+import os, pathlib
+from bigpipe.programs import run_program
+pathlib.Path("caller").write_text(str(os.getpid()))
+run_program(["sleep", "60"], folder=pathlib.Path(), environment=os.environ)
+"""
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
+def test_a_group_that_others_are_in_is_not_ended(tmp_path):
+    script = ["sh", "-c", '"$0" -c "$1" & wait; echo still here', sys.executable, CALLS]
+    shell = subprocess.Popen(script, cwd=tmp_path, start_new_session=True, stdout=subprocess.PIPE)
+    caller, deadline = tmp_path / "caller", time.monotonic() + 60
+    while not (caller.exists() and caller.read_text()) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    time.sleep(1)
+    os.kill(int(caller.read_text()), signal.SIGKILL)
+    assert shell.communicate(timeout=60)[0] == b"still here\n"
+
+
 @pytest.mark.parametrize("instead", ["os.symlink(sys.argv[2], out)", "open(out, 'w')", "0"])
 def test_out_that_was_replaced_is_refused_and_the_next_attempt_has_its_own(workshop, instead):
     theirs = workshop.folder / "theirs"
