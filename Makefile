@@ -33,7 +33,7 @@ gpu: $(if $(GPU_PYTHON),,$(VENV)/.ready-dev)  ## tests and benchmarks on one NVI
 	rm -rf build/gpu
 	$(or $(GPU_PYTHON),$(BIN)/python) -m pip install --quiet --no-deps --no-build-isolation --target build/gpu .
 	$(if $(WHEELS),$(GPU_PYTHON) -m pip install --quiet --no-index --no-deps --upgrade --target build/gpu $(WHEELS)/*.whl)
-	$(call ON_GPU,200) -m pytest -q -m gpu -W default --timeout 100 -n 4; tests=$$?; \
+	$(call ON_GPU,200) -m pytest -q -m gpu -W default --timeout 100 -n 8; tests=$$?; \
 	$(call ON_GPU,260) benchmarks/gpu.py --out build/gpu.json $(BENCH) || exit 1; exit $$tests
 
 check: types layers  ## formatting, lint, types, layers, layout, the site of the docs; -j 2 does them side by side

@@ -4,7 +4,8 @@
         [--length 128] [--no-checkpointing] [--folder DIR]
 
 The recipe downloads (makes up), quantizes and trains, as any other. Foreseen: `ram` of the plan; taken: `peak.cpu`, the
-resident memory of the rank, windows into the files of frozen weights included.
+resident memory of the rank, windows into the files of frozen weights included. On a GPU `vram`, and `peak.0`. The last
+line is JSON.
 """
 
 from __future__ import annotations
@@ -96,14 +97,16 @@ def main() -> None:
         manifest = tuning(folder, model, arguments)
         foreseen = bigpipe.plan(manifest, store=store).nodes["finetune"].forecast
         result = bigpipe.run(manifest, store=store).nodes["finetune"]
-        taken = result.metrics["peak"]["cpu"]
+        on_gpu = bool(foreseen.vram)
+        planned = foreseen.vram[0] if on_gpu else foreseen.ram
+        taken = int(result.metrics["peak"]["0" if on_gpu else "cpu"])
         print(
             f"{arguments.size} {arguments.scheme} batch {arguments.batch} × {arguments.length}, "
             f"checkpointing {arguments.checkpointing}, load {os.getloadavg()[0]:.1f}"
         )
-        print(f"foreseen {foreseen.ram / 2**20:,.0f} MiB ({foreseen.details[0]})")
-        print(f"taken    {taken / 2**20:,.0f} MiB: {taken / foreseen.ram:.3f} of it")
-        print(json.dumps(dict(result.metrics)))
+        print(f"foreseen {planned / 2**20:,.0f} MiB ({foreseen.details[0]})")
+        print(f"taken    {taken / 2**20:,.0f} MiB: {taken / planned:.3f} of it")
+        print(json.dumps({"foreseen": planned, "taken": taken, **result.metrics}))
 
 
 if __name__ == "__main__":

@@ -1,13 +1,15 @@
 """What only a GPU shows: loading onto it, generating with most layers away from it, quantizing on it, and its memory.
 
-    python benchmarks/gpu.py [--only load offloaded quantize peaks] [--size 7B] [--cap 8] [--device cuda] [--out FILE]
+    python benchmarks/gpu.py [--only load offloaded quantize peaks training] [--size 7B] [--cap 8] [--device cuda]
+        [--out FILE]
 
 load: a checkpoint onto the device, from a cold disk and again from the page cache, against safetensors' own loader;
 with the limits of both ways: what this disk reads and what this bus copies, measured in the same run. offloaded:
 `streamed.py` with as many layers on the GPU as `--cap` GiB hold, the rest in RAM and then on disk, against accelerate.
 quantize: int8 and nf4 there and on the CPU, with equal bytes. peaks: a forward and a generation, predicted from the
-config against `max_memory_allocated`. With `--device cpu` all of it runs where there is no GPU, without peaks. One JSON
-at the end, and after each part what there is so far in `--out`.
+config against `max_memory_allocated`. training: two steps of a LoRA on plain, int8 and nf4 weights, foreseen bytes
+against those taken. With `--device cpu` all of it runs where there is no GPU, without peaks. One JSON at the end, and
+after each part what there is so far in `--out`.
 """
 
 from __future__ import annotations
@@ -159,6 +161,28 @@ def quantize_arm(scheme: str, device: str, source: Path, out: Path) -> float:
     return round(time.perf_counter() - started, 3)
 
 
+def training(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
+    """Two steps of a LoRA: bytes of the plan and bytes that were taken, and tokens a second."""
+    size = "1.3B" if options.device == "cuda" else options.size
+    found = {}
+    for scheme in ("none", "int8", "nf4"):
+        (folder / scheme).mkdir()
+        command = [
+            sys.executable,
+            HERE / "finetune.py",
+            "--size",
+            size,
+            "--scheme",
+            scheme,
+            "--folder",
+            folder / scheme,
+        ]
+        said = subprocess.run(list(map(str, command)), check=True, stdout=subprocess.PIPE).stdout
+        numbers = json.loads(said.splitlines()[-1])
+        found[scheme] = {name: numbers[name] for name in ("foreseen", "taken", "tokens_per_second")}
+    return found
+
+
 def peaks(options: argparse.Namespace, folder: Path) -> list[dict[str, Any]]:
     """Of weights, cache and activations; what the driver keeps is not in `max_memory_allocated`."""
     if options.device != "cuda":
@@ -217,7 +241,7 @@ class OnDevice:
 
 
 PARTS: dict[str, Callable[[argparse.Namespace, Path], Any]] = {
-    "load": load, "offloaded": offloaded, "quantize": quantize, "peaks": peaks,
+    "load": load, "offloaded": offloaded, "quantize": quantize, "peaks": peaks, "training": training,
 }  # fmt: skip
 
 

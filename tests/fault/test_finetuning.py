@@ -3,15 +3,11 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
-from support.launching import TESTS
 from support.models import make_checkpoint
-from support.tuning import STEPS
+from support.tuning import STEPS, train, write_rows
 
 pytest.importorskip("peft")
 ROWS = ["the cat sat on the mat", "hello world", "paris is in france", "a cat is in paris", "on and on", "a mat!"]
@@ -19,25 +15,9 @@ KILLED_AFTER = (0, 3, 4, 9, STEPS)
 """Before the first step, between two states, at a state, late, and when only the adapter is left to be written."""
 
 
-def train(folder: Path, model: Path, rows: Path, kill_after: int | None = None) -> list[int]:
-    """Return the steps that it said; it is killed at once when it says `kill_after`."""
-    command = [sys.executable, "-W", "ignore", "-m", "support.tuning", str(folder), str(model), str(rows)]
-    environment = {**os.environ, "PYTHONPATH": f"{TESTS.parent / 'src'}:{TESTS}", "OMP_NUM_THREADS": "1"}
-    said = []
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment) as process:
-        assert process.stdout is not None
-        for line in process.stdout:
-            said.append(json.loads(line)[0])
-            if said[-1] == kill_after:
-                process.kill()
-    assert process.returncode == (0 if kill_after is None else -9)
-    return said
-
-
 def test_five_kills_change_nothing(tmp_path: Path) -> None:
     model = make_checkpoint(tmp_path / "model", "opt")
-    rows = tmp_path / "rows.jsonl"
-    rows.write_text("".join(json.dumps({"text": text}) + "\n" for text in ROWS))
+    rows = write_rows(tmp_path / "rows.jsonl", ROWS)
     train(tmp_path / "whole", model, rows)
     begun = [train(tmp_path / "killed", model, rows, kill_after=step)[0] for step in KILLED_AFTER]
     assert begun == [0, 0, 2, 4, 8]  # from the last state, of every second step

@@ -21,6 +21,7 @@ def train_plainly(
     max_length: int = 512,
     seed: int = 0,
     quantized: bool = False,
+    device: str = "cpu",
     **lora: Any,
 ) -> list[float]:
     """Return the loss of each step, and save the adapter."""
@@ -28,7 +29,8 @@ def train_plainly(
     from transformers import AutoModelForCausalLM, AutoTokenizer, get_linear_schedule_with_warmup, set_seed
 
     tokenizer = AutoTokenizer.from_pretrained(model)
-    base = AutoModelForCausalLM.from_pretrained(model, dtype=None if quantized else torch.float32)
+    placed = {} if device == "cpu" else {"device_map": {"": device}}
+    base = AutoModelForCausalLM.from_pretrained(model, dtype=None if quantized else torch.float32, **placed)
     if quantized:
         base = peft.prepare_model_for_kbit_training(base, gradient_checkpointing_kwargs={"use_reentrant": False})
     set_seed(seed)
@@ -54,7 +56,7 @@ def train_plainly(
     while len(losses) < steps:
         sampler.set_epoch(epoch)
         for batch in list(loader)[: steps - len(losses)]:
-            loss = model_with(**batch).loss
+            loss = model_with(**{name: values.to(device) for name, values in batch.items()}).loss
             loss.backward()
             torch.nn.utils.clip_grad_norm_(parameters, 1.0)
             optimizer.step()
