@@ -82,14 +82,25 @@ def init(file: Path, model: str, as_json: bool) -> None:
 
 @click.command()
 @click.argument("kinds", nargs=-1, metavar="MODULE:STAGE...")
+@click.option(
+    "--recipe",
+    "manifest",
+    type=click.Path(path_type=Path),
+    help="With the stages and parameters of this recipe, for an editor to offer, and the kinds of its own modules.",
+)
 @click.option("--outputs", is_flag=True, help="The schema of what `--json` prints, and of events, instead.")
 @click.option("--json", "as_json", is_flag=True, help="A refusal is JSON too; a schema always is.")
-def schema(kinds: tuple[str, ...], outputs: bool, as_json: bool) -> None:
+def schema(kinds: tuple[str, ...], manifest: Path | None, outputs: bool, as_json: bool) -> None:
     """Print the JSON schema of manifests, generated from the registered kinds, and from those of modules of yours.
 
-    Example: bigpipe schema > bigpipe.schema.json
+    Example: bigpipe schema --recipe opt.yaml > bigpipe.schema.json
     """
-    show_json(report.outputs_schema() if outputs else recipe.manifest_schema(more=kinds))
+    if [bool(kinds), manifest is not None, outputs].count(True) > 1:
+        raise UsageError("MODULE:STAGE, --recipe and --outputs name three schemas", "ask for one of them at a time")
+    if manifest is not None:
+        show_json(recipe.recipe_schema(bigpipe.load_manifest(manifest)))
+    else:
+        show_json(report.outputs_schema() if outputs else recipe.manifest_schema(more=kinds))
 
 
 @click.command()

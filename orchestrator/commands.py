@@ -297,15 +297,15 @@ def _missing(recipe: Recipe, base: Path) -> Iterator[Problem]:
 
 def initialise(file: Path, model: str) -> list[Path]:
     """Write a first recipe for `model`, and the JSON schema its first line names. Never overwrites a recipe."""
-    from .recipe import initial_manifest, manifest_schema
+    from .recipe import initial_manifest, recipe_schema
 
     if os.path.lexists(file):
         raise UsageError(f"{file} exists", "give another name; `bigpipe init` never overwrites a recipe")
     schema = file.parent / "bigpipe.schema.json"
     try:
         make_directory(file.parent)
-        write_file(schema, json.dumps(manifest_schema(), indent=2) + "\n")
         write_file(file, initial_manifest(model, file.stem, schema.name))
+        write_file(schema, json.dumps(recipe_schema(load_recipe(file)), indent=2) + "\n")
     except OSError as error:
         raise UsageError(f"{file} cannot be written: {error.strerror}", "give another place, or make room") from error
     return [file, schema]

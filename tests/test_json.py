@@ -88,8 +88,8 @@ def test_answers_of_a_run_and_of_what_looks_back(workshop) -> None:
     assert run["params"] == {"text": "bye"}
     assert run["git"] is None
     node = {
-        "status", "kind", "after", "key", "digest", "path", "seconds", "peak_rss", "metrics", "gates", "foreseen",
-        "reason", "verdict", "tried", "error",
+        "status", "kind", "after", "key", "digest", "path", "seconds", "peak_rss", "metrics", "result", "gates",
+        "foreseen", "reason", "verdict", "tried", "error",
     }  # fmt: skip
     assert run["nodes"]["a"].keys() == node
     answer(workshop, "run", "recipe.yaml", code=0)
@@ -145,6 +145,16 @@ def test_why_there_is_no_answer_is_an_answer(workshop, outcome: str) -> None:
     if place is not None:
         assert (told["errors"][0]["line"], told["errors"][0]["column"]) == place
         assert told["errors"][0]["file"] == "recipe.yaml"
+
+
+def test_every_field_of_an_event_says_what_it_is() -> None:
+    bare = [
+        f"{event['title']}.{name}"
+        for event in OUTPUTS["$defs"]["event"]["anyOf"]
+        for name, field in event["properties"].items()
+        if not {"description", "const", "format"} & field.keys()
+    ]
+    assert bare == []
 
 
 def test_events_are_as_published(workshop) -> None:

@@ -32,8 +32,11 @@ class RunStarted(Event):
 
     name: ClassVar[str] = "run_started"
     run: str
+    """The run's id."""
     manifest: str
+    """The recipe's file."""
     nodes: tuple[str, ...]
+    """Those that are part of the run, each after what it takes."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,23 +45,32 @@ class NodeStarted(Event):
 
     name: ClassVar[str] = "node_started"
     node: str
+    """The node it is about."""
     reason: str
+    """Why it is not taken from the store."""
     attempt: int = 1
+    """Which attempt it is, from 1."""
 
 
 @dataclass(frozen=True, slots=True)
 class Progress(Event):
-    """`done` of `total` (None: unknown) `unit`s; unit `B` is bytes. `task` says what is being counted, `note` what else
-    there is to say of it now: a loss."""
+    """So much of a node's work is done."""
 
     name: ClassVar[str] = "progress"
     node: str
+    """The node it is about."""
     done: int
+    """How many units are done."""
     total: int | None
+    """How many there are; null: unknown."""
     unit: str = "B"
+    """What is counted; `B` is bytes."""
     task: str = ""
+    """What is being done, where a node does several things."""
     rank: int = 0
+    """Which rank; 0 also where there is but one process."""
     note: str = ""
+    """What else there is to say of it now: a loss, a speed."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,9 +79,13 @@ class LogLine(Event):
 
     name: ClassVar[str] = "log"
     node: str
+    """The node it is about."""
     line: str
+    """The line, without its end."""
     detail: bool = False
+    """For the log file only."""
     rank: int = 0
+    """Which rank; 0 also where there is but one process."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,9 +94,13 @@ class RankHello(Event):
 
     name: ClassVar[str] = "rank_hello"
     node: str
+    """The node it is about."""
     rank: int
+    """Which rank."""
     world_size: int
+    """How many ranks it sees."""
     pid: int
+    """Of its process."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,13 +110,19 @@ class Bounded(Event):
 
     name: ClassVar[str] = "bounded"
     node: str
+    """The node it is about."""
     what: str
+    """What is being done, in words."""
     pid: int
+    """Of the process that does it."""
     number: int
     """Of this work in its process."""
     seconds: float = 0
+    """How long it may take; 0: it is over."""
     memory: int = 0
+    """Bytes that it may take beyond what the process has."""
     rank: int = 0
+    """Which rank; 0 also where there is but one process."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,9 +131,13 @@ class NodeRetried(Event):
 
     name: ClassVar[str] = "node_retried"
     node: str
+    """The node it is about."""
     attempt: int
+    """Which attempt failed, from 1."""
     cause: str
+    """Why it failed."""
     wait_seconds: float
+    """How long until the next."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,13 +146,21 @@ class NodeFinished(Event):
 
     name: ClassVar[str] = "node_finished"
     node: str
+    """The node it is about."""
     status: str
+    """cached, succeeded, failed or skipped."""
     seconds: float
+    """How long it took."""
     peak_rss: int
+    """Bytes of resident memory at most, of all its processes."""
     metrics: Mapping[str, Any]
+    """What it measured, by the names that gates use."""
     digest: str | None = None
+    """Of its artifact."""
     reason: str = ""
+    """Why it is as it is."""
     error: str = ""
+    """The cause, where it failed."""
     verdict: str = ""
     """What its gates came to where they do not all hold and that is no failure; which variant it takes."""
 
@@ -133,8 +171,11 @@ class RunFinished(Event):
 
     name: ClassVar[str] = "run_finished"
     run: str
+    """The run's id."""
     status: str
+    """succeeded, failed or interrupted."""
     seconds: float
+    """How long it took."""
 
 
 @runtime_checkable

@@ -12,7 +12,7 @@ import inspect
 import itertools
 import textwrap
 from collections.abc import Iterable, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from pydantic import BaseModel
 
@@ -24,6 +24,9 @@ from .registry import load_stage, named_stage, stage_kinds
 from .validation import models_in
 from .wiring import DEFAULT_PORT
 
+if TYPE_CHECKING:
+    from .graph import Recipe
+
 Schema = dict[str, Any]
 
 REFERENCE: Schema = {"$ref": "#/definitions/reference"}
@@ -33,8 +36,7 @@ REFERENCE_TO_CODE = r"^[A-Za-z_][\w.]*:[A-Za-z_]\w*$"
 _ANNOTATIONS = ("description", "default", "examples")
 _BOUNDS = {"ge": "minimum", "gt": "exclusiveMinimum", "le": "maximum", "lt": "exclusiveMaximum"}
 """What pydantic leaves in its own words where a field may also be null."""
-_NODE: Schema = {"type": "string", "pattern": rf"^{NAME.pattern}(@.+)?$|\$\{{.+\}}"}
-"""A stage, or one of its variants. A schema cannot know which there are."""
+_NODE: Schema = {"$ref": "#/definitions/node"}
 _RESTRICTIONS = ("enum", "const", "pattern", "format")
 
 
@@ -43,7 +45,12 @@ def manifest_schema(stages: Mapping[str, Stage[Any]] | None = None, *, more: Ite
     if stages is None:
         stages = {name: load_stage(name) for name in stage_kinds()} | {name: named_stage(name) for name in more}
     definitions: dict[str, Schema] = {
-        "reference": {"type": "string", "pattern": r"\$\{.+\}", "description": "${params.x}, ${matrix.x} or ${env.X}"}
+        "reference": {"type": "string", "pattern": r"\$\{.+\}", "description": "${params.x}, ${matrix.x} or ${env.X}"},
+        "node": {
+            "type": "string",
+            "pattern": rf"^{NAME.pattern}(@.+)?$|\$\{{.+\}}",
+            "description": "A stage, or one of its variants.",
+        },
     }
     top = _model_schema(ManifestSpec, "manifest", definitions, references=False)
     top["properties"]["version"] = {"const": 1, "description": "The manifest format."}
@@ -65,16 +72,37 @@ def manifest_schema(stages: Mapping[str, Stage[Any]] | None = None, *, more: Ite
     }
 
 
+def recipe_schema(recipe: Recipe) -> Schema:
+    """Return the schema with the kinds of a recipe's own modules, and with the names of its nodes and parameters, which
+    an editor then offers. Others are no mistake: a recipe grows after its schema was made. JSON-ready."""
+    nodes = recipe.nodes.values()
+    installed = {name: load_stage(name) for name in stage_kinds()}
+    own = {node.location: node.kind for node in nodes if node.kind.kind not in installed}
+    schema = manifest_schema(installed | own)
+    names = dict.fromkeys(name for node in nodes for name in (node.stage, node.name))
+    axes = dict.fromkeys(axis for node in nodes for axis in node.variant)
+    references = [*(f"${{params.{name}}}" for name in recipe.params), *(f"${{matrix.{axis}}}" for axis in axes)]
+    for definition, offered in (("node", list(names)), ("reference", references)):
+        plain = schema["definitions"][definition]
+        if offered:
+            schema["definitions"][definition] = {"anyOf": [{"enum": offered}, plain]}
+    return schema
+
+
 def _stage_schema(kinds: Mapping[str, Stage[Any]], definitions: dict[str, Schema]) -> Schema:
     structure = _model_schema(Structure, "stage", definitions)
     settings = _model_schema(NodeSettings, "stage", definitions)
     properties = {name: _open(schema) for name, schema in (structure["properties"] | settings["properties"]).items()}
+    properties["needs"]["anyOf"][0]["items"] = _NODE
+    first = definitions["stage.FirstSpec"]["properties"]
+    first["of"] = _named(first["of"]["description"])
     properties["uses"] = {
         "description": "The stage kind: a name, or `module:STAGE` of a module under `trust`.",
-        "type": "string",
-        "if": {"pattern": ":"},
-        "then": {"pattern": REFERENCE_TO_CODE},
-        "else": {"enum": list(kinds), "enumDescriptions": [kind.title for kind in kinds.values()]},
+        # Not by `if`: an editor that has no value yet offers none of what stands under `else`.
+        "anyOf": [
+            {"enum": list(kinds), "enumDescriptions": [kind.title for kind in kinds.values()]},
+            {"type": "string", "pattern": REFERENCE_TO_CODE},
+        ],
     }
     return {
         "type": "object",
@@ -128,9 +156,13 @@ def _needed(kind: Stage[Any]) -> list[str]:
     return [name for name, port in kind.inputs.items() if not port.optional]
 
 
+def _named(description: str) -> Schema:
+    return {"allOf": [_NODE], "description": description}  # siblings of `$ref` are ignored in draft 7
+
+
 def _port_schema(port: Port) -> Schema:
     if not port.many:
-        return {**_NODE, "description": f"A stage whose artifact is: {port.type}."}
+        return _named(f"A stage whose artifact is: {port.type}.")
     return {
         "anyOf": [_NODE, {"type": "array", "items": _NODE}],
         "description": f"A stage whose artifact is: {port.type}; a list gathers every variant.",

@@ -92,8 +92,9 @@ def show_run(run: str, *, store: str | Path | None = None, screen: Screen = PLAI
 
 
 def told(node: records.NodeRun) -> str:
-    """Return in one line what came of a node: its error, or its gates and metrics, or why it did not run."""
-    return node.error.partition("\n")[0] or outcome_line(metrics_line(node.metrics) or node.reason, node.verdict)
+    """Return in one line what came of a node: its error, or its gates and what it gave, or why it did not run."""
+    came = node.result or metrics_line(node.metrics) or node.reason
+    return node.error.partition("\n")[0] or outcome_line(came, node.verdict)
 
 
 def log_lines(run: str, node: str | None, store: str | Path | None = None) -> Iterator[str]:

@@ -79,6 +79,8 @@ class NodeRun(BaseModel):
     """The most memory it held; None: not known."""
     metrics: dict[str, Any] = Field(default_factory=dict)
     """As its kind says."""
+    result: str = ""
+    """What came of it, in its kind's words; empty where the kind has none of its own."""
     gates: list[dict[str, Any]] = Field(default_factory=list)
     """`text`, `value` and whether it `passed`; the last two are None where that was not decided."""
     foreseen: dict[str, Any] = Field(default_factory=dict)

@@ -61,7 +61,7 @@ class RunResult:
         return {name: self._ran(state) for name, state in self.nodes.items()}
 
     def _ran(self, state: NodeState) -> NodeRun:
-        record, path = state.record, self.path(state.name)
+        record, path, in_words = state.record, self.path(state.name), state.node.kind.result_line
         foreseen = {name: getattr(state.forecast, name) for name in FORESEEN}
         return NodeRun(
             status=str(state.status),
@@ -72,6 +72,7 @@ class RunResult:
             seconds=round(state.seconds, 3),
             peak_rss=record.peak_rss if record else None,
             metrics=dict(record.metrics) if record else {},
+            result=in_words(record.metrics) if record and in_words else "",
             gates=[gate.as_json() for gate in self.gates.get(state.name, ())],
             foreseen={name: value for name, value in foreseen.items() if value},
             reason=state.reason,

@@ -15,7 +15,7 @@ from support.kinds import KINDS, InferParams
 from bigpipe.orchestrator.recipe.graph import load_recipe
 from bigpipe.orchestrator.recipe.initial import initial_manifest
 from bigpipe.orchestrator.recipe.registry import BUILT_IN, load_stage
-from bigpipe.orchestrator.recipe.schema import field_descriptions, manifest_schema
+from bigpipe.orchestrator.recipe.schema import field_descriptions, manifest_schema, recipe_schema
 from bigpipe.orchestrator.recipe.yamlsource import read_document, to_python
 from bigpipe.orchestrator.stage import Params, Size
 
@@ -87,8 +87,8 @@ def test_a_manifest_with_everything_is_valid(validator: Any) -> None:
         ("scheme: \"${matrix.scheme}\"", "scheme: int4", "$.stages.quantize.with.scheme"),
         ("{synthetic: {config: {layers: 2}}}", "{synthetic: {dtype: float16}}", "$.stages.source.with.synthetic"),
         ("a: cpu", "a: tpu", "$.stages.place.with.device_map"),
-        ("{uses: save,", "{uses: safe,", "$.stages.save.uses: 'safe' is not one of"),
-        ("my.kinds:CENSUS", "my.kinds:", "$.stages.own.uses: 'my.kinds:' does not match"),
+        ("{uses: save,", "{uses: safe,", "$.stages.save.uses: 'safe' is not valid under any"),
+        ("my.kinds:CENSUS", "my.kinds:", "$.stages.own.uses: 'my.kinds:' is not valid under any"),
         ("inputs: {model: source}", "inputs: {modle: source}", "$.stages.quantize.inputs"),
         ("inputs: {model: source}", "retries: 1", "$.stages.quantize: 'inputs' is a required property"),
         ("with: {prompts: [a]}, ", "", "$.stages.infer: 'with' is a required property"),
@@ -223,6 +223,52 @@ def test_every_field_says_what_it_is() -> None:
     made = manifest_schema({name: load_stage(name) for name in BUILT_IN})
     assert bare(made) == []
     assert '"ge"' not in json.dumps(made)
+
+
+NAMED = """
+    version: 1
+    name: named
+    params: {limit: 3GiB}
+    trust: {modules: [census_of_words]}
+    stages:
+      download: {uses: download, with: {path: .}}
+      quantize:
+        {uses: quantize, inputs: download, matrix: {scheme: [int8, nf4]}, with: {scheme: "${matrix.scheme}"}}
+      words: {uses: "census_of_words:STAGE", needs: [quantize]}
+"""
+OWN_KIND = """
+from bigpipe.orchestrator.stage import Forecast, Metrics, Params, Stage
+
+class WordsParams(Params):
+    longest: int = 3
+    "How long a word may be."
+
+STAGE = Stage(kind="words", version=1, params=WordsParams, metrics=Metrics, inputs={}, output="report",
+              title="Count words", run=lambda params, ctx: Metrics(),
+              forecast=lambda params, ctx: Forecast())
+"""
+
+
+def test_an_editor_is_offered_the_names_of_a_recipe_and_takes_others(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "census_of_words.py").write_text(OWN_KIND)
+    (tmp_path / "named.yaml").write_text(dedent(NAMED))
+    made = json.loads(json.dumps(recipe_schema(load_recipe(tmp_path / "named.yaml", environment={}))))
+    jsonschema.Draft7Validator.check_schema(made)
+    definitions = made["definitions"]
+    assert definitions["node"]["anyOf"][0]["enum"] == [
+        "download", "quantize", "quantize@scheme=int8", "quantize@scheme=nf4", "words",
+        "words@scheme=int8", "words@scheme=nf4",
+    ]  # fmt: skip
+    assert definitions["reference"]["anyOf"][0]["enum"] == ["${params.limit}", "${matrix.scheme}"]
+    assert definitions["census_of_words:STAGE"]["properties"]["longest"]["description"] == "How long a word may be."
+    validator = jsonschema.Draft7Validator(made)
+    assert errors(validator, NAMED) == []
+    grown = NAMED + '      shard: {uses: shard, inputs: later, needs: [quantize], with: {dtype: "${env.TYPE}"}}\n'
+    assert errors(validator, grown) == []
+    assert errors(validator, NAMED.replace("needs: [quantize]", "needs: [a b]")) != []
 
 
 STAGE = "version: 1\nstages:\n  s: {uses: shard, inputs: d%s, %swith: {max_shard_size: %s}}\n"

@@ -15,6 +15,7 @@ from support.workshop import statuses
 import bigpipe
 from bigpipe.bigmodel.checkpoint import describe_checkpoint
 from bigpipe.errors import GateFailed, UsageError
+from bigpipe.orchestrator.report import report_runs
 from bigpipe.orchestrator.report.rendering import result_table
 from bigpipe.orchestrator.stage import Forecast
 from bigpipe.plugins.estimate import STAGE, EstimateMetrics, EstimateParams
@@ -95,7 +96,7 @@ def test_the_plan_gives_the_numbers_of_the_run(workshop, model):
      (["float32", "float16", "int8", "nf4"], ", 2 more dtypes")],
 )  # fmt: skip
 def test_the_table_at_the_end_says_what_the_estimate_said(workshop, model, dtypes, rest):
-    """Also from the record, where it is cached."""
+    """Also where it is cached, and a report later."""
     text = RECIPE[: RECIPE.index("    gates:")].replace("[float16, int8]", f"[{', '.join(dtypes)}]")
     for _ in range(2):
         ran = workshop.run(text)
@@ -103,6 +104,8 @@ def test_the_table_at_the_end_says_what_the_estimate_said(workshop, model, dtype
         sizes = [f"{dtype} {format_size(metrics[dtype]['inference'])}" for dtype in dtypes[:2]]
         (row,) = [line for line in result_table(ran).splitlines() if line.startswith("estimate")]
         assert row.endswith(f"  {', '.join(sizes)} to infer{rest}")
+        later = report_runs(["last"], form="markdown", store=workshop.folder / "store")
+        assert f"{', '.join(sizes)} to infer{rest}" in later
     assert statuses(ran)["estimate"] == "cached"
 
 
