@@ -247,9 +247,12 @@ def _nothing_left(architecture: Architecture, settings: Settings) -> UsageError:
         cause = f"{architecture.class_name} has no linear modules, and nothing else is quantized"
         return UsageError(cause, "leave this step out", field="scheme")
     fields = [name for name in ("skip_modules", "keep_in_fp32_modules") if getattr(settings, name)]
-    told = f"{' and '.join(fields) or 'the default of skip_modules'} name all of the {len(linear)} linear modules"
+    if not fields:
+        told = f"{architecture.class_name} has no linear modules but {', '.join(linear)}, left as they are by default"
+        return UsageError(f"nothing is left to quantize: {told}", "leave this step out", field="scheme")
+    told = f"{' and '.join(fields)} name all of the {len(linear)} linear modules"
     cure = f"name fewer, such as {linear[-1]} alone, or leave this step out"
-    return UsageError(f"nothing is left to quantize: {told}", cure, field=(*fields, "scheme")[0])
+    return UsageError(f"nothing is left to quantize: {told}", cure, field=fields[0])
 
 
 def _refuse_unknown(architecture: Architecture, settings: Settings) -> None:
