@@ -83,6 +83,10 @@ class InferParams(Params):
     """With `split: static`: every rank computes as many batches; the last one is repeated, and dropped at the merge."""
     max_errors: int = Field(0, ge=0)
     """How many prompts may fail; their results hold the error. One more fails the stage."""
+    output_format: Literal["jsonl", "parquet"] = "jsonl"
+    """How results are written: lines of JSON, or Parquet, whose columns hold one type each (extra `parquet`)."""
+    rows_per_file: int | None = Field(None, ge=1)
+    """Rows of each file of results, `results-00001-of-00004.jsonl` …; null: all in one, `results.jsonl`."""
 
     @model_validator(mode="after")
     def _fields_have_effect(self) -> InferParams:
@@ -152,7 +156,7 @@ class InferMetrics(Metrics):
 
 STAGE = Stage(
     kind="distributed-infer",
-    version=8,
+    version=9,
     params=InferParams,
     metrics=InferMetrics,
     inputs={

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
@@ -10,10 +11,10 @@ from pathlib import Path
 from bigpipe.bigmodel.checkpoint import ModelDescription
 from bigpipe.bigmodel.execution import as_placement
 from bigpipe.bigmodel.footprint import Budget, Workload
-from bigpipe.bigmodel.inference import assign, chunked
+from bigpipe.bigmodel.inference import Batching, assign
 from bigpipe.bigmodel.placement import Placement, Together, batches_together
 from bigpipe.bigmodel.sources import Sources
-from bigpipe.bigmodel.tasks import TASKS, Row, Task, find_task, read_prompts
+from bigpipe.bigmodel.tasks import TASKS, Prompts, Row, find_task
 from bigpipe.errors import UsageError
 from bigpipe.orchestrator.stage import Forecast, ForecastContext, StageContext
 from bigpipe.sizes import counted
@@ -30,19 +31,19 @@ LONGEST = 2**16
 
 def forecast(params: InferParams, ctx: ForecastContext) -> Forecast:
     try:
-        rows = rows_of(params, ctx.base)
+        batching = batching_of(params, rows_of(params, ctx.base))
     except UsageError as error:
         return Forecast(unknown=(error.cause,))
-    ranks, batches = ctx.launch.num_processes, _batches(params, lengths_of(params, rows))
-    counts = [sum(len(batches[batch]) for batch in share) for share in assign(range(len(batches)), ranks)]
+    ranks, sizes, rows = ctx.launch.num_processes, batching.sizes, batching.rows
+    counts = map(sum, assign(sizes, ranks))
     spread = f" ({' + '.join(map(str, counts))})" if params.split == "static" and 1 < ranks <= 8 else ""
-    work = f"{counted(len(rows), 'prompt')} in {counted(len(batches), 'batch', 'es')} over {counted(ranks, 'rank')}"
+    work = f"{counted(rows, 'prompt')} in {counted(len(sizes), 'batch', 'es')} over {counted(ranks, 'rank')}"
     placement, placed = ctx.described("placement", Placement), ctx.input("placement")
-    told: dict[str, int | str] = {"prompts": len(rows)}
+    told: dict[str, int | str] = {"prompts": rows}
     together, model, at_work, held = Together(), single_model(ctx), 0, 0
     with suppress(UsageError):  # said where it is checked, or once the trusted code is here
-        together = together_of(params, model, placement, rows, ctx)
-        at_work = _at_work(params, model, placement, rows, ctx)
+        together = together_of(params, model, placement, batching, ctx)
+        at_work = _at_work(params, model, placement, batching, ctx)
         held = sum(beside.nbytes.values()) if (beside := attached(ctx, model)) else 0
         told["micro_batches"] = together.count
         if model is not None and model.tensors is not None and (placement or placed is None):
@@ -76,42 +77,41 @@ def _ram(params: InferParams, ctx: ForecastContext, placement: Placement | None,
 
 
 def _at_work(
-    params: InferParams, model: ModelDescription | None, placement: Placement | None, rows: list[Row],
+    params: InferParams, model: ModelDescription | None, placement: Placement | None, batching: Batching,
     ctx: ForecastContext,
 ) -> int:  # fmt: skip
     """What a forward of the largest batch takes besides the weights, on a CPU; 0: of a function nobody knows."""
     if model is None or model.tensors is None or params.task not in TASKS:
         return 0
     dtype = computed_in(model, placement or alone(ctx.machine), ctx, params.dtype)
-    found = Budget(agreed(model, sources_of(ctx)).architecture, dtype, _workload(params, rows))
+    found = Budget(agreed(model, sources_of(ctx)).architecture, dtype, _workload(params, batching))
     return found.cpu.bytes - found.counts.loaded
 
 
-def _workload(params: InferParams, rows: list[Row]) -> Workload:
+def _workload(params: InferParams, batching: Batching) -> Workload:
     """Of the largest batch: a token rarely has less than a byte. Beams and several texts count as rows."""
     texts = max(params.generation.get("num_beams") or 1, params.generation.get("num_return_sequences") or 1)
     task = find_task(params.task, Sources()) if params.task in TASKS else None
-    lengths = lengths_of(params, rows)
     new = LONGEST if task is not None and task.own_length else params.max_new_tokens
     if task is not None and not task.makes_tokens:
         new = 0
-    shapes = [(len(batch), max(lengths[row] for row in batch) + new) for batch in _batches(params, lengths)]
-    count, length = max(shapes, key=math.prod)
+    count, length = max(
+        ((rows, longest + new) for rows, longest in batching.shapes), key=lambda each: (math.prod(each), each)
+    )
     if not new:
         return Workload(batch_size=count, sequence_length=length, all_logits=True)
     return Workload(batch_size=count * texts, sequence_length=length, output_length=new)
 
 
-def lengths_of(params: InferParams, rows: list[Row], task: Task | None = None) -> list[int]:
-    """The most tokens of each row. task: one of the user's own, where it may be imported."""
-    if task is None and params.task not in TASKS:
-        return [max(1, row.nbytes) for row in rows]
-    return (task or find_task(params.task, Sources())).lengths(params.generation, rows)
-
-
-def _batches(params: InferParams, lengths: list[int]) -> list[list[int]]:
-    """The rows of each."""
-    return chunked(lengths, params.batch_size, params.batch_tokens)
+def batching_of(params: InferParams, rows: Iterable[Row]) -> Batching:
+    """Return how rows come out in batches, by the most tokens that each may have. A task of the user's own is not
+    imported here, and has no say in it."""
+    if params.task in TASKS:
+        task = find_task(params.task, Sources())
+        lengths = (task.length(params.generation, row) for row in task.with_columns(params.generation, rows))
+    else:
+        lengths = (max(1, row.nbytes) for row in rows)
+    return Batching.of(lengths, params.batch_size, params.batch_tokens)
 
 
 def _vram(placement: Placement | None, local: int, more: int) -> dict[int, int]:
@@ -128,7 +128,7 @@ def together_of(
     params: InferParams,
     model: ModelDescription | None,
     placement: Placement | None,
-    rows: list[Row],
+    batching: Batching,
     ctx: ForecastContext | StageContext,
 ) -> Together:
     """Batches of a rank that go through streamed layers together. A function of the user's only where they ask."""
@@ -139,14 +139,14 @@ def together_of(
     found = batches_together(
         placement,
         agreed(model, sources_of(ctx)).architecture,
-        _workload(params, rows),
+        _workload(params, batching),
         computed_in(model, placement, ctx, params.dtype),
         ctx.machine,
         asked=params.micro_batches,
         processes=ctx.launch.local_processes,
         memo=ctx.memo,
     )
-    share = math.ceil(len(_batches(params, lengths_of(params, rows))) / ctx.launch.num_processes)
+    share = math.ceil(len(batching.sizes) / ctx.launch.num_processes)
     return replace(found, count=min(found.count, share))
 
 
@@ -154,5 +154,6 @@ def _side_by_side(task: str) -> bool:
     return task in TASKS and find_task(task, Sources()).side_by_side
 
 
-def rows_of(params: InferParams, base: Path) -> list[Row]:
-    return read_prompts(params.prompts, params.column, base, params.template)
+def rows_of(params: InferParams, base: Path) -> Prompts:
+    """Return the prompts, which are read as they are gone through."""
+    return Prompts(params.prompts, params.column, base, params.template)

@@ -2,21 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from functools import partial
 
 from bigpipe.bigmodel.checkpoint import ModelDescription, describe_checkpoint
 from bigpipe.bigmodel.execution import loaded
 from bigpipe.bigmodel.formats import computable
-from bigpipe.bigmodel.inference import RESULTS, Bound, compute_share, merge_results, plan_work
+from bigpipe.bigmodel.inference import Batching, Bound, Columns, Output, compute_share, merge_results, plan_work
 from bigpipe.bigmodel.placement import Placement, Work, limit_here
 from bigpipe.bigmodel.sources import Sources
-from bigpipe.bigmodel.tasks import TASKS, TaskOptions, find_task, refuse_arguments
+from bigpipe.bigmodel.tasks import TASKS, Row, TaskOptions, find_task, refuse_arguments, require_pyarrow
 from bigpipe.errors import StageFailed, UsageError
 from bigpipe.modules import foreign, keywords_of, missing_name
 from bigpipe.orchestrator.stage import CheckContext, StageContext, StageResult
 
 from .distributed_infer import InferMetrics, InferParams
-from .inference_needs import lengths_of, rows_of, together_of
+from .inference_needs import rows_of, together_of
 from .library import about, sources_of
 from .placed import computed_in, told_limit
 from .ranked import (
@@ -30,8 +31,9 @@ from .wired import agreed, attached, require_class, single_model
 
 def check(params: InferParams, ctx: CheckContext) -> None:
     """Prompts, task and trust, before anything is downloaded. A module of the user's is imported by workers alone."""
-    with about("prompts"):
-        rows = rows_of(params, ctx.base)
+    if params.output_format == "parquet":
+        with about("output_format"):
+            require_pyarrow("output_format: parquet", "write lines of JSON")
     if params.micro_batches is not None and "placement" not in ctx.inputs:
         cause = "micro_batches go together through streamed layers, and without a placement none is streamed"
         raise UsageError(cause, "wire inputs: placement to a dispatch, or leave it out", field="micro_batches")
@@ -48,9 +50,19 @@ def check(params: InferParams, ctx: CheckContext) -> None:
             if wrong := missing_name(params.task, ctx.base):
                 raise UsageError(f"task {params.task}: {wrong}", "correct the name, or the module")
         refuse_arguments(params.task, keywords_of(params.task, ctx.base), _given(params))
-        return
-    sources = sources_of(ctx)
-    find_task(params.task, sources).check(params.generation, rows, model, sources, params.max_new_tokens)
+    _read_through(params, model, ctx)
+
+
+def _read_through(params: InferParams, model: ModelDescription | None, ctx: CheckContext) -> None:
+    """All prompts once, as far as the task may be asked here."""
+    rows: Iterable[Row] = rows_of(params, ctx.base)
+    sources, columns = sources_of(ctx), Columns()
+    if params.task in TASKS:
+        rows = find_task(params.task, sources).checked(params.generation, rows, model, sources, params.max_new_tokens)
+    with about("prompts"):
+        for row in rows:
+            if params.output_format == "parquet":
+                columns.add(row.index, {"prompt": row.prompt})
 
 
 def _given(params: InferParams) -> tuple[str, ...]:
@@ -60,17 +72,19 @@ def _given(params: InferParams) -> tuple[str, ...]:
 
 def prepare(params: InferParams, ctx: StageContext) -> None:
     """Checks what only a worker may import, and shares out what no earlier attempt has finished."""
-    rows = rows_of(params, ctx.base)
     sources, model = sources_of(ctx), describe_checkpoint(ctx.input("model"))
     task = find_task(params.task, sources)
     if not (task.makes_tokens or task.heeds_length):
         refuse_arguments(params.task, (), {"max_new_tokens"}.intersection(_given(params)))
-    task.check(params.generation, rows, model, sources, params.max_new_tokens)
-    together = together_of(params, model, placement_of(ctx), rows, ctx)
+    rows = task.checked(params.generation, rows_of(params, ctx.base), model, sources, params.max_new_tokens)
+
+    def together(batching: Batching) -> int:
+        return together_of(params, model, placement_of(ctx), batching, ctx).count
+
     plan = plan_work(
-        ctx.scratch, rows, lengths_of(params, rows, task), ranks=ctx.launch.num_processes, batch_size=params.batch_size,
-        batch_tokens=params.batch_tokens, split=params.split, pad=params.apply_padding, together=together.count,
-        lost=ctx.lost, max_errors=params.max_errors,
+        ctx.scratch, rows, partial(task.length, params.generation), ranks=ctx.launch.num_processes,
+        batch_size=params.batch_size, batch_tokens=params.batch_tokens, split=params.split, pad=params.apply_padding,
+        together=together, lost=ctx.lost, max_errors=params.max_errors,
     )  # fmt: skip
     if plan.finished:
         ctx.log(f"{plan.finished} of {len(plan.chunks)} batches were finished before")
@@ -99,10 +113,11 @@ def run(params: InferParams, ctx: StageContext) -> StageResult:
 
 def finish(params: InferParams, ctx: StageContext) -> StageResult:
     """Merges by index: every row once, or the stage fails."""
-    summary, written = merge_results(ctx.scratch, ctx.out, max_errors=params.max_errors)
+    output = Output(params.output_format, params.rows_per_file)
+    summary, written = merge_results(ctx.scratch, ctx.out, max_errors=params.max_errors, output=output)
     model, placement = describe_checkpoint(ctx.input("model")), placement_of(ctx) or alone(ctx.machine)
     metrics = InferMetrics(**summary, compute_dtype=computed_in(model, placement, ctx, params.dtype))
-    return StageResult(_with_limit(params, metrics, model, placement, ctx), {RESULTS: written})
+    return StageResult(_with_limit(params, metrics, model, placement, ctx), written)
 
 
 def _with_limit(

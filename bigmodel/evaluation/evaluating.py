@@ -24,7 +24,7 @@ from bigpipe.bigmodel.checkpoint import ModelDescription, describe_checkpoint
 from bigpipe.bigmodel.execution import load
 from bigpipe.bigmodel.footprint import Workload
 from bigpipe.bigmodel.formats import agree, default_skips, format_of, set_apart
-from bigpipe.bigmodel.inference import Bound, WorkPlan, compute_share, gather, plan_work
+from bigpipe.bigmodel.inference import MISSING, Bound, Found, WorkPlan, compute_share, gather, plan_work
 from bigpipe.bigmodel.placement import Placement
 from bigpipe.bigmodel.sources import Sources
 from bigpipe.errors import StageFailed, UsageError
@@ -132,8 +132,10 @@ def prepare(
     write_file(folder / TOKENS, tokens.ids.tobytes())
     write_file(folder / TEXT_BYTES, json.dumps({"bytes": tokens.text_bytes}))
     rows = plan_windows(tokens, length, stride, asked)
-    lengths = [row.data["end"] - row.data["begin"] for row in rows]
-    return plan_work(folder, rows, lengths, batch_size=question.batch_size, ranks=ranks, together=together)
+    return plan_work(
+        folder, rows, lambda row: row.data["end"] - row.data["begin"], batch_size=question.batch_size, ranks=ranks,
+        together=lambda batching: together,
+    )  # fmt: skip
 
 
 def bind(folder: Path, question: Question, model: Any, baseline: Any = None) -> Bound:
@@ -146,10 +148,10 @@ def bind(folder: Path, question: Question, model: Any, baseline: Any = None) -> 
 def conclude(folder: Path, question: Question, model: ModelDescription, sources: Sources) -> Evaluation:
     """Return what came of all windows. Raise StageFailed where one has no record."""
     plan = WorkPlan.read(folder)
-    found = gather(plan.rows, folder)
-    if missing := [row.prompt for row in plan.rows if row.index not in found]:
-        raise StageFailed(f"{len(missing)} windows have no numbers, the first is {missing[0]}", "run it again")
-    windows = [found[row.index].payload for row in plan.rows]
+    with Found(plan.rows, folder) as found:
+        if missing := [plan.rows[row].prompt for row in found.rows(MISSING)]:
+            raise StageFailed(f"{len(missing)} windows have no numbers, the first is {missing[0]}", "run it again")
+        windows = [record.payload for _, record in gather(plan.rows, found)]
     layers = _layer_loss(windows, question, model, sources) if question.per_layer else None
     return summarise(windows, json.loads((folder / TEXT_BYTES).read_bytes())["bytes"], layers)
 

@@ -7,7 +7,7 @@ deaths.json          row → how many deaths of ranks it was there for, and how 
 from __future__ import annotations
 
 import json
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -46,12 +46,12 @@ def begin(log: LogFile, rows: Sequence[int]) -> None:
     log.append(f"{json.dumps(list(rows))}\n".encode())
 
 
-def note_deaths(folder: Path, lost: Mapping[int, str], finished: Collection[int]) -> Deaths:
+def note_deaths(folder: Path, lost: Mapping[int, str], finished: Callable[[int], bool]) -> Deaths:
     """Return the deaths so far, with those of the ranks in `lost` (and how each ended): they fall upon the rows that
-    were begun and are not finished. Where none is lost, all is forgotten: whoever runs it again has a new try."""
+    were begun and are not `finished`. Where none is lost, all is forgotten: whoever runs it again has a new try."""
     deaths = _read(folder / DEATHS) if lost else Deaths()
     for rank, how in lost.items():
-        for row in _begun(folder / f"rank-{rank}" / BEGUN) - set(finished):
+        for row in {row for row in _begun(folder / f"rank-{rank}" / BEGUN) if not finished(row)}:
             deaths.counts[row] = deaths.counts.get(row, 0) + 1
             deaths.how[row] = how
     for file in folder.glob(f"rank-*/{BEGUN}"):
@@ -65,6 +65,9 @@ def _read(path: Path) -> Deaths:
     return Deaths({row: count for row, count, _ in found}, {row: how for row, _, how in found})
 
 
-def _begun(path: Path) -> set[int]:
-    lines = path.read_bytes().splitlines() if path.exists() else []
-    return {row for line in lines if line.endswith(b"]") for row in parse_json(line)}
+def _begun(path: Path) -> Iterator[int]:
+    if path.exists():
+        with path.open("rb") as lines:
+            for line in lines:
+                if line.endswith(b"]\n"):
+                    yield from parse_json(line)

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from itertools import accumulate, pairwise
+from array import array
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from itertools import accumulate, islice, pairwise
 from pathlib import Path
 from typing import Literal
 
 Split = Literal["queue", "static"]
+WINDOW = 2**16
+"""Rows among which those of like length are looked for: that many lengths are in memory at a time."""
 
 
 def chunked(lengths: Sequence[int], batch_size: int, batch_tokens: int | None = None) -> list[list[int]]:
@@ -26,14 +30,55 @@ def chunked(lengths: Sequence[int], batch_size: int, batch_tokens: int | None = 
     return sorted(map(sorted, chunks))
 
 
+def chunks_of(
+    lengths: Iterable[int], batch_size: int, batch_tokens: int | None = None
+) -> Iterator[tuple[list[int], int]]:
+    """Yield the rows of each chunk and the length of its longest, as `chunked` makes them of each `WINDOW` of rows:
+    whatever the number of rows, no more lengths than that are in memory."""
+    first, source = 0, iter(lengths)
+    while window := array("q", islice(source, WINDOW)):
+        for chunk in chunked(window, batch_size, batch_tokens):
+            yield [first + row for row in chunk], max(window[row] for row in chunk)
+        first += len(window)
+
+
+@dataclass(slots=True)
+class Batching:
+    """How rows came out in chunks."""
+
+    sizes: array[int] = field(default_factory=lambda: array("I"))
+    """Rows of each chunk."""
+    shapes: set[tuple[int, int]] = field(default_factory=set)
+    """(rows, tokens of the longest) that a chunk has."""
+
+    def add(self, rows: int, longest: int) -> None:
+        self.sizes.append(rows)
+        self.shapes.add((rows, longest))
+
+    @classmethod
+    def of(cls, lengths: Iterable[int], batch_size: int, batch_tokens: int | None = None) -> Batching:
+        """Return how rows of these lengths come out."""
+        made = cls()
+        for chunk, longest in chunks_of(lengths, batch_size, batch_tokens):
+            made.add(len(chunk), longest)
+        return made
+
+    @property
+    def rows(self) -> int:
+        return sum(self.sizes)
+
+
 def share_out(
-    missing: Sequence[int], cost: Callable[[int], int], ranks: int, split: Split, *, pad: bool = False
-) -> list[list[int]]:
-    """Return the chunks of each queue. queue: one for all ranks, what costs most first, so that none is left with much
-    to do at the end. static: one for each rank; see `assign`."""
+    missing: Sequence[int], costs: Sequence[int], ranks: int, split: Split, *, pad: bool = False
+) -> list[Sequence[int]]:
+    """Return the chunks of each queue. costs: of each of the `missing`. queue: one for all ranks, what costs most
+    first, so that none is left with much to do at the end. static: one for each rank; see `assign`."""
     if split == "queue":
-        return [sorted(missing, key=lambda chunk: (-cost(chunk), chunk))]
-    return assign(missing, ranks, pad=pad)
+        import numpy as np
+
+        order = np.argsort(-np.asarray(costs, dtype=np.int64), kind="stable")
+        return [array("Q", np.asarray(missing, dtype=np.uint64)[order].tobytes())]
+    return [array("Q", share) for share in assign(missing, ranks, pad=pad)]
 
 
 def bounds(count: int, ranks: int) -> list[tuple[int, int]]:
@@ -62,7 +107,7 @@ class Queue:
         """sizes: of each thing. takers: how many processes share it, of which this is the one at `place`."""
         self._path = path
         self._things = things
-        self._ends = [0, *accumulate(sizes)]
+        self._ends = array("Q", accumulate(sizes, initial=0))
         self._takers, self._place = takers, place
         self._taken = 0
         self._position = path.stat().st_size if path.exists() else 0

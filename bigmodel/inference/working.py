@@ -15,7 +15,9 @@ from bigpipe.files import LogFile, write_file
 from bigpipe.fit import out_of_memory
 
 from .deaths import BEGUN, begin
-from .workfolder import LOG, PEAKS, Record, WorkPlan, append, check_errors, open_log
+from .records import LOG, Record, append, check_errors, open_log
+from .resultfiles import keep_files, without_files
+from .workfolder import PEAKS, WorkPlan
 
 Work = Callable[[int], None]
 
@@ -67,21 +69,23 @@ def compute_share(
     tell()  # before the model loads, so that the sum over ranks is known from the start
     bound = bind()
     failed: list[Record] = []
+    peaks: dict[str, int] = {}
     own = folder / f"rank-{rank}"
     with open_log(own / LOG) as records_log, LogFile(own / BEGUN) as begun_log:
         ended = time.monotonic()
 
         def compute(numbers: Sequence[int]) -> None:
-            nonlocal done, ended
+            nonlocal done, ended, peaks
             batch, started = [plan.rows[number] for number in numbers], time.monotonic()
             begin(begun_log, numbers)
             answers = answer_batch(bound.answer, batch, log, warn)
             seconds, ended = time.monotonic() - max(started, ended), time.monotonic()
-            records = _records(batch, answers, seconds)
+            records = _records(plan, own, batch, answers, seconds)
             append(records_log, records)
-            write_file(own / PEAKS, json.dumps(_peaks()), durable=False)
+            if (peaks_now := _peaks()) != peaks:
+                write_file(own / PEAKS, json.dumps(peaks := peaks_now), durable=False)
             failed.extend(record for record in records if record.failed)
-            check_errors(failed, max_errors)
+            check_errors(len(failed), max_errors, failed)
             done += len(records)
             tell()
 
@@ -90,13 +94,16 @@ def compute_share(
         tell()  # others may have taken what it expected
 
 
-def _records(batch: Sequence[Row], answers: Sequence[Answer], seconds: float) -> list[Record]:
+def _records(
+    plan: WorkPlan, own: Path, batch: Sequence[Row], answers: Sequence[Answer], seconds: float
+) -> list[Record]:
     """seconds: those of the batch, which its rows share; where several are under way, those since the last was done."""
     share = round(seconds / len(batch), 6)
-    return [
-        Record(row.index, row.digest, answer.payload, answer.tokens, share, answer.read)
-        for row, answer in zip(batch, answers, strict=True)
-    ]
+    made = []
+    for row, answer in zip(batch, answers, strict=True):
+        payload, files = keep_files(own, row.index, len(plan.rows), answer.payload)
+        made.append(Record(row.index, plan.rows.digest(row.index), payload, answer.tokens, share, answer.read, files))
+    return made
 
 
 def answer_batch(
@@ -111,7 +118,7 @@ def answer_batch(
         with torch.no_grad():
             answers = answerer(rows)
         for answer in answers:
-            json.dumps(answer.payload, allow_nan=False, ensure_ascii=False).encode()
+            json.dumps(without_files(answer.payload), allow_nan=False, ensure_ascii=False).encode()
         return answers
     except BigpipeError:
         raise

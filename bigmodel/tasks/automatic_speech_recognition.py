@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -96,9 +96,12 @@ def _spans(more: Mapping[str, Any]) -> dict[str, Any]:
     return {"chunks": spans} if "chunks" in more else {}
 
 
-def _check_rows(rows: Sequence[Row], model: ModelDescription) -> None:
-    if any(not row.prompt.lower().endswith(".wav") for row in rows):
-        require_library("soundfile", "sound in other files than .wav")
+def _row_check(model: ModelDescription) -> Callable[[Row], None]:
+    def check(row: Row) -> None:
+        if not row.prompt.lower().endswith(".wav"):
+            require_library("soundfile", "sound in other files than .wav")
+
+    return check
 
 
 def _check_model(model: ModelDescription, arguments: Mapping[str, Any], sources: Sources) -> None:
@@ -108,6 +111,6 @@ def _check_model(model: ModelDescription, arguments: Mapping[str, Any], sources:
 
 TASK = Task(
     name="automatic-speech-recognition", bind=_bind, arguments=SpeechRecognition, check_model=_check_model,
-    check_rows=_check_rows, reads="sound", classes=("WhisperForConditionalGeneration",), makes_tokens=True,
+    row_check=_row_check, reads="sound", classes=("WhisperForConditionalGeneration",), makes_tokens=True,
     own_length=True, length_of=lambda row, arguments: 1, side_by_side=True,
 )  # fmt: skip

@@ -95,5 +95,5 @@ def _check_model(model: ModelDescription, arguments: Mapping[str, Any], sources:
 
 TASK = Task(
     name="feature-extraction", bind=_bind, arguments=FeatureExtraction, check_model=_check_model,
-    check_rows=require_template, side_by_side=True,
+    row_check=require_template, side_by_side=True,
 )  # fmt: skip

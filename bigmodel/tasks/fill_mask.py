@@ -65,6 +65,6 @@ def _fills(tokenizer: Any, tokens: list[int], logits: torch.Tensor, top_k: int) 
 
 
 TASK = Task(
-    name="fill-mask", bind=_bind, arguments=FillMask, check_model=check_text_model, check_rows=refuse_chats,
+    name="fill-mask", bind=_bind, arguments=FillMask, check_model=check_text_model, row_check=refuse_chats,
     classes=("ForMaskedLM", "ForPreTraining", "WithLMHeadModel"), side_by_side=True,
 )  # fmt: skip

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import csv
+import errno
 import io
 import json
 import os
-import re
+import stat
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
+from importlib.util import find_spec
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -20,14 +24,17 @@ from bigpipe.sizes import format_size
 Found = Iterator[tuple[str, Any]]
 """(place, JSON value) of each prompt."""
 LARGEST = 2**30
-"""Bytes of a file of prompts, unpacked."""
+"""Bytes of a file that is read as a whole."""
+LONGEST = 2**28
+"""Characters of a line, and of a cell: a file of lines may be of any size, and is read line by line. csv's own limit is
+131,072, which a prompt may well have."""
 AT_A_TIME = 16
-"""The part of a file that is unpacked at a time, at most."""
+"""The part of `LARGEST` that is unpacked at a time, at most."""
+TIMES = 1000
+"""How many times its own size a Parquet file may unpack to, where that is more than `LARGEST`."""
 ROW = 100
 """Bytes of a row besides what it holds, as Python keeps it: at least."""
 SPLIT = "split it into several files, which a glob takes together"
-LONGEST_CELL = 2**31 - 1
-"""Characters; csv's own limit is 131,072, which a prompt may well have."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,11 +71,32 @@ def _text(path: Path, wording: Wording) -> str:
         raise UsageError(f"{wording.field}: {path} cannot be read: {error}", "give a file in UTF-8") from error
 
 
+@contextmanager
+def _opened(path: Path, wording: Wording, newline: str | None) -> Iterator[io.TextIOWrapper]:
+    """The file as text, without a byte-order mark. Inside, what cannot be read is a mistake that names it."""
+    try:
+        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+        with open(descriptor, encoding="utf-8-sig", newline=newline) as file:
+            if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+                raise OSError(errno.EINVAL, "it is no regular file", os.fspath(path))
+            yield file
+    except (OSError, UnicodeDecodeError) as error:
+        raise UsageError(f"{wording.field}: {path} cannot be read: {error}", "give a file in UTF-8") from error
+
+
+def _bounded(file: io.TextIOWrapper, path: Path) -> Iterator[str]:
+    for number, line in enumerate(iter(lambda: file.readline(LONGEST), ""), 1):
+        if len(line) == LONGEST:
+            raise UsageError(f"{path}:{number}: the line has more than {format_size(LONGEST)}", "write shorter lines")
+        yield line
+
+
 def _lines(path: Path, wording: Wording) -> Iterator[tuple[str, str]]:
     """(place, line) of each line that is not blank. Other marks that Unicode ends lines with are a prompt's own."""
-    for number, line in enumerate(re.split(r"\r\n|\r|\n", _text(path, wording)), 1):
-        if line.strip():
-            yield f"{path}:{number}", line
+    with _opened(path, wording, None) as file:
+        for number, line in enumerate(_bounded(file, path), 1):
+            if line.strip():
+                yield f"{path}:{number}", line.removesuffix("\n")
 
 
 def _parse(text: str, place: str) -> Any:
@@ -98,57 +126,73 @@ def _json(path: Path, wording: Wording) -> Found:
 
 def _table(path: Path, wording: Wording, delimiter: str) -> Found:
     """Rows of a table whose first row names the columns (RFC 4180)."""
-    limit = csv.field_size_limit(LONGEST_CELL)
-    try:
-        reader = csv.reader(io.StringIO(_text(path, wording), newline=""), delimiter=delimiter, strict=True)
-        rows = [(f"{path}:{reader.line_num}", cells) for cells in reader if cells]
-    except csv.Error as error:
-        cause = f"{path}:{reader.line_num}: no row of a table: {error}"
-        raise UsageError(cause, 'put cells with quotes into quotes, and double those inside: "a ""b"""') from error
-    finally:
-        csv.field_size_limit(limit)
-    head = rows[0][1] if rows else []
-    if doubled := [name for name in head if head.count(name) > 1]:
-        raise UsageError(f"{path}:1: two columns are named {doubled[0]!r}", "rename one")
-    for place, cells in rows[1:]:
-        if len(cells) != len(head):
-            raise UsageError(f"{place}: {len(cells)} cells under {len(head)} names of columns", "put texts into quotes")
-        yield place, dict(zip(head, cells, strict=True))
+    with _opened(path, wording, "") as file:
+        rows = _cells(path, file, delimiter)
+        _, head = next(rows, ("", []))
+        if doubled := [name for name in head if head.count(name) > 1]:
+            raise UsageError(f"{path}:1: two columns are named {doubled[0]!r}", "rename one")
+        for place, cells in rows:
+            if len(cells) != len(head):
+                cause = f"{place}: {len(cells)} cells under {len(head)} names of columns"
+                raise UsageError(cause, "put texts into quotes")
+            yield place, dict(zip(head, cells, strict=True))
+
+
+def _cells(path: Path, file: io.TextIOWrapper, delimiter: str) -> Iterator[tuple[str, list[str]]]:
+    reader = csv.reader(_bounded(file, path), delimiter=delimiter, strict=True)
+    while True:
+        limit = csv.field_size_limit(LONGEST)  # of the whole process: only while a row is read
+        try:
+            cells = next(reader, None)
+        except csv.Error as error:
+            cause = f"{path}:{reader.line_num}: no row of a table: {error}"
+            raise UsageError(cause, 'put cells with quotes into quotes, and double those inside: "a ""b"""') from error
+        finally:
+            csv.field_size_limit(limit)
+        if cells is None:
+            return
+        if cells:
+            yield f"{path}:{reader.line_num}", cells
+
+
+def require_pyarrow(cause: str, cure: str) -> None:
+    """Raise UsageError where pyarrow is not installed. cause: what needs it. cure: what else can be done."""
+    if find_spec("pyarrow") is None:
+        cure = f"pip install 'bigpipe-ml[parquet]', or {cure}"
+        raise UsageError(f"{cause} needs pyarrow, which is not installed", cure)
 
 
 def _parquet(path: Path, wording: Wording) -> Found:
+    require_pyarrow(f"{wording.field}: {path}", f"write the {wording.row}s as lines of JSON")
     try:
         import pyarrow.parquet as parquet
-    except ImportError as error:
-        cure = f"pip install 'bigpipe-ml[parquet]', or write the {wording.row}s as lines of JSON"
-        raise UsageError(f"{wording.field}: {path} needs pyarrow, which is not installed", cure) from error
-    try:
+
         with open(os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK), "rb") as file:
-            rows = _rows_of_parquet(path, parquet.ParquetFile(file), wording=wording)
+            limit = max(LARGEST, TIMES * os.fstat(file.fileno()).st_size)
+            found = _rows_of_parquet(path, parquet.ParquetFile(file, pre_buffer=False), limit, wording)
+            for index, row in enumerate(chain.from_iterable(found)):
+                yield f"{path}[{index}]", row
     except UsageError:
         raise
     except Exception as error:
         raise UsageError(f"{wording.field}: {path} cannot be read: {error}", "give a Parquet file") from error
-    for index, row in enumerate(rows):
-        yield f"{path}[{index}]", row
 
 
-def _rows_of_parquet(path: Path, table: Any, limit: int = LARGEST, wording: Wording = PROMPTS) -> list[Any]:
-    """All rows. A page of a few bytes may stand for any number of equal values: they are unpacked few by few."""
+def _rows_of_parquet(path: Path, table: Any, limit: int, wording: Wording = PROMPTS) -> Iterator[list[Any]]:
+    """All rows, few by few. A page of a few bytes may stand for any number of equal values: more than `limit` bytes of
+    them, as Python keeps them, are refused."""
     groups = [table.metadata.row_group(group) for group in range(table.metadata.num_row_groups)]
     packed = [group.column(column).total_uncompressed_size for group in groups for column in range(group.num_columns)]
     widest, left = max([1, *packed]), limit - sum(packed)
-    rows: list[Any] = []
-    if left >= 0:
-        for batch in table.iter_batches(batch_size=min(1024, max(1, limit // AT_A_TIME // widest))):
-            unpacked = batch.to_pylist()
-            left -= len(repr(unpacked)) + ROW * len(unpacked)
-            if left < 0:
-                break
-            rows += unpacked
+    most = min(1024, max(1, min(limit, LARGEST) // AT_A_TIME // widest))
+    for batch in table.iter_batches(batch_size=most) if left >= 0 else ():
+        unpacked = batch.to_pylist()
+        left -= len(repr(unpacked)) + ROW * len(unpacked)
+        if left < 0:
+            break
+        yield unpacked
     if left < 0:
         raise UsageError(f"{wording.field}: {path} unpacks to more than {format_size(limit)}", SPLIT)
-    return rows
 
 
 READERS: Mapping[str, Callable[[Path, Wording], Found]] = {

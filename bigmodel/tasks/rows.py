@@ -6,7 +6,7 @@ import glob
 import hashlib
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from string import Formatter
@@ -57,36 +57,60 @@ class Row:
         return UsageError(f"{self.place or f'row {self.index}'}: {cause}", cure, field=self.field or field)
 
 
+@dataclass(frozen=True, slots=True)
+class Prompts:
+    """The rows of a list, or of the files that a path or glob names, in their order. Each iteration reads the files
+    anew, line by line, so that rows may be more than memory holds; it raises UsageError naming file and line."""
+
+    given: str | Sequence[Any]
+    """A path or glob relative to `base`, each of whose files is read as its ending says; or texts, chats, objects."""
+    column: str
+    base: Path
+    template: str | None = None
+    """Makes the prompt of a row's fields, in place of its `column`."""
+    wording: Wording = PROMPTS
+    """What rows are called in errors."""
+
+    def __iter__(self) -> Iterator[Row]:
+        rows = self._rows()
+        first = next(rows, None)
+        if first is None:
+            cause = f"{self.wording.field}: there is no {self.wording.row} in {self.given!r:.200}"
+            raise UsageError(cause, "give one at least", field=self.wording.field)
+        yield first
+        yield from rows
+
+    def _rows(self) -> Iterator[Row]:
+        files = named_files(self.given, self.base, self.wording) if isinstance(self.given, str) else []
+        if any(path.suffix.lower() in MEDIA for path in files):
+            if self.template is not None:
+                cause = "a picture or a sound has no fields that a template could name"
+                raise UsageError(cause, "leave the template out", field="template")
+            for index, path in enumerate(files):
+                yield _of_file(index, path, self.column, self.base, self.wording)
+            return
+        parts = None if self.template is None else template_parts(self.template)
+        for index, (where, data) in enumerate(self._objects(files)):
+            field = self.wording.field if isinstance(self.given, str) else where
+            prompt = _prompt(data, self.column, where, self.wording) if parts is None else _filled(data, parts, where)
+            _require_writable(data, where)
+            yield Row(index, prompt, data, place=where, field=field)
+
+    def _objects(self, files: Sequence[Path]) -> Iterator[tuple[str, Any]]:
+        """(place, object) of each."""
+        for path in files:
+            yield from read_rows(path, self.column, self.wording)
+        for number, prompt in enumerate(() if isinstance(self.given, str) else self.given):
+            data = prompt if isinstance(prompt, dict) else {self.column: prompt}
+            _refuse_keys(data, where := f"{self.wording.field}[{number}]")
+            yield where, data
+
+
 def read_prompts(
     prompts: str | Sequence[Any], column: str, base: Path, template: str | None = None, wording: Wording = PROMPTS
 ) -> list[Row]:
-    """Return the rows of a list, or of the files that a path or glob (relative to `base`) names, in their order, each
-    read as its ending says. template: makes the prompt of a row's fields, in place of its `column`. wording: what rows
-    are called in errors. Raise UsageError naming file and line."""
-    files = named_files(prompts, base, wording) if isinstance(prompts, str) else []
-    if any(path.suffix.lower() in MEDIA for path in files):
-        if template is not None:
-            cause = "a picture or a sound has no fields that a template could name"
-            raise UsageError(cause, "leave the template out", field="template")
-        return [_of_file(index, path, column, base, wording) for index, path in enumerate(files)]
-    if isinstance(prompts, str):
-        given = [found for path in files for found in read_rows(path, column, wording)]
-    else:
-        objects = [prompt if isinstance(prompt, dict) else {column: prompt} for prompt in prompts]
-        given = [(f"{wording.field}[{number}]", data) for number, data in enumerate(objects)]
-        for where, data in given:
-            _refuse_keys(data, where)
-    if not given:
-        cause = f"{wording.field}: there is no {wording.row} in {prompts!r:.200}"
-        raise UsageError(cause, "give one at least", field=wording.field)
-    parts = None if template is None else template_parts(template)
-    made = []
-    for index, (where, data) in enumerate(given):
-        field = wording.field if isinstance(prompts, str) else where
-        prompt = _prompt(data, column, where, wording) if parts is None else _filled(data, parts, where)
-        _require_writable(data, where)
-        made.append(Row(index, prompt, data, place=where, field=field))
-    return made
+    """Return all rows of `Prompts`, which raises UsageError."""
+    return list(Prompts(prompts, column, base, template, wording))
 
 
 def _of_file(index: int, path: Path, column: str, base: Path, wording: Wording) -> Row:
@@ -157,6 +181,8 @@ def _prompt(data: Any, column: str, where: str, wording: Wording) -> Any:
 
 
 def _require_writable(data: dict[str, Any], where: str) -> None:
+    if _unwritable(data) is None:
+        return
     for name, value in data.items():
         if wrong := _unwritable({name: value}):
             raise UsageError(f"{where}: {name!r} {wrong}", "mend it, or leave it out")

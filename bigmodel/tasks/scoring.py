@@ -119,6 +119,6 @@ def _check_model(model: ModelDescription, arguments: Mapping[str, Any], sources:
 
 
 TASK = Task(
-    name="scoring", bind=_bind, arguments=Scoring, check_model=_check_model, check_rows=require_template,
+    name="scoring", bind=_bind, arguments=Scoring, check_model=_check_model, row_check=require_template,
     named_columns={"continuation": "texts"}, length_of=_length_of, side_by_side=True,
 )  # fmt: skip

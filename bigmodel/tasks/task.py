@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+import re
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
@@ -33,11 +34,26 @@ WRITTEN: Mapping[Reads, str] = {
 
 
 @dataclass(frozen=True, slots=True)
+class ResultFile:
+    """A file that a task makes of a row: a picture, a sound, any bytes. It comes to lie beside the results, named by
+    the row's index; the row says where. Raise ValueError for an ending that is none."""
+
+    content: bytes
+    ending: str
+    """Of its name: `.png`."""
+
+    def __post_init__(self) -> None:
+        if not re.fullmatch(r"(\.[A-Za-z0-9_]{1,16}){1,2}", self.ending):
+            raise ValueError(f"{self.ending!r} is no ending of a file's name, such as '.png'")
+
+
+@dataclass(frozen=True, slots=True)
 class Answer:
     """What a task gives for one row."""
 
     payload: dict[str, Any]
-    """A JSON object. It becomes the row's line of results, after its index and prompt."""
+    """A JSON object. It becomes the row's line of results, after its index and prompt. A value of it may be a
+    `ResultFile`, or a list with such."""
     tokens: int = 0
     """Tokens made, or read where none are made."""
     read: int = 0
@@ -80,7 +96,7 @@ class Task:
     classes: how the name of a model's class ends that can do it; none: any class.
     check_model: (model, arguments, sources); raises UsageError for a model it cannot run, and for arguments that do not
       go with it, as far as config and side files tell.
-    check_rows: (rows, model); raises UsageError for rows that the model cannot take, as far as its side files tell.
+    row_check: (model) → what raises UsageError for a row that the model cannot take, as far as its side files tell.
     makes_tokens: does it make tokens, `TaskOptions.max_new_tokens` of them at the most?
     own_length: does it make as many tokens as it needs, whatever that number is?
     heeds_length: does it heed `TaskOptions.max_new_tokens` though nobody knows whether it makes tokens?
@@ -98,7 +114,7 @@ class Task:
     arguments: type[Arguments] | None = None
     check_arguments: Callable[[Mapping[str, Any]], None] = lambda arguments: None
     check_model: Callable[[ModelDescription, Mapping[str, Any], Sources], None] = lambda model, arguments, sources: None
-    check_rows: Callable[[Sequence[Row], ModelDescription], None] = lambda rows, model: None
+    row_check: Callable[[ModelDescription], Callable[[Row], None]] = lambda model: lambda row: None
     reads: Reads | None = "text"
     classes: tuple[str, ...] = ()
     makes_tokens: bool = False
@@ -109,23 +125,32 @@ class Task:
     length_of: Callable[[Row, Mapping[str, Any]], int] = lambda row, arguments: row.nbytes
     side_by_side: bool = False
 
-    def check(
+    def checked(
         self,
         arguments: Mapping[str, Any],
-        rows: Sequence[Row],
+        rows: Iterable[Row],
         model: ModelDescription | None,
         sources: Sources = Sources(),
         max_new_tokens: int = 0,
-    ) -> None:
-        """Raise UsageError for what is known to be wrong before there is a model in memory."""
+    ) -> Iterator[Row]:
+        """Return the rows, each as it is found to be right. Raise UsageError for what is known to be wrong before there
+        is a model in memory; for what is no row's, before the first."""
         self.require_arguments(arguments)
-        self.require_columns(arguments, rows)
+        check_row: Callable[[Row], None] = lambda row: None  # noqa: E731
         if model is not None:
             self._require_class(model, sources)
-            self.check_rows(rows, model)
             self.check_model(model, arguments, sources)
             if self.makes_tokens and not self.own_length:
                 _check_new_tokens(model, max_new_tokens, sources)
+            check_row = self.row_check(model)
+        return self._each_checked(arguments, rows, check_row)
+
+    def _each_checked(
+        self, arguments: Mapping[str, Any], rows: Iterable[Row], check_row: Callable[[Row], None]
+    ) -> Iterator[Row]:
+        for row in self.with_columns(arguments, rows):
+            check_row(row)
+            yield row
 
     def require_arguments(self, arguments: Mapping[str, Any]) -> None:
         """Raise UsageError for arguments it does not take."""
@@ -133,20 +158,21 @@ class Task:
             settle(self.name, self.arguments, arguments)
         self.check_arguments(arguments)
 
-    def lengths(self, arguments: Mapping[str, Any], rows: Sequence[Row]) -> list[int]:
-        """Return the most tokens that each row may have, one at least. Raise UsageError as `require_columns`."""
-        self.require_columns(arguments, rows)
-        return [max(1, self.length_of(row, arguments)) for row in rows]
+    def length(self, arguments: Mapping[str, Any], row: Row) -> int:
+        """Return the most tokens that a row may have, one at least."""
+        return max(1, self.length_of(row, arguments))
 
-    def require_columns(self, arguments: Mapping[str, Any], rows: Sequence[Row]) -> None:
-        """Raise UsageError for a row that is not what the task reads, or is without the fields that it needs."""
-        if odd := next((row for row in rows if self.reads not in (None, row.reads)), None):
-            cause = f"task {self.name} reads {self.reads}s, and prompt {odd.index} is a {odd.reads}"
-            raise UsageError(cause, WRITTEN[self.reads or "text"], field="prompts")
+    def with_columns(self, arguments: Mapping[str, Any], rows: Iterable[Row]) -> Iterator[Row]:
+        """Yield each row. Raise UsageError for one that is not what the task reads, or is without the fields that it
+        needs."""
         settled = self.arguments.model_validate(arguments) if self.arguments else None
         named = {getattr(settled, name): (name, holds) for name, holds in self.named_columns.items()}
+        needed = (*self.columns, *filter(None, named))
         for row in rows:
-            for column in (*self.columns, *filter(None, named)):
+            if self.reads not in (None, row.reads):
+                cause = f"task {self.name} reads {self.reads}s, and prompt {row.index} is a {row.reads}"
+                raise UsageError(cause, WRITTEN[self.reads], field="prompts")
+            for column in needed:
                 if column not in row.data:
                     cause = f"task {self.name} needs {column!r}, which prompt {row.index} does not have"
                     raise UsageError(cause, f"give every prompt the field {column}", field="prompts")
@@ -155,6 +181,7 @@ class Task:
                     cause = f"prompt {row.index}: {column!r} holds no text, as {name} of {self.name} needs it"
                     cure = "write a text" + (", or a list of them" if holds == "texts" else "")
                     raise UsageError(cause, cure, field="prompts")
+            yield row
 
     def _require_class(self, model: ModelDescription, sources: Sources) -> None:
         architecture = known_architecture(model, sources) if self.classes else None

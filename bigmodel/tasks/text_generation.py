@@ -160,7 +160,7 @@ def _cutter(settings: Mapping[str, Any], tokenizer: Any) -> Callable[[list[int],
 
 TASK = Task(
     name="text-generation", bind=_bind, arguments=Generation, check_arguments=check_names, check_model=_check_model,
-    check_rows=require_template, makes_tokens=True, side_by_side=True,
+    row_check=require_template, makes_tokens=True, side_by_side=True,
 )  # fmt: skip
 
 

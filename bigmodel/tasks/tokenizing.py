@@ -7,6 +7,7 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
+from functools import cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -63,20 +64,27 @@ def require_tokenizer(model: ModelDescription, asking: Asking = TASK) -> None:
         raise UsageError(f"{asking.what} needs a tokenizer, and {model.path or 'the model'} has none", DOWNLOAD)
 
 
-def require_template(rows: Sequence[Row], model: ModelDescription) -> None:
-    """Raise UsageError where a row is a chat, and the model's directory has no template that makes a text of it."""
-    chat = next((row for row in rows if not isinstance(row.prompt, str)), None)
-    if chat is None or _has_template(model):
-        return
-    cause = "this is a chat, and the model's tokenizer has no chat template"
-    raise chat.wrong(cause, "write it as a text, or add chat_template.jinja to the model")
+def require_template(model: ModelDescription) -> Callable[[Row], None]:
+    """Return what raises UsageError for a row that is a chat, where the model's directory has no template that makes a
+    text of it."""
+    has_template = cache(partial(_has_template, model))
+
+    def check(row: Row) -> None:
+        if not isinstance(row.prompt, str) and not has_template():
+            cause = "this is a chat, and the model's tokenizer has no chat template"
+            raise row.wrong(cause, "write it as a text, or add chat_template.jinja to the model")
+
+    return check
 
 
-def refuse_chats(rows: Sequence[Row], model: ModelDescription) -> None:
-    """Raise UsageError where a row is a chat, which a task cannot read."""
-    chat = next((row for row in rows if not isinstance(row.prompt, str)), None)
-    if chat is not None:
-        raise chat.wrong("this is a chat, and the task reads texts", "write it as one text")
+def refuse_chats(model: ModelDescription) -> Callable[[Row], None]:
+    """Return what raises UsageError for a row that is a chat, which a task cannot read."""
+
+    def check(row: Row) -> None:
+        if not isinstance(row.prompt, str):
+            raise row.wrong("this is a chat, and the task reads texts", "write it as one text")
+
+    return check
 
 
 def check_text_model(model: ModelDescription, arguments: Mapping[str, Any], sources: Sources) -> None:

@@ -147,7 +147,9 @@ def check_model(task: TaskName, model: ModelDescription, rows: Sequence[Row], so
         cure = f"use task: {fitting[0]}" if fitting else FINETUNE.otherwise
         raise UsageError(f"{task} is for {TASKS[task].takes}; this is {architecture.class_name}", cure, field="task")
     if task == "causal-lm":
-        require_template(rows, model)
+        check = require_template(model)
+        for row in rows:
+            check(row)
     return architecture
 
 

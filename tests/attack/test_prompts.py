@@ -204,4 +204,4 @@ def test_a_file_that_unpacks_to_more_than_the_limit_is_refused(tmp_path):
     assert path.stat().st_size < 20_000
     assert len(read_prompts("p.parquet", "prompt", tmp_path)) == 5_000
     with pytest.raises(UsageError, match=r"unpacks to more than 1\.0 MiB"):
-        promptfiles._rows_of_parquet(path, parquet.ParquetFile(path), 2**20)
+        list(promptfiles._rows_of_parquet(path, parquet.ParquetFile(path), 2**20))

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from bigpipe.bigmodel.inference import WorkPlan, plan_work
+from bigpipe.bigmodel.inference import Found, Record, WorkPlan, plan_work
 from bigpipe.bigmodel.inference.deaths import BEGUN, begin
-from bigpipe.bigmodel.inference.workfolder import LOG, Record, append, gather, open_log
+from bigpipe.bigmodel.inference.records import FAILED, LOG, append, open_log
 from bigpipe.bigmodel.inference.working import answer_batch
 from bigpipe.bigmodel.tasks import Answer, Row
 from bigpipe.errors import DoesNotFit, StageFailed
@@ -20,7 +20,11 @@ KILLED = "was ended by SIGKILL"
 
 
 def planned(folder: Path, *, lost: dict[int, str], max_errors: int = 0) -> WorkPlan:
-    return plan_work(folder, ROWS, [1] * 6, ranks=2, batch_size=2, lost=lost, max_errors=max_errors)
+    return plan_work(folder, ROWS, lambda row: 1, ranks=2, batch_size=2, lost=lost, max_errors=max_errors)
+
+
+def queues(plan: WorkPlan) -> list[list[int]]:
+    return [list(queue) for queue in plan.queues]
 
 
 def dies(folder: Path, rank: int, rows: list[int]) -> dict[int, str]:
@@ -38,15 +42,16 @@ def finish(folder: Path, rows: Sequence[int]) -> None:
 def test_a_batch_that_two_ranks_died_of_is_computed_row_by_row_and_a_third_death_is_the_rows_own(
     tmp_path: Path,
 ) -> None:
-    assert planned(tmp_path, lost={}).queues == [[0, 1, 2]]
+    assert queues(planned(tmp_path, lost={})) == [[0, 1, 2]]
     once = planned(tmp_path, lost=dies(tmp_path, 1, [2, 3]))
-    assert (once.queues, once.suspects) == ([[0, 1, 2]], [])
+    assert (queues(once), once.suspects) == ([[0, 1, 2]], [])
     twice = planned(tmp_path, lost=dies(tmp_path, 0, [2, 3]))
-    assert (twice.queues, twice.suspects, twice.finished) == ([[0, 2]], [2, 3], 0)
+    assert (queues(twice), twice.suspects, twice.finished) == ([[0, 2]], [2, 3], 0)
     finish(tmp_path, [2])
     third = planned(tmp_path, lost=dies(tmp_path, 0, [3]), max_errors=1)
-    assert (third.queues, third.suspects, third.finished) == ([[0, 2]], [], 1)
-    record = gather(ROWS, tmp_path)[3]
+    assert (queues(third), third.suspects, third.finished) == ([[0, 2]], [], 1)
+    with Found(third.rows, tmp_path) as found:
+        record = found[3]
     assert record.payload == {"error": f"RankDied: its rank {KILLED}, 3 times"}
 
 
@@ -55,7 +60,7 @@ def test_more_rows_that_ranks_died_of_than_may_fail_end_it(tmp_path: Path) -> No
         planned(tmp_path, lost=dies(tmp_path, 0, [4]))
     with pytest.raises(StageFailed, match=r"max_errors allows 0; prompt 4: RankDied: its rank was ended by SIGKILL"):
         planned(tmp_path, lost=dies(tmp_path, 0, [4]))
-    assert planned(tmp_path, lost={}).queues == [[0, 1, 2]], "whoever runs it again has a new try"
+    assert queues(planned(tmp_path, lost={})) == [[0, 1, 2]], "whoever runs it again has a new try"
 
 
 def test_what_a_dead_rank_had_finished_or_others_began_is_not_suspected(tmp_path: Path) -> None:
@@ -64,8 +69,9 @@ def test_what_a_dead_rank_had_finished_or_others_began_is_not_suspected(tmp_path
         dies(tmp_path, 0, [0, 1])
         finish(tmp_path, [0, 1])
         plan = planned(tmp_path, lost=dies(tmp_path, 0, [2, 3]), max_errors=2)
-    assert plan.queues == [[2]]
-    assert not {0, 1, 4, 5} & {row for row, record in gather(ROWS, tmp_path).items() if record.failed}
+    assert queues(plan) == [[2]]
+    with Found(plan.rows, tmp_path) as found:
+        assert not {0, 1, 4, 5}.intersection(found.rows(FAILED))
 
 
 def test_what_a_rank_was_at_when_another_died_is_not_held_against_it_later(tmp_path: Path) -> None:

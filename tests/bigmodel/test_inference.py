@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -9,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from bigpipe.bigmodel.inference import RESULTS, Bound, WorkPlan, compute_share, merge_results, plan_work
+from bigpipe.bigmodel.inference import Bound, WorkPlan, compute_share, merge_results, plan_work
 from bigpipe.bigmodel.tasks import Answer, Row, read_prompts
 from bigpipe.errors import StageFailed
 
@@ -30,29 +31,36 @@ def counting(calls: list[int], fails: Callable[[int], bool] = lambda index: Fals
 
 def share_out(folder: Path, rows: Sequence[Row] = ROWS, **options: Any) -> WorkPlan:
     """Rows of one length, in the shares of `split: static`, so that a test knows who does what."""
-    return plan_work(folder, list(rows), [1] * len(rows), **{"split": "static", **options})
+    return plan_work(folder, rows, lambda row: 1, **{"split": "static", **options})
+
+
+def queues(plan: WorkPlan) -> list[list[int]]:
+    return [list(queue) for queue in plan.queues]
 
 
 def lines(out: Path) -> list[dict[str, object]]:
-    return [json.loads(line) for line in (out / RESULTS).read_text().splitlines()]
+    return [json.loads(line) for line in (out / "results.jsonl").read_text().splitlines()]
 
 
 def test_one_rank_stops_and_others_take_over(tmp_path: Path) -> None:
     plan = share_out(tmp_path, batch_size=2, ranks=2)
-    assert plan.queues == [[0, 1], [2, 3]]
-    assert plan == WorkPlan.read(tmp_path)
+    assert queues(plan) == [[0, 1], [2, 3]]
+    assert list(plan.rows) == list(WorkPlan.read(tmp_path).rows) == ROWS
+    assert [plan.batch(chunk) for chunk in range(4)] == [ROWS[:2], ROWS[2:4], ROWS[4:6], ROWS[6:]]
+    assert [plan.rows.digest(row.index) for row in ROWS] == [row.digest for row in ROWS]
     calls: list[int] = []
     compute_share(tmp_path, 0, 2, counting(calls))
     with pytest.raises(StageFailed, match="3 prompts have no result, the first is 4"):
         merge_results(tmp_path, tmp_path)
     again = share_out(tmp_path, batch_size=2, ranks=3)
-    assert (again.finished, [len(queue) for queue in again.queues]) == (2, [1, 1, 0])
+    assert (again.finished, [len(queue) for queue in queues(again)]) == (2, [1, 1, 0])
     for rank in range(3):
         compute_share(tmp_path, rank, 3, counting(calls))
     assert calls == [0, 1, 2, 3, 4, 5, 6]
-    summary, (_, size) = merge_results(tmp_path, tmp_path)
+    summary, files = merge_results(tmp_path, tmp_path)
     assert (summary["prompts"], summary["errors"], summary["tokens"]) == (7, 0, 7)
-    assert size == (tmp_path / RESULTS).stat().st_size
+    written = (tmp_path / "results.jsonl").read_bytes()
+    assert files == {"results.jsonl": (hashlib.sha256(written).hexdigest(), len(written))}
     assert lines(tmp_path) == [{"index": row.index, "prompt": row.prompt, "length": 5} for row in ROWS]
 
 
@@ -81,7 +89,7 @@ def test_records_of_other_rows_and_of_padding_count_for_nothing(tmp_path: Path) 
     compute_share(tmp_path, 0, 1, counting([]))
     plan = share_out(tmp_path, batch_size=3, ranks=2, pad=True)
     assert plan.finished == 0
-    assert plan.queues == [[0, 1], [2, 2]]
+    assert queues(plan) == [[0, 1], [2, 2]]
     for rank in range(2):
         compute_share(tmp_path, rank, 2, counting([]))
     assert merge_results(tmp_path, tmp_path)[0]["tokens"] == 7

@@ -6,7 +6,7 @@ from typing import Any
 from hypothesis import given, settings, strategies as st
 
 from bigpipe.bigmodel.inference import Record, read_log
-from bigpipe.bigmodel.inference.workfolder import append, open_log
+from bigpipe.bigmodel.inference.records import append, open_log
 
 RECORDS = [Record(index, f"{index:016x}", {"text": f"é{index}\n"}, index, 0.25) for index in range(6)]
 

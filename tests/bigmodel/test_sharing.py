@@ -37,10 +37,12 @@ def test_a_chunk_has_no_more_tokens_than_asked_for_but_for_a_row_that_is_longer_
 
 
 def test_what_costs_most_is_taken_first() -> None:
-    costs = {0: 5, 1: 9, 2: 5, 3: 1}
-    assert share_out([0, 1, 2, 3], costs.__getitem__, 2, "queue") == [[1, 0, 2, 3]]
-    assert share_out([0, 1, 2, 3], costs.__getitem__, 2, "static") == [[0, 1], [2, 3]]
-    assert share_out([0, 1, 2], costs.__getitem__, 2, "static", pad=True) == [[0, 1], [2, 2]]
+    def shares(missing: list[int], *options: Any, **more: Any) -> list[list[int]]:
+        return [list(share) for share in share_out(missing, [5, 9, 5, 1][: len(missing)], *options, **more)]
+
+    assert shares([3, 4, 6, 7], 2, "queue") == [[4, 3, 6, 7]]
+    assert shares([3, 4, 6, 7], 2, "static") == [[3, 4], [6, 7]]
+    assert shares([3, 4, 6], 2, "static", pad=True) == [[3, 4], [6, 6]]
 
 
 def take_all(path: Path, count: int, ranks: int, rank: int, answers: Any) -> None:
