@@ -27,15 +27,15 @@ from .workfolder import WorkPlan, gather, peak_of, times
 
 Format = Literal["jsonl", "parquet"]
 RESULTS = "results"
-GROUP_ROWS, GROUP_BYTES = 2**16, 2**25
+GROUP_ROWS, GROUP_BYTES = 2**14, 2**23
 """Of a row group of Parquet, at most: rows, and characters of JSON."""
 Written = dict[str, tuple[str, int]]
 """Name of a file → (hex sha256, bytes)."""
 
 
 def plain_result(row: Row, record: Record) -> dict[str, Any]:
-    """Return a row of results: the row's index and prompt, and what the task gave."""
-    own = {"index": row.index, "prompt": row.prompt}
+    """Return a row of results: the row's index and prompt, and what the task gave. Records are redacted already."""
+    own = {"index": row.index, "prompt": redact_json(row.prompt)}
     return {**own, **record.payload, **own}
 
 
@@ -103,7 +103,7 @@ class _Results:
                 if name not in self.files:
                     _take(kept_file(self.found.folder(row.index), digest), self.out / name, row.index, digest)
                     self.files[name] = (digest, size)
-            yield redact_json(self.output.result(row, record))
+            yield self.output.result(row, record)
 
 
 def _take(source: Path, target: Path, index: int, digest: str) -> None:
@@ -184,7 +184,10 @@ def _write(out: Path, results: _Results, count: int, output: Output) -> Written:
 
 def _write_lines(file: HashedFile, rows: Iterable[Mapping[str, Any]]) -> None:
     for row in rows:
-        file.write((json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n").encode())
+        file.write((_encode(row) + "\n").encode())
+
+
+_encode = json.JSONEncoder(ensure_ascii=False, allow_nan=False).encode
 
 
 def _write_table(file: HashedFile, rows: Iterable[Mapping[str, Any]], schema: Any) -> None:

@@ -17,7 +17,7 @@ from typing import Any
 
 from bigpipe.errors import StageFailed
 from bigpipe.files import LogFile, make_directory, parse_json, sync_directory
-from bigpipe.redaction import redact_json
+from bigpipe.redaction import redacted_text
 
 from .storedrows import StoredRows
 
@@ -66,15 +66,24 @@ def _last_byte(path: Path) -> bytes:
 
 def append(log: LogFile, records: Iterable[Record]) -> None:
     """Write the records of one chunk. On return they are on the disk."""
-    log.append(b"".join(map(_encode, records)), durable=True)
+    log.append(encoded(records), durable=True)
+
+
+def encoded(records: Iterable[Record]) -> bytes:
+    """Return the lines of records, as a log holds them."""
+    return b"".join(map(_encode, records))
+
+
+_compact = json.JSONEncoder(ensure_ascii=False, separators=(",", ":")).encode
 
 
 def _encode(record: Record) -> bytes:
     head = {
         "index": record.index, "digest": record.digest, "tokens": record.tokens, "seconds": record.seconds,
-        "read": record.read, "files": record.files, "failed": record.failed, "payload": redact_json(record.payload),
+        "read": record.read, "files": record.files, "failed": record.failed,
     }  # fmt: skip
-    body = json.dumps(head, ensure_ascii=False, separators=(",", ":")).encode()
+    payload = redacted_text(record.payload, _compact)
+    body = f'{_compact(head)[:-1]},"payload":{payload}}}'.encode()
     return b'%s,"crc":"%08x"}\n' % (body[:-1], zlib.crc32(body))
 
 
@@ -97,7 +106,7 @@ def _decode(line: bytes) -> Record | None:
     body = _body(line)
     if body is None:
         return None
-    fields = parse_json(body)
+    fields = parse_json(body.decode())
     del fields["failed"]
     return Record(**fields)
 
@@ -128,7 +137,7 @@ class Found:
             offset += len(line)
             if body is None:
                 continue
-            head = json.loads(body[: body.index(PAYLOAD)] + b"}")
+            head = json.loads(f"{body[: body.index(PAYLOAD)].decode()}}}")
             self.busy[number] += head["seconds"]
             row = head["index"]
             if row < len(rows) and self.states[row] != DONE and rows.digest(row) == head["digest"]:

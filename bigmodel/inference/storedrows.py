@@ -42,7 +42,7 @@ def store_rows(
 
         def keep(row: Row) -> int:
             nonlocal offset
-            line = (json.dumps(_fields(row), ensure_ascii=False, separators=(",", ":")) + "\n").encode()
+            line = (_encode(_fields(row)) + "\n").encode()
             index.append(array("Q", (offset, int(row.digest, 16))).tobytes(), later=True)
             lines.append(line, later=True)
             offset += len(line)
@@ -58,6 +58,7 @@ def store_rows(
     return batching
 
 
+_encode = json.JSONEncoder(ensure_ascii=False, separators=(",", ":")).encode
 _fields = attrgetter(*(field.name for field in fields(Row)))
 """All of a row, in the order in which `Row` takes them."""
 
@@ -92,10 +93,10 @@ class StoredRows(Sequence[Row]):
             return [self[each] for each in range(*number.indices(len(self)))]
         begin = self._index[2 * number]
         end = self._index[2 * number + 2] if number + 1 < len(self) else self._size
-        return Row(*parse_json(os.pread(self._file, end - begin, begin)))
+        return Row(*parse_json(os.pread(self._file, end - begin, begin).decode()))
 
     def __iter__(self) -> Iterator[Row]:
-        with self._path.open("rb") as file:
+        with self._path.open(encoding="utf-8", newline="\n") as file:
             for line in file:
                 yield Row(*parse_json(line))
 

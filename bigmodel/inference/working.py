@@ -6,6 +6,7 @@ import json
 import time
 import traceback
 from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,7 +16,7 @@ from bigpipe.files import LogFile, write_file
 from bigpipe.fit import out_of_memory
 
 from .deaths import BEGUN, begin
-from .records import LOG, Record, append, check_errors, open_log
+from .records import LOG, Record, check_errors, encoded, open_log
 from .resultfiles import keep_files, without_files
 from .workfolder import PEAKS, WorkPlan
 
@@ -71,17 +72,20 @@ def compute_share(
     failed: list[Record] = []
     peaks: dict[str, int] = {}
     own = folder / f"rank-{rank}"
-    with open_log(own / LOG) as records_log, LogFile(own / BEGUN) as begun_log:
+    with open_log(own / LOG) as records_log, LogFile(own / BEGUN) as begun_log, ThreadPoolExecutor(1) as disk:
+        syncing = disk.submit(records_log.sync)
         ended = time.monotonic()
 
         def compute(numbers: Sequence[int]) -> None:
-            nonlocal done, ended, peaks
+            nonlocal done, ended, peaks, syncing
             batch, started = [plan.rows[number] for number in numbers], time.monotonic()
             begin(begun_log, numbers)
             answers = answer_batch(bound.answer, batch, log, warn)
             seconds, ended = time.monotonic() - max(started, ended), time.monotonic()
             records = _records(plan, own, batch, answers, seconds)
-            append(records_log, records)
+            records_log.append(encoded(records))
+            syncing.result()  # of the chunk before
+            syncing = disk.submit(records_log.sync)
             if (peaks_now := _peaks()) != peaks:
                 write_file(own / PEAKS, json.dumps(peaks := peaks_now), durable=False)
             failed.extend(record for record in records if record.failed)
@@ -91,6 +95,7 @@ def compute_share(
 
         bound.each(lambda chunk: compute(plan.chunks[chunk]), queue, plan.together)
         bound.each(lambda row: compute([row]), suspects, 1)
+        syncing.result()
         tell()  # others may have taken what it expected
 
 

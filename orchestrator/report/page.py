@@ -24,9 +24,10 @@ from bigpipe.redaction import printable
 from bigpipe.sizes import MOST, format_size, format_transfer
 
 from .drawing import STYLE, Bar, bars, graph, line
+from .firstrows import first_results
 from .graphs import MARKS, drawn, mermaid_text
 from .inspection import Inspection, diff_runs, open_store, told
-from .rendering import first_results, metrics_line
+from .rendering import metrics_line
 from .shown import clean
 
 Form = Literal["html", "markdown"]
@@ -233,7 +234,7 @@ def _texts(store: Store, kept: Mapping[str, KeyRecord]) -> Table:
     found: dict[str, dict[str, str]] = {}
     for name, record in kept.items():
         if record.artifact_type == "results" and record.digest:
-            results = first_results(store.artifact_path(record.digest) / "results.jsonl", TEXTS)
+            results = first_results(store.artifact_path(record.digest), TEXTS)
             found[name] = {_short(prompt): _short(text) for prompt, text in results}
     prompts = dict.fromkeys(prompt for texts in found.values() for prompt in texts)
     rows = [(prompt, *(texts.get(prompt, "") for texts in found.values())) for prompt in islice(prompts, TEXTS)]

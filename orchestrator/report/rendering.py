@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import suppress
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict
-from itertools import islice
-from pathlib import Path
 from typing import TYPE_CHECKING
 
-from bigpipe.files import Damaged, open_regular, parse_json
 from bigpipe.orchestrator.contract import Json
 from bigpipe.orchestrator.planning import Plan, PlannedNode, difference_json, shown
 from bigpipe.sizes import format_size, format_transfer
 from bigpipe.tables import PLAIN, Screen, columns
+
+from .firstrows import first_results
 
 if TYPE_CHECKING:
     from bigpipe.orchestrator.running import RunResult
@@ -106,27 +103,10 @@ def results_text(result: RunResult, limit: int = 5, *, screen: Screen = PLAIN) -
     parts = []
     for name, state in result.nodes.items():
         path = result.path(name) if state.node.kind.output == "results" else None
-        rows = list(first_results(path / "results.jsonl", limit)) if path is not None else []
+        rows = list(first_results(path, limit)) if path is not None else []
         if rows:
             parts.append("\n".join([f"{name}:", *(f"  {_flat(prompt)} → {_flat(text)}" for prompt, text in rows)]))
     return "\n\n".join([*parts, result_table(result, screen)])
-
-
-def first_results(path: Path, limit: int) -> Iterator[tuple[str, str]]:
-    """Yield prompt and text of the first lines of a results file. A row without a text says its error, or itself; a
-    line that is no row is all text."""
-    with suppress(OSError, Damaged), open_regular(path, links=True) as lines:
-        for line in islice(lines, limit):
-            try:
-                row = parse_json(line)
-            except ValueError:
-                row = line.decode("utf-8", "replace")
-            found = row if isinstance(row, dict) else {"text": row}
-            yield _text(found.get("prompt", "")), _text(found.get("text", found.get("error", found)))
-
-
-def _text(value: Json) -> str:
-    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)
 
 
 def _flat(text: str, limit: int = 100) -> str:

@@ -475,6 +475,11 @@ class LogFile:
                     self._patience = 0
                     raise _unread(self._path) from None
 
+    def sync(self) -> None:
+        """Bring what was written to the disk, from any thread."""
+        with _named(self._path):
+            sync(self._file)
+
     def cut(self, size: int) -> None:
         """Drop everything after the first `size` bytes."""
         with _named(self._path):

@@ -14,7 +14,7 @@ import json
 import os
 import re
 import shlex
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote, quote_plus, unquote
@@ -153,6 +153,13 @@ def redact_json(value: Any) -> Any:
     if isinstance(value, (list, tuple)):
         return [redact_json(item) for item in value]
     return value
+
+
+def redacted_text(value: Any, encode: Callable[[Any], str]) -> str:
+    """Return a JSON value as `encode` spells it, with every string in it redacted. What has nothing to redact, as most
+    has, is spelled once: a string without a backslash stands in JSON as it is."""
+    text = encode(value)
+    return text if "\\" not in text and redact(text) == text else encode(redact_json(value))
 
 
 def unfinished(text: str) -> int:
