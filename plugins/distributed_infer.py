@@ -9,7 +9,7 @@ from pydantic import AfterValidator, Field, ValidationError, model_validator
 from pydantic_core import InitErrorDetails, PydanticCustomError
 
 from bigpipe.bigmodel.sources import Sources
-from bigpipe.bigmodel.tasks import BuiltIn, find_task, require_known
+from bigpipe.bigmodel.tasks import URLS, BuiltIn, find_task, require_known
 from bigpipe.errors import UsageError
 from bigpipe.orchestrator.stage import (
     Bytes,
@@ -57,6 +57,10 @@ class InferParams(Params):
     and sounds are files, each of them a row: `pictures/*.png`."""
     column: str = "prompt"
     """The field of each JSON object, or the column of a table, that holds the prompt."""
+    row_format: Literal["prompts", "openai-batch"] = "prompts"
+    """openai-batch: rows are requests of OpenAI's Batch API, `{"custom_id", "method", "url", "body"}`, and results its
+    responses; of text-generation for `/v1/chat/completions` and `/v1/completions`, of feature-extraction for
+    `/v1/embeddings`."""
     template: Annotated[str | None, AfterValidator(_template)] = None
     """The prompt, made of a row's fields: `"Classify: {text}"`. null: the prompt is `column`."""
     batch_size: int = Field(1, ge=1)
@@ -90,7 +94,7 @@ class InferParams(Params):
 
     @model_validator(mode="after")
     def _fields_have_effect(self) -> InferParams:
-        if problems := [*_unknown_arguments(self), *_idle(self)]:
+        if problems := [*_unknown_arguments(self), *_idle(self), *_unanswered(self)]:
             raise ValidationError.from_exception_data("InferParams", problems)
         return self
 
@@ -111,7 +115,10 @@ def _idle(params: InferParams) -> Iterator[InitErrorDetails]:
     if task is not None and (task.own_length or not task.makes_tokens):
         makes = "as many tokens as it needs" if task.own_length else "no tokens"
         idle["max_new_tokens"] = f"{params.task} makes {makes}; leave it out"
-    if params.template is not None:
+    if params.row_format == "openai-batch":
+        told = "a request says its prompt itself; leave it out"
+        idle |= {"column": told, "template": told}
+    elif params.template is not None:
         idle["column"] = "the template names the fields that make the prompt; leave one of them out"
     elif not own and isinstance(params.prompts, list) and not any(isinstance(each, dict) for each in params.prompts):
         idle["column"] = "it names a field of objects, and these prompts are texts or chats; leave it out"
@@ -121,6 +128,21 @@ def _idle(params: InferParams) -> Iterator[InitErrorDetails]:
         )
     for name in (name for name in idle if name in params.model_fields_set):
         yield _refusal((name,), idle[name], getattr(params, name))
+
+
+def _unanswered(params: InferParams) -> Iterator[InitErrorDetails]:
+    """What requests cannot be answered with."""
+    if params.row_format != "openai-batch":
+        return
+    tasks = sorted(set(URLS.values()))
+    if params.task not in tasks:
+        yield _refusal(("task",), f"requests are answered by {' and '.join(tasks)}", params.task)
+    if params.output_format != "jsonl":
+        why = "responses of the Batch API are lines of JSON; leave it out"
+        yield _refusal(("output_format",), why, params.output_format)
+    if (params.generation.get("num_return_sequences") or 1) != 1:
+        why = "a request gets one answer; leave num_return_sequences out"
+        yield _refusal(("generation", "num_return_sequences"), why, params.generation["num_return_sequences"])
 
 
 def _refusal(loc: tuple[str, ...], why: str, value: Any) -> InitErrorDetails:

@@ -14,7 +14,7 @@ from bigpipe.bigmodel.footprint import Budget, Workload
 from bigpipe.bigmodel.inference import Batching, assign
 from bigpipe.bigmodel.placement import Placement, Together, batches_together
 from bigpipe.bigmodel.sources import Sources
-from bigpipe.bigmodel.tasks import TASKS, Prompts, Row, find_task
+from bigpipe.bigmodel.tasks import TASKS, Prompts, Requests, Row, find_task, request_reader
 from bigpipe.errors import UsageError
 from bigpipe.orchestrator.stage import Forecast, ForecastContext, StageContext
 from bigpipe.sizes import counted
@@ -154,6 +154,9 @@ def _side_by_side(task: str) -> bool:
     return task in TASKS and find_task(task, Sources()).side_by_side
 
 
-def rows_of(params: InferParams, base: Path) -> Prompts:
+def rows_of(params: InferParams, base: Path) -> Prompts | Requests:
     """Return the prompts, which are read as they are gone through."""
+    if params.row_format == "openai-batch":
+        reader = request_reader(params.task, params.max_new_tokens)
+        return Requests(Prompts(params.prompts, params.column, base, request=reader))
     return Prompts(params.prompts, params.column, base, params.template)

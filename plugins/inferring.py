@@ -4,14 +4,25 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from functools import partial
+from typing import Any
 
 from bigpipe.bigmodel.checkpoint import ModelDescription, describe_checkpoint
 from bigpipe.bigmodel.execution import loaded
 from bigpipe.bigmodel.formats import computable
-from bigpipe.bigmodel.inference import Batching, Bound, Columns, Output, compute_share, merge_results, plan_work
+from bigpipe.bigmodel.inference import (
+    Batching,
+    Bound,
+    Columns,
+    Output,
+    Record,
+    compute_share,
+    merge_results,
+    plain_result,
+    plan_work,
+)
 from bigpipe.bigmodel.placement import Placement, Work, limit_here
 from bigpipe.bigmodel.sources import Sources
-from bigpipe.bigmodel.tasks import TASKS, Row, TaskOptions, find_task, refuse_arguments, require_pyarrow
+from bigpipe.bigmodel.tasks import TASKS, Row, TaskOptions, find_task, refuse_arguments, require_pyarrow, response
 from bigpipe.errors import StageFailed, UsageError
 from bigpipe.modules import foreign, keywords_of, missing_name
 from bigpipe.orchestrator.stage import CheckContext, StageContext, StageResult
@@ -113,11 +124,18 @@ def run(params: InferParams, ctx: StageContext) -> StageResult:
 
 def finish(params: InferParams, ctx: StageContext) -> StageResult:
     """Merges by index: every row once, or the stage fails."""
-    output = Output(params.output_format, params.rows_per_file)
+    output = Output(params.output_format, params.rows_per_file, _RESULTS[params.row_format])
     summary, written = merge_results(ctx.scratch, ctx.out, max_errors=params.max_errors, output=output)
     model, placement = describe_checkpoint(ctx.input("model")), placement_of(ctx) or alone(ctx.machine)
     metrics = InferMetrics(**summary, compute_dtype=computed_in(model, placement, ctx, params.dtype))
     return StageResult(_with_limit(params, metrics, model, placement, ctx), written)
+
+
+def _response(row: Row, record: Record) -> dict[str, Any]:
+    return response(row, record.payload, record.read, record.tokens)
+
+
+_RESULTS = {"prompts": plain_result, "openai-batch": _response}
 
 
 def _with_limit(

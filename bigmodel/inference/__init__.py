@@ -14,7 +14,7 @@ from bigpipe.faces import face
 
 if TYPE_CHECKING:
     from .columns import Columns
-    from .merging import Output, merge_results
+    from .merging import Output, merge_results, plain_result
     from .records import MISSING, Found, Record, read_log
     from .sharing import Batching, Split, assign
     from .splitting import split_between_processes

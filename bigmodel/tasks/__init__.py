@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from .processing import load_processor, require_library, require_processor
     from .promptfiles import READERS, Wording, read_rows, require_pyarrow
     from .registry import TASKS, BuiltIn, find_task, require_known, task_arguments
+    from .requests import URLS, Requests, request_reader, response
     from .rows import Prompts, Row, named_files, read_prompts, template_parts
     from .sounds import read_sound
     from .task import Answer, Answerer, Arguments, ResultFile, Task, TaskOptions, refuse_arguments

@@ -6,7 +6,7 @@ import glob
 import hashlib
 import json
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from string import Formatter
@@ -39,6 +39,8 @@ class Row:
     """Where it stands: `rows.jsonl:7`, `prompts[6]`."""
     field: str = ""
     """The argument, or field of a stage, that it came by: of one that is written there `prompts[6]`."""
+    arguments: Mapping[str, Any] | None = None
+    """Of a request: the arguments of the task that it asks for, over the stage's."""
 
     @property
     def digest(self) -> str:
@@ -70,6 +72,8 @@ class Prompts:
     """Makes the prompt of a row's fields, in place of its `column`."""
     wording: Wording = PROMPTS
     """What rows are called in errors."""
+    request: Callable[[Any, str], tuple[Any, Mapping[str, Any]]] | None = None
+    """Makes prompt and arguments of an object and its place, in place of its `column`."""
 
     def __iter__(self) -> Iterator[Row]:
         rows = self._rows()
@@ -92,9 +96,13 @@ class Prompts:
         parts = None if self.template is None else template_parts(self.template)
         for index, (where, data) in enumerate(self._objects(files)):
             field = self.wording.field if isinstance(self.given, str) else where
-            prompt = _prompt(data, self.column, where, self.wording) if parts is None else _filled(data, parts, where)
+            arguments = None
+            if self.request is not None:
+                prompt, arguments = self.request(data, where)
+            else:
+                prompt = _filled(data, parts, where) if parts else _prompt(data, self.column, where, self.wording)
             _require_writable(data, where)
-            yield Row(index, prompt, data, place=where, field=field)
+            yield Row(index, prompt, data, place=where, field=field, arguments=arguments)
 
     def _objects(self, files: Sequence[Path]) -> Iterator[tuple[str, Any]]:
         """(place, object) of each."""

@@ -3,6 +3,7 @@ of them under `texts` besides."""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -77,37 +78,46 @@ def _bind(model: Any, path: Path, options: TaskOptions, sources: Sources) -> Ans
     if not hasattr(model, "generate") or not hasattr(model, "generation_config"):
         raise UsageError(f"{type(model).__name__} has no `generate` of transformers'", OWN_FUNCTION)
     tokenizer = load_tokenizer(path, sources, options.bounded, embedded(model))
-    goes_on = not model.config.is_encoder_decoder
-    given = as_floats(options.arguments)
+    goes_on, given = not model.config.is_encoder_decoder, as_floats(options.arguments)
+    draw_alone(model)
     asked = {"max_new_tokens": options.max_new_tokens, "pad_token_id": tokenizer.pad_token_id, **given}
     if isinstance(watermark := asked.get("watermarking_config"), dict):
         from transformers import WatermarkingConfig
 
         asked["watermarking_config"] = WatermarkingConfig.from_dict(watermark)
-    settled = {**model.generation_config.to_dict(), **asked}
-    if settled.get("stop_strings"):
-        asked["tokenizer"] = tokenizer
-    cut, alone = _cutter(settled, tokenizer), _one_by_one(settled)
-    draw_alone(model)
+    own = model.generation_config.to_dict()
 
     def answer(rows: Sequence[Row]) -> list[Answer]:
+        parts: dict[str, list[Row]] = {}
+        for row in rows:
+            parts.setdefault(json.dumps(_without_seed(row), sort_keys=True), []).append(row)
+        found = {row.index: made for part in parts.values() for row, made in zip(part, alike(part), strict=True)}
+        return [found[row.index] for row in rows]
+
+    def alike(rows: Sequence[Row]) -> list[Answer]:
+        """Of rows that ask for the same."""
         import torch
 
-        if alone and len(rows) > 1:
-            return [answer([row])[0] for row in rows]
+        settings = _settled(asked, given, _without_seed(rows[0]))
+        settled = {**own, **settings}
+        if len(rows) > 1 and _one_by_one(settled):
+            return [alike([row])[0] for row in rows]
+        if settled.get("stop_strings"):
+            settings["tokenizer"] = tokenizer
+        cut, length = _cutter(settled, tokenizer), settings["max_new_tokens"]
         encoded = encode(tokenizer, rows, options.bounded)
         read = longest(encoded)
         if goes_on:
-            check_length(model, read, options.max_new_tokens)
+            check_length(model, read, length)
         else:  # what is read and what is made have positions of their own
             check_length(model, read)
-            check_length(model, 1, options.max_new_tokens)
+            check_length(model, 1, length)
         # A decoder goes on where the prompt ends, so that is where all rows must meet.
         inputs = pad(model, tokenizer, encoded, "left" if goes_on else "right")
-        seeds = [options.seed + row.index for row in rows]
+        seeds = [(row.arguments or {}).get("seed", options.seed + row.index) for row in rows]
         with torch.inference_mode(), drawing(seeds):
             torch.manual_seed(seeds[0])
-            made = model.generate(**inputs, **asked)
+            made = model.generate(**inputs, **settings)
         made = getattr(made, "sequences", made)  # of a model whose own file asks for more than tokens
         start = inputs["input_ids"].shape[1] if goes_on else 1  # an encoder-decoder's first token is given
         with options.bounded("the tokenizer of the model"):
@@ -115,11 +125,27 @@ def _bind(model: Any, path: Path, options: TaskOptions, sources: Sources) -> Ans
             each = len(found) // len(rows)
             texts = [found[first : first + each] for first in range(0, len(found), each)]
             return [
-                _answer(tokenizer, *row)
-                for row in zip(texts, (len(each["input_ids"]) for each in encoded), strict=True)
+                _answer(tokenizer, row, made, len(tokens["input_ids"]))
+                for row, made, tokens in zip(rows, texts, encoded, strict=True)
             ]
 
     return answer
+
+
+def _without_seed(row: Row) -> dict[str, Any]:
+    """What a request asks of `generate`, but for its seed: rows that differ in no more are computed together."""
+    return {name: value for name, value in (row.arguments or {}).items() if name != "seed"}
+
+
+def _settled(asked: Mapping[str, Any], given: Mapping[str, Any], own: Mapping[str, Any]) -> dict[str, Any]:
+    """The arguments of the stage, over them those of a request. given: what somebody wrote. A request that samples
+    knows no other bound than its own, and one that does not none at all."""
+    unset: dict[str, Any] = {}
+    if own.get("do_sample") is True:
+        unset = {"top_k": given.get("top_k", 0)}
+    elif own.get("do_sample") is False:
+        unset = dict.fromkeys(("temperature", "top_p", "top_k"))
+    return {**asked, **unset, **own}
 
 
 def _one_by_one(settings: Mapping[str, Any]) -> bool:
@@ -129,15 +155,18 @@ def _one_by_one(settings: Mapping[str, Any]) -> bool:
     return bool(draws_beams or guesses)
 
 
-def _answer(tokenizer: Any, found: list[list[int]], read: int) -> Answer:
-    texts = [tokenizer.decode(tokens, skip_special_tokens=True) for tokens in found]
-    several = {"texts": texts} if len(texts) > 1 else {}
-    return Answer({"text": texts[0], **several}, sum(map(len, found)), read)
+def _answer(tokenizer: Any, row: Row, found: list[tuple[list[int], bool]], read: int) -> Answer:
+    texts = [tokenizer.decode(tokens, skip_special_tokens=True) for tokens, _ in found]
+    more: dict[str, Any] = {"texts": texts} if len(texts) > 1 else {}
+    if row.arguments is not None:
+        more["finish_reason"] = "stop" if found[0][1] else "length"
+    return Answer({"text": texts[0], **more}, sum(len(tokens) for tokens, _ in found), read)
 
 
-def _cutter(settings: Mapping[str, Any], tokenizer: Any) -> Callable[[list[int], int], list[int]]:
+def _cutter(settings: Mapping[str, Any], tokenizer: Any) -> Callable[[list[int], int], tuple[list[int], bool]]:
     """Return what takes all tokens of a row and where those made begin, and gives the latter up to the end of the text,
-    with what ended it. What follows is padding, which need be no token that decoding leaves out."""
+    with what ended it, and whether something did. What follows is padding, which need be no token that decoding leaves
+    out."""
     import torch
     from transformers import StopStringCriteria
 
@@ -145,15 +174,15 @@ def _cutter(settings: Mapping[str, Any], tokenizer: Any) -> Callable[[list[int],
     last = frozenset(ends if isinstance(ends, list) else [ends])
     stopped = StopStringCriteria(tokenizer, stops) if stops else None
 
-    def cut(tokens: list[int], start: int) -> list[int]:
+    def cut(tokens: list[int], start: int) -> tuple[list[int], bool]:
         made = tokens[start:]
-        end = next((place for place, token in enumerate(made, 1) if token in last), len(made))
-        if stopped and end == len(made):
+        end = next((place for place, token in enumerate(made, 1) if token in last), 0)
+        if stopped and not end:
             padded = len(list(takewhile(lambda token: token == padding, reversed(made))))
-            for stop in range(max(len(made) - padded, 1), len(made)):
+            for stop in range(max(len(made) - padded, 1), len(made) + 1):
                 if stopped(torch.tensor([tokens[: start + stop]]), None)[0]:
-                    return made[:stop]
-        return made[:end]
+                    return made[:stop], True
+        return made[: end or len(made)], bool(end)
 
     return cut
 

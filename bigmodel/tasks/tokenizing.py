@@ -8,6 +8,8 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from functools import cache, partial
+from itertools import groupby
+from operator import itemgetter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -187,17 +189,16 @@ def load_tokenizer(path: Path, sources: Sources, bounded: Bounded, limit: int | 
 def encode(tokenizer: Any, rows: Sequence[Row], bounded: Bounded, most: int | None = None) -> list[Encoded]:
     """Return the `input_ids` of each prompt, at `most` so many. Raise ValueError where one is empty. A list of messages
     goes through the model's chat template, which transformers runs in a sandbox."""
-    with bounded("the tokenizer, or the chat template, of the model"):
-        return [_encode(tokenizer, row, most) for row in rows]
-
-
-def _encode(tokenizer: Any, row: Row, most: int | None) -> Encoded:
-    text, special = text_of(tokenizer, row)
     cut = {} if most is None else {"truncation": True, "max_length": most}
-    tokens: list[int] = tokenizer(text, add_special_tokens=special, **cut)["input_ids"]
-    if not tokens:
+    encoded: list[Encoded] = []
+    with bounded("the tokenizer, or the chat template, of the model"):
+        for special, alike in groupby((text_of(tokenizer, row) for row in rows), itemgetter(1)):
+            texts = [text for text, _ in alike]
+            ids = tokenizer(texts, add_special_tokens=special, **cut)["input_ids"]  # at once: each call takes its time
+            encoded += [{"input_ids": tokens} for tokens in ids]
+    if not all(each["input_ids"] for each in encoded):
         raise ValueError("the prompt is empty")
-    return {"input_ids": tokens}
+    return encoded
 
 
 def text_of(tokenizer: Any, row: Row) -> tuple[str, bool]:
@@ -216,7 +217,8 @@ def encode_texts(
     if not all(text for pair in pairs for text in pair):
         raise ValueError("the text is empty")
     with bounded("the tokenizer of the model"):
-        return [tokenizer(*pair, **asked) for pair in pairs]
+        found = tokenizer(*map(list, zip(*pairs, strict=True)), **asked)  # at once: each call takes its time
+    return [{name: values[number] for name, values in found.items()} for number in range(len(pairs))]
 
 
 def embedded(model: Any) -> int | None:

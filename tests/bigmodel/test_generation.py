@@ -127,11 +127,11 @@ def test_what_is_read_and_what_is_made_have_positions_of_their_own(tmp_path: Pat
 
 def test_more_new_tokens_than_positions_are_refused_before_there_is_a_model(tmp_path: Path) -> None:
     task, described = find_task("text-generation", Sources()), describe_checkpoint(make_checkpoint(tmp_path / "opt"))
-    task.check({}, rows(), described, Sources(), 127)
+    list(task.checked({}, rows(), described, Sources(), 127))
     with pytest.raises(UsageError, match="max_new_tokens is 128, and the model has 128 positions") as error:
-        task.check({}, rows(), described, Sources(), 128)
+        list(task.checked({}, rows(), described, Sources(), 128))
     assert error.value.field == "max_new_tokens"
-    task.check({}, rows(), describe_checkpoint(make_checkpoint(tmp_path / "t5", "t5")), Sources(), 10_000)
+    list(task.checked({}, rows(), describe_checkpoint(make_checkpoint(tmp_path / "t5", "t5")), Sources(), 10_000))
 
 
 @pytest.mark.parametrize("name", ["text-generation", "feature-extraction"])
@@ -140,10 +140,10 @@ def test_a_chat_needs_a_template(tmp_path: Path, name: str) -> None:
     task, described = find_task(name, Sources()), describe_checkpoint(path)
     chat = rows(["text", [{"role": "user", "content": "hi"}]])
     with pytest.raises(UsageError, match="row 1: this is a chat") as error:
-        task.check({}, chat, described)
+        list(task.checked({}, chat, described))
     assert error.value.field == "prompts"
     (path / "chat_template.jinja").write_text("{{ messages[0].content }}")
-    task.check({}, chat, described)
+    list(task.checked({}, chat, described))
 
 
 @pytest.mark.parametrize("pooling", ["mean", "last", "first"])
@@ -205,7 +205,7 @@ def test_a_function_of_ones_own(tmp_path: Path) -> None:
 )
 def test_refuses_what_cannot_work_before_there_is_a_model(task: str, options: dict[str, Any], cause: str) -> None:
     with pytest.raises(UsageError, match=cause):
-        find_task(task, trusting(Path())).check(options, rows(), None)
+        list(find_task(task, trusting(Path())).checked(options, rows(), None))
 
 
 def test_a_model_without_a_tokenizer(tmp_path: Path) -> None:

@@ -196,11 +196,11 @@ def test_values_are_asked_of_a_child_once(path: Path, tmp_path: Path) -> None:
     described, sources = describe_checkpoint(path), Sources(memo=tmp_path)
     for _ in range(2):
         with pytest.raises(UsageError, match="strictly positive float"):
-            TASK.check({"do_sample": True, "temperature": 0.0}, rows(), described, sources)
+            list(TASK.checked({"do_sample": True, "temperature": 0.0}, rows(), described, sources))
     kept = list((tmp_path / "generation").iterdir())
     assert len(kept) == 1
     remember(kept[0], {"wrong": None})
-    TASK.check({"do_sample": True, "temperature": 0.0}, rows(), described, sources)
+    list(TASK.checked({"do_sample": True, "temperature": 0.0}, rows(), described, sources))
 
 
 def test_several_texts_of_a_prompt_depend_on_the_prompt_alone(model: Any, path: Path) -> None:
@@ -285,7 +285,7 @@ def test_configs_of_models_that_generate_nothing(
 ) -> None:
     whole = {**json.loads((path / "config.json").read_bytes()), **config} if "architectures" in config else config
     with pytest.raises(UsageError, match=cause):
-        TASK.check({}, rows(), ModelDescription(config=whole), Sources(memo=tmp_path))
+        list(TASK.checked({}, rows(), ModelDescription(config=whole), Sources(memo=tmp_path)))
 
 
 def test_whats_in_the_row_reaches_a_function_as_it_is(tmp_path: Path, model: Any, path: Path) -> None:
@@ -322,15 +322,15 @@ def with_own(folder: Path, own: Mapping[str, Any]) -> ModelDescription:
 def test_what_the_models_own_file_asks_for_is_tried_too(tmp_path: Path, own: dict[str, Any], said: str) -> None:
     described = with_own(tmp_path / "model", own)
     with pytest.raises(UsageError, match=rf"generation_config\.json: .*{said}") as error:
-        TASK.check({}, rows(), described, Sources(), 8)
+        list(TASK.checked({}, rows(), described, Sources(), 8))
     assert "mend the model's file" in error.value.cure
 
 
 def test_an_argument_mends_what_the_models_own_file_has_wrong(tmp_path: Path) -> None:
     described = with_own(tmp_path / "model", {"do_sample": True, "temperature": 0.0})
-    TASK.check({"temperature": 0.5}, rows(), described, Sources(), 8)
+    list(TASK.checked({"temperature": 0.5}, rows(), described, Sources(), 8))
     with pytest.raises(UsageError, match=r"generation_config\.json: .*strictly positive"):
-        TASK.check({"min_length": 1}, rows(), described, Sources(), 8)
+        list(TASK.checked({"min_length": 1}, rows(), described, Sources(), 8))
 
 
 PUBLISHED: list[tuple[int, bool, dict[str, Any]]] = [

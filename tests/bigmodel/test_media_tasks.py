@@ -81,13 +81,13 @@ def test_a_picture_that_cannot_be_read_is_an_error_of_its_row(tmp_path: Path, pi
 def test_rows_are_what_a_task_reads(tmp_path: Path, pictures: list[Row]) -> None:
     vit, texts = describe_checkpoint(make_vit(tmp_path / "model")), [Row(0, "a", {"prompt": "a"})]
     task = find_task("image-classification", Sources())
-    task.check({}, pictures, vit)
+    list(task.checked({}, pictures, vit))
     with pytest.raises(UsageError, match="reads pictures, and prompt 0 is a text") as error:
-        task.check({}, texts, vit)
+        list(task.checked({}, texts, vit))
     assert error.value.field == "prompts"
     assert "pictures/*.png" in str(error.value.cure)
     with pytest.raises(UsageError, match="task fill-mask reads texts, and prompt 0 is a picture"):
-        find_task("fill-mask", Sources()).check({}, pictures, None)
+        list(find_task("fill-mask", Sources()).checked({}, pictures, None))
     (tmp_path / "pictures/notes.txt").write_text("a")
     with pytest.raises(UsageError, match=r"notes\.txt is no picture or sound, as others beside it are"):
         read_prompts("pictures/*", "prompt", tmp_path)
@@ -101,9 +101,9 @@ def test_a_model_that_cannot_is_refused_before_it_is_loaded(tmp_path: Path, pict
     task, path = find_task("image-classification", Sources()), make_vit(tmp_path / "model")
     text = describe_checkpoint(make_with_head(tmp_path / "bert", "bert", "ForSequenceClassification"))
     with pytest.raises(UsageError, match="BertForSequenceClassification does no image-classification"):
-        task.check({}, pictures, text)
+        list(task.checked({}, pictures, text))
     (path / "preprocessor_config.json").unlink()
     with pytest.raises(UsageError, match=r"needs a preprocessor_config\.json"):
-        task.check({}, pictures, describe_checkpoint(path))
+        list(task.checked({}, pictures, describe_checkpoint(path)))
     with pytest.raises(UsageError, match="no processor that can be used"):
         bind("image-classification", path, tmp_path)

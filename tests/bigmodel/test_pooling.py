@@ -138,4 +138,4 @@ def test_files_that_say_what_is_not_done_are_refused_before_a_model_is_loaded(
     (tmp_path / "elsewhere/config.json").write_text("{}")
     described = describe_checkpoint(published(plain, tmp_path / "m", pooling, *parts, **files))
     with pytest.raises((UsageError, InvalidCheckpoint), match=cause):
-        find_task("feature-extraction", Sources()).check({}, [Row(0, "a", {})], described)
+        list(find_task("feature-extraction", Sources()).checked({}, [Row(0, "a", {})], described))

@@ -122,11 +122,11 @@ def test_a_model_that_does_not_hear_is_refused_before_it_is_loaded(
     tmp_path: Path, sounds: list[Row], whisper: Path
 ) -> None:
     task = find_task(NAME, Sources())
-    task.check({"language": "en"}, sounds, describe_checkpoint(whisper))
+    list(task.checked({"language": "en"}, sounds, describe_checkpoint(whisper)))
     with pytest.raises(UsageError, match="takes no argument 'langauge'"):
-        task.check({"langauge": "en"}, sounds, None)
+        list(task.checked({"langauge": "en"}, sounds, None))
     with pytest.raises(UsageError, match="reads sounds, and prompt 0 is a text"):
-        task.check({}, [Row(0, "a", {})], None)
+        list(task.checked({}, [Row(0, "a", {})], None))
     pytest.importorskip("PIL")
     with pytest.raises(UsageError, match=f"ViTForImageClassification does no {NAME}"):
-        task.check({}, sounds, describe_checkpoint(make_vit(tmp_path / "vit")))
+        list(task.checked({}, sounds, describe_checkpoint(make_vit(tmp_path / "vit"))))

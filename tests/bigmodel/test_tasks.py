@@ -233,9 +233,9 @@ def test_continuations_that_cannot_be_scored(tmp_path: Path) -> None:
     ]
     for wrong in ([], "", ["a", 3], None):
         with pytest.raises(UsageError, match="prompt 0: 'continuation' holds no text"):
-            find_task("scoring", Sources()).check({}, rows(["a"], continuation=[wrong]), None)
+            list(find_task("scoring", Sources()).checked({}, rows(["a"], continuation=[wrong]), None))
     with pytest.raises(UsageError, match="needs 'continuation', which prompt 0 does not have"):
-        find_task("scoring", Sources()).check({}, rows(["a"]), None)
+        list(find_task("scoring", Sources()).checked({}, rows(["a"]), None))
 
 
 @pytest.mark.parametrize("home", HOMES)
@@ -273,10 +273,10 @@ def test_tasks_that_make_or_score_text_refuse_the_other_kind_of_model(tmp_path: 
         ("scoring", masked, "BertForMaskedLM does no scoring: it makes no text"),
     ):
         with pytest.raises(UsageError, match=cause) as error:
-            find_task(name, Sources()).check({}, given, model)
+            list(find_task(name, Sources()).checked({}, given, model))
         assert error.value.field == "task"
-    find_task("text2text-generation", Sources()).check({"num_beams": 2}, given, both)
-    find_task("scoring", Sources()).check({}, given, causal)
+    list(find_task("text2text-generation", Sources()).checked({"num_beams": 2}, given, both))
+    list(find_task("scoring", Sources()).checked({}, given, causal))
 
 
 def test_what_a_row_does_wrong_is_its_own_error(tmp_path: Path) -> None:
@@ -303,10 +303,10 @@ def test_a_class_that_cannot_do_a_task_is_refused_by_name(tmp_path: Path, name: 
     for other, head in HEADS.items():
         described = describe_checkpoint(make_with_head(tmp_path / other, "bert", head))
         if other == name:
-            task.check({}, rows(SENTENCES), described)
+            list(task.checked({}, rows(SENTENCES), described))
             continue
         with pytest.raises(UsageError, match=f"Bert{head} does no {name}") as error:
-            task.check({}, rows(SENTENCES), described)
+            list(task.checked({}, rows(SENTENCES), described))
         assert error.value.field == "task"
         assert f"a class …{HEADS[name]}" in str(error.value.cure)
 
@@ -326,7 +326,7 @@ def test_a_class_that_cannot_do_a_task_is_refused_by_name(tmp_path: Path, name: 
 )
 def test_arguments_that_a_task_does_not_take(name: str, arguments: dict[str, Any], cause: str) -> None:
     with pytest.raises(UsageError, match=cause) as error:
-        find_task(name, Sources()).check(arguments, rows(SENTENCES), None)
+        list(find_task(name, Sources()).checked(arguments, rows(SENTENCES), None))
     assert error.value.field == f"generation.{next(iter(arguments))}"
 
 
@@ -342,7 +342,7 @@ def test_arguments_that_a_task_does_not_take(name: str, arguments: dict[str, Any
 def test_a_pair_needs_its_second_text(second: dict[str, Any], cause: str) -> None:
     given = [Row(0, "a", {"prompt": "a", "second": "b"}), Row(1, "b", {"prompt": "b", **second})]
     with pytest.raises(UsageError, match=cause):
-        find_task("text-classification", Sources()).check({"pair": "second"}, given, None)
+        list(find_task("text-classification", Sources()).checked({"pair": "second"}, given, None))
 
 
 @pytest.mark.parametrize("name", HEADS)
@@ -350,7 +350,7 @@ def test_a_chat_is_no_text(tmp_path: Path, name: str) -> None:
     described = describe_checkpoint(make_with_head(tmp_path, "bert", HEADS[name]))
     chat = rows([[{"role": "user", "content": "hi"}]])
     with pytest.raises(UsageError, match="this is a chat, and the task reads texts"):
-        find_task(name, Sources()).check({}, chat, described)
+        list(find_task(name, Sources()).checked({}, chat, described))
 
 
 def test_a_tokenizer_without_a_mask_fills_none(tmp_path: Path) -> None:
