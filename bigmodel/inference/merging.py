@@ -10,7 +10,7 @@ import json
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any, Literal, Self
@@ -94,6 +94,13 @@ class _Results:
     read: int = 0
     files: Written = field(default_factory=dict)
 
+    def typed(self) -> Iterator[dict[str, Any]]:
+        """Yield objects of the same types, without a look at the rows where all prompts are texts."""
+        texts = Row(0, "", {}) if self.plan.texts else None
+        for number in range(len(self.plan.rows)):
+            row = self.plan.rows[number] if texts is None else replace(texts, index=number)
+            yield self.output.result(row, self.found[number])
+
     def __iter__(self) -> Iterator[dict[str, Any]]:
         self.tokens = self.read = 0
         for row, record in gather(self.plan.rows, self.found):
@@ -166,7 +173,7 @@ def _write(out: Path, results: _Results, count: int, output: Output) -> Written:
     schema = None
     if output.format == "parquet":
         columns = Columns()
-        for row in results:
+        for row in results.typed():
             columns.add(row["index"], row)
         schema = columns.schema()
     rows, written = iter(results), {}

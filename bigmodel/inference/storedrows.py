@@ -46,6 +46,7 @@ def store_rows(
             index.append(array("Q", (offset, int(row.digest, 16))).tobytes(), later=True)
             lines.append(line, later=True)
             offset += len(line)
+            batching.texts &= isinstance(row.prompt, str)
             return length_of(row)
 
         with LogFile(folder / CHUNKS) as members, LogFile(folder / CHUNKS_INDEX) as chunks:

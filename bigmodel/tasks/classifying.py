@@ -15,20 +15,21 @@ Activation = Literal["sigmoid", "softmax", "none"]
 
 def read_texts(
     model: Any, tokenizer: Any, texts: Sequence[str | tuple[str, str]], bounded: Bounded, **asked: Any
-) -> list[tuple[Encoded, torch.Tensor]]:
-    """Return each text as tokens and its `logits`, float32 on the CPU, those of padding too. asked: what the tokenizer
-    is to give besides. Raise ValueError for an empty text, and one that is longer than the model's positions."""
+) -> tuple[list[Encoded], torch.Tensor]:
+    """Return each text as tokens, and their `logits`, float32 on the CPU, [texts, …], those of padding too. asked: what
+    the tokenizer is to give besides. Raise ValueError for an empty text, and one that is longer than the model's
+    positions."""
     import torch
 
     encoded = encode_texts(tokenizer, texts, bounded, **asked)
     check_length(model, longest(encoded))
     with torch.inference_mode():
         logits = model(**pad(model, tokenizer, encoded, "right")).logits.float().cpu()
-    return list(zip(encoded, logits, strict=True))
+    return encoded, logits
 
 
 def scores_of(config: Any, logits: torch.Tensor, activation: Activation | None) -> torch.Tensor:
-    """[labels] → [labels]. activation: None: what the config's `problem_type` and number of labels mean, as in
+    """[…, labels] → the same. activation: None: what the config's `problem_type` and number of labels mean, as in
     transformers' pipelines."""
     import torch
 
@@ -41,10 +42,16 @@ def scores_of(config: Any, logits: torch.Tensor, activation: Activation | None) 
     return torch.sigmoid(logits) if activation == "sigmoid" else logits.softmax(-1)
 
 
-def labelled(config: Any, logits: torch.Tensor, activation: Activation | None, top_k: int | None) -> Mapping[str, Any]:
-    """Return `label` and `score` of the likeliest label and, unless `top_k` is 1, `labels`: so many of them, all where
-    it is None, the likeliest first."""
-    scores = scores_of(config, logits, activation)
-    found = [{"label": config.id2label[index], "score": score} for index, score in enumerate(scores.tolist())]
-    found.sort(key=lambda each: each["score"], reverse=True)
-    return found[0] if top_k == 1 else {**found[0], "labels": found[:top_k]}
+def labelled(
+    config: Any, logits: torch.Tensor, activation: Activation | None, top_k: int | None
+) -> list[dict[str, Any]]:
+    """[rows, labels] → of each row `label` and `score` of the likeliest label and, unless `top_k` is 1, `labels`: so
+    many of them, all where it is None, the likeliest first."""
+    names = dict(config.id2label)  # once: a config takes its time for each answer
+    return [_likeliest(names, scores, top_k) for scores in scores_of(config, logits, activation).tolist()]
+
+
+def _likeliest(names: Mapping[int, str], scores: Sequence[float], top_k: int | None) -> dict[str, Any]:
+    order = sorted(range(len(scores)), key=scores.__getitem__, reverse=True)
+    found = [{"label": names[index], "score": scores[index]} for index in order[:top_k]]
+    return found[0] if top_k == 1 else {**found[0], "labels": found}

@@ -38,7 +38,7 @@ def _bind(model: Any, path: Path, options: TaskOptions, sources: Sources) -> Ans
                 {"fills": _fills(tokenizer, list(tokens["input_ids"]), logits, asked.top_k)},
                 *[len(tokens["input_ids"])] * 2,
             )
-            for tokens, logits in read
+            for tokens, logits in zip(*read, strict=True)
         ]
 
     return answer

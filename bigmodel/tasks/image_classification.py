@@ -37,7 +37,7 @@ def _bind(model: Any, path: Path, options: TaskOptions, sources: Sources) -> Ans
         inputs = processor(images=[_picture(row, sources) for row in rows], return_tensors="pt")
         with torch.inference_mode():
             logits = model(**on_device(model, inputs)).logits.float().cpu()
-        return [Answer(dict(labelled(model.config, each, asked.function_to_apply, asked.top_k))) for each in logits]
+        return list(map(Answer, labelled(model.config, logits, asked.function_to_apply, asked.top_k)))
 
     return answer
 

@@ -35,11 +35,10 @@ def _bind(model: Any, path: Path, options: TaskOptions, sources: Sources) -> Ans
         if alone and len(rows) > 1:
             return [answer([row])[0] for row in rows]
         texts = [(row.prompt, row.data[asked.pair]) if asked.pair else row.prompt for row in rows]
-        answers = []
-        for tokens, logits in read_texts(model, tokenizer, texts, options.bounded):
-            payload = labelled(config, logits, asked.function_to_apply, asked.top_k)
-            answers.append(Answer(dict(payload), len(tokens["input_ids"]), len(tokens["input_ids"])))
-        return answers
+        encoded, logits = read_texts(model, tokenizer, texts, options.bounded)
+        payloads = labelled(config, logits, asked.function_to_apply, asked.top_k)
+        lengths = [len(tokens["input_ids"]) for tokens in encoded]
+        return [Answer(payload, read, read) for payload, read in zip(payloads, lengths, strict=True)]
 
     return answer
 

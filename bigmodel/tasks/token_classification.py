@@ -38,7 +38,10 @@ def _bind(model: Any, path: Path, options: TaskOptions, sources: Sources) -> Ans
 
     def answer(rows: Sequence[Row]) -> list[Answer]:
         texts, more = [row.prompt for row in rows], {"return_special_tokens_mask": True}
-        read = read_texts(model, tokenizer, texts, options.bounded, return_offsets_mapping=tokenizer.is_fast, **more)
+        read = zip(
+            *read_texts(model, tokenizer, texts, options.bounded, return_offsets_mapping=tokenizer.is_fast, **more),
+            strict=True,
+        )
         return [
             Answer({"entities": spans(text, *each)}, len(each[0]["input_ids"]), len(each[0]["input_ids"]))
             for text, each in zip(texts, read, strict=True)

@@ -263,14 +263,25 @@ def pad(model: Any, tokenizer: Any, encoded: Sequence[Encoded], side: str) -> di
     """Return those of `MODEL_INPUTS` that are there, and `attention_mask`, [rows, longest] int64, where the model takes
     them, padded on the `side` named. Raise ValueError for a token of which the model has no embedding: it fails, on a
     GPU for good."""
+    import torch
+
     from bigpipe.bigmodel.execution import loaded
 
     if cause := beyond(tokenizer, [token for each in encoded for token in each["input_ids"]], embedded(model)):
         raise ValueError(f"{cause}: {OTHER_TOKENIZER}")
-    read = [{name: each[name] for name in MODEL_INPUTS if name in each} for each in encoded]
-    mask: Any = {"return_attention_mask": True}  # some tokenizers' files leave it out
-    padded = tokenizer.pad(read, padding_side=side, return_tensors="pt", **mask)
-    return {name: padded[name].to(loaded(model).homes.main) for name in (*read[0], "attention_mask")}
+    fills = {"input_ids": tokenizer.pad_token_id, "token_type_ids": getattr(tokenizer, "pad_token_type_id", 0)}
+    lengths, most = [len(each["input_ids"]) for each in encoded], longest(encoded)
+    read = {name: ([each[name] for each in encoded], fills[name]) for name in MODEL_INPUTS if name in encoded[0]}
+    read["attention_mask"] = ([[1] * length for length in lengths], 0)
+
+    def filled(values: Sequence[int], fill: int) -> list[int]:
+        rest = [fill] * (most - len(values))
+        return [*rest, *values] if side == "left" else [*values, *rest]
+
+    return {
+        name: torch.tensor([filled(values, fill) for values in rows]).to(loaded(model).homes.main)
+        for name, (rows, fill) in read.items()
+    }
 
 
 def longest(encoded: Sequence[Encoded]) -> int:
