@@ -1,4 +1,4 @@
-"""What the stage writes besides lines: pictures of a task of the user's, through the death of a rank; Parquet, in parts."""
+"""What the stage writes besides lines: pictures of a task of the user's, through the death of a rank; Parquet."""
 
 from __future__ import annotations
 
@@ -92,7 +92,7 @@ def checked(folder: Path, **fields: Any) -> None:
 
 def test_a_plan_says_what_parquet_lacks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     checked(tmp_path)
-    with pytest.raises(BigpipeError, match="prompt 1: .* 'prompt' is a list, and a text in a row before it"):
+    with pytest.raises(BigpipeError, match=r"prompt 1: .* 'prompt' is a list, and a text in a row before it"):
         checked(tmp_path, prompts=["a", {"prompt": [{"role": "user", "content": "b"}]}])
     monkeypatch.setattr("bigpipe.bigmodel.tasks.promptfiles.find_spec", lambda name: None)
     with pytest.raises(UsageError, match="output_format: parquet needs pyarrow, which is not installed") as refused:

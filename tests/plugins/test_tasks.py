@@ -177,7 +177,7 @@ stages:
         ("text-classification", "[a]", "{topk: 2}", "11:26", "did you mean 'top_k'?"),
         ("text-classification", "[a]", "{top_k: 0}", "11:27", "greater than or equal to 1, and 0 is given"),
         ("scoring", "[{prompt: a, continuation: b}]", "{}", "9:13", "BertForSequenceClassification does no scoring"),
-        ("scoring", "[a]", "{}", "10:16", "task scoring needs 'continuation', which prompt 0 does not have"),
+        ("scoring", "[a]", "{}", "9:13", "BertForSequenceClassification does no scoring"),
         ("text-classification", "[a]", "{pair: b}", "10:16", "needs 'b', which prompt 0 does not have"),
         ("text-classification", "[[{role: user, content: a}]]", "{}", "10:17", "prompts[0]: this is a chat"),
     ],
