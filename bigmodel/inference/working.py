@@ -1,4 +1,5 @@
-"""What one rank does: chunk after chunk of its queue, each answer written down before the next chunk begins."""
+"""What one rank does: chunk after chunk of its queue, each answer written down before the next chunk begins, and synced
+while that one is computed: a kill costs the chunk under way, a power cut the one before it too."""
 
 from __future__ import annotations
 
