@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import sys
 from contextlib import closing
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -16,6 +17,9 @@ from bigpipe.tables import columns
 from .completing import NODES, RUNS
 from .options import JOBS, JSON, MANIFEST, OFFLINE, PARAMS, STORE
 from .printing import fail_all, own_stderr, say, screen, show, show_json
+
+if TYPE_CHECKING:
+    from bigpipe.orchestrator.contract import Reporter
 
 
 @click.command()
@@ -37,6 +41,10 @@ def run(manifest: Path, nodes: tuple[str, ...], events: Path | None, as_json: bo
 
     Example: bigpipe run manifests/quickstart.yaml -p scheme=nf4
     """
+    with closing(report.choose_reporter(own_stderr())) as reporter:
+        status = _attend(manifest, nodes, reporter=reporter, **options)
+    if status is not None:
+        sys.exit(status)
     with closing(report.choose_reporter(own_stderr(), events=events)) as reporter:
         result = bigpipe.run(manifest, nodes, reporter=reporter, check=False, **options)
     if as_json:
@@ -44,6 +52,16 @@ def run(manifest: Path, nodes: tuple[str, ...], events: Path | None, as_json: bo
     else:
         say(report.results_text(result, screen=screen()))
     fail_all(result.errors)
+
+
+def _attend(
+    manifest: Path, nodes: tuple[str, ...], *, params: dict[str, str], store: Path | None, offline: bool,
+    reporter: Reporter, **others: Any,
+) -> int | None:  # fmt: skip
+    """On a machine that does not drive the run: the status that it ended with."""
+    from bigpipe.orchestrator import commands
+
+    return commands.attend(manifest, nodes, params=params, store=store, offline=offline, reporter=reporter)
 
 
 @click.command()

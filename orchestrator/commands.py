@@ -6,7 +6,7 @@ import json
 import os
 import sys
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import closing
+from contextlib import AbstractContextManager, closing, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ from bigpipe.names import Given, as_names, checked
 from bigpipe.redaction import conceal_environment
 from bigpipe.versions import not_installed
 
-from . import lock as lock_file
+from . import launch, lock as lock_file
 from .contract import Event, Json, Machine, OneAtATime, Reporter
 from .planning import (
     Action,
@@ -83,7 +83,7 @@ def _run(
 ) -> RunResult:
     session = _open(manifest, nodes, locked=locked, **options)
     reporter = session.reporter
-    with session.store, explained(session.store.root):
+    with session.store, explained(session.store.root), _other_machines(session):
         session.side_by_side = jobs != 1 and session.store.keeps_others_out
         if locked:
             lock_file.enforce(session)
@@ -95,7 +95,43 @@ def _run(
             lock_file.enforce_outputs(session, result.records)
         if session.lock and result.status == "succeeded":
             lock_file.record_outputs(session, result.records)
+        if session.meeting is not None and result.errors:
+            session.meeting.status = result.errors[0].status
     return result
+
+
+def _other_machines(session: Session) -> AbstractContextManager[None]:
+    """While it is open they wait to be called, if there are any."""
+    if not session.may_span_machines:
+        return nullcontext()
+    from .machines import driving
+
+    return driving(session)
+
+
+@checked(reporter=REPORTER)
+def attend(
+    manifest: str | Path,
+    nodes: Sequence[str] = (),
+    *,
+    params: Mapping[str, Any] | None = None,
+    store: str | Path | None = None,
+    offline: bool = False,
+    reporter: Reporter | None = None,
+) -> int | None:
+    """Where a scheduler started this on several machines, and this is not the one that drives: start the ranks of the
+    nodes that are to run on all of them, when they are called for, until the run has ended. Return the exit status of
+    the run, None where there is nothing to attend: then `run` is what to call. Raise ManifestError, UsageError, and
+    Transient where machine 0 does not come, or has gone."""
+    if not launch.may_attend(os.environ):
+        return None
+    session = _open(manifest, nodes, params=params, store=store, offline=offline, reporter=reporter)
+    if not session.may_span_machines:
+        return None
+    from .machines import attend as attend_run
+
+    with explained(session.store.root):
+        return attend_run(session)
 
 
 @dataclass(frozen=True, slots=True)

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, Field, ValidationError, model_validator
 from pydantic_core import InitErrorDetails, PydanticCustomError
 
+from bigpipe.bigmodel.engines import EngineName, find_engine
 from bigpipe.bigmodel.sources import Sources
-from bigpipe.bigmodel.tasks import URLS, BuiltIn, find_task, require_known
+from bigpipe.bigmodel.tasks import URLS, BuiltIn, Task, faults, require_known
 from bigpipe.errors import UsageError
 from bigpipe.orchestrator.stage import (
     Bytes,
@@ -83,6 +85,12 @@ class InferParams(Params):
     split: Literal["queue", "static"] = "queue"
     """How ranks get batches. queue: each takes the next when it has done one, the longest first. static: contiguous
     shares, as accelerate's `split_between_processes` gives them. Results are the same."""
+    engine: EngineName = "transformers"
+    """Who holds the model. transformers: the ranks. openai: a server that is there and speaks OpenAI's API, of which
+    one process asks `serving.concurrency` questions at once; nothing is wired to `model`. vllm: a server of vLLM's,
+    which is started on this machine's GPUs and asked in the same way (extra `vllm`)."""
+    serving: dict[str, Any] = Field(default_factory=dict)
+    """Settings of the engine, listed below by its name."""
     apply_padding: bool = False
     """With `split: static`: every rank computes as many batches; the last one is repeated, and dropped at the merge."""
     max_errors: int = Field(0, ge=0)
@@ -94,24 +102,47 @@ class InferParams(Params):
 
     @model_validator(mode="after")
     def _fields_have_effect(self) -> InferParams:
-        if problems := [*_unknown_arguments(self), *_idle(self), *_unanswered(self)]:
+        if problems := [*_wrong_settings(self), *(_unknown_arguments(self) or (*_idle(self), *_unanswered(self)))]:
             raise ValidationError.from_exception_data("InferParams", problems)
         return self
 
 
-def _unknown_arguments(params: InferParams) -> Iterator[InitErrorDetails]:
-    """Each argument of a built-in task is refused where it stands."""
-    for name, value in params.generation.items() if ":" not in params.task else ():
+def _wrong_settings(params: InferParams) -> Iterator[InitErrorDetails]:
+    """Each setting of the engine is refused where it stands."""
+    model = find_engine(params.engine).settings
+    for error in faults(f"engine {params.engine}", model, params.serving, "serving"):
+        *loc, name = error.field.split(".")
+        value = params.serving if not loc else params.serving.get(name)
+        yield _refusal((*loc, name), f"{error.cause}; {error.cure}", value)
+
+
+def _task(params: InferParams) -> Task | None:
+    """A built-in one; None for one of the user's own, which is nobody's to import here."""
+    engine = find_engine(params.engine)
+    return None if engine.tasks is None and ":" in params.task else engine.find_task(params.task, Sources())
+
+
+def _unknown_arguments(params: InferParams) -> list[InitErrorDetails]:
+    """A task that the engine does not do, and each argument of one that it does, are refused where they stand."""
+    try:
+        task = _task(params)
+    except UsageError as error:
+        return [_refusal(("task",), f"{error.cause}; {error.cure}", params.task)]
+    if task is None:
+        return []
+    found = []
+    for name, value in params.generation.items():
         try:
-            find_task(params.task, Sources()).require_arguments({name: value})
+            task.require_arguments({name: value})
         except UsageError as error:
-            yield _refusal(("generation", name), f"{error.cause}; {error.cure}", value)
+            found.append(_refusal(("generation", name), f"{error.cause}; {error.cure}", value))
+    return found
 
 
 def _idle(params: InferParams) -> Iterator[InitErrorDetails]:
     """Fields that somebody wrote and nothing heeds."""
-    idle, own = {}, ":" in params.task
-    task = None if own else find_task(params.task, Sources())
+    idle, task = _idle_where_served(params), _task(params)
+    own = task is None
     if task is not None and (task.own_length or not task.makes_tokens):
         makes = "as many tokens as it needs" if task.own_length else "no tokens"
         idle["max_new_tokens"] = f"{params.task} makes {makes}; leave it out"
@@ -145,8 +176,37 @@ def _unanswered(params: InferParams) -> Iterator[InitErrorDetails]:
         yield _refusal(("generation", "num_return_sequences"), why, params.generation["num_return_sequences"])
 
 
+def _idle_where_served(params: InferParams) -> dict[str, str]:
+    engine = find_engine(params.engine)
+    if engine.serve is None:
+        return {}
+    ranks = f"engine {params.engine} has no ranks: one process asks; leave it out"
+    idle = dict.fromkeys(("micro_batches", "split", "apply_padding"), ranks)
+    if params.task != "feature-extraction":
+        one = f"engine {params.engine} is asked a prompt at a time, and makes its batches itself; leave it out"
+        idle |= dict.fromkeys(("batch_size", "batch_tokens"), one)
+    if params.row_format == "openai-batch":
+        idle["row_format"] = "requests say how each of them is answered, which only the ranks heed; leave it out"
+    if not engine.takes_model:
+        idle["dtype"] = "the server computes in what it does; leave it out"
+    return idle
+
+
 def _refusal(loc: tuple[str, ...], why: str, value: Any) -> InitErrorDetails:
     return {"type": PydanticCustomError("value_error", "{error}", {"error": why}), "loc": loc, "input": value}
+
+
+class RankTime(Metrics):
+    began: float
+    """Seconds after the first rank began its first batch."""
+    ended: float
+    """Seconds after the first rank began its first batch."""
+    busy: float
+    """Seconds in which it computed."""
+    prompts: int
+    """That it answered."""
+    tokens: int
+    """Of these."""
 
 
 class InferMetrics(Metrics):
@@ -162,6 +222,8 @@ class InferMetrics(Metrics):
     """Of all ranks together, while the slowest was computing."""
     idle: float = 0.0
     """Share of the ranks' time spent waiting for the slowest."""
+    timeline: dict[str, RankTime] = Field(default_factory=dict)
+    """Rank → when it was at work, in the attempt that finished."""
     prompt_tokens: int = 0
     """Read, as far as the task tells."""
     compute_dtype: str = ""
@@ -176,13 +238,36 @@ class InferMetrics(Metrics):
     """Bytes by device: a GPU's number, or `cpu` for the resident memory of the largest rank."""
 
 
+def _settled(params: InferParams) -> Stage[InferParams]:
+    """With ranks and a model; where a server holds it, one process, and a model where it is that server's."""
+    engine, model = find_engine(params.engine), {"model": Port("checkpoint")}
+    if engine.serve is None:
+        return replace(STAGE, inputs={**STAGE.inputs, **model}, settled=None)
+    return replace(
+        STAGE,
+        inputs=model if engine.takes_model else {},
+        run=late("bigpipe.plugins.serving:run"),
+        forecast=late("bigpipe.plugins.serving:forecast"),
+        runs_in="process",
+        ranks=Ranks(),
+        planning=Planning(check=late("bigpipe.plugins.serving:check"), apart=_apart),
+        packages=engine.packages,
+        asks=not engine.takes_model,
+        settled=None,
+    )
+
+
+def _apart(params: InferParams) -> Sequence[str]:
+    return [f"serving.{name}" for name in find_engine(params.engine).apart]
+
+
 STAGE = Stage(
     kind="distributed-infer",
     version=9,
     params=InferParams,
     metrics=InferMetrics,
     inputs={
-        "model": Port("checkpoint"),
+        "model": Port("checkpoint", optional=True),  # that of a server is its own
         "placement": Port("placement", optional=True),
         "adapter": Port("adapter", optional=True),
     },
@@ -194,9 +279,14 @@ STAGE = Stage(
         prepare=late("bigpipe.plugins.inferring:prepare"),
         finish=late("bigpipe.plugins.inferring:finish"),
         replaced=True,
+        mixes=False,
     ),
     planning=Planning(check=late("bigpipe.plugins.inferring:check"), facts=dtype_facts),
-    choices=Choices(field="task", decides="generation", models=late("bigpipe.bigmodel.tasks:task_arguments")),
+    settled=_settled,
+    choices=(
+        Choices(field="task", decides="generation", models=late("bigpipe.bigmodel.tasks:task_arguments")),
+        Choices(field="engine", decides="serving", models=late("bigpipe.bigmodel.engines:engine_settings")),
+    ),
     packages=("torch", "transformers", "tokenizers", "bitsandbytes"),
     reproducible=False,
     title="Runs a model over prompts on one or more ranks and gathers one result per prompt.",

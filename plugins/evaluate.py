@@ -107,7 +107,11 @@ STAGE = Stage(
     run=late("bigpipe.plugins.evaluating:run"),
     forecast=late("bigpipe.plugins.evaluating:forecast"),
     runs_in="ranks",
-    ranks=Ranks(prepare=late("bigpipe.plugins.evaluating:prepare"), finish=late("bigpipe.plugins.evaluating:finish")),
+    ranks=Ranks(
+        prepare=late("bigpipe.plugins.evaluating:prepare"),
+        finish=late("bigpipe.plugins.evaluating:finish"),
+        mixes=False,
+    ),
     planning=Planning(check=late("bigpipe.plugins.evaluating:check"), facts=dtype_facts),
     packages=("torch", "transformers", "tokenizers", "bitsandbytes"),
     reproducible=False,

@@ -112,7 +112,9 @@ def run(params: EvaluateParams, ctx: StageContext) -> StageResult:
 
     compute_share(
         ctx.scratch, ctx.rank, ctx.world_size, bound,
-        progress=lambda done, total: ctx.progress(done, total, "windows", "evaluating"),
+        progress=lambda done, total, tokens, busy: ctx.progress(
+            done, total, "windows", "evaluating", tokens=tokens, busy=busy
+        ),
         log=lambda text: ctx.log(text, detail=True),
     )  # fmt: skip
     return StageResult(EvaluateMetrics.model_construct())

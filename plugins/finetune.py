@@ -123,6 +123,7 @@ STAGE = Stage(
         prepare=late("bigpipe.plugins.finetuning:prepare"),
         finish=late("bigpipe.plugins.finetuning:finish"),
         counted=True,
+        mixes=False,
     ),
     planning=Planning(
         check=late("bigpipe.plugins.finetuning:check"), leads_to=late("bigpipe.plugins.finetuning:leads_to")

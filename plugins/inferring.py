@@ -116,7 +116,9 @@ def run(params: InferParams, ctx: StageContext) -> StageResult:
 
     compute_share(
         ctx.scratch, ctx.rank, ctx.world_size, bind, max_errors=params.max_errors,
-        progress=lambda done, total: ctx.progress(done, total, "prompts", "inferring"),
+        progress=lambda done, total, tokens, busy: ctx.progress(
+            done, total, "prompts", "inferring", tokens=tokens, busy=busy
+        ),
         log=lambda text: ctx.log(text, detail=True), warn=ctx.log,
     )  # fmt: skip
     return StageResult(InferMetrics())

@@ -32,7 +32,7 @@ ROOMS = {
     "plugins": "download estimate library save saving shard",
     "orchestrator": "commands contract launch lock planning recipe report running stage store",
     "orchestrator.contract": "contexts events stage types",
-    "orchestrator.launch": "environment executors lifeline",
+    "orchestrator.launch": "environment executors lifeline schedulers",
     "orchestrator.planning": "decision fallback fit keys plan rehearsal schedule session states suggestion",
     "orchestrator.recipe": "conditions expansion graph interpolation manifest node problems registry validation wiring"
     " yamlsource",

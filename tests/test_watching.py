@@ -28,7 +28,7 @@ def slow(params, context):
         while not (context.base / word).exists():
             time.sleep(0.01)
         context.log(word)
-        context.progress(number + 1, len(params.words), "words", "saying")
+        context.progress(number + 1, len(params.words), "words", "saying", tokens=7 * number, busy=float(number))
     (context.out / "text").write_text(" ".join(params.words))
     return StageResult(Metrics())
 
@@ -132,7 +132,10 @@ def test_a_record_is_shown_whenever_it_says_something_else(workshop: Workshop) -
         with start(workshop, "show", "last", "--watch") as shown:
             assert shown.stdout is not None
             assert b": running in" in shown.stdout.readline()
-            say(workshop, "one", "hello", "again", "goodbye")
+            say(workshop, "one", "hello")
+            ranks = next(line for line in shown.stdout if line.startswith(b"talk: "))
+            assert ranks.decode().startswith("talk: saying 33 % 1/3 words"), "what counts tokens is told of each rank"
+            say(workshop, "again", "goodbye")
             text = shown.stdout.read().decode()
             assert (process.wait(60), shown.wait(60)) == (0, 0)
     assert text.endswith(workshop.command("show", "last").stdout)

@@ -8,9 +8,9 @@ from bigpipe.faces import face
 
 if TYPE_CHECKING:
     from .bringing import Brought, DirectorySource, Expected, HubSource, Source, Watch
-    from .connection import guard_answers, uploading
+    from .connection import guard_answers, http_client, uploading
     from .errors import LOGIN, hub_errors
-    from .exchange import exchanging
+    from .exchange import Exchange, exchanging
     from .remote import Need, answers, describe_pipeline, describe_repository
     from .repository import (
         Hub,
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
         resolve_commit,
         whoami,
     )
-    from .responses import COMMIT, NOT_A_HUB
+    from .responses import BUSY, COMMIT, NOT_A_HUB, asked_pause, bound_body, is_address
     from .selection import ANY, Choice, Library
     from .snapshot import fetch
 

@@ -175,3 +175,20 @@ def _pause(headers: Any) -> float:
     if told is None and "RateLimit" not in headers:
         return 0.5
     return asked_pause(headers) if (told or "0").isdigit() else float("inf")
+
+
+def http_client(unknown: Callable[[], Exchange], connections: int, timeout: float, *, proxies: bool = True) -> Any:
+    """Return a client for a server that is no Hub, of the library that `huggingface_hub` stands on (httpx, or its
+    successor httpx2): it follows nobody, and all it sends and reads is charged. unknown: for what belongs to no
+    exchange. connections: at once. timeout: seconds of each step. proxies: those of the environment are used."""
+    from importlib import import_module
+
+    from huggingface_hub.utils import _http
+
+    with _http.default_client_factory() as example:
+        library = import_module(type(example).__module__.partition(".")[0])
+    limits = library.Limits(max_connections=connections, max_keepalive_connections=connections)
+    client = library.Client(limits=limits, timeout=timeout, trust_env=proxies, follow_redirects=False)
+    client.headers["User-Agent"] = "bigpipe"
+    charge_sockets(client, unknown)
+    return client

@@ -55,8 +55,14 @@ def check_answer(response: Any, exchange: Exchange, *, secure: bool, ours: Calla
         if name in TOLD or not text.isprintable():
             response.headers[name] = shown(text).encode("ascii", "replace").decode()
     _drop_odd_xet(response, ours)
-    if response.request.method == "HEAD":
-        return
+    if response.request.method != "HEAD":
+        bound_body(response, exchange)
+
+
+def bound_body(response: Any, exchange: Exchange) -> None:
+    """Let no more of its body be read than the exchange allows, however it is packed; of an answer that is an error
+    leave one plain line, `{"errors": [{"message": …}]}`. Reading raises Transient where there is more."""
+    host = response.request.url.host
     if response.status_code >= 400:
         _say_plainly(response, host)
     else:
@@ -245,6 +251,9 @@ def _plain_error(content: bytes, kind: str) -> dict[str, Any]:
         told = {"error": content.decode("utf-8", "replace")} if "html" not in kind.lower() else {}
     found = told if isinstance(told, dict) else {}
     texts = [found.get("error"), found.get("error_description")]
+    if isinstance(inner := found.get("error"), dict):  # as APIs like OpenAI's have it
+        texts.append(inner.get("message"))
+    texts += [found.get("message"), found.get("detail")]
     texts += [one.get("message") for one in _listed(found.get("errors")) if isinstance(one, dict)]
     said = shown(" ".join(text for item in texts for text in (item, *_listed(item)) if isinstance(text, str)))
     url = found.get("url")

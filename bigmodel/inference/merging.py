@@ -23,7 +23,7 @@ from bigpipe.redaction import redact_json
 from .columns import Columns
 from .records import FAILED, MISSING, Found, Record, check_errors
 from .resultfiles import kept_file
-from .workfolder import WorkPlan, gather, peak_of, times
+from .workfolder import WorkPlan, gather, peak_of, timeline_of, times
 
 Format = Literal["jsonl", "parquet"]
 RESULTS = "results"
@@ -78,7 +78,7 @@ def merge_results(
         return {
             "prompts": len(plan.rows), "errors": found.count(FAILED), "tokens": results.tokens,
             "prompt_tokens": results.read, "micro_batches": plan.together,
-            **times(found.busy, plan.ranks, results.tokens), "peak": peak_of(folder),
+            **times(found.busy, plan.ranks, results.tokens), "timeline": timeline_of(folder), "peak": peak_of(folder),
         }, files | results.files  # fmt: skip
 
 

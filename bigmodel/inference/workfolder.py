@@ -24,8 +24,8 @@ from .storedrows import StoredChunks, StoredRows, numbers, store_rows
 
 PLAN = "workplan.json"
 SUSPECTS = "suspects"
-PEAKS = "peaks.json"
-"""In each rank's folder: the memory it took at most."""
+PEAKS, TIMES = "peaks.json", "times.json"
+"""In each rank's folder: the memory it took at most, and when it was at work."""
 
 
 @dataclass(frozen=True)
@@ -106,6 +106,8 @@ def plan_work(
             missing.append(number)
         else:
             suspects += [row for row in chunk if states[row] != DONE]
+    for written in folder.glob(f"rank-*/{TIMES}"):
+        written.unlink()  # of an attempt that is over
     queues = share_out(missing, [chunks.cost(chunk) for chunk in missing], ranks, split, pad=pad)
     for number, queue in enumerate(queues):
         write_file(_queue(folder, number), array("Q", queue).tobytes())
@@ -134,6 +136,20 @@ def gather(rows: Sequence[Row] | StoredRows, found: Found) -> Iterator[tuple[Row
     """Yield each row and its record, in their order."""
     for row in rows:
         yield row, found[row.index]
+
+
+def timeline_of(folder: Path) -> dict[str, dict[str, float]]:
+    """Return rank → when it was at work in the last attempt: `began` and `ended`, in seconds since the first of them
+    began its first batch; `busy`, the seconds in which it computed; its `prompts` and `tokens`."""
+    found = {
+        file.parent.name.removeprefix("rank-"): json.loads(file.read_bytes()) for file in folder.glob(f"rank-*/{TIMES}")
+    }
+    first = min((each["began"] for each in found.values()), default=0.0)
+    moved = {"began", "ended"}
+    return {
+        rank: {name: round(value - first * (name in moved), 3) for name, value in found[rank].items()}
+        for rank in sorted(found, key=int)
+    }
 
 
 def peak_of(folder: Path) -> dict[str, int]:

@@ -4,10 +4,12 @@ while that one is computed: a kill costs the chunk under way, a power cut the on
 from __future__ import annotations
 
 import json
+import threading
 import time
 import traceback
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,7 +21,7 @@ from bigpipe.fit import out_of_memory
 from .deaths import BEGUN, begin
 from .records import LOG, Record, check_errors, encoded, open_log
 from .resultfiles import keep_files, without_files
-from .workfolder import PEAKS, WorkPlan
+from .workfolder import PEAKS, TIMES, WorkPlan
 
 Work = Callable[[int], None]
 
@@ -29,13 +31,37 @@ def one_by_one(work: Work, chunks: Iterable[int], together: int) -> None:
         work(chunk)
 
 
+def side_by_side(work: Work, chunks: Iterable[int], together: int) -> None:
+    """Do the work of so many chunks at a time, each in a thread. Once one fails no further chunk begins, and its error
+    is raised when those under way have ended."""
+    left, taking, failed = iter(chunks), threading.Lock(), threading.Event()
+
+    def lane() -> None:
+        try:
+            while not failed.is_set():
+                with taking:
+                    chunk = next(left, None)
+                if chunk is None:
+                    return
+                work(chunk)
+        except BaseException:
+            failed.set()
+            raise
+
+    with ThreadPoolExecutor(together) as pool:
+        for lane_done in [pool.submit(lane) for _ in range(together)]:
+            lane_done.result()
+
+
 @dataclass(frozen=True, slots=True)
 class Bound:
-    """A task on a loaded model."""
+    """A task on a loaded model, or on one that others hold."""
 
     answer: Answerer
     each: Callable[[Work, Iterable[int], int], None] = one_by_one
     """Does the work of each chunk, asked for as it begins. So many may be under way, while one computes."""
+    computes: bool = True
+    """In this process, with torch. Otherwise others are asked, and torch is not imported."""
 
 
 def compute_share(
@@ -45,14 +71,15 @@ def compute_share(
     bind: Callable[[], Bound],
     *,
     max_errors: int = 0,
-    progress: Callable[[int, int], None] = lambda done, total: None,
+    progress: Callable[[int, int, int, float], None] = lambda done, total, tokens, busy: None,
     log: Callable[[str], None] = lambda text: None,
     warn: Callable[[str], None] = lambda text: None,
 ) -> None:
     """Answer the rows of one rank as the plan in `folder` says, and write only to `folder/rank-N`.
 
-    bind: loads the model; called where there is something to do. progress: called with the rows done and the rows that
-    this rank can expect, first before `bind`; over all ranks they come to all that is to do. log: gets the traceback of
+    bind: loads the model; called where there is something to do. progress: called with the rows done, the rows that
+    this rank can expect, its tokens and the seconds in which it computed, first before `bind`; over all ranks the rows
+    come to all that is to do. log: gets the traceback of
     a row that failed. warn: told where a batch was larger than memory, and was halved.
     Raise StageFailed where more than `max_errors` rows fail or the plan was made for another `world_size`, DoesNotFit
     where one row is larger than memory, and every BigpipeError of the task.
@@ -62,37 +89,46 @@ def compute_share(
         cause = f"the work was divided for {plan.ranks} ranks, and {world_size} came up"
         raise StageFailed(cause, "run it again; `launch.num_processes` says how many there should be")
     queue, suspects, done = plan.queue(folder, rank), plan.suspects_queue(folder, rank), 0
+    tokens, busy, began = 0, 0.0, 0.0
     if not (queue or suspects):
         return
 
     def tell() -> None:
-        progress(done, queue.expected + suspects.expected)
+        progress(done, queue.expected + suspects.expected, tokens, busy)
 
     tell()  # before the model loads, so that the sum over ranks is known from the start
     bound = bind()
     failed: list[Record] = []
     peaks: dict[str, int] = {}
+    writing = threading.Lock()
     own = folder / f"rank-{rank}"
     with open_log(own / LOG) as records_log, LogFile(own / BEGUN) as begun_log, ThreadPoolExecutor(1) as disk:
         syncing = disk.submit(records_log.sync)
         ended = time.monotonic()
 
         def compute(numbers: Sequence[int]) -> None:
-            nonlocal done, ended, peaks, syncing
-            batch, started = [plan.rows[number] for number in numbers], time.monotonic()
-            begin(begun_log, numbers)
-            answers = answer_batch(bound.answer, batch, log, warn)
-            seconds, ended = time.monotonic() - max(started, ended), time.monotonic()
-            records = _records(plan, own, batch, answers, seconds)
-            records_log.append(encoded(records))
-            syncing.result()  # of the chunk before
-            syncing = disk.submit(records_log.sync)
-            if (peaks_now := _peaks()) != peaks:
-                write_file(own / PEAKS, json.dumps(peaks := peaks_now), durable=False)
-            failed.extend(record for record in records if record.failed)
-            check_errors(len(failed), max_errors, failed)
-            done += len(records)
-            tell()
+            nonlocal done, ended, tokens, busy, began, peaks, syncing
+            with writing:
+                batch, started = [plan.rows[number] for number in numbers], time.monotonic()
+                began = began or time.time()
+                begin(begun_log, numbers)
+            answers = answer_batch(bound.answer, batch, log, warn, computes=bound.computes)
+            with writing:
+                seconds, ended = time.monotonic() - max(started, ended), time.monotonic()
+                records = _records(plan, own, batch, answers, seconds)
+                records_log.append(encoded(records))
+                syncing.result()  # of the chunk before
+                syncing = disk.submit(records_log.sync)
+                if (peaks_now := _peaks(bound.computes)) != peaks:
+                    write_file(own / PEAKS, json.dumps(peaks := peaks_now), durable=False)
+                failed.extend(record for record in records if record.failed)
+                check_errors(len(failed), max_errors, failed)
+                done += len(records)
+                tokens += sum(record.tokens for record in records)
+                busy += seconds
+                times = {"began": began, "ended": time.time(), "busy": busy, "prompts": done, "tokens": tokens}
+                write_file(own / TIMES, json.dumps(times), durable=False)
+                tell()
 
         bound.each(lambda chunk: compute(plan.chunks[chunk]), queue, plan.together)
         bound.each(lambda row: compute([row]), suspects, 1)
@@ -113,15 +149,18 @@ def _records(
 
 
 def answer_batch(
-    answerer: Answerer, rows: Sequence[Row], log: Callable[[str], None], warn: Callable[[str], None] = lambda text: None
+    answerer: Answerer,
+    rows: Sequence[Row],
+    log: Callable[[str], None],
+    warn: Callable[[str], None] = lambda text: None,
+    *,
+    computes: bool = True,
 ) -> list[Answer]:
     """Return the answers of a batch. Where one row breaks it, each is tried alone, and the broken one says why; where
     memory runs out, each half. Nothing is kept for a backward, unless the answerer asks torch for gradients itself.
-    warn: told where a batch is halved: other shapes may give other last bits."""
-    import torch
-
+    warn: told where a batch is halved: other shapes may give other last bits. computes: see `Bound`."""
     try:
-        with torch.no_grad():
+        with _no_grad() if computes else nullcontext():
             answers = answerer(rows)
         for answer in answers:
             json.dumps(without_files(answer.payload), allow_nan=False, ensure_ascii=False).encode()
@@ -133,9 +172,22 @@ def answer_batch(
             return [_failed(rows[0], error, log)]
         parts = _parts(rows, error, warn)
     # Out here the error, and all tensors that its frames held, are gone.
+    if computes:
+        _empty_caches()
+    return [answer for part in parts for answer in answer_batch(answerer, part, log, warn, computes=computes)]
+
+
+def _no_grad() -> AbstractContextManager[None]:
+    import torch
+
+    return torch.no_grad()
+
+
+def _empty_caches() -> None:
+    import torch
+
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
-    return [answer for part in parts for answer in answer_batch(answerer, part, log, warn)]
 
 
 def _parts(rows: Sequence[Row], error: Exception, warn: Callable[[str], None]) -> list[Sequence[Row]]:
@@ -162,13 +214,15 @@ def _failed(row: Row, error: Exception, log: Callable[[str], None]) -> Answer:
     return Answer({"error": said})
 
 
-def _peaks() -> dict[str, int]:
+def _peaks(computes: bool) -> dict[str, int]:
     """Bytes by device: the resident memory of this process, and what it took of each GPU."""
     import resource
 
+    peaks = {"cpu": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024}
+    if not computes:
+        return peaks
     import torch
 
-    peaks = {"cpu": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024}
     if torch.cuda.is_available():
         used = {gpu: torch.cuda.max_memory_allocated(gpu) for gpu in range(torch.cuda.device_count())}
         peaks |= {str(gpu): size for gpu, size in used.items() if size}

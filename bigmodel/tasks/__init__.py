@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from .requests import URLS, Requests, request_reader, response
     from .rows import Prompts, Row, named_files, read_prompts, template_parts
     from .sounds import read_sound
-    from .task import Answer, Answerer, Arguments, ResultFile, Task, TaskOptions, refuse_arguments
+    from .task import Answer, Answerer, Arguments, ResultFile, Task, TaskOptions, faults, refuse_arguments
     from .tokenizing import (
         OTHER_TOKENIZER,
         Asking,

@@ -20,6 +20,8 @@ from bigpipe.names import did_you_mean, listed
 from .tokenizing import OWN_FUNCTION, known_architecture
 
 if TYPE_CHECKING:
+    from pydantic_core import ErrorDetails
+
     from bigpipe.bigmodel.checkpoint import ModelDescription
 
     from .rows import Reads, Row
@@ -105,6 +107,7 @@ class Task:
       or one or several of them (`texts`).
     length_of: (row, arguments) → the most tokens that a row may have; what a plan's memory, and its batches,
       are reckoned with.
+    chats: may its rows be chats?
     side_by_side: may another batch begin, in another thread, while one waits in a forward of the model? Only one of
       them runs at a time, and torch's generators are its own.
     """
@@ -123,6 +126,7 @@ class Task:
     columns: tuple[str, ...] = ()
     named_columns: Mapping[str, Literal["text", "texts"]] = field(default_factory=dict)
     length_of: Callable[[Row, Mapping[str, Any]], int] = lambda row, arguments: row.nbytes
+    chats: bool = True
     side_by_side: bool = False
 
     def checked(
@@ -172,6 +176,9 @@ class Task:
             if self.reads not in (None, row.reads):
                 cause = f"task {self.name} reads {self.reads}s, and prompt {row.index} is a {row.reads}"
                 raise UsageError(cause, WRITTEN[self.reads], field="prompts")
+            if not self.chats and isinstance(row.prompt, list):
+                cause = f"task {self.name} takes no chats here"
+                raise row.wrong(cause, "write a text, as the model is to read it")
             for column in needed:
                 if column not in row.data:
                     cause = f"task {self.name} needs {column!r}, which prompt {row.index} does not have"
@@ -193,17 +200,31 @@ class Task:
 
 def settle(task: str, model: type[Arguments], arguments: Mapping[str, Any]) -> None:
     """Raise UsageError for the first of the `arguments` of a task that its `model` does not take."""
+    for error in faults(task, model, arguments, "generation"):
+        raise error
+
+
+def faults(taker: str, model: type[Arguments], arguments: Mapping[str, Any], field: str) -> Iterator[UsageError]:
+    """Yield an error for each of the `arguments` that the `model` of their taker does not take, or lacks. field: of the
+    stage, that holds them."""
     try:
         model.model_validate(arguments)
     except ValidationError as error:
-        first = error.errors()[0]
-        name = str(first["loc"][0]) if first["loc"] else ""
-        if first["type"] == "extra_forbidden":
-            cure = did_you_mean(name, model.model_fields, otherwise="it takes") or "it takes none"
-            raise UsageError(f"{task} takes no argument {name!r}", cure, field=f"generation.{name}") from error
-        cause = f"{name} of {task}: {first['msg'][:1].lower()}{first['msg'][1:]}, and {first['input']!r:.60} is given"
-        cure = "`bigpipe kinds distributed-infer` lists what it takes"
-        raise UsageError(cause, cure, field=f"generation.{name}") from error
+        for each in error.errors():
+            yield _fault(taker, model, each, field)
+
+
+def _fault(taker: str, model: type[Arguments], told: ErrorDetails, field: str) -> UsageError:
+    name = str(told["loc"][0]) if told["loc"] else ""
+    cure = "`bigpipe kinds distributed-infer` lists what it takes"
+    if told["type"] == "missing":
+        return UsageError(f"{taker} needs {name!r}", f"write it under `{field}`; {cure}", field=field)
+    if told["type"] == "extra_forbidden":
+        cure = did_you_mean(name, model.model_fields, otherwise="it takes") or "it takes none"
+        return UsageError(f"{taker} takes no argument {name!r}", cure, field=f"{field}.{name}")
+    said = told["msg"].removeprefix("Value error, ")
+    cause = f"{name} of {taker}: {said[:1].lower()}{said[1:]}, and {told['input']!r:.60} is given"
+    return UsageError(cause, cure, field=f"{field}.{name}")
 
 
 def _holds_text(value: Any, *, several: bool) -> bool:

@@ -183,8 +183,18 @@ class StageContext(Assignment):
         finally:
             self.reporter.report(replace(begun, seconds=0, memory=0))
 
-    def progress(self, done: int, total: int | None, unit: str = "B", task: str = "", note: str = "") -> None:
-        self.reporter.report(Progress(self.node, done, total, unit, task, self.rank, note))
+    def progress(
+        self,
+        done: int,
+        total: int | None,
+        unit: str = "B",
+        task: str = "",
+        note: str = "",
+        *,
+        tokens: int | None = None,
+        busy: float | None = None,
+    ) -> None:
+        self.reporter.report(Progress(self.node, done, total, unit, task, self.rank, note, tokens, busy))
 
     def log(self, line: str, *, detail: bool = False) -> None:
         self.reporter.report(LogLine(self.node, line, detail, self.rank))

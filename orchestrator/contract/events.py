@@ -71,6 +71,10 @@ class Progress(Event):
     """Which rank; 0 also where there is but one process."""
     note: str = ""
     """What else there is to say of it now: a loss, a speed."""
+    tokens: int | None = None
+    """Tokens made so far, or read where none are made; null: none are counted."""
+    busy: float | None = None
+    """Seconds in which this rank computed so far; null: it does not say."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -219,6 +219,9 @@ class Planning(Generic[P]):
     the place is called, as in `reads`. A plan refuses what another node writes, or the recipe reads."""
     facts: Callable[[P, Machine], Mapping[str, Json]] | None = None
     """What the result depends on besides params: device names and total memory, where a param leaves them open."""
+    apart: Callable[[P], Sequence[str]] | None = None
+    """Params that change how the work is done, and nothing of what comes out: their paths, `serving.timeout`. They are
+    left out of the key, so that another value of them goes on with what is there."""
     leads_to: Callable[[P, Path], Sequence[Path]] | None = None
     """Files that the content of the params names, sounds of rows, by the manifest's directory: their content enters the
     key too. Raises UsageError for one that is not there."""
@@ -234,6 +237,8 @@ class Ranks(Generic[P]):
     """Runs once after all ranks ended, merges `scratch/rank-*` into `out` and gives the result."""
     counted: bool = False
     """The result depends on how many ranks there are: their number enters the key."""
+    mixes: bool = True
+    """They make an `Accelerator` of accelerate's, which heeds `launch.mixed_precision`; otherwise that is refused."""
     replaced: bool = False
     """Where a rank dies, `prepare` is told of it in `context.lost`, and the ranks are started again with what is
     unfinished, up to `launch.max_restarts` times. Otherwise its death is the end of the attempt."""
@@ -290,10 +295,13 @@ class Stage(Generic[P]):
     """Cost, metrics and output known beforehand; never imports torch, never moves weights."""
     runs_in: str = "process"
     """The executor: process, inline (in the command itself: light work without torch), ranks, or another's."""
+    settled: Callable[[P], Stage[P]] | None = None
+    """What it is with these params, where they decide its ports, how it runs, or the packages that its bytes depend on.
+    Before they are known it is what is written here, and a port that only some of them need is optional."""
     planning: Planning[P] = field(default_factory=Planning)
     ranks: Ranks[P] = field(default_factory=Ranks)
     passing: Passing = field(default_factory=Passing)
-    choices: Choices | None = None
+    choices: tuple[Choices, ...] = ()
     """For the reference and the schema; the params check what stands there."""
     warms: Callable[[P], Sequence[str]] | None = None
     """Modules that `run` will import: its worker may start, import them and wait while what the node needs is still
@@ -302,6 +310,8 @@ class Stage(Generic[P]):
     """Distributions whose versions enter the key because the output's bytes depend on them."""
     secrets: tuple[str, ...] = ()
     """Environment variables with secrets that the kind itself needs."""
+    asks: bool = False
+    """It asks servers that are no Hub: its workers are given the passwords of proxies."""
     reproducible: bool = True
     """Do equal inputs give equal bytes? Only then are the outputs in a lock file enforced."""
     reviewed: tuple[str, ...] = ()
@@ -316,6 +326,10 @@ class Stage(Generic[P]):
     def port(self, name: str) -> Port | None:
         """Return the port of this name, None where there is none."""
         return self.inputs.get(name, self.open_ports)
+
+    def with_params(self, params: P) -> Stage[P]:
+        """Return what it is with these params."""
+        return self.settled(params) if self.settled is not None else self
 
     def may_give(self, artifact: str) -> bool:
         """Return whether its artifact may be of this type."""

@@ -69,19 +69,19 @@ class Launch(BaseModel):
     main_process_port: Count | None = Field(default=None, ge=1, le=65535, description="A free port there.")
     config_file: Text | None = Field(default=None, description="An accelerate config file, relative to the manifest.")
     mixed_precision: Literal["no", "fp16", "bf16", "fp8"] | None = Field(
-        default=None, description="What accelerate tells the ranks."
+        default=None, description="What accelerate tells the ranks; refused where a kind has a dtype of its own."
     )
     max_restarts: Count = Field(
         default=3, ge=0, description="How often ranks that died are replaced, where a kind goes on after that."
     )
+
+    join_seconds: Count = Field(default=300, ge=1, description="Until all machines that a scheduler starts have come.")
 
     @model_validator(mode="after")
     def _machines_agree(self) -> Launch:
         if self.machine_rank >= self.num_machines:
             cause = f"machine_rank {self.machine_rank} is not one of {self.num_machines} machines"
             raise ValueError(f"{cause}; ranks of machines count from 0")
-        if self.num_machines > 1 and not (self.main_process_ip or self.config_file):
-            raise ValueError("several machines need main_process_ip; name the address of machine 0")
         return self
 
     @property

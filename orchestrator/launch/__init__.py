@@ -5,10 +5,13 @@ from typing import TYPE_CHECKING
 from bigpipe.faces import face
 
 if TYPE_CHECKING:
-    from .acceleration import effective_launch
+    from .acceleration import effective_launch, require_heeded
     from .environment import visible_secrets, worker_environment
     from .executors import Executor, executor, run_alone
     from .jobs import AttemptFolder, Failure, Job, JobFile, Outcome, ran_out
+    from .meeting import Meeting, attend, meeting_place
     from .processes import MEMORY, WarmWorker, worker_command
+    from .ranks import start_here
+    from .schedulers import Standing, may_attend, standing
 
 __getattr__, __all__ = face(__name__)

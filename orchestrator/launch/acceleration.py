@@ -8,8 +8,9 @@ ranks over gloo.
 
 from __future__ import annotations
 
+import socket
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,10 +20,14 @@ from pydantic import ValidationError
 from bigpipe import plainyaml
 from bigpipe.errors import UsageError
 from bigpipe.files import read_file
-from bigpipe.orchestrator.contract import Launch, Machine
+from bigpipe.orchestrator.contract import Launch, Machine, Stage
 
-TAKEN = tuple(name for name in Launch.model_fields if name not in ("config_file", "max_restarts"))
+from .schedulers import Standing
+
+TAKEN = tuple(name for name in Launch.model_fields if name not in ("config_file", "max_restarts", "join_seconds"))
 """The keys that a manifest and a configuration file share."""
+WRITTEN: Mapping[str, str] = {"fp16": ": dtype: float16", "bf16": ": dtype: bfloat16"}
+"""A mixed precision → the field that makes a kind compute in that dtype."""
 LARGEST = 2**20
 """Bytes of a configuration file."""
 REPLACED = (None, "NO", "MULTI_CPU", "MULTI_GPU")
@@ -60,15 +65,42 @@ class Acceleration:
         return variables
 
 
-def effective_launch(launch: Launch, base: Path) -> Launch:
-    """Return `launch` with what its `config_file` says where the manifest does not. Raise UsageError."""
-    return _merge(launch, _read(launch, base))
+def effective_launch(launch: Launch, base: Path, ask: Callable[[], Standing | None] = lambda: None) -> Launch:
+    """Return `launch` with what its `config_file` says where the manifest does not, and of several machines which one
+    this is and where machine 0 is, as the scheduler says that started them. ask: gives where this machine stands; asked
+    where there are several. Raise UsageError."""
+    launch = _merge(launch, _read(launch, base))
+    if launch.num_machines == 1 or (place := ask()) is None:
+        return launch
+    if place.count not in (None, launch.num_machines):
+        cause = f"launch.num_machines is {launch.num_machines}, and {place.scheduler} started {place.count}"
+        raise UsageError(cause, "ask it for as many, or write as many", field="launch.num_machines")
+    _require_even(launch)
+    address = launch.main_process_ip or place.address
+    if address is None:
+        cause = f"{place.scheduler} does not say where machine 0 is"
+        raise UsageError(cause, "write its address: launch.main_process_ip", field="launch.num_machines")
+    told = {"machine_rank": place.rank, "main_process_ip": address}
+    return Launch.model_validate({**launch.model_dump(exclude_unset=True), **told})
 
 
-def accelerate(launch: Launch, base: Path, machine: Machine) -> Acceleration:
-    """Settle how `launch` is to be started on `machine`. Raises UsageError where it cannot be."""
+def require_heeded(launch: Launch, kind: Stage[Any]) -> None:
+    """Raise UsageError for a `mixed_precision` that the ranks of a kind do not heed."""
+    asked = launch.mixed_precision
+    if asked in (None, "no") or kind.ranks.mixes:
+        return
+    cause = f"{kind.kind} computes in one dtype, and mixed_precision {asked} would change nothing"
+    cure = f"say what to compute in under `with`{WRITTEN.get(asked, '')}, and here mixed_precision: 'no'"
+    raise UsageError(cause, cure, field="launch.mixed_precision")
+
+
+def accelerate(launch: Launch, base: Path, machine: Machine, *, meets: bool = False) -> Acceleration:
+    """Settle how `launch` is to be started on `machine`. meets: the other machines are called, and told of any port.
+    Raises UsageError where it cannot be."""
     file = _read(launch, base)
     launch = _merge(launch, file)
+    if meets and launch.num_machines > 1 and not launch.main_process_port:
+        launch = launch.model_copy(update={"main_process_port": _free_port()})
     _check(launch)
     cpu = _on_cpu(launch, file, machine)
     single = launch.num_processes == 1
@@ -121,18 +153,29 @@ def _merge(launch: Launch, file: Mapping[str, Any]) -> Launch:
         raise UsageError(f"{where}: {wrong['msg']}", f"correct it in {launch.config_file}") from error
 
 
-def _check(launch: Launch) -> None:
+def _free_port() -> int:
+    with socket.socket() as found:
+        found.bind(("", 0))
+        return int(found.getsockname()[1])
+
+
+def _require_even(launch: Launch) -> None:
     if launch.num_processes % launch.num_machines:
         raise UsageError(
             f"launch: {launch.num_processes} processes cannot be spread evenly over {launch.num_machines} machines",
             "num_processes counts the ranks of all machines together",
         )
+
+
+def _check(launch: Launch) -> None:
+    _require_even(launch)
     if launch.num_machines == 1:
         return
     if launch.main_process_ip is None or not launch.main_process_port:
         raise UsageError(
             f"launch: {launch.num_machines} machines need main_process_ip and main_process_port",
-            "the address of the machine where bigpipe runs, and a port on it that the others can reach",
+            "the address of the machine where bigpipe runs, and a port on it that the others can reach; or start it on"
+            " each machine by SLURM, torchrun or Kubernetes, whose variables say both",
         )
     if launch.machine_rank != 0:
         raise UsageError(

@@ -38,8 +38,8 @@ def worker_environment(stage: Stage[Any], surroundings: Surroundings, parent: Ma
     refused = sorted(LOADS_CODE & own.keys())
     if refused:
         raise UsageError(f"env may not set {', '.join(refused)}", "it would load other code into the worker")
-    speaks = sees_hub_token(stage, own)  # who speaks to nobody needs no password of a proxy
-    environment = inherited(parent, passwords=speaks)
+    speaks = sees_hub_token(stage, own)
+    environment = inherited(parent, passwords=speaks or stage.asks)  # who asks nobody needs no password of a proxy
     environment |= {
         "GLIBC_TUNABLES": parent.get("GLIBC_TUNABLES", ALLOCATOR),
         "CUDA_DEVICE_ORDER": "PCI_BUS_ID",  # as NVML numbers them, so that a plan and its ranks mean the same device

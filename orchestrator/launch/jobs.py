@@ -32,6 +32,7 @@ from bigpipe.redaction import redact_json
 from bigpipe.versions import lacks
 
 if TYPE_CHECKING:
+    from .meeting import Meeting
     from .processes import WarmWorker
 
 DISK = (errno.EIO, errno.EROFS, *NO_SPACE, *LIMITS)
@@ -54,7 +55,10 @@ class AttemptFolder:
         self._lost = path / "lost.json"
 
     def outcome(self, mode: Mode, rank: int = 0) -> Path:
-        return self.path / (f"rank-{rank}.json" if mode == "rank" else f"outcome-{mode}.json")
+        """rank: of a launcher, that of its machine."""
+        if mode == "rank":
+            return self.path / f"rank-{rank}.json"
+        return self.path / (f"outcome-{mode}-{rank}.json" if rank else f"outcome-{mode}.json")
 
     def output_pipe(self, rank: int) -> Path:
         return self.path / f"rank-{rank}.pipe"
@@ -99,6 +103,8 @@ class Job(Assignment):
     """Once set, workers are ended and Interrupted is raised."""
     report: Callable[[Event], None]
     """Called from the thread of the executor's `start` only."""
+    meeting: Meeting | None = None
+    """Where the other machines can be called, if a scheduler started them."""
     warm: WarmWorker | None = None
     """A worker that waits for this very attempt; taken, or ended where it does not fit."""
 

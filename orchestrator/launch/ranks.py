@@ -5,20 +5,26 @@ from __future__ import annotations
 import os
 import shlex
 import signal
+import sys
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from itertools import chain, count
+from pathlib import Path
+from typing import Any
 
 import yaml
 
 from bigpipe.errors import BigpipeError, StageFailed
 from bigpipe.files import write_file
-from bigpipe.orchestrator.contract import LogLine
+from bigpipe.orchestrator.contract import LogLine, Stage, Surroundings
+from bigpipe.programs import running_program
+from bigpipe.redaction import printable, redact
 
 from .acceleration import Acceleration, accelerate
+from .environment import worker_environment
 from .jobs import Failure, Job, Outcome
-from .processes import worker_command
+from .processes import GRACE_SECONDS, worker_command
 from .supervision import LOOK_SECONDS, Supervisor, how_it_ended, supervise
 
 LAG_SECONDS = 5.0
@@ -29,7 +35,7 @@ SHARE_SECONDS = 60.0
 
 def run(job: Job) -> Outcome:
     """Prepare, launch the ranks, and merge what they made."""
-    acceleration = accelerate(job.launch, job.base, job.machine)
+    acceleration = accelerate(job.launch, job.base, job.machine, meets=job.meeting is not None)
     job = job.within(launch=acceleration.launch)
     stage = job.stage
     if stage.ranks.finish is None and job.launch.num_processes > 1:
@@ -45,9 +51,10 @@ def run(job: Job) -> Outcome:
 
 def _run_replacing(supervisor: Supervisor, acceleration: Acceleration) -> list[Outcome]:
     """Prepare and run the ranks; where some died, again, as the kind and `max_restarts` allow. torch brings ranks
-    together once, so that all of them start anew. On further machines a person starts them, and nobody could again."""
+    together once, so that all of them start anew. What a person started on further machines nobody could again."""
     job, ranks = supervisor.job, supervisor.job.stage.ranks
-    restarts = job.launch.max_restarts if ranks.replaced and job.launch.num_machines == 1 else 0
+    again = ranks.replaced and (job.launch.num_machines == 1 or job.meeting is not None)
+    restarts = job.launch.max_restarts if again else 0
     for restart in count(1):
         if ranks.prepare is not None:
             supervisor.outcome("prepare")
@@ -64,6 +71,40 @@ def _run_replacing(supervisor: Supervisor, acceleration: Acceleration) -> list[O
     raise AssertionError  # `count` has no end
 
 
+def start_here(
+    stage: Stage[Any], surroundings: Surroundings, parent: Mapping[str, str], job_file: Path, over: Callable[[], None]
+) -> int:
+    """Start this machine's ranks of a job that machine 0 calls to; return the exit status of their launcher. over:
+    called now and then; raises when the ranks are to end. What they print goes to standard error."""
+    launch = surroundings.launch
+    acceleration = Acceleration(launch, cpu=False, settings={})
+    environment = worker_environment(stage, surroundings, parent)
+    with running_program(
+        worker_command(job_file, "launch", str(launch.machine_rank)),
+        folder=surroundings.base,
+        environment={**acceleration.environment(surroundings.machine), **environment},
+        output=_ToStandardError(),
+        grace=GRACE_SECONDS,
+    ) as program:
+        while (ended := program.ended(LOOK_SECONDS)) is None:
+            over()
+    return ended.status
+
+
+class _ToStandardError:
+    """Passes on whole lines, secrets masked, to whatever standard error is."""
+
+    def __init__(self) -> None:
+        self._begun = b""
+
+    def write(self, data: bytes) -> None:
+        *lines, self._begun = (self._begun + data).split(b"\n")
+        sys.stderr.write("".join(f"{printable(redact(line.decode('utf-8', 'replace')))}\n" for line in lines))
+
+    def flush(self) -> None:
+        sys.stderr.flush()
+
+
 class _Ranks:
     """Starts the launcher, and follows the ranks while it runs."""
 
@@ -73,6 +114,7 @@ class _Ranks:
         self._folder = supervisor.job.folder
         self._acceleration = acceleration
         self._dead_since: dict[int, float] = {}
+        self._call = 0
 
     def run(self) -> list[Outcome]:
         """Launch, watch, and return the results in order of rank. Raise the error of the rank that failed first."""
@@ -84,6 +126,7 @@ class _Ranks:
         world = range(self._job.launch.num_processes)
         elsewhere = [rank for rank in world if rank not in self._acceleration.local_ranks]
         if code == 0:
+            self._await_machines()
             self._await(elsewhere)
         found = self._read(world)
         if code != 0 or any(result.failure for result in found.values()):
@@ -99,7 +142,10 @@ class _Ranks:
         return [found[rank] for rank in world]
 
     def _invite(self) -> None:
-        """Say what to start on the other machines; only there can it be started."""
+        """Call the other machines, or say what to start there; only there can it be started."""
+        if self._job.meeting is not None:
+            self._call = self._job.meeting.call(self._folder.job, self._job.node, self._supervisor.check)
+            return
         command = shlex.join(worker_command(self._folder.job, "launch"))
         others = ", ".join(str(number) for number in range(1, self._job.launch.num_machines))
         line = f"waiting for the other machines; start on each: {command} N   (N: {others})"
@@ -124,7 +170,8 @@ class _Ranks:
                 path.unlink(missing_ok=True)
 
     def _look(self) -> None:
-        """Raise for a rank that has been dead for a while without the launcher's noticing."""
+        """Raise for a rank that has been dead for a while without the launcher's noticing, and for other machines."""
+        self._look_elsewhere()
         now = time.monotonic()
         for worker in self._supervisor.workers():
             if worker.rank is None or worker.alive:
@@ -134,6 +181,20 @@ class _Ranks:
                 since = self._dead_since.setdefault(worker.rank, now)
                 if now - since > LAG_SECONDS:
                     raise self._error(0)
+
+    def _look_elsewhere(self) -> None:
+        """Raise where the launcher of another machine has failed, or the machine has gone."""
+        if self._job.meeting is not None and self._call:
+            for machine, status in self._job.meeting.done(self._call).items():
+                if status != 0:
+                    raise self._error(status, machine)
+
+    def _await_machines(self) -> None:
+        """Their ranks may take longer than those here."""
+        while self._job.meeting is not None and self._call and not self._job.meeting.has_all(self._call):
+            self._look_elsewhere()
+            self._supervisor.check()
+            time.sleep(LOOK_SECONDS)
 
     def _await(self, ranks: list[int]) -> None:
         deadline = time.monotonic() + SHARE_SECONDS
@@ -145,7 +206,15 @@ class _Ranks:
         read = ((rank, Outcome.read(self._folder.outcome("rank", rank))) for rank in ranks)
         return {rank: result for rank, result in read if result is not None}
 
-    def _error(self, code: int) -> BigpipeError:
+    def _told(self) -> Outcome:
+        """What the launchers of all machines tell of their ranks, and the failure of the first that has one."""
+        found = [Outcome.read(self._folder.outcome("launch", each)) for each in range(self._job.launch.num_machines)]
+        told = [outcome for outcome in found if outcome is not None]
+        failures = [outcome.failure for outcome in told if outcome.failure]
+        codes = {rank: code for outcome in told for rank, code in outcome.codes.items()}
+        return Outcome(codes=codes, failure=failures[0] if failures else None)
+
+    def _error(self, code: int, machine: int = 0) -> BigpipeError:
         """The error of the rank that failed first; the others' errors are what its loss did to them.
 
         In order of what tells most: an error meant for the user; a signal nobody here sent; a rank that left as if it
@@ -154,7 +223,7 @@ class _Ranks:
         results = self._read(range(self._job.launch.num_processes))
         ended = sorted(results.items(), key=lambda item: item[1].ended)
         failures = {rank: result.failure for rank, result in ended if result.failure is not None}
-        told = Outcome.read(self._folder.outcome("launch")) or Outcome()
+        told = self._told()
         silent = {rank: number for rank, number in told.codes.items() if rank not in failures}
         crash = self._supervisor.crash
         errors = chain(
@@ -164,14 +233,14 @@ class _Ranks:
             (self._failed(rank, failure) for rank, failure in failures.items()),
             (crash(f"rank {rank}", number, rank) for rank, number in silent.items()),
         )
-        return next(errors, None) or self._launch_error(told.failure, code)
+        return next(errors, None) or self._launch_error(told.failure, code, machine)
 
     def lost(self) -> dict[int, str]:
         """Return the ranks that died on their own, and how; none where one told an error, which it would tell again."""
         results = self._read(range(self._job.launch.num_processes))
         if any(result.failure for result in results.values()):
             return {}
-        told = Outcome.read(self._folder.outcome("launch")) or Outcome()
+        told = self._told()
         codes = dict.fromkeys(self._dead_since, -signal.SIGKILL) if not told.codes else told.codes
         died = {rank: code for rank, code in codes.items() if rank not in results and code != -signal.SIGTERM}
         return {rank: how_it_ended(code) for rank, code in sorted(died.items())}
@@ -186,13 +255,14 @@ class _Ranks:
             failure = failure.model_copy(update={"cause": f"rank {rank}: {failure.cause}"})
         return self._supervisor.error(failure)
 
-    def _launch_error(self, told: Failure | None, code: int) -> BigpipeError:
+    def _launch_error(self, told: Failure | None, code: int, machine: int) -> BigpipeError:
         node, dead = self._job.node, sorted(self._dead_since)
         if dead and code >= 0:  # a launcher that is killed takes its ranks along
             cause = f"{node}: rank {dead[0]} died, and the others went on without it"
             return StageFailed(cause, f"its output is in {self._folder.log}")
         if told is None:
-            return self._supervisor.crash("the launcher of the ranks", code)
+            there = f" on machine {machine}" if machine else ""
+            return self._supervisor.crash(f"the launcher of the ranks{there}", code)
         if told.expected:
             return self._supervisor.error(told)
         cause = f"{node}: the ranks could not be launched: {told.cause.splitlines()[0]}"

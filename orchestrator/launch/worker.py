@@ -12,8 +12,8 @@ With `--warm` it imports modules and waits until it is told on its input that th
 The first statements of `begin` tie the process to its parent and its work folder, before anything heavy is imported.
 A worker ends by `os._exit` once its result is written: libraries that crash in their own teardown change nothing.
 
-On further machines (`num_machines` over 1) a person or a scheduler starts mode `launch` with that machine's rank on the
-job file of the first machine, which must lie on a file system that all share.
+On further machines (`num_machines` over 1) whoever attends the meeting there, or a person, starts mode `launch` with
+that machine's rank on the job file of the first machine, which must lie on a file system that all share.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ def begin(path: Path, mode: Mode, more: list[str]) -> int:
         if more:
             warm_up(more[1:])
         hold_work_folder(Path(json.loads(path.read_bytes())["assignment"]["out"]).parent)
-    return work(path, mode, rank or 0, more)
+    return work(path, mode, rank if rank is not None else int(more[0]) if mode == "launch" and more else 0)
 
 
 def warm_up(modules: list[str]) -> None:
@@ -80,8 +80,9 @@ def warm_up(modules: list[str]) -> None:
     os.close(nothing)
 
 
-def work(path: Path, mode: Mode, rank: int, machine_rank: list[str]) -> int:
-    """Do what this mode asks for and write what came of it; return the exit status. Of ranks, each tells for itself."""
+def work(path: Path, mode: Mode, rank: int) -> int:
+    """Do what this mode asks for and write what came of it; return the exit status. Of ranks, each tells for itself.
+    rank: of a launcher, that of its machine."""
     from bigpipe.redaction import conceal_environment, redact
 
     from .jobs import AttemptFolder, Failure, JobFile, Outcome
@@ -91,7 +92,7 @@ def work(path: Path, mode: Mode, rank: int, machine_rank: list[str]) -> int:
     conceal_environment(os.environ, file.secrets)
     try:
         if mode == "launch":
-            _launch(folder, machine_rank)
+            _launch(folder, rank)
             return 0
         outcome = _call_stage(file, folder, mode, rank)
     except BaseException as error:
@@ -101,7 +102,7 @@ def work(path: Path, mode: Mode, rank: int, machine_rank: list[str]) -> int:
     return 1 if outcome.failure else 0
 
 
-def _launch(folder: AttemptFolder, machine_rank: list[str]) -> None:
+def _launch(folder: AttemptFolder, machine_rank: int) -> None:
     """Run accelerate's launcher in this process."""
     os.environ[PARENT_VARIABLE] = str(os.getpid())
     from accelerate.commands.launch import launch_command, launch_command_parser
@@ -109,7 +110,7 @@ def _launch(folder: AttemptFolder, machine_rank: list[str]) -> None:
 
     from bigpipe.errors import Transient
 
-    machine = ["--machine_rank", machine_rank[0]] if machine_rank else []
+    machine = ["--machine_rank", str(machine_rank)] if machine_rank else []
     command = ["--config_file", str(folder.acceleration), *machine, "-m", __spec__.name, str(folder.job), "rank"]
     try:
         launch_command(launch_command_parser().parse_args(command))
@@ -146,11 +147,13 @@ def _call_stage(file: JobFile, folder: AttemptFolder, mode: Mode, rank: int) -> 
         context = StageContext.of(
             job, reporter=events, rank=rank, world_size=world_size, rank_dir=rank_dir, lost=folder.lost()
         )
-        stage: Stage[Any] = import_attribute(file.module, job.trust.home(file.module, job.base))
+        kind: Stage[Any] = import_attribute(file.module, job.trust.home(file.module, job.base))
+        params = kind.params.model_validate(file.params)
+        stage = kind.with_params(params)
         functions = {"prepare": stage.ranks.prepare, "finish": stage.ranks.finish}
         function: Callable[..., StageResult | None] | None = functions.get(mode, stage.run)
         assert function is not None  # noqa: S101 (the executor asks for what there is)
-        given = function(stage.params.model_validate(file.params), context)
+        given = function(params, context)
     return Outcome() if mode == "prepare" else Outcome.of(given, stage)
 
 

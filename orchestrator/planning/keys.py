@@ -1,9 +1,9 @@
 """What a computation is named by: everything its bytes depend on, and nothing else.
 
 key = sha256 of the kind, its version and (unless it is built in) its source, the params in full (floating values
-pinned), `env`, the versions of the packages the kind names, its facts about the machine, and the digests of its inputs
-per port. Not in it: launch (but for the number of ranks, where the kind says that its result depends on it), resources,
-retries, timeout, gates, on_fail, needs, cache, when, secrets.
+pinned; without those that the kind says change nothing), `env`, the versions of the packages the kind names, its facts
+about the machine, and the digests of its inputs per port. Not in it: launch (but for the number of ranks, where the
+kind says that its result depends on it), resources, retries, timeout, gates, on_fail, needs, cache, when, secrets.
 
 A field of the params that is marked `ContentField` enters by content: a renamed or moved file, or another checkout of
 the same repository, gives the same key; a changed byte gives another one.
@@ -113,6 +113,8 @@ def identity(
     params = content_params(node.params, base, memo)
     for path, value in (pins or {}).items():
         _pin(params, path, value)
+    for path in kind.planning.apart(node.params) if kind.planning.apart else ():
+        _leave_out(params, path)
     return Identity(
         kind=kind.kind,
         version=kind.version,
@@ -142,6 +144,15 @@ def _pin(params: dict[str, Json], path: str, value: str) -> None:
     if not isinstance(place, dict) or last not in place:
         raise UsageError(f"a pin names the field {path}, which the params do not have", "correct the kind's `pin`")
     place[last] = value
+
+
+def _leave_out(params: dict[str, Json], path: str) -> None:
+    *parents, last = path.split(".")
+    place: Json = params
+    for name in parents:
+        place = place.get(name) if isinstance(place, dict) else None
+    if isinstance(place, dict):
+        place.pop(last, None)
 
 
 def differences(

@@ -9,9 +9,9 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
-from bigpipe.errors import BigpipeError, Offline
+from bigpipe.errors import BigpipeError, Offline, UsageError
 from bigpipe.files import make_directory, write_file
 from bigpipe.git import Checkout
 from bigpipe.machine import detect
@@ -26,6 +26,9 @@ from .keys import Identity, identity
 
 NOTHING_PINNED = Pinned({}, "")
 T = TypeVar("T")
+
+if TYPE_CHECKING:
+    from bigpipe.orchestrator.launch import Meeting, Standing
 
 
 @dataclass(kw_only=True)
@@ -48,6 +51,8 @@ class Session:
     locked_answers: Mapping[str, Mapping[str, Json]] = field(default_factory=dict, repr=False)
     """Node → what its source said when it was locked, for where that cannot be asked."""
     given_machine: Machine | None = None
+    meeting: Meeting | None = None
+    """Of the machines that a scheduler started, where this is the one that drives."""
     side_by_side: bool = True
     """May several nodes run at a time, and take each other's files as they are made?"""
     environment: Mapping[str, str] = field(default_factory=lambda: dict(os.environ), repr=False)
@@ -85,6 +90,18 @@ class Session:
             self.reporter.report(LogLine(self._identifying, f"reading {what}, to know what it holds"))
 
     @cached_property
+    def place(self) -> Standing | None:
+        """Where this machine stands among those that a scheduler started. Raise UsageError for odd variables."""
+        from bigpipe.orchestrator.launch import standing
+
+        return standing(self.environment)
+
+    @property
+    def may_span_machines(self) -> bool:
+        """Return whether a node may be meant to run on several machines: as it says, or a `config_file` may."""
+        return any(node.launch.num_machines > 1 or node.launch.config_file is not None for node in self.nodes)
+
+    @cached_property
     def nodes(self) -> list[Node]:
         """The selected nodes in topological order."""
         return [node for name, node in self.recipe.nodes.items() if name in self.selected]
@@ -97,10 +114,15 @@ class Session:
         """Return what all contexts of the node stand on. Raise UsageError for a `config_file` that cannot be used."""
         if node.name not in self._surroundings:
             launch = node.launch
-            if launch.config_file is not None:
-                from bigpipe.orchestrator.launch import effective_launch
+            if launch.config_file is not None or launch.num_machines > 1:
+                from bigpipe.orchestrator.launch import effective_launch, require_heeded
 
-                launch = effective_launch(launch, self.base)
+                try:
+                    launch = effective_launch(launch, self.base, lambda: self.place)
+                    require_heeded(launch, node.kind)
+                except UsageError as error:
+                    error.place, error.node = error.place or node.places.of(error.field or "launch"), node.name
+                    raise
             self._surroundings[node.name] = Surroundings(
                 base=self.base,
                 machine=self.machine,

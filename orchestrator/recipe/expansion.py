@@ -8,11 +8,11 @@ from dataclasses import replace
 from functools import partial
 from itertools import chain, product
 from math import prod
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
-from bigpipe.errors import ManifestError
+from bigpipe.errors import ManifestError, UsageError
 from bigpipe.names import did_you_mean, listed
-from bigpipe.orchestrator.contract import Json, Params
+from bigpipe.orchestrator.contract import Json, Params, Stage
 from bigpipe.orchestrator.launch import executor
 
 from .conditions import Condition, Measure, parse_condition
@@ -21,7 +21,7 @@ from .manifest import NodeSettings, refused_variable
 from .node import Choice, First, Node, Places
 from .problems import Fault, Problems
 from .validation import Target, measure_of, validate, wrong_metric
-from .wiring import Axes, StageReference, Wired, read_picks
+from .wiring import Axes, StageReference, Wired, check_wired, read_picks
 from .yamlsource import Document, Key
 
 MAX_NODES = 50_000
@@ -60,6 +60,8 @@ class Reading(NamedTuple):
     """What the settings of a stage give, before it is wired to others."""
 
     settings: NodeSettings
+    kind: Stage[Any]
+    """As its params make it."""
     params: Params
     when: Condition | None
     gates: list[Condition]
@@ -121,11 +123,14 @@ class Expansion:
         target = Target(self.document, stage.path, stage.name, unresolved)
         settings = validate(NodeSettings, values, target, self.problems)
         given = values.get("with", {})
-        params = None
-        if stage.kind is not None and isinstance(given, dict):
-            target = Target(self.document, (*stage.path, "with"), stage.kind.kind, unresolved)
-            params = validate(stage.kind.params, given, target, self.problems)
-        self._check_launch(stage)
+        kind, params = stage.kind, None
+        if kind is not None and isinstance(given, dict):
+            target = Target(self.document, (*stage.path, "with"), kind.kind, unresolved)
+            params = validate(kind.params, given, target, self.problems)
+        if kind is not None and params is not None:
+            kind = kind.with_params(params)
+            check_wired(stage, kind, self.stages.values(), self.problems)
+        self._check_launch(stage, kind, settings)
         self._check_environment(stage, values.get("env"))
         when = self._condition(stage, values.get("when"), ("when",))
         gates = values.get("gates")
@@ -133,21 +138,20 @@ class Expansion:
             self._condition(stage, text, ("gates", index))
             for index, text in enumerate(gates if isinstance(gates, list) else [])
         ]
-        if settings is None or params is None or unresolved:
+        if settings is None or kind is None or params is None or unresolved:
             return None
-        return Reading(settings, params, when, [gate for gate in read if gate is not None])
+        return Reading(settings, kind, params, when, [gate for gate in read if gate is not None])
 
     def _node(
         self, stage: Wired, reading: Reading, texts: Mapping[str, str], variant: Mapping[str, Json], places: Places
     ) -> Node:
-        assert stage.kind is not None  # noqa: S101  it has params
-        settings, params, when, gates = reading
+        settings, kind, params, when, gates = reading
         first = self._first(stage, texts)
         ways = [(choice.inputs, choice.needs) for choice in first.choices] if first else [self._wires(stage, texts)]
         return Node(
             name=node_name(stage.name, texts),
             stage=stage.name,
-            kind=stage.kind,
+            kind=kind,
             location=stage.location,
             params=params,
             variant=variant,
@@ -163,7 +167,7 @@ class Expansion:
             on_fail=settings.on_fail,
             cache=settings.cache,
             env={name: str(value) for name, value in settings.env.items()},
-            secrets=tuple(dict.fromkeys([*stage.kind.secrets, *stage.structure.secrets])),
+            secrets=tuple(dict.fromkeys([*kind.secrets, *stage.structure.secrets])),
             places=places,
         )
 
@@ -213,9 +217,18 @@ class Expansion:
             self._gathered[key] = tuple(node_name(source.stage, texts) for texts in variants(axes))
         return self._gathered[key]
 
-    def _check_launch(self, stage: Wired) -> None:
-        if stage.kind is not None and "launch" in stage.settings and not executor(stage.kind.runs_in).takes_launch:
-            cause = f"{stage.kind.kind} does not run as ranks and takes no 'launch'"
+    def _check_launch(self, stage: Wired, kind: Stage[Any] | None, settings: NodeSettings | None) -> None:
+        if kind is not None and settings is not None and settings.launch.mixed_precision is not None:
+            from bigpipe.orchestrator.launch import require_heeded
+
+            try:
+                require_heeded(settings.launch, kind)
+            except UsageError as error:
+                path = (*stage.path, "launch", "mixed_precision")
+                self.problems.add(Fault.BAD_VALUE, path, error.cause, error.cure)
+        if kind is not None and "launch" in stage.settings and not executor(kind.runs_in).takes_launch:
+            these = " with these fields under `with`" if kind is not stage.kind else ""
+            cause = f"{kind.kind} does not run as ranks{these} and takes no 'launch'"
             self.problems.add(Fault.NO_RANKS, (*stage.path, "launch"), cause, "remove it", key=True)
 
     def _check_environment(self, stage: Wired, env: Json) -> None:

@@ -121,7 +121,8 @@ def _stage_schema(kinds: Mapping[str, Stage[Any]], definitions: dict[str, Schema
 
 def _kind_schema(name: str, kind: Stage[Any], definitions: dict[str, Schema]) -> Schema:
     params = _model_schema(kind.params, name, definitions)
-    definitions[name] = {**params, **_choices_schema(name, kind.choices, definitions)} if kind.choices else params
+    cases = [case for each in kind.choices for case in _choices_schema(name, each, definitions)]
+    definitions[name] = {**params, "allOf": cases} if cases else params
     # Not `anyOf`: an editor then names the wrong field rather than "no choice fits".
     note = f"The fields of {name}."
     fields: Schema = {
@@ -142,14 +143,14 @@ def _kind_schema(name: str, kind: Stage[Any], definitions: dict[str, Schema]) ->
     return {"properties": properties, **({"required": required} if required else {})}
 
 
-def _choices_schema(kind: str, choices: Choices, definitions: dict[str, Schema]) -> Schema:
-    cases = []
+def _choices_schema(kind: str, choices: Choices, definitions: dict[str, Schema]) -> list[Schema]:
+    cases: list[Schema] = []
     for name, model in choices.models().items():
         held = _open(_model_schema(model, f"{kind}.{name}", definitions))
         case: Schema = {"required": [choices.field], "properties": {choices.field: {"const": name}}}
         held = {"description": f"What {name} takes.", **held}
         cases.append({"if": case, "then": {"properties": {choices.decides: held}}})
-    return {"allOf": cases}
+    return cases
 
 
 def _needed(kind: Stage[Any]) -> list[str]:

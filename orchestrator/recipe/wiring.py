@@ -7,7 +7,7 @@ because axes that meet in one stage join by the values they share.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from graphlib import CycleError, TopologicalSorter
 from itertools import chain, pairwise
@@ -83,6 +83,40 @@ class Wired:
         yield from chain(*self.inputs.values(), self.needs, self.when, (self.first,) if self.first else ())
 
 
+def check_wired(stage: Wired, kind: Stage[Any], stages: Collection[Wired], problems: Problems) -> None:
+    """Report ports that a stage of this kind does not have, and those that must be wired and are not. kind: also what
+    its params make of it."""
+    ports, path = kind.inputs, (*stage.path, "inputs")
+    for name in stage.inputs:
+        if kind.port(name) is None:
+            _unknown_port(stage, kind, name, problems)
+    if kind.needs_input and not stage.inputs:
+        cause = f"{kind.kind} needs one of its ports {listed(list(ports), 'or')}"
+        problems.add(Fault.MISSING_PORT, path, cause, f"add `inputs: {{{next(iter(ports))}: STAGE}}`", key=True)
+    for name, port in ports.items():
+        if not port.optional and name not in stage.inputs and stage.inputs.keys() <= ports.keys():
+            short = f"inputs: {{{name}: STAGE}}" if name != DEFAULT_PORT else "inputs: STAGE"
+            cause = f"{kind.kind} needs a {port.type} on its port {name!r}"
+            problems.add(Fault.MISSING_PORT, path, cause, f"add `{short}`{_candidates(stage, port, stages)}", key=True)
+
+
+def _candidates(stage: Wired, port: Port, stages: Collection[Wired]) -> str:
+    fitting = [other.name for other in stages if other.kind and other.kind.may_give(port.type)]
+    fitting = [name for name in fitting if name != stage.name]
+    return f"; {listed(fitting, 'or')} would fit" if 0 < len(fitting) <= 5 else ""
+
+
+def _unknown_port(stage: Wired, kind: Stage[Any], name: str, problems: Problems) -> None:
+    written = stage.structure.inputs
+    short = isinstance(written, str)
+    path = (*stage.path, "inputs") if short else (*stage.path, "inputs", name)
+    cure = did_you_mean(name, kind.inputs, otherwise="it has") if kind.inputs else "it takes no inputs: remove them"
+    if short and kind.inputs:
+        cure = f"name the port: inputs: {{{next(iter(kind.inputs))}: {written}}}"
+    these = " with these fields under `with`" if stage.kind and stage.kind.port(name) else ""
+    problems.add(Fault.UNKNOWN_PORT, path, f"{kind.kind} has no port {name!r}{these}", cure, key=not short)
+
+
 class Wiring:
     """Resolves the edges between `stages`, in place, and reports what is wrong with them."""
 
@@ -139,24 +173,11 @@ class Wiring:
     def _check_ports(self, stage: Wired) -> None:
         if stage.kind is None:
             return
-        ports = stage.kind.inputs
         for name, sources in stage.inputs.items():
-            if (port := stage.kind.port(name)) is None:
-                self._unknown_port(stage, stage.kind, name)
-                continue
-            for source in sources:
-                self._check_type(stage, name, port, source)
-        path = (*stage.path, "inputs")
-        if stage.kind.needs_input and not stage.inputs:
-            cause = f"{stage.kind.kind} needs one of its ports {listed(list(ports), 'or')}"
-            cure = f"add `inputs: {{{next(iter(ports))}: STAGE}}`"
-            self.problems.add(Fault.MISSING_PORT, path, cause, cure, key=True)
-        for name, port in ports.items():
-            if not port.optional and name not in stage.inputs and stage.inputs.keys() <= ports.keys():
-                short = f"inputs: {{{name}: STAGE}}" if name != DEFAULT_PORT else "inputs: STAGE"
-                cause = f"{stage.kind.kind} needs a {port.type} on its port {name!r}"
-                cure = f"add `{short}`{self._candidates(stage, port)}"
-                self.problems.add(Fault.MISSING_PORT, path, cause, cure, key=True)
+            if (port := stage.kind.port(name)) is not None:
+                for source in sources:
+                    self._check_type(stage, name, port, source)
+        check_wired(stage, stage.kind, self.stages.values(), self.problems)
 
     def _written_output(self, stage: Wired) -> str:
         """The type of its artifact where a field says so; "" where none does, or says no type that it can give."""
@@ -164,20 +185,6 @@ class Wiring:
         name = stage.kind.output_field if stage.kind else ""
         written = given.get(name) if name and isinstance(given, dict) else None
         return written if isinstance(written, str) and stage.kind and stage.kind.may_give(written) else ""
-
-    def _candidates(self, stage: Wired, port: Port) -> str:
-        fitting = [other.name for other in self.stages.values() if other.kind and other.kind.may_give(port.type)]
-        fitting = [name for name in fitting if name != stage.name]
-        return f"; {listed(fitting, 'or')} would fit" if 0 < len(fitting) <= 5 else ""
-
-    def _unknown_port(self, stage: Wired, kind: Stage[Any], name: str) -> None:
-        written = stage.structure.inputs
-        short = isinstance(written, str)
-        path = (*stage.path, "inputs") if short else (*stage.path, "inputs", name)
-        cure = did_you_mean(name, kind.inputs, otherwise="it has") if kind.inputs else "it takes no inputs: remove them"
-        if short and kind.inputs:
-            cure = f"name the port: inputs: {{{next(iter(kind.inputs))}: {written}}}"
-        self.problems.add(Fault.UNKNOWN_PORT, path, f"{kind.kind} has no port {name!r}", cure, key=not short)
 
     def _check_type(self, stage: Wired, name: str, port: Port, source: StageReference) -> None:
         if source.gathers and not port.many:
@@ -192,7 +199,10 @@ class Wiring:
         gives = f"a {written or producer.output}" if producer.output else "no artifact"
         named = source.stage if source.stage == producer.kind else f"{source.stage} ({producer.kind})"
         cause = f"{named} gives {gives}, but port {name!r} of {stage.name} takes a {port.type}"
-        cure = self._candidates(stage, port).removeprefix("; ") or f"wire a stage that gives a {port.type}"
+        cure = (
+            _candidates(stage, port, self.stages.values()).removeprefix("; ")
+            or f"wire a stage that gives a {port.type}"
+        )
         self.problems.add(Fault.WRONG_ARTIFACT, source.path, cause, cure)
 
     def _order(self) -> list[str]:

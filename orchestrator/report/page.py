@@ -102,6 +102,7 @@ def _told(store: Store, record: RunRecord) -> Told:
         *_curves(record),
         _texts(store, kept),
         _timeline(store, record),
+        *_ranks(record),
         Table("Parameters", ("parameter", "value"), [(name, _shown(value)) for name, value in record.params.items()]),
         _origin(record, kept),
     ]
@@ -251,6 +252,34 @@ def _timeline(store: Store, record: RunRecord) -> Table:
     rows = [(name, f"{start:.1f}", f"{end:.1f}") for name, (start, end) in times.items()]
     most = max((end for _, end in times.values()), default=0)
     return Table("Time", ("node", "began at s", "ended at s"), rows, 1, bars("When each node ran", spans, most))
+
+
+def _ranks(record: RunRecord) -> Iterator[Table]:
+    """Of nodes with a metric `timeline`, rank → `began` and `ended`, in seconds, and other figures: when each rank was
+    at work, and what else is told of it."""
+    for name, node in record.nodes.items():
+        given = node.metrics.get("timeline")
+        found = {rank: row for rank, row in given.items() if _has_times(row)} if isinstance(given, dict) else {}
+        if not found:
+            continue
+        heads = list(dict.fromkeys(head for row in found.values() for head in _numbers(row)))
+        spans = [
+            (f"rank {rank}", [Bar(row["began"], row["ended"], node.status, f"rank {rank}: {_spell(row)}")])
+            for rank, row in found.items()
+        ]
+        rows = [(rank, *(_figure(row.get(head, "")) for head in heads)) for rank, row in found.items()]
+        most = max(row["ended"] for row in found.values())
+        yield Table(f"Ranks of {name}", ("rank", *heads), rows, 1, bars(f"When ranks of {name} worked", spans, most))
+
+
+def _has_times(row: Json) -> bool:
+    if not isinstance(row, dict) or not all(_is_drawn(row.get(name)) for name in ("began", "ended")):
+        return False
+    return bool(0 <= row["began"] <= row["ended"])
+
+
+def _spell(row: Mapping[str, Json]) -> str:
+    return f"from {row['began']:.1f} to {row['ended']:.1f} s"
 
 
 def _origin(record: RunRecord, kept: Mapping[str, KeyRecord]) -> Table:

@@ -15,6 +15,32 @@ WINDOW_SECONDS = 10.0
 
 
 @dataclass(frozen=True, slots=True)
+class Pace:
+    """How one rank gets on that counts tokens."""
+
+    rank: int
+    done: int
+    total: int | None
+    unit: str
+    tokens_per_second: float | None
+    """None while it is too early to tell."""
+    idle: float | None
+    """Share of the time since its first batch in which it did not compute."""
+    eta: float | None
+    """Seconds that it will take at its own rate; None while unknown, and at its end."""
+
+    def text(self) -> str:
+        parts = [f"rank {self.rank}:", amount(self.done, self.total, self.unit)]
+        if self.tokens_per_second is not None:
+            parts.append(f"{quantity(self.tokens_per_second, 'tokens')}/s")
+        if self.idle is not None:
+            parts.append(f"idle {self.idle:.0%}")
+        if self.eta is not None:
+            parts.append(f"eta {duration(self.eta)}")
+        return " ".join(parts)
+
+
+@dataclass(frozen=True, slots=True)
 class Reading:
     """One look at a node's progress."""
 
@@ -25,6 +51,8 @@ class Reading:
     rate: float | None
     """Units a second; None while it is too early to tell."""
     note: str = ""
+    paces: tuple[Pace, ...] = ()
+    """Of all ranks, where they count tokens."""
 
     @property
     def share(self) -> float | None:
@@ -47,9 +75,47 @@ class Reading:
             parts.append(f"{quantity(self.rate, self.unit)}/s")
         if self.eta is not None:
             parts.append(f"eta {duration(self.eta)}")
+        rates = [pace.tokens_per_second for pace in self.paces if pace.tokens_per_second is not None]
+        idle = [pace.idle for pace in self.paces if pace.idle is not None]
+        if rates:
+            parts.append(f"{quantity(sum(rates), 'tokens')}/s")
+        if len(idle) > 1:
+            parts.append(f"idle {sum(idle) / len(idle):.0%}")
         if self.note:
             parts.append(self.note)
         return " ".join(parts)
+
+
+@dataclass(slots=True)
+class _RankMeter:
+    """The samples of one rank: when, what was done, tokens, seconds at work. The first is that of its first batch."""
+
+    event: Progress
+    samples: deque[tuple[float, int, int, float]] = field(default_factory=deque)
+    first: tuple[float, float] | None = None
+
+    def add(self, now: float, event: Progress) -> None:
+        self.event = event
+        if event.tokens is None or not event.busy:  # before the model is there
+            return
+        self.first = self.first or (now, event.busy)
+        self.samples.append((now, event.done, event.tokens, event.busy))
+        while len(self.samples) > 2 and now - self.samples[1][0] >= WINDOW_SECONDS:
+            self.samples.popleft()
+
+    def pace(self, now: float) -> Pace:
+        """now: counts for one that has done its share, which waits for the others."""
+        event, rate, idle, eta = self.event, None, None, None
+        if self.first is not None:
+            (since, before), (then, done, tokens, busy) = self.samples[0][0:2], self.samples[-1]
+            if then - since >= 0.5:
+                rate = (tokens - self.samples[0][2]) / (then - since)
+                speed, left = (done - before) / (then - since), (event.total or 0) - done
+                eta = left / speed if speed and left > 0 else None
+            until = now if done == event.total else then
+            if until - self.first[0] >= 0.5:
+                idle = min(1.0, max(0.0, 1 - (busy - self.first[1]) / (until - self.first[0])))
+        return Pace(event.rank, event.done, event.total, event.unit, rate, idle, eta)
 
 
 @dataclass(slots=True)
@@ -58,7 +124,7 @@ class ProgressMeter:
 
     clock: Callable[[], float] = time.monotonic
     _task: str | None = None
-    _ranks: dict[int, Progress] = field(default_factory=dict)
+    _ranks: dict[int, _RankMeter] = field(default_factory=dict)
     _samples: deque[tuple[float, int]] = field(default_factory=deque)
 
     def update(self, event: Progress) -> Reading:
@@ -66,14 +132,16 @@ class ProgressMeter:
             self._task = event.task
             self._ranks.clear()
             self._samples.clear()
-        self._ranks[event.rank] = event
-        done = sum(rank.done for rank in self._ranks.values())
-        totals = [rank.total for rank in self._ranks.values()]
-        total = None if None in totals else sum(number for number in totals if number is not None)
-        return Reading(event.task, done, total, event.unit, self._rate(done), event.note)
-
-    def _rate(self, done: int) -> float | None:
         now = self.clock()
+        self._ranks.setdefault(event.rank, _RankMeter(event)).add(now, event)
+        done = sum(rank.event.done for rank in self._ranks.values())
+        totals = [rank.event.total for rank in self._ranks.values()]
+        total = None if None in totals else sum(number for number in totals if number is not None)
+        counted = any(rank.event.tokens is not None for rank in self._ranks.values())
+        paces = tuple(self._ranks[rank].pace(now) for rank in sorted(self._ranks)) if counted else ()
+        return Reading(event.task, done, total, event.unit, self._rate(now, done), event.note, paces)
+
+    def _rate(self, now: float, done: int) -> float | None:
         if self._samples and done < self._samples[-1][1]:
             self._samples.clear()  # it started over
         self._samples.append((now, done))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import types
 from collections.abc import Mapping
+from itertools import chain
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 from pydantic import BaseModel
@@ -77,7 +78,7 @@ def _kind_markdown(stage: Stage[Any]) -> str:
     lines += [f"Ports: {ports}. Gives: {gives}. Runs as: {stage.runs_in}.", ""]
     lines += [f"Secrets it may see: {', '.join(stage.secrets)}.", ""] if stage.secrets else []
     lines += [fields_markdown(stage.params)]
-    lines += _choices_markdown(stage.choices) if stage.choices else []
+    lines += chain.from_iterable(map(_choices_markdown, stage.choices))
     lines += ["", "| metric | type | |", "|---|---|---|", *_metric_rows(stage.metrics, "")]
     return "\n".join(lines) + "\n"
 
@@ -142,7 +143,7 @@ def _kind_json(stage: Stage[Any]) -> dict[str, Json]:
         "outputs": list(stage.outputs),
         "runs_in": stage.runs_in,
         "params": described_schema(stage.params),
-        "choices": _choices_json(stage.choices) if stage.choices else None,
+        "choices": [_choices_json(each) for each in stage.choices],
         "metrics": described_schema(stage.metrics),
     }
 

@@ -6,6 +6,7 @@ import time
 from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import suppress
+from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -15,7 +16,7 @@ from bigpipe.orchestrator.running import RunRecord, records
 from bigpipe.tables import PLAIN, Screen, columns
 
 from .inspection import Inspection, heading, open_store, show_run
-from .progress import ProgressMeter, duration
+from .progress import ProgressMeter, Reading, duration
 
 RUNNING = "running"
 LOOK_SECONDS = 0.3
@@ -68,20 +69,33 @@ def _told(runs: Path, record: RunRecord) -> dict[str, Json]:
 
 def _at(runs: Path, record: RunRecord) -> dict[str, str]:
     """Node that runs → how far it is, as far as it has told."""
-    progress = _progress(runs / record.run / records.EVENTS)
-    return {name: progress.get(name, "") for name, node in record.nodes.items() if node.status == RUNNING}
+    progress = _readings(runs / record.run / records.EVENTS)
+    at_work = [name for name, node in record.nodes.items() if node.status == RUNNING]
+    return {name: progress[name].text() if name in progress else "" for name in at_work}
 
 
-def _progress(events: Path) -> dict[str, str]:
-    """Node → how far it was when it last told."""
-    meters: dict[str, ProgressMeter] = defaultdict(ProgressMeter)
-    found: dict[str, str] = {}
+def _readings(events: Path) -> dict[str, Reading]:
+    """Node → how far it was when it last told. The time is that of the events, so that rates are those of then."""
+    now = 0.0
+    meters: dict[str, ProgressMeter] = defaultdict(lambda: ProgressMeter(lambda: now))
+    found: dict[str, Reading] = {}
     for event in _last_events(events):
         with suppress(TypeError, KeyError, ValueError, OverflowError):  # an event of another version
             if event["event"] == Progress.name:
+                now = datetime.fromisoformat(event["time"]).timestamp()
                 own = {name: value for name, value in event.items() if name not in ("event", "time")}
-                found[event["node"]] = meters[event["node"]].update(Progress(**own)).text()
+                found[event["node"]] = meters[event["node"]].update(Progress(**own))
     return found
+
+
+def _ranks_text(run: str, runs: Path) -> str:
+    """A line for each rank of what runs in several, and counts tokens; before them how far the node is."""
+    record, lines = records.load_run(runs, run), []
+    for name, reading in _readings(runs / run / records.EVENTS).items():
+        if name in record.nodes and record.nodes[name].status == RUNNING and reading.paces:
+            ranks = [f"  {pace.text()}" for pace in reading.paces] if len(reading.paces) > 1 else []
+            lines += [f"{name}: {reading.text()}", *ranks]
+    return "\n".join(["", "", *lines]) if lines else ""
 
 
 def _last_events(events: Path) -> Iterator[dict[str, Json]]:
@@ -102,6 +116,7 @@ def follow_run(run: str, *, store: str | Path | None = None, screen: Screen = PL
     before = None
     while True:
         found = show_run(run, store=store, screen=screen)
+        found = replace(found, text=found.text + _ranks_text(run, open_store(store).runs))
         if found.text != before:
             yield found
         before = found.text

@@ -215,6 +215,7 @@ def _job(attempt: Attempt, work: Work, number: int) -> Job:
         timeout=node.timeout,
         cancelled=attempt.cancelled,
         report=attempt.report,
+        meeting=session.meeting,
         warm=attempt.warm if number == 1 else None,
     )
 

@@ -12,7 +12,10 @@ from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-from typing import BinaryIO
+from typing import TYPE_CHECKING, BinaryIO, Protocol
+
+if TYPE_CHECKING:
+    import subprocess
 
 LAST_LINES = 10
 """Of what a program printed, for whoever tells of its end."""
@@ -46,15 +49,80 @@ def death_with_parent() -> Callable[[], None]:
     return lambda: None
 
 
+class Output(Protocol):
+    """Takes what a program prints."""
+
+    def write(self, data: bytes, /) -> object: ...
+
+    def flush(self) -> object: ...
+
+
+class Program:
+    """A program that runs, and the last lines that it has printed."""
+
+    def __init__(self, child: subprocess.Popen[bytes], output: Output) -> None:
+        """output: where to pass on what it prints."""
+        self._child = child
+        self._last: deque[bytes] = deque([b""], maxlen=LAST_LINES + 1)
+        assert child.stdout is not None  # noqa: S101  it is a pipe
+        self._reader = threading.Thread(target=_pass_on, args=(child.stdout, output, self._last), daemon=True)
+        self._reader.start()
+
+    def ended(self, seconds: float | None = 0) -> Ended | None:
+        """Return how it ended; None where it still runs after so many seconds. None: wait for its end."""
+        import subprocess
+
+        try:
+            status = self._child.wait(seconds)
+        except subprocess.TimeoutExpired:
+            return None
+        self._reader.join(AFTER_ITS_END)
+        return Ended(status, self.last)
+
+    @property
+    def last(self) -> tuple[str, ...]:
+        lines = [line.decode("utf-8", "replace").rstrip() for line in list(self._last)]
+        return tuple(line for line in lines if line)[-LAST_LINES:]
+
+    def end(self, grace: float) -> None:
+        """End it where it runs: SIGTERM, so many seconds, SIGKILL."""
+        for number, seconds in ((signal.SIGTERM, grace), (signal.SIGKILL, None)):
+            if self.ended() is None:
+                self._child.send_signal(number)
+                self.ended(seconds)
+
+
 def run_program(
-    argv: Sequence[str], *, folder: Path, environment: Mapping[str, str], output: BinaryIO | None = None
+    argv: Sequence[str], *, folder: Path, environment: Mapping[str, str], output: Output | None = None
 ) -> Ended:
-    """Run a program in `folder` to its end, in this process's session, and pass on what it prints, both streams.
-    output: where to; by default this process's own. Call it from a thread that lives until then. If this process is
-    killed before, the program ends; so does what that started, where this process leads its group, as workers do. Raise
-    OSError where it cannot be started."""
-    with _keeper() if os.getpgrp() == os.getpid() else contextlib.nullcontext():  # else others are in the group
-        return _run(argv, folder, environment, output or sys.stdout.buffer)
+    """Run a program to its end as `running_program` does, and return how it ended."""
+    with running_program(argv, folder=folder, environment=environment, output=output) as program:
+        ended = program.ended(None)
+    assert ended is not None  # noqa: S101  it was waited for
+    return ended
+
+
+@contextlib.contextmanager
+def running_program(
+    argv: Sequence[str],
+    *,
+    folder: Path,
+    environment: Mapping[str, str],
+    output: Output | None = None,
+    grace: float = 0.0,
+) -> Iterator[Program]:
+    """Run a program in `folder`, in this process's session, while the context is open, and pass on what it prints, both
+    streams. output: where to; by default this process's own. grace: seconds between SIGTERM and SIGKILL where it still
+    runs at the end. Call it from a thread that lives until then. If this process is killed before, the program ends; so
+    does what that started, where this process leads its group, as workers do. Raise OSError where it cannot be
+    started."""
+    leads = os.getpgrp() == os.getpid()
+    with _keeper() if leads else contextlib.nullcontext():  # else others are in the group
+        program = Program(_start(argv, folder, environment), output or sys.stdout.buffer)
+        try:
+            yield program
+        finally:
+            program.end(grace)
 
 
 @contextlib.contextmanager
@@ -70,7 +138,7 @@ def _keeper() -> Iterator[None]:
             keeper.kill()  # before its input ends
 
 
-def _run(argv: Sequence[str], folder: Path, environment: Mapping[str, str], output: BinaryIO) -> Ended:
+def _start(argv: Sequence[str], folder: Path, environment: Mapping[str, str]) -> subprocess.Popen[bytes]:
     import subprocess
 
     parent, tie = os.getpid(), death_with_parent()
@@ -80,21 +148,13 @@ def _run(argv: Sequence[str], folder: Path, environment: Mapping[str, str], outp
         if os.getppid() != parent:
             os._exit(1)
 
-    child = subprocess.Popen(
+    return subprocess.Popen(
         list(argv), cwd=folder, env=dict(environment), stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT, preexec_fn=begin,
     )  # fmt: skip
-    last: deque[bytes] = deque([b""], maxlen=LAST_LINES + 1)
-    assert child.stdout is not None  # noqa: S101  it is a pipe
-    reader = threading.Thread(target=_pass_on, args=(child.stdout, output, last), daemon=True)
-    reader.start()
-    status = child.wait()
-    reader.join(AFTER_ITS_END)
-    lines = [line.decode("utf-8", "replace").rstrip() for line in list(last)]
-    return Ended(status, tuple(line for line in lines if line)[-LAST_LINES:])
 
 
-def _pass_on(source: BinaryIO, target: BinaryIO, last: deque[bytes]) -> None:
+def _pass_on(source: BinaryIO, target: Output, last: deque[bytes]) -> None:
     while data := os.read(source.fileno(), 65536):
         with contextlib.suppress(OSError):  # whoever read it is gone: that is no reason to stop the program
             target.write(data)

@@ -64,6 +64,21 @@ def test_one_rank_stops_and_others_take_over(tmp_path: Path) -> None:
     assert lines(tmp_path) == [{"index": row.index, "prompt": row.prompt, "length": 5} for row in ROWS]
 
 
+def test_a_timeline_says_when_each_rank_was_at_work_in_the_last_attempt(tmp_path: Path) -> None:
+    told: list[tuple[int, int, int, float]] = []
+    share_out(tmp_path, batch_size=2, ranks=2)
+    compute_share(tmp_path, 1, 2, counting([]))
+    share_out(tmp_path, batch_size=2, ranks=3)
+    for rank in range(3):
+        compute_share(tmp_path, rank, 3, counting([]), progress=lambda *words: told.append(words))
+    times = merge_results(tmp_path, tmp_path)[0]["timeline"]
+    assert {rank: (each["prompts"], each["tokens"]) for rank, each in times.items()} == {"0": (2, 2), "1": (2, 2)}
+    assert times["0"]["began"] == 0
+    assert all(0 <= each["began"] <= each["ended"] and each["busy"] >= 0 for each in times.values())
+    assert [words[:3] for words in told] == [(0, 2, 0), (2, 2, 2), (2, 2, 2)] * 2
+    assert told[1][3] == pytest.approx(times["0"]["busy"], abs=0.001)
+
+
 def test_a_rank_without_work_binds_nothing(tmp_path: Path) -> None:
     share_out(tmp_path, ROWS[:1], batch_size=2, ranks=2)
     compute_share(tmp_path, 1, 2, lambda: pytest.fail("the model was loaded"))

@@ -6,20 +6,25 @@ import signal
 import subprocess
 import sys
 import threading
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import yaml
+from support import stages
 from support.launching import TESTS, Launched, make_job, read_pid
 from support.workshop import Workshop
 
-from bigpipe.errors import DoesNotFit, StageFailed, UsageError
+from bigpipe.errors import DoesNotFit, ManifestError, StageFailed, UsageError
+from bigpipe.orchestrator.contract.contexts import Surroundings
 from bigpipe.orchestrator.contract.events import LogLine, RankHello
 from bigpipe.orchestrator.contract.types import Gpu, Launch, Machine
 from bigpipe.orchestrator.launch.acceleration import accelerate, effective_launch
+from bigpipe.orchestrator.launch.environment import worker_environment
 from bigpipe.orchestrator.launch.jobs import AttemptFolder, Outcome
 from bigpipe.orchestrator.launch.processes import signed_in
 from bigpipe.orchestrator.planning import open_session
+from bigpipe.orchestrator.recipe import load_recipe
 
 TWO = Launch(num_processes=2)
 GPUS = tuple(Gpu(index, "A100", 80 * 2**30, 79 * 2**30) for index in range(2))
@@ -182,3 +187,37 @@ def test_what_cannot_be_launched_is_a_usage_error(tmp_path: Path, launch: Launch
     (tmp_path / "no_port.yaml").write_text("main_process_port: 0")
     with pytest.raises(UsageError, match=cause):
         accelerate(launch, tmp_path, machine_with(0))
+
+
+def test_a_precision_that_nothing_heeds_is_refused_where_it_stands(workshop: Workshop) -> None:
+    text = """
+version: 1
+name: r
+stages:
+  download: {uses: download, with: {path: model}}
+  generate:
+    uses: distributed-infer
+    inputs: download
+    with: {task: text-generation, prompts: [a]}
+    launch: {LAUNCH}
+"""
+    workshop.manifest.write_text(text.replace("LAUNCH", "mixed_precision: bf16"))
+    told = "bf16 would change nothing; say what to compute in under `with`: dtype: bfloat16"
+    with pytest.raises(ManifestError, match=rf"(?s)recipe\.yaml:10:.*{told}"):
+        load_recipe(workshop.manifest, {})
+    (workshop.folder / "mine.yaml").write_text("mixed_precision: bf16\n")
+    workshop.manifest.write_text(text.replace("LAUNCH", "config_file: mine.yaml"))
+    session = open_session(workshop.manifest, params={})
+    with pytest.raises(UsageError, match="bf16 would change nothing") as error:
+        session.surroundings(session.recipe.nodes["generate"])
+    assert error.value.place is not None
+    workshop.manifest.write_text(text.replace("LAUNCH", "config_file: mine.yaml, mixed_precision: 'no'"))
+    session = open_session(workshop.manifest, params={})
+    assert session.surroundings(session.recipe.nodes["generate"]).launch.mixed_precision == "no"
+
+
+def test_who_asks_servers_is_given_the_passwords_of_proxies(tmp_path: Path) -> None:
+    around = Surroundings(base=tmp_path, machine=machine_with(0), memo=tmp_path)
+    parent = {"HTTPS_PROXY": "http://me:word-of-pass@proxy:3128"}
+    plain, asks = (worker_environment(replace(stages.PROCESS, asks=asks), around, parent) for asks in (False, True))
+    assert (plain["HTTPS_PROXY"], asks["HTTPS_PROXY"]) == ("http://proxy:3128", parent["HTTPS_PROXY"])

@@ -266,7 +266,8 @@ print(*sorted(name.removeprefix("bigpipe.bigmodel.") for name in sys.modules if 
         [sys.executable, "-c", code], capture_output=True, text=True, check=False, env=environment, cwd=root
     )
     assert done.stdout.split() == [
-        "architecture", "architecture.texts", "formats", "formats.bitsandbytes", "formats.registry", "formats.widths",
+        "architecture", "architecture.texts", "engines", "engines.engine", "engines.registry", "engines.transformers",
+        "formats", "formats.bitsandbytes", "formats.registry", "formats.widths",
         "memo", "placement", "placement.devices", "sources", "tasks", "tasks.arguments", "tasks.registry", "tasks.task",
         "tasks.text_generation", "tasks.tokenizing",
     ], done.stderr  # fmt: skip

@@ -112,6 +112,25 @@ def test_the_rate_follows_the_last_seconds_and_ranks_add_up() -> None:
     assert slow.update(Progress("n", 0, 10, "x", "another task")).rate is None
 
 
+def test_ranks_that_count_tokens_are_told_one_by_one() -> None:
+    """One makes 10 tokens a second and is never idle; the other makes 4, works half the time, and ends at second 5."""
+    clock, meter = Clock(), ProgressMeter(Clock())
+    meter.clock = clock
+    meter.update(Progress("n", 0, 20, "prompts", rank=0, tokens=0, busy=0.0))
+    for second in range(1, 10):
+        clock.now = second
+        if second <= 5:
+            meter.update(Progress("n", second, 5, "prompts", rank=1, tokens=4 * second, busy=second / 2))
+        reading = meter.update(Progress("n", second, 20, "prompts", rank=0, tokens=10 * second, busy=float(second)))
+    first, second_rank = reading.paces
+    assert first.text() == "rank 0: 9/20 prompts 10 tokens/s idle 0% eta 0:11"
+    assert second_rank.text() == "rank 1: 5/5 prompts 4.0 tokens/s idle 75%", "2 of 8 seconds at work"
+    assert reading.text().endswith(" 14 tokens/s idle 38%")
+    (alone,) = ProgressMeter(Clock()).update(Progress("n", 1, 2, "x", tokens=3, busy=1.0)).paces
+    assert alone.text() == "rank 0: 1/2 x"
+    assert ProgressMeter(Clock()).update(Progress("n", 1, 2, "x")).paces == ()
+
+
 @pytest.mark.parametrize(
     ("done", "total", "unit", "text"),
     [

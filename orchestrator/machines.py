@@ -1,0 +1,70 @@
+"""A run over the machines that a scheduler started: which one drives, and what the others do meanwhile.
+
+`bigpipe run` is started on each of them, over one store. Machine 0 runs the recipe as ever; the others start ranks of
+the nodes whose `launch.num_machines` is more than 1, when they are called.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from bigpipe.errors import UsageError
+from bigpipe.redaction import conceal_environment
+
+from .contract import LogLine
+from .launch import Meeting, attend as attend_meeting, meeting_place, start_here
+from .planning import Session
+
+
+def _shared(session: Session) -> tuple[int, float]:
+    """How many machines the nodes are to run on that run on several, and the seconds in which they must come; 1 where
+    there are none. Raise UsageError where nodes differ, or the scheduler started another number."""
+    several = [node for node in session.nodes if node.launch.num_machines > 1 or node.launch.config_file]
+    launches = [session.surroundings(node).launch for node in several]
+    counts = sorted({launch.num_machines for launch in launches if launch.num_machines > 1})
+    if len(counts) > 1 and session.place is not None:
+        cause = f"nodes are to run on {' and on '.join(map(str, counts))} machines, which were started together"
+        raise UsageError(cause, "write the same launch.num_machines everywhere, or 1")
+    return (counts[0] if counts else 1), max((launch.join_seconds for launch in launches), default=0)
+
+
+def _meeting_place(session: Session) -> Path:
+    assert session.place is not None  # noqa: S101  there are several machines
+    return meeting_place(session.store.memo, session.place, session.recipe.path.name)
+
+
+@contextmanager
+def driving(session: Session) -> Iterator[None]:
+    """While it is open the other machines wait to be called, if there are any. Raise UsageError on one of those."""
+    count, limit = _shared(session)
+    if count == 1 or session.place is None:
+        yield
+        return
+    if session.place.rank != 0:
+        cause = f"a run is driven from machine 0, and this is {session.place.name(session.place.rank)}"
+        raise UsageError(cause, "call `bigpipe run` here, which attends")
+    session.meeting = Meeting(_meeting_place(session), session.place, count, limit)
+    with session.meeting.held():
+        yield
+
+
+def attend(session: Session) -> int | None:
+    """Start ranks when called; return the status of the run, None where this is not a machine that attends."""
+    count, limit = _shared(session)
+    if count == 1 or session.place is None or session.place.rank == 0:
+        return None
+
+    def say(line: str) -> None:
+        if session.reporter is not None:
+            session.reporter.report(LogLine(session.recipe.name, line))
+
+    def start(job_file: Path, node: str, over: Callable[[], None]) -> int:
+        called = session.recipe.nodes[node]
+        around = session.surroundings(called)
+        conceal_environment({**session.environment, **around.environment}, session.secrets(called))
+        say(f"{node}: its ranks start here")
+        return start_here(called.kind, around, session.environment, job_file, over)
+
+    return attend_meeting(_meeting_place(session), session.place, limit, start, say)

@@ -1,0 +1,235 @@
+"""Several machines without a person: what schedulers say, how machines meet, and a run over two of them."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Mapping
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import pytest
+from support.launching import TESTS, wait_for
+
+from bigpipe.errors import DoesNotFit, StageFailed, Transient, UsageError
+from bigpipe.orchestrator.contract.types import Launch
+from bigpipe.orchestrator.launch import Meeting, Standing, attend, effective_launch, meeting as meetings, standing
+from bigpipe.orchestrator.launch.schedulers import node_names
+
+SLURM = {
+    "SLURM_JOB_ID": "7", "SLURM_STEP_ID": "0", "SLURM_NNODES": "4", "SLURM_STEP_NUM_NODES": "2", "SLURM_NODEID": "1",
+    "SLURM_LOCALID": "0", "SLURM_JOB_NODELIST": "gpu[01-04]", "SLURM_STEP_NODELIST": "gpu[03-04]",
+}  # fmt: skip
+TORCHRUN = {
+    "TORCHELASTIC_RUN_ID": "none", "RANK": "1", "WORLD_SIZE": "3", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1",
+    "GROUP_RANK": "1", "MASTER_ADDR": "10.0.0.1", "MASTER_PORT": "29400",
+}  # fmt: skip
+OPERATOR = {
+    "PET_NNODES": "2", "PET_NPROC_PER_NODE": "1", "PET_NODE_RANK": "1", "PET_MASTER_ADDR": "train-node-0-0.train",
+    "PET_MASTER_PORT": "29400", "JOB_COMPLETION_INDEX": "1",
+}  # fmt: skip
+INDEXED = {"JOB_COMPLETION_INDEX": "2", "HOSTNAME": "train-2.headless"}
+
+
+@pytest.mark.parametrize(("environment", "wanted"), [
+    ({}, None),
+    (SLURM, Standing("SLURM", "7.0", 1, 2, "gpu03", ("gpu03", "gpu04"))),
+    (TORCHRUN, Standing("torchrun", "none 10.0.0.1:29400", 1, 3, "10.0.0.1")),
+    ({**SLURM, **TORCHRUN}, Standing("torchrun", "none 10.0.0.1:29400", 1, 3, "10.0.0.1")),
+    (OPERATOR, Standing("the training operator", "train-node-0-0.train", 1, 2, "train-node-0-0.train")),
+    ({**OPERATOR, "PET_MASTER_ADDR": "", "PET_RDZV_ENDPOINT": "a-0:1"},
+     Standing("the training operator", "a-0", 1, 2, "a-0")),
+    (INDEXED, Standing("Kubernetes", "train", 2, None, "train-0.headless")),
+    ({**INDEXED, "HOSTNAME": "mine"}, Standing("Kubernetes", "mine", 2, None, None)),
+], ids=str)  # fmt: skip
+def test_schedulers_say_which_machine_this_is(environment: Mapping[str, str], wanted: Standing | None) -> None:
+    assert standing(environment) == wanted
+
+
+@pytest.mark.parametrize(("environment", "told"), [
+    ({**SLURM, "SLURM_NODEID": "one"}, "SLURM_NODEID is 'one', and no number"),
+    ({**SLURM, "SLURM_NODEID": "2"}, "SLURM says that this is machine 2 of 2"),
+    ({**SLURM, "SLURM_LOCALID": "3"}, "process 3 on its machine"),
+    ({**TORCHRUN, "LOCAL_RANK": "1"}, "process 1 on its machine"),
+    ({**OPERATOR, "PET_NNODES": "1:4"}, "PET_NNODES is '1:4', and no number"),
+    ({**SLURM, "SLURM_STEP_NODELIST": "a[1-9999999]"}, "a list of nodes is"),
+], ids=str)  # fmt: skip
+def test_odd_variables_are_refused(environment: Mapping[str, str], told: str) -> None:
+    with pytest.raises(UsageError, match=told):
+        standing(environment)
+
+
+@pytest.mark.parametrize(("text", "names"), [
+    ("a", ["a"]), ("a,b", ["a", "b"]), ("gpu[01-03,7],login", ["gpu01", "gpu02", "gpu03", "gpu7", "login"]),
+    ("r[1-2]n[08-09]", ["r1n08", "r1n09", "r2n08", "r2n09"]), ("127.0.0.[1-2]", ["127.0.0.1", "127.0.0.2"]), ("", []),
+])  # fmt: skip
+def test_a_list_of_nodes_is_spelled_out(text: str, names: list[str]) -> None:
+    assert list(node_names(text)) == names
+
+
+def test_the_launch_is_completed_by_what_the_scheduler_says(tmp_path: Path) -> None:
+    two = Launch(num_processes=4, num_machines=2)
+    found = effective_launch(two, tmp_path, lambda: standing(SLURM))
+    assert (found.machine_rank, found.main_process_ip, found.local_processes) == (1, "gpu03", 2)
+    own = Launch(num_processes=4, num_machines=2, main_process_ip="10.1.1.1")
+    assert effective_launch(own, tmp_path, lambda: standing(SLURM)).main_process_ip == "10.1.1.1"
+    one = Launch(num_processes=4)
+    assert effective_launch(one, tmp_path, lambda: pytest.fail("nobody need know")) == one
+    for launch, place, told in (
+        (Launch(num_processes=3, num_machines=3), SLURM, "num_machines is 3, and SLURM started 2"),
+        (Launch(num_processes=3, num_machines=2), SLURM, "spread evenly"),
+        (two, {**INDEXED, "HOSTNAME": "mine", "JOB_COMPLETION_INDEX": "1"}, "does not say where machine 0 is"),
+    ):
+        with pytest.raises(UsageError, match=told):
+            effective_launch(launch, tmp_path, lambda place=place: standing(place))  # type: ignore[misc]
+
+
+PLACES = [Standing("SLURM", "7.0", rank, 3, "a", ("a", "b", "c")) for rank in range(3)]
+
+
+def quiet() -> None:
+    """Nothing is wrong."""
+
+
+def test_who_does_not_come_is_named(tmp_path: Path) -> None:
+    coming = threading.Thread(
+        target=lambda: attend(tmp_path, PLACES[1], 10, lambda *given: 0, lambda line: None), daemon=True
+    )
+    coming.start()
+    meeting = Meeting(tmp_path, PLACES[0], 3, limit=0.8)
+    with pytest.raises(Transient, match=r"machine 2 \(c\) of 3 did not come within 0\.8 s") as error, meeting.held():
+        meeting.call(tmp_path / "job", "node", quiet)
+    assert "a file system that all machines share" in error.value.cure
+    coming.join(10)
+    with pytest.raises(Transient, match=r"machine 0 \(a\) did not come within 0\.3 s"):
+        attend(tmp_path, PLACES[1], 0.3, lambda *given: 0, lambda line: None)
+
+
+@pytest.mark.parametrize("left", [False, True])
+def test_machines_are_called_and_leave_with_the_status_of_the_run(tmp_path: Path, left: bool) -> None:
+    """left: what an earlier run left there means nothing."""
+    if left:
+        (tmp_path / "old").mkdir()
+        (tmp_path / "here-1.json").write_text('{"number": "0"}')
+        (tmp_path / "old" / "welcome-1.json").write_text('{"number": "0"}')
+        (tmp_path / "old" / "end.json").write_text('{"status": 9}')
+    calls: list[Any] = []
+
+    def start(job: Path, node: str, over: Any) -> int:
+        calls.append((job, node))
+        return len(calls) - 1
+
+    statuses: list[int] = []
+    others = [
+        threading.Thread(target=lambda place=place: statuses.append(attend(tmp_path, place, 10, start, calls.append)))
+        for place in PLACES[1:2]
+    ]
+    for other in others:
+        other.start()
+    meeting = Meeting(tmp_path, PLACES[0], 2, limit=10)
+    with suppress(DoesNotFit), meeting.held():
+        first = meeting.call(tmp_path / "job", "one", quiet)
+        assert wait_for(lambda: meeting.has_all(first))
+        second = meeting.call(tmp_path / "job", "two", quiet)
+        assert wait_for(lambda: meeting.has_all(second))
+        raise DoesNotFit("too large")
+    for other in others:
+        other.join(10)
+    assert statuses == [4]
+    assert [call for call in calls if isinstance(call, tuple)] == [(tmp_path / "job", "one"), (tmp_path / "job", "two")]
+    assert not list(tmp_path.glob("*"))
+
+
+@pytest.mark.parametrize("how", ["silent", "left"])
+def test_a_machine_that_has_gone_is_told_of(tmp_path: Path, how: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(meetings, "PATIENCE", 0.5)
+    monkeypatch.setattr(meetings, "LEAVING", 0.1)
+    (tmp_path / "here-1.json").write_text('{"number": "5"}')
+    meeting = Meeting(tmp_path, PLACES[0], 2, limit=10)
+    with meeting.held():
+        (welcome,) = wait_for(lambda: list(tmp_path.glob("*/welcome-1.json")))
+        joined = welcome.parent / "joined-1"
+        joined.write_text('"5"')
+        call = meeting.call(tmp_path / "job", "one", quiet)
+        assert not meeting.has_all(call)
+        if how == "silent":
+            time.sleep(0.6)
+        else:
+            joined.unlink()
+        with pytest.raises(StageFailed, match=r"machine 1 \(b\) has gone, or is not heard of"):
+            meeting.has_all(call)
+
+
+RECIPE = """
+version: 1
+name: two
+trust: {modules: [support]}
+stages:
+  work:
+    uses: support.stages:RANKS
+    with: {do: DO, rank: 1, text: TEXT, seconds: 100}
+    launch: {num_processes: 2, num_machines: 2, join_seconds: 60}
+"""
+
+
+def machine(folder: Path, rank: int, do: str = "succeed", text: str = "") -> subprocess.Popen[str]:
+    """`bigpipe run` on a machine of two that SLURM started, by its addresses on the loopback device."""
+    recipe = folder / "recipe.yaml"
+    recipe.write_text(RECIPE.replace("DO", do).replace("TEXT", text or "''"))
+    given = {**SLURM, "SLURM_NODEID": str(rank), "SLURM_STEP_NODELIST": "127.0.0.[1-2]"}
+    path = os.pathsep.join([str(TESTS.parent / "src"), str(TESTS)])
+    return subprocess.Popen(
+        [sys.executable, "-m", "bigpipe", "run", str(recipe)], cwd=folder, text=True,
+        env={**os.environ, **given, "PYTHONPATH": path, "BIGPIPE_HOME": str(folder / "store")},
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+    )  # fmt: skip
+
+
+def ended(processes: list[subprocess.Popen[str]]) -> tuple[list[int], str]:
+    said = [process.communicate(timeout=150)[0] for process in processes]
+    return [process.returncode for process in processes], "\n".join(said)
+
+
+def test_two_machines_make_one_run(tmp_path: Path) -> None:
+    statuses, said = ended([machine(tmp_path, rank) for rank in (1, 0)])
+    assert statuses == [0, 0], said
+    (merged,) = (tmp_path / "store" / "artifacts").glob("*/merged")
+    assert merged.read_text() == "0/2 1/2"
+    assert "machine 1 (127.0.0.2) waits for calls of machine 0 (127.0.0.1)" in said
+    assert not list((tmp_path / "store" / "memo" / "machines").glob("*"))
+
+
+@pytest.mark.fault
+def test_an_error_on_another_machine_is_the_errors_of_the_run(tmp_path: Path) -> None:
+    statuses, said = ended([machine(tmp_path, rank, "fail") for rank in (0, 1)])
+    assert statuses == [4, 4], said
+    assert "rank 1: 20 GiB do not fit" in said
+
+
+@pytest.mark.fault
+@pytest.mark.parametrize("victim", [0, 1])
+def test_a_machine_that_is_killed_ends_the_run_on_the_other(tmp_path: Path, victim: int) -> None:
+    processes = [machine(tmp_path, rank, "sleep") for rank in (0, 1)]
+    (asleep,) = wait_for(lambda: list((tmp_path / "store" / "work").glob("*/scratch/asleep-1")), seconds=60)
+    time.sleep(0.5)
+    begun = time.monotonic()
+    processes[victim].send_signal(signal.SIGKILL)
+    statuses, said = ended(processes)
+    assert statuses[1 - victim] == (6 if victim else 75), said
+    assert "rank 1 died" in said or "has gone" in said, said
+    assert time.monotonic() - begun < 90
+    wait_for(lambda: not Path(f"/proc/{asleep.read_text()}").exists())
+
+
+@pytest.mark.fault
+def test_a_machine_that_does_not_come_is_named_by_the_run(tmp_path: Path) -> None:
+    process = machine(tmp_path, 0)
+    (tmp_path / "recipe.yaml").write_text((tmp_path / "recipe.yaml").read_text().replace("60", "3"))
+    statuses, said = ended([process])
+    assert statuses == [75], said
+    assert "machine 1 (127.0.0.2) of 2 did not come within" in said
