@@ -52,6 +52,11 @@ PARAMS = click.option(
     shell_complete=PARAMETERS,
     help="Set a recipe's parameter.",
 )
+REMOTE = click.option(
+    "--remote",
+    metavar="URL",
+    help="A store that others share, by address or path; else $BIGPIPE_REMOTE, else the recipe's. Empty: none.",
+)
 JSON = click.option("--json", "as_json", is_flag=True, help="Print JSON on stdout.")
 JOBS = click.option("--jobs", type=click.IntRange(min=1), help="Nodes side by side at the most.")
 YES = click.option("-y", "--yes", is_flag=True, help="Do not ask.")

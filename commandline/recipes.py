@@ -15,11 +15,14 @@ from bigpipe.orchestrator import report
 from bigpipe.tables import columns
 
 from .completing import NODES, RUNS
-from .options import JOBS, JSON, MANIFEST, OFFLINE, PARAMS, STORE
+from .options import JOBS, JSON, MANIFEST, OFFLINE, PARAMS, REMOTE, STORE
 from .printing import fail_all, own_stderr, say, screen, show, show_json
 
 if TYPE_CHECKING:
     from bigpipe.orchestrator.contract import Reporter
+
+NAMED_ELSEWHERE = "-"
+"""`--remote` without an address."""
 
 
 @click.command()
@@ -36,6 +39,7 @@ if TYPE_CHECKING:
 @JSON
 @click.option("--events", type=click.Path(path_type=Path), help="Append every event as a JSON line to this file.")
 @STORE
+@REMOTE
 def run(manifest: Path, nodes: tuple[str, ...], events: Path | None, as_json: bool, **options: Any) -> None:
     """Run a recipe, or NODEs of it and what they stand on. Nothing that is in the store runs again.
 
@@ -76,6 +80,7 @@ def _attend(
 @OFFLINE
 @JSON
 @STORE
+@REMOTE
 def plan(
     manifest: Path, nodes: tuple[str, ...], machine: Path | None, explain: bool, as_json: bool, **options: Any
 ) -> None:
@@ -121,20 +126,35 @@ def validate(manifests: tuple[Path, ...], params: dict[str, str], as_json: bool)
 @click.option("--exit-code", is_flag=True, help="Exit with 10 where something would run.")
 @JSON
 @STORE
-def status(manifest: Path, exit_code: bool, as_json: bool, **options: Any) -> None:
+@click.option(
+    "--remote",
+    is_flag=False,
+    flag_value=NAMED_ELSEWHERE,
+    metavar="[URL]",
+    help="Also say which nodes the remote store has: this one, else $BIGPIPE_REMOTE, else the recipe's.",
+)
+def status(
+    manifest: Path, exit_code: bool, as_json: bool, remote: str | None, store: Path | None, **options: Any
+) -> None:
     """Say of every node whether it is cached, and if not, why.
 
     Example: bigpipe status manifests/quickstart.yaml --exit-code
     """
     from bigpipe.orchestrator import commands
 
-    planned = bigpipe.plan(manifest, preflight=False, **options)
+    with closing(report.choose_reporter(own_stderr())) as reporter:
+        address = None if remote == NAMED_ELSEWHERE else remote
+        planned = bigpipe.plan(manifest, preflight=False, store=store, remote=address, reporter=reporter, **options)
+        there = commands.shared(planned) if remote is not None else {}
     rows = [(name, str(node.action), node.decision.reason) for name, node in planned.nodes.items()]
-    nodes = {name: {"action": action, "reason": reason} for name, action, reason in rows}
+    nodes = {name: {"action": action, "reason": reason, "shared": there.get(name)} for name, action, reason in rows}
+    if there:
+        told = {True: "shared", False: "not shared", None: ""}
+        rows = [(name, f"{action} {told[there[name]]}".strip(), reason) for name, action, reason in rows]
     stale = commands.stale(planned) if exit_code else None
     show(
         as_json,
-        lambda: {"schema": "bigpipe.status/1", "nodes": nodes},
+        lambda: {"schema": "bigpipe.status/1", "remote": report.remote_json(planned.session.remote), "nodes": nodes},
         lambda: columns(rows, screen()),
         [stale] if stale else [],
     )
@@ -146,6 +166,7 @@ def status(manifest: Path, exit_code: bool, as_json: bool, **options: Any) -> No
 @PARAMS
 @JSON
 @STORE
+@REMOTE
 def why(manifest: Path, node: str, as_json: bool, **options: Any) -> None:
     """Say why NODE would run, or ran last: which value changed, from what, to what, where.
 
@@ -195,4 +216,47 @@ def lock(manifest: Path, as_json: bool, **options: Any) -> None:
     show(as_json, lambda: {"schema": "bigpipe.lock/1", "lock": file}, lambda: file)
 
 
-COMMANDS = (run, plan, validate, status, why, graph, lock)
+def _exchange(work: str, manifest: Path, nodes: tuple[str, ...], as_json: bool, options: dict[str, Any]) -> None:
+    from bigpipe.orchestrator import commands
+
+    with closing(report.choose_reporter(own_stderr())) as reporter:
+        done = getattr(commands, work)(manifest, nodes, reporter=reporter, **options)
+    show(
+        as_json,
+        lambda: report.exchange_json(f"bigpipe.{work}/1", done),
+        lambda: report.exchange_text(done, screen()),
+        done.errors,
+    )
+
+
+@click.command()
+@MANIFEST
+@click.argument("nodes", nargs=-1, shell_complete=NODES)
+@PARAMS
+@JSON
+@STORE
+@REMOTE
+def push(manifest: Path, nodes: tuple[str, ...], as_json: bool, **options: Any) -> None:
+    """Give to the remote store what the store has of a recipe, or of NODEs and what they stand on.
+
+    Example: bigpipe push manifests/quickstart.yaml --remote s3://team/cache
+    """
+    _exchange("push", manifest, nodes, as_json, options)
+
+
+@click.command()
+@MANIFEST
+@click.argument("nodes", nargs=-1, shell_complete=NODES)
+@PARAMS
+@JSON
+@STORE
+@REMOTE
+def pull(manifest: Path, nodes: tuple[str, ...], as_json: bool, **options: Any) -> None:
+    """Bring to the store what the remote store has of a recipe, or of NODEs and what they stand on. Nothing runs.
+
+    Example: bigpipe pull manifests/quickstart.yaml --remote s3://team/cache
+    """
+    _exchange("pull", manifest, nodes, as_json, options)
+
+
+COMMANDS = (run, plan, validate, status, why, graph, lock, push, pull)

@@ -7,11 +7,17 @@ import os
 import sys
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, closing, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from bigpipe.errors import GateFailed, ManifestError, Problem, Stale, UsageError
+from bigpipe.errors import (
+    GateFailed,
+    ManifestError,
+    Problem,
+    Stale,
+    UsageError,
+)
 from bigpipe.files import make_directory, write_file
 from bigpipe.machine import MACHINE
 from bigpipe.names import Given, as_names, checked
@@ -37,6 +43,9 @@ from .recipe import Fault, Recipe, load_recipe
 from .running import RunRecord, RunResult, records, run_plan
 from .store import Store, default_root, explained
 
+if TYPE_CHECKING:
+    from .running.sharing import Exchange
+
 REPORTER = Given((Reporter,), "an object with `report(event)`")
 PROGRESS = Given((bool, Callable), "True, or a function that takes an event")  # type: ignore[arg-type]  # as isinstance
 
@@ -48,6 +57,7 @@ def run(
     *,
     params: Mapping[str, Any] | None = None,
     store: str | Path | None = None,
+    remote: str | None = None,
     force: Collection[str] = (),
     locked: bool = False,
     offline: bool = False,
@@ -63,6 +73,7 @@ def run(
     nodes: stage or node names; only they and their ancestors run. force: run these whatever the store holds.
     progress: True: bars on a terminal, else lines, on standard error, as the command has them; or what is called with
       each event. reporter: the same as an object with `report(event)`.
+    remote: address or path of a store that others share, in place of $BIGPIPE_REMOTE and the recipe's; empty: none.
     check: raise the first error (GateFailed, StageFailed, …); otherwise errors are in the result.
     text: the recipe, where no file holds it; `manifest` then says what it is called, and what its paths start from.
     Raises, before anything runs, ManifestError, UsageError, DoesNotFit, NotAuthorised and GateFailed for what can be
@@ -70,7 +81,7 @@ def run(
     """
     with closing(Following.of(progress, reporter)) as following:
         result = _run(
-            manifest, nodes, jobs=jobs, keep_going=keep_going, params=params, store=store, force=force,
+            manifest, nodes, jobs=jobs, keep_going=keep_going, params=params, store=store, remote=remote, force=force,
             offline=offline, locked=locked, reporter=following.reporter, text=text,
         )  # fmt: skip
     if check and result.errors:
@@ -212,6 +223,7 @@ def plan(
     *,
     params: Mapping[str, Any] | None = None,
     store: str | Path | None = None,
+    remote: str | None = None,
     offline: bool = False,
     machine: Machine | None = None,
     jobs: int | None = None,
@@ -221,7 +233,7 @@ def plan(
     """Return what `run` would do now, what it costs and whether it fits; `Plan.errors()` says why it is refused.
     preflight: also ask each running kind's `check`, which may use the network for metadata."""
     session = _open(
-        manifest, nodes, params=params, store=store, offline=offline, given_machine=machine,
+        manifest, nodes, params=params, store=store, remote=remote, offline=offline, given_machine=machine,
         side_by_side=jobs != 1, reporter=reporter,
     )  # fmt: skip
     return with_parameters(make_plan(session, preflight=preflight))
@@ -250,11 +262,16 @@ def stale(plan_: Plan) -> Stale | None:
 
 
 def why(
-    manifest: str | Path, node: str, *, params: Mapping[str, Any] | None = None, store: str | Path | None = None
+    manifest: str | Path,
+    node: str,
+    *,
+    params: Mapping[str, Any] | None = None,
+    store: str | Path | None = None,
+    remote: str | None = None,
 ) -> dict[str, Json]:
     """Return per node meant by `node`: what it would do, the reason, every change old → new with its place, and the
     producers whose changes reach it."""
-    session = _open(manifest, params=params, store=store)
+    session = _open(manifest, params=params, store=store, remote=remote)
     names = exact(session.recipe, [node])
     planned = make_plan(session, preflight=False)
     return {name: explain(session, planned, name) for name in session.recipe.nodes if name in names}
@@ -299,6 +316,52 @@ def lock(
     """Write `<manifest>.lock`, or check that it still says what a run would use (Stale where not)."""
     session = _open(manifest, params=params, store=store)
     return lock_file.check_lock(session) if check else lock_file.write_lock(session)
+
+
+def push(
+    manifest: str | Path,
+    nodes: Sequence[str] = (),
+    *,
+    params: Mapping[str, Any] | None = None,
+    store: str | Path | None = None,
+    remote: str | None = None,
+    reporter: Reporter | None = None,
+) -> Exchange:
+    """Give to the remote store what the store has of a recipe's nodes. Raise UsageError where none is named."""
+    from .running import sharing  # of what has a remote store
+
+    session = _open(manifest, nodes, params=params, store=store, remote=remote, reporter=reporter)
+    sharing.require_remote(session)
+    with session.store, explained(session.store.root):
+        return sharing.push(session, make_plan(replace(session, remote=None), preflight=False))
+
+
+def pull(
+    manifest: str | Path,
+    nodes: Sequence[str] = (),
+    *,
+    params: Mapping[str, Any] | None = None,
+    store: str | Path | None = None,
+    remote: str | None = None,
+    reporter: Reporter | None = None,
+) -> Exchange:
+    """Bring to the store what the remote store has of a recipe's nodes; nothing runs. Raise UsageError where none is
+    named."""
+    from .running import sharing
+
+    session = _open(manifest, nodes, params=params, store=store, remote=remote, reporter=reporter)
+    sharing.require_remote(session)
+    with session.store, explained(session.store.root):
+        session.store.enter()
+        return sharing.pull(session, make_plan(session, preflight=False))
+
+
+def shared(planned: Plan) -> dict[str, bool | None]:
+    """Return of each node whether the remote store has it; None: not known, or it is never shared. Raise UsageError
+    where no remote store is named."""
+    from .running import sharing
+
+    return sharing.there(planned.session, planned)
 
 
 @checked()

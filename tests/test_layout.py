@@ -86,6 +86,7 @@ def test_a_wheel_holds_every_module(tmp_path):
         "errors.py",
         "faces.py",
         "files.py",
+        "filesystems.py",
         "fit.py",
         "git.py",
         "modules.py",

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import Any
 
 from bigpipe.bigmodel.sources import Sources
 from bigpipe.errors import UsageError
+from bigpipe.filesystems import is_local, open_address
 
 from .destinations import Destination, Directory, FileSystem
 
@@ -47,21 +47,10 @@ def _directory(path: str) -> Directory:
 
 def _open_url(to: str) -> Destination:
     """`file://` is a directory like any other, and must not look like anything else (`simplecache::file://`)."""
-    from fsspec.core import url_to_fs
-
-    try:
-        system, root = url_to_fs(to)
-    except Exception as error:  # foreign code, which may look for files
-        cause = f"{to} cannot be opened: {type(error).__name__}: {error}"
-        raise UsageError(cause, "install the fsspec package for it, or use another", field="to") from error
-    if _is_local(system):
+    system, root = open_address(to, field="to")
+    if is_local(system):
         return _directory(root)
-    if _is_local(getattr(system, "fs", None)):
+    if is_local(getattr(system, "fs", None)):
         cause = f"{to} is a directory of this machine behind another file system"
         raise UsageError(cause, "write its path", field="to")
     return FileSystem(to.rstrip("/"), system, root)
-
-
-def _is_local(system: Any) -> bool:
-    protocol = getattr(system, "protocol", ())
-    return "file" in ((protocol,) if isinstance(protocol, str) else protocol)

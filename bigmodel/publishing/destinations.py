@@ -35,6 +35,7 @@ from bigpipe.files import (
     require_space,
     sync_directory,
 )
+from bigpipe.filesystems import foreign_errors
 from bigpipe.redaction import redact
 
 LONGEST_READ, LONGEST_MARK = 10_000_000, 500
@@ -369,16 +370,8 @@ class FileSystem(Destination):
         with self._errors(StageFailed), suppress(FileNotFoundError):
             self.system.rm(self._path(folder), recursive=True)
 
-    @contextmanager
-    def _errors(self, kind: type[UsageError | StageFailed]) -> Iterator[None]:
-        """Every file system raises classes of its own library; none of them is a bug of ours."""
-        try:
-            yield
-        except (UsageError, StageFailed):
-            raise
-        except Exception as error:
-            cause = f"{self.url}: {type(error).__name__}: {error}"
-            raise kind(cause, "check the address and the credentials that its fsspec package reads") from error
+    def _errors(self, kind: type[UsageError | StageFailed]) -> AbstractContextManager[None]:
+        return foreign_errors(self.url, kind)
 
     def _path(self, name: str) -> str:
         return f"{self.root.rstrip('/')}/{name}"

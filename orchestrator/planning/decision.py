@@ -17,10 +17,12 @@ from .session import Session
 
 
 class Action(StrEnum):
-    """run: no record shares this key with input digests left out. maybe: one does, but an input isn't known yet."""
+    """run: no record shares this key with input digests left out. maybe: one does, but an input isn't known yet.
+    remote: the remote store has it, and it is brought from there."""
 
     RUN = "run"
     CACHED = "cached"
+    REMOTE = "remote"
     MAYBE = "maybe"
     SKIPPED = "skipped"
 
@@ -32,6 +34,17 @@ class Action(StrEnum):
 
 Inputs: TypeAlias = Mapping[str, Sequence[str]]
 """Per port, the digests of what is wired there."""
+
+
+@dataclass(frozen=True, slots=True)
+class Fetch:
+    """What is brought from a remote store."""
+
+    bytes: int
+    seconds: float | None
+    """None: how fast they come is not known."""
+    kept: bool
+    """The files come too, not the record alone (`cache: false`)."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -49,6 +62,8 @@ class Decision:
     """Against the last record of the node."""
     bytes_here: bool = True
     """False for a `cache: false` node whose digest is recorded and whose bytes were dropped."""
+    fetch: Fetch | None = None
+    """What comes from the remote store, where it is taken from there; the record says what that is."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -85,9 +100,16 @@ def decide(session: Session, node: Node, inputs: Inputs | None, awaited: Sequenc
     """Whether the node has to run on these inputs. None: the digests of `awaited` producers are not known."""
     identity, forced = session.identity(node), node.name in session.forced
     key = None if inputs is None else identity.key(inputs)
+    known = None
     if key is not None and (record := session.store.find(key)) is not None:
         action, reason, here = _judged(session, node, record)
-        return Decision(action=action, reason=reason, inputs=inputs, key=key, record=record, bytes_here=here)
+        known = Decision(action=action, reason=reason, inputs=inputs, key=key, record=record, bytes_here=here)
+    if session.remote is not None and not forced and (known is None or known.action.works):
+        from .sharing import look_there  # of what has a remote store
+
+        known = look_there(session, node, inputs, key) or known
+    if known is not None:
+        return known
     last = session.last(node.name)
     changes = _changes_since(last, identity, inputs) if last else ()
     if inputs is None and not forced and session.store.with_partial(identity.partial):

@@ -80,6 +80,11 @@ class Plan:
         return sum(p.forecast.download_bytes or 0 for p in self.to_run if p.forecast)
 
     @property
+    def fetch_bytes(self) -> int:
+        """Bytes that come from the remote store."""
+        return sum(node.decision.fetch.bytes for node in self.nodes.values() if node.decision.fetch)
+
+    @property
     def write_bytes(self) -> int:
         return sum(p.forecast.write_bytes or 0 for p in self.to_run if p.forecast)
 
@@ -166,7 +171,12 @@ def plan_text(plan: Plan, *, explain: bool = False, screen: Screen = PLAIN) -> s
             pins = ", ".join(f"{field} = {value[:12]}" for field, value in planned.pinned.values.items())
             lines.append(f"{name}: {pins} from {planned.pinned.source}")
     lines += _not_installed(plan)
-    lines.append(f"machine: {machine_line(plan.session.machine)}" if plan.to_run else "nothing to do")
+    if remote := plan.session.remote:
+        lines.append(f"remote store: {remote.name}" + (f", which is not used: {remote.away}" if remote.away else ""))
+    if plan.to_run:
+        lines.append(f"machine: {machine_line(plan.session.machine)}")
+    elif not any(each.action is Action.REMOTE for each in plan.nodes.values()):
+        lines.append("nothing to do")
     return "\n".join(lines)
 
 
@@ -183,6 +193,8 @@ def _not_installed(plan: Plan) -> list[str]:
 def totals(plan: Plan) -> str:
     counts = Counter(node.action for node in plan.nodes.values())
     text = ", ".join(f"{counts[action]} {action}" for action in Action if counts[action])
+    if plan.fetch_bytes:
+        text += f"; {format_transfer(plan.fetch_bytes)} from the remote store"
     if plan.to_run:
         text += f"; {format_transfer(plan.download_bytes)} down, {format_transfer(plan.write_bytes)} written"
         if plan.peak_disk and plan.peak_disk != plan.write_bytes:
@@ -197,6 +209,10 @@ def node_line(planned: PlannedNode, follows: str = "") -> str:
     """Return one line: the reason, what it costs, whose files it takes as they are made, its gates."""
     if planned.action in (Action.CACHED, Action.SKIPPED):
         return "; ".join(filter(None, [planned.decision.reason, *gate_lines(planned)]))
+    if fetch := planned.decision.fetch:
+        came = f"{format_transfer(fetch.bytes)} to fetch" if fetch.bytes else "nothing to fetch"
+        time = f", about {fetch.seconds:.0f} s" if fetch.seconds is not None and fetch.seconds >= 1 else ""
+        return "; ".join([came + time, *gate_lines(planned)])
     parts = [planned.decision.reason]
     if forecast := planned.forecast:
         costs = [

@@ -83,6 +83,8 @@ class Rehearsal:
                     self._look(state)
                 case Do.START:
                     self._work(state)
+                case Do.FETCH:
+                    self._fetch(state)
                 case Do.CACHED:
                     self._end(state, Status.CACHED, next_step)
                 case Do.SKIP:
@@ -115,7 +117,7 @@ class Rehearsal:
         if decision.action.works and (condition := self._condition(state)):
             decision = replace(decision, action=Action.MAYBE, reason=f"{condition}; {decision.reason}")
         schedule.decided(self.states, state, decision)
-        if not state.hit:
+        if not (state.hit or state.remote):
             self._foresee(state)
 
     def _condition(self, state: NodeState) -> str:
@@ -123,6 +125,19 @@ class Rehearsal:
         above = () if state.node.first else state.predecessors
         found = (fallback.conditional(self.states, each) for each in (state, *above))
         return next(filter(None, found), "")
+
+    def _fetch(self, state: NodeState) -> None:
+        """It comes from the remote store, which says what it gave."""
+        assert state.decision is not None  # noqa: S101  no other node is told to
+        assert state.decision.record is not None  # noqa: S101
+        schedule.start(self.states, state)
+        self._note_peak(state)
+        schedule.done(self.states, state, state.decision.record)
+        self._end(state, Status.CACHED, step(self.states, state))
+
+    def _note_peak(self, state: NodeState) -> None:
+        if self.states.held["disk"] > self.peak:
+            self.peak, self.where = self.states.held["disk"], state.name
 
     def _work(self, state: NodeState) -> None:
         """It starts, and with it all that can take its files, and theirs; then they are done."""
@@ -137,8 +152,7 @@ class Rehearsal:
                     schedule.start(self.states, consumer, producer.name)
                     self.followed[consumer.name] = producer.name
                     together.append(consumer)
-        if self.states.held["disk"] > self.peak:
-            self.peak, self.where = self.states.held["disk"], together[-1].name
+        self._note_peak(together[-1])
         for each in together:
             each.bytes_here = each.done = True
             self._end(each, Status.SUCCEEDED, step(self.states, each))
@@ -183,7 +197,7 @@ class Rehearsal:
         for port, wired in wires.items():
             if forecasts := [one.forecast for one in wired if one.forecast is not NOTHING_FORESEEN]:
                 inputs[port] = tuple(forecasts)
-        digest = record.digest if record and state.bytes_here else None
+        digest = record.digest if record and state.bytes_here and not state.remote else None
         self.contexts[node.name] = context = ForecastContext(
             surroundings=session.surroundings(node),
             inputs=inputs,
@@ -227,12 +241,13 @@ class Rehearsal:
             return Decision(action=Action.SKIPPED, reason=f"left: {state.left}" if state.left else state.reason)
         if told := fallback.told(self.states, state):
             decision = replace(decision, reason="; ".join(filter(None, [decision.reason, told])))
-        if state.status is Status.CACHED or decision.action is not Action.CACHED:
+        if state.status is Status.CACHED or decision.action not in (Action.CACHED, Action.REMOTE):
             return decision
         needing = {each.name: self.decisions[each.name].action for each in state.consumers}
         needing = {name: action for name, action in needing.items() if action.works}
         return replace(
             decision,
+            fetch=None,
             action=Action.RUN if Action.RUN in needing.values() else Action.MAYBE,
             reason=schedule.demanded(" and ".join(needing)),
         )

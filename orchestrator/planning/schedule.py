@@ -5,8 +5,8 @@ the store, the clock, the machine or another process; every rule has its row in 
 
 step(states, state)
     pending    let it wait until earlier variants are left (`fallback`), or take one; skip it; look it up; take it from
-               the cache; send for dropped bytes; start it, beside a producer whose files it takes or when there is
-               room; or let it wait
+               the cache; send for dropped bytes; bring it from the remote store, or start it, beside a producer whose
+               files it takes or when there is room; or let it wait
     running    once its work is done: it succeeded, or a gate fails it
     ended      look it up again where an input came out different; drop bytes that nobody needs any more
 """
@@ -39,6 +39,8 @@ class Do(StrEnum):
     CACHED = "cached"
     DEMAND = "demand"
     """Send producers whose bytes were dropped back to work."""
+    FETCH = "fetch"
+    """Bring what the remote store has of it."""
     START = "start"
     SUCCEED = "succeed"
     TAKE = "take"
@@ -65,7 +67,7 @@ def step(states: States, state: NodeState) -> Step:
     if state.status is Status.PENDING:
         return _pending(states, state)
     if state.status is Status.RUNNING and state.done:
-        return _judged(states, state, Do.SUCCEED)
+        return _judged(states, state, Do.CACHED if state.remote else Do.SUCCEED)
     return _good(states, state) if state.status in GOOD else Step(Do.WAIT)
 
 
@@ -83,15 +85,18 @@ def _pending(states: States, state: NodeState) -> Step:
     follows = unsettled.name if unsettled else ""
     if state.hit:
         return Step(Do.WAIT, follows) if follows else _judged(states, state, Do.CACHED)
-    if dropped := tuple(each.name for each in state.producers if each.status in GOOD and not each.bytes_here):
-        return Step(Do.DEMAND, producers=dropped)
-    if foregone := _foregone(states, state):
-        return foregone
+    if not state.remote:
+        if dropped := tuple(each.name for each in state.producers if each.status in GOOD and not each.bytes_here):
+            return Step(Do.DEMAND, producers=dropped)
+        if foregone := _foregone(states, state):
+            return foregone
+    elif follows:
+        return Step(Do.WAIT, follows)
     if states.stopped:
         return Step(Do.STOP)
     if lacking := _lacking(states, state, follows):
         return Step(Do.WAIT, lacking)
-    return Step(Do.START, follows)
+    return Step(Do.FETCH) if state.remote else Step(Do.START, follows)
 
 
 def _held_back(states: States, state: NodeState) -> Step | None:
@@ -237,6 +242,8 @@ def _lacking(states: States, state: NodeState, follows: str) -> str:
 def _share(state: NodeState, follows: str) -> dict[str, int]:
     """Of what running nodes hold together: what the recipe says, else what was forecast. A follower shares its
     producer's turn: it counts as a job and a CPU only if its `resources` say so."""
+    if state.remote:
+        return {"jobs": 1}
     asked, forecast = state.node.resources, state.forecast
     cpus = asked.cpus or (0 if follows else state.processes)
     ram = forecast.ram or 0 if asked.ram is None else asked.ram
@@ -300,7 +307,8 @@ def decided(states: States, state: NodeState, decision: Decision) -> None:
 
 def done(states: States, state: NodeState, record: KeyRecord) -> None:
     """Its work gave this."""
-    state.record, state.metrics, state.done, state.bytes_here = record, record.metrics, True, True
+    state.record, state.metrics, state.done = record, record.metrics, True
+    state.bytes_here = not (state.decision and state.decision.fetch and state.remote) or state.decision.fetch.kept
     if state.decision is not None:
         state.decision = replace(state.decision, inputs=record.inputs, key=record.key)
     _has_key(states, state)

@@ -17,12 +17,15 @@ from bigpipe.git import Checkout
 from bigpipe.machine import detect
 from bigpipe.orchestrator.contract import CheckContext, Json, LogLine, Machine, Pinned, Reporter, Surroundings
 from bigpipe.orchestrator.launch import visible_secrets
-from bigpipe.orchestrator.recipe import Node, Recipe, load_recipe
+from bigpipe.orchestrator.recipe import Node, Recipe, Shared, load_recipe
 from bigpipe.orchestrator.store import KeyRecord, StatMemo, Store, default_root, digest_of
 from bigpipe.redaction import printable, redact
 from bigpipe.versions import bars
 
 from .keys import Identity, identity
+
+if TYPE_CHECKING:
+    from bigpipe.orchestrator.store import Remote
 
 NOTHING_PINNED = Pinned({}, "")
 T = TypeVar("T")
@@ -61,6 +64,8 @@ class Session:
     _surroundings: dict[str, Surroundings] = field(default_factory=dict)
     reporter: Reporter | None = None
     """Hears of what takes long before the run begins."""
+    remote: Remote | None = None
+    """Where others share what their stores have."""
     _identifying: str = ""
 
     @cached_property
@@ -88,6 +93,10 @@ class Session:
     def _announce(self, what: str) -> None:
         if self.reporter is not None:
             self.reporter.report(LogLine(self._identifying, f"reading {what}, to know what it holds"))
+
+    def tell_of_remote(self, line: str) -> None:
+        if self.reporter is not None:
+            self.reporter.report(LogLine("remote store", line))
 
     @cached_property
     def place(self) -> Standing | None:
@@ -233,13 +242,14 @@ def open_session(
     force: Collection[str] = (),
     offline: bool = False,
     text: str | None = None,
+    remote: str | None = None,
     **further: Any,
 ) -> Session:
     """Read and check a manifest and open the store. Return the session.
 
     nodes, force: stage or node names; the selected nodes are these and their ancestors (none: everything).
     params: `-p` values as written, read as the type of each parameter's default. text: the manifest, where no file
-    holds it. further: fields of the Session.
+    holds it. remote: the address of a remote store, see `remote_of`. further: fields of the Session.
     Raise ManifestError with every problem at once, UsageError for unknown node names.
     """
     path = Path(manifest)
@@ -247,7 +257,7 @@ def open_session(
     recipe = replace(load_recipe(path, params, text=text), path=path.absolute())
     found = Store(Path(store) if store else default_root())
     found.refuse_foreign()
-    return Session(
+    session = Session(
         recipe=recipe,
         store=found,
         selected=recipe.select(nodes) if nodes else frozenset(recipe.nodes),
@@ -256,6 +266,25 @@ def open_session(
         offline=offline or os.environ.get("HF_HUB_OFFLINE", "") in {"1", "true", "TRUE", "yes", "ON"},
         **further,
     )
+    session.remote = None if offline else remote_of(session, remote)
+    return session
+
+
+def remote_of(session: Session, given: str | None) -> Remote | None:
+    """Return the remote store that is meant: by an option, else by BIGPIPE_REMOTE, else by the recipe; an empty address
+    means none. Paths begin at the working directory, those of the recipe beside it. Raise UsageError for one that
+    cannot be."""
+    choice, base = session.recipe.remote, session.base
+    if given is not None or "BIGPIPE_REMOTE" in session.environment:
+        address = session.environment.get("BIGPIPE_REMOTE", "") if given is None else given
+        choice, base = replace(choice or Shared(""), address=address, publish=True), Path.cwd()
+    if choice is None or not choice.address:
+        return None
+    from bigpipe.orchestrator.store import open_remote  # of what has one
+
+    found = open_remote(choice.address, base, session.store.root, session.environment)
+    found.publishes, found.patience, found.tell = choice.publish, choice.timeout, session.tell_of_remote
+    return found
 
 
 def exact(recipe: Recipe, names: Collection[str]) -> frozenset[str]:

@@ -95,15 +95,23 @@ class NodeState:
         return self.record.digest if self.record else None
 
     @property
+    def remote(self) -> bool:
+        """Is what is needed of it brought from the remote store?"""
+        fetch = self.decision.fetch if self.decision else None
+        return fetch is not None and (fetch.kept or not self.demanded_by)
+
+    @property
     def writes(self) -> int:
         """Bytes it adds to the store."""
+        if self.remote and self.decision and self.decision.fetch:
+            return self.decision.fetch.bytes
         asked = self.node.resources.disk
         return asked if asked is not None else self.forecast.write_bytes or 0
 
     @property
     def fetches(self) -> int:
         """Bytes it adds to the disk of the store in a cache of somebody else's, where they stay."""
-        return (self.forecast.download_bytes or 0) if self.forecast.fetches_to else 0
+        return (self.forecast.download_bytes or 0) if self.forecast.fetches_to and not self.remote else 0
 
     @property
     def hit(self) -> bool:

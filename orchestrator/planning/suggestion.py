@@ -48,8 +48,9 @@ def _accepted(plan: Plan, arguments: Arguments) -> bool:
     try:
         recipe = replace(session.recipe.with_arguments(given), path=session.recipe.path)
         tried = replace(
-            session, recipe=recipe, arguments=given, given_machine=session.machine, _identities={}, _surroundings={}
-        )
+            session, recipe=recipe, arguments=given, given_machine=session.machine, _identities={}, _surroundings={},
+            remote=None,
+        )  # fmt: skip
         return not make_plan(tried, preflight=False).errors()
     except BigpipeError:
         return False

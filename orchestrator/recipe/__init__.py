@@ -8,7 +8,7 @@ if TYPE_CHECKING:
     from .conditions import UNKNOWN, Comparison, Condition, Lookup, metric
     from .graph import Recipe, load_recipe
     from .initial import initial_manifest
-    from .manifest import ResourcesSpec
+    from .manifest import ResourcesSpec, Shared
     from .node import Choice, First, Node
     from .problems import Fault
     from .registry import PROBES, is_built_in, load_stage, named_stage, stage_kinds

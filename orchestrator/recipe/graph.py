@@ -32,7 +32,7 @@ from bigpipe.tables import html_table
 
 from .expansion import Expansion
 from .interpolation import WELL_KNOWN_SECRETS, Scope, check_passwords, interpolate, read_argument
-from .manifest import ManifestSpec, Structure, named, read_manifest, split_stage
+from .manifest import ManifestSpec, Shared, Structure, named, read_manifest, split_stage
 from .node import Node
 from .problems import Fault, Problems
 from .registry import Offer, load_stage, locate
@@ -58,6 +58,8 @@ class Recipe:
     """In topological order, ties in file order."""
     trust: Trust
     params: Mapping[str, Json]
+    remote: Shared | None
+    """The remote store that it names."""
     with_arguments: Callable[[Mapping[str, str]], Recipe] = field(repr=False, compare=False)
     """The recipe with other `-p`, from the document as it was read. Raises ManifestError."""
 
@@ -185,6 +187,7 @@ class _Loading:
             nodes=ordered,
             trust=manifest.trust.value(),
             params=dict(scope.params or {}),
+            remote=manifest.shared(),
             with_arguments=resolve,
         )
 

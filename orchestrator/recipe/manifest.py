@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, WithJsonSchema
 
 from bigpipe.names import did_you_mean
 from bigpipe.orchestrator.contract import Count, Json, Launch, Size, Text, Trust
+from bigpipe.redaction import has_password, redact
 from bigpipe.trust import Limits
 
 from .problems import Fault, Problems
@@ -144,6 +146,29 @@ class FirstSpec(Spec):
     of: Text = Field(description="The stage on that axis whose gates decide: the first variant that passes is taken.")
 
 
+@dataclass(frozen=True, slots=True)
+class Shared:
+    """A remote store, as a recipe names it."""
+
+    address: str
+    """An address, or a path; empty: none."""
+    publish: bool = True
+    """Is what runs make offered there?"""
+    timeout: float = 30.0
+    """Seconds without anything moving after which a run goes on without it."""
+
+
+class RemoteSpec(Spec):
+    """A remote store that is only read, or waited for longer."""
+
+    url: Text
+    """An address that fsspec opens, or a path."""
+    publish: bool = True
+    """Offer there what runs make. An address from outside the recipe is always offered to."""
+    timeout: Duration = 30.0
+    """How long nothing may move before a run goes on without it."""
+
+
 class Structure(Spec):
     """The part of a stage that shapes the graph. It cannot depend on the matrix."""
 
@@ -199,7 +224,16 @@ class ManifestSpec(Spec):
     )
     secrets: tuple[str, ...] = Field(default=(), description="Environment variables that stages may list as secrets.")
     trust: TrustSpec = Field(TrustSpec.model_construct(), description="What code of others may do.")
+    remote: Text | RemoteSpec | None = Field(
+        default=None, description="A store that others share: an address, or a map with `url`; else $BIGPIPE_REMOTE."
+    )
     stages: dict[str | int, Any] = Field(min_length=1)
+
+    def shared(self) -> Shared | None:
+        """Return the remote store that it names."""
+        if self.remote is None or isinstance(self.remote, str):
+            return Shared(self.remote) if self.remote else None
+        return Shared(self.remote.url, self.remote.publish, self.remote.timeout)
 
 
 def read_manifest(document: Document, problems: Problems) -> ManifestSpec | None:
@@ -213,12 +247,26 @@ def read_manifest(document: Document, problems: Problems) -> ManifestSpec | None
     if manifest.name is not None and "${" in manifest.name:
         cause, cure = "the name cannot hold a reference", "write it out; references stand in stages"
         problems.add(Fault.MISPLACED_REFERENCE, ("name",), cause, cure)
+    _check_remote(manifest, problems)
     for where, what in (("params", "a parameter"), ("stages", "a stage")):
         for name in getattr(manifest, where):
             check_name(name, (where, name), what, problems)
     for index, name in enumerate(manifest.secrets):
         check_name(name, ("secrets", index), "a secret", problems, key=False)
     return manifest
+
+
+def _check_remote(manifest: ManifestSpec, problems: Problems) -> None:
+    if (shared := manifest.shared()) is None:
+        return
+    path = ("remote",) if isinstance(manifest.remote, str) else ("remote", "url")
+    if "${" in shared.address:
+        cause, cure = "`remote` cannot hold a reference", "write it out, or set BIGPIPE_REMOTE where it differs"
+        problems.add(Fault.MISPLACED_REFERENCE, path, cause, cure)
+    if has_password(shared.address):
+        cause = f"the address {redact(shared.address)} has a password or token in it, which would be recorded"
+        cure = "leave it out; its fsspec package reads credentials from the environment or its own files"
+        problems.add(Fault.PASSWORD, path, cause, cure)
 
 
 def named(fields: Mapping[Key, Json]) -> dict[str, Json]:

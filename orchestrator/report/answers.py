@@ -14,7 +14,7 @@ from bigpipe.orchestrator.planning import Difference
 from bigpipe.orchestrator.recipe import texts_under_fields
 from bigpipe.orchestrator.running import NodeRun
 
-from .told_of_recipes import Answer, Graph, Lock, Plan, Run, Status, Validated, Why, Written
+from .told_of_recipes import Answer, Exchanged, Graph, Lock, Plan, Run, Status, Validated, Why, Written
 from .told_of_stores import Collected, Differences, Held, Log, Page, Record, Removed, RunsThatGoOn, Taken, Verified
 
 
@@ -84,6 +84,8 @@ ANSWERS: dict[str, type[Answer]] = {
     "bigpipe.why/1": Why,
     "bigpipe.graph/1": Graph,
     "bigpipe.lock/1": Lock,
+    "bigpipe.push/1": Exchanged,
+    "bigpipe.pull/1": Exchanged,
     "bigpipe.init/1": Written,
     "bigpipe.estimate/1": Estimate,
     "bigpipe.estimates/1": Estimates,

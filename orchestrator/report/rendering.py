@@ -7,14 +7,16 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING
 
 from bigpipe.orchestrator.contract import Json
-from bigpipe.orchestrator.planning import Plan, PlannedNode, difference_json, shown
-from bigpipe.sizes import format_size, format_transfer
+from bigpipe.orchestrator.planning import Fetch, Plan, PlannedNode, difference_json, shown
+from bigpipe.sizes import counted, format_size, format_transfer
 from bigpipe.tables import PLAIN, Screen, columns
 
 from .firstrows import first_results
 
 if TYPE_CHECKING:
     from bigpipe.orchestrator.running import RunResult
+    from bigpipe.orchestrator.running.sharing import Exchange
+    from bigpipe.orchestrator.store import Remote
 
 
 def plan_json(plan: Plan) -> dict[str, Json]:
@@ -24,6 +26,8 @@ def plan_json(plan: Plan) -> dict[str, Json]:
         "manifest": str(plan.session.recipe.path),
         "machine": asdict(plan.session.machine),
         "fits": not plan.misfits,
+        "remote": remote_json(plan.session.remote),
+        "fetch_bytes": plan.fetch_bytes,
         "download_bytes": plan.download_bytes,
         "write_bytes": plan.write_bytes,
         "peak_disk_bytes": plan.peak_disk,
@@ -52,8 +56,32 @@ def _planned_json(planned: PlannedNode) -> dict[str, Json]:
         "gates": [gate.as_json() for gate in planned.gates],
         "tried": [dict(row) for row in planned.tried],
         "problem": refusal.cause if refusal else None,
+        "fetch": fetch_json(planned.decision.fetch),
         "forecast": foreseen,
     }
+
+
+def fetch_json(fetch: Fetch | None) -> dict[str, Json] | None:
+    """Return what comes from the remote store; None: nothing does."""
+    return {"bytes": fetch.bytes, "seconds": fetch.seconds} if fetch else None
+
+
+def remote_json(remote: Remote | None) -> dict[str, Json] | None:
+    """Return which remote store is used, and why it is not any more; None: there is none."""
+    return {"address": remote.name, "away": remote.away or None} if remote else None
+
+
+def exchange_json(schema: str, done: Exchange) -> dict[str, Json]:
+    """Return `bigpipe.push/1` or `bigpipe.pull/1`."""
+    return {"schema": schema, "remote": done.remote, "nodes": {name: asdict(node) for name, node in done.nodes.items()}}
+
+
+def exchange_text(done: Exchange, screen: Screen = PLAIN) -> str:
+    """Return what `push` and `pull` print: a row per node, and how many bytes moved."""
+    rows = [(name, node.status, format_transfer(node.bytes) if node.bytes else "") for name, node in done.nodes.items()]
+    moved = [node.bytes for node in done.nodes.values() if node.status in ("sent", "fetched")]
+    total = f"{counted(len(moved), 'artifact')} moved, {format_transfer(sum(moved))}; remote store: {done.remote}"
+    return "\n".join([columns(rows, screen), "", total])
 
 
 def why_text(answers: Mapping[str, Mapping[str, Json]]) -> str:

@@ -9,7 +9,7 @@ from pydantic import BaseModel, ConfigDict
 from bigpipe.machine import Machine
 from bigpipe.orchestrator.running import NodeRun
 
-Actions = Literal["run", "cached", "maybe", "skipped"]
+Actions = Literal["run", "cached", "remote", "maybe", "skipped"]
 
 
 class Strict(BaseModel):
@@ -130,13 +130,31 @@ class Foreseen(Strict):
     """What `--explain` shows besides."""
 
 
+class Fetched(Strict):
+    """What comes from the remote store."""
+
+    bytes: int
+    """Of files that are not here."""
+    seconds: float | None
+    """How long it may take; None: how fast they come is not known."""
+
+
+class UsedRemote(Strict):
+    """A store that others share."""
+
+    address: str
+    """Without passwords."""
+    away: str | None
+    """Why it is not used any more; None: it is."""
+
+
 class Planned(Strict):
     """What a run would do with a node."""
 
     kind: str
     """What it uses."""
     action: Actions
-    """maybe: known once its inputs are."""
+    """remote: it comes from the remote store. maybe: known once its inputs are."""
     reason: str
     """Why."""
     key: str | None
@@ -151,6 +169,8 @@ class Planned(Strict):
     """Of a stage with `first`: what is known of each variant."""
     problem: str | None
     """What its preflight found; None: nothing."""
+    fetch: Fetched | None
+    """None: nothing comes from a remote store."""
     forecast: Foreseen | None
     """None: nothing of it has to be known."""
 
@@ -164,6 +184,10 @@ class Plan(Answer):
     """That it is planned for."""
     fits: bool
     """Nothing is among the misfits."""
+    remote: UsedRemote | None
+    """None: there is none."""
+    fetch_bytes: int
+    """From the remote store."""
     download_bytes: int
     """Of all nodes that run."""
     write_bytes: int
@@ -199,11 +223,15 @@ class NodeStatus(Strict):
     """What a run would do now."""
     reason: str
     """Why."""
+    shared: bool | None
+    """The remote store has it; None: it was not asked, or cannot be, or the node is never shared."""
 
 
 class Status(Answer):
     """Which nodes are cached."""
 
+    remote: UsedRemote | None
+    """None: there is none."""
     nodes: dict[str, NodeStatus]
     """By name."""
 
@@ -271,6 +299,26 @@ class Graph(Answer):
     """Its path."""
     nodes: dict[str, Wired]
     """By name, in topological order."""
+
+
+class ExchangedNode(Strict):
+    """What was done about a node."""
+
+    status: Literal["sent", "there", "other", "fetched", "here", "absent", "refused", "own"]
+    """sent, fetched: now it is there, or here. there, here: it was already. other: another result was there first.
+    absent: there is nothing to send, or to fetch. refused: it could not be, or may not be. own: it acts outside the
+    store, and is never shared."""
+    bytes: int
+    """Of its files."""
+
+
+class Exchanged(Answer):
+    """What was given to a remote store, or brought from there."""
+
+    remote: str
+    """Its address, without passwords."""
+    nodes: dict[str, ExchangedNode]
+    """By name, in the order of the graph."""
 
 
 class Lock(Answer):

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING
 from bigpipe.faces import face
 
 if TYPE_CHECKING:
-    from . import records
+    from . import records, sharing
     from .records import NodeRun, RunRecord
     from .result import RunResult, run_json
     from .runner import run_plan

@@ -20,6 +20,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING
@@ -28,6 +29,7 @@ from bigpipe.errors import BigpipeError, GateFailed, Interrupted
 from bigpipe.orchestrator.contract import (
     Forecast,
     Lineage,
+    LogLine,
     NodeFinished,
     NodeStarted,
     OneAtATime,
@@ -63,6 +65,7 @@ if TYPE_CHECKING:
     from concurrent.futures import Future, ThreadPoolExecutor
 
     from .execution import Attempt
+    from .sharing import Offering
     from .warming import Warming
 
 
@@ -88,6 +91,8 @@ class Run:
     pool: ThreadPoolExecutor | None = None
     """Where nodes work, once one does."""
     warming: Warming | None = None
+    offering: Offering | None = None
+    """Gives what nodes made to the remote store."""
 
     def interrupt(self, number: int) -> None:
         """Stops the children and lets the run end in order. number: of the signal."""
@@ -127,6 +132,11 @@ def run_plan(
         states=states,
         streams=Streams(session, states),
     )
+    if session.remote is not None:
+        from .sharing import Offering
+
+        session.remote.tell = lambda line: run.reporter.report(LogLine("remote store", line))
+        run.offering = Offering(session, run.reporter.report, run.cancelled)
     with closing(recorder), _caught_once(run.interrupt):
         run.reporter.report(RunStarted(run_id, str(session.recipe.path), tuple(plan.nodes)))
         _loop(run)
@@ -188,6 +198,8 @@ def _take(run: Run, state: NodeState) -> bool:
             schedule.demand(run.states, state, next_step.producers)
         case Do.START:
             _start(run, state, next_step.why)
+        case Do.FETCH:
+            _fetch(run, state)
         case Do.SUCCEED:
             _end(run, state, Status.SUCCEEDED, state.reason, next_step)
         case Do.FAIL:
@@ -219,14 +231,10 @@ def _look(run: Run, state: NodeState) -> None:
 
 
 def _start(run: Run, state: NodeState, follows: str) -> None:
-    from concurrent.futures import ThreadPoolExecutor  # what launches workers is not imported where nothing runs
-
-    from .execution import Attempt
+    from .execution import Attempt  # what launches workers is not imported where nothing runs
     from .warming import Warming
 
     session, node, jobs = run.session, state.node, run.states.room["jobs"]
-    if run.pool is None:
-        run.pool = ThreadPoolExecutor(max_workers=jobs + len(run.plan.nodes), thread_name_prefix="node")
     if run.warming is None and jobs > 1:
         run.warming = Warming(session, run.plan, run.states, run.folder)
     if follows:
@@ -253,24 +261,53 @@ def _start(run: Run, state: NodeState, follows: str) -> None:
         warm=run.warming.take(node) if run.warming else None,
         follows=followed,
     )
-    run.working[run.pool.submit(_timed, state, attempt)] = state
+    run.working[_pool(run).submit(_timed, state, partial(_worked, attempt))] = state
 
 
-def _timed(state: NodeState, attempt: Attempt) -> KeyRecord | None:
-    from bigpipe.orchestrator.launch import ran_out
+def _pool(run: Run) -> ThreadPoolExecutor:
+    if run.pool is None:
+        from concurrent.futures import ThreadPoolExecutor
 
+        workers = run.states.room["jobs"] + len(run.plan.nodes)
+        run.pool = ThreadPoolExecutor(max_workers=workers, thread_name_prefix="node")
+    return run.pool
+
+
+def _fetch(run: Run, state: NodeState) -> None:
+    from .sharing import fetch  # of what has a remote store
+
+    decision = state.decision
+    assert decision is not None  # noqa: S101  the schedule has looked at it
+    assert decision.key is not None  # noqa: S101
+    schedule.start(run.states, state)
+    state.reason = "from the remote store"
+    run.reporter.report(NodeStarted(state.name, state.reason))
+    _remember(run, {state.name: decision.key})
+    work = partial(fetch, run.session, state.node, decision, report=run.reporter.report, cancelled=run.cancelled)
+    run.working[_pool(run).submit(_timed, state, work)] = state
+
+
+def _worked(attempt: Attempt) -> KeyRecord | None:
     from .execution import execute
+
+    try:
+        return execute(attempt)
+    finally:
+        if attempt.warm is not None:
+            attempt.warm.end()  # unless it was taken
+
+
+def _timed(state: NodeState, work: Callable[[], KeyRecord | None]) -> KeyRecord | None:
+    from bigpipe.orchestrator.launch import ran_out
 
     started = time.monotonic()
     try:
-        return execute(attempt)
+        return work()
     except Exception as error:
         if (told := ran_out(error)) is None:
             raise
         raise told from error
     finally:
-        if attempt.warm is not None:
-            attempt.warm.end()  # unless it was taken
         state.seconds = time.monotonic() - started
 
 
@@ -302,8 +339,9 @@ def _finish(run: Run, state: NodeState, future: Future[KeyRecord | None]) -> Non
             error.place = error.place or state.node.places.of(error.field)
         _end(run, state, Status.FAILED, error.cause)
         return
-    if record is None:  # it followed in vain: as if nothing had been
+    if record is None:  # it followed, or was fetched, in vain: as if nothing had been
         state.seconds = 0.0
+        state.decision = None if state.remote else state.decision
         schedule.end(run.states, state, Status.PENDING, "")
         run.streams.ended(state)
         return
@@ -320,6 +358,8 @@ def _end(run: Run, state: NodeState, status: Status, reason: str, told: Step | N
         state.verdict = fallback.told(run.states, state) or (told.why if told else "")
     _report(run, state)
     run.streams.ended(state)
+    if status is Status.SUCCEEDED and run.offering is not None:
+        run.offering.offer(state.node, state.record)
     for each in (*state.producers, *state.consumers):
         if each.status in GOOD:
             _take(run, each)
@@ -344,6 +384,8 @@ def _report(run: Run, state: NodeState) -> None:
 
 def _finish_run(run: Run, seconds: float) -> RunResult:
     states = run.states.nodes
+    if run.offering is not None:
+        run.offering.finish()
     for state in states.values():
         if state.status is Status.PENDING:
             schedule.end(run.states, state, Status.SKIPPED, "the run stopped before its turn")

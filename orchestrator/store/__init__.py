@@ -6,9 +6,12 @@ from bigpipe.faces import face
 
 if TYPE_CHECKING:
     from .artifacts import Artifact, KeyRecord, remove_tree
+    from .claims import Claim, Wrong
+    from .fetching import known_rate, lacking, note_rate
     from .garbage import RUNS, Freed, GcReport, Keeping
     from .hashing import StatMemo, canonical, digest_of
     from .layout import default_root, explained, make_directory, memo_directory
+    from .remote import Away, Remote, open_remote
     from .store import Store, Work
 
 __getattr__, __all__ = face(__name__)

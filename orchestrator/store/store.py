@@ -41,6 +41,7 @@ from .artifacts import (
     save_record,
     tree_is_whole,
 )
+from .hashing import digest_of
 from .keeping import named_roots, release, remember, sweep
 from .layout import JOURNAL, Layout, explained, hex_of, is_hex, make_directory, names_in
 from .locks import WORK_LOCK, Presence, StoreLock, if_free
@@ -48,6 +49,7 @@ from .locks import WORK_LOCK, Presence, StoreLock, if_free
 if TYPE_CHECKING:
     from .garbage import Freed, GcReport, Keeping, LockedDigests
     from .publish import Known, Publisher
+    from .remote import Remote
     from .verify import VerifyReport
 
 
@@ -182,6 +184,30 @@ class Store:
         """
         self.enter()
         return self._publisher.publish(record, out, known or {})
+
+    def receive(
+        self,
+        record: KeyRecord,
+        remote: Remote,
+        *,
+        kept: bool,
+        cancelled: threading.Event,
+        waiting: Callable[[str], None] | None = None,
+        moved: Callable[[int], None] = lambda size: None,
+    ) -> KeyRecord:
+        """Take what a remote store has under a key, every byte compared with its sha256, and record it as `publish`
+        does. Whoever calls it holds the key. kept: its files come too; else they count as dropped. moved: called with
+        the bytes done since the last call. Raise Wrong, Away, DoesNotFit, Interrupted."""
+        from .fetching import Fetching, listed
+
+        files = listed(record)
+        if not kept:
+            return self.publish_forgone(record, files) if record.digest else self.publish(record, self.root)
+        with self.lock(digest_of("fetch", record.key), cancelled=cancelled, waiting=waiting) as work:
+            Fetching(self.layout, remote, work.out, work.scratch, cancelled, moved).fetch(files)
+            made = self.publish(record, work.out, files)
+            work.done()
+        return made
 
     def publish_forgone(self, record: KeyRecord, files: Mapping[str, tuple[str, int]]) -> KeyRecord:
         """Record an artifact whose bytes were let go while it was made, as `publish` and `drop` after it would. files:

@@ -5,7 +5,7 @@
     FileWriter       a large one, at any position, that has its name only once it is complete
     copy_file        a file as it is, sharing its blocks where the file system can
     LogFile          a file that grows at its end
-    link, give_name  a symlink, a second name
+    link, give_name, give_free_name    a symlink, a second name, a name that nothing else has
     exchange         a directory in the place of another
 
 The order is always: write beside the target, fsync the file, rename, fsync the directory. Everything raises OSError as
@@ -420,6 +420,23 @@ def give_name(source: Path, path: Path, beside: Path | None = None) -> None:
     except OSError:
         beside = source
     beside.rename(path)
+
+
+def give_free_name(source: Path, path: Path) -> bool:
+    """Rename `source` unless something has the name `path` already; `source` is gone either way. Return whether it has
+    it now. In one step, but where there are no hard links."""
+    try:
+        os.link(source, path)
+    except FileExistsError:
+        return False
+    except OSError:
+        if os.path.lexists(path):
+            return False
+        source.rename(path)
+    finally:
+        source.unlink(missing_ok=True)
+    sync_directory(path.parent)
+    return True
 
 
 def forget_cached(path: Path) -> None:

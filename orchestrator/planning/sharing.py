@@ -1,0 +1,70 @@
+"""What is taken from the remote store, and what may be given to it."""
+
+from __future__ import annotations
+
+from pydantic import ValidationError
+
+from bigpipe.orchestrator.recipe import Node
+from bigpipe.orchestrator.store import Claim, KeyRecord, Wrong, known_rate, lacking
+from bigpipe.sizes import format_transfer
+
+from .decision import Action, Decision, Fetch, Inputs
+from .session import Session
+
+
+def shares(session: Session, node: Node) -> bool:
+    """Is what the node gives looked for in the remote store, and offered there? Not what acts outside the store: that
+    it was done elsewhere does not help here."""
+    return session.remote is not None and node.kind.planning.present is None
+
+
+def look_there(session: Session, node: Node, inputs: Inputs | None, key: str | None) -> Decision | None:
+    """Take from the remote store what it has under this key, unless that cannot be what this node gives."""
+    remote = session.remote
+    if remote is None or inputs is None or key is None or not shares(session, node):
+        return None
+    if (claim := remote.find(key)) is None:
+        return None
+    try:
+        require_possible(node, claim)
+    except Wrong as error:
+        remote.refuse(key, f"the record of {node.name}: {error}")
+        return None
+    if node.cache and claim.files and not claim.kept:
+        return None
+    record = claim.recorded(asked(session, node, key, inputs))
+    size = lacking(session.store.layout, record) if node.cache else 0
+    if size > session.machine.disk_free:
+        remote.refuse(key, f"what {node.name} gave has {format_transfer(size)}, more than is free here")
+        return None
+    rate = known_rate(session.store.layout, remote)
+    fetch = Fetch(size, size / rate if rate else None, node.cache)
+    return Decision(action=Action.REMOTE, reason="", inputs=inputs, key=key, record=record, fetch=fetch)
+
+
+def require_possible(node: Node, claim: Claim) -> None:
+    """Raise Wrong where this cannot be what the node's kind gives."""
+    if claim.kind != node.kind.kind:
+        raise Wrong(f"it is of the kind {claim.kind}")
+    if claim.artifact_type and not node.kind.may_give(claim.artifact_type):
+        raise Wrong(f"it gave a {claim.artifact_type}")
+    try:
+        node.kind.metrics.model_validate(claim.metrics)
+    except ValidationError:
+        raise Wrong("its metrics are not those of its kind") from None
+
+
+def asked(session: Session, node: Node, key: str, inputs: Inputs) -> KeyRecord:
+    """Return the record of what a node is about to do, without what came out."""
+    identity, pinned = session.identity(node), session.pinned(node)
+    return KeyRecord(
+        key=key,
+        partial=identity.partial,
+        identity=identity.as_json,
+        inputs={port: list(digests) for port, digests in inputs.items() if digests},
+        kind=node.kind.kind,
+        node=node.name,
+        manifest=str(session.recipe.path),
+        pins=dict(pinned.values),
+        pin_source=pinned.source,
+    )
