@@ -20,6 +20,8 @@ LARGEST = 16 * 2**20
 MOST_FILES = 100_000
 LONGEST_NAME, LONGEST_PART = 1024, 255
 """Characters of a path, bytes of one name in it."""
+DEEPEST = 32
+"""Levels of maps and lists in metrics."""
 Size = Annotated[StrictInt, Field(ge=0, le=2**53)]
 Seconds = Annotated[StrictFloat | StrictInt, Field(ge=0, lt=1e12)]
 Word = Annotated[StrictStr, Field(max_length=200)]
@@ -94,14 +96,22 @@ def _check(claim: Claim) -> None:
         digest = artifact_digest(listed)
     except (ValueError, TypeError, RecursionError):
         raise Wrong("it holds values that no record has") from None
+    if _is_deep(claim.metrics):
+        raise Wrong(f"its metrics are nested more than {DEEPEST} levels")
     if not timed:
         raise Wrong("its time has no zone")
     if not all(is_hex(sha256) for sha256, _ in listed.values()):
         raise Wrong("its files have no sha256")
-    if bad := next((name for name in listed if not _is_name(name, listed)), None):
-        raise Wrong(f"a file in it has a name that no artifact's file has: {bad[:80]!r}")
+    for name in listed:
+        if not _is_name(name, listed):
+            raise Wrong(f"a file in it has a name that no artifact's file has: {name[:80]!r}")
     if (claim.digest or listed or claim.artifact_type) and (claim.digest != digest or not claim.artifact_type):
         raise Wrong("its digest is not that of its files")
+
+
+def _is_deep(value: Any, levels: int = 0) -> bool:
+    inner = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+    return levels > DEEPEST or any(_is_deep(each, levels + 1) for each in inner)
 
 
 def _is_name(name: str, others: dict[str, tuple[str, int]]) -> bool:

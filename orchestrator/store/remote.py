@@ -60,6 +60,10 @@ class Away(Exception):
     """A remote store cannot be used now."""
 
 
+class Late(Away):
+    """It does not answer, so there is no use in asking it more."""
+
+
 @dataclass(eq=False)
 class Remote:
     """See the module. Used from several threads."""
@@ -122,6 +126,8 @@ class Remote:
             content = self._exchange(lambda: self._system.cat_file(self._record(key), start=0, end=LARGEST + 1))
         except FileNotFoundError:
             return None
+        except Late:
+            raise
         except Away:
             if self._size(self._record(key)) == 0:  # of nothing, no server gives the first bytes
                 raise Wrong("it is empty") from None
@@ -171,6 +177,8 @@ class Remote:
             piece = bytes(self._wait(future))
         except FileNotFoundError:
             raise Wrong("an object of it is not there") from None
+        except Late:
+            raise
         except Away:
             if self._size(path) not in (size, -1):  # past its end, no server gives anything
                 raise Wrong("an object of it has another size") from None
@@ -261,7 +269,7 @@ class Remote:
         seen = beats.count if beats else 0
         while not wait([future], self.patience).done:
             if beats is None or beats.count == seen:
-                raise Away(f"nothing came within {self.patience:g} s")
+                raise Late(f"nothing came within {self.patience:g} s")
             seen = beats.count
         try:
             return future.result()

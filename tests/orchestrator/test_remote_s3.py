@@ -1,0 +1,204 @@
+"""A store that others share, on a real S3 server of this machine."""
+
+from __future__ import annotations
+
+import os
+import random
+import re
+import signal
+import subprocess
+import sys
+import threading
+import time
+
+import pytest
+from support.sharing import BUCKET, given, opened, s3_server, taken
+from support.stores import contents, publish, record
+from support.workshop import environment
+
+from bigpipe.orchestrator.store.claims import Wrong
+from bigpipe.orchestrator.store.remote import PIECE, Away
+from bigpipe.orchestrator.store.store import Store
+
+SMALL = {"config.json": b"{}", "weights": b"1" * 5000}
+FULL = [pytest.mark.fault, pytest.mark.timeout(3600)]
+RECIPE = """\
+version: 1
+name: shared
+stages:
+  a: {uses: write, with: {source: large.txt}}
+  b: {uses: join, inputs: {first: a}}
+"""
+
+
+@pytest.fixture(scope="module")
+def s3():
+    with pytest.MonkeyPatch.context() as patch, s3_server(patch.setenv) as server:
+        yield server
+
+
+@pytest.fixture
+def address(s3, request) -> str:
+    """A folder of the test's own."""
+    return f"{s3.address}/{re.sub('[^a-z0-9]+', '-', request.node.name)}"
+
+
+@pytest.fixture
+def stores(tmp_path):
+    found = [Store(tmp_path / f"store-{number}") for number in range(8)]
+    yield found
+    for store in found:
+        store.close()
+
+
+def replace_object(s3, address: str, content: bytes, by: bytes) -> str:
+    (name,) = [name for name, found in s3.objects(address).items() if found == content]
+    s3.client().put_object(Bucket=BUCKET, Key=name, Body=by)
+    return name
+
+
+def test_large_objects_go_and_come_in_parts(stores, address):
+    files = {**SMALL, "large": os.urandom(2 * PIECE + 12345), "empty": b""}
+    made = publish(stores[0], "a", files)
+    remote, heard = opened(address, stores[0])
+    assert given(remote, stores[0], made)
+    assert not given(remote, stores[0], made)
+    moved: list[int] = []
+    got = taken(opened(address, stores[1])[0], stores[1], record("a"), moved)
+    assert contents(stores[1], got) == files
+    assert stores[1].verify().clean
+    assert sum(moved) == sum(map(len, files.values()))
+    assert max(moved) == PIECE
+    assert heard == []
+
+
+@pytest.mark.parametrize("by", [b"2" + b"1" * 4999, b"1" * 4999, b""])
+def test_a_lying_object_is_refused_and_mended(stores, s3, address, by):
+    made = publish(stores[0], "a", SMALL)
+    given(opened(address, stores[0])[0], stores[0], made)
+    name = replace_object(s3, address, SMALL["weights"], by)
+    remote, _ = opened(address, stores[1])
+    with pytest.raises(Wrong):
+        taken(remote, stores[1], record("a"))
+    assert not remote.away
+    assert given(remote, stores[1], publish(stores[1], "a", SMALL))
+    assert s3.objects(address)[name] == SMALL["weights"]
+
+
+def test_an_empty_record_is_refused_alone(stores, s3, address):
+    made = publish(stores[0], "a", SMALL)
+    given(opened(address, stores[0])[0], stores[0], made)
+    (name,) = [name for name in s3.objects(address) if made.key[7:] in name]
+    s3.client().put_object(Bucket=BUCKET, Key=name, Body=b"")
+    remote, heard = opened(address, stores[1])
+    assert remote.find(made.key) is None
+    assert not remote.away
+    assert len(heard) == 1
+
+
+def test_eight_writers_at_once(stores, address):
+    made = [publish(store, "a", {"x": b"%d" % number * 1000}) for number, store in enumerate(stores)]
+    remotes = [opened(address, store)[0] for store in stores]
+    failed: list[BaseException] = []
+
+    def offer(number: int) -> None:
+        try:
+            given(remotes[number], stores[number], made[number])
+        except BaseException as error:
+            failed.append(error)
+
+    threads = [threading.Thread(target=offer, args=(number,)) for number in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert failed == []
+    got = taken(remotes[0], stores[0], record("a"))
+    assert got.digest in {each.digest for each in made}
+    assert not any(given(remotes[number], stores[number], made[number]) for number in range(8))
+    assert remotes[1].find(got.key).digest == got.digest
+
+
+def test_no_bucket_is_a_miss_for_readers_and_told_to_writers(stores, s3):
+    remote, heard = opened("s3://no-such-bucket/x", stores[0])
+    assert remote.find(record("a").key) is None
+    assert heard == []
+    with pytest.raises(Away, match="no such place"):
+        given(remote, stores[0], publish(stores[0], "a", SMALL))
+
+
+@pytest.mark.parametrize("moments", [[1], pytest.param(range(1, 6), marks=FULL)])
+def test_a_server_that_is_killed_while_it_is_read_leaves_nothing_recorded(stores, tmp_path, monkeypatch, moments):
+    content = os.urandom(6 * PIECE)
+    made = publish(stores[0], "a", {"large": content})
+    for moment in moments:
+        with s3_server(monkeypatch.setenv) as server, Store(tmp_path / f"reader-{moment}") as reader:
+            given(opened(server.address, stores[0])[0], stores[0], made)
+            remote, _ = opened(server.address, reader, patience=1.5)
+            seen: list[int] = []
+
+            class Killing(list):
+                def append(self, size: int) -> None:
+                    seen.append(size)  # noqa: B023
+                    if len(seen) == moment + 1:  # noqa: B023  the first says where it begins
+                        server.kill()
+
+            with pytest.raises(Away):
+                taken(remote, reader, record("a"), Killing())
+            assert reader.find(made.key) is None
+            assert sum(seen) < len(content)
+        with s3_server(monkeypatch.setenv) as server:
+            given(opened(server.address, stores[0])[0], stores[0], made)
+            moved: list[int] = []
+            with Store(tmp_path / f"reader-{moment}") as reader:
+                got = taken(opened(server.address, reader)[0], reader, record("a"), moved)
+                assert contents(reader, got) == {"large": content}
+            assert moved[0] == sum(seen)  # what had come is not asked for again
+
+
+@pytest.mark.parametrize("kills", [0, pytest.param(40, marks=FULL)])
+def test_a_push_that_is_killed_leaves_nothing_half_there(workshop, s3, address, tmp_path, seed, kills):
+    """And what is pushed whole, a second store takes whole."""
+    choice, to = random.Random(seed), address  # noqa: S311
+    (tmp_path / "large.txt").write_text("x" * (3 * PIECE))
+    made = workshop.run(RECIPE, remote="")
+    assert made.exit_code == 0
+    own = {**environment(tmp_path), **s3.environment}
+    for number in range(kills):
+        to = f"{address}-killed-{number}"
+        process = subprocess.Popen(
+            [sys.executable, "-m", "bigpipe", "push", "recipe.yaml", "--remote", to],
+            cwd=tmp_path, env=own, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+        )  # fmt: skip
+        time.sleep(choice.uniform(1.0, 5.0))
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+        with Store(tmp_path / f"reader-{number}") as reader:
+            remote, heard = opened(to, reader)
+            for state in made.nodes.values():
+                if remote.find(state.key) is not None:
+                    taken(remote, reader, state.record)
+            assert heard == []
+            assert reader.verify().clean
+    done = workshop.command("push", "recipe.yaml", "--remote", to, **s3.environment)
+    assert done.returncode == 0, done.stderr
+    assert s3.environment["AWS_SECRET_ACCESS_KEY"] not in done.stdout + done.stderr
+    got = workshop.run(store=tmp_path / "second", remote=to)
+    assert workshop.ran == []
+    assert got.exit_code == 0
+
+
+def test_a_secret_of_the_bucket_is_in_no_answer(workshop, s3):
+    """A server that is not there, and credentials that would be shown if anything showed them."""
+    told = workshop.command(
+        "push", "recipe.yaml", "--remote", "s3://somebody:pass-of-somebody@bucket/x", "--json", **s3.environment
+    )
+    assert told.returncode == 2
+    workshop.manifest.write_text(RECIPE)
+    (workshop.folder / "large.txt").write_text("x")
+    dead = {**s3.environment, "AWS_ENDPOINT_URL": "http://127.0.0.1:9"}
+    told = workshop.command("plan", "recipe.yaml", "--remote", "s3://somebody:pass-of-somebody@bucket/x", **dead)
+    assert told.returncode == 0
+    assert "going on without it" in told.stderr
+    assert "pass-of-somebody" not in told.stdout + told.stderr
+    assert s3.environment["AWS_SECRET_ACCESS_KEY"] not in told.stdout + told.stderr
