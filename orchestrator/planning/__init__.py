@@ -6,13 +6,13 @@ from bigpipe.faces import face
 
 if TYPE_CHECKING:
     from . import fallback, schedule
-    from .decision import Action, Decision, Fetch, GateVerdict, decide, difference_json
+    from .decision import Action, Decision, GateVerdict, decide, difference_json
     from .doctor import doctor_text, examine, unsound
     from .keys import ABSENT, Difference, changed, content_paths, differences, shown
     from .plan import Plan, PlannedNode, make_plan, plan_text
     from .schedule import Do, Step, may_follow, passes_on, step
     from .session import Session, exact, lock_path, node_folder, open_session
-    from .sharing import shares
+    from .sharing import Fetch, shares
     from .states import GOOD, SETTLED, NodeState, States, judge_gates
     from .suggestion import with_parameters
 

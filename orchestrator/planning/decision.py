@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from enum import StrEnum
-from typing import TypeAlias
+from typing import TYPE_CHECKING, TypeAlias
 
 from bigpipe.errors import GateFailed
 from bigpipe.orchestrator.contract import Json
@@ -14,6 +14,9 @@ from bigpipe.orchestrator.store import KeyRecord
 
 from .keys import Difference, Identity, differences
 from .session import Session
+
+if TYPE_CHECKING:
+    from .sharing import Fetch
 
 
 class Action(StrEnum):
@@ -34,17 +37,6 @@ class Action(StrEnum):
 
 Inputs: TypeAlias = Mapping[str, Sequence[str]]
 """Per port, the digests of what is wired there."""
-
-
-@dataclass(frozen=True, slots=True)
-class Fetch:
-    """What is brought from a remote store."""
-
-    bytes: int
-    seconds: float | None
-    """None: how fast they come is not known."""
-    kept: bool
-    """The files come too, not the record alone (`cache: false`)."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -105,9 +97,7 @@ def decide(session: Session, node: Node, inputs: Inputs | None, awaited: Sequenc
         action, reason, here = _judged(session, node, record)
         known = Decision(action=action, reason=reason, inputs=inputs, key=key, record=record, bytes_here=here)
     if session.remote is not None and not forced and (known is None or known.action.works):
-        from .sharing import look_there  # of what has a remote store
-
-        known = look_there(session, node, inputs, key) or known
+        known = _remote(session, node, inputs, key) or known
     if known is not None:
         return known
     last = session.last(node.name)
@@ -118,6 +108,16 @@ def decide(session: Session, node: Node, inputs: Inputs | None, awaited: Sequenc
     text = "; ".join(difference_text(node, each) for each in changes) or "no record of this key"
     reason = "forced" if forced else text if last else "first run"
     return Decision(action=Action.RUN, reason=reason, inputs=inputs, key=key, changes=changes)
+
+
+def _remote(session: Session, node: Node, inputs: Inputs | None, key: str | None) -> Decision | None:
+    from .sharing import look_there  # of what has a remote store
+
+    found = look_there(session, node, key, inputs) if key is not None and inputs is not None else None
+    if found is None:
+        return None
+    record, fetch = found
+    return Decision(action=Action.REMOTE, reason="", inputs=inputs, key=key, record=record, fetch=fetch)
 
 
 def _judged(session: Session, node: Node, record: KeyRecord) -> tuple[Action, str, bool]:

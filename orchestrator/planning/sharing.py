@@ -2,14 +2,27 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
 from pydantic import ValidationError
 
 from bigpipe.orchestrator.recipe import Node
 from bigpipe.orchestrator.store import Claim, KeyRecord, Wrong, known_rate, lacking
 from bigpipe.sizes import format_transfer
 
-from .decision import Action, Decision, Fetch, Inputs
 from .session import Session
+
+
+@dataclass(frozen=True, slots=True)
+class Fetch:
+    """What is brought from a remote store."""
+
+    bytes: int
+    seconds: float | None
+    """None: how fast they come is not known."""
+    kept: bool
+    """The files come too, not the record alone (`cache: false`)."""
 
 
 def shares(session: Session, node: Node) -> bool:
@@ -18,10 +31,13 @@ def shares(session: Session, node: Node) -> bool:
     return session.remote is not None and node.kind.planning.present is None
 
 
-def look_there(session: Session, node: Node, inputs: Inputs | None, key: str | None) -> Decision | None:
-    """Take from the remote store what it has under this key, unless that cannot be what this node gives."""
+def look_there(
+    session: Session, node: Node, key: str, inputs: Mapping[str, Sequence[str]]
+) -> tuple[KeyRecord, Fetch] | None:
+    """Return what the remote store has under this key, and what of it is to come. None where it has nothing, or what
+    cannot be what this node gives. inputs: port → digests."""
     remote = session.remote
-    if remote is None or inputs is None or key is None or not shares(session, node):
+    if remote is None or not shares(session, node):
         return None
     if (claim := remote.find(key)) is None:
         return None
@@ -38,8 +54,7 @@ def look_there(session: Session, node: Node, inputs: Inputs | None, key: str | N
         remote.refuse(key, f"what {node.name} gave has {format_transfer(size)}, more than is free here")
         return None
     rate = known_rate(session.store.layout, remote)
-    fetch = Fetch(size, size / rate if rate else None, node.cache)
-    return Decision(action=Action.REMOTE, reason="", inputs=inputs, key=key, record=record, fetch=fetch)
+    return record, Fetch(size, size / rate if rate else None, node.cache)
 
 
 def require_possible(node: Node, claim: Claim) -> None:
@@ -54,7 +69,7 @@ def require_possible(node: Node, claim: Claim) -> None:
         raise Wrong("its metrics are not those of its kind") from None
 
 
-def asked(session: Session, node: Node, key: str, inputs: Inputs) -> KeyRecord:
+def asked(session: Session, node: Node, key: str, inputs: Mapping[str, Sequence[str]]) -> KeyRecord:
     """Return the record of what a node is about to do, without what came out."""
     identity, pinned = session.identity(node), session.pinned(node)
     return KeyRecord(

@@ -7,13 +7,14 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING
 
 from bigpipe.orchestrator.contract import Json
-from bigpipe.orchestrator.planning import Fetch, Plan, PlannedNode, difference_json, shown
+from bigpipe.orchestrator.planning import Plan, PlannedNode, difference_json, shown
 from bigpipe.sizes import counted, format_size, format_transfer
 from bigpipe.tables import PLAIN, Screen, columns
 
 from .firstrows import first_results
 
 if TYPE_CHECKING:
+    from bigpipe.orchestrator.planning import Fetch
     from bigpipe.orchestrator.running import RunResult
     from bigpipe.orchestrator.running.sharing import Exchange
     from bigpipe.orchestrator.store import Remote

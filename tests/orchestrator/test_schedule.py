@@ -14,6 +14,7 @@ from bigpipe.orchestrator.contract.types import Status
 from bigpipe.orchestrator.planning import schedule
 from bigpipe.orchestrator.planning.decision import Action, Decision
 from bigpipe.orchestrator.planning.schedule import Do, NodeState, States, Step, step
+from bigpipe.orchestrator.planning.sharing import Fetch
 from bigpipe.orchestrator.recipe.graph import load_recipe
 from bigpipe.orchestrator.stage import Forecast, Metrics, Params, Passing, Port, Stage
 from bigpipe.orchestrator.store.artifacts import KeyRecord
@@ -74,6 +75,7 @@ class Scene:
     new · must (looked up: to run) · refused (the same, though there is a record) · hit · dropped hit · cached · dropped
     · succeeded · again (succeeded with other bytes than before) · skipped · failed · running · done (its gates are not
     judged) · passing (it runs, and its files can be taken) · repassing (the same, and there is a record of its key)
+    · there (in the remote store) · bare (only its record is) · came (from there; its gates are not judged)
     · follows (the node before it) · left (its gates do not hold, which is forgiven) · open (foreseen, its gates are not
     decided)
     """
@@ -98,6 +100,11 @@ class Scene:
             self._look(state, Action.CACHED, known, bytes_here="dropped" not in words)
             if "hit" not in words:
                 schedule.end(self.states, state, Status.CACHED, "")
+        elif words in ("there", "bare", "came"):
+            self._look(state, Action.REMOTE, known, fetch=Fetch(10, None, words != "bare"))
+            if words == "came":
+                schedule.start(self.states, state)
+                schedule.done(self.states, state, known)
         elif words != "new":
             self._look(state, Action.RUN, known if words in ("refused", "repassing") else None, key=known.key)
             if words not in ("must", "refused"):
@@ -168,6 +175,17 @@ def wait(why: str) -> Step:
 
 
 ROWS = [
+    # The remote store
+    Row("what the remote store has comes from there", A, {"a": "there"}, Step(Do.FETCH)),
+    Row("its record alone comes too", A, {"a": "bare"}, Step(Do.FETCH)),
+    Row("what comes needs no dropped bytes", A_DROPS + AB.removeprefix(A), {"a": "dropped", "b": "there"},
+        Step(Do.FETCH)),
+    Row("what came is cached", A, {"a": "came"}, Step(Do.CACHED)),
+    Row("what comes follows nobody", SIP, {"a": "passing", "b": "there"}, wait("a")),
+    Row("nothing comes in a run that ends", A, {"a": "there"}, STOP, interrupted=True),
+    Row("what comes needs a turn", PAIR, {"a": "running", "b": "there"}, wait("jobs"), room={"jobs": 1}),
+    Row("what comes needs room on the disk", PAIR, {"a": "running", "b": "there"}, wait("disk"), room={"disk": 9}),
+    Row("what comes needs no CPU", PAIR, {"a": "running", "b": "there"}, Step(Do.FETCH), room={"CPUs": 1}),
     # The cache
     Row("what nobody has asked the store about is looked up", A, {}, LOOK),
     Row("what the store has is taken", A, {"a": "hit"}, Step(Do.CACHED)),
@@ -300,6 +318,20 @@ def test_rule(row: Row, tmp_path: Path) -> None:
     assert step(scene.states, scene.states[row.of or list(scene.nodes)[-1]]) == row.expected
 
 
+def test_bytes_that_do_not_come_are_made_where_they_are_demanded(tmp_path: Path) -> None:
+    now = scene(tmp_path, AB, {"a": "bare", "b": "must"})
+    producer, consumer = now.states["a"], now.states["b"]
+    schedule.start(now.states, producer)
+    schedule.done(now.states, producer, record("a"))
+    schedule.end(now.states, producer, Status.CACHED, "")
+    assert not producer.bytes_here
+    now._look(consumer, Action.RUN, None)
+    assert step(now.states, consumer) == DEMAND
+    schedule.demand(now.states, consumer, ["a"])
+    now._look(producer, Action.REMOTE, record("a"), fetch=Fetch(10, None, False))
+    assert step(now.states, producer) == START
+
+
 def scene(folder: Path, stages: str, given: Mapping[str, str], **more: Any) -> Scene:
     return Scene(Row("", stages, given, WAIT, **more), folder)
 
@@ -309,7 +341,7 @@ def next_of(scene: Scene, name: str) -> Do:
 
 
 @pytest.mark.parametrize("gate", ["score > 5", "no.such.metric > 0"], ids=["that does not hold", "that is not known"])
-@pytest.mark.parametrize(("words", "good"), [("done", Do.SUCCEED), ("hit", Do.CACHED)])
+@pytest.mark.parametrize(("words", "good"), [("done", Do.SUCCEED), ("hit", Do.CACHED), ("came", Do.CACHED)])
 def test_a_gate_fails_the_run_and_is_left_to_it_by_a_plan(gate: str, words: str, good: Do, tmp_path: Path) -> None:
     stages = gated("score > 5")
     run, plan = scene(tmp_path, stages, {"a": words}), scene(tmp_path, stages, {"a": words}, facts={"foreseen": True})
