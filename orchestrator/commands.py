@@ -57,7 +57,7 @@ def run(
     *,
     params: Mapping[str, Any] | None = None,
     store: str | Path | None = None,
-    remote: str | None = None,
+    remote: str | Path | None = None,
     force: Collection[str] = (),
     locked: bool = False,
     offline: bool = False,
@@ -223,7 +223,7 @@ def plan(
     *,
     params: Mapping[str, Any] | None = None,
     store: str | Path | None = None,
-    remote: str | None = None,
+    remote: str | Path | None = None,
     offline: bool = False,
     machine: Machine | None = None,
     jobs: int | None = None,
@@ -267,7 +267,7 @@ def why(
     *,
     params: Mapping[str, Any] | None = None,
     store: str | Path | None = None,
-    remote: str | None = None,
+    remote: str | Path | None = None,
 ) -> dict[str, Json]:
     """Return per node meant by `node`: what it would do, the reason, every change old → new with its place, and the
     producers whose changes reach it."""
@@ -324,7 +324,7 @@ def push(
     *,
     params: Mapping[str, Any] | None = None,
     store: str | Path | None = None,
-    remote: str | None = None,
+    remote: str | Path | None = None,
     reporter: Reporter | None = None,
 ) -> Exchange:
     """Give to the remote store what the store has of a recipe's nodes. Raise UsageError where none is named."""
@@ -342,7 +342,7 @@ def pull(
     *,
     params: Mapping[str, Any] | None = None,
     store: str | Path | None = None,
-    remote: str | None = None,
+    remote: str | Path | None = None,
     reporter: Reporter | None = None,
 ) -> Exchange:
     """Bring to the store what the remote store has of a recipe's nodes; nothing runs. Raise UsageError where none is

@@ -98,6 +98,7 @@ def test_answers_of_a_run_and_of_what_looks_back(workshop) -> None:
         "plan recipe.yaml", "validate recipe.yaml", "status recipe.yaml", "why recipe.yaml a", "graph recipe.yaml",
         "lock recipe.yaml", "lock recipe.yaml --check", "kinds", "kinds write", "ls", "ps", "show",
         f"diff {run['run']} last", "get a taken",
+        "push recipe.yaml --remote shared", "pull recipe.yaml --remote shared", "status recipe.yaml --remote shared",
         "report", "gc --dry-run", "rm last --dry-run", "verify",
         f"estimate {MODEL}", f"estimate {MODEL} {MODEL} --compare",
         f"estimate {MODEL} --memory 64GiB",
@@ -129,6 +130,8 @@ REFUSED = {
     "nothing to complete": (2, "completion powershell", "", None),
     "nobody to ask": (2, "gc", GOOD, None),
     "nothing to remove": (2, "rm a --yes", GOOD, None),
+    "no remote store": (2, "push recipe.yaml", GOOD, None),
+    "a remote store that is away": (75, "pull recipe.yaml --remote http://127.0.0.1:9/x", GOOD, None),
     "nothing to get": (2, "get a .", GOOD, None),
 }
 

@@ -242,7 +242,7 @@ def open_session(
     force: Collection[str] = (),
     offline: bool = False,
     text: str | None = None,
-    remote: str | None = None,
+    remote: str | Path | None = None,
     **further: Any,
 ) -> Session:
     """Read and check a manifest and open the store. Return the session.
@@ -270,13 +270,13 @@ def open_session(
     return session
 
 
-def remote_of(session: Session, given: str | None) -> Remote | None:
+def remote_of(session: Session, given: str | Path | None) -> Remote | None:
     """Return the remote store that is meant: by an option, else by BIGPIPE_REMOTE, else by the recipe; an empty address
     means none. Paths begin at the working directory, those of the recipe beside it. Raise UsageError for one that
     cannot be."""
     choice, base = session.recipe.remote, session.base
     if given is not None or "BIGPIPE_REMOTE" in session.environment:
-        address = session.environment.get("BIGPIPE_REMOTE", "") if given is None else given
+        address = session.environment.get("BIGPIPE_REMOTE", "") if given is None else os.fspath(given)
         choice, base = replace(choice or Shared(""), address=address, publish=True), Path.cwd()
     if choice is None or not choice.address:
         return None

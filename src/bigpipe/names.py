@@ -32,7 +32,7 @@ TEXTS = Given((str, list, tuple, set, frozenset), "names, as a list of texts")
 TABLE = Given((Mapping,), "a dict")
 CALLED = Given((Callable,), "a function")  # type: ignore[arg-type]  # as isinstance takes it
 ARGUMENTS: Mapping[str, Given] = {
-    **dict.fromkeys(("manifest", "path", "out", "store", "base", "memo", "parts"), PATH),
+    **dict.fromkeys(("manifest", "path", "out", "store", "remote", "base", "memo", "parts"), PATH),
     **dict.fromkeys(
         ("locked", "offline", "keep_going", "check", "preflight", "trust_remote_code", "double_quant",
          "gradient_checkpointing"),

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import threading
 import time
+from pathlib import Path
 
 import pytest
 from support.sharing import BUCKET, given, opened, s3_server, taken
@@ -202,3 +203,31 @@ def test_a_secret_of_the_bucket_is_in_no_answer(workshop, s3):
     assert "going on without it" in told.stderr
     assert "pass-of-somebody" not in told.stdout + told.stderr
     assert s3.environment["AWS_SECRET_ACCESS_KEY"] not in told.stdout + told.stderr
+
+
+def test_the_commands_of_the_page(s3, tmp_path):
+    """share-a-cache.md: a CI machine and a laptop, each with a store and a checkout of its own."""
+    page = (Path(__file__).parents[2] / "docs/how-to/share-a-cache.md").read_text(encoding="utf-8")
+    s3.client().create_bucket(Bucket="team-cache")
+    blocks = "\n".join(re.findall(r"^```console\n(.*?)^```", page, re.DOTALL | re.MULTILINE))
+    told: dict[str, str] = {}
+    remote: dict[str, str] = {}
+    for machine, line in re.findall(r"^(\w+)\$ (.+)$", blocks, re.MULTILINE):
+        folder = tmp_path / machine
+        folder.mkdir(exist_ok=True)
+        (folder / "recipe.yaml").write_text("version: 1\nstages:\n  a: {uses: write}\n")
+        if line.startswith("export "):
+            name, _, value = line.removeprefix("export ").partition("=")
+            remote[machine] = value
+            assert name == "BIGPIPE_REMOTE"
+            continue
+        written = re.sub(r"^bigpipe\b", f"{sys.executable} -m bigpipe", line)
+        own = {**environment(folder), **s3.environment, "BIGPIPE_REMOTE": remote[machine]}
+        done = subprocess.run(["bash", "-c", written], cwd=folder, env=own, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr
+        told[line.partition("#")[0].strip()] = done.stdout
+    assert "5 B to fetch" in told["bigpipe plan recipe.yaml"]
+    assert "cached shared" in told["bigpipe status recipe.yaml --remote"]
+    assert (tmp_path / "ci/journal").exists()
+    assert not (tmp_path / "laptop/journal").exists()
+    assert "there" in told["bigpipe push recipe.yaml"]
