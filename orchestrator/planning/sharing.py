@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from datetime import UTC, datetime
 
 from pydantic import ValidationError
 
@@ -82,4 +83,5 @@ def asked(session: Session, node: Node, key: str, inputs: Mapping[str, Sequence[
         manifest=str(session.recipe.path),
         pins=dict(pinned.values),
         pin_source=pinned.source,
+        created=datetime.now(UTC).isoformat(timespec="seconds"),
     )

@@ -61,26 +61,34 @@ def fetch(
     return None
 
 
-def give(session: Session, node: Node, record: KeyRecord, report: Report) -> bool | None:
-    """Offer a node's record, and its files where it keeps them, to the remote store. Return whether anything had to be
-    put there; None where it could not be, which is said in a line."""
+Became = Literal["sent", "there", "other", "fetched", "here", "absent", "refused", "own"]
+"""sent, fetched: now it is there, or here. there, here: it was already. other: what somebody else made under this key
+was there first. absent: there is nothing to send, or to fetch. refused: it could not be, or may not be. own: it acts
+outside the store, so it is done by every run itself."""
+
+
+def give(session: Session, node: Node, record: KeyRecord, report: Report) -> Became:
+    """Offer a node's record, and its files where it keeps them, to the remote store. What is refused is told in a
+    line."""
     store, remote = session.store, session.remote
-    if remote is None or remote.closed or remote.away or not shares(session, node):
-        return None
+    if remote is None or not shares(session, node):
+        return "own"
+    if (found := remote.find(record.key)) is not None and found.digest != record.digest:
+        return "other"
     kept = node.cache and store.intact(record)
-    if node.cache and not kept:
-        return None
+    if remote.closed or remote.away or (node.cache and not kept):
+        return "refused"
     claim = Claim.of(record, kept=kept)
     folder = store.artifact_path(record.digest) if record.digest else Path()
     files = {str(file["sha256"]): folder / name for name, file in record.files.items()} if kept else {}
     meter = Meter("remote store", sum(path.stat().st_size for path in files.values()), f"sending {node.name}", report)
     try:
-        return remote.offer(claim, files, store.temporary(), meter.moved)
+        return "sent" if remote.offer(claim, files, store.temporary(), meter.moved) else "there"
     except Away as error:
         remote.close(error)
     except (Wrong, BigpipeError, OSError) as error:
         remote.tell(f"what {node.name} gave is not shared: {error}")
-    return None
+    return "refused"
 
 
 @dataclass(slots=True)
@@ -128,12 +136,6 @@ class Offering:
         self._waiting.put(None)
         while self._thread is not None and self._thread.is_alive() and not self._cancelled.is_set():
             self._thread.join(POLL)
-
-
-Became = Literal["sent", "there", "other", "fetched", "here", "absent", "refused", "own"]
-"""sent, fetched: now it is there, or here. there, here: it was already. other: what somebody else made under this key
-was there first. absent: there is nothing to send, or to fetch. refused: it could not be, or may not be. own: it acts
-outside the store, so it is done by every run itself."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -187,16 +189,12 @@ def push(session: Session, plan: Plan) -> Exchange:
 
 
 def _push(session: Session, item: PlannedNode, report: Report) -> Exchanged:
-    record, remote = item.decision.record, session.remote
-    if remote is None or not shares(session, item.node):
+    record = item.decision.record
+    if not shares(session, item.node):
         return Exchanged("own")
     if record is None or item.action is not Action.CACHED:
         return Exchanged("absent")
-    claim = remote.find(record.key)
-    if claim is not None and claim.digest != record.digest:
-        return Exchanged("other")
-    given = give(session, item.node, record, report)
-    return Exchanged("refused" if given is None else "sent" if given else "there", size_of(record))
+    return Exchanged(give(session, item.node, record, report), size_of(record))
 
 
 def pull(session: Session, plan: Plan) -> Exchange:

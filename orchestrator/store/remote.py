@@ -44,12 +44,11 @@ CREDENTIAL = re.compile(r"(?:AWS|FSSPEC|AZURE|GOOGLE|GCS|S3)_\w*(?:SECRET|TOKEN|
 """Variables that hold what the packages of fsspec sign with."""
 PATIENCE = 30.0
 """Seconds for one exchange: a record, or a piece of an object."""
-PIECE = 8 * 2**20
-"""Bytes."""
-LANES = 4
-"""Pieces that are on their way at a time; so much of an object is in memory."""
-MOST_PARTS = 9000
-"""Of one upload: S3 takes 10,000."""
+PIECE, LANES = 2 * 2**20, 4
+"""Bytes of a piece that comes, and how many come at a time. Together they are what is in memory, and what a slow line
+must bring within `PATIENCE`: 280 kB/s."""
+PART, MOST_PARTS, SENT_AT_ONCE = 5 * 2**20, 9000, 2
+"""Bytes of a part that is sent, the least that S3 takes, and how many one object may have: S3 takes 10,000."""
 WHOLE_AT_ONCE = frozenset({"s3", "s3a", "gs", "gcs", "abfs", "az", "hf", "memory"})
 """File systems where an object is there as a whole or not at all; elsewhere it gets another name first."""
 Moved = Callable[[int], None]
@@ -227,6 +226,7 @@ class Remote:
         protocols = {system.protocol} if isinstance(system.protocol, str) else {*system.protocol}
         if protocols & WHOLE_AT_ONCE:
             return self._upload(source, path, beats, mode)
+        system.makedirs(path.rpartition("/")[0], exist_ok=True)
         aside = f"{path}.{partial_name(source).name[-21:]}"
         self._upload(source, aside, beats, mode)
         if not replaces and system.exists(path):
@@ -242,7 +242,8 @@ class Remote:
                 beats(inc)
 
         put = self._system.put_file
-        wanted = {"chunksize": max(PIECE, source.stat().st_size // MOST_PARTS + 1), "max_concurrency": LANES}
+        part = max(PART, -(-source.stat().st_size // MOST_PARTS // 2**20) * 2**20)
+        wanted = {"chunksize": part, "max_concurrency": SENT_AT_ONCE}
         known = inspect.signature(getattr(self._system, "_put_file", put)).parameters
         put(str(source), path, callback=Told(), mode=mode, **{key: wanted[key] for key in wanted if key in known})
 

@@ -9,18 +9,21 @@ import threading
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
+import fsspec
 import pytest
+from fsspec.implementations.local import LocalFileSystem
 from support.sharing import given, opened, taken, tree
 from support.stores import contents, killed_at, publish, record
 from support.workshop import environment, statuses
 
 import bigpipe
-from bigpipe.errors import DoesNotFit, GateFailed, ManifestError, Transient, UsageError
+from bigpipe.errors import DoesNotFit, GateFailed, Interrupted, ManifestError, Transient, UsageError
 from bigpipe.files import seal
 from bigpipe.orchestrator import commands
 from bigpipe.orchestrator.contract import LogLine
 from bigpipe.orchestrator.planning import Action
 from bigpipe.orchestrator.store.claims import LARGEST, Claim, Wrong, read_claim
+from bigpipe.orchestrator.store.fetching import known_rate, note_rate
 from bigpipe.orchestrator.store.hashing import digest_of
 from bigpipe.orchestrator.store.layout import hex_of
 from bigpipe.orchestrator.store.remote import PIECE, Away
@@ -34,6 +37,16 @@ CHAIN = HEAD + (
     "  b: {uses: join, inputs: {first: a}, with: {squeeze: true}, cache: false}\n"
     "  c: {uses: join, inputs: {first: b, second: a}, gates: ['characters > 2']}\n"
 )
+
+
+class Plain(LocalFileSystem):
+    """A directory as a file system that is not known to be one."""
+
+    protocol = "plain"
+
+    @classmethod
+    def _strip_protocol(cls, path):
+        return super()._strip_protocol(path.removeprefix("plain://"))
 
 
 ACTING = """
@@ -155,6 +168,23 @@ class TestBytes:
                 assert moved[0] == first
                 assert sum(moved) == len(large)
 
+    def test_what_is_interrupted_is_not_recorded(self, store, second, shared):
+        made = publish(store, "a", FILES)
+        given(opened(shared, store)[0], store, made)
+        remote, cancelled = opened(shared, second)[0], threading.Event()
+        cancelled.set()
+        with pytest.raises(Interrupted):
+            second.receive(remote.find(made.key).recorded(record("a")), remote, kept=True, cancelled=cancelled)
+        assert second.find(made.key) is None
+
+    def test_how_fast_it_came_foretells_how_long_it_takes(self, store, second, shared):
+        remote = opened(shared, second)[0]
+        note_rate(second.layout, remote, 1000, 0.001)  # too little to say anything
+        assert known_rate(second.layout, remote) is None
+        note_rate(second.layout, remote, 2**21, 2.0)
+        assert known_rate(second.layout, remote) == 2**20
+        assert known_rate(second.layout, opened(shared / "other", second)[0]) is None
+
     def test_what_the_store_has_already_does_not_come(self, store, second, shared):
         made = publish(store, "a", FILES)
         given(opened(shared, store)[0], store, made)
@@ -204,6 +234,22 @@ class TestOrder:
             given(opened(shared, store)[0], store, made)  # the next one completes it
             assert remote.find(made.key) is not None
         assert whole < killed
+
+    @pytest.mark.parametrize("protocol", ["plain", "memory"])
+    def test_other_file_systems(self, store, second, tmp_path, protocol):
+        """One whose files are there while they are written, and one where a file is there as a whole."""
+        fsspec.register_implementation("plain", Plain, clobber=True)
+        address = f"{protocol}://{tmp_path}/shared"
+        first, other = publish(store, "a", FILES), publish(second, "a", {"x": b"other"})
+        remote, heard = opened(address, store)
+        assert given(remote, store, first)
+        assert not given(remote, store, first)
+        given(remote, second, other)
+        with Store(tmp_path / "three") as third:
+            assert contents(third, taken(opened(address, third)[0], third, record("a"))) == FILES
+        assert heard == []
+        left = [path.name for path in (tmp_path / "shared").rglob("*") if path.name.endswith(".part")]
+        assert left == []
 
     def test_the_first_writer_of_a_key_stays(self, store, second, shared):
         first, other = publish(store, "a", {"x": b"first"}), publish(second, "a", {"x": b"other"})
@@ -261,8 +307,7 @@ POISON = {
     "more fields": claimed(more=1),
     "no list": claimed(files=[]),
     "no number": claimed(metrics={"loss": float("nan")}),
-    "no time": claimed(created="yesterday"),
-    "no zone": claimed(created="2026-01-02T03:04:05"),
+    "a time": claimed(created="9999-12-31T23:59:59+00:00"),
     "a digest of its own": claimed(digest="sha256:" + "0" * 64),
     "no digest": claimed(digest=None),
     "a size below nothing": claimed(files={"x": {"sha256": "a" * 64, "size": -1}}),

@@ -18,7 +18,7 @@ from support.stores import contents, publish, record
 from support.workshop import environment
 
 from bigpipe.orchestrator.store.claims import Wrong
-from bigpipe.orchestrator.store.remote import PIECE, Away
+from bigpipe.orchestrator.store.remote import PART, PIECE, Away
 from bigpipe.orchestrator.store.store import Store
 
 SMALL = {"config.json": b"{}", "weights": b"1" * 5000}
@@ -59,7 +59,7 @@ def replace_object(s3, address: str, content: bytes, by: bytes) -> str:
 
 
 def test_large_objects_go_and_come_in_parts(stores, address):
-    files = {**SMALL, "large": os.urandom(2 * PIECE + 12345), "empty": b""}
+    files = {**SMALL, "large": os.urandom(3 * PART + 12345), "empty": b""}
     made = publish(stores[0], "a", files)
     remote, heard = opened(address, stores[0])
     assert given(remote, stores[0], made)
@@ -130,7 +130,7 @@ def test_no_bucket_is_a_miss_for_readers_and_told_to_writers(stores, s3):
 
 @pytest.mark.parametrize("moments", [[1], pytest.param(range(1, 6), marks=FULL)])
 def test_a_server_that_is_killed_while_it_is_read_leaves_nothing_recorded(stores, tmp_path, monkeypatch, moments):
-    content = os.urandom(6 * PIECE)
+    content = os.urandom(12 * PIECE)
     made = publish(stores[0], "a", {"large": content})
     for moment in moments:
         with s3_server(monkeypatch.setenv) as server, Store(tmp_path / f"reader-{moment}") as reader:
@@ -161,7 +161,7 @@ def test_a_server_that_is_killed_while_it_is_read_leaves_nothing_recorded(stores
 def test_a_push_that_is_killed_leaves_nothing_half_there(workshop, s3, address, tmp_path, seed, kills):
     """And what is pushed whole, a second store takes whole."""
     choice, to = random.Random(seed), address  # noqa: S311
-    (tmp_path / "large.txt").write_text("x" * (3 * PIECE))
+    (tmp_path / "large.txt").write_text("x" * (5 * PART))
     made = workshop.run(RECIPE, remote="")
     assert made.exit_code == 0
     own = {**environment(tmp_path), **s3.environment}
