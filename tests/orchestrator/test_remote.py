@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 import threading
+from contextlib import nullcontext
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
@@ -26,7 +27,7 @@ from bigpipe.orchestrator.store.claims import LARGEST, Claim, Wrong, read_claim
 from bigpipe.orchestrator.store.fetching import known_rate, note_rate
 from bigpipe.orchestrator.store.hashing import digest_of
 from bigpipe.orchestrator.store.layout import hex_of
-from bigpipe.orchestrator.store.remote import PIECE, Away
+from bigpipe.orchestrator.store.remote import PIECE, Away, Beats
 from bigpipe.orchestrator.store.store import Store
 from bigpipe.redaction import conceal
 
@@ -153,7 +154,12 @@ class TestBytes:
         large = os.urandom(2 * PIECE + 5)
         made = publish(store, "a", {"large": large})
         given(opened(shared, store)[0], store, made)
-        for begun, first in ((large[: PIECE + 7], PIECE + 7), (b"0" * (PIECE + 7), PIECE + 7), (large + b"more", 0)):
+        for begun, first in (
+            (large[: PIECE + 7], PIECE + 7),
+            (b"0" * (PIECE + 7), PIECE + 7),
+            (b"0" * len(large), len(large)),
+            (large + b"more", 0),
+        ):
             with Store(second.root.with_name(f"store-{len(begun)}-{begun[:1].hex()}")) as third:
                 work = third.layout.working(digest_of("fetch", made.key))
                 (work / "scratch").mkdir(parents=True)
@@ -161,6 +167,8 @@ class TestBytes:
                 (work / "scratch" / f"{sha256}.coming").write_bytes(begun)
                 (work / "out").mkdir()
                 (work / "out" / "stray").write_bytes(b"of something else")
+                if first == 0:
+                    (work / "out" / "large").write_bytes(b"0" * len(large))
                 (work / "out" / "link").symlink_to("/etc/hostname")
                 moved: list[int] = []
                 got = taken(opened(shared, third)[0], third, record("a"), moved)
@@ -189,7 +197,17 @@ class TestBytes:
         made = publish(store, "a", FILES)
         given(opened(shared, store)[0], store, made)
         publish(second, "b", {"other": b"1" * 5000})
-        the_object(shared, b"1" * 5000).unlink()
+        there = the_object(shared, b"1" * 5000)
+        there.unlink()
+        assert contents(second, taken(opened(shared, second)[0], second, record("a"))) == FILES
+
+    def test_what_has_rotted_here_comes(self, store, second, shared):
+        made = publish(store, "a", FILES)
+        given(opened(shared, store)[0], store, made)
+        publish(second, "b", {"other": b"1" * 5000})
+        rotten = second.layout.object(the_object(shared, b"1" * 5000).name)
+        rotten.chmod(0o600)
+        rotten.write_bytes(b"0" * 5000)
         assert contents(second, taken(opened(shared, second)[0], second, record("a"))) == FILES
 
     def test_more_than_is_free_does_not_begin_to_come(self, store, second, shared):
@@ -258,6 +276,20 @@ class TestOrder:
         given(opened(shared, second)[0], second, other)
         assert tree(shared / "v1/keys") == before
         assert opened(shared, second)[0].find(other.key).digest == first.digest
+
+    @pytest.mark.parametrize("protocol", ["file", "plain", "memory"])
+    def test_who_comes_second_in_spite_of_a_look_is_told(self, store, tmp_path, protocol):
+        """Both saw that nothing was there."""
+        fsspec.register_implementation("plain", Plain, clobber=True)
+        remote, source = opened(f"{protocol}://{tmp_path}/shared", store)[0], tmp_path / "source"
+        path = remote._path("keys", "x")
+        for content in (b"first", b"second"):
+            source.write_bytes(content)
+            with pytest.raises(FileExistsError) if content == b"second" else nullcontext():
+                remote._send(path, source, Beats(lambda size: None), replaces=False)
+        assert remote._system.cat_file(path) == b"first"
+        remote._send(path, source, Beats(lambda size: None), replaces=True)
+        assert remote._system.cat_file(path) == b"second"
 
     def test_eight_writers_at_once_leave_one_whole_record(self, store, shared, tmp_path):
         stores = [Store(tmp_path / f"writer-{number}") for number in range(8)]
@@ -373,8 +405,8 @@ class TestBelief:
 
 class TestTrouble:
     def test_what_never_answers_is_left_after_so_many_seconds(self, store, shared):
+        given(opened(shared, store)[0], store, publish(store, "b", FILES))
         path = shared / "v1/keys" / f"{hex_of(KEY)}.json"
-        path.parent.mkdir(parents=True)
         os.mkfifo(path)
         remote, heard = opened(shared, store, patience=0.1)
         assert remote.find(KEY) is None

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import threading
 import time
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -18,7 +19,7 @@ from support.stores import contents, publish, record
 from support.workshop import environment
 
 from bigpipe.orchestrator.store.claims import Wrong
-from bigpipe.orchestrator.store.remote import PART, PIECE, Away
+from bigpipe.orchestrator.store.remote import PART, PIECE, Away, Beats
 from bigpipe.orchestrator.store.store import Store
 
 SMALL = {"config.json": b"{}", "weights": b"1" * 5000}
@@ -118,6 +119,17 @@ def test_eight_writers_at_once(stores, address):
     assert got.digest in {each.digest for each in made}
     assert not any(given(remotes[number], stores[number], made[number]) for number in range(8))
     assert remotes[1].find(got.key).digest == got.digest
+
+
+def test_who_comes_second_in_spite_of_a_look_is_told(stores, address, tmp_path):
+    remote, source = opened(address, stores[0])[0], tmp_path / "source"
+    for size in (10, 3 * PART):
+        path = remote._path("objects", str(size))
+        for content, replaces in ((b"1" * size, False), (b"2" * size, False), (b"3" * size, True)):
+            source.write_bytes(content)
+            with pytest.raises(FileExistsError) if content[:1] == b"2" else nullcontext():
+                remote._send(path, source, Beats(lambda size: None), replaces=replaces)
+            assert remote._system.cat_file(path) == content.replace(b"2", b"1")
 
 
 def test_no_bucket_is_a_miss_for_readers_and_told_to_writers(stores, s3):
