@@ -147,7 +147,9 @@ def test_a_server_that_is_killed_while_it_is_read_leaves_nothing_recorded(stores
     for moment in moments:
         with s3_server(monkeypatch.setenv) as server, Store(tmp_path / f"reader-{moment}") as reader:
             given(opened(server.address, stores[0])[0], stores[0], made)
-            remote, _ = opened(server.address, reader, patience=1.5)
+            remote, _ = opened(server.address, reader)
+            assert remote.find(made.key) is not None
+            remote.patience = 3.0
             seen: list[int] = []
 
             class Killing(list):
