@@ -35,7 +35,7 @@ def greeting(workshop):
 def test_help_of_every_command_has_an_example(workshop):
     listing = workshop.command("--help").stdout
     commands = [line.split()[0] for line in listing.split("Commands:")[1].splitlines() if line.strip()]
-    assert len(commands) == 24 + sum(one.offered for one in single.COMMANDS)
+    assert len(commands) == 26 + sum(one.offered for one in single.COMMANDS)
     assert {"quantize", "shard", "place", "generate", "merge"} < {*commands}
     for command in ("run", "plan", "verify"):
         assert "Example: bigpipe" in workshop.command(command, "--help").stdout
@@ -64,7 +64,7 @@ def test_status_exit_code(greeting):
     assert greeting.command("status", "recipe.yaml", "--exit-code").returncode == 10
     greeting.command("run", "recipe.yaml")
     assert greeting.command("status", "recipe.yaml", "--exit-code").returncode == 0
-    assert greeting.json("status", "recipe.yaml")["nodes"]["b"] == {"action": "cached", "reason": ""}
+    assert greeting.json("status", "recipe.yaml")["nodes"]["b"] == {"action": "cached", "reason": "", "shared": None}
 
 
 def test_plan_as_json(greeting):

@@ -291,6 +291,22 @@ class TestOrder:
         remote._send(path, source, Beats(lambda size: None), replaces=True)
         assert remote._system.cat_file(path) == b"second"
 
+    def test_of_eight_who_write_a_record_at_once_one_has_written_it(self, store, shared):
+        made, wrote, start = publish(store, "a", FILES), [], threading.Barrier(8)
+
+        def offer() -> None:
+            remote, _ = opened(shared, store)
+            assert remote.find(made.key) is None
+            start.wait()
+            wrote.append(given(remote, store, made, kept=False))
+
+        threads = [threading.Thread(target=offer) for _ in range(8)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert sorted(wrote) == [False] * 7 + [True]
+
     def test_eight_writers_at_once_leave_one_whole_record(self, store, shared, tmp_path):
         stores = [Store(tmp_path / f"writer-{number}") for number in range(8)]
         made = [publish(each, "a", {"x": b"%d" % number * 1000}) for number, each in enumerate(stores)]
@@ -333,7 +349,7 @@ POISON = {
     "empty": b"",
     "flipped": claimed()[:-40] + bytes([claimed()[-40] ^ 1]) + claimed()[-39:],
     "another key": Claim.of(record("b").holding({"x": ("a" * 64, 3)}), kept=True).sealed(),
-    "too large": b" " * (LARGEST + 1),
+    "too large": claimed(metrics={"note": "a" * LARGEST}),
     "nested": b'{"sha256": "' + b"0" * 64 + b'", "record":\n' + b"[" * 100_000 + b"\n}\n",
     "deep metrics": claimed(metrics={"a": json.loads("[" * 900 + "]" * 900)}),
     "more fields": claimed(more=1),
