@@ -516,6 +516,16 @@ class TestRuns:
         assert workshop.ran == ["b", "c"]
         assert statuses(got) == {"a": "cached", "b": "succeeded", "c": "succeeded"}
 
+    def test_a_record_without_bytes_is_nothing_to_whoever_keeps_them(self, workshop, warmed):
+        workshop.manifest.write_text(CHAIN.replace(", cache: false", ""))
+        plan = bigpipe.plan(workshop.manifest, **warmed)
+        assert [str(node.action) for node in plan.nodes.values()] == ["remote", "run", "run"]
+
+    def test_what_is_forced_runs(self, workshop, warmed):
+        got = workshop.run(**warmed, nodes=["a"], force=["a"])
+        assert workshop.ran == ["a"]
+        assert statuses(got) == {"a": "succeeded"}
+
     def test_what_was_flipped_is_made_again_and_the_rest_comes(self, workshop, warmed, shared):
         damaged = the_object(shared, b"HELLO hello")
         damaged.chmod(0o600)
