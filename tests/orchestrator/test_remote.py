@@ -102,7 +102,7 @@ class TestBytes:
         remote, heard = opened(shared, store)
         assert given(remote, store, made)
         assert not given(remote, store, made)  # it is there
-        got = taken(opened(shared, second)[0], second, record("a"))
+        got = taken(opened(shared, second)[0], second, record("a", metrics={}))
         assert (got.digest, got.files, got.metrics) == (made.digest, made.files, made.metrics)
         assert contents(second, got) == FILES
         assert second.intact(got)
