@@ -135,6 +135,7 @@ def run_plan(
     if session.remote is not None:
         from .sharing import Offering
 
+        session.remote.stopped = run.cancelled
         session.remote.tell = lambda line: run.reporter.report(LogLine("remote store", line))
         run.offering = Offering(session, run.reporter.report, run.cancelled)
     with closing(recorder), _caught_once(run.interrupt):

@@ -15,7 +15,7 @@ from pathlib import Path
 from queue import SimpleQueue
 from typing import Literal
 
-from bigpipe.errors import BigpipeError, DoesNotFit, StageFailed, Transient, UsageError, first_few
+from bigpipe.errors import BigpipeError, DoesNotFit, Interrupted, StageFailed, Transient, UsageError, first_few
 from bigpipe.orchestrator.contract import Event, LogLine, Progress
 from bigpipe.orchestrator.planning import Action, Decision, Plan, PlannedNode, Session, shares
 from bigpipe.orchestrator.recipe import Node
@@ -84,6 +84,8 @@ def give(session: Session, node: Node, record: KeyRecord, report: Report) -> Bec
     meter = Meter("remote store", sum(path.stat().st_size for path in files.values()), f"sending {node.name}", report)
     try:
         return "sent" if remote.offer(claim, files, store.temporary(), meter.moved) else "there"
+    except Interrupted:
+        pass  # what is not there then can be pushed
     except Away as error:
         remote.close(error)
     except (Wrong, BigpipeError, OSError) as error:

@@ -19,6 +19,7 @@ import inspect
 import os
 import re
 import threading
+import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -27,7 +28,7 @@ from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from bigpipe.errors import UsageError
+from bigpipe.errors import Interrupted, UsageError
 from bigpipe.files import copy_file, give_free_name, lies_in, make_folders, move, partial_name, write_file
 from bigpipe.filesystems import is_local, open_address
 from bigpipe.names import begins_address
@@ -42,6 +43,8 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 CREDENTIAL = re.compile(r"(?:AWS|FSSPEC|AZURE|GOOGLE|GCS|S3)_\w*(?:SECRET|TOKEN|PASSWORD|KEY)\w*")
 """Variables that hold what the packages of fsspec sign with."""
+POLL = 0.2
+"""Seconds between two looks whether who waits was interrupted."""
 PATIENCE = 30.0
 """Seconds for one exchange: a record, or a piece of an object."""
 PIECE, LANES = 2 * 2**20, 4
@@ -73,6 +76,8 @@ class Remote:
     patience: float = PATIENCE
     tell: Callable[[str], None] = lambda line: None
     """Hears of what goes wrong, a line each."""
+    stopped: threading.Event = field(default_factory=threading.Event)
+    """Nothing is waited for any more: who asked was interrupted."""
     away: str = ""
     """Why it is not used any more."""
     closed: str = ""
@@ -264,14 +269,17 @@ class Remote:
 
     def _wait(self, future: Future[T], beats: Beats | None = None) -> T:
         """Return what comes of it. Raise Away where nothing has moved for as long as is waited, FileNotFoundError and
-        FileExistsError as they are, UsageError for an address that cannot be opened."""
+        FileExistsError as they are, UsageError for an address that cannot be opened, Interrupted."""
         from concurrent.futures import wait
 
-        seen = beats.count if beats else 0
-        while not wait([future], self.patience).done:
-            if beats is None or beats.count == seen:
+        seen, moved = 0, time.monotonic()
+        while not wait([future], min(POLL, self.patience)).done:
+            if self.stopped.is_set():
+                raise Interrupted("interrupted while the remote store was waited for", "run the same command again")
+            if beats is not None and beats.count > seen:
+                seen, moved = beats.count, time.monotonic()
+            elif time.monotonic() - moved >= self.patience:
                 raise Late(f"nothing came within {self.patience:g} s")
-            seen = beats.count
         try:
             return future.result()
         except (FileNotFoundError, FileExistsError, UsageError):

@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 import threading
+import time
 from contextlib import nullcontext
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -431,6 +432,21 @@ class TestTrouble:
         assert len(heard) == 1
         assert "going on without it" in heard[0]
         os.close(os.open(path, os.O_WRONLY | os.O_NONBLOCK))  # lets the thread go that waits for it
+
+    def test_an_interruption_does_not_wait_for_what_never_answers(self, store, second, shared):
+        given(opened(shared, store)[0], store, publish(store, "a", FILES))
+        path = the_object(shared, b"1" * 5000)
+        path.unlink()
+        os.mkfifo(path)
+        remote, heard = opened(shared, second, patience=60)
+        timer, began = threading.Timer(0.3, remote.stopped.set), time.monotonic()
+        timer.start()
+        with pytest.raises(Interrupted):
+            taken(remote, second, record("a"))
+        assert time.monotonic() - began < 20
+        assert heard == []
+        timer.join()
+        os.close(os.open(path, os.O_WRONLY | os.O_NONBLOCK))
 
     def test_what_can_only_be_read_is_read(self, store, second, shared, tmp_path):
         """A server of files that takes none, and knows no ranges."""
