@@ -5,9 +5,10 @@
 The bare loop has all texts in memory, sorted by their length in bytes as ours are; it tokenizes a batch, runs the model
 and keeps label and score. Its seconds are those of the loop alone, without imports, loading or reading. Ours are told
 twice: `loop` is the rank's, from its first batch to its last; `whole` is that of the stage, which reads Parquet, plans,
-starts a rank, imports torch, loads the model, classifies, and writes Parquet. Labels must be the same. Memory is the
-resident set of the stage's largest process, looked at every half second: the largest while a tenth, a half, nine tenths
-and all of the rows were done, and before and after.
+starts a rank, imports torch, loads the model, classifies, and writes Parquet. `processor` is user and system time:
+of the bare loop alone, and of our whole command with all its children. Labels must be the same. Memory is the resident
+set of the stage's largest process, looked at every half second: the largest while a tenth, a half, nine tenths and all
+of the rows were done, and before and after.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import argparse
 import json
 import os
 import random
+import resource
 import shutil
 import subprocess
 import sys
@@ -45,7 +47,7 @@ tokenizer = AutoTokenizer.from_pretrained(model)
 model = AutoModelForSequenceClassification.from_pretrained(model, dtype=torch.float32).eval()
 texts = parquet.read_table(source)["text"].to_pylist()
 order, labels = sorted(range(len(texts)), key=lambda row: len(texts[row].encode())), {}
-started = time.perf_counter()
+started, busy = time.perf_counter(), time.process_time()
 with torch.inference_mode():
     for first in range(0, len(order), int(size)):
         rows = order[first : first + int(size)]
@@ -53,8 +55,9 @@ with torch.inference_mode():
         scores, found = model(**inputs).logits.softmax(-1).max(-1)
         for row, score, label in zip(rows, scores.tolist(), found.tolist()):
             labels[row] = (model.config.id2label[label], score)
-seconds = time.perf_counter() - started
-Path(out).write_text(json.dumps({"seconds": seconds, "labels": [labels[row][0] for row in range(len(texts))]}))
+seconds, busy = time.perf_counter() - started, time.process_time() - busy
+found = [labels[row][0] for row in range(len(texts))]
+Path(out).write_text(json.dumps({"seconds": seconds, "processor": busy, "labels": found}))
 """
 RECIPE = """
 version: 1
@@ -114,7 +117,7 @@ def run_bare(folder: Path, options: argparse.Namespace) -> dict[str, Any]:
     command = [sys.executable, str(folder / "bare.py"), folder / "model", folder / "texts.parquet", out]
     subprocess.run([*map(str, command), str(options.batch)], check=True, env=environment(), stderr=subprocess.DEVNULL)
     made = json.loads(out.read_text())
-    return {"loop": made["seconds"], "whole": made["seconds"], "labels": made["labels"]}
+    return {"loop": made["seconds"], "whole": made["seconds"], "processor": made["processor"], "labels": made["labels"]}
 
 
 class Watch(threading.Thread):
@@ -146,6 +149,7 @@ def run_stage(folder: Path, options: argparse.Namespace) -> dict[str, Any]:
             *(sys.executable, "-m", "bigpipe", "run", str(folder / "recipe.yaml"), "--store", store, "--json"),
             *("--events", str(events)),
         ]
+        before = resource.getrusage(resource.RUSAGE_CHILDREN)
         with subprocess.Popen(
             command, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
         ) as process:
@@ -154,11 +158,13 @@ def run_stage(folder: Path, options: argparse.Namespace) -> dict[str, Any]:
             watch.start()
             assert process.stdout is not None
             node = json.loads(process.stdout.read().splitlines()[-1])["nodes"]["classify"]
+        after = resource.getrusage(resource.RUSAGE_CHILDREN)
         labels = parquet.read_table(next(Path(node["path"]).glob("*.parquet")))["label"].to_pylist()
         told = [json.loads(line) for line in events.read_text().splitlines()]
     metrics = node["metrics"]
     return {
-        "loop": metrics["tokens"] / metrics["tokens_per_second"], "whole": node["seconds"], "labels": labels,
+        "loop": metrics["tokens"] / metrics["tokens_per_second"], "whole": node["seconds"],
+        "processor": after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime, "labels": labels,
         "memory": memory(watch.seen, told, started),
     }  # fmt: skip
 
@@ -213,13 +219,16 @@ def report(results: dict[str, list[dict[str, Any]]], options: argparse.Namespace
     arms = {
         arm: {
             key: {"seconds": round(seconds, 1), "rows/s": round(options.rows / seconds)}
-            for key in ("loop", "whole")
+            for key in ("loop", "whole", "processor")
             for seconds in [median([run[key] for run in runs])]
         }
         for arm, runs in results.items()
     }
-    bare = median([run["loop"] for run in results["bare"]])
-    shares = {key: round(bare / median([run[key] for run in results["stage"]]), 3) for key in ("loop", "whole")}
+    least = {"loop": "loop", "whole": "loop", "processor": "processor"}
+    shares = {
+        key: round(median([run[bare] for run in results["bare"]]) / median([run[key] for run in results["stage"]]), 3)
+        for key, bare in least.items()
+    }
     shown = {key: value for key, value in vars(options).items() if key != "folder"}
     load = [round(each, 1) for each in os.getloadavg()]
     print(json.dumps(
