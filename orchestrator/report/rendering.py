@@ -11,8 +11,6 @@ from bigpipe.orchestrator.planning import Plan, PlannedNode, difference_json, sh
 from bigpipe.sizes import counted, format_size, format_transfer
 from bigpipe.tables import PLAIN, Screen, columns
 
-from .firstrows import first_results
-
 if TYPE_CHECKING:
     from bigpipe.orchestrator.planning import Fetch
     from bigpipe.orchestrator.running import RunResult
@@ -132,8 +130,11 @@ def results_text(result: RunResult, limit: int = 5, *, screen: Screen = PLAIN) -
     parts = []
     for name, state in result.nodes.items():
         path = result.path(name) if state.node.kind.output == "results" else None
-        rows = list(first_results(path, limit)) if path is not None else []
-        if rows:
+        if path is None:
+            continue
+        from .firstrows import first_results  # most runs that have nothing to do have no results either
+
+        if rows := list(first_results(path, limit)):
             parts.append("\n".join([f"{name}:", *(f"  {_flat(prompt)} → {_flat(text)}" for prompt, text in rows)]))
     return "\n\n".join([*parts, result_table(result, screen)])
 
