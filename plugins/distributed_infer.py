@@ -11,7 +11,7 @@ from pydantic_core import InitErrorDetails, PydanticCustomError
 
 from bigpipe.bigmodel.engines import EngineName, find_engine
 from bigpipe.bigmodel.sources import Sources
-from bigpipe.bigmodel.tasks import URLS, BuiltIn, Task, faults, require_known
+from bigpipe.bigmodel.tasks import BuiltIn, Task, faults, require_known
 from bigpipe.errors import UsageError
 from bigpipe.orchestrator.stage import (
     Bytes,
@@ -165,6 +165,8 @@ def _unanswered(params: InferParams) -> Iterator[InitErrorDetails]:
     """What requests cannot be answered with."""
     if params.row_format != "openai-batch":
         return
+    from bigpipe.bigmodel.tasks import URLS
+
     tasks = sorted(set(URLS.values()))
     if params.task not in tasks:
         yield _refusal(("task",), f"requests are answered by {' and '.join(tasks)}", params.task)
