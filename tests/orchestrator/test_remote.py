@@ -51,6 +51,22 @@ class Plain(LocalFileSystem):
         return super()._strip_protocol(path.removeprefix("plain://"))
 
 
+class Slow(Plain):
+    """Takes a quarter of a second for each piece of a file, and says so."""
+
+    protocol = "slow"
+
+    @classmethod
+    def _strip_protocol(cls, path):
+        return super()._strip_protocol(path.removeprefix("slow://"))
+
+    def put_file(self, lpath, rpath, callback, **options):
+        for _ in range(6):
+            time.sleep(0.25)
+            callback.relative_update(1)
+        super().put_file(lpath, rpath)
+
+
 ACTING = """
 from bigpipe.orchestrator.stage import Forecast, Metrics, Params, Planning, Stage, StageResult
 class Nothing(Params): pass
@@ -432,6 +448,12 @@ class TestTrouble:
         assert len(heard) == 1
         assert "going on without it" in heard[0]
         os.close(os.open(path, os.O_WRONLY | os.O_NONBLOCK))  # lets the thread go that waits for it
+
+    def test_what_is_slow_but_moves_is_waited_for(self, store, tmp_path):
+        fsspec.register_implementation("slow", Slow, clobber=True)
+        remote, heard = opened(f"slow://{tmp_path}/shared", store, patience=0.8)
+        assert given(remote, store, publish(store, "a", {"x": b"1"}), kept=False)
+        assert heard == []
 
     def test_an_interruption_does_not_wait_for_what_never_answers(self, store, second, shared):
         given(opened(shared, store)[0], store, publish(store, "a", FILES))
