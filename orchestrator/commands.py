@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import sys
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, closing, nullcontext
@@ -19,6 +20,7 @@ from bigpipe.errors import (
     UsageError,
 )
 from bigpipe.files import make_directory, write_file
+from bigpipe.fit import as_parameters
 from bigpipe.machine import MACHINE
 from bigpipe.names import Given, as_names, checked
 from bigpipe.redaction import conceal_environment
@@ -258,7 +260,10 @@ def stale(plan_: Plan) -> Stale | None:
     if not names:
         return None
     cause = f"{len(names)} of {len(plan_.nodes)} nodes are not up to date: {', '.join(names)}"
-    return Stale(cause, f"bigpipe run {plan_.session.recipe.path}")
+    session = plan_.session
+    return Stale(
+        cause, f"bigpipe run {shlex.quote(str(session.recipe.path))} {as_parameters(session.arguments)}".rstrip()
+    )
 
 
 def why(

@@ -64,6 +64,9 @@ def test_status_exit_code(greeting):
     assert greeting.command("status", "recipe.yaml", "--exit-code").returncode == 10
     greeting.command("run", "recipe.yaml")
     assert greeting.command("status", "recipe.yaml", "--exit-code").returncode == 0
+    stale = greeting.command("status", "recipe.yaml", "--exit-code", "-p", "text=good bye")
+    cure = stale.stderr.strip().splitlines()[-1].strip()
+    assert cure == f"bigpipe run {greeting.manifest} -p 'text=good bye'"
     assert greeting.json("status", "recipe.yaml")["nodes"]["b"] == {"action": "cached", "reason": "", "shared": None}
 
 

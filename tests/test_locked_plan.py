@@ -174,7 +174,8 @@ def test_a_file_that_is_damaged_is_named(tmp_path: Path, content: bytes) -> None
     (tmp_path / ANSWERS).write_bytes(content)
     with pytest.raises(UsageError, match=f"{ANSWERS} is not what `bigpipe lock` wrote") as refused:
         read_answers(tmp_path / "recipe.yaml.lock")
-    assert "bigpipe lock recipe.yaml" in refused.value.cure
+    assert "bigpipe lock " in refused.value.cure
+    assert refused.value.cure.endswith("/recipe.yaml")
 
 
 def test_a_plan_stops_at_a_damaged_file(locked: Workshop) -> None:

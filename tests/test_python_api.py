@@ -11,6 +11,16 @@ import bigpipe
 QUICKSTART = Path(__file__).parents[1] / "models" / "quickstart"
 
 
+def test_recipes_that_lie_near_are_named(tmp_path):
+    (tmp_path / "mkdocs.yml").write_text("site_name: x\n")
+    (tmp_path / "manifests").mkdir()
+    for name in ("one", "two"):
+        (tmp_path / "manifests" / f"{name}.yaml").write_text("version: 1\nstages:\n  a: {}\n")
+    with pytest.raises(bigpipe.BigpipeError, match="there is no manifest") as error:
+        bigpipe.run(tmp_path / "nope.yaml")
+    assert error.value.cure == "recipes here: manifests/one.yaml and manifests/two.yaml"
+
+
 @pytest.mark.parametrize(
     ("call", "says"),
     [

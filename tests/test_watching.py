@@ -91,6 +91,7 @@ def test_a_run_is_listed_while_it_goes_on(workshop: Workshop) -> None:
 def test_a_run_that_was_killed_is_none_that_goes_on(workshop: Workshop) -> None:
     with running(workshop) as process:
         until(workshop, "ps", has="first")
+        assert workshop.json("show", "last")["seconds"] > 0
         process.send_signal(signal.SIGKILL)
         process.wait()
     assert workshop.json("ps")["runs"] == []

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import shlex
 import zlib
 from collections.abc import Mapping
 from pathlib import Path
@@ -51,8 +52,13 @@ def _unpacked(data: bytes) -> bytes:
     return text
 
 
+def writing(lock: Path) -> str:
+    """Return the command that writes a lock file."""
+    return f"bigpipe lock {shlex.quote(str(lock).removesuffix('.lock'))}"
+
+
 def _wrong(lock: Path, cause: str) -> UsageError:
-    again = f"remove it, or write it again: bigpipe lock {lock.name.removesuffix('.lock')}"
+    again = f"remove it, or write it again: {writing(lock)}"
     return UsageError(f"{answers_path(lock)} is not what `bigpipe lock` wrote: {cause}", again)
 
 

@@ -29,7 +29,7 @@ from bigpipe.orchestrator.recipe import Node
 from bigpipe.orchestrator.store import KeyRecord
 from bigpipe.redaction import redact_json
 
-from .answers import read_answers, write_answers
+from .answers import read_answers, write_answers, writing
 
 HEADER = """\
 # Written by `bigpipe lock` and by successful runs; commit it beside the manifest.
@@ -83,7 +83,7 @@ def read_lock(path: Path) -> LockFile | None:
     """Return the lock file, None where there is none. Raise UsageError where it is not one (a merge conflict, say)."""
     if not os.path.exists(path):
         return None
-    again = f"write it again: bigpipe lock {path.name.removesuffix('.lock')}"
+    again = f"write it again: {writing(path)}"
     try:
         data = plainyaml.load(read_file(path, LARGEST))
         return LockFile.model_validate(data).model_copy(update={"path": path})
@@ -199,7 +199,7 @@ def _needed(session: Session) -> LockFile:
     path = session.recipe.path
     lock = read_lock(lock_path(path))
     if lock is None:
-        raise UsageError(f"there is no lock file {lock_path(path)}", f"write it: bigpipe lock {path.name}")
+        raise UsageError(f"there is no lock file {lock_path(path)}", f"write it: {writing(lock_path(path))}")
     return lock
 
 
@@ -208,7 +208,7 @@ def _require(lock: LockFile, now: LockFile, nodes: Iterable[str] | None = None) 
         differ = "value differs" if len(changes) == 1 else "values differ"
         raise Stale(
             f"{lock.path} does not hold: {len(changes)} {differ}{_listed(changes)}",
-            f"if that is meant: bigpipe lock {lock.path.name.removesuffix('.lock')}",
+            f"if that is meant: {writing(lock.path)}",
         )
 
 

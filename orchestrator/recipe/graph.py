@@ -12,7 +12,9 @@ Every step adds to one list of problems and goes on as far as sense allows; the 
 
 from __future__ import annotations
 
+import itertools
 import os
+import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -45,6 +47,8 @@ if TYPE_CHECKING:
 
 LARGEST = 64 * 2**20
 """Bytes of a file that is looked at; a manifest holds fewer, which is said at its place."""
+NEAR = 200
+"""Files that are looked at for recipes, where one that was named is not there."""
 
 
 @dataclass(frozen=True, kw_only=True, repr=False)
@@ -147,11 +151,25 @@ def _read(path: Path) -> bytes:
     try:
         return read_file(path, LARGEST)
     except FileNotFoundError:
-        near = sorted(other.name for other in path.parent.glob("*.y*ml"))
-        cure = did_you_mean(path.name, near, otherwise="there are") or "`bigpipe init FILE --model REPO` writes one"
+        cure = did_you_mean(path.name, _recipes(path.parent), otherwise="recipes here:")
+        cure = cure or "`bigpipe init FILE --model REPO` writes one"
         raise UsageError(f"there is no manifest {path}", cure) from None
     except OSError as error:
         raise UsageError(f"cannot read {path}: {error.strerror}", "name a manifest file") from None
+
+
+def _recipes(folder: Path) -> list[str]:
+    """The recipes in a folder, and in the folders in it, as far as a look at a few files goes."""
+    found = itertools.chain(folder.glob("*.y*ml"), folder.glob("*/*.y*ml"))
+    some = [path for path in itertools.islice(found, NEAR) if path.is_file()]
+    return sorted(str(path.relative_to(folder)) for path in some if _is_recipe(path))
+
+
+def _is_recipe(path: Path) -> bool:
+    try:
+        return re.search(rb"^stages:", read_file(path, LARGEST), re.MULTILINE) is not None
+    except OSError:
+        return False
 
 
 @dataclass(slots=True)

@@ -112,6 +112,7 @@ class RunRecord(BaseModel):
     started: str
     """ISO 8601 in UTC."""
     seconds: float = 0.0
+    """How long it took; of one that goes on, so far; of a dead one, until it last said something."""
     process: int = 0
     nodes: dict[str, NodeRun] = Field(default_factory=dict)
     text: str = ""
@@ -276,6 +277,8 @@ def _read(folder: Path) -> RunRecord:
     alive = is_held(folder / EVENTS)  # before its last word is read
     try:
         record = RunRecord.model_validate(read_sealed(path))
+        if record.status == "running":
+            record.seconds = _so_far(record.started, time.time() if alive else _last_word(folder))
         if not alive:
             all_of_it: list[RunRecord | NodeRun] = [record, *record.nodes.values()]
             for one in all_of_it:
@@ -285,6 +288,18 @@ def _read(folder: Path) -> RunRecord:
         cause = f"the record of run {folder.name} is damaged: {path}"
         cure = "`bigpipe verify --repair` sets it aside; its logs may still be readable"
         raise UsageError(cause, cure) from error
+
+
+def _last_word(folder: Path) -> float:
+    """When something of a run was last written."""
+    return max(path.stat().st_mtime for path in (folder / "run.json", folder / EVENTS) if path.exists())
+
+
+def _so_far(started: str, now: float) -> float:
+    """Return the seconds since a run began; 0 for a time that is none."""
+    with suppress(ValueError, OverflowError):
+        return round(max(0.0, now - datetime.fromisoformat(started).timestamp()), 3)
+    return 0.0
 
 
 def run_ids(runs: Path) -> list[str]:

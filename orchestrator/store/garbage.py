@@ -204,7 +204,9 @@ class _Collection:
         parts = [*_files(layout.parts)]
         # A part whose bytes are an artifact's costs nothing, nor what is noted beside it under the same name; one that
         # is only kept for later edits does.
-        kept = {path.with_suffix("") for path in parts if path.is_symlink() and path.exists()}
+        gone = {(layout.root / item.name).resolve() for item in self.freed if item.kind == "object"}
+        linked = [path for path in parts if path.is_symlink() and path.exists()]
+        kept = {path.with_suffix("") for path in linked if path.resolve() not in gone}
         for path in parts:
             stays = path.with_suffix("") in kept or keeping.younger(_when(path))
             if not stays or is_partial(path.name):
@@ -230,6 +232,7 @@ class _Collection:
     def free(self, kind: Kind, path: Path, owner: KeyRecord | None = None, *, first: str = "") -> None:
         """first: what of a folder goes first."""
         size = _size(path)
+        kind = "record" if kind == "artifact" and path.suffix == ".json" else kind  # what lies beside its files
         if not self.dry_run:
             if first:
                 remove_tree(path / first)

@@ -321,3 +321,6 @@ def test_a_graph_of_a_run_in_json(workshop):
     refused = workshop.command("graph", "recipe.yaml", "--run", "last")
     assert refused.returncode == 2
     assert "knows none of the nodes of" in refused.stderr
+    named_alike = "version: 1\nname: y\nstages: {use: {uses: write, with: {text: a}}}\n"
+    (workshop.folder / "other.yaml").write_text(named_alike)
+    assert workshop.command("graph", "other.yaml", "--run", "last").returncode == 2

@@ -147,7 +147,7 @@ class TestReading:
         assert session.lock is None
         with pytest.raises(UsageError, match="there is no lock file") as error:
             lockfile.enforce(session)
-        assert error.value.cure == "write it: bigpipe lock opt.yaml"
+        assert error.value.cure == f"write it: bigpipe lock {session.recipe.path}"
         lockfile.record_outputs(session, session.run())
         assert session.lock is None
 
@@ -167,7 +167,7 @@ class TestReading:
         lock_path(session.recipe.path).write_text(content)
         with pytest.raises(UsageError, match=message) as error:
             _ = session.lock
-        assert error.value.cure == "write it again: bigpipe lock opt.yaml"
+        assert error.value.cure == f"write it again: bigpipe lock {session.recipe.path}"
 
 
 class TestEnforcing:
@@ -197,7 +197,7 @@ class TestEnforcing:
         with pytest.raises(Stale, match="6 values differ") as error:
             lockfile.enforce(session)
         assert all(str(item) in str(error.value) for item in expected)
-        assert error.value.cure == "if that is meant: bigpipe lock opt.yaml"
+        assert error.value.cure == f"if that is meant: bigpipe lock {session.recipe.path}"
 
     def test_machines_and_packages_may_differ(self, session):
         lockfile.write_lock(session)

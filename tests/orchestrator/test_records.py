@@ -97,8 +97,11 @@ def test_it_can_be_read_while_the_run_goes_on_and_after_it_was_killed(tmp_path):
         os.kill(os.getpid(), signal.SIGKILL)
 
     assert in_child(killed) == -signal.SIGKILL
+    begun = datetime.fromisoformat(load_run(tmp_path).started).timestamp()
+    os.utime(tmp_path / "r" / "events.jsonl", (begun + 7, begun + 7))
+    os.utime(tmp_path / "r" / "run.json", (begun + 5, begun + 5))
     record = load_run(tmp_path)
-    assert record.status == "dead"
+    assert (record.status, record.seconds) == ("dead", 7.0)
     assert (record.nodes["shard"].status, record.nodes["shard"].seconds) == ("succeeded", 1.235)
     assert record.nodes["save"].status == "pending"
 
