@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import re
 import shutil
@@ -30,7 +31,11 @@ PAGES = {
 }
 BLOCKS = {
     "README.md": ["test_the_readme"],
-    "docs/how-to/a-class-of-your-own.md": ["test_a_class_of_your_own", "test_a_task_of_your_own"],
+    "docs/how-to/a-class-of-your-own.md": [
+        "test_a_class_of_your_own",
+        "test_a_task_of_your_own",
+        "test_pictures_of_your_own",
+    ],
     "docs/how-to/a-format-of-your-own.md": ["test_own_format.py"],
     "docs/how-to/a-stage-kind-of-your-own.md": ["test_docs.py", "test_docs.py"],
     "docs/how-to/any-tool.md": ["test_any_tool", "test_any_tool"],
@@ -156,6 +161,37 @@ stages:
     (tmp_path / "recipe.yaml").write_text(recipe.replace("GENERATION", "{top_k: 3}"))
     with pytest.raises(AssertionError, match="rerank takes no argument 'top_k'"):
         run(tmp_path, "-m", "bigpipe", "run", "recipe.yaml")
+
+
+PICTURE = """
+
+def picture_of(model, prompt, seed):
+    from PIL import Image
+
+    return Image.new("RGB", (len(prompt), 2), (seed, 0, 0))
+"""
+
+
+def test_pictures_of_your_own(tmp_path):
+    image = pytest.importorskip("PIL.Image")
+    (tmp_path / "drawing.py").write_text(blocks("docs/how-to/a-class-of-your-own.md")[2] + PICTURE)
+    (tmp_path / "models").symlink_to(ROOT / "models")
+    recipe = """\
+version: 1
+name: pictures
+trust: {modules: [drawing]}
+stages:
+  download: {uses: download, with: {path: models/quickstart}}
+  draw:
+    uses: distributed-infer
+    inputs: {model: download}
+    with: {task: "drawing:draw", prompts: [a dog, a chicken], seed: 7}
+"""
+    drawn = Path(nodes(tmp_path, recipe)["draw"]["path"])
+    rows = [json.loads(line) for line in (drawn / "results.jsonl").read_text().splitlines()]
+    assert [row["image"] for row in rows] == ["files/000000.png", "files/000001.png"]
+    pictures = [image.open(io.BytesIO((drawn / row["image"]).read_bytes())) for row in rows]
+    assert [picture.size for picture in pictures] == [(5, 2), (9, 2)]
 
 
 # The rows of the table: what Accelerate does and what stands for it in Python give the same

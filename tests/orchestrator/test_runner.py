@@ -262,7 +262,7 @@ def test_the_result_is_one_json_line(workshop):
     assert data["schema"] == "bigpipe.run/1"
     assert data["status"] == "succeeded"
     told = {"status", "kind", "after", "key", "digest", "path", "seconds", "peak_rss", "metrics", "gates", "foreseen"}
-    assert set(data["nodes"]["d"]) == {*told, "reason", "verdict", "tried", "error"}
+    assert set(data["nodes"]["d"]) == {*told, "result", "reason", "verdict", "tried", "error"}
     assert (Path(data["nodes"]["d"]["path"]) / "text").read_text() == "hello world"
 
 
