@@ -7,9 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from itertools import islice
 from pathlib import Path
@@ -17,7 +15,7 @@ from typing import Any, Literal, Self
 
 from bigpipe.bigmodel.tasks import Row
 from bigpipe.errors import StageFailed
-from bigpipe.files import FileWriter, copy_file, hash_file, make_folders
+from bigpipe.files import FileWriter, copy_file, hash_file, make_folders, share_name
 from bigpipe.redaction import redact_json
 
 from .columns import Columns
@@ -117,10 +115,8 @@ def _take(source: Path, target: Path, index: int, digest: str) -> None:
     """Let a file that a rank wrote be one of the results'; it stays where it is for whoever merges again."""
     make_folders(target.parent)
     target.unlink(missing_ok=True)
-    with suppress(OSError):
-        os.link(source, target)
     try:
-        is_whole = (hash_file(target) if target.exists() else copy_file(source, target)[0]) == digest
+        is_whole = (hash_file(target) if share_name(source, target) else copy_file(source, target)[0]) == digest
     except FileNotFoundError:
         is_whole = False
     if not is_whole:

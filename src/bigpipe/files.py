@@ -408,6 +408,15 @@ def link(target: Path | str, path: Path) -> None:
     beside.rename(path)
 
 
+def share_name(source: Path, path: Path) -> bool:
+    """Make `path`, which is free, a second name of the file `source`; return whether the file system has such."""
+    try:
+        os.link(source, path)
+    except OSError:
+        return False
+    return True
+
+
 def give_name(source: Path, path: Path, beside: Path | None = None) -> None:
     """Make `path` a second name of the file `source`; what was there is replaced at once.
 

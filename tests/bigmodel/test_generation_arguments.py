@@ -266,10 +266,10 @@ def test_a_task_that_the_model_cannot_do(tmp_path: Path, architecture: str, task
     described = describe_checkpoint(make_checkpoint(tmp_path, architecture))
     found = find_task(task, Sources())
     if cause is None:
-        found.check({}, rows(), described, Sources(memo=tmp_path / "memo"))
+        list(found.checked({}, rows(), described, Sources(memo=tmp_path / "memo")))
         return
     with pytest.raises(UsageError, match=cause):
-        found.check({}, rows(), described, Sources(memo=tmp_path / "memo"))
+        list(found.checked({}, rows(), described, Sources(memo=tmp_path / "memo")))
 
 
 @pytest.mark.parametrize(

@@ -180,14 +180,14 @@ def test_what_does_not_come_along_is_missed_by_the_plan(bring: Any, tmp_path: Pa
     texts = [Row(0, "a", {"prompt": "a"})]
     chats = [Row(0, [{"role": "user", "content": "a"}], {})]
     _, planned, _ = bring(source, folder)
-    generate.check({}, texts, planned)
+    list(generate.checked({}, texts, planned))
     _, planned, out = bring(source, folder, exclude=["tokenizer*"])
     for described in (planned, describe_checkpoint(out)):
         with pytest.raises(UsageError, match="needs a tokenizer"):
-            generate.check({}, texts, described)
+            list(generate.checked({}, texts, described))
     _, planned, _ = bring(source, folder, exclude=["tokenizer_config.json"])
     with pytest.raises(UsageError, match="has no chat template"):
-        generate.check({}, chats, planned)
+        list(generate.checked({}, chats, planned))
     _, planned, _ = bring(source, folder, include=["*.safetensors"])
     wired = {"model": (Forecast(output=planned),)}
     context = forecast_context(tmp_path, inputs=wired)
