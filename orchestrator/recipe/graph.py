@@ -151,7 +151,8 @@ def _read(path: Path) -> bytes:
     try:
         return read_file(path, LARGEST)
     except FileNotFoundError:
-        cure = did_you_mean(path.name, _recipes(path.parent), otherwise="recipes here:")
+        cure = did_you_mean(path.name, sorted(other.name for other in path.parent.glob("*.y*ml")))
+        cure = cure or did_you_mean(path.name, _recipes(path.parent), otherwise="recipes here:")
         cure = cure or "`bigpipe init FILE --model REPO` writes one"
         raise UsageError(f"there is no manifest {path}", cure) from None
     except OSError as error:
