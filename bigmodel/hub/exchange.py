@@ -7,6 +7,7 @@ charged to the exchange that it belongs to.
 
 from __future__ import annotations
 
+import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -130,7 +131,11 @@ class _Backend:
 
     def connect_tcp(self, host: str, port: int, timeout: float | None = None, **options: Any) -> _Stream:
         step = (current() or self._unknown()).step(timeout)
-        stream = self._backend.connect_tcp(host=host, port=port, timeout=step, **options)
+        try:
+            stream = self._backend.connect_tcp(host=host, port=port, timeout=step, **options)
+        except UnicodeError as error:  # of a name that DNS cannot hold; else as of one that it does not know
+            library = sys.modules[type(self._backend).__module__.partition(".")[0]]
+            raise library.ConnectError(f"{host[:80]!r} is no host's name") from error
         return _Stream(stream, host, self._unknown)
 
     def __getattr__(self, name: str) -> Any:

@@ -119,6 +119,7 @@ def is_address(text: str) -> bool:
     """Return whether this is a place on the web, without a login in it."""
     try:
         url = urlsplit(text)
+        (url.hostname or "").encode("idna")  # what DNS cannot hold, the socket refuses with an error of its own
         return url.scheme in ("http", "https") and bool(url.hostname) and url.port != 0 and url.username is None
     except ValueError:
         return False

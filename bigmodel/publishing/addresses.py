@@ -24,7 +24,7 @@ def open_destination(
 
         return HubRepository(to.removeprefix("hf://").strip("/"), Hub.of(sources), revision, private)
     if "://" in to:
-        return _open_url(to)
+        return _open_url(to, sources)
     return _directory(os.path.join(sources.base or Path.cwd(), os.path.expanduser(to)))
 
 
@@ -45,7 +45,7 @@ def _directory(path: str) -> Directory:
     return found
 
 
-def _open_url(to: str) -> Destination:
+def _open_url(to: str, sources: Sources) -> Destination:
     """`file://` is a directory like any other, and must not look like anything else (`simplecache::file://`)."""
     system, root = open_address(to, field="to")
     if is_local(system):
@@ -53,4 +53,4 @@ def _open_url(to: str) -> Destination:
     if is_local(getattr(system, "fs", None)):
         cause = f"{to} is a directory of this machine behind another file system"
         raise UsageError(cause, "write its path", field="to")
-    return FileSystem(to.rstrip("/"), system, root)
+    return FileSystem(to.rstrip("/"), system, root, sources.offline)

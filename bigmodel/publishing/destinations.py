@@ -22,7 +22,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path, PurePosixPath
 from typing import Any, ClassVar, Protocol
 
-from bigpipe.errors import BigpipeError, StageFailed, Transient, UsageError, first_few
+from bigpipe.errors import BigpipeError, Offline, StageFailed, Transient, UsageError, first_few
 from bigpipe.files import (
     CHUNK,
     copy_file,
@@ -246,12 +246,17 @@ class FileSystem(Destination):
     address: str
     system: Any
     root: str
+    offline: bool = False
+    """Nothing may be asked of it."""
 
     @property
     def url(self) -> str:
         return self.address
 
     def listing(self) -> Mapping[str, Stored] | None:
+        if self.offline:
+            cause = f"{self.address} cannot be looked at while asking the network is switched off"
+            raise Offline(cause, "run without --offline, or save to a directory", field="to")
         with self._errors(UsageError):
             self.system.invalidate_cache()
             try:

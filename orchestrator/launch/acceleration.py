@@ -70,12 +70,12 @@ def effective_launch(launch: Launch, base: Path, ask: Callable[[], Standing | No
     this is and where machine 0 is, as the scheduler says that started them. ask: gives where this machine stands; asked
     where there are several. Raise UsageError."""
     launch = _merge(launch, _read(launch, base))
+    _require_even(launch)
     if launch.num_machines == 1 or (place := ask()) is None:
         return launch
     if place.count not in (None, launch.num_machines):
         cause = f"launch.num_machines is {launch.num_machines}, and {place.scheduler} started {place.count}"
         raise UsageError(cause, "ask it for as many, or write as many", field="launch.num_machines")
-    _require_even(launch)
     address = launch.main_process_ip or place.address
     if address is None:
         cause = f"{place.scheduler} does not say where machine 0 is"
@@ -164,6 +164,7 @@ def _require_even(launch: Launch) -> None:
         raise UsageError(
             f"launch: {launch.num_processes} processes cannot be spread evenly over {launch.num_machines} machines",
             "num_processes counts the ranks of all machines together",
+            field="launch.num_processes",
         )
 
 

@@ -5,7 +5,8 @@
         assert not ended.crash
 
 Each call has a process group, a limit of seconds and of memory, and a cage with a canary: what opens a connection,
-starts anything but Python, or writes or removes anything outside of `folder` is refused, written down, and a crash.
+other than to an `http:` address among its arguments, starts anything but Python, or writes or removes anything outside
+of `folder` is refused, written down, and a crash.
 Where the system lets it (unshare(1) of Linux), all but `folder` is read-only besides, for children too.
 """
 
@@ -25,6 +26,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
+from urllib.parse import urlsplit
 
 SOURCE = Path(__file__).parents[2] / "src"
 TESTS = Path(__file__).parents[1]
@@ -178,6 +180,7 @@ def _become_command(folder: Path, arguments: list[str], output: int, song: str) 
 def _watch(song: str, folder: Path, arguments: list[str]) -> None:
     named = [os.path.dirname(argument) for argument in arguments if argument.count("/") > 2 and argument[0] == "/"]
     allowed = (str(folder), "/dev/null", "/dev/shm/", "/proc/self/fd", *named)
+    asked = set(filter(None, map(_place, arguments)))
     removing = frozenset({"os.remove", "os.rmdir", "os.rename", "os.mkdir", "os.symlink", "os.link", "os.truncate"})
 
     def outside(path: object) -> bool:
@@ -194,7 +197,7 @@ def _watch(song: str, folder: Path, arguments: list[str]) -> None:
             made = given[1:2] if event in ("os.symlink", "os.link") else given[: 2 if event == "os.rename" else 1]
             wrong = any(outside(path) for path in made)
         elif event == "socket.connect":
-            wrong = given[0].family != socket.AF_UNIX
+            wrong = given[0].family != socket.AF_UNIX and tuple(given[1][:2]) not in asked
         elif event == "subprocess.Popen":
             wrong = not _is_known(given[0])
         if wrong or event == "os.system":
@@ -205,6 +208,15 @@ def _watch(song: str, folder: Path, arguments: list[str]) -> None:
             raise PermissionError(errno.EPERM, f"{event} is outside of the cage", str(given[0]))
 
     sys.addaudithook(hook)
+
+
+def _place(argument: str) -> tuple[str | None, int | None] | None:
+    """Host and port of an `http:` address."""
+    try:
+        address = urlsplit(argument)
+        return (address.hostname, address.port) if address.scheme == "http" else None
+    except ValueError:
+        return None
 
 
 def _is_known(program: Any) -> bool:

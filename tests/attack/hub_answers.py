@@ -360,6 +360,7 @@ PLACES = {
     "a mailbox of us": "blob:http://127.0.0.1",
     "capital file": "FILE:///etc/passwd",
     "a NUL quoted": "file:%00//x",
+    "a name that DNS cannot hold": f"http://{'q' * 64}/",
 }
 LATER = {
     "0": None,

@@ -152,8 +152,10 @@ def test_a_malformed_name_is_refused(hub: Hub) -> None:
         read_range("org/model", "main", "../../secret", 0, 10, hub=hub)
 
 
-def test_nobody_listens(tmp_path: Path) -> None:
-    hub = Hub(endpoint="http://127.0.0.1:9", cache=tmp_path)
+@pytest.mark.parametrize("endpoint", ["http://127.0.0.1:9", f"http://{'q' * 64}.org"])
+def test_nobody_listens(tmp_path: Path, endpoint: str) -> None:
+    """Nor at a name that DNS cannot hold."""
+    hub = Hub(endpoint=endpoint, cache=tmp_path)
     with pytest.raises(Offline, match="cannot be reached") as caught:
         resolve_commit("org/model", "main", hub=hub)
     assert "--offline" in caught.value.cure

@@ -83,6 +83,7 @@ def test_the_launch_is_completed_by_what_the_scheduler_says(tmp_path: Path) -> N
     for launch, place, told in (
         (Launch(num_processes=3, num_machines=3), SLURM, "num_machines is 3, and SLURM started 2"),
         (Launch(num_processes=3, num_machines=2), SLURM, "spread evenly"),
+        (Launch(num_machines=15), {}, "1 processes cannot be spread evenly over 15 machines"),
         (two, {**INDEXED, "HOSTNAME": "mine", "JOB_COMPLETION_INDEX": "1"}, "does not say where machine 0 is"),
     ):
         with pytest.raises(UsageError, match=told):

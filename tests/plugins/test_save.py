@@ -485,6 +485,20 @@ def test_the_plan_asks_whether_the_token_may_write(
         check(tmp_path, params("hf://ada/theirs"), environment)
 
 
+def test_nothing_is_asked_of_a_bucket_where_that_is_switched_off(
+    tmp_path: Path, bucket: type[MemoryFileSystem]
+) -> None:
+    given = params("bucket://a/model")
+    save(tmp_path, given)
+    check(tmp_path, given)
+    with pytest.raises(Offline, match="cannot be looked at while asking the network is switched off") as error:
+        check(tmp_path, given, offline=True)
+    assert error.value.field == "to"
+    bucket.store.clear()
+    assert not present(tmp_path, given)
+    assert present(tmp_path, given, offline=True), "the receipt is believed"
+
+
 SAVING = """\
 version: 1
 name: saving
