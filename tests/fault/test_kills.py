@@ -137,9 +137,14 @@ def test_kills_at_random_moments(quickstart, seed, manifest, kills):
 
 def digests(folder: Path, manifest: str) -> dict[str, str | None]:
     """What the nodes of an undisturbed run give, and the weights that were saved; what `save` notes tells the time."""
-    found = {name: node["digest"] for name, node in ended(folder, manifest).items() if name != "save"}
+    nodes = ended(folder, manifest)
+    found = {name: node["digest"] for name, node in nodes.items() if name != "save"}
+    reports = {name: Path(node["path"]) / "report.json" for name, node in nodes.items() if node.get("path")}
+    told = {
+        str(path.name): path.read_text() for path in reports.values() if path.is_file()
+    }  # so that a failure says what
     weights = sorted(folder.glob("**/dist/**/*.safetensors"))
-    return {**found, "saved": sha256(b"".join(path.read_bytes() for path in weights)).hexdigest()}
+    return {**found, **told, "saved": sha256(b"".join(path.read_bytes() for path in weights)).hexdigest()}
 
 
 def begin_anew(folder: Path) -> None:
