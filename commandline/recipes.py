@@ -12,6 +12,7 @@ import click
 import bigpipe
 from bigpipe.errors import ManifestError
 from bigpipe.orchestrator import report
+from bigpipe.sizes import format_transfer
 from bigpipe.tables import columns
 
 from .completing import NODES, RUNS
@@ -182,21 +183,37 @@ def why(manifest: Path, node: str, as_json: bool, **options: Any) -> None:
 @MANIFEST
 @PARAMS
 @click.option(
-    "--format", "form", type=click.Choice(["text", "mermaid", "dot", "svg"]), default="text", show_default=True
+    "--format",
+    "form",
+    type=click.Choice(["text", "mermaid", "dot", "svg", "html"]),
+    help="How it is drawn; else as the name of -o ends, else text.",
+)
+@click.option(
+    "-o", "--out", type=click.Path(path_type=Path), help="Draw it there: .html .svg .dot .mmd .txt; else it is printed."
 )
 @click.option("--run", shell_complete=RUNS, help="Say what this run made of the nodes: an id, the start of one, last.")
 @JSON
 @STORE
 def graph(
-    manifest: Path, params: dict[str, str], form: str, run: str | None, as_json: bool, store: Path | None
-) -> None:
+    manifest: Path, params: dict[str, str], form: str | None, out: Path | None, run: str | None, as_json: bool,
+    store: Path | None,
+) -> None:  # fmt: skip
     """Draw the nodes after matrix expansion, and what they stand on.
 
-    Example: bigpipe graph manifests/matrix_int8_nf4.yaml --format mermaid
+    Example: bigpipe graph manifests/matrix_int8_nf4.yaml -o graph.html
     """
     recipe = bigpipe.load_manifest(manifest, params=params)
     became = report.became_of(recipe, run, store=store) if run else {}
-    show(as_json, lambda: report.graph_json(recipe, became), lambda: report.graph_text(recipe, form, became))
+    size = report.write_graph(recipe, out, form, became) if out else 0
+    show(
+        as_json,
+        lambda: report.graph_json(recipe, became, out),
+        lambda: (
+            f"{out}: {format_transfer(size)}"
+            if out
+            else report.graph_text(recipe, form or "text", became, screen=screen())
+        ),
+    )
 
 
 @click.command()

@@ -8,7 +8,7 @@ if TYPE_CHECKING:
     from .answers import ANSWERS, outputs_schema
     from .drawing import STYLE, Drawn, graph
     from .freeing import collect_garbage, remove
-    from .graphs import became_of, graph_json, graph_text
+    from .graphs import became_of, graph_json, graph_text, write_graph
     from .inspection import (
         Inspection,
         diff_runs,

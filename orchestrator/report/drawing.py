@@ -14,7 +14,7 @@ from html import escape
 from itertools import pairwise
 from statistics import fmean
 
-BOX, GAP = (168, 44), (44, 18)
+BOX, GAP = (180, 44), (44, 18)
 """Width and height of a node, and what lies between two."""
 ROW, LABEL, WIDTH, CURVE = 22, 190, 900, 160
 """Of bars: the height of one, the width of its name, and the width of all, in pixels."""
@@ -22,14 +22,15 @@ WIDEST = 1400
 """Pixels of a drawing that may shrink to a page's width and can still be read; a wider one is moved about."""
 MOST_PASSED = 20_000
 """Columns that all lines together pass. Where they pass more, nobody can follow them, and each goes straight."""
-CHARACTERS = 24
-"""Of a name, in a box."""
+CHARACTERS, UNDER = 22, 25
+"""Of a name with its mark, in a box or beside a bar, and of what stands below: as many as there is room for in the
+widest of the usual fonts."""
 STYLE = """\
 :root { color-scheme: light dark; --ink: #1b1f24; --paper: #fff; --quiet: #57606a; --line: #d0d7de; --good: #1a7f37;
   --bad: #b3261e; --still: #57606a; --told: #8250df; --held: #0969da; --soft: #f6f8fa; }
 @media (prefers-color-scheme: dark) { :root { --ink: #e6edf3; --paper: #0d1117; --quiet: #9aa4af; --line: #3d444d;
   --good: #3fb950; --bad: #ff7b72; --still: #9aa4af; --told: #bc8cff; --held: #58a6ff; --soft: #161b22; } }
-svg { font: 13px system-ui, sans-serif; }
+svg { font: 12px system-ui, sans-serif; }
 svg text { fill: var(--ink); }
 svg text.under { fill: var(--quiet); font-size: 11px; } svg text.name { text-anchor: end; }
 svg .edge { fill: none; stroke: var(--quiet); stroke-width: 1.3; }
@@ -120,10 +121,10 @@ def _edge(spots: Sequence[tuple[int, int]]) -> str:
 def _box(node: Drawn, spots: Mapping[Stop, tuple[int, int]]) -> str:
     x, y = spots[node.name]
     return (
-        f"<g><title>{escape(f'{node.name}: {node.status}')}</title>"
+        f"<g><title>{escape(f'{node.name}: {node.status or node.under}')}</title>"
         f'<rect class="node {escape(node.status)}" x="{x}" y="{y}" width="{BOX[0]}" height="{BOX[1]}" rx="6"/>'
-        f'<text x="{x + 10}" y="{y + 19}">{escape(f"{node.mark} {_cut(node.name)}".strip())}</text>'
-        f'<text class="under" x="{x + 10}" y="{y + 35}">{escape(node.under)}</text></g>'
+        f'<text x="{x + 10}" y="{y + 19}">{escape(_cut(f"{node.mark} {node.name}".strip()))}</text>'
+        f'<text class="under" x="{x + 10}" y="{y + 35}">{escape(_cut(node.under, UNDER))}</text></g>'
     )
 
 
@@ -161,5 +162,5 @@ def _svg(width: int, height: int, title: str, drawn: Iterable[str], style: str =
     )
 
 
-def _cut(text: str) -> str:
-    return text if len(text) <= CHARACTERS else text[: CHARACTERS - 1] + "…"
+def _cut(text: str, most: int = CHARACTERS) -> str:
+    return text if len(text) <= most else text[: most - 1] + "…"

@@ -1,4 +1,4 @@
-"""The graph of a recipe: as text, in languages that draw it, as SVG, and what a run made of it."""
+"""The graph of a recipe: as text, in languages that draw it, as SVG, as a page, and what a run made of it."""
 
 from __future__ import annotations
 
@@ -11,15 +11,21 @@ from typing import TYPE_CHECKING
 from bigpipe.errors import UsageError
 from bigpipe.orchestrator.contract import Json
 from bigpipe.orchestrator.running import NodeRun, records
-from bigpipe.tables import columns
+from bigpipe.sizes import counted
+from bigpipe.tables import PLAIN, Screen, columns
 
 from .drawing import STYLE, Drawn, graph
 from .inspection import open_store
+from .sections import Section, Table, form_of, html_page, write_page
 
 if TYPE_CHECKING:
     from bigpipe.orchestrator.recipe import Node, Recipe
 
 MARKS = {"succeeded": "✓", "cached": "✓", "failed": "✗", "skipped": "–", "running": "…", "dead": "✗", "pending": "·"}
+ENDINGS = {
+    ".txt": "text", ".mmd": "mermaid", ".mermaid": "mermaid", ".dot": "dot", ".gv": "dot", ".svg": "svg",
+    ".html": "html",
+}  # fmt: skip
 UNKNOWN: Mapping[str, NodeRun] = MappingProxyType({})
 """Of a recipe that nobody asked a run of."""
 
@@ -42,14 +48,15 @@ def drawn(name: str, node: NodeRun) -> Drawn:
     return Drawn(name, f"{node.kind or 'node'}{became}", node.status, MARKS.get(node.status, ""), node.after)
 
 
-def graph_json(recipe: Recipe, became: Mapping[str, NodeRun] = UNKNOWN) -> dict[str, Json]:
-    """Return `bigpipe.graph/1`. became: what a run made of the nodes."""
+def graph_json(recipe: Recipe, became: Mapping[str, NodeRun] = UNKNOWN, out: Path | None = None) -> dict[str, Json]:
+    """Return `bigpipe.graph/1`. became: what a run made of the nodes; out: where it was drawn."""
     nodes = {
         name: {"kind": node.kind.kind, "inputs": {port: list(wired) for port, wired in node.inputs.items()},
                "needs": list(node.needs), "first": _first_json(node), **_became_json(became.get(name))}
         for name, node in recipe.nodes.items()
     }  # fmt: skip
-    return {"schema": "bigpipe.graph/1", "manifest": str(recipe.path), "nodes": nodes}
+    path = str(out.absolute()) if out else None
+    return {"schema": "bigpipe.graph/1", "manifest": str(recipe.path), "path": path, "nodes": nodes}
 
 
 def _became_json(node: NodeRun | None) -> dict[str, Json]:
@@ -82,13 +89,27 @@ def _escaped(text: str) -> str:
     return text.replace("\\", r"\\").replace('"', r"\"")
 
 
-def graph_text(recipe: Recipe, form: str = "text", became: Mapping[str, NodeRun] = UNKNOWN) -> str:
-    """Return the graph as text, or in a language that draws it: mermaid, dot, svg. became: what a run made of the
-    nodes."""
-    return {"mermaid": _mermaid, "dot": _dot, "svg": _svg}.get(form, _table)(recipe, became)
+def graph_text(
+    recipe: Recipe, form: str = "text", became: Mapping[str, NodeRun] = UNKNOWN, *, screen: Screen = PLAIN
+) -> str:
+    """Return the graph as text for a screen, in a language that draws it (mermaid, dot), or drawn: svg, or html, which
+    is a page. became: what a run made of the nodes."""
+    drawings = {"mermaid": _mermaid, "dot": _dot, "svg": _svg, "html": _page}
+    return drawings[form](recipe, became) if form in drawings else columns(_rows(recipe, became), screen)
 
 
-def _table(recipe: Recipe, became: Mapping[str, NodeRun]) -> str:
+def write_graph(recipe: Recipe, out: Path, form: str | None = None, became: Mapping[str, NodeRun] = UNKNOWN) -> int:
+    """Write the graph to a file and return its bytes. form: as `graph_text` takes it; None: by the ending of the
+    file's name. Raise UsageError for an ending that says nothing."""
+    text = graph_text(recipe, form or form_of(out, ENDINGS, "a graph"), became)
+    return write_page(out, text if text.endswith("\n") else text + "\n")
+
+
+HEADS = ("node", "kind", "takes")
+
+
+def _rows(recipe: Recipe, became: Mapping[str, NodeRun]) -> list[tuple[str, ...]]:
+    """Return per node its name, its kind, what came of it where a run is asked, and what it takes."""
     rows = []
     for name, node in recipe.nodes.items():
         wires = [f"{port}: {', '.join(names)}" for port, names in node.inputs.items()]
@@ -96,7 +117,16 @@ def _table(recipe: Recipe, became: Mapping[str, NodeRun]) -> str:
         wires += [f"the first {node.first.axis} that passes {node.first.of}"] if node.first else []
         told = [f"{MARKS.get(became[name].status, '')} {_outcome(became[name])}"] if name in became else [""]
         rows.append((name, node.kind.kind, *told * bool(became), "; ".join(wires)))
-    return columns(rows)
+    return rows
+
+
+def _page(recipe: Recipe, became: Mapping[str, NodeRun]) -> str:
+    heads = (*HEADS[:-1], *["came to"] * bool(became), HEADS[-1])
+    about = f"{recipe.path.name}, {counted(len(recipe.nodes), 'node')}"
+    table = Table("Nodes", heads, _rows(recipe, became))
+    return html_page([
+        Section(recipe.name, about, [table], _drawing(recipe, became), texts={"The recipe": recipe.text})
+    ])  # fmt: skip
 
 
 def _outcome(node: NodeRun) -> str:
@@ -130,6 +160,10 @@ def _dot(recipe: Recipe, became: Mapping[str, NodeRun]) -> str:
 
 
 def _svg(recipe: Recipe, became: Mapping[str, NodeRun]) -> str:
+    return _drawing(recipe, became, STYLE)
+
+
+def _drawing(recipe: Recipe, became: Mapping[str, NodeRun], style: str = "") -> str:
     boxes = [
         drawn(name, became[name])
         if name in became
@@ -137,4 +171,4 @@ def _svg(recipe: Recipe, became: Mapping[str, NodeRun]) -> str:
         for name, node in recipe.nodes.items()
     ]
     after = {name: node.predecessors for name, node in recipe.nodes.items()}
-    return graph([replace(box, after=after[box.name]) for box in boxes], STYLE)
+    return graph([replace(box, after=after[box.name]) for box in boxes], style)

@@ -9,88 +9,56 @@ The tables come first; a drawing says nothing that a table does not.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import islice, pairwise
 from pathlib import Path
-from typing import Literal
 
 from bigpipe.errors import UsageError
-from bigpipe.files import explained, make_directory, write_file
 from bigpipe.orchestrator.contract import Json
-from bigpipe.orchestrator.running import RunRecord, records
+from bigpipe.orchestrator.running import NodeRun, RunRecord, records
 from bigpipe.orchestrator.store import KeyRecord, Store
-from bigpipe.redaction import printable
-from bigpipe.sizes import MOST, format_size, format_transfer
+from bigpipe.sizes import MOST, counted, format_size, format_transfer
 
-from .drawing import STYLE, Bar, bars, graph, line
+from .drawing import Bar, bars, graph, line
 from .firstrows import first_results
 from .graphs import MARKS, drawn, mermaid_text
 from .inspection import Inspection, diff_runs, open_store, told
 from .rendering import metrics_line
-from .shown import clean
+from .sections import Section, Table, cell, form_of, html_page, markdown_page, write_page
 
-Form = Literal["html", "markdown"]
-ENDINGS: Mapping[str, Form] = {".html": "html", ".md": "markdown"}
+FORMS = {"html": html_page, "markdown": markdown_page}
+ENDINGS = {".html": "html", ".md": "markdown"}
 TEXTS, LONGEST = 20, 400
 """Rows of results, and characters of each text."""
 FEW_NODES = 200
 """More are not drawn: nobody could read it."""
-TEMPLATE = Path(__file__).with_name("page.html")
-
-
-@dataclass(frozen=True, slots=True)
-class Table:
-    """heads: of the columns. numbers: the columns from this one on are numbers, and stand to the right."""
-
-    title: str
-    heads: Sequence[str]
-    rows: Sequence[Sequence[str]]
-    numbers: int = 99
-    drawing: str = ""
-
-
-@dataclass(frozen=True, slots=True)
-class Told:
-    """One run, as the page tells it."""
-
-    record: RunRecord
-    tables: list[Table]
-    graph: str = ""
-    errors: Mapping[str, str] = field(default_factory=dict)
 
 
 def report_runs(
     runs: Sequence[str] = (records.LAST,),
     *,
-    form: Form = "html",
+    form: str = "html",
     store: str | Path | None = None,
 ) -> str:
     """Return a report on runs (ids, starts of ids, or `last`): an HTML page, or Markdown with its graph for Mermaid.
     Raise UsageError for a run that is not on record."""
-    if form not in ("html", "markdown"):
+    if form not in FORMS:
         raise UsageError(f"{form!r} is no form of a report", "use html or markdown")
     opened = open_store(store)
     found = [records.load_run(opened.runs, run) for run in dict.fromkeys(runs)]
-    told = [_told(opened, record) for record in found]
-    compared = _compared(found, store) if len(found) > 1 else []
-    return _html(told, compared) if form == "html" else _markdown(told, compared)
+    compared = [Section(counted(len(found), "run"), tables=_compared(found, store))] if len(found) > 1 else []
+    return FORMS[form]([*compared, *(_section(opened, record) for record in found)])
 
 
 def write_report(runs: Sequence[str], out: Path, *, store: str | Path | None = None) -> Inspection:
     """Write a report to a file, HTML or Markdown by the ending of its name. Raise UsageError for another ending."""
-    if out.suffix not in ENDINGS or (out.exists() and not out.is_file()):
-        raise UsageError(f"{out} is no file for a report", f"name one with -o that ends in {' or '.join(ENDINGS)}")
-    text = report_runs(runs or (records.LAST,), form=ENDINGS[out.suffix], store=store)
-    with explained(out, other="name another file with -o"):
-        make_directory(out.parent, durable=False)
-        write_file(out, text)
-    size = len(text.encode())
+    form = form_of(out, ENDINGS, "a report")
+    size = write_page(out, report_runs(runs or (records.LAST,), form=form, store=store))
     data = {"schema": "bigpipe.report/1", "path": str(out.absolute()), "bytes": size}
     return Inspection(data, f"{out}: {format_transfer(size)}")
 
 
-def _told(store: Store, record: RunRecord) -> Told:
+def _section(store: Store, record: RunRecord) -> Section:
     kept = {name: found for name, node in record.nodes.items() if node.key and (found := store.find(node.key))}
     tables = [
         _nodes(record, kept),
@@ -106,10 +74,17 @@ def _told(store: Store, record: RunRecord) -> Told:
         Table("Parameters", ("parameter", "value"), [(name, _shown(value)) for name, value in record.params.items()]),
         _origin(record, kept),
     ]
-    errors = {name: node.error for name, node in record.nodes.items() if node.error}
-    few = len(record.nodes) <= FEW_NODES
-    drawing = graph([drawn(name, node) for name, node in record.nodes.items()]) if few else ""
-    return Told(record, [table for table in tables if table.rows], drawing, errors)
+    few = record.nodes if len(record.nodes) <= FEW_NODES else {}
+    return Section(
+        record.recipe,
+        f"Run {record.run}, started {record.started}, {record.seconds:.1f} s",
+        [table for table in tables if table.rows],
+        graph=graph([drawn(name, node) for name, node in few.items()]) if few else "",
+        mermaid=_mermaid(few) if few else "",
+        status=record.status,
+        errors={name: node.error for name, node in record.nodes.items() if node.error},
+        texts={"The recipe as it was": record.text} if record.text else {},
+    )
 
 
 def _nodes(record: RunRecord, kept: Mapping[str, KeyRecord]) -> Table:
@@ -323,55 +298,11 @@ def _short(text: str) -> str:
     return text if len(text) <= LONGEST else text[: LONGEST - 1] + "…"
 
 
-def _html(told: Sequence[Told], compared: Sequence[Table]) -> str:
-    from jinja2 import Environment
-
-    environment = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True, finalize=_as_shown)
-    template = environment.from_string(TEMPLATE.read_text(encoding="utf-8"))
-    return template.render(runs=told, compared=compared, style=STYLE)
-
-
-def _as_shown(value: Json) -> Json:
-    """No secret, and nothing that is not to be seen."""
-    return clean(value) if type(value) is str else value
-
-
-def _markdown(told: Sequence[Told], compared: Sequence[Table]) -> str:
-    lines: list[str] = []
-    for table in compared:
-        lines += _markdown_table(table)
-    for each in told:
-        record = each.record
-        lines += [f"## {_cell(record.recipe)}: {record.status} in {record.seconds:.1f} s", ""]
-        lines += [f"Run `{record.run}`, started {record.started}", "", *_mermaid(record), ""]
-        for name, error in each.errors.items():
-            lines += [f"**{_cell(name)}** failed:", "", *(f"    {line}" for line in error.splitlines()), ""]
-        for table in each.tables:
-            lines += _markdown_table(table)
-    return clean("\n".join(lines))
-
-
-def _mermaid(record: RunRecord) -> Iterable[str]:
-    if len(record.nodes) > FEW_NODES:
-        return []
-    numbers = {name: f"n{number}" for number, name in enumerate(record.nodes)}
+def _mermaid(nodes: Mapping[str, NodeRun]) -> str:
+    numbers = {name: f"n{number}" for number, name in enumerate(nodes)}
     boxes = [
-        f'    {numbers[name]}["{MARKS.get(node.status, "")} {mermaid_text(_cell(name))}"]'.replace("@", "#64;")
-        for name, node in record.nodes.items()
+        f'    {numbers[name]}["{MARKS.get(node.status, "")} {mermaid_text(cell(name))}"]'.replace("@", "#64;")
+        for name, node in nodes.items()
     ]
-    edges = [
-        f"    {numbers[a]} --> {numbers[b]}" for b, node in record.nodes.items() for a in node.after if a in numbers
-    ]
-    return ["```mermaid", "graph LR", *boxes, *edges, "```"]
-
-
-def _markdown_table(table: Table) -> list[str]:
-    rule = ["---" if number < table.numbers else "---:" for number in range(len(table.heads))]
-    rows = [table.heads, rule, *table.rows]
-    return [f"### {_cell(table.title)}", "", *(f"| {' | '.join(map(_cell, row))} |" for row in rows), ""]
-
-
-def _cell(text: str) -> str:
-    """A text of others as it stands in a cell: no line ends, no markup."""
-    flat = " ".join(printable(text).split())
-    return "".join(f"\\{sign}" if sign in "\\`*_[]<>|#" else sign for sign in flat) if flat.strip("-:") else flat
+    edges = [f"    {numbers[a]} --> {numbers[b]}" for b, node in nodes.items() for a in node.after if a in numbers]
+    return "\n".join(["graph LR", *boxes, *edges])

@@ -297,6 +297,8 @@ class Graph(Answer):
 
     manifest: str
     """Its path."""
+    path: str | None
+    """Where it was drawn, of `-o`; None: nowhere."""
     nodes: dict[str, Wired]
     """By name, in topological order."""
 

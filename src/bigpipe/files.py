@@ -69,6 +69,7 @@ def explain(
     place, and how to use another one."""
     named = error.filename2 or error.filename  # of two, the one that was to be
     where = Path(os.fsdecode(named)) if named else path
+    named_so = f"{mend}, or {other}" if mend and other else mend or other or "name another"
     other = other or "work on another disk"
     instead = f"{mend}, or {other}" if mend else f"or {other}"
     if error.errno in NO_SPACE:
@@ -87,7 +88,7 @@ def explain(
     if error.errno in MISNAMED:
         return UsageError(
             f"{owner or 'a file'} cannot be where it is named: {where}: {error.strerror}",
-            f"{mend or 'name another'}, or {other}",
+            named_so,
         )
     return StageFailed(
         f"{owner or 'a file'} cannot be read or written: {where}: {error.strerror or error}",

@@ -241,6 +241,52 @@ def test_a_drawing_shrinks_to_its_page_as_long_as_it_can_be_read(columns, wide):
     assert ('class="wide"' in graph(nodes).partition(">")[0]) == wide
 
 
+def test_a_graph_as_a_page_is_one_file_that_runs_nothing(workshop):
+    workshop.run(RECIPE)
+    page = Page(workshop.command("graph", "recipe.yaml", "--format", "html", "--run", "last").stdout)
+    assert not {"script", "link", "img", "iframe", "b"} & set(page.elements)
+    assert ("content", "default-src 'none'; style-src 'unsafe-inline'") in page.attributes
+    assert [tag for tag in sorted(set(page.elements)) if tag in ("svg", "table")] == ["svg", "table"]
+    text = " ".join(page.words)
+    for told in ("recipe.yaml, 3 nodes", "first: second; second: first", "✓ succeeded", "prefers-color-scheme: dark"):
+        assert told in text, told
+
+
+@pytest.mark.parametrize(
+    ("name", "begins"),
+    [
+        ("g.html", "<!doctype html>"),
+        ("g.svg", "<svg "),
+        ("g.dot", "digraph recipe {"),
+        ("g.mmd", "graph TD"),
+        ("g.txt", "first   write"),
+        ("sub/g.gv", "digraph recipe {"),
+    ],
+)
+def test_a_graph_is_drawn_as_the_name_of_its_file_ends(workshop, name, begins):
+    workshop.manifest.write_text(RECIPE)
+    told = workshop.json("graph", "recipe.yaml", "-o", name)
+    assert (workshop.folder / name).read_text().startswith(begins)
+    assert told["path"] == str(workshop.folder / name)
+    assert workshop.json("graph", "recipe.yaml")["path"] is None
+
+
+def test_a_graph_is_drawn_as_its_form_says_whatever_the_name(workshop):
+    workshop.manifest.write_text(RECIPE)
+    done = workshop.command("graph", "recipe.yaml", "--format", "svg", "-o", "picture")
+    assert done.stdout.startswith("picture: ")
+    assert (workshop.folder / "picture").read_text().startswith("<svg ")
+    for odd in ("recipe.yaml", "folder.svg"):
+        (workshop.folder / "folder.svg").mkdir(exist_ok=True)
+        refused = workshop.command("graph", "recipe.yaml", "-o", odd)
+        assert refused.returncode == 2
+        assert "name one with -o that ends in .txt, .mmd, .mermaid, .dot, .gv, .svg or .html" in refused.stderr
+    onto = workshop.command("graph", "recipe.yaml", "--format", "svg", "-o", "folder.svg")
+    assert onto.returncode == 2
+    assert "folder.svg: Is a directory\n  name another file with -o\n" in onto.stderr
+    assert workshop.manifest.read_text() == RECIPE
+
+
 def test_a_drawing_that_stands_alone_brings_its_colours(workshop):
     workshop.manifest.write_text(RECIPE)
     root = ElementTree.fromstring(workshop.command("graph", "recipe.yaml", "--format", "svg").stdout)  # noqa: S314
