@@ -59,7 +59,9 @@ def forecast(params: CommandParams, context: ForecastContext) -> Forecast:
         from bigpipe.bigmodel.checkpoint import describe_checkpoint
 
         output = describe_checkpoint(context.artifact)
-    return Forecast(download_bytes=0, output=output, summary=" ".join(params.argv[:3])[:60])
+    told = " ".join(params.argv[:3])[:60]
+    unknown = ("what the program downloads, writes and takes of memory",)
+    return Forecast(output=output, summary=told, unknown=unknown)
 
 
 def run(params: CommandParams, context: StageContext) -> StageResult:

@@ -33,11 +33,8 @@ def forecast(params: DispatchParams, ctx: ForecastContext) -> Forecast:
     if model is not None:
         require_class(model)
     if model is None or (model.config is None and model.custom is None):
-        return Forecast(
-            download_bytes=0,
-            unknown=("the placement: the model's headers are not known yet",),
-            misfits=find_misfits(request, None, ctx.machine),
-        )
+        misfits = find_misfits(request, None, ctx.machine)
+        return _unplaced(("the placement: the model's headers are not known yet",), misfits)
     with about("inputs.model"):
         computable(model)
     unknown = () if model.tensors is not None else ("the model's stored sizes: taken from its config",)
@@ -47,11 +44,11 @@ def forecast(params: DispatchParams, ctx: ForecastContext) -> Forecast:
         attempt = placing_of(model, agreement, ctx, beside)
         placement = attempt(request)
     except DoesNotFit as error:
-        return Forecast(download_bytes=0, misfits=(Misfit.of(error),), unknown=unknown)
+        return _unplaced(unknown, (Misfit.of(error),))
     except UsageError as error:
         if not (ctx.trust.remote_code and (model.config or {}).get("auto_map")):
             raise
-        return Forecast(download_bytes=0, unknown=(f"the placement, until the trusted code is here: {error.cause}",))
+        return _unplaced((f"the placement, until the trusted code is here: {error.cause}",))
     return _described(
         placement,
         compute_dtype=computed_in(model, placement, ctx),
@@ -62,6 +59,10 @@ def forecast(params: DispatchParams, ctx: ForecastContext) -> Forecast:
         unknown=unknown,
         misfits=find_misfits(request, placement, ctx.machine, attempt),
     )
+
+
+def _unplaced(unknown: tuple[str, ...], misfits: tuple[Misfit, ...] = ()) -> Forecast:
+    return Forecast(download_bytes=0, unknown=unknown, misfits=misfits)
 
 
 def request_of(params: DispatchParams) -> PlacementRequest:

@@ -81,7 +81,7 @@ def forecast(params: DownloadParams, context: ForecastContext) -> Forecast:
     try:
         found = _forecast_synthetic(params, context) if params.synthetic else _forecast_source(params, context)
     except (Transient, NotAuthorised) as error:
-        found = Forecast(unknown=(f"size of {params.repo}: {error.cause}",), summary="size not known")
+        found = Forecast(vram={}, unknown=(f"size of {params.repo}: {error.cause}",), summary="size not known")
     described = (_describe(context.artifact) if context.artifact else None) or found.output
     if isinstance(described, ModelDescription) and params.architecture is not None:
         described = replace(described, custom=_custom(params))
@@ -103,6 +103,7 @@ def _forecast_source(params: DownloadParams, context: ForecastContext) -> Foreca
     cached = "" if expected.missing else ", all in the Hub cache"
     remote = f"{counted(len(sizes), 'file')}, {format_transfer(total)}{cached}"
     return Forecast(
+        vram={},
         download_bytes=expected.missing,
         write_bytes=total if copied else sum(own.values()),
         file_bytes=expected.largest_passing if copied else 0,
@@ -118,6 +119,7 @@ def _forecast_synthetic(params: DownloadParams, context: ForecastContext) -> For
     model = _synthetic(params, context)
     sizes = [planned_bytes([plan]) for plan in model.plans]
     return Forecast(
+        vram={},
         download_bytes=0,
         write_bytes=sum(sizes),
         file_bytes=max(sizes),

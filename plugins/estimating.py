@@ -7,7 +7,8 @@ from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
-from typing import Literal
+from types import MappingProxyType
+from typing import Any, Literal
 
 from bigpipe.bigmodel.checkpoint import ModelDescription
 from bigpipe.bigmodel.footprint import Estimate, Sighting, Workload, estimate_sighting, look
@@ -47,29 +48,35 @@ def _check_source(params: EstimateParams, wired: bool) -> None:
         )
 
 
+COSTS: Mapping[str, Any] = MappingProxyType({"download_bytes": 0, "write_bytes": REPORT_BYTES, "ram": RAM, "vram": {}})
+"""What a look at headers takes, whatever they say."""
+
+
+def _unsized(why: str) -> Forecast:
+    return Forecast(**COSTS, unknown=(why,), summary="sizes not known")
+
+
 def forecast(params: EstimateParams, context: ForecastContext) -> Forecast:
     """The run's own numbers wherever headers or a config can be had now."""
     _check_source(params, "model" in context.inputs)
     try:
         sighting = _forecast_sighting(params, context)
     except (Transient, NotAuthorised) as error:
-        return Forecast(ram=RAM, unknown=(f"size of {params.repo}: {error.cause}",), summary="sizes not known")
+        return _unsized(f"size of {params.repo}: {error.cause}")
     if sighting is None:
-        return Forecast(ram=RAM, unknown=("sizes: the input's config is not known yet",), summary="sizes not known")
+        return _unsized("sizes: the input's config is not known yet")
     try:
         made = _estimate(params, sighting, sources_of(context))
     except UsageError as error:
         if not context.trust.remote_code:
             raise
-        return Forecast(ram=RAM, unknown=(f"sizes, until its trusted code is here: {error.cause}",))
+        return _unsized(f"sizes, until its trusted code is here: {error.cause}")
     if made.architecture.outlined and context.trust.remote_code:
-        return Forecast(ram=RAM, unknown=("sizes: its trusted code is asked once it is here",))
+        return _unsized("sizes: its trusted code is asked once it is here")
     sizes = ", ".join(f"{found.dtype} {format_size(found.inference)}" for found in made.budgets)
     length, asked = made.workload.sequence_length, params.sequence_length
     return Forecast(
-        download_bytes=0,
-        write_bytes=REPORT_BYTES,
-        ram=RAM,
+        **COSTS,
         metrics=_metrics(made).model_dump(mode="json"),
         summary=f"{sizes} at {made.workload.batch_size} × {length} tokens" + (f" of {asked}" if asked > length else ""),
         details=made.notes,

@@ -16,7 +16,7 @@ from bigpipe.orchestrator.stage import Forecast, ForecastContext, StageContext
 from .evaluate import EvaluateParams
 from .library import sources_of
 from .placed import computed_in
-from .ranked import CUDA_BASE, RANK_BASE, alone, held_in_ram, misfits_of_gpus
+from .ranked import CUDA_BASE, RANK_BASE, UNSIZED, alone, held_in_ram, misfits_of_gpus
 from .wired import agreed, attached, single_model
 
 PORTS = ("model", "baseline")
@@ -33,7 +33,7 @@ def with_memory(params: EvaluateParams, ctx: ForecastContext, known: Forecast) -
     placed = ctx.input("placement")
     placement = ctx.described("placement", Placement)
     if any(model is None or model.tensors is None for model in models) or (placed is not None and placement is None):
-        return known
+        return replace(known, unknown=(UNSIZED,))
     each = placement.gpus if placement else int(bool(ctx.machine.gpus))
     try:
         sides = sides_of(params, [model for model in models if model is not None], placement, ctx)

@@ -22,11 +22,15 @@ from bigpipe.sizes import counted
 from .distributed_infer import InferParams
 from .library import sources_of
 from .placed import computed_in
-from .ranked import CUDA_BASE, RANK_BASE, alone, held_in_ram, misfits_of_gpus
+from .ranked import CUDA_BASE, RANK_BASE, UNSIZED, alone, held_in_ram, misfits_of_gpus
 from .wired import agreed, attached, single_model
 
 LONGEST = 2**16
 """Tokens of a task that makes as many as it needs: cut to the model's positions."""
+
+
+RESULTS = "size of the results: they are not made yet"
+"""What no forecast of answers can know."""
 
 
 def forecast(params: InferParams, ctx: ForecastContext) -> Forecast:
@@ -49,9 +53,11 @@ def forecast(params: InferParams, ctx: ForecastContext) -> Forecast:
         if model is not None and model.tensors is not None and (placement or placed is None):
             told["compute_dtype"] = computed_in(model, placement or alone(ctx.machine), ctx, params.dtype)
     said = f"{counted(together.count, 'batch', 'es')} at once through the streamed layers: {together.why}"
+    ram = _ram(params, ctx, placement, together.more + at_work + held)
     known = Forecast(
         download_bytes=0,
-        ram=_ram(params, ctx, placement, together.more + at_work + held),
+        ram=ram,
+        unknown=(RESULTS, *((UNSIZED,) if ram is None else ())),
         metrics=told,
         summary=work + spread,
         details=(said,) if together.count > 1 else (),
@@ -61,7 +67,7 @@ def forecast(params: InferParams, ctx: ForecastContext) -> Forecast:
     each = placement.gpus if placement else int(bool(ctx.machine.gpus))
     return replace(
         known,
-        vram=_vram(placement, ctx.launch.local_processes, together.more + held),
+        vram=_vram(placement, ctx, together.more + held),
         misfits=misfits_of_gpus(each, ctx),
     )
 
@@ -114,14 +120,16 @@ def batching_of(params: InferParams, rows: Iterable[Row]) -> Batching:
     return Batching.of(lengths, params.batch_size, params.batch_tokens)
 
 
-def _vram(placement: Placement | None, local: int, more: int) -> dict[int, int]:
+def _vram(placement: Placement | None, ctx: ForecastContext, more: int) -> dict[int, int] | None:
     """Per GPU of the ranks here: its weights and what generating takes besides. more: on the first of each rank."""
     if placement is None:
-        return {}
+        return None if ctx.machine.gpus else {}
     needs = {device: need.total for device, need in placement.needs.items() if isinstance(device, int)}
     if needs:
         needs[min(needs)] += more
-    return {rank * placement.gpus + gpu: size for rank in range(local) for gpu, size in needs.items()}
+    return {
+        rank * placement.gpus + gpu: size for rank in range(ctx.launch.local_processes) for gpu, size in needs.items()
+    }
 
 
 def together_of(

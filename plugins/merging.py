@@ -44,15 +44,15 @@ def forecast(params: MergeParams, context: ForecastContext) -> Forecast:
     """Exact numbers of tensors and bytes, from the headers of both."""
     found = _changes(params, context)
     if found is None:
-        return Forecast(
-            ram=RAM, unknown=("size after merging: the tensors of the model or the adapter are not known yet",)
-        )
+        unknown = ("size after merging, and memory: the tensors of the model or the adapter are not known yet",)
+        return Forecast(download_bytes=0, vram={}, unknown=unknown)
     described, bounds = found
     merged = len({bound.name for bound in bounds})
     size, metrics, output = _sizes(params, described, bounds)
     trained = {adapter.base_model for adapter in wired_adapters(context)} - {None}
     return Forecast(
         download_bytes=0,
+        vram={},
         write_bytes=size,
         ram=RAM + min(WORKERS, context.machine.cpus) * merging_memory(described, bounds),
         seconds=size / RATE,

@@ -42,9 +42,9 @@ def forecast(params: QuantizeParams, context: ForecastContext) -> Forecast:
     """Exact sizes, from the input's headers and its class; under double quantization to a few bytes per weight."""
     described = single_model(context)
     if described is None or described.tensors is None:
-        return Forecast(ram=RAM, unknown=("size after quantization: the tensors of the input are not known yet",))
+        return _unsized("the tensors of the input are not known yet")
     if described.config is None and described.custom is None:
-        return Forecast(ram=RAM, unknown=("size after quantization: the input has no config that names its class",))
+        return _unsized("the input has no config that names its class")
     with about("inputs.model"):
         refuse_quantized(described)
     settings = _settings(params, context.machine)
@@ -59,6 +59,7 @@ def forecast(params: QuantizeParams, context: ForecastContext) -> Forecast:
     output = describe_checkpoint(context.artifact) if context.artifact else None
     return Forecast(
         download_bytes=0,
+        vram={},
         write_bytes=after,
         ram=RAM + held + (GPU_RAM if context.machine.gpus else 0),
         seconds=before / RATE,
@@ -67,6 +68,10 @@ def forecast(params: QuantizeParams, context: ForecastContext) -> Forecast:
         summary=f"{params.scheme}, {counted(len(outlined.quantized), 'module')}, +{format_transfer(after)}",
         details=(*outlined.notes, outlined.remains, *bound),
     )
+
+
+def _unsized(why: str) -> Forecast:
+    return Forecast(download_bytes=0, vram={}, unknown=(f"size after quantization, and memory: {why}",))
 
 
 def _settings(params: QuantizeParams, machine: Machine) -> Settings:

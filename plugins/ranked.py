@@ -21,6 +21,7 @@ from .wired import agreed
 if TYPE_CHECKING:
     import torch
 
+UNSIZED = "memory: the tensors of the model are not known yet"
 CUDA_BASE = 3 * 2**30
 """Bytes of CUDA's libraries and pinned buffers in a rank that has GPUs: a bound."""
 RANK_BASE = 500 * 2**20

@@ -50,12 +50,16 @@ def forecast(params: SaveParams, context: ForecastContext) -> Forecast:
     described = context.described("model", ModelDescription)
     size = described.nbytes if described else None
     target = None if "://" in params.to else _destination(params, context)
-    if not isinstance(target, Directory) or size is None:
-        return Forecast(download_bytes=0, summary=f"to {params.to}")
+    if size is None:
+        unknown = ("size of what is saved: what is wired is not known yet",)
+        return Forecast(download_bytes=0, vram={}, summary=f"to {params.to}", unknown=unknown)
+    if not isinstance(target, Directory):
+        return Forecast(download_bytes=0, write_bytes=0, vram={}, summary=f"{format_transfer(size)} to {params.to}")
     here, store = existing(target.path.parent), existing(context.memo)
     same_disk = store.stat().st_dev == here.stat().st_dev
     return Forecast(
         download_bytes=0,
+        vram={},
         write_bytes=size if same_disk else 0,
         metrics={"url": target.url},
         misfits=() if same_disk else _misfits(size, here),

@@ -24,7 +24,7 @@ from bigpipe.orchestrator.stage import CheckContext, Forecast, ForecastContext, 
 from bigpipe.sizes import counted
 
 from .distributed_infer import InferMetrics, InferParams
-from .inference_needs import rows_of
+from .inference_needs import RESULTS, rows_of
 from .library import about, sources_of
 from .wired import single_model
 
@@ -67,9 +67,12 @@ def forecast(params: InferParams, ctx: ForecastContext) -> Forecast:
     except UsageError as error:
         return Forecast(unknown=(error.cause,))
     engine = find_engine(params.engine)
+    unknown = (RESULTS, *(("memory: the engine takes what it finds",) if engine.takes_model else ()))
     at_once = _settings(engine, params).concurrency
     return Forecast(
         download_bytes=0,
+        vram=None if engine.takes_model else {},
+        unknown=unknown,
         ram=None if engine.takes_model else BASE + at_once * OF_A_QUESTION,
         metrics={"prompts": count, "micro_batches": at_once},
         summary=f"{counted(count, 'prompt')} to {params.serving.get('model', params.engine)}, {at_once} at once",

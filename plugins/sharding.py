@@ -33,11 +33,14 @@ def forecast(params: ShardParams, context: ForecastContext) -> Forecast:
     """Exact numbers of files and bytes, from the headers of the input."""
     described = single_model(context)
     if described is None or described.tensors is None:
-        return Forecast(ram=RAM, unknown=("number of shards: the tensors of the input are not known yet",))
+        what = "number and size of shards" + (", and memory" if params.dtype else "")
+        unknown = (f"{what}: the tensors of the input are not known yet",)
+        return Forecast(download_bytes=0, vram={}, ram=None if params.dtype else RAM, unknown=unknown)
     plans, output = _conversion(params).of(described)
     sizes = [planned_bytes([plan]) for plan in plans]
     return Forecast(
         download_bytes=0,
+        vram={},
         write_bytes=sum(sizes),
         ram=RAM + (WORKERS * decoding_memory(described) if params.dtype else 0),
         file_bytes=max(sizes),

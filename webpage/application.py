@@ -29,7 +29,7 @@ from starlette.types import ASGIApp
 
 from bigpipe.errors import BigpipeError, UsageError
 from bigpipe.orchestrator import report
-from bigpipe.sizes import format_size, format_transfer
+from bigpipe.sizes import Total, format_size, format_transfer
 
 from . import questions
 from .asking import Busy, Children
@@ -94,7 +94,12 @@ def templates() -> jinja2.Environment:
         loader=loader, autoescape=True, trim_blocks=True, lstrip_blocks=True, finalize=_as_shown, auto_reload=False,
     )  # fmt: skip
     found.filters |= {"size": format_size, "transfer": format_transfer, "number": "{:,}".format, "address": urlencode}
+    found.filters["total"] = _total
     return found
+
+
+def _total(plan: Mapping[str, Any], name: str) -> str:
+    return str(Total(plan["at_least"][name], plan[name] is not None))
 
 
 def _as_shown(value: Any) -> Any:

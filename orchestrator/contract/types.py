@@ -106,8 +106,8 @@ class Forecast:
     """Where what is downloaded stays, if that is not the store."""
     ram: int | None = None
     """Peak of all its processes, besides the page cache."""
-    vram: Mapping[int, int] = field(default_factory=dict)
-    """Peak per GPU index."""
+    vram: Mapping[int, int] | None = None
+    """Peak per GPU index; empty: it uses none."""
     seconds: float | None = None
     """By the kind's own reckoning. What was recorded of a run with the same params counts for more."""
     metrics: Mapping[str, Json] = field(default_factory=dict)

@@ -66,10 +66,11 @@ def foreseen_misfits(machine: Machine, asked: ResourcesSpec, forecast: Forecast)
         yield _ram(forecast.ram or 0, machine)
     if forecast.misfits:
         return
-    if asked.gpus is None and not fits(len(forecast.vram), len(machine.gpus)):
-        yield f"needs {len(forecast.vram)} GPUs; {machine.name} has {len(machine.gpus)}"
+    vram = forecast.vram or {}
+    if asked.gpus is None and not fits(len(vram), len(machine.gpus)):
+        yield f"needs {len(vram)} GPUs; {machine.name} has {len(machine.gpus)}"
     for gpu in machine.gpus:
-        if not fits(needed := forecast.vram.get(gpu.index, 0), gpu.memory):
+        if not fits(needed := vram.get(gpu.index, 0), gpu.memory):
             size, there = format_size(needed), format_size(gpu.memory)
             yield f"needs {size} on GPU {gpu.index} ({gpu.name}), which has {there}"
 

@@ -17,7 +17,7 @@ from functools import cached_property
 from bigpipe.errors import BigpipeError, DoesNotFit
 from bigpipe.orchestrator.contract import Forecast, Json, Machine, Misfit, Pinned
 from bigpipe.orchestrator.recipe import Node
-from bigpipe.sizes import counted, format_size, format_transfer
+from bigpipe.sizes import Total, counted, format_size, format_transfer
 from bigpipe.tables import PLAIN, Screen, columns, html_table
 from bigpipe.versions import INSTALL_RUN, bars
 
@@ -60,7 +60,7 @@ class Plan:
     nodes: Mapping[str, PlannedNode]
     misfits: tuple[tuple[str, Misfit], ...] = ()
     """Node name and what does not fit."""
-    peak_disk: int = 0
+    peak: Total = field(default_factory=Total)
     """The most bytes that the run adds to the disk of the store at any time."""
     followed: Mapping[str, str] = field(default_factory=dict)
     """Node name → the producer whose files it takes one by one as they are made."""
@@ -76,17 +76,34 @@ class Plan:
         return {name: packages for name, packages in lacking.items() if packages}
 
     @property
-    def download_bytes(self) -> int:
-        return sum(p.forecast.download_bytes or 0 for p in self.to_run if p.forecast)
+    def downloads(self) -> Total:
+        """Bytes that nodes which run bring from elsewhere."""
+        return Total.of(each.forecast.download_bytes for each in self.to_run if each.forecast)
+
+    @property
+    def writes(self) -> Total:
+        """Bytes that nodes which run write."""
+        return Total.of(each.forecast.write_bytes for each in self.to_run if each.forecast)
+
+    @property
+    def download_bytes(self) -> int | None:
+        """`downloads`; None where some are not known."""
+        return self.downloads.exact
+
+    @property
+    def write_bytes(self) -> int | None:
+        """`writes`; None where some are not known."""
+        return self.writes.exact
+
+    @property
+    def peak_disk(self) -> int | None:
+        """`peak`; None where some of what is written is not known."""
+        return self.peak.exact
 
     @property
     def fetch_bytes(self) -> int:
         """Bytes that come from the remote store."""
         return sum(node.decision.fetch.bytes for node in self.nodes.values() if node.decision.fetch)
-
-    @property
-    def write_bytes(self) -> int:
-        return sum(p.forecast.write_bytes or 0 for p in self.to_run if p.forecast)
 
     def render(self, *, width: int | None = None, explain: bool = False) -> str:
         """Return what `bigpipe plan` prints. width: of lines, in characters; None: without end. explain: keys, every
@@ -125,7 +142,7 @@ def make_plan(session: Session, *, preflight: bool = True) -> Plan:
         session=session,
         nodes={state.name: _planned(rehearsal, state, preflight) for state in rehearsal.states.nodes.values()},
         misfits=find_misfits(rehearsal),
-        peak_disk=rehearsal.peak,
+        peak=Total(rehearsal.peak, rehearsal.sized),
         followed=rehearsal.followed,
     )
 
@@ -196,9 +213,9 @@ def totals(plan: Plan) -> str:
     if plan.fetch_bytes:
         text += f"; {format_transfer(plan.fetch_bytes)} from the remote store"
     if plan.to_run:
-        text += f"; {format_transfer(plan.download_bytes)} down, {format_transfer(plan.write_bytes)} written"
-        if plan.peak_disk and plan.peak_disk != plan.write_bytes:
-            text += f", at most {format_transfer(plan.peak_disk)} of disk at a time"
+        text += f"; {plan.downloads} down, {plan.writes} written"
+        if plan.peak.known and plan.peak.known != plan.writes.known:
+            text += f", {'at most ' * plan.peak.whole}{plan.peak} of disk at a time"
         seconds = [p.forecast.seconds for p in plan.to_run if p.forecast]
         if seconds and all(value is not None for value in seconds):
             text += f", about {sum(value or 0 for value in seconds):.0f} s"
@@ -219,7 +236,7 @@ def node_line(planned: PlannedNode, follows: str = "") -> str:
             f"{format_transfer(forecast.download_bytes)} down" if forecast.download_bytes else "",
             f"{format_transfer(forecast.write_bytes)} written" if forecast.write_bytes and not forecast.summary else "",
             f"{format_size(forecast.ram)} RAM" if forecast.ram else "",
-            *(f"{format_size(size)} on GPU {index}" for index, size in forecast.vram.items()),
+            *(f"{format_size(size)} on GPU {index}" for index, size in (forecast.vram or {}).items()),
         ]
         parts += [forecast.summary, ", ".join(filter(None, costs))]
     if follows:

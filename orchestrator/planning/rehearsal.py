@@ -28,7 +28,8 @@ def most(forecasts: Sequence[Forecast]) -> Forecast:
     the first's."""
     costs = ("download_bytes", "write_bytes", "file_bytes", "works_on", "ram", "seconds")
     known = {name: [value for each in forecasts if (value := getattr(each, name)) is not None] for name in costs}
-    gpus = sorted({index for each in forecasts for index in each.vram})
+    on_gpus = [each.vram for each in forecasts if each.vram is not None]
+    gpus = sorted({index for vram in on_gpus for index in vram})
     first = forecasts[0]
     same = {
         name: value
@@ -38,7 +39,7 @@ def most(forecasts: Sequence[Forecast]) -> Forecast:
     return replace(
         first,
         **{name: max(values) for name, values in known.items() if values},
-        vram={index: max(each.vram.get(index, 0) for each in forecasts) for index in gpus},
+        vram={index: max(vram.get(index, 0) for vram in on_gpus) for index in gpus} if on_gpus else None,
         metrics=same,
         unknown=tuple(dict.fromkeys(text for each in forecasts for text in each.unknown)),
         misfits=tuple(dict.fromkeys(misfit for each in forecasts for misfit in each.misfits)),
@@ -47,7 +48,7 @@ def most(forecasts: Sequence[Forecast]) -> Forecast:
 
 class Rehearsal:
     """decisions, contexts of the forecasts, followed: by node. peak: the most bytes that the run adds to the disk of
-    the store at any time; where: the node that takes it there."""
+    the store at any time; where: the node that takes it there; sized: what every node that works adds is known."""
 
     def __init__(self, session: Session, nodes: Iterable[NodeState] | None = None) -> None:
         """nodes: the selected ones in topological order, with forecasts that are known."""
@@ -64,6 +65,7 @@ class Rehearsal:
         self.peak, self.where = 0, ""
         for state in self.states.nodes.values():
             self._bring(state)
+        self.sized = all(state.sized for state in self.states.nodes.values() if state.status is Status.SUCCEEDED)
         self.decisions: dict[str, Decision] = {}
         for state in reversed([*self.states.nodes.values()]):
             self.decisions[state.name] = self._came_to(state)

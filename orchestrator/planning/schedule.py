@@ -247,7 +247,7 @@ def _share(state: NodeState, follows: str) -> dict[str, int]:
     asked, forecast = state.node.resources, state.forecast
     cpus = asked.cpus or (0 if follows else state.processes)
     ram = forecast.ram or 0 if asked.ram is None else asked.ram
-    gpus = len(forecast.vram) if asked.gpus is None else asked.gpus
+    gpus = len(forecast.vram or ()) if asked.gpus is None else asked.gpus
     return {"jobs": 0 if follows else 1, "CPUs": cpus, "RAM": ram, "GPUs": int(gpus > 0)}
 
 

@@ -109,6 +109,13 @@ class NodeState:
         return asked if asked is not None else self.forecast.write_bytes or 0
 
     @property
+    def sized(self) -> bool:
+        """Is it known how many bytes it adds to the disk of the store?"""
+        forecast, asked = self.forecast, self.node.resources.disk
+        fetched = forecast.fetches_to is None or forecast.download_bytes is not None
+        return self.remote or (fetched and not (asked is None and forecast.write_bytes is None))
+
+    @property
     def fetches(self) -> int:
         """Bytes it adds to the disk of the store in a cache of somebody else's, where they stay."""
         return (self.forecast.download_bytes or 0) if self.forecast.fetches_to and not self.remote else 0

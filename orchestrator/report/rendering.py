@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
 def plan_json(plan: Plan) -> dict[str, Json]:
     """Return `bigpipe.plan/1`."""
+    sums = {"download_bytes": plan.downloads, "write_bytes": plan.writes, "peak_disk_bytes": plan.peak}
     return {
         "schema": "bigpipe.plan/1",
         "manifest": str(plan.session.recipe.path),
@@ -27,9 +28,8 @@ def plan_json(plan: Plan) -> dict[str, Json]:
         "fits": not plan.misfits,
         "remote": remote_json(plan.session.remote),
         "fetch_bytes": plan.fetch_bytes,
-        "download_bytes": plan.download_bytes,
-        "write_bytes": plan.write_bytes,
-        "peak_disk_bytes": plan.peak_disk,
+        **{name: total.exact for name, total in sums.items()},
+        "at_least": {name: total.known for name, total in sums.items()},
         "misfits": [{"node": name, "cause": m.cause, "cure": str(m.cure)} for name, m in plan.misfits],
         "not_installed": plan.not_installed,
         "nodes": {name: _planned_json(node) for name, node in plan.nodes.items()},
@@ -43,7 +43,7 @@ FORESEEN = ("download_bytes", "write_bytes", "ram", "vram", "seconds", "metrics"
 def _planned_json(planned: PlannedNode) -> dict[str, Json]:
     forecast, refusal = planned.forecast, planned.refusal
     foreseen = {name: getattr(forecast, name) for name in FORESEEN} if forecast else None
-    if forecast and foreseen:
+    if forecast and foreseen and forecast.vram is not None:
         foreseen["vram"] = {str(index): size for index, size in forecast.vram.items()}
     return {
         "kind": planned.node.kind.kind,

@@ -118,8 +118,8 @@ class Foreseen(Strict):
     """Into the store, or where it saves."""
     ram: int | None
     """Of all its processes together."""
-    vram: dict[str, int]
-    """GPU's number → bytes."""
+    vram: dict[str, int] | None
+    """GPU's number → bytes; of one that uses none it is empty."""
     seconds: float | None
     """How long it may take."""
     metrics: dict[str, Any]
@@ -175,6 +175,17 @@ class Planned(Strict):
     """None: nothing of it has to be known."""
 
 
+class KnownBytes(Strict):
+    """Sums of the bytes that are known."""
+
+    download_bytes: int
+    """Of the nodes that run and whose downloads are known."""
+    write_bytes: int
+    """Of the nodes that run and of which it is known what they write."""
+    peak_disk_bytes: int
+    """At any time, of those."""
+
+
 class Plan(Answer):
     """What a run would do."""
 
@@ -188,12 +199,14 @@ class Plan(Answer):
     """None: there is none."""
     fetch_bytes: int
     """From the remote store."""
-    download_bytes: int
-    """Of all nodes that run."""
-    write_bytes: int
-    """Of all nodes that run."""
-    peak_disk_bytes: int
-    """The most that the run adds to the disk of the store at any time."""
+    download_bytes: int | None
+    """Of all nodes that run; None: some of it is not known."""
+    write_bytes: int | None
+    """Of all nodes that run; None: some of it is not known."""
+    peak_disk_bytes: int | None
+    """The most that the run adds to the disk of the store at any time; None: some of it is not known."""
+    at_least: KnownBytes
+    """The same three, of what is known."""
     misfits: list[PlannedMisfit]
     """What does not fit, and the change that does."""
     not_installed: dict[str, list[str]]

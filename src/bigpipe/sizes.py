@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Iterable
+from dataclasses import dataclass
 
 from .errors import UsageError
 
@@ -105,6 +107,33 @@ def exact_size(size: int) -> str:
             if size % UNITS[unit.lower()] == 0:
                 return f"{size // UNITS[unit.lower()]}{unit}"
     return str(size)
+
+
+@dataclass(frozen=True, slots=True)
+class Total:
+    """A sum of bytes, some of which may not be known."""
+
+    known: int = 0
+    """Of those that are."""
+    whole: bool = True
+    """All of them are."""
+
+    @classmethod
+    def of(cls, sizes: Iterable[int | None]) -> Total:
+        """Return the sum of sizes; None: one that is not known."""
+        found = list(sizes)
+        return cls(sum(size or 0 for size in found), None not in found)
+
+    @property
+    def exact(self) -> int | None:
+        """The sum; None where part of it is not known."""
+        return self.known if self.whole else None
+
+    def __str__(self) -> str:
+        """`25.7 GB`, `at least 25.7 GB`, or `unknown bytes`."""
+        if not self.whole:
+            return f"at least {format_transfer(self.known)}" if self.known else "unknown bytes"
+        return format_transfer(self.known)
 
 
 def counted(number: int, noun: str, ending: str = "s") -> str:

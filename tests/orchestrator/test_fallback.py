@@ -109,7 +109,7 @@ def test_a_plan_says_what_may_be(workshop):
     }  # fmt: skip
     assert plan.nodes["make@text=bb"].decision.reason == "if text dddd and ccc do not pass; first run"
     assert "takes the first text that passes: dddd, ccc or bb" in plan.nodes["use"].decision.reason
-    assert plan.write_bytes == 4 + 3 + 2 + 3 * 100 + 100 + 100
+    assert plan.writes.known == 4 + 3 + 2 + 3 * 100 + 100 + 100
     assert plan.errors() == []
     rows = workshop.json("plan", "recipe.yaml")["nodes"]["use"]["tried"]
     assert [row["came_to"] for row in rows] == ["may", "may", "may"]

@@ -161,7 +161,7 @@ def test_a_quantized_input_is_refused_in_the_plan(tmp_path: Path, source: Path) 
 def test_unknown_inputs_are_said_to_be_unknown(tmp_path: Path, source: Path) -> None:
     params = QuantizeParams(scheme="nf4")
     unknown = STAGE.forecast(params, forecast_context(tmp_path, inputs={"model": (Forecast(),)}))
-    assert unknown.unknown == ("size after quantization: the tensors of the input are not known yet",)
+    assert unknown.unknown == ("size after quantization, and memory: the tensors of the input are not known yet",)
     nameless = replace(describe_checkpoint(source), config=None)
     context = forecast_context(tmp_path, inputs={"model": (Forecast(output=nameless),)})
     assert "no config" in STAGE.forecast(params, context).unknown[0]

@@ -99,5 +99,5 @@ def test_casting_quantized_weights_is_refused_before_anything_runs(tmp_path):
 def test_an_unknown_input_is_said_to_be_unknown(tmp_path):
     context = forecast_context(tmp_path, inputs={"model": (Forecast(),)})
     assert STAGE.forecast(ShardParams(), context).unknown == (
-        "number of shards: the tensors of the input are not known yet",
+        "number and size of shards: the tensors of the input are not known yet",
     )
