@@ -11,7 +11,7 @@ from pydantic_core import InitErrorDetails, PydanticCustomError
 
 from bigpipe.bigmodel.engines import EngineName, find_engine
 from bigpipe.bigmodel.sources import Sources
-from bigpipe.bigmodel.tasks import BuiltIn, Task, faults, require_known
+from bigpipe.bigmodel.tasks import TASKS, BuiltIn, Task, faults, find_task, require_known
 from bigpipe.errors import UsageError
 from bigpipe.orchestrator.stage import (
     Bytes,
@@ -241,8 +241,24 @@ class InferMetrics(Metrics):
 
 
 def _settled(params: InferParams) -> Stage[InferParams]:
-    """With ranks and a model; where a server holds it, one process, and a model where it is that server's."""
+    """With ranks and a model; where a server holds it, one process, and a model where it is that server's. A pipeline
+    is placed by nobody, and takes no adapter."""
     engine, model = find_engine(params.engine), {"model": Port("checkpoint")}
+    if params.task in TASKS and find_task(params.task, Sources()).library == "diffusers":
+        return replace(
+            STAGE,
+            inputs=model,
+            run=late("bigpipe.plugins.pipelines:run"),
+            forecast=late("bigpipe.plugins.pipelines:forecast"),
+            ranks=replace(
+                STAGE.ranks,
+                prepare=late("bigpipe.plugins.pipelines:prepare"),
+                finish=late("bigpipe.plugins.pipelines:finish"),
+            ),
+            planning=Planning(check=late("bigpipe.plugins.pipelines:check"), facts=dtype_facts),
+            packages=(*STAGE.packages, "diffusers"),
+            settled=None,
+        )
     if engine.serve is None:
         return replace(STAGE, inputs={**STAGE.inputs, **model}, settled=None)
     return replace(

@@ -18,7 +18,17 @@ from bigpipe.bigmodel.checkpoint import (
     describe_adapter,
     describe_if_single,
 )
-from bigpipe.bigmodel.hub import Brought, Choice, DirectorySource, Hub, HubSource, Source, Watch
+from bigpipe.bigmodel.hub import (
+    Brought,
+    Choice,
+    DirectorySource,
+    Expected,
+    Hub,
+    HubSource,
+    Source,
+    Watch,
+    describe_pipeline,
+)
 from bigpipe.bigmodel.writing import SyntheticModel, Traffic, encode_config, planned_bytes, read_shape
 from bigpipe.errors import NotAuthorised, Transient
 from bigpipe.files import write_file
@@ -88,7 +98,9 @@ def forecast(params: DownloadParams, context: ForecastContext) -> Forecast:
     return replace(found, output=described)
 
 
-def _describe(artifact: Path) -> ModelDescription | AdapterDescription | None:
+def _describe(artifact: Path) -> ModelDescription | AdapterDescription | Pipeline | None:
+    if (artifact / PIPELINE).is_file():
+        return Pipeline(describe_pipeline(artifact))
     if adapter_weights([path.name for path in artifact.iterdir()]):
         return describe_adapter(artifact)
     return describe_if_single(artifact)
@@ -109,10 +121,17 @@ def _forecast_source(params: DownloadParams, context: ForecastContext) -> Foreca
         file_bytes=expected.largest_passing if copied else 0,
         fetches_to=expected.cache,
         metrics={**metrics, "fetched_bytes": 0} if copied else metrics,
-        output=Pipeline() if expected.description is None and PIPELINE in sizes else expected.description,
+        output=_foreseen(params, expected, context) if PIPELINE in sizes else expected.description,
         misfits=expected.misfits,
         summary=f"{format_transfer(total)} copied from {params.path}" if copied else remote,
     )
+
+
+def _foreseen(params: DownloadParams, expected: Expected, context: ForecastContext) -> Pipeline:
+    if params.path is not None:
+        return Pipeline(describe_pipeline(context.base / params.path / (params.subfolder or "")))
+    found = expected.description
+    return Pipeline(found if isinstance(found, ModelDescription) else ModelDescription(config=None))
 
 
 def _forecast_synthetic(params: DownloadParams, context: ForecastContext) -> Forecast:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -25,6 +24,7 @@ from bigpipe.orchestrator.stage import CheckContext, StageContext, StageResult
 
 from .finetune import FinetuneMetrics, FinetuneParams, Losses
 from .library import about, sources_of
+from .ranked import local_rank
 from .training_needs import foreseen, input_of, rows_of, training_of
 from .wired import require_class, single_model
 
@@ -94,7 +94,7 @@ def run(params: FinetuneParams, ctx: StageContext) -> StageResult:
             ctx.progress(done, total, "steps", "training", words)
 
     train_rank(
-        work, ctx.scratch, rank=ctx.rank, ranks=ctx.world_size, local_rank=int(os.environ.get("LOCAL_RANK", ctx.rank)),
+        work, ctx.scratch, rank=ctx.rank, ranks=ctx.world_size, local_rank=local_rank(ctx),
         progress=tell, log=ctx.log,
     )  # fmt: skip
     return StageResult(FinetuneMetrics())

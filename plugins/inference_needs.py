@@ -38,12 +38,8 @@ def forecast(params: InferParams, ctx: ForecastContext) -> Forecast:
         batching = batching_of(params, rows_of(params, ctx.base))
     except UsageError as error:
         return Forecast(unknown=(error.cause,))
-    ranks, sizes, rows = ctx.launch.num_processes, batching.sizes, batching.rows
-    counts = map(sum, assign(sizes, ranks))
-    spread = f" ({' + '.join(map(str, counts))})" if params.split == "static" and 1 < ranks <= 8 else ""
-    work = f"{counted(rows, 'prompt')} in {counted(len(sizes), 'batch', 'es')} over {counted(ranks, 'rank')}"
     placement, placed = ctx.described("placement", Placement), ctx.input("placement")
-    told: dict[str, int | str] = {"prompts": rows}
+    told: dict[str, int | str] = {"prompts": batching.rows}
     together, model, at_work, held = Together(), single_model(ctx), 0, 0
     with suppress(UsageError):  # said where it is checked, or once the trusted code is here
         together = together_of(params, model, placement, batching, ctx)
@@ -59,7 +55,7 @@ def forecast(params: InferParams, ctx: ForecastContext) -> Forecast:
         ram=ram,
         unknown=(RESULTS, *((UNSIZED,) if ram is None else ())),
         metrics=told,
-        summary=work + spread,
+        summary=work_of(params, batching, ctx.launch.num_processes),
         details=(said,) if together.count > 1 else (),
     )
     if placed is not None and placed.misfits:  # said where it is placed
@@ -70,6 +66,14 @@ def forecast(params: InferParams, ctx: ForecastContext) -> Forecast:
         vram=_vram(placement, ctx, together.more + held),
         misfits=misfits_of_gpus(each, ctx),
     )
+
+
+def work_of(params: InferParams, batching: Batching, ranks: int) -> str:
+    """Return what there is to do, in words."""
+    counts = map(sum, assign(batching.sizes, ranks))
+    spread = f" ({' + '.join(map(str, counts))})" if params.split == "static" and 1 < ranks <= 8 else ""
+    batches = counted(len(batching.sizes), "batch", "es")
+    return f"{counted(batching.rows, 'prompt')} in {batches} over {counted(ranks, 'rank')}{spread}"
 
 
 def _ram(params: InferParams, ctx: ForecastContext, placement: Placement | None, beside: int) -> int | None:

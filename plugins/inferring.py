@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from typing import Any
 
@@ -22,7 +22,17 @@ from bigpipe.bigmodel.inference import (
 )
 from bigpipe.bigmodel.placement import Placement, Work, limit_here
 from bigpipe.bigmodel.sources import Sources
-from bigpipe.bigmodel.tasks import TASKS, Row, TaskOptions, find_task, refuse_arguments, require_pyarrow, response
+from bigpipe.bigmodel.tasks import (
+    TASKS,
+    Answerer,
+    Row,
+    Task,
+    TaskOptions,
+    find_task,
+    refuse_arguments,
+    require_pyarrow,
+    response,
+)
 from bigpipe.errors import StageFailed, UsageError
 from bigpipe.modules import foreign, keywords_of, missing_name
 from bigpipe.orchestrator.stage import CheckContext, StageContext, StageResult
@@ -61,10 +71,10 @@ def check(params: InferParams, ctx: CheckContext) -> None:
             if wrong := missing_name(params.task, ctx.base):
                 raise UsageError(f"task {params.task}: {wrong}", "correct the name, or the module")
         refuse_arguments(params.task, keywords_of(params.task, ctx.base), _given(params))
-    _read_through(params, model, ctx)
+    read_through(params, model, ctx)
 
 
-def _read_through(params: InferParams, model: ModelDescription | None, ctx: CheckContext) -> None:
+def read_through(params: InferParams, model: ModelDescription | None, ctx: CheckContext) -> None:
     """All prompts once, as far as the task may be asked here."""
     rows: Iterable[Row] = rows_of(params, ctx.base)
     sources, columns = sources_of(ctx), Columns()
@@ -87,11 +97,19 @@ def prepare(params: InferParams, ctx: StageContext) -> None:
     task = find_task(params.task, sources)
     if not (task.makes_tokens or task.heeds_length):
         refuse_arguments(params.task, (), {"max_new_tokens"}.intersection(_given(params)))
-    rows = task.checked(params.generation, rows_of(params, ctx.base), model, sources, params.max_new_tokens)
 
     def together(batching: Batching) -> int:
         return together_of(params, model, placement_of(ctx), batching, ctx).count
 
+    share_out(params, ctx, task, model, together)
+
+
+def share_out(
+    params: InferParams, ctx: StageContext, task: Task, model: ModelDescription,
+    together: Callable[[Batching], int] = lambda batching: 1,
+) -> None:  # fmt: skip
+    """Check every row, and cut what no earlier attempt has finished into the queues of ranks."""
+    rows = task.checked(params.generation, rows_of(params, ctx.base), model, sources_of(ctx), params.max_new_tokens)
     plan = plan_work(
         ctx.scratch, rows, partial(task.length, params.generation), ranks=ctx.launch.num_processes,
         batch_size=params.batch_size, batch_tokens=params.batch_tokens, split=params.split, pad=params.apply_padding,
@@ -105,15 +123,24 @@ def run(params: InferParams, ctx: StageContext) -> StageResult:
     """One rank: chunk after chunk of its queue, several at once where layers are streamed."""
 
     def bind() -> Bound:
-        options = TaskOptions(
-            arguments=params.generation, max_new_tokens=params.max_new_tokens, seed=params.seed, bounded=ctx.bounded
-        )
-        sources = sources_of(ctx)
-        task, model = find_task(params.task, sources), load_on_rank(ctx, params.dtype, placement_of(ctx))
-        with foreign(f"task {params.task} cannot be used", "mend it, or see the log", StageFailed):
-            answer = task.bind(model, ctx.input("model"), options, sources)
-        return Bound(answer, partial(loaded(model).stream.together, model))
+        model = load_on_rank(ctx, params.dtype, placement_of(ctx))
+        return Bound(answerer(params, ctx, model), partial(loaded(model).stream.together, model))
 
+    return share(params, ctx, bind)
+
+
+def answerer(params: InferParams, ctx: StageContext, model: Any) -> Answerer:
+    """What answers batches of the stage's task with a loaded model."""
+    options = TaskOptions(
+        arguments=params.generation, max_new_tokens=params.max_new_tokens, seed=params.seed, bounded=ctx.bounded
+    )
+    sources = sources_of(ctx)
+    with foreign(f"task {params.task} cannot be used", "mend it, or see the log", StageFailed):
+        return find_task(params.task, sources).bind(model, ctx.input("model"), options, sources)
+
+
+def share(params: InferParams, ctx: StageContext, bind: Callable[[], Bound]) -> StageResult:
+    """Answer what falls to this rank."""
     compute_share(
         ctx.scratch, ctx.rank, ctx.world_size, bind, max_errors=params.max_errors,
         progress=lambda done, total, tokens, busy: ctx.progress(
@@ -126,11 +153,18 @@ def run(params: InferParams, ctx: StageContext) -> StageResult:
 
 def finish(params: InferParams, ctx: StageContext) -> StageResult:
     """Merges by index: every row once, or the stage fails."""
+    model, placement = describe_checkpoint(ctx.input("model")), placement_of(ctx) or alone(ctx.machine)
+    metrics, written = merged(params, ctx, computed_in(model, placement, ctx, params.dtype))
+    return StageResult(_with_limit(params, metrics, model, placement, ctx), written)
+
+
+def merged(
+    params: InferParams, ctx: StageContext, dtype: str
+) -> tuple[InferMetrics, Mapping[str, tuple[str, int]]]:  # fmt: skip
+    """Write the results of all ranks, every row once; return metrics and files. dtype: what was computed in."""
     output = Output(params.output_format, params.rows_per_file, _RESULTS[params.row_format])
     summary, written = merge_results(ctx.scratch, ctx.out, max_errors=params.max_errors, output=output)
-    model, placement = describe_checkpoint(ctx.input("model")), placement_of(ctx) or alone(ctx.machine)
-    metrics = InferMetrics(**summary, compute_dtype=computed_in(model, placement, ctx, params.dtype))
-    return StageResult(_with_limit(params, metrics, model, placement, ctx), written)
+    return InferMetrics(**summary, compute_dtype=dtype), written
 
 
 def _response(row: Row, record: Record) -> dict[str, Any]:

@@ -76,5 +76,10 @@ def load_on_rank(
     import torch
 
     placement = placement or as_placement({"": 0 if torch.cuda.is_available() else "cpu"})
-    rank, ranks = os.environ.get("LOCAL_RANK", ctx.rank), os.environ.get("LOCAL_WORLD_SIZE", ctx.world_size)
-    return load_placed(placement, ctx, dtype=dtype, rank=int(rank), ranks=int(ranks), port=port)
+    ranks = os.environ.get("LOCAL_WORLD_SIZE", ctx.world_size)
+    return load_placed(placement, ctx, dtype=dtype, rank=local_rank(ctx), ranks=int(ranks), port=port)
+
+
+def local_rank(ctx: StageContext) -> int:
+    """Return which of this machine's ranks this one is."""
+    return int(os.environ.get("LOCAL_RANK", ctx.rank))

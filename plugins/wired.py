@@ -21,6 +21,9 @@ if TYPE_CHECKING:
 class Pipeline:
     """What a download foresees of several models in one folder, as diffusers puts them together."""
 
+    description: ModelDescription
+    """Their tensors, named by component, as far as they are known. Its path is where the files lie, if they do."""
+
 
 def single_model(context: CheckContext | ForecastContext, port: str = "model") -> ModelDescription | None:
     """What is known of the model on a port. Raise UsageError for a pipeline of several."""
@@ -33,8 +36,21 @@ def single_model(context: CheckContext | ForecastContext, port: str = "model") -
         raise UsageError(cause, "wire it to a port `adapter`, and the model it belongs to here", field=f"inputs.{port}")
     if isinstance(described, Pipeline):
         cause = "the model is a pipeline of diffusers: several models, of which none is the one"
-        raise UsageError(cause, "download one of them: its folder as `path`, or `subfolder`")
+        cure = "download one of them: its folder as `path`, or `subfolder`; a whole one draws by the task text-to-image"
+        raise UsageError(cause, cure)
     return described if isinstance(described, ModelDescription) else None
+
+
+def wired_pipeline(context: CheckContext | ForecastContext, what: str) -> ModelDescription:
+    """What is known of the pipeline on the port `model`. Raise UsageError for what is none, which `what` needs."""
+    from bigpipe.bigmodel.checkpoint import ModelDescription
+
+    wired = context.input("model")
+    described = wired.output if wired else None
+    if described is not None and not isinstance(described, Pipeline):
+        cause = f"{what} needs a pipeline of diffusers, and the model is none: it has no model_index.json"
+        raise UsageError(cause, "download a whole pipeline, such as Stable Diffusion", field="inputs.model")
+    return described.description if described else ModelDescription(config=None)
 
 
 def wired_adapters(context: CheckContext | ForecastContext) -> list[AdapterDescription]:

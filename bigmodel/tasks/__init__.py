@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from bigpipe.faces import face
 
 if TYPE_CHECKING:
+    from .diffusing import computing_dtype, load_pipeline
     from .processing import load_processor, require_library, require_processor
     from .promptfiles import READERS, Wording, read_rows, require_pyarrow
     from .registry import TASKS, BuiltIn, find_task, require_known, task_arguments

@@ -18,7 +18,9 @@ if TYPE_CHECKING:
     from bigpipe.bigmodel.checkpoint import ModelDescription
 
 PROCESSOR_FILES = frozenset({"preprocessor_config.json", "processor_config.json"})
-NEEDS = {"PIL": ("pillow", "pictures"), "soundfile": ("soundfile", "sounds")}
+NEEDS = {
+    "PIL": ("pillow", "pictures"), "soundfile": ("soundfile", "sounds"), "diffusers": ("diffusers", "diffusers"),
+}  # fmt: skip
 """Module → the distribution that has it, and the extra that installs it."""
 
 

@@ -33,6 +33,13 @@ WRITTEN: Mapping[Reads, str] = {
     "sound": "name the files, each of which is a row: sounds/*.wav",
 }
 """What a task reads → how its prompts are written."""
+SEED_STEP = 0x9E3779B97F4A7C15
+"""Between the seeds of what is made of a row: far from the seeds of other rows."""
+
+
+def seeds_of(seed: int, count: int) -> list[int]:
+    """Return seeds for so many texts or pictures of the row that `seed` belongs to."""
+    return [(seed + number * SEED_STEP) % 2**63 for number in range(count)]
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,6 +115,8 @@ class Task:
     length_of: (row, arguments) → the most tokens that a row may have; what a plan's memory, and its batches,
       are reckoned with.
     chats: may its rows be chats?
+    library: whose models it runs. A model of transformers is loaded as its placement says, and handed to `bind`; of
+      diffusers that is a pipeline, several models on one device.
     side_by_side: may another batch begin, in another thread, while one waits in a forward of the model? Only one of
       them runs at a time, and torch's generators are its own.
     """
@@ -127,6 +136,7 @@ class Task:
     named_columns: Mapping[str, Literal["text", "texts"]] = field(default_factory=dict)
     length_of: Callable[[Row, Mapping[str, Any]], int] = lambda row, arguments: row.nbytes
     chats: bool = True
+    library: Literal["transformers", "diffusers"] = "transformers"
     side_by_side: bool = False
 
     def checked(

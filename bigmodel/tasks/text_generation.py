@@ -17,7 +17,7 @@ from bigpipe.bigmodel.sources import Sources
 from bigpipe.errors import UsageError
 
 from .arguments import GENERATION_CONFIG, as_floats, check_names, check_values
-from .task import Answer, Answerer, Arguments, Task, TaskOptions
+from .task import Answer, Answerer, Arguments, Task, TaskOptions, seeds_of
 from .tokenizing import (
     OWN_FUNCTION,
     check_length,
@@ -39,8 +39,6 @@ if TYPE_CHECKING:
 
     from .rows import Row
 
-SEED_STEP = 0x9E3779B97F4A7C15
-"""Between the seeds of a row's texts: far from the seeds of other rows."""
 _seeds: ContextVar[Sequence[int]] = ContextVar("seeds", default=())
 """Of the rows of the batch that this thread generates."""
 
@@ -225,8 +223,7 @@ def drawing(seeds: Sequence[int]) -> Iterator[None]:
 def _row_sampler(seeds: Sequence[int], texts: int) -> Callable[[torch.Tensor, torch.Tensor], torch.Tensor]:
     import torch
 
-    own = [(seed + text * SEED_STEP) % 2**63 for seed in seeds for text in range(texts)]
-    generators = [torch.Generator().manual_seed(seed) for seed in own]
+    generators = [torch.Generator().manual_seed(own) for seed in seeds for own in seeds_of(seed, texts)]
 
     def choose(tokens: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
         """[rows · texts, vocabulary] → the same, with all but the token drawn at −∞."""

@@ -54,7 +54,8 @@ def server() -> Iterator[LoopbackHub]:
 def pipeline(folder: Path, components: dict[str, list[Entry]]) -> dict[str, Path]:
     """A pipeline's files by name, in `folder`."""
     (folder / "scheduler").mkdir(parents=True)
-    (folder / "model_index.json").write_text(json.dumps(INDEX))
+    # Named after the test, as what a child said of a model is kept
+    (folder / "model_index.json").write_text(json.dumps({**INDEX, "_name_or_path": folder.parent.name}))
     (folder / "scheduler/scheduler_config.json").write_text("{}")
     for name, config in (("unet", UNET), ("vae", VAE)):
         (folder / name).mkdir()
@@ -73,7 +74,16 @@ def both_ways(server: LoopbackHub, folder: Path, components: dict[str, list[Entr
     ]
 
 
-@pytest.mark.skipif(find_spec("diffusers") is not None, reason="diffusers is installed")
+@pytest.fixture
+def without_diffusers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As where it is not installed."""
+    (tmp_path / "absent").mkdir()
+    cause = "raise ModuleNotFoundError(\"No module named 'diffusers'\", name='diffusers')\n"
+    (tmp_path / "absent" / "diffusers.py").write_text(cause)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path / "absent"), prepend=os.pathsep)
+
+
+@pytest.mark.usefixtures("without_diffusers")
 def test_a_pipeline_from_headers_alone(server: LoopbackHub, tmp_path: Path) -> None:
     sizes = {name: nbytes(entries) for name, entries in COMPONENTS.items()}
     for found in both_ways(server, tmp_path, COMPONENTS):

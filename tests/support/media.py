@@ -99,3 +99,45 @@ def make_whisper(folder: Path) -> Path:
     model.save_pretrained(folder)
     WhisperFeatureExtractor(feature_size=80).save_pretrained(folder)
     return folder
+
+
+def make_pipeline(folder: Path, **index: Any) -> Path:
+    """A tiny Stable Diffusion, whose pictures have 32 × 32 pixels and whose prompts 16 tokens. index: what its
+    `model_index.json` says besides."""
+    import json
+
+    import torch
+    from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+    from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+
+    letters = [chr(code) for code in range(33, 127)]
+    ends = ["<|startoftext|>", "<|endoftext|>"]
+    vocabulary = {token: number for number, token in enumerate([*letters, *(f"{each}</w>" for each in letters), *ends])}
+    tokenizer = CLIPTokenizer(vocab=vocabulary, merges=[], model_max_length=16)
+    begin, end = (vocabulary[each] for each in ends)
+    blocks = {"block_out_channels": (16, 32), "norm_num_groups": 8}
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(5)
+        text = CLIPTextModel(
+            CLIPTextConfig(
+                vocab_size=len(vocabulary), hidden_size=16, intermediate_size=32, num_attention_heads=2,
+                num_hidden_layers=2, max_position_embeddings=16, bos_token_id=begin, eos_token_id=end, pad_token_id=end,
+            )
+        )  # fmt: skip
+        unet = UNet2DConditionModel(
+            sample_size=16, layers_per_block=1, cross_attention_dim=16, attention_head_dim=4,
+            down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
+            up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+            **blocks,
+        )  # fmt: skip
+        vae = AutoencoderKL(
+            down_block_types=("DownEncoderBlock2D",) * 2, up_block_types=("UpDecoderBlock2D",) * 2, **blocks
+        )
+    StableDiffusionPipeline(
+        vae=vae, text_encoder=text, tokenizer=tokenizer, unet=unet, safety_checker=None, feature_extractor=None,
+        scheduler=DDIMScheduler(clip_sample=False, set_alpha_to_one=False, steps_offset=1),
+        requires_safety_checker=False,
+    ).save_pretrained(folder)  # fmt: skip
+    told = json.loads((folder / "model_index.json").read_text())
+    (folder / "model_index.json").write_text(json.dumps({**told, **index}))
+    return folder
