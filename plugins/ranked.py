@@ -13,6 +13,7 @@ from bigpipe.errors import UsageError
 from bigpipe.fit import Cure, Misfit, fits
 from bigpipe.machine import Machine
 from bigpipe.orchestrator.stage import CheckContext, ForecastContext, StageContext
+from bigpipe.sizes import counted
 
 from .library import sources_of
 from .placed import load_placed, memory_here, read_placement
@@ -64,7 +65,7 @@ def misfits_of_gpus(each: int, ctx: ForecastContext) -> tuple[Misfit, ...]:
     local, there = ctx.launch.local_processes, len(ctx.machine.gpus)
     if fits(each * local, there):
         return ()
-    cause = f"{local} ranks with {each} GPU(s) each need {each * local}, and there are {there}"
+    cause = f"{counted(local, 'rank')} with {counted(each, 'GPU')} each need {each * local}, and there are {there}"
     ranks = there // each * ctx.launch.num_machines
     return (Misfit(cause, Cure({"launch.num_processes": ranks}) if ranks else "place the model on cpu and disk"),)
 

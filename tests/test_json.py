@@ -193,6 +193,7 @@ def test_a_run_that_fails_says_where(workshop, outcome: str) -> None:
         (gate,) = told["nodes"]["a"]["gates"]
         assert gate == {
             "text": "characters > 10000",
+            "measured": f"{told['nodes']['a']['metrics']['characters']:,}",
             "value": told["nodes"]["a"]["metrics"]["characters"],
             "passed": False,
         }

@@ -6,7 +6,16 @@ import pytest
 from hypothesis import given, strategies as st
 
 from bigpipe.errors import UsageError
-from bigpipe.sizes import counted, exact_size, format_size, format_transfer, parse_size, size_of
+from bigpipe.sizes import (
+    counted,
+    exact_size,
+    format_duration,
+    format_figure,
+    format_size,
+    format_transfer,
+    parse_size,
+    size_of,
+)
 
 
 @pytest.mark.parametrize(
@@ -36,4 +45,18 @@ def test_an_exact_size_is_read_back(size: int) -> None:
 def test_what_people_read() -> None:
     assert [format_size(size) for size in (0, 1023, 1024, 13_098_000_000)] == ["0 B", "1023 B", "1.0 KiB", "12.2 GiB"]
     assert [format_transfer(size) for size in (999, 1000, 25_706_000_000)] == ["999 B", "1.0 kB", "25.7 GB"]
+    assert [format_figure(number) for number in (1234567, 0.99934, 12.0)] == ["1,234,567", "0.9993", "12"]
     assert [counted(number, "file") for number in (0, 1, 2, 1500)] == ["0 files", "1 file", "2 files", "1,500 files"]
+
+
+@pytest.mark.parametrize(
+    ("seconds", "exact", "whole"),
+    [
+        (0, "0.00 s", "0 s"), (0.123, "0.12 s", "0 s"), (12.34, "12.3 s", "12 s"), (59.94, "59.9 s", "1 min"),
+        (59.96, "1 min", "1 min"), (61, "1 min 1 s", "1 min 1 s"), (3599.7, "1 h", "1 h"),
+        (3723, "1 h 2 min", "1 h 2 min"),
+    ],
+)  # fmt: skip
+def test_how_long_something_took(seconds: float, exact: str, whole: str) -> None:
+    assert format_duration(seconds) == exact
+    assert format_duration(seconds, whole=True) == whole

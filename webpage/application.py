@@ -29,7 +29,7 @@ from starlette.types import ASGIApp
 
 from bigpipe.errors import BigpipeError, UsageError
 from bigpipe.orchestrator import report
-from bigpipe.sizes import Total, format_size, format_transfer
+from bigpipe.sizes import Total, format_duration, format_size, format_transfer
 
 from . import questions
 from .asking import Busy, Children
@@ -93,8 +93,14 @@ def templates() -> jinja2.Environment:
     found = jinja2.Environment(
         loader=loader, autoescape=True, trim_blocks=True, lstrip_blocks=True, finalize=_as_shown, auto_reload=False,
     )  # fmt: skip
-    found.filters |= {"size": format_size, "transfer": format_transfer, "number": "{:,}".format, "address": urlencode}
-    found.filters["total"] = _total
+    found.filters |= {
+        "size": format_size,
+        "transfer": format_transfer,
+        "duration": format_duration,
+        "total": _total,
+        "number": "{:,}".format,
+        "address": urlencode,
+    }
     return found
 
 

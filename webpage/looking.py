@@ -14,8 +14,8 @@ from typing import Any
 
 from bigpipe.errors import StageFailed, UsageError
 from bigpipe.files import Damaged, open_regular
-from bigpipe.orchestrator.report import Drawn, graph, metrics_line, open_store, positions
-from bigpipe.orchestrator.running import RunRecord, records
+from bigpipe.orchestrator.report import MARKS, Drawn, graph, open_store, positions
+from bigpipe.orchestrator.running import RunRecord, node_rows, records
 
 DEEPEST, MOST_RECIPES, MOST_RUNS, MOST_DRAWN = 3, 200, 50, 200
 LARGEST_RECIPE = 2**20
@@ -23,7 +23,6 @@ TAIL = 16 * 2**10
 """Bytes of a log."""
 LINES = 200
 RUNNING = "running"
-MARKS = {"succeeded": "✓", "cached": "✓", "failed": "✗", "skipped": "–", "running": "…", "dead": "✗", "pending": "·"}
 RECIPE = (re.compile(rb"^version:", re.MULTILINE), re.compile(rb"^stages:", re.MULTILINE))
 
 
@@ -87,12 +86,9 @@ def run_now(run: str, store: Path | None) -> dict[str, Any]:
     record = require_run(run, store)
     at = positions(record.run, store=store)
     rows = [
-        {
-            "name": name, "kind": node.kind, "status": node.status, "mark": MARKS.get(node.status, ""),
-            "result": at.get(name) or node.error.partition("\n")[0] or metrics_line(node.metrics) or node.reason,
-            "seconds": f"{node.seconds:.1f}" if node.status == "succeeded" else "",
-        }
-        for name, node in record.nodes.items()
+        {"name": name, "kind": record.nodes[name].kind, "status": status, "mark": MARKS.get(status, ""),
+         "result": at.get(name) or result, "time": time, "peak": peak}
+        for name, status, time, peak, result in node_rows(record.nodes)
     ]  # fmt: skip
     drawn = [Drawn(r["name"], r["kind"], r["status"], r["mark"], record.nodes[r["name"]].after) for r in rows]
     errors = {name: node.error for name, node in record.nodes.items() if node.error}

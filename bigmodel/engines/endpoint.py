@@ -21,6 +21,7 @@ from bigpipe.bigmodel.hub import BUSY, Exchange, asked_pause, bound_body, exchan
 from bigpipe.errors import BigpipeError, NotAuthorised, Transient, UsageError
 from bigpipe.files import parse_json
 from bigpipe.redaction import conceal
+from bigpipe.sizes import format_duration
 
 LEAST = 2**20
 """Bytes that an answer may have, whatever was asked."""
@@ -146,7 +147,7 @@ class Endpoint:
         if status in AGAIN or status >= 500:
             pause = asked_pause(response.headers)
             if pause > self.longest_wait:
-                cause = f"{told}, and asks for a pause of {pause:.0f} s"
+                cause = f"{told}, and asks for a pause of {format_duration(pause, whole=True)}"
                 raise Transient(cause, "run again after that time: what is answered stays; or raise `longest_wait`")
             cure = "run again later: what is answered stays; or lower `concurrency`"
             raise _Again(Transient(told, cure) if status == 429 else NoAnswer(told), pause)

@@ -24,6 +24,7 @@ from bigpipe.bigmodel.formats import format_of
 from bigpipe.bigmodel.tasks import require_tokenizer
 from bigpipe.errors import BigpipeError, DoesNotFit, StageFailed, UsageError
 from bigpipe.programs import Ended, Program, running_program
+from bigpipe.sizes import counted
 
 from .asked_tasks import held_tasks
 from .endpoint import Endpoint, connecting
@@ -76,7 +77,7 @@ def _check(settings: Vllm, wanted: Wanted) -> None:
         raise UsageError("engine vllm needs vllm, not installed here", cure, field="engine")
     needed, there = settings.tensor_parallel_size * settings.data_parallel_size, len(wanted.machine.gpus)
     if needed > there:
-        cause = f"vLLM would take {needed} GPU(s) ({settings.tensor_parallel_size} for each of "
+        cause = f"vLLM would take {counted(needed, 'GPU')} ({settings.tensor_parallel_size} for each of "
         cause += f"{settings.data_parallel_size} copies), and there are {there}"
         raise DoesNotFit(cause, f"lower serving.tensor_parallel_size or data_parallel_size, or {_CURE}", field="engine")
     if wanted.dtype == "float64":

@@ -32,6 +32,7 @@ from bigpipe.errors import (
     UsageError,
     first_few,
 )
+from bigpipe.sizes import format_duration
 
 from .responses import asked_pause, is_address, shown
 
@@ -122,7 +123,7 @@ def _of_response(error: BaseException, asked: _Asked) -> BigpipeError | None:
         return _no_passage(asked)
     if status == 429:
         after = asked_pause(response.headers)
-        wait = f"wait {after:.0f} s" if after else "wait a few minutes"
+        wait = f"wait {format_duration(after, whole=True)}" if after else "wait a few minutes"
         return Transient(f"the Hub takes no more requests from here for now (429), asked for {asked.what}",
                          f"{wait} and run again; with a token the limit is higher: {LOGIN}")  # fmt: skip
     if status == 408 or status >= 500:

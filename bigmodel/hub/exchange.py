@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from bigpipe.errors import Transient
-from bigpipe.sizes import format_transfer
+from bigpipe.sizes import format_duration, format_transfer
 
 MOST_ANSWERS = 200
 """Redirects and repetitions of one exchange; and one more a MiB, for files that are sent or resumed in parts."""
@@ -89,7 +89,8 @@ class Exchange:
         """Raise Transient where a server asks for a longer pause than it may."""
         self.pause -= seconds
         if self.pause < 0:
-            cause = f"{host} takes no more requests for {seconds:.0f} s ({status}){self.for_what}"
+            pause = format_duration(seconds, whole=True)
+            cause = f"{host} takes no more requests for {pause} ({status}){self.for_what}"
             raise Transient(cause, "run again after that time")
 
     @property

@@ -21,6 +21,7 @@ from typing import Any
 
 from bigpipe.errors import InvalidCheckpoint, Transient
 from bigpipe.files import sync_file
+from bigpipe.sizes import format_duration
 
 from .connection import downloading, guard_answers, longest_silence
 from .errors import hub_errors
@@ -166,7 +167,7 @@ class _Errands:
             done, waiting = wait(waiting, timeout=LOOK, return_when=FIRST_COMPLETED)
             yield from done
             if (silence := self.downloaded.silence) > longest_silence():
-                cause = f"nothing came of {self.repository.repo} for {silence:.0f} s"
+                cause = f"nothing came of {self.repository.repo} for {format_duration(silence, whole=True)}"
                 raise Transient(cause, "run again later, or without Xet: HF_HUB_DISABLE_XET=1")
 
     def bring(self, file: HubFile) -> Fetched:

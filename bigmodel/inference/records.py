@@ -18,6 +18,7 @@ from typing import Any
 from bigpipe.errors import StageFailed
 from bigpipe.files import LogFile, make_directory, parse_json, sync_directory
 from bigpipe.redaction import redacted_text
+from bigpipe.sizes import counted
 
 from .storedrows import StoredRows
 
@@ -188,6 +189,6 @@ def check_errors(count: int, allowed: int, failed: Iterable[Record]) -> None:
         first = next(record for number, record in enumerate(failed) if number == allowed)
         said = f"prompt {first.index}: {first.payload['error']}"
         raise StageFailed(
-            f"{count} prompt(s) failed, and max_errors allows {allowed}; {said}",
+            f"{counted(count, 'prompt')} failed, and max_errors allows {allowed}; {said}",
             "mend the prompt, or raise max_errors: the results then hold the error in its place",
         )

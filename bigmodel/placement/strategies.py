@@ -11,7 +11,7 @@ from bigpipe.errors import DoesNotFit, UsageError, first_few
 from bigpipe.fit import Need, lacking, nearest, totals
 from bigpipe.machine import Machine, detect
 from bigpipe.names import refuse_unknown
-from bigpipe.sizes import format_size
+from bigpipe.sizes import counted, format_size
 
 from .budget import Homes, MemoryBudget, homes_of, memory_of, needs_of, weights_of
 from .devices import Caps, Device, is_computing, named, one_device, read_max_memory
@@ -273,7 +273,7 @@ def _with_weightless(tree: Tree, devices: Mapping[str, Device]) -> dict[str, Dev
 def _explain(
     tree: Tree, budget: MemoryBudget, homes: Homes, weights: Mapping[Device, int], needs: Mapping[Device, Need]
 ) -> Iterator[str]:
-    yield f"{format_size(sum(weights.values()))} of weights and buffers on {len(weights)} device(s)."
+    yield f"{format_size(sum(weights.values()))} of weights and buffers on {counted(len(weights), 'device')}."
     for device, need in needs.items():
         if need.streaming:
             size = format_size(need.streaming)

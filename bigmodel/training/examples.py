@@ -29,6 +29,7 @@ from bigpipe.bigmodel.tasks import (
 )
 from bigpipe.errors import UsageError
 from bigpipe.files import missing
+from bigpipe.sizes import counted
 
 from .settings import TaskName
 
@@ -127,7 +128,7 @@ def check_rows(rows: Sequence[Row], batch_size: int, accumulation: int, ranks: i
     """Raise UsageError where one change of the adapter takes more rows than there are."""
     needed = batch_size * accumulation * ranks
     if len(rows) < needed:
-        parts = f"batch_size {batch_size} × gradient_accumulation_steps {accumulation} × {ranks} rank(s)"
+        parts = f"batch_size {batch_size} × gradient_accumulation_steps {accumulation} × {counted(ranks, 'rank')}"
         raise UsageError(
             f"{len(rows)} rows are too few: a step takes {needed}, {parts}",
             "lower one of them, or give more rows",

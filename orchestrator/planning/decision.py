@@ -73,9 +73,14 @@ class GateVerdict:
         return self.verdict is not None and not self.verdict.passed
 
     def as_json(self) -> dict[str, Json]:
-        """`passed` and `value` are None where it is not decided."""
+        """All but `text` is None where it is not decided; `measured` is the value as people read it."""
         found = self.verdict
-        return {"text": self.gate.text, "value": found and found.value, "passed": found and found.passed}
+        return {
+            "text": self.gate.text,
+            "measured": found and found.left,
+            "value": found and found.value,
+            "passed": found and found.passed,
+        }
 
     def error(self, node: Node) -> GateFailed:
         measured = self.verdict.left if self.verdict else "unknown"

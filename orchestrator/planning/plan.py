@@ -17,7 +17,7 @@ from functools import cached_property
 from bigpipe.errors import BigpipeError, DoesNotFit
 from bigpipe.orchestrator.contract import Forecast, Json, Machine, Misfit, Pinned
 from bigpipe.orchestrator.recipe import Node
-from bigpipe.sizes import Total, counted, format_size, format_transfer
+from bigpipe.sizes import Total, counted, format_duration, format_size, format_transfer
 from bigpipe.tables import PLAIN, Screen, columns, html_table
 from bigpipe.versions import INSTALL_RUN, bars
 
@@ -218,7 +218,7 @@ def totals(plan: Plan) -> str:
             text += f", {'at most ' * plan.peak.whole}{plan.peak} of disk at a time"
         seconds = [p.forecast.seconds for p in plan.to_run if p.forecast]
         if seconds and all(value is not None for value in seconds):
-            text += f", about {sum(value or 0 for value in seconds):.0f} s"
+            text += f", about {format_duration(sum(value or 0 for value in seconds), whole=True)}"
     return text
 
 
@@ -228,7 +228,8 @@ def node_line(planned: PlannedNode, follows: str = "") -> str:
         return "; ".join(filter(None, [planned.decision.reason, *gate_lines(planned)]))
     if fetch := planned.decision.fetch:
         came = f"{format_transfer(fetch.bytes)} to fetch" if fetch.bytes else "nothing to fetch"
-        time = f", about {fetch.seconds:.0f} s" if fetch.seconds is not None and fetch.seconds >= 1 else ""
+        seconds = fetch.seconds or 0
+        time = f", about {format_duration(seconds, whole=True)}" if seconds >= 1 else ""
         return "; ".join([came + time, *gate_lines(planned)])
     parts = [planned.decision.reason]
     if forecast := planned.forecast:

@@ -8,7 +8,7 @@ if TYPE_CHECKING:
     from .answers import ANSWERS, outputs_schema
     from .drawing import STYLE, Drawn, graph
     from .freeing import collect_garbage, remove
-    from .graphs import became_of, graph_json, graph_text, write_graph
+    from .graphs import MARKS, became_of, graph_json, graph_text, write_graph
     from .inspection import (
         Inspection,
         diff_runs,
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from .outcomes import answered, as_bigpipe_error, refused
     from .page import report_runs, write_report
     from .reference import fields_markdown, kinds_json, kinds_markdown, kinds_overview
-    from .rendering import exchange_json, exchange_text, metrics_line, plan_json, remote_json, results_text, why_text
+    from .rendering import exchange_json, exchange_text, plan_json, remote_json, results_text, why_text
     from .reporters import choose_reporter
     from .shown import clean, error_text, json_text
     from .watching import follow_log, follow_run, positions, run_ids, running

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from bigpipe.errors import UsageError
 from bigpipe.orchestrator.contract import Json
 from bigpipe.orchestrator.running import NodeRun, records
-from bigpipe.sizes import counted
+from bigpipe.sizes import counted, format_duration
 from bigpipe.tables import PLAIN, Screen, columns
 
 from .drawing import STYLE, Drawn, graph
@@ -43,7 +43,7 @@ def became_of(recipe: Recipe, run: str, *, store: str | Path | None = None) -> M
 
 def drawn(name: str, node: NodeRun) -> Drawn:
     """Return a node as a drawing shows it, with what became of it."""
-    became = f", {node.seconds:.1f} s" if node.status == "succeeded" else f": {node.status}"
+    became = f", {format_duration(node.seconds)}" if node.status == "succeeded" else f": {node.status}"
     became = ": left" if node.verdict.startswith("left: ") else became
     return Drawn(name, f"{node.kind or 'node'}{became}", node.status, MARKS.get(node.status, ""), node.after)
 

@@ -13,10 +13,10 @@ from bigpipe.orchestrator.planning import Difference, differences
 from bigpipe.orchestrator.running import RunRecord, records
 from bigpipe.orchestrator.store import Artifact, KeyRecord, Store, default_root
 from bigpipe.redaction import conceal_environment
-from bigpipe.sizes import counted, format_size, format_transfer
+from bigpipe.sizes import counted, format_duration, format_size, format_transfer
 from bigpipe.tables import PLAIN, Screen, columns
 
-from .rendering import metrics_line, nodes_table, outcome_line
+from .rendering import GATE_HEADS, gate_rows, nodes_table
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,8 +49,8 @@ def list_store(*, store: str | Path | None = None, screen: Screen = PLAIN) -> In
         )
         for artifact, record in entries
     ]
-    run_rows = [("run", "status", "seconds", "recipe")]
-    run_rows += [(run.run, run.status, f"{run.seconds:.1f}", run.recipe) for run in runs]
+    run_rows = [("run", "status", "time", "recipe")]
+    run_rows += [(run.run, run.status, format_duration(run.seconds), run.recipe) for run in runs]
     held = sum(item.bytes - item.referenced_bytes for item, _ in entries if not item.dropped)
     parts = [
         f"{opened.root}: {counted(len(entries), 'artifact')}, {format_transfer(held)}",
@@ -82,19 +82,15 @@ def _listed(store: Store, artifact: Artifact, record: KeyRecord) -> dict[str, Js
 def show_run(run: str, *, store: str | Path | None = None, screen: Screen = PLAIN) -> Inspection:
     record = records.load_run(open_store(store).runs, run)
     head = [
-        f"run {record.run}: {record.status} in {record.seconds:.1f} s, started {record.started}",
+        f"run {record.run}: {record.status} in {format_duration(record.seconds)}, started {record.started}",
         f"{record.manifest} ({record.recipe})",
         *(f"  {name} = {value}" for name, value in record.params.items()),
     ]
-    rows = [(name, n.status, n.seconds, n.peak_rss, told(n)) for name, n in record.nodes.items()]
-    text = "\n".join([*head, "", nodes_table(rows, screen)])
+    tables = [nodes_table(record.nodes, screen)]
+    if gates := gate_rows(record.nodes):
+        tables.append(columns([GATE_HEADS, *gates], screen))
+    text = "\n\n".join(["\n".join(head), *tables])
     return Inspection({"schema": "bigpipe.record/1", **record.model_dump(mode="json")}, text)
-
-
-def told(node: records.NodeRun) -> str:
-    """Return in one line what came of a node: its error, or its gates and what it gave, or why it did not run."""
-    came = node.result or metrics_line(node.metrics) or node.reason
-    return node.error.partition("\n")[0] or outcome_line(came, node.verdict)
 
 
 def log_lines(run: str, node: str | None, store: str | Path | None = None) -> Iterator[str]:

@@ -15,15 +15,15 @@ from pathlib import Path
 
 from bigpipe.errors import UsageError
 from bigpipe.orchestrator.contract import Json
-from bigpipe.orchestrator.running import NodeRun, RunRecord, records
+from bigpipe.orchestrator.running import NodeRun, RunRecord, node_rows, records, sentence
 from bigpipe.orchestrator.store import KeyRecord, Store
-from bigpipe.sizes import MOST, counted, format_size, format_transfer
+from bigpipe.sizes import MOST, counted, format_duration, format_figure, format_size, format_transfer
 
 from .drawing import Bar, bars, graph, line
 from .firstrows import first_results
 from .graphs import MARKS, drawn, mermaid_text
-from .inspection import Inspection, diff_runs, open_store, told
-from .rendering import metrics_line
+from .inspection import Inspection, diff_runs, open_store
+from .rendering import GATE_HEADS, gate_rows
 from .sections import Section, Table, cell, form_of, html_page, markdown_page, write_page
 
 FORMS = {"html": html_page, "markdown": markdown_page}
@@ -62,7 +62,7 @@ def _section(store: Store, record: RunRecord) -> Section:
     kept = {name: found for name, node in record.nodes.items() if node.key and (found := store.find(node.key))}
     tables = [
         _nodes(record, kept),
-        _gates(record),
+        Table("Gates", GATE_HEADS, gate_rows(record.nodes)),
         *_tried(record),
         _memory(record),
         *_devices(record),
@@ -77,7 +77,7 @@ def _section(store: Store, record: RunRecord) -> Section:
     few = record.nodes if len(record.nodes) <= FEW_NODES else {}
     return Section(
         record.recipe,
-        f"Run {record.run}, started {record.started}, {record.seconds:.1f} s",
+        f"Run {record.run}, started {record.started}, {format_duration(record.seconds)}",
         [table for table in tables if table.rows],
         graph=graph([drawn(name, node) for name, node in few.items()]) if few else "",
         mermaid=_mermaid(few) if few else "",
@@ -89,25 +89,10 @@ def _section(store: Store, record: RunRecord) -> Section:
 
 def _nodes(record: RunRecord, kept: Mapping[str, KeyRecord]) -> Table:
     rows = []
-    for name, node in record.nodes.items():
-        ran = node.status == "succeeded"
-        result = told(node)
-        peak = format_size(node.peak_rss) if ran and node.peak_rss else ""
+    for (name, status, time, peak, result), node in zip(node_rows(record.nodes), record.nodes.values(), strict=True):
         kind = node.kind or (kept[name].kind if name in kept else "")
-        rows.append(
-            (name, kind, f"{MARKS.get(node.status, '')} {node.status}", result, f"{node.seconds:.1f}" * ran, peak)
-        )
-    return Table("Nodes", ("node", "kind", "status", "result", "seconds", "peak RAM"), rows, 4)
-
-
-def _gates(record: RunRecord) -> Table:
-    words = {True: "✓ holds", False: "✗ fails", None: "not decided"}
-    rows = [
-        (name, str(gate["text"]), _figure(gate.get("value")), words[gate.get("passed")])
-        for name, node in record.nodes.items()
-        for gate in node.gates
-    ]
-    return Table("Gates", ("node", "gate", "value", "verdict"), rows)
+        rows.append((name, kind, f"{MARKS.get(status, '')} {status}", result, time, peak))
+    return Table("Nodes", ("node", "kind", "status", "result", "time", "peak RAM"), rows, 4)
 
 
 def _tried(record: RunRecord) -> Iterator[Table]:
@@ -189,8 +174,7 @@ def _is_drawn(value: Json) -> bool:
 
 
 def _figure(value: Json) -> str:
-    number = isinstance(value, int | float) and not isinstance(value, bool)
-    return (f"{value:,}" if isinstance(value, int) else f"{value:.4g}") if number else _shown(value)
+    return format_figure(value) if isinstance(value, int | float) and not isinstance(value, bool) else _shown(value)
 
 
 def _numbers(row: Mapping[str, Json]) -> list[str]:
@@ -220,13 +204,13 @@ def _texts(store: Store, kept: Mapping[str, KeyRecord]) -> Table:
 def _timeline(store: Store, record: RunRecord) -> Table:
     times = records.node_times(store.runs, record.run)
     spans = [
-        (name, [Bar(start, end, record.nodes[name].status, f"{name}: from {start:.1f} to {end:.1f} s")])
+        (name, [_span(name, start, end, record.nodes[name].status)])
         for name, (start, end) in times.items()
         if name in record.nodes
     ]
-    rows = [(name, f"{start:.1f}", f"{end:.1f}") for name, (start, end) in times.items()]
+    rows = [(name, *map(format_duration, times[name])) for name in times]
     most = max((end for _, end in times.values()), default=0)
-    return Table("Time", ("node", "began at s", "ended at s"), rows, 1, bars("When each node ran", spans, most))
+    return Table("Time", ("node", "began after", "ended after"), rows, 1, bars("When each node ran", spans, most))
 
 
 def _ranks(record: RunRecord) -> Iterator[Table]:
@@ -239,7 +223,7 @@ def _ranks(record: RunRecord) -> Iterator[Table]:
             continue
         heads = list(dict.fromkeys(head for row in found.values() for head in _numbers(row)))
         spans = [
-            (f"rank {rank}", [Bar(row["began"], row["ended"], node.status, f"rank {rank}: {_spell(row)}")])
+            (f"rank {rank}", [_span(f"rank {rank}", row["began"], row["ended"], node.status)])
             for rank, row in found.items()
         ]
         rows = [(rank, *(_figure(row.get(head, "")) for head in heads)) for rank, row in found.items()]
@@ -253,8 +237,8 @@ def _has_times(row: Json) -> bool:
     return bool(0 <= row["began"] <= row["ended"])
 
 
-def _spell(row: Mapping[str, Json]) -> str:
-    return f"from {row['began']:.1f} to {row['ended']:.1f} s"
+def _span(name: str, began: float, ended: float, status: str) -> Bar:
+    return Bar(began, ended, status, f"{name}: from {format_duration(began)} to {format_duration(ended)}")
 
 
 def _origin(record: RunRecord, kept: Mapping[str, KeyRecord]) -> Table:
@@ -271,13 +255,11 @@ def _compared(found: Sequence[RunRecord], store: str | Path | None) -> list[Tabl
     names = dict.fromkeys(name for record in found for name in record.nodes)
     rows = [
         ("status", *(record.status for record in found)),
-        ("seconds", *(f"{record.seconds:.1f}" for record in found)),
+        ("time", *(format_duration(record.seconds) for record in found)),
     ]
     for name in names:
         nodes = [record.nodes.get(name) for record in found]
-        rows.append(
-            (name, *(f"{node.status}: {metrics_line(node.metrics)}".strip(": ") if node else "" for node in nodes))
-        )
+        rows.append((name, *(f"{node.status}: {sentence(node)}".strip(": ") if node else "" for node in nodes)))
     tables = [Table("Runs side by side", ("", *(record.run for record in found)), rows)]
     for one, two in pairwise(found):
         data = diff_runs(one.run, two.run, store=store).data

@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict
 from typing import TYPE_CHECKING
 
 from bigpipe.orchestrator.contract import Json
 from bigpipe.orchestrator.planning import Plan, PlannedNode, difference_json, shown
-from bigpipe.sizes import counted, format_size, format_transfer
+from bigpipe.orchestrator.running import HEADS, node_rows
+from bigpipe.sizes import counted, format_transfer
 from bigpipe.tables import PLAIN, Screen, columns
 
 if TYPE_CHECKING:
     from bigpipe.orchestrator.planning import Fetch
-    from bigpipe.orchestrator.running import RunResult
+    from bigpipe.orchestrator.running import NodeRun, RunResult
     from bigpipe.orchestrator.running.sharing import Exchange
     from bigpipe.orchestrator.store import Remote
 
@@ -101,28 +102,22 @@ def _tried_line(row: Mapping[str, Json]) -> str:
     return f"  {row['value']}: {row['came_to']} ({row['judge']}{': ' + row['why'] if row['why'] else ''})"
 
 
-def nodes_table(nodes: Iterable[tuple[str, str, float, int | None, str]], screen: Screen = PLAIN) -> str:
-    """Return the table of a run. nodes: name, status, seconds, peak memory in bytes if known, what came out."""
-    rows = [("node", "status", "seconds", "peak RAM", "result")]
-    for name, status, seconds, peak, result in nodes:
-        ran = status == "succeeded"
-        rows.append((name, status, f"{seconds:.1f}" * ran, format_size(peak) if ran and peak else "", result))
-    return columns(rows, screen)
+def nodes_table(nodes: Mapping[str, NodeRun], screen: Screen = PLAIN) -> str:
+    """Return what became of nodes: at the end of a run, and looking back."""
+    return columns([HEADS, *node_rows(nodes)], screen)
 
 
-def result_table(result: RunResult, screen: Screen = PLAIN) -> str:
-    """Return the table at the end of a run."""
-    rows = []
-    for name, state in result.nodes.items():
-        record, in_words = state.record, state.node.kind.result_line or metrics_line
-        text = outcome_line(in_words(record.metrics) if record else state.reason, state.verdict)
-        rows.append((name, str(state.status), state.seconds, record.peak_rss if record else 0, text))
-    return nodes_table(rows, screen)
+GATE_HEADS = ("node", "gate", "measured", "verdict")
+VERDICTS = {True: "✓ holds", False: "✗ fails", None: "not decided"}
 
 
-def outcome_line(result: str, verdict: str) -> str:
-    """Return what came of a node in one line: of its gates first."""
-    return "; ".join(filter(None, [verdict, result if result not in verdict else ""]))
+def gate_rows(nodes: Mapping[str, NodeRun]) -> list[tuple[str, str, str, str]]:
+    """Return a row per gate, under GATE_HEADS: what is asked, and what was measured."""
+    return [
+        (name, gate.text, gate.measured or "", VERDICTS[gate.passed])
+        for name, node in nodes.items()
+        for gate in node.gates
+    ]
 
 
 def results_text(result: RunResult, limit: int = 5, *, screen: Screen = PLAIN) -> str:
@@ -136,23 +131,9 @@ def results_text(result: RunResult, limit: int = 5, *, screen: Screen = PLAIN) -
 
         if rows := list(first_results(path, limit)):
             parts.append("\n".join([f"{name}:", *(f"  {_flat(prompt)} → {_flat(text)}" for prompt, text in rows)]))
-    return "\n\n".join([*parts, result_table(result, screen)])
+    return "\n\n".join([*parts, nodes_table(result.ran(), screen)])
 
 
 def _flat(text: str, limit: int = 100) -> str:
-    return _shortened(" ".join(text.split()), limit)
-
-
-def _shortened(text: str, limit: int) -> str:
-    return text if len(text) <= limit else text[: limit - 1] + "…"
-
-
-def metrics_line(metrics: Mapping[str, Json], limit: int = 72) -> str:
-    """Return the scalar metrics as `shards 3, bytes 25.7 GB`."""
-    parts = []
-    for key, value in metrics.items():
-        if isinstance(value, bool | str) or value is None or isinstance(value, Mapping | list):
-            continue
-        shown = format_transfer(value) if "bytes" in key else f"{value:.4g}" if isinstance(value, float) else str(value)
-        parts.append(f"{key} {shown}")
-    return _shortened(", ".join(parts), limit)
+    flat = " ".join(text.split())
+    return flat if len(flat) <= limit else flat[: limit - 1] + "…"

@@ -23,9 +23,9 @@ from bigpipe.orchestrator.contract import (
     RunFinished,
     RunStarted,
 )
-from bigpipe.sizes import format_size
+from bigpipe.sizes import format_duration, format_size
 
-from .progress import ProgressMeter, elapsed
+from .progress import ProgressMeter
 from .shown import clean, json_text
 
 if TYPE_CHECKING:
@@ -62,13 +62,13 @@ class PlainReporter:
             case LogLine(detail=False):
                 self.say(event.node, event.line)
             case NodeRetried():
-                text = f"attempt {event.attempt} in {event.wait_seconds:.1f} s: {event.cause}"
+                text = f"attempt {event.attempt} in {format_duration(event.wait_seconds)}: {event.cause}"
                 self.say(event.node, text, "yellow")
             case NodeFinished():
                 self.finish(event, f"{MARKS.get(event.status, ' ')} ", finished_text(event))
             case RunFinished():
                 self.close()
-                self.print(f"run {event.run} {event.status} in {elapsed(event.seconds)}")
+                self.print(f"run {event.run} {event.status} in {format_duration(event.seconds)}")
 
     def close(self) -> None:
         """End what is drawn."""
@@ -171,7 +171,7 @@ def finished_text(event: NodeFinished) -> str:
     """Return `succeeded in 12.3 s, peak 240.0 MiB`; what went wrong is on further lines."""
     text = event.status
     if event.status == "succeeded" or event.seconds >= 0.01:
-        text += f" in {elapsed(event.seconds)}"
+        text += f" in {format_duration(event.seconds)}"
     if event.status == "succeeded" and event.peak_rss:
         text += f", peak {format_size(event.peak_rss)}"
     if event.status == "failed" and event.error:

@@ -7,7 +7,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict
 
 from bigpipe.machine import Machine
-from bigpipe.orchestrator.running import NodeRun
+from bigpipe.orchestrator.running import Gate, NodeRun
 
 Actions = Literal["run", "cached", "remote", "maybe", "skipped"]
 
@@ -85,17 +85,6 @@ class Change(Strict):
     """As it is now."""
     place: str | None
     """`file:line:column` of the value in the manifest; None: it stands in none."""
-
-
-class Gate(Strict):
-    """A gate of a node."""
-
-    text: str
-    """As it is written."""
-    value: Any
-    """What stands at its left; None: not known yet."""
-    passed: bool | None
-    """None: not decided yet."""
 
 
 class PlannedMisfit(Strict):

@@ -13,10 +13,11 @@ from pathlib import Path
 from bigpipe.files import Damaged, open_regular, parse_json
 from bigpipe.orchestrator.contract import Json, Progress
 from bigpipe.orchestrator.running import RunRecord, records
+from bigpipe.sizes import format_duration
 from bigpipe.tables import PLAIN, Screen, columns
 
 from .inspection import Inspection, heading, open_store, show_run
-from .progress import ProgressMeter, Reading, duration
+from .progress import ProgressMeter, Reading
 
 RUNNING = "running"
 LOOK_SECONDS = 0.3
@@ -38,8 +39,9 @@ def running(*, store: str | Path | None = None, screen: Screen = PLAIN) -> Inspe
     told = [_told(runs, record) for record in found]
     rows = [("run", "process", "since", "nodes", "recipe", "at")]
     rows += [
-        (each["run"], str(each["process"]), duration(each["seconds"]), f"{each['done']}/{each['nodes']}",
-         each["recipe"], ", ".join(f"{node} {text}".rstrip() for node, text in each["at"].items()))
+        (each["run"], str(each["process"]), format_duration(each["seconds"], whole=True),
+         f"{each['done']}/{each['nodes']}", each["recipe"],
+         ", ".join(f"{node} {text}".rstrip() for node, text in each["at"].items()))
         for each in told
     ]  # fmt: skip
     text = columns(rows, screen) if told else "nothing is running"

@@ -6,8 +6,9 @@ from bigpipe.faces import face
 
 if TYPE_CHECKING:
     from . import records, sharing
-    from .records import NodeRun, RunRecord
+    from .records import Gate, NodeRun, RunRecord
     from .result import RunResult, run_json
     from .runner import run_plan
+    from .sentences import HEADS, metrics_line, node_rows, sentence
 
 __getattr__, __all__ = face(__name__)

@@ -11,7 +11,6 @@ import json
 import os
 import threading
 import time
-from collections import Counter
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
@@ -39,8 +38,9 @@ from bigpipe.orchestrator.planning import Difference, changed, node_folder
 from bigpipe.orchestrator.recipe import Node, Recipe
 from bigpipe.orchestrator.store import explained, make_directory
 from bigpipe.redaction import redact_json
-from bigpipe.sizes import format_size
 from bigpipe.tables import html_table
+
+from .sentences import HEADS, node_rows, run_line
 
 EVENTS = "events.jsonl"
 LAST = "last"
@@ -56,6 +56,19 @@ def new_run_id(now: datetime | None = None) -> str:
     Sorts by time as far as the clock can be trusted, and is unique without it."""
     now = now or datetime.now(UTC)
     return f"{now:%Y%m%d-%H%M%S}-{now.microsecond // 1000:03x}{os.urandom(3).hex()}"
+
+
+class Gate(BaseModel):
+    """A gate of a node, and what it came to."""
+
+    text: str
+    """What is asked, as it is written."""
+    measured: str | None = None
+    """What stands at its left, as people read it: `21.3 GiB`; None: not known yet."""
+    value: Any = None
+    """The same as a number; None: not known yet, or no number."""
+    passed: bool | None = None
+    """None: not decided yet."""
 
 
 class NodeRun(BaseModel):
@@ -81,8 +94,8 @@ class NodeRun(BaseModel):
     """As its kind says."""
     result: str = ""
     """What came of it, in its kind's words; empty where the kind has none of its own."""
-    gates: list[dict[str, Any]] = Field(default_factory=list)
-    """`text`, `value` and whether it `passed`; the last two are None where that was not decided."""
+    gates: list[Gate] = Field(default_factory=list)
+    """In their order: what each asks, and what was measured."""
     foreseen: dict[str, Any] = Field(default_factory=dict)
     """What the plan said, where it said it: `seconds`; bytes of `ram`, `download_bytes` and `write_bytes`."""
     reason: str = ""
@@ -119,30 +132,12 @@ class RunRecord(BaseModel):
     """The manifest as it was."""
 
     def __repr__(self) -> str:
-        return told("Run", self.run, self.status, self.seconds, self.nodes)
+        return run_line("Run", self.run, self.status, self.seconds, self.nodes)
 
     __str__ = __repr__
 
     def _repr_html_(self) -> str:
-        return table(repr(self), self.nodes)
-
-
-def told(name: str, run: str, status: str, seconds: float, nodes: Mapping[str, NodeRun]) -> str:
-    counts = ", ".join(f"{count} {status}" for status, count in Counter(node.status for node in nodes.values()).items())
-    return f"<{name} {run} {status} in {seconds:.1f} s: {counts or 'no nodes'}>"
-
-
-def table(caption: str, nodes: Mapping[str, NodeRun], errors: str = "") -> str:
-    rows = [
-        (name, node.status, f"{node.seconds:.1f}" if node.seconds else "",
-         format_size(node.peak_rss) if node.peak_rss else "", node.error.partition("\n")[0] or _figures(node.metrics))
-        for name, node in nodes.items()
-    ]  # fmt: skip
-    return html_table(caption, ("node", "status", "seconds", "peak RAM", "result"), rows, errors)
-
-
-def _figures(metrics: Mapping[str, Json]) -> str:
-    return ", ".join(f"{name} {value}" for name, value in metrics.items() if isinstance(value, int | float | str))
+        return html_table(repr(self), HEADS, node_rows(self.nodes))
 
 
 def meant(run: str, nodes: Collection[str], node: str, *, several: bool = False) -> list[str]:

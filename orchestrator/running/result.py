@@ -11,8 +11,10 @@ from bigpipe.errors import BigpipeError
 from bigpipe.orchestrator.contract import Json
 from bigpipe.orchestrator.planning import GateVerdict, NodeState, Session
 from bigpipe.orchestrator.store import KeyRecord
+from bigpipe.tables import html_table
 
-from .records import NodeRun, meant, place_of, table, told
+from .records import Gate, NodeRun, meant, place_of
+from .sentences import HEADS, node_rows, run_line
 
 FORESEEN = ("seconds", "ram", "download_bytes", "write_bytes")
 
@@ -38,10 +40,10 @@ class RunResult:
         return self.ran()[meant(self.run, self.nodes, node)[0]]
 
     def __repr__(self) -> str:
-        return told("RunResult", self.run, self.status, self.seconds, self.ran())
+        return run_line("RunResult", self.run, self.status, self.seconds, self.ran())
 
     def _repr_html_(self) -> str:
-        return table(repr(self), self.ran(), "\n".join(map(str, self.errors)))
+        return html_table(repr(self), HEADS, node_rows(self.ran()), "\n".join(map(str, self.errors)))
 
     @property
     def exit_code(self) -> int:
@@ -73,7 +75,7 @@ class RunResult:
             peak_rss=record.peak_rss if record else None,
             metrics=dict(record.metrics) if record else {},
             result=in_words(record.metrics) if record and in_words else "",
-            gates=[gate.as_json() for gate in self.gates.get(state.name, ())],
+            gates=[Gate(**gate.as_json()) for gate in self.gates.get(state.name, ())],
             foreseen={name: value for name, value in foreseen.items() if value},
             reason=state.reason,
             verdict=state.verdict,

@@ -136,6 +136,21 @@ class Total:
         return format_transfer(self.known)
 
 
+def format_duration(seconds: float, *, whole: bool = False) -> str:
+    """`0.42 s`, `12.3 s`, `4 min 5 s`, `1 h 2 min`. whole: `12 s`, of what is not known any better."""
+    if round(seconds, 1) < 60 and not whole:
+        return f"{seconds:.2f} s" if seconds < 10 else f"{seconds:.1f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    parts = [(hours, "h"), (minutes, "min"), (0 if hours else rest, "s")]
+    return " ".join(f"{count} {unit}" for count, unit in parts if count) or "0 s"
+
+
+def format_figure(number: float) -> str:
+    """`1,234`, `0.9993`: whole numbers as they are, others to four digits."""
+    return f"{number:,}" if isinstance(number, int) else f"{number:.4g}"
+
+
 def counted(number: int, noun: str, ending: str = "s") -> str:
     """`1 file`, `2 files`."""
     return f"{number:,} {noun}{'' if number == 1 else ending}"

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+from html import unescape
 from html.parser import HTMLParser
 from xml.etree import ElementTree
 
 import pytest
 
+import bigpipe
 from bigpipe import redaction
 from bigpipe.errors import UsageError
 from bigpipe.orchestrator.report import report_runs, results_text
 from bigpipe.orchestrator.report.drawing import Drawn, graph
-from bigpipe.orchestrator.running import records
+from bigpipe.orchestrator.running import records, sentence
+from bigpipe.webpage.looking import run_now
 
 RECIPE = """\
 version: 1
@@ -22,6 +25,9 @@ stages:
   second: {uses: join, inputs: {first: first}, gates: ["characters > 2"]}
   third: {uses: join, inputs: {first: second, second: first}}
 """
+
+
+UNGATED = RECIPE.replace(', gates: ["characters > 2"]', "")
 
 
 class Page(HTMLParser):
@@ -239,6 +245,32 @@ def test_a_graph_is_drawn_before_anything_ran(workshop):
 def test_a_drawing_shrinks_to_its_page_as_long_as_it_can_be_read(columns, wide):
     nodes = [Drawn(f"n{number}", after=[f"n{number - 1}"] if number else []) for number in range(columns)]
     assert ('class="wide"' in graph(nodes).partition(">")[0]) == wide
+
+
+@pytest.mark.parametrize("bound", ["> 2", "> 2000"])
+def test_what_came_of_a_node_is_said_in_the_same_words_everywhere(workshop, bound):
+    """At the end of a run, looking back, in a notebook, on the page of a run and in reports of it."""
+    done = workshop.run(RECIPE.replace("> 2", bound))
+    store = workshop.folder / "store"
+    told = {name: sentence(node) for name, node in done.ran().items()}
+    assert all(told.values())
+    html = unescape(done._repr_html_()), unescape(bigpipe.runs(store=store)[-1]._repr_html_())
+    texts = [results_text(done), workshop.command("show").stdout, *html]
+    texts += [str(run_now(done.run, store)["rows"])]
+    texts += [" ".join(page_of(workshop).words)]
+    for text in texts:
+        for name, words in told.items():
+            assert words in text, (name, text)
+
+
+def test_gates_say_what_was_measured_beside_what_was_asked(workshop):
+    count = str(workshop.run(RECIPE.replace("> 2", "> 2000")).ran()["second"].metrics["characters"])
+    rows = [line.split() for line in workshop.command("show").stdout.splitlines() if "> 2000" in line]
+    assert ["second", "characters", ">", "2000", count, "✗", "fails"] in rows
+    assert f"| second | characters \\> 2000 | {count} | ✗ fails |" in report_runs(
+        store=workshop.folder / "store", form="markdown"
+    )
+    assert "measured" not in workshop.command("show", workshop.run(UNGATED).run).stdout
 
 
 def test_a_graph_as_a_page_is_one_file_that_runs_nothing(workshop):

@@ -542,7 +542,7 @@ def test_forecasts_shares_memory_and_gpus(tmp_path: Path, model: Path) -> None:
     assert found.ram is not None
     assert found.ram > 2 * 2 * (model / "model.safetensors").stat().st_size
     gpu = replace(MACHINE, gpus=(Gpu(0, "L4", 24 * 2**30, 20 * 2**30),))
-    assert "2 ranks with 1 GPU(s) each need 2" in STAGE.forecast(params(), ctx.within(machine=gpu)).misfits[0].cause
+    assert "2 ranks with 1 GPU each need 2" in STAGE.forecast(params(), ctx.within(machine=gpu)).misfits[0].cause
     apart = Launch(num_processes=2, num_machines=2, main_process_ip="10.0.0.1")
     assert STAGE.forecast(params(), ctx.within(machine=gpu, launch=apart)).misfits == ()
     assert STAGE.planning.facts is not None

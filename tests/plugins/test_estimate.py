@@ -16,7 +16,7 @@ import bigpipe
 from bigpipe.bigmodel.checkpoint import describe_checkpoint
 from bigpipe.errors import GateFailed, UsageError
 from bigpipe.orchestrator.report import report_runs
-from bigpipe.orchestrator.report.rendering import result_table
+from bigpipe.orchestrator.report.rendering import nodes_table
 from bigpipe.orchestrator.stage import Forecast
 from bigpipe.plugins.estimate import STAGE, EstimateMetrics, EstimateParams
 from bigpipe.sizes import format_size
@@ -102,7 +102,7 @@ def test_the_table_at_the_end_says_what_the_estimate_said(workshop, model, dtype
         ran = workshop.run(text)
         metrics = ran.as_json()["nodes"]["estimate"]["metrics"]
         sizes = [f"{dtype} {format_size(metrics[dtype]['inference'])}" for dtype in dtypes[:2]]
-        (row,) = [line for line in result_table(ran).splitlines() if line.startswith("estimate")]
+        (row,) = [line for line in nodes_table(ran.ran()).splitlines() if line.startswith("estimate")]
         assert row.endswith(f"  {', '.join(sizes)} to infer{rest}")
         later = report_runs(["last"], form="markdown", store=workshop.folder / "store")
         assert f"{', '.join(sizes)} to infer{rest}" in later
