@@ -183,7 +183,7 @@ def test_one_failure_of_the_server_is_ridden_out_and_more_are_transient(server: 
     server.fail("status", "/revision/", status=429, headers={"Retry-After": "3600"})
     with pytest.raises(Transient, match="429") as caught:
         describe("org/model", hub=hub)
-    assert "wait 3600 s" in caught.value.cure
+    assert "wait 1 h" in caught.value.cure
 
 
 def test_a_login_page_instead_of_an_answer(server: LoopbackHub, hub: Hub) -> None:
