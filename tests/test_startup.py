@@ -37,7 +37,7 @@ ROOMS = {
     "orchestrator.recipe": "conditions expansion graph interpolation manifest node problems registry validation wiring"
     " yamlsource",
     "orchestrator.report": "progress rendering reporters shown",
-    "orchestrator.running": "records result runner sentences streaming",
+    "orchestrator.running": "nodes records result runner streaming",
     "orchestrator.store": "artifacts hashing keeping layout locks store",
     "bigmodel": "formats publishing sources",
     "bigmodel.formats": "registry widths",

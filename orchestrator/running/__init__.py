@@ -6,9 +6,9 @@ from bigpipe.faces import face
 
 if TYPE_CHECKING:
     from . import records, sharing
-    from .records import Gate, NodeRun, RunRecord
+    from .nodes import HEADS, Gate, NodeRun, metrics_line, node_rows, sentence
+    from .records import RunRecord
     from .result import RunResult, run_json
     from .runner import run_plan
-    from .sentences import HEADS, metrics_line, node_rows, sentence
 
 __getattr__, __all__ = face(__name__)

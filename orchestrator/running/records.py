@@ -40,7 +40,7 @@ from bigpipe.orchestrator.store import explained, make_directory
 from bigpipe.redaction import redact_json
 from bigpipe.tables import html_table
 
-from .sentences import HEADS, node_rows, run_line
+from .nodes import HEADS, NodeRun, node_rows, run_line
 
 EVENTS = "events.jsonl"
 LAST = "last"
@@ -56,58 +56,6 @@ def new_run_id(now: datetime | None = None) -> str:
     Sorts by time as far as the clock can be trusted, and is unique without it."""
     now = now or datetime.now(UTC)
     return f"{now:%Y%m%d-%H%M%S}-{now.microsecond // 1000:03x}{os.urandom(3).hex()}"
-
-
-class Gate(BaseModel):
-    """A gate of a node, and what it came to."""
-
-    text: str
-    """What is asked, as it is written."""
-    measured: str | None = None
-    """What stands at its left, as people read it: `21.3 GiB`; None: not known yet."""
-    value: Any = None
-    """The same as a number; None: not known yet, or no number."""
-    passed: bool | None = None
-    """None: not decided yet."""
-
-
-class NodeRun(BaseModel):
-    """One node in a run. Seconds, bytes."""
-
-    status: str = "pending"
-    """cached, succeeded, failed or skipped once it is over."""
-    kind: str = ""
-    """What it uses."""
-    after: list[str] = Field(default_factory=list)
-    """The nodes that it takes something from, or waits for."""
-    key: str | None = None
-    """Of the computation; None: it never came to it."""
-    digest: str | None = None
-    """Of its artifact; None: there is none."""
-    path: str | None = None
-    """The artifact's directory, readable as it is."""
-    seconds: float = 0.0
-    """How long its work took."""
-    peak_rss: int | None = None
-    """The most memory it held; None: not known."""
-    metrics: dict[str, Any] = Field(default_factory=dict)
-    """As its kind says."""
-    result: str = ""
-    """What came of it, in its kind's words; empty where the kind has none of its own."""
-    gates: list[Gate] = Field(default_factory=list)
-    """In their order: what each asks, and what was measured."""
-    foreseen: dict[str, Any] = Field(default_factory=dict)
-    """What the plan said, where it said it: `seconds`; bytes of `ram`, `download_bytes` and `write_bytes`."""
-    reason: str = ""
-    """Why it ran, or did not."""
-    verdict: str = ""
-    """What its gates came to where they do not all hold and that is no failure; which variant it takes, and why others
-    were left."""
-    tried: list[dict[str, str]] = Field(default_factory=list)
-    """Of a node that takes the first variant that passes: `value`, the node that is its `judge`, what it `came_to`
-    (`taken`, `left`, `failed` or `not run`) and `why`."""
-    error: str = ""
-    """Why it failed."""
 
 
 class RunRecord(BaseModel):

@@ -13,8 +13,8 @@ from bigpipe.orchestrator.planning import GateVerdict, NodeState, Session
 from bigpipe.orchestrator.store import KeyRecord
 from bigpipe.tables import html_table
 
-from .records import Gate, NodeRun, meant, place_of
-from .sentences import HEADS, node_rows, run_line
+from .nodes import HEADS, Gate, NodeRun, node_rows, run_line
+from .records import meant, place_of
 
 FORESEEN = ("seconds", "ram", "download_bytes", "write_bytes")
 
