@@ -18,6 +18,8 @@ BOX, GAP = (180, 44), (44, 18)
 """Width and height of a node, and what lies between two."""
 ROW, LABEL, WIDTH, CURVE = 22, 190, 900, 160
 """Of bars: the height of one, the width of its name, and the width of all, in pixels."""
+THINNEST = 7
+"""Pixels of a bar with its gap."""
 WIDEST = 1400
 """Pixels of a drawing that may shrink to a page's width and can still be read; a wider one is moved about."""
 MOST_PASSED = 20_000
@@ -27,10 +29,13 @@ CHARACTERS, UNDER = 22, 25
 widest of the usual fonts."""
 STYLE = """\
 :root { color-scheme: light dark; --ink: #1b1f24; --paper: #fff; --quiet: #57606a; --line: #d0d7de; --good: #1a7f37;
-  --bad: #b3261e; --still: #57606a; --told: #8250df; --held: #0969da; --soft: #f6f8fa; }
+  --bad: #b3261e; --still: #57606a; --told: #8250df; --held: #0969da; --soft: #f6f8fa;
+  --weights: #0969da; --kv: #8250df; --act: #b35900; --run: #57606a; }
 @media (prefers-color-scheme: dark) { :root { --ink: #e6edf3; --paper: #0d1117; --quiet: #9aa4af; --line: #3d444d;
-  --good: #3fb950; --bad: #ff7b72; --still: #9aa4af; --told: #bc8cff; --held: #58a6ff; --soft: #161b22; } }
-svg { font: 12px system-ui, sans-serif; }
+  --good: #3fb950; --bad: #ff7b72; --still: #9aa4af; --told: #bc8cff; --held: #58a6ff; --soft: #161b22;
+  --weights: #58a6ff; --kv: #bc8cff; --act: #f0a35e; --run: #9aa4af; } }
+svg { font: 12px system-ui, sans-serif; max-width: 100%; height: auto; display: block; }
+svg.wide { max-width: none; } @media (max-width: 40rem) { svg { max-width: none; } }
 svg text { fill: var(--ink); }
 svg text.under { fill: var(--quiet); font-size: 11px; } svg text.name { text-anchor: end; }
 svg .edge { fill: none; stroke: var(--quiet); stroke-width: 1.3; }
@@ -39,6 +44,8 @@ svg rect.succeeded, svg rect.cached { fill: var(--good); } svg rect.failed, svg 
 svg rect.node.succeeded, svg rect.node.cached { fill: var(--soft); stroke: var(--good); }
 svg rect.node.failed, svg rect.node.dead { fill: var(--soft); stroke: var(--bad); }
 svg rect.predicted { fill: var(--told); } svg rect.measured { fill: var(--held); }
+svg rect.weights { fill: var(--weights); } svg rect.kv_cache { fill: var(--kv); }
+svg rect.activations { fill: var(--act); } svg rect.runtime { fill: var(--run); }
 """
 """Colours in light and dark, by what a node came to; of a page, and of a drawing that stands alone."""
 
@@ -128,20 +135,23 @@ def _box(node: Drawn, spots: Mapping[Stop, tuple[int, int]]) -> str:
     )
 
 
-def bars(title: str, rows: Iterable[tuple[str, Sequence[Bar]]], most: float) -> str:
-    """Return rows of spans on a common scale from 0 to `most`. Spans of a row lie one over the other, in a row of half
-    its height each where there are several."""
+def bars(title: str, rows: Iterable[tuple[str, Sequence[Bar]]], most: float, *, stacked: bool = False) -> str:
+    """Return rows of spans on a common scale from 0 to `most`. Spans of a row lie one below the other, the row is as
+    high as they need; stacked: they lie in one line."""
     scale, drawn, top = (WIDTH - LABEL) / (most or 1), [], 0
     for name, spans in rows:
         drawn.append(f'<text x="{LABEL - 8}" y="{top + 15}" class="name">{escape(_cut(name))}</text>')
-        height = (ROW - 6) / max(1, len(spans))
+        lines = 1 if stacked else max(1, len(spans))
+        height = max((ROW - 6) / lines, THINNEST)
         for number, span in enumerate(spans):
+            if not span.end:
+                continue  # nothing is a bar without length; what begins and ends at once can still be seen
             x, width = LABEL + span.start * scale, max(1.5, (span.end - span.start) * scale)
             drawn.append(
-                f'<rect class="{escape(span.drawn)}" x="{x:.1f}" y="{top + 3 + number * height:.1f}" '
+                f'<rect class="{escape(span.drawn)}" x="{x:.1f}" y="{top + 3 + number % lines * height:.1f}" '
                 f'width="{width:.1f}" height="{height - 1:.1f}"><title>{escape(span.title)}</title></rect>'
             )
-        top += ROW
+        top += max(ROW, round(6 + lines * height))
     return _svg(WIDTH, top, title, drawn)
 
 

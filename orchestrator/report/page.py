@@ -8,28 +8,28 @@ The tables come first; a drawing says nothing that a table does not.
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterator, Mapping, Sequence
-from itertools import islice, pairwise
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from itertools import islice
 from pathlib import Path
 
 from bigpipe.errors import UsageError
 from bigpipe.orchestrator.contract import Json
-from bigpipe.orchestrator.running import NodeRun, RunRecord, node_rows, records, sentence
+from bigpipe.orchestrator.running import NodeRun, RunRecord, node_rows, records
 from bigpipe.orchestrator.store import KeyRecord, Store
 from bigpipe.sizes import MOST, counted, format_duration, format_figure, format_size, format_transfer
 
+from .comparing import compared
 from .drawing import Bar, bars, graph, line
 from .firstrows import first_results
 from .graphs import MARKS, drawn, mermaid_text
-from .inspection import Inspection, diff_runs, open_store
+from .inspection import Inspection, open_store
 from .rendering import GATE_HEADS, gate_rows
-from .sections import Section, Table, cell, form_of, html_page, markdown_page, write_page
+from .sections import Section, Table, cell, form_of, html_page, markdown_page, short, shown, write_page
 
 FORMS = {"html": html_page, "markdown": markdown_page}
 ENDINGS = {".html": "html", ".md": "markdown"}
-TEXTS, LONGEST = 20, 400
-"""Rows of results, and characters of each text."""
+TEXTS = 20
+"""Rows of results."""
 FEW_NODES = 200
 """More are not drawn: nobody could read it."""
 
@@ -46,8 +46,8 @@ def report_runs(
         raise UsageError(f"{form!r} is no form of a report", "use html or markdown")
     opened = open_store(store)
     found = [records.load_run(opened.runs, run) for run in dict.fromkeys(runs)]
-    compared = [Section(counted(len(found), "run"), tables=_compared(found, store))] if len(found) > 1 else []
-    return FORMS[form]([*compared, *(_section(opened, record) for record in found)])
+    first = [Section(counted(len(found), "run"), tables=compared(found, store))] if len(found) > 1 else []
+    return FORMS[form]([*first, *(_section(opened, record) for record in found)])
 
 
 def write_report(runs: Sequence[str], out: Path, *, store: str | Path | None = None) -> Inspection:
@@ -65,13 +65,14 @@ def _section(store: Store, record: RunRecord) -> Section:
         Table("Gates", GATE_HEADS, gate_rows(record.nodes)),
         *_tried(record),
         _memory(record),
+        _disk(record, kept),
         *_devices(record),
         *_figures(record),
         *_curves(record),
         _texts(store, kept),
         _timeline(store, record),
         *_ranks(record),
-        Table("Parameters", ("parameter", "value"), [(name, _shown(value)) for name, value in record.params.items()]),
+        Table("Parameters", ("parameter", "value"), [(name, shown(value)) for name, value in record.params.items()]),
         _origin(record, kept),
     ]
     few = record.nodes if len(record.nodes) <= FEW_NODES else {}
@@ -106,11 +107,26 @@ def _tried(record: RunRecord) -> Iterator[Table]:
 def _memory(record: RunRecord) -> Table:
     """Of nodes that ran: what the plan said, and what was measured."""
     found = [
-        (name, int(node.foreseen.get("ram") or 0), node.peak_rss or 0)
+        (name, _count(node.foreseen.get("ram")) or 0, node.peak_rss or 0)
         for name, node in record.nodes.items()
         if node.status == "succeeded" and node.peak_rss
     ]
     return _pairs("Memory of the nodes", "node", found)
+
+
+def _disk(record: RunRecord, kept: Mapping[str, KeyRecord]) -> Table:
+    """Of nodes that ran and gave files: what the plan said that they write, and what they wrote."""
+    found = [
+        (name, _count(node.foreseen["write_bytes"]) or 0, _written(node, kept[name]))
+        for name, node in record.nodes.items()
+        if node.status == "succeeded" and node.foreseen.get("write_bytes") and name in kept and kept[name].files
+    ]
+    return _pairs("Disk of the nodes", "node", found, format_transfer)
+
+
+def _written(node: NodeRun, record: KeyRecord) -> int:
+    """Bytes of its artifact; where that is only a receipt, those it wrote elsewhere, by its metric `bytes`."""
+    return max(sum(int(file["size"]) for file in record.files.values()), _count(node.metrics.get("bytes")) or 0)
 
 
 def _devices(record: RunRecord) -> Iterator[Table]:
@@ -125,29 +141,68 @@ def _devices(record: RunRecord) -> Iterator[Table]:
 def _counts(value: Json) -> Mapping[str, int]:
     """Bytes by name; what holds anything else was not meant by `predicted` and `measured`."""
     found = value if isinstance(value, dict) else {}
-    return found if all(type(count) is int and 0 <= count <= MOST for count in found.values()) else {}
+    return found if all(_count(count) is not None for count in found.values()) else {}
 
 
-def _pairs(title: str, what: str, found: Sequence[tuple[str, int, int]]) -> Table:
-    rows = [(name, format_size(told) if told else "", format_size(held) if held else "") for name, told, held in found]
+def _count(value: Json) -> int | None:
+    """Bytes; None for what a record of anybody may hold in their place."""
+    return value if type(value) is int and 0 <= value <= MOST else None
+
+
+def _pairs(
+    title: str, what: str, found: Sequence[tuple[str, int, int]], text: Callable[[float], str] = format_size
+) -> Table:
+    rows = [(name, text(told) if told else "", text(held) if held else "") for name, told, held in found]
     spans = [
-        (name, [Bar(0, told, "predicted", f"{name}: {format_size(told)} predicted"),
-                Bar(0, held, "measured", f"{name}: {format_size(held)} measured")])
+        (name, [Bar(0, told, "predicted", f"{name}: {text(told)} predicted"),
+                Bar(0, held, "measured", f"{name}: {text(held)} measured")])
         for name, told, held in found
     ]  # fmt: skip
     most = max((size for _, told, held in found for size in (told, held)), default=0)
     drawing = bars(f"{title}: predicted above, measured below", spans, most) if found else ""
-    return Table(title, (what, "predicted", "measured"), rows, 1, drawing)
+    return Table(title, (what, "predicted", "measured"), rows, 1, drawing, PAIR)
+
+
+PAIR = {"predicted": "predicted, above", "measured": "measured, below"}
+PARTS = {
+    "weights": "weights", "kv_cache": "KV cache", "activations": "activations",
+    "runtime": "what the device's own libraries hold",
+}  # fmt: skip
+"""Columns that are parts of a whole, in bytes, and how a drawing calls them."""
 
 
 def _figures(record: RunRecord) -> Iterator[Table]:
     """Metrics that are tables themselves: rows of figures with the same columns, such as an estimate by dtype."""
     for name, node in record.nodes.items():
-        rows = {key: value for key, value in node.metrics.items() if isinstance(value, dict) and _numbers(value)}
-        heads = [head for head in dict.fromkeys(head for row in rows.values() for head in _numbers(row))]
+        rows = _alike(node.metrics)
+        heads = list(dict.fromkeys(head for row in rows.values() for head in _numbers(row)))
         if len(rows) > 1 and len(heads) > 1 and not {"predicted", "measured"} & rows.keys():
             cells = [(key, *(_bytes(head, row.get(head)) for head in heads)) for key, row in rows.items()]
-            yield Table(f"What {name} found", ("", *(head.replace("_", " ") for head in heads)), cells, 1)
+            title, whole = f"What {name} found", PARTS.keys() <= {*heads}
+            drawing, key = (_stacked(title, rows), PARTS) if whole else ("", {})
+            yield Table(title, ("", *(head.replace("_", " ") for head in heads)), cells, 1, drawing, key)
+
+
+def _alike(metrics: Mapping[str, Json]) -> dict[str, Mapping[str, Json]]:
+    """Those metrics that are rows of figures, and have columns in common with the longest of them."""
+    rows = {key: value for key, value in metrics.items() if isinstance(value, dict) and _numbers(value)}
+    columns = max((set(_numbers(row)) for row in rows.values()), key=len, default=set())
+    return {key: row for key, row in rows.items() if columns & {*_numbers(row)}}
+
+
+def _stacked(title: str, rows: Mapping[str, Mapping[str, Json]]) -> str:
+    """Each row's PARTS as one bar, one behind the other."""
+    drawn = [(name, list(_parts(name, row))) for name, row in rows.items()]
+    most = max((spans[-1].end for _, spans in drawn if spans), default=0)
+    return bars(f"{title}: {', '.join(PARTS.values())}", drawn, most, stacked=True)
+
+
+def _parts(name: str, row: Mapping[str, Json]) -> Iterator[Bar]:
+    at = 0
+    for part, words in PARTS.items():
+        if size := _count(row.get(part)):
+            yield Bar(at, at + size, part, f"{name}: {format_size(size)} of {words}")
+            at += size
 
 
 def _curves(record: RunRecord) -> Iterator[Table]:
@@ -174,7 +229,7 @@ def _is_drawn(value: Json) -> bool:
 
 
 def _figure(value: Json) -> str:
-    return format_figure(value) if isinstance(value, int | float) and not isinstance(value, bool) else _shown(value)
+    return format_figure(value) if isinstance(value, int | float) and not isinstance(value, bool) else shown(value)
 
 
 def _numbers(row: Mapping[str, Json]) -> list[str]:
@@ -182,11 +237,11 @@ def _numbers(row: Mapping[str, Json]) -> list[str]:
 
 
 def _bytes(head: str, value: Json) -> str:
+    """Metrics do not say what they are of; a whole number this large, of anything but parameters, is taken as bytes."""
     if not isinstance(value, int | float):
         return ""
-    return (
-        format_size(int(value)) if isinstance(value, int) and value > 2**16 and head != "parameters" else f"{value:,}"
-    )
+    is_size = isinstance(value, int) and value > 2**16 and head != "parameters"
+    return format_size(value) if is_size else format_figure(value)
 
 
 def _texts(store: Store, kept: Mapping[str, KeyRecord]) -> Table:
@@ -195,7 +250,7 @@ def _texts(store: Store, kept: Mapping[str, KeyRecord]) -> Table:
     for name, record in kept.items():
         if record.artifact_type == "results" and record.digest:
             results = first_results(store.artifact_path(record.digest), TEXTS)
-            found[name] = {_short(prompt): _short(text) for prompt, text in results}
+            found[name] = {short(prompt): short(text) for prompt, text in results}
     prompts = dict.fromkeys(prompt for texts in found.values() for prompt in texts)
     rows = [(prompt, *(texts.get(prompt, "") for texts in found.values())) for prompt in islice(prompts, TEXTS)]
     return Table("Results", ("prompt", *found), rows)
@@ -248,36 +303,6 @@ def _origin(record: RunRecord, kept: Mapping[str, KeyRecord]) -> Table:
     pins = {f"{name}: {pin}": value for name, found in kept.items() for pin, value in found.pins.items()}
     rows = [("run", record.run), ("manifest", record.manifest), ("git commit", commit), *pins.items(), *tools.items()]
     return Table("Where it comes from", ("", ""), [(name, str(value)) for name, value in rows if value])
-
-
-def _compared(found: Sequence[RunRecord], store: str | Path | None) -> list[Table]:
-    """All runs beside each other; and what differs between each one and the next."""
-    names = dict.fromkeys(name for record in found for name in record.nodes)
-    rows = [
-        ("status", *(record.status for record in found)),
-        ("time", *(format_duration(record.seconds) for record in found)),
-    ]
-    for name in names:
-        nodes = [record.nodes.get(name) for record in found]
-        rows.append((name, *(f"{node.status}: {sentence(node)}".strip(": ") if node else "" for node in nodes)))
-    tables = [Table("Runs side by side", ("", *(record.run for record in found)), rows)]
-    for one, two in pairwise(found):
-        data = diff_runs(one.run, two.run, store=store).data
-        changes = [("run", change) for change in data["changes"]]
-        changes += [(name, change) for name, each in data["nodes"].items() for change in each]
-        cells = [(name, str(c["path"]), _short(_shown(c["old"])), _short(_shown(c["new"]))) for name, c in changes]
-        tables.append(Table(f"From {one.run} to {two.run}", ("node", "what", "before", "after"), cells))
-    return [table for table in tables if table.rows]
-
-
-def _shown(value: Json) -> str:
-    if value is None:
-        return ""
-    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)
-
-
-def _short(text: str) -> str:
-    return text if len(text) <= LONGEST else text[: LONGEST - 1] + "…"
 
 
 def _mermaid(nodes: Mapping[str, NodeRun]) -> str:

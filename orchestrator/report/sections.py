@@ -5,6 +5,7 @@ A section is a heading, tables and drawings. The tables come first; a drawing sa
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,13 +23,15 @@ TEMPLATE = Path(__file__).with_name("page.html")
 
 @dataclass(frozen=True, slots=True)
 class Table:
-    """heads: of the columns. numbers: the columns from this one on are numbers, and stand to the right."""
+    """heads: of the columns. numbers: the columns from this one on are numbers, and stand to the right. key: of the
+    drawing, the class of what is drawn → words."""
 
     title: str
     heads: Sequence[str]
     rows: Sequence[Sequence[str]]
     numbers: int = 99
     drawing: str = ""
+    key: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,6 +85,21 @@ def _markdown_table(table: Table) -> list[str]:
     rule = ["---" if number < table.numbers else "---:" for number in range(len(table.heads))]
     rows = [table.heads, rule, *table.rows]
     return [f"### {cell(table.title)}", "", *(f"| {' | '.join(map(cell, row))} |" for row in rows), ""]
+
+
+LONGEST = 400
+"""Characters of a text of others."""
+
+
+def shown(value: Json) -> str:
+    """Return a value of others as it stands in a table."""
+    if value is None:
+        return ""
+    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)
+
+
+def short(text: str) -> str:
+    return text if len(text) <= LONGEST else text[: LONGEST - 1] + "…"
 
 
 def cell(text: str) -> str:

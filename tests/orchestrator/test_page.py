@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import re
 from html import unescape
 from html.parser import HTMLParser
+from itertools import pairwise
 from xml.etree import ElementTree
 
 import pytest
@@ -142,6 +144,78 @@ def test_results_of_variants_stand_side_by_side(workshop):
     markdown = report_runs(store=workshop.folder / "store", form="markdown")
     assert "| prompt | say@word=one | say@word=two |" in markdown
     assert "| hello | one | two |" in markdown
+
+
+SIZED = """
+from bigpipe.orchestrator.stage import Forecast, Metrics, Params, Stage, StageResult
+
+class Parts(Metrics):
+    weights: int
+    kv_cache: int
+    activations: int
+    runtime: int
+    share: float
+
+class Sized(Metrics):
+    small: Parts
+    large: Parts
+    peak: dict[str, int]
+
+def run(params, context):
+    (context.out / "file").write_bytes(b"x" * 2500)
+    small, large = Parts(weights=10**6, kv_cache=0, activations=10**6, runtime=10**6, share=1/3), {"share": 2/3}
+    return StageResult(Sized(small=small, large=small.model_copy(update=large), peak={"ram": 1, "gpu": 2}))
+
+SIZED = Stage(kind="sized", version=1, params=Params, metrics=Sized, inputs={}, output="report", run=run,
+              forecast=lambda params, context: Forecast(write_bytes=2000))
+"""
+
+
+@pytest.fixture
+def sized(workshop):
+    (workshop.folder / "sized.py").write_text(SIZED)
+    workshop.run('version: 1\nname: s\ntrust: {modules: [sized]}\nstages:\n  a: {uses: "sized:SIZED"}\n', check=True)
+    return workshop
+
+
+def drawings(workshop) -> dict[str, str]:
+    """What is drawn, by what it shows."""
+    text = report_runs(store=workshop.folder / "store")
+    return {title: body for title, body in re.findall(r'<svg[^>]* aria-label="([^"]+)"[^>]*>(.*?)</svg>', text)}
+
+
+def test_disk_is_drawn_as_it_was_predicted_and_as_it_was_taken(sized):
+    assert "| a | 2.0 kB | 2.5 kB |" in report_runs(store=sized.folder / "store", form="markdown")
+    bars = drawings(sized)["Disk of the nodes: predicted above, measured below"]
+    widths = [float(width) for width in re.findall(r'width="([0-9.]+)"', bars)]
+    assert widths[0] / widths[1] == pytest.approx(2000 / 2500, rel=0.01)
+    assert re.findall(r'class="(\w+)"', bars) == ["name", "predicted", "measured"]
+
+
+def test_parts_of_a_budget_are_one_bar_and_its_table(sized):
+    markdown = report_runs(store=sized.folder / "store", form="markdown")
+    assert "|  | weights | kv cache | activations | runtime | share |" in markdown
+    assert "| large | 976.6 KiB | 0 | 976.6 KiB | 976.6 KiB | 0.6667 |" in markdown
+    assert "| peak |" not in markdown, "it has no column in common with them"
+    (title,) = [title for title in drawings(sized) if title.startswith("What a found")]
+    bars = re.findall(r'class="(\w+)" x="([0-9.]+)" y="([0-9.]+)" width="([0-9.]+)"', drawings(sized)[title])
+    assert [bar[0] for bar in bars] == ["weights", "activations", "runtime"] * 2
+    for one, other in pairwise(bars[:3]):
+        assert float(other[1]) == pytest.approx(float(one[1]) + float(one[3]), abs=0.2)
+        assert one[2] == other[2], "in one line"
+    assert "KV cache" in " ".join(page_of(sized).words)
+
+
+def test_two_runs_are_drawn_beside_each_other(workshop):
+    one = workshop.run(RECIPE)
+    two = workshop.run(RECIPE.replace("> 2", "> 2000").replace("<b>bold</b> | *x* `y`", "longer, much longer text"))
+    told = report_runs([one.run, two.run], store=workshop.folder / "store", form="markdown")
+    before, after = (run.ran()["second"].metrics["characters"] for run in (one, two))
+    assert f"| second | characters \\> 2 | ✓ {before} |  |" in told
+    assert f"| second | characters \\> 2000 |  | ✗ {after} |" in told
+    assert f"### Peak RAM by node\n\n| node | {one.run} | {two.run} |" in told
+    assert "### Time by node" in told
+    assert "sha256:" not in re.sub("sha256:[0-9a-f]{12}…", "", told.partition("## told")[0])
 
 
 def test_runs_are_compared(workshop):
