@@ -44,6 +44,7 @@ BLOCKS = {
     "docs/how-to/merge-and-run-adapters.md": ["test_merging_and_running_adapters"],
     "docs/how-to/evaluate.md": ["test_evaluating"],
     "docs/how-to/finetune.md": ["test_docs.py"],
+    "docs/how-to/prove-the-origin.md": ["test_proving_the_origin"],
 }
 """Where each Python block of a page runs, in order."""
 
@@ -452,6 +453,18 @@ def test_the_recipe_that_falls_back(tmp_path):
     assert "quantized to" not in card
     assert re.search(r"\| evaluate@scheme=nf4 \| gate perplexity_ratio <= 1.001: 1.1", card)
     assert re.search(r"\| evaluate@scheme=int8 \| gate perplexity_ratio <= 1.001: 1.005", card)
+
+
+def test_proving_the_origin(tmp_path):
+    page = "docs/how-to/prove-the-origin.md"
+    for folder in ("manifests", "models"):
+        shutil.copytree(ROOT / folder, tmp_path / folder)
+    first, proven = (run(tmp_path, "-m", "bigpipe", *words).stdout for words in commands(page))
+    assert "succeeded" in first
+    shown = re.search(r"^\$ bigpipe verify [^\n]+\n(.*?)\n…\n(.*?)\n```", PAGES[page], re.DOTALL | re.MULTILINE)
+    assert proven.startswith(shown[1])
+    assert shown[2] in proven
+    assert run(tmp_path, "-c", blocks(page)[0]).stdout.strip() == "True []"
 
 
 def test_any_tool(tmp_path):

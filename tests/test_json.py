@@ -16,6 +16,7 @@ import pytest
 from support.hub import LoopbackHub
 from support.workshop import environment
 
+import bigpipe
 from bigpipe import errors
 from bigpipe.orchestrator.report import ANSWERS
 
@@ -267,6 +268,23 @@ def test_what_is_damaged_is_an_answer(workshop) -> None:
     assert answer(workshop, "get", "a", "taken", code=6)["errors"][0]["code"] == "StageFailed"
     assert not (workshop.folder / "taken").exists()
     assert answer(workshop, "verify", code=6)["findings"]
+
+
+def test_where_a_model_comes_from_is_an_answer(workshop) -> None:
+    made = workshop.folder / "made"
+    bigpipe.quantize_checkpoint(MODEL, made, scheme="int8")
+    asked = ("verify", "--reproduce", "made", "--source", MODEL)
+    told = answer(workshop, *asked, code=0)
+    assert (told["equal"], told["pinned"], told["differences"]) == (True, False, [])
+    weights = made / "model.safetensors"
+    whole = weights.read_bytes()
+    weights.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
+    told = answer(workshop, *asked, code=6)
+    assert [(each["file"], each["what"]) for each in told["differences"]] == [("model.safetensors", "bytes")]
+    assert told["differences"][0]["name"] in told["errors"][0]["cause"]
+    assert "--source" in answer(workshop, "verify", "--reproduce", "made", code=2)["errors"][0]["cure"]
+    assert "--reproduce" in answer(workshop, "verify", "--source", MODEL, code=2)["errors"][0]["cure"]
+    assert "--repair" in answer(workshop, *asked, "--repair", code=2)["errors"][0]["cause"]
 
 
 @pytest.mark.parametrize("broken", ["store", "bitsandbytes"])

@@ -104,7 +104,7 @@ class FourBit(Packing):
             return found | {"weight.absmax": scales.tobytes()}
         from .encoders.nested import quantize_absmax
 
-        nested = quantize_absmax(scales, threads)
+        nested = quantize_absmax(scales, measured)
         return found | {
             "weight.absmax": nested.codes.tobytes(),
             "weight.nested_absmax": nested.absmax.tobytes(),
@@ -171,6 +171,15 @@ def quant_state(quant_type: str, dtype: str, shape: Shape, offset: float | None)
     if offset is not None:
         state |= {"nested_blocksize": NESTED_BLOCK, "nested_dtype": "float32", "nested_offset": offset}
     return json.dumps(state).encode()
+
+
+def stored_offset(state: bytes) -> float | None:
+    """Return the offset that a `quant_state` names; None where it names none."""
+    try:
+        offset = json.loads(state)["nested_offset"]
+    except (ValueError, KeyError, TypeError, RecursionError):
+        return None
+    return offset if isinstance(offset, float) and math.isfinite(offset) else None
 
 
 def _features(linear: Any) -> tuple[int, int]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -111,6 +112,23 @@ def card_of(model: Path, provenance: Provenance, name: str, extra: Mapping[str, 
     return redact(text)
 
 
+@dataclass(frozen=True, slots=True)
+class Card:
+    """What a model card says of where a model comes from; as it is written there, whatever that is."""
+
+    base: Any
+    """`base_model`."""
+    commit: str | None
+    """Of that, as `TEMPLATE` says it."""
+
+
+def read_card(folder: Path) -> Card:
+    """Return what the README.md in `folder` says; where there is none, or it is damaged, it says nothing."""
+    text = _text(folder / "README.md")
+    commit = re.search(r"^Made from \[[^\]]*\]\([^)]*\) at commit `([0-9a-f]{40})`", text, re.MULTILINE)
+    return Card(front_matter(text).get("base_model"), commit and commit[1])
+
+
 def _cell(value: Any) -> str:
     """A value in a row of a Markdown table."""
     text = value if isinstance(value, str) else json.dumps(value, default=str, ensure_ascii=False)
@@ -156,10 +174,14 @@ def _readable(name: str, value: float) -> str:
 
 
 def _license(readme: Path) -> Any:
+    return front_matter(_text(readme)).get("license")
+
+
+def _text(readme: Path) -> str:
     try:
-        return front_matter(read_file(readme, LARGEST_README).decode(errors="replace")).get("license")
+        return read_file(readme, LARGEST_README).decode(errors="replace")
     except OSError:
-        return None
+        return ""
 
 
 def front_matter(text: str) -> dict[str, Any]:

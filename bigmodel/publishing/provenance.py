@@ -5,8 +5,10 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import Any
 
+from bigpipe.bigmodel.checkpoint import invalid, read_json
 from bigpipe.redaction import redact_json
 from bigpipe.versions import package_version
 
@@ -14,6 +16,8 @@ from .destinations import Stored
 
 PROVENANCE = "provenance.json"
 SCHEMA = "bigpipe.provenance/1"
+LARGEST = 100_000_000
+"""Bytes of one that is read."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,6 +70,38 @@ class Provenance:
         listed = {name: {"sha256": file.sha256, "size": file.size} for name, file in files.items()}
         told = {"schema": SCHEMA, "bigpipe": version(), **asdict(self), "files": listed}
         return json.dumps(redact_json(told), indent=2) + "\n"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Published:
+    """What a `provenance.json` holds."""
+
+    provenance: Provenance
+    version: str
+    """Of the bigpipe that wrote it."""
+    files: Mapping[str, Stored]
+    """Everything beside it."""
+
+
+def read_provenance(folder: Path) -> Published | None:
+    """Return what the `provenance.json` in `folder` holds; None where there is none of bigpipe's. Raise
+    InvalidCheckpoint where it is damaged."""
+    from pydantic import TypeAdapter, ValidationError
+
+    file = folder / PROVENANCE
+    if not file.is_file():
+        return None
+    told = read_json(file, folder, LARGEST)
+    if told.pop("schema", None) != SCHEMA:
+        return None
+    written_by, files = told.pop("bigpipe", ""), told.pop("files", {})
+    try:
+        listed = TypeAdapter(dict[str, Stored]).validate_python(files)
+        return Published(provenance=TypeAdapter(Provenance).validate_python(told), version=written_by, files=listed)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(map(str, first["loc"]))
+        raise invalid(file, f"{where}: {first['msg']}", "take the provenance.json that was published with it") from None
 
 
 def version() -> str:

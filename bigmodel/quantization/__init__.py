@@ -30,14 +30,24 @@ from bigpipe.names import PATH, Given, checked
 from bigpipe.sizes import size_of
 from bigpipe.trust import Trust
 
-from .outline import Converted, Kept, Outline, Settings, outline, refuse_quantized, torch_threads, understand
+from .outline import (
+    Converted,
+    Kept,
+    Outline,
+    Settings,
+    model_names,
+    outline,
+    refuse_quantized,
+    torch_threads,
+    understand,
+)
 
 if TYPE_CHECKING:
     import torch
 
 __all__ = [
-    "Outline", "QuantizedCheckpoint", "Settings", "outline", "quantize_checkpoint", "quantize_described",
-    "refuse_quantized", "requantize", "torch_threads", "understand",
+    "Converted", "Kept", "Outline", "QuantizedCheckpoint", "Settings", "model_names", "outline", "quantize_checkpoint",
+    "quantize_described", "refuse_quantized", "requantize", "torch_threads", "understand",
 ]  # fmt: skip
 
 

@@ -169,6 +169,8 @@ class Outline:
     """Linear modules that are not converted."""
     notes: tuple[str, ...] = ()
     """What is odd about the checkpoint, in words."""
+    names: Mapping[str, str] = field(default_factory=dict)
+    """Stored name → the model's name for that tensor."""
 
     @property
     def remains(self) -> str:
@@ -221,7 +223,7 @@ def outline(
         raise _nothing_left(architecture, settings)
     _refuse_tied(architecture, modules)
     weights = {weight_of(module).name: module for module in modules}
-    names = _model_names(architecture, stored, tied, weights, ask_names)
+    names = model_names(architecture, stored, tied, weights, ask_names)
     parted = {name for name, count in Counter(names[name] for name in stored).items() if count > 1}
     _refuse_missing(weights, {names[name] for name in stored} - parted, names, tied)
     specs = {tensor.name: tensor for module in architecture.modules for tensor in module.tensors}
@@ -238,7 +240,7 @@ def outline(
         parts.append(Kept(source, planned.dtype, (planned,)))
     quantized = dict.fromkeys(module.name for module in modules)
     left = [each.name for each in architecture.modules if each.linear and each.name not in quantized]
-    return Outline(tuple(parts), tuple(quantized), tuple(left))
+    return Outline(tuple(parts), tuple(quantized), tuple(left), names=names)
 
 
 def _nothing_left(architecture: Architecture, settings: Settings) -> UsageError:
@@ -283,14 +285,15 @@ def _refuse_idle(field: str, entries: Sequence[str], counted: Sequence[str], arc
             )
 
 
-def _model_names(
+def model_names(
     architecture: Architecture,
     stored: Iterable[str],
     tied: Iterable[str],
     weights: Iterable[str],
     ask_names: Callable[[list[str]], Mapping[str, str]] | None,
 ) -> dict[str, str]:
-    """Stored name or alias → the model's name for that tensor, or the same where it has none."""
+    """Return stored name or alias → the model's name for that tensor, or the same where it has none.
+    weights: the model's names of matrices to convert; where stored names do not tell all of these, `ask_names` does."""
     known = {tensor.name for module in architecture.modules for tensor in module.tensors}.union(*architecture.tied)
     every = [*stored, *tied]
     names = {name: next((own for own in architecture.spellings(name) if own in known), name) for name in every}

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 import numpy as np
 from numpy.typing import NDArray
@@ -71,7 +71,7 @@ class ShardSource:
         self._reader = reader
         self._waiting: dict[str, Bytes] = {}
         self._pieces: Iterator[Piece] = iter(())
-        self._parts = [self._measured(p) if isinstance(p, Converted) and p.packing.measures else p for p in parts]
+        self._parts = [self._measured(p) if _is_open(p) else p for p in parts]
         self._of = {tensor.name: part for part in self._parts for tensor in part.outputs}
 
     def file(self) -> SafetensorsFile:
@@ -111,8 +111,37 @@ class ShardSource:
 
     def _measured(self, weight: Converted) -> Converted:
         """The weight with what must be known of all of it, and with true sizes."""
-        absmax = np.concatenate([piece.scales for piece in self._encoder.encode([weight], codes=False)])
-        return replace(weight, measured=weight.packing.measure(absmax, self.settings.threads))
+        return replace(weight, measured=weight.packing.measure(_largest(self._encoder, weight), self.settings.threads))
+
+
+def _is_open(part: Converted | Kept) -> TypeGuard[Converted]:
+    """Must it be measured before its sizes are known?"""
+    return isinstance(part, Converted) and part.packing.measures and part.measured is None
+
+
+def largest_magnitudes(
+    checkpoint: Checkpoint, weights: Sequence[Converted], settings: Settings
+) -> Iterator[NDArray[np.float32]]:
+    """Give, for each of these weights, the largest magnitude of each of its blocks."""
+    with WeightEncoder(checkpoint, settings, min(WORKERS, cores())) as encoder:
+        for weight in weights:
+            yield _largest(encoder, weight)
+
+
+def _largest(encoder: WeightEncoder, weight: Converted) -> NDArray[np.float32]:
+    return np.concatenate([piece.scales for piece in encoder.encode([weight], codes=False)])
+
+
+def recompute(
+    checkpoint: Checkpoint, parts: Sequence[Converted | Kept], settings: Settings
+) -> Iterator[tuple[PlannedTensor, Iterator[Bytes]]]:
+    """Give every tensor that these parts become with its bytes, as `write_quantized` would write them; part after part,
+    in constant memory. The bytes of one must be taken before the next."""
+    with WeightEncoder(checkpoint, settings, min(WORKERS, cores())) as encoder, RangeReader(checkpoint) as reader:
+        for part in parts:
+            source = ShardSource([part], encoder, reader, settings)
+            for tensor in source.file().tensors:
+                yield tensor, source.produce(tensor)
 
 
 def write_quantized(

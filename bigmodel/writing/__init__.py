@@ -17,6 +17,7 @@ if TYPE_CHECKING:
         Conversion,
         RangeReader,
         carry_side_files,
+        cast_while_read,
         config_with_dtype,
         convert,
         encode_config,

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import itertools
 import json
+import math
 import os
 import threading
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -19,8 +20,10 @@ from bigpipe.bigmodel.checkpoint import (
     SAFETENSORS_NAMES,
     Checkpoint,
     FileFormat,
+    Made,
     ModelDescription,
     OpenFiles,
+    TensorInfo,
     Tensors,
     beyond,
     describe_opened,
@@ -214,6 +217,40 @@ def cast(source: memoryview, stored: str, wanted: str, target: memoryview, *, bo
         if bounded and overflows(block, stored, made, wanted):
             raise OverflowError(wanted)
     return filled
+
+
+@dataclass(frozen=True, slots=True)
+class _Cast:
+    """Decodes entries of `elements` numbers each."""
+
+    stored: str
+    wanted: str
+    elements: int
+    bounded: bool
+
+    def ranges(self, start: int, stop: int) -> Sequence[tuple[int, int]]:
+        entry = self.elements * itemsize(self.stored)
+        return [(start * entry, (stop - start) * entry)]
+
+    def decode(self, start: int, stop: int, parts: Sequence[memoryview]) -> memoryview:
+        target = memoryview(bytearray((stop - start) * self.elements * itemsize(self.wanted)))
+        return cast(parts[0], self.stored, self.wanted, target, bounded=self.bounded)
+
+
+def cast_while_read(checkpoint: Checkpoint, dtype: str) -> Checkpoint:
+    """Return a checkpoint whose numbers are cast as they are read, as `convert` would have written them. Tensors
+    that are decoded as they are read keep the dtype that they are decoded to. Nothing is held or written for it."""
+
+    def seen(tensor: TensorInfo) -> TensorInfo:
+        if not is_cast(tensor.dtype, dtype) or not tensor.shape or tensor.made is not None:
+            return tensor
+        bounded = not BUFFERS.search(tensor.name)
+        decoder = _Cast(tensor.dtype, dtype, math.prod(tensor.shape[1:]), bounded)
+        return TensorInfo(tensor.name, dtype, tensor.shape, tensor.file, -1, made=Made((tensor,), decoder))
+
+    config = checkpoint.config and config_with_dtype(checkpoint.config, dtype)
+    tensors = {name: seen(tensor) for name, tensor in checkpoint.tensors.items()}
+    return replace(checkpoint, tensors=tensors, config=config)
 
 
 class _Own(threading.local):

@@ -5,8 +5,8 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Mapping
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import closing, contextmanager, suppress
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
@@ -202,6 +202,14 @@ class JsonlReporter:
 
     def close(self) -> None:
         self._file.close()
+
+
+@contextmanager
+def following(stream: TextIO, what: str) -> Iterator[Callable[[int, int | None, str], None]]:
+    """Give who is told (bytes done, of all, task) of work that is no run, while it goes on. what: its name."""
+    with closing(choose_reporter(stream)) as reporter:
+        reporter.report(NodeStarted(what, ""))
+        yield lambda done, total, task: reporter.report(Progress(what, done, total, task=task))
 
 
 def _ends_within_an_event(path: Path, other: str) -> bool:

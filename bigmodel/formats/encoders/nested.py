@@ -27,21 +27,17 @@ _PARALLEL_FROM = 32768  # elements; shorter sums stay in one thread
 
 @dataclass(frozen=True, slots=True)
 class NestedAbsmax:
-    """codes: uint8[n]; absmax: float32[ceil(n / 256)] of the blocks; offset: the mean that was subtracted."""
+    """codes: uint8[n]; absmax: float32[ceil(n / 256)] of the blocks."""
 
     codes: NDArray[np.uint8]
     absmax: NDArray[np.float32]
-    offset: np.float32
 
 
-def quantize_absmax(absmax: NDArray[np.float32], threads: int) -> NestedAbsmax:
-    """Mean taken off, then each block of 256 scaled to [-1, 1] and rounded to the dynamic 8-bit code.
-
-    `threads`: how many threads torch would use; its mean of more than 32,768 values depends on it in the last bit.
-    """
+def quantize_absmax(absmax: NDArray[np.float32], offset: float) -> NestedAbsmax:
+    """The offset, their `mean`, taken off, then each block of 256 scaled to [-1, 1] and rounded to the dynamic 8-bit
+    code."""
     with np.errstate(invalid="ignore", over="ignore"):
-        offset = mean(absmax, threads)
-        centred = absmax - offset
+        centred = absmax - np.float32(offset)
         blocks = -(-centred.size // BLOCK)
         padded = np.zeros(blocks * BLOCK, np.float32)
         padded[: centred.size] = centred
@@ -52,7 +48,7 @@ def quantize_absmax(absmax: NDArray[np.float32], threads: int) -> NestedAbsmax:
         index = _table_index(np.clip(scaled, np.float32(-1), np.float32(1)))
     codes = _table()[index]
     codes[largest == 0] = 0
-    return NestedAbsmax(codes.reshape(-1)[: centred.size], largest, offset)
+    return NestedAbsmax(codes.reshape(-1)[: centred.size], largest)
 
 
 def _table_index(scaled: NDArray[np.float32]) -> NDArray[np.int64]:
@@ -72,7 +68,10 @@ def _table() -> NDArray[np.uint8]:
 
 
 def mean(values: NDArray[np.float32], threads: int) -> np.float32:
-    """torch's mean of a contiguous fp32 vector, bit for bit."""
+    """torch's mean of a contiguous fp32 vector, bit for bit.
+
+    threads: how many torch would use; the mean of more than 32,768 values depends on it in the last bit.
+    """
     if threads <= 1 or values.size < _PARALLEL_FROM:
         return np.float32(_sum(values) / np.float32(values.size))
     used = min(threads, -(-values.size // _PARALLEL_FROM))
