@@ -173,6 +173,24 @@ def test_what_was_changed_is_named(
     assert name in found.render()
 
 
+@pytest.mark.parametrize("stored", ["both", "the other", "more"])
+def test_a_source_may_store_tied_tensors_twice_or_by_the_other_name(
+    stored: str, published: dict[str, Path], sources: dict[str, Path], tmp_path: Path
+) -> None:
+    """And tensors that its class does not have: whoever loads it leaves them out."""
+    tensors = {key: value for file in sources["opt"].glob("*.safetensors") for key, value in load_file(file).items()}
+    embedded = tensors["model.decoder.embed_tokens.weight"]
+    if stored == "both":
+        tensors["lm_head.weight"] = embedded.clone()
+    elif stored == "the other":
+        tensors["lm_head.weight"] = tensors.pop("model.decoder.embed_tokens.weight")
+    else:
+        tensors["model.decoder.inv_freq"] = torch.ones(4)
+    (tmp_path / "config.json").write_bytes((sources["opt"] / "config.json").read_bytes())
+    save_file(tensors, tmp_path / "model.safetensors", {"format": "pt"})
+    assert bigpipe.reproduce(published["nf4, tied"], tmp_path).equal
+
+
 def test_a_file_that_was_cut_is_named(taken: Callable[[str], Path], sources: dict[str, Path]) -> None:
     copy = taken("int8")
     file = sorted(copy.glob("*.safetensors"))[-1]
