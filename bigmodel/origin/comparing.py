@@ -9,8 +9,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from bigpipe.bigmodel.checkpoint import CHUNK, Checkpoint, OpenFiles, TensorInfo
-from bigpipe.bigmodel.quantization import Converted, Kept, Settings
-from bigpipe.bigmodel.quantization.stream import recompute
+from bigpipe.bigmodel.quantization import Converted, Kept, Settings, recompute
 from bigpipe.bigmodel.writing import PlannedTensor
 
 from .measuring import measured

@@ -16,8 +16,7 @@ from numpy.typing import NDArray
 
 from bigpipe.bigmodel.checkpoint import Checkpoint
 from bigpipe.bigmodel.formats import stored_offset
-from bigpipe.bigmodel.quantization import Converted, Kept, Settings
-from bigpipe.bigmodel.quantization.stream import largest_magnitudes
+from bigpipe.bigmodel.quantization import Converted, Kept, Settings, largest_magnitudes
 from bigpipe.sizes import counted
 
 MOST_THREADS = 128

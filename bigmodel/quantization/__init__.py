@@ -8,7 +8,7 @@ the files.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -43,11 +43,14 @@ from .outline import (
 )
 
 if TYPE_CHECKING:
+    import numpy
     import torch
+    from numpy.typing import NDArray
 
 __all__ = [
-    "Converted", "Kept", "Outline", "QuantizedCheckpoint", "Settings", "model_names", "outline", "quantize_checkpoint",
-    "quantize_described", "refuse_quantized", "requantize", "torch_threads", "understand",
+    "Converted", "Kept", "Outline", "QuantizedCheckpoint", "Settings", "largest_magnitudes", "model_names", "outline",
+    "quantize_checkpoint", "quantize_described", "recompute", "refuse_quantized", "requantize", "torch_threads",
+    "understand",
 ]  # fmt: skip
 
 
@@ -164,6 +167,25 @@ def quantize_described(
         skipped=outlined.skipped,
         notes=(*left, *outlined.notes, outlined.remains),
     )
+
+
+def recompute(
+    checkpoint: Checkpoint, parts: Sequence[Converted | Kept], settings: Settings
+) -> Iterator[tuple[PlannedTensor, Iterator[memoryview | bytes]]]:
+    """Give every tensor that these parts become with its bytes in pieces, as they would be written; part after part, in
+    constant memory. The bytes of one must be taken before the next. Raise as `quantize_checkpoint`."""
+    from .stream import produce
+
+    return produce(checkpoint, parts, settings)
+
+
+def largest_magnitudes(
+    checkpoint: Checkpoint, weights: Sequence[Converted], settings: Settings
+) -> Iterator[NDArray[numpy.float32]]:
+    """Give, for each of these weights, the largest magnitude of each of its blocks, or rows."""
+    from .stream import measure_blocks
+
+    return measure_blocks(checkpoint, weights, settings)
 
 
 def requantize(

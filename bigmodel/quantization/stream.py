@@ -119,10 +119,10 @@ def _is_open(part: Converted | Kept) -> TypeGuard[Converted]:
     return isinstance(part, Converted) and part.packing.measures and part.measured is None
 
 
-def largest_magnitudes(
+def measure_blocks(
     checkpoint: Checkpoint, weights: Sequence[Converted], settings: Settings
 ) -> Iterator[NDArray[np.float32]]:
-    """Give, for each of these weights, the largest magnitude of each of its blocks."""
+    """As `largest_magnitudes`."""
     with WeightEncoder(checkpoint, settings, min(WORKERS, cores())) as encoder:
         for weight in weights:
             yield _largest(encoder, weight)
@@ -132,11 +132,10 @@ def _largest(encoder: WeightEncoder, weight: Converted) -> NDArray[np.float32]:
     return np.concatenate([piece.scales for piece in encoder.encode([weight], codes=False)])
 
 
-def recompute(
+def produce(
     checkpoint: Checkpoint, parts: Sequence[Converted | Kept], settings: Settings
 ) -> Iterator[tuple[PlannedTensor, Iterator[Bytes]]]:
-    """Give every tensor that these parts become with its bytes, as `write_quantized` would write them; part after part,
-    in constant memory. The bytes of one must be taken before the next."""
+    """As `recompute`."""
     with WeightEncoder(checkpoint, settings, min(WORKERS, cores())) as encoder, RangeReader(checkpoint) as reader:
         for part in parts:
             source = ShardSource([part], encoder, reader, settings)

@@ -25,8 +25,15 @@ from bigpipe.bigmodel.architecture import read_request
 from bigpipe.bigmodel.architecture.instantiation import describe
 from bigpipe.bigmodel.checkpoint import describe_opened, open_checkpoint
 from bigpipe.bigmodel.formats import stored_offset
-from bigpipe.bigmodel.quantization import Converted, Settings, quantize_described, torch_threads, understand
-from bigpipe.bigmodel.quantization.stream import largest_magnitudes, recompute
+from bigpipe.bigmodel.quantization import (
+    Converted,
+    Settings,
+    largest_magnitudes,
+    quantize_described,
+    recompute,
+    torch_threads,
+    understand,
+)
 from bigpipe.bigmodel.writing import SyntheticModel, encode_config
 from bigpipe.errors import InvalidCheckpoint, UsageError
 
