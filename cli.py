@@ -20,7 +20,7 @@ from collections.abc import Callable
 from functools import wraps
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import Any, NoReturn
 
 import click
 
@@ -49,21 +49,20 @@ def cli() -> None:
     """Recipes in git that download, size, shard, quantize, place and run models larger than memory."""
 
 
+given: dict[str, Any] = {}
+"""What the command was given, once all of it was understood."""
+
+
 def apart(command: click.Command) -> Callable[..., None]:
-    """Return the function of a command, kept apart from what others print while it works; with `--json` it says in JSON
-    too why there is no answer."""
-    callback, name = command.callback, command.name
-    assert callback is not None and name is not None  # noqa: S101, PT018  every command has both
+    """Return the function of a command, kept apart from what others print while it works."""
+    callback = command.callback
+    assert callback is not None  # noqa: S101  every command has one
 
     @wraps(callback)
     def run(*arguments: Any, **options: Any) -> None:
+        given.update(options)
         with others_apart():
-            try:
-                callback(*arguments, **options)
-            except (Exception, KeyboardInterrupt) as error:
-                if options.get("as_json"):
-                    show_refusal(name, error, options)
-                raise
+            callback(*arguments, **options)
 
     return run
 
@@ -107,26 +106,48 @@ def command() -> None:
             if not is_text(argument):
                 raise UsageError(f"{argument!a} is no UTF-8", "write it in UTF-8, or rename the file")
         cli.main(standalone_mode=False, complete_var=VARIABLE)
-    except BigpipeError as error:
-        fail(error)
-    except click.exceptions.Exit as error:
-        sys.exit(error.exit_code)
-    except click.ClickException as error:
-        if "--json" in sys.argv:
-            show_refusal("", UsageError(error.format_message(), "see --help"), {})
+    except click.exceptions.Exit as leaving:
+        sys.exit(leaving.exit_code)
+    except (Exception, KeyboardInterrupt) as error:
+        refuse(error)
+
+
+def refuse(error: BaseException) -> NoReturn:
+    """Say why there is no answer, with `--json` in JSON too, and exit."""
+    told = _told(error)
+    if wants_json():
+        name = next(iter(sys.argv[1:]), "")
+        lines = name == "run" or name in single.SINGLES  # their answers are lines too
+        show_refusal(name, told or report.as_bigpipe_error(error), given, indent=None if lines else 2)
+    if isinstance(error, click.ClickException):
         shown = io.StringIO()
         error.show(shown)
         say(shown.getvalue().rstrip(), err=True)
         sys.exit(2)
-    except (click.Abort, KeyboardInterrupt) as error:
-        fail(report.as_bigpipe_error(error.__cause__ or error))
-    except Exception as error:
-        from bigpipe.orchestrator.launch import ran_out
+    if told is not None:
+        fail(told)
+    show_bug(error)
+    sys.exit(1)
 
-        if (told := ran_out(error) or _named(error)) is not None:
-            fail(told)
-        show_bug(error)
-        sys.exit(1)
+
+def wants_json() -> bool:
+    """Return whether the answer is to be JSON, also where what was typed was not understood."""
+    typed = sys.argv[1 : sys.argv.index("--")] if "--" in sys.argv else sys.argv[1:]
+    return bool(given["as_json"]) if "as_json" in given else "--json" in typed
+
+
+def _told(error: BaseException) -> BigpipeError | None:
+    """An error as it is told; None: it is a bug."""
+    if isinstance(error, BigpipeError):
+        return error
+    if isinstance(error, click.Abort | KeyboardInterrupt):
+        return report.as_bigpipe_error(error.__cause__ or error)
+    if isinstance(error, click.ClickException):
+        context = getattr(error, "ctx", None)
+        return UsageError(error.format_message(), f"see `{context.command_path if context else 'bigpipe'} --help`")
+    from bigpipe.orchestrator.launch import ran_out
+
+    return ran_out(error) or _named(error)
 
 
 def require_directory() -> None:
@@ -138,7 +159,7 @@ def require_directory() -> None:
         raise UsageError(cause, "change to a directory that is there") from error
 
 
-def _named(error: Exception) -> BigpipeError | None:
+def _named(error: BaseException) -> BigpipeError | None:
     """A file that cannot be what it was named for is no bug: the name came from outside."""
     from bigpipe.files import explain
 

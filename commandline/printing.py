@@ -126,23 +126,19 @@ def show_json(data: Any, indent: int | None = 2) -> None:
     click.echo(report.json_text(data, indent), file=own_stdout())
 
 
-def show_refusal(command: str, error: BaseException, options: Mapping[str, Any]) -> None:
+def show_refusal(command: str, error: BigpipeError, options: Mapping[str, Any], *, indent: int | None = 2) -> None:
     """Print why a command has no answer, for programs. options: what it was given."""
-    from bigpipe.orchestrator.launch import ran_out
-
-    told = ran_out(error) or error if isinstance(error, Exception) else error
-    show_json(report.refused(command, told, options), indent=None if command == "run" else 2)
+    show_json(report.refused(command, error, options), indent=indent)
 
 
-def fail(error: BigpipeError) -> NoReturn:
-    """Print cause, place and cure, also as an annotation where GitHub reads it, and exit."""
-    click.echo(coloured(report.error_text(error, os.environ, screen(err=True))), file=own_stderr(), color=True)
-    sys.exit(error.status)
+def fail(*errors: BigpipeError) -> NoReturn:
+    """Print cause, place and cure of each, also as an annotation where GitHub reads it, and exit as the first says."""
+    for error in errors:
+        click.echo(coloured(report.error_text(error, os.environ, screen(err=True))), file=own_stderr(), color=True)
+    sys.exit(errors[0].status)
 
 
 def fail_all(errors: Sequence[BigpipeError]) -> None:
-    """Print all of them; the first decides the exit code. None: go on."""
-    for error in errors[1:]:
-        say(str(error), err=True)
+    """Fail with all of them. None: go on."""
     if errors:
-        fail(errors[0])
+        fail(*errors)

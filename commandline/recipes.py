@@ -115,7 +115,9 @@ def validate(manifests: tuple[Path, ...], params: dict[str, str], as_json: bool)
     from bigpipe.orchestrator import commands
 
     errors = commands.validate(manifests, params)
-    wrong = [ManifestError([problem for found in errors.values() for problem in found.problems])] if errors else []
+    problems = [each for error in errors.values() if isinstance(error, ManifestError) for each in error.problems]
+    absent = [error for error in errors.values() if not isinstance(error, ManifestError)]
+    wrong = [*([ManifestError(problems)] if problems else []), *absent]
     data = {str(path): {"valid": path not in errors} for path in manifests}
     fine = "\n".join(f"{path}: ok" for path in manifests if path not in errors)
     show(as_json, lambda: {"schema": "bigpipe.validate/1", "manifests": data}, lambda: fine, wrong)

@@ -8,13 +8,14 @@ import re
 import shlex
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import closing
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
 import bigpipe
-from bigpipe.errors import UsageError
+from bigpipe.errors import BigpipeError, ManifestError, Place, UsageError
 from bigpipe.files import refuse_overlap
 from bigpipe.orchestrator import recipe, report
 
@@ -157,6 +158,45 @@ def _fields(command: str, given: Mapping[str, Any]) -> dict[str, Any]:
     return found
 
 
+def _typed(command: str, given: Mapping[str, Any]) -> dict[recipe.Keys, str]:
+    """Path below the fields of the kind → the options that were typed for what is there."""
+    found: dict[recipe.Keys, str] = {}
+    for name in _schemas(_stage(command))[0]:
+        value, called = given.get(f"with_{name}"), recipe.option(name)
+        if isinstance(value, bool):
+            found[name,] = called if value else called.replace("--", "--no-", 1)
+        elif isinstance(value, str):
+            found[name,] = f"{called} {value}"
+        elif value:
+            found[name,] = " ".join(f"{called} {each}" for each in value)
+            for index, each in enumerate(value):
+                found[name, index] = found[name, each.partition("=")[0]] = f"{called} {each}"
+    return found
+
+
+def _in_own_words(asked: recipe.Single, error: BigpipeError) -> BigpipeError:
+    """Return an error in the words of who typed options, and has seen no recipe."""
+    if isinstance(error, ManifestError):
+        told = [
+            replace(each, cause=_told(asked, each.cause, each.place), cure=recipe.in_options(each.cure, asked.kind))
+            for each in error.problems
+        ]
+        return ManifestError(told)
+    error.cause = _told(asked, error.cause, error.place)
+    error.cure = recipe.in_options(error.cure, asked.kind)
+    return error
+
+
+BEFORE = re.compile(r"^(?:[\w.\[\]-]+: )+")
+"""The stage and the field that stand before a cause."""
+
+
+def _told(asked: recipe.Single, cause: str, place: Place | None) -> str:
+    """A cause; where its place says what was typed, without the stage and the field before it."""
+    typed = place is not None and place.argument and not place.argument.startswith("bigpipe ")
+    return recipe.in_options(BEFORE.sub("", cause) if typed else cause, asked.kind)
+
+
 def single(command: str) -> KindCommand:
     """Return the command of a kind."""
 
@@ -177,8 +217,11 @@ def single(command: str) -> KindCommand:
         asked = recipe.Single(
             name=command, kind=SINGLES[command][0], revision=revision, trust=trust, to=out,
             models={"model": model, **{port: value for port, value in wired.items() if value}},
-            fields=_fields(command, given), launch={"num_processes": ranks} if ranks else {},
+            fields=_fields(command, given), typed=_typed(command, given),
+            launch={"num_processes": ranks} if ranks else {},
         )  # fmt: skip
+        if revision and recipe.source_of(model)[0] == "path":
+            raise UsageError(f"--revision {revision}: {model} is a directory, which has none", "leave it out")
         if print_recipe:
             show_recipe(asked, as_json)
         else:
@@ -211,14 +254,20 @@ def _run(asked: recipe.Single, as_json: bool, *, store: Path | None, offline: bo
         refuse_overlap(taken, filter(Path.exists, map(Path, _flat(asked.models.values()))))
     with closing(report.choose_reporter(own_stderr())) as reporter:
         path = Path(f"bigpipe {asked.name}")
-        result = bigpipe.run(path, text=asked.manifest(), reporter=reporter, check=False, store=store, offline=offline)
+        try:
+            result = bigpipe.run(
+                path, text=asked.manifest(), typed=asked.arguments(), reporter=reporter, check=False, store=store,
+                offline=offline,
+            )  # fmt: skip
+        except BigpipeError as error:
+            raise _in_own_words(asked, error) from error
     if taken is not None and result.status == "succeeded":
         report.get_artifact(asked.name, taken, run=result.run, store=store)
     if as_json:
         show_json(result.as_json(), indent=None)
     else:
         say(report.results_text(result, screen=screen()))
-    fail_all(result.errors)
+    fail_all([_in_own_words(asked, error) for error in result.errors])
 
 
 def _flat(models: Iterable[str | tuple[str, ...]]) -> Iterator[str]:

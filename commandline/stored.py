@@ -66,13 +66,13 @@ def list_running(as_json: bool, store: Path | None) -> None:
 
 
 @click.command()
-@click.argument("run", shell_complete=RUNS)
+@click.argument("run", required=False, default="last", shell_complete=RUNS)
 @click.argument("node", required=False, shell_complete=RAN)
 @click.option("-f", "--follow", is_flag=True, help="Go on with what is written, until the run is over.")
 @JSON
 @STORE
 def log(run: str, node: str | None, follow: bool, as_json: bool, store: Path | None) -> None:
-    """Print what the nodes of RUN (an id, the start of one, or `last`) wrote.
+    """Print what the nodes of RUN (an id, the start of one, or `last`, which is the default) wrote.
 
     Example: bigpipe log last generate --follow
     """

@@ -10,6 +10,7 @@ from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, closing, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 from bigpipe.errors import (
@@ -69,6 +70,7 @@ def run(
     progress: bool | Callable[[Event], None] = False,
     check: bool = True,
     text: str | None = None,
+    typed: Mapping[tuple[str | int, ...], str] = MappingProxyType({}),
 ) -> RunResult:
     """Run a recipe; nodes already in the store are not run again.
 
@@ -78,13 +80,14 @@ def run(
     remote: address or path of a store that others share, in place of $BIGPIPE_REMOTE and the recipe's; empty: none.
     check: raise the first error (GateFailed, StageFailed, …); otherwise errors are in the result.
     text: the recipe, where no file holds it; `manifest` then says what it is called, and what its paths start from.
+    typed: path in that text → what was typed on a command line to make that part: errors name it in place of a line.
     Raises, before anything runs, ManifestError, UsageError, DoesNotFit, NotAuthorised and GateFailed for what can be
     known by then.
     """
     with closing(Following.of(progress, reporter)) as following:
         result = _run(
             manifest, nodes, jobs=jobs, keep_going=keep_going, params=params, store=store, remote=remote, force=force,
-            offline=offline, locked=locked, reporter=following.reporter, text=text,
+            offline=offline, locked=locked, reporter=following.reporter, text=text, typed=typed,
         )  # fmt: skip
     if check and result.errors:
         raise result.errors[0]
@@ -375,16 +378,16 @@ def load_manifest(path: str | Path, *, params: Mapping[str, Any] | None = None) 
     return load_recipe(Path(path).absolute(), _written(params))
 
 
-def validate(manifests: Sequence[Path], params: Mapping[str, Any] | None = None) -> dict[Path, ManifestError]:
-    """Return the problems of each manifest that has some, files and modules that are not there among them.
-    UsageError for a manifest that is not there."""
-    errors: dict[Path, ManifestError] = {}
+def validate(manifests: Sequence[Path], params: Mapping[str, Any] | None = None) -> dict[Path, UsageError]:
+    """Return what is wrong with each manifest that is not right: its problems, files and modules that are not there
+    among them; or that it is not there itself."""
+    errors: dict[Path, UsageError] = {}
     for path in manifests:
         try:
             recipe = load_recipe(path, _written(params))
             if missing := set(_missing(recipe, path.absolute().parent)):  # once for all variants of a stage
                 raise ManifestError(list(missing))
-        except ManifestError as error:
+        except UsageError as error:
             errors[path] = error
     return errors
 

@@ -135,7 +135,8 @@ def _unknown_arguments(params: InferParams) -> list[InitErrorDetails]:
         try:
             task.require_arguments({name: value})
         except UsageError as error:
-            found.append(_refusal(("generation", name), f"{error.cause}; {error.cure}", value))
+            of_key = ("[key]",) if error.field.endswith("[key]") else ()
+            found.append(_refusal(("generation", name, *of_key), f"{error.cause}; {error.cure}", value))
     return found
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -233,3 +234,26 @@ def test_a_reporter_that_breaks_ends_the_run_and_what_runs(workshop):
             reporter=Broken(),
         )
     assert {item["action"] for item in workshop.json("status", "recipe.yaml")["nodes"].values()} == {"run"}
+
+
+def test_every_failure_of_a_run_is_told_with_its_node(workshop) -> None:
+    stage = "  {0}: {{uses: flaky, with: {{fatal: true}}}}\n"
+    workshop.manifest.write_text("version: 1\nstages:\n" + stage.format("one") + stage.format("two"))
+    done = workshop.command("run", "recipe.yaml", "--keep-going")
+    assert done.returncode == 6
+    assert re.findall(r"^error: (?:\S+: )?(one|two): the toy is broken", done.stderr, re.MULTILINE) == ["one", "two"]
+
+
+def test_validate_goes_on_after_a_file_that_is_not_there(workshop) -> None:
+    workshop.manifest.write_text("version: 1\nstages: {}\n")
+    done = workshop.command("validate", "recipes.yml", "nowhere/recipe.yaml", "recipe.yaml")
+    assert done.returncode == 2
+    assert "there is no manifest recipes.yml\n  did you mean 'recipe.yaml'?" in done.stderr
+    assert "  there is no folder nowhere" in done.stderr
+    assert "recipe.yaml:2:9: error[" in done.stderr
+
+
+def test_a_node_in_place_of_a_run_is_explained(workshop) -> None:
+    workshop.run("version: 1\nstages:\n  a: {uses: write, with: {text: hello}}\n")
+    assert workshop.command("log").returncode == 0
+    assert "a is a node of it: write `last a`" in workshop.command("log", "a").stderr

@@ -247,7 +247,10 @@ def test_a_run_that_is_interrupted_before_it_began_is_an_answer(workshop, number
     out, err = process.communicate(timeout=60)
     assert process.returncode == code
     assert "Traceback" not in err
-    assert checked(out, code)["status"] == "refused"
+    told = checked(out, code)
+    assert told["status"] == "refused"
+    assert ("interrupted" in told["errors"][0]["cause"]) == (number == signal.SIGINT)
+    assert ("SIGTERM" in err) == (number == signal.SIGTERM)
 
 
 def test_a_token_that_is_not_taken_is_an_answer(workshop, tmp_path) -> None:
@@ -321,3 +324,23 @@ def test_the_commit_is_told(workshop) -> None:
     assert answer(workshop, "show", code=0)["git"] == told
     workshop.manifest.write_text(GOOD + "x-more: 1\n")
     assert answer(workshop, "run", "recipe.yaml", code=0)["git"]["dirty"]
+
+
+NOT_UNDERSTOOD = (
+    "run", "run recipe.yaml --odd", "run recipe.yaml -p x", "run recipe.yaml --jobs 0", "shard", "shard model --odd",
+    "odd", "gc --older-than 5", "rm", "plan recipe.yaml --machine nowhere.json", "ls --store recipe.yaml",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("command", NOT_UNDERSTOOD)
+def test_what_is_not_understood_is_one_answer(workshop, command: str) -> None:
+    """In one line where the command's other answers are one."""
+    workshop.manifest.write_text(GOOD)
+    done = workshop.command(*command.split(), "--json")
+    told = checked(done.stdout, done.returncode)
+    assert (told["schema"], told["exit_code"]) == ("bigpipe.error/1", 2)
+    assert (done.stdout.count("\n") == 1) == (command.split()[0] in ("run", "shard"))
+
+
+def test_json_after_two_dashes_is_a_name(workshop) -> None:
+    assert workshop.command("run", "--", "recipe.yaml", "--json").stdout == ""

@@ -102,9 +102,28 @@ def test_every_kind_that_is_here_has_its_options():
 @pytest.mark.parametrize(
     ("line", "says"),
     [
-        ("quantize model --scheme int9", "quantize:13:15: error[BP105]: scheme: 'int9' is not one of its values"),
-        ("quantize model", "scheme"),
-        ("shard model --max-shard-size 5", "5 has no unit; write 5GB"),
+        (
+            "quantize model --scheme int9",
+            "error: --scheme int9: 'int9' is not one of its values\n  did you mean 'int8'?",
+        ),
+        ("quantize model", "error: bigpipe quantize: quantize needs --scheme\n  add `--scheme …`\n"),
+        ("quantize model --scheme nf4 --load-in-8bit", "scheme nf4 contradicts --load-in-8bit"),
+        ("quantize model --scheme int8 --skip-modules h.9", "error: --skip-modules h.9: --skip-modules names modules"),
+        ("quantize model --scheme int8 --trust a/b", "error: --trust a/b: 'a/b' is not a module name"),
+        ("quantize ./nowhere --scheme int8", "error: ./nowhere: the directory ./nowhere is not there"),
+        ("quantize model --scheme int8 --revision v1", "error: --revision v1: model is a directory"),
+        ("quantize model --scheme int8 -o hf://x", "error: -o hf://x: hf://x does not name a repository"),
+        ("shard model --max-shard-size 5", "error: --max-shard-size 5: 5 has no unit\n  write 5GB"),
+        ("place model --max-memory cpu=8", "error: --max-memory cpu=8: 8 has no unit"),
+        (
+            "place model --max-memory 77=8GiB --max-memory cpu=8GiB",
+            "error: --max-memory 77=8GiB: --max-memory names GPU",
+        ),
+        ("place model --max-memory 77=8GiB --max-memory cpu=8GiB", "give --max-memory 77=0"),
+        ("generate model --prompts hi --generation top_q=1", "error: --generation top_q=1: `generate` has no argument"),
+        ("generate model --prompts hi --prompts no --max-new-tokens a", "error: --max-new-tokens a: 'a' where a whole"),
+        ("finetune model --data a.jsonl", "error: bigpipe finetune: either --max-steps or --num-train-epochs says"),
+        ("merge model --adapter ./none", "error: --adapter ./none: the directory ./none is not there"),
         ("place model --device-map a --device-map b", "a b is more than one value"),
         ("merge model", "Missing option '--adapter'"),
         ("finetune model --data rows.jsonl --max-steps 1", "there is no file rows.jsonl"),
@@ -117,6 +136,16 @@ def test_what_is_wrong_is_told(placed, line, says):
     assert done.returncode != 0
     assert says in done.stderr
     assert "Traceback" not in done.stderr
+    assert not re.search(r"bigpipe \w+:\d", done.stderr), "a line of a recipe that nobody wrote"
+
+
+def test_what_was_typed_is_in_the_answer_for_programs_too(placed):
+    told = json.loads(placed.command("shard", "model", "--max-shard-size", "5", "--json").stdout)
+    [error] = told["errors"]
+    assert error["cause"] == "--max-shard-size 5: 5 has no unit"
+    assert (error["file"], error["line"], error["column"]) == (None, None, None)
+    annotated = placed.command("shard", "model", "--max-shard-size", "5", GITHUB_ACTIONS="true")
+    assert "::error" not in annotated.stderr
 
 
 def test_several_adapters_are_all_wired(placed):

@@ -98,14 +98,15 @@ def check_names(arguments: Mapping[str, Any]) -> None:
     """Raise UsageError for the first argument that is not taken."""
     reasons = {name: why for why, names in REFUSED.items() for name in names}
     for name in arguments:
+        key = f"generation.{name}[key]"
         if name in FIELDS:
-            raise UsageError(f"{name} is no argument here", f"set {FIELDS[name]} as a field of the stage")
+            raise UsageError(f"{name} is no argument here", f"set {FIELDS[name]} as a field of the stage", field=key)
         if name in reasons:
-            raise UsageError(f"{name} is not taken: {reasons[name]}", OWN_FUNCTION)
+            raise UsageError(f"{name} is not taken: {reasons[name]}", OWN_FUNCTION, field=key)
         if known_arguments() and name not in known_arguments():
             close = did_you_mean(name, sorted(known_arguments() - reasons.keys() - FIELDS.keys()))
             cure = close or "its arguments are those of GenerationConfig"
-            raise UsageError(f"`generate` has no argument {name!r}", cure)
+            raise UsageError(f"`generate` has no argument {name!r}", cure, field=key)
 
 
 def as_floats(arguments: Mapping[str, Any]) -> dict[str, Any]:
@@ -138,12 +139,12 @@ def check_values(
         key,
         lambda: ask_child(__name__, question, "checking the arguments of `generate`", sources.trust.limits),
     )
-    if answer["wrong"]:
+    if wrong := answer["wrong"]:
         cure = "transformers documents what it takes under GenerationConfig"
         mend = "mend the model's file, or say otherwise under `generation`"
-        raise UsageError(
-            answer["wrong"], mend if answer["wrong"].startswith(GENERATION_CONFIG) else cure, field="generation"
-        )
+        of_file = wrong.startswith(GENERATION_CONFIG)
+        field = "generation" if of_file else wrong.partition(" ")[0].rstrip(":")
+        raise UsageError(wrong, mend if of_file else cure, field=field)
 
 
 def _vocabulary(config: Mapping[str, Any]) -> int:

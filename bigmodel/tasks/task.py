@@ -231,7 +231,7 @@ def _fault(taker: str, model: type[Arguments], told: ErrorDetails, field: str) -
         return UsageError(f"{taker} needs {name!r}", f"write it under `{field}`; {cure}", field=field)
     if told["type"] == "extra_forbidden":
         cure = did_you_mean(name, model.model_fields, otherwise="it takes") or "it takes none"
-        return UsageError(f"{taker} takes no argument {name!r}", cure, field=f"{field}.{name}")
+        return UsageError(f"{taker} takes no argument {name!r}", cure, field=f"{field}.{name}[key]")
     said = told["msg"].removeprefix("Value error, ")
     cause = f"{name} of {taker}: {said[:1].lower()}{said[1:]}, and {told['input']!r:.60} is given"
     return UsageError(cause, cure, field=f"{field}.{name}")

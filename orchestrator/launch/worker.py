@@ -83,6 +83,7 @@ def warm_up(modules: list[str]) -> None:
 def work(path: Path, mode: Mode, rank: int) -> int:
     """Do what this mode asks for and write what came of it; return the exit status. Of ranks, each tells for itself.
     rank: of a launcher, that of its machine."""
+    from bigpipe.errors import BigpipeError
     from bigpipe.redaction import conceal_environment, redact
 
     from .jobs import AttemptFolder, Failure, JobFile, Outcome
@@ -96,7 +97,8 @@ def work(path: Path, mode: Mode, rank: int) -> int:
             return 0
         outcome = _call_stage(file, folder, mode, rank)
     except BaseException as error:
-        sys.stderr.write(redact(traceback.format_exc()))  # into the log
+        told = f"{error}\n" if isinstance(error, BigpipeError) else traceback.format_exc()
+        sys.stderr.write(redact(told))  # into the log
         outcome = Outcome(failure=Failure.of(error), codes=_exit_codes(error))
     outcome.model_copy(update={"peak_rss": own_peak()}).write(folder.outcome(mode, rank))
     return 1 if outcome.failure else 0

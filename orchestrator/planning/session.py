@@ -9,6 +9,7 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from bigpipe.errors import BigpipeError, Offline, UsageError
@@ -242,6 +243,7 @@ def open_session(
     force: Collection[str] = (),
     offline: bool = False,
     text: str | None = None,
+    typed: Mapping[tuple[str | int, ...], str] = MappingProxyType({}),
     remote: str | Path | None = None,
     **further: Any,
 ) -> Session:
@@ -249,12 +251,13 @@ def open_session(
 
     nodes, force: stage or node names; the selected nodes are these and their ancestors (none: everything).
     params: `-p` values as written, read as the type of each parameter's default. text: the manifest, where no file
-    holds it. remote: the address of a remote store, see `remote_of`. further: fields of the Session.
+    holds it; typed: what was typed on a command line to make its parts. remote: the address of a remote store, see
+    `remote_of`. further: fields of the Session.
     Raise ManifestError with every problem at once, UsageError for unknown node names.
     """
     path = Path(manifest)
     # Places are named as the path was given; the rest of the engine must not depend on the current directory.
-    recipe = replace(load_recipe(path, params, text=text), path=path.absolute())
+    recipe = replace(load_recipe(path, params, text=text, arguments=typed), path=path.absolute())
     found = Store(Path(store) if store else default_root())
     found.refuse_foreign()
     session = Session(

@@ -7,13 +7,13 @@ from bigpipe.faces import face
 if TYPE_CHECKING:
     from .conditions import UNKNOWN, Comparison, Condition, Lookup, metric
     from .graph import Recipe, load_recipe
-    from .initial import initial_manifest
+    from .initial import initial_manifest, source_of
     from .manifest import ResourcesSpec, Shared
     from .node import Choice, First, Node
-    from .problems import Fault
+    from .problems import Fault, Keys
     from .registry import PROBES, is_built_in, load_stage, named_stage, stage_kinds
     from .schema import described_schema, field_descriptions, manifest_schema, recipe_schema, texts_under_fields
-    from .single import Single, fed_ports
+    from .single import Single, fed_ports, in_options, option
     from .validation import models_in
 
 __getattr__, __all__ = face(__name__)

@@ -26,7 +26,7 @@ from typing import TYPE_CHECKING, Any
 
 from bigpipe.errors import UsageError
 from bigpipe.files import read_file
-from bigpipe.names import did_you_mean
+from bigpipe.names import closest, did_you_mean, listed
 from bigpipe.orchestrator.contract import Json, Stage, Trust
 from bigpipe.orchestrator.launch import executor
 from bigpipe.redaction import conceal_environment
@@ -36,7 +36,7 @@ from .expansion import Expansion
 from .interpolation import WELL_KNOWN_SECRETS, Scope, check_passwords, interpolate, read_argument
 from .manifest import ManifestSpec, Shared, Structure, named, read_manifest, split_stage
 from .node import Node
-from .problems import Fault, Problems
+from .problems import Fault, Keys, Problems
 from .registry import Offer, load_stage, locate
 from .validation import Target, validate
 from .wiring import Wired, Wiring
@@ -49,6 +49,8 @@ LARGEST = 64 * 2**20
 """Bytes of a file that is looked at; a manifest holds fewer, which is said at its place."""
 NEAR = 200
 """Files that are looked at for recipes, where one that was named is not there."""
+SHOWN = 20
+"""Recipes that are named then, at the most."""
 
 
 @dataclass(frozen=True, kw_only=True, repr=False)
@@ -128,16 +130,18 @@ def load_recipe(
     environment: Mapping[str, str] | None = None,
     stages: Mapping[str, Stage[Any]] | None = None,
     text: str | None = None,
+    arguments: Mapping[Keys, str] = MappingProxyType({}),
 ) -> Recipe:
     """Read and check a manifest. Return its recipe.
 
     params: what `-p name=value` said, values as typed. environment: what `${env.X}` reads; by default the process's.
     stages: the kinds to know, by name; by default the registered ones. text: the manifest, where no file holds it:
-    `path` then says what it is called, and what paths in it start from.
+    `path` then says what it is called, and what paths in it start from. arguments: path in it → what was typed on a
+    command line to make that part.
 
     Raise ManifestError with every problem at once, or UsageError where there is no such file.
     """
-    document = read_document(str(path), _read(path) if text is None else text.encode())
+    document = read_document(str(path), _read(path) if text is None else text.encode(), arguments)
     environment = os.environ if environment is None else environment
 
     def resolve(arguments: Mapping[str, str]) -> Recipe:
@@ -151,12 +155,22 @@ def _read(path: Path) -> bytes:
     try:
         return read_file(path, LARGEST)
     except FileNotFoundError:
-        cure = did_you_mean(path.name, sorted(other.name for other in path.parent.glob("*.y*ml")))
-        cure = cure or did_you_mean(path.name, _recipes(path.parent), otherwise="recipes here:")
-        cure = cure or "`bigpipe init FILE --model REPO` writes one"
+        cure = _near(path) or "`bigpipe init FILE --model REPO` writes one"
         raise UsageError(f"there is no manifest {path}", cure) from None
     except OSError as error:
         raise UsageError(f"cannot read {path}: {error.strerror}", "name a manifest file") from None
+
+
+def _near(path: Path) -> str:
+    """What was probably meant by a file that is not there: one that is called so but for a slip, or ends otherwise; or
+    what recipes there are."""
+    if not path.parent.is_dir():
+        return f"there is no folder {path.parent}"
+    named = {other.stem: other.name for other in sorted(path.parent.glob("*.y*ml"))}
+    if meant := closest(path.stem, list(named)):
+        return f"did you mean {named[meant]!r}?"
+    found = _recipes(path.parent)
+    return f"recipes here: {listed(found)}" if 0 < len(found) <= SHOWN else ""
 
 
 def _recipes(folder: Path) -> list[str]:

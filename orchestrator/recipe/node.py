@@ -18,7 +18,8 @@ from .yamlsource import Document, Item, Key
 
 class Places(UserDict[str, Place]):
     """Where the parts of one stage stand: `""`, `params.scheme`, `gates[0]`, `inputs.model`; built when first asked.
-    Keys of `with:` stand under `params`. What came from `${…}` has the place of that reference."""
+    Keys of `with:` stand under `params`; a key itself is `params.scheme[key]`. What came from `${…}` has the place of
+    that reference."""
 
     def __init__(self, document: Document, path: tuple[Key, ...]) -> None:
         self._document, self._path = document, path
@@ -44,6 +45,7 @@ class Places(UserDict[str, Place]):
         if isinstance(item.value, dict):
             for key, child in item.value.items():
                 self._enter(table, f"{name}.{key}", child)
+                table[f"{name}.{key}[key]"] = self._document.place(item.keys.get(key, child))
         elif isinstance(item.value, list):
             for index, child in enumerate(item.value):
                 self._enter(table, f"{name}[{index}]", child)

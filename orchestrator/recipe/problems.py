@@ -70,7 +70,7 @@ class Fault(StrEnum):
 MAX_PROBLEMS = 200
 """Enough to repair; a file that has more is not a manifest, and each costs a search for its cure."""
 
-Path = tuple[str | int, ...]
+Keys = tuple[str | int, ...]
 """Keys and indexes from the top of a document."""
 
 
@@ -87,7 +87,7 @@ class Problems:
         return self._added
 
     def add(
-        self, code: Fault, at: Place | Path, cause: str, cure: str = "", *, key: bool = False, part: str = ""
+        self, code: Fault, at: Place | Keys, cause: str, cure: str = "", *, key: bool = False, part: str = ""
     ) -> None:
         """Note a problem at a place, or at a path in the document. key, part: as for `Document.place_at`."""
         place = at if isinstance(at, Place) else self._place_at(at, key=key, part=part)
@@ -96,7 +96,7 @@ class Problems:
         if len(self._found) >= MAX_PROBLEMS:
             raise self.error()
 
-    def fail(self, code: Fault, at: Place | Path, cause: str, cure: str, *, key: bool = False) -> NoReturn:
+    def fail(self, code: Fault, at: Place | Keys, cause: str, cure: str, *, key: bool = False) -> NoReturn:
         """Note a problem after which nothing can be read, and raise all of them."""
         self.add(code, at, cause, cure, key=key)
         raise self.error()

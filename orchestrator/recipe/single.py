@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 from bigpipe.orchestrator.contract import Json, Stage
 
 from .initial import as_text, source_of
 from .interpolation import escape
+from .problems import Keys
 from .registry import load_stage
+from .schema import described_schema
 
 SOURCE, DESTINATION = "download", "save"
 """The kinds that bring a model, and that put what came out in its place."""
@@ -33,6 +37,8 @@ class Single:
     trust: tuple[str, ...] = ()
     to: str | None = None
     """Where the result goes; None: it stays in the store."""
+    typed: Mapping[Keys, str] = field(default_factory=dict)
+    """Path in the manifest → what was typed to make that part, as far as that is the caller's affair: the fields."""
 
     @property
     def saved_as(self) -> str | None:
@@ -54,6 +60,20 @@ class Single:
         trust = {"trust": {"modules": [*self.trust]}} if self.trust else {}
         return "\n".join(_block({"version": 1, "name": self.name, **trust, "stages": stages})) + "\n"
 
+    def arguments(self) -> dict[Keys, str]:
+        """Return path in the manifest → what was typed to make that part."""
+        found: dict[Keys, str] = {(): f"bigpipe {self.name}"}
+        for port, models in self.models.items():
+            for stage, model in self._named(port, models).items():
+                found["stages", stage] = model if port == "model" else f"--{port} {model}"
+        found["stages", SOURCE, "with", "revision"] = f"--revision {self.revision}"
+        found["stages", self.name, "launch"] = " ".join(
+            f"{option(name)} {value}" for name, value in self.launch.items()
+        )
+        found["trust", "modules"] = " ".join(f"--trust {module}" for module in self.trust)
+        found["stages", DESTINATION] = f"-o {self.to}"
+        return found | {("stages", self.name, "with", *path): text for path, text in self.typed.items()}
+
     @staticmethod
     def _named(port: str, models: str | tuple[str, ...]) -> dict[str, str]:
         """Stage that brings it → a model."""
@@ -64,6 +84,36 @@ class Single:
     def _source(self, port: str, model: str) -> dict[str, Json]:
         found: dict[str, Json] = dict([source_of(model)])
         return {**found, "revision": self.revision} if self.revision and port == "model" and "repo" in found else found
+
+
+def option(field: str) -> str:
+    """Return what a field of a kind is called on a command line."""
+    return f"--{field.replace('_', '-')}"
+
+
+def in_options(text: str, kind: str) -> str:
+    """Return what is said of fields of a kind in the words of its command: `--max-steps` for `max_steps`, and
+    "`--scheme …`" for "`scheme: …` under `with`"."""
+    stage = load_stage(kind)
+    fields = {*described_schema(stage.params)["properties"], *stage.inputs}
+    name = "|".join(sorted(fields, key=len, reverse=True))
+    alone = "|".join(sorted((field for field in fields if "_" in field), key=len, reverse=True)) or "(?!)"
+    for pattern, words in (
+        (rf"`(?P<name>{name}): …`(?: under `with`)?", "`{} …`"),
+        (rf"inputs: (?P<name>{name})\b", "{}"),
+        (rf"set (?P<name>{name})\.(?P<key>\S+) to (?P<value>[^\s,;]+)", "give {} {key}={value}"),
+        (rf"set (?P<name>{name}) to (?P<value>[^\s,;]+)", "give {} {value}"),
+        (rf"(?<=needs )'(?P<name>{name})'", "{}"),
+        (rf"(?<=`)(?P<name>{name})(?=`)", "{}"),
+        (rf"(?<![\w.'-])(?P<name>{alone})(?![\w.'-])", "{}"),
+    ):
+        text = re.sub(pattern, partial(_spoken, words), text)
+    return text
+
+
+def _spoken(words: str, found: re.Match[str]) -> str:
+    parts = found.groupdict()
+    return words.format(option(parts.pop("name")), **parts)
 
 
 def fed_ports(stage: Stage[Any]) -> dict[str, bool]:

@@ -10,8 +10,9 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from types import MappingProxyType
 from typing import Any, NoReturn, TypeAlias
 
 import yaml
@@ -19,7 +20,7 @@ import yaml
 from bigpipe.errors import Place
 from bigpipe.orchestrator.contract import Json
 
-from .problems import Fault, Problems
+from .problems import Fault, Keys, Problems
 
 MAX_BYTES = 1_000_000
 MAX_DEPTH = 32
@@ -75,6 +76,8 @@ class Item:
     """A plain scalar as it was written, where that differs from `value`: `1e-5`."""
     size: int = 1
     height: int = 1
+    argument: str = ""
+    """What was typed on a command line to make it; see `Place.argument`."""
 
 
 class Document:
@@ -85,7 +88,8 @@ class Document:
 
     def place(self, item: Any) -> Place:
         """item: an Item, or one of PyYAML's events."""
-        return self.place_between(item.start_mark, item.end_mark)
+        place = self.place_between(item.start_mark, item.end_mark)
+        return replace(place, argument=item.argument) if getattr(item, "argument", "") else place
 
     def place_between(self, start: yaml.Mark, end: yaml.Mark) -> Place:
         """Return the place of what stands there, to the end of its first line at most."""
@@ -118,8 +122,24 @@ class Document:
         if part and item.start_mark.line == item.end_mark.line and place.text:
             at = place.text.find(part, item.start_mark.column, item.end_mark.column)
             if at >= 0:
-                return Place(place.file, place.line, at + 1, place.text, len(part))
+                return replace(place, column=at + 1, width=len(part))
         return place
+
+    def typed(self, arguments: Mapping[Keys, str]) -> None:
+        """Note what was typed to make each part, and all that is inside it."""
+        for path, argument in sorted(arguments.items(), key=lambda each: len(each[0])):
+            item, depth = self.find(path)
+            if depth == len(path):
+                above, _ = self.find(path[:-1])
+                _note(item, argument)
+                _note(above.keys.get(path[-1] if path else "", item), argument)
+
+
+def _note(item: Item, argument: str) -> None:
+    item.argument = argument
+    inner = item.value.values() if isinstance(item.value, dict) else item.value if isinstance(item.value, list) else ()
+    for child in (*inner, *item.keys.values()):
+        _note(child, argument)
 
 
 def child_of(item: Item, part: Key) -> Item | None:
@@ -140,10 +160,11 @@ def to_python(item: Item) -> Json:
     return value
 
 
-def read_document(file: str, data: bytes) -> Document:
-    """Parse one YAML document whose top level is a map. `file` is what places call it. Raise ManifestError with every
-    problem found; a syntax error ends the search."""
+def read_document(file: str, data: bytes, arguments: Mapping[Keys, str] = MappingProxyType({})) -> Document:
+    """Parse one YAML document whose top level is a map. `file` is what places call it. arguments: what was typed on a
+    command line to make which part. Raise ManifestError with every problem found; a syntax error ends the search."""
     document = _compose(file, data)
+    document.typed(arguments)
     if not isinstance(document.root.value, dict):
         what = "the file is empty" if document.root.start_mark is _START else "the top level is not a map"
         place = document.place_between(_START, _START)

@@ -18,7 +18,7 @@ from bigpipe.orchestrator.store import RUNS, Freed, GcReport, Keeping, Store
 from bigpipe.sizes import counted, format_transfer
 from bigpipe.tables import PLAIN, Screen, columns
 
-from .inspection import Inspection, open_store
+from .inspection import Inspection, absence, open_store
 
 NOUNS = {"work": "work folder", "temporary": "temporary file", "quarantine": "quarantined file"}
 """What garbage is called where its kind is no noun that can be counted."""
@@ -38,7 +38,7 @@ def collect_garbage(
     with open_store(store) as opened:
         keeping = Keeping(age=older_than, runs=RUNS if keep_runs is None else keep_runs)
         report = opened.gc(locked_digests, keeping, dry_run=dry_run)
-    kept = f"kept {counted(report.kept_artifacts, 'artifact')}, {format_transfer(report.kept_bytes)}"
+    kept = absence(opened) or f"kept {counted(report.kept_artifacts, 'artifact')}, {format_transfer(report.kept_bytes)}"
     data = {"kept_artifacts": report.kept_artifacts, "kept_bytes": report.kept_bytes}
     return _told("bigpipe.gc/1", report.freed, dry_run, data, kept, screen)
 
@@ -71,7 +71,7 @@ def _meant(store: Store, targets: Sequence[str], run: str) -> tuple[list[str], s
     runs, digests = [], set()
     ids, known = records.run_ids(store.runs), {artifact.digest for artifact, _ in store.ls()}
     for target in targets:
-        of_runs = ids[-1:] if target == records.LAST else [name for name in ids if name.startswith(target)]
+        of_runs = records.named_so(ids, target)
         digits = target.removeprefix("sha256:")
         of_artifacts = [one for one in known if len(digits) >= SHORTEST and one[7:].startswith(digits)]
         of_nodes = [] if of_runs or of_artifacts else _given(store, target, run)
@@ -89,7 +89,7 @@ def _given(store: Store, node: str, run: str) -> list[str]:
         record = records.load_run(store.runs, run)
         names = records.meant(record.run, record.nodes, node, several=True)
     except UsageError as error:
-        cause = f"{node} is no run and no artifact of the store, and no node: {error.cause}"
+        cause = f"{node!r} is no run and no artifact of the store, and no node: {error.cause}"
         raise UsageError(cause, error.cure) from error
     found = [digest for name in names if (digest := record.nodes[name].digest)]
     if not found:

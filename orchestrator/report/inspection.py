@@ -29,8 +29,16 @@ class Inspection:
 
 
 def open_store(store: str | Path | None) -> Store:
+    """Return the store, to look back on; it need not be there. Raise UsageError where something else is."""
     conceal_environment(os.environ)  # what is looked back on may be of a run that did not know of it
-    return Store(Path(store) if store else default_root())
+    opened = Store(Path(store) if store else default_root())
+    opened.refuse_foreign()
+    return opened
+
+
+def absence(store: Store) -> str:
+    """Return what is said where there is no store yet; else nothing."""
+    return "" if store.there else f"there is no store at {store.root}: the first run makes it"
 
 
 def list_store(*, store: str | Path | None = None, screen: Screen = PLAIN) -> Inspection:
@@ -53,7 +61,7 @@ def list_store(*, store: str | Path | None = None, screen: Screen = PLAIN) -> In
     run_rows += [(run.run, run.status, format_duration(run.seconds), run.recipe) for run in runs]
     held = sum(item.bytes - item.referenced_bytes for item, _ in entries if not item.dropped)
     parts = [
-        f"{opened.root}: {counted(len(entries), 'artifact')}, {format_transfer(held)}",
+        absence(opened) or f"{opened.root}: {counted(len(entries), 'artifact')}, {format_transfer(held)}",
         columns(rows, screen) if entries else "",
         columns(run_rows, screen) if runs else "no runs on record",
     ]
@@ -165,7 +173,10 @@ def verify_store(repair: bool, *, store: str | Path | None = None) -> Inspection
     with open_store(store) as opened:
         report = opened.verify(repair=repair)
     head = f"{counted(report.artifacts, 'artifact')}, {counted(report.files, 'file')}, {format_size(report.bytes)} read"
-    lines = [head + (": all as recorded" if report.clean else f": {counted(len(report.findings), 'finding')}")]
+    lines = [
+        absence(opened)
+        or head + (": all as recorded" if report.clean else f": {counted(len(report.findings), 'finding')}")
+    ]
     for finding in report.findings:
         detail = f" ({finding.detail})" if finding.detail else ""
         lines.append(f"{finding.problem}: {finding.path}{detail}{', repaired' if finding.repaired else ''}")

@@ -35,5 +35,5 @@ def as_bigpipe_error(error: BaseException) -> BigpipeError:
     """Return an interruption, or a bug, whose exit code is 1, as an error of the tree."""
     if isinstance(error, KeyboardInterrupt):
         number = next(iter(error.args), signal.SIGINT)
-        return Interrupted("interrupted", "the same command goes on from there", signal=number)
+        return Interrupted.by(number, "the same command goes on from there")
     return BigpipeError("".join(traceback.format_exception_only(error)).strip(), "this is a bug in bigpipe")

@@ -47,14 +47,21 @@ def error_text(error: BigpipeError, environment: Mapping[str, str], screen: Scre
     """Return an error as a command prints it; under GITHUB_ACTIONS each placed one is an annotation of its line too."""
     if isinstance(error, ManifestError):
         lines = [str(problem) for problem in error.problems]
-        places = [(problem.place, f"{problem.cause}; {problem.cure}".rstrip("; ")) for problem in error.problems]
+        told = [(problem.place, f"{problem.cause}; {problem.cure}".rstrip("; ")) for problem in error.problems]
     else:
-        lines = [f"error: {error}"]
-        places = [(error.place, f"{error.cause}\n{error.cure}".rstrip())] if error.place else []
+        lines = [f"error: {_with_node(error)}"]
+        told = [(error.place, f"{error.cause}\n{error.cure}".rstrip())] if error.place else []
     lines = [_painted(clean(line), screen) for line in lines]
     if environment.get("GITHUB_ACTIONS") == "true":
-        lines += [annotation(place, message) for place, message in places]
+        lines += [annotation(place, message) for place, message in told if not place.argument]
     return "\n".join(lines)
+
+
+def _with_node(error: BigpipeError) -> str:
+    """An error with the node that it is about, unless it begins with it."""
+    typed = error.place is not None and error.place.argument
+    named = not error.node or typed or error.cause.startswith(error.node)
+    return str(error) if named else str(error).replace(error.cause, f"{error.node}: {error.cause}", 1)
 
 
 def annotation(place: Place, message: str) -> str:

@@ -16,7 +16,7 @@ from bigpipe.orchestrator.running import RunRecord, records
 from bigpipe.sizes import format_duration
 from bigpipe.tables import PLAIN, Screen, columns
 
-from .inspection import Inspection, heading, open_store, show_run
+from .inspection import Inspection, absence, heading, open_store, show_run
 from .progress import ProgressMeter, Reading
 
 RUNNING = "running"
@@ -34,7 +34,8 @@ def run_ids(store: str | Path | None = None) -> list[str]:
 
 def running(*, store: str | Path | None = None, screen: Screen = PLAIN) -> Inspection:
     """Return the runs that go on over a store, oldest first."""
-    runs = open_store(store).runs
+    opened = open_store(store)
+    runs = opened.runs
     found = [record for record in records.list_runs(runs) if record.status == RUNNING]
     told = [_told(runs, record) for record in found]
     rows = [("run", "process", "since", "nodes", "recipe", "at")]
@@ -44,7 +45,7 @@ def running(*, store: str | Path | None = None, screen: Screen = PLAIN) -> Inspe
          ", ".join(f"{node} {text}".rstrip() for node, text in each["at"].items()))
         for each in told
     ]  # fmt: skip
-    text = columns(rows, screen) if told else "nothing is running"
+    text = columns(rows, screen) if told else "; ".join(filter(None, ["nothing is running", absence(opened)]))
     return Inspection({"schema": "bigpipe.ps/1", "runs": told}, text)
 
 

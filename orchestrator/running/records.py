@@ -11,7 +11,7 @@ import json
 import os
 import threading
 import time
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from io import BufferedReader
@@ -205,14 +205,29 @@ class RunRecorder:
 def load_run(runs: Path, run: str = LAST) -> RunRecord:
     """The record of a run by its id, the start of one, or `last`. UsageError where that is none, or several."""
     names = run_ids(runs)
-    starting = [name for name in names if name.startswith(run)]
-    found = names[-1:] if run == LAST else [run] if run in names else starting
+    found = [run] if run in names else named_so(names, run)
+    if not found and not names:
+        cause = f"no run is on record: the store {runs.parent} {'has none' if runs.parent.exists() else 'is not there'}"
+        raise UsageError(cause, "`bigpipe run` makes one; another store is named with --store DIR or BIGPIPE_HOME")
     if not found:
-        latest = f"; the latest is {names[-1]}" if names else "; none is on record"
-        raise UsageError(f"there is no run {run}{latest}", "`bigpipe ls` lists them")
+        is_node = any(run in (name, name.partition("@")[0]) for name in _nodes(runs / names[-1]))
+        cure = f"{run} is a node of it: write `last {run}`" if is_node else "`bigpipe ls` lists them"
+        raise UsageError(f"there is no run {run!r}; the latest is {names[-1]}", cure)
     if len(found) > 1:
         raise UsageError(f"several runs start with {run}: {', '.join(found[-5:])}", "write more of the id")
     return _read(runs / found[0])
+
+
+def named_so(names: Sequence[str], run: str) -> list[str]:
+    """Return those of some ids, oldest first, that are meant by the start of one, or by `last`."""
+    return list(names[-1:]) if run == LAST else [name for name in names if run and name.startswith(run)]
+
+
+def _nodes(folder: Path) -> Collection[str]:
+    """The nodes of a run; none where its record cannot be read."""
+    with suppress(UsageError):
+        return _read(folder).nodes
+    return ()
 
 
 def _read(folder: Path) -> RunRecord:
@@ -299,7 +314,7 @@ def log_files(runs: Path, run: str, node: str | None = None) -> Iterator[tuple[s
     """(Node, attempt from 1, log file) of a run, nodes in the order of its record. UsageError for an unknown node."""
     record = load_run(runs, run)
     if node is not None and node not in record.nodes:
-        raise UsageError(f"run {record.run} has no node {node}", f"it has {', '.join(record.nodes)}")
+        raise UsageError(f"run {record.run} has no node {node!r}", f"it has {', '.join(record.nodes)}")
     for name in [node] if node is not None else record.nodes:
         folder = node_folder(runs / record.run, name)
         attempts = {int(log.parent.name): log for log in folder.glob("*/log.txt") if log.parent.name.isdecimal()}

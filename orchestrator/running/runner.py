@@ -399,7 +399,7 @@ def _finish_run(run: Run, seconds: float) -> RunResult:
     status = "failed" if errors else "succeeded"
     if run.cancelled.is_set():
         cure = "what was finished is kept: the same command goes on from there"
-        errors = [Interrupted("interrupted", cure, signal=run.signal or signal.SIGINT)]
+        errors = [Interrupted.by(run.signal or signal.SIGINT, cure)]
         status = "interrupted"
     run.reporter.report(RunFinished(run.id, status, seconds))
     result = RunResult(

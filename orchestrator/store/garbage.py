@@ -81,6 +81,9 @@ def collect_garbage(
 ) -> GcReport:
     """Free all that no existing manifest or lock names. Raise Transient while another process uses the store,
     UsageError where a lock file cannot be read."""
+    layout.refuse_foreign()
+    if not layout.there:
+        return GcReport(dry_run, (), 0, 0)
     with _alone(layout, presence, dry_run):
         return _Collection(layout, dry_run).collect(locked, keeping)
 

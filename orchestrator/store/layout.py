@@ -127,16 +127,27 @@ class Layout:
     def check(self) -> None:
         """Raise StageFailed where something else stands in place of a folder, before work is done in vain; UsageError
         where it stands in place of the store."""
-        if os.path.lexists(self.root) and not self.root.is_dir():
-            cure = "remove what is there, or choose another store with --store DIR or BIGPIPE_HOME"
-            raise UsageError(f"the store is no directory: {self.root}", cure)
+        self.refuse_file()
         for folder in self.folders[1:]:
             if os.path.lexists(folder) and not folder.is_dir():  # in this order: others may be making it
                 cure = "let `bigpipe verify --repair` set it aside"
                 raise StageFailed(f"what should be a folder of the store is none: {folder}", cure)
 
+    @property
+    def there(self) -> bool:
+        """Is there anything where the store is to be?"""
+        return os.path.lexists(self.root)
+
+    def refuse_file(self) -> None:
+        """Raise UsageError where something that is no directory stands in place of the store."""
+        if self.there and not self.root.is_dir():
+            cure = "remove what is there, or choose another store with --store DIR or BIGPIPE_HOME"
+            raise UsageError(f"the store is no directory: {self.root}", cure)
+
     def refuse_foreign(self) -> None:
-        """Raise UsageError where the directory is somebody else's: a store removes what it does not know."""
+        """Raise UsageError where the directory is somebody else's: a store removes what it does not know; and where
+        it is none."""
+        self.refuse_file()
         ours = {path.name for path in vars(self).values() if isinstance(path, Path) and path.parent == self.root}
         others = [name for name in names_in(self.root) if name not in ours and name[0] != "." and name != "lost+found"]
         if others and not (self.keys.is_dir() and self.locks.is_dir()):

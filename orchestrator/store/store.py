@@ -91,6 +91,11 @@ class Store:
 
         return Publisher(self.layout, self._presence.temporary)
 
+    @property
+    def there(self) -> bool:
+        """Is it there? It is made by what runs."""
+        return self.layout.there
+
     def refuse_foreign(self) -> None:
         """Raise UsageError where the directory is somebody else's, or none."""
         with explained(self.root):
@@ -333,9 +338,11 @@ class Store:
 
     def verify(self, *, repair: bool = False) -> VerifyReport:
         """Read every byte. `repair` sets aside what is damaged, so that the next run makes it again."""
-        from .verify import Verification
+        from .verify import Verification, VerifyReport
 
         self.refuse_foreign()
+        if not self.there:
+            return VerifyReport(0, 0, 0, ())
         with suppress(BigpipeError):  # a store on a read-only file system can be verified too
             self.enter()
         with explained(self.root):

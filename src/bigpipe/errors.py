@@ -20,6 +20,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from signal import SIGHUP, SIGINT, SIGTERM
 from types import MappingProxyType
 from typing import ClassVar
 
@@ -42,14 +43,20 @@ class Place:
     """The whole line, without its end."""
     width: int = 1
     """How many characters the caret underlines."""
+    argument: str = ""
+    """What was typed on a command line, where that made the text, which nobody saw: `--max-shard-size 5`."""
 
     def __str__(self) -> str:
-        return f"{self.file}:{self.line}:{self.column}"
+        return self.argument or f"{self.file}:{self.line}:{self.column}"
 
     @property
     def short(self) -> str:
         """Without the folders: for one-line reasons."""
-        return f"{self.file.rpartition('/')[2]}:{self.line}:{self.column}"
+        return self.argument or f"{self.file.rpartition('/')[2]}:{self.line}:{self.column}"
+
+    def before(self, cause: str) -> str:
+        """Return a cause with the place before it, unless it begins with what was typed."""
+        return cause if self.argument and cause.startswith(self.argument) else f"{self}: {cause}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,6 +70,8 @@ class Problem:
     cure: str = ""
 
     def __str__(self) -> str:
+        if self.place.argument:
+            return f"error: {self.place.before(self.cause)}" + (f"\n  {self.cure}" if self.cure else "")
         head = f"{self.place}: error[{self.code}]: {self.cause}" + (f"; {self.cure}" if self.cure else "")
         if not self.place.text:
             return head
@@ -72,7 +81,9 @@ class Problem:
 
 
 def _fields(code: str, cause: str, cure: str, place: Place | None, node: str) -> dict[str, object]:
-    where = {name: getattr(place, name, None) for name in ("file", "line", "column")}
+    cause = place.before(cause) if place and place.argument else cause
+    written = place if place and not place.argument else None
+    where = {name: getattr(written, name, None) for name in ("file", "line", "column")}
     return {"code": code, "cause": cause, "cure": cure, **where, "node": node or None}
 
 
@@ -82,7 +93,8 @@ class BigpipeError(Exception):
     exit_code: ClassVar[int] = 1
 
     def __init__(self, cause: str, cure: str = "", *, place: Place | None = None, field: str = "") -> None:
-        """field: the argument, or field of a stage, that is wrong (`max_memory.cuda:0`): its place is found by it."""
+        """field: the argument, or field of a stage, that is wrong (`max_memory.cuda:0`; `generation.top_q[key]`
+        for its name): its place is found by it."""
         cause, cure = printable(redact(cause)), printable(redact(cure))
         super().__init__(cause, cure)
         self.cause = cause
@@ -102,8 +114,8 @@ class BigpipeError(Exception):
         return [_fields(type(self).__name__, self.cause, self.cure, self.place, self.node)]
 
     def __str__(self) -> str:
-        where = f"{self.place}: " if self.place else ""
-        return f"{where}{self.cause}" + (f"\n  {self.cure}" if self.cure else "")
+        cause = self.place.before(self.cause) if self.place else self.cause
+        return cause + (f"\n  {self.cure}" if self.cure else "")
 
 
 class UsageError(BigpipeError):
@@ -163,6 +175,11 @@ class Offline(Transient):
     pass
 
 
+ENDED_BY: Mapping[int, str] = MappingProxyType(
+    {SIGINT: "interrupted", SIGTERM: "terminated by SIGTERM", SIGHUP: "ended by SIGHUP: its terminal is gone"}
+)
+
+
 class Interrupted(BigpipeError):
     """Stopped by a signal. What was finished is kept; the same command continues."""
 
@@ -171,6 +188,11 @@ class Interrupted(BigpipeError):
     def __init__(self, cause: str, cure: str = "", *, place: Place | None = None, signal: int = 2) -> None:
         super().__init__(cause, cure, place=place)
         self.signal = signal
+
+    @classmethod
+    def by(cls, number: int, cure: str) -> Interrupted:
+        """Return what a signal did."""
+        return cls(ENDED_BY.get(number, f"ended by signal {number}"), cure, signal=number)
 
     @property
     def status(self) -> int:

@@ -17,6 +17,8 @@ from support.hub import LoopbackHub
 from support.paging import QUICKSTART, until, visiting
 from support.workshop import Workshop, environment
 
+from bigpipe.errors import ENDED_BY
+
 pytest.importorskip("starlette")
 pytest.importorskip("uvicorn")
 CPU_SECONDS, MEGABYTES = 0.5, 60
@@ -81,7 +83,7 @@ def test_it_ends_at_once_with_all_that_works_for_it(tmp_path, number):
             told = visit.process.communicate(timeout=20)[1].decode()
             assert visit.process.returncode == 128 + number
             assert [line for line in told.splitlines() if line] == [
-                "error: interrupted",
+                f"error: {ENDED_BY[number]}",
                 "  the same command goes on from there",
             ]
             assert time.monotonic() - began < 10  # a moment, on a machine with nothing else to do
