@@ -168,11 +168,11 @@ class TestFinding:
         assert [record.run[-6:] for record in list_runs(runs)] == ["aaaaaa", "bbbbbb", "cccccc"]
 
     def test_what_is_none_or_several_is_said(self, runs, tmp_path):
-        with pytest.raises(UsageError, match="no run 2027; the latest is 20260102-000000-cccccc"):
+        with pytest.raises(UsageError, match="no run '2027'; the latest is 20260102-000000-cccccc"):
             load_run(runs, "2027")
         with pytest.raises(UsageError, match="several runs start with 20260101"):
             load_run(runs, "20260101")
-        with pytest.raises(UsageError, match="none is on record"):
+        with pytest.raises(UsageError, match="no run is on record"):
             load_run(tmp_path / "nothing", "last")
 
     def test_a_damaged_record_is_named_and_hides_no_other(self, runs):
@@ -189,7 +189,7 @@ class TestFinding:
             path.write_text(f"attempt {attempt}\n")
         assert [attempt for _, attempt, _ in log_files(runs, "last")] == [1, 2, 10]
         assert [path.read_text() for *_, path in log_files(runs, "last", "a")][-1] == "attempt 10\n"
-        with pytest.raises(UsageError, match="has no node b"):
+        with pytest.raises(UsageError, match="has no node 'b'"):
             list(log_files(runs, "last", "b"))
 
 
