@@ -300,7 +300,11 @@ STAGE = Stage(
         replaced=True,
         mixes=False,
     ),
-    planning=Planning(check=late("bigpipe.plugins.inferring:check"), facts=dtype_facts),
+    planning=Planning(
+        check=late("bigpipe.plugins.inferring:check"),
+        facts=dtype_facts,
+        leads_to=late("bigpipe.plugins.inference_needs:leads_to"),
+    ),
     settled=_settled,
     choices=(
         Choices(field="task", decides="generation", models=late("bigpipe.bigmodel.tasks:task_arguments")),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
@@ -172,3 +172,18 @@ def rows_of(params: InferParams, base: Path) -> Prompts | Requests:
         reader = request_reader(params.task, params.max_new_tokens)
         return Requests(Prompts(params.prompts, params.column, base, request=reader))
     return Prompts(params.prompts, params.column, base, params.template)
+
+
+def leads_to(params: InferParams, base: Path) -> Sequence[Path]:
+    """The files that rows name: they are as much the prompts as the rows are; of a task of the user's own nobody
+    knows."""
+    task = find_task(params.task, Sources()) if params.task in TASKS else None
+    if task is None or task.files is None:
+        return ()
+    found = []
+    for row in task.with_columns(params.generation, rows_of(params, base)):
+        for name in task.files(row, params.generation):
+            if not (base / name).is_file():
+                raise row.wrong(f"there is no file {name}", "paths start at the recipe's directory")
+            found.append(base / name)
+    return found

@@ -1,7 +1,8 @@
 """What a batch leaves behind between two forwards beside what it passes to them, kept apart from what others leave.
 
 Some models keep states in their own modules (RecurrentGemma its recurrent states, Qwen2-VL its rope deltas, dynamic
-rotary embeddings the frequencies of the longest text so far), and torch draws from generators that are everybody's.
+rotary embeddings the frequencies of the longest text so far), transformers hooks into modules where a forward first asks
+for hidden states, and notes that it did; and torch draws from generators that are everybody's.
 """
 
 from __future__ import annotations
@@ -19,17 +20,19 @@ ABSENT = object()
 
 
 class KeptStates:
-    """Attributes and buffers of a model's own modules, as they are now and as forwards replace them. What is changed in
-    place is not seen. Modules of torch itself keep nothing."""
+    """Attributes and buffers of a model's own modules, and the hooks of all, as they are now and as forwards replace
+    them. What is changed in place is not seen. Modules of torch itself keep nothing."""
 
     def __init__(self, model: torch.nn.Module, streamed: Collection[tuple[torch.nn.Module, str]]) -> None:
         """streamed: module and attribute of buffers that come and go by themselves; those beside them count as such."""
-        own = [module for module in model.modules() if not type(module).__module__.startswith("torch.nn.")]
-        self._first: list[tuple[dict[str, Any], dict[str, Any]]] = []
-        for module in own:
-            self._first.append((module.__dict__, dict(module.__dict__)))
-            if not any((module, name) in streamed for name in module._buffers):
-                self._first.append((module._buffers, dict(module._buffers)))
+        places: list[dict[Any, Any]] = []
+        for module in model.modules():
+            places += [module._forward_pre_hooks, module._forward_hooks]
+            if not type(module).__module__.startswith("torch.nn."):
+                places.append(module.__dict__)
+                if not any((module, name) in streamed for name in module._buffers):
+                    places.append(module._buffers)
+        self._first = [(place, dict(place)) for place in places]
 
     def suspend(self) -> Resume:
         """Make all as it was at first, and return what makes it as it is now."""
@@ -46,7 +49,7 @@ class KeptStates:
         return resume
 
 
-def _changes(place: dict[str, Any], first: dict[str, Any]) -> list[tuple[dict[str, Any], str, Any, Any]]:
+def _changes(place: dict[Any, Any], first: dict[Any, Any]) -> list[tuple[dict[Any, Any], Any, Any, Any]]:
     """Place, name, first value, value now."""
     if len(place) == len(first) and all(map(is_, place.values(), first.values())):
         return []
@@ -54,7 +57,7 @@ def _changes(place: dict[str, Any], first: dict[str, Any]) -> list[tuple[dict[st
     return [(place, name, before, now) for name, before, now in pairs if before is not now]
 
 
-def _put(place: dict[str, Any], name: str, value: Any) -> None:
+def _put(place: dict[Any, Any], name: Any, value: Any) -> None:
     if value is ABSENT:
         place.pop(name, None)
     else:

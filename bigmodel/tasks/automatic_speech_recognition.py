@@ -111,6 +111,6 @@ def _check_model(model: ModelDescription, arguments: Mapping[str, Any], sources:
 
 TASK = Task(
     name="automatic-speech-recognition", bind=_bind, arguments=SpeechRecognition, check_model=_check_model,
-    row_check=_row_check, reads="sound", classes=("WhisperForConditionalGeneration",), makes_tokens=True,
+    row_check=_row_check, reads=("sound",), classes=("WhisperForConditionalGeneration",), makes_tokens=True,
     own_length=True, length_of=lambda row, arguments: 1, side_by_side=True,
 )  # fmt: skip

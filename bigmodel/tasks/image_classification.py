@@ -11,7 +11,8 @@ from pydantic import Field
 from bigpipe.bigmodel.sources import Sources
 
 from .classifying import Activation, labelled
-from .processing import file_of, load_processor, on_device, reading, require_library, require_processor
+from .pictures import read_picture
+from .processing import file_of, load_processor, on_device, require_library, require_processor
 from .rows import Row
 from .task import Answer, Answerer, Arguments, Task, TaskOptions
 
@@ -34,20 +35,13 @@ def _bind(model: Any, path: Path, options: TaskOptions, sources: Sources) -> Ans
     def answer(rows: Sequence[Row]) -> list[Answer]:
         import torch
 
-        inputs = processor(images=[_picture(row, sources) for row in rows], return_tensors="pt")
+        pictures = [read_picture(file_of(row, sources), row.prompt) for row in rows]
+        inputs = processor(images=pictures, return_tensors="pt")
         with torch.inference_mode():
             logits = model(**on_device(model, inputs)).logits.float().cpu()
         return list(map(Answer, labelled(model.config, logits, asked.function_to_apply, asked.top_k)))
 
     return answer
-
-
-def _picture(row: Row, sources: Sources) -> Any:
-    """Upright, in RGB."""
-    from PIL import Image, ImageOps
-
-    with reading(row), Image.open(file_of(row, sources)) as image:
-        return ImageOps.exif_transpose(image).convert("RGB")
 
 
 def _check_model(model: ModelDescription, arguments: Mapping[str, Any], sources: Sources) -> None:
@@ -56,6 +50,6 @@ def _check_model(model: ModelDescription, arguments: Mapping[str, Any], sources:
 
 
 TASK = Task(
-    name="image-classification", bind=_bind, arguments=ImageClassification, check_model=_check_model, reads="picture",
-    classes=("ForImageClassification",), length_of=lambda row, arguments: 1, side_by_side=True,
+    name="image-classification", bind=_bind, arguments=ImageClassification, check_model=_check_model,
+    reads=("picture",), classes=("ForImageClassification",), length_of=lambda row, arguments: 1, side_by_side=True,
 )  # fmt: skip

@@ -61,13 +61,13 @@ def file_of(row: Row, sources: Sources) -> Path:
 
 
 @contextmanager
-def reading(row: Row) -> Iterator[None]:
-    """Inside, a row's file is read: whatever a foreign file makes a reader raise is a ValueError that names it."""
+def reading(name: str, what: str) -> Iterator[None]:
+    """Inside, a file is read: whatever a foreign file makes a reader raise is a ValueError that names it."""
     try:
         yield
     except Exception as error:
         said = str(error).strip().partition("\n")[0] or type(error).__name__
-        raise ValueError(f"{row.prompt} is no {row.reads} that can be read: {said}") from error
+        raise ValueError(f"{name} is no {what} that can be read: {said}") from error
 
 
 def on_device(model: Any, inputs: Mapping[str, Any]) -> dict[str, Any]:

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 BuiltIn = Literal[
     "text-generation", "text2text-generation", "scoring", "feature-extraction", "text-classification",
     "token-classification", "fill-mask", "image-classification", "automatic-speech-recognition", "text-to-image",
+    "image-text-to-text",
 ]  # fmt: skip
 TASKS: Mapping[str, str] = {name: f"bigpipe.bigmodel.tasks.{name.replace('-', '_')}:TASK" for name in get_args(BuiltIn)}
 """Name → `module:NAME` of the task."""

@@ -26,7 +26,7 @@ MOST = 2**26
 def read_sound(row: Row, sources: Sources, rate: int) -> NDArray[numpy.float32]:
     """Return a row's sound, [samples] between -1 and 1, at `rate` Hz; of several channels their mean. Raise ValueError
     for a file that cannot be read, or holds nothing."""
-    with reading(row):
+    with reading(row.prompt, "sound"):
         samples, found = _read(file_of(row, sources))
         if not len(samples):
             raise ValueError("it holds no samples")

@@ -101,7 +101,9 @@ class Task:
       Raises UsageError where the model cannot do it. Only here may torch be imported.
     arguments: the model of `TaskOptions.arguments`, which are checked by it; None: any, as `check_arguments` says.
     check_arguments: raises UsageError for `TaskOptions.arguments` it does not take; asked of each argument alone too.
-    reads: what its rows are; None: anything.
+    reads: what its rows may be; none: anything.
+    files: (row, arguments) → the files that it names besides the one that it may be, from the recipe's directory where
+      they lie below that; raises UsageError for a row that does not name what it should.
     classes: how the name of a model's class ends that can do it; none: any class.
     check_model: (model, arguments, sources); raises UsageError for a model it cannot run, and for arguments that do not
       go with it, as far as config and side files tell.
@@ -127,7 +129,8 @@ class Task:
     check_arguments: Callable[[Mapping[str, Any]], None] = lambda arguments: None
     check_model: Callable[[ModelDescription, Mapping[str, Any], Sources], None] = lambda model, arguments, sources: None
     row_check: Callable[[ModelDescription], Callable[[Row], None]] = lambda model: lambda row: None
-    reads: Reads | None = "text"
+    reads: tuple[Reads, ...] = ("text",)
+    files: Callable[[Row, Mapping[str, Any]], Sequence[str]] | None = None
     classes: tuple[str, ...] = ()
     makes_tokens: bool = False
     own_length: bool = False
@@ -183,9 +186,10 @@ class Task:
         named = {getattr(settled, name): (name, holds) for name, holds in self.named_columns.items()}
         needed = (*self.columns, *filter(None, named))
         for row in rows:
-            if self.reads not in (None, row.reads):
-                cause = f"task {self.name} reads {self.reads}s, and prompt {row.index} is a {row.reads}"
-                raise UsageError(cause, WRITTEN[self.reads], field="prompts")
+            if self.reads and row.reads not in self.reads:
+                what = listed((f"{each}s" for each in self.reads), "or")
+                cause = f"task {self.name} reads {what}, and prompt {row.index} is a {row.reads}"
+                raise UsageError(cause, WRITTEN[self.reads[0]], field="prompts")
             if not self.chats and isinstance(row.prompt, list):
                 cause = f"task {self.name} takes no chats here"
                 raise row.wrong(cause, "write a text, as the model is to read it")
@@ -198,6 +202,8 @@ class Task:
                     cause = f"prompt {row.index}: {column!r} holds no text, as {name} of {self.name} needs it"
                     cure = "write a text" + (", or a list of them" if holds == "texts" else "")
                     raise UsageError(cause, cure, field="prompts")
+            if self.files is not None:
+                self.files(row, arguments)
             yield row
 
     def _require_class(self, model: ModelDescription, sources: Sources) -> None:
@@ -266,7 +272,7 @@ def function_task(name: str, function: Callable[..., Any]) -> Task:
         return partial(_call, partial(function, **{**length, **options.arguments}), model, options.seed)
 
     checked = partial(refuse_arguments, name, taken)
-    return Task(name=name, bind=bind, check_arguments=checked, heeds_length=heeds, reads=None)
+    return Task(name=name, bind=bind, check_arguments=checked, heeds_length=heeds, reads=())
 
 
 def _keywords(function: Callable[..., Any]) -> frozenset[str] | None:

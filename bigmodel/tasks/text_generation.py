@@ -7,6 +7,7 @@ import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
+from dataclasses import dataclass
 from itertools import takewhile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -26,7 +27,6 @@ from .tokenizing import (
     has_weights,
     known_architecture,
     load_tokenizer,
-    longest,
     pad,
     require_template,
     require_tokenizer,
@@ -51,14 +51,20 @@ class Generation(Arguments):
 
 
 def _check_model(model: ModelDescription, arguments: Mapping[str, Any], sources: Sources) -> None:
+    architecture = known_architecture(model, sources)
+    if architecture is not None and architecture.config.get("num_mel_bins"):
+        raise UsageError(f"{architecture.class_name} hears, and reads no prompts", OWN_FUNCTION)
+    check_generation(model, arguments, sources)
+
+
+def check_generation(model: ModelDescription, arguments: Mapping[str, Any], sources: Sources) -> None:
+    """Raise UsageError for a model that makes no text, and for arguments of `generate` that do not go with it."""
     require_tokenizer(model)
     architecture = known_architecture(model, sources)
     if architecture is not None and not (architecture.generates and architecture.output_embedding):
         cause = f"{architecture.class_name} generates no text"
         cure = "take a model that does, the task feature-extraction, or `module:function`"
         raise UsageError(cause, cure, field="task")
-    if architecture is not None and architecture.config.get("num_mel_bins"):
-        raise UsageError(f"{architecture.class_name} hears, and reads no prompts", OWN_FUNCTION)
     config = architecture.config if architecture else None
     check_values(arguments, _own_arguments(model), sources, config)
 
@@ -72,11 +78,38 @@ def _own_arguments(model: ModelDescription) -> Mapping[str, Any] | None:
     return {} if has_weights(model) else None
 
 
+@dataclass(frozen=True, slots=True)
+class Encoding:
+    """Rows as a model reads them."""
+
+    inputs: dict[str, torch.Tensor]
+    """By the names of `forward`, `input_ids` among them, where the model computes, padded where texts begin (before an
+    encoder-decoder: where they end)."""
+    tokens: list[int]
+    """Of each row, without padding."""
+
+
 def _bind(model: Any, path: Path, options: TaskOptions, sources: Sources) -> Answerer:
+    tokenizer = load_tokenizer(path, sources, options.bounded, embedded(model))
+    # A decoder goes on where the prompt ends, so that is where all rows must meet.
+    side = "right" if getattr(model.config, "is_encoder_decoder", False) else "left"
+
+    def read(rows: Sequence[Row]) -> Encoding:
+        encoded = encode(tokenizer, rows, options.bounded)
+        return Encoding(pad(model, tokenizer, encoded, side), [len(each["input_ids"]) for each in encoded])
+
+    return generator(model, tokenizer, read, options, options.arguments)
+
+
+def generator(
+    model: Any, tokenizer: Any, read: Callable[[Sequence[Row]], Encoding], options: TaskOptions,
+    arguments: Mapping[str, Any],
+) -> Answerer:  # fmt: skip
+    """Return what answers rows with the text that the model makes of each. read: how it reads them, which raises
+    ValueError for rows that it cannot. arguments: of `generate`. Raise UsageError for a model that has none."""
     if not hasattr(model, "generate") or not hasattr(model, "generation_config"):
         raise UsageError(f"{type(model).__name__} has no `generate` of transformers'", OWN_FUNCTION)
-    tokenizer = load_tokenizer(path, sources, options.bounded, embedded(model))
-    goes_on, given = not model.config.is_encoder_decoder, as_floats(options.arguments)
+    goes_on, given = not model.config.is_encoder_decoder, as_floats(arguments)
     draw_alone(model)
     asked = {"max_new_tokens": options.max_new_tokens, "pad_token_id": tokenizer.pad_token_id, **given}
     if isinstance(watermark := asked.get("watermarking_config"), dict):
@@ -103,28 +136,24 @@ def _bind(model: Any, path: Path, options: TaskOptions, sources: Sources) -> Ans
         if settled.get("stop_strings"):
             settings["tokenizer"] = tokenizer
         cut, length = _cutter(settled, tokenizer), settings["max_new_tokens"]
-        encoded = encode(tokenizer, rows, options.bounded)
-        read = longest(encoded)
+        found = read(rows)
         if goes_on:
-            check_length(model, read, length)
+            check_length(model, max(found.tokens), length)
         else:  # what is read and what is made have positions of their own
-            check_length(model, read)
+            check_length(model, max(found.tokens))
             check_length(model, 1, length)
-        # A decoder goes on where the prompt ends, so that is where all rows must meet.
-        inputs = pad(model, tokenizer, encoded, "left" if goes_on else "right")
         seeds = [(row.arguments or {}).get("seed", options.seed + row.index) for row in rows]
         with torch.inference_mode(), drawing(seeds):
             torch.manual_seed(seeds[0])
-            made = model.generate(**inputs, **settings)
+            made = model.generate(**found.inputs, **settings)
         made = getattr(made, "sequences", made)  # of a model whose own file asks for more than tokens
-        start = inputs["input_ids"].shape[1] if goes_on else 1  # an encoder-decoder's first token is given
+        start = found.inputs["input_ids"].shape[1] if goes_on else 1  # an encoder-decoder's first token is given
         with options.bounded("the tokenizer of the model"):
-            found = [cut(tokens, start) for tokens in made.tolist()]
-            each = len(found) // len(rows)
-            texts = [found[first : first + each] for first in range(0, len(found), each)]
+            ended = [cut(tokens, start) for tokens in made.tolist()]
+            each = len(ended) // len(rows)
+            texts = [ended[first : first + each] for first in range(0, len(ended), each)]
             return [
-                _answer(tokenizer, row, made, len(tokens["input_ids"]))
-                for row, made, tokens in zip(rows, texts, encoded, strict=True)
+                _answer(tokenizer, row, made, read) for row, made, read in zip(rows, texts, found.tokens, strict=True)
             ]
 
     return answer
