@@ -1,8 +1,8 @@
 """What a batch leaves behind between two forwards beside what it passes to them, kept apart from what others leave.
 
 Some models keep states in their own modules (RecurrentGemma its recurrent states, Qwen2-VL its rope deltas, dynamic
-rotary embeddings the frequencies of the longest text so far), transformers hooks into modules where a forward first asks
-for hidden states, and notes that it did; and torch draws from generators that are everybody's.
+rotary embeddings the frequencies of the longest text so far), transformers hooks into modules where a forward first
+asks for hidden states, and notes that it did; and torch draws from generators that are everybody's.
 """
 
 from __future__ import annotations

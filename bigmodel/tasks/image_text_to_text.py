@@ -16,7 +16,7 @@ from .pictures import named_pictures, picture_parts, read_picture
 from .processing import load_processor, on_device, require_library, require_processor
 from .rows import Row
 from .task import Answerer, Arguments, Task, TaskOptions
-from .text_generation import Encoding, check_generation, generator
+from .text_generation import Encoding, check_generation, generator, require_generate
 from .tokenizing import OWN_FUNCTION, Bounded, known_architecture, load_tokenizer, require_template
 
 if TYPE_CHECKING:
@@ -75,6 +75,7 @@ def _for_generate(arguments: Mapping[str, Any]) -> dict[str, Any]:
 
 def _bind(model: Any, path: Path, options: TaskOptions, sources: Sources) -> Answerer:
     require_library("PIL", "image-text-to-text")
+    require_generate(model)
     asked = ImageTextToText.model_validate(options.arguments)
     tokenizer = load_tokenizer(path, sources, options.bounded)
     processor = load_processor("AutoProcessor", path, sources, options.bounded)

@@ -89,7 +89,14 @@ class Encoding:
     """Of each row, without padding."""
 
 
+def require_generate(model: Any) -> None:
+    """Raise UsageError for a loaded model that has no `generate` of transformers'."""
+    if not hasattr(model, "generate") or not hasattr(model, "generation_config"):
+        raise UsageError(f"{type(model).__name__} has no `generate` of transformers'", OWN_FUNCTION)
+
+
 def _bind(model: Any, path: Path, options: TaskOptions, sources: Sources) -> Answerer:
+    require_generate(model)
     tokenizer = load_tokenizer(path, sources, options.bounded, embedded(model))
     # A decoder goes on where the prompt ends, so that is where all rows must meet.
     side = "right" if getattr(model.config, "is_encoder_decoder", False) else "left"
@@ -106,9 +113,7 @@ def generator(
     arguments: Mapping[str, Any],
 ) -> Answerer:  # fmt: skip
     """Return what answers rows with the text that the model makes of each. read: how it reads them, which raises
-    ValueError for rows that it cannot. arguments: of `generate`. Raise UsageError for a model that has none."""
-    if not hasattr(model, "generate") or not hasattr(model, "generation_config"):
-        raise UsageError(f"{type(model).__name__} has no `generate` of transformers'", OWN_FUNCTION)
+    ValueError for rows that it cannot. arguments: of `generate`, which the model has."""
     goes_on, given = not model.config.is_encoder_decoder, as_floats(arguments)
     draw_alone(model)
     asked = {"max_new_tokens": options.max_new_tokens, "pad_token_id": tokenizer.pad_token_id, **given}
