@@ -3,7 +3,8 @@
 main → command → cli, a click group over
   commandline.recipes      run plan validate status why graph lock push pull
   commandline.questions    estimate init schema kinds doctor completion
-  commandline.stored       ls ps show log diff report get rm gc verify
+  commandline.stored       ls ps show log diff report get rm gc
+  commandline.published    verify attest
   commandline.single       quantize shard place generate …: a stage kind about one model
   commandline.pages        ui
 """
@@ -24,7 +25,7 @@ from typing import Any, NoReturn
 
 import click
 
-from bigpipe.commandline import pages, questions, recipes, single, stored, streams
+from bigpipe.commandline import pages, published, questions, recipes, single, stored, streams
 from bigpipe.commandline.completing import VARIABLE
 from bigpipe.commandline.printing import fail, others_apart, say, show_refusal
 from bigpipe.errors import BigpipeError, UsageError
@@ -67,7 +68,14 @@ def apart(command: click.Command) -> Callable[..., None]:
     return run
 
 
-for one in (*recipes.COMMANDS, *questions.COMMANDS, *single.COMMANDS, *stored.COMMANDS, *pages.COMMANDS):
+for one in (
+    *recipes.COMMANDS,
+    *questions.COMMANDS,
+    *single.COMMANDS,
+    *stored.COMMANDS,
+    *published.COMMANDS,
+    *pages.COMMANDS,
+):
     one.callback = apart(one)
     cli.add_command(one)
 

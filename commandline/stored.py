@@ -1,4 +1,4 @@
-"""Commands about the store: what it holds, what runs did, letting go and checking."""
+"""Commands about the store: what it holds, what runs did, letting go."""
 
 from __future__ import annotations
 
@@ -6,18 +6,16 @@ import sys
 from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
 
 import click
 
-import bigpipe
 from bigpipe.errors import UsageError
 from bigpipe.orchestrator import report
 from bigpipe.sizes import format_transfer
 
-from .completing import MODELS, RAN, REMOVABLE, RUNS
-from .options import DRY_RUN, JSON, OFFLINE, STORE, YES, age
-from .printing import confirmed, own_stderr, redraw, say, screen, show, show_json
+from .completing import RAN, REMOVABLE, RUNS
+from .options import DRY_RUN, JSON, STORE, YES, age
+from .printing import confirmed, redraw, say, screen, show, show_json
 
 
 def _print(answer: report.Inspection, as_json: bool) -> None:
@@ -201,40 +199,4 @@ def gc(
     )
 
 
-@click.command()
-@click.option("--repair", is_flag=True, help="Quarantine what is damaged, so that it is made again.")
-@click.option(
-    "--reproduce", metavar="MODEL", shell_complete=MODELS, help="Recompute a quantized model: OWNER/NAME[@REVISION]."
-)
-@click.option("--source", metavar="MODEL", help="What it was made from, where it does not say: OWNER/NAME@COMMIT.")
-@click.option("--trust", multiple=True, metavar="MODULE", help="A module of yours that its class may come from.")
-@OFFLINE
-@JSON
-@STORE
-def verify(repair: bool, reproduce: str | None, as_json: bool, store: Path | None, **options: Any) -> None:
-    """Hash every object in the store and compare. Exit 6 where something is damaged.
-
-    With --reproduce: recompute a published quantized model (a repository or a directory), by bigpipe or by transformers
-    and bitsandbytes, from its source, tensor by tensor. Exit 6 where a byte is not what the source gives.
-
-    Example: bigpipe verify --reproduce dist/model --source facebook/opt-125m
-    """
-    if reproduce is not None:
-        if repair:
-            raise UsageError("--repair mends the store, and --reproduce is about a model", "leave one out")
-        _reproduce(reproduce, as_json, store, **options)
-        return
-    for name in (name for name, given in options.items() if given):
-        raise UsageError(f"--{name} says how to recompute a model", "add --reproduce MODEL")
-    _print(report.verify_store(repair, store=store), as_json)
-
-
-def _reproduce(published: str, as_json: bool, store: Path | None, **options: Any) -> None:
-    from bigpipe.orchestrator.store import memo_directory
-
-    with report.following(own_stderr(), published) as progress:
-        found = bigpipe.reproduce(published, memo=memo_directory(store), progress=progress, **options)
-    show(as_json, found.as_json, found.render, [found.error] if found.error else [])
-
-
-COMMANDS = (list_artifacts, list_running, show_record, log, diff, write_report, get, remove, gc, verify)
+COMMANDS = (list_artifacts, list_running, show_record, log, diff, write_report, get, remove, gc)

@@ -459,8 +459,14 @@ def test_proving_the_origin(tmp_path):
     page = "docs/how-to/prove-the-origin.md"
     for folder in ("manifests", "models"):
         shutil.copytree(ROOT / folder, tmp_path / folder)
-    first, proven = (run(tmp_path, "-m", "bigpipe", *words).stdout for words in commands(page))
+    for words in re.findall(r"^\$ (openssl .+)$", PAGES[page], re.MULTILINE):
+        subprocess.run(words.split(), cwd=tmp_path, check=True, capture_output=True)
+    said = [run(tmp_path, "-m", "bigpipe", *words).stdout for words in commands(page)]
+    first, proven, checked, attested, signed = said
     assert "succeeded" in first
+    assert "provenance.json (not signed): all as it says" in checked
+    assert "quickstart.attestations/model.sig" in attested
+    assert "model.sig (signed): all as it says" in signed
     shown = re.search(r"^\$ bigpipe verify [^\n]+\n(.*?)\n…\n(.*?)\n```", PAGES[page], re.DOTALL | re.MULTILINE)
     assert proven.startswith(shown[1])
     assert shown[2] in proven

@@ -290,6 +290,24 @@ def test_where_a_model_comes_from_is_an_answer(workshop) -> None:
     assert "--repair" in answer(workshop, *asked, "--repair", code=2)["errors"][0]["cause"]
 
 
+def test_what_is_attested_and_checked_is_an_answer(workshop) -> None:
+    made = workshop.folder / "made"
+    bigpipe.quantize_checkpoint(MODEL, made, scheme="int8")
+    assert "nothing says what" in answer(workshop, "verify", "made", code=2)["errors"][0]["cause"]
+    told = answer(workshop, "attest", "made", code=0)
+    assert told["files"] == ["made.attestations/bom.cdx.json", "made.attestations/model.sig"]
+    assert answer(workshop, "verify", "made", "--offline", code=0)["documents"] == {"model.sig": "not signed"}
+    (made / "config.json").write_text("{}")
+    told = answer(workshop, "verify", "made", "--offline", code=6)
+    assert told["findings"] == [{"file": "config.json", "problem": "changed", "against": "model.sig"}]
+    assert "--key" in answer(workshop, "verify", "--key", "key.pub", code=2)["errors"][0]["cause"]
+    assert "a directory" in answer(workshop, "verify", "made", "--repair", code=2)["errors"][0]["cause"]
+    assert "one at a time" in answer(workshop, "verify", "made", "--reproduce", "made", code=2)["errors"][0]["cure"]
+    assert (
+        "private key" in answer(workshop, "attest", "made", "--key", "made/config.json", code=2)["errors"][0]["cause"]
+    )
+
+
 @pytest.mark.parametrize("broken", ["store", "bitsandbytes"])
 def test_doctor_says_no(workshop, broken: str) -> None:
     (workshop.folder / "file").touch()

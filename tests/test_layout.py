@@ -20,10 +20,11 @@ ROOT = Path(__file__).parents[1]
 ROOMS = ("commandline", "orchestrator", "bigmodel", "plugins", "webpage")
 HEAVY = ("torch", "transformers", "accelerate", "bitsandbytes")
 EXPORTS = [
-    "BigpipeError", "Checkpoint", "Estimate", "Evaluation", "ManifestError", "Placement", "Plan", "Recipe",
-    "Reproduction", "RunRecord", "RunResult", "Stage", "TrainedAdapter", "__version__", "estimate", "evaluate",
-    "finetune", "load", "load_manifest", "merge_adapter", "open_checkpoint", "place", "plan",
-    "quantize_checkpoint", "reproduce", "run", "runs", "save_checkpoint", "split_between_processes",
+    "Attested", "BigpipeError", "Checked", "Checkpoint", "Estimate", "Evaluation", "ManifestError", "Placement",
+    "Plan", "Recipe", "Reproduction", "RunRecord", "RunResult", "Stage", "TrainedAdapter", "__version__", "attest",
+    "check_directory", "estimate", "evaluate", "finetune", "load", "load_manifest", "merge_adapter",
+    "open_checkpoint", "place", "plan", "quantize_checkpoint", "reproduce", "run", "runs", "save_checkpoint",
+    "split_between_processes",
 ]  # fmt: skip
 
 

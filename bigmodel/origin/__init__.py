@@ -4,7 +4,8 @@
     reproduce("dist/model", "facebook/opt-125m@27dcfa74")    or whoever asks does
 
 `records` reads what a repository says of how it was made, `expecting` works out what must be stored then, `comparing`
-recomputes that and holds it against what is there, `reproducing` is the whole way.
+recomputes that and holds it against what is there, `reproducing` is the whole way. `attesting` says all of it in the
+words of others (`statements`), signed or not (`bundles`), and checks a directory against what is said of it.
 """
 
 from __future__ import annotations
@@ -14,8 +15,8 @@ from typing import TYPE_CHECKING
 from bigpipe.faces import face
 
 if TYPE_CHECKING:
-    from .comparing import Difference
+    from .attesting import Attested, Checked, attest, check_directory
     from .reproducing import Reproduction, reproduce
-    from .results import ComparedFile
+    from .results import ComparedFile, Difference
 
 __getattr__, __all__ = face(__name__)

@@ -90,7 +90,7 @@ def _downloaded(params: Mapping[str, Any], metrics: Mapping[str, Any]) -> Source
     names = {"include": "include", "exclude": "exclude", "library": "library_name", "variant": "variant"}
     choice = {ours: params[theirs] for ours, theirs in names.items() if params.get(theirs)}
     return Source(
-        place=params["repo"], commit=_commit(metrics.get("commit")), choice=Choice(**choice),
+        place=params["repo"], commit=commit_of(metrics.get("commit")), choice=Choice(**choice),
         subfolder=params.get("subfolder"),
     )  # fmt: skip
 
@@ -109,12 +109,13 @@ def _of_config(folder: Path, described: ModelDescription, scheme: str) -> Record
     card = read_card(folder)
     named = [card.base] if isinstance(card.base, str) else list(card.base or ())
     if len(named) == 1 and isinstance(named[0], str):
-        return Record(settings=settings, source=Source(place=named[0], commit=_commit(card.commit)))
+        return Record(settings=settings, source=Source(place=named[0], commit=commit_of(card.commit)))
     said = f"its card names {len(named)} base models" if named else "its card names no base_model"
     loaded = (described.config or {}).get("_name_or_path")
     hint = f"; its config was loaded from {loaded}" if isinstance(loaded, str) and loaded else ""
     return Record(settings=settings, source=None, unsaid=said + hint)
 
 
-def _commit(told: Any) -> str | None:
+def commit_of(told: Any) -> str | None:
+    """Return what may be a commit, where it is one."""
     return told if isinstance(told, str) and re.fullmatch(COMMIT, told) else None

@@ -15,7 +15,7 @@ from bigpipe.faces import face
 if TYPE_CHECKING:
     from .addresses import open_destination
     from .card import Card, read_card
-    from .destinations import RECEIPT, Destination, Directory, Receipt, is_present
+    from .destinations import RECEIPT, Destination, Directory, Receipt, Stored, is_present
     from .provenance import PROVENANCE, Provenance, Published, Step, read_provenance
     from .publication import Contents, check_destination, publish
 

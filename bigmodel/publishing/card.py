@@ -116,17 +116,20 @@ def card_of(model: Path, provenance: Provenance, name: str, extra: Mapping[str, 
 class Card:
     """What a model card says of where a model comes from; as it is written there, whatever that is."""
 
-    base: Any
-    """`base_model`."""
+    metadata: Mapping[str, Any]
     commit: str | None
-    """Of that, as `TEMPLATE` says it."""
+    """Of the base model, as `TEMPLATE` says it."""
+
+    @property
+    def base(self) -> Any:
+        return self.metadata.get("base_model")
 
 
 def read_card(folder: Path) -> Card:
     """Return what the README.md in `folder` says; where there is none, or it is damaged, it says nothing."""
     text = _text(folder / "README.md")
     commit = re.search(r"^Made from \[[^\]]*\]\([^)]*\) at commit `([0-9a-f]{40})`", text, re.MULTILINE)
-    return Card(front_matter(text).get("base_model"), commit and commit[1])
+    return Card(front_matter(text), commit and commit[1])
 
 
 def _cell(value: Any) -> str:

@@ -14,7 +14,7 @@ from bigpipe.orchestrator.planning import Difference
 from bigpipe.orchestrator.recipe import texts_under_fields
 from bigpipe.orchestrator.running import NodeRun
 
-from .told_of_origin import Reproduced
+from .told_of_origin import Attested, CheckedDirectory, Reproduced
 from .told_of_recipes import Answer, Exchanged, Graph, Lock, Plan, Run, Status, Validated, Why, Written
 from .told_of_stores import Collected, Differences, Held, Log, Page, Record, Removed, RunsThatGoOn, Taken, Verified
 
@@ -103,6 +103,8 @@ ANSWERS: dict[str, type[Answer]] = {
     "bigpipe.gc/1": Collected,
     "bigpipe.verify/1": Verified,
     "bigpipe.reproduce/1": Reproduced,
+    "bigpipe.directory/1": CheckedDirectory,
+    "bigpipe.attest/1": Attested,
     "bigpipe.recipe/1": Text,
     "bigpipe.completion/1": Text,
     "bigpipe.error/1": Refusal,

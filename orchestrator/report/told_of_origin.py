@@ -60,3 +60,44 @@ class Reproduced(Answer):
     """In the order of the source; empty where it is equal."""
     notes: list[str]
     """What else to know."""
+
+
+class Attested(Answer):
+    """What was written of a published model for other tools."""
+
+    directory: str
+    """The model's."""
+    digest: str
+    """Of all its files, as `model.sig` names it: sha256:…"""
+    signed: bool
+    """With the key that was given."""
+    files: list[str]
+    """Paths of the attestations."""
+    notes: list[str]
+    """What could not be said."""
+
+
+class Unlisted(Strict):
+    """A file that is not as a document says."""
+
+    file: str
+    """Relative path."""
+    problem: Literal["changed", "missing", "extra"]
+    """How."""
+    against: str
+    """Name of the document."""
+
+
+class CheckedDirectory(Answer):
+    """A published model beside what is said of it."""
+
+    directory: str
+    """The model's."""
+    files: int
+    """How many were hashed."""
+    bytes: int
+    """Of these."""
+    documents: dict[str, Literal["signed", "not checked", "not signed"]]
+    """Name of each that it was held against. `not checked`: signed, and no key was given."""
+    findings: list[Unlisted]
+    """What is not as they say."""

@@ -18,7 +18,14 @@ if TYPE_CHECKING:
     from .bigmodel.execution import load as load
     from .bigmodel.footprint import Estimate as Estimate, estimate as estimate
     from .bigmodel.inference import split_between_processes as split_between_processes
-    from .bigmodel.origin import Reproduction as Reproduction, reproduce as reproduce
+    from .bigmodel.origin import (
+        Attested as Attested,
+        Checked as Checked,
+        Reproduction as Reproduction,
+        attest as attest,
+        check_directory as check_directory,
+        reproduce as reproduce,
+    )
     from .bigmodel.placement import Placement as Placement, place as place
     from .bigmodel.quantization import quantize_checkpoint as quantize_checkpoint
     from .bigmodel.training import TrainedAdapter as TrainedAdapter, finetune as finetune
