@@ -13,7 +13,7 @@ from bigpipe.orchestrator import recipe, report
 
 from .completing import KINDS, MODELS, SHELLS, script
 from .options import JSON, OFFLINE, STORE, ManyDtypes
-from .printing import own_stdout, say, show, show_json
+from .printing import own_stdout, say, screen, show, show_json
 
 
 @click.command(cls=ManyDtypes)
@@ -115,7 +115,7 @@ def kinds(kind: str | None, markdown: bool, as_json: bool) -> None:
     if markdown or kind or as_json:
         show(as_json, lambda: report.kinds_json(kind), lambda: report.kinds_markdown(kind))
     else:
-        say(report.kinds_overview())
+        say(report.kinds_overview(screen()))
 
 
 @click.command()
@@ -129,7 +129,7 @@ def doctor(as_json: bool, store: Path | None) -> None:
     from bigpipe.orchestrator.planning import doctor_text, examine, unsound
 
     found = examine(store)
-    show(as_json, lambda: found, lambda: doctor_text(found), unsound(found))
+    show(as_json, lambda: found, lambda: doctor_text(found, screen()), unsound(found))
 
 
 @click.command()

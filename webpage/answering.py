@@ -21,7 +21,7 @@ from typing import Any
 import bigpipe
 from bigpipe.bigmodel.footprint import Estimate, capped_length, misfits, report_json
 from bigpipe.errors import BigpipeError, UsageError
-from bigpipe.files import write_file
+from bigpipe.files import parse_json, write_file
 from bigpipe.fit import as_options, fits
 from bigpipe.machine import Gpu, Machine, detect
 from bigpipe.orchestrator.report import answered, json_text, refused
@@ -61,6 +61,7 @@ def _looked_at(asked: Question, roots: Sequence[Path]) -> Iterator[str]:
         return
     if asked.model:
         raise UsageError("a model and a config are both given", "keep the one that is meant", field="config")
+    require_config(asked.config)
     before = os.getcwd()
     with tempfile.TemporaryDirectory(prefix="bigpipe-") as folder:
         write_file(Path(folder) / PASTED, asked.config, durable=False)
@@ -69,6 +70,17 @@ def _looked_at(asked: Question, roots: Sequence[Path]) -> Iterator[str]:
             yield PASTED
         finally:
             os.chdir(before)
+
+
+def require_config(text: str) -> None:
+    """Raise UsageError for a text that is no JSON object."""
+    cure = "paste the whole text of a config.json"
+    try:
+        found = parse_json(text)
+    except ValueError as error:
+        raise UsageError(f"the config is not JSON: {error}", cure, field="config") from error
+    if not isinstance(found, dict):
+        raise UsageError("the config is JSON, and no object", cure, field="config")
 
 
 def require_reachable(model: str, roots: Sequence[Path]) -> str:

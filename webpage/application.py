@@ -43,8 +43,9 @@ STATIC = {
     "page.js": "text/javascript; charset=utf-8",
     "icon.svg": "image/svg+xml",
 }
-STATUSES = {1: 500, 2: 400, 4: 422, 5: 403, 6: 502, 75: 503}
-"""Exit code of a command → status of an answer that has nothing else to tell."""
+STATUSES = {1: 500, 2: 400, 4: 422, 5: 403, 6: 422, 75: 503}
+"""Exit code of a command → status of an answer that has nothing else to tell. 422: what was asked can be read, and
+nothing can be made of it, a damaged checkpoint among others."""
 MOST_STREAMS = 16
 LOOK_SECONDS = 0.5
 MOST_FIELDS = 100

@@ -32,7 +32,7 @@ from bigpipe.trust import Limits
 from bigpipe.versions import package_version, require
 
 from .snapshot import known_architecture
-from .structure import Architecture, Head
+from .structure import Architecture, Head, named_classes
 
 ANSWER_VERSION = 6
 """Part of every key; raised when an answer's shape or meaning changes."""
@@ -231,8 +231,9 @@ def _answer(request: Request, memo: Path | None) -> dict[str, Any]:
 
 def class_of(request: Request) -> str:
     """Return what a request asks for, in a word: a class of its own, those that the config names, or its type."""
-    named = request.config.get("architectures")
-    return request.custom_class or ", ".join(map(str, named or ())) or str(request.config.get("model_type") or "")
+    return (
+        request.custom_class or ", ".join(named_classes(request.config)) or str(request.config.get("model_type") or "")
+    )
 
 
 def request_key(request: Request) -> str:

@@ -10,6 +10,7 @@ from bigpipe.errors import InvalidCheckpoint, UsageError
 from bigpipe.modules import import_attribute
 
 from .asking import Request
+from .structure import named_classes
 
 if TYPE_CHECKING:
     import torch
@@ -73,7 +74,7 @@ def _named_class(raw: Mapping[str, Any]) -> Any:
     """The first class of transformers among those that a config names; None where there is none."""
     import transformers
 
-    found = [getattr(transformers, str(name), None) for name in raw.get("architectures") or ()]
+    found = [getattr(transformers, name, None) for name in named_classes(raw)]
     return next((c for c in found if isinstance(c, type) and issubclass(c, transformers.PreTrainedModel)), None)
 
 

@@ -13,7 +13,7 @@ from typing import Any
 
 from bigpipe.errors import InvalidCheckpoint
 
-from .structure import OUTLINED, Architecture, ModuleSpec, TensorSpec
+from .structure import OUTLINED, Architecture, ModuleSpec, TensorSpec, named_classes
 
 Tensors = Mapping[str, tuple[str, tuple[int, ...]]]
 
@@ -41,7 +41,7 @@ def outline(
         own.setdefault(".".join(path), []).append(spec)
     modules = tuple(_modules("", tree, own))
     names = [module.name for module in modules]
-    class_name = str(((config or {}).get("architectures") or ["Model"])[0])
+    class_name = next(iter(named_classes(config or {})), "Model")
     return Architecture(
         class_name=class_name,
         modules=modules,

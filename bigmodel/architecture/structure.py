@@ -9,6 +9,8 @@ from dataclasses import asdict, dataclass, field
 from functools import cached_property, lru_cache
 from typing import Any, Literal
 
+from bigpipe.errors import InvalidCheckpoint
+
 Head = Literal["auto", "none"]
 """auto: the class the config names, with its head. none: the bare `AutoModel`, which is accelerate's view."""
 
@@ -146,3 +148,15 @@ def kept_in_float32(entries: tuple[str, ...], strict: tuple[str, ...], dtype: st
     which * stands for anything, and searches for it."""
     asked = {"float16": [*entries, *strict], "bfloat16": [*strict]}.get(dtype)
     return re.compile("|".join(entry.replace("*", ".*") for entry in asked)) if asked else None
+
+
+def named_classes(config: Mapping[str, Any]) -> list[str]:
+    """Return the classes that a config names under `architectures`, the one it was saved from first. Raise
+    InvalidCheckpoint for anything but a list of names."""
+    found = config.get("architectures") or []
+    if not isinstance(found, list) or not all(isinstance(name, str) for name in found):
+        raise InvalidCheckpoint(
+            f"config.json: architectures is {found!r:.80}, not a list of names",
+            'write the name of a class as transformers does, ["OPTForCausalLM"], or leave it out',
+        )
+    return found

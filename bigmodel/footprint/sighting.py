@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
@@ -107,7 +108,7 @@ def _look_at_module(model: torch.nn.Module) -> Sighting:
 
 def _look(model: str | Path, revision: str, sources: Sources, choice: Choice, subfolder: str | None) -> Sighting:
     path = Path(model)
-    if path.exists():
+    if os.path.exists(path):  # Path.exists raises where the name is longer than a file's may be
         if revision != "main":
             raise UsageError(f"revision belongs to a repository, and {path} is a path", "leave it out")
         return _look_locally(path, choice, subfolder)

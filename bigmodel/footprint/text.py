@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from textwrap import fill
 
 from bigpipe.sizes import format_size
+from bigpipe.tables import Screen, columns
 
 from .budgets import Budget, Term
 from .grounds import as_accelerate, grounds
 
 BAR = 40
 """Columns of a picture at the most."""
+SHORTEST_BAR = 8
+ENDLESS = 10_000
+"""Characters of a line in a file or a pipe."""
 SIGNS = {"weights": "█", "kv_cache": "▓", "activations": "▒", "runtime": "░"}
 FREE, BEYOND = "·", "×"
 LEGEND = "█ weights  ▓ KV cache  ▒ activations  ░ runtime  · free  × does not fit"
@@ -18,6 +23,7 @@ TRAINING_LEGEND = "█ training step  ░ runtime  · free  × does not fit"
 TRAINING = {"adamw": "AdamW", "adamw_8bit": "8-bit AdamW", "sgd": "SGD", "lora": "LoRA"}
 DROPPED = (
     "basis", "parameters", "AdamW", "8-bit AdamW", "SGD", "LoRA", "largest layer", "runtime", "activations", "KV cache",
+    "weights",
 )  # fmt: skip
 """Columns to leave out where the terminal is narrow, one after the other."""
 
@@ -25,15 +31,19 @@ Row = dict[str, str]
 
 
 def table(rows: Sequence[Row], width: int | None) -> list[str]:
-    """Columns as wide as what stands in them; less important ones are left out until a line fits."""
+    """Columns as wide as what stands in them; less important ones are left out until a line fits. Where none does,
+    lines are broken."""
     names = list(rows[0])
     widths = {name: max(len(name), *(len(row[name]) for row in rows)) for name in names}
     widths["basis"] = max((len(row.get("basis", "")) for row in rows), default=0)
-    for name in DROPPED:
-        if width is None or sum(widths[name] + 2 for name in names) - 2 <= width:
+    dropped = iter(DROPPED)
+    while not (fits := width is None or sum(widths[name] + 2 for name in names) - 2 <= width):
+        if (least := next(dropped, None)) is None:
             break
-        names = [kept for kept in names if kept != name]
+        names = [name for name in names if name != least]
     head = {name: "" if name in ("basis", "dtype") else name for name in names}
+    if not fits:
+        return columns([[row[name] for name in names] for row in (head, *rows)], Screen(width)).splitlines()
     return ["  ".join(_cell(name, row[name], widths[name]) for name in names).rstrip() for row in (head, *rows)]
 
 
@@ -78,10 +88,13 @@ def accelerate_row(found: Budget) -> Row:
 
 def pictures(budgets: Sequence[tuple[str, Budget, str]], scale: int, width: int | None, train: str | None) -> list[str]:
     """(label, budget, what is written behind its bar) as lines; scale: bytes of a whole bar."""
-    room = max(len(label) for label, _, _ in budgets)
-    columns = BAR if width is None else max(8, min(BAR, width - room - 14))
-    lines = [f"{label:{room}s}  {_bar(found, scale, columns, train)}  {said}" for label, found, said in budgets]
-    return [*lines, TRAINING_LEGEND if train else LEGEND]
+    width = width or ENDLESS
+    labels, tails = (max(map(len, texts)) for texts in ([row[0] for row in budgets], [row[2] for row in budgets]))
+    beside = labels + SHORTEST_BAR + tails + 6 <= width
+    room = max(SHORTEST_BAR, min(BAR, width - labels - 6 - tails * beside))
+    between = "  " if beside else "\n    "
+    lines = [f"{label:{labels}s}  {_bar(found, scale, room, train)}{between}{said}" for label, found, said in budgets]
+    return [*lines, fill(TRAINING_LEGEND if train else LEGEND, width)]
 
 
 def _bar(found: Budget, scale: int, columns: int, train: str | None) -> str:

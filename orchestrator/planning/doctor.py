@@ -20,6 +20,7 @@ from bigpipe.orchestrator.launch import run_alone
 from bigpipe.orchestrator.recipe import PROBES
 from bigpipe.orchestrator.store import default_root
 from bigpipe.sizes import format_size, format_transfer
+from bigpipe.tables import PLAIN, Screen, columns
 from bigpipe.versions import INSTALL_RUN, RUN, missing, package_version
 
 PACKAGES = (
@@ -61,7 +62,7 @@ def unsound(found: Mapping[str, Json]) -> list[BigpipeError]:
     return errors
 
 
-def doctor_text(found: Mapping[str, Json]) -> str:
+def doctor_text(found: Mapping[str, Json], screen: Screen = PLAIN) -> str:
     """The same for people."""
     machine, hub, store = found["machine"], found["hub"], found["store"]
     rows = [
@@ -77,8 +78,7 @@ def doctor_text(found: Mapping[str, Json]) -> str:
     ]  # fmt: skip
     for name, check in found["checks"].items():
         rows.append((f"{'✓' if check['ok'] else '✗'} {name}", check["detail"]))
-    width = max(len(name) for name, _ in rows)
-    return "\n".join(f"{name:{width}}  {text}" for name, text in rows)
+    return columns(rows, screen)
 
 
 def _probe(name: str, machine: Machine, environment: Mapping[str, str] | None) -> dict[str, Json]:

@@ -18,6 +18,8 @@ WORDS = {
 """The colour of a cell that says how something stands."""
 NARROWEST = 24
 """Characters of a last column that is worth wrapping into."""
+HANGING = "    "
+"""What lines begin with that go on with a row for which there are too few columns."""
 _NONCE = os.urandom(8).hex()
 """Text of others cannot know it, so it cannot colour anything."""
 
@@ -57,12 +59,19 @@ def coloured(text: str) -> str:
 
 
 def columns(rows: Sequence[Sequence[str]], screen: Screen = PLAIN) -> str:
-    """Return rows as left-aligned columns; the last one is wrapped to the screen, under itself."""
+    """Return rows as left-aligned columns, no line of them wider than the screen: the last column is wrapped under
+    itself; where there is no room for that, below its row; and where the others have none, each row as running text."""
     if not rows:
         return ""
     rows = [[cell if index == len(row) - 1 else _one_line(cell) for index, cell in enumerate(row)] for row in rows]
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]) - 1)]
-    return "\n".join(_row(row, widths, screen) for row in rows)
+    indent = sum(widths) + 2 * len(widths)
+    room = None if screen.width is None else screen.width - indent
+    if room is None or room >= NARROWEST or all(len(row[-1]) <= room for row in rows):
+        return "\n".join(_row(row, widths, screen, room) for row in rows)
+    if indent - 2 <= (screen.width or 0):
+        return "\n".join(_head(row, widths, screen).rstrip() + _below(row[-1], screen) for row in rows)
+    return "\n".join(_wrapped("  ".join(filter(None, row)), screen.width or 1, "", HANGING) for row in rows)
 
 
 def _one_line(cell: str) -> str:
@@ -70,19 +79,32 @@ def _one_line(cell: str) -> str:
     return printable(redact(cell)).replace("\n", " ")
 
 
-def _row(row: Sequence[str], widths: Sequence[int], screen: Screen) -> str:
-    head = "".join(
+def _head(row: Sequence[str], widths: Sequence[int], screen: Screen) -> str:
+    """All cells but the last."""
+    return "".join(
         screen.paint(cell, WORDS.get(cell)) + " " * (width + 2 - len(cell))
         for cell, width in zip(row, widths, strict=False)
     )
-    indent = sum(widths) + 2 * len(widths)
-    last = row[-1]
-    if screen.width is None or screen.width - indent < NARROWEST or indent + len(last) <= screen.width:
+
+
+def _row(row: Sequence[str], widths: Sequence[int], screen: Screen, room: int | None) -> str:
+    head, last = _head(row, widths, screen), row[-1]
+    if room is None or len(last) <= room:
         return head + screen.paint(last, WORDS.get(last))
+    indent = " " * (sum(widths) + 2 * len(widths))
+    return head + _wrapped(last, len(indent) + room, indent, indent)[len(indent) :]
+
+
+def _below(last: str, screen: Screen) -> str:
+    return "\n" + _wrapped(last, screen.width or 1, HANGING, HANGING) if last else ""
+
+
+def _wrapped(text: str, width: int, first: str, others: str) -> str:
+    """first, others: what lines begin with."""
     import textwrap  # of narrow terminals
 
-    lines = textwrap.wrap(last, screen.width - indent, break_on_hyphens=False) or [""]
-    return head + f"\n{' ' * indent}".join(lines)
+    lines = textwrap.wrap(text, width, initial_indent=first, subsequent_indent=others, break_on_hyphens=False)
+    return "\n".join(lines) or first
 
 
 def html_table(caption: str, head: Sequence[str], rows: Iterable[Sequence[str]], note: str = "") -> str:
