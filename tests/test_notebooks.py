@@ -122,6 +122,42 @@ def test_values_of_the_library_say_what_they_are():
         assert len(repr(value)) < 300
 
 
+def test_whatever_can_be_printed_is_one_short_line(ran, tmp_path):
+    workshop, result = ran
+    recipe = bigpipe.load_manifest(workshop.manifest)
+    plan = bigpipe.plan(workshop.manifest, store=workshop.folder / "store")
+    found, checkpoint = bigpipe.estimate(QUICKSTART), bigpipe.open_checkpoint(QUICKSTART)
+    record = bigpipe.runs(store=workshop.folder / "store")[-1]
+    saved = bigpipe.save_checkpoint(checkpoint, tmp_path / "saved")
+    quantized = bigpipe.quantize_checkpoint(QUICKSTART, tmp_path / "int8", scheme="int8")
+    values = [
+        recipe, recipe.nodes["join"], plan, plan.nodes["join"], plan.session, plan.session.store, result,
+        result["join"], result.nodes["join"], result.records["join"], record, record["join"], found, found["int8"],
+        found.architecture, bigpipe.place(QUICKSTART), checkpoint, saved, quantized,
+    ]  # fmt: skip
+    for value in values:
+        for text in (repr(value), str(value)):
+            assert len(text) < 250, text
+            assert "\n" not in text
+            assert " at 0x" not in text
+
+
+def test_names_that_are_none_are_told_apart_by_those_that_are(ran):
+    workshop, result = ran
+    record = bigpipe.runs(store=workshop.folder / "store")[-1]
+    for ask in (result.__getitem__, result.path, record.__getitem__):
+        with pytest.raises(bigpipe.BigpipeError, match="has no node 'nope'") as caught:
+            ask("nope")
+        assert all(name in caught.value.cure for name in ("write@n=1", "write@n=2", "join"))
+    assert result.path("join").is_dir()
+
+
+def test_a_node_is_a_table_in_a_notebook(ran):
+    _, result = ran
+    cells = Cells(result["join"]._repr_html_())
+    assert {"status", "result", "characters", str(result["join"].metrics["characters"])} <= {*cells.texts}
+
+
 def test_recipes_and_kinds_say_what_they_are(ran):
     workshop, result = ran
     assert repr(bigpipe.load_manifest(workshop.manifest)) == "<Recipe noted: write@n=1, write@n=2, join>"
@@ -162,7 +198,8 @@ def test_tables_are_wrapped_to_the_screen_under_their_last_column():
     assert all(line.startswith(" " * 22) for line in shown[2:])
     assert " ".join(" ".join(shown[1:]).split()).endswith(rows[1][1])
     assert columns(rows, Screen()).splitlines()[1].endswith("thirteen")
-    assert columns(rows, Screen(30)).splitlines()[1].endswith("thirteen")  # too narrow to wrap into
+    narrow = columns(rows, Screen(30)).splitlines()  # too narrow to wrap beside the node
+    assert narrow[:4] == ["node", "    why", "a" * 20, "    one two three four five"]
 
 
 def test_colours_are_those_of_the_screen_alone():

@@ -42,7 +42,7 @@ from bigpipe.bigmodel.writing import (
 from bigpipe.errors import UsageError
 from bigpipe.files import refuse_overlap
 from bigpipe.names import PATH, Given, checked
-from bigpipe.sizes import size_of
+from bigpipe.sizes import counted, format_transfer, size_of
 from bigpipe.trust import Trust
 from bigpipe.versions import require
 
@@ -135,7 +135,7 @@ def _untied(config: Mapping[str, Any]) -> dict[str, Any]:
     return {**config, **part, "tie_word_embeddings": False}
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, repr=False)
 class MergedCheckpoint:
     """What was written."""
 
@@ -146,6 +146,10 @@ class MergedCheckpoint:
     """Of the weight files, headers included."""
     merged: int
     """Stored tensors that an adapter changed."""
+
+    def __repr__(self) -> str:
+        size = f"{counted(self.shards, 'shard')}, {format_transfer(self.bytes)}"
+        return f"<MergedCheckpoint: {size}, {counted(self.merged, 'tensor')} changed>"
 
 
 ADAPTERS = Given((*PATH.kinds, Adapter, list, tuple), "a folder of peft's files, or a list of such folders")

@@ -24,7 +24,7 @@ from typing import Any
 
 from bigpipe.versions import planned_version
 
-from .structure import Architecture, Head, ModuleSpec, TensorSpec, named_classes
+from .structure import Architecture, Head, ModuleSpec, TensorSpec
 
 FOLDER = Path(__file__).parent / "snapshots"
 MOST_LAYERS = 4096
@@ -88,7 +88,7 @@ def expand(family: Family, config: Mapping[str, Any], head: Head) -> Architectur
     """Return what the class of a family builds from `config`. Raise KeyError, TypeError, ValueError or
     ZeroDivisionError for a config that the snapshot says nothing of."""
     with_head, bare_class = family["classes"]
-    named = named_classes(config) or [with_head]
+    named = config.get("architectures") or [with_head]
     if len(named) != 1 or named[0] not in family["classes"]:
         raise ValueError(f"class {named} is not one of {family['classes']}")
     complete = _complete(family, config)

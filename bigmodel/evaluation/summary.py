@@ -18,6 +18,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from bigpipe.errors import StageFailed
+from bigpipe.sizes import counted
 
 from .layers import LayerLoss
 from .measures import unpack
@@ -52,7 +53,7 @@ class Comparison:
     """Share of tokens at which both find the same token likeliest."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, repr=False)
 class Evaluation:
     """A model on a text."""
 
@@ -64,6 +65,11 @@ class Evaluation:
     windows: int
     comparison: Comparison | None = None
     layers: LayerLoss | None = None
+
+    def __repr__(self) -> str:
+        ratio = f", {self.comparison.perplexity_ratio.value:.4g} × the baseline's" if self.comparison else ""
+        measured = f"{self.perplexity.value:.4g} ± {self.perplexity.stderr:.2g}"
+        return f"<Evaluation: perplexity {measured}{ratio}, {counted(self.tokens, 'token')}>"
 
     def metrics(self) -> dict[str, Any]:
         """Return them by the names that gates use."""

@@ -11,6 +11,7 @@ from bigpipe.bigmodel.architecture import Architecture, position_limit, text_con
 from bigpipe.bigmodel.formats import converted_modules, matrix_shape
 from bigpipe.bigmodel.memo import kept
 from bigpipe.errors import UsageError
+from bigpipe.sizes import format_size
 
 from . import activations
 from .activations import Shape
@@ -86,7 +87,7 @@ class Term:
         return cls(size, basis, int(size * (1 - margin)), int(size * (1 + margin)), formula)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Budget:
     """One row of an estimate: a model in one dtype, each term counted when it is first asked for. Sizes in bytes.
 
@@ -96,6 +97,10 @@ class Budget:
     architecture: Architecture = field(repr=False)
     dtype: str
     workload: Workload
+
+    def __repr__(self) -> str:
+        most = format_size(self.inference_high)
+        return f"<Budget {self.dtype}: {format_size(self.inference)} to infer, {most} at most>"
 
     def __post_init__(self) -> None:
         _ = self.counts, self.cached, self.adapters  # whose errors are the caller's

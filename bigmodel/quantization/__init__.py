@@ -27,7 +27,7 @@ from bigpipe.bigmodel.writing import (
 )
 from bigpipe.files import write_file
 from bigpipe.names import PATH, Given, checked
-from bigpipe.sizes import size_of
+from bigpipe.sizes import counted, format_transfer, size_of
 from bigpipe.trust import Trust
 
 from .outline import (
@@ -57,7 +57,7 @@ __all__ = [
 SOURCE = Given((*PATH.kinds, Checkpoint), "a path, or what open_checkpoint returned")
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, repr=False)
 class QuantizedCheckpoint:
     """What was written."""
 
@@ -74,6 +74,10 @@ class QuantizedCheckpoint:
     """Linear modules that were left as they are."""
     notes: tuple[str, ...] = ()
     """What was odd about the input, in words."""
+
+    def __repr__(self) -> str:
+        size = f"{counted(self.shards, 'shard')}, {format_transfer(self.bytes)} of {format_transfer(self.source_bytes)}"
+        return f"<QuantizedCheckpoint: {size}, {counted(len(self.quantized), 'module')} quantized>"
 
 
 @checked(architecture=Given((Architecture, Mapping), "a dict or an Architecture"), source=SOURCE)

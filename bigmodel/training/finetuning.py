@@ -27,6 +27,7 @@ from bigpipe.bigmodel.tasks import Row, known_architecture
 from bigpipe.errors import UsageError
 from bigpipe.files import copy_file, make_directory, refuse_overlap, write_file
 from bigpipe.names import PATH, TEXT, Given, checked
+from bigpipe.sizes import counted
 from bigpipe.trust import Trust
 from bigpipe.versions import require
 
@@ -76,7 +77,7 @@ class Work:
     bounded: Callable[[str], AbstractContextManager[None]] = unbounded
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True, kw_only=True, repr=False)
 class TrainedAdapter:
     """What a fine-tuning gave."""
 
@@ -96,6 +97,11 @@ class TrainedAdapter:
     @property
     def steps(self) -> int:
         return len(self.losses)
+
+    def __repr__(self) -> str:
+        losses = f", loss {self.losses[0]:.4g} → {self.losses[-1]:.4g}" if self.losses else ""
+        parameters = counted(self.trainable_parameters, "parameter")
+        return f"<TrainedAdapter {self.path}: {counted(self.steps, 'step')}{losses}, {parameters}>"
 
 
 def computing_dtype(model: ModelDescription, gpu: bool, asked: str | None = None) -> str:

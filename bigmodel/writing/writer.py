@@ -28,6 +28,7 @@ from bigpipe.bigmodel.checkpoint import Uses
 from bigpipe.errors import Interrupted
 from bigpipe.files import explained, is_partial, make_directory, require_space, write_file
 from bigpipe.passing import NOBODY, OpenInlet, Outlet
+from bigpipe.sizes import counted, format_transfer
 
 from .containers import METADATA, Container, container
 from .finished import Finished, key_of
@@ -43,12 +44,15 @@ Files = dict[str, tuple[str, int]]
 """Path relative to the output → (hex sha256, size)."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, repr=False)
 class SavedCheckpoint:
     files: Files = field(default_factory=dict)
     shards: int = 0
     bytes: int = 0
     """Of the weight files, headers included."""
+
+    def __repr__(self) -> str:
+        return f"<SavedCheckpoint: {counted(self.shards, 'shard')}, {format_transfer(self.bytes)}>"
 
 
 @dataclass(frozen=True, slots=True)

@@ -29,7 +29,7 @@ from .session import NOTHING_PINNED, Session
 from .states import NOTHING_FORESEEN, NodeState, judge_gates
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True, kw_only=True, repr=False)
 class PlannedNode:
     """What a run would do with a node now."""
 
@@ -46,6 +46,10 @@ class PlannedNode:
     tried: tuple[Mapping[str, str], ...] = ()
     """What is known of the variants, of a node that takes the first that passes; see `fallback.tried`."""
     pinned: Pinned = NOTHING_PINNED
+
+    def __repr__(self) -> str:
+        why = self.decision.reason.partition("\n")[0]
+        return f"<PlannedNode {self.node.name}: {self.action}{f', {why}' * bool(why)}>"
 
     @property
     def action(self) -> Action:

@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from bigpipe.orchestrator.launch import Meeting, Standing
 
 
-@dataclass(kw_only=True)
+@dataclass(kw_only=True, repr=False)
 class Session:
     """Everything a plan and a run share. Dear answers are asked once: pins, identities, the machine."""
 
@@ -68,6 +68,9 @@ class Session:
     remote: Remote | None = None
     """Where others share what their stores have."""
     _identifying: str = ""
+
+    def __repr__(self) -> str:
+        return f"<Session of {self.recipe.name} over {self.store.root}>"
 
     @cached_property
     def checkout(self) -> Checkout:

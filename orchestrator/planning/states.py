@@ -32,7 +32,7 @@ class Trial:
     """Its judge does not stand on it: the node has its turn once the choice is taken."""
 
 
-@dataclass(slots=True, eq=False)
+@dataclass(slots=True, eq=False, repr=False)
 class NodeState:
     """What is known of a node."""
 
@@ -82,6 +82,9 @@ class NodeState:
     consumers: list[NodeState] = field(default_factory=list)
     """Those that take its artifact."""
     name: str = field(init=False)
+
+    def __repr__(self) -> str:
+        return f"<NodeState {self.name}: {self.status}>"
 
     def __post_init__(self) -> None:
         self.name = self.node.name

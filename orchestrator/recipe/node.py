@@ -75,7 +75,7 @@ class First:
     """In the order in which they are tried."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True, kw_only=True, repr=False)
 class Node:
     """One use of a stage kind: a stage of the manifest, or one variant of it."""
 
@@ -111,6 +111,10 @@ class Node:
     """The nodes whose artifacts it takes."""
     predecessors: tuple[str, ...] = field(init=False)
     """The nodes that must have ended before this one starts: inputs, needs, and those that `when` and `first` ask."""
+
+    def __repr__(self) -> str:
+        after = f", after {', '.join(self.predecessors)}" if self.predecessors else ""
+        return f"<Node {self.name}: {self.kind.kind}{after}>"
 
     def __post_init__(self) -> None:
         producers = dict.fromkeys(name for names in self.inputs.values() for name in names)

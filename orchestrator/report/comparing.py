@@ -85,8 +85,14 @@ def _changes(one: RunRecord, two: RunRecord, store: str | Path | None) -> Table:
     data = diff_runs(one.run, two.run, store=store).data
     changes = [("run", change) for change in data["changes"]]
     changes += [(name, change) for name, each in data["nodes"].items() for change in each]
-    rows = [(name, str(change["path"]), *(_value(change[side]) for side in ("old", "new"))) for name, change in changes]
+    rows = [(name, str(change["path"]), *_apart(change["old"], change["new"])) for name, change in changes]
     return Table(f"From {one.run} to {two.run}", ("node", "what", "before", "after"), rows)
+
+
+def _apart(old: Json, new: Json) -> tuple[str, str]:
+    """Two values that differ, so that this can be seen."""
+    one, other = _value(old), _value(new)
+    return (one, other) if one != other else (short(shown(old)), short(shown(new)))
 
 
 def _value(value: Json) -> str:

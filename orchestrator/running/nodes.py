@@ -10,7 +10,9 @@ from typing import Any
 from pydantic import BaseModel, Field
 
 from bigpipe.orchestrator.contract import Json
+from bigpipe.orchestrator.planning import shown
 from bigpipe.sizes import format_duration, format_figure, format_size, format_transfer
+from bigpipe.tables import html_table
 
 HEADS = ("node", "status", "time", "peak RAM", "result")
 LONGEST = 72
@@ -67,6 +69,17 @@ class NodeRun(BaseModel):
     (`taken`, `left`, `failed` or `not run`) and `why`."""
     error: str = ""
     """Why it failed."""
+
+    def __repr__(self) -> str:
+        return f"<NodeRun of {self.kind or 'a node'}, {': '.join(filter(None, [self.status, sentence(self)]))}>"
+
+    __str__ = __repr__
+
+    def _repr_html_(self) -> str:
+        rows = [("status", self.status), *zip(HEADS[2:4], _spent(self), strict=True), ("result", sentence(self))]
+        rows += [(f"gate {gate.text}", gate.measured or "not known") for gate in self.gates]
+        rows += [(name, shown(value)) for name, value in self.metrics.items()]
+        return html_table(self.kind, ("", ""), [row for row in rows if row[1]])
 
 
 def sentence(node: NodeRun) -> str:

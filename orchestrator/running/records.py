@@ -79,6 +79,10 @@ class RunRecord(BaseModel):
     text: str = ""
     """The manifest as it was."""
 
+    def __getitem__(self, node: str) -> NodeRun:
+        """Return what a node did, or the only variant of a stage. Raise UsageError for any other name."""
+        return self.nodes[meant(self.run, self.nodes, node)[0]]
+
     def __repr__(self) -> str:
         return run_line("Run", self.run, self.status, self.seconds, self.nodes)
 

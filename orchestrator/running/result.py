@@ -55,8 +55,9 @@ class RunResult:
         return {name: state.record for name, state in self.nodes.items() if state.record is not None}
 
     def path(self, node: str) -> Path | None:
-        """The artifact's directory, readable as it is; None where there is none or its bytes were dropped."""
-        state = self.nodes[node]
+        """Return the artifact's directory, readable as it is; None where there is none or its bytes were dropped.
+        node: a name, or a stage of one variant. Raise UsageError for any other."""
+        state = self.nodes[meant(self.run, self.nodes, node)[0]]
         return self.session.store.artifact_path(state.digest) if state.digest and state.bytes_here else None
 
     def ran(self) -> dict[str, NodeRun]:

@@ -14,6 +14,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from bigpipe.files import Damaged, is_partial, move, sync_directory
 from bigpipe.orchestrator.contract import Json
+from bigpipe.sizes import counted
 
 from .hashing import Fingerprint, digest_of, fingerprint, hash_and_facts
 from .layout import PRIVATE, Layout, make_directory, sealed_digests, write_sealed
@@ -261,6 +262,12 @@ class KeyRecord(BaseModel):
     run: str = ""
     tools: dict[str, str] = Field(default_factory=dict)
     """Versions of what made it."""
+
+    def __repr__(self) -> str:
+        gave = f"{counted(len(self.files), 'file')}, {self.digest[:19]}…" if self.digest else "no artifact"
+        return f"<KeyRecord of {self.node}: {gave}>"
+
+    __str__ = __repr__
 
     def holding(self, files: Mapping[str, tuple[str, int]]) -> KeyRecord:
         """Return the record of an artifact of these files: relative path → (sha256 in hex, size)."""

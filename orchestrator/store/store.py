@@ -85,6 +85,9 @@ class Store:
         self._tidied = threading.Event()
         self._close = weakref.finalize(self, self._presence.leave)
 
+    def __repr__(self) -> str:
+        return f"<Store {self.root}>"
+
     @property
     def _publisher(self) -> Publisher:
         from .publish import Publisher  # of what has run

@@ -79,7 +79,8 @@ def size_of(name: str, value: int | str) -> int:
             refuse_bare(value)
         return parse_size(value)
     except ValueError as error:
-        raise UsageError(f"{name}: {error}", field=name) from None
+        cause, _, cure = str(error).partition("; ")
+        raise UsageError(f"{name}: {cause}", cure, field=name) from None
 
 
 def format_size(size: float) -> str:

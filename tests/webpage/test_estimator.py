@@ -258,9 +258,10 @@ ODD = ("xx", "-1", "0", "1e9", "9" * 30, "../..", "é", "[1]", "null", "nan", "%
 
 
 @pytest.mark.parametrize("name", [*OPTIONS, "config", "run_in", "gpu", "gpus"])
-def test_whatever_stands_in_a_field_is_answered_with_a_cause_and_a_cure(shop, name):
+def test_whatever_stands_in_a_field_is_answered_with_a_cause_and_a_cure(shop, monkeypatch, name):
     """Never as a bug: what is wrong is the reader's to put right (400, 422), but for a repository that nobody can ask
     for (503)."""
+    monkeypatch.chdir(shop.folder)
     statuses = set()
     for odd in ODD:
         try:
