@@ -17,6 +17,7 @@ import click
 import bigpipe
 from bigpipe.errors import BigpipeError, ManifestError, Place, UsageError
 from bigpipe.files import refuse_overlap
+from bigpipe.names import or_path
 from bigpipe.orchestrator import recipe, report
 
 from .completing import MODELS
@@ -184,7 +185,8 @@ def _in_own_words(asked: recipe.Single, error: BigpipeError) -> BigpipeError:
         return ManifestError(told)
     error.cause = _told(asked, error.cause, error.place)
     error.cure = recipe.in_options(error.cure, asked.kind)
-    return error
+    typed = error.place.argument.rpartition(" ")[2] if error.place else ""
+    return or_path(error, typed) if typed in _flat(asked.models.values()) else error
 
 
 BEFORE = re.compile(r"^(?:[\w.\[\]-]+: )+")

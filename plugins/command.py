@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import PurePosixPath
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import ConfigDict, Field, field_validator
 
@@ -26,6 +27,13 @@ class CommandParams(Params):
     """What `${out}` is in the end. A checkpoint is read as any other, results are rows in `results.jsonl`."""
     metrics: str | None = None
     """A JSON file under `${out}`: one object of names and numbers, which gates can read."""
+
+    @field_validator("argv", mode="before")
+    @classmethod
+    def _split(cls, argv: Any) -> Any:
+        if isinstance(argv, str) and len(words := re.findall(r"\S+", argv)) > 1:
+            raise ValueError(f"it is a list, and no shell splits a text; write {json.dumps(words)}")
+        return argv
 
     @field_validator("argv")
     @classmethod

@@ -10,8 +10,9 @@ import re
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import Annotated, Any, Literal
+from urllib.parse import urlsplit
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, WithJsonSchema, field_validator, model_validator
 
 from bigpipe.orchestrator.stage import (
     Bytes,
@@ -31,6 +32,8 @@ from bigpipe.orchestrator.stage import (
     Stage,
     late,
 )
+
+REPOSITORY = r"[\w-][\w.-]*(/[\w-][\w.-]*)?"
 
 
 class Synthetic(Params):
@@ -55,8 +58,16 @@ class CustomClass(Params):
     """Classes whose modules stay on one device, such as blocks with a residual connection."""
 
 
+def _meant(repo: str) -> str:
+    """How to write what is no name of a repository."""
+    if repo.startswith((".", "/", "~")):
+        return f"of a directory, write `path: {repo}`"
+    parts = urlsplit(repo).path.strip("/").split("/") if "://" in repo else []
+    return f"write {'/'.join(parts[:2])}" if len(parts) >= 2 else "write it as owner/name"
+
+
 class DownloadParams(Params):
-    repo: str | None = None
+    repo: Annotated[str, WithJsonSchema({"type": "string", "pattern": rf"^{REPOSITORY}$"})] | None = None
     """A repository on the Hub, `owner/name`. Exactly one of `repo`, `path` and `synthetic` is given."""
     revision: str = "main"
     """A branch, a tag or a commit; what moves is pinned to its commit."""
@@ -80,8 +91,8 @@ class DownloadParams(Params):
     @field_validator("repo")
     @classmethod
     def _owner_and_name(cls, repo: str | None) -> str | None:
-        if repo is not None and not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", repo):
-            raise ValueError(f"{repo!r} is not the name of a repository; write it as owner/name")
+        if repo is not None and not re.fullmatch(REPOSITORY, repo):
+            raise ValueError(f"{repo!r} is not the name of a repository; {_meant(repo)}")
         return repo
 
     @field_validator("subfolder")

@@ -31,6 +31,7 @@ from bigpipe.orchestrator.stage import (
 from bigpipe.sizes import format_size
 
 Dtype = Annotated[str, OneOf(dtypes, require_dtype)]
+SOME = Field(min_length=1)
 
 LIBRARIES = Literal["transformers", "diffusers", "timm"]
 
@@ -72,9 +73,14 @@ class EstimateParams(Params):
     gradient_checkpointing: bool = False
     """Training keeps one input per layer and computes the rest again."""
 
-    @field_validator("dtypes", "lora_targets", mode="before")
+    @field_validator("dtypes", mode="before", json_schema_input_type=Dtype | Annotated[tuple[Dtype, ...], SOME])
     @classmethod
-    def _one(cls, names: Any) -> Any:
+    def _one_dtype(cls, names: Any) -> Any:
+        return (names,) if isinstance(names, str) else names
+
+    @field_validator("lora_targets", mode="before", json_schema_input_type=str | tuple[str, ...])
+    @classmethod
+    def _one_target(cls, names: Any) -> Any:
         return (names,) if isinstance(names, str) else names
 
     @model_validator(mode="after")

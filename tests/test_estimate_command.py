@@ -68,3 +68,12 @@ def test_models_side_by_side_and_explained(workshop):
     text = workshop.command("estimate", MODEL, "--explain", "--lora-targets", "q_proj,v_proj").stdout
     assert "targets q_proj, v_proj" in text
     assert len(workshop.json("estimate", MODEL, MODEL, "--compare")["estimates"]) == 2
+
+
+def test_a_name_that_may_have_been_a_directory_says_that_there_is_none(workshop):
+    (workshop.folder / "models/quickstart").mkdir(parents=True)
+    done = workshop.command("estimate", "models/quickstrat", "--offline")
+    assert "there is no directory models/quickstrat here\n  did you mean 'models/quickstart'? Else run" in done.stderr
+    done = workshop.command("quantize", "models/quickstrat", "--scheme", "int8", "--offline")
+    assert "there is no directory models/quickstrat here\n  did you mean 'models/quickstart'? Else run" in done.stderr
+    assert "directory" not in workshop.command("estimate", "https://huggingface.co/a/b", "--offline").stderr

@@ -41,8 +41,8 @@ from bigpipe.bigmodel.hub import (
     describe_repository,
 )
 from bigpipe.bigmodel.sources import Sources
-from bigpipe.errors import InvalidCheckpoint, NoWeights, Offline, UsageError, first_few
-from bigpipe.names import listed
+from bigpipe.errors import InvalidCheckpoint, NotAuthorised, NoWeights, Offline, UsageError, first_few
+from bigpipe.names import listed, or_path
 from bigpipe.sizes import format_size
 
 if TYPE_CHECKING:
@@ -116,11 +116,13 @@ def _look(model: str | Path, revision: str, sources: Sources, choice: Choice, su
     hub, subfolder = Hub.of(sources), subfolder or below
     try:
         return _look_remotely(repo, revision, hub, sources, choice, subfolder)
-    except Offline:
+    except (UsageError, NotAuthorised) as error:
+        raise or_path(error, str(model)) from error
+    except Offline as error:
         commit = cached_commit(hub, repo, revision)
         snapshot = hub.folder(repo) / "snapshots" / (commit or revision)
         if not snapshot.is_dir():
-            raise
+            raise or_path(error, str(model)) from error
         return replace(_look_locally(snapshot, choice, subfolder), name=repo, revision=snapshot.name)
 
 

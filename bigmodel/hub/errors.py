@@ -140,19 +140,25 @@ def _of_access(names: set[str], status: int, with_token: bool, message: str | No
     if "GatedRepoError" in names:
         who = "this token's user has not been let in" if with_token else "no token was sent"
         then = "wait until its authors let you in" if with_token else f"then {LOGIN}"
-        return GatedRepository(f"{repo} is gated, and {who}", f"accept its conditions at {endpoint}/{repo}, {then}")
+        return GatedRepository(
+            f"{repo} is gated, and {who}", f"accept its conditions at {endpoint}/{repo}, {then}", field="repo"
+        )
     spelling = "check the spelling, owner/name; for a private model"
     if status == 404:
         hidden = ", or this token may not see it" if with_token else ""
-        return UsageError(f"{endpoint} has no model {repo!r}{hidden}", f"{spelling}, check what the token may read")
+        return UsageError(
+            f"{endpoint} has no model {repo!r}{hidden}", f"{spelling}, check what the token may read", field="repo"
+        )
     if status == 403:
         cause = f"the token may not do this with {repo} (403: {message or 'no reason given'})"
-        return NotAuthorised(cause, f"give it the permission at {endpoint}/settings/tokens, or use another")
+        return NotAuthorised(
+            cause, f"give it the permission at {endpoint}/settings/tokens, or use another", field="repo"
+        )
     if with_token:
         cure = f"it may have expired; make a new one at {endpoint}/settings/tokens, and {LOGIN}"
         return NotAuthorised(f"{endpoint} does not accept the token (401), asked for {repo}", cure)
     cause = f"{repo} is private or does not exist: {endpoint} answers 401, and no token was sent"
-    return NotAuthorised(cause, f"{spelling} {LOGIN}")
+    return NotAuthorised(cause, f"{spelling} {LOGIN}", field="repo")
 
 
 def _no_passage(asked: _Asked) -> NotAuthorised:

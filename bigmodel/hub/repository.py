@@ -357,7 +357,9 @@ def _offline(hub: Hub, repo: str, revision: str | None) -> Offline:
     known = cached_commit(hub, repo, revision) if revision else None
     seen = f"the Hub cache saw {revision} at {known}: write `revision: {known}`, or " if known else ""
     at = f" at {revision}" if revision else ""
-    return Offline(f"{repo}{at} is not known here, and asking the Hub is switched off", seen + CURE_OFFLINE)
+    return Offline(
+        f"{repo}{at} is not known here, and asking the Hub is switched off", seen + CURE_OFFLINE, field="repo"
+    )
 
 
 def _get_json(hub: Hub, path: str, repo: str, revision: str | None, query: Mapping[str, str]) -> Any:

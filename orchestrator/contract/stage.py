@@ -19,7 +19,7 @@ from pydantic_core import CoreSchema, PydanticKnownError
 from pydantic_core.core_schema import no_info_after_validator_function
 
 from bigpipe.errors import UsageError
-from bigpipe.sizes import BARE, is_bare, parse_size, refuse_bare
+from bigpipe.sizes import BARE, MOST, is_bare, parse_size, refuse_bare
 
 from .contexts import CheckContext, ForecastContext, StageContext
 from .types import Forecast, Json, Machine
@@ -78,6 +78,7 @@ Size = Annotated[
         {
             "type": ["integer", "string"],
             "minimum": 0,
+            "maximum": MOST,
             "pattern": _WRITTEN,
             "examples": ["10GiB", "5GB"],
             "not": {"type": "integer", "exclusiveMinimum": 0, "exclusiveMaximum": BARE},

@@ -353,8 +353,9 @@ class _Parser:
         if unit in _SECONDS:
             return Number(float(digits) * _SECONDS[unit], "time", text)
         units = ["B", "kB", "MB", "GB", "TB", "KiB", "MiB", "GiB", "TiB", *_SECONDS]
-        hint = _hint(unit) if unit in ("and", "or") else ""
-        cure = hint or did_you_mean(unit, units) or "sizes: KiB MiB GiB TiB kB MB GB TB; times: ms s min h"
+        if unit in ("and", "or", "not"):
+            self.fail(token.start("unit"), f"{unit!r} does not belong in a condition", _hint(unit), width=len(unit))
+        cure = did_you_mean(unit, units) or "sizes: KiB MiB GiB TiB kB MB GB TB; times: ms s min h"
         self.fail(token.start("unit"), f"{unit!r} is not a unit", cure, Fault.BAD_UNIT, len(unit))
 
 

@@ -292,7 +292,8 @@ class _Loading:
                 cause, cure = f"{name}: a stage is a map", f"write `{name}: {{uses: KIND}}`"
                 self.problems.add(Fault.WRONG_TYPE, path, cause, cure)
                 raw = {"uses": "unknown"}
-            shape, settings = split_stage(raw, name, self.problems)
+            offer = kinds.get(name)
+            shape, settings = split_stage(raw, name, self.problems, offer.stage.params if offer else None)
             known = len(self.problems)
             shape = {
                 key: value if key == "uses" else interpolate(value, scope, self.problems, (*path, key))
@@ -301,9 +302,12 @@ class _Loading:
             target = Target(self.document, path, name, lenient=len(self.problems) > known)
             structure = validate(Structure, shape, target, self.problems, salvage=True) or Structure(uses="unknown")
             broken = len(self.problems) > before
+            unread = "inputs" in shape and "inputs" not in structure.model_fields_set
             kind, location = kinds.get(name) or (None, "")
             condition = self._condition(settings, scope)
-            result[name] = Wired(name, index, kind, structure, settings, condition, location, broken=broken)
+            result[name] = Wired(
+                name, index, kind, structure, settings, condition, location, broken=broken, unread=unread
+            )
             if structure.secrets:
                 self._check_secrets(name, structure.secrets, {*manifest.secrets, *(kind.secrets if kind else ())})
         return result
@@ -319,8 +323,9 @@ class _Loading:
     def _check_secrets(self, name: str, secrets: Sequence[str], allowed: set[str]) -> None:
         for index, secret in enumerate(secrets):
             if secret not in allowed:
-                cure = did_you_mean(secret, allowed | WELL_KNOWN_SECRETS) if secret not in WELL_KNOWN_SECRETS else ""
-                cure = cure or f"declare it at the top: `secrets: [{secret}]`"
+                declare = f"declare it at the top: `secrets: [{secret}]`"
+                near = "" if secret in WELL_KNOWN_SECRETS else did_you_mean(secret, allowed | WELL_KNOWN_SECRETS)
+                cure = f"{near} Else {declare}" if near else declare
                 path, cause = ("stages", name, "secrets", index), f"{secret!r} is not a declared secret"
                 self.problems.add(Fault.UNDECLARED_SECRET, path, cause, cure)
 

@@ -15,13 +15,15 @@ from bigpipe.redaction import has_password, redact
 from bigpipe.trust import Limits
 
 from .problems import Fault, Problems
-from .validation import Target, validate
+from .validation import Target, fields_at, validate
 from .yamlsource import Document, Key, to_python
 
 VERSION = 1
 NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_-]{0,63}")
 
 _DURATION = r"\s*(?:(\d+(?:\.\d+)?)\s*h)?\s*(?:(\d+(?:\.\d+)?)\s*m(?:in)?)?\s*(?:(\d+(?:\.\d+)?)\s*s)?\s*"
+LONGEST = 10**9
+"""Seconds: 30 years."""
 _MODULE = r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*"
 _PINNED = r"[\w.-]+/[\w.-]+@[0-9a-f]{40}"
 
@@ -49,8 +51,8 @@ def parse_duration(value: int | float | str) -> float:
             raise ValueError(f"{value!r} is not a time; write 90s, 30m, 1h30m or a number of seconds")
         hours, minutes, rest = (float(part or 0) for part in match.groups())
         seconds = hours * 3600 + minutes * 60 + rest
-    if not 0 < seconds < 1e9:
-        raise ValueError(f"{value!r} is no time to wait; it must be more than 0")
+    if not 0 < seconds < LONGEST:
+        raise ValueError(f"{value!r} is no time to wait; it must be more than 0, and less than {LONGEST:,} seconds")
     return seconds
 
 
@@ -63,9 +65,15 @@ def _like(pattern: str, otherwise: str) -> AfterValidator:
     return AfterValidator(check)
 
 
-Module = Annotated[str, _like(_MODULE, "a module name; write it as in `import`: mingpt or mingpt.model")]
+Module = Annotated[
+    str,
+    _like(_MODULE, "a module name; write it as in `import`: mingpt or mingpt.model"),
+    WithJsonSchema({"type": "string", "pattern": f"^{_MODULE}$"}),
+]
 PinnedRepository = Annotated[
-    str, _like(_PINNED, "a pinned repository; write owner/name@ and the 40 digits of its commit")
+    str,
+    _like(_PINNED, "a pinned repository; write owner/name@ and the 40 digits of its commit"),
+    WithJsonSchema({"type": "string", "pattern": f"^{_PINNED}$"}),
 ]
 Duration = Annotated[
     float,
@@ -74,7 +82,8 @@ Duration = Annotated[
         {
             "type": ["number", "string"],
             "exclusiveMinimum": 0,
-            "pattern": rf"^(?=.*\d){_DURATION}$",
+            "exclusiveMaximum": LONGEST,
+            "pattern": rf"^(?=.*[1-9]){_DURATION}$",
             "examples": ["30m", "1h30m"],
         }
     ),
@@ -296,11 +305,16 @@ def check_name(name: Key, path: tuple[Key, ...], what: str, problems: Problems, 
     problems.add(Fault.BAD_NAME, path, f"{name[:80]!r} cannot name {what}", cure, key=key)
 
 
-def split_stage(raw: Mapping[str, Json], name: str, problems: Problems) -> tuple[dict[str, Json], dict[str, Json]]:
-    """Return the fields of `Structure` and those of `NodeSettings`; others are reported."""
+def split_stage(
+    raw: Mapping[str, Json], name: str, problems: Problems, params: type[BaseModel] | None = None
+) -> tuple[dict[str, Json], dict[str, Json]]:
+    """Return the fields of `Structure` and those of `NodeSettings`; others are reported. params: of the stage's kind,
+    if it is known."""
+    below = fields_at(params, ()) if params else []
     for key in raw:
         if key not in STRUCTURE and key not in SETTINGS:
             cure = did_you_mean(str(key), [*STRUCTURE, *SETTINGS], otherwise="it takes")
+            cure = f"write it under `with`: {raw.get('uses')} takes it there" if key in below else cure
             cause = f"unknown field {str(key)!r} in stage {name}"
             problems.add(Fault.UNKNOWN_FIELD, ("stages", name, key), cause, cure, key=True)
     shape, settings = ({key: raw[key] for key in raw if key in taken} for taken in (STRUCTURE, SETTINGS))

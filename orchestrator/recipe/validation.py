@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import UnionType
@@ -27,10 +29,14 @@ _EXPECTED = {
     "dict_type": "a map", "mapping_type": "a map", "model_type": "a map", "model_attributes_type": "a map",
     "none_required": "null",
 }  # fmt: skip
+_SWITCHES = {"yes": "true", "on": "true", "no": "false", "off": "false"}
+_NUMBER = re.compile(r"-?\d+(\.\d+)?")
 _LIMITS = {
     "greater_than": ("gt", "more than"), "greater_than_equal": ("ge", "at least"),
     "less_than": ("lt", "less than"), "less_than_equal": ("le", "at most"),
 }  # fmt: skip
+
+_STRICT = ("int_type", "float_type", "bool_type")
 
 M = TypeVar("M", bound=BaseModel)
 
@@ -51,13 +57,39 @@ def validate(model: type[M], value: Json, target: Target, problems: Problems, *,
     """Return the model, or None after every error was added to `problems`. salvage: after errors, the model without the
     entries that have some, so that the rest can be checked too."""
     try:
-        return model.model_validate(value, context=Written(value))
+        found = model.model_validate(value, context=Written(value))
     except ValidationError as error:
         details = error.errors(include_url=False)
+    else:
+        mistyped = _mistyped(model, value, target)
+        for finding in mistyped:
+            _report(finding, model, target, problems)
+        return None if mistyped and not salvage else found
     for finding in _causes(_merged([_finding(detail, target) for detail in details]), model):
         if not (target.lenient and contains_reference(finding.input)):
             _report(finding, model, target, problems)
     return _salvaged(model, value, {detail["loc"][:2] for detail in details}) if salvage else None
+
+
+def _mistyped(model: type[BaseModel], value: Json, target: Target) -> list[_Finding]:
+    """What stands for another type than it is, and is taken all the same where a reference gave it, as environment
+    variables give texts: '4' for 4, true for 1, 0 for false."""
+    try:
+        model.model_validate_json(json.dumps(value), strict=True, context=Written(value))
+    except ValidationError as error:
+        details = [each for each in error.errors(include_url=False) if each["type"] in _STRICT]
+        return [each for each in _merged([_finding(each, target) for each in details]) if _written(each, target)]
+    return []
+
+
+def _written(finding: _Finding, target: Target) -> bool:
+    """Does it stand in the manifest as it is? A whole number may be written with a point, as in JSON's own schemas."""
+    if isinstance(finding.input, float):
+        return False
+    path = target.path + finding.path
+    item, covered = target.document.find(path)
+    literal = covered == len(path) and not isinstance(item.value, dict | list)
+    return literal and not contains_reference(item.value)
 
 
 def _causes(findings: list[_Finding], model: type[BaseModel]) -> list[_Finding]:
@@ -130,7 +162,7 @@ def _finding(details: Any, target: Target) -> _Finding:
 
 _SPELLINGS = {
     "fp16": "float16", "half": "float16", "bf16": "bfloat16", "fp32": "float32", "float": "float32", "fp64": "float64",
-    "fp8": "float8", "8bit": "int8", "4bit": "nf4",
+    "fp8": "float8", "8bit": "int8", "4bit": "nf4", "int4": "nf4",
 }  # fmt: skip
 """What others call dtypes and formats."""
 
@@ -216,6 +248,12 @@ def _retyped(value: Json, phrases: Sequence[str], source: str) -> str:
         return f"put it in quotes if it is text: '{source}'"
     if value is None:
         return "fill it in, or remove it"
+    if "true or false" in phrases and isinstance(value, str) and value.lower() in _SWITCHES:
+        return f"write {_SWITCHES[value.lower()]}"
+    if isinstance(value, str) and any("number" in phrase for phrase in phrases) and _NUMBER.fullmatch(value):
+        return f"write {value} without quotes"
+    if "a map" in phrases and isinstance(value, list):
+        return "write lines of `name: value`, without dashes or brackets"
     if "a text" in phrases and isinstance(value, list) and len(value) == 1 and isinstance(value[0], str):
         return f"write {value[0]} without brackets"
     if "a list" in phrases and isinstance(value, str | int | float):

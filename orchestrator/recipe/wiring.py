@@ -74,6 +74,8 @@ class Wired:
     axes: Axes = field(default_factory=dict)
     broken: bool = False
     """Some axes may be missing because of a reported problem."""
+    unread: bool = False
+    """What stands under `inputs` is none, which was reported."""
 
     @property
     def path(self) -> tuple[Key, ...]:
@@ -90,11 +92,11 @@ def check_wired(stage: Wired, kind: Stage[Any], stages: Collection[Wired], probl
     for name in stage.inputs:
         if kind.port(name) is None:
             _unknown_port(stage, kind, name, problems)
-    if kind.needs_input and not stage.inputs:
+    if kind.needs_input and not stage.inputs and not stage.unread:
         cause = f"{kind.kind} needs one of its ports {listed(list(ports), 'or')}"
         problems.add(Fault.MISSING_PORT, path, cause, f"add `inputs: {{{next(iter(ports))}: STAGE}}`", key=True)
     for name, port in ports.items():
-        if not port.optional and name not in stage.inputs and stage.inputs.keys() <= ports.keys():
+        if not port.optional and name not in stage.inputs and not stage.unread and stage.inputs.keys() <= ports.keys():
             short = f"inputs: {{{name}: STAGE}}" if name != DEFAULT_PORT else "inputs: STAGE"
             cause = f"{kind.kind} needs a {port.type} on its port {name!r}"
             problems.add(Fault.MISSING_PORT, path, cause, f"add `{short}`{_candidates(stage, port, stages)}", key=True)

@@ -52,10 +52,18 @@ _SYNTAX_CURES = (
     ("is still open", "close the bracket, or put a comma between the values"),
     ("cannot start any token", "put the text in quotes"),
     ("no ':' after it", "write `key: value`"),
+    ("is never closed", "close it with the same sign, \" or '; inside it, write \"…\\\"…\" or '…''…'"),
+    ("by its indentation", "begin it under the first letter of the key that it stands beside"),
 )
-_SYNTAX_CAUSES = (("could not find expected ':'", "a key stands here with no ':' after it"),)
+_NO_COLON = "a key stands here with no ':' after it"
+_SYNTAX_CAUSES = (
+    ("could not find expected ':'", _NO_COLON),
+    ("while scanning a quoted scalar", "the quote that opens here is never closed"),
+    ("parsing a block mapping, did not find expected key", "this line fits none above it by its indentation"),
+)
 """What is said instead of the parser's own words."""
 _FLOW = "expected ',' or"
+_BARE_REFERENCE = "a reference without quotes opens a map of its own here"
 
 Scalar: TypeAlias = "str | int | float | bool | None"
 Key: TypeAlias = "str | int"
@@ -377,12 +385,25 @@ class _Composer:
                 cause = f"this bracket is still open on line {mark.line + 1}"
             mark = opened  # show what was left open, not where that was noticed
         line = self.document.line(mark)
+        if "mapping values" in cause and (above := self._without_colon(mark)) is not None:
+            cause, mark, line = _NO_COLON, above, self.document.line(above)
         cause = next((words for phrase, words in _SYNTAX_CAUSES if phrase in cause), cause)
+        if "${" in line and _FLOW in cause:
+            cause = _BARE_REFERENCE
         if _indents_with_tabs(line, mark.column):
             cause = "a tab indents this line"
         self.problems.fail(
             Fault.SYNTAX, self.document.place_between(mark, mark), cause, _syntax_cure(cause, line, mark.column)
         )
+
+    def _without_colon(self, mark: yaml.Mark) -> yaml.Mark | None:
+        """The line above, where it is one word or two with nothing that makes a key of it: the parser took the next
+        line for more of it."""
+        above = self.document.lines[mark.line - 1] if mark.line else ""
+        if not re.fullmatch(r"\s*[A-Za-z_][\w-]*( +\S+)?\s*", above) or ":" in above:
+            return None
+        start = len(above) - len(above.lstrip())
+        return yaml.Mark("", 0, mark.line - 1, start, None, 0)
 
     def _noticed_late(self, cause: str, opened: yaml.Mark, mark: yaml.Mark) -> bool:
         """Was it noticed where what is wrong cannot be: after a key's line, or where a block goes on beside it?"""
@@ -405,7 +426,7 @@ def _other_form(name: Key) -> Key:
 def _syntax_cure(cause: str, line: str, column: int) -> str:
     if _indents_with_tabs(line, column):
         return "indent with spaces, not tabs"
-    if "${" in line and "expected ',' or" in cause:
+    if cause == _BARE_REFERENCE:
         return 'inside { } and [ ] write ${…} in quotes: "${…}"'
     usual = "check the indentation and brackets here and on the line above"
     return next((cure for phrase, cure in _SYNTAX_CURES if phrase in cause), usual)

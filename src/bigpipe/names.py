@@ -11,7 +11,7 @@ from functools import wraps
 from pathlib import Path
 from typing import NamedTuple, ParamSpec, TypeVar
 
-from .errors import UsageError, first_few
+from .errors import BigpipeError, GatedRepository, UsageError, first_few
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -88,6 +88,19 @@ def did_you_mean(word: str, known: Iterable[str], *, otherwise: str = "") -> str
     if close is not None:
         return f"did you mean {close!r}?"
     return f"{otherwise} {listed(known)}" if otherwise and 0 < len(known) <= 20 else ""
+
+
+def or_path(error: BigpipeError, name: str) -> BigpipeError:
+    """Return an error about a repository that is not there or not known (its field is `repo`), where a directory may
+    have been meant by its name: it then says that there is none, and what is beside it."""
+    if error.field != "repo" or isinstance(error, GatedRepository) or "://" in name:
+        return error
+    parent = Path(name).parent
+    beside = sorted(str(other) for other in parent.iterdir() if other.is_dir()) if parent.is_dir() else []
+    error.cause += f", and there is no directory {name} here"
+    if near := did_you_mean(name, beside):
+        error.cure = f"{near} Else {error.cure}"
+    return error
 
 
 def as_names(given: str | Iterable[str]) -> tuple[str, ...]:

@@ -62,7 +62,7 @@ BARE = 10**6
 def is_bare(value: int | str) -> bool:
     """Return whether it is a number without a unit that nobody means as bytes."""
     text = str(value).strip()
-    return text.isdecimal() and 0 < int(text) < BARE
+    return re.fullmatch(r"\d{1,40}(\.\d{1,40})?", text, re.ASCII) is not None and 0 < float(text) < BARE
 
 
 def refuse_bare(value: int | str) -> None:

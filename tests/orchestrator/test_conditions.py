@@ -95,7 +95,10 @@ def test_references_name_every_metric() -> None:
         ("peak => 3", "14 BP401 '=' does not belong in a condition; write >="),
         ("peak = 3", "14 BP401 '=' does not belong in a condition; write == to compare"),
         ("a < 3 < 4", "15 BP401 '<' stands where the end is expected; write one comparison per condition"),
-        ("a < 3 and b < 4", "15 BP403 'and' is not a unit; write one comparison per condition; a list of gates"),
+        (
+            "a < 3 and b < 4",
+            "15 BP401 'and' does not belong in a condition; write one comparison per condition; a list of gates",
+        ),
         ("a < b and b < 4", "15 BP401 'and' stands where the end is expected; write one comparison per condition"),
         ("a < 3 && b < 4", "15 BP401 '&' does not belong in a condition; write one comparison per condition"),
         ("not a < 3", "13 BP401"),

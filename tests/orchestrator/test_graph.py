@@ -99,7 +99,7 @@ def test_a_node_has_all_that_a_plan_needs(tmp_path: Path) -> None:
             retries: 2
             timeout: 1h30m
             on_fail: continue
-            cache: no
+            cache: false
             resources: {ram: 4GiB, cpus: 2, gpus: 0}
           infer:
             uses: infer

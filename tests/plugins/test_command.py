@@ -209,7 +209,7 @@ def test_what_is_missing_is_found_by_the_plan(workshop, argv, more, said):
 @pytest.mark.parametrize(
     ("argv", "more", "said"),
     [
-        ("echo hi", "", "a list is expected"),
+        ("echo hi", "", 'no shell splits a text; write ["echo", "hi"]'),
         ("[]", "", "it is empty"),
         ("['${input.model}/run']", "", "what stages give is not run"),
         ("['${python}', '${input}']", "", "${input} is not known"),
