@@ -19,6 +19,7 @@ from bigpipe.files import LogFile, write_file
 from bigpipe.fit import out_of_memory
 
 from .deaths import BEGUN, begin
+from .ending import finishing, until
 from .records import LOG, Record, check_errors, encoded, open_log
 from .resultfiles import keep_files, without_files
 from .workfolder import PEAKS, TIMES, WorkPlan
@@ -130,9 +131,10 @@ def compute_share(
                 write_file(own / TIMES, json.dumps(times), durable=False)
                 tell()
 
-        bound.each(lambda chunk: compute(plan.chunks[chunk]), queue, plan.together)
-        bound.each(lambda row: compute([row]), suspects, 1)
-        syncing.result()
+        with finishing() as told:
+            bound.each(lambda chunk: compute(plan.chunks[chunk]), until(told, queue), plan.together)
+            bound.each(lambda row: compute([row]), until(told, suspects), 1)
+            syncing.result()
         tell()  # others may have taken what it expected
 
 

@@ -87,7 +87,7 @@ def test_a_rank_without_work_binds_nothing(tmp_path: Path) -> None:
 def test_rows_that_failed_are_tried_again_and_counted(tmp_path: Path) -> None:
     calls: list[int] = []
     share_out(tmp_path, batch_size=4, ranks=1)
-    with pytest.raises(StageFailed, match=r"2 prompt\(s\) failed, and max_errors allows 1; prompt 3"):
+    with pytest.raises(StageFailed, match=r"2 prompts failed, and max_errors allows 1; prompt 3"):
         compute_share(tmp_path, 0, 1, counting(calls, lambda index: index in (1, 3)), max_errors=1)
     assert share_out(tmp_path, batch_size=4, ranks=1).finished == 0
     compute_share(tmp_path, 0, 1, counting(calls, lambda index: index == 3), max_errors=1)

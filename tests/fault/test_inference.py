@@ -1,4 +1,4 @@
-"""Inference over ranks, killed: every record once, none lost, none repeated but a chunk per rank and kill."""
+"""Inference over ranks, killed: every record once, none lost, none repeated but a chunk per rank that was killed."""
 
 from __future__ import annotations
 
@@ -53,8 +53,8 @@ def test_kills_lose_and_repeat_nothing(tmp_path: Path, model: Path, seed: int) -
         redone, done = 0, False
         while not done:
             ranks = draw.randint(1, RANKS)
-            killed, done = _live(folder, model, ranks, draw if kills < KILLS else None)
-            kills, redone = kills + killed, redone + ranks * killed
+            killed, lost, done = _live(folder, model, ranks, draw if kills < KILLS else None)
+            kills, redone = kills + killed, redone + lost
             assert left_of(folder) == [], "a process outlived its command by 10 s"
         lines = [json.loads(line) for line in (folder / "work" / "out" / "results.jsonl").read_text().splitlines()]
         assert lines == [{"index": i, "prompt": p, "length": len(p), "seed": i} for i, p in enumerate(prompts)]
@@ -63,23 +63,32 @@ def test_kills_lose_and_repeat_nothing(tmp_path: Path, model: Path, seed: int) -
     print(f"{kills} kills in {rounds} rounds of {RECORDS} records")  # noqa: T201
 
 
-def _live(folder: Path, model: Path, ranks: int, draw: random.Random | None) -> tuple[int, bool]:
-    """Start the command and kill somebody, and again; return how often that was done, and whether it ended well."""
+def _live(folder: Path, model: Path, ranks: int, draw: random.Random | None) -> tuple[int, int, bool]:
+    """Start the command and kill somebody, and again; return how often that was done, how many batches that may have
+    cost, and whether it ended well. A rank's death costs the batch that it had, as the others write theirs down; that
+    of the command or the launcher, which takes all ranks along, one of each."""
     command = [sys.executable, "-m", "support.inferring", folder, model, str(ranks), folder / "fields.json"]
     environment = {**os.environ, "PYTHONPATH": f"{TESTS.parent / 'src'}:{TESTS}"}
     with subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL) as process:
         assert process.stdout is not None
-        killed = 0
+        killed = lost = 0
+
+        def kill() -> None:
+            nonlocal killed, lost
+            victim = _kill_somebody(process, draw)
+            killed += victim is not None
+            lost += 0 if victim is None else 1 if victim == "rank" else ranks
+
         if draw is not None:
             if draw.random() < 0.5:  # while it starts
                 time.sleep(draw.uniform(0, 6))
             elif _await_progress(process):
                 time.sleep(draw.uniform(0, 1.5))
-            killed = _kill_somebody(process, draw)
+            kill()
         threading.Thread(target=process.stdout.read, daemon=True).start()
         while draw is not None and not _ended(process, draw.uniform(1, 10)):  # a rank that was killed is replaced
-            killed += _kill_somebody(process, draw)
-        return killed, process.wait(timeout=600) == 0
+            kill()
+        return killed, lost, process.wait(timeout=600) == 0
 
 
 def _ended(process: subprocess.Popen[bytes], seconds: float) -> bool:
@@ -95,10 +104,13 @@ def _await_progress(process: subprocess.Popen[bytes]) -> bool:
     return any(event["event"] == "progress" and event["done"] for event in events)
 
 
-def _kill_somebody(process: subprocess.Popen[bytes], draw: random.Random) -> bool:
+def _kill_somebody(process: subprocess.Popen[bytes], draw: random.Random) -> str | None:
+    """Return the last word of what started it; None where nobody was there."""
     with contextlib.suppress(psutil.NoSuchProcess):
         command = psutil.Process(process.pid)
         if process.poll() is None:
-            draw.choice([command, *command.children(recursive=True)]).kill()
-            return True
-    return False
+            victim = draw.choice([command, *command.children(recursive=True)])
+            started = victim.cmdline()
+            victim.kill()
+            return started[-1] if started else ""
+    return None

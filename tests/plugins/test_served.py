@@ -90,7 +90,7 @@ def test_a_run_that_broke_off_goes_on_with_other_settings(tmp_path: Path, api: A
     api.change = lambda asked, reply: refuse(asked, reply) if asked.number > 3 else reply
     broken = workshop.run(text)
     assert statuses(broken) == {"answer": "failed"}
-    assert "a pause of 99 s" in str(broken.errors[0])
+    assert "a pause of 1 min 39 s" in str(broken.errors[0])
     assert broken.errors[0].exit_code == 75
     before = [asked.text for asked in api.asked[:3]]
     api.change = lambda asked, reply: reply
