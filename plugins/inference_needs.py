@@ -14,13 +14,13 @@ from bigpipe.bigmodel.footprint import Budget, Workload
 from bigpipe.bigmodel.inference import Batching, assign
 from bigpipe.bigmodel.placement import Placement, Together, batches_together
 from bigpipe.bigmodel.sources import Sources
-from bigpipe.bigmodel.tasks import TASKS, Prompts, Requests, Row, find_task, request_reader
+from bigpipe.bigmodel.tasks import TASKS, Prompts, Requests, Row, find_task, request_reader, require_pyarrow
 from bigpipe.errors import UsageError
 from bigpipe.orchestrator.stage import Forecast, ForecastContext, StageContext
 from bigpipe.sizes import counted
 
 from .distributed_infer import InferParams
-from .library import sources_of
+from .library import about, sources_of
 from .placed import computed_in
 from .ranked import CUDA_BASE, RANK_BASE, UNSIZED, alone, held_in_ram, misfits_of_gpus
 from .wired import agreed, attached, single_model
@@ -74,6 +74,13 @@ def work_of(params: InferParams, batching: Batching, ranks: int) -> str:
     spread = f" ({' + '.join(map(str, counts))})" if params.split == "static" and 1 < ranks <= 8 else ""
     batches = counted(len(batching.sizes), "batch", "es")
     return f"{counted(batching.rows, 'prompt')} in {batches} over {counted(ranks, 'rank')}{spread}"
+
+
+def check_output(params: InferParams) -> None:
+    """Raise UsageError where what writes the results is not installed."""
+    if params.output_format == "parquet":
+        with about("output_format"):
+            require_pyarrow("output_format: parquet", "write lines of JSON")
 
 
 def _ram(params: InferParams, ctx: ForecastContext, placement: Placement | None, beside: int) -> int | None:

@@ -30,7 +30,6 @@ from bigpipe.bigmodel.tasks import (
     TaskOptions,
     find_task,
     refuse_arguments,
-    require_pyarrow,
     response,
 )
 from bigpipe.errors import StageFailed, UsageError
@@ -38,7 +37,7 @@ from bigpipe.modules import foreign, keywords_of, missing_name
 from bigpipe.orchestrator.stage import CheckContext, StageContext, StageResult
 
 from .distributed_infer import InferMetrics, InferParams
-from .inference_needs import rows_of, together_of
+from .inference_needs import check_output, rows_of, together_of
 from .library import about, sources_of
 from .placed import computed_in, told_limit
 from .ranked import (
@@ -52,9 +51,7 @@ from .wired import agreed, attached, require_class, single_model
 
 def check(params: InferParams, ctx: CheckContext) -> None:
     """Prompts, task and trust, before anything is downloaded. A module of the user's is imported by workers alone."""
-    if params.output_format == "parquet":
-        with about("output_format"):
-            require_pyarrow("output_format: parquet", "write lines of JSON")
+    check_output(params)
     if params.micro_batches is not None and "placement" not in ctx.inputs:
         cause = "micro_batches go together through streamed layers, and without a placement none is streamed"
         raise UsageError(cause, "wire inputs: placement to a dispatch, or leave it out", field="micro_batches")

@@ -9,12 +9,12 @@ from dataclasses import replace
 from bigpipe.bigmodel.checkpoint import CASTABLE, ModelDescription, itemsize
 from bigpipe.bigmodel.hub import describe_pipeline
 from bigpipe.bigmodel.inference import Bound
-from bigpipe.bigmodel.tasks import computing_dtype, find_task, load_pipeline, require_pyarrow
+from bigpipe.bigmodel.tasks import computing_dtype, find_task, load_pipeline
 from bigpipe.errors import UsageError
 from bigpipe.orchestrator.stage import CheckContext, Forecast, ForecastContext, StageContext, StageResult
 
 from .distributed_infer import InferParams
-from .inference_needs import batching_of, rows_of, work_of
+from .inference_needs import batching_of, check_output, rows_of, work_of
 from .inferring import answerer, merged, read_through, share, share_out
 from .library import about, sources_of
 from .ranked import CUDA_BASE, RANK_BASE, local_rank, misfits_of_gpus
@@ -25,9 +25,7 @@ UNKNOWN = "what drawing takes besides the weights is not foreseen"
 
 def check(params: InferParams, ctx: CheckContext) -> None:
     """Prompts, pipeline and task, before anything is downloaded."""
-    if params.output_format == "parquet":
-        with about("output_format"):
-            require_pyarrow("output_format: parquet", "write lines of JSON")
+    check_output(params)
     model = wired_pipeline(ctx, params.task)
     with about("inputs.model"):
         find_task(params.task, sources_of(ctx)).check_model(model, params.generation, sources_of(ctx))

@@ -18,13 +18,13 @@ from bigpipe.bigmodel.inference import (
     plan_work,
     side_by_side,
 )
-from bigpipe.bigmodel.tasks import TaskOptions, require_pyarrow
+from bigpipe.bigmodel.tasks import TaskOptions
 from bigpipe.errors import UsageError
 from bigpipe.orchestrator.stage import CheckContext, Forecast, ForecastContext, StageContext, StageResult
 from bigpipe.sizes import counted
 
 from .distributed_infer import InferMetrics, InferParams
-from .inference_needs import RESULTS, rows_of
+from .inference_needs import RESULTS, check_output, rows_of
 from .library import about, sources_of
 from .wired import single_model
 
@@ -36,9 +36,7 @@ OF_A_QUESTION = 2**20
 
 def check(params: InferParams, ctx: CheckContext) -> None:
     """Prompts, task, settings and secrets, before anything is asked."""
-    if params.output_format == "parquet":
-        with about("output_format"):
-            require_pyarrow("output_format: parquet", "write lines of JSON")
+    check_output(params)
     engine, sources = find_engine(params.engine), sources_of(ctx)
     model = single_model(ctx) if engine.takes_model else None
     engine.check(_settings(engine, params), _wanted(params, ctx, model=model))

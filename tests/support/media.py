@@ -38,6 +38,15 @@ def write_wav(path: Path, samples: list[float], rate: int = 16_000, channels: in
     return path
 
 
+def _fill(model: Any) -> None:
+    """With weights that are large enough for another input to make another output."""
+    import torch
+
+    for name, parameter in model.named_parameters():
+        norm = parameter.ndim == 1 and name.endswith("weight")
+        torch.nn.init.normal_(parameter, mean=float(norm), std=0.05 if parameter.ndim == 1 else 0.4)
+
+
 def make_vit(folder: Path, **changes: Any) -> Path:
     """A tiny ViT that knows four kinds of pictures, with its processor."""
     from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPil
@@ -86,9 +95,7 @@ def make_whisper(folder: Path) -> Path:
             vocab_size=len(tokenizer), suppress_tokens=None, begin_suppress_tokens=None, **few, **ends
         )
         model = WhisperForConditionalGeneration(config).eval()
-        for name, parameter in model.named_parameters():
-            norm = parameter.ndim == 1 and name.endswith("weight")
-            torch.nn.init.normal_(parameter, mean=float(norm), std=0.05 if parameter.ndim == 1 else 0.4)
+        _fill(model)
         with torch.no_grad():  # so that it comes to an end
             model.model.decoder.layer_norm.bias.copy_(model.model.decoder.embed_tokens.weight[end])
     model.generation_config = GenerationConfig(
@@ -151,8 +158,7 @@ CHAT = (
 
 
 def make_llava(folder: Path, *, chats: bool = True) -> Path:
-    """A tiny LLaVA of float32 that sees 16 × 16 pixels as four tokens, with its tokenizer and processor. Its weights
-    are large enough that another picture makes another text."""
+    """A tiny LLaVA of float32 that sees 16 × 16 pixels as four tokens, with its tokenizer and processor."""
     import torch
     from transformers import (
         CLIPImageProcessorPil,
@@ -177,9 +183,7 @@ def make_llava(folder: Path, *, chats: bool = True) -> Path:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(4)
         model = LlavaForConditionalGeneration(config).eval()
-        for name, parameter in model.named_parameters():
-            norm = parameter.ndim == 1 and name.endswith("weight")
-            torch.nn.init.normal_(parameter, mean=float(norm), std=0.05 if parameter.ndim == 1 else 0.4)
+        _fill(model)
     model.generation_config.update(
         eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id, bos_token_id=tokenizer.bos_token_id
     )
