@@ -86,7 +86,7 @@ class Supervisor:
         """Raise Interrupted or StageFailed when this attempt is to stop: once cancelled, and at its deadline."""
         node, timeout = self.job.node, self.job.timeout
         if self.job.cancelled.is_set():
-            raise Interrupted(f"{node}: interrupted", "the same command continues where it stopped")
+            raise Interrupted("interrupted", "the same command continues where it stopped")
         if time.monotonic() > self._deadline:
             cure = f"raise `timeout`, or look where it stood: {self.log.path}{self._last_lines()}"
             raise StageFailed(f"{node}: not done after its timeout of {timeout:g} s", cure)

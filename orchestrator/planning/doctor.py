@@ -19,7 +19,7 @@ from bigpipe.orchestrator.contract import Json, Launch, Machine, Stage, Surround
 from bigpipe.orchestrator.launch import run_alone
 from bigpipe.orchestrator.recipe import PROBES
 from bigpipe.orchestrator.store import default_root
-from bigpipe.sizes import format_size, format_transfer
+from bigpipe.sizes import format_free, format_size
 from bigpipe.tables import PLAIN, Screen, columns
 from bigpipe.versions import INSTALL_RUN, RUN, missing, package_version
 
@@ -74,7 +74,7 @@ def doctor_text(found: Mapping[str, Json], screen: Screen = PLAIN) -> str:
         ("versions", ", ".join(f"{name} {number or 'missing'}" for name, number in found["versions"].items())),
         ("Hub", f"{hub['endpoint']}, {'offline, ' * hub['offline']}token {'present' if hub['token'] else 'absent'}"),
         ("Hub cache", hub["cache"]),
-        ("store", f"{store['path']}: {format_transfer(store['free'])} free{' (read-only)' * (not store['writable'])}"),
+        ("store", f"{store['path']}: {format_free(store['free'])}{' (read-only)' * (not store['writable'])}"),
     ]  # fmt: skip
     for name, check in found["checks"].items():
         rows.append((f"{'✓' if check['ok'] else '✗'} {name}", check["detail"]))

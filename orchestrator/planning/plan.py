@@ -17,7 +17,7 @@ from functools import cached_property
 from bigpipe.errors import BigpipeError, DoesNotFit
 from bigpipe.orchestrator.contract import Forecast, Json, Machine, Misfit, Pinned
 from bigpipe.orchestrator.recipe import Node
-from bigpipe.sizes import Total, counted, format_duration, format_size, format_transfer
+from bigpipe.sizes import Total, counted, format_duration, format_free, format_size, format_transfer
 from bigpipe.tables import PLAIN, Screen, columns, html_table
 from bigpipe.versions import INSTALL_RUN, bars
 
@@ -272,5 +272,8 @@ def _explanations(plan: Plan) -> list[str]:
 
 
 def machine_line(machine: Machine) -> str:
-    gpus = ", ".join(f"{gpu.name} {format_size(gpu.memory)}" for gpu in machine.gpus) or "no GPU"
-    return f"{machine.cpus} CPUs, {format_size(machine.memory)} RAM, {gpus}, {format_size(machine.disk_free)} disk free"
+    """Return what a machine has: GPUs of a kind together."""
+    kinds = Counter(f"{gpu.name} {format_size(gpu.memory)}" for gpu in machine.gpus)
+    gpus = ", ".join(f"{count} × {kind}" if count > 1 else kind for kind, count in kinds.items()) or "no GPU"
+    disk = format_free(machine.disk_free, "disk")
+    return f"{machine.cpus} CPUs, {format_size(machine.memory)} RAM, {gpus}, {disk}"

@@ -93,6 +93,17 @@ def format_transfer(size: float) -> str:
     return _format(size, 1000, ("B", "kB", "MB", "GB", "TB"))
 
 
+BOUNDLESS = 2**59
+"""Bytes that no disk has: a file system that has no end says so many."""
+
+
+def format_free(size: int, what: str = "") -> str:
+    """`69.2 GiB free`, or that there is no limit. what: what is free."""
+    if size >= BOUNDLESS:
+        return f"no limit of {what or 'space'}"
+    return f"{format_size(size)} {what} free" if what else f"{format_size(size)} free"
+
+
 def _format(size: float, base: int, units: tuple[str, ...]) -> str:
     size = size if abs(size) < TOO_MUCH else math.inf if size > 0 else -math.inf
     power = 0

@@ -3,7 +3,7 @@ from __future__ import annotations
 import json
 import math
 import os
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import psutil
@@ -13,6 +13,7 @@ from bigpipe import machine
 from bigpipe.errors import UsageError
 from bigpipe.orchestrator.contract.types import Gpu, Machine
 from bigpipe.orchestrator.planning import doctor
+from bigpipe.orchestrator.planning.plan import machine_line
 
 GIB = 2**30
 
@@ -118,3 +119,13 @@ def test_the_doctor_reports_what_is_broken(tmp_path: Path) -> None:
     check = doctor._probe("bitsandbytes", machine.detect(tmp_path), {**os.environ, "PYTHONPATH": str(tmp_path)})
     assert not check["ok"]
     assert "no kernels here" in check["detail"]
+
+
+def test_gpus_of_a_kind_are_told_together_and_a_disk_without_end_as_one() -> None:
+    gpus = tuple(Gpu(index, "NVIDIA H100 80GB", 80 << 30, 80 << 30) for index in range(8))
+    other = Gpu(8, "NVIDIA L4", 24 << 30, 24 << 30)
+    box = Machine("box", 96, 1 << 40, 1 << 40, 1 << 60, gpus)
+    assert machine_line(box) == "96 CPUs, 1.0 TiB RAM, 8 × NVIDIA H100 80GB 80.0 GiB, no limit of disk"
+    mixed = replace(box, gpus=(*gpus[:1], other), disk_free=5 << 30)
+    assert machine_line(mixed).endswith("NVIDIA H100 80GB 80.0 GiB, NVIDIA L4 24.0 GiB, 5.0 GiB disk free")
+    assert machine_line(replace(box, gpus=())).endswith("no GPU, no limit of disk")
