@@ -87,14 +87,20 @@ def log(run: str, node: str | None, follow: bool, as_json: bool, store: Path | N
 @click.command()
 @click.argument("run", shell_complete=RUNS)
 @click.argument("other", shell_complete=RUNS)
+@click.option("--markdown", is_flag=True, help="Tables for a pull request: bytes, memory, metrics, texts side by side.")
 @JSON
 @STORE
-def diff(run: str, other: str, as_json: bool, store: Path | None) -> None:
-    """Say what differs between two runs: params, inputs, metrics, digests.
+def diff(run: str, other: str, markdown: bool, as_json: bool, store: Path | None) -> None:
+    """Say what differs between two runs, or two lock files: params, inputs, metrics, digests, versions.
 
-    Example: bigpipe diff 20260103 last
+    Example: bigpipe diff 20260103 last --markdown
     """
-    _print(report.diff_runs(run, other, store=store), as_json)
+    if markdown and as_json:
+        raise UsageError("--markdown is for people, and --json for programs", "leave one out")
+    if markdown:
+        say(report.review(run, other, store=store))
+    else:
+        _print(report.diff(run, other, store=store), as_json)
 
 
 @click.command("report")

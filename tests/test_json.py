@@ -98,7 +98,7 @@ def test_answers_of_a_run_and_of_what_looks_back(workshop) -> None:
         "log last", "log last a", "init new.yaml --model org/model", "completion fish", "shard model --print-recipe",
         "plan recipe.yaml", "validate recipe.yaml", "status recipe.yaml", "why recipe.yaml a", "graph recipe.yaml",
         "lock recipe.yaml", "lock recipe.yaml --check", "kinds", "kinds write", "ls", "ps", "show",
-        f"diff {run['run']} last", "get a taken",
+        f"diff {run['run']} last", "diff recipe.yaml.lock recipe.yaml.lock", "get a taken",
         "push recipe.yaml --remote shared", "pull recipe.yaml --remote shared", "status recipe.yaml --remote shared",
         "report", "gc --dry-run", "rm last --dry-run", "verify",
         f"estimate {MODEL}", f"estimate {MODEL} {MODEL} --compare",

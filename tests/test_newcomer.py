@@ -22,6 +22,7 @@ MODELS = ("facebook/opt-125m", "facebook/opt-13b")
 RUN_BY = {
     "README.md": "test_newcomer.py",
     "docs/tutorial.md": "test_newcomer.py",
+    "docs/how-to/a-ci-job.md": "orchestrator/test_reviewing.py",
     "docs/how-to/a-local-checkpoint.md": "test_newcomer.py",
     "docs/how-to/a-stage-kind-of-your-own.md": "test_docs.py",
     "docs/how-to/any-tool.md": "test_examples.py",

@@ -6,6 +6,16 @@ from bigpipe.faces import face
 
 if TYPE_CHECKING:
     from .answers import read_answers
-    from .lockfile import check_lock, enforce, enforce_outputs, locked_digests, read_lock, record_outputs, write_lock
+    from .lockfile import (
+        LockFile,
+        check_lock,
+        enforce,
+        enforce_outputs,
+        lock_differences,
+        locked_digests,
+        read_lock,
+        record_outputs,
+        write_lock,
+    )
 
 __getattr__, __all__ = face(__name__)

@@ -225,6 +225,31 @@ def check(lock: LockFile, now: LockFile, nodes: Iterable[str] | None = None) -> 
     return changes
 
 
+def lock_differences(old: LockFile, new: LockFile) -> dict[str, list[Difference]]:
+    """Return what differs between two locks, by node, and of their recipes and parameters under "": inputs as `check`
+    compares them; of what came out digests, versions of tools and packages, facts, and what is there for review."""
+    own = [*changed("recipe", old.recipe, new.recipe), *changed("params", old.params, new.params)]
+    found = {"": own}
+    for name in sorted(old.inputs.keys() | new.inputs.keys()):
+        before, after = old.inputs.get(name), new.inputs.get(name)
+        if before is None or after is None:
+            own += changed(f"nodes.{name}", before.kind if before else ABSENT, after.kind if after else ABSENT)
+        else:
+            found[name] = [
+                *_input_changes(before, after),
+                *_output_changes(old.outputs.get(name), new.outputs.get(name)),
+            ]
+    return {name: changes for name, changes in found.items() if changes}
+
+
+def _output_changes(old: LockedOutput | None, new: LockedOutput | None) -> list[Difference]:
+    """Where only one side has run, that it has is no change of the recipe."""
+    if old is None or new is None:
+        return []
+    fields = ("digest", "packages", "facts", "tools", "review")
+    return [item for name in fields for item in changed(name, getattr(old, name), getattr(new, name))]
+
+
 def _input_changes(old: LockedInput, new: LockedInput) -> list[Difference]:
     fields = ("kind", "version", "code", "params", "env", "pins")
     changes = [item for name in fields for item in changed(name, getattr(old, name), getattr(new, name))]

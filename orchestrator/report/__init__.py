@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from .reference import fields_markdown, kinds_json, kinds_markdown, kinds_overview
     from .rendering import exchange_json, exchange_text, plan_json, remote_json, results_text, why_text
     from .reporters import choose_reporter, following
+    from .reviewing import diff, review
     from .shown import clean, error_text, json_text
     from .watching import follow_log, follow_run, positions, run_ids, running
 

@@ -20,7 +20,7 @@ def compared(found: Sequence[RunRecord], store: str | Path | None) -> list[Table
     """Return tables with a column per run, and one for each step from a run to the next."""
     tables = [
         _beside(found),
-        _gates(found),
+        gates_of(found),
         _measured("Time by node", found, lambda node: node.seconds, format_duration),
         _measured("Peak RAM by node", found, lambda node: node.peak_rss or 0, format_size),
         *(_changes(one, two, store) for one, two in pairwise(found)),
@@ -49,8 +49,8 @@ def _told(node: NodeRun | None) -> str:
     return f"{node.status}: {sentence(node)}".strip(": ") if node else ""
 
 
-def _gates(found: Sequence[RunRecord]) -> Table:
-    """What each run measured for each gate that one of them has."""
+def gates_of(found: Sequence[RunRecord]) -> Table:
+    """Return what each run measured for each gate that one of them has."""
     judged = [{(name, gate.text): gate for name, node in run.nodes.items() for gate in node.gates} for run in found]
     keys = dict.fromkeys(key for one in judged for key in one)
     rows = [(*key, *(_verdict(one.get(key)) for one in judged)) for key in keys]
@@ -85,12 +85,12 @@ def _changes(one: RunRecord, two: RunRecord, store: str | Path | None) -> Table:
     data = diff_runs(one.run, two.run, store=store).data
     changes = [("run", change) for change in data["changes"]]
     changes += [(name, change) for name, each in data["nodes"].items() for change in each]
-    rows = [(name, str(change["path"]), *_apart(change["old"], change["new"])) for name, change in changes]
+    rows = [(name, str(change["path"]), *told_apart(change["old"], change["new"])) for name, change in changes]
     return Table(f"From {one.run} to {two.run}", ("node", "what", "before", "after"), rows)
 
 
-def _apart(old: Json, new: Json) -> tuple[str, str]:
-    """Two values that differ, so that this can be seen."""
+def told_apart(old: Json, new: Json) -> tuple[str, str]:
+    """Return two values that differ, so that this can be seen."""
     one, other = _value(old), _value(new)
     return (one, other) if one != other else (short(shown(old)), short(shown(new)))
 

@@ -117,15 +117,15 @@ def _memory(record: RunRecord) -> Table:
 def _disk(record: RunRecord, kept: Mapping[str, KeyRecord]) -> Table:
     """Of nodes that ran and gave files: what the plan said that they write, and what they wrote."""
     found = [
-        (name, _count(node.foreseen["write_bytes"]) or 0, _written(node, kept[name]))
+        (name, _count(node.foreseen["write_bytes"]) or 0, written(node, kept[name]))
         for name, node in record.nodes.items()
         if node.status == "succeeded" and node.foreseen.get("write_bytes") and name in kept and kept[name].files
     ]
     return _pairs("Disk of the nodes", "node", found, format_transfer)
 
 
-def _written(node: NodeRun, record: KeyRecord) -> int:
-    """Bytes of its artifact; where that is only a receipt, those it wrote elsewhere, by its metric `bytes`."""
+def written(node: NodeRun, record: KeyRecord) -> int:
+    """Return the bytes of its artifact; where that is only a receipt, of what it wrote elsewhere, by its metric."""
     return max(sum(int(file["size"]) for file in record.files.values()), _count(node.metrics.get("bytes")) or 0)
 
 

@@ -141,14 +141,14 @@ class Log(Answer):
 
 
 class Differences(Answer):
-    """What differs between two runs."""
+    """What differs between two runs, or two lock files."""
 
     runs: list[str] = Field(min_length=2, max_length=2)
-    """Their ids."""
+    """Their ids; of lock files, their paths."""
     changes: list[Difference]
     """Of the recipe and its parameters."""
     nodes: dict[str, list[Difference]]
-    """By name: inputs, metrics, digests."""
+    """By name: inputs, metrics, digests; of lock files also versions, and what is there for review."""
 
 
 class Page(Answer):
