@@ -28,7 +28,7 @@ from bigpipe.orchestrator.stage import (
     Stage,
     late,
 )
-from bigpipe.sizes import format_size
+from bigpipe.sizes import counted, format_size
 
 Dtype = Annotated[str, OneOf(dtypes, require_dtype)]
 SOME = Field(min_length=1)
@@ -174,7 +174,7 @@ def result_line(metrics: Mapping[str, Any]) -> str:
     sizes = [f"{dtype} {format_size(found['inference'])}" for dtype, found in known.items()]
     more = len(sizes) - SHOWN
     text = f"{', '.join(sizes[:SHOWN])} to infer"
-    return f"{text}, {more} more dtype{'s' if more > 1 else ''}" if more > 0 else text
+    return f"{text}, {counted(more, 'more dtype')}" if more > 0 else text
 
 
 STAGE = Stage(

@@ -21,6 +21,7 @@ from typing import IO, Any
 
 import bigpipe
 from bigpipe.errors import StageFailed, Transient
+from bigpipe.sizes import format_size
 from bigpipe.trust import Limits
 
 LONGEST_ANSWER = 32 * 2**20
@@ -87,7 +88,7 @@ class Children:
             answer = _object(said.read())
         if answer is None:
             cause = f"{what} ended without an answer (exit {status})"
-            raise StageFailed(cause, f"it may take {self.limits.memory >> 20} MiB; the command itself says more")
+            raise StageFailed(cause, f"it may take {format_size(self.limits.memory)}; the command itself says more")
         return answer
 
     async def _run(self, arguments: Sequence[str], asked: IO[bytes], said: IO[bytes], what: str) -> int:

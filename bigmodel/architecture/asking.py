@@ -28,6 +28,7 @@ from bigpipe.errors import BY_NAME, InvalidCheckpoint, UsageError
 from bigpipe.files import read_file, write_file
 from bigpipe.modules import source_files, top_level
 from bigpipe.names import listed
+from bigpipe.sizes import format_size
 from bigpipe.trust import Limits
 from bigpipe.versions import package_version, require
 
@@ -294,7 +295,7 @@ def ask_child(module: str, question: str, what: str, limits: Limits) -> dict[str
             finally:
                 child.kill()
         if child.returncode != 0 and OUT_OF_MEMORY.search(said):
-            raise limits.exceeded("memory", f"{what} takes more than {limits.memory >> 20} MiB")
+            raise limits.exceeded("memory", f"{what} takes more than {format_size(limits.memory)}")
         try:
             answered: dict[str, Any] = json.loads(read_file(answer, LARGEST))
         except (OSError, ValueError) as error:

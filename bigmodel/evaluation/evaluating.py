@@ -31,6 +31,7 @@ from bigpipe.errors import StageFailed, UsageError
 from bigpipe.files import explained, make_directory, refuse_overlap, write_file
 from bigpipe.machine import detect
 from bigpipe.names import FLAG, PATH, TEXT, Given, checked
+from bigpipe.sizes import counted
 from bigpipe.trust import Trust
 from bigpipe.versions import require
 
@@ -150,7 +151,9 @@ def conclude(folder: Path, question: Question, model: ModelDescription, sources:
     plan = WorkPlan.read(folder)
     with Found(plan.rows, folder) as found:
         if missing := [plan.rows[row].prompt for row in found.rows(MISSING)]:
-            raise StageFailed(f"{len(missing)} windows have no numbers, the first is {missing[0]}", "run it again")
+            raise StageFailed(
+                f"{counted(len(missing), 'window')} without numbers, the first is {missing[0]}", "run it again"
+            )
         windows = [record.payload for _, record in gather(plan.rows, found)]
     layers = _layer_loss(windows, question, model, sources) if question.per_layer else None
     return summarise(windows, json.loads((folder / TEXT_BYTES).read_bytes())["bytes"], layers)

@@ -275,7 +275,7 @@ class Budget:
         return Term(
             size, "calibrated" if found.known else "bound", max(size - margin - found.scratch, self.counts.loaded),
             size + margin + SCRATCH,
-            f"weights + cache + {found.formula} + {found.scratch >> 20} MiB that kernels keep",
+            f"weights + cache + {found.formula} + {format_size(found.scratch)} that kernels keep",
         )  # fmt: skip
 
     @cached_property

@@ -17,6 +17,7 @@ from bigpipe.bigmodel.tasks import Row
 from bigpipe.errors import StageFailed
 from bigpipe.files import FileWriter, copy_file, hash_file, make_folders, share_name
 from bigpipe.redaction import redact_json
+from bigpipe.sizes import counted
 
 from .columns import Columns
 from .records import FAILED, MISSING, Found, Record, check_errors
@@ -69,7 +70,7 @@ def merge_results(
     with Found(plan.rows, folder) as found:
         if missing := found.count(MISSING):
             first = next(found.rows(MISSING))
-            raise StageFailed(f"{missing} prompts have no result, the first is {first}", "run it again")
+            raise StageFailed(f"{counted(missing, 'prompt')} without a result, the first is {first}", "run it again")
         check_errors(found.count(FAILED), max_errors, map(found.__getitem__, found.rows(FAILED)))
         results = _Results(plan, found, out, output)
         files = _write(out, results, len(plan.rows), output)

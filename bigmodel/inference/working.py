@@ -17,6 +17,7 @@ from bigpipe.bigmodel.tasks import Answer, Answerer, Row
 from bigpipe.errors import BigpipeError, DoesNotFit, StageFailed
 from bigpipe.files import LogFile, write_file
 from bigpipe.fit import out_of_memory
+from bigpipe.sizes import counted
 
 from .deaths import BEGUN, begin
 from .ending import finishing, until
@@ -87,7 +88,7 @@ def compute_share(
     """
     plan = WorkPlan.read(folder)
     if plan.ranks != world_size:
-        cause = f"the work was divided for {plan.ranks} ranks, and {world_size} came up"
+        cause = f"the work was divided for {counted(plan.ranks, 'rank')}, and {world_size} came up"
         raise StageFailed(cause, "run it again; `launch.num_processes` says how many there should be")
     queue, suspects, done = plan.queue(folder, rank), plan.suspects_queue(folder, rank), 0
     tokens, busy, began = 0, 0.0, 0.0
@@ -198,8 +199,8 @@ def _parts(rows: Sequence[Row], error: Exception, warn: Callable[[str], None]) -
         return [[row] for row in rows]
     half = (len(rows) + 1) // 2
     warn(
-        f"memory ran out for a batch of {len(rows)} prompts, the first is {rows[0].index}: computed as {half} and "
-        f"{len(rows) - half}, whose numbers may differ in their last bits from those of the whole"
+        f"memory ran out for a batch of {counted(len(rows), 'prompt')}, the first is {rows[0].index}: computed as "
+        f"{half} and {len(rows) - half}, whose numbers may differ in their last bits from those of the whole"
     )
     return [rows[:half], rows[half:]]
 

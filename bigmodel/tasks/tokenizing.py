@@ -17,6 +17,7 @@ from bigpipe.bigmodel.architecture import text_config
 from bigpipe.bigmodel.sources import Sources
 from bigpipe.errors import UsageError
 from bigpipe.modules import foreign
+from bigpipe.sizes import counted
 
 if TYPE_CHECKING:
     import torch
@@ -297,4 +298,6 @@ def check_length(model: Any, tokens: int, new: int = 0) -> None:
     limit = position_limit(model.config.to_dict())
     if limit is not None and tokens + new > limit:
         ones, cure = (f" and {new} new ones", " or max_new_tokens") if new else ("", "")
-        raise ValueError(f"{tokens} tokens{ones} are more than the model's {limit} positions: shorten the prompt{cure}")
+        raise ValueError(
+            f"{counted(tokens, 'token')}{ones} are more than the model's {limit} positions: shorten the prompt{cure}"
+        )

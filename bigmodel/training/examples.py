@@ -130,7 +130,7 @@ def check_rows(rows: Sequence[Row], batch_size: int, accumulation: int, ranks: i
     if len(rows) < needed:
         parts = f"batch_size {batch_size} × gradient_accumulation_steps {accumulation} × {counted(ranks, 'rank')}"
         raise UsageError(
-            f"{len(rows)} rows are too few: a step takes {needed}, {parts}",
+            f"{counted(len(rows), 'row')}, which is too few: a step takes {needed}, {parts}",
             "lower one of them, or give more rows",
             field="data",
         )

@@ -179,7 +179,7 @@ def _load(work: Work, local_rank: int, gpu: bool) -> Any:
 
 def _say_cut(rows: int, length: int, log: Callable[[str], None]) -> None:
     if rows:
-        log(f"{rows} rows were longer than {length} tokens, and were cut")
+        log(f"{counted(rows, 'row')} longer than {counted(length, 'token')}: cut to that")
 
 
 def _peaks() -> dict[str, int]:

@@ -12,6 +12,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_valida
 
 from bigpipe.fit import Misfit as Misfit
 from bigpipe.machine import Gpu as Gpu, Machine as Machine
+from bigpipe.sizes import counted
 from bigpipe.trust import Trust as Trust
 
 Json = Any
@@ -80,7 +81,7 @@ class Launch(BaseModel):
     @model_validator(mode="after")
     def _machines_agree(self) -> Launch:
         if self.machine_rank >= self.num_machines:
-            cause = f"machine_rank {self.machine_rank} is not one of {self.num_machines} machines"
+            cause = f"machine_rank {self.machine_rank} is not one of {counted(self.num_machines, 'machine')}"
             raise ValueError(f"{cause}; ranks of machines count from 0")
         return self
 

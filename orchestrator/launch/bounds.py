@@ -9,6 +9,7 @@ from __future__ import annotations
 import time
 
 from bigpipe.orchestrator.contract import Bounded, Event
+from bigpipe.sizes import format_size
 from bigpipe.trust import Limits
 
 from .processes import resident
@@ -36,4 +37,4 @@ class Bounds:
             if time.monotonic() - since > event.seconds:
                 raise self._limits.exceeded("seconds", f"{event.what} takes more than {event.seconds:g} s")
             if resident(process) - before > event.memory:
-                raise self._limits.exceeded("memory", f"{event.what} takes more than {event.memory >> 20} MiB")
+                raise self._limits.exceeded("memory", f"{event.what} takes more than {format_size(event.memory)}")

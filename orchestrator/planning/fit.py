@@ -15,7 +15,7 @@ from bigpipe.fit import Cure, Misfit, fits, nearest
 from bigpipe.machine import Machine
 from bigpipe.orchestrator.contract import Forecast, OneOf
 from bigpipe.orchestrator.recipe import ResourcesSpec
-from bigpipe.sizes import exact_size, format_size, format_transfer
+from bigpipe.sizes import counted, exact_size, format_size, format_transfer
 
 from .rehearsal import Rehearsal
 from .session import Session
@@ -51,7 +51,7 @@ def asked_misfits(machine: Machine, asked: ResourcesSpec) -> Iterator[Misfit]:
         cause = f"asks for {asked.cpus} CPUs; {machine.name} has {machine.cpus}"
         yield Misfit(cause, Cure({"resources.cpus": machine.cpus}))
     if asked.gpus is not None and not fits(asked.gpus, len(machine.gpus)):
-        cause = f"asks for {asked.gpus} GPUs; {machine.name} has {len(machine.gpus)}"
+        cause = f"asks for {counted(asked.gpus, 'GPU')}; {machine.name} has {len(machine.gpus)}"
         yield Misfit(cause, Cure({"resources.gpus": len(machine.gpus)}))
     largest = max((gpu.memory for gpu in machine.gpus), default=None)
     if asked.gpu_memory is not None and largest is not None and not fits(asked.gpu_memory, largest):
@@ -68,7 +68,7 @@ def foreseen_misfits(machine: Machine, asked: ResourcesSpec, forecast: Forecast)
         return
     vram = forecast.vram or {}
     if asked.gpus is None and not fits(len(vram), len(machine.gpus)):
-        yield f"needs {len(vram)} GPUs; {machine.name} has {len(machine.gpus)}"
+        yield f"needs {counted(len(vram), 'GPU')}; {machine.name} has {len(machine.gpus)}"
     for gpu in machine.gpus:
         if not fits(needed := vram.get(gpu.index, 0), gpu.memory):
             size, there = format_size(needed), format_size(gpu.memory)

@@ -50,7 +50,7 @@ def test_one_rank_stops_and_others_take_over(tmp_path: Path) -> None:
     assert [plan.rows.digest(row.index) for row in ROWS] == [row.digest for row in ROWS]
     calls: list[int] = []
     compute_share(tmp_path, 0, 2, counting(calls))
-    with pytest.raises(StageFailed, match="3 prompts have no result, the first is 4"):
+    with pytest.raises(StageFailed, match="3 prompts without a result, the first is 4"):
         merge_results(tmp_path, tmp_path)
     again = share_out(tmp_path, batch_size=2, ranks=3)
     assert (again.finished, [len(queue) for queue in queues(again)]) == (2, [1, 1, 0])

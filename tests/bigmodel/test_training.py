@@ -256,7 +256,7 @@ def test_every_row_is_taken_once_an_epoch_whoever_asks_from_where() -> None:
 
 BAD = {
     "column": ({"column": "body"}, "there is no 'body'"),
-    "rows": ({"batch_size": 8}, "7 rows are too few: a step takes 8"),
+    "rows": ({"batch_size": 8}, "7 rows, which is too few: a step takes 8"),
     "task": ({"task": "speech-seq2seq"}, "there is no text 'audio', only 'text'"),
     "both": ({"num_train_epochs": 1}, "either max_steps or num_train_epochs"),
     "neither": ({"max_steps": None}, "either max_steps or num_train_epochs"),

@@ -47,9 +47,9 @@ ROWS = {
     ),
     "no GPU": Row(
         {"resources": {"gpus": 1}}, {"resources": {"gpus": 0}, "vram": {0: 1}},
-        "asks for 1 GPUs; box has 0", "set resources.gpus to 0", BARE,
+        "asks for 1 GPU; box has 0", "set resources.gpus to 0", BARE,
     ),
-    "GPUs that are foreseen": Row({"vram": {0: 1}}, {"vram": {}}, "needs 1 GPUs; box has 0", machine=BARE),
+    "GPUs that are foreseen": Row({"vram": {0: 1}}, {"vram": {}}, "needs 1 GPU; box has 0", machine=BARE),
     "memory of a GPU": Row(
         {"vram": {1: 24 * GIB + 1}}, {"vram": {0: 24 * GIB, 1: 24 * GIB}},
         "needs 24.0 GiB on GPU 1 (L4), which has 24.0 GiB",

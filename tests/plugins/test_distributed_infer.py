@@ -460,7 +460,7 @@ def test_arguments_are_refused_where_they_stand(workshop: Workshop, model: Path)
         "recipe.yaml:16:",
     ):
         assert words in said.stdout + said.stderr
-    assert "machine_rank 1 is not one of 1 machines" in said.stdout + said.stderr
+    assert "machine_rank 1 is not one of 1 machine" in said.stdout + said.stderr
     right = WRONG_ARGUMENTS.replace("        num_beans: 4\n        penalty_alpha: 0.5\n", "").partition("    launch")[0]
     with pytest.raises(UsageError, match=r'generation\.temperature takes float, and "hot" is given') as raised:
         workshop.run(right.replace("MODEL", str(model)))

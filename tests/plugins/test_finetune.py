@@ -84,7 +84,7 @@ def test_metrics_and_their_words(tmp_path: Path, model: Path) -> None:
     events: list[Event] = []
     made = start(tmp_path, model, report=events.append, eval_data=ROWS[:2], max_length=8)
     said = [event.line for event in events if isinstance(event, LogLine)]
-    assert f"{sum(len(text) > 8 for text in [*ROWS, *ROWS[:2]])} rows were longer than 8 tokens, and were cut" in said
+    assert f"{sum(len(text) > 8 for text in [*ROWS, *ROWS[:2]])} rows longer than 8 tokens: cut to that" in said
     metrics = made.metrics
     assert metrics["steps"] == 6
     assert metrics["trainable_parameters"] == 2 * 2 * 8 * (32 + 32)
@@ -148,7 +148,7 @@ WRONG = {
     "column": ({"data": [{"body": "x"}]}, "row|there is no 'text'"),
     "empty": ({"data": [*ROWS, ""]}, r"data\[6\]: there is nothing to learn in 'text'"),
     "missing": ({"data": "rows.jsonl"}, "there is no file rows.jsonl"),
-    "rows": ({"batch_size": 4, "gradient_accumulation_steps": 2}, "6 rows are too few: a step takes 8"),
+    "rows": ({"batch_size": 4, "gradient_accumulation_steps": 2}, "6 rows, which is too few: a step takes 8"),
     "module": ({"lora": {"target_modules": ["q_prj"]}}, "the model has no linear module 'q_prj'"),
     "pattern": ({"lora": {"target_modules": "no.*"}}, "matches no module"),
     "task": ({"task": "seq2seq-lm", "input_column": "a", "data": [{"a": "x", "text": "y"}]}, "seq2seq-lm is for"),
