@@ -321,6 +321,14 @@ def test_a_drawing_shrinks_to_its_page_as_long_as_it_can_be_read(columns, wide):
     assert ('class="wide"' in graph(nodes).partition(">")[0]) == wide
 
 
+def test_names_stay_in_their_boxes_and_are_whole_in_their_titles():
+    name, under = "generate@scheme=int8,length=2048", "distributed-infer, the first scheme"
+    svg = graph([Drawn(name, under, "succeeded", "✓")])
+    texts = re.findall(r"<text[^>]*>([^<]*)</text>", svg)
+    assert texts == ["✓ generate@scheme=int…", "distributed-infer, the f…"]
+    assert f"<title>{name}: succeeded</title>" in svg
+
+
 @pytest.mark.parametrize("bound", ["> 2", "> 2000"])
 def test_what_came_of_a_node_is_said_in_the_same_words_everywhere(workshop, bound):
     """At the end of a run, looking back, in a notebook, on the page of a run and in reports of it."""
