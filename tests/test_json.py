@@ -360,5 +360,13 @@ def test_what_is_not_understood_is_one_answer(workshop, command: str) -> None:
     assert (done.stdout.count("\n") == 1) == (command.split()[0] in ("run", "shard"))
 
 
+def test_what_a_remote_store_has_is_not_known_where_it_cannot_be_asked(workshop) -> None:
+    workshop.manifest.write_text(GOOD)
+    workshop.command("run", "recipe.yaml")
+    told = answer(workshop, "status", "recipe.yaml", "--remote", "http://127.0.0.1:9/x", code=0, NO_PROXY="127.0.0.1")
+    assert told["remote"]["away"]
+    assert {node["shared"] for node in told["nodes"].values()} == {None}
+
+
 def test_json_after_two_dashes_is_a_name(workshop) -> None:
     assert workshop.command("run", "--", "recipe.yaml", "--json").stdout == ""

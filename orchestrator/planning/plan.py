@@ -222,7 +222,8 @@ def totals(plan: Plan) -> str:
             text += f", {'at most ' * plan.peak.whole}{plan.peak} of disk at a time"
         seconds = [p.forecast.seconds for p in plan.to_run if p.forecast]
         if seconds and all(value is not None for value in seconds):
-            text += f", about {format_duration(sum(value or 0 for value in seconds), whole=True)}"
+            total = sum(value or 0 for value in seconds)
+            text += f", about {format_duration(total, whole=True)}" if total >= 1 else ", under a second"
     return text
 
 

@@ -232,8 +232,9 @@ def there(session: Session, plan: Plan) -> dict[str, bool | None]:
 
     def has(item: PlannedNode) -> bool | None:
         key = item.decision.key
-        if key is None or remote.away or not shares(session, item.node):
+        if key is None or not shares(session, item.node):
             return None
-        return item.action is Action.REMOTE or remote.find(key) is not None
+        found = item.action is Action.REMOTE or remote.find(key) is not None
+        return None if remote.away and not found else found  # it may have gone away when it was asked
 
     return {name: has(item) for name, item in plan.nodes.items()}
