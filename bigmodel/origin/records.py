@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -13,9 +13,11 @@ from bigpipe.bigmodel.formats import BUILT_IN, format_of, plain_dtype
 from bigpipe.bigmodel.hub import COMMIT, Choice
 from bigpipe.bigmodel.publishing import Provenance, read_card, read_provenance
 from bigpipe.bigmodel.quantization import Settings
-from bigpipe.errors import UsageError
+from bigpipe.errors import InvalidCheckpoint, UsageError
 from bigpipe.names import listed
 
+ADDRESS = re.compile(r"(?P<repo>[\w-][\w.-]*(/[\w-][\w.-]*)?)(@(?P<revision>[^@\s]+))?")
+"""`owner/name`, perhaps at a revision."""
 CURE = "name what it was made from: --source OWNER/NAME@COMMIT, or a directory"
 RECOMPUTED = ("download", "shard", "quantize")
 UNTOUCHING = ("estimate", "evaluate", "distributed-infer", "dispatch", "finetune", "save")
@@ -28,6 +30,8 @@ class Source:
 
     place: str
     """`owner/name`, or a path."""
+    local: bool = False
+    """It is a path. What is on record is a repository, whatever lies here under its name."""
     commit: str | None = None
     """None: not recorded, or a directory."""
     choice: Choice = field(default_factory=Choice)
@@ -52,15 +56,20 @@ class Record:
 
 def read_record(name: str, folder: Path, described: ModelDescription) -> Record:
     """Return what a model in `folder`, which is called `name`, says of itself. Raise UsageError where it is not
-    quantized in a format that can be recomputed, or was made by steps that are not."""
+    quantized in a format that can be recomputed, or was made by steps that are not; InvalidCheckpoint where what it
+    says cannot be read."""
     found = format_of(described)
     if found.name not in BUILT_IN:
         cure = f"only {listed(BUILT_IN)} of bitsandbytes are recomputed"
         raise UsageError(f"{name} cannot be recomputed: it is {found.title}", cure)
     published = read_provenance(folder)
-    if published is not None and (step := published.provenance.last("quantize")) is not None:
-        return _of_steps(name, published.provenance, step.params)
-    return _of_config(folder, described, found.name)
+    try:
+        if published is not None and (step := published.provenance.last("quantize")) is not None:
+            return _of_steps(name, published.provenance, step.params)
+        return _of_config(folder, described, found.name)
+    except (TypeError, ValueError) as error:  # of values that whoever published it wrote
+        cause = f"{name}: what it says of how it was made cannot be read: {error}"
+        raise InvalidCheckpoint(cause, "take it as it was published") from None
 
 
 def _of_steps(name: str, provenance: Provenance, params: Mapping[str, Any]) -> Record:
@@ -85,12 +94,13 @@ def _of_steps(name: str, provenance: Provenance, params: Mapping[str, Any]) -> R
 
 
 def _downloaded(params: Mapping[str, Any], metrics: Mapping[str, Any]) -> Source | None:
-    if params.get("repo") is None:
+    repo = params.get("repo")
+    if repo is None or not ADDRESS.fullmatch(repo):
         return None
     names = {"include": "include", "exclude": "exclude", "library": "library_name", "variant": "variant"}
     choice = {ours: params[theirs] for ours, theirs in names.items() if params.get(theirs)}
     return Source(
-        place=params["repo"], commit=commit_of(metrics.get("commit")), choice=Choice(**choice),
+        place=repo, commit=commit_of(metrics.get("commit")), choice=Choice(**choice),
         subfolder=params.get("subfolder"),
     )  # fmt: skip
 
@@ -107,13 +117,21 @@ def _of_config(folder: Path, described: ModelDescription, scheme: str) -> Record
         dtype=plain_dtype(described),
     )
     card = read_card(folder)
-    named = [card.base] if isinstance(card.base, str) else list(card.base or ())
-    if len(named) == 1 and isinstance(named[0], str):
-        return Record(settings=settings, source=Source(place=named[0], commit=commit_of(card.commit)))
-    said = f"its card names {len(named)} base models" if named else "its card names no base_model"
+    named = card.base if isinstance(card.base, list) else [card.base] if card.base else []
+    base = ADDRESS.fullmatch(named[0]) if len(named) == 1 and isinstance(named[0], str) else None
+    if base is not None:
+        commit = commit_of(base["revision"]) or commit_of(card.commit)
+        return Record(settings=settings, source=Source(place=base["repo"], commit=commit))
     loaded = (described.config or {}).get("_name_or_path")
     hint = f"; its config was loaded from {loaded}" if isinstance(loaded, str) and loaded else ""
-    return Record(settings=settings, source=None, unsaid=said + hint)
+    return Record(settings=settings, source=None, unsaid=f"its card names {_named(named)}{hint}")
+
+
+def _named(bases: Sequence[Any]) -> str:
+    """What a card names that is not one repository."""
+    if len(bases) == 1:
+        return f"{bases[0]!r:.80} as base_model, which is no repository"
+    return f"{len(bases)} base models" if bases else "no base_model"
 
 
 def commit_of(told: Any) -> str | None:

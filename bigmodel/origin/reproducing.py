@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -24,10 +23,9 @@ from bigpipe.trust import Trust
 
 from .comparing import Comparison, compare
 from .expecting import Expected, expect_of_others, expect_ours
-from .records import CURE, Record, Source, read_record
+from .records import ADDRESS, CURE, Record, Source, read_record
 from .results import Became, ComparedFile, Difference, Reproduction
 
-ADDRESS = re.compile(r"(?P<repo>[\w-][\w.-]*(/[\w-][\w.-]*)?)(@(?P<revision>[^@\s]+))?")
 CARD = "README.md"
 
 ReportProgress = Callable[[int, int, str], None]
@@ -80,7 +78,7 @@ def reproduce(
 def _asked(model: str | Path) -> Source:
     """What somebody calls a model. Raise UsageError where that is neither a directory nor a repository."""
     if os.path.exists(model):
-        return Source(place=os.fspath(model))
+        return Source(place=os.fspath(model), local=True)
     match = ADDRESS.fullmatch(os.fspath(model))
     if match is None:
         cause = f"{os.fspath(model)!r} is neither a directory nor the name of a repository"
@@ -96,7 +94,7 @@ def _source(name: str, record: Record, given: str | Path | None) -> Source:
         return record.source
     asked = _asked(given)
     recorded = record.source
-    if recorded is not None and recorded.place == asked.place:
+    if recorded is not None and not asked.local and recorded.place == asked.place:
         return replace(recorded, commit=asked.commit or recorded.commit)
     return asked
 
@@ -104,7 +102,7 @@ def _source(name: str, record: Record, given: str | Path | None) -> Source:
 @contextmanager
 def _found(asked: Source, sources: Sources, progress: ReportProgress) -> Iterator[Found]:
     """The model, as long as its links to the Hub cache are needed."""
-    if os.path.exists(asked.place):
+    if asked.local:
         yield Found(asked.place, None, open_checkpoint(Path(asked.place, asked.subfolder or "")))
         return
     with TemporaryDirectory(prefix="bigpipe-") as scratch:

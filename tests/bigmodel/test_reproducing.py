@@ -214,6 +214,10 @@ def test_where_nobody_says_what_it_comes_from(taken: Callable[[str], Path]) -> N
     (copy / "README.md").write_text("---\nbase_model: [org/one, org/two]\n---\n")
     with pytest.raises(UsageError, match="its card names 2 base models"):
         bigpipe.reproduce(copy)
+    for odd in ("../secret/model", "5", "{a: b}", "[5]"):
+        (copy / "README.md").write_text(f"---\nbase_model: {odd}\n---\n")
+        with pytest.raises(UsageError, match="which is no repository"):
+            bigpipe.reproduce(copy)
 
 
 def test_wrong_sources(published: dict[str, Path], sources: dict[str, Path]) -> None:
@@ -237,8 +241,9 @@ def hub(sources: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 
 
 def test_a_repository_whose_card_names_its_source(
-    hub: LoopbackHub, published: dict[str, Path], sources: dict[str, Path]
-) -> None:
+    hub: LoopbackHub, published: dict[str, Path], sources: dict[str, Path], tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
     card = b"---\nbase_model: org/llama\n---\n"
     first = hub.repositories["org/llama"].branches["main"]
     commit = hub.create("ada/llama-int8", {**files_of(published["int8"]), "README.md": card})
@@ -247,6 +252,11 @@ def test_a_repository_whose_card_names_its_source(
     assert (found.commit, found.source, found.source_commit, found.pinned) == (commit, "org/llama", first, False)
     assert f"no commit of the source is on record: it is taken as it is now, {first}" in found.render()
 
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "org").mkdir()
+    (tmp_path / "org" / "llama").symlink_to(sources["opt"])
+    assert bigpipe.reproduce("ada/llama-int8").equal, "what lies here under that name is not the repository"
+
     other = make_checkpoint(sources["llama"].parent / "moved", "llama", seed=1, max_shard_size="150KB", **WIDE["llama"])
     second = hub.commit("org/llama", files_of(other))
     moved = bigpipe.reproduce("ada/llama-int8")
@@ -254,6 +264,7 @@ def test_a_repository_whose_card_names_its_source(
     assert not moved.equal
     assert moved.error is not None
     assert "of which commit" in moved.error.cure
+    monkeypatch.chdir("/")
     named = bigpipe.reproduce("ada/llama-int8", f"org/llama@{first}")
     assert named.equal
     assert named.pinned
@@ -295,6 +306,10 @@ def test_what_bigpipe_published_says_itself_where_it_comes_from(hub: LoopbackHub
     told = json.loads((saved / "provenance.json").read_text())
     (saved / "provenance.json").write_text(json.dumps(told | {"steps": [{"node": 1}]}))
     with pytest.raises(InvalidCheckpoint, match=r"provenance\.json.*steps"):
+        bigpipe.reproduce(saved)
+    odd = [{**step, "params": {**step["params"], "skip_modules": 5}} for step in told["steps"]]
+    (saved / "provenance.json").write_text(json.dumps(told | {"steps": odd}))
+    with pytest.raises(InvalidCheckpoint, match="what it says of how it was made cannot be read"):
         bigpipe.reproduce(saved)
     merge = {**told["steps"][0], "kind": "merge", "node": "merge"}
     (saved / "provenance.json").write_text(json.dumps(told | {"steps": [*told["steps"], merge]}))
