@@ -311,7 +311,7 @@ def test_a_plan_knows_the_config_of_a_repository(environment: dict[str, str], tm
         ({}, "found none"),
         ({"repo": "org/model", "path": "x"}, "found repo and path"),
         ({"path": "x", "revision": "main"}, "revision belongs to a repo"),
-        ({"repo": "https://huggingface.co/org/model"}, "write it as owner/name"),
+        ({"repo": "https://huggingface.co/org/model"}, "write org/model"),
         ({"synthetic": {"config": {}}, "include": ["*"]}, "synthetic makes all it needs"),
         ({"repo": "org/model", "library_name": "tensorflow"}, "diffusers"),
         ({"repo": "org/model", "revison": "main"}, "revison"),
