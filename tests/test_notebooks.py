@@ -130,8 +130,10 @@ def test_whatever_can_be_printed_is_one_short_line(ran, tmp_path):
     record = bigpipe.runs(store=workshop.folder / "store")[-1]
     saved = bigpipe.save_checkpoint(checkpoint, tmp_path / "saved")
     quantized = bigpipe.quantize_checkpoint(QUICKSTART, tmp_path / "int8", scheme="int8")
+    attested, held = bigpipe.attest(tmp_path / "int8"), bigpipe.check_directory(tmp_path / "int8")
     values = [
-        recipe, recipe.nodes["join"], plan, plan.nodes["join"], plan.session, plan.session.store, result,
+        attested, held, recipe, recipe.nodes["join"],
+        plan, plan.nodes["join"], plan.session, plan.session.store, result,
         result["join"], result.nodes["join"], result.records["join"], record, record["join"], found, found["int8"],
         found.architecture, bigpipe.place(QUICKSTART), checkpoint, saved, quantized,
     ]  # fmt: skip

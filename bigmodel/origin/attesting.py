@@ -34,7 +34,7 @@ def beside(directory: Path) -> Path:
     return (directory if directory.name else directory.absolute()).parent / f"{model_name(directory)}.attestations"
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True, kw_only=True, repr=False)
 class Attested:
     """What was written of a published model."""
 
@@ -45,6 +45,10 @@ class Attested:
     files: tuple[str, ...]
     """Paths of the attestations."""
     notes: tuple[str, ...] = ()
+
+    def __repr__(self) -> str:
+        sealed = "signed" if self.signed else "not signed"
+        return f"<Attested {self.directory}: {counted(len(self.files), 'attestation')}, {sealed}>"
 
     def as_json(self) -> dict[str, Any]:
         """Return what `attest --json` prints."""
@@ -131,7 +135,7 @@ class Finding:
     """The document."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True, kw_only=True, repr=False)
 class Checked:
     """A directory beside what is said of it."""
 
@@ -142,6 +146,10 @@ class Checked:
     """Name of each that it was held against → `signed` (with the key that was given), `not checked` (signed, and no key
     was given) or `not signed`."""
     findings: tuple[Finding, ...] = ()
+
+    def __repr__(self) -> str:
+        held = f"{counted(self.files, 'file')}, {counted(len(self.documents), 'document')}"
+        return f"<Checked {self.directory}: {held}, {counted(len(self.findings), 'difference')}>"
 
     @property
     def error(self) -> StageFailed | None:
