@@ -25,7 +25,7 @@ def test_recipes_that_lie_near_are_named(tmp_path):
     ("call", "says"),
     [
         (lambda out: bigpipe.save_checkpoint(QUICKSTART, out, max_shard_size="10GBs"), "max_shard_size: '10GBs' is"),
-        (lambda out: bigpipe.save_checkpoint(QUICKSTART, out, max_shard_size="10Gb"), "means bits; write 10GB"),
+        (lambda out: bigpipe.save_checkpoint(QUICKSTART, out, max_shard_size="10Gb"), "means bits\n  write 10GB"),
         (lambda out: bigpipe.save_checkpoint(QUICKSTART, out, dtype="f16"), "choose one of bfloat16, float16"),
         (lambda out: bigpipe.save_checkpoint(QUICKSTART, out, format="pickle"), "choose one of safetensors, bin"),
         (lambda out: bigpipe.quantize_checkpoint(QUICKSTART, out, scheme="int9"), "choose one of int8, nf4, fp4"),
