@@ -453,9 +453,9 @@ def test_arguments_are_refused_where_they_stand(workshop: Workshop, model: Path)
     said = workshop.command("validate", str(workshop.manifest))
     assert said.returncode == 2
     for words in (
-        "recipe.yaml:12:20: error",
+        "recipe.yaml:12:9: error",
         "did you mean 'num_beams'",
-        "recipe.yaml:13:24: error",
+        "recipe.yaml:13:9: error",
         "penalty_alpha is not taken",
         "recipe.yaml:16:",
     ):
@@ -494,7 +494,8 @@ def test_a_pipeline_is_no_model(workshop: Workshop, model: Path, stage: str) -> 
     workshop.manifest.write_text(PIPELINE.replace("STAGE", stage))
     planned = workshop.command("plan", str(workshop.manifest))
     assert planned.returncode == 2
-    assert "recipe.yaml:5:3: the model is a pipeline of diffusers" in planned.stderr
+    name = stage.partition(":")[0]
+    assert f"recipe.yaml:5:3: {name}: the model is a pipeline of diffusers" in planned.stderr
 
 
 @pytest.mark.parametrize(

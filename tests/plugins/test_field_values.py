@@ -103,7 +103,7 @@ def test_a_card_belongs_to_a_model(workshop: Workshop) -> None:
     )
     done = workshop.command("plan", "recipe.yaml")
     assert done.returncode == 2
-    assert "recipe.yaml:11:13: card is the metadata of a model card, and no model is saved" in done.stderr
+    assert "recipe.yaml:11:13: save: card is the metadata of a model card, and no model is saved" in done.stderr
     assert "wire inputs: model, or leave it out" in done.stderr
     workshop.manifest.write_text(
         workshop.manifest.read_text().replace("{reports: [estimate]}", "{model: download, reports: [estimate]}")

@@ -174,7 +174,7 @@ stages:
     ("task", "prompts", "arguments", "place", "cause"),
     [
         ("fill-mask", "[a]", "{}", "9:13", "BertForSequenceClassification does no fill-mask"),
-        ("text-classification", "[a]", "{topk: 2}", "11:26", "did you mean 'top_k'?"),
+        ("text-classification", "[a]", "{topk: 2}", "11:20", "did you mean 'top_k'?"),
         ("text-classification", "[a]", "{top_k: 0}", "11:27", "greater than or equal to 1, and 0 is given"),
         ("scoring", "[{prompt: a, continuation: b}]", "{}", "9:13", "BertForSequenceClassification does no scoring"),
         ("scoring", "[a]", "{}", "9:13", "BertForSequenceClassification does no scoring"),
