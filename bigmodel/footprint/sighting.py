@@ -32,6 +32,7 @@ from bigpipe.bigmodel.checkpoint import (
 from bigpipe.bigmodel.formats import PLAIN, Agreement, agree, decoded, format_of, left_out, plain_dtype
 from bigpipe.bigmodel.hub import (
     COMMIT,
+    OFFICIAL,
     Choice,
     Hub,
     Library,
@@ -112,8 +113,9 @@ def _look(model: str | Path, revision: str, sources: Sources, choice: Choice, su
         if revision != "main":
             raise UsageError(f"revision belongs to a repository, and {path} is a path", "leave it out")
         return _look_locally(path, choice, subfolder)
-    repo, revision, below = _parse(str(model), revision)
-    hub, subfolder = Hub.of(sources), subfolder or below
+    hub = Hub.of(sources)
+    repo, revision, below = _parse(str(model), revision, hub.endpoint)
+    subfolder = subfolder or below
     try:
         return _look_remotely(repo, revision, hub, sources, choice, subfolder)
     except (UsageError, NotAuthorised) as error:
@@ -126,12 +128,17 @@ def _look(model: str | Path, revision: str, sources: Sources, choice: Choice, su
         return replace(_look_locally(snapshot, choice, subfolder), name=repo, revision=snapshot.name)
 
 
-def _parse(model: str, revision: str) -> tuple[str, str, str | None]:
+def _parse(model: str, revision: str, endpoint: str) -> tuple[str, str, str | None]:
     """`owner/name`, revision and folder of a repository or of an address in it:
-    https://huggingface.co/owner/name/tree/main/text_encoder."""
+    https://huggingface.co/owner/name/tree/main/text_encoder, of the Hub itself or of the one at `endpoint`."""
     folder: list[str] = []
     if model.startswith(("http://", "https://")):
+        if not any(model.startswith(f"{place}/") for place in (endpoint, *OFFICIAL)):
+            cause = f"{model} is no address of the Hub at {endpoint}"
+            raise UsageError(cause, "give owner/name; a mirror's own address goes into HF_ENDPOINT")
         parts = unquote(urlsplit(model).path).strip("/").split("/")
+        if parts[0] in ("datasets", "spaces") or (len(parts) > 2 and parts[2] not in ("tree", "blob", "resolve")):
+            raise UsageError(f"{model} is the address of no model", "give owner/name, or the address of its files")
         if len(parts) > 3 and parts[2] in ("tree", "blob", "resolve"):
             revision, folder = parts[3], parts[4:] if parts[2] == "tree" else parts[4:-1]
         model = "/".join(parts[:2])

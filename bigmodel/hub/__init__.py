@@ -8,7 +8,7 @@ from bigpipe.faces import face
 
 if TYPE_CHECKING:
     from .bringing import Brought, DirectorySource, Expected, HubSource, Source, Watch
-    from .connection import guard_answers, http_client, uploading
+    from .connection import OFFICIAL, guard_answers, http_client, uploading
     from .errors import LOGIN, hub_errors
     from .exchange import Exchange, exchanging
     from .remote import Need, answers, describe_pipeline, describe_repository

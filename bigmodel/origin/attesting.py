@@ -77,8 +77,8 @@ def attest(
 
     `model.sig` has the digest of every file (OpenSSF model signing), `provenance.sigstore.json` how it was built (SLSA
     v1, where bigpipe's `provenance.json` is there), both as in-toto statements in Sigstore bundles; `bom.cdx.json` what
-    it consists of (CycloneDX 1.6). The same files and key give the same statements. Raise UsageError and
-    InvalidCheckpoint.
+    it consists of (CycloneDX 1.6). The same files and key give the same statements. Raise UsageError,
+    InvalidCheckpoint, and StageFailed where the files are not those that `provenance.json` names.
     """
     folder = Path(directory)
     target = Path(out) if out is not None else beside(folder)
@@ -88,6 +88,8 @@ def attest(
         )
     private = read_private_key(Path(key)) if key is not None else None
     subject = _subject(folder, files_of(folder, progress))
+    if subject.published is not None:
+        _require_as_built(folder, subject.files, subject.published)
     texts = {SIGNED: bundle(signature_statement(subject), private), MATERIALS: _text(bill_of_materials(subject))}
     if subject.published is not None:
         texts[BUILT] = bundle(provenance_statement(subject, subject.published), private)
@@ -102,6 +104,16 @@ def attest(
         directory=str(folder), digest=root_digest(subject.files), signed=private is not None,
         files=tuple(str(target / name) for name in sorted(texts)), notes=notes,
     )  # fmt: skip
+
+
+def _require_as_built(folder: Path, files: Mapping[str, Stored], published: Published) -> None:
+    """Raise StageFailed for files that are not those of the build that a statement would be about."""
+    first = next(_differences(files, _listed(published), PROVENANCE), None)
+    if first is not None:
+        cause = (
+            f"{folder} is not as its {PROVENANCE} says, so that build is not its own: {first.file} is {first.problem}"
+        )
+        raise StageFailed(cause, f"{TAKE_AGAIN}; or leave {PROVENANCE} away, and nothing is said of the build")
 
 
 def _text(told: Mapping[str, Any]) -> str:

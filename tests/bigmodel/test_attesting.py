@@ -211,6 +211,19 @@ def test_signatures_that_do_not_hold(saved: Path, tmp_path: Path) -> None:
         bigpipe.check_directory(saved, key=public)
 
 
+@pytest.mark.parametrize("change", ["changed", "missing", "extra"])
+def test_a_build_is_not_attested_of_files_that_it_did_not_give(saved: Path, change: str) -> None:
+    if change == "changed":
+        (saved / "tokenizer.json").write_text((saved / "tokenizer.json").read_text() + " ")
+    elif change == "missing":
+        (saved / "tokenizer.json").unlink()
+    else:
+        (saved / "more.py").write_text("import os\n")
+    with pytest.raises(StageFailed, match=f"is not as its provenance.json says.* is {change}"):
+        bigpipe.attest(saved)
+    assert not (saved.parent / "model.attestations").exists()
+
+
 def test_what_cannot_be_attested(saved: Path, tmp_path: Path) -> None:
     _, public = make_keys(tmp_path)
     with pytest.raises(UsageError, match="is not a private key that can be read"):

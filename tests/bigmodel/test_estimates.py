@@ -413,10 +413,24 @@ class TestDirectory:
 
 
 class TestMistakes:
-    @pytest.mark.parametrize("model", ["not a model", "/nowhere/at/all", "https://example.com/"])
+    @pytest.mark.parametrize("model", ["not a model", "/nowhere/at/all", "https://huggingface.co/"])
     def test_what_is_no_model(self, model: str) -> None:
         with pytest.raises(UsageError, match="neither a path that exists nor the name of a repository"):
             estimate(model)
+
+    @pytest.mark.parametrize(
+        ("address", "cause"),
+        [
+            ("https://example.com/a/b", "is no address of the Hub at"),
+            ("https://huggingface.co.example.com/a/b", "is no address of the Hub at"),
+            ("https://huggingface.co/a/b/discussions/4", "is the address of no model"),
+            ("https://huggingface.co/datasets/a/b", "is the address of no model"),
+            ("https://huggingface.co/spaces/a/b", "is the address of no model"),
+        ],
+    )
+    def test_addresses_of_something_else(self, address: str, cause: str) -> None:
+        with pytest.raises(UsageError, match=cause):
+            estimate(address)
 
     def test_an_empty_directory(self, tmp_path: Path) -> None:
         with pytest.raises(UsageError, match=r"holds no weights, no config\.json"):
