@@ -37,7 +37,8 @@ def check(params: SaveParams, context: CheckContext) -> None:
         cure = "wire inputs: model, or leave it out"
         raise UsageError("card is the metadata of a model card, and no model is saved", cure, field="card")
     with about("to"):
-        check_destination(_destination(params, context), base=context.base, overwrite=params.overwrite)
+        maker = (context.recipe_name, context.node) if context.node else None
+        check_destination(_destination(params, context), base=context.base, overwrite=params.overwrite, maker=maker)
 
 
 def writes(params: SaveParams, context: ForecastContext) -> dict[str, list[str]]:

@@ -26,9 +26,16 @@ SMALL = 10_000_000
 CURE = "choose another destination, or write overwrite: true to replace it as a whole"
 
 
-def check_destination(target: Destination, *, base: Path | None = None, overwrite: bool = False) -> None:
+def check_destination(
+    target: Destination,
+    *,
+    base: Path | None = None,
+    overwrite: bool = False,
+    maker: tuple[str, str] | None = None,
+) -> None:
     """Raise, before anything is computed, what would keep `target` from being written. base: the recipe's directory. A
-    destination is replaced as a whole, so it must not hold that, or somebody's home."""
+    destination is replaced as a whole, so it must not hold that, or somebody's home. maker: who will write, recipe and
+    node; None: not known."""
     if isinstance(target, Directory):
         kept = [Path.home(), *([base] if base else [])]
         if any(lies_in(place, target.path) for place in kept):
@@ -42,7 +49,7 @@ def check_destination(target: Destination, *, base: Path | None = None, overwrit
             raise UsageError(cause, "name a directory in it", field="to")
     target.check()
     if not overwrite:
-        require_replaceable(target)
+        require_replaceable(target, maker)
 
 
 def require_replaceable(target: Destination, maker: tuple[str, str] | None = None) -> None:

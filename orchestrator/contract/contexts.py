@@ -90,6 +90,9 @@ class CheckContext(Context):
     """Per port, the forecasts of what is wired to it; an absent optional port is not in the map."""
     known: Mapping[str, Json] = field(default_factory=dict)
     """What `Pinned.known` gave when the recipe was locked: for where the source cannot be asked."""
+    recipe_name: str = ""
+    node: str = ""
+    """Who asks; both are empty where nobody does, as in a test of a kind."""
 
     def input(self, port: str) -> Forecast | None:
         """Return the forecast of the single node wired to `port`, or None."""

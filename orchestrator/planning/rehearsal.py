@@ -206,6 +206,8 @@ class Rehearsal:
             artifact=session.store.artifact_path(digest) if digest else None,
             pins=session.known_pins(node).values,
             known=session.locked_answers.get(node.name, {}),
+            recipe_name=session.recipe.name,
+            node=node.name,
         )
         state.processes = context.launch.num_processes
         try:

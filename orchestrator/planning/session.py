@@ -148,7 +148,10 @@ class Session:
         return self._surroundings[node.name]
 
     def check_context(self, node: Node) -> CheckContext:
-        return CheckContext(surroundings=self.surroundings(node), known=self.locked_answers.get(node.name, {}))
+        return CheckContext(
+            surroundings=self.surroundings(node), known=self.locked_answers.get(node.name, {}),
+            recipe_name=self.recipe.name, node=node.name,
+        )  # fmt: skip
 
     def room(self, jobs: int) -> dict[str, int]:
         """Return what all running nodes together may hold here, see `schedule.States`."""

@@ -267,6 +267,23 @@ def test_another_recipes_output_is_not_replaced(tmp_path: Path) -> None:
         save(tmp_path, params("dist"), node="save@scheme=nf4")
 
 
+def test_the_plan_knows_another_recipes_output(workshop: Workshop) -> None:
+    make_checkpoint(workshop.folder / "model")
+    recipe = (
+        "version: 1\nname: NAME\nstages:\n  download: {uses: download, with: {path: model}}\n"
+        "  shard: {uses: shard, inputs: download, with: {max_shard_size: SIZE}}\n"
+        "  save: {uses: save, inputs: {model: shard}, with: {to: dist}}\n"
+    )
+    for name, size in (("one", "1MB"), ("other", "50KB")):
+        (workshop.folder / f"{name}.yaml").write_text(recipe.replace("NAME", name).replace("SIZE", size))
+    assert workshop.command("run", "one.yaml").returncode == 0
+    assert workshop.command("plan", "one.yaml").returncode == 0
+    refused = workshop.command("plan", "other.yaml")
+    assert refused.returncode == 2
+    assert "dist was written by node save of recipe 'one'" in refused.stderr
+    assert "other.yaml:6:" in refused.stderr
+
+
 @pytest.mark.parametrize("to", [".", "..", "~"])
 def test_the_recipes_own_directory_is_never_replaced(tmp_path: Path, to: str) -> None:
     with pytest.raises(UsageError, match="it holds the recipe or your home"):
