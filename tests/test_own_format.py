@@ -80,7 +80,8 @@ def test_options_of_other_formats_are_refused_by_the_plan(site: Path) -> None:
         "-m", "bigpipe", "plan", "odd.yaml", "--store", str(site / "other"), path=(site,), cwd=site / "recipes"
     )
     assert done.returncode == 2, done.stdout
-    assert re.search(r"odd.yaml:\d+:\d+: llm_int8_threshold has no meaning for scheme int8-tensor", done.stderr)
+    told = r"odd.yaml:\d+:\d+: quantize: llm_int8_threshold has no meaning for scheme int8-tensor"
+    assert re.search(told, done.stderr)
 
 
 def test_it_answers_and_is_saved_with_its_name(nodes: dict[str, Any], site: Path) -> None:

@@ -96,10 +96,12 @@ def ran(tmp_path_factory: pytest.TempPathFactory) -> Workshop:
 def on_a_terminal(workshop: Workshop, command: str, width: int, **environ: str) -> str:
     """What a command prints on a terminal of that many columns."""
     ours, theirs = pty.openpty()
+    # What stands in COLUMNS wins over the terminal, and some who run tests set it
+    given = {name: value for name, value in environment(workshop.folder).items() if name not in ("COLUMNS", "LINES")}
     fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 24, width, 0, 0))
     done = subprocess.run(
         [sys.executable, "-m", "bigpipe", *command.split()], cwd=workshop.folder, stdout=theirs,
-        stderr=subprocess.PIPE, env={**environment(workshop.folder), "TERM": "xterm", **environ}, text=True,
+        stderr=subprocess.PIPE, env={**given, "TERM": "xterm", **environ}, text=True,
     )  # fmt: skip
     os.close(theirs)
     assert done.returncode == 0, done.stderr

@@ -12,7 +12,7 @@ from bigpipe.machine import Gpu, Machine
 from bigpipe.orchestrator.contract import EVENTS, Json
 from bigpipe.orchestrator.planning import Difference
 from bigpipe.orchestrator.recipe import texts_under_fields
-from bigpipe.orchestrator.running import NodeRun
+from bigpipe.orchestrator.running import Gate, NodeRun
 
 from .told_of_origin import Attested, CheckedDirectory, Reproduced
 from .told_of_recipes import Answer, Exchanged, Graph, Lock, Plan, Run, Status, Validated, Why, Written
@@ -122,7 +122,7 @@ def outputs_schema() -> dict[str, Json]:
         inner |= tops[name].pop("$defs", {})
         tops[name]["properties"] = {"schema": {"const": name}, **tops[name]["properties"]}
         tops[name]["required"] = ["schema", *tops[name]["required"]]
-    for described in (NodeRun, Machine, Gpu, Difference):
+    for described in (NodeRun, Gate, Machine, Gpu, Difference):
         _describe(inner[described.__name__]["properties"], described)
     return {
         "$schema": "https://json-schema.org/draft/2020-12/schema",

@@ -50,11 +50,11 @@ def test_experts_in_16_bits_keep_a_kernel_for_every_number_of_tokens() -> None:
     """Eight loads at most where there are eight experts in all, whatever their width; none in float32."""
     config = {**ALL["mixtral"], **LONG, "num_local_experts": 4, "num_experts_per_tok": 2, "num_hidden_layers": 2}
     wide = {**config, "hidden_size": 512, "intermediate_size": 1024}
-    kept = {dtype: int(peak(wide, dtype).formula.split()[-5]) for dtype in ("float32", "bfloat16", "float16")}
+    kept = {dtype: float(peak(wide, dtype).formula.split()[-5]) for dtype in ("float32", "bfloat16", "float16")}
     two_matrices = 2 * 8 * 700 * 2**10
-    assert kept["bfloat16"] == kept["float16"] == (10 * MIB + two_matrices) // MIB
+    assert kept["bfloat16"] == kept["float16"] == round((10 * MIB + two_matrices) / MIB, 1)
     assert kept["float32"] == 13
-    deep = int(peak({**wide, "num_hidden_layers": 40}, sequence_length=256).formula.split()[-5])
+    deep = float(peak({**wide, "num_hidden_layers": 40}, sequence_length=256).formula.split()[-5])
     assert kept["bfloat16"] < deep < 10 + 20 * two_matrices // MIB // 2, "loads repeat; one kernel serves all layers"
 
 

@@ -161,7 +161,7 @@ def test_what_passes_is_asked_again(api: Api, trouble: dict[str, Any]) -> None:
 
 LASTING: dict[str, tuple[dict[str, Any], type[Exception], str, int]] = {
     "busy": ({"status": 429, "body": error_body("slow down")}, Transient, "429: slow down", 3),
-    "a long pause": ({"status": 503, "headers": {"Retry-After": "3600"}}, Transient, "a pause of 3600 s", 1),
+    "a long pause": ({"status": 503, "headers": {"Retry-After": "3600"}}, Transient, "a pause of 1 h", 1),
     "out of order": ({"status": 500, "body": error_body("it broke")}, NoAnswer, "500: it broke", 3),
     "cut": ({"sends": 5}, NoAnswer, "does not answer to its end", 3),
     "silent": ({"after": 0.5}, NoAnswer, "does not answer in 0.2 s|too slowly", 3),

@@ -121,7 +121,7 @@ def test_what_is_read_and_what_is_made_have_positions_of_their_own(tmp_path: Pat
     assert bind("text-generation", model, path, max_new_tokens=31)(rows(["y" * 28]))
     with pytest.raises(ValueError, match="more than the model's 32 positions"):
         bind("text-generation", model, path, max_new_tokens=8)(rows(["y" * 40]))
-    with pytest.raises(ValueError, match="1 tokens and 32 new ones"):
+    with pytest.raises(ValueError, match="1 token and 32 new ones"):
         bind("text-generation", model, path, max_new_tokens=32)(rows(["y"]))
 
 

@@ -148,4 +148,4 @@ def test_an_input_that_is_quantized_already_has_its_place(llama: Path, workshop:
     workshop.manifest.write_text(text)
     plan = workshop.command("plan", "recipe.yaml")
     assert plan.returncode == 2
-    assert "recipe.yaml:7:13: the checkpoint is quantized already" in plan.stderr
+    assert "recipe.yaml:7:13: quantize: the checkpoint is quantized already" in plan.stderr

@@ -27,7 +27,7 @@ def test_predicted_and_taken(workshop):
     # The recorded time is the work's own; what publishing took comes on top of it in the result
     assert predicted == {name: state.record.seconds for name, state in first.nodes.items()}
     workshop.run(params={"tag": "b"})
-    assert ", about " in workshop.command("plan", "recipe.yaml", "-p", "tag=c").stdout
+    assert ", under a second" in workshop.command("plan", "recipe.yaml", "-p", "tag=c").stdout
     assert bigpipe.plan(workshop.manifest, params={"tag": "b"}).to_run == []
 
 
