@@ -22,11 +22,52 @@ PROGRAM, VARIABLE = "bigpipe", "_BIGPIPE_COMPLETE"
 Offer = Callable[[click.Context, click.Parameter, str], "list[CompletionItem]"]
 
 
+BASH = r"""
+%(complete_func)s() {
+    local IFS=$'\n' rest=${COMP_LINE#*"${COMP_WORDS[0]}"} index=0 at word value prefix type
+    local words=("${COMP_WORDS[0]}")
+    for at in "${!COMP_WORDS[@]}"; do
+        (( at == 0 )) && continue
+        word=${COMP_WORDS[at]}
+        if [[ $rest == [[:space:]]* ]]; then
+            rest=${rest#"${rest%%%%[![:space:]]*}"}
+            words+=("$word")
+        else
+            words[${#words[@]}-1]+=$word
+        fi
+        rest=${rest#"$word"}
+        (( at == COMP_CWORD )) && index=$(( ${#words[@]} - 1 ))
+    done
+    value=${words[index]}
+    [[ $value == -*=* ]] && value=${value#*=}
+    prefix=${value%%"$2"}
+    COMPREPLY=()
+    while IFS=',' read -r type value; do
+        case $type in
+            dir) compopt -o dirnames ;;
+            file) compopt -o default ;;
+            plain)
+                [[ $value == *= ]] && compopt -o nospace
+                value=${value#"$prefix"}
+                [[ -n $value ]] && COMPREPLY+=("$value") ;;
+        esac
+    done < <(COMP_WORDS="${words[*]}" COMP_CWORD=$index %(complete_var)s=bash_complete "$1")
+}
+complete -o nosort -F %(complete_func)s %(prog_name)s
+"""
+"""click's own script takes a word for several where bash breaks it, at each `=`, `@` and `:` of `$COMP_WORDBREAKS`.
+This one puts words together again as they are typed, and of an answer offers what follows the last break: bash
+replaces only that (`$2`)."""
+
+
 def script(shell: str) -> str:
     """Return what makes a shell complete the command: one of `SHELLS`, in its own language."""
-    from click.shell_completion import get_completion_class
+    from click.shell_completion import BashComplete, get_completion_class
 
-    kind = get_completion_class(shell)
+    class Bash(BashComplete):
+        source_template = BASH.lstrip()
+
+    kind = Bash if shell == Bash.name else get_completion_class(shell)
     assert kind is not None  # noqa: S101  one of SHELLS
     return kind(click.Command(PROGRAM), {}, PROGRAM, VARIABLE).source()
 

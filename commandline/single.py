@@ -20,7 +20,7 @@ from bigpipe.files import refuse_overlap
 from bigpipe.names import or_path
 from bigpipe.orchestrator import recipe, report
 
-from .completing import MODELS
+from .completing import MODELS, offering
 from .options import JSON, OFFLINE, STORE
 from .printing import fail_all, own_stderr, say, screen, show_json
 
@@ -82,7 +82,7 @@ def _options(command: str) -> Iterable[click.Option]:
             many = stage.inputs[port].many
             note = f"What is wired to the port `{port}`: a repository or a directory." + " Again for more." * many
             names = [f"--{port}", f"wired_{port}"]
-            yield click.Option(names, required=needed, multiple=many, metavar="MODEL", help=note)
+            yield click.Option(names, required=needed, multiple=many, metavar="MODEL", help=note, shell_complete=MODELS)
     if stage.runs_in == "ranks":
         count = click.IntRange(min=1)
         yield click.Option(["--num-processes"], type=count, help="Ranks that share the work.")
@@ -93,11 +93,13 @@ def _option(name: str, schema: Mapping[str, Any], types: set[str]) -> click.Opti
     if types <= {"boolean", "null"}:
         return click.Option([f"--{dashed}/--no-{dashed}", f"with_{name}"], default=None, help=note)
     several = bool(types & {"array", "object"})
-    metavar = "KEY=VALUE" if "object" in types else "VALUE"
-    if enum := schema.get("enum"):
-        metavar = "|".join(map(str, enum))
+    choices = [*map(str, schema.get("enum", ()))]
+    metavar = "|".join(choices) or ("KEY=VALUE" if "object" in types else "VALUE")
     names = [f"--{dashed}", *([f"--{name}"] if "_" in name else []), f"with_{name}"]
-    return click.Option(names, multiple=several, metavar=metavar, help=note + " Again for more." * several)
+    return click.Option(
+        names, multiple=several, metavar=metavar, help=note + " Again for more." * several,
+        shell_complete=offering(lambda given: choices),
+    )  # fmt: skip
 
 
 def _types(schema: Mapping[str, Any], definitions: Mapping[str, Any]) -> set[str]:
@@ -269,7 +271,15 @@ def _run(asked: recipe.Single, as_json: bool, *, store: Path | None, offline: bo
         show_json(result.as_json(), indent=None)
     else:
         say(report.results_text(result, screen=screen()))
+        if asked.to is None and result.status == "succeeded":
+            say(_kept(asked.name, result.path(asked.name), store))
     fail_all([_in_own_words(asked, error) for error in result.errors])
+
+
+def _kept(name: str, path: Path | None, store: Path | None) -> str:
+    """Where a result stays, and what takes it out of the store."""
+    taking = ["bigpipe", "get", name, "DIR", *(["--store", str(store)] if store else [])]
+    return f"in the store: {path}; as files of yours: {shlex.join(taking)}"
 
 
 def _flat(models: Iterable[str | tuple[str, ...]]) -> Iterator[str]:

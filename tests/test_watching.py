@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import os
+import pty
+import re
+import select
 import signal
 import subprocess
 import sys
@@ -43,6 +46,9 @@ trust: {modules: [slowkind]}
 stages:
   first: {uses: "slowkind:SLOW", with: {words: [one]}}
   talk: {uses: "slowkind:SLOW", with: {words: [hello, again, goodbye]}, needs: [first]}
+"""
+MATRIX = """
+  say: {uses: "slowkind:SLOW", matrix: {mood: [calm, wild]}, with: {words: ["${matrix.mood}"]}}
 """
 
 
@@ -144,52 +150,105 @@ def test_a_record_is_shown_whenever_it_says_something_else(workshop: Workshop) -
     assert workshop.command("show", "last", "--watch", "--json").returncode == 2
 
 
-def completed(workshop: Workshop, line: str) -> list[str]:
-    """What bash offers for the last word of a line, by the script that the command prints."""
-    script = workshop.command("completion", "bash").stdout
-    words = line.split(" ")
-    ask = f'COMP_WORDS=("$@"); COMP_CWORD={len(words) - 1}; _bigpipe_completion bigpipe; echo "${{COMPREPLY[@]}}"'
+ALL, ONE = "\x1b*", "\t"
+"""Keys of bash: put in every completion; complete as far as there is but one way."""
+BASHRC = """
+eval "$(bigpipe completion bash)"
+printed() { printf '\\n<%s>\\n' "$READLINE_LINE"; }
+bind -x '"\\C-g": printed'
+PS1='ready> '
+"""
+
+
+def completed(workshop: Workshop, key: str, *lines: str) -> list[str]:
+    """What becomes of each line in an interactive bash with the printed script, once the key is struck after it."""
     folder = workshop.folder / "bin"
     folder.mkdir(exist_ok=True)
     (folder / "bigpipe").write_text('#!/bin/sh\nexec python -m bigpipe "$@"\n')
     (folder / "bigpipe").chmod(0o755)
-    around = {**environment(workshop.folder), "PATH": f"{folder}:{Path(sys.executable).parent}:{os.environ['PATH']}"}
-    command = ["bash", "-c", f"{script}\n{ask}", "bash", *words]
-    found = subprocess.run(command, cwd=workshop.folder, env=around, capture_output=True, text=True, check=True)
-    return found.stdout.split()
+    (folder / "bashrc").write_text(BASHRC)
+    path = f"{folder}:{Path(sys.executable).parent}:{os.environ['PATH']}"
+    around = {**environment(workshop.folder), "PATH": path, "TERM": "dumb"}
+    master, slave = pty.openpty()
+    command = ["bash", "--noprofile", "--rcfile", "bin/bashrc", "-i"]
+    bash = subprocess.Popen(
+        command, cwd=workshop.folder, env=around, stdin=slave, stdout=slave, stderr=slave, start_new_session=True
+    )
+    os.close(slave)
+    try:
+        shown(master, rb"ready> ")
+        found = []
+        for line in lines:
+            os.write(master, f"\x15{line}{key}\x07".encode())
+            found.append(shown(master, rb"<(.*)>\r\n")[1].decode())
+        return found
+    finally:
+        bash.kill()
+        bash.wait()
+        os.close(master)
 
 
-@pytest.mark.parametrize(
-    ("line", "expected"),
-    [
-        ("bigpipe re", ["report"]),
-        ("bigpipe run recipe.yaml t", ["talk"]),
-        ("bigpipe run recipe.yaml talk ", ["first"]),
-        ("bigpipe why recipe.yaml f", ["first"]),
-        ("bigpipe run recipe.yaml -p m", ["mood=", "muck="]),
-        ("bigpipe run recipe.yaml --force ta", ["talk"]),
-        ("bigpipe kinds qu", ["quantize"]),
-        ("bigpipe show l", ["last"]),
-        ("bigpipe estimate own", ["owner/some-model"]),
-        ("bigpipe run nowhere.yaml t", []),
-        ("bigpipe get t", []),
-    ],
-)
-def test_a_shell_completes(workshop: Workshop, monkeypatch: pytest.MonkeyPatch, line: str, expected: list[str]) -> None:
+def shown(terminal: int, pattern: bytes, seconds: float = 60) -> re.Match[bytes]:
+    """The first place of what a terminal shows from now on that is like the pattern."""
+    text, end = b"", time.monotonic() + seconds
+    while (found := re.search(pattern, text)) is None:
+        assert select.select([terminal], [], [], max(0, end - time.monotonic()))[0], text
+        text += os.read(terminal, 65536)
+    return found
+
+
+OFFERED = {
+    "bigpipe re": "bigpipe report ",
+    "bigpipe run recipe.yaml t": "bigpipe run recipe.yaml talk ",
+    "bigpipe run recipe.yaml talk ": "bigpipe run recipe.yaml talk first say say@mood=calm say@mood=wild ",
+    "bigpipe why recipe.yaml f": "bigpipe why recipe.yaml first ",
+    "bigpipe run recipe.yaml say@": "bigpipe run recipe.yaml say@mood=calm @mood=wild ",
+    "bigpipe run recipe.yaml say@mood=": "bigpipe run recipe.yaml say@mood=calm wild ",
+    "bigpipe run recipe.yaml say@mood=w": "bigpipe run recipe.yaml say@mood=wild ",
+    "bigpipe run recipe.yaml -p m": "bigpipe run recipe.yaml -p mood= muck= ",
+    "bigpipe run recipe.yaml --force ta": "bigpipe run recipe.yaml --force talk ",
+    "bigpipe run recipe.yaml --force=ta": "bigpipe run recipe.yaml --force=talk ",
+    "bigpipe kinds qu": "bigpipe kinds quantize ",
+    "bigpipe show l": "bigpipe show last ",
+    "bigpipe estimate own": "bigpipe estimate owner/some-model ",
+    "bigpipe merge own": "bigpipe merge owner/some-model ",
+    "bigpipe merge . --adapter own": "bigpipe merge . --adapter owner/some-model ",
+    "bigpipe quantize . --scheme n": "bigpipe quantize . --scheme nf4 ",
+    "bigpipe quantize . --scheme=n": "bigpipe quantize . --scheme=nf4 ",
+    "bigpipe quantize . --dtype ": "bigpipe quantize . --dtype float16 bfloat16 float32 ",
+    "bigpipe run nowhere.yaml t": "bigpipe run nowhere.yaml t",
+    "bigpipe get t": "bigpipe get t",
+}
+"""A line → the same line with all that bash offers for its last word."""
+GOES_ON = {
+    "bigpipe run recipe.yaml -p moo": "bigpipe run recipe.yaml -p mood=",
+    "bigpipe run recipe.yaml --param=moo": "bigpipe run recipe.yaml --param=mood=",
+    "bigpipe run recipe.yaml -p mood=": "bigpipe run recipe.yaml -p mood=",
+    "bigpipe run recipe.yaml -p mood=wild f": "bigpipe run recipe.yaml -p mood=wild first ",
+    "bigpipe run recipe.yaml say@": "bigpipe run recipe.yaml say@mood=",
+    "bigpipe plan rec": "bigpipe plan recipe.yaml ",
+    "cd . && bigpipe  run recipe.yaml say@mood=c": "cd . && bigpipe  run recipe.yaml say@mood=calm ",
+}
+"""A line → what a TAB makes of it: no space where a value is to follow."""
+
+
+def test_a_shell_completes(workshop: Workshop, monkeypatch: pytest.MonkeyPatch) -> None:
     (workshop.folder / "slowkind.py").write_text(KIND)
-    workshop.manifest.write_text(RECIPE)
+    workshop.manifest.write_text(RECIPE + MATRIX)
     cache = workshop.folder / "hub" / "models--owner--some-model"
     cache.mkdir(parents=True)
     monkeypatch.setenv("HF_HUB_CACHE", str(cache.parent))
-    assert completed(workshop, line) == expected
+    assert dict(zip(OFFERED, completed(workshop, ALL, *OFFERED), strict=True)) == OFFERED
+    assert dict(zip(GOES_ON, completed(workshop, ONE, *GOES_ON), strict=True)) == GOES_ON
 
 
 def test_runs_and_their_nodes_are_completed(workshop: Workshop) -> None:
     (workshop.folder / "slowkind.py").write_text(KIND)
-    say(workshop, "one", "hello", "again", "goodbye")
-    result = workshop.run(RECIPE)
-    assert completed(workshop, f"bigpipe diff {result.run[:12]}") == [result.run]
-    assert completed(workshop, "bigpipe get t") == ["talk"]
+    say(workshop, "one", "hello", "again", "goodbye", "calm", "wild")
+    result = workshop.run(RECIPE + MATRIX)
+    lines = [f"bigpipe diff {result.run[:12]}", "bigpipe get t", "bigpipe get say@mood=c"]
+    expected = [f"bigpipe diff {result.run} ", "bigpipe get talk ", "bigpipe get say@mood=calm "]
+    assert completed(workshop, ONE, *lines) == expected
 
 
 @pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])

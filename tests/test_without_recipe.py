@@ -139,6 +139,19 @@ def test_what_is_wrong_is_told(placed, line, says):
     assert not re.search(r"bigpipe \w+:\d", done.stderr), "a line of a recipe that nobody wrote"
 
 
+def test_a_result_that_stays_in_the_store_is_named_with_what_takes_it_out(placed):
+    done = placed.command("quantize", "model", "--scheme", "int8", "--store", "my store")
+    assert done.returncode == 0, done.stderr
+    last = done.stdout.splitlines()[-1]
+    named = re.fullmatch(r"in the store: (.*); as files of yours: bigpipe (get quantize DIR --store 'my store')", last)
+    assert named, last
+    assert json.loads((placed.folder / named[1] / "config.json").read_text())["quantization_config"]["load_in_8bit"]
+    assert placed.command(*shlex.split(named[2])).returncode == 0
+    assert (placed.folder / "DIR" / "config.json").exists()
+    taken = placed.command("quantize", "model", "--scheme", "int8", "--store", "my store", "-o", "dist")
+    assert "in the store" not in taken.stdout
+
+
 def test_what_was_typed_is_in_the_answer_for_programs_too(placed):
     told = json.loads(placed.command("shard", "model", "--max-shard-size", "5", "--json").stdout)
     [error] = told["errors"]

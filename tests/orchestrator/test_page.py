@@ -401,6 +401,16 @@ def test_a_graph_is_drawn_as_its_form_says_whatever_the_name(workshop):
     assert workshop.manifest.read_text() == RECIPE
 
 
+def test_a_form_that_the_name_of_the_file_contradicts_is_refused(workshop):
+    workshop.manifest.write_text(RECIPE)
+    refused = workshop.command("graph", "recipe.yaml", "--format", "svg", "-o", "g.html")
+    assert refused.returncode == 2
+    assert "g.html ends as html does, and --format is svg\n" in refused.stderr
+    assert "leave --format out, or name a file with -o that ends in .svg\n" in refused.stderr
+    assert not (workshop.folder / "g.html").exists()
+    assert workshop.command("graph", "recipe.yaml", "--format", "dot", "-o", "g.gv").returncode == 0
+
+
 def test_a_drawing_that_stands_alone_brings_its_colours(workshop):
     workshop.manifest.write_text(RECIPE)
     root = ElementTree.fromstring(workshop.command("graph", "recipe.yaml", "--format", "svg").stdout)  # noqa: S314
