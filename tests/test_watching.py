@@ -208,6 +208,7 @@ OFFERED = {
     "bigpipe run recipe.yaml -p m": "bigpipe run recipe.yaml -p mood= muck= ",
     "bigpipe run recipe.yaml --force ta": "bigpipe run recipe.yaml --force talk ",
     "bigpipe run recipe.yaml --force=ta": "bigpipe run recipe.yaml --force=talk ",
+    "bigpipe run recipe.yaml --force=say@mood=c": "bigpipe run recipe.yaml --force=say@mood=calm ",
     "bigpipe kinds qu": "bigpipe kinds quantize ",
     "bigpipe show l": "bigpipe show last ",
     "bigpipe estimate own": "bigpipe estimate owner/some-model ",
