@@ -409,10 +409,12 @@ def initialise(file: Path, model: str) -> list[Path]:
     if os.path.lexists(file):
         raise UsageError(f"{file} exists", "give another name; `bigpipe init` never overwrites a recipe")
     schema = file.parent / "bigpipe.schema.json"
+    text = initial_manifest(model, file.stem, schema.name)
+    recipe = load_recipe(file, text=text, arguments={("stages", "download", "with"): f"--model {model}"})
     try:
         make_directory(file.parent)
-        write_file(file, initial_manifest(model, file.stem, schema.name))
-        write_file(schema, json.dumps(recipe_schema(load_recipe(file)), indent=2) + "\n")
+        write_file(schema, json.dumps(recipe_schema(recipe), indent=2) + "\n")
+        write_file(file, text)
     except OSError as error:
         raise UsageError(f"{file} cannot be written: {error.strerror}", "give another place, or make room") from error
     return [file, schema]

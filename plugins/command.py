@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Collection
 from pathlib import PurePosixPath
 from typing import Annotated, Any, Literal
 
@@ -62,6 +63,12 @@ class CommandMetrics(Metrics):
     __pydantic_extra__: dict[str, int | float]
 
 
+def unmeasured(params: CommandParams, ports: Collection[str], metric: str) -> tuple[str, str] | None:
+    if params.metrics is None:
+        return "`metrics`", "say where the metrics come from: with: {metrics: …}"
+    return None
+
+
 STAGE = Stage(
     kind="command",
     version=1,
@@ -72,7 +79,7 @@ STAGE = Stage(
     output="directory",
     outputs=("checkpoint", "report", "results"),
     output_field="produces",
-    metrics_field="metrics",
+    unmeasured=unmeasured,
     placeholders=("input", "out", "python"),
     run=late("bigpipe.plugins.commanding:run"),
     forecast=late("bigpipe.plugins.commanding:forecast"),

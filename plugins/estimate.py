@@ -7,7 +7,7 @@ decided before a byte of weights moves.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import replace
 from typing import Annotated, Any, Literal
 
@@ -167,6 +167,15 @@ def reads(params: EstimateParams, context: ForecastContext) -> list[str]:
     return found
 
 
+def unmeasured(params: EstimateParams, ports: Collection[str], metric: str) -> tuple[str, str] | None:
+    dtype, _, measured = metric.removeprefix("formats.").partition(".")
+    if measured and dtype not in params.dtypes:
+        return f"{dtype} among `dtypes`", f"write dtypes: [{', '.join((*params.dtypes, dtype))}]"
+    if measured == "training_high" and params.train is None:
+        return "`train`", "write `train: …` under `with`, the optimizer that it is of"
+    return None
+
+
 def result_line(metrics: Mapping[str, Any]) -> str:
     """`float16 24.8 GiB, int8 12.4 GiB to infer, 2 more dtypes`, in the order of `EstimateMetrics`."""
     budgets = {**metrics, **metrics.get("formats", {})}
@@ -190,6 +199,7 @@ STAGE = Stage(
     runs_in="inline",
     packages=("transformers",),
     secrets=("HF_TOKEN",),
+    unmeasured=unmeasured,
     result_line=result_line,
     title="Say what a model needs in memory, per dtype, before its weights move",
 )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
@@ -84,6 +84,18 @@ class EvaluateMetrics(Metrics):
     """Bytes by device: a GPU's number, or `cpu` for the resident memory of the largest rank."""
 
 
+AGAINST = ("baseline_perplexity", "perplexity_ratio", "kl", "top1", "layers_error")
+"""What begins with one of these compares the model with its baseline."""
+
+
+def unmeasured(params: EvaluateParams, ports: Collection[str], metric: str) -> tuple[str, str] | None:
+    if metric.startswith(AGAINST) and "baseline" not in ports:
+        return "a baseline", "wire inputs: baseline to the model it was made from"
+    if metric == "layers_error" and not params.per_layer:
+        return "`per_layer`", "write `per_layer: true` under `with`"
+    return None
+
+
 def result_line(metrics: Mapping[str, Any]) -> str:
     """`perplexity 37.31 ± 1.1, 1.0120 × the baseline's, KL 0.0123, 5,589 tokens`."""
     told = [f"perplexity {metrics['perplexity']:.4g} ± {metrics['perplexity_stderr']:.1g}"]
@@ -115,6 +127,7 @@ STAGE = Stage(
     planning=Planning(check=late("bigpipe.plugins.evaluating:check"), facts=dtype_facts),
     packages=("torch", "transformers", "tokenizers", "bitsandbytes"),
     reproducible=False,
+    unmeasured=unmeasured,
     result_line=result_line,
     title="Says how well a model foresees a text, and what it lost against the model it was made from.",
 )

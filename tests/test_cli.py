@@ -257,3 +257,13 @@ def test_a_node_in_place_of_a_run_is_explained(workshop) -> None:
     workshop.run("version: 1\nstages:\n  a: {uses: write, with: {text: hello}}\n")
     assert workshop.command("log").returncode == 0
     assert "a is a node of it: write `last a`" in workshop.command("log", "a").stderr
+
+
+def test_a_first_recipe_of_what_is_no_model_leaves_no_file(workshop):
+    refused = workshop.command("init", "new/b.yaml", "--model", "not a model!")
+    assert refused.returncode == 2
+    assert "--model not a model!: " in refused.stderr
+    assert "'not a model!' is not the name of a repository\n  write it as owner/name\n" in refused.stderr
+    assert not (workshop.folder / "new").exists()
+    assert workshop.command("init", "new/b.yaml", "--model", "facebook/opt-125m").returncode == 0
+    assert {path.name for path in (workshop.folder / "new").iterdir()} == {"b.yaml", "bigpipe.schema.json"}

@@ -37,6 +37,14 @@ def test_what_is_no_size(text: object) -> None:
         size_of("max_shard_size", text)  # type: ignore[arg-type]
 
 
+@pytest.mark.parametrize(("text", "meant"), [("5G", "5GB"), ("1.5 gi", "1.5GiB"), ("7k", "7KB"), ("2T", "2TB")])
+def test_a_unit_without_its_b_is_told_whole(text: str, meant: str) -> None:
+    with pytest.raises(UsageError) as caught:
+        size_of("memory", text)
+    assert (caught.value.cause, caught.value.cure) == (f"memory: {text!r} is not a size", f"did you mean {meant!r}?")
+    assert parse_size(meant)
+
+
 @given(st.integers(min_value=0, max_value=10**16))
 def test_an_exact_size_is_read_back(size: int) -> None:
     assert parse_size(exact_size(size)) == size

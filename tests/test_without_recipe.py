@@ -182,3 +182,13 @@ def test_names_of_others_are_texts_in_the_recipe(tmp_path):
     recipe = load_recipe(tmp_path / "recipe", text=asked.manifest())
     assert recipe.nodes["download"].params.path == str(tmp_path / "${x}: [y]")
     assert recipe.nodes["save"].params.to == "a: b #c"
+
+
+def test_what_is_there_already_is_told_with_the_options_there_are(placed):
+    (placed.folder / "there").mkdir()
+    (placed.folder / "there" / "mine.txt").write_text("mine")
+    done = placed.command("shard", "model", "-o", "there")
+    assert done.returncode == 2
+    assert "is there already, with 1 file that bigpipe did not write" in done.stderr
+    assert "choose another destination with -o" in done.stderr
+    assert "overwrite" not in done.stderr

@@ -7,7 +7,7 @@ through the entry-point group `bigpipe.stages`, and they look the same.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache, cached_property
 from importlib import import_module
@@ -284,8 +284,9 @@ class Stage(Generic[P]):
     takes one of them may be wired, and whoever stands behind it checks what comes."""
     output_field: str = ""
     """The field of the params that says which of these types it has."""
-    metrics_field: str = ""
-    """The field of the params that says where its metrics come from; where it is not written, there are none."""
+    unmeasured: Callable[[P, Collection[str], str], tuple[str, str] | None] | None = None
+    """(params, ports that are wired, path of a metric) → what it is not measured without, and the cure; None: it is
+    measured. A gate or a `when` on what is not measured could never be decided, and is refused before anything runs."""
     open_ports: Port | None = None
     """What ports of any other name are; None: there are no others."""
     placeholders: tuple[str, ...] = ()

@@ -86,6 +86,10 @@ def read_lock(path: Path) -> LockFile | None:
     again = f"write it again: {writing(path)}"
     try:
         data = plainyaml.load(read_file(path, LARGEST))
+        if isinstance(data, dict) and "stages" in data:
+            raise UsageError(
+                f"{path} is a recipe, not a lock file", f"name {path}.lock, which `{writing(path)}` writes"
+            )
         return LockFile.model_validate(data).model_copy(update={"path": path})
     except OSError as error:
         raise UsageError(f"the lock file {path} cannot be read: {error.strerror}", again) from error

@@ -46,16 +46,6 @@ def _joined(groups: Iterable[tuple[str, ...]]) -> tuple[str, ...]:
     return tuple(dict.fromkeys(chain.from_iterable(groups)))
 
 
-def _not_measured(stage: Wired, metric: str) -> tuple[str, str] | None:
-    """Return cause and cure where the stage will have no such metric."""
-    if stage.kind is None:
-        return None
-    source, given = stage.kind.metrics_field, stage.settings.get("with")
-    if source and (not isinstance(given, dict) or given.get(source) is None):
-        return f"no metric {metric!r} without `{source}`", f"say where the metrics come from: with: {{{source}: …}}"
-    return wrong_metric(stage.kind.metrics, metric)
-
-
 class Reading(NamedTuple):
     """What the settings of a stage give, before it is wired to others."""
 
@@ -76,7 +66,10 @@ class Expansion:
     def nodes(self) -> dict[str, Node]:
         """Return every node, stages in file order. Problems are added; nodes that have some are left out."""
         self._count()
-        return {node.name: node for stage in self.stages.values() for node in self._expand(stage)}
+        nodes = {node.name: node for stage in self.stages.values() for node in self._expand(stage)}
+        for node in nodes.values():
+            self._check_measured(node, nodes)
+        return nodes
 
     def _count(self) -> None:
         sizes = {name: prod(len(values) for values in stage.axes.values()) for name, stage in self.stages.items()}
@@ -288,12 +281,27 @@ class Expansion:
                 self.problems.add(Fault.UNKNOWN_STAGE, path, f"no stage {name!r}", cure, part=metric)
             return False
         kind = self.stages[name].kind
-        wrong = _not_measured(self.stages[name], metric)
-        if kind is None or wrong is None:
-            return kind is not None
+        if kind is None:
+            return False
+        wrong = wrong_metric(kind.metrics, metric)
+        if wrong is None:
+            return True
         cause, cure = wrong
         self.problems.add(Fault.UNKNOWN_METRIC, path, f"{cause} in {kind.kind}", cure, part=metric)
         return False
+
+    def _check_measured(self, node: Node, nodes: Mapping[str, Node]) -> None:
+        """What its conditions read must be measured with the params and inputs that those nodes have."""
+        for condition in (*([node.when] if node.when else []), *node.gates):
+            for name, metric in sorted(condition.references, key=str):
+                read = node if name is None else nodes.get(name)
+                if read is None or read.kind.unmeasured is None:
+                    continue
+                wired = [port for port, sources in read.inputs.items() if sources]
+                if (lack := read.kind.unmeasured(read.params, wired, metric)) is not None:
+                    missing, cure = lack
+                    cause = f"no metric {metric!r} without {missing} in {read.kind.kind}"
+                    self.problems.add(Fault.UNKNOWN_METRIC, condition.place.narrowed(metric), cause, cure)
 
     def _bound(self, stage: Wired, condition: Condition, texts: Mapping[str, str]) -> Condition | None:
         own = node_name(stage.name, texts)

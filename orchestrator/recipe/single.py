@@ -98,6 +98,7 @@ def in_options(text: str, kind: str) -> str:
     fields = {*described_schema(stage.params)["properties"], *stage.inputs}
     name = "|".join(sorted(fields, key=len, reverse=True))
     alone = "|".join(sorted((field for field in fields if "_" in field), key=len, reverse=True)) or "(?!)"
+    text = re.sub(r", or write overwrite: true[^,;]*", " with -o", text)  # of `save`, which no command has options of
     for pattern, words in (
         (rf"`(?P<name>{name}): …`(?: under `with`)?", "`{} …`"),
         (rf"inputs: (?P<name>{name})\b", "{}"),

@@ -127,10 +127,8 @@ class Document:
             above, _ = self.find(path[: depth - 1])
             return self.place(above.keys.get(path[depth - 1], item))
         place = self.place(item)
-        if part and item.start_mark.line == item.end_mark.line and place.text:
-            at = place.text.find(part, item.start_mark.column, item.end_mark.column)
-            if at >= 0:
-                return replace(place, column=at + 1, width=len(part))
+        if part and item.start_mark.line == item.end_mark.line:
+            return place.narrowed(part, item.end_mark.column)
         return place
 
     def typed(self, arguments: Mapping[Keys, str]) -> None:

@@ -19,7 +19,7 @@ BigpipeError
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from signal import SIGHUP, SIGINT, SIGTERM
 from types import MappingProxyType
 from typing import ClassVar
@@ -53,6 +53,11 @@ class Place:
     def short(self) -> str:
         """Without the folders: for one-line reasons."""
         return self.argument or f"{self.file.rpartition('/')[2]}:{self.line}:{self.column}"
+
+    def narrowed(self, part: str, end: int | None = None) -> Place:
+        """Return the place of a text that begins here and lies before column `end` of the line, where it is there."""
+        at = self.text.find(part, self.column - 1, end)
+        return replace(self, column=at + 1, width=len(part)) if at >= 0 else self
 
     def before(self, cause: str) -> str:
         """Return a cause with the place before it, unless it begins with what was typed."""

@@ -37,6 +37,9 @@ def parse_size(value: int | str) -> int:
             raise ValueError(f"a size cannot be negative: {value}")
         return _within_reason(value)
     match = _SIZE.fullmatch(value)
+    if match is not None and f"{match[2].lower()}b" in UNITS and match[2].lower() not in UNITS:
+        meant = f"{match[1]}{match[2].capitalize()}B"
+        raise ValueError(f"{value!r} is not a size; did you mean {meant!r}?")
     if match is None or match[2].lower() not in UNITS:
         raise ValueError(f"{value!r} is not a size; write bytes or a number with a unit, such as 10GiB or 10GB")
     number, unit = match.groups()

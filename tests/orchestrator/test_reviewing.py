@@ -165,4 +165,8 @@ def test_what_cannot_be_compared(talk, tmp_path, monkeypatch):
     (tmp_path / "odd.lock").write_text("a: [")
     with pytest.raises(UsageError, match=r"odd\.lock is not YAML"):
         report.diff("odd.lock", "odd.lock")
+    (tmp_path / "r.yaml").write_text("version: 1\nstages:\n  s: {uses: say, with: {word: one}}\n")
+    with pytest.raises(UsageError, match=r"r\.yaml is a recipe, not a lock file") as told:
+        report.diff("r.yaml", "r.yaml")
+    assert told.value.cure == "name r.yaml.lock, which `bigpipe lock r.yaml` writes"
     assert "for people" in talk.command("diff", "last", "last", "--markdown", "--json").stdout
