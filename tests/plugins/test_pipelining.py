@@ -139,7 +139,9 @@ def hub(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterato
 
 
 def test_from_the_hub(workshop: Workshop, hub: LoopbackHub, tmp_path: Path) -> None:
+    hub.fail("slow", "-00003-of-", times=9, rate=2_000_000)  # so that the others begin before all has come
     together = workshop.run(recipe(FROM_HUB))
+    hub.faults.clear()
     assert set(statuses(together).values()) == {"succeeded"}
     assert "as they are made" in together.nodes["shard"].reason
     apart = workshop.run(jobs=1, store=tmp_path / "other")
