@@ -135,6 +135,7 @@ class Watch:
 
     def __init__(self, folder: str) -> None:
         self.on = False
+        sys.dont_write_bytecode = True  # of what is first imported meanwhile, in a fresh clone
         sys.addaudithook(self.hook)
 
     def hook(self, event: str, given: tuple[object, ...]) -> None:
