@@ -90,8 +90,9 @@ def _bind(model: Any, path: Path, options: TaskOptions, sources: Sources) -> Ans
         texts = [
             _text(processor, row, len(each), asked.text, options.bounded) for row, each in zip(rows, names, strict=True)
         ]
-        bos = tokenizer.bos_token
-        special = not (bos and all(text.startswith(bos) for text in texts))
+        # As transformers does: what a template writes may have its special tokens already
+        bos, whole = tokenizer.bos_token, _is_message(processor, rows[0])
+        special = not (whole and bos and texts[0].startswith(bos))
         single = all(len(each) == 1 for each in pictures)
         with options.bounded("the processor of the model"):
             found = processor(
@@ -101,17 +102,25 @@ def _bind(model: Any, path: Path, options: TaskOptions, sources: Sources) -> Ans
         inputs = on_device(model, found)
         return Encoding(inputs, [int(count) for count in found["attention_mask"].sum(-1)])
 
-    return generator(model, tokenizer, read, options, _for_generate(options.arguments))
+    arguments = _for_generate(options.arguments)
+    return generator(model, tokenizer, read, options, arguments, apart=lambda row: _is_message(processor, row))
+
+
+def _is_message(processor: Any, row: Row) -> bool:
+    """Does it go through the chat template? A text does not that says itself where its pictures stand."""
+    if row.reads == "text" and not isinstance(row.prompt, str):
+        return True
+    token = getattr(processor, "image_token", None)
+    return processor.chat_template is not None and not (row.reads == "text" and token and token in row.prompt)
 
 
 def _text(processor: Any, row: Row, pictures: int, asked: str | None, bounded: Bounded) -> str:
     """What the model reads. A text that does not say itself where its pictures stand is a message, with the pictures
     before it, where the model has a chat template."""
     prompt = asked if row.reads == "picture" else row.prompt
+    if not _is_message(processor, row):
+        return str(prompt)
     if isinstance(prompt, str):
-        token = getattr(processor, "image_token", None)
-        if processor.chat_template is None or (token and token in prompt):
-            return prompt
         parts = [*({"type": "image"} for _ in range(pictures)), {"type": "text", "text": prompt}]
         prompt = [{"role": "user", "content": parts}]
     elif not picture_parts(prompt):

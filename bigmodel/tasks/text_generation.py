@@ -110,10 +110,11 @@ def _bind(model: Any, path: Path, options: TaskOptions, sources: Sources) -> Ans
 
 def generator(
     model: Any, tokenizer: Any, read: Callable[[Sequence[Row]], Encoding], options: TaskOptions,
-    arguments: Mapping[str, Any],
+    arguments: Mapping[str, Any], apart: Callable[[Row], bool] = lambda row: False,
 ) -> Answerer:  # fmt: skip
     """Return what answers rows with the text that the model makes of each. read: how it reads them, which raises
-    ValueError for rows that it cannot. arguments: of `generate`, which the model has."""
+    ValueError for rows that it cannot. arguments: of `generate`, which the model has. apart: rows for which it gives
+    different answers are not read together."""
     goes_on, given = not model.config.is_encoder_decoder, as_floats(arguments)
     draw_alone(model)
     asked = {"max_new_tokens": options.max_new_tokens, "pad_token_id": tokenizer.pad_token_id, **given}
@@ -126,7 +127,7 @@ def generator(
     def answer(rows: Sequence[Row]) -> list[Answer]:
         parts: dict[str, list[Row]] = {}
         for row in rows:
-            parts.setdefault(json.dumps(_without_seed(row), sort_keys=True), []).append(row)
+            parts.setdefault(json.dumps([apart(row), _without_seed(row)], sort_keys=True), []).append(row)
         found = {row.index: made for part in parts.values() for row, made in zip(part, alike(part), strict=True)}
         return [found[row.index] for row in rows]
 

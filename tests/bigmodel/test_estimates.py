@@ -424,7 +424,7 @@ class TestMistakes:
             ("https://example.com/a/b", "is no address of the Hub at"),
             ("https://huggingface.co.example.com/a/b", "is no address of the Hub at"),
             ("https://huggingface.co/a/b/discussions/4", "is the address of no model"),
-            ("https://huggingface.co/datasets/a/b", "is the address of no model"),
+            ("https://huggingface.co/datasets/a", "is the address of no model"),
             ("https://huggingface.co/spaces/a/b", "is the address of no model"),
         ],
     )

@@ -106,6 +106,17 @@ def test_a_text_that_says_where_its_picture_stands_is_read_as_it_is(folder: Path
     assert texts(bind(folder, "plain"), given) == wanted
 
 
+def test_a_row_begins_once_whoever_stands_beside_it(folder: Path) -> None:
+    """A template writes the token that a text begins with, and the tokenizer writes it before any other."""
+    make_llava(folder / "begins", begins=True)
+    given = rows(folder, [{"prompt": text, "image": "a.png"} for text in ("see <image> here", "what is this", "a cat")])
+    answers = bind(folder, "begins")(given)
+    wanted = [plainly(folder, "begins", images=str(folder / "a.png"), text="see <image> here")]
+    wanted += [plainly(folder, "begins", text=message(folder / "a.png", text)) for text in ("what is this", "a cat")]
+    assert [answer.payload["text"] for answer in answers] == wanted
+    assert [answer.read for answer in answers] == [14, 35, 28]
+
+
 def test_several_pictures_of_a_row(folder: Path) -> None:
     given = rows(folder, [{"prompt": "which", "image": ["a.png", "b.png"]}, {"prompt": "this", "image": "c.png"}])
     wanted = [message(folder / "a.png", folder / "b.png", "which"), message(folder / "c.png", "this")]

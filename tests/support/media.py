@@ -157,8 +157,9 @@ CHAT = (
 )
 
 
-def make_llava(folder: Path, *, chats: bool = True) -> Path:
-    """A tiny LLaVA of float32 that sees 16 × 16 pixels as four tokens, with its tokenizer and processor."""
+def make_llava(folder: Path, *, chats: bool = True, begins: bool = False) -> Path:
+    """A tiny LLaVA of float32 that sees 16 × 16 pixels as four tokens, with its tokenizer and processor. begins: both
+    tokenizer and template write the token that a text begins with."""
     import torch
     from transformers import (
         CLIPImageProcessorPil,
@@ -174,6 +175,12 @@ def make_llava(folder: Path, *, chats: bool = True) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     tokenizer = tiny_tokenizer()
     tokenizer.add_special_tokens({"additional_special_tokens": ["<image>"]})
+    bos = tokenizer.bos_token
+    if begins:
+        from tokenizers.processors import TemplateProcessing
+
+        written = [(bos, tokenizer.bos_token_id)]
+        tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single=f"{bos} $A", special_tokens=written)
     few: dict[str, Any] = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
     config = LlavaConfig(
         vision_config=CLIPVisionConfig(image_size=16, patch_size=8, **few),
@@ -191,6 +198,6 @@ def make_llava(folder: Path, *, chats: bool = True) -> Path:
     pictures = CLIPImageProcessorPil(size={"shortest_edge": 16}, crop_size={"height": 16, "width": 16})
     LlavaProcessor(
         pictures, tokenizer, patch_size=8, vision_feature_select_strategy="default", num_additional_image_tokens=1,
-        chat_template=CHAT if chats else None,
+        chat_template=(bos if begins else "") + CHAT if chats else None,
     ).save_pretrained(folder)  # fmt: skip
     return folder
