@@ -1,7 +1,7 @@
 """The `bigpipe` command. Parses, calls, prints; holds no logic. What each command takes stands in `commandline/`.
 
 main → command → cli, a click group over
-  commandline.recipes      run plan validate status why graph lock push pull
+  commandline.recipes      run plan validate status why graph lock export push pull
   commandline.questions    estimate init schema kinds doctor completion
   commandline.stored       ls ps show log diff report get rm gc
   commandline.published    verify attest

@@ -135,6 +135,12 @@ def _kinds(given: dict[str, Any]) -> Iterable[str]:
     return stage_kinds()
 
 
+def _targets(given: dict[str, Any]) -> Iterable[str]:
+    from bigpipe.orchestrator.export import TARGETS
+
+    return TARGETS
+
+
 def _models(given: dict[str, Any]) -> Iterable[str]:
     """Those in the Hub cache."""
     from bigpipe.bigmodel.hub import Hub
@@ -144,5 +150,5 @@ def _models(given: dict[str, Any]) -> Iterable[str]:
 
 
 NODES, PARAMETERS, RUNS, RAN, KINDS = map(offering, (_nodes, _parameters, _runs, _ran, _kinds))
-REMOVABLE = offering(_removable)
+REMOVABLE, TARGETS = map(offering, (_removable, _targets))
 MODELS = offering(_models, files=True)

@@ -10,18 +10,21 @@ from typing import TYPE_CHECKING, Any
 import click
 
 import bigpipe
-from bigpipe.errors import ManifestError
+from bigpipe.errors import ManifestError, UsageError
 from bigpipe.orchestrator import report
 from bigpipe.sizes import format_transfer
 from bigpipe.tables import columns
 
-from .completing import NODES, RUNS
+from .completing import NODES, RUNS, TARGETS
 from .options import JOBS, JSON, MANIFEST, OFFLINE, PARAMS, REMOTE, STORE
 from .printing import fail_all, own_stderr, say, screen, show, show_json
 
 if TYPE_CHECKING:
     from bigpipe.orchestrator.contract import Reporter
 
+MACHINE = click.option(
+    "--machine", type=click.Path(exists=True, path_type=Path), help="Plan for `doctor --json` of another one."
+)
 NAMED_ELSEWHERE = "-"
 """`--remote` without an address."""
 
@@ -74,17 +77,17 @@ def _attend(
 @click.argument("nodes", nargs=-1, shell_complete=NODES)
 @PARAMS
 @click.option("--explain", is_flag=True, help="Add keys, every change and every forecast metric.")
-@click.option(
-    "--machine", type=click.Path(exists=True, path_type=Path), help="Plan for `doctor --json` of another one."
-)
+@click.option("--markdown", is_flag=True, help="A table for a pull request, or for the summary of a CI job.")
+@MACHINE
 @JOBS
 @OFFLINE
 @JSON
 @STORE
 @REMOTE
 def plan(
-    manifest: Path, nodes: tuple[str, ...], machine: Path | None, explain: bool, as_json: bool, **options: Any
-) -> None:
+    manifest: Path, nodes: tuple[str, ...], machine: Path | None, explain: bool, markdown: bool, as_json: bool,
+    **options: Any,
+) -> None:  # fmt: skip
     """Say what would run, why, what it costs, and whether it fits.
 
     Example: bigpipe plan manifests/opt13b_int8.yaml --machine gpu-box.json
@@ -92,13 +95,16 @@ def plan(
     from bigpipe.machine import read_machine
     from bigpipe.orchestrator.planning import plan_text
 
+    if markdown and (as_json or explain):
+        other = "--json" if as_json else "--explain"
+        raise UsageError(f"--markdown and {other} are two ways to say it", "leave one out")
     there = read_machine(machine) if machine else None
     with closing(report.choose_reporter(own_stderr())) as reporter:
         planned = bigpipe.plan(manifest, nodes, machine=there, reporter=reporter, **options)
     show(
         as_json,
         lambda: report.plan_json(planned),
-        lambda: plan_text(planned, explain=explain, screen=screen()),
+        lambda: report.plan_markdown(planned) if markdown else plan_text(planned, explain=explain, screen=screen()),
         planned.errors(),
     )
 
@@ -235,6 +241,37 @@ def lock(manifest: Path, as_json: bool, **options: Any) -> None:
     show(as_json, lambda: {"schema": "bigpipe.lock/1", "lock": file}, lambda: file)
 
 
+@click.command()
+@click.argument("target", shell_complete=TARGETS)
+@MANIFEST
+@PARAMS
+@click.option("-o", "--out", type=click.Path(path_type=Path), help="Write it there; else it is printed.")
+@MACHINE
+@OFFLINE
+@JSON
+def export(target: str, manifest: Path, out: Path | None, machine: Path | None, as_json: bool, **options: Any) -> None:
+    """Write a recipe for another system that runs it. TARGET: github, airflow, argo, dockerfile.
+
+    Its parameters become inputs there; `-p` says what holds where none is given.
+
+    Example: bigpipe export github manifests/quickstart.yaml -o .github/workflows/quickstart.yaml
+    """
+    from bigpipe.machine import read_machine
+    from bigpipe.orchestrator import commands
+
+    there = read_machine(machine) if machine else None
+    with closing(report.choose_reporter(own_stderr())) as reporter:
+        found = commands.export(target, manifest, machine=there, out=out, reporter=reporter, **options)
+    size = report.write_page(out, found.text) if out else 0
+    for fact in found.unknown:
+        say(f"not known: {fact}", err=True)
+    show(
+        as_json,
+        lambda: found.as_json(manifest, out),
+        lambda: f"{out}: {format_transfer(size)}" if out else found.text.rstrip("\n"),
+    )
+
+
 def _exchange(work: str, manifest: Path, nodes: tuple[str, ...], as_json: bool, options: dict[str, Any]) -> None:
     from bigpipe.orchestrator import commands
 
@@ -278,4 +315,4 @@ def pull(manifest: Path, nodes: tuple[str, ...], as_json: bool, **options: Any) 
     _exchange("pull", manifest, nodes, as_json, options)
 
 
-COMMANDS = (run, plan, validate, status, why, graph, lock, push, pull)
+COMMANDS = (run, plan, validate, status, why, graph, lock, export, push, pull)

@@ -47,6 +47,7 @@ from .running import RunRecord, RunResult, records, run_plan
 from .store import Store, default_root, explained
 
 if TYPE_CHECKING:
+    from .export import Exported
     from .running.sharing import Exchange
 
 REPORTER = Given((Reporter,), "an object with `report(event)`")
@@ -324,6 +325,29 @@ def lock(
     """Write `<manifest>.lock`, or check that it still says what a run would use (Stale where not)."""
     session = _open(manifest, params=params, store=store)
     return lock_file.check_lock(session) if check else lock_file.write_lock(session)
+
+
+def export(
+    target: str,
+    manifest: str | Path,
+    *,
+    params: Mapping[str, Any] | None = None,
+    machine: Machine | None = None,
+    offline: bool = False,
+    out: Path | None = None,
+    reporter: Reporter | None = None,
+) -> Exported:
+    """Return a recipe as the file of a target, such as `github`; `out`: where it will lie. machine: the one that its
+    tasks are sized for. Raise ManifestError, and UsageError for what the target cannot hold or do."""
+    from tempfile import TemporaryDirectory
+
+    from .export import export as export_to
+
+    with TemporaryDirectory(prefix="bigpipe-export-") as empty:  # what this machine has made makes no other file
+        session = _open(
+            manifest, params=params, store=empty, remote="", offline=offline, given_machine=machine, reporter=reporter
+        )
+        return export_to(target, session, out)
 
 
 def push(

@@ -36,7 +36,7 @@ def greeting(workshop):
 def test_help_of_every_command_has_an_example(workshop):
     listing = workshop.command("--help").stdout
     commands = [line.split()[0] for line in listing.split("Commands:")[1].splitlines() if line.strip()]
-    assert len(commands) == 27 + sum(one.offered for one in single.COMMANDS)
+    assert len(commands) == 28 + sum(one.offered for one in single.COMMANDS)
     assert {"quantize", "shard", "place", "generate", "merge"} < {*commands}
     for command in ("run", "plan", "verify"):
         assert "Example: bigpipe" in workshop.command(command, "--help").stdout

@@ -97,6 +97,7 @@ def test_answers_of_a_run_and_of_what_looks_back(workshop) -> None:
     for command in (
         "log last", "log last a", "init new.yaml --model org/model", "completion fish", "shard model --print-recipe",
         "plan recipe.yaml", "validate recipe.yaml", "status recipe.yaml", "why recipe.yaml a", "graph recipe.yaml",
+        "export github recipe.yaml", "export argo recipe.yaml -o argo.yaml",
         "lock recipe.yaml", "lock recipe.yaml --check", "kinds", "kinds write", "ls", "ps", "show",
         f"diff {run['run']} last", "diff recipe.yaml.lock recipe.yaml.lock", "get a taken",
         "push recipe.yaml --remote shared", "pull recipe.yaml --remote shared", "status recipe.yaml --remote shared",
@@ -131,6 +132,7 @@ REFUSED = {
     "nothing to complete": (2, "completion powershell", "", None),
     "nobody to ask": (2, "gc", GOOD, None),
     "nothing to remove": (2, "rm a --yes", GOOD, None),
+    "no target": (2, "export gitlab recipe.yaml", GOOD, None),
     "no remote store": (2, "push recipe.yaml", GOOD, None),
     "a remote store that is away": (75, "pull recipe.yaml --remote http://127.0.0.1:9/x", GOOD, None),
     "nothing to get": (2, "get a .", GOOD, None),

@@ -27,6 +27,7 @@ RUN_BY = {
     "docs/how-to/a-stage-kind-of-your-own.md": "test_docs.py",
     "docs/how-to/any-tool.md": "test_examples.py",
     "docs/how-to/evaluate.md": "test_examples.py",
+    "docs/how-to/export.md": "orchestrator/test_exports.py",
     "docs/how-to/fall-back.md": "test_examples.py",
     "docs/how-to/finetune.md": "test_docs.py",
     "docs/how-to/free-space.md": "test_freeing.py",

@@ -25,7 +25,8 @@ if TYPE_CHECKING:
     from .reference import fields_markdown, kinds_json, kinds_markdown, kinds_overview
     from .rendering import exchange_json, exchange_text, plan_json, remote_json, results_text, why_text
     from .reporters import choose_reporter, following
-    from .reviewing import diff, review
+    from .reviewing import diff, plan_markdown, review
+    from .sections import write_page
     from .shown import clean, error_text, json_text
     from .watching import follow_log, follow_run, positions, run_ids, running
 

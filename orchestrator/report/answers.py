@@ -15,7 +15,7 @@ from bigpipe.orchestrator.recipe import texts_under_fields
 from bigpipe.orchestrator.running import Gate, NodeRun
 
 from .told_of_origin import Attested, CheckedDirectory, Reproduced
-from .told_of_recipes import Answer, Exchanged, Graph, Lock, Plan, Run, Status, Validated, Why, Written
+from .told_of_recipes import Answer, Exchanged, Export, Graph, Lock, Plan, Run, Status, Validated, Why, Written
 from .told_of_stores import Collected, Differences, Held, Log, Page, Record, Removed, RunsThatGoOn, Taken, Verified
 
 
@@ -85,6 +85,7 @@ ANSWERS: dict[str, type[Answer]] = {
     "bigpipe.why/1": Why,
     "bigpipe.graph/1": Graph,
     "bigpipe.lock/1": Lock,
+    "bigpipe.export/1": Export,
     "bigpipe.push/1": Exchanged,
     "bigpipe.pull/1": Exchanged,
     "bigpipe.init/1": Written,

@@ -1,4 +1,4 @@
-"""Two runs, or two lock files, for whoever reviews a change: what differs, also as Markdown for a pull request."""
+"""For whoever reviews a change: a plan, and what differs between two runs or lock files, as Markdown tables."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 from bigpipe.errors import UsageError
 from bigpipe.orchestrator.contract import Json
 from bigpipe.orchestrator.lock import LockFile, lock_differences, read_lock
-from bigpipe.orchestrator.planning import Difference
+from bigpipe.orchestrator.planning import Difference, Plan, machine_line, plan_rows, totals
 from bigpipe.orchestrator.running import NodeRun, RunRecord, records
 from bigpipe.orchestrator.store import Store
 from bigpipe.sizes import format_figure, format_size, format_transfer
@@ -27,6 +27,13 @@ TIMES = "timeline."
 """When ranks were at work, which is never twice the same."""
 MADE_BY = ("tools.", "packages.", "facts.")
 CAME_OUT = ("digest", "review.")
+
+
+def plan_markdown(plan: Plan) -> str:
+    """Return a plan as a table of Markdown, with its totals."""
+    table = Table("Nodes", ("node", "action", "why, and what it costs"), plan_rows(plan))
+    about = f"{totals(plan)}; {machine_line(plan.session.machine)}"
+    return markdown_page([Section(f"Plan of {plan.session.recipe.name}", about, [table])]).rstrip("\n")
 
 
 def diff(one: str, other: str, *, store: str | Path | None = None) -> Inspection:

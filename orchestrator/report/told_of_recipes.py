@@ -305,6 +305,21 @@ class Graph(Answer):
     """By name, in topological order."""
 
 
+class Export(Answer):
+    """A recipe as the file of another system."""
+
+    target: str
+    """The system."""
+    manifest: str
+    """Its path."""
+    path: str | None
+    """Where it was written, of `-o`; None: nowhere."""
+    text: str
+    """The file."""
+    unknown: list[str]
+    """What could not be foreseen: for it no memory is asked."""
+
+
 class ExchangedNode(Strict):
     """What was done about a node."""
 

@@ -6,6 +6,7 @@ from __future__ import annotations
 import inspect
 import os
 import re
+from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from functools import wraps
 from pathlib import Path
@@ -60,6 +61,32 @@ def is_text(text: str) -> bool:
 def begins_address(part: str) -> bool:
     """Return whether the first part of a path is what an address begins with, such as `s3:` or `hf:`."""
     return re.fullmatch(r"[A-Za-z][A-Za-z0-9+.-]+:", part) is not None
+
+
+LONGEST_PLAIN = 50
+"""Characters of a plain name: with what tells it from others, fewer than a label of Kubernetes may have."""
+
+
+def plain_names(names: Iterable[str], joint: str = "-") -> dict[str, str]:
+    """Return of each name one that other systems take for a name too: letters and digits of ASCII, at its inner places
+    `joint`, at most 63 characters. No two are the same, whatever their case: those that would be end in a digest."""
+    from hashlib import sha256  # of what is written for other systems
+
+    names = dict.fromkeys(names)
+    plain = {name: re.sub(r"[^A-Za-z0-9]+", joint, name).strip(joint) for name in names}
+    often = Counter(each.lower() for each in plain.values())
+    found: dict[str, str] = {}
+    taken = {each.lower() for each in plain.values() if often[each.lower()] == 1}
+    for name, text in sorted(plain.items()):
+        if often[text.lower()] == 1 and 0 < len(text) <= LONGEST_PLAIN and not text[0].isdigit():
+            found[name] = text
+            continue
+        digest, head = sha256(name.encode()).hexdigest(), text[:LONGEST_PLAIN].strip(joint) or "x"
+        head = f"x{joint}{head}" if head[0].isdigit() else head
+        one = next(each for size in range(6, 10) if (each := f"{head}{joint}{digest[:size]}").lower() not in taken)
+        taken.add(one.lower())
+        found[name] = one
+    return {name: found[name] for name in names}
 
 
 def listed(words: Iterable[str], joint: str = "and") -> str:

@@ -1,0 +1,106 @@
+"""A Workflow of Argo: a container for each task, on a volume that holds the store
+(https://argo-workflows.readthedocs.io/en/latest/fields/).
+
+Values of parameters reach the shell as variables, names as quoted words.
+"""
+
+from __future__ import annotations
+
+from bigpipe.orchestrator.contract import Json
+
+from .targets import Target
+from .work import Parameter, Task, Work
+from .yamltext import yaml_text
+
+HEAD = """\
+# Written by `bigpipe export argo`: write it anew when the recipe has other stages or parameters.
+# `image` has bigpipe and the recipe (`bigpipe export dockerfile`), the claim `store` is shared by all pods, and the
+# secret `secrets` may hold the variables that stages ask for.
+"""
+STORE = "/store"
+USER = 10001
+"""Who the image of `bigpipe export dockerfile` runs as."""
+RETRIES = 3
+"""Further attempts of a task that ended with 75: try again."""
+GPU = "nvidia.com/gpu"
+
+
+def workflow(work: Work) -> str:
+    parameters = [_parameter("image", f"{work.plain.lower()}:latest"), _parameter("store", "bigpipe-store"),
+                  _parameter("secrets", f"{work.plain.lower()}-secrets"),
+                  *(_parameter(each.plain, each.given) for each in work.parameters)]  # fmt: skip
+    return HEAD + yaml_text({
+        "apiVersion": "argoproj.io/v1alpha1",
+        "kind": "Workflow",
+        "metadata": {"generateName": f"{work.plain.lower()}-"},
+        "spec": {
+            "entrypoint": "recipe",
+            "arguments": {"parameters": parameters},
+            "volumes": [
+                {"name": "store", "persistentVolumeClaim": {"claimName": "{{workflow.parameters.store}}"}}
+            ],
+            "securityContext": {"runAsNonRoot": True, "runAsUser": USER, "fsGroup": USER},
+            "templates": [
+                {"name": "recipe", "dag": {"tasks": [_in_order(task) for task in work.tasks]}},
+                *(_template(work, task) for task in work.tasks),
+            ],
+        },
+    })  # fmt: skip
+
+
+def _parameter(name: str, value: str) -> Json:
+    return {"name": name, "value": value}
+
+
+def _in_order(task: Task) -> Json:
+    before = {"depends": " && ".join(_template_name(name) for name in task.after)} if task.after else {}
+    return {"name": _template_name(task.name), "template": _template_name(task.name), **before}
+
+
+def _template_name(name: str) -> str:
+    """No task is called as the template of the whole is, nor as a word of `depends`."""
+    return f"node-{name}"
+
+
+def _template(work: Work, task: Task) -> Json:
+    return {
+        "name": _template_name(task.name),
+        "retryStrategy": {
+            "limit": str(RETRIES),
+            "retryPolicy": "Always",
+            "expression": "asInt(lastRetry.exitCode) == 75 || lastRetry.status == 'Error'",  # Error: its node was lost
+            "backoff": {"duration": "30s", "factor": "2"},
+        },
+        "container": {
+            "image": "{{workflow.parameters.image}}",
+            "command": ["sh", "-c"],
+            "args": [f"exec {work.shell(work.run(task.asks))}"],
+            "env": [
+                {"name": "BIGPIPE_HOME", "value": f"{STORE}/bigpipe"},
+                {"name": "HF_HOME", "value": f"{STORE}/huggingface"},
+                *map(_variable, work.parameters),
+                *map(_secret, work.secrets),
+            ],
+            "resources": _resources(task),
+            "volumeMounts": [{"name": "store", "mountPath": STORE}],
+        },
+    }
+
+
+def _variable(parameter: Parameter) -> Json:
+    return {"name": parameter.variable, "value": f"{{{{workflow.parameters.{parameter.plain}}}}}"}
+
+
+def _secret(name: str) -> Json:
+    reference = {"name": "{{workflow.parameters.secrets}}", "key": name, "optional": True}
+    return {"name": name, "valueFrom": {"secretKeyRef": reference}}
+
+
+def _resources(task: Task) -> Json:
+    """Memory that is not known is not asked for; of what is, a pod may take no more."""
+    memory = {"memory": f"{-(-task.ram // 2**20)}Mi"} if task.ram is not None else {}
+    limits = {**memory, **({GPU: str(task.gpus)} if task.gpus else {})}
+    return {"requests": {"cpu": str(task.cpus), **memory}, **({"limits": limits} if limits else {})}
+
+
+TARGET = Target(title="Argo Workflows", write=workflow, evaluates="{{", sized=True)

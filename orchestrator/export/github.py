@@ -1,0 +1,125 @@
+"""A workflow of GitHub Actions: one job that plans into its summary, runs, and keeps the store in the cache
+(https://docs.github.com/en/actions/reference/workflows-and-actions/workflow-syntax).
+
+A text of the recipe stands in a step only as a quoted word or as the value of a variable.
+"""
+
+from __future__ import annotations
+
+import re
+import shlex
+
+from bigpipe.orchestrator.contract import Json
+
+from .targets import Target
+from .work import Parameter, Work
+from .yamltext import yaml_text
+
+HEAD = """\
+# Written by `bigpipe export github`: write it anew when the recipe has other parameters, secrets or kinds.
+# The repository's variable BIGPIPE_RUNNER names another runner than the one below; its secrets are taken by name.
+"""
+MOST_INPUTS = 25
+"""That a workflow may ask for when it is started by hand."""
+STORE = ("~/.cache/bigpipe", "~/.cache/huggingface")
+"""What is kept from run to run: the store, and the Hub's cache, into which it links."""
+RUN = """\
+{run} > "$RUNNER_TEMP/result.json" || status=$?
+echo "result=$(tail -n 1 "$RUNNER_TEMP/result.json")" >> "$GITHUB_OUTPUT"
+exit "${{status:-0}}"
+"""
+
+
+def workflow(work: Work) -> str:
+    """Return the workflow. It starts by hand, from other workflows, and when the recipe or its lock file changes."""
+    inputs = {each.plain: _input(each) for each in work.parameters[:MOST_INPUTS]}
+    runner = "self-hosted" if work.gpus else "ubuntu-latest"
+    return HEAD + yaml_text({
+        "name": work.recipe,
+        "on": {
+            "push": {"paths": [_pattern(name) for name in (work.manifest, f"{work.manifest}.lock")]},
+            "workflow_dispatch": {"inputs": inputs} if inputs else {},
+            "workflow_call": {
+                **({"inputs": inputs} if inputs else {}),
+                **({"secrets": {name: {"required": False} for name in work.secrets}} if work.secrets else {}),
+                "outputs": {
+                    "result": {
+                        "description": "What the run did, as one line of JSON.",
+                        "value": "${{ jobs.bigpipe.outputs.result }}",
+                    }
+                },
+            },
+        },
+        "permissions": {"contents": "read"},
+        "jobs": {
+            "bigpipe": {
+                "runs-on": f"${{{{ vars.BIGPIPE_RUNNER || '{runner}' }}}}",
+                "defaults": {"run": {"shell": "bash"}},
+                "outputs": {"result": "${{ steps.run.outputs.result }}"},
+                "steps": _steps(work),
+            }
+        },
+    })  # fmt: skip
+
+
+def _steps(work: Work) -> list[Json]:
+    files = ", ".join(_quoted(_pattern(name)) for name in (work.manifest, f"{work.manifest}.lock"))
+    key, paths = f"bigpipe-{work.plain}-", "\n".join(STORE)
+    own = f"{key}${{{{ hashFiles({files}) }}}}"
+    environment = {"env": _environment(work)} if work.parameters or work.secrets else {}
+    plan = work.shell(["bigpipe", "plan", work.manifest, "--markdown"])
+    return [
+        {"uses": "actions/checkout@v6", "with": {"persist-credentials": False}},
+        {"uses": "actions/setup-python@v6", "with": {"python-version": "3.12"}},
+        {"name": "Install", "run": f"pip install {shlex.quote(work.requirement)}"},
+        {
+            "name": "Take the store from the cache",
+            "id": "store",
+            "uses": "actions/cache/restore@v5",
+            "with": {"path": paths, "key": own, "restore-keys": f"{own}-\n{key}"},
+        },
+        {"name": "Plan", **environment, "run": f'{plan} >> "$GITHUB_STEP_SUMMARY"\n'},
+        {"name": "Run", "id": "run", **environment, "run": RUN.format(run=work.shell(work.run()))},
+        {
+            "name": "Keep the store in the cache",
+            "if": "always() && steps.store.outputs.cache-hit != 'true'",
+            "uses": "actions/cache/save@v5",
+            "with": {
+                "path": paths,
+                # A key is written once: a run that failed must not take that of the one that will succeed.
+                "key": f"{own}${{{{ job.status != 'success' && format('-{{0}}-{{1}}', github.run_id, "
+                "github.run_attempt) || '' }}",
+            },
+        },
+    ]
+
+
+def _input(parameter: Parameter) -> Json:
+    said = f"else {parameter.given}" if parameter.given else "else as the recipe says"
+    return {"description": f"{parameter.name}; {said}", "type": "string", "required": False}
+
+
+def _environment(work: Work) -> dict[str, Json]:
+    """What the steps see that plan and run: values of parameters, and the secrets, which are in no other step."""
+    values = {each.variable: _value(each, asked=index < MOST_INPUTS) for index, each in enumerate(work.parameters)}
+    secrets = {name: f"${{{{ secrets.{name} }}}}" for name in work.secrets}
+    return {**{name: value for name, value in values.items() if value}, **secrets}
+
+
+def _value(parameter: Parameter, *, asked: bool) -> str:
+    """An expression: what was asked for, else what was given; "" where neither can be."""
+    parts = [f"inputs.{parameter.plain}"] * asked + [_quoted(parameter.given)] * bool(parameter.given)
+    return f"${{{{ {' || '.join(parts)} }}}}" if parts else ""
+
+
+def _quoted(text: str) -> str:
+    """A text in an expression (https://docs.github.com/en/actions/reference/workflows-and-actions/expressions)."""
+    return "'" + text.replace("'", "''") + "'"
+
+
+def _pattern(path: str) -> str:
+    """A path where a pattern is read."""
+    return re.sub(r"([*?+!\[\]\\])", r"\\\1", path)
+
+
+TARGET = Target(title="GitHub Actions", write=workflow, evaluates="${{")

@@ -1,0 +1,215 @@
+"""What every target needs to know of a recipe: its tasks in order, what they hold, its parameters and secrets.
+
+A task is what one process of `bigpipe run` does: a node, after those that it stands on, which the store has by then.
+Where a node takes the first variant that passes, its task also makes the variants: only so are those after it left.
+"""
+
+from __future__ import annotations
+
+import os
+import shlex
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from bigpipe.errors import UsageError
+from bigpipe.git import origin_of
+from bigpipe.names import plain_names
+from bigpipe.orchestrator.planning import NodeState, Plan, PlannedNode, Session, States, lock_path, make_plan
+from bigpipe.orchestrator.recipe import Recipe
+from bigpipe.versions import RUN, package_version
+
+COMMAND_MEMORY = 256 * 2**20
+"""Bytes of RAM for the command itself, beside the processes of a node."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Task:
+    """Nodes that one command runs. Sizes in bytes; None: not known."""
+
+    name: str
+    """Letters, digits and `-`; no other task has it, whatever its case."""
+    asks: tuple[str, ...]
+    """The nodes that the command names."""
+    after: tuple[str, ...]
+    """The names of tasks that must have ended before."""
+    cpus: int
+    ram: int | None
+    gpus: int
+    machines: int
+
+
+@dataclass(frozen=True, slots=True)
+class Parameter:
+    """A parameter of the recipe."""
+
+    name: str
+    plain: str
+    """Letters, digits and `_`; no other parameter has it, whatever its case."""
+    given: str
+    """What `-p` said; empty: the recipe's own value holds, also once it has another."""
+
+    @property
+    def variable(self) -> str:
+        """Return the environment variable that hands its value to a shell."""
+        return f"PARAM_{self.plain.upper()}"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Work:
+    """A recipe to be written for a target."""
+
+    recipe: str
+    """Its name."""
+    plain: str
+    """The same in letters, digits and `-`."""
+    manifest: str
+    """Its path from where the work begins, with `/`."""
+    locked: bool
+    """There is a lock file: nothing else may be used."""
+    parameters: tuple[Parameter, ...]
+    secrets: tuple[str, ...]
+    """Variables that some of its nodes may see."""
+    tasks: tuple[Task, ...]
+    """Each after those that it needs."""
+    requirement: str
+    """What pip installs for it."""
+    unknown: tuple[str, ...]
+    """Of what task it could not be foreseen how much it takes, each a sentence."""
+
+    @property
+    def gpus(self) -> int:
+        return max(task.gpus for task in self.tasks)
+
+    def texts(self) -> Iterator[str]:
+        """Yield everything in it that somebody wrote."""
+        yield from (self.recipe, self.manifest, *(each.given for each in self.parameters))
+        yield from (name for task in self.tasks for name in task.asks)
+
+    @property
+    def given(self) -> list[str]:
+        """Return the `-p` that were given, as words."""
+        return [word for each in self.parameters if each.given for word in ("-p", f"{each.name}={each.given}")]
+
+    def run(self, asks: Sequence[str] = ()) -> list[str]:
+        """Return `bigpipe run` as words, without its parameters. asks: nodes; none: all."""
+        return ["bigpipe", "run", self.manifest, *asks, *["--locked"] * self.locked, "--json"]
+
+    def shell(self, words: Sequence[str]) -> str:
+        """Return a command as a POSIX shell reads it, with a `-p` for each parameter whose variable is set."""
+        own = [f'${{{each.variable}:+-p "{each.name}=${each.variable}"}}' for each in self.parameters]
+        return " ".join([*map(shlex.quote, words), *own])
+
+
+def work_of(session: Session, beside: Path | None) -> Work:
+    """beside: the directory from which the recipe's path begins; None: the top of its checkout, where it lies in one,
+    else the working directory. Raise UsageError for a recipe that cannot be planned."""
+    recipe, plan = session.recipe, make_plan(session, preflight=False)
+    for name in (name for name, value in session.arguments.items() if not value):
+        cause = f"-p {name}= is empty, and what is left empty there means the recipe's own value"
+        raise UsageError(cause, "write the empty value into the recipe")
+    plain = plain_names(recipe.params, "_")
+    return Work(
+        recipe=recipe.name,
+        plain=plain_names([recipe.name])[recipe.name],
+        manifest=_found_from(recipe.path, beside),
+        locked=lock_path(recipe.path).exists(),
+        parameters=tuple(Parameter(name, plain[name], session.arguments.get(name, "")) for name in recipe.params),
+        secrets=tuple(dict.fromkeys(name for node in recipe.nodes.values() for name in node.secrets)),
+        tasks=tuple(_tasks(recipe, plan)),
+        requirement=_requirement(recipe),
+        unknown=tuple(_unknown(plan)),
+    )
+
+
+def _found_from(manifest: Path, beside: Path | None) -> str:
+    origin = None if beside else origin_of(manifest)
+    found = origin.inside if origin else os.path.relpath(manifest, beside or Path.cwd())
+    return Path(found).as_posix()
+
+
+def _requirement(recipe: Recipe) -> str:
+    """With the extras that its kinds need, and the version that wrote the file."""
+    from importlib.metadata import metadata
+
+    packages = {name for node in recipe.nodes.values() for name in node.kind.packages}
+    offered = set(metadata("bigpipe-ml").get_all("Provides-Extra") or ())
+    extras = (packages & offered - set(RUN)) | ({"run"} if "torch" in packages else set())  # kinds that compute name it
+    if recipe.remote and recipe.remote.address.startswith("s3:"):
+        extras.add("s3")
+    listed = f"[{','.join(sorted(extras))}]" if extras else ""
+    return f"bigpipe-ml{listed}=={package_version('bigpipe-ml')}"
+
+
+def _tasks(recipe: Recipe, plan: Plan) -> Iterator[Task]:
+    """Each holds what the largest of its nodes does: what the recipe says, else what is foreseen."""
+    groups = _groups(recipe)
+    home = {name: group for group in groups for name in group}
+    asked = {group: _asked(recipe, group) for group in groups}
+    plain = plain_names([asked[group][0] for group in groups])
+    for group in groups:
+        before = dict.fromkeys(home[name] for node in group for name in recipe.nodes[node].predecessors)
+        nodes = [plan.nodes[name] for name in group]
+        rams = [_ram(each) for each in nodes]
+        yield Task(
+            name=plain[asked[group][0]],
+            asks=asked[group],
+            after=tuple(plain[asked[other][0]] for other in before if other != group),
+            cpus=max(each.node.resources.cpus or each.processes for each in nodes),
+            ram=None if None in rams else max(filter(None, rams)),
+            gpus=max(map(_gpus, nodes)),
+            machines=max(recipe.nodes[name].launch.num_machines for name in group),
+        )
+
+
+Group = tuple[str, ...]
+
+
+def _groups(recipe: Recipe) -> list[Group]:
+    """Return the nodes in groups that one command runs, in an order in which they can run: variants that are tried go
+    with whoever takes one, and so does what cannot be before or after that."""
+    import networkx as nx
+
+    graph = recipe.graph.copy()
+    for taker, tried in _tried(recipe).items():
+        graph.add_edges_from((taker, name) for name in tried)  # the way back: whatever lies between them is one
+    whole = nx.condensation(graph)
+    position = {name: index for index, name in enumerate(recipe.nodes)}
+    found = {number: sorted(data["members"], key=position.__getitem__) for number, data in whole.nodes(data=True)}
+    order = nx.lexicographical_topological_sort(whole, key=lambda number: position[found[number][0]])
+    return [tuple(found[number]) for number in order]
+
+
+def _tried(recipe: Recipe) -> Mapping[str, Collection[str]]:
+    """Return node that takes the first variant that passes → the nodes that only some of its choices need."""
+    states = States(nodes={name: NodeState(node) for name, node in recipe.nodes.items()}, room={})
+    takers = {id(node.first): name for name, node in recipe.nodes.items() if node.first}
+    found: dict[str, list[str]] = {name: [] for name in takers.values()}
+    for state in states.nodes.values():
+        for trial in state.trials:
+            found[takers[id(trial.first)]].append(state.name)
+    return found
+
+
+def _asked(recipe: Recipe, group: Group) -> tuple[str, ...]:
+    """The nodes that bring all of a group about: those that no other of it stands on."""
+    below = {before for name in group for before in recipe.nodes[name].predecessors}
+    return tuple(name for name in group if name not in below)
+
+
+def _ram(planned: PlannedNode) -> int | None:
+    asked, forecast = planned.node.resources.ram, planned.forecast
+    ram = asked if asked is not None else forecast.ram if forecast else None
+    return None if ram is None else ram + COMMAND_MEMORY
+
+
+def _gpus(planned: PlannedNode) -> int:
+    asked, forecast = planned.node.resources.gpus, planned.forecast
+    return asked if asked is not None else len((forecast.vram if forecast else None) or ())
+
+
+def _unknown(plan: Plan) -> Iterator[str]:
+    for name, planned in plan.nodes.items():
+        if _ram(planned) is None:
+            facts = planned.forecast.unknown if planned.forecast else ()
+            yield f"{name}: how much RAM it takes" + (f" ({'; '.join(facts)})" if facts else "")

@@ -1,0 +1,409 @@
+"""`bigpipe export`: each file is what its target's schema or parser says, and does there what the recipe does here."""
+
+from __future__ import annotations
+
+import ast
+import json
+import re
+import shlex
+import stat
+import subprocess
+import sys
+from graphlib import TopologicalSorter
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+import jsonschema
+import pytest
+import yaml
+from hypothesis import given, strategies as st
+from support.actions import BASH, PLAIN, Runner
+from support.workshop import Workshop, environment
+
+from bigpipe.errors import UsageError
+from bigpipe.machine import Gpu, Machine
+from bigpipe.names import plain_names
+from bigpipe.orchestrator import commands
+from bigpipe.orchestrator.export import TARGETS
+
+ROOT = Path(__file__).parents[2]
+RECIPE = """\
+version: 1
+name: two words
+params: {text: hello, most: 40, lines: [a, b]}
+secrets: [API_KEY]
+stages:
+  write:
+    uses: write
+    matrix: {word: ["it's", "$(touch pwned)", "`touch pwned`"]}
+    secrets: [API_KEY]
+    with: {text: "${params.text} ${matrix.word}"}
+    gates: ["characters <= ${params.most}"]
+  begin: {uses: write}
+  join: {uses: join, inputs: {first: begin, rest: [write]}}
+"""
+HOSTILE = ["two words", "a'b", '"; touch pwned; "', "$(touch pwned)", "`touch pwned`", "x\ny: [", "-p", "${HOME} $HOME"]
+
+
+@pytest.fixture
+def words(workshop: Workshop) -> Workshop:
+    workshop.manifest.write_text(RECIPE)
+    return workshop
+
+
+def exported(target: str, there: Workshop, **options: Any) -> str:
+    return commands.export(target, there.manifest, **options).text
+
+
+@pytest.fixture
+def path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, str]:
+    """An environment in which `bigpipe` is this one."""
+    folder = tmp_path / "bin"
+    folder.mkdir()
+    command = folder / "bigpipe"
+    command.write_text(f'#!/bin/sh\nexec {shlex.quote(sys.executable)} -m bigpipe "$@"\n')
+    command.chmod(command.stat().st_mode | stat.S_IXUSR)
+    monkeypatch.chdir(tmp_path)
+    found = environment(tmp_path)
+    return {**found, "PATH": f"{folder}:{found['PATH']}"}
+
+
+# Names
+
+
+@given(st.lists(st.text(max_size=80), unique=True, max_size=8))
+def test_plain_names_are_names_everywhere_and_never_the_same(names: list[str]) -> None:
+    for joint in "-_":
+        found = plain_names(names, joint)
+        assert [*found] == names
+        assert len({each.lower() for each in found.values()}) == len(names)
+        assert all(re.fullmatch(rf"[A-Za-z]([A-Za-z0-9{joint}]{{0,61}}[A-Za-z0-9])?", each) for each in found.values())
+
+
+def test_plain_names_do_not_depend_on_the_order_of_others() -> None:
+    names = ["quantize@scheme=int8", "quantize-scheme-int8", "Quantize_scheme_int8", "shard"]
+    found = plain_names(names)
+    assert found["shard"] == "shard"
+    assert found == plain_names(reversed(names))
+
+
+# GitHub Actions
+
+
+@pytest.fixture(scope="module")
+def workflow_schema() -> dict[str, Any]:
+    folder = files("check_jsonschema").joinpath("builtin_schemas", "vendor")
+    found: dict[str, Any] = json.loads(folder.joinpath("github-workflows.json").read_text(encoding="utf-8"))
+    return found
+
+
+@pytest.mark.parametrize("recipe", sorted((ROOT / "manifests").glob("*.yaml")), ids=lambda path: path.stem)
+def test_a_workflow_of_every_shipped_recipe_is_one(recipe: Path, workflow_schema: dict[str, Any]) -> None:
+    written = yaml.safe_load(commands.export("github", recipe, offline=True).text)
+    jsonschema.validate(written, workflow_schema)
+    assert written["on"]["push"]["paths"][0] == f"manifests/{recipe.name}"
+
+
+def test_the_steps_of_a_workflow_run_as_github_runs_them(words: Workshop, path: dict[str, str]) -> None:
+    workflow = yaml.safe_load(exported("github", words))
+    secrets = {"API_KEY": "sesame-sesame"}
+    runner = Runner(workflow, words.folder, path, inputs={"text": "bye"}, secrets=secrets)
+    for step in ("Plan", "Run"):
+        done = runner.run(step)
+        assert done.returncode == 0, done.stderr
+    assert "| write@word=it's | run |" in runner.summary
+    result = json.loads(runner.outputs["result"])
+    assert result["params"]["text"] == "bye"
+    assert {node["status"] for node in result["nodes"].values()} == {"succeeded"}
+    assert runner.steps["Install"]["run"] == "pip install bigpipe-ml==0.1.0"
+    assert "env" not in runner.steps["Install"]
+
+
+@pytest.mark.parametrize("shell", [BASH, PLAIN], ids=" ".join)
+def test_a_gate_that_fails_fails_the_step(words: Workshop, path: dict[str, str], shell: tuple[str, ...]) -> None:
+    """And what came of it is an output all the same, with an annotation of the line."""
+    runner = Runner(yaml.safe_load(exported("github", words, params={"most": 9})), words.folder, path)
+    runner.contexts["inputs"] = {"text": "longer than most"}
+    done = runner.run("Run", shell)
+    assert done.returncode == 3
+    assert "::error file=recipe.yaml,line=11,col=" in done.stderr
+    result = json.loads(runner.outputs["result"])
+    assert (result["exit_code"], result["params"]["most"]) == (3, "9")
+
+
+def test_a_plan_that_is_refused_fails_its_step_and_is_in_the_summary(words: Workshop, path: dict[str, str]) -> None:
+    words.manifest.write_text(RECIPE.replace("with: {", "with: {misfit: true, "))
+    runner = Runner(yaml.safe_load(exported("github", words)), words.folder, path)
+    assert runner.run("Plan").returncode == 4
+    assert "| join | run |" in runner.summary
+
+
+@pytest.mark.parametrize("value", HOSTILE)
+def test_a_value_reaches_the_recipe_of_a_workflow_as_it_is(
+    words: Workshop, path: dict[str, str], value: str, workflow_schema: dict[str, Any]
+) -> None:
+    """Asked for, or given as the file was written."""
+    words.manifest.write_text(
+        "version: 1\nparams: {text: hello}\nstages:\n  a: {uses: write, with: {text: '${params.text}'}}\n"
+    )
+    for asked, written in ((value, "other"), ("", value)):
+        workflow = yaml.safe_load(exported("github", words, params={"text": written}))
+        jsonschema.validate(workflow, workflow_schema)
+        runner = Runner(workflow, words.folder, path, inputs={"text": asked})
+        assert runner.run("Run").returncode == 0
+        assert json.loads(runner.outputs["result"])["params"]["text"] == value
+        (runner.temporary / "output").unlink()
+    assert not (words.folder / "pwned").exists()
+
+
+def test_a_recipe_that_needs_a_gpu_runs_on_a_runner_of_ones_own(words: Workshop) -> None:
+    machine = Machine("box", 8, 2**36, 2**36, 2**40, (Gpu(0, "H100", 2**36, 2**36),))
+    words.manifest.write_text(RECIPE.replace("    secrets", "    resources: {gpus: 1}\n    secrets", 1))
+    assert "|| 'self-hosted'" in exported("github", words, machine=machine)
+    assert '"nvidia.com/gpu": "1"' in json.dumps(yaml.safe_load(exported("argo", words, machine=machine)))
+
+
+# Argo
+
+
+@pytest.fixture(scope="module")
+def argo_schema() -> dict[str, Any]:
+    """As Argo's own, but a field that it does not know is refused, as its server does."""
+    found: dict[str, Any] = json.loads((ROOT / "tests/data/argo-workflow.schema.json").read_text(encoding="utf-8"))
+    for definition in found["definitions"].values():
+        if "properties" in definition:
+            definition.setdefault("additionalProperties", False)
+    return found
+
+
+@pytest.mark.parametrize("recipe", sorted((ROOT / "manifests").glob("*.yaml")), ids=lambda path: path.stem)
+def test_a_workflow_of_argo_of_every_shipped_recipe_is_one(recipe: Path, argo_schema: dict[str, Any]) -> None:
+    jsonschema.validate(yaml.safe_load(commands.export("argo", recipe, offline=True).text), argo_schema)
+
+
+def containers(workflow: dict[str, Any]) -> dict[str, tuple[dict[str, Any], list[str]]]:
+    """Task → its container, and the tasks before it, in an order in which they can run."""
+    templates = {each["name"]: each for each in workflow["spec"]["templates"]}
+    tasks = {each["name"]: each for each in templates[workflow["spec"]["entrypoint"]]["dag"]["tasks"]}
+    before = {name: task["depends"].split(" && ") if "depends" in task else [] for name, task in tasks.items()}
+    order = TopologicalSorter(before).static_order()
+    return {name: (templates[tasks[name]["template"]]["container"], before[name]) for name in order}
+
+
+def pod(
+    container: dict[str, Any], folder: Path, path: dict[str, str], arguments: dict[str, str]
+) -> subprocess.CompletedProcess[str]:
+    """Run a container's command with its own variables, as a pod does, in a store of the test's."""
+    own = {
+        each["name"]: re.sub(r"\{\{workflow\.parameters\.(\w+)\}\}", lambda found: arguments[found[1]], each["value"])
+        for each in container["env"]
+        if "value" in each and each["name"] not in ("BIGPIPE_HOME", "HF_HOME")
+    }
+    return subprocess.run(
+        [*container["command"], *container["args"]], cwd=folder, env={**path, **own}, capture_output=True, text=True,
+        check=False,
+    )  # fmt: skip
+
+
+def arguments_of(workflow: dict[str, Any]) -> dict[str, str]:
+    return {each["name"]: each["value"] for each in workflow["spec"]["arguments"]["parameters"]}
+
+
+def test_the_containers_of_argo_run_one_after_the_other(words: Workshop, path: dict[str, str]) -> None:
+    workflow = yaml.safe_load(exported("argo", words))
+    found = containers(workflow)
+    ran = []
+    for container, _ in found.values():
+        done = pod(container, words.folder, path, {**arguments_of(workflow), "text": "bye"})
+        assert done.returncode == 0, done.stderr
+        ran.append({name: node["status"] for name, node in json.loads(done.stdout)["nodes"].items()})
+    assert len(ran) == 5
+    assert all(list(each.values()).count("succeeded") == 1 for each in ran), "each node in its own pod"
+    assert ran[-1]["join"] == "succeeded"
+    assert not (words.folder / "pwned").exists()
+    asked = [{each["name"] for each in container["env"] if "valueFrom" in each} for container, _ in found.values()]
+    assert all("API_KEY" in names for names in asked)
+
+
+def test_a_pod_holds_what_is_foreseen_or_asked(words: Workshop) -> None:
+    words.manifest.write_text(RECIPE.replace("[write]}}", "[write]}, resources: {cpus: 3, ram: 1GiB}}"))
+    held = {
+        name: container["resources"]
+        for name, (container, _) in containers(yaml.safe_load(exported("argo", words))).items()
+    }
+    assert held["node-join"] == {"requests": {"cpu": "3", "memory": "1280Mi"}, "limits": {"memory": "1280Mi"}}
+    assert [each["requests"] for name, each in held.items() if "write" in name] == [{"cpu": "1", "memory": "257Mi"}] * 3
+
+
+@pytest.mark.parametrize("value", HOSTILE)
+def test_a_value_reaches_the_recipe_of_a_pod_as_it_is(words: Workshop, path: dict[str, str], value: str) -> None:
+    workflow = yaml.safe_load(exported("argo", words, params={"text": value}))
+    container = next(each for each, before in containers(workflow).values() if not before)
+    done = pod(container, words.folder, path, arguments_of(workflow))
+    assert json.loads(done.stdout)["params"]["text"] == value
+    assert not (words.folder / "pwned").exists()
+
+
+# Airflow
+
+
+def constants(dag: str) -> dict[str, Any]:
+    """What stands at the top of a DAG's file."""
+    compile(dag, "dag.py", "exec")
+    found = [node for node in ast.parse(dag).body if isinstance(node, ast.Assign)]
+    return {
+        node.targets[0].id: ast.literal_eval(node.value) for node in found[:7] if isinstance(node.targets[0], ast.Name)
+    }
+
+
+@pytest.mark.parametrize("recipe", sorted((ROOT / "manifests").glob("*.yaml")), ids=lambda path: path.stem)
+def test_the_tasks_of_every_shipped_recipe_are_in_order(recipe: Path, tmp_path: Path) -> None:
+    found = constants(commands.export("airflow", recipe, offline=True, out=tmp_path / "dags/dag.py").text)
+    assert (tmp_path / "dags" / found["RECIPE"]).resolve() == recipe
+    tasks, nodes = found["TASKS"], commands.load_manifest(recipe).nodes
+    assert [*TopologicalSorter({name: task["after"] for name, task in tasks.items()}).static_order()]
+    named = {node: name for name, task in tasks.items() for node in task["nodes"]}
+    for node, name in named.items():
+        for before in nodes[node].predecessors:
+            assert before not in named or named[before] in {name, *tasks[name]["after"]}
+
+
+def test_texts_of_a_recipe_are_literals_of_a_dag(words: Workshop) -> None:
+    value = "'''\"\"\"\\\n{{ 1 }} \u2028"
+    found = constants(exported("airflow", words, params={"text": value}))
+    assert found["PARAMS"] == {"text": value, "most": "", "lines": ""}
+    assert {node for task in found["TASKS"].values() for node in task["nodes"]} == {
+        *commands.load_manifest(words.manifest).nodes
+    }
+
+
+# Dockerfile
+
+
+def test_an_image_is_pinned_does_not_run_as_root_and_takes_the_recipe_last(
+    words: Workshop, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from dockerfile_parse import DockerfileParser
+
+    monkeypatch.chdir(tmp_path)
+    commands.lock(words.manifest)
+    (tmp_path / "image").mkdir()
+    parser = DockerfileParser(str(tmp_path / "image"))
+    for value in HOSTILE:
+        parser.content = exported("dockerfile", words, params={"text": value})
+        steps = [(step["instruction"], step["value"]) for step in parser.structure]
+        order = [name for name, _ in steps if name != "COMMENT"]
+        assert order == [
+            "ARG",
+            "FROM",
+            "RUN",
+            "RUN",
+            "RUN",
+            "ENV",
+            "VOLUME",
+            "WORKDIR",
+            "COPY",
+            "USER",
+            "ENTRYPOINT",
+            "CMD",
+        ]
+        given = dict(steps)
+        assert json.loads(given["CMD"]) == ["run", "recipe.yaml", "--locked", "--json", "-p", f"text={value}"]
+        assert given["USER"] == "10001"
+        assert re.search(r":\d+\.\d+-slim", parser.baseimage)
+        assert all("==" in text for name, text in steps if name == "RUN" and "pip install" in text)
+
+
+# What cannot be, and what makes no difference
+
+
+def test_variants_that_are_tried_are_of_one_task() -> None:
+    """Else those that come after the one that is taken would run too."""
+    found = constants(commands.export("airflow", ROOT / "manifests/quantize_or_fall_back.yaml", offline=True).text)
+    assert found["TASKS"] == {
+        "download": {"nodes": ["download"], "after": []},
+        "shard": {"nodes": ["shard"], "after": ["download"]},
+        "save": {"nodes": ["save"], "after": ["shard"]},
+        "save-float16": {"nodes": ["save_float16"], "after": ["shard", "save"]},
+    }
+
+
+BETWEEN = """\
+version: 1
+stages:
+  begin: {uses: write}
+  write: {uses: write, matrix: {word: [a, b]}, with: {text: "${matrix.word}"}, gates: ["characters > 0"]}
+  all: {uses: join, inputs: {first: begin, rest: [write]}}
+  take: {uses: join, inputs: {first: write}, needs: [all], first: {axis: word, of: write}}
+  last: {uses: join, inputs: {first: take}}
+"""
+
+
+def test_what_lies_between_variants_and_who_takes_one_is_of_the_same_task(words: Workshop) -> None:
+    words.manifest.write_text(BETWEEN)
+    tasks = constants(exported("airflow", words))["TASKS"]
+    assert tasks == {
+        "begin": {"nodes": ["begin"], "after": []},
+        "take": {"nodes": ["take"], "after": ["begin"]},
+        "last": {"nodes": ["last"], "after": ["take"]},
+    }
+
+
+@pytest.mark.parametrize(
+    ("target", "recipe", "params", "said"),
+    [
+        ("gitlab", RECIPE, {}, "no target"),
+        ("github", RECIPE, {"text": "${{ github.token }}"}, "would evaluate"),
+        ("github", RECIPE.replace('"it\'s"', '"$${{ x }}"'), {}, "would evaluate"),
+        ("argo", RECIPE, {"text": "{{workflow.uid}}"}, "would evaluate"),
+        ("argo", RECIPE, {"text": "sesame-sesame"}, "holds a secret"),
+        ("argo", RECIPE.replace("API_KEY", "API-KEY"), {}, "cannot be the name of a variable"),
+        ("airflow", RECIPE, {"text": ""}, "is empty"),
+    ],
+)  # fmt: skip
+def test_what_a_target_cannot_hold_is_refused(
+    words: Workshop, monkeypatch: pytest.MonkeyPatch, target: str, recipe: str, params: dict[str, str], said: str
+) -> None:
+    monkeypatch.setenv("API_KEY", "sesame-sesame")
+    words.manifest.write_text(recipe)
+    with pytest.raises(UsageError, match=said) as refused:
+        exported(target, words, params=params)
+    assert refused.value.cure
+    assert "sesame" not in str(refused.value)
+
+
+def test_what_spans_machines_is_no_task_of_one(words: Workshop) -> None:
+    launch = "launch: {num_processes: 16, num_machines: 2, main_process_ip: 10.0.0.1, main_process_port: 29500}"
+    words.manifest.write_text(
+        f"version: 1\ntrust: {{modules: [bigpipe]}}\nstages:\n  a: {{uses: 'bigpipe.plugins.probes:RANKS', {launch}}}\n"
+    )
+    for target in ("github", "argo", "airflow"):
+        with pytest.raises(UsageError, match="spans 2 machines"):
+            exported(target, words)
+    assert "CMD" in exported("dockerfile", words)
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_what_this_machine_has_made_makes_no_other_file(words: Workshop, target: str) -> None:
+    before = exported(target, words)
+    assert words.run().status == "succeeded"
+    assert exported(target, words) == before
+
+
+def test_help_names_every_target(words: Workshop) -> None:
+    said = words.command("export", "--help").stdout
+    assert all(re.search(rf"\b{name}\b", said) for name in TARGETS)
+    done = words.command("export", "github", "recipe.yaml", "-o", "ci/x.yaml")
+    assert re.fullmatch(r"ci/x.yaml: .* kB\n", done.stdout)
+    assert (words.folder / "ci/x.yaml").read_text() == words.command("export", "github", "recipe.yaml").stdout
+
+
+def test_the_commands_of_the_page(tmp_path: Path, path: dict[str, str]) -> None:
+    page = (ROOT / "docs/how-to/export.md").read_text(encoding="utf-8")
+    for folder in ("manifests", "models"):
+        (tmp_path / folder).symlink_to(ROOT / folder)
+    lines = re.findall(r"^clone\$ (bigpipe .+)$", page, re.MULTILINE)
+    assert [line.split()[2] for line in lines] == [*TARGETS]
+    subprocess.run(["bash", "-ec", "\n".join(lines)], cwd=tmp_path, env=path, check=True, capture_output=True)
+    assert all((tmp_path / line.split()[-1]).is_file() for line in lines)
