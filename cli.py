@@ -27,6 +27,7 @@ import click
 
 from bigpipe.commandline import pages, published, questions, recipes, single, stored, streams
 from bigpipe.commandline.completing import VARIABLE
+from bigpipe.commandline.options import require_values
 from bigpipe.commandline.printing import fail, others_apart, say, show_refusal
 from bigpipe.errors import BigpipeError, UsageError
 from bigpipe.names import is_text
@@ -42,6 +43,14 @@ class InOrder(click.Group):
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
         found = super().get_command(ctx, cmd_name)
         return None if isinstance(found, single.KindCommand) and not found.offered else found
+
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        name, found, rest = super().resolve_command(ctx, args)
+        if found is not None and not ctx.resilient_parsing:
+            require_values(found, rest)
+        return name, found, rest
 
 
 @click.group(cls=InOrder, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})

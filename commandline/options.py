@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from datetime import timedelta
+from itertools import pairwise
 from pathlib import Path
 from types import MappingProxyType
 
@@ -62,6 +64,21 @@ JOBS = click.option("--jobs", type=click.IntRange(min=1), help="Nodes side by si
 YES = click.option("-y", "--yes", is_flag=True, help="Do not ask.")
 DRY_RUN = click.option("--dry-run", is_flag=True, help="Only say what would go.")
 OFFLINE = click.option("--offline", is_flag=True, help="Never use the network.")
+
+
+def require_values(command: click.Command, args: Sequence[str]) -> None:
+    """Raise UsageError for an option whose value would be the command's next option: click takes any text for it."""
+    options = [param for param in command.params if isinstance(param, click.Option)]
+    names = {name for option in options for name in option.opts if name.startswith("--")}
+    lone = {
+        name for option in options for name in option.opts
+        if option.is_flag or option.count or isinstance(option.flag_value, str)
+    }  # fmt: skip
+    typed = args[: args.index("--")] if "--" in args else args
+    for name, following in pairwise(typed):
+        if name in names - lone and following in names:
+            cure = f"give it one; a value that is spelled so is written {name}={following}"
+            raise UsageError(f"{name} is without its value: {following} is an option", cure)
 
 
 class ManyDtypes(click.Command):

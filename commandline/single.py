@@ -240,8 +240,18 @@ def single(command: str) -> KindCommand:
     return click.command(command, cls=KindCommand)(run)
 
 
-def show_recipe(asked: recipe.Single, as_json: bool) -> None:
+def _understood(asked: recipe.Single) -> str:
+    """Return the recipe of what was asked. Raise what is wrong with it."""
     text = asked.manifest()
+    try:
+        recipe.load_recipe(Path(f"bigpipe {asked.name}"), text=text, arguments=asked.arguments())
+    except BigpipeError as error:
+        raise _in_own_words(asked, error) from error
+    return text
+
+
+def show_recipe(asked: recipe.Single, as_json: bool) -> None:
+    text = _understood(asked)
     if as_json:
         show_json(report.answered({"schema": "bigpipe.recipe/1", "text": text}))
         return

@@ -192,8 +192,8 @@ def gc(
 ) -> None:
     """Free what no existing manifest or lock file names any more, after asking.
 
-    Of a manifest in a checkout of git that is not where it was, and of other -p values than the last ones, what ran in
-    the last 30 days stays, or in the AGE that is given.
+    Of a manifest in a checkout of git that is not where it was, of other -p values than the last ones, and of commands
+    without a recipe, what ran in the last 30 days stays, or in the AGE that is given.
 
     Example: bigpipe gc --older-than 30d --dry-run
     """

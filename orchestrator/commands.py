@@ -409,11 +409,18 @@ def validate(manifests: Sequence[Path], params: Mapping[str, Any] | None = None)
     for path in manifests:
         try:
             recipe = load_recipe(path, _written(params))
-            if missing := set(_missing(recipe, path.absolute().parent)):  # once for all variants of a stage
-                raise ManifestError(list(missing))
+            found = {problem.place: problem for problem in _found_beside(recipe)}  # once for all variants of a stage
+            if found:
+                raise ManifestError(list(found.values()))
         except UsageError as error:
             errors[path] = error
     return errors
+
+
+def _found_beside(recipe: Recipe) -> Iterator[Problem]:
+    """What no look at the recipe alone tells."""
+    yield from _missing(recipe, recipe.path.absolute().parent)
+    yield from _written_twice(recipe)
 
 
 def _missing(recipe: Recipe, base: Path) -> Iterator[Problem]:
@@ -424,6 +431,19 @@ def _missing(recipe: Recipe, base: Path) -> Iterator[Problem]:
         except UsageError as error:
             place = node.places.of(error.field) or node.places[""]
             yield Problem(Fault.NOT_THERE, place, error.cause, error.cure)
+
+
+def _written_twice(recipe: Recipe) -> Iterator[Problem]:
+    """Destinations that two nodes share. Nothing is asked of a network."""
+    if any(node.kind.planning.writes for node in recipe.nodes.values()):
+        from .planning.effects import written_twice
+
+        everything = frozenset(recipe.nodes)
+        recipe = replace(recipe, path=recipe.path.absolute())
+        session = Session(recipe=recipe, store=Store(default_root()), selected=everything, offline=True)
+        for error in written_twice(session):
+            if error.place is not None:
+                yield Problem(Fault.BAD_VALUE, error.place, error.cause, error.cure)
 
 
 def initialise(file: Path, model: str) -> list[Path]:

@@ -21,6 +21,7 @@ from .contract import (
     ContentField as ContentField,
     File as File,
     FileOrLiteral as FileOrLiteral,
+    FileSize as FileSize,
     Folder as Folder,
     Forecast as Forecast,
     ForecastContext as ForecastContext,

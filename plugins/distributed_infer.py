@@ -54,7 +54,10 @@ class InferParams(Params):
     task: Annotated[BuiltIn | Code, AfterValidator(_known)]
     """What is done, or `module:name`: a function, called (model, rows, **generation) and giving a dict per row, or a
     `Task`."""
-    prompts: Annotated[str | list[str | list[dict[str, Any]] | dict[str, Any]], ContentField("file", names=True)]
+    prompts: Annotated[
+        str | Annotated[list[str | list[dict[str, Any]] | dict[str, Any]], Field(min_length=1)],
+        ContentField("file", names=True),
+    ]
     """A file (`.jsonl .ndjson .json .csv .tsv .parquet .txt`), a glob of them, or a list of texts or chats. Pictures
     and sounds are files, each of them a row: `pictures/*.png`."""
     column: str = "prompt"

@@ -19,6 +19,7 @@ from bigpipe.orchestrator.stage import (
     CheckContext,
     Code,
     FileOrLiteral,
+    FileSize,
     Folder,
     ForecastContext,
     Json,
@@ -28,7 +29,6 @@ from bigpipe.orchestrator.stage import (
     Passing,
     Pinned,
     Planning,
-    Size,
     Stage,
     late,
 )
@@ -45,7 +45,7 @@ class Synthetic(Params):
     """Of the weights; the same seed gives the same bytes."""
     format: Literal["safetensors", "bin"] = "safetensors"
     """Of the files."""
-    max_shard_size: Size = 5_000_000_000
+    max_shard_size: FileSize = 5_000_000_000
     """The most bytes of weights in one file."""
 
 

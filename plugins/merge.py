@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from typing import Literal
 
-from bigpipe.orchestrator.stage import Bytes, Metrics, Params, Planning, Port, Size, Stage, late
+from bigpipe.orchestrator.stage import Bytes, FileSize, Metrics, Params, Planning, Port, Stage, late
 
 
 class MergeParams(Params):
     dtype: Literal["float64", "float32", "float16", "bfloat16"] | None = None
     """What floating-point tensors are cast to before anything is added; left out, they stay as they are."""
-    max_shard_size: Size = 5_000_000_000
+    max_shard_size: FileSize = 5_000_000_000
     """No file grows beyond it, unless one tensor alone does."""
     weights: tuple[float, ...] | None = None
     """Of several adapters, one for each in their order; left out, each counts as 1."""

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from typing import Literal
 
-from bigpipe.orchestrator.stage import Bytes, Metrics, Params, Passing, Planning, Port, Size, Stage, late
+from bigpipe.orchestrator.stage import Bytes, FileSize, Metrics, Params, Passing, Planning, Port, Stage, late
 
 
 class ShardParams(Params):
-    max_shard_size: Size = 5_000_000_000
+    max_shard_size: FileSize = 5_000_000_000
     """No file grows beyond it, unless one tensor alone does."""
     dtype: Literal["float64", "float32", "float16", "bfloat16"] | None = None
     """What floating-point tensors become; left out, they stay as they are. Integers and booleans always do."""

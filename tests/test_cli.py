@@ -33,6 +33,62 @@ def greeting(workshop):
     return workshop
 
 
+@pytest.mark.parametrize(
+    ("line", "told"),
+    [
+        ("run recipe.yaml --store --json", "--store is without its value: --json is an option"),
+        ("verify --reproduce --json", "--reproduce is without its value: --json is an option"),
+        ("run recipe.yaml --events --offline", "--events is without its value: --offline is an option"),
+    ],
+)
+def test_an_option_is_nobodys_value(greeting, line: str, told: str):
+    done = greeting.command(*line.split())
+    assert (done.returncode, done.stderr.splitlines()[0]) == (2, f"error: {told}")
+
+
+def test_what_may_stand_after_an_option_may(greeting):
+    assert greeting.command("run", "recipe.yaml", "--events=--json", "--offline").returncode == 0
+    assert (greeting.folder / "--json").exists()
+    assert "no remote store is named" in greeting.command("status", "recipe.yaml", "--remote", "--json").stderr
+
+
+def test_a_token_is_neither_taken_nor_shown(greeting):
+    token = "hf_" + "aB3" * 11
+    done = greeting.command("run", "recipe.yaml", "-p", f"text=my {token}", "--json")
+    assert done.returncode == 2
+    assert "would be recorded" in done.stderr
+    assert token not in done.stdout + done.stderr
+
+
+def test_a_graph_is_not_drawn_over_its_recipe(greeting):
+    done = greeting.command("graph", "recipe.yaml", "--format", "svg", "-o", "./recipe.yaml")
+    assert (done.returncode, greeting.manifest.read_text()) == (2, RECIPE)
+    assert "is the recipe itself" in done.stderr
+
+
+TWICE = """\
+version: 1
+stages:
+  download: {uses: download, with: {path: model}}
+  shard: {uses: shard, inputs: download, matrix: {size: [1GB, 2GB]}, with: {max_shard_size: "${matrix.size}"}}
+  save: {uses: save, inputs: shard, with: {to: dist}}
+  other: {uses: save, inputs: {model: download}, with: {to: dist/report}}
+  apart: {uses: save, inputs: {model: download}, with: {to: elsewhere}}
+"""
+
+
+def test_destinations_that_two_nodes_share_are_told_by_validate(workshop):
+    workshop.manifest.write_text(TWICE)
+    done = workshop.command("validate", "recipe.yaml")
+    told = re.findall(r"^(\S+): error\[BP106\]: (\S+) would write.*; (.*)$", done.stderr, re.MULTILINE)
+    assert [(place, node) for place, node, _ in told] == [
+        ("recipe.yaml:5:49", "save@size=2GB"), ("recipe.yaml:6:61", "other")
+    ]  # fmt: skip
+    assert "dist/${matrix.size}" in told[0][2]
+    workshop.manifest.write_text(TWICE.replace("to: dist}", 'to: "dist/${matrix.size}"}'))
+    assert workshop.command("validate", "recipe.yaml").returncode == 0
+
+
 def test_help_of_every_command_has_an_example(workshop):
     listing = workshop.command("--help").stdout
     commands = [line.split()[0] for line in listing.split("Commands:")[1].splitlines() if line.strip()]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -23,7 +24,8 @@ stages:
   a: {uses: write, with: {text: "${params.text}"}}
   b: {uses: write, with: {text: "${params.text} again"}, needs: [a]}
 """
-PAGE = (Path(__file__).parents[1] / "docs" / "how-to" / "free-space.md").read_text(encoding="utf-8")
+ROOT = Path(__file__).parents[1]
+PAGE = (ROOT / "docs" / "how-to" / "free-space.md").read_text(encoding="utf-8")
 
 
 @pytest.fixture
@@ -82,6 +84,15 @@ def test_other_parameters_stay_for_a_while(ran):
     assert ran.command("gc", "--yes", "--older-than", "0d").returncode == 0
     assert not there(ran, "a")
     assert "is no age" in ran.command("gc", "--older-than", "yesterday").stderr
+
+
+def test_what_a_command_without_a_recipe_gave_stays_for_a_while(workshop):
+    shutil.copytree(ROOT / "models" / "quickstart", workshop.folder / "model")
+    assert workshop.command("shard", "model").returncode == 0
+    kinds = {each["kind"] for each in workshop.json("gc", "--dry-run")["freed"]}
+    assert not kinds & {"root", "artifact", "record", "object"}
+    kinds = {each["kind"] for each in workshop.json("gc", "--dry-run", "--older-than", "0d")["freed"]}
+    assert "root" in kinds
 
 
 def test_of_runs_as_many_stay_as_one_says(ran):

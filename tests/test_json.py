@@ -310,7 +310,7 @@ def test_what_is_attested_and_checked_is_an_answer(workshop) -> None:
     )
 
 
-@pytest.mark.parametrize("broken", ["store", "bitsandbytes"])
+@pytest.mark.parametrize("broken", ["store", "bitsandbytes", "HF_ENDPOINT"])
 def test_doctor_says_no(workshop, broken: str) -> None:
     (workshop.folder / "file").touch()
     package = workshop.folder / "broken" / "bitsandbytes"
@@ -318,7 +318,8 @@ def test_doctor_says_no(workshop, broken: str) -> None:
     (package / "__init__.py").write_text("raise ImportError('cannot be loaded here')\n")
     path = {"PYTHONPATH": os.pathsep.join([str(package.parent), environment(workshop.folder)["PYTHONPATH"]])}
     where = {"BIGPIPE_HOME": str(workshop.folder / "file" / "store")}
-    told = answer(workshop, "doctor", code=2 if broken == "store" else 6, **(where if broken == "store" else path))
+    given = {"store": where, "bitsandbytes": path, "HF_ENDPOINT": {"HF_ENDPOINT": "huggingface.co"}}[broken]
+    told = answer(workshop, "doctor", code=6 if broken == "bitsandbytes" else 2, **given)
     assert broken in told["errors"][0]["cause"]
 
 

@@ -55,6 +55,24 @@ def test_the_recipe_that_is_printed_has_the_same_keys(placed, line):
     }
 
 
+def test_no_recipe_is_printed_that_would_be_refused(placed):
+    done = placed.command("quantize", "model", "--scheme", "int9", "--print-recipe")
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.splitlines() == [
+        "error: --scheme int9: 'int9' is not one of its values",
+        "  did you mean 'int8'?",
+    ]
+
+
+def test_a_misspelt_directory_is_told_where_the_hub_cannot_be_asked(placed):
+    done = placed.command("estimate", "modle", HF_ENDPOINT="http://127.0.0.1:9")
+    assert "and there is no directory modle here" in done.stderr
+    assert "did you mean 'model'?" in done.stderr
+    assert (
+        "there is no directory" not in placed.command("estimate", "org/other", HF_ENDPOINT="http://127.0.0.1:9").stderr
+    )
+
+
 def fields(command: str, *arguments: str):
     """What these options are as fields of the kind."""
     made = single(command)

@@ -27,6 +27,7 @@ from .stage import (
     ContentField,
     File,
     FileOrLiteral,
+    FileSize,
     Folder,
     Metrics,
     OneOf,

@@ -14,7 +14,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Generic, Literal, TypeVar
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, ValidationInfo, WithJsonSchema
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationInfo, WithJsonSchema
 from pydantic_core import CoreSchema, PydanticKnownError
 from pydantic_core.core_schema import no_info_after_validator_function
 
@@ -71,21 +71,24 @@ def read_size(value: int | str, info: ValidationInfo) -> int:
 
 _WRITTEN = rf"^\s*(\d+(\.\d+)?\s*([KkMmGgTt][Ii]?B|[Bb])|0|[1-9]\d{{{len(str(BARE)) - 1},}})\s*$"
 """A size as `parse_size` reads one: no unit in bits, and a unit where there are few digits."""
-Size = Annotated[
+_SIZE: dict[str, Any] = {
+    "type": ["integer", "string"],
+    "minimum": 0,
+    "maximum": MOST,
+    "pattern": _WRITTEN,
+    "examples": ["10GiB", "5GB"],
+    "not": {"type": "integer", "exclusiveMinimum": 0, "exclusiveMaximum": BARE},
+}
+Size = Annotated[int, BeforeValidator(read_size), WithJsonSchema(_SIZE)]
+"""Bytes; `10GiB` and `10GB` are understood, and in a manifest a small number needs a unit."""
+_NONE_OF_IT = r"^(?!\s*0+(\.0+)?\s*[A-Za-z]*\s*$)"
+FileSize = Annotated[
     int,
     BeforeValidator(read_size),
-    WithJsonSchema(
-        {
-            "type": ["integer", "string"],
-            "minimum": 0,
-            "maximum": MOST,
-            "pattern": _WRITTEN,
-            "examples": ["10GiB", "5GB"],
-            "not": {"type": "integer", "exclusiveMinimum": 0, "exclusiveMaximum": BARE},
-        }
-    ),
+    Field(gt=0),
+    WithJsonSchema(_SIZE | {"minimum": BARE, "pattern": _NONE_OF_IT + _WRITTEN.removeprefix("^")}),
 ]
-"""Bytes; `10GiB` and `10GB` are understood, and in a manifest a small number needs a unit."""
+"""A Size that something fits into."""
 BYTES = "bytes"
 Bytes = Annotated[int, BYTES]
 """A metric in bytes: conditions compare it with sizes."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import platform
+import re
 import tempfile
 import time
 from collections.abc import Mapping
@@ -53,6 +54,9 @@ def unsound(found: Mapping[str, Json]) -> list[BigpipeError]:
     if not store["writable"]:
         cure = "make it writable for you, or set --store or BIGPIPE_HOME"
         errors.append(UsageError(f"the store cannot be written: {store['path']}", cure))
+    endpoint = found["hub"]["endpoint"]
+    if not re.match(r"https?://[^/\s]", endpoint):
+        errors.append(UsageError(f"HF_ENDPOINT is not an address: {endpoint}", "write it as https://huggingface.co"))
     cure = INSTALL_RUN if missing(RUN) else "repair it, or do without the kinds that use it"
     errors += [
         StageFailed(f"{name} does not work here: {check['detail']}", cure)

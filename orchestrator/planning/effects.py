@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from itertools import chain
@@ -29,6 +29,7 @@ class Kept:
     """An absolute path, or an address."""
     whole: bool = True
     """Nor may a destination lie in it."""
+    cure: str = CURE
 
     def clashes(self, destination: str) -> bool:
         return _lies_in(self.place, destination) or (self.whole and _lies_in(destination, self.place))
@@ -42,12 +43,27 @@ def _lies_in(one: str, other: str) -> bool:
 
 def refuse_clash(session: Session, node: Node) -> None:
     """Raise UsageError where `node` would write over, or into, what must stay."""
-    written = _written(session, node)
-    for kept in _kept(session, node) if written else ():
+    if written := _written(session, node):
+        _refuse(node, written, chain(_kept(session), _written_by(session.nodes, session, node)))
+
+
+def written_twice(session: Session) -> Iterator[UsageError]:
+    """Yield where a node writes to where one before it does: what is known without looking anywhere."""
+    for index, node in enumerate(session.nodes):
+        try:
+            if written := _written(session, node):
+                _refuse(node, written, _written_by(session.nodes[:index], session, node))
+        except UsageError as error:
+            error.place = error.place or node.places.of(error.field)
+            yield error
+
+
+def _refuse(node: Node, written: Mapping[str, Sequence[str]], keep: Iterable[Kept]) -> None:
+    for kept in keep:
         for field, names in written.items():
             if any(map(kept.clashes, names)):
                 cause = f"{node.name} would write to {names[0]}, which is, holds or lies in {kept.what}"
-                raise UsageError(cause, CURE, field=field)
+                raise UsageError(cause, kept.cure, field=field)
 
 
 def _written(session: Session, node: Node) -> Mapping[str, Sequence[str]]:
@@ -59,15 +75,27 @@ def _context(session: Session, node: Node) -> ForecastContext:
     return ForecastContext(surroundings=session.surroundings(node), pins=session.known_pins(node).values)
 
 
-def _kept(session: Session, writer: Node) -> Iterator[Kept]:
+def _kept(session: Session) -> Iterator[Kept]:
     yield Kept("the store", str(session.store.root))
     yield from _files("the recipe", [session.recipe.path])
     for node in session.recipe.nodes.values():
         yield from _read(session, node)
-    for node in session.nodes:
+
+
+def _written_by(nodes: Sequence[Node], session: Session, writer: Node) -> Iterator[Kept]:
+    for node in nodes:
         if node is not writer and not (_conditional(session, node) and _conditional(session, writer)):
             names = chain.from_iterable(_written(session, node).values())
-            yield from (Kept(f"what {node.name} writes", name) for name in names)
+            cure = _apart(node, writer) or CURE
+            yield from (Kept(f"what {node.name} writes", name, cure=cure) for name in names)
+
+
+def _apart(node: Node, other: Node) -> str:
+    """How two variants of a stage get places of their own; "" where they are none."""
+    axes = [axis for axis, value in node.variant.items() if other.variant.get(axis) != value]
+    if node.stage != other.stage or not axes:
+        return ""
+    return f"give each variant a place of its own, such as dist/{'-'.join(f'${{matrix.{axis}}}' for axis in axes)}"
 
 
 def _conditional(session: Session, node: Node) -> bool:

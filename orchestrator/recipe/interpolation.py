@@ -18,7 +18,7 @@ from typing import Any
 from bigpipe.errors import ManifestError
 from bigpipe.names import did_you_mean, is_text
 from bigpipe.orchestrator.contract import Json
-from bigpipe.redaction import has_password, redact
+from bigpipe.redaction import has_password, holds_token, redact
 
 from .problems import Fault, Problems
 from .yamlsource import Key, read_value
@@ -103,15 +103,21 @@ def interpolate(value: Json, scope: Scope, problems: Problems, path: tuple[Key, 
 
 
 def check_passwords(value: Json, problems: Problems, path: tuple[Key, ...]) -> None:
-    """Note a problem for every address with a password, at any depth: it would be in keys, records and cards."""
+    """Note a problem for every token, and every address with a password, at any depth: it would be in keys, records and
+    cards."""
     if isinstance(value, (dict, list)):
         for key, child in value.items() if isinstance(value, dict) else enumerate(value):
-            if not isinstance(child, str) or "://" in child:
-                check_passwords(child, problems, (*path, key))
-    elif isinstance(value, str) and "://" in value and " " not in value and has_password(value):
-        cause = f"the address {redact(value)} has a password or token in it, which would be recorded"
+            check_passwords(child, problems, (*path, key))
+    elif isinstance(value, str) and (held := _held(value)):
         cure = "leave it out; a stage finds it in its environment, where its `secrets: [NAME]` lists the variable"
-        problems.add(Fault.PASSWORD, path, cause, cure)
+        problems.add(Fault.PASSWORD, path, f"{held}, which would be recorded", cure)
+
+
+def _held(text: str) -> str:
+    """What a text holds that may not be recorded, in words."""
+    if "://" in text and " " not in text and has_password(text):
+        return f"the address {redact(text)} has a password or token in it"
+    return f"{redact(text)[:200]} is, or holds, a token" if holds_token(text) else ""
 
 
 def _interpolate_text(text: str, scope: Scope) -> Json:

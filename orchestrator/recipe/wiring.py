@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 from bigpipe.names import did_you_mean, listed
 from bigpipe.orchestrator.contract import ANY, Json, Port, Stage
 
+from .interpolation import contains_reference
 from .manifest import Structure, check_name
 from .problems import Fault, Problems
 from .yamlsource import Document, Key
@@ -144,6 +145,8 @@ class Wiring:
         axis_order = dict.fromkeys(axis for stage in self.stages.values() for axis in stage.structure.matrix)
         for name in self._order():
             self._resolve_axes(self.stages[name], list(axis_order))
+        for stage in self.stages.values():
+            self._check_used(stage)
 
     def _inputs(self, stage: Wired) -> dict[str, tuple[StageReference, ...]]:
         base = (*stage.path, "inputs")
@@ -267,6 +270,16 @@ class Wiring:
             if not stage.broken:
                 self._check_first(stage, stage.first, stage.structure.first.axis)
         stage.axes = {axis: axes[axis] for axis in order if axis in axes}
+
+    def _check_used(self, stage: Wired) -> None:
+        """Of an axis that nothing reads, all variants would be the same."""
+        for axis, values in () if stage.broken else stage.structure.matrix.items():
+            on_it = (each for each in self.stages.values() if axis in each.axes)
+            read = any(contains_reference(each.settings, f"matrix.{axis}}}") for each in (stage, *on_it))
+            if len(values) > 1 and not read:
+                cause = f"nothing reads the axis {axis!r}, so that its variants would all be the same"
+                cure = f"write ${{matrix.{axis}}} where its values belong, or remove it"
+                self.problems.add(Fault.BAD_MATRIX, (*stage.path, "matrix", axis), cause, cure, key=True)
 
     def _check_first(self, stage: Wired, judge: StageReference, axis: str) -> None:
         """What `first` says must make sense; the first thing that does not is reported."""

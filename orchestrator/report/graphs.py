@@ -100,11 +100,14 @@ def graph_text(
 
 def write_graph(recipe: Recipe, out: Path, form: str | None = None, became: Mapping[str, NodeRun] = UNKNOWN) -> int:
     """Write the graph to a file and return its bytes. form: as `graph_text` takes it; None: by the ending of the
-    file's name. Raise UsageError for an ending that says nothing, and for one that stands for another form."""
+    file's name. Raise UsageError for an ending that says nothing, for one that stands for another form, and for
+    the recipe's own file."""
     if form and ENDINGS.get(out.suffix, form) != form:
         cause = f"{out} ends as {ENDINGS[out.suffix]} does, and --format is {form}"
         ending = next(ending for ending, stands_for in ENDINGS.items() if stands_for == form)
         raise UsageError(cause, f"leave --format out, or name a file with -o that ends in {ending}")
+    if out.resolve() == recipe.path.resolve():
+        raise UsageError(f"{out} is the recipe itself", "name another file with -o, such as graph.svg")
     text = graph_text(recipe, form or form_of(out, ENDINGS, "a graph"), became)
     return write_page(out, text if text.endswith("\n") else text + "\n")
 

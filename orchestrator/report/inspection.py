@@ -184,5 +184,5 @@ def verify_store(repair: bool, *, store: str | Path | None = None) -> Inspection
     data = {"schema": "bigpipe.verify/1", **asdict(report), "findings": findings}
     left = [finding for finding in report.findings if not finding.repaired]
     cure = "bigpipe verify --repair sets them aside, and they are made again"
-    error = StageFailed(f"the store has {len(left)} findings", cure) if left else None
+    error = StageFailed(f"the store has {counted(len(left), 'finding')}", cure) if left else None
     return Inspection(data, "\n".join(lines), error)

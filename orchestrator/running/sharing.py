@@ -200,12 +200,16 @@ def _push(session: Session, item: PlannedNode, report: Report) -> Exchanged:
 
 
 def pull(session: Session, plan: Plan) -> Exchange:
-    """Bring everything that the remote store has of the nodes."""
+    """Bring everything that the remote store has of the nodes. Raise UsageError where nothing is at its address."""
+    remote = require_remote(session)
+    if all(item.action not in (Action.CACHED, Action.REMOTE) for item in plan.nodes.values()) and remote.is_nowhere:
+        cure = "look at the address; `bigpipe push`, and every run that names it, make one"
+        raise UsageError(f"there is no store at {remote.name}", cure)
     found = {name: _pull(session, item, _report(session)) for name, item in plan.nodes.items()}
     keys = {name: item.decision.key for name, item in plan.nodes.items() if found[name].status in ("fetched", "here")}
     known = {name: key for name, key in keys.items() if key}
     session.store.remember(session.recipe.path, session.lock, session.recipe.name, known, session.variant)
-    return Exchange.of(require_remote(session), found)
+    return Exchange.of(remote, found)
 
 
 def _pull(session: Session, item: PlannedNode, report: Report) -> Exchanged:

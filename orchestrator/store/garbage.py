@@ -24,8 +24,8 @@ Kind = Literal["record", "artifact", "object", "work", "part", "temporary", "qua
 RUNS = 200
 """Runs whose records and logs stay, the latest ones; an id begins with its time."""
 PATIENCE = timedelta(days=30)
-"""How long after its last run a manifest that is not where it was counts as there, if it lay in a checkout, and what
-ran with other `-p` values than those used last stays."""
+"""How long after its last run a manifest that is not where it was counts as there, if it lay in a checkout or never was
+a file, and what ran with other `-p` values than those used last stays."""
 NOBODY: Mapping[str, KeyRecord] = MappingProxyType({})
 LockedDigests = Callable[[Path], set[str]]
 """Gives the digests of the artifacts that a lock file names; UsageError where it cannot be read."""
@@ -188,7 +188,8 @@ class _Collection:
         roots = all_roots(self.layout)
         there = {root.manifest for root in living(roots)}
         for root in roots:
-            if root.manifest not in there and not (root.top and keeping.patient(root.used)):
+            may_be_wanted = bool(root.top) or not root.written
+            if root.manifest not in there and not (may_be_wanted and keeping.patient(root.used)):
                 self.free("root", root_path(self.layout, root.manifest))
                 continue
             keys |= root.keys

@@ -51,6 +51,8 @@ class Root:
     variants: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     """Per set of `-p` values, those used last at the end: the `keys` that the nodes had with them, and when they were
     `used`, as far as `FRESH`."""
+    written: bool = True
+    """Was there a file? A command without a recipe runs one that is not."""
     remote: str = ""
     inside: str = ""
     top: str = ""
@@ -147,6 +149,7 @@ def _merged(layout: Layout, old: Root | None, new: Root, variant: str) -> Root:
     origin = origin_of(Path(new.manifest))
     return replace(
         new,
+        written=os.path.exists(new.manifest),
         serial=1 + max((root.serial for root in all_roots(layout)), default=0),
         nodes={**old.nodes, **done},
         history={**old.history, **{node: [*history[node], key][-HISTORY:] for node, key in done.items()}},

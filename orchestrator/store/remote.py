@@ -30,7 +30,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from bigpipe.errors import Interrupted, UsageError
 from bigpipe.files import copy_file, give_free_name, lies_in, make_folders, move, partial_name, write_file
-from bigpipe.filesystems import is_local, open_address
+from bigpipe.filesystems import is_local, is_web, open_address, protocols, require_scheme
 from bigpipe.names import begins_address
 from bigpipe.redaction import conceal_environment, redact
 
@@ -110,6 +110,17 @@ class Remote:
 
     def _record(self, key: str) -> str:
         return self._path("keys", f"{hex_of(key)}.json")
+
+    @property
+    def is_nowhere(self) -> bool:
+        """Is there nothing at the address that could be a store? False where that cannot be told, as of a plain web
+        server, which lists nothing."""
+        if is_web(self._system) or self.away:
+            return False
+        try:
+            return not self._exchange(lambda: self._system.exists(f"{self._opened[1]}/v1"))
+        except Away:
+            return False
 
     def find(self, key: str) -> Claim | None:
         """Return what is said of a key; None where nothing is, or nothing that could be right, or it cannot be asked.
@@ -228,8 +239,7 @@ class Remote:
         system, mode = self._system, "overwrite" if replaces else "create"
         if is_local(system):
             return _place(source, Path(path), beats, replaces=replaces)
-        protocols = {system.protocol} if isinstance(system.protocol, str) else {*system.protocol}
-        if protocols & WHOLE_AT_ONCE:
+        if protocols(system) & WHOLE_AT_ONCE:
             return self._upload(source, path, beats, mode)
         system.makedirs(path.rpartition("/")[0], exist_ok=True)
         aside = f"{path}.{partial_name(source).name[-21:]}"
@@ -297,6 +307,7 @@ def open_remote(address: str, base: Path, root: Path, environment: Mapping[str, 
         if begins_address(address.partition("/")[0]):
             raise UsageError(f"{address[:200]} is no address", "write it as s3://bucket/folder, or give a path")
         address = f"file://{os.path.abspath(base / os.path.expanduser(address))}"
+    require_scheme(address)
     if address.startswith("file://"):
         path = Path(address.removeprefix("file://"))
         if lies_in(path, root) or lies_in(root, path):

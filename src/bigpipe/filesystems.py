@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from .errors import BigpipeError, UsageError
+from .names import did_you_mean
 
 
 def open_address(address: str, *, field: str = "", **options: Any) -> tuple[Any, str]:
@@ -22,10 +23,32 @@ def open_address(address: str, *, field: str = "", **options: Any) -> tuple[Any,
     return system, root
 
 
+def require_scheme(address: str) -> None:
+    """Raise UsageError for an address of a kind that fsspec does not know. No package is imported, nothing is asked."""
+    from fsspec.registry import known_implementations, registry
+
+    known = {*known_implementations, *registry}
+    for part in address.split("::"):
+        scheme = part.partition("://")[0]
+        if scheme not in known:
+            cure = did_you_mean(scheme, known) or "such as s3://bucket/folder, or a path"
+            raise UsageError(f"{address[:200]}: {scheme} is no kind of address that fsspec knows", cure)
+
+
 def is_local(system: Any) -> bool:
     """Return whether a file system is this machine's own."""
+    return "file" in protocols(system)
+
+
+def is_web(system: Any) -> bool:
+    """Return whether a file system is a plain web server."""
+    return not protocols(system).isdisjoint(("http", "https"))
+
+
+def protocols(system: Any) -> frozenset[str]:
+    """Return the names that addresses on a file system begin with."""
     protocol = getattr(system, "protocol", ())
-    return "file" in ((protocol,) if isinstance(protocol, str) else protocol)
+    return frozenset((protocol,) if isinstance(protocol, str) else protocol)
 
 
 @contextmanager

@@ -12,7 +12,7 @@ from functools import wraps
 from pathlib import Path
 from typing import NamedTuple, ParamSpec, TypeVar
 
-from .errors import BigpipeError, GatedRepository, UsageError, first_few
+from .errors import BigpipeError, GatedRepository, Offline, UsageError, first_few
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -118,14 +118,17 @@ def did_you_mean(word: str, known: Iterable[str], *, otherwise: str = "") -> str
 
 
 def or_path(error: BigpipeError, name: str) -> BigpipeError:
-    """Return an error about a repository that is not there or not known (its field is `repo`), where a directory may
-    have been meant by its name: it then says that there is none, and what is beside it."""
-    if error.field != "repo" or isinstance(error, GatedRepository) or "://" in name:
+    """Return an error about a repository that is not there or not known (its field is `repo`), or a Hub that cannot be
+    asked, where a directory may have been meant by the name: it then says that there is none, and what is beside it."""
+    unknown = error.field == "repo" and not isinstance(error, GatedRepository)
+    if not (unknown or isinstance(error, Offline)) or "://" in name:
         return error
     parent = Path(name).parent
     beside = sorted(str(other) for other in parent.iterdir() if other.is_dir()) if parent.is_dir() else []
-    error.cause += f", and there is no directory {name} here"
-    if near := did_you_mean(name, beside):
+    near = did_you_mean(name, beside)
+    if unknown or near:
+        error.cause += f", and there is no directory {name} here"
+    if near:
         error.cure = f"{near} Else {error.cure}"
     return error
 

@@ -37,6 +37,12 @@ _SIGNATURE = (
     r"[^&\s'\"]+"
 )
 _HEADER = r"(?i)(?P<name>\bAuthorization['\"]?[:=]\s*['\"]?(?:Bearer|Basic)\s+)[^\s'\"]+"
+_GIVEN_AWAY = (
+    r"\b(?:hf_[A-Za-z0-9]{30,}|gh[pousr]_[A-Za-z0-9]{36,}|github_pat_\w{40,}|glpat-[\w-]{20,}|xox[abprs]-[\w-]{20,}"
+    r"|sk-[\w-]{32,}|AIza[\w-]{35})"
+)
+"""Tokens that their makers gave a form: the Hub's, GitHub's, GitLab's, Slack's, OpenAI's and Google's."""
+_BEGINNINGS = ("hf_", "ghp_", "gho_", "ghu_", "ghs_", "ghr_", "github_pat_", "glpat-", "xox", "sk-", "AIza")
 _MOVING = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
 """Control characters of both sets but newline and tab, what turns the direction of writing, halves of a pair."""
 _SEQUENCE = (
@@ -133,6 +139,8 @@ def without_passwords(address: str) -> str:
 def redact(text: str) -> str:
     """Return the text with all that is concealed masked, and with it passwords and signatures in addresses."""
     text = _known.text(text)
+    if holds_token(text):
+        text = re.sub(_GIVEN_AWAY, MASK, text)
     if "://" in text:
         text = re.sub(_SIGNATURE, rf"\g<name>{MASK}", re.sub(_ADDRESS, _without_password, text))
     return re.sub(_HEADER, rf"\g<name>{MASK}", text) if "uthoriz" in text or "UTHORIZ" in text else text
@@ -170,6 +178,11 @@ def unfinished(text: str) -> int:
 def has_password(text: str) -> bool:
     """Does an address in the text hold a password, or a token in its place?"""
     return "://" in text and bool(re.search(_ADDRESS, text) or re.search(_SIGNATURE, text))
+
+
+def holds_token(text: str) -> bool:
+    """Does a token stand in the text, by the form that its maker gave it?"""
+    return any(map(text.__contains__, _BEGINNINGS)) and re.search(_GIVEN_AWAY, text) is not None
 
 
 def printable(text: str) -> str:

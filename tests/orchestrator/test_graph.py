@@ -192,7 +192,9 @@ class TestMatrix:
     def test_several_axes_in_the_order_of_declaration(self, tmp_path: Path) -> None:
         text = """
           e: {uses: estimate, inputs: s, matrix: {batch: [1, 2], dtype: [int8]}, with: {batch_size: "${matrix.batch}"}}
-          q: {uses: quantize, inputs: s, needs: [e], matrix: {scheme: [nf4], batch: [2, 3]}, with: {scheme: nf4}}
+          q:
+            {uses: quantize, inputs: s, needs: [e], matrix: {scheme: [nf4], batch: [2, 3]}, with: {scheme: nf4},
+             env: {B: "${matrix.batch}"}}
         """
         assert list(after_source(tmp_path, text).nodes) == [
             "s", "e@batch=1,dtype=int8", "e@batch=2,dtype=int8", "q@batch=2,dtype=int8,scheme=nf4",
@@ -229,7 +231,9 @@ class TestMatrix:
 
     def test_a_list_gathers_every_variant_and_drops_the_axis(self, tmp_path: Path) -> None:
         text = """
-          e: {uses: estimate, inputs: s, matrix: {b: [1, 2], c: [x, y]}, with: {batch_size: "${matrix.b}"}}
+          e:
+            {uses: estimate, inputs: s, matrix: {b: [1, 2], c: [x, y]}, with: {batch_size: "${matrix.b}"},
+             env: {C: "${matrix.c}"}}
           all: {uses: save, inputs: {reports: [e]}, with: {to: a}}
           some: {uses: save, inputs: {reports: [e@c=y]}, with: {to: a}}
           each: {uses: save, inputs: {reports: e}, with: {to: a}}
@@ -243,7 +247,9 @@ class TestMatrix:
 
     def test_a_pick_fixes_one_axis_and_leaves_the_others(self, tmp_path: Path) -> None:
         text = """
-          q: {uses: quantize, inputs: s, matrix: {scheme: [int8, nf4], t: ["1,2", 3]}, with: {scheme: int8}}
+          q:
+            {uses: quantize, inputs: s, matrix: {scheme: [int8, nf4], t: ["1,2", 3]},
+             with: {scheme: "${matrix.scheme}"}, env: {T: "${matrix.t}"}}
           p: {uses: place, inputs: q@scheme=nf4}
           r: {uses: place, inputs: "q@t=1,2,scheme=int8"}
         """
@@ -298,9 +304,12 @@ def test_every_input_is_the_variant_that_agrees(
     lines = ["stages:", "  s: {uses: source}"]
     for index, (matrix, needs) in enumerate(stages):
         named = ", ".join(f"e{other}" for other in sorted(needs) if other < index)
-        lines.append(f"  e{index}: {{uses: estimate, inputs: s, needs: [{named}], matrix: {matrix or '{}'}}}")
+        read = {axis.upper(): f"${{matrix.{axis}}}" for axis in matrix}
+        lines.append(
+            f"  e{index}: {{uses: estimate, inputs: s, needs: [{named}], matrix: {matrix or '{}'}, env: {read}}}"
+        )
     try:
-        loaded = recipe(tmp_path_factory.mktemp("axes"), "\n".join(lines).replace("'", ""))
+        loaded = recipe(tmp_path_factory.mktemp("axes"), "\n".join(lines))
     except ManifestError as error:  # axes that meet without a shared value
         codes = {problem.code for problem in error.problems}
     else:

@@ -490,11 +490,13 @@ class TestTrouble:
             server.shutdown()
         assert heard == []
 
-    @pytest.mark.parametrize("address", ["nowhere://x", "s3:/bucket", "one/within", "file://{one}", ".."])
-    def test_an_address_that_cannot_be_is_said(self, store, tmp_path, monkeypatch, address):
+    @pytest.mark.parametrize(
+        "address", ["nowhere://x", "simplecache::nowhere://x", "s3:/bucket", "one/within", "file://{one}", ".."]
+    )
+    def test_an_address_that_cannot_be_is_said_before_anything_is_asked(self, store, tmp_path, monkeypatch, address):
         monkeypatch.chdir(tmp_path)
         with pytest.raises(UsageError):
-            opened(address.format(one=store.root), store)[0].find(KEY)
+            opened(address.format(one=store.root), store)
 
 
 @pytest.fixture(scope="module")
@@ -632,8 +634,10 @@ class TestRuns:
             assert done.errors == ()
             return [node.status for node in done.nodes.values()]
 
-        assert did(commands.pull, tmp_path / "two") == ["absent"] * 3
+        with pytest.raises(UsageError, match="there is no store at"):
+            did(commands.pull, tmp_path / "two")
         assert did(commands.push, ran_once / "one", "a") == ["sent"]
+        assert did(commands.pull, tmp_path / "three", "b", "c") == ["fetched", "absent", "absent"]
         plan = bigpipe.plan(workshop.manifest, store=tmp_path / "two", remote=str(shared))
         assert commands.shared(plan) == {"a": True, "b": False, "c": None}
         assert did(commands.push, ran_once / "one") == ["there", "sent", "sent"]
