@@ -82,7 +82,7 @@ def test_destinations_that_two_nodes_share_are_told_by_validate(workshop):
     done = workshop.command("validate", "recipe.yaml")
     told = re.findall(r"^(\S+): error\[BP106\]: (\S+) would write.*; (.*)$", done.stderr, re.MULTILINE)
     assert [(place, node) for place, node, _ in told] == [
-        ("recipe.yaml:5:49", "save@size=2GB"), ("recipe.yaml:6:61", "other")
+        ("recipe.yaml:5:48", "save@size=2GB"), ("recipe.yaml:6:61", "other")
     ]  # fmt: skip
     assert "dist/${matrix.size}" in told[0][2]
     workshop.manifest.write_text(TWICE.replace("to: dist}", 'to: "dist/${matrix.size}"}'))
