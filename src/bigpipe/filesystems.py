@@ -7,7 +7,6 @@ from contextlib import contextmanager
 from typing import Any
 
 from .errors import BigpipeError, UsageError
-from .names import did_you_mean
 
 
 def open_address(address: str, *, field: str = "", **options: Any) -> tuple[Any, str]:
@@ -31,8 +30,8 @@ def require_scheme(address: str) -> None:
     for part in address.split("::"):
         scheme = part.partition("://")[0]
         if scheme not in known:
-            cure = did_you_mean(scheme, known) or "such as s3://bucket/folder, or a path"
-            raise UsageError(f"{address[:200]}: {scheme} is no kind of address that fsspec knows", cure)
+            cause = f"{address[:200]}: {scheme} is no kind of address that fsspec knows"
+            raise UsageError(cause, "write it as s3://bucket/folder, or give a path")
 
 
 def is_local(system: Any) -> bool:
