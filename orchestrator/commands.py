@@ -436,7 +436,7 @@ def _missing(recipe: Recipe, base: Path) -> Iterator[Problem]:
 def _written_twice(recipe: Recipe) -> Iterator[Problem]:
     """Destinations that two nodes share. Nothing is asked of a network."""
     if any(node.kind.planning.writes for node in recipe.nodes.values()):
-        from .planning.effects import written_twice
+        from .planning import written_twice
 
         everything = frozenset(recipe.nodes)
         recipe = replace(recipe, path=recipe.path.absolute())
