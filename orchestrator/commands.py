@@ -6,7 +6,7 @@ import json
 import os
 import shlex
 import sys
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import AbstractContextManager, closing, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -16,7 +16,6 @@ from typing import TYPE_CHECKING, Any
 from bigpipe.errors import (
     GateFailed,
     ManifestError,
-    Problem,
     Stale,
     UsageError,
 )
@@ -33,16 +32,16 @@ from .planning import (
     Action,
     Plan,
     Session,
-    content_paths,
     difference_json,
     differences,
     exact,
     lock_path,
     make_plan,
     open_session,
+    problems_beside,
     with_parameters,
 )
-from .recipe import Fault, Recipe, load_recipe
+from .recipe import Recipe, load_recipe
 from .running import RunRecord, RunResult, records, run_plan
 from .store import Store, default_root, explained
 
@@ -409,41 +408,12 @@ def validate(manifests: Sequence[Path], params: Mapping[str, Any] | None = None)
     for path in manifests:
         try:
             recipe = load_recipe(path, _written(params))
-            found = {problem.place: problem for problem in _found_beside(recipe)}  # once for all variants of a stage
+            found = {problem.place: problem for problem in problems_beside(recipe)}  # once for all variants of a stage
             if found:
                 raise ManifestError(list(found.values()))
         except UsageError as error:
             errors[path] = error
     return errors
-
-
-def _found_beside(recipe: Recipe) -> Iterator[Problem]:
-    """What no look at the recipe alone tells."""
-    yield from _missing(recipe, recipe.path.absolute().parent)
-    yield from _written_twice(recipe)
-
-
-def _missing(recipe: Recipe, base: Path) -> Iterator[Problem]:
-    """What the params name beside the manifest, and is not there; a checkpoint may come later."""
-    for node in recipe.nodes.values():
-        try:
-            content_paths(node.params, base, inside=False)
-        except UsageError as error:
-            place = node.places.of(error.field) or node.places[""]
-            yield Problem(Fault.NOT_THERE, place, error.cause, error.cure)
-
-
-def _written_twice(recipe: Recipe) -> Iterator[Problem]:
-    """Destinations that two nodes share. Nothing is asked of a network."""
-    if any(node.kind.planning.writes for node in recipe.nodes.values()):
-        from .planning import written_twice
-
-        everything = frozenset(recipe.nodes)
-        recipe = replace(recipe, path=recipe.path.absolute())
-        session = Session(recipe=recipe, store=Store(default_root()), selected=everything, offline=True)
-        for error in written_twice(session):
-            if error.place is not None:
-                yield Problem(Fault.BAD_VALUE, error.place, error.cause, error.cure)
 
 
 def initialise(file: Path, model: str) -> list[Path]:

@@ -6,9 +6,9 @@ from bigpipe.faces import face
 
 if TYPE_CHECKING:
     from . import fallback, schedule
+    from .beside import problems_beside
     from .decision import Action, Decision, GateVerdict, decide, difference_json
     from .doctor import doctor_text, examine, unsound
-    from .effects import written_twice
     from .keys import ABSENT, Difference, changed, content_paths, differences, shown
     from .plan import Plan, PlannedNode, machine_line, make_plan, plan_rows, plan_text, totals
     from .schedule import Do, Step, may_follow, passes_on, step
