@@ -289,7 +289,7 @@ def explain(session: Session, planned: Plan, name: str) -> dict[str, Json]:
     item = planned.nodes[name]
     decision = item.decision
     last = session.last(name)
-    changes = decision.changes or _latest_changes(session, name)
+    changes = decision.changes or _latest_changes(session, name, decision.key)
     return {
         "action": str(decision.action),
         "reason": decision.reason,
@@ -305,10 +305,11 @@ def explain(session: Session, planned: Plan, name: str) -> dict[str, Json]:
     }
 
 
-def _latest_changes(session: Session, name: str) -> tuple[Any, ...]:
-    """For a cached node: what its last record changed against the one before, so that `why` answers after a run too."""
+def _latest_changes(session: Session, name: str, key: str | None) -> tuple[Any, ...]:
+    """For a cached node: what its last record, where that is the one it has, changed against the one before, so that
+    `why` answers after a run too."""
     records = session.store.history(session.recipe.path, session.recipe.name, name)
-    if len(records) < 2:
+    if len(records) < 2 or records[-1].key != key:
         return ()
     before, after = records[-2], records[-1]
     return tuple(differences(before.identity, after.identity, before.inputs, after.inputs))

@@ -52,6 +52,15 @@ def test_what_may_stand_after_an_option_may(greeting):
     assert "no remote store is named" in greeting.command("status", "recipe.yaml", "--remote", "--json").stderr
 
 
+def test_why_of_what_is_cached_says_what_changed_when_it_was_made_and_nothing_else(greeting):
+    for text in ("hello", "goodbye"):
+        greeting.manifest.write_text(RECIPE.replace("hello", text))
+        assert greeting.command("run", "recipe.yaml").returncode == 0
+    assert "params.text hello → goodbye" in greeting.command("why", "recipe.yaml", "a").stdout
+    greeting.manifest.write_text(RECIPE)
+    assert greeting.command("why", "recipe.yaml", "a").stdout == "a: cached\n"
+
+
 def test_a_token_is_neither_taken_nor_shown(greeting):
     token = "hf_" + "aB3" * 11
     done = greeting.command("run", "recipe.yaml", "-p", f"text=my {token}", "--json")

@@ -42,9 +42,7 @@ def test_kills_lose_nothing_and_ask_again_what_was_under_way(tmp_path: Path, see
                 assert left_of(workshop.folder / "store") == [], "a process outlived its command by 10 s"
             assert len({asked.text for asked in server.asked}) == RECORDS
             assert len(server.asked) <= RECORDS + AT_ONCE * killed
-        (found,) = workshop.folder.glob("store/objects/*.jsonl") or workshop.folder.glob(
-            "store/artifacts/*/results.jsonl"
-        )
+        (found,) = workshop.folder.glob("store/artifacts/*/results.jsonl")
         lines = [json.loads(line) for line in found.read_text().splitlines()]
         assert [(line["index"], line["prompt"], line["text"]) for line in lines] == [
             (index, prompt, follows(prompt, TOKENS)) for index, prompt in enumerate(prompts)
