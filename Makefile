@@ -6,7 +6,7 @@ PICTURE := 960,1575
 
 ON_GPU = PYTHONPATH=build/gpu timeout --signal INT $(1) $(or $(GPU_PYTHON),$(BIN)/python)
 
-.PHONY: quickstart test browser check types layers docs picture format bench slow fault attack gpu reference snapshot clean
+.PHONY: quickstart test browser check types layers docs picture format bench slow fault attack exports gpu reference snapshot clean
 
 quickstart: $(VENV)/.ready  ## run the main job on the model that ships with the repository
 	$(BIN)/bigpipe run manifests/quickstart.yaml
@@ -28,6 +28,14 @@ fault: $(VENV)/.ready-dev  ## kills, broken disks and lost power at full numbers
 attack: $(VENV)/.ready-dev  ## hostile servers, files and arguments at full numbers; BIGPIPE_SEED repeats a run
 	-$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[fuzz]'  # else the fuzzing is skipped
 	$(BIN)/python -m pytest -q -m attack --timeout 7200
+
+exports: $(VENV)/.ready-dev build/airflow/.ready build/mlflow/.ready  ## exports in a real Airflow and in an image's environment, runs on a real server of MLflow
+	AIRFLOW=build/airflow/bin/airflow MLFLOW=build/mlflow/bin/mlflow $(BIN)/python -m pytest -q -m exports -rs --timeout 1800 tests/exports
+
+build/airflow/.ready build/mlflow/.ready: build/%/.ready: constraints-exports.txt
+	$(PYTHON) -m venv build/$*
+	build/$*/bin/python -m pip install --quiet $$(grep "^[a-z-]*$*==" constraints-exports.txt)
+	touch $@
 
 gpu: $(if $(GPU_PYTHON),,$(VENV)/.ready-dev)  ## tests and benchmarks on one NVIDIA GPU, in 8 minutes; see CONTRIBUTING.md
 	rm -rf build/gpu

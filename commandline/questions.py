@@ -70,7 +70,7 @@ def init(file: Path, model: str, as_json: bool) -> None:
 
     Example: bigpipe init opt.yaml --model facebook/opt-125m
     """
-    from bigpipe.orchestrator.commands import initialise
+    from bigpipe.orchestrator.recipe import initialise
 
     files = [str(written) for written in initialise(file, model)]
     show(

@@ -19,7 +19,6 @@ from bigpipe.errors import (
     Stale,
     UsageError,
 )
-from bigpipe.files import make_directory, write_file
 from bigpipe.fit import as_parameters
 from bigpipe.machine import MACHINE
 from bigpipe.names import Given, as_names, checked
@@ -106,7 +105,8 @@ def _run(
         planned = with_parameters(make_plan(session))
         refuse(planned, keep_going=keep_going)
         require_installed(planned)
-        result = run_plan(session, planned, reporter or OneAtATime(), jobs=jobs, keep_going=keep_going)
+        with _telling(session, reporter or OneAtATime()) as hearing:
+            result = run_plan(session, planned, hearing, jobs=jobs, keep_going=keep_going)
         if locked:
             lock_file.enforce_outputs(session, result.records)
         if session.lock and result.status == "succeeded":
@@ -114,6 +114,15 @@ def _run(
         if session.meeting is not None and result.errors:
             session.meeting.status = result.errors[0].status
     return result
+
+
+def _telling(session: Session, reporter: Reporter) -> AbstractContextManager[Reporter]:
+    """Who hears of a run: the recipe's sinks too, where it names some."""
+    if not session.recipe.sinks:
+        return nullcontext(reporter)
+    from .running import telling_sinks
+
+    return telling_sinks(session, reporter)
 
 
 def _other_machines(session: Session) -> AbstractContextManager[None]:
@@ -415,21 +424,3 @@ def validate(manifests: Sequence[Path], params: Mapping[str, Any] | None = None)
         except UsageError as error:
             errors[path] = error
     return errors
-
-
-def initialise(file: Path, model: str) -> list[Path]:
-    """Write a first recipe for `model`, and the JSON schema its first line names. Never overwrites a recipe."""
-    from .recipe import initial_manifest, recipe_schema
-
-    if os.path.lexists(file):
-        raise UsageError(f"{file} exists", "give another name; `bigpipe init` never overwrites a recipe")
-    schema = file.parent / "bigpipe.schema.json"
-    text = initial_manifest(model, file.stem, schema.name)
-    recipe = load_recipe(file, text=text, arguments={("stages", "download", "with"): f"--model {model}"})
-    try:
-        make_directory(file.parent)
-        write_file(schema, json.dumps(recipe_schema(recipe), indent=2) + "\n")
-        write_file(file, text)
-    except OSError as error:
-        raise UsageError(f"{file} cannot be written: {error.strerror}", "give another place, or make room") from error
-    return [file, schema]

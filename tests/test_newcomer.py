@@ -35,6 +35,7 @@ RUN_BY = {
     "docs/how-to/prove-the-origin.md": "test_examples.py",
     "docs/how-to/share-a-cache.md": "orchestrator/test_remote_s3.py",
     "docs/how-to/the-page.md": "webpage/test_how_to.py",
+    "docs/how-to/track-runs.md": "orchestrator/test_sinks.py",
     "docs/how-to/without-a-recipe.md": "test_without_recipe.py",
     "docs/reference/store.md": "test_newcomer.py",
 }

@@ -167,6 +167,10 @@ class NodeFinished(Event):
     """The cause, where it failed."""
     verdict: str = ""
     """What its gates came to where they do not all hold and that is no failure; which variant it takes."""
+    key: str | None = None
+    """Of the computation; null: it never came to it."""
+    gates: tuple[Mapping[str, Any], ...] = ()
+    """In their order: what each asks, what was measured, whether it holds; as in `bigpipe.run/1`."""
 
 
 @dataclass(frozen=True, slots=True)

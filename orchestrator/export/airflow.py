@@ -29,8 +29,12 @@ import tempfile
 from datetime import timedelta
 from pathlib import Path
 
-from airflow.exceptions import AirflowException, AirflowFailException, AirflowSkipException
 from airflow.sdk import DAG, BaseOperator, Param, Variable
+
+try:
+    from airflow.sdk.exceptions import AirflowException, AirflowFailException, AirflowSkipException
+except ImportError:  # Airflow 3.0
+    from airflow.exceptions import AirflowException, AirflowFailException, AirflowSkipException
 
 BIGPIPE = os.environ.get("BIGPIPE", "bigpipe")
 FOLDER = Path(__file__).parent
@@ -92,7 +96,7 @@ with DAG(
     params={name: Param(value, type="string") for name, value in PARAMS.items()},
     default_args={
         "retries": 3,
-        "retry_delay": timedelta(minutes=1),
+        "retry_delay": timedelta(seconds=RETRY_SECONDS),
         "retry_exponential_backoff": True,
         "trigger_rule": "none_failed",  # whether a task has anything to do after one that was skipped, bigpipe decides
     },
@@ -111,6 +115,7 @@ def dag(work: Work) -> str:
         "OPTIONS": (["--locked"] * work.locked, ""),
         "PARAMS": ({each.name: each.given for each in work.parameters}, "empty: as the recipe says"),
         "SECRETS": (list(work.secrets), ""),
+        "RETRY_SECONDS": (60, "before what ended with 75 is tried again; longer each time"),
         "SIDE_BY_SIDE": (1, "tasks at a time; more where workers are several machines"),
         "TASKS": ({task.name: {"nodes": list(task.asks), "after": list(task.after)} for task in work.tasks}, ""),
     }

@@ -7,6 +7,7 @@ from dataclasses import replace
 
 from bigpipe.errors import Problem, UsageError
 from bigpipe.orchestrator.recipe import Fault, Recipe
+from bigpipe.orchestrator.sinks import SINKS, install
 from bigpipe.orchestrator.store import Store, default_root
 
 from .effects import written_twice
@@ -15,10 +16,17 @@ from .session import Session
 
 
 def problems_beside(recipe: Recipe) -> Iterator[Problem]:
-    """Yield what is not there, and destinations that two nodes share."""
+    """Yield what is not there, packages of sinks among it, and destinations that two nodes share."""
     recipe = replace(recipe, path=recipe.path.absolute())
+    yield from _not_installed(recipe)
     yield from _missing(recipe)
     yield from _written_twice(recipe)
+
+
+def _not_installed(recipe: Recipe) -> Iterator[Problem]:
+    for name, place in recipe.sinks.items():
+        if not SINKS[name].installed:
+            yield Problem(Fault.NOT_THERE, place, f"the sink {name} needs {SINKS[name].package}", install(name))
 
 
 def _missing(recipe: Recipe) -> Iterator[Problem]:

@@ -7,7 +7,7 @@ from bigpipe.faces import face
 if TYPE_CHECKING:
     from .conditions import UNKNOWN, Comparison, Condition, Lookup, metric
     from .graph import Recipe, load_recipe
-    from .initial import initial_manifest, source_of
+    from .initial import initial_manifest, initialise, source_of
     from .manifest import ResourcesSpec, Shared
     from .node import Choice, First, Node
     from .problems import Fault, Keys

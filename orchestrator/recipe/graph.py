@@ -24,7 +24,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
-from bigpipe.errors import UsageError
+from bigpipe.errors import Place, UsageError
 from bigpipe.files import read_file
 from bigpipe.names import closest, did_you_mean, listed
 from bigpipe.orchestrator.contract import Json, Stage, Trust
@@ -66,6 +66,8 @@ class Recipe:
     params: Mapping[str, Json]
     remote: Shared | None
     """The remote store that it names."""
+    sinks: Mapping[str, Place]
+    """The systems that are told of its runs, and where it names them."""
     with_arguments: Callable[[Mapping[str, str]], Recipe] = field(repr=False, compare=False)
     """The recipe with other `-p`, from the document as it was read. Raises ManifestError."""
 
@@ -221,6 +223,7 @@ class _Loading:
             trust=manifest.trust.value(),
             params=dict(scope.params or {}),
             remote=manifest.shared(),
+            sinks={name: self.document.place_at(("sinks", index)) for index, name in enumerate(manifest.sinks)},
             with_arguments=resolve,
         )
 

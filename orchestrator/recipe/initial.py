@@ -5,8 +5,14 @@ from __future__ import annotations
 import json
 import os
 import re
+from pathlib import Path
 
+from bigpipe.errors import UsageError
+from bigpipe.files import make_directory, write_file
+
+from .graph import load_recipe
 from .interpolation import escape
+from .schema import recipe_schema
 
 _TEMPLATE = """\
 # yaml-language-server: $schema=@schema@
@@ -101,3 +107,19 @@ def as_text(value: str) -> str:
     if plain.isascii() and plain.isalnum() and value[0].isalpha() and value.lower() not in ("null", "true", "false"):
         return value
     return json.dumps(escape(value), ensure_ascii=False)
+
+
+def initialise(file: Path, model: str) -> list[Path]:
+    """Write a first recipe for `model`, and the JSON schema its first line names. Never overwrites a recipe."""
+    if os.path.lexists(file):
+        raise UsageError(f"{file} exists", "give another name; `bigpipe init` never overwrites a recipe")
+    schema = file.parent / "bigpipe.schema.json"
+    text = initial_manifest(model, file.stem, schema.name)
+    recipe = load_recipe(file, text=text, arguments={("stages", "download", "with"): f"--model {model}"})
+    try:
+        make_directory(file.parent)
+        write_file(schema, json.dumps(recipe_schema(recipe), indent=2) + "\n")
+        write_file(file, text)
+    except OSError as error:
+        raise UsageError(f"{file} cannot be written: {error.strerror}", "give another place, or make room") from error
+    return [file, schema]

@@ -236,6 +236,7 @@ class ManifestSpec(Spec):
     remote: Text | RemoteSpec | None = Field(
         default=None, description="A store that others share: an address, or a map with `url`; else $BIGPIPE_REMOTE."
     )
+    sinks: tuple[Text, ...] = Field(default=(), description="Systems that are told of runs: mlflow, openlineage.")
     stages: dict[str | int, Any] = Field(min_length=1)
 
     def shared(self) -> Shared | None:
@@ -257,6 +258,7 @@ def read_manifest(document: Document, problems: Problems) -> ManifestSpec | None
         cause, cure = "the name cannot hold a reference", "write it out; references stand in stages"
         problems.add(Fault.MISPLACED_REFERENCE, ("name",), cause, cure)
     _check_remote(manifest, problems)
+    _check_sinks(manifest, problems)
     for where, what in (("params", "a parameter"), ("stages", "a stage")):
         for name in getattr(manifest, where):
             check_name(name, (where, name), what, problems)
@@ -276,6 +278,17 @@ def _check_remote(manifest: ManifestSpec, problems: Problems) -> None:
         cause = f"the address {redact(shared.address)} has a password or token in it, which would be recorded"
         cure = "leave it out; its fsspec package reads credentials from the environment or its own files"
         problems.add(Fault.PASSWORD, path, cause, cure)
+
+
+def _check_sinks(manifest: ManifestSpec, problems: Problems) -> None:
+    if not manifest.sinks:
+        return
+    from bigpipe.orchestrator.sinks import SINKS  # of what is told to others
+
+    for index, name in enumerate(manifest.sinks):
+        if name not in SINKS:
+            cure = did_you_mean(name, SINKS, otherwise="there are")
+            problems.add(Fault.NOT_A_CHOICE, ("sinks", index), f"unknown sink {name!r}", cure)
 
 
 def named(fields: Mapping[Key, Json]) -> dict[str, Json]:

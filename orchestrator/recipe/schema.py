@@ -18,6 +18,7 @@ from pydantic import BaseModel
 
 from bigpipe.orchestrator.contract import Choices, Port, Stage
 from bigpipe.orchestrator.launch import executor
+from bigpipe.orchestrator.sinks import SINKS
 
 from .manifest import NAME, ManifestSpec, NodeSettings, Structure
 from .registry import load_stage, named_stage, stage_kinds
@@ -55,6 +56,7 @@ def manifest_schema(stages: Mapping[str, Stage[Any]] | None = None, *, more: Ite
     top = _model_schema(ManifestSpec, "manifest", definitions, references=False)
     top["properties"]["version"] = {"const": 1, "description": "The manifest format."}
     top["properties"]["params"]["propertyNames"] = {"pattern": f"^{NAME.pattern}$"}
+    top["properties"]["sinks"]["items"] = {"enum": list(SINKS)}
     top["properties"]["stages"] = {
         "type": "object",
         "minProperties": 1,

@@ -10,5 +10,6 @@ if TYPE_CHECKING:
     from .records import RunRecord
     from .result import RunResult, run_json
     from .runner import run_plan
+    from .telling import telling_sinks
 
 __getattr__, __all__ = face(__name__)

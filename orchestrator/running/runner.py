@@ -379,6 +379,8 @@ def _report(run: Run, state: NodeState) -> None:
             reason=state.reason,
             error=str(state.error) if state.error else "",
             verdict=state.verdict,
+            key=state.key,
+            gates=tuple(gate.as_json() for gate in judge_gates(run.states, state)) if state.node.gates else (),
         )
     )
 

@@ -66,9 +66,13 @@ def foreign(what: str, cure: str, kind: type[BigpipeError] = UsageError) -> Iter
         ran_out = getattr(error, "errno", None) in RAN_OUT or "allocate memory" in str(error)
         if ran_out or type(error).__name__ == "OutOfMemoryError":  # torch's
             raise
-        said = " ".join(str(error).split())
-        cause = f"{what}: {type(error).__name__}: {said[:500]}" if said else f"{what}: {type(error).__name__}"
-        raise kind(f"{cause} ({_raised_at(error)})", cure) from error
+        raise kind(f"{what}: {said_by(error)} ({_raised_at(error)})", cure) from error
+
+
+def said_by(error: BaseException) -> str:
+    """Return what an exception is and says, in one line."""
+    said = " ".join(str(error).split())
+    return f"{type(error).__name__}: {said[:500]}" if said else type(error).__name__
 
 
 def _raised_at(error: BaseException) -> str:

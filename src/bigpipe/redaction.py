@@ -159,7 +159,8 @@ def redact_json(value: Any) -> Any:
     if isinstance(value, Mapping):
         return {redact(key) if isinstance(key, str) else key: redact_json(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
-        return [redact_json(item) for item in value]
+        found = [redact_json(item) for item in value]
+        return tuple(found) if isinstance(value, tuple) else found
     return value
 
 

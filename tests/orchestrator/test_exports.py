@@ -253,7 +253,7 @@ def constants(dag: str) -> dict[str, Any]:
     compile(dag, "dag.py", "exec")
     found = [node for node in ast.parse(dag).body if isinstance(node, ast.Assign)]
     return {
-        node.targets[0].id: ast.literal_eval(node.value) for node in found[:7] if isinstance(node.targets[0], ast.Name)
+        node.targets[0].id: ast.literal_eval(node.value) for node in found[:8] if isinstance(node.targets[0], ast.Name)
     }
 
 

@@ -1,0 +1,47 @@
+"""The systems that runs can be told to, by name. One more is a file with a function, and an entry here."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from importlib.util import find_spec
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Sink:
+    """A system that wants to know of runs."""
+
+    tell: str
+    """`module:function`, called in a process of its own with what is known when the run begins and an iterator of
+    its events, both JSON; see `child`."""
+    package: str
+    """The module that it cannot do without; the extra that brings it is called as the sink is."""
+    address: tuple[str, ...]
+    """Variables of the environment of which one must say where the system is."""
+    environment: tuple[str, ...]
+    """What the names of variables begin with that only its process sees, beside what any child sees."""
+
+    @property
+    def installed(self) -> bool:
+        return find_spec(self.package) is not None
+
+
+SINKS: Mapping[str, Sink] = {
+    "mlflow": Sink(
+        tell="bigpipe.orchestrator.sinks.to_mlflow:tell",
+        package="mlflow",
+        address=("MLFLOW_TRACKING_URI",),
+        environment=("MLFLOW_", "DATABRICKS_"),
+    ),
+    "openlineage": Sink(
+        tell="bigpipe.orchestrator.sinks.to_openlineage:tell",
+        package="openlineage",
+        address=("OPENLINEAGE_URL", "OPENLINEAGE_CONFIG", "OPENLINEAGE__TRANSPORT__TYPE"),
+        environment=("OPENLINEAGE_",),
+    ),
+}
+
+
+def install(name: str) -> str:
+    """Return what installs a sink's package."""
+    return f"pip install 'bigpipe-ml[{name}]'"

@@ -1,0 +1,134 @@
+"""Runs as runs of MLflow (https://mlflow.org/docs/latest/ml/tracking/): an experiment for each recipe, in it
+a run for each run, with params, metrics, gates and tags that are called after the nodes.
+
+Where: MLFLOW_TRACKING_URI; the experiment also by MLFLOW_EXPERIMENT_NAME.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from itertools import islice
+from typing import TYPE_CHECKING, Any
+
+from bigpipe.names import plain_names
+
+from .values import flat, gate_text, text
+
+if TYPE_CHECKING:
+    from mlflow import MlflowClient
+
+AT_A_TIME = 100
+"""Params or tags of one request (https://mlflow.org/docs/latest/api_reference/rest-api.html#request-limits)."""
+LONGEST = 5000
+"""Characters of a param's or tag's value."""
+ENDS = {"succeeded": "FINISHED", "failed": "FAILED", "interrupted": "KILLED"}
+CLIENT = {"MLFLOW_HTTP_REQUEST_TIMEOUT": "5", "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "2"}
+"""Seconds and attempts of its client, unless the environment says otherwise."""
+
+
+def tell(about: Mapping[str, Any], events: Iterator[Mapping[str, Any]]) -> None:
+    for name, value in CLIENT.items():
+        os.environ.setdefault(name, value)
+    from mlflow import MlflowClient
+
+    client = MlflowClient()
+    experiment, began = _experiment(client, about["recipe"]), _milliseconds(about)
+    run = client.create_run(experiment, began, tags=_tags(about), run_name=about["run"]).info.run_id
+    _log(client, run, began, params=_params(about))
+    plain, status, ended = plain_names(about["nodes"]), "KILLED", None
+    for event in events:
+        ended = _milliseconds(event)
+        if event["event"] == "node_finished":
+            node = plain[event["node"]]
+            _log(client, run, ended, metrics=_metrics(node, event), tags=_became(node, event))
+        elif event["event"] == "run_finished":
+            status = ENDS[event["status"]]
+            break
+    client.set_terminated(run, status=status, end_time=ended)
+
+
+def _milliseconds(what: Mapping[str, Any]) -> int:
+    return int(what["time"] * 1000)
+
+
+def _experiment(client: MlflowClient, recipe: str) -> str:
+    from mlflow.exceptions import MlflowException
+
+    name = os.environ.get("MLFLOW_EXPERIMENT_NAME") or recipe
+    if (found := client.get_experiment_by_name(name)) is not None:
+        return str(found.experiment_id)
+    try:
+        return str(client.create_experiment(name))
+    except MlflowException:  # another run was faster
+        if (found := client.get_experiment_by_name(name)) is None:
+            raise
+        return str(found.experiment_id)
+
+
+def _tags(about: Mapping[str, Any]) -> dict[str, str]:
+    git = about["git"] or {}
+    found = {
+        "mlflow.source.name": about["manifest"],
+        "mlflow.source.type": "JOB",
+        "mlflow.source.git.commit": git.get("commit"),
+        "bigpipe.git.dirty": text(git["dirty"]) if git else None,
+        "bigpipe.run": about["run"],
+        "bigpipe.version": about["version"],
+    }
+    return {name: value for name, value in found.items() if value}
+
+
+def _params(about: Mapping[str, Any]) -> dict[str, str]:
+    """The recipe's, and of each node what stands under `with`."""
+    plain = plain_names(about["nodes"])
+    found = dict(flat(about["params"]))
+    for node, each in about["nodes"].items():
+        found |= {f"{plain[node]}.{name}": value for name, value in flat(each["params"]) if value is not None}
+    return {_name(name): text(value)[:LONGEST] for name, value in found.items()}
+
+
+def _metrics(node: str, event: Mapping[str, Any]) -> dict[str, float]:
+    measured = {**event["metrics"], "seconds": event["seconds"], "peak_rss": event["peak_rss"]}
+    gates = {f"gate.{number}": gate["passed"] for number, gate in enumerate(event["gates"], 1)}
+    numbers = {name: value for name, value in flat({**measured, **gates}) if isinstance(value, int | float)}
+    return {_name(f"{node}.{name}"): float(value) for name, value in numbers.items()}
+
+
+def _became(node: str, event: Mapping[str, Any]) -> dict[str, str]:
+    found = {
+        **{name: event[name] for name in ("status", "key", "digest", "verdict", "error")},
+        "gates": "; ".join(map(gate_text, event["gates"])),
+        "model": event["uri"],
+    }
+    return {f"bigpipe.{name}.{node}": text(value)[:LONGEST] for name, value in found.items() if value}
+
+
+def _name(name: str) -> str:
+    return re.sub(r"[^\w./ -]", "-", name, flags=re.ASCII)[:250]
+
+
+def _log(
+    client: MlflowClient,
+    run: str,
+    now: int,
+    *,
+    params: Mapping[str, str] | None = None,
+    metrics: Mapping[str, float] | None = None,
+    tags: Mapping[str, str] | None = None,
+) -> None:
+    from mlflow.entities import Metric, Param, RunTag
+
+    for some in _some((params or {}).items()):
+        client.log_batch(run, params=[Param(name, value) for name, value in some])
+    for many in _some((metrics or {}).items()):
+        client.log_batch(run, metrics=[Metric(name, value, now, 0) for name, value in many])
+    for few in _some((tags or {}).items()):
+        client.log_batch(run, tags=[RunTag(name, value) for name, value in few])
+
+
+def _some(items: Iterable[Any]) -> Iterator[list[Any]]:
+    left = iter(items)
+    while some := list(islice(left, AT_A_TIME)):
+        yield some

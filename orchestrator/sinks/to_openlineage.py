@@ -1,0 +1,190 @@
+"""Runs as events of OpenLineage (https://openlineage.io/docs/spec/object-model): the recipe is a job, each node one
+below it; what a node gives is a dataset whose version is the artifact's digest.
+
+Where: OPENLINEAGE_URL, or a file that OPENLINEAGE_CONFIG names; the jobs' namespace by OPENLINEAGE_NAMESPACE.
+"""
+
+from __future__ import annotations
+
+import os
+import uuid
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from typing import TYPE_CHECKING, Any
+
+from .values import flat, text
+
+if TYPE_CHECKING:
+    from openlineage.client import OpenLineageClient
+    from openlineage.client.facet_v2 import RunFacet
+    from openlineage.client.generated.base import InputDataset, OutputDataset
+
+PRODUCER = "urn:bigpipe:"
+GOOD = ("succeeded", "cached")
+NAMESPACE = "bigpipe"
+
+
+def tell(about: Mapping[str, Any], events: Iterator[Mapping[str, Any]]) -> None:
+    from openlineage.client import OpenLineageClient, set_producer
+
+    set_producer(f"{PRODUCER}{about['version']}")
+    teller = _Teller(about, OpenLineageClient(), os.environ.get("OPENLINEAGE_NAMESPACE") or NAMESPACE)
+    teller.now = about["time"]
+    teller.of_recipe("START")
+    ended = False
+    for event in events:
+        teller.hear(event)
+        if event["event"] == "run_finished":
+            ended = True
+            break
+    if not ended:
+        teller.abort()
+
+
+@dataclass(slots=True)
+class _Teller:
+    about: Mapping[str, Any]
+    client: OpenLineageClient
+    namespace: str
+    digests: dict[str, str] = field(default_factory=dict)
+    """Node → the digest of what it gave."""
+    now: float = 0.0
+    """Of the event that is told, in seconds of the epoch."""
+    begun: set[str] = field(default_factory=set)
+    """Nodes that have started and not ended."""
+
+    def hear(self, event: Mapping[str, Any]) -> None:
+        self.now = event["time"]
+        if event["event"] == "node_started" and event["node"] not in self.begun:
+            self.begun.add(event["node"])
+            self.of_node("START", event["node"])
+        elif event["event"] == "node_finished" and event["status"] != "skipped":
+            self.ended(event)
+        elif event["event"] == "run_finished":
+            if event["status"] == "interrupted":
+                self.abort()
+            else:
+                self.of_recipe("COMPLETE" if event["status"] == "succeeded" else "FAIL")
+
+    def ended(self, event: Mapping[str, Any]) -> None:
+        node = event["node"]
+        if node not in self.begun:  # it was in the store
+            self.of_node("START", node)
+        self.begun.discard(node)
+        if event["digest"]:
+            self.digests[node] = event["digest"]
+        self.of_node("COMPLETE" if event["status"] in GOOD else "FAIL", node, event)
+
+    def abort(self) -> None:
+        for node in sorted(self.begun):
+            self.of_node("ABORT", node)
+        self.begun.clear()
+        self.of_recipe("ABORT")
+
+    def of_recipe(self, state: str) -> None:
+        self._emit(state, self.about["recipe"], self.about["run"], "RECIPE", {})
+
+    def of_node(self, state: str, node: str, event: Mapping[str, Any] | None = None) -> None:
+        name, run = f"{self.about['recipe']}.{node}", f"{self.about['run']}/{node}"
+        from openlineage.client.facet_v2 import parent_run
+
+        recipe = parent_run.ParentRunFacet(
+            parent_run.Run(_identifier(self.about["run"])), parent_run.Job(self.namespace, self.about["recipe"])
+        )
+        facets: dict[str, RunFacet] = {"parent": recipe, **(_became(event) if event else {})}
+        outputs = [self._output(node, event)] if event and event["digest"] else []
+        self._emit(state, name, run, "STAGE", facets, self._inputs(node), outputs)
+
+    def _inputs(self, node: str) -> list[InputDataset]:
+        from openlineage.client.event_v2 import InputDataset
+        from openlineage.client.facet_v2 import dataset_version_dataset
+
+        found = [InputDataset(each["namespace"], each["name"]) for each in self.about["nodes"][node]["sources"]]
+        for producer in self.about["nodes"][node]["inputs"]:
+            digest = self.digests.get(producer)
+            facets = {"version": dataset_version_dataset.DatasetVersionDatasetFacet(digest)} if digest else {}
+            found.append(InputDataset(self.namespace, f"{self.about['recipe']}.{producer}", facets=facets))
+        return found
+
+    def _output(self, node: str, event: Mapping[str, Any]) -> OutputDataset:
+        from openlineage.client.event_v2 import OutputDataset
+        from openlineage.client.facet_v2 import dataset_version_dataset, datasource_dataset
+
+        version = dataset_version_dataset.DatasetVersionDatasetFacet(event["digest"])
+        source = {"dataSource": datasource_dataset.DatasourceDatasetFacet(node, event["uri"])} if event["uri"] else {}
+        return OutputDataset(self.namespace, f"{self.about['recipe']}.{node}", facets={"version": version, **source})
+
+    def _emit(
+        self,
+        state: str,
+        name: str,
+        run: str,
+        kind: str,
+        facets: Mapping[str, RunFacet],
+        inputs: list[InputDataset] | None = None,
+        outputs: list[OutputDataset] | None = None,
+    ) -> None:
+        from openlineage.client.event_v2 import Job, Run, RunEvent, RunState
+        from openlineage.client.facet_v2 import (
+            execution_parameters_run as parameters,
+            job_type_job,
+            processing_engine_run,
+            source_code_location_job,
+        )
+
+        of_node = self.about["nodes"].get(name.removeprefix(f"{self.about['recipe']}."), {}) if kind == "STAGE" else {}
+        given = of_node.get("params") if of_node else self.about["params"]
+        values = [parameters.ExecutionParameter(key, value=text(value)) for key, value in flat(given or {})]
+        run_facets: dict[str, RunFacet] = {
+            "processing_engine": processing_engine_run.ProcessingEngineRunFacet(self.about["version"], "bigpipe"),
+            **({"executionParameters": parameters.ExecutionParametersRunFacet(values)} if values else {}),
+            **facets,
+        }
+        job_facets: dict[str, Any] = {"jobType": job_type_job.JobTypeJobFacet("BATCH", "BIGPIPE", kind)}
+        if git := self.about["git"]:
+            job_facets["sourceCodeLocation"] = source_code_location_job.SourceCodeLocationJobFacet(
+                "git", _address(self.about["repository"]), path=self.about["manifest"], version=git["commit"]
+            )
+        self.client.emit(
+            RunEvent(
+                eventType=RunState[state],
+                eventTime=datetime.fromtimestamp(self.now, UTC).isoformat(),
+                run=Run(_identifier(run), run_facets),
+                job=Job(self.namespace, name, job_facets),
+                inputs=inputs or [],
+                outputs=outputs or [],
+            )
+        )
+
+
+def _address(repository: str) -> str:
+    """`github.com/owner/name`, or the folder of a checkout without a remote, as a URI."""
+    return f"file://{repository}" if repository.startswith("/") else f"https://{repository}"
+
+
+def _identifier(run: str) -> str:
+    """The same for the same run, or node of it."""
+    return str(uuid.uuid5(uuid.NAMESPACE_URL, f"{PRODUCER}{run}"))
+
+
+def _became(event: Mapping[str, Any]) -> dict[str, RunFacet]:
+    """What came of a node: numbers and keys as tags, gates as tests, and why it failed."""
+    from openlineage.client.facet_v2 import error_message_run, tags_run, test_run
+
+    told = {**{name: event[name] for name in ("status", "key", "digest", "verdict")}, **dict(flat(event["metrics"]))}
+    told |= {"seconds": event["seconds"], "peak_rss": event["peak_rss"]}
+    tags = [
+        tags_run.TagsRunFacetFields(key, text(value), "BIGPIPE") for key, value in told.items() if value is not None
+    ]
+    found: dict[str, RunFacet] = {"tags": tags_run.TagsRunFacet(tags)}
+    if event["gates"]:
+        words = {True: "pass", False: "fail", None: "skip"}
+        tests = [
+            test_run.TestExecution(gate["text"], words[gate["passed"]], type="gate", actual=gate["measured"])
+            for gate in event["gates"]
+        ]
+        found["test"] = test_run.TestRunFacet(tests)
+    if event["error"]:
+        found["errorMessage"] = error_message_run.ErrorMessageRunFacet(event["error"], "Python")
+    return found

@@ -1,0 +1,387 @@
+"""Systems that are told of runs: what they are told is what their schemas and clients say, no secret is in it, and
+whatever becomes of them, a run is what it would have been."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+from support.workshop import Workshop, environment, statuses
+
+from bigpipe.orchestrator import commands
+from bigpipe.orchestrator.contract import Event, LogLine
+from bigpipe.orchestrator.sinks import SINKS, Feeds, feeding, table
+
+ROOT = Path(__file__).parents[2]
+RECIPE = """\
+version: 1
+name: told
+params: {text: hello, most: 9, inner: {a: [1, 2]}}
+secrets: [API_KEY]
+sinks: [SINK]
+stages:
+  a:
+    uses: write
+    secrets: [API_KEY]
+    with: {text: "${params.text}", source: words}
+    gates: ["characters <= ${params.most}"]
+  b: {uses: join, matrix: {x: [p, q]}, inputs: {first: a}, with: {separator: "${matrix.x}"}, gates: ["parts < 5"]}
+  c: {uses: join, inputs: {first: a}, when: "${stages.a.metrics.characters} > 1000"}
+"""
+
+
+@pytest.fixture
+def told(workshop: Workshop) -> Workshop:
+    (workshop.folder / "words").write_text("!")
+    return workshop
+
+
+def run(there: Workshop, sink: str, **options: Any) -> tuple[Any, list[str]]:
+    """What a run came to, and what was said of its sinks."""
+    said: list[str] = []
+
+    def hear(event: Event) -> None:
+        if isinstance(event, LogLine) and event.node in SINKS:
+            said.append(f"{event.node}: {event.line}")
+
+    return there.run(RECIPE.replace("SINK", sink), progress=hear, **options), said
+
+
+# OpenLineage
+
+
+@pytest.fixture
+def lineage(told: Workshop, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The file that events are written to."""
+    events = told.folder / "events.jsonl"
+    for name, value in (("TYPE", "file"), ("LOG_FILE_PATH", str(events)), ("APPEND", "true")):
+        monkeypatch.setenv(f"OPENLINEAGE__TRANSPORT__{name}", value)
+    return events
+
+
+def lines(events: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in events.read_text().splitlines()]
+
+
+def of(events: Path) -> list[tuple[str, str]]:
+    return [(each["job"]["name"], each["eventType"]) for each in lines(events)]
+
+
+@pytest.fixture(scope="module")
+def check() -> Callable[[Any, str], None]:
+    """Hold something against a schema of OpenLineage's, by its address, which they have in them."""
+    import jsonschema
+    from referencing import Registry, Resource
+
+    held = json.loads((ROOT / "tests/data/openlineage.schemas.json").read_text(encoding="utf-8"))
+    held.pop("$comment")
+    registry: Any = Registry().with_resources([(name, Resource.from_contents(each)) for name, each in held.items()])
+    formats = jsonschema.FormatChecker(["uuid", "uri", "date-time"])
+
+    def check(value: Any, address: str) -> None:
+        jsonschema.Draft202012Validator({"$ref": address}, registry=registry, format_checker=formats).validate(value)
+
+    return check
+
+
+def facets(event: Any) -> Iterator[dict[str, Any]]:
+    """Every facet in an event, wherever it stands."""
+    if isinstance(event, dict):
+        if "_schemaURL" in event:
+            yield event
+        for inner in event.values():
+            yield from facets(inner)
+    elif isinstance(event, list):
+        for inner in event:
+            yield from facets(inner)
+
+
+def test_events_of_openlineage_are_as_its_schema_says(
+    told: Workshop, lineage: Path, check: Callable[[Any, str], None]
+) -> None:
+    subprocess.run(["git", "init", "-q"], cwd=told.folder, check=True)
+    own = ["-c", "user.name=n", "-c", "user.email=e@example.org", "-c", "commit.gpgsign=false"]
+    subprocess.run(["git", *own, "commit", "-q", "--allow-empty", "-m", "one"], cwd=told.folder, check=True)
+    result, said = run(told, "openlineage")
+    assert (result.status, said) == ("succeeded", [])
+    assert of(lineage)[:3] == [("told", "START"), ("told.a", "START"), ("told.a", "COMPLETE")]
+    assert of(lineage)[-1] == ("told", "COMPLETE")
+    assert sorted(of(lineage)[3:-1]) == [(f"told.b@x={x}", state) for x in "pq" for state in ("COMPLETE", "START")]
+    for event in lines(lineage):
+        check(event, event["schemaURL"])
+        for facet in facets(event):
+            check(facet, facet["_schemaURL"])
+    a, b = (next(each for each in lines(lineage) if of_node(each, name)) for name in ("a", "b@x=q"))
+    gate = {
+        "name": "characters <= 9",
+        "status": "pass",
+        "type": "gate",
+        "actual": "6",
+    }
+    assert a["run"]["facets"]["test"]["tests"][0].items() >= gate.items()
+    tags = {each["key"]: each["value"] for each in a["run"]["facets"]["tags"]["tags"]}
+    assert (tags["key"], tags["digest"], tags["characters"]) == (result["a"].key, result["a"].digest, "6")
+    assert a["inputs"] == [{"namespace": "file", "name": str(told.folder / "words"), "facets": {}, "inputFacets": {}}]
+    assert a["outputs"][0]["facets"]["version"]["datasetVersion"] == result["a"].digest
+    assert a["outputs"][0]["facets"]["dataSource"]["uri"] == Path(result["a"].path).as_uri()
+    assert (b["inputs"][0]["name"], b["inputs"][0]["facets"]["version"]["datasetVersion"]) == (
+        "told.a",
+        result["a"].digest,
+    )
+    assert b["run"]["facets"]["parent"]["run"]["runId"] == lines(lineage)[0]["run"]["runId"]
+    assert len(a["job"]["facets"]["sourceCodeLocation"]["version"]) == 40
+
+
+def of_node(event: dict[str, Any], node: str) -> bool:
+    return event["job"]["name"] == f"told.{node}" and event["eventType"] == "COMPLETE"
+
+
+def test_a_gate_that_fails_is_told_with_its_error(
+    told: Workshop, lineage: Path, check: Callable[[Any, str], None]
+) -> None:
+    result, said = run(told, "openlineage", params={"most": 3})
+    assert (result.exit_code, said) == (3, [])
+    assert of(lineage) == [("told", "START"), ("told.a", "START"), ("told.a", "FAIL"), ("told", "FAIL")]
+    failed = lines(lineage)[2]["run"]["facets"]
+    assert failed["test"]["tests"][0]["status"] == "fail"
+    assert "characters <= 3" in failed["errorMessage"]["message"]
+    for facet in facets(lines(lineage)):
+        check(facet, facet["_schemaURL"])
+
+
+def test_what_is_in_the_store_is_told_all_the_same(told: Workshop, lineage: Path) -> None:
+    run(told, "openlineage")
+    lineage.unlink()
+    result, _ = run(told, "openlineage")
+    assert set(statuses(result).values()) == {"cached", "skipped"}
+    assert ("told.a", "COMPLETE") in of(lineage)
+
+
+SLOW = """\
+version: 1
+name: told
+sinks: [openlineage]
+stages: {a: {uses: sleep, with: {seconds: 60}}}
+"""
+
+
+@pytest.mark.parametrize(("number", "ends", "node"), [(signal.SIGINT, 130, "FAIL"), (signal.SIGKILL, -9, "ABORT")])
+def test_a_run_that_is_stopped_or_killed_is_told_as_aborted(
+    told: Workshop, lineage: Path, number: signal.Signals, ends: int, node: str
+) -> None:
+    """And leaves no process, of its sinks neither."""
+    told.manifest.write_text(SLOW)
+    child = subprocess.Popen(
+        [sys.executable, "-m", "bigpipe", "run", "recipe.yaml"], cwd=told.folder, env=environment(told.folder),
+        stderr=subprocess.DEVNULL,
+    )  # fmt: skip
+    wait_for(lambda: lineage.exists() and ("told.a", "START") in of(lineage))
+    below = psutil.Process(child.pid).children(recursive=True)
+    child.send_signal(number)
+    assert child.wait(20) == ends
+    wait_for(lambda: of(lineage)[-2:] == [("told.a", node), ("told", "ABORT")])
+    wait_for(lambda: not any(each.is_running() and each.status() != psutil.STATUS_ZOMBIE for each in below))
+
+
+def wait_for(holds: Callable[[], bool], seconds: float = 20) -> None:
+    until = time.monotonic() + seconds
+    while not holds():
+        assert time.monotonic() < until
+        time.sleep(0.05)
+
+
+# MLflow
+
+
+def test_a_run_of_mlflow_has_params_metrics_gates_and_tags(told: Workshop, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By its own client, in a folder; `make exports` has its server."""
+    there = told.folder / "mlruns"
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", there.as_uri())
+    monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")
+    result, said = run(told, "mlflow", params={"text": "bye"})
+    assert (result.status, said) == ("succeeded", [])
+    (found,) = [path for path in there.glob("*/*") if (path / "params").is_dir()]
+    held = {kind: {path.name: path.read_text() for path in (found / kind).iterdir()} for kind in ("params", "tags")}
+    assert held["params"] == {
+        "text": "bye", "most": "9", "inner.a": "[1, 2]", "a.text": "bye", "a.source": "words", "b-x-p.separator": "p",
+        "b-x-q.separator": "q",
+    }  # fmt: skip
+    assert held["tags"].items() >= {
+        "bigpipe.gates.a": "characters <= 9: 4 (passed)", "bigpipe.key.a": result["a"].key, "bigpipe.run": result.run,
+        "bigpipe.digest.b-x-q": result["b@x=q"].digest, "bigpipe.model.a": Path(result["a"].path).as_uri(),
+        "bigpipe.status.c": "skipped", "mlflow.source.name": str(told.manifest),
+    }.items()  # fmt: skip
+    metrics = {path.name: float(path.read_text().split()[1]) for path in (found / "metrics").iterdir()}
+    assert metrics.items() >= {"a.characters": 4, "a.gate.1": 1, "a.detail.upper": 0, "b-x-p.parts": 1}.items()
+    assert "status: 3" in (found / "meta.yaml").read_text(), "FINISHED"
+    assert "name: told" in (found.parent / "meta.yaml").read_text()
+
+
+# What becomes of a sink is no matter of the run's
+
+
+class Answering(BaseHTTPRequestHandler):
+    answer = b""
+
+    def do_POST(self) -> None:
+        self.rfile.read(int(self.headers.get("Content-Length", 0)))
+        self.wfile.write(self.answer)
+        self.close_connection = True
+
+    do_GET = do_POST
+
+    def log_message(self, *arguments: Any) -> None: ...
+
+
+@contextmanager
+def serving(answer: bytes) -> Iterator[str]:
+    server = ThreadingHTTPServer(("127.0.0.1", 0), type("Own", (Answering,), {"answer": answer}))
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    try:
+        yield f"http://127.0.0.1:{server.server_port}"
+    finally:
+        server.shutdown()
+        server.server_close()
+
+
+@contextmanager
+def refusing() -> Iterator[str]:
+    with socket.socket() as bound:
+        bound.bind(("127.0.0.1", 0))
+        yield f"http://127.0.0.1:{bound.getsockname()[1]}"
+
+
+@contextmanager
+def silent() -> Iterator[str]:
+    """It takes what comes, and never answers."""
+    with socket.create_server(("127.0.0.1", 0), backlog=50) as bound:
+        yield f"http://127.0.0.1:{bound.getsockname()[1]}"
+
+
+RUBBISH = b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\nContent-Length: 5\r\n\r\n\xff{[\x00\x1b"
+FORBIDDEN = b"HTTP/1.1 403 Forbidden\r\nContent-Length: 9\r\n\r\nforbidden"
+AWAY: dict[str, Callable[[], Any]] = {
+    "down": refusing, "silent": silent, "forbidden": lambda: serving(FORBIDDEN),
+    "no HTTP": lambda: serving(b"\x00\xff" * 99), "rubbish": lambda: serving(RUBBISH),
+}  # fmt: skip
+
+
+ADDRESSES = {"openlineage": "OPENLINEAGE_URL", "mlflow": "MLFLOW_TRACKING_URI"}
+
+
+@pytest.mark.parametrize(
+    ("sink", "away"),
+    [*(("openlineage", away) for away in AWAY if away != "rubbish"), ("mlflow", "silent"), ("mlflow", "rubbish")],
+)
+def test_a_system_that_is_in_trouble_costs_a_run_one_line(
+    told: Workshop, monkeypatch: pytest.MonkeyPatch, sink: str, away: str
+) -> None:
+    """Of an answer, OpenLineage's client reads the status alone: rubbish is none to it."""
+    monkeypatch.setattr(feeding, "PATIENCE", 2.0)
+    with AWAY[away]() as address:
+        monkeypatch.setenv(ADDRESSES[sink], address)
+        began = time.monotonic()
+        result, said = run(told, sink)
+        took = time.monotonic() - began
+    assert statuses(result) == {"a": "succeeded", "b@x=p": "succeeded", "b@x=q": "succeeded", "c": "skipped"}
+    assert result.exit_code == 0
+    assert took < 2.0 + 5.0
+    assert len(said) == 1
+    assert said[0].startswith(f"{sink}: told of this run in part at most: ")
+    assert "\n" not in said[0]
+
+
+def test_no_secret_and_no_variable_of_others_reaches_a_sink(
+    told: Workshop, lineage: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    secret = "sesame-open-sesame"
+    for name in ("API_KEY", "HF_TOKEN", "AWS_SECRET_ACCESS_KEY"):
+        monkeypatch.setenv(name, secret)
+    monkeypatch.setenv("OPENLINEAGE_NAMESPACE", "team")
+    (told.folder / "words").write_text("!" * 9)
+    result, _ = run(told, "openlineage", params={"text": f"of {secret}"})
+    assert result.exit_code == 3, "the error tells the value"
+    assert secret not in lineage.read_text()
+    assert {each["job"]["namespace"] for each in lines(lineage)} == {"team"}
+    feeds = Feeds(lambda name, line: pytest.fail(line))
+    feeds.begin(["openlineage"], dict(os.environ))
+    seen = psutil.Process(feeds.feeds[0].child.pid).environ()
+    feeds.end()
+    feeds.feeds[0].child.wait()
+    assert secret not in seen.values()
+    assert seen["OPENLINEAGE_NAMESPACE"] == "team"
+
+
+def test_a_sink_that_cannot_be_told_is_said_and_no_more(told: Workshop, monkeypatch: pytest.MonkeyPatch) -> None:
+    result, said = run(told, "openlineage, mlflow")
+    assert result.status == "succeeded"
+    assert said == [
+        "openlineage: not told of this run: OPENLINEAGE_URL or OPENLINEAGE_CONFIG is not set",
+        "mlflow: not told of this run: MLFLOW_TRACKING_URI is not set",
+    ]
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:9")
+    monkeypatch.setattr(table, "find_spec", lambda name: None)
+    result, said = run(told, "mlflow")
+    assert result.status == "succeeded"
+    assert said == ["mlflow: not told of this run: it needs mlflow: pip install 'bigpipe-ml[mlflow]'"]
+
+
+def test_validate_names_a_sink_that_is_not_there(told: Workshop, monkeypatch: pytest.MonkeyPatch) -> None:
+    told.manifest.write_text(RECIPE.replace("SINK", "mlflow"))
+    assert commands.validate([told.manifest]) == {}
+    monkeypatch.setattr(table, "find_spec", lambda name: None)
+    (problem,) = commands.validate([told.manifest])[told.manifest].problems
+    assert (problem.code, problem.place.line, problem.place.column) == ("BP111", 5, 9)
+    assert "mlflow" in problem.cause
+    assert problem.cure == "pip install 'bigpipe-ml[mlflow]'"
+    told.manifest.write_text(RECIPE.replace("SINK", "mlfow"))
+    (problem,) = commands.validate([told.manifest])[told.manifest].problems
+    assert (problem.code, problem.place.line, problem.place.column) == ("BP105", 5, 9)
+    assert problem.cure == "did you mean 'mlflow'?"
+
+
+def test_sinks_are_in_no_key(told: Workshop) -> None:
+    result, _ = run(told, "openlineage")
+    again, _ = run(told, "mlflow")
+    assert {statuses(again)[name] for name in ("a", "b@x=p", "b@x=q")} == {"cached"}
+    assert [again[name].key for name in again.nodes] == [result[name].key for name in result.nodes]
+
+
+def test_every_sink_is_an_extra() -> None:
+    import tomllib
+
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    assert set(SINKS) <= set(project["optional-dependencies"])
+
+
+def test_the_commands_of_track_runs(told: Workshop) -> None:
+    page = (ROOT / "docs/how-to/track-runs.md").read_text(encoding="utf-8")
+    (told.folder / "openlineage.yml").write_text(
+        re.findall(r"^```yaml\n(transport.*?)```", page, re.DOTALL | re.MULTILINE)[0]
+    )
+    told.manifest.write_text(RECIPE.replace("SINK", "openlineage"))
+    script = "\n".join(re.findall(r"^laptop\$ (.+)$", page, re.MULTILINE))
+    script = script.replace("bigpipe run", f"{sys.executable} -m bigpipe run")
+    done = subprocess.run(
+        ["bash", "-ec", script],
+        cwd=told.folder,
+        env=environment(told.folder),
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert done.stdout.splitlines()[-1] == "4"
