@@ -57,8 +57,10 @@ class Airflow:
         subprocess.run([self.program, *words], env=self.environment, check=True, capture_output=True)
 
     def rows(self, question: str, *values: str) -> list[tuple[Any, ...]]:
-        with closing(sqlite3.connect(self.home / "airflow.db", timeout=20)) as base:
+        """None where there is no such table yet."""
+        with closing(sqlite3.connect(self.home / "airflow.db", timeout=20)) as base, suppress(sqlite3.OperationalError):
             return base.execute(question, values).fetchall()
+        return []
 
     def wait(self, question: str, *values: str) -> list[tuple[Any, ...]]:
         until = time.monotonic() + SECONDS

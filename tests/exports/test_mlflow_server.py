@@ -68,7 +68,8 @@ def test_a_server_of_mlflow_shows_the_runs(workshop: Workshop, server: str, monk
     (workshop.folder / "words").write_text("!")
     said: list[Any] = []
     results = [
-        workshop.run(RECIPE, params={"most": most}, progress=lambda event: said.append(event)) for most in (9, 3)
+        workshop.run(RECIPE, params={"most": most, "text": text}, progress=lambda event: said.append(event))
+        for most, text in ((9, "hello"), (3, "other"))
     ]
     assert [result.exit_code for result in results] == [0, 3]
     assert not [event for event in said if event.name == "log"]
